@@ -1,0 +1,204 @@
+use std::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use pin_project_lite::pin_project;
+use tower_service::Service;
+
+use super::{Admit, Policy, service::ShutWatch};
+use crate::call::{Form, Permit, Protocol, Reject, Rejected};
+
+pin_project! {
+    /// The future of an admission layer's call.
+    ///
+    /// Dropping it at any point gives back what it holds: the permit, or the place in the queue.
+    pub struct ResponseFuture<S, Req, F, C, P, M, R>
+    where
+        P: Policy<Req>,
+    {
+        #[pin]
+        state: State<S, Req, F, C, P, M>,
+        form: Form,
+        reject: Option<R>,
+    }
+}
+
+pin_project! {
+    #[project = StateProj]
+    pub(super) enum State<S, Req, F, C, P, M>
+    where
+        P: Policy<Req>,
+    {
+        // The inner future is dropped before the permit is given back.
+        Called { #[pin] future: F, permit: Option<Permit<P::State>>, call: Option<C> },
+        Parked { parked: Pin<Box<Parked<S, Req, P, M>>> },
+        Refused { rejected: Option<Rejected> },
+    }
+}
+
+impl<S, Req, F, C, P: Policy<Req>, M> State<S, Req, F, C, P, M> {
+    #[inline]
+    pub(super) fn called(future: F, permit: Permit<P::State>, call: C) -> Self {
+        Self::Called { future, permit: Some(permit), call: Some(call) }
+    }
+
+    pub(super) fn parked(parked: Parked<S, Req, P, M>) -> Self {
+        Self::Parked { parked: Box::pin(parked) }
+    }
+
+    pub(super) fn refused(rejected: Rejected) -> Self {
+        Self::Refused { rejected: Some(rejected) }
+    }
+}
+
+impl<S, Req, F, C, P: Policy<Req>, M, R> ResponseFuture<S, Req, F, C, P, M, R> {
+    #[inline]
+    pub(super) fn new(state: State<S, Req, F, C, P, M>, form: Form, reject: R) -> Self {
+        Self { state, form, reject: Some(reject) }
+    }
+}
+
+impl<S, Req, P, M, R> Future for ResponseFuture<S, Req, S::Future, M::Call, P, M, R>
+where
+    S: Service<Req>,
+    P: Policy<Req>,
+    M: Protocol<Req, S::Response, S::Error>,
+    R: Reject<Req, M::Response, S::Error>,
+{
+    type Output = Result<M::Response, R::Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut this = self.project();
+        loop {
+            match this.state.as_mut().project() {
+                StateProj::Called { future, permit, call } => {
+                    let result = ready!(future.poll(cx));
+                    let (Some(permit), Some(call)) = (permit.take(), call.take()) else {
+                        unreachable!("polled after completion")
+                    };
+                    return Poll::Ready(M::complete(call, result, permit).map_err(R::error));
+                }
+                StateProj::Parked { parked } => {
+                    let next = match ready!(parked.as_mut().poll(cx)) {
+                        Ok((future, permit, call)) => State::called(future, permit, call),
+                        Err(Stop::Rejected(rejected)) => State::refused(rejected),
+                        Err(Stop::Inner(error)) => return Poll::Ready(Err(R::error(error))),
+                    };
+                    this.state.set(next);
+                }
+                StateProj::Refused { rejected } => {
+                    let (Some(rejected), Some(reject)) = (rejected.take(), this.reject.take())
+                    else {
+                        unreachable!("polled after completion")
+                    };
+                    return Poll::Ready(reject.refuse(*this.form, rejected));
+                }
+            }
+        }
+    }
+}
+
+impl<S, Req, F, C, P: Policy<Req>, M, R> fmt::Debug for ResponseFuture<S, Req, F, C, P, M, R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.state {
+            State::Called { .. } => "ResponseFuture(called)",
+            State::Parked { .. } => "ResponseFuture(parked)",
+            State::Refused { .. } => "ResponseFuture(refused)",
+        })
+    }
+}
+
+// ===== A call that has to wait: for its turn, or for the inner service =====
+
+pin_project! {
+    /// Boxed, because only a call that waits pays for it.
+    pub(super) struct Parked<S, Req, P, M>
+    where
+        P: Policy<Req>,
+    {
+        #[pin]
+        wait: Option<P::Wait>,
+        permit: Option<Permit<P::State>>,
+        request: Option<Req>,
+        service: S,
+        policy: P,
+        protocol: M,
+        shut: ShutWatch,
+    }
+}
+
+pub(super) enum Stop<E> {
+    Rejected(Rejected),
+    Inner(E),
+}
+
+type Called<S, Req, P, M> = (
+    <S as Service<Req>>::Future,
+    Permit<<P as Policy<Req>>::State>,
+    <M as crate::call::Judge<Req, <S as Service<Req>>::Response, <S as Service<Req>>::Error>>::Call,
+);
+
+impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
+    pub(super) fn new(service: S, request: Req, policy: P, protocol: M) -> Self {
+        Self {
+            wait: None,
+            permit: None,
+            request: Some(request),
+            service,
+            policy,
+            protocol,
+            shut: ShutWatch::default(),
+        }
+    }
+
+    pub(super) fn with_permit(mut self, permit: Permit<P::State>) -> Self {
+        self.permit = Some(permit);
+        self
+    }
+
+    pub(super) fn with_wait(mut self, wait: P::Wait) -> Self {
+        self.wait = Some(wait);
+        self
+    }
+
+    fn poll(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Called<S, Req, P, M>, Stop<S::Error>>>
+    where
+        S: Service<Req>,
+        M: Protocol<Req, S::Response, S::Error>,
+    {
+        let mut this = self.project();
+        loop {
+            if let Some(wait) = this.wait.as_mut().as_pin_mut() {
+                let turn = ready!(wait.poll(cx));
+                this.wait.set(None);
+                *this.permit = Some(turn.map_err(Stop::Rejected)?);
+            }
+            if let Poll::Ready(result) = this.service.poll_ready(cx) {
+                result.map_err(Stop::Inner)?;
+                break;
+            }
+            ready!(this.shut.poll(cx, this.policy.shut(), || !this.policy.peek()));
+            // Shut while waiting for the inner service: what was given is worth nothing any more.
+            *this.permit = None;
+            let Some(request) = this.request.as_ref() else {
+                unreachable!("polled after completion")
+            };
+            match this.policy.admit(request) {
+                Admit::Go(permit) => *this.permit = Some(permit),
+                Admit::Wait(wait) => this.wait.set(Some(wait)),
+                Admit::No(rejected) => return Poll::Ready(Err(Stop::Rejected(rejected))),
+            }
+        }
+        let (Some(permit), Some(mut request)) = (this.permit.take(), this.request.take()) else {
+            unreachable!("polled after completion")
+        };
+        let call = this.protocol.begin(&mut request);
+        Poll::Ready(Ok((this.service.call(request), permit, call)))
+    }
+}

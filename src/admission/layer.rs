@@ -1,0 +1,202 @@
+use std::sync::Arc;
+
+use super::Admission;
+use crate::{ConfigError, call::Label};
+
+/// What every admission layer is made of: its policy, and how calls are judged and refused.
+#[derive(Clone)]
+pub(crate) struct Plan<P, M, R> {
+    pub(crate) policy: P,
+    pub(crate) protocol: M,
+    pub(crate) reject: R,
+    pub(crate) fault: Option<ConfigError>,
+}
+
+impl<P, M, R> Plan<P, M, R> {
+    /// Remembers the first setting that cannot work.
+    pub(crate) fn accept<T>(&mut self, setting: Result<T, ConfigError>) -> Option<T> {
+        match setting {
+            Ok(value) => Some(value),
+            Err(error) => {
+                self.fault.get_or_insert(error);
+                None
+            }
+        }
+    }
+
+    pub(crate) fn with_protocol<N>(self, protocol: N) -> Plan<P, N, R> {
+        Plan { policy: self.policy, protocol, reject: self.reject, fault: self.fault }
+    }
+
+    pub(crate) fn with_reject<N>(self, reject: N) -> Plan<P, M, N> {
+        Plan { policy: self.policy, protocol: self.protocol, reject, fault: self.fault }
+    }
+
+    pub(crate) fn service<S>(&self, inner: S) -> Admission<S, P, M, R>
+    where
+        P: Clone,
+        M: Clone,
+        R: Clone,
+    {
+        let fault = self
+            .fault
+            .clone()
+            .map(|fault| Arc::new(Label { name: Box::default(), fault: Some(fault) }));
+        Admission::new(
+            inner,
+            self.policy.clone(),
+            self.protocol.clone(),
+            self.reject.clone(),
+            fault,
+        )
+    }
+}
+
+/// Makes an admission layer's two public types out of a policy: the layer with the setters that all of
+/// them share, and its service.
+macro_rules! admission_layer {
+    (
+        $(#[$layer_doc:meta])* layer $Layer:ident { $($field:ident: $G:ident),* }
+        $(#[$service_doc:meta])* service $Service:ident
+        policy $Policy:ty
+    ) => {
+        $(#[$layer_doc])*
+        #[must_use = "a layer does nothing until it wraps a service"]
+        #[derive(Clone)]
+        pub struct $Layer<$($G,)* M = $crate::call::Http, R = $crate::call::AsError> {
+            plan: $crate::admission::Plan<$Policy, M, R>,
+            $($field: $G,)*
+        }
+
+        impl<$($G,)* M, R> $Layer<$($G,)* M, R> {
+            /// Judges calls by a closure: for services of any request and response types.
+            ///
+            /// It gets exactly what the wrapped service gives, as `Result<&Response, &Error>`. A call is
+            /// then over with its response.
+            pub fn classify<C, Res, E>(self, classify: C) -> $Layer<$($G,)* $crate::call::Classify<C>, R>
+            where
+                C: for<'a> Fn(Result<&'a Res, &'a E>) -> $crate::call::Outcome
+                    + Clone
+                    + Send
+                    + Sync
+                    + 'static,
+            {
+                $Layer { plan: self.plan.with_protocol($crate::call::Classify(classify)), $($field: self.$field,)* }
+            }
+
+            /// Judges HTTP response heads by a closure; bodies are followed to their end all the same.
+            pub fn classify_head<C>(self, classify: C) -> $Layer<$($G,)* $crate::call::ClassifyHead<C>, R>
+            where
+                C: Fn(::http::StatusCode, &::http::HeaderMap) -> $crate::call::Outcome
+                    + Clone
+                    + Send
+                    + Sync
+                    + 'static,
+            {
+                $Layer { plan: self.plan.with_protocol($crate::call::ClassifyHead(classify)), $($field: self.$field,)* }
+            }
+
+            /// Judges calls by a classifier of `tower_http::classify`, at the head or in the trailers.
+            #[cfg(feature = "tower-http")]
+            #[cfg_attr(docsrs, doc(cfg(feature = "tower-http")))]
+            pub fn classifier<C>(self, classifier: C) -> $Layer<$($G,)* $crate::call::TowerHttp<C>, R>
+            where
+                C: tower_http::classify::MakeClassifier + Clone + Send + Sync + 'static,
+            {
+                $Layer { plan: self.plan.with_protocol($crate::call::TowerHttp(classifier)), $($field: self.$field,)* }
+            }
+
+            /// Judges nothing: a call is over with its response, whatever types the service has.
+            pub fn per_response(self) -> $Layer<$($G,)* $crate::call::PerResponse, R> {
+                $Layer { plan: self.plan.with_protocol($crate::call::PerResponse), $($field: self.$field,)* }
+            }
+
+            /// Answers refused calls with a response, and leaves the service's error type alone: what a
+            /// server wants, and a tonic client. See [`Respond`]($crate::call::Respond).
+            pub fn respond(self) -> $Layer<$($G,)* M, $crate::call::Respond> {
+                $Layer { plan: self.plan.with_reject($crate::call::Respond), $($field: self.$field,)* }
+            }
+
+            /// Answers refused calls with what a closure makes.
+            pub fn respond_with<F, Res, E>(self, answer: F) -> $Layer<$($G,)* M, $crate::call::RespondWith<F>>
+            where
+                F: Fn(&$crate::call::Rejected) -> Result<Res, E> + Clone + Send + Sync + 'static,
+            {
+                $Layer { plan: self.plan.with_reject($crate::call::RespondWith(answer)), $($field: self.$field,)* }
+            }
+
+            /// The layer, or the first of its settings that cannot work.
+            ///
+            /// # Errors
+            ///
+            /// The [`ConfigError`]($crate::ConfigError) names the field, the value and the remedy.
+            pub fn checked(mut self) -> Result<Self, $crate::ConfigError> {
+                match self.plan.fault.take() {
+                    None => Ok(self),
+                    Some(fault) => Err(fault),
+                }
+            }
+        }
+
+        impl<$($G,)* M, R> ::std::fmt::Debug for $Layer<$($G,)* M, R> {
+            fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+                f.debug_struct(stringify!($Layer))
+                    .field("state", &*self.plan.policy)
+                    .field("fault", &self.plan.fault)
+                    .finish_non_exhaustive()
+            }
+        }
+
+        $(#[$service_doc])*
+        pub struct $Service<S, M = $crate::call::Http, R = $crate::call::AsError> {
+            admission: $crate::admission::Admission<S, $Policy, M, R>,
+        }
+
+        impl<S, M, R> $Service<S, M, R> {
+            /// The wrapped service.
+            pub fn get_ref(&self) -> &S {
+                self.admission.inner()
+            }
+        }
+
+        impl<S: Clone, M: Clone, R: Clone> Clone for $Service<S, M, R> {
+            fn clone(&self) -> Self {
+                Self { admission: self.admission.clone() }
+            }
+        }
+
+        impl<S, M, R> ::std::fmt::Debug for $Service<S, M, R> {
+            fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+                f.debug_struct(stringify!($Service))
+                    .field("state", &**self.admission.policy())
+                    .finish_non_exhaustive()
+            }
+        }
+
+        impl<S, M, R, Req> ::tower_service::Service<Req> for $Service<S, M, R>
+        where
+            S: ::tower_service::Service<Req> + $crate::admission::Reusable,
+            M: $crate::call::Protocol<Req, S::Response, S::Error>,
+            R: $crate::call::Reject<Req, M::Response, S::Error>,
+        {
+            type Response = M::Response;
+            type Error = R::Error;
+            type Future =
+                $crate::admission::ResponseFuture<S, Req, S::Future, M::Call, $Policy, M, R>;
+
+            #[inline]
+            fn poll_ready(
+                &mut self,
+                cx: &mut ::std::task::Context<'_>,
+            ) -> ::std::task::Poll<Result<(), Self::Error>> {
+                self.admission.poll_ready(cx)
+            }
+
+            #[inline]
+            fn call(&mut self, request: Req) -> Self::Future {
+                self.admission.call(request)
+            }
+        }
+    };
+}
+pub(crate) use admission_layer;

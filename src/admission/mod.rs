@@ -1,0 +1,58 @@
+//! The one admission service: where the Tower contract is kept for every layer that decides *whether*
+//! a call goes. A layer contributes a [`Policy`]: synchronous, told what it needs, with no `poll` in it.
+
+mod future;
+mod layer;
+mod service;
+
+use std::{future::Future, sync::Arc};
+
+use tokio::sync::Notify;
+
+pub use self::future::ResponseFuture;
+pub(crate) use self::{layer::Plan, layer::admission_layer, service::Admission};
+use crate::call::{Finish, LayerKind, Permit, Rejected};
+
+/// What a policy says to a call.
+#[derive(Debug)]
+pub enum Admit<T, W> {
+    /// Now.
+    Go(T),
+    /// When this future says so. Dropping it gives the place back.
+    Wait(W),
+    /// No.
+    No(Rejected),
+}
+
+/// Whether a call goes.
+pub trait Policy<Req>: Clone + Send + Sync + 'static {
+    /// What its permits end at.
+    type State: Finish;
+    /// A place in its queue; [`std::future::Ready`] where nobody waits.
+    type Wait: Future<Output = Result<Permit<Self::State>, Rejected>> + Send;
+
+    /// The layer, as refusals name it.
+    const LAYER: LayerKind;
+
+    /// Would a call go now? Reserves nothing; a wrong answer costs time, never correctness.
+    fn peek(&self) -> bool;
+
+    /// May this one go?
+    fn admit(&self, request: &Req) -> Admit<Permit<Self::State>, Self::Wait>;
+
+    /// What wakes those who wait for the inner service when [`peek`](Self::peek) turns false.
+    fn shut(&self) -> Option<&Arc<Notify>> {
+        None
+    }
+}
+
+/// A service that can be cloned: an admission layer needs a fresh instance for every call that waits.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot be cloned, and this layer needs a clone of what it wraps",
+    label = "not `Clone`",
+    note = "put `tower::buffer::BufferLayer` between this layer and the service, or wrap it with `tower::util::BoxCloneSyncService`"
+)]
+pub trait Reusable: Clone {}
+
+#[diagnostic::do_not_recommend]
+impl<S: Clone> Reusable for S {}

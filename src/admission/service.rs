@@ -1,0 +1,177 @@
+use std::{
+    mem,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use tokio::sync::{Notify, futures::OwnedNotified};
+use tower_service::Service;
+
+use super::{
+    Admit, Policy, ResponseFuture,
+    future::{Parked, State},
+};
+use crate::call::{Label, Protocol, Reject, Rejected};
+
+/// The service behind every admission layer.
+pub struct Admission<S, P, M, R> {
+    inner: S,
+    policy: P,
+    protocol: M,
+    reject: R,
+    fault: Option<Arc<Label>>,
+    readiness: Readiness,
+    shut: ShutWatch,
+}
+
+/// What was done to the inner service since the last call.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Readiness {
+    Untouched,
+    /// It may have queued itself somewhere.
+    Polled,
+    /// It may hold a reservation.
+    Ready,
+}
+
+impl<S, P, M, R> Admission<S, P, M, R> {
+    pub(crate) fn new(
+        inner: S,
+        policy: P,
+        protocol: M,
+        reject: R,
+        fault: Option<Arc<Label>>,
+    ) -> Self {
+        Self {
+            inner,
+            policy,
+            protocol,
+            reject,
+            fault,
+            readiness: Readiness::Untouched,
+            shut: ShutWatch::default(),
+        }
+    }
+
+    pub(crate) fn inner(&self) -> &S {
+        &self.inner
+    }
+
+    pub(crate) fn policy(&self) -> &P {
+        &self.policy
+    }
+}
+
+impl<S: Clone, P: Clone, M: Clone, R: Clone> Clone for Admission<S, P, M, R> {
+    /// Readiness does not go along: what was reserved belongs to the instance that reserved it.
+    fn clone(&self) -> Self {
+        Self::new(
+            self.inner.clone(),
+            self.policy.clone(),
+            self.protocol.clone(),
+            self.reject.clone(),
+            self.fault.clone(),
+        )
+    }
+}
+
+impl<S, P, M, R, Req> Service<Req> for Admission<S, P, M, R>
+where
+    S: Service<Req> + Clone,
+    P: Policy<Req>,
+    M: Protocol<Req, S::Response, S::Error>,
+    R: Reject<Req, M::Response, S::Error>,
+{
+    type Response = M::Response;
+    type Error = R::Error;
+    type Future = ResponseFuture<S, Req, S::Future, M::Call, P, M, R>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), R::Error>> {
+        if self.readiness == Readiness::Ready || self.fault.is_some() || !self.policy.peek() {
+            return Poll::Ready(Ok(()));
+        }
+        if let Poll::Ready(result) = self.inner.poll_ready(cx) {
+            result.map_err(R::error)?;
+            self.readiness = Readiness::Ready;
+            self.shut.forget();
+            return Poll::Ready(Ok(()));
+        }
+        self.readiness = Readiness::Polled;
+        ready!(self.shut.poll(cx, self.policy.shut(), || !self.policy.peek()));
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, mut request: Req) -> Self::Future {
+        let readiness = mem::replace(&mut self.readiness, Readiness::Untouched);
+        let admit = match &self.fault {
+            None => self.policy.admit(&request),
+            Some(fault) => Admit::No(Rejected::misconfigured(P::LAYER, fault.clone())),
+        };
+        let form = self.reject.form(&request);
+        let state = match admit {
+            Admit::Go(permit) if readiness == Readiness::Ready => {
+                let call = self.protocol.begin(&mut request);
+                State::called(self.inner.call(request), permit, call)
+            }
+            refused_or_later => {
+                if readiness != Readiness::Untouched {
+                    // What this instance reserved, or queued for, must not stay parked in it.
+                    self.inner = self.inner.clone();
+                }
+                match refused_or_later {
+                    Admit::No(rejected) => State::refused(rejected),
+                    Admit::Go(permit) => State::parked(self.park(request).with_permit(permit)),
+                    Admit::Wait(wait) => State::parked(self.park(request).with_wait(wait)),
+                }
+            }
+        };
+        ResponseFuture::new(state, form, self.reject.clone())
+    }
+}
+
+impl<S: Clone, P: Clone, M: Clone, R> Admission<S, P, M, R> {
+    fn park<Req>(&self, request: Req) -> Parked<S, Req, P, M>
+    where
+        P: Policy<Req>,
+    {
+        Parked::new(self.inner.clone(), request, self.policy.clone(), self.protocol.clone())
+    }
+}
+
+/// Wakes who waits for an inner service when its layer will not let the call through any more.
+///
+/// Costs nothing until the inner service is pending.
+#[derive(Default)]
+pub(super) struct ShutWatch(Option<Pin<Box<OwnedNotified>>>);
+
+impl ShutWatch {
+    /// Ready once `is_shut`; always pending for a policy that never shuts.
+    pub(super) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        notify: Option<&Arc<Notify>>,
+        is_shut: impl Fn() -> bool,
+    ) -> Poll<()> {
+        let Some(notify) = notify else { return Poll::Pending };
+        loop {
+            let notified = self.0.get_or_insert_with(|| Box::pin(notify.clone().notified_owned()));
+            let woken = notified.as_mut().poll(cx).is_ready();
+            if woken {
+                self.forget();
+            }
+            // Looked at only after the waker is in place: a change in between is not missed.
+            if is_shut() {
+                self.forget();
+                return Poll::Ready(());
+            }
+            if !woken {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    pub(super) fn forget(&mut self) {
+        self.0 = None;
+    }
+}

@@ -1,0 +1,236 @@
+//! What an HTTP answer or an error means: the rule of [`Http`](super::Http).
+
+use std::{any::Any, error::Error, io};
+
+use http::{HeaderMap, StatusCode};
+
+use super::{Outcome, Reason, Rejected, body::Eos, grpc, hint};
+use crate::BoxError;
+
+/// What a response head says.
+pub(crate) enum Head {
+    /// It is over: this is the outcome, whatever the body does.
+    Certain(Outcome),
+    /// Well so far: the end of the body decides.
+    Good(Eos),
+}
+
+/// Judges a head: 5xx but 501 and 505 is a failure, 429 is throttled, gRPC is what its status says.
+#[inline]
+pub(crate) fn head<B>(response: &http::Response<B>) -> Head {
+    let (status, headers) = (response.status(), response.headers());
+    if status.is_success() && !grpc::is_grpc(headers) {
+        return Head::Good(Eos::Plain(Outcome::success()));
+    }
+    if let Some(refused) = response.extensions().get::<Rejected>() {
+        return Head::Certain(of_rejected(refused));
+    }
+    let outcome = of_status(status, headers);
+    if !outcome.is_success() {
+        return Head::Certain(outcome);
+    }
+    if !grpc::is_grpc(headers) {
+        return Head::Good(Eos::Plain(outcome));
+    }
+    match grpc::status(headers) {
+        Some(outcome) => Head::Certain(outcome),
+        None => Head::Good(Eos::Grpc),
+    }
+}
+
+/// The outcome that a status alone gives.
+pub(crate) fn of_status(status: StatusCode, headers: &HeaderMap) -> Outcome {
+    let outcome = match status.as_u16() {
+        429 => Outcome::throttled(),
+        501 | 505 => Outcome::success(),
+        500..=599 => Outcome::failure(),
+        _ => return Outcome::success(),
+    }
+    .because(Reason::Status)
+    .with_code(status.as_u16());
+    match hint::retry_after(headers) {
+        Some(after) => outcome.with_retry_after(after),
+        None => outcome,
+    }
+}
+
+/// The outcome of a call that a layer further in refused: neutral, with its hint.
+fn of_rejected(refused: &Rejected) -> Outcome {
+    let outcome = Outcome::cancelled().because(Reason::Rejected);
+    match refused.retry_after() {
+        Some(after) => outcome.with_retry_after(after),
+        None => outcome,
+    }
+}
+
+/// The outcome of an error of a type that is not known here.
+pub(crate) fn of_any_error<E: 'static>(error: &E) -> Outcome {
+    let any: &dyn Any = error;
+    if let Some(boxed) = any.downcast_ref::<BoxError>() {
+        return of_error(&**boxed);
+    }
+    if let Some(refused) = any.downcast_ref::<Rejected>() {
+        return of_rejected(refused);
+    }
+    #[cfg(feature = "hyper")]
+    if let Some(error) = any.downcast_ref::<hyper::Error>() {
+        return of_error(error);
+    }
+    #[cfg(feature = "hyper-util")]
+    if let Some(error) = any.downcast_ref::<hyper_util::client::legacy::Error>() {
+        return of_error(error);
+    }
+    #[cfg(feature = "reqwest")]
+    if let Some(error) = any.downcast_ref::<reqwest::Error>() {
+        return of_error(error);
+    }
+    if let Some(error) = any.downcast_ref::<io::Error>() {
+        return of_error(error);
+    }
+    Outcome::failure().because(Reason::Error)
+}
+
+/// The outcome of an error, told from the chain of its sources.
+///
+/// The innermost cause that is known wins: a client's own wrappers say less than what they wrap.
+pub(crate) fn of_error(error: &(dyn Error + 'static)) -> Outcome {
+    let mut reason = Reason::Error;
+    let mut next = Some(error);
+    for _ in 0..16 {
+        let Some(error) = next else { break };
+        if let Some(refused) = error.downcast_ref::<Rejected>() {
+            return of_rejected(refused);
+        }
+        match reason_of(error) {
+            // Known to have happened while connecting: nothing further in can say more than how.
+            Some(found) if reason == Reason::ConnectFailed => match found {
+                Reason::ConnectRefused => reason = found,
+                Reason::Timeout | Reason::ConnectTimeout => reason = Reason::ConnectTimeout,
+                _ => {}
+            },
+            Some(found) => reason = found,
+            None => {}
+        }
+        next = error.source();
+    }
+    Outcome::failure().because(reason)
+}
+
+fn reason_of(error: &(dyn Error + 'static)) -> Option<Reason> {
+    if let Some(error) = error.downcast_ref::<io::Error>() {
+        return of_io(error.kind());
+    }
+    if error.is::<tokio::time::error::Elapsed>() {
+        return Some(Reason::Timeout);
+    }
+    #[cfg(feature = "hyper-util")]
+    if let Some(error) = error.downcast_ref::<hyper_util::client::legacy::Error>() {
+        return error.is_connect().then_some(Reason::ConnectFailed);
+    }
+    #[cfg(feature = "hyper")]
+    if let Some(error) = error.downcast_ref::<hyper::Error>() {
+        return of_hyper(error);
+    }
+    #[cfg(feature = "hyper")]
+    if let Some(error) = error.downcast_ref::<h2::Error>() {
+        return of_h2(error);
+    }
+    #[cfg(feature = "reqwest")]
+    if let Some(error) = error.downcast_ref::<reqwest::Error>() {
+        if error.is_connect() {
+            return Some(Reason::ConnectFailed);
+        }
+        return error.is_timeout().then_some(Reason::Timeout);
+    }
+    None
+}
+
+fn of_io(kind: io::ErrorKind) -> Option<Reason> {
+    use io::ErrorKind as K;
+    Some(match kind {
+        K::ConnectionRefused => Reason::ConnectRefused,
+        K::HostUnreachable | K::NetworkUnreachable | K::NetworkDown | K::AddrNotAvailable => {
+            Reason::ConnectFailed
+        }
+        K::TimedOut => Reason::Timeout,
+        K::ConnectionReset | K::ConnectionAborted | K::BrokenPipe | K::UnexpectedEof => {
+            Reason::Reset
+        }
+        _ => return None,
+    })
+}
+
+#[cfg(feature = "hyper")]
+fn of_hyper(error: &hyper::Error) -> Option<Reason> {
+    if error.is_canceled() || error.is_closed() {
+        return Some(Reason::NeverSent);
+    }
+    if error.is_incomplete_message() {
+        return Some(Reason::StaleConnection);
+    }
+    error.is_timeout().then_some(Reason::Timeout)
+}
+
+#[cfg(feature = "hyper")]
+fn of_h2(error: &h2::Error) -> Option<Reason> {
+    if error.is_reset() && error.is_remote() && error.reason() == Some(h2::Reason::REFUSED_STREAM) {
+        return Some(Reason::RefusedStream);
+    }
+    if error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR) {
+        return Some(Reason::GoAway);
+    }
+    (error.is_reset() || error.is_go_away()).then_some(Reason::Reset)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::Response;
+
+    fn outcome(response: &Response<()>) -> Option<Outcome> {
+        match head(response) {
+            Head::Certain(outcome) | Head::Good(Eos::Plain(outcome)) => Some(outcome),
+            Head::Good(_) => None,
+        }
+    }
+
+    #[test]
+    fn statuses() {
+        for (status, kind) in [
+            (200, "Success"),
+            (404, "Success"),
+            (408, "Success"),
+            (429, "Throttled"),
+            (500, "Failure"),
+            (501, "Success"),
+            (503, "Failure"),
+            (505, "Success"),
+            (529, "Failure"),
+        ] {
+            let response = Response::builder().status(status).body(()).unwrap();
+            let outcome = outcome(&response).unwrap();
+            assert_eq!(format!("{:?}", outcome.kind()), kind, "{status}");
+        }
+    }
+
+    #[test]
+    fn grpc_status_in_the_head_or_later() {
+        let ok = Response::builder().header("content-type", "application/grpc+proto");
+        assert!(outcome(&ok.body(()).unwrap()).is_none(), "the trailers decide");
+        let bad = Response::builder()
+            .header("content-type", "application/grpc")
+            .header("grpc-status", "14")
+            .body(())
+            .unwrap();
+        assert_eq!(outcome(&bad).unwrap().code(), Some(14));
+        assert!(outcome(&bad).unwrap().is_failure());
+        assert_eq!(grpc::end(None).reason(), Reason::MissingStatus);
+    }
+
+    #[test]
+    fn an_io_error_under_a_box_is_told_by_its_kind() {
+        let boxed: BoxError = Box::new(io::Error::from(io::ErrorKind::ConnectionRefused));
+        assert_eq!(of_any_error(&boxed).reason(), Reason::ConnectRefused);
+        assert_eq!(of_any_error(&"opaque").reason(), Reason::Error);
+    }
+}

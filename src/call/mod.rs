@@ -1,0 +1,45 @@
+//! The spine: the five words that every layer is made of.
+//!
+//! ```text
+//!             peek                 admit                      classify              end of stream
+//!  poll_ready ─────▶ inner ready ──────▶ Permit ─▶ inner call ─▶ Protocol ─▶ Outcome ───▶ Permit::finish
+//!      │                             │                             └─▶ "ask the body" ─▶ TrackedBody ─┘
+//!      └ refused: never touch inner  └ refused: Rejected ─▶ Reject strategy ─▶ an error, or a response
+//! ```
+//!
+//! 1. [`Outcome`]: what became of a call, and why.
+//! 2. [`Protocol`]: decides the outcome from a head, an error or the end of the body.
+//! 3. *Permit*: the right to make one call. It ends exactly once, also when the call is dropped or
+//!    panics, and one of an older generation never changes a newer state.
+//! 4. [`TrackedBody`]: carries the permit to the end of the response body.
+//! 5. [`Rejected`]: a call that was not let through; a [`Reject`] strategy gives it its form.
+
+mod body;
+mod clock;
+mod grpc;
+mod hint;
+mod http;
+mod outcome;
+mod permit;
+mod protocol;
+mod reject;
+mod rejected;
+
+#[cfg(feature = "tower-http")]
+#[cfg_attr(docsrs, doc(cfg(feature = "tower-http")))]
+pub use self::protocol::TowerHttp;
+pub use self::{
+    body::TrackedBody,
+    outcome::{Outcome, OutcomeKind, Reason},
+    protocol::{Classify, ClassifyHead, Http, PerResponse, Protocol},
+    reject::{AsError, Reject, Respond, RespondWith},
+    rejected::{Rejected, RejectedKind},
+};
+
+pub(crate) use self::{
+    clock::{Clock, Nanos, nanos},
+    permit::{Finish, Hold, Permit, Shared, Token},
+    protocol::Judge,
+    reject::Form,
+    rejected::{Label, LayerKind},
+};

@@ -1,0 +1,196 @@
+use std::{fmt, time::Duration};
+
+/// What became of one call.
+///
+/// Eight bytes, `Copy`: the kind, the reason, a status code and the server's hint of when to come back.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Outcome {
+    hint_ms: u32,
+    code: u16,
+    kind: OutcomeKind,
+    reason: Reason,
+}
+
+/// The four things that can become of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum OutcomeKind {
+    /// It was answered.
+    Success,
+    /// It failed: what was called, or the way to it, is at fault.
+    Failure,
+    /// What was called is alive but asks for less: HTTP 429, gRPC `RESOURCE_EXHAUSTED`.
+    Throttled,
+    /// It says nothing about what was called: the caller went away, or a layer of ours refused.
+    Cancelled,
+}
+
+/// Why a call ended as it did. A closed set, so that it can be a metric's label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Reason {
+    /// The answer came to its end.
+    Completed,
+    /// The HTTP status said so; [`Outcome::code`] has it.
+    Status,
+    /// The gRPC status said so; [`Outcome::code`] has it.
+    GrpcStatus,
+    /// No connection could be made: refused. The request never left.
+    ConnectRefused,
+    /// No connection could be made in time. The request never left.
+    ConnectTimeout,
+    /// No connection could be made for another cause. The request never left.
+    ConnectFailed,
+    /// The request was given back before a byte of it was sent.
+    NeverSent,
+    /// HTTP/2 `REFUSED_STREAM`: the server did not look at it (RFC 9113 §8.7).
+    RefusedStream,
+    /// HTTP/2 `GOAWAY` with a last stream below ours: the server did not look at it (RFC 9113 §6.8).
+    GoAway,
+    /// A pooled connection was closed under the request before an answer: it may have been seen.
+    StaleConnection,
+    /// The connection was reset before the response head.
+    Reset,
+    /// It took too long.
+    Timeout,
+    /// Any other error of the service.
+    Error,
+    /// The response body failed half-way.
+    Body,
+    /// A gRPC answer ended without a status.
+    MissingStatus,
+    /// The caller dropped the call.
+    Dropped,
+    /// The call panicked.
+    Panicked,
+    /// A layer of this crate refused it further in: it never reached what was called.
+    Rejected,
+    /// A classifier of the user's said so.
+    Reported,
+}
+
+const NO_HINT: u32 = u32::MAX;
+
+impl Outcome {
+    const fn new(kind: OutcomeKind, reason: Reason) -> Self {
+        Self { hint_ms: NO_HINT, code: 0, kind, reason }
+    }
+
+    /// The call was answered.
+    #[must_use]
+    pub const fn success() -> Self {
+        Self::new(OutcomeKind::Success, Reason::Completed)
+    }
+
+    /// The call failed.
+    #[must_use]
+    pub const fn failure() -> Self {
+        Self::new(OutcomeKind::Failure, Reason::Reported)
+    }
+
+    /// What was called asks for less.
+    #[must_use]
+    pub const fn throttled() -> Self {
+        Self::new(OutcomeKind::Throttled, Reason::Reported)
+    }
+
+    /// The call says nothing about what was called.
+    #[must_use]
+    pub const fn cancelled() -> Self {
+        Self::new(OutcomeKind::Cancelled, Reason::Dropped)
+    }
+
+    /// The same outcome with this reason.
+    #[must_use]
+    pub const fn because(mut self, reason: Reason) -> Self {
+        self.reason = reason;
+        self
+    }
+
+    /// The same outcome with a status code: HTTP's or gRPC's, as [`reason`](Self::reason) tells.
+    #[must_use]
+    pub const fn with_code(mut self, code: u16) -> Self {
+        self.code = code;
+        self
+    }
+
+    /// The same outcome with the server's hint of when to come back: whole milliseconds, at most 49 days.
+    #[must_use]
+    pub fn with_retry_after(mut self, after: Duration) -> Self {
+        self.hint_ms = u32::try_from(after.as_millis()).unwrap_or(NO_HINT).min(NO_HINT - 1);
+        self
+    }
+
+    /// Which of the four it is.
+    #[must_use]
+    pub const fn kind(&self) -> OutcomeKind {
+        self.kind
+    }
+
+    /// Why.
+    #[must_use]
+    pub const fn reason(&self) -> Reason {
+        self.reason
+    }
+
+    /// The HTTP or gRPC status code, if one decided.
+    #[must_use]
+    pub const fn code(&self) -> Option<u16> {
+        match self.reason {
+            Reason::Status | Reason::GrpcStatus => Some(self.code),
+            _ => None,
+        }
+    }
+
+    /// When the server asked to be called again, as a time from its answer.
+    #[must_use]
+    pub const fn retry_after(&self) -> Option<Duration> {
+        match self.hint_ms {
+            NO_HINT => None,
+            ms => Some(Duration::from_millis(ms as u64)),
+        }
+    }
+
+    /// Whether it is a success.
+    #[must_use]
+    pub const fn is_success(&self) -> bool {
+        matches!(self.kind, OutcomeKind::Success)
+    }
+
+    /// Whether it is a failure.
+    #[must_use]
+    pub const fn is_failure(&self) -> bool {
+        matches!(self.kind, OutcomeKind::Failure)
+    }
+}
+
+impl fmt::Debug for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}({:?}", self.kind, self.reason)?;
+        if let Some(code) = self.code() {
+            write!(f, " {code}")?;
+        }
+        if let Some(after) = self.retry_after() {
+            write!(f, ", retry after {after:?}")?;
+        }
+        f.write_str(")")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn is_eight_bytes() {
+        assert_eq!(size_of::<Outcome>(), 8);
+    }
+
+    #[test]
+    fn a_hint_beyond_its_range_is_kept_at_the_end_of_it() {
+        let far = Outcome::throttled().with_retry_after(Duration::MAX);
+        assert_eq!(far.retry_after(), Some(Duration::from_millis(u64::from(u32::MAX - 1))));
+        assert_eq!(Outcome::success().retry_after(), None);
+        let now = Outcome::throttled().with_retry_after(Duration::ZERO);
+        assert_eq!(now.retry_after(), Some(Duration::ZERO));
+    }
+}

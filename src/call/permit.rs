@@ -1,0 +1,178 @@
+use std::{fmt, ops::Deref, sync::Arc, thread};
+
+use super::{Outcome, Reason};
+
+/// How a layer's state is reached from services, futures and bodies.
+///
+/// The one place that knows it is an [`Arc`]: a cheaper way can be put here without touching a layer.
+pub struct Shared<T: ?Sized>(Arc<T>);
+
+impl<T> Shared<T> {
+    pub(crate) fn new(state: T) -> Self {
+        Self(Arc::new(state))
+    }
+}
+
+impl<T: Finish> Shared<T> {
+    fn erase(self) -> Shared<dyn Finish> {
+        Shared(self.0)
+    }
+
+    /// The right to make one call, given by this state.
+    pub(crate) fn permit(&self, token: Token) -> Permit<T> {
+        Permit { state: Some(self.clone()), token, drop_as: Outcome::cancelled() }
+    }
+}
+
+impl<T: ?Sized> Shared<T> {
+    /// A reference that does not keep the state alive.
+    pub(crate) fn downgrade(&self) -> std::sync::Weak<T> {
+        Arc::downgrade(&self.0)
+    }
+}
+
+impl<T: fmt::Debug + ?Sized> fmt::Debug for Shared<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        (**self).fmt(f)
+    }
+}
+
+impl<T: ?Sized> Clone for Shared<T> {
+    #[inline]
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<T: ?Sized> Deref for Shared<T> {
+    type Target = T;
+
+    #[inline]
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+/// What a permit remembers of its admission.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Token {
+    /// The generation of the state that gave it, and what else that state wants back.
+    pub(crate) tag: u64,
+    /// When it was given, in nanoseconds since the state began; 0 where that is not measured.
+    pub(crate) started: u64,
+}
+
+/// When a permit ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hold {
+    /// At the response head, whatever it says.
+    Head,
+    /// As soon as the outcome is certain: at a bad head, else at the end of the body.
+    Verdict,
+    /// At the end of the body.
+    Body,
+}
+
+/// The state behind a permit: what hears how the call ended.
+///
+/// Object-safe, so that a body needs to know no policy.
+pub trait Finish: Send + Sync + 'static {
+    /// The call has ended. Said exactly once for every token.
+    fn finish(&self, token: Token, outcome: Outcome);
+
+    /// The response head is here; `so_far` is what the outcome will be if nothing more goes wrong.
+    fn head(&self, token: Token, so_far: Outcome) {
+        let _ = (token, so_far);
+    }
+
+    /// When permits of this state end.
+    fn hold(&self) -> Hold;
+}
+
+/// The right to make one call.
+///
+/// [`finish`](Self::finish) ends it once; dropping it unfinished ends it as cancelled, or, once a
+/// head has been seen, as [`end_dropped_as`](Self::end_dropped_as) said. A spent permit is hollow.
+pub struct Permit<T: Finish + ?Sized = dyn Finish> {
+    state: Option<Shared<T>>,
+    token: Token,
+    drop_as: Outcome,
+}
+
+impl<T: Finish + ?Sized> Permit<T> {
+    /// Ends the call.
+    #[inline]
+    pub(crate) fn finish(mut self, outcome: Outcome) {
+        self.end(outcome);
+    }
+
+    /// Ends the call, if it has not ended yet.
+    #[inline]
+    pub(crate) fn end(&mut self, outcome: Outcome) {
+        if let Some(state) = self.state.take() {
+            state.finish(self.token, outcome);
+        }
+    }
+
+    /// Tells the state what the head said.
+    #[inline]
+    pub(crate) fn head(&self, so_far: Outcome) {
+        if let Some(state) = &self.state {
+            state.head(self.token, so_far);
+        }
+    }
+
+    #[inline]
+    pub(crate) fn hold(&self) -> Hold {
+        self.state.as_ref().map_or(Hold::Head, |state| state.hold())
+    }
+
+    /// What a drop will mean from here on.
+    #[inline]
+    pub(crate) fn end_dropped_as(&mut self, outcome: Outcome) {
+        self.drop_as = outcome;
+    }
+}
+
+impl<T: Finish> Permit<T> {
+    /// Forgets which policy gave it.
+    #[inline]
+    pub(crate) fn erase(mut self) -> Permit {
+        Permit {
+            state: self.state.take().map(Shared::erase),
+            token: self.token,
+            drop_as: self.drop_as,
+        }
+    }
+}
+
+impl Permit {
+    /// A permit that is spent already.
+    pub(crate) const fn hollow() -> Self {
+        Self { state: None, token: Token { tag: 0, started: 0 }, drop_as: Outcome::cancelled() }
+    }
+}
+
+impl<T: Finish + ?Sized> Drop for Permit<T> {
+    #[inline]
+    fn drop(&mut self) {
+        if let Some(state) = self.state.take() {
+            let outcome = if thread::panicking() {
+                Outcome::failure().because(Reason::Panicked)
+            } else {
+                self.drop_as
+            };
+            state.finish(self.token, outcome);
+        }
+    }
+}
+
+impl<T: Finish + ?Sized> fmt::Debug for Permit<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Permit")
+            .field("spent", &self.state.is_none())
+            .field("token", &self.token)
+            .field("drop_as", &self.drop_as)
+            .finish()
+    }
+}

@@ -1,0 +1,282 @@
+use std::fmt;
+
+use http::{HeaderMap, Response, StatusCode};
+use http_body::Body;
+
+use super::{
+    Outcome, Rejected, TrackedBody,
+    body::Eos,
+    http::{self as rule, Head},
+    permit::{Finish, Hold, Permit},
+};
+
+/// How a layer learns what became of a call, and what its caller gets back.
+///
+/// [`Http`] is every layer's default. For other request and response types there are [`Classify`]
+/// (a closure) and [`PerResponse`] (nothing is judged); `tower_http::classify` is taken as it is by
+/// `TowerHttp`. Not to be implemented outside of this crate yet.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot judge calls that give `{Res}` or `{E}`",
+    label = "this layer does not fit what it wraps",
+    note = "for HTTP, the wrapped service must answer with `http::Response<B>` where `B: http_body::Body`",
+    note = "for any other types, say what failed with `.classify(|result: Result<&Res, &E>| ..)`, `Res` and `E` being exactly the response and error of the wrapped service",
+    note = "a layer below that fails with boxed errors makes the error type `BoxError`"
+)]
+pub trait Protocol<Req, Res, E>: Judge<Req, Res, E> {}
+
+#[diagnostic::do_not_recommend]
+impl<P, Req, Res, E> Protocol<Req, Res, E> for P where P: Judge<Req, Res, E> {}
+
+/// The working half of [`Protocol`], out of reach so that it may still change.
+pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
+    /// What the caller gets.
+    type Response;
+    /// What is remembered of the request while it is under way.
+    type Call;
+
+    /// A call is about to be made.
+    fn begin(&self, request: &mut Req) -> Self::Call;
+
+    /// The inner service has answered.
+    fn complete<F: Finish>(
+        call: Self::Call,
+        result: Result<Res, E>,
+        permit: Permit<F>,
+    ) -> Result<Self::Response, E>;
+}
+
+// ===== HTTP and gRPC =====
+
+/// HTTP, and gRPC by content type: judged at the head and followed to the end of the body.
+///
+/// A 5xx other than 501 and 505 is a failure, 429 is throttled, an error is a failure and so is a body
+/// that breaks off. An answer of `content-type: application/grpc…` is what its `grpc-status` says, in
+/// the head or in the trailers: `UNKNOWN`, `DEADLINE_EXCEEDED`, `INTERNAL`, `UNAVAILABLE` and
+/// `DATA_LOSS` are failures (as linkerd's), `RESOURCE_EXHAUSTED` is throttled.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Http;
+
+impl<Req, B, E> Judge<Req, Response<B>, E> for Http
+where
+    B: Body,
+    E: 'static,
+{
+    type Response = Response<TrackedBody<B>>;
+    type Call = ();
+
+    #[inline]
+    fn begin(&self, _: &mut Req) {}
+
+    #[inline]
+    fn complete<F: Finish>(
+        (): (),
+        result: Result<Response<B>, E>,
+        permit: Permit<F>,
+    ) -> Result<Self::Response, E> {
+        match result {
+            Ok(response) => {
+                let head = rule::head(&response);
+                Ok(follow(response, head, permit))
+            }
+            Err(error) => {
+                permit.finish(rule::of_any_error(&error));
+                Err(error)
+            }
+        }
+    }
+}
+
+/// [`Http`] with a verdict on the head of the user's own; the body is followed all the same.
+#[derive(Clone)]
+pub struct ClassifyHead<C>(pub(crate) C);
+
+impl<C, Req, B, E> Judge<Req, Response<B>, E> for ClassifyHead<C>
+where
+    C: Fn(StatusCode, &HeaderMap) -> Outcome + Clone + Send + Sync + 'static,
+    B: Body,
+    E: 'static,
+{
+    type Response = Response<TrackedBody<B>>;
+    type Call = C;
+
+    fn begin(&self, _: &mut Req) -> C {
+        self.0.clone()
+    }
+
+    fn complete<F: Finish>(
+        classify: C,
+        result: Result<Response<B>, E>,
+        permit: Permit<F>,
+    ) -> Result<Self::Response, E> {
+        match result {
+            Ok(response) => {
+                let outcome = classify(response.status(), response.headers());
+                let head = match rule::head(&response) {
+                    _ if !outcome.is_success() => Head::Certain(outcome),
+                    // A stream's status is still to come, and its refusal further in stays one.
+                    Head::Good(eos) => Head::Good(eos),
+                    Head::Certain(_) if response.extensions().get::<Rejected>().is_none() => {
+                        Head::Good(Eos::Plain(outcome))
+                    }
+                    certain => certain,
+                };
+                Ok(follow(response, head, permit))
+            }
+            Err(error) => {
+                permit.finish(rule::of_any_error(&error));
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Gives the permit to the body, or ends it here if the head is enough.
+#[inline]
+fn follow<B: Body, F: Finish>(
+    response: Response<B>,
+    head: Head,
+    permit: Permit<F>,
+) -> Response<TrackedBody<B>> {
+    let (so_far, eos) = match head {
+        Head::Certain(outcome) => (outcome, Eos::Plain(outcome)),
+        Head::Good(eos) => (eos.so_far(), eos),
+    };
+    permit.head(so_far);
+    let certain = matches!(eos, Eos::Plain(outcome) if !outcome.is_success());
+    match permit.hold() {
+        Hold::Head => permit.finish(so_far),
+        Hold::Verdict if certain => permit.finish(so_far),
+        Hold::Verdict | Hold::Body => {
+            return response.map(|body| TrackedBody::new(body, permit.erase(), eos));
+        }
+    }
+    response.map(TrackedBody::untracked)
+}
+
+// ===== Anything else =====
+
+/// A closure over `Result<&Response, &Error>`: for services of any types.
+#[derive(Clone)]
+pub struct Classify<C>(pub(crate) C);
+
+impl<C, Req, Res, E> Judge<Req, Res, E> for Classify<C>
+where
+    C: for<'a> Fn(Result<&'a Res, &'a E>) -> Outcome + Clone + Send + Sync + 'static,
+{
+    type Response = Res;
+    type Call = C;
+
+    #[inline]
+    fn begin(&self, _: &mut Req) -> C {
+        self.0.clone()
+    }
+
+    #[inline]
+    fn complete<F: Finish>(
+        classify: C,
+        result: Result<Res, E>,
+        permit: Permit<F>,
+    ) -> Result<Res, E> {
+        permit.finish(classify(result.as_ref()));
+        result
+    }
+}
+
+/// Nothing is judged: a call is over with its response, and an error is a failure.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PerResponse;
+
+impl<Req, Res, E: 'static> Judge<Req, Res, E> for PerResponse {
+    type Response = Res;
+    type Call = ();
+
+    #[inline]
+    fn begin(&self, _: &mut Req) {}
+
+    #[inline]
+    fn complete<F: Finish>((): (), result: Result<Res, E>, permit: Permit<F>) -> Result<Res, E> {
+        permit.finish(match &result {
+            Ok(_) => Outcome::success(),
+            Err(error) => rule::of_any_error(error),
+        });
+        result
+    }
+}
+
+// ===== tower_http::classify =====
+
+/// Any classifier of `tower_http::classify`, as it is.
+#[cfg(feature = "tower-http")]
+#[derive(Clone)]
+pub struct TowerHttp<M>(pub(crate) M);
+
+#[cfg(feature = "tower-http")]
+impl<M, ReqB, B, E> Judge<http::Request<ReqB>, Response<B>, E> for TowerHttp<M>
+where
+    M: tower_http::classify::MakeClassifier + Clone + Send + Sync + 'static,
+    M::ClassifyEos: Send + Sync + 'static,
+    B: Body,
+    E: fmt::Display + 'static,
+{
+    type Response = Response<TrackedBody<B>>;
+    type Call = M::Classifier;
+
+    fn begin(&self, request: &mut http::Request<ReqB>) -> M::Classifier {
+        self.0.make_classifier(request)
+    }
+
+    fn complete<F: Finish>(
+        call: M::Classifier,
+        result: Result<Response<B>, E>,
+        permit: Permit<F>,
+    ) -> Result<Self::Response, E> {
+        use tower_http::classify::{ClassifiedResponse, ClassifyEos, ClassifyResponse};
+
+        fn outcome<T>(result: Result<(), T>) -> Outcome {
+            result.map_or(Outcome::failure(), |()| Outcome::success())
+        }
+
+        match result {
+            Ok(response) => {
+                let head = if let Some(Head::Certain(refused)) =
+                    response.extensions().get::<Rejected>().map(|_| rule::head(&response))
+                {
+                    Head::Certain(refused)
+                } else {
+                    match call.classify_response(&response) {
+                        ClassifiedResponse::Ready(Ok(())) => {
+                            Head::Good(Eos::Plain(Outcome::success()))
+                        }
+                        ClassifiedResponse::Ready(Err(_)) => Head::Certain(Outcome::failure()),
+                        ClassifiedResponse::RequiresEos(eos) => {
+                            Head::Good(Eos::Custom(Box::new(move |trailers| {
+                                outcome(eos.classify_eos(trailers))
+                            })))
+                        }
+                    }
+                };
+                Ok(follow(response, head, permit))
+            }
+            Err(error) => {
+                // Its own words on errors cannot tell a refusal of ours from a failure.
+                let told = rule::of_any_error(&error);
+                let _ = call.classify_error(&error);
+                permit.finish(told);
+                Err(error)
+            }
+        }
+    }
+}
+
+macro_rules! opaque_debug {
+    ($($name:ident<$p:ident>),*) => {$(
+        impl<$p> fmt::Debug for $name<$p> {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(stringify!($name))
+            }
+        }
+    )*};
+}
+opaque_debug!(Classify<C>, ClassifyHead<C>);
+#[cfg(feature = "tower-http")]
+opaque_debug!(TowerHttp<M>);

@@ -1,0 +1,279 @@
+use std::{fmt, time::Duration};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
+use http_body::Body;
+
+use super::{Rejected, RejectedKind, TrackedBody, grpc, hint};
+use crate::BoxError;
+
+/// What a refusal becomes: an error, or a response.
+///
+/// [`AsError`] is every layer's default, [`Respond`] and [`RespondWith`] answer. Not to be implemented
+/// outside of this crate yet.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot turn a refusal into what this service gives (response `{Res}`, error `{E}`)",
+    label = "a refusal has no form here",
+    note = "`.respond()` needs requests of `http::Request<_>` and responses of `http::Response<TrackedBody<B>>` with `B::Data: From<Bytes>`: leave the layer's protocol at `Http`",
+    note = "for other types use `.respond_with(|refused: &Rejected| ..)`, or leave it out and get a `BoxError` (then the wrapped service's error must be `Into<BoxError>`)"
+)]
+pub trait Reject<Req, Res, E>: Refuse<Req, Res, E> {}
+
+#[diagnostic::do_not_recommend]
+impl<R, Req, Res, E> Reject<Req, Res, E> for R where R: Refuse<Req, Res, E> {}
+
+/// The working half of [`Reject`], out of reach so that it may still change.
+pub trait Refuse<Req, Res, E>: Clone + Send + Sync + 'static {
+    /// The error of the whole: the inner service's, or a box that holds that or the refusal.
+    type Error;
+
+    /// How whoever sent this request is to be told.
+    fn form(&self, request: &Req) -> Form;
+
+    /// Tells them.
+    fn refuse(self, form: Form, rejected: Rejected) -> Result<Res, Self::Error>;
+
+    /// An error of the inner service.
+    fn error(error: E) -> Self::Error;
+}
+
+/// All that is remembered of a request that is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// A status and headers.
+    Empty,
+    /// And a problem document.
+    Json,
+    /// gRPC: a trailers-only answer.
+    Grpc,
+}
+
+impl Form {
+    fn of(headers: &HeaderMap) -> Self {
+        if grpc::is_grpc(headers) {
+            Self::Grpc
+        } else if accepts_json(headers) {
+            Self::Json
+        } else {
+            Self::Empty
+        }
+    }
+}
+
+/// Whether `Accept` lets us answer with a problem document (RFC 9457): by name, or not at all said.
+fn accepts_json(headers: &HeaderMap) -> bool {
+    let mut said = false;
+    for value in headers.get_all(header::ACCEPT).iter().take(8) {
+        said = true;
+        let Ok(value) = value.to_str() else { continue };
+        for range in value.split(',').take(32) {
+            let mut parts = range.split(';').map(str::trim);
+            let media = parts.next().unwrap_or_default();
+            let wanted = ["*/*", "application/*", "application/json", "application/problem+json"]
+                .iter()
+                .any(|json| media.eq_ignore_ascii_case(json));
+            let refused = parts.any(|part| {
+                part.strip_prefix("q=").is_some_and(|q| q.parse::<f32>().is_ok_and(|q| q <= 0.0))
+            });
+            if wanted && !refused {
+                return true;
+            }
+        }
+    }
+    !said
+}
+
+// ===== As an error =====
+
+/// A refusal is an error, boxed: for clients. [`Rejected::find`] tells it from others.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AsError;
+
+impl<Req, Res, E: Into<BoxError>> Refuse<Req, Res, E> for AsError {
+    type Error = BoxError;
+
+    #[inline]
+    fn form(&self, _: &Req) -> Form {
+        Form::Empty
+    }
+
+    fn refuse(self, _: Form, rejected: Rejected) -> Result<Res, BoxError> {
+        Err(Box::new(rejected))
+    }
+
+    #[inline]
+    fn error(error: E) -> BoxError {
+        error.into()
+    }
+}
+
+// ===== As a response =====
+
+/// A refusal is a response, and the error type is left alone: for servers, and for tonic's clients.
+///
+/// HTTP: 503 (429 for [`RejectedKind::Quota`]) with `Retry-After` in whole seconds, at least 1, and an
+/// `application/problem+json` body (RFC 9457) where the client accepts it. gRPC, told by the request's
+/// content type: a trailers-only `UNAVAILABLE` (`RESOURCE_EXHAUSTED`) with `grpc-retry-pushback-ms`.
+/// The [`Rejected`] itself is in the response's extensions.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Respond;
+
+impl<ReqB, B, E> Refuse<Request<ReqB>, Response<TrackedBody<B>>, E> for Respond
+where
+    B: Body,
+    B::Data: From<Bytes>,
+{
+    type Error = E;
+
+    #[inline]
+    fn form(&self, request: &Request<ReqB>) -> Form {
+        Form::of(request.headers())
+    }
+
+    fn refuse(self, form: Form, rejected: Rejected) -> Result<Response<TrackedBody<B>>, E> {
+        Ok(response(form, rejected).map(TrackedBody::answer))
+    }
+
+    #[inline]
+    fn error(error: E) -> E {
+        error
+    }
+}
+
+/// The answer that [`Respond`] gives.
+fn response(form: Form, rejected: Rejected) -> Response<Bytes> {
+    let quota = rejected.kind() == RejectedKind::Quota;
+    let mut body = Bytes::new();
+    let mut headers = HeaderMap::with_capacity(4);
+    let status = match form {
+        Form::Grpc => {
+            let code = if quota { grpc::RESOURCE_EXHAUSTED } else { grpc::UNAVAILABLE };
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+            headers.insert(grpc::STATUS, HeaderValue::from(code));
+            headers.insert(grpc::MESSAGE, HeaderValue::from_static(rejected.kind().as_str()));
+            if let Some(after) = rejected.retry_after() {
+                let ms = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
+                headers.insert(hint::PUSHBACK, HeaderValue::from(ms));
+            }
+            StatusCode::OK
+        }
+        Form::Json | Form::Empty => {
+            let status =
+                if quota { StatusCode::TOO_MANY_REQUESTS } else { StatusCode::SERVICE_UNAVAILABLE };
+            if let Some(after) = rejected.retry_after() {
+                headers.insert(header::RETRY_AFTER, HeaderValue::from(whole_seconds(after)));
+            }
+            if form == Form::Json {
+                headers.insert(
+                    header::CONTENT_TYPE,
+                    HeaderValue::from_static("application/problem+json"),
+                );
+                body = problem(status, rejected.kind());
+            }
+            status
+        }
+    };
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    *response.headers_mut() = headers;
+    response.extensions_mut().insert(rejected);
+    response
+}
+
+/// RFC 9457. It tells a client when to come back (in the header) and nothing about the inside.
+fn problem(status: StatusCode, kind: RejectedKind) -> Bytes {
+    Bytes::from(format!(
+        r#"{{"type":"about:blank","title":"{}","status":{},"reason":"{}"}}"#,
+        status.canonical_reason().unwrap_or_default(),
+        status.as_u16(),
+        match kind {
+            // Of no concern to strangers.
+            RejectedKind::Misconfigured | RejectedKind::ForcedOpen => "unavailable",
+            kind => kind.as_str(),
+        },
+    ))
+}
+
+/// Rounded up, and at least 1: `Retry-After: 0` would ask for a storm.
+fn whole_seconds(after: Duration) -> u64 {
+    (after.as_secs() + u64::from(after.subsec_nanos() > 0)).max(1)
+}
+
+/// A closure makes the answer: for services of any types, or for an answer of the user's own form.
+#[derive(Clone)]
+pub struct RespondWith<F>(pub(crate) F);
+
+impl<F, Req, Res, E> Refuse<Req, Res, E> for RespondWith<F>
+where
+    F: Fn(&Rejected) -> Result<Res, E> + Clone + Send + Sync + 'static,
+{
+    type Error = E;
+
+    #[inline]
+    fn form(&self, _: &Req) -> Form {
+        Form::Empty
+    }
+
+    fn refuse(self, _: Form, rejected: Rejected) -> Result<Res, E> {
+        self.0(&rejected)
+    }
+
+    #[inline]
+    fn error(error: E) -> E {
+        error
+    }
+}
+
+impl<F> fmt::Debug for RespondWith<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("RespondWith")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn accept(value: &str) -> bool {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::ACCEPT, HeaderValue::from_bytes(value.as_bytes()).unwrap());
+        accepts_json(&headers)
+    }
+
+    #[test]
+    fn accept_header() {
+        assert!(accepts_json(&HeaderMap::new()));
+        assert!(accept("*/*"));
+        assert!(accept("text/html, application/json;q=0.5"));
+        assert!(accept("Application/Problem+JSON"));
+        assert!(!accept("text/html"));
+        assert!(!accept("application/json;q=0"));
+        assert!(!accept("\u{fffd}"));
+    }
+
+    #[test]
+    fn retry_after_is_rounded_up_and_at_least_one() {
+        assert_eq!(whole_seconds(Duration::ZERO), 1);
+        assert_eq!(whole_seconds(Duration::from_millis(1001)), 2);
+        assert_eq!(whole_seconds(Duration::from_secs(30)), 30);
+    }
+
+    #[test]
+    fn quota_is_429_and_resource_exhausted() {
+        let refused =
+            || Rejected::new(RejectedKind::Quota).with_retry_after(Duration::from_millis(1500));
+        let http = response(Form::Json, refused());
+        assert_eq!(http.status(), 429);
+        assert_eq!(http.headers()["retry-after"], "2");
+        assert_eq!(
+            http.body(),
+            r#"{"type":"about:blank","title":"Too Many Requests","status":429,"reason":"quota_exceeded"}"#
+        );
+        let grpc = response(Form::Grpc, refused());
+        assert_eq!(grpc.headers()["grpc-status"], "8");
+        assert_eq!(grpc.headers()["grpc-retry-pushback-ms"], "1500");
+        let plain = response(Form::Empty, Rejected::new(RejectedKind::Full));
+        assert_eq!((plain.status().as_u16(), plain.body().len()), (503, 0));
+        assert!(plain.extensions().get::<Rejected>().is_some());
+    }
+}

@@ -1,0 +1,267 @@
+use std::{error::Error, fmt, sync::Arc, time::Duration};
+
+use crate::{BoxError, ConfigError};
+
+/// A call that a layer did not let through: the one error of this crate's own.
+///
+/// It says which layer, why, and when to come back. In a stack that fails with boxed errors,
+/// [`Rejected::find`] looks for it anywhere in a chain of sources; in a stack that answers with
+/// responses, it is in the response's extensions.
+#[derive(Clone)]
+pub struct Rejected {
+    kind: RejectedKind,
+    layer: LayerKind,
+    retry_after_ms: u32,
+    label: Option<Arc<Label>>,
+}
+
+/// Why a call was not let through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum RejectedKind {
+    /// The circuit is open.
+    Open,
+    /// The circuit is half-open and all its probes are under way.
+    Probing,
+    /// The circuit is held open by hand.
+    ForcedOpen,
+    /// The limit is reached and there is no room to wait.
+    Full,
+    /// The call waited for its turn as long as it may.
+    WaitedTooLong,
+    /// The health probe says that what would be called is down.
+    Unhealthy,
+    /// The caller has used up what it is allowed: HTTP 429, gRPC `RESOURCE_EXHAUSTED`.
+    Quota,
+    /// The layer's configuration is wrong; the [`ConfigError`] is the source.
+    Misconfigured,
+}
+
+impl RejectedKind {
+    /// The kind in `snake_case`, as metrics and problem documents have it.
+    #[must_use]
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Open => "circuit_open",
+            Self::Probing => "circuit_half_open",
+            Self::ForcedOpen => "circuit_forced_open",
+            Self::Full => "limit_reached",
+            Self::WaitedTooLong => "queue_timeout",
+            Self::Unhealthy => "unhealthy",
+            Self::Quota => "quota_exceeded",
+            Self::Misconfigured => "misconfigured",
+        }
+    }
+}
+
+/// The layers that refuse.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LayerKind {
+    #[cfg(feature = "breaker")]
+    CircuitBreaker,
+    #[cfg(feature = "limit")]
+    ConcurrencyLimit,
+    #[cfg(feature = "health")]
+    HealthProbe,
+    #[cfg(feature = "retry")]
+    Retry,
+    User,
+}
+
+impl LayerKind {
+    const fn as_str(self) -> &'static str {
+        match self {
+            #[cfg(feature = "breaker")]
+            Self::CircuitBreaker => "circuit_breaker",
+            #[cfg(feature = "limit")]
+            Self::ConcurrencyLimit => "concurrency_limit",
+            #[cfg(feature = "health")]
+            Self::HealthProbe => "health_probe",
+            #[cfg(feature = "retry")]
+            Self::Retry => "retry",
+            Self::User => "user",
+        }
+    }
+}
+
+/// What a layer made once, so that a refusal only has to point at it.
+#[derive(Debug)]
+pub(crate) struct Label {
+    pub(crate) name: Box<str>,
+    pub(crate) fault: Option<ConfigError>,
+}
+
+const NO_HINT: u32 = u32::MAX;
+
+impl Rejected {
+    pub(crate) fn by(layer: LayerKind, kind: RejectedKind) -> Self {
+        Self { kind, layer, retry_after_ms: NO_HINT, label: None }
+    }
+
+    pub(crate) fn misconfigured(layer: LayerKind, label: Arc<Label>) -> Self {
+        Self {
+            kind: RejectedKind::Misconfigured,
+            layer,
+            retry_after_ms: NO_HINT,
+            label: Some(label),
+        }
+    }
+
+    pub(crate) fn labelled(mut self, label: Option<Arc<Label>>) -> Self {
+        self.label = label;
+        self
+    }
+
+    /// A refusal of the user's own, to be answered as this crate's layers answer:
+    /// see [`Respond`](crate::call::Respond).
+    #[must_use]
+    pub fn new(kind: RejectedKind) -> Self {
+        Self::by(LayerKind::User, kind)
+    }
+
+    /// The same refusal with a time to come back.
+    #[must_use]
+    pub fn with_retry_after(mut self, after: Duration) -> Self {
+        self.retry_after_ms = u32::try_from(after.as_millis()).unwrap_or(NO_HINT).min(NO_HINT - 1);
+        self
+    }
+
+    /// Why the call was not let through.
+    #[must_use]
+    pub const fn kind(&self) -> RejectedKind {
+        self.kind
+    }
+
+    /// Which layer refused: `circuit_breaker`, `concurrency_limit`, `health_probe`, …
+    #[must_use]
+    pub const fn layer(&self) -> &'static str {
+        self.layer.as_str()
+    }
+
+    /// The name that the layer was given, if any.
+    #[must_use]
+    pub fn name(&self) -> Option<&str> {
+        self.label.as_deref().map(|label| &*label.name).filter(|name| !name.is_empty())
+    }
+
+    /// When it may be worth coming back, if that is known.
+    #[must_use]
+    pub const fn retry_after(&self) -> Option<Duration> {
+        match self.retry_after_ms {
+            NO_HINT => None,
+            ms => Some(Duration::from_millis(ms as u64)),
+        }
+    }
+
+    /// Looks for a refusal in `error` and its sources.
+    #[must_use]
+    pub fn find<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
+        let mut next = Some(error);
+        // A chain of sources can be a ring only by malice; sixteen links are more than any stack makes.
+        for _ in 0..16 {
+            let error = next?;
+            if let Some(found) = error.downcast_ref::<Self>() {
+                return Some(found);
+            }
+            next = error.source();
+        }
+        None
+    }
+
+    /// [`find`](Self::find) for an error whose type says nothing: a boxed one, or a `Rejected` itself.
+    pub(crate) fn find_in_any<E: 'static>(error: &E) -> Option<&Self> {
+        let error: &dyn std::any::Any = error;
+        if let Some(boxed) = error.downcast_ref::<BoxError>() {
+            return Self::find(&**boxed);
+        }
+        error.downcast_ref::<Self>()
+    }
+}
+
+impl fmt::Display for Rejected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let what = match self.kind {
+            RejectedKind::Open => "circuit is open",
+            RejectedKind::Probing => "circuit is half-open and its probes are under way",
+            RejectedKind::ForcedOpen => "circuit is held open",
+            RejectedKind::Full => "concurrency limit is reached",
+            RejectedKind::WaitedTooLong => "waited too long for a turn",
+            RejectedKind::Unhealthy => "what would be called is unhealthy",
+            RejectedKind::Quota => "quota is used up",
+            RejectedKind::Misconfigured => "layer is misconfigured",
+        };
+        write!(f, "rejected by {}", self.layer())?;
+        if let Some(name) = self.name() {
+            write!(f, " `{name}`")?;
+        }
+        write!(f, ": {what}")?;
+        if let Some(after) = self.retry_after() {
+            write!(f, ", retry after {after:?}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Rejected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rejected")
+            .field("kind", &self.kind)
+            .field("layer", &self.layer())
+            .field("name", &self.name())
+            .field("retry_after", &self.retry_after())
+            .finish()
+    }
+}
+
+impl Error for Rejected {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.label.as_deref()?.fault.as_ref().map(|fault| fault as _)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn is_small_enough_for_every_future() {
+        assert_eq!(size_of::<Rejected>(), 16);
+    }
+
+    #[test]
+    fn is_found_under_boxes_and_sources() {
+        #[derive(Debug)]
+        struct Outer(BoxError);
+        impl fmt::Display for Outer {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("outer")
+            }
+        }
+        impl Error for Outer {
+            fn source(&self) -> Option<&(dyn Error + 'static)> {
+                Some(&*self.0)
+            }
+        }
+        let boxed: BoxError =
+            Box::new(Outer(Box::new(Outer(Box::new(Rejected::new(RejectedKind::Full))))));
+        assert_eq!(Rejected::find_in_any(&boxed).map(Rejected::kind), Some(RejectedKind::Full));
+        assert!(Rejected::find_in_any(&"no error at all").is_none());
+    }
+
+    #[test]
+    fn a_ring_of_sources_ends() {
+        #[derive(Debug)]
+        struct Ring;
+        impl fmt::Display for Ring {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("ring")
+            }
+        }
+        impl Error for Ring {
+            fn source(&self) -> Option<&(dyn Error + 'static)> {
+                Some(&Ring)
+            }
+        }
+        assert!(Rejected::find(&Ring).is_none());
+    }
+}

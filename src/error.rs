@@ -1,0 +1,39 @@
+use std::{borrow::Cow, error::Error, fmt};
+
+/// Any error, boxed: what a client stack fails with.
+pub type BoxError = Box<dyn Error + Send + Sync>;
+
+/// A setting that cannot work: which one, what it was, and what would be right.
+///
+/// Setters never panic and never accept such a value in silence: a layer remembers the first one.
+/// [`checked`](crate::CircuitBreakerLayer::checked) hands it out when the stack is built; a stack that
+/// was built without asking refuses every call with it as the
+/// [`Rejected`](crate::call::Rejected)'s source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ConfigError {
+    /// The setting, as the setter is called: `queue.max_wait`.
+    pub field: &'static str,
+    /// The value that was given.
+    pub value: String,
+    /// What would be right.
+    pub remedy: Cow<'static, str>,
+}
+
+impl ConfigError {
+    pub(crate) fn new(
+        field: &'static str,
+        value: impl fmt::Debug,
+        remedy: impl Into<Cow<'static, str>>,
+    ) -> Self {
+        Self { field, value: format!("{value:?}"), remedy: remedy.into() }
+    }
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`{}` is {}: {}", self.field, self.value, self.remedy)
+    }
+}
+
+impl Error for ConfigError {}

@@ -1,0 +1,278 @@
+//! The limit itself: one word for who is in and who waits, and a lock only for those who wait.
+
+use std::{
+    fmt,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    },
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use super::{
+    queue::{Place, Queue},
+    wait::Wait,
+};
+use crate::{
+    admission::{Admit, Policy},
+    call::{
+        Finish, Hold, Label, LayerKind, Outcome, Permit, Rejected, RejectedKind, Shared, Token,
+    },
+    event,
+};
+
+/// One concurrency limit.
+pub struct Limiter {
+    /// `waiting << 32 | in flight`. With anybody waiting, nobody gets in but through the queue.
+    word: AtomicU64,
+    limit: AtomicU32,
+    queue: Mutex<Queue>,
+    longest_queue: AtomicU32,
+    longest_wait_ms: AtomicU64,
+    retry_after_ms: AtomicU64,
+    to_the_head_only: AtomicBool,
+    full: AtomicU64,
+    waited_too_long: AtomicU64,
+    label: OnceLock<Arc<Label>>,
+}
+
+const ONE_IN: u64 = 1;
+const ONE_WAITING: u64 = 1 << 32;
+
+fn in_flight(word: u64) -> u32 {
+    word as u32
+}
+
+fn waiting(word: u64) -> u32 {
+    (word >> 32) as u32
+}
+
+impl Limiter {
+    pub(super) fn new(limit: u32) -> Self {
+        Self {
+            word: AtomicU64::new(0),
+            limit: AtomicU32::new(limit),
+            queue: Mutex::default(),
+            longest_queue: AtomicU32::new(0),
+            longest_wait_ms: AtomicU64::new(0),
+            retry_after_ms: AtomicU64::new(1000),
+            to_the_head_only: AtomicBool::new(false),
+            full: AtomicU64::new(0),
+            waited_too_long: AtomicU64::new(0),
+            label: OnceLock::new(),
+        }
+    }
+
+    // ===== Settings =====
+
+    pub(super) fn limit(&self) -> u32 {
+        self.limit.load(Ordering::Relaxed)
+    }
+
+    /// A higher limit lets waiters in at once; a lower one takes effect as calls end.
+    pub(super) fn set_limit(&self, limit: u32) {
+        self.limit.store(limit, Ordering::SeqCst);
+        self.hand_over();
+    }
+
+    pub(super) fn set_queue(&self, length: u32, longest_wait: Duration) {
+        let ms = u64::try_from(longest_wait.as_millis()).unwrap_or(u64::MAX);
+        self.longest_wait_ms.store(ms, Ordering::Relaxed);
+        self.longest_queue.store(length, Ordering::Relaxed);
+    }
+
+    pub(super) fn longest_wait(&self) -> Duration {
+        Duration::from_millis(self.longest_wait_ms.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn set_retry_after(&self, after: Duration) {
+        let ms = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
+        self.retry_after_ms.store(ms, Ordering::Relaxed);
+    }
+
+    pub(super) fn release_at_head(&self) {
+        self.to_the_head_only.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn name(&self, name: &str) {
+        // The first name stays: refusals under way point at it.
+        let _ = self.label.set(Arc::new(Label { name: name.into(), fault: None }));
+    }
+
+    // ===== Looking =====
+
+    pub(super) fn in_flight(&self) -> u32 {
+        in_flight(self.word.load(Ordering::Acquire))
+    }
+
+    pub(super) fn waiting(&self) -> u32 {
+        waiting(self.word.load(Ordering::Acquire))
+    }
+
+    pub(super) fn refused(&self) -> (u64, u64) {
+        (self.full.load(Ordering::Relaxed), self.waited_too_long.load(Ordering::Relaxed))
+    }
+
+    // ===== Getting in =====
+
+    /// Gets in if there is room and nobody waits.
+    #[inline]
+    fn enter(&self) -> bool {
+        let mut word = self.word.load(Ordering::Relaxed);
+        while waiting(word) == 0 && in_flight(word) < self.limit() {
+            match self.word.compare_exchange_weak(
+                word,
+                word + ONE_IN,
+                Ordering::Acquire,
+                Ordering::Relaxed,
+            ) {
+                Ok(_) => return true,
+                Err(now) => word = now,
+            }
+        }
+        false
+    }
+
+    /// Takes a place in the queue. None if a place has become free instead, or there is none to wait in.
+    fn join(&self) -> Result<Option<Place>, RejectedKind> {
+        let longest = self.longest_queue.load(Ordering::Relaxed);
+        if longest == 0 || self.limit() == 0 {
+            return Err(RejectedKind::Full);
+        }
+        let mut queue = self.lock();
+        let mut word = self.word.load(Ordering::Relaxed);
+        loop {
+            let room = waiting(word) == 0 && in_flight(word) < self.limit();
+            if !room && waiting(word) >= longest {
+                return Err(RejectedKind::Full);
+            }
+            let next = if room { word + ONE_IN } else { word + ONE_WAITING };
+            match self.word.compare_exchange_weak(word, next, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) if room => return Ok(None),
+                Ok(_) => return Ok(Some(queue.join())),
+                Err(now) => word = now,
+            }
+        }
+    }
+
+    /// Whether it is this place's turn.
+    pub(super) fn poll_turn(&self, place: Place, cx: &Context<'_>) -> Poll<()> {
+        if self.lock().waits(place, cx.waker()) { Poll::Pending } else { Poll::Ready(()) }
+    }
+
+    /// Gives a place up, also if its turn has just come.
+    pub(super) fn leave(&self, place: Place) {
+        let mut queue = self.lock();
+        let waited = queue.leave(place);
+        if waited {
+            self.word.fetch_sub(ONE_WAITING, Ordering::AcqRel);
+        }
+        drop(queue);
+        if !waited {
+            self.exit();
+        }
+    }
+
+    // ===== Getting out =====
+
+    #[inline]
+    fn exit(&self) {
+        let before = self.word.fetch_sub(ONE_IN, Ordering::AcqRel);
+        if waiting(before) > 0 {
+            self.hand_over();
+        }
+    }
+
+    /// Lets in whoever waits while there is room. Each is woken once, outside of the lock.
+    fn hand_over(&self) {
+        loop {
+            let mut queue = self.lock();
+            let mut word = self.word.load(Ordering::Acquire);
+            let turn = loop {
+                if queue.len() == 0 || in_flight(word) >= self.limit() {
+                    break None;
+                }
+                // One fewer waits, one more is in: in one step, so that nobody slips in between.
+                match self.word.compare_exchange_weak(
+                    word,
+                    word - ONE_WAITING + ONE_IN,
+                    Ordering::AcqRel,
+                    Ordering::Acquire,
+                ) {
+                    Ok(_) => break queue.next(),
+                    Err(now) => word = now,
+                }
+            };
+            drop(queue);
+            match turn {
+                None => return,
+                Some(waker) => waker.into_iter().for_each(Waker::wake),
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        // Nothing of a user's runs under it; were it poisoned, the queue is still whole.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn refuse(&self, kind: RejectedKind) -> Rejected {
+        let counter = match kind {
+            RejectedKind::WaitedTooLong => &self.waited_too_long,
+            _ => &self.full,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        event!(DEBUG, reason = kind.as_str(), "call shed");
+        Rejected::by(LayerKind::ConcurrencyLimit, kind)
+            .with_retry_after(Duration::from_millis(self.retry_after_ms.load(Ordering::Relaxed)))
+            .labelled(self.label.get().cloned())
+    }
+}
+
+impl<Req> Policy<Req> for Shared<Limiter> {
+    type State = Limiter;
+    type Wait = Wait;
+
+    const LAYER: LayerKind = LayerKind::ConcurrencyLimit;
+
+    #[inline]
+    fn peek(&self) -> bool {
+        let word = self.word.load(Ordering::Relaxed);
+        waiting(word) == 0 && in_flight(word) < self.limit()
+    }
+
+    #[inline]
+    fn admit(&self, _: &Req) -> Admit<Permit<Limiter>, Wait> {
+        if self.enter() {
+            return Admit::Go(self.permit(Token::default()));
+        }
+        match self.join() {
+            Ok(None) => Admit::Go(self.permit(Token::default())),
+            Ok(Some(place)) => Admit::Wait(Wait::new(self.clone(), place)),
+            Err(kind) => Admit::No(self.refuse(kind)),
+        }
+    }
+}
+
+impl Finish for Limiter {
+    #[inline]
+    fn finish(&self, _: Token, _: Outcome) {
+        self.exit();
+    }
+
+    #[inline]
+    fn hold(&self) -> Hold {
+        if self.to_the_head_only.load(Ordering::Relaxed) { Hold::Head } else { Hold::Body }
+    }
+}
+
+impl fmt::Debug for Limiter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Limiter")
+            .field("limit", &self.limit())
+            .field("in_flight", &self.in_flight())
+            .field("waiting", &self.waiting())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,70 @@
+use std::fmt;
+
+use super::core::Limiter;
+use crate::{ConfigError, call::Shared};
+
+/// Looks at a concurrency limit and resizes it, from outside of the stack.
+///
+/// Clones see the same limit, and so do all services that the layer or a clone of it made.
+#[derive(Clone)]
+pub struct ConcurrencyLimitHandle(pub(super) Shared<Limiter>);
+
+/// A concurrency limit at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ConcurrencyLimitSnapshot {
+    /// How many calls may be in flight at once.
+    pub limit: u32,
+    /// How many are, each to the end of its response body.
+    pub in_flight: u32,
+    /// How many wait for their turn.
+    pub waiting: u32,
+    /// How many were refused because the limit was reached and there was no room to wait.
+    pub refused_full: u64,
+    /// How many were refused after they had waited as long as they may.
+    pub refused_waited: u64,
+}
+
+impl ConcurrencyLimitHandle {
+    /// All there is to know at this moment.
+    #[must_use]
+    pub fn snapshot(&self) -> ConcurrencyLimitSnapshot {
+        let (refused_full, refused_waited) = self.0.refused();
+        ConcurrencyLimitSnapshot {
+            limit: self.0.limit(),
+            in_flight: self.0.in_flight(),
+            waiting: self.0.waiting(),
+            refused_full,
+            refused_waited,
+        }
+    }
+
+    /// How many calls are in flight, each to the end of its response body.
+    #[must_use]
+    pub fn in_flight(&self) -> u32 {
+        self.0.in_flight()
+    }
+
+    /// Resizes the limit: a higher one lets waiters in at once, a lower one takes effect as calls end.
+    ///
+    /// # Errors
+    ///
+    /// Zero, or more than `u32::MAX`.
+    pub fn set_limit(&self, limit: usize) -> Result<(), ConfigError> {
+        self.0.set_limit(checked(limit)?);
+        Ok(())
+    }
+}
+
+pub(super) fn checked(limit: usize) -> Result<u32, ConfigError> {
+    match u32::try_from(limit) {
+        Ok(limit) if limit > 0 => Ok(limit),
+        _ => Err(ConfigError::new("limit", limit, "use 1 to 4294967295 calls")),
+    }
+}
+
+impl fmt::Debug for ConcurrencyLimitHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("ConcurrencyLimitHandle").field(&*self.0).finish()
+    }
+}

@@ -1,0 +1,85 @@
+use std::time::Duration;
+
+use tower_layer::Layer;
+
+use super::{
+    core::Limiter,
+    handle::{ConcurrencyLimitHandle, checked},
+};
+use crate::{
+    ConfigError,
+    admission::{Plan, admission_layer},
+    call::{AsError, Http, Shared},
+};
+
+admission_layer! {
+    /// Lets so many calls be in flight at once, each to the end of its response body.
+    ///
+    /// One limit belongs to one layer and all its clones, however often the layer is applied. See the
+    /// [module](crate::limit).
+    layer ConcurrencyLimitLayer {}
+    /// The service of a [`ConcurrencyLimitLayer`].
+    service ConcurrencyLimit
+    policy Shared<Limiter>
+}
+
+impl ConcurrencyLimitLayer {
+    /// At most `limit` calls at once, 1 or more. What comes beyond is refused at once, unless
+    /// [`queue`](Self::queue) lets it wait.
+    pub fn new(limit: usize) -> Self {
+        let checked = checked(limit);
+        let policy = Shared::new(Limiter::new(*checked.as_ref().unwrap_or(&0)));
+        Self { plan: Plan { policy, protocol: Http, reject: AsError, fault: checked.err() } }
+    }
+}
+
+impl<M, R> ConcurrencyLimitLayer<M, R> {
+    /// Lets up to `length` calls wait for their turn, first come first served, each for `longest_wait`
+    /// (above zero) and no longer. A length of 0 is the default: nobody waits.
+    pub fn queue(mut self, length: usize, longest_wait: Duration) -> Self {
+        let checked = match u32::try_from(length) {
+            Err(_) => Err(ConfigError::new("queue.length", length, "use at most 4294967295")),
+            Ok(length) if length > 0 && longest_wait < Duration::from_millis(1) => {
+                let remedy = "use 1ms or more, or a length of 0";
+                Err(ConfigError::new("queue.longest_wait", longest_wait, remedy))
+            }
+            Ok(length) => Ok(length),
+        };
+        if let Some(length) = self.plan.accept(checked) {
+            self.plan.policy.set_queue(length, longest_wait);
+        }
+        self
+    }
+
+    /// What a refused call is told of when to come back: 1 s by default.
+    pub fn retry_after(self, after: Duration) -> Self {
+        self.plan.policy.set_retry_after(after);
+        self
+    }
+
+    /// Frees a call's place when its response head is here, instead of at the end of the body.
+    pub fn release_at_head(self) -> Self {
+        self.plan.policy.release_at_head();
+        self
+    }
+
+    /// A name for refusals and events. The first one given stays.
+    pub fn name(self, name: &str) -> Self {
+        self.plan.policy.name(name);
+        self
+    }
+
+    /// Looks at the limit and resizes it.
+    #[must_use]
+    pub fn handle(&self) -> ConcurrencyLimitHandle {
+        ConcurrencyLimitHandle(self.plan.policy.clone())
+    }
+}
+
+impl<S, M: Clone, R: Clone> Layer<S> for ConcurrencyLimitLayer<M, R> {
+    type Service = ConcurrencyLimit<S, M, R>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        ConcurrencyLimit { admission: self.plan.service(inner) }
+    }
+}
