@@ -17,9 +17,15 @@ pub mod limit;
 
 #[cfg(feature = "breaker")]
 pub use self::breaker::{CircuitBreaker, CircuitBreakerLayer, Trip};
+#[cfg(feature = "retry")]
+#[cfg_attr(docsrs, doc(cfg(feature = "retry")))]
+pub mod retry;
+
 use self::event::event;
 #[cfg(feature = "limit")]
 pub use self::limit::{ConcurrencyLimit, ConcurrencyLimitLayer};
+#[cfg(feature = "retry")]
+pub use self::retry::{Attempts, Backoff, Retry, RetryBudget, RetryLayer};
 
 pub use self::{
     call::{Outcome, Rejected},

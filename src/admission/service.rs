@@ -15,7 +15,7 @@ use super::{
 use crate::call::{Label, Protocol, Reject, Rejected};
 
 /// The service behind every admission layer.
-pub struct Admission<S, P, M, R> {
+pub(crate) struct Admission<S, P, M, R> {
     inner: S,
     policy: P,
     protocol: M,

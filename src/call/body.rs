@@ -33,15 +33,17 @@ pin_project! {
 }
 
 /// Judges an answer by its trailers, if it has any.
+#[cfg(feature = "tower-http")]
 type JudgeTrailers = dyn FnOnce(Option<&HeaderMap>) -> Outcome + Send + Sync;
 
 /// What decides the outcome once the body has come to its end.
-pub enum Eos {
+pub(crate) enum Eos {
     /// Nothing more: the head has said it all.
     Plain(Outcome),
     /// The gRPC status in the trailers.
     Grpc,
     /// A classifier that wants to see the trailers.
+    #[cfg(feature = "tower-http")]
     Custom(Box<JudgeTrailers>),
 }
 
@@ -50,6 +52,7 @@ impl Eos {
         match std::mem::replace(self, Self::Plain(Outcome::success())) {
             Self::Plain(outcome) => outcome,
             Self::Grpc => grpc::end(trailers),
+            #[cfg(feature = "tower-http")]
             Self::Custom(judge) => judge(trailers),
         }
     }
@@ -69,7 +72,7 @@ impl Eos {
     pub(crate) fn so_far(&self) -> Outcome {
         match self {
             Self::Plain(outcome) => *outcome,
-            Self::Grpc | Self::Custom(_) => Outcome::cancelled(),
+            _ => Outcome::cancelled(),
         }
     }
 }

@@ -55,7 +55,7 @@ pub(crate) fn of_status(status: StatusCode, headers: &HeaderMap) -> Outcome {
 }
 
 /// The outcome of a call that a layer further in refused: neutral, with its hint.
-fn of_rejected(refused: &Rejected) -> Outcome {
+pub(crate) fn of_rejected(refused: &Rejected) -> Outcome {
     let outcome = Outcome::cancelled().because(Reason::Rejected);
     match refused.retry_after() {
         Some(after) => outcome.with_retry_after(after),

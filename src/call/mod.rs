@@ -16,9 +16,9 @@
 
 mod body;
 mod clock;
-mod grpc;
-mod hint;
-mod http;
+pub(crate) mod grpc;
+pub(crate) mod hint;
+pub(crate) mod http;
 mod outcome;
 mod permit;
 mod protocol;

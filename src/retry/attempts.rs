@@ -1,0 +1,80 @@
+use std::{error::Error, fmt, time::Duration};
+
+use http::Response;
+
+use super::policy::Stop;
+use crate::BoxError;
+
+/// What a retry did with one call: in the extensions of the response, and in the error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Attempts {
+    /// How many attempts were made.
+    pub made: u32,
+    /// How long was waited between them, all in all.
+    pub waited: Duration,
+    /// Why there was no further one.
+    pub stop: Stop,
+}
+
+impl Attempts {
+    pub(super) const FIRST: Self = Self { made: 1, waited: Duration::ZERO, stop: Stop::Answered };
+
+    /// What is told by a response. One that came at the first attempt carries no record of it.
+    #[must_use]
+    pub fn of<B>(response: &Response<B>) -> Self {
+        response.extensions().get().copied().unwrap_or(Self::FIRST)
+    }
+
+    /// Looks for the record in `error` and its sources.
+    #[must_use]
+    pub fn find(error: &(dyn Error + 'static)) -> Option<Self> {
+        let mut next = Some(error);
+        for _ in 0..16 {
+            let error = next?;
+            if let Some(found) = error.downcast_ref::<RetryError>() {
+                return Some(found.attempts);
+            }
+            next = error.source();
+        }
+        None
+    }
+}
+
+/// Which attempt a request is: in the extensions of every request but the first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attempt(pub u32);
+
+/// The error of a call that a [`RetryLayer`](super::RetryLayer) gave up on. Its source is the last
+/// attempt's error.
+#[derive(Debug)]
+pub struct RetryError {
+    attempts: Attempts,
+    source: BoxError,
+}
+
+impl RetryError {
+    pub(super) fn new(attempts: Attempts, source: BoxError) -> Self {
+        Self { attempts, source }
+    }
+
+    /// What was done.
+    #[must_use]
+    pub fn attempts(&self) -> Attempts {
+        self.attempts
+    }
+}
+
+impl fmt::Display for RetryError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Attempts { made, stop, .. } = self.attempts;
+        let s = if made == 1 { "" } else { "s" };
+        write!(f, "gave up after {made} attempt{s} ({stop})")
+    }
+}
+
+impl Error for RetryError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        Some(&*self.source)
+    }
+}

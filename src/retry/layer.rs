@@ -1,0 +1,179 @@
+use std::{fmt, time::Duration};
+
+use tower_layer::Layer;
+
+use super::{
+    backoff::Backoff,
+    budget::RetryBudget,
+    core::{Core, Settings},
+    service::Retry,
+};
+use crate::{
+    ConfigError,
+    call::{Classify, Http, Outcome, Shared},
+};
+
+/// Tries again what failed, where that is safe, useful and within the budget.
+///
+/// Its settings and its budget belong to one layer and all its clones, however often the layer is
+/// applied. See the [module](crate::retry).
+#[must_use = "a layer does nothing until it wraps a service"]
+#[derive(Clone)]
+pub struct RetryLayer<M = Http> {
+    settings: Shared<Settings>,
+    protocol: M,
+    fault: Option<ConfigError>,
+}
+
+impl RetryLayer {
+    /// Three attempts, full jitter, 20 % budget, `Retry-After` followed, safe methods only.
+    pub fn http() -> Self {
+        Self { settings: Shared::new(Settings::new()), protocol: Http, fault: None }
+    }
+
+    /// The same for gRPC, whose calls are all `POST`: `UNAVAILABLE`, which says that nothing was done, is
+    /// retried for all of them, as gRPC's own retry policy (gRFC A6) has it.
+    pub fn grpc() -> Self {
+        Self::http().assume_idempotent()
+    }
+}
+
+impl<M> RetryLayer<M> {
+    /// Retries requests of any `Clone` type, by a closure that says what failed.
+    ///
+    /// It gets exactly what the wrapped service gives, as `Result<&Response, &Error>`; failures and
+    /// throttled calls are tried again. The error type is left alone.
+    pub fn classify<C, Res, E>(self, classify: C) -> RetryLayer<Classify<C>>
+    where
+        C: for<'a> Fn(Result<&'a Res, &'a E>) -> Outcome + Clone + Send + Sync + 'static,
+    {
+        RetryLayer { settings: self.settings, protocol: Classify(classify), fault: self.fault }
+    }
+
+    /// How many attempts are made at most, the first one included: 3 by default, 1 or more.
+    pub fn attempts(mut self, attempts: u32) -> Self {
+        let checked = match attempts {
+            0 => Err(ConfigError::new("attempts", attempts, "use 1 or more")),
+            attempts => Ok(attempts),
+        };
+        if let Some(attempts) = self.accept(checked) {
+            self.settings.set_attempts(attempts);
+        }
+        self
+    }
+
+    /// How long is waited between attempts.
+    pub fn backoff(mut self, backoff: Backoff) -> Self {
+        if self.accept(backoff.check()).is_some() {
+            self.settings.set_backoff(backoff);
+        }
+        self
+    }
+
+    /// How many retries there may be for so many calls. Pass clones of one to several layers to share it.
+    ///
+    /// Services that the layer made before keep theirs.
+    pub fn budget(mut self, budget: RetryBudget) -> Self {
+        if self.accept(budget.check()).is_some() {
+            self.settings.set_budget(Some(budget));
+        }
+        self
+    }
+
+    /// No budget: with everything failing, what is called gets `attempts` times the load.
+    pub fn without_budget(self) -> Self {
+        self.settings.set_budget(None);
+        self
+    }
+
+    /// How many bytes of a request body are kept to be sent again: 64 KiB by default. A larger one is
+    /// sent all the same, and not retried.
+    pub fn replay_up_to(self, bytes: u64) -> Self {
+        self.settings.set_body_cap(bytes);
+        self
+    }
+
+    /// The longest wait before an attempt: 30 s by default. A server that asks for more ends the call
+    /// with its answer.
+    pub fn longest_wait(self, wait: Duration) -> Self {
+        self.settings.set_longest_wait(wait);
+        self
+    }
+
+    /// Every request may be repeated although it may have had an effect: also `POST` and `PATCH`.
+    pub fn assume_idempotent(self) -> Self {
+        self.settings.assume_idempotent();
+        self
+    }
+
+    /// Looks at what the layer does.
+    #[must_use]
+    pub fn handle(&self) -> RetryHandle {
+        RetryHandle(self.settings.clone())
+    }
+
+    /// The layer, or the first of its settings that cannot work. A layer with such a setting that is
+    /// used all the same never retries, and says so in [`Attempts`](super::Attempts).
+    ///
+    /// # Errors
+    ///
+    /// The [`ConfigError`] names the field, the value and the remedy.
+    pub fn checked(mut self) -> Result<Self, ConfigError> {
+        self.fault.take().map_or(Ok(self), Err)
+    }
+
+    fn accept<T>(&mut self, setting: Result<T, ConfigError>) -> Option<T> {
+        setting.map_err(|error| self.fault.get_or_insert(error)).ok()
+    }
+}
+
+impl<S: Clone, M: Clone> Layer<S> for RetryLayer<M> {
+    type Service = Retry<S, M>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        let core = Core::new(self.settings.clone(), inner.clone(), self.fault.is_some());
+        Retry::new(inner, core, self.protocol.clone())
+    }
+}
+
+impl<M> fmt::Debug for RetryLayer<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RetryLayer")
+            .field("settings", &*self.settings)
+            .field("fault", &self.fault)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Looks at a retry layer, from outside of the stack.
+#[derive(Clone, Debug)]
+pub struct RetryHandle(Shared<Settings>);
+
+/// A retry layer at one moment.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct RetrySnapshot {
+    /// How many attempts were made beside first ones.
+    pub retries: u64,
+    /// How many calls ended with a failure that would have been tried again, had a rule not said no.
+    pub gave_up: u64,
+    /// How many retries the budget denied.
+    pub budget_denied: u64,
+    /// How many retries the budget would allow now; none: there is no budget.
+    pub budget_balance: Option<f64>,
+}
+
+impl RetryHandle {
+    /// All there is to know at this moment.
+    #[must_use]
+    pub fn snapshot(&self) -> RetrySnapshot {
+        let (retries, gave_up) = self.0.counts();
+        let budget = self.0.budget();
+        RetrySnapshot {
+            retries,
+            gave_up,
+            budget_denied: budget.as_ref().map_or(0, |budget| budget.denied()),
+            budget_balance: budget.as_ref().map(|budget| budget.balance()),
+        }
+    }
+}

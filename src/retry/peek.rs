@@ -1,0 +1,112 @@
+use std::{
+    fmt,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use bytes::Buf;
+use http::HeaderMap;
+use http_body::{Body, Frame, SizeHint};
+use pin_project_lite::pin_project;
+
+pin_project! {
+    /// A response body whose first frame may have been looked at: it is handed out all the same.
+    pub struct PeekedBody<B: Body> {
+        first: First<B::Data, B::Error>,
+        #[pin]
+        body: B,
+    }
+}
+
+enum First<D, E> {
+    None,
+    Data(D),
+    /// Boxed, because it is rare and large: trailers, or an error.
+    Other(Box<Result<Frame<D>, E>>),
+}
+
+/// What the first frame says.
+pub(super) enum Peek<'a> {
+    /// A message: the answer has begun.
+    Message,
+    /// Trailers, and nothing before them.
+    Trailers(&'a HeaderMap),
+    /// It broke off.
+    Error,
+    /// Nothing at all.
+    End,
+}
+
+impl<B: Body> PeekedBody<B> {
+    pub(super) fn new(body: B) -> Self {
+        Self { first: First::None, body }
+    }
+
+    /// Waits for the first frame and keeps it.
+    pub(super) fn poll_peek(&mut self, cx: &mut Context<'_>) -> Poll<Peek<'_>>
+    where
+        B: Unpin,
+    {
+        if matches!(self.first, First::None) {
+            match Pin::new(&mut self.body).poll_frame(cx) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(None) => return Poll::Ready(Peek::End),
+                Poll::Ready(Some(Ok(frame))) => {
+                    self.first = match frame.into_data() {
+                        Ok(data) => First::Data(data),
+                        Err(frame) => First::Other(Box::new(Ok(frame))),
+                    };
+                }
+                Poll::Ready(Some(Err(error))) => self.first = First::Other(Box::new(Err(error))),
+            }
+        }
+        Poll::Ready(match &self.first {
+            First::None => Peek::End,
+            First::Data(_) => Peek::Message,
+            First::Other(frame) => match &**frame {
+                Ok(frame) => frame.trailers_ref().map_or(Peek::Message, Peek::Trailers),
+                Err(_) => Peek::Error,
+            },
+        })
+    }
+}
+
+impl<B: Body> Body for PeekedBody<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        let this = self.project();
+        match std::mem::replace(this.first, First::None) {
+            First::None => this.body.poll_frame(cx),
+            First::Data(data) => Poll::Ready(Some(Ok(Frame::data(data)))),
+            First::Other(frame) => Poll::Ready(Some(*frame)),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        matches!(self.first, First::None) && self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let rest = self.body.size_hint();
+        let First::Data(data) = &self.first else { return rest };
+        let first = data.remaining() as u64;
+        let mut hint = SizeHint::new();
+        // The upper bound first: a lower one above it would panic.
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(upper.saturating_add(first));
+        }
+        hint.set_lower(rest.lower().saturating_add(first));
+        hint
+    }
+}
+
+impl<B: Body> fmt::Debug for PeekedBody<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PeekedBody")
+    }
+}

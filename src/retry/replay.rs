@@ -1,0 +1,300 @@
+use std::{
+    fmt,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Buf, Bytes};
+use http::HeaderMap;
+use http_body::{Body, Frame, SizeHint};
+use pin_project_lite::pin_project;
+
+use super::policy::Repeatable;
+
+pin_project! {
+    /// A request body that can be sent again.
+    ///
+    /// It copies what it sends, lazily and up to a cap; beyond the cap it goes on streaming and only
+    /// loses its retries. Trailers are sent again too. A body that is empty, or known to be over the
+    /// cap, is not wrapped at all.
+    pub struct ReplayBody<B> {
+        #[pin]
+        kind: Kind<B>,
+    }
+}
+
+pin_project! {
+    #[project = KindProj]
+    enum Kind<B> {
+        Empty,
+        Through { #[pin] body: B },
+        Taped { reader: Reader<B> },
+    }
+}
+
+/// What is kept of a body to send it again.
+pub(super) enum Tape<B> {
+    /// There is nothing to send.
+    Empty,
+    /// It cannot be sent again.
+    Gone,
+    /// What has been sent so far, and the rest.
+    Taped(Arc<Mutex<Reel<B>>>),
+}
+
+pub(super) struct Reel<B> {
+    /// Boxed, so that bodies need not be `Unpin`: it outlives the attempt that polls it.
+    rest: Option<Pin<Box<B>>>,
+    sent: Vec<Bytes>,
+    trailers: Option<HeaderMap>,
+    size: u64,
+    cap: u64,
+    /// A part has been forgotten.
+    torn: bool,
+    /// An attempt is reading.
+    in_use: bool,
+}
+
+struct Reader<B> {
+    reel: Arc<Mutex<Reel<B>>>,
+    next: usize,
+    /// Nothing more will come.
+    done: bool,
+}
+
+fn lock<B>(reel: &Mutex<Reel<B>>) -> MutexGuard<'_, Reel<B>> {
+    // A user's body may have panicked under it: then it is torn, which is all that matters here.
+    reel.lock().unwrap_or_else(|poisoned: PoisonError<_>| {
+        let mut reel = poisoned.into_inner();
+        reel.torn = true;
+        reel
+    })
+}
+
+impl<B: Body> ReplayBody<B> {
+    /// The first attempt's body, and what is kept for the next. A `cap` of 0 keeps nothing that has
+    /// been sent: then only a body that was never touched can be sent again.
+    pub(super) fn new(body: B, cap: u64) -> (Self, Tape<B>) {
+        if body.is_end_stream() {
+            return (Self { kind: Kind::Empty }, Tape::Empty);
+        }
+        if cap > 0 && body.size_hint().lower() > cap {
+            return (Self { kind: Kind::Through { body } }, Tape::Gone);
+        }
+        let reel = Arc::new(Mutex::new(Reel {
+            rest: Some(Box::pin(body)),
+            sent: Vec::new(),
+            trailers: None,
+            size: 0,
+            cap,
+            torn: false,
+            in_use: true,
+        }));
+        let reader = Reader { reel: reel.clone(), next: 0, done: false };
+        (Self { kind: Kind::Taped { reader } }, Tape::Taped(reel))
+    }
+
+    /// A body that is passed through, once.
+    pub(super) fn once(body: B) -> Self {
+        Self { kind: Kind::Through { body } }
+    }
+}
+
+impl<B> Tape<B> {
+    pub(super) fn repeatable(&self) -> Repeatable {
+        match self {
+            Self::Empty => Repeatable::Yes,
+            Self::Gone => Repeatable::No,
+            Self::Taped(reel) => {
+                let reel = lock(reel);
+                match (reel.torn, reel.in_use) {
+                    (true, _) => Repeatable::No,
+                    (false, true) => Repeatable::Streaming,
+                    (false, false) => Repeatable::Yes,
+                }
+            }
+        }
+    }
+
+    /// The next attempt's body. Only asked when it is [`repeatable`](Self::repeatable).
+    pub(super) fn replay(&self) -> ReplayBody<B> {
+        let kind = match self {
+            Self::Empty | Self::Gone => Kind::Empty,
+            Self::Taped(reel) => {
+                lock(reel).in_use = true;
+                Kind::Taped { reader: Reader { reel: reel.clone(), next: 0, done: false } }
+            }
+        };
+        ReplayBody { kind }
+    }
+}
+
+// ===== Reading =====
+
+impl<B> Drop for Reader<B> {
+    fn drop(&mut self) {
+        if !self.done {
+            lock(&self.reel).in_use = false;
+        }
+    }
+}
+
+impl<B: Body> Reader<B> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        if self.done {
+            return Poll::Ready(None);
+        }
+        let mut reel = lock(&self.reel);
+        if let Some(data) = reel.sent.get(self.next) {
+            self.next += 1;
+            return Poll::Ready(Some(Ok(Frame::data(data.clone()))));
+        }
+        let next = match &mut reel.rest {
+            Some(rest) => ready!(rest.as_mut().poll_frame(cx)),
+            None => {
+                // All of it has been sent before; the trailers are what is left.
+                self.done = true;
+                reel.in_use = false;
+                return Poll::Ready(reel.trailers.clone().map(Frame::trailers).map(Ok));
+            }
+        };
+        let frame = match next {
+            Some(Ok(frame)) => frame,
+            Some(Err(error)) => {
+                reel.torn = true;
+                reel.rest = None;
+                reel.in_use = false;
+                self.done = true;
+                return Poll::Ready(Some(Err(error)));
+            }
+            None => {
+                reel.rest = None;
+                reel.in_use = false;
+                self.done = true;
+                return Poll::Ready(None);
+            }
+        };
+        let frame = match frame.into_data() {
+            Ok(mut data) => {
+                let data = data.copy_to_bytes(data.remaining());
+                reel.keep(&data);
+                self.next = reel.sent.len();
+                Frame::data(data)
+            }
+            Err(frame) => match frame.into_trailers() {
+                Ok(trailers) => {
+                    if !reel.torn {
+                        reel.trailers = Some(trailers.clone());
+                    }
+                    reel.rest = None;
+                    reel.in_use = false;
+                    self.done = true;
+                    Frame::trailers(trailers)
+                }
+                Err(_) => {
+                    // A kind of frame that is not known today: passed over, and never sent again.
+                    reel.torn = true;
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+            },
+        };
+        Poll::Ready(Some(Ok(frame)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        if self.done {
+            return true;
+        }
+        let reel = lock(&self.reel);
+        self.next >= reel.sent.len()
+            && reel.trailers.is_none()
+            && reel.rest.as_ref().is_none_or(|rest| rest.is_end_stream())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        if self.done {
+            return SizeHint::with_exact(0);
+        }
+        let reel = lock(&self.reel);
+        let kept: u64 = reel.sent.iter().skip(self.next).map(|data| data.len() as u64).sum();
+        let rest = reel.rest.as_ref().map_or(SizeHint::with_exact(0), |rest| rest.size_hint());
+        let mut hint = SizeHint::new();
+        // The upper bound first: a lower one above it would panic.
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(upper.saturating_add(kept));
+        }
+        hint.set_lower(rest.lower().saturating_add(kept));
+        hint
+    }
+}
+
+impl<B> Reel<B> {
+    fn keep(&mut self, data: &Bytes) {
+        if self.torn {
+            return;
+        }
+        self.size = self.size.saturating_add(data.len() as u64);
+        if self.size > self.cap {
+            self.torn = true;
+            self.sent = Vec::new();
+        } else if !data.is_empty() {
+            self.sent.push(data.clone());
+        }
+    }
+}
+
+impl<B: Body> Body for ReplayBody<B> {
+    type Data = Bytes;
+    type Error = B::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        match self.project().kind.project() {
+            KindProj::Empty => Poll::Ready(None),
+            KindProj::Taped { reader } => reader.poll(cx),
+            KindProj::Through { body } => body.poll_frame(cx).map(|next| {
+                next.map(|frame| {
+                    frame.map(|frame| {
+                        frame.map_data(|mut data| data.copy_to_bytes(data.remaining()))
+                    })
+                })
+            }),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.kind {
+            Kind::Empty => true,
+            Kind::Through { body } => body.is_end_stream(),
+            Kind::Taped { reader } => reader.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.kind {
+            Kind::Empty => SizeHint::with_exact(0),
+            Kind::Through { body } => body.size_hint(),
+            Kind::Taped { reader } => reader.size_hint(),
+        }
+    }
+}
+
+impl<B> fmt::Debug for ReplayBody<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match &self.kind {
+            Kind::Empty => "ReplayBody(empty)",
+            Kind::Through { .. } => "ReplayBody(through)",
+            Kind::Taped { .. } => "ReplayBody(taped)",
+        })
+    }
+}
+
+impl<B> fmt::Debug for Tape<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tape({:?})", self.repeatable())
+    }
+}

@@ -1,0 +1,271 @@
+use std::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use pin_project_lite::pin_project;
+use tokio::time::{Instant, Sleep, sleep, sleep_until};
+use tower_service::Service;
+
+use super::{
+    attempts::Attempts,
+    budget::Withdrawal,
+    core::Core,
+    exchange::{Repeat, Weigh},
+    policy::{Class, Facts, Stop, decide},
+};
+use crate::{
+    admission::Reusable,
+    call::{Http, Outcome},
+    event,
+};
+
+/// The service of a [`RetryLayer`](super::RetryLayer).
+pub struct Retry<S, M = Http> {
+    inner: S,
+    core: Arc<Core<S>>,
+    protocol: M,
+}
+
+impl<S, M> Retry<S, M> {
+    pub(super) fn new(inner: S, core: Core<S>, protocol: M) -> Self {
+        Self { inner, core: Arc::new(core), protocol }
+    }
+
+    /// The wrapped service.
+    pub fn get_ref(&self) -> &S {
+        &self.inner
+    }
+}
+
+impl<S: Clone, M: Clone> Clone for Retry<S, M> {
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone(), core: self.core.clone(), protocol: self.protocol.clone() }
+    }
+}
+
+impl<S, M> fmt::Debug for Retry<S, M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Retry").field("settings", &*self.core.settings).finish_non_exhaustive()
+    }
+}
+
+impl<S, M, Req> Service<Req> for Retry<S, M>
+where
+    S: Service<M::Request> + Reusable,
+    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+{
+    type Response = M::Response;
+    type Error = M::Error;
+    type Future = ResponseFuture<S, Req, S::Future, M, M::Kept, M::Held>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), M::Error>> {
+        self.inner.poll_ready(cx).map_err(|error| M::broken(error, Attempts::FIRST))
+    }
+
+    fn call(&mut self, request: Req) -> Self::Future {
+        if let Some(budget) = &self.core.budget {
+            budget.deposit();
+        }
+        let rules = self.core.settings.rules(self.core.misconfigured);
+        let (first, kept) = self.protocol.split(request, rules);
+        ResponseFuture {
+            state: State::Calling { future: self.inner.call(first) },
+            core: self.core.clone(),
+            protocol: self.protocol.clone(),
+            kept,
+            service: None,
+            withdrawal: None,
+            record: Attempts::FIRST,
+            transparent: 0,
+            _request: std::marker::PhantomData,
+        }
+    }
+}
+
+pin_project! {
+    /// The future of a [`Retry`]'s call. Dropped while it waits, it pays its retry back.
+    pub struct ResponseFuture<S, Req, F, M, K, H> {
+        #[pin]
+        state: State<F, H>,
+        core: Arc<Core<S>>,
+        protocol: M,
+        kept: Option<K>,
+        // What later attempts are made with; none until there is one.
+        service: Option<S>,
+        withdrawal: Option<Withdrawal>,
+        record: Attempts,
+        transparent: u32,
+        _request: std::marker::PhantomData<fn(Req)>,
+    }
+}
+
+pin_project! {
+    #[project = StateProj]
+    enum State<F, H> {
+        Calling { #[pin] future: F },
+        // The head is here; a gRPC answer's first frame may have to be waited for.
+        Weighing { held: Option<H>, #[pin] patience: Option<Sleep> },
+        // The answer is read away, for a short while.
+        Discarding { held: H, #[pin] longest: Sleep, next: Instant },
+        Waiting { #[pin] backoff: Sleep },
+        Readying,
+    }
+}
+
+/// How long a discarded answer may take before its connection is given up.
+const DRAIN_TIME: Duration = Duration::from_millis(50);
+
+impl<S, M, Req> Future for ResponseFuture<S, Req, S::Future, M, M::Kept, M::Held>
+where
+    S: Service<M::Request> + Clone,
+    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+{
+    type Output = Result<M::Response, M::Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        loop {
+            let mut this = self.as_mut().project();
+            match this.state.as_mut().project() {
+                StateProj::Calling { future } => {
+                    let held = this.protocol.hold(ready!(future.poll(cx)));
+                    this.state.set(State::Weighing { held: Some(held), patience: None });
+                }
+                StateProj::Weighing { held: slot, mut patience } => {
+                    let Some(held) = slot.as_mut() else { unreachable!("polled after completion") };
+                    let (class, outcome) = match M::poll_weigh(held, cx) {
+                        Poll::Ready(weight) => weight,
+                        Poll::Pending => {
+                            if patience.is_none() {
+                                patience.set(Some(sleep(M::PATIENCE)));
+                            }
+                            let patience = patience.as_pin_mut();
+                            ready!(patience.map_or(Poll::Ready(()), |over| over.poll(cx)));
+                            // A stream that has begun slowly: the caller's.
+                            (Class::Final, Outcome::success())
+                        }
+                    };
+                    let held = slot.take();
+                    let next = match self.as_mut().next(class, outcome) {
+                        Ok(next) => next,
+                        Err(record) => {
+                            let Some(held) = held else { unreachable!("taken above") };
+                            return Poll::Ready(M::release(held, record));
+                        }
+                    };
+                    let Some(held) = held else { unreachable!("taken above") };
+                    let longest = sleep(DRAIN_TIME);
+                    let state = State::Discarding { held, longest, next };
+                    self.as_mut().project().state.set(state);
+                }
+                StateProj::Discarding { held, longest, next } => {
+                    if M::poll_discard(held, cx).is_pending() {
+                        ready!(longest.poll(cx));
+                    }
+                    let next = *next;
+                    // What is left of the answer is dropped here, before the wait: with it goes whatever
+                    // a layer further in holds for it.
+                    // A timer that is over already would still take a tick.
+                    this.state.set(if next <= Instant::now() {
+                        State::Readying
+                    } else {
+                        State::Waiting { backoff: sleep_until(next) }
+                    });
+                }
+                StateProj::Waiting { backoff } => {
+                    ready!(backoff.poll(cx));
+                    this.state.set(State::Readying);
+                }
+                StateProj::Readying => {
+                    let service = this.service.get_or_insert_with(|| this.core.service());
+                    if let Err(error) = ready!(service.poll_ready(cx)) {
+                        return Poll::Ready(Err(M::broken(error, *this.record)));
+                    }
+                    let Some(kept) = this.kept else { unreachable!("kept for every retry") };
+                    if let Some(withdrawal) = this.withdrawal.take() {
+                        withdrawal.spend();
+                    }
+                    this.record.made += 1;
+                    this.core.settings.count_retry();
+                    let future = service.call(M::again(kept, this.record.made));
+                    this.state.set(State::Calling { future });
+                }
+            }
+        }
+    }
+}
+
+impl<S, Req, F, M: Repeat<Req>, H> ResponseFuture<S, Req, F, M, M::Kept, H> {
+    /// When the next attempt starts; or the record of why there is none, if there is something to tell.
+    fn next(
+        self: Pin<&mut Self>,
+        class: Class,
+        outcome: Outcome,
+    ) -> Result<Instant, Option<Attempts>> {
+        let this = self.project();
+        if class == Class::Final && this.record.made == 1 {
+            return Err(None);
+        }
+        let settings = &this.core.settings;
+        let backoff = settings.backoff();
+        let longest_wait = settings.longest_wait();
+        let decision = match this.kept {
+            Some(kept) => decide(
+                &Facts {
+                    class,
+                    outcome,
+                    safe: M::safe(kept),
+                    body: M::repeatable(kept),
+                    made: this.record.made,
+                    transparent: *this.transparent,
+                    most: settings.attempts(),
+                },
+                &backoff,
+                longest_wait,
+            ),
+            None if class == Class::Final => Err(Stop::Answered),
+            None if this.core.misconfigured => Err(Stop::Misconfigured),
+            None => Err(Stop::AttemptsUsedUp),
+        };
+        // The budget last: what another rule refuses is never charged.
+        let decision = decision.and_then(|again| {
+            match &this.core.budget {
+                Some(budget) if !again.transparent => {
+                    *this.withdrawal = Some(budget.withdraw().ok_or(Stop::BudgetUsedUp)?);
+                }
+                _ => {}
+            }
+            Ok(again)
+        });
+        match decision {
+            Ok(again) => {
+                *this.transparent += u32::from(again.transparent);
+                this.record.waited += again.wait;
+                event!(
+                    DEBUG,
+                    attempt = this.record.made,
+                    delay_ms = again.wait.as_millis() as u64,
+                    reason = ?outcome,
+                    "retrying"
+                );
+                Ok(Instant::now() + again.wait)
+            }
+            Err(stop) => {
+                settings.count_stop(stop);
+                this.record.stop = stop;
+                event!(DEBUG, attempt = this.record.made, reason = %stop, outcome = ?outcome, "not retried");
+                Err(Some(*this.record))
+            }
+        }
+    }
+}
+
+impl<S, Req, F, M, K, H> fmt::Debug for ResponseFuture<S, Req, F, M, K, H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseFuture").field("record", &self.record).finish_non_exhaustive()
+    }
+}
