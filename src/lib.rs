@@ -1,4 +1,70 @@
-//! Tower layers that keep services standing.
+//! Tower layers that keep services standing: circuit breaker, retry, concurrency limit and health probe.
+//!
+//! They understand HTTP and gRPC **streams**: a call ends with its body, a gRPC call is what its trailers
+//! say. They really limit inside **axum** and tonic: state lives in the layer, however often it is
+//! applied. And every refusal says who refused, why, and when to come back.
+//!
+//! ```
+//! use std::time::Duration;
+//! use axum::{Router, routing::post};
+//! use buttress::ConcurrencyLimitLayer;
+//!
+//! // A server that stays up: one limit for the whole router, held until each stream ends.
+//! let app: Router = Router::new()
+//!     .route("/chat", post(|| async { "…" }))
+//!     .layer(ConcurrencyLimitLayer::new(512).queue(128, Duration::from_millis(200)).respond());
+//! ```
+//!
+//! ```
+//! use std::time::Duration;
+//! use buttress::{CircuitBreakerLayer, ConcurrencyLimitLayer, RetryLayer};
+//! use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+//! use tower::ServiceBuilder;
+//! # type Body = http_body_util::Empty<bytes::Bytes>;
+//!
+//! // A client that does not melt what it calls.
+//! let breaker = CircuitBreakerLayer::http();
+//! let state = breaker.handle();
+//! let client = ServiceBuilder::new()
+//!     .layer(RetryLayer::http())
+//!     .layer(breaker)
+//!     .layer(ConcurrencyLimitLayer::new(50).queue(500, Duration::from_secs(5)))
+//!     .service(Client::builder(TokioExecutor::new()).build_http());
+//! # let _: &tower::util::Oneshot<_, http::Request<Body>> =
+//! #     &tower::ServiceExt::oneshot(client, http::Request::new(Body::new()));
+//! ```
+//!
+//! # Layers
+//!
+//! | layer | protects | refuses with |
+//! |---|---|---|
+//! | [`CircuitBreakerLayer`] | callers from waiting for what is down, and it from them | 503, `UNAVAILABLE` |
+//! | [`ConcurrencyLimitLayer`] | a service from more than it can do at once | 503, `UNAVAILABLE` |
+//! | [`HealthProbeLayer`] | callers from what its own probe says is down | 503, `UNAVAILABLE` |
+//! | [`RetryLayer`] | callers from failures that pass | – |
+//!
+//! # Where each goes
+//!
+//! Outermost first. A client: retry, circuit breaker, health probe, concurrency limit, the client. A
+//! server: health endpoints, concurrency limit, the routes.
+//!
+//! # Errors and responses
+//!
+//! A refused call is a [`Rejected`]: boxed as an error by default, found anywhere in a chain of sources by
+//! [`Rejected::find`]; with `.respond()` a response, the error type left alone. A bad setting never
+//! panics: each layer's `checked()` tells it as a [`ConfigError`].
+//!
+//! # Features
+//!
+//! | feature | default | what it adds |
+//! |---|---|---|
+//! | `breaker` `retry` `limit` `health` | yes | the four layers |
+//! | `hyper` | yes | hyper's and h2's errors told apart: stale connections, refused streams, GOAWAY |
+//! | `tracing` | yes | one event per decision |
+//! | `hyper-util` | | its client's connect errors told apart from later ones |
+//! | `reqwest` | | a service between `http` types and a `reqwest::Client` |
+//! | `tower-http` | | any classifier of `tower_http::classify` as it is |
+//! | `full` | | all of them |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![forbid(unsafe_code)]
 #![warn(missing_docs, missing_debug_implementations, unreachable_pub, rust_2018_idioms)]

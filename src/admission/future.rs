@@ -9,7 +9,7 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use super::{Admit, Policy, service::ShutWatch};
-use crate::call::{Form, Permit, Protocol, Reject, Rejected};
+use crate::call::{Form, Judge, Permit, Protocol, Reject, Rejected};
 
 pin_project! {
     /// The future of an admission layer's call.
@@ -135,10 +135,13 @@ pub(super) enum Stop<E> {
     Inner(E),
 }
 
+/// The inner call that was made at last, with what goes along; or why it was not.
+type Turn<S, Req, P, M> = Result<Called<S, Req, P, M>, Stop<<S as Service<Req>>::Error>>;
+
 type Called<S, Req, P, M> = (
     <S as Service<Req>>::Future,
     Permit<<P as Policy<Req>>::State>,
-    <M as crate::call::Judge<Req, <S as Service<Req>>::Response, <S as Service<Req>>::Error>>::Call,
+    <M as Judge<Req, <S as Service<Req>>::Response, <S as Service<Req>>::Error>>::Call,
 );
 
 impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
@@ -164,10 +167,7 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
         self
     }
 
-    fn poll(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Result<Called<S, Req, P, M>, Stop<S::Error>>>
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Turn<S, Req, P, M>>
     where
         S: Service<Req>,
         M: Protocol<Req, S::Response, S::Error>,

@@ -1,4 +1,70 @@
-//! A concurrency limit that really limits.
+//! A concurrency limit that really limits: over all connections, and to the end of each stream.
+//!
+//! ```
+//! use std::time::Duration;
+//! use axum::{Router, routing::get};
+//! use buttress::ConcurrencyLimitLayer;
+//!
+//! // One limit for both routes, on all connections.
+//! let app: Router = Router::new()
+//!     .route("/chat", get(|| async { "…" }))
+//!     .route("/search", get(|| async { "…" }))
+//!     .layer(ConcurrencyLimitLayer::new(512).queue(128, Duration::from_millis(200)).respond());
+//! ```
+//!
+//! For a client, and resized while it runs:
+//!
+//! ```
+//! # fn client() -> impl Clone { () }
+//! # fn main() -> Result<(), buttress::ConfigError> {
+//! use std::time::Duration;
+//! use buttress::ConcurrencyLimitLayer;
+//! use tower::ServiceBuilder;
+//!
+//! let limit = ConcurrencyLimitLayer::new(50).queue(500, Duration::from_secs(5)).checked()?;
+//! let handle = limit.handle();
+//! let client = ServiceBuilder::new().layer(limit).service(client());
+//! handle.set_limit(80)?;
+//! # Ok(()) }
+//! ```
+//!
+//! # How it decides
+//!
+//! A call goes at once if there is room and nobody waits. Else it waits for its turn, first come first
+//! served, if the queue has room; else it is refused at once, without a timer. It waits in the future
+//! that the call returned, so that an idle clone of the service never holds a place.
+//!
+//! # In the stack
+//!
+//! For a server: outside of the routes, inside of the health endpoints. For a client: under the retry and
+//! the circuit breaker, next to the client itself, so that a call that waits for its next attempt holds no
+//! place.
+//!
+//! # Streams
+//!
+//! A place is held until the response body has ended, failed or been dropped, unless
+//! [`release_at_head`](ConcurrencyLimitLayer::release_at_head) says otherwise. A response that is kept and
+//! not read keeps its place: a caller that holds as many of them as the limit allows waits for itself.
+//!
+//! # Cancellation
+//!
+//! Dropping a call frees its place or its turn; dropping it just when its turn has come hands the turn to
+//! the next.
+//!
+//! # Defaults
+//!
+//! | setting | default |
+//! |---|---|
+//! | [`queue`](ConcurrencyLimitLayer::queue) | none: what finds no room is refused |
+//! | [`retry_after`](ConcurrencyLimitLayer::retry_after) | 1 s |
+//! | place held | to the end of the body |
+//! | refused calls | an error ([`Rejected`](crate::Rejected), boxed) |
+//!
+//! # Beside tower's
+//!
+//! `tower::limit::ConcurrencyLimitLayer` makes its state when it is applied, so that under axum each
+//! connection or request has a limit of its own; `GlobalConcurrencyLimitLayer` shares it, and frees a place
+//! at the response head. Both wait without end, in `poll_ready`.
 
 mod core;
 mod handle;

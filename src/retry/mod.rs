@@ -1,4 +1,82 @@
 //! A retry that is safe, bounded and explained.
+//!
+//! ```
+//! # fn client() -> impl Clone { () }
+//! use buttress::RetryLayer;
+//! use tower::ServiceBuilder;
+//!
+//! // 3 attempts, full jitter, 20 % budget, `Retry-After`, safe methods only.
+//! let client = ServiceBuilder::new().layer(RetryLayer::http()).service(client());
+//! ```
+//!
+//! With a budget that two clients share:
+//!
+//! ```
+//! # fn main() -> Result<(), buttress::ConfigError> {
+//! use std::time::Duration;
+//! use buttress::{Backoff, RetryBudget, RetryLayer};
+//!
+//! let budget = RetryBudget::ratio(0.1);
+//! let retry = RetryLayer::http()
+//!     .attempts(4)
+//!     .backoff(Backoff::exponential(Duration::from_millis(25)).max(Duration::from_secs(1)))
+//!     .budget(budget.clone())
+//!     .checked()?;
+//! # let _ = retry; Ok(()) }
+//! ```
+//!
+//! # How it decides
+//!
+//! After each attempt, in this order; the first no is the one that [`Attempts`] tells:
+//!
+//! | asked | no |
+//! |---|---|
+//! | did the server, or a layer further in, say not to? | [`Pushback`](Stop::Pushback), [`Rejected`](Stop::Rejected) |
+//! | is it a status or an error to retry: 408, 425, 429, 502, 503, 504, gRPC `UNAVAILABLE` in head or trailers (`RESOURCE_EXHAUSTED` with pushback), a connection that failed? | [`Answered`](Stop::Answered) |
+//! | is it safe: the method (RFC 9110 §9.2.2), an `Idempotency-Key`, or proof that nothing was sent? | [`Unsafe`](Stop::Unsafe) |
+//! | can the body be sent again? | [`StillSending`](Stop::StillSending), [`BodyGone`](Stop::BodyGone) |
+//! | is an attempt left? | [`AttemptsUsedUp`](Stop::AttemptsUsedUp) |
+//! | does the server ask for a wait that is allowed? | [`WaitTooLong`](Stop::WaitTooLong) |
+//! | does the budget have one? | [`BudgetUsedUp`](Stop::BudgetUsedUp) |
+//!
+//! What no server has looked at (never sent, `REFUSED_STREAM`, above `GOAWAY`'s last stream) is sent again
+//! whatever its method, at once and uncharged, twice at most. A server's hint is a lower bound: up to half
+//! of it is added at random, so that those who were told the same second do not come back in it.
+//!
+//! # In the stack
+//!
+//! Outermost, over the circuit breaker and the limit: each attempt is counted and limited, and a call that
+//! waits for its next attempt holds no permit. An open circuit ends the loop.
+//!
+//! The wrapped service gets `http::Request<ReplayBody<B>>`. One that takes a single body type, such as a
+//! tonic channel, needs `tower_http::map_request_body::MapRequestBodyLayer::new(tonic::body::Body::new)`
+//! in between.
+//!
+//! # Bodies
+//!
+//! A request body is kept while it is sent, up to 64 KiB; a larger one is sent all the same, and loses its
+//! retries. The answer that is not given out is read away first, up to 64 KiB and 50 ms, so that its
+//! connection can be used again. Once the caller has a response head nothing is retried. Response bodies
+//! must be `Unpin`: those of hyper, axum, tonic and reqwest are.
+//!
+//! # Cancellation
+//!
+//! Dropping the call ends it; a retry that was granted and not yet made is paid back to the budget.
+//!
+//! # Cost
+//!
+//! A request without a body costs a copy of its head; one with a body two small allocations; the wrapped
+//! service is cloned for a second attempt only.
+//!
+//! # Defaults
+//!
+//! | setting | default |
+//! |---|---|
+//! | [`attempts`](RetryLayer::attempts) | 3, the first included |
+//! | [`backoff`](RetryLayer::backoff) | 50 ms doubling up to 5 s, full jitter |
+//! | [`budget`](RetryLayer::budget) | 20 %, and 1 per second |
+//! | [`replay_up_to`](RetryLayer::replay_up_to) | 64 KiB |
+//! | [`longest_wait`](RetryLayer::longest_wait) | 30 s |
 
 mod attempts;
 mod backoff;

@@ -109,7 +109,10 @@ const MOST_TRANSPARENT: u32 = 2;
 fn wait(backoff: &Backoff, retry: u32, hint: Option<Duration>) -> Duration {
     match hint {
         None => backoff.delay(retry),
-        Some(hint) => hint + (hint / 2).max(backoff.cap(retry)).mul_f64(fastrand::f64()),
+        Some(hint) => {
+            let spread = (hint / 2).max(backoff.cap(retry));
+            hint.saturating_add(spread.mul_f64(fastrand::f64()))
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 };
 
 use pin_project_lite::pin_project;
-use tokio::time::{Instant, Sleep, sleep, sleep_until};
+use tokio::time::{Instant, Sleep, sleep};
 use tower_service::Service;
 
 use super::{
@@ -111,10 +111,16 @@ pin_project! {
         // The head is here; a gRPC answer's first frame may have to be waited for.
         Weighing { held: Option<H>, #[pin] patience: Option<Sleep> },
         // The answer is read away, for a short while.
-        Discarding { held: H, #[pin] longest: Sleep, next: Instant },
+        Discarding { held: H, #[pin] longest: Sleep, wait: Wait },
         Waiting { #[pin] backoff: Sleep },
         Readying,
     }
+}
+
+/// A wait, from when it was decided: reading the answer away is part of it.
+struct Wait {
+    since: Instant,
+    time: Duration,
 }
 
 /// How long a discarded answer may take before its connection is given up.
@@ -150,8 +156,8 @@ where
                         }
                     };
                     let held = slot.take();
-                    let next = match self.as_mut().next(class, outcome) {
-                        Ok(next) => next,
+                    let wait = match self.as_mut().next(class, outcome) {
+                        Ok(wait) => wait,
                         Err(record) => {
                             let Some(held) = held else { unreachable!("taken above") };
                             return Poll::Ready(M::release(held, record));
@@ -159,21 +165,21 @@ where
                     };
                     let Some(held) = held else { unreachable!("taken above") };
                     let longest = sleep(DRAIN_TIME);
-                    let state = State::Discarding { held, longest, next };
+                    let state = State::Discarding { held, longest, wait };
                     self.as_mut().project().state.set(state);
                 }
-                StateProj::Discarding { held, longest, next } => {
+                StateProj::Discarding { held, longest, wait } => {
                     if M::poll_discard(held, cx).is_pending() {
                         ready!(longest.poll(cx));
                     }
-                    let next = *next;
+                    let left = wait.time.saturating_sub(wait.since.elapsed());
                     // What is left of the answer is dropped here, before the wait: with it goes whatever
                     // a layer further in holds for it.
                     // A timer that is over already would still take a tick.
-                    this.state.set(if next <= Instant::now() {
+                    this.state.set(if left.is_zero() {
                         State::Readying
                     } else {
-                        State::Waiting { backoff: sleep_until(next) }
+                        State::Waiting { backoff: sleep(left) }
                     });
                 }
                 StateProj::Waiting { backoff } => {
@@ -200,12 +206,12 @@ where
 }
 
 impl<S, Req, F, M: Repeat<Req>, H> ResponseFuture<S, Req, F, M, M::Kept, H> {
-    /// When the next attempt starts; or the record of why there is none, if there is something to tell.
+    /// How long until the next attempt; or the record of why there is none, if there is something to tell.
     fn next(
         self: Pin<&mut Self>,
         class: Class,
         outcome: Outcome,
-    ) -> Result<Instant, Option<Attempts>> {
+    ) -> Result<Wait, Option<Attempts>> {
         let this = self.project();
         if class == Class::Final && this.record.made == 1 {
             return Err(None);
@@ -244,7 +250,7 @@ impl<S, Req, F, M: Repeat<Req>, H> ResponseFuture<S, Req, F, M, M::Kept, H> {
         match decision {
             Ok(again) => {
                 *this.transparent += u32::from(again.transparent);
-                this.record.waited += again.wait;
+                this.record.waited = this.record.waited.saturating_add(again.wait);
                 event!(
                     DEBUG,
                     attempt = this.record.made,
@@ -252,7 +258,7 @@ impl<S, Req, F, M: Repeat<Req>, H> ResponseFuture<S, Req, F, M, M::Kept, H> {
                     reason = ?outcome,
                     "retrying"
                 );
-                Ok(Instant::now() + again.wait)
+                Ok(Wait { since: Instant::now(), time: again.wait })
             }
             Err(stop) => {
                 settings.count_stop(stop);
