@@ -8,7 +8,7 @@ use std::{
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
-use super::{Admit, Policy, service::ShutWatch};
+use super::{Admit, Policy, shut::ShutWatch};
 use crate::call::{Form, Judge, Permit, Protocol, Reject, Rejected};
 
 pin_project! {

@@ -4,6 +4,7 @@
 mod future;
 mod layer;
 mod service;
+mod shut;
 
 use std::{future::Future, sync::Arc};
 

@@ -10,15 +10,9 @@ use std::{
     time::Duration,
 };
 
-use super::{
-    queue::{Place, Queue},
-    wait::Wait,
-};
+use super::queue::{Place, Queue};
 use crate::{
-    admission::{Admit, Policy},
-    call::{
-        Finish, Hold, Label, LayerKind, Outcome, Permit, Rejected, RejectedKind, Shared, Token,
-    },
+    call::{Label, LayerKind, Rejected, RejectedKind},
     event,
 };
 
@@ -95,6 +89,11 @@ impl Limiter {
         self.to_the_head_only.store(true, Ordering::Relaxed);
     }
 
+    #[inline]
+    pub(super) fn releases_at_head(&self) -> bool {
+        self.to_the_head_only.load(Ordering::Relaxed)
+    }
+
     pub(super) fn name(&self, name: &str) {
         // The first name stays: refusals under way point at it.
         let _ = self.label.set(Arc::new(Label { name: name.into(), fault: None }));
@@ -116,9 +115,16 @@ impl Limiter {
 
     // ===== Getting in =====
 
+    /// Whether a call would get in now.
+    #[inline]
+    pub(super) fn has_room(&self) -> bool {
+        let word = self.word.load(Ordering::Relaxed);
+        waiting(word) == 0 && in_flight(word) < self.limit()
+    }
+
     /// Gets in if there is room and nobody waits.
     #[inline]
-    fn enter(&self) -> bool {
+    pub(super) fn enter(&self) -> bool {
         let mut word = self.word.load(Ordering::Relaxed);
         while waiting(word) == 0 && in_flight(word) < self.limit() {
             match self.word.compare_exchange_weak(
@@ -135,7 +141,7 @@ impl Limiter {
     }
 
     /// Takes a place in the queue. None if a place has become free instead, or there is none to wait in.
-    fn join(&self) -> Result<Option<Place>, RejectedKind> {
+    pub(super) fn join(&self) -> Result<Option<Place>, RejectedKind> {
         let longest = self.longest_queue.load(Ordering::Relaxed);
         if longest == 0 || self.limit() == 0 {
             return Err(RejectedKind::Full);
@@ -177,7 +183,7 @@ impl Limiter {
     // ===== Getting out =====
 
     #[inline]
-    fn exit(&self) {
+    pub(super) fn exit(&self) {
         let before = self.word.fetch_sub(ONE_IN, Ordering::AcqRel);
         if waiting(before) > 0 {
             self.hand_over();
@@ -227,43 +233,6 @@ impl Limiter {
         Rejected::by(LayerKind::ConcurrencyLimit, kind)
             .with_retry_after(Duration::from_millis(self.retry_after_ms.load(Ordering::Relaxed)))
             .labelled(self.label.get().cloned())
-    }
-}
-
-impl<Req> Policy<Req> for Shared<Limiter> {
-    type State = Limiter;
-    type Wait = Wait;
-
-    const LAYER: LayerKind = LayerKind::ConcurrencyLimit;
-
-    #[inline]
-    fn peek(&self) -> bool {
-        let word = self.word.load(Ordering::Relaxed);
-        waiting(word) == 0 && in_flight(word) < self.limit()
-    }
-
-    #[inline]
-    fn admit(&self, _: &Req) -> Admit<Permit<Limiter>, Wait> {
-        if self.enter() {
-            return Admit::Go(self.permit(Token::default()));
-        }
-        match self.join() {
-            Ok(None) => Admit::Go(self.permit(Token::default())),
-            Ok(Some(place)) => Admit::Wait(Wait::new(self.clone(), place)),
-            Err(kind) => Admit::No(self.refuse(kind)),
-        }
-    }
-}
-
-impl Finish for Limiter {
-    #[inline]
-    fn finish(&self, _: Token, _: Outcome) {
-        self.exit();
-    }
-
-    #[inline]
-    fn hold(&self) -> Hold {
-        if self.to_the_head_only.load(Ordering::Relaxed) { Hold::Head } else { Hold::Body }
     }
 }
 

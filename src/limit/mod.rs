@@ -69,6 +69,7 @@
 mod core;
 mod handle;
 mod layer;
+mod policy;
 mod queue;
 mod wait;
 

@@ -1,0 +1,45 @@
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use tokio::sync::{Notify, futures::OwnedNotified};
+
+/// Wakes who waits for an inner service when its layer will not let the call through any more.
+///
+/// Costs nothing until the inner service is pending.
+#[derive(Default)]
+pub(super) struct ShutWatch(Option<Pin<Box<OwnedNotified>>>);
+
+impl ShutWatch {
+    /// Ready once `is_shut`; always pending for a policy that never shuts.
+    pub(super) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        notify: Option<&Arc<Notify>>,
+        is_shut: impl Fn() -> bool,
+    ) -> Poll<()> {
+        let Some(notify) = notify else { return Poll::Pending };
+        loop {
+            let notified = self.0.get_or_insert_with(|| Box::pin(notify.clone().notified_owned()));
+            let woken = notified.as_mut().poll(cx).is_ready();
+            if woken {
+                self.forget();
+            }
+            // Looked at only after the waker is in place: a change in between is not missed.
+            if is_shut() {
+                self.forget();
+                return Poll::Ready(());
+            }
+            if !woken {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    pub(super) fn forget(&mut self) {
+        self.0 = None;
+    }
+}
