@@ -88,6 +88,7 @@ mod peek;
 mod policy;
 mod replay;
 mod service;
+mod weighed;
 
 pub use self::{
     attempts::{Attempt, Attempts, RetryError},

@@ -17,6 +17,7 @@ use super::{
     core::Core,
     exchange::{Repeat, Weigh},
     policy::{Class, Facts, Stop, decide},
+    weighed::Weighed,
 };
 use crate::{
     admission::Reusable,
@@ -74,7 +75,7 @@ where
         let rules = self.core.settings.rules(self.core.misconfigured);
         let (first, kept) = self.protocol.split(request, rules);
         ResponseFuture {
-            state: State::Calling { future: self.inner.call(first) },
+            state: State::Calling { attempt: Weighed::new(self.inner.call(first)) },
             core: self.core.clone(),
             protocol: self.protocol.clone(),
             kept,
@@ -107,9 +108,7 @@ pin_project! {
 pin_project! {
     #[project = StateProj]
     enum State<F, H> {
-        Calling { #[pin] future: F },
-        // The head is here; a gRPC answer's first frame may have to be waited for.
-        Weighing { held: Option<H>, #[pin] patience: Option<Sleep> },
+        Calling { #[pin] attempt: Weighed<F, H> },
         // The answer is read away, for a short while.
         Discarding { held: H, #[pin] longest: Sleep, wait: Wait },
         Waiting { #[pin] backoff: Sleep },
@@ -137,33 +136,13 @@ where
         loop {
             let mut this = self.as_mut().project();
             match this.state.as_mut().project() {
-                StateProj::Calling { future } => {
-                    let held = this.protocol.hold(ready!(future.poll(cx)));
-                    this.state.set(State::Weighing { held: Some(held), patience: None });
-                }
-                StateProj::Weighing { held: slot, mut patience } => {
-                    let Some(held) = slot.as_mut() else { unreachable!("polled after completion") };
-                    let (class, outcome) = match M::poll_weigh(held, cx) {
-                        Poll::Ready(weight) => weight,
-                        Poll::Pending => {
-                            if patience.is_none() {
-                                patience.set(Some(sleep(M::PATIENCE)));
-                            }
-                            let patience = patience.as_pin_mut();
-                            ready!(patience.map_or(Poll::Ready(()), |over| over.poll(cx)));
-                            // A stream that has begun slowly: the caller's.
-                            (Class::Final, Outcome::success())
-                        }
-                    };
-                    let held = slot.take();
+                StateProj::Calling { mut attempt } => {
+                    let (class, outcome) = ready!(attempt.as_mut().poll(&*this.protocol, cx));
+                    let held = attempt.take();
                     let wait = match self.as_mut().next(class, outcome) {
                         Ok(wait) => wait,
-                        Err(record) => {
-                            let Some(held) = held else { unreachable!("taken above") };
-                            return Poll::Ready(M::release(held, record));
-                        }
+                        Err(record) => return Poll::Ready(M::release(held, record)),
                     };
-                    let Some(held) = held else { unreachable!("taken above") };
                     let longest = sleep(DRAIN_TIME);
                     let state = State::Discarding { held, longest, wait };
                     self.as_mut().project().state.set(state);
@@ -198,7 +177,7 @@ where
                     this.record.made += 1;
                     this.core.settings.count_retry();
                     let future = service.call(M::again(kept, this.record.made));
-                    this.state.set(State::Calling { future });
+                    this.state.set(State::Calling { attempt: Weighed::new(future) });
                 }
             }
         }
