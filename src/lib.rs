@@ -42,10 +42,11 @@
 //! | [`ConcurrencyLimitLayer`] | a service from more than it can do at once | 503, `UNAVAILABLE` |
 //! | [`HealthProbeLayer`] | callers from what its own probe says is down | 503, `UNAVAILABLE` |
 //! | [`RetryLayer`] | callers from failures that pass | – |
+//! | [`HedgeLayer`] | callers from the slow one in a hundred | – |
 //!
 //! # Where each goes
 //!
-//! Outermost first. A client: retry, circuit breaker, health probe, concurrency limit, the client. A
+//! Outermost first. A client: retry, hedge, circuit breaker, health probe, concurrency limit, the client. A
 //! server: health endpoints, concurrency limit, the routes.
 //!
 //! # Errors and responses
@@ -91,7 +92,7 @@ use self::event::event;
 #[cfg(feature = "limit")]
 pub use self::limit::{ConcurrencyLimit, ConcurrencyLimitLayer};
 #[cfg(feature = "retry")]
-pub use self::retry::{Attempts, Backoff, Retry, RetryBudget, RetryLayer};
+pub use self::retry::{Attempts, Backoff, Hedge, HedgeLayer, Retry, RetryBudget, RetryLayer};
 
 pub use self::{
     call::{Outcome, Rejected},

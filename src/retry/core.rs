@@ -83,6 +83,7 @@ impl Settings {
         Rules {
             body_cap: self.body_cap.load(Ordering::Relaxed),
             assume_idempotent: self.assume_idempotent.load(Ordering::Relaxed),
+            safe_only: false,
             never: never || self.attempts() < 2,
         }
     }
@@ -102,7 +103,7 @@ impl Settings {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -117,17 +118,21 @@ impl fmt::Debug for Settings {
 }
 
 /// One service's share: everything that a call reaches through one pointer.
-pub(super) struct Core<S> {
-    pub(super) settings: Shared<Settings>,
+pub(super) struct Core<S, T = Settings> {
+    pub(super) settings: Shared<T>,
     pub(super) budget: Option<RetryBudget>,
     /// What later attempts are cloned from: the wrapped service is not cloned for a call that needs one.
     template: Mutex<S>,
     pub(super) misconfigured: bool,
 }
 
-impl<S> Core<S> {
-    pub(super) fn new(settings: Shared<Settings>, template: S, misconfigured: bool) -> Self {
-        let budget = settings.budget();
+impl<S, T> Core<S, T> {
+    pub(super) fn new(
+        settings: Shared<T>,
+        budget: Option<RetryBudget>,
+        template: S,
+        misconfigured: bool,
+    ) -> Self {
         Self { settings, budget, template: Mutex::new(template), misconfigured }
     }
 

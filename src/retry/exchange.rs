@@ -12,6 +12,7 @@ use http_body::Body;
 
 use super::{
     attempts::{Attempt, Attempts, RetryError},
+    hedge::Hedged,
     peek::{Peek, PeekedBody},
     policy::{Class, Repeatable, Stop},
     replay::{ReplayBody, Tape},
@@ -30,6 +31,8 @@ use crate::{
 pub struct Rules {
     pub(super) body_cap: u64,
     pub(super) assume_idempotent: bool,
+    /// What is not safe to repeat is not repeated, unseen or not: nothing of it needs to be kept.
+    pub(super) safe_only: bool,
     /// Nothing needs to be kept.
     pub(super) never: bool,
 }
@@ -40,7 +43,7 @@ pub struct Rules {
 /// `Clone`. Not to be implemented outside of this crate yet.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot send `{Req}` again",
-    note = "a retry takes `http::Request<B>`, or, with `.classify(|result: Result<&Res, &E>| ..)`, any request that is `Clone`"
+    note = "a retry or a hedge takes `http::Request<B>`, or, with `.classify(|result: Result<&Res, &E>| ..)`, any request that is `Clone`"
 )]
 pub trait Repeat<Req>: Clone + Send + Sync + 'static {
     /// What the wrapped service gets.
@@ -63,7 +66,7 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
 
 /// Answers that can be weighed, given out and discarded.
 #[diagnostic::on_unimplemented(
-    message = "a retry cannot weigh answers of `{Res}` or `{E}`",
+    message = "a retry or a hedge cannot weigh answers of `{Res}` or `{E}`",
     note = "HTTP bodies must be `Unpin` (box one that is not with `http_body_util::BodyExt::boxed_unsync`), and errors `Into<BoxError>`",
     note = "for other types say what failed with `.classify(|result: Result<&Res, &E>| ..)`, `Res` and `E` being exactly the response and error of the wrapped service"
 )]
@@ -92,6 +95,12 @@ pub trait Weigh<Res, E> {
 
     /// The wrapped service broke.
     fn broken(error: E, record: Attempts) -> Self::Error;
+
+    /// Gives it out as it is, told only that there was a hedge.
+    fn pass(held: Self::Held, hedged: Option<Hedged>) -> Result<Self::Response, Self::Error>;
+
+    /// The wrapped service's error as it is.
+    fn error(error: E) -> Self::Error;
 }
 
 // ===== HTTP and gRPC: the request =====
@@ -118,10 +127,10 @@ impl<B: Body> Repeat<Request<B>> for Http {
 
     fn split(&self, request: Request<B>, rules: Rules) -> (Self::Request, Option<KeptRequest<B>>) {
         let (parts, body) = request.into_parts();
-        if rules.never {
+        let safe = rules.assume_idempotent || is_safe(&parts.method, &parts.headers);
+        if rules.never || (rules.safe_only && !safe) {
             return (Request::from_parts(parts, ReplayBody::once(body)), None);
         }
-        let safe = rules.assume_idempotent || is_safe(&parts.method, &parts.headers);
         // An unsafe one is only repeated if nobody has seen a byte of it: nothing to buffer.
         let cap = if safe { rules.body_cap } else { 0 };
         let (body, tape) = ReplayBody::new(body, cap);
@@ -236,6 +245,18 @@ where
 
     fn broken(error: E, record: Attempts) -> BoxError {
         Box::new(RetryError::new(record, error.into()))
+    }
+
+    fn pass(held: HeldResponse<B>, hedged: Option<Hedged>) -> Result<Self::Response, BoxError> {
+        let mut response = held.result?;
+        if let Some(hedged) = hedged {
+            response.extensions_mut().insert(hedged);
+        }
+        Ok(response)
+    }
+
+    fn error(error: E) -> BoxError {
+        error.into()
     }
 }
 
@@ -374,6 +395,14 @@ where
     }
 
     fn broken(error: E, _: Attempts) -> E {
+        error
+    }
+
+    fn pass(held: HeldResult<Res, E>, _: Option<Hedged>) -> Result<Res, E> {
+        held.result
+    }
+
+    fn error(error: E) -> E {
         error
     }
 }

@@ -131,7 +131,8 @@ impl<S: Clone, M: Clone> Layer<S> for RetryLayer<M> {
     type Service = Retry<S, M>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        let core = Core::new(self.settings.clone(), inner.clone(), self.fault.is_some());
+        let (settings, budget) = (self.settings.clone(), self.settings.budget());
+        let core = Core::new(settings, budget, inner.clone(), self.fault.is_some());
         Retry::new(inner, core, self.protocol.clone())
     }
 }

@@ -83,6 +83,7 @@ mod backoff;
 mod budget;
 mod core;
 mod exchange;
+mod hedge;
 mod layer;
 mod peek;
 mod policy;
@@ -94,6 +95,7 @@ pub use self::{
     attempts::{Attempt, Attempts, RetryError},
     backoff::Backoff,
     budget::{RetryBudget, Withdrawal},
+    hedge::{Hedge, HedgeFuture, HedgeHandle, HedgeLayer, HedgeSnapshot, Hedged},
     layer::{RetryHandle, RetryLayer, RetrySnapshot},
     peek::PeekedBody,
     policy::Stop,

@@ -1,0 +1,219 @@
+use std::{
+    fmt,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tower_layer::Layer;
+
+use super::{
+    super::{
+        budget::RetryBudget,
+        core::{Core, lock},
+        exchange::Rules,
+    },
+    service::Hedge,
+};
+use crate::{
+    ConfigError,
+    call::{Classify, Http, Outcome, Shared},
+};
+
+/// Sends a second copy of a call that takes long, and gives out the first good answer.
+///
+/// Its settings and its budget belong to one layer and all its clones, however often the layer is
+/// applied. How it decides, and what it costs:
+///
+/// | an answer comes | and it is good | and it is bad |
+/// |---|---|---|
+/// | before a hedge is sent | given out | given out |
+/// | from either, the other under way | given out, the other dropped | dropped: the other one decides |
+/// | from the second of the two | given out | given out |
+///
+/// A hedge is sent for what is safe to repeat, with a body that is empty, or kept (up to 64 KiB) and read
+/// to its end by the first copy; and within the budget.
+#[must_use = "a layer does nothing until it wraps a service"]
+#[derive(Clone)]
+pub struct HedgeLayer<M = Http> {
+    settings: Shared<Settings>,
+    protocol: M,
+    fault: Option<ConfigError>,
+}
+
+/// The settings and the counts of one hedge layer.
+pub(super) struct Settings {
+    pub(super) delay: Duration,
+    body_cap: AtomicU64,
+    assume_idempotent: AtomicBool,
+    budget: Mutex<Option<RetryBudget>>,
+    pub(super) sent: AtomicU64,
+    pub(super) won: AtomicU64,
+    pub(super) denied: AtomicU64,
+}
+
+impl Settings {
+    pub(super) fn rules(&self, never: bool) -> Rules {
+        Rules {
+            body_cap: self.body_cap.load(Ordering::Relaxed),
+            assume_idempotent: self.assume_idempotent.load(Ordering::Relaxed),
+            safe_only: true,
+            never,
+        }
+    }
+
+    fn budget(&self) -> Option<RetryBudget> {
+        lock(&self.budget).clone()
+    }
+}
+
+impl HedgeLayer {
+    /// Sends a second copy `delay` after a call that has no answer by then: safe methods only, within 5 %
+    /// of all calls.
+    ///
+    /// The delay is measured from the call, to the millisecond, and needs tokio's timer. Near the 95th
+    /// percentile of the latency is where to begin. Zero is a fault that [`checked`](Self::checked) tells:
+    /// it would double every call. One that is too long for a clock never ends.
+    pub fn http(delay: Duration) -> Self {
+        let fault = delay.is_zero().then(|| {
+            let remedy = "use more than zero, such as the 95th percentile of the latency";
+            ConfigError::new("delay", delay, remedy)
+        });
+        let settings = Settings {
+            delay,
+            body_cap: AtomicU64::new(64 * 1024),
+            assume_idempotent: AtomicBool::new(false),
+            budget: Mutex::new(Some(RetryBudget::ratio(0.05))),
+            sent: AtomicU64::new(0),
+            won: AtomicU64::new(0),
+            denied: AtomicU64::new(0),
+        };
+        Self { settings: Shared::new(settings), protocol: Http, fault }
+    }
+}
+
+impl<M> HedgeLayer<M> {
+    /// Hedges requests of any `Clone` type, by a closure that says what failed. All of them count as safe
+    /// to repeat.
+    ///
+    /// It gets exactly what the wrapped service gives, as `Result<&Response, &Error>`; only a success is a
+    /// good answer. The error type is left alone.
+    pub fn classify<C, Res, E>(self, classify: C) -> HedgeLayer<Classify<C>>
+    where
+        C: for<'a> Fn(Result<&'a Res, &'a E>) -> Outcome + Clone + Send + Sync + 'static,
+    {
+        HedgeLayer { settings: self.settings, protocol: Classify(classify), fault: self.fault }
+    }
+
+    /// How many hedges there may be for so many calls: [`RetryBudget::ratio(0.05)`](RetryBudget::ratio) by
+    /// default. Pass clones of one to several layers, retries among them, to share it.
+    ///
+    /// Services that the layer made before keep theirs.
+    pub fn budget(mut self, budget: RetryBudget) -> Self {
+        match budget.check() {
+            Ok(()) => *lock(&self.settings.budget) = Some(budget),
+            Err(error) => {
+                self.fault.get_or_insert(error);
+            }
+        }
+        self
+    }
+
+    /// No budget: with everything slow, what is called gets twice the load.
+    pub fn without_budget(self) -> Self {
+        *lock(&self.settings.budget) = None;
+        self
+    }
+
+    /// How many bytes of a request body are kept to be sent again: 64 KiB by default. A larger one is
+    /// sent all the same, and not hedged.
+    pub fn replay_up_to(self, bytes: u64) -> Self {
+        self.settings.body_cap.store(bytes, Ordering::Relaxed);
+        self
+    }
+
+    /// Every request may be sent twice at the same time: also `POST` and `PATCH`, so all of gRPC.
+    pub fn assume_idempotent(self) -> Self {
+        self.settings.assume_idempotent.store(true, Ordering::Relaxed);
+        self
+    }
+
+    /// Looks at what the layer does.
+    #[must_use]
+    pub fn handle(&self) -> HedgeHandle {
+        HedgeHandle(self.settings.clone())
+    }
+
+    /// The layer, or the first of its settings that cannot work. A layer with such a setting that is
+    /// used all the same never hedges.
+    ///
+    /// # Errors
+    ///
+    /// The [`ConfigError`] names the field, the value and the remedy.
+    pub fn checked(mut self) -> Result<Self, ConfigError> {
+        self.fault.take().map_or(Ok(self), Err)
+    }
+}
+
+impl<S: Clone, M: Clone> Layer<S> for HedgeLayer<M> {
+    type Service = Hedge<S, M>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        let (settings, budget) = (self.settings.clone(), self.settings.budget());
+        let core = Core::new(settings, budget, inner.clone(), self.fault.is_some());
+        Hedge::new(inner, core, self.protocol.clone())
+    }
+}
+
+impl<M> fmt::Debug for HedgeLayer<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HedgeLayer")
+            .field("settings", &*self.settings)
+            .field("fault", &self.fault)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Settings")
+            .field("delay", &self.delay)
+            .field("budget", &self.budget())
+            .finish_non_exhaustive()
+    }
+}
+
+// ===== From outside =====
+
+/// Looks at a hedge layer, from outside of the stack.
+#[derive(Clone, Debug)]
+pub struct HedgeHandle(Shared<Settings>);
+
+/// A hedge layer at one moment.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct HedgeSnapshot {
+    /// How many hedges were sent.
+    pub sent: u64,
+    /// How many of them gave the answer, good or bad, that the caller got.
+    pub won: u64,
+    /// How many hedges of this layer the budget denied.
+    pub budget_denied: u64,
+    /// How many hedges the budget would allow now; none: there is no budget.
+    pub budget_balance: Option<f64>,
+}
+
+impl HedgeHandle {
+    /// All there is to know at this moment.
+    #[must_use]
+    pub fn snapshot(&self) -> HedgeSnapshot {
+        HedgeSnapshot {
+            sent: self.0.sent.load(Ordering::Relaxed),
+            won: self.0.won.load(Ordering::Relaxed),
+            budget_denied: self.0.denied.load(Ordering::Relaxed),
+            budget_balance: self.0.budget().map(|budget| budget.balance()),
+        }
+    }
+}

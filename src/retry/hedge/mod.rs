@@ -1,0 +1,115 @@
+//! A hedge: a second copy of a call that takes long, against the slow one in a hundred.
+//!
+//! ```
+//! # fn client() -> impl Clone { () }
+//! use std::time::Duration;
+//! use buttress::HedgeLayer;
+//! use tower::ServiceBuilder;
+//!
+//! // 95 of 100 calls are answered within 80 ms: the others get a second chance then.
+//! let hedge = HedgeLayer::http(Duration::from_millis(80));
+//! let client = ServiceBuilder::new().layer(hedge).service(client());
+//! ```
+//!
+//! On one budget with the retries over it:
+//!
+//! ```
+//! # fn main() -> Result<(), buttress::ConfigError> {
+//! use std::time::Duration;
+//! use buttress::{HedgeLayer, RetryBudget, RetryLayer};
+//!
+//! let budget = RetryBudget::ratio(0.1);
+//! let retry = RetryLayer::http().budget(budget.clone()).checked()?;
+//! let hedge = HedgeLayer::http(Duration::from_millis(80)).budget(budget).checked()?;
+//! # let _ = (retry, hedge); Ok(()) }
+//! ```
+//!
+//! # How it decides
+//!
+//! Without an answer after the delay, a second copy is sent if the request is safe to repeat (its method,
+//! RFC 9110 §9.2.2, an `Idempotency-Key`, or the user's word), its body can be sent again by then, and
+//! the budget has a hedge left. There is one hedge for a call at most.
+//!
+//! An answer is *good* if it is neither a failure nor throttled, nor one that a retry would try again: a
+//! 200 or a 404, not an error, a 429 or a 500. gRPC is what its status says, in the head or in the
+//! trailers; a stream that begins slowly is good.
+//!
+//! | an answer comes | and it is good | and it is bad |
+//! |---|---|---|
+//! | before a hedge is sent | given out | given out: hedging is not retrying |
+//! | from either, the other under way | given out, the other dropped | dropped: the other one decides |
+//! | from the second of the two | given out | given out |
+//!
+//! So the last bad answer is the one given out, and an earlier one is dropped at once with the permit and
+//! the connection it holds: the other copy may be waiting for just these. No hedge is sent any more after
+//! any answer, hence none after one that says not to: a 429, a refusal of a layer further in, a negative
+//! pushback.
+//!
+//! # In the stack
+//!
+//! Inside of a retry, over the circuit breaker and the limit: each copy is counted and limited. Best over
+//! a balancer: two copies to one slow server help little. The wrapped service gets
+//! `http::Request<ReplayBody<B>>`, as under a retry; a hedge carries [`Attempt(2)`](super::Attempt) in its
+//! extensions, and an answer after a hedge was sent carries [`Hedged`].
+//!
+//! # Bodies
+//!
+//! A request body is kept while it is sent, up to 64 KiB. One that the first copy still reads when the
+//! delay is over is not hedged, nor is one over the cap; one that is empty can always be. The response
+//! is chosen by its head (gRPC: by its first frame); its body is not raced.
+//!
+//! # Readiness
+//!
+//! `poll_ready` is the wrapped service's. A hedge is made with a clone of its own, which is readied first:
+//! while that one is pending the first copy goes on, and one that fails costs the hedge only. What was
+//! withdrawn for a hedge that is never sent is paid back.
+//!
+//! # Cancellation
+//!
+//! Dropping the call drops both copies. A panic in either is a panic of the call.
+//!
+//! # Cost
+//!
+//! Without a hedge: a copy of the request's head, two small allocations for a request with a body, and a
+//! timer for a call that is not answered at once. A request that cannot be hedged pays none of these.
+//!
+//! # Defaults
+//!
+//! | setting | default |
+//! |---|---|
+//! | delay | none: near the 95th percentile of the latency is where to begin |
+//! | [`budget`](HedgeLayer::budget) | 5 %, and 1 per second |
+//! | [`replay_up_to`](HedgeLayer::replay_up_to) | 64 KiB |
+//!
+//! 5 % is what a hedge after the 95th percentile adds (Dean and Barroso, "The Tail at Scale", CACM 2013,
+//! which measured 2 %): one that would cost more is set too early, or everything is slow, and then more load is
+//! no help. That hedges draw on a budget at all is gRPC's rule too (gRFC A6).
+//!
+//! # Unlike `tower::hedge`
+//!
+//! There the first answer wins, even when it is an error; there is no layer and no `Clone`, nothing bounds
+//! the hedges, and what is safe to repeat is left to the user.
+
+mod layer;
+mod service;
+
+pub use self::{
+    layer::{HedgeHandle, HedgeLayer, HedgeSnapshot},
+    service::{Hedge, HedgeFuture},
+};
+
+/// A hedge was sent for this call: in the extensions of the response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Hedged {
+    /// Whether this is the hedge's answer, and not the first copy's.
+    pub won: bool,
+}
+
+impl Hedged {
+    /// What is told by a response; none: no hedge was sent.
+    #[must_use]
+    pub fn of<B>(response: &http::Response<B>) -> Option<Self> {
+        response.extensions().get().copied()
+    }
+}

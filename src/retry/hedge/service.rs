@@ -1,0 +1,247 @@
+use std::{
+    fmt,
+    future::Future,
+    marker::PhantomData,
+    pin::Pin,
+    sync::{Arc, atomic::Ordering},
+    task::{Context, Poll, ready},
+};
+
+use pin_project_lite::pin_project;
+use tokio::time::{Instant, Sleep, sleep_until};
+use tower_service::Service;
+
+use super::{
+    super::{
+        budget::Withdrawal,
+        core::Core,
+        exchange::{Repeat, Weigh},
+        policy::{Class, Repeatable},
+        weighed::Weighed,
+    },
+    Hedged,
+    layer::Settings,
+};
+use crate::{
+    admission::Reusable,
+    call::{Http, Outcome},
+    event,
+};
+
+/// The service of a [`HedgeLayer`](super::HedgeLayer).
+pub struct Hedge<S, M = Http> {
+    inner: S,
+    core: Arc<Core<S, Settings>>,
+    protocol: M,
+}
+
+impl<S, M> Hedge<S, M> {
+    pub(super) fn new(inner: S, core: Core<S, Settings>, protocol: M) -> Self {
+        Self { inner, core: Arc::new(core), protocol }
+    }
+
+    /// The wrapped service.
+    pub fn get_ref(&self) -> &S {
+        &self.inner
+    }
+}
+
+impl<S: Clone, M: Clone> Clone for Hedge<S, M> {
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone(), core: self.core.clone(), protocol: self.protocol.clone() }
+    }
+}
+
+impl<S, M> fmt::Debug for Hedge<S, M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hedge").field("settings", &*self.core.settings).finish_non_exhaustive()
+    }
+}
+
+impl<S, M, Req> Service<Req> for Hedge<S, M>
+where
+    S: Service<M::Request> + Reusable,
+    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+{
+    type Response = M::Response;
+    type Error = M::Error;
+    type Future = HedgeFuture<S, Req, S::Future, M, M::Kept, M::Held>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), M::Error>> {
+        self.inner.poll_ready(cx).map_err(M::error)
+    }
+
+    fn call(&mut self, request: Req) -> Self::Future {
+        if let Some(budget) = &self.core.budget {
+            budget.deposit();
+        }
+        let settings = &self.core.settings;
+        let (first, kept) = self.protocol.split(request, settings.rules(self.core.misconfigured));
+        let hedgeable = kept
+            .as_ref()
+            .is_some_and(|kept| M::safe(kept) && M::repeatable(kept) != Repeatable::No);
+        // A time that no clock reaches is never.
+        let at = hedgeable.then(|| Instant::now().checked_add(settings.delay)).flatten();
+        HedgeFuture {
+            first: Some(Weighed::new(self.inner.call(first))),
+            second: at.map_or(Second::Never, |at| Second::Due { at }),
+            core: self.core.clone(),
+            protocol: self.protocol.clone(),
+            kept,
+            _request: PhantomData,
+        }
+    }
+}
+
+pin_project! {
+    /// The future of a [`Hedge`]'s call. Dropped, it drops both copies, and pays back a hedge that was not
+    /// sent yet.
+    pub struct HedgeFuture<S, Req, F, M, K, H> {
+        // None: it gave a bad answer, and the hedge is under way.
+        #[pin]
+        first: Option<Weighed<F, H>>,
+        #[pin]
+        second: Second<S, F, H>,
+        core: Arc<Core<S, Settings>>,
+        protocol: M,
+        kept: Option<K>,
+        _request: PhantomData<fn(Req)>,
+    }
+}
+
+pin_project! {
+    #[project = SecondProj]
+    enum Second<S, F, H> {
+        // The first copy has not been waited for yet: no timer.
+        Due { at: Instant },
+        Delayed { #[pin] delay: Sleep },
+        Readying { service: S, withdrawal: Option<Withdrawal> },
+        Sent { #[pin] hedge: Weighed<F, H> },
+        // It gave a bad answer.
+        Lost,
+        Never,
+        Answered,
+    }
+}
+
+impl<S, F, H> Second<S, F, H> {
+    /// None: there was no hedge.
+    fn hedged(&self, won: bool) -> Option<Hedged> {
+        matches!(self, Self::Sent { .. } | Self::Lost).then_some(Hedged { won })
+    }
+}
+
+/// Neither a failure, nor throttled, nor refused: better than whatever the other copy may bring.
+fn is_good((class, outcome): (Class, Outcome)) -> bool {
+    class == Class::Final && outcome.is_success()
+}
+
+impl<S, M, Req> Future for HedgeFuture<S, Req, S::Future, M, M::Kept, M::Held>
+where
+    S: Service<M::Request> + Clone,
+    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+{
+    type Output = Result<M::Response, M::Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut this = self.project();
+        // The first copy before the timer and before the hedge: what is there already is not hedged.
+        if let Some(mut first) = this.first.as_mut().as_pin_mut() {
+            if let Poll::Ready(weight) = first.as_mut().poll(&*this.protocol, cx) {
+                if is_good(weight) || !matches!(*this.second, Second::Sent { .. }) {
+                    let held = first.take();
+                    let hedged = this.second.hedged(false);
+                    this.first.set(None);
+                    this.second.set(Second::Answered);
+                    *this.kept = None;
+                    return Poll::Ready(M::pass(held, hedged));
+                }
+                event!(DEBUG, outcome = ?weight.1, "waiting for the hedge");
+                // With it goes what the hedge may be waiting for: a permit, a connection.
+                this.first.set(None);
+            }
+        }
+        loop {
+            match this.second.as_mut().project() {
+                SecondProj::Due { at } => {
+                    let delay = sleep_until(*at);
+                    this.second.set(Second::Delayed { delay });
+                }
+                SecondProj::Delayed { delay } => {
+                    ready!(delay.poll(cx));
+                    let second = prepare::<S, Req, M>(this.core, this.kept.as_ref());
+                    this.second.set(second);
+                }
+                SecondProj::Readying { service, withdrawal } => {
+                    let ready = ready!(service.poll_ready(cx));
+                    // The request is needed once more, or never.
+                    let (Ok(()), Some(kept)) = (ready, this.kept.take()) else {
+                        this.second.set(Second::Never);
+                        continue;
+                    };
+                    if let Some(withdrawal) = withdrawal.take() {
+                        withdrawal.spend();
+                    }
+                    this.core.settings.sent.fetch_add(1, Ordering::Relaxed);
+                    event!(
+                        DEBUG,
+                        delay_ms = this.core.settings.delay.as_millis() as u64,
+                        "hedging"
+                    );
+                    let hedge = Weighed::new(service.call(M::again(&kept, 2)));
+                    this.second.set(Second::Sent { hedge });
+                }
+                SecondProj::Sent { mut hedge } => {
+                    let weight = ready!(hedge.as_mut().poll(&*this.protocol, cx));
+                    if !is_good(weight) && this.first.is_some() {
+                        event!(DEBUG, outcome = ?weight.1, "the hedge failed");
+                        this.second.set(Second::Lost);
+                        continue;
+                    }
+                    let held = hedge.take();
+                    this.core.settings.won.fetch_add(1, Ordering::Relaxed);
+                    this.first.set(None);
+                    this.second.set(Second::Answered);
+                    *this.kept = None;
+                    return Poll::Ready(M::pass(held, Some(Hedged { won: true })));
+                }
+                SecondProj::Lost | SecondProj::Never => return Poll::Pending,
+                SecondProj::Answered => unreachable!("polled after completion"),
+            }
+        }
+    }
+}
+
+/// The delay is over. The body first and the budget last: what cannot be sent is not charged.
+fn prepare<S, Req, M>(
+    core: &Core<S, Settings>,
+    kept: Option<&M::Kept>,
+) -> Second<S, S::Future, M::Held>
+where
+    S: Service<M::Request> + Clone,
+    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+{
+    if !kept.is_some_and(|kept| M::repeatable(kept) == Repeatable::Yes) {
+        event!(DEBUG, reason = "body", "not hedged");
+        return Second::Never;
+    }
+    let withdrawal = core.budget.as_ref().map(|budget| budget.withdraw());
+    if let Some(None) = withdrawal {
+        core.settings.denied.fetch_add(1, Ordering::Relaxed);
+        event!(DEBUG, reason = "budget_used_up", "not hedged");
+        return Second::Never;
+    }
+    Second::Readying { service: core.service(), withdrawal: withdrawal.flatten() }
+}
+
+impl<S, Req, F, M, K, H> fmt::Debug for HedgeFuture<S, Req, F, M, K, H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match &self.second {
+            Second::Due { .. } | Second::Delayed { .. } => "HedgeFuture(waiting)",
+            Second::Readying { .. } => "HedgeFuture(readying)",
+            Second::Sent { .. } => "HedgeFuture(hedged)",
+            Second::Lost | Second::Never => "HedgeFuture(unhedged)",
+            Second::Answered => "HedgeFuture(answered)",
+        })
+    }
+}
