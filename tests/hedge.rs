@@ -10,8 +10,9 @@ use std::{
 };
 
 use buttress::{
-    BoxError, ConcurrencyLimitLayer, HedgeLayer, Outcome, Rejected, RetryBudget,
-    retry::{Attempt, Hedge, HedgeFuture, Hedged, ReplayBody},
+    Attempts, BoxError, ConcurrencyLimitLayer, HedgeLayer, Outcome, Rejected, RetryBudget,
+    RetryLayer,
+    retry::{Attempt, Hedge, HedgeCopy, HedgeFuture, Hedged, ReplayBody},
 };
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -43,8 +44,8 @@ use Answer::*;
 
 #[derive(Default)]
 struct Seen {
-    /// Attempt, milliseconds since the beginning, and the request's body.
-    calls: Vec<(u32, u64, Bytes)>,
+    /// Which copy, when in milliseconds since the beginning, and its body.
+    calls: Vec<(usize, u64, Bytes)>,
     in_flight: usize,
     clones_ready: usize,
     shut: Option<&'static str>,
@@ -85,7 +86,7 @@ impl Upstream {
         Self { plan: [first, second], began: Instant::now(), seen, ready: false }
     }
 
-    fn calls(&self) -> Vec<(u32, u64)> {
+    fn calls(&self) -> Vec<(usize, u64)> {
         self.seen.lock().unwrap().calls.iter().map(|call| (call.0, call.1)).collect()
     }
 
@@ -101,7 +102,9 @@ impl Upstream {
     fn open(&self) {
         let mut seen = self.seen.lock().unwrap();
         seen.shut = None;
-        seen.waker.take().map(Waker::wake);
+        if let Some(waker) = seen.waker.take() {
+            waker.wake();
+        }
     }
 }
 
@@ -168,13 +171,13 @@ where
 
     fn call(&mut self, request: Request<ReplayBody<B>>) -> Self::Future {
         assert!(std::mem::take(&mut self.ready), "called without having been ready");
-        let attempt = request.extensions().get().map_or(1, |attempt: &Attempt| attempt.0);
-        let (after, last) = self.plan[attempt as usize - 1];
+        let copy = if request.extensions().get::<HedgeCopy>().is_some() { 2 } else { 1 };
+        let (after, last) = self.plan[copy - 1];
         let at = self.began.elapsed().as_millis() as u64;
         let mut seen = self.seen.lock().unwrap();
         seen.clones_ready -= 1;
         seen.in_flight += 1;
-        seen.calls.push((attempt, at, Bytes::new()));
+        seen.calls.push((copy, at, Bytes::new()));
         let index = seen.calls.len() - 1;
         drop(seen);
         let guard = InFlight(self.seen.clone());
@@ -477,6 +480,26 @@ async fn a_bad_answer_gives_its_permit_to_the_hedge() {
         [(1, 0), (2, 15)],
         "the hedge was queued until the first gave way"
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hedge_under_a_retry_keeps_the_attempts_number() {
+    let upstream = Upstream::new((30, Status(503)), (30, Status(503)));
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let numbers = seen.clone();
+    let service = ServiceBuilder::new()
+        .layer(RetryLayer::http().attempts(2))
+        .layer(HedgeLayer::http(DELAY))
+        .map_request(move |request: Request<ReplayBody<ReplayBody<Empty<Bytes>>>>| {
+            let extensions = request.extensions();
+            let attempt = extensions.get().map_or(1, |attempt: &Attempt| attempt.0);
+            numbers.lock().unwrap().push((attempt, extensions.get::<HedgeCopy>().is_some()));
+            request
+        })
+        .service(upstream.clone());
+    let response = call(&service, get()).await.unwrap();
+    assert_eq!((response.status().as_u16(), Attempts::of(&response).made), (503, 2));
+    assert_eq!(*seen.lock().unwrap(), [(1, false), (1, true), (2, false), (2, true)]);
 }
 
 #[tokio::test(start_paused = true)]

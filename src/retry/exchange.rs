@@ -12,7 +12,7 @@ use http_body::Body;
 
 use super::{
     attempts::{Attempt, Attempts, RetryError},
-    hedge::Hedged,
+    hedge::{HedgeCopy, Hedged},
     peek::{Peek, PeekedBody},
     policy::{Class, Repeatable, Stop},
     replay::{ReplayBody, Tape},
@@ -56,6 +56,9 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
 
     /// The attempt of this number.
     fn again(kept: &Self::Kept, number: u32) -> Self::Request;
+
+    /// A copy beside the attempt that is under way.
+    fn copy(kept: &Self::Kept) -> Self::Request;
 
     /// Whether it may be repeated although it may have had an effect.
     fn safe(kept: &Self::Kept) -> bool;
@@ -113,6 +116,17 @@ pub struct KeptRequest<B> {
     safe: bool,
 }
 
+impl<B> KeptRequest<B> {
+    fn marked<T>(&self, mark: T) -> Request<ReplayBody<B>>
+    where
+        T: Clone + Send + Sync + 'static,
+    {
+        let mut request = self.head.clone().map(|()| self.tape.replay());
+        request.extensions_mut().insert(mark);
+        request
+    }
+}
+
 /// RFC 9110 §9.2.2, or a key that makes the server tell repeats (the same on every attempt).
 fn is_safe(method: &Method, headers: &HeaderMap) -> bool {
     matches!(
@@ -139,9 +153,11 @@ impl<B: Body> Repeat<Request<B>> for Http {
     }
 
     fn again(kept: &KeptRequest<B>, number: u32) -> Self::Request {
-        let mut request = kept.head.clone().map(|()| kept.tape.replay());
-        request.extensions_mut().insert(Attempt(number));
-        request
+        kept.marked(Attempt(number))
+    }
+
+    fn copy(kept: &KeptRequest<B>) -> Self::Request {
+        kept.marked(HedgeCopy)
     }
 
     fn safe(kept: &KeptRequest<B>) -> bool {
@@ -333,6 +349,10 @@ where
     }
 
     fn again(kept: &Req, _: u32) -> Req {
+        kept.clone()
+    }
+
+    fn copy(kept: &Req) -> Req {
         kept.clone()
     }
 

@@ -83,7 +83,7 @@ mod backoff;
 mod budget;
 mod core;
 mod exchange;
-mod hedge;
+pub mod hedge;
 mod layer;
 mod peek;
 mod policy;
@@ -95,7 +95,7 @@ pub use self::{
     attempts::{Attempt, Attempts, RetryError},
     backoff::Backoff,
     budget::{RetryBudget, Withdrawal},
-    hedge::{Hedge, HedgeFuture, HedgeHandle, HedgeLayer, HedgeSnapshot, Hedged},
+    hedge::{Hedge, HedgeCopy, HedgeFuture, HedgeHandle, HedgeLayer, HedgeSnapshot, Hedged},
     layer::{RetryHandle, RetryLayer, RetrySnapshot},
     peek::PeekedBody,
     policy::Stop,

@@ -25,16 +25,7 @@ use crate::{
 /// Sends a second copy of a call that takes long, and gives out the first good answer.
 ///
 /// Its settings and its budget belong to one layer and all its clones, however often the layer is
-/// applied. How it decides, and what it costs:
-///
-/// | an answer comes | and it is good | and it is bad |
-/// |---|---|---|
-/// | before a hedge is sent | given out | given out |
-/// | from either, the other under way | given out, the other dropped | dropped: the other one decides |
-/// | from the second of the two | given out | given out |
-///
-/// A hedge is sent for what is safe to repeat, with a body that is empty, or kept (up to 64 KiB) and read
-/// to its end by the first copy; and within the budget.
+/// applied. See the [module](crate::retry::hedge).
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct HedgeLayer<M = Http> {
@@ -108,7 +99,8 @@ impl<M> HedgeLayer<M> {
     }
 
     /// How many hedges there may be for so many calls: [`RetryBudget::ratio(0.05)`](RetryBudget::ratio) by
-    /// default. Pass clones of one to several layers, retries among them, to share it.
+    /// default. Pass clones of one to several layers to share it. A retry over this layer that shares it
+    /// pays in for the same calls: their ratio is then met twice.
     ///
     /// Services that the layer made before keep theirs.
     pub fn budget(mut self, budget: RetryBudget) -> Self {

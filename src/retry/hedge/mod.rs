@@ -11,14 +11,14 @@
 //! let client = ServiceBuilder::new().layer(hedge).service(client());
 //! ```
 //!
-//! On one budget with the retries over it:
+//! On one budget with the retries over it, which both pay in for a call:
 //!
 //! ```
 //! # fn main() -> Result<(), buttress::ConfigError> {
 //! use std::time::Duration;
 //! use buttress::{HedgeLayer, RetryBudget, RetryLayer};
 //!
-//! let budget = RetryBudget::ratio(0.1);
+//! let budget = RetryBudget::ratio(0.05);
 //! let retry = RetryLayer::http().budget(budget.clone()).checked()?;
 //! let hedge = HedgeLayer::http(Duration::from_millis(80)).budget(budget).checked()?;
 //! # let _ = (retry, hedge); Ok(()) }
@@ -49,8 +49,8 @@
 //!
 //! Inside of a retry, over the circuit breaker and the limit: each copy is counted and limited. Best over
 //! a balancer: two copies to one slow server help little. The wrapped service gets
-//! `http::Request<ReplayBody<B>>`, as under a retry; a hedge carries [`Attempt(2)`](super::Attempt) in its
-//! extensions, and an answer after a hedge was sent carries [`Hedged`].
+//! `http::Request<ReplayBody<B>>`, as under a retry. A hedge carries [`HedgeCopy`] in its extensions, and
+//! [`Attempt`](super::Attempt) as the first copy does; an answer carries [`Hedged`] if a hedge was sent.
 //!
 //! # Bodies
 //!
@@ -97,6 +97,10 @@ pub use self::{
     layer::{HedgeHandle, HedgeLayer, HedgeSnapshot},
     service::{Hedge, HedgeFuture},
 };
+
+/// This request is a hedge: in the extensions of the second copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HedgeCopy;
 
 /// A hedge was sent for this call: in the extensions of the response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

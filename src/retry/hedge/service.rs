@@ -188,7 +188,7 @@ where
                         delay_ms = this.core.settings.delay.as_millis() as u64,
                         "hedging"
                     );
-                    let hedge = Weighed::new(service.call(M::again(&kept, 2)));
+                    let hedge = Weighed::new(service.call(M::copy(&kept)));
                     this.second.set(Second::Sent { hedge });
                 }
                 SecondProj::Sent { mut hedge } => {
