@@ -456,8 +456,9 @@ async fn by_default_five_in_a_hundred() {
 async fn the_loser_is_dropped_at_once() {
     for (first, second) in [(100, 5), (20, 90)] {
         let upstream = Upstream::new((first, Status(200)), (second, Status(200)));
-        let service = hedged(&upstream);
-        let mut future = pin!(call(&service, get()));
+        let mut service = hedged(&upstream);
+        let service = ServiceExt::<Request<Empty<Bytes>>>::ready(&mut service).await.unwrap();
+        let mut future = pin!(service.call(get()));
         assert!(timeout(ms(12), &mut future).await.is_err());
         assert_eq!(upstream.in_flight(), 2);
         // The future stays; what it held does not.

@@ -82,7 +82,7 @@
 //! | [`replay_up_to`](HedgeLayer::replay_up_to) | 64 KiB |
 //!
 //! 5 % is what a hedge after the 95th percentile adds (Dean and Barroso, "The Tail at Scale", CACM 2013,
-//! which measured 2 %): one that would cost more is set too early, or everything is slow, and then more load is
+//! which measured 2 %): what would cost more is set too early, or everything is slow, and then more load is
 //! no help. That hedges draw on a budget at all is gRPC's rule too (gRFC A6).
 //!
 //! # Unlike `tower::hedge`
