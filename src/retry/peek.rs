@@ -23,6 +23,8 @@ enum First<D, E> {
     Data(D),
     /// Boxed, because it is rare and large: trailers, or an error.
     Other(Box<Result<Frame<D>, E>>),
+    /// There is none: a body must not be polled beyond its end.
+    End,
 }
 
 /// What the first frame says.
@@ -50,7 +52,7 @@ impl<B: Body> PeekedBody<B> {
         if matches!(self.first, First::None) {
             match Pin::new(&mut self.body).poll_frame(cx) {
                 Poll::Pending => return Poll::Pending,
-                Poll::Ready(None) => return Poll::Ready(Peek::End),
+                Poll::Ready(None) => self.first = First::End,
                 Poll::Ready(Some(Ok(frame))) => {
                     self.first = match frame.into_data() {
                         Ok(data) => First::Data(data),
@@ -61,7 +63,7 @@ impl<B: Body> PeekedBody<B> {
             }
         }
         Poll::Ready(match &self.first {
-            First::None => Peek::End,
+            First::None | First::End => Peek::End,
             First::Data(_) => Peek::Message,
             First::Other(frame) => match &**frame {
                 Ok(frame) => frame.trailers_ref().map_or(Peek::Message, Peek::Trailers),
@@ -81,6 +83,10 @@ impl<B: Body> Body for PeekedBody<B> {
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         let this = self.project();
         match std::mem::replace(this.first, First::None) {
+            First::End => {
+                *this.first = First::End;
+                Poll::Ready(None)
+            }
             First::None => this.body.poll_frame(cx),
             First::Data(data) => Poll::Ready(Some(Ok(Frame::data(data)))),
             First::Other(frame) => Poll::Ready(Some(*frame)),
@@ -88,11 +94,18 @@ impl<B: Body> Body for PeekedBody<B> {
     }
 
     fn is_end_stream(&self) -> bool {
-        matches!(self.first, First::None) && self.body.is_end_stream()
+        match self.first {
+            First::None => self.body.is_end_stream(),
+            First::End => true,
+            First::Data(_) | First::Other(_) => false,
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
-        let rest = self.body.size_hint();
+        let rest = match self.first {
+            First::End => SizeHint::with_exact(0),
+            _ => self.body.size_hint(),
+        };
         let First::Data(data) = &self.first else { return rest };
         let first = data.remaining() as u64;
         let mut hint = SizeHint::new();
@@ -108,5 +121,44 @@ impl<B: Body> Body for PeekedBody<B> {
 impl<B: Body> fmt::Debug for PeekedBody<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("PeekedBody")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{convert::Infallible, task::Waker};
+
+    use bytes::Bytes;
+
+    use super::*;
+
+    /// Ends once, and panics when asked again: as a body over a stream that is not fused.
+    struct EndsOnce(bool);
+
+    impl Body for EndsOnce {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            assert!(!std::mem::replace(&mut self.0, true), "polled beyond its end");
+            Poll::Ready(None)
+        }
+    }
+
+    #[test]
+    fn an_end_that_was_peeked_is_remembered() {
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut body = PeekedBody::new(EndsOnce(false));
+        for _ in 0..2 {
+            assert!(matches!(body.poll_peek(&mut cx), Poll::Ready(Peek::End)));
+        }
+        assert!(body.is_end_stream());
+        assert_eq!(body.size_hint().exact(), Some(0));
+        for _ in 0..2 {
+            assert!(matches!(Pin::new(&mut body).poll_frame(&mut cx), Poll::Ready(None)));
+        }
     }
 }
