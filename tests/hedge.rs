@@ -182,7 +182,7 @@ where
         drop(seen);
         let guard = InFlight(self.seen.clone());
         Box::pin(async move {
-            let body = request.into_body().collect().await.unwrap().to_bytes();
+            let body = read(request.into_body()).await;
             guard.0.lock().unwrap().calls[index].2 = body;
             if after > 0 {
                 sleep(ms(after)).await;
@@ -190,6 +190,16 @@ where
             answer(last)
         })
     }
+}
+
+/// As hyper does: asked no more once it says that it has ended.
+async fn read<B: Body<Data = Bytes, Error: std::fmt::Debug>>(body: B) -> Bytes {
+    let (mut body, mut read) = (pin!(body), Vec::new());
+    while !body.is_end_stream() {
+        let Some(frame) = body.frame().await else { break };
+        read.extend_from_slice(&frame.unwrap().into_data().unwrap_or_default());
+    }
+    read.into()
 }
 
 fn get() -> Request<Empty<Bytes>> {
@@ -501,6 +511,17 @@ async fn a_hedge_under_a_retry_keeps_the_attempts_number() {
     let response = call(&service, get()).await.unwrap();
     assert_eq!((response.status().as_u16(), Attempts::of(&response).made), (503, 2));
     assert_eq!(*seen.lock().unwrap(), [(1, false), (1, true), (2, false), (2, true)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_retry_over_a_hedge_sends_the_body_again() {
+    let upstream = Upstream::new((30, Status(503)), (30, Status(503)));
+    let stack = ServiceBuilder::new().layer(RetryLayer::http()).layer(HedgeLayer::http(DELAY));
+    let request = Request::put("/").body(Full::new(Bytes::from("ping"))).unwrap();
+    let response = call(&stack.service(upstream.clone()), request).await.unwrap();
+    assert_eq!(Attempts::of(&response).made, 3);
+    let seen = upstream.seen.lock().unwrap();
+    assert_eq!(seen.calls.iter().filter(|call| call.2 == "ping").count(), 6);
 }
 
 #[tokio::test(start_paused = true)]
