@@ -78,6 +78,9 @@ mod event;
 #[cfg(feature = "breaker")]
 #[cfg_attr(docsrs, doc(cfg(feature = "breaker")))]
 pub mod breaker;
+#[cfg(feature = "health")]
+#[cfg_attr(docsrs, doc(cfg(feature = "health")))]
+pub mod health;
 #[cfg(feature = "limit")]
 #[cfg_attr(docsrs, doc(cfg(feature = "limit")))]
 pub mod limit;
@@ -89,6 +92,8 @@ pub use self::breaker::{CircuitBreaker, CircuitBreakerLayer, Trip};
 pub mod retry;
 
 use self::event::event;
+#[cfg(feature = "health")]
+pub use self::health::{Health, HealthProbe, HealthProbeLayer};
 #[cfg(feature = "limit")]
 pub use self::limit::{ConcurrencyLimit, ConcurrencyLimitLayer};
 #[cfg(feature = "retry")]

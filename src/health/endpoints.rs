@@ -1,0 +1,249 @@
+use std::{
+    convert::Infallible,
+    fmt,
+    future::{Future, Ready, ready},
+    pin::Pin,
+    task::{Context, Poll, ready as done},
+};
+
+use bytes::Bytes;
+use http::{HeaderValue, Request, Response, StatusCode, header};
+use http_body::{Body, Frame, SizeHint};
+use pin_project_lite::pin_project;
+use tower_layer::Layer;
+use tower_service::Service;
+
+use super::{
+    answer::{Endpoint, answer, is_asking, plain, without_body_for},
+    registry::Health,
+};
+use crate::{admission::Reusable, call::TrackedBody};
+
+// ===== In front of a server =====
+
+/// Answers `GET` and `HEAD` for `/livez`, `/readyz` and `/healthz`, and lets everything else through.
+///
+/// Made by [`Health::endpoints`]. What it wraps is not asked for a probe: a server that is saturated, or
+/// whose `poll_ready` hangs, still tells how it is.
+#[derive(Clone, Debug)]
+#[must_use = "a layer does nothing until it wraps a service"]
+pub struct HealthEndpointsLayer {
+    health: Health,
+}
+
+impl HealthEndpointsLayer {
+    pub(super) fn new(health: Health) -> Self {
+        Self { health }
+    }
+}
+
+impl<S> Layer<S> for HealthEndpointsLayer {
+    type Service = HealthEndpoints<S>;
+
+    fn layer(&self, inner: S) -> HealthEndpoints<S> {
+        HealthEndpoints { inner, health: self.health.clone(), ready: false }
+    }
+}
+
+/// The service of a [`HealthEndpointsLayer`].
+///
+/// It is ready also while the wrapped service is not: whether that matters is known only with the
+/// request. A call that is no probe then waits for the wrapped service in its future.
+pub struct HealthEndpoints<S> {
+    inner: S,
+    health: Health,
+    /// `inner` may hold a reservation.
+    ready: bool,
+}
+
+impl<S> HealthEndpoints<S> {
+    /// The wrapped service.
+    pub fn get_ref(&self) -> &S {
+        &self.inner
+    }
+}
+
+impl<S: Clone> Clone for HealthEndpoints<S> {
+    /// Readiness does not go along: what was reserved belongs to the instance that reserved it.
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone(), health: self.health.clone(), ready: false }
+    }
+}
+
+impl<S, ReqB, B> Service<Request<ReqB>> for HealthEndpoints<S>
+where
+    S: Service<Request<ReqB>, Response = Response<B>> + Reusable,
+    B: Body,
+    B::Data: From<Bytes>,
+{
+    type Response = Response<TrackedBody<B>>;
+    type Error = S::Error;
+    type Future = HealthEndpointsFuture<S, Request<ReqB>, S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        if !self.ready {
+            match self.inner.poll_ready(cx) {
+                Poll::Ready(result) => {
+                    result?;
+                    self.ready = true;
+                }
+                // It may have queued itself somewhere: that place must not stay parked here.
+                Poll::Pending => self.inner = self.inner.clone(),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<ReqB>) -> Self::Future {
+        let was_ready = std::mem::take(&mut self.ready);
+        let state = match Endpoint::of(request.uri().path()) {
+            Some(endpoint) if is_asking(request.method()) => {
+                if was_ready {
+                    // What this instance reserved is not needed.
+                    self.inner = self.inner.clone();
+                }
+                let answer = answer(&self.health, endpoint, request.uri().query());
+                let answer = without_body_for(request.method(), answer);
+                State::Answer { answer: Some(Box::new(answer)) }
+            }
+            _ if was_ready => State::Called { future: self.inner.call(request) },
+            _ => State::Parked { parked: Some(Box::new((self.inner.clone(), request))) },
+        };
+        HealthEndpointsFuture { state }
+    }
+}
+
+pin_project! {
+    /// The future of a [`HealthEndpoints`]'s call.
+    pub struct HealthEndpointsFuture<S, Req, F> {
+        #[pin]
+        state: State<S, Req, F>,
+    }
+}
+
+pin_project! {
+    #[project = StateProj]
+    enum State<S, Req, F> {
+        Called { #[pin] future: F },
+        Parked { parked: Option<Box<(S, Req)>> },
+        Answer { answer: Option<Box<Response<Bytes>>> },
+    }
+}
+
+impl<S, Req, B> Future for HealthEndpointsFuture<S, Req, S::Future>
+where
+    S: Service<Req, Response = Response<B>>,
+    B: Body,
+    B::Data: From<Bytes>,
+{
+    type Output = Result<Response<TrackedBody<B>>, S::Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut this = self.project();
+        loop {
+            let next = match this.state.as_mut().project() {
+                StateProj::Called { future } => {
+                    let response = done!(future.poll(cx))?;
+                    return Poll::Ready(Ok(response.map(TrackedBody::untracked)));
+                }
+                StateProj::Parked { parked } => {
+                    if let Some((service, _)) = parked.as_deref_mut() {
+                        done!(service.poll_ready(cx))?;
+                    }
+                    let Some((mut service, request)) = parked.take().map(|parked| *parked) else {
+                        unreachable!("polled after completion")
+                    };
+                    State::Called { future: service.call(request) }
+                }
+                StateProj::Answer { answer } => {
+                    let Some(answer) = answer.take() else {
+                        unreachable!("polled after completion")
+                    };
+                    return Poll::Ready(Ok(answer.map(TrackedBody::answer)));
+                }
+            };
+            this.state.set(next);
+        }
+    }
+}
+
+impl<S> fmt::Debug for HealthEndpoints<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HealthEndpoints").field("health", &self.health).finish_non_exhaustive()
+    }
+}
+
+impl<S, Req, F> fmt::Debug for HealthEndpointsFuture<S, Req, F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.state {
+            State::Called { .. } => "HealthEndpointsFuture(called)",
+            State::Parked { .. } => "HealthEndpointsFuture(parked)",
+            State::Answer { .. } => "HealthEndpointsFuture(answer)",
+        })
+    }
+}
+
+// ===== On a port of its own =====
+
+/// Answers `/livez`, `/readyz` and `/healthz`; 404 for other paths, 405 for methods other than `GET` and
+/// `HEAD`. Made by [`Health::service`].
+#[derive(Clone, Debug)]
+pub struct HealthService {
+    health: Health,
+}
+
+impl HealthService {
+    pub(super) fn new(health: Health) -> Self {
+        Self { health }
+    }
+}
+
+impl<ReqB> Service<Request<ReqB>> for HealthService {
+    type Response = Response<HealthBody>;
+    type Error = Infallible;
+    type Future = Ready<Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<ReqB>) -> Self::Future {
+        let response = match Endpoint::of(request.uri().path()) {
+            None => plain(StatusCode::NOT_FOUND, "not found\n"),
+            Some(endpoint) if is_asking(request.method()) => {
+                answer(&self.health, endpoint, request.uri().query())
+            }
+            Some(_) => {
+                let mut refused = plain(StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n");
+                refused.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
+                refused
+            }
+        };
+        ready(Ok(without_body_for(request.method(), response).map(HealthBody)))
+    }
+}
+
+/// The body of a [`HealthService`]'s answer: at most one piece.
+#[derive(Debug)]
+pub struct HealthBody(Bytes);
+
+impl Body for HealthBody {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let data = std::mem::take(&mut self.0);
+        Poll::Ready((!data.is_empty()).then(|| Ok(Frame::data(data))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.0.len() as u64)
+    }
+}

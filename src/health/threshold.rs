@@ -1,0 +1,167 @@
+use std::fmt;
+
+/// Where a gate is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ProbeState {
+    /// No verdict yet: calls go through, readiness waits.
+    #[default]
+    Unknown,
+    /// Calls go through.
+    Up,
+    /// Calls are refused.
+    Down,
+}
+
+impl ProbeState {
+    /// `unknown`, `up` or `down`.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Up => "up",
+            Self::Down => "down",
+        }
+    }
+}
+
+impl fmt::Display for ProbeState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Turns single results into a state that does not flap.
+#[derive(Debug)]
+pub(super) struct Threshold {
+    pub(super) rise: u32,
+    pub(super) fall: u32,
+    state: ProbeState,
+    successes: u32,
+    failures: u32,
+}
+
+impl Threshold {
+    pub(super) const fn new(rise: u32, fall: u32) -> Self {
+        Self { rise, fall, state: ProbeState::Unknown, successes: 0, failures: 0 }
+    }
+
+    /// Takes a result in; the state, if that changed it.
+    pub(super) fn told(&mut self, passed: bool) -> Option<ProbeState> {
+        (self.successes, self.failures) = if passed {
+            (self.successes.saturating_add(1), 0)
+        } else {
+            (0, self.failures.saturating_add(1))
+        };
+        let next = match self.state {
+            // The first success of all is enough: there is nothing to be careful about yet.
+            ProbeState::Unknown if passed => ProbeState::Up,
+            ProbeState::Unknown | ProbeState::Up if self.failures >= self.fall => ProbeState::Down,
+            ProbeState::Down if self.successes >= self.rise => ProbeState::Up,
+            same => same,
+        };
+        let changed = next != self.state;
+        self.state = next;
+        changed.then_some(next)
+    }
+
+    /// As if nothing had been told yet.
+    pub(super) fn reset(&mut self) {
+        *self = Self::new(self.rise, self.fall);
+    }
+
+    pub(super) fn state(&self) -> ProbeState {
+        self.state
+    }
+
+    /// Successes and failures in a row; one of them is 0.
+    pub(super) fn in_a_row(&self) -> (u32, u32) {
+        (self.successes, self.failures)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn states(rise: u32, fall: u32, results: &[bool]) -> Vec<ProbeState> {
+        let mut threshold = Threshold::new(rise, fall);
+        results
+            .iter()
+            .map(|passed| {
+                let before = threshold.state();
+                let changed = threshold.told(*passed);
+                assert_eq!(changed, (threshold.state() != before).then_some(threshold.state()));
+                threshold.state()
+            })
+            .collect()
+    }
+
+    /// The whole history, looked at anew for every state: the last run of `rise` passes or `fall`
+    /// failures that meant something decides, and before the first failed run any pass does.
+    fn model(rise: u32, fall: u32, results: &[bool]) -> ProbeState {
+        let ends_with = |upto: usize, value: bool, n: u32| {
+            let n = n as usize;
+            upto >= n && results[upto - n..upto].iter().all(|r| *r == value)
+        };
+        let last_fall = (1..=results.len()).rev().find(|upto| ends_with(*upto, false, fall));
+        match last_fall {
+            None if results.contains(&true) => ProbeState::Up,
+            None => ProbeState::Unknown,
+            Some(fell) => {
+                let after = &results[fell..];
+                let rose = after.windows(rise as usize).any(|run| run.iter().all(|r| *r));
+                if rose { ProbeState::Up } else { ProbeState::Down }
+            }
+        }
+    }
+
+    #[test]
+    fn the_first_success_is_enough_and_the_first_failures_follow_fall() {
+        use ProbeState::{Down, Unknown, Up};
+        assert_eq!(states(3, 3, &[true]), [Up]);
+        assert_eq!(states(3, 3, &[false, true]), [Unknown, Up]);
+        assert_eq!(states(3, 2, &[false, false]), [Unknown, Down]);
+        assert_eq!(states(2, 2, &[false, false, true, true]), [Unknown, Down, Down, Up]);
+    }
+
+    #[test]
+    fn a_result_of_the_other_kind_starts_the_count_anew() {
+        use ProbeState::{Down, Up};
+        assert_eq!(states(2, 2, &[true, false, true, false]), [Up; 4]);
+        let down = [false, false, true, false, true, false];
+        assert_eq!(states(2, 2, &down)[1..], [Down; 5]);
+    }
+
+    proptest! {
+        #[test]
+        fn is_what_the_whole_history_says(
+            rise in 1u32..5,
+            fall in 1u32..5,
+            results in prop::collection::vec(any::<bool>(), 0..60),
+        ) {
+            let seen = states(rise, fall, &results);
+            for (n, state) in seen.iter().enumerate() {
+                prop_assert_eq!(*state, model(rise, fall, &results[..=n]), "after {}", n + 1);
+            }
+        }
+
+        #[test]
+        fn never_changes_faster_than_its_thresholds(
+            rise in 1u32..5,
+            fall in 1u32..5,
+            results in prop::collection::vec(prop::bool::weighted(0.7), 0..200),
+        ) {
+            let mut threshold = Threshold::new(rise, fall);
+            let mut last = None;
+            for (n, passed) in results.iter().enumerate() {
+                let Some(now) = threshold.told(*passed) else { continue };
+                if let Some(before) = last.replace(n) {
+                    let least = if now == ProbeState::Up { rise } else { fall };
+                    prop_assert!(n - before >= least as usize);
+                }
+            }
+        }
+    }
+}
