@@ -1,0 +1,191 @@
+//! Health over real sockets: a saturated server that still tells how it is, and a client that follows an
+//! upstream that dies and returns.
+
+use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+
+use axum::{Router, routing::get};
+use buttress::{
+    ConcurrencyLimitLayer, Health, HealthProbeLayer, Rejected,
+    call::RejectedKind,
+    health::{CheckState, ProbeState},
+};
+use bytes::Bytes;
+use http::{Method, Request};
+use http_body_util::{BodyExt, Empty};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet, time::timeout};
+use tower::{ServiceBuilder, ServiceExt};
+
+async fn within<T>(future: impl Future<Output = T>) -> T {
+    timeout(Duration::from_secs(20), future).await.expect("in time")
+}
+
+fn client() -> Client<HttpConnector, Empty<Bytes>> {
+    Client::builder(TokioExecutor::new()).build_http()
+}
+
+async fn ask(method: Method, addr: SocketAddr, path: &str) -> (u16, http::HeaderMap, String) {
+    let request = Request::builder()
+        .method(method)
+        .uri(format!("http://{addr}{path}"))
+        .body(Empty::new())
+        .unwrap();
+    let response = within(client().request(request)).await.unwrap();
+    let (head, body) = response.into_parts();
+    let body = within(body.collect()).await.unwrap().to_bytes();
+    (head.status.as_u16(), head.headers, String::from_utf8(body.to_vec()).unwrap())
+}
+
+/// A server that can die: with its runtime go its listener and all its connections.
+struct Mortal(Option<tokio::runtime::Runtime>);
+
+impl Mortal {
+    fn serve(listener: std::net::TcpListener, app: Router) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.spawn(async move {
+            axum::serve(TcpListener::from_std(listener).unwrap(), app).await.unwrap();
+        });
+        Self(Some(runtime))
+    }
+}
+
+impl Drop for Mortal {
+    fn drop(&mut self) {
+        self.0.take().map(tokio::runtime::Runtime::shutdown_background);
+    }
+}
+
+async fn listen(addr: SocketAddr) -> std::net::TcpListener {
+    within(async {
+        loop {
+            match TcpListener::bind(addr).await {
+                Ok(listener) => break listener.into_std().unwrap(),
+                Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+            }
+        }
+    })
+    .await
+}
+
+async fn serve(app: Router) -> (SocketAddr, JoinSet<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let mut server = JoinSet::new();
+    server.spawn(async move { axum::serve(listener, app).await.unwrap() });
+    (addr, server)
+}
+
+#[tokio::test]
+async fn probes_are_answered_while_the_server_is_full() {
+    let health = Health::new();
+    let search = health.reporter("search").unwrap();
+    let limit = ConcurrencyLimitLayer::new(2).queue(100, Duration::from_secs(60)).respond();
+    let full = limit.handle();
+    let go = Arc::new(Semaphore::new(0));
+    let gate = go.clone();
+    let chat = async move || {
+        let _go = gate.acquire().await;
+        "done"
+    };
+    let app = Router::new()
+        .route("/chat", get(chat))
+        .route("/other", get(|| async { "other" }))
+        .layer(limit)
+        .layer(health.endpoints());
+    let (addr, _server) = serve(app).await;
+
+    let mut callers = JoinSet::new();
+    for _ in 0..20 {
+        callers.spawn(async move { ask(Method::GET, addr, "/chat").await.2 });
+    }
+    within(async {
+        while full.snapshot().waiting < 18 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    assert_eq!(full.in_flight(), 2);
+
+    let (status, headers, body) = ask(Method::GET, addr, "/livez").await;
+    assert_eq!(
+        (status, &*body, &headers["cache-control"]),
+        (200, "ok", &"no-store".parse().unwrap())
+    );
+    assert_eq!(ask(Method::GET, addr, "/readyz").await.0, 503);
+    search.pass();
+    assert_eq!(ask(Method::GET, addr, "/readyz").await.2, "ok");
+    assert_eq!(
+        ask(Method::GET, addr, "/healthz?verbose").await.2,
+        "[+]search ok\nhealthz check passed\n"
+    );
+    assert_eq!(ask(Method::GET, addr, "/readyz/search").await.0, 200);
+    let (status, headers, body) = ask(Method::HEAD, addr, "/readyz").await;
+    assert_eq!((status, &headers["content-length"], &*body), (200, &"2".parse().unwrap(), ""));
+
+    go.add_permits(20);
+    while let Some(said) = within(callers.join_next()).await {
+        assert_eq!(said.unwrap(), "done");
+    }
+    assert_eq!(ask(Method::GET, addr, "/other").await.2, "other");
+    assert_eq!(ask(Method::GET, addr, "/nowhere").await.0, 404);
+    assert_eq!(full.in_flight(), 0);
+}
+
+#[tokio::test]
+async fn a_port_of_its_own() {
+    let health = Health::new();
+    let (addr, _server) = serve(Router::new().fallback_service(health.service())).await;
+    assert_eq!(ask(Method::GET, addr, "/readyz").await.2, "ok");
+    assert_eq!(ask(Method::POST, addr, "/readyz").await.0, 405);
+    assert_eq!(ask(Method::GET, addr, "/chat").await.0, 404);
+}
+
+#[tokio::test]
+async fn traffic_and_readiness_follow_an_upstream_that_dies_and_returns() {
+    let upstream = || {
+        Router::new()
+            .route("/healthz", get(|| async { "well" }))
+            .route("/search", get(|| async { "found" }))
+    };
+    let listener = listen(([127, 0, 0, 1], 0).into()).await;
+    let addr = listener.local_addr().unwrap();
+    let server = Mortal::serve(listener, upstream());
+    let health = Health::new();
+    let probe = HealthProbeLayer::get(&format!("http://{addr}/healthz"))
+        .every(Duration::from_millis(20))
+        .timeout(Duration::from_secs(5))
+        .thresholds(2, 2)
+        .report_to(&health, "search");
+    let state = probe.handle();
+    let search = ServiceBuilder::new().layer(probe).service(client());
+    let call = async || {
+        let request = Request::get(format!("http://{addr}/search")).body(Empty::new()).unwrap();
+        let response = within(search.clone().oneshot(request)).await?;
+        let body = within(response.into_body().collect()).await?.to_bytes();
+        Ok::<_, buttress::BoxError>(body)
+    };
+
+    assert_eq!(within(state.changed()).await, ProbeState::Up);
+    assert_eq!(call().await.unwrap(), "found");
+    assert!(health.is_ready());
+
+    drop(server);
+    assert_eq!(within(state.changed()).await, ProbeState::Down);
+    let error = call().await.unwrap_err();
+    assert_eq!(Rejected::find(&*error).unwrap().kind(), RejectedKind::Unhealthy);
+    assert_eq!(health.check("search"), Some(CheckState::Fail));
+
+    let _server = Mortal::serve(listen(addr).await, upstream());
+    assert_eq!(within(state.changed()).await, ProbeState::Up);
+    assert_eq!(call().await.unwrap(), "found");
+    assert!(health.is_ready());
+    let snapshot = state.snapshot();
+    assert!(snapshot.refused == 1 && snapshot.probes >= 5, "{snapshot:?}");
+}

@@ -1,0 +1,222 @@
+//! `Health::endpoints` and `Health::service` through their public API, with a paused clock.
+
+use std::{
+    convert::Infallible,
+    future::{Future, poll_fn},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use buttress::Health;
+use bytes::Bytes;
+use http::{Method, Request, Response};
+use http_body::Body;
+use http_body_util::{BodyExt, Full};
+use tokio::time::timeout;
+use tower::{Layer, Service, ServiceExt, limit::GlobalConcurrencyLimitLayer, service_fn};
+
+type Req = Request<Full<Bytes>>;
+
+fn to(method: Method, uri: &str) -> Req {
+    Request::builder().method(method).uri(uri).body(Full::default()).unwrap()
+}
+
+fn get(uri: &str) -> Req {
+    to(Method::GET, uri)
+}
+
+fn app(
+    calls: &Arc<AtomicUsize>,
+) -> impl Service<Req, Response = Response<Full<Bytes>>, Error = Infallible, Future: Send>
++ Clone
++ Send
++ use<> {
+    let calls = calls.clone();
+    service_fn(move |_: Req| {
+        calls.fetch_add(1, SeqCst);
+        async { Ok(Response::new(Full::from("app"))) }
+    })
+}
+
+async fn text<B: Body<Error: std::fmt::Debug>>(response: Response<B>) -> (u16, String) {
+    let status = response.status().as_u16();
+    let body = response.into_body().collect().await.unwrap().to_bytes();
+    (status, String::from_utf8(body.to_vec()).unwrap())
+}
+
+async fn within<T>(future: impl Future<Output = T>) -> T {
+    timeout(Duration::from_secs(3600), future).await.expect("in time")
+}
+
+#[tokio::test(start_paused = true)]
+async fn answers_its_own_paths_and_passes_the_others_through() {
+    let health = Health::new();
+    let calls = Arc::default();
+    let service = health.endpoints().layer(app(&calls));
+    for (request, answered) in [
+        (get("/livez"), true),
+        (get("/readyz?verbose"), true),
+        (get("http://host/healthz"), true),
+        (to(Method::HEAD, "/readyz"), true),
+        (get("/"), false),
+        (get("/livez/"), false),
+        (get("/LIVEZ"), false),
+        (get("/api/livez"), false),
+        (to(Method::POST, "/livez"), false),
+        (to(Method::OPTIONS, "*"), false),
+    ] {
+        let before = calls.load(SeqCst);
+        let what = format!("{} {}", request.method(), request.uri());
+        let response = service.clone().oneshot(request).await.unwrap();
+        assert_eq!(calls.load(SeqCst) == before, answered, "{what}");
+        assert_eq!(response.headers().contains_key("cache-control"), answered, "{what}");
+        assert_eq!(text(response).await.1 == "app", !answered, "{what}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn readiness_follows_the_checks_and_liveness_does_not() {
+    let health = Health::new();
+    let service = health.endpoints().layer(app(&Arc::default()));
+    let ask = async |uri: &str| text(service.clone().oneshot(get(uri)).await.unwrap()).await;
+    let search = health.reporter("search").unwrap();
+    let unknown = "[-]search failed: no verdict yet\nreadyz check failed\n";
+    assert_eq!(ask("/readyz").await, (503, unknown.into()));
+    search.pass();
+    assert_eq!(ask("/readyz").await, (200, "ok".into()));
+    assert_eq!(ask("/healthz?verbose").await.1, "[+]search ok\nhealthz check passed\n");
+    search.fail();
+    assert_eq!(ask("/readyz").await.0, 503);
+    assert_eq!(ask("/readyz?exclude=search").await.0, 200);
+    assert_eq!(ask("/readyz/search").await.0, 503);
+    assert_eq!(ask("/livez").await, (200, "ok".into()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn head_has_the_headers_of_get_and_no_body() {
+    let service = Health::new().endpoints().layer(app(&Arc::default()));
+    let got = service.clone().oneshot(get("/readyz?verbose")).await.unwrap();
+    let head = service.oneshot(to(Method::HEAD, "/readyz?verbose")).await.unwrap();
+    assert_eq!(got.headers(), head.headers());
+    assert_eq!(got.headers()["cache-control"], "no-store");
+    assert_eq!(got.headers()["content-type"], "text/plain; charset=utf-8");
+    assert_eq!(got.body().size_hint().exact(), Some(20));
+    assert!(head.body().is_end_stream());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_probe_never_waits_for_the_inner_service() {
+    let (health, calls) = (Health::new(), Arc::default());
+    let limited = GlobalConcurrencyLimitLayer::new(1).layer(app(&calls));
+    let service = health.endpoints().layer(limited.clone());
+    let mut holder = limited.clone();
+    holder.ready().await.unwrap();
+
+    for _ in 0..10 {
+        let response = within(service.clone().oneshot(get("/readyz"))).await.unwrap();
+        assert_eq!(text(response).await, (200, "ok".into()));
+    }
+    // A call that is no probe waits for its turn, and gets it.
+    let waiting = tokio::spawn(service.clone().oneshot(get("/")));
+    tokio::task::yield_now().await;
+    assert!(!waiting.is_finished());
+    drop(holder);
+    within(waiting).await.unwrap().unwrap();
+    assert_eq!(calls.load(SeqCst), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_of_the_inner_service_stays_parked_in_an_idle_handle() {
+    let (health, calls) = (Health::new(), Arc::default());
+    let limited = GlobalConcurrencyLimitLayer::new(1).layer(app(&calls));
+    let mut service = health.endpoints().layer(limited.clone());
+    // Reserved for a call that turns out to be a probe.
+    service.ready().await.unwrap();
+    service.call(get("/livez")).await.unwrap();
+    let mut holder = limited.clone();
+    within(holder.ready()).await.unwrap();
+    // Queued behind `holder`, and then idle: the permit must go to whoever calls.
+    service.ready().await.unwrap();
+    drop(holder);
+    within(limited.clone().oneshot(get("/"))).await.unwrap();
+    // Reserved, and then dropped.
+    service.ready().await.unwrap();
+    drop(service);
+    within(limited.oneshot(get("/"))).await.unwrap();
+}
+
+/// Strict: a call without readiness panics.
+struct Strict {
+    ready: bool,
+    polls: Arc<AtomicUsize>,
+}
+
+impl Clone for Strict {
+    fn clone(&self) -> Self {
+        Self { ready: false, polls: self.polls.clone() }
+    }
+}
+
+impl Service<Req> for Strict {
+    type Response = Response<Full<Bytes>>;
+    type Error = &'static str;
+    type Future = std::future::Ready<Result<Self::Response, Self::Error>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        if self.polls.fetch_add(1, SeqCst) > 100 {
+            return Poll::Ready(Err("worn out"));
+        }
+        self.ready = true;
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Req) -> Self::Future {
+        assert!(std::mem::take(&mut self.ready), "called without readiness");
+        std::future::ready(Ok(Response::default()))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn calls_only_what_it_readied() {
+    let polls = Arc::default();
+    let mut service =
+        Health::new().endpoints().layer(Strict { ready: false, polls: Arc::clone(&polls) });
+    for _ in 0..5 {
+        // Ready is sticky,
+        poll_fn(|cx| service.poll_ready(cx)).await.unwrap();
+        poll_fn(|cx| service.poll_ready(cx)).await.unwrap();
+        // a clone has to become ready itself,
+        service.clone().oneshot(get("/")).await.unwrap();
+        // and after a probe the service has to anew.
+        service.call(get("/livez")).await.unwrap();
+        poll_fn(|cx| service.poll_ready(cx)).await.unwrap();
+        service.call(get("/")).await.unwrap();
+    }
+    assert_eq!(polls.load(SeqCst), 15);
+    polls.store(101, SeqCst);
+    let failed = poll_fn(|cx| Service::<Req>::poll_ready(&mut service, cx)).await;
+    assert_eq!(failed.unwrap_err(), "worn out");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_plain_service_answers_everything() {
+    let health = Health::new();
+    let search = health.reporter("search").unwrap();
+    let service = health.service();
+    let ask = async |request: Req| service.clone().oneshot(request).await.unwrap();
+    assert_eq!(text(ask(get("/readyz/search")).await).await.0, 503);
+    search.pass();
+    assert_eq!(text(ask(get("/readyz/search")).await).await, (200, "ok".into()));
+    assert_eq!(text(ask(get("/readyz/other")).await).await.0, 404);
+    assert_eq!(text(ask(get("/metrics")).await).await, (404, "not found\n".into()));
+    let refused = ask(to(Method::DELETE, "/readyz")).await;
+    assert_eq!(
+        (refused.status().as_u16(), &refused.headers()["allow"]),
+        (405, &"GET, HEAD".parse().unwrap())
+    );
+    assert!(ask(to(Method::HEAD, "/livez")).await.body().is_end_stream());
+}
