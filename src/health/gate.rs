@@ -228,17 +228,11 @@ impl Gate {
             self.publish(&probing);
             drop(probing);
             let name = self.named();
-            match (to, result) {
-                (ProbeState::Down, Err(why)) => {
-                    event!(
-                        WARN,
-                        resilience.name = name,
-                        reason = why.as_str(),
-                        "health probe: down"
-                    );
-                    let _ = why;
-                }
-                _ => event!(INFO, resilience.name = name, "health probe: up"),
+            if let (ProbeState::Down, Err(why)) = (to, result) {
+                event!(WARN, resilience.name = name, reason = why.as_str(), "health probe: down");
+                let _ = why;
+            } else {
+                event!(INFO, resilience.name = name, "health probe: up");
             }
             let _ = name;
         }

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     ConfigError,
-    admission::{Plan, admission_layer},
+    admission::{Plan, Reusable, admission_layer},
     call::{AsError, Http, PerResponse, Shared},
 };
 
@@ -180,7 +180,7 @@ fn above_zero(field: &'static str, value: Duration) -> Result<Duration, ConfigEr
 impl<S, P, M: Clone, R: Clone> Layer<S> for HealthProbeLayer<P, M, R>
 where
     P: Probe<S>,
-    S: Clone + Send + 'static,
+    S: Reusable + Send + 'static,
 {
     type Service = HealthProbe<S, M, R>;
 
