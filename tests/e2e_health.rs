@@ -150,6 +150,31 @@ async fn a_port_of_its_own() {
 }
 
 #[tokio::test]
+async fn a_tonic_server_answers_probes_too() {
+    let health = Health::new();
+    let (_, service) = tonic_health::server::health_reporter();
+    let limit = ConcurrencyLimitLayer::new(1).respond();
+    let incoming = tonic::transport::server::TcpIncoming::bind(([127, 0, 0, 1], 0).into()).unwrap();
+    let addr = incoming.local_addr().unwrap();
+    let mut server = JoinSet::new();
+    let serve = tonic::transport::Server::builder()
+        .accept_http1(true)
+        .layer(health.endpoints())
+        .layer(limit)
+        .add_service(service)
+        .serve_with_incoming(incoming);
+    server.spawn(async move { serve.await.unwrap() });
+
+    assert_eq!(ask(Method::GET, addr, "/readyz").await.2, "ok");
+    let url = format!("http://{addr}");
+    let channel = tonic::transport::Endpoint::new(url).unwrap().connect_lazy();
+    let mut client = tonic_health::pb::health_client::HealthClient::new(channel);
+    let asked = tonic_health::pb::HealthCheckRequest::default();
+    let answer = within(client.check(asked)).await.unwrap().into_inner();
+    assert_eq!(answer.status(), tonic_health::pb::health_check_response::ServingStatus::Serving);
+}
+
+#[tokio::test]
 async fn traffic_and_readiness_follow_an_upstream_that_dies_and_returns() {
     let upstream = || {
         Router::new()

@@ -481,16 +481,44 @@ async fn the_prober_ends_with_its_last_owner_and_leaks_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn dropped_futures_and_services_keep_no_prober() {
+async fn calls_under_way_keep_no_prober() {
     let upstream = Upstream::new();
     let mut service = exact().layer(upstream.clone());
     let unpolled = service.ready().await.unwrap().call(call());
-    drop(service);
+    let response = service.ready().await.unwrap().call(call()).await.unwrap();
     settle().await;
     assert_eq!(alive_tasks(), 1);
-    drop(unpolled);
+    drop(service);
     settle().await;
-    assert_eq!((alive_tasks(), Arc::strong_count(&upstream.seen)), (0, 1));
+    assert_eq!(alive_tasks(), 0);
+    assert!(unpolled.await.is_ok());
+    assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "xxxxx");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_prober_however_many_threads_apply_the_layer() {
+    for _ in 0..50 {
+        let layer = exact();
+        let handle = layer.handle();
+        let upstream = Upstream::new();
+        let runtime = tokio::runtime::Handle::current();
+        std::thread::scope(|threads| {
+            for _ in 0..4 {
+                threads.spawn(|| {
+                    let _runtime = runtime.enter();
+                    drop(layer.layer(upstream.clone()));
+                });
+            }
+        });
+        while handle.state() == ProbeState::Unknown {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!((upstream.probes(), handle.snapshot().probes, alive_tasks()), (1, 1, 1));
+        drop((layer, handle));
+        while alive_tasks() > 0 {
+            tokio::task::yield_now().await;
+        }
+    }
 }
 
 #[test]
@@ -820,6 +848,11 @@ async fn the_snippet_needs_no_annotation() {
     });
     let mut upstream = ServiceBuilder::new().layer(probe).service(client);
     poll_fn(|cx| Service::<Req>::poll_ready(&mut upstream, cx)).await.unwrap();
+
+    let channel = tonic::transport::Channel::from_static("http://[::1]:1").connect_lazy();
+    let mut upstream =
+        ServiceBuilder::new().layer(HealthProbeLayer::get("/healthz").respond()).service(channel);
+    poll_fn(|cx| upstream.poll_ready(cx)).await.unwrap();
 
     // A service that takes any body has to be told which.
     let router = axum::Router::<()>::new();

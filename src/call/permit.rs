@@ -146,8 +146,8 @@ impl<T: Finish> Permit<T> {
     }
 }
 
-impl Permit {
-    /// A permit that is spent already.
+impl<T: Finish + ?Sized> Permit<T> {
+    /// A permit that is spent already: for a call that has ended, or one that nobody counts.
     pub(crate) const fn hollow() -> Self {
         Self { state: None, token: Token { tag: 0, started: 0 }, drop_as: Outcome::cancelled() }
     }
