@@ -510,14 +510,17 @@ async fn one_prober_however_many_threads_apply_the_layer() {
                 });
             }
         });
-        while handle.state() == ProbeState::Unknown {
-            tokio::task::yield_now().await;
-        }
+        let until = async |done: &dyn Fn() -> bool| {
+            while !done() {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(Duration::from_secs(10), until(&|| handle.state() == ProbeState::Up))
+            .await
+            .unwrap();
         assert_eq!((upstream.probes(), handle.snapshot().probes, alive_tasks()), (1, 1, 1));
         drop((layer, handle));
-        while alive_tasks() > 0 {
-            tokio::task::yield_now().await;
-        }
+        timeout(Duration::from_secs(10), until(&|| alive_tasks() == 0)).await.unwrap();
     }
 }
 

@@ -117,6 +117,18 @@ impl Gate {
         change(&mut self.probing())
     }
 
+    pub(super) fn report_to(&self, reporter: Reporter) {
+        self.with(|probing| probing.reporters.push(reporter.clone()));
+        loop {
+            let state = self.state();
+            reporter.report(CheckState::of(state));
+            // The prober may have changed it meanwhile, and have told so before this did.
+            if self.state() == state {
+                return;
+            }
+        }
+    }
+
     // ===== Looking =====
 
     #[inline]
@@ -188,19 +200,18 @@ impl Gate {
     /// The prober's runtime has ended before the gate: from here on nothing is known any more. With a
     /// starter, the next call starts it in its own runtime.
     pub(super) fn stopped(&self, starter: Option<Starter>) {
-        {
-            let mut start = self.start();
-            *start = match starter {
-                Some(starter) => {
-                    self.word.fetch_or(ARMED, Ordering::AcqRel);
-                    Start::Armed(starter)
-                }
-                None => Start::Dead,
-            };
-        }
         let mut probing = self.probing();
         probing.threshold.reset();
-        self.publish(&probing);
+        self.publish(probing);
+        // Only now: the next prober's verdict must not be overwritten.
+        let mut start = self.start();
+        *start = match starter {
+            Some(starter) => {
+                self.word.fetch_or(ARMED, Ordering::AcqRel);
+                Start::Armed(starter)
+            }
+            None => Start::Dead,
+        };
     }
 
     // ===== What the prober tells =====
@@ -225,8 +236,7 @@ impl Gate {
         let wait = jittered(probing.every, probing.jitter);
         self.expect_verdict_in(wait);
         if let Some(to) = change {
-            self.publish(&probing);
-            drop(probing);
+            self.publish(probing);
             let name = self.named();
             if let (ProbeState::Down, Err(why)) = (to, result) {
                 event!(WARN, resilience.name = name, reason = why.as_str(), "health probe: down");
@@ -243,12 +253,15 @@ impl Gate {
         self.next.store(self.now().saturating_add(nanos(wait)), Ordering::Relaxed);
     }
 
-    fn publish(&self, probing: &Probing) {
+    /// Publishes, lets go of the lock, and only then tells anybody.
+    fn publish(&self, probing: MutexGuard<'_, Probing>) {
         let to = probing.threshold.state();
+        let reporters = probing.reporters.clone();
         let _ = self.word.fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| {
             Some(word & !STATE | to as u8)
         });
-        for reporter in &probing.reporters {
+        drop(probing);
+        for reporter in reporters {
             reporter.report(CheckState::of(to));
         }
         self.changed.notify_waiters();

@@ -7,7 +7,7 @@ use super::{
     handle::HealthProbeHandle,
     probe::{AnyAnswer, Ask, Get, Judged, Probe, SendRequest},
     prober::Prober,
-    registry::{CheckState, Health},
+    registry::Health,
 };
 use crate::{
     ConfigError,
@@ -148,10 +148,7 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
     /// [`ConfigError`].
     pub fn report_to(mut self, health: &Health, name: &str) -> Self {
         if let Some(reporter) = self.plan.accept(health.reporter(name)) {
-            self.plan.policy.with(|probing| {
-                reporter.report(CheckState::of(probing.threshold.state()));
-                probing.reporters.push(reporter);
-            });
+            self.plan.policy.report_to(reporter);
             self.plan.policy.name(name);
         }
         self

@@ -1,4 +1,137 @@
-//! Health: probes of what is called, and endpoints that tell how this process is.
+//! Health: asks what is called whether it is well, before callers find out, and answers for this process.
+//!
+//! [`HealthProbeLayer`] probes the service that it wraps, in the background, and refuses calls while it is
+//! down. A [`Health`] registry collects what such probes say, and what you say yourself, and answers
+//! Kubernetes' questions: `/livez`, `/readyz`, `/healthz`.
+//!
+//! ```
+//! # #[tokio::main(flavor = "current_thread")] async fn main() {
+//! use axum::{Router, routing::get};
+//! use buttress::{Health, HealthProbeLayer};
+//! use http_body_util::Empty;
+//! use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+//! use tower::ServiceBuilder;
+//!
+//! let health = Health::new();
+//! let search = ServiceBuilder::new()
+//!     .layer(HealthProbeLayer::get("http://search:8080/healthz").report_to(&health, "search"))
+//!     .service(Client::builder(TokioExecutor::new()).build_http::<Empty<bytes::Bytes>>());
+//! let app: Router = Router::new()
+//!     .route("/", get(|| async { "found" }))
+//!     .layer(health.endpoints());                     // outermost
+//! # let _ = (search, app); }
+//! ```
+//!
+//! With everything said, for a service of any types, and with a check of one's own:
+//!
+//! ```
+//! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), buttress::ConfigError> {
+//! use std::{convert::Infallible, time::Duration};
+//! use buttress::{Health, HealthProbeLayer};
+//! use tower::{Layer, service_fn};
+//!
+//! let db = service_fn(|query: &'static str| async move { Ok::<_, Infallible>(query.len()) });
+//! let health = Health::new();
+//! let probe = HealthProbeLayer::new(|| "select lag")
+//!     .judge(|answer: Result<&usize, &Infallible>| answer.is_ok_and(|lag| *lag < 100))
+//!     .every(Duration::from_secs(2))
+//!     .jitter(0.2)
+//!     .timeout(Duration::from_millis(500))
+//!     .thresholds(2, 3)
+//!     .report_to(&health, "db")
+//!     .checked()?;
+//! let handle = probe.handle();
+//! let db = probe.layer(db);
+//! println!("{:?}", handle.snapshot());
+//!
+//! let cache = health.reporter("cache")?;
+//! cache.pass();
+//! assert!(!health.is_ready(), "the database has not been asked yet");
+//! # let _ = db; Ok(()) }
+//! ```
+//!
+//! # How it decides
+//!
+//! ```text
+//!            a probe passes                    `fall` probes in a row fail
+//!  unknown ────────────────▶ up ─────────────────────────────────────────────▶ down
+//!     │                       ▲       `rise` probes in a row pass               │ ▲
+//!     │                       └─────────────────────────────────────────────────┘ │
+//!     └───────────────────────── `fall` probes in a row fail ─────────────────────┘
+//! ```
+//!
+//! | a probe ends as | counts as |
+//! |---|---|
+//! | 2xx; any answer, or what the judge says, for other types | passed |
+//! | another status (429 too), an error, a body that breaks off | failed |
+//! | no head within `timeout`, readying the service included | failed |
+//! | a panic of the service, of the request's closure or of the judge | failed |
+//! | refused by a layer of this crate further in | nothing |
+//!
+//! | the gate is | calls | its check in the registry |
+//! |---|---|---|
+//! | unknown | go through | unknown: not ready |
+//! | up | go through | pass |
+//! | down | refused: [`Unhealthy`](crate::call::RejectedKind::Unhealthy), come back at the next probe | fail |
+//!
+//! What user traffic meets does not count: that is what a circuit breaker is for.
+//!
+//! # The probes
+//!
+//! One task for each layer, however often it is applied, one probe at a time: the next one is due `every`
+//! after the end of the last, the first at once. A probe is a call on a clone of the wrapped service, so
+//! that it takes the way that calls take. It begins with the first [`layer`](tower_layer::Layer::layer)
+//! inside a Tokio runtime with timers, or else with the first call inside one. It ends with the last
+//! layer, service and handle, also in the midst of a probe. If its runtime ends before, the state is
+//! unknown again, and the next call starts it in its own.
+//!
+//! # The endpoints
+//!
+//! | path | answers 200 | else |
+//! |---|---|---|
+//! | `/livez` | always: liveness never asks a dependency | – |
+//! | `/readyz` | if every check passes | 503 |
+//! | `/healthz` | as `/readyz`: for load balancers, not for liveness | 503 |
+//! | `/readyz/<check>`, `/healthz/<check>` | if this check passes | 503; 404 if there is none |
+//!
+//! `GET` and `HEAD`, plain text, `Cache-Control: no-store`. `?verbose` lists the checks in Kubernetes'
+//! form, `[+]name ok` or `[-]name failed: reason withheld`, and so does a failed answer; `?exclude=name`
+//! leaves one out, and may be repeated. A query of more than 4096 bytes is not looked at, nor is what
+//! follows its 64th parameter. [`Health::endpoints`] answers before what it wraps is asked, so that a
+//! saturated server still tells how it is; other paths and methods pass through. [`Health::service`] is
+//! the same for a port of its own.
+//!
+//! # In the stack
+//!
+//! The endpoints go outermost. The gate goes around the client, under the retry and the circuit breaker.
+//! Over a concurrency limit, a probe needs a place like any call: refused there it says nothing, but one
+//! that waits in the limit's queue for longer than its `timeout` has failed. Under the limit it is not
+//! held up.
+//!
+//! A gate that is down does not touch the service that it wraps; one that goes down wakes the callers
+//! that wait for it.
+//!
+//! # Streams
+//!
+//! Response bodies of calls pass through as they are; a stream that is open goes on when the gate goes
+//! down. The body of a probe's answer is read, up to 64 KiB and within the `timeout`, so that the
+//! connection can be used again; what is longer is dropped, and the head counts.
+//!
+//! # Cancellation
+//!
+//! A call holds nothing of the gate: dropping it changes nothing.
+//!
+//! # Defaults
+//!
+//! | setting | default |
+//! |---|---|
+//! | [`every`](HealthProbeLayer::every) | 5 s |
+//! | [`jitter`](HealthProbeLayer::jitter) | 0.1 (up to 10 % longer) |
+//! | [`timeout`](HealthProbeLayer::timeout) | 1 s |
+//! | [`thresholds`](HealthProbeLayer::thresholds) | 1 to rise, 3 to fall |
+//! | refusals | an error; [`respond`](HealthProbeLayer::respond) for a response |
+//!
+//! tower and tower-http have no layer of this kind.
 
 mod answer;
 mod endpoints;
