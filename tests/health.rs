@@ -495,18 +495,50 @@ async fn calls_under_way_keep_no_prober() {
     assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "xxxxx");
 }
 
+/// Its first four clones wait for each other.
+struct Meeting {
+    upstream: Upstream,
+    at_once: Arc<(std::sync::Barrier, AtomicUsize)>,
+}
+
+impl Clone for Meeting {
+    fn clone(&self) -> Self {
+        if self.at_once.1.fetch_add(1, SeqCst) < 4 {
+            self.at_once.0.wait();
+        }
+        Self { upstream: self.upstream.clone(), at_once: self.at_once.clone() }
+    }
+}
+
+impl Service<Req> for Meeting {
+    type Response = Response<Scripted>;
+    type Error = BoxError;
+    type Future = <Upstream as Service<Req>>::Future;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.upstream.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Req) -> Self::Future {
+        self.upstream.call(request)
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_prober_however_many_threads_apply_the_layer() {
     for _ in 0..50 {
         let layer = exact();
         let handle = layer.handle();
         let upstream = Upstream::new();
+        // All four find that there is no prober yet, and make one.
+        let at_once = Arc::new((std::sync::Barrier::new(4), AtomicUsize::new(0)));
         let runtime = tokio::runtime::Handle::current();
         std::thread::scope(|threads| {
             for _ in 0..4 {
                 threads.spawn(|| {
                     let _runtime = runtime.enter();
-                    drop(layer.layer(upstream.clone()));
+                    let service = Meeting { upstream: upstream.clone(), at_once: at_once.clone() };
+                    drop(layer.layer(service));
                 });
             }
         });
