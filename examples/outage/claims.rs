@@ -1,0 +1,106 @@
+//! What the protected side claims to do better, each with what was measured.
+
+use std::time::Duration;
+
+use crate::{
+    clients::LIMIT,
+    live::Ms,
+    run::{Run, Side},
+    script::Phase,
+    tally::{self, Answer, Call},
+};
+
+pub struct Claim {
+    pub says: &'static str,
+    pub measured: String,
+    pub holds: bool,
+}
+
+pub fn claims(run: &Run) -> Vec<Claim> {
+    let (bare, protected) = (&run.bare, &run.protected);
+    vec![
+        slow_goodput(bare, protected),
+        slow_answers(bare, protected),
+        bounded_upstream(bare, protected),
+        spared_upstream(bare, protected),
+        waited_in_vain(bare, protected),
+        recovery(bare, protected),
+    ]
+}
+
+/// Half of an upstream's capacity or a tenth of it: what is left of it goes to calls that are still
+/// waited for.
+fn slow_goodput(bare: &Side, protected: &Side) -> Claim {
+    let good = |side: &Side| tally::good(&tally::made_in(&side.calls, Phase::Slow));
+    let (bare, protected) = (good(bare), good(protected));
+    Claim {
+        says: "slow: at least twice as many calls get a good answer",
+        measured: format!("{protected} against {bare}"),
+        holds: protected > 0 && protected >= bare * 2,
+    }
+}
+
+fn slow_answers(bare: &Side, protected: &Side) -> Claim {
+    let p50 = |side: &Side| tally::percentile(&tally::made_in(&side.calls, Phase::Slow), 0.5);
+    let (bare, protected) = (p50(bare), p50(protected));
+    Claim {
+        says: "slow: callers get an answer, good or bad, in half the time or less (p50)",
+        measured: format!("{} against {}", Ms(protected), Ms(bare)),
+        holds: protected * 2 <= bare,
+    }
+}
+
+fn bounded_upstream(bare: &Side, protected: &Side) -> Claim {
+    // A caller who gives up frees a place here, while the upstream still works on the request.
+    let gave_up = protected.calls.iter().filter(|call| call.answer == Answer::TimedOut).count();
+    let (bare, protected) = (bare.meter.most_held(), protected.meter.most_held());
+    Claim {
+        says: "slow: the upstream never holds more requests than the limit allows",
+        measured: format!(
+            "{protected} at most, limit {LIMIT} and {gave_up} given up, against {bare}"
+        ),
+        holds: protected <= LIMIT + gave_up && bare > LIMIT,
+    }
+}
+
+fn spared_upstream(bare: &Side, protected: &Side) -> Claim {
+    let sent = |side: &Side| -> usize {
+        Phase::ALL.into_iter().filter(|p| p.is_outage()).map(|p| side.tally.sent(p)).sum()
+    };
+    let (bare, protected) = (sent(bare), sent(protected));
+    Claim {
+        says: "503 and refusing: a fifth of the attempts or less, probes and retries included",
+        measured: format!("{protected} against {bare}"),
+        holds: protected * 5 <= bare,
+    }
+}
+
+fn waited_in_vain(bare: &Side, protected: &Side) -> Claim {
+    let vain = |side: &Side| -> Duration {
+        side.calls.iter().filter(|call| !call.is_good()).map(Call::took).sum()
+    };
+    let (bare, protected) = (vain(bare), vain(protected));
+    Claim {
+        says: "over all: callers wait a third of the time or less for answers that are none",
+        measured: format!(
+            "{:.0} s against {:.0} s, summed over all callers",
+            protected.as_secs_f64(),
+            bare.as_secs_f64()
+        ),
+        holds: protected * 3 <= bare,
+    }
+}
+
+fn recovery(bare: &Side, protected: &Side) -> Claim {
+    let [bare, protected] = [bare, protected].map(|side| tally::time_to_recover(&side.calls));
+    let told = |time: Option<Duration>| {
+        time.map_or("never".into(), |t| format!("{:.2} s", t.as_secs_f64()))
+    };
+    Claim {
+        says: "healthy again: recovered within 2 s, and before the bare side",
+        measured: format!("{} against {}", told(protected), told(bare)),
+        holds: protected.is_some_and(|protected| {
+            protected <= Duration::from_secs(2) && bare.is_none_or(|bare| protected < bare)
+        }),
+    }
+}

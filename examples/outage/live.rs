@@ -1,0 +1,104 @@
+//! What is to be seen while it runs: a line every half second.
+
+use std::{fmt, time::Duration};
+
+use buttress::breaker::State;
+
+use crate::{
+    clients::Guards,
+    run::Side,
+    script::{self, Clock, Phase},
+    tally::{self, Call},
+};
+
+const STEP: Duration = Duration::from_millis(50);
+const STEPS_PER_LINE: u32 = 10;
+
+/// What only a look at the right moment can tell.
+#[derive(Debug, Default)]
+pub struct History {
+    /// The breaker's states, each from when it was first seen.
+    pub breaker: Vec<(Duration, State)>,
+    /// The requests that the two upstreams held.
+    pub held: Vec<(Duration, [usize; 2])>,
+}
+
+/// Prints until the script is over.
+pub async fn watch(bare: &Side, protected: &Side, guards: &Guards, clock: Clock) -> History {
+    let mut history = History::default();
+    let mut known = [0, 0];
+    for step in 0.. {
+        let planned = STEP * step;
+        if planned > script::length() {
+            break;
+        }
+        clock.wait_until(planned).await;
+        let now = clock.now();
+        let state = guards.breaker.state();
+        if history.breaker.last().is_none_or(|(_, last)| *last != state) {
+            history.breaker.push((now, state));
+        }
+        history.held.push((now, [bare.meter.held(), protected.meter.held()]));
+        if step == 0 {
+            println!(
+                "{:>25}── bare ──────────────────────── protected ───────────────────────",
+                ""
+            );
+            println!(
+                "{:>6}  {:<13} │ {:>6} {:>6} {:>6} {:>6} │ {:>6} {:>6} {:>6} {:>6}  {:<9} {:>7} {:>7}",
+                "time",
+                "phase",
+                "good/s",
+                "p50",
+                "p99",
+                "in fl.",
+                "good/s",
+                "p50",
+                "p99",
+                "in fl.",
+                "breaker",
+                "retries",
+                "refused",
+            );
+        } else if step % STEPS_PER_LINE == 0 {
+            // The half second that has just passed, named after its beginning.
+            let phase = Phase::at(planned.saturating_sub(STEP));
+            println!(
+                "{:>5.1}s  {:<13} │ {} │ {}  {:<9} {:>7} {:>7}",
+                planned.as_secs_f64(),
+                phase.name(),
+                half_second(bare, &mut known[0]),
+                half_second(protected, &mut known[1]),
+                state.as_str(),
+                guards.retries(),
+                guards.refused(),
+            );
+        }
+    }
+    history
+}
+
+fn half_second(side: &Side, known: &mut usize) -> String {
+    let ended: Vec<Call> = side.tally.since(*known);
+    *known += ended.len();
+    let per_second = tally::good(&ended) as f64 / (STEP * STEPS_PER_LINE).as_secs_f64();
+    format!(
+        "{per_second:>6.0} {:>6} {:>6} {:>6}",
+        Ms(tally::percentile(&ended, 0.5)).to_string(),
+        Ms(tally::percentile(&ended, 0.99)).to_string(),
+        side.tally.in_flight(),
+    )
+}
+
+/// A duration in the three digits that matter.
+pub struct Ms(pub Duration);
+
+impl fmt::Display for Ms {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.as_secs_f64() {
+            s if s >= 1.0 => write!(f, "{s:.2}s"),
+            s if s >= 0.001 => write!(f, "{:.0}ms", s * 1000.0),
+            _ => f.write_str("<1ms"),
+        }
+    }
+}
