@@ -39,7 +39,8 @@ async fn main() -> io::Result<ExitCode> {
         let verdict = if claim.holds { "ok    " } else { "FAILED" };
         println!("{verdict} {}\n       {}", claim.says, claim.measured);
     }
-    let path = std::env::temp_dir().join("buttress-outage.svg");
+    // Beside the program, in the target directory.
+    let path = std::env::current_exe()?.with_extension("svg");
     std::fs::write(&path, picture::draw(&run))?;
     println!("\nA picture of the run: {}", path.display());
     Ok(if claims.iter().all(|claim| claim.holds) { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -64,7 +64,7 @@ fn header(svg: &mut String) -> fmt::Result {
         PATIENCE.as_secs()
     )?;
     for (x, color, name) in
-        [(700.0, BARE, "bare client"), (826.0, PROTECTED, "retry + breaker + limit")]
+        [(566.0, BARE, "bare client"), (690.0, PROTECTED, "retry + breaker + limit + health probe")]
     {
         writeln!(
             svg,
@@ -150,13 +150,13 @@ impl Panel {
         Ok(())
     }
 
-    /// A dashed line across, with its name at the right.
-    fn mark(&self, svg: &mut String, value: f64, name: &str) -> fmt::Result {
+    /// A dashed line across, with its name to the left of this moment.
+    fn mark(&self, svg: &mut String, value: f64, name: &str, until: Duration) -> fmt::Result {
         let y = self.y(value);
         writeln!(
             svg,
             r#"<path d="M{LEFT} {y:.1}H{RIGHT}" stroke="{FAINT}" stroke-dasharray="5 4"/><text x="{}" y="{:.1}" text-anchor="end" font-size="11" fill="{FAINT}">{name}</text>"#,
-            RIGHT - 6.0,
+            x(until) - 6.0,
             y - 5.0
         )
     }
@@ -187,15 +187,16 @@ impl Panel {
 }
 
 fn goodput(svg: &mut String, run: &Run) -> fmt::Result {
-    let panel = Panel { top: 122.0, bottom: 290.0, most: CALLS_PER_SECOND * 1.6 };
-    panel.frame(svg, "Good answers per second", 40.0, "/s")?;
-    panel.mark(svg, CALLS_PER_SECOND, "calls made")?;
-    for (side, color) in sides(run) {
-        panel.line(
-            svg,
-            color,
-            binned(side, |ended| Some(tally::good(ended) as f64 / BIN.as_secs_f64())),
-        )?;
+    let per_second = |ended: &[Call]| Some(tally::good(ended) as f64 / BIN.as_secs_f64());
+    let lines =
+        sides(run).map(|(side, color)| (color, binned(side, per_second).collect::<Vec<_>>()));
+    let most = lines.iter().flat_map(|(_, points)| points).filter_map(|(_, value)| *value);
+    let most = most.fold(CALLS_PER_SECOND, f64::max);
+    let panel = Panel { top: 122.0, bottom: 290.0, most: (most / 50.0).ceil() * 50.0 };
+    panel.frame(svg, "Good answers per second", 50.0, "/s")?;
+    panel.mark(svg, CALLS_PER_SECOND, "calls made", Phase::Refusing.ends())?;
+    for (color, points) in lines {
+        panel.line(svg, color, points)?;
     }
     Ok(())
 }
@@ -203,7 +204,7 @@ fn goodput(svg: &mut String, run: &Run) -> fmt::Result {
 fn latency(svg: &mut String, run: &Run) -> fmt::Result {
     let panel = Panel { top: 336.0, bottom: 486.0, most: 2.4 };
     panel.frame(svg, "Time to an answer of any kind, p99", 0.5, " s")?;
-    panel.mark(svg, PATIENCE.as_secs_f64(), "callers give up")?;
+    panel.mark(svg, PATIENCE.as_secs_f64(), "callers give up", script::length())?;
     for (side, color) in sides(run) {
         panel.line(
             svg,
@@ -225,7 +226,7 @@ fn held(svg: &mut String, run: &Run) -> fmt::Result {
         let held = run.history.held.iter().map(|(at, held)| (*at, Some(held[index] as f64)));
         panel.line(svg, color, held)?;
     }
-    panel.mark(svg, LIMIT as f64, &format!("limit {LIMIT}"))
+    panel.mark(svg, LIMIT as f64, &format!("limit {LIMIT}"), script::length())
 }
 
 fn breaker(svg: &mut String, run: &Run) -> fmt::Result {
