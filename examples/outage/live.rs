@@ -40,10 +40,7 @@ pub async fn watch(bare: &Side, protected: &Side, guards: &Guards, clock: Clock)
         }
         history.held.push((now, [bare.meter.held(), protected.meter.held()]));
         if step == 0 {
-            println!(
-                "{:>25}── bare ──────────────────────── protected ───────────────────────",
-                ""
-            );
+            println!("{:21} │ {:<27} │ protected", "", "bare");
             println!(
                 "{:>6}  {:<13} │ {:>6} {:>6} {:>6} {:>6} │ {:>6} {:>6} {:>6} {:>6}  {:<9} {:>7} {:>7}",
                 "time",

@@ -43,8 +43,8 @@ impl Phase {
 
     const fn lasts(self) -> Duration {
         Duration::from_millis(match self {
-            Self::Healthy => 4000,
-            Self::Slow => 5000,
+            Self::Healthy => 3500,
+            Self::Slow => 5500,
             Self::Unavailable | Self::Refusing => 2500,
             Self::Recovered => 6000,
         })

@@ -5,8 +5,8 @@ use std::{collections::BTreeSet, fmt::Display};
 use crate::{
     live::Ms,
     run::{Run, Side},
-    script::Phase,
-    tally,
+    script::{self, Phase},
+    tally::{self, Call},
 };
 
 pub fn print(run: &Run) {
@@ -16,14 +16,11 @@ pub fn print(run: &Run) {
         let seconds = (phase.ends() - phase.begins()).as_secs_f64();
         row(
             &format!("goodput, {}", phase.name()),
-            sides.map(|side| {
-                let made = tally::made_in(&side.calls, phase);
-                let good = tally::good(&made);
-                let share = 100.0 * good as f64 / made.len().max(1) as f64;
-                format!("{:.1}/s ({share:.0} %)", good as f64 / seconds)
-            }),
+            sides.map(|side| goodput(&tally::made_in(&side.calls, phase), seconds)),
         );
     }
+    let seconds = script::length().as_secs_f64();
+    row("goodput, the whole run", sides.map(|side| goodput(&side.calls, seconds)));
     for phase in Phase::ALL {
         row(
             &format!("p99 to an answer, {}", phase.name()),
@@ -50,6 +47,12 @@ pub fn print(run: &Run) {
 
 fn row(name: &str, [bare, protected]: [impl Display; 2]) {
     println!("{name:<38} {:>20} {:>20}", bare.to_string(), protected.to_string());
+}
+
+fn goodput(calls: &[Call], seconds: f64) -> String {
+    let good = tally::good(calls) as f64;
+    let share = 100.0 * good / calls.len().max(1) as f64;
+    format!("{:.1}/s ({share:.0} %)", good / seconds)
 }
 
 fn per_call(side: &Side, count: usize) -> String {
