@@ -4,8 +4,8 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::http::{Request, Response};
 use buttress::{
-    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Trip, breaker::CircuitBreakerHandle,
-    limit::ConcurrencyLimitHandle,
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, RetryLayer, Trip,
+    breaker::CircuitBreakerHandle, limit::ConcurrencyLimitHandle, retry::RetryHandle,
 };
 use hyper::body::Incoming;
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
@@ -17,20 +17,23 @@ use crate::{load::Body, script::Clock, tally::Tally};
 pub const LIMIT: usize = 12;
 
 /// hyper-util's client as it comes, and a count of what it is asked to send.
-pub fn bare_client(
+pub fn bare_client<B>(
     clock: Clock,
     tally: Arc<Tally>,
 ) -> impl Service<
-    Request<Body>,
+    Request<B>,
     Response = Response<Incoming>,
     Error = hyper_util::client::legacy::Error,
     Future: Send,
 > + Clone
 + Send
 + Sync
-+ 'static {
++ 'static
+where
+    B: http_body::Body<Data: Send, Error: Into<BoxError>> + Send + Unpin + 'static,
+{
     ServiceBuilder::new()
-        .map_request(move |request| {
+        .map_request(move |request: Request<B>| {
             tally.send(clock.phase());
             request
         })
@@ -40,13 +43,14 @@ pub fn bare_client(
 /// What can be seen of the protected side from outside.
 #[derive(Clone, Debug)]
 pub struct Guards {
+    pub retry: RetryHandle,
     pub breaker: CircuitBreakerHandle,
     pub limit: ConcurrencyLimitHandle,
 }
 
 impl Guards {
     pub fn retries(&self) -> u64 {
-        0
+        self.retry.snapshot().retries
     }
 
     /// Calls that any layer did not let through.
@@ -75,6 +79,7 @@ pub fn protected_client(
     + 'static,
     Guards,
 ) {
+    let retry = RetryLayer::http();
     let breaker = CircuitBreakerLayer::new(Trip::any([
         Trip::consecutive(5),
         Trip::failure_ratio(0.5).within(Duration::from_secs(2)).min_calls(20),
@@ -82,8 +87,11 @@ pub fn protected_client(
     .open_for(Duration::from_millis(500))
     .half_open(2);
     let limit = ConcurrencyLimitLayer::new(LIMIT).queue(24, Duration::from_millis(250));
-    let guards = Guards { breaker: breaker.handle(), limit: limit.handle() };
-    let client =
-        ServiceBuilder::new().layer(breaker).layer(limit).service(bare_client(clock, tally));
+    let guards = Guards { retry: retry.handle(), breaker: breaker.handle(), limit: limit.handle() };
+    let client = ServiceBuilder::new()
+        .layer(retry)
+        .layer(breaker)
+        .layer(limit)
+        .service(bare_client(clock, tally));
     (client, guards)
 }

@@ -33,7 +33,7 @@ pub async fn run() -> io::Result<Run> {
     let (bare_upstream, mut bare) = side(clock).await?;
     let (protected_upstream, mut protected) = side(clock).await?;
 
-    let client = bare_client(clock, bare.tally.clone());
+    let client = bare_client::<load::Body>(clock, bare.tally.clone());
     let (protected_client, guards) =
         protected_client(clock, protected_upstream.addr, protected.tally.clone());
     let url = |upstream: &Upstream| format!("http://{}/", upstream.addr);
