@@ -283,6 +283,13 @@ impl<B: Body> Body for ReplayBody<B> {
     }
 }
 
+impl<B> Default for ReplayBody<B> {
+    /// An empty body: what a health probe within a retry sends.
+    fn default() -> Self {
+        Self { kind: Kind::Empty }
+    }
+}
+
 impl<B> fmt::Debug for ReplayBody<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match &self.kind {
