@@ -19,6 +19,7 @@ pub struct Claim {
 pub fn claims(run: &Run) -> Vec<Claim> {
     let (bare, protected) = (&run.bare, &run.protected);
     vec![
+        covered_blips(bare, protected),
         slow_goodput(bare, protected),
         slow_answers(bare, protected),
         bounded_upstream(bare, protected),
@@ -28,8 +29,21 @@ pub fn claims(run: &Run) -> Vec<Claim> {
     ]
 }
 
-/// Half of an upstream's capacity or a tenth of it: what is left of it goes to calls that are still
-/// waited for.
+/// One request in so many fails also on a good day.
+fn covered_blips(bare: &Side, protected: &Side) -> Claim {
+    let failed = |side: &Side| {
+        let made = tally::made_in(&side.calls, Phase::Healthy);
+        made.len() - tally::good(&made)
+    };
+    let (bare, protected) = (failed(bare), failed(protected));
+    Claim {
+        says: "healthy: retries leave at most half of the failed calls",
+        measured: format!("{protected} against {bare}"),
+        holds: bare > 0 && protected * 2 <= bare,
+    }
+}
+
+/// What capacity is left goes to calls that somebody still waits for.
 fn slow_goodput(bare: &Side, protected: &Side) -> Claim {
     let good = |side: &Side| tally::good(&tally::made_in(&side.calls, Phase::Slow));
     let (bare, protected) = (good(bare), good(protected));

@@ -19,7 +19,9 @@ mod table;
 mod tally;
 mod upstream;
 
-use std::{io, process::ExitCode};
+use std::{io, process::ExitCode, time::Duration};
+
+use tokio::time::timeout;
 
 #[tokio::main]
 async fn main() -> io::Result<ExitCode> {
@@ -30,7 +32,8 @@ async fn main() -> io::Result<ExitCode> {
         (script::WORKERS as f64 / script::FAST.as_secs_f64()) as u32,
         script::PATIENCE.as_secs(),
     );
-    let run = run::run().await?;
+    // Whatever goes wrong, it ends.
+    let run = timeout(script::length() + Duration::from_secs(5), run::run()).await??;
     println!();
     table::print(&run);
     println!();

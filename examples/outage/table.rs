@@ -43,6 +43,13 @@ pub fn print(run: &Run) {
     for kind in kinds {
         row(kind, [&errors[0], &errors[1]].map(|errors| errors.get(kind).copied().unwrap_or(0)));
     }
+    let (circuit, retry) = (run.guards.breaker.snapshot(), run.guards.retry.snapshot());
+    row("retries", ["-".into(), retry.retries.to_string()]);
+    row("retries denied by the budget", ["-".into(), retry.budget_denied.to_string()]);
+    row("times the circuit opened", ["-".into(), circuit.opened.to_string()]);
+    if let Some(why) = circuit.last_trip {
+        println!("  the last time because {why}");
+    }
 }
 
 fn row(name: &str, [bare, protected]: [impl Display; 2]) {
