@@ -4,8 +4,9 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::http::{Request, Response};
 use buttress::{
-    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, RetryLayer, Trip,
-    breaker::CircuitBreakerHandle, limit::ConcurrencyLimitHandle, retry::RetryHandle,
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, HealthProbeLayer, RetryLayer, Trip,
+    breaker::CircuitBreakerHandle, health::HealthProbeHandle, limit::ConcurrencyLimitHandle,
+    retry::RetryHandle,
 };
 use hyper::body::Incoming;
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
@@ -46,6 +47,7 @@ pub struct Guards {
     pub retry: RetryHandle,
     pub breaker: CircuitBreakerHandle,
     pub limit: ConcurrencyLimitHandle,
+    pub probe: HealthProbeHandle,
 }
 
 impl Guards {
@@ -56,14 +58,17 @@ impl Guards {
     /// Calls that any layer did not let through.
     pub fn refused(&self) -> u64 {
         let limit = self.limit.snapshot();
-        self.breaker.snapshot().refused + limit.refused_full + limit.refused_waited
+        self.breaker.snapshot().refused
+            + limit.refused_full
+            + limit.refused_waited
+            + self.probe.snapshot().refused
     }
 }
 
 /// The same client under the full stack.
 pub fn protected_client(
     clock: Clock,
-    _upstream: SocketAddr,
+    upstream: SocketAddr,
     tally: Arc<Tally>,
 ) -> (
     impl Service<
@@ -87,10 +92,19 @@ pub fn protected_client(
     .open_for(Duration::from_millis(500))
     .half_open(2);
     let limit = ConcurrencyLimitLayer::new(LIMIT).queue(24, Duration::from_millis(250));
-    let guards = Guards { retry: retry.handle(), breaker: breaker.handle(), limit: limit.handle() };
+    let probe = HealthProbeLayer::get(&format!("http://{upstream}/healthz"))
+        .every(Duration::from_millis(250))
+        .thresholds(2, 3);
+    let guards = Guards {
+        retry: retry.handle(),
+        breaker: breaker.handle(),
+        limit: limit.handle(),
+        probe: probe.handle(),
+    };
     let client = ServiceBuilder::new()
         .layer(retry)
         .layer(breaker)
+        .layer(probe)
         .layer(limit)
         .service(bare_client(clock, tally));
     (client, guards)

@@ -2,7 +2,7 @@
 
 use std::{fmt, time::Duration};
 
-use buttress::breaker::State;
+use buttress::{breaker::State, health::ProbeState};
 
 use crate::{
     clients::Guards,
@@ -19,6 +19,8 @@ const STEPS_PER_LINE: u32 = 10;
 pub struct History {
     /// The breaker's states, each from when it was first seen.
     pub breaker: Vec<(Duration, State)>,
+    /// The health probe's.
+    pub probe: Vec<(Duration, ProbeState)>,
     /// The requests that the two upstreams held.
     pub held: Vec<(Duration, [usize; 2])>,
 }
@@ -34,15 +36,14 @@ pub async fn watch(bare: &Side, protected: &Side, guards: &Guards, clock: Clock)
         }
         clock.wait_until(planned).await;
         let now = clock.now();
-        let state = guards.breaker.state();
-        if history.breaker.last().is_none_or(|(_, last)| *last != state) {
-            history.breaker.push((now, state));
-        }
+        let (state, health) = (guards.breaker.state(), guards.probe.state());
+        note(&mut history.breaker, now, state);
+        note(&mut history.probe, now, health);
         history.held.push((now, [bare.meter.held(), protected.meter.held()]));
         if step == 0 {
             println!("{:21} │ {:<27} │ protected", "", "bare");
             println!(
-                "{:>6}  {:<13} │ {:>6} {:>6} {:>6} {:>6} │ {:>6} {:>6} {:>6} {:>6}  {:<9} {:>7} {:>7}",
+                "{:>6}  {:<13} │ {:>6} {:>6} {:>6} {:>6} │ {:>6} {:>6} {:>6} {:>6}  {:<9} {:<7} {:>7} {:>7}",
                 "time",
                 "phase",
                 "good/s",
@@ -54,6 +55,7 @@ pub async fn watch(bare: &Side, protected: &Side, guards: &Guards, clock: Clock)
                 "p99",
                 "in fl.",
                 "breaker",
+                "probe",
                 "retries",
                 "refused",
             );
@@ -61,18 +63,25 @@ pub async fn watch(bare: &Side, protected: &Side, guards: &Guards, clock: Clock)
             // The half second that has just passed, named after its beginning.
             let phase = Phase::at(planned.saturating_sub(STEP));
             println!(
-                "{:>5.1}s  {:<13} │ {} │ {}  {:<9} {:>7} {:>7}",
+                "{:>5.1}s  {:<13} │ {} │ {}  {:<9} {:<7} {:>7} {:>7}",
                 planned.as_secs_f64(),
                 phase.name(),
                 half_second(bare, &mut known[0]),
                 half_second(protected, &mut known[1]),
                 state.as_str(),
+                health.as_str(),
                 guards.retries(),
                 guards.refused(),
             );
         }
     }
     history
+}
+
+fn note<T: PartialEq>(seen: &mut Vec<(Duration, T)>, now: Duration, state: T) {
+    if seen.last().is_none_or(|(_, last)| *last != state) {
+        seen.push((now, state));
+    }
 }
 
 fn half_second(side: &Side, known: &mut usize) -> String {

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use buttress::breaker::State;
+use buttress::{breaker::State, health::ProbeState};
 
 use crate::{
     clients::LIMIT,
@@ -15,17 +15,20 @@ use crate::{
 };
 
 const WIDTH: f64 = 1000.0;
-const HEIGHT: f64 = 800.0;
+const HEIGHT: f64 = 808.0;
 const LEFT: f64 = 70.0;
 const RIGHT: f64 = 976.0;
 /// Where the stripes of the phases begin, and where they end.
 const TOP: f64 = 92.0;
-const BOTTOM: f64 = 738.0;
+const BOTTOM: f64 = 772.0;
 /// How much time one point of a line stands for.
 const BIN: Duration = Duration::from_millis(500);
 
 const BARE: &str = "#d9480f";
 const PROTECTED: &str = "#1864ab";
+const GOOD: &str = "#69b87b";
+const UNSURE: &str = "#f2b632";
+const BAD: &str = "#e0533d";
 const INK: &str = "#212529";
 const FAINT: &str = "#868e96";
 
@@ -49,6 +52,7 @@ fn write(svg: &mut String, run: &Run) -> fmt::Result {
     latency(svg, run)?;
     held(svg, run)?;
     breaker(svg, run)?;
+    probe(svg, run)?;
     seconds(svg)?;
     svg.push_str("</svg>\n");
     Ok(())
@@ -230,20 +234,39 @@ fn held(svg: &mut String, run: &Run) -> fmt::Result {
 }
 
 fn breaker(svg: &mut String, run: &Run) -> fmt::Result {
-    let (top, height) = (704.0, 22.0);
+    let states = [
+        (State::Closed, GOOD, "closed"),
+        (State::HalfOpen, UNSURE, "half-open"),
+        (State::Open, BAD, "open"),
+    ];
+    band(svg, 700.0, "Circuit breaker", &run.history.breaker, &states)
+}
+
+fn probe(svg: &mut String, run: &Run) -> fmt::Result {
+    let states = [
+        (ProbeState::Up, GOOD, "up"),
+        (ProbeState::Unknown, UNSURE, "unknown"),
+        (ProbeState::Down, BAD, "down"),
+    ];
+    band(svg, 746.0, "Health probe", &run.history.probe, &states)
+}
+
+/// What state something was in, as a band with its own legend.
+fn band<T: PartialEq>(
+    svg: &mut String,
+    top: f64,
+    title: &str,
+    seen: &[(Duration, T)],
+    states: &[(T, &str, &str)],
+) -> fmt::Result {
     writeln!(
         svg,
-        r#"<text x="{}" y="{}" font-weight="600">Circuit breaker</text>"#,
+        r#"<text x="{}" y="{}" font-weight="600">{title}</text>"#,
         LEFT + 8.0,
         top - 8.0
     )?;
-    let states = [
-        (State::Closed, "#69b87b", "closed"),
-        (State::HalfOpen, "#f2b632", "half-open"),
-        (State::Open, "#e0533d", "open"),
-    ];
-    let mut from = LEFT + 140.0;
-    for (_, color, name) in states {
+    for (index, (_, color, name)) in states.iter().enumerate() {
+        let from = LEFT + 140.0 + 90.0 * index as f64;
         writeln!(
             svg,
             r#"<rect x="{from}" y="{}" width="11" height="11" rx="2" fill="{color}"/><text x="{}" y="{}" font-size="11">{name}</text>"#,
@@ -251,17 +274,16 @@ fn breaker(svg: &mut String, run: &Run) -> fmt::Result {
             from + 16.0,
             top - 8.0
         )?;
-        from += 90.0;
     }
-    let seen = &run.history.breaker;
     for (index, (begins, state)) in seen.iter().enumerate() {
-        let ends = seen.get(index + 1).map_or_else(script::length, |(ends, _)| *ends);
+        let begins = (*begins).min(script::length());
+        let ends = seen.get(index + 1).map_or(script::length(), |(ends, _)| *ends);
         let color = states.iter().find(|(s, ..)| s == state).map_or(FAINT, |(_, color, _)| color);
         writeln!(
             svg,
-            r#"<rect x="{:.1}" y="{top}" width="{:.1}" height="{height}" fill="{color}"/>"#,
-            x(*begins),
-            x(ends) - x(*begins)
+            r#"<rect x="{:.1}" y="{top}" width="{:.1}" height="18" fill="{color}"/>"#,
+            x(begins),
+            x(ends.clamp(begins, script::length())) - x(begins)
         )?;
     }
     Ok(())
