@@ -24,6 +24,7 @@ pub fn claims(run: &Run) -> Vec<Claim> {
         slow_answers(bare, protected),
         bounded_upstream(bare, protected),
         spared_upstream(bare, protected),
+        nobody_sacrificed(bare, protected),
         waited_in_vain(bare, protected),
         recovery(bare, protected),
     ]
@@ -83,9 +84,19 @@ fn spared_upstream(bare: &Side, protected: &Side) -> Claim {
     };
     let (bare, protected) = (sent(bare), sent(protected));
     Claim {
-        says: "503 and refusing: a fifth of the attempts or less, probes and retries included",
+        says: "503 and refusing: an eighth of the attempts or less, probes and retries included",
         measured: format!("{protected} against {bare}"),
-        holds: protected * 5 <= bare,
+        holds: protected * 8 <= bare,
+    }
+}
+
+/// A breaker alone finds out with calls of its callers whether the upstream is back.
+fn nobody_sacrificed(bare: &Side, protected: &Side) -> Claim {
+    let [bare, protected] = [bare, protected].map(|side| side.tally.attempts(Phase::Refusing));
+    Claim {
+        says: "refusing: the health probe asks, and no call is spent on it",
+        measured: format!("{protected} attempts at calls against {bare}"),
+        holds: protected == 0 && bare > 0,
     }
 }
 

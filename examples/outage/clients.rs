@@ -35,7 +35,7 @@ where
 {
     ServiceBuilder::new()
         .map_request(move |request: Request<B>| {
-            tally.send(clock.phase());
+            tally.send(clock.phase(), request.uri().path() == "/healthz");
             request
         })
         .service(Client::builder(TokioExecutor::new()).build_http())

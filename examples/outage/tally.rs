@@ -59,8 +59,10 @@ impl Call {
 pub struct Tally {
     begun: AtomicUsize,
     ended: Mutex<Vec<Call>>,
-    /// What left the client, attempt by attempt and probes too, whether or not it reached anybody.
-    sent: [AtomicUsize; Phase::ALL.len()],
+    /// What left the client in each phase, whether or not it reached anybody: attempts at calls.
+    attempts: [AtomicUsize; Phase::ALL.len()],
+    /// The same: health probes.
+    probes: [AtomicUsize; Phase::ALL.len()],
 }
 
 impl Tally {
@@ -72,12 +74,18 @@ impl Tally {
         self.lock().push(call);
     }
 
-    pub fn send(&self, phase: Phase) {
-        self.sent[phase as usize].fetch_add(1, Ordering::Relaxed);
+    pub fn send(&self, phase: Phase, probe: bool) {
+        let sent = if probe { &self.probes } else { &self.attempts };
+        sent[phase as usize].fetch_add(1, Ordering::Relaxed);
     }
 
+    pub fn attempts(&self, phase: Phase) -> usize {
+        self.attempts[phase as usize].load(Ordering::Relaxed)
+    }
+
+    /// Attempts and probes.
     pub fn sent(&self, phase: Phase) -> usize {
-        self.sent[phase as usize].load(Ordering::Relaxed)
+        self.attempts(phase) + self.probes[phase as usize].load(Ordering::Relaxed)
     }
 
     pub fn in_flight(&self) -> usize {
