@@ -12,6 +12,7 @@ mod claims;
 mod clients;
 mod live;
 mod load;
+mod panel;
 mod picture;
 mod run;
 mod script;

@@ -9,6 +9,7 @@ use buttress::{breaker::State, health::ProbeState};
 
 use crate::{
     clients::LIMIT,
+    panel::{BAD, FAINT, GOOD, INK, LEFT, Panel, UNSURE, band, x},
     run::{Run, Side},
     script::{self, CALLS_PER_SECOND, PATIENCE, Phase},
     tally::{self, Call},
@@ -16,8 +17,6 @@ use crate::{
 
 const WIDTH: f64 = 1000.0;
 const HEIGHT: f64 = 808.0;
-const LEFT: f64 = 70.0;
-const RIGHT: f64 = 976.0;
 /// Where the stripes of the phases begin, and where they end.
 const TOP: f64 = 92.0;
 const BOTTOM: f64 = 772.0;
@@ -26,11 +25,6 @@ const BIN: Duration = Duration::from_millis(500);
 
 const BARE: &str = "#d9480f";
 const PROTECTED: &str = "#1864ab";
-const GOOD: &str = "#69b87b";
-const UNSURE: &str = "#f2b632";
-const BAD: &str = "#e0533d";
-const INK: &str = "#212529";
-const FAINT: &str = "#868e96";
 
 pub fn draw(run: &Run) -> String {
     let mut svg = String::new();
@@ -115,80 +109,7 @@ fn seconds(svg: &mut String) -> fmt::Result {
     Ok(())
 }
 
-fn x(at: Duration) -> f64 {
-    LEFT + (RIGHT - LEFT) * at.as_secs_f64() / script::length().as_secs_f64()
-}
-
 // ===== Panels =====
-
-struct Panel {
-    top: f64,
-    bottom: f64,
-    most: f64,
-}
-
-impl Panel {
-    fn y(&self, value: f64) -> f64 {
-        self.bottom - (self.bottom - self.top) * (value / self.most).min(1.0)
-    }
-
-    fn frame(&self, svg: &mut String, title: &str, step: f64, unit: &str) -> fmt::Result {
-        writeln!(
-            svg,
-            r#"<text x="{}" y="{:.1}" font-weight="600">{title}</text>"#,
-            LEFT + 8.0,
-            self.top - 8.0
-        )?;
-        let mut value = 0.0;
-        while value <= self.most {
-            let y = self.y(value);
-            writeln!(
-                svg,
-                r##"<path d="M{LEFT} {y:.1}H{RIGHT}" stroke="#ced4da" stroke-width="{}"/><text x="{}" y="{:.1}" text-anchor="end" fill="{FAINT}">{value}{unit}</text>"##,
-                if value == 0.0 { 1.5 } else { 0.5 },
-                LEFT - 8.0,
-                y + 4.0
-            )?;
-            value += step;
-        }
-        Ok(())
-    }
-
-    /// A dashed line across, with its name to the left of this moment.
-    fn mark(&self, svg: &mut String, value: f64, name: &str, until: Duration) -> fmt::Result {
-        let y = self.y(value);
-        writeln!(
-            svg,
-            r#"<path d="M{LEFT} {y:.1}H{RIGHT}" stroke="{FAINT}" stroke-dasharray="5 4"/><text x="{}" y="{:.1}" text-anchor="end" font-size="11" fill="{FAINT}">{name}</text>"#,
-            x(until) - 6.0,
-            y - 5.0
-        )
-    }
-
-    /// A line with gaps where there is no value.
-    fn line(
-        &self,
-        svg: &mut String,
-        color: &str,
-        points: impl IntoIterator<Item = (Duration, Option<f64>)>,
-    ) -> fmt::Result {
-        let mut path = String::new();
-        let mut pen = 'M';
-        for (at, value) in points {
-            match value {
-                Some(value) => {
-                    write!(path, "{pen}{:.1} {:.1}", x(at), self.y(value))?;
-                    pen = 'L';
-                }
-                None => pen = 'M',
-            }
-        }
-        writeln!(
-            svg,
-            r#"<path d="{path}" fill="none" stroke="{color}" stroke-width="2.2" stroke-linejoin="round" stroke-linecap="round"/>"#
-        )
-    }
-}
 
 fn goodput(svg: &mut String, run: &Run) -> fmt::Result {
     let per_second = |ended: &[Call]| Some(tally::good(ended) as f64 / BIN.as_secs_f64());
@@ -249,44 +170,6 @@ fn probe(svg: &mut String, run: &Run) -> fmt::Result {
         (ProbeState::Down, BAD, "down"),
     ];
     band(svg, 746.0, "Health probe", &run.history.probe, &states)
-}
-
-/// What state something was in, as a band with its own legend.
-fn band<T: PartialEq>(
-    svg: &mut String,
-    top: f64,
-    title: &str,
-    seen: &[(Duration, T)],
-    states: &[(T, &str, &str)],
-) -> fmt::Result {
-    writeln!(
-        svg,
-        r#"<text x="{}" y="{}" font-weight="600">{title}</text>"#,
-        LEFT + 8.0,
-        top - 8.0
-    )?;
-    for (index, (_, color, name)) in states.iter().enumerate() {
-        let from = LEFT + 140.0 + 90.0 * index as f64;
-        writeln!(
-            svg,
-            r#"<rect x="{from}" y="{}" width="11" height="11" rx="2" fill="{color}"/><text x="{}" y="{}" font-size="11">{name}</text>"#,
-            top - 18.0,
-            from + 16.0,
-            top - 8.0
-        )?;
-    }
-    for (index, (begins, state)) in seen.iter().enumerate() {
-        let begins = (*begins).min(script::length());
-        let ends = seen.get(index + 1).map_or(script::length(), |(ends, _)| *ends);
-        let color = states.iter().find(|(s, ..)| s == state).map_or(FAINT, |(_, color, _)| color);
-        writeln!(
-            svg,
-            r#"<rect x="{:.1}" y="{top}" width="{:.1}" height="18" fill="{color}"/>"#,
-            x(begins),
-            x(ends.clamp(begins, script::length())) - x(begins)
-        )?;
-    }
-    Ok(())
 }
 
 // ===== What the lines are made of =====
