@@ -41,7 +41,14 @@ pub trait Policy<Req>: Clone + Send + Sync + 'static {
     /// May this one go?
     fn admit(&self, request: &Req) -> Admit<Permit<Self::State>, Self::Wait>;
 
-    /// What wakes those who wait for the inner service when [`peek`](Self::peek) turns false.
+    /// Is this permit, given but not used yet, worth nothing any more?
+    fn is_stale(&self, permit: &Permit<Self::State>) -> bool {
+        let _ = permit;
+        false
+    }
+
+    /// What wakes those who wait for the inner service when [`peek`](Self::peek) turns false, or their
+    /// permit [stale](Self::is_stale).
     fn shut(&self) -> Option<&Arc<Notify>> {
         None
     }

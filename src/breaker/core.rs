@@ -194,6 +194,10 @@ impl<Req> Policy<Req> for Shared<Circuit> {
         }
     }
 
+    fn is_stale(&self, permit: &Permit<Circuit>) -> bool {
+        permit.token().tag >> 16 != self.word.load(Ordering::Acquire) >> 4
+    }
+
     fn shut(&self) -> Option<&Arc<Notify>> {
         Some(&self.changed)
     }

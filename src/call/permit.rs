@@ -122,6 +122,12 @@ impl<T: Finish + ?Sized> Permit<T> {
         }
     }
 
+    /// What it remembers of its admission.
+    #[inline]
+    pub(crate) fn token(&self) -> Token {
+        self.token
+    }
+
     #[inline]
     pub(crate) fn hold(&self) -> Hold {
         self.state.as_ref().map_or(Hold::Head, |state| state.hold())
