@@ -21,6 +21,8 @@ pub(crate) struct Admission<S, P, M, R> {
     reject: R,
     fault: Option<Arc<Label>>,
     readiness: Readiness,
+    /// `poll_ready` has said yes, and stays with it until the call, whatever changes in between.
+    promised: bool,
     shut: ShutWatch,
 }
 
@@ -49,6 +51,7 @@ impl<S, P, M, R> Admission<S, P, M, R> {
             reject,
             fault,
             readiness: Readiness::Untouched,
+            promised: false,
             shut: ShutWatch::default(),
         }
     }
@@ -87,22 +90,26 @@ where
     type Future = ResponseFuture<S, Req, S::Future, M::Call, P, M, R>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), R::Error>> {
-        if self.readiness == Readiness::Ready || self.fault.is_some() || !self.policy.peek() {
+        if self.promised {
             return Poll::Ready(Ok(()));
         }
-        if let Poll::Ready(result) = self.inner.poll_ready(cx) {
-            result.map_err(R::error)?;
-            self.readiness = Readiness::Ready;
-            self.shut.forget();
-            return Poll::Ready(Ok(()));
+        if self.fault.is_none() && self.policy.peek() {
+            if let Poll::Ready(result) = self.inner.poll_ready(cx) {
+                result.map_err(R::error)?;
+                self.readiness = Readiness::Ready;
+                self.shut.forget();
+            } else {
+                self.readiness = Readiness::Polled;
+                ready!(self.shut.poll(cx, self.policy.shut(), || !self.policy.peek()));
+            }
         }
-        self.readiness = Readiness::Polled;
-        ready!(self.shut.poll(cx, self.policy.shut(), || !self.policy.peek()));
+        self.promised = true;
         Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, mut request: Req) -> Self::Future {
         let readiness = mem::replace(&mut self.readiness, Readiness::Untouched);
+        self.promised = false;
         let admit = match &self.fault {
             None => self.policy.admit(&request),
             Some(fault) => Admit::No(Rejected::misconfigured(P::LAYER, fault.clone())),
