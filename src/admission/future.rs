@@ -180,7 +180,10 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
                 *this.permit = Some(turn.map_err(Stop::Rejected)?);
             }
             if let Poll::Ready(result) = this.service.poll_ready(cx) {
-                result.map_err(Stop::Inner)?;
+                if let Err(error) = result {
+                    *this.permit = None;
+                    return Poll::Ready(Err(Stop::Inner(error)));
+                }
                 break;
             }
             // Not `peek`: to a probe that waits here, its own slot looks taken.
