@@ -236,9 +236,12 @@ impl Count {
             Self::Ratio { limit, min_calls, window } => {
                 let tally = window.record(failed, now);
                 let enough = failed && tally.calls >= u64::from(*min_calls);
-                (enough && tally.failures as f64 >= *limit * tally.calls as f64).then_some(
-                    Tripped::FailureRatio { failures: tally.failures, calls: tally.calls },
-                )
+                // Divided, not multiplied: 7 / 100 is 0.07, but 0.07 * 100 is a little over 7.
+                let tripped = enough && tally.failures as f64 / tally.calls as f64 >= *limit;
+                tripped.then_some(Tripped::FailureRatio {
+                    failures: tally.failures,
+                    calls: tally.calls,
+                })
             }
         }
     }
