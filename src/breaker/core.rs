@@ -208,14 +208,9 @@ impl Circuit {
         let now = self.now();
         let mut machine = self.lock();
         let change = machine.end_leases(now);
-        let (state, free) =
-            (machine.state(now), machine.probes_under_way() < usize::from(machine.settings.probes));
+        let goes = machine.lets_through(now);
         self.after(machine, change);
-        match state {
-            State::HalfOpen => free,
-            State::Open | State::ForcedOpen => false,
-            State::Closed | State::ForcedClosed => true,
-        }
+        goes
     }
 }
 

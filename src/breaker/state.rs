@@ -133,7 +133,7 @@ impl Machine {
                 Err(Refusal::Open { left: Duration::from_nanos(until.saturating_sub(now)) })
             }
             Phase::HalfOpen { passed, last_id, under_way } => {
-                if usize::from(*passed) + under_way.len() >= usize::from(self.settings.probes) {
+                if !has_slot(self.settings.probes, *passed, under_way) {
                     Err(Refusal::Probing)
                 } else {
                     let id = fresh_id(*last_id, under_way);
@@ -145,6 +145,18 @@ impl Machine {
             }
         };
         (answer, change)
+    }
+
+    /// Whether [`admit`](Self::admit) would say yes, leases apart.
+    pub(super) fn lets_through(&self, now: Nanos) -> bool {
+        match &self.phase {
+            Phase::Closed | Phase::ForcedClosed => true,
+            Phase::Open { until } => now >= *until,
+            Phase::ForcedOpen => false,
+            Phase::HalfOpen { passed, under_way, .. } => {
+                has_slot(self.settings.probes, *passed, under_way)
+            }
+        }
     }
 
     /// A probe has seen its response head.
@@ -283,6 +295,11 @@ impl Machine {
     pub(super) fn seen(&mut self, now: Nanos) -> (u32, u64, u64) {
         self.counts.seen(now)
     }
+}
+
+/// Probes that have passed keep their slot: so many go, all in all.
+fn has_slot(probes: u16, passed: u16, under_way: &[Probe]) -> bool {
+    usize::from(passed) + under_way.len() < usize::from(probes)
 }
 
 /// The next number that no probe under way has; never 0.
