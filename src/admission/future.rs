@@ -75,7 +75,8 @@ where
         loop {
             match this.state.as_mut().project() {
                 StateProj::Called { future, permit, call } => {
-                    let result = ready!(future.poll(cx));
+                    let Some(held) = permit else { unreachable!("polled after completion") };
+                    let result = ready!(held.guard(|| future.poll(cx)));
                     let (Some(permit), Some(call)) = (permit.take(), call.take()) else {
                         unreachable!("polled after completion")
                     };
@@ -200,10 +201,12 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
                 Admit::No(rejected) => return Poll::Ready(Err(Stop::Rejected(rejected))),
             }
         }
-        let (Some(permit), Some(mut request)) = (this.permit.take(), this.request.take()) else {
+        let (Some(mut permit), Some(mut request)) = (this.permit.take(), this.request.take())
+        else {
             unreachable!("polled after completion")
         };
         let call = this.protocol.begin(&mut request);
-        Poll::Ready(Ok((this.service.call(request), permit, call)))
+        let future = permit.guard(|| this.service.call(request));
+        Poll::Ready(Ok((future, permit, call)))
     }
 }

@@ -116,9 +116,10 @@ where
         };
         let form = self.reject.form(&request);
         let state = match admit {
-            Admit::Go(permit) if readiness == Readiness::Ready => {
+            Admit::Go(mut permit) if readiness == Readiness::Ready => {
                 let call = self.protocol.begin(&mut request);
-                State::called(self.inner.call(request), permit, call)
+                let future = permit.guard(|| self.inner.call(request));
+                State::called(future, permit, call)
             }
             refused_or_later => {
                 if readiness != Readiness::Untouched {

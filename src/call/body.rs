@@ -126,7 +126,7 @@ impl<B: Body> Body for TrackedBody<B> {
                 return Poll::Ready(data.take().map(|data| Ok(Frame::data(data))));
             }
         };
-        let next = ready!(body.as_mut().poll_frame(cx));
+        let next = ready!(this.permit.guard(|| body.as_mut().poll_frame(cx)));
         match &next {
             Some(Ok(frame)) => {
                 if let Some(trailers) = frame.trailers_ref() {

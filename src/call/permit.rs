@@ -1,4 +1,4 @@
-use std::{fmt, ops::Deref, sync::Arc, thread};
+use std::{fmt, mem, ops::Deref, sync::Arc};
 
 use super::{Outcome, Reason};
 
@@ -92,7 +92,8 @@ pub trait Finish: Send + Sync + 'static {
 /// The right to make one call.
 ///
 /// [`finish`](Self::finish) ends it once; dropping it unfinished ends it as cancelled, or, once a
-/// head has been seen, as [`end_dropped_as`](Self::end_dropped_as) said. A spent permit is hollow.
+/// head has been seen, as [`end_dropped_as`](Self::end_dropped_as) said, or as a failure if the call's
+/// own code panicked under its [`guard`](Self::guard). A spent permit is hollow.
 pub struct Permit<T: Finish + ?Sized = dyn Finish> {
     state: Option<Shared<T>>,
     token: Token,
@@ -133,6 +134,26 @@ impl<T: Finish + ?Sized> Permit<T> {
         self.state.as_ref().map_or(Hold::Head, |state| state.hold())
     }
 
+    /// Runs the call's own code: if that panics, the call has failed.
+    ///
+    /// Asking the thread on drop would not do: a caller that panics while it holds a good answer
+    /// unwinds through it, too.
+    #[inline]
+    pub(crate) fn guard<O>(&mut self, run: impl FnOnce() -> O) -> O {
+        struct OnUnwind<'a, T: Finish + ?Sized>(&'a mut Permit<T>);
+
+        impl<T: Finish + ?Sized> Drop for OnUnwind<'_, T> {
+            fn drop(&mut self) {
+                self.0.drop_as = Outcome::failure().because(Reason::Panicked);
+            }
+        }
+
+        let unwinding = OnUnwind(self);
+        let done = run();
+        mem::forget(unwinding);
+        done
+    }
+
     /// What a drop will mean from here on.
     #[inline]
     pub(crate) fn end_dropped_as(&mut self, outcome: Outcome) {
@@ -163,12 +184,7 @@ impl<T: Finish + ?Sized> Drop for Permit<T> {
     #[inline]
     fn drop(&mut self) {
         if let Some(state) = self.state.take() {
-            let outcome = if thread::panicking() {
-                Outcome::failure().because(Reason::Panicked)
-            } else {
-                self.drop_as
-            };
-            state.finish(self.token, outcome);
+            state.finish(self.token, self.drop_as);
         }
     }
 }
