@@ -4,15 +4,26 @@ mod support;
 
 use std::time::Duration;
 
-use buttress::{ConcurrencyLimit, ConcurrencyLimitLayer, limit::ConcurrencyLimitHandle};
-use support::{
-    Strict,
-    contract::{Subject, contract_tests},
-    request,
+use buttress::{
+    BoxError, ConcurrencyLimit, ConcurrencyLimitLayer, ConfigError, Rejected, call::RejectedKind,
+    limit::ConcurrencyLimitHandle,
 };
-use tower::{Layer, Service, ServiceExt};
+use http::{Request, Response};
+use support::{
+    Oops, Piece, ScriptBody, Strict, Then, Watch,
+    contract::{Subject, contract_tests},
+    empty, grpc, hello, read, refused_as, request, status,
+};
+use tokio::time::advance;
+use tokio_test::{assert_pending, assert_ready, assert_ready_ok, task};
+use tower::{Layer, Service, ServiceExt, util::Oneshot};
+use tower_test::mock::Spawn;
 
-type Call = <ConcurrencyLimit<Strict> as Service<http::Request<()>>>::Future;
+type Limit = ConcurrencyLimit<Strict>;
+type Waiting = task::Spawn<Oneshot<Limit, Request<()>>>;
+type Call = <Limit as Service<Request<()>>>::Future;
+
+// ===== What holds for every layer =====
 
 /// One at a time.
 struct One {
@@ -23,7 +34,7 @@ struct One {
 
 impl Subject for One {
     type Layer = ConcurrencyLimitLayer;
-    type Service = ConcurrencyLimit<Strict>;
+    type Service = Limit;
 
     async fn new() -> Self {
         let layer = ConcurrencyLimitLayer::new(1);
@@ -49,3 +60,380 @@ impl Subject for One {
 }
 
 contract_tests!(One);
+
+/// A limit opens when a place becomes free: then its first waiter is told, and no other.
+#[tokio::test(start_paused = true)]
+async fn waiting_caller_woken_on_open() {
+    let (service, watch, _handle) = limit(1, 8);
+    let mut first = hold(&service);
+    let (mut next, last) = (hold(&service), hold(&service));
+    end(&watch, 0, &mut first);
+    assert!(next.is_woken() && !last.is_woken());
+    assert_pending!(next.poll());
+    assert_eq!(watch.seen().calls, 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn unread_good_body_is_a_success() {
+    let (service, watch, handle) = limit(1, 0);
+    for response in [hello(), grpc([Piece::data("a"), Piece::Stuck]), status(500)] {
+        watch.script([Then::Answer(response)]);
+        drop(service.clone().oneshot(request()).await.unwrap());
+        assert_eq!(handle.in_flight(), 0);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn bad_config_is_a_typed_error() {
+    let good = || ConcurrencyLimitLayer::new(1);
+    let second = Duration::from_secs(1);
+    let mut bad = vec![
+        (ConcurrencyLimitLayer::new(0), "limit", "0", "use 1 to"),
+        (good().queue(1, Duration::ZERO), "queue.longest_wait", "0ns", "1ms or more"),
+        (good().queue(1, Duration::from_micros(999)), "queue.longest_wait", "999µs", "1ms or more"),
+    ];
+    #[cfg(target_pointer_width = "64")]
+    bad.extend([
+        (ConcurrencyLimitLayer::new(1 << 32), "limit", "4294967296", "use 1 to 4294967295"),
+        (good().queue(1 << 32, second), "queue.length", "4294967296", "at most 4294967295"),
+    ]);
+    for (layer, field, value, remedy) in bad {
+        let (inner, watch) = Strict::new();
+        let error = layer.layer(inner).oneshot(request()).await.unwrap_err();
+        let refused = Rejected::find(&*error).expect("a refusal");
+        assert_eq!(
+            (refused.kind(), refused.layer()),
+            (RejectedKind::Misconfigured, "concurrency_limit")
+        );
+        let source = std::error::Error::source(refused).expect("a source");
+        let told: &ConfigError = source.downcast_ref().expect("the error of the configuration");
+        assert_eq!((watch.seen().polls, watch.seen().calls), (0, 0));
+        let fault = layer.checked().unwrap_err();
+        assert_eq!(&fault, told);
+        assert_eq!((fault.field, fault.value.as_str()), (field, value));
+        assert!(fault.remedy.contains(remedy), "{fault}");
+    }
+    assert!(good().queue(0, Duration::ZERO).checked().is_ok(), "nobody waits");
+    assert_eq!(good().handle().set_limit(0).unwrap_err().field, "limit");
+}
+
+#[tokio::test(start_paused = true)]
+async fn setters_after_handle_are_seen() {
+    let layer = ConcurrencyLimitLayer::new(1);
+    let (inner, watch) = Strict::holding();
+    let (handle, service) = (layer.handle(), layer.clone().layer(inner));
+    let _ = layer
+        .queue(1, Duration::from_secs(9))
+        .name("late")
+        .retry_after(Duration::from_secs(3))
+        .release_at_head();
+    let mut first = hold(&service);
+    let mut waiting = hold(&service);
+    assert_eq!((handle.snapshot().in_flight, handle.snapshot().waiting), (1, 1));
+    let error = service.clone().oneshot(request()).await.unwrap_err();
+    let told = Rejected::find(&*error).unwrap();
+    assert_eq!((told.name(), told.retry_after()), (Some("late"), Some(Duration::from_secs(3))));
+    watch.end(0, Ok(hello()));
+    let _unread = assert_ready_ok!(first.poll());
+    assert_pending!(waiting.poll());
+    assert_eq!(watch.seen().calls, 2);
+}
+
+// ===== The limit =====
+
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Over a service that holds every call, unless it is scripted.
+fn limit(limit: usize, queue: usize) -> (Limit, Watch, ConcurrencyLimitHandle) {
+    let layer = ConcurrencyLimitLayer::new(limit).queue(queue, PATIENCE);
+    let (inner, watch) = Strict::holding();
+    (layer.layer(inner), watch, layer.handle())
+}
+
+/// A call that is under way, or waits.
+fn hold(service: &Limit) -> Waiting {
+    let mut call = task::spawn(service.clone().oneshot(request()));
+    assert_pending!(call.poll());
+    call
+}
+
+async fn refused(service: &Limit) -> RejectedKind {
+    refused_as(service.clone().oneshot(request()).await)
+}
+
+/// Ends a call that is under way, and reads its answer.
+#[track_caller]
+fn end(watch: &Watch, number: usize, call: &mut Waiting) {
+    assert!(watch.end(number, Ok(empty())));
+    assert_ready_ok!(call.poll());
+}
+
+#[tokio::test(start_paused = true)]
+async fn never_above_the_limit() {
+    let (service, watch, handle) = limit(3, 100);
+    let mut calls: Vec<_> = (0..50).map(|_| hold(&service)).collect();
+    for (number, call) in calls.iter_mut().enumerate() {
+        assert!(watch.seen().in_flight <= 3);
+        let _ = call.is_woken().then(|| call.poll());
+        end(&watch, number, call);
+    }
+    assert_eq!((watch.seen().calls, watch.seen().peak), (50, 3));
+    assert_eq!((handle.snapshot().in_flight, handle.snapshot().waiting), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_a_queue_what_is_too_much_is_refused_at_once() {
+    let (service, _watch, handle) = limit(2, 0);
+    let _calls = [hold(&service), hold(&service)];
+    let error = service.clone().oneshot(request()).await.unwrap_err();
+    let told = Rejected::find(&*error).unwrap();
+    assert_eq!(
+        (told.kind(), told.retry_after()),
+        (RejectedKind::Full, Some(Duration::from_secs(1)))
+    );
+    assert_eq!(handle.snapshot().refused_full, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn respond_tells_a_client_in_its_own_form() {
+    let layer = ConcurrencyLimitLayer::new(1).retry_after(Duration::from_millis(1001)).respond();
+    let (inner, _watch) = Strict::holding();
+    let service = layer.layer(inner);
+    let mut first = task::spawn(service.clone().oneshot(request()));
+    assert_pending!(first.poll());
+    let http = service.clone().oneshot(request()).await.unwrap();
+    assert_eq!(
+        (http.status().as_u16(), &http.headers()["retry-after"]),
+        (503, &"2".parse().unwrap())
+    );
+    assert_eq!(http.headers()["content-type"], "application/problem+json");
+    assert!(http.extensions().get::<Rejected>().is_some());
+    let body = String::from_utf8(read(http.into_body()).await.unwrap().0).unwrap();
+    assert!(body.contains(r#""reason":"limit_reached""#), "{body}");
+
+    let mut call = request();
+    call.headers_mut().insert("content-type", "application/grpc+proto".parse().unwrap());
+    let grpc = service.clone().oneshot(call).await.unwrap();
+    assert_eq!(
+        (grpc.status().as_u16(), &grpc.headers()["grpc-status"]),
+        (200, &"14".parse().unwrap())
+    );
+    assert_eq!(grpc.headers()["grpc-retry-pushback-ms"], "1001");
+    let told = read(grpc.into_body()).await.unwrap();
+    assert_eq!(told, (vec![], None), "trailers-only");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_permit_is_held_to_the_end_of_the_body() {
+    let (service, watch, handle) = limit(1, 0);
+    watch.script([Then::Answer(hello())]);
+    let response = service.clone().oneshot(request()).await.unwrap();
+    assert_eq!(handle.in_flight(), 1);
+    assert_eq!(refused(&service).await, RejectedKind::Full);
+    read(response.into_body()).await.unwrap();
+    assert_eq!(handle.in_flight(), 0);
+    // Also after a bad head.
+    let mut bad = hello();
+    *bad.status_mut() = http::StatusCode::SERVICE_UNAVAILABLE;
+    watch.script([Then::Answer(bad)]);
+    let response = service.clone().oneshot(request()).await.unwrap();
+    assert_eq!(handle.in_flight(), 1);
+    drop(response);
+    assert_eq!(handle.in_flight(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn released_at_the_head_if_asked() {
+    let layer = ConcurrencyLimitLayer::new(1).release_at_head();
+    let (inner, watch) = Strict::new();
+    let service = layer.layer(inner);
+    let pieces = [Piece::data("ab"), Piece::data("c")];
+    watch.script([Then::Answer(Response::new(ScriptBody::new(pieces)))]);
+    let response = service.clone().oneshot(request()).await.unwrap();
+    assert_eq!(layer.handle().in_flight(), 0);
+    let _second = service.clone().oneshot(request()).await.unwrap();
+    assert_eq!(read(response.into_body()).await.unwrap().0, b"abc");
+    assert_eq!(layer.handle().in_flight(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn per_response_holds_any_service_to_its_limit() {
+    let layer = ConcurrencyLimitLayer::new(1).per_response();
+    let (inner, watch) = Strict::<u8>::of(|| Then::Hold);
+    let service = layer.layer(inner);
+    let mut first = task::spawn(service.clone().oneshot("any request"));
+    assert_pending!(first.poll());
+    assert_eq!(refused_as(service.clone().oneshot("another").await), RejectedKind::Full);
+    watch.end(0, Ok(7));
+    assert_eq!(assert_ready_ok!(first.poll()), 7);
+    assert_eq!(layer.handle().in_flight(), 0);
+    watch.script([Then::Fail(Oops("no"))]);
+    let error: BoxError = service.oneshot("a third").await.unwrap_err();
+    assert!(error.is::<Oops>());
+    assert_eq!(layer.handle().in_flight(), 0);
+}
+
+// ===== The queue =====
+
+#[tokio::test(start_paused = true)]
+async fn first_come_first_served() {
+    let (service, watch, handle) = limit(1, 8);
+    let mut first = hold(&service);
+    let mut waiting: Vec<_> = (0..5).map(|_| hold(&service)).collect();
+    assert_eq!(handle.snapshot().waiting, 5);
+    end(&watch, 0, &mut first);
+    for number in 0..5 {
+        // Who comes just now goes to the end, also before the next has been polled.
+        assert_eq!(handle.snapshot().waiting as usize + number, 4);
+        for (other, call) in waiting.iter_mut().enumerate() {
+            assert_eq!(call.is_woken(), other == number, "{other} at {number}");
+        }
+        assert_pending!(waiting[number].poll());
+        end(&watch, number + 1, &mut waiting[number]);
+    }
+    assert_eq!(handle.in_flight(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_newcomer_never_overtakes() {
+    let (service, watch, _handle) = limit(1, 8);
+    let mut first = hold(&service);
+    let mut next = hold(&service);
+    end(&watch, 0, &mut first);
+    let mut newcomer = hold(&service);
+    assert_eq!(watch.seen().calls, 1, "the turn is taken, though its holder has not been polled");
+    assert_pending!(next.poll());
+    assert_eq!(watch.seen().calls, 2);
+    end(&watch, 1, &mut next);
+    assert_pending!(newcomer.poll());
+    end(&watch, 2, &mut newcomer);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_queue_is_bounded() {
+    let (service, _watch, handle) = limit(1, 2);
+    let _first = hold(&service);
+    let mut waiting = vec![hold(&service), hold(&service)];
+    assert_eq!(refused(&service).await, RejectedKind::Full);
+    waiting.pop();
+    waiting.push(hold(&service));
+    assert_eq!(refused(&service).await, RejectedKind::Full);
+    assert_eq!((handle.snapshot().waiting, handle.snapshot().refused_full), (2, 2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_waits_longer_than_the_longest_wait() {
+    let (service, watch, handle) = limit(1, 8);
+    let mut first = hold(&service);
+    let mut early = hold(&service);
+    advance(PATIENCE / 2).await;
+    let mut late = hold(&service);
+    advance(PATIENCE / 2 - Duration::from_millis(1)).await;
+    assert_pending!(early.poll());
+    advance(Duration::from_millis(1)).await;
+    assert!(early.is_woken());
+    assert_eq!(refused_as(assert_ready!(early.poll())), RejectedKind::WaitedTooLong);
+    assert_pending!(late.poll());
+    assert_eq!((handle.snapshot().waiting, handle.snapshot().refused_waited), (1, 1));
+    end(&watch, 0, &mut first);
+    assert_pending!(late.poll());
+    assert_eq!(watch.seen().calls, 2);
+}
+
+/// A turn that has come beats a deadline that has just passed.
+#[tokio::test(start_paused = true)]
+async fn a_turn_beats_a_deadline() {
+    let (service, watch, handle) = limit(1, 8);
+    let mut first = hold(&service);
+    let mut next = hold(&service);
+    advance(PATIENCE).await;
+    end(&watch, 0, &mut first);
+    assert_pending!(next.poll());
+    end(&watch, 1, &mut next);
+    assert_eq!((handle.in_flight(), handle.snapshot().refused_waited), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_that_goes_away_frees_its_place() {
+    let (service, watch, handle) = limit(1, 8);
+    let mut first = hold(&service);
+    let (gone, mut stays) = (hold(&service), hold(&service));
+    drop(gone);
+    assert_eq!(handle.snapshot().waiting, 1);
+    end(&watch, 0, &mut first);
+    assert_pending!(stays.poll());
+    end(&watch, 1, &mut stays);
+    assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
+    let _room = hold(&service);
+    assert_eq!(watch.seen().calls, 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_turn_is_handed_on_when_its_waiter_goes_away() {
+    let (service, watch, handle) = limit(1, 8);
+    let mut first = hold(&service);
+    let (gone, mut next) = (hold(&service), hold(&service));
+    end(&watch, 0, &mut first);
+    assert!(gone.is_woken() && !next.is_woken());
+    drop(gone);
+    assert!(next.is_woken());
+    assert_pending!(next.poll());
+    end(&watch, 1, &mut next);
+    assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
+}
+
+/// A waiter that was never polled has no waker; its turn comes all the same.
+#[tokio::test(start_paused = true)]
+async fn a_turn_comes_to_a_future_that_was_never_polled() {
+    let (mut service, watch, handle) = limit(1, 8);
+    let mut first = hold(&service);
+    let unpolled = service.call(request());
+    let mut next = hold(&service);
+    end(&watch, 0, &mut first);
+    assert_eq!((handle.in_flight(), handle.snapshot().waiting), (1, 1));
+    drop(unpolled);
+    assert_pending!(next.poll());
+    end(&watch, 1, &mut next);
+    assert_eq!(handle.in_flight(), 0);
+}
+
+/// A waiter's reservation of the inner service is not taken before its turn.
+#[tokio::test(start_paused = true)]
+async fn a_waiter_keeps_off_the_inner_service_until_its_turn() {
+    let (service, watch, _handle) = limit(1, 8);
+    let _first = hold(&service);
+    let polls = watch.seen().polls;
+    let mut waiting = hold(&service);
+    assert_pending!(waiting.poll());
+    assert_eq!((watch.seen().polls, watch.seen().reserved), (polls, 0));
+}
+
+// ===== Resizing =====
+
+#[tokio::test(start_paused = true)]
+async fn a_higher_limit_lets_waiters_in() {
+    let (service, watch, handle) = limit(1, 8);
+    let _first = hold(&service);
+    let mut waiting = [hold(&service), hold(&service), hold(&service)];
+    handle.set_limit(3).unwrap();
+    assert_eq!(waiting.each_ref().map(|call| call.is_woken()), [true, true, false]);
+    for call in &mut waiting {
+        assert_pending!(call.poll());
+    }
+    assert_eq!((watch.seen().calls, handle.in_flight(), handle.snapshot().waiting), (3, 3, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lower_limit_drains() {
+    let (service, watch, handle) = limit(3, 8);
+    let mut calls = [hold(&service), hold(&service), hold(&service)];
+    let mut waiting = hold(&service);
+    handle.set_limit(1).unwrap();
+    for (number, call) in calls.iter_mut().enumerate() {
+        assert!(!waiting.is_woken());
+        end(&watch, number, call);
+    }
+    assert!(waiting.is_woken());
+    assert_pending!(waiting.poll());
+    assert_eq!((handle.snapshot().limit, handle.in_flight()), (1, 1));
+}
