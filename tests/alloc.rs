@@ -1,0 +1,142 @@
+//! No allocation on an admitted call: breaker, limit, alone and stacked.
+
+use std::{
+    convert::Infallible,
+    future::{Future, ready},
+    hint::black_box,
+    pin::pin,
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use buttress::{BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, Trip};
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::Body;
+use http_body_util::Full;
+use tower::{Layer, Service, ServiceBuilder, service_fn};
+
+fn now<F: Future>(future: F) -> F::Output {
+    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(output) => output,
+        Poll::Pending => panic!("has to wait"),
+    }
+}
+
+fn ready_now<S: Service<Req>, Req>(service: &mut S) {
+    let Poll::Ready(Ok(())) = service.poll_ready(&mut Context::from_waker(Waker::noop())) else {
+        panic!("not ready")
+    };
+}
+
+/// How often 100 calls allocate. The first call is not counted: what is made once may be made.
+fn allocations(mut call: impl FnMut()) -> u64 {
+    call();
+    allocation_counter::measure(|| (0..100).for_each(|_| call())).count_total
+}
+
+/// A `service_fn`, called with a number.
+fn generic<L>(layer: L) -> u64
+where
+    L: Layer<Echo>,
+    L::Service: Service<u64, Response = u64>,
+{
+    let mut service = layer.layer(service_fn(echo as fn(u64) -> _));
+    allocations(|| {
+        ready_now(&mut service);
+        assert_eq!(now(service.call(7)).ok(), Some(7));
+    })
+}
+
+type Echo = tower::util::ServiceFn<fn(u64) -> std::future::Ready<Result<u64, Infallible>>>;
+
+fn echo(n: u64) -> std::future::Ready<Result<u64, Infallible>> {
+    ready(Ok(n))
+}
+
+type Answer = Result<Response<Full<Bytes>>, Infallible>;
+type Hello = tower::util::ServiceFn<fn(Request<()>) -> std::future::Ready<Answer>>;
+
+fn hello(_: Request<()>) -> std::future::Ready<Answer> {
+    ready(Ok(Response::new(Full::new(Bytes::from_static(b"hello")))))
+}
+
+/// An HTTP service, each answer read to its end.
+fn http<L, B>(layer: L) -> u64
+where
+    L: Layer<Hello>,
+    L::Service: Service<Request<()>, Response = Response<B>>,
+    B: Body<Data = Bytes, Error = Infallible>,
+{
+    let mut service = layer.layer(service_fn(hello as fn(_) -> _));
+    allocations(|| {
+        ready_now(&mut service);
+        let Ok(response) = now(service.call(Request::new(()))) else { panic!("refused") };
+        let mut body = pin!(response.into_body());
+        let mut read = 0;
+        while let Some(frame) = now(std::future::poll_fn(|cx| body.as_mut().poll_frame(cx))) {
+            read += frame.unwrap().data_ref().map_or(0, Bytes::len);
+        }
+        assert_eq!(black_box(read), 5);
+    })
+}
+
+/// Runs where a timer could be made: a limit that made one for every call would be found out.
+fn in_runtime<T>(test: impl FnOnce() -> T) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let _guard = runtime.enter();
+    test()
+}
+
+fn limit() -> ConcurrencyLimitLayer {
+    ConcurrencyLimitLayer::new(2).queue(8, Duration::from_secs(1))
+}
+
+fn ratio() -> Trip {
+    Trip::any([Trip::consecutive(5), Trip::failure_ratio(0.5)])
+}
+
+fn judge(result: Result<&u64, &Infallible>) -> Outcome {
+    result.map_or(Outcome::failure(), |_| Outcome::success())
+}
+
+fn judge_boxed(result: Result<&u64, &BoxError>) -> Outcome {
+    result.map_or(Outcome::failure(), |_| Outcome::success())
+}
+
+#[test]
+fn the_counter_counts() {
+    assert_eq!(allocations(|| drop(black_box(Box::new(1)))), 100);
+}
+
+#[test]
+fn an_admitted_call_allocates_nothing() {
+    in_runtime(|| {
+        assert_eq!(generic(CircuitBreakerLayer::http().per_response()), 0);
+        assert_eq!(generic(CircuitBreakerLayer::http().classify(judge)), 0);
+        assert_eq!(generic(CircuitBreakerLayer::new(ratio()).classify(judge)), 0);
+        assert_eq!(generic(limit().per_response()), 0);
+        assert_eq!(generic(limit().classify(judge)), 0);
+        let both = ServiceBuilder::new()
+            .layer(CircuitBreakerLayer::http().classify(judge_boxed))
+            .layer(limit().per_response());
+        assert_eq!(generic(both), 0);
+    });
+}
+
+#[test]
+fn an_admitted_http_call_allocates_nothing_to_the_end_of_its_body() {
+    in_runtime(|| {
+        assert_eq!(http(tower::layer::util::Identity::new()), 0, "what is wrapped");
+        assert_eq!(http(CircuitBreakerLayer::http()), 0);
+        assert_eq!(http(CircuitBreakerLayer::new(ratio()).respond()), 0);
+        assert_eq!(http(limit()), 0);
+        assert_eq!(http(limit().respond()), 0);
+        let client = ServiceBuilder::new().layer(CircuitBreakerLayer::http()).layer(limit());
+        assert_eq!(http(client), 0);
+        let server = ServiceBuilder::new()
+            .layer(limit().respond())
+            .layer(CircuitBreakerLayer::http().respond());
+        assert_eq!(http(server), 0);
+    });
+}
