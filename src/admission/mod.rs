@@ -58,7 +58,7 @@ pub trait Policy<Req>: Clone + Send + Sync + 'static {
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot be cloned, and this layer needs a clone of what it wraps",
     label = "not `Clone`",
-    note = "put `tower::buffer::BufferLayer` between this layer and the service, or wrap it with `tower::util::BoxCloneSyncService`"
+    note = "derive `Clone` for it (a cheap one, its state behind an `Arc`), or put `tower::buffer::BufferLayer` between this layer and it"
 )]
 pub trait Reusable: Clone {}
 

@@ -20,6 +20,7 @@ use super::{
     label = "this layer does not fit what it wraps",
     note = "for HTTP, the wrapped service must answer with `http::Response<B>` where `B: http_body::Body`",
     note = "for any other types, say what failed with `.classify(|result: Result<&Res, &E>| ..)`, `Res` and `E` being exactly the response and error of the wrapped service",
+    note = "where nothing has to be judged, `.per_response()` takes any types",
     note = "a layer below that fails with boxed errors makes the error type `BoxError`"
 )]
 pub trait Protocol<Req, Res, E>: Judge<Req, Res, E> {}
@@ -83,6 +84,24 @@ where
                 Err(error)
             }
         }
+    }
+}
+
+/// A second response type for [`Http`], which nothing answers with.
+///
+/// With one only, the compiler would take for granted that the wrapped service answers with it, and
+/// blame the service's future instead of printing the notes of [`Protocol`].
+#[derive(Debug)]
+pub enum Never {}
+
+impl<Req, E> Judge<Req, Never, E> for Http {
+    type Response = Never;
+    type Call = ();
+
+    fn begin(&self, _: &mut Req) {}
+
+    fn complete<F: Finish>((): (), result: Result<Never, E>, _: Permit<F>) -> Result<Never, E> {
+        result
     }
 }
 

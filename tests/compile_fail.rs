@@ -1,0 +1,70 @@
+//! The likeliest mistakes do not compile, and the compiler names the remedy where the language lets a
+//! library say so. Only words are looked for: the messages around them differ between compilers.
+
+use std::{env, fs, path::Path, process::Command};
+
+/// A file in `compile_fail/`, and what the compiler has to say to it.
+const MISTAKES: [(&str, &[&str]); 5] = [
+    // The missing bound is axum's own, between types that are not ours: no library can add to it.
+    ("server_without_respond", &["Infallible", "Box<dyn std::error::Error"]),
+    (
+        "respond_without_http",
+        &[
+            "`Respond` cannot turn a refusal into",
+            "leave the layer's protocol at `Http`",
+            ".respond_with(",
+        ],
+    ),
+    (
+        "http_over_other_types",
+        &["`Http` cannot judge calls that give `u32`", ".classify(", ".per_response()"],
+    ),
+    // The compiler has words of its own for a closure that does not fit: both signatures.
+    ("closure_for_other_types", &["type mismatch in function arguments", "&'a std::io::Error"]),
+    ("service_not_clone", &["`Once` cannot be cloned", "tower::buffer::BufferLayer"]),
+];
+
+#[test]
+fn mistakes_are_told_with_their_remedy() {
+    let house = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let project = Path::new(env!("CARGO_TARGET_TMPDIR")).join("compile_fail");
+    fs::create_dir_all(&project).unwrap();
+    fs::copy(house.join("Cargo.lock"), project.join("Cargo.lock")).unwrap();
+    let mut manifest = format!(
+        r#"
+[package]
+name = "mistakes"
+version = "0.0.0"
+edition = "2024"
+publish = false
+[workspace]
+[dependencies]
+buttress = {{ path = {house:?}, default-features = false, features = ["breaker", "limit"] }}
+axum = {{ version = "0.8", default-features = false }}
+http = "1"
+tower = "0.5"
+"#
+    );
+    for (name, _) in MISTAKES {
+        let path = house.join("tests/compile_fail").join(name).with_extension("rs");
+        manifest += &format!("[[bin]]\nname = {name:?}\npath = {path:?}\n");
+    }
+    fs::write(project.join("Cargo.toml"), manifest).unwrap();
+
+    for (name, remedy) in MISTAKES {
+        // All that it needs has been fetched for this crate's own tests.
+        let told = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+            .args(["check", "--offline", "--quiet", "--color", "never", "--bin", name])
+            .current_dir(&project)
+            .env("CARGO_TARGET_DIR", project.join("target"))
+            .output()
+            .unwrap();
+        let message = String::from_utf8_lossy(&told.stderr);
+        assert!(!told.status.success(), "{name} compiles");
+        // `dyn` was printed in parentheses by older compilers.
+        let words = message.replace("(dyn", "dyn");
+        for part in remedy {
+            assert!(words.contains(part), "{name}: {part:?} is not in\n{message}");
+        }
+    }
+}

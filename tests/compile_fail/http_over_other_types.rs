@@ -1,0 +1,8 @@
+//! The default speaks HTTP, the service does not.
+
+fn wants<S: tower::Service<u32>>(_: S) {}
+
+fn main() {
+    let service = tower::service_fn(|n: u32| async move { Ok::<_, std::io::Error>(n) });
+    wants(tower::Layer::layer(&buttress::CircuitBreakerLayer::http(), service));
+}
