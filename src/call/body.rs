@@ -111,6 +111,17 @@ impl<B: Body> TrackedBody<B> {
     }
 }
 
+impl<B: Body> Default for TrackedBody<B> {
+    /// Nothing, and at its end: what a layer further out answers with, such as tower-http's timeout.
+    fn default() -> Self {
+        Self {
+            inner: Inner::Answer { data: None },
+            permit: Permit::hollow(),
+            eos: Eos::Plain(Outcome::success()),
+        }
+    }
+}
+
 impl<B: Body> Body for TrackedBody<B> {
     type Data = B::Data;
     type Error = B::Error;
