@@ -313,6 +313,22 @@ async fn grpc_status_in_the_head_or_in_the_trailers() {
     }
 }
 
+/// gRPC-Web writes its trailers into the body: no status outside of it is no failure.
+#[tokio::test(start_paused = true)]
+async fn grpc_web_is_told_by_its_head_only() {
+    for (in_head, state) in [(None, State::Closed), (Some("14"), State::Open)] {
+        let (service, watch, handle) = closed(breaker(1));
+        let mut response = hello();
+        let headers = response.headers_mut();
+        headers.insert("content-type", "application/grpc-web+proto".parse().unwrap());
+        if let Some(code) = in_head {
+            headers.insert("grpc-status", code.parse().unwrap());
+        }
+        call(&service, &watch, Then::Answer(response)).await.unwrap();
+        assert_eq!(handle.state(), state);
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_classifier_of_the_users_decides() {
     let layer = breaker(1).classify(|result: Result<&u8, &Oops>| match result {

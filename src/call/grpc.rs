@@ -23,6 +23,13 @@ pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
         .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
 }
 
+/// Whether the trailers of this gRPC answer are in its body, where they are not looked for.
+pub(crate) fn is_grpc_web(headers: &HeaderMap) -> bool {
+    headers
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc-web"))
+}
+
 /// The outcome that a `grpc-status` in `headers` gives, if there is one.
 pub(crate) fn status(headers: &HeaderMap) -> Option<Outcome> {
     let outcome = of_code(parse(headers.get(STATUS)?));

@@ -34,6 +34,7 @@ pub(crate) fn head<B>(response: &http::Response<B>) -> Head {
     }
     match grpc::status(headers) {
         Some(outcome) => Head::Certain(outcome),
+        None if grpc::is_grpc_web(headers) => Head::Good(Eos::Plain(outcome)),
         None => Head::Good(Eos::Grpc),
     }
 }

@@ -53,7 +53,8 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
 /// A 5xx other than 501 and 505 is a failure, 429 is throttled, an error is a failure and so is a body
 /// that breaks off. An answer of `content-type: application/grpc…` is what its `grpc-status` says, in
 /// the head or in the trailers: `UNKNOWN`, `DEADLINE_EXCEEDED`, `INTERNAL`, `UNAVAILABLE` and
-/// `DATA_LOSS` are failures (as linkerd's), `RESOURCE_EXHAUSTED` is throttled.
+/// `DATA_LOSS` are failures (as linkerd's), `RESOURCE_EXHAUSTED` is throttled. gRPC-Web writes its
+/// trailers into the body: there only a status in the head is seen.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Http;
 
