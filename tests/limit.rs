@@ -2,22 +2,32 @@
 
 mod support;
 
-use std::time::Duration;
+use std::{
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use buttress::{
     BoxError, ConcurrencyLimit, ConcurrencyLimitLayer, ConfigError, Rejected, call::RejectedKind,
     limit::ConcurrencyLimitHandle,
 };
+use futures_util::FutureExt;
 use http::{Request, Response};
 use support::{
     Oops, Piece, ScriptBody, Strict, Then, Watch,
     contract::{Subject, contract_tests},
     empty, grpc, hello, read, refused_as, request, status,
 };
-use tokio::time::advance;
+use tokio::{
+    task::JoinSet,
+    time::{advance, timeout},
+};
 use tokio_test::{assert_pending, assert_ready, assert_ready_ok, task};
-use tower::{Layer, Service, ServiceExt, util::Oneshot};
-use tower_test::mock::Spawn;
+use tower::{Layer, Service, ServiceExt, service_fn, util::Oneshot};
 
 type Limit = ConcurrencyLimit<Strict>;
 type Waiting = task::Spawn<Oneshot<Limit, Request<()>>>;
@@ -436,4 +446,48 @@ async fn a_lower_limit_drains() {
     assert!(waiting.is_woken());
     assert_pending!(waiting.poll());
     assert_eq!((handle.snapshot().limit, handle.in_flight()), (1, 1));
+}
+
+// ===== Under real threads =====
+
+/// Some end, some go away while they wait or run, one resizes: nobody hangs, nothing is lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 8)]
+async fn many_threads_lose_nothing() {
+    let layer = ConcurrencyLimitLayer::new(4).queue(1000, Duration::from_secs(60)).per_response();
+    let handle = layer.handle();
+    let busy = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
+    let seen = busy.clone();
+    let service = layer.layer(service_fn(move |yields: usize| {
+        let busy = busy.clone();
+        async move {
+            let now = busy.0.fetch_add(1, Ordering::SeqCst) + 1;
+            busy.1.fetch_max(now, Ordering::SeqCst);
+            for _ in 0..yields {
+                tokio::task::yield_now().await;
+            }
+            busy.0.fetch_sub(1, Ordering::SeqCst);
+            Ok::<_, Oops>(())
+        }
+    }));
+    let mut callers = JoinSet::new();
+    for n in 0..64 {
+        let (service, handle) = (service.clone(), handle.clone());
+        callers.spawn(async move {
+            for round in 0..100 {
+                let mut call = pin!(service.clone().oneshot(0));
+                if (n + round) % 3 == 0 {
+                    // Goes away, whether its turn has come or not, before it has run.
+                    let _ = call.as_mut().now_or_never();
+                } else {
+                    service.clone().oneshot(round % 4).await.unwrap();
+                }
+                if n == 0 {
+                    handle.set_limit(1 + round % 4).unwrap();
+                }
+            }
+        });
+    }
+    timeout(Duration::from_secs(60), callers.join_all()).await.expect("somebody hangs");
+    assert!(seen.1.load(Ordering::SeqCst) <= 4);
+    assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
 }

@@ -1,6 +1,6 @@
 //! What all layer tests share: a strict inner service, a scripted body, and the test list of the
 //! Tower contract, generic over layers. Everything is polled by hand or under a paused clock.
-#![allow(dead_code, unused_imports)] // Every test file uses its own part of it.
+#![allow(dead_code, unused_imports, unused_macros)] // Every test file uses its own part of it.
 
 mod body;
 pub mod contract;
