@@ -1,4 +1,5 @@
 //! No allocation on an admitted call: breaker, limit, alone and stacked.
+#![cfg(all(feature = "breaker", feature = "limit"))]
 
 use std::{
     convert::Infallible,

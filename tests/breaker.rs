@@ -1,4 +1,5 @@
 //! The circuit breaker through its public API.
+#![cfg(all(feature = "breaker", feature = "limit"))]
 
 mod support;
 

@@ -1,4 +1,5 @@
 //! The circuit breaker against a naive model: any schedule of calls, ends, pauses and orders by hand.
+#![cfg(feature = "breaker")]
 
 mod support;
 

@@ -1,4 +1,5 @@
 //! The concurrency limit through its public API: first the list that holds for every layer.
+#![cfg(feature = "limit")]
 
 mod support;
 

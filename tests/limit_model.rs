@@ -1,5 +1,6 @@
 //! The concurrency limit against a naive model: any schedule of arrivals, ends, departures, pauses
 //! and resizes.
+#![cfg(feature = "limit")]
 
 mod support;
 

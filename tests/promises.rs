@@ -1,5 +1,6 @@
 //! What is measured to go wrong elsewhere, and does not here: the rows of the README's table that need
 //! no server.
+#![cfg(all(feature = "breaker", feature = "limit"))]
 
 mod support;
 

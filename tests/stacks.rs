@@ -1,5 +1,6 @@
 //! The stacks of the documentation compile without a type annotation, inside `tokio::spawn` and with
 //! `ServiceExt::oneshot`, and work.
+#![cfg(all(feature = "breaker", feature = "limit"))]
 
 use std::{convert::Infallible, fmt, time::Duration};
 
