@@ -539,6 +539,29 @@ async fn a_probe_waits_for_its_inner_service() {
     assert_eq!(handle.state(), State::Closed);
 }
 
+/// Who waits for a hung service in half-open is refused when the last probe has gone, as who comes later.
+#[tokio::test(start_paused = true)]
+async fn waiting_caller_woken_when_the_last_probe_goes() {
+    for probes in [1, 2, 3] {
+        let (service, watch, _handle) = half_open(breaker(1).half_open(probes)).await;
+        watch.set_ready(false);
+        let mut waiting = tower_test::mock::Spawn::new(service.clone());
+        let mut under_way = Vec::new();
+        for _ in 0..probes {
+            assert_pending!(waiting.poll_ready::<Request<()>>());
+            let mut probe = task::spawn(service.clone().call(request()));
+            assert_pending!(probe.poll());
+            under_way.push(probe);
+        }
+        assert!(waiting.is_woken());
+        assert_ready_ok!(waiting.poll_ready::<Request<()>>());
+        assert_eq!(refused_as(waiting.call(request()).await), RejectedKind::Probing);
+        for probe in &mut under_way {
+            assert_pending!(probe.poll(), "its own slot is not the last of anything to it");
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn stragglers_admitted_before_the_trip_never_count() {
     let (service, watch, handle) = closed(breaker(1));

@@ -219,7 +219,12 @@ impl Shared<Circuit> {
         let now = self.now();
         let mut machine = self.lock();
         let (answer, change) = machine.admit(now);
+        let was_last = answer.is_ok() && !machine.lets_through(now);
         self.after(machine, change);
+        if was_last {
+            // From here on others are refused: nobody need wait for the inner service.
+            self.changed.notify_waiters();
+        }
         match answer {
             Ok(ticket) => Admit::Go(self.permit(token(ticket))),
             Err(refusal) => {
