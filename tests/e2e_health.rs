@@ -1,23 +1,31 @@
 //! Health over real sockets: a saturated server that still tells how it is, and a client that follows an
 //! upstream that dies and returns.
 
-use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
 
-use axum::{Router, routing::get};
+use axum::{Router, body::Body, routing::get};
 use buttress::{
     ConcurrencyLimitLayer, Health, HealthProbeLayer, Rejected,
-    call::RejectedKind,
-    health::{CheckState, ProbeState},
+    call::{Http, RejectedKind, Respond},
+    health::{CheckState, Get, ProbeFailure, ProbeState},
 };
 use bytes::Bytes;
-use http::{Method, Request};
+use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt, Empty};
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::TokioExecutor,
 };
 use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet, time::timeout};
-use tower::{ServiceBuilder, ServiceExt};
+use tower::{Layer, ServiceBuilder, ServiceExt};
 
 async fn within<T>(future: impl Future<Output = T>) -> T {
     timeout(Duration::from_secs(20), future).await.expect("in time")
@@ -147,6 +155,58 @@ async fn a_port_of_its_own() {
     assert_eq!(ask(Method::GET, addr, "/readyz").await.2, "ok");
     assert_eq!(ask(Method::POST, addr, "/readyz").await.0, 405);
     assert_eq!(ask(Method::GET, addr, "/chat").await.0, 404);
+}
+
+fn failing_self_test() -> HealthProbeLayer<Get<Body>, Http, Respond> {
+    // A router takes any body, so that it is said which.
+    HealthProbeLayer::get::<Body>("/self-test")
+        .every(Duration::from_secs(3600))
+        .thresholds(1, 1)
+        .respond()
+}
+
+fn sick() -> Router {
+    Router::new()
+        .route("/self-test", get(async || StatusCode::INTERNAL_SERVER_ERROR))
+        .route("/", get(async || "well"))
+}
+
+#[tokio::test]
+async fn in_front_of_a_whole_router() {
+    let probe = failing_self_test();
+    let state = probe.handle();
+    let app = probe.layer(sick());
+    assert_eq!(within(state.changed()).await, ProbeState::Down);
+    let why = ProbeFailure::Status(StatusCode::INTERNAL_SERVER_ERROR);
+    assert_eq!(state.snapshot().last.unwrap().result, Err(why));
+
+    let (addr, _server) = serve(Router::new().fallback_service(app)).await;
+    let (status, headers, _) = ask(Method::GET, addr, "/").await;
+    assert_eq!((status, headers.contains_key("retry-after")), (503, true));
+    assert_eq!((state.snapshot().probes, state.snapshot().refused), (1, 1));
+}
+
+#[tokio::test]
+async fn one_gate_for_all_routes_however_axum_applies_it() {
+    let probe = failing_self_test();
+    let state = probe.handle();
+    // Which of them is probed is axum's choice, and fails all the same.
+    let app = sick().route("/more", get(async || "well").layer(probe.clone())).layer(probe);
+    // A raw router is a service: its routes may be made anew for every request.
+    let request = Request::get("/more").body(Body::empty()).unwrap();
+    within(app.clone().oneshot(request)).await.unwrap();
+    if state.state() == ProbeState::Unknown {
+        within(state.changed()).await;
+    }
+    assert_eq!(state.state(), ProbeState::Down);
+    let before = state.snapshot().refused;
+    let (addr, _server) = serve(app.clone()).await;
+    for path in ["/", "/more", "/nowhere"] {
+        assert_eq!(ask(Method::GET, addr, path).await.0, 503);
+        let request = Request::get(path).body(Body::empty()).unwrap();
+        assert_eq!(within(app.clone().oneshot(request)).await.unwrap().status(), 503);
+    }
+    assert_eq!((state.snapshot().probes, state.snapshot().refused - before), (1, 6));
 }
 
 #[tokio::test]

@@ -108,6 +108,9 @@
 //! that waits in the limit's queue for longer than its `timeout` has failed. Under the limit it is not
 //! held up.
 //!
+//! It is made for what you call. In front of a server, wrap the whole router with it: under axum's
+//! `Router::layer` it would probe the one route that axum happens to wrap first, which may be a fallback.
+//!
 //! A gate that is down does not touch the service that it wraps; one that goes down wakes the callers
 //! that wait for it.
 //!
