@@ -1,15 +1,7 @@
 //! Health over real sockets: a saturated server that still tells how it is, and a client that follows an
 //! upstream that dies and returns.
 
-use std::{
-    future::Future,
-    net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering::SeqCst},
-    },
-    time::Duration,
-};
+use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{Router, body::Body, routing::get};
 use buttress::{

@@ -19,6 +19,7 @@ impl<T: Finish> Shared<T> {
     }
 
     /// The right to make one call, given by this state.
+    #[cfg(any(feature = "breaker", feature = "limit"))]
     pub(crate) fn permit(&self, token: Token) -> Permit<T> {
         Permit { state: Some(self.clone()), token, drop_as: Outcome::cancelled() }
     }
@@ -124,6 +125,7 @@ impl<T: Finish + ?Sized> Permit<T> {
     }
 
     /// What it remembers of its admission.
+    #[cfg(feature = "breaker")]
     #[inline]
     pub(crate) fn token(&self) -> Token {
         self.token
