@@ -1,0 +1,120 @@
+//! What becomes of an answer that is not given out.
+
+use std::sync::{Arc, Mutex, atomic::Ordering::SeqCst};
+
+use buttress::{Attempts, Backoff, ConcurrencyLimitLayer, RetryLayer};
+use bytes::Bytes;
+use tokio::time::Instant;
+use tower::{Layer, ServiceBuilder};
+
+use crate::kit::*;
+
+/// How long one retry takes over this body, what of it was read, and whether it was gone by then.
+async fn discard(pieces: Vec<Piece>, tells: bool) -> (u128, u32, u32) {
+    let watched = Arc::new(Mutex::new(None));
+    let seen = watched.clone();
+    let inner: Inner = Inner::new(move |n| {
+        let mut last = seen.lock().unwrap();
+        if n == 2 {
+            let last: &Arc<Watched> = last.as_ref().unwrap();
+            assert_eq!(Arc::strong_count(last), 1, "gone before the next attempt");
+            return Ok(status(200));
+        }
+        let body = Script::new(pieces.clone());
+        let body = if tells { body } else { body.untold() };
+        *last = Some(body.watch());
+        Ok(status(503).map(|_| body))
+    });
+    let layer = RetryLayer::http().backoff(Backoff::constant(ms(0)));
+    let start = Instant::now();
+    let response = send(&layer.layer(inner), get()).await.unwrap();
+    assert_eq!(Attempts::of(&response).made, 2);
+    let watched = watched.lock().unwrap().take().unwrap();
+    (start.elapsed().as_millis(), watched.frames.load(SeqCst), watched.bytes.load(SeqCst))
+}
+
+fn chunk(kib: usize) -> Piece {
+    Piece::Data(Bytes::from(vec![7; kib * 1024]))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_small_answer_is_read_to_its_end() {
+    let end = trailers(&[("x-sum", "1")]);
+    for tells in [true, false] {
+        let pieces = vec![chunk(1), Piece::Pause(ms(20)), chunk(30), end.clone()];
+        assert_eq!(discard(pieces, tells).await, (20, 3, 31 * 1024), "{tells}");
+    }
+    assert_eq!(discard(vec![chunk(64)], true).await, (0, 1, 64 * 1024), "64 KiB is not too much");
+    assert_eq!(discard(Vec::new(), false).await, (0, 0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_large_answer_is_dropped() {
+    assert_eq!(discard(vec![chunk(65)], true).await, (0, 0, 0), "known to be too large: unread");
+    let (took, _, bytes) = discard(vec![Piece::Endless(Bytes::from(vec![7; 1000]))], false).await;
+    assert_eq!(took, 0);
+    assert!((64_000..=67_000).contains(&bytes), "{bytes}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_of_empty_frames_does_not_hold_us() {
+    let (took, frames, bytes) = discard(vec![Piece::Endless(Bytes::new())], false).await;
+    assert_eq!((took, bytes), (0, 0));
+    assert!(frames <= 2048, "{frames}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stuck_body_is_waited_for_50_ms() {
+    let (took, frames, _) = discard(vec![chunk(1), Piece::Stuck], false).await;
+    assert!((50..=51).contains(&took), "{took}");
+    assert_eq!(frames, 1);
+    // A slow one as well: the time is for all of it.
+    let slow = [Piece::Pause(ms(20)), chunk(1)];
+    let (took, frames, _) = discard(slow.iter().cloned().cycle().take(20).collect(), true).await;
+    assert!((50..=51).contains(&took), "{took}");
+    assert_eq!(frames, 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_erroring_body_is_dropped() {
+    assert_eq!(discard(vec![chunk(1), Piece::Error], true).await, (0, 1, 1024));
+}
+
+/// The time of reading is part of the wait, not added to it.
+#[tokio::test(start_paused = true)]
+async fn draining_is_not_added_to_the_wait() {
+    let inner: Inner = Inner::new(|n| {
+        Ok(if n == 1 { status(503).map(|_| Script::new([Piece::Stuck])) } else { status(200) })
+    });
+    let layer = RetryLayer::http().backoff(Backoff::constant(ms(80)).without_jitter());
+    let start = Instant::now();
+    send(&layer.layer(inner), get()).await.unwrap();
+    assert!(start.elapsed() >= ms(80) && start.elapsed() <= ms(82), "{:?}", start.elapsed());
+}
+
+/// With one permit below a retry, others go while it waits: whether the answer ends, sticks, is too
+/// large, or is an error.
+#[tokio::test(start_paused = true)]
+async fn the_limits_permit_is_free_during_the_backoff() {
+    type First = fn() -> Answer;
+    let firsts: [First; 4] = [
+        || Ok(status(503)),
+        || Ok(status(503).map(|_| Script::new([Piece::Stuck]))),
+        || Ok(status(503).map(|_| Script::new([chunk(65)]))),
+        || Err(io(std::io::ErrorKind::ConnectionReset)),
+    ];
+    for first in firsts {
+        let inner: Inner = Inner::new(move |n| if n == 1 { first() } else { Ok(status(200)) });
+        let log = inner.log.clone();
+        let service = ServiceBuilder::new()
+            .layer(RetryLayer::http().backoff(Backoff::constant(ms(1000)).without_jitter()))
+            .layer(ConcurrencyLimitLayer::new(1))
+            .service(inner);
+        let retried = tokio::spawn(tower::ServiceExt::oneshot(service.clone(), get()));
+        tokio::time::sleep(ms(60)).await;
+        assert_eq!((log.calls(), log.taken()), (1, (0, 0)));
+        assert_eq!(send(&service, get()).await.unwrap().status(), 200, "the permit is free");
+        let response = retried.await.unwrap().unwrap();
+        assert_eq!(Attempts::of(&response).made, 2);
+    }
+}

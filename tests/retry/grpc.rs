@@ -1,0 +1,170 @@
+//! gRPC: the status in the head or in the trailers, pushback, and streams that begin late.
+
+use std::time::Duration;
+
+use buttress::{Attempts, Backoff, RetryLayer, retry::Stop};
+use http::Response;
+use http_body::Body;
+use http_body_util::BodyExt;
+use tokio::time::Instant;
+use tower::Layer;
+
+use crate::kit::*;
+
+fn layer() -> RetryLayer {
+    RetryLayer::grpc().backoff(Backoff::constant(ms(5)).without_jitter()).budget(purse(9))
+}
+
+fn head(pairs: &[(&'static str, &'static str)]) -> Response<Script> {
+    let mut response = with_headers(200, pairs);
+    response.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+    response
+}
+
+fn body(pieces: impl IntoIterator<Item = Piece>) -> Response<Script> {
+    head(&[]).map(|_| Script::new(pieces).untold())
+}
+
+/// What came of a call that gets this answer at every attempt.
+async fn outcome(answer: impl Fn() -> Response<Script> + Send + Sync + 'static) -> Attempts {
+    let inner: Inner = Inner::new(move |_| Ok(answer()));
+    let log = inner.log.clone();
+    let response = send(&layer().layer(inner), post(Script::text("ask"))).await.unwrap();
+    let told = Attempts::of(&response);
+    assert_eq!(told.made, log.calls());
+    // And what is given out is whole.
+    read(response.into_body()).await;
+    told
+}
+
+#[tokio::test(start_paused = true)]
+async fn unavailable_is_retried_in_the_head_and_in_the_trailers() {
+    for code in 0..=17u8 {
+        let text: &'static str = code.to_string().leak();
+        let expected = if code == 14 { (3, Stop::AttemptsUsedUp) } else { (1, Stop::Answered) };
+        let told = outcome(move || head(&[("grpc-status", text)])).await;
+        assert_eq!((told.made, told.stop), expected, "{code} in the head");
+        let told = outcome(move || body([trailers(&[("grpc-status", text)])])).await;
+        assert_eq!((told.made, told.stop), expected, "{code} in the trailers");
+    }
+    for text in ["", "x", "-14", "1400000000000", "14.0"] {
+        let told = outcome(move || head(&[("grpc-status", text)])).await;
+        assert_eq!(told.made, 1, "{text:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn resource_exhausted_is_retried_only_with_pushback() {
+    for (pairs, made, stop) in [
+        (&[("grpc-status", "8")][..], 1, Stop::Answered),
+        (&[("grpc-status", "8"), ("retry-after", "1")], 1, Stop::Answered),
+        (&[("grpc-status", "8"), ("grpc-retry-pushback-ms", "20")], 3, Stop::AttemptsUsedUp),
+        (&[("grpc-status", "8"), ("grpc-retry-pushback-ms", "-1")], 1, Stop::Pushback),
+        (&[("grpc-status", "13"), ("grpc-retry-pushback-ms", "20")], 1, Stop::Answered),
+    ] {
+        let told = outcome(move || head(pairs)).await;
+        assert_eq!((told.made, told.stop), (made, stop), "{pairs:?}");
+        let told = outcome(move || body([trailers(pairs)])).await;
+        assert_eq!((told.made, told.stop), (made, stop), "{pairs:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn pushback_is_a_lower_bound_or_a_no() {
+    for text in ["-1", "-9999999999999", "x", "", "1.5", "99999999999999999999"] {
+        let unavailable = [("grpc-status", "14"), ("grpc-retry-pushback-ms", text)];
+        let told = outcome(move || head(&unavailable)).await;
+        assert_eq!((told.made, told.stop), (1, Stop::Pushback), "{text:?}");
+        let told = outcome(move || body([trailers(&unavailable)])).await;
+        assert_eq!((told.made, told.stop), (1, Stop::Pushback), "{text:?}");
+        // A status of the HTTP kind does not make the no unsaid.
+        let told = outcome(move || {
+            let mut response = head(&unavailable);
+            *response.status_mut() = http::StatusCode::SERVICE_UNAVAILABLE;
+            response
+        });
+        let told = told.await;
+        assert_eq!((told.made, told.stop), (1, Stop::Pushback), "{text:?} on a 503");
+    }
+    let told = outcome(|| {
+        head(&[("grpc-status", "14"), ("grpc-retry-pushback-ms", "1000")])
+    });
+    let told = told.await;
+    assert_eq!(told.made, 3);
+    assert!(told.waited >= ms(2000) && told.waited <= ms(3000), "{told:?}");
+    let told = outcome(|| head(&[("grpc-status", "14"), ("grpc-retry-pushback-ms", "30001")]));
+    assert_eq!(told.await.stop, Stop::WaitTooLong);
+}
+
+#[tokio::test(start_paused = true)]
+async fn once_a_message_is_here_the_answer_is_the_callers() {
+    let message = || body([data("message"), trailers(&[("grpc-status", "14")])]);
+    assert_eq!(outcome(message).await.made, 1);
+    // A frame of nothing is no message.
+    let nothing = || body([Piece::Data(bytes::Bytes::new()), trailers(&[("grpc-status", "14")])]);
+    assert_eq!(outcome(nothing).await.made, 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_frame_is_lost_by_looking_at_the_first() {
+    let ok = trailers(&[("grpc-status", "0"), ("x-more", "1")]);
+    for told in [true, false] {
+        let ok = ok.clone();
+        let inner: Inner = Inner::new(move |_| {
+            let script = Script::new([data("one"), data("two"), ok.clone()]);
+            Ok(head(&[]).map(|_| if told { script } else { script.untold() }))
+        });
+        let response = send(&layer().layer(inner), post(Script::text("ask"))).await.unwrap();
+        assert!(response.extensions().is_empty());
+        let body = response.into_body();
+        assert_eq!(body.size_hint().exact(), told.then_some(6));
+        assert!(!body.is_end_stream());
+        let (all, trailers) = read(body).await;
+        assert_eq!(all, "onetwo");
+        assert_eq!(trailers, Some(map(&[("grpc-status", "0"), ("x-more", "1")])));
+    }
+}
+
+/// The end was seen already when the answer is given out; a body need not be asked twice for it.
+#[tokio::test(start_paused = true)]
+async fn a_body_is_not_polled_after_its_end() {
+    let inner: Inner = Inner::new(|_| Ok(body([])));
+    let response = send(&layer().layer(inner), post(Script::text("ask"))).await.unwrap();
+    assert!(response.into_body().frame().await.is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_that_breaks_off_at_once_is_given_out() {
+    let inner: Inner = Inner::new(|_| Ok(body([Piece::Error])));
+    let log = inner.log.clone();
+    let response = send(&layer().layer(inner), post(Script::text("ask"))).await.unwrap();
+    assert_eq!(response.into_body().frame().await.unwrap().unwrap_err(), Oops("body"));
+    assert_eq!(log.calls(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_begins_late_is_not_held_back() {
+    let pieces = [Piece::Pause(Duration::from_secs(60)), data("late"), trailers(&[("grpc-status", "0")])];
+    let inner: Inner = Inner::new(move |_| Ok(body(pieces.clone())));
+    let start = Instant::now();
+    let response = send(&layer().layer(inner), post(Script::text("ask"))).await.unwrap();
+    assert!(start.elapsed() <= ms(11), "{:?}", start.elapsed());
+    let (all, end) = read(response.into_body()).await;
+    assert_eq!((&all[..], end), (&b"late"[..], Some(map(&[("grpc-status", "0")]))));
+    assert!(start.elapsed() >= Duration::from_secs(60));
+    // Within the patience a failure is still seen.
+    let late = || body([Piece::Pause(ms(5)), trailers(&[("grpc-status", "14")])]);
+    assert_eq!(outcome(late).await.made, 3);
+}
+
+/// Without `grpc()` a call is a `POST`: not repeated, unless it has a key.
+#[tokio::test(start_paused = true)]
+async fn the_http_layer_does_not_repeat_grpc_calls() {
+    let inner: Inner = Inner::new(|_| Ok(head(&[("grpc-status", "14")])));
+    let service = RetryLayer::http().layer(inner);
+    let response = send(&service, post(Script::text("ask"))).await.unwrap();
+    assert_eq!(Attempts::of(&response).stop, Stop::Unsafe);
+    let mut keyed = post(Script::text("ask"));
+    keyed.headers_mut().insert("idempotency-key", "k".parse().unwrap());
+    assert_eq!(Attempts::of(&send(&service, keyed).await.unwrap()).made, 3);
+}

@@ -1,0 +1,425 @@
+//! A strict inner service, a scripted body, and short names for what every test needs.
+
+use std::{
+    collections::VecDeque,
+    error::Error,
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicI64, AtomicU32, Ordering::SeqCst},
+    },
+    task::{Context, Poll, Waker, ready},
+    time::Duration,
+};
+
+use buttress::{Attempts, BoxError, RetryBudget, retry::ReplayBody};
+use bytes::Bytes;
+use http::{HeaderMap, Method, Request, Response};
+use http_body::{Body, Frame, SizeHint};
+use http_body_util::BodyExt;
+use tokio::time::{Sleep, sleep};
+use tower::{Service, ServiceExt};
+
+pub const fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Oops(pub &'static str);
+
+impl fmt::Display for Oops {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl Error for Oops {}
+
+// ===== A body that does as it is told =====
+
+#[derive(Clone, Debug)]
+pub enum Piece {
+    Data(Bytes),
+    Trailers(HeaderMap),
+    Error,
+    Panic,
+    /// Pending for ever.
+    Stuck,
+    /// Pending for so long.
+    Pause(Duration),
+    /// Data for ever.
+    Endless(Bytes),
+}
+
+pub fn data(text: &'static str) -> Piece {
+    Piece::Data(Bytes::from_static(text.as_bytes()))
+}
+
+pub fn trailers(pairs: &[(&'static str, &'static str)]) -> Piece {
+    Piece::Trailers(map(pairs))
+}
+
+pub fn map(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
+    pairs.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect()
+}
+
+/// How far a body was read. Alone in its `Arc` once the body is dropped.
+#[derive(Debug, Default)]
+pub struct Watched {
+    pub frames: AtomicU32,
+    pub bytes: AtomicU32,
+}
+
+/// Panics when it is polled after its end.
+#[derive(Debug)]
+pub struct Script {
+    pieces: VecDeque<Piece>,
+    tells: bool,
+    over: bool,
+    pause: Option<Pin<Box<Sleep>>>,
+    watched: Arc<Watched>,
+}
+
+impl Script {
+    pub fn new(pieces: impl IntoIterator<Item = Piece>) -> Self {
+        Self {
+            pieces: pieces.into_iter().collect(),
+            tells: true,
+            over: false,
+            pause: None,
+            watched: Arc::default(),
+        }
+    }
+
+    pub fn empty() -> Self {
+        Self::new([])
+    }
+
+    pub fn text(text: &'static str) -> Self {
+        Self::new([data(text)])
+    }
+
+    /// Never says that it is at its end, nor how long it is.
+    pub fn untold(mut self) -> Self {
+        self.tells = false;
+        self
+    }
+
+    pub fn watch(&self) -> Arc<Watched> {
+        self.watched.clone()
+    }
+}
+
+impl Body for Script {
+    type Data = Bytes;
+    type Error = Oops;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Oops>>> {
+        assert!(!self.over, "polled after its end");
+        if let Some(pause) = &mut self.pause {
+            ready!(pause.as_mut().poll(cx));
+            self.pause = None;
+        }
+        loop {
+            let frame = match self.pieces.pop_front() {
+                None => {
+                    self.over = true;
+                    return Poll::Ready(None);
+                }
+                Some(Piece::Data(data)) => Frame::data(data),
+                Some(Piece::Trailers(trailers)) => Frame::trailers(trailers),
+                Some(Piece::Error) => {
+                    self.over = true;
+                    return Poll::Ready(Some(Err(Oops("body"))));
+                }
+                Some(Piece::Panic) => panic!("scripted panic"),
+                Some(Piece::Stuck) => {
+                    self.pieces.push_front(Piece::Stuck);
+                    return Poll::Pending;
+                }
+                Some(Piece::Pause(long)) => {
+                    let mut pause = Box::pin(sleep(long));
+                    if pause.as_mut().poll(cx).is_pending() {
+                        self.pause = Some(pause);
+                        return Poll::Pending;
+                    }
+                    continue;
+                }
+                Some(Piece::Endless(data)) => {
+                    self.pieces.push_front(Piece::Endless(data.clone()));
+                    Frame::data(data)
+                }
+            };
+            self.watched.frames.fetch_add(1, SeqCst);
+            let length = frame.data_ref().map_or(0, Bytes::len);
+            self.watched.bytes.fetch_add(u32::try_from(length).unwrap(), SeqCst);
+            return Poll::Ready(Some(Ok(frame)));
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.tells && self.pieces.is_empty() && self.pause.is_none()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let size = self.pieces.iter().try_fold(0, |sum, piece| match piece {
+            Piece::Data(data) => Some(sum + data.len() as u64),
+            Piece::Trailers(_) | Piece::Pause(_) => Some(sum),
+            _ => None,
+        });
+        match size {
+            Some(size) if self.tells => SizeHint::with_exact(size),
+            _ => SizeHint::default(),
+        }
+    }
+}
+
+/// All data of a body, and its trailers.
+pub async fn read<B: Body<Error: fmt::Debug>>(body: B) -> (Bytes, Option<HeaderMap>) {
+    let body = body.collect().await.unwrap();
+    let trailers = body.trailers().cloned();
+    (body.to_bytes(), trailers)
+}
+
+// ===== An inner service that counts =====
+
+pub type Answer = Result<Response<Script>, BoxError>;
+type Answering = Pin<Box<dyn Future<Output = Answer> + Send>>;
+type Handler<B> = dyn Fn(u32, Request<ReplayBody<B>>) -> Answering + Send + Sync;
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Gate {
+    Open,
+    Shut,
+    Broken,
+    /// Each readiness takes a second poll.
+    Slow,
+    Panics,
+}
+
+#[derive(Debug)]
+pub struct Log {
+    calls: AtomicU32,
+    without_ready: AtomicU32,
+    readied: AtomicU32,
+    reserved: AtomicI64,
+    in_flight: AtomicI64,
+    gate: Mutex<(Gate, Vec<Waker>)>,
+}
+
+impl Log {
+    pub fn calls(&self) -> u32 {
+        self.calls.load(SeqCst)
+    }
+
+    pub fn readied(&self) -> u32 {
+        self.readied.load(SeqCst)
+    }
+
+    /// Readied instances that were not called yet, and calls under way.
+    pub fn taken(&self) -> (i64, i64) {
+        (self.reserved.load(SeqCst), self.in_flight.load(SeqCst))
+    }
+
+    pub fn gate(&self, gate: Gate) {
+        let wakers = {
+            let mut now = self.gate.lock().unwrap();
+            now.0 = gate;
+            std::mem::take(&mut now.1)
+        };
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// No call was made on an instance that had not said it was ready.
+    #[track_caller]
+    pub fn assert_strict(&self) {
+        assert_eq!(self.without_ready.load(SeqCst), 0, "called without readiness");
+    }
+}
+
+pub struct Inner<B = Script> {
+    handler: Arc<Handler<B>>,
+    pub log: Arc<Log>,
+    ready: bool,
+    polled: bool,
+}
+
+impl<B: Body + Send + 'static> Inner<B>
+where
+    B::Error: Into<BoxError> + fmt::Debug + Send,
+{
+    /// Answers the nth call (1 is the first) when its body has been read.
+    pub fn new(answer: impl Fn(u32) -> Answer + Send + Sync + 'static) -> Self {
+        let answer = Arc::new(answer);
+        Self::with(move |n, request| {
+            let answer = answer.clone();
+            async move {
+                let body = request.into_body().collect().await;
+                body.map_err(Into::into)?;
+                answer(n)
+            }
+        })
+    }
+
+    pub fn with<F>(handler: impl Fn(u32, Request<ReplayBody<B>>) -> F + Send + Sync + 'static) -> Self
+    where
+        F: Future<Output = Answer> + Send + 'static,
+    {
+        Self {
+            handler: Arc::new(move |n, request| Box::pin(handler(n, request))),
+            log: Arc::new(Log {
+                calls: AtomicU32::new(0),
+                without_ready: AtomicU32::new(0),
+                readied: AtomicU32::new(0),
+                reserved: AtomicI64::new(0),
+                in_flight: AtomicI64::new(0),
+                gate: Mutex::new((Gate::Open, Vec::new())),
+            }),
+            ready: false,
+            polled: false,
+        }
+    }
+}
+
+impl<B> Clone for Inner<B> {
+    fn clone(&self) -> Self {
+        Self {
+            handler: self.handler.clone(),
+            log: self.log.clone(),
+            ready: false,
+            polled: false,
+        }
+    }
+}
+
+impl<B> Drop for Inner<B> {
+    fn drop(&mut self) {
+        self.log.reserved.fetch_sub(i64::from(self.ready), SeqCst);
+    }
+}
+
+impl<B: 'static> Service<Request<ReplayBody<B>>> for Inner<B> {
+    type Response = Response<Script>;
+    type Error = BoxError;
+    type Future = Flight;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        if self.ready {
+            return Poll::Ready(Ok(()));
+        }
+        let mut gate = self.log.gate.lock().unwrap();
+        match gate.0 {
+            Gate::Broken => return Poll::Ready(Err(Oops("not ready").into())),
+            Gate::Shut => {
+                gate.1.push(cx.waker().clone());
+                return Poll::Pending;
+            }
+            Gate::Slow if !self.polled => {
+                self.polled = true;
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            Gate::Panics => {
+                drop(gate);
+                panic!("scripted panic");
+            }
+            Gate::Open | Gate::Slow => {}
+        }
+        drop(gate);
+        self.ready = true;
+        self.log.reserved.fetch_add(1, SeqCst);
+        self.log.readied.fetch_add(1, SeqCst);
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<ReplayBody<B>>) -> Flight {
+        if std::mem::replace(&mut self.ready, false) {
+            self.log.reserved.fetch_sub(1, SeqCst);
+        } else {
+            self.log.without_ready.fetch_add(1, SeqCst);
+        }
+        self.polled = false;
+        let n = self.log.calls.fetch_add(1, SeqCst) + 1;
+        self.log.in_flight.fetch_add(1, SeqCst);
+        Flight { answering: (self.handler)(n, request), log: self.log.clone() }
+    }
+}
+
+/// A call under way, counted until it is dropped.
+pub struct Flight {
+    answering: Answering,
+    log: Arc<Log>,
+}
+
+impl Future for Flight {
+    type Output = Answer;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Answer> {
+        self.answering.as_mut().poll(cx)
+    }
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        self.log.in_flight.fetch_sub(1, SeqCst);
+    }
+}
+
+// ===== Short names =====
+
+pub fn request(method: Method, body: Script) -> Request<Script> {
+    Request::builder().method(method).uri("/").body(body).unwrap()
+}
+
+pub fn get() -> Request<Script> {
+    request(Method::GET, Script::empty())
+}
+
+pub fn put(body: Script) -> Request<Script> {
+    request(Method::PUT, body)
+}
+
+pub fn post(body: Script) -> Request<Script> {
+    request(Method::POST, body)
+}
+
+pub fn status(status: u16) -> Response<Script> {
+    Response::builder().status(status).body(Script::empty()).unwrap()
+}
+
+pub fn with_headers(code: u16, pairs: &[(&'static str, &'static str)]) -> Response<Script> {
+    let mut response = status(code);
+    *response.headers_mut() = map(pairs);
+    response
+}
+
+pub fn io(kind: std::io::ErrorKind) -> BoxError {
+    Box::new(std::io::Error::from(kind))
+}
+
+pub async fn send<S, Q>(service: &S, request: Q) -> Result<S::Response, S::Error>
+where
+    S: Service<Q> + Clone,
+{
+    service.clone().oneshot(request).await
+}
+
+/// What the retry did, however the call ended.
+pub fn told<B>(result: &Result<Response<B>, BoxError>) -> Attempts {
+    match result {
+        Ok(response) => Attempts::of(response),
+        Err(error) => Attempts::find(&**error).expect("every error has a record"),
+    }
+}
+
+/// A budget with `retries` in it, to which nothing is added by time.
+pub fn purse(retries: u32) -> RetryBudget {
+    let budget = RetryBudget::with(1.0, 0, retries);
+    (0..retries).for_each(|_| budget.deposit());
+    budget
+}

@@ -1,0 +1,12 @@
+//! The retry layer through its public API, with a paused clock and no sockets.
+#![cfg(all(feature = "retry", feature = "breaker", feature = "limit", feature = "hyper"))]
+
+// mod bodies;
+// mod budget;
+mod contract;
+mod discard;
+mod grpc;
+mod kit;
+mod order;
+mod waits;
+// mod wire;
