@@ -52,7 +52,9 @@ impl RetryBudget {
     /// be saved up, 1 or more. It starts with ten seconds of trickle.
     #[must_use]
     pub fn with(ratio: f64, per_second: u32, cap: u32) -> Self {
-        let fault = if !(ratio > 0.0 && ratio <= 10.0) {
+        // A ratio that is no number becomes 0 here; one below half a millionth does, too.
+        let deposit = (ratio * RETRY as f64).round() as u64;
+        let fault = if deposit == 0 || ratio > 10.0 {
             let remedy = "use a share above 0 and at most 10, such as 0.2";
             Some(ConfigError::new("budget.ratio", ratio, remedy))
         } else if cap == 0 {
@@ -60,8 +62,6 @@ impl RetryBudget {
         } else {
             None
         };
-        // A ratio that is no number becomes 0 here, and is told by `check`.
-        let deposit = (ratio * RETRY as f64).round() as u64;
         let trickle = u64::from(per_second) * RETRY;
         let cap = u64::from(cap) * RETRY;
         Self(Arc::new(Account {
@@ -80,7 +80,7 @@ impl RetryBudget {
     ///
     /// # Errors
     ///
-    /// A ratio that is not within (0, 10], or a cap of zero.
+    /// A ratio that is not within (0, 10] or too small to count (below a millionth), or a cap of zero.
     pub fn check(&self) -> Result<(), ConfigError> {
         self.0.fault.clone().map_or(Ok(()), Err)
     }
