@@ -293,6 +293,10 @@ fn weigh_head<B>(response: &Response<B>) -> Option<(Class, Outcome)> {
         // Not a server's failure, but meant to be sent again (RFC 9110 §15.5.9, RFC 8470 §5.2).
         408 | 425 => {
             let outcome = Outcome::failure().because(Reason::Status).with_code(status.as_u16());
+            let outcome = match hint::retry_after(headers) {
+                Some(after) => outcome.with_retry_after(after),
+                None => outcome,
+            };
             Some((Class::Retryable, outcome))
         }
         429 | 502 | 503 | 504 => Some((Class::Retryable, outcome)),
