@@ -290,6 +290,10 @@ fn weigh_head<B>(response: &Response<B>) -> Option<(Class, Outcome)> {
     }
     let outcome = rule::of_status(status, headers);
     match status.as_u16() {
+        // A proxy's status on a gRPC answer does not unsay the server's no.
+        408 | 425 | 429 | 502 | 503 | 504 if hint::pushback(headers) == Some(Pushback::Never) => {
+            Some((Class::Refused(Stop::Pushback), outcome))
+        }
         // Not a server's failure, but meant to be sent again (RFC 9110 §15.5.9, RFC 8470 §5.2).
         408 | 425 => {
             let outcome = Outcome::failure().because(Reason::Status).with_code(status.as_u16());
