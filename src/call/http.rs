@@ -150,13 +150,17 @@ fn of_io(kind: io::ErrorKind) -> Option<Reason> {
     use io::ErrorKind as K;
     Some(match kind {
         K::ConnectionRefused => Reason::ConnectRefused,
-        K::HostUnreachable | K::NetworkUnreachable | K::NetworkDown | K::AddrNotAvailable => {
-            Reason::ConnectFailed
-        }
+        K::AddrNotAvailable => Reason::ConnectFailed,
         K::TimedOut => Reason::Timeout,
-        K::ConnectionReset | K::ConnectionAborted | K::BrokenPipe | K::UnexpectedEof => {
-            Reason::Reset
-        }
+        // A network that goes away is also what an established connection dies of, with a request on it
+        // that may have been seen: that a connection was being made has to be known from elsewhere.
+        K::HostUnreachable
+        | K::NetworkUnreachable
+        | K::NetworkDown
+        | K::ConnectionReset
+        | K::ConnectionAborted
+        | K::BrokenPipe
+        | K::UnexpectedEof => Reason::Reset,
         _ => return None,
     })
 }
