@@ -1,7 +1,15 @@
-use std::{borrow::Cow, error::Error, fmt};
+use std::{borrow::Cow, error::Error, fmt, io};
 
 /// Any error, boxed: what a client stack fails with.
 pub type BoxError = Box<dyn Error + Send + Sync>;
+
+/// The next error in a chain. What an `io::Error` was made of is not its source, but is looked at too.
+pub(crate) fn next<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'static)> {
+    match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+        Some(made_of) => Some(made_of),
+        None => error.source(),
+    }
+}
 
 /// A setting that cannot work: which one, what it was, and what would be right.
 ///

@@ -5,7 +5,7 @@ use std::{any::Any, error::Error, io};
 use http::{HeaderMap, StatusCode};
 
 use super::{Outcome, Reason, Rejected, body::Eos, grpc, hint};
-use crate::BoxError;
+use crate::{BoxError, error};
 
 /// What a response head says.
 pub(crate) enum Head {
@@ -112,7 +112,7 @@ pub(crate) fn of_error(error: &(dyn Error + 'static)) -> Outcome {
             Some(found) => reason = found,
             None => {}
         }
-        next = error.source();
+        next = error::next(error);
     }
     Outcome::failure().because(reason)
 }

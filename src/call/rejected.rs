@@ -1,6 +1,6 @@
 use std::{error::Error, fmt, sync::Arc, time::Duration};
 
-use crate::{BoxError, ConfigError};
+use crate::{BoxError, ConfigError, error};
 
 /// A call that a layer did not let through: the one error of this crate's own.
 ///
@@ -163,7 +163,7 @@ impl Rejected {
             if let Some(found) = error.downcast_ref::<Self>() {
                 return Some(found);
             }
-            next = error.source();
+            next = error::next(error);
         }
         None
     }

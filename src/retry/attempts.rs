@@ -3,7 +3,7 @@ use std::{error::Error, fmt, time::Duration};
 use http::Response;
 
 use super::policy::Stop;
-use crate::BoxError;
+use crate::{BoxError, error};
 
 /// What a retry did with one call: in the extensions of the response, and in the error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +35,7 @@ impl Attempts {
             if let Some(found) = error.downcast_ref::<RetryError>() {
                 return Some(found.attempts);
             }
-            next = error.source();
+            next = error::next(error);
         }
         None
     }
