@@ -10,7 +10,7 @@ use buttress::{
 };
 use http::{Method, Response};
 use http_body_util::BodyExt;
-use tower::{Layer, ServiceBuilder, service_fn};
+use tower::{Layer, ServiceBuilder, ServiceExt, service_fn};
 
 use crate::kit::*;
 
@@ -162,7 +162,7 @@ async fn a_full_limit_ends_the_loop() {
         .layer(quick(&purse(9)))
         .layer(ConcurrencyLimitLayer::new(1))
         .service(inner);
-    let first = tokio::spawn(tower::ServiceExt::oneshot(service.clone(), get()));
+    let first = tokio::spawn(service.clone().oneshot(get()));
     tokio::task::yield_now().await;
     let told = told(&send(&service, get()).await);
     assert_eq!((told.made, told.stop, log.calls()), (1, Stop::Rejected, 1));
@@ -247,10 +247,11 @@ async fn an_attempt_that_timed_out_is_repeated_if_safe() {
     let inner = Inner::<Script>::with(|n, _| async move {
         if n < 3 { std::future::pending().await } else { Ok(status(200)) }
     });
-    let service = ServiceBuilder::new()
-        .layer(quick(&purse(9)))
-        .layer(tower::timeout::TimeoutLayer::new(Duration::from_secs(1)))
-        .service(inner.clone());
+    let hurried = inner.clone();
+    let service = quick(&purse(9)).layer(service_fn(move |request| {
+        let hurried = hurried.clone();
+        async move { tokio::time::timeout(Duration::from_secs(1), hurried.oneshot(request)).await? }
+    }));
     let result = send(&service, post(Script::empty())).await;
     assert_eq!(told(&result).stop, Stop::Unsafe);
     assert_eq!(told(&send(&service, get()).await).made, 2);
