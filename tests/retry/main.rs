@@ -1,8 +1,8 @@
 //! The retry layer through its public API, with a paused clock and no sockets.
 #![cfg(all(feature = "retry", feature = "breaker", feature = "limit", feature = "hyper"))]
 
-// mod bodies;
-// mod budget;
+mod bodies;
+mod budget;
 mod contract;
 mod discard;
 mod grpc;

@@ -1,0 +1,308 @@
+//! Request bodies: sent again bit by bit, or let through and not repeated.
+
+use std::{
+    marker::PhantomPinned,
+    pin::Pin,
+    sync::{Arc, Mutex, atomic::Ordering::SeqCst},
+    task::{Context, Poll},
+};
+
+use buttress::{
+    Attempts, Backoff, BoxError, RetryLayer,
+    retry::{ReplayBody, Stop},
+};
+use bytes::{Buf, Bytes};
+use http::{HeaderMap, Request};
+use http_body::{Body, Frame};
+use http_body_util::{BodyExt, Full};
+use proptest::prelude::*;
+use tower::{Layer, service_fn};
+
+use crate::kit::*;
+
+fn layer() -> RetryLayer {
+    RetryLayer::http().backoff(Backoff::constant(ms(1))).without_budget()
+}
+
+// ===== Any frames, any cap, any place to stop =====
+
+/// What one attempt read before it failed.
+#[derive(Debug, Default)]
+struct Read {
+    data: Vec<u8>,
+    trailers: Option<HeaderMap>,
+    ended: bool,
+}
+
+/// Reads as many frames as it is told, and checks what the body says of itself on the way.
+async fn read_some(body: ReplayBody<Script>, frames: usize, whole: u64, tells: bool) -> Read {
+    let mut body = std::pin::pin!(body);
+    let mut read = Read::default();
+    for _ in 0..frames {
+        let so_far = read.data.len() as u64;
+        let hint = body.size_hint();
+        if tells {
+            assert_eq!(hint.exact(), Some(whole - so_far));
+        }
+        assert!(hint.lower() <= whole - so_far);
+        let claims_end = body.is_end_stream();
+        match body.frame().await {
+            None => {
+                read.ended = true;
+                break;
+            }
+            Some(frame) => {
+                assert!(!claims_end, "there was more");
+                let frame = frame.unwrap();
+                match frame.into_data() {
+                    Ok(data) => read.data.extend_from_slice(&data),
+                    Err(frame) => read.trailers = frame.into_trailers().ok(),
+                }
+            }
+        }
+    }
+    read
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn what_is_sent_again_is_what_was_sent(
+        sizes in proptest::collection::vec(0usize..40, 0..7),
+        ends_with_trailers: bool,
+        tells: bool,
+        cap in 0u64..160,
+        stops in proptest::collection::vec(0usize..10, 1..5),
+    ) {
+        let whole: Vec<u8> = (0..sizes.iter().sum::<usize>()).map(|n| n as u8).collect();
+        let end = ends_with_trailers.then(|| map(&[("x-sum", "1"), ("x-also", "2")]));
+        let mut rest = Bytes::from(whole.clone());
+        let mut pieces: Vec<_> =
+            sizes.iter().map(|size| Piece::Data(rest.split_to(*size))).collect();
+        pieces.extend(end.clone().map(Piece::Trailers));
+        let nothing = pieces.is_empty();
+        let body = if tells { Script::new(pieces) } else { Script::new(pieces).untold() };
+
+        let reads = Arc::new(Mutex::new(Vec::new()));
+        let (seen, plan, size) = (reads.clone(), stops.clone(), whole.len() as u64);
+        let inner = Inner::<Script>::with(move |n, request| {
+            let (seen, stop) = (seen.clone(), plan[n as usize - 1]);
+            async move {
+                let read = read_some(request.into_body(), stop, size, tells).await;
+                seen.lock().unwrap().push(read);
+                Ok(status(503))
+            }
+        });
+        let layer = layer().attempts(stops.len() as u32).replay_up_to(cap);
+        let told = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .unwrap()
+            .block_on(async { Attempts::of(&send(&layer.layer(inner), put(body)).await.unwrap()) });
+
+        let reads = reads.lock().unwrap();
+        let known_over = tells && cap > 0 && size > cap;
+        let mut most = 0;
+        for (n, read) in reads.iter().enumerate() {
+            prop_assert!(whole.starts_with(&read.data), "attempt {n}");
+            if read.trailers.is_some() || read.ended {
+                prop_assert_eq!(read.data.len(), whole.len());
+                prop_assert_eq!(&read.trailers, &end);
+            }
+            most = most.max(read.data.len() as u64);
+            let again = (tells && nothing) || !known_over && most <= cap;
+            let last = n + 1 == stops.len();
+            prop_assert_eq!(reads.len() > n + 1, again && !last, "attempt {}", n);
+            if n + 1 == reads.len() && stops.len() > 1 {
+                let stop = if again { Stop::AttemptsUsedUp } else { Stop::BodyGone };
+                prop_assert_eq!(told.stop, stop);
+            }
+        }
+    }
+}
+
+// ===== Over the cap =====
+
+#[tokio::test(start_paused = true)]
+async fn over_the_cap_it_keeps_streaming_and_loses_its_retries() {
+    let kib = || Piece::Data(Bytes::from(vec![7; 1024]));
+    for answer in [503, 200] {
+        let inner = Inner::<Script>::with(move |_, request| async move {
+            assert_eq!(format!("{:?}", request.body()), "ReplayBody(taped)");
+            let (data, end) = read(request.into_body()).await;
+            assert_eq!((data.len(), end), (65 * 1024, Some(map(&[("x-sum", "1")]))));
+            Ok(status(answer))
+        });
+        let pieces = (0..65).map(|_| kib()).chain([trailers(&[("x-sum", "1")])]);
+        let response = send(&layer().layer(inner), put(Script::new(pieces).untold())).await.unwrap();
+        assert_eq!(response.status(), answer);
+        let stop = if answer == 503 { Stop::BodyGone } else { Stop::Answered };
+        assert_eq!((Attempts::of(&response).made, Attempts::of(&response).stop), (1, stop));
+    }
+    // Up to the cap it is kept.
+    let inner: Inner = Inner::new(|n| Ok(status(if n == 1 { 503 } else { 200 })));
+    let body = Script::new((0..64).map(|_| kib())).untold();
+    let response = send(&layer().layer(inner), put(body)).await.unwrap();
+    assert_eq!(Attempts::of(&response).made, 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn known_to_be_over_the_cap_it_is_not_wrapped() {
+    let inner = Inner::<Script>::with(|_, request| async move {
+        assert_eq!(format!("{:?}", request.body()), "ReplayBody(through)");
+        assert_eq!(request.body().size_hint().exact(), Some(11));
+        let (data, end) = read(request.into_body()).await;
+        assert_eq!((&data[..], end), (&b"hello world"[..], Some(map(&[("x-sum", "1")]))));
+        Ok(status(503))
+    });
+    let body = Script::new([data("hello "), data("world"), trailers(&[("x-sum", "1")])]);
+    let service = layer().replay_up_to(10).layer(inner);
+    let response = send(&service, put(body)).await.unwrap();
+    assert_eq!(Attempts::of(&response).stop, Stop::BodyGone);
+}
+
+// ===== Not whole, or not yet =====
+
+#[tokio::test(start_paused = true)]
+async fn a_body_still_streaming_is_not_sent_twice() {
+    // The server answers early; the connection goes on sending.
+    let held = Arc::new(Mutex::new(Vec::new()));
+    let keep = held.clone();
+    let inner = Inner::<Script>::with(move |_, request| {
+        let keep = keep.clone();
+        async move {
+            let mut body = request.into_body();
+            assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "one");
+            keep.lock().unwrap().push(body);
+            Ok(status(503))
+        }
+    });
+    let body = Script::new([data("one"), data("two")]).untold();
+    let response = send(&layer().layer(inner), put(body)).await.unwrap();
+    assert_eq!(Attempts::of(&response).stop, Stop::StillSending);
+    // And what it goes on sending is whole.
+    let body = held.lock().unwrap().pop().unwrap();
+    assert_eq!(read(body).await.0, "two");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_read_to_its_end_is_sent_again_though_it_is_held() {
+    let held = Arc::new(Mutex::new(Vec::new()));
+    let keep = held.clone();
+    let inner = Inner::<Script>::with(move |n, request| {
+        let keep = keep.clone();
+        async move {
+            let mut body = request.into_body();
+            let (data, end) = read(&mut body).await;
+            assert_eq!((&data[..], end.is_some()), (&b"one"[..], true));
+            keep.lock().unwrap().push(body);
+            Ok(status(if n < 3 { 503 } else { 200 }))
+        }
+    });
+    let body = Script::new([data("one"), trailers(&[("x-sum", "1")])]).untold();
+    let response = send(&layer().layer(inner), put(body)).await.unwrap();
+    assert_eq!(Attempts::of(&response).made, 3);
+    let mut held = std::mem::take(&mut *held.lock().unwrap());
+    assert!(held[0].frame().await.is_none(), "an old one has nothing to say any more");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_that_errors_is_not_sent_again() {
+    let inner = Inner::<Script>::with(|_, request| async move {
+        let mut body = request.into_body();
+        assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "one");
+        assert_eq!(body.frame().await.unwrap().unwrap_err(), Oops("body"));
+        assert!(body.frame().await.is_none());
+        Err(io(std::io::ErrorKind::ConnectionReset))
+    });
+    let body = Script::new([data("one"), Piece::Error]).untold();
+    let result = send(&layer().layer(inner), put(body)).await;
+    assert_eq!((told(&result).made, told(&result).stop), (1, Stop::BodyGone));
+}
+
+/// A slow body is read further by the second attempt from where the first one stopped.
+#[tokio::test(start_paused = true)]
+async fn a_pending_body_is_handed_on_with_its_waker() {
+    let inner = Inner::<Script>::with(|n, request| async move {
+        let mut body = request.into_body();
+        if n == 1 {
+            body.frame().await.unwrap().unwrap();
+            // Gives up while the body is pending.
+            tokio::time::timeout(ms(10), body.frame()).await.unwrap_err();
+            return Err(io(std::io::ErrorKind::ConnectionReset));
+        }
+        assert_eq!(read(body).await.0, "onetwo");
+        Ok(status(200))
+    });
+    let body = Script::new([data("one"), Piece::Pause(ms(500)), data("two")]).untold();
+    let watch = body.watch();
+    let response = send(&layer().layer(inner), put(body)).await.unwrap();
+    assert_eq!(Attempts::of(&response).made, 2);
+    assert_eq!(watch.frames.load(SeqCst), 2, "read once");
+}
+
+/// All that is kept goes with the call.
+#[tokio::test(start_paused = true)]
+async fn nothing_is_kept_after_the_call() {
+    let inner: Inner = Inner::new(|_| Ok(status(503)));
+    let service = layer().layer(inner);
+    let body = Script::text("kept").untold();
+    let watch = body.watch();
+    send(&service, put(body)).await.unwrap();
+    assert_eq!(Arc::strong_count(&watch), 1);
+}
+
+// ===== Bodies of other kinds =====
+
+pin_project_lite::pin_project! {
+    struct Pinned {
+        script: Script,
+        #[pin]
+        _pinned: PhantomPinned,
+    }
+}
+
+impl Body for Pinned {
+    type Data = Bytes;
+    type Error = Oops;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Oops>>> {
+        Pin::new(self.project().script).poll_frame(cx)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_need_not_be_unpin() {
+    for cap in [100, 0] {
+        let inner = Inner::<Pinned>::with(|n, request| async move {
+            let body = std::pin::pin!(request.into_body());
+            if n == 1 {
+                return Err(io(std::io::ErrorKind::ConnectionRefused));
+            }
+            assert_eq!(read(body).await.0, "pinned");
+            Ok(status(200))
+        });
+        let body = Pinned { script: Script::text("pinned"), _pinned: PhantomPinned };
+        let request = Request::put("/").body(body).unwrap();
+        let response = send(&layer().replay_up_to(cap).layer(inner), request).await.unwrap();
+        assert_eq!(Attempts::of(&response).made, 2);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn data_of_other_types_is_copied_once() {
+    type Odd = Full<bytes::buf::Chain<Bytes, Bytes>>;
+    let service = layer().layer(service_fn(|request: Request<ReplayBody<Odd>>| async move {
+        let again = request.extensions().get::<buttress::retry::Attempt>().is_some();
+        assert_eq!(read(request.into_body()).await.0, "one, two");
+        Ok::<_, BoxError>(status(if again { 200 } else { 503 }))
+    }));
+    let odd = Bytes::from("one, ").chain(Bytes::from("two"));
+    let response = send(&service, Request::put("/").body(Odd::new(odd)).unwrap()).await.unwrap();
+    assert_eq!(Attempts::of(&response).made, 2);
+}

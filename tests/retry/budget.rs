@@ -1,0 +1,242 @@
+//! The budget: how many retries there may be for so many calls.
+
+use std::{
+    sync::{
+        Barrier,
+        atomic::{AtomicU64, Ordering::SeqCst},
+    },
+    thread,
+    time::Duration,
+};
+
+use buttress::{Attempts, Backoff, RetryBudget, RetryLayer, retry::Stop};
+use proptest::prelude::*;
+use tokio::time::{Instant, advance};
+use tower::Layer;
+
+use crate::kit::*;
+
+/// A row of what today's crates get wrong: there 0.6, 0.7 and 0.9 give 100 %, and 0.4 gives 50 %.
+#[tokio::test(start_paused = true)]
+async fn a_budget_of_60_70_or_90_percent_gives_60_70_or_90_and_not_100() {
+    for percent in [1, 10, 20, 33, 40, 60, 70, 90, 99, 100, 150, 1000] {
+        let budget = RetryBudget::with(f64::from(percent) / 100.0, 0, 100);
+        let mut granted = 0;
+        for _ in 0..1000 {
+            budget.deposit();
+            while let Some(retry) = budget.withdraw() {
+                retry.spend();
+                granted += 1;
+            }
+        }
+        assert_eq!(granted, percent * 10, "{percent} %");
+    }
+    // And through the layer, with everything failing.
+    for percent in [60, 70, 90] {
+        let budget = RetryBudget::with(f64::from(percent) / 100.0, 0, 100);
+        let layer = RetryLayer::http().backoff(Backoff::constant(ms(0))).budget(budget);
+        let inner: Inner = Inner::new(|_| Ok(status(503)));
+        let log = inner.log.clone();
+        let service = layer.layer(inner);
+        for _ in 0..1000 {
+            send(&service, get()).await.unwrap();
+        }
+        assert_eq!(log.calls(), 1000 + percent * 10);
+    }
+}
+
+/// With everything failing: 1.2 times the load, and what is in reserve.
+#[tokio::test(start_paused = true)]
+async fn the_default_budget_amplifies_an_outage_by_a_fifth_at_most() {
+    for gap in [0, 10] {
+        let layer = RetryLayer::http().attempts(10).backoff(Backoff::constant(ms(0)));
+        let inner: Inner = Inner::new(|_| Ok(status(503)));
+        let (log, handle, service) = (inner.log.clone(), layer.handle(), layer.layer(inner));
+        let start = Instant::now();
+        for _ in 0..5000 {
+            send(&service, get()).await.unwrap();
+            advance(ms(gap)).await;
+        }
+        let reserve = 10 + u32::try_from(start.elapsed().as_secs()).unwrap();
+        assert!(log.calls() <= 6000 + reserve, "{}", log.calls());
+        assert!(log.calls() + 2 >= 6000 + reserve, "and it is used: {}", log.calls());
+        let seen = handle.snapshot();
+        assert_eq!(seen.retries, u64::from(log.calls()) - 5000);
+        assert_eq!(seen.gave_up, 5000);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_budget_for_two_layers() {
+    let budget = RetryBudget::with(0.5, 0, 10);
+    let layer = || RetryLayer::http().backoff(Backoff::constant(ms(0))).budget(budget.clone());
+    let good: Inner = Inner::new(|_| Ok(status(200)));
+    let bad: Inner = Inner::new(|_| Ok(status(503)));
+    let (good, bad) = (layer().layer(good), layer().layer(bad));
+    for _ in 0..3 {
+        send(&good, get()).await.unwrap();
+    }
+    let response = send(&bad, get()).await.unwrap();
+    let told = Attempts::of(&response);
+    assert_eq!((told.made, told.stop), (3, Stop::AttemptsUsedUp), "paid for by the other's calls");
+    assert_eq!(Attempts::of(&send(&bad, get()).await.unwrap()).stop, Stop::BudgetUsedUp);
+    assert_eq!((budget.denied(), budget.balance()), (1, 0.5));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_reserve_trickles_and_is_capped() {
+    let budget = RetryBudget::with(0.2, 2, 30);
+    assert_eq!(budget.balance(), 20.0, "ten seconds of it");
+    advance(Duration::from_secs(4)).await;
+    assert_eq!(budget.balance(), 28.0);
+    advance(Duration::from_secs(3600)).await;
+    assert_eq!(budget.balance(), 30.0);
+    (0..30).for_each(|_| budget.withdraw().unwrap().spend());
+    assert!(budget.withdraw().is_none());
+    advance(ms(500)).await;
+    budget.withdraw().unwrap().spend();
+    assert!(budget.withdraw().is_none());
+    assert_eq!(RetryBudget::with(0.2, 100, 3).balance(), 3.0, "the cap holds from the start");
+    assert_eq!(RetryBudget::with(0.2, u32::MAX, u32::MAX).balance(), f64::from(u32::MAX));
+}
+
+/// However often it is asked in between: what is less than a millionth of a retry is not lost.
+#[tokio::test(start_paused = true)]
+async fn the_trickle_does_not_dry_up_under_many_questions() {
+    for (step, count) in [(999, 10_000), (1_500, 10_000), (1, 20_000)] {
+        let budget = RetryBudget::with(0.2, 1, 100);
+        (0..10).for_each(|_| budget.withdraw().unwrap().spend());
+        for _ in 0..count {
+            advance(Duration::from_nanos(step)).await;
+            assert!(budget.withdraw().is_none());
+        }
+        let expected = (step * count) as f64 / 1e9;
+        assert!((budget.balance() - expected).abs() < 2e-6, "{} {expected}", budget.balance());
+    }
+}
+
+#[test]
+fn many_threads_never_take_more_than_there_is() {
+    for round in 0..20 {
+        let budget = purse(500);
+        let (start, granted) = (Barrier::new(8), AtomicU64::new(0));
+        thread::scope(|scope| {
+            for n in 0..8 {
+                let (budget, start, granted) = (budget.clone(), &start, &granted);
+                scope.spawn(move || {
+                    start.wait();
+                    for m in 0..400 {
+                        let Some(retry) = budget.withdraw() else { continue };
+                        // Some of them are cancelled: those do not count.
+                        if (n + m + round) % 5 == 0 {
+                            drop(retry);
+                        } else {
+                            retry.spend();
+                            granted.fetch_add(1, SeqCst);
+                        }
+                    }
+                });
+            }
+        });
+        assert_eq!(granted.load(SeqCst) as f64 + budget.balance(), 500.0);
+    }
+    // With deposits at the same time.
+    let budget = RetryBudget::with(0.3, 0, 1_000_000);
+    let granted = AtomicU64::new(0);
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                for _ in 0..5000 {
+                    budget.deposit();
+                    if let Some(retry) = budget.withdraw() {
+                        retry.spend();
+                        granted.fetch_add(1, SeqCst);
+                    }
+                }
+            });
+        }
+    });
+    let sum = granted.load(SeqCst) as f64 + budget.balance();
+    assert!((sum - 12_000.0).abs() < 1e-6, "{sum}: none is lost, none is made");
+}
+
+// ===== Any schedule =====
+
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Call,
+    Retry,
+    Cancelled,
+    Time(u64),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => Just(Step::Call),
+        4 => Just(Step::Retry),
+        1 => Just(Step::Cancelled),
+        1 => (0u64..3_000_000).prop_map(Step::Time),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..Default::default() })]
+
+    /// Held against the plain sum: never more, and no less than the cap and the rounding allow.
+    #[test]
+    fn retries_never_exceed_what_was_paid_in(
+        ratio in 0.001f64..10.0,
+        per_second in 0u32..50,
+        cap in 1u32..200,
+        steps in proptest::collection::vec(step(), 0..400),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let budget = RetryBudget::with(ratio, per_second, cap);
+            let start = f64::from(per_second * 10).min(f64::from(cap));
+            // The same in floating point.
+            let (mut plain, mut paid, mut granted) = (start, start, 0.0);
+            let mut slack = 1e-6;
+            for step in steps {
+                let income = match step {
+                    Step::Call => {
+                        budget.deposit();
+                        // Half a millionth is rounded.
+                        slack += 1e-6;
+                        ratio
+                    }
+                    Step::Time(micros) => {
+                        advance(Duration::from_micros(micros)).await;
+                        micros as f64 * 1e-6 * f64::from(per_second)
+                    }
+                    Step::Retry | Step::Cancelled => {
+                        let spends = matches!(step, Step::Retry);
+                        let withdrawn = budget.withdraw();
+                        slack += 1e-6;
+                        match withdrawn {
+                            Some(retry) if spends => {
+                                retry.spend();
+                                granted += 1.0;
+                                prop_assert!(plain >= 1.0 - slack, "granted from {plain}");
+                                plain -= 1.0;
+                            }
+                            Some(retry) => drop(retry),
+                            None => prop_assert!(plain < 1.0 + slack, "denied with {plain}"),
+                        }
+                        0.0
+                    }
+                };
+                paid += income;
+                plain = (plain + income).min(f64::from(cap));
+                prop_assert!(granted <= paid + slack);
+                // Asked here too, so that the trickle is capped when ours is.
+                prop_assert!((budget.balance() - plain).abs() <= slack);
+            }
+            Ok(())
+        })?;
+    }
+}
