@@ -9,4 +9,4 @@ mod grpc;
 mod kit;
 mod order;
 mod waits;
-// mod wire;
+mod wire;
