@@ -131,15 +131,26 @@ impl Account {
 
     /// Pays in what has trickled since the last time: each stretch of time once, whoever comes first.
     fn trickle_in(&self) {
-        const SECOND: Nanos = Duration::from_secs(1).as_nanos() as Nanos;
+        const SECOND: u128 = Duration::from_secs(1).as_nanos();
         if self.trickle == 0 {
             return;
         }
         let now = self.clock.now();
-        let before = self.paid_until.fetch_max(now, Ordering::AcqRel);
+        let before = self.paid_until.load(Ordering::Acquire);
         let passed = u128::from(now.saturating_sub(before));
-        let amount = passed * u128::from(self.trickle) / u128::from(SECOND);
-        self.pay_in(u64::try_from(amount).unwrap_or(u64::MAX).min(self.cap));
+        let amount = passed * u128::from(self.trickle) / SECOND;
+        if amount == 0 {
+            return;
+        }
+        // Only the time that is paid for is over: what is less than a unit waits for more, or many
+        // questions in a short time would dry the trickle up.
+        let paid = (amount * SECOND).div_ceil(u128::from(self.trickle));
+        let until = before.saturating_add(Nanos::try_from(paid).unwrap_or(Nanos::MAX));
+        let exchanged =
+            self.paid_until.compare_exchange(before, until, Ordering::AcqRel, Ordering::Relaxed);
+        if exchanged.is_ok() {
+            self.pay_in(u64::try_from(amount).unwrap_or(u64::MAX).min(self.cap));
+        }
     }
 }
 
