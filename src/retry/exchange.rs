@@ -145,8 +145,10 @@ impl<B: Body> Repeat<Request<B>> for Http {
         if rules.never || (rules.safe_only && !safe) {
             return (Request::from_parts(parts, ReplayBody::once(body)), None);
         }
-        // An unsafe one is only repeated if nobody has seen a byte of it: nothing to buffer.
-        let cap = if safe { rules.body_cap } else { 0 };
+        // An unsafe one is only repeated if no server has looked at it: before a byte was read, or when
+        // a stream is refused, by then with its body sent. One too large to be kept still has the first.
+        let too_large = body.size_hint().lower() > rules.body_cap;
+        let cap = if !safe && too_large { 0 } else { rules.body_cap };
         let (body, tape) = ReplayBody::new(body, cap);
         let head = Request::from_parts(parts.clone(), ());
         (Request::from_parts(parts, body), Some(KeptRequest { head, tape, safe }))
