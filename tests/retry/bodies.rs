@@ -136,7 +136,8 @@ async fn over_the_cap_it_keeps_streaming_and_loses_its_retries() {
             Ok(status(answer))
         });
         let pieces = (0..65).map(|_| kib()).chain([trailers(&[("x-sum", "1")])]);
-        let response = send(&layer().layer(inner), put(Script::new(pieces).untold())).await.unwrap();
+        let response =
+            send(&layer().layer(inner), put(Script::new(pieces).untold())).await.unwrap();
         assert_eq!(response.status(), answer);
         let stop = if answer == 503 { Stop::BodyGone } else { Stop::Answered };
         assert_eq!((Attempts::of(&response).made, Attempts::of(&response).stop), (1, stop));
@@ -161,6 +162,30 @@ async fn known_to_be_over_the_cap_it_is_not_wrapped() {
     let service = layer().replay_up_to(10).layer(inner);
     let response = send(&service, put(body)).await.unwrap();
     assert_eq!(Attempts::of(&response).stop, Stop::BodyGone);
+}
+
+/// Nothing of it is kept, and nothing has to be while nobody has read it.
+#[tokio::test(start_paused = true)]
+async fn an_untouched_post_is_repeated_whatever_its_size() {
+    for touched in [false, true] {
+        let inner = Inner::<Script>::with(move |n, request| async move {
+            let mut body = request.into_body();
+            assert_eq!(body.size_hint().exact(), Some(11));
+            if n == 1 {
+                if touched {
+                    body.frame().await.unwrap().unwrap();
+                }
+                return Err(io(std::io::ErrorKind::ConnectionRefused));
+            }
+            assert_eq!(read(body).await.0, "hello world");
+            Ok(status(200))
+        });
+        let body = Script::new([data("hello "), data("world")]);
+        let result = send(&layer().replay_up_to(10).layer(inner), post(body)).await;
+        let told = told(&result);
+        let expected = if touched { (1, Stop::BodyGone) } else { (2, Stop::Answered) };
+        assert_eq!((told.made, told.stop), expected);
+    }
 }
 
 // ===== Not whole, or not yet =====

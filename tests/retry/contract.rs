@@ -26,9 +26,7 @@ use crate::kit::*;
 
 /// Waits of exactly 100 ms, and `budget`.
 fn steady(budget: &RetryBudget) -> RetryLayer {
-    RetryLayer::http()
-        .backoff(Backoff::constant(ms(100)).without_jitter())
-        .budget(budget.clone())
+    RetryLayer::http().backoff(Backoff::constant(ms(100)).without_jitter()).budget(budget.clone())
 }
 
 #[tokio::test(start_paused = true)]
@@ -51,7 +49,10 @@ async fn passes_through() {
         request
     };
     let response = send(&service, ask()).await.unwrap();
-    assert_eq!((response.status().as_u16(), &response.headers()["x-yours"]), (200, &"2".parse().unwrap()));
+    assert_eq!(
+        (response.status().as_u16(), &response.headers()["x-yours"]),
+        (200, &"2".parse().unwrap())
+    );
     assert!(response.extensions().is_empty(), "nothing to tell");
     assert_eq!(read(response.into_body()).await.0, "pong");
 
@@ -246,9 +247,7 @@ async fn trailers_and_size_hint_forwarded() {
             if n < attempt {
                 return Ok(status(503));
             }
-            Ok(status(200).map(|_| {
-                Script::new([data("world!"), trailers(&[("x-sum", "6")])])
-            }))
+            Ok(status(200).map(|_| Script::new([data("world!"), trailers(&[("x-sum", "6")])])))
         });
         let service = RetryLayer::http().layer(inner);
         let body = Script::new([data("hel"), data("lo"), trailers(&[("x-sum", "5")])]);
@@ -272,9 +271,8 @@ async fn trailers_and_size_hint_forwarded() {
 
 #[tokio::test(start_paused = true)]
 async fn state_shared_across_layer_calls() {
-    let layer = RetryLayer::http()
-        .backoff(Backoff::constant(ms(1)))
-        .budget(RetryBudget::with(0.1, 0, 10));
+    let layer =
+        RetryLayer::http().backoff(Backoff::constant(ms(1))).budget(RetryBudget::with(0.1, 0, 10));
     let handle = layer.handle();
     let mut attempts = 0;
     for n in 0..40 {
@@ -299,10 +297,8 @@ async fn setters_after_handle_are_seen() {
     let inner: Inner = Inner::new(|_| Ok(status(503)));
     let service = layer.clone().layer(inner);
     assert_eq!(handle.snapshot().budget_balance, None);
-    let _layer = layer
-        .attempts(5)
-        .backoff(Backoff::constant(ms(7)).without_jitter())
-        .budget(purse(9));
+    let _layer =
+        layer.attempts(5).backoff(Backoff::constant(ms(7)).without_jitter()).budget(purse(9));
     let response = send(&service, get()).await.unwrap();
     let told = Attempts::of(&response);
     assert_eq!((told.made, told.waited), (5, ms(28)), "by a service made before");
@@ -400,9 +396,10 @@ async fn works_inside_tokio_spawn() {
         Err::<Response<Full<Bytes>>, BoxError>(Oops("boxed").into())
     }));
     let mut service = RetryLayer::http().layer(boxed);
-    let result = tokio::spawn(async move {
-        service.ready().await?.call(Request::new(Full::from("x"))).await
-    });
+    let result =
+        tokio::spawn(
+            async move { service.ready().await?.call(Request::new(Full::from("x"))).await },
+        );
     assert_eq!(told(&result.await.unwrap()).made, 1);
 
     fn failed(result: Result<&u32, &BoxError>) -> Outcome {

@@ -86,9 +86,7 @@ async fn pushback_is_a_lower_bound_or_a_no() {
         let told = told.await;
         assert_eq!((told.made, told.stop), (1, Stop::Pushback), "{text:?} on a 503");
     }
-    let told = outcome(|| {
-        head(&[("grpc-status", "14"), ("grpc-retry-pushback-ms", "1000")])
-    });
+    let told = outcome(|| head(&[("grpc-status", "14"), ("grpc-retry-pushback-ms", "1000")]));
     let told = told.await;
     assert_eq!(told.made, 3);
     assert!(told.waited >= ms(2000) && told.waited <= ms(3000), "{told:?}");
@@ -141,7 +139,8 @@ async fn a_body_that_breaks_off_at_once_is_given_out() {
 
 #[tokio::test(start_paused = true)]
 async fn a_stream_that_begins_late_is_not_held_back() {
-    let pieces = [Piece::Pause(Duration::from_secs(60)), data("late"), trailers(&[("grpc-status", "0")])];
+    let pieces =
+        [Piece::Pause(Duration::from_secs(60)), data("late"), trailers(&[("grpc-status", "0")])];
     let inner: Inner = Inner::new(move |_| Ok(body(pieces.clone())));
     let start = Instant::now();
     let response = send(&layer().layer(inner), post(Script::text("ask"))).await.unwrap();

@@ -266,7 +266,9 @@ where
         })
     }
 
-    pub fn with<F>(handler: impl Fn(u32, Request<ReplayBody<B>>) -> F + Send + Sync + 'static) -> Self
+    pub fn with<F>(
+        handler: impl Fn(u32, Request<ReplayBody<B>>) -> F + Send + Sync + 'static,
+    ) -> Self
     where
         F: Future<Output = Answer> + Send + 'static,
     {
@@ -288,12 +290,7 @@ where
 
 impl<B> Clone for Inner<B> {
     fn clone(&self) -> Self {
-        Self {
-            handler: self.handler.clone(),
-            log: self.log.clone(),
-            ready: false,
-            polled: false,
-        }
+        Self { handler: self.handler.clone(), log: self.log.clone(), ready: false, polled: false }
     }
 }
 

@@ -184,8 +184,8 @@ async fn what_was_never_seen_is_repeated_uncharged_and_bounded() {
         assert_eq!(budget.balance(), 5.0);
         // With an empty budget only the free ones are left.
         let empty = RetryBudget::with(0.1, 0, 1);
-        let layer = quick(&empty)
-            .classify(move |_: Result<&(), &Oops>| Outcome::failure().because(reason));
+        let layer =
+            quick(&empty).classify(move |_: Result<&(), &Oops>| Outcome::failure().because(reason));
         let handle = layer.handle();
         let service = layer.layer(service_fn(|(): ()| async { Err::<(), _>(Oops("unseen")) }));
         send(&service, ()).await.unwrap_err();

@@ -79,7 +79,11 @@ async fn retry_after_is_a_lower_bound_with_jitter_upward() {
 
 #[tokio::test(start_paused = true)]
 async fn retry_after_as_a_date_counts_from_the_answers_own() {
-    for date in ["Sun, 06 Nov 1994 08:49:37 GMT", "Sunday, 06-Nov-94 08:49:37 GMT", "Sun Nov  6 08:49:37 1994"] {
+    for date in [
+        "Sun, 06 Nov 1994 08:49:37 GMT",
+        "Sunday, 06-Nov-94 08:49:37 GMT",
+        "Sun Nov  6 08:49:37 1994",
+    ] {
         let headers = [("retry-after", date), ("date", "Sun, 06 Nov 1994 08:49:27 GMT")];
         let (_, told) = wait_for(layer(), 503, map(&headers)).await;
         assert!(told.waited >= ms(10_000) && told.waited <= ms(15_000), "{date} {told:?}");
@@ -99,7 +103,9 @@ async fn retry_after_as_a_date_counts_from_the_answers_own() {
 #[tokio::test(start_paused = true)]
 async fn a_malformed_retry_after_is_ignored() {
     let long = "9".repeat(10_000);
-    for text in ["-1", "1.5", "soon", "", "12s", "0x10", "1e3", "Sun, 99 Nov 1994 08:49:37 GMT", "\u{661}"] {
+    for text in
+        ["-1", "1.5", "soon", "", "12s", "0x10", "1e3", "Sun, 99 Nov 1994 08:49:37 GMT", "\u{661}"]
+    {
         let mut headers = map(&[]);
         headers.insert("retry-after", http::HeaderValue::from_bytes(text.as_bytes()).unwrap());
         let (_, told) = wait_for(layer(), 503, headers).await;
@@ -136,7 +142,9 @@ async fn the_longest_wait_ends_it() {
 /// Nothing that can be configured makes the arithmetic of times panic.
 #[tokio::test(start_paused = true)]
 async fn extreme_settings_do_not_panic() {
-    for backoff in [Backoff::constant(Duration::MAX), Backoff::exponential(Duration::MAX).factor(f64::MAX)] {
+    for backoff in
+        [Backoff::constant(Duration::MAX), Backoff::exponential(Duration::MAX).factor(f64::MAX)]
+    {
         for headers in [map(&[]), map(&[("retry-after", "300")])] {
             for backoff in [backoff, backoff.without_jitter()] {
                 let headers = headers.clone();

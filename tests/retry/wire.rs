@@ -187,7 +187,9 @@ async fn a_stale_connection_is_not_safe_for_post_and_is_for_get() {
             let error = result.unwrap_err();
             let mut chain = std::iter::successors(error.source(), |error| error.source());
             assert!(chain.any(|error| {
-                error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_incomplete_message)
+                error
+                    .downcast_ref::<hyper::Error>()
+                    .is_some_and(hyper::Error::is_incomplete_message)
             }));
         }
     }
@@ -216,21 +218,22 @@ async fn a_refused_connection_is_tried_again_by_any_method() {
 #[tokio::test(start_paused = true)]
 async fn a_request_that_was_never_sent_is_repeated_uncharged() {
     let budget = RetryBudget::with(0.1, 0, 1);
-    let inner = service_fn(|request: Request<buttress::retry::ReplayBody<Full<Bytes>>>| async move {
-        let (ours, mut theirs) = duplex(1024);
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(ours)).await?;
-        if request.extensions().get::<buttress::retry::Attempt>().is_none() {
-            drop(connection);
-        } else {
-            tokio::spawn(connection);
-            tokio::spawn(async move {
-                assert!(read_request(&mut theirs).await.unwrap().ends_with("the body"));
-                theirs.write_all(OK).await.unwrap();
-            });
-        }
-        sender.send_request(request).await
-    });
+    let inner =
+        service_fn(|request: Request<buttress::retry::ReplayBody<Full<Bytes>>>| async move {
+            let (ours, mut theirs) = duplex(1024);
+            let (mut sender, connection) =
+                hyper::client::conn::http1::handshake(TokioIo::new(ours)).await?;
+            if request.extensions().get::<buttress::retry::Attempt>().is_none() {
+                drop(connection);
+            } else {
+                tokio::spawn(connection);
+                tokio::spawn(async move {
+                    assert!(read_request(&mut theirs).await.unwrap().ends_with("the body"));
+                    theirs.write_all(OK).await.unwrap();
+                });
+            }
+            sender.send_request(request).await
+        });
     let start = tokio::time::Instant::now();
     let service = layer(&budget).layer(inner);
     let response = send(&service, request(Method::POST, "the body")).await.unwrap();
@@ -248,7 +251,8 @@ async fn a_drained_answer_keeps_its_connection() {
                 while read_request(&mut io).await.is_some() {
                     seen.request();
                     let answer = if seen.requests() < 3 { 503 } else { 200 };
-                    let head = format!("HTTP/1.1 {answer} x\r\ncontent-length: {}\r\n\r\n", kib * 1024);
+                    let head =
+                        format!("HTTP/1.1 {answer} x\r\ncontent-length: {}\r\n\r\n", kib * 1024);
                     let body = vec![7; kib * 1024];
                     let head = io.write_all(head.as_bytes()).await;
                     if head.and(io.write_all(&body).await).is_err() {
@@ -304,7 +308,11 @@ async fn h2_server(io: DuplexStream, seen: Seen, first: First) {
     }
 }
 
-async fn over_h2(method: Method, body: &'static str, first: First) -> (Attempts, Option<Bytes>, f64) {
+async fn over_h2(
+    method: Method,
+    body: &'static str,
+    first: First,
+) -> (Attempts, Option<Bytes>, f64) {
     let (seen, budget) = (Seen::default(), purse(9));
     let connector = connector(&seen, move |_, io, seen| Some(h2_server(io, seen, first)));
     let service = layer(&budget).layer(client().http2_only(true).build(connector));
