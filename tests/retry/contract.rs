@@ -347,7 +347,7 @@ async fn bad_config_is_a_typed_error() {
     let layer = RetryLayer::http().attempts(0).backoff(backoff.factor(0.0)).attempts(3);
     assert_eq!(layer.checked().unwrap_err().field, "attempts");
     let layer = RetryLayer::http().attempts(1).backoff(Backoff::constant(ms(0)));
-    layer.budget(RetryBudget::with(10.0, 0, 1)).checked().unwrap();
+    let _layer = layer.budget(RetryBudget::with(10.0, 0, 1)).checked().unwrap();
 }
 
 #[tokio::test(start_paused = true)]

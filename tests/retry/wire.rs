@@ -200,7 +200,7 @@ async fn a_refused_connection_is_tried_again_by_any_method() {
     for method in [Method::POST, Method::GET] {
         let (seen, budget) = (Seen::default(), purse(9));
         let connector = connector(&seen, |n, mut io, seen| {
-            (n > 2).then(|| async move {
+            (n > 2).then_some(async move {
                 let text = read_request(&mut io).await.unwrap();
                 assert!(text.ends_with("\r\n\r\nthe body"), "{text}");
                 seen.request();
