@@ -125,6 +125,14 @@ async fn a_refusal_of_our_own_ends_it() {
             Ok(response)
         };
         assert_eq!(outcome(quick(&budget), get(), answered).await.stop, Stop::Rejected);
+        // As gRPC has it: a status of the head, and one that would be retried.
+        let answered = move || {
+            let mut response = with_headers(200, &[("grpc-status", "14")]);
+            response.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+            response.extensions_mut().insert(rejected());
+            Ok(response)
+        };
+        assert_eq!(outcome(quick(&budget), get(), answered).await.stop, Stop::Rejected);
         assert_eq!((budget.balance(), budget.denied()), (9.0, 0));
     }
 }

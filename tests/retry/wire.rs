@@ -26,7 +26,7 @@ use tokio::io::{
 };
 use tower::{Layer, Service, service_fn};
 
-use crate::kit::{ms, purse, read, send, told};
+use crate::kit::{Piece, Script, data, ms, purse, read, send, told};
 
 // ===== Pipes =====
 
@@ -339,6 +339,49 @@ async fn a_refused_stream_is_repeated_by_any_method_uncharged() {
                 assert_eq!((told.waited, balance), (ms(0), 9.0), "{case}");
             }
         }
+    }
+}
+
+/// The connection lets go of a body that it was sending when the attempt is over.
+#[tokio::test(start_paused = true)]
+async fn a_refused_upload_is_begun_anew() {
+    let (seen, budget) = (Seen::default(), purse(9));
+    let refused = First::Reset(h2::Reason::REFUSED_STREAM);
+    let connector = connector(&seen, move |_, io, seen| Some(h2_server(io, seen, refused)));
+    let service = layer(&budget).layer(client().http2_only(true).build(connector));
+    let pause = Piece::Pause(ms(500));
+    let body = Script::new([data("one"), pause.clone(), data("two"), pause, data("three")]);
+    let request = Request::post("http://pipe/").body(body.untold()).unwrap();
+    let result = send(&service, request).await;
+    assert_eq!((told(&result).made, told(&result).stop), (2, Stop::Answered));
+    assert_eq!(read(result.unwrap().into_body()).await.0, "11");
+    assert_eq!(seen.requests(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upload_whose_connection_breaks_is_begun_anew() {
+    for method in [Method::PUT, Method::POST] {
+        let (seen, budget) = (Seen::default(), purse(9));
+        let connector = connector(&seen, move |n, mut io, seen| {
+            Some(async move {
+                seen.request();
+                let mut text = Vec::new();
+                while !text.ends_with(if n == 1 { b"one\r\n" } else { b"\r\n0\r\n\r\n" }) {
+                    assert!(io.read_buf(&mut text).await.unwrap() > 0);
+                }
+                if n > 1 {
+                    io.write_all(OK).await.unwrap();
+                }
+            })
+        });
+        let service = layer(&budget).layer(client().build(connector));
+        let body = Script::new([data("one"), Piece::Pause(ms(500)), data("two")]).untold();
+        let request = Request::builder().method(method.clone()).uri("http://pipe/");
+        let result = send(&service, request.body(body).unwrap()).await;
+        let expected =
+            if method == Method::PUT { (2, Stop::Answered) } else { (1, Stop::Unsafe) };
+        assert_eq!((told(&result).made, told(&result).stop), expected, "{result:?}");
+        assert_eq!(seen.requests(), expected.0);
     }
 }
 
