@@ -21,7 +21,7 @@ pub enum Class {
 pub enum Repeatable {
     /// Yes.
     Yes,
-    /// The attempt before is still reading it.
+    /// The attempt before is still reading it, or has not let go of it.
     Streaming,
     /// It was over the cap, cannot be copied, or broke off.
     No,
@@ -141,8 +141,11 @@ pub(super) fn decide(
     if !facts.safe && !unsent {
         return Err(Stop::Unsafe);
     }
+    // Its stream is gone: whoever still holds the body only has not let go of it yet.
+    let over = unsent || matches!(reason, Reason::Reset | Reason::StaleConnection);
     match facts.body {
         Repeatable::Yes => {}
+        Repeatable::Streaming if over => {}
         Repeatable::Streaming => return Err(Stop::StillSending),
         Repeatable::No => return Err(Stop::BodyGone),
     }

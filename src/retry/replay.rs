@@ -54,11 +54,14 @@ pub(super) struct Reel<B> {
     torn: bool,
     /// An attempt is reading.
     in_use: bool,
+    /// Whose turn it is to read.
+    turn: u32,
 }
 
 struct Reader<B> {
     reel: Arc<Mutex<Reel<B>>>,
     next: usize,
+    turn: u32,
     /// Nothing more will come.
     done: bool,
 }
@@ -90,8 +93,9 @@ impl<B: Body> ReplayBody<B> {
             cap,
             torn: false,
             in_use: true,
+            turn: 0,
         }));
-        let reader = Reader { reel: reel.clone(), next: 0, done: false };
+        let reader = Reader { reel: reel.clone(), next: 0, turn: 0, done: false };
         (Self { kind: Kind::Taped { reader } }, Tape::Taped(reel))
     }
 
@@ -117,13 +121,19 @@ impl<B> Tape<B> {
         }
     }
 
-    /// The next attempt's body. Only asked when it is [`repeatable`](Self::repeatable).
+    /// The next attempt's body. Only asked when it is [`repeatable`](Self::repeatable), or what was reading
+    /// it is known to be dead: that reader is cut off.
     pub(super) fn replay(&self) -> ReplayBody<B> {
         let kind = match self {
             Self::Empty | Self::Gone => Kind::Empty,
             Self::Taped(reel) => {
-                lock(reel).in_use = true;
-                Kind::Taped { reader: Reader { reel: reel.clone(), next: 0, done: false } }
+                let turn = {
+                    let mut reel = lock(reel);
+                    reel.in_use = true;
+                    reel.turn = reel.turn.wrapping_add(1);
+                    reel.turn
+                };
+                Kind::Taped { reader: Reader { reel: reel.clone(), next: 0, turn, done: false } }
             }
         };
         ReplayBody { kind }
@@ -135,7 +145,8 @@ impl<B> Tape<B> {
 impl<B> Drop for Reader<B> {
     fn drop(&mut self) {
         if !self.done {
-            lock(&self.reel).in_use = false;
+            let mut reel = lock(&self.reel);
+            reel.in_use &= reel.turn != self.turn;
         }
     }
 }
@@ -146,6 +157,10 @@ impl<B: Body> Reader<B> {
             return Poll::Ready(None);
         }
         let mut reel = lock(&self.reel);
+        if reel.turn != self.turn {
+            // Cut off. Its end would make half a body look whole, and there is no error to make.
+            return Poll::Pending;
+        }
         if let Some(data) = reel.sent.get(self.next) {
             self.next += 1;
             return Poll::Ready(Some(Ok(Frame::data(data.clone()))));
@@ -208,7 +223,8 @@ impl<B: Body> Reader<B> {
             return true;
         }
         let reel = lock(&self.reel);
-        self.next >= reel.sent.len()
+        reel.turn == self.turn
+            && self.next >= reel.sent.len()
             && reel.trailers.is_none()
             && reel.rest.as_ref().is_none_or(|rest| rest.is_end_stream())
     }
