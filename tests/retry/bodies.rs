@@ -16,6 +16,7 @@ use http::{HeaderMap, Request};
 use http_body::{Body, Frame};
 use http_body_util::{BodyExt, Full};
 use proptest::prelude::*;
+use tokio_test::task;
 use tower::{Layer, service_fn};
 
 use crate::kit::*;
@@ -210,6 +211,49 @@ async fn a_body_still_streaming_is_not_sent_twice() {
     // And what it goes on sending is whole.
     let body = held.lock().unwrap().pop().unwrap();
     assert_eq!(read(body).await.0, "two");
+}
+
+/// A connection tells of its end before it lets go of the body: that one is cut off.
+#[tokio::test(start_paused = true)]
+async fn a_body_whose_stream_is_gone_is_taken_from_it() {
+    type Error = fn() -> BoxError;
+    let cases: [(Error, bool); 3] = [
+        (|| io(std::io::ErrorKind::ConnectionReset), true),
+        (|| io(std::io::ErrorKind::ConnectionRefused), true),
+        // Whatever timed out may go on sending.
+        (|| io(std::io::ErrorKind::TimedOut), false),
+    ];
+    for (error, again) in cases {
+        let held = Arc::new(Mutex::new(None));
+        let keep = held.clone();
+        let inner = Inner::<Script>::with(move |n, request| {
+            let keep = keep.clone();
+            async move {
+                let mut body = request.into_body();
+                if n == 1 {
+                    assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "one");
+                    *keep.lock().unwrap() = Some(body);
+                    return Err(error());
+                }
+                assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "one");
+                if let Some(old) = keep.lock().unwrap().take() {
+                    let mut old = task::spawn(old);
+                    let next = old.enter(|cx, body| body.poll_frame(cx).is_pending());
+                    assert!(next && !old.is_end_stream(), "neither more nor an end");
+                }
+                assert_eq!(read(body).await.0, "two");
+                Ok(status(if n == 2 { 503 } else { 200 }))
+            }
+        });
+        let body = Script::new([data("one"), data("two")]);
+        let result = send(&layer().layer(inner), put(body)).await;
+        if again {
+            assert_eq!(told(&result).made, 3);
+        } else {
+            assert_eq!((told(&result).made, told(&result).stop), (1, Stop::StillSending));
+            assert_eq!(read(held.lock().unwrap().take().unwrap()).await.0, "two");
+        }
+    }
 }
 
 #[tokio::test(start_paused = true)]

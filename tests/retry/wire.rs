@@ -378,8 +378,7 @@ async fn an_upload_whose_connection_breaks_is_begun_anew() {
         let body = Script::new([data("one"), Piece::Pause(ms(500)), data("two")]).untold();
         let request = Request::builder().method(method.clone()).uri("http://pipe/");
         let result = send(&service, request.body(body).unwrap()).await;
-        let expected =
-            if method == Method::PUT { (2, Stop::Answered) } else { (1, Stop::Unsafe) };
+        let expected = if method == Method::PUT { (2, Stop::Answered) } else { (1, Stop::Unsafe) };
         assert_eq!((told(&result).made, told(&result).stop), expected, "{result:?}");
         assert_eq!(seen.requests(), expected.0);
     }
