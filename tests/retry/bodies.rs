@@ -251,7 +251,8 @@ async fn a_body_whose_stream_is_gone_is_taken_from_it() {
             assert_eq!(told(&result).made, 3);
         } else {
             assert_eq!((told(&result).made, told(&result).stop), (1, Stop::StillSending));
-            assert_eq!(read(held.lock().unwrap().take().unwrap()).await.0, "two");
+            let body = held.lock().unwrap().take().unwrap();
+            assert_eq!(read(body).await.0, "two");
         }
     }
 }

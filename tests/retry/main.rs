@@ -8,5 +8,8 @@ mod discard;
 mod grpc;
 mod kit;
 mod order;
+mod script;
+mod state;
+mod types;
 mod waits;
 mod wire;

@@ -1,0 +1,139 @@
+//! What the types promise: bounds, inference, services that are no HTTP.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use buttress::{
+    Backoff, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, Retry, RetryBudget,
+    RetryLayer,
+    call::Http,
+    retry::{PeekedBody, ReplayBody, ResponseFuture, RetryHandle, Stop},
+};
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::{Empty, Full};
+use tokio::{task::yield_now, time::Instant};
+use tokio_test::{assert_ready, task};
+use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn, util::BoxCloneSyncService};
+
+use crate::kit::*;
+
+#[test]
+fn auto_traits() {
+    fn service<T: Clone + Send + Sync + 'static>() {}
+    fn send<T: Send + 'static>() {}
+    fn unpin<T: Unpin>() {}
+    service::<RetryLayer>();
+    service::<RetryHandle>();
+    service::<RetryBudget>();
+    service::<Retry<Inner>>();
+    type Future = <Retry<Inner> as Service<Request<Script>>>::Future;
+    send::<Future>();
+    // A client over bodies that are `Send` only, and not `Unpin`.
+    type Client = hyper_util::client::legacy::Client<
+        hyper_util::client::legacy::connect::HttpConnector,
+        ReplayBody<OnlySend>,
+    >;
+    service::<Retry<Client>>();
+    send::<<Retry<Client> as Service<Request<OnlySend>>>::Future>();
+    send::<ReplayBody<OnlySend>>();
+    send::<PeekedBody<hyper::body::Incoming>>();
+    unpin::<PeekedBody<hyper::body::Incoming>>();
+    fn _named<S, R, F, K, H>(_: ResponseFuture<S, R, F, Http, K, H>) {}
+}
+
+type OnlySend = http_body_util::combinators::UnsyncBoxBody<Bytes, BoxError>;
+
+#[tokio::test(start_paused = true)]
+async fn works_inside_tokio_spawn() {
+    // Over an inner that mentions `BoxError`, which is where the compiler gives up.
+    let boxed = BoxCloneSyncService::new(service_fn(|_: Request<ReplayBody<Full<Bytes>>>| async {
+        Err::<Response<Full<Bytes>>, BoxError>(Oops("boxed").into())
+    }));
+    let mut service = RetryLayer::http().layer(boxed);
+    let result =
+        tokio::spawn(
+            async move { service.ready().await?.call(Request::new(Full::from("x"))).await },
+        );
+    assert_eq!(told(&result.await.unwrap()).made, 1);
+
+    fn failed(result: Result<&u32, &BoxError>) -> Outcome {
+        result.map_or(Outcome::failure(), |_| Outcome::success())
+    }
+    let boxed = BoxCloneSyncService::new(service_fn(|n: u32| async move {
+        if n == 0 { Err::<u32, BoxError>(Oops("zero").into()) } else { Ok(n) }
+    }));
+    let mut service = RetryLayer::http().classify(failed).layer(boxed);
+    let result = tokio::spawn(async move { service.ready().await?.call(0).await });
+    assert!(result.await.unwrap().is_err());
+}
+
+/// The client stack of the first page, without a type annotation, with `oneshot`.
+#[tokio::test]
+async fn the_client_stack_compiles_inside_tokio_spawn() {
+    let breaker = CircuitBreakerLayer::http();
+    let client = ServiceBuilder::new()
+        .layer(RetryLayer::http().backoff(Backoff::constant(ms(1))))
+        .layer(breaker)
+        .layer(ConcurrencyLimitLayer::new(50).queue(500, Duration::from_secs(5)))
+        .service(service_fn(refused));
+    let request = Request::get("http://127.0.0.1/").body(Empty::<Bytes>::new()).unwrap();
+    let ask = client.clone();
+    let result = tokio::spawn(async move { ask.oneshot(request).await }).await.unwrap();
+    assert_eq!(told(&result).stop, Stop::AttemptsUsedUp);
+    assert_eq!(told(&result).made, 3);
+
+    // Over the real client; not driven, because that would open a socket.
+    let client = ServiceBuilder::new()
+        .layer(RetryLayer::http())
+        .layer(CircuitBreakerLayer::http())
+        .layer(ConcurrencyLimitLayer::new(50).queue(500, Duration::from_secs(5)))
+        .service(
+            hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new())
+                .build_http(),
+        );
+    let request = Request::get("http://127.0.0.1/").body(Empty::<Bytes>::new()).unwrap();
+    let task = tokio::spawn(async move {
+        yield_now().await;
+        client.oneshot(request).await.map(|_| ())
+    });
+    task.abort();
+    assert!(task.await.unwrap_err().is_cancelled());
+}
+
+async fn refused<B>(_: Request<B>) -> Result<Response<Empty<Bytes>>, std::io::Error> {
+    Err(std::io::ErrorKind::ConnectionRefused.into())
+}
+
+/// A service of any types, with a closure: `Clone` requests, and an error type that is left alone.
+#[tokio::test(start_paused = true)]
+async fn any_clone_type_is_retried_by_a_closure() {
+    let calls = Arc::new(AtomicU32::new(0));
+    let count = calls.clone();
+    let layer = RetryLayer::http().classify(|result: Result<&u32, &Oops>| match result {
+        Ok(_) => Outcome::success(),
+        Err(Oops("final")) => Outcome::success(),
+        Err(Oops("busy")) => Outcome::throttled().with_retry_after(ms(500)),
+        Err(_) => Outcome::failure(),
+    });
+    let handle = layer.handle();
+    let service = layer.layer(service_fn(move |errors: Vec<&'static str>| {
+        let n = count.fetch_add(1, SeqCst) as usize;
+        async move { errors.get(n).map_or(Ok(n as u32), |error| Err(Oops(error))) }
+    }));
+    let start = Instant::now();
+    assert_eq!(send(&service, vec!["busy", "x"]).await, Ok(2));
+    assert!(start.elapsed() >= ms(500));
+    calls.store(0, SeqCst);
+    assert_eq!(send(&service, vec!["final"]).await, Err(Oops("final")));
+    assert_eq!(calls.swap(0, SeqCst), 1);
+    assert_eq!(send(&service, vec!["1", "2", "3"]).await, Err(Oops("3")));
+    assert_eq!(handle.snapshot().retries, 4);
+    let mut future = task::spawn(service.clone().oneshot(Vec::new()));
+    assert_eq!(assert_ready!(future.poll()), Ok(3));
+}

@@ -1,0 +1,130 @@
+//! Errors as hyper and h2 really make them, over pipes in memory.
+
+mod h1;
+mod h2;
+
+use std::{
+    io::{self, ErrorKind},
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering::SeqCst},
+    },
+    task::{Context, Poll},
+};
+
+use buttress::{Backoff, RetryBudget, RetryLayer};
+use bytes::Bytes;
+use http::{Method, Request};
+use http_body_util::Full;
+use hyper_util::{
+    client::legacy::{
+        Client,
+        connect::{Connected, Connection},
+    },
+    rt::{TokioExecutor, TokioIo},
+};
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf, duplex};
+use tower::{Service, service_fn};
+
+use crate::kit::ms;
+
+#[derive(Debug)]
+struct Pipe(DuplexStream);
+
+impl Connection for Pipe {
+    fn connected(&self) -> Connected {
+        Connected::new()
+    }
+}
+
+impl AsyncRead for Pipe {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Pipe {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+/// How many connections were made, and requests seen.
+#[derive(Clone, Debug, Default)]
+struct Seen(Arc<(AtomicU32, AtomicU32)>);
+
+impl Seen {
+    fn connections(&self) -> u32 {
+        self.0.0.load(SeqCst)
+    }
+
+    fn requests(&self) -> u32 {
+        self.0.1.load(SeqCst)
+    }
+
+    fn request(&self) {
+        self.0.1.fetch_add(1, SeqCst);
+    }
+}
+
+/// Every connection is served by `server`, which is told its number; none: it is refused.
+fn connector<F>(
+    seen: &Seen,
+    server: impl Fn(u32, DuplexStream, Seen) -> Option<F> + Clone + Send + Sync + 'static,
+) -> impl Service<
+    http::Uri,
+    Response = TokioIo<Pipe>,
+    Error = io::Error,
+    Future = std::future::Ready<io::Result<TokioIo<Pipe>>>,
+> + Clone
++ Send
++ Sync
++ 'static
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let seen = seen.clone();
+    service_fn(move |_: http::Uri| {
+        let n = seen.0.0.fetch_add(1, SeqCst) + 1;
+        let (ours, theirs) = duplex(64 * 1024);
+        std::future::ready(match server(n, theirs, seen.clone()) {
+            Some(serving) => {
+                tokio::spawn(serving);
+                Ok(TokioIo::new(Pipe(ours)))
+            }
+            None => Err(ErrorKind::ConnectionRefused.into()),
+        })
+    })
+}
+
+fn client() -> hyper_util::client::legacy::Builder {
+    let mut builder = Client::builder(TokioExecutor::new());
+    // It would repeat by itself what is ours to repeat.
+    builder.retry_canceled_requests(false);
+    builder
+}
+
+fn layer(budget: &RetryBudget) -> RetryLayer {
+    RetryLayer::http().backoff(Backoff::constant(ms(5)).without_jitter()).budget(budget.clone())
+}
+
+fn request(method: Method, body: &'static str) -> Request<Full<Bytes>> {
+    Request::builder().method(method).uri("http://pipe/").body(Full::from(body)).unwrap()
+}
