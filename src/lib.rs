@@ -84,6 +84,9 @@ pub mod health;
 #[cfg(feature = "limit")]
 #[cfg_attr(docsrs, doc(cfg(feature = "limit")))]
 pub mod limit;
+#[cfg(feature = "reqwest")]
+#[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
+pub mod reqwest;
 
 #[cfg(feature = "breaker")]
 pub use self::breaker::{CircuitBreaker, CircuitBreakerLayer, Trip};
