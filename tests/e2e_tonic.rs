@@ -1,0 +1,283 @@
+//! tonic 0.14 on both sides of a loopback connection, layered on either.
+
+mod net;
+mod rpc;
+
+use std::{net::SocketAddr, time::Duration};
+
+use buttress::{
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Rejected, Trip, breaker::State,
+    call::RejectedKind,
+};
+use net::{nobody, soon, until};
+use rpc::{Obedient, ask, channel, incoming};
+use tonic::{
+    Code, Status,
+    transport::{Channel, Server},
+};
+use tonic_health::pb::{health_client::HealthClient, health_server::HealthServer};
+use tower::ServiceBuilder;
+use tower_http::trace::TraceLayer;
+
+const PUSHBACK: &str = "grpc-retry-pushback-ms";
+
+/// Serves [`Obedient`] under a layer. A macro, because the bounds on tonic's layers fill a page.
+macro_rules! serve {
+    ($service:expr $(, $layer:expr)*) => {{
+        let (incoming, addr) = incoming().await;
+        let server = Server::builder()$(.layer($layer))*.add_service(HealthServer::new($service));
+        tokio::spawn(async move { server.serve_with_incoming(incoming).await.unwrap() });
+        addr
+    }};
+}
+
+fn bare(addr: SocketAddr) -> HealthClient<Channel> {
+    HealthClient::new(channel(addr))
+}
+
+fn pushback(status: &Status) -> Option<u64> {
+    status.metadata().get(PUSHBACK)?.to_str().ok()?.parse().ok()
+}
+
+// ===== Around a server =====
+
+#[tokio::test]
+async fn limit_works_under_tonic_and_a_stream_holds_its_place_until_dropped() {
+    let (reporter, service) = tonic_health::server::health_reporter();
+    let limit = ConcurrencyLimitLayer::new(1);
+    let handle = limit.handle();
+    let (incoming, addr) = incoming().await;
+    let server = Server::builder().layer(limit.respond()).add_service(service);
+    tokio::spawn(async move { server.serve_with_incoming(incoming).await.unwrap() });
+    reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
+
+    let mut watch = soon(bare(addr).watch(ask(""))).await.unwrap().into_inner();
+    assert_eq!(soon(watch.message()).await.unwrap().unwrap().status, 1);
+    assert_eq!(handle.in_flight(), 1);
+
+    // Over a connection of its own: the limit is not a connection's.
+    let refused = soon(bare(addr).check(ask(""))).await.unwrap_err();
+    assert_eq!((refused.code(), refused.message()), (Code::Unavailable, "limit_reached"));
+    assert_eq!(pushback(&refused), Some(1000));
+
+    drop(watch);
+    until(|| handle.in_flight() == 0).await;
+    assert_eq!(soon(bare(addr).check(ask(""))).await.unwrap().into_inner().status, 1);
+    until(|| handle.in_flight() == 0).await;
+}
+
+#[tokio::test]
+async fn limit_under_tonic_counts_streams_at_the_service_itself() {
+    let service = Obedient::default();
+    let limit = ConcurrencyLimitLayer::new(2).queue(64, Duration::from_secs(10));
+    let handle = limit.handle();
+    let addr = serve!(service.clone(), limit.respond());
+    let mut client = bare(addr);
+    let mut open = Vec::new();
+    for _ in 0..2 {
+        open.push(soon(client.watch(ask("hold"))).await.unwrap());
+    }
+    let waiting: Vec<_> = (0..18)
+        .map(|_| {
+            let mut client = client.clone();
+            tokio::spawn(async move { client.check(ask("")).await })
+        })
+        .collect();
+    until(|| handle.snapshot().waiting == 18).await;
+    assert_eq!((service.inside.now(), service.inside.total()), (2, 2));
+    open.clear();
+    for call in waiting {
+        soon(call).await.unwrap().unwrap();
+    }
+    until(|| handle.in_flight() == 0 && service.inside.now() == 0).await;
+    assert_eq!((service.inside.peak(), service.inside.total()), (2, 20));
+}
+
+#[tokio::test]
+async fn breaker_works_under_tonic_and_counts_failures_in_the_head() {
+    let service = Obedient::default();
+    let breaker = CircuitBreakerLayer::new(Trip::consecutive(3)).name("health");
+    let state = breaker.handle();
+    let addr = serve!(service.clone(), breaker.respond());
+    for _ in 0..3 {
+        let failed = soon(bare(addr).check(ask("14"))).await.unwrap_err();
+        assert_eq!((failed.code(), failed.message()), (Code::Unavailable, "as asked for"));
+    }
+    let refused = soon(bare(addr).check(ask(""))).await.unwrap_err();
+    assert_eq!((refused.code(), refused.message()), (Code::Unavailable, "circuit_open"));
+    assert!(matches!(pushback(&refused), Some(29_000..=30_000)));
+    assert_eq!((state.state(), service.inside.total()), (State::Open, 3));
+}
+
+#[tokio::test]
+async fn breaker_under_tonic_counts_failures_in_the_trailers() {
+    let breaker = CircuitBreakerLayer::new(Trip::consecutive(3));
+    let state = breaker.handle();
+    let addr = serve!(Obedient::default(), breaker.respond());
+    for round in 1..=3 {
+        let mut watch = soon(bare(addr).watch(ask("cut 14"))).await.unwrap().into_inner();
+        assert_eq!(soon(watch.message()).await.unwrap().unwrap().status, 1);
+        assert_eq!(soon(watch.message()).await.unwrap_err().code(), Code::Unavailable);
+        until(|| state.snapshot().consecutive_failures == round || state.state() == State::Open)
+            .await;
+    }
+    assert_eq!(state.state(), State::Open);
+}
+
+#[tokio::test]
+async fn breaker_under_tonic_does_not_count_answers_to_bad_requests_nor_dropped_streams() {
+    let service = Obedient::default();
+    let breaker = CircuitBreakerLayer::new(Trip::consecutive(1));
+    let state = breaker.handle();
+    let addr = serve!(service.clone(), breaker.respond());
+    for code in
+        [Code::InvalidArgument, Code::NotFound, Code::ResourceExhausted, Code::Unauthenticated]
+    {
+        let failed = soon(bare(addr).check(ask(&(code as i32).to_string()))).await.unwrap_err();
+        assert_eq!(failed.code(), code);
+    }
+    let mut watch = soon(bare(addr).watch(ask("hold"))).await.unwrap().into_inner();
+    soon(watch.message()).await.unwrap().unwrap();
+    drop(watch);
+    until(|| service.inside.now() == 0).await;
+    let snapshot = state.snapshot();
+    assert_eq!((snapshot.state, snapshot.consecutive_failures), (State::Closed, 0));
+}
+
+#[tokio::test]
+async fn breaker_and_limit_stack_under_tonic_with_tracing_between() {
+    let service = Obedient::default();
+    let breaker = CircuitBreakerLayer::http();
+    let limit = ConcurrencyLimitLayer::new(1);
+    let (state, handle) = (breaker.handle(), limit.handle());
+    let addr =
+        serve!(service.clone(), breaker.respond(), TraceLayer::new_for_grpc(), limit.respond());
+    let mut client = bare(addr);
+    let watch = soon(client.watch(ask("hold"))).await.unwrap();
+    for _ in 0..10 {
+        assert_eq!(soon(client.check(ask(""))).await.unwrap_err().message(), "limit_reached");
+    }
+    // A refusal further in says nothing about the service: the circuit does not open over it.
+    assert_eq!((state.state(), handle.snapshot().refused_full), (State::Closed, 10));
+    drop(watch);
+    until(|| handle.in_flight() == 0).await;
+    soon(client.check(ask(""))).await.unwrap();
+    until(|| handle.in_flight() == 0 && service.inside.now() == 0).await;
+}
+
+// ===== Around a client =====
+
+#[tokio::test]
+async fn a_client_s_refusal_as_an_error_is_unknown_and_found_among_its_sources() {
+    let addr = serve!(Obedient::default());
+    let breaker = CircuitBreakerLayer::http().name("upstream");
+    let state = breaker.handle();
+    let stack = ServiceBuilder::new().layer(breaker).service(channel(addr));
+    let mut client = HealthClient::new(stack);
+    soon(client.check(ask(""))).await.unwrap();
+    state.force_open();
+    let refused = soon(client.check(ask(""))).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unknown);
+    let rejected = Rejected::find(&refused).expect("in the chain of sources");
+    assert_eq!(rejected.kind(), RejectedKind::ForcedOpen);
+    assert_eq!((rejected.layer(), rejected.name()), ("circuit_breaker", Some("upstream")));
+}
+
+#[tokio::test]
+async fn a_client_s_refusal_as_a_response_is_unavailable_with_pushback() {
+    let addr = serve!(Obedient::default());
+    let limit = ConcurrencyLimitLayer::new(1);
+    let handle = limit.handle();
+    let breaker = CircuitBreakerLayer::http();
+    let state = breaker.handle();
+    let stack = ServiceBuilder::new()
+        .layer(breaker.respond())
+        .layer(limit.respond())
+        .service(channel(addr));
+    let mut client = HealthClient::new(stack);
+    let mut watch = soon(client.watch(ask("hold"))).await.unwrap().into_inner();
+    soon(watch.message()).await.unwrap().unwrap();
+    assert_eq!(handle.in_flight(), 1);
+    let refused = soon(client.check(ask(""))).await.unwrap_err();
+    assert_eq!((refused.code(), refused.message()), (Code::Unavailable, "limit_reached"));
+    assert_eq!(pushback(&refused), Some(1000));
+    drop(watch);
+    assert_eq!(handle.in_flight(), 0, "freed by the drop itself");
+    soon(client.check(ask(""))).await.unwrap();
+    assert_eq!((handle.in_flight(), state.state()), (0, State::Closed));
+}
+
+#[tokio::test]
+async fn a_client_s_breaker_counts_failures_in_the_head_and_in_the_trailers() {
+    let addr = serve!(Obedient::default());
+    let breaker = CircuitBreakerLayer::new(Trip::consecutive(4));
+    let state = breaker.handle();
+    let mut client = HealthClient::new(ServiceBuilder::new().layer(breaker).service(channel(addr)));
+    for _ in 0..2 {
+        assert_eq!(soon(client.check(ask("14"))).await.unwrap_err().code(), Code::Unavailable);
+    }
+    assert_eq!(state.snapshot().consecutive_failures, 2);
+    for failures in 3..=4 {
+        let mut watch = soon(client.watch(ask("cut 13"))).await.unwrap().into_inner();
+        assert_eq!(
+            state.snapshot().consecutive_failures,
+            failures - 1,
+            "a good head is no verdict"
+        );
+        soon(watch.message()).await.unwrap().unwrap();
+        assert_eq!(soon(watch.message()).await.unwrap_err().code(), Code::Internal);
+    }
+    assert_eq!(state.state(), State::Open);
+}
+
+#[tokio::test]
+async fn a_client_s_breaker_over_a_dead_upstream_keeps_the_code_and_opens() {
+    let addr = nobody().await;
+    let as_is = soon(bare(addr).check(ask(""))).await.unwrap_err();
+    for respond in [false, true] {
+        let breaker = CircuitBreakerLayer::new(Trip::consecutive(2));
+        let state = breaker.handle();
+        let mut codes = Vec::new();
+        for _ in 0..3 {
+            let status = if respond {
+                let stack = ServiceBuilder::new().layer(breaker.clone().respond());
+                soon(HealthClient::new(stack.service(channel(addr))).check(ask(""))).await
+            } else {
+                let stack = ServiceBuilder::new().layer(breaker.clone());
+                soon(HealthClient::new(stack.service(channel(addr))).check(ask(""))).await
+            };
+            codes.push(status.unwrap_err().code());
+        }
+        let refused = if respond { Code::Unavailable } else { Code::Unknown };
+        assert_eq!(codes, [as_is.code(), as_is.code(), refused]);
+        assert_eq!((state.state(), state.snapshot().refused), (State::Open, 1));
+    }
+}
+
+#[tokio::test]
+async fn a_client_s_stack_goes_into_spawned_tasks() {
+    let service = Obedient::default();
+    let addr = serve!(service.clone());
+    let limit = ConcurrencyLimitLayer::new(2).queue(64, Duration::from_secs(10));
+    let handle = limit.handle();
+    let stack = ServiceBuilder::new()
+        .layer(CircuitBreakerLayer::http())
+        .layer(limit)
+        .service(channel(addr));
+    let client = HealthClient::new(stack);
+    let calls: Vec<_> = (0..20)
+        .map(|_| {
+            let mut client = client.clone();
+            tokio::spawn(async move {
+                let mut watch = client.watch(ask("")).await?.into_inner();
+                while watch.message().await?.is_some() {}
+                Ok::<_, BoxError>(())
+            })
+        })
+        .collect();
+    for call in calls {
+        soon(call).await.unwrap().unwrap();
+    }
+    assert!(service.inside.peak() <= 2);
+    assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
+}
