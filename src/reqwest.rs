@@ -93,7 +93,11 @@ where
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, request: http::Request<B>) -> ResponseFuture {
+    fn call(&mut self, mut request: http::Request<B>) -> ResponseFuture {
+        if request.uri().scheme().is_none() {
+            // `http:80`, a host and a port, would be read as a URL. `/` is none, and said to be none.
+            *request.uri_mut() = http::Uri::default();
+        }
         let state = match Request::try_from(request.map(outgoing)) {
             Ok(request) => State::Sent { pending: self.client.call(request) },
             Err(error) => State::Unsendable { error: Some(error) },

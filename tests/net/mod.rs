@@ -213,3 +213,42 @@ pub async fn answers(calls: &mut JoinSet<Answer>, n: usize) -> Vec<Answer> {
     }
     answers
 }
+
+// ===== Upstreams that misbehave below HTTP =====
+
+/// Takes connections, reads the start of a request, writes `answer`, and closes.
+pub async fn closes_after(answer: &'static [u8]) -> SocketAddr {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let (listener, addr) = listener().await;
+    tokio::spawn(async move {
+        loop {
+            let (mut tcp, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                let _ = tcp.read(&mut [0; 1024]).await;
+                let _ = tcp.write_all(answer).await;
+            });
+        }
+    });
+    addr
+}
+
+/// Half of an answer: the length says ten bytes, five come.
+pub const HALF: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhello";
+
+/// Takes connections and says nothing, ever.
+pub async fn never_answers() -> (SocketAddr, Gauge) {
+    use tokio::io::AsyncReadExt;
+    let ((listener, addr), connected) = (listener().await, Gauge::default());
+    let gauge = connected.clone();
+    tokio::spawn(async move {
+        loop {
+            let (mut tcp, _) = listener.accept().await.unwrap();
+            let inside = gauge.enter();
+            tokio::spawn(async move {
+                let _inside = inside;
+                while !matches!(tcp.read(&mut [0; 1024]).await, Ok(0) | Err(_)) {}
+            });
+        }
+    });
+    (addr, connected)
+}

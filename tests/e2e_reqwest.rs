@@ -1,0 +1,212 @@
+//! reqwest under the stack, through [`HttpClient`], against a real server.
+#![cfg(feature = "reqwest")]
+
+mod net;
+
+use std::{pin::pin, time::Duration};
+
+use axum::{
+    Router,
+    body::Body,
+    response::Redirect,
+    routing::{get, post},
+};
+use buttress::{
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Trip,
+    breaker::{State, Tripped},
+    call::Reason,
+    reqwest::HttpClient,
+};
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+use http::{Request, StatusCode};
+use http_body_util::{BodyExt, Empty, Full};
+use net::{HALF, Stage, closes_after, never_answers, nobody, serve, soon, until};
+use tokio::{sync::mpsc, task::JoinSet};
+use tower::{Service, ServiceBuilder, ServiceExt};
+
+const CALLERS: usize = 20;
+
+fn client() -> HttpClient {
+    HttpClient::new(builder().build().unwrap())
+}
+
+/// Never over a proxy that the environment of the test names.
+fn builder() -> reqwest::ClientBuilder {
+    reqwest::Client::builder().no_proxy()
+}
+
+async fn upstream(stage: &Stage) -> std::net::SocketAddr {
+    let (a, b) = (stage.clone(), stage.clone());
+    let app = Router::new()
+        .route("/", get(move || a.plain()))
+        .route("/stream", get(move || b.streaming()))
+        .route("/echo", post(|body: Body| async { body }))
+        .route(
+            "/moved",
+            get(|| async { Redirect::temporary("/empty") })
+                .post(|| async { Redirect::temporary("/echo") }),
+        )
+        .route("/empty", get(|| async {}));
+    serve(app).await
+}
+
+// ===== The service itself =====
+
+#[test]
+fn auto_traits() {
+    fn all<T: Clone + Send + Sync + 'static>(_: &T) {}
+    fn sent<T: Send + 'static>(_: T) {}
+    let mut client = client();
+    all(&client);
+    sent(client.call(Request::new(Empty::<Bytes>::new())));
+}
+
+#[tokio::test]
+async fn bodies_stream_both_ways_at_the_same_time() {
+    let addr = upstream(&Stage::default()).await;
+    let (chunks, body) = mpsc::channel::<&'static str>(1);
+    let body = stream::unfold(body, |mut body| async move {
+        Some((Ok::<_, BoxError>(Bytes::from(body.recv().await?)), body))
+    });
+    let request = Request::post(format!("http://{addr}/echo"));
+    let request = request
+        .body(http_body_util::StreamBody::new(body.map(|chunk| chunk.map(http_body::Frame::data))))
+        .unwrap();
+    let mut call = pin!(client().oneshot(request));
+    // The head comes back before the body is at its end, and every chunk before the next is sent.
+    let mut response = None;
+    for chunk in ["one", "two", "three"] {
+        soon(chunks.send(chunk)).await.unwrap();
+        if response.is_none() {
+            response = Some(soon(call.as_mut()).await.unwrap());
+        }
+        let frame = soon(response.as_mut().unwrap().body_mut().frame()).await.unwrap().unwrap();
+        assert_eq!(frame.into_data().unwrap(), chunk);
+    }
+    drop(chunks);
+    assert!(soon(response.unwrap().body_mut().frame()).await.is_none());
+}
+
+#[tokio::test]
+async fn a_known_length_is_told() {
+    let app = Router::new().route(
+        "/",
+        post(|request: Request<Body>| async move {
+            let header = |name| request.headers().get(name).map(|v| v.to_str().unwrap().to_owned());
+            format!("{:?} {:?}", header("content-length"), header("transfer-encoding"))
+        }),
+    );
+    let addr = serve(app).await;
+    let request = Request::post(format!("http://{addr}/")).body(Full::new(&b"hello"[..])).unwrap();
+    let response = soon(client().oneshot(request)).await.unwrap();
+    assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), r#"Some("5") None"#);
+}
+
+#[tokio::test]
+async fn a_request_without_a_host_is_an_error_and_never_a_panic() {
+    for (uri, said) in [
+        ("/", "relative URL without a base"),
+        ("/a?b", "relative URL without a base"),
+        ("*", "relative URL without a base"),
+        ("localhost:1", "relative URL without a base"),
+        ("http:80", "relative URL without a base"),
+        ("ftp://localhost/", "URL scheme is not allowed"),
+    ] {
+        let uri: http::Uri = uri.parse().unwrap();
+        let request = Request::get(uri.clone()).body(Empty::<Bytes>::new()).unwrap();
+        let error = soon(client().oneshot(request)).await.unwrap_err();
+        assert!(error.is_builder(), "{uri}: {error:?}");
+        let why = std::error::Error::source(&error).expect("the source says why").to_string();
+        assert_eq!(why, said, "{uri}");
+    }
+}
+
+#[tokio::test]
+async fn a_redirect_is_followed_if_the_body_can_be_sent_again() {
+    let addr = upstream(&Stage::default()).await;
+    let request = Request::get(format!("http://{addr}/moved")).body(Empty::<Bytes>::new()).unwrap();
+    assert_eq!(soon(client().oneshot(request)).await.unwrap().status(), StatusCode::OK);
+    let request = Request::post(format!("http://{addr}/moved")).body(Full::new(&b"x"[..])).unwrap();
+    let response = soon(client().oneshot(request)).await.unwrap();
+    assert_eq!(response.status(), StatusCode::TEMPORARY_REDIRECT);
+}
+
+// ===== Under the stack =====
+
+#[tokio::test]
+async fn oneshot_in_spawned_tasks_never_has_more_than_two_at_the_server() {
+    for path in ["/", "/stream"] {
+        let stage = Stage::default();
+        let addr = upstream(&stage).await;
+        let limit = ConcurrencyLimitLayer::new(2).queue(64, Duration::from_secs(10));
+        let handle = limit.handle();
+        let client =
+            ServiceBuilder::new().layer(CircuitBreakerLayer::http()).layer(limit).service(client());
+        let mut calls = JoinSet::new();
+        for _ in 0..CALLERS {
+            let client = client.clone();
+            calls.spawn(async move {
+                let response = client.oneshot(net::get(addr, path)).await.unwrap();
+                response.into_body().collect().await.unwrap().to_bytes()
+            });
+        }
+        until(|| handle.snapshot().waiting as usize == CALLERS - 2).await;
+        until(|| stage.inside.now() == 2).await;
+        stage.open();
+        while let Some(body) = soon(calls.join_next()).await {
+            assert_eq!(body.unwrap(), "hello");
+        }
+        assert_eq!((stage.inside.peak(), stage.inside.total()), (2, CALLERS));
+        assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
+    }
+}
+
+#[tokio::test]
+async fn a_body_dropped_mid_stream_frees_its_place_here_and_there() {
+    let stage = Stage::default();
+    let addr = upstream(&stage).await;
+    let limit = ConcurrencyLimitLayer::new(1);
+    let handle = limit.handle();
+    let client = ServiceBuilder::new().layer(limit).service(client());
+    let mut response = soon(client.oneshot(net::get(addr, "/stream"))).await.unwrap();
+    let first = soon(response.body_mut().frame()).await.unwrap().unwrap();
+    assert_eq!(first.into_data().unwrap(), "hel");
+    assert_eq!((handle.in_flight(), stage.inside.now()), (1, 1));
+    drop(response);
+    assert_eq!(handle.in_flight(), 0);
+    until(|| stage.inside.now() == 0).await;
+}
+
+#[tokio::test]
+async fn errors_on_the_way_are_told_apart() {
+    let hasty = builder().timeout(Duration::from_millis(50)).build().unwrap();
+    for (addr, client, expected) in [
+        (nobody().await, client(), Reason::ConnectRefused),
+        (closes_after(b"").await, client(), Reason::StaleConnection),
+        (closes_after(b"not http at all\r\n\r\n").await, client(), Reason::Error),
+        (closes_after(HALF).await, client(), Reason::Body),
+        (never_answers().await.0, HttpClient::from(hasty), Reason::Timeout),
+    ] {
+        let breaker =
+            CircuitBreakerLayer::new(Trip::consecutive(1)).open_for(Duration::from_millis(20));
+        let state = breaker.handle();
+        let limit = ConcurrencyLimitLayer::new(1);
+        let handle = limit.handle();
+        let client = ServiceBuilder::new().layer(breaker).layer(limit).service(client);
+        for _ in 0..2 {
+            while state.state() == State::Open {
+                soon(state.changed()).await;
+            }
+            match soon(client.clone().oneshot(net::get(addr, "/"))).await {
+                Err(error) => assert!(error.is::<reqwest::Error>(), "{error}"),
+                Ok(response) => drop(soon(response.into_body().collect()).await.unwrap_err()),
+            }
+            assert_eq!(handle.in_flight(), 0);
+        }
+        match state.snapshot().last_trip {
+            Some(Tripped::Probe { outcome }) => assert_eq!(outcome.reason(), expected),
+            other => panic!("{expected:?}: no probe failed, {other:?}"),
+        }
+    }
+}
