@@ -313,7 +313,7 @@ async fn request_bodies_of_any_type_pass_through() {
     let response = soon(stack.clone().service(client()).oneshot(full)).await.unwrap();
     assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "full");
 
-    let chunks = futures_util::stream::iter(["str", "eam"].map(|chunk| Ok::<_, BoxError>(chunk)));
+    let chunks = futures_util::stream::iter(["str", "eam"].map(Ok::<_, BoxError>));
     let streamed = Request::post(&uri).body(Body::from_stream(chunks)).unwrap();
     let response = soon(stack.service(client()).oneshot(streamed)).await.unwrap();
     assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "stream");

@@ -1,0 +1,176 @@
+//! A greeter over gRPC, layered on both sides: retry and breaker around the client, a limit around the
+//! server. Client and service are written by hand, so that no `protoc` is needed; generated ones take the
+//! same layers.
+//!
+//! ```text
+//! cargo run --example tonic_greeter
+//! ```
+
+use std::{
+    sync::atomic::{AtomicUsize, Ordering::SeqCst},
+    time::{Duration, Instant},
+};
+
+use axum::{Router, body::Body, routing::post};
+use buttress::{
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, RetryLayer, Trip, breaker::State,
+};
+use bytes::Bytes;
+use futures_util::{
+    StreamExt,
+    stream::{self, BoxStream},
+};
+use http::{Request, uri::PathAndQuery};
+use tokio::{net::TcpListener, time::sleep};
+use tonic::{
+    Code, Status, Streaming,
+    client::GrpcService,
+    service::Routes,
+    transport::{Endpoint, Server, server::TcpIncoming},
+};
+use tonic_prost::ProstCodec;
+use tower::{ServiceBuilder, service_fn};
+use tower_http::map_request_body::MapRequestBodyLayer;
+
+#[tokio::main]
+async fn main() -> Result<(), BoxError> {
+    // It ends by itself, whatever goes wrong.
+    tokio::time::timeout(Duration::from_secs(20), tour()).await?
+}
+
+async fn tour() -> Result<(), BoxError> {
+    let limit = ConcurrencyLimitLayer::new(1);
+    let places = limit.handle();
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let url = format!("http://{}", listener.local_addr()?);
+    let server = Server::builder().layer(limit.respond()).add_routes(service());
+    tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
+
+    // `.respond()`: tonic would make `Unknown` of a refusal that is an error. The retry gives its requests
+    // a body that can be sent again; the mapping makes it the one that a tonic channel takes.
+    let breaker = CircuitBreakerLayer::new(Trip::consecutive(5));
+    let circuit = breaker.handle();
+    let stack = ServiceBuilder::new()
+        .layer(RetryLayer::grpc())
+        .layer(breaker.respond())
+        .layer(MapRequestBodyLayer::new(tonic::body::Body::new))
+        .service(Endpoint::from_shared(url)?.connect_lazy());
+    let mut greeter = Greeter(tonic::client::Grpc::new(stack));
+
+    println!("A server that is UNAVAILABLE twice:");
+    let answer = greeter.hello("third time lucky").await?;
+    println!("  {:?} after {} calls", answer.text, CALLS.load(SeqCst));
+    check(CALLS.load(SeqCst) == 3, "both were retried")?;
+
+    println!("A server whose only place is taken by a stream:");
+    let mut count = greeter.count().await?;
+    println!("  heard {:?}, {} call in flight", next(&mut count).await?, places.in_flight());
+    check(places.in_flight() == 1, "the stream holds its place")?;
+    let start = Instant::now();
+    let mut patient = greeter.clone();
+    let waiting = tokio::spawn(async move { patient.hello("me too").await });
+    while places.snapshot().refused_full == 0 {
+        sleep(Duration::from_millis(5)).await;
+    }
+    drop(count);
+    let answer = waiting.await??;
+    println!("  the stream is dropped; {:?} after {:.1?}", answer.text, start.elapsed());
+    check(
+        start.elapsed() >= Duration::from_secs(1),
+        "sent again when the server had asked for it",
+    )?;
+
+    println!("A server that keeps failing:");
+    while circuit.state() == State::Closed {
+        greeter.hello("fail").await.unwrap_err();
+    }
+    let before = CALLS.load(SeqCst);
+    let refused = greeter.hello("anybody there?").await.unwrap_err();
+    println!("  {:?}: {}", refused.code(), refused.message());
+    check(refused.code() == Code::Unavailable, "an open circuit is UNAVAILABLE")?;
+    check(CALLS.load(SeqCst) == before, "and nothing was sent")
+}
+
+fn check(holds: bool, claim: &str) -> Result<(), BoxError> {
+    println!("  {} {claim}", if holds { "ok:" } else { "NOT SO:" });
+    if holds { Ok(()) } else { Err(claim.into()) }
+}
+
+// ===== What `protoc` would have written =====
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Hello {
+    #[prost(string, tag = "1")]
+    text: String,
+}
+
+type Codec = ProstCodec<Hello, Hello>;
+
+#[derive(Clone)]
+struct Greeter<S>(tonic::client::Grpc<S>);
+
+impl<S, B> Greeter<S>
+where
+    S: GrpcService<tonic::body::Body, ResponseBody = B>,
+    B: http_body::Body<Data = Bytes, Error: Into<BoxError> + Send> + Send + 'static,
+{
+    async fn hello(&mut self, text: &str) -> Result<Hello, Status> {
+        self.ready().await?;
+        let path = PathAndQuery::from_static("/greeter.Greeter/Hello");
+        let request = tonic::Request::new(Hello { text: text.into() });
+        Ok(self.0.unary(request, path, Codec::default()).await?.into_inner())
+    }
+
+    async fn count(&mut self) -> Result<Streaming<Hello>, Status> {
+        self.ready().await?;
+        let path = PathAndQuery::from_static("/greeter.Greeter/Count");
+        let request = tonic::Request::new(Hello::default());
+        Ok(self.0.server_streaming(request, path, Codec::default()).await?.into_inner())
+    }
+
+    async fn ready(&mut self) -> Result<(), Status> {
+        self.0.ready().await.map_err(|error| Status::from_error(error.into()))
+    }
+}
+
+async fn next(stream: &mut Streaming<Hello>) -> Result<String, BoxError> {
+    Ok(stream.message().await?.ok_or("the stream ended")?.text)
+}
+
+fn service() -> Routes {
+    let grpc = || tonic::server::Grpc::new(Codec::default());
+    let unary =
+        move |request: Request<Body>| async move { grpc().unary(service_fn(hello), request).await };
+    let streaming = move |request: Request<Body>| async move {
+        grpc().server_streaming(service_fn(count), request).await
+    };
+    Routes::from(
+        Router::new()
+            .route("/greeter.Greeter/Hello", post(unary))
+            .route("/greeter.Greeter/Count", post(streaming)),
+    )
+}
+
+// ===== The service =====
+
+static CALLS: AtomicUsize = AtomicUsize::new(0);
+
+async fn hello(request: tonic::Request<Hello>) -> Result<tonic::Response<Hello>, Status> {
+    let Hello { text } = request.into_inner();
+    match (CALLS.fetch_add(1, SeqCst), &*text) {
+        (0 | 1, _) => Err(Status::unavailable("still starting")),
+        (_, "fail") => Err(Status::internal("as asked for")),
+        _ => Ok(tonic::Response::new(Hello { text: format!("hello, {text}") })),
+    }
+}
+
+/// Counts for ever.
+async fn count(
+    _: tonic::Request<Hello>,
+) -> Result<tonic::Response<BoxStream<'static, Result<Hello, Status>>>, Status> {
+    let numbers = stream::unfold(1, |n| async move {
+        sleep(Duration::from_millis(50)).await;
+        Some((Ok(Hello { text: n.to_string() }), n + 1))
+    });
+    Ok(tonic::Response::new(numbers.boxed()))
+}
