@@ -16,6 +16,7 @@ use crate::call::Shared;
 pub(super) struct Settings {
     attempts: AtomicU32,
     body_cap: AtomicU64,
+    drain_cap: AtomicU64,
     longest_wait_ms: AtomicU64,
     assume_idempotent: AtomicBool,
     backoff: Mutex<Backoff>,
@@ -29,6 +30,7 @@ impl Settings {
         Self {
             attempts: AtomicU32::new(3),
             body_cap: AtomicU64::new(64 * 1024),
+            drain_cap: AtomicU64::new(64 * 1024),
             longest_wait_ms: AtomicU64::new(30_000),
             assume_idempotent: AtomicBool::new(false),
             backoff: Mutex::new(Backoff::default()),
@@ -44,6 +46,14 @@ impl Settings {
 
     pub(super) fn set_body_cap(&self, bytes: u64) {
         self.body_cap.store(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_drain_cap(&self, bytes: u64) {
+        self.drain_cap.store(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn drain_cap(&self) -> u64 {
+        self.drain_cap.load(Ordering::Relaxed)
     }
 
     pub(super) fn set_longest_wait(&self, wait: Duration) {

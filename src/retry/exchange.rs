@@ -90,8 +90,9 @@ pub trait Weigh<Res, E> {
     /// What it is. Pending while its beginning is not here.
     fn poll_weigh(held: &mut Self::Held, cx: &mut Context<'_>) -> Poll<(Class, Outcome)>;
 
-    /// Reads it away, so that its connection can be used again. Ready when that is done or not worth it.
-    fn poll_discard(held: &mut Self::Held, cx: &mut Context<'_>) -> Poll<()>;
+    /// Reads it away, so that its connection can be used again. Ready when that is done, or when it is
+    /// longer than `cap` bytes.
+    fn poll_discard(held: &mut Self::Held, cap: u64, cx: &mut Context<'_>) -> Poll<()>;
 
     /// Gives it out, with the record if there is something to record.
     fn release(held: Self::Held, record: Option<Attempts>) -> Result<Self::Response, Self::Error>;
@@ -173,9 +174,6 @@ impl<B: Body> Repeat<Request<B>> for Http {
 
 // ===== HTTP and gRPC: the answer =====
 
-/// What a discarded answer may cost before its connection is given up.
-const DRAIN_CAP: u64 = 64 * 1024;
-
 /// An answer, and what its head says.
 #[derive(Debug)]
 pub struct HeldResponse<B: Body> {
@@ -225,11 +223,10 @@ where
         Poll::Ready(weight)
     }
 
-    fn poll_discard(held: &mut HeldResponse<B>, cx: &mut Context<'_>) -> Poll<()> {
+    fn poll_discard(held: &mut HeldResponse<B>, cap: u64, cx: &mut Context<'_>) -> Poll<()> {
         let Ok(response) = &mut held.result else { return Poll::Ready(()) };
         let body = response.body_mut();
-        while !body.is_end_stream()
-            && held.drained.saturating_add(body.size_hint().lower()) <= DRAIN_CAP
+        while !body.is_end_stream() && held.drained.saturating_add(body.size_hint().lower()) <= cap
         {
             match ready!(Pin::new(&mut *body).poll_frame(cx)) {
                 Some(Ok(frame)) => {
@@ -416,7 +413,7 @@ where
         Poll::Ready(held.weight)
     }
 
-    fn poll_discard(_: &mut HeldResult<Res, E>, _: &mut Context<'_>) -> Poll<()> {
+    fn poll_discard(_: &mut HeldResult<Res, E>, _: u64, _: &mut Context<'_>) -> Poll<()> {
         Poll::Ready(())
     }
 

@@ -93,6 +93,14 @@ impl<M> RetryLayer<M> {
         self
     }
 
+    /// How many bytes of an answer that is tried again are read away, within 50 ms, so that its connection
+    /// can be used again: 64 KiB by default. One that is longer is dropped, and over HTTP/1 its connection
+    /// with it. 0 drops every answer that has a body.
+    pub fn drain_up_to(self, bytes: u64) -> Self {
+        self.settings.set_drain_cap(bytes);
+        self
+    }
+
     /// The longest wait before an attempt: 30 s by default. A server that asks for more ends the call
     /// with its answer.
     pub fn longest_wait(self, wait: Duration) -> Self {

@@ -73,6 +73,13 @@ impl<B: Body> PeekedBody<B> {
     }
 }
 
+impl<B: Body + Default> Default for PeekedBody<B> {
+    /// What `tower_http`'s timeout, CORS and auth layers answer with.
+    fn default() -> Self {
+        Self::new(B::default())
+    }
+}
+
 impl<B: Body> Body for PeekedBody<B> {
     type Data = B::Data;
     type Error = B::Error;

@@ -148,7 +148,8 @@ where
                     self.as_mut().project().state.set(state);
                 }
                 StateProj::Discarding { held, longest, wait } => {
-                    if M::poll_discard(held, cx).is_pending() {
+                    let cap = this.core.settings.drain_cap();
+                    if M::poll_discard(held, cap, cx).is_pending() {
                         ready!(longest.poll(cx));
                     }
                     let left = wait.time.saturating_sub(wait.since.elapsed());
