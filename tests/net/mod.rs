@@ -252,3 +252,13 @@ pub async fn never_answers() -> (SocketAddr, Gauge) {
     });
     (addr, connected)
 }
+
+/// Serves `router` and counts the connections it is called over.
+pub async fn serve_counting(router: Router) -> (SocketAddr, Gauge) {
+    use axum::serve::ListenerExt;
+    let ((listener, addr), connections) = (listener().await, Gauge::default());
+    let gauge = connections.clone();
+    let listener = listener.tap_io(move |_| drop(gauge.enter()));
+    tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+    (addr, connections)
+}

@@ -13,7 +13,7 @@ use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_server::H
 use crate::net::{Gauge, listener};
 
 /// What it is asked for decides: a code's number fails, anything else is well. In `watch`, `cut 14` fails
-/// after the first message, `hold` never ends.
+/// after the first message, `late 14` after none, `hold` never ends.
 #[derive(Clone, Debug, Default)]
 pub struct Obedient {
     pub inside: Gauge,
@@ -50,7 +50,8 @@ impl Health for Obedient {
         if let Some(status) = fails(&service) {
             return Err(status);
         }
-        let first = stream::iter([Ok(HealthCheckResponse { status: 1 })]);
+        let well = (!service.starts_with("late")).then_some(Ok(HealthCheckResponse { status: 1 }));
+        let first = stream::iter(well);
         let rest: Messages = match service.split_once(' ') {
             Some((_, code)) => Box::pin(stream::iter(fails(code).map(Err))),
             None if service == "hold" => Box::pin(stream::pending()),
