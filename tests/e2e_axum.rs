@@ -1,4 +1,5 @@
 //! What today's crates get wrong under axum, over a real server on TCP.
+#![cfg(all(feature = "breaker", feature = "limit"))]
 
 mod net;
 
@@ -11,10 +12,12 @@ use std::{
     time::Duration,
 };
 
-use axum::{Router, extract::Request, routing::get};
+use axum::{
+    Router, error_handling::HandleErrorLayer, extract::Request, middleware::Next, routing::get,
+};
 use buttress::{
-    CircuitBreakerLayer, ConcurrencyLimitLayer, Trip, breaker::State, call::Respond,
-    limit::ConcurrencyLimitHandle,
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Rejected, Trip, breaker::State,
+    call::Respond, limit::ConcurrencyLimitHandle,
 };
 use http::StatusCode;
 use http_body_util::BodyExt;
@@ -426,4 +429,74 @@ async fn a_timeout_around_the_limit_frees_its_place() {
     }
     all_free(&stage, &handle).await;
     assert!(stage.inside.peak() <= 2);
+}
+
+#[tokio::test]
+async fn axum_s_own_middleware_between_and_an_error_handler_around() {
+    let stage = Stage::default();
+    let limit = ConcurrencyLimitLayer::new(1);
+    let (places, breaker) = (limit.handle(), CircuitBreakerLayer::http());
+    let told = |error: BoxError| async move {
+        let kind = Rejected::find(&*error).map(|rejected| rejected.kind().as_str());
+        (StatusCode::IM_A_TEAPOT, kind.unwrap_or("not ours"))
+    };
+    let stack = ServiceBuilder::new()
+        .layer(HandleErrorLayer::new(told))
+        .layer(breaker)
+        .layer(limit)
+        .layer(axum::middleware::from_fn(|request, next: Next| next.run(request)));
+    let addr = serve(routes(&stage).layer(stack)).await;
+    let mut calls = send_all(addr, ["/stream", "/stream"]);
+    let refused = answers(&mut calls, 1).await.remove(0);
+    assert_eq!(
+        (refused.status, &refused.body[..]),
+        (StatusCode::IM_A_TEAPOT, &b"limit_reached"[..])
+    );
+    stage.open();
+    assert_eq!(answers(&mut calls, 1).await.remove(0).body, "hello");
+    all_free(&stage, &places).await;
+}
+
+// ===== Many at once, on several threads =====
+
+/// Two hundred clients in waves, of which every third goes away at some moment of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn with_clients_that_come_and_go_on_many_threads_nothing_is_lost() {
+    let stage = Stage::default();
+    let limit = ConcurrencyLimitLayer::new(3).queue(4, Duration::from_millis(20));
+    let places = limit.handle();
+    let breaker = CircuitBreakerLayer::new(Trip::consecutive(1));
+    let circuit = breaker.handle();
+    let stack = ServiceBuilder::new().layer(breaker.respond()).layer(limit.respond());
+    let addr = serve(routes(&stage).layer(stack)).await;
+    let gate = stage.gate.clone();
+    let opener = tokio::spawn(async move {
+        loop {
+            gate.add_permits(1);
+            tokio::time::sleep(Duration::from_micros(300)).await;
+        }
+    });
+    for wave in 0..10 {
+        let mut calls =
+            send_all(addr, ["/a", "/stream", "/b", "/stream"].into_iter().cycle().take(20));
+        let mut gone = send_all(addr, ["/a", "/stream"].into_iter().cycle().take(10));
+        for n in 0..10 {
+            tokio::time::sleep(Duration::from_micros(137 * (n + wave))).await;
+            if n == 5 {
+                gone.abort_all();
+            }
+        }
+        for answer in answers(&mut calls, 20).await {
+            match answer.status {
+                StatusCode::OK => assert_eq!(answer.body, "hello"),
+                status => assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE),
+            }
+        }
+    }
+    all_free(&stage, &places).await;
+    opener.abort();
+    assert!(stage.inside.peak() <= 3, "{}", stage.inside.peak());
+    assert!(stage.inside.total() >= 3, "some got in: {}", stage.inside.total());
+    // Neither a refusal nor a client that went away is a failure.
+    assert_eq!((circuit.state(), circuit.snapshot().probes), (State::Closed, 0));
 }

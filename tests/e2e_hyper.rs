@@ -1,4 +1,5 @@
 //! hyper-util's client under the stack, against a real server: what is in flight is counted over there.
+#![cfg(all(feature = "breaker", feature = "limit", feature = "hyper"))]
 
 mod net;
 

@@ -1,5 +1,5 @@
 //! reqwest under the stack, through [`HttpClient`], against a real server.
-#![cfg(feature = "reqwest")]
+#![cfg(all(feature = "breaker", feature = "limit", feature = "reqwest"))]
 
 mod net;
 

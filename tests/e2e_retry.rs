@@ -1,4 +1,5 @@
 //! Retry over breaker over limit, over hyper-util, reqwest and tonic, against real servers.
+#![cfg(all(feature = "breaker", feature = "limit", feature = "retry"))]
 
 mod net;
 mod rpc;

@@ -1,4 +1,5 @@
 //! tonic 0.14 on both sides of a loopback connection, layered on either.
+#![cfg(all(feature = "breaker", feature = "limit"))]
 
 mod net;
 mod rpc;
@@ -280,4 +281,26 @@ async fn a_client_s_stack_goes_into_spawned_tasks() {
     }
     assert!(service.inside.peak() <= 2);
     assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
+}
+
+#[tokio::test]
+async fn an_interceptor_goes_around_a_client_s_stack() {
+    let addr = serve!(Obedient::default());
+    let limit = ConcurrencyLimitLayer::new(1);
+    let handle = limit.handle();
+    let stack = ServiceBuilder::new()
+        .layer(CircuitBreakerLayer::http().respond())
+        .layer(limit.respond())
+        .service(channel(addr));
+    let mut client = HealthClient::with_interceptor(stack, |request: tonic::Request<()>| {
+        match request.metadata().get("stop") {
+            None => Ok(request),
+            Some(_) => Err(Status::cancelled("stopped")),
+        }
+    });
+    soon(client.check(ask(""))).await.unwrap();
+    let mut stopped = tonic::Request::new(ask(""));
+    stopped.metadata_mut().insert("stop", "1".parse().unwrap());
+    assert_eq!(soon(client.check(stopped)).await.unwrap_err().code(), Code::Cancelled);
+    assert_eq!(handle.in_flight(), 0);
 }

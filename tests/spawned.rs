@@ -1,16 +1,21 @@
 //! Stacks over services that mention `BoxError` must compile inside `tokio::spawn`: a where-clause in a
 //! future's fields makes rustc say "implementation of `From` is not general enough" (rust-lang#100013).
+#![cfg(all(feature = "breaker", feature = "limit", feature = "retry"))]
 
 use std::time::Duration;
 
-use buttress::{BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, Trip};
+use buttress::{
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, RetryLayer, Trip,
+    retry::ReplayBody,
+};
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Empty, Full, combinators::BoxBody};
 use tower::{
     Service, ServiceBuilder, ServiceExt, service_fn,
     util::{BoxCloneService, BoxCloneSyncService},
 };
+use tower_http::{map_request_body::MapRequestBodyLayer, timeout::TimeoutLayer};
 
 type Call = Request<Empty<Bytes>>;
 type Answer = Response<Full<Bytes>>;
@@ -127,6 +132,52 @@ async fn a_stack_that_responds() {
     is_hello(spawned_ready!(service, call())).await;
 }
 
+/// Below a retry, requests have a body that can be sent again.
+async fn hello_again(_: Request<ReplayBody<Empty<Bytes>>>) -> Result<Answer, BoxError> {
+    Ok(Response::new(Full::new(Bytes::from_static(b"hello"))))
+}
+
+#[tokio::test]
+async fn a_retry_over_boxed_errors() {
+    let service = ServiceBuilder::new()
+        .layer(RetryLayer::http())
+        .service(http_stack!(service_fn(hello_again)));
+    is_hello(spawned_ready!(service, call())).await;
+    let service = ServiceBuilder::new().layer(RetryLayer::http()).service(service_fn(hello_again));
+    is_hello(spawned_oneshot!(service, call())).await;
+}
+
+#[tokio::test]
+async fn a_retry_over_a_boxed_service_of_the_plain_request_type() {
+    let boxed = BoxCloneSyncService::<Request<BoxBody<Bytes, BoxError>>, Answer, BoxError>::new(
+        service_fn(async |_| Ok(Response::new(Full::new(Bytes::from_static(b"hello"))))),
+    );
+    let service = ServiceBuilder::new()
+        .layer(RetryLayer::http())
+        .layer(CircuitBreakerLayer::http())
+        .layer(MapRequestBodyLayer::new(|body: ReplayBody<Empty<Bytes>>| {
+            body.map_err(BoxError::from).boxed()
+        }))
+        .service(boxed);
+    is_hello(spawned_ready!(service, call())).await;
+}
+
+#[tokio::test]
+async fn tower_http_s_timeout_around_each_of_ours() {
+    let timeout =
+        TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, Duration::from_secs(1));
+    let service = ServiceBuilder::new()
+        .layer(timeout)
+        .layer(RetryLayer::http())
+        .layer(timeout)
+        .layer(CircuitBreakerLayer::http())
+        .layer(timeout)
+        .layer(ConcurrencyLimitLayer::new(1))
+        .layer(timeout)
+        .service(service_fn(hello_again));
+    is_hello(spawned_ready!(service, call())).await;
+}
+
 // ===== Types of one's own =====
 
 #[tokio::test]
@@ -134,6 +185,20 @@ async fn own_types_with_boxed_errors() {
     assert_eq!(spawned_ready!(any_stack!(service_fn(double)), 21).unwrap(), 42);
     let boxed = BoxCloneSyncService::<u32, u32, BoxError>::new(service_fn(double));
     assert_eq!(spawned_ready!(any_stack!(boxed), 21).unwrap(), 42);
+}
+
+#[tokio::test]
+async fn a_retry_of_own_types_with_boxed_errors() {
+    fn judge(result: Result<&u32, &BoxError>) -> Outcome {
+        result.map_or(Outcome::failure(), |_| Outcome::success())
+    }
+    let retry = RetryLayer::http().classify(judge);
+    let handle = retry.handle();
+    let service = ServiceBuilder::new().layer(retry).service(any_stack!(service_fn(double)));
+    assert_eq!(spawned_ready!(service.clone(), 21).unwrap(), 42);
+    spawned_ready!(service, u32::MAX).unwrap_err();
+    // The second failure opened the circuit, which ended the loop.
+    assert_eq!(handle.snapshot().retries, 2);
 }
 
 #[tokio::test]
