@@ -433,3 +433,33 @@ async fn request_bodies_that_are_neither_unpin_nor_sync_go_too() {
     let get = Request::get(format!("http://{addr}/503/0/0")).body(Empty::<Bytes>::new());
     assert_eq!(soon(client.oneshot(get.unwrap())).await.unwrap().status(), StatusCode::OK);
 }
+
+// ===== Servers that answer before they have read =====
+
+/// A refusal of our own layer comes back while the request's body is still on its way.
+#[tokio::test]
+async fn a_server_that_sheds_without_reading_the_body_is_tried_again() {
+    let hits = net::Gauge::default();
+    let seen = hits.clone();
+    let shed = move || {
+        drop(seen.enter());
+        async { (StatusCode::SERVICE_UNAVAILABLE, "busy") }
+    };
+    let addr = net::serve(Router::new().route("/", any(shed))).await;
+    for http2 in [false, true] {
+        for size in [0, 10, 40 * KIB] {
+            let before = hits.total();
+            let client =
+                hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new())
+                    .http2_only(http2)
+                    .build_http();
+            let client = ServiceBuilder::new().layer(retry()).service(client);
+            let body = Full::new(Bytes::from(vec![b'x'; size]));
+            let put = Request::put(format!("http://{addr}/")).body(body).unwrap();
+            let response = soon(client.oneshot(put)).await.unwrap();
+            let attempts = Attempts::of(&response);
+            assert_eq!((attempts.made, attempts.stop), (3, Stop::AttemptsUsedUp), "{http2} {size}");
+            assert_eq!(hits.total() - before, 3);
+        }
+    }
+}
