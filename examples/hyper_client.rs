@@ -6,7 +6,7 @@
 
 use std::{
     sync::atomic::{AtomicUsize, Ordering::SeqCst},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use axum::{Router, http::StatusCode, response::IntoResponse, routing::any};
@@ -18,7 +18,7 @@ use bytes::Bytes;
 use http::{Method, Request};
 use http_body_util::{BodyExt, Full};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, time::Instant};
 use tower::{Service, ServiceBuilder, ServiceExt};
 
 #[tokio::main]

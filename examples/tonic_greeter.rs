@@ -8,7 +8,7 @@
 
 use std::{
     sync::atomic::{AtomicUsize, Ordering::SeqCst},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use axum::{Router, body::Body, routing::post};
@@ -21,7 +21,10 @@ use futures_util::{
     stream::{self, BoxStream},
 };
 use http::{Request, uri::PathAndQuery};
-use tokio::{net::TcpListener, time::sleep};
+use tokio::{
+    net::TcpListener,
+    time::{Instant, sleep},
+};
 use tonic::{
     Code, Status, Streaming,
     client::GrpcService,

@@ -1,4 +1,4 @@
-//! A Tower service around a [`reqwest::Client`](::reqwest::Client) that speaks `http`'s types.
+//! A Tower service around a [`reqwest::Client`] that speaks `http`'s types.
 //!
 //! reqwest's own service takes its own request type, which no layer for HTTP fits. [`HttpClient`] takes any
 //! [`http::Request`] and gives an [`http::Response`], so that every layer of this crate and of `tower-http`
@@ -42,13 +42,13 @@ use tower_service::Service;
 
 use crate::BoxError;
 
-/// A [`reqwest::Client`](::reqwest::Client) as a service of `http`'s types. Always ready; clones share the
+/// A [`reqwest::Client`] as a service of `http`'s types. Always ready; clones share the
 /// client's connections.
 ///
 /// # Errors
 ///
 /// A request that cannot be sent as it is (its URI has no scheme and host, or is neither `http` nor `https`)
-/// fails with reqwest's builder error, [`Error::is_builder`](::reqwest::Error::is_builder), whose source says
+/// fails with reqwest's builder error, [`Error::is_builder`], whose source says
 /// what is wrong; nothing was sent. All else is what the client gives.
 ///
 /// # Cancellation

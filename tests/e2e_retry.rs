@@ -10,7 +10,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use axum::{
@@ -33,6 +33,7 @@ use http_body::Frame;
 use http_body_util::{BodyExt, Empty, Full, StreamBody};
 use net::{HALF, client, closes_after, nobody, serve_counting, soon, until};
 use rpc::{Obedient, ask, channel, incoming};
+use tokio::time::Instant;
 use tonic::{Code, transport::Server};
 use tonic_health::pb::{health_client::HealthClient, health_server::HealthServer};
 use tower::{ServiceBuilder, ServiceExt};
