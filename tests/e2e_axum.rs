@@ -28,7 +28,10 @@ use hyper_util::{
 };
 use net::{Stage, answers, client, listener, send_all, serve, soon, until};
 use tower::{ServiceBuilder, ServiceExt};
-use tower_http::{compression::CompressionLayer, timeout::TimeoutLayer, trace::TraceLayer};
+use tower_http::{
+    catch_panic::CatchPanicLayer, compression::CompressionLayer, timeout::TimeoutLayer,
+    trace::TraceLayer,
+};
 
 const CALLERS: usize = 20;
 
@@ -499,4 +502,33 @@ async fn with_clients_that_come_and_go_on_many_threads_nothing_is_lost() {
     assert!(stage.inside.total() >= 3, "some got in: {}", stage.inside.total());
     // Neither a refusal nor a client that went away is a failure.
     assert_eq!((circuit.state(), circuit.snapshot().probes), (State::Closed, 0));
+}
+
+// ===== Panics =====
+
+/// Where a panic is caught before it ends the task, the call is dropped after it, not by it.
+#[tokio::test]
+async fn a_panic_counts_as_failure_whether_or_not_a_layer_catches_it() {
+    for caught in [false, true] {
+        let breaker = CircuitBreakerLayer::new(Trip::consecutive(2));
+        let state = breaker.handle();
+        let app = Router::new().route(
+            "/",
+            get(|| async {
+                if true {
+                    panic!("a handler's panic, as expected");
+                }
+            }),
+        );
+        let app = app.layer(breaker.respond());
+        let addr = serve(if caught { app.layer(CatchPanicLayer::new()) } else { app }).await;
+        for _ in 0..2 {
+            let result = soon(client().request(net::get(addr, "/"))).await;
+            assert_eq!(
+                result.map(|response| response.status().as_u16()).ok(),
+                caught.then_some(500)
+            );
+        }
+        until(|| state.state() == State::Open).await;
+    }
 }
