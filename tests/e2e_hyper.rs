@@ -300,6 +300,25 @@ async fn an_open_breaker_answers_without_the_upstream() {
 
 // ===== Request bodies =====
 
+/// Or clients that break off their uploads could open a gateway's circuit for everybody.
+#[tokio::test]
+async fn a_request_body_that_breaks_off_says_nothing_about_the_upstream() {
+    let app = Router::new().route("/", axum::routing::put(|body: Bytes| async { body }));
+    let addr = serve(app).await;
+    for http2 in [false, true] {
+        let (breaker, state) = touchy();
+        let limit = ConcurrencyLimitLayer::new(1);
+        let handle = limit.handle();
+        let client = Client::builder(TokioExecutor::new()).http2_only(http2).build_http::<Body>();
+        let client = ServiceBuilder::new().layer(breaker).layer(limit).service(client);
+        let gone = || std::io::Error::from(std::io::ErrorKind::ConnectionReset);
+        let chunks = futures_util::stream::iter([Ok(Bytes::from_static(b"hel")), Err(gone())]);
+        let put = Request::put(format!("http://{addr}/")).body(Body::from_stream(chunks)).unwrap();
+        let error = soon(client.oneshot(put)).await.unwrap_err();
+        assert_eq!((state.state(), handle.in_flight()), (State::Closed, 0), "{error:?}");
+    }
+}
+
 #[tokio::test]
 async fn request_bodies_of_any_type_pass_through() {
     let app =

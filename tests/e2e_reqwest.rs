@@ -20,7 +20,8 @@ use buttress::{
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use http::{Request, StatusCode};
-use http_body_util::{BodyExt, Empty, Full};
+use http_body::Frame;
+use http_body_util::{BodyExt, Empty, Full, StreamBody};
 use net::{HALF, Stage, closes_after, never_answers, nobody, serve, soon, until};
 use tokio::{sync::mpsc, task::JoinSet};
 use tower::{Service, ServiceBuilder, ServiceExt};
@@ -70,9 +71,7 @@ async fn bodies_stream_both_ways_at_the_same_time() {
         Some((Ok::<_, BoxError>(Bytes::from(body.recv().await?)), body))
     });
     let request = Request::post(format!("http://{addr}/echo"));
-    let request = request
-        .body(http_body_util::StreamBody::new(body.map(|chunk| chunk.map(http_body::Frame::data))))
-        .unwrap();
+    let request = request.body(StreamBody::new(body.map(|chunk| chunk.map(Frame::data)))).unwrap();
     let mut call = pin!(client().oneshot(request));
     // The head comes back before the body is at its end, and every chunk before the next is sent.
     let mut response = None;
@@ -209,4 +208,22 @@ async fn errors_on_the_way_are_told_apart() {
             other => panic!("{expected:?}: no probe failed, {other:?}"),
         }
     }
+}
+
+#[tokio::test]
+async fn a_request_that_is_at_fault_says_nothing_about_the_upstream() {
+    let addr = upstream(&Stage::default()).await;
+    let breaker = CircuitBreakerLayer::new(Trip::consecutive(1));
+    let state = breaker.handle();
+    let client = ServiceBuilder::new().layer(breaker).service(client());
+    let relative = Request::new(Empty::<Bytes>::new());
+    soon(client.clone().oneshot(relative)).await.unwrap_err();
+    let gone = std::io::Error::from(std::io::ErrorKind::ConnectionReset);
+    let frames = stream::iter([Ok(Frame::data(Bytes::from_static(b"hel"))), Err(gone)]);
+    let post = Request::post(format!("http://{addr}/echo")).body(StreamBody::new(frames)).unwrap();
+    match soon(client.oneshot(post)).await {
+        Err(error) => assert!(error.is::<reqwest::Error>(), "{error}"),
+        Ok(response) => drop(soon(response.into_body().collect()).await.unwrap_err()),
+    }
+    assert_eq!(state.state(), State::Closed);
 }

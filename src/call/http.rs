@@ -109,6 +109,8 @@ pub(crate) fn of_error(error: &(dyn Error + 'static)) -> Outcome {
                 Reason::Timeout | Reason::ConnectTimeout => reason = Reason::ConnectTimeout,
                 _ => {}
             },
+            // Neutral, whatever it was that broke the request off.
+            Some(Reason::Caller) => return Outcome::cancelled().because(Reason::Caller),
             Some(found) => reason = found,
             None => {}
         }
@@ -138,6 +140,9 @@ fn reason_of(error: &(dyn Error + 'static)) -> Option<Reason> {
     }
     #[cfg(feature = "reqwest")]
     if let Some(error) = error.downcast_ref::<reqwest::Error>() {
+        if error.is_builder() {
+            return Some(Reason::Caller);
+        }
         if error.is_connect() {
             return Some(Reason::ConnectFailed);
         }
@@ -167,6 +172,9 @@ fn of_io(kind: io::ErrorKind) -> Option<Reason> {
 
 #[cfg(feature = "hyper")]
 fn of_hyper(error: &hyper::Error) -> Option<Reason> {
+    if error.is_user() {
+        return Some(Reason::Caller);
+    }
     if error.is_canceled() || error.is_closed() {
         return Some(Reason::NeverSent);
     }
@@ -178,6 +186,10 @@ fn of_hyper(error: &hyper::Error) -> Option<Reason> {
 
 #[cfg(feature = "hyper")]
 fn of_h2(error: &h2::Error) -> Option<Reason> {
+    // Reset by neither the server nor the library: hyper's way to say that the request body broke off.
+    if error.is_reset() && !error.is_remote() && !error.is_library() {
+        return Some(Reason::Caller);
+    }
     if error.is_reset() && error.is_remote() && error.reason() == Some(h2::Reason::REFUSED_STREAM) {
         return Some(Reason::RefusedStream);
     }

@@ -60,6 +60,8 @@ pub enum Reason {
     MissingStatus,
     /// The caller dropped the call.
     Dropped,
+    /// The request was at fault: its body broke off, or it could not be sent as it is.
+    Caller,
     /// The call panicked.
     Panicked,
     /// A layer of this crate refused it further in: it never reached what was called.
