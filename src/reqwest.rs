@@ -23,6 +23,9 @@
 //! # }
 //! ```
 //!
+//! It takes bodies of any type, request by request. Therefore `ready()` needs to be told which, as in
+//! `ServiceExt::<http::Request<Empty<Bytes>>>::ready(&mut client)`; `oneshot` on a clone does not.
+//!
 //! # Timeouts, redirects, cookies
 //!
 //! Whatever the client was built with holds. A redirect is followed inside, within one call of the layers

@@ -15,7 +15,10 @@ use buttress::{
 use bytes::Bytes;
 use http::{Request, StatusCode};
 use http_body_util::{BodyExt, Empty, Full};
-use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use hyper_util::{
+    client::legacy::Client,
+    rt::{TokioExecutor, TokioIo},
+};
 use net::{HALF, Stage, client, closes_after, never_answers, nobody, serve, soon, until};
 use tokio::task::JoinSet;
 use tower::{Service, ServiceBuilder, ServiceExt};
@@ -337,4 +340,42 @@ async fn request_bodies_of_any_type_pass_through() {
     let streamed = Request::post(&uri).body(Body::from_stream(chunks)).unwrap();
     let response = soon(stack.service(client()).oneshot(streamed)).await.unwrap();
     assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "stream");
+}
+
+// ===== Upgrades =====
+
+/// WebSockets and the like: the bytes go past the layers on both sides, and the call is over with its head.
+#[tokio::test]
+async fn an_upgraded_connection_passes_through_and_holds_no_place() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let limit = ConcurrencyLimitLayer::new(1);
+    let there = limit.handle();
+    let app = Router::new().route(
+        "/",
+        get(|request: axum::extract::Request| async move {
+            tokio::spawn(async move {
+                let mut io = TokioIo::new(hyper::upgrade::on(request).await.unwrap());
+                let mut word = [0; 5];
+                io.read_exact(&mut word).await.unwrap();
+                io.write_all(&word).await.unwrap();
+            });
+            (StatusCode::SWITCHING_PROTOCOLS, [("connection", "upgrade"), ("upgrade", "echo")])
+        }),
+    );
+    let addr = serve(app.layer(limit.respond())).await;
+    let limit = ConcurrencyLimitLayer::new(1);
+    let here = limit.handle();
+    let client =
+        ServiceBuilder::new().layer(CircuitBreakerLayer::http()).layer(limit).service(client());
+    let mut request = net::get(addr, "/");
+    request.headers_mut().insert("connection", "upgrade".parse().unwrap());
+    request.headers_mut().insert("upgrade", "echo".parse().unwrap());
+    let response = soon(client.oneshot(request)).await.unwrap();
+    assert_eq!(response.status(), StatusCode::SWITCHING_PROTOCOLS);
+    let mut io = TokioIo::new(soon(hyper::upgrade::on(response)).await.unwrap());
+    assert_eq!((here.in_flight(), there.in_flight()), (0, 0));
+    soon(io.write_all(b"hello")).await.unwrap();
+    let mut word = [0; 5];
+    soon(io.read_exact(&mut word)).await.unwrap();
+    assert_eq!(&word, b"hello");
 }

@@ -320,6 +320,43 @@ async fn a_refused_stream_is_sent_again_for_any_method_and_at_once() {
     assert_eq!(seen.load(Ordering::SeqCst), 2);
 }
 
+/// RFC 9113 §6.8: a server that goes away names the last stream it looked at; ours is above it.
+#[cfg(feature = "hyper")]
+#[tokio::test]
+async fn a_stream_above_goaway_s_last_is_sent_again_for_any_method() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    const SETTINGS: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
+    const GOAWAY_LAST_0_NO_ERROR: &[u8] = &[0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    const HEADERS: u8 = 1;
+    let (listener, addr) = net::listener().await;
+    tokio::spawn(async move {
+        // The first connection goes away at the first request.
+        let (mut tcp, _) = listener.accept().await.unwrap();
+        tcp.write_all(SETTINGS).await.unwrap();
+        tcp.read_exact(&mut [0; b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".len()]).await.unwrap();
+        let mut head = [0; 9];
+        while head[3] != HEADERS {
+            tcp.read_exact(&mut head).await.unwrap();
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+            tcp.read_exact(&mut vec![0; length]).await.unwrap();
+        }
+        tcp.write_all(GOAWAY_LAST_0_NO_ERROR).await.unwrap();
+        // The second one answers.
+        let (second, _) = listener.accept().await.unwrap();
+        let mut connection = h2::server::handshake(second).await.unwrap();
+        while let Some(Ok((_, mut respond))) = connection.accept().await {
+            respond.send_response(http::Response::new(()), true).unwrap();
+        }
+        drop(tcp);
+    });
+    let http2 = hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new())
+        .http2_only(true)
+        .build_http();
+    let client = ServiceBuilder::new().layer(retry()).service(http2);
+    let response = soon(client.oneshot(request(Method::POST, addr, "/", "hello"))).await.unwrap();
+    assert_eq!((response.status(), Attempts::of(&response).made), (StatusCode::OK, 2));
+}
+
 // ===== reqwest =====
 
 #[cfg(feature = "reqwest")]
