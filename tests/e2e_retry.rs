@@ -287,6 +287,19 @@ async fn what_never_left_is_retried_for_any_method_and_what_may_have_is_not() {
     }
 }
 
+/// Nothing has been read of a body whose request never left, however long it is.
+#[tokio::test]
+async fn a_body_over_the_cap_that_never_left_is_retried() {
+    let addr = nobody().await;
+    for method in [Method::PUT, Method::POST] {
+        let client = ServiceBuilder::new().layer(retry()).service(client());
+        let body = Full::new(Bytes::from(vec![b'x'; 1024 * KIB]));
+        let request = Request::builder().method(method).uri(format!("http://{addr}/"));
+        let error = soon(client.oneshot(request.body(body).unwrap())).await.unwrap_err();
+        assert_eq!(Attempts::find(&*error).unwrap().made, 3, "{error:?}");
+    }
+}
+
 /// RFC 9113 §8.7: the server has not looked at it, so a POST may go again, and its body with it.
 #[cfg(feature = "hyper")]
 #[tokio::test]

@@ -16,8 +16,7 @@ pin_project! {
     /// A request body that can be sent again.
     ///
     /// It copies what it sends, lazily and up to a cap; beyond the cap it goes on streaming and only
-    /// loses its retries. Trailers are sent again too. A body that is empty, or known to be over the
-    /// cap, is not wrapped at all.
+    /// loses its retries. Trailers are sent again too. A body that is empty is not wrapped at all.
     pub struct ReplayBody<B> {
         #[pin]
         kind: Kind<B>,
@@ -37,8 +36,6 @@ pin_project! {
 pub(super) enum Tape<B> {
     /// There is nothing to send.
     Empty,
-    /// It cannot be sent again.
-    Gone,
     /// What has been sent so far, and the rest.
     Taped(Arc<Mutex<Reel<B>>>),
 }
@@ -82,9 +79,8 @@ impl<B: Body> ReplayBody<B> {
         if body.is_end_stream() {
             return (Self { kind: Kind::Empty }, Tape::Empty);
         }
-        if cap > 0 && body.size_hint().lower() > cap {
-            return (Self { kind: Kind::Through { body } }, Tape::Gone);
-        }
+        // One that will not fit is not copied at all, but can be sent as long as it has not begun.
+        let cap = if body.size_hint().lower() > cap { 0 } else { cap };
         let reel = Arc::new(Mutex::new(Reel {
             rest: Some(Box::pin(body)),
             sent: Vec::new(),
@@ -109,7 +105,6 @@ impl<B> Tape<B> {
     pub(super) fn repeatable(&self) -> Repeatable {
         match self {
             Self::Empty => Repeatable::Yes,
-            Self::Gone => Repeatable::No,
             Self::Taped(reel) => {
                 let reel = lock(reel);
                 match (reel.torn, reel.in_use) {
@@ -125,7 +120,7 @@ impl<B> Tape<B> {
     /// it is known to be dead: that reader is cut off.
     pub(super) fn replay(&self) -> ReplayBody<B> {
         let kind = match self {
-            Self::Empty | Self::Gone => Kind::Empty,
+            Self::Empty => Kind::Empty,
             Self::Taped(reel) => {
                 let turn = {
                     let mut reel = lock(reel);
