@@ -16,8 +16,10 @@ use axum::{
     Router, error_handling::HandleErrorLayer, extract::Request, middleware::Next, routing::get,
 };
 use buttress::{
-    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Rejected, Trip, breaker::State,
-    call::Respond, limit::ConcurrencyLimitHandle,
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Rejected, Trip,
+    breaker::{CircuitBreakerHandle, State},
+    call::Respond,
+    limit::ConcurrencyLimitHandle,
 };
 use http::StatusCode;
 use http_body_util::BodyExt;
@@ -298,6 +300,71 @@ async fn a_handler_that_recovers_closes_the_breaker() {
     assert_eq!(answer.status, StatusCode::OK);
     until(|| state.state() == State::Closed).await;
     assert_eq!(state.snapshot().probes, 0);
+}
+
+/// A route that fails once, then is a [`Stage`], behind a breaker that is half-open by now.
+async fn half_open() -> (std::net::SocketAddr, Stage, CircuitBreakerHandle) {
+    let (stage, failed) = (Stage::default(), Arc::new(AtomicUsize::new(0)));
+    let inner = stage.clone();
+    let handler = get(move || async move {
+        match failed.fetch_add(1, Ordering::SeqCst) {
+            0 => Err(StatusCode::INTERNAL_SERVER_ERROR),
+            _ => Ok(inner.plain().await),
+        }
+    });
+    let breaker =
+        CircuitBreakerLayer::new(Trip::consecutive(1)).open_for(Duration::from_millis(20));
+    let state = breaker.handle();
+    let addr = serve(Router::new().route("/", handler).layer(breaker.respond())).await;
+    answers(&mut send_all(addr, ["/"]), 1).await;
+    while state.state() == State::Open {
+        soon(state.changed()).await;
+    }
+    assert_eq!(state.state(), State::HalfOpen);
+    (addr, stage, state)
+}
+
+#[tokio::test]
+async fn half_open_lets_one_probe_through_of_twenty_callers() {
+    let (addr, stage, state) = half_open().await;
+    let mut calls = send_all(addr, repeat_n("/", CALLERS));
+    for refused in answers(&mut calls, CALLERS - 1).await {
+        assert_eq!(refused.status, StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(refused.headers["retry-after"], "1");
+    }
+    assert_eq!((stage.inside.now(), stage.inside.total(), state.snapshot().probes), (1, 1, 1));
+    stage.open();
+    assert_eq!(answers(&mut calls, 1).await[0].status, StatusCode::OK);
+    until(|| state.state() == State::Closed).await;
+    assert_eq!(state.snapshot().probes, 0);
+}
+
+#[tokio::test]
+async fn a_probe_whose_client_goes_away_does_not_shut_the_gate_for_ever() {
+    let (addr, stage, state) = half_open().await;
+    for round in 1..=3 {
+        let mut probe = send_all(addr, ["/"]);
+        until(|| stage.inside.total() == round).await;
+        assert_eq!(state.snapshot().probes, 1);
+        probe.abort_all();
+        until(|| stage.inside.now() == 0 && state.snapshot().probes == 0).await;
+        assert_eq!(state.state(), State::HalfOpen);
+    }
+    stage.open();
+    assert_eq!(answers(&mut send_all(addr, ["/"]), 1).await[0].status, StatusCode::OK);
+    until(|| state.state() == State::Closed).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_open_breaker_refuses_many_callers_at_once_and_nobody_hangs() {
+    let breaker = CircuitBreakerLayer::http();
+    let state = breaker.handle();
+    let addr = serve(routes(&Stage::default()).layer(breaker.respond())).await;
+    state.force_open();
+    for answer in answers(&mut send_all(addr, repeat_n("/a", 200)), 200).await {
+        assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+    }
+    assert_eq!(state.snapshot().refused, 200);
 }
 
 // ===== Calls that end badly =====
