@@ -1,0 +1,84 @@
+//! What today's crates get wrong under axum, over a real server on TCP.
+#![cfg(all(feature = "breaker", feature = "limit"))]
+
+mod breaker;
+mod ends;
+mod limit;
+mod mixed;
+#[path = "../net/mod.rs"]
+mod net;
+
+use std::{
+    iter::repeat_n,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{
+    Router, error_handling::HandleErrorLayer, extract::Request, middleware::Next, routing::get,
+};
+use buttress::{
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Rejected, Trip,
+    breaker::{CircuitBreakerHandle, State},
+    call::Respond,
+    limit::ConcurrencyLimitHandle,
+};
+use http::StatusCode;
+use http_body_util::BodyExt;
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+    service::TowerToHyperService,
+};
+use net::{Stage, answers, client, listener, send_all, serve, soon, until};
+use tower::{ServiceBuilder, ServiceExt};
+use tower_http::{
+    catch_panic::CatchPanicLayer, compression::CompressionLayer, timeout::TimeoutLayer,
+    trace::TraceLayer,
+};
+
+const CALLERS: usize = 20;
+
+/// Two at once; everybody else waits.
+fn two() -> (ConcurrencyLimitLayer<buttress::call::Http, Respond>, ConcurrencyLimitHandle) {
+    let limit = ConcurrencyLimitLayer::new(2).queue(64, Duration::from_secs(10));
+    let handle = limit.handle();
+    (limit.respond(), handle)
+}
+
+/// Twenty callers: two get in and eighteen wait until somebody leaves, however the server is built.
+async fn two_of_twenty(
+    addr: std::net::SocketAddr,
+    stage: Stage,
+    limit: ConcurrencyLimitHandle,
+    paths: &[&'static str],
+) {
+    let mut calls = send_all(addr, paths.iter().copied().cycle().take(CALLERS));
+    until(|| limit.snapshot().waiting as usize == CALLERS - 2).await;
+    until(|| stage.inside.now() == 2).await;
+    stage.open();
+    for answer in answers(&mut calls, CALLERS).await {
+        assert_eq!((answer.status, &answer.body[..]), (StatusCode::OK, &b"hello"[..]));
+    }
+    assert_eq!((stage.inside.peak(), stage.inside.total()), (2, CALLERS));
+    all_free(&stage, &limit).await;
+    assert_eq!(limit.snapshot().refused_full + limit.snapshot().refused_waited, 0);
+}
+
+/// The client has its last byte a moment before the server lets go of the body.
+async fn all_free(stage: &Stage, limit: &ConcurrencyLimitHandle) {
+    until(|| stage.inside.now() == 0).await;
+    until(|| limit.in_flight() == 0 && limit.snapshot().waiting == 0).await;
+}
+
+fn routes(stage: &Stage) -> Router {
+    let (a, b, c, d) = (stage.clone(), stage.clone(), stage.clone(), stage.clone());
+    Router::new()
+        .route("/a", get(move || a.plain()))
+        .route("/b", get(move || b.plain()))
+        .route("/stream", get(move || c.streaming()))
+        .route("/cut", get(move || d.breaking_off()))
+}

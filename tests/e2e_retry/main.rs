@@ -1,0 +1,114 @@
+//! Retry over breaker over limit, over hyper-util, reqwest and tonic, against real servers.
+#![cfg(all(feature = "breaker", feature = "limit", feature = "retry"))]
+
+mod clients;
+#[path = "../net/mod.rs"]
+mod net;
+#[path = "../rpc/mod.rs"]
+mod rpc;
+mod rules;
+mod wire;
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::{Path, State as Shared},
+    response::{IntoResponse, Response},
+    routing::any,
+};
+use buttress::{
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Rejected, RetryLayer, Trip,
+    breaker::State,
+    call::RejectedKind,
+    retry::{Attempts, Backoff, Stop},
+};
+use bytes::Bytes;
+use futures_util::stream;
+use http::{HeaderMap, Method, Request, StatusCode};
+use http_body::Frame;
+use http_body_util::{BodyExt, Empty, Full, StreamBody};
+use net::{HALF, client, closes_after, nobody, serve_counting, soon, until};
+use rpc::{Obedient, ask, channel, incoming};
+use tokio::time::Instant;
+use tonic::{Code, transport::Server};
+use tonic_health::pb::{health_client::HealthClient, health_server::HealthServer};
+use tower::{ServiceBuilder, ServiceExt};
+use tower_http::map_request_body::MapRequestBodyLayer;
+
+const KIB: usize = 1024;
+
+/// A retry that does not keep the tests waiting.
+fn retry() -> RetryLayer {
+    RetryLayer::http().backoff(Backoff::constant(Duration::from_millis(1))).without_budget()
+}
+
+// ===== An upstream that fails as it is asked to =====
+
+/// What it has heard: the body of every attempt.
+#[derive(Clone, Default)]
+struct Heard(Arc<std::sync::Mutex<Vec<Bytes>>>);
+
+impl Heard {
+    fn attempts(&self) -> usize {
+        self.0.lock().unwrap().len()
+    }
+
+    fn bodies(&self) -> Vec<Bytes> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
+/// `/status/failures/size`: answers so many times with that status and a body of that size, then echoes.
+async fn upstream() -> (SocketAddr, Heard, net::Gauge) {
+    let heard = Heard::default();
+    let answer = |Shared(heard): Shared<Heard>,
+                  Path((status, failures, size)): Path<(u16, usize, usize)>,
+                  headers: HeaderMap,
+                  body: Bytes| async move {
+        let attempt = {
+            let mut heard = heard.0.lock().unwrap();
+            heard.push(body.clone());
+            heard.len()
+        };
+        if attempt > failures {
+            return body.into_response();
+        }
+        let mut response: Response =
+            (StatusCode::from_u16(status).unwrap(), vec![b'x'; size]).into_response();
+        if let Some(after) = headers.get("x-say-retry-after") {
+            response.headers_mut().insert("retry-after", after.clone());
+        }
+        response
+    };
+    let app =
+        Router::new().route("/{status}/{failures}/{size}", any(answer)).with_state(heard.clone());
+    let (addr, connections) = serve_counting(app).await;
+    (addr, heard, connections)
+}
+
+fn request(
+    method: Method,
+    addr: SocketAddr,
+    path: &str,
+    body: &'static str,
+) -> Request<Full<Bytes>> {
+    let request = Request::builder().method(method).uri(format!("http://{addr}{path}"));
+    request.body(Full::new(Bytes::from_static(body.as_bytes()))).unwrap()
+}
+
+async fn read<B>(response: http::Response<B>) -> Bytes
+where
+    B: http_body::Body,
+    B::Error: std::fmt::Debug,
+{
+    soon(response.into_body().collect()).await.unwrap().to_bytes()
+}

@@ -1,0 +1,146 @@
+//! Errors and answers on the wire: what never left, refused streams, GOAWAY, early answers.
+
+use super::*;
+
+// ===== Errors on the way =====
+
+#[tokio::test]
+async fn what_never_left_is_retried_for_any_method_and_what_may_have_is_not() {
+    for (addr, get, post) in [
+        (nobody().await, 3, 3),
+        (closes_after(b"").await, 3, 1),
+        // A head has been seen: what follows is the caller's.
+        (closes_after(HALF).await, 0, 0),
+    ] {
+        for (method, made) in [(Method::GET, get), (Method::POST, post)] {
+            let limit = ConcurrencyLimitLayer::new(1);
+            let handle = limit.handle();
+            let client = ServiceBuilder::new().layer(retry()).layer(limit).service(client());
+            let result = soon(client.oneshot(request(method.clone(), addr, "/", "hello"))).await;
+            match result {
+                Err(error) => {
+                    let attempts = Attempts::find(&*error).unwrap();
+                    assert_eq!(attempts.made, made, "{method} {error:?}");
+                }
+                Ok(response) => {
+                    assert_eq!(made, 0);
+                    soon(response.into_body().collect()).await.unwrap_err();
+                }
+            }
+            assert_eq!(handle.in_flight(), 0);
+        }
+    }
+}
+
+/// Nothing has been read of a body whose request never left, however long it is.
+#[tokio::test]
+async fn a_body_over_the_cap_that_never_left_is_retried() {
+    let addr = nobody().await;
+    for method in [Method::PUT, Method::POST] {
+        let client = ServiceBuilder::new().layer(retry()).service(client());
+        let body = Full::new(Bytes::from(vec![b'x'; 1024 * KIB]));
+        let request = Request::builder().method(method).uri(format!("http://{addr}/"));
+        let error = soon(client.oneshot(request.body(body).unwrap())).await.unwrap_err();
+        assert_eq!(Attempts::find(&*error).unwrap().made, 3, "{error:?}");
+    }
+}
+
+/// RFC 9113 §8.7: the server has not looked at it, so a POST may go again, and its body with it.
+#[cfg(feature = "hyper")]
+#[tokio::test]
+async fn a_refused_stream_is_sent_again_for_any_method_and_at_once() {
+    let (listener, addr) = net::listener().await;
+    let seen = Arc::new(AtomicUsize::new(0));
+    let counter = seen.clone();
+    tokio::spawn(async move {
+        loop {
+            let (tcp, _) = listener.accept().await.unwrap();
+            let seen = counter.clone();
+            tokio::spawn(async move {
+                let mut connection = h2::server::handshake(tcp).await.unwrap();
+                while let Some(Ok((_, mut respond))) = connection.accept().await {
+                    if seen.fetch_add(1, Ordering::SeqCst) == 0 {
+                        respond.send_reset(h2::Reason::REFUSED_STREAM);
+                    } else {
+                        respond.send_response(http::Response::new(()), true).unwrap();
+                    }
+                }
+            });
+        }
+    });
+    let http2 = hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new())
+        .http2_only(true)
+        .build_http();
+    let client =
+        ServiceBuilder::new().layer(retry()).layer(CircuitBreakerLayer::http()).service(http2);
+    let response = soon(client.oneshot(request(Method::POST, addr, "/", ""))).await.unwrap();
+    assert_eq!((response.status(), Attempts::of(&response).made), (StatusCode::OK, 2));
+    assert_eq!(seen.load(Ordering::SeqCst), 2);
+}
+
+/// RFC 9113 §6.8: a server that goes away names the last stream it looked at; ours is above it.
+#[cfg(feature = "hyper")]
+#[tokio::test]
+async fn a_stream_above_goaway_s_last_is_sent_again_for_any_method() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    const SETTINGS: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
+    const GOAWAY_LAST_0_NO_ERROR: &[u8] = &[0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    const HEADERS: u8 = 1;
+    let (listener, addr) = net::listener().await;
+    tokio::spawn(async move {
+        // The first connection goes away at the first request.
+        let (mut tcp, _) = listener.accept().await.unwrap();
+        tcp.write_all(SETTINGS).await.unwrap();
+        tcp.read_exact(&mut [0; b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".len()]).await.unwrap();
+        let mut head = [0; 9];
+        while head[3] != HEADERS {
+            tcp.read_exact(&mut head).await.unwrap();
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+            tcp.read_exact(&mut vec![0; length]).await.unwrap();
+        }
+        tcp.write_all(GOAWAY_LAST_0_NO_ERROR).await.unwrap();
+        // The second one answers.
+        let (second, _) = listener.accept().await.unwrap();
+        let mut connection = h2::server::handshake(second).await.unwrap();
+        while let Some(Ok((_, mut respond))) = connection.accept().await {
+            respond.send_response(http::Response::new(()), true).unwrap();
+        }
+        drop(tcp);
+    });
+    let http2 = hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new())
+        .http2_only(true)
+        .build_http();
+    let client = ServiceBuilder::new().layer(retry()).service(http2);
+    let response = soon(client.oneshot(request(Method::POST, addr, "/", "hello"))).await.unwrap();
+    assert_eq!((response.status(), Attempts::of(&response).made), (StatusCode::OK, 2));
+}
+
+// ===== Servers that answer before they have read =====
+
+/// A refusal of our own layer comes back while the request's body is still on its way.
+#[tokio::test]
+async fn a_server_that_sheds_without_reading_the_body_is_tried_again() {
+    let hits = net::Gauge::default();
+    let seen = hits.clone();
+    let shed = move || {
+        drop(seen.enter());
+        async { (StatusCode::SERVICE_UNAVAILABLE, "busy") }
+    };
+    let addr = net::serve(Router::new().route("/", any(shed))).await;
+    for http2 in [false, true] {
+        for size in [0, 10, 40 * KIB] {
+            let before = hits.total();
+            let client =
+                hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new())
+                    .http2_only(http2)
+                    .build_http();
+            let client = ServiceBuilder::new().layer(retry()).service(client);
+            let body = Full::new(Bytes::from(vec![b'x'; size]));
+            let put = Request::put(format!("http://{addr}/")).body(body).unwrap();
+            let response = soon(client.oneshot(put)).await.unwrap();
+            let attempts = Attempts::of(&response);
+            assert_eq!((attempts.made, attempts.stop), (3, Stop::AttemptsUsedUp), "{http2} {size}");
+            assert_eq!(hits.total() - before, 3);
+        }
+    }
+}
