@@ -146,11 +146,8 @@ impl<B: Body> Repeat<Request<B>> for Http {
         if rules.never || (rules.safe_only && !safe) {
             return (Request::from_parts(parts, ReplayBody::once(body)), None);
         }
-        // An unsafe one is only repeated if no server has looked at it: before a byte was read, or when
-        // a stream is refused, by then with its body sent. One too large to be kept still has the first.
-        let too_large = body.size_hint().lower() > rules.body_cap;
-        let cap = if !safe && too_large { 0 } else { rules.body_cap };
-        let (body, tape) = ReplayBody::new(body, cap);
+        // Also of an unsafe one: a refused stream's server did not look at it, but its body has gone out.
+        let (body, tape) = ReplayBody::new(body, rules.body_cap);
         let head = Request::from_parts(parts.clone(), ());
         (Request::from_parts(parts, body), Some(KeptRequest { head, tape, safe }))
     }
