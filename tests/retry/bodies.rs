@@ -113,7 +113,8 @@ proptest! {
                 prop_assert_eq!(&read.trailers, &end);
             }
             most = most.max(read.data.len() as u64);
-            let again = (tells && nothing) || !known_over && most <= cap;
+            // One that is known not to fit is sent again as long as nobody has read of it.
+            let again = (tells && nothing) || most <= if known_over { 0 } else { cap };
             let last = n + 1 == stops.len();
             prop_assert_eq!(reads.len() > n + 1, again && !last, "attempt {}", n);
             if n + 1 == reads.len() && stops.len() > 1 {
@@ -151,9 +152,8 @@ async fn over_the_cap_it_keeps_streaming_and_loses_its_retries() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn known_to_be_over_the_cap_it_is_not_wrapped() {
+async fn known_to_be_over_the_cap_it_is_not_copied() {
     let inner = Inner::<Script>::with(|_, request| async move {
-        assert_eq!(format!("{:?}", request.body()), "ReplayBody(through)");
         assert_eq!(request.body().size_hint().exact(), Some(11));
         let (data, end) = read(request.into_body()).await;
         assert_eq!((&data[..], end), (&b"hello world"[..], Some(map(&[("x-sum", "1")]))));
