@@ -1,4 +1,4 @@
-use std::{borrow::Cow, error::Error, fmt, io};
+use std::{borrow::Cow, error::Error, fmt, io, time::Duration};
 
 /// Any error, boxed: what a client stack fails with.
 pub type BoxError = Box<dyn Error + Send + Sync>;
@@ -35,6 +35,13 @@ impl ConfigError {
         remedy: impl Into<Cow<'static, str>>,
     ) -> Self {
         Self { field, value: format!("{value:?}"), remedy: remedy.into() }
+    }
+
+    pub(crate) fn above_zero(field: &'static str, value: Duration) -> Result<Duration, Self> {
+        if value.is_zero() {
+            return Err(Self::new(field, value, "use a time above zero"));
+        }
+        Ok(value)
     }
 }
 

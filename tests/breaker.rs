@@ -214,7 +214,7 @@ async fn opens_at_the_nth_failure_in_a_row() {
     for n in 1..=3 {
         assert_eq!(handle.state(), State::Closed);
         fail(&service, &watch).await;
-        assert_eq!(handle.snapshot().consecutive_failures, n);
+        assert_eq!(handle.snapshot().seen.consecutive_failures, n);
     }
     assert_eq!(handle.state(), State::Open);
     let seen = handle.snapshot();
@@ -252,7 +252,7 @@ async fn throttled_and_cancelled_calls_neither_count_nor_end_a_run_of_failures()
     fail(&service, &watch).await;
     call(&service, &watch, Then::Answer(status(429))).await.unwrap();
     drop(hold(&service));
-    assert_eq!(handle.snapshot().consecutive_failures, 1);
+    assert_eq!(handle.snapshot().seen.consecutive_failures, 1);
     fail(&service, &watch).await;
     assert_eq!(handle.state(), State::Open);
 }
@@ -411,7 +411,10 @@ async fn a_ratio_opens_at_its_share_and_not_before_enough_calls() {
     assert_eq!(handle.state(), State::Closed, "3 of 7");
     fail(&service, &watch).await;
     let seen = handle.snapshot();
-    assert_eq!((seen.state, seen.window_calls, seen.window_failures), (State::Open, 8, 4));
+    assert_eq!(
+        (seen.state, seen.seen.window_calls, seen.seen.window_failures),
+        (State::Open, 8, 4)
+    );
     assert_eq!(seen.last_trip, Some(Tripped::FailureRatio { failures: 4, calls: 8 }));
 }
 
@@ -444,9 +447,12 @@ async fn a_ratio_forgets_what_has_left_its_window() {
         fail(&service, &watch).await;
     }
     advance(Duration::from_millis(8_999)).await;
-    assert_eq!(handle.snapshot().window_failures, 3);
+    assert_eq!(handle.snapshot().seen.window_failures, 3);
     advance(Duration::from_millis(1_001)).await;
-    assert_eq!((handle.snapshot().window_calls, handle.snapshot().window_failures), (0, 0));
+    assert_eq!(
+        (handle.snapshot().seen.window_calls, handle.snapshot().seen.window_failures),
+        (0, 0)
+    );
     for _ in 0..3 {
         fail(&service, &watch).await;
     }
@@ -580,7 +586,7 @@ async fn stragglers_admitted_before_the_trip_never_count() {
     assert_eq!((handle.state(), handle.snapshot().probes), (State::HalfOpen, 1));
     handle.reset();
     end(&watch, 3, Err(Oops("late")));
-    assert_eq!((handle.state(), handle.snapshot().consecutive_failures), (State::Closed, 0));
+    assert_eq!((handle.state(), handle.snapshot().seen.consecutive_failures), (State::Closed, 0));
 }
 
 #[tokio::test(start_paused = true)]
@@ -649,7 +655,7 @@ async fn held_open_held_closed_and_reset() {
         fail(&service, &watch).await;
     }
     assert_eq!(handle.state(), State::ForcedClosed);
-    assert_eq!(handle.snapshot().consecutive_failures, 0, "nothing is counted");
+    assert_eq!(handle.snapshot().seen.consecutive_failures, 0, "nothing is counted");
 
     handle.reset();
     assert_eq!(handle.state(), State::Closed);

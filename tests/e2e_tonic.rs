@@ -119,7 +119,7 @@ async fn breaker_under_tonic_counts_failures_in_the_trailers() {
         let mut watch = soon(bare(addr).watch(ask("cut 14"))).await.unwrap().into_inner();
         assert_eq!(soon(watch.message()).await.unwrap().unwrap().status, 1);
         assert_eq!(soon(watch.message()).await.unwrap_err().code(), Code::Unavailable);
-        until(|| state.snapshot().consecutive_failures == round || state.state() == State::Open)
+        until(|| state.snapshot().seen.consecutive_failures == round || state.state() == State::Open)
             .await;
     }
     assert_eq!(state.state(), State::Open);
@@ -217,11 +217,11 @@ async fn a_client_s_breaker_counts_failures_in_the_head_and_in_the_trailers() {
     for _ in 0..2 {
         assert_eq!(soon(client.check(ask("14"))).await.unwrap_err().code(), Code::Unavailable);
     }
-    assert_eq!(state.snapshot().consecutive_failures, 2);
+    assert_eq!(state.snapshot().seen.consecutive_failures, 2);
     for failures in 3..=4 {
         let mut watch = soon(client.watch(ask("cut 13"))).await.unwrap().into_inner();
         assert_eq!(
-            state.snapshot().consecutive_failures,
+            state.snapshot().seen.consecutive_failures,
             failures - 1,
             "a good head is no verdict"
         );

@@ -138,7 +138,7 @@ async fn a_time_window_with_100_000_calls_in_it_is_as_cheap_as_an_empty_one() {
     for _ in 0..100_000 {
         ask(&mut full_one, Ok(()));
     }
-    assert_eq!(full.handle().snapshot().window_calls, 100_000);
+    assert_eq!(full.handle().snapshot().seen.window_calls, 100_000);
     let mut quickest = [Duration::MAX; 2];
     for _ in 0..20 {
         empty.handle().reset();

@@ -57,23 +57,23 @@ impl<P, M, R> Plan<P, M, R> {
 macro_rules! admission_layer {
     (
         $(#[$layer_doc:meta])* layer $Layer:ident { $($field:ident: $G:ident),* }
-        $(#[$service_doc:meta])* service $Service:ident
+        $(#[$service_doc:meta])* service $Service:ident [$($K:ident),*]
         policy $Policy:ty
     ) => {
         $(#[$layer_doc])*
         #[must_use = "a layer does nothing until it wraps a service"]
         #[derive(Clone)]
-        pub struct $Layer<$($G,)* M = $crate::call::Http, R = $crate::call::AsError> {
+        pub struct $Layer<$($K,)* $($G,)* M = $crate::call::Http, R = $crate::call::AsError> {
             plan: $crate::admission::Plan<$Policy, M, R>,
             $($field: $G,)*
         }
 
-        impl<$($G,)* M, R> $Layer<$($G,)* M, R> {
+        impl<$($K,)* $($G,)* M, R> $Layer<$($K,)* $($G,)* M, R> {
             /// Judges calls by a closure: for services of any request and response types.
             ///
             /// It gets exactly what the wrapped service gives, as `Result<&Response, &Error>`. A call is
             /// then over with its response.
-            pub fn classify<C, Res, E>(self, classify: C) -> $Layer<$($G,)* $crate::call::Classify<C>, R>
+            pub fn classify<C, Res, E>(self, classify: C) -> $Layer<$($K,)* $($G,)* $crate::call::Classify<C>, R>
             where
                 C: for<'a> Fn(Result<&'a Res, &'a E>) -> $crate::call::Outcome
                     + Clone
@@ -85,7 +85,7 @@ macro_rules! admission_layer {
             }
 
             /// Judges HTTP response heads by a closure; bodies are followed to their end all the same.
-            pub fn classify_head<C>(self, classify: C) -> $Layer<$($G,)* $crate::call::ClassifyHead<C>, R>
+            pub fn classify_head<C>(self, classify: C) -> $Layer<$($K,)* $($G,)* $crate::call::ClassifyHead<C>, R>
             where
                 C: Fn(::http::StatusCode, &::http::HeaderMap) -> $crate::call::Outcome
                     + Clone
@@ -99,7 +99,7 @@ macro_rules! admission_layer {
             /// Judges calls by a classifier of `tower_http::classify`, at the head or in the trailers.
             #[cfg(feature = "tower-http")]
             #[cfg_attr(docsrs, doc(cfg(feature = "tower-http")))]
-            pub fn classifier<C>(self, classifier: C) -> $Layer<$($G,)* $crate::call::TowerHttp<C>, R>
+            pub fn classifier<C>(self, classifier: C) -> $Layer<$($K,)* $($G,)* $crate::call::TowerHttp<C>, R>
             where
                 C: tower_http::classify::MakeClassifier + Clone + Send + Sync + 'static,
             {
@@ -107,18 +107,18 @@ macro_rules! admission_layer {
             }
 
             /// Judges nothing: a call is over with its response, whatever types the service has.
-            pub fn per_response(self) -> $Layer<$($G,)* $crate::call::PerResponse, R> {
+            pub fn per_response(self) -> $Layer<$($K,)* $($G,)* $crate::call::PerResponse, R> {
                 $Layer { plan: self.plan.with_protocol($crate::call::PerResponse), $($field: self.$field,)* }
             }
 
             /// Answers refused calls with a response, and leaves the service's error type alone: what a
             /// server wants, and a tonic client. See [`Respond`]($crate::call::Respond).
-            pub fn respond(self) -> $Layer<$($G,)* M, $crate::call::Respond> {
+            pub fn respond(self) -> $Layer<$($K,)* $($G,)* M, $crate::call::Respond> {
                 $Layer { plan: self.plan.with_reject($crate::call::Respond), $($field: self.$field,)* }
             }
 
             /// Answers refused calls with what a closure makes.
-            pub fn respond_with<F, Res, E>(self, answer: F) -> $Layer<$($G,)* M, $crate::call::RespondWith<F>>
+            pub fn respond_with<F, Res, E>(self, answer: F) -> $Layer<$($K,)* $($G,)* M, $crate::call::RespondWith<F>>
             where
                 F: Fn(&$crate::call::Rejected) -> Result<Res, E> + Clone + Send + Sync + 'static,
             {
@@ -138,43 +138,47 @@ macro_rules! admission_layer {
             }
         }
 
-        impl<$($G,)* M, R> ::std::fmt::Debug for $Layer<$($G,)* M, R> {
+        impl<$($K,)* $($G,)* M, R> ::std::fmt::Debug for $Layer<$($K,)* $($G,)* M, R> {
             fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
                 f.debug_struct(stringify!($Layer))
-                    .field("state", &*self.plan.policy)
+                    .field("state", &self.plan.policy)
                     .field("fault", &self.plan.fault)
                     .finish_non_exhaustive()
             }
         }
 
         $(#[$service_doc])*
-        pub struct $Service<S, M = $crate::call::Http, R = $crate::call::AsError> {
+        pub struct $Service<S, $($K,)* M = $crate::call::Http, R = $crate::call::AsError> {
             admission: $crate::admission::Admission<S, $Policy, M, R>,
         }
 
-        impl<S, M, R> $Service<S, M, R> {
+        impl<S, $($K,)* M, R> $Service<S, $($K,)* M, R> {
             /// The wrapped service.
             pub fn get_ref(&self) -> &S {
                 self.admission.inner()
             }
         }
 
-        impl<S: Clone, M: Clone, R: Clone> Clone for $Service<S, M, R> {
+        impl<S: Clone, $($K,)* M: Clone, R: Clone> Clone for $Service<S, $($K,)* M, R>
+        where
+            $Policy: Clone,
+        {
             fn clone(&self) -> Self {
                 Self { admission: self.admission.clone() }
             }
         }
 
-        impl<S, M, R> ::std::fmt::Debug for $Service<S, M, R> {
+        impl<S, $($K,)* M, R> ::std::fmt::Debug for $Service<S, $($K,)* M, R> {
             fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
                 f.debug_struct(stringify!($Service))
-                    .field("state", &**self.admission.policy())
+                    .field("state", self.admission.policy())
                     .finish_non_exhaustive()
             }
         }
 
-        impl<S, M, R, Req> ::tower_service::Service<Req> for $Service<S, M, R>
+        impl<S, $($K,)* M, R, Req> ::tower_service::Service<Req> for $Service<S, $($K,)* M, R>
         where
+            $Policy: $crate::admission::Policy<Req>,
             S: ::tower_service::Service<Req> + $crate::admission::Reusable,
             M: $crate::call::Protocol<Req, S::Response, S::Error>,
             R: $crate::call::Reject<Req, M::Response, S::Error>,

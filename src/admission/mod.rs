@@ -8,7 +8,7 @@ mod shut;
 
 use std::{future::Future, sync::Arc};
 
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
 
 pub use self::future::ResponseFuture;
 pub(crate) use self::{layer::Plan, layer::admission_layer, service::Admission};
@@ -50,6 +50,17 @@ pub trait Policy<Req>: Clone + Send + Sync + 'static {
     /// What wakes those who wait for the inner service when [`peek`](Self::peek) turns false, or their
     /// permit [stale](Self::is_stale).
     fn shut(&self) -> Option<&Arc<Notify>> {
+        None
+    }
+
+    /// Whether the service is not ready, instead of refusing, while [`peek`](Self::peek) is false: for
+    /// balancers. What [`shut`](Self::shut) gives wakes it.
+    fn holds_back(&self) -> bool {
+        false
+    }
+
+    /// When [`peek`](Self::peek) may turn true by time alone.
+    fn reopens_at(&self) -> Option<Instant> {
         None
     }
 }

@@ -9,7 +9,7 @@ use tower_service::Service;
 use super::{
     Admit, Policy, ResponseFuture,
     future::{Parked, State},
-    shut::ShutWatch,
+    shut::{HoldBack, ShutWatch},
 };
 use crate::call::{Label, Protocol, Reject, Rejected};
 
@@ -24,6 +24,7 @@ pub(crate) struct Admission<S, P, M, R> {
     /// `poll_ready` has said yes, and stays with it until the call, whatever changes in between.
     promised: bool,
     shut: ShutWatch,
+    hold: HoldBack,
 }
 
 /// What was done to the inner service since the last call.
@@ -53,6 +54,7 @@ impl<S, P, M, R> Admission<S, P, M, R> {
             readiness: Readiness::Untouched,
             promised: false,
             shut: ShutWatch::default(),
+            hold: HoldBack::default(),
         }
     }
 
@@ -93,15 +95,21 @@ where
         if self.promised {
             return Poll::Ready(Ok(()));
         }
-        if self.fault.is_none() && self.policy.peek() {
+        while self.fault.is_none() {
+            if !self.policy.peek() {
+                if !self.policy.holds_back() {
+                    break;
+                }
+                ready!(self.hold.poll::<Req, P>(cx, &self.policy));
+            }
             if let Poll::Ready(result) = self.inner.poll_ready(cx) {
                 result.map_err(R::error)?;
                 self.readiness = Readiness::Ready;
                 self.shut.forget();
-            } else {
-                self.readiness = Readiness::Polled;
-                ready!(self.shut.poll(cx, self.policy.shut(), || !self.policy.peek()));
+                break;
             }
+            self.readiness = Readiness::Polled;
+            ready!(self.shut.poll(cx, self.policy.shut(), || !self.policy.peek()));
         }
         self.promised = true;
         Poll::Ready(Ok(()))

@@ -5,7 +5,12 @@ use std::{
     task::{Context, Poll},
 };
 
-use tokio::sync::{Notify, futures::OwnedNotified};
+use tokio::{
+    sync::{Notify, futures::OwnedNotified},
+    time::{Sleep, sleep_until},
+};
+
+use super::Policy;
 
 /// Wakes who waits for an inner service when its layer will not let the call through any more.
 ///
@@ -41,5 +46,34 @@ impl ShutWatch {
 
     pub(super) fn forget(&mut self) {
         self.0 = None;
+    }
+}
+
+/// Keeps a service from being ready while its layer would refuse: for balancers.
+#[derive(Default)]
+pub(super) struct HoldBack {
+    reopened: ShutWatch,
+    by_time: Option<Pin<Box<Sleep>>>,
+}
+
+impl HoldBack {
+    /// Ready once a call would go.
+    pub(super) fn poll<Req, P: Policy<Req>>(
+        &mut self,
+        cx: &mut Context<'_>,
+        policy: &P,
+    ) -> Poll<()> {
+        loop {
+            if self.reopened.poll(cx, policy.shut(), || policy.peek()).is_ready() {
+                self.by_time = None;
+                return Poll::Ready(());
+            }
+            let Some(at) = policy.reopens_at() else { return Poll::Pending };
+            let by_time = self.by_time.get_or_insert_with(|| Box::pin(sleep_until(at)));
+            if by_time.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+            self.by_time = None;
+        }
     }
 }

@@ -1,11 +1,10 @@
-//! The machine behind a lock, and the word that lets a closed circuit do without it.
+//! One circuit: the cell with its clock, its name and those who are told of changes.
 
 use std::{
     fmt,
-    future::Ready,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -13,14 +12,15 @@ use std::{
 use tokio::sync::Notify;
 
 use super::{
+    cell::Cell,
+    counts::{Ended, TimeWindows},
     state::{Change, Machine, Refusal, Settings, State, Ticket},
     trip::Trip,
 };
 use crate::{
-    admission::{Admit, Policy},
     call::{
-        Clock, Finish, Hold, Label, LayerKind, Nanos, Outcome, OutcomeKind, Permit, Rejected,
-        RejectedKind, Shared, Token,
+        Clock, Finish, Hold, Label, LayerKind, Nanos, Outcome, Permit, Rejected, RejectedKind,
+        Shared, Token,
     },
     event,
 };
@@ -30,35 +30,44 @@ const PROBING: Duration = Duration::from_secs(1);
 
 /// One circuit.
 pub struct Circuit {
-    /// `generation << 4 | clean << 3 | state`: all that a call through a closed circuit reads.
-    word: AtomicU64,
-    /// When an open circuit's wait is over.
-    until: AtomicU64,
-    refused: AtomicU64,
-    machine: Mutex<Machine>,
-    /// Told of every change.
+    cell: Cell,
+    /// Told of every change, and of every slot that comes back.
     changed: Arc<Notify>,
     clock: Clock,
     label: OnceLock<Arc<Label>>,
+    refused: AtomicU64,
+    /// Refuses nobody, and counts whom it would have.
+    shadow: AtomicBool,
+    shadowed: AtomicU64,
+    /// Is not ready while it is open.
+    holds_back: AtomicBool,
+    /// Who may wait for the verdict of the probes, and for how long.
+    pub(super) most_waiting: AtomicU32,
+    pub(super) longest_wait_ms: AtomicU64,
+    pub(super) waiting: AtomicU32,
 }
 
-const CLEAN: u64 = 0b1000;
-const STATE: u64 = 0b0111;
+/// The generation of calls that count for nothing.
+const NO_GENERATION: u64 = u64::MAX >> 16;
 
 impl Circuit {
-    pub(super) fn new(trip: &Trip, settings: Settings) -> Self {
-        let circuit = Self {
-            word: AtomicU64::new(0),
-            until: AtomicU64::new(0),
-            refused: AtomicU64::new(0),
-            machine: Mutex::new(Machine::new(trip, settings)),
+    pub(super) fn new(trip: Trip, settings: Settings) -> Self {
+        Self {
+            cell: Cell::new(trip, settings),
             changed: Arc::new(Notify::new()),
             clock: Clock::new(),
             label: OnceLock::new(),
-        };
-        circuit.publish(&circuit.lock());
-        circuit
+            refused: AtomicU64::new(0),
+            shadow: AtomicBool::new(false),
+            shadowed: AtomicU64::new(0),
+            holds_back: AtomicBool::new(false),
+            most_waiting: AtomicU32::new(0),
+            longest_wait_ms: AtomicU64::new(0),
+            waiting: AtomicU32::new(0),
+        }
     }
+
+    // ===== Settings =====
 
     pub(super) fn name(&self, name: &str) {
         // The first name stays: refusals under way point at it.
@@ -66,16 +75,24 @@ impl Circuit {
     }
 
     pub(super) fn configure(&self, change: impl FnOnce(&mut Settings)) {
-        let mut machine = self.lock();
-        change(&mut machine.settings);
-        self.publish(&machine);
+        self.cell.with(|machine, _| change(&mut machine.settings));
     }
+
+    pub(super) fn set_shadow(&self, on: bool) {
+        self.shadow.store(on, Ordering::Relaxed);
+    }
+
+    pub(super) fn hold_back(&self) {
+        self.holds_back.store(true, Ordering::Relaxed);
+    }
+
+    // ===== Looking =====
 
     pub(super) fn now(&self) -> Nanos {
         self.clock.now()
     }
 
-    pub(super) fn changed(&self) -> &Notify {
+    pub(super) fn changed(&self) -> &Arc<Notify> {
         &self.changed
     }
 
@@ -83,181 +100,149 @@ impl Circuit {
         self.refused.load(Ordering::Relaxed)
     }
 
+    pub(super) fn shadowed(&self) -> u64 {
+        self.shadowed.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn holds_back(&self) -> bool {
+        self.holds_back.load(Ordering::Relaxed)
+    }
+
     /// The state, and how long it lasts if nothing happens.
     pub(super) fn state(&self) -> (State, Option<Duration>) {
-        match state_of(self.word.load(Ordering::Acquire)) {
-            State::Open => {
-                let now = self.now();
-                match self.until.load(Ordering::Relaxed).checked_sub(now) {
-                    None | Some(0) => (State::HalfOpen, None),
-                    Some(left) => (State::Open, Some(Duration::from_nanos(left))),
-                }
-            }
-            state => (state, None),
-        }
+        self.cell.state(|| self.now())
     }
 
-    pub(super) fn force(&self, to: State) {
-        let mut machine = self.lock();
-        let change = machine.force(to);
-        self.after(machine, Some(change));
+    /// Whether a call would go now.
+    #[inline]
+    pub(super) fn has_room(&self) -> bool {
+        let (room, change) = self.cell.has_room(|| self.now());
+        self.tell(change);
+        room || self.shadow.load(Ordering::Relaxed)
     }
 
-    pub(super) fn with_machine<T>(&self, look: impl FnOnce(&mut Machine) -> T) -> T {
-        look(&mut self.lock())
+    /// Whether this belongs to an earlier state.
+    pub(super) fn is_late(&self, token: Token) -> bool {
+        let generation = token.tag >> 16;
+        generation != NO_GENERATION && generation != self.cell.generation()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Machine> {
-        // Nothing of a user's runs under it; were it poisoned, the machine is still whole.
-        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Whether nothing would be lost with it: closed, and nothing counted.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.cell.with(|machine, times| {
+            let seen = machine.seen(self.now(), times);
+            machine.entered().0 == State::Closed && seen == Default::default()
+        })
     }
 
-    fn publish(&self, machine: &Machine) {
-        let (state, until) = machine.entered();
-        self.until.store(until, Ordering::Relaxed);
-        let clean = if machine.is_clean() { CLEAN } else { 0 };
-        self.word.store(machine.generation() << 4 | clean | state as u64, Ordering::Release);
+    // ===== Acting =====
+
+    /// Does something to the machine; whoever waits for a change is told of it.
+    pub(super) fn act(
+        &self,
+        act: impl FnOnce(&mut Machine, &TimeWindows, Nanos) -> Option<Change>,
+    ) {
+        let now = self.now();
+        let change = self.cell.with(|machine, times| act(machine, times, now));
+        self.tell(change);
     }
 
-    /// Publishes, lets go of the lock, and only then tells anybody.
-    fn after(&self, machine: MutexGuard<'_, Machine>, change: Option<Change>) {
-        self.publish(&machine);
-        drop(machine);
+    pub(super) fn look<T>(&self, look: impl FnOnce(&Machine, &TimeWindows, Nanos) -> T) -> T {
+        let now = self.now();
+        self.cell.with(|machine, times| look(machine, times, now))
+    }
+
+    /// With no lock held.
+    fn tell(&self, change: Option<Change>) {
         let Some(change) = change else { return };
         self.changed.notify_waiters();
         let name = self.label.get().map_or("", |label| &*label.name);
         match (change.to, change.tripped) {
             (State::Open, Some(why)) => {
                 event!(WARN, resilience.name = name, reason = %why, "circuit opened");
+                let _ = why;
             }
             (State::Closed, _) => event!(INFO, resilience.name = name, "circuit closed"),
-            (to, _) => event!(INFO, resilience.name = name, state = to.as_str(), "circuit changed"),
+            (to, _) => {
+                event!(INFO, resilience.name = name, state = to.as_str(), "circuit changed");
+                let _ = to;
+            }
         }
         let _ = name;
     }
 
-    fn refuse(&self, refusal: Refusal) -> Rejected {
+    // ===== Calls =====
+
+    #[inline]
+    pub(super) fn admit(circuit: &Shared<Self>) -> Result<Permit<Self>, Refusal> {
+        let (answer, change) = circuit.cell.admit(|| circuit.now(), fastrand::f64);
+        circuit.tell(change);
+        let ticket = match answer {
+            Ok(ticket) => ticket,
+            Err(_) if circuit.shadow.load(Ordering::Relaxed) => {
+                circuit.shadowed.fetch_add(1, Ordering::Relaxed);
+                Ticket { generation: NO_GENERATION, probe: 0 }
+            }
+            Err(refusal) => return Err(refusal),
+        };
+        if ticket.probe != 0 {
+            // It may have been the last slot: nobody need wait for the inner service any more.
+            circuit.changed.notify_waiters();
+        }
+        let started = if circuit.cell.measures() { circuit.now() } else { 0 };
+        let tag = ticket.generation << 16 | u64::from(ticket.probe);
+        Ok(circuit.permit(Token { tag, started }))
+    }
+
+    pub(super) fn refuse(&self, refusal: Refusal) -> Rejected {
         self.refused.fetch_add(1, Ordering::Relaxed);
+        event!(DEBUG, reason = ?refusal, "call refused");
         let by = |kind| Rejected::by(LayerKind::CircuitBreaker, kind);
         match refusal {
             Refusal::Open { left } => by(RejectedKind::Open).with_retry_after(left),
             Refusal::Probing => by(RejectedKind::Probing).with_retry_after(PROBING),
+            Refusal::Ramping { left } => {
+                by(RejectedKind::Recovering).with_retry_after(left.min(PROBING))
+            }
             Refusal::Forced => by(RejectedKind::ForcedOpen),
         }
         .labelled(self.label.get().cloned())
     }
 }
 
-fn state_of(word: u64) -> State {
-    match word & STATE {
-        0 => State::Closed,
-        1 => State::Open,
-        2 => State::HalfOpen,
-        3 => State::ForcedOpen,
-        _ => State::ForcedClosed,
-    }
-}
-
-fn token(ticket: Ticket) -> Token {
-    Token { tag: ticket.generation << 16 | u64::from(ticket.probe), started: 0 }
-}
-
 fn ticket(token: Token) -> Ticket {
     Ticket { generation: token.tag >> 16, probe: token.tag as u16 }
 }
 
-impl<Req> Policy<Req> for Shared<Circuit> {
-    type State = Circuit;
-    type Wait = Ready<Result<Permit<Circuit>, Rejected>>;
-
-    const LAYER: LayerKind = LayerKind::CircuitBreaker;
-
-    #[inline]
-    fn peek(&self) -> bool {
-        match state_of(self.word.load(Ordering::Acquire)) {
-            State::Closed | State::ForcedClosed => true,
-            State::Open => self.now() >= self.until.load(Ordering::Relaxed),
-            State::ForcedOpen => false,
-            State::HalfOpen => self.has_probe_left(),
-        }
-    }
-
-    #[inline]
-    fn admit(&self, _: &Req) -> Admit<Permit<Circuit>, Self::Wait> {
-        let word = self.word.load(Ordering::Acquire);
-        match state_of(word) {
-            State::Closed | State::ForcedClosed => {
-                let now = Ticket { generation: word >> 4, probe: 0 };
-                Admit::Go(self.permit(token(now)))
-            }
-            _ => self.admit_slowly(),
-        }
-    }
-
-    fn is_stale(&self, permit: &Permit<Circuit>) -> bool {
-        permit.token().tag >> 16 != self.word.load(Ordering::Acquire) >> 4
-    }
-
-    fn shut(&self) -> Option<&Arc<Notify>> {
-        Some(&self.changed)
-    }
-}
-
-impl Circuit {
-    fn has_probe_left(&self) -> bool {
-        let now = self.now();
-        let mut machine = self.lock();
-        let change = machine.end_leases(now);
-        let goes = machine.lets_through(now);
-        self.after(machine, change);
-        goes
-    }
-}
-
-impl Shared<Circuit> {
-    fn admit_slowly(&self) -> Admit<Permit<Circuit>, Ready<Result<Permit<Circuit>, Rejected>>> {
-        let now = self.now();
-        let mut machine = self.lock();
-        let (answer, change) = machine.admit(now);
-        let was_last = answer.is_ok() && !machine.lets_through(now);
-        self.after(machine, change);
-        if was_last {
-            // From here on others are refused: nobody need wait for the inner service.
-            self.changed.notify_waiters();
-        }
-        match answer {
-            Ok(ticket) => Admit::Go(self.permit(token(ticket))),
-            Err(refusal) => {
-                event!(DEBUG, reason = ?refusal, "call refused");
-                Admit::No(self.refuse(refusal))
-            }
-        }
-    }
-}
+/// Set in a token's time once it is how long the head took, and no more when the call began.
+const TOOK: u64 = 1 << 63;
 
 impl Finish for Circuit {
     #[inline]
-    fn finish(&self, token: Token, outcome: Outcome) {
-        let word = self.word.load(Ordering::Acquire);
-        let unchanged = match (state_of(word), outcome.kind()) {
-            (State::Closed, OutcomeKind::Success) => word & CLEAN != 0,
-            (State::Closed, OutcomeKind::Throttled | OutcomeKind::Cancelled) => true,
-            _ => false,
-        };
-        if unchanged || token.tag >> 16 != word >> 4 {
-            return;
+    fn head(&self, token: &mut Token, so_far: Outcome) {
+        if token.started != 0 {
+            token.started = TOOK | self.now().saturating_sub(token.started);
         }
-        let now = self.now();
-        let mut machine = self.lock();
-        let change = machine.finish(ticket(token), outcome, now);
-        self.after(machine, change);
+        self.cell.head(ticket(*token), so_far);
     }
 
     #[inline]
-    fn head(&self, token: Token, so_far: Outcome) {
-        if token.tag as u16 != 0 {
-            self.lock().head(ticket(token), so_far);
+    fn finish(&self, token: Token, outcome: Outcome) {
+        // One reading serves all who ask, and nobody asks about a clean run of failures.
+        let mut read = None;
+        let mut now = || *read.get_or_insert_with(|| self.now());
+        let took = match token.started {
+            0 => 0,
+            took if took & TOOK != 0 => took & !TOOK,
+            started => now().saturating_sub(started),
+        };
+        let ticket = ticket(token);
+        let change = self.cell.finish(ticket, Ended { outcome, took }, now, fastrand::f64);
+        if ticket.probe != 0 && change.is_none() {
+            // A slot may have come back.
+            self.changed.notify_waiters();
         }
+        self.tell(change);
     }
 
     #[inline]

@@ -1,7 +1,16 @@
 use std::{fmt, pin::pin, time::Duration};
 
-use super::{core::Circuit, state::State, trip::Tripped};
-use crate::call::Shared;
+use super::{
+    core::Circuit,
+    counts::Seen,
+    state::State,
+    trip::{Trip, Tripped},
+    wait::OpenFor,
+};
+use crate::{
+    ConfigError,
+    call::{Outcome, Shared},
+};
 
 /// Looks at a circuit and steers it, from outside of the stack.
 ///
@@ -17,12 +26,8 @@ pub struct CircuitBreakerSnapshot {
     pub state: State,
     /// How long an open circuit still refuses.
     pub open_for: Option<Duration>,
-    /// The failures in a row that the rules see.
-    pub consecutive_failures: u32,
-    /// The calls in the time window, if a rule has one.
-    pub window_calls: u64,
-    /// How many of them failed.
-    pub window_failures: u64,
+    /// What the rules have seen since it closed.
+    pub seen: Seen,
     /// Half-open probes under way.
     pub probes: usize,
     /// How often it opened.
@@ -31,9 +36,13 @@ pub struct CircuitBreakerSnapshot {
     pub last_trip: Option<Tripped>,
     /// How many calls it refused.
     pub refused: u64,
+    /// How many calls it would have refused, had it not been in [shadow mode](CircuitBreakerHandle::shadow).
+    pub shadowed: u64,
 }
 
 impl CircuitBreakerHandle {
+    // ===== Looking =====
+
     /// Where the circuit is: right also when no call has come since its wait ended.
     #[must_use]
     pub fn state(&self) -> State {
@@ -44,38 +53,17 @@ impl CircuitBreakerHandle {
     #[must_use]
     pub fn snapshot(&self) -> CircuitBreakerSnapshot {
         let (state, open_for) = self.0.state();
-        let now = self.0.now();
-        let refused = self.0.refused();
-        self.0.with_machine(|machine| {
-            let (consecutive_failures, window_calls, window_failures) = machine.seen(now);
-            CircuitBreakerSnapshot {
-                state,
-                open_for,
-                consecutive_failures,
-                window_calls,
-                window_failures,
-                probes: machine.probes_under_way(),
-                opened: machine.opened(),
-                last_trip: machine.last_trip(),
-                refused,
-            }
+        let (refused, shadowed) = (self.0.refused(), self.0.shadowed());
+        self.0.look(|machine, times, now| CircuitBreakerSnapshot {
+            state,
+            open_for,
+            seen: machine.seen(now, times),
+            probes: machine.probes_under_way(),
+            opened: machine.opened(),
+            last_trip: machine.last_trip(),
+            refused,
+            shadowed,
         })
-    }
-
-    /// Refuses every call until [`reset`](Self::reset) or [`force_closed`](Self::force_closed).
-    pub fn force_open(&self) {
-        self.0.force(State::ForcedOpen);
-    }
-
-    /// Lets every call through, uncounted, until [`reset`](Self::reset) or
-    /// [`force_open`](Self::force_open).
-    pub fn force_closed(&self) {
-        self.0.force(State::ForcedClosed);
-    }
-
-    /// Closes the circuit and starts counting anew. What is under way no longer counts.
-    pub fn reset(&self) {
-        self.0.force(State::Closed);
     }
 
     /// Waits until the state is another than now, and tells it.
@@ -99,6 +87,105 @@ impl CircuitBreakerHandle {
                 None => notified.await,
             }
         }
+    }
+
+    // ===== By hand =====
+
+    /// Refuses every call until [`reset`](Self::reset) or [`force_closed`](Self::force_closed).
+    pub fn force_open(&self) {
+        self.force(State::ForcedOpen);
+    }
+
+    /// Lets every call through, uncounted, until [`reset`](Self::reset) or
+    /// [`force_open`](Self::force_open).
+    pub fn force_closed(&self) {
+        self.force(State::ForcedClosed);
+    }
+
+    /// Asks at once: the next calls are probes.
+    pub fn half_open(&self) {
+        self.force(State::HalfOpen);
+    }
+
+    /// Closes the circuit and starts counting anew. What is under way no longer counts.
+    pub fn reset(&self) {
+        self.force(State::Closed);
+    }
+
+    fn force(&self, to: State) {
+        self.0.act(|machine, times, now| Some(machine.force(to, now, times)));
+    }
+
+    /// Refuses every call as long as this, or another isolation of the same circuit, is kept. What the
+    /// circuit was goes on underneath.
+    #[must_use = "dropping it ends the isolation"]
+    pub fn isolate(&self) -> Isolation {
+        self.0.act(|machine, _, now| machine.isolate(true, now));
+        Isolation(self.clone())
+    }
+
+    /// Shadow mode, on or off: nobody is refused, and [`shadowed`](CircuitBreakerSnapshot::shadowed) counts who
+    /// would have been. Probes and results go on as ever.
+    pub fn shadow(&self, on: bool) {
+        self.0.set_shadow(on);
+    }
+
+    /// An outcome from outside of the stack: of a health probe, say. It counts like a call's, and, once the
+    /// wait is over, like a half-open probe's.
+    pub fn record(&self, outcome: Outcome) {
+        self.0.act(|machine, times, now| machine.told(outcome, now, fastrand::f64, times));
+    }
+
+    // ===== While it runs =====
+
+    /// Other thresholds for the same rules, in the same order: what was counted stays.
+    ///
+    /// # Errors
+    ///
+    /// What [`Trip::check`] finds; or rules of another kind or with other windows, which take a new layer.
+    pub fn set_trip(&self, trip: &Trip) -> Result<(), ConfigError> {
+        trip.check()?;
+        let mut fits = false;
+        self.0.act(|machine, _, _| {
+            fits = machine.adjust(trip);
+            None
+        });
+        if fits {
+            return Ok(());
+        }
+        let remedy = "keep the kinds, the windows and the order of the rules, or build a new layer";
+        Err(ConfigError::new("trip", trip, remedy))
+    }
+
+    /// How long an open circuit refuses, from the next trip on.
+    ///
+    /// # Errors
+    ///
+    /// What [`OpenFor::check`] finds.
+    pub fn set_open_for(&self, wait: impl Into<OpenFor>) -> Result<(), ConfigError> {
+        let wait = wait.into();
+        wait.check()?;
+        self.0.configure(|settings| settings.open_for = wait);
+        Ok(())
+    }
+
+    /// Takes up where the circuit of this snapshot left off: its state, what is left of its wait, and what
+    /// its rules had seen. Isolations and counts of refusals stay as they are.
+    pub fn restore(&self, snapshot: &CircuitBreakerSnapshot) {
+        let left = snapshot.open_for.unwrap_or_default();
+        self.0.act(|machine, times, now| {
+            Some(machine.restore(snapshot.state, left, snapshot.seen, now, times))
+        });
+    }
+}
+
+/// Holds a circuit open until it is dropped; made by [`CircuitBreakerHandle::isolate`].
+#[derive(Debug)]
+pub struct Isolation(CircuitBreakerHandle);
+
+impl Drop for Isolation {
+    fn drop(&mut self) {
+        self.0.0.act(|machine, _, now| machine.isolate(false, now));
     }
 }
 

@@ -1,19 +1,32 @@
-use std::time::Duration;
+use std::{hash::Hash, sync::atomic::Ordering, time::Duration};
 
 use tower_layer::Layer;
 
-use super::{core::Circuit, handle::CircuitBreakerHandle, state::Settings, trip::Trip};
+use super::{
+    core::Circuit,
+    handle::CircuitBreakerHandle,
+    keyed::{KeyedCircuitBreakerLayer, Origin, PerOrigin},
+    state::Settings,
+    trip::Trip,
+    wait::OpenFor,
+};
 use crate::{
     ConfigError,
     admission::{Plan, admission_layer},
     call::{AsError, Http, Shared},
 };
 
-const DEFAULTS: Settings =
-    Settings { open_for: Duration::from_secs(30), probes: 1, lease: Duration::from_secs(30) };
+const DEFAULTS: Settings = Settings {
+    open_for: OpenFor::fixed(Duration::from_secs(30)),
+    probes: 1,
+    needed: 1,
+    lease: Duration::from_secs(30),
+    ramp: Duration::ZERO,
+    outside_probes: false,
+};
 
-/// More probes than this are no probes any more.
-const MOST_PROBES: u16 = 1000;
+/// So many probes are no probes any more.
+const MOST_PROBES_AND_ONE: u16 = 1001;
 
 admission_layer! {
     /// Stops calling what keeps failing, and asks carefully when it is back.
@@ -22,7 +35,7 @@ admission_layer! {
     /// [module](crate::breaker).
     layer CircuitBreakerLayer {}
     /// The service of a [`CircuitBreakerLayer`].
-    service CircuitBreaker
+    service CircuitBreaker []
     policy Shared<Circuit>
 }
 
@@ -37,15 +50,17 @@ impl CircuitBreakerLayer {
     pub fn new(trip: Trip) -> Self {
         let checked = trip.check();
         let trip = if checked.is_ok() { trip } else { Trip::default() };
-        let policy = Shared::new(Circuit::new(&trip, DEFAULTS));
+        let policy = Shared::new(Circuit::new(trip, DEFAULTS));
         Self { plan: Plan { policy, protocol: Http, reject: AsError, fault: checked.err() } }
     }
 }
 
 impl<M, R> CircuitBreakerLayer<M, R> {
-    /// How long an open circuit refuses before it lets probes through: 30 s by default, above zero.
-    pub fn open_for(mut self, wait: Duration) -> Self {
-        if let Some(wait) = self.plan.accept(above_zero("open_for", wait)) {
+    /// How long an open circuit refuses before it lets probes through: 30 s by default, above zero. A
+    /// [`Duration`], or an [`OpenFor`] that grows with each trip or follows the server's hint.
+    pub fn open_for(mut self, wait: impl Into<OpenFor>) -> Self {
+        let wait = wait.into();
+        if self.plan.accept(wait.check()).is_some() {
             self.plan.policy.configure(|settings| settings.open_for = wait);
         }
         self
@@ -53,13 +68,27 @@ impl<M, R> CircuitBreakerLayer<M, R> {
 
     /// How many probes go through a half-open circuit, at most at once and all in all: 1 by default, up
     /// to 1000. All must succeed to close it; the first that fails opens it again.
-    pub fn half_open(mut self, probes: u16) -> Self {
-        let checked = match probes {
-            1..=MOST_PROBES => Ok(probes),
-            _ => Err(ConfigError::new("half_open", probes, "use 1 to 1000 probes")),
+    pub fn half_open(self, probes: u16) -> Self {
+        self.half_open_of(probes, probes)
+    }
+
+    /// The same with a verdict of `needed` successes of `probes`: it closes or opens as soon as that is
+    /// certain either way.
+    pub fn half_open_of(mut self, needed: u16, probes: u16) -> Self {
+        let checked = match (needed, probes) {
+            (_, 0 | MOST_PROBES_AND_ONE..) => {
+                Err(ConfigError::new("half_open", probes, "use 1 to 1000 probes"))
+            }
+            (1.., _) if needed <= probes => Ok(()),
+            _ => {
+                let remedy = format!("use 1 to {probes} successes of {probes} probes");
+                Err(ConfigError::new("half_open_of.needed", needed, remedy))
+            }
         };
-        if let Some(probes) = self.plan.accept(checked) {
-            self.plan.policy.configure(|settings| settings.probes = probes);
+        if self.plan.accept(checked).is_some() {
+            self.plan.policy.configure(|settings| {
+                (settings.needed, settings.probes) = (needed, probes);
+            });
         }
         self
     }
@@ -67,10 +96,65 @@ impl<M, R> CircuitBreakerLayer<M, R> {
     /// The longest that a probe may take: 30 s by default, above zero. One that has seen a good head by
     /// then counts as passed, any other as failed: a stream for hours cannot keep a circuit half-open.
     pub fn probe_lease(mut self, longest: Duration) -> Self {
-        if let Some(longest) = self.plan.accept(above_zero("probe_lease", longest)) {
+        if let Some(longest) = self.plan.accept(ConfigError::above_zero("probe_lease", longest)) {
             self.plan.policy.configure(|settings| settings.lease = longest);
         }
         self
+    }
+
+    /// Lets up to `callers` wait for the verdict of the probes, each for `longest` (above zero), instead
+    /// of refusing them. By default nobody waits.
+    pub fn wait_for_verdict(mut self, callers: u32, longest: Duration) -> Self {
+        let checked = ConfigError::above_zero("wait_for_verdict.longest", longest);
+        if let Some(longest) = self.plan.accept(checked) {
+            let ms = u64::try_from(longest.as_millis()).unwrap_or(u64::MAX).max(1);
+            self.plan.policy.longest_wait_ms.store(ms, Ordering::Relaxed);
+            self.plan.policy.most_waiting.store(callers, Ordering::Relaxed);
+        }
+        self
+    }
+
+    /// No call of the users' is a probe: outcomes given to the handle's
+    /// [`record`](CircuitBreakerHandle::record), a health probe's say, decide a half-open circuit.
+    pub fn probes_from_outside(self) -> Self {
+        self.plan.policy.configure(|settings| settings.outside_probes = true);
+        self
+    }
+
+    /// Once closed again, lets a tenth of the calls through at first and more and more of them over this
+    /// time, so that what is back is not thrown down again. Zero, the default: all at once.
+    pub fn ramp(self, over: Duration) -> Self {
+        self.plan.policy.configure(|settings| settings.ramp = over);
+        self
+    }
+
+    /// Is not ready while it is open, instead of refusing: then a balancer (`tower::balance::p2c`) takes
+    /// another endpoint. Not for a service that callers wait for.
+    pub fn backpressure(self) -> Self {
+        self.plan.policy.hold_back();
+        self
+    }
+
+    /// Refuses nobody, and counts whom it would have refused: to try a configuration out.
+    pub fn shadow(self) -> Self {
+        self.plan.policy.set_shadow(true);
+        self
+    }
+
+    /// A circuit for each key that this closure gives, with the rules and settings made so far.
+    ///
+    /// What was wired to this layer's own circuit (its handle, its name) stays with that.
+    pub fn keyed<F, Req, Id>(self, key: F) -> KeyedCircuitBreakerLayer<F, Id, M, R>
+    where
+        F: Fn(&Req) -> Id + Clone + Send + Sync + 'static,
+        Id: Clone + Eq + Hash + Send + Sync + 'static,
+    {
+        KeyedCircuitBreakerLayer::new(key, self.plan)
+    }
+
+    /// A circuit for each scheme and authority of the requests' URIs.
+    pub fn per_origin(self) -> KeyedCircuitBreakerLayer<PerOrigin, Origin, M, R> {
+        KeyedCircuitBreakerLayer::new(PerOrigin, self.plan)
     }
 
     /// A name for refusals, events and snapshots. The first one given stays.
@@ -84,13 +168,6 @@ impl<M, R> CircuitBreakerLayer<M, R> {
     pub fn handle(&self) -> CircuitBreakerHandle {
         CircuitBreakerHandle(self.plan.policy.clone())
     }
-}
-
-fn above_zero(field: &'static str, value: Duration) -> Result<Duration, ConfigError> {
-    if value.is_zero() {
-        return Err(ConfigError::new(field, value, "use a time above zero"));
-    }
-    Ok(value)
 }
 
 impl<S, M: Clone, R: Clone> Layer<S> for CircuitBreakerLayer<M, R> {

@@ -80,17 +80,28 @@
 //! | [`failure_ratio`](Trip::failure_ratio)'s window | 10 s, at least 20 calls |
 //! | refused calls | an error ([`Rejected`](crate::Rejected), boxed) |
 
+mod cell;
 mod core;
+mod counts;
 mod handle;
+mod keyed;
 mod layer;
+mod policy;
 mod state;
 mod trip;
+mod wait;
 mod window;
 
 pub use self::{
-    handle::{CircuitBreakerHandle, CircuitBreakerSnapshot},
+    counts::Seen,
+    handle::{CircuitBreakerHandle, CircuitBreakerSnapshot, Isolation},
+    keyed::{
+        Key, KeyedCircuitBreaker, KeyedCircuitBreakerHandle, KeyedCircuitBreakerLayer, Origin,
+        PerOrigin,
+    },
     layer::{CircuitBreaker, CircuitBreakerLayer},
     state::State,
     trip::{Trip, Tripped},
+    wait::OpenFor,
 };
 pub use crate::admission::ResponseFuture;

@@ -1,14 +1,12 @@
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
-use super::window::TimeWindow;
-use crate::{
-    ConfigError,
-    call::{Nanos, Outcome, OutcomeKind},
-};
+use super::counts::{Seen, Span};
+use crate::{ConfigError, call::Outcome};
 
 /// When a circuit opens: one rule, or the first of several.
 ///
 /// Thresholds are inclusive: `consecutive(5)` opens at the fifth failure, `failure_ratio(0.5)` at half.
+/// Rules are looked at whenever a call fails or is slow.
 ///
 /// ```
 /// # use std::time::Duration;
@@ -17,55 +15,100 @@ use crate::{
 /// let rule = Trip::any([
 ///     Trip::consecutive(5),
 ///     Trip::failure_ratio(0.5).within(Duration::from_secs(10)).min_calls(20),
+///     Trip::slow_ratio(0.8, Duration::from_secs(2)).over(100),
 /// ]);
 /// ```
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Trip {
-    rules: Vec<Rule>,
+    pub(super) rules: Vec<Rule>,
 }
 
-#[derive(Clone, Debug, PartialEq)]
-enum Rule {
+#[derive(Clone)]
+pub(super) enum Rule {
     Consecutive { failures: u32 },
-    Ratio { ratio: f64, window: Duration, min_calls: u32 },
+    Ratio { of: Bad, ratio: f64, span: Span, min_calls: u32 },
+    When(Arc<Closure>),
 }
+
+/// A rule of the user's.
+pub(super) type Closure = dyn Fn(&Seen) -> bool + Send + Sync;
+
+/// What a ratio counts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Bad {
+    Failed,
+    /// At least this long.
+    Slow(Duration),
+}
+
+const TEN_SECONDS: Span = Span::Time(Duration::from_secs(10));
+/// As many as fit 125 KiB.
+const MOST_CALLS: u32 = 1_000_000;
 
 impl Trip {
+    fn of(rule: Rule) -> Self {
+        Self { rules: vec![rule] }
+    }
+
     /// After this many failures in a row. A success in between starts the count again; throttled and
     /// cancelled calls do not touch it.
     #[must_use]
     pub fn consecutive(failures: u32) -> Self {
-        Self { rules: vec![Rule::Consecutive { failures }] }
+        Self::of(Rule::Consecutive { failures })
     }
 
-    /// When at least this share of the calls within a time window failed: above 0, at most 1.
+    /// When at least this share of the calls in a window failed: above 0, at most 1.
     ///
-    /// The window is 10 s long and needs 20 calls, unless [`within`](Self::within) and
-    /// [`min_calls`](Self::min_calls) say otherwise. It is exact, in ten buckets, and costs the same
-    /// however many calls are in it.
+    /// The window is the last 10 s and needs 20 calls, unless [`within`](Self::within) or
+    /// [`over`](Self::over), and [`min_calls`](Self::min_calls), say otherwise. It is exact, and costs the
+    /// same however many calls are in it.
     #[must_use]
     pub fn failure_ratio(ratio: f64) -> Self {
-        let rule = Rule::Ratio { ratio, window: Duration::from_secs(10), min_calls: 20 };
-        Self { rules: vec![rule] }
+        Self::of(Rule::Ratio { of: Bad::Failed, ratio, span: TEN_SECONDS, min_calls: 20 })
     }
 
-    /// The length of the ratio's window: 10 ms or more.
+    /// When at least this share of the calls in a window took `slow` or longer to their response head
+    /// (without one, to their end). Otherwise like [`failure_ratio`](Self::failure_ratio).
+    ///
+    /// A call that is cancelled after that time counts as slow: a timeout outside of the breaker does not
+    /// hide a hang. Costs two clock reads a call.
     #[must_use]
-    pub fn within(mut self, length: Duration) -> Self {
-        for rule in &mut self.rules {
-            if let Rule::Ratio { window, .. } = rule {
-                *window = length;
-            }
-        }
-        self
+    pub fn slow_ratio(ratio: f64, slow: Duration) -> Self {
+        Self::of(Rule::Ratio { of: Bad::Slow(slow), ratio, span: TEN_SECONDS, min_calls: 20 })
     }
 
-    /// How many calls must be in the ratio's window before it can trip: 1 or more.
+    /// When this closure says so, looking at what the circuit has [`Seen`] in a row and in all windows.
+    ///
+    /// It is asked under a lock: let it be short, and let it not touch the breaker.
     #[must_use]
-    pub fn min_calls(mut self, calls: u32) -> Self {
+    pub fn when(rule: impl Fn(&Seen) -> bool + Send + Sync + 'static) -> Self {
+        Self::of(Rule::When(Arc::new(rule)))
+    }
+
+    /// The ratio's window is the last stretch of time: 10 ms or more, in ten buckets.
+    #[must_use]
+    pub fn within(self, length: Duration) -> Self {
+        self.with_ratio(|span, _| *span = Span::Time(length))
+    }
+
+    /// The ratio's window is the last so many calls: 1 to 1,000,000. It needs as many of them as
+    /// [`min_calls`](Self::min_calls) says, at most all.
+    #[must_use]
+    pub fn over(self, calls: u32) -> Self {
+        self.with_ratio(|span, _| *span = Span::Calls(calls))
+    }
+
+    /// How many calls must be in the ratio's window before it can trip: 1 or more, and no more than a
+    /// window of calls holds.
+    #[must_use]
+    pub fn min_calls(self, calls: u32) -> Self {
+        self.with_ratio(|_, min_calls| *min_calls = calls)
+    }
+
+    fn with_ratio(mut self, change: impl Fn(&mut Span, &mut u32)) -> Self {
         for rule in &mut self.rules {
-            if let Rule::Ratio { min_calls, .. } = rule {
-                *min_calls = calls;
+            if let Rule::Ratio { span, min_calls, .. } = rule {
+                change(span, min_calls);
             }
         }
         self
@@ -81,7 +124,8 @@ impl Trip {
     ///
     /// # Errors
     ///
-    /// A count of zero, a ratio that is not within (0, 1], a window under 10 ms, or no rule at all.
+    /// A count of zero, a ratio that is not within (0, 1], a window under 10 ms or of no or too many calls,
+    /// a minimum of calls that its window cannot hold, a slow time of zero, or no rule at all.
     pub fn check(&self) -> Result<(), ConfigError> {
         const SHORTEST: Duration = Duration::from_millis(10);
         if self.rules.is_empty() {
@@ -92,20 +136,45 @@ impl Trip {
                 Rule::Consecutive { failures: 0 } => {
                     return Err(ConfigError::new("trip.consecutive", 0, "use 1 or more"));
                 }
-                Rule::Ratio { ratio, .. } if !(ratio > 0.0 && ratio <= 1.0) => {
-                    return Err(ConfigError::new(
-                        "trip.failure_ratio",
-                        ratio,
-                        "use a share above 0 and at most 1, such as 0.5",
-                    ));
+                Rule::Consecutive { .. } | Rule::When(_) => {}
+                Rule::Ratio { of, ratio, span, min_calls } => {
+                    let (field, slow) = match of {
+                        Bad::Failed => ("trip.failure_ratio", None),
+                        Bad::Slow(slow) => ("trip.slow_ratio", Some(slow)),
+                    };
+                    if !(ratio > 0.0 && ratio <= 1.0) {
+                        let remedy = "use a share above 0 and at most 1, such as 0.5";
+                        return Err(ConfigError::new(field, ratio, remedy));
+                    }
+                    if slow == Some(Duration::ZERO) {
+                        let remedy = "use a time above zero";
+                        return Err(ConfigError::new(
+                            "trip.slow_ratio.slow",
+                            Duration::ZERO,
+                            remedy,
+                        ));
+                    }
+                    if min_calls == 0 {
+                        return Err(ConfigError::new("trip.min_calls", 0, "use 1 or more"));
+                    }
+                    match span {
+                        Span::Time(window) if window < SHORTEST => {
+                            return Err(ConfigError::new(
+                                "trip.within",
+                                window,
+                                "use 10ms or more",
+                            ));
+                        }
+                        Span::Calls(calls) if !(1..=MOST_CALLS).contains(&calls) => {
+                            return Err(ConfigError::new("trip.over", calls, "use 1 to 1000000"));
+                        }
+                        Span::Calls(calls) if min_calls > calls => {
+                            let remedy = format!("use at most the window's {calls} calls");
+                            return Err(ConfigError::new("trip.min_calls", min_calls, remedy));
+                        }
+                        Span::Time(_) | Span::Calls(_) => {}
+                    }
                 }
-                Rule::Ratio { window, .. } if window < SHORTEST => {
-                    return Err(ConfigError::new("trip.within", window, "use 10ms or more"));
-                }
-                Rule::Ratio { min_calls: 0, .. } => {
-                    return Err(ConfigError::new("trip.min_calls", 0, "use 1 or more"));
-                }
-                Rule::Consecutive { .. } | Rule::Ratio { .. } => {}
             }
         }
         Ok(())
@@ -119,6 +188,18 @@ impl Default for Trip {
     }
 }
 
+impl fmt::Debug for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Consecutive { failures } => write!(f, "consecutive({failures})"),
+            Self::Ratio { of, ratio, span, min_calls } => {
+                write!(f, "ratio({of:?} {ratio}, {span:?}, min {min_calls})")
+            }
+            Self::When(_) => f.write_str("when(..)"),
+        }
+    }
+}
+
 /// Which rule opened the circuit, and what it saw.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
@@ -128,18 +209,29 @@ pub enum Tripped {
         /// How many.
         failures: u32,
     },
-    /// So many of the calls within the window.
+    /// So many of the calls in the window failed.
     FailureRatio {
         /// How many failed.
         failures: u64,
         /// Of how many.
         calls: u64,
     },
-    /// A half-open probe failed.
+    /// So many of the calls in the window were slow.
+    SlowRatio {
+        /// How many were slow.
+        slow: u64,
+        /// Of how many.
+        calls: u64,
+    },
+    /// The closure said so.
+    When,
+    /// Half-open probes failed: more than may.
     Probe {
-        /// How it ended.
+        /// How the last of them ended.
         outcome: Outcome,
     },
+    /// A half-open probe was slow.
+    SlowProbe,
     /// A half-open probe did not end within its lease, and had not seen a good head.
     ProbeLease,
 }
@@ -151,98 +243,13 @@ impl fmt::Display for Tripped {
             Self::FailureRatio { failures, calls } => {
                 write!(f, "{failures} of {calls} calls in the window failed")
             }
+            Self::SlowRatio { slow, calls } => {
+                write!(f, "{slow} of {calls} calls in the window were slow")
+            }
+            Self::When => f.write_str("the closure said so"),
             Self::Probe { outcome } => write!(f, "a probe ended as {outcome:?}"),
+            Self::SlowProbe => f.write_str("a probe was slow"),
             Self::ProbeLease => f.write_str("a probe did not end in time"),
-        }
-    }
-}
-
-// ===== Counting =====
-
-/// What the rules of a [`Trip`] have seen since the circuit closed.
-#[derive(Debug)]
-pub(super) struct Counts(Vec<Count>);
-
-#[derive(Debug)]
-enum Count {
-    Consecutive { limit: u32, run: u32 },
-    Ratio { limit: f64, min_calls: u32, window: TimeWindow },
-}
-
-impl Counts {
-    pub(super) fn new(trip: &Trip) -> Self {
-        Self(
-            trip.rules
-                .iter()
-                .map(|rule| match *rule {
-                    Rule::Consecutive { failures } => {
-                        Count::Consecutive { limit: failures, run: 0 }
-                    }
-                    Rule::Ratio { ratio, window, min_calls } => {
-                        Count::Ratio { limit: ratio, min_calls, window: TimeWindow::new(window) }
-                    }
-                })
-                .collect(),
-        )
-    }
-
-    /// Counts one call; tells the first rule that it trips.
-    pub(super) fn record(&mut self, outcome: Outcome, now: Nanos) -> Option<Tripped> {
-        let failed = match outcome.kind() {
-            OutcomeKind::Success => false,
-            OutcomeKind::Failure => true,
-            OutcomeKind::Throttled | OutcomeKind::Cancelled => return None,
-        };
-        // Every rule counts, also after one of them has tripped.
-        self.0.iter_mut().fold(None, |first, count| {
-            let tripped = count.record(failed, now);
-            first.or(tripped)
-        })
-    }
-
-    /// Whether a success would change nothing.
-    pub(super) fn is_clean(&self) -> bool {
-        self.0.iter().all(|count| matches!(count, Count::Consecutive { run: 0, .. }))
-    }
-
-    pub(super) fn clear(&mut self) {
-        for count in &mut self.0 {
-            match count {
-                Count::Consecutive { run, .. } => *run = 0,
-                Count::Ratio { window, .. } => window.clear(),
-            }
-        }
-    }
-
-    /// The longest run of failures and the fullest window that any rule sees.
-    pub(super) fn seen(&mut self, now: Nanos) -> (u32, u64, u64) {
-        self.0.iter_mut().fold((0, 0, 0), |(run, calls, failures), count| match count {
-            Count::Consecutive { run: r, .. } => (run.max(*r), calls, failures),
-            Count::Ratio { window, .. } => {
-                let tally = window.tally(now);
-                (run, calls.max(tally.calls), failures.max(tally.failures))
-            }
-        })
-    }
-}
-
-impl Count {
-    fn record(&mut self, failed: bool, now: Nanos) -> Option<Tripped> {
-        match self {
-            Self::Consecutive { limit, run } => {
-                *run = if failed { run.saturating_add(1) } else { 0 };
-                (*run >= *limit).then_some(Tripped::Consecutive { failures: *run })
-            }
-            Self::Ratio { limit, min_calls, window } => {
-                let tally = window.record(failed, now);
-                let enough = failed && tally.calls >= u64::from(*min_calls);
-                // Divided, not multiplied: 7 / 100 is 0.07, but 0.07 * 100 is a little over 7.
-                let tripped = enough && tally.failures as f64 / tally.calls as f64 >= *limit;
-                tripped.then_some(Tripped::FailureRatio {
-                    failures: tally.failures,
-                    calls: tally.calls,
-                })
-            }
         }
     }
 }

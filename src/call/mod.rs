@@ -24,6 +24,7 @@ mod permit;
 mod protocol;
 mod reject;
 mod rejected;
+pub(crate) mod sync;
 
 #[cfg(feature = "tower-http")]
 #[cfg_attr(docsrs, doc(cfg(feature = "tower-http")))]

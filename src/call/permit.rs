@@ -26,6 +26,11 @@ impl<T: Finish> Shared<T> {
 }
 
 impl<T: ?Sized> Shared<T> {
+    /// Whether nobody else has it.
+    pub(crate) fn is_unshared(&self) -> bool {
+        Arc::strong_count(&self.0) == 1
+    }
+
     /// A reference that does not keep the state alive.
     pub(crate) fn downgrade(&self) -> std::sync::Weak<T> {
         Arc::downgrade(&self.0)
@@ -82,7 +87,8 @@ pub trait Finish: Send + Sync + 'static {
     fn finish(&self, token: Token, outcome: Outcome);
 
     /// The response head is here; `so_far` is what the outcome will be if nothing more goes wrong.
-    fn head(&self, token: Token, so_far: Outcome) {
+    /// It may mark the token, which comes back with the end.
+    fn head(&self, token: &mut Token, so_far: Outcome) {
         let _ = (token, so_far);
     }
 
@@ -118,9 +124,9 @@ impl<T: Finish + ?Sized> Permit<T> {
 
     /// Tells the state what the head said.
     #[inline]
-    pub(crate) fn head(&self, so_far: Outcome) {
+    pub(crate) fn head(&mut self, so_far: Outcome) {
         if let Some(state) = &self.state {
-            state.head(self.token, so_far);
+            state.head(&mut self.token, so_far);
         }
     }
 

@@ -155,7 +155,7 @@ where
 fn follow<B: Body, F: Finish>(
     response: Response<B>,
     head: Head,
-    permit: Permit<F>,
+    mut permit: Permit<F>,
 ) -> Response<TrackedBody<B>> {
     let (so_far, eos) = match head {
         Head::Certain(outcome) => (outcome, Eos::Plain(outcome)),

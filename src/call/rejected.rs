@@ -23,6 +23,8 @@ pub enum RejectedKind {
     Open,
     /// The circuit is half-open and all its probes are under way.
     Probing,
+    /// The circuit has just closed and lets calls through by and by.
+    Recovering,
     /// The circuit is held open by hand.
     ForcedOpen,
     /// The limit is reached and there is no room to wait.
@@ -44,6 +46,7 @@ impl RejectedKind {
         match self {
             Self::Open => "circuit_open",
             Self::Probing => "circuit_half_open",
+            Self::Recovering => "circuit_recovering",
             Self::ForcedOpen => "circuit_forced_open",
             Self::Full => "limit_reached",
             Self::WaitedTooLong => "queue_timeout",
@@ -183,6 +186,7 @@ impl fmt::Display for Rejected {
         let what = match self.kind {
             RejectedKind::Open => "circuit is open",
             RejectedKind::Probing => "circuit is half-open and its probes are under way",
+            RejectedKind::Recovering => "circuit is recovering",
             RejectedKind::ForcedOpen => "circuit is held open",
             RejectedKind::Full => "concurrency limit is reached",
             RejectedKind::WaitedTooLong => "waited too long for a turn",

@@ -23,7 +23,7 @@ admission_layer! {
     /// layers. See the [module](crate::health).
     layer HealthProbeLayer { probe: P }
     /// The service of a [`HealthProbeLayer`].
-    service HealthProbe
+    service HealthProbe []
     policy Shared<Gate>
 }
 
@@ -94,7 +94,7 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
     /// How long to wait from the end of one probe to the beginning of the next: 5 s by default, above
     /// zero. The first probe is sent at once.
     pub fn every(mut self, wait: Duration) -> Self {
-        if let Some(wait) = self.plan.accept(above_zero("every", wait)) {
+        if let Some(wait) = self.plan.accept(ConfigError::above_zero("every", wait)) {
             self.plan.policy.with(|probing| probing.every = wait);
         }
         self
@@ -116,7 +116,7 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
     /// How long a probe may take, from readying the service to the response head: 1 s by default, above
     /// zero. One that takes longer has failed. What is left of the time goes to reading the body.
     pub fn timeout(mut self, longest: Duration) -> Self {
-        if let Some(longest) = self.plan.accept(above_zero("timeout", longest)) {
+        if let Some(longest) = self.plan.accept(ConfigError::above_zero("timeout", longest)) {
             self.plan.policy.with(|probing| probing.timeout = longest);
         }
         self
@@ -165,13 +165,6 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
     pub fn handle(&self) -> HealthProbeHandle {
         HealthProbeHandle(self.plan.policy.clone())
     }
-}
-
-fn above_zero(field: &'static str, value: Duration) -> Result<Duration, ConfigError> {
-    if value.is_zero() {
-        return Err(ConfigError::new(field, value, "use a time above zero"));
-    }
-    Ok(value)
 }
 
 impl<S, P, M: Clone, R: Clone> Layer<S> for HealthProbeLayer<P, M, R>

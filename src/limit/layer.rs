@@ -19,7 +19,7 @@ admission_layer! {
     /// [module](crate::limit).
     layer ConcurrencyLimitLayer {}
     /// The service of a [`ConcurrencyLimitLayer`].
-    service ConcurrencyLimit
+    service ConcurrencyLimit []
     policy Shared<Limiter>
 }
 

@@ -18,7 +18,7 @@ async fn three_attempts_over_one_connection_then_the_last_answer() {
     assert_eq!((attempts.made, attempts.stop), (3, Stop::AttemptsUsedUp));
     assert_eq!(read(response).await.len(), 10);
     assert_eq!((heard.attempts(), connections.total(), handle.in_flight()), (3, 1, 0));
-    assert_eq!(state.snapshot().consecutive_failures, 3);
+    assert_eq!(state.snapshot().seen.consecutive_failures, 3);
 }
 
 #[tokio::test]

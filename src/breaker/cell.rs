@@ -1,0 +1,358 @@
+//! The machine behind a lock, and the word that lets calls through a closed circuit do without it. Told
+//! the time, like the machine; every interleaving of it is tried by the models at the end.
+
+use std::{sync::PoisonError, time::Duration};
+
+use super::{
+    counts::{Ended, TimeWindows},
+    state::{Change, Machine, Refusal, Settings, State, Ticket},
+    trip::Trip,
+};
+use crate::call::{
+    Nanos, OutcomeKind,
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+#[derive(Debug)]
+pub(super) struct Cell {
+    /// `generation << 4 | clean << 3 | state`: all that a call through a closed circuit reads.
+    word: AtomicU64,
+    /// When an open circuit's wait is over.
+    until: AtomicU64,
+    /// From when on a call is slow; the maximum: nobody measures.
+    slow_from: AtomicU64,
+    machine: Mutex<Machine>,
+    times: TimeWindows,
+}
+
+const STATE: u64 = 0b0111;
+const CLEAN: u64 = 0b1000;
+
+/// Closed, and luck decides: not a state of its own to anybody else.
+const RAMP: u64 = 5;
+
+/// What the word says of the state.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Word {
+    Closed,
+    Ramp,
+    Open,
+    HalfOpen,
+    ForcedOpen,
+    ForcedClosed,
+}
+
+fn word(bits: u64) -> Word {
+    match bits & STATE {
+        0 => Word::Closed,
+        1 => Word::Open,
+        2 => Word::HalfOpen,
+        3 => Word::ForcedOpen,
+        RAMP => Word::Ramp,
+        _ => Word::ForcedClosed,
+    }
+}
+
+impl Cell {
+    pub(super) fn new(trip: Trip, settings: Settings) -> Self {
+        let (machine, times) = Machine::new(trip, settings);
+        let cell = Self {
+            word: AtomicU64::new(0),
+            until: AtomicU64::new(0),
+            slow_from: AtomicU64::new(u64::MAX),
+            machine: Mutex::new(machine),
+            times,
+        };
+        drop(cell.lock());
+        cell
+    }
+
+    // ===== Looking =====
+
+    /// The state, and how long it lasts if nothing happens.
+    pub(super) fn state(&self, now: impl FnOnce() -> Nanos) -> (State, Option<Duration>) {
+        let state = match word(self.word.load(Ordering::Acquire)) {
+            Word::Closed | Word::Ramp => State::Closed,
+            Word::HalfOpen => State::HalfOpen,
+            Word::ForcedOpen => State::ForcedOpen,
+            Word::ForcedClosed => State::ForcedClosed,
+            Word::Open => match self.until.load(Ordering::Acquire).saturating_sub(now()) {
+                0 => State::HalfOpen,
+                left => return (State::Open, Some(Duration::from_nanos(left))),
+            },
+        };
+        (state, None)
+    }
+
+    /// Whether somebody measures how long calls take.
+    #[inline]
+    pub(super) fn measures(&self) -> bool {
+        self.slow_from.load(Ordering::Relaxed) != u64::MAX
+    }
+
+    /// Whether a call would go now; a ramp's luck apart.
+    #[inline]
+    pub(super) fn has_room(&self, now: impl FnOnce() -> Nanos) -> (bool, Option<Change>) {
+        match word(self.word.load(Ordering::Acquire)) {
+            Word::Closed | Word::Ramp | Word::ForcedClosed => (true, None),
+            Word::ForcedOpen => (false, None),
+            Word::Open => {
+                let now = now();
+                let over = now >= self.until.load(Ordering::Acquire);
+                (over && self.lock().has_room(now), None)
+            }
+            Word::HalfOpen => {
+                let now = now();
+                let mut machine = self.lock();
+                let change = machine.pass_time(now, &self.times);
+                (machine.has_room(now), change)
+            }
+        }
+    }
+
+    pub(super) fn generation(&self) -> u64 {
+        self.word.load(Ordering::Acquire) >> 4
+    }
+
+    // ===== A call =====
+
+    #[inline]
+    pub(super) fn admit(
+        &self,
+        now: impl FnOnce() -> Nanos,
+        roll: impl FnOnce() -> f64,
+    ) -> (Result<Ticket, Refusal>, Option<Change>) {
+        let bits = self.word.load(Ordering::Acquire);
+        match word(bits) {
+            Word::Closed | Word::ForcedClosed => {
+                (Ok(Ticket { generation: bits >> 4, probe: 0 }), None)
+            }
+            // An open circuit refuses without the lock, however many ask.
+            Word::Open => {
+                let now = now();
+                match self.until.load(Ordering::Acquire).saturating_sub(now) {
+                    0 => self.lock().admit(now, roll, &self.times),
+                    left => (Err(Refusal::Open { left: Duration::from_nanos(left) }), None),
+                }
+            }
+            Word::ForcedOpen => (Err(Refusal::Forced), None),
+            Word::HalfOpen | Word::Ramp => self.lock().admit(now(), roll, &self.times),
+        }
+    }
+
+    pub(super) fn head(&self, ticket: Ticket, so_far: crate::call::Outcome) {
+        if ticket.probe != 0 {
+            self.lock().head(ticket, so_far);
+        }
+    }
+
+    #[inline]
+    pub(super) fn finish(
+        &self,
+        ticket: Ticket,
+        ended: Ended,
+        now: impl FnOnce() -> Nanos,
+        roll: impl FnOnce() -> f64,
+    ) -> Option<Change> {
+        let bits = self.word.load(Ordering::Acquire);
+        if bits >> 4 != ticket.generation {
+            return None;
+        }
+        if let Word::Closed | Word::Ramp = word(bits) {
+            let slow = ended.took >= self.slow_from.load(Ordering::Relaxed);
+            match ended.outcome.kind() {
+                OutcomeKind::Throttled => return None,
+                OutcomeKind::Cancelled if !slow => return None,
+                OutcomeKind::Success if !slow && bits & CLEAN != 0 => {
+                    if !self.times.is_empty() {
+                        self.record_good(now());
+                    }
+                    return None;
+                }
+                _ => {}
+            }
+        }
+        self.lock().finish(ticket, ended, now(), roll, &self.times)
+    }
+
+    #[inline]
+    fn record_good(&self, now: Nanos) {
+        for window in &self.times {
+            while !window.record_good(now) {
+                let _locked = self.lock();
+                window.advance(now);
+            }
+        }
+    }
+
+    // ===== Anything else =====
+
+    /// Does something to the machine, and publishes what came of it.
+    pub(super) fn with<T>(&self, act: impl FnOnce(&mut Machine, &TimeWindows) -> T) -> T {
+        act(&mut self.lock(), &self.times)
+    }
+
+    fn lock(&self) -> Locked<'_> {
+        // Of a user's only a closure's rule runs under it; were it poisoned, the machine is still whole.
+        let machine = self.machine.lock().unwrap_or_else(PoisonError::into_inner);
+        Locked { cell: self, machine }
+    }
+}
+
+/// The machine, locked; whatever was done to it is published before the lock is let go.
+struct Locked<'a> {
+    cell: &'a Cell,
+    machine: MutexGuard<'a, Machine>,
+}
+
+impl std::ops::Deref for Locked<'_> {
+    type Target = Machine;
+
+    fn deref(&self) -> &Machine {
+        &self.machine
+    }
+}
+
+impl std::ops::DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut Machine {
+        &mut self.machine
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        let (state, until, ramps) = self.machine.entered();
+        let state = match state {
+            State::Closed if ramps => RAMP,
+            State::Closed => 0,
+            State::Open => 1,
+            State::HalfOpen => 2,
+            State::ForcedOpen => 3,
+            State::ForcedClosed => 4,
+        };
+        let clean = if self.machine.is_clean() { CLEAN } else { 0 };
+        let slow_from = self.machine.slow_from().unwrap_or(u64::MAX);
+        self.cell.slow_from.store(slow_from, Ordering::Relaxed);
+        self.cell.until.store(until, Ordering::Release);
+        self.cell.word.store(self.machine.generation() << 4 | clean | state, Ordering::Release);
+    }
+}
+
+#[cfg(all(test, buttress_loom))]
+mod loom_models {
+    use loom::{sync::Arc, thread};
+
+    use super::{super::wait::OpenFor, *};
+    use crate::call::Outcome;
+
+    fn settings(probes: u16) -> Settings {
+        Settings {
+            open_for: OpenFor::fixed(Duration::from_nanos(100)),
+            probes,
+            needed: probes,
+            lease: Duration::from_nanos(1000),
+            ramp: Duration::ZERO,
+            outside_probes: false,
+        }
+    }
+
+    fn ended(outcome: Outcome) -> Ended {
+        Ended { outcome, took: 0 }
+    }
+
+    fn admit(cell: &Cell, now: Nanos) -> Option<Ticket> {
+        cell.admit(|| now, || 0.0).0.ok()
+    }
+
+    fn finish(cell: &Cell, ticket: Ticket, outcome: Outcome, now: Nanos) -> Option<Change> {
+        cell.finish(ticket, ended(outcome), || now, || 0.0)
+    }
+
+    /// Two failures at once, at a threshold of one: one trip, and the other is late.
+    #[test]
+    fn loom_trips_exactly_once() {
+        loom::model(|| {
+            let cell = Arc::new(Cell::new(Trip::consecutive(1), settings(1)));
+            let tickets = [admit(&cell, 0).unwrap(), admit(&cell, 0).unwrap()];
+            let threads = tickets.map(|ticket| {
+                let cell = cell.clone();
+                thread::spawn(move || finish(&cell, ticket, Outcome::failure(), 1).is_some())
+            });
+            let trips = threads.map(|thread| thread.join().unwrap());
+            assert_eq!(trips.iter().filter(|tripped| **tripped).count(), 1);
+            assert_eq!(cell.with(|machine, _| machine.opened()), 1);
+            assert_eq!(cell.state(|| 1).0, State::Open);
+        });
+    }
+
+    /// Two ask for the one probe: one goes; it is cancelled, and its slot is there for the next.
+    #[test]
+    fn loom_probe_permits_under_cancel() {
+        loom::model(|| {
+            let cell = Arc::new(Cell::new(Trip::consecutive(1), settings(1)));
+            let first = admit(&cell, 0).unwrap();
+            finish(&cell, first, Outcome::failure(), 0);
+            let threads = [0, 1].map(|_| {
+                let cell = cell.clone();
+                thread::spawn(move || {
+                    let probe = admit(&cell, 100);
+                    let under_way = cell.with(|machine, _| machine.probes_under_way());
+                    assert!(under_way <= 1);
+                    if let Some(probe) = probe {
+                        finish(&cell, probe, Outcome::cancelled(), 100);
+                    }
+                    probe.is_some()
+                })
+            });
+            let went = threads.map(|thread| thread.join().unwrap());
+            assert!(went.contains(&true));
+            assert_eq!(cell.with(|machine, _| machine.probes_under_way()), 0);
+            assert!(admit(&cell, 100).is_some(), "no slot was lost");
+        });
+    }
+
+    /// A straggler fails while the probe succeeds: only the probe counts, in whatever order they land.
+    #[test]
+    fn loom_late_results_change_nothing() {
+        loom::model(|| {
+            let cell = Arc::new(Cell::new(Trip::consecutive(1), settings(1)));
+            let straggler = admit(&cell, 0).unwrap();
+            let first = admit(&cell, 0).unwrap();
+            finish(&cell, first, Outcome::failure(), 0);
+            let probe = admit(&cell, 100).unwrap();
+            let late = {
+                let cell = cell.clone();
+                thread::spawn(move || finish(&cell, straggler, Outcome::failure(), 100))
+            };
+            let verdict = finish(&cell, probe, Outcome::success(), 100);
+            assert_eq!(verdict.map(|change| change.to), Some(State::Closed));
+            assert_eq!(late.join().unwrap(), None);
+            assert_eq!(cell.state(|| 100).0, State::Closed);
+        });
+    }
+
+    /// Good calls at a new stretch, without the lock, while somebody rotates under it: none is lost.
+    #[test]
+    fn loom_window_rotation_loses_nothing() {
+        loom::model(|| {
+            let rule = Trip::failure_ratio(0.5).within(Duration::from_nanos(100)).min_calls(100);
+            let cell = Arc::new(Cell::new(rule, settings(1)));
+            let ticket = admit(&cell, 0).unwrap();
+            let threads = [5, 15].map(|now| {
+                let cell = cell.clone();
+                thread::spawn(move || {
+                    finish(&cell, ticket, Outcome::success(), now);
+                })
+            });
+            finish(&cell, ticket, Outcome::failure(), 15);
+            for thread in threads {
+                thread.join().unwrap();
+            }
+            let seen = cell.with(|machine, times| machine.seen(15, times));
+            assert_eq!((seen.window_calls, seen.window_failures), (3, 1));
+        });
+    }
+}

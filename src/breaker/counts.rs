@@ -1,0 +1,280 @@
+//! What the rules of a [`Trip`] have seen since the circuit closed.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use super::{
+    trip::{Bad, Closure, Rule, Trip, Tripped},
+    window::{CountWindow, Tally, TimeWindow},
+};
+use crate::call::{Nanos, Outcome, OutcomeKind, nanos};
+
+/// How far a ratio looks back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Span {
+    Time(Duration),
+    Calls(u32),
+}
+
+/// What a circuit has seen since it closed, for [`Trip::when`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Seen {
+    /// Failures in a row.
+    pub consecutive_failures: u32,
+    /// The calls in the fullest window of the rules beside the closure.
+    pub window_calls: u64,
+    /// The failures in the window of the failure ratio that has seen most.
+    pub window_failures: u64,
+    /// The slow calls in the window of the slow ratio that has seen most.
+    pub window_slow: u64,
+}
+
+/// How a call ended, as the rules see it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ended {
+    pub(super) outcome: Outcome,
+    /// How long it took to its head; 0 where nobody measures.
+    pub(super) took: Nanos,
+}
+
+/// The time windows: apart from the rest, because good calls are counted in them without the lock.
+pub(super) type TimeWindows = Box<[TimeWindow]>;
+
+#[derive(Debug)]
+pub(super) struct Counts {
+    run: u32,
+    rules: Vec<Counted>,
+    /// The shortest time that any rule calls slow.
+    slow_from: Option<Nanos>,
+}
+
+enum Counted {
+    Consecutive { limit: u32 },
+    Ratio { of: Bad, limit: f64, min_calls: u32, window: Window },
+    When(Arc<Closure>),
+}
+
+enum Window {
+    Calls(CountWindow),
+    /// Its place among the [`TimeWindows`].
+    Time(usize),
+}
+
+impl Window {
+    fn record(&mut self, bad: bool, now: Nanos, times: &TimeWindows) {
+        match self {
+            Self::Calls(window) => window.record(bad),
+            Self::Time(at) => times[*at].record(bad, now),
+        }
+    }
+
+    fn tally(&self, now: Nanos, times: &TimeWindows) -> Tally {
+        match self {
+            Self::Calls(window) => window.tally(),
+            Self::Time(at) => times[*at].tally(now),
+        }
+    }
+}
+
+impl Counts {
+    pub(super) fn new(trip: &Trip) -> (Self, TimeWindows) {
+        let mut times = Vec::new();
+        let mut slow_from = None;
+        let rules = trip
+            .rules
+            .iter()
+            .map(|rule| match rule {
+                Rule::Consecutive { failures } => Counted::Consecutive { limit: *failures },
+                Rule::When(rule) => Counted::When(rule.clone()),
+                Rule::Ratio { of, ratio, span, min_calls } => {
+                    if let Bad::Slow(slow) = of {
+                        let slow = nanos(*slow);
+                        slow_from = Some(slow_from.map_or(slow, |least: Nanos| least.min(slow)));
+                    }
+                    let window = match span {
+                        Span::Calls(calls) => Window::Calls(CountWindow::new(*calls)),
+                        Span::Time(length) => {
+                            times.push(TimeWindow::new(*length));
+                            Window::Time(times.len() - 1)
+                        }
+                    };
+                    Counted::Ratio { of: *of, limit: *ratio, min_calls: *min_calls, window }
+                }
+            })
+            .collect();
+        (Self { run: 0, rules, slow_from }, times.into())
+    }
+
+    /// From when on a call is slow to some rule; none: nobody measures.
+    pub(super) fn slow_from(&self) -> Option<Nanos> {
+        self.slow_from
+    }
+
+    /// Counts one call; tells the first rule that it trips.
+    ///
+    /// Throttled calls say nothing either way. A cancelled one counts where it had already been slow.
+    pub(super) fn record(
+        &mut self,
+        ended: Ended,
+        now: Nanos,
+        times: &TimeWindows,
+    ) -> Option<Tripped> {
+        let slow = self.was_slow(ended);
+        let failed = match ended.outcome.kind() {
+            OutcomeKind::Success => Some(false),
+            OutcomeKind::Failure => Some(true),
+            OutcomeKind::Cancelled if slow => None,
+            OutcomeKind::Throttled | OutcomeKind::Cancelled => return None,
+        };
+        if let Some(failed) = failed {
+            self.run = if failed { self.run.saturating_add(1) } else { 0 };
+        }
+        for rule in &mut self.rules {
+            let Counted::Ratio { of, window, .. } = rule else { continue };
+            match of {
+                Bad::Slow(slow) => window.record(ended.took >= nanos(*slow), now, times),
+                Bad::Failed => failed.map_or((), |failed| window.record(failed, now, times)),
+            }
+        }
+        // A good call trips nothing: its window is looked at again when one fails.
+        let failed = failed == Some(true);
+        if !failed && !slow {
+            return None;
+        }
+        self.rules.iter().find_map(|rule| self.tripped(rule, failed, slow, now, times))
+    }
+
+    fn tripped(
+        &self,
+        rule: &Counted,
+        failed: bool,
+        slow: bool,
+        now: Nanos,
+        times: &TimeWindows,
+    ) -> Option<Tripped> {
+        match rule {
+            Counted::Consecutive { limit } => (failed && self.run >= *limit)
+                .then_some(Tripped::Consecutive { failures: self.run }),
+            Counted::When(rule) => rule(&self.seen(now, times)).then_some(Tripped::When),
+            Counted::Ratio { of, limit, min_calls, window } => {
+                let Tally { calls, bad } = window.tally(now, times);
+                let asked = match of {
+                    Bad::Failed => failed,
+                    Bad::Slow(_) => slow,
+                };
+                let over = asked
+                    && bad > 0
+                    && calls >= u64::from(*min_calls)
+                    // Divided, not multiplied: 7 / 100 is 0.07, but 0.07 * 100 is a little over 7.
+                    && bad as f64 / calls as f64 >= *limit;
+                over.then_some(match of {
+                    Bad::Failed => Tripped::FailureRatio { failures: bad, calls },
+                    Bad::Slow(_) => Tripped::SlowRatio { slow: bad, calls },
+                })
+            }
+        }
+    }
+
+    /// Whether it took so long that the caller may have given it up for that.
+    pub(super) fn was_slow(&self, ended: Ended) -> bool {
+        self.slow_from.is_some_and(|slow| ended.took >= slow)
+    }
+
+    /// Whether a good call would change nothing but the time windows.
+    pub(super) fn is_clean(&self) -> bool {
+        self.run == 0
+            && self.rules.iter().all(|rule| match rule {
+                Counted::Ratio { window: Window::Calls(window), .. } => window.is_clean(),
+                _ => true,
+            })
+    }
+
+    pub(super) fn clear(&mut self, times: &TimeWindows) {
+        self.run = 0;
+        for rule in &mut self.rules {
+            if let Counted::Ratio { window: Window::Calls(window), .. } = rule {
+                window.clear();
+            }
+        }
+        for window in times {
+            window.clear();
+        }
+    }
+
+    pub(super) fn seen(&self, now: Nanos, times: &TimeWindows) -> Seen {
+        let mut seen = Seen { consecutive_failures: self.run, ..Seen::default() };
+        for rule in &self.rules {
+            let Counted::Ratio { of, window, .. } = rule else { continue };
+            let tally = window.tally(now, times);
+            seen.window_calls = seen.window_calls.max(tally.calls);
+            let bad = match of {
+                Bad::Failed => &mut seen.window_failures,
+                Bad::Slow(_) => &mut seen.window_slow,
+            };
+            *bad = tally.bad.max(*bad);
+        }
+        seen
+    }
+
+    /// Takes up what was seen elsewhere. A window of calls takes as many of them as it holds.
+    pub(super) fn restore(&mut self, seen: Seen, now: Nanos, times: &TimeWindows) {
+        self.clear(times);
+        self.run = seen.consecutive_failures;
+        for rule in &mut self.rules {
+            let Counted::Ratio { of, window, .. } = rule else { continue };
+            let bad = match of {
+                Bad::Failed => seen.window_failures,
+                Bad::Slow(_) => seen.window_slow,
+            };
+            let tally = Tally { calls: seen.window_calls, bad: bad.min(seen.window_calls) };
+            match window {
+                Window::Time(at) => times[*at].restore(tally, now),
+                Window::Calls(window) => {
+                    // Bounded by the window, however long ago the snapshot began to count.
+                    for nth in 0..tally.calls.min(1_000_000) {
+                        window.record(nth < tally.bad);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes over the thresholds of a rule of the same shape. False: it has another shape.
+    pub(super) fn adjust(&mut self, trip: &Trip, shape: &Trip) -> bool {
+        let same = trip.rules.len() == shape.rules.len()
+            && trip.rules.iter().zip(&shape.rules).all(|pair| match pair {
+                (Rule::Consecutive { .. }, Rule::Consecutive { .. })
+                | (Rule::When(_), Rule::When(_)) => true,
+                (Rule::Ratio { of: a, span: s, .. }, Rule::Ratio { of: b, span: t, .. }) => {
+                    matches!((a, b), (Bad::Failed, Bad::Failed) | (Bad::Slow(_), Bad::Slow(_)))
+                        && s == t
+                }
+                _ => false,
+            });
+        if !same {
+            return false;
+        }
+        let (fresh, _) = Self::new(trip);
+        self.slow_from = fresh.slow_from;
+        for (rule, new) in self.rules.iter_mut().zip(fresh.rules) {
+            match (rule, new) {
+                (
+                    Counted::Ratio { of, limit, min_calls, .. },
+                    Counted::Ratio { of: to, limit: ratio, min_calls: least, .. },
+                ) => (*of, *limit, *min_calls) = (to, ratio, least),
+                (rule, new) => *rule = new,
+            }
+        }
+        true
+    }
+}
+
+impl fmt::Debug for Counted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Consecutive { .. } => "consecutive",
+            Self::Ratio { .. } => "ratio",
+            Self::When(_) => "when",
+        })
+    }
+}

@@ -1,0 +1,273 @@
+//! A circuit for each key: one origin, one tenant, one route.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    hash::Hash,
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+};
+
+use http::Request;
+use tower_layer::Layer;
+
+use super::{
+    core::Circuit,
+    handle::CircuitBreakerHandle,
+    policy::{self, Verdict},
+    state::Settings,
+    trip::Trip,
+};
+use crate::{
+    ConfigError,
+    admission::{Admit, Plan, Policy, admission_layer},
+    call::{LayerKind, Nanos, Permit, Shared},
+};
+
+/// What of a request tells which circuit it belongs to. Any closure over the request is one.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` gives no key for requests of `{Req}`",
+    note = "`.keyed(|request: &Req| key)` wants exactly the request of the service; `.per_origin()` wants `http::Request<B>`"
+)]
+pub trait Key<Req>: Clone + Send + Sync + 'static {
+    /// What circuits are told apart by.
+    type Key: Clone + Eq + Hash + Send + Sync + 'static;
+
+    /// The key of this request.
+    fn key(&self, request: &Req) -> Self::Key;
+}
+
+impl<F, Req, K> Key<Req> for F
+where
+    F: Fn(&Req) -> K + Clone + Send + Sync + 'static,
+    K: Clone + Eq + Hash + Send + Sync + 'static,
+{
+    type Key = K;
+
+    #[inline]
+    fn key(&self, request: &Req) -> K {
+        self(request)
+    }
+}
+
+/// A circuit for each scheme and authority of a request's URI.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PerOrigin;
+
+/// Scheme and authority, as the URI has them.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Origin {
+    scheme: Option<http::uri::Scheme>,
+    authority: Option<http::uri::Authority>,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(scheme) = &self.scheme {
+            write!(f, "{scheme}://")?;
+        }
+        f.write_str(self.authority.as_ref().map_or("", |authority| authority.as_str()))
+    }
+}
+
+impl<B> Key<Request<B>> for PerOrigin {
+    type Key = Origin;
+
+    fn key(&self, request: &Request<B>) -> Origin {
+        let uri = request.uri();
+        Origin { scheme: uri.scheme().cloned(), authority: uri.authority().cloned() }
+    }
+}
+
+// ===== The circuits =====
+
+/// Keys beyond this share one circuit, unless told otherwise.
+const MOST_KEYS: usize = 1024;
+/// A full map is searched for circuits that can go at most this often.
+const SWEEP_EVERY: Nanos = 100_000_000;
+
+/// The circuits of a keyed layer, made as their keys come.
+pub(super) struct Circuits<Q> {
+    map: RwLock<HashMap<Q, Shared<Circuit>>>,
+    most: AtomicUsize,
+    swept: AtomicU64,
+    /// For keys beyond the cap.
+    other: Shared<Circuit>,
+    trip: Trip,
+    settings: Settings,
+}
+
+impl<Q: Clone + Eq + Hash> Circuits<Q> {
+    fn find(&self, key: &Q) -> Shared<Circuit> {
+        let known = self.map.read().unwrap_or_else(PoisonError::into_inner).get(key).cloned();
+        known.unwrap_or_else(|| self.add(key))
+    }
+
+    #[cold]
+    fn add(&self, key: &Q) -> Shared<Circuit> {
+        let mut map = self.map.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = map.get(key) {
+            return known.clone();
+        }
+        let most = self.most.load(Ordering::Relaxed);
+        if map.len() >= most {
+            let now = self.other.now();
+            let swept = self.swept.load(Ordering::Relaxed);
+            if swept == 0 || now.saturating_sub(swept) >= SWEEP_EVERY {
+                self.swept.store(now.max(1), Ordering::Relaxed);
+                // Only what is equal to a new one: nothing that was learnt is lost.
+                map.retain(|_, circuit| !(circuit.is_unshared() && circuit.is_fresh()));
+            }
+            if map.len() >= most {
+                return self.other.clone();
+            }
+        }
+        let circuit = Shared::new(Circuit::new(self.trip.clone(), self.settings));
+        map.insert(key.clone(), circuit.clone());
+        circuit
+    }
+}
+
+/// The policy of a keyed layer.
+pub struct Keyed<F, Q> {
+    key: F,
+    circuits: Arc<Circuits<Q>>,
+}
+
+impl<F: Clone, Q> Clone for Keyed<F, Q> {
+    fn clone(&self) -> Self {
+        Self { key: self.key.clone(), circuits: self.circuits.clone() }
+    }
+}
+
+impl<F, Q> fmt::Debug for Keyed<F, Q> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let keys = self.circuits.map.read().unwrap_or_else(PoisonError::into_inner).len();
+        f.debug_struct("Keyed").field("keys", &keys).finish_non_exhaustive()
+    }
+}
+
+impl<F, Q, Req> Policy<Req> for Keyed<F, Q>
+where
+    F: Key<Req, Key = Q>,
+    Q: Clone + Eq + Hash + Send + Sync + 'static,
+{
+    type State = Circuit;
+    type Wait = Verdict;
+
+    const LAYER: LayerKind = LayerKind::CircuitBreaker;
+
+    /// Which circuit it will be is known with the request.
+    fn peek(&self) -> bool {
+        true
+    }
+
+    fn admit(&self, request: &Req) -> Admit<Permit<Circuit>, Verdict> {
+        policy::admit(&self.circuits.find(&self.key.key(request)))
+    }
+}
+
+// ===== The layer =====
+
+admission_layer! {
+    /// A circuit breaker with a circuit for each key, made by [`CircuitBreakerLayer::keyed`](super::CircuitBreakerLayer::keyed) or
+    /// [`per_origin`](super::CircuitBreakerLayer::per_origin).
+    ///
+    /// The circuits are in a bounded map: 1024 keys, unless [`max_keys`](Self::max_keys) says otherwise. Where
+    /// it is full, circuits that are as good as new (closed, nothing counted, no call under way) make room;
+    /// where there are none, further keys share one circuit. So keys from requests never grow memory.
+    ///
+    /// Which circuit a call belongs to is known only with the request: what is wrapped is asked to be ready
+    /// before, also for a call that will be refused.
+    layer KeyedCircuitBreakerLayer {}
+    /// The service of a [`KeyedCircuitBreakerLayer`].
+    service KeyedCircuitBreaker [Sel, Id]
+    policy Keyed<Sel, Id>
+}
+
+impl<Sel, Id, M, R> KeyedCircuitBreakerLayer<Sel, Id, M, R> {
+    /// Every circuit is made as the one of `plan` is.
+    pub(super) fn new(key: Sel, plan: Plan<Shared<Circuit>, M, R>) -> Self {
+        let Plan { policy: template, protocol, reject, fault } = plan;
+        let (trip, settings) = template.look(|machine, _, _| machine.shape());
+        let other = Shared::new(Circuit::new(trip.clone(), settings));
+        other.name("other");
+        let circuits = Arc::new(Circuits {
+            map: RwLock::default(),
+            most: AtomicUsize::new(MOST_KEYS),
+            swept: AtomicU64::new(0),
+            other,
+            trip,
+            settings,
+        });
+        let policy = Keyed { key, circuits };
+        Self { plan: Plan { policy, protocol, reject, fault } }
+    }
+
+    /// How many keys have a circuit of their own: 1024 by default, 1 or more.
+    pub fn max_keys(mut self, most: usize) -> Self {
+        let checked = match most {
+            0 => Err(ConfigError::new("max_keys", most, "use 1 or more")),
+            most => Ok(most),
+        };
+        if let Some(most) = self.plan.accept(checked) {
+            self.plan.policy.circuits.most.store(most, Ordering::Relaxed);
+        }
+        self
+    }
+
+    /// Looks at the circuits and steers them.
+    #[must_use]
+    pub fn handle(&self) -> KeyedCircuitBreakerHandle<Id> {
+        KeyedCircuitBreakerHandle(self.plan.policy.circuits.clone())
+    }
+}
+
+impl<S, Sel: Clone, Id, M: Clone, R: Clone> Layer<S> for KeyedCircuitBreakerLayer<Sel, Id, M, R> {
+    type Service = KeyedCircuitBreaker<S, Sel, Id, M, R>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        KeyedCircuitBreaker { admission: self.plan.service(inner) }
+    }
+}
+
+/// Looks at the circuits of a keyed layer and steers them, from outside of the stack.
+pub struct KeyedCircuitBreakerHandle<Q>(Arc<Circuits<Q>>);
+
+impl<Q: Clone + Eq + Hash> KeyedCircuitBreakerHandle<Q> {
+    /// The circuit of this key, if it has one of its own.
+    #[must_use]
+    pub fn get(&self, key: &Q) -> Option<CircuitBreakerHandle> {
+        let map = self.0.map.read().unwrap_or_else(PoisonError::into_inner);
+        map.get(key).cloned().map(CircuitBreakerHandle)
+    }
+
+    /// The circuit that keys beyond the cap share.
+    #[must_use]
+    pub fn other(&self) -> CircuitBreakerHandle {
+        CircuitBreakerHandle(self.0.other.clone())
+    }
+
+    /// All keys that have a circuit of their own, with it, in no order.
+    #[must_use]
+    pub fn all(&self) -> Vec<(Q, CircuitBreakerHandle)> {
+        let map = self.0.map.read().unwrap_or_else(PoisonError::into_inner);
+        map.iter()
+            .map(|(key, circuit)| (key.clone(), CircuitBreakerHandle(circuit.clone())))
+            .collect()
+    }
+}
+
+impl<Q> Clone for KeyedCircuitBreakerHandle<Q> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<Q> fmt::Debug for KeyedCircuitBreakerHandle<Q> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("KeyedCircuitBreakerHandle")
+    }
+}
