@@ -142,7 +142,7 @@ async fn breaker_under_tonic_does_not_count_answers_to_bad_requests_nor_dropped_
     drop(watch);
     until(|| service.inside.now() == 0).await;
     let snapshot = state.snapshot();
-    assert_eq!((snapshot.state, snapshot.consecutive_failures), (State::Closed, 0));
+    assert_eq!((snapshot.state, snapshot.seen.consecutive_failures), (State::Closed, 0));
 }
 
 #[tokio::test]

@@ -334,25 +334,23 @@ mod loom_models {
         });
     }
 
-    /// Good calls at a new stretch, without the lock, while somebody rotates under it: none is lost.
+    /// A good call at a new stretch, without the lock, while somebody rotates under it: none is lost.
     #[test]
     fn loom_window_rotation_loses_nothing() {
         loom::model(|| {
             let rule = Trip::failure_ratio(0.5).within(Duration::from_nanos(100)).min_calls(100);
             let cell = Arc::new(Cell::new(rule, settings(1)));
             let ticket = admit(&cell, 0).unwrap();
-            let threads = [5, 15].map(|now| {
+            let good = {
                 let cell = cell.clone();
                 thread::spawn(move || {
-                    finish(&cell, ticket, Outcome::success(), now);
+                    finish(&cell, ticket, Outcome::success(), 15);
                 })
-            });
+            };
             finish(&cell, ticket, Outcome::failure(), 15);
-            for thread in threads {
-                thread.join().unwrap();
-            }
+            good.join().unwrap();
             let seen = cell.with(|machine, times| machine.seen(15, times));
-            assert_eq!((seen.window_calls, seen.window_failures), (3, 1));
+            assert_eq!((seen.window_calls, seen.window_failures), (2, 1));
         });
     }
 }
