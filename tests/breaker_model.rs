@@ -277,7 +277,7 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
         prop_assert!(seen.probes <= usize::from(config.probes));
         prop_assert_eq!(seen.opened, model.opened);
         if model.state == State::Closed {
-            prop_assert_eq!(seen.consecutive_failures, model.run);
+            prop_assert_eq!(seen.seen.consecutive_failures, model.run);
         }
     }
 

@@ -268,7 +268,7 @@ async fn unknown_lets_calls_through() {
     let handle = layer.handle();
     let service = layer.layer(Upstream::new().will(Mode::Status(500)));
     settle().await;
-    assert_eq!(handle.snapshot().seen.consecutive_failures, 1);
+    assert_eq!(handle.snapshot().consecutive_failures, 1);
     assert_eq!(handle.state(), ProbeState::Unknown);
     assert!(service.oneshot(call()).await.is_ok());
 }
