@@ -46,8 +46,9 @@
 //!
 //! # Where each goes
 //!
-//! Outermost first. A client: retry, hedge, circuit breaker, health probe, concurrency limit, the client. A
-//! server: health endpoints, concurrency limit, the routes.
+//! Outermost first. A client: retry, hedge, circuit breaker, concurrency limit, health probe, the client. A
+//! server: health endpoints, concurrency limit, the routes. (The probe is innermost, so that a limit full
+//! of hung calls does not keep it from looking.)
 //!
 //! # Errors and responses
 //!

@@ -119,8 +119,10 @@ async fn breaker_under_tonic_counts_failures_in_the_trailers() {
         let mut watch = soon(bare(addr).watch(ask("cut 14"))).await.unwrap().into_inner();
         assert_eq!(soon(watch.message()).await.unwrap().unwrap().status, 1);
         assert_eq!(soon(watch.message()).await.unwrap_err().code(), Code::Unavailable);
-        until(|| state.snapshot().seen.consecutive_failures == round || state.state() == State::Open)
-            .await;
+        until(|| {
+            state.snapshot().seen.consecutive_failures == round || state.state() == State::Open
+        })
+        .await;
     }
     assert_eq!(state.state(), State::Open);
 }

@@ -104,8 +104,8 @@ pub fn protected_client(
     let client = ServiceBuilder::new()
         .layer(retry)
         .layer(breaker)
-        .layer(probe)
         .layer(limit)
+        .layer(probe)
         .service(bare_client(clock, tally));
     (client, guards)
 }

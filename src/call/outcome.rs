@@ -1,4 +1,4 @@
-use std::{fmt, time::Duration};
+use std::{error::Error, fmt, time::Duration};
 
 /// What became of one call.
 ///
@@ -99,6 +99,13 @@ impl Outcome {
     #[must_use]
     pub const fn cancelled() -> Self {
         Self::new(OutcomeKind::Cancelled, Reason::Dropped)
+    }
+
+    /// What an error says, told from the chain of its sources: where the connection failed, a timeout, a
+    /// refusal by a layer further in ([`OutcomeKind::Cancelled`]). For classifiers of one's own.
+    #[must_use]
+    pub fn of_error(error: &(dyn Error + 'static)) -> Self {
+        super::http::of_error(error)
     }
 
     /// The same outcome with this reason.

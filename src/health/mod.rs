@@ -103,10 +103,9 @@
 //!
 //! # In the stack
 //!
-//! The endpoints go outermost. The gate goes around the client, under the retry and the circuit breaker.
-//! Over a concurrency limit, a probe needs a place like any call: refused there it says nothing, but one
-//! that waits in the limit's queue for longer than its `timeout` has failed. Under the limit it is not
-//! held up.
+//! The endpoints go outermost. The gate goes right around the client, under the retry, the circuit breaker
+//! and the concurrency limit. Over a limit a probe would need a place like any call: refused there it says
+//! nothing, so that a limit full of hung calls would keep it from looking.
 //!
 //! It is made for what you call. In front of a server, wrap the whole router with it: under axum's
 //! `Router::layer` it would probe the one route that axum happens to wrap first, which may be a fallback.
