@@ -1,181 +1,92 @@
 //! The circuit breaker against a naive model: any schedule of calls, ends, pauses and orders by hand.
 #![cfg(feature = "breaker")]
 
+#[path = "breaker_model/model.rs"]
+mod model;
 mod support;
 
-use std::time::Duration;
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    time::Duration,
+};
 
-use buttress::{CircuitBreaker, CircuitBreakerLayer, Trip, breaker::State, call::TrackedBody};
+use buttress::{
+    CircuitBreaker, CircuitBreakerLayer, Outcome,
+    breaker::{Isolation, State},
+    call::TrackedBody,
+};
 use http::{Request, Response};
+use model::{Config, End, Model, Rule};
 use proptest::prelude::*;
-use support::{Oops, Piece, ScriptBody, Strict, empty, request, status};
+use support::{Oops, Piece, ScriptBody, Strict, Then, empty, request, status};
 use tokio_test::{assert_ready, assert_ready_ok, task};
 use tower::{Layer, ServiceExt, util::Oneshot};
 
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Call,
+    /// A call that panics.
+    Panic,
     /// How the n-th of the calls under way ends; a streaming one ends as its body is dropped.
     End(usize, End),
     Advance(u64),
-    ForceOpen,
-    ForceClosed,
-    Reset,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum End {
-    Success,
-    Error,
-    ServerError,
-    Throttled,
-    Cancel,
-    /// Not an end: a good head, and a body that never comes to one.
-    GoodHead,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Config {
-    failures: u32,
-    probes: u16,
-    open_ms: u64,
-    lease_ms: u64,
+    Force(State),
+    Isolate,
+    /// The oldest isolation ends.
+    Release,
+    Record(End),
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     use End::*;
-    let ends = prop::sample::select(vec![
-        Success,
-        Success,
-        Success,
-        Error,
-        ServerError,
-        Throttled,
-        Cancel,
-        GoodHead,
-    ]);
+    let ends =
+        [Success, Success, Success, Error, ServerError, Throttled, Cancel, GoodHead].to_vec();
+    let forced = [State::ForcedOpen, State::ForcedClosed, State::HalfOpen, State::Closed].to_vec();
     let step = prop_oneof![
-        8 => Just(Step::Call),
-        8 => (0..4usize, ends).prop_map(|(n, end)| Step::End(n, end)),
-        4 => (1..60u64).prop_map(Step::Advance),
-        1 => prop::sample::select(vec![Step::ForceOpen, Step::ForceClosed, Step::Reset]),
+        32 => Just(Step::Call),
+        1 => Just(Step::Panic),
+        32 => (0..4usize, prop::sample::select(ends)).prop_map(|(n, end)| Step::End(n, end)),
+        16 => (1..60u64).prop_map(Step::Advance),
+        // A clock that jumps: an hour, a year.
+        1 => prop::sample::select(vec![3_600_000, 31_536_000_000]).prop_map(Step::Advance),
+        2 => prop::sample::select(forced).prop_map(Step::Force),
+        1 => Just(Step::Isolate),
+        3 => Just(Step::Release),
+        3 => prop::sample::select(vec![Success, Error, Throttled, Cancel]).prop_map(Step::Record),
     ];
-    prop::collection::vec(step, 1..80)
+    prop::collection::vec(step, 1..50)
 }
 
-fn configs() -> impl Strategy<Value = Config> {
-    (1..4u32, 1..4u16, 10..50u64, 10..90u64).prop_map(|(failures, probes, open_ms, lease_ms)| {
-        Config { failures, probes, open_ms, lease_ms }
+fn consecutive() -> impl Strategy<Value = Rule> {
+    (1..4u32).prop_map(Rule::Consecutive)
+}
+
+fn failed() -> impl Strategy<Value = Rule> {
+    (1..=10u32, 1..12u32, 1..12u32).prop_map(|(tenths, over, min)| Rule::Failed {
+        tenths,
+        over,
+        min: min.min(over),
     })
 }
 
-// ===== The model =====
-
-#[derive(Debug)]
-struct Model {
-    config: Config,
-    now: u64,
-    state: State,
-    /// Which stay in a state this is.
-    stay: usize,
-    opened: u64,
-    run: u32,
-    open_until: u64,
-    passed: usize,
-    /// Number of the call, end of its lease, whether it has seen a good head.
-    probes: Vec<(usize, u64, bool)>,
+fn slow() -> impl Strategy<Value = Rule> {
+    (1..=10u32, 1..12u32, 1..60u64).prop_map(|(tenths, over, ms)| Rule::Slow { tenths, over, ms })
 }
 
-impl Model {
-    fn to(&mut self, state: State) {
-        (self.state, self.run, self.passed) = (state, 0, 0);
-        self.stay += 1;
-        self.probes.clear();
-        if state == State::Open {
-            self.opened += 1;
-            self.open_until = self.now + self.config.open_ms;
-        }
-    }
-
-    fn close_if_proven(&mut self) {
-        if self.passed >= usize::from(self.config.probes) {
-            self.to(State::Closed);
-        }
-    }
-
-    /// Whether the call of this number goes.
-    fn call(&mut self, number: usize) -> bool {
-        if self.state == State::Open && self.now >= self.open_until {
-            self.to(State::HalfOpen);
-        }
-        if self.state == State::HalfOpen {
-            let now = self.now;
-            let (over, under_way): (Vec<_>, _) =
-                self.probes.iter().copied().partition(|probe| probe.1 <= now);
-            if over.iter().any(|probe| !probe.2) {
-                self.to(State::Open);
-            } else {
-                self.probes = under_way;
-                self.passed += over.len();
-                self.close_if_proven();
-            }
-        }
-        match self.state {
-            State::Closed | State::ForcedClosed => true,
-            State::Open | State::ForcedOpen => false,
-            State::HalfOpen => {
-                let free = self.passed + self.probes.len() < usize::from(self.config.probes);
-                if free {
-                    self.probes.push((number, self.now + self.config.lease_ms, false));
-                }
-                free
-            }
-        }
-    }
-
-    fn end(&mut self, number: usize, stay: usize, end: End) {
-        if stay != self.stay {
-            return;
-        }
-        match self.state {
-            State::Closed => match end {
-                End::Success => self.run = 0,
-                End::Error | End::ServerError => {
-                    self.run += 1;
-                    if self.run >= self.config.failures {
-                        self.to(State::Open);
-                    }
-                }
-                End::Throttled | End::Cancel | End::GoodHead => {}
-            },
-            State::HalfOpen => {
-                let Some(at) = self.probes.iter().position(|probe| probe.0 == number) else {
-                    return;
-                };
-                if end == End::GoodHead {
-                    self.probes[at].2 = true;
-                    return;
-                }
-                self.probes.remove(at);
-                match end {
-                    End::Success => {
-                        self.passed += 1;
-                        self.close_if_proven();
-                    }
-                    End::Cancel | End::GoodHead => {}
-                    End::Error | End::ServerError | End::Throttled => self.to(State::Open),
-                }
-            }
-            State::Open | State::ForcedOpen | State::ForcedClosed => {}
-        }
-    }
-
-    fn state(&self) -> State {
-        match self.state {
-            State::Open if self.now >= self.open_until => State::HalfOpen,
-            state => state,
-        }
-    }
+fn configs(rules: impl Strategy<Value = Vec<Rule>>) -> impl Strategy<Value = Config> {
+    let probes = (1..4u16, 1..4u16).prop_map(|(a, b)| (a.min(b), a.max(b)));
+    let outside = prop::bool::weighted(0.1);
+    (rules, probes, 10..50u64, 10..90u64, any::<bool>(), outside).prop_map(
+        |(rules, (needed, probes), open_ms, lease_ms, backs_off, outside)| Config {
+            rules,
+            needed,
+            probes,
+            open_ms,
+            lease_ms,
+            backs_off,
+            outside,
+        },
+    )
 }
 
 // ===== The run =====
@@ -183,6 +94,8 @@ impl Model {
 struct Call {
     number: usize,
     stay: usize,
+    began: u64,
+    head_took: Option<u64>,
     doing: Doing,
 }
 
@@ -192,24 +105,12 @@ enum Doing {
 }
 
 async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
-    let layer = CircuitBreakerLayer::new(Trip::consecutive(config.failures))
-        .half_open(config.probes)
-        .open_for(Duration::from_millis(config.open_ms))
-        .probe_lease(Duration::from_millis(config.lease_ms));
+    let layer: CircuitBreakerLayer = config.layer();
     let (inner, watch) = Strict::holding();
     let (handle, service) = (layer.handle(), layer.layer(inner));
-    let mut model = Model {
-        config,
-        now: 0,
-        state: State::Closed,
-        stay: 0,
-        opened: 0,
-        run: 0,
-        open_until: 0,
-        passed: 0,
-        probes: Vec::new(),
-    };
+    let mut model = Model::new(config.clone());
     let mut calls: Vec<Call> = Vec::new();
+    let mut isolations: Vec<Isolation> = Vec::new();
     for step in steps {
         match step {
             Step::Call => {
@@ -219,17 +120,31 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
                 prop_assert_eq!(goes, model.call(number));
                 prop_assert_eq!(goes, watch.seen().calls > number);
                 if goes {
-                    calls.push(Call { number, stay: model.stay, doing: Doing::Asking(call) });
+                    let (stay, began, doing) = (model.stay, model.now, Doing::Asking(call));
+                    calls.push(Call { number, stay, began, head_took: None, doing });
+                }
+            }
+            Step::Panic => {
+                let number = watch.seen().calls;
+                watch.script([Then::PanicInPoll]);
+                let mut call = task::spawn(service.clone().oneshot(request()));
+                let panicked = catch_unwind(AssertUnwindSafe(|| call.poll().is_pending())).is_err();
+                drop(call);
+                watch.unscript();
+                prop_assert_eq!(panicked, model.call(number));
+                if panicked {
+                    model.end(number, model.stay, End::Error, 0);
                 }
             }
             Step::End(n, end) if !calls.is_empty() => {
                 let mut call = calls.remove(n % calls.len());
+                let took = call.head_took.unwrap_or(model.now - call.began);
                 let Doing::Asking(asking) = &mut call.doing else {
                     // A good answer that was not read to its end.
-                    model.end(call.number, call.stay, End::Success);
+                    model.end(call.number, call.stay, End::Success, took);
                     continue;
                 };
-                model.end(call.number, call.stay, end);
+                model.end(call.number, call.stay, end, took);
                 match end {
                     End::Cancel => {}
                     End::Error => {
@@ -240,6 +155,7 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
                         let stuck = Response::new(ScriptBody::new([Piece::Stuck]));
                         watch.end(call.number, Ok(stuck));
                         call.doing = Doing::Streaming { _body: assert_ready_ok!(asking.poll()) };
+                        call.head_took = Some(took);
                         calls.push(call);
                     }
                     End::Success | End::ServerError | End::Throttled => {
@@ -258,38 +174,61 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
                 tokio::time::advance(Duration::from_millis(ms)).await;
                 model.now += ms;
             }
-            Step::ForceOpen => {
-                handle.force_open();
-                model.to(State::ForcedOpen);
+            Step::Force(to) => {
+                match to {
+                    State::ForcedOpen => handle.force_open(),
+                    State::ForcedClosed => handle.force_closed(),
+                    State::HalfOpen => handle.half_open(),
+                    _ => handle.reset(),
+                }
+                model.force(to);
             }
-            Step::ForceClosed => {
-                handle.force_closed();
-                model.to(State::ForcedClosed);
+            Step::Isolate => {
+                isolations.push(handle.isolate());
+                model.isolations += 1;
             }
-            Step::Reset => {
-                handle.reset();
-                model.to(State::Closed);
+            Step::Release if !isolations.is_empty() => {
+                drop(isolations.remove(0));
+                model.isolations -= 1;
+            }
+            Step::Release => {}
+            Step::Record(end) => {
+                handle.record(match end {
+                    End::Success => Outcome::success(),
+                    End::Throttled => Outcome::throttled(),
+                    End::Cancel => Outcome::cancelled(),
+                    _ => Outcome::failure(),
+                });
+                model.told(end);
             }
         }
         let seen = handle.snapshot();
         prop_assert_eq!(seen.state, model.state());
+        prop_assert_eq!(handle.state(), model.state());
         prop_assert_eq!(seen.probes, model.probes.len());
         prop_assert!(seen.probes <= usize::from(config.probes));
-        prop_assert_eq!(seen.opened, model.opened);
-        if model.state == State::Closed {
+        prop_assert_eq!((seen.opened, seen.isolations), (model.opened, model.isolations));
+        if seen.state == State::Closed {
             prop_assert_eq!(seen.seen.consecutive_failures, model.run);
+            let seen = [seen.seen.window_calls, seen.seen.window_failures, seen.seen.window_slow];
+            prop_assert_eq!(seen, model.windows());
         }
     }
 
     // Whatever happened: nothing is lost, and good probes close the circuit.
     calls.clear();
+    isolations.clear();
     prop_assert_eq!((handle.snapshot().probes, watch.seen().in_flight), (0, 0));
     if matches!(handle.state(), State::ForcedOpen | State::ForcedClosed) {
         handle.reset();
     }
-    tokio::time::advance(Duration::from_millis(config.open_ms)).await;
+    tokio::time::advance(Duration::from_millis(config.open_ms * 4)).await;
     for _ in 0..config.probes {
-        watch.script([support::Then::Answer(empty())]);
+        if config.outside {
+            handle.record(Outcome::success());
+            continue;
+        }
+        watch.script([Then::Answer(empty())]);
         prop_assert!(service.clone().oneshot(request()).await.is_ok());
     }
     prop_assert_eq!(handle.state(), State::Closed);
@@ -297,13 +236,43 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
     Ok(())
 }
 
+fn paused(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
+    runtime.unwrap().block_on(run(config, steps))
+}
+
+// 10,000 in all, cut so that they run beside each other.
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(256) })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(2500) })]
 
     #[test]
-    fn any_schedule_does_what_the_model_does(config in configs(), steps in steps()) {
-        let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
-        runtime.unwrap().block_on(run(config, steps))?;
+    fn any_schedule_does_what_the_model_does(
+        config in configs(consecutive().prop_map(|rule| vec![rule])), steps in steps(),
+    ) {
+        paused(config, steps)?;
+    }
+
+    #[test]
+    fn any_schedule_over_a_window_of_calls(
+        config in configs(failed().prop_map(|rule| vec![rule])), steps in steps(),
+    ) {
+        paused(config, steps)?;
+    }
+
+    #[test]
+    fn any_schedule_of_slow_calls(
+        config in configs((slow(), consecutive()).prop_map(|(slow, run)| vec![run, slow])),
+        steps in steps(),
+    ) {
+        paused(config, steps)?;
+    }
+
+    #[test]
+    fn any_schedule_under_many_rules(
+        config in configs(prop::collection::vec(prop_oneof![consecutive(), failed(), slow()], 2..5)),
+        steps in steps(),
+    ) {
+        paused(config, steps)?;
     }
 }

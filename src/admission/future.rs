@@ -189,7 +189,8 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
             }
             // Not `peek`: to a probe that waits here, its own slot looks taken.
             let stale = || this.permit.as_ref().is_none_or(|permit| this.policy.is_stale(permit));
-            ready!(this.shut.poll(cx, this.policy.shut(), stale));
+            let shut = || this.policy.shut(this.permit.as_ref());
+            ready!(this.shut.poll(cx, shut, stale));
             // Shut while waiting for the inner service: what was given is worth nothing any more.
             *this.permit = None;
             let Some(request) = this.request.as_ref() else {

@@ -47,9 +47,10 @@ pub trait Policy<Req>: Clone + Send + Sync + 'static {
         false
     }
 
-    /// What wakes those who wait for the inner service when [`peek`](Self::peek) turns false, or their
-    /// permit [stale](Self::is_stale).
-    fn shut(&self) -> Option<&Arc<Notify>> {
+    /// What wakes those who wait for the inner service when [`peek`](Self::peek) turns false, or the permit
+    /// that they have already [stale](Self::is_stale).
+    fn shut(&self, permit: Option<&Permit<Self::State>>) -> Option<Arc<Notify>> {
+        let _ = permit;
         None
     }
 
@@ -59,8 +60,8 @@ pub trait Policy<Req>: Clone + Send + Sync + 'static {
         false
     }
 
-    /// When [`peek`](Self::peek) may turn true by time alone.
-    fn reopens_at(&self) -> Option<Instant> {
+    /// When [`peek`](Self::peek) may change by time alone.
+    fn changes_at(&self) -> Option<Instant> {
         None
     }
 }

@@ -92,14 +92,17 @@ where
     type Future = ResponseFuture<S, Req, S::Future, M::Call, P, M, R>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), R::Error>> {
-        if self.promised {
+        // Only a balancer asks twice, to be told where it must not call any more.
+        if self.promised && (!self.policy.holds_back() || self.policy.peek()) {
             return Poll::Ready(Ok(()));
         }
+        self.promised = false;
         while self.fault.is_none() {
             if !self.policy.peek() {
                 if !self.policy.holds_back() {
                     break;
                 }
+                self.let_go();
                 ready!(self.hold.poll::<Req, P>(cx, &self.policy));
             }
             if let Poll::Ready(result) = self.inner.poll_ready(cx) {
@@ -109,14 +112,13 @@ where
                 break;
             }
             self.readiness = Readiness::Polled;
-            ready!(self.shut.poll(cx, self.policy.shut(), || !self.policy.peek()));
+            ready!(self.shut.poll(cx, || self.policy.shut(None), || !self.policy.peek()));
         }
         self.promised = true;
         Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, mut request: Req) -> Self::Future {
-        let readiness = mem::replace(&mut self.readiness, Readiness::Untouched);
         self.promised = false;
         let admit = match &self.fault {
             None => self.policy.admit(&request),
@@ -124,16 +126,14 @@ where
         };
         let form = self.reject.form(&request);
         let state = match admit {
-            Admit::Go(mut permit) if readiness == Readiness::Ready => {
+            Admit::Go(mut permit) if self.readiness == Readiness::Ready => {
+                self.readiness = Readiness::Untouched;
                 let call = self.protocol.begin(&mut request);
                 let future = permit.guard(|| self.inner.call(request));
                 State::called(future, permit, call)
             }
             refused_or_later => {
-                if readiness != Readiness::Untouched {
-                    // What this instance reserved, or queued for, must not stay parked in it.
-                    self.inner = self.inner.clone();
-                }
+                self.let_go();
                 match refused_or_later {
                     Admit::No(rejected) => State::refused(rejected),
                     Admit::Go(permit) => State::parked(self.park(request).with_permit(permit)),
@@ -146,6 +146,13 @@ where
 }
 
 impl<S: Clone, P: Clone, M: Clone, R> Admission<S, P, M, R> {
+    /// What this instance reserved, or queued for, must not stay parked in it.
+    fn let_go(&mut self) {
+        if mem::replace(&mut self.readiness, Readiness::Untouched) != Readiness::Untouched {
+            self.inner = self.inner.clone();
+        }
+    }
+
     fn park<Req>(&self, request: Req) -> Parked<S, Req, P, M>
     where
         P: Policy<Req>,

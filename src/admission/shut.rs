@@ -23,12 +23,14 @@ impl ShutWatch {
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,
-        notify: Option<&Arc<Notify>>,
+        notify: impl Fn() -> Option<Arc<Notify>>,
         is_shut: impl Fn() -> bool,
     ) -> Poll<()> {
-        let Some(notify) = notify else { return Poll::Pending };
         loop {
-            let notified = self.0.get_or_insert_with(|| Box::pin(notify.clone().notified_owned()));
+            if self.0.is_none() {
+                self.0 = notify().map(|notify| Box::pin(notify.notified_owned()));
+            }
+            let Some(notified) = &mut self.0 else { return Poll::Pending };
             let woken = notified.as_mut().poll(cx).is_ready();
             if woken {
                 self.forget();
@@ -64,12 +66,16 @@ impl HoldBack {
         policy: &P,
     ) -> Poll<()> {
         loop {
-            if self.reopened.poll(cx, policy.shut(), || policy.peek()).is_ready() {
+            if self.reopened.poll(cx, || policy.shut(None), || policy.peek()).is_ready() {
                 self.by_time = None;
                 return Poll::Ready(());
             }
-            let Some(at) = policy.reopens_at() else { return Poll::Pending };
+            let Some(at) = policy.changes_at() else { return Poll::Pending };
             let by_time = self.by_time.get_or_insert_with(|| Box::pin(sleep_until(at)));
+            // What it slept for may have given way to something sooner.
+            if by_time.deadline() > at {
+                by_time.as_mut().reset(at);
+            }
             if by_time.as_mut().poll(cx).is_pending() {
                 return Poll::Pending;
             }

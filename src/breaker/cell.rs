@@ -5,7 +5,7 @@ use std::{sync::PoisonError, time::Duration};
 
 use super::{
     counts::{Ended, TimeWindows},
-    state::{Change, Machine, Refusal, Settings, State, Ticket},
+    state::{Change, Machine, Refusal, Roll, Settings, State, Ticket},
     trip::Trip,
 };
 use crate::call::{
@@ -73,18 +73,24 @@ impl Cell {
     // ===== Looking =====
 
     /// The state, and how long it lasts if nothing happens.
-    pub(super) fn state(&self, now: impl FnOnce() -> Nanos) -> (State, Option<Duration>) {
+    pub(super) fn state(
+        &self,
+        now: impl FnOnce() -> Nanos,
+        roll: Roll,
+    ) -> (State, Option<Duration>, Option<Change>) {
         let state = match word(self.word.load(Ordering::Acquire)) {
             Word::Closed | Word::Ramp => State::Closed,
-            Word::HalfOpen => State::HalfOpen,
             Word::ForcedOpen => State::ForcedOpen,
             Word::ForcedClosed => State::ForcedClosed,
-            Word::Open => match self.until.load(Ordering::Acquire).saturating_sub(now()) {
-                0 => State::HalfOpen,
-                left => return (State::Open, Some(Duration::from_nanos(left))),
-            },
+            Word::Open | Word::HalfOpen => {
+                let now = now();
+                let left = |at: Nanos| Duration::from_nanos(at.saturating_sub(now));
+                let mut machine = self.lock();
+                let change = machine.pass_time(now, roll, &self.times);
+                return (machine.state(), machine.next_by_time().map(left), change);
+            }
         };
-        (state, None)
+        (state, None, None)
     }
 
     /// Whether somebody measures how long calls take.
@@ -95,26 +101,31 @@ impl Cell {
 
     /// Whether a call would go now; a ramp's luck apart.
     #[inline]
-    pub(super) fn has_room(&self, now: impl FnOnce() -> Nanos) -> (bool, Option<Change>) {
+    pub(super) fn has_room(
+        &self,
+        now: impl FnOnce() -> Nanos,
+        roll: Roll,
+    ) -> (bool, Option<Change>) {
         match word(self.word.load(Ordering::Acquire)) {
             Word::Closed | Word::Ramp | Word::ForcedClosed => (true, None),
             Word::ForcedOpen => (false, None),
-            Word::Open => {
+            Word::Open | Word::HalfOpen => {
                 let now = now();
-                let over = now >= self.until.load(Ordering::Acquire);
-                (over && self.lock().has_room(now), None)
-            }
-            Word::HalfOpen => {
-                let now = now();
+                // An open circuit says no without the lock, however many ask.
+                if now < self.until.load(Ordering::Acquire) {
+                    return (false, None);
+                }
                 let mut machine = self.lock();
-                let change = machine.pass_time(now, &self.times);
-                (machine.has_room(now), change)
+                let change = machine.pass_time(now, roll, &self.times);
+                (machine.has_room(), change)
             }
         }
     }
 
-    pub(super) fn generation(&self) -> u64 {
-        self.word.load(Ordering::Acquire) >> 4
+    /// Whether what this generation was let through for still goes.
+    pub(super) fn still_goes(&self, generation: u64) -> bool {
+        let bits = self.word.load(Ordering::Acquire);
+        bits >> 4 == generation && word(bits) != Word::ForcedOpen
     }
 
     // ===== A call =====
@@ -123,7 +134,7 @@ impl Cell {
     pub(super) fn admit(
         &self,
         now: impl FnOnce() -> Nanos,
-        roll: impl FnOnce() -> f64,
+        roll: Roll,
     ) -> (Result<Ticket, Refusal>, Option<Change>) {
         let bits = self.word.load(Ordering::Acquire);
         match word(bits) {
@@ -143,10 +154,18 @@ impl Cell {
         }
     }
 
-    pub(super) fn head(&self, ticket: Ticket, so_far: crate::call::Outcome) {
-        if ticket.probe != 0 {
-            self.lock().head(ticket, so_far);
+    pub(super) fn head(
+        &self,
+        ticket: Ticket,
+        so_far: Ended,
+        now: impl FnOnce() -> Nanos,
+        roll: Roll,
+    ) -> Option<Change> {
+        if ticket.probe == 0 {
+            return None;
         }
+        let now = now();
+        self.lock().head(ticket, so_far, now, roll, &self.times)
     }
 
     #[inline]
@@ -155,25 +174,30 @@ impl Cell {
         ticket: Ticket,
         ended: Ended,
         now: impl FnOnce() -> Nanos,
-        roll: impl FnOnce() -> f64,
+        roll: Roll,
     ) -> Option<Change> {
         let bits = self.word.load(Ordering::Acquire);
         if bits >> 4 != ticket.generation {
             return None;
         }
-        if let Word::Closed | Word::Ramp = word(bits) {
-            let slow = ended.took >= self.slow_from.load(Ordering::Relaxed);
-            match ended.outcome.kind() {
-                OutcomeKind::Throttled => return None,
-                OutcomeKind::Cancelled if !slow => return None,
-                OutcomeKind::Success if !slow && bits & CLEAN != 0 => {
-                    if !self.times.is_empty() {
-                        self.record_good(now());
+        match word(bits) {
+            Word::ForcedClosed => return None,
+            Word::Closed | Word::Ramp => {
+                let slow = ended.took >= self.slow_from.load(Ordering::Relaxed);
+                match ended.outcome.kind() {
+                    OutcomeKind::Throttled => return None,
+                    OutcomeKind::Cancelled if !slow => return None,
+                    OutcomeKind::Success if !slow && bits & CLEAN != 0 => {
+                        if !self.times.is_empty() {
+                            self.record_good(now());
+                        }
+                        return None;
                     }
-                    return None;
+                    _ => {}
                 }
-                _ => {}
             }
+            // Isolated, it counts on underneath.
+            Word::Open | Word::HalfOpen | Word::ForcedOpen => {}
         }
         self.lock().finish(ticket, ended, now(), roll, &self.times)
     }
@@ -224,9 +248,8 @@ impl std::ops::DerefMut for Locked<'_> {
 
 impl Drop for Locked<'_> {
     fn drop(&mut self) {
-        let (state, until, ramps) = self.machine.entered();
-        let state = match state {
-            State::Closed if ramps => RAMP,
+        let state = match self.machine.state() {
+            State::Closed if self.machine.ramps() => RAMP,
             State::Closed => 0,
             State::Open => 1,
             State::HalfOpen => 2,
@@ -236,7 +259,7 @@ impl Drop for Locked<'_> {
         let clean = if self.machine.is_clean() { CLEAN } else { 0 };
         let slow_from = self.machine.slow_from().unwrap_or(u64::MAX);
         self.cell.slow_from.store(slow_from, Ordering::Relaxed);
-        self.cell.until.store(until, Ordering::Release);
+        self.cell.until.store(self.machine.until(), Ordering::Release);
         self.cell.word.store(self.machine.generation() << 4 | clean | state, Ordering::Release);
     }
 }
@@ -284,7 +307,7 @@ mod loom_models {
             let trips = threads.map(|thread| thread.join().unwrap());
             assert_eq!(trips.iter().filter(|tripped| **tripped).count(), 1);
             assert_eq!(cell.with(|machine, _| machine.opened()), 1);
-            assert_eq!(cell.state(|| 1).0, State::Open);
+            assert_eq!(cell.state(|| 1, || 0.0).0, State::Open);
         });
     }
 
@@ -330,7 +353,7 @@ mod loom_models {
             let verdict = finish(&cell, probe, Outcome::success(), 100);
             assert_eq!(verdict.map(|change| change.to), Some(State::Closed));
             assert_eq!(late.join().unwrap(), None);
-            assert_eq!(cell.state(|| 100).0, State::Closed);
+            assert_eq!(cell.state(|| 100, || 0.0).0, State::Closed);
         });
     }
 

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     call::{
         Clock, Finish, Hold, Label, LayerKind, Nanos, Outcome, Permit, Rejected, RejectedKind,
-        Shared, Token,
+        Shared, Token, nanos,
     },
     event,
 };
@@ -42,9 +42,11 @@ pub struct Circuit {
     /// Is not ready while it is open.
     holds_back: AtomicBool,
     /// Who may wait for the verdict of the probes, and for how long.
-    pub(super) most_waiting: AtomicU32,
-    pub(super) longest_wait_ms: AtomicU64,
-    pub(super) waiting: AtomicU32,
+    most_waiting: AtomicU32,
+    longest_wait: AtomicU64,
+    waiting: AtomicU32,
+    /// Steered by hand since it was made: not to be taken for one like any other.
+    steered: AtomicBool,
 }
 
 /// The generation of calls that count for nothing.
@@ -62,9 +64,22 @@ impl Circuit {
             shadowed: AtomicU64::new(0),
             holds_back: AtomicBool::new(false),
             most_waiting: AtomicU32::new(0),
-            longest_wait_ms: AtomicU64::new(0),
+            longest_wait: AtomicU64::new(0),
             waiting: AtomicU32::new(0),
+            steered: AtomicBool::new(false),
         }
+    }
+
+    /// A new one with the rules and settings of this one.
+    pub(super) fn like(&self) -> Self {
+        let (trip, settings) = self.look(|machine, _, _| machine.shape());
+        let new = Self::new(trip, settings);
+        new.shadow.store(self.shadow.load(Ordering::Relaxed), Ordering::Relaxed);
+        new.let_wait(
+            self.most_waiting.load(Ordering::Relaxed),
+            Duration::from_nanos(self.longest_wait.load(Ordering::Relaxed)),
+        );
+        new
     }
 
     // ===== Settings =====
@@ -74,16 +89,28 @@ impl Circuit {
         let _ = self.label.set(Arc::new(Label { name: name.into(), fault: None }));
     }
 
+    /// Settings may let more go than before: who waits looks again.
     pub(super) fn configure(&self, change: impl FnOnce(&mut Settings)) {
         self.cell.with(|machine, _| change(&mut machine.settings));
+        self.changed.notify_waiters();
     }
 
     pub(super) fn set_shadow(&self, on: bool) {
         self.shadow.store(on, Ordering::Relaxed);
+        self.changed.notify_waiters();
     }
 
     pub(super) fn hold_back(&self) {
         self.holds_back.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn let_wait(&self, most: u32, longest: Duration) {
+        self.longest_wait.store(nanos(longest), Ordering::Relaxed);
+        self.most_waiting.store(most, Ordering::Relaxed);
+    }
+
+    pub(super) fn steered(&self) {
+        self.steered.store(true, Ordering::Relaxed);
     }
 
     // ===== Looking =====
@@ -110,29 +137,29 @@ impl Circuit {
 
     /// The state, and how long it lasts if nothing happens.
     pub(super) fn state(&self) -> (State, Option<Duration>) {
-        self.cell.state(|| self.now())
+        let (state, lasts, change) = self.cell.state(|| self.now(), fastrand::f64);
+        self.tell(change);
+        (state, lasts)
     }
 
     /// Whether a call would go now.
     #[inline]
     pub(super) fn has_room(&self) -> bool {
-        let (room, change) = self.cell.has_room(|| self.now());
+        let (room, change) = self.cell.has_room(|| self.now(), fastrand::f64);
         self.tell(change);
         room || self.shadow.load(Ordering::Relaxed)
     }
 
-    /// Whether this belongs to an earlier state.
+    /// Whether a call that was let through, and has not gone yet, would be refused by now.
     pub(super) fn is_late(&self, token: Token) -> bool {
         let generation = token.tag >> 16;
-        generation != NO_GENERATION && generation != self.cell.generation()
+        generation != NO_GENERATION && !self.cell.still_goes(generation)
     }
 
-    /// Whether nothing would be lost with it: closed, and nothing counted.
+    /// Whether nothing would be lost with it.
     pub(super) fn is_fresh(&self) -> bool {
-        self.cell.with(|machine, times| {
-            let seen = machine.seen(self.now(), times);
-            machine.entered().0 == State::Closed && seen == Default::default()
-        })
+        !self.steered.load(Ordering::Relaxed)
+            && self.look(|machine, times, now| machine.is_fresh(now, times))
     }
 
     // ===== Acting =====
@@ -147,9 +174,15 @@ impl Circuit {
         self.tell(change);
     }
 
+    /// Looks at the machine as time has made it.
     pub(super) fn look<T>(&self, look: impl FnOnce(&Machine, &TimeWindows, Nanos) -> T) -> T {
         let now = self.now();
-        self.cell.with(|machine, times| look(machine, times, now))
+        let (seen, change) = self.cell.with(|machine, times| {
+            let change = machine.pass_time(now, fastrand::f64, times);
+            (look(machine, times, now), change)
+        });
+        self.tell(change);
+        seen
     }
 
     /// With no lock held.
@@ -157,18 +190,33 @@ impl Circuit {
         let Some(change) = change else { return };
         self.changed.notify_waiters();
         let name = self.label.get().map_or("", |label| &*label.name);
-        match (change.to, change.tripped) {
-            (State::Open, Some(why)) => {
-                event!(WARN, resilience.name = name, reason = %why, "circuit opened");
-                let _ = why;
-            }
-            (State::Closed, _) => event!(INFO, resilience.name = name, "circuit closed"),
-            (to, _) => {
+        if let Some(why) = change.tripped {
+            event!(WARN, resilience.name = name, reason = %why, "circuit opened");
+            let _ = why;
+        }
+        match change.to {
+            State::Open if change.tripped.is_some() => {}
+            State::Closed => event!(INFO, resilience.name = name, "circuit closed"),
+            to => {
                 event!(INFO, resilience.name = name, state = to.as_str(), "circuit changed");
                 let _ = to;
             }
         }
         let _ = name;
+    }
+
+    // ===== Who waits for a verdict =====
+
+    /// A place among those who wait, and for how long, if there is one.
+    pub(super) fn wait(&self) -> Option<Duration> {
+        let most = self.most_waiting.load(Ordering::Relaxed);
+        let one_more = |waiting| (waiting < most).then(|| waiting + 1);
+        self.waiting.fetch_update(Ordering::AcqRel, Ordering::Relaxed, one_more).ok()?;
+        Some(Duration::from_nanos(self.longest_wait.load(Ordering::Relaxed)))
+    }
+
+    pub(super) fn wait_no_more(&self) {
+        self.waiting.fetch_sub(1, Ordering::AcqRel);
     }
 
     // ===== Calls =====
@@ -189,14 +237,17 @@ impl Circuit {
             // It may have been the last slot: nobody need wait for the inner service any more.
             circuit.changed.notify_waiters();
         }
-        let started = if circuit.cell.measures() { circuit.now() } else { 0 };
+        // One more than the time: 0 says that nobody measures.
+        let started = if circuit.cell.measures() { circuit.now().saturating_add(1) } else { 0 };
         let tag = ticket.generation << 16 | u64::from(ticket.probe);
         Ok(circuit.permit(Token { tag, started }))
     }
 
     pub(super) fn refuse(&self, refusal: Refusal) -> Rejected {
         self.refused.fetch_add(1, Ordering::Relaxed);
-        event!(DEBUG, reason = ?refusal, "call refused");
+        let name = self.label.get().map_or("", |label| &*label.name);
+        event!(DEBUG, resilience.name = name, reason = ?refusal, "call refused");
+        let _ = name;
         let by = |kind| Rejected::by(LayerKind::CircuitBreaker, kind);
         match refusal {
             Refusal::Open { left } => by(RejectedKind::Open).with_retry_after(left),
@@ -214,6 +265,16 @@ fn ticket(token: Token) -> Ticket {
     Ticket { generation: token.tag >> 16, probe: token.tag as u16 }
 }
 
+/// How long the call took to its head, or has taken until now.
+#[inline]
+fn took(token: Token, now: impl FnOnce() -> Nanos) -> Nanos {
+    match token.started {
+        0 => 0,
+        took if took & TOOK != 0 => took & !TOOK,
+        started => now().saturating_sub(started - 1),
+    }
+}
+
 /// Set in a token's time once it is how long the head took, and no more when the call began.
 const TOOK: u64 = 1 << 63;
 
@@ -221,9 +282,11 @@ impl Finish for Circuit {
     #[inline]
     fn head(&self, token: &mut Token, so_far: Outcome) {
         if token.started != 0 {
-            token.started = TOOK | self.now().saturating_sub(token.started);
+            token.started = TOOK | took(*token, || self.now());
         }
-        self.cell.head(ticket(*token), so_far);
+        let so_far = Ended { outcome: so_far, took: token.started & !TOOK };
+        let now = || self.now();
+        self.tell(self.cell.head(ticket(*token), so_far, now, fastrand::f64));
     }
 
     #[inline]
@@ -231,11 +294,7 @@ impl Finish for Circuit {
         // One reading serves all who ask, and nobody asks about a clean run of failures.
         let mut read = None;
         let mut now = || *read.get_or_insert_with(|| self.now());
-        let took = match token.started {
-            0 => 0,
-            took if took & TOOK != 0 => took & !TOOK,
-            started => now().saturating_sub(started),
-        };
+        let took = took(token, &mut now);
         let ticket = ticket(token);
         let change = self.cell.finish(ticket, Ended { outcome, took }, now, fastrand::f64);
         if ticket.probe != 0 && change.is_none() {

@@ -40,6 +40,9 @@ pub(super) struct Ended {
 /// The time windows: apart from the rest, because good calls are counted in them without the lock.
 pub(super) type TimeWindows = Box<[TimeWindow]>;
 
+/// What the window of each ratio held, in the order of the rules.
+pub(super) type Windows = Vec<Tally>;
+
 #[derive(Debug)]
 pub(super) struct Counts {
     run: u32,
@@ -132,7 +135,13 @@ impl Counts {
         for rule in &mut self.rules {
             let Counted::Ratio { of, window, .. } = rule else { continue };
             match of {
-                Bad::Slow(slow) => window.record(ended.took >= nanos(*slow), now, times),
+                Bad::Slow(slow) => {
+                    let slow = ended.took >= nanos(*slow);
+                    // Given up before it was slow to this rule, it says nothing to it.
+                    if failed.is_some() || slow {
+                        window.record(slow, now, times);
+                    }
+                }
                 Bad::Failed => failed.map_or((), |failed| window.record(failed, now, times)),
             }
         }
@@ -141,14 +150,14 @@ impl Counts {
         if !failed && !slow {
             return None;
         }
-        self.rules.iter().find_map(|rule| self.tripped(rule, failed, slow, now, times))
+        self.rules.iter().find_map(|rule| self.tripped(rule, failed, ended.took, now, times))
     }
 
     fn tripped(
         &self,
         rule: &Counted,
         failed: bool,
-        slow: bool,
+        took: Nanos,
         now: Nanos,
         times: &TimeWindows,
     ) -> Option<Tripped> {
@@ -160,7 +169,7 @@ impl Counts {
                 let Tally { calls, bad } = window.tally(now, times);
                 let asked = match of {
                     Bad::Failed => failed,
-                    Bad::Slow(_) => slow,
+                    Bad::Slow(slow) => took >= nanos(*slow),
                 };
                 let over = asked
                     && bad > 0
@@ -216,25 +225,27 @@ impl Counts {
         seen
     }
 
-    /// Takes up what was seen elsewhere. A window of calls takes as many of them as it holds.
-    pub(super) fn restore(&mut self, seen: Seen, now: Nanos, times: &TimeWindows) {
+    /// The run of failures and the windows, for another to take up.
+    pub(super) fn past(&self, now: Nanos, times: &TimeWindows) -> (u32, Windows) {
+        let windows = self.rules.iter().filter_map(|rule| match rule {
+            Counted::Ratio { window, .. } => Some(window.tally(now, times)),
+            _ => None,
+        });
+        (self.run, windows.collect())
+    }
+
+    /// Takes up what was seen elsewhere, by the same rules.
+    pub(super) fn restore(&mut self, run: u32, from: &Windows, now: Nanos, times: &TimeWindows) {
         self.clear(times);
-        self.run = seen.consecutive_failures;
-        for rule in &mut self.rules {
-            let Counted::Ratio { of, window, .. } = rule else { continue };
-            let bad = match of {
-                Bad::Failed => seen.window_failures,
-                Bad::Slow(_) => seen.window_slow,
-            };
-            let tally = Tally { calls: seen.window_calls, bad: bad.min(seen.window_calls) };
+        self.run = run;
+        let windows = self.rules.iter_mut().filter_map(|rule| match rule {
+            Counted::Ratio { window, .. } => Some(window),
+            _ => None,
+        });
+        for (window, tally) in windows.zip(from) {
             match window {
-                Window::Time(at) => times[*at].restore(tally, now),
-                Window::Calls(window) => {
-                    // Bounded by the window, however long ago the snapshot began to count.
-                    for nth in 0..tally.calls.min(1_000_000) {
-                        window.record(nth < tally.bad);
-                    }
-                }
+                Window::Time(at) => times[*at].restore(*tally, now),
+                Window::Calls(window) => window.restore(*tally),
             }
         }
     }

@@ -3,7 +3,7 @@ use std::{fmt, pin::pin, time::Duration};
 use super::{
     core::Circuit,
     counts::Seen,
-    state::State,
+    state::{Past, State},
     trip::{Trip, Tripped},
     wait::OpenFor,
 };
@@ -26,6 +26,8 @@ pub struct CircuitBreakerSnapshot {
     pub state: State,
     /// How long an open circuit still refuses.
     pub open_for: Option<Duration>,
+    /// How many [isolations](CircuitBreakerHandle::isolate) hold it open.
+    pub isolations: u32,
     /// What the rules have seen since it closed.
     pub seen: Seen,
     /// Half-open probes under way.
@@ -38,6 +40,7 @@ pub struct CircuitBreakerSnapshot {
     pub refused: u64,
     /// How many calls it would have refused, had it not been in [shadow mode](CircuitBreakerHandle::shadow).
     pub shadowed: u64,
+    past: Past,
 }
 
 impl CircuitBreakerHandle {
@@ -52,17 +55,22 @@ impl CircuitBreakerHandle {
     /// All there is to know at this moment.
     #[must_use]
     pub fn snapshot(&self) -> CircuitBreakerSnapshot {
-        let (state, open_for) = self.0.state();
         let (refused, shadowed) = (self.0.refused(), self.0.shadowed());
-        self.0.look(|machine, times, now| CircuitBreakerSnapshot {
-            state,
-            open_for,
-            seen: machine.seen(now, times),
-            probes: machine.probes_under_way(),
-            opened: machine.opened(),
-            last_trip: machine.last_trip(),
-            refused,
-            shadowed,
+        self.0.look(|machine, times, now| {
+            let state = machine.state();
+            let left = Duration::from_nanos(machine.until().saturating_sub(now));
+            CircuitBreakerSnapshot {
+                state,
+                open_for: (state == State::Open).then_some(left),
+                isolations: machine.isolations(),
+                seen: machine.seen(now, times),
+                probes: machine.probes_under_way(),
+                opened: machine.opened(),
+                last_trip: machine.last_trip(),
+                refused,
+                shadowed,
+                past: machine.past(now, times),
+            }
         })
     }
 
@@ -120,13 +128,14 @@ impl CircuitBreakerHandle {
     /// circuit was goes on underneath.
     #[must_use = "dropping it ends the isolation"]
     pub fn isolate(&self) -> Isolation {
-        self.0.act(|machine, _, now| machine.isolate(true, now));
+        self.0.act(|machine, _, _| machine.isolate(true));
         Isolation(self.clone())
     }
 
     /// Shadow mode, on or off: nobody is refused, and [`shadowed`](CircuitBreakerSnapshot::shadowed) counts who
     /// would have been. Probes and results go on as ever.
     pub fn shadow(&self, on: bool) {
+        self.0.steered();
         self.0.set_shadow(on);
     }
 
@@ -151,6 +160,7 @@ impl CircuitBreakerHandle {
             None
         });
         if fits {
+            self.0.steered();
             return Ok(());
         }
         let remedy = "keep the kinds, the windows and the order of the rules, or build a new layer";
@@ -165,17 +175,17 @@ impl CircuitBreakerHandle {
     pub fn set_open_for(&self, wait: impl Into<OpenFor>) -> Result<(), ConfigError> {
         let wait = wait.into();
         wait.check()?;
+        self.0.steered();
         self.0.configure(|settings| settings.open_for = wait);
         Ok(())
     }
 
-    /// Takes up where the circuit of this snapshot left off: its state, what is left of its wait, and what
-    /// its rules had seen. Isolations and counts of refusals stay as they are.
+    /// Takes up where the circuit of this snapshot left off: its state beneath all isolations, what is left
+    /// of its wait, how often it opened without a calm, and what its rules had seen (by the same rules: a
+    /// window of calls takes the share of bad ones, where it holds fewer). Probes start anew, a ramp does
+    /// not. Isolations and counts of refusals stay as they are.
     pub fn restore(&self, snapshot: &CircuitBreakerSnapshot) {
-        let left = snapshot.open_for.unwrap_or_default();
-        self.0.act(|machine, times, now| {
-            Some(machine.restore(snapshot.state, left, snapshot.seen, now, times))
-        });
+        self.0.act(|machine, times, now| Some(machine.restore(&snapshot.past, now, times)));
     }
 }
 
@@ -185,7 +195,7 @@ pub struct Isolation(CircuitBreakerHandle);
 
 impl Drop for Isolation {
     fn drop(&mut self) {
-        self.0.0.act(|machine, _, now| machine.isolate(false, now));
+        self.0.0.act(|machine, _, _| machine.isolate(false));
     }
 }
 

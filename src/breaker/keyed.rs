@@ -11,14 +11,13 @@ use std::{
 };
 
 use http::Request;
+use tokio::sync::Notify;
 use tower_layer::Layer;
 
 use super::{
     core::Circuit,
     handle::CircuitBreakerHandle,
     policy::{self, Verdict},
-    state::Settings,
-    trip::Trip,
 };
 use crate::{
     ConfigError,
@@ -95,8 +94,8 @@ pub(super) struct Circuits<Q> {
     swept: AtomicU64,
     /// For keys beyond the cap.
     other: Shared<Circuit>,
-    trip: Trip,
-    settings: Settings,
+    /// What new ones are made like.
+    template: Shared<Circuit>,
 }
 
 impl<Q: Clone + Eq + Hash> Circuits<Q> {
@@ -124,7 +123,7 @@ impl<Q: Clone + Eq + Hash> Circuits<Q> {
                 return self.other.clone();
             }
         }
-        let circuit = Shared::new(Circuit::new(self.trip.clone(), self.settings));
+        let circuit = Shared::new(self.template.like());
         map.insert(key.clone(), circuit.clone());
         circuit
     }
@@ -167,6 +166,15 @@ where
     fn admit(&self, request: &Req) -> Admit<Permit<Circuit>, Verdict> {
         policy::admit(&self.circuits.find(&self.key.key(request)))
     }
+
+    fn is_stale(&self, permit: &Permit<Circuit>) -> bool {
+        policy::is_stale(permit)
+    }
+
+    /// Known once there is a permit.
+    fn shut(&self, permit: Option<&Permit<Circuit>>) -> Option<Arc<Notify>> {
+        Some(permit?.state()?.changed().clone())
+    }
 }
 
 // ===== The layer =====
@@ -190,17 +198,19 @@ admission_layer! {
 impl<Sel, Id, M, R> KeyedCircuitBreakerLayer<Sel, Id, M, R> {
     /// Every circuit is made as the one of `plan` is.
     pub(super) fn new(key: Sel, plan: Plan<Shared<Circuit>, M, R>) -> Self {
-        let Plan { policy: template, protocol, reject, fault } = plan;
-        let (trip, settings) = template.look(|machine, _, _| machine.shape());
-        let other = Shared::new(Circuit::new(trip.clone(), settings));
+        let Plan { policy: template, protocol, reject, mut fault } = plan;
+        if Circuit::holds_back(&template) {
+            let remedy = "leave it away: which circuit it is about is known only with the request";
+            fault.get_or_insert(ConfigError::new("backpressure", "keyed", remedy));
+        }
+        let other = Shared::new(template.like());
         other.name("other");
         let circuits = Arc::new(Circuits {
             map: RwLock::default(),
             most: AtomicUsize::new(MOST_KEYS),
             swept: AtomicU64::new(0),
             other,
-            trip,
-            settings,
+            template,
         });
         let policy = Keyed { key, circuits };
         Self { plan: Plan { policy, protocol, reject, fault } }

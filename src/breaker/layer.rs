@@ -1,4 +1,4 @@
-use std::{hash::Hash, sync::atomic::Ordering, time::Duration};
+use std::{hash::Hash, time::Duration};
 
 use tower_layer::Layer;
 
@@ -107,9 +107,7 @@ impl<M, R> CircuitBreakerLayer<M, R> {
     pub fn wait_for_verdict(mut self, callers: u32, longest: Duration) -> Self {
         let checked = ConfigError::above_zero("wait_for_verdict.longest", longest);
         if let Some(longest) = self.plan.accept(checked) {
-            let ms = u64::try_from(longest.as_millis()).unwrap_or(u64::MAX).max(1);
-            self.plan.policy.longest_wait_ms.store(ms, Ordering::Relaxed);
-            self.plan.policy.most_waiting.store(callers, Ordering::Relaxed);
+            self.plan.policy.let_wait(callers, longest);
         }
         self
     }

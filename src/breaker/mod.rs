@@ -87,6 +87,7 @@ mod handle;
 mod keyed;
 mod layer;
 mod policy;
+mod probes;
 mod state;
 mod trip;
 mod wait;

@@ -3,9 +3,8 @@
 use std::{
     future::Future,
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
-    task::{Context, Poll},
-    time::Duration,
+    sync::Arc,
+    task::{Context, Poll, ready},
 };
 
 use pin_project_lite::pin_project;
@@ -37,20 +36,30 @@ impl<Req> Policy<Req> for Shared<Circuit> {
     }
 
     fn is_stale(&self, permit: &Permit<Circuit>) -> bool {
-        self.is_late(permit.token())
+        is_stale(permit)
     }
 
-    fn shut(&self) -> Option<&Arc<Notify>> {
-        Some(self.changed())
+    fn shut(&self, _: Option<&Permit<Circuit>>) -> Option<Arc<Notify>> {
+        Some(self.changed().clone())
     }
 
     fn holds_back(&self) -> bool {
         Circuit::holds_back(self)
     }
 
-    fn reopens_at(&self) -> Option<Instant> {
-        Instant::now().checked_add(self.state().1?)
+    fn changes_at(&self) -> Option<Instant> {
+        changes_at(self)
     }
+}
+
+/// Also the end of a probe's lease: where no call comes, nobody else would notice.
+fn changes_at(circuit: &Circuit) -> Option<Instant> {
+    let lasts = circuit.state().1?;
+    Instant::now().checked_add(lasts)
+}
+
+pub(super) fn is_stale(permit: &Permit<Circuit>) -> bool {
+    permit.state().is_some_and(|circuit| circuit.is_late(permit.token()))
 }
 
 #[inline]
@@ -70,8 +79,9 @@ pin_project! {
         place: Place,
         // Boxed with the call that waits: it is never on the way of one that goes.
         told: Pin<Box<OwnedNotified>>,
+        longest: Instant,
         #[pin]
-        longest: Sleep,
+        by_time: Sleep,
     }
 }
 
@@ -79,27 +89,21 @@ struct Place(Shared<Circuit>);
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, Ordering::AcqRel);
+        self.0.wait_no_more();
     }
 }
 
 impl Verdict {
     /// A place among those who wait, if this is worth waiting for and there is one.
     fn wait_for(circuit: &Shared<Circuit>, refusal: Refusal) -> Option<Self> {
-        let most = circuit.most_waiting.load(Ordering::Relaxed);
-        if most == 0 || refusal != Refusal::Probing {
-            return None;
-        }
-        circuit
-            .waiting
-            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |now| (now < most).then(|| now + 1))
-            .ok()?;
-        let longest = Duration::from_millis(circuit.longest_wait_ms.load(Ordering::Relaxed));
-        Some(Self {
-            place: Place(circuit.clone()),
-            told: Box::pin(circuit.changed().clone().notified_owned()),
-            longest: sleep(longest),
-        })
+        let longest = match refusal {
+            Refusal::Probing => circuit.wait()?,
+            _ => return None,
+        };
+        let place = Place(circuit.clone());
+        let told = Box::pin(circuit.changed().clone().notified_owned());
+        let by_time = sleep(longest);
+        Some(Self { place, told, longest: by_time.deadline(), by_time })
     }
 }
 
@@ -107,7 +111,7 @@ impl Future for Verdict {
     type Output = Result<Permit<Circuit>, Rejected>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let this = self.project();
+        let mut this = self.project();
         let circuit = &this.place.0;
         loop {
             let told = this.told.as_mut().poll(cx).is_ready();
@@ -117,11 +121,17 @@ impl Future for Verdict {
             // Looked at only after the waker is in place: a change in between is not missed.
             match Circuit::admit(circuit) {
                 Ok(permit) => return Poll::Ready(Ok(permit)),
-                Err(Refusal::Probing) if told => {}
-                Err(Refusal::Probing) => {
-                    return this.longest.poll(cx).map(|()| Err(circuit.refuse(Refusal::Probing)));
-                }
+                Err(Refusal::Probing) if told => continue,
+                Err(Refusal::Probing) => {}
                 Err(refusal) => return Poll::Ready(Err(circuit.refuse(refusal))),
+            }
+            let next = changes_at(circuit).map_or(*this.longest, |at| at.min(*this.longest));
+            if this.by_time.deadline() != next {
+                this.by_time.as_mut().reset(next);
+            }
+            ready!(this.by_time.as_mut().poll(cx));
+            if Instant::now() >= *this.longest {
+                return Poll::Ready(Err(circuit.refuse(Refusal::Probing)));
             }
         }
     }

@@ -3,11 +3,15 @@
 use std::time::Duration;
 
 use super::{
-    counts::{Counts, Ended, Seen, TimeWindows},
+    counts::{Counts, Ended, Seen, TimeWindows, Windows},
+    probes::{Probes, Verdict},
     trip::{Trip, Tripped},
     wait::OpenFor,
 };
 use crate::call::{Nanos, Outcome, OutcomeKind, nanos};
+
+/// Draws from [0, 1).
+pub(super) type Roll = fn() -> f64;
 
 /// Where a circuit is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -104,27 +108,21 @@ enum Phase {
     Open {
         until: Nanos,
     },
-    HalfOpen {
-        passed: u16,
-        failed: u16,
-        last_id: u16,
-        under_way: Vec<Probe>,
-    },
+    HalfOpen(Probes),
     ForcedOpen,
     ForcedClosed,
 }
 
-#[derive(Debug)]
-struct Probe {
-    id: u16,
-    lease_ends: Nanos,
-    good_head: bool,
-}
-
-impl Phase {
-    fn half_open() -> Self {
-        Self::HalfOpen { passed: 0, failed: 0, last_id: 0, under_way: Vec::new() }
-    }
+/// All that another circuit takes up.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Past {
+    /// Where it is, isolations apart.
+    state: State,
+    /// What is left of an open circuit's wait.
+    left: Duration,
+    restless: u32,
+    run: u32,
+    windows: Windows,
 }
 
 impl Machine {
@@ -144,35 +142,82 @@ impl Machine {
         (machine, times)
     }
 
-    pub(super) fn state(&self, now: Nanos) -> State {
+    /// Right once time has [passed](Self::pass_time).
+    pub(super) fn state(&self) -> State {
+        if self.isolations > 0 { State::ForcedOpen } else { self.beneath() }
+    }
+
+    /// Where it is, isolations apart.
+    fn beneath(&self) -> State {
         match self.phase {
-            _ if self.isolations > 0 => State::ForcedOpen,
             Phase::Closed { .. } => State::Closed,
-            // The end of the wait is part of what comes after it.
-            Phase::Open { until } if now >= until => State::HalfOpen,
             Phase::Open { .. } => State::Open,
-            Phase::HalfOpen { .. } => State::HalfOpen,
+            Phase::HalfOpen(_) => State::HalfOpen,
             Phase::ForcedOpen => State::ForcedOpen,
             Phase::ForcedClosed => State::ForcedClosed,
         }
     }
 
+    // ===== Time =====
+
+    /// When time alone changes something that callers wait for.
+    pub(super) fn next_by_time(&self) -> Option<Nanos> {
+        match &self.phase {
+            _ if self.isolations > 0 => None,
+            Phase::Open { until } => Some(*until),
+            Phase::HalfOpen(probes) => probes.next_lease(),
+            _ => None,
+        }
+    }
+
+    /// What happens by time alone: a wait ends, a lease ends, a ramp ends. Each at its own time, also where
+    /// nobody looked in between.
+    pub(super) fn pass_time(
+        &mut self,
+        now: Nanos,
+        roll: Roll,
+        times: &TimeWindows,
+    ) -> Option<Change> {
+        let mut last: Option<Change> = None;
+        loop {
+            let next = match &mut self.phase {
+                // The end of the wait is part of what comes after it.
+                Phase::Open { until } if now >= *until => {
+                    Some(self.enter(Phase::HalfOpen(Probes::default()), None))
+                }
+                Phase::HalfOpen(probes) => match probes.end_lease(now) {
+                    Some(ended) => match self.decide(ended, roll, times) {
+                        None => continue,
+                        decided => decided,
+                    },
+                    None => self.decide(now, roll, times),
+                },
+                Phase::Closed { since, ramps } if *ramps => {
+                    *ramps = now.saturating_sub(*since) < nanos(self.settings.ramp);
+                    None
+                }
+                _ => None,
+            };
+            let Some(next) = next else { return last };
+            let tripped = next.tripped.or(last.and_then(|last| last.tripped));
+            last = Some(Change { to: next.to, tripped });
+        }
+    }
+
     // ===== A call comes =====
 
-    /// May a call go? Half-open, at most `probes` go, each with a slot that comes back. `roll` is drawn
-    /// from [0, 1).
+    /// May a call go? Half-open, at most `probes` go, each with a slot that comes back.
     pub(super) fn admit(
         &mut self,
         now: Nanos,
-        roll: impl FnOnce() -> f64,
+        roll: Roll,
         times: &TimeWindows,
     ) -> (Result<Ticket, Refusal>, Option<Change>) {
         if self.isolations > 0 {
             return (Err(Refusal::Forced), None);
         }
-        let change = self.pass_time(now, times);
-        let generation = self.generation;
-        let ticket = Ticket { generation, probe: 0 };
+        let change = self.pass_time(now, roll, times);
+        let ticket = Ticket { generation: self.generation, probe: 0 };
         let answer = match &mut self.phase {
             Phase::Closed { since, ramps: true } => {
                 let ramp = nanos(self.settings.ramp);
@@ -190,74 +235,44 @@ impl Machine {
             Phase::Open { until } => {
                 Err(Refusal::Open { left: Duration::from_nanos(until.saturating_sub(now)) })
             }
-            Phase::HalfOpen { passed, failed, last_id, under_way } => {
-                let taken = usize::from(*passed) + usize::from(*failed) + under_way.len();
-                if self.settings.outside_probes || taken >= usize::from(self.settings.probes) {
-                    Err(Refusal::Probing)
-                } else {
-                    let id = fresh_id(*last_id, under_way);
-                    *last_id = id;
-                    let lease_ends = now.saturating_add(nanos(self.settings.lease));
-                    under_way.push(Probe { id, lease_ends, good_head: false });
-                    Ok(Ticket { generation, probe: id })
-                }
-            }
+            Phase::HalfOpen(probes) => match probes.begin(now, &self.settings) {
+                Some(probe) => Ok(Ticket { probe, ..ticket }),
+                None => Err(Refusal::Probing),
+            },
         };
         (answer, change)
     }
 
-    /// Whether a call would go now; a ramp's luck apart.
-    pub(super) fn has_room(&self, now: Nanos) -> bool {
-        match (self.state(now), &self.phase) {
-            (State::Closed | State::ForcedClosed, _) => true,
-            (State::Open | State::ForcedOpen, _) => false,
-            (State::HalfOpen, _) if self.settings.outside_probes => false,
-            (State::HalfOpen, Phase::HalfOpen { passed, failed, under_way, .. }) => {
-                let taken = usize::from(*passed) + usize::from(*failed) + under_way.len();
-                taken < usize::from(self.settings.probes)
-            }
-            (State::HalfOpen, _) => true,
-        }
-    }
-
-    /// What happens by time alone: a wait ends, a lease ends, a ramp ends.
-    pub(super) fn pass_time(&mut self, now: Nanos, times: &TimeWindows) -> Option<Change> {
-        match &mut self.phase {
-            Phase::Open { until } if now >= *until => {
-                Some(self.enter(Phase::half_open(), State::HalfOpen, None))
-            }
-            Phase::Closed { since, ramps } if *ramps => {
-                *ramps = now.saturating_sub(*since) < nanos(self.settings.ramp);
-                None
-            }
-            Phase::HalfOpen { passed, under_way, .. } => {
-                // A probe whose lease is over is decided by the head it saw, if it saw one.
-                let over = |probe: &Probe| probe.lease_ends <= now;
-                if under_way.iter().any(|probe| over(probe) && !probe.good_head) {
-                    return Some(self.open(Tripped::ProbeLease, None, now, 0.0));
-                }
-                let before = under_way.len();
-                under_way.retain(|probe| !over(probe));
-                *passed += (before - under_way.len()) as u16;
-                self.close_if_proven(now, times)
-            }
-            _ => None,
+    /// Whether a call would go, once time has [passed](Self::pass_time); a ramp's luck apart.
+    pub(super) fn has_room(&self) -> bool {
+        match &self.phase {
+            _ if self.isolations > 0 => false,
+            Phase::Closed { .. } | Phase::ForcedClosed => true,
+            Phase::Open { .. } | Phase::ForcedOpen => false,
+            Phase::HalfOpen(probes) => probes.has_room(&self.settings),
         }
     }
 
     // ===== A call ends =====
 
     /// A probe has seen its response head.
-    pub(super) fn head(&mut self, ticket: Ticket, so_far: Outcome) {
-        if ticket.generation != self.generation {
-            return;
-        }
-        if let Phase::HalfOpen { under_way, .. } = &mut self.phase {
-            if let Some(probe) = under_way.iter_mut().find(|probe| probe.id == ticket.probe) {
-                probe.good_head =
-                    !matches!(so_far.kind(), OutcomeKind::Failure | OutcomeKind::Throttled);
+    pub(super) fn head(
+        &mut self,
+        ticket: Ticket,
+        so_far: Ended,
+        now: Nanos,
+        roll: Roll,
+        times: &TimeWindows,
+    ) -> Option<Change> {
+        let change = self.pass_time(now, roll, times);
+        if ticket.generation == self.generation {
+            if let Phase::HalfOpen(probes) = &mut self.phase {
+                let bad =
+                    matches!(so_far.outcome.kind(), OutcomeKind::Failure | OutcomeKind::Throttled);
+                probes.head(ticket.probe, !bad && !self.counts.was_slow(so_far));
             }
         }
+        change
     }
 
     /// A call has ended. One of an older generation changes nothing.
@@ -266,24 +281,25 @@ impl Machine {
         ticket: Ticket,
         ended: Ended,
         now: Nanos,
-        roll: impl FnOnce() -> f64,
+        roll: Roll,
         times: &TimeWindows,
     ) -> Option<Change> {
         if ticket.generation != self.generation {
             return None;
         }
-        match &mut self.phase {
-            Phase::Closed { .. } => {
-                let tripped = self.counts.record(ended, now, times)?;
-                Some(self.open(tripped, ended.outcome.retry_after(), now, roll()))
-            }
-            Phase::HalfOpen { under_way, .. } => {
-                let slot = under_way.iter().position(|probe| probe.id == ticket.probe)?;
-                under_way.swap_remove(slot);
-                self.probed(ended, now, roll, times)
-            }
-            Phase::Open { .. } | Phase::ForcedOpen | Phase::ForcedClosed => None,
+        if ticket.probe == 0 {
+            return self.counted(ended, now, roll, times);
         }
+        // Its lease may be over: then it has been decided by its head.
+        let by_time = self.pass_time(now, roll, times);
+        if ticket.generation == self.generation {
+            if let Phase::HalfOpen(probes) = &mut self.phase {
+                if probes.end(ticket.probe) {
+                    return self.probed(ended, now, roll, times);
+                }
+            }
+        }
+        by_time
     }
 
     /// An outcome from outside of the stack: counted like a call, or like a probe.
@@ -291,121 +307,132 @@ impl Machine {
         &mut self,
         outcome: Outcome,
         now: Nanos,
-        roll: impl FnOnce() -> f64,
+        roll: Roll,
         times: &TimeWindows,
     ) -> Option<Change> {
-        let by_time = self.pass_time(now, times);
+        let by_time = self.pass_time(now, roll, times);
         let ended = Ended { outcome, took: 0 };
         let by_call = match self.phase {
-            Phase::HalfOpen { .. } => self.probed(ended, now, roll, times),
-            _ => {
-                let ticket = Ticket { generation: self.generation, probe: 0 };
-                self.finish(ticket, ended, now, roll, times)
-            }
+            Phase::HalfOpen(_) => self.probed(ended, now, roll, times),
+            _ => self.counted(ended, now, roll, times),
         };
         by_call.or(by_time)
     }
 
-    /// Decides as early as it is certain, both ways.
+    fn counted(
+        &mut self,
+        ended: Ended,
+        now: Nanos,
+        roll: Roll,
+        times: &TimeWindows,
+    ) -> Option<Change> {
+        let Phase::Closed { .. } = self.phase else { return None };
+        let tripped = self.counts.record(ended, now, times)?;
+        Some(self.open(tripped, ended.outcome.retry_after(), now, roll))
+    }
+
     fn probed(
         &mut self,
         ended: Ended,
         now: Nanos,
-        roll: impl FnOnce() -> f64,
+        roll: Roll,
         times: &TimeWindows,
     ) -> Option<Change> {
         let slow = self.counts.was_slow(ended);
-        let Phase::HalfOpen { passed, failed, .. } = &mut self.phase else { return None };
-        match ended.outcome.kind() {
+        let Phase::HalfOpen(probes) = &mut self.phase else { return None };
+        let outcome = ended.outcome;
+        match outcome.kind() {
+            OutcomeKind::Success if !slow => probes.pass(),
             // It gives its slot back; unless it was given up for being slow.
             OutcomeKind::Cancelled if !slow => return None,
-            OutcomeKind::Success if !slow => {
-                *passed += 1;
-                return self.close_if_proven(now, times);
-            }
-            _ => *failed += 1,
-        }
-        let Settings { probes, needed, .. } = self.settings;
-        if u32::from(*failed) + u32::from(needed) <= u32::from(probes) {
-            return None;
-        }
-        let tripped = match ended.outcome.kind() {
+            OutcomeKind::Success | OutcomeKind::Cancelled => probes.fail(Tripped::SlowProbe, None),
             OutcomeKind::Failure | OutcomeKind::Throttled => {
-                Tripped::Probe { outcome: ended.outcome }
+                probes.fail(Tripped::Probe { outcome }, outcome.retry_after());
             }
-            OutcomeKind::Success | OutcomeKind::Cancelled => Tripped::SlowProbe,
-        };
-        Some(self.open(tripped, ended.outcome.retry_after(), now, roll()))
+        }
+        self.decide(now, roll, times)
     }
 
     // ===== Changes =====
 
-    fn close_if_proven(&mut self, now: Nanos, times: &TimeWindows) -> Option<Change> {
-        match self.phase {
-            Phase::HalfOpen { passed, .. } if passed >= self.settings.needed => {
+    /// As early as it is certain, both ways.
+    fn decide(&mut self, now: Nanos, roll: Roll, times: &TimeWindows) -> Option<Change> {
+        let Phase::HalfOpen(probes) = &self.phase else { return None };
+        Some(match probes.verdict(&self.settings)? {
+            Verdict::Open(tripped, hint) => self.open(tripped, hint, now, roll),
+            Verdict::Close => {
                 self.counts.clear(times);
                 let ramps = !self.settings.ramp.is_zero();
-                Some(self.enter(Phase::Closed { since: now, ramps }, State::Closed, None))
+                self.enter(Phase::Closed { since: now, ramps }, None)
             }
-            _ => None,
-        }
+        })
     }
 
-    fn open(&mut self, tripped: Tripped, hint: Option<Duration>, now: Nanos, roll: f64) -> Change {
-        if let Phase::Closed { since, .. } = self.phase {
-            if now.saturating_sub(since) >= nanos(self.settings.open_for.calm()) {
-                self.restless = 0;
-            }
+    fn open(&mut self, tripped: Tripped, hint: Option<Duration>, now: Nanos, roll: Roll) -> Change {
+        if self.is_calm(now) {
+            self.restless = 0;
         }
-        let wait = self.settings.open_for.wait(self.restless, hint, roll);
+        let wait = self.settings.open_for.wait(self.restless, hint, roll());
         self.restless = self.restless.saturating_add(1);
         self.opened += 1;
         self.last = Some(tripped);
         let until = now.saturating_add(nanos(wait));
-        self.enter(Phase::Open { until }, State::Open, Some(tripped))
+        self.enter(Phase::Open { until }, Some(tripped))
+    }
+
+    fn is_calm(&self, now: Nanos) -> bool {
+        match self.phase {
+            Phase::Closed { since, .. } => {
+                self.restless == 0
+                    || now.saturating_sub(since) >= nanos(self.settings.open_for.calm())
+            }
+            _ => false,
+        }
     }
 
     /// Somebody says where it is.
     pub(super) fn force(&mut self, to: State, now: Nanos, times: &TimeWindows) -> Change {
-        let phase = match to {
-            State::ForcedOpen => Phase::ForcedOpen,
-            State::ForcedClosed => Phase::ForcedClosed,
-            State::HalfOpen => Phase::half_open(),
-            State::Open | State::Closed => Phase::Closed { since: now, ramps: false },
-        };
-        if !matches!(phase, Phase::HalfOpen { .. }) {
+        let phase = self.phase(to, Duration::ZERO, now);
+        if to != State::HalfOpen {
             self.counts.clear(times);
             self.restless = 0;
         }
-        self.enter(phase, to, None)
+        self.enter(phase, None)
+    }
+
+    fn phase(&self, state: State, left: Duration, now: Nanos) -> Phase {
+        match state {
+            State::Closed => Phase::Closed { since: now, ramps: false },
+            State::Open => Phase::Open { until: now.saturating_add(nanos(left)) },
+            State::HalfOpen => Phase::HalfOpen(Probes::default()),
+            State::ForcedOpen => Phase::ForcedOpen,
+            State::ForcedClosed => Phase::ForcedClosed,
+        }
     }
 
     /// One more, or one less, holds it open. What it was goes on underneath.
-    pub(super) fn isolate(&mut self, more: bool, now: Nanos) -> Option<Change> {
+    pub(super) fn isolate(&mut self, more: bool) -> Option<Change> {
         let before = self.isolations;
         self.isolations = if more { before.saturating_add(1) } else { before.saturating_sub(1) };
         let turned = (before == 0) != (self.isolations == 0);
-        turned.then(|| Change { to: self.state(now), tripped: None })
+        turned.then(|| Change { to: self.state(), tripped: None })
+    }
+
+    pub(super) fn past(&self, now: Nanos, times: &TimeWindows) -> Past {
+        let left = match self.phase {
+            Phase::Open { until } => Duration::from_nanos(until.saturating_sub(now)),
+            _ => Duration::ZERO,
+        };
+        let (run, windows) = self.counts.past(now, times);
+        Past { state: self.beneath(), left, restless: self.restless, run, windows }
     }
 
     /// Takes up where another left off.
-    pub(super) fn restore(
-        &mut self,
-        state: State,
-        left: Duration,
-        seen: Seen,
-        now: Nanos,
-        times: &TimeWindows,
-    ) -> Change {
-        self.counts.restore(seen, now, times);
-        let phase = match state {
-            State::Closed => Phase::Closed { since: now, ramps: false },
-            State::Open => Phase::Open { until: now.saturating_add(nanos(left)) },
-            State::HalfOpen => Phase::half_open(),
-            State::ForcedOpen => Phase::ForcedOpen,
-            State::ForcedClosed => Phase::ForcedClosed,
-        };
-        self.enter(phase, state, None)
+    pub(super) fn restore(&mut self, past: &Past, now: Nanos, times: &TimeWindows) -> Change {
+        self.counts.restore(past.run, &past.windows, now, times);
+        self.restless = past.restless;
+        let phase = self.phase(past.state, past.left, now);
+        self.enter(phase, None)
     }
 
     /// New thresholds for the same rules; what was counted stays. False: they are other rules.
@@ -417,11 +444,10 @@ impl Machine {
         fits
     }
 
-    fn enter(&mut self, phase: Phase, to: State, tripped: Option<Tripped>) -> Change {
+    fn enter(&mut self, phase: Phase, tripped: Option<Tripped>) -> Change {
         self.generation += 1;
         self.phase = phase;
-        let to = if self.isolations > 0 { State::ForcedOpen } else { to };
-        Change { to, tripped }
+        Change { to: self.state(), tripped }
     }
 
     // ===== What is published for the path without the lock =====
@@ -430,14 +456,17 @@ impl Machine {
         self.generation
     }
 
-    /// The phase as it was entered, when an open one may end, and whether luck decides.
-    pub(super) fn entered(&self) -> (State, Nanos, bool) {
+    /// When an open circuit's wait is over.
+    pub(super) fn until(&self) -> Nanos {
         match self.phase {
-            _ if self.isolations > 0 => (State::ForcedOpen, 0, false),
-            Phase::Open { until } => (State::Open, until, false),
-            Phase::Closed { ramps, .. } => (State::Closed, 0, ramps),
-            _ => (self.state(0), 0, false),
+            Phase::Open { until } => until,
+            _ => 0,
         }
+    }
+
+    /// Whether luck decides.
+    pub(super) fn ramps(&self) -> bool {
+        matches!(self.phase, Phase::Closed { ramps: true, .. })
     }
 
     /// Whether a good call would change nothing but the time windows.
@@ -456,6 +485,10 @@ impl Machine {
         (self.shape.clone(), self.settings)
     }
 
+    pub(super) fn isolations(&self) -> u32 {
+        self.isolations
+    }
+
     pub(super) fn opened(&self) -> u64 {
         self.opened
     }
@@ -466,23 +499,20 @@ impl Machine {
 
     pub(super) fn probes_under_way(&self) -> usize {
         match &self.phase {
-            Phase::HalfOpen { under_way, .. } => under_way.len(),
+            Phase::HalfOpen(probes) => probes.under_way(),
             _ => 0,
         }
     }
 
+    /// Whether it is as good as a new one.
+    pub(super) fn is_fresh(&self, now: Nanos, times: &TimeWindows) -> bool {
+        self.state() == State::Closed
+            && !self.ramps()
+            && self.is_calm(now)
+            && self.seen(now, times) == Seen::default()
+    }
+
     pub(super) fn seen(&self, now: Nanos, times: &TimeWindows) -> Seen {
         self.counts.seen(now, times)
-    }
-}
-
-/// The next number that no probe under way has; never 0.
-fn fresh_id(last: u16, under_way: &[Probe]) -> u16 {
-    let mut id = last;
-    loop {
-        id = id.wrapping_add(1).max(1);
-        if under_way.iter().all(|probe| probe.id != id) {
-            return id;
-        }
     }
 }

@@ -58,7 +58,20 @@ impl CountWindow {
     }
 
     pub(super) fn clear(&mut self) {
-        *self = Self::new(self.length);
+        self.bits.fill(0);
+        (self.next, self.tally) = (0, Tally::default());
+    }
+
+    /// Takes up what was counted elsewhere: as many calls as it holds, as large a share of them bad, and
+    /// those the newest.
+    pub(super) fn restore(&mut self, tally: Tally) {
+        self.clear();
+        let calls = tally.calls.min(u64::from(self.length));
+        let bad = match tally.calls {
+            0 => 0,
+            all => (u128::from(tally.bad) * u128::from(calls)).div_ceil(u128::from(all)) as u64,
+        };
+        (0..calls).for_each(|nth| self.record(nth >= calls.saturating_sub(bad)));
     }
 }
 

@@ -27,11 +27,13 @@ impl<T: Finish> Shared<T> {
 
 impl<T: ?Sized> Shared<T> {
     /// Whether nobody else has it.
+    #[cfg(feature = "breaker")]
     pub(crate) fn is_unshared(&self) -> bool {
         Arc::strong_count(&self.0) == 1
     }
 
     /// A reference that does not keep the state alive.
+    #[cfg(feature = "health")]
     pub(crate) fn downgrade(&self) -> std::sync::Weak<T> {
         Arc::downgrade(&self.0)
     }
@@ -128,6 +130,12 @@ impl<T: Finish + ?Sized> Permit<T> {
         if let Some(state) = &self.state {
             state.head(&mut self.token, so_far);
         }
+    }
+
+    /// Who gave it, unless it is spent.
+    #[cfg(feature = "breaker")]
+    pub(crate) fn state(&self) -> Option<&Shared<T>> {
+        self.state.as_ref()
     }
 
     /// What it remembers of its admission.

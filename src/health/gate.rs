@@ -333,8 +333,8 @@ impl<Req> Policy<Req> for Shared<Gate> {
         }
     }
 
-    fn shut(&self) -> Option<&Arc<Notify>> {
-        Some(&self.changed)
+    fn shut(&self, _: Option<&Permit<Gate>>) -> Option<Arc<Notify>> {
+        Some(self.changed.clone())
     }
 }
 

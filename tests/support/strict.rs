@@ -133,6 +133,11 @@ impl<Res> Watch<Res> {
         lock(&self.0).script.extend(then);
     }
 
+    /// Forgets what was scripted and has not been given.
+    pub fn unscript(&self) {
+        lock(&self.0).script.clear();
+    }
+
     /// Ends the held call of this number; calls count from 0. False if it is no longer there.
     pub fn end(&self, call: usize, with: Result<Res, Oops>) -> bool {
         let held = lock(&self.0).held.remove(&call);

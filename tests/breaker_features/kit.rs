@@ -1,0 +1,114 @@
+//! What these tests share: a breaker over a service that does as it is told, and a call at each stage.
+
+use std::time::Duration;
+
+pub use crate::support::{Oops, Piece, ScriptBody, Strict, Then, Watch};
+use crate::support::{empty, read, refused_as, request};
+pub use buttress::{
+    CircuitBreaker, CircuitBreakerLayer, Trip,
+    breaker::{CircuitBreakerHandle, OpenFor, State, Tripped},
+    call::RejectedKind,
+};
+use http::Request;
+use tokio::time::advance;
+use tokio_test::{assert_pending, assert_ready, task};
+use tower::{Layer, ServiceExt, util::Oneshot};
+
+pub type Call = task::Spawn<Oneshot<CircuitBreaker<Strict>, Request<()>>>;
+
+pub const WAIT: Duration = Duration::from_secs(30);
+
+pub fn secs(secs: u64) -> Duration {
+    Duration::from_secs(secs)
+}
+
+pub fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+/// Opens at the first failure, for [`WAIT`].
+pub fn touchy() -> CircuitBreakerLayer {
+    CircuitBreakerLayer::new(Trip::consecutive(1)).open_for(WAIT)
+}
+
+/// One circuit over a service that holds every call, unless it is scripted.
+pub struct Rig {
+    pub layer: CircuitBreakerLayer,
+    pub service: CircuitBreaker<Strict>,
+    pub watch: Watch,
+    pub handle: CircuitBreakerHandle,
+}
+
+impl Rig {
+    pub fn new(layer: CircuitBreakerLayer) -> Self {
+        let (inner, watch) = Strict::holding();
+        Self { service: layer.layer(inner), handle: layer.handle(), watch, layer }
+    }
+
+    /// Tripped, and its wait is over.
+    pub async fn half_open(layer: CircuitBreakerLayer) -> Self {
+        let rig = Self::new(layer);
+        while rig.state() == State::Closed {
+            rig.fail().await;
+        }
+        advance(WAIT).await;
+        assert_eq!(rig.state(), State::HalfOpen);
+        rig
+    }
+
+    pub fn state(&self) -> State {
+        self.handle.state()
+    }
+
+    // ===== Whole calls =====
+
+    /// A call that is answered like this, read to its end. False: refused.
+    pub async fn call(&self, then: Then) -> bool {
+        let before = self.watch.seen().calls;
+        self.watch.script([then]);
+        if let Ok(response) = self.service.clone().oneshot(request()).await {
+            let _ = read(response.into_body()).await;
+        }
+        let went = self.watch.seen().calls > before;
+        if !went {
+            self.watch.unscript();
+        }
+        went
+    }
+
+    pub async fn ok(&self) {
+        assert!(self.call(Then::Answer(empty())).await, "refused");
+    }
+
+    pub async fn fail(&self) {
+        assert!(self.call(Then::Fail(Oops("down"))).await, "refused");
+    }
+
+    pub async fn refused(&self) -> RejectedKind {
+        refused_as(self.service.clone().oneshot(request()).await)
+    }
+
+    /// A call whose head takes so long.
+    pub async fn takes(&self, long: Duration, then: Result<(), Oops>) {
+        let (mut call, number) = self.hold();
+        advance(long).await;
+        assert!(self.watch.end(number, then.map(|()| empty())));
+        let _ = assert_ready!(call.poll());
+    }
+
+    // ===== Calls under way =====
+
+    /// A call that is under way, and its number.
+    pub fn hold(&self) -> (Call, usize) {
+        let number = self.watch.seen().calls;
+        let mut call = self.ask();
+        assert_pending!(call.poll());
+        assert_eq!(self.watch.seen().calls, number + 1, "it is not under way");
+        (call, number)
+    }
+
+    /// A call that nobody has polled yet.
+    pub fn ask(&self) -> Call {
+        task::spawn(self.service.clone().oneshot(request()))
+    }
+}

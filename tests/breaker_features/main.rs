@@ -1,0 +1,8 @@
+//! The circuit breaker, feature by feature, through its public API and under a paused clock.
+#![cfg(feature = "breaker")]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod hazards;
+mod kit;
