@@ -10,7 +10,9 @@ use std::{
     time::Duration,
 };
 
-use buttress::{BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, Trip};
+use buttress::{
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, Trip, limit::adaptive::Knee,
+};
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Body;
@@ -118,6 +120,7 @@ fn an_admitted_call_allocates_nothing() {
         assert_eq!(generic(CircuitBreakerLayer::new(ratio()).classify(judge)), 0);
         assert_eq!(generic(limit().per_response()), 0);
         assert_eq!(generic(limit().classify(judge)), 0);
+        assert_eq!(generic(ConcurrencyLimitLayer::adaptive(Knee::default()).per_response()), 0);
         let both = ServiceBuilder::new()
             .layer(CircuitBreakerLayer::http().classify(judge_boxed))
             .layer(limit().per_response());
@@ -133,6 +136,7 @@ fn an_admitted_http_call_allocates_nothing_to_the_end_of_its_body() {
         assert_eq!(http(CircuitBreakerLayer::new(ratio()).respond()), 0);
         assert_eq!(http(limit()), 0);
         assert_eq!(http(limit().respond()), 0);
+        assert_eq!(http(ConcurrencyLimitLayer::adaptive(Knee::default())), 0);
         let client = ServiceBuilder::new().layer(CircuitBreakerLayer::http()).layer(limit());
         assert_eq!(http(client), 0);
         let server = ServiceBuilder::new()

@@ -10,9 +10,12 @@ use std::{
     time::Duration,
 };
 
-use super::queue::{Place, Queue};
+use super::{
+    adaptive::Teller,
+    queue::{Place, Queue},
+};
 use crate::{
-    call::{Label, LayerKind, Rejected, RejectedKind},
+    call::{Label, LayerKind, Outcome, Rejected, RejectedKind, Token},
     event,
 };
 
@@ -21,6 +24,7 @@ pub struct Limiter {
     /// `waiting << 32 | in flight`. With anybody waiting, nobody gets in but through the queue.
     word: AtomicU64,
     limit: AtomicU32,
+    adaptive: Option<Teller>,
     queue: Mutex<Queue>,
     longest_queue: AtomicU32,
     longest_wait_ms: AtomicU64,
@@ -29,6 +33,13 @@ pub struct Limiter {
     full: AtomicU64,
     waited_too_long: AtomicU64,
     label: OnceLock<Arc<Label>>,
+}
+
+/// What comes of an attempt to wait.
+pub(super) enum Entry {
+    /// A place has become free instead.
+    In(Token),
+    Waits(Place),
 }
 
 const ONE_IN: u64 = 1;
@@ -43,10 +54,11 @@ fn waiting(word: u64) -> u32 {
 }
 
 impl Limiter {
-    pub(super) fn new(limit: u32) -> Self {
+    pub(super) fn new(limit: u32, adaptive: Option<Teller>) -> Self {
         Self {
             word: AtomicU64::new(0),
             limit: AtomicU32::new(limit),
+            adaptive,
             queue: Mutex::default(),
             longest_queue: AtomicU32::new(0),
             longest_wait_ms: AtomicU64::new(0),
@@ -66,8 +78,19 @@ impl Limiter {
 
     /// A higher limit lets waiters in at once; a lower one takes effect as calls end.
     pub(super) fn set_limit(&self, limit: u32) {
-        self.limit.store(limit, Ordering::SeqCst);
+        match &self.adaptive {
+            None => self.store(limit),
+            Some(adaptive) => adaptive.set_limit(limit, |limit| self.store(limit)),
+        }
         self.hand_over();
+    }
+
+    fn store(&self, limit: u32) {
+        self.limit.store(limit, Ordering::SeqCst);
+    }
+
+    pub(super) fn adaptive(&self) -> Option<&Teller> {
+        self.adaptive.as_ref()
     }
 
     pub(super) fn set_queue(&self, length: u32, longest_wait: Duration) {
@@ -124,7 +147,7 @@ impl Limiter {
 
     /// Gets in if there is room and nobody waits.
     #[inline]
-    pub(super) fn enter(&self) -> bool {
+    pub(super) fn enter(&self) -> Option<Token> {
         let mut word = self.word.load(Ordering::Relaxed);
         while waiting(word) == 0 && in_flight(word) < self.limit() {
             match self.word.compare_exchange_weak(
@@ -133,15 +156,21 @@ impl Limiter {
                 Ordering::Acquire,
                 Ordering::Relaxed,
             ) {
-                Ok(_) => return true,
+                Ok(_) => return Some(self.begin(in_flight(word) + 1)),
                 Err(now) => word = now,
             }
         }
-        false
+        None
     }
 
-    /// Takes a place in the queue. None if a place has become free instead, or there is none to wait in.
-    pub(super) fn join(&self) -> Result<Option<Place>, RejectedKind> {
+    /// What a call remembers that is let in as one of so many: nothing, where nobody learns from it.
+    #[inline]
+    pub(super) fn begin(&self, in_flight: u32) -> Token {
+        self.adaptive.as_ref().map_or(Token::default(), |adaptive| adaptive.started(in_flight))
+    }
+
+    /// Takes a place in the queue, if there is one to wait in.
+    pub(super) fn join(&self) -> Result<Entry, RejectedKind> {
         let longest = self.longest_queue.load(Ordering::Relaxed);
         if longest == 0 || self.limit() == 0 {
             return Err(RejectedKind::Full);
@@ -155,8 +184,8 @@ impl Limiter {
             }
             let next = if room { word + ONE_IN } else { word + ONE_WAITING };
             match self.word.compare_exchange_weak(word, next, Ordering::AcqRel, Ordering::Relaxed) {
-                Ok(_) if room => return Ok(None),
-                Ok(_) => return Ok(Some(queue.join())),
+                Ok(_) if room => return Ok(Entry::In(self.begin(in_flight(next)))),
+                Ok(_) => return Ok(Entry::Waits(queue.join())),
                 Err(now) => word = now,
             }
         }
@@ -189,6 +218,30 @@ impl Limiter {
             self.hand_over();
         }
     }
+
+    // ===== Learning =====
+
+    /// The head of a call's response is here.
+    #[inline]
+    pub(super) fn heard_head(&self, token: &mut Token, so_far: Outcome) {
+        if let Some(adaptive) = &self.adaptive {
+            if adaptive.head(token, so_far, |limit| self.store(limit)) {
+                self.hand_over();
+            }
+        }
+    }
+
+    /// A call has ended.
+    #[inline]
+    pub(super) fn heard_end(&self, token: Token, outcome: Outcome) {
+        if let Some(adaptive) = &self.adaptive {
+            if adaptive.hear(token, outcome, |limit| self.store(limit)) {
+                self.hand_over();
+            }
+        }
+    }
+
+    // ===== Handing over =====
 
     /// Lets in whoever waits while there is room. Each is woken once, outside of the lock.
     fn hand_over(&self) {

@@ -1,6 +1,9 @@
 use std::fmt;
 
-use super::core::Limiter;
+use super::{
+    adaptive::{Change, Teller},
+    core::Limiter,
+};
 use crate::{ConfigError, call::Shared};
 
 /// Looks at a concurrency limit and resizes it, from outside of the stack.
@@ -15,6 +18,8 @@ pub struct ConcurrencyLimitHandle(pub(super) Shared<Limiter>);
 pub struct ConcurrencyLimitSnapshot {
     /// How many calls may be in flight at once.
     pub limit: u32,
+    /// The last change of an adaptive limit, and why.
+    pub last_change: Option<Change>,
     /// How many are, each to the end of its response body.
     pub in_flight: u32,
     /// How many wait for their turn.
@@ -32,6 +37,7 @@ impl ConcurrencyLimitHandle {
         let (refused_full, refused_waited) = self.0.refused();
         ConcurrencyLimitSnapshot {
             limit: self.0.limit(),
+            last_change: self.0.adaptive().and_then(Teller::last),
             in_flight: self.0.in_flight(),
             waiting: self.0.waiting(),
             refused_full,
@@ -46,6 +52,7 @@ impl ConcurrencyLimitHandle {
     }
 
     /// Resizes the limit: a higher one lets waiters in at once, a lower one takes effect as calls end.
+    /// An adaptive one goes on from there, within its bounds.
     ///
     /// # Errors
     ///

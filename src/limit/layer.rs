@@ -3,6 +3,7 @@ use std::time::Duration;
 use tower_layer::Layer;
 
 use super::{
+    adaptive::{Algorithm, Teller},
     core::Limiter,
     handle::{ConcurrencyLimitHandle, checked},
 };
@@ -28,8 +29,17 @@ impl ConcurrencyLimitLayer {
     /// [`queue`](Self::queue) lets it wait.
     pub fn new(limit: usize) -> Self {
         let checked = checked(limit);
-        let policy = Shared::new(Limiter::new(*checked.as_ref().unwrap_or(&0)));
+        let policy = Shared::new(Limiter::new(*checked.as_ref().unwrap_or(&0), None));
         Self { plan: Plan { policy, protocol: Http, reject: AsError, fault: checked.err() } }
+    }
+
+    /// As many calls at once as `algorithm` finds right: [`Knee`](super::adaptive::Knee), if in doubt.
+    ///
+    /// An admitted call reads the clock twice and takes a short lock once.
+    pub fn adaptive(algorithm: impl Algorithm) -> Self {
+        let limit = algorithm.limit().max(1);
+        let policy = Shared::new(Limiter::new(limit, Some(Teller::new(algorithm))));
+        Self { plan: Plan { policy, protocol: Http, reject: AsError, fault: None } }
     }
 }
 
@@ -60,6 +70,15 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
     /// Frees a call's place when its response head is here, instead of at the end of the body.
     pub fn release_at_head(self) -> Self {
         self.plan.policy.release_at_head();
+        self
+    }
+
+    /// Lets an adaptive limit measure calls to the end of the response body, instead of to its head: where
+    /// the body is the work. A fixed limit measures nothing.
+    pub fn until_body_end(self) -> Self {
+        if let Some(adaptive) = self.plan.policy.adaptive() {
+            adaptive.until_body_end();
+        }
         self
     }
 

@@ -34,6 +34,16 @@
 //! served, if the queue has room; else it is refused at once, without a timer. It waits in the future
 //! that the call returned, so that an idle clone of the service never holds a place.
 //!
+//! # A limit that finds its own number
+//!
+//! [`ConcurrencyLimitLayer::adaptive`] takes an [algorithm](adaptive) instead of a number:
+//!
+//! ```
+//! use buttress::{ConcurrencyLimitLayer, limit::adaptive::Knee};
+//!
+//! let layer = ConcurrencyLimitLayer::adaptive(Knee::default()).respond();
+//! ```
+//!
 //! # In the stack
 //!
 //! For a server: outside of the routes, inside of the health endpoints. For a client: under the retry and
@@ -57,6 +67,7 @@
 //! |---|---|
 //! | [`queue`](ConcurrencyLimitLayer::queue) | none: what finds no room is refused |
 //! | [`retry_after`](ConcurrencyLimitLayer::retry_after) | 1 s |
+//! | [`adaptive`](ConcurrencyLimitLayer::adaptive) measures | to the response head |
 //! | place held | to the end of the body |
 //! | refused calls | an error ([`Rejected`](crate::Rejected), boxed) |
 //!
@@ -66,6 +77,7 @@
 //! connection or request has a limit of its own; `GlobalConcurrencyLimitLayer` shares it, and frees a place
 //! at the response head. Both wait without end, in `poll_ready`.
 
+pub mod adaptive;
 mod core;
 mod handle;
 mod layer;

@@ -1,6 +1,9 @@
 //! How the limit admits calls, and when they end.
 
-use super::{core::Limiter, wait::Wait};
+use super::{
+    core::{Entry, Limiter},
+    wait::Wait,
+};
 use crate::{
     admission::{Admit, Policy},
     call::{Finish, Hold, LayerKind, Outcome, Permit, Shared, Token},
@@ -19,12 +22,12 @@ impl<Req> Policy<Req> for Shared<Limiter> {
 
     #[inline]
     fn admit(&self, _: &Req) -> Admit<Permit<Limiter>, Wait> {
-        if self.enter() {
-            return Admit::Go(self.permit(Token::default()));
+        if let Some(token) = self.enter() {
+            return Admit::Go(self.permit(token));
         }
         match self.join() {
-            Ok(None) => Admit::Go(self.permit(Token::default())),
-            Ok(Some(place)) => Admit::Wait(Wait::new(self.clone(), place)),
+            Ok(Entry::In(token)) => Admit::Go(self.permit(token)),
+            Ok(Entry::Waits(place)) => Admit::Wait(Wait::new(self.clone(), place)),
             Err(kind) => Admit::No(self.refuse(kind)),
         }
     }
@@ -32,8 +35,14 @@ impl<Req> Policy<Req> for Shared<Limiter> {
 
 impl Finish for Limiter {
     #[inline]
-    fn finish(&self, _: Token, _: Outcome) {
+    fn finish(&self, token: Token, outcome: Outcome) {
         self.exit();
+        self.heard_end(token, outcome);
+    }
+
+    #[inline]
+    fn head(&self, token: &mut Token, so_far: Outcome) {
+        self.heard_head(token, so_far);
     }
 
     #[inline]

@@ -8,7 +8,7 @@ use pin_project_lite::pin_project;
 use tokio::time::{Sleep, sleep};
 
 use super::{core::Limiter, queue::Place};
-use crate::call::{Permit, Rejected, RejectedKind, Shared, Token};
+use crate::call::{Permit, Rejected, RejectedKind, Shared};
 
 pin_project! {
     /// A call's wait for its turn. Dropped at any point, it gives back what it has.
@@ -49,7 +49,7 @@ impl Future for Wait {
         };
         // A turn that has come beats a deadline that has passed.
         if limiter.poll_turn(*place, cx).is_ready() {
-            let permit = limiter.permit(Token::default());
+            let permit = limiter.permit(limiter.begin(limiter.in_flight()));
             this.place.taken = None;
             return Poll::Ready(Ok(permit));
         }

@@ -1,0 +1,53 @@
+use std::ops::RangeInclusive;
+
+use super::{Change, Reason};
+use crate::{ConfigError, limit::handle::checked};
+
+/// A limit with fractions, kept within its bounds.
+#[derive(Clone, Debug)]
+pub(super) struct Bounds {
+    limit: f64,
+    min: f64,
+    max: f64,
+}
+
+impl Bounds {
+    pub(super) const fn constant(initial: u32, min: u32, max: u32) -> Self {
+        Self { limit: initial as f64, min: min as f64, max: max as f64 }
+    }
+
+    pub(super) fn new(initial: usize, bounds: RangeInclusive<usize>) -> Result<Self, ConfigError> {
+        let (min, max) = (checked(*bounds.start())?, checked(*bounds.end())?);
+        if min > max {
+            return Err(ConfigError::new("adaptive.bounds", bounds, "put the lower one first"));
+        }
+        if !bounds.contains(&initial) {
+            return Err(ConfigError::new("adaptive.initial", initial, "begin within the bounds"));
+        }
+        Ok(Self::constant(checked(initial)?, min, max))
+    }
+
+    /// What calls are held to: whole.
+    pub(super) fn whole(&self) -> u32 {
+        self.limit as u32
+    }
+
+    pub(super) fn get(&self) -> f64 {
+        self.limit
+    }
+
+    pub(super) fn is_highest(&self) -> bool {
+        self.limit >= self.max
+    }
+
+    pub(super) fn set(&mut self, limit: f64) {
+        self.limit = limit.clamp(self.min, self.max);
+    }
+
+    /// A change that callers will notice, or none.
+    pub(super) fn change(&mut self, limit: f64, reason: Reason) -> Option<Change> {
+        let before = self.whole();
+        self.set(limit);
+        (self.whole() != before).then(|| Change { limit: self.whole(), reason })
+    }
+}

@@ -1,0 +1,262 @@
+use std::{ops::RangeInclusive, time::Duration};
+
+use super::{Algorithm, Bounds, Change, Reason, Sample};
+use crate::ConfigError;
+
+/// Keeps the limit at the knee: where more calls at once begin to wait for each other.
+///
+/// It looks at rounds: some 32 to 256 calls, at least a round trip long, begun after the last change. In
+/// this order, once a round:
+///
+/// 1. A twentieth of the calls or more were dropped: a tenth less, and small steps up for 10 s.
+/// 2. Less than half of the limit was in use: nothing is learnt and nothing changes.
+/// 3. Else it follows what calls take without a queue, over what they take now, with room for 40 % more:
+///    up to that much more while three quarters of the limit are in use, down to half.
+///
+/// What calls take without a queue is the least that a round has shown. It cannot learn the queue: after
+/// 10 s in which no round was about as quick as that (1 s at first), the limit is lowered by a third, again
+/// and again until less gets done, nearly in proportion. Then no queue stands: what calls take there
+/// replaces it, and the limit goes to where the same gets done as before. The same is done when following
+/// has lowered the limit and less got done: then calls have become slower, and nobody waits. No phase
+/// pins the limit to a constant, and all of it costs a hundredth of the throughput.
+///
+/// The baseline and the drain are the idea of BBR (Cardwell et al., ACM Queue 2016) with a proportional
+/// drain, the ratio Netflix's gradient, the test of throughput a hill climber's.
+#[derive(Clone, Debug)]
+pub struct Knee {
+    limit: Bounds,
+    round: Round,
+    /// What a call takes without a queue, in seconds; 0 while that is unknown.
+    baseline: f64,
+    /// When that has to be looked for.
+    stale_at: Duration,
+    /// The round before a change, whose effect is awaited.
+    before: Option<Before>,
+    /// Small steps until then.
+    careful_until: Duration,
+}
+
+/// What is measured between two changes.
+#[derive(Clone, Debug, Default)]
+struct Round {
+    /// Calls begun before are of another limit.
+    since: Duration,
+    /// When the first call of the round ended.
+    began: Option<Duration>,
+    answered: f64,
+    dropped: f64,
+    latency: f64,
+    in_flight: f64,
+}
+
+/// A round that is over.
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    /// Seconds a call took on average; none if all were dropped.
+    latency: Option<f64>,
+    /// Answers per second.
+    rate: f64,
+    /// Calls at once, as those let in saw it.
+    at_once: f64,
+    /// The share of calls that were dropped.
+    dropped: f64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Before {
+    seen: Seen,
+    step: Step,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Down,
+    Drain,
+}
+
+/// The limit over the knee: calls that find room must not wait for the next to end.
+const HEADROOM: f64 = 1.4;
+/// So much is left by a step of a drain. Below 1 / `HEADROOM`, so that a baseline learnt from a queue
+/// shrinks from one drain to the next.
+const DRAIN: f64 = 0.65;
+/// The share of the limit that must be in use for it to be raised.
+const IN_USE: f64 = 0.75;
+/// A baseline that was not seen for so long is looked for.
+const STALE: Duration = Duration::from_secs(10);
+/// The first one soon: the calls it is from may have stood in a queue.
+const UNPROVEN: Duration = Duration::from_secs(1);
+/// Rounds as quick as this over the baseline confirm it.
+const AS_QUICK: f64 = 1.1;
+/// From so large a share of drops on, there are too many calls at once.
+const DROPS: f64 = 0.05;
+const DROP_CUT: f64 = 0.9;
+/// A change of the calls at once that is large enough to tell something from.
+const TELLING: f64 = 1.15;
+
+impl Default for Knee {
+    /// From 20 within 1 to 1000.
+    fn default() -> Self {
+        Self::within(Bounds::constant(20, 1, 1000))
+    }
+}
+
+impl Knee {
+    /// # Errors
+    ///
+    /// Bounds that are no bounds, or a beginning out of them.
+    pub fn new(initial: usize, bounds: RangeInclusive<usize>) -> Result<Self, ConfigError> {
+        Ok(Self::within(Bounds::new(initial, bounds)?))
+    }
+
+    fn within(limit: Bounds) -> Self {
+        Self {
+            limit,
+            round: Round::default(),
+            baseline: 0.0,
+            stale_at: Duration::ZERO,
+            before: None,
+            careful_until: Duration::ZERO,
+        }
+    }
+
+    // ===== Once a round =====
+
+    fn decide(&mut self, seen: Seen, now: Duration) -> Option<Change> {
+        let limit = self.limit.get();
+        if seen.dropped >= DROPS {
+            self.before = None;
+            self.careful_until = now.saturating_add(STALE);
+            return self.limit.change(limit * DROP_CUT, Reason::Dropped);
+        }
+        let latency = seen.latency?;
+        if seen.at_once * 2.0 < f64::from(self.limit.whole()) {
+            self.before = None;
+            return None;
+        }
+        if let Some(before) = self.before.take() {
+            match (before.step, effect(before.seen, seen)) {
+                // A queue stood there, and may still.
+                (Step::Drain, Some(effect)) if effect < 0.5 => {
+                    return self.drain(seen, Reason::Queued);
+                }
+                (Step::Drain, Some(_)) => return self.learn(before.seen, seen, now),
+                // The bounds have kept it from showing anything.
+                (Step::Drain, None) => self.stale_at = now.saturating_add(STALE),
+                // No queue stood there, or what was called changed just then: a second look tells.
+                (Step::Down, Some(effect)) if effect > 0.75 => {
+                    return self.drain(seen, Reason::Slower);
+                }
+                _ => {}
+            }
+        }
+        if self.baseline == 0.0 {
+            self.baseline = latency;
+            self.stale_at = now.saturating_add(UNPROVEN);
+        } else if latency < self.baseline || self.limit.whole() == 1 {
+            // By halves: the least of many noisy rounds would be too little. One alone waits for nobody.
+            self.baseline = f64::midpoint(self.baseline, latency);
+        }
+        // At its highest a limit does not grow into a queue, which would show.
+        if latency <= self.baseline * AS_QUICK && !self.limit.is_highest() {
+            self.stale_at = self.stale_at.max(now.saturating_add(STALE));
+        } else if now >= self.stale_at {
+            return self.drain(seen, Reason::Drain);
+        }
+        self.follow(seen, latency, now)
+    }
+
+    fn follow(&mut self, seen: Seen, latency: f64, now: Duration) -> Option<Change> {
+        let limit = self.limit.get();
+        let ratio = (HEADROOM * self.baseline / latency).clamp(0.5, HEADROOM);
+        let in_use = seen.at_once >= IN_USE * f64::from(self.limit.whole());
+        if ratio > 1.05 && in_use {
+            let careful = now < self.careful_until;
+            let next = if careful { limit + 1.0 } else { limit * ratio };
+            self.limit.change(next, Reason::Room)
+        } else if ratio < 0.95 {
+            self.before = Some(Before { seen, step: Step::Down });
+            self.limit.change(limit * ratio, Reason::Queued)
+        } else {
+            None
+        }
+    }
+
+    fn drain(&mut self, seen: Seen, reason: Reason) -> Option<Change> {
+        self.before = Some(Before { seen, step: Step::Drain });
+        self.limit.change((self.limit.get() * DRAIN).floor(), reason)
+    }
+
+    /// No queue stood in this round: what it shows is the truth.
+    fn learn(&mut self, before: Seen, seen: Seen, now: Duration) -> Option<Change> {
+        self.baseline = seen.latency.unwrap_or(self.baseline);
+        self.stale_at = now.saturating_add(STALE);
+        // As many calls at once as would get done what got done before.
+        let knee = seen.at_once * (before.rate / seen.rate.max(1e-9)).max(1.0);
+        self.limit.change(knee * HEADROOM, Reason::Drained)
+    }
+}
+
+/// How much of a change in calls at once has arrived in what gets done: 0 none, 1 all of it. None if
+/// too little changed to tell.
+fn effect(before: Seen, after: Seen) -> Option<f64> {
+    let change = (after.at_once / before.at_once).ln();
+    (change.abs() > TELLING.ln()).then(|| (after.rate / before.rate).ln() / change)
+}
+
+impl Round {
+    fn hear(&mut self, sample: &Sample) {
+        self.began.get_or_insert(sample.now);
+        self.in_flight += f64::from(sample.in_flight);
+        if sample.dropped {
+            self.dropped += 1.0;
+        } else {
+            self.answered += 1.0;
+            self.latency += sample.latency.as_secs_f64();
+        }
+    }
+
+    fn over(&self, limit: u32, now: Duration) -> Option<Seen> {
+        let calls = self.answered + self.dropped;
+        let long = now.saturating_sub(self.began?).as_secs_f64();
+        let enough = f64::from(limit.saturating_mul(8).clamp(32, 256));
+        if calls < 16.0 || (calls < enough && long < 1.0) {
+            return None;
+        }
+        let latency = (self.answered > 0.0).then(|| self.latency / self.answered);
+        if long <= 0.0 || long < latency.unwrap_or(0.0) {
+            return None;
+        }
+        Some(Seen {
+            latency,
+            // The first call only began the measuring.
+            rate: (self.answered - 1.0).max(0.0) / long,
+            at_once: self.in_flight / calls,
+            dropped: self.dropped / calls,
+        })
+    }
+}
+
+impl Algorithm for Knee {
+    fn limit(&self) -> u32 {
+        self.limit.whole()
+    }
+
+    fn set_limit(&mut self, limit: u32) {
+        self.limit.set(limit.into());
+        self.before = None;
+    }
+
+    fn hear(&mut self, sample: &Sample) -> Option<Change> {
+        if sample.started() < self.round.since {
+            return None;
+        }
+        self.round.hear(sample);
+        let seen = self.round.over(self.limit.whole(), sample.now)?;
+        let change = self.decide(seen, sample.now);
+        self.round = Round::default();
+        if change.is_some() {
+            self.round.since = sample.now;
+        }
+        change
+    }
+}

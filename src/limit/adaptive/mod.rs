@@ -1,0 +1,166 @@
+//! Limits that find their own number.
+//!
+//! An [`Algorithm`] hears of every call that ended and says when the limit is to change, to what and why.
+//! It is pure and told the time, so that it can be tried in virtual time. [`Knee`] is the one to take;
+//! [`Aimd`], [`Vegas`] and [`Gradient2`] are there for those who know them from elsewhere, [`Fixed`] to
+//! compare with.
+//!
+//! ```
+//! # fn main() -> Result<(), buttress::ConfigError> {
+//! use buttress::{ConcurrencyLimitLayer, limit::adaptive::Knee};
+//!
+//! let layer = ConcurrencyLimitLayer::adaptive(Knee::default());
+//! let bounded = ConcurrencyLimitLayer::adaptive(Knee::new(50, 10..=400)?);
+//! assert_eq!(bounded.handle().snapshot().limit, 50);
+//! # let _ = layer;
+//! # Ok(()) }
+//! ```
+//!
+//! # What is heard
+//!
+//! Latency is measured to the response head, from the moment the call was let in: its wait in the queue
+//! is not part of it. [`until_body_end`](crate::ConcurrencyLimitLayer::until_body_end) measures to the end
+//! of the body instead. Answers that ask for less (429, 503, 504, `RESOURCE_EXHAUSTED`, `UNAVAILABLE`,
+//! `DEADLINE_EXCEEDED`), timeouts and refused streams are drops. Cancelled calls say nothing and are not
+//! heard, nor are other failures: an answer that fails fast must not look like a fast answer.
+
+mod aimd;
+mod bounds;
+mod gradient2;
+mod knee;
+mod teller;
+mod vegas;
+
+use std::{fmt, time::Duration};
+
+pub use self::{aimd::Aimd, gradient2::Gradient2, knee::Knee, vegas::Vegas};
+use crate::ConfigError;
+use bounds::Bounds;
+pub(super) use teller::Teller;
+
+/// Finds a limit. Called under a lock for every call: it must be quick, and must not panic.
+pub trait Algorithm: fmt::Debug + Send + 'static {
+    /// The limit as it is, 1 or more.
+    fn limit(&self) -> u32;
+
+    /// The limit was set by hand: go on from there.
+    fn set_limit(&mut self, limit: u32);
+
+    /// A call has ended. What it changes, if anything.
+    fn hear(&mut self, sample: &Sample) -> Option<Change>;
+}
+
+/// One call, as an [`Algorithm`] hears of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Sample {
+    /// The time, since the limit was made.
+    pub now: Duration,
+    /// How long the call took, from when it was let in.
+    pub latency: Duration,
+    /// How many calls were in flight when it was let in, itself included.
+    pub in_flight: u32,
+    /// Whether what was called asked for less, or did not answer in time.
+    pub dropped: bool,
+}
+
+impl Sample {
+    /// A call that was answered.
+    #[must_use]
+    pub const fn new(now: Duration, latency: Duration, in_flight: u32) -> Self {
+        Self { now, latency, in_flight, dropped: false }
+    }
+
+    /// The same call, not answered but dropped.
+    #[must_use]
+    pub const fn dropped(mut self) -> Self {
+        self.dropped = true;
+        self
+    }
+
+    /// When the call was let in.
+    #[must_use]
+    pub const fn started(&self) -> Duration {
+        self.now.saturating_sub(self.latency)
+    }
+
+    /// Whether too little of the limit was in use to learn from: less than half.
+    const fn is_idle(&self, limit: u32) -> bool {
+        (self.in_flight as u64) * 2 < limit as u64
+    }
+}
+
+/// A new limit, and why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// The limit from now on.
+    pub limit: u32,
+    /// Why.
+    pub reason: Reason,
+}
+
+/// Why a limit changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Reason {
+    /// Calls were dropped: timed out, refused, or asked for less.
+    Dropped,
+    /// Calls take longer than they would without a queue.
+    Queued,
+    /// There is room: calls are as quick as without a queue, and the limit is in use.
+    Room,
+    /// Fewer calls at once got less done, so that there may have been no queue: to be looked at.
+    Slower,
+    /// For a moment, to see how quick calls are without a queue.
+    Drain,
+    /// That has been seen.
+    Drained,
+    /// It was set by hand.
+    ByHand,
+    /// As an algorithm of the user's says.
+    Other(&'static str),
+}
+
+impl Reason {
+    /// The reason in `snake_case`, as events and metrics have it.
+    #[must_use]
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Dropped => "dropped",
+            Self::Queued => "queued",
+            Self::Room => "room",
+            Self::Slower => "slower",
+            Self::Drain => "drain",
+            Self::Drained => "drained",
+            Self::ByHand => "by_hand",
+            Self::Other(why) => why,
+        }
+    }
+}
+
+/// A limit that stays.
+#[derive(Clone, Copy, Debug)]
+pub struct Fixed(u32);
+
+impl Fixed {
+    /// # Errors
+    ///
+    /// Zero, or more than `u32::MAX`.
+    pub fn new(limit: usize) -> Result<Self, ConfigError> {
+        super::handle::checked(limit).map(Self)
+    }
+}
+
+impl Algorithm for Fixed {
+    fn limit(&self) -> u32 {
+        self.0
+    }
+
+    fn set_limit(&mut self, limit: u32) {
+        self.0 = limit;
+    }
+
+    fn hear(&mut self, _: &Sample) -> Option<Change> {
+        None
+    }
+}

@@ -1,0 +1,122 @@
+//! What stands between the limit and its algorithm: the clock, the lock, and what is worth hearing.
+
+use std::{
+    mem,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use super::{Algorithm, Change, Reason, Sample};
+use crate::{
+    call::{Clock, Outcome, OutcomeKind, Reason as Why, Token},
+    event,
+};
+
+#[derive(Debug)]
+pub(in crate::limit) struct Teller {
+    clock: Clock,
+    to_the_end: AtomicBool,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    algorithm: Box<dyn Algorithm>,
+    last: Option<Change>,
+}
+
+/// A call that has been heard, or that nobody listens to.
+const HEARD: u64 = 0;
+
+impl Teller {
+    pub(in crate::limit) fn new(algorithm: impl Algorithm) -> Self {
+        let state = State { algorithm: Box::new(algorithm), last: None };
+        Self { clock: Clock::new(), to_the_end: AtomicBool::new(false), state: Mutex::new(state) }
+    }
+
+    pub(in crate::limit) fn until_body_end(&self) {
+        self.to_the_end.store(true, Ordering::Relaxed);
+    }
+
+    pub(in crate::limit) fn last(&self) -> Option<Change> {
+        self.lock().last
+    }
+
+    /// The algorithm goes on from this limit, or the nearest it allows; `apply` runs before anybody else can change it.
+    pub(in crate::limit) fn set_limit(&self, limit: u32, apply: impl FnOnce(u32)) {
+        let mut state = self.lock();
+        state.algorithm.set_limit(limit);
+        let limit = state.algorithm.limit().max(1);
+        state.last = Some(Change { limit, reason: Reason::ByHand });
+        apply(limit);
+    }
+
+    /// A call is let in, as one of so many.
+    #[inline]
+    pub(in crate::limit) fn started(&self, in_flight: u32) -> Token {
+        Token { tag: in_flight.into(), started: self.clock.now() }
+    }
+
+    /// The head is here, which is what is measured unless the end is.
+    pub(in crate::limit) fn head(
+        &self,
+        token: &mut Token,
+        so_far: Outcome,
+        apply: impl FnOnce(u32),
+    ) -> bool {
+        if self.to_the_end.load(Ordering::Relaxed) {
+            return false;
+        }
+        let heard = mem::replace(&mut token.tag, HEARD);
+        self.hear(Token { tag: heard, ..*token }, so_far, apply)
+    }
+
+    /// A call has come as far as is measured: whether that changed the limit. `apply` runs before anybody else can change the limit.
+    pub(in crate::limit) fn hear(
+        &self,
+        token: Token,
+        outcome: Outcome,
+        apply: impl FnOnce(u32),
+    ) -> bool {
+        if token.tag == HEARD {
+            return false;
+        }
+        let Some(dropped) = is_drop(outcome) else { return false };
+        let now = self.clock.now();
+        let sample = Sample {
+            now: Duration::from_nanos(now),
+            latency: Duration::from_nanos(now.saturating_sub(token.started)),
+            in_flight: u32::try_from(token.tag).unwrap_or(u32::MAX),
+            dropped,
+        };
+        let mut state = self.lock();
+        let Some(change) = state.algorithm.hear(&sample) else { return false };
+        state.last = Some(change);
+        apply(change.limit.max(1));
+        drop(state);
+        event!(DEBUG, limit = change.limit, reason = change.reason.as_str(), "limit changed");
+        true
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether the outcome is a drop; None if it says nothing about how much is too much.
+fn is_drop(outcome: Outcome) -> Option<bool> {
+    match outcome.kind() {
+        OutcomeKind::Success => Some(false),
+        OutcomeKind::Throttled => Some(true),
+        OutcomeKind::Cancelled => None,
+        OutcomeKind::Failure => match (outcome.reason(), outcome.code()) {
+            (Why::Timeout | Why::ConnectTimeout | Why::RefusedStream, _)
+            | (Why::Status, Some(503 | 504))
+            | (Why::GrpcStatus, Some(4 | 14)) => Some(true),
+            _ => None,
+        },
+    }
+}

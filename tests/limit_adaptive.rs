@@ -1,0 +1,215 @@
+//! Adaptive limits in virtual time: a server of 20 workers, 10 ms a call, open loop at twice of what it
+//! can do, unless a test says otherwise.
+#![cfg(feature = "limit")]
+
+mod rig;
+
+use std::time::Duration;
+
+use buttress::limit::adaptive::{Aimd, Algorithm, Fixed, Gradient2, Knee, Reason, Sample, Vegas};
+use rig::{Phase, STEADY, Second, Spread, World, goodput, mean_limit, quantile, run};
+
+const FULL: f64 = 2000.0;
+
+fn world(phases: &[Phase]) -> World {
+    World { phases: phases.to_vec(), spread: Spread::Even, patience: None, seed: 1 }
+}
+
+fn knee(initial: usize) -> Option<Box<dyn Algorithm>> {
+    Some(Box::new(Knee::new(initial, 1..=1000).unwrap()))
+}
+
+#[track_caller]
+fn holds_up(seconds: &[Second]) {
+    let (good, p99) = (goodput(seconds), quantile(seconds, 0.99));
+    assert!(good >= 0.95 * FULL, "goodput {good}");
+    assert!(p99 <= 30.0, "p99 {p99} ms");
+}
+
+/// At the end of a second, a drain apart: one in ten seconds, for a fraction of it.
+#[track_caller]
+fn within(seconds: &[Second], low: u32, high: u32) {
+    let out: Vec<_> = seconds
+        .iter()
+        .map(|second| second.limit)
+        .filter(|limit| !(low..=high).contains(limit))
+        .collect();
+    assert!(out.len() * 10 <= seconds.len(), "{out:?} of {}", seconds.len());
+    assert!(out.iter().all(|limit| (5..=high).contains(limit)), "{out:?}");
+}
+
+// ===== The default =====
+
+#[test]
+fn from_any_start_the_knee_is_found_in_ten_seconds() {
+    for initial in [1, 10, 1000] {
+        for seed in 1..=3 {
+            let seconds = run(&World { seed, ..world(&[STEADY]) }, knee(initial), 40);
+            assert!((15..=40).contains(&seconds[9].limit), "{initial}: {}", seconds[9].limit);
+            within(&seconds[9..], 15, 40);
+            holds_up(&seconds[10..]);
+        }
+    }
+}
+
+/// Single calls say little then: some take ten times as long as others.
+#[test]
+fn the_knee_is_found_also_where_calls_differ_much() {
+    for initial in [1, 10, 1000] {
+        let world = World { spread: Spread::Exponential, ..world(&[STEADY]) };
+        let seconds = run(&world, knee(initial), 60);
+        within(&seconds[9..], 15, 45);
+        assert!(goodput(&seconds[10..]) >= 0.95 * FULL);
+    }
+}
+
+#[test]
+fn after_twenty_minutes_of_overload_the_queue_is_still_not_taken_for_normal() {
+    let seconds = run(&world(&[STEADY]), knee(20), 1200);
+    within(&seconds[10..], 15, 40);
+    for minute in seconds.chunks(60).skip(1) {
+        holds_up(minute);
+    }
+}
+
+#[test]
+fn the_limit_follows_when_capacity_halves_or_doubles() {
+    for (workers, low, high) in [(10, 7, 20), (40, 30, 80)] {
+        let heavy = Phase { offered: 8000.0, ..STEADY };
+        let change = Phase { from: 20.0, workers, ..heavy };
+        for seed in 1..=3 {
+            let seconds = run(&World { seed, ..world(&[heavy, change]) }, knee(20), 60);
+            within(&seconds[24..], low, high);
+            let full = workers as f64 * 100.0;
+            let good = goodput(&seconds[24..]);
+            assert!(good >= 0.95 * full, "{good} of {full}");
+        }
+    }
+}
+
+/// Slower calls look like a queue; less work got done with fewer of them tells that they are not.
+#[test]
+fn calls_that_become_slower_are_not_a_queue() {
+    let change = Phase { from: 20.0, service: 20.0, ..STEADY };
+    let seconds = run(&world(&[STEADY, change]), knee(20), 60);
+    within(&seconds[24..], 15, 40);
+    assert!(goodput(&seconds[24..]) >= 0.95 * FULL / 2.0);
+}
+
+#[test]
+fn an_hour_of_idling_is_not_forgotten() {
+    let idle = Phase { from: 20.0, offered: 5.0, ..STEADY };
+    let back = Phase { from: 3620.0, ..STEADY };
+    let seconds = run(&world(&[STEADY, idle, back]), knee(20), 3640);
+    assert_eq!(seconds[3619].limit, seconds[21].limit, "nothing is learnt from idling");
+    within(&seconds[3620..], 15, 40);
+    holds_up(&seconds[3620..]);
+}
+
+#[test]
+fn what_is_not_in_use_does_not_grow() {
+    let light = Phase { offered: 500.0, ..STEADY };
+    let seconds = run(&world(&[light]), knee(20), 60);
+    assert!(seconds.iter().all(|second| second.limit == 20 && second.refused == 0));
+}
+
+/// 280 of 300 a second, ten seconds in which nothing is done, callers who try again: without a limit the
+/// server works for ever on what nobody waits for any more.
+#[test]
+fn an_outage_is_over_when_it_is_over() {
+    let before = Phase { from: 0.0, workers: 30, service: 100.0, offered: 280.0 };
+    let outage = Phase { from: 60.0, workers: 0, ..before };
+    let after = Phase { from: 70.0, ..before };
+    let world = World { patience: Some(1.0), ..world(&[before, outage, after]) };
+    for (algorithm, recovers) in [(knee(20), true), (None, false)] {
+        let seconds = run(&world, algorithm, 110);
+        let (was, is) = (goodput(&seconds[20..60]), goodput(&seconds[90..110]));
+        assert!(was > 250.0, "{was}");
+        assert_eq!(is >= 0.95 * was, recovers, "{was} before, {is} after");
+    }
+}
+
+fn calls(
+    algorithm: &mut dyn Algorithm,
+    from_ms: u64,
+    dropped: impl Fn(u64) -> bool,
+) -> Vec<Reason> {
+    (0..2000)
+        .filter_map(|number| {
+            let now = Duration::from_millis(from_ms + number);
+            let sample = Sample::new(now, Duration::from_millis(10), algorithm.limit());
+            let sample = if dropped(number) { sample.dropped() } else { sample };
+            algorithm.hear(&sample).map(|change| change.reason)
+        })
+        .collect()
+}
+
+#[test]
+fn drops_cut_once_a_round_trip_and_growth_is_careful_for_a_while() {
+    let mut knee = Knee::new(100, 10..=200).unwrap();
+    let cuts = calls(&mut knee, 0, |number| number % 10 == 0);
+    assert!(cuts.iter().all(|reason| *reason == Reason::Dropped), "{cuts:?}");
+    assert!((3..40).contains(&cuts.len()), "{}", cuts.len());
+    // The round under way has drops in it still.
+    let _ = calls(&mut knee, 2000, |_| false);
+    let limit = knee.limit();
+    let grown = calls(&mut knee, 4000, |_| false);
+    assert!(grown.iter().all(|reason| *reason == Reason::Room), "{grown:?}");
+    assert_eq!(knee.limit() as usize, limit as usize + grown.len(), "one at a time");
+}
+
+#[test]
+fn a_stray_drop_is_not_a_sign() {
+    let mut knee = Knee::new(100, 10..=100).unwrap();
+    let changes = calls(&mut knee, 0, |number| number % 50 == 0);
+    assert!(!changes.contains(&Reason::Dropped), "{changes:?}");
+}
+
+// ===== Those known from elsewhere =====
+
+#[test]
+fn all_keep_to_their_bounds() {
+    let all: [Box<dyn Algorithm>; 4] = [
+        Box::new(Knee::new(30, 20..=50).unwrap()),
+        Box::new(Aimd::new(30, 20..=50).unwrap()),
+        Box::new(Vegas::new(30, 20..=50).unwrap()),
+        Box::new(Gradient2::new(30, 20..=50).unwrap()),
+    ];
+    for algorithm in all {
+        let change = Phase { from: 5.0, workers: 1, ..STEADY };
+        let seconds = run(&world(&[STEADY, change]), Some(algorithm), 10);
+        assert!(seconds.iter().all(|second| second.lowest >= 20 && second.highest <= 50));
+    }
+}
+
+#[test]
+fn a_fixed_limit_stays() {
+    let seconds = run(&world(&[STEADY]), Some(Box::new(Fixed::new(25).unwrap())), 5);
+    assert!(seconds.iter().all(|second| second.lowest == 25 && second.highest == 25));
+    holds_up(&seconds);
+}
+
+/// Why neither is the default.
+#[test]
+fn gradient2_learns_the_queue() {
+    let world = World { spread: Spread::Exponential, ..world(&[STEADY]) };
+    let seconds = run(&world, Some(Box::new(Gradient2::default())), 1200);
+    let (early, late) = (mean_limit(&seconds[10..60]), mean_limit(&seconds[1140..]));
+    assert!(late > 2.0 * early, "{early} early, {late} late");
+}
+
+#[test]
+fn bad_bounds_are_typed_errors() {
+    for (made, field) in [
+        (Knee::new(0, 1..=2).map(drop), "adaptive.initial"),
+        (Knee::new(3, 1..=2).map(drop), "adaptive.initial"),
+        (Aimd::new(1, 0..=2).map(drop), "limit"),
+        #[allow(clippy::reversed_empty_ranges)] // Which is what is tested.
+        (Vegas::new(1, 2..=1).map(drop), "adaptive.bounds"),
+        (Gradient2::new(1, 2..=9).map(drop), "adaptive.initial"),
+        (Aimd::default().timeout(Duration::ZERO).map(drop), "adaptive.timeout"),
+        (Fixed::new(0).map(drop), "limit"),
+    ] {
+        assert_eq!(made.unwrap_err().field, field);
+    }
+}
