@@ -13,8 +13,9 @@ use std::{
 };
 
 use buttress::{
-    BoxError, ConcurrencyLimit, ConcurrencyLimitLayer, ConfigError, Rejected, call::RejectedKind,
-    limit::ConcurrencyLimitHandle,
+    BoxError, ConcurrencyLimit, ConcurrencyLimitLayer, ConfigError, Rejected,
+    call::RejectedKind,
+    limit::{ConcurrencyLimitHandle, QueueOrder},
 };
 use futures_util::FutureExt;
 use http::{Request, Response};
@@ -102,6 +103,12 @@ async fn bad_config_is_a_typed_error() {
         (ConcurrencyLimitLayer::new(0), "limit", "0", "use 1 to"),
         (good().queue(1, Duration::ZERO), "queue.longest_wait", "0ns", "1ms or more"),
         (good().queue(1, Duration::from_micros(999)), "queue.longest_wait", "999µs", "1ms or more"),
+        (
+            good().queue_order(QueueOrder::Adaptive(Duration::ZERO)),
+            "queue_order",
+            "0ns",
+            "above zero",
+        ),
     ];
     #[cfg(target_pointer_width = "64")]
     bad.extend([
@@ -391,6 +398,45 @@ async fn a_turn_is_handed_on_when_its_waiter_goes_away() {
     assert_pending!(next.poll());
     end(&watch, 1, &mut next);
     assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn last_come_first_served_if_asked() {
+    let (service, watch, _handle) = ordered(QueueOrder::Lifo);
+    let mut first = hold(&service);
+    let waiting: Vec<_> = (0..3).map(|_| hold(&service)).collect();
+    end(&watch, 0, &mut first);
+    assert_eq!(
+        waiting.iter().map(|call| call.is_woken()).collect::<Vec<_>>(),
+        [false, false, true]
+    );
+}
+
+/// Newest first only while whoever stands at the head has stood for too long.
+#[tokio::test(start_paused = true)]
+async fn the_order_turns_when_the_queue_stands() {
+    let (service, watch, _handle) = ordered(QueueOrder::Adaptive(Duration::from_millis(100)));
+    let mut first = hold(&service);
+    let mut oldest = hold(&service);
+    let old = hold(&service);
+    advance(Duration::from_millis(99)).await;
+    let mut newest = hold(&service);
+    end(&watch, 0, &mut first);
+    assert!(oldest.is_woken() && !old.is_woken() && !newest.is_woken());
+    assert_pending!(oldest.poll());
+    advance(Duration::from_millis(1)).await;
+    end(&watch, 1, &mut oldest);
+    assert!(newest.is_woken() && !old.is_woken());
+    assert_pending!(newest.poll());
+    end(&watch, 2, &mut newest);
+    assert!(old.is_woken());
+}
+
+/// One place, and room for eight to wait.
+fn ordered(order: QueueOrder) -> (Limit, Watch, ConcurrencyLimitHandle) {
+    let layer = ConcurrencyLimitLayer::new(1).queue(8, PATIENCE).queue_order(order);
+    let (inner, watch) = Strict::holding();
+    (layer.layer(inner), watch, layer.handle())
 }
 
 /// A waiter that was never polled has no waker; its turn comes all the same.

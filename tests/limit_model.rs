@@ -1,12 +1,12 @@
 //! The concurrency limit against a naive model: any schedule of arrivals, ends, departures, pauses
-//! and resizes.
+//! and resizes, whatever the order of the queue.
 #![cfg(feature = "limit")]
 
 mod support;
 
 use std::{collections::VecDeque, time::Duration};
 
-use buttress::{ConcurrencyLimit, ConcurrencyLimitLayer, call::RejectedKind};
+use buttress::{ConcurrencyLimit, ConcurrencyLimitLayer, call::RejectedKind, limit::QueueOrder};
 use http::Request;
 use proptest::prelude::*;
 use support::{Strict, empty, refused_as, request};
@@ -38,6 +38,14 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 1..80)
 }
 
+fn orders() -> impl Strategy<Value = QueueOrder> {
+    prop_oneof![
+        Just(QueueOrder::Fifo),
+        Just(QueueOrder::Lifo),
+        (1..PATIENCE).prop_map(|ms| QueueOrder::Adaptive(Duration::from_millis(ms))),
+    ]
+}
+
 #[derive(Debug, Default)]
 struct Model {
     limit: usize,
@@ -46,12 +54,28 @@ struct Model {
     waiting: VecDeque<(usize, u64)>,
     full: u64,
     waited: u64,
+    order: QueueOrder,
+    now: u64,
 }
 
 impl Model {
+    /// Whose turn would be next.
+    fn next(&self) -> Option<usize> {
+        let newest_first = match self.order {
+            QueueOrder::Lifo => true,
+            QueueOrder::Adaptive(longest) => self.waiting.front().is_some_and(|(_, until)| {
+                u128::from(self.now + PATIENCE - until) >= longest.as_millis()
+            }),
+            _ => false,
+        };
+        let next = if newest_first { self.waiting.back() } else { self.waiting.front() };
+        next.map(|(who, _)| *who)
+    }
+
     fn let_in(&mut self) {
         while self.inside.len() < self.limit {
-            let Some((next, _)) = self.waiting.pop_front() else { break };
+            let Some(next) = self.next() else { break };
+            self.waiting.retain(|(who, _)| *who != next);
             self.inside.push(next);
         }
     }
@@ -72,13 +96,20 @@ struct Caller {
 
 const PATIENCE: u64 = 50;
 
-async fn run(limit: usize, queue: usize, steps: Vec<Step>) -> Result<(), TestCaseError> {
-    let layer = ConcurrencyLimitLayer::new(limit).queue(queue, Duration::from_millis(PATIENCE));
+async fn run(
+    limit: usize,
+    queue: usize,
+    order: QueueOrder,
+    steps: Vec<Step>,
+) -> Result<(), TestCaseError> {
+    let layer = ConcurrencyLimitLayer::new(limit)
+        .queue(queue, Duration::from_millis(PATIENCE))
+        .queue_order(order);
     let (inner, watch) = Strict::holding();
     let (handle, service) = (layer.handle(), layer.layer(inner));
-    let mut model = Model { limit, ..Model::default() };
+    let mut model = Model { limit, order, ..Model::default() };
     let mut callers: Vec<Caller> = Vec::new();
-    let (mut now, mut next) = (0, 0);
+    let mut next = 0;
     for step in steps {
         match step {
             Step::Arrive => {
@@ -91,7 +122,7 @@ async fn run(limit: usize, queue: usize, steps: Vec<Step>) -> Result<(), TestCas
                 if went {
                     model.inside.push(next);
                 } else if model.waiting.len() < queue {
-                    model.waiting.push_back((next, now + PATIENCE));
+                    model.waiting.push_back((next, model.now + PATIENCE));
                 } else {
                     model.full += 1;
                     let std::task::Poll::Ready(answer) = answer else {
@@ -110,7 +141,7 @@ async fn run(limit: usize, queue: usize, steps: Vec<Step>) -> Result<(), TestCas
                 let mut caller = callers.remove(at);
                 prop_assert!(watch.end(caller.number.expect("is in"), Ok(empty())));
                 assert_ready_ok!(caller.call.poll());
-                let second = model.waiting.front().map(|(who, _)| *who);
+                let second = model.next();
                 model.leave(who);
                 if let (Step::EndAndNextLeaves(_), Some(second)) = (step, second) {
                     callers.retain(|caller| caller.who != second);
@@ -124,7 +155,7 @@ async fn run(limit: usize, queue: usize, steps: Vec<Step>) -> Result<(), TestCas
             Step::End(_) | Step::EndAndNextLeaves(_) | Step::Leave(_) => {}
             Step::Advance(ms) => {
                 tokio::time::advance(Duration::from_millis(ms)).await;
-                now += ms;
+                model.now += ms;
             }
             Step::Resize(limit) => {
                 handle.set_limit(limit).unwrap();
@@ -149,7 +180,7 @@ async fn run(limit: usize, queue: usize, steps: Vec<Step>) -> Result<(), TestCas
                 prop_assert_eq!(refused_as(answer), RejectedKind::WaitedTooLong);
                 let at = model.waiting.iter().position(|(who, _)| *who == caller.who);
                 let (_, until) = model.waiting.remove(at.expect("waits")).unwrap();
-                prop_assert!(until <= now);
+                prop_assert!(until <= model.now);
                 model.waited += 1;
                 continue;
             }
@@ -157,7 +188,10 @@ async fn run(limit: usize, queue: usize, steps: Vec<Step>) -> Result<(), TestCas
             stay.push(caller);
         }
         callers = stay;
-        prop_assert!(model.waiting.iter().all(|(_, until)| *until > now), "waits for too long");
+        prop_assert!(
+            model.waiting.iter().all(|(_, until)| *until > model.now),
+            "waits for too long"
+        );
 
         let seen = handle.snapshot();
         prop_assert_eq!(seen.in_flight as usize, model.inside.len());
@@ -173,16 +207,17 @@ async fn run(limit: usize, queue: usize, steps: Vec<Step>) -> Result<(), TestCas
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(256) })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(512) })]
 
     #[test]
     fn any_schedule_does_what_the_model_does(
         limit in 1..5usize,
         queue in 0..6usize,
+        order in orders(),
         steps in steps(),
     ) {
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
-        runtime.unwrap().block_on(run(limit, queue, steps))?;
+        runtime.unwrap().block_on(run(limit, queue, order, steps))?;
     }
 }

@@ -10,9 +10,11 @@ use std::{
     time::Duration,
 };
 
+use tokio::time::Instant;
+
 use super::{
     adaptive::Teller,
-    queue::{Place, Queue},
+    queue::{Place, Queue, QueueOrder},
 };
 use crate::{
     call::{Label, LayerKind, Outcome, Rejected, RejectedKind, Token},
@@ -97,6 +99,10 @@ impl Limiter {
         let ms = u64::try_from(longest_wait.as_millis()).unwrap_or(u64::MAX);
         self.longest_wait_ms.store(ms, Ordering::Relaxed);
         self.longest_queue.store(length, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_order(&self, order: QueueOrder) {
+        self.lock().set_order(order);
     }
 
     pub(super) fn longest_wait(&self) -> Duration {
@@ -185,7 +191,7 @@ impl Limiter {
             let next = if room { word + ONE_IN } else { word + ONE_WAITING };
             match self.word.compare_exchange_weak(word, next, Ordering::AcqRel, Ordering::Relaxed) {
                 Ok(_) if room => return Ok(Entry::In(self.begin(in_flight(next)))),
-                Ok(_) => return Ok(Entry::Waits(queue.join())),
+                Ok(_) => return Ok(Entry::Waits(queue.join(Instant::now()))),
                 Err(now) => word = now,
             }
         }
@@ -259,7 +265,7 @@ impl Limiter {
                     Ordering::AcqRel,
                     Ordering::Acquire,
                 ) {
-                    Ok(_) => break queue.next(),
+                    Ok(_) => break queue.next(Instant::now),
                     Err(now) => word = now,
                 }
             };

@@ -6,6 +6,7 @@ use super::{
     adaptive::{Algorithm, Teller},
     core::Limiter,
     handle::{ConcurrencyLimitHandle, checked},
+    queue::QueueOrder,
 };
 use crate::{
     ConfigError,
@@ -44,7 +45,8 @@ impl ConcurrencyLimitLayer {
 }
 
 impl<M, R> ConcurrencyLimitLayer<M, R> {
-    /// Lets up to `length` calls wait for their turn, first come first served, each for `longest_wait`
+    /// Lets up to `length` calls wait for their turn, first come first served unless
+    /// [`queue_order`](Self::queue_order) says otherwise, each for `longest_wait`
     /// (above zero) and no longer. A length of 0 is the default: nobody waits.
     pub fn queue(mut self, length: usize, longest_wait: Duration) -> Self {
         let checked = match u32::try_from(length) {
@@ -57,6 +59,21 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
         };
         if let Some(length) = self.plan.accept(checked) {
             self.plan.policy.set_queue(length, longest_wait);
+        }
+        self
+    }
+
+    /// Whose turn it is, of those who wait: who came first by default. The time of an adaptive order is
+    /// above zero.
+    pub fn queue_order(mut self, order: QueueOrder) -> Self {
+        let checked = match order {
+            QueueOrder::Adaptive(longest) => {
+                ConfigError::above_zero("queue_order", longest).map(QueueOrder::Adaptive)
+            }
+            order => Ok(order),
+        };
+        if let Some(order) = self.plan.accept(checked) {
+            self.plan.policy.set_order(order);
         }
         self
     }

@@ -31,7 +31,7 @@
 //! # How it decides
 //!
 //! A call goes at once if there is room and nobody waits. Else it waits for its turn, first come first
-//! served, if the queue has room; else it is refused at once, without a timer. It waits in the future
+//! served unless [another order](QueueOrder) is chosen, if the queue has room; else it is refused at once, without a timer. It waits in the future
 //! that the call returned, so that an idle clone of the service never holds a place.
 //!
 //! # A limit that finds its own number
@@ -66,6 +66,7 @@
 //! | setting | default |
 //! |---|---|
 //! | [`queue`](ConcurrencyLimitLayer::queue) | none: what finds no room is refused |
+//! | [`queue_order`](ConcurrencyLimitLayer::queue_order) | first come, first served |
 //! | [`retry_after`](ConcurrencyLimitLayer::retry_after) | 1 s |
 //! | [`adaptive`](ConcurrencyLimitLayer::adaptive) measures | to the response head |
 //! | place held | to the end of the body |
@@ -88,5 +89,6 @@ mod wait;
 pub use self::{
     handle::{ConcurrencyLimitHandle, ConcurrencyLimitSnapshot},
     layer::{ConcurrencyLimit, ConcurrencyLimitLayer},
+    queue::QueueOrder,
 };
 pub use crate::admission::ResponseFuture;
