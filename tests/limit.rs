@@ -538,3 +538,20 @@ async fn many_threads_lose_nothing() {
     assert!(seen.1.load(Ordering::SeqCst) <= 4);
     assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
 }
+
+/// A queue needs a timer, and so a runtime; the panic without one costs no place.
+#[test]
+fn a_wait_without_a_runtime_leaves_nothing_behind() {
+    let layer = ConcurrencyLimitLayer::new(1).queue(1, Duration::from_secs(1));
+    let handle = layer.handle();
+    let service = layer.layer(Strict::holding().0);
+    let mut first = task::spawn(service.clone().oneshot(request()));
+    assert_pending!(first.poll());
+    let waiting = std::panic::AssertUnwindSafe(|| {
+        assert_pending!(task::spawn(service.oneshot(request())).poll());
+    });
+    assert!(std::panic::catch_unwind(waiting).is_err());
+    assert_eq!((handle.in_flight(), handle.snapshot().waiting), (1, 0));
+    drop(first);
+    assert_eq!(handle.in_flight(), 0);
+}

@@ -21,8 +21,9 @@ pin_project! {
 
 impl Wait {
     pub(super) fn new(limiter: Shared<Limiter>, place: Place) -> Self {
-        let longest = sleep(limiter.longest_wait());
-        Self { place: Seat { taken: Some((limiter, place)) }, longest }
+        let longest = limiter.longest_wait();
+        // The seat first: without a runtime `sleep` panics, and the place must not outlive that.
+        Self { place: Seat { taken: Some((limiter, place)) }, longest: sleep(longest) }
     }
 }
 
