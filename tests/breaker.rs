@@ -742,3 +742,26 @@ async fn a_panic_of_the_service_is_a_failure() {
         assert_eq!(handle.state(), State::Open);
     }
 }
+
+/// What a service queued for behind itself is another's while the circuit is open.
+#[tokio::test(start_paused = true)]
+async fn an_opened_circuit_leaves_the_queue_of_its_inner_service() {
+    for layer in [breaker(1), breaker(1).backpressure()] {
+        let handle = layer.handle();
+        let shared = tower::limit::GlobalConcurrencyLimitLayer::new(1);
+        let limited = shared.layer(Strict::new().0);
+        let mut first = limited.clone();
+        ServiceExt::<Request<()>>::ready(&mut first).await.unwrap();
+
+        let mut waiting = task::spawn(layer.layer(limited.clone()));
+        let mut poll =
+            || waiting.enter(|cx, mut it| Service::<Request<()>>::poll_ready(&mut *it, cx));
+        assert_pending!(poll());
+        handle.force_open();
+        let _ = poll();
+        drop(first);
+        let mut second = limited.clone();
+        let ready = task::spawn(ServiceExt::<Request<()>>::ready(&mut second)).poll().is_ready();
+        assert!(ready, "the only place is parked in a service that will not use it");
+    }
+}

@@ -1,5 +1,4 @@
 use std::{
-    mem,
     sync::Arc,
     task::{Context, Poll, ready},
 };
@@ -67,6 +66,16 @@ impl<S, P, M, R> Admission<S, P, M, R> {
     }
 }
 
+impl<S: Clone, P, M, R> Admission<S, P, M, R> {
+    /// What this instance reserved, or queued for, must not stay parked in it.
+    fn let_go(&mut self) {
+        if self.readiness != Readiness::Untouched {
+            self.inner = self.inner.clone();
+            self.readiness = Readiness::Untouched;
+        }
+    }
+}
+
 impl<S: Clone, P: Clone, M: Clone, R: Clone> Clone for Admission<S, P, M, R> {
     /// Readiness does not go along: what was reserved belongs to the instance that reserved it.
     fn clone(&self) -> Self {
@@ -99,6 +108,7 @@ where
         self.promised = false;
         while self.fault.is_none() {
             if !self.policy.peek() {
+                self.let_go();
                 if !self.policy.holds_back() {
                     break;
                 }
