@@ -21,7 +21,7 @@ use hyper_util::{
 };
 use net::{HALF, Stage, client, closes_after, never_answers, nobody, serve, soon, until};
 use tokio::task::JoinSet;
-use tower::{Service, ServiceBuilder, ServiceExt};
+use tower::{Layer, Service, ServiceBuilder, ServiceExt};
 
 const CALLERS: usize = 20;
 
@@ -378,4 +378,33 @@ async fn an_upgraded_connection_passes_through_and_holds_no_place() {
     let mut word = [0; 5];
     soon(io.read_exact(&mut word)).await.unwrap();
     assert_eq!(&word, b"hello");
+}
+
+/// With a body, an answer to `HEAD` is a protocol error over HTTP/2: hyper's server sends what it is given.
+#[tokio::test]
+async fn a_refused_head_request_gets_no_body() {
+    let layer = ConcurrencyLimitLayer::new(1).respond();
+    let limit = layer.handle();
+    let service = layer.layer(tower::service_fn(|_: Request<hyper::body::Incoming>| {
+        std::future::pending::<Result<http::Response<Full<Bytes>>, std::convert::Infallible>>()
+    }));
+    let (listener, addr) = net::listener().await;
+    tokio::spawn(async move {
+        let io = TokioIo::new(listener.accept().await.unwrap().0);
+        let service = hyper_util::service::TowerToHyperService::new(service);
+        let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+        server.serve_connection(io, service).await
+    });
+    let client: Client<_, Empty<Bytes>> =
+        Client::builder(TokioExecutor::new()).http2_only(true).build_http();
+    let held = tokio::spawn(client.request(net::get(addr, "/")));
+    soon(until(|| limit.in_flight() == 1)).await;
+
+    let mut head = net::get(addr, "/");
+    *head.method_mut() = http::Method::HEAD;
+    let response = soon(client.request(head)).await.unwrap();
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(response.headers()["retry-after"], "1");
+    assert!(response.into_body().collect().await.unwrap().to_bytes().is_empty());
+    held.abort();
 }

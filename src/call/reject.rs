@@ -1,7 +1,7 @@
 use std::{fmt, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::Body;
 
 use super::{Rejected, RejectedKind, TrackedBody, grpc, hint};
@@ -46,13 +46,18 @@ pub enum Form {
     Json,
     /// gRPC: a trailers-only answer.
     Grpc,
+    /// The same for gRPC-Web, whose clients look at the content type.
+    GrpcWeb,
 }
 
 impl Form {
-    fn of(headers: &HeaderMap) -> Self {
-        if grpc::is_grpc(headers) {
+    fn of(method: &Method, headers: &HeaderMap) -> Self {
+        if grpc::is_grpc_web(headers) {
+            Self::GrpcWeb
+        } else if grpc::is_grpc(headers) {
             Self::Grpc
-        } else if accepts_json(headers) {
+        } else if method != Method::HEAD && accepts_json(headers) {
+            // With a body, an answer to `HEAD` would break its HTTP/2 stream.
             Self::Json
         } else {
             Self::Empty
@@ -112,7 +117,7 @@ impl<Req, Res, E: Into<BoxError>> Refuse<Req, Res, E> for AsError {
 /// A refusal is a response, and the error type is left alone: for servers, and for tonic's clients.
 ///
 /// HTTP: 503 (429 for [`RejectedKind::Quota`]) with `Retry-After` in whole seconds, at least 1, and an
-/// `application/problem+json` body (RFC 9457) where the client accepts it. gRPC, told by the request's
+/// `application/problem+json` body (RFC 9457) where the client accepts it; `HEAD` gets no body. gRPC, told by the request's
 /// content type: a trailers-only `UNAVAILABLE` (`RESOURCE_EXHAUSTED`) with `grpc-retry-pushback-ms`.
 /// The [`Rejected`] itself is in the response's extensions.
 #[derive(Clone, Copy, Debug, Default)]
@@ -127,7 +132,7 @@ where
 
     #[inline]
     fn form(&self, request: &Request<ReqB>) -> Form {
-        Form::of(request.headers())
+        Form::of(request.method(), request.headers())
     }
 
     fn refuse(self, form: Form, rejected: Rejected) -> Result<Response<TrackedBody<B>>, E> {
@@ -146,9 +151,11 @@ fn response(form: Form, rejected: Rejected) -> Response<Bytes> {
     let mut body = Bytes::new();
     let mut headers = HeaderMap::with_capacity(4);
     let status = match form {
-        Form::Grpc => {
+        Form::Grpc | Form::GrpcWeb => {
+            let web = form == Form::GrpcWeb;
+            let content = if web { "application/grpc-web" } else { "application/grpc" };
             let code = if quota { grpc::RESOURCE_EXHAUSTED } else { grpc::UNAVAILABLE };
-            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content));
             headers.insert(grpc::STATUS, HeaderValue::from(code));
             headers.insert(grpc::MESSAGE, HeaderValue::from_static(rejected.kind().as_str()));
             if let Some(after) = rejected.retry_after() {
@@ -252,6 +259,19 @@ mod tests {
     }
 
     #[test]
+    fn the_form_follows_the_request() {
+        let of = |method: Method, content: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content));
+            Form::of(&method, &headers)
+        };
+        assert_eq!(of(Method::POST, "application/grpc+proto"), Form::Grpc);
+        assert_eq!(of(Method::POST, "application/grpc-web-text"), Form::GrpcWeb);
+        assert_eq!(of(Method::POST, "application/json"), Form::Json);
+        assert_eq!(of(Method::HEAD, "application/json"), Form::Empty);
+    }
+
+    #[test]
     fn retry_after_is_rounded_up_and_at_least_one() {
         assert_eq!(whole_seconds(Duration::ZERO), 1);
         assert_eq!(whole_seconds(Duration::from_millis(1001)), 2);
@@ -272,6 +292,10 @@ mod tests {
         let grpc = response(Form::Grpc, refused());
         assert_eq!(grpc.headers()["grpc-status"], "8");
         assert_eq!(grpc.headers()["grpc-retry-pushback-ms"], "1500");
+        assert_eq!(grpc.headers()["content-type"], "application/grpc");
+        let web = response(Form::GrpcWeb, refused());
+        assert_eq!(web.headers()["content-type"], "application/grpc-web");
+        assert_eq!(web.headers()["grpc-status"], "8");
         let plain = response(Form::Empty, Rejected::new(RejectedKind::Full));
         assert_eq!((plain.status().as_u16(), plain.body().len()), (503, 0));
         assert!(plain.extensions().get::<Rejected>().is_some());
