@@ -62,11 +62,12 @@ impl Backoff {
     pub(super) fn cap(&self, retry: u32) -> Duration {
         let growth = self.factor.powi(i32::try_from(retry.saturating_sub(1)).unwrap_or(i32::MAX));
         let nanos = self.base.as_nanos() as f64 * growth;
-        // Not `mul_f64`: that one panics where the product leaves a Duration's range.
-        if nanos < self.max.as_nanos() as f64 {
-            Duration::from_nanos(nanos as u64)
-        } else {
+        // Not `mul_f64`: that one panics where the product leaves a Duration's range. No wait times
+        // infinite growth is no number, which becomes 0.
+        if nanos >= self.max.as_nanos() as f64 {
             self.max
+        } else {
+            Duration::from_nanos(nanos as u64)
         }
     }
 
@@ -110,6 +111,12 @@ mod tests {
             .map(|wait| wait.as_millis())
             .collect();
         assert_eq!(waits, [25, 50, 100, 200, 250, 250]);
+    }
+
+    #[test]
+    fn no_wait_stays_no_wait_however_often() {
+        let none = Backoff::exponential(Duration::ZERO).without_jitter();
+        assert_eq!(none.delay(2000), Duration::ZERO);
     }
 
     proptest! {
