@@ -65,6 +65,9 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
 
     /// Whether its body can be sent again by now.
     fn repeatable(kept: &Self::Kept) -> Repeatable;
+
+    /// Keeps its body for the next attempt alone. False if it cannot be sent again after all.
+    fn claim(kept: &Self::Kept) -> bool;
 }
 
 /// Answers that can be weighed, given out and discarded.
@@ -166,6 +169,10 @@ impl<B: Body> Repeat<Request<B>> for Http {
 
     fn repeatable(kept: &KeptRequest<B>) -> Repeatable {
         kept.tape.repeatable()
+    }
+
+    fn claim(kept: &KeptRequest<B>) -> bool {
+        kept.tape.claim()
     }
 }
 
@@ -366,6 +373,10 @@ where
 
     fn repeatable(_: &Req) -> Repeatable {
         Repeatable::Yes
+    }
+
+    fn claim(_: &Req) -> bool {
+        true
     }
 }
 

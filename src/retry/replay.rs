@@ -116,6 +116,16 @@ impl<B> Tape<B> {
         }
     }
 
+    /// Cuts off whoever still reads it: what an attempt that is over read during the wait for the next
+    /// could be more than is kept. False if it has been already.
+    pub(super) fn claim(&self) -> bool {
+        let Self::Taped(reel) = self else { return true };
+        let mut reel = lock(reel);
+        reel.turn = reel.turn.wrapping_add(1);
+        reel.in_use = false;
+        !reel.torn
+    }
+
     /// The next attempt's body. Only asked when it is [`repeatable`](Self::repeatable), or what was reading
     /// it is known to be dead: that reader is cut off.
     pub(super) fn replay(&self) -> ReplayBody<B> {

@@ -225,6 +225,10 @@ impl<S, Req, F, M: Repeat<Req>, H> ResponseFuture<S, Req, F, M, M::Kept, H> {
                 }
                 _ => {}
             }
+            if !this.kept.as_ref().is_some_and(M::claim) {
+                *this.withdrawal = None;
+                return Err(Stop::BodyGone);
+            }
             Ok(again)
         });
         match decision {

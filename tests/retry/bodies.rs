@@ -376,3 +376,33 @@ async fn data_of_other_types_is_copied_once() {
     let response = send(&service, Request::put("/").body(Odd::new(odd)).unwrap()).await.unwrap();
     assert_eq!(Attempts::of(&response).made, 2);
 }
+
+/// The connection is reset, and whoever sends the body has not noticed yet: what it takes during the wait
+/// would be missing in the next attempt.
+#[tokio::test(start_paused = true)]
+async fn what_is_read_during_the_wait_is_not_lost() {
+    let sent = Arc::new(Mutex::new(None));
+    let told = sent.clone();
+    let inner: Inner = Inner::with(move |n, request| {
+        let told = told.clone();
+        async move {
+            let mut body = request.into_body();
+            if n == 1 {
+                let _ = body.frame().await;
+                tokio::spawn(async move {
+                    tokio::time::sleep(ms(10)).await;
+                    while let Some(Ok(_)) = body.frame().await {}
+                });
+                return Err(io(std::io::ErrorKind::ConnectionReset));
+            }
+            *told.lock().unwrap() = Some(body.collect().await?.to_bytes());
+            Ok(status(200))
+        }
+    });
+    let layer =
+        RetryLayer::http().replay_up_to(10).backoff(Backoff::constant(ms(100)).without_jitter());
+    let body = [data("12345"), data("67890"), data("abc"), Piece::Pause(ms(200)), data("def")];
+    let response = send(&layer.layer(inner), put(Script::new(body).untold())).await.unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(sent.lock().unwrap().as_deref(), Some(&b"1234567890abcdef"[..]));
+}
