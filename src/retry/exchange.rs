@@ -178,6 +178,9 @@ impl<B: Body> Repeat<Request<B>> for Http {
 
 // ===== HTTP and gRPC: the answer =====
 
+/// So many frames of a discarded answer are read in one go, however fast they come.
+const MOST_AT_ONCE: u32 = 64;
+
 /// An answer, and what its head says.
 #[derive(Debug)]
 pub struct HeldResponse<B: Body> {
@@ -230,6 +233,7 @@ where
     fn poll_discard(held: &mut HeldResponse<B>, cap: u64, cx: &mut Context<'_>) -> Poll<()> {
         let Ok(response) = &mut held.result else { return Poll::Ready(()) };
         let body = response.body_mut();
+        let mut at_once = 0;
         while !body.is_end_stream() && held.drained.saturating_add(body.size_hint().lower()) <= cap
         {
             match ready!(Pin::new(&mut *body).poll_frame(cx)) {
@@ -237,6 +241,12 @@ where
                     // A frame of nothing counts too, or a body of such frames would hold us.
                     let length = frame.data_ref().map_or(0, |data| data.remaining() as u64);
                     held.drained = held.drained.saturating_add(length.max(64));
+                    at_once += 1;
+                    if at_once == MOST_AT_ONCE {
+                        // A look at the clock, and a turn for others, before it goes on.
+                        cx.waker().wake_by_ref();
+                        return Poll::Pending;
+                    }
                 }
                 Some(Err(_)) | None => break,
             }

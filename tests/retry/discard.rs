@@ -118,3 +118,24 @@ async fn the_limits_permit_is_free_during_the_backoff() {
         assert_eq!(Attempts::of(&response).made, 2);
     }
 }
+
+/// However much may be read, it is not read in one go: the time is looked at, and others have their turn.
+#[tokio::test]
+async fn a_body_that_is_always_ready_lets_others_run() {
+    let watched = Arc::new(Mutex::new(None));
+    let seen = watched.clone();
+    let inner: Inner = Inner::new(move |n| {
+        if n == 2 {
+            return Ok(status(200));
+        }
+        let body = Script::new(vec![chunk(1); 10_000]).untold();
+        *seen.lock().unwrap() = Some(body.watch());
+        Ok(status(503).map(|_| body))
+    });
+    let layer = RetryLayer::http().drain_up_to(u64::MAX).backoff(Backoff::constant(ms(0)));
+    let service = layer.layer(inner);
+    let mut call = tokio_test::task::spawn(send(&service, get()));
+    tokio_test::assert_pending!(call.poll());
+    let frames = watched.lock().unwrap().as_ref().unwrap().frames.load(SeqCst);
+    assert!(frames < 1000, "{frames}");
+}
