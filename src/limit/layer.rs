@@ -47,7 +47,11 @@ impl ConcurrencyLimitLayer {
 impl<M, R> ConcurrencyLimitLayer<M, R> {
     /// Lets up to `length` calls wait for their turn, first come first served unless
     /// [`queue_order`](Self::queue_order) says otherwise, each for `longest_wait`
-    /// (above zero) and no longer. A length of 0 is the default: nobody waits.
+    /// (1 ms or more, in whole milliseconds) and no longer. A length of 0 is the default: nobody waits.
+    ///
+    /// # Panics
+    ///
+    /// A call that has to wait panics outside of a Tokio runtime with timers.
     pub fn queue(mut self, length: usize, longest_wait: Duration) -> Self {
         let checked = match u32::try_from(length) {
             Err(_) => Err(ConfigError::new("queue.length", length, "use at most 4294967295")),

@@ -76,6 +76,7 @@
 //! | [`backoff`](RetryLayer::backoff) | 50 ms doubling up to 5 s, full jitter |
 //! | [`budget`](RetryLayer::budget) | 20 %, and 1 per second |
 //! | [`replay_up_to`](RetryLayer::replay_up_to) | 64 KiB |
+//! | [`drain_up_to`](RetryLayer::drain_up_to) | 64 KiB, within 50 ms |
 //! | [`longest_wait`](RetryLayer::longest_wait) | 30 s |
 
 mod attempts;
