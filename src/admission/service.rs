@@ -112,7 +112,6 @@ where
                 if !self.policy.holds_back() {
                     break;
                 }
-                self.let_go();
                 ready!(self.hold.poll::<Req, P>(cx, &self.policy));
             }
             if let Poll::Ready(result) = self.inner.poll_ready(cx) {
@@ -156,13 +155,6 @@ where
 }
 
 impl<S: Clone, P: Clone, M: Clone, R> Admission<S, P, M, R> {
-    /// What this instance reserved, or queued for, must not stay parked in it.
-    fn let_go(&mut self) {
-        if mem::replace(&mut self.readiness, Readiness::Untouched) != Readiness::Untouched {
-            self.inner = self.inner.clone();
-        }
-    }
-
     fn park<Req>(&self, request: Req) -> Parked<S, Req, P, M>
     where
         P: Policy<Req>,
