@@ -33,7 +33,7 @@ pin_project! {
         P: Policy<Req>,
     {
         // The inner future is dropped before the permit is given back.
-        Called { #[pin] future: F, permit: Option<Permit<P::State>>, call: Option<C> },
+        Called { #[pin] future: F, permit: Permit<P::State>, call: Option<C> },
         Parked { parked: Pin<Box<Parked<S, Req, P, M>>> },
         Refused { rejected: Option<Rejected> },
     }
@@ -42,7 +42,7 @@ pin_project! {
 impl<S, Req, F, C, P: Policy<Req>, M> State<S, Req, F, C, P, M> {
     #[inline]
     pub(super) fn called(future: F, permit: Permit<P::State>, call: C) -> Self {
-        Self::Called { future, permit: Some(permit), call: Some(call) }
+        Self::Called { future, permit, call: Some(call) }
     }
 
     pub(super) fn parked(parked: Parked<S, Req, P, M>) -> Self {
@@ -75,12 +75,10 @@ where
         loop {
             match this.state.as_mut().project() {
                 StateProj::Called { future, permit, call } => {
-                    let Some(held) = permit else { unreachable!("polled after completion") };
-                    let result = ready!(held.guard(|| future.poll(cx)));
-                    let (Some(permit), Some(call)) = (permit.take(), call.take()) else {
-                        unreachable!("polled after completion")
-                    };
-                    return Poll::Ready(M::complete(call, result, permit).map_err(R::error));
+                    let result = ready!(permit.guard(|| future.poll(cx)));
+                    let Some(call) = call.take() else { unreachable!("polled after completion") };
+                    let done = M::complete(call, result, permit.take());
+                    return Poll::Ready(done.map_err(R::error));
                 }
                 StateProj::Parked { parked } => {
                     let next = match ready!(parked.as_mut().poll(cx)) {
@@ -120,8 +118,7 @@ pin_project! {
     where
         P: Policy<Req>,
     {
-        #[pin]
-        wait: Option<P::Wait>,
+        wait: Option<Pin<Box<P::Wait>>>,
         permit: Option<Permit<P::State>>,
         request: Option<Req>,
         service: S,
@@ -163,7 +160,7 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
         self
     }
 
-    pub(super) fn with_wait(mut self, wait: P::Wait) -> Self {
+    pub(super) fn with_wait(mut self, wait: Pin<Box<P::Wait>>) -> Self {
         self.wait = Some(wait);
         self
     }
@@ -173,11 +170,11 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
         S: Service<Req>,
         M: Protocol<Req, S::Response, S::Error>,
     {
-        let mut this = self.project();
+        let this = self.project();
         loop {
-            if let Some(wait) = this.wait.as_mut().as_pin_mut() {
-                let turn = ready!(wait.poll(cx));
-                this.wait.set(None);
+            if let Some(wait) = this.wait {
+                let turn = ready!(wait.as_mut().poll(cx));
+                *this.wait = None;
                 *this.permit = Some(turn.map_err(Stop::Rejected)?);
             }
             if let Poll::Ready(result) = this.service.poll_ready(cx) {
@@ -198,7 +195,7 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
             };
             match this.policy.admit(request) {
                 Admit::Go(permit) => *this.permit = Some(permit),
-                Admit::Wait(wait) => this.wait.set(Some(wait)),
+                Admit::Wait(wait) => *this.wait = Some(wait),
                 Admit::No(rejected) => return Poll::Ready(Err(Stop::Rejected(rejected))),
             }
         }

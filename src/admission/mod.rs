@@ -6,7 +6,7 @@ mod layer;
 mod service;
 mod shut;
 
-use std::{future::Future, sync::Arc};
+use std::{future::Future, pin::Pin, sync::Arc};
 
 use tokio::{sync::Notify, time::Instant};
 
@@ -19,8 +19,8 @@ use crate::call::{Finish, LayerKind, Permit, Rejected};
 pub enum Admit<T, W> {
     /// Now.
     Go(T),
-    /// When this future says so. Dropping it gives the place back.
-    Wait(W),
+    /// When this future says so. Dropping it gives the place back. Boxed: only who waits pays for it.
+    Wait(Pin<Box<W>>),
     /// No.
     No(Rejected),
 }

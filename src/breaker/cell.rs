@@ -130,6 +130,27 @@ impl Cell {
 
     // ===== A call =====
 
+    /// The generation that a call goes with, where the word alone says that it goes.
+    #[inline]
+    pub(super) fn goes(&self) -> Option<u64> {
+        let bits = self.word.load(Ordering::Acquire);
+        matches!(word(bits), Word::Closed | Word::ForcedClosed).then_some(bits >> 4)
+    }
+
+    /// Counts a good call where that changes nothing but the time windows. False: the machine has to be
+    /// asked.
+    #[inline]
+    pub(super) fn count_good(&self, generation: u64, now: impl FnOnce() -> Nanos) -> bool {
+        let bits = self.word.load(Ordering::Acquire);
+        if bits & CLEAN == 0 || word(bits) != Word::Closed {
+            return false;
+        }
+        if !self.times.is_empty() && bits >> 4 == generation {
+            self.record_good(now());
+        }
+        true
+    }
+
     #[inline]
     pub(super) fn admit(
         &self,

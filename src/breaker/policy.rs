@@ -67,7 +67,7 @@ pub(super) fn admit(circuit: &Shared<Circuit>) -> Admit<Permit<Circuit>, Verdict
     match Circuit::admit(circuit) {
         Ok(permit) => Admit::Go(permit),
         Err(refusal) => match Verdict::wait_for(circuit, refusal) {
-            Some(wait) => Admit::Wait(wait),
+            Some(wait) => Admit::Wait(Box::pin(wait)),
             None => Admit::No(circuit.refuse(refusal)),
         },
     }

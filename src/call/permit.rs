@@ -124,6 +124,13 @@ impl<T: Finish + ?Sized> Permit<T> {
         }
     }
 
+    /// Moves it on, and leaves a spent one behind. Not an `Option`: its niche, in the midst of the permit,
+    /// would cost a stalled load a call.
+    #[inline]
+    pub(crate) fn take(&mut self) -> Self {
+        Self { state: self.state.take(), token: self.token, drop_as: self.drop_as }
+    }
+
     /// Tells the state what the head said.
     #[inline]
     pub(crate) fn head(&mut self, so_far: Outcome) {

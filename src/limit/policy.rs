@@ -27,7 +27,7 @@ impl<Req> Policy<Req> for Shared<Limiter> {
         }
         match self.join() {
             Ok(Entry::In(token)) => Admit::Go(self.permit(token)),
-            Ok(Entry::Waits(place)) => Admit::Wait(Wait::new(self.clone(), place)),
+            Ok(Entry::Waits(place)) => Admit::Wait(Box::pin(Wait::new(self.clone(), place))),
             Err(kind) => Admit::No(self.refuse(kind)),
         }
     }
