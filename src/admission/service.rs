@@ -100,6 +100,7 @@ where
     type Error = R::Error;
     type Future = ResponseFuture<S, Req, S::Future, M::Call, P, M, R>;
 
+    #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), R::Error>> {
         // Only a balancer asks twice, to be told where it must not call any more.
         if self.promised && (!self.policy.holds_back() || self.policy.peek()) {
@@ -127,6 +128,7 @@ where
         Poll::Ready(Ok(()))
     }
 
+    #[inline]
     fn call(&mut self, mut request: Req) -> Self::Future {
         self.promised = false;
         let admit = match &self.fault {

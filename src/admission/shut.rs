@@ -46,6 +46,7 @@ impl ShutWatch {
         }
     }
 
+    #[inline]
     pub(super) fn forget(&mut self) {
         self.0 = None;
     }

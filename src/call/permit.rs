@@ -114,6 +114,8 @@ impl<T: Finish + ?Sized> Permit<T> {
     #[inline]
     pub(crate) fn finish(mut self, outcome: Outcome) {
         self.end(outcome);
+        // Hollow by now: there is nothing left to drop.
+        mem::forget(self);
     }
 
     /// Ends the call, if it has not ended yet.

@@ -74,6 +74,7 @@ impl Limiter {
 
     // ===== Settings =====
 
+    #[inline]
     pub(super) fn limit(&self) -> u32 {
         self.limit.load(Ordering::Relaxed)
     }
