@@ -6,3 +6,5 @@ mod support;
 
 mod hazards;
 mod kit;
+mod opening;
+mod waiting;

@@ -1,0 +1,227 @@
+//! Windows, slow calls, closures: what opens a circuit.
+
+use http::Response;
+use tokio::time::advance;
+use tokio_test::assert_ready_ok;
+
+use crate::{
+    kit::*,
+    support::{grpc, read},
+};
+
+fn rig(trip: Trip) -> Rig {
+    Rig::new(CircuitBreakerLayer::new(trip).open_for(WAIT))
+}
+
+// ===== Windows =====
+
+/// A true ring: the oldest call leaves, whenever that was.
+#[tokio::test(start_paused = true)]
+async fn a_window_of_calls_holds_exactly_the_last_ones() {
+    let rig = rig(Trip::failure_ratio(0.5).over(4).min_calls(4));
+    rig.fail().await;
+    for _ in 0..4 {
+        rig.ok().await;
+    }
+    rig.fail().await;
+    let seen = rig.handle.snapshot().seen;
+    assert_eq!((seen.window_calls, seen.window_failures), (4, 1), "the first has left");
+    advance(secs(1_000_000)).await;
+    assert_eq!(rig.handle.snapshot().seen.window_failures, 1, "time does not matter");
+    rig.fail().await;
+    assert_eq!(rig.state(), State::Open);
+    let tripped = rig.handle.snapshot().last_trip;
+    assert_eq!(tripped, Some(Tripped::FailureRatio { failures: 2, calls: 4 }));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_window_of_calls_opens_after_any_number_of_successes() {
+    let rig = rig(Trip::failure_ratio(0.5).over(10).min_calls(10));
+    for _ in 0..1000 {
+        rig.ok().await;
+    }
+    for _ in 0..4 {
+        rig.fail().await;
+    }
+    assert_eq!(rig.state(), State::Closed);
+    rig.fail().await;
+    assert_eq!(rig.state(), State::Open);
+}
+
+/// Ten buckets, each of its own time: the window slides by a tenth.
+#[tokio::test(start_paused = true)]
+async fn a_window_of_time_forgets_a_tenth_at_a_time() {
+    let rig = rig(Trip::failure_ratio(1.0).within(secs(10)).min_calls(100));
+    for _ in 0..10 {
+        rig.fail().await;
+        advance(secs(1)).await;
+    }
+    for left in (0..10).rev() {
+        assert_eq!(rig.handle.snapshot().seen.window_failures, left);
+        advance(secs(1)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_rule_named_first_is_the_one_that_is_told() {
+    let ratio = || Trip::failure_ratio(1.0).over(3).min_calls(3);
+    for (trip, ratio_first) in [
+        (Trip::any([ratio(), Trip::consecutive(3)]), true),
+        (Trip::any([Trip::consecutive(3), ratio()]), false),
+    ] {
+        let rig = rig(trip);
+        for _ in 0..3 {
+            assert_eq!(rig.state(), State::Closed);
+            rig.fail().await;
+        }
+        let expected = match ratio_first {
+            true => Tripped::FailureRatio { failures: 3, calls: 3 },
+            false => Tripped::Consecutive { failures: 3 },
+        };
+        assert_eq!(rig.handle.snapshot().last_trip, Some(expected));
+    }
+}
+
+// ===== Slow calls =====
+
+fn slow() -> Trip {
+    Trip::slow_ratio(0.5, secs(2)).over(4).min_calls(2)
+}
+
+#[tokio::test(start_paused = true)]
+async fn slow_calls_open_it_good_or_bad() {
+    for then in [Ok(()), Err(Oops("down"))] {
+        let rig = rig(slow());
+        rig.takes(secs(2) - ms(1), then).await;
+        rig.takes(secs(2) - ms(1), then).await;
+        assert_eq!((rig.state(), rig.handle.snapshot().seen.window_slow), (State::Closed, 0));
+        rig.takes(secs(2), then).await;
+        assert_eq!(rig.state(), State::Closed, "1 of 3");
+        rig.takes(secs(3), then).await;
+        assert_eq!(rig.state(), State::Open);
+        let tripped = rig.handle.snapshot().last_trip;
+        assert_eq!(tripped, Some(Tripped::SlowRatio { slow: 2, calls: 4 }));
+    }
+}
+
+/// A timeout outside of the breaker does not hide a hang.
+#[tokio::test(start_paused = true)]
+async fn a_cancelled_call_that_had_been_slow_counts_as_slow() {
+    let rig = rig(slow());
+    for _ in 0..5 {
+        let (call, _) = rig.hold();
+        advance(secs(2) - ms(1)).await;
+        drop(call);
+    }
+    assert_eq!(rig.handle.snapshot().seen.window_calls, 0, "given up too early to tell");
+    for _ in 0..2 {
+        assert_eq!(rig.state(), State::Closed);
+        let (call, _) = rig.hold();
+        advance(secs(2)).await;
+        drop(call);
+    }
+    assert_eq!(rig.state(), State::Open);
+}
+
+/// A stream may take as long as it likes: its head counts.
+#[tokio::test(start_paused = true)]
+async fn a_quick_head_over_a_long_body_is_not_slow() {
+    let rig = rig(slow());
+    for grpc_stream in [false, true, false, true] {
+        let pieces = [Piece::data("a"), Piece::Stuck];
+        let (mut call, number) = rig.hold();
+        advance(ms(1)).await;
+        let response = match grpc_stream {
+            true => grpc(pieces),
+            false => Response::new(ScriptBody::new(pieces)),
+        };
+        rig.watch.end(number, Ok(response));
+        let stream = assert_ready_ok!(call.poll());
+        advance(secs(60)).await;
+        drop(stream);
+    }
+    let seen = rig.handle.snapshot().seen;
+    assert_eq!((seen.window_calls, seen.window_slow), (2, 0), "gRPC without a status is cancelled");
+    // And a slow head over a short body is.
+    for _ in 0..2 {
+        let (mut call, number) = rig.hold();
+        advance(secs(2)).await;
+        rig.watch.end(number, Ok(Response::new(ScriptBody::new([Piece::data("a")]))));
+        read(assert_ready_ok!(call.poll()).into_body()).await.unwrap();
+    }
+    assert_eq!(rig.state(), State::Open);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_probe_fails() {
+    let trip = Trip::any([Trip::consecutive(1), slow()]);
+    for cancelled in [false, true] {
+        let rig = Rig::half_open(CircuitBreakerLayer::new(trip.clone()).open_for(WAIT)).await;
+        if cancelled {
+            let (probe, _) = rig.hold();
+            advance(secs(2)).await;
+            drop(probe);
+        } else {
+            rig.takes(secs(2), Ok(())).await;
+        }
+        assert_eq!(rig.state(), State::Open);
+        assert_eq!(rig.handle.snapshot().last_trip, Some(Tripped::SlowProbe));
+    }
+}
+
+// ===== A rule of the user's =====
+
+#[tokio::test(start_paused = true)]
+async fn a_closure_sees_what_was_counted_and_decides() {
+    let rig = rig(Trip::any([
+        Trip::when(|seen| seen.window_failures >= 3 && seen.consecutive_failures >= 2),
+        Trip::failure_ratio(1.0).over(100).min_calls(100),
+    ]));
+    for _ in 0..2 {
+        rig.fail().await;
+    }
+    rig.ok().await;
+    rig.fail().await;
+    assert_eq!(rig.state(), State::Closed, "3 failures, 1 in a row");
+    rig.fail().await;
+    assert_eq!(rig.state(), State::Open);
+    assert_eq!(rig.handle.snapshot().last_trip, Some(Tripped::When));
+}
+
+#[test]
+fn rules_that_cannot_work_are_typed_errors() {
+    let slow = |slow| Trip::slow_ratio(0.5, slow);
+    let ratio = Trip::failure_ratio;
+    for (trip, field) in [
+        (slow(secs(0)), "trip.slow_ratio.slow"),
+        (Trip::slow_ratio(0.0, secs(1)), "trip.slow_ratio"),
+        (ratio(0.5).over(0).min_calls(1), "trip.over"),
+        (ratio(0.5).over(1_000_001), "trip.over"),
+        (ratio(0.5).over(10), "trip.min_calls"),
+        (ratio(0.5).within(ms(9)), "trip.within"),
+    ] {
+        let fault = CircuitBreakerLayer::new(trip.clone()).checked().unwrap_err();
+        assert_eq!(fault.field, field, "{trip:?}");
+    }
+    assert!(ratio(0.5).over(1_000_000).check().is_ok());
+    let waits = OpenFor::backoff(secs(2), secs(60));
+    for (wait, field) in [
+        (waits.factor(0.5), "open_for.factor"),
+        (waits.factor(f64::INFINITY), "open_for.factor"),
+        (waits.jitter(1.5), "open_for.jitter"),
+        (waits.jitter(f64::NAN), "open_for.jitter"),
+        (OpenFor::backoff(secs(2), secs(1)), "open_for.max"),
+    ] {
+        assert_eq!(touchy().open_for(wait).checked().unwrap_err().field, field, "{wait:?}");
+    }
+    for (needed, probes, field) in
+        [(0, 3, "half_open_of.needed"), (4, 3, "half_open_of.needed"), (1, 0, "half_open")]
+    {
+        let fault = touchy().half_open_of(needed, probes).checked().unwrap_err();
+        assert_eq!(fault.field, field);
+    }
+    let fault = touchy().wait_for_verdict(1, secs(0)).checked().unwrap_err();
+    assert_eq!(fault.field, "wait_for_verdict.longest");
+    assert_eq!(touchy().per_origin().max_keys(0).checked().unwrap_err().field, "max_keys");
+    assert_eq!(touchy().backpressure().per_origin().checked().unwrap_err().field, "backpressure");
+}
