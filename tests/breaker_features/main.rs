@@ -4,7 +4,10 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod balancers;
+mod by_hand;
 mod hazards;
+mod keys;
 mod kit;
 mod opening;
 mod waiting;

@@ -1,0 +1,133 @@
+//! Not ready while open: what a balancer and a buffer see.
+
+use http::Request;
+use tokio::time::advance;
+use tokio_test::{assert_pending, assert_ready_ok, task};
+use tower::{
+    Layer, Service, ServiceExt, balance::p2c::Balance, buffer::Buffer, discover::ServiceList,
+    load::Constant,
+};
+use tower_test::mock::Spawn;
+
+use crate::{
+    kit::*,
+    support::{Watch, empty, request},
+};
+
+#[tokio::test(start_paused = true)]
+async fn it_is_not_ready_while_it_is_open_and_woken_when_the_wait_is_over() {
+    let rig = Rig::new(touchy().backpressure());
+    rig.fail().await;
+    let polls = rig.watch.seen().polls;
+    let mut held_back = Spawn::new(rig.service.clone());
+    assert_pending!(held_back.poll_ready::<Request<()>>());
+    advance(WAIT - ms(1)).await;
+    assert_pending!(held_back.poll_ready::<Request<()>>());
+    assert_eq!(rig.watch.seen().polls, polls, "what is wrapped is left alone");
+    advance(ms(1)).await;
+    assert!(held_back.is_woken(), "without any traffic");
+    assert_ready_ok!(held_back.poll_ready::<Request<()>>());
+}
+
+#[tokio::test(start_paused = true)]
+async fn it_is_woken_by_reset_and_by_the_end_of_an_isolation() {
+    let rig = Rig::new(touchy().backpressure());
+    let mut held_back = Spawn::new(rig.service.clone());
+    let isolation = rig.handle.isolate();
+    assert_pending!(held_back.poll_ready::<Request<()>>());
+    drop(isolation);
+    assert!(held_back.is_woken());
+    assert_ready_ok!(held_back.poll_ready::<Request<()>>());
+    rig.handle.force_open();
+    assert_pending!(held_back.poll_ready::<Request<()>>());
+    rig.handle.reset();
+    assert!(held_back.is_woken());
+    assert_ready_ok!(held_back.poll_ready::<Request<()>>());
+}
+
+/// Its slots are taken: the next one waits for one to come back.
+#[tokio::test(start_paused = true)]
+async fn a_half_open_one_is_ready_for_its_probes_only() {
+    let rig = Rig::half_open(touchy().backpressure()).await;
+    let mut next = Spawn::new(rig.service.clone());
+    assert_ready_ok!(next.poll_ready::<Request<()>>());
+    let (probe, number) = rig.hold();
+    assert_pending!(next.poll_ready::<Request<()>>());
+    drop(probe);
+    assert!(next.is_woken());
+    assert_ready_ok!(next.poll_ready::<Request<()>>());
+    let (mut probe, _) = rig.hold();
+    assert_pending!(next.poll_ready::<Request<()>>());
+    rig.watch.end(number + 1, Ok(empty()));
+    assert!(probe.poll().is_ready());
+    assert!(next.is_woken());
+    assert_ready_ok!(next.poll_ready::<Request<()>>());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_buffer_over_it_lives_on() {
+    let rig = Rig::new(touchy().backpressure());
+    rig.fail().await;
+    let buffer = Buffer::new(rig.service.clone(), 4);
+    let mut call = task::spawn(buffer.clone().oneshot(request()));
+    assert_pending!(call.poll());
+    tokio::task::yield_now().await;
+    rig.watch.script([Then::Answer(empty())]);
+    advance(WAIT).await;
+    for _ in 0..8 {
+        tokio::task::yield_now().await;
+    }
+    assert!(call.is_woken());
+    assert_ready_ok!(call.poll());
+    assert_eq!(rig.state(), State::Closed);
+}
+
+/// Many calls at once over p2c: once one has failed, the rest goes elsewhere, and nobody is refused.
+#[tokio::test(start_paused = true)]
+async fn a_balancer_goes_elsewhere_and_comes_back_for_a_probe() {
+    let endpoint = || {
+        let (inner, watch) = Strict::holding();
+        let layer = touchy().backpressure();
+        (Constant::new(layer.layer(inner), 0u32), watch, layer.handle())
+    };
+    let (dead, dead_watch, dead_handle) = endpoint();
+    let (good, good_watch, _) = endpoint();
+    let mut balance = Balance::new(ServiceList::new::<Request<()>>([dead, good]));
+    // Calls end later: when the first one fails, others of the dead endpoint are under way.
+    let (mut under_way, end) = (Vec::new(), |watch: &Watch, answer: fn() -> _| {
+        (0..watch.seen().calls).filter(|n| watch.end(*n, answer())).count()
+    });
+    for _ in 0..40 {
+        let mut call = task::spawn(balance.ready().await.expect("ready").call(request()));
+        assert_pending!(call.poll());
+        under_way.push(call);
+    }
+    let before = dead_watch.seen().calls;
+    assert!((1..40).contains(&before), "{before} of 40 went to it");
+    end(&dead_watch, || Err(Oops("dead")));
+    end(&good_watch, || Ok(empty()));
+    under_way.iter_mut().for_each(|call| assert!(call.poll().is_ready()));
+    assert_eq!(dead_handle.state(), State::Open);
+    for _ in 0..100 {
+        // Else tokio's budget is used up: nothing here ever waits.
+        tokio::task::yield_now().await;
+        let mut call = task::spawn(balance.ready().await.expect("ready").call(request()));
+        assert_pending!(call.poll());
+        end(&good_watch, || Ok(empty()));
+        assert_ready_ok!(call.poll(), "nobody is refused");
+    }
+    assert_eq!(dead_watch.seen().calls, before, "nothing has reached it");
+    // The wait is over: one probe, and the next only after the next wait.
+    advance(WAIT).await;
+    for _ in 0..100 {
+        // Else tokio's budget is used up: nothing here ever waits.
+        tokio::task::yield_now().await;
+        let mut call = task::spawn(balance.ready().await.expect("ready").call(request()));
+        assert_pending!(call.poll());
+        end(&good_watch, || Ok(empty()));
+        end(&dead_watch, || Err(Oops("dead")));
+        assert!(call.poll().is_ready());
+    }
+    assert_eq!(dead_watch.seen().calls, before + 1, "but the probe");
+    assert_eq!(dead_handle.snapshot().refused, 0);
+}

@@ -1,0 +1,119 @@
+//! A circuit for each key.
+
+use std::collections::BTreeSet;
+
+use buttress::breaker::{KeyedCircuitBreakerHandle, Origin};
+use http::Request;
+use tokio::time::advance;
+use tower::{Layer, Service, ServiceExt};
+
+use crate::{
+    kit::*,
+    support::{empty, refused_as},
+};
+
+fn to(uri: &str) -> Request<()> {
+    Request::get(uri).body(()).unwrap()
+}
+
+/// Whether it went.
+async fn ask<S>(service: &S, watch: &Watch, uri: &str, good: bool) -> bool
+where
+    S: Service<Request<()>> + Clone,
+{
+    let before = watch.seen().calls;
+    watch.script([if good { Then::Answer(empty()) } else { Then::Fail(Oops("down")) }]);
+    let _ = service.clone().oneshot(to(uri)).await;
+    watch.unscript();
+    watch.seen().calls > before
+}
+
+fn names(handle: &KeyedCircuitBreakerHandle<Origin>) -> BTreeSet<String> {
+    handle.all().iter().map(|(key, _)| key.to_string()).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_origin_down_is_no_matter_of_the_others() {
+    let layer = touchy().per_origin();
+    let (inner, watch) = Strict::holding();
+    let (service, handle) = (layer.layer(inner), layer.handle());
+    assert!(ask(&service, &watch, "http://a/x", false).await);
+    assert!(!ask(&service, &watch, "http://a/y", true).await, "the path is no part of it");
+    assert_eq!(refused_as(service.clone().oneshot(to("http://a/")).await), RejectedKind::Open);
+    for other in ["https://a/", "http://a:81/", "http://b/", "/"] {
+        assert!(ask(&service, &watch, other, true).await, "{other}");
+    }
+    let expected = ["", "http://a", "http://a:81", "http://b", "https://a"];
+    assert_eq!(names(&handle), expected.map(String::from).into());
+    let (key, circuit) =
+        handle.all().into_iter().find(|(_, circuit)| circuit.state() == State::Open).unwrap();
+    assert_eq!((key.to_string().as_str(), circuit.snapshot().refused), ("http://a", 2));
+    // Steered by key.
+    handle.get(&key).unwrap().reset();
+    assert!(ask(&service, &watch, "http://a/", true).await);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_by_closure_and_state_shared_across_layer_calls() {
+    let layer =
+        touchy().half_open_of(1, 2).keyed(|request: &Request<()>| request.uri().path().len());
+    let (inner, watch) = Strict::holding();
+    let (one, two) = (layer.layer(inner.clone()), layer.clone().layer(inner));
+    assert!(ask(&one, &watch, "/a", false).await);
+    assert!(!ask(&two, &watch, "/b", true).await);
+    assert!(ask(&two, &watch, "/long", true).await);
+    assert_eq!(layer.handle().get(&2).unwrap().state(), State::Open);
+    assert!(layer.handle().get(&7).is_none());
+    advance(WAIT).await;
+    assert!(ask(&two, &watch, "/c", true).await);
+    assert_eq!(layer.handle().get(&2).unwrap().state(), State::Closed);
+}
+
+/// What has learnt something stays; what is as good as new makes room; the rest shares one circuit.
+#[tokio::test(start_paused = true)]
+async fn a_full_map_evicts_only_what_is_as_good_as_new() {
+    let layer = touchy().per_origin().max_keys(2);
+    let (inner, watch) = Strict::holding();
+    let (service, handle) = (layer.layer(inner), layer.handle());
+    assert!(ask(&service, &watch, "http://down/", false).await);
+    assert!(ask(&service, &watch, "http://good/", true).await);
+    assert!(ask(&service, &watch, "http://new/", false).await);
+    let full = ["http://down", "http://new"].map(String::from).into();
+    assert_eq!(names(&handle), full, "the good one has made room");
+    advance(secs(1)).await;
+    // Both are open: the others share a circuit, and its state.
+    assert!(ask(&service, &watch, "http://third/", false).await);
+    assert_eq!((names(&handle), handle.other().state()), (full, State::Open));
+    assert!(!ask(&service, &watch, "http://fourth/", true).await);
+    let refused = service.clone().oneshot(to("http://fifth/")).await.unwrap_err();
+    let refused = buttress::Rejected::find(&*refused).unwrap();
+    assert_eq!((refused.kind(), refused.name()), (RejectedKind::Open, Some("other")));
+}
+
+/// Requests choose the keys: they must not choose how much is kept.
+#[tokio::test(start_paused = true)]
+async fn keys_from_requests_never_grow_memory() {
+    let layer = touchy().per_origin().max_keys(16);
+    let (inner, watch) = Strict::holding();
+    let (service, handle) = (layer.layer(inner), layer.handle());
+    for n in 0..2000 {
+        ask(&service, &watch, &format!("http://host{n}/"), n % 3 != 0).await;
+        advance(ms(10)).await;
+        assert!(handle.all().len() <= 16);
+    }
+}
+
+/// One whose call is under way, or whom somebody holds, is not taken away under them.
+#[tokio::test(start_paused = true)]
+async fn a_circuit_in_use_is_not_evicted() {
+    let layer = touchy().per_origin().max_keys(1);
+    let (inner, watch) = Strict::holding();
+    let (service, handle) = (layer.layer(inner), layer.handle());
+    let mut under_way = tokio_test::task::spawn(service.clone().oneshot(to("http://a/")));
+    tokio_test::assert_pending!(under_way.poll());
+    ask(&service, &watch, "http://b/", true).await;
+    assert_eq!(names(&handle), [String::from("http://a")].into());
+    watch.end(0, Err(Oops("down")));
+    assert!(under_way.poll().is_ready());
+    assert_eq!(handle.all()[0].1.state(), State::Open);
+}
