@@ -1,0 +1,145 @@
+//! `tower::balance::p2c` over three real upstreams, each behind a breaker that is not ready while open.
+#![cfg(feature = "breaker")]
+
+mod net;
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use axum::{Router, http::StatusCode, routing::get};
+use buttress::{
+    BoxError, CircuitBreakerLayer, Rejected, Trip,
+    breaker::{CircuitBreakerHandle, State},
+    call::TrackedBody,
+};
+use bytes::Bytes;
+use http::{Request, Response, Uri};
+use http_body_util::{BodyExt, Empty};
+use hyper::body::Incoming;
+use net::{client, serve, soon};
+use tokio::{task::JoinSet, time::sleep};
+use tower::{
+    ServiceBuilder, ServiceExt,
+    balance::p2c::Balance,
+    buffer::Buffer,
+    discover::ServiceList,
+    load::{CompleteOnResponse, PendingRequests},
+    util::BoxCloneService,
+};
+
+/// Long enough that all calls of a test's stretch fit in it on a slow machine.
+const WAIT: Duration = Duration::from_secs(2);
+
+struct Upstream {
+    addr: SocketAddr,
+    requests: Arc<AtomicUsize>,
+    failing: Arc<AtomicBool>,
+    circuit: CircuitBreakerHandle,
+}
+
+type Request0 = Request<Empty<Bytes>>;
+type Balanced = BoxCloneService<Request0, StatusCode, BoxError>;
+
+async fn upstreams(layer: impl Fn() -> CircuitBreakerLayer) -> (Balanced, Vec<Upstream>) {
+    let client = client();
+    let (mut upstreams, mut endpoints) = (Vec::new(), Vec::new());
+    for _ in 0..3 {
+        let (requests, failing) = (Arc::<AtomicUsize>::default(), Arc::<AtomicBool>::default());
+        let (count, fails) = (requests.clone(), failing.clone());
+        let answer = move || async move {
+            count.fetch_add(1, SeqCst);
+            if fails.load(SeqCst) { StatusCode::BAD_GATEWAY } else { StatusCode::OK }
+        };
+        let addr = serve(Router::new().route("/", get(answer))).await;
+        let layer = layer();
+        upstreams.push(Upstream { addr, requests, failing, circuit: layer.handle() });
+        let endpoint = ServiceBuilder::new()
+            .layer(layer)
+            .map_request(move |mut request: Request0| {
+                *request.uri_mut() = Uri::try_from(format!("http://{addr}/")).unwrap();
+                request
+            })
+            .service(client.clone());
+        endpoints.push(PendingRequests::new(endpoint, CompleteOnResponse::default()));
+    }
+    let balance = Buffer::new(Balance::new(ServiceList::new(endpoints)), 64);
+    let service = balance.and_then(|response: Response<TrackedBody<Incoming>>| async {
+        let status = response.status();
+        response.into_body().collect().await?;
+        Ok::<_, BoxError>(status)
+    });
+    (BoxCloneService::new(service), upstreams)
+}
+
+/// So many requests, sixteen at a time; the status of each.
+async fn send(service: &Balanced, requests: usize) -> Vec<StatusCode> {
+    let mut senders = JoinSet::new();
+    for _ in 0..16 {
+        let service = service.clone();
+        senders.spawn(async move {
+            let mut answers = Vec::new();
+            for _ in 0..requests / 16 {
+                match service.clone().oneshot(Request::new(Empty::new())).await {
+                    Ok(status) => answers.push(status),
+                    Err(error) => match Rejected::find(&*error) {
+                        Some(refused) => panic!("a caller was refused: {refused}"),
+                        None => panic!("{error}"),
+                    },
+                }
+            }
+            answers
+        });
+    }
+    soon(senders.join_all()).await.concat()
+}
+
+fn failures(answers: &[StatusCode]) -> usize {
+    answers.iter().filter(|status| !status.is_success()).count()
+}
+
+fn counts(upstreams: &[Upstream]) -> Vec<usize> {
+    upstreams.iter().map(|upstream| upstream.requests.swap(0, SeqCst)).collect()
+}
+
+/// Many callers at once: after the trip nothing but probes reaches the dead upstream, no caller is refused,
+/// and a good probe brings it back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn after_the_trip_only_probes_reach_the_dead_upstream() {
+    let layer = || CircuitBreakerLayer::new(Trip::consecutive(3)).open_for(WAIT).backpressure();
+    let (service, upstreams) = upstreams(layer).await;
+    assert_eq!(failures(&send(&service, 160).await), 0);
+    assert!(counts(&upstreams).iter().all(|count| *count > 0));
+
+    let dead = &upstreams[0];
+    dead.failing.store(true, SeqCst);
+    while dead.circuit.state() != State::Open {
+        send(&service, 16).await;
+    }
+    counts(&upstreams);
+    let mut opened = dead.circuit.snapshot().opened;
+    for waits in [false, true] {
+        if waits {
+            sleep(WAIT).await;
+        }
+        let failed = failures(&send(&service, 160).await);
+        // A probe for each wait that was over, and no more; each has failed and opened it again.
+        let now = dead.circuit.snapshot().opened;
+        let probes = (now - opened) as usize;
+        assert_eq!((counts(&upstreams)[0], failed), (probes, probes), "at {}", dead.addr);
+        assert!(!waits || probes > 0);
+        opened = now;
+    }
+
+    dead.failing.store(false, SeqCst);
+    sleep(WAIT).await;
+    assert_eq!(failures(&send(&service, 320).await), 0);
+    assert_eq!(dead.circuit.state(), State::Closed);
+    assert!(counts(&upstreams)[0] > 1);
+    assert!(upstreams.iter().all(|upstream| upstream.circuit.snapshot().refused == 0));
+}
