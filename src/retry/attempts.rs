@@ -9,7 +9,7 @@ use crate::{BoxError, error};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Attempts {
-    /// How many attempts were made.
+    /// How many attempts were made: none where the service broke before the first.
     pub made: u32,
     /// How long was waited between them, all in all.
     pub waited: Duration,
@@ -19,6 +19,8 @@ pub struct Attempts {
 
 impl Attempts {
     pub(super) const FIRST: Self = Self { made: 1, waited: Duration::ZERO, stop: Stop::Answered };
+    /// The service broke before the first attempt.
+    pub(super) const NONE: Self = Self { made: 0, waited: Duration::ZERO, stop: Stop::NotReady };
 
     /// What is told by a response. One that came at the first attempt carries no record of it.
     #[must_use]

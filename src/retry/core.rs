@@ -4,85 +4,54 @@ use std::{
     fmt,
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
 };
 
-use super::{backoff::Backoff, budget::RetryBudget, exchange::Rules, policy::Stop};
+use super::{
+    budget::RetryBudget,
+    exchange::Rules,
+    policy::{Policy, Stop},
+};
 use crate::call::Shared;
 
 /// The settings and the counts of one retry layer.
 pub(super) struct Settings {
-    attempts: AtomicU32,
+    /// Apart: asked by every call, the rest only when an attempt has failed.
     body_cap: AtomicU64,
-    drain_cap: AtomicU64,
-    longest_wait_ms: AtomicU64,
-    assume_idempotent: AtomicBool,
-    backoff: Mutex<Backoff>,
+    policy: Mutex<Policy>,
     budget: Mutex<Option<RetryBudget>>,
     retries: AtomicU64,
     gave_up: AtomicU64,
+    denied: AtomicU64,
 }
 
 impl Settings {
     pub(super) fn new() -> Self {
         Self {
-            attempts: AtomicU32::new(3),
             body_cap: AtomicU64::new(64 * 1024),
-            drain_cap: AtomicU64::new(64 * 1024),
-            longest_wait_ms: AtomicU64::new(30_000),
-            assume_idempotent: AtomicBool::new(false),
-            backoff: Mutex::new(Backoff::default()),
+            policy: Mutex::new(Policy::new()),
             budget: Mutex::new(Some(RetryBudget::default())),
             retries: AtomicU64::new(0),
             gave_up: AtomicU64::new(0),
+            denied: AtomicU64::new(0),
         }
     }
 
-    pub(super) fn set_attempts(&self, attempts: u32) {
-        self.attempts.store(attempts, Ordering::Relaxed);
+    pub(super) fn set(&self, set: impl FnOnce(&mut Policy)) {
+        set(&mut lock(&self.policy));
+    }
+
+    pub(super) fn policy(&self) -> Policy {
+        lock(&self.policy).clone()
     }
 
     pub(super) fn set_body_cap(&self, bytes: u64) {
         self.body_cap.store(bytes, Ordering::Relaxed);
     }
 
-    pub(super) fn set_drain_cap(&self, bytes: u64) {
-        self.drain_cap.store(bytes, Ordering::Relaxed);
-    }
-
-    pub(super) fn drain_cap(&self) -> u64 {
-        self.drain_cap.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn set_longest_wait(&self, wait: Duration) {
-        let ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-        self.longest_wait_ms.store(ms, Ordering::Relaxed);
-    }
-
-    pub(super) fn assume_idempotent(&self) {
-        self.assume_idempotent.store(true, Ordering::Relaxed);
-    }
-
-    pub(super) fn set_backoff(&self, backoff: Backoff) {
-        *lock(&self.backoff) = backoff;
-    }
-
     pub(super) fn set_budget(&self, budget: Option<RetryBudget>) {
         *lock(&self.budget) = budget;
-    }
-
-    pub(super) fn attempts(&self) -> u32 {
-        self.attempts.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn longest_wait(&self) -> Duration {
-        Duration::from_millis(self.longest_wait_ms.load(Ordering::Relaxed))
-    }
-
-    pub(super) fn backoff(&self) -> Backoff {
-        *lock(&self.backoff)
     }
 
     pub(super) fn budget(&self) -> Option<RetryBudget> {
@@ -90,12 +59,7 @@ impl Settings {
     }
 
     pub(super) fn rules(&self, never: bool) -> Rules {
-        Rules {
-            body_cap: self.body_cap.load(Ordering::Relaxed),
-            assume_idempotent: self.assume_idempotent.load(Ordering::Relaxed),
-            safe_only: false,
-            never: never || self.attempts() < 2,
-        }
+        Rules { body_cap: self.body_cap.load(Ordering::Relaxed), only: None, never }
     }
 
     pub(super) fn count_retry(&self) {
@@ -106,10 +70,14 @@ impl Settings {
         if stop != Stop::Answered {
             self.gave_up.fetch_add(1, Ordering::Relaxed);
         }
+        if stop == Stop::BudgetUsedUp {
+            self.denied.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
-    pub(super) fn counts(&self) -> (u64, u64) {
-        (self.retries.load(Ordering::Relaxed), self.gave_up.load(Ordering::Relaxed))
+    /// Retries made, calls given up, retries that the budget denied.
+    pub(super) fn counts(&self) -> [u64; 3] {
+        [&self.retries, &self.gave_up, &self.denied].map(|count| count.load(Ordering::Relaxed))
     }
 }
 
@@ -120,8 +88,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl fmt::Debug for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Settings")
-            .field("attempts", &self.attempts())
-            .field("backoff", &self.backoff())
+            .field("policy", &self.policy())
             .field("budget", &self.budget())
             .finish_non_exhaustive()
     }

@@ -6,6 +6,7 @@ use super::{
     backoff::Backoff,
     budget::RetryBudget,
     core::{Core, Settings},
+    policy::Safe,
     service::Retry,
 };
 use crate::{
@@ -31,10 +32,13 @@ impl RetryLayer {
         Self { settings: Shared::new(Settings::new()), protocol: Http, fault: None }
     }
 
-    /// The same for gRPC, whose calls are all `POST`: `UNAVAILABLE`, which says that nothing was done, is
-    /// retried for all of them, as gRPC's own retry policy (gRFC A6) has it.
+    /// The same for gRPC, whose calls are all `POST`: a status of `UNAVAILABLE`, or `RESOURCE_EXHAUSTED` with
+    /// pushback, is retried for all of them, as gRPC's own retry policy (gRFC A6) has it. A timeout or a
+    /// connection that breaks is not: the call may have had its effect.
     pub fn grpc() -> Self {
-        Self::http().assume_idempotent()
+        let layer = Self::http();
+        layer.settings.set(|policy| policy.trust_grpc = true);
+        layer
     }
 }
 
@@ -57,7 +61,7 @@ impl<M> RetryLayer<M> {
             attempts => Ok(attempts),
         };
         if let Some(attempts) = self.accept(checked) {
-            self.settings.set_attempts(attempts);
+            self.settings.set(|policy| policy.attempts = attempts);
         }
         self
     }
@@ -65,7 +69,7 @@ impl<M> RetryLayer<M> {
     /// How long is waited between attempts.
     pub fn backoff(mut self, backoff: Backoff) -> Self {
         if self.accept(backoff.check()).is_some() {
-            self.settings.set_backoff(backoff);
+            self.settings.set(|policy| policy.backoff = backoff);
         }
         self
     }
@@ -97,20 +101,21 @@ impl<M> RetryLayer<M> {
     /// can be used again: 64 KiB by default. One that is longer is dropped, and over HTTP/1 its connection
     /// with it. 0 drops every answer that has a body.
     pub fn drain_up_to(self, bytes: u64) -> Self {
-        self.settings.set_drain_cap(bytes);
+        self.settings.set(|policy| policy.drain_cap = bytes);
         self
     }
 
     /// The longest wait before an attempt: 30 s by default. A server that asks for more ends the call
-    /// with its answer.
+    /// with its answer; one that asks for less is waited for and jitter on top, which may pass this by half:
+    /// cut short it would bring all those back at once who were told the same.
     pub fn longest_wait(self, wait: Duration) -> Self {
-        self.settings.set_longest_wait(wait);
+        self.settings.set(|policy| policy.longest_wait = wait);
         self
     }
 
     /// Every request may be repeated although it may have had an effect: also `POST` and `PATCH`.
     pub fn assume_idempotent(self) -> Self {
-        self.settings.assume_idempotent();
+        self.settings.set(|policy| policy.safe = Safe::All);
         self
     }
 
@@ -166,7 +171,7 @@ pub struct RetrySnapshot {
     pub retries: u64,
     /// How many calls ended with a failure that would have been tried again, had a rule not said no.
     pub gave_up: u64,
-    /// How many retries the budget denied.
+    /// How many retries of this layer the budget denied.
     pub budget_denied: u64,
     /// How many retries the budget would allow now; none: there is no budget.
     pub budget_balance: Option<f64>,
@@ -176,12 +181,12 @@ impl RetryHandle {
     /// All there is to know at this moment.
     #[must_use]
     pub fn snapshot(&self) -> RetrySnapshot {
-        let (retries, gave_up) = self.0.counts();
+        let [retries, gave_up, budget_denied] = self.0.counts();
         let budget = self.0.budget();
         RetrySnapshot {
             retries,
             gave_up,
-            budget_denied: budget.as_ref().map_or(0, |budget| budget.denied()),
+            budget_denied,
             budget_balance: budget.as_ref().map(|budget| budget.balance()),
         }
     }

@@ -33,15 +33,15 @@
 //! |---|---|
 //! | did the server, or a layer further in, say not to? | [`Pushback`](Stop::Pushback), [`Rejected`](Stop::Rejected) |
 //! | is it a status or an error to retry: 408, 425, 429, 502, 503, 504, gRPC `UNAVAILABLE` in head or trailers (`RESOURCE_EXHAUSTED` with pushback), a connection that failed? | [`Answered`](Stop::Answered) |
-//! | is it safe: the method (RFC 9110 §9.2.2), an `Idempotency-Key`, or proof that nothing was sent? | [`Unsafe`](Stop::Unsafe) |
+//! | is it safe: the method (RFC 9110 §9.2.2), an `Idempotency-Key`, or proof that nothing was sent; with [`grpc`](RetryLayer::grpc), a status that says so? | [`Unsafe`](Stop::Unsafe) |
 //! | can the body be sent again? | [`StillSending`](Stop::StillSending), [`BodyGone`](Stop::BodyGone) |
 //! | is an attempt left? | [`AttemptsUsedUp`](Stop::AttemptsUsedUp) |
 //! | does the server ask for a wait that is allowed? | [`WaitTooLong`](Stop::WaitTooLong) |
 //! | does the budget have one? | [`BudgetUsedUp`](Stop::BudgetUsedUp) |
 //!
 //! What no server has looked at (never sent, `REFUSED_STREAM`, above `GOAWAY`'s last stream) is sent again
-//! whatever its method, at once and uncharged, twice at most. A server's hint is a lower bound: up to half
-//! of it is added at random, so that those who were told the same second do not come back in it.
+//! whatever its method, at once and uncharged, twice at most, however many attempts are allowed. A server's hint is a lower bound: up to half
+//! of it is added at random, so that those who were told the same second do not come back in it. A `poll_ready` that fails ends the call as [`NotReady`](Stop::NotReady).
 //!
 //! # In the stack
 //!

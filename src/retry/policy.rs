@@ -3,7 +3,48 @@
 use std::{fmt, time::Duration};
 
 use super::backoff::Backoff;
-use crate::call::{Outcome, Reason};
+use crate::call::{Outcome, Reason, grpc};
+
+/// What a retry layer is set to, and is asked for only when an attempt has failed.
+#[derive(Clone, Debug)]
+pub(super) struct Policy {
+    pub(super) attempts: u32,
+    pub(super) backoff: Backoff,
+    pub(super) longest_wait: Duration,
+    pub(super) drain_cap: u64,
+    pub(super) safe: Safe,
+    /// A gRPC status that says "not done" is believed, whatever the method.
+    pub(super) trust_grpc: bool,
+}
+
+impl Policy {
+    pub(super) const fn new() -> Self {
+        Self {
+            attempts: 3,
+            backoff: Backoff::exponential(Duration::from_millis(50)),
+            longest_wait: Duration::from_secs(30),
+            drain_cap: 64 * 1024,
+            safe: Safe::Idempotent,
+            trust_grpc: false,
+        }
+    }
+
+    /// Whether an unsafe method may be repeated for what the server said.
+    fn trusts(&self, outcome: Outcome) -> bool {
+        self.trust_grpc
+            && outcome.reason() == Reason::GrpcStatus
+            && matches!(outcome.code(), Some(grpc::UNAVAILABLE | grpc::RESOURCE_EXHAUSTED))
+    }
+}
+
+/// Which requests may be repeated although they may have had an effect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Safe {
+    /// By method (RFC 9110 §9.2.2), or by key.
+    Idempotent,
+    /// The user's word.
+    All,
+}
 
 /// What an attempt's end is to a retry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +80,6 @@ pub(super) struct Facts {
     pub(super) made: u32,
     /// Of those, how many were repeated transparently.
     pub(super) transparent: u32,
-    pub(super) most: u32,
 }
 
 /// Why there is no further attempt. A closed set, so that it can be a metric's label.
@@ -64,6 +104,8 @@ pub enum Stop {
     WaitTooLong,
     /// The retry budget is used up.
     BudgetUsedUp,
+    /// The wrapped service failed before it was called: its `poll_ready` did.
+    NotReady,
     /// The layer's configuration is wrong: it never retries.
     Misconfigured,
 }
@@ -82,6 +124,7 @@ impl Stop {
             Self::AttemptsUsedUp => "attempts_used_up",
             Self::WaitTooLong => "wait_too_long",
             Self::BudgetUsedUp => "budget_used_up",
+            Self::NotReady => "not_ready",
             Self::Misconfigured => "misconfigured",
         }
     }
@@ -118,11 +161,7 @@ fn wait(backoff: &Backoff, retry: u32, hint: Option<Duration>) -> Duration {
 
 /// Whether to try again, and when. The budget is asked after this, so that it is never charged for a
 /// retry that another rule refuses.
-pub(super) fn decide(
-    facts: &Facts,
-    backoff: &Backoff,
-    longest_wait: Duration,
-) -> Result<Again, Stop> {
+pub(super) fn decide(facts: &Facts, policy: &Policy) -> Result<Again, Stop> {
     // An explicit no.
     if let Class::Refused(stop) = facts.class {
         return Err(stop);
@@ -138,7 +177,7 @@ pub(super) fn decide(
     if facts.class == Class::Final {
         return Err(Stop::Answered);
     }
-    if !facts.safe && !unsent {
+    if !facts.safe && !unsent && !policy.trusts(facts.outcome) {
         return Err(Stop::Unsafe);
     }
     // Its stream is gone: whoever still holds the body only has not let go of it yet.
@@ -153,19 +192,22 @@ pub(super) fn decide(
         // The first at once; one that is refused again waits like the others.
         let wait = match facts.transparent {
             0 => Duration::ZERO,
-            n => backoff.delay(n),
+            n => policy.backoff.delay(n).min(policy.longest_wait),
         };
         return Ok(Again { wait, transparent: true });
     }
-    if facts.made - facts.transparent >= facts.most {
+    if facts.made - facts.transparent >= policy.attempts {
         return Err(Stop::AttemptsUsedUp);
     }
     let hint = facts.outcome.retry_after();
-    if hint.is_some_and(|hint| hint > longest_wait) {
+    if hint.is_some_and(|hint| hint > policy.longest_wait) {
         return Err(Stop::WaitTooLong);
     }
-    let wait = wait(backoff, facts.made - facts.transparent, hint);
-    Ok(Again { wait: wait.min(longest_wait), transparent: false })
+    let mut wait = wait(&policy.backoff, facts.made - facts.transparent, hint);
+    if hint.is_none() {
+        wait = wait.min(policy.longest_wait);
+    }
+    Ok(Again { wait, transparent: false })
 }
 
 #[cfg(test)]
@@ -179,11 +221,10 @@ mod tests {
         body: Repeatable::Yes,
         made: 1,
         transparent: 0,
-        most: 3,
     };
 
     fn stop(facts: Facts) -> Option<Stop> {
-        decide(&facts, &Backoff::default(), Duration::from_secs(30)).err()
+        decide(&facts, &Policy::new()).err()
     }
 
     fn because(reason: Reason) -> Outcome {
@@ -229,15 +270,27 @@ mod tests {
     }
 
     #[test]
+    fn grpc_believes_a_status_that_says_not_done_and_nothing_else() {
+        let grpc = Policy { trust_grpc: true, ..Policy::new() };
+        let stop = |outcome| decide(&Facts { safe: false, outcome, ..FACTS }, &grpc).err();
+        let status = |code| because(Reason::GrpcStatus).with_code(code);
+        assert_eq!(stop(status(grpc::UNAVAILABLE)), None);
+        assert_eq!(stop(status(grpc::RESOURCE_EXHAUSTED)), None);
+        for outcome in [
+            status(4),
+            because(Reason::Status).with_code(14),
+            because(Reason::Timeout),
+            because(Reason::Reset),
+        ] {
+            assert_eq!(stop(outcome), Some(Stop::Unsafe), "{outcome:?}");
+        }
+    }
+
+    #[test]
     fn transparent_repeats_are_free_and_bounded() {
-        let refused = Facts { outcome: because(Reason::RefusedStream), most: 1, ..FACTS };
-        let again = |made, transparent| {
-            decide(
-                &Facts { made, transparent, ..refused },
-                &Backoff::default(),
-                Duration::from_secs(30),
-            )
-        };
+        let refused = Facts { outcome: because(Reason::RefusedStream), ..FACTS };
+        let once = Policy { attempts: 1, ..Policy::new() };
+        let again = |made, transparent| decide(&Facts { made, transparent, ..refused }, &once);
         let first = again(1, 0).unwrap();
         assert_eq!(first, Again { wait: Duration::ZERO, transparent: true });
         assert!(again(2, 1).unwrap().transparent);
@@ -250,10 +303,13 @@ mod tests {
             outcome: Outcome::throttled().with_retry_after(Duration::from_secs(secs)),
             ..FACTS
         };
-        let backoff = Backoff::default();
-        for _ in 0..100 {
-            let again = decide(&told(10), &backoff, Duration::from_secs(30)).unwrap();
-            assert!((10.0..=15.0).contains(&again.wait.as_secs_f64()), "{again:?}");
+        for secs in [10, 30] {
+            let waits: Vec<_> =
+                (0..100).map(|_| decide(&told(secs), &Policy::new()).unwrap().wait).collect();
+            let hint = Duration::from_secs(secs);
+            assert!(waits.iter().all(|&wait| wait >= hint && wait <= hint * 3 / 2), "{waits:?}");
+            // Also at the longest wait: cut there, all would come back at once.
+            assert!(waits.iter().any(|&wait| wait > hint * 5 / 4), "{waits:?}");
         }
         assert_eq!(stop(told(31)), Some(Stop::WaitTooLong));
     }

@@ -65,7 +65,7 @@ where
     type Future = ResponseFuture<S, Req, S::Future, M, M::Kept, M::Held>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), M::Error>> {
-        self.inner.poll_ready(cx).map_err(|error| M::broken(error, Attempts::FIRST))
+        self.inner.poll_ready(cx).map_err(|error| M::broken(error, Attempts::NONE))
     }
 
     fn call(&mut self, request: Req) -> Self::Future {
@@ -120,6 +120,8 @@ pin_project! {
 struct Wait {
     since: Instant,
     time: Duration,
+    /// How much of the answer may be read away.
+    drain_cap: u64,
 }
 
 /// How long a discarded answer may take before its connection is given up.
@@ -148,7 +150,7 @@ where
                     self.as_mut().project().state.set(state);
                 }
                 StateProj::Discarding { held, longest, wait } => {
-                    let cap = this.core.settings.drain_cap();
+                    let cap = wait.drain_cap;
                     if M::poll_discard(held, cap, cx).is_pending() {
                         ready!(longest.poll(cx));
                     }
@@ -169,6 +171,8 @@ where
                 StateProj::Readying => {
                     let service = this.service.get_or_insert_with(|| this.core.service());
                     if let Err(error) = ready!(service.poll_ready(cx)) {
+                        this.record.stop = Stop::NotReady;
+                        this.core.settings.count_stop(Stop::NotReady);
                         return Poll::Ready(Err(M::broken(error, *this.record)));
                     }
                     let Some(kept) = this.kept else { unreachable!("kept for every retry") };
@@ -197,25 +201,21 @@ impl<S, Req, F, M: Repeat<Req>, H> ResponseFuture<S, Req, F, M, M::Kept, H> {
             return Err(None);
         }
         let settings = &this.core.settings;
-        let backoff = settings.backoff();
-        let longest_wait = settings.longest_wait();
+        let policy = settings.policy();
         let decision = match this.kept {
             Some(kept) => decide(
                 &Facts {
                     class,
                     outcome,
-                    safe: M::safe(kept),
+                    safe: M::safe(kept, policy.safe),
                     body: M::repeatable(kept),
                     made: this.record.made,
                     transparent: *this.transparent,
-                    most: settings.attempts(),
                 },
-                &backoff,
-                longest_wait,
+                &policy,
             ),
             None if class == Class::Final => Err(Stop::Answered),
-            None if this.core.misconfigured => Err(Stop::Misconfigured),
-            None => Err(Stop::AttemptsUsedUp),
+            None => Err(Stop::Misconfigured),
         };
         // The budget last: what another rule refuses is never charged.
         let decision = decision.and_then(|again| {
@@ -242,7 +242,7 @@ impl<S, Req, F, M: Repeat<Req>, H> ResponseFuture<S, Req, F, M, M::Kept, H> {
                     reason = ?outcome,
                     "retrying"
                 );
-                Ok(Wait { since: Instant::now(), time: again.wait })
+                Ok(Wait { since: Instant::now(), time: again.wait, drain_cap: policy.drain_cap })
             }
             Err(stop) => {
                 settings.count_stop(stop);

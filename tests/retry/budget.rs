@@ -72,7 +72,9 @@ async fn one_budget_for_two_layers() {
     let layer = || RetryLayer::http().backoff(Backoff::constant(ms(0))).budget(budget.clone());
     let good: Inner = Inner::new(|_| Ok(status(200)));
     let bad: Inner = Inner::new(|_| Ok(status(503)));
-    let (good, bad) = (layer().layer(good), layer().layer(bad));
+    let (good_layer, bad_layer) = (layer(), layer());
+    let denied = || [&good_layer, &bad_layer].map(|layer| layer.handle().snapshot().budget_denied);
+    let (good, bad) = (good_layer.layer(good), bad_layer.layer(bad));
     for _ in 0..3 {
         send(&good, get()).await.unwrap();
     }
@@ -81,6 +83,7 @@ async fn one_budget_for_two_layers() {
     assert_eq!((told.made, told.stop), (3, Stop::AttemptsUsedUp), "paid for by the other's calls");
     assert_eq!(Attempts::of(&send(&bad, get()).await.unwrap()).stop, Stop::BudgetUsedUp);
     assert_eq!((budget.denied(), budget.balance()), (1, 0.5));
+    assert_eq!(denied(), [0, 1], "each counts its own");
 }
 
 #[tokio::test(start_paused = true)]

@@ -103,7 +103,8 @@ async fn inner_poll_ready_error_propagates() {
     log.gate(Gate::Broken);
     let error: BoxError = assert_ready_err!(service.poll_ready());
     assert_eq!(error.source().unwrap().downcast_ref(), Some(&Oops("not ready")));
-    assert_eq!(Attempts::find(&*error).unwrap().made, 1);
+    let told = Attempts::find(&*error).unwrap();
+    assert_eq!((told.made, told.stop), (0, Stop::NotReady), "there was none yet");
 
     log.gate(Gate::Open);
     assert_ready_ok!(service.poll_ready());
@@ -113,7 +114,8 @@ async fn inner_poll_ready_error_propagates() {
     tokio::time::sleep(ms(101)).await;
     let error = assert_ready_err!(future.poll());
     assert_eq!(error.source().unwrap().downcast_ref(), Some(&Oops("not ready")));
-    assert_eq!(Attempts::find(&*error).unwrap().made, 1, "the second was not made");
+    let told = Attempts::find(&*error).unwrap();
+    assert_eq!((told.made, told.stop), (1, Stop::NotReady), "the second was not made");
     drop(future);
     assert_eq!((log.calls(), budget.balance()), (1, 3.0), "nor charged");
 }

@@ -153,6 +153,31 @@ async fn a_stream_that_begins_late_is_not_held_back() {
     assert_eq!(outcome(late).await.made, 3);
 }
 
+/// The trailers of gRPC-Web are in its body: it is not waited for.
+#[tokio::test(start_paused = true)]
+async fn grpc_web_is_not_looked_into() {
+    let inner: Inner = Inner::new(|_| {
+        let mut response = body([Piece::Pause(ms(5)), data("message")]);
+        let web = "application/grpc-web+proto".parse().unwrap();
+        response.headers_mut().insert("content-type", web);
+        Ok(response)
+    });
+    let start = Instant::now();
+    send(&layer().layer(inner), post(Script::text("ask"))).await.unwrap();
+    assert_eq!(start.elapsed(), Duration::ZERO);
+}
+
+/// What the server may have done already is not done twice: only its word that it has not counts.
+#[tokio::test(start_paused = true)]
+async fn a_call_that_broke_off_is_not_repeated() {
+    use std::io::ErrorKind as K;
+    for kind in [K::TimedOut, K::ConnectionReset, K::BrokenPipe] {
+        let inner: Inner = Inner::new(move |_| Err(io(kind)));
+        let result = send(&layer().layer(inner), post(Script::text("ask"))).await;
+        assert_eq!((told(&result).made, told(&result).stop), (1, Stop::Unsafe), "{kind}");
+    }
+}
+
 /// Without `grpc()` a call is a `POST`: not repeated, unless it has a key.
 #[tokio::test(start_paused = true)]
 async fn the_http_layer_does_not_repeat_grpc_calls() {

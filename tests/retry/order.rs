@@ -201,6 +201,17 @@ async fn what_was_never_seen_is_repeated_uncharged_and_bounded() {
     }
 }
 
+/// What no server has seen is no second attempt of what a server has.
+#[tokio::test(start_paused = true)]
+async fn one_attempt_alone_is_still_repeated_when_it_was_never_seen() {
+    let unseen = |_: Result<&(), &Oops>| Outcome::failure().because(Reason::RefusedStream);
+    let layer = quick(&purse(9)).attempts(1).classify(unseen);
+    let handle = layer.handle();
+    let service = layer.layer(service_fn(|(): ()| async { Err::<(), _>(Oops("unseen")) }));
+    send(&service, ()).await.unwrap_err();
+    assert_eq!(handle.snapshot().retries, 2);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_post_is_repeated_when_no_connection_could_be_made() {
     for body in [Script::empty(), Script::text("x"), Script::text("x").untold()] {

@@ -14,6 +14,7 @@ use super::{
         budget::RetryBudget,
         core::{Core, lock},
         exchange::Rules,
+        policy::Safe,
     },
     service::Hedge,
 };
@@ -47,12 +48,11 @@ pub(super) struct Settings {
 
 impl Settings {
     pub(super) fn rules(&self, never: bool) -> Rules {
-        Rules {
-            body_cap: self.body_cap.load(Ordering::Relaxed),
-            assume_idempotent: self.assume_idempotent.load(Ordering::Relaxed),
-            safe_only: true,
-            never,
-        }
+        Rules { body_cap: self.body_cap.load(Ordering::Relaxed), only: Some(self.safe()), never }
+    }
+
+    pub(super) fn safe(&self) -> Safe {
+        if self.assume_idempotent.load(Ordering::Relaxed) { Safe::All } else { Safe::Idempotent }
     }
 
     fn budget(&self) -> Option<RetryBudget> {

@@ -1,4 +1,4 @@
-//! How requests are sent again, and how answers are weighed: HTTP and gRPC, or any `Clone` type.
+//! HTTP and gRPC.
 
 use std::{
     pin::Pin,
@@ -11,113 +11,31 @@ use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body::Body;
 
 use super::{
-    attempts::{Attempt, Attempts, RetryError},
-    hedge::{HedgeCopy, Hedged},
-    peek::{Peek, PeekedBody},
-    policy::{Class, Repeatable, Stop},
-    replay::{ReplayBody, Tape},
+    super::{
+        attempts::{Attempt, Attempts, RetryError},
+        hedge::{HedgeCopy, Hedged},
+        peek::{Peek, PeekedBody},
+        policy::{Class, Repeatable, Safe, Stop},
+        replay::{ReplayBody, Tape},
+    },
+    Repeat, Rules, Weigh,
 };
 use crate::{
     BoxError,
     call::{
-        Classify, Http, Outcome, OutcomeKind, Reason, Rejected, grpc,
+        Http, Outcome, Reason, Rejected, grpc,
         hint::{self, Pushback},
         http as rule,
     },
 };
 
-/// What of the layer's settings a request is split by.
-#[derive(Clone, Copy, Debug)]
-pub struct Rules {
-    pub(super) body_cap: u64,
-    pub(super) assume_idempotent: bool,
-    /// What is not safe to repeat is not repeated, unseen or not: nothing of it needs to be kept.
-    pub(super) safe_only: bool,
-    /// Nothing needs to be kept.
-    pub(super) never: bool,
-}
-
-/// Requests that can be sent again.
-///
-/// `http::Request` of any body is, and with [`classify`](super::RetryLayer::classify) anything that is
-/// `Clone`. Not to be implemented outside of this crate yet.
-#[diagnostic::on_unimplemented(
-    message = "`{Self}` cannot send `{Req}` again",
-    note = "a retry or a hedge takes `http::Request<B>`, or, with `.classify(|result: Result<&Res, &E>| ..)`, any request that is `Clone`"
-)]
-pub trait Repeat<Req>: Clone + Send + Sync + 'static {
-    /// What the wrapped service gets.
-    type Request;
-    /// What is kept to send it again.
-    type Kept;
-
-    /// The first attempt, and what is kept for the next.
-    fn split(&self, request: Req, rules: Rules) -> (Self::Request, Option<Self::Kept>);
-
-    /// The attempt of this number.
-    fn again(kept: &Self::Kept, number: u32) -> Self::Request;
-
-    /// A copy beside the attempt that is under way.
-    fn copy(kept: &Self::Kept) -> Self::Request;
-
-    /// Whether it may be repeated although it may have had an effect.
-    fn safe(kept: &Self::Kept) -> bool;
-
-    /// Whether its body can be sent again by now.
-    fn repeatable(kept: &Self::Kept) -> Repeatable;
-
-    /// Keeps its body for the next attempt alone. False if it cannot be sent again after all.
-    fn claim(kept: &Self::Kept) -> bool;
-}
-
-/// Answers that can be weighed, given out and discarded.
-#[diagnostic::on_unimplemented(
-    message = "a retry or a hedge cannot weigh answers of `{Res}` or `{E}`",
-    note = "HTTP bodies must be `Unpin` (box one that is not with `http_body_util::BodyExt::boxed_unsync`), and errors `Into<BoxError>`",
-    note = "for other types say what failed with `.classify(|result: Result<&Res, &E>| ..)`, `Res` and `E` being exactly the response and error of the wrapped service"
-)]
-pub trait Weigh<Res, E> {
-    /// What the caller gets.
-    type Response;
-    /// What the caller gets when there is no answer.
-    type Error;
-    /// An answer that may still be given out or discarded.
-    type Held: Unpin;
-
-    /// How long an answer's beginning may be waited for.
-    const PATIENCE: Duration;
-
-    /// Takes an answer.
-    fn hold(&self, result: Result<Res, E>) -> Self::Held;
-
-    /// What it is. Pending while its beginning is not here.
-    fn poll_weigh(held: &mut Self::Held, cx: &mut Context<'_>) -> Poll<(Class, Outcome)>;
-
-    /// Reads it away, so that its connection can be used again. Ready when that is done, or when it is
-    /// longer than `cap` bytes.
-    fn poll_discard(held: &mut Self::Held, cap: u64, cx: &mut Context<'_>) -> Poll<()>;
-
-    /// Gives it out, with the record if there is something to record.
-    fn release(held: Self::Held, record: Option<Attempts>) -> Result<Self::Response, Self::Error>;
-
-    /// The wrapped service broke.
-    fn broken(error: E, record: Attempts) -> Self::Error;
-
-    /// Gives it out as it is, told only that there was a hedge.
-    fn pass(held: Self::Held, hedged: Option<Hedged>) -> Result<Self::Response, Self::Error>;
-
-    /// The wrapped service's error as it is.
-    fn error(error: E) -> Self::Error;
-}
-
-// ===== HTTP and gRPC: the request =====
+// ===== The request =====
 
 /// A request's head and the tape of its body.
 #[derive(Debug)]
 pub struct KeptRequest<B> {
     head: Request<()>,
     tape: Tape<B>,
-    safe: bool,
 }
 
 impl<B> KeptRequest<B> {
@@ -132,11 +50,20 @@ impl<B> KeptRequest<B> {
 }
 
 /// RFC 9110 §9.2.2, or a key that makes the server tell repeats (the same on every attempt).
-fn is_safe(method: &Method, headers: &HeaderMap) -> bool {
-    matches!(
-        *method,
-        Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE | Method::PUT | Method::DELETE
-    ) || headers.contains_key("idempotency-key")
+fn is_safe(method: &Method, headers: &HeaderMap, by: Safe) -> bool {
+    let idempotent = match by {
+        Safe::All => true,
+        Safe::Idempotent => matches!(
+            *method,
+            Method::GET
+                | Method::HEAD
+                | Method::OPTIONS
+                | Method::TRACE
+                | Method::PUT
+                | Method::DELETE
+        ),
+    };
+    idempotent || headers.contains_key("idempotency-key")
 }
 
 impl<B: Body> Repeat<Request<B>> for Http {
@@ -145,14 +72,14 @@ impl<B: Body> Repeat<Request<B>> for Http {
 
     fn split(&self, request: Request<B>, rules: Rules) -> (Self::Request, Option<KeptRequest<B>>) {
         let (parts, body) = request.into_parts();
-        let safe = rules.assume_idempotent || is_safe(&parts.method, &parts.headers);
-        if rules.never || (rules.safe_only && !safe) {
+        let kept = rules.only.is_none_or(|by| is_safe(&parts.method, &parts.headers, by));
+        if rules.never || !kept {
             return (Request::from_parts(parts, ReplayBody::once(body)), None);
         }
         // Also of an unsafe one: a refused stream's server did not look at it, but its body has gone out.
         let (body, tape) = ReplayBody::new(body, rules.body_cap);
         let head = Request::from_parts(parts.clone(), ());
-        (Request::from_parts(parts, body), Some(KeptRequest { head, tape, safe }))
+        (Request::from_parts(parts, body), Some(KeptRequest { head, tape }))
     }
 
     fn again(kept: &KeptRequest<B>, number: u32) -> Self::Request {
@@ -163,8 +90,8 @@ impl<B: Body> Repeat<Request<B>> for Http {
         kept.marked(HedgeCopy)
     }
 
-    fn safe(kept: &KeptRequest<B>) -> bool {
-        kept.safe
+    fn safe(kept: &KeptRequest<B>, by: Safe) -> bool {
+        is_safe(kept.head.method(), kept.head.headers(), by)
     }
 
     fn repeatable(kept: &KeptRequest<B>) -> Repeatable {
@@ -176,7 +103,7 @@ impl<B: Body> Repeat<Request<B>> for Http {
     }
 }
 
-// ===== HTTP and gRPC: the answer =====
+// ===== The answer =====
 
 /// So many frames of a discarded answer are read in one go, however fast they come.
 const MOST_AT_ONCE: u32 = 64;
@@ -299,7 +226,12 @@ fn weigh_head<B>(response: &Response<B>) -> Option<(Class, Outcome)> {
         return Some((Class::Refused(Stop::Rejected), rule::of_rejected(refused)));
     }
     if grpc::is_grpc(headers) && status == StatusCode::OK {
-        return grpc::status(headers).map(|outcome| weigh_grpc(headers, outcome));
+        return match grpc::status(headers) {
+            Some(outcome) => Some(weigh_grpc(headers, outcome)),
+            // Its trailers are in its body, where nobody looks for them.
+            None if grpc::is_grpc_web(headers) => Some((Class::Final, Outcome::success())),
+            None => None,
+        };
     }
     let outcome = rule::of_status(status, headers);
     match status.as_u16() {
@@ -351,103 +283,5 @@ fn of_reason(outcome: Outcome) -> Class {
         | Reason::Reset
         | Reason::Timeout => Class::Retryable,
         _ => Class::Final,
-    }
-}
-
-// ===== Anything that is `Clone` =====
-
-impl<C, Req> Repeat<Req> for Classify<C>
-where
-    C: Clone + Send + Sync + 'static,
-    Req: Clone,
-{
-    type Request = Req;
-    type Kept = Req;
-
-    fn split(&self, request: Req, rules: Rules) -> (Req, Option<Req>) {
-        let kept = (!rules.never).then(|| request.clone());
-        (request, kept)
-    }
-
-    fn again(kept: &Req, _: u32) -> Req {
-        kept.clone()
-    }
-
-    fn copy(kept: &Req) -> Req {
-        kept.clone()
-    }
-
-    fn safe(_: &Req) -> bool {
-        true
-    }
-
-    fn repeatable(_: &Req) -> Repeatable {
-        Repeatable::Yes
-    }
-
-    fn claim(_: &Req) -> bool {
-        true
-    }
-}
-
-/// An answer of any type, weighed.
-#[derive(Debug)]
-pub struct HeldResult<Res, E> {
-    result: Result<Res, E>,
-    weight: (Class, Outcome),
-}
-
-// It is never pinned into.
-impl<Res, E> Unpin for HeldResult<Res, E> {}
-
-impl<C, Res, E> Weigh<Res, E> for Classify<C>
-where
-    C: for<'a> Fn(Result<&'a Res, &'a E>) -> Outcome,
-    E: 'static,
-{
-    type Response = Res;
-    type Error = E;
-    type Held = HeldResult<Res, E>;
-
-    const PATIENCE: Duration = Duration::ZERO;
-
-    fn hold(&self, result: Result<Res, E>) -> HeldResult<Res, E> {
-        let refused = result.as_ref().err().and_then(Rejected::find_in_any);
-        let weight = match refused {
-            Some(refused) => (Class::Refused(Stop::Rejected), rule::of_rejected(refused)),
-            None => {
-                let outcome = (self.0)(result.as_ref());
-                let class = match outcome.kind() {
-                    OutcomeKind::Failure | OutcomeKind::Throttled => Class::Retryable,
-                    OutcomeKind::Success | OutcomeKind::Cancelled => Class::Final,
-                };
-                (class, outcome)
-            }
-        };
-        HeldResult { result, weight }
-    }
-
-    fn poll_weigh(held: &mut HeldResult<Res, E>, _: &mut Context<'_>) -> Poll<(Class, Outcome)> {
-        Poll::Ready(held.weight)
-    }
-
-    fn poll_discard(_: &mut HeldResult<Res, E>, _: u64, _: &mut Context<'_>) -> Poll<()> {
-        Poll::Ready(())
-    }
-
-    fn release(held: HeldResult<Res, E>, _: Option<Attempts>) -> Result<Res, E> {
-        held.result
-    }
-
-    fn broken(error: E, _: Attempts) -> E {
-        error
-    }
-
-    fn pass(held: HeldResult<Res, E>, _: Option<Hedged>) -> Result<Res, E> {
-        held.result
-    }
-
-    fn error(error: E) -> E {
-        error
     }
 }

@@ -1,0 +1,112 @@
+//! Anything that is `Clone`.
+
+use std::{
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use super::{
+    super::{
+        attempts::Attempts,
+        hedge::Hedged,
+        policy::{Class, Repeatable, Safe, Stop},
+    },
+    Repeat, Rules, Weigh,
+};
+use crate::call::{Classify, Outcome, OutcomeKind, Rejected, http as rule};
+
+impl<C, Req> Repeat<Req> for Classify<C>
+where
+    C: Clone + Send + Sync + 'static,
+    Req: Clone,
+{
+    type Request = Req;
+    type Kept = Req;
+
+    fn split(&self, request: Req, rules: Rules) -> (Req, Option<Req>) {
+        let kept = (!rules.never).then(|| request.clone());
+        (request, kept)
+    }
+
+    fn again(kept: &Req, _: u32) -> Req {
+        kept.clone()
+    }
+
+    fn copy(kept: &Req) -> Req {
+        kept.clone()
+    }
+
+    fn safe(_: &Req, _: Safe) -> bool {
+        true
+    }
+
+    fn repeatable(_: &Req) -> Repeatable {
+        Repeatable::Yes
+    }
+
+    fn claim(_: &Req) -> bool {
+        true
+    }
+}
+
+/// An answer of any type, weighed.
+#[derive(Debug)]
+pub struct HeldResult<Res, E> {
+    result: Result<Res, E>,
+    weight: (Class, Outcome),
+}
+
+// It is never pinned into.
+impl<Res, E> Unpin for HeldResult<Res, E> {}
+
+impl<C, Res, E> Weigh<Res, E> for Classify<C>
+where
+    C: for<'a> Fn(Result<&'a Res, &'a E>) -> Outcome,
+    E: 'static,
+{
+    type Response = Res;
+    type Error = E;
+    type Held = HeldResult<Res, E>;
+
+    const PATIENCE: Duration = Duration::ZERO;
+
+    fn hold(&self, result: Result<Res, E>) -> HeldResult<Res, E> {
+        let refused = result.as_ref().err().and_then(Rejected::find_in_any);
+        let weight = match refused {
+            Some(refused) => (Class::Refused(Stop::Rejected), rule::of_rejected(refused)),
+            None => {
+                let outcome = (self.0)(result.as_ref());
+                let class = match outcome.kind() {
+                    OutcomeKind::Failure | OutcomeKind::Throttled => Class::Retryable,
+                    OutcomeKind::Success | OutcomeKind::Cancelled => Class::Final,
+                };
+                (class, outcome)
+            }
+        };
+        HeldResult { result, weight }
+    }
+
+    fn poll_weigh(held: &mut HeldResult<Res, E>, _: &mut Context<'_>) -> Poll<(Class, Outcome)> {
+        Poll::Ready(held.weight)
+    }
+
+    fn poll_discard(_: &mut HeldResult<Res, E>, _: u64, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Ready(())
+    }
+
+    fn release(held: HeldResult<Res, E>, _: Option<Attempts>) -> Result<Res, E> {
+        held.result
+    }
+
+    fn broken(error: E, _: Attempts) -> E {
+        error
+    }
+
+    fn pass(held: HeldResult<Res, E>, _: Option<Hedged>) -> Result<Res, E> {
+        held.result
+    }
+
+    fn error(error: E) -> E {
+        error
+    }
+}

@@ -1,0 +1,99 @@
+//! How requests are sent again, and how answers are weighed.
+
+mod any;
+mod http;
+
+use std::{
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use super::{
+    attempts::Attempts,
+    hedge::Hedged,
+    policy::{Class, Repeatable, Safe},
+};
+use crate::call::Outcome;
+
+/// What of the layer's settings a request is split by.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules {
+    pub(super) body_cap: u64,
+    /// What is not safe to repeat is not repeated, unseen or not: nothing of it needs to be kept.
+    pub(super) only: Option<Safe>,
+    /// Nothing needs to be kept.
+    pub(super) never: bool,
+}
+
+/// Requests that can be sent again.
+///
+/// `http::Request` of any body is, and with [`classify`](super::RetryLayer::classify) anything that is
+/// `Clone`. Not to be implemented outside of this crate yet.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot send `{Req}` again",
+    note = "a retry or a hedge takes `http::Request<B>`, or, with `.classify(|result: Result<&Res, &E>| ..)`, any request that is `Clone`"
+)]
+pub trait Repeat<Req>: Clone + Send + Sync + 'static {
+    /// What the wrapped service gets.
+    type Request;
+    /// What is kept to send it again.
+    type Kept;
+
+    /// The first attempt, and what is kept for the next.
+    fn split(&self, request: Req, rules: Rules) -> (Self::Request, Option<Self::Kept>);
+
+    /// The attempt of this number.
+    fn again(kept: &Self::Kept, number: u32) -> Self::Request;
+
+    /// A copy beside the attempt that is under way.
+    fn copy(kept: &Self::Kept) -> Self::Request;
+
+    /// Whether it may be repeated although it may have had an effect.
+    fn safe(kept: &Self::Kept, by: Safe) -> bool;
+
+    /// Whether its body can be sent again by now.
+    fn repeatable(kept: &Self::Kept) -> Repeatable;
+
+    /// Keeps its body for the next attempt alone. False if it cannot be sent again after all.
+    fn claim(kept: &Self::Kept) -> bool;
+}
+
+/// Answers that can be weighed, given out and discarded.
+#[diagnostic::on_unimplemented(
+    message = "a retry or a hedge cannot weigh answers of `{Res}` or `{E}`",
+    note = "HTTP bodies must be `Unpin` (box one that is not with `http_body_util::BodyExt::boxed_unsync`), and errors `Into<BoxError>`",
+    note = "for other types say what failed with `.classify(|result: Result<&Res, &E>| ..)`, `Res` and `E` being exactly the response and error of the wrapped service"
+)]
+pub trait Weigh<Res, E> {
+    /// What the caller gets.
+    type Response;
+    /// What the caller gets when there is no answer.
+    type Error;
+    /// An answer that may still be given out or discarded.
+    type Held: Unpin;
+
+    /// How long an answer's beginning may be waited for.
+    const PATIENCE: Duration;
+
+    /// Takes an answer.
+    fn hold(&self, result: Result<Res, E>) -> Self::Held;
+
+    /// What it is. Pending while its beginning is not here.
+    fn poll_weigh(held: &mut Self::Held, cx: &mut Context<'_>) -> Poll<(Class, Outcome)>;
+
+    /// Reads it away, so that its connection can be used again. Ready when that is done, or when it is
+    /// longer than `cap` bytes.
+    fn poll_discard(held: &mut Self::Held, cap: u64, cx: &mut Context<'_>) -> Poll<()>;
+
+    /// Gives it out, with the record if there is something to record.
+    fn release(held: Self::Held, record: Option<Attempts>) -> Result<Self::Response, Self::Error>;
+
+    /// The wrapped service broke.
+    fn broken(error: E, record: Attempts) -> Self::Error;
+
+    /// Gives it out as it is, told only that there was a hedge.
+    fn pass(held: Self::Held, hedged: Option<Hedged>) -> Result<Self::Response, Self::Error>;
+
+    /// The wrapped service's error as it is.
+    fn error(error: E) -> Self::Error;
+}
