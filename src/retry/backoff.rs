@@ -2,36 +2,82 @@ use std::time::Duration;
 
 use crate::ConfigError;
 
-/// How long to wait before the next attempt: exponential, with full jitter.
+/// How long to wait before the next attempt.
 ///
-/// The nth wait is drawn evenly from zero to `base × factorⁿ⁻¹`, and never is longer than `max`
-/// ("Exponential Backoff And Jitter", AWS Architecture Blog, 2015). By default 50 ms, doubling, up to
-/// 5 s.
+/// By default 50 ms, doubling, up to 5 s, with full jitter: each wait is drawn evenly from zero to the
+/// computed one ("Exponential Backoff And Jitter", AWS Architecture Blog, 2015). None is ever longer than
+/// [`max`](Self::max), jitter included.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[must_use]
 pub struct Backoff {
+    shape: Shape,
     base: Duration,
-    factor: f64,
     max: Duration,
-    jitter: bool,
+    jitter: Jitter,
+    throttled: Option<Duration>,
+    seed: Option<u64>,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Shape {
+    /// `base × factorⁿ⁻¹`.
+    Powers(f64),
+    /// `base × (1 + factor + … + factorⁿ⁻¹)`.
+    Sums(f64),
+    /// `base + step × (n - 1)`.
+    Steps(Duration),
+    /// Between the base and three times the wait before.
+    Decorrelated,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Jitter {
+    None,
+    /// From zero.
+    Full,
+    /// From a half.
+    Equal,
+    /// So much to either side.
+    Around(f64),
+}
+
+const LONGEST: Duration = Duration::from_secs(5);
+
 impl Backoff {
-    /// Starts at `base` and doubles, up to 5 s or `base`, whichever is longer.
-    pub const fn exponential(base: Duration) -> Self {
-        let max = Duration::from_secs(5);
-        let max = if base.as_nanos() > max.as_nanos() { base } else { max };
-        Self { base, factor: 2.0, max, jitter: true }
+    const fn new(shape: Shape, base: Duration) -> Self {
+        let max = if base.as_nanos() > LONGEST.as_nanos() { base } else { LONGEST };
+        Self { shape, base, max, jitter: Jitter::Full, throttled: None, seed: None }
     }
+
+    // ===== The shape =====
 
     /// The same wait each time.
     pub const fn constant(wait: Duration) -> Self {
-        Self { base: wait, factor: 1.0, max: wait, jitter: true }
+        Self::new(Shape::Powers(1.0), wait).max(wait)
     }
 
-    /// What each wait is multiplied with for the next: 1 or more.
+    /// Starts at `base` and grows by `step`, up to 5 s or `base`, whichever is longer.
+    pub const fn linear(base: Duration, step: Duration) -> Self {
+        Self::new(Shape::Steps(step), base)
+    }
+
+    /// Starts at `base` and doubles, up to 5 s or `base`, whichever is longer.
+    pub const fn exponential(base: Duration) -> Self {
+        Self::new(Shape::Powers(2.0), base)
+    }
+
+    /// Each wait is drawn from `base` to three times the one before, up to 5 s or `base`, whichever is longer
+    /// ("decorrelated jitter" of the article above). It is its own jitter; without jitter it triples.
+    pub const fn decorrelated(base: Duration) -> Self {
+        Self::new(Shape::Decorrelated, base)
+    }
+
+    /// What each wait is multiplied with for the next: 1 or more. Makes any other shape an exponential one.
     pub const fn factor(mut self, factor: f64) -> Self {
-        self.factor = factor;
+        self.shape = match self.shape {
+            Shape::Sums(_) => Shape::Sums(factor),
+            _ => Shape::Powers(factor),
+        };
         self
     }
 
@@ -41,33 +87,87 @@ impl Backoff {
         self
     }
 
-    /// Waits exactly the computed times. All clients that failed together then return together.
-    pub const fn without_jitter(mut self) -> Self {
-        self.jitter = false;
+    /// Another base for what was throttled (429, `RESOURCE_EXHAUSTED`): it is alive, and asks for less.
+    pub const fn throttled(mut self, base: Duration) -> Self {
+        self.throttled = Some(base);
         self
     }
 
+    // ===== The jitter =====
+
+    /// Waits exactly the computed times. All clients that failed together then return together.
+    pub const fn without_jitter(mut self) -> Self {
+        self.jitter = Jitter::None;
+        self
+    }
+
+    /// Drawn from zero to the computed time: the default.
+    pub const fn full_jitter(mut self) -> Self {
+        self.jitter = Jitter::Full;
+        self
+    }
+
+    /// Half of the computed time, and up to as much again at random.
+    pub const fn equal_jitter(mut self) -> Self {
+        self.jitter = Jitter::Equal;
+        self
+    }
+
+    /// Draws the same waits for every call: for tests.
+    pub const fn seed(mut self, seed: u64) -> Self {
+        self.seed = Some(seed);
+        self
+    }
+
+    // ===== What others wait =====
+
+    /// AWS SDKs, retry behaviour 2.1: 50 ms (1 s where throttled) doubling up to 20 s, full jitter.
+    pub const fn aws() -> Self {
+        let base = Duration::from_millis(50);
+        Self::exponential(base).throttled(Duration::from_secs(1)).max(Duration::from_secs(20))
+    }
+
+    /// Envoy's default: full jitter below `(2ⁿ - 1) × 25 ms`, up to 250 ms.
+    pub const fn envoy() -> Self {
+        Self::new(Shape::Sums(2.0), Duration::from_millis(25)).max(Duration::from_millis(250))
+    }
+
+    /// gRFC A6 with the numbers of its example: 100 ms doubling up to 1 s, a fifth to either side. Unlike
+    /// there, the maximum holds for the jitter too.
+    pub const fn grpc() -> Self {
+        let mut backoff = Self::exponential(Duration::from_millis(100)).max(Duration::from_secs(1));
+        backoff.jitter = Jitter::Around(0.2);
+        backoff
+    }
+
+    /// Finagle's `RetryPolicy.tries`: decorrelated from 5 ms up to 200 ms.
+    pub const fn finagle() -> Self {
+        Self::decorrelated(Duration::from_millis(5)).max(Duration::from_millis(200))
+    }
+
+    // ===== The waits =====
+
     /// The waits, first to last, for ever.
-    pub fn delays(self) -> impl Iterator<Item = Duration> {
-        (1..).map(move |retry| self.delay(retry))
+    pub fn delays(self) -> Delays {
+        let rng = self.seed.map_or_else(fastrand::Rng::new, fastrand::Rng::with_seed);
+        Delays { backoff: self, made: 0, before: Duration::ZERO, rng }
     }
 
-    /// The wait before this retry, 1 being the first.
-    pub(super) fn delay(&self, retry: u32) -> Duration {
-        let cap = self.cap(retry);
-        if self.jitter { cap.mul_f64(fastrand::f64()) } else { cap }
+    pub(super) fn has_jitter(&self) -> bool {
+        self.jitter != Jitter::None
     }
 
-    /// The longest that the wait before this retry can be.
-    pub(super) fn cap(&self, retry: u32) -> Duration {
-        let growth = self.factor.powi(i32::try_from(retry.saturating_sub(1)).unwrap_or(i32::MAX));
-        let nanos = self.base.as_nanos() as f64 * growth;
-        // Not `mul_f64`: that one panics where the product leaves a Duration's range. No wait times
-        // infinite growth is no number, which becomes 0.
-        if nanos >= self.max.as_nanos() as f64 {
-            self.max
-        } else {
-            Duration::from_nanos(nanos as u64)
+    /// The nth wait without jitter, 1 being the first.
+    fn computed(&self, base: Duration, retry: u32) -> Duration {
+        let n = i32::try_from(retry).unwrap_or(i32::MAX);
+        match self.shape {
+            Shape::Powers(factor) => scaled(base, factor.powi(n - 1)),
+            Shape::Sums(factor) if factor > 1.0 => {
+                scaled(base, (factor.powi(n) - 1.0) / (factor - 1.0))
+            }
+            Shape::Sums(_) => base.saturating_mul(retry),
+            Shape::Steps(step) => base.saturating_add(step.saturating_mul(retry - 1)),
+            Shape::Decorrelated => base,
         }
     }
 
@@ -77,21 +177,85 @@ impl Backoff {
     ///
     /// A factor below 1 or not finite, or a maximum below the base.
     pub fn check(&self) -> Result<(), ConfigError> {
-        if !(self.factor >= 1.0 && self.factor.is_finite()) {
-            let remedy = "use 1 or more, such as 2";
-            return Err(ConfigError::new("backoff.factor", self.factor, remedy));
+        if let Shape::Powers(factor) | Shape::Sums(factor) = self.shape {
+            if !(factor >= 1.0 && factor.is_finite()) {
+                let remedy = "use 1 or more, such as 2";
+                return Err(ConfigError::new("backoff.factor", factor, remedy));
+            }
         }
-        if self.max < self.base {
-            let remedy = format!("use at least the base, {:?}", self.base);
+        let base = self.throttled.map_or(self.base, |throttled| throttled.max(self.base));
+        if self.max < base {
+            let remedy = format!("use at least the base, {base:?}");
             return Err(ConfigError::new("backoff.max", self.max, remedy));
         }
         Ok(())
     }
 }
 
+/// Not `mul_f64`: that one panics where the product leaves a Duration's range. No time stays none: times
+/// infinite growth it would be no number.
+fn scaled(time: Duration, by: f64) -> Duration {
+    if time.is_zero() {
+        return time;
+    }
+    Duration::try_from_secs_f64(time.as_secs_f64() * by).unwrap_or(Duration::MAX)
+}
+
 impl Default for Backoff {
     fn default() -> Self {
         Self::exponential(Duration::from_millis(50))
+    }
+}
+
+/// The waits of one call, from [`Backoff::delays`]: never at an end.
+#[derive(Clone, Debug)]
+pub struct Delays {
+    backoff: Backoff,
+    made: u32,
+    before: Duration,
+    rng: fastrand::Rng,
+}
+
+impl Delays {
+    /// The next wait, after an answer that was throttled or not.
+    pub(super) fn draw(&mut self, throttled: bool) -> Duration {
+        let Backoff { base, max, jitter, shape, .. } = self.backoff;
+        let base = self.backoff.throttled.filter(|_| throttled).unwrap_or(base);
+        self.made = self.made.saturating_add(1);
+        let wait = if shape == Shape::Decorrelated {
+            let most = self.before.saturating_mul(3).max(base).min(max);
+            match (jitter, self.made) {
+                (Jitter::None, _) => most,
+                // The first is drawn from what would be three times the base.
+                (_, 1) => self.between(base, base.saturating_mul(3).min(max)),
+                _ => self.between(base, most),
+            }
+        } else {
+            let computed = self.backoff.computed(base, self.made).min(max);
+            match jitter {
+                Jitter::None => computed,
+                Jitter::Full => self.between(Duration::ZERO, computed),
+                Jitter::Equal => self.between(computed / 2, computed),
+                Jitter::Around(share) => {
+                    self.between(scaled(computed, 1.0 - share), scaled(computed, 1.0 + share))
+                }
+            }
+        };
+        self.before = wait.min(max);
+        self.before
+    }
+
+    fn between(&mut self, least: Duration, most: Duration) -> Duration {
+        let spread = scaled(most.saturating_sub(least), self.rng.f64());
+        least.saturating_add(spread).min(most)
+    }
+}
+
+impl Iterator for Delays {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        Some(self.draw(false))
     }
 }
 
@@ -101,33 +265,96 @@ mod tests {
 
     use super::*;
 
+    fn ms(backoff: Backoff, n: usize) -> Vec<u128> {
+        backoff.without_jitter().delays().take(n).map(|wait| wait.as_millis()).collect()
+    }
+
+    const BASE: Duration = Duration::from_millis(25);
+
     #[test]
-    fn doubles_up_to_the_maximum() {
-        let waits: Vec<_> = Backoff::exponential(Duration::from_millis(25))
-            .max(Duration::from_millis(250))
-            .without_jitter()
-            .delays()
-            .take(6)
-            .map(|wait| wait.as_millis())
-            .collect();
-        assert_eq!(waits, [25, 50, 100, 200, 250, 250]);
+    fn each_shape_grows_up_to_its_maximum() {
+        let max = Duration::from_millis(250);
+        for (backoff, waits) in [
+            (Backoff::exponential(BASE).max(max), [25, 50, 100, 200, 250, 250]),
+            (Backoff::exponential(BASE).factor(3.0).max(max), [25, 75, 225, 250, 250, 250]),
+            (Backoff::linear(BASE, BASE * 3).max(max), [25, 100, 175, 250, 250, 250]),
+            (Backoff::constant(BASE), [25; 6]),
+            (Backoff::decorrelated(BASE).max(max), [25, 75, 225, 250, 250, 250]),
+            (Backoff::envoy(), [25, 75, 175, 250, 250, 250]),
+            (Backoff::grpc(), [100, 200, 400, 800, 1000, 1000]),
+            (Backoff::aws(), [50, 100, 200, 400, 800, 1600]),
+        ] {
+            assert_eq!(ms(backoff, 6), waits, "{backoff:?}");
+        }
+    }
+
+    #[test]
+    fn each_jitter_stays_in_its_range_and_fills_it() {
+        let base = Backoff::constant(Duration::from_millis(100)).max(Duration::from_secs(9));
+        let mut around = base;
+        around.jitter = Jitter::Around(0.2);
+        for (backoff, least, most) in
+            [(base, 0, 100), (base.equal_jitter(), 50, 100), (around, 80, 120)]
+        {
+            let waits: Vec<_> =
+                backoff.delays().take(500).map(|wait| wait.as_secs_f64() * 1e3).collect();
+            let (least, most) = (f64::from(least), f64::from(most));
+            assert!(waits.iter().all(|wait| (least..=most).contains(wait)), "{backoff:?}");
+            let edge = (most - least) / 10.0;
+            assert!(waits.iter().any(|&wait| wait < least + edge), "{backoff:?}");
+            assert!(waits.iter().any(|&wait| wait > most - edge), "{backoff:?}");
+        }
+        let mut before = BASE;
+        for wait in Backoff::decorrelated(BASE).delays().take(200) {
+            assert!(wait >= BASE && wait <= (before * 3).min(LONGEST), "{wait:?} after {before:?}");
+            before = wait;
+        }
     }
 
     #[test]
     fn no_wait_stays_no_wait_however_often() {
-        let none = Backoff::exponential(Duration::ZERO).without_jitter();
-        assert_eq!(none.delay(2000), Duration::ZERO);
+        let sums = Backoff::new(Shape::Sums(2.0), Duration::ZERO);
+        for none in [Backoff::exponential(Duration::ZERO), sums] {
+            let mut delays = none.without_jitter().delays();
+            delays.made = 2000;
+            assert_eq!(delays.draw(false), Duration::ZERO);
+        }
+    }
+
+    #[test]
+    fn a_seed_makes_the_same_waits() {
+        let seeded = |seed| Backoff::default().seed(seed).delays().take(9).collect::<Vec<_>>();
+        assert_eq!(seeded(7), seeded(7));
+        assert_ne!(seeded(7), seeded(8));
+    }
+
+    #[test]
+    fn what_was_throttled_has_its_own_base() {
+        let mut delays = Backoff::aws().without_jitter().delays();
+        assert_eq!(delays.draw(true), Duration::from_secs(1));
+        assert_eq!(delays.draw(true), Duration::from_secs(2));
+        assert_eq!(delays.draw(false), Duration::from_millis(200));
     }
 
     proptest! {
         #[test]
         fn no_wait_is_ever_over_the_maximum_and_none_panics(
-            base in any::<u64>(), max in any::<u64>(), factor in 1.0f64..1e300, retry in any::<u32>(),
+            base in any::<u64>(), max in any::<u64>(), factor in 1.0f64..1e300, skip in any::<u32>(),
+            step in any::<u64>(),
         ) {
-            let backoff = Backoff::exponential(Duration::from_nanos(base))
-                .factor(factor)
-                .max(Duration::from_nanos(max));
-            prop_assert!(backoff.delay(retry) <= Duration::from_nanos(max));
+            let [base, max, step] = [base, max, step].map(Duration::from_nanos);
+            for backoff in [
+                Backoff::exponential(base).factor(factor),
+                Backoff::envoy().factor(factor),
+                Backoff::linear(base, step),
+                Backoff::decorrelated(base),
+                Backoff { jitter: Jitter::Around(0.2), ..Backoff::exponential(base) },
+            ] {
+                let mut delays = backoff.max(max).delays();
+                delays.made = skip;
+                prop_assert!(delays.draw(false) <= max);
+                prop_assert!(delays.draw(true) <= max);
+            }
         }
     }
 }

@@ -4,7 +4,7 @@ use std::{
     fmt,
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -12,6 +12,7 @@ use super::{
     budget::RetryBudget,
     exchange::Rules,
     policy::{Policy, Stop},
+    rules::Say,
 };
 use crate::call::Shared;
 
@@ -20,6 +21,8 @@ pub(super) struct Settings {
     /// Apart: asked by every call, the rest only when an attempt has failed.
     body_cap: AtomicU64,
     policy: Mutex<Policy>,
+    /// The user has a say in what an answer is: each is looked at, also a good one.
+    says: AtomicBool,
     budget: Mutex<Option<RetryBudget>>,
     retries: AtomicU64,
     gave_up: AtomicU64,
@@ -31,6 +34,7 @@ impl Settings {
         Self {
             body_cap: AtomicU64::new(64 * 1024),
             policy: Mutex::new(Policy::new()),
+            says: AtomicBool::new(false),
             budget: Mutex::new(Some(RetryBudget::default())),
             retries: AtomicU64::new(0),
             gave_up: AtomicU64::new(0),
@@ -40,6 +44,15 @@ impl Settings {
 
     pub(super) fn set(&self, set: impl FnOnce(&mut Policy)) {
         set(&mut lock(&self.policy));
+    }
+
+    pub(super) fn say(&self, say: impl FnOnce(&mut Say)) {
+        self.set(|policy| say(&mut policy.say));
+        self.says.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn says(&self) -> bool {
+        self.says.load(Ordering::Relaxed)
     }
 
     pub(super) fn policy(&self) -> Policy {

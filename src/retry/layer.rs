@@ -1,5 +1,6 @@
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
+use http::Method;
 use tower_layer::Layer;
 
 use super::{
@@ -7,6 +8,8 @@ use super::{
     budget::RetryBudget,
     core::{Core, Settings},
     policy::Safe,
+    rules::{Failure, FailureKind, Seen},
+    series::Waits,
     service::Retry,
 };
 use crate::{
@@ -42,6 +45,58 @@ impl RetryLayer {
     }
 }
 
+impl RetryLayer {
+    /// Tries this failure again too: a status, a gRPC status or a reason. What is not safe to repeat stays so.
+    ///
+    /// ```
+    /// # use buttress::{RetryLayer, call::Reason, retry::Failure};
+    /// use http::StatusCode;
+    ///
+    /// let retry = RetryLayer::http()
+    ///     .retry_on(StatusCode::INTERNAL_SERVER_ERROR)
+    ///     .retry_on(Failure::Grpc(10))
+    ///     .never_on(Reason::Timeout);
+    /// # let _ = retry;
+    /// ```
+    pub fn retry_on(self, failure: impl Into<Failure>) -> Self {
+        self.settings.say(|say| say.list(failure.into(), true));
+        self
+    }
+
+    /// Does not try this failure again.
+    pub fn never_on(self, failure: impl Into<Failure>) -> Self {
+        self.settings.say(|say| say.list(failure.into(), false));
+        self
+    }
+
+    /// These methods are the ones safe to repeat, instead of RFC 9110's. A request with an
+    /// `Idempotency-Key` stays safe.
+    pub fn methods(self, methods: impl IntoIterator<Item = Method>) -> Self {
+        let methods = methods.into_iter().collect();
+        self.settings.set(|policy| policy.safe = Safe::Methods(methods));
+        self
+    }
+
+    /// A last word on every attempt's end, good ones too: `Some(true)` tries it again, whatever the method;
+    /// `Some(false)` gives it out; `None` leaves it to the rules.
+    ///
+    /// The limits of attempts, time, body and budget hold all the same, and so does an explicit no: a negative
+    /// pushback, a layer of this crate that refused.
+    ///
+    /// ```
+    /// # use buttress::RetryLayer;
+    /// let retry = RetryLayer::http().retry_if(|seen| {
+    ///     let again = seen.headers()?.get("x-should-retry")?;
+    ///     Some(again == "true")
+    /// });
+    /// # let _ = retry;
+    /// ```
+    pub fn retry_if(self, ask: impl Fn(&Seen<'_>) -> Option<bool> + Send + Sync + 'static) -> Self {
+        self.settings.say(|say| say.ask(Arc::new(ask)));
+        self
+    }
+}
+
 impl<M> RetryLayer<M> {
     /// Retries requests of any `Clone` type, by a closure that says what failed.
     ///
@@ -69,8 +124,42 @@ impl<M> RetryLayer<M> {
     /// How long is waited between attempts.
     pub fn backoff(mut self, backoff: Backoff) -> Self {
         if self.accept(backoff.check()).is_some() {
-            self.settings.set(|policy| policy.backoff = backoff);
+            self.settings.set(|policy| policy.waits = Waits::Backoff(backoff));
         }
+        self
+    }
+
+    /// Waits as an iterator says that `begin` makes anew for each call that is retried. Where it ends, the
+    /// attempts are used up.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use buttress::RetryLayer;
+    /// let waits = [10, 50, 250].map(Duration::from_millis);
+    /// let retry = RetryLayer::http().attempts(9).backoff_with(move || waits.into_iter());
+    /// # let _ = retry;
+    /// ```
+    pub fn backoff_with<I>(self, begin: impl Fn() -> I + Send + Sync + 'static) -> Self
+    where
+        I: Iterator<Item = Duration> + Send + 'static,
+    {
+        let begin = Arc::new(move || Box::new(begin()) as Box<_>);
+        self.settings.set(|policy| policy.waits = Waits::Own(begin));
+        self
+    }
+
+    /// How many retries one kind of failure may have, beside the total: no limit by default, 0 is none.
+    ///
+    /// ```
+    /// # use buttress::{RetryLayer, retry::FailureKind};
+    /// let retry = RetryLayer::http()
+    ///     .attempts(6)
+    ///     .at_most(FailureKind::Connect, 3)
+    ///     .at_most(FailureKind::Read, 3);
+    /// # let _ = retry;
+    /// ```
+    pub fn at_most(self, kind: FailureKind, retries: u32) -> Self {
+        self.settings.set(|policy| policy.limits[kind as usize] = Some(retries));
         self
     }
 

@@ -89,17 +89,20 @@ mod layer;
 mod peek;
 mod policy;
 mod replay;
+mod rules;
+mod series;
 mod service;
 mod weighed;
 
 pub use self::{
     attempts::{Attempt, Attempts, RetryError},
-    backoff::Backoff,
+    backoff::{Backoff, Delays},
     budget::{RetryBudget, Withdrawal},
     hedge::{Hedge, HedgeCopy, HedgeFuture, HedgeHandle, HedgeLayer, HedgeSnapshot, Hedged},
     layer::{RetryHandle, RetryLayer, RetrySnapshot},
     peek::PeekedBody,
     policy::Stop,
     replay::ReplayBody,
+    rules::{Failure, FailureKind, Seen},
     service::{ResponseFuture, Retry},
 };

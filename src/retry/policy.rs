@@ -1,28 +1,45 @@
 //! The decision after one failed attempt: pure, in the one order that is right.
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
-use super::backoff::Backoff;
+use http::Method;
+
+use super::{
+    backoff::Backoff,
+    rules::{FailureKind, PerKind, Say},
+    series::{Series, Waits},
+};
 use crate::call::{Outcome, Reason, grpc};
 
 /// What a retry layer is set to, and is asked for only when an attempt has failed.
 #[derive(Clone, Debug)]
 pub(super) struct Policy {
     pub(super) attempts: u32,
-    pub(super) backoff: Backoff,
+    /// How many retries one kind of failure may have.
+    pub(super) limits: PerKind<Option<u32>>,
+    pub(super) waits: Waits,
     pub(super) longest_wait: Duration,
+    /// How far beyond the backoff a hint can move a wait; none: as far as the longest wait.
+    pub(super) hint_reach: Option<Duration>,
+    /// What is left of a deadline after the wait is at least so much, or there is no attempt.
+    pub(super) least_attempt: Duration,
     pub(super) drain_cap: u64,
+    pub(super) say: Say,
     pub(super) safe: Safe,
     /// A gRPC status that says "not done" is believed, whatever the method.
     pub(super) trust_grpc: bool,
 }
 
 impl Policy {
-    pub(super) const fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             attempts: 3,
-            backoff: Backoff::exponential(Duration::from_millis(50)),
+            limits: [None; 8],
+            waits: Waits::Backoff(Backoff::default()),
             longest_wait: Duration::from_secs(30),
+            hint_reach: None,
+            least_attempt: Duration::from_millis(10),
+            say: Say::default(),
             drain_cap: 64 * 1024,
             safe: Safe::Idempotent,
             trust_grpc: false,
@@ -35,13 +52,34 @@ impl Policy {
             && outcome.reason() == Reason::GrpcStatus
             && matches!(outcome.code(), Some(grpc::UNAVAILABLE | grpc::RESOURCE_EXHAUSTED))
     }
+
+    /// The server asks, the backoff jitters: a hint is a lower bound with jitter upward, so that those who
+    /// were told the same second do not come back in it. Half of the hint at least (as Envoy's).
+    fn wait(&self, own: Duration, hint: Option<Duration>) -> Result<Duration, Stop> {
+        let Some(hint) = hint else { return Ok(own.min(self.longest_wait)) };
+        let spread = if self.waits.has_jitter() {
+            (hint / 2).mul_f64(fastrand::f64())
+        } else {
+            Duration::ZERO
+        };
+        match self.hint_reach {
+            Some(reach) => {
+                let told = hint.saturating_add(spread);
+                Ok(told.clamp(own, own.saturating_add(reach)).min(self.longest_wait))
+            }
+            None if hint > self.longest_wait => Err(Stop::WaitTooLong),
+            None => Ok(hint.saturating_add(spread.max(own))),
+        }
+    }
 }
 
 /// Which requests may be repeated although they may have had an effect.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Safe {
     /// By method (RFC 9110 §9.2.2), or by key.
     Idempotent,
+    /// These methods, or by key.
+    Methods(Arc<[Method]>),
     /// The user's word.
     All,
 }
@@ -80,6 +118,10 @@ pub(super) struct Facts {
     pub(super) made: u32,
     /// Of those, how many were repeated transparently.
     pub(super) transparent: u32,
+    /// Retries made so far, by what they were for.
+    pub(super) of_kind: PerKind<u32>,
+    /// How long until the deadline, if there is one.
+    pub(super) left: Option<Duration>,
 }
 
 /// Why there is no further attempt. A closed set, so that it can be a metric's label.
@@ -100,8 +142,12 @@ pub enum Stop {
     BodyGone,
     /// All attempts are used up.
     AttemptsUsedUp,
+    /// All retries that this kind of failure may have are used up.
+    KindUsedUp,
     /// The server asked for a longer wait than is allowed.
     WaitTooLong,
+    /// The wait and an attempt of use do not fit before the deadline.
+    DeadlineTooNear,
     /// The retry budget is used up.
     BudgetUsedUp,
     /// The wrapped service failed before it was called: its `poll_ready` did.
@@ -122,6 +168,8 @@ impl Stop {
             Self::StillSending => "still_sending",
             Self::BodyGone => "body_gone",
             Self::AttemptsUsedUp => "attempts_used_up",
+            Self::KindUsedUp => "kind_used_up",
+            Self::DeadlineTooNear => "deadline_too_near",
             Self::WaitTooLong => "wait_too_long",
             Self::BudgetUsedUp => "budget_used_up",
             Self::NotReady => "not_ready",
@@ -140,43 +188,38 @@ impl fmt::Display for Stop {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Again {
     pub(super) wait: Duration,
-    /// Never seen by a server: not charged to the budget.
+    /// Never seen by a server: neither an attempt nor charged.
     pub(super) transparent: bool,
+    /// As what it is charged to the budget; none: it is not.
+    pub(super) charge: Option<FailureKind>,
+    pub(super) kind: FailureKind,
 }
 
 /// Transparent repeats of one call beyond this count like any other retry.
 const MOST_TRANSPARENT: u32 = 2;
 
-/// The server asks, the backoff jitters: a hint is a lower bound with jitter upward, so that those who
-/// were told the same second do not come back in it. Half of the hint at least (as Envoy's).
-fn wait(backoff: &Backoff, retry: u32, hint: Option<Duration>) -> Duration {
-    match hint {
-        None => backoff.delay(retry),
-        Some(hint) => {
-            let spread = (hint / 2).max(backoff.cap(retry));
-            hint.saturating_add(spread.mul_f64(fastrand::f64()))
-        }
-    }
-}
-
 /// Whether to try again, and when. The budget is asked after this, so that it is never charged for a
 /// retry that another rule refuses.
-pub(super) fn decide(facts: &Facts, policy: &Policy) -> Result<Again, Stop> {
-    // An explicit no.
-    if let Class::Refused(stop) = facts.class {
-        return Err(stop);
-    }
+pub(super) fn decide(
+    facts: &Facts,
+    policy: &Policy,
+    series: &mut Option<Box<Series>>,
+) -> Result<Again, Stop> {
     let reason = facts.outcome.reason();
-    // Never left the client, or never looked at by the server (RFC 9113 §6.8, §8.7): any method.
-    let unseen = matches!(reason, Reason::NeverSent | Reason::RefusedStream | Reason::GoAway);
-    let unsent = unseen
-        || matches!(
-            reason,
-            Reason::ConnectRefused | Reason::ConnectTimeout | Reason::ConnectFailed
-        );
-    if facts.class == Class::Final {
-        return Err(Stop::Answered);
+    let hint = facts.outcome.retry_after();
+    let rejected = reason == Reason::Rejected;
+    match facts.class {
+        // Worth waiting for only if it is known for how long, and that somebody has so long.
+        Class::Refused(Stop::Rejected) if hint.is_some() && facts.left.is_some() => {}
+        // An explicit no.
+        Class::Refused(stop) => return Err(stop),
+        Class::Final => return Err(Stop::Answered),
+        Class::Retryable => {}
     }
+    let kind = FailureKind::of(facts.outcome);
+    // Never left the client, or never looked at by the server (RFC 9113 §6.8, §8.7): any method.
+    let unseen = kind == FailureKind::Unseen;
+    let unsent = unseen || rejected || kind == FailureKind::Connect;
     if !facts.safe && !unsent && !policy.trusts(facts.outcome) {
         return Err(Stop::Unsafe);
     }
@@ -188,26 +231,29 @@ pub(super) fn decide(facts: &Facts, policy: &Policy) -> Result<Again, Stop> {
         Repeatable::Streaming => return Err(Stop::StillSending),
         Repeatable::No => return Err(Stop::BodyGone),
     }
-    if unseen && facts.transparent < MOST_TRANSPARENT {
+    let transparent = unseen && facts.transparent < MOST_TRANSPARENT;
+    if !transparent {
+        if facts.made - facts.transparent >= policy.attempts {
+            return Err(Stop::AttemptsUsedUp);
+        }
+        if policy.limits[kind as usize].is_some_and(|most| facts.of_kind[kind as usize] >= most) {
+            return Err(Stop::KindUsedUp);
+        }
+    }
+    let wait = if transparent && facts.transparent == 0 {
         // The first at once; one that is refused again waits like the others.
-        let wait = match facts.transparent {
-            0 => Duration::ZERO,
-            n => policy.backoff.delay(n).min(policy.longest_wait),
-        };
-        return Ok(Again { wait, transparent: true });
+        Duration::ZERO
+    } else {
+        let series = series.get_or_insert_with(|| Box::new(policy.waits.begin()));
+        let throttled = kind == FailureKind::Throttled;
+        let own = series.next(throttled).ok_or(Stop::AttemptsUsedUp)?;
+        policy.wait(own, hint)?
+    };
+    // What is tried is also to be of use.
+    if facts.left.is_some_and(|left| wait.saturating_add(policy.least_attempt) > left) {
+        return Err(if rejected { Stop::Rejected } else { Stop::DeadlineTooNear });
     }
-    if facts.made - facts.transparent >= policy.attempts {
-        return Err(Stop::AttemptsUsedUp);
-    }
-    let hint = facts.outcome.retry_after();
-    if hint.is_some_and(|hint| hint > policy.longest_wait) {
-        return Err(Stop::WaitTooLong);
-    }
-    let mut wait = wait(&policy.backoff, facts.made - facts.transparent, hint);
-    if hint.is_none() {
-        wait = wait.min(policy.longest_wait);
-    }
-    Ok(Again { wait, transparent: false })
+    Ok(Again { wait, charge: (!transparent && !rejected).then_some(kind), transparent, kind })
 }
 
 #[cfg(test)]
@@ -221,10 +267,12 @@ mod tests {
         body: Repeatable::Yes,
         made: 1,
         transparent: 0,
+        of_kind: [0; 8],
+        left: None,
     };
 
     fn stop(facts: Facts) -> Option<Stop> {
-        decide(&facts, &Policy::new()).err()
+        decide(&facts, &Policy::new(), &mut None).err()
     }
 
     fn because(reason: Reason) -> Outcome {
@@ -272,7 +320,8 @@ mod tests {
     #[test]
     fn grpc_believes_a_status_that_says_not_done_and_nothing_else() {
         let grpc = Policy { trust_grpc: true, ..Policy::new() };
-        let stop = |outcome| decide(&Facts { safe: false, outcome, ..FACTS }, &grpc).err();
+        let stop =
+            |outcome| decide(&Facts { safe: false, outcome, ..FACTS }, &grpc, &mut None).err();
         let status = |code| because(Reason::GrpcStatus).with_code(code);
         assert_eq!(stop(status(grpc::UNAVAILABLE)), None);
         assert_eq!(stop(status(grpc::RESOURCE_EXHAUSTED)), None);
@@ -290,11 +339,12 @@ mod tests {
     fn transparent_repeats_are_free_and_bounded() {
         let refused = Facts { outcome: because(Reason::RefusedStream), ..FACTS };
         let once = Policy { attempts: 1, ..Policy::new() };
-        let again = |made, transparent| decide(&Facts { made, transparent, ..refused }, &once);
+        let again =
+            |made, transparent| decide(&Facts { made, transparent, ..refused }, &once, &mut None);
         let first = again(1, 0).unwrap();
-        assert_eq!(first, Again { wait: Duration::ZERO, transparent: true });
+        assert_eq!((first.wait, first.transparent, first.charge), (Duration::ZERO, true, None));
         assert!(again(2, 1).unwrap().transparent);
-        assert_eq!(again(3, 2), Err(Stop::AttemptsUsedUp));
+        assert_eq!(again(3, 2).err(), Some(Stop::AttemptsUsedUp));
     }
 
     #[test]
@@ -304,8 +354,9 @@ mod tests {
             ..FACTS
         };
         for secs in [10, 30] {
-            let waits: Vec<_> =
-                (0..100).map(|_| decide(&told(secs), &Policy::new()).unwrap().wait).collect();
+            let waits: Vec<_> = (0..100)
+                .map(|_| decide(&told(secs), &Policy::new(), &mut None).unwrap().wait)
+                .collect();
             let hint = Duration::from_secs(secs);
             assert!(waits.iter().all(|&wait| wait >= hint && wait <= hint * 3 / 2), "{waits:?}");
             // Also at the longest wait: cut there, all would come back at once.

@@ -17,6 +17,8 @@ use super::{
     core::Core,
     exchange::{Repeat, Weigh},
     policy::{Class, Facts, Stop, decide},
+    rules::{Answer, PerKind, Seen},
+    series::Series,
     weighed::Weighed,
 };
 use crate::{
@@ -83,6 +85,8 @@ where
             withdrawal: None,
             record: Attempts::FIRST,
             transparent: 0,
+            of_kind: [0; 8],
+            series: None,
             _request: std::marker::PhantomData,
         }
     }
@@ -101,6 +105,9 @@ pin_project! {
         withdrawal: Option<Withdrawal>,
         record: Attempts,
         transparent: u32,
+        of_kind: PerKind<u32>,
+        // Its waits, once there is one.
+        series: Option<Box<Series>>,
         _request: std::marker::PhantomData<fn(Req)>,
     }
 }
@@ -141,7 +148,7 @@ where
                 StateProj::Calling { mut attempt } => {
                     let (class, outcome) = ready!(attempt.as_mut().poll(&*this.protocol, cx));
                     let held = attempt.take();
-                    let wait = match self.as_mut().next(class, outcome) {
+                    let wait = match self.as_mut().next(class, outcome, M::answer(&held)) {
                         Ok(wait) => wait,
                         Err(record) => return Poll::Ready(M::release(held, record)),
                     };
@@ -193,26 +200,41 @@ impl<S, Req, F, M: Repeat<Req>, H> ResponseFuture<S, Req, F, M, M::Kept, H> {
     /// How long until the next attempt; or the record of why there is none, if there is something to tell.
     fn next(
         self: Pin<&mut Self>,
-        class: Class,
-        outcome: Outcome,
+        mut class: Class,
+        mut outcome: Outcome,
+        answer: Option<Answer<'_>>,
     ) -> Result<Wait, Option<Attempts>> {
         let this = self.project();
-        if class == Class::Final && this.record.made == 1 {
+        let settings = &this.core.settings;
+        let first = this.record.made == 1;
+        if class == Class::Final && first && !settings.says() {
             return Err(None);
         }
-        let settings = &this.core.settings;
         let policy = settings.policy();
+        let mut vouched = false;
+        if let (Some(request), Some(answer)) = (this.kept.as_ref().and_then(M::head), answer) {
+            let mut seen = Seen { request, answer, outcome, attempt: this.record.made };
+            (class, vouched) = policy.say.judge(class, &mut seen);
+            outcome = seen.outcome;
+        }
+        if class == Class::Final && first {
+            return Err(None);
+        }
+        let now = Instant::now();
         let decision = match this.kept {
             Some(kept) => decide(
                 &Facts {
                     class,
                     outcome,
-                    safe: M::safe(kept, policy.safe),
+                    safe: vouched || M::safe(kept, &policy.safe),
                     body: M::repeatable(kept),
                     made: this.record.made,
                     transparent: *this.transparent,
+                    of_kind: *this.of_kind,
+                    left: None,
                 },
                 &policy,
+                this.series,
             ),
             None if class == Class::Final => Err(Stop::Answered),
             None => Err(Stop::Misconfigured),
@@ -220,7 +242,7 @@ impl<S, Req, F, M: Repeat<Req>, H> ResponseFuture<S, Req, F, M, M::Kept, H> {
         // The budget last: what another rule refuses is never charged.
         let decision = decision.and_then(|again| {
             match &this.core.budget {
-                Some(budget) if !again.transparent => {
+                Some(budget) if again.charge.is_some() => {
                     *this.withdrawal = Some(budget.withdraw().ok_or(Stop::BudgetUsedUp)?);
                 }
                 _ => {}
@@ -234,6 +256,9 @@ impl<S, Req, F, M: Repeat<Req>, H> ResponseFuture<S, Req, F, M, M::Kept, H> {
         match decision {
             Ok(again) => {
                 *this.transparent += u32::from(again.transparent);
+                if !again.transparent {
+                    this.of_kind[again.kind as usize] += 1;
+                }
                 this.record.waited = this.record.waited.saturating_add(again.wait);
                 event!(
                     DEBUG,
@@ -242,7 +267,7 @@ impl<S, Req, F, M: Repeat<Req>, H> ResponseFuture<S, Req, F, M, M::Kept, H> {
                     reason = ?outcome,
                     "retrying"
                 );
-                Ok(Wait { since: Instant::now(), time: again.wait, drain_cap: policy.drain_cap })
+                Ok(Wait { since: now, time: again.wait, drain_cap: policy.drain_cap })
             }
             Err(stop) => {
                 settings.count_stop(stop);

@@ -8,6 +8,7 @@ mod discard;
 mod grpc;
 mod kit;
 mod order;
+mod say;
 mod script;
 mod state;
 mod types;

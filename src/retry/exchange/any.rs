@@ -36,7 +36,7 @@ where
         kept.clone()
     }
 
-    fn safe(_: &Req, _: Safe) -> bool {
+    fn safe(_: &Req, _: &Safe) -> bool {
         true
     }
 

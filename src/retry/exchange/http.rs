@@ -17,6 +17,7 @@ use super::{
         peek::{Peek, PeekedBody},
         policy::{Class, Repeatable, Safe, Stop},
         replay::{ReplayBody, Tape},
+        rules::Answer,
     },
     Repeat, Rules, Weigh,
 };
@@ -50,9 +51,10 @@ impl<B> KeptRequest<B> {
 }
 
 /// RFC 9110 §9.2.2, or a key that makes the server tell repeats (the same on every attempt).
-fn is_safe(method: &Method, headers: &HeaderMap, by: Safe) -> bool {
+fn is_safe(method: &Method, headers: &HeaderMap, by: &Safe) -> bool {
     let idempotent = match by {
         Safe::All => true,
+        Safe::Methods(methods) => methods.contains(method),
         Safe::Idempotent => matches!(
             *method,
             Method::GET
@@ -72,7 +74,7 @@ impl<B: Body> Repeat<Request<B>> for Http {
 
     fn split(&self, request: Request<B>, rules: Rules) -> (Self::Request, Option<KeptRequest<B>>) {
         let (parts, body) = request.into_parts();
-        let kept = rules.only.is_none_or(|by| is_safe(&parts.method, &parts.headers, by));
+        let kept = rules.only.as_ref().is_none_or(|by| is_safe(&parts.method, &parts.headers, by));
         if rules.never || !kept {
             return (Request::from_parts(parts, ReplayBody::once(body)), None);
         }
@@ -86,11 +88,15 @@ impl<B: Body> Repeat<Request<B>> for Http {
         kept.marked(Attempt(number))
     }
 
+    fn head(kept: &KeptRequest<B>) -> Option<&Request<()>> {
+        Some(&kept.head)
+    }
+
     fn copy(kept: &KeptRequest<B>) -> Self::Request {
         kept.marked(HedgeCopy)
     }
 
-    fn safe(kept: &KeptRequest<B>, by: Safe) -> bool {
+    fn safe(kept: &KeptRequest<B>, by: &Safe) -> bool {
         is_safe(kept.head.method(), kept.head.headers(), by)
     }
 
@@ -155,6 +161,13 @@ where
         };
         held.weight = Some(weight);
         Poll::Ready(weight)
+    }
+
+    fn answer(held: &HeldResponse<B>) -> Option<Answer<'_>> {
+        Some(match &held.result {
+            Ok(response) => Answer::Head(response.status(), response.headers()),
+            Err(error) => Answer::Error(&**error),
+        })
     }
 
     fn poll_discard(held: &mut HeldResponse<B>, cap: u64, cx: &mut Context<'_>) -> Poll<()> {
@@ -236,7 +249,7 @@ fn weigh_head<B>(response: &Response<B>) -> Option<(Class, Outcome)> {
     let outcome = rule::of_status(status, headers);
     match status.as_u16() {
         // A proxy's status on a gRPC answer does not unsay the server's no.
-        408 | 425 | 429 | 502 | 503 | 504 if hint::pushback(headers) == Some(Pushback::Never) => {
+        400..=599 if hint::pushback(headers) == Some(Pushback::Never) => {
             Some((Class::Refused(Stop::Pushback), outcome))
         }
         // Not a server's failure, but meant to be sent again (RFC 9110 §15.5.9, RFC 8470 §5.2).
@@ -262,8 +275,11 @@ fn weigh_grpc(headers: &HeaderMap, outcome: Outcome) -> (Class, Outcome) {
         _ => false,
     };
     let class = match pushback {
+        // Of what is no answer: it would be told even if the user wished to retry it.
+        Some(Pushback::Never) if retryable || !outcome.is_success() => {
+            Class::Refused(Stop::Pushback)
+        }
         _ if !retryable => Class::Final,
-        Some(Pushback::Never) => Class::Refused(Stop::Pushback),
         _ => Class::Retryable,
     };
     (class, outcome)

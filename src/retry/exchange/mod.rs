@@ -8,15 +8,18 @@ use std::{
     time::Duration,
 };
 
+use ::http::Request;
+
 use super::{
     attempts::Attempts,
     hedge::Hedged,
     policy::{Class, Repeatable, Safe},
+    rules::Answer,
 };
 use crate::call::Outcome;
 
 /// What of the layer's settings a request is split by.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Rules {
     pub(super) body_cap: u64,
     /// What is not safe to repeat is not repeated, unseen or not: nothing of it needs to be kept.
@@ -45,11 +48,16 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
     /// The attempt of this number.
     fn again(kept: &Self::Kept, number: u32) -> Self::Request;
 
+    /// The head, if the request has one of HTTP's.
+    fn head(_: &Self::Kept) -> Option<&Request<()>> {
+        None
+    }
+
     /// A copy beside the attempt that is under way.
     fn copy(kept: &Self::Kept) -> Self::Request;
 
     /// Whether it may be repeated although it may have had an effect.
-    fn safe(kept: &Self::Kept, by: Safe) -> bool;
+    fn safe(kept: &Self::Kept, by: &Safe) -> bool;
 
     /// Whether its body can be sent again by now.
     fn repeatable(kept: &Self::Kept) -> Repeatable;
@@ -80,6 +88,11 @@ pub trait Weigh<Res, E> {
 
     /// What it is. Pending while its beginning is not here.
     fn poll_weigh(held: &mut Self::Held, cx: &mut Context<'_>) -> Poll<(Class, Outcome)>;
+
+    /// What it says, if it is one of HTTP's.
+    fn answer(_: &Self::Held) -> Option<Answer<'_>> {
+        None
+    }
 
     /// Reads it away, so that its connection can be used again. Ready when that is done, or when it is
     /// longer than `cap` bytes.

@@ -78,7 +78,7 @@ where
         let settings = &self.core.settings;
         let (first, kept) = self.protocol.split(request, settings.rules(self.core.misconfigured));
         let hedgeable = kept.as_ref().is_some_and(|kept| {
-            M::safe(kept, settings.safe()) && M::repeatable(kept) != Repeatable::No
+            M::safe(kept, &settings.safe()) && M::repeatable(kept) != Repeatable::No
         });
         // A time that no clock reaches is never.
         let at = hedgeable.then(|| Instant::now().checked_add(settings.delay)).flatten();

@@ -1,0 +1,227 @@
+//! What of the rules a user can change: which failures, which of them how often, and a last word.
+
+use std::{error::Error, fmt, sync::Arc};
+
+use http::{HeaderMap, Request, StatusCode};
+
+use super::policy::Class;
+use crate::call::{Outcome, OutcomeKind, Reason, hint};
+
+/// What failed, as far as limits and costs tell it apart. A closed set, so that it can be a metric's label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum FailureKind {
+    /// No connection could be made.
+    Connect,
+    /// Given back unsent or unseen: never left, `REFUSED_STREAM`, above `GOAWAY`'s last stream.
+    Unseen,
+    /// The connection broke: reset, stale, or in the middle of the answer.
+    Read,
+    /// It took too long.
+    Timeout,
+    /// The HTTP or gRPC status said so.
+    Status,
+    /// What was called asks for less: 429, `RESOURCE_EXHAUSTED`.
+    Throttled,
+    /// A layer of this crate refused it further in.
+    Rejected,
+    /// Anything else: what a classifier reports, an error that is not known.
+    Other,
+}
+
+/// Indexed by a kind.
+pub(super) type PerKind<T> = [T; 8];
+
+impl FailureKind {
+    pub(super) fn of(outcome: Outcome) -> Self {
+        if outcome.kind() == OutcomeKind::Throttled {
+            return Self::Throttled;
+        }
+        match outcome.reason() {
+            Reason::ConnectRefused | Reason::ConnectTimeout | Reason::ConnectFailed => {
+                Self::Connect
+            }
+            Reason::NeverSent | Reason::RefusedStream | Reason::GoAway => Self::Unseen,
+            Reason::StaleConnection | Reason::Reset | Reason::Body => Self::Read,
+            Reason::Timeout => Self::Timeout,
+            Reason::Status | Reason::GrpcStatus => Self::Status,
+            Reason::Rejected => Self::Rejected,
+            _ => Self::Other,
+        }
+    }
+
+    /// The kind in `snake_case`, as metrics have it.
+    #[must_use]
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Connect => "connect",
+            Self::Unseen => "unseen",
+            Self::Read => "read",
+            Self::Timeout => "timeout",
+            Self::Status => "status",
+            Self::Throttled => "throttled",
+            Self::Rejected => "rejected",
+            Self::Other => "other",
+        }
+    }
+}
+
+/// One failure that is to be tried again, or not: see [`retry_on`](super::RetryLayer::retry_on).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Failure {
+    /// An answer of this HTTP status.
+    Status(StatusCode),
+    /// An answer of this gRPC status, in the head or in the trailers.
+    Grpc(u16),
+    /// Whatever has this reason.
+    Because(Reason),
+}
+
+impl From<StatusCode> for Failure {
+    fn from(status: StatusCode) -> Self {
+        Self::Status(status)
+    }
+}
+
+impl From<Reason> for Failure {
+    fn from(reason: Reason) -> Self {
+        Self::Because(reason)
+    }
+}
+
+/// A request and what came of one attempt: see [`retry_if`](super::RetryLayer::retry_if).
+#[derive(Debug)]
+pub struct Seen<'a> {
+    pub(super) request: &'a Request<()>,
+    pub(super) answer: Answer<'a>,
+    pub(super) outcome: Outcome,
+    pub(super) attempt: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Answer<'a> {
+    Head(StatusCode, &'a HeaderMap),
+    Error(&'a (dyn Error + 'static)),
+}
+
+impl<'a> Seen<'a> {
+    /// The request's head.
+    #[must_use]
+    pub fn request(&self) -> &'a Request<()> {
+        self.request
+    }
+
+    /// The answer's status; none: there was an error.
+    #[must_use]
+    pub fn status(&self) -> Option<StatusCode> {
+        match self.answer {
+            Answer::Head(status, _) => Some(status),
+            Answer::Error(_) => None,
+        }
+    }
+
+    /// The answer's headers; none: there was an error.
+    #[must_use]
+    pub fn headers(&self) -> Option<&'a HeaderMap> {
+        match self.answer {
+            Answer::Head(_, headers) => Some(headers),
+            Answer::Error(_) => None,
+        }
+    }
+
+    /// The error; none: there was an answer.
+    #[must_use]
+    pub fn error(&self) -> Option<&'a (dyn Error + 'static)> {
+        match self.answer {
+            Answer::Head(..) => None,
+            Answer::Error(error) => Some(error),
+        }
+    }
+
+    /// What was made of it: the reason, a status code, the server's hint.
+    #[must_use]
+    pub fn outcome(&self) -> Outcome {
+        self.outcome
+    }
+
+    /// Which attempt it was, 1 being the first.
+    #[must_use]
+    pub fn attempt(&self) -> u32 {
+        self.attempt
+    }
+}
+
+type Ask = dyn Fn(&Seen<'_>) -> Option<bool> + Send + Sync;
+
+/// What the user says of failures: nothing by default.
+#[derive(Clone, Default)]
+pub(super) struct Say {
+    listed: Vec<(Failure, bool)>,
+    ask: Option<Arc<Ask>>,
+}
+
+impl Say {
+    pub(super) fn list(&mut self, failure: Failure, retry: bool) {
+        self.listed.retain(|(listed, _)| *listed != failure);
+        self.listed.push((failure, retry));
+    }
+
+    pub(super) fn ask(&mut self, ask: Arc<Ask>) {
+        self.ask = Some(ask);
+    }
+
+    /// What an attempt's end is, and whether the user's closure vouches for a repeat. An explicit no stays one.
+    pub(super) fn judge(&self, class: Class, seen: &mut Seen<'_>) -> (Class, bool) {
+        if matches!(class, Class::Refused(_)) {
+            return (class, false);
+        }
+        let asked = self.ask.as_ref().and_then(|ask| ask(seen));
+        let listed = || self.listed.iter().rev().find(|(failure, _)| failure.is(seen));
+        let said = asked.or_else(|| listed().map(|(_, retry)| *retry));
+        // The same key for another request (draft-ietf-httpapi-idempotency-key-header): never.
+        let key_reused = seen.status() == Some(StatusCode::UNPROCESSABLE_ENTITY)
+            && seen.request.headers().contains_key("idempotency-key");
+        let class = match said {
+            Some(true) if !key_reused => Class::Retryable,
+            Some(_) => Class::Final,
+            None => class,
+        };
+        if class == Class::Retryable && seen.outcome.is_success() {
+            seen.outcome = failed(seen);
+        }
+        (class, class == Class::Retryable && asked == Some(true))
+    }
+}
+
+/// An answer that is well by itself, and is to be tried again.
+fn failed(seen: &Seen<'_>) -> Outcome {
+    let outcome = match seen.status() {
+        Some(status) => Outcome::failure().because(Reason::Status).with_code(status.as_u16()),
+        None => Outcome::failure(),
+    };
+    match seen.headers().and_then(hint::retry_after) {
+        Some(after) => outcome.with_retry_after(after),
+        None => outcome,
+    }
+}
+
+impl Failure {
+    fn is(self, seen: &Seen<'_>) -> bool {
+        let reason = seen.outcome.reason();
+        match self {
+            Self::Status(status) => seen.status() == Some(status) && reason != Reason::GrpcStatus,
+            Self::Grpc(code) => reason == Reason::GrpcStatus && seen.outcome.code() == Some(code),
+            Self::Because(because) => reason == because,
+        }
+    }
+}
+
+impl fmt::Debug for Say {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Say")
+            .field("listed", &self.listed)
+            .field("asks", &self.ask.is_some())
+            .finish()
+    }
+}
