@@ -109,6 +109,6 @@ pub use self::limit::{ConcurrencyLimit, ConcurrencyLimitLayer};
 pub use self::retry::{Attempts, Backoff, Hedge, HedgeLayer, Retry, RetryBudget, RetryLayer};
 
 pub use self::{
-    call::{Outcome, Rejected},
+    call::{Deadline, Outcome, Rejected},
     error::{BoxError, ConfigError},
 };

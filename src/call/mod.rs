@@ -16,6 +16,7 @@
 
 mod body;
 mod clock;
+mod deadline;
 pub(crate) mod grpc;
 pub(crate) mod hint;
 pub(crate) mod http;
@@ -31,6 +32,7 @@ pub(crate) mod sync;
 pub use self::protocol::TowerHttp;
 pub use self::{
     body::TrackedBody,
+    deadline::Deadline,
     outcome::{Outcome, OutcomeKind, Reason},
     protocol::{Classify, ClassifyHead, Http, PerResponse, Protocol},
     reject::{AsError, Reject, Respond, RespondWith},

@@ -208,6 +208,13 @@ impl<M> RetryLayer<M> {
         self
     }
 
+    /// The least time that an attempt needs to be of use: 10 ms by default. Where a [`Deadline`](crate::Deadline)
+    /// in the request's extensions leaves less after the wait, the call ends with the answer that is there.
+    pub fn least_attempt(self, time: Duration) -> Self {
+        self.settings.set(|policy| policy.least_attempt = time);
+        self
+    }
+
     /// Looks at what the layer does.
     #[must_use]
     pub fn handle(&self) -> RetryHandle {

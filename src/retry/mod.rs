@@ -35,18 +35,42 @@
 //! | is it a status or an error to retry: 408, 425, 429, 502, 503, 504, gRPC `UNAVAILABLE` in head or trailers (`RESOURCE_EXHAUSTED` with pushback), a connection that failed? | [`Answered`](Stop::Answered) |
 //! | is it safe: the method (RFC 9110 §9.2.2), an `Idempotency-Key`, or proof that nothing was sent; with [`grpc`](RetryLayer::grpc), a status that says so? | [`Unsafe`](Stop::Unsafe) |
 //! | can the body be sent again? | [`StillSending`](Stop::StillSending), [`BodyGone`](Stop::BodyGone) |
-//! | is an attempt left? | [`AttemptsUsedUp`](Stop::AttemptsUsedUp) |
+//! | is an attempt left, in all and [for this kind of failure](RetryLayer::at_most)? | [`AttemptsUsedUp`](Stop::AttemptsUsedUp), [`KindUsedUp`](Stop::KindUsedUp) |
 //! | does the server ask for a wait that is allowed? | [`WaitTooLong`](Stop::WaitTooLong) |
+//! | do the wait and an attempt of use fit before the [`Deadline`](crate::Deadline)? | [`DeadlineTooNear`](Stop::DeadlineTooNear) |
 //! | does the budget have one? | [`BudgetUsedUp`](Stop::BudgetUsedUp) |
 //!
 //! What no server has looked at (never sent, `REFUSED_STREAM`, above `GOAWAY`'s last stream) is sent again
 //! whatever its method, at once and uncharged, twice at most, however many attempts are allowed. A server's hint is a lower bound: up to half
 //! of it is added at random, so that those who were told the same second do not come back in it. A `poll_ready` that fails ends the call as [`NotReady`](Stop::NotReady).
 //!
+//! # What can be changed of it
+//!
+//! | rule | by |
+//! |---|---|
+//! | which failures | [`retry_on`](RetryLayer::retry_on), [`never_on`](RetryLayer::never_on): a status, a gRPC status, a reason |
+//! | which methods | [`methods`](RetryLayer::methods), [`assume_idempotent`](RetryLayer::assume_idempotent) |
+//! | both, call by call | [`retry_if`](RetryLayer::retry_if): a closure over the request and what came of it |
+//! | how often each kind | [`at_most`](RetryLayer::at_most) |
+//! | how long is waited | [`backoff`](RetryLayer::backoff), [`backoff_with`](RetryLayer::backoff_with) |
+//!
+//! # Deadlines
+//!
+//! A request with a [`Deadline`](crate::Deadline) in its extensions is not tried again where the wait and
+//! [10 ms](RetryLayer::least_attempt) for the attempt do not fit before it; nor is a service waited for, beyond
+//! it, that does not get ready. An attempt under way is not ended by it. Only with a deadline is a
+//! refusal of a layer further in waited for, if it says for how long: uncharged, since what was called
+//! has not seen it.
+//!
+//! # gRPC
+//!
+//! The status is looked for in the head and in the trailers, if these come on the heels of it. An attempt that is
+//! not the first carries `grpc-previous-rpc-attempts`: how many before it the server may have seen.
+//!
 //! # In the stack
 //!
 //! Outermost, over the circuit breaker and the limit: each attempt is counted and limited, and a call that
-//! waits for its next attempt holds no permit. An open circuit ends the loop.
+//! waits for its next attempt holds no permit. An open circuit ends the loop, if there is no deadline.
 //!
 //! The wrapped service gets `http::Request<ReplayBody<B>>`. One that takes a single body type, such as a
 //! tonic channel, needs `tower_http::map_request_body::MapRequestBodyLayer::new(tonic::body::Body::new)`

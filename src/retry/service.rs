@@ -8,22 +8,22 @@ use std::{
 };
 
 use pin_project_lite::pin_project;
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use tower_service::Service;
 
 use super::{
     attempts::Attempts,
     budget::Withdrawal,
     core::Core,
-    exchange::{Repeat, Weigh},
+    exchange::{Numbered, Repeat, Weigh},
     policy::{Class, Facts, Stop, decide},
-    rules::{Answer, PerKind, Seen},
+    rules::{Answer, FailureKind, PerKind, Seen},
     series::Series,
     weighed::Weighed,
 };
 use crate::{
     admission::Reusable,
-    call::{Http, Outcome},
+    call::{Deadline, Http, Outcome},
     event,
 };
 
@@ -86,6 +86,7 @@ where
             record: Attempts::FIRST,
             transparent: 0,
             of_kind: [0; 8],
+            deadline: None,
             series: None,
             _request: std::marker::PhantomData,
         }
@@ -106,6 +107,8 @@ pin_project! {
         record: Attempts,
         transparent: u32,
         of_kind: PerKind<u32>,
+        // The caller's, looked at when an attempt has failed.
+        deadline: Option<Deadline>,
         // Its waits, once there is one.
         series: Option<Box<Series>>,
         _request: std::marker::PhantomData<fn(Req)>,
@@ -119,7 +122,8 @@ pin_project! {
         // The answer is read away, for a short while.
         Discarding { held: H, #[pin] longest: Sleep, wait: Wait },
         Waiting { #[pin] backoff: Sleep },
-        Readying,
+        // Bounded by the deadline, if there is one.
+        Readying { #[pin] late: Option<Sleep> },
     }
 }
 
@@ -166,18 +170,32 @@ where
                     // a layer further in holds for it.
                     // A timer that is over already would still take a tick.
                     this.state.set(if left.is_zero() {
-                        State::Readying
+                        State::Readying { late: None }
                     } else {
                         State::Waiting { backoff: sleep(left) }
                     });
                 }
                 StateProj::Waiting { backoff } => {
                     ready!(backoff.poll(cx));
-                    this.state.set(State::Readying);
+                    this.state.set(State::Readying { late: None });
                 }
-                StateProj::Readying => {
+                StateProj::Readying { mut late } => {
                     let service = this.service.get_or_insert_with(|| this.core.service());
-                    if let Err(error) = ready!(service.poll_ready(cx)) {
+                    let Poll::Ready(ready) = service.poll_ready(cx) else {
+                        let Some(Deadline(at)) = *this.deadline else { return Poll::Pending };
+                        if late.is_none() {
+                            late.set(Some(sleep_until(at)));
+                        }
+                        ready!(late.as_pin_mut().map_or(Poll::Ready(()), |late| late.poll(cx)));
+                        this.record.stop = Stop::DeadlineTooNear;
+                        this.core.settings.count_stop(Stop::DeadlineTooNear);
+                        let Some(held) = M::timed_out("not ready before the deadline") else {
+                            return Poll::Pending;
+                        };
+                        *this.withdrawal = None;
+                        return Poll::Ready(M::release(held, Some(*this.record)));
+                    };
+                    if let Err(error) = ready {
                         this.record.stop = Stop::NotReady;
                         this.core.settings.count_stop(Stop::NotReady);
                         return Poll::Ready(Err(M::broken(error, *this.record)));
@@ -186,9 +204,13 @@ where
                     if let Some(withdrawal) = this.withdrawal.take() {
                         withdrawal.spend();
                     }
+                    // What a layer of ours refused was seen by nobody either.
+                    let refused = this.of_kind[FailureKind::Rejected as usize];
+                    let seen = this.record.made - *this.transparent - refused;
                     this.record.made += 1;
+                    let attempt = Numbered { number: this.record.made, seen };
                     this.core.settings.count_retry();
-                    let future = service.call(M::again(kept, this.record.made));
+                    let future = service.call(M::again(kept, attempt));
                     this.state.set(State::Calling { attempt: Weighed::new(future) });
                 }
             }
@@ -221,6 +243,9 @@ impl<S, Req, F, M: Repeat<Req>, H> ResponseFuture<S, Req, F, M, M::Kept, H> {
             return Err(None);
         }
         let now = Instant::now();
+        let head = this.kept.as_ref().and_then(M::head);
+        *this.deadline = head.and_then(|head| Deadline::of(head.extensions()));
+        let left = this.deadline.map(|Deadline(at)| at.saturating_duration_since(now));
         let decision = match this.kept {
             Some(kept) => decide(
                 &Facts {
@@ -231,7 +256,7 @@ impl<S, Req, F, M: Repeat<Req>, H> ResponseFuture<S, Req, F, M, M::Kept, H> {
                     made: this.record.made,
                     transparent: *this.transparent,
                     of_kind: *this.of_kind,
-                    left: None,
+                    left,
                 },
                 &policy,
                 this.series,

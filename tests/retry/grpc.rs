@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use buttress::{Attempts, Backoff, RetryLayer, retry::Stop};
+use buttress::{
+    Attempts, Backoff, Deadline, Rejected, RetryLayer, call::RejectedKind, retry::Stop,
+};
 use http::Response;
 use http_body::Body;
 use http_body_util::BodyExt;
@@ -188,4 +190,29 @@ async fn the_http_layer_does_not_repeat_grpc_calls() {
     let mut keyed = post(Script::text("ask"));
     keyed.headers_mut().insert("idempotency-key", "k".parse().unwrap());
     assert_eq!(Attempts::of(&send(&service, keyed).await.unwrap()).made, 3);
+}
+
+/// gRFC A6: how many attempts were made before, of those that a server may have seen.
+#[tokio::test(start_paused = true)]
+async fn repeated_attempts_say_how_many_there_were() {
+    let told = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let log = told.clone();
+    let inner = Inner::with(move |n, request| {
+        let header = request.headers().get("grpc-previous-rpc-attempts").cloned();
+        log.lock().unwrap().push(header.map(|value| value.to_str().unwrap().to_owned()));
+        async move {
+            match n {
+                1 => Err(Rejected::new(RejectedKind::Full).with_retry_after(ms(1)).into()),
+                2 | 3 => Ok(head(&[("grpc-status", "14")])),
+                _ => Ok(head(&[("grpc-status", "0")])),
+            }
+        }
+    });
+    let service = layer().attempts(4).layer(inner);
+    let mut call = post(Script::text("ask"));
+    call.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+    call.extensions_mut().insert(Deadline::after(ms(9000)));
+    send(&service, call).await.unwrap();
+    let said = |n: &str| Some(n.to_owned());
+    assert_eq!(*told.lock().unwrap(), [None, None, said("1"), said("2")], "not the one refused");
 }

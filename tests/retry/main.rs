@@ -4,6 +4,7 @@
 mod bodies;
 mod budget;
 mod contract;
+mod deadline;
 mod discard;
 mod grpc;
 mod kit;

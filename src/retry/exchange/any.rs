@@ -11,7 +11,7 @@ use super::{
         hedge::Hedged,
         policy::{Class, Repeatable, Safe, Stop},
     },
-    Repeat, Rules, Weigh,
+    Numbered, Repeat, Rules, Weigh,
 };
 use crate::call::{Classify, Outcome, OutcomeKind, Rejected, http as rule};
 
@@ -28,7 +28,7 @@ where
         (request, kept)
     }
 
-    fn again(kept: &Req, _: u32) -> Req {
+    fn again(kept: &Req, _: Numbered) -> Req {
         kept.clone()
     }
 

@@ -1,6 +1,7 @@
 //! HTTP and gRPC.
 
 use std::{
+    io,
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -19,7 +20,7 @@ use super::{
         replay::{ReplayBody, Tape},
         rules::Answer,
     },
-    Repeat, Rules, Weigh,
+    Numbered, Repeat, Rules, Weigh,
 };
 use crate::{
     BoxError,
@@ -49,6 +50,8 @@ impl<B> KeptRequest<B> {
         request
     }
 }
+
+const PREVIOUS_ATTEMPTS: &str = "grpc-previous-rpc-attempts";
 
 /// RFC 9110 §9.2.2, or a key that makes the server tell repeats (the same on every attempt).
 fn is_safe(method: &Method, headers: &HeaderMap, by: &Safe) -> bool {
@@ -84,8 +87,13 @@ impl<B: Body> Repeat<Request<B>> for Http {
         (Request::from_parts(parts, body), Some(KeptRequest { head, tape }))
     }
 
-    fn again(kept: &KeptRequest<B>, number: u32) -> Self::Request {
-        kept.marked(Attempt(number))
+    fn again(kept: &KeptRequest<B>, attempt: Numbered) -> Self::Request {
+        let mut request = kept.marked(Attempt(attempt.number));
+        // gRFC A6: how many were tried before, of those that may have been seen.
+        if attempt.seen > 0 && grpc::is_grpc(request.headers()) {
+            request.headers_mut().insert(PREVIOUS_ATTEMPTS, attempt.seen.into());
+        }
+        request
     }
 
     fn head(kept: &KeptRequest<B>) -> Option<&Request<()>> {
@@ -210,6 +218,13 @@ where
                 Err(Box::new(RetryError::new(record, error)))
             }
         }
+    }
+
+    fn timed_out(what: &'static str) -> Option<HeldResponse<B>> {
+        let error = io::Error::new(io::ErrorKind::TimedOut, what);
+        let outcome = Outcome::failure().because(Reason::Timeout);
+        let weight = Some((of_reason(outcome), outcome));
+        Some(HeldResponse { result: Err(error.into()), weight, drained: 0 })
     }
 
     fn broken(error: E, record: Attempts) -> BoxError {

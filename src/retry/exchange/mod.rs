@@ -28,6 +28,15 @@ pub struct Rules {
     pub(super) never: bool,
 }
 
+/// A further attempt.
+#[derive(Clone, Copy, Debug)]
+pub struct Numbered {
+    /// 2 is the second.
+    pub(super) number: u32,
+    /// How many before it a server may have seen.
+    pub(super) seen: u32,
+}
+
 /// Requests that can be sent again.
 ///
 /// `http::Request` of any body is, and with [`classify`](super::RetryLayer::classify) anything that is
@@ -46,7 +55,7 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
     fn split(&self, request: Req, rules: Rules) -> (Self::Request, Option<Self::Kept>);
 
     /// The attempt of this number.
-    fn again(kept: &Self::Kept, number: u32) -> Self::Request;
+    fn again(kept: &Self::Kept, attempt: Numbered) -> Self::Request;
 
     /// The head, if the request has one of HTTP's.
     fn head(_: &Self::Kept) -> Option<&Request<()>> {
@@ -100,6 +109,11 @@ pub trait Weigh<Res, E> {
 
     /// Gives it out, with the record if there is something to record.
     fn release(held: Self::Held, record: Option<Attempts>) -> Result<Self::Response, Self::Error>;
+
+    /// The answer of an attempt that was given up for its time. None: there is no such error in these types.
+    fn timed_out(_: &'static str) -> Option<Self::Held> {
+        None
+    }
 
     /// The wrapped service broke.
     fn broken(error: E, record: Attempts) -> Self::Error;

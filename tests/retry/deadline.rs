@@ -1,0 +1,123 @@
+//! The caller's deadline: nothing is begun that would not end before it.
+
+use std::time::Duration;
+
+use buttress::{
+    Attempts, Backoff, Deadline, Rejected, RetryLayer, call::RejectedKind, retry::Stop,
+};
+use http::Request;
+use tokio::time::Instant;
+use tower::Layer;
+
+use crate::kit::*;
+
+fn layer(wait: Duration) -> RetryLayer {
+    RetryLayer::http().backoff(Backoff::constant(wait).without_jitter()).budget(purse(9))
+}
+
+fn within(time: Duration, mut request: Request<Script>) -> Request<Script> {
+    request.extensions_mut().insert(Deadline::after(time));
+    request
+}
+
+async fn failing(layer: RetryLayer, request: Request<Script>) -> Attempts {
+    told(&send(&layer.layer(Inner::new(|_| Ok(status(503)))), request).await)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wait_that_leaves_no_time_for_an_attempt_is_not_begun() {
+    let start = Instant::now();
+    for (time, made, stop) in [
+        (109, 1, Stop::DeadlineTooNear),
+        (110, 2, Stop::DeadlineTooNear),
+        (0, 1, Stop::DeadlineTooNear),
+        (500, 3, Stop::AttemptsUsedUp),
+    ] {
+        let budget = purse(9);
+        let told = failing(layer(ms(100)).budget(budget.clone()), within(ms(time), get())).await;
+        assert_eq!((told.made, told.stop), (made, stop), "{time} ms");
+        assert_eq!(budget.balance(), 9.0 - f64::from(made - 1), "asked last");
+    }
+    assert!(start.elapsed() < ms(310));
+    let told = failing(layer(ms(100)).least_attempt(ms(50)), within(ms(149), get())).await;
+    assert_eq!(told.made, 1);
+    assert_eq!(failing(layer(ms(100)), get()).await.made, 3, "without one");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hint_beyond_the_deadline_is_answered_now() {
+    let inner: Inner = Inner::new(|_| Ok(with_headers(503, &[("retry-after", "3")])));
+    let start = Instant::now();
+    let response = send(&layer(ms(1)).layer(inner), within(ms(2999), get())).await.unwrap();
+    let told = Attempts::of(&response);
+    assert_eq!((told.made, told.stop, start.elapsed()), (1, Stop::DeadlineTooNear, ms(0)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn readying_is_bounded_by_the_deadline() {
+    let inner: Inner = Inner::new(|_| Ok(status(503)));
+    let log = inner.log.clone();
+    let budget = purse(9);
+    let service = layer(ms(100)).budget(budget.clone()).layer(inner);
+    let start = Instant::now();
+    let call = tokio::spawn({
+        let service = service.clone();
+        async move { send(&service, within(ms(500), get())).await }
+    });
+    tokio::time::sleep(ms(50)).await;
+    log.gate(Gate::Shut);
+    let result = call.await.unwrap();
+    assert!(start.elapsed() >= ms(500) && start.elapsed() <= ms(502), "{:?}", start.elapsed());
+    assert_eq!((told(&result).made, told(&result).stop), (1, Stop::DeadlineTooNear));
+    let error = result.err().unwrap();
+    assert_eq!(error.source().unwrap().to_string(), "not ready before the deadline");
+    assert_eq!(budget.balance(), 9.0, "paid back");
+}
+
+// ===== A refusal of our own =====
+
+fn refusing(after: Option<Duration>) -> impl Fn(u32) -> Answer + Send + Sync + 'static {
+    move |n| match (n, after) {
+        (1, Some(after)) => Err(Rejected::new(RejectedKind::Full).with_retry_after(after).into()),
+        (1, None) => Err(Rejected::new(RejectedKind::Full).into()),
+        _ => Ok(status(200)),
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_that_says_when_is_waited_for_where_the_deadline_allows() {
+    for (after, deadline, made) in [
+        (Some(ms(200)), Some(ms(1000)), 2),
+        (Some(ms(200)), Some(ms(205)), 1),
+        (Some(ms(200)), None, 1),
+        (None, Some(ms(1000)), 1),
+    ] {
+        let budget = purse(9);
+        let service = layer(ms(1)).budget(budget.clone()).layer(Inner::new(refusing(after)));
+        // It never got to the upstream: any method.
+        let mut request = post(Script::empty());
+        if let Some(deadline) = deadline {
+            request = within(deadline, request);
+        }
+        let start = Instant::now();
+        let result = send(&service, request).await;
+        let told = told(&result);
+        assert_eq!((told.made, result.is_ok()), (made, made == 2), "{after:?} {deadline:?}");
+        if made == 2 {
+            assert!(start.elapsed() >= ms(200) && start.elapsed() <= ms(302));
+        } else {
+            assert_eq!((told.stop, start.elapsed()), (Stop::Rejected, ms(0)));
+        }
+        assert_eq!(budget.balance(), 9.0, "no failure of the upstream's");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn refusals_for_ever_end_with_the_attempts() {
+    let inner: Inner =
+        Inner::new(|_| Err(Rejected::new(RejectedKind::Open).with_retry_after(ms(1)).into()));
+    let log = inner.log.clone();
+    let result = send(&layer(ms(1)).layer(inner), within(ms(9000), get())).await;
+    assert_eq!((told(&result).stop, log.calls()), (Stop::AttemptsUsedUp, 3));
+    assert!(Rejected::find(&*result.err().unwrap()).is_some());
+}
