@@ -7,10 +7,17 @@ use std::{
     time::Duration,
 };
 
+use super::rules::{FailureKind, PerKind};
 use crate::{
     ConfigError,
     call::{Clock, Nanos},
 };
+
+const MOST_COST: f64 = 1000.0;
+
+fn in_retries(amount: u64) -> f64 {
+    amount as f64 / RETRY as f64
+}
 
 /// One retry, in the fixed point that balances are kept in: 60 % is 60 %.
 const RETRY: u64 = 1_000_000;
@@ -22,9 +29,16 @@ const RETRY: u64 = 1_000_000;
 /// value: clones draw on the same balance, so that several layers can keep one.
 ///
 /// The idea is Finagle's `RetryBudget`; that a full balance is not written to is gRPC's retry
-/// throttling (gRFC A6).
+/// throttling (gRFC A6). There deposits are forgotten after a time, here they are worth nothing beyond the cap:
+/// that is what a busy service can save up either way, without a clock read and a write for every call that
+/// is well. So in any stretch of time there is no more than `ratio` retries per first attempt, the trickle, and
+/// the cap.
 #[derive(Clone)]
-pub struct RetryBudget(Arc<Account>);
+pub struct RetryBudget {
+    account: Arc<Account>,
+    /// What a retry costs, by what it is for. Each clone's own: set it before handing clones out.
+    costs: PerKind<u64>,
+}
 
 struct Account {
     deposit: u64,
@@ -64,7 +78,7 @@ impl RetryBudget {
         };
         let trickle = u64::from(per_second) * RETRY;
         let cap = u64::from(cap) * RETRY;
-        Self(Arc::new(Account {
+        let account = Account {
             deposit: deposit.min(10 * RETRY),
             cap,
             trickle,
@@ -73,49 +87,111 @@ impl RetryBudget {
             denied: AtomicU64::new(0),
             clock: Clock::new(),
             fault,
-        }))
+        };
+        Self { account: Arc::new(account), costs: [RETRY; 8] }
     }
+
+    /// What a retry for this kind of failure takes out, instead of 1: more for what hurts, such as timeouts, less
+    /// for what is cheap. Above 0, at most 1000.
+    ///
+    /// For clones made of this value: the balance is shared with earlier ones, their costs are not.
+    #[must_use]
+    pub fn cost(mut self, kind: FailureKind, cost: f64) -> Self {
+        let cost = if cost <= MOST_COST { cost } else { 0.0 };
+        self.costs[kind as usize] = (cost * RETRY as f64).round() as u64;
+        self
+    }
+
+    // ===== What others allow =====
+
+    /// AWS SDKs, retry behaviour 2.1: a bucket of 500, full at first; a retry costs 14, one for what was
+    /// throttled 5; a call pays in 1. Theirs pays in when a call succeeds, and gives a successful retry's cost
+    /// back: this one is a little stricter.
+    #[must_use]
+    pub fn aws() -> Self {
+        let mut budget = Self::bucket(1.0, 500);
+        budget.costs = [14 * RETRY; 8];
+        budget.cost(FailureKind::Throttled, 5.0)
+    }
+
+    /// gRPC's retry throttling (gRFC A6): a bucket of `max_tokens`, of which only the upper half can be used; a
+    /// retry costs 1, a call pays in `token_ratio`. Theirs charges the first failure of a call too.
+    #[must_use]
+    pub fn grpc(max_tokens: u32, token_ratio: f64) -> Self {
+        Self::bucket(token_ratio, max_tokens / 2)
+    }
+
+    /// Finagle's default: a fifth, and 10 per second, saved up for 10 s.
+    #[must_use]
+    pub fn finagle() -> Self {
+        Self::with(0.2, 10, 100)
+    }
+
+    /// Full at first; nothing trickles in.
+    fn bucket(deposit: f64, cap: u32) -> Self {
+        let budget = Self::with(deposit, 0, cap);
+        budget.account.balance.store(budget.account.cap, Ordering::Relaxed);
+        budget
+    }
+
+    // ===== Using it =====
 
     /// Whether it can work.
     ///
     /// # Errors
     ///
-    /// A ratio that is not within (0, 10] or too small to count (below a millionth), or a cap of zero.
+    /// A ratio that is not within (0, 10] or too small to count (below a millionth), a cap of zero, or a cost
+    /// that is not within (0, 1000].
     pub fn check(&self) -> Result<(), ConfigError> {
-        self.0.fault.clone().map_or(Ok(()), Err)
+        if self.costs.contains(&0) {
+            let remedy = "use more than 0 and at most 1000, such as 2";
+            return Err(ConfigError::new("budget.cost", self.costs.map(in_retries), remedy));
+        }
+        self.account.fault.clone().map_or(Ok(()), Err)
     }
 
-    /// How many retries could be made now.
+    /// How many retries could be made now, if each costs 1.
     #[must_use]
     pub fn balance(&self) -> f64 {
-        self.0.trickle_in();
-        self.0.balance.load(Ordering::Relaxed) as f64 / RETRY as f64
+        self.account.trickle_in();
+        in_retries(self.account.balance.load(Ordering::Relaxed))
     }
 
     /// How many retries were denied.
     #[must_use]
     pub fn denied(&self) -> u64 {
-        self.0.denied.load(Ordering::Relaxed)
+        self.account.denied.load(Ordering::Relaxed)
     }
 
     /// A first attempt is made. One load when the balance is full.
     #[inline]
     pub fn deposit(&self) {
-        self.0.pay_in(self.0.deposit);
+        self.account.pay_in(self.account.deposit);
     }
 
-    /// Takes out one retry, if there is one. Dropping the withdrawal unspent pays it back.
+    /// Takes out one retry at the cost of 1, if there is one. Dropping the withdrawal unspent pays it back.
     #[must_use]
     pub fn withdraw(&self) -> Option<Withdrawal> {
-        self.0.trickle_in();
-        let taken = self.0.balance.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |balance| {
-            balance.checked_sub(RETRY)
-        });
+        self.take(RETRY)
+    }
+
+    /// Takes out one retry for this kind of failure, at its [`cost`](Self::cost).
+    #[must_use]
+    pub fn withdraw_for(&self, kind: FailureKind) -> Option<Withdrawal> {
+        self.take(self.costs[kind as usize])
+    }
+
+    fn take(&self, amount: u64) -> Option<Withdrawal> {
+        self.account.trickle_in();
+        let taken =
+            self.account.balance.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |balance| {
+                balance.checked_sub(amount)
+            });
         if taken.is_err() {
-            self.0.denied.fetch_add(1, Ordering::Relaxed);
+            self.account.denied.fetch_add(1, Ordering::Relaxed);
             return None;
         }
-        Some(Withdrawal(Some(self.clone())))
+        Some(Withdrawal(Some((self.account.clone(), amount))))
     }
 }
 
@@ -171,9 +247,8 @@ impl fmt::Debug for RetryBudget {
 }
 
 /// A retry taken out of a [`RetryBudget`]. Dropped without [`spend`](Self::spend), it is paid back.
-#[derive(Debug)]
 #[must_use = "dropping it pays it back"]
-pub struct Withdrawal(Option<RetryBudget>);
+pub struct Withdrawal(Option<(Arc<Account>, u64)>);
 
 impl Withdrawal {
     /// The retry is being made.
@@ -184,8 +259,15 @@ impl Withdrawal {
 
 impl Drop for Withdrawal {
     fn drop(&mut self) {
-        if let Some(budget) = self.0.take() {
-            budget.0.pay_in(RETRY);
+        if let Some((account, amount)) = self.0.take() {
+            account.pay_in(amount);
         }
+    }
+}
+
+impl fmt::Debug for Withdrawal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let amount = self.0.as_ref().map(|(_, amount)| in_retries(*amount));
+        f.debug_tuple("Withdrawal").field(&amount).finish()
     }
 }

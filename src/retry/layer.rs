@@ -109,6 +109,42 @@ impl<M> RetryLayer<M> {
         RetryLayer { settings: self.settings, protocol: Classify(classify), fault: self.fault }
     }
 
+    /// Waits, counts and charges as others do; what is safe to repeat stays as it is.
+    ///
+    /// | preset | attempts | backoff | budget | a server's hint |
+    /// |---|---|---|---|---|
+    /// | `Aws` | 3 | [`Backoff::aws`] | [`RetryBudget::aws`] | moves the wait by 5 s at most |
+    /// | `Envoy` | 2 | [`Backoff::envoy`] | as it is: Envoy's counts what is under way | up to 300 s |
+    /// | `Grpc` | 4 | [`Backoff::grpc`] | [`RetryBudget::grpc(10, 0.1)`](RetryBudget::grpc) | as it is |
+    /// | `Finagle` | 3 | [`Backoff::finagle`] | [`RetryBudget::finagle`] | as it is |
+    ///
+    /// gRPC's and its budget are the numbers of gRFC A6's example: there is no default.
+    pub fn preset(self, preset: Preset) -> Self {
+        match preset {
+            Preset::Aws => self
+                .attempts(3)
+                .backoff(Backoff::aws())
+                .budget(RetryBudget::aws())
+                .hint_reach(Duration::from_secs(5)),
+            Preset::Envoy => {
+                self.attempts(2).backoff(Backoff::envoy()).longest_wait(Duration::from_secs(300))
+            }
+            Preset::Grpc => {
+                self.attempts(4).backoff(Backoff::grpc()).budget(RetryBudget::grpc(10, 0.1))
+            }
+            Preset::Finagle => {
+                self.attempts(3).backoff(Backoff::finagle()).budget(RetryBudget::finagle())
+            }
+        }
+    }
+
+    /// How far a server's hint can move a wait beyond what the backoff says: it lengthens the wait by so much at
+    /// most, and never shortens it, instead of [ending the call](Self::longest_wait) where it is too long.
+    pub fn hint_reach(self, reach: Duration) -> Self {
+        self.settings.set(|policy| policy.hint_reach = Some(reach));
+        self
+    }
+
     /// How many attempts are made at most, the first one included: 3 by default, 1 or more.
     pub fn attempts(mut self, attempts: u32) -> Self {
         let checked = match attempts {
@@ -253,6 +289,20 @@ impl<M> fmt::Debug for RetryLayer<M> {
             .field("fault", &self.fault)
             .finish_non_exhaustive()
     }
+}
+
+/// What [`RetryLayer::preset`] knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Preset {
+    /// AWS SDKs, retry behaviour 2.1.
+    Aws,
+    /// Envoy's defaults.
+    Envoy,
+    /// gRFC A6.
+    Grpc,
+    /// Finagle's defaults.
+    Finagle,
 }
 
 /// Looks at a retry layer, from outside of the stack.

@@ -52,7 +52,9 @@
 //! | which methods | [`methods`](RetryLayer::methods), [`assume_idempotent`](RetryLayer::assume_idempotent) |
 //! | both, call by call | [`retry_if`](RetryLayer::retry_if): a closure over the request and what came of it |
 //! | how often each kind | [`at_most`](RetryLayer::at_most) |
+//! | how many in all | [`budget`](RetryLayer::budget), with [costs](RetryBudget::cost) for each kind |
 //! | how long is waited | [`backoff`](RetryLayer::backoff), [`backoff_with`](RetryLayer::backoff_with) |
+//! | as AWS, Envoy, gRPC or Finagle do | [`preset`](RetryLayer::preset) |
 //!
 //! # Deadlines
 //!
@@ -123,7 +125,7 @@ pub use self::{
     backoff::{Backoff, Delays},
     budget::{RetryBudget, Withdrawal},
     hedge::{Hedge, HedgeCopy, HedgeFuture, HedgeHandle, HedgeLayer, HedgeSnapshot, Hedged},
-    layer::{RetryHandle, RetryLayer, RetrySnapshot},
+    layer::{Preset, RetryHandle, RetryLayer, RetrySnapshot},
     peek::PeekedBody,
     policy::Stop,
     replay::ReplayBody,

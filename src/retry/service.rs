@@ -266,9 +266,10 @@ impl<S, Req, F, M: Repeat<Req>, H> ResponseFuture<S, Req, F, M, M::Kept, H> {
         };
         // The budget last: what another rule refuses is never charged.
         let decision = decision.and_then(|again| {
-            match &this.core.budget {
-                Some(budget) if again.charge.is_some() => {
-                    *this.withdrawal = Some(budget.withdraw().ok_or(Stop::BudgetUsedUp)?);
+            match (&this.core.budget, again.charge) {
+                (Some(budget), Some(kind)) => {
+                    let withdrawal = budget.withdraw_for(kind).ok_or(Stop::BudgetUsedUp)?;
+                    *this.withdrawal = Some(withdrawal);
                 }
                 _ => {}
             }

@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use buttress::{Attempts, Backoff, RetryBudget, RetryLayer, retry::Stop};
+use buttress::{
+    Attempts, Backoff, RetryBudget, RetryLayer,
+    retry::{FailureKind, Preset, Stop},
+};
 use proptest::prelude::*;
 use tokio::time::{Instant, advance};
 use tower::Layer;
@@ -239,6 +242,108 @@ proptest! {
                 // Asked here too, so that the trickle is capped when ours is.
                 prop_assert!((budget.balance() - plain).abs() <= slack);
             }
+            Ok(())
+        })?;
+    }
+}
+
+// ===== Costs =====
+
+#[test]
+fn each_kind_of_failure_has_its_cost() {
+    let budget = RetryBudget::with(1.0, 0, 10).cost(FailureKind::Timeout, 2.5);
+    (0..10).for_each(|_| budget.deposit());
+    budget.withdraw_for(FailureKind::Timeout).unwrap().spend();
+    assert_eq!(budget.balance(), 7.5);
+    // Given back as it was taken.
+    drop(budget.withdraw_for(FailureKind::Timeout).unwrap());
+    assert_eq!(budget.balance(), 7.5);
+    budget.withdraw_for(FailureKind::Status).unwrap().spend();
+    assert_eq!(budget.balance(), 6.5);
+    // The balance is shared, the cost is not.
+    let cheap = budget.clone().cost(FailureKind::Timeout, 0.5);
+    cheap.withdraw_for(FailureKind::Timeout).unwrap().spend();
+    assert_eq!(budget.balance(), 6.0);
+    for cost in [0.0, -1.0, f64::NAN, 1001.0] {
+        let error = RetryBudget::ratio(0.2).cost(FailureKind::Read, cost).check().unwrap_err();
+        assert_eq!(error.field, "budget.cost", "{cost}");
+    }
+}
+
+/// smithy-v21-01 and -02, but for the deposits.
+#[tokio::test(start_paused = true)]
+async fn the_preset_of_aws_costs_14_and_5() {
+    let budget = RetryBudget::aws();
+    let layer = || RetryLayer::http().preset(Preset::Aws).budget(budget.clone());
+    let outage: Inner = Inner::new(|_| Ok(status(503)));
+    send(&layer().layer(outage), get()).await.unwrap();
+    assert_eq!(budget.balance(), 500.0 - 28.0);
+    let throttled: Inner = Inner::new(|n| Ok(status(if n == 1 { 429 } else { 200 })));
+    let backoff = Backoff::aws().without_jitter();
+    let start = Instant::now();
+    send(&layer().backoff(backoff).layer(throttled), get()).await.unwrap();
+    assert_eq!(budget.balance(), 472.0 + 1.0 - 5.0);
+    assert!(start.elapsed() >= ms(1000) && start.elapsed() <= ms(1002));
+}
+
+#[test]
+fn the_preset_of_grpc_uses_the_upper_half() {
+    let budget = RetryBudget::grpc(10, 0.5);
+    let spent = std::iter::from_fn(|| budget.withdraw().map(|retry| retry.spend())).count();
+    assert_eq!(spent, 5);
+    budget.deposit();
+    budget.deposit();
+    assert_eq!(budget.balance(), 1.0);
+}
+
+// ===== Through the layer =====
+
+fn failure() -> impl Strategy<Value = u8> {
+    0..7u8
+}
+
+fn fail(how: u8) -> Answer {
+    use std::io::ErrorKind as K;
+    match how {
+        0 => Ok(status(503)),
+        1 => Ok(status(429)),
+        2 => Err(io(K::ConnectionRefused)),
+        3 => Err(io(K::ConnectionReset)),
+        4 => Err(io(K::TimedOut)),
+        5 => Ok(with_headers(503, &[("retry-after", "1")])),
+        _ => Ok(status(200)),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..Default::default() })]
+
+    /// Never more than `1 + ratio` attempts per request and the reserve, whatever fails, however it is set.
+    #[test]
+    fn attempts_never_exceed_the_ratio_and_the_reserve(
+        failures in prop::collection::vec(failure(), 1..200),
+        requests in 1..100u32,
+        percent in 1..=100u32,
+        reserve in 1..20u32,
+        attempts in 1..8u32,
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let budget = RetryBudget::with(f64::from(percent) / 100.0, 0, reserve);
+            (0..10_000).for_each(|_| budget.deposit());
+            let layer = RetryLayer::http().attempts(attempts).budget(budget).retry_if(|_| None);
+            let inner: Inner = Inner::new(move |n| fail(failures[n as usize % failures.len()]));
+            let log = inner.log.clone();
+            let service = layer.layer(inner);
+            for _ in 0..requests {
+                let _ = send(&service, get()).await;
+            }
+            let most = requests + requests * percent / 100 + reserve + 1;
+            prop_assert!(log.calls() <= most, "{} of {most}", log.calls());
             Ok(())
         })?;
     }

@@ -139,6 +139,17 @@ async fn the_longest_wait_ends_it() {
     assert!(took >= ms(2500) && took < ms(2503));
 }
 
+/// smithy-v21-retryafter-01 to -03: within `[t, t + 5 s]`.
+#[tokio::test(start_paused = true)]
+async fn a_hint_can_be_held_near_the_backoff() {
+    let base = Backoff::constant(ms(50)).without_jitter();
+    let layer = layer().hint_reach(Duration::from_secs(5)).backoff(base);
+    for (text, waited) in [("3", 3000), ("0", 50), ("10", 5050), ("400", 5050)] {
+        let (_, told) = wait_for(layer.clone(), 503, map(&[("retry-after", text)])).await;
+        assert_eq!((told.made, told.waited), (2, ms(waited)), "{text}");
+    }
+}
+
 /// Nothing that can be configured makes the arithmetic of times panic.
 #[tokio::test(start_paused = true)]
 async fn extreme_settings_do_not_panic() {
