@@ -10,30 +10,106 @@ pub(crate) const LONGEST: Duration = Duration::from_secs(300);
 /// gRPC's own hint (gRFC A6): a time in milliseconds; anything else means "do not retry".
 pub(crate) const PUSHBACK: &str = "grpc-retry-pushback-ms";
 
-/// The hint of a response head: `Retry-After` (RFC 9110 §10.2.3), or gRPC's pushback.
+/// The hint of a response head. The first that can be read counts, the most exact first:
+///
+/// 1. gRPC's pushback (gRFC A6), and nothing else where it says "not at all"
+/// 2. `retry-after-ms` and `x-amz-retry-after`, milliseconds
+/// 3. `Retry-After` (RFC 9110 §10.2.3)
+/// 4. of a quota that is used up, when it begins anew: `RateLimit`, `RateLimit-Reset`, `X-RateLimit-Reset`
+///    (draft-ietf-httpapi-ratelimit-headers, which gives `Retry-After` precedence)
 pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let hint = match headers.get(header::RETRY_AFTER) {
-        Some(value) => parse(value, headers.get(header::DATE))?,
-        None => match pushback(headers)? {
-            Pushback::After(after) => after,
-            Pushback::Never => return None,
-        },
+    let hint = match pushback(headers) {
+        Some(Pushback::After(after)) => after,
+        Some(Pushback::Never) => return None,
+        None => [MILLIS, AMAZONS]
+            .iter()
+            .find_map(|name| number(headers.get(*name)?).map(Duration::from_millis))
+            .or_else(|| parse(headers.get(header::RETRY_AFTER)?, headers))
+            .or_else(|| quota(headers))?,
     };
     Some(hint.min(LONGEST))
 }
 
+const MILLIS: &str = "retry-after-ms";
+const AMAZONS: &str = "x-amz-retry-after";
+
+/// A whole number. More digits than fit is still "a long time", and is clamped as such.
+fn number(value: &HeaderValue) -> Option<u64> {
+    digits(value.to_str().ok()?)
+}
+
+fn digits(text: &str) -> Option<u64> {
+    let text = text.trim();
+    let whole = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    whole.then(|| text.parse().unwrap_or(u64::MAX))
+}
+
+/// The response's own clock, or ours.
+fn now(headers: &HeaderMap) -> SystemTime {
+    let date = headers.get(header::DATE).and_then(|date| date.to_str().ok());
+    date.and_then(|date| httpdate::parse_http_date(date).ok()).unwrap_or_else(SystemTime::now)
+}
+
 /// Whole seconds, or any of the three HTTP dates, against the response's own `Date` where it has one.
-fn parse(value: &HeaderValue, date: Option<&HeaderValue>) -> Option<Duration> {
-    let text = value.to_str().ok()?.trim();
-    if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {
-        // More digits than a u64 holds is still "a long time", and is clamped as such.
-        return Some(Duration::from_secs(text.parse().unwrap_or(u64::MAX)));
+fn parse(value: &HeaderValue, headers: &HeaderMap) -> Option<Duration> {
+    if let Some(seconds) = number(value) {
+        return Some(Duration::from_secs(seconds));
     }
-    let at = httpdate::parse_http_date(text).ok()?;
-    let now = date
-        .and_then(|date| httpdate::parse_http_date(date.to_str().ok()?).ok())
-        .unwrap_or_else(SystemTime::now);
-    Some(at.duration_since(now).unwrap_or_default())
+    let at = httpdate::parse_http_date(value.to_str().ok()?.trim()).ok()?;
+    Some(at.duration_since(now(headers)).unwrap_or_default())
+}
+
+// ===== Quotas =====
+
+/// No list of quotas is read further than this.
+const MOST_QUOTAS: usize = 16;
+
+const RESETS: [(&str, &str); 2] =
+    [("ratelimit-remaining", "ratelimit-reset"), ("x-ratelimit-remaining", "x-ratelimit-reset")];
+
+/// When a quota that is used up begins anew.
+fn quota(headers: &HeaderMap) -> Option<Duration> {
+    let listed = headers.get("ratelimit").and_then(|value| rate_limit(value.to_str().ok()?));
+    let reset = listed.or_else(|| {
+        RESETS.iter().find_map(|(remaining, reset)| {
+            let field = |name: &str| headers.get(name).map(number);
+            // Nothing about what is left: what was asked for was refused, so nothing is.
+            let used_up = field(remaining).is_none_or(|left| left == Some(0));
+            field(reset).flatten().filter(|_| used_up)
+        })
+    })?;
+    // Some send the second since 1970 at which it begins; no quota lasts thirty years.
+    const EPOCH: u64 = 1_000_000_000;
+    if reset < EPOCH {
+        return Some(Duration::from_secs(reset));
+    }
+    let since = now(headers).duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    Some(Duration::from_secs(reset).saturating_sub(since))
+}
+
+/// `"name";r=0;t=30, …`, the longest of those that are used up; or, in older drafts, one quota as
+/// `limit=100, remaining=0, reset=30`.
+fn rate_limit(text: &str) -> Option<u64> {
+    let mut longest = None;
+    let (mut left, mut reset) = (None, None);
+    for quota in text.split(',').take(MOST_QUOTAS) {
+        for part in quota.split(';').take(MOST_QUOTAS) {
+            let Some((name, value)) = part.split_once('=') else { continue };
+            match name.trim() {
+                "r" | "remaining" => left = digits(value),
+                "t" | "reset" => reset = digits(value),
+                _ => {}
+            }
+        }
+        if left == Some(0) && reset.is_some() {
+            longest = longest.max(reset);
+        }
+        // A name in quotes begins a quota of its own; members of the older form belong together.
+        if quota.trim_start().starts_with('"') {
+            (left, reset) = (None, None);
+        }
+    }
+    longest
 }
 
 /// What a gRPC server says about a retry.
@@ -89,6 +165,48 @@ mod tests {
         }
         for text in ["301", "99999999999999999999999999"] {
             assert_eq!(retry_after(&headers(&[("retry-after", text)])), Some(LONGEST));
+        }
+    }
+
+    #[test]
+    fn the_most_exact_that_can_be_read_counts() {
+        let after = ("retry-after", "7");
+        let amazons = ("x-amz-retry-after", "1500");
+        let millis = ("retry-after-ms", "250");
+        let quota = ("ratelimit", "\"a\";r=0;t=9");
+        for (pairs, ms) in [
+            (&[quota, after][..], 7000),
+            (&[quota, after, amazons], 1500),
+            (&[quota, after, amazons, millis], 250),
+            (&[after, millis, (PUSHBACK, "20")], 20),
+            (&[quota, ("retry-after", "soon"), ("retry-after-ms", "-1")], 9000),
+        ] {
+            assert_eq!(retry_after(&headers(pairs)), Some(Duration::from_millis(ms)), "{pairs:?}");
+        }
+        assert_eq!(retry_after(&headers(&[after, (PUSHBACK, "-1")])), None);
+    }
+
+    #[test]
+    fn a_quota_that_is_used_up_says_when_it_begins_anew() {
+        let date = ("date", "Sun, 09 Sep 2001 01:46:40 GMT"); // 1 000 000 000
+        for (pairs, secs) in [
+            (&[("ratelimit", "\"a\";r=0;t=30")][..], Some(30)),
+            (&[("ratelimit", "\"a\";r=1;t=30")], None),
+            (&[("ratelimit", "\"a\";t=30")], None),
+            (&[("ratelimit", "\"a\";r=0;t=30, \"b\"; r=0; t=45, \"c\";r=9;t=60")], Some(45)),
+            (&[("ratelimit", "\"a\";r=0, \"b\";t=45")], None),
+            (&[("ratelimit", "limit=100, remaining=0, reset=30")], Some(30)),
+            (&[("ratelimit", "limit=100, remaining=1, reset=30")], None),
+            (&[("ratelimit", "=;=,,r=;t=x")], None),
+            (&[("ratelimit-reset", "12")], Some(12)),
+            (&[("ratelimit-reset", "12"), ("ratelimit-remaining", "0")], Some(12)),
+            (&[("ratelimit-reset", "12"), ("ratelimit-remaining", "3")], None),
+            (&[("ratelimit-reset", "12"), ("ratelimit-remaining", "x")], None),
+            (&[("x-ratelimit-reset", "1000000042"), date], Some(42)),
+            (&[("x-ratelimit-reset", "1000000000"), date], Some(0)),
+            (&[("x-ratelimit-reset", "99999999999999999999"), date], Some(300)),
+        ] {
+            assert_eq!(retry_after(&headers(pairs)), secs.map(Duration::from_secs), "{pairs:?}");
         }
     }
 

@@ -42,7 +42,9 @@
 //!
 //! What no server has looked at (never sent, `REFUSED_STREAM`, above `GOAWAY`'s last stream) is sent again
 //! whatever its method, at once and uncharged, twice at most, however many attempts are allowed. A server's hint is a lower bound: up to half
-//! of it is added at random, so that those who were told the same second do not come back in it. A `poll_ready` that fails ends the call as [`NotReady`](Stop::NotReady).
+//! of it is added at random, so that those who were told the same second do not come back in it. Read as a hint are `grpc-retry-pushback-ms`, `retry-after-ms`,
+//! `x-amz-retry-after`, `Retry-After`, and of a quota that is used up `RateLimit`, `RateLimit-Reset` and
+//! `X-RateLimit-Reset`, in this order, up to 300 s. A `poll_ready` that fails ends the call as [`NotReady`](Stop::NotReady).
 //!
 //! # What can be changed of it
 //!
