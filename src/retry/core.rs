@@ -6,6 +6,7 @@ use std::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use super::{
@@ -20,6 +21,8 @@ use crate::call::Shared;
 pub(super) struct Settings {
     /// Apart: asked by every call, the rest only when an attempt has failed.
     body_cap: AtomicU64,
+    /// 0 is none.
+    attempt_ms: AtomicU64,
     policy: Mutex<Policy>,
     /// The user has a say in what an answer is: each is looked at, also a good one.
     says: AtomicBool,
@@ -33,6 +36,7 @@ impl Settings {
     pub(super) fn new() -> Self {
         Self {
             body_cap: AtomicU64::new(64 * 1024),
+            attempt_ms: AtomicU64::new(0),
             policy: Mutex::new(Policy::new()),
             says: AtomicBool::new(false),
             budget: Mutex::new(Some(RetryBudget::default())),
@@ -61,6 +65,18 @@ impl Settings {
 
     pub(super) fn set_body_cap(&self, bytes: u64) {
         self.body_cap.store(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_attempt_timeout(&self, time: Duration) {
+        let ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        self.attempt_ms.store(ms.max(1), Ordering::Relaxed);
+    }
+
+    pub(super) fn attempt_timeout(&self) -> Option<Duration> {
+        match self.attempt_ms.load(Ordering::Relaxed) {
+            0 => None,
+            ms => Some(Duration::from_millis(ms)),
+        }
     }
 
     pub(super) fn set_budget(&self, budget: Option<RetryBudget>) {

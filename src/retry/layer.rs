@@ -77,6 +77,18 @@ impl RetryLayer {
         self
     }
 
+    /// How long an attempt may take up to its response head: no limit by default. One that takes longer is
+    /// dropped, and fails as [`Timeout`](crate::call::Reason::Timeout): tried again if that is safe, or given out
+    /// as an error. The last attempt has the same limit. To the millisecond.
+    ///
+    /// A [`Deadline`](crate::Deadline) or a timeout around this layer bounds the whole call.
+    pub fn attempt_timeout(mut self, time: Duration) -> Self {
+        if let Some(time) = self.accept(ConfigError::above_zero("attempt_timeout", time)) {
+            self.settings.set_attempt_timeout(time);
+        }
+        self
+    }
+
     /// A last word on every attempt's end, good ones too: `Some(true)` tries it again, whatever the method;
     /// `Some(false)` gives it out; `None` leaves it to the rules.
     ///
@@ -102,10 +114,19 @@ impl<M> RetryLayer<M> {
     ///
     /// It gets exactly what the wrapped service gives, as `Result<&Response, &Error>`; failures and
     /// throttled calls are tried again. The error type is left alone.
-    pub fn classify<C, Res, E>(self, classify: C) -> RetryLayer<Classify<C>>
+    ///
+    /// What only HTTP has can not be set as well, which [`checked`](Self::checked) tells:
+    /// [`attempt_timeout`](RetryLayer::attempt_timeout), whose error would have no type, and the rules that
+    /// the closure replaces.
+    pub fn classify<C, Res, E>(mut self, classify: C) -> RetryLayer<Classify<C>>
     where
         C: for<'a> Fn(Result<&'a Res, &'a E>) -> Outcome + Clone + Send + Sync + 'static,
     {
+        if self.settings.says() || self.settings.attempt_timeout().is_some() {
+            let remedy = "leave attempt_timeout, retry_on, never_on and retry_if to HTTP";
+            let error = ConfigError::new("classify", "a closure", remedy);
+            self.fault.get_or_insert(error);
+        }
         RetryLayer { settings: self.settings, protocol: Classify(classify), fault: self.fault }
     }
 

@@ -66,6 +66,9 @@
 //! refusal of a layer further in waited for, if it says for how long: uncharged, since what was called
 //! has not seen it.
 //!
+//! [`attempt_timeout`](RetryLayer::attempt_timeout) bounds each attempt, up to its response head; no timer is made
+//! before the attempt has to be waited for.
+//!
 //! # gRPC
 //!
 //! The status is looked for in the head and in the trailers, if these come on the heels of it. An attempt that is
@@ -91,6 +94,11 @@
 //!
 //! Dropping the call ends it; a retry that was granted and not yet made is paid back to the budget.
 //!
+//! # Telemetry
+//!
+//! One span for each attempt, `attempt` at DEBUG, up to where its answer is weighed; a further one has
+//! `http.request.resend_count`, as OpenTelemetry has it. One event for each decision, at DEBUG.
+//!
 //! # Cost
 //!
 //! A request without a body costs a copy of its head; one with a body two small allocations; the wrapped
@@ -106,6 +114,8 @@
 //! | [`replay_up_to`](RetryLayer::replay_up_to) | 64 KiB |
 //! | [`drain_up_to`](RetryLayer::drain_up_to) | 64 KiB, within 50 ms |
 //! | [`longest_wait`](RetryLayer::longest_wait) | 30 s |
+//! | [`attempt_timeout`](RetryLayer::attempt_timeout) | none |
+//! | [`least_attempt`](RetryLayer::least_attempt) | 10 ms |
 
 mod attempts;
 mod backoff;
@@ -120,6 +130,7 @@ mod replay;
 mod rules;
 mod series;
 mod service;
+mod span;
 mod weighed;
 
 pub use self::{

@@ -19,6 +19,7 @@ use super::{
     policy::{Class, Facts, Stop, decide},
     rules::{Answer, FailureKind, PerKind, Seen},
     series::Series,
+    span::Span,
     weighed::Weighed,
 };
 use crate::{
@@ -74,10 +75,14 @@ where
         if let Some(budget) = &self.core.budget {
             budget.deposit();
         }
-        let rules = self.core.settings.rules(self.core.misconfigured);
+        let settings = &self.core.settings;
+        let rules = settings.rules(self.core.misconfigured);
         let (first, kept) = self.protocol.split(request, rules);
+        let span = Span::attempt(0);
+        let future = span.within(|| self.inner.call(first));
         ResponseFuture {
-            state: State::Calling { attempt: Weighed::new(self.inner.call(first)) },
+            state: State::Calling { attempt: Weighed::new(future, settings.attempt_timeout()) },
+            span,
             core: self.core.clone(),
             protocol: self.protocol.clone(),
             kept,
@@ -98,6 +103,8 @@ pin_project! {
     pub struct ResponseFuture<S, Req, F, M, K, H> {
         #[pin]
         state: State<F, H>,
+        // The attempt that is under way.
+        span: Span,
         core: Arc<Core<S>>,
         protocol: M,
         kept: Option<K>,
@@ -150,7 +157,9 @@ where
             let mut this = self.as_mut().project();
             match this.state.as_mut().project() {
                 StateProj::Calling { mut attempt } => {
-                    let (class, outcome) = ready!(attempt.as_mut().poll(&*this.protocol, cx));
+                    let weighed = this.span.within(|| attempt.as_mut().poll(&*this.protocol, cx));
+                    let (class, outcome) = ready!(weighed);
+                    *this.span = Span::none();
                     let held = attempt.take();
                     let wait = match self.as_mut().next(class, outcome, M::answer(&held)) {
                         Ok(wait) => wait,
@@ -210,8 +219,10 @@ where
                     this.record.made += 1;
                     let attempt = Numbered { number: this.record.made, seen };
                     this.core.settings.count_retry();
-                    let future = service.call(M::again(kept, attempt));
-                    this.state.set(State::Calling { attempt: Weighed::new(future) });
+                    *this.span = Span::attempt(attempt.number - 1);
+                    let future = this.span.within(|| service.call(M::again(kept, attempt)));
+                    let limit = this.core.settings.attempt_timeout();
+                    this.state.set(State::Calling { attempt: Weighed::new(future, limit) });
                 }
             }
         }

@@ -2,6 +2,7 @@ use std::{
     future::Future,
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use pin_project_lite::pin_project;
@@ -21,15 +22,17 @@ pin_project! {
 pin_project! {
     #[project = StateProj]
     enum State<F, H> {
-        Calling { #[pin] future: F },
+        // No timer before the first wait.
+        Calling { #[pin] future: F, limit: Option<Duration>, #[pin] timer: Option<Sleep> },
         // The head is here; a gRPC answer's first frame may have to be waited for.
         Weighing { held: Option<H>, #[pin] patience: Option<Sleep> },
     }
 }
 
 impl<F, H> Weighed<F, H> {
-    pub(super) fn new(future: F) -> Self {
-        Self { state: State::Calling { future } }
+    /// An attempt whose head may take so long.
+    pub(super) fn new(future: F, limit: Option<Duration>) -> Self {
+        Self { state: State::Calling { future, limit, timer: None } }
     }
 
     /// What the answer is.
@@ -45,8 +48,23 @@ impl<F, H> Weighed<F, H> {
         let mut state = self.project().state;
         loop {
             match state.as_mut().project() {
-                StateProj::Calling { future } => {
-                    let held = protocol.hold(ready!(future.poll(cx)));
+                StateProj::Calling { future, limit, mut timer } => {
+                    // The answer before the timer: one that is here is not too late.
+                    let held = match future.poll(cx) {
+                        Poll::Ready(result) => protocol.hold(result),
+                        Poll::Pending => {
+                            if timer.is_none() {
+                                timer.set(limit.map(sleep));
+                            }
+                            let Some(over) = timer.as_pin_mut() else { return Poll::Pending };
+                            ready!(over.poll(cx));
+                            let late = M::timed_out("no response head in the attempt's time");
+                            // No such error in these types: then no limit either.
+                            *limit = None;
+                            let Some(late) = late else { return Poll::Pending };
+                            late
+                        }
+                    };
                     state.set(State::Weighing { held: Some(held), patience: None });
                 }
                 StateProj::Weighing { held, mut patience } => {

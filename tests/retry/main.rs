@@ -1,5 +1,11 @@
 //! The retry layer through its public API, with a paused clock and no sockets.
-#![cfg(all(feature = "retry", feature = "breaker", feature = "limit", feature = "hyper"))]
+#![cfg(all(
+    feature = "retry",
+    feature = "breaker",
+    feature = "limit",
+    feature = "hyper",
+    feature = "tracing"
+))]
 
 mod bodies;
 mod budget;
@@ -12,6 +18,7 @@ mod order;
 mod say;
 mod script;
 mod state;
+mod time;
 mod types;
 mod waits;
 mod wire;

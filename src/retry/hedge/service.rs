@@ -83,7 +83,7 @@ where
         // A time that no clock reaches is never.
         let at = hedgeable.then(|| Instant::now().checked_add(settings.delay)).flatten();
         HedgeFuture {
-            first: Some(Weighed::new(self.inner.call(first))),
+            first: Some(Weighed::new(self.inner.call(first), None)),
             second: at.map_or(Second::Never, |at| Second::Due { at }),
             core: self.core.clone(),
             protocol: self.protocol.clone(),
@@ -188,7 +188,7 @@ where
                         delay_ms = this.core.settings.delay.as_millis() as u64,
                         "hedging"
                     );
-                    let hedge = Weighed::new(service.call(M::copy(&kept)));
+                    let hedge = Weighed::new(service.call(M::copy(&kept)), None);
                     this.second.set(Second::Sent { hedge });
                 }
                 SecondProj::Sent { mut hedge } => {
