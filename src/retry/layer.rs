@@ -110,7 +110,7 @@ impl RetryLayer {
 }
 
 impl<M> RetryLayer<M> {
-    /// Retries requests of any `Clone` type, by a closure that says what failed.
+    /// Retries requests of any type that is `Clone` or [`Replay`](super::Replay), by a closure that says what failed.
     ///
     /// It gets exactly what the wrapped service gives, as `Result<&Response, &Error>`; failures and
     /// throttled calls are tried again. The error type is left alone.

@@ -137,6 +137,7 @@ pub use self::{
     attempts::{Attempt, Attempts, RetryError},
     backoff::{Backoff, Delays},
     budget::{RetryBudget, Withdrawal},
+    exchange::Replay,
     hedge::{Hedge, HedgeCopy, HedgeFuture, HedgeHandle, HedgeLayer, HedgeSnapshot, Hedged},
     layer::{Preset, RetryHandle, RetryLayer, RetrySnapshot},
     peek::PeekedBody,

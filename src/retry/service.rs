@@ -273,16 +273,14 @@ impl<S, Req, F, M: Repeat<Req>, H> ResponseFuture<S, Req, F, M, M::Kept, H> {
                 this.series,
             ),
             None if class == Class::Final => Err(Stop::Answered),
-            None => Err(Stop::Misconfigured),
+            None if this.core.misconfigured => Err(Stop::Misconfigured),
+            // It said that it cannot be kept.
+            None => Err(Stop::BodyGone),
         };
         // The budget last: what another rule refuses is never charged.
         let decision = decision.and_then(|again| {
-            match (&this.core.budget, again.charge) {
-                (Some(budget), Some(kind)) => {
-                    let withdrawal = budget.withdraw_for(kind).ok_or(Stop::BudgetUsedUp)?;
-                    *this.withdrawal = Some(withdrawal);
-                }
-                _ => {}
+            if let (Some(budget), Some(kind)) = (&this.core.budget, again.charge) {
+                *this.withdrawal = Some(budget.withdraw_for(kind).ok_or(Stop::BudgetUsedUp)?);
             }
             if !this.kept.as_ref().is_some_and(M::claim) {
                 *this.withdrawal = None;

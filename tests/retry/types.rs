@@ -12,7 +12,7 @@ use buttress::{
     Backoff, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, Retry, RetryBudget,
     RetryLayer,
     call::Http,
-    retry::{PeekedBody, ReplayBody, ResponseFuture, RetryHandle, Stop},
+    retry::{PeekedBody, Replay, ReplayBody, ResponseFuture, RetryHandle, Stop},
 };
 use bytes::Bytes;
 use http::{Request, Response};
@@ -136,4 +136,32 @@ async fn any_clone_type_is_retried_by_a_closure() {
     assert_eq!(handle.snapshot().retries, 4);
     let mut future = task::spawn(service.clone().oneshot(Vec::new()));
     assert_eq!(assert_ready!(future.poll()), Ok(3));
+}
+
+/// What says itself how it is kept, and that it cannot be.
+#[tokio::test(start_paused = true)]
+async fn a_type_that_is_not_clone_says_how_it_is_kept() {
+    struct Upload(Option<&'static str>);
+
+    impl Replay for Upload {
+        type Kept = &'static str;
+
+        fn keep(&self) -> Option<&'static str> {
+            self.0
+        }
+
+        fn again(kept: &&'static str) -> Self {
+            Self(Some(kept))
+        }
+    }
+
+    let failing =
+        |result: Result<&(), &Oops>| result.map_or(Outcome::failure(), |()| Outcome::success());
+    let layer = RetryLayer::http().classify(failing);
+    let handle = layer.handle();
+    let service = layer.layer(service_fn(|_: Upload| async { Err::<(), _>(Oops("x")) }));
+    send(&service, Upload(Some("text"))).await.unwrap_err();
+    assert_eq!(handle.snapshot().retries, 2);
+    send(&service, Upload(None)).await.unwrap_err();
+    assert_eq!((handle.snapshot().retries, handle.snapshot().gave_up), (2, 2));
 }

@@ -1,4 +1,4 @@
-//! Anything that is `Clone`.
+//! Anything that can be kept.
 
 use std::{
     task::{Context, Poll},
@@ -11,40 +11,40 @@ use super::{
         hedge::Hedged,
         policy::{Class, Repeatable, Safe, Stop},
     },
-    Numbered, Repeat, Rules, Weigh,
+    Numbered, Repeat, Replay, Rules, Weigh,
 };
 use crate::call::{Classify, Outcome, OutcomeKind, Rejected, http as rule};
 
 impl<C, Req> Repeat<Req> for Classify<C>
 where
     C: Clone + Send + Sync + 'static,
-    Req: Clone,
+    Req: Replay,
 {
     type Request = Req;
-    type Kept = Req;
+    type Kept = Req::Kept;
 
-    fn split(&self, request: Req, rules: Rules) -> (Req, Option<Req>) {
-        let kept = (!rules.never).then(|| request.clone());
+    fn split(&self, request: Req, rules: Rules) -> (Req, Option<Req::Kept>) {
+        let kept = if rules.never { None } else { request.keep() };
         (request, kept)
     }
 
-    fn again(kept: &Req, _: Numbered) -> Req {
-        kept.clone()
+    fn again(kept: &Req::Kept, _: Numbered) -> Req {
+        Req::again(kept)
     }
 
-    fn copy(kept: &Req) -> Req {
-        kept.clone()
+    fn copy(kept: &Req::Kept) -> Req {
+        Req::again(kept)
     }
 
-    fn safe(_: &Req, _: &Safe) -> bool {
+    fn safe(_: &Req::Kept, _: &Safe) -> bool {
         true
     }
 
-    fn repeatable(_: &Req) -> Repeatable {
+    fn repeatable(_: &Req::Kept) -> Repeatable {
         Repeatable::Yes
     }
 
-    fn claim(_: &Req) -> bool {
+    fn claim(_: &Req::Kept) -> bool {
         true
     }
 }

@@ -28,6 +28,61 @@ pub struct Rules {
     pub(super) never: bool,
 }
 
+/// Requests that can be kept to be sent again: everything that is `Clone`, or says how here.
+///
+/// For [`RetryLayer::classify`](super::RetryLayer::classify) and its like; HTTP requests need no such thing.
+///
+/// ```
+/// use buttress::retry::Replay;
+///
+/// /// Either a text, or a stream that is there once.
+/// enum Upload {
+///     Text(String),
+///     Stream(std::net::TcpStream),
+/// }
+///
+/// impl Replay for Upload {
+///     type Kept = String;
+///
+///     fn keep(&self) -> Option<String> {
+///         match self {
+///             Self::Text(text) => Some(text.clone()),
+///             Self::Stream(_) => None,
+///         }
+///     }
+///
+///     fn again(kept: &String) -> Self {
+///         Self::Text(kept.clone())
+///     }
+/// }
+/// ```
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot be kept to be sent again",
+    note = "derive `Clone` for it, or implement `buttress::retry::Replay`"
+)]
+pub trait Replay: Sized {
+    /// What is kept.
+    type Kept;
+
+    /// What is needed to send it again; none: it cannot be, and is sent once.
+    fn keep(&self) -> Option<Self::Kept>;
+
+    /// The request once more.
+    fn again(kept: &Self::Kept) -> Self;
+}
+
+impl<T: Clone> Replay for T {
+    type Kept = T;
+
+    fn keep(&self) -> Option<T> {
+        Some(self.clone())
+    }
+
+    fn again(kept: &T) -> T {
+        kept.clone()
+    }
+}
+
 /// A further attempt.
 #[derive(Clone, Copy, Debug)]
 pub struct Numbered {
@@ -40,7 +95,7 @@ pub struct Numbered {
 /// Requests that can be sent again.
 ///
 /// `http::Request` of any body is, and with [`classify`](super::RetryLayer::classify) anything that is
-/// `Clone`. Not to be implemented outside of this crate yet.
+/// [`Replay`]. Not to be implemented outside of this crate yet.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot send `{Req}` again",
     note = "a retry or a hedge takes `http::Request<B>`, or, with `.classify(|result: Result<&Res, &E>| ..)`, any request that is `Clone`"

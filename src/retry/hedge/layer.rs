@@ -86,7 +86,7 @@ impl HedgeLayer {
 }
 
 impl<M> HedgeLayer<M> {
-    /// Hedges requests of any `Clone` type, by a closure that says what failed. All of them count as safe
+    /// Hedges requests of any type that is `Clone` or [`Replay`](crate::retry::Replay), by a closure that says what failed. All of them count as safe
     /// to repeat.
     ///
     /// It gets exactly what the wrapped service gives, as `Result<&Response, &Error>`; only a success is a
