@@ -145,6 +145,11 @@ impl Circuit {
     /// Whether a call would go now.
     #[inline]
     pub(super) fn has_room(&self) -> bool {
+        self.cell.goes().is_some() || self.has_room_by_now()
+    }
+
+    #[inline(never)]
+    fn has_room_by_now(&self) -> bool {
         let (room, change) = self.cell.has_room(|| self.now(), fastrand::f64);
         self.tell(change);
         room || self.shadow.load(Ordering::Relaxed)

@@ -2,26 +2,34 @@
 
 #[cfg(feature = "tracing")]
 #[derive(Debug)]
-pub(super) struct Span(tracing::Span);
+pub(super) struct Span(Option<tracing::Span>);
 
 #[cfg(feature = "tracing")]
 impl Span {
-    /// A further attempt says which it is, as OpenTelemetry has it.
+    /// A further attempt says which it is, as OpenTelemetry has it. None where nobody listens: even a
+    /// disabled span is not for nothing to enter.
+    #[inline]
     pub(super) fn attempt(resent: u32) -> Self {
-        let span =
-            tracing::debug_span!("attempt", "http.request.resend_count" = tracing::field::Empty);
-        if resent > 0 {
-            span.record("http.request.resend_count", resent);
-        }
-        Self(span)
+        Self(tracing::enabled!(tracing::Level::DEBUG).then(|| {
+            let empty = tracing::field::Empty;
+            let span = tracing::debug_span!("attempt", "http.request.resend_count" = empty);
+            if resent > 0 {
+                span.record("http.request.resend_count", resent);
+            }
+            span
+        }))
     }
 
     pub(super) fn none() -> Self {
-        Self(tracing::Span::none())
+        Self(None)
     }
 
+    #[inline]
     pub(super) fn within<T>(&self, act: impl FnOnce() -> T) -> T {
-        self.0.in_scope(act)
+        match &self.0 {
+            Some(span) => span.in_scope(act),
+            None => act(),
+        }
     }
 }
 
