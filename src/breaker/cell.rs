@@ -137,6 +137,12 @@ impl Cell {
         matches!(word(bits), Word::Closed | Word::ForcedClosed).then_some(bits >> 4)
     }
 
+    /// Whether it was open when somebody looked at the machine last.
+    #[inline]
+    pub(super) fn is_open(&self) -> bool {
+        word(self.word.load(Ordering::Acquire)) == Word::Open
+    }
+
     /// Counts a good call where that changes nothing but the time windows. False: the machine has to be
     /// asked.
     #[inline]

@@ -143,9 +143,18 @@ impl Circuit {
     }
 
     /// Whether a call would go now.
+    ///
+    /// Whether an open circuit's wait is over is left to the call: it has to look at the clock anyhow, and
+    /// one that turns out to be a probe readies the inner service itself. A balancer must know before.
     #[inline]
     pub(super) fn has_room(&self) -> bool {
-        self.cell.goes().is_some() || self.has_room_by_now()
+        if self.cell.goes().is_some() {
+            return true;
+        }
+        if self.cell.is_open() && !self.holds_back() {
+            return self.shadow.load(Ordering::Relaxed);
+        }
+        self.has_room_by_now()
     }
 
     #[inline(never)]
