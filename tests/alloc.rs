@@ -11,7 +11,8 @@ use std::{
 };
 
 use buttress::{
-    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, Trip, limit::adaptive::Knee,
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, Trip,
+    breaker::CircuitBreakerHandle, limit::adaptive::Knee,
 };
 use bytes::Bytes;
 use http::{Request, Response};
@@ -125,6 +126,75 @@ fn an_admitted_call_allocates_nothing() {
             .layer(CircuitBreakerLayer::http().classify(judge_boxed))
             .layer(limit().per_response());
         assert_eq!(generic(both), 0);
+    });
+}
+
+/// A breaker of every kind, closed: windows clean and not, and everything switched on.
+#[test]
+fn a_closed_breaker_allocates_nothing_however_it_is_set() {
+    let slow = Trip::slow_ratio(0.5, Duration::from_secs(9));
+    let count = || Trip::failure_ratio(0.5).over(100);
+    in_runtime(|| {
+        for trip in [
+            count(),
+            Trip::failure_ratio(0.5),
+            slow.clone(),
+            slow.clone().over(50),
+            Trip::any([Trip::consecutive(5), count(), slow, Trip::when(|_| false)]),
+        ] {
+            let layer = || CircuitBreakerLayer::new(trip.clone());
+            assert_eq!(generic(layer().classify(judge)), 0, "{trip:?}");
+            assert_eq!(http(layer()), 0, "{trip:?}");
+            let failed = layer().classify(judge);
+            failed.handle().record(Outcome::failure());
+            assert_eq!(generic(failed), 0, "{trip:?} that has seen a failure");
+            let all = layer()
+                .ramp(Duration::from_secs(9))
+                .wait_for_verdict(9, Duration::from_secs(9))
+                .backpressure()
+                .shadow()
+                .name("all");
+            assert_eq!(generic(all.per_response()), 0, "{trip:?}");
+            assert_eq!(generic(layer().keyed(|n: &u64| n % 3).per_response()), 0, "{trip:?}");
+            assert_eq!(http(layer().per_origin()), 0, "{trip:?}");
+        }
+        let held_closed = CircuitBreakerLayer::http().classify(judge);
+        held_closed.handle().force_closed();
+        assert_eq!(generic(held_closed), 0);
+    });
+}
+
+/// The box of the error; and nothing at all where the refusal is a value of the user's.
+#[test]
+fn a_refused_call_allocates_at_most_once() {
+    fn refused<L>(layer: L, most: u64)
+    where
+        L: Layer<Echo>,
+        L::Service: Service<u64, Response = u64>,
+    {
+        let mut service = layer.layer(service_fn(echo as fn(u64) -> _));
+        let count = allocations(|| {
+            ready_now(&mut service);
+            assert_ne!(now(service.call(7)).ok(), Some(7));
+        });
+        assert!(count <= most * 100, "{count} for 100 calls");
+    }
+    in_runtime(|| {
+        for force in [CircuitBreakerHandle::force_open, |handle: &CircuitBreakerHandle| {
+            handle.record(Outcome::failure());
+        }] {
+            let layer = || CircuitBreakerLayer::new(Trip::consecutive(1)).name("refuses");
+            let boxed = layer().classify(judge);
+            force(&boxed.handle());
+            refused(boxed, 1);
+            let own = layer().classify(|_: Result<&u64, &Infallible>| Outcome::success());
+            let own = own.respond_with(|_| Ok(0));
+            force(&own.handle());
+            refused(own, 0);
+        }
+        let half_open = CircuitBreakerLayer::http().probes_from_outside().classify(judge);
+        half_open.handle().half_open();
+        refused(half_open, 1);
     });
 }
 

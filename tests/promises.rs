@@ -153,6 +153,41 @@ async fn a_time_window_with_100_000_calls_in_it_is_as_cheap_as_an_empty_one() {
     assert!(ratio < 5.0, "{ratio:.1} times as dear: {quickest:?}");
 }
 
+/// Calls in a clean window, and in one with a failure in it, which takes the lock.
+#[tokio::test]
+async fn a_window_of_a_million_is_as_cheap_as_one_of_a_hundred() {
+    const MANY: u32 = 1_000_000;
+    let hour = Duration::from_secs(3600);
+    let over = |calls| Trip::failure_ratio(1.0).over(calls).min_calls(calls);
+    let within = || Trip::failure_ratio(1.0).within(hour).min_calls(u32::MAX);
+    for (small, large) in [(over(100), over(MANY)), (within(), within())] {
+        for failure in [false, true] {
+            let layers = [small.clone(), large.clone()]
+                .map(|trip| CircuitBreakerLayer::new(trip).classify(judge));
+            for (layer, calls) in layers.iter().zip([100, MANY]) {
+                let handle = layer.handle();
+                (0..calls).for_each(|_| handle.record(Outcome::success()));
+                assert_eq!(handle.snapshot().seen.window_calls, u64::from(calls));
+                if failure {
+                    handle.record(Outcome::failure());
+                }
+            }
+            let mut services = layers.map(|layer| layer.layer(echo()));
+            let mut quickest = [Duration::MAX; 2];
+            // In turns, and fewer calls in all than push the failure out of the smaller window.
+            for _ in 0..if failure { 9 } else { 40 } {
+                for (service, quickest) in services.iter_mut().zip(&mut quickest) {
+                    let began = Instant::now();
+                    (0..if failure { 10 } else { 200 }).for_each(|_| ask(service, Ok(())));
+                    *quickest = (*quickest).min(began.elapsed());
+                }
+            }
+            let ratio = quickest[1].as_secs_f64() / quickest[0].as_secs_f64();
+            assert!(ratio < 5.0, "{ratio:.1} times as dear: {small:?}, {failure}, {quickest:?}");
+        }
+    }
+}
+
 // ===== An open circuit =====
 
 /// More workers than cores, and nobody hangs.
