@@ -184,8 +184,10 @@ admission_layer! {
     /// [`per_origin`](super::CircuitBreakerLayer::per_origin).
     ///
     /// The circuits are in a bounded map: 1024 keys, unless [`max_keys`](Self::max_keys) says otherwise. Where
-    /// it is full, circuits that are as good as new (closed, nothing counted, no call under way) make room;
-    /// where there are none, further keys share one circuit. So keys from requests never grow memory.
+    /// it is full, circuits that are as good as new make room: closed, nothing in their windows, their trips
+    /// forgotten, not steered by hand, no call under way. Where there are none, further keys share one circuit
+    /// (`other`). So keys from requests never grow memory. With a window of calls a key that was called is never
+    /// as good as new: choose one of time where there are many.
     ///
     /// Which circuit a call belongs to is known only with the request: what is wrapped is asked to be ready
     /// before, also for a call that will be refused.

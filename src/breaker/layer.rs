@@ -103,7 +103,7 @@ impl<M, R> CircuitBreakerLayer<M, R> {
     }
 
     /// Lets up to `callers` wait for the verdict of the probes, each for `longest` (above zero), instead
-    /// of refusing them. By default nobody waits.
+    /// of refusing them. By default nobody waits. Once it is closed, all of them go at once.
     pub fn wait_for_verdict(mut self, callers: u32, longest: Duration) -> Self {
         let checked = ConfigError::above_zero("wait_for_verdict.longest", longest);
         if let Some(longest) = self.plan.accept(checked) {
@@ -126,8 +126,11 @@ impl<M, R> CircuitBreakerLayer<M, R> {
         self
     }
 
-    /// Is not ready while it is open, instead of refusing: then a balancer (`tower::balance::p2c`) takes
-    /// another endpoint. Not for a service that callers wait for.
+    /// Is not ready while it would refuse: then a balancer (`tower::balance::p2c`) takes another endpoint.
+    ///
+    /// Not for a service that callers wait for: they would wait until it is over. What a [`ramp`](Self::ramp)
+    /// keeps back is refused all the same; and it is a fault together with keys, for which circuit a call
+    /// belongs to is known only with the request.
     pub fn backpressure(self) -> Self {
         self.plan.policy.hold_back();
         self
@@ -141,7 +144,7 @@ impl<M, R> CircuitBreakerLayer<M, R> {
 
     /// A circuit for each key that this closure gives, with the rules and settings made so far.
     ///
-    /// What was wired to this layer's own circuit (its handle, its name) stays with that.
+    /// The handle and the name of this layer's own circuit stay with that.
     pub fn keyed<F, Req, Id>(self, key: F) -> KeyedCircuitBreakerLayer<F, Id, M, R>
     where
         F: Fn(&Req) -> Id + Clone + Send + Sync + 'static,

@@ -17,15 +17,19 @@
 //! ```
 //! # fn main() -> Result<(), buttress::ConfigError> {
 //! use std::time::Duration;
-//! use buttress::{CircuitBreakerLayer, Trip};
+//! use buttress::{CircuitBreakerLayer, Trip, breaker::OpenFor};
 //!
+//! let secs = Duration::from_secs;
 //! let breaker = CircuitBreakerLayer::new(Trip::any([
 //!     Trip::consecutive(5),
-//!     Trip::failure_ratio(0.5).within(Duration::from_secs(10)).min_calls(20),
+//!     Trip::failure_ratio(0.5).within(secs(10)).min_calls(20),
+//!     Trip::slow_ratio(0.8, secs(2)).over(100),
 //! ]))
 //! .name("search")
-//! .open_for(Duration::from_secs(10))
-//! .half_open(3)
+//! .open_for(OpenFor::backoff(secs(1), secs(60)).follow_retry_after(secs(300)))
+//! .half_open_of(2, 3)
+//! .probe_lease(secs(10))
+//! .ramp(secs(30))
 //! .respond()
 //! .checked()?;
 //! # let _ = breaker; Ok(()) }
@@ -34,22 +38,94 @@
 //! # How it decides
 //!
 //! ```text
-//!            a rule trips                  the wait is over, a call comes
-//!  closed ───────────────▶ open ─────────────────────────────────────────▶ half-open
-//!    ▲                      ▲  a probe fails, is throttled, or outlives its lease │
-//!    │                      └─────────────────────────────────────────────────────┤
-//!    └────────────────────────────────────── all probes succeed ──────────────────┘
+//!            a rule trips                  the wait is over
+//!  closed ───────────────▶ open ───────────────────────────▶ half-open
+//!    ▲                      ▲   so many probes failed that it is certain  │
+//!    │                      └─────────────────────────────────────────────┤
+//!    └──────────────────────────────────────── enough probes succeeded ───┘
 //! ```
 //!
 //! | a call ends as | closed | half-open |
 //! |---|---|---|
 //! | success | counted; ends a run of failures | one probe passed |
-//! | failure | counted | opens again |
-//! | throttled (429, `RESOURCE_EXHAUSTED`) | not counted | opens again |
+//! | success, but slow | counted, also as slow | one probe failed |
+//! | failure | counted | one probe failed |
+//! | throttled (429, `RESOURCE_EXHAUSTED`) | not counted | one probe failed |
 //! | cancelled, or refused further in | not counted | gives its slot back |
+//! | cancelled after it had been slow | counted as slow | one probe failed |
 //!
-//! Thresholds are inclusive, and so is the end of the wait. A result that belongs to an earlier state
-//! changes nothing: a straggler admitted before the trip cannot close the circuit, nor open it again.
+//! Thresholds are inclusive, and so are the ends of waits and leases. A result that belongs to an earlier
+//! state changes nothing: a straggler admitted before the trip cannot close the circuit, nor open it again.
+//! What time alone changes (a wait, a lease) has changed at that time, whether anybody looked or not.
+//!
+//! # Rules
+//!
+//! | rule | opens when | looks back on |
+//! |---|---|---|
+//! | [`consecutive`](Trip::consecutive) | so many calls in a row failed | the run |
+//! | [`failure_ratio`](Trip::failure_ratio) | such a share of calls failed | the last [stretch of time](Trip::within), or so many [calls](Trip::over) |
+//! | [`slow_ratio`](Trip::slow_ratio) | such a share took so long to their head | the same |
+//! | [`when`](Trip::when) | a closure says so | all that the other rules have [`Seen`] |
+//! | [`any`](Trip::any) | the first of several does | |
+//!
+//! A window of calls is a ring of one bit a call; one of time is ten buckets, and slides by a tenth. Both
+//! are exact and cost the same however many calls are in them. Rules are looked at when a call fails or is
+//! slow: a success never opens a circuit. Closing, and forcing by hand, begins to count anew.
+//!
+//! # Waits
+//!
+//! | [`OpenFor`] | refuses for |
+//! |---|---|
+//! | a `Duration`, or [`fixed`](OpenFor::fixed) | that long, each time |
+//! | [`backoff`](OpenFor::backoff) | twice as long with each trip, jittered, up to a maximum; anew after a [calm](OpenFor::calm_after) |
+//! | [`follow_retry_after`](OpenFor::follow_retry_after) | at least as long as the server's `Retry-After` or gRPC pushback says, up to a bound |
+//!
+//! # Half-open
+//!
+//! [`half_open_of(m, n)`](CircuitBreakerLayer::half_open_of) lets `n` probes go, all in all, and gives its
+//! verdict as soon as it is certain: closed at the m-th success, open when m successes can no longer be had.
+//! A probe has a [lease](CircuitBreakerLayer::probe_lease): at its end it counts as passed if it had seen a
+//! good head that was not slow, else as failed. So neither a stream of hours nor a hang keeps a circuit
+//! half-open.
+//!
+//! | callers beyond the probes | |
+//! |---|---|
+//! | by default | are refused |
+//! | [`wait_for_verdict`](CircuitBreakerLayer::wait_for_verdict) | wait, so many and so long |
+//! | [`probes_from_outside`](CircuitBreakerLayer::probes_from_outside) | are all refused: outcomes given to [`record`](CircuitBreakerHandle::record) decide |
+//!
+//! After closing, a [ramp](CircuitBreakerLayer::ramp) lets a tenth of the calls go and more and more of them
+//! over its time; the rest is refused as [`Recovering`](crate::call::RejectedKind::Recovering).
+//!
+//! # Keys
+//!
+//! ```
+//! # fn client() -> impl Clone { () }
+//! use buttress::CircuitBreakerLayer;
+//! use tower::Layer;
+//!
+//! let breakers = CircuitBreakerLayer::http().per_origin();    // one for each scheme and authority
+//! let handle = breakers.handle();
+//! let client = breakers.layer(client());
+//! for (origin, circuit) in handle.all() {
+//!     println!("{origin}: {:?}", circuit.state());
+//! }
+//! ```
+//!
+//! [`keyed`](CircuitBreakerLayer::keyed) takes any key of the request. The map is
+//! [bounded](KeyedCircuitBreakerLayer::max_keys), evicts only circuits that are as good as new, and beyond
+//! that lets keys share one circuit: requests cannot grow it.
+//!
+//! # By hand
+//!
+//! | the [handle](CircuitBreakerHandle) | |
+//! |---|---|
+//! | [`force_open`](CircuitBreakerHandle::force_open) [`force_closed`](CircuitBreakerHandle::force_closed) [`half_open`](CircuitBreakerHandle::half_open) [`reset`](CircuitBreakerHandle::reset) | the state, until it is said otherwise |
+//! | [`isolate`](CircuitBreakerHandle::isolate) | open as long as a guard is kept, whatever is said; counted |
+//! | [`shadow`](CircuitBreakerHandle::shadow) | goes through its states, refuses nobody, counts whom it would have |
+//! | [`set_trip`](CircuitBreakerHandle::set_trip) [`set_open_for`](CircuitBreakerHandle::set_open_for) | other thresholds and waits; counts stay |
+//! | [`snapshot`](CircuitBreakerHandle::snapshot) [`restore`](CircuitBreakerHandle::restore) | another circuit takes up where this one left off |
+//! | [`changed`](CircuitBreakerHandle::changed) | waits for the next change, also of time alone |
 //!
 //! # In the stack
 //!
@@ -57,27 +133,40 @@
 //! the upstream, and is not counted. An open circuit does not touch the service that it wraps; one
 //! that opens wakes the callers that wait for it.
 //!
+//! # Balancers
+//!
+//! With [`backpressure`](CircuitBreakerLayer::backpressure) a circuit is not ready while it would refuse,
+//! and `tower::balance::p2c` takes another endpoint: after the trip only probes reach a dead one. It lets go
+//! of what the wrapped service had reserved, and wakes the balancer when the wait is over, without any
+//! traffic. A balancer asks again right before it calls; so here, and only here, a service that said it was
+//! ready may take it back. The `breaker_balance` example shows it.
+//!
 //! # Streams
 //!
 //! A bad head counts at once. After a good one the call ends with its body: one that breaks off is a
 //! failure, and so is a gRPC stream whose trailers say so. A good plain answer that nobody reads is a
-//! success; a gRPC stream dropped before its status is cancelled.
+//! success; a gRPC stream dropped before its status is cancelled. How long a call took is the time to its
+//! head.
 //!
 //! # Cancellation
 //!
-//! A call dropped before its head says nothing: it is not counted, and a probe's slot is free again. A
-//! probe that neither ends nor is dropped counts by its head when its lease is over. A call that
-//! panics is a failure.
+//! A call dropped before its head says nothing, unless it had been slow: it is not counted, and a probe's
+//! slot is free again. A call that panics is a failure. A caller that waits for a verdict gives its place
+//! back.
 //!
 //! # Defaults
 //!
 //! | setting | default |
 //! |---|---|
 //! | rule | 5 failures in a row |
-//! | [`open_for`](CircuitBreakerLayer::open_for) | 30 s |
+//! | [`open_for`](CircuitBreakerLayer::open_for) | 30 s, fixed |
+//! | [`OpenFor::backoff`] | × 2, up to a tenth of jitter, calm after 60 s |
 //! | [`half_open`](CircuitBreakerLayer::half_open) | 1 probe |
 //! | [`probe_lease`](CircuitBreakerLayer::probe_lease) | 30 s |
-//! | [`failure_ratio`](Trip::failure_ratio)'s window | 10 s, at least 20 calls |
+//! | [`wait_for_verdict`](CircuitBreakerLayer::wait_for_verdict) | nobody waits |
+//! | [`ramp`](CircuitBreakerLayer::ramp) | none |
+//! | a ratio's window | 10 s, at least 20 calls |
+//! | [`max_keys`](KeyedCircuitBreakerLayer::max_keys) | 1024 |
 //! | refused calls | an error ([`Rejected`](crate::Rejected), boxed) |
 
 mod cell;

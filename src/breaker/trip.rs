@@ -79,7 +79,8 @@ impl Trip {
 
     /// When this closure says so, looking at what the circuit has [`Seen`] in a row and in all windows.
     ///
-    /// It is asked under a lock: let it be short, and let it not touch the breaker.
+    /// It is asked under a lock, when a call fails or is slow: let it be short, and let it neither panic nor
+    /// touch the breaker.
     #[must_use]
     pub fn when(rule: impl Fn(&Seen) -> bool + Send + Sync + 'static) -> Self {
         Self::of(Rule::When(Arc::new(rule)))
@@ -230,9 +231,9 @@ pub enum Tripped {
         /// How the last of them ended.
         outcome: Outcome,
     },
-    /// A half-open probe was slow.
+    /// Half-open probes failed, the last of them by being slow.
     SlowProbe,
-    /// A half-open probe did not end within its lease, and had not seen a good head.
+    /// Half-open probes failed, the last of them as its lease ended before it had seen a good head in time.
     ProbeLease,
 }
 
