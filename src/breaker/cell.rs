@@ -384,6 +384,26 @@ mod loom_models {
         });
     }
 
+    /// A probe succeeds as its lease ends, while somebody looks: the lease has ended once, whoever is first.
+    #[test]
+    fn loom_a_lease_ends_exactly_once() {
+        loom::model(|| {
+            let cell = Arc::new(Cell::new(Trip::consecutive(1), settings(1)));
+            let first = admit(&cell, 0).unwrap();
+            finish(&cell, first, Outcome::failure(), 0);
+            let probe = admit(&cell, 100).unwrap();
+            let looks = {
+                let cell = cell.clone();
+                thread::spawn(move || cell.state(|| 1100, || 0.0))
+            };
+            let ended = finish(&cell, probe, Outcome::success(), 1100);
+            let (state, lasts, seen) = looks.join().unwrap();
+            assert_eq!((state, lasts), (State::Open, Some(Duration::from_nanos(100))));
+            assert!(ended.is_some() != seen.is_some(), "told of once");
+            assert_eq!(cell.with(|machine, _| machine.opened()), 2);
+        });
+    }
+
     /// A good call at a new stretch, without the lock, while somebody rotates under it: none is lost.
     #[test]
     fn loom_window_rotation_loses_nothing() {

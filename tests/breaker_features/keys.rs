@@ -2,10 +2,15 @@
 
 use std::collections::BTreeSet;
 
-use buttress::breaker::{KeyedCircuitBreakerHandle, Origin};
-use http::Request;
+use buttress::{
+    BoxError,
+    breaker::{KeyedCircuitBreakerHandle, Origin},
+};
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::Full;
 use tokio::time::advance;
-use tower::{Layer, Service, ServiceExt};
+use tower::{Layer, Service, ServiceExt, service_fn};
 
 use crate::{
     kit::*,
@@ -116,4 +121,27 @@ async fn a_circuit_in_use_is_not_evicted() {
     watch.end(0, Err(Oops("down")));
     assert!(under_way.poll().is_ready());
     assert_eq!(handle.all()[0].1.state(), State::Open);
+}
+
+/// Over boxed errors, inside a task: no projection in a future's fields, and all of it is `Send`.
+#[tokio::test(start_paused = true)]
+async fn works_inside_tokio_spawn() {
+    async fn hello(_: Request<()>) -> Result<Response<Full<Bytes>>, BoxError> {
+        Ok(Response::default())
+    }
+    fn auto<T: Clone + Send + Sync + 'static>(_: &T) {}
+
+    let layer = touchy().wait_for_verdict(1, secs(1)).per_origin();
+    auto(&layer);
+    auto(&layer.handle());
+    let mut service = layer.layer(service_fn(hello));
+    let task = tokio::spawn(async move {
+        service.clone().oneshot(to("http://a/")).await?;
+        service.ready().await?.call(to("http://b/")).await.map(drop)
+    });
+    task.await.unwrap().unwrap();
+    let by_path = touchy().keyed(|request: &Request<()>| request.uri().path().to_owned());
+    let service = by_path.layer(service_fn(hello));
+    let task = tokio::spawn(async move { service.oneshot(to("/a")).await.map(drop) });
+    task.await.unwrap().unwrap();
 }
