@@ -64,7 +64,7 @@
 //! | `hyper` | yes | hyper's and h2's errors told apart: stale connections, refused streams, GOAWAY |
 //! | `tracing` | yes | one event per decision |
 //! | `hyper-util` | | its client's connect errors told apart from later ones |
-//! | `reqwest` | | a service between `http` types and a `reqwest::Client` |
+//! | `reqwest` | | a service between `http` types and a `reqwest::Client`; a retry around that client itself |
 //! | `tower-http` | | any classifier of `tower_http::classify` as it is |
 //! | `full` | | all of them |
 #![cfg_attr(docsrs, feature(doc_cfg))]

@@ -89,6 +89,29 @@ impl RetryLayer {
         self
     }
 
+    /// Goes around a `reqwest::Client` itself, whose requests and responses are reqwest's own: by the same rules.
+    ///
+    /// A request whose body is a stream is sent once. An answer that is tried again is dropped unread, its
+    /// trailers are not looked at, and its requests carry no [`Deadline`](crate::Deadline): around an
+    /// [`HttpClient`](crate::reqwest::HttpClient) there are no such limits.
+    ///
+    /// ```no_run
+    /// use buttress::RetryLayer;
+    /// use tower::{ServiceBuilder, ServiceExt};
+    ///
+    /// # async fn run() -> Result<(), buttress::BoxError> {
+    /// let client = reqwest::Client::new();
+    /// let request = client.get("http://localhost:8080/").build()?;
+    /// let client = ServiceBuilder::new().layer(RetryLayer::http().reqwest()).service(client);
+    /// let text = client.oneshot(request).await?.text().await?;
+    /// # let _ = text; Ok(()) }
+    /// ```
+    #[cfg(feature = "reqwest")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
+    pub fn reqwest(self) -> RetryLayer<super::Reqwest> {
+        RetryLayer { settings: self.settings, protocol: super::Reqwest, fault: self.fault }
+    }
+
     /// A last word on every attempt's end, good ones too: `Some(true)` tries it again, whatever the method;
     /// `Some(false)` gives it out; `None` leaves it to the rules.
     ///

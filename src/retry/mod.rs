@@ -133,6 +133,9 @@ mod service;
 mod span;
 mod weighed;
 
+#[cfg(feature = "reqwest")]
+#[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
+pub use self::exchange::Reqwest;
 pub use self::{
     attempts::{Attempt, Attempts, RetryError},
     backoff::{Backoff, Delays},

@@ -5,7 +5,10 @@ use std::{error::Error, fmt, sync::Arc};
 use http::{HeaderMap, Request, StatusCode};
 
 use super::policy::Class;
-use crate::call::{Outcome, OutcomeKind, Reason, hint};
+use crate::call::{
+    Outcome, OutcomeKind, Reason,
+    hint::{self, Pushback},
+};
 
 /// What failed, as far as limits and costs tell it apart. A closed set, so that it can be a metric's label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -179,11 +182,12 @@ impl Say {
         let asked = self.ask.as_ref().and_then(|ask| ask(seen));
         let listed = || self.listed.iter().rev().find(|(failure, _)| failure.is(seen));
         let said = asked.or_else(|| listed().map(|(_, retry)| *retry));
+        let pushed_back = seen.headers().and_then(hint::pushback) == Some(Pushback::Never);
         // The same key for another request (draft-ietf-httpapi-idempotency-key-header): never.
         let key_reused = seen.status() == Some(StatusCode::UNPROCESSABLE_ENTITY)
             && seen.request.headers().contains_key("idempotency-key");
         let class = match said {
-            Some(true) if !key_reused => Class::Retryable,
+            Some(true) if !key_reused && !pushed_back => Class::Retryable,
             Some(_) => Class::Final,
             None => class,
         };

@@ -245,7 +245,8 @@ impl<S, Req, F, M: Repeat<Req>, H> ResponseFuture<S, Req, F, M, M::Kept, H> {
         }
         let policy = settings.policy();
         let mut vouched = false;
-        if let (Some(request), Some(answer)) = (this.kept.as_ref().and_then(M::head), answer) {
+        let head = this.kept.as_ref().and_then(M::head);
+        if let (Some(request), Some(answer)) = (head.as_deref(), answer) {
             let mut seen = Seen { request, answer, outcome, attempt: this.record.made };
             (class, vouched) = policy.say.judge(class, &mut seen);
             outcome = seen.outcome;
@@ -254,8 +255,7 @@ impl<S, Req, F, M: Repeat<Req>, H> ResponseFuture<S, Req, F, M, M::Kept, H> {
             return Err(None);
         }
         let now = Instant::now();
-        let head = this.kept.as_ref().and_then(M::head);
-        *this.deadline = head.and_then(|head| Deadline::of(head.extensions()));
+        *this.deadline = head.as_ref().and_then(|head| Deadline::of(head.extensions()));
         let left = this.deadline.map(|Deadline(at)| at.saturating_duration_since(now));
         let decision = match this.kept {
             Some(kept) => decide(

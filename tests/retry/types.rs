@@ -9,13 +9,13 @@ use std::{
 };
 
 use buttress::{
-    Backoff, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, Retry, RetryBudget,
-    RetryLayer,
+    Attempts, Backoff, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, Retry,
+    RetryBudget, RetryLayer,
     call::Http,
     retry::{PeekedBody, Replay, ReplayBody, ResponseFuture, RetryHandle, Stop},
 };
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{Method, Request, Response, StatusCode};
 use http_body_util::{Empty, Full};
 use tokio::{task::yield_now, time::Instant};
 use tokio_test::{assert_ready, task};
@@ -164,4 +164,55 @@ async fn a_type_that_is_not_clone_says_how_it_is_kept() {
     assert_eq!(handle.snapshot().retries, 2);
     send(&service, Upload(None)).await.unwrap_err();
     assert_eq!((handle.snapshot().retries, handle.snapshot().gave_up), (2, 2));
+}
+
+/// A `reqwest::Client` without anything in between: its requests are retried by the rules of HTTP.
+#[cfg(feature = "reqwest")]
+#[tokio::test(start_paused = true)]
+async fn reqwests_own_requests_are_retried_as_http() {
+    use buttress::retry::Reqwest;
+    use reqwest::{Body, Request, Response};
+
+    fn layer() -> RetryLayer<Reqwest> {
+        let backoff = Backoff::constant(ms(1));
+        RetryLayer::http().backoff(backoff).retry_on(StatusCode::CONFLICT).reqwest()
+    }
+    fn ask(method: Method, body: Option<Body>) -> Request {
+        let mut request = Request::new(method, "http://127.0.0.1/a?b".parse().unwrap());
+        *request.body_mut() = body;
+        request
+    }
+    let calls = Arc::new(AtomicU32::new(0));
+    let count = calls.clone();
+    let answer = move |code: u16| {
+        let count = count.clone();
+        service_fn(move |request: Request| {
+            count.fetch_add(1, SeqCst);
+            assert_eq!(request.url().query(), Some("b"));
+            let response = Response::from(status(code).map(|_| "body"));
+            async move { Ok::<_, reqwest::Error>(response) }
+        })
+    };
+    for (request, code, made, stop) in [
+        (ask(Method::GET, None), 503, 3, Stop::AttemptsUsedUp),
+        (ask(Method::GET, None), 409, 3, Stop::AttemptsUsedUp),
+        (ask(Method::PUT, Some("text".into())), 503, 3, Stop::AttemptsUsedUp),
+        (ask(Method::POST, Some("text".into())), 503, 1, Stop::Unsafe),
+        (ask(Method::PUT, Some(Body::wrap(Full::<Bytes>::from("text")))), 503, 1, Stop::BodyGone),
+        (ask(Method::GET, None), 404, 1, Stop::Answered),
+    ] {
+        calls.store(0, SeqCst);
+        let response = send(&layer().layer(answer(code)), request).await.unwrap();
+        let told = response.extensions().get::<Attempts>();
+        assert_eq!(told.map_or((1, Stop::Answered), |told| (told.made, told.stop)), (made, stop));
+        assert_eq!(calls.load(SeqCst), made);
+        assert_eq!(response.text().await.unwrap(), "body");
+    }
+    // The real client, a port where nobody listens: any method.
+    let gone = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mut request = ask(Method::POST, Some("text".into()));
+    request.url_mut().set_port(Some(gone.port())).unwrap();
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let error = send(&layer().layer(client), request).await.unwrap_err();
+    assert_eq!(Attempts::find(&*error).unwrap().made, 3);
 }

@@ -1,6 +1,7 @@
 //! HTTP and gRPC.
 
 use std::{
+    borrow::Cow,
     io,
     pin::Pin,
     task::{Context, Poll, ready},
@@ -8,7 +9,7 @@ use std::{
 };
 
 use bytes::Buf;
-use http::{HeaderMap, Method, Request, Response, StatusCode};
+use http::{Extensions, HeaderMap, Method, Request, Response, StatusCode};
 use http_body::Body;
 
 use super::{
@@ -54,7 +55,7 @@ impl<B> KeptRequest<B> {
 const PREVIOUS_ATTEMPTS: &str = "grpc-previous-rpc-attempts";
 
 /// RFC 9110 §9.2.2, or a key that makes the server tell repeats (the same on every attempt).
-fn is_safe(method: &Method, headers: &HeaderMap, by: &Safe) -> bool {
+pub(super) fn is_safe(method: &Method, headers: &HeaderMap, by: &Safe) -> bool {
     let idempotent = match by {
         Safe::All => true,
         Safe::Methods(methods) => methods.contains(method),
@@ -96,8 +97,8 @@ impl<B: Body> Repeat<Request<B>> for Http {
         request
     }
 
-    fn head(kept: &KeptRequest<B>) -> Option<&Request<()>> {
-        Some(&kept.head)
+    fn head(kept: &KeptRequest<B>) -> Option<Cow<'_, Request<()>>> {
+        Some(Cow::Borrowed(&kept.head))
     }
 
     fn copy(kept: &KeptRequest<B>) -> Self::Request {
@@ -246,11 +247,18 @@ where
 
 /// What a head is to a retry. None: its body has to begin first.
 fn weigh_head<B>(response: &Response<B>) -> Option<(Class, Outcome)> {
-    let (status, headers) = (response.status(), response.headers());
+    weigh_parts(response.status(), response.headers(), response.extensions())
+}
+
+pub(super) fn weigh_parts(
+    status: StatusCode,
+    headers: &HeaderMap,
+    extensions: &Extensions,
+) -> Option<(Class, Outcome)> {
     if status.is_success() && !grpc::is_grpc(headers) {
         return Some((Class::Final, Outcome::success()));
     }
-    if let Some(refused) = response.extensions().get::<Rejected>() {
+    if let Some(refused) = extensions.get::<Rejected>() {
         return Some((Class::Refused(Stop::Rejected), rule::of_rejected(refused)));
     }
     if grpc::is_grpc(headers) && status == StatusCode::OK {
@@ -264,7 +272,7 @@ fn weigh_head<B>(response: &Response<B>) -> Option<(Class, Outcome)> {
     let outcome = rule::of_status(status, headers);
     match status.as_u16() {
         // A proxy's status on a gRPC answer does not unsay the server's no.
-        400..=599 if hint::pushback(headers) == Some(Pushback::Never) => {
+        408 | 425 | 429 | 500..=599 if hint::pushback(headers) == Some(Pushback::Never) => {
             Some((Class::Refused(Stop::Pushback), outcome))
         }
         // Not a server's failure, but meant to be sent again (RFC 9110 §15.5.9, RFC 8470 §5.2).
@@ -301,7 +309,7 @@ fn weigh_grpc(headers: &HeaderMap, outcome: Outcome) -> (Class, Outcome) {
 }
 
 /// What an error is to a retry: those of the connection may be tried again.
-fn of_reason(outcome: Outcome) -> Class {
+pub(super) fn of_reason(outcome: Outcome) -> Class {
     match outcome.reason() {
         Reason::Rejected => Class::Refused(Stop::Rejected),
         Reason::ConnectRefused

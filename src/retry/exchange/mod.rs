@@ -2,8 +2,14 @@
 
 mod any;
 mod http;
+#[cfg(feature = "reqwest")]
+mod reqwest;
+
+#[cfg(feature = "reqwest")]
+pub use self::reqwest::Reqwest;
 
 use std::{
+    borrow::Cow,
     task::{Context, Poll},
     time::Duration,
 };
@@ -113,7 +119,7 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
     fn again(kept: &Self::Kept, attempt: Numbered) -> Self::Request;
 
     /// The head, if the request has one of HTTP's.
-    fn head(_: &Self::Kept) -> Option<&Request<()>> {
+    fn head(_: &Self::Kept) -> Option<Cow<'_, Request<()>>> {
         None
     }
 

@@ -1,0 +1,158 @@
+//! `reqwest::Client` as it is: requests and responses of reqwest's own.
+
+use std::{
+    borrow::Cow,
+    io,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use ::http::Request as Head;
+use reqwest::{Error, Request, Response};
+
+use super::{
+    super::{
+        attempts::{Attempts, RetryError},
+        hedge::Hedged,
+        policy::{Class, Repeatable, Safe},
+        rules::Answer,
+    },
+    Numbered, Repeat, Rules, Weigh, http,
+};
+use crate::{
+    BoxError,
+    call::{Outcome, Reason, http as rule},
+};
+
+/// The rules of HTTP for reqwest's own types: see [`RetryLayer::reqwest`](crate::RetryLayer::reqwest).
+// Apart from `Http`: with a second request type there, `ready()` would no longer know which is meant.
+#[derive(Clone, Copy, Debug)]
+pub struct Reqwest;
+
+impl Repeat<Request> for Reqwest {
+    type Request = Request;
+    type Kept = Request;
+
+    fn split(&self, request: Request, rules: Rules) -> (Request, Option<Request>) {
+        let only = rules.only.as_ref();
+        let keep = !rules.never
+            && only.is_none_or(|by| http::is_safe(request.method(), request.headers(), by));
+        // None of a stream: it is there once. Any other body is shared, not copied.
+        let kept = if keep { request.try_clone() } else { None };
+        (request, kept)
+    }
+
+    fn again(kept: &Request, _: Numbered) -> Request {
+        Self::copy(kept)
+    }
+
+    fn head(kept: &Request) -> Option<Cow<'_, Head<()>>> {
+        let mut head = Head::new(());
+        *head.method_mut() = kept.method().clone();
+        *head.uri_mut() = kept.url().as_str().parse().unwrap_or_default();
+        *head.headers_mut() = kept.headers().clone();
+        Some(Cow::Owned(head))
+    }
+
+    fn copy(kept: &Request) -> Request {
+        let Some(copy) = kept.try_clone() else { unreachable!("a stream is not kept") };
+        copy
+    }
+
+    fn safe(kept: &Request, by: &Safe) -> bool {
+        http::is_safe(kept.method(), kept.headers(), by)
+    }
+
+    fn repeatable(_: &Request) -> Repeatable {
+        Repeatable::Yes
+    }
+
+    fn claim(_: &Request) -> bool {
+        true
+    }
+}
+
+/// An answer of reqwest's, weighed.
+#[derive(Debug)]
+pub struct Held {
+    result: Result<Response, BoxError>,
+    weight: (Class, Outcome),
+}
+
+impl Held {
+    fn error(error: BoxError, outcome: Outcome) -> Self {
+        Self { result: Err(error), weight: (http::of_reason(outcome), outcome) }
+    }
+}
+
+impl Weigh<Response, Error> for Reqwest {
+    type Response = Response;
+    type Error = BoxError;
+    type Held = Held;
+
+    const PATIENCE: Duration = Duration::ZERO;
+
+    fn hold(&self, result: Result<Response, Error>) -> Held {
+        match result {
+            Ok(response) => {
+                let (status, headers) = (response.status(), response.headers());
+                let weight = http::weigh_parts(status, headers, response.extensions());
+                // gRPC's trailers are not to be had from it.
+                let weight = weight.unwrap_or((Class::Final, Outcome::success()));
+                Held { result: Ok(response), weight }
+            }
+            Err(error) => {
+                let outcome = rule::of_error(&error);
+                Held::error(error.into(), outcome)
+            }
+        }
+    }
+
+    fn poll_weigh(held: &mut Held, _: &mut Context<'_>) -> Poll<(Class, Outcome)> {
+        Poll::Ready(held.weight)
+    }
+
+    fn answer(held: &Held) -> Option<Answer<'_>> {
+        Some(match &held.result {
+            Ok(response) => Answer::Head(response.status(), response.headers()),
+            Err(error) => Answer::Error(&**error),
+        })
+    }
+
+    fn poll_discard(_: &mut Held, _: u64, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Ready(())
+    }
+
+    fn release(held: Held, record: Option<Attempts>) -> Result<Response, BoxError> {
+        match held.result {
+            Ok(mut response) => {
+                if let Some(record) = record {
+                    response.extensions_mut().insert(record);
+                }
+                Ok(response)
+            }
+            Err(error) => Err(Box::new(RetryError::new(record.unwrap_or(Attempts::FIRST), error))),
+        }
+    }
+
+    fn timed_out(what: &'static str) -> Option<Held> {
+        let error = io::Error::new(io::ErrorKind::TimedOut, what);
+        Some(Held::error(error.into(), Outcome::failure().because(Reason::Timeout)))
+    }
+
+    fn broken(error: Error, record: Attempts) -> BoxError {
+        Box::new(RetryError::new(record, error.into()))
+    }
+
+    fn pass(held: Held, hedged: Option<Hedged>) -> Result<Response, BoxError> {
+        let mut response = held.result?;
+        if let Some(hedged) = hedged {
+            response.extensions_mut().insert(hedged);
+        }
+        Ok(response)
+    }
+
+    fn error(error: Error) -> BoxError {
+        error.into()
+    }
+}
