@@ -65,6 +65,7 @@
 //! | `tracing` | yes | one event per decision |
 //! | `hyper-util` | | its client's connect errors told apart from later ones |
 //! | `reqwest` | | a service between `http` types and a `reqwest::Client`; a retry around that client itself |
+//! | `percentile` | | hedges after a percentile of the latency as it is |
 //! | `tower-http` | | any classifier of `tower_http::classify` as it is |
 //! | `full` | | all of them |
 #![cfg_attr(docsrs, feature(doc_cfg))]

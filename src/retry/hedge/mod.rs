@@ -24,6 +24,8 @@
 //! # let _ = (retry, hedge); Ok(()) }
 //! ```
 //!
+//! With the feature `percentile`, [`HedgeLayer::after_percentile`] takes the delay from what calls take of late.
+//!
 //! # How it decides
 //!
 //! Without an answer after the delay, a second copy is sent if the request is safe to repeat (its method,
@@ -77,7 +79,7 @@
 //!
 //! | setting | default |
 //! |---|---|
-//! | delay | none: near the 95th percentile of the latency is where to begin |
+//! | delay | none, or [a percentile](HedgeLayer::after_percentile): near the 95th percentile of the latency is where to begin |
 //! | [`budget`](HedgeLayer::budget) | 5 %, and 1 per second |
 //! | [`replay_up_to`](HedgeLayer::replay_up_to) | 64 KiB |
 //!
@@ -91,6 +93,8 @@
 //! the hedges, and what is safe to repeat is left to the user.
 
 mod layer;
+#[cfg(feature = "percentile")]
+mod live;
 mod service;
 
 pub use self::{

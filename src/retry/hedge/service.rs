@@ -81,9 +81,12 @@ where
             M::safe(kept, &settings.safe()) && M::repeatable(kept) != Repeatable::No
         });
         // A time that no clock reaches is never.
-        let at = hedgeable.then(|| Instant::now().checked_add(settings.delay)).flatten();
+        let began = settings.learns().then(Instant::now);
+        let delay = if hedgeable { settings.delay() } else { None };
+        let at = delay.and_then(|delay| began.unwrap_or_else(Instant::now).checked_add(delay));
         HedgeFuture {
             first: Some(Weighed::new(self.inner.call(first), None)),
+            began,
             second: at.map_or(Second::Never, |at| Second::Due { at }),
             core: self.core.clone(),
             protocol: self.protocol.clone(),
@@ -102,6 +105,8 @@ pin_project! {
         first: Option<Weighed<F, H>>,
         #[pin]
         second: Second<S, F, H>,
+        // None: nobody wants to know how long it takes.
+        began: Option<Instant>,
         core: Arc<Core<S, Settings>>,
         protocol: M,
         kept: Option<K>,
@@ -148,6 +153,9 @@ where
         // The first copy before the timer and before the hedge: what is there already is not hedged.
         if let Some(mut first) = this.first.as_mut().as_pin_mut() {
             if let Poll::Ready(weight) = first.as_mut().poll(&*this.protocol, cx) {
+                if is_good(weight) {
+                    this.core.settings.took(this.began.take());
+                }
                 if is_good(weight) || !matches!(*this.second, Second::Sent { .. }) {
                     let held = first.take();
                     let hedged = this.second.hedged(false);
@@ -185,7 +193,7 @@ where
                     this.core.settings.sent.fetch_add(1, Ordering::Relaxed);
                     event!(
                         DEBUG,
-                        delay_ms = this.core.settings.delay.as_millis() as u64,
+                        delay = ?this.core.settings.delay(),
                         "hedging"
                     );
                     let hedge = Weighed::new(service.call(M::copy(&kept)), None);
@@ -197,6 +205,9 @@ where
                         event!(DEBUG, outcome = ?weight.1, "the hedge failed");
                         this.second.set(Second::Lost);
                         continue;
+                    }
+                    if is_good(weight) {
+                        this.core.settings.took(this.began.take());
                     }
                     let held = hedge.take();
                     this.core.settings.won.fetch_add(1, Ordering::Relaxed);

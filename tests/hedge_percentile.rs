@@ -1,0 +1,79 @@
+//! The delay of a hedge, learnt from what calls take.
+#![cfg(feature = "percentile")]
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use buttress::{HedgeLayer, Outcome, call::Classify};
+use tokio::time::{Instant, advance, sleep};
+use tower::{Layer, Service, ServiceExt, service_fn};
+
+type Judge = fn(Result<&(), &()>) -> Outcome;
+
+fn layer(share: f64) -> HedgeLayer<Classify<Judge>> {
+    fn judge(result: Result<&(), &()>) -> Outcome {
+        result.map_or(Outcome::failure(), |()| Outcome::success())
+    }
+    HedgeLayer::after_percentile(share).without_budget().classify(judge as Judge)
+}
+
+async fn takes<S: Service<u64, Error = ()> + Clone>(service: &S, ms: u64) -> Duration {
+    let start = Instant::now();
+    assert!(service.clone().oneshot(ms).await.is_ok());
+    start.elapsed()
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_delay_is_the_percentile_of_late() {
+    let calls = Arc::new(AtomicU64::new(0));
+    let count = calls.clone();
+    let layer = layer(0.9);
+    let handle = layer.handle();
+    let service = layer.layer(service_fn(move |ms: u64| {
+        count.fetch_add(1, SeqCst);
+        async move {
+            sleep(Duration::from_millis(ms)).await;
+            Ok::<(), ()>(())
+        }
+    }));
+    // Nothing is known: nothing is hedged, however long it takes.
+    for _ in 0..19 {
+        takes(&service, 1000).await;
+    }
+    assert_eq!(handle.snapshot().sent, 0);
+    // What is older than a minute is forgotten.
+    advance(Duration::from_secs(61)).await;
+    for n in 0..200 {
+        takes(&service, 10 + n % 10).await;
+    }
+    let before = handle.snapshot().sent;
+    assert!(before <= 200 / 8, "{before}: about one in ten");
+    takes(&service, 500).await;
+    assert_eq!(handle.snapshot().sent, before + 1, "this one is late");
+    takes(&service, 12).await;
+    assert_eq!(handle.snapshot().sent, before + 1);
+    // Slower days: it follows, and does not double all calls.
+    for _ in 0..40 {
+        advance(Duration::from_secs(2)).await;
+        takes(&service, 100).await;
+    }
+    let then = handle.snapshot().sent;
+    for _ in 0..40 {
+        takes(&service, 95).await;
+    }
+    assert_eq!(handle.snapshot().sent, then, "as fast as most");
+    assert_eq!(calls.load(SeqCst), 19 + 200 + 2 + 80 + then);
+}
+
+#[test]
+fn a_share_that_is_none_is_a_typed_error() {
+    for share in [0.0, 1.0, -0.5, f64::NAN, 95.0] {
+        let error = HedgeLayer::after_percentile(share).checked().unwrap_err();
+        assert_eq!(error.field, "after_percentile", "{share}");
+    }
+}
