@@ -38,8 +38,12 @@ pub trait Policy<Req>: Clone + Send + Sync + 'static {
     /// Would a call go now? Reserves nothing; a wrong answer costs time, never correctness.
     fn peek(&self) -> bool;
 
-    /// May this one go?
-    fn admit(&self, request: &Req) -> Admit<Permit<Self::State>, Self::Wait>;
+    /// May this one go? `deadline` tells when its caller needs the answer.
+    fn admit(
+        &self,
+        request: &Req,
+        deadline: impl FnOnce() -> Option<Instant>,
+    ) -> Admit<Permit<Self::State>, Self::Wait>;
 
     /// Is this permit, given but not used yet, worth nothing any more?
     fn is_stale(&self, permit: &Permit<Self::State>) -> bool {

@@ -132,7 +132,7 @@ where
     fn call(&mut self, mut request: Req) -> Self::Future {
         self.promised = false;
         let admit = match &self.fault {
-            None => self.policy.admit(&request),
+            None => self.policy.admit(&request, || self.protocol.deadline(&request)),
             Some(fault) => Admit::No(Rejected::misconfigured(P::LAYER, fault.clone())),
         };
         let form = self.reject.form(&request);

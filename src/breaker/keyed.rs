@@ -11,7 +11,7 @@ use std::{
 };
 
 use http::Request;
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
 use tower_layer::Layer;
 
 use super::{
@@ -163,7 +163,11 @@ where
         true
     }
 
-    fn admit(&self, request: &Req) -> Admit<Permit<Circuit>, Verdict> {
+    fn admit(
+        &self,
+        request: &Req,
+        _: impl FnOnce() -> Option<Instant>,
+    ) -> Admit<Permit<Circuit>, Verdict> {
         policy::admit(&self.circuits.find(&self.key.key(request)))
     }
 

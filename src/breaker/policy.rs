@@ -31,7 +31,11 @@ impl<Req> Policy<Req> for Shared<Circuit> {
     }
 
     #[inline]
-    fn admit(&self, _: &Req) -> Admit<Permit<Circuit>, Verdict> {
+    fn admit(
+        &self,
+        _: &Req,
+        _: impl FnOnce() -> Option<Instant>,
+    ) -> Admit<Permit<Circuit>, Verdict> {
         admit(self)
     }
 

@@ -9,7 +9,7 @@ pub(crate) const MESSAGE: &str = "grpc-message";
 
 const CANCELLED: u16 = 1;
 const UNKNOWN: u16 = 2;
-const DEADLINE_EXCEEDED: u16 = 4;
+pub(crate) const DEADLINE_EXCEEDED: u16 = 4;
 pub(crate) const RESOURCE_EXHAUSTED: u16 = 8;
 const INTERNAL: u16 = 13;
 pub(crate) const UNAVAILABLE: u16 = 14;

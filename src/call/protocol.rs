@@ -1,10 +1,11 @@
 use std::fmt;
 
-use http::{HeaderMap, Response, StatusCode};
+use http::{HeaderMap, Request, Response, StatusCode};
 use http_body::Body;
+use tokio::time::Instant;
 
 use super::{
-    Outcome, Rejected, TrackedBody,
+    Deadline, Outcome, Rejected, TrackedBody,
     body::Eos,
     http::{self as rule, Head},
     permit::{Finish, Hold, Permit},
@@ -15,25 +16,30 @@ use super::{
 /// [`Http`] is every layer's default. For other request and response types there are [`Classify`]
 /// (a closure) and [`PerResponse`] (nothing is judged); `tower_http::classify` is taken as it is by
 /// `TowerHttp`. Not to be implemented outside of this crate yet.
+pub trait Protocol<Req, Res, E>: Judge<Req, Res, E> {}
+
+impl<P, Req, Res, E> Protocol<Req, Res, E> for P where P: Judge<Req, Res, E> {}
+
+/// The working half of [`Protocol`], out of reach so that it may still change.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot judge calls that give `{Res}` or `{E}`",
     label = "this layer does not fit what it wraps",
-    note = "for HTTP, the wrapped service must answer with `http::Response<B>` where `B: http_body::Body`",
+    note = "for HTTP, the wrapped service must take `http::Request<_>` and answer with `http::Response<B>` where `B: http_body::Body`",
     note = "for any other types, say what failed with `.classify(|result: Result<&Res, &E>| ..)`, `Res` and `E` being exactly the response and error of the wrapped service",
     note = "where nothing has to be judged, `.per_response()` takes any types",
     note = "a layer below that fails with boxed errors makes the error type `BoxError`"
 )]
-pub trait Protocol<Req, Res, E>: Judge<Req, Res, E> {}
-
-#[diagnostic::do_not_recommend]
-impl<P, Req, Res, E> Protocol<Req, Res, E> for P where P: Judge<Req, Res, E> {}
-
-/// The working half of [`Protocol`], out of reach so that it may still change.
 pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
     /// What the caller gets.
     type Response;
     /// What is remembered of the request while it is under way.
     type Call;
+
+    /// When the caller needs its answer, if the request says so.
+    fn deadline(&self, request: &Req) -> Option<Instant> {
+        let _ = request;
+        None
+    }
 
     /// A call is about to be made.
     fn begin(&self, request: &mut Req) -> Self::Call;
@@ -58,7 +64,7 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Http;
 
-impl<Req, B, E> Judge<Req, Response<B>, E> for Http
+impl<ReqB, B, E> Judge<Request<ReqB>, Response<B>, E> for Http
 where
     B: Body,
     E: 'static,
@@ -67,7 +73,12 @@ where
     type Call = ();
 
     #[inline]
-    fn begin(&self, _: &mut Req) {}
+    fn deadline(&self, request: &Request<ReqB>) -> Option<Instant> {
+        carried(request)
+    }
+
+    #[inline]
+    fn begin(&self, _: &mut Request<ReqB>) {}
 
     #[inline]
     fn complete<F: Finish>(
@@ -88,6 +99,12 @@ where
     }
 }
 
+/// The deadline in a request's extensions.
+#[inline]
+fn carried<B>(request: &Request<B>) -> Option<Instant> {
+    Deadline::of(request.extensions()).map(|deadline| deadline.0)
+}
+
 /// A second response type for [`Http`], which nothing answers with.
 ///
 /// With one only, the compiler would take for granted that the wrapped service answers with it, and
@@ -95,11 +112,11 @@ where
 #[derive(Debug)]
 pub enum Never {}
 
-impl<Req, E> Judge<Req, Never, E> for Http {
+impl<ReqB, E> Judge<Request<ReqB>, Never, E> for Http {
     type Response = Never;
     type Call = ();
 
-    fn begin(&self, _: &mut Req) {}
+    fn begin(&self, _: &mut Request<ReqB>) {}
 
     fn complete<F: Finish>((): (), result: Result<Never, E>, _: Permit<F>) -> Result<Never, E> {
         result
@@ -110,7 +127,7 @@ impl<Req, E> Judge<Req, Never, E> for Http {
 #[derive(Clone)]
 pub struct ClassifyHead<C>(pub(crate) C);
 
-impl<C, Req, B, E> Judge<Req, Response<B>, E> for ClassifyHead<C>
+impl<C, ReqB, B, E> Judge<Request<ReqB>, Response<B>, E> for ClassifyHead<C>
 where
     C: Fn(StatusCode, &HeaderMap) -> Outcome + Clone + Send + Sync + 'static,
     B: Body,
@@ -119,7 +136,11 @@ where
     type Response = Response<TrackedBody<B>>;
     type Call = C;
 
-    fn begin(&self, _: &mut Req) -> C {
+    fn deadline(&self, request: &Request<ReqB>) -> Option<Instant> {
+        carried(request)
+    }
+
+    fn begin(&self, _: &mut Request<ReqB>) -> C {
         self.0.clone()
     }
 
@@ -231,7 +252,7 @@ impl<Req, Res, E: 'static> Judge<Req, Res, E> for PerResponse {
 pub struct TowerHttp<M>(pub(crate) M);
 
 #[cfg(feature = "tower-http")]
-impl<M, ReqB, B, E> Judge<http::Request<ReqB>, Response<B>, E> for TowerHttp<M>
+impl<M, ReqB, B, E> Judge<Request<ReqB>, Response<B>, E> for TowerHttp<M>
 where
     M: tower_http::classify::MakeClassifier + Clone + Send + Sync + 'static,
     M::ClassifyEos: Send + Sync + 'static,
@@ -241,7 +262,11 @@ where
     type Response = Response<TrackedBody<B>>;
     type Call = M::Classifier;
 
-    fn begin(&self, request: &mut http::Request<ReqB>) -> M::Classifier {
+    fn deadline(&self, request: &Request<ReqB>) -> Option<Instant> {
+        carried(request)
+    }
+
+    fn begin(&self, request: &mut Request<ReqB>) -> M::Classifier {
         self.0.make_classifier(request)
     }
 

@@ -116,9 +116,10 @@ impl<Req, Res, E: Into<BoxError>> Refuse<Req, Res, E> for AsError {
 
 /// A refusal is a response, and the error type is left alone: for servers, and for tonic's clients.
 ///
-/// HTTP: 503 (429 for [`RejectedKind::Quota`]) with `Retry-After` in whole seconds, at least 1, and an
-/// `application/problem+json` body (RFC 9457) where the client accepts it; `HEAD` gets no body. gRPC, told by the request's
-/// content type: a trailers-only `UNAVAILABLE` (`RESOURCE_EXHAUSTED`) with `grpc-retry-pushback-ms`.
+/// HTTP: 503 (429 for [`RejectedKind::Quota`], 504 for [`RejectedKind::DeadlinePassed`]) with `Retry-After`
+/// in whole seconds, at least 1, and an `application/problem+json` body (RFC 9457) where the client accepts
+/// it; `HEAD` gets no body. gRPC, told by the request's content type: a trailers-only `UNAVAILABLE`
+/// (`RESOURCE_EXHAUSTED`, `DEADLINE_EXCEEDED`) with `grpc-retry-pushback-ms`.
 /// The [`Rejected`] itself is in the response's extensions.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Respond;
@@ -147,14 +148,17 @@ where
 
 /// The answer that [`Respond`] gives.
 fn response(form: Form, rejected: Rejected) -> Response<Bytes> {
-    let quota = rejected.kind() == RejectedKind::Quota;
     let mut body = Bytes::new();
     let mut headers = HeaderMap::with_capacity(4);
     let status = match form {
         Form::Grpc | Form::GrpcWeb => {
             let web = form == Form::GrpcWeb;
             let content = if web { "application/grpc-web" } else { "application/grpc" };
-            let code = if quota { grpc::RESOURCE_EXHAUSTED } else { grpc::UNAVAILABLE };
+            let code = match rejected.kind() {
+                RejectedKind::Quota => grpc::RESOURCE_EXHAUSTED,
+                RejectedKind::DeadlinePassed => grpc::DEADLINE_EXCEEDED,
+                _ => grpc::UNAVAILABLE,
+            };
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content));
             headers.insert(grpc::STATUS, HeaderValue::from(code));
             headers.insert(grpc::MESSAGE, HeaderValue::from_static(rejected.kind().as_str()));
@@ -165,8 +169,11 @@ fn response(form: Form, rejected: Rejected) -> Response<Bytes> {
             StatusCode::OK
         }
         Form::Json | Form::Empty => {
-            let status =
-                if quota { StatusCode::TOO_MANY_REQUESTS } else { StatusCode::SERVICE_UNAVAILABLE };
+            let status = match rejected.kind() {
+                RejectedKind::Quota => StatusCode::TOO_MANY_REQUESTS,
+                RejectedKind::DeadlinePassed => StatusCode::GATEWAY_TIMEOUT,
+                _ => StatusCode::SERVICE_UNAVAILABLE,
+            };
             if let Some(after) = rejected.retry_after() {
                 headers.insert(header::RETRY_AFTER, HeaderValue::from(whole_seconds(after)));
             }

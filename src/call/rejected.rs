@@ -31,6 +31,8 @@ pub enum RejectedKind {
     Full,
     /// The call waited for its turn as long as it may.
     WaitedTooLong,
+    /// The caller needed its answer before the call could begin: gRPC `DEADLINE_EXCEEDED`.
+    DeadlinePassed,
     /// The health probe says that what would be called is down.
     Unhealthy,
     /// The caller has used up what it is allowed: HTTP 429, gRPC `RESOURCE_EXHAUSTED`.
@@ -50,6 +52,7 @@ impl RejectedKind {
             Self::ForcedOpen => "circuit_forced_open",
             Self::Full => "limit_reached",
             Self::WaitedTooLong => "queue_timeout",
+            Self::DeadlinePassed => "deadline_passed",
             Self::Unhealthy => "unhealthy",
             Self::Quota => "quota_exceeded",
             Self::Misconfigured => "misconfigured",
@@ -190,6 +193,7 @@ impl fmt::Display for Rejected {
             RejectedKind::ForcedOpen => "circuit is held open",
             RejectedKind::Full => "concurrency limit is reached",
             RejectedKind::WaitedTooLong => "waited too long for a turn",
+            RejectedKind::DeadlinePassed => "deadline passed before the call began",
             RejectedKind::Unhealthy => "what would be called is unhealthy",
             RejectedKind::Quota => "quota is used up",
             RejectedKind::Misconfigured => "layer is misconfigured",

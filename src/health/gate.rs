@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{runtime::Handle, sync::Notify, task::AbortHandle};
+use tokio::{runtime::Handle, sync::Notify, task::AbortHandle, time::Instant};
 
 use super::{
     probe::ProbeFailure,
@@ -324,7 +324,11 @@ impl<Req> Policy<Req> for Shared<Gate> {
     }
 
     #[inline]
-    fn admit(&self, _: &Req) -> Admit<Permit<Gate>, Self::Wait> {
+    fn admit(
+        &self,
+        _: &Req,
+        _: impl FnOnce() -> Option<Instant>,
+    ) -> Admit<Permit<Gate>, Self::Wait> {
         if self.lets_through() {
             // Nobody wants to hear how it ends.
             Admit::Go(Permit::hollow())

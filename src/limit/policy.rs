@@ -1,5 +1,7 @@
 //! How the limit admits calls, and when they end.
 
+use tokio::time::Instant;
+
 use super::{
     core::{Entry, Limiter},
     wait::Wait,
@@ -21,7 +23,7 @@ impl<Req> Policy<Req> for Shared<Limiter> {
     }
 
     #[inline]
-    fn admit(&self, _: &Req) -> Admit<Permit<Limiter>, Wait> {
+    fn admit(&self, _: &Req, _: impl FnOnce() -> Option<Instant>) -> Admit<Permit<Limiter>, Wait> {
         if let Some(token) = self.enter() {
             return Admit::Go(self.permit(token));
         }
