@@ -13,7 +13,7 @@ use std::{
 };
 
 use buttress::{
-    BoxError, ConcurrencyLimit, ConcurrencyLimitLayer, ConfigError, Rejected,
+    BoxError, ConcurrencyLimit, ConcurrencyLimitLayer, ConfigError, Deadline, Rejected,
     call::RejectedKind,
     limit::{ConcurrencyLimitHandle, QueueOrder},
 };
@@ -554,4 +554,73 @@ fn a_wait_without_a_runtime_leaves_nothing_behind() {
     assert_eq!((handle.in_flight(), handle.snapshot().waiting), (1, 0));
     drop(first);
     assert_eq!(handle.in_flight(), 0);
+}
+
+// ===== Deadlines =====
+
+/// A call whose caller needs the answer so soon.
+fn due(service: &Limit, after: Duration) -> task::Spawn<Oneshot<Limit, Request<()>>> {
+    let mut request = request();
+    request.extensions_mut().insert(Deadline::after(after));
+    task::spawn(service.clone().oneshot(request))
+}
+
+#[tokio::test(start_paused = true)]
+async fn work_whose_deadline_has_passed_is_not_begun() {
+    let (service, watch, handle) = limit(1, 8);
+    let error = assert_ready!(due(&service, Duration::ZERO).poll()).unwrap_err();
+    let told = Rejected::find(&*error).unwrap();
+    assert_eq!((told.kind(), told.retry_after()), (RejectedKind::DeadlinePassed, None));
+    assert_eq!((watch.seen().calls, handle.snapshot().refused_deadline), (0, 1));
+    assert_pending!(due(&service, Duration::from_millis(1)).poll());
+    assert_eq!(watch.seen().calls, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_is_dropped_at_its_deadline() {
+    let (service, watch, handle) = limit(1, 8);
+    let mut first = hold(&service);
+    let mut soon = due(&service, Duration::from_millis(300));
+    let mut late = due(&service, 2 * PATIENCE);
+    assert_pending!(soon.poll());
+    assert_pending!(late.poll());
+    advance(Duration::from_millis(300)).await;
+    assert!(soon.is_woken() && !late.is_woken());
+    assert_eq!(refused_as(assert_ready!(soon.poll())), RejectedKind::DeadlinePassed);
+    assert_eq!((handle.snapshot().waiting, handle.snapshot().refused_deadline), (1, 1));
+    advance(PATIENCE).await;
+    assert_eq!(refused_as(assert_ready!(late.poll())), RejectedKind::WaitedTooLong);
+    end(&watch, 0, &mut first);
+    assert_eq!(handle.in_flight(), 0);
+}
+
+/// Its place goes to the next, who may still be in time.
+#[tokio::test(start_paused = true)]
+async fn a_turn_does_not_beat_the_callers_deadline() {
+    let (service, watch, handle) = limit(1, 8);
+    let mut first = hold(&service);
+    let mut soon = due(&service, Duration::from_millis(300));
+    assert_pending!(soon.poll());
+    let mut next = hold(&service);
+    advance(Duration::from_millis(300)).await;
+    end(&watch, 0, &mut first);
+    assert_eq!(refused_as(assert_ready!(soon.poll())), RejectedKind::DeadlinePassed);
+    assert!(next.is_woken());
+    assert_pending!(next.poll());
+    assert_eq!(watch.seen().calls, 2);
+    end(&watch, 1, &mut next);
+    assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_passed_deadline_is_told_as_such() {
+    let (inner, _watch) = Strict::new();
+    let service = ConcurrencyLimitLayer::new(1).respond().layer(inner);
+    let mut late = request();
+    late.extensions_mut().insert(Deadline::after(Duration::ZERO));
+    let http = service.clone().oneshot(late.clone()).await.unwrap();
+    assert_eq!((http.status().as_u16(), http.headers().get("retry-after")), (504, None));
+    late.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+    let grpc = service.oneshot(late).await.unwrap();
+    assert_eq!(grpc.headers()["grpc-status"], "4");
 }

@@ -34,6 +34,7 @@ pub struct Limiter {
     to_the_head_only: AtomicBool,
     full: AtomicU64,
     waited_too_long: AtomicU64,
+    deadline_passed: AtomicU64,
     label: OnceLock<Arc<Label>>,
 }
 
@@ -68,6 +69,7 @@ impl Limiter {
             to_the_head_only: AtomicBool::new(false),
             full: AtomicU64::new(0),
             waited_too_long: AtomicU64::new(0),
+            deadline_passed: AtomicU64::new(0),
             label: OnceLock::new(),
         }
     }
@@ -139,8 +141,17 @@ impl Limiter {
         waiting(self.word.load(Ordering::Acquire))
     }
 
-    pub(super) fn refused(&self) -> (u64, u64) {
-        (self.full.load(Ordering::Relaxed), self.waited_too_long.load(Ordering::Relaxed))
+    /// How many were refused as this kind.
+    pub(super) fn refused(&self, kind: RejectedKind) -> u64 {
+        self.counter(kind).load(Ordering::Relaxed)
+    }
+
+    fn counter(&self, kind: RejectedKind) -> &AtomicU64 {
+        match kind {
+            RejectedKind::WaitedTooLong => &self.waited_too_long,
+            RejectedKind::DeadlinePassed => &self.deadline_passed,
+            _ => &self.full,
+        }
     }
 
     // ===== Getting in =====
@@ -284,15 +295,16 @@ impl Limiter {
     }
 
     pub(super) fn refuse(&self, kind: RejectedKind) -> Rejected {
-        let counter = match kind {
-            RejectedKind::WaitedTooLong => &self.waited_too_long,
-            _ => &self.full,
-        };
-        counter.fetch_add(1, Ordering::Relaxed);
+        self.counter(kind).fetch_add(1, Ordering::Relaxed);
         event!(DEBUG, reason = kind.as_str(), "call shed");
-        Rejected::by(LayerKind::ConcurrencyLimit, kind)
+        let rejected =
+            Rejected::by(LayerKind::ConcurrencyLimit, kind).labelled(self.label.get().cloned());
+        if kind == RejectedKind::DeadlinePassed {
+            // Coming back helps nobody: the answer was needed by now.
+            return rejected;
+        }
+        rejected
             .with_retry_after(Duration::from_millis(self.retry_after_ms.load(Ordering::Relaxed)))
-            .labelled(self.label.get().cloned())
     }
 }
 

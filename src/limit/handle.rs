@@ -4,7 +4,10 @@ use super::{
     adaptive::{Change, Teller},
     core::Limiter,
 };
-use crate::{ConfigError, call::Shared};
+use crate::{
+    ConfigError,
+    call::{RejectedKind, Shared},
+};
 
 /// Looks at a concurrency limit and resizes it, from outside of the stack.
 ///
@@ -28,20 +31,22 @@ pub struct ConcurrencyLimitSnapshot {
     pub refused_full: u64,
     /// How many were refused after they had waited as long as they may.
     pub refused_waited: u64,
+    /// How many were refused because their [deadline](crate::Deadline) had passed, waiting or not.
+    pub refused_deadline: u64,
 }
 
 impl ConcurrencyLimitHandle {
     /// All there is to know at this moment.
     #[must_use]
     pub fn snapshot(&self) -> ConcurrencyLimitSnapshot {
-        let (refused_full, refused_waited) = self.0.refused();
         ConcurrencyLimitSnapshot {
             limit: self.0.limit(),
             last_change: self.0.adaptive().and_then(Teller::last),
             in_flight: self.0.in_flight(),
             waiting: self.0.waiting(),
-            refused_full,
-            refused_waited,
+            refused_full: self.0.refused(RejectedKind::Full),
+            refused_waited: self.0.refused(RejectedKind::WaitedTooLong),
+            refused_deadline: self.0.refused(RejectedKind::DeadlinePassed),
         }
     }
 

@@ -34,6 +34,12 @@
 //! served unless [another order](QueueOrder) is chosen, if the queue has room; else it is refused at once, without a timer. It waits in the future
 //! that the call returned, so that an idle clone of the service never holds a place.
 //!
+//! # Deadlines
+//!
+//! A request that carries a [`Deadline`](crate::Deadline) in its extensions waits until then at most, and
+//! is refused before it begins if that has passed: 504, `DEADLINE_EXCEEDED`. Work that nobody waits for any
+//! more is what keeps a server down that was overloaded for a moment.
+//!
 //! # A limit that finds its own number
 //!
 //! [`ConcurrencyLimitLayer::adaptive`] takes an [algorithm](adaptive) instead of a number:

@@ -4,11 +4,11 @@ use tokio::time::Instant;
 
 use super::{
     core::{Entry, Limiter},
-    wait::Wait,
+    wait::{Wait, has_passed},
 };
 use crate::{
     admission::{Admit, Policy},
-    call::{Finish, Hold, LayerKind, Outcome, Permit, Shared, Token},
+    call::{Finish, Hold, LayerKind, Outcome, Permit, RejectedKind, Shared, Token},
 };
 
 impl<Req> Policy<Req> for Shared<Limiter> {
@@ -23,13 +23,23 @@ impl<Req> Policy<Req> for Shared<Limiter> {
     }
 
     #[inline]
-    fn admit(&self, _: &Req, _: impl FnOnce() -> Option<Instant>) -> Admit<Permit<Limiter>, Wait> {
+    fn admit(
+        &self,
+        _: &Req,
+        deadline: impl FnOnce() -> Option<Instant>,
+    ) -> Admit<Permit<Limiter>, Wait> {
+        let deadline = deadline();
+        if has_passed(deadline) {
+            return Admit::No(self.refuse(RejectedKind::DeadlinePassed));
+        }
         if let Some(token) = self.enter() {
             return Admit::Go(self.permit(token));
         }
         match self.join() {
             Ok(Entry::In(token)) => Admit::Go(self.permit(token)),
-            Ok(Entry::Waits(place)) => Admit::Wait(Box::pin(Wait::new(self.clone(), place))),
+            Ok(Entry::Waits(place)) => {
+                Admit::Wait(Box::pin(Wait::new(self.clone(), place, deadline)))
+            }
             Err(kind) => Admit::No(self.refuse(kind)),
         }
     }

@@ -5,7 +5,7 @@ use std::{
 };
 
 use pin_project_lite::pin_project;
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
 use super::{core::Limiter, queue::Place};
 use crate::call::{Permit, Rejected, RejectedKind, Shared};
@@ -14,17 +14,28 @@ pin_project! {
     /// A call's wait for its turn. Dropped at any point, it gives back what it has.
     pub struct Wait {
         place: Seat,
+        deadline: Option<Instant>,
         #[pin]
         longest: Sleep,
     }
 }
 
 impl Wait {
-    pub(super) fn new(limiter: Shared<Limiter>, place: Place) -> Self {
+    pub(super) fn new(limiter: Shared<Limiter>, place: Place, deadline: Option<Instant>) -> Self {
         let longest = limiter.longest_wait();
         // The seat first: without a runtime `sleep` panics, and the place must not outlive that.
-        Self { place: Seat { taken: Some((limiter, place)) }, longest: sleep(longest) }
+        let place = Seat { taken: Some((limiter, place)) };
+        let mut longest = sleep(longest);
+        if let Some(deadline) = deadline.filter(|deadline| *deadline < longest.deadline()) {
+            longest = sleep_until(deadline);
+        }
+        Self { place, deadline, longest }
     }
+}
+
+/// Whether an answer would come too late, however quick.
+pub(super) fn has_passed(deadline: Option<Instant>) -> bool {
+    deadline.is_some_and(|deadline| deadline <= Instant::now())
 }
 
 /// The place, given up on drop.
@@ -48,14 +59,22 @@ impl Future for Wait {
         let Some((limiter, place)) = &this.place.taken else {
             unreachable!("polled after completion")
         };
-        // A turn that has come beats a deadline that has passed.
-        if limiter.poll_turn(*place, cx).is_ready() {
+        // A turn that has come beats the longest wait, but nobody works for a caller who is gone.
+        let turn = limiter.poll_turn(*place, cx).is_ready();
+        if turn && !has_passed(*this.deadline) {
             let permit = limiter.permit(limiter.begin(limiter.in_flight()));
             this.place.taken = None;
             return Poll::Ready(Ok(permit));
         }
-        ready!(this.longest.poll(cx));
-        let rejected = limiter.refuse(RejectedKind::WaitedTooLong);
+        if !turn {
+            ready!(this.longest.poll(cx));
+        }
+        let kind = if has_passed(*this.deadline) {
+            RejectedKind::DeadlinePassed
+        } else {
+            RejectedKind::WaitedTooLong
+        };
+        let rejected = limiter.refuse(kind);
         // Also right if the turn came just now: then the place is handed to the next.
         drop(this.place.taken.take().map(|taken| Seat { taken: Some(taken) }));
         Poll::Ready(Err(rejected))
