@@ -1,0 +1,124 @@
+//! A hundred thousand callers that wait and go at random: no place is lost, nobody is woken twice.
+#![cfg(feature = "limit")]
+
+mod support;
+
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Wake, Waker},
+    time::Duration,
+};
+
+use buttress::{ConcurrencyLimit, ConcurrencyLimitLayer, limit::QueueOrder};
+use http::Request;
+use support::{Strict, empty, request};
+use tower::{Layer, ServiceExt, util::Oneshot};
+
+#[derive(Default)]
+struct Wakes(AtomicUsize);
+
+impl Wake for Wakes {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+struct Caller {
+    call: Pin<Box<Oneshot<ConcurrencyLimit<Strict>, Request<()>>>>,
+    wakes: Arc<Wakes>,
+    /// Its number as the inner service counts, once it is in.
+    number: Option<usize>,
+}
+
+impl Caller {
+    fn wakes(&self) -> usize {
+        self.wakes.0.load(Ordering::Relaxed)
+    }
+
+    /// Looks, whether it was told to or not. False if it was refused.
+    fn look(&mut self, calls: impl Fn() -> usize) -> bool {
+        let waker = Waker::from(self.wakes.clone());
+        let before = calls();
+        let stays = self.call.as_mut().poll(&mut Context::from_waker(&waker)).is_pending();
+        if calls() > before {
+            self.number = Some(before);
+        }
+        stays
+    }
+}
+
+const CALLERS: usize = 100_000;
+const LIMIT: usize = 4;
+
+#[tokio::test(start_paused = true)]
+async fn a_hundred_thousand_cancelled_waiters_lose_no_place_and_wake_nobody_twice() {
+    for (seed, order) in [
+        (1, QueueOrder::Fifo),
+        (2, QueueOrder::Lifo),
+        (3, QueueOrder::Adaptive(Duration::from_millis(5))),
+    ] {
+        let layer = ConcurrencyLimitLayer::new(LIMIT)
+            .queue(32, Duration::from_secs(3600))
+            .queue_order(order);
+        let (inner, watch) = Strict::holding();
+        let (service, handle) = (layer.layer(inner), layer.handle());
+        let calls = || watch.seen().calls;
+        let mut dice = fastrand::Rng::with_seed(seed);
+        let mut callers: Vec<Caller> = Vec::new();
+        let (mut come, mut waited, mut cancelled) = (0, 0, 0);
+        while waited < CALLERS.div_ceil(3) {
+            match dice.u8(..8) {
+                0..=3 => {
+                    let call = Box::pin(service.clone().oneshot(request()));
+                    let mut caller = Caller { call, wakes: Arc::default(), number: None };
+                    // Some are dropped before they were polled once.
+                    if dice.u8(..10) > 0 && caller.look(calls) {
+                        waited += usize::from(caller.number.is_none());
+                        callers.push(caller);
+                    }
+                    come += 1;
+                }
+                4 if !callers.is_empty() => {
+                    let at = dice.usize(..callers.len());
+                    cancelled += usize::from(callers.swap_remove(at).number.is_none());
+                }
+                5 => {
+                    let inside = callers.iter().position(|caller| caller.number.is_some());
+                    if let Some(at) = inside {
+                        let mut gone = callers.swap_remove(at);
+                        assert!(watch.end(gone.number.unwrap(), Ok(empty())));
+                        assert!(!gone.look(calls));
+                    }
+                }
+                6 if !callers.is_empty() => {
+                    let at = dice.usize(..callers.len());
+                    assert!(
+                        callers[at].look(calls),
+                        "nobody is refused after it has begun to wait"
+                    );
+                }
+                7 => tokio::time::advance(Duration::from_millis(1)).await,
+                _ => {}
+            }
+            let seen = handle.snapshot();
+            assert!(seen.in_flight as usize <= LIMIT);
+            assert!(
+                seen.waiting == 0 || seen.in_flight as usize == LIMIT,
+                "room, and somebody waits"
+            );
+            assert_eq!((seen.in_flight + seen.waiting) as usize, callers.len());
+            for caller in &callers {
+                assert!(caller.wakes() <= 1, "woken {} times", caller.wakes());
+            }
+        }
+        assert!(come > waited && cancelled > waited / 4, "{cancelled} of {waited} were cancelled");
+        callers.clear();
+        let seen = handle.snapshot();
+        assert_eq!((seen.in_flight, seen.waiting, watch.seen().in_flight), (0, 0, 0));
+    }
+}
