@@ -131,3 +131,60 @@ async fn a_balancer_goes_elsewhere_and_comes_back_for_a_probe() {
     assert_eq!(dead_watch.seen().calls, before + 1, "but the probe");
     assert_eq!(dead_handle.snapshot().refused, 0);
 }
+
+// ===== What could leave it asleep, or parked =====
+
+/// It opens while the service waits for its inner one, or after it has said yes: nothing stays reserved.
+#[tokio::test(start_paused = true)]
+async fn a_balancer_that_asks_again_is_told_that_it_opened() {
+    let rig = Rig::new(touchy().backpressure());
+    let mut ready = Spawn::new(rig.service.clone());
+    assert_ready_ok!(ready.poll_ready::<Request<()>>());
+    rig.fail().await;
+    assert_pending!(ready.poll_ready::<Request<()>>());
+    assert_eq!(rig.watch.seen().reserved, 0);
+    advance(WAIT).await;
+    assert!(ready.is_woken());
+    assert_ready_ok!(ready.poll_ready::<Request<()>>());
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_is_held_back_by_a_hung_probe_is_woken_at_the_end_of_its_lease_and_of_the_next_wait() {
+    let rig = Rig::half_open(touchy().backpressure().probe_lease(secs(7))).await;
+    let (_probe, _) = rig.hold();
+    let mut held_back = Spawn::new(rig.service.clone());
+    assert_pending!(held_back.poll_ready::<Request<()>>());
+    advance(secs(7)).await;
+    assert!(held_back.is_woken());
+    assert_pending!(held_back.poll_ready::<Request<()>>());
+    advance(WAIT).await;
+    assert!(held_back.is_woken());
+    assert_ready_ok!(held_back.poll_ready::<Request<()>>());
+}
+
+/// It was to sleep for 30 s, and then the wait is over sooner.
+#[tokio::test(start_paused = true)]
+async fn who_is_held_back_is_woken_when_a_shorter_wait_took_the_place_of_its_own() {
+    let rig = Rig::new(touchy().backpressure());
+    rig.fail().await;
+    let mut held_back = Spawn::new(rig.service.clone());
+    assert_pending!(held_back.poll_ready::<Request<()>>());
+    rig.handle.set_open_for(secs(1)).unwrap();
+    rig.handle.reset();
+    rig.fail().await;
+    assert_pending!(held_back.poll_ready::<Request<()>>());
+    advance(secs(1)).await;
+    assert!(held_back.is_woken());
+    assert_ready_ok!(held_back.poll_ready::<Request<()>>());
+}
+
+#[tokio::test(start_paused = true)]
+async fn shadow_mode_wakes_who_is_held_back() {
+    let rig = Rig::new(touchy().backpressure());
+    rig.fail().await;
+    let mut held_back = Spawn::new(rig.service.clone());
+    assert_pending!(held_back.poll_ready::<Request<()>>());
+    rig.handle.shadow(true);
+    assert!(held_back.is_woken());
+    assert_ready_ok!(held_back.poll_ready::<Request<()>>());
+}
