@@ -1,0 +1,184 @@
+//! Keep-alives that run out and reloads, against a real nginx: no `GET` is lost, no `POST` is sent twice.
+//!
+//! The access log is the witness. Where there is no nginx an upstream of our own stands in for it, unless
+//! `BUTTRESS_REQUIRE_NGINX` is set.
+#![cfg(all(feature = "retry", feature = "hyper-util"))]
+
+mod client;
+mod embedded;
+mod nginx;
+mod witness;
+
+use std::{collections::HashSet, env, time::Duration};
+
+use client::{Clients, Ending, LANES};
+use embedded::Embedded;
+use nginx::Nginx;
+use witness::Witness;
+
+/// When the upstream closes a connection on which nothing was asked.
+const KEEPALIVE: Duration = Duration::from_secs(1);
+/// For what must happen on the other side.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+trait Upstream {
+    fn port(&self) -> u16;
+    /// Starts anew as `nginx -s reload` does: idle connections are closed, calls under way end first.
+    fn reload(&self);
+    /// Whether every reload is over: nobody of before serves any more.
+    fn is_reloaded(&self) -> bool;
+    /// The log, one line a request, once all of them are in it.
+    fn log(self: Box<Self>) -> String;
+}
+
+#[test]
+fn no_get_is_lost_and_no_post_is_doubled_through_expiry_and_reloads() {
+    let upstream: Box<dyn Upstream> = match Nginx::start() {
+        Some(nginx) => Box::new(nginx),
+        None if env::var_os("BUTTRESS_REQUIRE_NGINX").is_some() => {
+            panic!("BUTTRESS_REQUIRE_NGINX is set, and there is no {}", nginx::BINARY)
+        }
+        None => {
+            println!("no {}: an embedded upstream stands in for it", nginx::BINARY);
+            Box::new(Embedded::start())
+        }
+    };
+    play(upstream, 10_000);
+}
+
+/// The stand-in is held to the same, so that it can be relied on where it is needed.
+#[test]
+fn the_stand_in_tells_the_same() {
+    play(Box::new(Embedded::start()), 2_000);
+}
+
+// ===== The scenario =====
+
+/// What happens between two rounds of requests.
+#[derive(Clone, Copy)]
+enum Gap {
+    /// The upstream starts anew under load.
+    ReloadUnderLoad,
+    /// Each lane is silent for about as long as a connection is kept.
+    Silence,
+    /// The client's only thread is held up until all its connections are closed: it cannot know yet.
+    Stall,
+    /// The same, by a reload.
+    StallOverReload,
+}
+use Gap::*;
+
+const GAPS: [Gap; 10] = [
+    ReloadUnderLoad,
+    Silence,
+    Stall,
+    StallOverReload,
+    ReloadUnderLoad,
+    Silence,
+    ReloadUnderLoad,
+    Silence,
+    Stall,
+    StallOverReload,
+];
+
+/// One thread for the client: while it is held up, nobody sees what the upstream closes.
+fn play(upstream: Box<dyn Upstream>, gets: usize) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let clients = Clients::new(upstream.port());
+    for gap in GAPS {
+        let round = clients.round(gets / GAPS.len());
+        runtime.block_on(async {
+            match gap {
+                ReloadUnderLoad => {
+                    let half = clients.round(gets / GAPS.len() / 2);
+                    tokio::join!(round, async {
+                        half.await;
+                        upstream.reload();
+                    })
+                    .0
+                }
+                Silence => {
+                    round.await;
+                    clients.after_silences(KEEPALIVE).await;
+                }
+                Stall => {
+                    round.await;
+                    clients.fill_pool().await;
+                    hold_up(KEEPALIVE + KEEPALIVE / 5);
+                    clients.burst().await;
+                }
+                StallOverReload => {
+                    round.await;
+                    clients.fill_pool().await;
+                    upstream.reload();
+                    held_up_until(|| upstream.is_reloaded());
+                    clients.burst().await;
+                }
+            }
+        });
+    }
+    drop(runtime);
+    judge(&clients, &Witness::read(&upstream.log()), gets);
+}
+
+/// Nothing of this thread goes on, as under a debugger, or on a machine that slept.
+#[expect(clippy::disallowed_methods, reason = "that the thread does not run is what is tested")]
+fn hold_up(time: Duration) {
+    std::thread::sleep(time);
+}
+
+fn held_up_until(mut holds: impl FnMut() -> bool) {
+    let step = Duration::from_millis(5);
+    for _ in 0..PATIENCE.as_millis() / step.as_millis() {
+        if holds() {
+            return;
+        }
+        hold_up(step);
+    }
+    panic!("never held");
+}
+
+// ===== The verdict =====
+
+fn judge(clients: &Clients, witness: &Witness, least_gets: usize) {
+    let endings = clients.endings();
+    let of = |method: &'static str| endings.iter().filter(move |ending| ending.method == method);
+
+    // Every GET has its answer, and nginx knows of it.
+    let gets = of("GET").count();
+    assert!(gets >= least_gets, "{gets} GETs");
+    let lost: Vec<&Ending> = of("GET").filter(|get| get.status != Some(200)).collect();
+    assert!(lost.is_empty(), "{} GETs lost, such as {:?}", lost.len(), lost[0]);
+    assert!(of("GET").all(|get| witness.times(&get.id) >= 1));
+
+    // No POST came twice; who has an answer came once.
+    let doubled: Vec<_> = of("POST").filter(|post| witness.times(&post.id) > 1).collect();
+    assert!(doubled.is_empty(), "{} POSTs doubled, such as {:?}", doubled.len(), doubled[0]);
+    assert!(of("POST").filter(|post| post.status.is_some()).all(|p| witness.times(&p.id) == 1));
+
+    // That all this was put to the test: connections did go stale under requests of both kinds ...
+    let stale_gets = of("GET").filter(|get| get.made > 1).count();
+    let stale_posts =
+        of("POST").filter(|post| post.status.is_none() && witness.times(&post.id) == 0).count();
+    assert!(stale_gets >= LANES, "{stale_gets} GETs met a stale connection");
+    assert!(stale_posts >= LANES / 4, "{stale_posts} POSTs met a stale connection");
+    // ... POSTs were taken in and never answered, and those that asked for a doubling tell one from two.
+    let cut =
+        of("POST").filter(|post| post.status.is_none() && witness.times(&post.id) == 1).count();
+    assert!(cut >= 10, "{cut} POSTs were cut off after they had been taken in");
+    // One of its three attempts may have met a stale connection itself.
+    assert!(of("PUT").all(|put| put.made == 3 && (2..=3).contains(&witness.times(&put.id))));
+    assert!(of("PUT").count() >= 5);
+    let connections = witness.connections();
+    assert!(connections > 4 * LANES, "{connections} connections");
+    // Ids are the client's own: none may have been made up twice.
+    let ids: HashSet<_> = endings.iter().map(|ending| &ending.id).collect();
+    assert_eq!(ids.len(), endings.len());
+
+    println!(
+        "{gets} GETs, none lost, {stale_gets} of them sent again; {} POSTs, none doubled, {stale_posts} lost \
+         to a stale connection, {cut} cut off; {connections} connections, at most {} requests on one",
+        of("POST").count(),
+        witness.most_on_one(),
+    );
+}
