@@ -41,10 +41,14 @@
 //! | does the budget have one? | [`BudgetUsedUp`](Stop::BudgetUsedUp) |
 //!
 //! What no server has looked at (never sent, `REFUSED_STREAM`, above `GOAWAY`'s last stream) is sent again
-//! whatever its method, at once and uncharged, twice at most, however many attempts are allowed. A server's hint is a lower bound: up to half
-//! of it is added at random, so that those who were told the same second do not come back in it. Read as a hint are `grpc-retry-pushback-ms`, `retry-after-ms`,
-//! `x-amz-retry-after`, `Retry-After`, and of a quota that is used up `RateLimit`, `RateLimit-Reset` and
-//! `X-RateLimit-Reset`, in this order, up to 300 s. A `poll_ready` that fails ends the call as [`NotReady`](Stop::NotReady).
+//! whatever its method, at once and uncharged, twice at most, however many attempts are allowed. A
+//! `poll_ready` that fails ends the call as [`NotReady`](Stop::NotReady).
+//!
+//! A server's hint is a lower bound. Up to half of it is added at random, to one below 10 s up to 5 s (but
+//! five times itself at most): of 10,000 who were told the same second, no more than 3 % come back within
+//! the same 100 ms. Read as a hint are `grpc-retry-pushback-ms`, `retry-after-ms`, `x-amz-retry-after`,
+//! `Retry-After`, and of a quota that is used up `RateLimit`, `RateLimit-Reset` and `X-RateLimit-Reset`, in
+//! this order, up to 300 s.
 //!
 //! # What can be changed of it
 //!

@@ -57,21 +57,24 @@ impl Policy {
     /// were told the same second do not come back in it. Half of the hint at least (as Envoy's).
     fn wait(&self, own: Duration, hint: Option<Duration>) -> Result<Duration, Stop> {
         let Some(hint) = hint else { return Ok(own.min(self.longest_wait)) };
-        let spread = if self.waits.has_jitter() {
-            (hint / 2).mul_f64(fastrand::f64())
-        } else {
-            Duration::ZERO
-        };
+        let jitter = if self.waits.has_jitter() { fastrand::f64() } else { 0.0 };
+        let told = |spread: Duration| hint.saturating_add(spread.mul_f64(jitter));
         match self.hint_reach {
             Some(reach) => {
-                let told = hint.saturating_add(spread);
-                Ok(told.clamp(own, own.saturating_add(reach)).min(self.longest_wait))
+                Ok(told(hint / 2).clamp(own, own.saturating_add(reach)).min(self.longest_wait))
             }
             None if hint > self.longest_wait => Err(Stop::WaitTooLong),
-            None => Ok(hint.saturating_add(spread.max(own))),
+            None => {
+                let left = self.longest_wait - hint;
+                let short = hint.saturating_mul(5).min(SPREAD).min(left);
+                Ok(told(short.max(hint / 2)).max(hint.saturating_add(own)))
+            }
         }
     }
 }
+
+/// What a short hint is spread over: within half a second, 20 of 100 would still come in the same 100 ms.
+const SPREAD: Duration = Duration::from_secs(5);
 
 /// Which requests may be repeated although they may have had an effect.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -353,14 +356,14 @@ mod tests {
             outcome: Outcome::throttled().with_retry_after(Duration::from_secs(secs)),
             ..FACTS
         };
-        for secs in [10, 30] {
+        for (secs, most) in [(1, 6), (10, 15), (30, 45)] {
             let waits: Vec<_> = (0..100)
                 .map(|_| decide(&told(secs), &Policy::new(), &mut None).unwrap().wait)
                 .collect();
-            let hint = Duration::from_secs(secs);
-            assert!(waits.iter().all(|&wait| wait >= hint && wait <= hint * 3 / 2), "{waits:?}");
+            let (hint, most) = (Duration::from_secs(secs), Duration::from_secs(most));
+            assert!(waits.iter().all(|&wait| wait >= hint && wait <= most), "{waits:?}");
             // Also at the longest wait: cut there, all would come back at once.
-            assert!(waits.iter().any(|&wait| wait > hint * 5 / 4), "{waits:?}");
+            assert!(waits.iter().any(|&wait| wait > (hint + most) / 2), "{waits:?}");
         }
         assert_eq!(stop(told(31)), Some(Stop::WaitTooLong));
     }

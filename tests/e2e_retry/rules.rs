@@ -26,7 +26,9 @@ async fn retry_after_is_honoured_and_the_place_is_free_meanwhile() {
     let (addr, heard, _) = upstream().await;
     let limit = ConcurrencyLimitLayer::new(1);
     let handle = limit.handle();
-    let client = ServiceBuilder::new().layer(retry()).layer(limit).service(client());
+    let backoff = Backoff::constant(Duration::from_millis(1)).without_jitter();
+    let retry = retry().backoff(backoff);
+    let client = ServiceBuilder::new().layer(retry).layer(limit).service(client());
     let mut get = request(Method::GET, addr, "/503/1/100", "");
     get.headers_mut().insert("x-say-retry-after", "1".parse().unwrap());
     let start = Instant::now();

@@ -63,7 +63,7 @@ async fn retry_after_is_a_lower_bound_with_jitter_upward() {
         let mut beyond = 0;
         for _ in 0..40 {
             let (took, told) = wait_for(layer(), code, map(&[("retry-after", "4")])).await;
-            assert!(told.waited >= ms(4000) && told.waited <= ms(6000), "{code} {told:?}");
+            assert!(told.waited >= ms(4000) && told.waited <= ms(9000), "{code} {told:?}");
             assert!(took >= ms(4000), "{code} {took:?}");
             beyond += u32::from(told.waited > ms(4100));
         }
