@@ -124,8 +124,10 @@ pub(crate) enum Pushback {
 /// gRFC A6: a negative or unparsable value means that there must be no retry.
 pub(crate) fn pushback(headers: &HeaderMap) -> Option<Pushback> {
     let value = headers.get(PUSHBACK)?;
-    let ms = value.to_str().ok().and_then(|text| text.trim().parse::<u32>().ok());
-    Some(ms.map_or(Pushback::Never, |ms| Pushback::After(Duration::from_millis(u64::from(ms)))))
+    // The number is a signed one of 32 bits.
+    let ms = value.to_str().ok().and_then(|text| text.trim().parse::<i32>().ok());
+    let after = ms.and_then(|ms| u64::try_from(ms).ok()).map(Duration::from_millis);
+    Some(after.map_or(Pushback::Never, Pushback::After))
 }
 
 #[cfg(test)]
@@ -212,7 +214,7 @@ mod tests {
 
     #[test]
     fn pushback_that_is_negative_or_unparsable_is_a_no() {
-        for text in ["-1", "x", "1.5", ""] {
+        for text in ["-1", "x", "1.5", "", "2147483648"] {
             assert_eq!(pushback(&headers(&[(PUSHBACK, text)])), Some(Pushback::Never), "{text}");
         }
         assert_eq!(

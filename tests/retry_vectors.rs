@@ -1,0 +1,489 @@
+//! What other systems' tests and specifications say about backoffs, budgets, hints and hedges.
+//!
+//! `vectors/retry.json` has the facts, each with its source. Every one of them is replayed here, or is in
+//! [`NOT_OURS`] with the reason.
+#![cfg(all(feature = "retry", feature = "hyper"))]
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeSet,
+    io,
+    time::Duration,
+};
+
+use buttress::{
+    BoxError, HedgeLayer, RetryLayer,
+    retry::{Attempts, Backoff, FailureKind, ReplayBody, RetryBudget, Stop},
+};
+use bytes::Bytes;
+use http::{Method, Request, Response, StatusCode};
+use http_body::Body;
+use http_body_util::{BodyExt, Empty, Full, StreamBody};
+use serde_json::Value;
+use tokio::time::{Instant, sleep};
+use tower::{Layer, Service, ServiceExt, service_fn};
+
+// ===== The vectors =====
+
+/// Where we mean something else.
+const NOT_OURS: &[(&str, &str)] = &[
+    ("backon-02", "jitter on top of the wait, and of its cap: no wait of ours is over its maximum"),
+    (
+        "polly-backoff-01",
+        "a quarter to either side of a constant: full, equal or no jitter are ours",
+    ),
+    ("polly-backoff-03", "a quarter to either side of a line: full, equal or no jitter are ours"),
+    ("r4j-backoff-01", "half to either side: full, equal or no jitter are ours"),
+    ("tenacity-06", "a floor under an exponential"),
+    (
+        "urllib3-01",
+        "a first retry at once: with full jitter it may be, for a user's own iterator it can be",
+    ),
+    ("urllib3-02", "as urllib3-01"),
+    ("urllib3-03", "as urllib3-01"),
+    ("envoy-backoff-02", "how Envoy cuts a given random number, not which waits may come"),
+    ("envoy-backoff-05", "as envoy-backoff-02"),
+    (
+        "envoy-backoff-06",
+        "a lower bound here as well, but a short hint is spread over more than half of itself",
+    ),
+    ("grpc-timeout-04", "a client has its deadline from its caller; the header is for who serves"),
+    ("grpc-timeout-06", "as grpc-timeout-04"),
+    ("grpc-timeout-07", "as grpc-timeout-04"),
+    ("grpc-timeout-08", "as grpc-timeout-04"),
+    ("fsgo-hedge-02", "the delay of a hedge is given, not learnt"),
+    ("grpc-a6-hedge-03", "one hedge at most, and none after an answer"),
+    (
+        "grpc-a6-hedge-04",
+        "a bad answer never ends a call that the other copy may still answer well",
+    ),
+    ("grpc-a6-hedge-05", "one hedge at most"),
+    ("grpc-a6-attempt-header-01", "what an attempt is told is tested where the gRPC calls are"),
+    ("tower-budget-03", "a reserve of 100: ours is 10, and 1 a second"),
+    (
+        "envoy-retrybudget-03",
+        "a share of what is active; marked as a defect, which ours does not have",
+    ),
+    ("fsgo-budget-01", "a share of what is active, as envoy-retrybudget-03"),
+    ("grpc-a6-validate-01", "the limits of a service config; ours allow more attempts, and one"),
+    ("linkerd-peektrailers-01", "one frame is waited for; a message that was seen is the caller's"),
+    ("smithy-v21-longpoll-01", "an answer is never held back"),
+    ("grpc-a6-pushback-01", "the exact time for all: ours is a lower bound with jitter"),
+    ("smithy-v20-01", "2.0 pays back by outcome; ours is paid in by calls"),
+    ("grpc-a6-throttle-01", "tokens for good outcomes: ours is paid in by calls, good or bad"),
+    ("grpc-a6-throttle-04", "as grpc-a6-throttle-01"),
+    (
+        "grpc-a6-transparent-01",
+        "the second repeat of what was not seen waits as well, but is free as the first",
+    ),
+    ("urllib3-05", "hints are clamped at 300 s; the three dates are tested where they are parsed"),
+    (
+        "smithy-v20-retryafter-01",
+        "2.0 cuts a hint at the longest backoff; ours gives the answer out instead",
+    ),
+    (
+        "smithy-v21-retryafter-01",
+        "within 5 s of the backoff: for who asks for AWS's ways, not by default",
+    ),
+    ("smithy-v21-retryafter-02", "as smithy-v21-retryafter-01"),
+    ("smithy-v21-retryafter-03", "as smithy-v21-retryafter-01"),
+    ("retryafter-herd-01", "held where 10,000 clients come back"),
+    ("envoy-resetheader-04", "no hint of ours is in Unix time"),
+    ("envoy-resetheader-06", "as envoy-resetheader-04"),
+    ("envoy-resetheader-07", "as envoy-resetheader-04"),
+    ("tenacity-03", "tests of the deadline have its edges"),
+    ("fsgo-retry-03", "no longest time but the deadline"),
+    ("tenacity-02", "rules that stop are joined by or, never by and"),
+    ("sim-hedge-01", "held where the tail is heavy"),
+];
+
+fn vectors() -> Vec<Value> {
+    serde_json::from_str(include_str!("vectors/retry.json")).unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn retry_vectors_hold_or_are_known_not_to_be_ours() {
+    let (mut ours, mut ids) = (0, BTreeSet::new());
+    for vector in vectors() {
+        let id = vector["id"].as_str().unwrap().to_owned();
+        assert!(vector["source"].as_str().is_some_and(|source| !source.is_empty()), "{id}: a fact");
+        let known = NOT_OURS.iter().any(|(not_ours, _)| *not_ours == id);
+        if !known {
+            replay(&id, &vector).await;
+            ours += 1;
+        }
+        assert!(ids.insert(id), "an id comes once");
+    }
+    for (id, _) in NOT_OURS {
+        assert!(ids.contains(*id), "{id} is not among the vectors");
+    }
+    assert_eq!(ours + NOT_OURS.len(), ids.len());
+    println!("{ours} of {} replayed", ids.len());
+    assert!(ours >= 30);
+}
+
+async fn replay(id: &str, vector: &Value) {
+    let (config, steps) = (&vector["config"], vector["steps"].as_array().unwrap());
+    match id {
+        "backon-01" | "fsgo-retry-01" | "polly-backoff-04" => exact_waits(config, steps),
+        "smithy-v20-02" | "smithy-v20-04" => bucket(id, config, steps).await,
+        "smithy-v21-01" | "smithy-v21-02" => aws(id, steps).await,
+        "polly-backoff-07" => bounded(id, config, steps),
+        "envoy-backoff-01" => envoy(steps),
+        "tenacity-08" => full_jitter(steps),
+        "fsgo-retry-02"
+        | "fsgo-retry-04"
+        | "polly-retry-01"
+        | "r4j-retry-02"
+        | "tenacity-10"
+        | "smithy-dynamo-v21-01" => whole_run(id, config, &steps[0]).await,
+        "fsgo-compose-06" => retry_over_hedge(&steps[0]["expect"]).await,
+        "polly-hedge-04" => no_hedge_after_an_error().await,
+        "linkerd-replay-01" | "linkerd-replay-03" => cap_of_bodies(config).await,
+        "finagle-budget-02" | "finagle-budget-03" | "finagle-budget-04" | "finagle-budget-05" => {
+            budget(id, config, &steps[0]);
+        }
+        "grpc-a6-pushback-parse-04" => {
+            let value = steps[0]["value"].as_str().unwrap().to_owned();
+            let ran = run(RetryLayer::grpc(), Method::POST, |_| pushback(&value)).await;
+            assert_eq!((ran.calls(), ran.told.stop), (1, Stop::Pushback), "{id}");
+        }
+        "linkerd-retryafter-01" | "linkerd-retryafter-04" | "linkerd-retryafter-06" => {
+            retry_after(id, &steps[0]).await;
+        }
+        "urllib3-07" => connect_errors(steps).await,
+        "urllib3-08" => predicate(steps).await,
+        other => panic!("{other} is neither replayed nor known not to be ours"),
+    }
+}
+
+// ===== A run of the layer =====
+
+type Answer = Result<Response<Empty<Bytes>>, BoxError>;
+
+struct Ran {
+    /// When each call came, in milliseconds since the first.
+    at: Vec<u64>,
+    told: Attempts,
+}
+
+impl Ran {
+    fn calls(&self) -> usize {
+        self.at.len()
+    }
+
+    fn waits(&self) -> Vec<u64> {
+        self.at.windows(2).map(|pair| pair[1] - pair[0]).collect()
+    }
+}
+
+fn status(status: u64) -> Answer {
+    let status = u16::try_from(status).unwrap();
+    Ok(Response::builder().status(status).body(Empty::new()).unwrap())
+}
+
+fn pushback(value: &str) -> Answer {
+    let answer = Response::builder()
+        .header("content-type", "application/grpc")
+        .header("grpc-status", "14")
+        .header("grpc-retry-pushback-ms", value);
+    Ok(answer.body(Empty::new()).unwrap())
+}
+
+async fn run(layer: RetryLayer, method: Method, answer: impl Fn(usize) -> Answer) -> Ran {
+    send(layer, method, Full::from(""), answer).await
+}
+
+async fn send<B>(
+    layer: RetryLayer,
+    method: Method,
+    body: B,
+    answer: impl Fn(usize) -> Answer,
+) -> Ran
+where
+    B: Body<Data = Bytes, Error: std::fmt::Debug> + Unpin,
+{
+    let (start, at) = (Instant::now(), RefCell::new(Vec::new()));
+    let (at_ref, answer) = (&at, &answer);
+    let upstream = service_fn(move |request: Request<ReplayBody<B>>| async move {
+        let n = at_ref.borrow().len();
+        at_ref.borrow_mut().push(u64::try_from(start.elapsed().as_millis()).unwrap());
+        request.into_body().collect().await.map_err(|_| "the body")?;
+        answer(n)
+    });
+    let request = Request::builder().method(method).body(body).unwrap();
+    let told = match layer.layer(upstream).oneshot(request).await {
+        Ok(response) => Attempts::of(&response),
+        Err(error) => Attempts::find(&*error).unwrap(),
+    };
+    Ran { at: at.into_inner(), told }
+}
+
+/// A layer that waits exactly, and as often as it is told.
+fn exact(backoff: Backoff, retries: u64) -> RetryLayer {
+    let attempts = u32::try_from(retries).unwrap() + 1;
+    let backoff = backoff.without_jitter();
+    let layer = RetryLayer::http().attempts(attempts).longest_wait(Duration::from_secs(3600));
+    layer.backoff(backoff).without_budget().checked().unwrap()
+}
+
+/// A budget with so many retries in it, and nothing more to come.
+fn purse(retries: u64) -> RetryBudget {
+    let budget = RetryBudget::with(0.001, 0, u32::try_from(retries).unwrap());
+    (0..retries * 1000).for_each(|_| budget.deposit());
+    budget
+}
+
+fn ms(value: &Value) -> Duration {
+    Duration::from_millis(value.as_u64().unwrap())
+}
+
+/// The first of these fields that there is.
+fn field<'a>(config: &'a Value, names: &[&str]) -> &'a Value {
+    names.iter().map(|name| &config[name]).find(|value| !value.is_null()).unwrap_or(&Value::Null)
+}
+
+fn backoff(config: &Value) -> Backoff {
+    let base = ms(field(config, &["min_ms", "initial_ms", "base_ms", "wait_ms", "delay_ms"]));
+    let backoff = match config["kind"].as_str() {
+        Some("linear") => Backoff::linear(base, base),
+        Some("exponential") => {
+            Backoff::exponential(base).factor(config["factor"].as_f64().unwrap())
+        }
+        _ if config["base_ms"].is_u64() => Backoff::exponential(base),
+        _ => Backoff::constant(base),
+    };
+    match field(config, &["max_ms"]) {
+        Value::Null => backoff.max(Duration::from_secs(3600)),
+        max => backoff.max(ms(max)),
+    }
+}
+
+// ===== Backoffs =====
+
+fn exact_waits(config: &Value, steps: &[Value]) {
+    let mut delays = backoff(config).without_jitter().delays();
+    let mut most = config["max_times"].as_u64().unwrap_or(u64::MAX);
+    for step in steps {
+        if most == 0 {
+            // The attempts end it here, and not the waits.
+            assert!(step["expect"]["delay"].is_null());
+            return;
+        }
+        assert_eq!(delays.next(), Some(ms(&step["expect"]["delay_ms"])), "{step}");
+        most -= 1;
+    }
+}
+
+fn bounded(id: &str, config: &Value, steps: &[Value]) {
+    let (base, max) = (ms(&config["base_ms"]), ms(&config["max_ms"]));
+    let waits: Vec<_> = Backoff::decorrelated(base).max(max).delays().take(1025).collect();
+    for step in steps {
+        let attempt = usize::try_from(step["event"]["attempt"].as_u64().unwrap()).unwrap();
+        let wait = waits[attempt - 1];
+        assert!(wait > Duration::ZERO && wait <= ms(&step["expect"]["max_ms"]), "{id}: {wait:?}");
+    }
+}
+
+fn envoy(steps: &[Value]) {
+    for _ in 0..1000 {
+        let waits: Vec<_> = Backoff::envoy().delays().take(9).collect();
+        for step in steps {
+            let n = usize::try_from(step["n"].as_u64().unwrap()).unwrap();
+            let most = ms(&step["expect_range_ms"][1]) + Duration::from_millis(1);
+            assert!(waits[n - 1] <= most, "{step}: {:?}", waits[n - 1]);
+        }
+    }
+}
+
+fn full_jitter(steps: &[Value]) {
+    const DRAWS: u32 = 4000;
+    let backoff = Backoff::exponential(Duration::from_millis(500)).max(Duration::from_secs(60));
+    let series = |seed| backoff.seed(seed).delays().take(steps.len()).collect::<Vec<_>>();
+    let all: Vec<Vec<Duration>> = (0..u64::from(DRAWS)).map(series).collect();
+    for (n, step) in steps.iter().enumerate() {
+        let waits = || all.iter().map(|waits| waits[n]);
+        assert!(waits().all(|wait| wait <= ms(&step["expect"]["max_ms"])), "{step}");
+        let mean = waits().sum::<Duration>().as_secs_f64() / f64::from(DRAWS);
+        let expected = ms(&step["expect"]["mean_ms"]).as_secs_f64();
+        assert!((mean / expected - 1.0).abs() < 0.08, "{step}: {mean} s");
+    }
+}
+
+async fn whole_run(id: &str, config: &Value, step: &Value) {
+    let outcomes = match step["event"]["outcomes"].as_array() {
+        Some(outcomes) => outcomes.iter().map(|o| o.as_str().unwrap().to_owned()).collect(),
+        None => step["event"].as_str().unwrap().split(',').map(str::to_owned).collect::<Vec<_>>(),
+    };
+    let retries = config["max_retries"].as_u64().unwrap_or(outcomes.len() as u64 - 1);
+    let layer = match id {
+        "tenacity-10" => {
+            let waits = [1, 2, 3, 3].map(Duration::from_secs);
+            exact(Backoff::default(), retries).backoff_with(move || waits.into_iter())
+        }
+        "fsgo-retry-04" => exact(Backoff::constant(Duration::ZERO), retries),
+        _ => exact(backoff(config), retries),
+    };
+    let ran = run(layer, Method::GET, |n| match &*outcomes[n] {
+        "ok" | "200" => status(200),
+        "500" => status(503),
+        _ => Err(io::Error::from(io::ErrorKind::ConnectionReset).into()),
+    })
+    .await;
+    assert_eq!(ran.calls(), outcomes.len(), "{id}");
+    let expect = &step["expect"];
+    if let Some(calls) = field(expect, &["calls", "attempts"]).as_u64() {
+        assert_eq!(ran.calls() as u64, calls, "{id}");
+    }
+    if let Some(waits) = expect["delays_ms"].as_array() {
+        let waits: Vec<_> = waits.iter().map(|wait| wait.as_u64().unwrap()).collect();
+        assert_eq!(ran.waits(), waits, "{id}");
+    }
+    if let Some(all) = field(step, &["expect_total_sleep_ms"]).as_u64() {
+        assert_eq!(ran.waits().iter().sum::<u64>(), all, "{id}");
+    }
+    if let Some(all) = expect["slept_ms"].as_u64() {
+        assert_eq!(ran.waits().iter().sum::<u64>(), all, "{id}");
+    }
+}
+
+// ===== Budgets =====
+
+fn budget(id: &str, config: &Value, step: &Value) {
+    let budget = RetryBudget::with(config["percent"].as_f64().unwrap(), 0, 10);
+    let mut retries = 0;
+    for _ in 0..10_000 {
+        budget.deposit();
+        while let Some(withdrawal) = budget.withdraw() {
+            withdrawal.spend();
+            retries += 1;
+        }
+    }
+    let expected = step["expect_retries"].as_u64().unwrap();
+    assert!(expected.abs_diff(retries) <= step["tolerance"].as_u64().unwrap(), "{id}: {retries}");
+}
+
+/// In units of what a retry costs.
+async fn bucket(id: &str, config: &Value, steps: &[Value]) {
+    let cost = config["retry_cost"].as_u64().unwrap();
+    let purse = purse(config["capacity"].as_u64().unwrap() / cost);
+    let retries = config["max_attempts"].as_u64().map_or(99, |attempts| attempts - 1);
+    let layer =
+        exact(Backoff::exponential(Duration::from_secs(1)).max(Duration::from_secs(20)), retries);
+    let ran = run(layer.budget(purse.clone()), Method::GET, |_| status(503)).await;
+    let waits: Vec<_> = steps.iter().filter_map(|step| step["expect_delay_ms"].as_u64()).collect();
+    assert_eq!(ran.waits(), waits, "{id}");
+    let left = steps.last().unwrap()["expect_tokens"].as_u64().unwrap();
+    // The call has paid a thousandth in where there was room.
+    assert_eq!((purse.balance() * cost as f64) as u64, left, "{id}");
+}
+
+/// The waits only: what it costs is the budget's.
+async fn aws(id: &str, steps: &[Value]) {
+    let fails = steps.iter().filter(|step| step["event"] != "success").count();
+    let code = if steps[0]["event"] == "throttled" { 429 } else { 503 };
+    let answer = |n| status(if n < fails { code } else { 200 });
+    let ran = run(exact(Backoff::aws(), 2), Method::GET, answer).await;
+    let waits: Vec<_> = steps.iter().filter_map(|step| step["expect_delay_ms"].as_u64()).collect();
+    assert_eq!((ran.waits(), ran.calls()), (waits, fails + 1), "{id}");
+}
+
+// ===== Hints, kinds, methods, bodies =====
+
+async fn retry_after(id: &str, step: &Value) {
+    let code = step["status"].as_u64().unwrap();
+    let answer = |n| {
+        let mut answer = status(if n == 0 { code } else { 200 })?;
+        let value = step["value"].as_str().unwrap().parse().unwrap();
+        answer.headers_mut().insert("retry-after", value);
+        Ok(answer)
+    };
+    let ran = run(exact(Backoff::constant(Duration::ZERO), 1), Method::GET, answer).await;
+    assert_eq!(ran.waits(), [step["expect_ms"].as_u64().unwrap()], "{id}");
+}
+
+async fn connect_errors(steps: &[Value]) {
+    for step in steps {
+        let event = &step["event"];
+        let most = event["total"].as_u64().unwrap_or(100);
+        let connect = u32::try_from(event["connect"].as_u64().unwrap()).unwrap();
+        let layer =
+            exact(Backoff::constant(Duration::ZERO), most).at_most(FailureKind::Connect, connect);
+        let refused = |_| Err(io::Error::from(io::ErrorKind::ConnectionRefused).into());
+        let ran = run(layer, Method::GET, refused).await;
+        assert_eq!(ran.calls() as u64, step["expect"]["exhausted_on"].as_u64().unwrap(), "{step}");
+    }
+}
+
+async fn predicate(steps: &[Value]) {
+    for step in steps {
+        let event = &step["event"];
+        let layer =
+            exact(Backoff::constant(Duration::ZERO), 1).retry_on(StatusCode::INTERNAL_SERVER_ERROR);
+        let layer = match event["allowed"].as_str().unwrap() {
+            "any" => layer.assume_idempotent(),
+            "POST" => layer.methods([Method::POST]),
+            _ => layer,
+        };
+        let method = event["method"].as_str().unwrap().parse().unwrap();
+        let ran = run(layer, method, |_| status(event["status"].as_u64().unwrap())).await;
+        assert_eq!(ran.calls() == 2, step["expect"]["retry"].as_bool().unwrap(), "{step}");
+    }
+}
+
+async fn cap_of_bodies(config: &Value) {
+    let cap = config["max_bytes"].as_u64().unwrap();
+    let told = Full::from(vec![b'x'; usize::try_from(cap).unwrap()]);
+    let untold = |bytes: u64| {
+        let chunks =
+            (0..bytes).map(|_| Ok::<_, io::Error>(http_body::Frame::data(Bytes::from("x"))));
+        StreamBody::new(futures_util::stream::iter(chunks))
+    };
+    let layer = || exact(Backoff::constant(Duration::ZERO), 1).replay_up_to(cap);
+    let fails = |_| status(503);
+    assert_eq!(send(layer(), Method::PUT, told, fails).await.calls(), 2);
+    assert_eq!(send(layer(), Method::PUT, untold(cap), fails).await.calls(), 2);
+    let over = Full::from(vec![b'x'; usize::try_from(cap).unwrap() + 1]);
+    for ran in [
+        send(layer(), Method::PUT, over, fails).await,
+        send(layer(), Method::PUT, untold(cap + 1), fails).await,
+    ] {
+        // The request itself came whole, or there would be another reason.
+        assert_eq!((ran.calls(), ran.told.stop), (1, Stop::BodyGone));
+    }
+}
+
+// ===== Hedges =====
+
+type Twice = ReplayBody<ReplayBody<Empty<Bytes>>>;
+
+async fn retry_over_hedge(expect: &Value) {
+    let calls = Cell::new(0);
+    let calls_ref = &calls;
+    let upstream = service_fn(move |_: Request<Twice>| async move {
+        calls_ref.set(calls_ref.get() + 1);
+        sleep(Duration::from_millis(20)).await;
+        status(503)
+    });
+    let hedge = HedgeLayer::http(Duration::from_millis(10)).without_budget();
+    let handle = hedge.handle();
+    let retry = exact(Backoff::constant(Duration::ZERO), 2);
+    let answer = retry.layer(hedge.layer(upstream)).oneshot(Request::new(Empty::new())).await;
+    assert_eq!(answer.as_ref().unwrap().status(), 503);
+    let retries = u64::from(Attempts::of(&answer.unwrap()).made) - 1;
+    let found = [calls.get(), retries, handle.snapshot().sent];
+    let expected = ["attempts", "retries", "hedges"].map(|name| expect[name].as_u64().unwrap());
+    assert_eq!(found, expected);
+}
+
+async fn no_hedge_after_an_error() {
+    let upstream = service_fn(|_: Request<ReplayBody<Empty<Bytes>>>| async {
+        Err::<Response<Empty<Bytes>>, BoxError>("unhandled".into())
+    });
+    let hedge = HedgeLayer::http(Duration::from_millis(10));
+    let handle = hedge.handle();
+    let mut service = hedge.layer(upstream);
+    let request = Request::new(Empty::new());
+    let error = service.ready().await.unwrap().call(request).await.unwrap_err();
+    assert_eq!((error.to_string().as_str(), handle.snapshot().sent), ("unhandled", 0));
+}
