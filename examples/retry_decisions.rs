@@ -1,0 +1,283 @@
+//! What a retry does about which failure: the real layer, real connections, and a table.
+//!
+//! Every row is one call that fails once, as a server of its own is told to fail. It ends by itself, with
+//! exit code 1 if a row is not what the documentation says.
+
+use std::{
+    io,
+    net::SocketAddr,
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use buttress::{
+    Attempts, BoxError, CircuitBreakerLayer, RetryBudget, RetryLayer,
+    retry::{Backoff, ReplayBody, Stop},
+};
+use bytes::Bytes;
+use futures_util::future::join_all;
+use http::{Method, Request, Response};
+use http_body_util::{BodyExt, Full};
+use hyper_util::{
+    client::legacy::Client,
+    rt::{TokioExecutor, TokioIo},
+};
+use tokio::net::{TcpListener, TcpStream};
+use tower::{Layer, ServiceBuilder, ServiceExt};
+
+// ===== The rows =====
+
+#[derive(Clone, Copy, PartialEq)]
+enum Failure {
+    /// Nobody listens.
+    Refused,
+    /// HTTP/2: the server has not looked at it.
+    RefusedStream,
+    /// The request is read, and the connection closed.
+    Cut,
+    Status(u16),
+    /// 503, with a `Retry-After` in seconds.
+    RetryAfter(&'static str),
+    /// gRPC's `UNAVAILABLE`, for a layer that knows it is gRPC's.
+    Unavailable,
+    /// The same, with a pushback.
+    Pushback(&'static str),
+    /// A circuit breaker further in is open.
+    OpenCircuit,
+}
+
+#[derive(Clone, Copy)]
+enum How {
+    Get,
+    Put,
+    Post,
+    PostWithKey,
+}
+
+/// What is documented: `Ok` is another attempt, charged to the budget or not.
+type Decision = Result<Charged, Stop>;
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Charged {
+    Yes,
+    No,
+}
+
+const SHORT: usize = 5;
+/// More than is kept to be sent again.
+const LONG: usize = 100 * 1024;
+
+fn rows() -> Vec<(Failure, How, usize, Decision)> {
+    use Charged::{No, Yes};
+    use Failure::*;
+    use How::*;
+    vec![
+        (Refused, Get, 0, Ok(Yes)),
+        (Refused, Post, SHORT, Ok(Yes)),
+        (Refused, Post, LONG, Ok(Yes)),
+        (RefusedStream, Get, 0, Ok(No)),
+        (RefusedStream, Post, SHORT, Ok(No)),
+        (Cut, Get, 0, Ok(Yes)),
+        (Cut, Put, SHORT, Ok(Yes)),
+        (Cut, Put, LONG, Err(Stop::BodyGone)),
+        (Cut, Post, 0, Err(Stop::Unsafe)),
+        (Cut, Post, SHORT, Err(Stop::Unsafe)),
+        (Cut, PostWithKey, SHORT, Ok(Yes)),
+        (Status(503), Get, 0, Ok(Yes)),
+        (Status(503), Put, SHORT, Ok(Yes)),
+        (Status(503), Put, LONG, Err(Stop::BodyGone)),
+        (Status(503), Post, SHORT, Err(Stop::Unsafe)),
+        (Status(503), PostWithKey, SHORT, Ok(Yes)),
+        (Status(429), Get, 0, Ok(Yes)),
+        (Status(408), Get, 0, Ok(Yes)),
+        (Status(500), Get, 0, Err(Stop::Answered)),
+        (Status(501), Get, 0, Err(Stop::Answered)),
+        (Status(404), Get, 0, Err(Stop::Answered)),
+        (RetryAfter("1"), Get, 0, Ok(Yes)),
+        (RetryAfter("1"), Post, 0, Err(Stop::Unsafe)),
+        (RetryAfter("60"), Get, 0, Err(Stop::WaitTooLong)),
+        (Unavailable, Post, SHORT, Ok(Yes)),
+        (Pushback("20"), Post, SHORT, Ok(Yes)),
+        (Pushback("-1"), Post, SHORT, Err(Stop::Pushback)),
+        (OpenCircuit, Get, 0, Err(Stop::Rejected)),
+    ]
+}
+
+impl Failure {
+    fn name(self) -> String {
+        match self {
+            Self::Refused => "connection refused".into(),
+            Self::RefusedStream => "REFUSED_STREAM".into(),
+            Self::Cut => "closed without an answer".into(),
+            Self::Status(status) => status.to_string(),
+            Self::RetryAfter(seconds) => format!("503, Retry-After: {seconds}"),
+            Self::Unavailable => "gRPC UNAVAILABLE".into(),
+            Self::Pushback(ms) => format!("gRPC UNAVAILABLE, pushback {ms}"),
+            Self::OpenCircuit => "our own open circuit".into(),
+        }
+    }
+
+    fn is_grpc(self) -> bool {
+        matches!(self, Self::Unavailable | Self::Pushback(_))
+    }
+
+    /// None: no answer at all.
+    fn answer(self) -> Option<Response<Full<Bytes>>> {
+        let answer = Response::builder();
+        let grpc = || Response::builder().header("content-type", "application/grpc");
+        let answer = match self {
+            Self::Status(status) => answer.status(status),
+            Self::RetryAfter(seconds) => answer.status(503).header("retry-after", seconds),
+            Self::Unavailable => grpc().header("grpc-status", "14"),
+            Self::Pushback(ms) => {
+                grpc().header("grpc-status", "14").header("grpc-retry-pushback-ms", ms)
+            }
+            Self::Refused | Self::RefusedStream | Self::Cut | Self::OpenCircuit => return None,
+        };
+        answer.body(Full::default()).ok()
+    }
+}
+
+impl How {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Get => "GET",
+            Self::Put => "PUT",
+            Self::Post => "POST",
+            Self::PostWithKey => "POST with key",
+        }
+    }
+
+    fn request(self, addr: SocketAddr, body: usize) -> Request<Full<Bytes>> {
+        let mut request = Request::new(Full::from(vec![b'x'; body]));
+        *request.method_mut() = match self {
+            Self::Get => Method::GET,
+            Self::Put => Method::PUT,
+            Self::Post | Self::PostWithKey => Method::POST,
+        };
+        *request.uri_mut() = format!("http://{addr}/").parse().expect("an address is an authority");
+        if let Self::PostWithKey = self {
+            request.headers_mut().insert("idempotency-key", http::HeaderValue::from_static("k-1"));
+        }
+        request
+    }
+}
+
+// ===== One call =====
+
+struct Told {
+    attempts: Attempts,
+    charged: bool,
+}
+
+async fn call(failure: Failure, method: How, body: usize) -> Result<Told, BoxError> {
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let addr = listener.local_addr()?;
+    if failure == Failure::Refused {
+        drop(listener);
+    } else {
+        tokio::spawn(serve(listener, failure));
+    }
+    let client = Client::builder(TokioExecutor::new())
+        .http2_only(failure == Failure::RefusedStream)
+        .build_http::<ReplayBody<Full<Bytes>>>();
+    let breaker = CircuitBreakerLayer::http();
+    if failure == Failure::OpenCircuit {
+        breaker.handle().force_open();
+    }
+    let budget = RetryBudget::with(0.2, 0, 100);
+    // Enough for a few retries.
+    (0..50).for_each(|_| budget.deposit());
+    let retry = if failure.is_grpc() { RetryLayer::grpc() } else { RetryLayer::http() };
+    // The waits are told as they are asked for: without jitter they are always the same.
+    let backoff = Backoff::exponential(Duration::from_millis(10)).without_jitter();
+    let retry = retry.backoff(backoff).budget(budget.clone()).checked()?;
+    let before = budget.balance();
+    let client = ServiceBuilder::new().layer(retry).service(breaker.layer(client));
+    let call = client.oneshot(method.request(addr, body));
+    let attempts = match tokio::time::timeout(Duration::from_secs(10), call).await? {
+        Ok(response) => Attempts::of(&response),
+        Err(error) => Attempts::find(&*error).ok_or(error)?,
+    };
+    // The call itself has paid a fifth of a retry in.
+    Ok(Told { attempts, charged: budget.balance() < before })
+}
+
+/// Fails once, then answers 200.
+async fn serve(listener: TcpListener, failure: Failure) {
+    let failed = Arc::new(AtomicBool::new(false));
+    while let Ok((tcp, _)) = listener.accept().await {
+        if failure == Failure::RefusedStream {
+            tokio::spawn(refuse_first_stream(tcp));
+            continue;
+        }
+        let failed = failed.clone();
+        let answers = hyper::service::service_fn(move |request: Request<hyper::body::Incoming>| {
+            let first = !failed.swap(true, Ordering::Relaxed);
+            async move {
+                request.into_body().collect().await.map_err(io::Error::other)?;
+                let answer = if first { failure.answer() } else { Some(Response::default()) };
+                answer.ok_or_else(|| io::Error::other("no answer"))
+            }
+        });
+        let connection = hyper::server::conn::http1::Builder::new();
+        tokio::spawn(connection.serve_connection(TokioIo::new(tcp), answers));
+    }
+}
+
+async fn refuse_first_stream(tcp: TcpStream) -> Result<(), h2::Error> {
+    let mut connection = h2::server::handshake(tcp).await?;
+    let mut first = true;
+    while let Some(stream) = connection.accept().await {
+        let (_, mut respond) = stream?;
+        if std::mem::take(&mut first) {
+            respond.send_reset(h2::Reason::REFUSED_STREAM);
+        } else {
+            respond.send_response(Response::default(), true)?;
+        }
+    }
+    Ok(())
+}
+
+// ===== The table =====
+
+fn size(body: usize) -> String {
+    match body {
+        0 => "none".into(),
+        SHORT => format!("{body} B"),
+        _ => format!("{} KiB", body / 1024),
+    }
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let line = |cells: [&str; 5]| {
+        let [failure, method, body, decision, reason] = cells;
+        println!("{failure:<32} {method:<14} {body:<8} {decision:<8} {reason}");
+    };
+    line(["failure", "method", "body", "again?", "reason"]);
+    let calls = rows().into_iter().map(|row| async move { (row, call(row.0, row.1, row.2).await) });
+    let mut wrong = 0;
+    for ((failure, method, body, documented), told) in join_all(calls).await {
+        let (decision, mut reason) = match told {
+            Ok(Told { attempts, charged }) if attempts.made > 1 => {
+                let by = if charged { Charged::Yes } else { Charged::No };
+                let budget = if charged { "charged" } else { "not charged" };
+                (Some(Ok(by)), format!("after {} ms, {budget}", attempts.waited.as_millis()))
+            }
+            Ok(Told { attempts, .. }) => (Some(Err(attempts.stop)), attempts.stop.to_string()),
+            Err(error) => (None, error.to_string()),
+        };
+        if decision != Some(documented) {
+            wrong += 1;
+            reason.push_str(&format!(" (documented: {documented:?})"));
+        }
+        let again = if let Some(Ok(_)) = decision { "yes" } else { "no" };
+        line([&failure.name(), method.name(), &size(body), again, &reason]);
+    }
+    println!("{wrong} rows differ from what is documented");
+    if wrong == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
