@@ -2,7 +2,7 @@
 //!
 //! `vectors/retry.json` has the facts, each with its source. Every one of them is replayed here, or is in
 //! [`NOT_OURS`] with the reason.
-#![cfg(all(feature = "retry", feature = "hyper"))]
+#![cfg(all(feature = "retry", feature = "hyper", feature = "percentile"))]
 
 use std::{
     cell::{Cell, RefCell},
@@ -51,7 +51,6 @@ const NOT_OURS: &[(&str, &str)] = &[
     ("grpc-timeout-06", "as grpc-timeout-04"),
     ("grpc-timeout-07", "as grpc-timeout-04"),
     ("grpc-timeout-08", "as grpc-timeout-04"),
-    ("fsgo-hedge-02", "the delay of a hedge is given, not learnt"),
     ("grpc-a6-hedge-03", "one hedge at most, and none after an answer"),
     (
         "grpc-a6-hedge-04",
@@ -134,6 +133,7 @@ async fn replay(id: &str, vector: &Value) {
         | "tenacity-10"
         | "smithy-dynamo-v21-01" => whole_run(id, config, &steps[0]).await,
         "fsgo-compose-06" => retry_over_hedge(&steps[0]["expect"]).await,
+        "fsgo-hedge-02" => live_percentile(config, steps).await,
         "polly-hedge-04" => no_hedge_after_an_error().await,
         "linkerd-replay-01" | "linkerd-replay-03" => cap_of_bodies(config).await,
         "finagle-budget-02" | "finagle-budget-03" | "finagle-budget-04" | "finagle-budget-05" => {
@@ -530,4 +530,25 @@ async fn no_hedge_after_an_error() {
     let request = Request::new(Empty::new());
     let error = service.ready().await.unwrap().call(request).await.unwrap_err();
     assert_eq!((error.to_string().as_str(), handle.snapshot().sent), ("unhandled", 0));
+}
+
+async fn live_percentile(config: &Value, steps: &[Value]) {
+    let slow = Cell::new(Duration::ZERO);
+    let slow_ref = &slow;
+    let upstream = service_fn(move |_: Request<ReplayBody<Empty<Bytes>>>| async move {
+        sleep(slow_ref.get()).await;
+        Ok::<_, BoxError>(Response::new(Empty::<Bytes>::new()))
+    });
+    let hedge = HedgeLayer::after_percentile(config["quantile"].as_f64().unwrap());
+    let (handle, service) = (hedge.handle(), hedge.layer(upstream));
+    for step in steps {
+        let (event, before) = (&step["event"], handle.snapshot().sent);
+        slow.set(ms(field(event, &["each_ms", "primary_ms"])));
+        for _ in 0..event["n"].as_u64().unwrap_or(1) {
+            service.clone().oneshot(Request::new(Empty::new())).await.unwrap();
+        }
+        if let Some(hedges) = field(&step["expect"], &["hedges", "hedges_added"]).as_u64() {
+            assert_eq!(handle.snapshot().sent - before, hedges, "{step}");
+        }
+    }
 }
