@@ -204,7 +204,7 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
         else {
             unreachable!("polled after completion")
         };
-        let call = this.protocol.begin(&mut request);
+        let call = this.protocol.begin(&mut request, &mut permit);
         let future = permit.guard(|| this.service.call(request));
         Poll::Ready(Ok((future, permit, call)))
     }

@@ -139,7 +139,7 @@ where
         let state = match admit {
             Admit::Go(mut permit) if self.readiness == Readiness::Ready => {
                 self.readiness = Readiness::Untouched;
-                let call = self.protocol.begin(&mut request);
+                let call = self.protocol.begin(&mut request, &mut permit);
                 let future = permit.guard(|| self.inner.call(request));
                 State::called(future, permit, call)
             }

@@ -41,8 +41,8 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
         None
     }
 
-    /// A call is about to be made.
-    fn begin(&self, request: &mut Req) -> Self::Call;
+    /// A call is about to be made, with this permit.
+    fn begin<F: Finish>(&self, request: &mut Req, permit: &mut Permit<F>) -> Self::Call;
 
     /// The inner service has answered.
     fn complete<F: Finish>(
@@ -78,7 +78,7 @@ where
     }
 
     #[inline]
-    fn begin(&self, _: &mut Request<ReqB>) {}
+    fn begin<F: Finish>(&self, _: &mut Request<ReqB>, _: &mut Permit<F>) {}
 
     #[inline]
     fn complete<F: Finish>(
@@ -116,7 +116,7 @@ impl<ReqB, E> Judge<Request<ReqB>, Never, E> for Http {
     type Response = Never;
     type Call = ();
 
-    fn begin(&self, _: &mut Request<ReqB>) {}
+    fn begin<F: Finish>(&self, _: &mut Request<ReqB>, _: &mut Permit<F>) {}
 
     fn complete<F: Finish>((): (), result: Result<Never, E>, _: Permit<F>) -> Result<Never, E> {
         result
@@ -140,7 +140,7 @@ where
         carried(request)
     }
 
-    fn begin(&self, _: &mut Request<ReqB>) -> C {
+    fn begin<F: Finish>(&self, _: &mut Request<ReqB>, _: &mut Permit<F>) -> C {
         self.0.clone()
     }
 
@@ -208,7 +208,7 @@ where
     type Call = C;
 
     #[inline]
-    fn begin(&self, _: &mut Req) -> C {
+    fn begin<F: Finish>(&self, _: &mut Req, _: &mut Permit<F>) -> C {
         self.0.clone()
     }
 
@@ -232,7 +232,7 @@ impl<Req, Res, E: 'static> Judge<Req, Res, E> for PerResponse {
     type Call = ();
 
     #[inline]
-    fn begin(&self, _: &mut Req) {}
+    fn begin<F: Finish>(&self, _: &mut Req, _: &mut Permit<F>) {}
 
     #[inline]
     fn complete<F: Finish>((): (), result: Result<Res, E>, permit: Permit<F>) -> Result<Res, E> {
@@ -266,7 +266,7 @@ where
         carried(request)
     }
 
-    fn begin(&self, request: &mut Request<ReqB>) -> M::Classifier {
+    fn begin<F: Finish>(&self, request: &mut Request<ReqB>, _: &mut Permit<F>) -> M::Classifier {
         self.0.make_classifier(request)
     }
 
