@@ -3,10 +3,11 @@ use std::fmt;
 use super::{
     adaptive::{Change, Teller},
     core::Limiter,
+    upgrade::HeldPlace,
 };
 use crate::{
     ConfigError,
-    call::{RejectedKind, Shared},
+    call::{Rejected, RejectedKind, Shared},
 };
 
 /// Looks at a concurrency limit and resizes it, from outside of the stack.
@@ -54,6 +55,19 @@ impl ConcurrencyLimitHandle {
     #[must_use]
     pub fn in_flight(&self) -> u32 {
         self.0.in_flight()
+    }
+
+    /// A place for something that is not a call under the layer, if there is room and nobody waits: for a
+    /// WebSocket that is to be closed with code 1013 rather than refused, for work in the background.
+    ///
+    /// # Errors
+    ///
+    /// There is none: told, and counted, as a call's refusal is.
+    pub fn try_acquire(&self) -> Result<HeldPlace, Rejected> {
+        match self.0.enter() {
+            Some(token) => Ok(HeldPlace::own(self.0.permit(token))),
+            None => Err(self.0.refuse(RejectedKind::Full)),
+        }
     }
 
     /// Resizes the limit: a higher one lets waiters in at once, a lower one takes effect as calls end.

@@ -7,6 +7,7 @@ use super::{
     core::Limiter,
     handle::{ConcurrencyLimitHandle, checked},
     queue::QueueOrder,
+    upgrade::Upgrades,
 };
 use crate::{
     ConfigError,
@@ -101,6 +102,14 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
             adaptive.until_body_end();
         }
         self
+    }
+
+    /// Lets handlers take their call's place along, as a [`Held`](super::Held) in the request's extensions,
+    /// and hold it as long as what the call was upgraded to: a WebSocket, a tunnel. Costs an allocation a
+    /// call. How calls are judged is said before.
+    pub fn upgrades(self) -> ConcurrencyLimitLayer<Upgrades<M>, R> {
+        let Plan { policy, protocol, reject, fault } = self.plan;
+        ConcurrencyLimitLayer { plan: Plan { policy, protocol: Upgrades(protocol), reject, fault } }
     }
 
     /// A name for refusals and events. The first one given stays.

@@ -62,6 +62,31 @@
 //! [`release_at_head`](ConcurrencyLimitLayer::release_at_head) says otherwise. A response that is kept and
 //! not read keeps its place: a caller that holds as many of them as the limit allows waits for itself.
 //!
+//! # Upgrades
+//!
+//! An upgraded connection, such as a WebSocket, lives on after its call: the 101 has no body that could hold
+//! a place. With [`upgrades`](ConcurrencyLimitLayer::upgrades) the handler takes the place along:
+//!
+//! ```
+//! use axum::{Extension, Router, extract::ws::WebSocketUpgrade, response::Response, routing::any};
+//! use buttress::{ConcurrencyLimitLayer, limit::Held};
+//!
+//! async fn chat(upgrade: WebSocketUpgrade, Extension(held): Extension<Held>) -> Response {
+//!     let place = held.take();
+//!     upgrade.on_upgrade(async move |mut socket| {
+//!         while let Some(Ok(_)) = socket.recv().await {}
+//!         drop(place);
+//!     })
+//! }
+//!
+//! let limit = ConcurrencyLimitLayer::new(1000).upgrades().respond();
+//! let app: Router = Router::new().route("/chat", any(chat)).layer(limit);
+//! ```
+//!
+//! A full server refuses that with 503 before the upgrade, which a browser tells nobody. To close with
+//! code 1013 after it instead, leave the route out of the layer, and let its handler ask the
+//! [handle](ConcurrencyLimitHandle::try_acquire) for a place.
+//!
 //! # Cancellation
 //!
 //! Dropping a call frees its place or its turn; dropping it just when its turn has come hands the turn to
@@ -90,11 +115,13 @@ mod handle;
 mod layer;
 mod policy;
 mod queue;
+mod upgrade;
 mod wait;
 
 pub use self::{
     handle::{ConcurrencyLimitHandle, ConcurrencyLimitSnapshot},
     layer::{ConcurrencyLimit, ConcurrencyLimitLayer},
     queue::QueueOrder,
+    upgrade::{Held, HeldPlace, Upgrades},
 };
 pub use crate::admission::ResponseFuture;

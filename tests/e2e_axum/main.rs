@@ -4,6 +4,7 @@
 mod breaker;
 mod ends;
 mod limit;
+mod long_lived;
 mod mixed;
 #[path = "../net/mod.rs"]
 mod net;

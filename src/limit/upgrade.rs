@@ -1,0 +1,195 @@
+//! Places that outlive their call: for upgraded connections.
+
+use std::{
+    fmt,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use http::Request;
+use tokio::time::Instant;
+
+use super::core::Limiter;
+use crate::call::{Finish, Hold, Judge, Outcome, Permit, Shared, Token};
+
+/// The place that a call holds, in its request's extensions: see
+/// [`upgrades`](crate::ConcurrencyLimitLayer::upgrades).
+///
+/// Clones are of the same place, which one at a time can [take](Self::take). Who does not take it leaves it
+/// with the response, as without.
+#[derive(Clone)]
+pub struct Held(Shared<Slot>);
+
+impl Held {
+    /// Takes the place along: it becomes free when both the call is over, to the end of its body, and what
+    /// this gives is dropped.
+    ///
+    /// None while somebody else has it, or if the call is over already: for an upgrade, take it before you answer.
+    /// Of several limits around the handler, the places of all of them.
+    #[must_use = "a place that is dropped at once is held by nobody"]
+    pub fn take(&self) -> Option<HeldPlace> {
+        let mut state = self.0.lock();
+        let holder = match state.holder {
+            Holder::Call => Holder::Both,
+            _ => return None,
+        };
+        state.holder = holder;
+        drop(state);
+        let outer = self.0.outer.as_ref().and_then(Self::take).map(Box::new);
+        Some(HeldPlace { of: Of::Call(self.0.clone()), _outer: outer })
+    }
+}
+
+impl fmt::Debug for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Held").field(&self.0.lock().holder).finish()
+    }
+}
+
+/// A place that somebody holds until this is dropped.
+///
+/// It says nothing to an adaptive limit: how long a socket lives is no latency.
+#[must_use = "a place that is dropped at once is held by nobody"]
+pub struct HeldPlace {
+    of: Of,
+    _outer: Option<Box<HeldPlace>>,
+}
+
+enum Of {
+    Call(Shared<Slot>),
+    Nobody(Permit<Limiter>),
+}
+
+impl HeldPlace {
+    pub(super) fn own(permit: Permit<Limiter>) -> Self {
+        Self { of: Of::Nobody(permit), _outer: None }
+    }
+}
+
+impl Drop for HeldPlace {
+    fn drop(&mut self) {
+        match &mut self.of {
+            Of::Call(slot) => slot.leave(Holder::Call, Outcome::cancelled()),
+            Of::Nobody(permit) => permit.end(Outcome::cancelled()),
+        }
+    }
+}
+
+impl fmt::Debug for HeldPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.of {
+            Of::Call(_) => "HeldPlace(of a call)",
+            Of::Nobody(_) => "HeldPlace",
+        })
+    }
+}
+
+// ===== Between the call and its handler =====
+
+/// Holds a call's permit for both of them. To the call it is what its own permit ends at.
+pub(super) struct Slot {
+    state: Mutex<State>,
+    /// Of a limit further out.
+    outer: Option<Held>,
+}
+
+struct State {
+    permit: Permit,
+    holder: Holder,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Holder {
+    Call,
+    Both,
+    Handler,
+    Nobody,
+}
+
+impl Slot {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One of the two has gone, and `rest` would hold it on.
+    fn leave(&self, rest: Holder, outcome: Outcome) {
+        let mut state = self.lock();
+        if state.holder == Holder::Both {
+            state.holder = rest;
+            return;
+        }
+        state.holder = Holder::Nobody;
+        let permit = state.permit.take();
+        // Whoever gets in by it is woken outside of the lock.
+        drop(state);
+        permit.finish(outcome);
+    }
+}
+
+impl Finish for Slot {
+    fn finish(&self, _: Token, outcome: Outcome) {
+        self.leave(Holder::Handler, outcome);
+    }
+
+    fn head(&self, _: &mut Token, so_far: Outcome) {
+        self.lock().permit.head(so_far);
+    }
+
+    fn hold(&self) -> Hold {
+        self.lock().permit.hold()
+    }
+}
+
+impl fmt::Debug for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Slot").field("holder", &self.lock().holder).finish_non_exhaustive()
+    }
+}
+
+// ===== Beside how calls are judged =====
+
+/// A protocol that lends each call's place to its handler, made by
+/// [`upgrades`](crate::ConcurrencyLimitLayer::upgrades).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Upgrades<M>(pub(super) M);
+
+/// What is remembered of a call that may be upgraded.
+#[derive(Debug)]
+pub struct Lent<C> {
+    call: C,
+    permit: Permit<Slot>,
+}
+
+impl<M, ReqB, Res, E> Judge<Request<ReqB>, Res, E> for Upgrades<M>
+where
+    M: Judge<Request<ReqB>, Res, E>,
+{
+    type Response = M::Response;
+    type Call = Lent<M::Call>;
+
+    fn deadline(&self, request: &Request<ReqB>) -> Option<Instant> {
+        self.0.deadline(request)
+    }
+
+    fn begin<F: Finish>(
+        &self,
+        request: &mut Request<ReqB>,
+        permit: &mut Permit<F>,
+    ) -> Lent<M::Call> {
+        let call = self.0.begin(request, permit);
+        let slot = Shared::new(Slot {
+            state: Mutex::new(State { permit: permit.take().erase(), holder: Holder::Call }),
+            outer: request.extensions_mut().remove(),
+        });
+        let permit = slot.permit(Token::default());
+        request.extensions_mut().insert(Held(slot));
+        Lent { call, permit }
+    }
+
+    fn complete<F: Finish>(
+        lent: Lent<M::Call>,
+        result: Result<Res, E>,
+        _taken_at_the_beginning: Permit<F>,
+    ) -> Result<M::Response, E> {
+        M::complete(lent.call, result, lent.permit)
+    }
+}
