@@ -10,6 +10,7 @@ use buttress::{
     limit::{
         ConcurrencyLimitHandle, QueueOrder,
         adaptive::{Aimd, Algorithm, Sample, Vegas},
+        sort::Claim,
     },
 };
 use http::Request;
@@ -40,8 +41,6 @@ const EXCEPTIONS: &[(&str, &str)] = &[
     ("envoy-gradient-reset-01", "the same"),
     ("envoy-outlier-sr-02", "outlier detection over endpoints, not a limit"),
     ("grpc-a50-02", "outlier detection over endpoints, not a limit"),
-    ("nflx-part-01", "no partitions yet"),
-    ("nflx-part-03", "no partitions yet"),
     ("fsgo-adapt-09", "refuses at random before the queue is full; ours is full or not"),
     ("smithy-adaptive-cubic-01", "a rate limit"),
     ("fsgo-rl-04", "a rate limit"),
@@ -64,6 +63,49 @@ fn number(value: &Value, key: &str) -> Option<usize> {
     value[key].as_u64().map(|number| usize::try_from(number).unwrap())
 }
 
+// ===== Partitions =====
+
+fn partitions(vector: &Value) {
+    let config = &vector["config"];
+    let share = |name: &str| config["partitions"][name].as_f64().unwrap();
+    let sort = |request: &Request<()>| *request.extensions().get::<Claim>().unwrap();
+    let layer = ConcurrencyLimitLayer::new(number(config, "limit").unwrap())
+        .sorted_by(sort)
+        .partitions(&[share("batch"), share("live")]);
+    let (service, handle) = (layer.layer(Strict::holding().0), layer.handle());
+    let mut calls = Vec::new();
+    for step in vector["steps"].as_array().unwrap() {
+        let (event, expect) = (&step["event"], &step["expect"]);
+        let mut admitted = None;
+        match text(event, "op") {
+            "observe" => {}
+            "set_limit" => handle.set_limit(number(event, "limit").unwrap()).unwrap(),
+            "enter" => {
+                for _ in 0..number(event, "n").unwrap_or(1) {
+                    let mut asking = request();
+                    let line = u8::from(text(event, "partition") == "live");
+                    asking.extensions_mut().insert(Claim::default().partition(line));
+                    let mut call = task::spawn(service.clone().oneshot(asking));
+                    admitted = Some(call.poll().is_pending());
+                    calls.push(call);
+                }
+            }
+            other => panic!("{other}"),
+        }
+        let told = handle.partitions();
+        let seen = |key: &str| match key {
+            "batch_limit" => Value::from(told[0].share),
+            "live_limit" => Value::from(told[1].share),
+            "inflight" => Value::from(handle.in_flight()),
+            "admitted" => Value::from(admitted.unwrap()),
+            other => panic!("{other}"),
+        };
+        for (key, value) in expect.as_object().unwrap() {
+            assert_eq!(&seen(key), value, "{}: {key}", text(vector, "id"));
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn all_are_replayed_or_excepted() {
     let all: Value = serde_json::from_str(include_str!("vectors/limit.json")).unwrap();
@@ -76,6 +118,7 @@ async fn all_are_replayed_or_excepted() {
         }
         match text(vector, "feature") {
             "adaptive_aimd" | "concurrency.aimd" | "adaptive_vegas" => adaptive(vector),
+            "partitioned_limit" => partitions(vector),
             "bulkhead_queue" | "bulkhead_queue_cancel" | "bulkhead_wait" | "lifo_queue" => {
                 queue(vector).await;
             }
@@ -84,7 +127,7 @@ async fn all_are_replayed_or_excepted() {
         replayed += 1;
     }
     assert_eq!(excepted, BTreeSet::new(), "excepted, but not there");
-    assert_eq!(replayed, 8);
+    assert_eq!(replayed, 10);
 }
 
 // ===== Algorithms =====

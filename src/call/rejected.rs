@@ -29,6 +29,8 @@ pub enum RejectedKind {
     ForcedOpen,
     /// The limit is reached and there is no room to wait.
     Full,
+    /// Calls that are worth more take all that there is.
+    Outranked,
     /// The call waited for its turn as long as it may.
     WaitedTooLong,
     /// The caller needed its answer before the call could begin: gRPC `DEADLINE_EXCEEDED`.
@@ -51,6 +53,7 @@ impl RejectedKind {
             Self::Recovering => "circuit_recovering",
             Self::ForcedOpen => "circuit_forced_open",
             Self::Full => "limit_reached",
+            Self::Outranked => "outranked",
             Self::WaitedTooLong => "queue_timeout",
             Self::DeadlinePassed => "deadline_passed",
             Self::Unhealthy => "unhealthy",
@@ -192,6 +195,7 @@ impl fmt::Display for Rejected {
             RejectedKind::Recovering => "circuit is recovering",
             RejectedKind::ForcedOpen => "circuit is held open",
             RejectedKind::Full => "concurrency limit is reached",
+            RejectedKind::Outranked => "calls worth more take all there is",
             RejectedKind::WaitedTooLong => "waited too long for a turn",
             RejectedKind::DeadlinePassed => "deadline passed before the call began",
             RejectedKind::Unhealthy => "what would be called is unhealthy",

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::{
     adaptive::Teller,
     queue::{Place, Queue, QueueOrder},
+    sort::{Claim, Cutoff, Line, Priority},
 };
 use crate::{
     call::{
@@ -38,6 +39,12 @@ pub struct Limiter {
     full: AtomicU64,
     waited_too_long: AtomicU64,
     deadline_passed: AtomicU64,
+    outranked: AtomicU64,
+    /// Calls that are exempt: how many there were, and how many are under way.
+    exempt: AtomicU64,
+    exempt_now: AtomicU32,
+    /// Whether partitions or priorities are told apart.
+    sorts: AtomicBool,
     label: OnceLock<Arc<Label>>,
 }
 
@@ -50,6 +57,15 @@ pub(super) enum Entry {
 
 const ONE_IN: u64 = 1;
 const ONE_WAITING: u64 = 1 << 32;
+
+/// Marks of a token, above the number in flight that an algorithm hears of: its line, and whether it is
+/// counted apart.
+const MARKS: u64 = !0 << 32;
+const EXEMPT: u64 = 1 << 63;
+
+fn mark(line: Line) -> u64 {
+    u64::from(line) << 32
+}
 
 fn in_flight(word: u64) -> u32 {
     word as u32
@@ -73,6 +89,10 @@ impl Limiter {
             full: AtomicU64::new(0),
             waited_too_long: AtomicU64::new(0),
             deadline_passed: AtomicU64::new(0),
+            outranked: AtomicU64::new(0),
+            exempt: AtomicU64::new(0),
+            exempt_now: AtomicU32::new(0),
+            sorts: AtomicBool::new(false),
             label: OnceLock::new(),
         }
     }
@@ -111,6 +131,18 @@ impl Limiter {
         self.lock().set_order(order);
     }
 
+    /// Those who wait may have more of a share now.
+    pub(super) fn set_shares(&self, ratios: &[f64]) {
+        self.lock().set_shares(ratios);
+        self.sorts.store(true, Ordering::Relaxed);
+        self.hand_over();
+    }
+
+    pub(super) fn shed_by_priority(&self) {
+        self.lock().cutoff = Some(Cutoff::new());
+        self.sorts.store(true, Ordering::Relaxed);
+    }
+
     pub(super) fn longest_wait(&self) -> Duration {
         Duration::from_millis(self.longest_wait_ms.load(Ordering::Relaxed))
     }
@@ -144,6 +176,21 @@ impl Limiter {
         waiting(self.word.load(Ordering::Acquire))
     }
 
+    /// How many exempt calls there were, and are.
+    pub(super) fn exempt(&self) -> (u64, u32) {
+        (self.exempt.load(Ordering::Relaxed), self.exempt_now.load(Ordering::Relaxed))
+    }
+
+    /// Share, inside and refused of each partition.
+    pub(super) fn partitions(&self) -> Vec<(u32, u32, u64)> {
+        self.lock().shares.each(self.limit())
+    }
+
+    /// What is refused for being worth too little: all below.
+    pub(super) fn shed_below(&self) -> Option<Priority> {
+        self.lock().cutoff.as_ref().and_then(Cutoff::below)
+    }
+
     /// How many were refused as this kind.
     pub(super) fn refused(&self, kind: RejectedKind) -> u64 {
         self.counter(kind).load(Ordering::Relaxed)
@@ -153,6 +200,7 @@ impl Limiter {
         match kind {
             RejectedKind::WaitedTooLong => &self.waited_too_long,
             RejectedKind::DeadlinePassed => &self.deadline_passed,
+            RejectedKind::Outranked => &self.outranked,
             _ => &self.full,
         }
     }
@@ -206,7 +254,7 @@ impl Limiter {
             let next = if room { word + ONE_IN } else { word + ONE_WAITING };
             match self.word.compare_exchange_weak(word, next, Ordering::AcqRel, Ordering::Relaxed) {
                 Ok(_) if room => return Ok(Entry::In(self.begin(in_flight(next)))),
-                Ok(_) => return Ok(Entry::Waits(queue.join(Instant::now()))),
+                Ok(_) => return Ok(Entry::Waits(queue.join(0, Instant::now()))),
                 Err(now) => word = now,
             }
         }
@@ -223,6 +271,8 @@ impl Limiter {
         let waited = queue.leave(place);
         if waited {
             self.word.fetch_sub(ONE_WAITING, Ordering::AcqRel);
+        } else {
+            queue.shares.exit(place.0);
         }
         drop(queue);
         if !waited {
@@ -230,10 +280,108 @@ impl Limiter {
         }
     }
 
+    // ===== Getting in by what it asks =====
+
+    /// Never refused, and not counted among the others.
+    pub(super) fn enter_exempt(&self) -> Token {
+        self.exempt.fetch_add(1, Ordering::Relaxed);
+        self.exempt_now.fetch_add(1, Ordering::Relaxed);
+        Token { tag: EXEMPT, started: 0 }
+    }
+
+    /// [`enter`](Self::enter) and [`join`](Self::join), by partition and priority.
+    pub(super) fn enter_as(&self, claim: Claim) -> Result<Entry, RejectedKind> {
+        if self.sorts.load(Ordering::Relaxed) {
+            return self.sort_in(claim, self.longest_queue.load(Ordering::Relaxed));
+        }
+        self.enter().map_or_else(|| self.join(), |token| Ok(Entry::In(token)))
+    }
+
+    /// [`enter`](Self::enter), for what asks nothing in particular.
+    pub(super) fn try_enter(&self) -> Option<Token> {
+        if !self.sorts.load(Ordering::Relaxed) {
+            return self.enter();
+        }
+        match self.sort_in(Claim::default(), 0) {
+            Ok(Entry::In(token)) => Some(token),
+            _ => None,
+        }
+    }
+
+    /// With so many waiting, nobody waits any more.
+    fn sort_in(&self, claim: Claim, longest: u32) -> Result<Entry, RejectedKind> {
+        let now = Instant::now();
+        let mut queue = self.lock();
+        let line = queue.shares.line_of(claim.partition);
+        if !queue.cutoff.as_mut().is_none_or(|cutoff| cutoff.hear(claim.priority, now)) {
+            return Err(RejectedKind::Outranked);
+        }
+        let mut word = self.word.load(Ordering::Relaxed);
+        loop {
+            let limit = self.limit();
+            // Who waits and may go goes first.
+            while queue.turn(limit, in_flight(word), || now).is_some() {
+                drop(queue);
+                self.hand_over();
+                queue = self.lock();
+                word = self.word.load(Ordering::Relaxed);
+            }
+            let room = queue.shares.may(line, limit, in_flight(word), now);
+            if !room && (waiting(word) >= longest || limit == 0) {
+                queue.refused(line, limit, now);
+                return Err(RejectedKind::Full);
+            }
+            let next = if room { word + ONE_IN } else { word + ONE_WAITING };
+            match self.word.compare_exchange_weak(word, next, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) if room => {
+                    queue.entered(line);
+                    drop(queue);
+                    return Ok(Entry::In(self.begin_in(line, in_flight(next))));
+                }
+                Ok(_) => return Ok(Entry::Waits(queue.join(line, now))),
+                Err(now) => word = now,
+            }
+        }
+    }
+
+    /// [`begin`](Self::begin), in a line.
+    pub(super) fn begin_in(&self, line: Line, in_flight: u32) -> Token {
+        let mut token = self.begin(in_flight);
+        token.tag |= mark(line);
+        token
+    }
+
+    /// One that waits is refused after all.
+    pub(super) fn waited_in_vain(&self, (line, _): Place) {
+        if self.sorts.load(Ordering::Relaxed) {
+            self.lock().refused(line, self.limit(), Instant::now());
+        }
+    }
+
     // ===== Getting out =====
 
+    /// A call has ended.
     #[inline]
-    pub(super) fn exit(&self) {
+    pub(super) fn end(&self, token: Token) {
+        if token.tag & MARKS == 0 {
+            self.exit();
+        } else {
+            self.end_marked(token);
+        }
+    }
+
+    #[cold]
+    fn end_marked(&self, token: Token) {
+        if token.tag & EXEMPT != 0 {
+            self.exempt_now.fetch_sub(1, Ordering::Relaxed);
+            return;
+        }
+        self.lock().shares.exit((token.tag >> 32) as Line);
+        self.exit();
+    }
+
+    #[inline]
+    fn exit(&self) {
         let before = self.word.fetch_sub(ONE_IN, Ordering::AcqRel);
         if waiting(before) > 0 {
             self.hand_over();
@@ -245,17 +393,21 @@ impl Limiter {
     /// The head of a call's response is here.
     #[inline]
     pub(super) fn heard_head(&self, token: &mut Token, so_far: Outcome) {
-        if let Some(adaptive) = &self.adaptive {
-            if adaptive.head(token, so_far, |limit| self.store(limit)) {
-                self.hand_over();
-            }
+        let Some(adaptive) = &self.adaptive else { return };
+        let marks = token.tag & MARKS;
+        token.tag &= !MARKS;
+        let changed = adaptive.head(token, so_far, |limit| self.store(limit));
+        token.tag |= marks;
+        if changed {
+            self.hand_over();
         }
     }
 
     /// A call has ended.
     #[inline]
-    pub(super) fn heard_end(&self, token: Token, outcome: Outcome) {
+    pub(super) fn heard_end(&self, mut token: Token, outcome: Outcome) {
         if let Some(adaptive) = &self.adaptive {
+            token.tag &= !MARKS;
             if adaptive.hear(token, outcome, |limit| self.store(limit)) {
                 self.hand_over();
             }
@@ -270,9 +422,8 @@ impl Limiter {
             let mut queue = self.lock();
             let mut word = self.word.load(Ordering::Acquire);
             let turn = loop {
-                if queue.len() == 0 || in_flight(word) >= self.limit() {
-                    break None;
-                }
+                let turn = queue.turn(self.limit(), in_flight(word), Instant::now);
+                let Some(line) = turn else { break None };
                 // One fewer waits, one more is in: in one step, so that nobody slips in between.
                 match self.word.compare_exchange_weak(
                     word,
@@ -280,7 +431,7 @@ impl Limiter {
                     Ordering::AcqRel,
                     Ordering::Acquire,
                 ) {
-                    Ok(_) => break queue.next(Instant::now),
+                    Ok(_) => break Some(queue.next(line, Instant::now)),
                     Err(now) => word = now,
                 }
             };
@@ -322,109 +473,4 @@ impl fmt::Debug for Limiter {
 }
 
 #[cfg(all(test, buttress_loom))]
-mod loom_models {
-    use std::{sync::atomic::AtomicUsize, task::Wake};
-
-    use loom::{sync::Arc as Both, thread};
-
-    use super::*;
-
-    /// Counts how often somebody was told.
-    #[derive(Default)]
-    struct Told(AtomicUsize);
-
-    impl Wake for Told {
-        fn wake(self: Arc<Self>) {
-            self.0.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    struct Waiter {
-        place: Place,
-        told: Arc<Told>,
-    }
-
-    impl Waiter {
-        fn new(limiter: &Limiter, place: Place) -> Self {
-            let waiter = Self { place, told: Arc::default() };
-            let _ = waiter.has_turn(limiter);
-            waiter
-        }
-
-        fn has_turn(&self, limiter: &Limiter) -> bool {
-            let waker = Waker::from(self.told.clone());
-            limiter.poll_turn(self.place, &Context::from_waker(&waker)).is_ready()
-        }
-
-        fn told(&self) -> usize {
-            self.told.0.load(Ordering::Relaxed)
-        }
-    }
-
-    /// Everything is taken, and so many wait.
-    fn full<const N: usize>() -> (Both<Limiter>, [Waiter; N]) {
-        let limiter = Both::new(Limiter::new(1, None));
-        limiter.set_queue(8, Duration::from_secs(1));
-        assert!(limiter.enter().is_some());
-        let waiters = std::array::from_fn(|_| match limiter.join() {
-            Ok(Entry::Waits(place)) => Waiter::new(&limiter, place),
-            _ => panic!("does not wait"),
-        });
-        (limiter, waiters)
-    }
-
-    /// One leaves while another comes: that one is in at once, or waits and is told.
-    #[test]
-    fn loom_a_newcomer_never_waits_for_a_place_that_is_free() {
-        loom::model(|| {
-            let (limiter, []) = full();
-            let leaver = limiter.clone();
-            let leaver = thread::spawn(move || leaver.exit());
-            let waits = match limiter.enter() {
-                Some(_) => None,
-                None => match limiter.join() {
-                    Ok(Entry::In(_)) => None,
-                    Ok(Entry::Waits(place)) => Some(Waiter::new(&limiter, place)),
-                    Err(kind) => panic!("{kind:?}"),
-                },
-            };
-            leaver.join().unwrap();
-            if let Some(waiter) = waits {
-                assert!(waiter.has_turn(&limiter));
-                assert!(waiter.told() <= 1);
-            }
-            assert_eq!((limiter.in_flight(), limiter.waiting()), (1, 0));
-        });
-    }
-
-    /// The next in line gives up just when its turn comes: it goes to the one after.
-    #[test]
-    fn loom_a_turn_is_never_lost_with_its_waiter() {
-        loom::model(|| {
-            let (limiter, [gone, stays]) = full();
-            let leaver = limiter.clone();
-            let leaver = thread::spawn(move || leaver.exit());
-            limiter.leave(gone.place);
-            leaver.join().unwrap();
-            assert!(stays.has_turn(&limiter));
-            assert_eq!((stays.told(), gone.told() <= 1), (1, true));
-            assert_eq!((limiter.in_flight(), limiter.waiting()), (1, 0));
-        });
-    }
-
-    /// A higher limit and a free place at once: each waiter gets one of them, told once.
-    #[test]
-    fn loom_resizing_and_leaving_let_in_as_many_as_may() {
-        loom::model(|| {
-            let (limiter, waiters) = full::<3>();
-            let leaver = limiter.clone();
-            let leaver = thread::spawn(move || leaver.exit());
-            limiter.set_limit(2);
-            leaver.join().unwrap();
-            let turns = waiters.iter().map(|waiter| waiter.has_turn(&limiter));
-            assert_eq!(turns.collect::<Vec<_>>(), [true, true, false]);
-            assert!(waiters.iter().all(|waiter| waiter.told() <= 1));
-            assert_eq!((limiter.in_flight(), limiter.waiting()), (2, 1));
-        });
-    }
-}
+mod loom_models;

@@ -34,12 +34,19 @@ pub struct ConcurrencyLimitSnapshot {
     pub refused_waited: u64,
     /// How many were refused because their [deadline](crate::Deadline) had passed, waiting or not.
     pub refused_deadline: u64,
+    /// How many were refused because calls worth more took all there was.
+    pub refused_outranked: u64,
+    /// How many exempt calls are in flight, beside the others.
+    pub exempt_in_flight: u32,
+    /// How many exempt calls there were.
+    pub exempt: u64,
 }
 
 impl ConcurrencyLimitHandle {
     /// All there is to know at this moment.
     #[must_use]
     pub fn snapshot(&self) -> ConcurrencyLimitSnapshot {
+        let (exempt, exempt_in_flight) = self.0.exempt();
         ConcurrencyLimitSnapshot {
             limit: self.0.limit(),
             last_change: self.0.adaptive().and_then(Teller::last),
@@ -48,6 +55,9 @@ impl ConcurrencyLimitHandle {
             refused_full: self.0.refused(RejectedKind::Full),
             refused_waited: self.0.refused(RejectedKind::WaitedTooLong),
             refused_deadline: self.0.refused(RejectedKind::DeadlinePassed),
+            refused_outranked: self.0.refused(RejectedKind::Outranked),
+            exempt_in_flight,
+            exempt,
         }
     }
 
@@ -64,7 +74,7 @@ impl ConcurrencyLimitHandle {
     ///
     /// There is none: told, and counted, as a call's refusal is.
     pub fn try_acquire(&self) -> Result<HeldPlace, Rejected> {
-        match self.0.enter() {
+        match self.0.try_enter() {
             Some(token) => Ok(HeldPlace::own(self.0.permit(token))),
             None => Err(self.0.refuse(RejectedKind::Full)),
         }

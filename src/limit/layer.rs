@@ -112,6 +112,10 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
         ConcurrencyLimitLayer { plan: Plan { policy, protocol: Upgrades(protocol), reject, fault } }
     }
 
+    pub(super) fn into_plan(self) -> Plan<Shared<Limiter>, M, R> {
+        self.plan
+    }
+
     /// A name for refusals and events. The first one given stays.
     pub fn name(self, name: &str) -> Self {
         self.plan.policy.name(name);

@@ -50,6 +50,10 @@
 //! let layer = ConcurrencyLimitLayer::adaptive(Knee::default()).respond();
 //! ```
 //!
+//! # Calls that are told apart
+//!
+//! Exempt paths, partitions with a share each, and priorities: see [`sort`].
+//!
 //! # In the stack
 //!
 //! For a server: outside of the routes, inside of the health endpoints. For a client: under the retry and
@@ -115,6 +119,7 @@ mod handle;
 mod layer;
 mod policy;
 mod queue;
+pub mod sort;
 mod upgrade;
 mod wait;
 

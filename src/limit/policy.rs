@@ -4,6 +4,7 @@ use tokio::time::Instant;
 
 use super::{
     core::{Entry, Limiter},
+    sort::{Sort, Sorted},
     wait::{Wait, has_passed},
 };
 use crate::{
@@ -35,20 +36,55 @@ impl<Req> Policy<Req> for Shared<Limiter> {
         if let Some(token) = self.enter() {
             return Admit::Go(self.permit(token));
         }
-        match self.join() {
-            Ok(Entry::In(token)) => Admit::Go(self.permit(token)),
-            Ok(Entry::Waits(place)) => {
-                Admit::Wait(Box::pin(Wait::new(self.clone(), place, deadline)))
-            }
-            Err(kind) => Admit::No(self.refuse(kind)),
+        entered(self, self.join(), deadline)
+    }
+}
+
+impl<Req, K: Sort<Req>> Policy<Req> for Sorted<K> {
+    type State = Limiter;
+    type Wait = Wait;
+
+    const LAYER: LayerKind = LayerKind::ConcurrencyLimit;
+
+    fn peek(&self) -> bool {
+        self.limiter.has_room()
+    }
+
+    fn admit(
+        &self,
+        request: &Req,
+        deadline: impl FnOnce() -> Option<Instant>,
+    ) -> Admit<Permit<Limiter>, Wait> {
+        let (limiter, claim) = (&self.limiter, self.sort.claim(request));
+        if claim.exempt {
+            return Admit::Go(limiter.permit(limiter.enter_exempt()));
         }
+        let deadline = deadline();
+        if has_passed(deadline) {
+            return Admit::No(limiter.refuse(RejectedKind::DeadlinePassed));
+        }
+        entered(limiter, limiter.enter_as(claim), deadline)
+    }
+}
+
+fn entered(
+    limiter: &Shared<Limiter>,
+    entry: Result<Entry, RejectedKind>,
+    deadline: Option<Instant>,
+) -> Admit<Permit<Limiter>, Wait> {
+    match entry {
+        Ok(Entry::In(token)) => Admit::Go(limiter.permit(token)),
+        Ok(Entry::Waits(place)) => {
+            Admit::Wait(Box::pin(Wait::new(limiter.clone(), place, deadline)))
+        }
+        Err(kind) => Admit::No(limiter.refuse(kind)),
     }
 }
 
 impl Finish for Limiter {
     #[inline]
     fn finish(&self, token: Token, outcome: Outcome) {
-        self.exit();
+        self.end(token);
         self.heard_end(token, outcome);
     }
 

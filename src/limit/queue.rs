@@ -4,8 +4,10 @@ use std::{collections::BTreeMap, task::Waker, time::Duration};
 
 use tokio::time::Instant;
 
-/// A place in the queue. Places are numbered as they come and never used twice.
-pub(super) type Place = u64;
+use super::sort::{Cutoff, Line, Shares};
+
+/// A place in the queue: its line, and its number. Numbers count as they come and are never used twice.
+pub(super) type Place = (Line, u64);
 
 /// Whose turn it is, of those who wait.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,11 +33,28 @@ struct Waiter {
 }
 
 /// Any waiter may leave at any time.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Queue {
-    waiting: BTreeMap<Place, Waiter>,
-    next: Place,
+    /// One for those without a share, and one for each partition.
+    lines: Vec<BTreeMap<u64, Waiter>>,
+    len: usize,
+    next: u64,
     order: QueueOrder,
+    pub(super) shares: Shares,
+    pub(super) cutoff: Option<Cutoff>,
+}
+
+impl Default for Queue {
+    fn default() -> Self {
+        Self {
+            lines: vec![BTreeMap::new()],
+            len: 0,
+            next: 0,
+            order: QueueOrder::default(),
+            shares: Shares::default(),
+            cutoff: None,
+        }
+    }
 }
 
 impl Queue {
@@ -43,16 +62,26 @@ impl Queue {
         self.order = order;
     }
 
-    pub(super) fn join(&mut self, now: Instant) -> Place {
-        let place = self.next;
+    pub(super) fn set_shares(&mut self, ratios: &[f64]) {
+        self.shares.set(ratios);
+        self.lines.resize_with(self.shares.lines(), BTreeMap::new);
+    }
+
+    pub(super) fn join(&mut self, line: Line, now: Instant) -> Place {
+        let number = self.next;
         self.next += 1;
-        self.waiting.insert(place, Waiter { waker: None, since: now });
-        place
+        self.len += 1;
+        self.line(line).insert(number, Waiter { waker: None, since: now });
+        (line, number)
+    }
+
+    fn line(&mut self, line: Line) -> &mut BTreeMap<u64, Waiter> {
+        &mut self.lines[usize::from(line)]
     }
 
     /// Whether this place still waits; if so, `waker` is who is told of its turn.
-    pub(super) fn waits(&mut self, place: Place, waker: &Waker) -> bool {
-        let Some(waiter) = self.waiting.get_mut(&place) else { return false };
+    pub(super) fn waits(&mut self, (line, number): Place, waker: &Waker) -> bool {
+        let Some(waiter) = self.line(line).get_mut(&number) else { return false };
         match &waiter.waker {
             Some(known) if known.will_wake(waker) => {}
             _ => waiter.waker = Some(waker.clone()),
@@ -61,25 +90,70 @@ impl Queue {
     }
 
     /// Gives the place up. False if its turn had come already.
-    pub(super) fn leave(&mut self, place: Place) -> bool {
-        self.waiting.remove(&place).is_some()
+    pub(super) fn leave(&mut self, (line, number): Place) -> bool {
+        let waited = self.line(line).remove(&number).is_some();
+        self.len -= usize::from(waited);
+        waited
     }
 
-    /// The next one's turn. The time is asked for only where the order depends on it.
-    pub(super) fn next(&mut self, now: impl FnOnce() -> Instant) -> Option<Option<Waker>> {
-        let newest_first = match self.order {
+    /// The line whose turn it is, with so many inside: of those that are within their share the one that
+    /// has the least of it, else whoever has waited longest of those that may borrow. None if nobody may.
+    pub(super) fn turn(
+        &self,
+        limit: u32,
+        inside: u32,
+        now: impl FnOnce() -> Instant,
+    ) -> Option<Line> {
+        if self.len == 0 || inside >= limit {
+            return None;
+        }
+        if self.lines.len() == 1 {
+            return Some(0);
+        }
+        let waiting = (0..=u8::MAX).zip(&self.lines).filter(|(_, waiting)| !waiting.is_empty());
+        let owners = waiting.clone().filter_map(|(line, _)| {
+            self.shares.fullness(line, limit).map(|fullness| (fullness, line))
+        });
+        if let Some((_, line)) = owners.min_by(|a, b| a.0.total_cmp(&b.0)) {
+            return Some(line);
+        }
+        let now = now();
+        waiting
+            .filter(|(line, _)| self.shares.may(*line, limit, inside, now))
+            .min_by_key(|(_, waiting)| waiting.first_key_value().map(|(number, _)| *number))
+            .map(|(line, _)| line)
+    }
+
+    /// The next of this line goes in. The time is asked for only where the order depends on it.
+    pub(super) fn next(&mut self, line: Line, now: impl FnOnce() -> Instant) -> Option<Waker> {
+        let order = self.order;
+        let waiting = self.line(line);
+        let newest_first = match order {
             QueueOrder::Fifo => false,
             QueueOrder::Lifo => true,
-            QueueOrder::Adaptive(longest) => self
-                .waiting
+            QueueOrder::Adaptive(longest) => waiting
                 .first_key_value()
                 .is_some_and(|(_, head)| now().saturating_duration_since(head.since) >= longest),
         };
-        let turn = if newest_first { self.waiting.pop_last() } else { self.waiting.pop_first() };
-        turn.map(|(_, waiter)| waiter.waker)
+        let turn = if newest_first { waiting.pop_last() } else { waiting.pop_first() };
+        self.len -= usize::from(turn.is_some());
+        self.entered(line);
+        turn.and_then(|(_, waiter)| waiter.waker)
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.waiting.len()
+    /// A call of this line is in.
+    pub(super) fn entered(&mut self, line: Line) {
+        self.shares.enter(line);
+        if let Some(cutoff) = &mut self.cutoff {
+            cutoff.entered();
+        }
+    }
+
+    /// A call of this line is not.
+    pub(super) fn refused(&mut self, line: Line, limit: u32, now: Instant) {
+        self.shares.refuse(line, limit, now);
+        if let Some(cutoff) = &mut self.cutoff {
+            cutoff.crowded();
+        }
     }
 }

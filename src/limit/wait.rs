@@ -62,7 +62,7 @@ impl Future for Wait {
         // A turn that has come beats the longest wait, but nobody works for a caller who is gone.
         let turn = limiter.poll_turn(*place, cx).is_ready();
         if turn && !has_passed(*this.deadline) {
-            let permit = limiter.permit(limiter.begin(limiter.in_flight()));
+            let permit = limiter.permit(limiter.begin_in(place.0, limiter.in_flight()));
             this.place.taken = None;
             return Poll::Ready(Ok(permit));
         }
@@ -75,6 +75,7 @@ impl Future for Wait {
             RejectedKind::WaitedTooLong
         };
         let rejected = limiter.refuse(kind);
+        limiter.waited_in_vain(*place);
         // Also right if the turn came just now: then the place is handed to the next.
         drop(this.place.taken.take().map(|taken| Seat { taken: Some(taken) }));
         Poll::Ready(Err(rejected))

@@ -1,0 +1,106 @@
+//! Every interleaving of handing a place over.
+
+use std::{sync::atomic::AtomicUsize, task::Wake};
+
+use loom::{sync::Arc as Both, thread};
+
+use super::*;
+
+/// Counts how often somebody was told.
+#[derive(Default)]
+struct Told(AtomicUsize);
+
+impl Wake for Told {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+struct Waiter {
+    place: Place,
+    told: Arc<Told>,
+}
+
+impl Waiter {
+    fn new(limiter: &Limiter, place: Place) -> Self {
+        let waiter = Self { place, told: Arc::default() };
+        let _ = waiter.has_turn(limiter);
+        waiter
+    }
+
+    fn has_turn(&self, limiter: &Limiter) -> bool {
+        let waker = Waker::from(self.told.clone());
+        limiter.poll_turn(self.place, &Context::from_waker(&waker)).is_ready()
+    }
+
+    fn told(&self) -> usize {
+        self.told.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Everything is taken, and so many wait.
+fn full<const N: usize>() -> (Both<Limiter>, [Waiter; N]) {
+    let limiter = Both::new(Limiter::new(1, None));
+    limiter.set_queue(8, Duration::from_secs(1));
+    assert!(limiter.enter().is_some());
+    let waiters = std::array::from_fn(|_| match limiter.join() {
+        Ok(Entry::Waits(place)) => Waiter::new(&limiter, place),
+        _ => panic!("does not wait"),
+    });
+    (limiter, waiters)
+}
+
+/// One leaves while another comes: that one is in at once, or waits and is told.
+#[test]
+fn loom_a_newcomer_never_waits_for_a_place_that_is_free() {
+    loom::model(|| {
+        let (limiter, []) = full();
+        let leaver = limiter.clone();
+        let leaver = thread::spawn(move || leaver.exit());
+        let waits = match limiter.enter() {
+            Some(_) => None,
+            None => match limiter.join() {
+                Ok(Entry::In(_)) => None,
+                Ok(Entry::Waits(place)) => Some(Waiter::new(&limiter, place)),
+                Err(kind) => panic!("{kind:?}"),
+            },
+        };
+        leaver.join().unwrap();
+        if let Some(waiter) = waits {
+            assert!(waiter.has_turn(&limiter));
+            assert!(waiter.told() <= 1);
+        }
+        assert_eq!((limiter.in_flight(), limiter.waiting()), (1, 0));
+    });
+}
+
+/// The next in line gives up just when its turn comes: it goes to the one after.
+#[test]
+fn loom_a_turn_is_never_lost_with_its_waiter() {
+    loom::model(|| {
+        let (limiter, [gone, stays]) = full();
+        let leaver = limiter.clone();
+        let leaver = thread::spawn(move || leaver.exit());
+        limiter.leave(gone.place);
+        leaver.join().unwrap();
+        assert!(stays.has_turn(&limiter));
+        assert_eq!((stays.told(), gone.told() <= 1), (1, true));
+        assert_eq!((limiter.in_flight(), limiter.waiting()), (1, 0));
+    });
+}
+
+/// A higher limit and a free place at once: each waiter gets one of them, told once.
+#[test]
+fn loom_resizing_and_leaving_let_in_as_many_as_may() {
+    loom::model(|| {
+        let (limiter, waiters) = full::<3>();
+        let leaver = limiter.clone();
+        let leaver = thread::spawn(move || leaver.exit());
+        limiter.set_limit(2);
+        leaver.join().unwrap();
+        let turns = waiters.iter().map(|waiter| waiter.has_turn(&limiter));
+        assert_eq!(turns.collect::<Vec<_>>(), [true, true, false]);
+        assert!(waiters.iter().all(|waiter| waiter.told() <= 1));
+        assert_eq!((limiter.in_flight(), limiter.waiting()), (2, 1));
+    });
+}

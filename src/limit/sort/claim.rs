@@ -1,0 +1,222 @@
+use std::{fmt, sync::Arc};
+
+use http::{HeaderMap, Request};
+
+/// What a request asks of a limit: read off it by a [`Sort`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Claim {
+    pub(in crate::limit) exempt: bool,
+    pub(in crate::limit) partition: Option<u8>,
+    pub(in crate::limit) priority: Priority,
+}
+
+impl Claim {
+    /// Never refused, never waiting, and not counted among the calls in flight.
+    #[must_use]
+    pub const fn exempt() -> Self {
+        Self { exempt: true, partition: None, priority: Priority::NORMAL }
+    }
+
+    /// In the partition of this number, as [`partitions`](super::SortedLimitLayer::partitions) counts them
+    /// from 0. Without one, or with one that is not there, a call has no share and only borrows.
+    #[must_use]
+    pub const fn partition(mut self, number: u8) -> Self {
+        self.partition = Some(number);
+        self
+    }
+
+    /// Worth this much: [`Priority::NORMAL`] by default.
+    #[must_use]
+    pub const fn priority(mut self, priority: Priority) -> Self {
+        self.priority = priority;
+        self
+    }
+}
+
+impl From<Priority> for Claim {
+    fn from(priority: Priority) -> Self {
+        Self::default().priority(priority)
+    }
+}
+
+/// What a call is worth when not all can be served: a level, and within it a lot.
+///
+/// The lot is drawn from a key that stays the same along the request's path, such as a user, a session or a
+/// trace: then every server sheds the same requests. Where each draws its own, a request that needs four
+/// calls at half of the capacity is served in one of sixteen cases, instead of in one of two (Zhou et al.,
+/// "Overload Control for Scaling WeChat Microservices", SoCC 2018).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Priority(u16);
+
+pub(super) const LOT_BITS: u32 = 7;
+const LEVELS: u16 = 8;
+/// How many there are.
+pub(super) const PRIORITIES: usize = (LEVELS as usize) << LOT_BITS;
+
+impl Priority {
+    /// Shed first: level 1.
+    pub const SHEDDABLE: Self = Self::new(1);
+    /// Level 4.
+    pub const NORMAL: Self = Self::new(4);
+    /// Shed last: level 7.
+    pub const CRITICAL: Self = Self::new(7);
+
+    /// Of this level: 0 to 7, more is worth more. What is above counts as 7.
+    #[must_use]
+    pub const fn new(level: u8) -> Self {
+        let level = if (level as u16) < LEVELS { level as u16 } else { LEVELS - 1 };
+        Self(level << LOT_BITS)
+    }
+
+    /// With the lot that this key draws: one of 128, the same everywhere (FNV-1a, 64 bits, folded).
+    #[must_use]
+    pub fn lot(self, key: impl AsRef<[u8]>) -> Self {
+        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+        for byte in key.as_ref() {
+            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+        hash ^= hash >> 32;
+        hash ^= hash >> 16;
+        let lot = (hash & ((1 << LOT_BITS) - 1)) as u16;
+        Self(self.0 >> LOT_BITS << LOT_BITS | lot)
+    }
+
+    /// With the lot that the request's trace draws: the trace id of its `traceparent` (W3C), which all calls
+    /// on its path carry. Without one the lot stays as it is.
+    #[must_use]
+    pub fn lot_of_trace(self, headers: &HeaderMap) -> Self {
+        let parent = headers.get("traceparent").map(|value| value.as_bytes());
+        // `00-`, 32 digits, `-` and what changes from hop to hop.
+        match parent.and_then(|parent| parent.get(3..35)) {
+            Some(trace) => self.lot(trace),
+            None => self,
+        }
+    }
+
+    /// The level: 0 to 7.
+    #[must_use]
+    pub const fn level(self) -> u8 {
+        (self.0 >> LOT_BITS) as u8
+    }
+
+    pub(super) const fn numbered(number: u16) -> Self {
+        Self(number)
+    }
+
+    pub(super) const fn number(self) -> u16 {
+        self.0
+    }
+}
+
+impl Default for Priority {
+    fn default() -> Self {
+        Self::NORMAL
+    }
+}
+
+impl fmt::Debug for Priority {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lot = self.0 & ((1 << LOT_BITS) - 1);
+        f.debug_struct("Priority").field("level", &self.level()).field("lot", &lot).finish()
+    }
+}
+
+// ===== Who reads it off a request =====
+
+/// What of a request tells what it asks of a limit. Any closure over the request is one.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` does not sort requests of `{Req}`",
+    note = "`.sorted_by(|request: &Req| Claim::default())` wants exactly the request of the service; `.exempt_paths(..)` wants `http::Request<B>`"
+)]
+pub trait Sort<Req>: Clone + Send + Sync + 'static {
+    /// What this request asks.
+    fn claim(&self, request: &Req) -> Claim;
+}
+
+impl<F, Req> Sort<Req> for F
+where
+    F: Fn(&Req) -> Claim + Clone + Send + Sync + 'static,
+{
+    #[inline]
+    fn claim(&self, request: &Req) -> Claim {
+        self(request)
+    }
+}
+
+/// Paths whose calls are [exempt](Claim::exempt), made by
+/// [`exempt_paths`](crate::ConcurrencyLimitLayer::exempt_paths).
+#[derive(Clone, Debug)]
+pub struct ExemptPaths(Arc<[String]>);
+
+impl ExemptPaths {
+    pub(super) fn new(paths: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        Self(paths.into_iter().map(Into::into).collect())
+    }
+
+    fn has(&self, path: &str) -> bool {
+        self.0.iter().any(|one| match one.strip_suffix("/*") {
+            Some(above) => path.strip_prefix(above).is_some_and(|rest| rest.starts_with('/')),
+            None => path == one,
+        })
+    }
+}
+
+impl<B> Sort<Request<B>> for ExemptPaths {
+    fn claim(&self, request: &Request<B>) -> Claim {
+        if self.has(request.uri().path()) { Claim::exempt() } else { Claim::default() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limit_exempts_a_path_or_all_below_it() {
+        let paths = ExemptPaths::new(["/livez", "/internal/*"]);
+        for (path, exempt) in [
+            ("/livez", true),
+            ("/livez/", false),
+            ("/livezz", false),
+            ("/internal/a/b", true),
+            ("/internal/", true),
+            ("/internal", false),
+            ("/internals", false),
+            ("/", false),
+        ] {
+            assert_eq!(paths.has(path), exempt, "{path}");
+        }
+    }
+
+    #[test]
+    fn limit_priorities_are_by_level_and_then_by_lot() {
+        let low = Priority::SHEDDABLE.lot("anything");
+        assert!(Priority::SHEDDABLE <= low && low < Priority::NORMAL);
+        assert!(Priority::NORMAL.lot("x") < Priority::CRITICAL);
+        assert_eq!(Priority::new(200).level(), 7);
+        assert!(usize::from(Priority::CRITICAL.lot("y").number()) < PRIORITIES);
+        assert_eq!(low.lot("other").lot("anything"), low);
+        let lots: std::collections::HashSet<_> =
+            (0..4000).map(|user| Priority::NORMAL.lot(format!("user-{user}"))).collect();
+        assert_eq!(lots.len(), 128);
+    }
+
+    /// Whoever computes it elsewhere has to come to the same.
+    #[test]
+    fn limit_lots_are_the_same_everywhere() {
+        assert_eq!(
+            format!("{:?}", Priority::NORMAL.lot("user-1")),
+            "Priority { level: 4, lot: 127 }"
+        );
+        let mut headers = HeaderMap::new();
+        let drawn = |headers: &HeaderMap| Priority::NORMAL.lot_of_trace(headers);
+        assert_eq!(drawn(&headers), Priority::NORMAL);
+        headers.insert("traceparent", "00".parse().unwrap());
+        assert_eq!(drawn(&headers), Priority::NORMAL);
+        let trace = "0af7651916cd43dd8448eb211c80319c";
+        for hop in ["b7ad6b7169203331-01", "00f067aa0ba902b7-00"] {
+            headers.insert("traceparent", format!("00-{trace}-{hop}").parse().unwrap());
+            assert_eq!(drawn(&headers), Priority::NORMAL.lot(trace));
+        }
+    }
+}

@@ -1,0 +1,545 @@
+//! Exempt calls, partitions and priorities.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use buttress::{
+    ConcurrencyLimitLayer, Deadline,
+    call::RejectedKind,
+    limit::sort::{
+        Claim, Partition, Priority, Sort, SortedLimit, SortedLimitHandle, SortedLimitLayer,
+    },
+};
+use http::Request;
+use proptest::prelude::*;
+use tokio::time::{advance, sleep};
+use tokio_test::{assert_pending, assert_ready_ok, task};
+use tower::{Layer, Service, ServiceExt, service_fn, util::Oneshot};
+
+use crate::support::{
+    self, Oops, Strict, Watch,
+    contract::{Subject, contract_tests},
+    empty, hello, read, refused_as, request,
+};
+
+type ByRequest = fn(&Request<()>) -> Claim;
+type Limit = SortedLimit<Strict, ByRequest>;
+type Call = task::Spawn<Oneshot<Limit, Request<()>>>;
+
+/// What a test's request asks is in its extensions.
+fn asked(request: &Request<()>) -> Claim {
+    request.extensions().get().copied().unwrap_or_default()
+}
+
+fn asking(claim: Claim) -> Request<()> {
+    let mut request = request();
+    request.extensions_mut().insert(claim);
+    request
+}
+
+/// One at a time, in a partition that has all of it.
+struct One {
+    layer: SortedLimitLayer<ByRequest>,
+    handle: SortedLimitHandle,
+    occupant: Option<<Limit as Service<Request<()>>>::Future>,
+}
+
+impl Subject for One {
+    type Layer = SortedLimitLayer<ByRequest>;
+    type Service = Limit;
+
+    async fn new() -> Self {
+        let only: ByRequest = |_| Claim::default().partition(0);
+        let layer = ConcurrencyLimitLayer::new(1).sorted_by(only).partitions(&[1.0]);
+        Self { handle: layer.handle(), layer, occupant: None }
+    }
+
+    fn layer(&self) -> &Self::Layer {
+        &self.layer
+    }
+
+    fn taken(&self) -> usize {
+        assert_eq!(self.handle.in_flight(), self.handle.partitions()[0].in_flight);
+        self.handle.in_flight() as usize - usize::from(self.occupant.is_some())
+    }
+
+    fn shut(&mut self) {
+        let (inner, _) = Strict::holding();
+        self.occupant = Some(self.layer.layer(inner).call(request()));
+    }
+
+    fn unshut(&mut self) {
+        self.occupant = None;
+    }
+}
+
+contract_tests!(One);
+
+// ===== Exempt =====
+
+#[tokio::test(start_paused = true)]
+async fn an_exempt_path_is_never_refused_and_counted_apart() {
+    let layer = ConcurrencyLimitLayer::new(1).exempt_paths(["/livez", "/debug/*"]);
+    let (inner, watch) = Strict::holding();
+    let (handle, service) = (layer.handle(), layer.layer(inner));
+    let to = |path: &str| {
+        let mut call = task::spawn(service.clone().oneshot(Request::get(path).body(()).unwrap()));
+        let answer = call.poll();
+        (call, answer.is_pending())
+    };
+    let (mut first, goes) = to("/");
+    assert!(goes);
+    assert!(!to("/livezz").1);
+    let mut exempt: Vec<_> = ["/livez", "/debug/pprof"]
+        .map(to)
+        .into_iter()
+        .chain((0..4).map(|_| to("/livez")))
+        .collect();
+    assert!(exempt.iter().all(|(_, goes)| *goes));
+    let told = handle.snapshot();
+    assert_eq!(
+        (told.in_flight, told.exempt_in_flight, told.exempt, told.refused_full),
+        (1, 6, 6, 1)
+    );
+    // Held to the end of the body, as any other.
+    assert!(watch.end(5, Ok(hello())));
+    let response = assert_ready_ok!(exempt[4].0.poll());
+    assert_eq!(handle.snapshot().exempt_in_flight, 6);
+    read(response.into_body()).await.unwrap();
+    assert_eq!(handle.snapshot().exempt_in_flight, 5);
+    drop(exempt);
+    let told = handle.snapshot();
+    assert_eq!((told.in_flight, told.exempt_in_flight, told.exempt), (1, 0, 6));
+    assert!(watch.end(0, Ok(empty())));
+    assert_ready_ok!(first.poll());
+    assert_eq!(handle.in_flight(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_exempt_call_does_not_wait_nor_die_of_its_deadline() {
+    let by: ByRequest = |_| Claim::exempt();
+    let layer = ConcurrencyLimitLayer::new(1).queue(9, Duration::from_secs(9)).sorted_by(by);
+    let (inner, watch) = Strict::holding();
+    let service = layer.layer(inner);
+    let _place = layer.handle().try_acquire().unwrap();
+    let mut late = request();
+    late.extensions_mut().insert(Deadline::after(Duration::ZERO));
+    assert_pending!(task::spawn(service.oneshot(late)).poll());
+    assert_eq!((watch.seen().calls, layer.handle().snapshot().waiting), (1, 0));
+}
+
+// ===== Partitions =====
+
+fn sorted(limit: usize, queue: usize, shares: &[f64]) -> (Limit, Watch, SortedLimitHandle) {
+    let layer = ConcurrencyLimitLayer::new(limit)
+        .queue(queue, Duration::from_secs(5))
+        .sorted_by(asked as ByRequest)
+        .partitions(shares);
+    let (inner, watch) = Strict::holding();
+    (layer.layer(inner), watch, layer.handle())
+}
+
+fn start(service: &Limit, partition: u8) -> (Call, bool) {
+    let asks = Claim::default().partition(partition);
+    let mut call = task::spawn(service.clone().oneshot(asking(asks)));
+    let goes = call.poll().is_pending();
+    (call, goes)
+}
+
+fn inside(handle: &SortedLimitHandle) -> Vec<u32> {
+    handle.partitions().iter().map(|partition| partition.in_flight).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn bad_partitions_are_a_typed_error() {
+    let one = || ConcurrencyLimitLayer::new(1).sorted_by(asked as ByRequest);
+    for (shares, remedy) in [
+        (vec![0.0], "above 0"),
+        (vec![1.1], "up to 1"),
+        (vec![f64::NAN], "above 0"),
+        (vec![0.6, 0.6], "sum up"),
+        (vec![0.01; 65], "at most 64"),
+    ] {
+        let fault = one().partitions(&shares).checked().unwrap_err();
+        assert_eq!(fault.field, "partitions");
+        assert!(fault.remedy.contains(remedy), "{fault}");
+        assert_eq!(one().handle().set_partitions(&shares).unwrap_err(), fault);
+    }
+    assert!(one().partitions(&[0.1; 10]).checked().is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_share_that_is_not_used_is_lent_and_given_back() {
+    let (service, watch, handle) = sorted(10, 0, &[0.7, 0.3]);
+    let mut batch: Vec<_> = (0..10).map(|_| start(&service, 1)).collect();
+    assert!(batch.iter().all(|(_, goes)| *goes), "an idle share is lent");
+    assert!(!start(&service, 1).1 && !start(&service, 9).1);
+    // The owner is back and owed two places: the next that become free, whoever asks first.
+    assert!(!start(&service, 0).1 && !start(&service, 0).1);
+    for (number, (call, _)) in batch.iter_mut().enumerate().take(2) {
+        watch.end(number, Ok(empty()));
+        assert_ready_ok!(call.poll());
+    }
+    assert!(!start(&service, 1).1 && !start(&service, 9).1);
+    let live = [start(&service, 0), start(&service, 0)];
+    assert!(live.iter().all(|(_, goes)| *goes));
+    assert_eq!((inside(&handle), handle.in_flight()), (vec![2, 8], 10));
+    let told: Vec<Partition> = handle.partitions();
+    assert_eq!((told[0].share, told[1].share), (7, 3));
+    assert_eq!((told[0].refused, told[1].refused), (2, 2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_owed_is_kept_for_a_second() {
+    let (service, watch, handle) = sorted(2, 0, &[0.5]);
+    let mut others = [start(&service, 9), start(&service, 9)];
+    assert!(!start(&service, 0).1, "lent");
+    watch.end(0, Ok(empty()));
+    assert_ready_ok!(others[0].0.poll());
+    assert!(!start(&service, 9).1, "owed");
+    assert!(handle.try_acquire().is_err(), "owed");
+    advance(Duration::from_secs(1)).await;
+    assert!(handle.try_acquire().is_ok());
+    assert!(start(&service, 9).1);
+    assert_eq!(inside(&handle), [0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_those_who_wait_who_has_least_of_his_share_goes_first() {
+    let (service, watch, handle) = sorted(4, 9, &[0.5, 0.5]);
+    let mut held: Vec<_> = (0..4).map(|_| start(&service, 0).0).collect();
+    let (mut more, first, second) =
+        (start(&service, 0).0, start(&service, 1).0, start(&service, 1).0);
+    for (number, expected) in
+        [[false, true, false], [false, true, true], [true, true, true]].into_iter().enumerate()
+    {
+        watch.end(number, Ok(empty()));
+        assert_ready_ok!(held[number].poll());
+        assert_eq!([more.is_woken(), first.is_woken(), second.is_woken()], expected);
+        assert_eq!(handle.in_flight(), 4);
+    }
+    assert_eq!(inside(&handle), [2, 2]);
+    assert_pending!(more.poll());
+    drop((more, first, second, held));
+    assert_eq!((inside(&handle), handle.in_flight()), (vec![0, 0], 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn shares_change_while_calls_are_under_way() {
+    let (service, _watch, handle) = sorted(10, 0, &[0.5, 0.5]);
+    let calls: Vec<_> = (0..5).flat_map(|_| [start(&service, 0), start(&service, 1)]).collect();
+    assert!(calls.iter().all(|(_, goes)| *goes));
+    handle.set_partitions(&[0.2]).unwrap();
+    assert_eq!(inside(&handle), [5, 5]);
+    assert_eq!(handle.partitions().iter().map(|one| one.share).collect::<Vec<_>>(), [2, 0]);
+    handle.set_limit(20).unwrap();
+    handle.set_partitions(&[0.3, 0.3, 0.4]).unwrap();
+    assert_eq!(handle.partitions()[2].share, 8);
+    assert!(start(&service, 2).1);
+    drop(calls);
+    assert_eq!((inside(&handle), handle.in_flight()), (vec![0, 0, 0], 0));
+}
+
+// ===== Partitions, any schedule =====
+
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Arrive(u8),
+    /// The n-th of those that are in or wait goes.
+    Leave(usize),
+    Advance(u64),
+    Resize(usize),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        8 => (0..4_u8).prop_map(Step::Arrive),
+        5 => (0..16usize).prop_map(Step::Leave),
+        2 => (1..700u64).prop_map(Step::Advance),
+        1 => (1..12usize).prop_map(Step::Resize),
+    ];
+    prop::collection::vec(step, 1..120)
+}
+
+const SHARES: [f64; 3] = [0.5, 0.3, 0.1];
+
+/// What the documentation says, as naively as can be.
+#[derive(Default)]
+struct Model {
+    limit: u32,
+    inside: [u32; 4],
+    owed: [u32; 3],
+    refused_at: [Option<u64>; 3],
+    now: u64,
+}
+
+impl Model {
+    fn own(&self, partition: usize) -> u32 {
+        SHARES.get(partition).map_or(0, |share| (share * f64::from(self.limit) + 1e-6) as u32)
+    }
+
+    fn owed(&self, partition: usize) -> u32 {
+        match self.refused_at[partition] {
+            Some(at) if self.now - at < 1000 => {
+                self.owed[partition].min(self.own(partition).saturating_sub(self.inside[partition]))
+            }
+            _ => 0,
+        }
+    }
+
+    fn arrive(&mut self, partition: usize) -> bool {
+        let all: u32 = self.inside.iter().sum();
+        let within = self.inside[partition] < self.own(partition);
+        let owed: u32 =
+            (0..3).filter(|other| *other != partition).map(|other| self.owed(other)).sum();
+        let goes = all < self.limit && (within || self.limit - all > owed);
+        if goes {
+            self.inside[partition] += 1;
+        }
+        if partition < 3 && goes {
+            self.owed[partition] = self.owed[partition].saturating_sub(1);
+        } else if partition < 3 && within {
+            let live = self.refused_at[partition].is_some_and(|at| self.now - at < 1000);
+            let before = if live { self.owed[partition] } else { 0 };
+            self.owed[partition] = (before + 1).min(self.own(partition));
+            self.refused_at[partition] = Some(self.now);
+        }
+        goes
+    }
+}
+
+async fn without_a_queue(limit: usize, steps: Vec<Step>) -> Result<(), TestCaseError> {
+    let (service, _watch, handle) = sorted(limit, 0, &SHARES);
+    let mut model = Model { limit: limit as u32, ..Model::default() };
+    let mut calls: Vec<(Call, usize)> = Vec::new();
+    for step in steps {
+        match step {
+            Step::Arrive(partition) => {
+                let (call, goes) = start(&service, partition);
+                let partition = usize::from(partition);
+                prop_assert_eq!(goes, model.arrive(partition));
+                if goes {
+                    calls.push((call, partition));
+                }
+            }
+            Step::Leave(number) if number < calls.len() => {
+                model.inside[calls.swap_remove(number).1] -= 1;
+            }
+            Step::Leave(_) => {}
+            Step::Advance(ms) => {
+                advance(Duration::from_millis(ms)).await;
+                model.now += ms;
+            }
+            Step::Resize(limit) => {
+                handle.set_limit(limit).unwrap();
+                model.limit = limit as u32;
+            }
+        }
+        prop_assert_eq!(inside(&handle), &model.inside[..3]);
+        prop_assert_eq!(handle.in_flight(), model.inside.iter().sum::<u32>());
+    }
+    Ok(())
+}
+
+/// However long they wait: never more than may, nobody within his share waits beside a free place.
+async fn with_a_queue(limit: usize, steps: Vec<Step>) -> Result<(), TestCaseError> {
+    let (service, watch, handle) = sorted(limit, 6, &SHARES);
+    let mut calls: Vec<(Call, u8)> = Vec::new();
+    let mut limit = limit as u32;
+    for step in steps {
+        match step {
+            Step::Arrive(partition) => {
+                let (call, goes) = start(&service, partition);
+                calls.extend(goes.then_some((call, partition)));
+            }
+            Step::Leave(number) if number < calls.len() => drop(calls.swap_remove(number)),
+            Step::Leave(_) => {}
+            Step::Advance(ms) => advance(Duration::from_millis(ms)).await,
+            Step::Resize(to) => {
+                handle.set_limit(to).unwrap();
+                limit = to as u32;
+            }
+        }
+        calls.retain_mut(|(call, _)| !call.is_woken() || call.poll().is_pending());
+        let (told, each) = (handle.snapshot(), handle.partitions());
+        prop_assert!(told.waiting <= 6);
+        prop_assert_eq!(watch.seen().in_flight, told.in_flight as usize);
+        let shared: u32 = each.iter().map(|one| one.in_flight).sum();
+        prop_assert!(shared <= told.in_flight);
+        if told.in_flight < limit {
+            // Who is not in waits; within his share he must not.
+            for (partition, one) in each.iter().enumerate() {
+                let present =
+                    calls.iter().filter(|(_, of)| usize::from(*of) == partition).count() as u32;
+                let waits = present > one.in_flight;
+                prop_assert!(!waits || one.in_flight >= one.share);
+            }
+        }
+    }
+    drop(calls);
+    prop_assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
+    prop_assert_eq!(inside(&handle), [0, 0, 0]);
+    Ok(())
+}
+
+fn in_virtual_time<F: Future<Output = Result<(), TestCaseError>>>(
+    run: F,
+) -> Result<(), TestCaseError> {
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    runtime.enable_time().start_paused(true).build().unwrap().block_on(run)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn shares_are_kept_as_documented(limit in 1..12usize, steps in steps()) {
+        in_virtual_time(without_a_queue(limit, steps))?;
+    }
+
+    #[test]
+    fn shares_are_kept_among_those_who_wait(limit in 1..12usize, steps in steps()) {
+        in_virtual_time(with_a_queue(limit, steps))?;
+    }
+}
+
+// ===== Priorities =====
+
+/// Asks for the priority that it is.
+#[derive(Clone)]
+struct Itself;
+
+impl Sort<Priority> for Itself {
+    fn claim(&self, request: &Priority) -> Claim {
+        Claim::from(*request)
+    }
+}
+
+/// A server of 20 places and 10 ms a call: 2000 calls a second; 4000 are offered. Each request needs so many
+/// calls, one after the other, each of the priority that `draw` gives. The share of the requests that were
+/// served: of the users with high lots, of those with low ones.
+async fn served(calls: usize, draw: fn(u64, usize) -> Priority) -> [f64; 2] {
+    let layer = ConcurrencyLimitLayer::new(20).queue(20, Duration::from_millis(50)).per_response();
+    let layer = layer.sorted_by(Itself).shed_by_priority();
+    let service = layer.layer(service_fn(|_: Priority| async {
+        sleep(Duration::from_millis(10)).await;
+        Ok::<_, Oops>(())
+    }));
+    let done: Arc<[[AtomicU32; 2]; 2]> = Arc::default();
+    let mut dice = fastrand::Rng::with_seed(7);
+    for ms in 0..20_000 {
+        sleep(Duration::from_millis(1)).await;
+        for _ in 0..4 / calls {
+            let (user, warm) = (dice.u64(..), ms > 10_000);
+            let (service, done) = (service.clone(), done.clone());
+            tokio::spawn(async move {
+                for call in 0..calls {
+                    let answer = service.clone().oneshot(draw(user, call)).await;
+                    let last = call + 1 == calls;
+                    if warm && (last || answer.is_err()) {
+                        let half = &done[usize::from(is_low(user))];
+                        half[0].fetch_add(1, Ordering::Relaxed);
+                        half[1].fetch_add(u32::from(answer.is_ok()), Ordering::Relaxed);
+                    }
+                    if answer.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    }
+    sleep(Duration::from_secs(1)).await;
+    let count = |half: usize, what: usize| f64::from(done[half][what].load(Ordering::Relaxed));
+    [0, 1].map(|half| count(half, 1) / count(half, 0))
+}
+
+fn by_user(user: u64, _: usize) -> Priority {
+    Priority::NORMAL.lot(user.to_le_bytes())
+}
+
+fn by_call(user: u64, call: usize) -> Priority {
+    Priority::NORMAL.lot([user.to_le_bytes(), call.to_le_bytes()].concat())
+}
+
+/// The lower half of the lots.
+fn is_low(user: u64) -> bool {
+    let lot = format!("{:?}", by_user(user, 0));
+    lot.trim_end_matches(" }").rsplit(' ').next().unwrap().parse::<u32>().unwrap() < 64
+}
+
+#[tokio::test(start_paused = true)]
+async fn at_twice_the_capacity_the_limit_sheds_the_same_half() {
+    let [high, low] = served(1, by_user).await;
+    assert!(high > 0.9 && low < 0.1, "{high:.2} {low:.2}");
+}
+
+/// Four calls a request, at twice what the limit can do.
+#[tokio::test(start_paused = true)]
+async fn a_priority_that_stays_the_same_serves_whole_requests() {
+    let consistent = served(4, by_user).await;
+    let drawn_anew = served(4, by_call).await;
+    let whole = |[high, low]: [f64; 2]| f64::midpoint(high, low);
+    assert!(whole(consistent) > 0.45, "of the 0.5 that are possible: {consistent:?}");
+    assert!(whole(drawn_anew) < 0.35, "{drawn_anew:?}");
+    assert!(consistent[0] > 4.0 * consistent[1], "{consistent:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_shed_by_priority_while_there_is_room() {
+    let layer = ConcurrencyLimitLayer::new(20).per_response().sorted_by(Itself).shed_by_priority();
+    let service = layer.layer(service_fn(|_: Priority| std::future::ready(Ok::<_, Oops>(()))));
+    for user in 0..10_000_u64 {
+        advance(Duration::from_millis(1)).await;
+        service.clone().oneshot(by_user(user, 0)).await.unwrap();
+    }
+    assert_eq!(
+        (layer.handle().snapshot().refused_outranked, layer.handle().shed_below()),
+        (0, None)
+    );
+}
+
+/// From a full server to an empty one: the cut does not stay.
+#[tokio::test(start_paused = true)]
+async fn a_cut_goes_when_the_load_goes() {
+    let (service, watch, handle) = {
+        let layer = ConcurrencyLimitLayer::new(2).sorted_by(asked as ByRequest).shed_by_priority();
+        let (inner, watch) = Strict::holding();
+        (layer.layer(inner), watch, layer.handle())
+    };
+    let mut held = VecDeque::new();
+    let mut outranked = 0;
+    for user in 0..4000_u64 {
+        advance(Duration::from_millis(1)).await;
+        let mut call = task::spawn(service.clone().oneshot(asking(by_user(user, 0).into())));
+        if call.poll().is_pending() {
+            held.push_back(call);
+        }
+        if user % 50 == 49 {
+            held.pop_front();
+        }
+        outranked = handle.snapshot().refused_outranked;
+    }
+    assert!(outranked > 1000 && handle.shed_below().is_some());
+    held.clear();
+    assert_eq!((watch.seen().in_flight, handle.in_flight()), (0, 0));
+    let mut refused_late = 0;
+    for user in 0..20_000_u64 {
+        advance(Duration::from_millis(1)).await;
+        let mut call = task::spawn(service.clone().oneshot(asking(by_user(user, 0).into())));
+        match call.poll() {
+            std::task::Poll::Pending => {}
+            std::task::Poll::Ready(answer) => {
+                assert_eq!(refused_as(answer), RejectedKind::Outranked);
+                refused_late = user;
+            }
+        }
+    }
+    assert_eq!(handle.shed_below(), None);
+    assert!(refused_late < 15_000, "{refused_late}");
+}
