@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    ops::RangeInclusive,
     sync::{Arc, OnceLock, PoisonError},
     task::{Context, Poll, Waker},
     time::Duration,
@@ -43,6 +44,8 @@ pub struct Limiter {
     /// Calls that are exempt: how many there were, and how many are under way.
     exempt: AtomicU64,
     exempt_now: AtomicU32,
+    shadow: AtomicBool,
+    shadowed: AtomicU64,
     /// Whether partitions or priorities are told apart.
     sorts: AtomicBool,
     label: OnceLock<Arc<Label>>,
@@ -62,6 +65,8 @@ const ONE_WAITING: u64 = 1 << 32;
 /// counted apart.
 const MARKS: u64 = !0 << 32;
 const EXEMPT: u64 = 1 << 63;
+/// Let through in shadow mode.
+const SHADOW: u64 = 1 << 62;
 
 fn mark(line: Line) -> u64 {
     u64::from(line) << 32
@@ -92,6 +97,8 @@ impl Limiter {
             outranked: AtomicU64::new(0),
             exempt: AtomicU64::new(0),
             exempt_now: AtomicU32::new(0),
+            shadow: AtomicBool::new(false),
+            shadowed: AtomicU64::new(0),
             sorts: AtomicBool::new(false),
             label: OnceLock::new(),
         }
@@ -111,6 +118,14 @@ impl Limiter {
             Some(adaptive) => adaptive.set_limit(limit, |limit| self.store(limit)),
         }
         self.hand_over();
+    }
+
+    /// False if there are none.
+    pub(super) fn set_bounds(&self, bounds: RangeInclusive<u32>) -> bool {
+        let Some(adaptive) = &self.adaptive else { return false };
+        let has_any = adaptive.set_bounds(bounds, |limit| self.store(limit));
+        self.hand_over();
+        has_any
     }
 
     fn store(&self, limit: u32) {
@@ -141,6 +156,19 @@ impl Limiter {
     pub(super) fn shed_by_priority(&self) {
         self.lock().cutoff = Some(Cutoff::new());
         self.sorts.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_shadow(&self, on: bool) {
+        self.shadow.store(on, Ordering::Relaxed);
+    }
+
+    fn is_shadow(&self) -> bool {
+        self.shadow.load(Ordering::Relaxed)
+    }
+
+    /// In shadow mode nobody waits either.
+    fn longest_queue(&self) -> u32 {
+        if self.is_shadow() { 0 } else { self.longest_queue.load(Ordering::Relaxed) }
     }
 
     pub(super) fn longest_wait(&self) -> Duration {
@@ -191,6 +219,16 @@ impl Limiter {
         self.lock().cutoff.as_ref().and_then(Cutoff::below)
     }
 
+    /// How many were let through that would have been refused.
+    pub(super) fn shadowed(&self) -> u64 {
+        self.shadowed.load(Ordering::Relaxed)
+    }
+
+    /// What this share of those who waited of late did not exceed.
+    pub(super) fn wait(&self, share: f64) -> Option<Duration> {
+        self.lock().waits.percentile(share, Instant::now())
+    }
+
     /// How many were refused as this kind.
     pub(super) fn refused(&self, kind: RejectedKind) -> u64 {
         self.counter(kind).load(Ordering::Relaxed)
@@ -211,7 +249,7 @@ impl Limiter {
     #[inline]
     pub(super) fn has_room(&self) -> bool {
         let word = self.word.load(Ordering::Relaxed);
-        waiting(word) == 0 && in_flight(word) < self.limit()
+        (waiting(word) == 0 && in_flight(word) < self.limit()) || self.is_shadow()
     }
 
     /// Gets in if there is room and nobody waits.
@@ -240,7 +278,7 @@ impl Limiter {
 
     /// Takes a place in the queue, if there is one to wait in.
     pub(super) fn join(&self) -> Result<Entry, RejectedKind> {
-        let longest = self.longest_queue.load(Ordering::Relaxed);
+        let longest = self.longest_queue();
         if longest == 0 || self.limit() == 0 {
             return Err(RejectedKind::Full);
         }
@@ -292,7 +330,7 @@ impl Limiter {
     /// [`enter`](Self::enter) and [`join`](Self::join), by partition and priority.
     pub(super) fn enter_as(&self, claim: Claim) -> Result<Entry, RejectedKind> {
         if self.sorts.load(Ordering::Relaxed) {
-            return self.sort_in(claim, self.longest_queue.load(Ordering::Relaxed));
+            return self.sort_in(claim, self.longest_queue());
         }
         self.enter().map_or_else(|| self.join(), |token| Ok(Entry::In(token)))
     }
@@ -352,10 +390,10 @@ impl Limiter {
     }
 
     /// One that waits is refused after all.
-    pub(super) fn waited_in_vain(&self, (line, _): Place) {
-        if self.sorts.load(Ordering::Relaxed) {
-            self.lock().refused(line, self.limit(), Instant::now());
-        }
+    pub(super) fn waited_in_vain(&self, place: Place) {
+        let (mut queue, now) = (self.lock(), Instant::now());
+        queue.gives_up(place, now);
+        queue.refused(place.0, self.limit(), now);
     }
 
     // ===== Getting out =====
@@ -372,6 +410,9 @@ impl Limiter {
 
     #[cold]
     fn end_marked(&self, token: Token) {
+        if token.tag & SHADOW != 0 {
+            return;
+        }
         if token.tag & EXEMPT != 0 {
             self.exempt_now.fetch_sub(1, Ordering::Relaxed);
             return;
@@ -431,7 +472,7 @@ impl Limiter {
                     Ordering::AcqRel,
                     Ordering::Acquire,
                 ) {
-                    Ok(_) => break Some(queue.next(line, Instant::now)),
+                    Ok(_) => break Some(queue.next(line, Instant::now())),
                     Err(now) => word = now,
                 }
             };
@@ -448,7 +489,17 @@ impl Limiter {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn refuse(&self, kind: RejectedKind) -> Rejected {
+    /// No, except in shadow mode: then it goes, and is not counted among the others.
+    pub(super) fn turn_away(&self, kind: RejectedKind) -> Result<Token, Rejected> {
+        if !self.is_shadow() {
+            return Err(self.refuse(kind));
+        }
+        self.shadowed.fetch_add(1, Ordering::Relaxed);
+        event!(DEBUG, reason = kind.as_str(), "call would be shed");
+        Ok(Token { tag: SHADOW, started: 0 })
+    }
+
+    fn refuse(&self, kind: RejectedKind) -> Rejected {
         self.counter(kind).fetch_add(1, Ordering::Relaxed);
         event!(DEBUG, reason = kind.as_str(), "call shed");
         let rejected =

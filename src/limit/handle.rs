@@ -1,8 +1,9 @@
-use std::fmt;
+use std::{fmt, ops::RangeInclusive, time::Duration};
 
 use super::{
     adaptive::{Change, Teller},
     core::Limiter,
+    queue::QueueOrder,
     upgrade::HeldPlace,
 };
 use crate::{
@@ -36,6 +37,12 @@ pub struct ConcurrencyLimitSnapshot {
     pub refused_deadline: u64,
     /// How many were refused because calls worth more took all there was.
     pub refused_outranked: u64,
+    /// How many were let through in [shadow mode](ConcurrencyLimitHandle::shadow) that would have been refused.
+    pub shadowed: u64,
+    /// What half of those who waited in the last 30 to 60 s did not exceed, an eighth too much at most.
+    pub wait_p50: Option<Duration>,
+    /// What 99 of a hundred did not exceed.
+    pub wait_p99: Option<Duration>,
     /// How many exempt calls are in flight, beside the others.
     pub exempt_in_flight: u32,
     /// How many exempt calls there were.
@@ -56,6 +63,9 @@ impl ConcurrencyLimitHandle {
             refused_waited: self.0.refused(RejectedKind::WaitedTooLong),
             refused_deadline: self.0.refused(RejectedKind::DeadlinePassed),
             refused_outranked: self.0.refused(RejectedKind::Outranked),
+            shadowed: self.0.shadowed(),
+            wait_p50: self.0.wait(0.5),
+            wait_p99: self.0.wait(0.99),
             exempt_in_flight,
             exempt,
         }
@@ -74,11 +84,19 @@ impl ConcurrencyLimitHandle {
     ///
     /// There is none: told, and counted, as a call's refusal is.
     pub fn try_acquire(&self) -> Result<HeldPlace, Rejected> {
-        match self.0.try_enter() {
-            Some(token) => Ok(HeldPlace::own(self.0.permit(token))),
-            None => Err(self.0.refuse(RejectedKind::Full)),
-        }
+        let entered = self.0.try_enter();
+        let token = entered.map_or_else(|| self.0.turn_away(RejectedKind::Full), Ok)?;
+        Ok(HeldPlace::own(self.0.permit(token)))
     }
+
+    /// What this share, of 0 to 1, of those who waited in the last 30 to 60 s did not exceed, an eighth too
+    /// much at most; both those whose turn came and those who waited in vain. None if nobody waited.
+    #[must_use]
+    pub fn wait_percentile(&self, share: f64) -> Option<Duration> {
+        self.0.wait(share)
+    }
+
+    // ===== Changing it while calls are under way =====
 
     /// Resizes the limit: a higher one lets waiters in at once, a lower one takes effect as calls end.
     /// An adaptive one goes on from there, within its bounds.
@@ -90,12 +108,90 @@ impl ConcurrencyLimitHandle {
         self.0.set_limit(checked(limit)?);
         Ok(())
     }
+
+    /// Gives an adaptive limit other bounds; what it has learnt it keeps.
+    ///
+    /// # Errors
+    ///
+    /// Bounds that are none, or a limit or an algorithm that has none.
+    pub fn set_bounds(&self, bounds: RangeInclusive<usize>) -> Result<(), ConfigError> {
+        let within = checked_bounds(bounds.clone())?;
+        if self.0.set_bounds(within) {
+            return Ok(());
+        }
+        Err(ConfigError::new("adaptive.bounds", bounds, "set the limit: it has no bounds"))
+    }
+
+    /// Changes the queue as [`queue`](crate::ConcurrencyLimitLayer::queue) does. Who waits already stays, also
+    /// in a queue that is too long now, for as long as it was told then.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn set_queue(&self, length: usize, longest_wait: Duration) -> Result<(), ConfigError> {
+        self.0.set_queue(checked_queue(length, longest_wait)?, longest_wait);
+        Ok(())
+    }
+
+    /// Changes whose turn it is next, also of those who wait already.
+    ///
+    /// # Errors
+    ///
+    /// An adaptive order with a time of zero.
+    pub fn set_queue_order(&self, order: QueueOrder) -> Result<(), ConfigError> {
+        self.0.set_order(checked_order(order)?);
+        Ok(())
+    }
+
+    /// Changes what a refused call is told of when to come back.
+    pub fn set_retry_after(&self, after: Duration) {
+        self.0.set_retry_after(after);
+    }
+
+    /// Shadow mode, on or off: nobody is refused and nobody waits, and
+    /// [`shadowed`](ConcurrencyLimitSnapshot::shadowed) counts who would have been refused, were there no
+    /// queue. Those are not counted as in flight, so that the others are who the limit would have let in.
+    pub fn shadow(&self, on: bool) {
+        self.0.set_shadow(on);
+    }
 }
+
+// ===== What can be right =====
 
 pub(super) fn checked(limit: usize) -> Result<u32, ConfigError> {
     match u32::try_from(limit) {
         Ok(limit) if limit > 0 => Ok(limit),
         _ => Err(ConfigError::new("limit", limit, "use 1 to 4294967295 calls")),
+    }
+}
+
+pub(super) fn checked_bounds(
+    bounds: RangeInclusive<usize>,
+) -> Result<RangeInclusive<u32>, ConfigError> {
+    let (min, max) = (checked(*bounds.start())?, checked(*bounds.end())?);
+    if min > max {
+        return Err(ConfigError::new("adaptive.bounds", bounds, "put the lower one first"));
+    }
+    Ok(min..=max)
+}
+
+pub(super) fn checked_queue(length: usize, longest_wait: Duration) -> Result<u32, ConfigError> {
+    match u32::try_from(length) {
+        Err(_) => Err(ConfigError::new("queue.length", length, "use at most 4294967295")),
+        Ok(length) if length > 0 && longest_wait < Duration::from_millis(1) => {
+            let remedy = "use 1ms or more, or a length of 0";
+            Err(ConfigError::new("queue.longest_wait", longest_wait, remedy))
+        }
+        Ok(length) => Ok(length),
+    }
+}
+
+pub(super) fn checked_order(order: QueueOrder) -> Result<QueueOrder, ConfigError> {
+    match order {
+        QueueOrder::Adaptive(longest) => {
+            ConfigError::above_zero("queue_order", longest).map(QueueOrder::Adaptive)
+        }
+        order => Ok(order),
     }
 }
 

@@ -5,12 +5,11 @@ use tower_layer::Layer;
 use super::{
     adaptive::{Algorithm, Teller},
     core::Limiter,
-    handle::{ConcurrencyLimitHandle, checked},
+    handle::{ConcurrencyLimitHandle, checked, checked_order, checked_queue},
     queue::QueueOrder,
     upgrade::Upgrades,
 };
 use crate::{
-    ConfigError,
     admission::{Plan, admission_layer},
     call::{AsError, Http, Shared},
 };
@@ -54,14 +53,7 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
     ///
     /// A call that has to wait panics outside of a Tokio runtime with timers.
     pub fn queue(mut self, length: usize, longest_wait: Duration) -> Self {
-        let checked = match u32::try_from(length) {
-            Err(_) => Err(ConfigError::new("queue.length", length, "use at most 4294967295")),
-            Ok(length) if length > 0 && longest_wait < Duration::from_millis(1) => {
-                let remedy = "use 1ms or more, or a length of 0";
-                Err(ConfigError::new("queue.longest_wait", longest_wait, remedy))
-            }
-            Ok(length) => Ok(length),
-        };
+        let checked = checked_queue(length, longest_wait);
         if let Some(length) = self.plan.accept(checked) {
             self.plan.policy.set_queue(length, longest_wait);
         }
@@ -71,13 +63,7 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
     /// Whose turn it is, of those who wait: who came first by default. The time of an adaptive order is
     /// above zero.
     pub fn queue_order(mut self, order: QueueOrder) -> Self {
-        let checked = match order {
-            QueueOrder::Adaptive(longest) => {
-                ConfigError::above_zero("queue_order", longest).map(QueueOrder::Adaptive)
-            }
-            order => Ok(order),
-        };
-        if let Some(order) = self.plan.accept(checked) {
+        if let Some(order) = self.plan.accept(checked_order(order)) {
             self.plan.policy.set_order(order);
         }
         self
@@ -101,6 +87,12 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
         if let Some(adaptive) = self.plan.policy.adaptive() {
             adaptive.until_body_end();
         }
+        self
+    }
+
+    /// Begins in [shadow mode](ConcurrencyLimitHandle::shadow): refuses nobody, and counts who would be.
+    pub fn shadow(self) -> Self {
+        self.plan.policy.set_shadow(true);
         self
     }
 

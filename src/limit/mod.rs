@@ -54,6 +54,12 @@
 //!
 //! Exempt paths, partitions with a share each, and priorities: see [`sort`].
 //!
+//! # Before it is trusted
+//!
+//! In [shadow mode](ConcurrencyLimitLayer::shadow) it refuses nobody and counts who would have been. The
+//! [handle](ConcurrencyLimitHandle) tells how full it is, how long calls wait and why they were refused, and
+//! changes everything while calls are under way: limit, bounds, queue and its order.
+//!
 //! # In the stack
 //!
 //! For a server: outside of the routes, inside of the health endpoints. For a client: under the retry and
@@ -122,6 +128,7 @@ mod queue;
 pub mod sort;
 mod upgrade;
 mod wait;
+mod waits;
 
 pub use self::{
     handle::{ConcurrencyLimitHandle, ConcurrencyLimitSnapshot},

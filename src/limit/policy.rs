@@ -31,7 +31,7 @@ impl<Req> Policy<Req> for Shared<Limiter> {
     ) -> Admit<Permit<Limiter>, Wait> {
         let deadline = deadline();
         if has_passed(deadline) {
-            return Admit::No(self.refuse(RejectedKind::DeadlinePassed));
+            return turned_away(self, RejectedKind::DeadlinePassed);
         }
         if let Some(token) = self.enter() {
             return Admit::Go(self.permit(token));
@@ -61,7 +61,7 @@ impl<Req, K: Sort<Req>> Policy<Req> for Sorted<K> {
         }
         let deadline = deadline();
         if has_passed(deadline) {
-            return Admit::No(limiter.refuse(RejectedKind::DeadlinePassed));
+            return turned_away(limiter, RejectedKind::DeadlinePassed);
         }
         entered(limiter, limiter.enter_as(claim), deadline)
     }
@@ -77,7 +77,14 @@ fn entered(
         Ok(Entry::Waits(place)) => {
             Admit::Wait(Box::pin(Wait::new(limiter.clone(), place, deadline)))
         }
-        Err(kind) => Admit::No(limiter.refuse(kind)),
+        Err(kind) => turned_away(limiter, kind),
+    }
+}
+
+fn turned_away(limiter: &Shared<Limiter>, kind: RejectedKind) -> Admit<Permit<Limiter>, Wait> {
+    match limiter.turn_away(kind) {
+        Ok(token) => Admit::Go(limiter.permit(token)),
+        Err(rejected) => Admit::No(rejected),
     }
 }
 

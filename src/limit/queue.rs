@@ -4,7 +4,10 @@ use std::{collections::BTreeMap, task::Waker, time::Duration};
 
 use tokio::time::Instant;
 
-use super::sort::{Cutoff, Line, Shares};
+use super::{
+    sort::{Cutoff, Line, Shares},
+    waits::Waits,
+};
 
 /// A place in the queue: its line, and its number. Numbers count as they come and are never used twice.
 pub(super) type Place = (Line, u64);
@@ -42,6 +45,7 @@ pub(super) struct Queue {
     order: QueueOrder,
     pub(super) shares: Shares,
     pub(super) cutoff: Option<Cutoff>,
+    pub(super) waits: Waits,
 }
 
 impl Default for Queue {
@@ -53,6 +57,7 @@ impl Default for Queue {
             order: QueueOrder::default(),
             shares: Shares::default(),
             cutoff: None,
+            waits: Waits::default(),
         }
     }
 }
@@ -124,8 +129,8 @@ impl Queue {
             .map(|(line, _)| line)
     }
 
-    /// The next of this line goes in. The time is asked for only where the order depends on it.
-    pub(super) fn next(&mut self, line: Line, now: impl FnOnce() -> Instant) -> Option<Waker> {
+    /// The next of this line goes in.
+    pub(super) fn next(&mut self, line: Line, now: Instant) -> Option<Waker> {
         let order = self.order;
         let waiting = self.line(line);
         let newest_first = match order {
@@ -133,12 +138,14 @@ impl Queue {
             QueueOrder::Lifo => true,
             QueueOrder::Adaptive(longest) => waiting
                 .first_key_value()
-                .is_some_and(|(_, head)| now().saturating_duration_since(head.since) >= longest),
+                .is_some_and(|(_, head)| now.saturating_duration_since(head.since) >= longest),
         };
         let turn = if newest_first { waiting.pop_last() } else { waiting.pop_first() };
-        self.len -= usize::from(turn.is_some());
         self.entered(line);
-        turn.and_then(|(_, waiter)| waiter.waker)
+        let (_, waiter) = turn?;
+        self.len -= 1;
+        self.waits.add(now.saturating_duration_since(waiter.since), now);
+        waiter.waker
     }
 
     /// A call of this line is in.
@@ -146,6 +153,14 @@ impl Queue {
         self.shares.enter(line);
         if let Some(cutoff) = &mut self.cutoff {
             cutoff.entered();
+        }
+    }
+
+    /// Whoever has this place has waited for as long as he may.
+    pub(super) fn gives_up(&mut self, (line, number): Place, now: Instant) {
+        if let Some(waiter) = self.line(line).get(&number) {
+            let waited = now.saturating_duration_since(waiter.since);
+            self.waits.add(waited, now);
         }
     }
 

@@ -74,10 +74,10 @@ impl Future for Wait {
         } else {
             RejectedKind::WaitedTooLong
         };
-        let rejected = limiter.refuse(kind);
         limiter.waited_in_vain(*place);
+        let away = limiter.turn_away(kind).map(|token| limiter.permit(token));
         // Also right if the turn came just now: then the place is handed to the next.
         drop(this.place.taken.take().map(|taken| Seat { taken: Some(taken) }));
-        Poll::Ready(Err(rejected))
+        Poll::Ready(away)
     }
 }

@@ -53,6 +53,11 @@ impl Algorithm for Aimd {
         self.limit.set(limit.into());
     }
 
+    fn set_bounds(&mut self, bounds: RangeInclusive<u32>) -> bool {
+        self.limit.set_bounds(bounds);
+        true
+    }
+
     fn hear(&mut self, sample: &Sample) -> Option<Change> {
         let limit = self.limit.get();
         if sample.dropped || sample.latency > self.timeout {

@@ -1,7 +1,10 @@
 use std::ops::RangeInclusive;
 
 use super::{Change, Reason};
-use crate::{ConfigError, limit::handle::checked};
+use crate::{
+    ConfigError,
+    limit::handle::{checked, checked_bounds},
+};
 
 /// A limit with fractions, kept within its bounds.
 #[derive(Clone, Debug)]
@@ -17,10 +20,7 @@ impl Bounds {
     }
 
     pub(super) fn new(initial: usize, bounds: RangeInclusive<usize>) -> Result<Self, ConfigError> {
-        let (min, max) = (checked(*bounds.start())?, checked(*bounds.end())?);
-        if min > max {
-            return Err(ConfigError::new("adaptive.bounds", bounds, "put the lower one first"));
-        }
+        let (min, max) = checked_bounds(bounds.clone())?.into_inner();
         if !bounds.contains(&initial) {
             return Err(ConfigError::new("adaptive.initial", initial, "begin within the bounds"));
         }
@@ -42,6 +42,11 @@ impl Bounds {
 
     pub(super) fn set(&mut self, limit: f64) {
         self.limit = limit.clamp(self.min, self.max);
+    }
+
+    pub(super) fn set_bounds(&mut self, bounds: RangeInclusive<u32>) {
+        (self.min, self.max) = ((*bounds.start()).into(), (*bounds.end()).into());
+        self.set(self.limit);
     }
 
     /// A change that callers will notice, or none.

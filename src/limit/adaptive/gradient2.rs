@@ -69,6 +69,11 @@ impl Algorithm for Gradient2 {
         self.limit.set(limit.into());
     }
 
+    fn set_bounds(&mut self, bounds: RangeInclusive<u32>) -> bool {
+        self.limit.set_bounds(bounds);
+        true
+    }
+
     fn hear(&mut self, sample: &Sample) -> Option<Change> {
         self.window.total += sample.latency.as_secs_f64();
         self.window.calls += 1.0;

@@ -246,6 +246,12 @@ impl Algorithm for Knee {
         self.before = None;
     }
 
+    fn set_bounds(&mut self, bounds: RangeInclusive<u32>) -> bool {
+        self.limit.set_bounds(bounds);
+        self.before = None;
+        true
+    }
+
     fn hear(&mut self, sample: &Sample) -> Option<Change> {
         if sample.started() < self.round.since {
             return None;

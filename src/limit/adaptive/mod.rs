@@ -31,7 +31,7 @@ mod knee;
 mod teller;
 mod vegas;
 
-use std::{fmt, time::Duration};
+use std::{fmt, ops::RangeInclusive, time::Duration};
 
 pub use self::{aimd::Aimd, gradient2::Gradient2, knee::Knee, vegas::Vegas};
 use crate::ConfigError;
@@ -45,6 +45,12 @@ pub trait Algorithm: fmt::Debug + Send + 'static {
 
     /// The limit was set by hand: go on from there.
     fn set_limit(&mut self, limit: u32);
+
+    /// The bounds were changed by hand, to these: go on within them. False if there are none.
+    fn set_bounds(&mut self, bounds: RangeInclusive<u32>) -> bool {
+        let _ = bounds;
+        false
+    }
 
     /// A call has ended. What it changes, if anything.
     fn hear(&mut self, sample: &Sample) -> Option<Change>;

@@ -2,6 +2,7 @@
 
 use std::{
     mem,
+    ops::RangeInclusive,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -52,6 +53,23 @@ impl Teller {
         let limit = state.algorithm.limit().max(1);
         state.last = Some(Change { limit, reason: Reason::ByHand });
         apply(limit);
+    }
+
+    /// [`set_limit`](Self::set_limit), for the bounds. False if the algorithm has none.
+    pub(in crate::limit) fn set_bounds(
+        &self,
+        bounds: RangeInclusive<u32>,
+        apply: impl FnOnce(u32),
+    ) -> bool {
+        let mut state = self.lock();
+        let before = state.algorithm.limit();
+        let has_any = state.algorithm.set_bounds(bounds);
+        let limit = state.algorithm.limit().max(1);
+        if limit != before {
+            state.last = Some(Change { limit, reason: Reason::ByHand });
+            apply(limit);
+        }
+        has_any
     }
 
     /// A call is let in, as one of so many.

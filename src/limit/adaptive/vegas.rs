@@ -50,6 +50,11 @@ impl Algorithm for Vegas {
         self.limit.set(limit.into());
     }
 
+    fn set_bounds(&mut self, bounds: RangeInclusive<u32>) -> bool {
+        self.limit.set_bounds(bounds);
+        true
+    }
+
     fn hear(&mut self, sample: &Sample) -> Option<Change> {
         let limit = self.limit.get();
         self.since_probe += 1.0;

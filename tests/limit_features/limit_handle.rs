@@ -1,0 +1,258 @@
+//! What the handle tells, and what it changes while calls are under way.
+
+use std::time::Duration;
+
+use buttress::{
+    ConcurrencyLimit, ConcurrencyLimitLayer, Deadline,
+    call::RejectedKind,
+    limit::{
+        ConcurrencyLimitHandle, QueueOrder,
+        adaptive::{Aimd, Algorithm, Change, Fixed, Gradient2, Knee, Reason, Sample, Vegas},
+    },
+};
+use http::Request;
+use tokio::time::advance;
+use tokio_test::{assert_pending, assert_ready, assert_ready_ok, task};
+use tower::{Layer, ServiceExt, util::Oneshot};
+
+use crate::support::{Strict, Watch, empty, hello, refused_as, request};
+
+type Limit = ConcurrencyLimit<Strict>;
+type Call = task::Spawn<Oneshot<Limit, Request<()>>>;
+
+const MS: Duration = Duration::from_millis(1);
+
+fn over(layer: &ConcurrencyLimitLayer) -> (Limit, Watch, ConcurrencyLimitHandle) {
+    let (inner, watch) = Strict::holding();
+    (layer.layer(inner), watch, layer.handle())
+}
+
+fn hold(service: &Limit) -> Call {
+    let mut call = task::spawn(service.clone().oneshot(request()));
+    assert_pending!(call.poll());
+    call
+}
+
+async fn refused(service: &Limit) -> RejectedKind {
+    refused_as(service.clone().oneshot(request()).await)
+}
+
+// ===== Shadow mode =====
+
+#[tokio::test(start_paused = true)]
+async fn shadow_mode_refuses_nobody_and_counts_who_would_be() {
+    let (service, watch, handle) = over(&ConcurrencyLimitLayer::new(2).queue(5, 100 * MS).shadow());
+    let mut calls: Vec<_> = (0..5).map(|_| hold(&service)).collect();
+    let mut late = request();
+    late.extensions_mut().insert(Deadline::after(Duration::ZERO));
+    let mut late = task::spawn(service.clone().oneshot(late));
+    assert_pending!(late.poll());
+    let place = handle.try_acquire().expect("nobody is refused");
+    let told = handle.snapshot();
+    assert_eq!((watch.seen().calls, told.in_flight, told.waiting, told.shadowed), (6, 2, 0, 5));
+    assert_eq!((told.refused_full, told.refused_deadline), (0, 0));
+
+    // One beyond the limit goes, and the limit is as full as before; then one of the two.
+    watch.end(4, Ok(hello()));
+    drop(assert_ready_ok!(calls[4].poll()));
+    assert_eq!(handle.in_flight(), 2);
+    watch.end(0, Ok(hello()));
+    drop(assert_ready_ok!(calls[0].poll()));
+    assert_eq!(handle.in_flight(), 1);
+    let _third = hold(&service);
+    assert_eq!((handle.in_flight(), handle.snapshot().shadowed), (2, 5));
+
+    handle.shadow(false);
+    assert_pending!(task::spawn(service.clone().oneshot(request())).poll());
+    handle.set_queue(0, Duration::ZERO).unwrap();
+    assert_eq!(refused(&service).await, RejectedKind::Full);
+    drop((calls, late, place, _third));
+    assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
+}
+
+/// Who waits already when it begins is let through when his time is over.
+#[tokio::test(start_paused = true)]
+async fn shadow_mode_lets_through_who_has_waited_in_vain() {
+    let (service, watch, handle) = over(&ConcurrencyLimitLayer::new(1).queue(5, 100 * MS));
+    let _first = hold(&service);
+    let mut waiting = hold(&service);
+    handle.shadow(true);
+    advance(100 * MS).await;
+    assert_pending!(waiting.poll());
+    assert_eq!((watch.seen().calls, handle.snapshot().waiting, handle.in_flight()), (2, 0, 1));
+    assert_eq!((handle.snapshot().shadowed, handle.snapshot().refused_waited), (1, 0));
+    drop(waiting);
+    assert_eq!(handle.in_flight(), 1);
+}
+
+/// What runs beyond the limit teaches it nothing.
+#[tokio::test(start_paused = true)]
+async fn shadow_mode_hides_what_is_beyond_from_the_algorithm() {
+    let (service, watch, handle) =
+        over(&ConcurrencyLimitLayer::adaptive(Heard::default()).shadow());
+    let mut calls: Vec<_> = (0..3).map(|_| hold(&service)).collect();
+    for (number, call) in calls.iter_mut().enumerate() {
+        watch.end(number, Ok(empty()));
+        assert_ready_ok!(call.poll());
+    }
+    let told = handle.snapshot();
+    assert_eq!((told.shadowed, told.last_change.map(|change| change.limit)), (2, Some(1)));
+}
+
+/// A limit of one, that says as its change how many calls it has heard of.
+#[derive(Debug, Default)]
+struct Heard(u32);
+
+impl Algorithm for Heard {
+    fn limit(&self) -> u32 {
+        1
+    }
+
+    fn set_limit(&mut self, _: u32) {}
+
+    fn hear(&mut self, _: &Sample) -> Option<Change> {
+        self.0 += 1;
+        Some(Change { limit: self.0, reason: Reason::Other("heard") })
+    }
+}
+
+// ===== Waits =====
+
+#[tokio::test(start_paused = true)]
+async fn waits_are_told_as_percentiles() {
+    let (service, watch, handle) = over(&ConcurrencyLimitLayer::new(1).queue(200, 150 * MS));
+    assert_eq!((handle.snapshot().wait_p50, handle.wait_percentile(1.0)), (None, None));
+    let mut now = hold(&service);
+    for number in 0..100_u32 {
+        let next = hold(&service);
+        advance((number + 1) * MS).await;
+        watch.end(number as usize, Ok(empty()));
+        assert_ready_ok!(now.poll());
+        now = next;
+        assert_pending!(now.poll());
+    }
+    let about = |wait: Option<Duration>, ms: u32| {
+        let wait = wait.expect("somebody waited");
+        wait >= ms * MS && wait <= ms * MS * 9 / 8
+    };
+    // Only the last 30 to 60 seconds, all of which fit.
+    assert!(about(handle.snapshot().wait_p50, 50), "{:?}", handle.snapshot().wait_p50);
+    assert!(about(handle.snapshot().wait_p99, 99), "{:?}", handle.snapshot().wait_p99);
+    // Who waited in vain has waited, too; who went away has not been told how long.
+    let mut vain = hold(&service);
+    drop(hold(&service));
+    advance(150 * MS).await;
+    assert_eq!(refused_as(assert_ready!(vain.poll())), RejectedKind::WaitedTooLong);
+    assert!(about(handle.wait_percentile(1.0), 150));
+    advance(Duration::from_secs(120)).await;
+    assert_eq!(handle.snapshot().wait_p99, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn refusals_are_told_by_reason() {
+    let (service, _watch, handle) = over(&ConcurrencyLimitLayer::new(1).queue(1, MS));
+    let _first = hold(&service);
+    let mut waiting = hold(&service);
+    assert_eq!(refused(&service).await, RejectedKind::Full);
+    assert_eq!(refused(&service).await, RejectedKind::Full);
+    advance(MS).await;
+    assert_eq!(refused_as(assert_ready!(waiting.poll())), RejectedKind::WaitedTooLong);
+    let mut late = request();
+    late.extensions_mut().insert(Deadline::after(Duration::ZERO));
+    assert_eq!(refused_as(service.oneshot(late).await), RejectedKind::DeadlinePassed);
+    let told = handle.snapshot();
+    let by_reason = [
+        told.refused_full,
+        told.refused_waited,
+        told.refused_deadline,
+        told.refused_outranked,
+        told.shadowed,
+    ];
+    assert_eq!(by_reason, [2, 1, 1, 0, 0]);
+}
+
+// ===== Changes =====
+
+#[tokio::test(start_paused = true)]
+async fn the_queue_changes_while_calls_wait() {
+    let (service, watch, handle) = over(&ConcurrencyLimitLayer::new(1));
+    let mut first = hold(&service);
+    assert_eq!(refused(&service).await, RejectedKind::Full);
+    handle.set_queue(2, 100 * MS).unwrap();
+    let (mut early, mut late) = (hold(&service), hold(&service));
+    assert_eq!(refused(&service).await, RejectedKind::Full);
+    // Who waits stays, in a queue that is too long now, and as long as he was told.
+    handle.set_queue(1, 10 * MS).unwrap();
+    handle.set_queue_order(QueueOrder::Lifo).unwrap();
+    advance(50 * MS).await;
+    assert_pending!(early.poll());
+    assert_eq!(refused(&service).await, RejectedKind::Full);
+    watch.end(0, Ok(empty()));
+    assert_ready_ok!(first.poll());
+    assert!(late.is_woken() && !early.is_woken());
+    assert_pending!(late.poll());
+    advance(50 * MS).await;
+    assert_eq!(refused_as(assert_ready!(early.poll())), RejectedKind::WaitedTooLong);
+    let mut brief = hold(&service);
+    advance(10 * MS).await;
+    assert_eq!(refused_as(assert_ready!(brief.poll())), RejectedKind::WaitedTooLong);
+
+    handle.set_retry_after(Duration::from_secs(7));
+    handle.set_queue(0, Duration::ZERO).unwrap();
+    let error = service.oneshot(request()).await.unwrap_err();
+    let told = buttress::Rejected::find(&*error).unwrap();
+    assert_eq!(told.retry_after(), Some(Duration::from_secs(7)));
+    for bad in [
+        handle.set_queue(1, Duration::ZERO),
+        handle.set_queue_order(QueueOrder::Adaptive(Duration::ZERO)),
+        handle.set_limit(0),
+    ] {
+        assert!(bad.is_err());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_algorithm_gets_other_bounds_while_it_runs() {
+    fn bounded(algorithm: impl Algorithm) {
+        let name = format!("{algorithm:?}");
+        let layer = ConcurrencyLimitLayer::adaptive(algorithm);
+        let (service, _watch, handle) = over(&layer);
+        assert_eq!(handle.snapshot().limit, 50, "{name}");
+        handle.set_bounds(1..=2).unwrap();
+        let told = handle.snapshot();
+        let by_hand = Change { limit: 2, reason: Reason::ByHand };
+        assert_eq!((told.limit, told.last_change), (2, Some(by_hand)), "{name}");
+        let _two = [hold(&service), hold(&service)];
+        assert!(task::spawn(service.oneshot(request())).poll().is_ready());
+        handle.set_limit(9).unwrap();
+        assert_eq!(handle.snapshot().limit, 2, "{name}");
+        handle.set_bounds(30..=40).unwrap();
+        assert_eq!(handle.snapshot().limit, 30, "{name}");
+        for (low, high) in [(0, 5), (5, 4)] {
+            let fault = handle.set_bounds(low..=high).unwrap_err();
+            assert!(["limit", "adaptive.bounds"].contains(&fault.field), "{fault}");
+        }
+    }
+    bounded(Knee::new(50, 10..=100).unwrap());
+    bounded(Aimd::new(50, 10..=100).unwrap());
+    bounded(Vegas::new(50, 10..=100).unwrap());
+    bounded(Gradient2::new(50, 10..=100).unwrap());
+    let without =
+        [ConcurrencyLimitLayer::new(5), ConcurrencyLimitLayer::adaptive(Fixed::new(5).unwrap())];
+    for layer in without {
+        assert_eq!(layer.handle().set_bounds(1..=9).unwrap_err().field, "adaptive.bounds");
+        assert_eq!(layer.handle().snapshot().limit, 5);
+    }
+}
+
+/// More room by wider bounds is for those who wait, too.
+#[tokio::test(start_paused = true)]
+async fn wider_bounds_let_waiters_in_under_the_limit() {
+    let layer = ConcurrencyLimitLayer::adaptive(Knee::new(1, 1..=1).unwrap()).queue(5, 100 * MS);
+    let (service, _watch, handle) = over(&layer);
+    let _first = hold(&service);
+    let waiting = [hold(&service), hold(&service)];
+    handle.set_bounds(2..=9).unwrap();
+    assert_eq!(waiting.each_ref().map(|call| call.is_woken()), [true, false]);
+    assert_eq!(handle.in_flight(), 2);
+}
