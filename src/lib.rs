@@ -65,6 +65,8 @@
 //! | `tracing` | yes | one event per decision |
 //! | `hyper-util` | | its client's connect errors told apart from later ones |
 //! | `reqwest` | | a service between `http` types and a `reqwest::Client`; a retry around that client itself |
+//! | `connections` | | a listener that caps its connections, for hyper |
+//! | `axum` | | and for `axum::serve` |
 //! | `percentile` | | hedges after a percentile of the latency as it is |
 //! | `tower-http` | | any classifier of `tower_http::classify` as it is |
 //! | `full` | | all of them |

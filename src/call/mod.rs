@@ -43,6 +43,6 @@ pub(crate) use self::{
     clock::{Clock, Nanos, nanos},
     permit::{Finish, Hold, Permit, Shared, Token},
     protocol::Judge,
-    reject::Form,
+    reject::{Form, whole_seconds},
     rejected::{Label, LayerKind},
 };

@@ -209,7 +209,7 @@ fn problem(status: StatusCode, kind: RejectedKind) -> Bytes {
 }
 
 /// Rounded up, and at least 1: `Retry-After: 0` would ask for a storm.
-fn whole_seconds(after: Duration) -> u64 {
+pub(crate) fn whole_seconds(after: Duration) -> u64 {
     (after.as_secs() + u64::from(after.subsec_nanos() > 0)).max(1)
 }
 

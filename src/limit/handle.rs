@@ -8,6 +8,7 @@ use super::{
 };
 use crate::{
     ConfigError,
+    admission::{Admit, Policy},
     call::{Rejected, RejectedKind, Shared},
 };
 
@@ -87,6 +88,25 @@ impl ConcurrencyLimitHandle {
         let entered = self.0.try_enter();
         let token = entered.map_or_else(|| self.0.turn_away(RejectedKind::Full), Ok)?;
         Ok(HeldPlace::own(self.0.permit(token)))
+    }
+
+    /// A place, at once or in its turn: it waits in the queue as a call does. Dropping the future gives the
+    /// turn back.
+    ///
+    /// # Errors
+    ///
+    /// There is none, and there is no room to wait; or the wait was too long.
+    ///
+    /// # Panics
+    ///
+    /// As a call that has to wait does: outside of a Tokio runtime with timers.
+    pub async fn acquire(&self) -> Result<HeldPlace, Rejected> {
+        let permit = match Policy::<()>::admit(&self.0, &(), || None) {
+            Admit::Go(permit) => permit,
+            Admit::Wait(wait) => wait.await?,
+            Admit::No(rejected) => return Err(rejected),
+        };
+        Ok(HeldPlace::own(permit))
     }
 
     /// What this share, of 0 to 1, of those who waited in the last 30 to 60 s did not exceed, an eighth too

@@ -97,6 +97,11 @@
 //! code 1013 after it instead, leave the route out of the layer, and let its handler ask the
 //! [handle](ConcurrencyLimitHandle::try_acquire) for a place.
 //!
+//! # Connections
+//!
+//! A limit on calls says nothing to idle sockets: those are for `connections` (a feature), a listener with
+//! a cap.
+//!
 //! # Cancellation
 //!
 //! Dropping a call frees its place or its turn; dropping it just when its turn has come hands the turn to
@@ -120,6 +125,9 @@
 //! at the response head. Both wait without end, in `poll_ready`.
 
 pub mod adaptive;
+#[cfg(feature = "connections")]
+#[cfg_attr(docsrs, doc(cfg(feature = "connections")))]
+pub mod connections;
 mod core;
 mod handle;
 mod layer;

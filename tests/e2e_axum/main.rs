@@ -2,6 +2,8 @@
 #![cfg(all(feature = "breaker", feature = "limit"))]
 
 mod breaker;
+#[cfg(feature = "axum")]
+mod connections;
 mod ends;
 mod limit;
 mod long_lived;

@@ -279,6 +279,24 @@ async fn a_place_acquired_by_hand_does_not_overtake_who_waits() {
     assert!(handle.try_acquire().is_ok());
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_place_acquired_by_hand_may_wait_for_its_turn() {
+    let layer = ConcurrencyLimitLayer::new(1).queue(1, std::time::Duration::from_secs(9));
+    let handle = layer.handle();
+    let first = handle.acquire().await.unwrap();
+    let mut gone = task::spawn(handle.acquire());
+    assert_pending!(gone.poll());
+    assert_eq!(handle.acquire().await.unwrap_err().kind(), RejectedKind::Full);
+    drop(gone);
+    let mut next = task::spawn(handle.acquire());
+    assert_pending!(next.poll());
+    drop(first);
+    let second = assert_ready_ok!(next.poll());
+    assert_eq!(handle.acquire().await.unwrap_err().kind(), RejectedKind::WaitedTooLong);
+    drop(second);
+    assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
+}
+
 #[test]
 fn places_go_to_any_thread() {
     fn goes<T: Send + Sync + 'static>() {}
