@@ -10,6 +10,7 @@ mod long_lived;
 mod mixed;
 #[path = "../net/mod.rs"]
 mod net;
+mod open_loop;
 
 use std::{
     iter::repeat_n,
