@@ -5,7 +5,8 @@ use std::{sync::PoisonError, time::Duration};
 
 use super::{
     counts::{Ended, TimeWindows},
-    state::{Change, Machine, Refusal, Roll, Settings, State, Ticket},
+    machine::Machine,
+    state::{At, Change, Refusal, Roll, Settings, State, Ticket},
     trip::Trip,
 };
 use crate::call::{
@@ -86,7 +87,7 @@ impl Cell {
                 let now = now();
                 let left = |at: Nanos| Duration::from_nanos(at.saturating_sub(now));
                 let mut machine = self.lock();
-                let change = machine.pass_time(now, roll, &self.times);
+                let change = machine.pass_time(self.at(now, roll));
                 return (machine.state(), machine.next_by_time().map(left), change);
             }
         };
@@ -116,16 +117,19 @@ impl Cell {
                     return (false, None);
                 }
                 let mut machine = self.lock();
-                let change = machine.pass_time(now, roll, &self.times);
+                let change = machine.pass_time(self.at(now, roll));
                 (machine.has_room(), change)
             }
         }
     }
 
-    /// Whether what this generation was let through for still goes.
-    pub(super) fn still_goes(&self, generation: u64) -> bool {
+    /// Whether what was let through, and has not gone yet, still goes.
+    pub(super) fn still_goes(&self, ticket: Ticket) -> bool {
+        if ticket.probe {
+            return self.lock().still_probes(ticket.generation);
+        }
         let bits = self.word.load(Ordering::Acquire);
-        bits >> 4 == generation && word(bits) != Word::ForcedOpen
+        bits >> 4 == ticket.generation && word(bits) != Word::ForcedOpen
     }
 
     // ===== A call =====
@@ -166,18 +170,18 @@ impl Cell {
         let bits = self.word.load(Ordering::Acquire);
         match word(bits) {
             Word::Closed | Word::ForcedClosed => {
-                (Ok(Ticket { generation: bits >> 4, probe: 0 }), None)
+                (Ok(Ticket { generation: bits >> 4, probe: false }), None)
             }
             // An open circuit refuses without the lock, however many ask.
             Word::Open => {
                 let now = now();
                 match self.until.load(Ordering::Acquire).saturating_sub(now) {
-                    0 => self.lock().admit(now, roll, &self.times),
+                    0 => self.lock().admit(self.at(now, roll)),
                     left => (Err(Refusal::Open { left: Duration::from_nanos(left) }), None),
                 }
             }
             Word::ForcedOpen => (Err(Refusal::Forced), None),
-            Word::HalfOpen | Word::Ramp => self.lock().admit(now(), roll, &self.times),
+            Word::HalfOpen | Word::Ramp => self.lock().admit(self.at(now(), roll)),
         }
     }
 
@@ -188,11 +192,11 @@ impl Cell {
         now: impl FnOnce() -> Nanos,
         roll: Roll,
     ) -> Option<Change> {
-        if ticket.probe == 0 {
+        if !ticket.probe {
             return None;
         }
         let now = now();
-        self.lock().head(ticket, so_far, now, roll, &self.times)
+        self.lock().head(ticket, so_far, self.at(now, roll))
     }
 
     #[inline]
@@ -204,10 +208,9 @@ impl Cell {
         roll: Roll,
     ) -> Option<Change> {
         let bits = self.word.load(Ordering::Acquire);
-        if bits >> 4 != ticket.generation {
-            return None;
-        }
         match word(bits) {
+            Word::HalfOpen | Word::ForcedOpen if ticket.probe => {}
+            _ if ticket.probe || bits >> 4 != ticket.generation => return None,
             Word::ForcedClosed => return None,
             Word::Closed | Word::Ramp => {
                 let slow = ended.took >= self.slow_from.load(Ordering::Relaxed);
@@ -226,7 +229,7 @@ impl Cell {
             // Isolated, it counts on underneath.
             Word::Open | Word::HalfOpen | Word::ForcedOpen => {}
         }
-        self.lock().finish(ticket, ended, now(), roll, &self.times)
+        self.lock().finish(ticket, ended, self.at(now(), roll))
     }
 
     #[inline]
@@ -244,6 +247,10 @@ impl Cell {
     /// Does something to the machine, and publishes what came of it.
     pub(super) fn with<T>(&self, act: impl FnOnce(&mut Machine, &TimeWindows) -> T) -> T {
         act(&mut self.lock(), &self.times)
+    }
+
+    fn at(&self, now: Nanos, roll: Roll) -> At<'_> {
+        At { now, roll, times: &self.times }
     }
 
     fn lock(&self) -> Locked<'_> {

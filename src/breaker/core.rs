@@ -14,7 +14,8 @@ use tokio::sync::Notify;
 use super::{
     cell::Cell,
     counts::{Ended, TimeWindows},
-    state::{Change, Machine, Refusal, Settings, State, Ticket},
+    machine::Machine,
+    state::{At, Change, Refusal, Settings, State, Ticket},
     trip::Trip,
 };
 use crate::{
@@ -49,8 +50,11 @@ pub struct Circuit {
     steered: AtomicBool,
 }
 
+/// Set in a token's tag beside the generation of a probe.
+const PROBE: u64 = 1 << 63;
+
 /// The generation of calls that count for nothing.
-const NO_GENERATION: u64 = u64::MAX >> 16;
+const NO_GENERATION: u64 = PROBE - 1;
 
 impl Circuit {
     pub(super) fn new(trip: Trip, settings: Settings) -> Self {
@@ -166,8 +170,7 @@ impl Circuit {
 
     /// Whether a call that was let through, and has not gone yet, would be refused by now.
     pub(super) fn is_late(&self, token: Token) -> bool {
-        let generation = token.tag >> 16;
-        generation != NO_GENERATION && !self.cell.still_goes(generation)
+        token.tag != NO_GENERATION && !self.cell.still_goes(ticket(token))
     }
 
     /// Whether nothing would be lost with it.
@@ -179,12 +182,9 @@ impl Circuit {
     // ===== Acting =====
 
     /// Does something to the machine; whoever waits for a change is told of it.
-    pub(super) fn act(
-        &self,
-        act: impl FnOnce(&mut Machine, &TimeWindows, Nanos) -> Option<Change>,
-    ) {
+    pub(super) fn act(&self, act: impl FnOnce(&mut Machine, At<'_>) -> Option<Change>) {
         let now = self.now();
-        let change = self.cell.with(|machine, times| act(machine, times, now));
+        let change = self.cell.with(|machine, times| act(machine, at(now, times)));
         self.tell(change);
     }
 
@@ -192,7 +192,7 @@ impl Circuit {
     pub(super) fn look<T>(&self, look: impl FnOnce(&Machine, &TimeWindows, Nanos) -> T) -> T {
         let now = self.now();
         let (seen, change) = self.cell.with(|machine, times| {
-            let change = machine.pass_time(now, fastrand::f64, times);
+            let change = machine.pass_time(at(now, times));
             (look(machine, times, now), change)
         });
         self.tell(change);
@@ -239,7 +239,7 @@ impl Circuit {
     pub(super) fn admit(circuit: &Shared<Self>) -> Result<Permit<Self>, Refusal> {
         match circuit.cell.goes() {
             Some(generation) if !circuit.cell.measures() => {
-                Ok(circuit.permit(Token { tag: generation << 16, started: 0 }))
+                Ok(circuit.permit(Token { tag: generation, started: 0 }))
             }
             _ => Self::admit_slowly(circuit),
         }
@@ -253,17 +253,17 @@ impl Circuit {
             Ok(ticket) => ticket,
             Err(_) if circuit.shadow.load(Ordering::Relaxed) => {
                 circuit.shadowed.fetch_add(1, Ordering::Relaxed);
-                Ticket { generation: NO_GENERATION, probe: 0 }
+                Ticket { generation: NO_GENERATION, probe: false }
             }
             Err(refusal) => return Err(refusal),
         };
-        if ticket.probe != 0 {
+        if ticket.probe {
             // It may have been the last slot: nobody need wait for the inner service any more.
             circuit.changed.notify_waiters();
         }
         // One more than the time: 0 says that nobody measures.
         let started = if circuit.cell.measures() { circuit.now().saturating_add(1) } else { 0 };
-        let tag = ticket.generation << 16 | u64::from(ticket.probe);
+        let tag = ticket.generation | if ticket.probe { PROBE } else { 0 };
         Ok(circuit.permit(Token { tag, started }))
     }
 
@@ -285,8 +285,12 @@ impl Circuit {
     }
 }
 
+fn at(now: Nanos, times: &TimeWindows) -> At<'_> {
+    At { now, roll: fastrand::f64, times }
+}
+
 fn ticket(token: Token) -> Ticket {
-    Ticket { generation: token.tag >> 16, probe: token.tag as u16 }
+    Ticket { generation: token.tag & !PROBE, probe: token.tag & PROBE != 0 }
 }
 
 /// How long the call took to its head, or has taken until now.
@@ -305,7 +309,7 @@ const TOOK: u64 = 1 << 63;
 impl Finish for Circuit {
     #[inline]
     fn head(&self, token: &mut Token, so_far: Outcome) {
-        if token.started == 0 && token.tag as u16 == 0 {
+        if token.started == 0 && token.tag & PROBE == 0 {
             return;
         }
         if token.started != 0 {
@@ -319,7 +323,7 @@ impl Finish for Circuit {
     #[inline]
     fn finish(&self, token: Token, outcome: Outcome) {
         let good = token.started == 0 && outcome.is_success();
-        if !(good && self.cell.count_good(token.tag >> 16, || self.now())) {
+        if !(good && self.cell.count_good(token.tag, || self.now())) {
             self.finish_slowly(token, outcome);
         }
     }
@@ -339,7 +343,7 @@ impl Circuit {
         let took = took(token, &mut now);
         let ticket = ticket(token);
         let change = self.cell.finish(ticket, Ended { outcome, took }, now, fastrand::f64);
-        if ticket.probe != 0 && change.is_none() {
+        if ticket.probe && change.is_none() {
             // A slot may have come back.
             self.changed.notify_waiters();
         }

@@ -3,7 +3,8 @@ use std::{fmt, pin::pin, time::Duration};
 use super::{
     core::Circuit,
     counts::Seen,
-    state::{Past, State},
+    machine::Past,
+    state::State,
     trip::{Trip, Tripped},
     wait::OpenFor,
 };
@@ -121,14 +122,14 @@ impl CircuitBreakerHandle {
     }
 
     fn force(&self, to: State) {
-        self.0.act(|machine, times, now| Some(machine.force(to, now, times)));
+        self.0.act(|machine, at| Some(machine.force(to, at.now, at.times)));
     }
 
     /// Refuses every call as long as this, or another isolation of the same circuit, is kept. What the
     /// circuit was goes on underneath.
     #[must_use = "dropping it ends the isolation"]
     pub fn isolate(&self) -> Isolation {
-        self.0.act(|machine, _, _| machine.isolate(true));
+        self.0.act(|machine, _| machine.isolate(true));
         Isolation(self.clone())
     }
 
@@ -142,7 +143,7 @@ impl CircuitBreakerHandle {
     /// An outcome from outside of the stack: of a health probe, say. It counts like a call's, and, once the
     /// wait is over, like a half-open probe's.
     pub fn record(&self, outcome: Outcome) {
-        self.0.act(|machine, times, now| machine.told(outcome, now, fastrand::f64, times));
+        self.0.act(|machine, at| machine.told(outcome, at));
     }
 
     // ===== While it runs =====
@@ -155,7 +156,7 @@ impl CircuitBreakerHandle {
     pub fn set_trip(&self, trip: &Trip) -> Result<(), ConfigError> {
         trip.check()?;
         let mut fits = false;
-        self.0.act(|machine, _, _| {
+        self.0.act(|machine, _| {
             fits = machine.adjust(trip);
             None
         });
@@ -185,7 +186,7 @@ impl CircuitBreakerHandle {
     /// window of calls takes the share of bad ones, where it holds fewer). Probes start anew, a ramp does
     /// not. Isolations and counts of refusals stay as they are.
     pub fn restore(&self, snapshot: &CircuitBreakerSnapshot) {
-        self.0.act(|machine, times, now| Some(machine.restore(&snapshot.past, now, times)));
+        self.0.act(|machine, at| Some(machine.restore(&snapshot.past, at.now, at.times)));
     }
 }
 
@@ -195,7 +196,7 @@ pub struct Isolation(CircuitBreakerHandle);
 
 impl Drop for Isolation {
     fn drop(&mut self) {
-        self.0.0.act(|machine, _, _| machine.isolate(false));
+        self.0.0.act(|machine, _| machine.isolate(false));
     }
 }
 

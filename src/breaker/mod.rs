@@ -175,6 +175,7 @@ mod counts;
 mod handle;
 mod keyed;
 mod layer;
+mod machine;
 mod policy;
 mod probes;
 mod state;

@@ -11,13 +11,13 @@ pub(super) struct Probes {
     failed: u16,
     /// How the last of them failed, with the server's hint.
     failure: Option<(Tripped, Option<Duration>)>,
-    last_id: u16,
     under_way: Vec<Probe>,
 }
 
 #[derive(Debug)]
 struct Probe {
-    id: u16,
+    /// Its own: no other call of this circuit ever has the same.
+    generation: u64,
     lease_ends: Nanos,
     good_head: bool,
 }
@@ -39,33 +39,26 @@ impl Probes {
         !settings.outside_probes && taken < usize::from(settings.probes)
     }
 
-    /// The number of the probe that goes now, if one may; never 0.
-    pub(super) fn begin(&mut self, now: Nanos, settings: &Settings) -> Option<u16> {
-        if !self.has_room(settings) {
-            return None;
-        }
-        let mut id = self.last_id;
-        loop {
-            id = id.wrapping_add(1).max(1);
-            if self.under_way.iter().all(|probe| probe.id != id) {
-                break;
-            }
-        }
-        self.last_id = id;
+    /// One goes; there is [room](Self::has_room).
+    pub(super) fn begin(&mut self, generation: u64, now: Nanos, settings: &Settings) {
         let lease_ends = now.saturating_add(nanos(settings.lease));
-        self.under_way.push(Probe { id, lease_ends, good_head: false });
-        Some(id)
+        self.under_way.push(Probe { generation, lease_ends, good_head: false });
     }
 
-    pub(super) fn head(&mut self, id: u16, good: bool) {
-        if let Some(probe) = self.under_way.iter_mut().find(|probe| probe.id == id) {
+    pub(super) fn has(&self, generation: u64) -> bool {
+        self.under_way.iter().any(|probe| probe.generation == generation)
+    }
+
+    pub(super) fn head(&mut self, generation: u64, good: bool) {
+        if let Some(probe) = self.under_way.iter_mut().find(|probe| probe.generation == generation)
+        {
             probe.good_head = good;
         }
     }
 
     /// Gives the slot of this probe back. False: it has none.
-    pub(super) fn end(&mut self, id: u16) -> bool {
-        let at = self.under_way.iter().position(|probe| probe.id == id);
+    pub(super) fn end(&mut self, generation: u64) -> bool {
+        let at = self.under_way.iter().position(|probe| probe.generation == generation);
         at.map(|at| self.under_way.remove(at)).is_some()
     }
 

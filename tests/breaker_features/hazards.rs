@@ -96,6 +96,41 @@ async fn a_lease_that_ends_is_one_failed_probe() {
     assert_eq!(rig.state(), State::Closed);
 }
 
+/// A hung probe answers at last, after more probes than sixteen bits can tell apart: none of them is ended.
+#[tokio::test(start_paused = true)]
+async fn a_late_probe_is_taken_for_no_other_however_many_there_were() {
+    let rig = Rig::half_open(touchy().half_open_of(1, 2).probe_lease(secs(7))).await;
+    let (mut late, number) = rig.hold();
+    advance(secs(7)).await;
+    for _ in 1..u16::MAX {
+        assert!(rig.ask().poll().is_pending());
+    }
+    let (_probe, _) = rig.hold();
+    rig.watch.end(number, Err(Oops("down")));
+    assert!(assert_ready!(late.poll()).is_err());
+    assert_eq!((rig.state(), rig.handle.snapshot().probes), (State::HalfOpen, 1));
+}
+
+/// Of two that wait for their inner service, the lease of one ends: the other is as good as before.
+#[tokio::test(start_paused = true)]
+async fn a_probe_that_waits_has_its_own_slot_and_no_other() {
+    let rig = Rig::half_open(touchy().half_open_of(1, 3).probe_lease(secs(7))).await;
+    rig.watch.set_ready(false);
+    let mut first = task::spawn(rig.service.clone().call(request()));
+    assert_pending!(first.poll());
+    advance(secs(4)).await;
+    let mut second = task::spawn(rig.service.clone().call(request()));
+    assert_pending!(second.poll());
+    assert_pending!(first.poll());
+    assert_eq!(rig.handle.snapshot().probes, 2);
+    advance(secs(3)).await;
+    assert_eq!(rig.handle.snapshot().probes, 1);
+    rig.watch.script([Then::Answer(empty())]);
+    rig.watch.set_ready(true);
+    assert_ready_ok!(second.poll());
+    assert_eq!(rig.state(), State::Closed);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_slow_head_is_no_good_head_at_the_end_of_a_lease() {
     let trip = Trip::any([Trip::consecutive(1), Trip::slow_ratio(0.5, secs(1))]);

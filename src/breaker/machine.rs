@@ -1,0 +1,240 @@
+//! The state machine: pure, synchronous, told the time and the luck.
+//!
+//! Here is what calls and time do to it; what a hand does, and what others see of it, is in the modules beneath.
+
+mod by_hand;
+mod view;
+
+use std::time::Duration;
+
+pub(super) use self::by_hand::Past;
+use super::{
+    counts::{Counts, Ended, TimeWindows},
+    probes::{Probes, Verdict},
+    state::{At, Change, Refusal, Settings, Ticket},
+    trip::{Trip, Tripped},
+};
+use crate::call::{Nanos, Outcome, OutcomeKind, nanos};
+
+/// The share of calls that goes at the beginning of a ramp.
+const RAMP_FROM: f64 = 0.1;
+
+#[derive(Debug)]
+pub(super) struct Machine {
+    pub(super) settings: Settings,
+    shape: Trip,
+    counts: Counts,
+    phase: Phase,
+    /// One more with every change of phase and with every probe, so that a result can be told to be late.
+    generation: u64,
+    /// How many hold it open.
+    isolations: u32,
+    opened: u64,
+    /// Trips since it was last calm.
+    restless: u32,
+    last: Option<Tripped>,
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// Since when it is closed; ramping up again, or not.
+    Closed {
+        since: Nanos,
+        ramps: bool,
+    },
+    Open {
+        until: Nanos,
+    },
+    HalfOpen(Probes),
+    ForcedOpen,
+    ForcedClosed,
+}
+
+impl Machine {
+    pub(super) fn new(trip: Trip, settings: Settings) -> (Self, TimeWindows) {
+        let (counts, times) = Counts::new(&trip);
+        let machine = Self {
+            settings,
+            shape: trip,
+            counts,
+            phase: Phase::Closed { since: 0, ramps: false },
+            generation: 0,
+            isolations: 0,
+            opened: 0,
+            restless: 0,
+            last: None,
+        };
+        (machine, times)
+    }
+
+    // ===== Time passes =====
+
+    /// What happens by time alone: a wait ends, a lease ends, a ramp ends. Each at its own time, also where
+    /// nobody looked in between.
+    pub(super) fn pass_time(&mut self, at: At<'_>) -> Option<Change> {
+        let mut last: Option<Change> = None;
+        loop {
+            let next = match &mut self.phase {
+                // The end of the wait is part of what comes after it.
+                Phase::Open { until } if at.now >= *until => {
+                    Some(self.enter(Phase::HalfOpen(Probes::default()), None))
+                }
+                Phase::HalfOpen(probes) => match probes.end_lease(at.now) {
+                    Some(ended) => match self.decide(At { now: ended, ..at }) {
+                        None => continue,
+                        decided => decided,
+                    },
+                    None => self.decide(at),
+                },
+                Phase::Closed { since, ramps } if *ramps => {
+                    *ramps = at.now.saturating_sub(*since) < nanos(self.settings.ramp);
+                    None
+                }
+                _ => None,
+            };
+            let Some(next) = next else { return last };
+            let tripped = next.tripped.or(last.and_then(|last| last.tripped));
+            last = Some(Change { to: next.to, tripped });
+        }
+    }
+
+    // ===== A call comes =====
+
+    /// May a call go? Half-open, at most `probes` go, each with a slot that comes back.
+    pub(super) fn admit(&mut self, at: At<'_>) -> (Result<Ticket, Refusal>, Option<Change>) {
+        if self.isolations > 0 {
+            return (Err(Refusal::Forced), None);
+        }
+        let change = self.pass_time(at);
+        let counted = Ok(Ticket { generation: self.generation, probe: false });
+        let answer = match &mut self.phase {
+            Phase::Closed { since, ramps: true } => {
+                let ramp = nanos(self.settings.ramp);
+                let gone = at.now.saturating_sub(*since);
+                let share = RAMP_FROM + (1.0 - RAMP_FROM) * (gone as f64 / ramp as f64);
+                if (at.roll)() < share {
+                    counted
+                } else {
+                    let left = Duration::from_nanos(ramp.saturating_sub(gone));
+                    Err(Refusal::Ramping { left })
+                }
+            }
+            Phase::Closed { .. } | Phase::ForcedClosed => counted,
+            Phase::ForcedOpen => Err(Refusal::Forced),
+            Phase::Open { until } => {
+                Err(Refusal::Open { left: Duration::from_nanos(until.saturating_sub(at.now)) })
+            }
+            Phase::HalfOpen(probes) if probes.has_room(&self.settings) => {
+                self.generation += 1;
+                probes.begin(self.generation, at.now, &self.settings);
+                Ok(Ticket { generation: self.generation, probe: true })
+            }
+            Phase::HalfOpen(_) => Err(Refusal::Probing),
+        };
+        (answer, change)
+    }
+
+    // ===== A call ends =====
+
+    /// A probe has seen its response head.
+    pub(super) fn head(&mut self, probe: Ticket, so_far: Ended, at: At<'_>) -> Option<Change> {
+        let change = self.pass_time(at);
+        if let Phase::HalfOpen(probes) = &mut self.phase {
+            let kind = so_far.outcome.kind();
+            let bad = matches!(kind, OutcomeKind::Failure | OutcomeKind::Throttled);
+            probes.head(probe.generation, !bad && !self.counts.was_slow(so_far));
+        }
+        change
+    }
+
+    /// A call has ended. One of an older generation changes nothing.
+    pub(super) fn finish(&mut self, ticket: Ticket, ended: Ended, at: At<'_>) -> Option<Change> {
+        if !ticket.probe {
+            return if ticket.generation == self.generation {
+                self.counted(ended, at)
+            } else {
+                None
+            };
+        }
+        // Its lease may be over: then it has been decided by its head.
+        let by_time = self.pass_time(at);
+        if let Phase::HalfOpen(probes) = &mut self.phase {
+            if probes.end(ticket.generation) {
+                return self.probed(ended, at);
+            }
+        }
+        by_time
+    }
+
+    /// An outcome from outside of the stack: counted like a call, or like a probe.
+    pub(super) fn told(&mut self, outcome: Outcome, at: At<'_>) -> Option<Change> {
+        let by_time = self.pass_time(at);
+        let ended = Ended { outcome, took: 0 };
+        let by_call = match self.phase {
+            Phase::HalfOpen(_) => self.probed(ended, at),
+            _ => self.counted(ended, at),
+        };
+        by_call.or(by_time)
+    }
+
+    fn counted(&mut self, ended: Ended, at: At<'_>) -> Option<Change> {
+        let Phase::Closed { .. } = self.phase else { return None };
+        let tripped = self.counts.record(ended, at.now, at.times)?;
+        Some(self.open(tripped, ended.outcome.retry_after(), at))
+    }
+
+    fn probed(&mut self, ended: Ended, at: At<'_>) -> Option<Change> {
+        let slow = self.counts.was_slow(ended);
+        let Phase::HalfOpen(probes) = &mut self.phase else { return None };
+        let outcome = ended.outcome;
+        match outcome.kind() {
+            OutcomeKind::Success if !slow => probes.pass(),
+            // It gives its slot back; unless it was given up for being slow.
+            OutcomeKind::Cancelled if !slow => return None,
+            OutcomeKind::Success | OutcomeKind::Cancelled => probes.fail(Tripped::SlowProbe, None),
+            OutcomeKind::Failure | OutcomeKind::Throttled => {
+                probes.fail(Tripped::Probe { outcome }, outcome.retry_after());
+            }
+        }
+        self.decide(at)
+    }
+
+    // ===== It changes =====
+
+    /// As early as it is certain, both ways.
+    fn decide(&mut self, at: At<'_>) -> Option<Change> {
+        let Phase::HalfOpen(probes) = &self.phase else { return None };
+        Some(match probes.verdict(&self.settings)? {
+            Verdict::Open(tripped, hint) => self.open(tripped, hint, at),
+            Verdict::Close => {
+                self.counts.clear(at.times);
+                let ramps = !self.settings.ramp.is_zero();
+                self.enter(Phase::Closed { since: at.now, ramps }, None)
+            }
+        })
+    }
+
+    fn open(&mut self, tripped: Tripped, hint: Option<Duration>, at: At<'_>) -> Change {
+        if self.is_calm(at.now) {
+            self.restless = 0;
+        }
+        let wait = self.settings.open_for.wait(self.restless, hint, (at.roll)());
+        self.restless = self.restless.saturating_add(1);
+        self.opened += 1;
+        self.last = Some(tripped);
+        let until = at.now.saturating_add(nanos(wait));
+        self.enter(Phase::Open { until }, Some(tripped))
+    }
+
+    /// Closed for so long that its trips are forgotten.
+    fn is_calm(&self, now: Nanos) -> bool {
+        let Phase::Closed { since, .. } = self.phase else { return false };
+        self.restless == 0 || now.saturating_sub(since) >= nanos(self.settings.open_for.calm())
+    }
+
+    fn enter(&mut self, phase: Phase, tripped: Option<Tripped>) -> Change {
+        self.generation += 1;
+        self.phase = phase;
+        Change { to: self.state(), tripped }
+    }
+}

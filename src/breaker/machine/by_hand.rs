@@ -1,0 +1,96 @@
+//! What a hand does to the machine: a state, an isolation, a past, other thresholds.
+
+use std::time::Duration;
+
+use super::{
+    super::{
+        counts::{TimeWindows, Windows},
+        probes::Probes,
+        state::{Change, Settings, State},
+        trip::Trip,
+    },
+    Machine, Phase,
+};
+use crate::call::{Nanos, nanos};
+
+/// All that another circuit takes up.
+#[derive(Clone, Debug, PartialEq)]
+pub(in crate::breaker) struct Past {
+    /// Where it is, isolations apart.
+    state: State,
+    /// What is left of an open circuit's wait.
+    left: Duration,
+    restless: u32,
+    run: u32,
+    windows: Windows,
+}
+
+impl Machine {
+    /// Somebody says where it is.
+    pub(in crate::breaker) fn force(
+        &mut self,
+        to: State,
+        now: Nanos,
+        times: &TimeWindows,
+    ) -> Change {
+        if to != State::HalfOpen {
+            self.counts.clear(times);
+            self.restless = 0;
+        }
+        self.enter(phase(to, Duration::ZERO, now), None)
+    }
+
+    /// One more, or one less, holds it open. What it was goes on underneath.
+    pub(in crate::breaker) fn isolate(&mut self, more: bool) -> Option<Change> {
+        let before = self.isolations;
+        self.isolations = if more { before.saturating_add(1) } else { before.saturating_sub(1) };
+        let turned = (before == 0) != (self.isolations == 0);
+        turned.then(|| Change { to: self.state(), tripped: None })
+    }
+
+    /// What another is to take up.
+    pub(in crate::breaker) fn past(&self, now: Nanos, times: &TimeWindows) -> Past {
+        let left = match self.phase {
+            Phase::Open { until } => Duration::from_nanos(until.saturating_sub(now)),
+            _ => Duration::ZERO,
+        };
+        let (run, windows) = self.counts.past(now, times);
+        Past { state: self.beneath(), left, restless: self.restless, run, windows }
+    }
+
+    /// Takes up where another left off.
+    pub(in crate::breaker) fn restore(
+        &mut self,
+        past: &Past,
+        now: Nanos,
+        times: &TimeWindows,
+    ) -> Change {
+        self.counts.restore(past.run, &past.windows, now, times);
+        self.restless = past.restless;
+        self.enter(phase(past.state, past.left, now), None)
+    }
+
+    /// New thresholds for the same rules; what was counted stays. False: they are other rules.
+    pub(in crate::breaker) fn adjust(&mut self, trip: &Trip) -> bool {
+        let fits = self.counts.adjust(trip, &self.shape);
+        if fits {
+            self.shape = trip.clone();
+        }
+        fits
+    }
+
+    /// What another circuit like this one is made of.
+    pub(in crate::breaker) fn shape(&self) -> (Trip, Settings) {
+        (self.shape.clone(), self.settings)
+    }
+}
+
+fn phase(state: State, left: Duration, now: Nanos) -> Phase {
+    match state {
+        State::Closed => Phase::Closed { since: now, ramps: false },
+        State::Open => Phase::Open { until: now.saturating_add(nanos(left)) },
+        State::HalfOpen => Phase::HalfOpen(Probes::default()),
+        State::ForcedOpen => Phase::ForcedOpen,
+        State::ForcedClosed => Phase::ForcedClosed,
+    }
+}

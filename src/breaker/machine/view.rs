@@ -1,0 +1,118 @@
+//! What others see of the machine: the path without the lock, snapshots, who waits. Right once time has
+//! [passed](Machine::pass_time).
+
+use super::{
+    super::{
+        counts::{Seen, TimeWindows},
+        state::State,
+        trip::Tripped,
+    },
+    Machine, Phase,
+};
+use crate::call::Nanos;
+
+impl Machine {
+    pub(in crate::breaker) fn state(&self) -> State {
+        if self.isolations > 0 { State::ForcedOpen } else { self.beneath() }
+    }
+
+    /// Where it is, isolations apart.
+    pub(super) fn beneath(&self) -> State {
+        match self.phase {
+            Phase::Closed { .. } => State::Closed,
+            Phase::Open { .. } => State::Open,
+            Phase::HalfOpen(_) => State::HalfOpen,
+            Phase::ForcedOpen => State::ForcedOpen,
+            Phase::ForcedClosed => State::ForcedClosed,
+        }
+    }
+
+    /// When time alone changes something that callers wait for.
+    pub(in crate::breaker) fn next_by_time(&self) -> Option<Nanos> {
+        match &self.phase {
+            _ if self.isolations > 0 => None,
+            Phase::Open { until } => Some(*until),
+            Phase::HalfOpen(probes) => probes.next_lease(),
+            _ => None,
+        }
+    }
+
+    /// Whether a call would go; a ramp's luck apart.
+    pub(in crate::breaker) fn has_room(&self) -> bool {
+        match &self.phase {
+            _ if self.isolations > 0 => false,
+            Phase::Closed { .. } | Phase::ForcedClosed => true,
+            Phase::Open { .. } | Phase::ForcedOpen => false,
+            Phase::HalfOpen(probes) => probes.has_room(&self.settings),
+        }
+    }
+
+    /// Whether this probe still has its slot, and may go.
+    pub(in crate::breaker) fn still_probes(&self, generation: u64) -> bool {
+        match &self.phase {
+            Phase::HalfOpen(probes) if self.isolations == 0 => probes.has(generation),
+            _ => false,
+        }
+    }
+
+    // ===== For the path without the lock =====
+
+    pub(in crate::breaker) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// When an open circuit's wait is over.
+    pub(in crate::breaker) fn until(&self) -> Nanos {
+        match self.phase {
+            Phase::Open { until } => until,
+            _ => 0,
+        }
+    }
+
+    /// Whether luck decides.
+    pub(in crate::breaker) fn ramps(&self) -> bool {
+        matches!(self.phase, Phase::Closed { ramps: true, .. })
+    }
+
+    /// Whether a good call would change nothing but the time windows.
+    pub(in crate::breaker) fn is_clean(&self) -> bool {
+        self.counts.is_clean()
+    }
+
+    pub(in crate::breaker) fn slow_from(&self) -> Option<Nanos> {
+        self.counts.slow_from()
+    }
+
+    // ===== For snapshots =====
+
+    pub(in crate::breaker) fn isolations(&self) -> u32 {
+        self.isolations
+    }
+
+    pub(in crate::breaker) fn opened(&self) -> u64 {
+        self.opened
+    }
+
+    pub(in crate::breaker) fn last_trip(&self) -> Option<Tripped> {
+        self.last
+    }
+
+    pub(in crate::breaker) fn probes_under_way(&self) -> usize {
+        match &self.phase {
+            Phase::HalfOpen(probes) => probes.under_way(),
+            _ => 0,
+        }
+    }
+
+    pub(in crate::breaker) fn seen(&self, now: Nanos, times: &TimeWindows) -> Seen {
+        self.counts.seen(now, times)
+    }
+
+    /// Whether it is as good as a new one.
+    pub(in crate::breaker) fn is_fresh(&self, now: Nanos, times: &TimeWindows) -> bool {
+        self.state() == State::Closed
+            && !self.ramps()
+            && self.is_calm(now)
+            && self.seen(now, times) == Seen::default()
+    }
+}
