@@ -474,6 +474,9 @@ pub fn all() -> Vec<Candidate> {
         ours("buttress/breaker_time", "breaker_time", TIMES, || {
             made(ours_breaker(Trip::failure_ratio(0.5)))
         }),
+        ours("buttress/breaker_coarse", "breaker_coarse", TIMES, || {
+            made(ours_breaker(Trip::failure_ratio(0.5).coarse_clock()))
+        }),
         ours("buttress/breaker_window_1000000", "breaker_window_1000000", BREAKERS, || {
             made(ours_breaker(count_rule(1_000_000)))
         }),

@@ -1,7 +1,7 @@
 //! The machine behind a lock, and the word that lets calls through a closed circuit do without it. Told
 //! the time, like the machine; every interleaving of it is tried by the models at the end.
 
-use std::{sync::PoisonError, time::Duration};
+use std::{cell::LazyCell, sync::PoisonError, time::Duration};
 
 use super::{
     counts::{Ended, TimeWindows},
@@ -156,7 +156,7 @@ impl Cell {
             return false;
         }
         if !self.times.is_empty() && bits >> 4 == generation {
-            self.record_good(now());
+            self.record_good(now);
         }
         true
     }
@@ -219,7 +219,7 @@ impl Cell {
                     OutcomeKind::Cancelled if !slow => return None,
                     OutcomeKind::Success if !slow && bits & CLEAN != 0 => {
                         if !self.times.is_empty() {
-                            self.record_good(now());
+                            self.record_good(now);
                         }
                         return None;
                     }
@@ -233,11 +233,12 @@ impl Cell {
     }
 
     #[inline]
-    fn record_good(&self, now: Nanos) {
+    fn record_good(&self, now: impl FnOnce() -> Nanos) {
+        let now = LazyCell::new(now);
         for window in &self.times {
-            while !window.record_good(now) {
+            while !window.record_good(|| *now) {
                 let _locked = self.lock();
-                window.advance(now);
+                window.advance(*now);
             }
         }
     }

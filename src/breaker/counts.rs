@@ -1,9 +1,9 @@
 //! What the rules of a [`Trip`] have seen since the circuit closed.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, mem, sync::Arc, time::Duration};
 
 use super::{
-    trip::{Bad, Closure, Rule, Trip, Tripped},
+    trip::{Bad, Closure, Ratio, Rule, Trip, Tripped},
     window::{CountWindow, Tally, TimeWindow},
 };
 use crate::call::{Nanos, Outcome, OutcomeKind, nanos};
@@ -89,7 +89,7 @@ impl Counts {
             .map(|rule| match rule {
                 Rule::Consecutive { failures } => Counted::Consecutive { limit: *failures },
                 Rule::When(rule) => Counted::When(rule.clone()),
-                Rule::Ratio { of, ratio, span, min_calls } => {
+                Rule::Ratio(Ratio { of, limit, span, min_calls, coarse }) => {
                     if let Bad::Slow(slow) = of {
                         let slow = nanos(*slow);
                         slow_from = Some(slow_from.map_or(slow, |least: Nanos| least.min(slow)));
@@ -97,11 +97,11 @@ impl Counts {
                     let window = match span {
                         Span::Calls(calls) => Window::Calls(CountWindow::new(*calls)),
                         Span::Time(length) => {
-                            times.push(TimeWindow::new(*length));
+                            times.push(TimeWindow::new(*length, *coarse));
                             Window::Time(times.len() - 1)
                         }
                     };
-                    Counted::Ratio { of: *of, limit: *ratio, min_calls: *min_calls, window }
+                    Counted::Ratio { of: *of, limit: *limit, min_calls: *min_calls, window }
                 }
             })
             .collect();
@@ -256,9 +256,9 @@ impl Counts {
             && trip.rules.iter().zip(&shape.rules).all(|pair| match pair {
                 (Rule::Consecutive { .. }, Rule::Consecutive { .. })
                 | (Rule::When(_), Rule::When(_)) => true,
-                (Rule::Ratio { of: a, span: s, .. }, Rule::Ratio { of: b, span: t, .. }) => {
-                    matches!((a, b), (Bad::Failed, Bad::Failed) | (Bad::Slow(_), Bad::Slow(_)))
-                        && s == t
+                (Rule::Ratio(a), Rule::Ratio(b)) => {
+                    mem::discriminant(&a.of) == mem::discriminant(&b.of)
+                        && (a.span, a.coarse) == (b.span, b.coarse)
                 }
                 _ => false,
             });

@@ -69,7 +69,8 @@
 //! | [`any`](Trip::any) | the first of several does | |
 //!
 //! A window of calls is a ring of one bit a call; one of time is ten buckets, and slides by a tenth. Both
-//! are exact and cost the same however many calls are in them. Rules are looked at when a call fails or is
+//! are exact and cost the same however many calls are in them. Good calls read the clock for one of time; with
+//! a [coarse clock](Trip::coarse_clock) one in sixteen does. Rules are looked at when a call fails or is
 //! slow: a success never opens a circuit. Closing, and forcing by hand, begins to count anew.
 //!
 //! # Waits

@@ -26,8 +26,18 @@ pub struct Trip {
 #[derive(Clone)]
 pub(super) enum Rule {
     Consecutive { failures: u32 },
-    Ratio { of: Bad, ratio: f64, span: Span, min_calls: u32 },
+    Ratio(Ratio),
     When(Arc<Closure>),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ratio {
+    pub(super) of: Bad,
+    pub(super) limit: f64,
+    pub(super) span: Span,
+    pub(super) min_calls: u32,
+    /// Good calls read the clock only now and then.
+    pub(super) coarse: bool,
 }
 
 /// A rule of the user's.
@@ -41,13 +51,17 @@ pub(super) enum Bad {
     Slow(Duration),
 }
 
-const TEN_SECONDS: Span = Span::Time(Duration::from_secs(10));
 /// As many as fit 125 KiB.
 const MOST_CALLS: u32 = 1_000_000;
 
 impl Trip {
     fn of(rule: Rule) -> Self {
         Self { rules: vec![rule] }
+    }
+
+    fn ratio(of: Bad, limit: f64) -> Self {
+        let span = Span::Time(Duration::from_secs(10));
+        Self::of(Rule::Ratio(Ratio { of, limit, span, min_calls: 20, coarse: false }))
     }
 
     /// After this many failures in a row. A success in between starts the count again; throttled and
@@ -64,7 +78,7 @@ impl Trip {
     /// same however many calls are in it.
     #[must_use]
     pub fn failure_ratio(ratio: f64) -> Self {
-        Self::of(Rule::Ratio { of: Bad::Failed, ratio, span: TEN_SECONDS, min_calls: 20 })
+        Self::ratio(Bad::Failed, ratio)
     }
 
     /// When at least this share of the calls in a window took `slow` or longer to their response head
@@ -74,7 +88,7 @@ impl Trip {
     /// hide a hang. Costs two clock reads a call.
     #[must_use]
     pub fn slow_ratio(ratio: f64, slow: Duration) -> Self {
-        Self::of(Rule::Ratio { of: Bad::Slow(slow), ratio, span: TEN_SECONDS, min_calls: 20 })
+        Self::ratio(Bad::Slow(slow), ratio)
     }
 
     /// When this closure says so, looking at what the circuit has [`Seen`] in a row and in all windows.
@@ -89,27 +103,35 @@ impl Trip {
     /// The ratio's window is the last stretch of time: 10 ms or more, in ten buckets.
     #[must_use]
     pub fn within(self, length: Duration) -> Self {
-        self.with_ratio(|span, _| *span = Span::Time(length))
+        self.with_ratio(|ratio| ratio.span = Span::Time(length))
     }
 
     /// The ratio's window is the last so many calls: 1 to 1,000,000. It needs as many of them as
     /// [`min_calls`](Self::min_calls) says, at most all.
     #[must_use]
     pub fn over(self, calls: u32) -> Self {
-        self.with_ratio(|span, _| *span = Span::Calls(calls))
+        self.with_ratio(|ratio| ratio.span = Span::Calls(calls))
     }
 
     /// How many calls must be in the ratio's window before it can trip: 1 or more, and no more than a
     /// window of calls holds.
     #[must_use]
     pub fn min_calls(self, calls: u32) -> Self {
-        self.with_ratio(|_, min_calls| *min_calls = calls)
+        self.with_ratio(|ratio| ratio.min_calls = calls)
     }
 
-    fn with_ratio(mut self, change: impl Fn(&mut Span, &mut u32)) -> Self {
+    /// Reads the clock for one good call in sixteen only, which is most of what the ratio's window of time
+    /// costs. The others count as of the last reading: up to fifteen of them leave the window early. What
+    /// fails, or is slow, always reads it; and a [`slow_ratio`](Self::slow_ratio) times every call.
+    #[must_use]
+    pub fn coarse_clock(self) -> Self {
+        self.with_ratio(|ratio| ratio.coarse = true)
+    }
+
+    fn with_ratio(mut self, change: impl Fn(&mut Ratio)) -> Self {
         for rule in &mut self.rules {
-            if let Rule::Ratio { span, min_calls, .. } = rule {
-                change(span, min_calls);
+            if let Rule::Ratio(ratio) = rule {
+                change(ratio);
             }
         }
         self
@@ -138,14 +160,14 @@ impl Trip {
                     return Err(ConfigError::new("trip.consecutive", 0, "use 1 or more"));
                 }
                 Rule::Consecutive { .. } | Rule::When(_) => {}
-                Rule::Ratio { of, ratio, span, min_calls } => {
+                Rule::Ratio(Ratio { of, limit, span, min_calls, .. }) => {
                     let (field, slow) = match of {
                         Bad::Failed => ("trip.failure_ratio", None),
                         Bad::Slow(slow) => ("trip.slow_ratio", Some(slow)),
                     };
-                    if !(ratio > 0.0 && ratio <= 1.0) {
+                    if !(limit > 0.0 && limit <= 1.0) {
                         let remedy = "use a share above 0 and at most 1, such as 0.5";
-                        return Err(ConfigError::new(field, ratio, remedy));
+                        return Err(ConfigError::new(field, limit, remedy));
                     }
                     if slow == Some(Duration::ZERO) {
                         let remedy = "use a time above zero";
@@ -193,8 +215,8 @@ impl fmt::Debug for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Consecutive { failures } => write!(f, "consecutive({failures})"),
-            Self::Ratio { of, ratio, span, min_calls } => {
-                write!(f, "ratio({of:?} {ratio}, {span:?}, min {min_calls})")
+            Self::Ratio(Ratio { of, limit, span, min_calls, .. }) => {
+                write!(f, "ratio({of:?} {limit}, {span:?}, min {min_calls})")
             }
             Self::When(_) => f.write_str("when(..)"),
         }

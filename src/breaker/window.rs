@@ -85,12 +85,17 @@ const ONE_BAD: u64 = 1 << 32;
 /// Half of what a bucket can count. Beyond, good calls are no longer counted in it.
 const PLENTY: u32 = u32::MAX / 2;
 
+/// Of so many good calls in a bucket, the first looks at the clock where that is coarse; less one.
+const COARSE: u32 = 15;
+
 /// Calls of the last `BUCKETS` stretches of time. A good call is one addition, without the lock, as long as
 /// its stretch has begun; everything else happens under the circuit's lock. Its cost and size do not depend
 /// on how many calls are in it.
 #[derive(Debug)]
 pub(super) struct TimeWindow {
     stretch: Nanos,
+    /// The bits of a bucket's count that are zero where a good call has to look at the clock.
+    skips: u32,
     /// The number of the newest stretch since the beginning of time.
     newest: AtomicU64,
     /// `bad << 32 | calls` of each stretch.
@@ -98,9 +103,10 @@ pub(super) struct TimeWindow {
 }
 
 impl TimeWindow {
-    pub(super) fn new(length: Duration) -> Self {
+    pub(super) fn new(length: Duration, coarse: bool) -> Self {
         Self {
             stretch: (nanos(length) / BUCKETS).max(1),
+            skips: if coarse { COARSE } else { 0 },
             newest: AtomicU64::new(0),
             buckets: array::from_fn(|_| AtomicU64::new(0)),
         }
@@ -113,13 +119,14 @@ impl TimeWindow {
     /// Counts a good call without the lock. False: a new stretch has begun, and somebody has to take the
     /// lock and [`advance`](Self::advance) first.
     #[inline]
-    pub(super) fn record_good(&self, now: Nanos) -> bool {
+    pub(super) fn record_good(&self, now: impl FnOnce() -> Nanos) -> bool {
         let newest = self.newest.load(Ordering::Acquire);
-        if now / self.stretch > newest {
+        let bucket = self.bucket(newest);
+        let calls = bucket.load(Ordering::Relaxed) as u32;
+        if calls & self.skips == 0 && now() / self.stretch > newest {
             return false;
         }
-        let bucket = self.bucket(newest);
-        if (bucket.load(Ordering::Relaxed) as u32) < PLENTY {
+        if calls < PLENTY {
             bucket.fetch_add(ONE_CALL, Ordering::Relaxed);
         }
         true
@@ -198,17 +205,42 @@ mod tests {
         fn time_holds_what_a_list_of_calls_holds(
             steps in prop::collection::vec((0u64..400, any::<bool>()), 1..300),
         ) {
-            let window = TimeWindow::new(Duration::from_nanos(1000));
+            let window = TimeWindow::new(Duration::from_nanos(1000), false);
             let mut list = VecDeque::new();
             let mut now = 0;
             for (pause, bad) in steps {
                 now += pause;
                 list.push_back((now / 100, bad));
                 list.retain(|(stretch, _)| stretch + BUCKETS > now / 100);
-                if bad || !window.record_good(now) {
+                if bad || !window.record_good(|| now) {
                     window.record(bad, now);
                 }
                 prop_assert_eq!(window.tally(now), of(&list));
+            }
+        }
+
+        /// Where the clock is coarse, up to 15 good calls leave early; none stays too long, and no bad one
+        /// goes astray.
+        #[test]
+        fn coarse_time_forgets_few_too_early_and_none_too_late(
+            steps in prop::collection::vec((0u64..40, prop::bool::weighted(0.02)), 1..300),
+        ) {
+            let window = TimeWindow::new(Duration::from_nanos(1000), true);
+            let mut list = VecDeque::new();
+            let mut now = 0;
+            let last = steps.len() - 1;
+            for (nth, (pause, bad)) in steps.into_iter().enumerate() {
+                now += pause;
+                list.push_back((now / 100, bad));
+                list.retain(|(stretch, _)| stretch + BUCKETS > now / 100);
+                if bad || !window.record_good(|| now) {
+                    window.record(bad, now);
+                }
+                if bad || nth == last {
+                    let (coarse, exact) = (window.tally(now), of(&list));
+                    prop_assert_eq!(coarse.bad, exact.bad);
+                    prop_assert!(coarse.calls <= exact.calls && exact.calls <= coarse.calls + 15);
+                }
             }
         }
 
@@ -235,11 +267,11 @@ mod tests {
 
     #[test]
     fn a_clock_that_jumps_back_or_far_ahead_loses_nothing_and_panics_never() {
-        let window = TimeWindow::new(Duration::from_nanos(1000));
+        let window = TimeWindow::new(Duration::from_nanos(1000), false);
         window.record(true, 5000);
         window.record(true, 10);
         assert_eq!(window.tally(10).calls, 2);
-        assert!(window.record_good(10), "counted in the newest stretch");
+        assert!(window.record_good(|| 10), "counted in the newest stretch");
         assert_eq!(window.tally(u64::MAX).calls, 0);
         window.record(false, 0);
         assert_eq!(window.tally(0).calls, 1);

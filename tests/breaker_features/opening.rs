@@ -62,6 +62,24 @@ async fn a_window_of_time_forgets_a_tenth_at_a_time() {
     }
 }
 
+/// Good calls count as of the last reading of the clock; a bad one looks.
+#[tokio::test(start_paused = true)]
+async fn a_coarse_clock_forgets_a_few_good_calls_early_and_no_bad_one() {
+    let trip = Trip::failure_ratio(0.5).within(secs(10)).min_calls(3).coarse_clock();
+    let rig = rig(trip);
+    for _ in 0..16 {
+        rig.ok().await;
+        advance(secs(1)).await;
+    }
+    assert_eq!(rig.handle.snapshot().seen.window_calls, 0, "fifteen are as old as the first");
+    rig.ok().await;
+    rig.fail().await;
+    advance(secs(9)).await;
+    assert_eq!(rig.handle.snapshot().seen.window_calls, 2);
+    rig.fail().await;
+    assert_eq!(rig.state(), State::Open);
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_rule_named_first_is_the_one_that_is_told() {
     let ratio = || Trip::failure_ratio(1.0).over(3).min_calls(3);
