@@ -1,6 +1,9 @@
 //! What a hedge does to a heavy tail, and what it costs.
 #![cfg(feature = "retry")]
 
+#[path = "rig/tail.rs"]
+mod tail;
+
 use std::{
     cell::{Cell, RefCell},
     convert::Infallible,
@@ -12,29 +15,15 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use http::{Request, Response};
 use http_body_util::Empty;
+use tail::latency;
 use tokio::time::{Instant, sleep};
 use tower::{Layer, ServiceExt, service_fn};
-
-/// Of one server among many, in milliseconds: 98 of 100 answers within 10 ms, 999 of 1000 within 125 ms,
-/// and one of a thousand queries that need 100 of them waits for about 1.7 s.
-///
-/// Fitted to what Dean and Barroso measured ("The Tail at Scale", CACM 2013): a Pareto of two segments.
-fn latency(random: f64) -> f64 {
-    let knee = 10f64.powf(-2.5);
-    if random < knee {
-        64.0 * (knee / random).powf(1.0 / 1.726)
-    } else if random < 0.02 {
-        10.0 * (0.02 / random).powf(1.0 / 0.994)
-    } else {
-        1.0 + 9.0 * (random - 0.02) / 0.98
-    }
-}
 
 const FAN_OUT: u64 = 100;
 const QUERIES: usize = 3000;
 
 /// The slowest of a thousand queries of [`FAN_OUT`] calls each, and calls for each call that was asked for.
-async fn tail(hedge_after: Duration) -> (Duration, f64) {
+async fn slowest(hedge_after: Duration) -> (Duration, f64) {
     let (random, calls) = (RefCell::new(fastrand::Rng::with_seed(2)), Cell::new(0));
     let upstream = service_fn(|_: Request<ReplayBody<Empty<Bytes>>>| async {
         calls.set(calls.get() + 1u64);
@@ -59,8 +48,8 @@ async fn tail(hedge_after: Duration) -> (Duration, f64) {
 
 #[tokio::test(start_paused = true)]
 async fn hedge_makes_the_slowest_of_a_thousand_ten_times_faster_for_3_percent_more() {
-    let (without, one) = tail(Duration::MAX).await;
-    let (with, load) = tail(Duration::from_millis(10)).await;
+    let (without, one) = slowest(Duration::MAX).await;
+    let (with, load) = slowest(Duration::from_millis(10)).await;
     println!(
         "p99.9 of {FAN_OUT} calls: {without:?} without, {with:?} with a hedge, {load:.4} times the load"
     );

@@ -1,0 +1,244 @@
+//! Breakers over an upstream that is dead, half dead, or slow, and comes back.
+
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use http::StatusCode;
+use tokio::time::{Instant, sleep};
+
+use crate::{
+    ours::{RING, WAIT, breaker, ratio_breaker, slow_breaker},
+    peers::{
+        failsafe_breaker, failsafe_ratio_breaker, none, recloser_breaker, recloser_ratio_breaker,
+        tr_breaker, tr_ratio_breaker, tr_slow_breaker,
+    },
+    picture::Chart,
+    report::{Case, Play, Row, Seen, less, more, row},
+    traffic::{Ended, How, Traffic, by_second, goodput, offer},
+    world::{Client, Clock, Upstream, ms, play, secs, status},
+};
+
+const PER_SECOND: f64 = 100.0;
+/// Seconds at which it goes, comes back, and all is over.
+const GOES: f64 = 5.0;
+const BACK: f64 = 15.0;
+const END: f64 = 25.0;
+
+/// What the upstream saw: when each call began, and when it was answered well.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<(Vec<f64>, Vec<f64>)>>);
+
+impl Log {
+    fn began(&self, from: f64, to: f64) -> usize {
+        let log = self.0.lock().expect("nobody panics");
+        log.0.iter().filter(|at| (from..to).contains(*at)).count()
+    }
+
+    fn well(&self, from: f64, to: f64) -> usize {
+        let log = self.0.lock().expect("nobody panics");
+        log.1.iter().filter(|at| (from..to).contains(*at)).count()
+    }
+}
+
+struct Run {
+    ended: Vec<Ended>,
+    log: Log,
+}
+
+/// Well, it takes 5 ms; gone, it is like that.
+#[derive(Clone, Copy)]
+struct Gone {
+    takes: Duration,
+    /// The share of its calls that fail.
+    failing: f64,
+}
+
+async fn run(client: Client, gone: Gone, patience: Duration) -> Run {
+    let (log, is_gone, start) = (Log::default(), Arc::new(AtomicBool::new(false)), Instant::now());
+    let (seen, reads) = (log.clone(), is_gone.clone());
+    let dice = Mutex::new(fastrand::Rng::with_seed(5));
+    let upstream = Upstream::new(move || {
+        let now = start.elapsed().as_secs_f64();
+        seen.0.lock().expect("nobody panics").0.push(now);
+        let (seen, is_gone) = (seen.clone(), reads.load(Relaxed));
+        let fails = is_gone && dice.lock().expect("nobody panics").f64() < gone.failing;
+        async move {
+            sleep(if is_gone { gone.takes } else { ms(5) }).await;
+            if fails {
+                return status(StatusCode::SERVICE_UNAVAILABLE);
+            }
+            seen.0.lock().expect("nobody panics").1.push(start.elapsed().as_secs_f64());
+            status(StatusCode::OK)
+        }
+    });
+    let script = async {
+        sleep(Duration::from_secs_f64(GOES)).await;
+        is_gone.store(true, Relaxed);
+        sleep(Duration::from_secs_f64(BACK - GOES)).await;
+        is_gone.store(false, Relaxed);
+    };
+    let length = Duration::from_secs_f64(END);
+    let traffic = Traffic { per_second: PER_SECOND, length, patience, random: false };
+    let call = client(upstream);
+    let (ended, ()) = tokio::join!(offer(&call, traffic), script);
+    Run { ended, log }
+}
+
+impl Run {
+    fn refusals(&self, from: f64, to: f64) -> impl Iterator<Item = f64> + '_ {
+        let refused = self.ended.iter().filter(|one| one.how == How::Refused);
+        refused.map(|one| one.began).filter(move |at| (from..to).contains(at))
+    }
+
+    /// Calls that were sent to it until the first was refused; all, if none was.
+    fn to_open(&self) -> f64 {
+        let first = self.refusals(GOES, BACK).fold(BACK, f64::min);
+        self.log.began(GOES, first) as f64
+    }
+
+    fn sent(&self) -> f64 {
+        self.log.began(GOES, BACK) as f64
+    }
+
+    /// Calls it answered well until no other was refused, that one counted.
+    fn to_close(&self) -> f64 {
+        let last = self.refusals(BACK, END).fold(f64::NAN, f64::max);
+        if last.is_nan() { f64::NAN } else { 1.0 + self.log.well(BACK, last) as f64 }
+    }
+
+    /// From its return on, until answers are good and stay so.
+    fn back_after(&self) -> f64 {
+        let bad = self.ended.iter().filter(|one| one.how != How::Good && one.began > GOES);
+        (bad.map(|one| one.began).fold(BACK, f64::max) - BACK).max(0.0)
+    }
+
+    fn lines(&self) -> Vec<Vec<(f64, f64)>> {
+        let sent = by_second(END as usize, |from, to| self.log.began(from, to) as f64);
+        vec![sent, by_second(END as usize, |from, to| goodput(&self.ended, from, to))]
+    }
+}
+
+fn charts(subtitle: &str) -> Vec<Chart> {
+    let chart = |title, most| Chart { title, subtitle: subtitle.to_owned(), x: "seconds", most };
+    vec![
+        chart("Calls sent to the upstream, per second", 120.0),
+        chart("Good answers per second", 120.0),
+    ]
+}
+
+type Candidate = (&'static str, Clock, Client);
+
+fn rows<const N: usize>(
+    candidates: [Candidate; N],
+    gone: Gone,
+    patience: Duration,
+    values: fn(&Run) -> Vec<f64>,
+) -> Vec<Row<Play>> {
+    let all = candidates.map(|(who, clock, client)| {
+        row(who, clock, move || {
+            let run = play(clock, run(client, gone, patience));
+            Seen { values: values(&run), lines: run.lines() }
+        })
+    });
+    all.into()
+}
+
+pub fn dead_upstream() -> Case<Play> {
+    let candidates: [Candidate; 5] = [
+        ("buttress", Clock::Virtual, breaker),
+        ("tower-resilience", Clock::Wall, tr_breaker),
+        ("failsafe", Clock::Wall, failsafe_breaker),
+        ("recloser", Clock::Wall, recloser_breaker),
+        ("none", Clock::Virtual, none),
+    ];
+    let gone = Gone { takes: ms(5), failing: 1.0 };
+    let about = format!(
+        "{PER_SECOND} calls/s; from {GOES} s to {BACK} s all fail; breakers of five failures, open for {} s",
+        WAIT.as_secs()
+    );
+    Case {
+        name: "dead_upstream",
+        columns: vec![
+            less("failed_to_open", "calls").must(10.0),
+            less("sent", "calls"),
+            less("probes_to_close", "calls").must(1.0),
+            less("back_after", "s"),
+        ],
+        rows: rows(candidates, gone, secs(10), |run| {
+            vec![run.to_open(), run.sent(), run.to_close(), run.back_after()]
+        }),
+        charts: charts(&about),
+        note: "",
+        about,
+    }
+}
+
+pub fn half_dead_upstream() -> Case<Play> {
+    const FAILING: f64 = 0.7;
+    let candidates: [Candidate; 5] = [
+        ("buttress", Clock::Virtual, ratio_breaker),
+        ("tower-resilience", Clock::Wall, tr_ratio_breaker),
+        ("failsafe", Clock::Wall, failsafe_ratio_breaker),
+        ("recloser", Clock::Wall, recloser_ratio_breaker),
+        ("none", Clock::Virtual, none),
+    ];
+    let gone = Gone { takes: ms(5), failing: FAILING };
+    let about = format!(
+        "{PER_SECOND} calls/s; from {GOES} s to {BACK} s {} % fail; breakers of half of {RING} calls, open for {} s",
+        100.0 * FAILING,
+        WAIT.as_secs()
+    );
+    Case {
+        name: "half_dead_upstream",
+        columns: vec![
+            less("sent_to_open", "calls"),
+            less("sent", "calls"),
+            less("back_after", "s"),
+        ],
+        rows: rows(candidates, gone, secs(10), |run| {
+            vec![run.to_open(), run.sent(), run.back_after()]
+        }),
+        charts: charts(&about),
+        note: "tower-resilience counts all calls since it was made: its window does not slide.",
+        about,
+    }
+}
+
+/// It hangs, and callers leave: to a breaker their calls are cancelled.
+pub fn slow_upstream() -> Case<Play> {
+    let candidates: [Candidate; 5] = [
+        ("buttress", Clock::Virtual, slow_breaker),
+        ("tower-resilience", Clock::Wall, tr_slow_breaker),
+        ("failsafe", Clock::Wall, failsafe_breaker),
+        ("recloser", Clock::Wall, recloser_breaker),
+        ("none", Clock::Virtual, none),
+    ];
+    let gone = Gone { takes: secs(3), failing: 0.0 };
+    let patience = secs(1);
+    let about = format!(
+        "{PER_SECOND} calls/s; from {GOES} s to {BACK} s a call takes 3 s, and callers leave after 1 s"
+    );
+    Case {
+        name: "slow_upstream",
+        columns: vec![
+            less("sent", "calls"),
+            less("waited", "ms"),
+            less("back_after", "s"),
+            more("good_after", "per_s"),
+        ],
+        rows: rows(candidates, gone, patience, |run| {
+            let then = run.ended.iter().filter(|one| (GOES..BACK).contains(&one.began));
+            let waits: Vec<f64> = then.map(|one| one.took).collect();
+            let waited = 1e3 * waits.iter().sum::<f64>() / waits.len() as f64;
+            vec![run.sent(), waited, run.back_after(), goodput(&run.ended, BACK, END)]
+        }),
+        charts: charts(&about),
+        note: "Those that see no failure in a call that was given up never open, and have nothing to come back from.",
+        about,
+    }
+}

@@ -1,0 +1,116 @@
+//! An outage that is long over, and still goes on: what was left behind, and what is tried again, keeps the
+//! server from ever catching up.
+
+use std::time::Duration;
+
+use tokio::time::sleep;
+
+use crate::{
+    ours::client,
+    peers::{failsafe_breaker, naive_retry, none, recloser_breaker, tower_client, tr_client},
+    picture::Chart,
+    report::{Case, Play, Seen, less, more, row},
+    server::{Server, Spread},
+    traffic::{Traffic, by_second, goodput, offer},
+    world::{Client, Clock, ms, play, secs},
+};
+
+const WORKERS: usize = 30;
+const OFFERED: f64 = 280.0;
+/// Seconds before it, and of it. Where a breaker is in its wait when it is over is chance: so several, each half a
+/// second longer.
+const BEFORE: f64 = 8.0;
+const OUTAGE: f64 = 10.0;
+const OUTAGES: u32 = 6;
+
+struct Run {
+    /// Seconds from its end to the first five that are nearly as good as before.
+    recovered: f64,
+    /// Shares of what was good before: from five seconds after it, and from its end.
+    later: f64,
+    all: f64,
+    line: Vec<(f64, f64)>,
+}
+
+async fn run(client: Client, outage: f64, after: f64) -> Run {
+    let server = Server::new(WORKERS, ms(100), Spread::Exponential);
+    // The server does not notice that they leave.
+    let call = client(server.upstream().within(secs(1)));
+    let (over, end) = (BEFORE + outage, BEFORE + outage + after);
+    let script = async {
+        sleep(Duration::from_secs_f64(BEFORE)).await;
+        server.set_workers(0);
+        sleep(Duration::from_secs_f64(outage)).await;
+        server.set_workers(WORKERS);
+    };
+    let length = Duration::from_secs_f64(end);
+    let traffic = Traffic { per_second: OFFERED, length, patience: secs(5), random: true };
+    let (ended, ()) = tokio::join!(offer(&call, traffic), script);
+    let before = goodput(&ended, 2.0, BEFORE);
+    let recovered = (0..)
+        .map(|tenth| f64::from(tenth) / 10.0)
+        .take_while(|after| over + after + 5.0 <= end)
+        .find(|after| goodput(&ended, over + after, over + after + 5.0) >= 0.95 * before);
+    Run {
+        recovered: recovered.unwrap_or(after),
+        later: goodput(&ended, over + 5.0, end) / before,
+        all: goodput(&ended, over, end) / before,
+        line: by_second(end as usize, |from, to| goodput(&ended, from, to)),
+    }
+}
+
+async fn runs(client: Client, after: f64) -> Seen {
+    let outages = (0..OUTAGES).map(|nth| OUTAGE + f64::from(nth) / 2.0);
+    let runs: Vec<_> = outages.map(|outage| tokio::spawn(run(client, outage, after))).collect();
+    let mut seen = Vec::new();
+    for run in runs {
+        seen.push(run.await.expect("nobody panics"));
+    }
+    let mean = |value: fn(&Run) -> f64| seen.iter().map(value).sum::<f64>() / f64::from(OUTAGES);
+    Seen {
+        values: vec![
+            seen.iter().map(|run| run.recovered).fold(0.0, f64::max),
+            mean(|run| run.recovered),
+            100.0 * seen.iter().map(|run| run.later).fold(f64::MAX, f64::min),
+            100.0 * mean(|run| run.all),
+        ],
+        lines: vec![seen.swap_remove(0).line],
+    }
+}
+
+pub fn metastable(quick: bool) -> Case<Play> {
+    // What goes by the wall's clock must end in time.
+    let after = if quick { 18.0 } else { 90.0 };
+    let rows = [
+        ("buttress", Clock::Virtual, client as Client),
+        ("tower", Clock::Virtual, tower_client),
+        ("tower-resilience", Clock::Wall, tr_client),
+        ("failsafe", Clock::Wall, failsafe_breaker),
+        ("recloser", Clock::Wall, recloser_breaker),
+        ("naive", Clock::Virtual, naive_retry),
+        ("none", Clock::Virtual, none),
+    ]
+    .map(|(who, clock, client)| row(who, clock, move || play(clock, runs(client, after))));
+    let about = format!(
+        "{OFFERED} calls/s at a server of {}/s, which stands still for {OUTAGE} s; it works on what callers leave after 1 s",
+        WORKERS * 10
+    );
+    Case {
+        name: "metastable",
+        note: "Six outages, each half a second longer, and the worst of them; breakers ask every two seconds.",
+        columns: vec![
+            less("recovered", "s").must(5.0),
+            less("recovered_mean", "s"),
+            more("after_5_s", "%").must(95.0),
+            more("goodput", "%"),
+        ],
+        rows: rows.into(),
+        charts: vec![Chart {
+            title: "Good answers per second, before, in and after an outage",
+            subtitle: about.clone(),
+            x: "seconds",
+            most: 400.0,
+        }],
+        about,
+    }
+}
