@@ -130,25 +130,31 @@ impl Case<Seen> {
         self.columns.iter().zip(values).filter_map(broken).collect()
     }
 
-    /// Where a peer does better than ours.
+    /// Where a peer does better than any of ours.
     fn beaten(&self) -> Vec<String> {
-        let Some(ours) = self.ours() else { return Vec::new() };
-        let is_peer = |who: &str| !who.starts_with(OURS) && who != "none";
-        let peers = self.rows.iter().filter(|row| is_peer(row.who));
-        peers
-            .flat_map(|Row { who, part: seen, .. }| {
-                self.columns.iter().zip(ours.values.iter().zip(&seen.values)).filter_map(
-                    move |(column, (ours, theirs))| {
-                        // Less than a hundredth is no difference.
-                        let apart = (theirs - ours).abs() > 0.01 * ours.abs();
-                        (apart && column.is_better(*theirs, *ours)).then(|| {
-                            let (theirs, ours) = (number(*theirs), number(*ours));
-                            format!("{who}: {} {theirs} {}, ours {ours}", column.name, column.unit)
-                        })
-                    },
-                )
-            })
-            .collect()
+        let best = |at: usize, column: &Column| {
+            let ours = self.rows.iter().filter(|row| row.who.starts_with(OURS));
+            let known = ours.map(|row| row.part.values[at]).filter(|value| !value.is_nan());
+            known.reduce(|one, other| if column.is_better(other, one) { other } else { one })
+        };
+        let mut lines = Vec::new();
+        for Row { who, part, .. } in &self.rows {
+            if who.starts_with(OURS) || ["naive", "none"].contains(who) {
+                continue;
+            }
+            for (at, (column, theirs)) in self.columns.iter().zip(&part.values).enumerate() {
+                let Some(ours) = best(at, column) else { continue };
+                // Less than a hundredth is no difference.
+                if (theirs - ours).abs() > 0.01 * ours.abs() && column.is_better(*theirs, ours) {
+                    let (theirs, ours) = (number(*theirs), number(ours));
+                    lines.push(format!(
+                        "{who}: {} {theirs} {}, ours {ours}",
+                        column.name, column.unit
+                    ));
+                }
+            }
+        }
+        lines
     }
 
     /// As text; in Markdown if wanted.

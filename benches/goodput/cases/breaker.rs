@@ -198,13 +198,15 @@ pub fn half_dead_upstream() -> Case<Play> {
         columns: vec![
             less("sent_to_open", "calls"),
             less("sent", "calls"),
+            more("good", "per_s"),
             less("back_after", "s"),
         ],
         rows: rows(candidates, gone, secs(10), |run| {
-            vec![run.to_open(), run.sent(), run.back_after()]
+            let good = goodput(&run.ended, GOES, BACK);
+            vec![run.to_open(), run.sent(), good, run.back_after()]
         }),
         charts: charts(&about),
-        note: "tower-resilience counts all calls since it was made: its window does not slide.",
+        note: "Who never opens gets the good answers that there are. tower-resilience counts all calls since it was made: its window does not slide. failsafe's average fades slowly.",
         about,
     }
 }

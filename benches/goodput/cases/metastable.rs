@@ -6,13 +6,13 @@ use std::time::Duration;
 use tokio::time::sleep;
 
 use crate::{
-    ours::client,
+    ours::{adaptive, client},
     peers::{failsafe_breaker, naive_retry, none, recloser_breaker, tower_client, tr_client},
     picture::Chart,
     report::{Case, Play, Seen, less, more, row},
     server::{Server, Spread},
     traffic::{Traffic, by_second, goodput, offer},
-    world::{Client, Clock, ms, play, secs},
+    world::{Client, Clock, Upstream, ms, play, secs},
 };
 
 const WORKERS: usize = 30;
@@ -32,10 +32,10 @@ struct Run {
     line: Vec<(f64, f64)>,
 }
 
-async fn run(client: Client, outage: f64, after: f64) -> Run {
+async fn run([before_it, client]: [Client; 2], outage: f64, after: f64) -> Run {
     let server = Server::new(WORKERS, ms(100), Spread::Exponential);
     // The server does not notice that they leave.
-    let call = client(server.upstream().within(secs(1)));
+    let call = client(Upstream(before_it(server.upstream())).within(secs(1)));
     let (over, end) = (BEFORE + outage, BEFORE + outage + after);
     let script = async {
         sleep(Duration::from_secs_f64(BEFORE)).await;
@@ -59,9 +59,10 @@ async fn run(client: Client, outage: f64, after: f64) -> Run {
     }
 }
 
-async fn runs(client: Client, after: f64) -> Seen {
+/// With this before the server, and that at the client.
+async fn runs(layers: [Client; 2], after: f64) -> Seen {
     let outages = (0..OUTAGES).map(|nth| OUTAGE + f64::from(nth) / 2.0);
-    let runs: Vec<_> = outages.map(|outage| tokio::spawn(run(client, outage, after))).collect();
+    let runs: Vec<_> = outages.map(|outage| tokio::spawn(run(layers, outage, after))).collect();
     let mut seen = Vec::new();
     for run in runs {
         seen.push(run.await.expect("nobody panics"));
@@ -81,23 +82,25 @@ async fn runs(client: Client, after: f64) -> Seen {
 pub fn metastable(quick: bool) -> Case<Play> {
     // What goes by the wall's clock must end in time.
     let after = if quick { 18.0 } else { 90.0 };
-    let rows = [
-        ("buttress", Clock::Virtual, client as Client),
-        ("tower", Clock::Virtual, tower_client),
-        ("tower-resilience", Clock::Wall, tr_client),
-        ("failsafe", Clock::Wall, failsafe_breaker),
-        ("recloser", Clock::Wall, recloser_breaker),
-        ("naive", Clock::Virtual, naive_retry),
-        ("none", Clock::Virtual, none),
-    ]
-    .map(|(who, clock, client)| row(who, clock, move || play(clock, runs(client, after))));
+    let rows: [(_, _, [Client; 2]); 8] = [
+        ("buttress", Clock::Virtual, [none, client]),
+        ("buttress_server", Clock::Virtual, [adaptive, naive_retry]),
+        ("tower", Clock::Virtual, [none, tower_client]),
+        ("tower-resilience", Clock::Wall, [none, tr_client]),
+        ("failsafe", Clock::Wall, [none, failsafe_breaker]),
+        ("recloser", Clock::Wall, [none, recloser_breaker]),
+        ("naive", Clock::Virtual, [none, naive_retry]),
+        ("none", Clock::Virtual, [none, none]),
+    ];
+    let rows =
+        rows.map(|(who, clock, layers)| row(who, clock, move || play(clock, runs(layers, after))));
     let about = format!(
         "{OFFERED} calls/s at a server of {}/s, which stands still for {OUTAGE} s; it works on what callers leave after 1 s",
         WORKERS * 10
     );
     Case {
         name: "metastable",
-        note: "Six outages, each half a second longer, and the worst of them; breakers ask every two seconds.",
+        note: "Six outages, each half a second longer, and the worst of them; breakers ask every two seconds. buttress_server: an adaptive limit before the server alone, and the clients as in naive.",
         columns: vec![
             less("recovered", "s").must(5.0),
             less("recovered_mean", "s"),
