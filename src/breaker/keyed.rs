@@ -22,7 +22,7 @@ use super::{
 use crate::{
     ConfigError,
     admission::{Admit, Plan, Policy, admission_layer},
-    call::{LayerKind, Nanos, Permit, Shared},
+    call::{LayerKind, Nanos, Origin, Permit, Shared},
 };
 
 /// What of a request tells which circuit it belongs to. Any closure over the request is one.
@@ -55,28 +55,11 @@ where
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PerOrigin;
 
-/// Scheme and authority, as the URI has them.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Origin {
-    scheme: Option<http::uri::Scheme>,
-    authority: Option<http::uri::Authority>,
-}
-
-impl fmt::Display for Origin {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(scheme) = &self.scheme {
-            write!(f, "{scheme}://")?;
-        }
-        f.write_str(self.authority.as_ref().map_or("", |authority| authority.as_str()))
-    }
-}
-
 impl<B> Key<Request<B>> for PerOrigin {
     type Key = Origin;
 
     fn key(&self, request: &Request<B>) -> Origin {
-        let uri = request.uri();
-        Origin { scheme: uri.scheme().cloned(), authority: uri.authority().cloned() }
+        Origin::of(request.uri())
     }
 }
 

@@ -5,7 +5,7 @@ use tower_layer::Layer;
 use super::{
     core::Circuit,
     handle::CircuitBreakerHandle,
-    keyed::{KeyedCircuitBreakerLayer, Origin, PerOrigin},
+    keyed::{KeyedCircuitBreakerLayer, PerOrigin},
     state::Settings,
     trip::Trip,
     wait::OpenFor,
@@ -13,7 +13,7 @@ use super::{
 use crate::{
     ConfigError,
     admission::{Plan, admission_layer},
-    call::{AsError, Http, Shared},
+    call::{AsError, Http, Origin, Shared},
 };
 
 const DEFAULTS: Settings = Settings {

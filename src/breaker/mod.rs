@@ -188,12 +188,11 @@ pub use self::{
     counts::Seen,
     handle::{CircuitBreakerHandle, CircuitBreakerSnapshot, Isolation},
     keyed::{
-        Key, KeyedCircuitBreaker, KeyedCircuitBreakerHandle, KeyedCircuitBreakerLayer, Origin,
-        PerOrigin,
+        Key, KeyedCircuitBreaker, KeyedCircuitBreakerHandle, KeyedCircuitBreakerLayer, PerOrigin,
     },
     layer::{CircuitBreaker, CircuitBreakerLayer},
     state::State,
     trip::{Trip, Tripped},
     wait::OpenFor,
 };
-pub use crate::admission::ResponseFuture;
+pub use crate::{admission::ResponseFuture, call::Origin};

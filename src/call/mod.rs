@@ -20,6 +20,7 @@ mod deadline;
 pub(crate) mod grpc;
 pub(crate) mod hint;
 pub(crate) mod http;
+mod origin;
 mod outcome;
 mod permit;
 mod protocol;
@@ -33,6 +34,7 @@ pub use self::protocol::TowerHttp;
 pub use self::{
     body::TrackedBody,
     deadline::Deadline,
+    origin::Origin,
     outcome::{Outcome, OutcomeKind, Reason},
     protocol::{Classify, ClassifyHead, Http, PerResponse, Protocol},
     reject::{AsError, Reject, Respond, RespondWith},
