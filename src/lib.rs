@@ -43,6 +43,7 @@
 //! | [`HealthProbeLayer`] | callers from what its own probe says is down | 503, `UNAVAILABLE` |
 //! | [`RetryLayer`] | callers from failures that pass | – |
 //! | [`HedgeLayer`] | callers from the slow one in a hundred | – |
+//! | [`ConnectLayer`] | both ends from too many connections, and from stale ones | an error |
 //!
 //! # Where each goes
 //!
@@ -67,6 +68,8 @@
 //! | `reqwest` | | a service between `http` types and a `reqwest::Client`; a retry around that client itself |
 //! | `connections` | | a listener that caps its connections, for hyper |
 //! | `axum` | | and for `axum::serve` |
+//! | `connect` | | [connections](connect) that are bounded, fresh and visible: a layer over connectors, and a client |
+//! | `rustls` | | TLS for that client |
 //! | `percentile` | | hedges after a percentile of the latency as it is |
 //! | `tower-http` | | any classifier of `tower_http::classify` as it is |
 //! | `full` | | all of them |
@@ -94,6 +97,9 @@ mod event;
 #[cfg(feature = "breaker")]
 #[cfg_attr(docsrs, doc(cfg(feature = "breaker")))]
 pub mod breaker;
+#[cfg(feature = "connect")]
+#[cfg_attr(docsrs, doc(cfg(feature = "connect")))]
+pub mod connect;
 #[cfg(feature = "health")]
 #[cfg_attr(docsrs, doc(cfg(feature = "health")))]
 pub mod health;
@@ -110,6 +116,8 @@ pub use self::breaker::{CircuitBreaker, CircuitBreakerLayer, Trip};
 #[cfg_attr(docsrs, doc(cfg(feature = "retry")))]
 pub mod retry;
 
+#[cfg(feature = "connect")]
+pub use self::connect::ConnectLayer;
 use self::event::event;
 #[cfg(feature = "health")]
 pub use self::health::{Health, HealthProbe, HealthProbeLayer};

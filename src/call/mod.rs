@@ -42,6 +42,7 @@ pub use self::{
 };
 
 pub(crate) use self::{
+    body::Eos,
     clock::{Clock, Nanos, nanos},
     permit::{Finish, Hold, Permit, Shared, Token},
     protocol::Judge,

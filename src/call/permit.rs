@@ -19,7 +19,7 @@ impl<T: Finish> Shared<T> {
     }
 
     /// The right to make one call, given by this state.
-    #[cfg(any(feature = "breaker", feature = "limit"))]
+    #[cfg(any(feature = "breaker", feature = "limit", feature = "connect"))]
     pub(crate) fn permit(&self, token: Token) -> Permit<T> {
         Permit { state: Some(self.clone()), token, drop_as: Outcome::cancelled() }
     }

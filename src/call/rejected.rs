@@ -35,6 +35,8 @@ pub enum RejectedKind {
     WaitedTooLong,
     /// The caller needed its answer before the call could begin: gRPC `DEADLINE_EXCEEDED`.
     DeadlinePassed,
+    /// There are as many connections as there may be, and none became free in time.
+    Saturated,
     /// The health probe says that what would be called is down.
     Unhealthy,
     /// The caller has used up what it is allowed: HTTP 429, gRPC `RESOURCE_EXHAUSTED`.
@@ -56,6 +58,7 @@ impl RejectedKind {
             Self::Outranked => "outranked",
             Self::WaitedTooLong => "queue_timeout",
             Self::DeadlinePassed => "deadline_passed",
+            Self::Saturated => "connections_saturated",
             Self::Unhealthy => "unhealthy",
             Self::Quota => "quota_exceeded",
             Self::Misconfigured => "misconfigured",
@@ -74,6 +77,8 @@ pub enum LayerKind {
     HealthProbe,
     #[cfg(feature = "retry")]
     Retry,
+    #[cfg(feature = "connect")]
+    Connect,
     User,
 }
 
@@ -88,6 +93,8 @@ impl LayerKind {
             Self::HealthProbe => "health_probe",
             #[cfg(feature = "retry")]
             Self::Retry => "retry",
+            #[cfg(feature = "connect")]
+            Self::Connect => "connect",
             Self::User => "user",
         }
     }
@@ -198,6 +205,7 @@ impl fmt::Display for Rejected {
             RejectedKind::Outranked => "calls worth more take all there is",
             RejectedKind::WaitedTooLong => "waited too long for a turn",
             RejectedKind::DeadlinePassed => "deadline passed before the call began",
+            RejectedKind::Saturated => "no connection became free",
             RejectedKind::Unhealthy => "what would be called is unhealthy",
             RejectedKind::Quota => "quota is used up",
             RejectedKind::Misconfigured => "layer is misconfigured",

@@ -1,0 +1,333 @@
+//! A ready-made client: hyper-util's, over these connections.
+
+use std::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::atomic::Ordering,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use http::{Extensions, Method, Request, Response, StatusCode, Uri};
+use http_body::Body;
+use hyper::body::Incoming;
+use hyper_util::{
+    client::legacy::{
+        self, Error,
+        connect::{CaptureConnection, Connect, HttpConnector, capture_connection},
+    },
+    rt::TokioTimer,
+};
+use pin_project_lite::pin_project;
+use tower_service::Service;
+
+use super::{
+    conn::{Conn, Tag},
+    executor::Executor,
+    handle::ConnectHandle,
+    layer::{ConnectLayer, Connector, above_zero},
+    life,
+};
+use crate::{
+    BoxError, ConfigError,
+    call::{Eos, Outcome, TrackedBody},
+};
+
+/// hyper-util's client over connections that are bounded, fresh and visible.
+///
+/// A `Service<Request<B>>` for the bottom of a stack; clones share the connections. Each call holds its
+/// connection in use to the end of the response body, so that one is closed for its age, or because nobody uses
+/// it, only when it serves no call.
+///
+/// # Errors
+///
+/// What hyper-util's client gives; under it a [`Rejected`](crate::Rejected) if no connection became free.
+///
+/// # Cancellation
+///
+/// A call that is dropped while it waits or connects gives back its place. One that is dropped later gives up its
+/// connection (HTTP/1), or its stream (HTTP/2).
+pub struct Client<C, B> {
+    inner: legacy::Client<Connector<C>, B>,
+    connections: ConnectHandle,
+}
+
+impl Client<(), ()> {
+    /// A client over connections of this layer.
+    pub fn builder(connections: ConnectLayer) -> ClientBuilder {
+        let mut hyper = legacy::Client::builder(Executor);
+        hyper.timer(TokioTimer::new()).pool_timer(TokioTimer::new());
+        let tcp = TcpKeepalive {
+            after: Duration::from_secs(15),
+            every: Duration::from_secs(15),
+            times: 3,
+        };
+        ClientBuilder { connections, hyper, tcp: Some(tcp) }
+    }
+}
+
+impl<C, B> Client<C, B> {
+    /// Looks at the connections and steers them.
+    #[must_use]
+    pub fn connections(&self) -> ConnectHandle {
+        self.connections.clone()
+    }
+}
+
+impl<C, B> Client<C, B>
+where
+    Connector<C>: Connect + Clone + Send + Sync + 'static,
+    B: Body + Send + Unpin + 'static,
+    B::Data: Send,
+    B::Error: Into<BoxError>,
+{
+    /// Sends a request.
+    pub fn request(&self, mut request: Request<B>) -> ResponseFuture {
+        let is_tunnel = request.method() == Method::CONNECT;
+        let connection = Some(capture_connection(&mut request));
+        ResponseFuture { inner: self.inner.request(request), connection, is_tunnel }
+    }
+}
+
+impl<C, B> Service<Request<B>> for Client<C, B>
+where
+    Connector<C>: Connect + Clone + Send + Sync + 'static,
+    B: Body + Send + Unpin + 'static,
+    B::Data: Send,
+    B::Error: Into<BoxError>,
+{
+    type Response = Response<TrackedBody<Incoming>>;
+    type Error = Error;
+    type Future = ResponseFuture;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<B>) -> ResponseFuture {
+        self.request(request)
+    }
+}
+
+impl<C: Clone, B> Clone for Client<C, B> {
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone(), connections: self.connections.clone() }
+    }
+}
+
+impl<C, B> fmt::Debug for Client<C, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("connections", &self.connections).finish_non_exhaustive()
+    }
+}
+
+// ===== The call =====
+
+pin_project! {
+    /// The future of a [`Client`]'s call.
+    #[must_use = "futures do nothing unless polled"]
+    pub struct ResponseFuture {
+        #[pin]
+        inner: legacy::ResponseFuture,
+        // Holds what it captured in use, from before the first byte is written.
+        connection: Option<CaptureConnection>,
+        is_tunnel: bool,
+    }
+}
+
+impl Future for ResponseFuture {
+    type Output = Result<Response<TrackedBody<Incoming>>, Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let polled = this.inner.poll(cx);
+        if let Some(connection) = &*this.connection {
+            // As soon as one is known: the pool may have it back by the time its answer is here.
+            retire(connection);
+        }
+        let mut response = ready!(polled)?;
+        let Some(tag) = response.extensions_mut().remove::<Tag>() else {
+            return Poll::Ready(Ok(response.map(TrackedBody::untracked)));
+        };
+        let permit = Conn::serve(&tag.conn);
+        let status = response.status();
+        if status == StatusCode::SWITCHING_PROTOCOLS || (*this.is_tunnel && status.is_success()) {
+            tag.conn.hand_over();
+        }
+        drop((tag, this.connection.take()));
+        let good = Eos::Plain(Outcome::success());
+        Poll::Ready(Ok(response.map(|body| TrackedBody::new(body, permit.erase(), good))))
+    }
+}
+
+/// Lets a connection that is over serve no call after this one.
+fn retire(connection: &CaptureConnection) {
+    let connected = connection.connection_metadata();
+    let Some(connected) = &*connected else { return };
+    let mut extensions = Extensions::new();
+    connected.get_extras(&mut extensions);
+    if extensions.get::<Tag>().is_some_and(|tag| tag.conn.is_over()) {
+        connected.poison();
+    }
+}
+
+impl fmt::Debug for ResponseFuture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseFuture").finish_non_exhaustive()
+    }
+}
+
+// ===== Building one =====
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// Builds a [`Client`].
+#[must_use = "a builder does nothing until it builds"]
+#[derive(Clone, Debug)]
+pub struct ClientBuilder {
+    connections: ConnectLayer,
+    hyper: legacy::Builder,
+    tcp: Option<TcpKeepalive>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct TcpKeepalive {
+    after: Duration,
+    every: Duration,
+    times: u32,
+}
+
+impl ClientBuilder {
+    /// Asks a peer that has been silent for `after`, and then `every` so long, whether it is there, and gives
+    /// the connection up when it has not answered so many `times`: 15 s, 15 s and 3 by default. In whole seconds.
+    /// For the connectors that are made here.
+    pub fn tcp_keepalive(mut self, after: Duration, every: Duration, times: u32) -> Self {
+        let whole = |field, time: Duration| match time.as_secs() {
+            0 => Err(ConfigError::new(field, time, "use 1s or more")),
+            _ => Ok(time),
+        };
+        let times = match times {
+            0 => Err(ConfigError::new("tcp_keepalive.times", times, "use 1 or more")),
+            times => Ok(times),
+        };
+        let tcp = whole("tcp_keepalive.after", after)
+            .and_then(|_| whole("tcp_keepalive.every", every))
+            .and(times);
+        if let Some(times) = self.connections.accept(tcp) {
+            self.tcp = Some(TcpKeepalive { after, every, times });
+        }
+        self
+    }
+
+    /// Leaves TCP's keepalive off.
+    pub fn no_tcp_keepalive(mut self) -> Self {
+        self.tcp = None;
+        self
+    }
+
+    /// Sends a ping over HTTP/2 connections `every` so long, idle or not, and gives one up that does not answer
+    /// within `timeout`. Off by default: gRPC servers close the connections of clients that ping more often than
+    /// they allow, which is every 5 minutes unless they were told otherwise.
+    pub fn http2_keepalive(mut self, every: Duration, timeout: Duration) -> Self {
+        let checked = above_zero("http2_keepalive.every", Some(every))
+            .and_then(|_| above_zero("http2_keepalive.timeout", Some(timeout)));
+        if self.connections.accept(checked).is_some() {
+            self.hyper
+                .http2_keep_alive_interval(every)
+                .http2_keep_alive_timeout(timeout)
+                .http2_keep_alive_while_idle(true);
+        }
+        self
+    }
+
+    /// HTTP/2 from the first byte, also without TLS. By default TLS finds out which it is, and all else is HTTP/1.
+    pub fn http2_only(mut self) -> Self {
+        self.hyper.http2_only(true);
+        self
+    }
+
+    /// All else that hyper-util's builder sets. How long connections stay in its pool follows from
+    /// [`max_idle`](ConnectLayer::max_idle).
+    pub fn hyper(mut self, set: impl FnOnce(&mut legacy::Builder)) -> Self {
+        set(&mut self.hyper);
+        self
+    }
+
+    /// A client for `http` URIs.
+    pub fn build_http<B>(self) -> Client<HttpConnector, B>
+    where
+        B: Body + Send,
+        B::Data: Send,
+    {
+        let tcp = self.tcp_connector();
+        self.build(tcp)
+    }
+
+    /// A client for `http` and `https` URIs, HTTP/1 and HTTP/2, that trusts whom the system trusts.
+    ///
+    /// # Errors
+    ///
+    /// The system's certificates cannot be read.
+    #[cfg(feature = "rustls")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "rustls")))]
+    pub fn build_https<B>(
+        self,
+    ) -> std::io::Result<Client<hyper_rustls::HttpsConnector<HttpConnector>, B>>
+    where
+        B: Body + Send,
+        B::Data: Send,
+    {
+        use rustls::crypto::{CryptoProvider, ring};
+
+        // The process's own, if it has chosen one.
+        let provider = CryptoProvider::get_default().cloned();
+        let provider = provider.unwrap_or_else(|| ring::default_provider().into());
+        let builder = hyper_rustls::HttpsConnectorBuilder::new()
+            .with_provider_and_native_roots(provider)?
+            .https_or_http()
+            .enable_all_versions();
+        let mut tcp = self.tcp_connector();
+        tcp.enforce_http(false);
+        Ok(self.build(builder.wrap_connector(tcp)))
+    }
+
+    /// A client over connections that this connector makes.
+    pub fn build<C, B>(mut self, connector: C) -> Client<C, B>
+    where
+        Connector<C>: Connect + Clone,
+        C: Service<Uri> + Clone,
+        B: Body + Send,
+        B::Data: Send,
+    {
+        // Connections close themselves; the pool only has to forget those that have. Sooner it must not: to it
+        // an HTTP/2 connection is unused while it serves a long stream.
+        let idle = match self.connections.all.settings.idle.load(Ordering::Relaxed) {
+            life::NEVER => HOUR,
+            idle => Duration::from_nanos(idle).max(HOUR / 12),
+        };
+        self.hyper.pool_idle_timeout(idle);
+        let connections = self.connections.handle();
+        let connector = self.connections.connector(connector, true);
+        Client { inner: self.hyper.build(connector), connections }
+    }
+
+    fn tcp_connector(&self) -> HttpConnector {
+        let mut tcp = HttpConnector::new();
+        tcp.set_nodelay(true);
+        tcp.set_keepalive(self.tcp.map(|tcp| tcp.after));
+        tcp.set_keepalive_interval(self.tcp.map(|tcp| tcp.every));
+        tcp.set_keepalive_retries(self.tcp.map(|tcp| tcp.times));
+        tcp
+    }
+
+    /// The layer's and the builder's settings, if all of them can work.
+    ///
+    /// # Errors
+    ///
+    /// The first setting that cannot.
+    pub fn checked(self) -> Result<Self, ConfigError> {
+        let Self { connections, hyper, tcp } = self;
+        Ok(Self { connections: connections.checked()?, hyper, tcp })
+    }
+}

@@ -1,0 +1,85 @@
+//! What there is of the layer where connections cannot be wrapped.
+
+use std::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::atomic::Ordering,
+    task::{Context, Poll},
+};
+
+use tower_layer::Layer;
+use tower_service::Service;
+
+use super::layer::{ConnectLayer, dial};
+use crate::BoxError;
+
+/// Times and counts attempts to connect: for reqwest's `connector_layer`, whose connections cannot be wrapped.
+///
+/// Of a [`ConnectLayer`] there is the connect timeout, and in its snapshot `connecting`, `created`, `failed` and
+/// `timed_out`. How long a connection lives nobody but reqwest knows, so that there are no caps: limit calls
+/// instead, with a `ConcurrencyLimitLayer`, and see `pool_idle_timeout` and `pool_max_idle_per_host` of reqwest.
+#[must_use = "a layer does nothing until it wraps a connector"]
+#[derive(Clone, Debug)]
+pub struct DialLayer {
+    pub(super) connections: ConnectLayer,
+}
+
+impl<S> Layer<S> for DialLayer {
+    type Service = Dial<S>;
+
+    fn layer(&self, inner: S) -> Dial<S> {
+        Dial { inner, connections: self.connections.clone() }
+    }
+}
+
+/// The service of a [`DialLayer`].
+#[derive(Clone, Debug)]
+pub struct Dial<S> {
+    inner: S,
+    connections: ConnectLayer,
+}
+
+impl<S, Req> Service<Req> for Dial<S>
+where
+    S: Service<Req>,
+    S::Error: Into<BoxError>,
+    S::Future: Send + 'static,
+{
+    type Response = S::Response;
+    type Error = BoxError;
+    type Future = DialFuture<S::Response>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.inner.poll_ready(cx).map_err(Into::into)
+    }
+
+    fn call(&mut self, request: Req) -> Self::Future {
+        let connect = self.inner.call(request);
+        let layer = self.connections.clone();
+        DialFuture(Box::pin(async move {
+            layer.sound()?;
+            let connected = dial(&layer.all, || connect).await?;
+            layer.all.counts.created.fetch_add(1, Ordering::Relaxed);
+            Ok(connected)
+        }))
+    }
+}
+
+/// The future of a [`Dial`].
+#[must_use = "futures do nothing unless polled"]
+pub struct DialFuture<T>(Pin<Box<dyn Future<Output = Result<T, BoxError>> + Send>>);
+
+impl<T> Future for DialFuture<T> {
+    type Output = Result<T, BoxError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.0.as_mut().poll(cx)
+    }
+}
+
+impl<T> fmt::Debug for DialFuture<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DialFuture").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,111 @@
+//! When a connection has lived long enough. Pure, and told the time.
+
+use std::time::Duration;
+
+use crate::call::{Nanos, nanos};
+
+/// That there is no such limit.
+pub(super) const NEVER: Nanos = Nanos::MAX;
+
+/// Why a connection is to be closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Over {
+    /// It is as old as it may become.
+    Age,
+    /// Nobody has used it for as long as it may stay open unused.
+    Idle,
+    /// Another host needs its place.
+    Room,
+    /// It was asked to go.
+    Asked,
+}
+
+/// The limits of one connection: those of its layer, each a little shorter by chance.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Life {
+    /// When it is too old.
+    ends: Nanos,
+    /// How long it may be unused.
+    idle: Nanos,
+}
+
+/// What is to be done with a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Close(Over),
+    /// Nothing, and not before this time.
+    Keep(Nanos),
+}
+
+impl Life {
+    /// `chance` is from 0 to 1; `jitter` the part of a limit that it may take away, in thousandths.
+    pub(super) fn new(born: Nanos, age: Nanos, idle: Nanos, jitter: u32, chance: f64) -> Self {
+        let off = f64::from(jitter) / 1000.0 * chance;
+        let shorter = |limit: Nanos| match limit {
+            NEVER => NEVER,
+            limit => limit - (limit as f64 * off) as Nanos,
+        };
+        Self { ends: born.saturating_add(shorter(age)), idle: shorter(idle) }
+    }
+
+    /// Whether it is too old to be used once more.
+    pub(super) fn is_old(&self, now: Nanos) -> bool {
+        self.ends <= now
+    }
+
+    /// `idle_since` is `None` while it is in use.
+    pub(super) fn judge(&self, now: Nanos, idle_since: Option<Nanos>) -> Verdict {
+        let Some(since) = idle_since else {
+            // One that is too old is closed when it becomes idle; who ends its use says so.
+            let ends = if self.is_old(now) { NEVER } else { self.ends };
+            return Verdict::Keep(ends.min(now.saturating_add(self.idle)));
+        };
+        let unused = since.saturating_add(self.idle);
+        match now {
+            _ if self.is_old(now) => Verdict::Close(Over::Age),
+            _ if unused <= now => Verdict::Close(Over::Idle),
+            _ => Verdict::Keep(self.ends.min(unused)),
+        }
+    }
+}
+
+/// As the settings keep it.
+pub(super) fn limit(time: Option<Duration>) -> Nanos {
+    time.map_or(NEVER, nanos)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn is_over_when_idle_for_too_long_or_old_and_idle() {
+        let life = Life::new(100, 1000, 50, 0, 0.0);
+        assert_eq!(life.judge(100, Some(100)), Verdict::Keep(150));
+        assert_eq!(life.judge(149, Some(100)), Verdict::Keep(150));
+        assert_eq!(life.judge(150, Some(100)), Verdict::Close(Over::Idle));
+        assert_eq!(life.judge(1090, Some(1080)), Verdict::Keep(1100));
+        assert_eq!(life.judge(1100, Some(1099)), Verdict::Close(Over::Age));
+    }
+
+    #[test]
+    fn is_never_over_in_use_and_looked_at_no_more_often_than_it_can_be() {
+        let life = Life::new(0, 1000, 50, 0, 0.0);
+        assert_eq!(life.judge(10, None), Verdict::Keep(60));
+        assert_eq!(life.judge(990, None), Verdict::Keep(1000));
+        assert_eq!(life.judge(5000, None), Verdict::Keep(5050));
+        assert_eq!(Life::new(0, 1000, NEVER, 0, 0.0).judge(5000, None), Verdict::Keep(NEVER));
+        assert!(life.is_old(1000) && !life.is_old(999));
+    }
+
+    #[test]
+    fn jitter_only_takes_away() {
+        for chance in [0.0, 0.3, 1.0] {
+            let life = Life::new(0, 1000, 100, 200, chance);
+            assert!((800..=1000).contains(&life.ends) && (80..=100).contains(&life.idle));
+        }
+        let life = Life::new(u64::MAX - 1, NEVER, NEVER, 1000, 1.0);
+        assert_eq!((life.ends, life.idle), (NEVER, NEVER));
+        assert_eq!(life.judge(NEVER - 1, Some(0)), Verdict::Keep(NEVER));
+    }
+}

@@ -1,0 +1,183 @@
+//! How many connections there are at most, and for how long each counts.
+
+use std::time::Duration;
+
+use buttress::{call::RejectedKind, connect::ConnectLayer};
+use futures_util::future::join_all;
+use http_body_util::BodyExt;
+use tokio::time::Instant;
+
+use crate::kit::{Pipes, ask, client, http2, refusal, request, settle};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+#[tokio::test(start_paused = true)]
+async fn two_hundred_callers_through_fifty_connections_all_get_their_answer() {
+    let (layer, pipes) = (ConnectLayer::new().max_per_host(50), Pipes::default());
+    let (client, handle) = (client(&layer, &pipes), layer.handle());
+    for _ in 0..5 {
+        let answers = join_all((0..200).map(|_| ask(&client, "http://a/"))).await;
+        assert!(answers.iter().all(Result::is_ok));
+    }
+    assert!((1..=50).contains(&pipes.open.peak()), "{} connections", pipes.open.peak());
+    settle().await;
+    let seen = handle.snapshot();
+    assert_eq!((seen.waiting, seen.connecting, seen.in_use, seen.saturated), (0, 0, 0, 0));
+    assert_eq!(seen.open, pipes.open.now());
+    assert_eq!(seen.created + seen.reused, 1000);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_counts_for_as_long_as_it_is_open_not_while_it_is_made() {
+    let layer = ConnectLayer::new().max_per_host(1).queue(10, SECOND);
+    let pipes = Pipes::default();
+    let (client, handle) = (client(&layer, &pipes), layer.handle());
+    let held = client.request(request("http://a/slow"));
+    let held = tokio::spawn(held);
+    settle().await;
+    let error = ask(&client, "http://a/").await.unwrap_err();
+    assert_eq!(refusal(&error).kind(), RejectedKind::Saturated);
+    assert_eq!(refusal(&error).layer(), "connect");
+    // Another host has a cap of its own.
+    ask(&client, "http://b/").await.unwrap();
+    // The head is here, the body is not read: still one.
+    pipes.stage.open();
+    let held = held.await.unwrap().unwrap();
+    assert_eq!((handle.snapshot().open, handle.snapshot().in_use), (2, 1));
+    held.into_body().collect().await.unwrap();
+    ask(&client, "http://a/").await.unwrap();
+    assert_eq!(handle.snapshot().open, 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn connections_to_all_hosts_together_are_capped() {
+    let layer = ConnectLayer::new().max_total(3).queue(10, SECOND);
+    let pipes = Pipes::default();
+    let client = client(&layer, &pipes);
+    let hosts = ["http://a/slow", "http://b/slow", "http://c/slow"];
+    let held: Vec<_> = hosts.map(|uri| tokio::spawn(client.request(request(uri)))).into();
+    settle().await;
+    let error = ask(&client, "http://d/").await.unwrap_err();
+    assert_eq!(refusal(&error).kind(), RejectedKind::Saturated);
+    pipes.stage.open();
+    for held in held {
+        held.await.unwrap().unwrap().into_body().collect().await.unwrap();
+    }
+    ask(&client, "http://d/").await.unwrap();
+    assert_eq!(pipes.open.peak(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_connection_makes_room_for_another_host_that_waits() {
+    let layer = ConnectLayer::new().max_total(2).max_idle(None);
+    let pipes = Pipes::default();
+    let (client, handle) = (client(&layer, &pipes), layer.handle());
+    let start = Instant::now();
+    ask(&client, "http://a/").await.unwrap();
+    ask(&client, "http://b/").await.unwrap();
+    ask(&client, "http://c/").await.unwrap();
+    ask(&client, "http://b/").await.unwrap();
+    assert_eq!(handle.snapshot().created, 3, "the one idle for longest went, and no other");
+    // Also one that becomes idle only later.
+    let held: Vec<_> = ["http://b/slow", "http://c/slow"]
+        .map(|uri| tokio::spawn(client.request(request(uri))))
+        .into();
+    settle().await;
+    let waits = tokio::spawn({
+        let client = client.clone();
+        async move { ask(&client, "http://d/").await }
+    });
+    settle().await;
+    assert_eq!(handle.snapshot().waiting, 1);
+    pipes.stage.open();
+    for held in held {
+        held.await.unwrap().unwrap().into_body().collect().await.unwrap();
+    }
+    waits.await.unwrap().unwrap();
+    assert_eq!((handle.snapshot().created, handle.snapshot().open), (4, 2));
+    assert_eq!((pipes.open.peak(), start.elapsed()), (2, Duration::ZERO));
+}
+
+#[tokio::test(start_paused = true)]
+async fn callers_of_one_host_close_none_of_its_connections_for_each_other() {
+    let layer = ConnectLayer::new().max_total(2);
+    let pipes = Pipes::default();
+    let (client, handle) = (client(&layer, &pipes), layer.handle());
+    for _ in 0..20 {
+        let answers = join_all((0..20).map(|_| ask(&client, "http://a/"))).await;
+        assert!(answers.iter().all(Result::is_ok));
+    }
+    assert_eq!(handle.snapshot().created, 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn caps_are_resized_while_they_are_reached() {
+    let layer = ConnectLayer::new().max_per_host(1).max_total(10);
+    let pipes = Pipes::default();
+    let (client, handle) = (client(&layer, &pipes), layer.handle());
+    let held: Vec<_> =
+        (0..3).map(|_| tokio::spawn(client.request(request("http://a/slow")))).collect();
+    settle().await;
+    assert_eq!((handle.snapshot().open, handle.snapshot().waiting), (1, 2));
+    handle.set_max_per_host(2).unwrap();
+    settle().await;
+    assert_eq!((handle.snapshot().open, handle.snapshot().waiting), (2, 1));
+    handle.set_max_per_host(9).unwrap();
+    settle().await;
+    assert_eq!((handle.snapshot().open, handle.snapshot().waiting), (3, 0));
+    assert_eq!(handle.snapshot().max_per_host, Some(9));
+    handle.set_max_total(1).unwrap();
+    pipes.stage.open();
+    for held in held {
+        held.await.unwrap().unwrap().into_body().collect().await.unwrap();
+    }
+    handle.renew();
+    settle().await;
+    assert_eq!(handle.snapshot().open, 0);
+    join_all((0..9).map(|_| ask(&client, "http://a/"))).await;
+    assert_eq!(handle.snapshot().open, 1);
+    assert!(handle.set_max_total(0).is_err() && handle.set_max_per_host(0).is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn over_http2_many_calls_share_the_one_connection_there_may_be() {
+    let layer = ConnectLayer::new().max_per_host(1).queue(0, SECOND);
+    let pipes = Pipes::default();
+    let (client, handle) = (http2(&layer, &pipes), layer.handle());
+    ask(&client, "http://a/").await.unwrap();
+    let held: Vec<_> =
+        (0..20).map(|_| tokio::spawn(client.request(request("http://a/slow")))).collect();
+    settle().await;
+    assert_eq!(pipes.stage.inside.now(), 20);
+    assert_eq!((handle.snapshot().open, handle.snapshot().in_use), (1, 1));
+    pipes.stage.open();
+    for held in held {
+        held.await.unwrap().unwrap().into_body().collect().await.unwrap();
+    }
+    let seen = handle.snapshot();
+    assert_eq!((seen.created, seen.reused, seen.in_use), (1, 20, 0));
+}
+
+#[test]
+fn settings_that_cannot_work_are_told() {
+    let field = |layer: ConnectLayer| layer.checked().unwrap_err().field;
+    assert_eq!(field(ConnectLayer::new().max_per_host(0)), "max_per_host");
+    assert_eq!(field(ConnectLayer::new().max_total(0)), "max_total");
+    assert_eq!(field(ConnectLayer::new().queue(1, Duration::ZERO)), "queue.longest_wait");
+    assert_eq!(field(ConnectLayer::new().connect_timeout(Duration::ZERO)), "connect_timeout");
+    assert_eq!(field(ConnectLayer::new().max_age(Duration::ZERO)), "max_age");
+    assert_eq!(field(ConnectLayer::new().max_idle(Duration::ZERO)), "max_idle");
+    for jitter in [-0.1, 0.91, f64::NAN, f64::INFINITY] {
+        assert_eq!(field(ConnectLayer::new().jitter(jitter)), "jitter");
+    }
+    let layer = ConnectLayer::new().max_age(None).queue(0, Duration::ZERO).jitter(0.0);
+    layer.checked().map(drop).unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stack_built_without_asking_refuses_to_connect() {
+    let (layer, pipes) = (ConnectLayer::new().max_total(0), Pipes::default());
+    let error = ask(&client(&layer, &pipes), "http://a/").await.unwrap_err();
+    assert_eq!(refusal(&error).kind(), RejectedKind::Misconfigured);
+    assert_eq!(pipes.open.total(), 0);
+}

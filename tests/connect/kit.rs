@@ -1,0 +1,181 @@
+//! A server at the other end of a pipe: no sockets, so that the clock can be paused.
+
+use std::{
+    future::Future,
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use axum::{
+    Router,
+    routing::{any, get},
+};
+use buttress::{
+    BoxError, Rejected,
+    connect::{Client, ClientBuilder, ConnectLayer},
+};
+use bytes::Bytes;
+use http::{Request, Uri};
+use http_body_util::{BodyExt, Empty};
+use hyper::rt::{Read, ReadBufCursor, Write};
+use hyper_util::{
+    client::legacy::connect::{Connected, Connection},
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+    service::TowerToHyperService,
+};
+use tokio::{io::DuplexStream, sync::Semaphore};
+use tower::Service;
+
+use crate::net::{Gauge, Inside, Stage};
+
+/// Connects to a server of its own, through a gate if told so. Knows how many of its connections are open.
+#[derive(Clone, Debug, Default)]
+pub struct Pipes {
+    pub stage: Stage,
+    pub open: Gauge,
+    gate: Option<Arc<Semaphore>>,
+}
+
+impl Pipes {
+    /// Connecting takes a permit of the gate.
+    pub fn gated() -> Self {
+        Self { gate: Some(Arc::new(Semaphore::new(0))), ..Self::default() }
+    }
+
+    pub fn let_in(&self, n: usize) {
+        self.gate.as_ref().unwrap().add_permits(n);
+    }
+
+    fn router(&self) -> Router {
+        let (plain, streaming) = (self.stage.clone(), self.stage.clone());
+        Router::new()
+            .route("/", get(|| async { "hello" }))
+            .route("/tenth", get(|| tokio::time::sleep(Duration::from_millis(100))))
+            .route("/slow", any(move || plain.plain()))
+            .route("/stream", any(move || streaming.streaming()))
+            .route("/upgrade", any(upgrade))
+    }
+}
+
+/// Speaks back what it is told.
+async fn upgrade(request: axum::extract::Request) -> http::Response<axum::body::Body> {
+    tokio::spawn(async move {
+        let io = TokioIo::new(hyper::upgrade::on(request).await.unwrap());
+        let (mut read, mut write) = tokio::io::split(io);
+        let _ = tokio::io::copy(&mut read, &mut write).await;
+    });
+    http::Response::builder()
+        .status(101)
+        .header("connection", "upgrade")
+        .header("upgrade", "echo")
+        .body(axum::body::Body::empty())
+        .unwrap()
+}
+
+impl Service<Uri> for Pipes {
+    type Response = Pipe;
+    type Error = io::Error;
+    type Future = Pin<Box<dyn Future<Output = io::Result<Pipe>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let this = self.clone();
+        Box::pin(async move {
+            if let Some(gate) = &this.gate {
+                gate.acquire().await.unwrap().forget();
+            }
+            if uri.host() == Some("down") {
+                return Err(io::ErrorKind::ConnectionRefused.into());
+            }
+            let (ours, theirs) = tokio::io::duplex(64 * 1024);
+            let service = TowerToHyperService::new(this.router());
+            tokio::spawn(async move {
+                let server = auto::Builder::new(TokioExecutor::new());
+                let io = TokioIo::new(theirs);
+                let _ = server.serve_connection_with_upgrades(io, service).await;
+            });
+            Ok(Pipe { io: TokioIo::new(ours), _open: this.open.enter() })
+        })
+    }
+}
+
+#[derive(Debug)]
+pub struct Pipe {
+    io: TokioIo<DuplexStream>,
+    _open: Inside,
+}
+
+impl Connection for Pipe {
+    fn connected(&self) -> Connected {
+        Connected::new()
+    }
+}
+
+impl Read for Pipe {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buf)
+    }
+}
+
+impl Write for Pipe {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+// ===== Calls =====
+
+pub type Piped = Client<Pipes, Empty<Bytes>>;
+
+pub fn client(layer: &ConnectLayer, pipes: &Pipes) -> Piped {
+    Client::builder(layer.clone()).build(pipes.clone())
+}
+
+pub fn http2(layer: &ConnectLayer, pipes: &Pipes) -> Piped {
+    ClientBuilder::http2_only(Client::builder(layer.clone())).build(pipes.clone())
+}
+
+pub fn request(uri: &str) -> Request<Empty<Bytes>> {
+    Request::get(uri).body(Empty::new()).unwrap()
+}
+
+/// Asks, and reads the answer to its end.
+pub async fn ask(client: &Piped, uri: &str) -> Result<Bytes, BoxError> {
+    let response = client.request(request(uri)).await?;
+    assert!(response.status().is_success(), "{}", response.status());
+    Ok(response.into_body().collect().await?.to_bytes())
+}
+
+pub fn refusal(error: &BoxError) -> &Rejected {
+    Rejected::find(&**error).unwrap_or_else(|| panic!("not a refusal: {error:?}"))
+}
+
+/// Lets every task do all it can without the clock.
+pub async fn settle() {
+    for _ in 0..64 {
+        tokio::task::yield_now().await;
+    }
+}

@@ -1,0 +1,9 @@
+//! Connections: bounded, fresh and visible.
+#![cfg(feature = "connect")]
+
+mod connect_caps;
+mod connect_life;
+mod connect_line;
+mod kit;
+#[path = "../net/mod.rs"]
+mod net;
