@@ -2,31 +2,33 @@
 
 use std::{
     cell::{Cell, RefCell},
+    fmt::Debug,
     future::Future,
     time::Duration,
 };
 
 use buttress::{
-    RetryLayer,
+    BoxError, RetryLayer,
     retry::{Attempts, ReplayBody, Retry},
 };
 use bytes::Bytes;
 use futures_util::future::join_all;
-use http::{Method, Request};
+use http::{Method, Request, Response};
+use http_body::Body;
 use http_body_util::{BodyExt, Full};
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::TokioExecutor,
 };
-use tower::{Layer, ServiceExt};
+use tower::{Layer, Service, ServiceExt};
 
 /// How many requests are under way at once.
 pub const LANES: usize = 32;
 
 type Hyper = Client<HttpConnector, ReplayBody<Full<Bytes>>>;
 
-pub struct Clients {
-    service: Retry<Hyper>,
+pub struct Clients<S = Retry<Hyper>> {
+    service: S,
     port: u16,
     sent: Cell<usize>,
     endings: RefCell<Vec<Ending>>,
@@ -45,14 +47,25 @@ pub struct Ending {
 impl Clients {
     pub fn new(port: u16) -> Self {
         let hyper = Client::builder(TokioExecutor::new()).build_http();
-        let service = RetryLayer::http().layer(hyper);
+        Self::over(RetryLayer::http().layer(hyper), port)
+    }
+}
+
+impl<S> Clients<S> {
+    pub fn over(service: S, port: u16) -> Self {
         Self { service, port, sent: Cell::new(0), endings: RefCell::default() }
     }
 
     pub fn endings(&self) -> Vec<Ending> {
         self.endings.borrow().clone()
     }
+}
 
+impl<S, B> Clients<S>
+where
+    S: Service<Request<Full<Bytes>>, Response = Response<B>, Error = BoxError> + Clone,
+    B: Body<Error: Debug>,
+{
     async fn send(&self, method: Method, path: &str) {
         let n = self.sent.get();
         self.sent.set(n + 1);

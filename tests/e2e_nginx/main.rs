@@ -5,15 +5,24 @@
 #![cfg(all(feature = "retry", feature = "hyper-util"))]
 
 mod client;
+#[cfg(feature = "connect")]
+mod connect;
 mod embedded;
 mod nginx;
 mod witness;
 
-use std::{collections::HashSet, env, time::Duration};
+use std::{collections::HashSet, env, fmt::Debug, time::Duration};
 
+use buttress::BoxError;
+use bytes::Bytes;
 use client::{Clients, Ending, LANES};
 use embedded::Embedded;
+use http::{Request, Response};
+use http_body::Body;
+use http_body_util::Full;
 use nginx::Nginx;
+use tokio::runtime::{self, Runtime};
+use tower::Service;
 use witness::Witness;
 
 /// When the upstream closes a connection on which nothing was asked.
@@ -31,9 +40,8 @@ trait Upstream {
     fn log(self: Box<Self>) -> String;
 }
 
-#[test]
-fn no_get_is_lost_and_no_post_is_doubled_through_expiry_and_reloads() {
-    let upstream: Box<dyn Upstream> = match Nginx::start() {
+fn nginx() -> Box<dyn Upstream> {
+    match Nginx::start() {
         Some(nginx) => Box::new(nginx),
         None if env::var_os("BUTTRESS_REQUIRE_NGINX").is_some() => {
             panic!("BUTTRESS_REQUIRE_NGINX is set, and there is no {}", nginx::BINARY)
@@ -42,8 +50,12 @@ fn no_get_is_lost_and_no_post_is_doubled_through_expiry_and_reloads() {
             println!("no {}: an embedded upstream stands in for it", nginx::BINARY);
             Box::new(Embedded::start())
         }
-    };
-    play(upstream, 10_000);
+    }
+}
+
+#[test]
+fn no_get_is_lost_and_no_post_is_doubled_through_expiry_and_reloads() {
+    play(nginx(), 10_000);
 }
 
 /// The stand-in is held to the same, so that it can be relied on where it is needed.
@@ -81,44 +93,55 @@ const GAPS: [Gap; 10] = [
     StallOverReload,
 ];
 
-/// One thread for the client: while it is held up, nobody sees what the upstream closes.
 fn play(upstream: Box<dyn Upstream>, gets: usize) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = runtime();
     let clients = Clients::new(upstream.port());
     for gap in GAPS {
-        let round = clients.round(gets / GAPS.len());
-        runtime.block_on(async {
-            match gap {
-                ReloadUnderLoad => {
-                    let half = clients.round(gets / GAPS.len() / 2);
-                    tokio::join!(round, async {
-                        half.await;
-                        upstream.reload();
-                    })
-                    .0
-                }
-                Silence => {
-                    round.await;
-                    clients.after_silences(KEEPALIVE).await;
-                }
-                Stall => {
-                    round.await;
-                    clients.fill_pool().await;
-                    hold_up(KEEPALIVE + KEEPALIVE / 5);
-                    clients.burst().await;
-                }
-                StallOverReload => {
-                    round.await;
-                    clients.fill_pool().await;
-                    upstream.reload();
-                    held_up_until(|| upstream.is_reloaded());
-                    clients.burst().await;
-                }
-            }
-        });
+        runtime.block_on(between(gap, &*upstream, &clients, gets / GAPS.len()));
     }
     drop(runtime);
-    judge(&clients, &Witness::read(&upstream.log()), gets);
+    judge(&clients.endings(), &Witness::read(&upstream.log()), gets);
+}
+
+/// One thread for the client: while it is held up, nobody sees what the upstream closes.
+fn runtime() -> Runtime {
+    runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+/// A round of so many `GET`s, and the gap.
+async fn between<S, B>(gap: Gap, upstream: &dyn Upstream, clients: &Clients<S>, gets: usize)
+where
+    S: Service<Request<Full<Bytes>>, Response = Response<B>, Error = BoxError> + Clone,
+    B: Body<Error: Debug>,
+{
+    let round = clients.round(gets);
+    match gap {
+        ReloadUnderLoad => {
+            let half = clients.round(gets / 2);
+            tokio::join!(round, async {
+                half.await;
+                upstream.reload();
+            })
+            .0
+        }
+        Silence => {
+            round.await;
+            clients.after_silences(KEEPALIVE).await;
+        }
+        Stall => {
+            round.await;
+            clients.fill_pool().await;
+            hold_up(KEEPALIVE + KEEPALIVE / 5);
+            clients.burst().await;
+        }
+        StallOverReload => {
+            round.await;
+            clients.fill_pool().await;
+            upstream.reload();
+            held_up_until(|| upstream.is_reloaded());
+            clients.burst().await;
+        }
+    }
 }
 
 /// Nothing of this thread goes on, as under a debugger, or on a machine that slept.
@@ -140,21 +163,12 @@ fn held_up_until(mut holds: impl FnMut() -> bool) {
 
 // ===== The verdict =====
 
-fn judge(clients: &Clients, witness: &Witness, least_gets: usize) {
-    let endings = clients.endings();
+fn judge(endings: &[Ending], witness: &Witness, least_gets: usize) {
     let of = |method: &'static str| endings.iter().filter(move |ending| ending.method == method);
 
-    // Every GET has its answer, and nginx knows of it.
+    none_is_lost_and_none_doubled(endings, witness);
     let gets = of("GET").count();
     assert!(gets >= least_gets, "{gets} GETs");
-    let lost: Vec<&Ending> = of("GET").filter(|get| get.status != Some(200)).collect();
-    assert!(lost.is_empty(), "{} GETs lost, such as {:?}", lost.len(), lost[0]);
-    assert!(of("GET").all(|get| witness.times(&get.id) >= 1));
-
-    // No POST came twice; who has an answer came once.
-    let doubled: Vec<_> = of("POST").filter(|post| witness.times(&post.id) > 1).collect();
-    assert!(doubled.is_empty(), "{} POSTs doubled, such as {:?}", doubled.len(), doubled[0]);
-    assert!(of("POST").filter(|post| post.status.is_some()).all(|p| witness.times(&p.id) == 1));
 
     // That all this was put to the test: connections did go stale under requests of both kinds ...
     let stale_gets = of("GET").filter(|get| get.made > 1).count();
@@ -181,4 +195,18 @@ fn judge(clients: &Clients, witness: &Witness, least_gets: usize) {
         of("POST").count(),
         witness.most_on_one(),
     );
+}
+
+fn none_is_lost_and_none_doubled(endings: &[Ending], witness: &Witness) {
+    let of = |method: &'static str| endings.iter().filter(move |ending| ending.method == method);
+
+    // Every GET has its answer, and nginx knows of it.
+    let lost: Vec<&Ending> = of("GET").filter(|get| get.status != Some(200)).collect();
+    assert!(lost.is_empty(), "{} GETs lost, such as {:?}", lost.len(), lost[0]);
+    assert!(of("GET").all(|get| witness.times(&get.id) >= 1));
+
+    // No POST came twice; who has an answer came once.
+    let doubled: Vec<_> = of("POST").filter(|post| witness.times(&post.id) > 1).collect();
+    assert!(doubled.is_empty(), "{} POSTs doubled, such as {:?}", doubled.len(), doubled[0]);
+    assert!(of("POST").filter(|post| post.status.is_some()).all(|p| witness.times(&p.id) == 1));
 }

@@ -6,6 +6,7 @@ use std::{
     net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{self, Child, Command, Stdio},
+    sync::atomic::{AtomicUsize, Ordering},
 };
 
 use super::{PATIENCE, Upstream, held_up_until};
@@ -64,7 +65,9 @@ impl Nginx {
         if !Path::new(BINARY).exists() {
             return None;
         }
-        let dir = Dir(env::temp_dir().join(format!("buttress-nginx-{}", process::id())));
+        static STARTED: AtomicUsize = AtomicUsize::new(0);
+        let (process, n) = (process::id(), STARTED.fetch_add(1, Ordering::Relaxed));
+        let dir = Dir(env::temp_dir().join(format!("buttress-nginx-{process}-{n}")));
         fs::create_dir_all(&dir.0).unwrap();
         // Another process may take the port in between: then there is another one.
         let start = |_| {
