@@ -2,16 +2,20 @@
 
 use std::time::Duration;
 
-use buttress::connect::ConnectLayer;
+use buttress::connect::{Client, ConnectLayer};
+use bytes::Bytes;
 use futures_util::future::join_all;
-use http_body_util::BodyExt;
+use http_body_util::{BodyExt, Empty};
 use hyper_util::rt::TokioIo;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
     time::{Instant, sleep},
 };
 
-use crate::kit::{Pipes, ask, client, http2, request, settle};
+use crate::{
+    kit::{Pipe, Pipes, ask, client, http2, request, settle},
+    net::Gauge,
+};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -202,4 +206,47 @@ async fn a_connection_whose_time_was_over_unnoticed_is_not_used() {
         assert!(tokio_test::task::spawn(tokio::time::advance(2 * SECOND)).poll().is_pending());
     }
     assert_eq!((handle.snapshot().reused, handle.snapshot().closed_for_idleness), (0, 3));
+}
+
+/// As behind a NAT that forgets: no end is seen, and no answer comes.
+#[tokio::test(start_paused = true)]
+async fn no_request_hangs_on_a_connection_that_died_without_a_word() {
+    const FORGOTTEN: Duration = Duration::from_secs(5);
+
+    async fn answer(mut io: DuplexStream) {
+        let mut seen = Instant::now();
+        let mut request = [0; 1024];
+        while io.read(&mut request).await.is_ok_and(|read| read > 0) {
+            if seen.elapsed() < FORGOTTEN {
+                io.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello").await.unwrap();
+            }
+            seen = Instant::now();
+        }
+    }
+    let connect = |max_idle| {
+        let connector = tower::service_fn(|_: http::Uri| {
+            std::future::ready({
+                let (ours, theirs) = tokio::io::duplex(1024);
+                tokio::spawn(answer(theirs));
+                Ok::<_, std::io::Error>(Pipe::new(ours, &Gauge::default()))
+            })
+        });
+        let layer = ConnectLayer::new().max_idle(max_idle);
+        Client::builder(layer).build::<_, Empty<Bytes>>(connector)
+    };
+    let ask = |client: &Client<_, _>| {
+        tokio::time::timeout(60 * SECOND, client.request(request("http://a/")))
+    };
+
+    let client = connect(Some(4 * SECOND));
+    for silence in [1, 3, 4, 5, 6, 60, 1, 4, 5] {
+        let response = ask(&client).await.expect("no request hangs").unwrap();
+        assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "hello");
+        sleep(silence * SECOND).await;
+    }
+    // That such a connection does hang, where none is closed in time.
+    let client = connect(None);
+    drop(ask(&client).await.unwrap().unwrap().into_body().collect().await.unwrap());
+    sleep(2 * FORGOTTEN).await;
+    assert!(ask(&client).await.is_err());
 }

@@ -101,7 +101,7 @@ impl Service<Uri> for Pipes {
                 let io = TokioIo::new(theirs);
                 let _ = server.serve_connection_with_upgrades(io, service).await;
             });
-            Ok(Pipe { io: TokioIo::new(ours), _open: this.open.enter() })
+            Ok(Pipe::new(ours, &this.open))
         })
     }
 }
@@ -110,6 +110,12 @@ impl Service<Uri> for Pipes {
 pub struct Pipe {
     io: TokioIo<DuplexStream>,
     _open: Inside,
+}
+
+impl Pipe {
+    pub fn new(io: DuplexStream, open: &Gauge) -> Self {
+        Self { io: TokioIo::new(io), _open: open.enter() }
+    }
 }
 
 impl Connection for Pipe {

@@ -2,8 +2,11 @@
 #![cfg(feature = "connect")]
 
 mod connect_caps;
+mod connect_clients;
 mod connect_life;
 mod connect_line;
 mod kit;
 #[path = "../net/mod.rs"]
 mod net;
+#[path = "../rpc/mod.rs"]
+mod rpc;

@@ -1,5 +1,6 @@
 //! A gRPC service that does as its requests say, and an address to serve it on. Needs no `protoc`: the messages are
 //! those of `grpc.health.v1`.
+#![allow(dead_code)] // Every test file takes what it needs.
 
 use std::{net::SocketAddr, pin::Pin};
 

@@ -1,0 +1,327 @@
+//! The clients that there are, over real sockets.
+
+use std::{net::SocketAddr, time::Duration};
+
+use axum::{Router, routing::get};
+use buttress::{
+    BoxError,
+    call::RejectedKind,
+    connect::{Client, ConnectLayer},
+};
+use bytes::Bytes;
+use futures_util::future::{join_all, try_join_all};
+use http::Request;
+use http_body_util::{BodyExt, Empty, Full};
+use hyper_util::{
+    client::legacy::connect::HttpConnector,
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+    service::TowerToHyperService,
+};
+use tower::{Layer, Service, ServiceExt};
+
+use crate::{
+    kit::refusal,
+    net::{self, Gauge, Stage, listener, soon, until},
+    rpc,
+};
+
+const CALLERS: usize = 200;
+const CAP: usize = 50;
+
+/// A server that knows how many connections it has open.
+async fn serve(router: Router) -> (SocketAddr, Gauge) {
+    let ((listener, addr), open) = (listener().await, Gauge::default());
+    let gauge = open.clone();
+    tokio::spawn(async move {
+        loop {
+            let (tcp, _) = listener.accept().await.unwrap();
+            let (inside, router) = (gauge.enter(), router.clone());
+            tokio::spawn(async move {
+                let _inside = inside;
+                let service = TowerToHyperService::new(router);
+                let server = auto::Builder::new(TokioExecutor::new());
+                let _ = server.serve_connection(TokioIo::new(tcp), service).await;
+            });
+        }
+    });
+    (addr, open)
+}
+
+fn hello() -> Router {
+    Router::new().route("/", get(|| async { "hello" }))
+}
+
+async fn ask<S, B>(client: &S, addr: SocketAddr) -> Result<(), BoxError>
+where
+    S: Service<Request<Empty<Bytes>>, Response = http::Response<B>> + Clone,
+    S::Error: Into<BoxError>,
+    B: http_body::Body<Error: Into<BoxError>>,
+{
+    let response = client.clone().oneshot(net::get(addr, "/")).await.map_err(Into::into)?;
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.into_body().collect().await.map_err(Into::into)?.to_bytes(), "hello");
+    Ok(())
+}
+
+// ===== hyper-util's =====
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn two_hundred_callers_never_open_more_than_fifty_connections() {
+    let (addr, open) = serve(hello()).await;
+    let layer = ConnectLayer::new().max_per_host(CAP);
+    let handle = layer.handle();
+    let client = Client::builder(layer).build_http();
+    let callers = (0..CALLERS).map(|_| {
+        let client = client.clone();
+        tokio::spawn(async move {
+            for _ in 0..20 {
+                ask(&client, addr).await.unwrap();
+            }
+        })
+    });
+    for caller in soon(join_all(callers)).await {
+        caller.unwrap();
+    }
+    assert!(open.peak() <= CAP && open.total() <= CAP, "{} connections", open.peak());
+    until(|| handle.snapshot().in_use == 0 && handle.snapshot().waiting == 0).await;
+    let seen = handle.snapshot();
+    assert_eq!((seen.saturated, seen.failed, seen.timed_out, seen.connecting), (0, 0, 0, 0));
+    assert_eq!(seen.open, open.now());
+    assert!(seen.reused >= (CALLERS * 20 - CAP) as u64, "{seen:?}");
+}
+
+#[tokio::test]
+async fn requests_in_a_row_use_one_connection() {
+    let (addr, open) = serve(hello()).await;
+    let layer = ConnectLayer::new();
+    let handle = layer.handle();
+    let client = Client::builder(layer).build_http();
+    for _ in 0..1000 {
+        soon(ask(&client, addr)).await.unwrap();
+    }
+    let seen = handle.snapshot();
+    assert!(seen.reused >= 990 && open.total() <= 10, "{seen:?}");
+}
+
+#[tokio::test]
+async fn callers_who_go_at_random_leave_nothing_behind() {
+    let (addr, _) = serve(hello()).await;
+    let layer = ConnectLayer::new().max_per_host(5).queue(CALLERS, Duration::from_secs(9));
+    let handle = layer.handle();
+    let client = Client::builder(layer).build_http();
+    let mut random = fastrand::Rng::with_seed(8);
+    for _ in 0..20 {
+        let calls: Vec<_> = (0..100)
+            .map(|_| {
+                let client = client.clone();
+                tokio::spawn(async move { ask(&client, addr).await })
+            })
+            .collect();
+        for call in calls {
+            for _ in 0..random.u32(0..5) {
+                tokio::task::yield_now().await;
+            }
+            if random.bool() {
+                call.abort();
+            } else {
+                soon(call).await.unwrap().unwrap();
+            }
+        }
+        until(|| {
+            let seen = handle.snapshot();
+            (seen.in_use, seen.waiting, seen.connecting) == (0, 0, 0)
+        })
+        .await;
+        assert!(handle.snapshot().open <= 5);
+    }
+    drop(client);
+    until(|| handle.snapshot().open == 0).await;
+}
+
+/// As a layer of its own under a client that somebody else builds.
+#[tokio::test]
+async fn the_client_of_somebody_else_is_bounded_as_well() {
+    let (addr, open) = serve(hello()).await;
+    let layer = ConnectLayer::new().max_per_host(3);
+    let client = hyper_util::client::legacy::Client::builder(buttress::connect::Executor)
+        .build(layer.layer(HttpConnector::new()));
+    for _ in 0..20 {
+        soon(try_join_all((0..40).map(|_| ask(&client, addr)))).await.unwrap();
+    }
+    let seen = layer.handle().snapshot();
+    assert!(open.peak() <= 3 && seen.created <= 3, "{seen:?}");
+    until(|| layer.handle().snapshot().waiting == 0).await;
+}
+
+// ===== tonic's =====
+
+#[tokio::test]
+async fn tonic_channels_over_the_layer_share_its_cap() {
+    use tonic::transport::Endpoint;
+    use tonic_health::pb::{health_client::HealthClient, health_server::HealthServer};
+
+    let (incoming, addr) = rpc::incoming().await;
+    let server = tonic::transport::Server::builder()
+        .add_service(HealthServer::new(rpc::Obedient::default()))
+        .serve_with_incoming(incoming);
+    tokio::spawn(server);
+    let layer = ConnectLayer::new().max_per_host(1).queue(0, Duration::from_secs(1));
+    let endpoint = || Endpoint::from_shared(format!("http://{addr}")).unwrap();
+    let connector = layer.layer(HttpConnector::new());
+    let channel = soon(endpoint().connect_with_connector(connector.clone())).await.unwrap();
+    let calls = (0..50).map(|_| {
+        let mut client = HealthClient::new(channel.clone());
+        async move { client.check(rpc::ask("")).await }
+    });
+    soon(try_join_all(calls)).await.unwrap();
+    let seen = layer.handle().snapshot();
+    assert_eq!((seen.created, seen.open, seen.in_use), (1, 1, 0));
+
+    // Another channel finds the place taken, and is told why.
+    let error = soon(endpoint().connect_with_connector(connector.clone())).await.unwrap_err();
+    let error: BoxError = error.into();
+    assert_eq!(refusal(&error).kind(), RejectedKind::Saturated);
+    drop(channel);
+    until(|| layer.handle().snapshot().open == 0).await;
+    let channel = soon(endpoint().connect_with_connector(connector)).await.unwrap();
+    soon(HealthClient::new(channel).check(rpc::ask(""))).await.unwrap();
+}
+
+// ===== reqwest's =====
+
+#[cfg(feature = "reqwest")]
+#[tokio::test]
+async fn reqwest_connects_under_the_layer_timed_and_counted() {
+    let (addr, open) = serve(hello()).await;
+    let layer = ConnectLayer::new().connect_timeout(Duration::from_secs(5));
+    let client = reqwest::Client::builder().no_proxy().connector_layer(layer.clone().dials());
+    let client = client.build().unwrap();
+    for _ in 0..20 {
+        let response = soon(client.get(format!("http://{addr}/")).send()).await.unwrap();
+        assert_eq!(soon(response.bytes()).await.unwrap(), "hello");
+    }
+    let seen = layer.handle().snapshot();
+    assert_eq!((seen.created, seen.failed, open.total()), (1, 0, 1));
+    // How long it lives nobody tells.
+    assert_eq!((seen.open, seen.connecting), (0, 0));
+
+    let nobody = net::nobody().await;
+    let error = soon(client.get(format!("http://{nobody}/")).send()).await.unwrap_err();
+    assert!(error.is_connect());
+    assert_eq!(layer.handle().snapshot().failed, 1);
+
+    let layer = ConnectLayer::new().connect_timeout(Duration::ZERO);
+    let client = reqwest::Client::builder().no_proxy().connector_layer(layer.dials());
+    let error = client.build().unwrap().get(format!("http://{addr}/")).send().await.unwrap_err();
+    let error: BoxError = error.into();
+    assert_eq!(refusal(&error).kind(), RejectedKind::Misconfigured);
+}
+
+// ===== TLS =====
+
+#[cfg(feature = "rustls")]
+mod tls {
+    use std::sync::Arc;
+
+    use hyper_rustls::HttpsConnectorBuilder;
+    use rustls::{
+        ClientConfig, RootCertStore, ServerConfig,
+        crypto::{CryptoProvider, ring},
+        pki_types::PrivateKeyDer,
+    };
+    use tokio_rustls::TlsAcceptor;
+
+    use super::*;
+
+    /// One that speaks these protocols, and who trusts it.
+    async fn serve(alpn: &[&[u8]], stage: Stage) -> (SocketAddr, Gauge, ClientConfig) {
+        let own = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        let provider: Arc<CryptoProvider> = ring::default_provider().into();
+        let key = PrivateKeyDer::Pkcs8(own.signing_key.serialize_der().into());
+        let mut config = ServerConfig::builder_with_provider(provider.clone())
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![own.cert.der().clone()], key)
+            .unwrap();
+        config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+        let mut roots = RootCertStore::empty();
+        roots.add(own.cert.der().clone()).unwrap();
+        let trusts = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+
+        let router = Router::new()
+            .route("/", get(|| async { "hello" }))
+            .route("/slow", get(move || stage.clone().plain()));
+        let ((listener, addr), open) = (listener().await, Gauge::default());
+        let (gauge, acceptor) = (open.clone(), TlsAcceptor::from(Arc::new(config)));
+        tokio::spawn(async move {
+            loop {
+                let (tcp, _) = listener.accept().await.unwrap();
+                let (acceptor, router) = (acceptor.clone(), router.clone());
+                let inside = gauge.enter();
+                tokio::spawn(async move {
+                    let _inside = inside;
+                    let Ok(tls) = acceptor.accept(tcp).await else { return };
+                    let service = TowerToHyperService::new(router);
+                    let server = auto::Builder::new(TokioExecutor::new());
+                    let _ = server.serve_connection(TokioIo::new(tls), service).await;
+                });
+            }
+        });
+        (addr, open, trusts)
+    }
+
+    fn request(addr: SocketAddr, path: &str) -> Request<Full<Bytes>> {
+        let uri = format!("https://localhost:{}{path}", addr.port());
+        Request::get(uri).body(Full::default()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn over_tls_the_protocol_is_found_out_and_the_cap_holds() {
+        for (alpn, protocols) in
+            [("h2", &[b"h2".as_slice()] as &[&[u8]]), ("http/1.1", &[b"http/1.1"])]
+        {
+            let stage = Stage::default();
+            let (addr, open, trusts) = serve(protocols, stage.clone()).await;
+            let layer = ConnectLayer::new().max_per_host(4);
+            let handle = layer.handle();
+            let https = HttpsConnectorBuilder::new()
+                .with_tls_config(trusts)
+                .https_only()
+                .enable_all_versions()
+                .build();
+            let client = Client::builder(layer).build(https);
+            soon(client.request(request(addr, "/"))).await.unwrap().collect().await.unwrap();
+            let calls: Vec<_> =
+                (0..20).map(|_| tokio::spawn(client.request(request(addr, "/slow")))).collect();
+            let at_once = if alpn == "h2" { 20 } else { 4 };
+            until(|| stage.inside.now() == at_once).await;
+            let seen = handle.snapshot();
+            assert_eq!((seen.open, seen.in_use), if alpn == "h2" { (1, 1) } else { (4, 4) });
+            stage.open();
+            for call in calls {
+                let response = soon(call).await.unwrap().unwrap();
+                assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "hello");
+            }
+            assert!(open.total() <= 4);
+            until(|| handle.snapshot().in_use == 0).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn whom_the_system_does_not_trust_is_not_spoken_to() {
+        let (addr, _, _) = serve(&[b"h2"], Stage::default()).await;
+        let layer = ConnectLayer::new();
+        let handle = layer.handle();
+        // A machine without any roots says so at once, and trusts nobody either.
+        let Ok(client) = Client::builder(layer).build_https() else { return };
+        let error = soon(client.request(request(addr, "/"))).await.unwrap_err();
+        assert!(error.is_connect());
+        assert_eq!((handle.snapshot().failed, handle.snapshot().open), (1, 0));
+    }
+}
