@@ -82,7 +82,7 @@ fn a_uri_made_at_run_time_costs_what_its_first_copy_costs() {
 
 /// They have to be kept, because the call takes them away.
 #[test]
-fn headers_cost_one_copy_of_them() {
+fn headers_cost_one_allocation_half_of_what_a_copy_of_them_costs() {
     let mut service = RetryLayer::http().layer(Plain(200));
     let headers: HeaderMap = [("host", "x"), ("accept", "*/*"), ("x-mine", "1")]
         .into_iter()
@@ -95,10 +95,10 @@ fn headers_cost_one_copy_of_them() {
         *request.headers_mut() = headers.clone();
         request
     };
-    assert_eq!(allocations(&mut service, request), copy);
+    assert_eq!((allocations(&mut service, request), copy), (1, 2));
     // One attempt alone may be repeated too, where no server has seen it.
     let mut service = RetryLayer::http().attempts(1).layer(Plain(200));
-    assert_eq!(allocations(&mut service, request), copy);
+    assert_eq!(allocations(&mut service, request), 1);
     // With nothing to be repeated there is nothing to keep.
     let mut service = RetryLayer::http().attempts(0).layer(Plain(200));
     assert_eq!(allocations(&mut service, request), 0);

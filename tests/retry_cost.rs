@@ -91,7 +91,7 @@ fn calls<S: Service<Call>>(service: &mut S, calls: usize) -> Duration {
 
 /// In turns, so that whatever else the machine does meets both.
 #[test]
-fn retry_costs_a_call_that_is_not_retried_little_more_than_towers() {
+fn retry_costs_a_call_that_is_not_retried_no_more_than_towers() {
     let budget = TpsBudget::new(Duration::from_secs(10), 10, 0.2);
     let mut theirs = Retry::new(Theirs(Arc::new(budget)), Plain);
     let mut ours = RetryLayer::http().layer(Plain);
@@ -101,7 +101,7 @@ fn retry_costs_a_call_that_is_not_retried_little_more_than_towers() {
     ratios.sort_by(f64::total_cmp);
     let median = ratios[ratios.len() / 2];
     println!("{median:.2} times what tower's costs (from {:.2} to {:.2})", ratios[0], ratios[60]);
-    // Measured: 1.45 as it is, 1.25 optimized.
-    let most = if cfg!(debug_assertions) { 2.5 } else { 1.6 };
+    // Measured: 1.2 as it is, 0.7 optimized, where no abstraction costs.
+    let most = if cfg!(debug_assertions) { 1.8 } else { 1.0 };
     assert!(median <= most, "{median:.2} times what tower's costs");
 }

@@ -282,6 +282,37 @@ fn tower_retry() -> impl Service<u64> + Clone + Send {
     tower::retry::Retry::new(Budgeted(Arc::default()), Bare)
 }
 
+#[derive(Clone)]
+struct BudgetedHttp(Arc<TpsBudget>);
+
+type AnswerHttp = Result<Response<Full<Bytes>>, Infallible>;
+
+impl Policy<Request<Empty<Bytes>>, Response<Full<Bytes>>, Infallible> for BudgetedHttp {
+    type Future = Ready<()>;
+
+    fn retry(
+        &mut self,
+        _: &mut Request<Empty<Bytes>>,
+        result: &mut AnswerHttp,
+    ) -> Option<Ready<()>> {
+        match result {
+            Ok(answer) if answer.status().is_server_error() => self.0.withdraw().then(|| ready(())),
+            _ => {
+                self.0.deposit();
+                None
+            }
+        }
+    }
+
+    fn clone_request(&mut self, request: &Request<Empty<Bytes>>) -> Option<Request<Empty<Bytes>>> {
+        Some(request.clone())
+    }
+}
+
+fn tower_http_retry() -> tower::retry::Retry<BudgetedHttp, BareHttp> {
+    tower::retry::Retry::new(BudgetedHttp(Arc::default()), BareHttp)
+}
+
 fn tower_full() -> impl Service<u64> + Clone + Send {
     let limited = filled(tower::limit::GlobalConcurrencyLimitLayer::new(1).layer(Stuck));
     tower::load_shed::LoadShed::new(limited)
@@ -505,8 +536,12 @@ pub fn all() -> Vec<Candidate> {
         http("buttress/http_limit", Some("http_limit"), || {
             made_http(ConcurrencyLimitLayer::new(100).respond().layer(BareHttp))
         }),
-        http("buttress/http_retry", Some("http_retry"), || {
-            made_http(RetryLayer::http().layer(BareHttp))
-        }),
+        http("tower/http_retry", None, || made_http(tower_http_retry())),
+        Candidate {
+            peers: &["tower/http_retry"],
+            ..http("buttress/http_retry", Some("http_retry"), || {
+                made_http(RetryLayer::http().layer(BareHttp))
+            })
+        },
     ]
 }

@@ -3,8 +3,8 @@ use tokio::time::{Duration, Instant};
 
 /// When the caller needs its answer: put into a request's extensions, for every layer further in.
 ///
-/// A retry starts nothing that would not end before it. It does not end a call that is under way: that is a
-/// timeout's task. On tokio's clock.
+/// A retry starts nothing that would not end before it, and ends an attempt that has no response head by then.
+/// On tokio's clock.
 ///
 /// ```
 /// use std::time::Duration;

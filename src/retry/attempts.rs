@@ -3,10 +3,10 @@ use std::{error::Error, fmt, time::Duration};
 use http::Response;
 
 use super::policy::Stop;
-use crate::{BoxError, error};
+use crate::{BoxError, call::Outcome, error};
 
 /// What a retry did with one call: in the extensions of the response, and in the error.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Attempts {
     /// How many attempts were made: none where the service broke before the first.
@@ -15,17 +15,49 @@ pub struct Attempts {
     pub waited: Duration,
     /// Why there was no further one.
     pub stop: Stop,
+    each: Vec<Tried>,
 }
 
+/// One attempt of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Tried {
+    /// What came of it, and why.
+    pub outcome: Outcome,
+    /// How long was waited after it for the next; zero after the last.
+    pub waited: Duration,
+}
+
+/// No more attempts of a call than these are recorded one by one.
+const MOST_RECORDED: usize = 32;
+
 impl Attempts {
-    pub(super) const FIRST: Self = Self { made: 1, waited: Duration::ZERO, stop: Stop::Answered };
+    pub(super) const FIRST: Self = Self::after(1, Stop::Answered);
     /// The service broke before the first attempt.
-    pub(super) const NONE: Self = Self { made: 0, waited: Duration::ZERO, stop: Stop::NotReady };
+    pub(super) const NONE: Self = Self::after(0, Stop::NotReady);
+
+    const fn after(made: u32, stop: Stop) -> Self {
+        Self { made, waited: Duration::ZERO, stop, each: Vec::new() }
+    }
+
+    /// The attempts one by one, the last one too: the first 32 of them. Empty where the first was the only one
+    /// and its answer good.
+    #[must_use]
+    pub fn each(&self) -> &[Tried] {
+        &self.each
+    }
+
+    pub(super) fn tried(&mut self, tried: Tried) {
+        self.waited = self.waited.saturating_add(tried.waited);
+        if self.each.len() < MOST_RECORDED {
+            self.each.push(tried);
+        }
+    }
 
     /// What is told by a response. One that came at the first attempt carries no record of it.
     #[must_use]
     pub fn of<B>(response: &Response<B>) -> Self {
-        response.extensions().get().copied().unwrap_or(Self::FIRST)
+        response.extensions().get().cloned().unwrap_or(Self::FIRST)
     }
 
     /// Looks for the record in `error` and its sources.
@@ -35,7 +67,7 @@ impl Attempts {
         for _ in 0..16 {
             let error = next?;
             if let Some(found) = error.downcast_ref::<RetryError>() {
-                return Some(found.attempts);
+                return Some(found.attempts.clone());
             }
             next = error::next(error);
         }
@@ -62,8 +94,8 @@ impl RetryError {
 
     /// What was done.
     #[must_use]
-    pub fn attempts(&self) -> Attempts {
-        self.attempts
+    pub fn attempts(&self) -> &Attempts {
+        &self.attempts
     }
 }
 

@@ -55,6 +55,7 @@ impl Settings {
         self.says.store(true, Ordering::Relaxed);
     }
 
+    #[inline]
     pub(super) fn says(&self) -> bool {
         self.says.load(Ordering::Relaxed)
     }
@@ -87,7 +88,8 @@ impl Settings {
         lock(&self.budget).clone()
     }
 
-    pub(super) fn rules(&self, never: bool) -> Rules {
+    #[inline]
+    pub(super) fn rules(&self, never: bool) -> Rules<'static> {
         Rules { body_cap: self.body_cap.load(Ordering::Relaxed), only: None, never }
     }
 

@@ -66,7 +66,8 @@
 //!
 //! A request with a [`Deadline`](crate::Deadline) in its extensions is not tried again where the wait and
 //! [10 ms](RetryLayer::least_attempt) for the attempt do not fit before it; nor is a service waited for, beyond
-//! it, that does not get ready. An attempt under way is not ended by it. Only with a deadline is a
+//! it, that does not get ready; and an attempt under way whose response head is not here by then ends with it. Then
+//! the error has a [`Rejected`](crate::Rejected) in it, which says so. Only with a deadline is a
 //! refusal of a layer further in waited for, if it says for how long: uncharged, since what was called
 //! has not seen it.
 //!
@@ -105,8 +106,9 @@
 //!
 //! # Cost
 //!
-//! A request without a body costs a copy of its head; one with a body two small allocations; the wrapped
-//! service is cloned for a second attempt only.
+//! A call that is not retried costs a copy of its request's head (its headers in one allocation), and two small
+//! allocations more if it has a body. The wrapped service is cloned for a second attempt only, and what a
+//! retry has to remember is made when an attempt has failed.
 //!
 //! # Defaults
 //!
@@ -125,6 +127,7 @@ mod attempts;
 mod backoff;
 mod budget;
 mod core;
+mod course;
 mod exchange;
 pub mod hedge;
 mod layer;
@@ -141,7 +144,7 @@ mod weighed;
 #[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
 pub use self::exchange::Reqwest;
 pub use self::{
-    attempts::{Attempt, Attempts, RetryError},
+    attempts::{Attempt, Attempts, RetryError, Tried},
     backoff::{Backoff, Delays},
     budget::{RetryBudget, Withdrawal},
     exchange::Replay,

@@ -84,17 +84,19 @@ impl<B: Body> Body for PeekedBody<B> {
     type Data = B::Data;
     type Error = B::Error;
 
+    #[inline]
     fn poll_frame(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         let this = self.project();
+        match this.first {
+            First::None => return this.body.poll_frame(cx),
+            First::End => return Poll::Ready(None),
+            First::Data(_) | First::Other(_) => {}
+        }
         match std::mem::replace(this.first, First::None) {
-            First::End => {
-                *this.first = First::End;
-                Poll::Ready(None)
-            }
-            First::None => this.body.poll_frame(cx),
+            First::None | First::End => Poll::Ready(None),
             First::Data(data) => Poll::Ready(Some(Ok(Frame::data(data)))),
             First::Other(frame) => Poll::Ready(Some(*frame)),
         }

@@ -151,6 +151,8 @@ pub enum Stop {
     WaitTooLong,
     /// The wait and an attempt of use do not fit before the deadline.
     DeadlineTooNear,
+    /// The deadline passed with an attempt under way, or with the wrapped service not ready for one.
+    DeadlinePassed,
     /// The retry budget is used up.
     BudgetUsedUp,
     /// The wrapped service failed before it was called: its `poll_ready` did.
@@ -172,6 +174,7 @@ impl Stop {
             Self::BodyGone => "body_gone",
             Self::AttemptsUsedUp => "attempts_used_up",
             Self::KindUsedUp => "kind_used_up",
+            Self::DeadlinePassed => "deadline_passed",
             Self::DeadlineTooNear => "deadline_too_near",
             Self::WaitTooLong => "wait_too_long",
             Self::BudgetUsedUp => "budget_used_up",
@@ -206,7 +209,7 @@ const MOST_TRANSPARENT: u32 = 2;
 pub(super) fn decide(
     facts: &Facts,
     policy: &Policy,
-    series: &mut Option<Box<Series>>,
+    series: &mut Option<Series>,
 ) -> Result<Again, Stop> {
     let reason = facts.outcome.reason();
     let hint = facts.outcome.retry_after();
@@ -247,7 +250,7 @@ pub(super) fn decide(
         // The first at once; one that is refused again waits like the others.
         Duration::ZERO
     } else {
-        let series = series.get_or_insert_with(|| Box::new(policy.waits.begin()));
+        let series = series.get_or_insert_with(|| policy.waits.begin());
         let throttled = kind == FailureKind::Throttled;
         let own = series.next(throttled).ok_or(Stop::AttemptsUsedUp)?;
         policy.wait(own, hint)?

@@ -1,6 +1,8 @@
 use std::{
     fmt,
     future::Future,
+    io,
+    marker::PhantomData,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -13,19 +15,17 @@ use tower_service::Service;
 
 use super::{
     attempts::Attempts,
-    budget::Withdrawal,
     core::Core,
-    exchange::{Numbered, Repeat, Weigh},
-    policy::{Class, Facts, Stop, decide},
-    rules::{Answer, FailureKind, PerKind, Seen},
-    series::Series,
+    course::{Course, Kept, Wait},
+    exchange::{Repeat, Weigh},
+    policy::{Class, Stop},
+    rules::Seen,
     span::Span,
-    weighed::Weighed,
+    weighed::{Weighed, Weight},
 };
 use crate::{
     admission::Reusable,
-    call::{Deadline, Http, Outcome},
-    event,
+    call::{Deadline, Http, LayerKind, Rejected, RejectedKind},
 };
 
 /// The service of a [`RetryLayer`](super::RetryLayer).
@@ -71,29 +71,26 @@ where
         self.inner.poll_ready(cx).map_err(|error| M::broken(error, Attempts::NONE))
     }
 
+    #[inline]
     fn call(&mut self, request: Req) -> Self::Future {
         if let Some(budget) = &self.core.budget {
             budget.deposit();
         }
-        let settings = &self.core.settings;
-        let rules = settings.rules(self.core.misconfigured);
-        let (first, kept) = self.protocol.split(request, rules);
+        let rules = self.core.settings.rules(self.core.misconfigured);
+        let mut kept = M::keep(&request, rules);
         let span = Span::attempt(0);
-        let future = span.within(|| self.inner.call(first));
+        let entered = span.enter();
+        // Not by way of a variable: a request is large to move.
+        let future = self.inner.call(M::first(request, kept.as_mut(), rules));
+        drop(entered);
         ResponseFuture {
-            state: State::Calling { attempt: Weighed::new(future, settings.attempt_timeout()) },
+            state: State::Calling { attempt: Weighed::new(future) },
             span,
             core: self.core.clone(),
             protocol: self.protocol.clone(),
             kept,
-            service: None,
-            withdrawal: None,
-            record: Attempts::FIRST,
-            transparent: 0,
-            of_kind: [0; 8],
-            deadline: None,
-            series: None,
-            _request: std::marker::PhantomData,
+            course: None,
+            _request: PhantomData,
         }
     }
 }
@@ -108,17 +105,9 @@ pin_project! {
         core: Arc<Core<S>>,
         protocol: M,
         kept: Option<K>,
-        // What later attempts are made with; none until there is one.
-        service: Option<S>,
-        withdrawal: Option<Withdrawal>,
-        record: Attempts,
-        transparent: u32,
-        of_kind: PerKind<u32>,
-        // The caller's, looked at when an attempt has failed.
-        deadline: Option<Deadline>,
-        // Its waits, once there is one.
-        series: Option<Box<Series>>,
-        _request: std::marker::PhantomData<fn(Req)>,
+        // None until an attempt has failed.
+        course: Option<Box<Course<S>>>,
+        _request: PhantomData<fn(Req)>,
     }
 }
 
@@ -131,15 +120,9 @@ pin_project! {
         Waiting { #[pin] backoff: Sleep },
         // Bounded by the deadline, if there is one.
         Readying { #[pin] late: Option<Sleep> },
+        // The deadline ended it.
+        Over,
     }
-}
-
-/// A wait, from when it was decided: reading the answer away is part of it.
-struct Wait {
-    since: Instant,
-    time: Duration,
-    /// How much of the answer may be read away.
-    drain_cap: u64,
 }
 
 /// How long a discarded answer may take before its connection is given up.
@@ -152,29 +135,126 @@ where
 {
     type Output = Result<M::Response, M::Error>;
 
+    #[inline]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         loop {
-            let mut this = self.as_mut().project();
-            match this.state.as_mut().project() {
-                StateProj::Calling { mut attempt } => {
-                    let weighed = this.span.within(|| attempt.as_mut().poll(&*this.protocol, cx));
-                    let (class, outcome) = ready!(weighed);
-                    *this.span = Span::none();
-                    let held = attempt.take();
-                    let wait = match self.as_mut().next(class, outcome, M::answer(&held)) {
-                        Ok(wait) => wait,
-                        Err(record) => return Poll::Ready(M::release(held, record)),
-                    };
-                    let longest = sleep(DRAIN_TIME);
-                    let state = State::Discarding { held, longest, wait };
-                    self.as_mut().project().state.set(state);
+            let this = self.as_mut().project();
+            if let StateProj::Calling { attempt } = this.state.project() {
+                let until = || until::<S, Req, M>(this.core, this.kept.as_ref());
+                let give = this.course.is_none() && !this.core.settings.says();
+                let entered = this.span.enter();
+                let weight = ready!(attempt.poll(&*this.protocol, give, until, cx));
+                drop(entered);
+                match weight {
+                    Weight::Given(answer) => return Poll::Ready(answer),
+                    weight => {
+                        if let Some(end) = self.as_mut().ended(weight) {
+                            return Poll::Ready(end);
+                        }
+                    }
                 }
+            }
+            if let Some(end) = ready!(self.as_mut().poll_between(cx)) {
+                return Poll::Ready(end);
+            }
+        }
+    }
+}
+
+/// When the response head has to be here.
+fn until<S, Req, M>(core: &Core<S>, kept: Option<&M::Kept>) -> Option<Instant>
+where
+    S: Service<M::Request>,
+    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+{
+    if !M::TAKES_ERRORS {
+        return None;
+    }
+    let limit = core.settings.attempt_timeout();
+    let limit = limit.and_then(|limit| Instant::now().checked_add(limit));
+    let deadline = kept.and_then(M::deadline).map(|Deadline(at)| at);
+    limit.into_iter().chain(deadline).min()
+}
+
+impl<S, M, Req> ResponseFuture<S, Req, S::Future, M, M::Kept, M::Held>
+where
+    S: Service<M::Request> + Clone,
+    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+{
+    /// An attempt is over, and so is the call; or its answer is to be discarded.
+    fn ended(
+        mut self: Pin<&mut Self>,
+        weight: Weight<Result<M::Response, M::Error>>,
+    ) -> Option<Result<M::Response, M::Error>> {
+        let mut this = self.as_mut().project();
+        *this.span = Span::none();
+        let kept = this.kept.as_ref();
+        let (held, (mut class, mut outcome)) = match (weight, this.state.as_mut().project()) {
+            (Weight::Held(class, outcome), StateProj::Calling { attempt }) => {
+                (attempt.take(), (class, outcome))
+            }
+            _ if kept.and_then(M::deadline).is_some_and(|deadline| deadline.left().is_zero()) => {
+                return Some(self.too_late());
+            }
+            _ => {
+                let what = "no response head in the attempt's time";
+                let late = io::Error::new(io::ErrorKind::TimedOut, what);
+                M::failed(late.into())?
+            }
+        };
+        let settings = &this.core.settings;
+        let first = this.course.is_none();
+        let said = settings.says();
+        if class == Class::Final && first && !said {
+            return Some(M::release(held, None));
+        }
+        let policy = settings.policy();
+        let mut vouched = false;
+        if said {
+            if let (Some(request), Some(answer)) = (kept.and_then(M::head), M::answer(&held)) {
+                let attempt = this.course.as_ref().map_or(1, |course| course.made());
+                let mut seen = Seen { request: &request, answer, outcome, attempt };
+                (class, vouched) = policy.say.judge(class, &mut seen);
+                outcome = seen.outcome;
+            }
+        }
+        if class == Class::Final && first {
+            return Some(M::release(held, None));
+        }
+        let course = this.course.get_or_insert_with(Box::default);
+        let known = kept.map(|kept| Kept {
+            safe: vouched || M::safe(kept, &policy.safe),
+            body: M::repeatable(kept),
+            deadline: M::deadline(kept),
+        });
+        let claim = || kept.is_some_and(M::claim);
+        match course.next(this.core, &policy, (class, outcome), known, claim) {
+            Ok(wait) => {
+                this.state.set(State::Discarding { held, longest: sleep(DRAIN_TIME), wait });
+                None
+            }
+            Err(stop) => Some(M::release(held, Some(course.end(settings, stop)))),
+        }
+    }
+
+    /// From an answer that is discarded to the next attempt, or to the end.
+    fn poll_between(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<M::Response, M::Error>>> {
+        loop {
+            let mut this = self.as_mut().project();
+            let (Some(course), core) = (this.course.as_mut(), &*this.core) else {
+                unreachable!("polled after completion")
+            };
+            match this.state.as_mut().project() {
+                StateProj::Calling { .. } => return Poll::Ready(None),
                 StateProj::Discarding { held, longest, wait } => {
                     let cap = wait.drain_cap;
                     if M::poll_discard(held, cap, cx).is_pending() {
                         ready!(longest.poll(cx));
                     }
-                    let left = wait.time.saturating_sub(wait.since.elapsed());
+                    let left = wait.left();
                     // What is left of the answer is dropped here, before the wait: with it goes whatever
                     // a layer further in holds for it.
                     // A timer that is over already would still take a tick.
@@ -189,133 +269,57 @@ where
                     this.state.set(State::Readying { late: None });
                 }
                 StateProj::Readying { mut late } => {
-                    let service = this.service.get_or_insert_with(|| this.core.service());
-                    let Poll::Ready(ready) = service.poll_ready(cx) else {
-                        let Some(Deadline(at)) = *this.deadline else { return Poll::Pending };
-                        if late.is_none() {
-                            late.set(Some(sleep_until(at)));
+                    let Poll::Ready(ready) = course.service(core).poll_ready(cx) else {
+                        if late.is_none() && M::TAKES_ERRORS {
+                            let deadline = this.kept.as_ref().and_then(M::deadline);
+                            late.set(deadline.map(|Deadline(at)| sleep_until(at)));
                         }
-                        ready!(late.as_pin_mut().map_or(Poll::Ready(()), |late| late.poll(cx)));
-                        this.record.stop = Stop::DeadlineTooNear;
-                        this.core.settings.count_stop(Stop::DeadlineTooNear);
-                        let Some(held) = M::timed_out("not ready before the deadline") else {
-                            return Poll::Pending;
-                        };
-                        *this.withdrawal = None;
-                        return Poll::Ready(M::release(held, Some(*this.record)));
+                        let Some(late) = late.as_pin_mut() else { return Poll::Pending };
+                        ready!(late.poll(cx));
+                        return Poll::Ready(Some(self.too_late()));
                     };
                     if let Err(error) = ready {
-                        this.record.stop = Stop::NotReady;
-                        this.core.settings.count_stop(Stop::NotReady);
-                        return Poll::Ready(Err(M::broken(error, *this.record)));
+                        let record = course.end(&core.settings, Stop::NotReady);
+                        return Poll::Ready(Some(Err(M::broken(error, record))));
                     }
                     let Some(kept) = this.kept else { unreachable!("kept for every retry") };
-                    if let Some(withdrawal) = this.withdrawal.take() {
-                        withdrawal.spend();
+                    if M::TAKES_ERRORS && M::deadline(kept).is_some_and(|at| at.left().is_zero()) {
+                        return Poll::Ready(Some(self.too_late()));
                     }
-                    // What a layer of ours refused was seen by nobody either.
-                    let refused = this.of_kind[FailureKind::Rejected as usize];
-                    let seen = this.record.made - *this.transparent - refused;
-                    this.record.made += 1;
-                    let attempt = Numbered { number: this.record.made, seen };
-                    this.core.settings.count_retry();
+                    let attempt = course.begin();
+                    core.settings.count_retry();
                     *this.span = Span::attempt(attempt.number - 1);
-                    let future = this.span.within(|| service.call(M::again(kept, attempt)));
-                    let limit = this.core.settings.attempt_timeout();
-                    this.state.set(State::Calling { attempt: Weighed::new(future, limit) });
+                    let entered = this.span.enter();
+                    let future = course.service(core).call(M::again(kept, attempt));
+                    drop(entered);
+                    this.state.set(State::Calling { attempt: Weighed::new(future) });
                 }
+                StateProj::Over => unreachable!("polled after completion"),
             }
         }
     }
-}
 
-impl<S, Req, F, M: Repeat<Req>, H> ResponseFuture<S, Req, F, M, M::Kept, H> {
-    /// How long until the next attempt; or the record of why there is none, if there is something to tell.
-    fn next(
-        self: Pin<&mut Self>,
-        mut class: Class,
-        mut outcome: Outcome,
-        answer: Option<Answer<'_>>,
-    ) -> Result<Wait, Option<Attempts>> {
-        let this = self.project();
-        let settings = &this.core.settings;
-        let first = this.record.made == 1;
-        if class == Class::Final && first && !settings.says() {
-            return Err(None);
+    /// The deadline has passed, with an attempt under way or about to be made: it ends here.
+    fn too_late(self: Pin<&mut Self>) -> Result<M::Response, M::Error> {
+        let mut this = self.project();
+        let under_way = matches!(this.state.as_mut().project(), StateProj::Calling { .. });
+        this.state.set(State::Over);
+        let course = this.course.get_or_insert_with(Box::default);
+        if under_way {
+            course.cut_short();
         }
-        let policy = settings.policy();
-        let mut vouched = false;
-        let head = this.kept.as_ref().and_then(M::head);
-        if let (Some(request), Some(answer)) = (head.as_deref(), answer) {
-            let mut seen = Seen { request, answer, outcome, attempt: this.record.made };
-            (class, vouched) = policy.say.judge(class, &mut seen);
-            outcome = seen.outcome;
-        }
-        if class == Class::Final && first {
-            return Err(None);
-        }
-        let now = Instant::now();
-        *this.deadline = head.as_ref().and_then(|head| Deadline::of(head.extensions()));
-        let left = this.deadline.map(|Deadline(at)| at.saturating_duration_since(now));
-        let decision = match this.kept {
-            Some(kept) => decide(
-                &Facts {
-                    class,
-                    outcome,
-                    safe: vouched || M::safe(kept, &policy.safe),
-                    body: M::repeatable(kept),
-                    made: this.record.made,
-                    transparent: *this.transparent,
-                    of_kind: *this.of_kind,
-                    left,
-                },
-                &policy,
-                this.series,
-            ),
-            None if class == Class::Final => Err(Stop::Answered),
-            None if this.core.misconfigured => Err(Stop::Misconfigured),
-            // It said that it cannot be kept.
-            None => Err(Stop::BodyGone),
+        let record = course.end(&this.core.settings, Stop::DeadlinePassed);
+        let late = Rejected::by(LayerKind::Retry, RejectedKind::DeadlinePassed);
+        let Some((held, _)) = M::failed(late.into()) else {
+            unreachable!("only these errors have a deadline")
         };
-        // The budget last: what another rule refuses is never charged.
-        let decision = decision.and_then(|again| {
-            if let (Some(budget), Some(kind)) = (&this.core.budget, again.charge) {
-                *this.withdrawal = Some(budget.withdraw_for(kind).ok_or(Stop::BudgetUsedUp)?);
-            }
-            if !this.kept.as_ref().is_some_and(M::claim) {
-                *this.withdrawal = None;
-                return Err(Stop::BodyGone);
-            }
-            Ok(again)
-        });
-        match decision {
-            Ok(again) => {
-                *this.transparent += u32::from(again.transparent);
-                if !again.transparent {
-                    this.of_kind[again.kind as usize] += 1;
-                }
-                this.record.waited = this.record.waited.saturating_add(again.wait);
-                event!(
-                    DEBUG,
-                    attempt = this.record.made,
-                    delay_ms = again.wait.as_millis() as u64,
-                    reason = ?outcome,
-                    "retrying"
-                );
-                Ok(Wait { since: now, time: again.wait, drain_cap: policy.drain_cap })
-            }
-            Err(stop) => {
-                settings.count_stop(stop);
-                this.record.stop = stop;
-                event!(DEBUG, attempt = this.record.made, reason = %stop, outcome = ?outcome, "not retried");
-                Err(Some(*this.record))
-            }
-        }
+        M::release(held, Some(record))
     }
 }
 
 impl<S, Req, F, M, K, H> fmt::Debug for ResponseFuture<S, Req, F, M, K, H> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ResponseFuture").field("record", &self.record).finish_non_exhaustive()
+        let attempt = self.course.as_ref().map_or(1, |course| course.made());
+        f.debug_struct("ResponseFuture").field("attempt", &attempt).finish_non_exhaustive()
     }
 }

@@ -10,6 +10,14 @@ impl Span {
     /// disabled span is not for nothing to enter.
     #[inline]
     pub(super) fn attempt(resent: u32) -> Self {
+        if tracing::level_filters::LevelFilter::current() < tracing::Level::DEBUG {
+            return Self::none();
+        }
+        Self::heard(resent)
+    }
+
+    #[cold]
+    fn heard(resent: u32) -> Self {
         Self(tracing::enabled!(tracing::Level::DEBUG).then(|| {
             let empty = tracing::field::Empty;
             let span = tracing::debug_span!("attempt", "http.request.resend_count" = empty);
@@ -20,16 +28,15 @@ impl Span {
         }))
     }
 
+    #[inline]
     pub(super) fn none() -> Self {
         Self(None)
     }
 
+    /// Until what it gives is dropped.
     #[inline]
-    pub(super) fn within<T>(&self, act: impl FnOnce() -> T) -> T {
-        match &self.0 {
-            Some(span) => span.in_scope(act),
-            None => act(),
-        }
+    pub(super) fn enter(&self) -> Option<tracing::span::Entered<'_>> {
+        self.0.as_ref().map(tracing::Span::enter)
     }
 }
 
@@ -47,7 +54,11 @@ impl Span {
         Self
     }
 
-    pub(super) fn within<T>(&self, act: impl FnOnce() -> T) -> T {
-        act()
+    pub(super) fn enter(&self) -> impl Drop {
+        struct Entered;
+        impl Drop for Entered {
+            fn drop(&mut self) {}
+        }
+        Entered
     }
 }

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use buttress::{
-    Attempts, Backoff, Deadline, Rejected, RetryLayer, call::RejectedKind, retry::Stop,
+    Attempts, Backoff, Deadline, Rejected, RetryLayer,
+    call::{Reason, RejectedKind},
+    retry::Stop,
 };
 use http::Request;
 use tokio::time::Instant;
@@ -68,10 +70,61 @@ async fn readying_is_bounded_by_the_deadline() {
     log.gate(Gate::Shut);
     let result = call.await.unwrap();
     assert!(start.elapsed() >= ms(500) && start.elapsed() <= ms(502), "{:?}", start.elapsed());
-    assert_eq!((told(&result).made, told(&result).stop), (1, Stop::DeadlineTooNear));
+    assert_eq!((told(&result).made, told(&result).stop), (1, Stop::DeadlinePassed));
     let error = result.err().unwrap();
-    assert_eq!(error.source().unwrap().to_string(), "not ready before the deadline");
+    let refused = Rejected::find(&*error).unwrap();
+    assert_eq!((refused.layer(), refused.kind()), ("retry", RejectedKind::DeadlinePassed));
     assert_eq!(budget.balance(), 9.0, "paid back");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_under_way_ends_with_the_deadline() {
+    for (answered, limit, made) in [(0, None, 1), (1, None, 2), (0, Some(ms(100)), 3)] {
+        let inner: Inner = Inner::with(move |n, _| async move {
+            if n > answered {
+                std::future::pending::<()>().await;
+            }
+            Ok(status(503))
+        });
+        let (log, budget) = (inner.log.clone(), purse(9));
+        let mut layer = layer(ms(0)).attempts(9).budget(budget.clone());
+        if let Some(limit) = limit {
+            layer = layer.attempt_timeout(limit);
+        }
+        let start = Instant::now();
+        let result = send(&layer.layer(inner), within(ms(250), get())).await;
+        assert!(start.elapsed() >= ms(250) && start.elapsed() <= ms(252), "{:?}", start.elapsed());
+        let told = told(&result);
+        assert_eq!((told.made, told.stop, log.calls()), (made, Stop::DeadlinePassed, made));
+        assert_eq!(told.each().last().unwrap().outcome.reason(), Reason::Timeout);
+        assert_eq!(log.taken(), (0, 0), "it is dropped");
+        assert_eq!(budget.balance(), 9.0 - f64::from(made - 1));
+        let error = result.err().unwrap();
+        let refused = Rejected::find(&*error).unwrap();
+        assert_eq!((refused.layer(), refused.kind()), ("retry", RejectedKind::DeadlinePassed));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_at_the_deadline_is_not_too_late() {
+    let inner: Inner = Inner::with(|_, _| async {
+        tokio::time::sleep(ms(250)).await;
+        Ok(status(200))
+    });
+    let response = send(&layer(ms(0)).layer(inner), within(ms(250), post(Script::empty()))).await;
+    assert_eq!(response.unwrap().status(), 200);
+}
+
+/// The wait fitted, but not the time that reading the answer away took.
+#[tokio::test(start_paused = true)]
+async fn no_attempt_begins_after_the_deadline() {
+    let inner: Inner = Inner::new(|_| {
+        let slow = Script::new([Piece::Pause(Duration::from_secs(60)), data("late")]);
+        Ok(status(503).map(|_| slow))
+    });
+    let log = inner.log.clone();
+    let result = send(&layer(ms(0)).layer(inner), within(ms(20), get())).await;
+    assert_eq!((log.calls(), told(&result).stop), (1, Stop::DeadlinePassed));
 }
 
 // ===== A refusal of our own =====

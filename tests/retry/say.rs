@@ -53,6 +53,35 @@ async fn failures_are_added_and_taken_away() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn each_attempt_is_told_with_its_reason_and_the_wait_after_it() {
+    let answer = |n| match n {
+        1 => Err(io(ErrorKind::ConnectionRefused)),
+        2 => Ok(with_headers(503, &[("retry-after-ms", "700")])),
+        _ => Ok(status(200)),
+    };
+    let layer = RetryLayer::http().backoff(Backoff::constant(ms(100)).without_jitter());
+    let response = send(&layer.clone().layer(Inner::new(answer)), get()).await.unwrap();
+    let told = Attempts::of(&response);
+    let each: Vec<_> =
+        told.each().iter().map(|tried| (tried.outcome.reason(), tried.waited)).collect();
+    assert_eq!(
+        each,
+        [(Reason::ConnectRefused, ms(100)), (Reason::Status, ms(800)), (Reason::Completed, ms(0)),]
+    );
+    assert_eq!((told.made, told.waited), (3, ms(900)));
+    assert_eq!(told.each()[1].outcome.code(), Some(503));
+    // In the error as well, and of many only the first.
+    let reset = |_| Err(io(ErrorKind::ConnectionReset));
+    let service = layer.attempts(99).without_budget().layer(Inner::new(reset));
+    let error = send(&service, get()).await.unwrap_err();
+    let told = Attempts::find(&*error).unwrap();
+    assert_eq!((told.made, told.each().len()), (99, 32));
+    // One that went well has none.
+    let response = send(&quick().layer(Inner::new(|_| Ok(status(200)))), get()).await.unwrap();
+    assert_eq!(Attempts::of(&response).each(), []);
+}
+
+#[tokio::test(start_paused = true)]
 async fn grpc_statuses_too_in_head_and_trailers() {
     let aborted = |in_head: bool| {
         let mut response = status(200);

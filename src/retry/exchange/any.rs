@@ -23,9 +23,14 @@ where
     type Request = Req;
     type Kept = Req::Kept;
 
-    fn split(&self, request: Req, rules: Rules) -> (Req, Option<Req::Kept>) {
-        let kept = if rules.never { None } else { request.keep() };
-        (request, kept)
+    #[inline]
+    fn keep(request: &Req, rules: Rules<'_>) -> Option<Req::Kept> {
+        if rules.never { None } else { request.keep() }
+    }
+
+    #[inline]
+    fn first(request: Req, _: Option<&mut Req::Kept>, _: Rules<'_>) -> Req {
+        request
     }
 
     fn again(kept: &Req::Kept, _: Numbered) -> Req {
@@ -70,19 +75,27 @@ where
 
     const PATIENCE: Duration = Duration::ZERO;
 
-    fn hold(&self, result: Result<Res, E>) -> HeldResult<Res, E> {
-        let refused = result.as_ref().err().and_then(Rejected::find_in_any);
-        let weight = match refused {
-            Some(refused) => (Class::Refused(Stop::Rejected), rule::of_rejected(refused)),
-            None => {
-                let outcome = (self.0)(result.as_ref());
-                let class = match outcome.kind() {
-                    OutcomeKind::Failure | OutcomeKind::Throttled => Class::Retryable,
-                    OutcomeKind::Success | OutcomeKind::Cancelled => Class::Final,
-                };
-                (class, outcome)
-            }
+    #[inline]
+    fn weigh(&self, result: &Result<Res, E>) -> Option<(Class, Outcome)> {
+        if let Some(refused) = result.as_ref().err().and_then(Rejected::find_in_any) {
+            return Some((Class::Refused(Stop::Rejected), rule::of_rejected(refused)));
+        }
+        let outcome = (self.0)(result.as_ref());
+        let class = match outcome.kind() {
+            OutcomeKind::Failure | OutcomeKind::Throttled => Class::Retryable,
+            OutcomeKind::Success | OutcomeKind::Cancelled => Class::Final,
         };
+        Some((class, outcome))
+    }
+
+    #[inline]
+    fn give(result: Result<Res, E>) -> Result<Res, E> {
+        result
+    }
+
+    fn hold(result: Result<Res, E>, weight: Option<(Class, Outcome)>) -> HeldResult<Res, E> {
+        // It is always told.
+        let weight = weight.unwrap_or((Class::Final, Outcome::success()));
         HeldResult { result, weight }
     }
 

@@ -1,8 +1,6 @@
 //! HTTP and gRPC.
 
 use std::{
-    borrow::Cow,
-    io,
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -18,15 +16,16 @@ use super::{
         hedge::{HedgeCopy, Hedged},
         peek::{Peek, PeekedBody},
         policy::{Class, Repeatable, Safe, Stop},
-        replay::{ReplayBody, Tape},
+        replay::ReplayBody,
         rules::Answer,
     },
     Numbered, Repeat, Rules, Weigh,
+    kept::{KeptRequest, is_safe, keyed},
 };
 use crate::{
     BoxError,
     call::{
-        Http, Outcome, Reason, Rejected, grpc,
+        Deadline, Http, Outcome, Reason, Rejected, grpc,
         hint::{self, Pushback},
         http as rule,
     },
@@ -34,58 +33,39 @@ use crate::{
 
 // ===== The request =====
 
-/// A request's head and the tape of its body.
-#[derive(Debug)]
-pub struct KeptRequest<B> {
-    head: Request<()>,
-    tape: Tape<B>,
-}
-
-impl<B> KeptRequest<B> {
-    fn marked<T>(&self, mark: T) -> Request<ReplayBody<B>>
-    where
-        T: Clone + Send + Sync + 'static,
-    {
-        let mut request = self.head.clone().map(|()| self.tape.replay());
-        request.extensions_mut().insert(mark);
-        request
-    }
-}
-
 const PREVIOUS_ATTEMPTS: &str = "grpc-previous-rpc-attempts";
 
-/// RFC 9110 §9.2.2, or a key that makes the server tell repeats (the same on every attempt).
-pub(super) fn is_safe(method: &Method, headers: &HeaderMap, by: &Safe) -> bool {
-    let idempotent = match by {
-        Safe::All => true,
-        Safe::Methods(methods) => methods.contains(method),
-        Safe::Idempotent => matches!(
-            *method,
-            Method::GET
-                | Method::HEAD
-                | Method::OPTIONS
-                | Method::TRACE
-                | Method::PUT
-                | Method::DELETE
-        ),
-    };
-    idempotent || headers.contains_key("idempotency-key")
+impl Rules<'_> {
+    #[inline]
+    pub(super) fn keeps(&self, method: &Method, headers: &HeaderMap) -> bool {
+        !self.never && self.only.is_none_or(|by| is_safe(method, by, || keyed(headers)))
+    }
 }
 
 impl<B: Body> Repeat<Request<B>> for Http {
     type Request = Request<ReplayBody<B>>;
     type Kept = KeptRequest<B>;
 
-    fn split(&self, request: Request<B>, rules: Rules) -> (Self::Request, Option<KeptRequest<B>>) {
-        let (parts, body) = request.into_parts();
-        let kept = rules.only.as_ref().is_none_or(|by| is_safe(&parts.method, &parts.headers, by));
-        if rules.never || !kept {
-            return (Request::from_parts(parts, ReplayBody::once(body)), None);
-        }
-        // Also of an unsafe one: a refused stream's server did not look at it, but its body has gone out.
-        let (body, tape) = ReplayBody::new(body, rules.body_cap);
-        let head = Request::from_parts(parts.clone(), ());
-        (Request::from_parts(parts, body), Some(KeptRequest { head, tape }))
+    // Also of an unsafe one: a refused stream's server did not look at it, but its body has gone out.
+    #[inline]
+    fn keep(request: &Request<B>, rules: Rules<'_>) -> Option<KeptRequest<B>> {
+        rules.keeps(request.method(), request.headers()).then(|| KeptRequest::of(request))
+    }
+
+    #[inline]
+    fn first(
+        request: Request<B>,
+        kept: Option<&mut KeptRequest<B>>,
+        rules: Rules<'_>,
+    ) -> Self::Request {
+        request.map(|body| match kept {
+            Some(kept) => {
+                let (body, tape) = ReplayBody::new(body, rules.body_cap);
+                kept.tape = tape;
+                body
+            }
+            None => ReplayBody::once(body),
+        })
     }
 
     fn again(kept: &KeptRequest<B>, attempt: Numbered) -> Self::Request {
@@ -97,8 +77,12 @@ impl<B: Body> Repeat<Request<B>> for Http {
         request
     }
 
-    fn head(kept: &KeptRequest<B>) -> Option<Cow<'_, Request<()>>> {
-        Some(Cow::Borrowed(&kept.head))
+    fn head(kept: &KeptRequest<B>) -> Option<Request<()>> {
+        Some(kept.request(()))
+    }
+
+    fn deadline(kept: &KeptRequest<B>) -> Option<Deadline> {
+        kept.deadline()
     }
 
     fn copy(kept: &KeptRequest<B>) -> Self::Request {
@@ -106,11 +90,11 @@ impl<B: Body> Repeat<Request<B>> for Http {
     }
 
     fn safe(kept: &KeptRequest<B>, by: &Safe) -> bool {
-        is_safe(kept.head.method(), kept.head.headers(), by)
+        kept.safe(by)
     }
 
     fn repeatable(kept: &KeptRequest<B>) -> Repeatable {
-        kept.tape.repeatable()
+        kept.repeatable()
     }
 
     fn claim(kept: &KeptRequest<B>) -> bool {
@@ -131,6 +115,13 @@ pub struct HeldResponse<B: Body> {
     drained: u64,
 }
 
+impl<B: Body> HeldResponse<B> {
+    fn error(error: BoxError) -> Self {
+        let outcome = rule::of_error(&*error);
+        Self { result: Err(error), weight: Some((of_reason(outcome), outcome)), drained: 0 }
+    }
+}
+
 impl<B, E> Weigh<Response<B>, E> for Http
 where
     B: Body + Unpin,
@@ -143,19 +134,27 @@ where
     // A failed gRPC call's trailers come on the heels of its head; a stream's first message may not.
     const PATIENCE: Duration = Duration::from_millis(10);
 
-    fn hold(&self, result: Result<Response<B>, E>) -> HeldResponse<B> {
-        let (result, weight) = match result {
+    #[inline]
+    fn weigh(&self, result: &Result<Response<B>, E>) -> Option<(Class, Outcome)> {
+        let response = result.as_ref().ok()?;
+        weigh_parts(response.status(), response.headers(), response.extensions())
+    }
+
+    #[inline]
+    fn give(result: Result<Response<B>, E>) -> Result<Self::Response, BoxError> {
+        match result {
+            Ok(response) => Ok(response.map(PeekedBody::new)),
+            Err(error) => Err(Box::new(RetryError::new(Attempts::FIRST, error.into()))),
+        }
+    }
+
+    fn hold(result: Result<Response<B>, E>, weight: Option<(Class, Outcome)>) -> HeldResponse<B> {
+        match result {
             Ok(response) => {
-                let weight = weigh_head(&response);
-                (Ok(response.map(PeekedBody::new)), weight)
+                HeldResponse { result: Ok(response.map(PeekedBody::new)), weight, drained: 0 }
             }
-            Err(error) => {
-                let error = error.into();
-                let outcome = rule::of_error(&*error);
-                (Err(error), Some((of_reason(outcome), outcome)))
-            }
-        };
-        HeldResponse { result, weight, drained: 0 }
+            Err(error) => HeldResponse::error(error.into()),
+        }
     }
 
     fn poll_weigh(held: &mut HeldResponse<B>, cx: &mut Context<'_>) -> Poll<(Class, Outcome)> {
@@ -221,11 +220,11 @@ where
         }
     }
 
-    fn timed_out(what: &'static str) -> Option<HeldResponse<B>> {
-        let error = io::Error::new(io::ErrorKind::TimedOut, what);
-        let outcome = Outcome::failure().because(Reason::Timeout);
-        let weight = Some((of_reason(outcome), outcome));
-        Some(HeldResponse { result: Err(error.into()), weight, drained: 0 })
+    const TAKES_ERRORS: bool = true;
+
+    fn failed(error: BoxError) -> Option<(HeldResponse<B>, (Class, Outcome))> {
+        let held = HeldResponse::error(error);
+        held.weight.map(|weight| (held, weight))
     }
 
     fn broken(error: E, record: Attempts) -> BoxError {
@@ -246,10 +245,7 @@ where
 }
 
 /// What a head is to a retry. None: its body has to begin first.
-fn weigh_head<B>(response: &Response<B>) -> Option<(Class, Outcome)> {
-    weigh_parts(response.status(), response.headers(), response.extensions())
-}
-
+#[inline]
 pub(super) fn weigh_parts(
     status: StatusCode,
     headers: &HeaderMap,
@@ -258,6 +254,14 @@ pub(super) fn weigh_parts(
     if status.is_success() && !grpc::is_grpc(headers) {
         return Some((Class::Final, Outcome::success()));
     }
+    weigh_rest(status, headers, extensions)
+}
+
+fn weigh_rest(
+    status: StatusCode,
+    headers: &HeaderMap,
+    extensions: &Extensions,
+) -> Option<(Class, Outcome)> {
     if let Some(refused) = extensions.get::<Rejected>() {
         return Some((Class::Refused(Stop::Rejected), rule::of_rejected(refused)));
     }

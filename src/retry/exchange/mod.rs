@@ -2,6 +2,7 @@
 
 mod any;
 mod http;
+mod kept;
 #[cfg(feature = "reqwest")]
 mod reqwest;
 
@@ -9,7 +10,6 @@ mod reqwest;
 pub use self::reqwest::Reqwest;
 
 use std::{
-    borrow::Cow,
     task::{Context, Poll},
     time::Duration,
 };
@@ -22,14 +22,17 @@ use super::{
     policy::{Class, Repeatable, Safe},
     rules::Answer,
 };
-use crate::call::Outcome;
+use crate::{
+    BoxError,
+    call::{Deadline, Outcome},
+};
 
 /// What of the layer's settings a request is split by.
-#[derive(Clone, Debug)]
-pub struct Rules {
+#[derive(Clone, Copy, Debug)]
+pub struct Rules<'a> {
     pub(super) body_cap: u64,
     /// What is not safe to repeat is not repeated, unseen or not: nothing of it needs to be kept.
-    pub(super) only: Option<Safe>,
+    pub(super) only: Option<&'a Safe>,
     /// Nothing needs to be kept.
     pub(super) never: bool,
 }
@@ -112,14 +115,22 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
     /// What is kept to send it again.
     type Kept;
 
-    /// The first attempt, and what is kept for the next.
-    fn split(&self, request: Req, rules: Rules) -> (Self::Request, Option<Self::Kept>);
+    /// What is kept of a request for the next attempt.
+    fn keep(request: &Req, rules: Rules<'_>) -> Option<Self::Kept>;
+
+    /// The first attempt; what goes away with it is kept from here on.
+    fn first(request: Req, kept: Option<&mut Self::Kept>, rules: Rules<'_>) -> Self::Request;
 
     /// The attempt of this number.
     fn again(kept: &Self::Kept, attempt: Numbered) -> Self::Request;
 
-    /// The head, if the request has one of HTTP's.
-    fn head(_: &Self::Kept) -> Option<Cow<'_, Request<()>>> {
+    /// The head, if the request has one of HTTP's: made anew, for those who want to look at it.
+    fn head(_: &Self::Kept) -> Option<Request<()>> {
+        None
+    }
+
+    /// When the caller needs its answer, if the request says so.
+    fn deadline(_: &Self::Kept) -> Option<Deadline> {
         None
     }
 
@@ -153,8 +164,14 @@ pub trait Weigh<Res, E> {
     /// How long an answer's beginning may be waited for.
     const PATIENCE: Duration;
 
-    /// Takes an answer.
-    fn hold(&self, result: Result<Res, E>) -> Self::Held;
+    /// What an answer is by itself; none: that is not to be told without holding it.
+    fn weigh(&self, result: &Result<Res, E>) -> Option<(Class, Outcome)>;
+
+    /// Gives out what is good as it came.
+    fn give(result: Result<Res, E>) -> Result<Self::Response, Self::Error>;
+
+    /// Takes an answer, and what it is by itself.
+    fn hold(result: Result<Res, E>, weight: Option<(Class, Outcome)>) -> Self::Held;
 
     /// What it is. Pending while its beginning is not here.
     fn poll_weigh(held: &mut Self::Held, cx: &mut Context<'_>) -> Poll<(Class, Outcome)>;
@@ -171,8 +188,11 @@ pub trait Weigh<Res, E> {
     /// Gives it out, with the record if there is something to record.
     fn release(held: Self::Held, record: Option<Attempts>) -> Result<Self::Response, Self::Error>;
 
-    /// The answer of an attempt that was given up for its time. None: there is no such error in these types.
-    fn timed_out(_: &'static str) -> Option<Self::Held> {
+    /// Whether its errors can be such as this crate makes: for an attempt that is given up, too.
+    const TAKES_ERRORS: bool = false;
+
+    /// An answer of this crate's making. Only asked for where it [can](Self::TAKES_ERRORS) be.
+    fn failed(_: BoxError) -> Option<(Self::Held, (Class, Outcome))> {
         None
     }
 

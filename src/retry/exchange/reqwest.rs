@@ -1,8 +1,6 @@
 //! `reqwest::Client` as it is: requests and responses of reqwest's own.
 
 use std::{
-    borrow::Cow,
-    io,
     task::{Context, Poll},
     time::Duration,
 };
@@ -18,10 +16,11 @@ use super::{
         rules::Answer,
     },
     Numbered, Repeat, Rules, Weigh, http,
+    kept::{is_safe, keyed},
 };
 use crate::{
     BoxError,
-    call::{Outcome, Reason, http as rule},
+    call::{Outcome, http as rule},
 };
 
 /// The rules of HTTP for reqwest's own types: see [`RetryLayer::reqwest`](crate::RetryLayer::reqwest).
@@ -33,25 +32,25 @@ impl Repeat<Request> for Reqwest {
     type Request = Request;
     type Kept = Request;
 
-    fn split(&self, request: Request, rules: Rules) -> (Request, Option<Request>) {
-        let only = rules.only.as_ref();
-        let keep = !rules.never
-            && only.is_none_or(|by| http::is_safe(request.method(), request.headers(), by));
+    fn keep(request: &Request, rules: Rules<'_>) -> Option<Request> {
         // None of a stream: it is there once. Any other body is shared, not copied.
-        let kept = if keep { request.try_clone() } else { None };
-        (request, kept)
+        if rules.keeps(request.method(), request.headers()) { request.try_clone() } else { None }
+    }
+
+    fn first(request: Request, _: Option<&mut Request>, _: Rules<'_>) -> Request {
+        request
     }
 
     fn again(kept: &Request, _: Numbered) -> Request {
         Self::copy(kept)
     }
 
-    fn head(kept: &Request) -> Option<Cow<'_, Head<()>>> {
+    fn head(kept: &Request) -> Option<Head<()>> {
         let mut head = Head::new(());
         *head.method_mut() = kept.method().clone();
         *head.uri_mut() = kept.url().as_str().parse().unwrap_or_default();
         *head.headers_mut() = kept.headers().clone();
-        Some(Cow::Owned(head))
+        Some(head)
     }
 
     fn copy(kept: &Request) -> Request {
@@ -60,7 +59,7 @@ impl Repeat<Request> for Reqwest {
     }
 
     fn safe(kept: &Request, by: &Safe) -> bool {
-        http::is_safe(kept.method(), kept.headers(), by)
+        is_safe(kept.method(), by, || keyed(kept.headers()))
     }
 
     fn repeatable(_: &Request) -> Repeatable {
@@ -79,10 +78,9 @@ pub struct Held {
     weight: (Class, Outcome),
 }
 
-impl Held {
-    fn error(error: BoxError, outcome: Outcome) -> Self {
-        Self { result: Err(error), weight: (http::of_reason(outcome), outcome) }
-    }
+fn weigh_error(error: &(dyn std::error::Error + 'static)) -> (Class, Outcome) {
+    let outcome = rule::of_error(error);
+    (http::of_reason(outcome), outcome)
 }
 
 impl Weigh<Response, Error> for Reqwest {
@@ -92,20 +90,26 @@ impl Weigh<Response, Error> for Reqwest {
 
     const PATIENCE: Duration = Duration::ZERO;
 
-    fn hold(&self, result: Result<Response, Error>) -> Held {
-        match result {
+    fn weigh(&self, result: &Result<Response, Error>) -> Option<(Class, Outcome)> {
+        Some(match result {
             Ok(response) => {
                 let (status, headers) = (response.status(), response.headers());
                 let weight = http::weigh_parts(status, headers, response.extensions());
                 // gRPC's trailers are not to be had from it.
-                let weight = weight.unwrap_or((Class::Final, Outcome::success()));
-                Held { result: Ok(response), weight }
+                weight.unwrap_or((Class::Final, Outcome::success()))
             }
-            Err(error) => {
-                let outcome = rule::of_error(&error);
-                Held::error(error.into(), outcome)
-            }
-        }
+            Err(error) => weigh_error(error),
+        })
+    }
+
+    fn give(result: Result<Response, Error>) -> Result<Response, BoxError> {
+        result.map_err(|error| Box::new(RetryError::new(Attempts::FIRST, error.into())).into())
+    }
+
+    fn hold(result: Result<Response, Error>, weight: Option<(Class, Outcome)>) -> Held {
+        // It is always told.
+        let weight = weight.unwrap_or((Class::Final, Outcome::success()));
+        Held { result: result.map_err(BoxError::from), weight }
     }
 
     fn poll_weigh(held: &mut Held, _: &mut Context<'_>) -> Poll<(Class, Outcome)> {
@@ -135,9 +139,11 @@ impl Weigh<Response, Error> for Reqwest {
         }
     }
 
-    fn timed_out(what: &'static str) -> Option<Held> {
-        let error = io::Error::new(io::ErrorKind::TimedOut, what);
-        Some(Held::error(error.into(), Outcome::failure().because(Reason::Timeout)))
+    const TAKES_ERRORS: bool = true;
+
+    fn failed(error: BoxError) -> Option<(Held, (Class, Outcome))> {
+        let weight = weigh_error(&*error);
+        Some((Held { result: Err(error), weight }, weight))
     }
 
     fn broken(error: Error, record: Attempts) -> BoxError {

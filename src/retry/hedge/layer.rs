@@ -76,8 +76,8 @@ impl Settings {
         }
     }
 
-    pub(super) fn rules(&self, never: bool) -> Rules {
-        Rules { body_cap: self.body_cap.load(Ordering::Relaxed), only: Some(self.safe()), never }
+    pub(super) fn rules<'a>(&self, only: &'a Safe, never: bool) -> Rules<'a> {
+        Rules { body_cap: self.body_cap.load(Ordering::Relaxed), only: Some(only), never }
     }
 
     pub(super) fn safe(&self) -> Safe {

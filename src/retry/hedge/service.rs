@@ -16,17 +16,13 @@ use super::{
         budget::Withdrawal,
         core::Core,
         exchange::{Repeat, Weigh},
-        policy::{Class, Repeatable},
-        weighed::Weighed,
+        policy::Repeatable,
+        weighed::{Weighed, is_good},
     },
     Hedged,
     layer::Settings,
 };
-use crate::{
-    admission::Reusable,
-    call::{Http, Outcome},
-    event,
-};
+use crate::{admission::Reusable, call::Http, event};
 
 /// The service of a [`HedgeLayer`](super::HedgeLayer).
 pub struct Hedge<S, M = Http> {
@@ -76,16 +72,17 @@ where
             budget.deposit();
         }
         let settings = &self.core.settings;
-        let (first, kept) = self.protocol.split(request, settings.rules(self.core.misconfigured));
-        let hedgeable = kept.as_ref().is_some_and(|kept| {
-            M::safe(kept, &settings.safe()) && M::repeatable(kept) != Repeatable::No
-        });
+        let safe = settings.safe();
+        let rules = settings.rules(&safe, self.core.misconfigured);
+        let mut kept = M::keep(&request, rules);
+        let first = M::first(request, kept.as_mut(), rules);
+        let hedgeable = kept.as_ref().is_some_and(|kept| M::repeatable(kept) != Repeatable::No);
         // A time that no clock reaches is never.
         let began = settings.learns().then(Instant::now);
         let delay = if hedgeable { settings.delay() } else { None };
         let at = delay.and_then(|delay| began.unwrap_or_else(Instant::now).checked_add(delay));
         HedgeFuture {
-            first: Some(Weighed::new(self.inner.call(first), None)),
+            first: Some(Weighed::new(self.inner.call(first))),
             began,
             second: at.map_or(Second::Never, |at| Second::Due { at }),
             core: self.core.clone(),
@@ -136,11 +133,6 @@ impl<S, F, H> Second<S, F, H> {
     }
 }
 
-/// Neither a failure, nor throttled, nor refused: better than whatever the other copy may bring.
-fn is_good((class, outcome): (Class, Outcome)) -> bool {
-    class == Class::Final && outcome.is_success()
-}
-
 impl<S, M, Req> Future for HedgeFuture<S, Req, S::Future, M, M::Kept, M::Held>
 where
     S: Service<M::Request> + Clone,
@@ -152,10 +144,11 @@ where
         let mut this = self.project();
         // The first copy before the timer and before the hedge: what is there already is not hedged.
         if let Some(mut first) = this.first.as_mut().as_pin_mut() {
-            if let Poll::Ready(weight) = first.as_mut().poll(&*this.protocol, cx) {
+            if let Poll::Ready(weight) = first.as_mut().poll_held(&*this.protocol, cx) {
                 if is_good(weight) {
                     this.core.settings.took(this.began.take());
                 }
+                // Better than whatever the other copy may bring.
                 if is_good(weight) || !matches!(*this.second, Second::Sent { .. }) {
                     let held = first.take();
                     let hedged = this.second.hedged(false);
@@ -196,11 +189,11 @@ where
                         delay = ?this.core.settings.delay(),
                         "hedging"
                     );
-                    let hedge = Weighed::new(service.call(M::copy(&kept)), None);
+                    let hedge = Weighed::new(service.call(M::copy(&kept)));
                     this.second.set(Second::Sent { hedge });
                 }
                 SecondProj::Sent { mut hedge } => {
-                    let weight = ready!(hedge.as_mut().poll(&*this.protocol, cx));
+                    let weight = ready!(hedge.as_mut().poll_held(&*this.protocol, cx));
                     if !is_good(weight) && this.first.is_some() {
                         event!(DEBUG, outcome = ?weight.1, "the hedge failed");
                         this.second.set(Second::Lost);

@@ -1,0 +1,177 @@
+//! What is known of a call whose first attempt has failed. Made then, and not before: a call that is well pays
+//! for none of it.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{
+    attempts::{Attempts, Tried},
+    budget::Withdrawal,
+    core::{Core, Settings},
+    exchange::Numbered,
+    policy::{Again, Class, Facts, Policy, Repeatable, Stop, decide},
+    rules::{FailureKind, PerKind},
+    series::Series,
+};
+use crate::{
+    call::{Deadline, Outcome, Reason},
+    event,
+};
+
+pub(super) struct Course<S> {
+    /// What later attempts are made with; none until there is one.
+    service: Option<S>,
+    withdrawal: Option<Withdrawal>,
+    record: Attempts,
+    transparent: u32,
+    of_kind: PerKind<u32>,
+    /// Its waits, once there is one.
+    series: Option<Series>,
+}
+
+/// A wait, from when it was decided: reading the answer away is part of it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wait {
+    pub(super) since: Instant,
+    pub(super) time: Duration,
+    /// How much of the answer may be read away.
+    pub(super) drain_cap: u64,
+}
+
+impl Wait {
+    pub(super) fn left(&self) -> Duration {
+        self.time.saturating_sub(self.since.elapsed())
+    }
+}
+
+/// What is known of a request that was kept.
+pub(super) struct Kept {
+    pub(super) safe: bool,
+    pub(super) body: Repeatable,
+    pub(super) deadline: Option<Deadline>,
+}
+
+impl<S> Default for Course<S> {
+    fn default() -> Self {
+        Self {
+            service: None,
+            withdrawal: None,
+            record: Attempts::FIRST,
+            transparent: 0,
+            of_kind: [0; 8],
+            series: None,
+        }
+    }
+}
+
+impl<S> Course<S> {
+    pub(super) fn service(&mut self, core: &Core<S>) -> &mut S
+    where
+        S: Clone,
+    {
+        self.service.get_or_insert_with(|| core.service())
+    }
+
+    pub(super) fn made(&self) -> u32 {
+        self.record.made
+    }
+
+    /// How long until the next attempt; or why there is none.
+    pub(super) fn next(
+        &mut self,
+        core: &Core<S>,
+        policy: &Policy,
+        (class, outcome): (Class, Outcome),
+        kept: Option<Kept>,
+        claim: impl FnOnce() -> bool,
+    ) -> Result<Wait, Stop> {
+        let now = Instant::now();
+        let decision = match kept {
+            Some(kept) => self.decide(policy, (class, outcome), &kept, now),
+            None if class == Class::Final => Err(Stop::Answered),
+            None if core.misconfigured => Err(Stop::Misconfigured),
+            // It said that it cannot be kept.
+            None => Err(Stop::BodyGone),
+        };
+        // The budget last: what another rule refuses is never charged.
+        let decision = decision.and_then(|again| {
+            if let (Some(budget), Some(kind)) = (&core.budget, again.charge) {
+                self.withdrawal = Some(budget.withdraw_for(kind).ok_or(Stop::BudgetUsedUp)?);
+            }
+            if !claim() {
+                self.withdrawal = None;
+                return Err(Stop::BodyGone);
+            }
+            Ok(again)
+        });
+        match decision {
+            Ok(again) => {
+                self.transparent += u32::from(again.transparent);
+                if !again.transparent {
+                    self.of_kind[again.kind as usize] += 1;
+                }
+                self.record.tried(Tried { outcome, waited: again.wait });
+                event!(
+                    DEBUG,
+                    attempt = self.record.made,
+                    delay_ms = again.wait.as_millis() as u64,
+                    reason = ?outcome,
+                    "retrying"
+                );
+                Ok(Wait { since: now, time: again.wait, drain_cap: policy.drain_cap })
+            }
+            Err(stop) => {
+                event!(DEBUG, attempt = self.record.made, reason = %stop, outcome = ?outcome, "not retried");
+                self.record.tried(Tried { outcome, waited: Duration::ZERO });
+                Err(stop)
+            }
+        }
+    }
+
+    fn decide(
+        &mut self,
+        policy: &Policy,
+        (class, outcome): (Class, Outcome),
+        kept: &Kept,
+        now: Instant,
+    ) -> Result<Again, Stop> {
+        let facts = Facts {
+            class,
+            outcome,
+            safe: kept.safe,
+            body: kept.body,
+            made: self.record.made,
+            transparent: self.transparent,
+            of_kind: self.of_kind,
+            left: kept.deadline.map(|Deadline(at)| at.saturating_duration_since(now)),
+        };
+        decide(&facts, policy, &mut self.series)
+    }
+
+    /// The next attempt is made: from here on its retry is spent.
+    pub(super) fn begin(&mut self) -> Numbered {
+        if let Some(withdrawal) = self.withdrawal.take() {
+            withdrawal.spend();
+        }
+        // What a layer of ours refused was seen by nobody either.
+        let refused = self.of_kind[FailureKind::Rejected as usize];
+        let seen = self.record.made - self.transparent - refused;
+        self.record.made += 1;
+        Numbered { number: self.record.made, seen }
+    }
+
+    /// The attempt that is under way is ended.
+    pub(super) fn cut_short(&mut self) {
+        let outcome = Outcome::failure().because(Reason::Timeout);
+        self.record.tried(Tried { outcome, waited: Duration::ZERO });
+    }
+
+    /// There is no further attempt: what was done.
+    pub(super) fn end(&mut self, settings: &Settings, stop: Stop) -> Attempts {
+        settings.count_stop(stop);
+        self.withdrawal = None;
+        self.record.stop = stop;
+        std::mem::replace(&mut self.record, Attempts::FIRST)
+    }
+}

@@ -1,0 +1,195 @@
+//! What is kept of an HTTP request, on the path of every call: as little work as it can be.
+
+use std::fmt;
+
+use http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version};
+
+use super::super::{
+    policy::{Repeatable, Safe},
+    replay::{ReplayBody, Tape},
+};
+use crate::call::Deadline;
+
+/// A request's head and the tape of its body.
+pub struct KeptRequest<B> {
+    method: Method,
+    uri: Uri,
+    headers: Lines,
+    extensions: Extensions,
+    version: Version,
+    pub(super) tape: Tape<B>,
+}
+
+impl<B> KeptRequest<B> {
+    #[inline]
+    pub(super) fn of<T>(request: &Request<T>) -> Self {
+        Self {
+            method: request.method().clone(),
+            uri: request.uri().clone(),
+            headers: Lines::of(request.headers()),
+            extensions: request.extensions().clone(),
+            version: request.version(),
+            tape: Tape::Empty,
+        }
+    }
+
+    pub(super) fn request<T>(&self, body: T) -> Request<T> {
+        let mut request = Request::new(body);
+        *request.method_mut() = self.method.clone();
+        *request.uri_mut() = self.uri.clone();
+        *request.version_mut() = self.version;
+        *request.extensions_mut() = self.extensions.clone();
+        *request.headers_mut() = self.headers.map();
+        request
+    }
+
+    /// With a mark that says which copy it is.
+    pub(super) fn marked<T>(&self, mark: T) -> Request<ReplayBody<B>>
+    where
+        T: Clone + Send + Sync + 'static,
+    {
+        let mut request = self.request(self.tape.replay());
+        request.extensions_mut().insert(mark);
+        request
+    }
+
+    pub(super) fn deadline(&self) -> Option<Deadline> {
+        Deadline::of(&self.extensions)
+    }
+
+    pub(super) fn safe(&self, by: &Safe) -> bool {
+        is_safe(&self.method, by, || self.headers.iter().any(|line| line.name == KEY.as_bytes()))
+    }
+
+    pub(super) fn repeatable(&self) -> Repeatable {
+        self.tape.repeatable()
+    }
+}
+
+impl<B> fmt::Debug for KeptRequest<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeptRequest").field("tape", &self.tape).finish_non_exhaustive()
+    }
+}
+
+// ===== What is safe =====
+
+const KEY: &str = "idempotency-key";
+
+/// RFC 9110 §9.2.2, or a key that makes the server tell repeats (the same on every attempt).
+pub(super) fn is_safe(method: &Method, by: &Safe, keyed: impl FnOnce() -> bool) -> bool {
+    let idempotent = match by {
+        Safe::All => true,
+        Safe::Methods(methods) => methods.contains(method),
+        Safe::Idempotent => matches!(
+            *method,
+            Method::GET
+                | Method::HEAD
+                | Method::OPTIONS
+                | Method::TRACE
+                | Method::PUT
+                | Method::DELETE
+        ),
+    };
+    idempotent || keyed()
+}
+
+pub(super) fn keyed(headers: &HeaderMap) -> bool {
+    headers.contains_key(KEY)
+}
+
+// ===== Headers =====
+
+/// Headers as text, line by line, in one allocation. A copy as a map would be two, an atomic operation for each
+/// value, and one more allocation for each that has not been shared before; most are never needed again.
+struct Lines(Vec<u8>);
+
+struct Line<'a> {
+    name: &'a [u8],
+    value: &'a [u8],
+    sensitive: bool,
+}
+
+/// The name's length, and the value's with a bit for whether it is sensitive.
+const PREFIX: usize = 2 + 8;
+
+impl Lines {
+    #[inline]
+    fn of(headers: &HeaderMap) -> Self {
+        if headers.is_empty() { Self(Vec::new()) } else { Self::written(headers) }
+    }
+
+    fn written(headers: &HeaderMap) -> Self {
+        let length = |(name, value): (&HeaderName, &HeaderValue)| {
+            PREFIX + name.as_str().len() + value.as_bytes().len()
+        };
+        let mut text = Vec::with_capacity(headers.iter().map(length).sum());
+        for (name, value) in headers {
+            let (name, sensitive) = (name.as_str(), value.is_sensitive());
+            // No name is longer than 64 KiB.
+            text.extend_from_slice(&(name.len() as u16).to_ne_bytes());
+            let length = (value.len() as u64) << 1 | u64::from(sensitive);
+            text.extend_from_slice(&length.to_ne_bytes());
+            text.extend_from_slice(name.as_bytes());
+            text.extend_from_slice(value.as_bytes());
+        }
+        Self(text)
+    }
+
+    fn iter(&self) -> impl Iterator<Item = Line<'_>> {
+        let mut rest = &*self.0;
+        std::iter::from_fn(move || {
+            let (name, after) = rest.split_first_chunk::<2>()?;
+            let (value, after) = after.split_first_chunk::<8>()?;
+            let (name, value) = (u16::from_ne_bytes(*name), u64::from_ne_bytes(*value));
+            let sensitive = value & 1 == 1;
+            let (name, after) = after.split_at_checked(usize::from(name))?;
+            let (value, after) = after.split_at_checked(usize::try_from(value >> 1).ok()?)?;
+            rest = after;
+            Some(Line { name, value, sensitive })
+        })
+    }
+
+    fn map(&self) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for Line { name, value, sensitive } in self.iter() {
+            // Both were valid before.
+            let name = HeaderName::from_bytes(name);
+            let (Ok(name), Ok(mut value)) = (name, HeaderValue::from_bytes(value)) else {
+                continue;
+            };
+            value.set_sensitive(sensitive);
+            headers.append(name, value);
+        }
+        headers
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_come_back_as_they_were() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("host", "example.com"),
+            ("set-cookie", "a=1"),
+            ("x-of-my-own", ""),
+            ("set-cookie", "b=2"),
+            ("accept", "*/*"),
+        ] {
+            headers.append(HeaderName::from_static(name), value.parse().unwrap());
+        }
+        let mut secret = HeaderValue::from_bytes(b"\xfftoken").unwrap();
+        secret.set_sensitive(true);
+        headers.insert("authorization", secret);
+        headers.insert("x-long", "v".repeat(100_000).parse().unwrap());
+        let back = Lines::of(&headers).map();
+        assert_eq!(back, headers);
+        assert!(back["authorization"].is_sensitive() && !back["host"].is_sensitive());
+        let cookies: Vec<_> = back.get_all("set-cookie").iter().collect();
+        assert_eq!(cookies, ["a=1", "b=2"], "in their order");
+        assert_eq!(Lines::of(&HeaderMap::new()).map(), HeaderMap::new());
+    }
+}
