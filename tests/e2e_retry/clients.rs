@@ -31,6 +31,27 @@ async fn the_same_over_reqwest() {
     assert_eq!(Attempts::find(&*error).unwrap().made, 3);
 }
 
+/// Around the client itself: what is discarded is read away here, too.
+#[cfg(feature = "reqwest")]
+#[tokio::test]
+async fn reqwests_own_answers_are_read_away() {
+    for (layer, expected) in [
+        (retry(), 1..=1),
+        // What happens otherwise.
+        (retry().drain_up_to(0), 2..=20),
+    ] {
+        let (addr, heard, connections) = upstream().await;
+        let reqwest = reqwest::Client::builder().no_proxy().build().unwrap();
+        let url = format!("http://{addr}/503/19/{}", 60 * KIB);
+        let request = reqwest.get(url).build().unwrap();
+        let client = ServiceBuilder::new().layer(layer.attempts(20).reqwest()).service(reqwest);
+        let response = soon(client.oneshot(request)).await.unwrap();
+        assert_eq!((response.status(), heard.attempts()), (StatusCode::OK, 20));
+        let connections = connections.total();
+        assert!(expected.contains(&connections), "{connections} connections");
+    }
+}
+
 // ===== tonic =====
 
 /// Serves [`Obedient`]; what comes back is where, and who is inside.

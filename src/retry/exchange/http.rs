@@ -179,27 +179,10 @@ where
     }
 
     fn poll_discard(held: &mut HeldResponse<B>, cap: u64, cx: &mut Context<'_>) -> Poll<()> {
-        let Ok(response) = &mut held.result else { return Poll::Ready(()) };
-        let body = response.body_mut();
-        let mut at_once = 0;
-        while !body.is_end_stream() && held.drained.saturating_add(body.size_hint().lower()) <= cap
-        {
-            match ready!(Pin::new(&mut *body).poll_frame(cx)) {
-                Some(Ok(frame)) => {
-                    // A frame of nothing counts too, or a body of such frames would hold us.
-                    let length = frame.data_ref().map_or(0, |data| data.remaining() as u64);
-                    held.drained = held.drained.saturating_add(length.max(64));
-                    at_once += 1;
-                    if at_once == MOST_AT_ONCE {
-                        // A look at the clock, and a turn for others, before it goes on.
-                        cx.waker().wake_by_ref();
-                        return Poll::Pending;
-                    }
-                }
-                Some(Err(_)) | None => break,
-            }
+        match &mut held.result {
+            Ok(response) => poll_drain(response.body_mut(), &mut held.drained, cap, cx),
+            Err(_) => Poll::Ready(()),
         }
-        Poll::Ready(())
     }
 
     fn release(
@@ -242,6 +225,33 @@ where
     fn error(error: E) -> BoxError {
         error.into()
     }
+}
+
+/// Reads a body away, up to so many bytes in all.
+pub(super) fn poll_drain<B: Body + Unpin>(
+    body: &mut B,
+    drained: &mut u64,
+    cap: u64,
+    cx: &mut Context<'_>,
+) -> Poll<()> {
+    let mut at_once = 0;
+    while !body.is_end_stream() && drained.saturating_add(body.size_hint().lower()) <= cap {
+        match ready!(Pin::new(&mut *body).poll_frame(cx)) {
+            Some(Ok(frame)) => {
+                // A frame of nothing counts too, or a body of such frames would hold us.
+                let length = frame.data_ref().map_or(0, |data| data.remaining() as u64);
+                *drained = drained.saturating_add(length.max(64));
+                at_once += 1;
+                if at_once == MOST_AT_ONCE {
+                    // A look at the clock, and a turn for others, before it goes on.
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+            }
+            Some(Err(_)) | None => break,
+        }
+    }
+    Poll::Ready(())
 }
 
 /// What a head is to a retry. None: its body has to begin first.

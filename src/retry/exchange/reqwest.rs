@@ -1,12 +1,13 @@
 //! `reqwest::Client` as it is: requests and responses of reqwest's own.
 
 use std::{
+    mem,
     task::{Context, Poll},
     time::Duration,
 };
 
-use ::http::Request as Head;
-use reqwest::{Error, Request, Response};
+use ::http::{Request as Head, Response as HttpResponse};
+use reqwest::{Body, Error, Request, Response};
 
 use super::{
     super::{
@@ -73,9 +74,20 @@ impl Repeat<Request> for Reqwest {
 
 /// An answer of reqwest's, weighed.
 #[derive(Debug)]
-pub struct Held {
-    result: Result<Response, BoxError>,
-    weight: (Class, Outcome),
+pub enum Held {
+    /// To be given out, or not.
+    Answer(Result<Response, BoxError>, (Class, Outcome)),
+    /// It is read away: its body, and how much of that has been.
+    Discarded(Body, u64),
+}
+
+impl Held {
+    fn result(self) -> Result<Response, BoxError> {
+        match self {
+            Self::Answer(result, _) => result,
+            Self::Discarded(..) => unreachable!("what is discarded is not given out"),
+        }
+    }
 }
 
 fn weigh_error(error: &(dyn std::error::Error + 'static)) -> (Class, Outcome) {
@@ -109,26 +121,45 @@ impl Weigh<Response, Error> for Reqwest {
     fn hold(result: Result<Response, Error>, weight: Option<(Class, Outcome)>) -> Held {
         // It is always told.
         let weight = weight.unwrap_or((Class::Final, Outcome::success()));
-        Held { result: result.map_err(BoxError::from), weight }
+        Held::Answer(result.map_err(BoxError::from), weight)
     }
 
     fn poll_weigh(held: &mut Held, _: &mut Context<'_>) -> Poll<(Class, Outcome)> {
-        Poll::Ready(held.weight)
-    }
-
-    fn answer(held: &Held) -> Option<Answer<'_>> {
-        Some(match &held.result {
-            Ok(response) => Answer::Head(response.status(), response.headers()),
-            Err(error) => Answer::Error(&**error),
+        Poll::Ready(match held {
+            Held::Answer(_, weight) => *weight,
+            Held::Discarded(..) => unreachable!("weighed before"),
         })
     }
 
-    fn poll_discard(_: &mut Held, _: u64, _: &mut Context<'_>) -> Poll<()> {
-        Poll::Ready(())
+    fn answer(held: &Held) -> Option<Answer<'_>> {
+        match held {
+            Held::Answer(Ok(response), _) => {
+                Some(Answer::Head(response.status(), response.headers()))
+            }
+            Held::Answer(Err(error), _) => Some(Answer::Error(&**error)),
+            Held::Discarded(..) => None,
+        }
+    }
+
+    fn poll_discard(held: &mut Held, cap: u64, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            match held {
+                Held::Discarded(body, drained) => {
+                    return http::poll_drain(body, drained, cap, cx);
+                }
+                Held::Answer(..) => {
+                    let nothing = Held::Discarded(Body::default(), 0);
+                    // Its body is only to be had without it.
+                    if let Ok(response) = mem::replace(held, nothing).result() {
+                        *held = Held::Discarded(HttpResponse::from(response).into_body(), 0);
+                    }
+                }
+            }
+        }
     }
 
     fn release(held: Held, record: Option<Attempts>) -> Result<Response, BoxError> {
-        match held.result {
+        match held.result() {
             Ok(mut response) => {
                 if let Some(record) = record {
                     response.extensions_mut().insert(record);
@@ -143,7 +174,7 @@ impl Weigh<Response, Error> for Reqwest {
 
     fn failed(error: BoxError) -> Option<(Held, (Class, Outcome))> {
         let weight = weigh_error(&*error);
-        Some((Held { result: Err(error), weight }, weight))
+        Some((Held::Answer(Err(error), weight), weight))
     }
 
     fn broken(error: Error, record: Attempts) -> BoxError {
@@ -151,7 +182,7 @@ impl Weigh<Response, Error> for Reqwest {
     }
 
     fn pass(held: Held, hedged: Option<Hedged>) -> Result<Response, BoxError> {
-        let mut response = held.result?;
+        let mut response = held.result()?;
         if let Some(hedged) = hedged {
             response.extensions_mut().insert(hedged);
         }
