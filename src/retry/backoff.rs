@@ -113,6 +113,12 @@ impl Backoff {
         self
     }
 
+    /// The computed time, and up to this share of it less or more at random: 0 to 1.
+    pub const fn jitter_around(mut self, share: f64) -> Self {
+        self.jitter = Jitter::Around(share);
+        self
+    }
+
     /// Draws the same waits for every call: for tests.
     pub const fn seed(mut self, seed: u64) -> Self {
         self.seed = Some(seed);
@@ -135,9 +141,8 @@ impl Backoff {
     /// gRFC A6 with the numbers of its example: 100 ms doubling up to 1 s, a fifth to either side. Unlike
     /// there, the maximum holds for the jitter too.
     pub const fn grpc() -> Self {
-        let mut backoff = Self::exponential(Duration::from_millis(100)).max(Duration::from_secs(1));
-        backoff.jitter = Jitter::Around(0.2);
-        backoff
+        let backoff = Self::exponential(Duration::from_millis(100)).max(Duration::from_secs(1));
+        backoff.jitter_around(0.2)
     }
 
     /// Finagle's `RetryPolicy.tries`: decorrelated from 5 ms up to 200 ms.
@@ -175,12 +180,17 @@ impl Backoff {
     ///
     /// # Errors
     ///
-    /// A factor below 1 or not finite, or a maximum below the base.
+    /// A factor below 1 or not finite, a jitter that is no share, or a maximum below the base.
     pub fn check(&self) -> Result<(), ConfigError> {
         if let Shape::Powers(factor) | Shape::Sums(factor) = self.shape {
             if !(factor >= 1.0 && factor.is_finite()) {
                 let remedy = "use 1 or more, such as 2";
                 return Err(ConfigError::new("backoff.factor", factor, remedy));
+            }
+        }
+        if let Jitter::Around(share) = self.jitter {
+            if !(0.0..=1.0).contains(&share) {
+                return Err(ConfigError::new("backoff.jitter", share, "use 0 to 1, such as 0.25"));
             }
         }
         let base = self.throttled.map_or(self.base, |throttled| throttled.max(self.base));
@@ -245,6 +255,11 @@ impl Delays {
         self.before
     }
 
+    pub(super) fn begin_anew(&mut self) {
+        self.made = 0;
+        self.before = Duration::ZERO;
+    }
+
     fn between(&mut self, least: Duration, most: Duration) -> Duration {
         let spread = scaled(most.saturating_sub(least), self.rng.f64());
         least.saturating_add(spread).min(most)
@@ -291,10 +306,8 @@ mod tests {
     #[test]
     fn each_jitter_stays_in_its_range_and_fills_it() {
         let base = Backoff::constant(Duration::from_millis(100)).max(Duration::from_secs(9));
-        let mut around = base;
-        around.jitter = Jitter::Around(0.2);
         for (backoff, least, most) in
-            [(base, 0, 100), (base.equal_jitter(), 50, 100), (around, 80, 120)]
+            [(base, 0, 100), (base.equal_jitter(), 50, 100), (base.jitter_around(0.2), 80, 120)]
         {
             let waits: Vec<_> =
                 backoff.delays().take(500).map(|wait| wait.as_secs_f64() * 1e3).collect();
@@ -348,7 +361,7 @@ mod tests {
                 Backoff::envoy().factor(factor),
                 Backoff::linear(base, step),
                 Backoff::decorrelated(base),
-                Backoff { jitter: Jitter::Around(0.2), ..Backoff::exponential(base) },
+                Backoff::exponential(base).jitter_around(0.2),
             ] {
                 let mut delays = backoff.max(max).delays();
                 delays.made = skip;

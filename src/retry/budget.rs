@@ -1,26 +1,15 @@
 use std::{
     fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
+    sync::{Arc, atomic::Ordering},
 };
 
-use super::rules::{FailureKind, PerKind};
-use crate::{
-    ConfigError,
-    call::{Clock, Nanos},
+use super::{
+    account::{Account, Pays, RETRY, Withdrawal, in_retries},
+    rules::{FailureKind, PerKind},
 };
+use crate::ConfigError;
 
 const MOST_COST: f64 = 1000.0;
-
-fn in_retries(amount: u64) -> f64 {
-    amount as f64 / RETRY as f64
-}
-
-/// One retry, in the fixed point that balances are kept in: 60 % is 60 %.
-const RETRY: u64 = 1_000_000;
 
 /// How many retries there may be for so many first attempts.
 ///
@@ -40,19 +29,6 @@ pub struct RetryBudget {
     costs: PerKind<u64>,
 }
 
-struct Account {
-    deposit: u64,
-    cap: u64,
-    /// What a second trickles in.
-    trickle: u64,
-    balance: AtomicU64,
-    /// Until when the trickle has been paid in.
-    paid_until: AtomicU64,
-    denied: AtomicU64,
-    clock: Clock,
-    fault: Option<ConfigError>,
-}
-
 impl RetryBudget {
     /// So many retries per first attempt: 0.2 is one for five. Above 0, at most 10.
     ///
@@ -66,6 +42,10 @@ impl RetryBudget {
     /// be saved up, 1 or more. It starts with ten seconds of trickle.
     #[must_use]
     pub fn with(ratio: f64, per_second: u32, cap: u32) -> Self {
+        Self::of(Self::account(ratio, per_second, cap))
+    }
+
+    fn account(ratio: f64, per_second: u32, cap: u32) -> Account {
         // A ratio that is no number becomes 0 here; one below half a millionth does, too.
         let deposit = (ratio * RETRY as f64).round() as u64;
         let fault = if deposit == 0 || ratio > 10.0 {
@@ -77,17 +57,12 @@ impl RetryBudget {
             None
         };
         let trickle = u64::from(per_second) * RETRY;
-        let cap = u64::from(cap) * RETRY;
-        let account = Account {
-            deposit: deposit.min(10 * RETRY),
-            cap,
-            trickle,
-            balance: AtomicU64::new((trickle * 10).min(cap)),
-            paid_until: AtomicU64::new(0),
-            denied: AtomicU64::new(0),
-            clock: Clock::new(),
-            fault,
-        };
+        let mut account = Account::new(deposit.min(10 * RETRY), u64::from(cap) * RETRY, trickle);
+        account.fault = fault;
+        account
+    }
+
+    fn of(account: Account) -> Self {
         Self { account: Arc::new(account), costs: [RETRY; 8] }
     }
 
@@ -104,34 +79,29 @@ impl RetryBudget {
 
     // ===== What others allow =====
 
-    /// AWS SDKs, retry behaviour 2.1: a bucket of 500, full at first; a retry costs 14, one for what was
-    /// throttled 5; a call pays in 1. Theirs pays in when a call succeeds, and gives a successful retry's cost
-    /// back: this one is a little stricter.
+    /// AWS SDKs, retry behaviour 2.1: a bucket of 500, full at first. A retry costs 14, one for what was
+    /// throttled 5; a good answer pays in what the call's last retry has cost, or 1 where there was none.
     #[must_use]
     pub fn aws() -> Self {
-        let mut budget = Self::bucket(1.0, 500);
+        let mut budget = Self::of(Self::account(1.0, 0, 500).full(Pays::Answers));
         budget.costs = [14 * RETRY; 8];
         budget.cost(FailureKind::Throttled, 5.0)
     }
 
-    /// gRPC's retry throttling (gRFC A6): a bucket of `max_tokens`, of which only the upper half can be used; a
-    /// retry costs 1, a call pays in `token_ratio`. Theirs charges the first failure of a call too.
+    /// gRPC's retry throttling (gRFC A6): a bucket of `max_tokens`, full at first. Each failure that is one to
+    /// retry takes 1 out, retried or not, each good answer pays `token_ratio` in, and retries are made while
+    /// more than half is left.
     #[must_use]
     pub fn grpc(max_tokens: u32, token_ratio: f64) -> Self {
-        Self::bucket(token_ratio, max_tokens / 2)
+        let account = Self::account(token_ratio, 0, max_tokens);
+        let floor = account.cap / 2;
+        Self::of(account.full(Pays::AnswersOverFailures { floor }))
     }
 
     /// Finagle's default: a fifth, and 10 per second, saved up for 10 s.
     #[must_use]
     pub fn finagle() -> Self {
         Self::with(0.2, 10, 100)
-    }
-
-    /// Full at first; nothing trickles in.
-    fn bucket(deposit: f64, cap: u32) -> Self {
-        let budget = Self::with(deposit, 0, cap);
-        budget.account.balance.store(budget.account.cap, Ordering::Relaxed);
-        budget
     }
 
     // ===== Using it =====
@@ -150,7 +120,7 @@ impl RetryBudget {
         self.account.fault.clone().map_or(Ok(()), Err)
     }
 
-    /// How many retries could be made now, if each costs 1.
+    /// How many retries could be made now, if each costs 1; with [`grpc`](Self::grpc), of its upper half.
     #[must_use]
     pub fn balance(&self) -> f64 {
         self.account.trickle_in();
@@ -163,7 +133,8 @@ impl RetryBudget {
         self.account.denied.load(Ordering::Relaxed)
     }
 
-    /// A first attempt is made. One load when the balance is full.
+    /// A first attempt is made; or, with [`aws`](Self::aws) and [`grpc`](Self::grpc), it was answered well. One
+    /// load when the balance is full.
     #[inline]
     pub fn deposit(&self) {
         self.account.pay_in(self.account.deposit);
@@ -172,61 +143,45 @@ impl RetryBudget {
     /// Takes out one retry at the cost of 1, if there is one. Dropping the withdrawal unspent pays it back.
     #[must_use]
     pub fn withdraw(&self) -> Option<Withdrawal> {
-        self.take(RETRY)
+        self.account.failed(RETRY);
+        self.account.grant(RETRY)
     }
 
     /// Takes out one retry for this kind of failure, at its [`cost`](Self::cost).
     #[must_use]
     pub fn withdraw_for(&self, kind: FailureKind) -> Option<Withdrawal> {
-        self.take(self.costs[kind as usize])
+        self.failed(kind);
+        self.grant(kind)
     }
 
-    fn take(&self, amount: u64) -> Option<Withdrawal> {
-        self.account.trickle_in();
-        let taken =
-            self.account.balance.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |balance| {
-                balance.checked_sub(amount)
-            });
-        if taken.is_err() {
-            self.account.denied.fetch_add(1, Ordering::Relaxed);
-            return None;
-        }
-        Some(Withdrawal(Some((self.account.clone(), amount))))
-    }
-}
+    // ===== Used by a layer, which tells it more =====
 
-impl Account {
+    /// A call begins.
     #[inline]
-    fn pay_in(&self, amount: u64) {
-        if self.balance.load(Ordering::Relaxed) < self.cap {
-            let _ = self.balance.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |balance| {
-                Some((balance + amount).min(self.cap))
-            });
+    pub(super) fn begun(&self) {
+        if self.account.pays == Pays::Calls {
+            self.deposit();
         }
     }
 
-    /// Pays in what has trickled since the last time: each stretch of time once, whoever comes first.
-    fn trickle_in(&self) {
-        const SECOND: u128 = Duration::from_secs(1).as_nanos();
-        if self.trickle == 0 {
-            return;
+    /// A call has a good answer, and its last retry has cost so much.
+    #[inline]
+    pub(super) fn answered(&self, last: u64) {
+        match self.account.pays {
+            Pays::Calls => {}
+            Pays::Answers if last > 0 => self.account.pay_in(last),
+            Pays::Answers | Pays::AnswersOverFailures { .. } => self.deposit(),
         }
-        let now = self.clock.now();
-        let before = self.paid_until.load(Ordering::Acquire);
-        let passed = u128::from(now.saturating_sub(before));
-        let amount = passed * u128::from(self.trickle) / SECOND;
-        if amount == 0 {
-            return;
-        }
-        // Only the time that is paid for is over: what is less than a unit waits for more, or many
-        // questions in a short time would dry the trickle up.
-        let paid = (amount * SECOND).div_ceil(u128::from(self.trickle));
-        let until = before.saturating_add(Nanos::try_from(paid).unwrap_or(Nanos::MAX));
-        let exchanged =
-            self.paid_until.compare_exchange(before, until, Ordering::AcqRel, Ordering::Relaxed);
-        if exchanged.is_ok() {
-            self.pay_in(u64::try_from(amount).unwrap_or(u64::MAX).min(self.cap));
-        }
+    }
+
+    /// An attempt has failed so that it may be tried again, or was told not to be.
+    pub(super) fn failed(&self, kind: FailureKind) {
+        self.account.failed(self.costs[kind as usize]);
+    }
+
+    /// The retry for a failure that was told before.
+    pub(super) fn grant(&self, kind: FailureKind) -> Option<Withdrawal> {
+        self.account.grant(self.costs[kind as usize])
     }
 }
 
@@ -243,31 +198,5 @@ impl fmt::Debug for RetryBudget {
             .field("balance", &self.balance())
             .field("denied", &self.denied())
             .finish()
-    }
-}
-
-/// A retry taken out of a [`RetryBudget`]. Dropped without [`spend`](Self::spend), it is paid back.
-#[must_use = "dropping it pays it back"]
-pub struct Withdrawal(Option<(Arc<Account>, u64)>);
-
-impl Withdrawal {
-    /// The retry is being made.
-    pub fn spend(mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for Withdrawal {
-    fn drop(&mut self) {
-        if let Some((account, amount)) = self.0.take() {
-            account.pay_in(amount);
-        }
-    }
-}
-
-impl fmt::Debug for Withdrawal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let amount = self.0.as_ref().map(|(_, amount)| in_retries(*amount));
-        f.debug_tuple("Withdrawal").field(&amount).finish()
     }
 }

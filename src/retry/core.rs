@@ -144,6 +144,14 @@ impl<S, T> Core<S, T> {
         Self { settings, budget, template: Mutex::new(template), misconfigured }
     }
 
+    /// A call was answered well at its first attempt.
+    #[inline]
+    pub(super) fn answered(&self) {
+        if let Some(budget) = &self.budget {
+            budget.answered(0);
+        }
+    }
+
     pub(super) fn service(&self) -> S
     where
         S: Clone,

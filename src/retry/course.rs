@@ -6,8 +6,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
+    account::Withdrawal,
     attempts::{Attempts, Tried},
-    budget::Withdrawal,
     core::{Core, Settings},
     exchange::Numbered,
     policy::{Again, Class, Facts, Policy, Repeatable, Stop, decide},
@@ -23,6 +23,8 @@ pub(super) struct Course<S> {
     /// What later attempts are made with; none until there is one.
     service: Option<S>,
     withdrawal: Option<Withdrawal>,
+    /// What the last retry has cost.
+    cost: u64,
     record: Attempts,
     transparent: u32,
     of_kind: PerKind<u32>,
@@ -57,6 +59,7 @@ impl<S> Default for Course<S> {
         Self {
             service: None,
             withdrawal: None,
+            cost: 0,
             record: Attempts::FIRST,
             transparent: 0,
             of_kind: [0; 8],
@@ -94,10 +97,20 @@ impl<S> Course<S> {
             // It said that it cannot be kept.
             None => Err(Stop::BodyGone),
         };
+        if let Some(budget) = &core.budget {
+            let transparent = matches!(decision, Ok(Again { transparent: true, .. }));
+            match class {
+                Class::Final if outcome.is_success() => budget.answered(self.cost),
+                Class::Retryable | Class::Refused(Stop::Pushback) if !transparent => {
+                    budget.failed(FailureKind::of(outcome));
+                }
+                _ => {}
+            }
+        }
         // The budget last: what another rule refuses is never charged.
         let decision = decision.and_then(|again| {
             if let (Some(budget), Some(kind)) = (&core.budget, again.charge) {
-                self.withdrawal = Some(budget.withdraw_for(kind).ok_or(Stop::BudgetUsedUp)?);
+                self.withdrawal = Some(budget.grant(kind).ok_or(Stop::BudgetUsedUp)?);
             }
             if !claim() {
                 self.withdrawal = None;
@@ -151,9 +164,7 @@ impl<S> Course<S> {
 
     /// The next attempt is made: from here on its retry is spent.
     pub(super) fn begin(&mut self) -> Numbered {
-        if let Some(withdrawal) = self.withdrawal.take() {
-            withdrawal.spend();
-        }
+        self.cost = self.withdrawal.take().map_or(0, |mut withdrawal| withdrawal.take());
         // What a layer of ours refused was seen by nobody either.
         let refused = self.of_kind[FailureKind::Rejected as usize];
         let seen = self.record.made - self.transparent - refused;

@@ -7,7 +7,7 @@ use super::{
     backoff::Backoff,
     budget::RetryBudget,
     core::{Core, Settings},
-    policy::Safe,
+    policy::{Hint, Safe},
     rules::{Failure, FailureKind, Seen},
     series::Waits,
     service::Retry,
@@ -91,9 +91,8 @@ impl RetryLayer {
 
     /// Goes around a `reqwest::Client` itself, whose requests and responses are reqwest's own: by the same rules.
     ///
-    /// A request whose body is a stream is sent once. An answer that is tried again is dropped unread, its
-    /// trailers are not looked at, and its requests carry no [`Deadline`](crate::Deadline): around an
-    /// [`HttpClient`](crate::reqwest::HttpClient) there are no such limits.
+    /// A request whose body is a stream is sent once, an answer's trailers are not looked at, and requests carry no
+    /// [`Deadline`](crate::Deadline): around an [`HttpClient`](crate::reqwest::HttpClient) there are no such limits.
     ///
     /// ```no_run
     /// use buttress::RetryLayer;
@@ -158,18 +157,23 @@ impl<M> RetryLayer<M> {
     /// | preset | attempts | backoff | budget | a server's hint |
     /// |---|---|---|---|---|
     /// | `Aws` | 3 | [`Backoff::aws`] | [`RetryBudget::aws`] | moves the wait by 5 s at most |
-    /// | `Envoy` | 2 | [`Backoff::envoy`] | as it is: Envoy's counts what is under way | up to 300 s |
-    /// | `Grpc` | 4 | [`Backoff::grpc`] | [`RetryBudget::grpc(10, 0.1)`](RetryBudget::grpc) | as it is |
+    /// | `Envoy` | 2 | [`Backoff::envoy`] | as it is: Envoy's counts what is under way | up to half of it on top, up to 300 s |
+    /// | `Grpc` | 4 | [`Backoff::grpc`] | [`RetryBudget::grpc(10, 0.1)`](RetryBudget::grpc) | the exact wait |
     /// | `Finagle` | 3 | [`Backoff::finagle`] | [`RetryBudget::finagle`] | as it is |
     ///
-    /// gRPC's and its budget are the numbers of gRFC A6's example: there is no default.
+    /// gRPC's numbers, its budget's too, are those of gRFC A6's example: there is no default. One repeat of what
+    /// nobody has seen is free there, as A6 has it.
     pub fn preset(self, preset: Preset) -> Self {
+        self.settings.set(|policy| {
+            (policy.hint, policy.transparent) = match preset {
+                Preset::Grpc => (Hint::Exact, 1),
+                Preset::Aws => (Hint::Within(Duration::from_secs(5)), 2),
+                Preset::Envoy => (Hint::AndHalf, 2),
+                Preset::Finagle => (Hint::Least, 2),
+            };
+        });
         match preset {
-            Preset::Aws => self
-                .attempts(3)
-                .backoff(Backoff::aws())
-                .budget(RetryBudget::aws())
-                .hint_reach(Duration::from_secs(5)),
+            Preset::Aws => self.attempts(3).backoff(Backoff::aws()).budget(RetryBudget::aws()),
             Preset::Envoy => {
                 self.attempts(2).backoff(Backoff::envoy()).longest_wait(Duration::from_secs(300))
             }
@@ -185,7 +189,7 @@ impl<M> RetryLayer<M> {
     /// How far a server's hint can move a wait beyond what the backoff says: it lengthens the wait by so much at
     /// most, and never shortens it, instead of [ending the call](Self::longest_wait) where it is too long.
     pub fn hint_reach(self, reach: Duration) -> Self {
-        self.settings.set(|policy| policy.hint_reach = Some(reach));
+        self.settings.set(|policy| policy.hint = Hint::Within(reach));
         self
     }
 

@@ -44,11 +44,11 @@
 //! whatever its method, at once and uncharged, twice at most, however many attempts are allowed. A
 //! `poll_ready` that fails ends the call as [`NotReady`](Stop::NotReady).
 //!
-//! A server's hint is a lower bound. Up to half of it is added at random, to one below 10 s up to 5 s (but
+//! A server's hint is a lower bound, unless a [preset](RetryLayer::preset) means something else by it. Up to half of it is added at random, to one below 10 s up to 5 s (but
 //! five times itself at most): of 10,000 who were told the same second, no more than 3 % come back within
 //! the same 100 ms. Read as a hint are `grpc-retry-pushback-ms`, `retry-after-ms`, `x-amz-retry-after`,
 //! `Retry-After`, and of a quota that is used up `RateLimit`, `RateLimit-Reset` and `X-RateLimit-Reset`, in
-//! this order, up to 300 s.
+//! this order, up to 300 s. After gRPC's pushback the backoff begins with its first wait again, as gRFC A6 has it.
 //!
 //! # What can be changed of it
 //!
@@ -123,6 +123,7 @@
 //! | [`attempt_timeout`](RetryLayer::attempt_timeout) | none |
 //! | [`least_attempt`](RetryLayer::least_attempt) | 10 ms |
 
+mod account;
 mod attempts;
 mod backoff;
 mod budget;
@@ -144,9 +145,10 @@ mod weighed;
 #[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
 pub use self::exchange::Reqwest;
 pub use self::{
+    account::Withdrawal,
     attempts::{Attempt, Attempts, RetryError, Tried},
     backoff::{Backoff, Delays},
-    budget::{RetryBudget, Withdrawal},
+    budget::RetryBudget,
     exchange::Replay,
     hedge::{Hedge, HedgeCopy, HedgeFuture, HedgeHandle, HedgeLayer, HedgeSnapshot, Hedged},
     layer::{Preset, RetryHandle, RetryLayer, RetrySnapshot},

@@ -19,8 +19,9 @@ pub(super) struct Policy {
     pub(super) limits: PerKind<Option<u32>>,
     pub(super) waits: Waits,
     pub(super) longest_wait: Duration,
-    /// How far beyond the backoff a hint can move a wait; none: as far as the longest wait.
-    pub(super) hint_reach: Option<Duration>,
+    pub(super) hint: Hint,
+    /// How many repeats of what nobody has seen are free.
+    pub(super) transparent: u32,
     /// What is left of a deadline after the wait is at least so much, or there is no attempt.
     pub(super) least_attempt: Duration,
     pub(super) drain_cap: u64,
@@ -37,7 +38,8 @@ impl Policy {
             limits: [None; 8],
             waits: Waits::Backoff(Backoff::default()),
             longest_wait: Duration::from_secs(30),
-            hint_reach: None,
+            hint: Hint::Least,
+            transparent: 2,
             least_attempt: Duration::from_millis(10),
             say: Say::default(),
             drain_cap: 64 * 1024,
@@ -53,18 +55,20 @@ impl Policy {
             && matches!(outcome.code(), Some(grpc::UNAVAILABLE | grpc::RESOURCE_EXHAUSTED))
     }
 
-    /// The server asks, the backoff jitters: a hint is a lower bound with jitter upward, so that those who
+    /// The server asks, the backoff jitters: where nothing else is set, a hint is a lower bound with jitter upward, so that those who
     /// were told the same second do not come back in it. Half of the hint at least (as Envoy's).
     fn wait(&self, own: Duration, hint: Option<Duration>) -> Result<Duration, Stop> {
         let Some(hint) = hint else { return Ok(own.min(self.longest_wait)) };
         let jitter = if self.waits.has_jitter() { fastrand::f64() } else { 0.0 };
         let told = |spread: Duration| hint.saturating_add(spread.mul_f64(jitter));
-        match self.hint_reach {
-            Some(reach) => {
+        match self.hint {
+            Hint::Within(reach) => {
                 Ok(told(hint / 2).clamp(own, own.saturating_add(reach)).min(self.longest_wait))
             }
-            None if hint > self.longest_wait => Err(Stop::WaitTooLong),
-            None => {
+            _ if hint > self.longest_wait => Err(Stop::WaitTooLong),
+            Hint::Exact => Ok(hint),
+            Hint::AndHalf => Ok(told(hint / 2)),
+            Hint::Least => {
                 let left = self.longest_wait - hint;
                 let short = hint.saturating_mul(5).min(SPREAD).min(left);
                 Ok(told(short.max(hint / 2)).max(hint.saturating_add(own)))
@@ -75,6 +79,19 @@ impl Policy {
 
 /// What a short hint is spread over: within half a second, 20 of 100 would still come in the same 100 ms.
 const SPREAD: Duration = Duration::from_secs(5);
+
+/// What a server's hint is to a wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Hint {
+    /// A lower bound.
+    Least,
+    /// It moves what the backoff says by so much at most.
+    Within(Duration),
+    /// A lower bound, and up to half of it on top.
+    AndHalf,
+    /// The wait.
+    Exact,
+}
 
 /// Which requests may be repeated although they may have had an effect.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -201,9 +218,6 @@ pub(super) struct Again {
     pub(super) kind: FailureKind,
 }
 
-/// Transparent repeats of one call beyond this count like any other retry.
-const MOST_TRANSPARENT: u32 = 2;
-
 /// Whether to try again, and when. The budget is asked after this, so that it is never charged for a
 /// retry that another rule refuses.
 pub(super) fn decide(
@@ -237,7 +251,7 @@ pub(super) fn decide(
         Repeatable::Streaming => return Err(Stop::StillSending),
         Repeatable::No => return Err(Stop::BodyGone),
     }
-    let transparent = unseen && facts.transparent < MOST_TRANSPARENT;
+    let transparent = unseen && facts.transparent < policy.transparent;
     if !transparent {
         if facts.made - facts.transparent >= policy.attempts {
             return Err(Stop::AttemptsUsedUp);
@@ -250,9 +264,13 @@ pub(super) fn decide(
         // The first at once; one that is refused again waits like the others.
         Duration::ZERO
     } else {
-        let series = series.get_or_insert_with(|| policy.waits.begin());
+        let waits = series.get_or_insert_with(|| policy.waits.begin());
         let throttled = kind == FailureKind::Throttled;
-        let own = series.next(throttled).ok_or(Stop::AttemptsUsedUp)?;
+        let own = waits.next(throttled).ok_or(Stop::AttemptsUsedUp)?;
+        // gRFC A6: after a pushback the backoff begins anew.
+        if hint.is_some() && reason == Reason::GrpcStatus {
+            waits.begin_anew();
+        }
         policy.wait(own, hint)?
     };
     // What is tried is also to be of use.

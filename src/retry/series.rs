@@ -43,6 +43,13 @@ impl Series {
             Self::Own(waits) => waits.next(),
         }
     }
+
+    /// Begins with the first wait again; one of the user's own goes on.
+    pub(super) fn begin_anew(&mut self) {
+        if let Self::Backoff(delays) = self {
+            delays.begin_anew();
+        }
+    }
 }
 
 impl fmt::Debug for Waits {

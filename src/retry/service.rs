@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     admission::Reusable,
-    call::{Deadline, Http, LayerKind, Rejected, RejectedKind},
+    call::{Deadline, Http, LayerKind, Outcome, Rejected, RejectedKind},
 };
 
 /// The service of a [`RetryLayer`](super::RetryLayer).
@@ -74,7 +74,7 @@ where
     #[inline]
     fn call(&mut self, request: Req) -> Self::Future {
         if let Some(budget) = &self.core.budget {
-            budget.deposit();
+            budget.begun();
         }
         let rules = self.core.settings.rules(self.core.misconfigured);
         let mut kept = M::keep(&request, rules);
@@ -141,7 +141,13 @@ where
             let this = self.as_mut().project();
             if let StateProj::Calling { attempt } = this.state.project() {
                 let until = || until::<S, Req, M>(this.core, this.kept.as_ref());
-                let give = this.course.is_none() && !this.core.settings.says();
+                let give = || {
+                    let give = this.course.is_none() && !this.core.settings.says();
+                    if give {
+                        this.core.answered();
+                    }
+                    give
+                };
                 let entered = this.span.enter();
                 let weight = ready!(attempt.poll(&*this.protocol, give, until, cx));
                 drop(entered);
@@ -205,7 +211,14 @@ where
         let settings = &this.core.settings;
         let first = this.course.is_none();
         let said = settings.says();
-        if class == Class::Final && first && !said {
+        let alone = |class, outcome: Outcome| {
+            let alone = class == Class::Final && first;
+            if alone && outcome.is_success() {
+                this.core.answered();
+            }
+            alone
+        };
+        if !said && alone(class, outcome) {
             return Some(M::release(held, None));
         }
         let policy = settings.policy();
@@ -218,7 +231,7 @@ where
                 outcome = seen.outcome;
             }
         }
-        if class == Class::Final && first {
+        if alone(class, outcome) {
             return Some(M::release(held, None));
         }
         let course = this.course.get_or_insert_with(Box::default);

@@ -57,19 +57,19 @@ impl<F, H> Weighed<F, H> {
         F: Future<Output = Result<Res, E>>,
         M: Weigh<Res, E, Held = H>,
     {
-        match ready!(self.poll(protocol, false, || None, cx)) {
+        match ready!(self.poll(protocol, || false, || None, cx)) {
             Weight::Held(class, outcome) => Poll::Ready((class, outcome)),
             Weight::Given(_) | Weight::Late => unreachable!("neither was asked for"),
         }
     }
 
-    /// What the answer is; a good one is given out as it comes if `give` says so. When its head has to be here
-    /// is asked `until` once it has to be waited for.
+    /// What the answer is. Of a good one `give` is asked whether to give it out as it comes; when its head has to
+    /// be here is asked `until`, once it has to be waited for.
     #[inline]
     pub(super) fn poll<M, Res, E>(
         self: Pin<&mut Self>,
         protocol: &M,
-        give: bool,
+        give: impl FnOnce() -> bool,
         until: impl FnOnce() -> Option<Instant>,
         cx: &mut Context<'_>,
     ) -> Poll<Weight<Result<M::Response, M::Error>>>
@@ -89,7 +89,7 @@ impl<F, H> Weighed<F, H> {
                 return Poll::Ready(Weight::Late);
             };
             let weight = protocol.weigh(&result);
-            if give && weight.is_some_and(is_good) {
+            if weight.is_some_and(is_good) && give() {
                 return Poll::Ready(Weight::Given(M::give(result)));
             }
             this.timer.set(None);

@@ -10,7 +10,8 @@ use std::{
 };
 
 use buttress::{
-    Attempts, Backoff, RetryBudget, RetryLayer,
+    Attempts, Backoff, Rejected, RetryBudget, RetryLayer,
+    call::RejectedKind,
     retry::{FailureKind, Preset, Stop},
 };
 use proptest::prelude::*;
@@ -270,30 +271,68 @@ fn each_kind_of_failure_has_its_cost() {
     }
 }
 
-/// smithy-v21-01 and -02, but for the deposits.
 #[tokio::test(start_paused = true)]
-async fn the_preset_of_aws_costs_14_and_5() {
+async fn the_preset_of_aws_costs_14_and_5_and_gives_the_last_one_back() {
     let budget = RetryBudget::aws();
     let layer = || RetryLayer::http().preset(Preset::Aws).budget(budget.clone());
     let outage: Inner = Inner::new(|_| Ok(status(503)));
     send(&layer().layer(outage), get()).await.unwrap();
-    assert_eq!(budget.balance(), 500.0 - 28.0);
+    assert_eq!(budget.balance(), 500.0 - 28.0, "no answer, nothing back");
     let throttled: Inner = Inner::new(|n| Ok(status(if n == 1 { 429 } else { 200 })));
     let backoff = Backoff::aws().without_jitter();
     let start = Instant::now();
     send(&layer().backoff(backoff).layer(throttled), get()).await.unwrap();
-    assert_eq!(budget.balance(), 472.0 + 1.0 - 5.0);
+    assert_eq!(budget.balance(), 472.0);
     assert!(start.elapsed() >= ms(1000) && start.elapsed() <= ms(1002));
+    let up_and_down: Inner =
+        Inner::new(|n| Ok(status(if n < 3 { [503, 429][n as usize - 1] } else { 200 })));
+    send(&layer().layer(up_and_down), get()).await.unwrap();
+    assert_eq!(budget.balance(), 472.0 - 14.0, "the last one's 5 alone");
+    // A call that needs none pays 1 in, whatever way its answer takes.
+    let fine: Inner = Inner::new(|_| Ok(status(200)));
+    send(&layer().layer(fine.clone()), get()).await.unwrap();
+    send(&layer().retry_if(|_| None).layer(fine), get()).await.unwrap();
+    let missing: Inner = Inner::new(|_| Ok(status(404)));
+    send(&layer().layer(missing), get()).await.unwrap();
+    assert_eq!(budget.balance(), 461.0);
+    let refused: Inner = Inner::new(|_| Ok(status(500)));
+    send(&layer().layer(refused), get()).await.unwrap();
+    assert_eq!(budget.balance(), 461.0);
 }
 
 #[test]
 fn the_preset_of_grpc_uses_the_upper_half() {
     let budget = RetryBudget::grpc(10, 0.5);
     let spent = std::iter::from_fn(|| budget.withdraw().map(|retry| retry.spend())).count();
-    assert_eq!(spent, 5);
-    budget.deposit();
-    budget.deposit();
-    assert_eq!(budget.balance(), 1.0);
+    assert_eq!((spent, budget.balance()), (4, 5.0), "more than half has to be left");
+    assert!(budget.withdraw().is_none());
+    assert_eq!((budget.balance(), budget.denied()), (4.0, 2), "failures are charged all the same");
+    (0..9).for_each(|_| drop(budget.withdraw()));
+    assert_eq!(budget.balance(), 0.0);
+    (0..99).for_each(|_| budget.deposit());
+    assert_eq!(budget.balance(), 10.0);
+}
+
+/// gRFC A6 charges what failed so that it may be tried again, and a server's no; not what it answered, and not what
+/// nobody has seen.
+#[tokio::test(start_paused = true)]
+async fn the_preset_of_grpc_charges_failures_and_not_retries() {
+    let balance_after = async |answer: fn(u32) -> Answer, request| {
+        let budget = RetryBudget::grpc(100, 0.5);
+        let layer = RetryLayer::grpc().preset(Preset::Grpc).budget(budget.clone());
+        let _ = send(&layer.layer(Inner::new(answer)), request).await;
+        budget.balance()
+    };
+    let fails = |_| Ok(status(503));
+    assert_eq!(balance_after(fails, get()).await, 96.0, "the last one too");
+    assert_eq!(balance_after(fails, post(Script::empty())).await, 99.0, "though it is unsafe");
+    let never = |_| Ok(with_headers(503, &[("grpc-retry-pushback-ms", "-1")]));
+    assert_eq!(balance_after(never, get()).await, 99.0);
+    assert_eq!(balance_after(|_| Ok(status(500)), get()).await, 100.0);
+    let once = |n| Ok(status(if n == 1 { 503 } else { 200 }));
+    assert_eq!(balance_after(once, get()).await, 99.5);
+    let rejected = |_| Err(Rejected::new(RejectedKind::Full).into());
+    assert_eq!(balance_after(rejected, get()).await, 100.0);
 }
 
 // ===== Through the layer =====

@@ -13,7 +13,7 @@ use tower_service::Service;
 
 use super::{
     super::{
-        budget::Withdrawal,
+        account::Withdrawal,
         core::Core,
         exchange::{Repeat, Weigh},
         policy::Repeatable,
@@ -69,7 +69,7 @@ where
 
     fn call(&mut self, request: Req) -> Self::Future {
         if let Some(budget) = &self.core.budget {
-            budget.deposit();
+            budget.begun();
         }
         let settings = &self.core.settings;
         let safe = settings.safe();
@@ -146,7 +146,7 @@ where
         if let Some(mut first) = this.first.as_mut().as_pin_mut() {
             if let Poll::Ready(weight) = first.as_mut().poll_held(&*this.protocol, cx) {
                 if is_good(weight) {
-                    this.core.settings.took(this.began.take());
+                    this.core.well(this.began.take());
                 }
                 // Better than whatever the other copy may bring.
                 if is_good(weight) || !matches!(*this.second, Second::Sent { .. }) {
@@ -200,7 +200,7 @@ where
                         continue;
                     }
                     if is_good(weight) {
-                        this.core.settings.took(this.began.take());
+                        this.core.well(this.began.take());
                     }
                     let held = hedge.take();
                     this.core.settings.won.fetch_add(1, Ordering::Relaxed);
@@ -213,6 +213,14 @@ where
                 SecondProj::Answered => unreachable!("polled after completion"),
             }
         }
+    }
+}
+
+impl<S> Core<S, Settings> {
+    /// A good answer.
+    fn well(&self, began: Option<Instant>) {
+        self.settings.took(began);
+        self.answered();
     }
 }
 
