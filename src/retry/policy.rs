@@ -260,7 +260,9 @@ pub(super) fn decide(
             return Err(Stop::KindUsedUp);
         }
     }
-    let wait = if transparent && facts.transparent == 0 {
+    // A pool's connection that had been closed says nothing about the server.
+    let stale = reason == Reason::StaleConnection && facts.of_kind[kind as usize] == 0;
+    let wait = if stale || transparent && facts.transparent == 0 {
         // The first at once; one that is refused again waits like the others.
         Duration::ZERO
     } else {
@@ -369,6 +371,18 @@ mod tests {
         assert_eq!((first.wait, first.transparent, first.charge), (Duration::ZERO, true, None));
         assert!(again(2, 1).unwrap().transparent);
         assert_eq!(again(3, 2).err(), Some(Stop::AttemptsUsedUp));
+    }
+
+    #[test]
+    fn a_stale_connection_is_left_at_once_and_the_next_one_not() {
+        let mut facts = Facts { outcome: because(Reason::StaleConnection), ..FACTS };
+        let waits = Backoff::constant(Duration::from_millis(50)).without_jitter();
+        let policy = Policy { waits: Waits::Backoff(waits), ..Policy::new() };
+        let again = |facts| decide(&facts, &policy, &mut None).unwrap();
+        assert_eq!(again(facts).wait, Duration::ZERO);
+        assert_eq!(again(facts).charge, Some(FailureKind::Read), "and yet it was sent");
+        facts.of_kind[FailureKind::Read as usize] = 1;
+        assert_eq!(again(facts).wait, Duration::from_millis(50));
     }
 
     #[test]
