@@ -23,8 +23,9 @@ pub(super) struct Course<S> {
     /// What later attempts are made with; none until there is one.
     service: Option<S>,
     withdrawal: Option<Withdrawal>,
-    /// What the last retry has cost.
+    /// What the last retry has cost, and how long was waited for it.
     cost: u64,
+    waited: Duration,
     record: Attempts,
     transparent: u32,
     of_kind: PerKind<u32>,
@@ -60,6 +61,7 @@ impl<S> Default for Course<S> {
             service: None,
             withdrawal: None,
             cost: 0,
+            waited: Duration::ZERO,
             record: Attempts::FIRST,
             transparent: 0,
             of_kind: [0; 8],
@@ -74,6 +76,10 @@ impl<S> Course<S> {
         S: Clone,
     {
         self.service.get_or_insert_with(|| core.service())
+    }
+
+    pub(super) fn waited(&self) -> Duration {
+        self.waited
     }
 
     pub(super) fn made(&self) -> u32 {
@@ -124,6 +130,7 @@ impl<S> Course<S> {
                 if !again.transparent {
                     self.of_kind[again.kind as usize] += 1;
                 }
+                self.waited = again.wait;
                 self.record.tried(Tried { outcome, waited: again.wait });
                 event!(
                     DEBUG,
@@ -173,9 +180,10 @@ impl<S> Course<S> {
     }
 
     /// The attempt that is under way is ended.
-    pub(super) fn cut_short(&mut self) {
+    pub(super) fn cut_short(&mut self) -> Outcome {
         let outcome = Outcome::failure().because(Reason::Timeout);
         self.record.tried(Tried { outcome, waited: Duration::ZERO });
+        outcome
     }
 
     /// There is no further attempt: what was done.

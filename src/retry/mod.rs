@@ -41,7 +41,8 @@
 //! | does the budget have one? | [`BudgetUsedUp`](Stop::BudgetUsedUp) |
 //!
 //! What no server has looked at (never sent, `REFUSED_STREAM`, above `GOAWAY`'s last stream) is sent again
-//! whatever its method, at once and uncharged, twice at most, however many attempts are allowed. A
+//! whatever its method, at once and uncharged, twice at most, however many attempts are allowed. A pool's
+//! connection that turns out to be stale is left at once as well, the first time, where that is safe. A
 //! `poll_ready` that fails ends the call as [`NotReady`](Stop::NotReady).
 //!
 //! A server's hint is a lower bound, unless a [preset](RetryLayer::preset) means something else by it. Up to half of it is added at random, to one below 10 s up to 5 s (but
@@ -101,8 +102,9 @@
 //!
 //! # Telemetry
 //!
-//! One span for each attempt, `attempt` at DEBUG, up to where its answer is weighed; a further one has
-//! `http.request.resend_count`, as OpenTelemetry has it. One event for each decision, at DEBUG.
+//! One span for each attempt, `attempt` at DEBUG, up to where its answer is weighed, with the `reason` of one that
+//! is not plainly good; a further one has `http.request.resend_count`, as OpenTelemetry has it, and `delay_ms`, how
+//! long was waited before it. One event for each decision, at DEBUG.
 //!
 //! # Cost
 //!

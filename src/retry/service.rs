@@ -78,7 +78,7 @@ where
         }
         let rules = self.core.settings.rules(self.core.misconfigured);
         let mut kept = M::keep(&request, rules);
-        let span = Span::attempt(0);
+        let span = Span::first();
         let entered = span.enter();
         // Not by way of a variable: a request is large to move.
         let future = self.inner.call(M::first(request, kept.as_mut(), rules));
@@ -193,7 +193,6 @@ where
         weight: Weight<Result<M::Response, M::Error>>,
     ) -> Option<Result<M::Response, M::Error>> {
         let mut this = self.as_mut().project();
-        *this.span = Span::none();
         let kept = this.kept.as_ref();
         let (held, (mut class, mut outcome)) = match (weight, this.state.as_mut().project()) {
             (Weight::Held(class, outcome), StateProj::Calling { attempt }) => {
@@ -208,6 +207,7 @@ where
                 M::failed(late.into())?
             }
         };
+        this.span.end(outcome);
         let settings = &this.core.settings;
         let first = this.course.is_none();
         let said = settings.says();
@@ -301,7 +301,7 @@ where
                     }
                     let attempt = course.begin();
                     core.settings.count_retry();
-                    *this.span = Span::attempt(attempt.number - 1);
+                    *this.span = Span::further(attempt.number - 1, course.waited());
                     let entered = this.span.enter();
                     let future = course.service(core).call(M::again(kept, attempt));
                     drop(entered);
@@ -319,7 +319,7 @@ where
         this.state.set(State::Over);
         let course = this.course.get_or_insert_with(Box::default);
         if under_way {
-            course.cut_short();
+            this.span.end(course.cut_short());
         }
         let record = course.end(&this.core.settings, Stop::DeadlinePassed);
         let late = Rejected::by(LayerKind::Retry, RejectedKind::DeadlinePassed);

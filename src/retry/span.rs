@@ -1,36 +1,52 @@
 //! One span for each attempt; nothing at all without the feature.
 
+use std::time::Duration;
+
+use crate::call::Outcome;
+
 #[cfg(feature = "tracing")]
 #[derive(Debug)]
 pub(super) struct Span(Option<tracing::Span>);
 
 #[cfg(feature = "tracing")]
 impl Span {
-    /// A further attempt says which it is, as OpenTelemetry has it. None where nobody listens: even a
-    /// disabled span is not for nothing to enter.
+    /// None where nobody listens: even a disabled span is not for nothing to enter.
     #[inline]
-    pub(super) fn attempt(resent: u32) -> Self {
+    pub(super) fn first() -> Self {
         if tracing::level_filters::LevelFilter::current() < tracing::Level::DEBUG {
-            return Self::none();
+            return Self(None);
         }
-        Self::heard(resent)
+        Self::begun()
     }
 
     #[cold]
-    fn heard(resent: u32) -> Self {
+    fn begun() -> Self {
         Self(tracing::enabled!(tracing::Level::DEBUG).then(|| {
-            let empty = tracing::field::Empty;
-            let span = tracing::debug_span!("attempt", "http.request.resend_count" = empty);
-            if resent > 0 {
-                span.record("http.request.resend_count", resent);
-            }
-            span
+            use tracing::field::Empty;
+            tracing::debug_span!(
+                "attempt",
+                "http.request.resend_count" = Empty,
+                delay_ms = Empty,
+                reason = Empty
+            )
         }))
     }
 
-    #[inline]
-    pub(super) fn none() -> Self {
-        Self(None)
+    /// A further attempt says which it is, as OpenTelemetry has it, and how long was waited for it.
+    pub(super) fn further(resent: u32, waited: Duration) -> Self {
+        let this = Self::first();
+        if let Some(span) = &this.0 {
+            span.record("http.request.resend_count", resent);
+            span.record("delay_ms", waited.as_millis() as u64);
+        }
+        this
+    }
+
+    /// What became of it; with that it is over.
+    pub(super) fn end(&mut self, outcome: Outcome) {
+        if let Some(span) = self.0.take() {
+            span.record("reason", tracing::field::debug(outcome));
+        }
     }
 
     /// Until what it gives is dropped.
@@ -46,13 +62,15 @@ pub(super) struct Span;
 
 #[cfg(not(feature = "tracing"))]
 impl Span {
-    pub(super) fn attempt(_: u32) -> Self {
+    pub(super) fn first() -> Self {
         Self
     }
 
-    pub(super) fn none() -> Self {
+    pub(super) fn further(_: u32, _: Duration) -> Self {
         Self
     }
+
+    pub(super) fn end(&mut self, _: Outcome) {}
 
     pub(super) fn enter(&self) -> impl Drop {
         struct Entered;

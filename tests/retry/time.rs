@@ -91,6 +91,8 @@ fn settings_that_a_closure_replaces_are_a_typed_error() {
 #[derive(Debug, PartialEq)]
 struct Seen {
     resent: Option<u64>,
+    delay_ms: Option<u64>,
+    reason: String,
     over: bool,
 }
 
@@ -108,11 +110,20 @@ impl Watch {
 }
 
 impl Visit for Seen {
-    fn record_debug(&mut self, _: &Field, _: &dyn std::fmt::Debug) {}
+    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+        if field.name() == "reason" {
+            self.reason = format!("{value:?}");
+        }
+    }
 
     fn record_u64(&mut self, field: &Field, value: u64) {
-        assert_eq!(field.name(), "http.request.resend_count");
-        self.resent = Some(value);
+        match field.name() {
+            "http.request.resend_count" => self.resent = Some(value),
+            name => {
+                assert_eq!(name, "delay_ms");
+                self.delay_ms = Some(value);
+            }
+        }
     }
 }
 
@@ -126,7 +137,7 @@ impl Subscriber for Watch {
             return span::Id::from_u64(1);
         }
         let spans = &mut self.0.lock().unwrap().0;
-        spans.push(Seen { resent: None, over: false });
+        spans.push(Seen { resent: None, delay_ms: None, reason: String::new(), over: false });
         span::Id::from_u64(spans.len() as u64 + 1)
     }
 
@@ -168,8 +179,11 @@ async fn each_attempt_has_a_span_that_ends_with_it() {
             Ok(status(503))
         }
     });
-    send(&layer().layer(inner), get()).await.unwrap();
+    let backoff = Backoff::constant(ms(7)).without_jitter();
+    send(&layer().backoff(backoff).layer(inner), get()).await.unwrap();
     let (spans, entered) = &*watch.0.lock().unwrap();
-    let seen: Vec<_> = spans.iter().map(|span| (span.resent, span.over)).collect();
-    assert_eq!((seen, *entered), (vec![(None, true), (Some(1), true), (Some(2), true)], false));
+    let seen: Vec<_> = spans.iter().map(|span| (span.resent, span.delay_ms)).collect();
+    assert_eq!(seen, [(None, None), (Some(1), Some(7)), (Some(2), Some(7))]);
+    assert!(spans.iter().all(|span| span.over && span.reason == "Failure(Status 503)"));
+    assert!(!entered);
 }
