@@ -1,11 +1,6 @@
-//! Retry over breaker over limit, over hyper-util, reqwest and tonic, against real servers.
-#![cfg(all(feature = "breaker", feature = "limit", feature = "retry"))]
+//! What all of them need: an upstream that fails as it is asked to.
 
 mod clients;
-#[path = "../net/mod.rs"]
-mod net;
-#[path = "../rpc/mod.rs"]
-mod rpc;
 mod rules;
 mod wire;
 
@@ -18,6 +13,8 @@ use std::{
     time::Duration,
 };
 
+use crate::net::{self, HALF, client, closes_after, nobody, serve_counting, soon, until};
+use crate::rpc::{Obedient, ask, channel, incoming};
 use axum::{
     Router,
     body::Body,
@@ -36,8 +33,6 @@ use futures_util::stream;
 use http::{HeaderMap, Method, Request, StatusCode};
 use http_body::Frame;
 use http_body_util::{BodyExt, Empty, Full, StreamBody};
-use net::{HALF, client, closes_after, nobody, serve_counting, soon, until};
-use rpc::{Obedient, ask, channel, incoming};
 use tokio::time::Instant;
 use tonic::{Code, transport::Server};
 use tonic_health::pb::{health_client::HealthClient, health_server::HealthServer};

@@ -1,0 +1,10 @@
+//! Retry over breaker over limit, over hyper-util, reqwest and tonic, against real servers.
+#![cfg(all(feature = "breaker", feature = "limit", feature = "retry"))]
+
+#[path = "../net/mod.rs"]
+mod net;
+/// So that `cargo test retry` finds them all.
+#[path = "upstream.rs"]
+mod retry;
+#[path = "../rpc/mod.rs"]
+mod rpc;
