@@ -44,6 +44,7 @@
 //! | [`RetryLayer`] | callers from failures that pass | – |
 //! | [`HedgeLayer`] | callers from the slow one in a hundred | – |
 //! | [`ConnectLayer`] | both ends from too many connections, and from stale ones | an error |
+//! | [`TimeoutLayer`] | callers from waiting for what has fallen silent | 504, on a server 503; `DEADLINE_EXCEEDED` |
 //!
 //! # Where each goes
 //!
@@ -70,6 +71,7 @@
 //! | `axum` | | and for `axum::serve` |
 //! | `connect` | | [connections](connect) that are bounded, fresh and visible: a layer over connectors, and a client |
 //! | `rustls` | | TLS for that client |
+//! | `timeout` | | [`TimeoutLayer`] |
 //! | `percentile` | | hedges after a percentile of the latency as it is |
 //! | `tower-http` | | any classifier of `tower_http::classify` as it is |
 //! | `full` | | all of them |
@@ -110,11 +112,15 @@ pub mod limit;
 #[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
 pub mod reqwest;
 
-#[cfg(feature = "breaker")]
-pub use self::breaker::{CircuitBreaker, CircuitBreakerLayer, Trip};
 #[cfg(feature = "retry")]
 #[cfg_attr(docsrs, doc(cfg(feature = "retry")))]
 pub mod retry;
+#[cfg(feature = "timeout")]
+#[cfg_attr(docsrs, doc(cfg(feature = "timeout")))]
+pub mod timeout;
+
+#[cfg(feature = "breaker")]
+pub use self::breaker::{CircuitBreaker, CircuitBreakerLayer, Trip};
 
 #[cfg(feature = "connect")]
 pub use self::connect::ConnectLayer;
@@ -125,6 +131,8 @@ pub use self::health::{Health, HealthProbe, HealthProbeLayer};
 pub use self::limit::{ConcurrencyLimit, ConcurrencyLimitLayer};
 #[cfg(feature = "retry")]
 pub use self::retry::{Attempts, Backoff, Hedge, HedgeLayer, Retry, RetryBudget, RetryLayer};
+#[cfg(feature = "timeout")]
+pub use self::timeout::{Timeout, TimeoutLayer, Timeouts};
 
 pub use self::{
     call::{Deadline, Outcome, Rejected},

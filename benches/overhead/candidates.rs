@@ -5,14 +5,15 @@ use std::{
     fmt,
     future::{Ready, ready},
     hint::black_box,
-    pin::pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll, Waker},
     time::Duration,
 };
 
 use buttress::{
-    CircuitBreakerLayer, ConcurrencyLimitLayer, HealthProbeLayer, Outcome, RetryLayer, Trip,
+    CircuitBreakerLayer, ConcurrencyLimitLayer, HealthProbeLayer, Outcome, RetryLayer,
+    TimeoutLayer, Trip,
     call::{PerResponse, Protocol},
 };
 use bytes::Bytes;
@@ -230,6 +231,48 @@ impl Service<u64> for Stuck {
     fn call(&mut self, _: u64) -> Self::Future {
         std::future::pending()
     }
+}
+
+/// Answers at the second look.
+#[derive(Clone)]
+pub struct Later;
+
+pub struct Second(Option<u64>, bool);
+
+impl Future for Second {
+    type Output = Result<u64, Oops>;
+
+    fn poll(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Self::Output> {
+        match (std::mem::replace(&mut self.1, true), self.0) {
+            (true, Some(answer)) => Poll::Ready(Ok(answer)),
+            _ => Poll::Pending,
+        }
+    }
+}
+
+impl Service<u64> for Later {
+    type Response = u64;
+    type Error = Oops;
+    type Future = Second;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Oops>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: u64) -> Second {
+        Second(Some(request), false)
+    }
+}
+
+fn ours_timeout<S>(inner: S) -> impl Service<u64> + Clone + Send
+where
+    S: Service<u64, Response = u64, Error = Oops> + Clone + Send,
+{
+    TimeoutLayer::http().per_response().layer(inner)
+}
+
+fn tower_timeout<S: Clone + Send>(inner: S) -> tower::timeout::Timeout<S> {
+    tower::timeout::Timeout::new(inner, Duration::from_secs(30))
 }
 
 /// Fills a limit of one for good.
@@ -529,6 +572,19 @@ pub fn all() -> Vec<Candidate> {
             &["tower/refused_full"],
             || made(ours_full()),
         ),
+        peer("tower/timeout", || made(tower_timeout(Bare))),
+        ours("buttress/timeout", "timeout", &["tower/timeout"], || made(ours_timeout(Bare))),
+        peer("bare/later", || made(Later)),
+        Candidate {
+            over: "bare/later",
+            ..peer("tower/timeout_waits", || made(tower_timeout(Later)))
+        },
+        Candidate {
+            over: "bare/later",
+            ..ours("buttress/timeout_waits", "timeout_waits", &["tower/timeout_waits"], || {
+                made(ours_timeout(Later))
+            })
+        },
         http("bare/http", None, || made_http(BareHttp)),
         http("buttress/http_breaker", Some("http_breaker"), || {
             made_http(CircuitBreakerLayer::http().layer(BareHttp))
@@ -543,5 +599,8 @@ pub fn all() -> Vec<Candidate> {
                 made_http(RetryLayer::http().layer(BareHttp))
             })
         },
+        http("buttress/http_timeout", Some("http_timeout"), || {
+            made_http(TimeoutLayer::http().layer(BareHttp))
+        }),
     ]
 }

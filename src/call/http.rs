@@ -4,7 +4,7 @@ use std::{any::Any, error::Error, io};
 
 use http::{HeaderMap, StatusCode};
 
-use super::{Outcome, Reason, Rejected, body::Eos, grpc, hint};
+use super::{Outcome, Phase, Reason, Rejected, RejectedKind, body::Eos, grpc, hint};
 use crate::{BoxError, error};
 
 /// What a response head says.
@@ -55,9 +55,14 @@ pub(crate) fn of_status(status: StatusCode, headers: &HeaderMap) -> Outcome {
     }
 }
 
-/// The outcome of a call that a layer further in refused: neutral, with its hint.
+/// The outcome of a call that a layer further in refused: neutral, with its hint. One that it ended, because
+/// what was called was too slow, is a failure.
 pub(crate) fn of_rejected(refused: &Rejected) -> Outcome {
-    let outcome = Outcome::cancelled().because(Reason::Rejected);
+    let outcome = match refused.kind() {
+        RejectedKind::TimedOut(Phase::Sending) => Outcome::cancelled().because(Reason::Caller),
+        RejectedKind::TimedOut(_) => Outcome::failure().because(Reason::Timeout),
+        _ => Outcome::cancelled().because(Reason::Rejected),
+    };
     match refused.retry_after() {
         Some(after) => outcome.with_retry_after(after),
         None => outcome,

@@ -17,6 +17,8 @@
 mod body;
 mod clock;
 mod deadline;
+#[cfg(feature = "timeout")]
+mod far;
 pub(crate) mod grpc;
 pub(crate) mod hint;
 pub(crate) mod http;
@@ -38,9 +40,11 @@ pub use self::{
     outcome::{Outcome, OutcomeKind, Reason},
     protocol::{Classify, ClassifyHead, Http, PerResponse, Protocol},
     reject::{AsError, Reject, Respond, RespondWith},
-    rejected::{Rejected, RejectedKind},
+    rejected::{Phase, Rejected, RejectedKind},
 };
 
+#[cfg(feature = "timeout")]
+pub(crate) use self::far::{Far, Found};
 pub(crate) use self::{
     body::Eos,
     clock::{Clock, Nanos, nanos},

@@ -116,8 +116,8 @@ impl<Req, Res, E: Into<BoxError>> Refuse<Req, Res, E> for AsError {
 
 /// A refusal is a response, and the error type is left alone: for servers, and for tonic's clients.
 ///
-/// HTTP: 503 (429 for [`RejectedKind::Quota`], 504 for [`RejectedKind::DeadlinePassed`]) with `Retry-After`
-/// in whole seconds, at least 1, and an `application/problem+json` body (RFC 9457) where the client accepts
+/// HTTP: 503 (429 for [`RejectedKind::Quota`], 504 for [`RejectedKind::DeadlinePassed`] and for a client's
+/// [`RejectedKind::TimedOut`]) with `Retry-After` in whole seconds, at least 1, and an `application/problem+json` body (RFC 9457) where the client accepts
 /// it; `HEAD` gets no body. gRPC, told by the request's content type: a trailers-only `UNAVAILABLE`
 /// (`RESOURCE_EXHAUSTED`, `DEADLINE_EXCEEDED`) with `grpc-retry-pushback-ms`.
 /// The [`Rejected`] itself is in the response's extensions.
@@ -156,7 +156,7 @@ fn response(form: Form, rejected: Rejected) -> Response<Bytes> {
             let content = if web { "application/grpc-web" } else { "application/grpc" };
             let code = match rejected.kind() {
                 RejectedKind::Quota => grpc::RESOURCE_EXHAUSTED,
-                RejectedKind::DeadlinePassed => grpc::DEADLINE_EXCEEDED,
+                RejectedKind::DeadlinePassed | RejectedKind::TimedOut(_) => grpc::DEADLINE_EXCEEDED,
                 _ => grpc::UNAVAILABLE,
             };
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content));
@@ -171,7 +171,12 @@ fn response(form: Form, rejected: Rejected) -> Response<Bytes> {
         Form::Json | Form::Empty => {
             let status = match rejected.kind() {
                 RejectedKind::Quota => StatusCode::TOO_MANY_REQUESTS,
-                RejectedKind::DeadlinePassed => StatusCode::GATEWAY_TIMEOUT,
+                RejectedKind::TimedOut(_) if rejected.is_by_server() => {
+                    StatusCode::SERVICE_UNAVAILABLE
+                }
+                RejectedKind::DeadlinePassed | RejectedKind::TimedOut(_) => {
+                    StatusCode::GATEWAY_TIMEOUT
+                }
                 _ => StatusCode::SERVICE_UNAVAILABLE,
             };
             if let Some(after) = rejected.retry_after() {

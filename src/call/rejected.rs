@@ -37,6 +37,8 @@ pub enum RejectedKind {
     DeadlinePassed,
     /// There are as many connections as there may be, and none became free in time.
     Saturated,
+    /// The call was under way and took too long: HTTP 504, on a server 503; gRPC `DEADLINE_EXCEEDED`.
+    TimedOut(Phase),
     /// The health probe says that what would be called is down.
     Unhealthy,
     /// The caller has used up what it is allowed: HTTP 429, gRPC `RESOURCE_EXHAUSTED`.
@@ -59,9 +61,51 @@ impl RejectedKind {
             Self::WaitedTooLong => "queue_timeout",
             Self::DeadlinePassed => "deadline_passed",
             Self::Saturated => "connections_saturated",
+            Self::TimedOut(Phase::Head) => "timeout_head",
+            Self::TimedOut(Phase::FirstFrame) => "timeout_first_frame",
+            Self::TimedOut(Phase::Idle) => "timeout_idle",
+            Self::TimedOut(Phase::Sending) => "timeout_sending",
+            Self::TimedOut(Phase::Total) => "timeout_total",
+            Self::TimedOut(Phase::Deadline) => "timeout_deadline",
             Self::Unhealthy => "unhealthy",
             Self::Quota => "quota_exceeded",
             Self::Misconfigured => "misconfigured",
+        }
+    }
+}
+
+/// What a call took too long for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Phase {
+    /// The response head, from when the request had been sent.
+    Head,
+    /// The first frame of the response body.
+    FirstFrame,
+    /// The next frame of the response body.
+    Idle,
+    /// The next frame of the request body: its own producer was silent.
+    Sending,
+    /// The whole call, to the end of the response body.
+    Total,
+    /// The caller's [`Deadline`](crate::Deadline), with the call under way.
+    Deadline,
+}
+
+impl Phase {
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Head, Self::FirstFrame, Self::Idle, Self::Sending, Self::Total, Self::Deadline];
+
+    /// The phase in `snake_case`.
+    #[must_use]
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Head => "head",
+            Self::FirstFrame => "first_frame",
+            Self::Idle => "idle",
+            Self::Sending => "sending",
+            Self::Total => "total",
+            Self::Deadline => "deadline",
         }
     }
 }
@@ -79,6 +123,11 @@ pub enum LayerKind {
     Retry,
     #[cfg(feature = "connect")]
     Connect,
+    #[cfg(feature = "timeout")]
+    Timeout,
+    /// On a server: it is not what it calls that was too slow.
+    #[cfg(feature = "timeout")]
+    ServerTimeout,
     User,
 }
 
@@ -95,6 +144,10 @@ impl LayerKind {
             Self::Retry => "retry",
             #[cfg(feature = "connect")]
             Self::Connect => "connect",
+            #[cfg(feature = "timeout")]
+            Self::Timeout => "timeout",
+            #[cfg(feature = "timeout")]
+            Self::ServerTimeout => "server_timeout",
             Self::User => "user",
         }
     }
@@ -154,6 +207,20 @@ impl Rejected {
         self.layer.as_str()
     }
 
+    /// Whether the call was under way, and ended because it took too long. It may have had its effect.
+    #[must_use]
+    pub const fn is_timeout(&self) -> bool {
+        matches!(self.kind, RejectedKind::TimedOut(_))
+    }
+
+    /// Whether it says that this very server was too slow, and not what it calls.
+    pub(crate) const fn is_by_server(&self) -> bool {
+        #[cfg(feature = "timeout")]
+        return matches!(self.layer, LayerKind::ServerTimeout);
+        #[cfg(not(feature = "timeout"))]
+        false
+    }
+
     /// The name that the layer was given, if any.
     #[must_use]
     pub fn name(&self) -> Option<&str> {
@@ -206,6 +273,12 @@ impl fmt::Display for Rejected {
             RejectedKind::WaitedTooLong => "waited too long for a turn",
             RejectedKind::DeadlinePassed => "deadline passed before the call began",
             RejectedKind::Saturated => "no connection became free",
+            RejectedKind::TimedOut(Phase::Head) => "no response head in time",
+            RejectedKind::TimedOut(Phase::FirstFrame) => "no first frame of the body in time",
+            RejectedKind::TimedOut(Phase::Idle) => "body fell silent",
+            RejectedKind::TimedOut(Phase::Sending) => "request body fell silent",
+            RejectedKind::TimedOut(Phase::Total) => "took too long in all",
+            RejectedKind::TimedOut(Phase::Deadline) => "deadline passed with the call under way",
             RejectedKind::Unhealthy => "what would be called is unhealthy",
             RejectedKind::Quota => "quota is used up",
             RejectedKind::Misconfigured => "layer is misconfigured",

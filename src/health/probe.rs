@@ -169,8 +169,8 @@ where
         Ok(response) => response,
         Err(error) => return Err(blame(&error)),
     };
-    let verdict = if response.extensions().get::<Rejected>().is_some() {
-        Err(ProbeFailure::Refused)
+    let verdict = if let Some(refused) = response.extensions().get::<Rejected>() {
+        Err(of_refused(refused))
     } else if response.status().is_success() {
         Ok(())
     } else {
@@ -283,9 +283,14 @@ async fn ask<S: Service<Req>, Req>(
 
 fn blame<E: 'static>(error: &E) -> ProbeFailure {
     match Rejected::find_in_any(error) {
-        Some(_) => ProbeFailure::Refused,
+        Some(refused) => of_refused(refused),
         None => ProbeFailure::Error,
     }
+}
+
+/// By a layer further in.
+fn of_refused(refused: &Rejected) -> ProbeFailure {
+    if refused.is_timeout() { ProbeFailure::TimedOut } else { ProbeFailure::Refused }
 }
 
 impl<B> Clone for Get<B> {

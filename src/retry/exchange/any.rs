@@ -77,7 +77,9 @@ where
 
     #[inline]
     fn weigh(&self, result: &Result<Res, E>) -> Option<(Class, Outcome)> {
-        if let Some(refused) = result.as_ref().err().and_then(Rejected::find_in_any) {
+        // What was under way and took too long was not refused: the closure's to judge.
+        let refused = result.as_ref().err().and_then(Rejected::find_in_any);
+        if let Some(refused) = refused.filter(|refused| !refused.is_timeout()) {
             return Some((Class::Refused(Stop::Rejected), rule::of_rejected(refused)));
         }
         let outcome = (self.0)(result.as_ref());

@@ -273,7 +273,8 @@ fn weigh_rest(
     extensions: &Extensions,
 ) -> Option<(Class, Outcome)> {
     if let Some(refused) = extensions.get::<Rejected>() {
-        return Some((Class::Refused(Stop::Rejected), rule::of_rejected(refused)));
+        let outcome = rule::of_rejected(refused);
+        return Some((of_reason(outcome), outcome));
     }
     if grpc::is_grpc(headers) && status == StatusCode::OK {
         return match grpc::status(headers) {

@@ -1,0 +1,128 @@
+//! How a request is handed on and a response given back, by protocol.
+
+use std::sync::Arc;
+
+use http::{Extensions, Request, Response};
+use http_body::Body;
+
+use super::{
+    body::TimedBody,
+    sending::{Sending, SendingBody},
+    settings::Timeouts,
+    watch::Watch,
+};
+use crate::{
+    BoxError,
+    call::{Deadline, Http, PerResponse, Phase, TrackedBody},
+};
+
+/// How a request is handed on. Not to be implemented outside of this crate.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot hand on a `{Req}`",
+    note = "a timeout takes `http::Request<_>`; any other type with `.per_response()`"
+)]
+pub trait Begin<Req>: Clone + Send + Sync + 'static {
+    /// What the wrapped service gets.
+    type Request;
+
+    /// What this request says of its times.
+    fn said(&self, request: &Req) -> (Option<Timeouts>, Option<Deadline>);
+
+    /// Hands it on.
+    fn begin(self, request: Req, watch: &Watch) -> (Self::Request, Option<Arc<Sending>>);
+}
+
+/// How a response is given back. Not to be implemented outside of this crate.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot time a `{Res}`",
+    note = "a timeout takes `http::Response<B>` where `B: http_body::Body`; any other type with `.per_response()`"
+)]
+pub trait Follow<Res> {
+    /// What the caller gets.
+    type Response;
+
+    /// Gives it back.
+    fn follow(response: Res, watch: Watch) -> Self::Response;
+}
+
+/// HTTP, with the request handed on as it is: its body is not watched.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AsIs;
+
+#[inline]
+fn of(extensions: &Extensions) -> (Option<Timeouts>, Option<Deadline>) {
+    (extensions.get().copied(), Deadline::of(extensions))
+}
+
+impl<B: Body> Begin<Request<B>> for Http {
+    type Request = Request<SendingBody<B>>;
+
+    #[inline]
+    fn said(&self, request: &Request<B>) -> (Option<Timeouts>, Option<Deadline>) {
+        of(request.extensions())
+    }
+
+    #[inline]
+    fn begin(self, request: Request<B>, watch: &Watch) -> (Self::Request, Option<Arc<Sending>>) {
+        let (parts, body) = request.into_parts();
+        let limit = watch.timeouts.get(Phase::Sending);
+        let listens = limit.is_some() || watch.timeouts.is_on(Phase::Head);
+        let (body, sending) = SendingBody::new(body, listens, limit, watch.by, watch.far);
+        (Request::from_parts(parts, body), sending)
+    }
+}
+
+impl<B> Begin<Request<B>> for AsIs {
+    type Request = Request<B>;
+
+    #[inline]
+    fn said(&self, request: &Request<B>) -> (Option<Timeouts>, Option<Deadline>) {
+        of(request.extensions())
+    }
+
+    #[inline]
+    fn begin(self, request: Request<B>, _: &Watch) -> (Request<B>, Option<Arc<Sending>>) {
+        (request, None)
+    }
+}
+
+impl<Req> Begin<Req> for PerResponse {
+    type Request = Req;
+
+    #[inline]
+    fn said(&self, _: &Req) -> (Option<Timeouts>, Option<Deadline>) {
+        (None, None)
+    }
+
+    #[inline]
+    fn begin(self, request: Req, _: &Watch) -> (Req, Option<Arc<Sending>>) {
+        (request, None)
+    }
+}
+
+impl<B: Body<Error: Into<BoxError>>> Follow<Response<B>> for Http {
+    type Response = Response<TrackedBody<TimedBody<B>>>;
+
+    #[inline]
+    fn follow(response: Response<B>, watch: Watch) -> Self::Response {
+        response.map(|body| TrackedBody::untracked(TimedBody::new(body, watch)))
+    }
+}
+
+impl<B: Body<Error: Into<BoxError>>> Follow<Response<B>> for AsIs {
+    type Response = Response<TrackedBody<TimedBody<B>>>;
+
+    #[inline]
+    fn follow(response: Response<B>, watch: Watch) -> Self::Response {
+        Http::follow(response, watch)
+    }
+}
+
+impl<Res> Follow<Res> for PerResponse {
+    type Response = Res;
+
+    #[inline]
+    fn follow(response: Res, _: Watch) -> Res {
+        response
+    }
+}

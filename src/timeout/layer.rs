@@ -1,0 +1,165 @@
+use std::{fmt, sync::Arc, time::Duration};
+
+use tower_layer::Layer;
+
+use super::{
+    exchange::AsIs,
+    service::Timeout,
+    settings::{State, TimeoutHandle, Timeouts},
+};
+use crate::{
+    ConfigError,
+    call::{AsError, Far, Http, Label, LayerKind, PerResponse, Rejected, Respond, RespondWith},
+};
+
+/// Ends calls that take too long, phase by phase: the head, the first frame, silences, all of it.
+///
+/// Its times belong to one layer and all its clones, however often the layer is applied. See the
+/// [module](crate::timeout).
+#[must_use = "a layer does nothing until it wraps a service"]
+#[derive(Clone)]
+pub struct TimeoutLayer<M = Http, R = AsError> {
+    state: Arc<State>,
+    far: Far<State>,
+    by: LayerKind,
+    protocol: M,
+    reject: R,
+    fault: Option<ConfigError>,
+}
+
+impl TimeoutLayer {
+    /// With these times; what they do not say is off.
+    pub fn new(timeouts: Timeouts) -> Self {
+        let state = State::new(timeouts);
+        let (far, by) = (state.far(), LayerKind::Timeout);
+        let fault = timeouts.check().err();
+        Self { state, far, by, protocol: Http, reject: AsError, fault }
+    }
+
+    /// A client's times: [`Timeouts::http`].
+    pub fn http() -> Self {
+        Self::new(Timeouts::http())
+    }
+}
+
+impl TimeoutLayer<AsIs> {
+    /// A server's times: [`Timeouts::server`]. Requests are handed on [as they are](TimeoutLayer::as_is), and
+    /// calls that take too long are answered with 503.
+    pub fn server() -> Self {
+        Self { by: LayerKind::ServerTimeout, ..TimeoutLayer::new(Timeouts::server()).as_is() }
+    }
+}
+
+impl<M, R> TimeoutLayer<M, R> {
+    fn set(mut self, timeouts: Timeouts) -> Self {
+        match timeouts.check() {
+            Ok(()) => self.state.set(timeouts),
+            Err(error) => {
+                self.fault.get_or_insert(error);
+            }
+        }
+        self
+    }
+
+    /// How long the response head may take from when the request has been sent, or `None`.
+    pub fn head(self, time: impl Into<Option<Duration>>) -> Self {
+        self.set(Timeouts::new().head(time))
+    }
+
+    /// How long the first frame of a response body may take, while it is asked for, or `None`.
+    pub fn first_frame(self, time: impl Into<Option<Duration>>) -> Self {
+        self.set(Timeouts::new().first_frame(time))
+    }
+
+    /// How long a response body may be silent between two frames, while it is asked for one, or `None`.
+    pub fn idle(self, time: impl Into<Option<Duration>>) -> Self {
+        self.set(Timeouts::new().idle(time))
+    }
+
+    /// How long a request body may be silent while it is asked for a frame, up to the response head; or `None`.
+    pub fn sending(self, time: impl Into<Option<Duration>>) -> Self {
+        self.set(Timeouts::new().sending(time))
+    }
+
+    /// How long a call may take to the end of its response body, or `None`: it cuts healthy streams.
+    pub fn total(self, time: impl Into<Option<Duration>>) -> Self {
+        self.set(Timeouts::new().total(time))
+    }
+
+    /// Hands requests on as they are: for services that take one body type only, such as axum's routes. Their
+    /// bodies are not watched, and the head's time starts with the call.
+    pub fn as_is(self) -> TimeoutLayer<AsIs, R> {
+        self.with_protocol(AsIs)
+    }
+
+    /// For services of any types: the response is the whole of it, and [`head`](Self::head) and
+    /// [`total`](Self::total) are what there is. Nothing is looked for in requests.
+    pub fn per_response(self) -> TimeoutLayer<PerResponse, R> {
+        self.with_protocol(PerResponse)
+    }
+
+    /// Answers calls that take too long with a response, and leaves the service's error type alone. See
+    /// [`Respond`].
+    pub fn respond(self) -> TimeoutLayer<M, Respond> {
+        self.with_reject(Respond)
+    }
+
+    /// Answers them with what a closure makes.
+    pub fn respond_with<F, Res, E>(self, answer: F) -> TimeoutLayer<M, RespondWith<F>>
+    where
+        F: Fn(&Rejected) -> Result<Res, E> + Clone + Send + Sync + 'static,
+    {
+        self.with_reject(RespondWith(answer))
+    }
+
+    /// A name for errors and events. The first one given stays.
+    pub fn name(self, name: &str) -> Self {
+        self.state.name(name);
+        self
+    }
+
+    /// Looks at the layer and changes its times.
+    #[must_use]
+    pub fn handle(&self) -> TimeoutHandle {
+        TimeoutHandle(self.state.clone())
+    }
+
+    /// The layer, or the first of its settings that cannot work.
+    ///
+    /// # Errors
+    ///
+    /// The [`ConfigError`] names the field, the value and the remedy.
+    pub fn checked(mut self) -> Result<Self, ConfigError> {
+        self.fault.take().map_or(Ok(self), Err)
+    }
+
+    fn with_protocol<N>(self, protocol: N) -> TimeoutLayer<N, R> {
+        let Self { state, far, by, reject, fault, .. } = self;
+        TimeoutLayer { state, far, by, protocol, reject, fault }
+    }
+
+    fn with_reject<N>(self, reject: N) -> TimeoutLayer<M, N> {
+        let Self { state, far, by, protocol, fault, .. } = self;
+        TimeoutLayer { state, far, by, protocol, reject, fault }
+    }
+}
+
+impl<S, M: Clone, R: Clone> Layer<S> for TimeoutLayer<M, R> {
+    type Service = Timeout<S, M, R>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        let fault = self.fault.clone();
+        let fault = fault.map(|fault| Arc::new(Label { name: Box::default(), fault: Some(fault) }));
+        let with = (self.protocol.clone(), self.reject.clone());
+        Timeout::new(inner, self.state.clone(), self.far, self.by, with, fault)
+    }
+}
+
+impl<M, R> fmt::Debug for TimeoutLayer<M, R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TimeoutLayer")
+            .field("timeouts", &*self.state)
+            .field("fault", &self.fault)
+            .finish_non_exhaustive()
+    }
+}

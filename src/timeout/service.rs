@@ -1,0 +1,215 @@
+use std::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use pin_project_lite::pin_project;
+use tokio::time::{Instant, Sleep, sleep_until};
+use tower_service::Service;
+
+use super::{
+    exchange::{Begin, Follow},
+    sending::{Sending, Stage},
+    settings::{State, stalled, timed_out},
+    watch::{Next, Watch},
+};
+use crate::{
+    admission::Reusable,
+    call::{AsError, Far, Http, Label, LayerKind, Phase, Reject, Rejected},
+};
+
+/// The service of a [`TimeoutLayer`](super::TimeoutLayer).
+pub struct Timeout<S, M = Http, R = AsError> {
+    inner: S,
+    state: Arc<State>,
+    far: Far<State>,
+    by: LayerKind,
+    protocol: M,
+    reject: R,
+    fault: Option<Arc<Label>>,
+}
+
+impl<S, M, R> Timeout<S, M, R> {
+    pub(super) fn new(
+        inner: S,
+        state: Arc<State>,
+        far: Far<State>,
+        by: LayerKind,
+        (protocol, reject): (M, R),
+        fault: Option<Arc<Label>>,
+    ) -> Self {
+        Self { inner, state, far, by, protocol, reject, fault }
+    }
+
+    /// The wrapped service.
+    pub fn get_ref(&self) -> &S {
+        &self.inner
+    }
+}
+
+impl<S: Clone, M: Clone, R: Clone> Clone for Timeout<S, M, R> {
+    fn clone(&self) -> Self {
+        let with = (self.protocol.clone(), self.reject.clone());
+        let (state, fault) = (self.state.clone(), self.fault.clone());
+        Self::new(self.inner.clone(), state, self.far, self.by, with, fault)
+    }
+}
+
+impl<S, M, R> fmt::Debug for Timeout<S, M, R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Timeout").field("state", &*self.state).finish_non_exhaustive()
+    }
+}
+
+impl<S, M, R, Req> Service<Req> for Timeout<S, M, R>
+where
+    M: Begin<Req> + Follow<S::Response>,
+    S: Service<M::Request> + Reusable,
+    R: Reject<Req, <M as Follow<S::Response>>::Response, S::Error>,
+{
+    type Response = <M as Follow<S::Response>>::Response;
+    type Error = R::Error;
+    type Future = ResponseFuture<S::Future, Req, M, R>;
+
+    #[inline]
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), R::Error>> {
+        self.inner.poll_ready(cx).map_err(R::error)
+    }
+
+    #[inline]
+    fn call(&mut self, request: Req) -> Self::Future {
+        let (said, deadline) = self.protocol.said(&request);
+        let mut timeouts = self.state.timeouts();
+        if let Some(said) = said {
+            timeouts = said.or(timeouts);
+        }
+        let mut watch = Watch::new(timeouts, self.by, self.reject.form(&request), self.far);
+        let refused = match &self.fault {
+            Some(fault) => Some(Rejected::misconfigured(self.by, fault.clone())),
+            None => deadline
+                .filter(|deadline| !watch.bound(deadline.0))
+                .map(|_| self.state.refuse(self.by)),
+        };
+        let (state, sending) = match refused {
+            Some(rejected) => {
+                // What this instance reserved must not stay parked in it.
+                self.inner = self.inner.clone();
+                (Stand::Refused { rejected: Some(rejected) }, None)
+            }
+            None => {
+                let (request, sending) = self.protocol.clone().begin(request, &watch);
+                (Stand::Called { future: self.inner.call(request), timer: None }, sending)
+            }
+        };
+        let call = Some((watch, self.reject.clone()));
+        ResponseFuture { state, head: None, sending, call, of: std::marker::PhantomData }
+    }
+}
+
+pin_project! {
+    /// The future of a [`Timeout`]'s call. Whatever the call holds further in is given back as soon as its time is
+    /// up, before the answer.
+    pub struct ResponseFuture<F, Req, M, R> {
+        #[pin]
+        state: Stand<F>,
+        // When the head is due, once the request has been sent.
+        head: Option<Instant>,
+        sending: Option<Arc<Sending>>,
+        call: Option<(Watch, R)>,
+        of: std::marker::PhantomData<fn(Req, M)>,
+    }
+}
+
+pin_project! {
+    #[project = StandProj]
+    enum Stand<F> {
+        // No timer before the first wait.
+        Called { #[pin] future: F, #[pin] timer: Option<Sleep> },
+        Refused { rejected: Option<Rejected> },
+    }
+}
+
+impl<F, Req, M, R, Res, E> Future for ResponseFuture<F, Req, M, R>
+where
+    F: Future<Output = Result<Res, E>>,
+    M: Follow<Res>,
+    R: Reject<Req, M::Response, E>,
+{
+    type Output = Result<M::Response, R::Error>;
+
+    #[inline]
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut this = self.project();
+        loop {
+            let phase = match this.state.as_mut().project() {
+                StandProj::Called { future, mut timer } => match future.poll(cx) {
+                    Poll::Ready(result) => {
+                        let stage = this.sending.as_ref().map(|sending| {
+                            sending.end(Stage::Answered);
+                            sending.stage()
+                        });
+                        match result {
+                            // Of its own body's making: however the service below put it.
+                            Err(_) if stage == Some(Stage::Stalled) => Phase::Sending,
+                            Err(error) => return Poll::Ready(Err(R::error(error))),
+                            Ok(response) => {
+                                let Some((watch, _)) = this.call.take() else {
+                                    unreachable!("polled after completion")
+                                };
+                                return Poll::Ready(Ok(M::follow(response, watch)));
+                            }
+                        }
+                    }
+                    Poll::Pending => {
+                        let Some((watch, _)) = this.call else {
+                            unreachable!("polled after completion")
+                        };
+                        match watch.wait(this.head, this.sending.as_ref(), cx) {
+                            Next::Forever => return Poll::Pending,
+                            Next::Stalled => Phase::Sending,
+                            Next::Until(at, phase) => {
+                                match timer.as_mut().as_pin_mut() {
+                                    None => timer.set(Some(sleep_until(at))),
+                                    Some(timer) if timer.deadline() != at => timer.reset(at),
+                                    Some(_) => {}
+                                }
+                                if let Some(timer) = timer.as_pin_mut() {
+                                    ready!(timer.poll(cx));
+                                }
+                                phase
+                            }
+                        }
+                    }
+                },
+                StandProj::Refused { rejected } => {
+                    let (Some(rejected), Some((watch, reject))) =
+                        (rejected.take(), this.call.take())
+                    else {
+                        unreachable!("polled after completion")
+                    };
+                    return Poll::Ready(reject.refuse(watch.form, rejected));
+                }
+            };
+            let Some((watch, _)) = this.call else { unreachable!("polled after completion") };
+            let rejected = match phase {
+                // Its body has counted it.
+                Phase::Sending => stalled(watch.far, watch.by),
+                phase => timed_out(watch.far, watch.by, phase),
+            };
+            // The call ends here: with it goes whatever a layer further in holds.
+            this.state.set(Stand::Refused { rejected: Some(rejected) });
+        }
+    }
+}
+
+impl<F, Req, M, R> fmt::Debug for ResponseFuture<F, Req, M, R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.state {
+            Stand::Called { .. } => "ResponseFuture(called)",
+            Stand::Refused { .. } => "ResponseFuture(refused)",
+        })
+    }
+}

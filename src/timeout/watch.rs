@@ -1,0 +1,81 @@
+use std::{sync::Arc, task::Context};
+
+use tokio::time::Instant;
+
+use super::{
+    sending::{Sending, Stage},
+    settings::{State, Timeouts},
+};
+use crate::call::{Far, Form, LayerKind, Phase};
+
+/// The times of one call, and what they count from.
+#[derive(Debug)]
+pub struct Watch {
+    pub(super) timeouts: Timeouts,
+    /// When all of it has to be over, and what says so.
+    pub(super) end: Option<(Instant, Phase)>,
+    begun: bool,
+    pub(super) by: LayerKind,
+    pub(super) form: Form,
+    pub(super) far: Far<State>,
+}
+
+/// What a call does next while it waits.
+pub(super) enum Next {
+    /// It goes on waiting, up to here.
+    Until(Instant, Phase),
+    /// For ever.
+    Forever,
+    /// Its request body fell silent.
+    Stalled,
+}
+
+impl Watch {
+    #[inline]
+    pub(super) fn new(timeouts: Timeouts, by: LayerKind, form: Form, far: Far<State>) -> Self {
+        Self { timeouts, end: None, begun: false, by, form, far }
+    }
+
+    /// The caller's deadline. False if it has passed.
+    pub(super) fn bound(&mut self, deadline: Instant) -> bool {
+        self.end = Some((deadline, Phase::Deadline));
+        deadline > Instant::now()
+    }
+
+    /// The time of the whole runs from here: the first wait, or the head.
+    pub(super) fn begin(&mut self) {
+        if std::mem::replace(&mut self.begun, true) {
+            return;
+        }
+        let Some(total) = self.timeouts.get(Phase::Total) else { return };
+        if let Some(at) = Instant::now().checked_add(total) {
+            if self.end.is_none_or(|(end, _)| at < end) {
+                self.end = Some((at, Phase::Total));
+            }
+        }
+    }
+
+    /// The head is not here yet.
+    pub(super) fn wait(
+        &mut self,
+        head: &mut Option<Instant>,
+        sending: Option<&Arc<Sending>>,
+        cx: &mut Context<'_>,
+    ) -> Next {
+        self.begin();
+        let stage = sending.map_or(Stage::Sent, |sending| sending.poll(cx));
+        if stage == Stage::Stalled {
+            return Next::Stalled;
+        }
+        if head.is_none() && stage != Stage::Sending {
+            *head =
+                self.timeouts.get(Phase::Head).and_then(|limit| Instant::now().checked_add(limit));
+        }
+        match (*head, self.end) {
+            (Some(head), Some((end, phase))) if end <= head => Next::Until(end, phase),
+            (Some(head), _) => Next::Until(head, Phase::Head),
+            (None, Some((end, phase))) => Next::Until(end, phase),
+            (None, None) => Next::Forever,
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Bodies that take their time, and short names.
+
+use std::{
+    collections::VecDeque,
+    convert::Infallible,
+    future::Future,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use buttress::{BoxError, Rejected, call::RejectedKind, timeout::Phase};
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::{Body, Frame, SizeHint};
+use http_body_util::{BodyExt, Empty};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+pub const fn secs(secs: u64) -> Duration {
+    Duration::from_secs(secs)
+}
+
+pub const fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+/// Gives a frame at each of these times, counted from when it was made, and then ends or is silent.
+#[derive(Debug)]
+pub struct Paced {
+    frames: VecDeque<Instant>,
+    ends: bool,
+    timer: Pin<Box<Sleep>>,
+    dropped: Arc<AtomicUsize>,
+}
+
+impl Paced {
+    pub fn at(times: impl IntoIterator<Item = Duration>) -> Self {
+        let now = Instant::now();
+        let frames = times.into_iter().map(|time| now + time).collect();
+        let timer = Box::pin(sleep_until(now));
+        Self { frames, ends: true, timer, dropped: Arc::default() }
+    }
+
+    /// So many, one each `gap`, the first after one.
+    pub fn every(gap: Duration, frames: u32) -> Self {
+        Self::at((1..=frames).map(|nth| gap * nth))
+    }
+
+    /// Silent for ever after its last frame.
+    pub fn then_silent(mut self) -> Self {
+        self.ends = false;
+        self
+    }
+
+    /// Counts it when it is dropped.
+    pub fn dropped(&self) -> Arc<AtomicUsize> {
+        self.dropped.clone()
+    }
+}
+
+impl Drop for Paced {
+    fn drop(&mut self) {
+        self.dropped.fetch_add(1, SeqCst);
+    }
+}
+
+impl Body for Paced {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let Some(&at) = self.frames.front() else {
+            return if self.ends { Poll::Ready(None) } else { Poll::Pending };
+        };
+        if Instant::now() < at {
+            self.timer.as_mut().reset(at);
+            ready!(self.timer.as_mut().poll(cx));
+        }
+        self.frames.pop_front();
+        Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b"frame")))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.ends && self.frames.is_empty()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::default()
+    }
+}
+
+/// A request without a body.
+pub type Nothing = Empty<Bytes>;
+
+pub fn request() -> Request<Nothing> {
+    Request::new(Nothing::new())
+}
+
+// ===== What came of it =====
+
+#[track_caller]
+pub fn phase_of(error: &BoxError) -> Phase {
+    match Rejected::find(&**error).map(Rejected::kind) {
+        Some(RejectedKind::TimedOut(phase)) => phase,
+        other => panic!("not a timeout: {other:?} {error}"),
+    }
+}
+
+/// Reads all of it: how many frames came, and how it ended.
+pub async fn drain<B>(mut body: B) -> (usize, Result<(), B::Error>)
+where
+    B: Body + Unpin,
+{
+    let mut frames = 0;
+    loop {
+        match body.frame().await {
+            Some(Ok(_)) => frames += 1,
+            Some(Err(error)) => return (frames, Err(error)),
+            None => return (frames, Ok(())),
+        }
+    }
+}
+
+/// A service of a closure over requests of any body.
+pub fn serve<B, RB, F>(
+    answer: impl Fn(Request<B>) -> F + Clone + Send + Sync + 'static,
+) -> impl tower::Service<Request<B>, Response = Response<RB>, Error = BoxError, Future = F>
++ Clone
++ Send
++ Sync
++ 'static
+where
+    B: 'static,
+    RB: 'static,
+    F: Future<Output = Result<Response<RB>, BoxError>> + Send + 'static,
+{
+    tower::service_fn(answer)
+}

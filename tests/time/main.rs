@@ -1,0 +1,8 @@
+//! Timeouts and deadlines through their public API, under a paused clock.
+#![cfg(all(feature = "timeout", feature = "breaker", feature = "limit", feature = "retry"))]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod kit;
+mod timeout;

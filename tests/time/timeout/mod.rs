@@ -1,0 +1,8 @@
+//! The layer, phase by phase.
+
+mod contract;
+mod forms;
+mod phases;
+mod settings;
+mod stacks;
+mod streams;

@@ -1,0 +1,316 @@
+//! Each phase by itself: what it counts from, what ends it, and what goes with it.
+
+use std::{
+    future::poll_fn,
+    sync::{Arc, Mutex, atomic::Ordering::SeqCst},
+    time::Duration,
+};
+
+use buttress::{
+    ConcurrencyLimitLayer, Deadline, TimeoutLayer, Timeouts,
+    call::RejectedKind,
+    timeout::{Phase, SendingBody},
+};
+use http::{Request, Response};
+use http_body::Body;
+use http_body_util::{BodyExt, Full};
+use tokio::time::{Instant, advance, sleep};
+use tokio_test::{assert_pending, assert_ready, assert_ready_ok, task};
+use tower::{Layer, ServiceExt};
+
+use crate::{
+    kit::*,
+    support::{Oops, Piece, ScriptBody, Strict, Then, hello, read, refused_as, trailers},
+};
+
+// ===== The head =====
+
+#[tokio::test(start_paused = true)]
+async fn a_head_that_is_late_ends_the_call_and_all_that_it_held() {
+    let limit = ConcurrencyLimitLayer::new(1);
+    let (handle, (inner, watch)) = (limit.handle(), Strict::holding());
+    let service = TimeoutLayer::new(Timeouts::new().head(secs(3))).layer(limit.layer(inner));
+    let start = Instant::now();
+    let mut call = task::spawn(service.oneshot(request()));
+    assert_pending!(call.poll());
+    assert_eq!((handle.in_flight(), watch.seen().in_flight), (1, 1));
+    let error = poll_fn(|cx| call.enter(|_, call| call.poll(cx))).await.unwrap_err();
+    assert_eq!((phase_of(&error), start.elapsed()), (Phase::Head, secs(3)));
+    // The future is still there, and holds nothing.
+    assert_eq!((handle.in_flight(), watch.seen().in_flight), (0, 0));
+    drop(call);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_already_there_beats_the_timer() {
+    let (inner, watch) = Strict::holding();
+    let service = TimeoutLayer::new(Timeouts::new().head(secs(3)).total(secs(3))).layer(inner);
+    let mut call = task::spawn(service.oneshot(request()));
+    assert_pending!(call.poll());
+    advance(secs(100)).await;
+    assert!(watch.end(0, Ok(hello())));
+    let response = assert_ready_ok!(call.poll());
+    assert_eq!(read(response.into_body()).await.unwrap().0, b"hello", "nor is its last frame late");
+}
+
+#[test]
+fn what_is_ready_makes_no_timer() {
+    // There is no runtime here: a timer would panic.
+    let (inner, _watch) = Strict::new();
+    let service = TimeoutLayer::http().layer(inner);
+    let response = assert_ready_ok!(task::spawn(service.oneshot(request())).poll());
+    let mut body = task::spawn(response.into_body());
+    assert!(assert_ready!(body.enter(|cx, body| body.poll_frame(cx))).unwrap().is_ok());
+    assert!(assert_ready!(body.enter(|cx, body| body.poll_frame(cx))).is_none());
+}
+
+// ===== The request =====
+
+#[tokio::test(start_paused = true)]
+async fn the_heads_time_begins_when_the_request_has_been_sent() {
+    // It takes 100 s to send, 2 s at a time.
+    for (thinking, late) in [(29, false), (31, true)] {
+        let service = TimeoutLayer::http().layer(serve(
+            move |request: Request<SendingBody<Paced>>| async move {
+                BodyExt::collect(request.into_body()).await?;
+                sleep(secs(thinking)).await;
+                Ok(Response::new(Full::<bytes::Bytes>::default()))
+            },
+        ));
+        let start = Instant::now();
+        let result = service.oneshot(Request::new(Paced::every(secs(2), 50))).await;
+        match result {
+            Ok(_) => assert!(!late && start.elapsed() == secs(129)),
+            Err(error) => {
+                assert!(late, "{error}");
+                assert_eq!((phase_of(&error), start.elapsed()), (Phase::Head, secs(130)));
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_body_that_nobody_wants_any_more_has_been_sent() {
+    let service =
+        TimeoutLayer::http().layer(serve(|request: Request<SendingBody<Paced>>| async move {
+            sleep(secs(100)).await;
+            drop(request);
+            std::future::pending::<Result<Response<Nothing>, _>>().await
+        }));
+    let start = Instant::now();
+    let error = service.oneshot(Request::new(Paced::every(secs(2), 50))).await.unwrap_err();
+    assert_eq!((phase_of(&error), start.elapsed()), (Phase::Head, secs(130)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_falls_silent_while_it_is_asked_for_is_ended() {
+    let layer = TimeoutLayer::http();
+    let handle = layer.handle();
+    let service = layer.layer(serve(|request: Request<SendingBody<Paced>>| async move {
+        // What a client says that was hindered from sending.
+        let sent = request.into_body().collect().await;
+        sent.map_err(|_| Oops("the request broke off"))?;
+        Ok(Response::new(Full::<bytes::Bytes>::default()))
+    }));
+    let start = Instant::now();
+    let body = Paced::every(secs(50), 3).then_silent();
+    let error = service.oneshot(Request::new(body)).await.unwrap_err();
+    assert_eq!((phase_of(&error), start.elapsed()), (Phase::Sending, secs(210)));
+    let snapshot = handle.snapshot();
+    assert_eq!((snapshot.timed_out_by(Phase::Sending), snapshot.timed_out()), (1, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_is_taken_slowly_is_not() {
+    let service =
+        TimeoutLayer::http().layer(serve(|request: Request<SendingBody<Paced>>| async move {
+            let mut body = request.into_body();
+            while !body.is_end_stream() {
+                // A slow reader: no stall of the request's.
+                sleep(secs(600)).await;
+                assert!(body.frame().await.unwrap().is_ok());
+            }
+            Ok(Response::new(Full::<bytes::Bytes>::default()))
+        }));
+    service.oneshot(Request::new(Paced::every(secs(1), 5))).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn once_the_answer_is_here_the_request_may_be_silent() {
+    // As in a gRPC stream both ways, whose client only listens.
+    let (told, mut read) = tokio::sync::mpsc::unbounded_channel();
+    let service = TimeoutLayer::http().layer(serve(move |request: Request<SendingBody<Paced>>| {
+        let told = told.clone();
+        async move {
+            tokio::spawn(async move { told.send(drain(request.into_body()).await.1) });
+            sleep(secs(30)).await;
+            Ok(Response::new(Paced::every(secs(20), 30)))
+        }
+    }));
+    let body = Paced::every(secs(1), 3).then_silent();
+    let response = service.oneshot(Request::new(body)).await.unwrap();
+    let (frames, end) = drain(response.into_body()).await;
+    assert!(end.is_ok());
+    assert_eq!(frames, 30);
+    assert!(read.try_recv().is_err(), "still being read, after ten minutes of silence");
+}
+
+// ===== The response body =====
+
+async fn streaming(layer: TimeoutLayer, body: Paced) -> (usize, Duration, Option<Phase>) {
+    let (dropped, start) = (body.dropped(), Instant::now());
+    let body = Mutex::new(Some(body));
+    let body = Arc::new(body);
+    let service = layer.layer(serve(move |_: Request<_>| {
+        let body = body.lock().unwrap().take().expect("called once");
+        async move { Ok(Response::new(body)) }
+    }));
+    let response = service.oneshot(request()).await;
+    let mut body = response.unwrap().into_body();
+    let (frames, end) = drain(&mut body).await;
+    if end.is_err() {
+        assert_eq!(dropped.load(SeqCst), 1, "what it wraps is dropped with the error, not after");
+        assert!(body.is_end_stream() && body.size_hint().exact() == Some(0));
+        assert!(body.frame().await.is_none());
+    }
+    (frames, start.elapsed(), end.err().as_ref().map(phase_of))
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_phase_of_a_body_is_on_or_off_by_itself() {
+    let body = || Paced::at([5, 8, 11, 40].map(secs)).then_silent();
+    let with = |timeouts| streaming(TimeoutLayer::new(timeouts), body());
+    let none = Timeouts::new();
+    assert_eq!(with(none.first_frame(secs(4))).await, (0, secs(4), Some(Phase::FirstFrame)));
+    assert_eq!(with(none.idle(secs(4))).await, (3, secs(15), Some(Phase::Idle)));
+    let both = none.first_frame(secs(6)).idle(secs(30));
+    assert_eq!(with(both).await, (4, secs(70), Some(Phase::Idle)));
+    assert_eq!(with(none.total(secs(10))).await, (2, secs(10), Some(Phase::Total)));
+    let all = both.total(secs(39)).head(secs(1));
+    assert_eq!(with(all).await, (3, secs(39), Some(Phase::Total)));
+    // None of them: it would wait for ever.
+    let waiting = tokio::time::timeout(secs(100_000), with(none.head(secs(1)))).await;
+    assert!(waiting.is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_frame_does_not_lengthen_a_silence_that_was_over() {
+    // Twenty silences, each just within the time, with one timer.
+    let (frames, _, end) = streaming(
+        TimeoutLayer::new(Timeouts::new().first_frame(secs(3)).idle(secs(3))),
+        Paced::every(ms(2999), 20),
+    )
+    .await;
+    assert_eq!((frames, end), (20, None));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_reader_is_never_punished() {
+    let (inner, watch) = Strict::new();
+    let pieces = ["a", "b", "c", "d"].map(Piece::data);
+    watch.script([Then::Answer(Response::new(ScriptBody::new(pieces)))]);
+    let service = TimeoutLayer::http().layer(inner);
+    let mut body = service.oneshot(request()).await.unwrap().into_body();
+    for _ in 0..4 {
+        sleep(secs(3600)).await;
+        assert!(body.frame().await.unwrap().is_ok());
+    }
+
+    // Nor one that has to wait for a moment whenever it comes back.
+    let body = Paced::at([0, 3601, 7202].map(secs));
+    let body = Arc::new(Mutex::new(Some(body)));
+    let service = TimeoutLayer::http().layer(serve(move |_: Request<_>| {
+        let body = body.lock().unwrap().take().unwrap();
+        async move { Ok(Response::new(body)) }
+    }));
+    let mut body = service.oneshot(request()).await.unwrap().into_body();
+    for _ in 0..3 {
+        assert!(body.frame().await.unwrap().is_ok());
+        sleep(secs(3600)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_always_has_another_frame_is_bounded_too() {
+    let (inner, watch) = Strict::new();
+    let pieces = std::iter::repeat_n(Piece::data("x"), 1000);
+    watch.script([Then::Answer(Response::new(ScriptBody::new(pieces)))]);
+    let service = TimeoutLayer::new(Timeouts::new().total(secs(10))).layer(inner);
+    let mut body = service.oneshot(request()).await.unwrap().into_body();
+    let mut frames = 0;
+    let error = loop {
+        match body.frame().await.unwrap() {
+            Ok(_) => frames += 1,
+            Err(error) => break error,
+        }
+        sleep(secs(1)).await;
+    };
+    assert_eq!((frames, phase_of(&error)), (10, Phase::Total));
+}
+
+#[tokio::test(start_paused = true)]
+async fn trailers_and_size_hint_go_through() {
+    let (inner, watch) = Strict::new();
+    let pieces = [Piece::data("ab"), Piece::data("cde"), Piece::Trailers(trailers("7"))];
+    watch.script([Then::Answer(Response::new(ScriptBody::new(pieces)))]);
+    let service = TimeoutLayer::http().layer(inner);
+    let body = service.oneshot(request()).await.unwrap().into_body();
+    assert_eq!(body.size_hint().exact(), Some(5), "a 5-byte answer keeps its content-length");
+    assert!(!body.is_end_stream());
+    assert_eq!(
+        read(body.map_err(|_| Oops("")).boxed_unsync()).await.unwrap(),
+        (b"abcde".to_vec(), Some(trailers("7")))
+    );
+
+    // And a request's.
+    let service =
+        TimeoutLayer::http().layer(serve(|request: Request<SendingBody<ScriptBody>>| async move {
+            let body = request.into_body();
+            assert_eq!((body.size_hint().exact(), body.is_end_stream()), (Some(5), false));
+            let sent = body.collect().await?;
+            assert_eq!(sent.trailers(), Some(&trailers("7")));
+            Ok(Response::new(Full::<bytes::Bytes>::default()))
+        }));
+    let body = ScriptBody::new([Piece::data("abcde"), Piece::Trailers(trailers("7"))]);
+    service.oneshot(Request::new(body)).await.unwrap();
+}
+
+// ===== The caller's deadline =====
+
+fn within(time: Duration) -> Request<Nothing> {
+    let mut request = request();
+    request.extensions_mut().insert(Deadline::after(time));
+    request
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deadline_ends_the_call_and_its_body() {
+    let (inner, watch) = Strict::holding();
+    let service = TimeoutLayer::http().layer(inner);
+    let start = Instant::now();
+    let error = service.clone().oneshot(within(secs(2))).await.unwrap_err();
+    assert_eq!((phase_of(&error), start.elapsed()), (Phase::Deadline, secs(2)));
+    assert_eq!(watch.seen().in_flight, 0);
+
+    watch.script([Then::Answer(Response::new(ScriptBody::new([Piece::data("a"), Piece::Stuck])))]);
+    let start = Instant::now();
+    let body = service.oneshot(within(secs(2))).await.unwrap().into_body();
+    let (frames, end) = drain(body).await;
+    assert_eq!((frames, phase_of(&end.unwrap_err())), (1, Phase::Deadline));
+    assert_eq!(start.elapsed(), secs(2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_past_its_deadline_is_not_begun() {
+    let (inner, watch) = Strict::new();
+    let layer = TimeoutLayer::http();
+    let handle = layer.handle();
+    let mut service = tower_test::mock::Spawn::new(layer.layer(inner));
+    assert_ready_ok!(service.poll_ready::<Request<Nothing>>());
+    assert_eq!(watch.seen().reserved, 1);
+    let refused = service.call(within(ms(0))).await;
+    assert_eq!(refused_as(refused.map(drop)), RejectedKind::DeadlinePassed);
+    let seen = watch.seen();
+    assert_eq!((seen.calls, seen.reserved), (0, 0), "and what was reserved for it is free");
+    assert_eq!(handle.snapshot().refused_deadline, 1);
+}

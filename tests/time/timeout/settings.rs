@@ -1,0 +1,91 @@
+//! What can be set, by whom, and when.
+
+use std::time::Duration;
+
+use buttress::{Rejected, TimeoutLayer, Timeouts, call::RejectedKind, timeout::Phase};
+use tokio::time::Instant;
+use tower::{Layer, ServiceExt};
+
+use crate::{
+    kit::*,
+    support::{Strict, refused_as},
+};
+
+#[tokio::test(start_paused = true)]
+async fn a_request_has_times_of_its_own() {
+    let (inner, _watch) = Strict::holding();
+    let service = TimeoutLayer::http().total(secs(600)).layer(inner);
+    for (own, phase, after) in [
+        (Timeouts::new(), Phase::Head, 30),
+        (Timeouts::new().head(secs(5)), Phase::Head, 5),
+        (Timeouts::new().head(secs(700)), Phase::Total, 600),
+        (Timeouts::new().head(None), Phase::Total, 600),
+        (Timeouts::new().idle(secs(1)), Phase::Head, 30),
+    ] {
+        let mut request = request();
+        request.extensions_mut().insert(own);
+        let start = Instant::now();
+        let error = service.clone().oneshot(request).await.unwrap_err();
+        assert_eq!((phase_of(&error), start.elapsed()), (phase, secs(after)), "{own:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn times_change_while_it_runs_and_are_seen_by_all() {
+    let (inner, _watch) = Strict::holding();
+    let layer = TimeoutLayer::http().name("search");
+    let (handle, service) = (layer.handle(), layer.layer(inner.clone()));
+    let other = layer.clone().head(secs(7)).layer(inner);
+    for service in [service.clone(), other] {
+        let start = Instant::now();
+        let error = service.oneshot(request()).await.unwrap_err();
+        let refused = Rejected::find(&*error).unwrap();
+        assert_eq!((refused.layer(), refused.name()), ("timeout", Some("search")));
+        assert_eq!(error.to_string(), "rejected by timeout `search`: no response head in time");
+        assert_eq!(start.elapsed(), secs(7), "set later, and seen by the service made before");
+    }
+    handle.set(Timeouts::new().head(secs(2))).unwrap();
+    let start = Instant::now();
+    service.clone().oneshot(request()).await.unwrap_err();
+    assert_eq!(start.elapsed(), secs(2));
+    let error = handle.set(Timeouts::new().idle(secs(9)).head(Duration::ZERO)).unwrap_err();
+    assert_eq!(error.to_string(), "`head` is 0ns: use a time above zero, or none for no limit");
+    let snapshot = handle.snapshot();
+    assert_eq!(snapshot.timeouts.get(Phase::Head), Some(secs(2)), "nothing was changed");
+    assert_eq!(snapshot.timeouts.get(Phase::Idle), Some(secs(60)));
+    assert_eq!((snapshot.timed_out(), snapshot.timed_out_by(Phase::Head)), (3, 3));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_time_of_nothing_is_a_typed_error_and_refuses_calls() {
+    let layer = TimeoutLayer::http().idle(Duration::ZERO);
+    let error = layer.clone().checked().unwrap_err();
+    assert_eq!((error.field, error.value.as_str()), ("idle", "0ns"));
+    assert!(TimeoutLayer::new(Timeouts::new().total(Duration::ZERO)).checked().is_err());
+    let (inner, watch) = Strict::new();
+    let refused = layer.layer(inner).oneshot(request()).await;
+    assert_eq!(refused_as(refused.map(drop)), RejectedKind::Misconfigured);
+    assert_eq!(watch.seen().calls, 0);
+}
+
+#[test]
+fn times_are_whole_milliseconds_rounded_up_and_49_days_at_most() {
+    let get = |time| Timeouts::new().total(time).get(Phase::Total).unwrap();
+    assert_eq!(get(Duration::from_nanos(1)), ms(1));
+    assert_eq!(get(Duration::from_nanos(1_000_001)), ms(2));
+    assert_eq!(get(Duration::MAX), ms(u64::from(u32::MAX) - 1));
+    assert_eq!(Timeouts::new().total(None).get(Phase::Total), None);
+    assert_eq!(Timeouts::http().get(Phase::Deadline), None);
+    assert_eq!(
+        format!("{:?}", Timeouts::http().head(None)),
+        "Timeouts { head: off, first_frame: 60s, idle: 60s, sending: 60s, total: off }"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_outlives_its_layer() {
+    let (inner, _watch) = Strict::holding();
+    let call = TimeoutLayer::http().name("gone").layer(inner).oneshot(request());
+    let error = tokio::spawn(call).await.unwrap().unwrap_err();
+    assert_eq!(phase_of(&error), Phase::Head);
+}
