@@ -1,4 +1,123 @@
-//! Timeouts in phases, which never cut a healthy stream.
+//! Timeouts in phases: a call that has fallen silent is ended, a healthy stream never.
+//!
+//! ```
+//! # fn client() -> impl Clone { () }
+//! use buttress::TimeoutLayer;
+//! use tower::ServiceBuilder;
+//!
+//! // Head 30 s; first frame, silences of an answer or a request 60 s; no total.
+//! let client = ServiceBuilder::new().layer(TimeoutLayer::http()).service(client());
+//! ```
+//!
+//! For what thinks long and then streams, and for one call of it:
+//!
+//! ```
+//! # fn main() -> Result<(), buttress::ConfigError> {
+//! use std::time::Duration;
+//! use buttress::{TimeoutLayer, Timeouts};
+//!
+//! let secs = Duration::from_secs;
+//! let layer = TimeoutLayer::http().head(secs(60)).first_frame(secs(180)).idle(secs(30)).checked()?;
+//!
+//! let mut request = http::Request::new(());
+//! request.extensions_mut().insert(Timeouts::new().head(secs(5)).total(secs(10)));
+//! # let _ = layer; Ok(()) }
+//! ```
+//!
+//! On a server, under axum:
+//!
+//! ```
+//! use axum::{Router, routing::get};
+//! use buttress::TimeoutLayer;
+//!
+//! // 503 for what has no head within 30 s; streams may be silent.
+//! let app: Router =
+//!     Router::new().route("/", get(|| async { "…" })).layer(TimeoutLayer::server().respond());
+//! ```
+//!
+//! # How it decides
+//!
+//! | phase | runs from | to |
+//! |---|---|---|
+//! | [`sending`](TimeoutLayer::sending) | the request body being asked for a frame, and having none | a frame; the response head ends it for good |
+//! | [`head`](TimeoutLayer::head) | the request body's end, or nobody wanting more of it | the response head |
+//! | [`first_frame`](TimeoutLayer::first_frame) | the response body being asked for its first frame, and having none | that frame |
+//! | [`idle`](TimeoutLayer::idle) | the same for each later frame | a frame, or the end |
+//! | [`total`](TimeoutLayer::total) | the call | the end of the response body |
+//! | [`Deadline`](crate::Deadline) of the request | it is a time of day | the end of the response body |
+//!
+//! A stall is a producer that is silent while its consumer is asking. Who reads slowly does not ask, and is not
+//! timed, unless there is a total. So a server that takes a request slowly is not ended either: that it is still
+//! there is for TCP's and HTTP/2's keepalives to tell.
+//!
+//! The wrapped service is polled first: an answer that is here is not too late, nor is a body's last frame. A body
+//! that always has another frame is cut at the total all the same.
+//!
+//! A call whose deadline has passed is not begun. A request's own [`Timeouts`] go before the layer's, phase by
+//! phase.
+//!
+//! # What comes of it
+//!
+//! | | before the head | in the body |
+//! |---|---|---|
+//! | a client | a [`Rejected`](crate::Rejected), boxed | the same, as the body's error |
+//! | a client with [`respond`](TimeoutLayer::respond) | 504; gRPC: `DEADLINE_EXCEEDED` | the same; gRPC: trailers of `DEADLINE_EXCEEDED` |
+//! | a [`server`](TimeoutLayer::server) with [`respond`](TimeoutLayer::respond) | 503; gRPC: `DEADLINE_EXCEEDED` | the same |
+//!
+//! Never 408, which browsers answer with the same request once more. For a circuit breaker outside of it a timeout
+//! is a failure, for a retry one more [`Timeout`](crate::call::Reason::Timeout), tried again where that is safe. A
+//! request that fell silent is its caller's fault, and says nothing about what was called.
+//!
+//! # Other clients' timeouts
+//!
+//! | theirs | here |
+//! |---|---|
+//! | reqwest `timeout` | [`total`](TimeoutLayer::total) |
+//! | reqwest `read_timeout` | [`head`](TimeoutLayer::head), [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle) of that time |
+//! | reqwest `connect_timeout`, httpx `connect` | the connector's; with no connection, the head's time ends it |
+//! | httpx `read` | [`head`](TimeoutLayer::head), [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle) |
+//! | httpx `write` | [`sending`](TimeoutLayer::sending) for the caller's part; keepalives for the server's |
+//! | httpx `pool` | the wait of [`ConcurrencyLimitLayer::queue`](https://docs.rs/buttress/latest/buttress/struct.ConcurrencyLimitLayer.html#method.queue) |
+//! | tower `Timeout`, tower-http `TimeoutLayer` | [`head`](TimeoutLayer::head) |
+//! | tower-http `ResponseBodyTimeoutLayer` | [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle) |
+//! | nginx `proxy_read_timeout`, `proxy_send_timeout` | [`idle`](TimeoutLayer::idle), [`sending`](TimeoutLayer::sending) |
+//!
+//! # In the stack
+//!
+//! A client: innermost, around the client itself: its times are those of one attempt, the circuit breaker counts
+//! what it ends, and waiting for a turn or for the next attempt is not timed by it but by the deadline. A server:
+//! under the concurrency limit.
+//!
+//! The wrapped service gets `http::Request<SendingBody<B>>`. One that takes a single body type needs
+//! [`as_is`](TimeoutLayer::as_is) (and then the head's time starts with the call), or a
+//! `tower_http::map_request_body::MapRequestBodyLayer` in between. Times are of calls: that a service does not get
+//! ready is not timed.
+//!
+//! # Cancellation
+//!
+//! What the call holds further in is dropped as its time is up, before the answer is given: permits are free, and
+//! the connection is reset.
+//!
+//! # Cost
+//!
+//! An answer that is ready costs no timer, no clock, no allocation and no atomic operation. A call that waits makes one
+//! timer; a body that makes its reader wait another, in a box. A request that has a body costs a small allocation.
+//! With a total, each frame reads the clock.
+//!
+//! # Defaults
+//!
+//! | setting | [`http`](TimeoutLayer::http) | [`server`](TimeoutLayer::server) |
+//! |---|---|---|
+//! | [`head`](TimeoutLayer::head) | 30 s | 30 s |
+//! | [`first_frame`](TimeoutLayer::first_frame) | 60 s | none |
+//! | [`idle`](TimeoutLayer::idle) | 60 s, as nginx's `proxy_read_timeout` | none |
+//! | [`sending`](TimeoutLayer::sending) | 60 s, as nginx's `proxy_send_timeout` | none |
+//! | [`total`](TimeoutLayer::total) | none | none |
+//!
+//! # Beside tower's and tower-http's
+//!
+//! Theirs time the response head only, or a body without its size; tower-http's answers before it looks whether
+//! the response is there, and by default with 408.
 
 mod body;
 mod exchange;

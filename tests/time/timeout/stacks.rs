@@ -54,8 +54,7 @@ async fn around_a_tonic_client() {
         .layer(MapRequestBodyLayer::new(tonic::body::Body::new))
         .service(channel);
     let mut client = tonic_health::pb::health_client::HealthClient::new(channel);
-    let _ =
-        tokio::spawn(
-            async move { client.check(tonic_health::pb::HealthCheckRequest::default()).await },
-        );
+    let check = tonic_health::pb::HealthCheckRequest::default();
+    let status = tokio::spawn(async move { client.check(check).await }).await.unwrap().unwrap_err();
+    assert_eq!(status.code(), tonic::Code::Unavailable, "nobody listens there: {status}");
 }
