@@ -45,11 +45,12 @@
 //! | [`HedgeLayer`] | callers from the slow one in a hundred | – |
 //! | [`ConnectLayer`] | both ends from too many connections, and from stale ones | an error |
 //! | [`TimeoutLayer`] | callers from waiting for what has fallen silent | 504, on a server 503; `DEADLINE_EXCEEDED` |
+//! | [`DeadlineLayer`] | everybody from work that nobody waits for any more | 504, `DEADLINE_EXCEEDED` |
 //!
 //! # Where each goes
 //!
-//! Outermost first. A client: retry, hedge, circuit breaker, concurrency limit, health probe, the client. A
-//! server: health endpoints, concurrency limit, the routes. (The probe is innermost, so that a limit full
+//! Outermost first. A client: deadline, retry, hedge, circuit breaker, concurrency limit, health probe, timeout,
+//! the client. A server: health endpoints, deadline, concurrency limit, timeout, the routes. (The probe is innermost, so that a limit full
 //! of hung calls does not keep it from looking.)
 //!
 //! # Errors and responses
@@ -71,7 +72,7 @@
 //! | `axum` | | and for `axum::serve` |
 //! | `connect` | | [connections](connect) that are bounded, fresh and visible: a layer over connectors, and a client |
 //! | `rustls` | | TLS for that client |
-//! | `timeout` | | [`TimeoutLayer`] |
+//! | `timeout` | | [`TimeoutLayer`] and [`DeadlineLayer`] |
 //! | `percentile` | | hedges after a percentile of the latency as it is |
 //! | `tower-http` | | any classifier of `tower_http::classify` as it is |
 //! | `full` | | all of them |
@@ -102,6 +103,9 @@ pub mod breaker;
 #[cfg(feature = "connect")]
 #[cfg_attr(docsrs, doc(cfg(feature = "connect")))]
 pub mod connect;
+#[cfg(feature = "timeout")]
+#[cfg_attr(docsrs, doc(cfg(feature = "timeout")))]
+pub mod deadline;
 #[cfg(feature = "health")]
 #[cfg_attr(docsrs, doc(cfg(feature = "health")))]
 pub mod health;
@@ -132,7 +136,10 @@ pub use self::limit::{ConcurrencyLimit, ConcurrencyLimitLayer};
 #[cfg(feature = "retry")]
 pub use self::retry::{Attempts, Backoff, Hedge, HedgeLayer, Retry, RetryBudget, RetryLayer};
 #[cfg(feature = "timeout")]
-pub use self::timeout::{Timeout, TimeoutLayer, Timeouts};
+pub use self::{
+    deadline::DeadlineLayer,
+    timeout::{Timeout, TimeoutLayer, Timeouts},
+};
 
 pub use self::{
     call::{Deadline, Outcome, Rejected},

@@ -99,6 +99,10 @@ impl Circuit {
         self.changed.notify_waiters();
     }
 
+    pub(super) fn is_shadow(&self) -> bool {
+        self.shadow.load(Ordering::Relaxed)
+    }
+
     pub(super) fn set_shadow(&self, on: bool) {
         self.shadow.store(on, Ordering::Relaxed);
         self.changed.notify_waiters();
@@ -156,7 +160,7 @@ impl Circuit {
             return true;
         }
         if self.cell.is_open() && !self.holds_back() {
-            return self.shadow.load(Ordering::Relaxed);
+            return self.is_shadow();
         }
         self.has_room_by_now()
     }
@@ -251,7 +255,7 @@ impl Circuit {
         circuit.tell(change);
         let ticket = match answer {
             Ok(ticket) => ticket,
-            Err(_) if circuit.shadow.load(Ordering::Relaxed) => {
+            Err(_) if circuit.is_shadow() => {
                 circuit.shadowed.fetch_add(1, Ordering::Relaxed);
                 Ticket { generation: NO_GENERATION, probe: false }
             }
@@ -268,11 +272,7 @@ impl Circuit {
     }
 
     pub(super) fn refuse(&self, refusal: Refusal) -> Rejected {
-        self.refused.fetch_add(1, Ordering::Relaxed);
-        let name = self.label.get().map_or("", |label| &*label.name);
-        event!(DEBUG, resilience.name = name, reason = ?refusal, "call refused");
-        let _ = name;
-        let by = |kind| Rejected::by(LayerKind::CircuitBreaker, kind);
+        let by = |kind| self.refuse_as(kind);
         match refusal {
             Refusal::Open { left } => by(RejectedKind::Open).with_retry_after(left),
             Refusal::Probing => by(RejectedKind::Probing).with_retry_after(PROBING),
@@ -281,7 +281,19 @@ impl Circuit {
             }
             Refusal::Forced => by(RejectedKind::ForcedOpen),
         }
-        .labelled(self.label.get().cloned())
+    }
+
+    /// A call whose deadline has passed: whatever the circuit says.
+    pub(super) fn refuse_late(&self) -> Rejected {
+        self.refuse_as(RejectedKind::DeadlinePassed)
+    }
+
+    fn refuse_as(&self, kind: RejectedKind) -> Rejected {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+        let name = self.label.get().map_or("", |label| &*label.name);
+        event!(DEBUG, resilience.name = name, reason = kind.as_str(), "call refused");
+        let _ = name;
+        Rejected::by(LayerKind::CircuitBreaker, kind).labelled(self.label.get().cloned())
     }
 }
 

@@ -149,9 +149,9 @@ where
     fn admit(
         &self,
         request: &Req,
-        _: impl FnOnce() -> Option<Instant>,
+        deadline: impl FnOnce() -> Option<Instant>,
     ) -> Admit<Permit<Circuit>, Verdict> {
-        policy::admit(&self.circuits.find(&self.key.key(request)))
+        policy::admit(&self.circuits.find(&self.key.key(request)), deadline())
     }
 
     fn is_stale(&self, permit: &Permit<Circuit>) -> bool {

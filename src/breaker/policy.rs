@@ -16,7 +16,7 @@ use tokio::{
 use super::{core::Circuit, state::Refusal};
 use crate::{
     admission::{Admit, Policy},
-    call::{LayerKind, Permit, Rejected, Shared},
+    call::{LayerKind, Permit, Rejected, Shared, has_passed},
 };
 
 impl<Req> Policy<Req> for Shared<Circuit> {
@@ -34,9 +34,9 @@ impl<Req> Policy<Req> for Shared<Circuit> {
     fn admit(
         &self,
         _: &Req,
-        _: impl FnOnce() -> Option<Instant>,
+        deadline: impl FnOnce() -> Option<Instant>,
     ) -> Admit<Permit<Circuit>, Verdict> {
-        admit(self)
+        admit(self, deadline())
     }
 
     fn is_stale(&self, permit: &Permit<Circuit>) -> bool {
@@ -67,10 +67,17 @@ pub(super) fn is_stale(permit: &Permit<Circuit>) -> bool {
 }
 
 #[inline]
-pub(super) fn admit(circuit: &Shared<Circuit>) -> Admit<Permit<Circuit>, Verdict> {
+pub(super) fn admit(
+    circuit: &Shared<Circuit>,
+    deadline: Option<Instant>,
+) -> Admit<Permit<Circuit>, Verdict> {
+    // Nobody waits for it any more: no call, and above all no probe.
+    if has_passed(deadline) && !circuit.is_shadow() {
+        return Admit::No(circuit.refuse_late());
+    }
     match Circuit::admit(circuit) {
         Ok(permit) => Admit::Go(permit),
-        Err(refusal) => match Verdict::wait_for(circuit, refusal) {
+        Err(refusal) => match Verdict::wait_for(circuit, refusal, deadline) {
             Some(wait) => Admit::Wait(Box::pin(wait)),
             None => Admit::No(circuit.refuse(refusal)),
         },
@@ -84,6 +91,7 @@ pin_project! {
         // Boxed with the call that waits: it is never on the way of one that goes.
         told: Pin<Box<OwnedNotified>>,
         longest: Instant,
+        deadline: Option<Instant>,
         #[pin]
         by_time: Sleep,
     }
@@ -99,7 +107,11 @@ impl Drop for Place {
 
 impl Verdict {
     /// A place among those who wait, if this is worth waiting for and there is one.
-    fn wait_for(circuit: &Shared<Circuit>, refusal: Refusal) -> Option<Self> {
+    fn wait_for(
+        circuit: &Shared<Circuit>,
+        refusal: Refusal,
+        deadline: Option<Instant>,
+    ) -> Option<Self> {
         let longest = match refusal {
             Refusal::Probing => circuit.wait()?,
             _ => return None,
@@ -107,7 +119,9 @@ impl Verdict {
         let place = Place(circuit.clone());
         let told = Box::pin(circuit.changed().clone().notified_owned());
         let by_time = sleep(longest);
-        Some(Self { place, told, longest: by_time.deadline(), by_time })
+        let longest = by_time.deadline();
+        let longest = deadline.map_or(longest, |deadline| deadline.min(longest));
+        Some(Self { place, told, longest, deadline, by_time })
     }
 }
 
@@ -122,6 +136,9 @@ impl Future for Verdict {
             if told {
                 this.told.set(circuit.changed().clone().notified_owned());
             }
+            if has_passed(*this.deadline) {
+                return Poll::Ready(Err(circuit.refuse_late()));
+            }
             // Looked at only after the waker is in place: a change in between is not missed.
             match Circuit::admit(circuit) {
                 Ok(permit) => return Poll::Ready(Ok(permit)),
@@ -134,7 +151,7 @@ impl Future for Verdict {
                 this.by_time.as_mut().reset(next);
             }
             ready!(this.by_time.as_mut().poll(cx));
-            if Instant::now() >= *this.longest {
+            if Instant::now() >= *this.longest && !has_passed(*this.deadline) {
                 return Poll::Ready(Err(circuit.refuse(Refusal::Probing)));
             }
         }

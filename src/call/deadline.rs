@@ -3,8 +3,9 @@ use tokio::time::{Duration, Instant};
 
 /// When the caller needs its answer: put into a request's extensions, for every layer further in.
 ///
-/// A retry starts nothing that would not end before it, and ends an attempt that has no response head by then.
-/// On tokio's clock.
+/// Nothing is begun, waited for or tried again that would not end before it, and a retry ends an attempt that has no
+/// response head by then. Any call that is under way is ended by a `TimeoutLayer` or a `DeadlineLayer` (feature
+/// `timeout`), which also sets it and tells it the next hop. On tokio's clock.
 ///
 /// ```
 /// use std::time::Duration;
@@ -36,4 +37,10 @@ impl Deadline {
     pub fn of(extensions: &Extensions) -> Option<Self> {
         extensions.get().copied()
     }
+}
+
+/// Whether an answer would come too late, however quick.
+#[inline]
+pub(crate) fn has_passed(deadline: Option<Instant>) -> bool {
+    deadline.is_some_and(|deadline| deadline <= Instant::now())
 }

@@ -48,6 +48,7 @@ pub(crate) use self::far::{Far, Found};
 pub(crate) use self::{
     body::Eos,
     clock::{Clock, Nanos, nanos},
+    deadline::has_passed,
     permit::{Finish, Hold, Permit, Shared, Token},
     protocol::Judge,
     reject::{Form, whole_seconds},

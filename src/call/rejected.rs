@@ -128,6 +128,8 @@ pub enum LayerKind {
     /// On a server: it is not what it calls that was too slow.
     #[cfg(feature = "timeout")]
     ServerTimeout,
+    #[cfg(feature = "timeout")]
+    Deadline,
     User,
 }
 
@@ -148,6 +150,8 @@ impl LayerKind {
             Self::Timeout => "timeout",
             #[cfg(feature = "timeout")]
             Self::ServerTimeout => "server_timeout",
+            #[cfg(feature = "timeout")]
+            Self::Deadline => "deadline",
             Self::User => "user",
         }
     }

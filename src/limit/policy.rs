@@ -5,11 +5,11 @@ use tokio::time::Instant;
 use super::{
     core::{Entry, Limiter},
     sort::{Sort, Sorted},
-    wait::{Wait, has_passed},
+    wait::Wait,
 };
 use crate::{
     admission::{Admit, Policy},
-    call::{Finish, Hold, LayerKind, Outcome, Permit, RejectedKind, Shared, Token},
+    call::{Finish, Hold, LayerKind, Outcome, Permit, RejectedKind, Shared, Token, has_passed},
 };
 
 impl<Req> Policy<Req> for Shared<Limiter> {

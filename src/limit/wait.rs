@@ -8,7 +8,7 @@ use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
 use super::{core::Limiter, queue::Place};
-use crate::call::{Permit, Rejected, RejectedKind, Shared};
+use crate::call::{Permit, Rejected, RejectedKind, Shared, has_passed};
 
 pin_project! {
     /// A call's wait for its turn. Dropped at any point, it gives back what it has.
@@ -31,11 +31,6 @@ impl Wait {
         }
         Self { place, deadline, longest }
     }
-}
-
-/// Whether an answer would come too late, however quick.
-pub(super) fn has_passed(deadline: Option<Instant>) -> bool {
-    deadline.is_some_and(|deadline| deadline <= Instant::now())
 }
 
 /// The place, given up on drop.

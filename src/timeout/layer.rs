@@ -46,7 +46,7 @@ impl TimeoutLayer<AsIs> {
     /// A server's times: [`Timeouts::server`]. Requests are handed on [as they are](TimeoutLayer::as_is), and
     /// calls that take too long are answered with 503.
     pub fn server() -> Self {
-        Self { by: LayerKind::ServerTimeout, ..TimeoutLayer::new(Timeouts::server()).as_is() }
+        TimeoutLayer::new(Timeouts::server()).as_is().by(LayerKind::ServerTimeout)
     }
 }
 
@@ -131,6 +131,12 @@ impl<M, R> TimeoutLayer<M, R> {
     /// The [`ConfigError`] names the field, the value and the remedy.
     pub fn checked(mut self) -> Result<Self, ConfigError> {
         self.fault.take().map_or(Ok(self), Err)
+    }
+
+    /// Speaks for another layer.
+    pub(crate) fn by(mut self, by: LayerKind) -> Self {
+        self.by = by;
+        self
     }
 
     fn with_protocol<N>(self, protocol: N) -> TimeoutLayer<N, R> {

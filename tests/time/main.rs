@@ -4,5 +4,6 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod deadline;
 mod kit;
 mod timeout;

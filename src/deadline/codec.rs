@@ -1,0 +1,154 @@
+use std::{fmt, time::Duration};
+
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+/// How the time that is left is said in a header, beside gRPC's own way.
+///
+/// ```
+/// use std::time::Duration;
+/// use buttress::deadline::{Codec, DeadlineLayer};
+/// use http::HeaderMap;
+///
+/// /// Whole seconds, as `x-wait`.
+/// struct Seconds;
+///
+/// impl Codec for Seconds {
+///     fn read(&self, headers: &HeaderMap) -> Option<Duration> {
+///         headers.get("x-wait")?.to_str().ok()?.parse().ok().map(Duration::from_secs)
+///     }
+///
+///     fn write(&self, left: Duration, headers: &mut HeaderMap) {
+///         headers.insert("x-wait", left.as_secs().max(1).into());
+///     }
+/// }
+///
+/// let layer = DeadlineLayer::new().codec(Seconds);
+/// # let _ = layer;
+/// ```
+pub trait Codec: Send + Sync + 'static {
+    /// The time that is left, if it is said. What cannot be read is not said.
+    fn read(&self, headers: &HeaderMap) -> Option<Duration>;
+
+    /// Says that so much is left. Never rounded up, except from nothing.
+    fn write(&self, left: Duration, headers: &mut HeaderMap);
+}
+
+/// Whole milliseconds in a header of this name.
+#[derive(Clone, Debug)]
+pub(super) struct Millis(pub(super) HeaderName);
+
+impl Codec for Millis {
+    fn read(&self, headers: &HeaderMap) -> Option<Duration> {
+        let text = headers.get(&self.0)?.to_str().ok()?;
+        digits(text).map(Duration::from_millis)
+    }
+
+    fn write(&self, left: Duration, headers: &mut HeaderMap) {
+        // To some servers, Envoy among them, 0 is "no limit".
+        let ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1);
+        headers.insert(self.0.clone(), HeaderValue::from(ms));
+    }
+}
+
+fn digits(text: &str) -> Option<u64> {
+    let whole = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    whole.then(|| text.parse().unwrap_or(u64::MAX))
+}
+
+const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+
+/// gRPC's: up to eight digits and a unit (PROTOCOL-HTTP2, "Timeout").
+pub(super) struct Grpc;
+
+const UNITS: [(char, u64); 6] = [
+    ('n', 1),
+    ('u', 1_000),
+    ('m', 1_000_000),
+    ('S', 1_000_000_000),
+    ('M', 60_000_000_000),
+    ('H', 3_600_000_000_000),
+];
+const MOST: u128 = 99_999_999;
+
+impl Codec for Grpc {
+    fn read(&self, headers: &HeaderMap) -> Option<Duration> {
+        let text = headers.get(GRPC_TIMEOUT)?.to_str().ok()?;
+        let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+        let (_, nanos) = UNITS.iter().find(|(letter, _)| unit.starts_with(*letter))?;
+        let number = digits(number).filter(|_| number.len() <= 8)?;
+        let (secs, nanos) = (nanos / 1_000_000_000, nanos % 1_000_000_000);
+        // Eight digits: nothing here can overflow.
+        Some(Duration::from_secs(number * secs) + Duration::from_nanos(number * nanos))
+    }
+
+    fn write(&self, left: Duration, headers: &mut HeaderMap) {
+        let nanos = left.as_nanos();
+        let fits = |(_, unit): &&(char, u64)| nanos / u128::from(*unit) <= MOST;
+        let (letter, unit) = UNITS.iter().find(fits).copied().unwrap_or(('H', u64::MAX));
+        let number = (nanos / u128::from(unit)).clamp(1, MOST);
+        if let Ok(value) = HeaderValue::try_from(format!("{number}{letter}")) {
+            headers.insert(GRPC_TIMEOUT, value);
+        }
+    }
+}
+
+impl fmt::Debug for dyn Codec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Codec")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn grpc(text: &str) -> Option<Duration> {
+        let mut headers = HeaderMap::new();
+        headers.insert(GRPC_TIMEOUT, HeaderValue::from_bytes(text.as_bytes()).unwrap());
+        Grpc.read(&headers)
+    }
+
+    #[test]
+    fn deadline_of_grpc_as_its_protocol_has_it() {
+        for (text, time) in [
+            ("1H", Duration::from_secs(3600)),
+            ("2M", Duration::from_secs(120)),
+            ("3S", Duration::from_secs(3)),
+            ("100m", Duration::from_millis(100)),
+            ("99999999u", Duration::from_micros(99_999_999)),
+            ("82n", Duration::from_nanos(82)),
+            ("0m", Duration::ZERO),
+            ("99999999H", Duration::from_secs(359_999_996_400)),
+        ] {
+            assert_eq!(grpc(text), Some(time), "{text}");
+        }
+        for text in ["", "m", "1", "1x", "-1m", "+1m", "1.5S", "100000000m", " 1m", "1 m", "1é"] {
+            assert_eq!(grpc(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn deadline_is_never_written_longer_than_it_is() {
+        for nanos in [1, 82, 99_999_999, 100_000_001, 99_999_999_999, u64::MAX] {
+            let (left, mut headers) = (Duration::from_nanos(nanos), HeaderMap::new());
+            Grpc.write(left, &mut headers);
+            let read = Grpc.read(&headers).unwrap();
+            assert!(
+                read <= left && left - read < left / 1_000 + Duration::from_nanos(1),
+                "{left:?}"
+            );
+        }
+        let mut headers = HeaderMap::new();
+        Grpc.write(Duration::MAX, &mut headers);
+        assert!(Grpc.read(&headers).is_some());
+        let millis = Millis(HeaderName::from_static("x-left"));
+        millis.write(Duration::from_micros(1999), &mut headers);
+        assert_eq!(millis.read(&headers), Some(Duration::from_millis(1)));
+        millis.write(Duration::from_nanos(1), &mut headers);
+        assert_eq!(millis.read(&headers), Some(Duration::from_millis(1)), "not 0: no limit");
+        for (text, read) in [("99999999999999999999999", true), ("-5", false), ("5s", false)] {
+            headers.insert("x-left", text.parse().unwrap());
+            assert_eq!(millis.read(&headers).is_some(), read, "{text}");
+        }
+    }
+}

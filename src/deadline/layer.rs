@@ -1,0 +1,204 @@
+use std::{
+    fmt,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use http::{HeaderName, Request, Response};
+use http_body::Body;
+use tower_layer::Layer;
+use tower_service::Service;
+
+use super::{
+    codec::{Codec, Millis},
+    times::{DeadlineHandle, Times, set},
+};
+use crate::{
+    BoxError, ConfigError,
+    admission::Reusable,
+    call::{AsError, LayerKind, Reject, Rejected, Respond, RespondWith, TrackedBody},
+    timeout::{AsIs, ResponseFuture, TimedBody, Timeout, TimeoutLayer, Timeouts},
+};
+
+/// Gives every call one absolute deadline, keeps it, and tells the next hop what is left of it.
+///
+/// Its times belong to one layer and all its clones, however often the layer is applied. See the
+/// [module](crate::deadline).
+#[must_use = "a layer does nothing until it wraps a service"]
+#[derive(Clone)]
+pub struct DeadlineLayer<R = AsError> {
+    times: Arc<Times>,
+    codec: Option<Arc<dyn Codec>>,
+    timeout: TimeoutLayer<AsIs, R>,
+    fault: Option<ConfigError>,
+}
+
+impl DeadlineLayer {
+    /// Takes the deadline in a request's extensions, or a gRPC request's `grpc-timeout`, whichever is sooner.
+    pub fn new() -> Self {
+        let timeout = TimeoutLayer::new(Timeouts::new()).as_is().by(LayerKind::Deadline);
+        Self { times: Arc::default(), codec: None, timeout, fault: None }
+    }
+}
+
+impl Default for DeadlineLayer {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<R> DeadlineLayer<R> {
+    /// The time that a call has if nobody said another. None by default: it then has no deadline.
+    pub fn default_of(mut self, time: Duration) -> Self {
+        self.above_zero("default_of", time, |times, time| set(&times.default, Some(time)));
+        self
+    }
+
+    /// The longest time that a header can give, or the default. A deadline in the extensions is our own, and
+    /// believed.
+    pub fn at_most(mut self, time: Duration) -> Self {
+        self.above_zero("at_most", time, |times, time| set(&times.longest, Some(time)));
+        self
+    }
+
+    /// What is kept back of the time, for the way of the answer: the wrapped service and the next hop have that
+    /// much less. None by default.
+    pub fn keep_back(self, time: Duration) -> Self {
+        set(&self.times.keep_back, Some(time));
+        self
+    }
+
+    /// Reads and writes the time that is left in this header too, in whole milliseconds:
+    /// `x-request-timeout-ms`, or Envoy's `x-envoy-expected-rq-timeout-ms`.
+    pub fn header(mut self, name: &str) -> Self {
+        match HeaderName::try_from(name) {
+            Ok(name) => self.codec(Millis(name)),
+            Err(_) => {
+                let remedy = "use a header's name, such as x-request-timeout-ms";
+                self.fault.get_or_insert_with(|| ConfigError::new("header", name, remedy));
+                self
+            }
+        }
+    }
+
+    /// Reads and writes the time that is left in a way of your own, too.
+    pub fn codec(mut self, codec: impl Codec) -> Self {
+        self.codec = Some(Arc::new(codec));
+        self
+    }
+
+    /// Answers calls that are too late with a response, and leaves the service's error type alone: 504, or
+    /// `DEADLINE_EXCEEDED`. See [`Respond`].
+    pub fn respond(self) -> DeadlineLayer<Respond> {
+        let Self { times, codec, timeout, fault } = self;
+        DeadlineLayer { times, codec, timeout: timeout.respond(), fault }
+    }
+
+    /// Answers them with what a closure makes.
+    pub fn respond_with<F, Res, E>(self, answer: F) -> DeadlineLayer<RespondWith<F>>
+    where
+        F: Fn(&Rejected) -> Result<Res, E> + Clone + Send + Sync + 'static,
+    {
+        let Self { times, codec, timeout, fault } = self;
+        DeadlineLayer { times, codec, timeout: timeout.respond_with(answer), fault }
+    }
+
+    /// A name for errors and events. The first one given stays.
+    pub fn name(mut self, name: &str) -> Self {
+        self.timeout = self.timeout.name(name);
+        self
+    }
+
+    /// Looks at the layer and changes its times.
+    #[must_use]
+    pub fn handle(&self) -> DeadlineHandle {
+        DeadlineHandle { times: self.times.clone(), inner: self.timeout.handle() }
+    }
+
+    /// The layer, or the first of its settings that cannot work. A layer with such a setting that is used all the
+    /// same goes without that setting.
+    ///
+    /// # Errors
+    ///
+    /// The [`ConfigError`] names the field, the value and the remedy.
+    pub fn checked(mut self) -> Result<Self, ConfigError> {
+        self.fault.take().map_or(Ok(self), Err)
+    }
+
+    fn above_zero(
+        &mut self,
+        field: &'static str,
+        time: Duration,
+        apply: impl FnOnce(&Times, Duration),
+    ) {
+        match ConfigError::above_zero(field, time) {
+            Ok(time) => apply(&self.times, time),
+            Err(error) => {
+                self.fault.get_or_insert(error);
+            }
+        }
+    }
+}
+
+impl<S, R: Clone> Layer<S> for DeadlineLayer<R> {
+    type Service = Deadlined<S, R>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        Deadlined {
+            times: self.times.clone(),
+            codec: self.codec.clone(),
+            timeout: self.timeout.layer(inner),
+        }
+    }
+}
+
+impl<R> fmt::Debug for DeadlineLayer<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DeadlineLayer")
+            .field("times", &self.times)
+            .field("fault", &self.fault)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The service of a [`DeadlineLayer`].
+#[derive(Clone)]
+pub struct Deadlined<S, R = AsError> {
+    times: Arc<Times>,
+    codec: Option<Arc<dyn Codec>>,
+    timeout: Timeout<S, AsIs, R>,
+}
+
+impl<S, R> Deadlined<S, R> {
+    /// The wrapped service.
+    pub fn get_ref(&self) -> &S {
+        self.timeout.get_ref()
+    }
+}
+
+impl<S, R> fmt::Debug for Deadlined<S, R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Deadlined").field("times", &self.times).finish_non_exhaustive()
+    }
+}
+
+impl<S, R, ReqB, B> Service<Request<ReqB>> for Deadlined<S, R>
+where
+    S: Service<Request<ReqB>, Response = Response<B>> + Reusable,
+    B: Body<Error: Into<BoxError>>,
+    R: Reject<Request<ReqB>, Response<TrackedBody<TimedBody<B>>>, S::Error>,
+{
+    type Response = Response<TrackedBody<TimedBody<B>>>;
+    type Error = R::Error;
+    type Future = ResponseFuture<S::Future, Request<ReqB>, AsIs, R>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), R::Error>> {
+        self.timeout.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<ReqB>) -> Self::Future {
+        self.times.apply(self.codec.as_deref(), &mut request);
+        self.timeout.call(request)
+    }
+}

@@ -1,0 +1,91 @@
+//! One absolute deadline for a call and for all that is called because of it: no work that nobody waits for.
+//!
+//! ```
+//! # fn client() -> impl Clone { () }
+//! use std::time::Duration;
+//! use buttress::{DeadlineLayer, RetryLayer, TimeoutLayer};
+//! use tower::ServiceBuilder;
+//!
+//! // A client: 2 s for all attempts and waits; each attempt tells the server what is left.
+//! let client = ServiceBuilder::new()
+//!     .layer(DeadlineLayer::new().default_of(Duration::from_secs(2)))
+//!     .layer(RetryLayer::http())
+//!     .layer(DeadlineLayer::new().header("x-request-timeout-ms"))
+//!     .layer(TimeoutLayer::http())
+//!     .service(client());
+//! ```
+//!
+//! A server that is called with a deadline, and calls on:
+//!
+//! ```
+//! use std::time::Duration;
+//! use axum::{Extension, Router, routing::get};
+//! use buttress::{Deadline, DeadlineLayer};
+//!
+//! async fn handler(Extension(deadline): Extension<Deadline>) {
+//!     let mut request = http::Request::new(());
+//!     request.extensions_mut().insert(deadline);
+//!     // … and the client does the rest.
+//! }
+//!
+//! let deadline = DeadlineLayer::new()
+//!     .header("x-request-timeout-ms")             // gRPC's `grpc-timeout` is read and written anyway
+//!     .default_of(Duration::from_secs(10))
+//!     .at_most(Duration::from_secs(30))           // whatever strangers say
+//!     .respond();
+//! let app: Router = Router::new().route("/", get(handler)).layer(deadline);
+//! ```
+//!
+//! # How it decides
+//!
+//! The soonest counts: a [`Deadline`] in the request's extensions, gRPC's `grpc-timeout`, a
+//! [header](DeadlineLayer::header) or [codec](DeadlineLayer::codec) of your own; where no header says anything,
+//! the [default](DeadlineLayer::default_of). What cannot be read is not said. It goes into the extensions, less what
+//! is [kept back](DeadlineLayer::keep_back), and what is left of it into the headers that were asked for (gRPC
+//! requests: always `grpc-timeout`), never more than there is.
+//!
+//! A call that is too late is not begun, and one under way is ended, to the last byte of its answer: a stream that
+//! may last needs no deadline, or a distant one.
+//!
+//! # Who sees it
+//!
+//! | layer | |
+//! |---|---|
+//! | `RetryLayer` | makes no attempt, and begins no wait, that would end too late |
+//! | `CircuitBreakerLayer` | makes no probe of a call that is late; nobody waits longer for a verdict |
+//! | `ConcurrencyLimitLayer` | queues no longer, and begins nothing that is late |
+//! | [`TimeoutLayer`](crate::TimeoutLayer) | ends the attempt, which the breaker outside of it counts as a failure |
+//!
+//! # In the stack
+//!
+//! Outermost, so that it counts for everything. Once more innermost where a header is to be said, so that it says what
+//! is left after waits and earlier attempts. On a server: outside of the concurrency limit.
+//!
+//! # Cancellation
+//!
+//! As a [timeout](crate::timeout)'s: what the call holds is given back as it ends.
+//!
+//! # Defaults
+//!
+//! | setting | default |
+//! |---|---|
+//! | [`default_of`](DeadlineLayer::default_of) | none |
+//! | [`at_most`](DeadlineLayer::at_most) | none |
+//! | [`keep_back`](DeadlineLayer::keep_back) | none |
+//! | [`header`](DeadlineLayer::header) | none; there is no standard |
+//! | late calls | an error ([`Rejected`](crate::Rejected), boxed) |
+//!
+//! # Beside tonic's
+//!
+//! tonic's server reads `grpc-timeout` and times the response head only, and answers `CANCELLED`; it hands nothing on.
+
+mod codec;
+mod layer;
+mod times;
+
+pub use self::{
+    codec::Codec,
+    layer::{DeadlineLayer, Deadlined},
+    times::{DeadlineHandle, DeadlineSnapshot},
+};
+pub use crate::{call::Deadline, timeout::ResponseFuture};

@@ -1,0 +1,113 @@
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use http::Request;
+use tokio::time::Instant;
+
+use super::codec::{Codec, Grpc};
+use crate::{
+    ConfigError,
+    call::{Deadline, grpc},
+    timeout::{Phase, TimeoutHandle},
+};
+
+/// The times of a layer, in milliseconds; 0 is none.
+#[derive(Debug, Default)]
+pub(super) struct Times {
+    pub(super) default: AtomicU64,
+    pub(super) longest: AtomicU64,
+    pub(super) keep_back: AtomicU64,
+}
+
+fn get(ms: &AtomicU64) -> Option<Duration> {
+    Some(ms.load(Relaxed)).filter(|ms| *ms > 0).map(Duration::from_millis)
+}
+
+pub(super) fn set(ms: &AtomicU64, time: Option<Duration>) {
+    let whole = time.map(|time| time.as_nanos().div_ceil(1_000_000));
+    ms.store(whole.map_or(0, |ms| u64::try_from(ms).unwrap_or(u64::MAX)), Relaxed);
+}
+
+impl Times {
+    /// Puts the soonest deadline there is into the request, and says it to the next hop.
+    pub(super) fn apply<B>(&self, codec: Option<&dyn Codec>, request: &mut Request<B>) {
+        let grpc = grpc::is_grpc(request.headers());
+        let read = |codec: &dyn Codec| codec.read(request.headers());
+        let own = codec.and_then(read);
+        let told = if grpc { own.into_iter().chain(read(&Grpc)).min() } else { own };
+        let told = told.or_else(|| get(&self.default));
+        let told = match (told, get(&self.longest)) {
+            (Some(told), Some(longest)) => Some(told.min(longest)),
+            (told, _) => told,
+        };
+        let said = told.map(Deadline::after);
+        let Some(deadline) = Deadline::of(request.extensions()).into_iter().chain(said).min()
+        else {
+            return;
+        };
+        let kept = get(&self.keep_back).and_then(|time| deadline.0.checked_sub(time));
+        let deadline = Deadline(kept.unwrap_or(deadline.0));
+        request.extensions_mut().insert(deadline);
+        let left = deadline.0.saturating_duration_since(Instant::now());
+        let headers = request.headers_mut();
+        if grpc {
+            Grpc.write(left, headers);
+        }
+        if let Some(codec) = codec {
+            codec.write(left, headers);
+        }
+    }
+}
+
+/// Looks at a deadline layer and changes its times, from outside of the stack.
+#[derive(Clone)]
+pub struct DeadlineHandle {
+    pub(super) times: Arc<Times>,
+    pub(super) inner: TimeoutHandle,
+}
+
+/// A deadline layer at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DeadlineSnapshot {
+    /// How many calls were refused because their deadline had passed before they began.
+    pub refused: u64,
+    /// How many were ended because it passed with them under way.
+    pub ended: u64,
+}
+
+impl DeadlineHandle {
+    /// All there is to know at this moment.
+    #[must_use]
+    pub fn snapshot(&self) -> DeadlineSnapshot {
+        let inner = self.inner.snapshot();
+        DeadlineSnapshot {
+            refused: inner.refused_deadline,
+            ended: inner.timed_out_by(Phase::Deadline),
+        }
+    }
+
+    /// Another [default](super::DeadlineLayer::default_of) for the calls that begin from now on, or none.
+    ///
+    /// # Errors
+    ///
+    /// No time at all.
+    pub fn set_default(&self, time: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
+        let time = time.into();
+        time.map_or(Ok(Duration::MAX), |time| ConfigError::above_zero("default_of", time))?;
+        set(&self.times.default, time);
+        Ok(())
+    }
+}
+
+impl fmt::Debug for DeadlineHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("DeadlineHandle").field(&self.times).finish()
+    }
+}

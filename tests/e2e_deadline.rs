@@ -1,0 +1,95 @@
+//! A chain of three real servers passes its caller's deadline on.
+#![cfg(feature = "timeout")]
+
+mod net;
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{Extension, Router, body::Body, routing::get};
+use buttress::{Deadline, DeadlineLayer};
+use http::{Request, StatusCode};
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use tokio::{
+    net::TcpListener,
+    time::{Instant, sleep},
+};
+use tower::{Layer, ServiceExt};
+
+const LEFT: &str = "x-request-timeout-ms";
+
+const fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+async fn serve(app: Router) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = listener.local_addr().unwrap();
+    let deadline = DeadlineLayer::new().header(LEFT).at_most(ms(5000)).respond();
+    let server = axum::serve(listener, app.layer(deadline));
+    tokio::spawn(async move { server.await.unwrap() });
+    at
+}
+
+/// Calls on, and hands its deadline on with it.
+async fn call(next: SocketAddr, deadline: Deadline) -> StatusCode {
+    let client = Client::builder(TokioExecutor::new()).build_http::<Body>();
+    let client = DeadlineLayer::new().header(LEFT).keep_back(ms(30)).respond().layer(client);
+    let mut request = Request::get(format!("http://{next}/")).body(Body::empty()).unwrap();
+    request.extensions_mut().insert(deadline);
+    client.oneshot(request).await.map_or(StatusCode::BAD_GATEWAY, |response| response.status())
+}
+
+/// A server that calls the next in a task of its own, after `before`: that its own caller hangs up does not end it.
+async fn hop(next: SocketAddr, before: Duration) -> SocketAddr {
+    let handler = move |Extension(deadline): Extension<Deadline>| async move {
+        let task = tokio::spawn(async move {
+            sleep(before).await;
+            call(next, deadline).await
+        });
+        task.await.unwrap_or(StatusCode::BAD_GATEWAY)
+    };
+    serve(Router::new().route("/", get(handler))).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn deadline_passes_through_three_servers_and_the_last_stops_before_the_first_gives_up() {
+    let (worked, calls) = (Arc::new(Mutex::new(None)), Arc::new(AtomicUsize::new(0)));
+    let last = {
+        let (worked, calls) = (worked.clone(), calls.clone());
+        serve(Router::new().route(
+            "/",
+            get(move || async move {
+                calls.fetch_add(1, Ordering::SeqCst);
+                // Two seconds of work, if nobody stops it.
+                for _ in 0..400 {
+                    *worked.lock().unwrap() = Some(Instant::now());
+                    sleep(ms(5)).await;
+                }
+            }),
+        ))
+        .await
+    };
+    let first = hop(hop(last, ms(0)).await, ms(0)).await;
+    let start = Instant::now();
+    let status = net::soon(call(first, Deadline::after(ms(400)))).await;
+    let gave_up = Instant::now();
+    assert_eq!((status, calls.load(Ordering::SeqCst)), (StatusCode::GATEWAY_TIMEOUT, 1));
+    assert!(start.elapsed() >= ms(250) && start.elapsed() < ms(1900), "{:?}", start.elapsed());
+    // Long enough for a task that nobody stopped to show.
+    sleep(ms(100)).await;
+    let worked = worked.lock().unwrap().unwrap();
+    assert!(worked <= gave_up, "{:?} after the first had given up", worked - gave_up);
+
+    // Time that was spent on the way is time that the last does not have: it is not even asked.
+    let slow = hop(hop(last, ms(300)).await, ms(0)).await;
+    net::soon(call(slow, Deadline::after(ms(300)))).await;
+    sleep(ms(350)).await;
+    assert_eq!(calls.load(Ordering::SeqCst), 1);
+}

@@ -1,0 +1,254 @@
+//! One deadline: who sets it, who keeps it, and what the next hop is told.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use buttress::{
+    Backoff, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Deadline, DeadlineLayer,
+    Outcome, RetryLayer, TimeoutLayer, Trip, breaker::State, call::RejectedKind, timeout::Phase,
+};
+use http::{HeaderMap, Request, Response};
+use tokio::time::{Instant, sleep};
+use tower::{Layer, Service, ServiceBuilder, ServiceExt};
+
+use crate::{
+    kit::*,
+    support::{Strict, refused_as},
+};
+
+const LEFT: &str = "x-request-timeout-ms";
+
+/// What reached the service: the deadline as time from now, and the headers.
+type Seen = Arc<Mutex<Vec<(Option<Duration>, HeaderMap)>>>;
+
+fn recording<B: 'static>(
+    status: u16,
+) -> (
+    Seen,
+    impl Service<Request<B>, Response = Response<Nothing>, Error = BoxError, Future: Send> + Clone,
+) {
+    let seen = Seen::default();
+    let log = seen.clone();
+    let service = serve(move |request: Request<B>| {
+        let left = Deadline::of(request.extensions()).map(|deadline| deadline.left());
+        log.lock().unwrap().push((left, request.headers().clone()));
+        let response = Response::builder().status(status).body(Nothing::new());
+        async move { Ok(response?) }
+    });
+    (seen, service)
+}
+
+fn with(headers: &[(&'static str, &str)]) -> Request<Nothing> {
+    let mut request = request();
+    for (name, value) in headers {
+        request.headers_mut().insert(*name, value.parse().unwrap());
+    }
+    request
+}
+
+async fn seen_of(layer: DeadlineLayer, request: Request<Nothing>) -> (Option<Duration>, HeaderMap) {
+    let (seen, service) = recording(200);
+    layer.layer(service).oneshot(request).await.unwrap();
+    seen.lock().unwrap().remove(0)
+}
+
+// ===== Setting it, and saying it =====
+
+#[tokio::test(start_paused = true)]
+async fn the_soonest_of_all_that_is_said() {
+    let grpc = ("content-type", "application/grpc");
+    let layer = || DeadlineLayer::new().header(LEFT).default_of(secs(9));
+    for (headers, extension, left) in [
+        (&[][..], None, 9000),
+        (&[(LEFT, "700")], None, 700),
+        (&[(LEFT, "soon")], None, 9000),
+        (&[(LEFT, "700")], Some(500), 500),
+        (&[(LEFT, "700")], Some(900), 700),
+        (&[], Some(100_000), 9000),
+        (&[grpc, ("grpc-timeout", "3S")], None, 3000),
+        (&[grpc, ("grpc-timeout", "3S"), (LEFT, "700")], None, 700),
+        (&[("grpc-timeout", "3S")], None, 9000),
+    ] {
+        let mut request = with(headers);
+        if let Some(extension) = extension {
+            request.extensions_mut().insert(Deadline::after(ms(extension)));
+        }
+        let (seen, said) = seen_of(layer(), request).await;
+        assert_eq!(seen, Some(ms(left)), "{headers:?} {extension:?}");
+        assert_eq!(said[LEFT], left.to_string(), "the next hop is told");
+        let grpc = headers.contains(&grpc).then(|| format!("{}u", left * 1000));
+        if let Some(grpc) = grpc {
+            assert_eq!(said["grpc-timeout"], grpc);
+        }
+    }
+    let (seen, said) = seen_of(DeadlineLayer::new().header(LEFT), request()).await;
+    assert_eq!((seen, said.len()), (None, 0), "without any it has none");
+}
+
+#[tokio::test(start_paused = true)]
+async fn strangers_get_no_more_than_is_allowed_and_the_answer_its_way() {
+    let layer = || DeadlineLayer::new().header(LEFT).at_most(secs(5)).keep_back(ms(20));
+    assert_eq!(seen_of(layer(), with(&[(LEFT, "600000")])).await.0, Some(ms(4980)));
+    assert_eq!(seen_of(layer(), with(&[(LEFT, "99999999999999999999")])).await.0, Some(ms(4980)));
+    let (seen, said) = seen_of(layer(), with(&[(LEFT, "100")])).await;
+    assert_eq!((seen, said[LEFT].to_str().unwrap()), (Some(ms(80)), "80"));
+    let (seen, service) = recording(200);
+    let refused = layer().layer(service).oneshot(with(&[(LEFT, "20")])).await;
+    assert_eq!(refused_as(refused.map(drop)), RejectedKind::DeadlinePassed);
+    assert!(seen.lock().unwrap().is_empty(), "no time of use is left for it");
+}
+
+#[tokio::test(start_paused = true)]
+async fn bad_settings_are_typed_errors() {
+    for (layer, field) in [
+        (DeadlineLayer::new().default_of(ms(0)), "default_of"),
+        (DeadlineLayer::new().at_most(ms(0)), "at_most"),
+        (DeadlineLayer::new().header("no such name"), "header"),
+    ] {
+        assert_eq!(layer.checked().unwrap_err().field, field);
+    }
+    let layer = DeadlineLayer::new().default_of(secs(1)).checked().unwrap();
+    let handle = layer.handle();
+    assert_eq!(handle.set_default(ms(0)).unwrap_err().field, "default_of");
+    handle.set_default(secs(3)).unwrap();
+    assert_eq!(seen_of(layer.clone(), request()).await.0, Some(secs(3)), "live");
+    handle.set_default(None).unwrap();
+    assert_eq!(seen_of(layer, request()).await.0, None);
+}
+
+// ===== Keeping it =====
+
+#[tokio::test(start_paused = true)]
+async fn what_is_late_is_not_begun_and_what_is_under_way_is_ended() {
+    let (inner, watch) = Strict::holding();
+    let layer = DeadlineLayer::new().default_of(secs(2)).name("search");
+    let (handle, service) = (layer.handle(), layer.layer(inner));
+    let start = Instant::now();
+    let error = service.clone().oneshot(request()).await.unwrap_err();
+    assert_eq!((phase_of(&error), start.elapsed()), (Phase::Deadline, secs(2)));
+    assert_eq!(
+        error.to_string(),
+        "rejected by deadline `search`: deadline passed with the call under way"
+    );
+    let refused =
+        service.oneshot(with(&[("content-type", "application/grpc"), ("grpc-timeout", "0n")]));
+    assert_eq!(refused_as(refused.await.map(drop)), RejectedKind::DeadlinePassed);
+    assert_eq!((watch.seen().calls, watch.seen().in_flight, watch.seen().reserved), (1, 0, 0));
+    let snapshot = handle.snapshot();
+    assert_eq!((snapshot.ended, snapshot.refused), (1, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn as_a_response_it_is_504_and_deadline_exceeded() {
+    let (inner, _watch) = Strict::holding();
+    let service = DeadlineLayer::new().default_of(secs(2)).respond().layer(inner);
+    let response = service.clone().oneshot(request()).await.unwrap();
+    assert_eq!(response.status(), 504);
+    let response = service.oneshot(with(&[("content-type", "application/grpc")])).await.unwrap();
+    assert_eq!(response.headers()["grpc-status"], "4");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_is_cut_at_it() {
+    let service = DeadlineLayer::new()
+        .default_of(secs(50))
+        .layer(serve(|_: Request<_>| async { Ok(Response::new(Paced::every(secs(20), 9))) }));
+    let response = service.oneshot(request()).await.unwrap();
+    let (frames, end) = drain(response.into_body()).await;
+    assert_eq!((frames, phase_of(&end.unwrap_err())), (2, Phase::Deadline));
+}
+
+// ===== Everybody sees what remains =====
+
+#[tokio::test(start_paused = true)]
+async fn each_attempt_is_told_what_is_left_and_none_is_made_that_is_late() {
+    let (seen, inner) = recording(503);
+    let wait = Backoff::constant(ms(400)).without_jitter();
+    let service = ServiceBuilder::new()
+        .layer(DeadlineLayer::new().default_of(secs(1)))
+        .layer(RetryLayer::http().attempts(9).backoff(wait))
+        .layer(DeadlineLayer::new().header(LEFT))
+        .service(inner);
+    let start = Instant::now();
+    assert_eq!(service.oneshot(request()).await.unwrap().status(), 503);
+    let told: Vec<_> = seen
+        .lock()
+        .unwrap()
+        .iter()
+        .map(|(_, said)| said[LEFT].to_str().unwrap().to_owned())
+        .collect();
+    assert!(start.elapsed() <= ms(803), "no wait that ends too late: {:?}", start.elapsed());
+    assert_eq!(told.len(), 3, "{told:?}");
+    assert_eq!(told[0], "1000");
+    assert!((598..=600).contains(&told[1].parse::<u32>().unwrap()), "{told:?}");
+    assert!((196..=200).contains(&told[2].parse::<u32>().unwrap()), "{told:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_queue_waits_no_longer_and_the_timeout_ends_it() {
+    let breaker = CircuitBreakerLayer::new(Trip::consecutive(1));
+    let limit = ConcurrencyLimitLayer::new(1).queue(9, secs(60));
+    let (circuit, places) = (breaker.handle(), limit.handle());
+    let (inner, watch) = Strict::holding();
+    let service = ServiceBuilder::new()
+        .layer(DeadlineLayer::new().default_of(secs(2)))
+        .layer(breaker)
+        .layer(limit)
+        .layer(TimeoutLayer::http())
+        .service(inner);
+    let start = Instant::now();
+    let first = tokio::spawn(service.clone().oneshot(with(&[])));
+    sleep(secs(1)).await;
+    let second = tokio::spawn(service.oneshot(request()));
+    let error = first.await.unwrap().unwrap_err();
+    assert_eq!((phase_of(&error), start.elapsed()), (Phase::Deadline, secs(2)));
+    assert_eq!(circuit.state(), State::Open, "a hang shows, although its deadline is outside");
+    // The second had its turn when the first was over, and a second left.
+    let error = second.await.unwrap().unwrap_err();
+    assert_eq!((phase_of(&error), start.elapsed()), (Phase::Deadline, secs(3)));
+    assert_eq!((watch.seen().calls, places.in_flight()), (2, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_circuit_makes_no_probe_of_what_is_late_nor_lets_it_wait() {
+    let breaker = CircuitBreakerLayer::new(Trip::consecutive(1))
+        .open_for(secs(1))
+        .wait_for_verdict(9, secs(60));
+    let circuit = breaker.handle();
+    let (inner, watch) = Strict::holding();
+    let service = breaker.layer(inner);
+    circuit.record(Outcome::failure());
+    sleep(secs(1)).await;
+    let within = |time| {
+        let mut request = request();
+        request.extensions_mut().insert(Deadline::after(time));
+        request
+    };
+    let late = service.clone().oneshot(within(ms(0))).await;
+    assert_eq!(refused_as(late.map(drop)), RejectedKind::DeadlinePassed);
+    assert_eq!((circuit.snapshot().probes, watch.seen().calls), (0, 0));
+    // One probe, and one who waits for its verdict as long as it may.
+    let probe = tokio::spawn(service.clone().oneshot(request()));
+    sleep(ms(1)).await;
+    let start = Instant::now();
+    let waited = service.oneshot(within(secs(5))).await;
+    assert_eq!(refused_as(waited.map(drop)), RejectedKind::DeadlinePassed);
+    assert_eq!((start.elapsed(), watch.seen().calls), (secs(5), 1));
+    assert_eq!(circuit.snapshot().refused, 2);
+    probe.abort();
+}
+
+#[test]
+fn auto_traits() {
+    fn is<T: Clone + Send + Sync + 'static>(_: &T) {}
+    fn sends<T: Send + 'static>(_: &T) {}
+    let (inner, _watch) = Strict::new();
+    let layer = DeadlineLayer::new().header(LEFT);
+    is(&layer);
+    is(&layer.handle());
+    let service = layer.layer(inner);
+    is(&service);
+    sends(&service.oneshot(request()));
+}
