@@ -73,6 +73,7 @@
 //! | `connect` | | [connections](connect) that are bounded, fresh and visible: a layer over connectors, and a client |
 //! | `rustls` | | TLS for that client |
 //! | `timeout` | | [`TimeoutLayer`] and [`DeadlineLayer`] |
+//! | `config` | | [settings](config) from TOML, JSON or the environment, checked against each other and explained |
 //! | `percentile` | | hedges after a percentile of the latency as it is |
 //! | `tower-http` | | any classifier of `tower_http::classify` as it is |
 //! | `full` | | all of them |
@@ -94,6 +95,9 @@
 
 mod admission;
 pub mod call;
+#[cfg(feature = "config")]
+#[cfg_attr(docsrs, doc(cfg(feature = "config")))]
+pub mod config;
 mod error;
 mod event;
 

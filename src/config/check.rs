@@ -1,0 +1,234 @@
+//! Which settings do not go together, and what to do about it.
+
+use std::time::Duration;
+
+use super::{
+    layers::{CallsConfig, DeadlineConfig, LimitConfig, TimeoutConfig},
+    stack::{ClientConfig, ServerConfig},
+};
+use crate::ConfigError;
+
+/// What is wrong, if anything is.
+pub(super) type Rule<C> = fn(&C) -> Vec<ConfigError>;
+
+pub(super) const CLIENT: &[Rule<ClientConfig>] = &[
+    |c| {
+        let layers = [
+            prefixed("deadline_", c.deadline.layer().err()),
+            prefixed("retry_", c.retry.layer().err()),
+            prefixed("breaker_", c.breaker.layer().err()),
+            prefixed("limit_", c.limit.layer().err()),
+            prefixed("timeout_", c.timeout.layer().err()),
+        ];
+        layers.into_iter().flatten().collect()
+    },
+    |c| attempts_beyond_the_deadline(c).into_iter().collect(),
+    |c| attempts_beyond_the_threshold(c).into_iter().collect(),
+    |c| head_within_connecting(c).into_iter().collect(),
+    |c| queue_beyond_the_deadline(&c.limit, &c.deadline).into_iter().collect(),
+    |c| connection_wait_beyond_the_deadline(c).into_iter().collect(),
+    |c| idle_beyond_the_peers(c).into_iter().collect(),
+    |c| budget_that_never_pays(c).into_iter().collect(),
+    |c| total_on_a_stream(&c.calls, &c.timeout, &c.deadline),
+    |c| connections_of_none(c),
+];
+
+pub(super) const SERVER: &[Rule<ServerConfig>] = &[
+    |c| {
+        let layers = [
+            prefixed("deadline_", c.deadline.layer().err()),
+            prefixed("limit_", c.limit.layer().err()),
+            prefixed("timeout_", c.timeout.layer().err()),
+        ];
+        layers.into_iter().flatten().collect()
+    },
+    |c| queue_beyond_the_deadline(&c.limit, &c.deadline).into_iter().collect(),
+    |c| total_on_a_stream(&c.calls, &c.timeout, &c.deadline),
+];
+
+/// A layer's own error, which names its setter, under the name that the setting has here.
+fn prefixed(prefix: &'static str, error: Option<ConfigError>) -> Option<ConfigError> {
+    const NAMES: [(&str, &str, &str); 18] = [
+        ("deadline_", "default_of", "deadline_default"),
+        ("deadline_", "at_most", "deadline_at_most"),
+        ("deadline_", "header", "deadline_header"),
+        ("retry_", "attempts", "retry_attempts"),
+        ("retry_", "attempt_timeout", "retry_attempt_timeout"),
+        ("retry_", "budget.ratio", "retry_budget_ratio"),
+        ("retry_", "budget.cap", "retry_budget_cap"),
+        ("breaker_", "trip.consecutive", "breaker_failures"),
+        ("breaker_", "trip.failure_ratio", "breaker_failure_ratio"),
+        ("breaker_", "trip.within", "breaker_window"),
+        ("breaker_", "trip.min_calls", "breaker_min_calls"),
+        ("breaker_", "half_open", "breaker_half_open"),
+        ("breaker_", "probe_lease", "breaker_probe_lease"),
+        ("limit_", "limit", "limit_max"),
+        ("limit_", "queue.longest_wait", "limit_queue_wait"),
+        ("timeout_", "head", "timeout_head"),
+        ("timeout_", "idle", "timeout_idle"),
+        ("timeout_", "total", "timeout_total"),
+    ];
+    let mut error = error?;
+    let known = NAMES.iter().find(|(group, name, _)| *group == prefix && *name == error.field);
+    if let Some((.., key)) = known {
+        error.field = key;
+    }
+    Some(error)
+}
+
+fn show(time: Duration) -> String {
+    humantime::format_duration(time).to_string()
+}
+
+fn conflict(field: &'static str, value: impl ToString, remedy: String) -> Option<ConfigError> {
+    Some(ConfigError::new(field, format_args!("{}", value.to_string()), remedy))
+}
+
+/// How long an attempt may take up to its head, and what says so.
+fn attempt(c: &ClientConfig) -> Option<(Duration, &'static str)> {
+    let bounds = [
+        (c.timeout.head, "timeout_head"),
+        (c.retry.attempt_timeout, "retry_attempt_timeout"),
+        (c.timeout.total, "timeout_total"),
+    ];
+    bounds.into_iter().filter_map(|(time, name)| Some((time?, name))).min()
+}
+
+fn attempts_beyond_the_deadline(c: &ClientConfig) -> Option<ConfigError> {
+    let ((each, name), deadline) = (attempt(c)?, c.deadline.default?);
+    let attempts = c.retry.attempts.max(1);
+    let all = each.saturating_mul(attempts);
+    if all <= deadline || attempts == 1 {
+        return None;
+    }
+    let fit = (deadline.as_nanos() / each.as_nanos().max(1)).clamp(1, u128::from(attempts) - 1);
+    let remedy = format!(
+        "{attempts} attempts of up to {} each (`{name}`) take {}, over the deadline of {} (`deadline_default`): use at most {fit}, \
+         or a `{name}` of at most {}, or a deadline of at least {}",
+        show(each),
+        show(all),
+        show(deadline),
+        show(deadline / attempts),
+        show(all),
+    );
+    conflict("retry_attempts", attempts, remedy)
+}
+
+fn attempts_beyond_the_threshold(c: &ClientConfig) -> Option<ConfigError> {
+    let (attempts, failures) = (c.retry.attempts, c.breaker.failures?);
+    if attempts <= failures {
+        return None;
+    }
+    let remedy = format!(
+        "one call that fails with all of its {attempts} attempts opens the circuit, which takes {failures} failures in a row \
+         (`breaker_failures`): use at most {failures} attempts, or a `breaker_failures` above {attempts}",
+    );
+    conflict("retry_attempts", attempts, remedy)
+}
+
+fn head_within_connecting(c: &ClientConfig) -> Option<ConfigError> {
+    let (head, connect) = (c.timeout.head?, c.connections.connect_timeout);
+    if head >= connect {
+        return None;
+    }
+    let remedy = format!(
+        "connecting is part of that time and may take {} (`connect_timeout`), which would never come to pass: use more than that, \
+         or a `connect_timeout` of less than {}",
+        show(connect),
+        show(head),
+    );
+    conflict("timeout_head", show(head), remedy)
+}
+
+fn queue_beyond_the_deadline(
+    limit: &LimitConfig,
+    deadline: &DeadlineConfig,
+) -> Option<ConfigError> {
+    let waits = limit.max.is_some() && limit.queue > 0;
+    let deadline = deadline.default.filter(|deadline| waits && limit.queue_wait > *deadline)?;
+    let remedy = format!(
+        "a call would wait for its turn longer than the {} that it has in all (`deadline_default`): use less than that",
+        show(deadline),
+    );
+    conflict("limit_queue_wait", show(limit.queue_wait), remedy)
+}
+
+fn connection_wait_beyond_the_deadline(c: &ClientConfig) -> Option<ConfigError> {
+    let (wait, deadline) = (c.connections.connection_wait, c.deadline.default?);
+    if c.connections.connection_queue == 0 || wait <= deadline {
+        return None;
+    }
+    let remedy = format!(
+        "a call would wait for a connection longer than the {} that it has in all (`deadline_default`): use less than that",
+        show(deadline),
+    );
+    conflict("connection_wait", show(wait), remedy)
+}
+
+fn idle_beyond_the_peers(c: &ClientConfig) -> Option<ConfigError> {
+    let peer = c.connections.peer_keep_alive?;
+    let idle = c.connections.connection_max_idle;
+    if idle.is_some_and(|idle| idle < peer) {
+        return None;
+    }
+    let remedy = format!(
+        "the peer closes a connection that was idle for {} (`peer_keep_alive`), and a request that is sent just then is lost: use \
+         less, such as {}",
+        show(peer),
+        show(peer / 5 * 4),
+    );
+    conflict("connection_max_idle", idle.map_or_else(|| "off".to_owned(), show), remedy)
+}
+
+fn budget_that_never_pays(c: &ClientConfig) -> Option<ConfigError> {
+    // What is no budget at all its own check has found.
+    let retry = &c.retry;
+    let valid = retry.budget_ratio > 0.0 && retry.budget_cap > 0;
+    if retry.attempts <= 1 || !valid || retry.budget_per_second > 0 {
+        return None;
+    }
+    let calls = (1.0 / retry.budget_ratio).ceil();
+    if calls <= 10_000.0 {
+        return None;
+    }
+    let remedy = format!(
+        "with nothing per second (`retry_budget_per_second`) the first retry is paid for after {calls} calls: use a ratio such as \
+         0.2, or 1 per second, or a `retry_attempts` of 1",
+    );
+    conflict("retry_budget_ratio", retry.budget_ratio, remedy)
+}
+
+fn total_on_a_stream(
+    calls: &CallsConfig,
+    timeout: &TimeoutConfig,
+    deadline: &DeadlineConfig,
+) -> Vec<ConfigError> {
+    let bounds = [("timeout_total", timeout.total), ("deadline_default", deadline.default)];
+    let bounds = bounds.into_iter().filter(|_| calls.streaming);
+    bounds
+        .filter_map(|(key, time)| {
+            let remedy = "it cuts every stream (`streaming`) that lasts longer, however healthy: turn it off, and bound \
+                          silences by `timeout_idle`";
+            conflict(key, show(time?), remedy.to_owned())
+        })
+        .collect()
+}
+
+fn connections_of_none(c: &ClientConfig) -> Vec<ConfigError> {
+    let connections = &c.connections;
+    let numbers = [
+        ("max_connections", connections.max_connections),
+        ("max_connections_per_host", connections.max_connections_per_host),
+    ];
+    let numbers = numbers.into_iter().filter(|(_, number)| *number == Some(0));
+    let times = [
+        ("connect_timeout", Some(connections.connect_timeout)),
+        ("connection_max_age", connections.connection_max_age),
+        ("connection_max_idle", connections.connection_max_idle),
+    ];
+    let times = times.into_iter().filter(|(_, time)| *time == Some(Duration::ZERO));
+    let numbers = numbers.filter_map(|(key, _)| conflict(key, 0, "use 1 or more, or off".into()));
+    let times = times
+        .filter_map(|(key, time)| conflict(key, show(time?), "use a time above zero".to_owned()));
+    numbers.chain(times).collect()
+}

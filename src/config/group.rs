@@ -1,0 +1,141 @@
+//! A table of settings: one row has a name, a form, a default and a sentence. All else is made of these.
+
+use serde::{Deserialize, Deserializer, de::Error};
+
+use super::{
+    load::nearest,
+    value::{Scalar, Tree},
+};
+use crate::ConfigError;
+
+/// What is known of a setting beside its value.
+#[derive(Debug)]
+pub struct Row {
+    /// Its one name: in files, in environments (there in capitals), in errors.
+    pub key: &'static str,
+    /// What it does.
+    pub doc: &'static str,
+    pub(super) wants: &'static str,
+    /// Whether it can change while the stack runs.
+    pub live: bool,
+}
+
+/// The settings of one layer.
+pub trait Group {
+    /// The layer, as the documentation has it.
+    fn layer(&self) -> &'static str;
+    fn rows(&self) -> &'static [Row];
+    /// False: the value is not of that row's form.
+    fn set(&mut self, row: usize, value: &Scalar) -> bool;
+    fn get(&self, row: usize) -> Scalar;
+    /// Whether the layer does anything.
+    fn is_on(&self) -> bool;
+}
+
+/// Reads a group that stands alone: its keys need no prefix.
+pub(super) fn fill<'de, D: Deserializer<'de>>(
+    group: &mut dyn Group,
+    prefix: &str,
+    from: D,
+) -> Result<(), D::Error> {
+    for (key, value) in Tree::deserialize(from)?.flat() {
+        let rows = group.rows();
+        let named = |row: &Row| row.key == key || row.key.strip_prefix(prefix) == Some(&*key);
+        let Some(nth) = rows.iter().position(named) else {
+            let nearest = nearest(&format!("{prefix}{key}"), rows.iter());
+            let nearest = nearest.strip_prefix(prefix).unwrap_or(nearest);
+            let remedy = format!("there is no such setting; the nearest is `{nearest}`");
+            let error = ConfigError::new("key", format_args!("{key}"), remedy);
+            return Err(D::Error::custom(error));
+        };
+        if !group.set(nth, &value) {
+            let remedy = format!("use {}", rows[nth].wants);
+            let error = ConfigError::new(rows[nth].key, format_args!("{value}"), remedy);
+            return Err(D::Error::custom(error));
+        }
+    }
+    Ok(())
+}
+
+/// Every setting without the prefix, and its value.
+pub(super) fn shown(group: &dyn Group, prefix: &str) -> Vec<(&'static str, Scalar)> {
+    let rows = group.rows().iter().enumerate();
+    rows.map(|(nth, row)| (row.key.strip_prefix(prefix).unwrap_or(row.key), group.get(nth)))
+        .collect()
+}
+
+/// Makes a layer's settings out of a table. `live` ones can change while the stack runs, `fixed` ones cannot.
+macro_rules! group {
+    (
+        $(#[$doc:meta])*
+        $Name:ident for $layer:literal, prefix $prefix:literal, on $on:expr;
+        $($(#[doc = $what:literal])+ $mode:ident $field:ident: $Type:ty = $default:expr;)*
+    ) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, PartialEq)]
+        #[non_exhaustive]
+        pub struct $Name {
+            $($(#[doc = $what])+ pub $field: $Type,)*
+        }
+
+        impl Default for $Name {
+            fn default() -> Self {
+                Self { $($field: $default,)* }
+            }
+        }
+
+        impl Group for $Name {
+            fn layer(&self) -> &'static str {
+                $layer
+            }
+
+            fn rows(&self) -> &'static [Row] {
+                const ROWS: &[Row] = &[$(Row {
+                    key: concat!($prefix, stringify!($field)),
+                    doc: concat!($($what),+),
+                    wants: <$Type as Setting>::WANTS,
+                    live: group!(@ $mode),
+                },)*];
+                ROWS
+            }
+
+            fn set(&mut self, row: usize, value: &Scalar) -> bool {
+                let mut nth = 0..;
+                $(if nth.next() == Some(row) {
+                    return <$Type as Setting>::read(value).map(|read| self.$field = read).is_some();
+                })*
+                false
+            }
+
+            fn get(&self, row: usize) -> Scalar {
+                let mut nth = 0..;
+                $(if nth.next() == Some(row) {
+                    return self.$field.show();
+                })*
+                Scalar::Text(String::new())
+            }
+
+            fn is_on(&self) -> bool {
+                let on: fn(&Self) -> bool = $on;
+                on(self)
+            }
+        }
+
+        impl<'de> ::serde::Deserialize<'de> for $Name {
+            fn deserialize<D: ::serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+                let mut group = Self::default();
+                $crate::config::group::fill(&mut group, $prefix, from)?;
+                Ok(group)
+            }
+        }
+
+        impl ::serde::Serialize for $Name {
+            fn serialize<S: ::serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+                to.collect_map($crate::config::group::shown(self, $prefix))
+            }
+        }
+    };
+    (@ live) => { true };
+    (@ fixed) => { false };
+}
+pub(super) use group;

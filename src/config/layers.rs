@@ -1,0 +1,297 @@
+//! The settings of each layer, and the layer they make.
+
+use std::time::Duration;
+
+use super::{
+    group::{Group, Row, group},
+    value::{Scalar, Setting},
+};
+use crate::{
+    Backoff, CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, DeadlineLayer, RetryBudget,
+    RetryLayer, TimeoutLayer, Timeouts, Trip, breaker::OpenFor,
+};
+
+const fn secs(secs: u64) -> Duration {
+    Duration::from_secs(secs)
+}
+
+const fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+// ===== Time =====
+
+group! {
+    /// The settings of a [`DeadlineLayer`].
+    DeadlineConfig for "DeadlineLayer", prefix "deadline_", on |_| true;
+    /// How long a call may take in all, if nobody said another time.
+    live default: Option<Duration> = None;
+    /// The longest time that a header can give.
+    fixed at_most: Option<Duration> = None;
+    /// What is kept back of the time for the way of the answer.
+    fixed keep_back: Option<Duration> = None;
+    /// The header that says what is left, in milliseconds; gRPC's is read and written anyway.
+    fixed header: Option<String> = None;
+}
+
+impl DeadlineConfig {
+    /// The layer.
+    ///
+    /// # Errors
+    ///
+    /// The first setting that cannot work.
+    pub fn layer(&self) -> Result<DeadlineLayer, ConfigError> {
+        let mut layer = self.forward();
+        if let Some(time) = self.default {
+            layer = layer.default_of(time);
+        }
+        if let Some(time) = self.at_most {
+            layer = layer.at_most(time);
+        }
+        if let Some(time) = self.keep_back {
+            layer = layer.keep_back(time);
+        }
+        layer.checked()
+    }
+
+    /// The one that only tells the next hop what is left.
+    pub(crate) fn forward(&self) -> DeadlineLayer {
+        let layer = DeadlineLayer::new();
+        match &self.header {
+            Some(name) => layer.header(name),
+            None => layer,
+        }
+    }
+}
+
+group! {
+    /// The settings of a [`TimeoutLayer`].
+    TimeoutConfig for "TimeoutLayer", prefix "timeout_", on |this| *this != Self::OFF;
+    /// Up to the response head, from when the request has been sent.
+    live head: Option<Duration> = Some(secs(30));
+    /// Up to the first frame of the response body, while it is asked for.
+    live first_frame: Option<Duration> = Some(secs(60));
+    /// From one frame of the response body to the next, while it is asked for.
+    live idle: Option<Duration> = Some(secs(60));
+    /// From one frame of the request body to the next, while it is asked for.
+    live sending: Option<Duration> = Some(secs(60));
+    /// The whole call, to the end of the response body.
+    live total: Option<Duration> = None;
+}
+
+impl TimeoutConfig {
+    const OFF: Self =
+        Self { head: None, first_frame: None, idle: None, sending: None, total: None };
+
+    /// A server's: its streams may be silent.
+    #[must_use]
+    pub fn server() -> Self {
+        Self { head: Some(secs(30)), ..Self::OFF }
+    }
+
+    /// The times.
+    #[must_use]
+    pub fn timeouts(&self) -> Timeouts {
+        Timeouts::new()
+            .head(self.head)
+            .first_frame(self.first_frame)
+            .idle(self.idle)
+            .sending(self.sending)
+            .total(self.total)
+    }
+
+    /// The layer.
+    ///
+    /// # Errors
+    ///
+    /// The first setting that cannot work.
+    pub fn layer(&self) -> Result<TimeoutLayer, ConfigError> {
+        TimeoutLayer::new(self.timeouts()).checked()
+    }
+}
+
+// ===== Retry =====
+
+group! {
+    /// The settings of a [`RetryLayer`].
+    RetryConfig for "RetryLayer", prefix "retry_", on |this| this.attempts > 1;
+    /// How many attempts are made at most, the first one included; 1 is no retry.
+    live attempts: u32 = 3;
+    /// The first wait; it doubles with each further one, with full jitter.
+    live backoff: Duration = ms(50);
+    /// The longest wait of the backoff.
+    live backoff_max: Duration = secs(5);
+    /// The longest wait that a server may ask for.
+    live longest_wait: Duration = secs(30);
+    /// Up to the response head of each attempt, beside the timeouts.
+    live attempt_timeout: Option<Duration> = None;
+    /// How many retries there may be for one call.
+    fixed budget_ratio: f64 = 0.2;
+    /// How many retries a second there may be beside that.
+    fixed budget_per_second: u32 = 1;
+    /// How many retries can be saved up.
+    fixed budget_cap: u32 = 100;
+    /// How many bytes of a request body are kept to be sent again.
+    live replay_up_to: u64 = 64 * 1024;
+    /// How many bytes of a discarded answer are read away, to keep its connection.
+    live drain_up_to: u64 = 64 * 1024;
+}
+
+impl RetryConfig {
+    /// The layer.
+    ///
+    /// # Errors
+    ///
+    /// The first setting that cannot work.
+    pub fn layer(&self) -> Result<RetryLayer, ConfigError> {
+        let layer = self.apply(RetryLayer::http());
+        let layer = if self.attempts > 1 {
+            let Self { budget_ratio, budget_per_second, budget_cap, .. } = *self;
+            layer.budget(RetryBudget::with(budget_ratio, budget_per_second, budget_cap))
+        } else {
+            layer
+        };
+        layer.checked()
+    }
+
+    /// What can change while it runs.
+    pub(crate) fn apply(&self, layer: RetryLayer) -> RetryLayer {
+        let layer = layer
+            .attempts(self.attempts)
+            .backoff(Backoff::exponential(self.backoff).max(self.backoff_max))
+            .longest_wait(self.longest_wait)
+            .replay_up_to(self.replay_up_to)
+            .drain_up_to(self.drain_up_to);
+        match self.attempt_timeout {
+            Some(time) => layer.attempt_timeout(time),
+            None => layer,
+        }
+    }
+}
+
+// ===== Breaker =====
+
+group! {
+    /// The settings of a [`CircuitBreakerLayer`].
+    BreakerConfig for "CircuitBreakerLayer", prefix "breaker_",
+        on |this| this.failures.is_some() || this.failure_ratio.is_some();
+    /// Opens after so many failures in a row.
+    live failures: Option<u32> = Some(5);
+    /// Opens when such a share of the calls in the window failed.
+    live failure_ratio: Option<f64> = None;
+    /// The window of the ratio.
+    fixed window: Duration = secs(10);
+    /// How many calls must be in the window.
+    live min_calls: u32 = 20;
+    /// How long an open circuit refuses.
+    live open_for: Duration = secs(30);
+    /// If set, each trip in a row doubles that up to here.
+    live open_for_max: Option<Duration> = None;
+    /// How many probes a half-open circuit lets through.
+    live half_open: u16 = 1;
+    /// The longest that a probe may take.
+    live probe_lease: Duration = secs(30);
+    /// Over how long a circuit that has closed lets more and more calls through.
+    live ramp: Duration = Duration::ZERO;
+}
+
+impl BreakerConfig {
+    /// The layer; with neither rule it lets everything through.
+    ///
+    /// # Errors
+    ///
+    /// The first setting that cannot work.
+    pub fn layer(&self) -> Result<CircuitBreakerLayer, ConfigError> {
+        if !self.is_on() {
+            let layer = CircuitBreakerLayer::http();
+            layer.handle().force_closed();
+            return Ok(layer);
+        }
+        self.apply(CircuitBreakerLayer::new(self.trip())).checked()
+    }
+
+    fn trip(&self) -> Trip {
+        let run = self.failures.map(Trip::consecutive);
+        let share = self
+            .failure_ratio
+            .map(|ratio| Trip::failure_ratio(ratio).within(self.window).min_calls(self.min_calls));
+        Trip::any(run.into_iter().chain(share))
+    }
+
+    fn apply(&self, layer: CircuitBreakerLayer) -> CircuitBreakerLayer {
+        let open_for = match self.open_for_max {
+            Some(max) => OpenFor::backoff(self.open_for, max),
+            None => OpenFor::fixed(self.open_for),
+        };
+        layer
+            .open_for(open_for)
+            .half_open(self.half_open)
+            .probe_lease(self.probe_lease)
+            .ramp(self.ramp)
+    }
+}
+
+// ===== Limit =====
+
+group! {
+    /// The settings of a [`ConcurrencyLimitLayer`].
+    LimitConfig for "ConcurrencyLimitLayer", prefix "limit_", on |this| this.max.is_some();
+    /// How many calls there are at once.
+    live max: Option<u32> = Some(256);
+    /// How many more may wait for their turn.
+    live queue: u32 = 1024;
+    /// How long each of them may wait.
+    live queue_wait: Duration = secs(5);
+}
+
+impl LimitConfig {
+    /// The layer; without a number it lets everything through.
+    ///
+    /// # Errors
+    ///
+    /// The first setting that cannot work.
+    pub fn layer(&self) -> Result<ConcurrencyLimitLayer, ConfigError> {
+        self.apply(ConcurrencyLimitLayer::new(self.most())).checked()
+    }
+
+    pub(crate) fn most(&self) -> usize {
+        self.max.unwrap_or(u32::MAX) as usize
+    }
+
+    /// What can change while it runs, beside the number.
+    pub(crate) fn apply(&self, layer: ConcurrencyLimitLayer) -> ConcurrencyLimitLayer {
+        layer.queue(self.queue as usize, self.queue_wait)
+    }
+}
+
+// ===== Connections =====
+
+group! {
+    /// How many connections a client has, and how fresh they are.
+    ConnectionsConfig for "connections", prefix "", on |_| true;
+    /// How many connections there are at once, in all.
+    fixed max_connections: Option<u32> = None;
+    /// How many there are at once to one host.
+    fixed max_connections_per_host: Option<u32> = Some(64);
+    /// How many calls may wait for one.
+    fixed connection_queue: u32 = 1024;
+    /// How long each of them may wait.
+    fixed connection_wait: Duration = secs(5);
+    /// How long connecting may take.
+    fixed connect_timeout: Duration = secs(5);
+    /// How old a connection may become.
+    fixed connection_max_age: Option<Duration> = Some(secs(300));
+    /// How long it may be idle: less than the peer keeps it.
+    fixed connection_max_idle: Option<Duration> = Some(secs(4));
+    /// How long the peer keeps an idle connection, if that is known: nginx 75 s, Node.js 5 s, AWS's ALB 60 s.
+    fixed peer_keep_alive: Option<Duration> = None;
+}
+
+// ===== What is called =====
+
+group! {
+    /// What the calls are like.
+    CallsConfig for "calls", prefix "", on |_| true;
+    /// Whether answers are streams that may last: then nothing may bound the whole of a call.
+    live streaming: bool = false;
+}

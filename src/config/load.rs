@@ -1,0 +1,312 @@
+//! Where settings come from, and what is done about those that nobody knows.
+
+use std::{collections::BTreeMap, env, ffi::OsString, fmt, fs, marker::PhantomData, path::Path};
+
+use super::{
+    Preset,
+    group::{Group, Row},
+    value::{Scalar, Tree},
+};
+use crate::ConfigError;
+
+/// Where a value came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Origin {
+    /// Nobody said anything.
+    Default,
+    /// A preset of this name.
+    Preset(&'static str),
+    /// A file, or a text that was given as `TOML` or `JSON`.
+    File(String),
+    /// An environment variable of this name.
+    Env(String),
+    /// The program itself.
+    Code,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default => f.write_str("default"),
+            Self::Preset(name) => write!(f, "preset {name}"),
+            Self::File(name) => write!(f, "file {name}"),
+            Self::Env(name) => write!(f, "env {name}"),
+            Self::Code => f.write_str("code"),
+        }
+    }
+}
+
+/// Everything that is wrong with a configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigErrors(pub(crate) Vec<ConfigError>);
+
+impl ConfigErrors {
+    pub(crate) fn none_of(errors: Vec<ConfigError>) -> Result<(), Self> {
+        if errors.is_empty() { Ok(()) } else { Err(Self(errors)) }
+    }
+
+    /// Each of them.
+    pub fn iter(&self) -> impl Iterator<Item = &ConfigError> {
+        self.0.iter()
+    }
+}
+
+impl fmt::Display for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (nth, error) in self.0.iter().enumerate() {
+            write!(f, "{}{error}", if nth == 0 { "" } else { "\n" })?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for ConfigErrors {}
+
+/// The settings of a whole stack: what the loader fills.
+pub trait Stack: Default {
+    /// `client` or `server`.
+    const KIND: &'static str;
+    /// What environment variables for every service begin with.
+    const PREFIX: &'static str;
+
+    /// Its layers' settings, outermost first.
+    fn groups(&self) -> Vec<&dyn Group>;
+    fn groups_mut(&mut self) -> Vec<&mut dyn Group>;
+    fn named(&mut self, name: String, preset: Option<Preset>, origins: Origins);
+    fn presets(preset: Preset) -> &'static [(&'static str, &'static str)];
+}
+
+/// What was said by whom, and how it looked then: a value that looks otherwise was changed by the program.
+pub(super) type Origins = BTreeMap<&'static str, (Scalar, Origin)>;
+
+struct Said {
+    key: String,
+    value: Scalar,
+    origin: Origin,
+}
+
+/// Gathers settings; what comes later goes before what came earlier.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use buttress::config::ClientConfig;
+///
+/// let config = ClientConfig::load("search")
+///     .toml("preset = 'internal' \n [retry] \n attempts = 2")
+///     .env()                          // HTTP_CLIENT_…, then SEARCH_HTTP_CLIENT_…
+///     .finish()?;
+/// assert_eq!(config.retry.attempts, 2);
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+#[must_use = "nothing is loaded before `finish`"]
+pub struct Loader<C> {
+    name: String,
+    said: Vec<Said>,
+    errors: Vec<ConfigError>,
+    of: PhantomData<fn() -> C>,
+}
+
+impl fmt::Debug for Said {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} = {} ({})", self.key, self.value, self.origin)
+    }
+}
+
+impl<C: Stack> Loader<C> {
+    pub(super) fn new(name: &str) -> Self {
+        Self { name: name.to_owned(), said: Vec::new(), errors: Vec::new(), of: PhantomData }
+    }
+
+    /// What a TOML text says: `retry_attempts = 2`, or `attempts = 2` in a table `retry`.
+    pub fn toml(self, text: &str) -> Self {
+        self.parsed("TOML", toml::from_str(text).map_err(|error| error.message().to_owned()))
+    }
+
+    /// What a JSON text says, in the same form.
+    pub fn json(self, text: &str) -> Self {
+        self.parsed("JSON", serde_json::from_str(text).map_err(|error| error.to_string()))
+    }
+
+    /// What a file says: JSON if it is called so, else TOML.
+    pub fn file(mut self, path: impl AsRef<Path>) -> Self {
+        let path = path.as_ref();
+        let name = path.display().to_string();
+        let text = match fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) => {
+                self.wrong("file", &name, format!("cannot be read: {error}"));
+                return self;
+            }
+        };
+        let tree = if path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("json")) {
+            serde_json::from_str(&text).map_err(|error| error.to_string())
+        } else {
+            toml::from_str(&text).map_err(|error| error.message().to_owned())
+        };
+        self.parsed(&name, tree)
+    }
+
+    pub(super) fn tree(self, tree: Tree) -> Self {
+        self.parsed("settings", Ok(tree))
+    }
+
+    fn parsed(mut self, name: &str, tree: Result<Tree, String>) -> Self {
+        match tree {
+            Ok(tree) => {
+                let origin = Origin::File(name.to_owned());
+                self.said.extend(tree.flat().into_iter().map(|(key, value)| Said {
+                    key,
+                    value,
+                    origin: origin.clone(),
+                }));
+            }
+            Err(error) => self.wrong("file", name, error),
+        }
+        self
+    }
+
+    /// What the environment says: `HTTP_CLIENT_RETRY_ATTEMPTS` for every service, then
+    /// `SEARCH_HTTP_CLIENT_RETRY_ATTEMPTS` for the one called `search`. A server's begin with `HTTP_SERVER_`.
+    pub fn env(self) -> Self {
+        self.env_from(env::vars_os())
+    }
+
+    /// The same of these variables.
+    pub fn env_from<K, V>(mut self, variables: impl IntoIterator<Item = (K, V)>) -> Self
+    where
+        K: Into<OsString>,
+        V: Into<OsString>,
+    {
+        let own = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' };
+        let own: String = self.name.chars().map(own).collect();
+        let own = format!("{own}_{}", C::PREFIX);
+        let mut found = Vec::new();
+        for (name, value) in variables {
+            // Of no other form is any of ours.
+            let Ok(name) = name.into().into_string() else { continue };
+            let (of_own, key) = match (name.strip_prefix(&own), name.strip_prefix(C::PREFIX)) {
+                (Some(key), _) if !self.name.is_empty() => (true, key),
+                (_, Some(key)) => (false, key),
+                _ => continue,
+            };
+            let key = key.to_ascii_lowercase();
+            match value.into().into_string() {
+                Ok(value) => found.push((of_own, name, key, value)),
+                Err(_) => self.wrong("environment", &name, "use UTF-8".to_owned()),
+            }
+        }
+        // The common ones first; the order of an environment means nothing.
+        found.sort();
+        self.said.extend(found.into_iter().map(|(_, name, key, value)| Said {
+            key,
+            value: Scalar::Text(value),
+            origin: Origin::Env(name),
+        }));
+        self
+    }
+
+    /// Begins with a preset instead of the defaults, unless something that is loaded names another.
+    pub fn preset(mut self, preset: Preset) -> Self {
+        let value = Scalar::Text(preset.as_str().to_owned());
+        self.said.insert(0, Said { key: "preset".to_owned(), value, origin: Origin::Code });
+        self
+    }
+
+    /// The configuration.
+    ///
+    /// # Errors
+    ///
+    /// All that cannot be read: files, values, keys that nobody knows, each with what is nearest to it. Whether
+    /// the settings fit each other is asked by `check`.
+    pub fn finish(mut self) -> Result<C, ConfigErrors> {
+        let mut config = C::default();
+        let mut origins = Origins::new();
+        let mut preset = None;
+        let (presets, said): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.said).into_iter().partition(|said| said.key == "preset");
+        for said in presets {
+            match Preset::ALL.iter().find(|known| known.as_str() == said.value.to_string()) {
+                Some(known) => preset = Some(*known),
+                None => {
+                    let known = Preset::ALL.map(|preset| preset.as_str()).join(", ");
+                    let remedy = format!("use one of {known} ({})", said.origin);
+                    self.wrong("preset", &said.value.to_string(), remedy);
+                }
+            }
+        }
+        if let Some(preset) = preset {
+            for (key, text) in C::presets(preset) {
+                let origin = Origin::Preset(preset.as_str());
+                let (key, value) = ((*key).to_owned(), Scalar::Text((*text).to_owned()));
+                self.set(&mut config, &mut origins, Said { key, value, origin });
+            }
+        }
+        for said in said {
+            self.set(&mut config, &mut origins, said);
+        }
+        ConfigErrors::none_of(self.errors)?;
+        config.named(self.name, preset, origins);
+        Ok(config)
+    }
+
+    fn set(&mut self, config: &mut C, origins: &mut Origins, said: Said) {
+        for group in config.groups_mut() {
+            let rows = group.rows();
+            let Some(nth) = rows.iter().position(|row| row.key == said.key) else { continue };
+            if group.set(nth, &said.value) {
+                origins.insert(rows[nth].key, (group.get(nth), said.origin));
+            } else {
+                let remedy = format!("use {} ({})", rows[nth].wants, said.origin);
+                self.wrong(rows[nth].key, &said.value.to_string(), remedy);
+            }
+            return;
+        }
+        const PRESET: &Row = &Row { key: "preset", doc: "", wants: "", live: false };
+        let rows = config.groups().into_iter().flat_map(Group::rows);
+        let nearest = nearest(&said.key, rows.chain([PRESET]));
+        let remedy =
+            format!("there is no such setting ({}); the nearest is `{nearest}`", said.origin);
+        self.wrong("key", &said.key, remedy);
+    }
+
+    fn wrong(&mut self, field: &'static str, value: &str, remedy: String) {
+        self.errors.push(ConfigError::new(field, format_args!("{value}"), remedy));
+    }
+}
+
+// ===== What was meant =====
+
+pub(super) fn nearest<'a>(key: &str, rows: impl Iterator<Item = &'a Row>) -> &'static str {
+    rows.map(|row| row.key).min_by_key(|known| distance(key, known)).unwrap_or("preset")
+}
+
+/// How many letters have to be changed (Levenshtein). No longer part of a key is looked at than any key is long.
+fn distance(one: &str, other: &str) -> usize {
+    let one: Vec<char> = one.chars().take(64).collect();
+    let mut row: Vec<usize> = (0..=one.len()).collect();
+    for (i, b) in other.chars().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, a) in one.iter().enumerate() {
+            let changed = diagonal + usize::from(*a != b);
+            diagonal = row[j + 1];
+            row[j + 1] = changed.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[one.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn config_distance_is_levenshteins() {
+        for (one, other, changes) in
+            [("", "", 0), ("a", "", 1), ("kitten", "sitting", 3), ("flaw", "lawn", 2)]
+        {
+            assert_eq!((distance(one, other), distance(other, one)), (changes, changes));
+        }
+    }
+}

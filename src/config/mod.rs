@@ -1,0 +1,110 @@
+//! A stack's settings on one page: from TOML, JSON or the environment, checked against each other, and explained.
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use buttress::config::ClientConfig;
+//!
+//! let config = ClientConfig::load("search")
+//!     .toml(
+//!         "
+//!         preset = 'internal'
+//!         max_connections = 50
+//!         [retry]
+//!         attempts = 2
+//!         [timeout]
+//!         head = '250ms'
+//!         [connect]
+//!         timeout = '100ms'
+//!         ",
+//!     )
+//!     .env()
+//!     .finish()?;
+//! config.check()?;
+//! println!("{}", config.explain());
+//! # Ok(()) }
+//! ```
+//!
+//! What does not go together is said with its remedy:
+//!
+//! ```
+//! # use buttress::config::ClientConfig;
+//! let config = ClientConfig::from_toml("retry_attempts = 9").unwrap();
+//! let errors = config.check().unwrap_err();
+//! assert!(errors.to_string().contains("use at most 5 attempts, or a `breaker_failures` above 9"));
+//! ```
+//!
+//! # How it decides
+//!
+//! Every setting has one key. In TOML and JSON it may be split at any `_` into tables; in the environment it is in
+//! capitals, after `HTTP_CLIENT_` (a server's after `HTTP_SERVER_`), and after the service's own name where it is for
+//! that one only:
+//!
+//! | | |
+//! |---|---|
+//! | TOML | `retry_attempts = 2`, or `attempts = 2` under `[retry]` |
+//! | JSON | `{"retry": {"attempts": 2}}` |
+//! | environment | `HTTP_CLIENT_RETRY_ATTEMPTS=2`, `SEARCH_HTTP_CLIENT_RETRY_ATTEMPTS=2` |
+//!
+//! Times are texts such as `250ms` or `1m 30s`, or seconds; `off` (`false`, `null`) is none. A key that nobody knows is
+//! refused, and told with the nearest one; a value of another form, with the form.
+//!
+//! Later goes before earlier: defaults, the preset, whatever was loaded in its order; a service's own variables go
+//! before the common ones. [`explain`](ClientConfig::explain) prints every key with its value, where that came from,
+//! and what it does: the table of all settings.
+//!
+//! # What is checked
+//!
+//! | [`check`](ClientConfig::check) finds | for |
+//! |---|---|
+//! | attempts that take longer than the deadline | `retry_attempts`, `timeout_head`, `deadline_default` |
+//! | more attempts than failures open the circuit | `retry_attempts`, `breaker_failures` |
+//! | a head that is due before connecting is | `timeout_head`, `connect_timeout` |
+//! | waiting longer than the deadline | `limit_queue_wait`, `connection_wait`, `deadline_default` |
+//! | connections idle for as long as the peer keeps them | `connection_max_idle`, `peer_keep_alive` |
+//! | a retry budget that can never pay | `retry_budget_ratio`, `retry_budget_per_second` |
+//! | a total on a stream | `streaming`, `timeout_total`, `deadline_default` |
+//! | what a layer itself cannot work with | its own |
+//!
+//! # Presets
+//!
+//! | [`Preset`] | |
+//! |---|---|
+//! | `internal` | head 3 s, connecting 1 s, 10 s in all, short waits, a circuit that opens for 5 s |
+//! | `slow` | head 60 s, connecting 10 s, long waits |
+//! | `llm` | head and first frame 180 s, silences 60 s, no total, 8 connections a host, 32 calls at once |
+//!
+//! # Changing it
+//!
+//! The fields are public: a program may set them, and `explain` says so. [`changes`](ClientConfig::changes) tells what
+//! differs between two configurations, and which of that can change while the stack runs.
+//!
+//! # Layers of one's own stack
+//!
+//! Each layer's settings (`RetryConfig`, …) can be read alone, without the prefix in their keys, and make their layer:
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use buttress::config::TimeoutConfig;
+//!
+//! let timeout: TimeoutConfig = toml::from_str("head = '2s'\ntotal = 'off'")?;
+//! let layer = timeout.layer()?;
+//! # let _ = layer; Ok(()) }
+//! ```
+
+mod check;
+mod group;
+mod layers;
+mod load;
+mod presets;
+mod stack;
+mod value;
+
+pub use self::{
+    layers::{
+        BreakerConfig, CallsConfig, ConnectionsConfig, DeadlineConfig, LimitConfig, RetryConfig,
+        TimeoutConfig,
+    },
+    load::{ConfigErrors, Loader, Origin},
+    presets::Preset,
+    stack::{Change, ClientConfig, ServerConfig},
+};

@@ -1,0 +1,102 @@
+use std::fmt;
+
+/// Settings for a kind of service, in place of the defaults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Preset {
+    /// A service of one's own, near by: it answers in a second or not at all.
+    Internal,
+    /// A slow or distant network.
+    Slow,
+    /// A provider of large language models: long until the first frame, then a stream.
+    Llm,
+}
+
+type Table = &'static [(&'static str, &'static str)];
+
+impl Preset {
+    pub(crate) const ALL: [Self; 3] = [Self::Internal, Self::Slow, Self::Llm];
+
+    /// The preset's name: `internal`, `slow`, `llm`.
+    #[must_use]
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Internal => "internal",
+            Self::Slow => "slow",
+            Self::Llm => "llm",
+        }
+    }
+
+    pub(super) const fn client(self) -> Table {
+        match self {
+            Self::Internal => &[
+                ("deadline_default", "10s"),
+                ("retry_backoff", "25ms"),
+                ("retry_backoff_max", "1s"),
+                ("retry_longest_wait", "5s"),
+                ("breaker_open_for", "5s"),
+                ("breaker_probe_lease", "5s"),
+                ("limit_queue_wait", "1s"),
+                ("timeout_head", "3s"),
+                ("timeout_first_frame", "5s"),
+                ("timeout_idle", "10s"),
+                ("timeout_sending", "10s"),
+                ("connection_wait", "1s"),
+                ("connect_timeout", "1s"),
+            ],
+            Self::Slow => &[
+                ("retry_backoff", "250ms"),
+                ("retry_backoff_max", "20s"),
+                ("breaker_open_for", "60s"),
+                ("breaker_probe_lease", "60s"),
+                ("limit_queue_wait", "15s"),
+                ("timeout_head", "60s"),
+                ("timeout_first_frame", "60s"),
+                ("timeout_idle", "120s"),
+                ("timeout_sending", "120s"),
+                ("connection_wait", "15s"),
+                ("connect_timeout", "10s"),
+            ],
+            Self::Llm => &[
+                ("streaming", "true"),
+                ("deadline_default", "off"),
+                ("retry_backoff", "500ms"),
+                ("retry_backoff_max", "30s"),
+                ("retry_longest_wait", "60s"),
+                ("breaker_probe_lease", "180s"),
+                ("limit_max", "32"),
+                ("limit_queue_wait", "60s"),
+                ("timeout_head", "180s"),
+                ("timeout_first_frame", "180s"),
+                ("timeout_idle", "60s"),
+                ("timeout_total", "off"),
+                ("max_connections_per_host", "8"),
+                ("connection_wait", "60s"),
+                ("connect_timeout", "10s"),
+            ],
+        }
+    }
+
+    pub(super) const fn server(self) -> Table {
+        match self {
+            Self::Internal => &[
+                ("deadline_default", "10s"),
+                ("limit_queue_wait", "200ms"),
+                ("timeout_head", "10s"),
+            ],
+            Self::Slow => &[("limit_queue_wait", "5s"), ("timeout_head", "60s")],
+            Self::Llm => &[
+                ("streaming", "true"),
+                ("limit_queue_wait", "5s"),
+                ("timeout_head", "180s"),
+                ("timeout_total", "off"),
+            ],
+        }
+    }
+}
+
+impl fmt::Display for Preset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}

@@ -1,0 +1,247 @@
+use std::fmt;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+use super::{
+    Preset,
+    check::{self, Rule},
+    group::{Group, Row},
+    layers::{
+        BreakerConfig, CallsConfig, ConnectionsConfig, DeadlineConfig, LimitConfig, RetryConfig,
+        TimeoutConfig,
+    },
+    load::{ConfigErrors, Loader, Origin, Origins, Stack},
+    value::{Scalar, Tree},
+};
+
+/// A setting that two configurations have different values of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Change {
+    /// Its key.
+    pub key: &'static str,
+    /// Whether it can change while the stack runs.
+    pub live: bool,
+}
+
+/// Makes the settings of a whole stack out of those of its layers, outermost first.
+macro_rules! stack {
+    (
+        $(#[$doc:meta])*
+        $Name:ident, $kind:literal, prefix $prefix:literal, presets $presets:ident, rules $rules:path;
+        $($(#[$what:meta])+ $field:ident: $Type:ty = $default:expr;)*
+    ) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug)]
+        #[non_exhaustive]
+        pub struct $Name {
+            /// What is called, as errors, events and the names of environment variables have it.
+            pub name: String,
+            $($(#[$what])+ pub $field: $Type,)*
+            preset: Option<Preset>,
+            origins: Origins,
+        }
+
+        impl Default for $Name {
+            fn default() -> Self {
+                Self {
+                    name: String::new(),
+                    $($field: $default,)*
+                    preset: None,
+                    origins: Origins::new(),
+                }
+            }
+        }
+
+        impl Stack for $Name {
+            const KIND: &'static str = $kind;
+            const PREFIX: &'static str = $prefix;
+
+            fn groups(&self) -> Vec<&dyn Group> {
+                vec![$(&self.$field),*]
+            }
+
+            fn groups_mut(&mut self) -> Vec<&mut dyn Group> {
+                vec![$(&mut self.$field),*]
+            }
+
+            fn named(&mut self, name: String, preset: Option<Preset>, origins: Origins) {
+                (self.name, self.preset, self.origins) = (name, preset, origins);
+            }
+
+            fn presets(preset: Preset) -> &'static [(&'static str, &'static str)] {
+                preset.$presets()
+            }
+        }
+
+        impl $Name {
+            /// Begins to load the settings of the service of this name.
+            pub fn load(name: &str) -> Loader<Self> {
+                Loader::new(name)
+            }
+
+            /// The settings that a TOML text says.
+            ///
+            /// # Errors
+            ///
+            /// See [`Loader::finish`].
+            pub fn from_toml(text: &str) -> Result<Self, ConfigErrors> {
+                Self::load("").toml(text).finish()
+            }
+
+            /// The settings that a JSON text says.
+            ///
+            /// # Errors
+            ///
+            /// See [`Loader::finish`].
+            pub fn from_json(text: &str) -> Result<Self, ConfigErrors> {
+                Self::load("").json(text).finish()
+            }
+
+            /// The settings that the environment says for the service of this name.
+            ///
+            /// # Errors
+            ///
+            /// See [`Loader::finish`].
+            pub fn from_env(name: &str) -> Result<Self, ConfigErrors> {
+                Self::load(name).env().finish()
+            }
+
+            /// A preset as it is.
+            #[must_use]
+            pub fn preset(preset: Preset) -> Self {
+                Self::load("").preset(preset).finish().unwrap_or_default()
+            }
+
+            /// Whether the settings can work, each by itself and all together.
+            ///
+            /// # Errors
+            ///
+            /// Every one that cannot, and every two that do not go together, with what would be right.
+            pub fn check(&self) -> Result<(), ConfigErrors> {
+                let rules: &[Rule<Self>] = $rules;
+                ConfigErrors::none_of(rules.iter().flat_map(|rule| rule(self)).collect())
+            }
+
+            /// The stack as it will be, outermost first, and where each value came from.
+            #[must_use]
+            pub fn explain(&self) -> String {
+                Explained(self, &self.name, self.preset, &self.origins).to_string()
+            }
+
+            /// Where the value of this key came from, if there is such a setting.
+            #[must_use]
+            pub fn origin(&self, key: &str) -> Option<Origin> {
+                let (group, nth) = find(self, key)?;
+                Some(origin(&self.origins, &group.rows()[nth], &group.get(nth)))
+            }
+
+            /// The settings whose values differ.
+            #[must_use]
+            pub fn changes(&self, other: &Self) -> Vec<Change> {
+                let mut changed = Vec::new();
+                for (ours, theirs) in self.groups().into_iter().zip(other.groups()) {
+                    let rows = ours.rows().iter().enumerate();
+                    let differ = rows.filter(|(nth, _)| ours.get(*nth) != theirs.get(*nth));
+                    changed.extend(differ.map(|(_, row)| Change { key: row.key, live: row.live }));
+                }
+                changed
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $Name {
+            fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+                Self::load("").tree(Tree::deserialize(from)?).finish().map_err(D::Error::custom)
+            }
+        }
+
+        impl Serialize for $Name {
+            fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+                let groups = self.groups().into_iter();
+                let rows = groups.flat_map(|group| {
+                    group.rows().iter().enumerate().map(move |(nth, row)| (row.key, group.get(nth)))
+                });
+                to.collect_map(rows)
+            }
+        }
+    };
+}
+
+stack! {
+    /// The settings of a whole client stack. See the [module](crate::config).
+    ClientConfig, "client", prefix "HTTP_CLIENT_", presets client, rules check::CLIENT;
+    /// What the calls are like.
+    calls: CallsConfig = CallsConfig::default();
+    /// How long a call may take in all.
+    deadline: DeadlineConfig = DeadlineConfig::default();
+    /// What is tried again.
+    retry: RetryConfig = RetryConfig::default();
+    /// When to stop calling.
+    breaker: BreakerConfig = BreakerConfig::default();
+    /// How many calls there are at once.
+    limit: LimitConfig = LimitConfig::default();
+    /// How long an attempt may take.
+    timeout: TimeoutConfig = TimeoutConfig::default();
+    /// What the calls go over.
+    connections: ConnectionsConfig = ConnectionsConfig::default();
+}
+
+stack! {
+    /// The settings of a whole server stack. See the [module](crate::config).
+    ServerConfig, "server", prefix "HTTP_SERVER_", presets server, rules check::SERVER;
+    /// What the calls are like.
+    calls: CallsConfig = CallsConfig::default();
+    /// How long a call may take in all.
+    deadline: DeadlineConfig = DeadlineConfig::default();
+    /// How many calls there are at once.
+    limit: LimitConfig = LimitConfig::default();
+    /// How long an answer may take.
+    timeout: TimeoutConfig = TimeoutConfig::server();
+}
+
+fn find<'a>(stack: &'a impl Stack, key: &str) -> Option<(&'a dyn Group, usize)> {
+    stack.groups().into_iter().find_map(|group| {
+        let nth = group.rows().iter().position(|row| row.key == key)?;
+        Some((group, nth))
+    })
+}
+
+/// As it was said, unless the program has changed it since.
+fn origin(origins: &Origins, row: &Row, now: &Scalar) -> Origin {
+    match origins.get(row.key) {
+        Some((then, origin)) if then == now => origin.clone(),
+        Some(_) => Origin::Code,
+        None => Origin::Default,
+    }
+}
+
+struct Explained<'a, C>(&'a C, &'a str, Option<Preset>, &'a Origins);
+
+impl<C: Stack> fmt::Display for Explained<'_, C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(stack, name, preset, origins) = self;
+        write!(f, "{}", C::KIND)?;
+        if !name.is_empty() {
+            write!(f, " `{name}`")?;
+        }
+        if let Some(preset) = preset {
+            write!(f, ", preset {preset}")?;
+        }
+        writeln!(f, ", outermost first")?;
+        let defaults = C::default();
+        for (group, default) in stack.groups().into_iter().zip(defaults.groups()) {
+            let off = if group.is_on() { "" } else { " (off)" };
+            writeln!(f, "\n{}{off}", group.layer())?;
+            for (nth, row) in group.rows().iter().enumerate() {
+                let value = group.get(nth);
+                let from = match origin(origins, row, &value) {
+                    Origin::Default if value != default.get(nth) => Origin::Code,
+                    origin => origin,
+                };
+                let (value, from) = (value.to_string(), from.to_string());
+                writeln!(f, "  {:25} {value:12} {from:12} {}", row.key, row.doc.trim())?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,259 @@
+//! Values as files and environments have them.
+
+use std::{fmt, time::Duration};
+
+use serde::{
+    Deserialize, Deserializer, Serialize, Serializer,
+    de::{Error, MapAccess, Visitor},
+};
+
+/// One value, of whatever form it was written in.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Scalar {
+    Bool(bool),
+    Int(i64),
+    Float(f64),
+    Text(String),
+}
+
+impl fmt::Display for Scalar {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bool(value) => value.fmt(f),
+            Self::Int(value) => value.fmt(f),
+            Self::Float(value) => value.fmt(f),
+            Self::Text(value) => value.fmt(f),
+        }
+    }
+}
+
+impl Serialize for Scalar {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Bool(value) => serializer.serialize_bool(*value),
+            Self::Int(value) => serializer.serialize_i64(*value),
+            Self::Float(value) => serializer.serialize_f64(*value),
+            Self::Text(value) => serializer.serialize_str(value),
+        }
+    }
+}
+
+/// What a setting can be read from, and shown as.
+pub(super) trait Setting: Sized {
+    /// What would be right.
+    const WANTS: &'static str;
+
+    fn read(value: &Scalar) -> Option<Self>;
+    fn show(&self) -> Scalar;
+}
+
+const OFF: &str = "off";
+
+fn is_off(value: &Scalar) -> bool {
+    match value {
+        Scalar::Bool(on) => !on,
+        Scalar::Text(text) => matches!(text.trim(), "off" | "none"),
+        _ => false,
+    }
+}
+
+impl Setting for Duration {
+    const WANTS: &'static str = "a time such as 250ms, 1m 30s or, in seconds, 2.5";
+
+    fn read(value: &Scalar) -> Option<Self> {
+        match value {
+            Scalar::Int(secs) => u64::try_from(*secs).ok().map(Self::from_secs),
+            Scalar::Float(secs) => Self::try_from_secs_f64(*secs).ok(),
+            Scalar::Text(text) => match text.trim().parse() {
+                Ok(secs) => Self::try_from_secs_f64(secs).ok(),
+                Err(_) => humantime::parse_duration(text.trim()).ok(),
+            },
+            Scalar::Bool(_) => None,
+        }
+    }
+
+    fn show(&self) -> Scalar {
+        Scalar::Text(humantime::format_duration(*self).to_string())
+    }
+}
+
+impl<T: Setting> Setting for Option<T> {
+    const WANTS: &'static str = T::WANTS;
+
+    fn read(value: &Scalar) -> Option<Self> {
+        if is_off(value) { Some(None) } else { T::read(value).map(Some) }
+    }
+
+    fn show(&self) -> Scalar {
+        self.as_ref().map_or_else(|| Scalar::Text(OFF.into()), Setting::show)
+    }
+}
+
+impl Setting for bool {
+    const WANTS: &'static str = "true or false";
+
+    fn read(value: &Scalar) -> Option<Self> {
+        match value {
+            Scalar::Bool(value) => Some(*value),
+            Scalar::Text(text) => text.trim().parse().ok(),
+            _ => None,
+        }
+    }
+
+    fn show(&self) -> Scalar {
+        Scalar::Bool(*self)
+    }
+}
+
+impl Setting for f64 {
+    const WANTS: &'static str = "a number such as 0.2";
+
+    fn read(value: &Scalar) -> Option<Self> {
+        let number = match value {
+            Scalar::Int(value) => *value as Self,
+            Scalar::Float(value) => *value,
+            Scalar::Text(text) => text.trim().parse().ok()?,
+            Scalar::Bool(_) => return None,
+        };
+        number.is_finite().then_some(number)
+    }
+
+    fn show(&self) -> Scalar {
+        Scalar::Float(*self)
+    }
+}
+
+impl Setting for String {
+    const WANTS: &'static str = "a text";
+
+    fn read(value: &Scalar) -> Option<Self> {
+        Some(value.to_string())
+    }
+
+    fn show(&self) -> Scalar {
+        Scalar::Text(self.clone())
+    }
+}
+
+macro_rules! whole_numbers {
+    ($($Type:ty),*) => {$(
+        impl Setting for $Type {
+            const WANTS: &'static str = "a whole number, 0 or more";
+
+            fn read(value: &Scalar) -> Option<Self> {
+                match value {
+                    Scalar::Int(value) => (*value).try_into().ok(),
+                    Scalar::Text(text) => text.trim().parse().ok(),
+                    _ => None,
+                }
+            }
+
+            fn show(&self) -> Scalar {
+                i64::try_from(*self).map_or_else(|_| Scalar::Text(self.to_string()), Scalar::Int)
+            }
+        }
+    )*};
+}
+whole_numbers!(u16, u32, u64, usize);
+
+// ===== Trees of them =====
+
+/// A file's content: tables, and what is in them.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Tree {
+    Leaf(Scalar),
+    Table(Vec<(String, Tree)>),
+}
+
+impl Tree {
+    /// Every value with the path to it: `retry_attempts` for `attempts` in the table `retry`.
+    pub(super) fn flat(self) -> Vec<(String, Scalar)> {
+        let (mut open, mut flat) = (vec![(String::new(), self)], Vec::new());
+        while let Some((path, tree)) = open.pop() {
+            match tree {
+                Self::Leaf(value) => flat.push((path, value)),
+                Self::Table(table) => open.extend(table.into_iter().rev().map(|(key, tree)| {
+                    let path = if path.is_empty() { key } else { format!("{path}_{key}") };
+                    (path, tree)
+                })),
+            }
+        }
+        flat
+    }
+}
+
+impl<'de> Deserialize<'de> for Tree {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Any;
+
+        impl<'de> Visitor<'de> for Any {
+            type Value = Tree;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a table of settings, or a value: no list has a place here")
+            }
+
+            fn visit_bool<E>(self, value: bool) -> Result<Tree, E> {
+                Ok(Tree::Leaf(Scalar::Bool(value)))
+            }
+
+            fn visit_i64<E>(self, value: i64) -> Result<Tree, E> {
+                Ok(Tree::Leaf(Scalar::Int(value)))
+            }
+
+            fn visit_u64<E>(self, value: u64) -> Result<Tree, E> {
+                let value = i64::try_from(value)
+                    .map_or_else(|_| Scalar::Text(value.to_string()), Scalar::Int);
+                Ok(Tree::Leaf(value))
+            }
+
+            fn visit_f64<E>(self, value: f64) -> Result<Tree, E> {
+                Ok(Tree::Leaf(Scalar::Float(value)))
+            }
+
+            fn visit_str<E: Error>(self, value: &str) -> Result<Tree, E> {
+                Ok(Tree::Leaf(Scalar::Text(value.to_owned())))
+            }
+
+            /// JSON's `null`.
+            fn visit_unit<E>(self) -> Result<Tree, E> {
+                Ok(Tree::Leaf(Scalar::Text(OFF.to_owned())))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Tree, A::Error> {
+                let mut table = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    table.push(entry);
+                }
+                Ok(Tree::Table(table))
+            }
+        }
+
+        deserializer.deserialize_any(Any)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn config_times_are_text_or_seconds() {
+        let text = |text: &str| Duration::read(&Scalar::Text(text.into()));
+        for (written, millis) in
+            [("250ms", 250), ("2s", 2000), ("1m 30s", 90_000), ("2.5", 2500), (" 3 ", 3000)]
+        {
+            assert_eq!(text(written), Some(Duration::from_millis(millis)), "{written}");
+        }
+        for written in ["", "-1", "soon", "1e400", "NaN", "inf", "-0.5s", "99999999999999999999y"] {
+            assert_eq!(text(written), None, "{written}");
+        }
+        for number in [-1.0, f64::NAN, f64::INFINITY, 1e300] {
+            assert_eq!(Duration::read(&Scalar::Float(number)), None);
+        }
+        assert_eq!(Duration::read(&Scalar::Int(-1)), None);
+        assert_eq!(Option::<Duration>::read(&Scalar::Text("off".into())), Some(None));
+        let odd = Duration::new(90, 250_000_001);
+        assert_eq!(Duration::read(&odd.show()), Some(odd), "as it is shown it can be read");
+    }
+}

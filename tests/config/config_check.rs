@@ -1,0 +1,140 @@
+//! Every conflict, with the sentence that its user needs.
+
+use buttress::config::{ClientConfig, ServerConfig};
+
+#[track_caller]
+fn told(toml: &str) -> Vec<String> {
+    match ClientConfig::from_toml(toml).unwrap().check() {
+        Ok(()) => Vec::new(),
+        Err(errors) => errors.iter().map(ToString::to_string).collect(),
+    }
+}
+
+#[track_caller]
+fn one(conflicting: &str, fine: &str, sentence: &str) {
+    assert_eq!(told(conflicting), [sentence]);
+    assert_eq!(told(fine), Vec::<String>::new());
+}
+
+#[test]
+fn attempts_that_take_longer_than_the_deadline() {
+    one(
+        "deadline_default = '10s'\ntimeout_head = '5s'",
+        "deadline_default = '15s'\ntimeout_head = '5s'",
+        "`retry_attempts` is 3: 3 attempts of up to 5s each (`timeout_head`) take 15s, over the deadline of 10s \
+         (`deadline_default`): use at most 2, or a `timeout_head` of at most 3s 333ms 333us 333ns, or a deadline of at \
+         least 15s",
+    );
+    one(
+        "deadline_default = '10s'\nretry_attempt_timeout = '9s'\nretry_attempts = 2",
+        "deadline_default = '10s'\nretry_attempt_timeout = '9s'\nretry_attempts = 1",
+        "`retry_attempts` is 2: 2 attempts of up to 9s each (`retry_attempt_timeout`) take 18s, over the deadline of 10s \
+         (`deadline_default`): use at most 1, or a `retry_attempt_timeout` of at most 5s, or a deadline of at least 18s",
+    );
+}
+
+#[test]
+fn more_attempts_than_the_breakers_threshold() {
+    one(
+        "retry_attempts = 6",
+        "retry_attempts = 5",
+        "`retry_attempts` is 6: one call that fails with all of its 6 attempts opens the circuit, which takes 5 failures \
+         in a row (`breaker_failures`): use at most 5 attempts, or a `breaker_failures` above 6",
+    );
+    assert!(told("retry_attempts = 6\nbreaker_failures = 'off'").is_empty());
+}
+
+#[test]
+fn a_read_that_is_shorter_than_connecting() {
+    one(
+        "timeout_head = '2s'",
+        "timeout_head = '2s'\nconnect_timeout = '1s'",
+        "`timeout_head` is 2s: connecting is part of that time and may take 5s (`connect_timeout`), which would never \
+         come to pass: use more than that, or a `connect_timeout` of less than 2s",
+    );
+}
+
+#[test]
+fn a_wait_in_the_queue_beyond_the_deadline() {
+    let base = "deadline_default = '90s'\nconnection_wait = '5s'\n";
+    one(
+        &format!("{base}limit_queue_wait = '2m'"),
+        &format!("{base}limit_queue_wait = '2m'\nlimit_queue = 0"),
+        "`limit_queue_wait` is 2m: a call would wait for its turn longer than the 1m 30s that it has in all \
+         (`deadline_default`): use less than that",
+    );
+    one(
+        "deadline_default = '90s'\nconnection_wait = '2m'",
+        "deadline_default = '3m'\nconnection_wait = '2m'",
+        "`connection_wait` is 2m: a call would wait for a connection longer than the 1m 30s that it has in all \
+         (`deadline_default`): use less than that",
+    );
+    let server =
+        ServerConfig::from_toml("deadline_default = '1s'\nlimit_queue_wait = '2s'").unwrap();
+    assert!(server.check().unwrap_err().to_string().contains("limit_queue_wait"));
+}
+
+#[test]
+fn an_idle_age_that_is_not_under_the_peers_keep_alive() {
+    one(
+        "connection_max_idle = '5s'\npeer_keep_alive = '5s'",
+        "connection_max_idle = '4s'\npeer_keep_alive = '5s'",
+        "`connection_max_idle` is 5s: the peer closes a connection that was idle for 5s (`peer_keep_alive`), and a \
+         request that is sent just then is lost: use less, such as 4s",
+    );
+    assert_eq!(told("connection_max_idle = 'off'\npeer_keep_alive = '75s'").len(), 1);
+}
+
+#[test]
+fn a_retry_budget_that_can_never_pay() {
+    one(
+        "retry_budget_ratio = 0.00001\nretry_budget_per_second = 0",
+        "retry_budget_ratio = 0.00001\nretry_budget_per_second = 1",
+        "`retry_budget_ratio` is 0.00001: with nothing per second (`retry_budget_per_second`) the first retry is paid for \
+         after 100000 calls: use a ratio such as 0.2, or 1 per second, or a `retry_attempts` of 1",
+    );
+    one(
+        "retry_budget_cap = 0",
+        "retry_budget_cap = 0\nretry_attempts = 1",
+        "`retry_budget_cap` is 0: use 1 or more retries",
+    );
+    assert_eq!(
+        told("retry_budget_ratio = 0"),
+        ["`retry_budget_ratio` is 0.0: use a share above 0 and at most 10, such as 0.2"]
+    );
+}
+
+#[test]
+fn a_total_on_a_stream() {
+    one(
+        "streaming = true\ntimeout_total = '5m'",
+        "streaming = true",
+        "`timeout_total` is 5m: it cuts every stream (`streaming`) that lasts longer, however healthy: turn it off, and \
+         bound silences by `timeout_idle`",
+    );
+    let llm = told("preset = 'llm'\ndeadline_default = '1h'");
+    assert_eq!(llm.len(), 1);
+    assert!(llm[0].starts_with("`deadline_default` is 1h: it cuts every stream"), "{llm:?}");
+}
+
+#[test]
+fn what_a_layer_itself_refuses_has_its_settings_name() {
+    for (toml, key) in [
+        ("retry_attempts = 0", "retry_attempts"),
+        ("limit_max = 0", "limit_max"),
+        ("limit_queue_wait = 0", "limit_queue_wait"),
+        ("breaker_failures = 0", "breaker_failures"),
+        ("breaker_failure_ratio = 50", "breaker_failure_ratio"),
+        ("breaker_half_open = 0", "breaker_half_open"),
+        ("deadline_header = 'no such'", "deadline_header"),
+        ("timeout_idle = 0", "timeout_idle"),
+        ("max_connections = 0", "max_connections"),
+        ("connection_max_age = 0", "connection_max_age"),
+    ] {
+        let told = told(toml);
+        assert!(
+            told.iter().any(|told| told.starts_with(&format!("`{key}` is "))),
+            "{toml}: {told:?}"
+        );
+    }
+}

@@ -1,0 +1,225 @@
+//! From TOML, JSON and environments; what nobody knows; where a value came from.
+
+use std::time::Duration;
+
+use buttress::config::{
+    BreakerConfig, ClientConfig, Loader, Origin, Preset, ServerConfig, TimeoutConfig,
+};
+
+fn secs(secs: u64) -> Duration {
+    Duration::from_secs(secs)
+}
+
+fn search() -> Loader<ClientConfig> {
+    ClientConfig::load("search")
+}
+
+#[test]
+fn the_same_in_toml_json_and_an_environment() {
+    let toml = "
+        preset = 'internal'
+        max_connections = 50
+        [timeout]
+        head = 2.5
+        idle = 'off'
+        [retry]
+        attempts = 2
+        budget.ratio = 0.1
+    ";
+    let json = r#"{"preset": "internal", "max_connections": 50, "timeout_idle": null,
+        "timeout": {"head": "2s 500ms"}, "retry": {"attempts": 2, "budget_ratio": 0.1}}"#;
+    let env = [
+        ("HTTP_CLIENT_PRESET", "internal"),
+        ("HTTP_CLIENT_MAX_CONNECTIONS", "50"),
+        ("HTTP_CLIENT_TIMEOUT_HEAD", "2500ms"),
+        ("HTTP_CLIENT_TIMEOUT_IDLE", "off"),
+        ("HTTP_CLIENT_RETRY_ATTEMPTS", "2"),
+        ("HTTP_CLIENT_RETRY_BUDGET_RATIO", "0.1"),
+        ("HOME", "/"),
+    ];
+    let all = [search().toml(toml), search().json(json), search().env_from(env)];
+    let all = all.map(|loader| loader.finish().unwrap());
+    for config in &all {
+        assert_eq!(config.connections.max_connections, Some(50));
+        assert_eq!(config.timeout.head, Some(Duration::from_millis(2500)));
+        assert_eq!((config.timeout.idle, config.retry.attempts), (None, 2));
+        assert_eq!(config.retry.budget_ratio, 0.1);
+        assert_eq!(config.deadline.default, Some(secs(10)), "the preset's");
+        assert!(config.changes(&all[0]).is_empty());
+        config.check().unwrap();
+    }
+    // As serde has it: written out and read again.
+    let written = serde_json::to_string(&all[0]).unwrap();
+    let read: ClientConfig = serde_json::from_str(&written).unwrap();
+    assert!(read.changes(&all[0]).is_empty(), "{written}");
+    let changed = ClientConfig::default().changes(&all[0]);
+    let live = |key| changed.iter().find(|change| change.key == key).unwrap().live;
+    assert!(live("timeout_head") && !live("max_connections"));
+}
+
+#[test]
+fn a_services_own_variables_go_before_the_common_ones_and_both_before_files() {
+    let env = [
+        ("SEARCH_HTTP_CLIENT_MAX_CONNECTIONS", "7"),
+        ("HTTP_CLIENT_MAX_CONNECTIONS", "50"),
+        ("HTTP_CLIENT_CONNECT_TIMEOUT", "1s"),
+        ("BILLING_HTTP_CLIENT_CONNECT_TIMEOUT", "9s"),
+        ("HTTP_SERVER_LIMIT_MAX", "nonsense"),
+    ];
+    let file = "max_connections = 99\nconnect_timeout = '8s'\ntimeout_head = '20s'";
+    let config = search().toml(file).env_from(env).finish().unwrap();
+    assert_eq!(config.connections.max_connections, Some(7));
+    assert_eq!(config.connections.connect_timeout, secs(1));
+    let origin = |key| config.origin(key).unwrap().to_string();
+    assert_eq!(origin("max_connections"), "env SEARCH_HTTP_CLIENT_MAX_CONNECTIONS");
+    assert_eq!(origin("connect_timeout"), "env HTTP_CLIENT_CONNECT_TIMEOUT");
+    assert_eq!(origin("timeout_head"), "file TOML");
+    assert_eq!(config.origin("timeout_idle"), Some(Origin::Default));
+    assert_eq!(config.origin("no_such_key"), None);
+    let other = ClientConfig::load("billing").env_from(env).finish().unwrap();
+    assert_eq!(other.connections.max_connections, Some(50));
+    assert_eq!(other.connections.connect_timeout, secs(9));
+    // A name of several words, and none at all.
+    let named = ClientConfig::load("user-db").env_from([("USER_DB_HTTP_CLIENT_STREAMING", "true")]);
+    assert!(named.finish().unwrap().calls.streaming);
+    let none = ClientConfig::load("").env_from([("_HTTP_CLIENT_STREAMING", "x")]);
+    assert!(!none.finish().unwrap().calls.streaming);
+}
+
+#[test]
+fn a_key_that_nobody_knows_is_refused_with_the_nearest_one() {
+    for (key, nearest) in [
+        ("retry_atempts", "retry_attempts"),
+        ("max_conections", "max_connections"),
+        ("timeout_hed", "timeout_head"),
+        ("presett", "preset"),
+        ("", "preset"),
+    ] {
+        let error = search().json(&format!(r#"{{"{key}": 1}}"#)).finish().unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!(
+                "`key` is {key}: there is no such setting (file JSON); the nearest is `{nearest}`"
+            )
+        );
+    }
+    let error = search().env_from([("SEARCH_HTTP_CLIENT_RETRYS", "1")]).finish().unwrap_err();
+    assert!(error.to_string().contains("(env SEARCH_HTTP_CLIENT_RETRYS)"), "{error}");
+    assert!(ServerConfig::from_toml("retry_attempts = 2").is_err(), "a server has none");
+}
+
+#[test]
+fn all_that_is_wrong_is_told_at_once() {
+    let error = search()
+        .toml("retry_attempts = -1\ntimeout_head = 'soon'\nstreaming = 3\npreset = 'fast'")
+        .env_from([("HTTP_CLIENT_LIMIT_MAX", "many")])
+        .finish()
+        .unwrap_err();
+    let told: Vec<_> = error.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        told,
+        [
+            "`preset` is fast: use one of internal, slow, llm (file TOML)",
+            "`retry_attempts` is -1: use a whole number, 0 or more (file TOML)",
+            "`streaming` is 3: use true or false (file TOML)",
+            "`timeout_head` is soon: use a time such as 250ms, 1m 30s or, in seconds, 2.5 (file TOML)",
+            "`limit_max` is many: use a whole number, 0 or more (env HTTP_CLIENT_LIMIT_MAX)",
+        ]
+    );
+    for broken in ["[", "retry = 3", "retry_attempts = [1]", "a.b.c = 1"] {
+        assert!(search().toml(broken).finish().is_err(), "{broken}");
+    }
+    assert!(search().file("/no/such/file.toml").finish().is_err());
+    assert!(search().json("[1, 2]").finish().is_err());
+    assert!(search().json("7").finish().is_err());
+}
+
+#[test]
+fn files_of_both_kinds() {
+    let folder = std::env::temp_dir().join(format!("buttress-config-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let (toml, json) = (folder.join("client.toml"), folder.join("client.json"));
+    std::fs::write(&toml, "retry.attempts = 2").unwrap();
+    std::fs::write(&json, r#"{"retry": {"backoff": "10ms"}}"#).unwrap();
+    let config = search().file(&toml).file(&json).finish();
+    std::fs::remove_dir_all(&folder).unwrap();
+    let config = config.unwrap();
+    assert_eq!((config.retry.attempts, config.retry.backoff), (2, Duration::from_millis(10)));
+    let origin = config.origin("retry_attempts").unwrap().to_string();
+    assert!(origin.ends_with("client.toml"), "{origin}");
+}
+
+#[test]
+fn a_layers_settings_stand_alone_too() {
+    let timeout: TimeoutConfig = toml::from_str("head = '2s'\ntotal = 9").unwrap();
+    assert_eq!(
+        (timeout.head, timeout.total, timeout.idle),
+        (Some(secs(2)), Some(secs(9)), Some(secs(60)))
+    );
+    let breaker: BreakerConfig = serde_json::from_str(r#"{"breaker_failures": 9}"#).unwrap();
+    assert_eq!(breaker.failures, Some(9));
+    let error = toml::from_str::<TimeoutConfig>("haed = 1").unwrap_err();
+    assert!(error.message().contains("the nearest is `head`"), "{error}");
+    let error = toml::from_str::<TimeoutConfig>("head = true").unwrap_err();
+    assert!(error.message().contains("use a time such as"), "{error}");
+    let written = toml_of(&timeout);
+    assert_eq!(serde_json::from_str::<TimeoutConfig>(&written).unwrap(), timeout);
+}
+
+fn toml_of(config: &TimeoutConfig) -> String {
+    serde_json::to_string(config).unwrap()
+}
+
+#[test]
+fn presets_work_as_they_are_and_are_told_apart() {
+    for preset in [Preset::Internal, Preset::Slow, Preset::Llm] {
+        ClientConfig::preset(preset).check().unwrap();
+        ServerConfig::preset(preset).check().unwrap();
+    }
+    ClientConfig::default().check().unwrap();
+    ServerConfig::default().check().unwrap();
+    let llm = search().preset(Preset::Llm).finish().unwrap();
+    assert!(llm.timeout.first_frame > Some(secs(100)), "a long first frame");
+    assert!(llm.timeout.idle.is_some(), "silences bounded");
+    assert_eq!((llm.timeout.total, llm.deadline.default), (None, None), "and no total");
+    assert!(llm.connections.max_connections_per_host < Some(10), "few connections");
+    // What is loaded goes before what the program said.
+    let loaded = search().toml("preset = 'slow'").preset(Preset::Llm).finish().unwrap();
+    assert_eq!(loaded.timeout.head, Some(secs(60)));
+}
+
+#[test]
+fn it_explains_the_stack_outermost_first_with_where_each_value_came_from() {
+    let mut config = search()
+        .preset(Preset::Llm)
+        .toml("[retry]\nattempts = 2")
+        .env_from([("SEARCH_HTTP_CLIENT_LIMIT_MAX", "off")])
+        .finish()
+        .unwrap();
+    config.timeout.idle = Some(secs(45));
+    config.breaker.open_for = secs(7);
+    let told = config.explain();
+    assert!(told.starts_with("client `search`, preset llm, outermost first\n"), "{told}");
+    let at = |what: &str| told.find(what).unwrap_or_else(|| panic!("no {what} in\n{told}"));
+    let order = [
+        "\nDeadlineLayer",
+        "\nRetryLayer",
+        "\nCircuitBreakerLayer",
+        "\nConcurrencyLimitLayer (off)",
+        "\nTimeoutLayer",
+        "\nconnections",
+    ];
+    assert!(order.map(at).is_sorted(), "{told}");
+    let line = |key: &str| {
+        let line = told.lines().find(|line| line.trim_start().starts_with(key)).unwrap();
+        line.split_whitespace().take(4).collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(line("retry_attempts "), "retry_attempts 2 file TOML");
+    assert_eq!(line("timeout_head "), "timeout_head 3m preset llm");
+    assert_eq!(line("timeout_idle "), "timeout_idle 45s code From");
+    assert_eq!(line("breaker_open_for "), "breaker_open_for 7s code How");
+    assert_eq!(line("limit_max "), "limit_max off env SEARCH_HTTP_CLIENT_LIMIT_MAX");
+    assert_eq!(line("limit_queue "), "limit_queue 1024 default How");
+    let server = ServerConfig::default().explain();
+    assert!(server.starts_with("server, outermost first\n") && !server.contains("retry_"));
+}
