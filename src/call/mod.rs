@@ -26,6 +26,8 @@ mod origin;
 mod outcome;
 mod permit;
 mod protocol;
+#[cfg(feature = "percentile")]
+mod recent;
 mod reject;
 mod rejected;
 pub(crate) mod sync;
@@ -45,6 +47,8 @@ pub use self::{
 
 #[cfg(feature = "timeout")]
 pub(crate) use self::far::{Far, Found};
+#[cfg(feature = "percentile")]
+pub(crate) use self::recent::Recent;
 pub(crate) use self::{
     body::Eos,
     clock::{Clock, Nanos, nanos},

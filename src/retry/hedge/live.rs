@@ -8,12 +8,10 @@ use std::{
     time::Duration,
 };
 
-use sketches_ddsketch::{Config, DDSketch};
-use tokio::time::Instant;
-
 use super::super::core::lock;
+use crate::call::Recent;
 
-/// The percentile of the latency of late: of the last one to two [`AGE`]s.
+/// A percentile of the latency of late.
 pub(super) struct Live {
     quantile: f64,
     /// In microseconds, of the last time it was computed; 0: not enough is known.
@@ -22,15 +20,11 @@ pub(super) struct Live {
 }
 
 struct State {
-    now: DDSketch,
-    before: DDSketch,
-    since: Instant,
+    recent: Recent,
     /// Until it is computed again.
     due: u32,
 }
 
-/// A sketch takes its turn for so long.
-const AGE: Duration = Duration::from_secs(30);
 /// Fewer say nothing about the slow one in a hundred, nor in twenty.
 const LEAST: usize = 20;
 /// So many calls share one computation.
@@ -38,14 +32,9 @@ const EVERY: u32 = 16;
 /// No hedge comes sooner (Finagle's least delay for a backup request).
 const SHORTEST: Duration = Duration::from_millis(1);
 
-/// Within one in a hundred, of at most 2048 sizes.
-fn sketch() -> DDSketch {
-    DDSketch::new(Config::new(0.01, 2048, 1.0e-6))
-}
-
 impl Live {
     pub(super) fn new(quantile: f64) -> Self {
-        let state = State { now: sketch(), before: sketch(), since: Instant::now(), due: 0 };
+        let state = State { recent: Recent::new(), due: 0 };
         Self { quantile, delay_us: AtomicU64::new(0), state: Mutex::new(state) }
     }
 
@@ -60,26 +49,13 @@ impl Live {
     /// A call has taken so long, or at least so long.
     pub(super) fn took(&self, time: Duration) {
         let mut state = lock(&self.state);
-        let age = state.since.elapsed();
-        if age >= AGE {
-            let full = std::mem::replace(&mut state.now, sketch());
-            // What is older than two turns is forgotten.
-            state.before = if age < AGE * 2 { full } else { sketch() };
-            state.since = Instant::now();
-            state.due = 0;
-        }
-        state.now.add(time.as_secs_f64());
-        if state.due > 0 {
+        if !state.recent.add(time) && state.due > 0 {
             state.due -= 1;
             return;
         }
-        let mut both = state.before.clone();
-        // Both are made alike: they can be merged, and a share within one has an answer.
-        let merged = both.merge(&state.now).is_ok() && both.count() >= LEAST;
-        let delay = if merged { both.quantile(self.quantile).ok().flatten() } else { None };
-        if merged {
-            state.due = EVERY;
-        }
+        let (count, delay) = state.recent.quantile(self.quantile);
+        let delay = delay.filter(|_| count >= LEAST);
+        state.due = if delay.is_some() { EVERY } else { 0 };
         let us = delay.map_or(0, |delay| ((delay * 1e6) as u64).max(1));
         self.delay_us.store(us, Ordering::Relaxed);
     }
