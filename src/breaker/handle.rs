@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     ConfigError,
-    call::{Outcome, Shared},
+    call::{Indicator, Outcome, Shared},
 };
 
 /// Looks at a circuit and steers it, from outside of the stack.
@@ -187,6 +187,18 @@ impl CircuitBreakerHandle {
     /// not. Isolations and counts of refusals stay as they are.
     pub fn restore(&self, snapshot: &CircuitBreakerSnapshot) {
         self.0.act(|machine, at| Some(machine.restore(&snapshot.past, at.now, at.times)));
+    }
+}
+
+impl Indicator for CircuitBreakerHandle {
+    /// Not well while it refuses everybody. Half-open is well: a server that is called no more, because it is not
+    /// ready, would never close it again.
+    fn indicate(&self) -> Result<(), String> {
+        match self.state() {
+            State::Open => Err("circuit is open".into()),
+            State::ForcedOpen => Err("circuit is held open".into()),
+            State::Closed | State::HalfOpen | State::ForcedClosed => Ok(()),
+        }
     }
 }
 

@@ -22,6 +22,7 @@ mod far;
 pub(crate) mod grpc;
 pub(crate) mod hint;
 pub(crate) mod http;
+mod indicator;
 mod origin;
 mod outcome;
 mod permit;
@@ -38,6 +39,7 @@ pub use self::protocol::TowerHttp;
 pub use self::{
     body::TrackedBody,
     deadline::Deadline,
+    indicator::Indicator,
     origin::Origin,
     outcome::{Outcome, OutcomeKind, Reason},
     protocol::{Classify, ClassifyHead, Http, PerResponse, Protocol},
@@ -55,6 +57,6 @@ pub(crate) use self::{
     deadline::has_passed,
     permit::{Finish, Hold, Permit, Shared, Token},
     protocol::Judge,
-    reject::{Form, whole_seconds},
+    reject::{Form, accepts, whole_seconds},
     rejected::{Label, LayerKind},
 };

@@ -67,25 +67,29 @@ impl Form {
 
 /// Whether `Accept` lets us answer with a problem document (RFC 9457): by name, or not at all said.
 fn accepts_json(headers: &HeaderMap) -> bool {
-    let mut said = false;
+    accepts(headers, &["*/*", "application/*", "application/json", "application/problem+json"])
+        .unwrap_or(true)
+}
+
+/// Whether `Accept` names one of these media ranges; nothing if there is none.
+pub(crate) fn accepts(headers: &HeaderMap, ranges: &[&str]) -> Option<bool> {
+    let mut said = None;
     for value in headers.get_all(header::ACCEPT).iter().take(8) {
-        said = true;
+        said = Some(false);
         let Ok(value) = value.to_str() else { continue };
         for range in value.split(',').take(32) {
             let mut parts = range.split(';').map(str::trim);
             let media = parts.next().unwrap_or_default();
-            let wanted = ["*/*", "application/*", "application/json", "application/problem+json"]
-                .iter()
-                .any(|json| media.eq_ignore_ascii_case(json));
+            let wanted = ranges.iter().any(|range| media.eq_ignore_ascii_case(range));
             let refused = parts.any(|part| {
                 part.strip_prefix("q=").is_some_and(|q| q.parse::<f32>().is_ok_and(|q| q <= 0.0))
             });
             if wanted && !refused {
-                return true;
+                return Some(true);
             }
         }
     }
-    !said
+    said
 }
 
 // ===== As an error =====

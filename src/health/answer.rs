@@ -1,9 +1,15 @@
-//! What the endpoints say, in Kubernetes' form. Paths and queries come from strangers.
+//! What the endpoints say, in Kubernetes' form or as JSON. Paths, queries and headers come from strangers.
+
+use std::slice;
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
 
-use super::registry::{CheckState, Health, is_name};
+use super::{
+    json,
+    registry::{CheckSnapshot, CheckState, Health, HealthStatus, is_name},
+};
+use crate::call::accepts;
 
 /// Parameters and bytes of a query beyond these are not looked at.
 const MOST_PARAMETERS: usize = 64;
@@ -63,78 +69,150 @@ impl<'a> Query<'a> {
                 _ => {}
             }
         }
+        asked.exclude.sort_unstable();
+        asked.exclude.dedup();
         asked
     }
+
+    fn excludes(&self, name: &str) -> bool {
+        self.exclude.contains(&name)
+    }
+
+    fn excluded(&self) -> usize {
+        self.exclude.len()
+    }
 }
 
-pub(super) fn answer(
-    health: &Health,
-    endpoint: Endpoint<'_>,
-    query: Option<&str>,
-) -> Response<Bytes> {
-    let query = Query::of(query.unwrap_or_default());
-    let (endpoint, check) = match endpoint {
-        // That it answers is all that is asked.
-        Endpoint::Live if query.verbose => {
-            return plain(StatusCode::OK, "[+]ping ok\nlivez check passed\n");
-        }
-        Endpoint::Live => return plain(StatusCode::OK, "ok"),
-        Endpoint::Ready(endpoint, check) => (endpoint, check),
-    };
-    if let Some(check) = check {
-        return match health.check(check) {
-            None => plain(StatusCode::NOT_FOUND, "no such check\n"),
-            Some(CheckState::Pass) if !query.verbose => plain(StatusCode::OK, "ok"),
-            Some(state) => {
-                let mut body = String::new();
-                line(&mut body, check, state);
-                plain(status(state == CheckState::Pass), body)
-            }
+/// Who is asked, and what may be told.
+#[derive(Clone, Debug)]
+pub(super) struct Teller {
+    pub(super) health: Health,
+    /// Reasons are for friends: an error's text may name hosts, users and queries.
+    pub(super) with_reasons: bool,
+}
+
+impl Teller {
+    pub(super) fn answer(
+        &self,
+        endpoint: Endpoint<'_>,
+        query: Option<&str>,
+        headers: &HeaderMap,
+    ) -> Response<Bytes> {
+        let query = Query::of(query.unwrap_or_default());
+        let wants_json = accepts(headers, &["application/health+json", "application/json"]);
+        let form = if wants_json == Some(true) { Form::Json } else { Form::Plain };
+        let (endpoint, check) = match endpoint {
+            // That it answers is all that is asked.
+            Endpoint::Live => return self.live(form, &query),
+            Endpoint::Ready(endpoint, check) => (endpoint, check),
         };
-    }
-    let mut body = String::new();
-    let (mut passed, mut excluded) = (true, 0);
-    health.look(|name, state| {
-        if query.exclude.contains(&name) {
-            excluded += 1;
-            body.push_str(&format!("[+]{name} excluded: ok\n"));
-            return;
+        if let Some(check) = check {
+            return match self.health.one(check) {
+                None => plain(StatusCode::NOT_FOUND, "no such check\n"),
+                Some(check) => self.one(form, &query, &check),
+            };
         }
-        passed &= state == CheckState::Pass;
-        line(&mut body, name, state);
-    });
-    let mut asked = query.exclude;
-    asked.sort_unstable();
-    asked.dedup();
-    if asked.len() > excluded {
-        body.push_str("warn: some health checks cannot be excluded: no matches\n");
+        let mut checks = self.health.snapshot();
+        let all = checks.len();
+        match form {
+            Form::Json => {
+                checks.retain(|check| !query.excludes(&check.name));
+                json::answer(whole(&checks), &checks, self.with_reasons)
+            }
+            Form::Plain => {
+                let mut body = String::new();
+                checks.retain(|check| {
+                    let excluded = query.excludes(&check.name);
+                    if excluded {
+                        body.push_str(&format!("[+]{} excluded: ok\n", check.name));
+                    } else {
+                        self.line(&mut body, check);
+                    }
+                    !excluded
+                });
+                if query.excluded() > all - checks.len() {
+                    body.push_str("warn: some health checks cannot be excluded: no matches\n");
+                }
+                let passed = whole(&checks) != HealthStatus::Fail;
+                if passed && !query.verbose {
+                    return plain(StatusCode::OK, "ok");
+                }
+                let word = if passed { "passed" } else { "failed" };
+                body.push_str(&format!("{endpoint} check {word}\n"));
+                plain(status(passed), body)
+            }
+        }
     }
-    if passed && !query.verbose {
-        return plain(StatusCode::OK, "ok");
+
+    fn live(&self, form: Form, query: &Query<'_>) -> Response<Bytes> {
+        match form {
+            Form::Json => json::answer(HealthStatus::Pass, &[], false),
+            Form::Plain if query.verbose => {
+                plain(StatusCode::OK, "[+]ping ok\nlivez check passed\n")
+            }
+            Form::Plain => plain(StatusCode::OK, "ok"),
+        }
     }
-    body.push_str(&format!("{endpoint} check {}\n", if passed { "passed" } else { "failed" }));
-    plain(status(passed), body)
+
+    fn one(&self, form: Form, query: &Query<'_>, check: &CheckSnapshot) -> Response<Bytes> {
+        let passed = check.state == CheckState::Pass;
+        match form {
+            Form::Json => {
+                let told = json::answer(check.status(), slice::from_ref(check), self.with_reasons);
+                with_status(told, status(passed))
+            }
+            Form::Plain if passed && !query.verbose => plain(StatusCode::OK, "ok"),
+            Form::Plain => {
+                let mut body = String::new();
+                self.line(&mut body, check);
+                plain(status(passed), body)
+            }
+        }
+    }
+
+    fn line(&self, body: &mut String, check: &CheckSnapshot) {
+        let name = &*check.name;
+        let how = if check.critical { "failed" } else { "degraded" };
+        body.push_str(&match (check.state, check.age) {
+            (CheckState::Pass, _) => format!("[+]{name} ok\n"),
+            (CheckState::Fail, Some(age)) if self.with_reasons => {
+                let why = check.reason.as_deref().unwrap_or("no reason given");
+                format!("[-]{name} {how}: {why} ({} s ago)\n", age.as_secs())
+            }
+            (CheckState::Fail, _) => format!("[-]{name} {how}: reason withheld\n"),
+            (CheckState::Unknown, _) => format!("[-]{name} {how}: no verdict yet\n"),
+        });
+    }
 }
 
-fn line(body: &mut String, name: &str, state: CheckState) {
-    body.push_str(&match state {
-        CheckState::Pass => format!("[+]{name} ok\n"),
-        CheckState::Fail => format!("[-]{name} failed: reason withheld\n"),
-        CheckState::Unknown => format!("[-]{name} failed: no verdict yet\n"),
-    });
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Plain,
+    Json,
 }
 
-fn status(passed: bool) -> StatusCode {
+fn whole(checks: &[CheckSnapshot]) -> HealthStatus {
+    checks.iter().map(CheckSnapshot::status).max().unwrap_or(HealthStatus::Pass)
+}
+
+pub(super) fn status(passed: bool) -> StatusCode {
     if passed { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
 }
 
-pub(super) fn plain(status: StatusCode, body: impl Into<Bytes>) -> Response<Bytes> {
-    let mut response = Response::new(body.into());
+fn with_status(mut response: Response<Bytes>, status: StatusCode) -> Response<Bytes> {
     *response.status_mut() = status;
+    response
+}
+
+pub(super) fn plain(status: StatusCode, body: impl Into<Bytes>) -> Response<Bytes> {
+    typed("text/plain; charset=utf-8", status, body.into())
+}
+
+pub(super) fn typed(content: &'static str, status: StatusCode, body: Bytes) -> Response<Bytes> {
+    let mut response = with_status(Response::new(body), status);
     let length = HeaderValue::from(response.body().len());
     let headers = response.headers_mut();
-    let text = HeaderValue::from_static("text/plain; charset=utf-8");
-    headers.insert(header::CONTENT_TYPE, text);
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content));
     headers.insert(header::CONTENT_LENGTH, length);
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
@@ -157,7 +235,9 @@ mod tests {
     use super::*;
 
     fn ask(health: &Health, path: &str, query: &str) -> (u16, String) {
-        let response = answer(health, Endpoint::of(path).unwrap(), Some(query));
+        let teller = Teller { health: health.clone(), with_reasons: false };
+        let endpoint = Endpoint::of(path).unwrap();
+        let response = teller.answer(endpoint, Some(query), &HeaderMap::new());
         let body = String::from_utf8(response.body().to_vec()).unwrap();
         (response.status().as_u16(), body)
     }
@@ -229,11 +309,16 @@ mod tests {
         fn never_panics_and_never_echoes(
             path in "/(livez|readyz|healthz)?.{0,80}",
             query in "((verbose|exclude|.{0,9})=?(db|.{0,70})&?){0,70}",
+            accept in "(application/(health[+])?json|[*]/[*]|.{0,9})([,;].{0,20}){0,9}",
         ) {
-            let health = Health::new();
-            let _db = health.reporter("db").unwrap();
+            let teller = Teller { health: Health::new(), with_reasons: true };
+            let _db = teller.health.reporter("db").unwrap();
+            let mut headers = HeaderMap::new();
+            if let Ok(accept) = HeaderValue::from_str(&accept) {
+                headers.insert(header::ACCEPT, accept);
+            }
             if let Some(endpoint) = Endpoint::of(&path) {
-                let answer = answer(&health, endpoint, Some(&query));
+                let answer = teller.answer(endpoint, Some(&query), &headers);
                 prop_assert!(answer.body().len() < 200);
             }
         }

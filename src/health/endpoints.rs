@@ -14,7 +14,7 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::{
-    answer::{Endpoint, answer, is_asking, plain, without_body_for},
+    answer::{Endpoint, Teller, is_asking, plain, without_body_for},
     registry::Health,
 };
 use crate::{admission::Reusable, call::TrackedBody};
@@ -28,12 +28,19 @@ use crate::{admission::Reusable, call::TrackedBody};
 #[derive(Clone, Debug)]
 #[must_use = "a layer does nothing until it wraps a service"]
 pub struct HealthEndpointsLayer {
-    health: Health,
+    teller: Teller,
 }
 
 impl HealthEndpointsLayer {
     pub(super) fn new(health: Health) -> Self {
-        Self { health }
+        Self { teller: Teller { health, with_reasons: false } }
+    }
+
+    /// Tells why a check fails, and how long ago it was asked: errors may name hosts, users and queries, and by
+    /// default `reason withheld` is all that strangers are told.
+    pub fn with_reasons(mut self) -> Self {
+        self.teller.with_reasons = true;
+        self
     }
 }
 
@@ -41,7 +48,7 @@ impl<S> Layer<S> for HealthEndpointsLayer {
     type Service = HealthEndpoints<S>;
 
     fn layer(&self, inner: S) -> HealthEndpoints<S> {
-        HealthEndpoints { inner, health: self.health.clone(), ready: false }
+        HealthEndpoints { inner, teller: self.teller.clone(), ready: false }
     }
 }
 
@@ -51,7 +58,7 @@ impl<S> Layer<S> for HealthEndpointsLayer {
 /// request. A call that is no probe then waits for the wrapped service in its future.
 pub struct HealthEndpoints<S> {
     inner: S,
-    health: Health,
+    teller: Teller,
     /// `inner` may hold a reservation.
     ready: bool,
 }
@@ -66,7 +73,7 @@ impl<S> HealthEndpoints<S> {
 impl<S: Clone> Clone for HealthEndpoints<S> {
     /// Readiness does not go along: what was reserved belongs to the instance that reserved it.
     fn clone(&self) -> Self {
-        Self { inner: self.inner.clone(), health: self.health.clone(), ready: false }
+        Self { inner: self.inner.clone(), teller: self.teller.clone(), ready: false }
     }
 }
 
@@ -102,7 +109,7 @@ where
                     // What this instance reserved is not needed.
                     self.inner = self.inner.clone();
                 }
-                let answer = answer(&self.health, endpoint, request.uri().query());
+                let answer = self.teller.answer(endpoint, request.uri().query(), request.headers());
                 let answer = without_body_for(request.method(), answer);
                 State::Answer { answer: Some(Box::new(answer)) }
             }
@@ -169,7 +176,9 @@ where
 
 impl<S> fmt::Debug for HealthEndpoints<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("HealthEndpoints").field("health", &self.health).finish_non_exhaustive()
+        f.debug_struct("HealthEndpoints")
+            .field("health", &self.teller.health)
+            .finish_non_exhaustive()
     }
 }
 
@@ -189,12 +198,19 @@ impl<S, Req, F> fmt::Debug for HealthEndpointsFuture<S, Req, F> {
 /// `HEAD`. Made by [`Health::service`].
 #[derive(Clone, Debug)]
 pub struct HealthService {
-    health: Health,
+    teller: Teller,
 }
 
 impl HealthService {
     pub(super) fn new(health: Health) -> Self {
-        Self { health }
+        Self { teller: Teller { health, with_reasons: false } }
+    }
+
+    /// Tells why a check fails, and how long ago it was asked. By default reasons are withheld.
+    #[must_use]
+    pub fn with_reasons(mut self) -> Self {
+        self.teller.with_reasons = true;
+        self
     }
 }
 
@@ -211,7 +227,7 @@ impl<ReqB> Service<Request<ReqB>> for HealthService {
         let response = match Endpoint::of(request.uri().path()) {
             None => plain(StatusCode::NOT_FOUND, "not found\n"),
             Some(endpoint) if is_asking(request.method()) => {
-                answer(&self.health, endpoint, request.uri().query())
+                self.teller.answer(endpoint, request.uri().query(), request.headers())
             }
             Some(_) => {
                 let mut refused = plain(StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n");

@@ -14,7 +14,9 @@ use tokio::{runtime::Handle, sync::Notify, task::AbortHandle, time::Instant};
 
 use super::{
     probe::ProbeFailure,
-    registry::{CheckState, Reporter},
+    registry::CheckState,
+    reporter::Reporter,
+    schedule::Schedule,
     threshold::{ProbeState, Threshold},
 };
 use crate::{
@@ -49,9 +51,7 @@ const TAKEN: u8 = 0b1000;
 
 /// What the prober goes by, and what it saw.
 pub(super) struct Probing {
-    pub(super) every: Duration,
-    pub(super) timeout: Duration,
-    pub(super) jitter: f64,
+    pub(super) schedule: Schedule,
     pub(super) threshold: Threshold,
     pub(super) reporters: Vec<Reporter>,
     pub(super) probes: u64,
@@ -88,9 +88,7 @@ impl Gate {
             next: AtomicU64::new(0),
             refused: AtomicU64::new(0),
             probing: Mutex::new(Probing {
-                every: Duration::from_secs(5),
-                timeout: Duration::from_secs(1),
-                jitter: 0.1,
+                schedule: Schedule::DEFAULT,
                 threshold: Threshold::new(1, 3),
                 reporters: Vec::new(),
                 probes: 0,
@@ -121,7 +119,7 @@ impl Gate {
         self.with(|probing| probing.reporters.push(reporter.clone()));
         loop {
             let state = self.state();
-            reporter.report(CheckState::of(state));
+            reporter.publish(CheckState::of(state));
             // The prober may have changed it meanwhile, and have told so before this did.
             if self.state() == state {
                 return;
@@ -220,20 +218,24 @@ impl Gate {
     pub(super) fn probe_begins(&self) -> Duration {
         let mut probing = self.probing();
         probing.probes += 1;
-        self.expect_verdict_in(probing.timeout);
-        probing.timeout
+        self.expect_verdict_in(probing.schedule.timeout);
+        probing.schedule.timeout
     }
 
     /// A probe has ended; how long to wait before the next.
     pub(super) fn probe_ended(&self, result: Result<(), ProbeFailure>, took: Duration) -> Duration {
         let mut probing = self.probing();
         probing.last = Some(Last { result, ended: self.now(), took });
+        for reporter in &probing.reporters {
+            reporter.looked(result.map_err(|why| why.to_string()), Some(took));
+        }
         let change = match result {
             // A refusal by one of our own layers says nothing about what is probed.
             Err(ProbeFailure::Refused) => None,
             result => probing.threshold.told(result.is_ok()),
         };
-        let wait = jittered(probing.every, probing.jitter);
+        let failing = probing.threshold.in_a_row().1 > 0;
+        let wait = probing.schedule.wait(probing.threshold.state(), failing);
         self.expect_verdict_in(wait);
         if let Some(to) = change {
             self.publish(probing);
@@ -262,7 +264,7 @@ impl Gate {
         });
         drop(probing);
         for reporter in reporters {
-            reporter.report(CheckState::of(to));
+            reporter.publish(CheckState::of(to));
         }
         self.changed.notify_waiters();
     }
@@ -295,12 +297,6 @@ fn state_of(word: u8) -> ProbeState {
         1 => ProbeState::Up,
         _ => ProbeState::Down,
     }
-}
-
-/// `every`, or up to `jitter` of it longer. Never panics, whatever the two are.
-fn jittered(every: Duration, jitter: f64) -> Duration {
-    let most = (nanos(every) as f64 * jitter) as u64;
-    every.saturating_add(Duration::from_nanos(fastrand::u64(..=most)))
 }
 
 impl Drop for Gate {
@@ -359,21 +355,5 @@ impl fmt::Debug for Gate {
             .field("name", &self.named())
             .field("state", &self.state())
             .finish_non_exhaustive()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn jitter_only_adds_and_survives_the_extremes() {
-        let second = Duration::from_secs(1);
-        assert_eq!(jittered(second, 0.0), second);
-        for _ in 0..1000 {
-            let wait = jittered(second, 0.1);
-            assert!(second <= wait && wait <= second.mul_f64(1.1), "{wait:?}");
-        }
-        assert_eq!(jittered(Duration::MAX, 1.0), Duration::MAX);
     }
 }

@@ -1,7 +1,7 @@
 use std::{fmt, pin::pin, time::Duration};
 
 use super::{gate::Gate, probe::ProbeFailure, threshold::ProbeState};
-use crate::call::Shared;
+use crate::call::{Indicator, Shared};
 
 /// Looks at a health gate from outside of the stack.
 ///
@@ -81,6 +81,16 @@ impl HealthProbeHandle {
                 return state;
             }
             notified.await;
+        }
+    }
+}
+
+impl Indicator for HealthProbeHandle {
+    /// Well while it is up.
+    fn indicate(&self) -> Result<(), String> {
+        match self.state() {
+            ProbeState::Up => Ok(()),
+            state => Err(format!("health probe says {state}")),
         }
     }
 }

@@ -8,6 +8,8 @@ use super::{
     probe::{AnyAnswer, Ask, Get, Judged, Probe, SendRequest},
     prober::Prober,
     registry::Health,
+    reporter::Reporter,
+    schedule::{checked_jitter, checked_thresholds},
 };
 use crate::{
     ConfigError,
@@ -95,7 +97,7 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
     /// zero. The first probe is sent at once.
     pub fn every(mut self, wait: Duration) -> Self {
         if let Some(wait) = self.plan.accept(ConfigError::above_zero("every", wait)) {
-            self.plan.policy.with(|probing| probing.every = wait);
+            self.plan.policy.with(|probing| probing.schedule.every = wait);
         }
         self
     }
@@ -103,12 +105,8 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
     /// By how much of [`every`](Self::every) a wait may be longer, at random, so that many clients do
     /// not probe in step: 0.1 by default, from 0 to 1.
     pub fn jitter(mut self, ratio: f64) -> Self {
-        let checked = match ratio {
-            0.0..=1.0 => Ok(ratio),
-            _ => Err(ConfigError::new("jitter", ratio, "use a ratio from 0 to 1")),
-        };
-        if let Some(ratio) = self.plan.accept(checked) {
-            self.plan.policy.with(|probing| probing.jitter = ratio);
+        if let Some(ratio) = self.plan.accept(checked_jitter(ratio)) {
+            self.plan.policy.with(|probing| probing.schedule.jitter = ratio);
         }
         self
     }
@@ -117,7 +115,7 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
     /// zero. One that takes longer has failed. What is left of the time goes to reading the body.
     pub fn timeout(mut self, longest: Duration) -> Self {
         if let Some(longest) = self.plan.accept(ConfigError::above_zero("timeout", longest)) {
-            self.plan.policy.with(|probing| probing.timeout = longest);
+            self.plan.policy.with(|probing| probing.schedule.timeout = longest);
         }
         self
     }
@@ -125,18 +123,11 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
     /// How many probes in a row must pass before what is down is up again (1 by default), and how many
     /// must fail before it is down (3 by default), each 1 or more. The very first success is enough.
     pub fn thresholds(mut self, rise: u32, fall: u32) -> Self {
-        for (field, value) in [("thresholds.rise", rise), ("thresholds.fall", fall)] {
-            let checked = match value {
-                0 => Err(ConfigError::new(field, value, "use 1 probe or more")),
-                _ => Ok(()),
-            };
-            if self.plan.accept(checked).is_none() {
-                return self;
-            }
+        if let Some((rise, fall)) = self.plan.accept(checked_thresholds(rise, fall)) {
+            self.plan.policy.with(|probing| {
+                (probing.threshold.rise, probing.threshold.fall) = (rise, fall);
+            });
         }
-        self.plan.policy.with(|probing| {
-            (probing.threshold.rise, probing.threshold.fall) = (rise, fall);
-        });
         self
     }
 
@@ -147,9 +138,25 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
     /// [`name`](Self::name) too, unless it has one. One that the registry has already is a
     /// [`ConfigError`].
     pub fn report_to(mut self, health: &Health, name: &str) -> Self {
-        if let Some(reporter) = self.plan.accept(health.reporter(name)) {
-            self.plan.policy.report_to(reporter);
-            self.plan.policy.name(name);
+        match self.plan.accept(health.reporter(name)) {
+            Some(reporter) => self.report_by(reporter),
+            None => self,
+        }
+    }
+
+    /// [`report_to`](Self::report_to) for a check that has been added already: as
+    /// `.report_by(health.reporter("search")?.degrading())`.
+    pub fn report_by(self, reporter: Reporter) -> Self {
+        self.plan.policy.name(reporter.name());
+        self.plan.policy.report_to(reporter);
+        self
+    }
+
+    /// Another [`every`](Self::every) from the first failed probe to the one that makes all well again: a
+    /// short one finds out sooner, and spares nobody who is well. Above zero; the same by default.
+    pub fn every_while_down(mut self, wait: Duration) -> Self {
+        if let Some(wait) = self.plan.accept(ConfigError::above_zero("every_while_down", wait)) {
+            self.plan.policy.with(|probing| probing.schedule.every_while_down = Some(wait));
         }
         self
     }

@@ -1,8 +1,8 @@
 //! Health: asks what is called whether it is well, before callers find out, and answers for this process.
 //!
 //! [`HealthProbeLayer`] probes the service that it wraps, in the background, and refuses calls while it is
-//! down. A [`Health`] registry collects what such probes say, and what you say yourself, and answers
-//! Kubernetes' questions: `/livez`, `/readyz`, `/healthz`.
+//! down. A [`Health`] registry collects what such probes say, asks [`Check`]s of your own in the background,
+//! takes what you say yourself, and answers Kubernetes' questions: `/livez`, `/readyz`, `/healthz`.
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")] async fn main() {
@@ -27,7 +27,7 @@
 //! ```
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), buttress::ConfigError> {
 //! use std::{convert::Infallible, time::Duration};
-//! use buttress::{Health, HealthProbeLayer};
+//! use buttress::{Health, HealthProbeLayer, health::Check};
 //! use tower::{Layer, service_fn};
 //!
 //! let db = service_fn(|query: &'static str| async move { Ok::<_, Infallible>(query.len()) });
@@ -44,8 +44,9 @@
 //! let db = probe.layer(db);
 //! println!("{:?}", handle.snapshot());
 //!
-//! let cache = health.reporter("cache")?;
-//! cache.pass();
+//! let cache = health.reporter("cache")?.degrading();
+//! cache.fail_because("cold");
+//! health.add(Check::watch("queue", || Ok::<(), String>(())))?;
 //! assert!(!health.is_ready(), "the database has not been asked yet");
 //! # let _ = db; Ok(()) }
 //! ```
@@ -76,6 +77,9 @@
 //!
 //! What user traffic meets does not count: that is what a circuit breaker is for.
 //!
+//! A [`Check`] of the registry goes by the same thresholds: `up` is pass, `down` is fail. Readiness is what the
+//! *critical* checks say; one that is *degrading* turns the whole from `pass` to `warn`, and no more.
+//!
 //! # The probes
 //!
 //! One task for each layer, however often it is applied, one probe at a time: the next one is due `every`
@@ -85,21 +89,32 @@
 //! layer, service and handle, also in the midst of a probe. If its runtime ends before, the state is
 //! unknown again, and the next call starts it in its own.
 //!
+//! One task for each check of the registry, too, which ends with the registry's last clone, endpoint and
+//! reporter. Whoever asks the registry is told what was found last: no request waits for a check.
+//!
 //! # The endpoints
 //!
 //! | path | answers 200 | else |
 //! |---|---|---|
 //! | `/livez` | always: liveness never asks a dependency | – |
-//! | `/readyz` | if every check passes | 503 |
+//! | `/readyz` | if every critical check passes | 503 |
 //! | `/healthz` | as `/readyz`: for load balancers, not for liveness | 503 |
 //! | `/readyz/<check>`, `/healthz/<check>` | if this check passes | 503; 404 if there is none |
 //!
 //! `GET` and `HEAD`, plain text, `Cache-Control: no-store`. `?verbose` lists the checks in Kubernetes'
-//! form, `[+]name ok` or `[-]name failed: reason withheld`, and so does a failed answer; `?exclude=name`
-//! leaves one out, and may be repeated. A query of more than 4096 bytes is not looked at, nor is what
-//! follows its 64th parameter. [`Health::endpoints`] answers before what it wraps is asked, so that a
-//! saturated server still tells how it is; other paths and methods pass through. [`Health::service`] is
-//! the same for a port of its own.
+//! form, `[+]name ok`, `[-]name failed: reason withheld`, or `[-]name degraded: …`, and so does a failed answer;
+//! `?exclude=name` leaves one out, and may be repeated. A query of more than 4096 bytes is not looked at, nor is
+//! what follows its 64th parameter. Reasons are told by
+//! [`with_reasons`](HealthEndpointsLayer::with_reasons) only.
+//!
+//! Who accepts `application/health+json` or `application/json`, by name, gets that (after
+//! draft-inadarei-api-health-check-06): `status` is `pass`, `warn` or `fail`, and of each check there are
+//! `status`, `critical`, `healthy` (how the last look ended), `response_time_ms` (where it is known),
+//! `last_check` (RFC 3339) and, unless it passes, `output`.
+//!
+//! [`Health::endpoints`] answers before what it wraps is asked, so that a saturated server still tells how it
+//! is; other paths and methods pass through. [`Health::service`] is the same for a port of its own, and for
+//! axum's `route_service` and `nest_service`.
 //!
 //! # In the stack
 //!
@@ -127,7 +142,8 @@
 //!
 //! | setting | default |
 //! |---|---|
-//! | [`every`](HealthProbeLayer::every) | 5 s |
+//! | [`every`](HealthProbeLayer::every), of a check too | 5 s |
+//! | [`every_while_down`](HealthProbeLayer::every_while_down) | as `every` |
 //! | [`jitter`](HealthProbeLayer::jitter) | 0.1 (up to 10 % longer) |
 //! | [`timeout`](HealthProbeLayer::timeout) | 1 s |
 //! | [`thresholds`](HealthProbeLayer::thresholds) | 1 to rise, 3 to fall |
@@ -136,23 +152,30 @@
 //! tower and tower-http have no layer of this kind.
 
 mod answer;
+mod caught;
+mod check;
 mod endpoints;
 mod gate;
 mod handle;
+mod json;
 mod layer;
 mod probe;
 mod prober;
 mod registry;
+mod reporter;
+mod schedule;
 mod threshold;
 
 pub use self::{
+    check::Check,
     endpoints::{
         HealthBody, HealthEndpoints, HealthEndpointsFuture, HealthEndpointsLayer, HealthService,
     },
     handle::{HealthProbeHandle, HealthProbeSnapshot, LastProbe},
     layer::{HealthProbe, HealthProbeLayer},
     probe::{AnyAnswer, Ask, Get, Judged, Probe, ProbeFailure, SendRequest},
-    registry::{CheckState, Health, Reporter},
+    registry::{CheckSnapshot, CheckState, Health, HealthStatus},
+    reporter::Reporter,
     threshold::ProbeState,
 };
-pub use crate::admission::ResponseFuture;
+pub use crate::{admission::ResponseFuture, call::Indicator};

@@ -1,19 +1,14 @@
 //! The background task: one probe after the other, until the gate is gone.
 
-use std::{
-    future::poll_fn,
-    panic::{AssertUnwindSafe, catch_unwind},
-    sync::Weak,
-    task::{Poll, ready},
-    thread,
-    time::Duration,
-};
+use std::{sync::Weak, thread, time::Duration};
 
 use tokio::time::{Instant, sleep};
 
 use super::{
+    caught::Caught,
     gate::{Gate, Starter},
     probe::{Probe, ProbeFailure},
+    schedule::Schedule,
 };
 use crate::event;
 
@@ -42,29 +37,10 @@ where
         &self,
         timeout: Duration,
     ) -> impl Future<Output = Result<(), ProbeFailure>> + Send + use<S, P> {
-        // Beyond what a clock can tell there is no deadline to miss.
-        let far = Duration::from_secs(86_400 * 365);
-        let now = Instant::now();
-        let deadline = now.checked_add(timeout.min(far)).unwrap_or(now);
-        let attempt = catch_unwind(AssertUnwindSafe(|| {
-            // A fresh instance each time: nothing that a probe reserved stays behind.
-            Box::pin(self.probe.clone().run(self.service.clone(), deadline))
-        }));
-        async move {
-            let Ok(mut attempt) = attempt else { return Err(ProbeFailure::Panicked) };
-            let result = poll_fn(|cx| {
-                let polled = catch_unwind(AssertUnwindSafe(|| attempt.as_mut().poll(cx)));
-                Poll::Ready(match polled {
-                    Ok(poll) => ready!(poll),
-                    Err(_) => Err(ProbeFailure::Panicked),
-                })
-            })
-            .await;
-            match catch_unwind(AssertUnwindSafe(|| drop(attempt))) {
-                Ok(()) => result,
-                Err(_) => Err(ProbeFailure::Panicked),
-            }
-        }
+        let deadline = Schedule::deadline(timeout);
+        // A fresh instance each time: nothing that a probe reserved stays behind.
+        let attempt = Caught::new(|| self.probe.clone().run(self.service.clone(), deadline));
+        async move { attempt.await.unwrap_or(Err(ProbeFailure::Panicked)) }
     }
 }
 

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     ConfigError,
     admission::{Admit, Policy},
-    call::{Rejected, RejectedKind, Shared},
+    call::{Indicator, Rejected, RejectedKind, Shared},
 };
 
 /// Looks at a concurrency limit and resizes it, from outside of the stack.
@@ -173,6 +173,17 @@ impl ConcurrencyLimitHandle {
     /// queue. Those are not counted as in flight, so that the others are who the limit would have let in.
     pub fn shadow(&self, on: bool) {
         self.0.set_shadow(on);
+    }
+}
+
+impl Indicator for ConcurrencyLimitHandle {
+    /// Not well while as many calls are in flight as may be.
+    fn indicate(&self) -> Result<(), String> {
+        let limit = self.0.limit();
+        match self.in_flight() {
+            calls if calls < limit => Ok(()),
+            calls => Err(format!("{calls} of {limit} calls in flight")),
+        }
     }
 }
 

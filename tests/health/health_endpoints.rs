@@ -11,9 +11,9 @@ use std::{
     time::Duration,
 };
 
-use buttress::Health;
+use buttress::{Health, health::Check};
 use bytes::Bytes;
-use http::{Method, Request, Response};
+use http::{Method, Request, Response, header};
 use http_body::Body;
 use http_body_util::{BodyExt, Full};
 use tokio::time::timeout;
@@ -219,4 +219,111 @@ async fn the_plain_service_answers_everything() {
         (405, &"GET, HEAD".parse().unwrap())
     );
     assert!(ask(to(Method::HEAD, "/livez")).await.body().is_end_stream());
+}
+
+// ===== As JSON =====
+
+fn wants(uri: &str, accept: &str) -> Req {
+    let mut request = get(uri);
+    request.headers_mut().insert(header::ACCEPT, accept.parse().unwrap());
+    request
+}
+
+#[tokio::test(start_paused = true)]
+async fn tells_a_machine_all_it_knows_as_health_json() {
+    let health = Health::new();
+    let took = Duration::from_millis(12);
+    let slow = move || async move {
+        tokio::time::sleep(took).await;
+        Ok::<(), String>(())
+    };
+    health.add(Check::new("db", slow)).unwrap();
+    let search = health.reporter("search").unwrap().degrading();
+    let queue = health.reporter("queue").unwrap();
+    assert!(!within(health.changed()).await);
+    search.fail_because("say \"please\" to 10.0.0.7");
+    let service = health.endpoints().layer(app(&Arc::default()));
+    let ask = async |uri: &str, accept: &str| {
+        let response = service.clone().oneshot(wants(uri, accept)).await.unwrap();
+        let headers = response.headers().clone();
+        let (status, body) = text(response).await;
+        (status, headers, serde_json::from_str::<serde_json::Value>(&body).unwrap())
+    };
+
+    let (status, headers, told) = ask("/readyz", "application/health+json").await;
+    assert_eq!((status, &told["status"]), (503, &"fail".into()));
+    assert_eq!(headers["content-type"], "application/health+json");
+    assert_eq!(headers["cache-control"], "no-store");
+    let db = &told["checks"]["db"][0];
+    assert_eq!(
+        (&db["status"], &db["healthy"], &db["critical"]),
+        (&"pass".into(), &true.into(), &true.into())
+    );
+    let ms = db["response_time_ms"].as_f64().unwrap();
+    assert!((12.0..20.0).contains(&ms), "{ms}");
+    let at = db["last_check"].as_str().unwrap();
+    assert!(at.len() == 24 && at.starts_with("20") && at.ends_with('Z'), "{at}");
+    let degraded = &told["checks"]["search"][0];
+    assert_eq!((&degraded["status"], &degraded["critical"]), (&"warn".into(), &false.into()));
+    assert_eq!(degraded["output"], "reason withheld");
+    let unknown = &told["checks"]["queue"][0];
+    assert_eq!(
+        (&unknown["status"], &unknown["healthy"]),
+        (&"fail".into(), &serde_json::Value::Null)
+    );
+    assert_eq!(unknown["output"], "no verdict yet");
+
+    queue.pass();
+    let (status, _, told) = ask("/healthz", "text/html, application/json;q=0.9").await;
+    assert_eq!((status, &told["status"]), (200, &"warn".into()));
+    let (status, _, told) = ask("/readyz?exclude=search", "application/json").await;
+    assert_eq!(
+        (status, &told["status"], &told["checks"]["search"]),
+        (200, &"pass".into(), &serde_json::Value::Null)
+    );
+    let (status, _, told) = ask("/readyz/search", "application/json").await;
+    assert_eq!((status, told["checks"].as_object().unwrap().len()), (503, 1));
+    let (status, _, told) = ask("/livez", "application/json").await;
+    assert_eq!((status, told), (200, serde_json::json!({ "status": "pass" })));
+
+    // To friends alone.
+    let friends = health.service().with_reasons();
+    let response = friends.clone().oneshot(wants("/readyz", "application/json")).await.unwrap();
+    let told: serde_json::Value = serde_json::from_str(&text(response).await.1).unwrap();
+    assert_eq!(told["checks"]["search"][0]["output"], "say \"please\" to 10.0.0.7");
+    tokio::time::advance(Duration::from_secs(3)).await;
+    let said = text(friends.oneshot(get("/readyz?verbose")).await.unwrap()).await.1;
+    let line = "[-]search degraded: say \"please\" to 10.0.0.7 (3 s ago)\n";
+    assert!(said.contains(line) && said.ends_with("readyz check passed\n"), "{said}");
+    let said = text(service.oneshot(get("/readyz?verbose")).await.unwrap()).await.1;
+    assert!(said.contains("[-]search degraded: reason withheld\n"), "{said}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn plain_text_is_what_everybody_else_gets() {
+    let service = Health::new().service();
+    for accept in ["*/*", "text/plain", "text/html", "application/json;q=0", "application/xml"] {
+        let response = service.clone().oneshot(wants("/readyz", accept)).await.unwrap();
+        assert_eq!(response.headers()["content-type"], "text/plain; charset=utf-8", "{accept}");
+    }
+    let head = Request::head("/readyz").header("accept", "application/json");
+    let head = service.oneshot(head.body(Full::<Bytes>::default()).unwrap()).await.unwrap();
+    assert_eq!(head.headers()["content-type"], "application/health+json");
+    assert_eq!(
+        (&head.headers()["content-length"], head.body().is_end_stream()),
+        (&"17".parse().unwrap(), true)
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn is_an_axum_route_too() {
+    let health = Health::new();
+    let app = axum::Router::new()
+        .route_service("/readyz", health.service())
+        .nest_service("/internal", health.service());
+    for (uri, status) in [("/readyz", 200), ("/internal/livez", 200), ("/internal/readyz/db", 404)]
+    {
+        let request = Request::get(uri).body(axum::body::Body::empty()).unwrap();
+        assert_eq!(app.clone().oneshot(request).await.unwrap().status().as_u16(), status, "{uri}");
+    }
 }

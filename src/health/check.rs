@@ -1,0 +1,258 @@
+//! Checks that the registry asks by itself: one task each, one look at a time.
+
+use std::{
+    fmt,
+    future::{Future, ready},
+    pin::Pin,
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use tokio::{
+    runtime::Handle,
+    time::{Instant, sleep, timeout_at},
+};
+
+use super::{
+    Health,
+    caught::Caught,
+    registry::{CheckState, Entry, Registry},
+    schedule::{Schedule, checked_jitter, checked_thresholds},
+    threshold::Threshold,
+};
+use crate::{ConfigError, call::Indicator, event};
+
+type Look = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
+
+/// A check that a [`Health`] registry asks in the background: what it found last is what probes are told.
+///
+/// The first look is made at once, the next one `every` after the end of the last: never two at a time. One
+/// that takes longer than `timeout`, or panics, has failed.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), buttress::ConfigError> {
+/// use std::{io, time::Duration};
+/// use buttress::{Health, health::Check};
+///
+/// async fn ping() -> io::Result<()> { Ok(()) }
+///
+/// let health = Health::new();
+/// health.add(Check::new("db", ping))?;
+/// health.add(Check::new("search", || async { ping().await }).degrading().every(Duration::from_secs(30)))?;
+/// # Ok(()) }
+/// ```
+#[must_use = "a check does nothing until it is added to a registry"]
+pub struct Check {
+    name: String,
+    ask: Box<dyn FnMut() -> Look + Send>,
+    degrading: bool,
+    schedule: Schedule,
+    thresholds: (u32, u32),
+    fault: Option<ConfigError>,
+}
+
+impl Check {
+    /// Asks by a closure that gives a future, anew for every look. What an error says is the reason.
+    ///
+    /// A look that is not done in time is dropped where it waits. It must not block: one that blocks its thread
+    /// cannot be ended, and has failed once its result is overdue (`every`, at least a second, after the
+    /// `timeout`).
+    pub fn new<F, Fut, E>(name: &str, mut ask: F) -> Self
+    where
+        F: FnMut() -> Fut + Send + 'static,
+        Fut: Future<Output = Result<(), E>> + Send + 'static,
+        E: fmt::Display,
+    {
+        let ask = move || -> Look {
+            let look = ask();
+            Box::pin(async move { look.await.map_err(|why| why.to_string()) })
+        };
+        Self {
+            name: name.to_owned(),
+            ask: Box::new(ask),
+            degrading: false,
+            schedule: Schedule::DEFAULT,
+            thresholds: (1, 3),
+            fault: None,
+        }
+    }
+
+    /// Watches something that says at once how it is: the handle of a circuit breaker (well unless it is open),
+    /// of a concurrency limit (well unless it is full) or of a health probe (well while it is up), or a closure.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), buttress::ConfigError> {
+    /// use buttress::{CircuitBreakerLayer, ConcurrencyLimitLayer, Health, health::Check};
+    ///
+    /// let health = Health::new();
+    /// let (breaker, limit) = (CircuitBreakerLayer::http(), ConcurrencyLimitLayer::new(100));
+    /// health.add(Check::watch("search", breaker.handle()).degrading())?;
+    /// let room = limit.handle();
+    /// health.add(Check::watch("queue", move || match room.snapshot().waiting {
+    ///     0..50 => Ok(()),
+    ///     waiting => Err(format!("{waiting} are waiting")),
+    /// }))?;
+    /// # Ok(()) }
+    /// ```
+    pub fn watch(name: &str, what: impl Indicator) -> Self {
+        Self::new(name, move || ready(what.indicate()))
+    }
+
+    /// Lets this check degrade the process and no more: it stays ready while this fails. By default it is not.
+    pub fn degrading(mut self) -> Self {
+        self.degrading = true;
+        self
+    }
+
+    /// How long to wait from the end of one look to the beginning of the next: 5 s by default, above zero.
+    pub fn every(mut self, wait: Duration) -> Self {
+        if let Some(wait) = self.accept(ConfigError::above_zero("every", wait)) {
+            self.schedule.every = wait;
+        }
+        self
+    }
+
+    /// Another [`every`](Self::every) from the first failed look to the one that makes all well again. Above
+    /// zero; the same by default.
+    pub fn every_while_down(mut self, wait: Duration) -> Self {
+        if let Some(wait) = self.accept(ConfigError::above_zero("every_while_down", wait)) {
+            self.schedule.every_while_down = Some(wait);
+        }
+        self
+    }
+
+    /// By how much of its time a wait may be longer, at random: 0.1 by default, from 0 to 1.
+    pub fn jitter(mut self, ratio: f64) -> Self {
+        if let Some(ratio) = self.accept(checked_jitter(ratio)) {
+            self.schedule.jitter = ratio;
+        }
+        self
+    }
+
+    /// How long a look may take: 1 s by default, above zero.
+    pub fn timeout(mut self, longest: Duration) -> Self {
+        if let Some(longest) = self.accept(ConfigError::above_zero("timeout", longest)) {
+            self.schedule.timeout = longest;
+        }
+        self
+    }
+
+    /// How many looks in a row must pass before a failed check passes again (1 by default), and how many must
+    /// fail before it fails (3 by default), each 1 or more. The very first success is enough.
+    pub fn thresholds(mut self, rise: u32, fall: u32) -> Self {
+        if let Some(thresholds) = self.accept(checked_thresholds(rise, fall)) {
+            self.thresholds = thresholds;
+        }
+        self
+    }
+
+    /// Remembers the first setting that cannot work.
+    fn accept<T>(&mut self, setting: Result<T, ConfigError>) -> Option<T> {
+        setting.map_err(|fault| self.fault.get_or_insert(fault).clone()).ok()
+    }
+
+    pub(super) fn start(self, health: &Health) -> Result<(), ConfigError> {
+        if let Some(fault) = self.fault {
+            return Err(fault);
+        }
+        let Ok(runtime) = Handle::try_current() else {
+            let remedy = "add it inside a Tokio runtime, which asks it";
+            return Err(ConfigError::new("check", self.name, remedy));
+        };
+        let registry = health.registry();
+        let entry = registry.enter(&self.name)?;
+        if self.degrading {
+            entry.degrades();
+            registry.tell();
+        }
+        let (rise, fall) = self.thresholds;
+        let runner = Runner {
+            registry: Arc::downgrade(registry),
+            entry: entry.clone(),
+            ask: self.ask,
+            schedule: self.schedule,
+            threshold: Threshold::new(rise, fall),
+        };
+        entry.runs_as(runtime.spawn(runner.run()).abort_handle());
+        Ok(())
+    }
+}
+
+/// Keeps no registry alive: the registry's end is its own.
+struct Runner {
+    registry: Weak<Registry>,
+    entry: Arc<Entry>,
+    ask: Box<dyn FnMut() -> Look + Send>,
+    schedule: Schedule,
+    threshold: Threshold,
+}
+
+impl Runner {
+    async fn run(mut self) {
+        let patience = self.schedule.patience();
+        loop {
+            self.entry.looks(patience);
+            let began = Instant::now();
+            let result = self.look().await;
+            let took = Instant::now().saturating_duration_since(began);
+            let failed = result.is_err();
+            let change = self.threshold.told(!failed);
+            if let (Some(_), Err(why)) = (change, &result) {
+                event!(WARN, check = self.entry.name(), reason = &**why, "check failed");
+                let _ = why;
+            } else if change.is_some() {
+                event!(INFO, check = self.entry.name(), "check passed");
+            }
+            let wait = self.schedule.wait(self.threshold.state(), failed);
+            self.entry.looked(result, Some(took));
+            self.entry.rests(wait, patience);
+            if let Some(to) = change {
+                self.publish(CheckState::of(to));
+            }
+            sleep(wait).await;
+        }
+    }
+
+    async fn look(&mut self) -> Result<(), String> {
+        let timeout = self.schedule.timeout;
+        let deadline = Schedule::deadline(timeout);
+        let ask = &mut self.ask;
+        let look = Caught::new(move || {
+            let look = ask();
+            async move { timeout_at(deadline, look).await }
+        });
+        match look.await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(format!("no result within {timeout:?}")),
+            Err(_) => Err("panicked".to_owned()),
+        }
+    }
+
+    fn publish(&self, state: CheckState) {
+        if self.entry.publish(state) {
+            if let Some(registry) = self.registry.upgrade() {
+                registry.tell();
+            }
+        }
+    }
+}
+
+impl Drop for Runner {
+    /// If the check is still listed, its runtime has ended, or has no timers.
+    fn drop(&mut self) {
+        self.entry.looked(Err("is not asked any more".into()), None);
+        self.publish(CheckState::Fail);
+    }
+}
+
+impl fmt::Debug for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Check")
+            .field("name", &self.name)
+            .field("degrading", &self.degrading)
+            .field("schedule", &self.schedule)
+            .field("thresholds", &self.thresholds)
+            .field("fault", &self.fault)
+            .finish_non_exhaustive()
+    }
+}

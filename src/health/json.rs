@@ -1,0 +1,132 @@
+//! `application/health+json` (draft-inadarei-api-health-check-06), with what each check took.
+
+use std::{
+    fmt::Write,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use bytes::Bytes;
+use http::Response;
+
+use super::{
+    answer::{status, typed},
+    registry::{CheckSnapshot, CheckState, HealthStatus},
+};
+
+pub(super) fn answer(
+    all: HealthStatus,
+    checks: &[CheckSnapshot],
+    with_reasons: bool,
+) -> Response<Bytes> {
+    let now = SystemTime::now();
+    let mut body = format!(r#"{{"status":"{all}""#);
+    for (n, check) in checks.iter().enumerate() {
+        body.push_str(if n == 0 { r#","checks":{"# } else { "," });
+        object(&mut body, check, with_reasons, now);
+    }
+    body.push_str(if checks.is_empty() { "}" } else { "}}" });
+    typed("application/health+json", status(all != HealthStatus::Fail), body.into())
+}
+
+fn object(body: &mut String, check: &CheckSnapshot, with_reasons: bool, now: SystemTime) {
+    // A name has nothing in it that JSON would want escaped.
+    let CheckSnapshot { name, critical, .. } = check;
+    let status = check.status();
+    let mut put = |what: std::fmt::Arguments<'_>| {
+        // Writing to a string does not fail.
+        let _ = body.write_fmt(what);
+    };
+    put(format_args!(r#""{name}":[{{"status":"{status}","critical":{critical}"#));
+    if let Some(healthy) = check.healthy {
+        put(format_args!(r#","healthy":{healthy}"#));
+    }
+    if let Some(took) = check.took {
+        put(format_args!(r#","response_time_ms":{:.3}"#, took.as_secs_f64() * 1000.0));
+    }
+    if let Some(age) = check.age {
+        put(format_args!(r#","last_check":"{}""#, rfc3339(now.checked_sub(age).unwrap_or(now))));
+    }
+    let why = match check.state {
+        CheckState::Pass => None,
+        CheckState::Unknown => Some("no verdict yet"),
+        CheckState::Fail if with_reasons => {
+            Some(check.reason.as_deref().unwrap_or("no reason given"))
+        }
+        CheckState::Fail => Some("reason withheld"),
+    };
+    if let Some(why) = why {
+        put(format_args!(r#","output":"{}""#, escaped(why)));
+    }
+    put(format_args!("}}]"));
+}
+
+fn escaped(text: &str) -> String {
+    let mut safe = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => safe.extend(['\\', c]),
+            // The registry keeps none of these; whoever changes that is safe here.
+            c if c.is_control() => safe.push(' '),
+            c => safe.push(c),
+        }
+    }
+    safe
+}
+
+/// Milliseconds, in UTC. Before 1970 is 1970.
+fn rfc3339(at: SystemTime) -> String {
+    let since = at.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    let (days, rest) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
+    let (year, month, day) = date(days);
+    let (hours, minutes, seconds) = (rest / 3600, rest / 60 % 60, rest % 60);
+    let millis = since.subsec_millis();
+    format!("{year:04}-{month:02}-{day:02}T{hours:02}:{minutes:02}:{seconds:02}.{millis:03}Z")
+}
+
+/// The Gregorian date of a day since 1970, counted in years that begin in March, so that the leap day is their
+/// last (Hinnant, "chrono-compatible low-level date algorithms").
+fn date(days: u64) -> (u64, u64, u64) {
+    let days = days + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let of_year = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * of_year + 2) / 153;
+    let of_month = of_year - (153 * month + 2) / 5 + 1;
+    let (month, next) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
+    (era * 400 + year + next, month, of_month)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates() {
+        for (seconds, written) in [
+            (0, "1970-01-01T00:00:00.000Z"),
+            (951_782_399, "2000-02-28T23:59:59.000Z"),
+            (951_782_400, "2000-02-29T00:00:00.000Z"),
+            (951_868_800, "2000-03-01T00:00:00.000Z"),
+            (1_709_164_800, "2024-02-29T00:00:00.000Z"),
+            (4_107_542_400, "2100-03-01T00:00:00.000Z"),
+            (1_735_689_599, "2024-12-31T23:59:59.000Z"),
+        ] {
+            assert_eq!(rfc3339(UNIX_EPOCH + Duration::from_secs(seconds)), written);
+        }
+        // Against another implementation, a day in each of six hundred years.
+        for n in 0..600 {
+            let at = UNIX_EPOCH + Duration::from_secs(n * 31_556_952 + 12_345);
+            let theirs = httpdate::fmt_http_date(at);
+            let ours = rfc3339(at);
+            assert_eq!(
+                (&ours[..4], &ours[8..10], &ours[11..19]),
+                (&theirs[12..16], &theirs[5..7], &theirs[17..25])
+            );
+        }
+    }
+
+    #[test]
+    fn hostile_reasons_stay_inside_of_their_string() {
+        assert_eq!(escaped("a\"},\\\n\u{7}ä"), r#"a\"},\\  ä"#);
+    }
+}

@@ -1,0 +1,6 @@
+//! The health room through its public API, with a paused clock. Modules are named so that `cargo test health`
+//! finds them.
+
+mod health_checks;
+mod health_endpoints;
+mod health_probe;
