@@ -66,6 +66,8 @@
 //! | `breaker` `retry` `limit` `health` | yes | the four layers |
 //! | `hyper` | yes | hyper's and h2's errors told apart: stale connections, refused streams, GOAWAY |
 //! | `tracing` | yes | one event per decision |
+//! | `lifecycle` | | [`Lifecycle`]: starting, ready, draining, stopping; signals; the pieces for tonic and hyper |
+//! | `serve` | | [`Lifecycle::serve`]: a server for axum that drains, on hyper-util |
 //! | `hyper-util` | | its client's connect errors told apart from later ones |
 //! | `reqwest` | | a service between `http` types and a `reqwest::Client`; a retry around that client itself |
 //! | `connections` | | a listener that caps its connections, for hyper |
@@ -113,6 +115,9 @@ pub mod deadline;
 #[cfg(feature = "health")]
 #[cfg_attr(docsrs, doc(cfg(feature = "health")))]
 pub mod health;
+#[cfg(feature = "lifecycle")]
+#[cfg_attr(docsrs, doc(cfg(feature = "lifecycle")))]
+pub mod lifecycle;
 #[cfg(feature = "limit")]
 #[cfg_attr(docsrs, doc(cfg(feature = "limit")))]
 pub mod limit;
@@ -135,6 +140,8 @@ pub use self::connect::ConnectLayer;
 use self::event::event;
 #[cfg(feature = "health")]
 pub use self::health::{Health, HealthProbe, HealthProbeLayer};
+#[cfg(feature = "lifecycle")]
+pub use self::lifecycle::Lifecycle;
 #[cfg(feature = "limit")]
 pub use self::limit::{ConcurrencyLimit, ConcurrencyLimitLayer};
 #[cfg(feature = "retry")]

@@ -19,7 +19,7 @@ impl<T: Finish> Shared<T> {
     }
 
     /// The right to make one call, given by this state.
-    #[cfg(any(feature = "breaker", feature = "limit", feature = "connect"))]
+    #[cfg(any(feature = "breaker", feature = "limit", feature = "connect", feature = "lifecycle"))]
     pub(crate) fn permit(&self, token: Token) -> Permit<T> {
         Permit { state: Some(self.clone()), token, drop_as: Outcome::cancelled() }
     }

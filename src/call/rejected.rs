@@ -43,6 +43,8 @@ pub enum RejectedKind {
     Unhealthy,
     /// The caller has used up what it is allowed: HTTP 429, gRPC `RESOURCE_EXHAUSTED`.
     Quota,
+    /// The process is about to end, and takes no new work.
+    ShuttingDown,
     /// The layer's configuration is wrong; the [`ConfigError`] is the source.
     Misconfigured,
 }
@@ -69,6 +71,7 @@ impl RejectedKind {
             Self::TimedOut(Phase::Deadline) => "timeout_deadline",
             Self::Unhealthy => "unhealthy",
             Self::Quota => "quota_exceeded",
+            Self::ShuttingDown => "shutting_down",
             Self::Misconfigured => "misconfigured",
         }
     }
@@ -119,6 +122,8 @@ pub enum LayerKind {
     ConcurrencyLimit,
     #[cfg(feature = "health")]
     HealthProbe,
+    #[cfg(feature = "lifecycle")]
+    Lifecycle,
     #[cfg(feature = "retry")]
     Retry,
     #[cfg(feature = "connect")]
@@ -142,6 +147,8 @@ impl LayerKind {
             Self::ConcurrencyLimit => "concurrency_limit",
             #[cfg(feature = "health")]
             Self::HealthProbe => "health_probe",
+            #[cfg(feature = "lifecycle")]
+            Self::Lifecycle => "lifecycle",
             #[cfg(feature = "retry")]
             Self::Retry => "retry",
             #[cfg(feature = "connect")]
@@ -285,6 +292,7 @@ impl fmt::Display for Rejected {
             RejectedKind::TimedOut(Phase::Deadline) => "deadline passed with the call under way",
             RejectedKind::Unhealthy => "what would be called is unhealthy",
             RejectedKind::Quota => "quota is used up",
+            RejectedKind::ShuttingDown => "shutting down",
             RejectedKind::Misconfigured => "layer is misconfigured",
         };
         write!(f, "rejected by {}", self.layer())?;

@@ -3,4 +3,5 @@
 
 mod health_checks;
 mod health_endpoints;
+mod health_lifecycle;
 mod health_probe;

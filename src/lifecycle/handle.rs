@@ -1,0 +1,186 @@
+use std::{fmt, future::Future, io, time::Duration};
+
+use tokio::runtime::Handle;
+
+use super::{
+    layer::LifecycleLayer,
+    signals::Signals,
+    state::{Phase, State, drive},
+    token::Drain,
+};
+use crate::{ConfigError, Health, call::Shared};
+
+/// A process from its start to its end: what it says of itself, and how it leaves without losing a request.
+///
+/// Clones are the same lifecycle. See the [module](crate::lifecycle).
+#[derive(Clone)]
+pub struct Lifecycle(pub(super) Shared<State>);
+
+/// How a drain ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Drained {
+    /// Calls that were cut, because they were still under way after the longest time.
+    pub cut_calls: usize,
+    /// Connections that were cut with them, where they are ours: those of `serve`.
+    pub cut_connections: usize,
+    /// Calls that came too late, and were refused.
+    pub refused: u64,
+}
+
+impl Lifecycle {
+    /// Starting, and armed: from here on `SIGTERM` and `SIGINT` (Ctrl-C, on Windows also a closed console) drain
+    /// the process, also while it is still starting. A second one ends the wait that is on at that moment.
+    ///
+    /// `health` gets a critical check of the name `lifecycle`, which passes while the process is ready.
+    ///
+    /// tokio keeps hold of a signal that it was once told to listen to: should the last handle, layer and token of
+    /// this lifecycle go before the process does, nothing listens any more.
+    ///
+    /// # Errors
+    ///
+    /// No Tokio runtime, signals that cannot be listened to, or a registry that has a check of this name.
+    ///
+    /// # Panics
+    ///
+    /// tokio's, in a runtime without IO.
+    pub fn new(health: &Health) -> Result<Self, ConfigError> {
+        Self::build(health, || Signals::arm().map(Some))
+    }
+
+    /// The same without signals: [`drain`](Self::drain) is called by whoever hears of the end.
+    ///
+    /// # Errors
+    ///
+    /// No Tokio runtime, or a registry that has a check named `lifecycle`.
+    pub fn without_signals(health: &Health) -> Result<Self, ConfigError> {
+        Self::build(health, || Ok(None))
+    }
+
+    fn build(
+        health: &Health,
+        signals: impl FnOnce() -> io::Result<Option<Signals>>,
+    ) -> Result<Self, ConfigError> {
+        let runtime = Handle::try_current().map_err(|error| {
+            ConfigError::new("lifecycle", error, "build it inside a Tokio runtime")
+        })?;
+        let reporter = health.reporter("lifecycle")?;
+        let signals = signals().map_err(|error| {
+            let remedy = "use `without_signals`, and call `drain` yourself";
+            ConfigError::new("lifecycle.signals", error, remedy)
+        })?;
+        let state = Shared::new(State::new(reporter));
+        let (weak, asked) = (state.downgrade(), state.asked());
+        let driver = runtime.spawn(async move {
+            let drive = drive(weak.clone(), asked);
+            match signals {
+                None => drive.await,
+                Some(signals) => {
+                    // Both are asked in one task: one thing to end.
+                    tokio::join!(drive, signals.pass_on(weak));
+                }
+            }
+        });
+        state.driven_by(driver.abort_handle());
+        Ok(Self(state))
+    }
+
+    /// How long traffic goes on after the process has said that it is not ready: 5 s by default. As long as it
+    /// takes until all who route to it know; zero where nobody does.
+    #[must_use]
+    pub fn delay(self, delay: Duration) -> Self {
+        self.0.times(|times| times.delay = delay);
+        self
+    }
+
+    /// How long what is under way may take after the delay, before it is cut: 20 s by default. Together with the
+    /// [`delay`](Self::delay) less than what kills the process anyway: Kubernetes'
+    /// `terminationGracePeriodSeconds`, 30 s by default.
+    #[must_use]
+    pub fn longest(self, longest: Duration) -> Self {
+        self.0.times(|times| times.longest = longest);
+        self
+    }
+
+    // ===== Going on =====
+
+    /// The start is over. Without effect once the drain has begun.
+    pub fn ready(&self) {
+        self.0.go_to(Phase::Ready);
+    }
+
+    /// Begins to drain, as a signal does; a second time ends the wait that is on at that moment.
+    pub fn drain(&self) {
+        self.0.ask_to_end();
+    }
+
+    // ===== Looking =====
+
+    /// Where the process is.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.0.phase()
+    }
+
+    /// Calls under way, each to the end of its body, as the [layer](Self::layer) counts them.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.0.in_flight()
+    }
+
+    /// Calls that came too late.
+    #[must_use]
+    pub fn refused(&self) -> u64 {
+        self.0.refused()
+    }
+
+    /// Waits until the phase is another than now, and tells it. Dropping the future is harmless.
+    pub async fn changed(&self) -> Phase {
+        self.0.changed().await
+    }
+
+    // ===== The pieces =====
+
+    /// Counts calls, and refuses them once the process stops: see [`LifecycleLayer`].
+    pub fn layer(&self) -> LifecycleLayer {
+        LifecycleLayer::new(self.0.clone())
+    }
+
+    /// A token that tells work other than calls when to end.
+    #[must_use]
+    pub fn token(&self) -> Drain {
+        Drain::new(self.0.clone())
+    }
+
+    /// Done when the delay is over: what a server's own graceful shutdown wants to be given.
+    pub fn stopping(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.token().stopping()
+    }
+
+    /// Runs a server that shuts down by itself, once told by [`stopping`](Self::stopping), and gives up on it after
+    /// the [longest](Self::longest) time.
+    ///
+    /// It is dropped then. tonic and axum leave the tasks of their connections behind: they are cut when the
+    /// runtime ends, so return from `main`.
+    ///
+    /// # Errors
+    ///
+    /// The server's.
+    pub async fn run<T, E>(
+        &self,
+        server: impl Future<Output = Result<T, E>>,
+    ) -> Result<Drained, E> {
+        let cut_calls = tokio::select! {
+            biased;
+            ended = server => ended.map(|_| 0)?,
+            () = self.0.reached(Phase::Stopped) => self.in_flight(),
+        };
+        Ok(Drained { cut_calls, cut_connections: 0, refused: self.refused() })
+    }
+}
+
+impl fmt::Debug for Lifecycle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Lifecycle").field(&*self.0).finish()
+    }
+}

@@ -1,0 +1,165 @@
+use std::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use http::{HeaderValue, Request, Response, Version, header};
+use http_body::Body;
+use pin_project_lite::pin_project;
+use tower_layer::Layer;
+use tower_service::Service;
+
+use super::{
+    state::{Phase, State},
+    token::Drain,
+};
+use crate::{
+    admission::{Admission, ResponseFuture, Reusable},
+    call::{Finish, Http, Judge, Permit, Respond, Shared, TrackedBody},
+};
+
+/// Counts calls to the end of their bodies, puts a [`Drain`] into every request's extensions, and refuses calls
+/// once the process stops: 503 (gRPC `UNAVAILABLE`). From the beginning of the drain on, answers over HTTP/1 say
+/// `Connection: close`.
+///
+/// Made by [`Lifecycle::layer`](super::Lifecycle::layer). It goes outermost, but under the health endpoints, which
+/// answer to the end. `serve` puts it there by itself.
+#[derive(Clone)]
+#[must_use = "a layer does nothing until it wraps a service"]
+pub struct LifecycleLayer {
+    state: Shared<State>,
+}
+
+impl LifecycleLayer {
+    pub(super) fn new(state: Shared<State>) -> Self {
+        Self { state }
+    }
+}
+
+impl<S> Layer<S> for LifecycleLayer {
+    type Service = WithLifecycle<S>;
+
+    fn layer(&self, inner: S) -> WithLifecycle<S> {
+        let (state, follow) = (self.state.clone(), Follow(self.state.clone()));
+        WithLifecycle { admission: Admission::new(inner, state, follow, Respond, None) }
+    }
+}
+
+/// The service of a [`LifecycleLayer`].
+#[derive(Clone)]
+pub struct WithLifecycle<S> {
+    admission: Admission<S, Shared<State>, Follow, Respond>,
+}
+
+impl<S> WithLifecycle<S> {
+    /// The wrapped service.
+    pub fn get_ref(&self) -> &S {
+        self.admission.inner()
+    }
+}
+
+impl<S, ReqB, B> Service<Request<ReqB>> for WithLifecycle<S>
+where
+    S: Service<Request<ReqB>, Response = Response<B>, Error: 'static> + Reusable,
+    B: Body<Data: From<Bytes>>,
+{
+    type Response = Response<TrackedBody<B>>;
+    type Error = S::Error;
+    type Future = LifecycleFuture<
+        ResponseFuture<S, Request<ReqB>, S::Future, (), Shared<State>, Follow, Respond>,
+    >;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        Service::<Request<ReqB>>::poll_ready(&mut self.admission, cx)
+    }
+
+    fn call(&mut self, request: Request<ReqB>) -> Self::Future {
+        // HTTP/2 knows no such header.
+        let closes = request.version() < Version::HTTP_2;
+        let state = closes.then(|| self.admission.policy().clone());
+        LifecycleFuture { future: self.admission.call(request), state }
+    }
+}
+
+pin_project! {
+    /// The future of a [`WithLifecycle`]'s call.
+    pub struct LifecycleFuture<F> {
+        #[pin]
+        future: F,
+        state: Option<Shared<State>>,
+    }
+}
+
+impl<F, B, E> Future for LifecycleFuture<F>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+{
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let mut response = ready!(this.future.poll(cx))?;
+        if this.state.as_ref().is_some_and(|state| state.phase() >= Phase::Draining) {
+            let headers = response.headers_mut();
+            // One that upgrades has said something else.
+            if !headers.contains_key(header::CONNECTION) {
+                headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+        }
+        Poll::Ready(Ok(response))
+    }
+}
+
+/// [`Http`], with a token in the request.
+#[derive(Clone)]
+pub struct Follow(Shared<State>);
+
+impl<ReqB, B, E> Judge<Request<ReqB>, Response<B>, E> for Follow
+where
+    B: Body,
+    E: 'static,
+{
+    type Response = Response<TrackedBody<B>>;
+    type Call = ();
+
+    fn begin<F: Finish>(&self, request: &mut Request<ReqB>, _: &mut Permit<F>) {
+        request.extensions_mut().insert(Drain::new(self.0.clone()));
+    }
+
+    fn complete<F: Finish>(
+        (): (),
+        result: Result<Response<B>, E>,
+        permit: Permit<F>,
+    ) -> Result<Self::Response, E> {
+        <Http as Judge<Request<ReqB>, Response<B>, E>>::complete((), result, permit)
+    }
+}
+
+impl fmt::Debug for LifecycleLayer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LifecycleLayer").field("state", &self.state).finish()
+    }
+}
+
+impl<S> fmt::Debug for WithLifecycle<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WithLifecycle")
+            .field("state", self.admission.policy())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<F> fmt::Debug for LifecycleFuture<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LifecycleFuture")
+    }
+}
+
+impl fmt::Debug for Follow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Follow")
+    }
+}

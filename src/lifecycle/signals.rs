@@ -1,0 +1,66 @@
+use std::{io, sync::Weak};
+
+use super::state::State;
+
+/// The signals that ask a process to end. From here on they do no more than that.
+pub(super) struct Signals {
+    #[cfg(unix)]
+    terminate: tokio::signal::unix::Signal,
+    #[cfg(unix)]
+    interrupt: tokio::signal::unix::Signal,
+    #[cfg(windows)]
+    interrupt: tokio::signal::windows::CtrlC,
+    #[cfg(windows)]
+    close: tokio::signal::windows::CtrlClose,
+}
+
+impl Signals {
+    #[cfg(unix)]
+    pub(super) fn arm() -> io::Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    #[cfg(windows)]
+    pub(super) fn arm() -> io::Result<Self> {
+        use tokio::signal::windows;
+        Ok(Self { interrupt: windows::ctrl_c()?, close: windows::ctrl_close()? })
+    }
+
+    #[cfg(not(any(unix, windows)))]
+    pub(super) fn arm() -> io::Result<Self> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    #[cfg(unix)]
+    async fn next(&mut self) -> Option<()> {
+        tokio::select! {
+            told = self.terminate.recv() => told,
+            told = self.interrupt.recv() => told,
+        }
+    }
+
+    #[cfg(windows)]
+    async fn next(&mut self) -> Option<()> {
+        tokio::select! {
+            told = self.interrupt.recv() => told,
+            told = self.close.recv() => told,
+        }
+    }
+
+    #[cfg(not(any(unix, windows)))]
+    async fn next(&mut self) -> Option<()> {
+        None
+    }
+
+    /// Passes them on for as long as there is somebody to pass them on to.
+    pub(super) async fn pass_on(mut self, state: Weak<State>) {
+        while self.next().await.is_some() {
+            let Some(state) = state.upgrade() else { return };
+            state.ask_to_end();
+        }
+    }
+}

@@ -1,0 +1,270 @@
+use std::{
+    fmt,
+    future::{Ready, pending},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError, Weak,
+        atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    sync::{Notify, watch},
+    task::AbortHandle,
+    time::{Instant, sleep},
+};
+
+use crate::{
+    admission::{Admit, Policy},
+    call::{Finish, Hold, LayerKind, Outcome, Permit, Rejected, RejectedKind, Shared, Token},
+    event,
+    health::Reporter,
+};
+
+/// Where a process is between its start and its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Phase {
+    /// Not ready yet; calls that come all the same are answered.
+    Starting,
+    /// Ready.
+    Ready,
+    /// Not ready any more, and traffic goes on until all who route it know.
+    Draining,
+    /// New work is refused, connections are closed as they become idle, streams are told to end.
+    Stopping,
+    /// The longest time is over: what is still there is cut.
+    Stopped,
+}
+
+impl Phase {
+    /// `starting`, `ready`, `draining`, `stopping` or `stopped`.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Draining => "draining",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What a lifecycle's handles, layers and tokens share.
+pub struct State {
+    /// What a call looks at: the phase as a number.
+    now: AtomicU8,
+    phase: watch::Sender<Phase>,
+    /// How often it was asked to end: once to drain, once more to hurry.
+    asked: watch::Sender<u32>,
+    in_flight: AtomicUsize,
+    refused: AtomicU64,
+    times: Mutex<Times>,
+    reporter: Reporter,
+    /// Wakes who waits for an inner service that it must not be called any more.
+    shut: Arc<Notify>,
+    driver: OnceLock<AbortHandle>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Times {
+    pub(super) delay: Duration,
+    pub(super) longest: Duration,
+}
+
+impl State {
+    pub(super) fn new(reporter: Reporter) -> Self {
+        Self {
+            now: AtomicU8::new(Phase::Starting as u8),
+            phase: watch::Sender::new(Phase::Starting),
+            asked: watch::Sender::new(0),
+            in_flight: AtomicUsize::new(0),
+            refused: AtomicU64::new(0),
+            times: Mutex::new(Times {
+                delay: Duration::from_secs(5),
+                longest: Duration::from_secs(20),
+            }),
+            reporter,
+            shut: Arc::default(),
+            driver: OnceLock::new(),
+        }
+    }
+
+    pub(super) fn driven_by(&self, driver: AbortHandle) {
+        let _ = self.driver.set(driver);
+    }
+
+    pub(super) fn times<T>(&self, with: impl FnOnce(&mut Times) -> T) -> T {
+        with(&mut self.times.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    // ===== Looking =====
+
+    pub(super) fn phase(&self) -> Phase {
+        match self.now.load(SeqCst) {
+            0 => Phase::Starting,
+            1 => Phase::Ready,
+            2 => Phase::Draining,
+            3 => Phase::Stopping,
+            _ => Phase::Stopped,
+        }
+    }
+
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight.load(SeqCst)
+    }
+
+    pub(super) fn refused(&self) -> u64 {
+        self.refused.load(SeqCst)
+    }
+
+    /// Waits until it has come to `phase`, or is further.
+    pub(super) async fn reached(&self, phase: Phase) {
+        let mut seen = self.phase.subscribe();
+        if seen.wait_for(|now| *now >= phase).await.is_err() {
+            // The sender is in `self`.
+            pending().await
+        }
+    }
+
+    pub(super) async fn changed(&self) -> Phase {
+        let mut seen = self.phase.subscribe();
+        let before = *seen.borrow_and_update();
+        let now = seen.wait_for(|now| *now != before).await.map(|now| *now);
+        match now {
+            Ok(now) => now,
+            Err(_) => pending().await,
+        }
+    }
+
+    // ===== Going on =====
+
+    /// Never back.
+    pub(super) fn go_to(&self, next: Phase) {
+        let went = self.phase.send_if_modified(|now| {
+            if next <= *now {
+                return false;
+            }
+            *now = next;
+            self.now.store(next as u8, SeqCst);
+            // Here, so that two who go on at once report in the same order.
+            match next {
+                Phase::Starting => {}
+                Phase::Ready => self.reporter.pass(),
+                phase => self.reporter.fail_because(phase.as_str()),
+            }
+            true
+        });
+        if went {
+            if !self.is_open() {
+                self.shut.notify_waiters();
+            }
+            event!(INFO, phase = next.as_str(), in_flight = self.in_flight(), "lifecycle");
+        }
+    }
+
+    pub(super) fn ask_to_end(&self) {
+        self.asked.send_modify(|asked| *asked = asked.saturating_add(1));
+    }
+
+    pub(super) fn asked(&self) -> watch::Receiver<u32> {
+        self.asked.subscribe()
+    }
+
+    fn is_open(&self) -> bool {
+        self.phase() < Phase::Stopping
+    }
+}
+
+/// Goes through the phases once it is asked to; twice, and it hurries.
+pub(super) async fn drive(state: Weak<State>, mut asked: watch::Receiver<u32>) {
+    // An error is the end of the state.
+    if asked.wait_for(|asked| *asked > 0).await.is_err() {
+        return;
+    }
+    for (phase, next) in [(Phase::Draining, Phase::Stopping), (Phase::Stopping, Phase::Stopped)] {
+        let Some(now) = state.upgrade() else { return };
+        now.go_to(phase);
+        let Times { delay, longest } = now.times(|times| *times);
+        drop(now);
+        let time = if phase == Phase::Draining { delay } else { longest };
+        let hurry = asked.wait_for(|asked| *asked > 1);
+        tokio::select! {
+            biased;
+            hurried = hurry => if hurried.is_err() { return },
+            () = sleep(time) => {}
+        }
+        if let Some(now) = state.upgrade() {
+            now.go_to(next);
+        }
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        if let Some(driver) = self.driver.get() {
+            driver.abort();
+        }
+    }
+}
+
+// ===== Calls =====
+
+impl<Req> Policy<Req> for Shared<State> {
+    type State = State;
+    type Wait = Ready<Result<Permit<State>, Rejected>>;
+
+    const LAYER: LayerKind = LayerKind::Lifecycle;
+
+    fn peek(&self) -> bool {
+        self.is_open()
+    }
+
+    fn admit(
+        &self,
+        _: &Req,
+        _: impl FnOnce() -> Option<Instant>,
+    ) -> Admit<Permit<State>, Self::Wait> {
+        // Counted first, looked at after: whoever sees the phase changed and nothing in flight is right.
+        self.in_flight.fetch_add(1, SeqCst);
+        let permit = self.permit(Token::default());
+        if self.is_open() {
+            return Admit::Go(permit);
+        }
+        self.refused.fetch_add(1, SeqCst);
+        event!(DEBUG, "call refused: shutting down");
+        let rejected = Rejected::by(LayerKind::Lifecycle, RejectedKind::ShuttingDown);
+        // Another instance can take it at once.
+        Admit::No(rejected.with_retry_after(Duration::ZERO))
+    }
+
+    fn shut(&self, permit: Option<&Permit<State>>) -> Option<Arc<Notify>> {
+        // What was accepted goes on, though it may have to wait.
+        permit.is_none().then(|| self.shut.clone())
+    }
+}
+
+impl Finish for State {
+    fn finish(&self, _: Token, _: Outcome) {
+        self.in_flight.fetch_sub(1, SeqCst);
+    }
+
+    fn hold(&self) -> Hold {
+        Hold::Body
+    }
+}
+
+impl fmt::Debug for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("State")
+            .field("phase", &self.phase())
+            .field("in_flight", &self.in_flight())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,409 @@
+//! A server that drains, over HTTP/1 and HTTP/2: what came before the signal is answered, what comes after the
+//! delay is not, and the end comes.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use axum::{Extension, Router, body::Body, extract::ConnectInfo, routing::get};
+use buttress::{
+    Health, Lifecycle,
+    lifecycle::{Drain, Drained, Phase},
+};
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+use http::StatusCode;
+use http_body_util::{BodyExt, Empty};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::{JoinHandle, JoinSet},
+    time::{Instant, sleep},
+};
+
+use crate::net::{Gauge, Stage, get as request, listener, soon, until};
+
+type Get = Client<HttpConnector, Empty<Bytes>>;
+
+fn http1() -> Get {
+    Client::builder(TokioExecutor::new()).build_http()
+}
+
+fn http2() -> Get {
+    Client::builder(TokioExecutor::new()).http2_only(true).build_http()
+}
+
+async fn ask(client: &Get, addr: SocketAddr, path: &str) -> Result<(StatusCode, Bytes), String> {
+    let response = client.request(request(addr, path)).await.map_err(|error| error.to_string())?;
+    let status = response.status();
+    let body = response.into_body().collect().await.map_err(|error| error.to_string())?;
+    Ok((status, body.to_bytes()))
+}
+
+/// One event, then one more when it is told to end.
+fn events(open: Gauge, drain: &Drain) -> Body {
+    let inside = open.enter();
+    let ticks = stream::once(async { "tick " }).chain(stream::pending());
+    let bye = stream::once(async move {
+        let _inside = inside;
+        "bye"
+    });
+    let stopping = Box::pin(drain.stopping());
+    Body::from_stream(ticks.take_until(stopping).chain(bye).map(Ok::<_, std::io::Error>))
+}
+
+struct Server {
+    addr: SocketAddr,
+    health: Health,
+    lifecycle: Lifecycle,
+    stage: Stage,
+    streams: Gauge,
+    quick: Arc<AtomicUsize>,
+    task: JoinHandle<Drained>,
+}
+
+async fn server(delay: Duration, longest: Duration) -> Server {
+    let health = Health::new();
+    let lifecycle = Lifecycle::without_signals(&health).unwrap().delay(delay).longest(longest);
+    let (stage, streams, quick) =
+        (Stage::default(), Gauge::default(), Arc::<AtomicUsize>::default());
+    let (work, open, hits) = (stage.clone(), streams.clone(), quick.clone());
+    let app = Router::new()
+        .route("/work", get(move || work.clone().plain()))
+        .route(
+            "/quick",
+            get(move || {
+                hits.fetch_add(1, SeqCst);
+                async { "quick" }
+            }),
+        )
+        .route("/events", get(async move |Extension(drain): Extension<Drain>| events(open, &drain)))
+        .route("/deaf", get(async || Body::from_stream(stream::pending::<Result<Bytes, String>>())))
+        .route("/peer", get(async |ConnectInfo(peer): ConnectInfo<SocketAddr>| peer.to_string()))
+        .layer(health.endpoints());
+    let (listener, addr) = listener().await;
+    let server = lifecycle.clone();
+    let task = tokio::spawn(async move {
+        server
+            .serve_each(listener, move |peer| app.clone().layer(Extension(ConnectInfo(peer))))
+            .await
+    });
+    lifecycle.ready();
+    Server { addr, health, lifecycle, stage, streams, quick, task }
+}
+
+/// A connection that has been used once, and is idle now.
+async fn idle(addr: SocketAddr) -> TcpStream {
+    let mut tcp = TcpStream::connect(addr).await.unwrap();
+    tcp.write_all(b"GET /quick HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"quick") {
+        let mut some = [0; 256];
+        let read = soon(tcp.read(&mut some)).await.unwrap();
+        assert!(read > 0, "closed too early");
+        answer.extend_from_slice(&some[..read]);
+    }
+    tcp
+}
+
+async fn is_closed(mut tcp: TcpStream) {
+    let read = soon(tcp.read(&mut [0; 16])).await;
+    assert!(matches!(read, Ok(0) | Err(_)), "an idle connection was told something");
+}
+
+async fn nothing_is_lost(client: impl Fn() -> Get) {
+    let (delay, longest) = (Duration::from_millis(800), Duration::from_secs(20));
+    let Server { addr, health, lifecycle, stage, streams, quick, task } =
+        server(delay, longest).await;
+
+    let mut calls = JoinSet::new();
+    // Some share a connection, where the protocol lets them.
+    let clients: Vec<_> = (0..20).map(|_| client()).collect();
+    for n in 0..200 {
+        let client = clients[n % clients.len()].clone();
+        calls.spawn(async move { ask(&client, addr, "/work").await });
+    }
+    let mut open = JoinSet::new();
+    for client in &clients {
+        let client = client.clone();
+        open.spawn(async move { ask(&client, addr, "/events").await });
+    }
+    let mut idles = Vec::new();
+    for _ in 0..10 {
+        idles.push(idle(addr).await);
+    }
+    until(|| stage.inside.now() == 200 && streams.now() == 20).await;
+    assert_eq!(soon(ask(&http1(), addr, "/readyz")).await.unwrap().0, 200);
+    assert_eq!(lifecycle.in_flight(), 220);
+
+    let began = Instant::now();
+    lifecycle.drain();
+    until(|| lifecycle.phase() == Phase::Draining).await;
+    assert!(!health.is_ready());
+    assert_eq!(soon(ask(&client(), addr, "/readyz")).await.unwrap().0, 503);
+    assert_eq!(soon(ask(&client(), addr, "/livez")).await.unwrap().0, 200);
+    // Traffic goes on, over new connections and old ones.
+    let new = soon(http1().request(request(addr, "/quick"))).await.unwrap();
+    assert_eq!(
+        (new.status().as_u16(), &new.headers()["connection"]),
+        (200, &"close".parse().unwrap())
+    );
+    assert_eq!(soon(ask(&clients[0], addr, "/quick")).await.unwrap().1, "quick");
+    assert!(soon(ask(&http1(), addr, "/peer")).await.unwrap().1.starts_with(b"127.0.0.1:"));
+
+    // More and more calls, each of which is answered if it got in.
+    let mut load = JoinSet::new();
+    for n in 0..8 {
+        let (client, lifecycle) = (if n < 4 { http1() } else { http2() }, lifecycle.clone());
+        load.spawn(async move {
+            for answered in 0..100_000 {
+                match ask(&client, addr, "/quick").await {
+                    Ok((StatusCode::OK, _)) => {}
+                    Ok((status, _)) => {
+                        assert_eq!(status, 503);
+                        assert!(
+                            lifecycle.phase() >= Phase::Stopping,
+                            "refused before the delay was over"
+                        );
+                        return answered;
+                    }
+                    Err(error) => {
+                        assert!(
+                            lifecycle.phase() >= Phase::Stopping,
+                            "lost before the delay was over: {error}"
+                        );
+                        return answered;
+                    }
+                }
+            }
+            panic!("the delay never ended")
+        });
+    }
+    let before = quick.load(SeqCst);
+    // Half of what is under way ends within the delay, the other half after it.
+    stage.gate.add_permits(100);
+    let mut answered = 0;
+    while answered < 100 {
+        assert_eq!(
+            soon(calls.join_next()).await.unwrap().unwrap().unwrap(),
+            (StatusCode::OK, "hello".into())
+        );
+        answered += 1;
+    }
+    soon(lifecycle.stopping()).await;
+    assert!(began.elapsed() >= delay);
+    let mut load_answered = 0;
+    while let Some(n) = soon(load.join_next()).await {
+        load_answered += n.unwrap();
+    }
+    assert!(load_answered > 0 && quick.load(SeqCst) >= before);
+
+    // Streams get their end, not a cut; idle connections are closed.
+    while let Some(stream) = soon(open.join_next()).await {
+        assert_eq!(stream.unwrap().unwrap(), (StatusCode::OK, "tick bye".into()));
+    }
+    for tcp in idles {
+        is_closed(tcp).await;
+    }
+    let served = quick.load(SeqCst);
+    for _ in 0..20 {
+        assert!(soon(ask(&client(), addr, "/quick")).await.is_err(), "nobody listens");
+    }
+    assert_eq!(quick.load(SeqCst), served, "accepted after the delay");
+
+    assert!(!task.is_finished(), "it waits for who is still inside");
+    stage.gate.add_permits(100);
+    while let Some(call) = soon(calls.join_next()).await {
+        assert_eq!(call.unwrap().unwrap(), (StatusCode::OK, "hello".into()));
+    }
+    let drained = soon(task).await.unwrap();
+    assert_eq!((drained.cut_calls, drained.cut_connections), (0, 0));
+    assert!(began.elapsed() < longest);
+    assert_eq!((lifecycle.in_flight(), stage.inside.total(), streams.total()), (0, 200, 20));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_call_before_the_signal_is_lost_and_none_after_the_delay_is_taken() {
+    nothing_is_lost(http1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn over_http_2_too() {
+    nothing_is_lost(http2).await;
+}
+
+#[tokio::test]
+async fn what_never_ends_is_cut_after_the_longest_time_and_counted() {
+    for client in [http1, http2] {
+        let longest = Duration::from_millis(300);
+        let Server { addr, lifecycle, stage, task, .. } = server(Duration::ZERO, longest).await;
+        let mut calls = JoinSet::new();
+        for path in ["/work", "/work", "/work", "/deaf", "/deaf"] {
+            let client = client();
+            calls.spawn(async move { ask(&client, addr, path).await });
+        }
+        until(|| stage.inside.now() == 3 && lifecycle.in_flight() == 5).await;
+        let began = Instant::now();
+        lifecycle.drain();
+        let drained = soon(task).await.unwrap();
+        assert_eq!((drained.cut_calls, drained.cut_connections), (5, 5));
+        assert!(began.elapsed() >= longest);
+        while let Some(call) = soon(calls.join_next()).await {
+            assert!(call.unwrap().is_err(), "cut, and the client sees it");
+        }
+        until(|| lifecycle.in_flight() == 0 && stage.inside.now() == 0).await;
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_is_dropped_cuts_everything_at_once() {
+    let Server { addr, lifecycle, stage, task, .. } =
+        server(Duration::from_secs(60), Duration::from_secs(60)).await;
+    let call = tokio::spawn(async move { ask(&http1(), addr, "/work").await });
+    until(|| stage.inside.now() == 1).await;
+    task.abort();
+    assert!(soon(call).await.unwrap().is_err());
+    until(|| lifecycle.in_flight() == 0).await;
+}
+
+#[tokio::test]
+async fn under_a_server_that_knows_nothing_of_it_the_layer_refuses() {
+    let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap().delay(Duration::ZERO);
+    let app = Router::new().route("/", get(async || "well")).layer(lifecycle.layer());
+    let addr = crate::net::serve(app).await;
+    let client = http1();
+    assert_eq!(soon(ask(&client, addr, "/")).await.unwrap().0, 200);
+    lifecycle.drain();
+    soon(lifecycle.stopping()).await;
+    let refused = soon(client.request(request(addr, "/"))).await.unwrap();
+    assert_eq!(
+        (refused.status().as_u16(), &refused.headers()["connection"]),
+        (503, &"close".parse().unwrap())
+    );
+}
+
+/// The pieces alone: hyper's connection under our signal and our layer.
+#[tokio::test]
+async fn bare_hyper_drains_with_the_pieces() {
+    use hyper_util::{
+        rt::TokioIo, server::graceful::GracefulShutdown, service::TowerToHyperService,
+    };
+    use tower::Layer;
+
+    let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap().delay(Duration::ZERO);
+    let stage = Stage::default();
+    let work = stage.clone();
+    let app = Router::new().route("/work", get(move || work.clone().plain()));
+    let service = TowerToHyperService::new(lifecycle.layer().layer(app));
+    let ((listener, addr), end) = (listener().await, lifecycle.clone());
+    let server = tokio::spawn(async move {
+        let graceful = GracefulShutdown::new();
+        let stopping = end.stopping();
+        let server = async {
+            let mut stopping = std::pin::pin!(stopping);
+            loop {
+                let (stream, _) = tokio::select! {
+                    () = &mut stopping => break,
+                    accepted = listener.accept() => accepted?,
+                };
+                let connection = hyper::server::conn::http1::Builder::new()
+                    .serve_connection(TokioIo::new(stream), service.clone());
+                tokio::spawn(graceful.watch(connection));
+            }
+            graceful.shutdown().await;
+            Ok::<_, std::io::Error>(())
+        };
+        end.run(server).await
+    });
+    let call = tokio::spawn(async move { ask(&http1(), addr, "/work").await });
+    until(|| stage.inside.now() == 1).await;
+    lifecycle.drain();
+    soon(lifecycle.stopping()).await;
+    sleep(Duration::from_millis(20)).await;
+    assert!(!server.is_finished());
+    stage.open();
+    assert_eq!(soon(call).await.unwrap().unwrap().1, "hello");
+    assert_eq!(soon(server).await.unwrap().unwrap().cut_calls, 0);
+}
+
+/// This test is its own child process, which is sent a real signal.
+#[cfg(unix)]
+#[tokio::test]
+async fn a_real_sigterm_drains_the_process() {
+    use std::process::Stdio;
+    use tokio::io::{AsyncBufReadExt, BufReader};
+
+    const CHILD: &str = "BUTTRESS_TEST_CHILD";
+    if std::env::var_os(CHILD).is_some() {
+        let health = Health::new();
+        let lifecycle = Lifecycle::new(&health).unwrap().delay(Duration::from_millis(300));
+        let app = Router::new()
+            .route(
+                "/slow",
+                get(async |Extension(drain): Extension<Drain>| {
+                    drain.stopping().await;
+                    "done"
+                }),
+            )
+            .layer(health.endpoints());
+        let (listener, addr) = listener().await;
+        println!("\nlistens on {addr}");
+        lifecycle.ready();
+        let drained = lifecycle.serve(listener, app).await;
+        println!("\ncut {}", drained.cut_calls);
+        return;
+    }
+
+    let name = "health_drain_http::a_real_sigterm_drains_the_process";
+    let mut child = tokio::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture"])
+        .env(CHILD, "1")
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let addr: SocketAddr = loop {
+        let line = soon(lines.next_line()).await.unwrap().expect("the child says where it listens");
+        if let Some(addr) = line.strip_prefix("listens on ") {
+            break addr.parse().unwrap();
+        }
+    };
+    let slow = tokio::spawn(async move { ask(&http1(), addr, "/slow").await });
+    while soon(ask(&http1(), addr, "/readyz")).await.unwrap().0 != 200 {}
+    let pid = child.id().unwrap().to_string();
+    let sent = tokio::process::Command::new("kill").args(["-TERM", &pid]).status();
+    assert!(soon(sent).await.unwrap().success());
+    // Not ready at once, and yet here.
+    until_status(addr, 503).await;
+    assert_eq!(soon(slow).await.unwrap().unwrap(), (StatusCode::OK, "done".into()));
+    assert!(soon(child.wait()).await.unwrap().success());
+    let mut cut = None;
+    while let Some(line) = soon(lines.next_line()).await.unwrap() {
+        cut = cut.or(line.strip_prefix("cut ").map(str::to_owned));
+    }
+    assert_eq!(cut.as_deref(), Some("0"));
+}
+
+#[cfg(unix)]
+async fn until_status(addr: SocketAddr, status: u16) {
+    soon(async {
+        loop {
+            match ask(&http1(), addr, "/readyz").await {
+                Ok((now, _)) if now == status => return,
+                Ok(_) => {}
+                Err(error) => panic!("gone before it was told to be: {error}"),
+            }
+        }
+    })
+    .await;
+}

@@ -1,0 +1,351 @@
+//! `Lifecycle` and its layer through their public API, with a paused clock.
+
+use std::{
+    convert::Infallible,
+    future::{Future, pending},
+    pin::Pin,
+    time::Duration,
+};
+
+use buttress::{
+    Health, Lifecycle, Rejected,
+    call::RejectedKind,
+    health::CheckState,
+    lifecycle::{Drain, Phase},
+};
+use bytes::Bytes;
+use http::{Request, Response, Version};
+use http_body::Body;
+use http_body_util::{BodyExt, Full, channel::Channel};
+use tokio::time::{Instant, sleep, timeout};
+use tower::{Layer, Service, ServiceExt, service_fn};
+
+type Req = Request<Full<Bytes>>;
+
+fn call() -> Req {
+    Request::new(Full::default())
+}
+
+fn lifecycle(health: &Health) -> Lifecycle {
+    let lifecycle = Lifecycle::without_signals(health).unwrap();
+    lifecycle.delay(Duration::from_secs(5)).longest(Duration::from_secs(20))
+}
+
+async fn within<T>(future: impl Future<Output = T>) -> T {
+    timeout(Duration::from_secs(3600), future).await.expect("in time")
+}
+
+fn alive_tasks() -> usize {
+    tokio::runtime::Handle::current().metrics().num_alive_tasks()
+}
+
+async fn settle() {
+    for _ in 0..50 {
+        tokio::task::yield_now().await;
+    }
+}
+
+fn app()
+-> impl Service<Req, Response = Response<Full<Bytes>>, Error = Infallible, Future: Send> + Clone {
+    service_fn(|_: Req| async { Ok(Response::new(Full::from("app"))) })
+}
+
+// ===== Phases =====
+
+#[tokio::test(start_paused = true)]
+async fn goes_through_its_phases_in_time_and_readiness_goes_along() {
+    let health = Health::new();
+    let lifecycle = lifecycle(&health);
+    assert_eq!((lifecycle.phase(), health.is_ready()), (Phase::Starting, false));
+    assert_eq!(health.check("lifecycle"), Some(CheckState::Unknown));
+    lifecycle.ready();
+    assert_eq!((lifecycle.phase(), health.is_ready()), (Phase::Ready, true));
+
+    let began = Instant::now();
+    let seen = tokio::spawn({
+        let lifecycle = lifecycle.clone();
+        async move {
+            let mut seen = Vec::new();
+            while lifecycle.phase() < Phase::Stopped {
+                let phase = lifecycle.changed().await;
+                seen.push((phase.as_str(), began.elapsed().as_secs()));
+            }
+            seen
+        }
+    });
+    settle().await;
+    lifecycle.drain();
+    settle().await;
+    assert_eq!((lifecycle.phase(), health.is_ready()), (Phase::Draining, false));
+    assert_eq!(health.snapshot().remove(0).reason.as_deref(), Some("draining"));
+    // Too late to say so.
+    lifecycle.ready();
+    assert!(!health.is_ready());
+    let seen = within(seen).await.unwrap();
+    assert_eq!(seen, [("draining", 0), ("stopping", 5), ("stopped", 25)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn drains_also_while_it_is_still_starting() {
+    let lifecycle = lifecycle(&Health::new());
+    lifecycle.drain();
+    within(lifecycle.stopping()).await;
+    lifecycle.ready();
+    assert_eq!(lifecycle.phase(), Phase::Stopping);
+}
+
+#[tokio::test(start_paused = true)]
+async fn asked_a_second_time_it_waits_no_longer() {
+    let lifecycle = lifecycle(&Health::new());
+    let began = Instant::now();
+    lifecycle.drain();
+    sleep(Duration::from_secs(1)).await;
+    lifecycle.drain();
+    within(async { while lifecycle.changed().await != Phase::Stopped {} }).await;
+    assert_eq!(began.elapsed(), Duration::from_secs(1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn times_set_after_the_layer_was_made_are_seen() {
+    let lifecycle = lifecycle(&Health::new());
+    let service = lifecycle.layer().layer(app());
+    let lifecycle = lifecycle.delay(Duration::ZERO).longest(Duration::MAX);
+    lifecycle.drain();
+    settle().await;
+    assert_eq!(lifecycle.phase(), Phase::Stopping);
+    assert_eq!(within(service.oneshot(call())).await.unwrap().status(), 503);
+    sleep(Duration::from_secs(86_400)).await;
+    assert_eq!(lifecycle.phase(), Phase::Stopping);
+}
+
+#[tokio::test(start_paused = true)]
+async fn leaks_no_task_and_its_check_goes_with_it() {
+    let health = Health::new();
+    for drained in [false, true] {
+        let lifecycle = lifecycle(&health);
+        let error = Lifecycle::without_signals(&health).unwrap_err();
+        assert_eq!(error.field, "check.name", "there is one already");
+        let (layer, token) = (lifecycle.layer(), lifecycle.token());
+        if drained {
+            lifecycle.drain();
+        }
+        settle().await;
+        drop((lifecycle, layer));
+        settle().await;
+        assert_eq!(alive_tasks(), 1, "the token keeps it");
+        drop(token);
+        settle().await;
+        assert_eq!((alive_tasks(), health.checks()), (0, vec![]));
+    }
+}
+
+#[test]
+fn without_a_runtime_it_is_a_typed_error() {
+    assert_eq!(Lifecycle::new(&Health::new()).unwrap_err().field, "lifecycle");
+}
+
+// ===== Calls =====
+
+#[tokio::test(start_paused = true)]
+async fn calls_go_until_the_delay_is_over_and_are_refused_then() {
+    let lifecycle = lifecycle(&Health::new());
+    let service = lifecycle.layer().layer(app());
+    let ask = async |request: Req| service.clone().oneshot(request).await.unwrap();
+    assert_eq!(ask(call()).await.status(), 200, "starting");
+    lifecycle.ready();
+    lifecycle.drain();
+    sleep(Duration::from_millis(4999)).await;
+    assert_eq!(ask(call()).await.status(), 200, "draining");
+    within(lifecycle.stopping()).await;
+    let refused = ask(call()).await;
+    assert_eq!(refused.status(), 503);
+    assert_eq!(refused.headers()["retry-after"], "1");
+    let why = refused.extensions().get::<Rejected>().unwrap();
+    assert_eq!((why.kind(), why.layer()), (RejectedKind::ShuttingDown, "lifecycle"));
+    let mut rpc = call();
+    rpc.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+    *rpc.version_mut() = Version::HTTP_2;
+    let refused = ask(rpc).await;
+    assert_eq!(
+        (refused.status().as_u16(), &refused.headers()["grpc-status"]),
+        (200, &"14".parse().unwrap())
+    );
+    assert_eq!((lifecycle.refused(), lifecycle.in_flight()), (2, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn http_1_is_told_to_close_from_the_drain_on() {
+    let lifecycle = lifecycle(&Health::new());
+    let service = lifecycle.layer().layer(service_fn(|request: Req| async move {
+        let mut response = Response::new(Full::<Bytes>::default());
+        if request.uri().path() == "/ws" {
+            response.headers_mut().insert("connection", "upgrade".parse().unwrap());
+        }
+        Ok::<_, Infallible>(response)
+    }));
+    let says = async |path: &str, version: Version| {
+        let request = Request::builder().uri(path).version(version).body(Full::default()).unwrap();
+        let response = service.clone().oneshot(request).await.unwrap();
+        response.headers().get("connection").map(|value| value.to_str().unwrap().to_owned())
+    };
+    assert_eq!(says("/", Version::HTTP_11).await, None);
+    lifecycle.drain();
+    for stopping in [false, true] {
+        settle().await;
+        assert_eq!(lifecycle.phase() == Phase::Stopping, stopping);
+        assert_eq!(says("/", Version::HTTP_11).await.as_deref(), Some("close"));
+        assert_eq!(says("/", Version::HTTP_10).await.as_deref(), Some("close"));
+        assert_eq!(says("/", Version::HTTP_2).await, None);
+        if !stopping {
+            assert_eq!(says("/ws", Version::HTTP_11).await.as_deref(), Some("upgrade"));
+        }
+        within(lifecycle.stopping()).await;
+    }
+}
+
+/// How a call ends.
+enum End {
+    BodyRead,
+    BodyDropped,
+    FutureDropped,
+    Unpolled,
+    Panics,
+    Fails,
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_counts_to_its_end_however_it_ends() {
+    let health = Health::new();
+    let lifecycle = lifecycle(&health);
+    type Answer =
+        Pin<Box<dyn Future<Output = Result<Response<Channel<Bytes>>, &'static str>> + Send>>;
+    for end in [
+        End::BodyRead,
+        End::BodyDropped,
+        End::FutureDropped,
+        End::Unpolled,
+        End::Panics,
+        End::Fails,
+    ] {
+        let (sender, body) = Channel::<Bytes>::new(1);
+        let mut body = Some(body);
+        let does: Box<dyn FnMut() -> Answer + Send> = match end {
+            End::BodyRead | End::BodyDropped => Box::new(move || {
+                let body = body.take().unwrap();
+                Box::pin(async { Ok(Response::new(body)) })
+            }),
+            End::FutureDropped | End::Unpolled => Box::new(|| Box::pin(pending())),
+            End::Panics => Box::new(|| Box::pin(async { panic!("as it is told") })),
+            End::Fails => Box::new(|| Box::pin(async { Err("failed") })),
+        };
+        let does = std::sync::Arc::new(std::sync::Mutex::new(does));
+        let mut service =
+            lifecycle.layer().layer(service_fn(move |_: Req| (does.lock().unwrap())()));
+        let future = service.ready().await.unwrap().call(call());
+        assert_eq!(lifecycle.in_flight(), 1);
+        match end {
+            End::BodyRead => {
+                let response = future.await.unwrap();
+                assert_eq!(lifecycle.in_flight(), 1, "the stream is still open");
+                drop(sender);
+                response.into_body().collect().await.unwrap();
+            }
+            End::BodyDropped => drop(future.await.unwrap()),
+            End::FutureDropped => {
+                let task = tokio::spawn(future);
+                settle().await;
+                task.abort();
+                assert!(task.await.unwrap_err().is_cancelled());
+            }
+            End::Unpolled => drop(future),
+            End::Panics => assert!(tokio::spawn(future).await.unwrap_err().is_panic()),
+            End::Fails => assert_eq!(future.await.unwrap_err(), "failed"),
+        }
+        assert_eq!(lifecycle.in_flight(), 0);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_token_in_the_request_tells_a_stream_to_end() {
+    let lifecycle = lifecycle(&Health::new());
+    let service = lifecycle.layer().layer(service_fn(|request: Req| async move {
+        let drain = Drain::of(request.extensions()).unwrap().clone();
+        let (mut sender, body) = Channel::<Bytes>::new(1);
+        tokio::spawn(async move {
+            sender.send_data("tick ".into()).await.unwrap();
+            drain.stopping().await;
+            assert!(drain.is_stopping());
+            sender.send_data("bye".into()).await.unwrap();
+        });
+        Ok::<_, Infallible>(Response::new(body))
+    }));
+    let began = Instant::now();
+    let response = service.oneshot(call()).await.unwrap();
+    assert!(!response.body().is_end_stream());
+    lifecycle.drain();
+    let told = within(response.into_body().collect()).await.unwrap().to_bytes();
+    assert_eq!((&*told, began.elapsed()), (&b"tick bye"[..], Duration::from_secs(5)));
+    assert_eq!(lifecycle.in_flight(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_does_not_end_is_given_up_on_and_what_is_left_is_counted() {
+    let lifecycle = lifecycle(&Health::new());
+    let mut service = lifecycle
+        .layer()
+        .layer(service_fn(|_: Req| pending::<Result<Response<Full<Bytes>>, Infallible>>()));
+    let _hangs = [
+        service.ready().await.unwrap().call(call()),
+        service.clone().ready().await.unwrap().call(call()),
+    ];
+    let began = Instant::now();
+    lifecycle.drain();
+    let drained = within(lifecycle.run(pending::<Result<(), Infallible>>())).await.unwrap();
+    assert_eq!((drained.cut_calls, began.elapsed()), (2, Duration::from_secs(25)));
+    // One that ends is believed, and so is its error.
+    let ended = lifecycle.run(async { Ok::<_, Infallible>(()) }).await.unwrap();
+    assert_eq!(ended.cut_calls, 0);
+    assert_eq!(
+        lifecycle.run(async { Err::<(), _>("port taken") }).await.unwrap_err(),
+        "port taken"
+    );
+}
+
+/// Ready when the gate says so.
+#[derive(Clone)]
+struct Gated(tokio::sync::watch::Receiver<bool>);
+
+impl Service<Req> for Gated {
+    type Response = Response<Full<Bytes>>;
+    type Error = Infallible;
+    type Future = std::future::Ready<Result<Self::Response, Infallible>>;
+
+    fn poll_ready(
+        &mut self,
+        cx: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Result<(), Infallible>> {
+        let open = std::pin::pin!(self.0.wait_for(|open| *open)).poll(cx);
+        open.map(|_| Ok(()))
+    }
+
+    fn call(&mut self, _: Req) -> Self::Future {
+        std::future::ready(Ok(Response::default()))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_the_service_when_the_stop_comes_is_told_at_once() {
+    let lifecycle = lifecycle(&Health::new());
+    let (_gate, gated) = tokio::sync::watch::channel(false);
+    let mut service = lifecycle.layer().layer(Gated(gated));
+    let waiting = tokio::spawn(service.clone().oneshot(call()));
+    lifecycle.drain();
+    settle().await;
+    assert!(!waiting.is_finished());
+    let began = Instant::now();
+    assert_eq!(within(waiting).await.unwrap().unwrap().status(), 503);
+    assert_eq!(began.elapsed(), Duration::from_secs(5));
+    // And who comes after that does not wait either.
+    assert_eq!(service.ready().await.unwrap().call(call()).await.unwrap().status(), 503);
+    assert_eq!(lifecycle.in_flight(), 0);
+}
