@@ -78,6 +78,7 @@
 //! | `config` | | [settings](config) from TOML, JSON or the environment, checked against each other and explained |
 //! | `percentile` | | hedges after a percentile of the latency as it is |
 //! | `tower-http` | | any classifier of `tower_http::classify` as it is |
+//! | `tonic-health` | | `grpc.health.v1` from the [`Health`] registry; needs Rust 1.88 |
 //! | `full` | | all of them |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![forbid(unsafe_code)]

@@ -116,6 +116,8 @@
 //! is; other paths and methods pass through. [`Health::service`] is the same for a port of its own, and for
 //! axum's `route_service` and `nest_service`.
 //!
+//! With the feature `tonic-health`, `Health::grpc` answers `grpc.health.v1` from the same checks, Check and Watch.
+//!
 //! # In the stack
 //!
 //! The endpoints go outermost. The gate goes right around the client, under the retry, the circuit breaker
@@ -156,6 +158,8 @@ mod caught;
 mod check;
 mod endpoints;
 mod gate;
+#[cfg(feature = "tonic-health")]
+mod grpc;
 mod handle;
 mod json;
 mod layer;
@@ -166,6 +170,9 @@ mod reporter;
 mod schedule;
 mod threshold;
 
+#[cfg(feature = "tonic-health")]
+#[cfg_attr(docsrs, doc(cfg(feature = "tonic-health")))]
+pub use self::grpc::{GrpcHealth, HealthWatch};
 pub use self::{
     check::Check,
     endpoints::{

@@ -42,6 +42,8 @@ pub(super) struct Registry {
     /// Counts the changes.
     version: AtomicU64,
     changed: Notify,
+    /// The process stops: who watches is told no more.
+    ended: AtomicBool,
 }
 
 /// One check, as the registry has it.
@@ -246,6 +248,10 @@ impl Health {
         self.is_ready()
     }
 
+    pub(super) fn has_ended(&self) -> bool {
+        self.0.ended.load(Ordering::Acquire)
+    }
+
     pub(super) fn version(&self) -> u64 {
         self.0.version.load(Ordering::Acquire)
     }
@@ -302,6 +308,11 @@ impl Registry {
     pub(super) fn tell(&self) {
         self.version.fetch_add(1, Ordering::AcqRel);
         self.changed.notify_waiters();
+    }
+
+    pub(super) fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+        self.tell();
     }
 
     pub(super) fn enter(&self, name: &str) -> Result<Arc<Entry>, ConfigError> {

@@ -64,6 +64,12 @@ impl Reporter {
         self.publish(CheckState::Fail);
     }
 
+    /// The process stops: streams that tell of its health come to their end.
+    #[cfg(feature = "lifecycle")]
+    pub(crate) fn end(&self) {
+        self.0.registry.end();
+    }
+
     /// A single look, which need not change what the check says.
     pub(super) fn looked(&self, result: Result<(), String>, took: Option<Duration>) {
         self.0.entry.looked(result, took);

@@ -164,6 +164,7 @@ impl State {
         if went {
             if !self.is_open() {
                 self.shut.notify_waiters();
+                self.reporter.end();
             }
             event!(INFO, phase = next.as_str(), in_flight = self.in_flight(), "lifecycle");
         }

@@ -202,9 +202,11 @@ async fn one_gate_for_all_routes_however_axum_applies_it() {
 }
 
 #[tokio::test]
-async fn a_tonic_server_answers_probes_too() {
+async fn a_tonic_server_answers_both_kinds_of_probe_from_one_registry() {
+    use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
+
     let health = Health::new();
-    let (_, service) = tonic_health::server::health_reporter();
+    let db = health.reporter("db").unwrap();
     let limit = ConcurrencyLimitLayer::new(1).respond();
     let incoming = tonic::transport::server::TcpIncoming::bind(([127, 0, 0, 1], 0).into()).unwrap();
     let addr = incoming.local_addr().unwrap();
@@ -213,17 +215,28 @@ async fn a_tonic_server_answers_probes_too() {
         .accept_http1(true)
         .layer(health.endpoints())
         .layer(limit)
-        .add_service(service)
+        .add_service(health.grpc().into_server())
         .serve_with_incoming(incoming);
     server.spawn(async move { serve.await.unwrap() });
 
-    assert_eq!(ask(Method::GET, addr, "/readyz").await.2, "ok");
     let url = format!("http://{addr}");
     let channel = tonic::transport::Endpoint::new(url).unwrap().connect_lazy();
     let mut client = tonic_health::pb::health_client::HealthClient::new(channel);
-    let asked = tonic_health::pb::HealthCheckRequest::default();
-    let answer = within(client.check(asked)).await.unwrap().into_inner();
-    assert_eq!(answer.status(), tonic_health::pb::health_check_response::ServingStatus::Serving);
+    for (passes, status, serving) in
+        [(false, 503, ServingStatus::NotServing), (true, 200, ServingStatus::Serving)]
+    {
+        if passes {
+            db.pass();
+        }
+        assert_eq!(ask(Method::GET, addr, "/readyz").await.0, status);
+        let answer = within(client.check(HealthCheckRequest::default())).await.unwrap();
+        assert_eq!(answer.into_inner().status(), serving);
+    }
+    let asked = HealthCheckRequest { service: "db".to_owned() };
+    let mut watch = within(client.watch(asked)).await.unwrap().into_inner();
+    assert_eq!(within(watch.message()).await.unwrap().unwrap().status(), ServingStatus::Serving);
+    db.fail();
+    assert_eq!(within(watch.message()).await.unwrap().unwrap().status(), ServingStatus::NotServing);
 }
 
 #[tokio::test]

@@ -3,5 +3,6 @@
 
 mod health_checks;
 mod health_endpoints;
+mod health_grpc;
 mod health_lifecycle;
 mod health_probe;
