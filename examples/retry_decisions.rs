@@ -266,7 +266,11 @@ async fn main() -> ExitCode {
             Ok(Told { attempts, charged }) if attempts.made > 1 => {
                 let by = if charged { Charged::Yes } else { Charged::No };
                 let budget = if charged { "charged" } else { "not charged" };
-                (Some(Ok(by)), format!("after {} ms, {budget}", attempts.waited.as_millis()))
+                // What the layer took the first attempt's end for, and what it did about it.
+                let told = attempts.each().first().map_or("not recorded".into(), |first| {
+                    format!("{:?}: after {} ms", first.outcome.reason(), first.waited.as_millis())
+                });
+                (Some(Ok(by)), format!("{told}, {budget}"))
             }
             Ok(Told { attempts, .. }) => (Some(Err(attempts.stop)), attempts.stop.to_string()),
             Err(error) => (None, error.to_string()),
