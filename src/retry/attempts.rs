@@ -2,7 +2,7 @@ use std::{error::Error, fmt, time::Duration};
 
 use http::Response;
 
-use super::policy::Stop;
+use super::stop::Stop;
 use crate::{BoxError, call::Outcome, error};
 
 /// What a retry did with one call: in the extensions of the response, and in the error.

@@ -9,12 +9,7 @@ use std::{
     time::Duration,
 };
 
-use super::{
-    budget::RetryBudget,
-    exchange::Rules,
-    policy::{Policy, Stop},
-    rules::Say,
-};
+use super::{budget::RetryBudget, exchange::Rules, policy::Policy, rules::Say, stop::Stop};
 use crate::call::Shared;
 
 /// The settings and the counts of one retry layer.

@@ -10,9 +10,10 @@ use super::{
     attempts::{Attempts, Tried},
     core::{Core, Settings},
     exchange::Numbered,
-    policy::{Again, Class, Facts, Policy, Repeatable, Stop, decide},
+    policy::{Again, Class, Facts, Policy, Repeatable, decide},
     rules::{FailureKind, PerKind},
     series::Series,
+    stop::Stop,
 };
 use crate::{
     call::{Deadline, Outcome, Reason},

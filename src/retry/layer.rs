@@ -7,6 +7,7 @@ use super::{
     backoff::Backoff,
     budget::RetryBudget,
     core::{Core, Settings},
+    handle::RetryHandle,
     policy::{Hint, Safe},
     rules::{Failure, FailureKind, Seen},
     series::Waits,
@@ -24,7 +25,7 @@ use crate::{
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct RetryLayer<M = Http> {
-    settings: Shared<Settings>,
+    pub(super) settings: Shared<Settings>,
     protocol: M,
     fault: Option<ConfigError>,
 }
@@ -152,40 +153,6 @@ impl<M> RetryLayer<M> {
         RetryLayer { settings: self.settings, protocol: Classify(classify), fault: self.fault }
     }
 
-    /// Waits, counts and charges as others do; what is safe to repeat stays as it is.
-    ///
-    /// | preset | attempts | backoff | budget | a server's hint |
-    /// |---|---|---|---|---|
-    /// | `Aws` | 3 | [`Backoff::aws`] | [`RetryBudget::aws`] | moves the wait by 5 s at most |
-    /// | `Envoy` | 2 | [`Backoff::envoy`] | as it is: Envoy's counts what is under way | up to half of it on top, up to 300 s |
-    /// | `Grpc` | 4 | [`Backoff::grpc`] | [`RetryBudget::grpc(10, 0.1)`](RetryBudget::grpc) | the exact wait |
-    /// | `Finagle` | 3 | [`Backoff::finagle`] | [`RetryBudget::finagle`] | as it is |
-    ///
-    /// gRPC's numbers, its budget's too, are those of gRFC A6's example: there is no default. One repeat of what
-    /// nobody has seen is free there, as A6 has it.
-    pub fn preset(self, preset: Preset) -> Self {
-        self.settings.set(|policy| {
-            (policy.hint, policy.transparent) = match preset {
-                Preset::Grpc => (Hint::Exact, 1),
-                Preset::Aws => (Hint::Within(Duration::from_secs(5)), 2),
-                Preset::Envoy => (Hint::AndHalf, 2),
-                Preset::Finagle => (Hint::Least, 2),
-            };
-        });
-        match preset {
-            Preset::Aws => self.attempts(3).backoff(Backoff::aws()).budget(RetryBudget::aws()),
-            Preset::Envoy => {
-                self.attempts(2).backoff(Backoff::envoy()).longest_wait(Duration::from_secs(300))
-            }
-            Preset::Grpc => {
-                self.attempts(4).backoff(Backoff::grpc()).budget(RetryBudget::grpc(10, 0.1))
-            }
-            Preset::Finagle => {
-                self.attempts(3).backoff(Backoff::finagle()).budget(RetryBudget::finagle())
-            }
-        }
-    }
-
     /// How far a server's hint can move a wait beyond what the backoff says: it lengthens the wait by so much at
     /// most, and never shortens it, instead of [ending the call](Self::longest_wait) where it is too long.
     pub fn hint_reach(self, reach: Duration) -> Self {
@@ -302,7 +269,7 @@ impl<M> RetryLayer<M> {
     /// Looks at what the layer does.
     #[must_use]
     pub fn handle(&self) -> RetryHandle {
-        RetryHandle(self.settings.clone())
+        RetryHandle::new(self.settings.clone())
     }
 
     /// The layer, or the first of its settings that cannot work. A layer with such a setting that is
@@ -336,52 +303,5 @@ impl<M> fmt::Debug for RetryLayer<M> {
             .field("settings", &*self.settings)
             .field("fault", &self.fault)
             .finish_non_exhaustive()
-    }
-}
-
-/// What [`RetryLayer::preset`] knows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Preset {
-    /// AWS SDKs, retry behaviour 2.1.
-    Aws,
-    /// Envoy's defaults.
-    Envoy,
-    /// gRFC A6.
-    Grpc,
-    /// Finagle's defaults.
-    Finagle,
-}
-
-/// Looks at a retry layer, from outside of the stack.
-#[derive(Clone, Debug)]
-pub struct RetryHandle(Shared<Settings>);
-
-/// A retry layer at one moment.
-#[derive(Clone, Copy, Debug, PartialEq)]
-#[non_exhaustive]
-pub struct RetrySnapshot {
-    /// How many attempts were made beside first ones.
-    pub retries: u64,
-    /// How many calls ended with a failure that would have been tried again, had a rule not said no.
-    pub gave_up: u64,
-    /// How many retries of this layer the budget denied.
-    pub budget_denied: u64,
-    /// How many retries the budget would allow now; none: there is no budget.
-    pub budget_balance: Option<f64>,
-}
-
-impl RetryHandle {
-    /// All there is to know at this moment.
-    #[must_use]
-    pub fn snapshot(&self) -> RetrySnapshot {
-        let [retries, gave_up, budget_denied] = self.0.counts();
-        let budget = self.0.budget();
-        RetrySnapshot {
-            retries,
-            gave_up,
-            budget_denied,
-            budget_balance: budget.as_ref().map(|budget| budget.balance()),
-        }
     }
 }

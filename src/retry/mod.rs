@@ -132,15 +132,18 @@ mod budget;
 mod core;
 mod course;
 mod exchange;
+mod handle;
 pub mod hedge;
 mod layer;
 mod peek;
 mod policy;
+mod preset;
 mod replay;
 mod rules;
 mod series;
 mod service;
 mod span;
+mod stop;
 mod weighed;
 
 #[cfg(feature = "reqwest")]
@@ -152,11 +155,13 @@ pub use self::{
     backoff::{Backoff, Delays},
     budget::RetryBudget,
     exchange::Replay,
+    handle::{RetryHandle, RetrySnapshot},
     hedge::{Hedge, HedgeCopy, HedgeFuture, HedgeHandle, HedgeLayer, HedgeSnapshot, Hedged},
-    layer::{Preset, RetryHandle, RetryLayer, RetrySnapshot},
+    layer::RetryLayer,
     peek::PeekedBody,
-    policy::Stop,
+    preset::Preset,
     replay::ReplayBody,
     rules::{Failure, FailureKind, Seen},
     service::{ResponseFuture, Retry},
+    stop::Stop,
 };

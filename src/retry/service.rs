@@ -18,9 +18,10 @@ use super::{
     core::Core,
     course::{Course, Kept, Wait},
     exchange::{Repeat, Weigh},
-    policy::{Class, Stop},
+    policy::Class,
     rules::Seen,
     span::Span,
+    stop::Stop,
     weighed::{Weighed, Weight},
 };
 use crate::{

@@ -9,7 +9,8 @@ use super::{
     super::{
         attempts::Attempts,
         hedge::Hedged,
-        policy::{Class, Repeatable, Safe, Stop},
+        policy::{Class, Repeatable, Safe},
+        stop::Stop,
     },
     Numbered, Repeat, Replay, Rules, Weigh,
 };

@@ -4,9 +4,12 @@ use std::fmt;
 
 use http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version};
 
-use super::super::{
-    policy::{Repeatable, Safe},
-    replay::{ReplayBody, Tape},
+use super::{
+    super::{
+        policy::{Repeatable, Safe},
+        replay::{ReplayBody, Tape},
+    },
+    Rules,
 };
 use crate::call::Deadline;
 
@@ -92,6 +95,13 @@ pub(super) fn is_safe(method: &Method, by: &Safe, keyed: impl FnOnce() -> bool) 
         ),
     };
     idempotent || keyed()
+}
+
+impl Rules<'_> {
+    #[inline]
+    pub(super) fn keeps(&self, method: &Method, headers: &HeaderMap) -> bool {
+        !self.never && self.only.is_none_or(|by| is_safe(method, by, || keyed(headers)))
+    }
 }
 
 pub(super) fn keyed(headers: &HeaderMap) -> bool {

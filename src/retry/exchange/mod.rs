@@ -5,6 +5,7 @@ mod http;
 mod kept;
 #[cfg(feature = "reqwest")]
 mod reqwest;
+mod weigh;
 
 #[cfg(feature = "reqwest")]
 pub use self::reqwest::Reqwest;

@@ -18,6 +18,7 @@ use super::{
     },
     Numbered, Repeat, Rules, Weigh, http,
     kept::{is_safe, keyed},
+    weigh::{of_reason, weigh_parts},
 };
 use crate::{
     BoxError,
@@ -92,7 +93,7 @@ impl Held {
 
 fn weigh_error(error: &(dyn std::error::Error + 'static)) -> (Class, Outcome) {
     let outcome = rule::of_error(error);
-    (http::of_reason(outcome), outcome)
+    (of_reason(outcome), outcome)
 }
 
 impl Weigh<Response, Error> for Reqwest {
@@ -106,7 +107,7 @@ impl Weigh<Response, Error> for Reqwest {
         Some(match result {
             Ok(response) => {
                 let (status, headers) = (response.status(), response.headers());
-                let weight = http::weigh_parts(status, headers, response.extensions());
+                let weight = weigh_parts(status, headers, response.extensions());
                 // gRPC's trailers are not to be had from it.
                 weight.unwrap_or((Class::Final, Outcome::success()))
             }

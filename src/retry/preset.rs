@@ -1,0 +1,55 @@
+//! As others retry.
+
+use std::time::Duration;
+
+use super::{backoff::Backoff, budget::RetryBudget, layer::RetryLayer, policy::Hint};
+
+/// What [`RetryLayer::preset`] knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Preset {
+    /// AWS SDKs, retry behaviour 2.1.
+    Aws,
+    /// Envoy's defaults.
+    Envoy,
+    /// gRFC A6.
+    Grpc,
+    /// Finagle's defaults.
+    Finagle,
+}
+
+impl<M> RetryLayer<M> {
+    /// Waits, counts and charges as others do; what is safe to repeat stays as it is.
+    ///
+    /// | preset | attempts | backoff | budget | a server's hint |
+    /// |---|---|---|---|---|
+    /// | `Aws` | 3 | [`Backoff::aws`] | [`RetryBudget::aws`] | moves the wait by 5 s at most |
+    /// | `Envoy` | 2 | [`Backoff::envoy`] | as it is: Envoy's counts what is under way | up to half of it on top, up to 300 s |
+    /// | `Grpc` | 4 | [`Backoff::grpc`] | [`RetryBudget::grpc(10, 0.1)`](RetryBudget::grpc) | the exact wait |
+    /// | `Finagle` | 3 | [`Backoff::finagle`] | [`RetryBudget::finagle`] | as it is |
+    ///
+    /// gRPC's numbers, its budget's too, are those of gRFC A6's example: there is no default. One repeat of what
+    /// nobody has seen is free there, as A6 has it.
+    pub fn preset(self, preset: Preset) -> Self {
+        self.settings.set(|policy| {
+            (policy.hint, policy.transparent) = match preset {
+                Preset::Grpc => (Hint::Exact, 1),
+                Preset::Aws => (Hint::Within(Duration::from_secs(5)), 2),
+                Preset::Envoy => (Hint::AndHalf, 2),
+                Preset::Finagle => (Hint::Least, 2),
+            };
+        });
+        match preset {
+            Preset::Aws => self.attempts(3).backoff(Backoff::aws()).budget(RetryBudget::aws()),
+            Preset::Envoy => {
+                self.attempts(2).backoff(Backoff::envoy()).longest_wait(Duration::from_secs(300))
+            }
+            Preset::Grpc => {
+                self.attempts(4).backoff(Backoff::grpc()).budget(RetryBudget::grpc(10, 0.1))
+            }
+            Preset::Finagle => {
+                self.attempts(3).backoff(Backoff::finagle()).budget(RetryBudget::finagle())
+            }
+        }
+    }
+}
