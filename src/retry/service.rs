@@ -22,7 +22,7 @@ use super::{
     rules::Seen,
     span::Span,
     stop::Stop,
-    weighed::{Weighed, Weight},
+    weighed::{Head, Weighed, is_good},
 };
 use crate::{
     admission::Reusable,
@@ -140,25 +140,28 @@ where
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         loop {
             let this = self.as_mut().project();
-            if let StateProj::Calling { attempt } = this.state.project() {
+            if let StateProj::Calling { mut attempt } = this.state.project() {
                 let until = || until::<S, Req, M>(this.core, this.kept.as_ref());
-                let give = || {
-                    let give = this.course.is_none() && !this.core.settings.says();
-                    if give {
-                        this.core.answered();
-                    }
-                    give
-                };
                 let entered = this.span.enter();
-                let weight = ready!(attempt.poll(&*this.protocol, give, until, cx));
-                drop(entered);
-                match weight {
-                    Weight::Given(answer) => return Poll::Ready(answer),
-                    weight => {
-                        if let Some(end) = self.as_mut().ended(weight) {
-                            return Poll::Ready(end);
+                let late = match ready!(attempt.as_mut().poll_head(until, cx)) {
+                    Head::Here(result) => {
+                        let weight = this.protocol.weigh(&result);
+                        let plain = this.course.is_none() && !this.core.settings.says();
+                        if plain && weight.is_some_and(is_good) {
+                            this.core.answered();
+                            return Poll::Ready(M::give(result));
                         }
+                        attempt.as_mut().hold(M::hold(result, weight));
+                        false
                     }
+                    Head::Held => false,
+                    Head::Late => true,
+                };
+                let weight =
+                    if late { None } else { Some(ready!(attempt.poll_weigh::<M, _, _>(cx))) };
+                drop(entered);
+                if let Some(end) = self.as_mut().ended(weight) {
+                    return Poll::Ready(end);
                 }
             }
             if let Some(end) = ready!(self.as_mut().poll_between(cx)) {
@@ -188,17 +191,15 @@ where
     S: Service<M::Request> + Clone,
     M: Repeat<Req> + Weigh<S::Response, S::Error>,
 {
-    /// An attempt is over, and so is the call; or its answer is to be discarded.
+    /// An attempt is over, and so is the call; or its answer is to be discarded. None: it did not answer in time.
     fn ended(
         mut self: Pin<&mut Self>,
-        weight: Weight<Result<M::Response, M::Error>>,
+        weight: Option<(Class, Outcome)>,
     ) -> Option<Result<M::Response, M::Error>> {
         let mut this = self.as_mut().project();
         let kept = this.kept.as_ref();
         let (held, (mut class, mut outcome)) = match (weight, this.state.as_mut().project()) {
-            (Weight::Held(class, outcome), StateProj::Calling { attempt }) => {
-                (attempt.take(), (class, outcome))
-            }
+            (Some(weight), StateProj::Calling { attempt }) => (attempt.take(), weight),
             _ if kept.and_then(M::deadline).is_some_and(|deadline| deadline.left().is_zero()) => {
                 return Some(self.too_late());
             }

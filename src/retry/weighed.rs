@@ -31,13 +31,13 @@ pin_project! {
     }
 }
 
-/// What an attempt has come to.
-pub(super) enum Weight<T> {
-    /// A good answer: nothing more of it has to be looked at.
-    Given(T),
-    /// An answer to be [taken](Weighed::take).
-    Held(Class, Outcome),
-    /// There is none in time.
+/// How far an attempt has come.
+pub(super) enum Head<T> {
+    /// Its head is here: to be given out, or [held](Weighed::hold).
+    Here(T),
+    /// It was held before.
+    Held,
+    /// It did not come in time.
     Late,
 }
 
@@ -47,9 +47,64 @@ impl<F, H> Weighed<F, H> {
         Self { state: State::Calling { future, waited_for: false }, timer: None }
     }
 
-    /// What the answer is.
-    pub(super) fn poll_held<M, Res, E>(
+    /// Up to the head. When that has to be here is asked `until`, once it has to be waited for.
+    #[inline]
+    pub(super) fn poll_head<T>(
         self: Pin<&mut Self>,
+        until: impl FnOnce() -> Option<Instant>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Head<T>>
+    where
+        F: Future<Output = T>,
+    {
+        let mut this = self.project();
+        let StateProj::Calling { future, waited_for } = this.state.project() else {
+            return Poll::Ready(Head::Held);
+        };
+        // The answer before the timer: one that is here is not too late.
+        if let Poll::Ready(result) = future.poll(cx) {
+            return Poll::Ready(Head::Here(result));
+        }
+        if !mem::replace(waited_for, true) {
+            this.timer.set(until().map(sleep_until));
+        }
+        let Some(over) = this.timer.as_pin_mut() else { return Poll::Pending };
+        over.poll(cx).map(|()| Head::Late)
+    }
+
+    /// Holds an answer, with what is known of it by its head. What made it is gone with that.
+    pub(super) fn hold(self: Pin<&mut Self>, held: H) {
+        let mut this = self.project();
+        this.timer.set(None);
+        this.state.set(State::Weighing { held: Some(held), impatient: false });
+    }
+
+    /// What the answer is that is held.
+    pub(super) fn poll_weigh<M, Res, E>(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<(Class, Outcome)>
+    where
+        M: Weigh<Res, E, Held = H>,
+    {
+        let mut this = self.project();
+        let StateProj::Weighing { held: Some(held), impatient } = this.state.project() else {
+            unreachable!("held, and not taken")
+        };
+        if let Poll::Ready(weight) = M::poll_weigh(held, cx) {
+            return Poll::Ready(weight);
+        }
+        if !mem::replace(impatient, true) {
+            this.timer.set(Some(sleep(M::PATIENCE)));
+        }
+        ready!(this.timer.as_pin_mut().map_or(Poll::Ready(()), |over| over.poll(cx)));
+        // A stream that has begun slowly: the caller's.
+        Poll::Ready((Class::Final, Outcome::success()))
+    }
+
+    /// The same from the beginning, for as long as it takes.
+    pub(super) fn poll_held<M, Res, E>(
+        mut self: Pin<&mut Self>,
         protocol: &M,
         cx: &mut Context<'_>,
     ) -> Poll<(Class, Outcome)>
@@ -57,58 +112,11 @@ impl<F, H> Weighed<F, H> {
         F: Future<Output = Result<Res, E>>,
         M: Weigh<Res, E, Held = H>,
     {
-        match ready!(self.poll(protocol, || false, || None, cx)) {
-            Weight::Held(class, outcome) => Poll::Ready((class, outcome)),
-            Weight::Given(_) | Weight::Late => unreachable!("neither was asked for"),
-        }
-    }
-
-    /// What the answer is. Of a good one `give` is asked whether to give it out as it comes; when its head has to
-    /// be here is asked `until`, once it has to be waited for.
-    #[inline]
-    pub(super) fn poll<M, Res, E>(
-        self: Pin<&mut Self>,
-        protocol: &M,
-        give: impl FnOnce() -> bool,
-        until: impl FnOnce() -> Option<Instant>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Weight<Result<M::Response, M::Error>>>
-    where
-        F: Future<Output = Result<Res, E>>,
-        M: Weigh<Res, E, Held = H>,
-    {
-        let mut this = self.project();
-        if let StateProj::Calling { future, waited_for } = this.state.as_mut().project() {
-            // The answer before the timer: one that is here is not too late.
-            let Poll::Ready(result) = future.poll(cx) else {
-                if !mem::replace(waited_for, true) {
-                    this.timer.set(until().map(sleep_until));
-                }
-                let Some(over) = this.timer.as_pin_mut() else { return Poll::Pending };
-                ready!(over.poll(cx));
-                return Poll::Ready(Weight::Late);
-            };
+        if let Head::Here(result) = ready!(self.as_mut().poll_head(|| None, cx)) {
             let weight = protocol.weigh(&result);
-            if weight.is_some_and(is_good) && give() {
-                return Poll::Ready(Weight::Given(M::give(result)));
-            }
-            this.timer.set(None);
-            let held = Some(M::hold(result, weight));
-            this.state.set(State::Weighing { held, impatient: false });
+            self.as_mut().hold(M::hold(result, weight));
         }
-        let StateProj::Weighing { held, impatient } = this.state.project() else {
-            unreachable!("called, and weighed")
-        };
-        let Some(held) = held else { unreachable!("polled after completion") };
-        if let Poll::Ready((class, outcome)) = M::poll_weigh(held, cx) {
-            return Poll::Ready(Weight::Held(class, outcome));
-        }
-        if !mem::replace(impatient, true) {
-            this.timer.set(Some(sleep(M::PATIENCE)));
-        }
-        ready!(this.timer.as_pin_mut().map_or(Poll::Ready(()), |over| over.poll(cx)));
-        // A stream that has begun slowly: the caller's.
-        Poll::Ready(Weight::Held(Class::Final, Outcome::success()))
+        self.poll_weigh::<M, Res, E>(cx)
     }
 
     /// The answer. Only asked when it is held, and once.
