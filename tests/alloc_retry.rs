@@ -67,6 +67,14 @@ fn a_retry_that_does_not_retry_allocates_nothing() {
     }
 }
 
+#[test]
+fn nor_does_one_that_a_user_has_a_say_in() {
+    let layer = RetryLayer::http().retry_on(http::StatusCode::CONFLICT);
+    let mut service = layer.retry_if(|seen| (seen.attempt() > 9).then_some(true)).layer(Plain(200));
+    let get = || Request::get("/").body(Empty::<Bytes>::new()).unwrap();
+    assert_eq!(allocations(&mut service, get), 0);
+}
+
 /// A URI out of a `String`, as most clients have it. One of a path alone is an unshared buffer, which is
 /// made a shared one when it is copied for the first time.
 #[test]

@@ -3,7 +3,7 @@
 use std::{
     fmt,
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -18,7 +18,7 @@ pub(super) struct Settings {
     body_cap: AtomicU64,
     /// 0 is none.
     attempt_ms: AtomicU64,
-    policy: Mutex<Policy>,
+    policy: Mutex<Arc<Policy>>,
     /// The user has a say in what an answer is: each is looked at, also a good one.
     says: AtomicBool,
     budget: Mutex<Option<RetryBudget>>,
@@ -32,7 +32,7 @@ impl Settings {
         Self {
             body_cap: AtomicU64::new(64 * 1024),
             attempt_ms: AtomicU64::new(0),
-            policy: Mutex::new(Policy::new()),
+            policy: Mutex::new(Arc::new(Policy::new())),
             says: AtomicBool::new(false),
             budget: Mutex::new(Some(RetryBudget::default())),
             retries: AtomicU64::new(0),
@@ -42,7 +42,7 @@ impl Settings {
     }
 
     pub(super) fn set(&self, set: impl FnOnce(&mut Policy)) {
-        set(&mut lock(&self.policy));
+        set(Arc::make_mut(&mut lock(&self.policy)));
     }
 
     pub(super) fn say(&self, say: impl FnOnce(&mut Say)) {
@@ -55,7 +55,7 @@ impl Settings {
         self.says.load(Ordering::Relaxed)
     }
 
-    pub(super) fn policy(&self) -> Policy {
+    pub(super) fn policy(&self) -> Arc<Policy> {
         lock(&self.policy).clone()
     }
 

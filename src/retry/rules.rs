@@ -1,6 +1,6 @@
 //! What of the rules a user can change: which failures, which of them how often, and a last word.
 
-use std::{error::Error, fmt, sync::Arc};
+use std::{cell::OnceCell, error::Error, fmt, sync::Arc};
 
 use http::{HeaderMap, Request, StatusCode};
 
@@ -94,9 +94,10 @@ impl From<Reason> for Failure {
 }
 
 /// A request and what came of one attempt: see [`retry_if`](super::RetryLayer::retry_if).
-#[derive(Debug)]
 pub struct Seen<'a> {
-    pub(super) request: &'a Request<()>,
+    /// Made when it is asked for: not all is kept as it was.
+    request: OnceCell<Request<()>>,
+    make: &'a dyn Fn() -> Request<()>,
     pub(super) answer: Answer<'a>,
     pub(super) outcome: Outcome,
     pub(super) attempt: u32,
@@ -109,10 +110,19 @@ pub enum Answer<'a> {
 }
 
 impl<'a> Seen<'a> {
+    pub(super) fn new(
+        make: &'a dyn Fn() -> Request<()>,
+        answer: Answer<'a>,
+        outcome: Outcome,
+        attempt: u32,
+    ) -> Self {
+        Self { request: OnceCell::new(), make, answer, outcome, attempt }
+    }
+
     /// The request's head.
     #[must_use]
-    pub fn request(&self) -> &'a Request<()> {
-        self.request
+    pub fn request(&self) -> &Request<()> {
+        self.request.get_or_init(self.make)
     }
 
     /// The answer's status; none: there was an error.
@@ -155,6 +165,17 @@ impl<'a> Seen<'a> {
     }
 }
 
+impl fmt::Debug for Seen<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Seen")
+            .field("request", self.request())
+            .field("answer", &self.answer)
+            .field("outcome", &self.outcome)
+            .field("attempt", &self.attempt)
+            .finish()
+    }
+}
+
 type Ask = dyn Fn(&Seen<'_>) -> Option<bool> + Send + Sync;
 
 /// What the user says of failures: nothing by default.
@@ -185,7 +206,7 @@ impl Say {
         let pushed_back = seen.headers().and_then(hint::pushback) == Some(Pushback::Never);
         // The same key for another request (draft-ietf-httpapi-idempotency-key-header): never.
         let key_reused = seen.status() == Some(StatusCode::UNPROCESSABLE_ENTITY)
-            && seen.request.headers().contains_key("idempotency-key");
+            && seen.request().headers().contains_key("idempotency-key");
         let class = match said {
             Some(true) if !key_reused && !pushed_back => Class::Retryable,
             Some(_) => Class::Final,

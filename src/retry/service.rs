@@ -226,9 +226,10 @@ where
         let policy = settings.policy();
         let mut vouched = false;
         if said {
-            if let (Some(request), Some(answer)) = (kept.and_then(M::head), M::answer(&held)) {
+            if let (Some(kept), Some(answer)) = (kept, M::answer(&held)) {
                 let attempt = this.course.as_ref().map_or(1, |course| course.made());
-                let mut seen = Seen { request: &request, answer, outcome, attempt };
+                let head = || M::head(kept);
+                let mut seen = Seen::new(&head, answer, outcome, attempt);
                 (class, vouched) = policy.say.judge(class, &mut seen);
                 outcome = seen.outcome;
             }

@@ -67,8 +67,8 @@ impl<B: Body> Repeat<Request<B>> for Http {
         request
     }
 
-    fn head(kept: &KeptRequest<B>) -> Option<Request<()>> {
-        Some(kept.request(()))
+    fn head(kept: &KeptRequest<B>) -> Request<()> {
+        kept.request(())
     }
 
     fn deadline(kept: &KeptRequest<B>) -> Option<Deadline> {

@@ -125,9 +125,10 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
     /// The attempt of this number.
     fn again(kept: &Self::Kept, attempt: Numbered) -> Self::Request;
 
-    /// The head, if the request has one of HTTP's: made anew, for those who want to look at it.
-    fn head(_: &Self::Kept) -> Option<Request<()>> {
-        None
+    /// The head, made anew for those who want to look at it. Only asked for where there is an
+    /// [answer](Weigh::answer) of HTTP's.
+    fn head(_: &Self::Kept) -> Request<()> {
+        Request::default()
     }
 
     /// When the caller needs its answer, if the request says so.

@@ -47,12 +47,12 @@ impl Repeat<Request> for Reqwest {
         Self::copy(kept)
     }
 
-    fn head(kept: &Request) -> Option<Head<()>> {
+    fn head(kept: &Request) -> Head<()> {
         let mut head = Head::new(());
         *head.method_mut() = kept.method().clone();
         *head.uri_mut() = kept.url().as_str().parse().unwrap_or_default();
         *head.headers_mut() = kept.headers().clone();
-        Some(head)
+        head
     }
 
     fn copy(kept: &Request) -> Request {
