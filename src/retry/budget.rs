@@ -90,10 +90,16 @@ impl RetryBudget {
 
     /// gRPC's retry throttling (gRFC A6): a bucket of `max_tokens`, full at first. Each failure that is one to
     /// retry takes 1 out, retried or not, each good answer pays `token_ratio` in, and retries are made while
-    /// more than half is left.
+    /// more than half is left. At most 1000 tokens, and a thousandth is the least that counts.
     #[must_use]
     pub fn grpc(max_tokens: u32, token_ratio: f64) -> Self {
-        let account = Self::account(token_ratio, 0, max_tokens);
+        // 0.57 is 570 thousandths, and a little less than that in binary.
+        let ratio = (token_ratio * 1000.0 + 1e-6).floor() / 1000.0;
+        let mut account = Self::account(ratio, 0, max_tokens);
+        if max_tokens > 1000 {
+            let fault = ConfigError::new("budget.cap", max_tokens, "use at most 1000 tokens");
+            account.fault.get_or_insert(fault);
+        }
         let floor = account.cap / 2;
         Self::of(account.full(Pays::AnswersOverFailures { floor }))
     }

@@ -311,6 +311,13 @@ fn the_preset_of_grpc_uses_the_upper_half() {
     assert_eq!(budget.balance(), 0.0);
     (0..99).for_each(|_| budget.deposit());
     assert_eq!(budget.balance(), 10.0);
+    for thousandths in 1..=1000 {
+        let ratio = f64::from(thousandths) / 1000.0;
+        let budget = RetryBudget::grpc(1, ratio);
+        drop(budget.withdraw());
+        budget.deposit();
+        assert_eq!(budget.balance(), ratio);
+    }
 }
 
 /// gRFC A6 charges what failed so that it may be tried again, and a server's no; not what it answered, and not what
