@@ -39,9 +39,13 @@ pub(super) struct Course<S> {
 pub(super) struct Wait {
     pub(super) since: Instant,
     pub(super) time: Duration,
-    /// How much of the answer may be read away.
+    /// How much of the answer may be read away, and for how long.
     pub(super) drain_cap: u64,
+    pub(super) drain_time: Duration,
 }
+
+/// How long a discarded answer may take before its connection is given up.
+const DRAIN_TIME: Duration = Duration::from_millis(50);
 
 impl Wait {
     pub(super) fn left(&self) -> Duration {
@@ -97,8 +101,10 @@ impl<S> Course<S> {
         claim: impl FnOnce() -> bool,
     ) -> Result<Wait, Stop> {
         let now = Instant::now();
+        let deadline = kept.as_ref().and_then(|kept| kept.deadline);
+        let left = deadline.map(|Deadline(at)| at.saturating_duration_since(now));
         let decision = match kept {
-            Some(kept) => self.decide(policy, (class, outcome), &kept, now),
+            Some(kept) => self.decide(policy, (class, outcome), &kept, left),
             None if class == Class::Final => Err(Stop::Answered),
             None if core.misconfigured => Err(Stop::Misconfigured),
             // It said that it cannot be kept.
@@ -140,7 +146,15 @@ impl<S> Course<S> {
                     reason = ?outcome,
                     "retrying"
                 );
-                Ok(Wait { since: now, time: again.wait, drain_cap: policy.drain_cap })
+                // The next attempt is to be of use.
+                let most =
+                    left.map_or(DRAIN_TIME, |left| left.saturating_sub(policy.least_attempt));
+                Ok(Wait {
+                    since: now,
+                    time: again.wait,
+                    drain_cap: policy.drain_cap,
+                    drain_time: DRAIN_TIME.min(most),
+                })
             }
             Err(stop) => {
                 event!(DEBUG, attempt = self.record.made, reason = %stop, outcome = ?outcome, "not retried");
@@ -155,7 +169,7 @@ impl<S> Course<S> {
         policy: &Policy,
         (class, outcome): (Class, Outcome),
         kept: &Kept,
-        now: Instant,
+        left: Option<Duration>,
     ) -> Result<Again, Stop> {
         let facts = Facts {
             class,
@@ -165,7 +179,7 @@ impl<S> Course<S> {
             made: self.record.made,
             transparent: self.transparent,
             of_kind: self.of_kind,
-            left: kept.deadline.map(|Deadline(at)| at.saturating_duration_since(now)),
+            left,
         };
         decide(&facts, policy, &mut self.series)
     }

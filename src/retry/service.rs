@@ -6,7 +6,6 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
-    time::Duration,
 };
 
 use pin_project_lite::pin_project;
@@ -126,9 +125,6 @@ pin_project! {
     }
 }
 
-/// How long a discarded answer may take before its connection is given up.
-const DRAIN_TIME: Duration = Duration::from_millis(50);
-
 impl<S, M, Req> Future for ResponseFuture<S, Req, S::Future, M, M::Kept, M::Held>
 where
     S: Service<M::Request> + Clone,
@@ -246,7 +242,7 @@ where
         let claim = || kept.is_some_and(M::claim);
         match course.next(this.core, &policy, (class, outcome), known, claim) {
             Ok(wait) => {
-                this.state.set(State::Discarding { held, longest: sleep(DRAIN_TIME), wait });
+                this.state.set(State::Discarding { held, longest: sleep(wait.drain_time), wait });
                 None
             }
             Err(stop) => Some(M::release(held, Some(course.end(settings, stop)))),

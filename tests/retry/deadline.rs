@@ -115,15 +115,24 @@ async fn an_answer_at_the_deadline_is_not_too_late() {
     assert_eq!(response.unwrap().status(), 200);
 }
 
-/// The wait fitted, but not the time that reading the answer away took.
 #[tokio::test(start_paused = true)]
-async fn no_attempt_begins_after_the_deadline() {
-    let inner: Inner = Inner::new(|_| {
+async fn reading_an_answer_away_leaves_time_for_the_next_attempt() {
+    let inner: Inner = Inner::new(|n| {
         let slow = Script::new([Piece::Pause(Duration::from_secs(60)), data("late")]);
-        Ok(status(503).map(|_| slow))
+        Ok(if n == 1 { status(503).map(|_| slow) } else { status(200) })
     });
+    let start = Instant::now();
+    let response = send(&layer(ms(0)).layer(inner), within(ms(20), get())).await.unwrap();
+    assert_eq!((response.status().as_u16(), Attempts::of(&response).made), (200, 2));
+    assert!(start.elapsed() >= ms(10) && start.elapsed() <= ms(12), "{:?}", start.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_attempt_begins_at_the_deadline() {
+    let inner: Inner = Inner::new(|_| Ok(status(503)));
     let log = inner.log.clone();
-    let result = send(&layer(ms(0)).layer(inner), within(ms(20), get())).await;
+    let layer = layer(ms(20)).least_attempt(ms(0));
+    let result = send(&layer.layer(inner), within(ms(20), get())).await;
     assert_eq!((log.calls(), told(&result).stop), (1, Stop::DeadlinePassed));
 }
 
