@@ -68,7 +68,7 @@
 //! A request with a [`Deadline`](crate::Deadline) in its extensions is not tried again where the wait and
 //! [10 ms](RetryLayer::least_attempt) for the attempt do not fit before it; nor is a service waited for, beyond
 //! it, that does not get ready; and an attempt under way whose response head is not here by then ends with it. Then
-//! the error has a [`Rejected`](crate::Rejected) in it, which says so. Only with a deadline is a
+//! the error has a [`Rejected`](crate::Rejected) in it, which says so: 504 where it is made a response. Only with a deadline is a
 //! refusal of a layer further in waited for, if it says for how long: uncharged, since what was called
 //! has not seen it.
 //!

@@ -1,7 +1,6 @@
 use std::{
     fmt,
     future::Future,
-    io,
     marker::PhantomData,
     pin::Pin,
     sync::Arc,
@@ -25,7 +24,7 @@ use super::{
 };
 use crate::{
     admission::Reusable,
-    call::{Deadline, Http, LayerKind, Outcome, Rejected, RejectedKind},
+    call::{Deadline, Http, LayerKind, Outcome, Phase, Rejected, RejectedKind},
 };
 
 /// The service of a [`RetryLayer`](super::RetryLayer).
@@ -200,9 +199,8 @@ where
                 return Some(self.too_late());
             }
             _ => {
-                let what = "no response head in the attempt's time";
-                let late = io::Error::new(io::ErrorKind::TimedOut, what);
-                M::failed(late.into())?
+                let late = RejectedKind::TimedOut(Phase::Head);
+                M::failed(Rejected::by(LayerKind::Retry, late).into())?
             }
         };
         this.span.end(outcome);
@@ -317,12 +315,14 @@ where
         let under_way = matches!(this.state.as_mut().project(), StateProj::Calling { .. });
         this.state.set(State::Over);
         let course = this.course.get_or_insert_with(Box::default);
-        if under_way {
+        let kind = if under_way {
             this.span.end(course.cut_short());
-        }
+            RejectedKind::TimedOut(Phase::Deadline)
+        } else {
+            RejectedKind::DeadlinePassed
+        };
         let record = course.end(&this.core.settings, Stop::DeadlinePassed);
-        let late = Rejected::by(LayerKind::Retry, RejectedKind::DeadlinePassed);
-        let Some((held, _)) = M::failed(late.into()) else {
+        let Some((held, _)) = M::failed(Rejected::by(LayerKind::Retry, kind).into()) else {
             unreachable!("only these errors have a deadline")
         };
         M::release(held, Some(record))

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use buttress::{
-    Attempts, Backoff, Deadline, Rejected, RetryLayer,
-    call::{Reason, RejectedKind},
+    Attempts, Backoff, Deadline, Outcome, Rejected, RetryLayer,
+    call::{Phase, Reason, RejectedKind},
     retry::Stop,
 };
 use http::Request;
@@ -100,8 +100,14 @@ async fn an_attempt_under_way_ends_with_the_deadline() {
         assert_eq!(log.taken(), (0, 0), "it is dropped");
         assert_eq!(budget.balance(), 9.0 - f64::from(made - 1));
         let error = result.err().unwrap();
-        let refused = Rejected::find(&*error).unwrap();
-        assert_eq!((refused.layer(), refused.kind()), ("retry", RejectedKind::DeadlinePassed));
+        let late = Rejected::find(&*error).unwrap();
+        let kind = RejectedKind::TimedOut(Phase::Deadline);
+        assert_eq!((late.layer(), late.kind()), ("retry", kind));
+        assert_eq!(
+            Outcome::of_error(&*error).reason(),
+            Reason::Timeout,
+            "also for who is around it"
+        );
     }
 }
 

@@ -53,7 +53,7 @@ async fn the_last_attempt_has_the_same_limit_and_its_error_says_so() {
     assert_eq!((told(&result).made, told(&result).stop), (3, Stop::AttemptsUsedUp));
     assert!(start.elapsed() >= ms(300) && start.elapsed() <= ms(309), "{:?}", start.elapsed());
     let error = result.err().unwrap();
-    assert_eq!(error.source().unwrap().to_string(), "no response head in the attempt's time");
+    assert_eq!(error.source().unwrap().to_string(), "rejected by retry: no response head in time");
     // Nobody knows what it has done.
     let unsafe_one = layer().layer(Inner::<Script>::with(|_, _| pending()));
     let result = send(&unsafe_one, post(Script::empty())).await;
