@@ -76,6 +76,7 @@
 //! | `rustls` | | TLS for that client |
 //! | `timeout` | | [`TimeoutLayer`] and [`DeadlineLayer`] |
 //! | `config` | | [settings](config) from TOML, JSON or the environment, checked against each other and explained |
+//! | `stack` | | whole [client and server stacks](stack) from such settings, each in one call |
 //! | `percentile` | | hedges after a percentile of the latency as it is |
 //! | `tower-http` | | any classifier of `tower_http::classify` as it is |
 //! | `tonic-health` | | `grpc.health.v1` from the [`Health`] registry; needs Rust 1.88 |
@@ -129,6 +130,9 @@ pub mod reqwest;
 #[cfg(feature = "retry")]
 #[cfg_attr(docsrs, doc(cfg(feature = "retry")))]
 pub mod retry;
+#[cfg(feature = "stack")]
+#[cfg_attr(docsrs, doc(cfg(feature = "stack")))]
+pub mod stack;
 #[cfg(feature = "timeout")]
 #[cfg_attr(docsrs, doc(cfg(feature = "timeout")))]
 pub mod timeout;
@@ -147,6 +151,8 @@ pub use self::lifecycle::Lifecycle;
 pub use self::limit::{ConcurrencyLimit, ConcurrencyLimitLayer};
 #[cfg(feature = "retry")]
 pub use self::retry::{Attempts, Backoff, Hedge, HedgeLayer, Retry, RetryBudget, RetryLayer};
+#[cfg(feature = "stack")]
+pub use self::stack::server;
 #[cfg(feature = "timeout")]
 pub use self::{
     deadline::DeadlineLayer,

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::Body;
 
-use super::{Rejected, RejectedKind, TrackedBody, grpc, hint};
+use super::{Phase, Rejected, RejectedKind, TrackedBody, grpc, hint};
 use crate::BoxError;
 
 /// What a refusal becomes: an error, or a response.
@@ -175,7 +175,10 @@ fn response(form: Form, rejected: Rejected) -> Response<Bytes> {
         Form::Json | Form::Empty => {
             let status = match rejected.kind() {
                 RejectedKind::Quota => StatusCode::TOO_MANY_REQUESTS,
-                RejectedKind::TimedOut(_) if rejected.is_by_server() => {
+                // A deadline is the caller's, whoever kept it.
+                RejectedKind::TimedOut(phase)
+                    if rejected.is_by_server() && phase != Phase::Deadline =>
+                {
                     StatusCode::SERVICE_UNAVAILABLE
                 }
                 RejectedKind::DeadlinePassed | RejectedKind::TimedOut(_) => {

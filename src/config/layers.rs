@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     Backoff, CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, DeadlineLayer, RetryBudget,
-    RetryLayer, TimeoutLayer, Timeouts, Trip, breaker::OpenFor,
+    RetryLayer, TimeoutLayer, Timeouts, Trip, breaker::OpenFor, call::Http,
 };
 
 const fn secs(secs: u64) -> Duration {
@@ -124,7 +124,7 @@ group! {
     /// The longest wait that a server may ask for.
     live longest_wait: Duration = secs(30);
     /// Up to the response head of each attempt, beside the timeouts.
-    live attempt_timeout: Option<Duration> = None;
+    fixed attempt_timeout: Option<Duration> = None;
     /// How many retries there may be for one call.
     fixed budget_ratio: f64 = 0.2;
     /// How many retries a second there may be beside that.
@@ -145,13 +145,11 @@ impl RetryConfig {
     /// The first setting that cannot work.
     pub fn layer(&self) -> Result<RetryLayer, ConfigError> {
         let layer = self.apply(RetryLayer::http());
-        let layer = if self.attempts > 1 {
-            let Self { budget_ratio, budget_per_second, budget_cap, .. } = *self;
-            layer.budget(RetryBudget::with(budget_ratio, budget_per_second, budget_cap))
-        } else {
-            layer
-        };
-        layer.checked()
+        let Self { budget_ratio, budget_per_second, budget_cap, .. } = *self;
+        let budget = RetryBudget::with(budget_ratio, budget_per_second, budget_cap);
+        // One that is not needed is not asked for; but attempts may become more while it runs.
+        let idle = self.attempts <= 1 && budget.check().is_err();
+        if idle { layer } else { layer.budget(budget) }.checked()
     }
 
     /// What can change while it runs.
@@ -218,6 +216,22 @@ impl BreakerConfig {
         Trip::any(run.into_iter().chain(share))
     }
 
+    /// Whether the rules are of the same kinds, so that one's numbers can become the other's.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        let kinds = |this: &Self| (this.failures.is_some(), this.failure_ratio.is_some());
+        kinds(self) == kinds(other)
+    }
+
+    /// What can change while it runs.
+    ///
+    /// # Errors
+    ///
+    /// Rules of another kind, which take a new layer.
+    pub(crate) fn update(&self, layer: &CircuitBreakerLayer) -> Result<(), ConfigError> {
+        drop(self.apply(layer.clone()));
+        if self.is_on() { layer.handle().set_trip(&self.trip()) } else { Ok(()) }
+    }
+
     fn apply(&self, layer: CircuitBreakerLayer) -> CircuitBreakerLayer {
         let open_for = match self.open_for_max {
             Some(max) => OpenFor::backoff(self.open_for, max),
@@ -259,7 +273,10 @@ impl LimitConfig {
     }
 
     /// What can change while it runs, beside the number.
-    pub(crate) fn apply(&self, layer: ConcurrencyLimitLayer) -> ConcurrencyLimitLayer {
+    pub(crate) fn apply<R>(
+        &self,
+        layer: ConcurrencyLimitLayer<Http, R>,
+    ) -> ConcurrencyLimitLayer<Http, R> {
         layer.queue(self.queue as usize, self.queue_wait)
     }
 }

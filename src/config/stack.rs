@@ -149,6 +149,18 @@ macro_rules! stack {
             }
         }
 
+        impl $Name {
+            /// Takes these settings from another one.
+            pub(crate) fn keep(&mut self, other: &Self, keys: &[&str]) {
+                for (group, from) in self.groups_mut().into_iter().zip(other.groups()) {
+                    let rows = group.rows().iter().enumerate();
+                    for (nth, _) in rows.filter(|(_, row)| keys.contains(&row.key)) {
+                        group.set(nth, &from.get(nth));
+                    }
+                }
+            }
+        }
+
         impl<'de> Deserialize<'de> for $Name {
             fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
                 Self::load("").tree(Tree::deserialize(from)?).finish().map_err(D::Error::custom)

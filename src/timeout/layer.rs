@@ -133,6 +133,12 @@ impl<M, R> TimeoutLayer<M, R> {
         self.fault.take().map_or(Ok(self), Err)
     }
 
+    /// The same times for a server.
+    #[cfg(feature = "stack")]
+    pub(crate) fn for_server(self) -> TimeoutLayer<AsIs, R> {
+        self.as_is().by(LayerKind::ServerTimeout)
+    }
+
     /// Speaks for another layer.
     pub(crate) fn by(mut self, by: LayerKind) -> Self {
         self.by = by;

@@ -5,11 +5,12 @@ use std::convert::Infallible;
 use buttress::{
     BoxError,
     config::{ClientConfig, ConfigErrors, ServerConfig},
+    stack::ClientStack,
 };
 use http::{Request, Response};
 use http_body_util::Empty;
 use proptest::prelude::*;
-use tower::{ServiceBuilder, ServiceExt, service_fn};
+use tower::{Layer, ServiceExt, service_fn};
 
 type Nothing = Empty<bytes::Bytes>;
 
@@ -90,17 +91,9 @@ const VALUES: &[&str] = &[
 ];
 
 async fn one_call(config: &ClientConfig) -> Result<(), ConfigErrors> {
-    config.check()?;
-    let built = "what was checked can be built";
-    let stack = ServiceBuilder::new()
-        .layer(config.deadline.layer().expect(built))
-        .layer(config.retry.layer().expect(built))
-        .layer(config.breaker.layer().expect(built))
-        .layer(config.limit.layer().expect(built))
-        .layer(config.timeout.layer().expect(built))
-        .service(service_fn(|_: Request<_>| async {
-            Ok::<_, Infallible>(Response::new(Nothing::new()))
-        }));
+    let stack = ClientStack::new(config)?.layer(service_fn(|_: Request<_>| async {
+        Ok::<_, Infallible>(Response::new(Nothing::new()))
+    }));
     let answer: Result<_, BoxError> = stack.oneshot(Request::new(Nothing::new())).await;
     let late = config.deadline.default.is_some_and(|time| Some(time) <= config.deadline.keep_back);
     assert!(answer.is_ok() || late, "{:?} {}", answer.map(drop), config.explain());
@@ -130,8 +123,8 @@ proptest! {
             Err(errors) => prop_assert!(errors.iter().count() > 0),
         }
         if let Ok(config) = ServerConfig::load("a").env_from(named("HTTP_SERVER_")).finish() {
-            let _ = config.check();
-            let _ = config.explain();
+            prop_assert!(config.explain().lines().count() > 10);
+            prop_assert_eq!(config.check().is_ok(), buttress::server(&config).is_ok());
         }
     }
 

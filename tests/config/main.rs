@@ -3,4 +3,7 @@
 
 mod config_check;
 mod config_load;
+#[cfg(feature = "stack")]
 mod config_random;
+#[cfg(feature = "stack")]
+mod config_stacks;

@@ -1,0 +1,174 @@
+use std::{fmt, future::Future, sync::Arc};
+
+use http::Response;
+use tower_layer::Layer;
+
+use super::{
+    handle::{HealthCheck, Now, StackSnapshot},
+    meter::{Meter, Metered},
+};
+use crate::{
+    CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, DeadlineLayer, RetryLayer,
+    TimeoutLayer,
+    breaker::CircuitBreaker,
+    call::{AsError, Shared},
+    config::{ClientConfig, ConfigErrors},
+    deadline::Deadlined,
+    limit::ConcurrencyLimit,
+    retry::Retry,
+    timeout::Timeout,
+};
+
+/// The recommended layers of a client, in their order, around any HTTP client: outermost first counters, deadline,
+/// retry, circuit breaker, concurrency limit, the deadline once more (to tell the next hop what is left), timeouts.
+///
+/// [`client`](crate::client) puts it around a hyper client with its connections. One stack belongs to one layer and all
+/// its clones.
+#[must_use = "a layer does nothing until it wraps a service"]
+#[derive(Clone)]
+pub struct ClientStack {
+    meter: Shared<Meter>,
+    deadline: DeadlineLayer,
+    retry: RetryLayer,
+    breaker: CircuitBreakerLayer,
+    limit: ConcurrencyLimitLayer,
+    forward: DeadlineLayer,
+    timeout: TimeoutLayer,
+    now: Arc<Now<ClientConfig>>,
+}
+
+/// What a [`ClientStack`] makes of a client.
+pub type ClientStackService<S> =
+    Metered<Deadlined<Retry<CircuitBreaker<ConcurrencyLimit<Deadlined<Timeout<S>>>>>>>;
+
+impl ClientStack {
+    /// The stack that this configuration says.
+    ///
+    /// # Errors
+    ///
+    /// What [`check`](ClientConfig::check) finds.
+    pub fn new(config: &ClientConfig) -> Result<Self, ConfigErrors> {
+        config.check()?;
+        let one = |error: ConfigError| ConfigErrors(vec![error]);
+        let forward = config.deadline.forward().checked().map_err(one)?;
+        let mut stack = Self {
+            meter: Meter::new(),
+            deadline: config.deadline.layer().map_err(one)?,
+            retry: config.retry.layer().map_err(one)?,
+            breaker: config.breaker.layer().map_err(one)?,
+            limit: config.limit.layer().map_err(one)?,
+            forward,
+            timeout: config.timeout.layer().map_err(one)?,
+            now: Arc::new(Now::new(config.clone())),
+        };
+        if !config.name.is_empty() {
+            stack.deadline = stack.deadline.name(&config.name);
+            stack.breaker = stack.breaker.name(&config.name);
+            stack.limit = stack.limit.name(&config.name);
+            stack.timeout = stack.timeout.name(&config.name);
+        }
+        Ok(stack)
+    }
+
+    /// Looks at the stack and changes its settings.
+    #[must_use]
+    pub fn handle(&self) -> ClientHandle {
+        ClientHandle { stack: self.clone() }
+    }
+}
+
+impl<S: Clone> Layer<S> for ClientStack {
+    type Service = ClientStackService<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        let attempt = self.forward.layer(self.timeout.layer(inner));
+        let guarded = self.breaker.layer(self.limit.layer(attempt));
+        Metered::new(self.deadline.layer(self.retry.layer(guarded)), &self.meter, AsError)
+    }
+}
+
+impl fmt::Debug for ClientStack {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClientStack").field("name", &self.now.config().name).finish_non_exhaustive()
+    }
+}
+
+/// Looks at a client stack, and changes what can be changed while it runs.
+#[derive(Clone, Debug)]
+pub struct ClientHandle {
+    stack: ClientStack,
+}
+
+impl ClientHandle {
+    /// All there is to know at this moment.
+    #[must_use]
+    pub fn snapshot(&self) -> StackSnapshot {
+        let stack = &self.stack;
+        let timeouts = stack.timeout.handle().snapshot().timed_out();
+        let timeouts = timeouts + stack.deadline.handle().snapshot().ended;
+        let limit = stack.limit.handle().snapshot();
+        let breaker = stack.breaker.handle().snapshot();
+        StackSnapshot {
+            retries: stack.retry.handle().snapshot().retries,
+            last_check: stack.now.last_check(),
+            ..StackSnapshot::of(stack.meter.counted(), limit, timeouts).with_breaker(&breaker)
+        }
+    }
+
+    /// The circuit's own handle: to hold it open, or to wait for its next change.
+    #[must_use]
+    pub fn breaker(&self) -> crate::breaker::CircuitBreakerHandle {
+        self.stack.breaker.handle()
+    }
+
+    /// The configuration as it is in force.
+    #[must_use]
+    pub fn config(&self) -> ClientConfig {
+        self.stack.now.config().clone()
+    }
+
+    /// Puts another configuration in force, for the calls that begin from now on, as far as the stack need not be
+    /// built anew for it. Gives back the keys that it would have to be built anew for: those stay as they are.
+    ///
+    /// # Errors
+    ///
+    /// What [`check`](ClientConfig::check) finds: then nothing is changed.
+    pub fn update(&self, config: &ClientConfig) -> Result<Vec<&'static str>, ConfigErrors> {
+        config.check()?;
+        let stack = &self.stack;
+        let mut now = stack.now.config();
+        let changes = now.changes(config);
+        let mut next = config.clone();
+        // The rules of a circuit can take other numbers, but not become others.
+        let fits =
+            config.breaker.is_like(&now.breaker) && config.breaker.window == now.breaker.window;
+        let stays = |key: &str| {
+            !fits
+                && matches!(key, "breaker_failures" | "breaker_failure_ratio" | "breaker_min_calls")
+        };
+        let fixed: Vec<_> = changes
+            .iter()
+            .filter(|change| !change.live || stays(change.key))
+            .map(|change| change.key)
+            .collect();
+        next.keep(&now, &fixed);
+        let one = |error: ConfigError| ConfigErrors(vec![error]);
+        stack.deadline.handle().set_default(next.deadline.default).map_err(one)?;
+        stack.timeout.handle().set(next.timeout.timeouts()).map_err(one)?;
+        stack.limit.handle().set_limit(next.limit.most()).map_err(one)?;
+        drop(next.limit.apply(stack.limit.clone()));
+        drop(next.retry.apply(stack.retry.clone()));
+        next.breaker.update(&stack.breaker).map_err(one)?;
+        *now = next;
+        Ok(fixed)
+    }
+
+    /// Checks the service's health by a request of yours, sent through this stack or beside it: a 2xx is well. What
+    /// was found is in the [snapshot](Self::snapshot) too.
+    pub async fn check_health<B, E>(
+        &self,
+        probe: impl Future<Output = Result<Response<B>, E>>,
+    ) -> HealthCheck {
+        self.stack.now.check(probe, || self.snapshot()).await
+    }
+}

@@ -1,0 +1,189 @@
+//! Counts what comes of whole calls, outermost: a layer of the one admission service that lets everything go.
+
+use std::{
+    fmt,
+    future::Ready,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use http::{Request, Response};
+use http_body::Body;
+use tokio::time::Instant;
+use tower_service::Service;
+
+use crate::{
+    admission::{Admission, Admit, Plan, Policy, ResponseFuture, Reusable},
+    call::{
+        AsError, Clock, Finish, Hold, Http, LayerKind, Nanos, Outcome, OutcomeKind, Permit, Reason,
+        Recent, Reject, Rejected, Shared, Token, TrackedBody,
+    },
+};
+
+/// What became of a stack's calls.
+pub struct Meter {
+    clock: Clock,
+    begun: AtomicU64,
+    /// By [`OutcomeKind`], and those that a layer refused.
+    ended: [AtomicU64; 4],
+    refused: AtomicU64,
+    /// Up to the response head, or without one to the end.
+    took: AtomicU64,
+    timed: AtomicU64,
+    recent: Mutex<Recent>,
+}
+
+/// What a [`Meter`] has counted.
+pub(super) struct Counted {
+    pub(super) begun: u64,
+    pub(super) successes: u64,
+    pub(super) failures: u64,
+    pub(super) throttled: u64,
+    pub(super) cancelled: u64,
+    pub(super) refused: u64,
+    pub(super) average: Option<Duration>,
+    pub(super) p99: Option<Duration>,
+}
+
+impl Meter {
+    pub(super) fn new() -> Shared<Self> {
+        Shared::new(Self {
+            clock: Clock::new(),
+            begun: AtomicU64::new(0),
+            ended: Default::default(),
+            refused: AtomicU64::new(0),
+            took: AtomicU64::new(0),
+            timed: AtomicU64::new(0),
+            recent: Mutex::new(Recent::new()),
+        })
+    }
+
+    fn timed(&self, started: Nanos) {
+        let took = self.clock.now().saturating_sub(started);
+        self.took.fetch_add(took, Relaxed);
+        self.timed.fetch_add(1, Relaxed);
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        recent.add(Duration::from_nanos(took));
+    }
+
+    pub(super) fn counted(&self) -> Counted {
+        // What ended before what began: never more of the former.
+        let [successes, failures, throttled, cancelled] =
+            [0, 1, 2, 3].map(|kind: usize| self.ended[kind].load(Relaxed));
+        let refused = self.refused.load(Relaxed);
+        let timed = self.timed.load(Relaxed);
+        let average = self.took.load(Relaxed).checked_div(timed).map(Duration::from_nanos);
+        let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        let p99 = recent.quantile(0.99).1.and_then(|secs| Duration::try_from_secs_f64(secs).ok());
+        Counted {
+            begun: self.begun.load(Relaxed),
+            successes,
+            failures,
+            throttled,
+            cancelled,
+            refused,
+            average,
+            p99,
+        }
+    }
+}
+
+impl Finish for Meter {
+    fn finish(&self, token: Token, outcome: Outcome) {
+        if token.started > 0 {
+            self.timed(token.started - 1);
+        }
+        let count = match (outcome.kind(), outcome.reason()) {
+            (OutcomeKind::Cancelled, Reason::Rejected) => &self.refused,
+            (kind, _) => &self.ended[kind as usize],
+        };
+        count.fetch_add(1, Relaxed);
+    }
+
+    fn head(&self, token: &mut Token, so_far: Outcome) {
+        let _ = so_far;
+        if token.started > 0 {
+            self.timed(token.started - 1);
+        }
+        token.started = 0;
+    }
+
+    fn hold(&self) -> Hold {
+        Hold::Body
+    }
+}
+
+impl<Req> Policy<Req> for Shared<Meter> {
+    type State = Meter;
+    type Wait = Ready<Result<Permit<Meter>, Rejected>>;
+
+    const LAYER: LayerKind = LayerKind::User;
+
+    fn peek(&self) -> bool {
+        true
+    }
+
+    fn admit(
+        &self,
+        _: &Req,
+        _: impl FnOnce() -> Option<Instant>,
+    ) -> Admit<Permit<Meter>, Self::Wait> {
+        self.begun.fetch_add(1, Relaxed);
+        // One more than the time: 0 says that it has been taken.
+        Admit::Go(self.permit(Token { tag: 0, started: self.clock.now().saturating_add(1) }))
+    }
+}
+
+impl fmt::Debug for Meter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Meter").field("begun", &self.begun).finish_non_exhaustive()
+    }
+}
+
+/// A service whose calls are counted: the outside of a [`ClientStack`](super::ClientStack) or a
+/// [`ServerStack`](super::ServerStack).
+pub struct Metered<S, R = AsError> {
+    admission: Admission<S, Shared<Meter>, Http, R>,
+}
+
+impl<S, R: Clone> Metered<S, R> {
+    pub(super) fn new(inner: S, meter: &Shared<Meter>, reject: R) -> Self {
+        let plan = Plan { policy: meter.clone(), protocol: Http, reject, fault: None };
+        Self { admission: plan.service(inner) }
+    }
+}
+
+impl<S: Clone, R: Clone> Clone for Metered<S, R> {
+    fn clone(&self) -> Self {
+        Self { admission: self.admission.clone() }
+    }
+}
+
+impl<S, R> fmt::Debug for Metered<S, R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metered").field("meter", self.admission.policy()).finish_non_exhaustive()
+    }
+}
+
+impl<S, R, ReqB, B> Service<Request<ReqB>> for Metered<S, R>
+where
+    S: Service<Request<ReqB>, Response = Response<B>, Error: 'static> + Reusable,
+    B: Body,
+    R: Reject<Request<ReqB>, Response<TrackedBody<B>>, S::Error>,
+{
+    type Response = Response<TrackedBody<B>>;
+    type Error = R::Error;
+    type Future = ResponseFuture<S, Request<ReqB>, S::Future, (), Shared<Meter>, Http, R>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), R::Error>> {
+        self.admission.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<ReqB>) -> Self::Future {
+        self.admission.call(request)
+    }
+}

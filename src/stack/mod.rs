@@ -1,0 +1,55 @@
+//! The recommended stacks, each in one call: the public layers of this crate in the order that is right, out of one
+//! page of [settings](crate::config), with one handle.
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use buttress::{config::{ClientConfig, Preset}, stack::ClientStack};
+//! use http_body_util::Full;
+//! use tower::{Layer, service_fn};
+//!
+//! let config = ClientConfig::load("search").preset(Preset::Internal).env().finish()?;
+//! let stack = ClientStack::new(&config)?;
+//! let handle = stack.handle();
+//! let client = stack.layer(service_fn(|_: http::Request<_>| async {
+//!     Ok::<_, std::io::Error>(http::Response::new(Full::<bytes::Bytes>::default()))
+//! }));
+//! # let _ = tower::ServiceExt::oneshot(client, http::Request::new(Full::<bytes::Bytes>::default()));
+//! println!("{:?}", handle.snapshot());
+//! # Ok(()) }
+//! ```
+//!
+//! # Which layers
+//!
+//! | a client, outermost first | a server |
+//! |---|---|
+//! | counters | counters |
+//! | [`DeadlineLayer`](crate::DeadlineLayer): all attempts and waits | [`DeadlineLayer`](crate::DeadlineLayer) |
+//! | [`RetryLayer`](crate::RetryLayer) | |
+//! | [`CircuitBreakerLayer`](crate::CircuitBreakerLayer) | |
+//! | [`ConcurrencyLimitLayer`](crate::ConcurrencyLimitLayer) | [`ConcurrencyLimitLayer`](crate::ConcurrencyLimitLayer) |
+//! | [`DeadlineLayer`](crate::DeadlineLayer): tells the next hop what is left | |
+//! | [`TimeoutLayer`](crate::TimeoutLayer): the times of an attempt | [`TimeoutLayer::server`](crate::TimeoutLayer::server) |
+//! | the client | the routes |
+//!
+//! A layer that is off lets everything through: the type is the same.
+//!
+//! # Changing it
+//!
+//! [`update`](ClientHandle::update) puts another configuration in force as far as that goes without building the stack
+//! anew, and gives back the keys of what does not.
+//!
+//! # Cost
+//!
+//! The counters read the clock twice a call and take one short lock; the rest is what the layers cost.
+
+mod client;
+mod handle;
+mod meter;
+mod server;
+
+pub use self::{
+    client::{ClientHandle, ClientStack, ClientStackService},
+    handle::{HealthCheck, HealthStatus, StackSnapshot},
+    meter::Metered,
+    server::{ServerHandle, ServerStack, ServerStackService, server},
+};

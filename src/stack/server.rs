@@ -1,0 +1,144 @@
+use std::{fmt, sync::Arc};
+
+use tower_layer::Layer;
+
+use super::{
+    handle::{Now, StackSnapshot},
+    meter::{Meter, Metered},
+};
+use crate::{
+    ConcurrencyLimitLayer, ConfigError, DeadlineLayer, TimeoutLayer,
+    call::{Http, Respond, Shared},
+    config::{ConfigErrors, ServerConfig},
+    deadline::Deadlined,
+    limit::ConcurrencyLimit,
+    timeout::{AsIs, Timeout},
+};
+
+/// The recommended layers of a server, in their order, around its routes: outermost first counters, deadline,
+/// concurrency limit, timeouts. All of them answer with responses: the error type is left alone.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use axum::{Router, routing::get};
+/// use buttress::config::ServerConfig;
+///
+/// let stack = buttress::server(&ServerConfig::from_env("search")?)?;
+/// let handle = stack.handle();
+/// let app: Router = Router::new().route("/", get(|| async { "hello" })).layer(stack);
+/// println!("{:?}", handle.snapshot());
+/// # Ok(()) }
+/// ```
+///
+/// Health endpoints (`Health::endpoints`) belong outside of it. One stack belongs to one layer and all its clones.
+#[must_use = "a layer does nothing until it wraps a service"]
+#[derive(Clone)]
+pub struct ServerStack {
+    meter: Shared<Meter>,
+    deadline: DeadlineLayer<Respond>,
+    limit: ConcurrencyLimitLayer<Http, Respond>,
+    timeout: TimeoutLayer<AsIs, Respond>,
+    now: Arc<Now<ServerConfig>>,
+}
+
+/// What a [`ServerStack`] makes of a service.
+pub type ServerStackService<S> = Metered<
+    Deadlined<ConcurrencyLimit<Timeout<S, AsIs, Respond>, Http, Respond>, Respond>,
+    Respond,
+>;
+
+/// The stack that this configuration says: a layer for an axum router, or any other HTTP service.
+///
+/// # Errors
+///
+/// What [`check`](ServerConfig::check) finds.
+pub fn server(config: &ServerConfig) -> Result<ServerStack, ConfigErrors> {
+    config.check()?;
+    let one = |error: ConfigError| ConfigErrors(vec![error]);
+    let (mut deadline, mut limit, mut timeout) = (
+        config.deadline.layer().map_err(one)?,
+        config.limit.layer().map_err(one)?,
+        config.timeout.layer().map_err(one)?.for_server(),
+    );
+    if !config.name.is_empty() {
+        deadline = deadline.name(&config.name);
+        limit = limit.name(&config.name);
+        timeout = timeout.name(&config.name);
+    }
+    Ok(ServerStack {
+        meter: Meter::new(),
+        deadline: deadline.respond(),
+        limit: limit.respond(),
+        timeout: timeout.respond(),
+        now: Arc::new(Now::new(config.clone())),
+    })
+}
+
+impl ServerStack {
+    /// Looks at the stack and changes its settings.
+    #[must_use]
+    pub fn handle(&self) -> ServerHandle {
+        ServerHandle { stack: self.clone() }
+    }
+}
+
+impl<S: Clone> Layer<S> for ServerStack {
+    type Service = ServerStackService<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        let limited = self.limit.layer(self.timeout.layer(inner));
+        Metered::new(self.deadline.layer(limited), &self.meter, Respond)
+    }
+}
+
+impl fmt::Debug for ServerStack {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ServerStack").field("limit", &self.limit).finish_non_exhaustive()
+    }
+}
+
+/// Looks at a server stack.
+#[derive(Clone, Debug)]
+pub struct ServerHandle {
+    stack: ServerStack,
+}
+
+impl ServerHandle {
+    /// All there is to know at this moment.
+    #[must_use]
+    pub fn snapshot(&self) -> StackSnapshot {
+        let stack = &self.stack;
+        let timeouts = stack.timeout.handle().snapshot().timed_out();
+        let timeouts = timeouts + stack.deadline.handle().snapshot().ended;
+        StackSnapshot::of(stack.meter.counted(), stack.limit.handle().snapshot(), timeouts)
+    }
+
+    /// The configuration as it is in force.
+    #[must_use]
+    pub fn config(&self) -> ServerConfig {
+        self.stack.now.config().clone()
+    }
+
+    /// Puts another configuration in force, for the calls that begin from now on, as far as the stack need not be
+    /// built anew for it. Gives back the keys that it would have to be built anew for: those stay as they are.
+    ///
+    /// # Errors
+    ///
+    /// What [`check`](ServerConfig::check) finds: then nothing is changed.
+    pub fn update(&self, config: &ServerConfig) -> Result<Vec<&'static str>, ConfigErrors> {
+        config.check()?;
+        let one = |error: ConfigError| ConfigErrors(vec![error]);
+        let stack = &self.stack;
+        let mut now = stack.now.config();
+        let fixed = now.changes(config).into_iter().filter(|change| !change.live);
+        let fixed: Vec<_> = fixed.map(|change| change.key).collect();
+        let mut next = config.clone();
+        next.keep(&now, &fixed);
+        stack.deadline.handle().set_default(next.deadline.default).map_err(one)?;
+        stack.timeout.handle().set(next.timeout.timeouts()).map_err(one)?;
+        stack.limit.handle().set_limit(next.limit.most()).map_err(one)?;
+        drop(next.limit.apply(stack.limit.clone()));
+        *now = next;
+        Ok(fixed)
+    }
+}

@@ -1,0 +1,223 @@
+//! Whole stacks from settings: what they do, what they tell, and what changes while they run.
+
+use std::{
+    collections::VecDeque,
+    convert::Infallible,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use axum::{Router, body::Body, routing::get};
+use buttress::{
+    BoxError, Rejected,
+    breaker::State,
+    call::RejectedKind,
+    config::{ClientConfig, ServerConfig},
+    stack::{ClientStack, HealthStatus},
+};
+use http::{Request, Response};
+use http_body_util::{BodyExt, Empty, Full};
+use tokio::time::{Instant, sleep};
+use tower::{Layer, Service, ServiceExt, service_fn};
+
+type Nothing = Empty<bytes::Bytes>;
+
+fn secs(secs: u64) -> Duration {
+    Duration::from_secs(secs)
+}
+
+fn request() -> Request<Nothing> {
+    Request::new(Nothing::new())
+}
+
+/// What the service does next, call by call: a status after a time. Then 200, at once.
+type Script = Arc<Mutex<VecDeque<(u16, Duration)>>>;
+
+fn client<B: 'static>(
+    stack: &ClientStack,
+    script: &Script,
+) -> impl Service<
+    Request<Nothing>,
+    Response = Response<impl http_body::Body<Data = bytes::Bytes, Error = BoxError>>,
+    Error = BoxError,
+    Future: Send,
+> + Clone
+where
+    Request<B>: Send,
+{
+    let script = script.clone();
+    stack.layer(service_fn(move |_| {
+        let (status, time) = script.lock().unwrap().pop_front().unwrap_or((200, Duration::ZERO));
+        async move {
+            if time > Duration::ZERO {
+                sleep(time).await;
+            }
+            let response = Response::builder().status(status).body(Full::from("hello"));
+            Ok::<_, Infallible>(response.unwrap())
+        }
+    }))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_stack_counts_what_comes_of_its_calls() {
+    let config = ClientConfig::load("search")
+        .toml("breaker_failures = 3\nbreaker_open_for = '5s'\ntimeout_head = '6s'\nretry_backoff = '1ms'")
+        .finish()
+        .unwrap();
+    let stack = ClientStack::new(&config).unwrap();
+    let (handle, script) = (stack.handle(), Script::default());
+    let client = client::<()>(&stack, &script);
+    let fresh = handle.snapshot();
+    assert_eq!((fresh.total, fresh.average, fresh.p99, fresh.healthy), (0, None, None, true));
+
+    // One good call in 100 ms, and its body to its end.
+    script.lock().unwrap().push_back((200, Duration::from_millis(100)));
+    let response = client.clone().oneshot(request()).await.unwrap();
+    assert_eq!((handle.snapshot().in_flight, handle.snapshot().successes), (1, 0));
+    assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "hello");
+    let seen = handle.snapshot();
+    assert_eq!((seen.in_flight, seen.successes), (0, 1));
+    assert_eq!(seen.average, Some(Duration::from_millis(100)));
+    let p99 = seen.p99.unwrap();
+    assert!(p99 > Duration::from_millis(98) && p99 < Duration::from_millis(102), "{p99:?}");
+
+    // One that is tried again.
+    script.lock().unwrap().push_back((503, Duration::ZERO));
+    drop(client.clone().oneshot(request()).await.unwrap());
+    let seen = handle.snapshot();
+    assert_eq!((seen.retries, seen.successes, seen.failures), (1, 2, 0));
+
+    // One that hangs in all its attempts: the circuit opens, and says so.
+    script.lock().unwrap().extend([(200, secs(60)); 3]);
+    let error = client.clone().oneshot(request()).await.map(drop).unwrap_err();
+    assert!(
+        matches!(Rejected::find(&*error).unwrap().kind(), RejectedKind::TimedOut(_)),
+        "{error}"
+    );
+    let seen = handle.snapshot();
+    assert_eq!((seen.timeouts, seen.failures, seen.retries), (3, 1, 3));
+    assert_eq!((seen.breaker, seen.breaker_opened, seen.healthy), (Some(State::Open), 1, false));
+    let error = client.clone().oneshot(request()).await.map(drop).unwrap_err();
+    assert_eq!(Rejected::find(&*error).unwrap().name(), Some("search"));
+    assert_eq!((handle.snapshot().refused, handle.snapshot().total), (1, 4));
+
+    // A check says so too, whatever is answered; later all is well again.
+    let check = handle.check_health(async { Ok::<_, BoxError>(Response::new(())) }).await;
+    assert_eq!(check.status, HealthStatus::Unhealthy);
+    sleep(secs(5)).await;
+    let check = handle.check_health(client.clone().oneshot(request())).await;
+    assert_eq!((check.status, handle.snapshot().last_check), (HealthStatus::Healthy, Some(check)));
+    script.lock().unwrap().push_back((404, secs(2)));
+    let check = handle.check_health(client.clone().oneshot(request())).await;
+    assert_eq!((check.status, check.took), (HealthStatus::Unhealthy, secs(2)));
+
+    // One that its caller gives up.
+    script.lock().unwrap().push_back((200, secs(60)));
+    assert!(tokio::time::timeout(secs(1), client.oneshot(request())).await.is_err());
+    assert_eq!((handle.snapshot().cancelled, handle.snapshot().in_flight), (1, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn settings_change_while_it_runs_and_what_cannot_is_told() {
+    let base = "retry_attempts = 1\ndeadline_default = '50s'\nlimit_max = 1\nlimit_queue = 0";
+    let config = ClientConfig::from_toml(base).unwrap();
+    let stack = ClientStack::new(&config).unwrap();
+    let (handle, script) = (stack.handle(), Script::default());
+    let client = client::<()>(&stack, &script);
+    let slow = || script.lock().unwrap().push_back((200, secs(60)));
+    let took = async |expected: u64| {
+        slow();
+        let start = Instant::now();
+        assert!(client.clone().oneshot(request()).await.is_err());
+        assert_eq!(start.elapsed(), secs(expected));
+    };
+    took(30).await;
+    let fixed = handle.update(&ClientConfig::from_toml("timeout_head = '7s'").unwrap()).unwrap();
+    assert_eq!(fixed, Vec::<&str>::new());
+    script.lock().unwrap().extend([(503, Duration::ZERO); 2]);
+    drop(client.clone().oneshot(request()).await.unwrap());
+    assert_eq!(handle.snapshot().retries, 2, "three attempts by now");
+    assert_eq!(handle.config().limit.max, Some(256));
+
+    // Another deadline, another limit; other rules need another circuit.
+    let other = "deadline_default = '5s'\nretry_attempts = 1\nbreaker_failure_ratio = 0.5\n\
+                 deadline_keep_back = '1s'\nretry_budget_ratio = 0.5\nbreaker_failures = 9\nlimit_queue_wait = '1s'";
+    let fixed = handle.update(&ClientConfig::from_toml(other).unwrap()).unwrap();
+    assert_eq!(
+        fixed,
+        ["deadline_keep_back", "retry_budget_ratio", "breaker_failures", "breaker_failure_ratio"]
+    );
+    let now = handle.config();
+    assert_eq!(
+        (now.deadline.keep_back, now.breaker.failures),
+        (None, Some(5)),
+        "as it is in force"
+    );
+    took(5).await;
+    let fixed = handle.update(&ClientConfig::from_toml("breaker_failures = 6").unwrap()).unwrap();
+    assert!(!fixed.contains(&"breaker_failures"), "the same rule with another number: {fixed:?}");
+
+    // What does not fit changes nothing.
+    let bad = ClientConfig::from_toml("retry_attempts = 9").unwrap();
+    assert!(handle.update(&bad).unwrap_err().to_string().contains("use at most 5 attempts"));
+    assert_eq!(handle.config().retry.attempts, 3);
+    assert!(ClientStack::new(&bad).is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stack_with_everything_off_lets_everything_through() {
+    let off = [
+        "deadline_default",
+        "breaker_failures",
+        "limit_max",
+        "timeout_head",
+        "timeout_first_frame",
+        "timeout_idle",
+        "timeout_sending",
+    ]
+    .map(|key| format!("{key} = 'off'\n"))
+    .concat();
+    let config = ClientConfig::from_toml(&(off + "retry_attempts = 1")).unwrap();
+    let stack = ClientStack::new(&config).unwrap();
+    let script = Script::default();
+    let client = client::<()>(&stack, &script);
+    for status in [503; 9] {
+        script.lock().unwrap().push_back((status, secs(3600)));
+        assert_eq!(client.clone().oneshot(request()).await.unwrap().status(), status);
+    }
+    assert!(stack.handle().snapshot().healthy);
+    assert_eq!(stack.handle().breaker().state(), State::ForcedClosed);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_stack_under_axum() {
+    let config = "limit_max = 1\nlimit_queue = 0\ntimeout_head = '3s'\ndeadline_header = 'x-left'";
+    let stack = buttress::server(&ServerConfig::from_toml(config).unwrap()).unwrap();
+    let handle = stack.handle();
+    let app: Router = Router::new()
+        .route("/", get(|| async { "hello" }))
+        .route("/late", get(|| async { sleep(secs(9)).await }))
+        .layer(stack);
+    let send = |path: &str, left: &str| {
+        let request = Request::get(path).header("x-left", left).body(Body::empty()).unwrap();
+        tokio::spawn(app.clone().oneshot(request))
+    };
+    let response: Result<_, Infallible> = send("/", "9000").await.unwrap();
+    assert_eq!(response.unwrap().into_body().collect().await.unwrap().to_bytes(), "hello");
+    assert_eq!(
+        send("/late", "2000").await.unwrap().unwrap().status(),
+        504,
+        "its caller's deadline"
+    );
+    let late = send("/late", "9000");
+    sleep(secs(1)).await;
+    assert_eq!(send("/", "9000").await.unwrap().unwrap().status(), 503, "full");
+    assert_eq!(late.await.unwrap().unwrap().status(), 503, "too slow");
+    let seen = handle.snapshot();
+    assert_eq!((seen.total, seen.successes, seen.refused, seen.timeouts), (4, 1, 1, 2));
+    assert_eq!((seen.in_flight, seen.breaker), (0, None));
+    let fixed = handle.update(&ServerConfig::from_toml("timeout_head = '20s'").unwrap()).unwrap();
+    assert_eq!(fixed, ["deadline_header"]);
+    assert_eq!(send("/late", "60000").await.unwrap().unwrap().status(), 200);
+    assert_eq!(handle.config().deadline.header.as_deref(), Some("x-left"));
+}
