@@ -76,7 +76,7 @@
 //! | `rustls` | | TLS for that client |
 //! | `timeout` | | [`TimeoutLayer`] and [`DeadlineLayer`] |
 //! | `config` | | [settings](config) from TOML, JSON or the environment, checked against each other and explained |
-//! | `stack` | | whole [client and server stacks](stack) from such settings, each in one call |
+//! | `stack` | | whole [client and server stacks](stack) from such settings, each in one call; the client with `connect` |
 //! | `percentile` | | hedges after a percentile of the latency as it is |
 //! | `tower-http` | | any classifier of `tower_http::classify` as it is |
 //! | `tonic-health` | | `grpc.health.v1` from the [`Health`] registry; needs Rust 1.88 |
@@ -151,6 +151,8 @@ pub use self::lifecycle::Lifecycle;
 pub use self::limit::{ConcurrencyLimit, ConcurrencyLimitLayer};
 #[cfg(feature = "retry")]
 pub use self::retry::{Attempts, Backoff, Hedge, HedgeLayer, Retry, RetryBudget, RetryLayer};
+#[cfg(all(feature = "stack", feature = "connect"))]
+pub use self::stack::client;
 #[cfg(feature = "stack")]
 pub use self::stack::server;
 #[cfg(feature = "timeout")]

@@ -31,6 +31,7 @@ pub(super) const CLIENT: &[Rule<ClientConfig>] = &[
     |c| budget_that_never_pays(c).into_iter().collect(),
     |c| total_on_a_stream(&c.calls, &c.timeout, &c.deadline),
     |c| connections_of_none(c),
+    |c| health_of_nowhere(c).into_iter().collect(),
 ];
 
 pub(super) const SERVER: &[Rule<ServerConfig>] = &[
@@ -76,7 +77,10 @@ fn prefixed(prefix: &'static str, error: Option<ConfigError>) -> Option<ConfigEr
     Some(error)
 }
 
+/// Nobody sets parts of a millisecond.
 fn show(time: Duration) -> String {
+    let whole = u64::try_from(time.as_millis()).map_or(time, Duration::from_millis);
+    let time = if whole.is_zero() { time } else { whole };
     humantime::format_duration(time).to_string()
 }
 
@@ -214,6 +218,15 @@ fn total_on_a_stream(
         .collect()
 }
 
+fn health_of_nowhere(c: &ClientConfig) -> Option<ConfigError> {
+    let uri = c.connections.health_uri.as_ref()?;
+    let whole = http::Uri::try_from(uri).is_ok_and(|uri| uri.authority().is_some());
+    if whole {
+        return None;
+    }
+    conflict("health_uri", uri, "use a whole URI, such as http://search:8080/healthz".to_owned())
+}
+
 fn connections_of_none(c: &ClientConfig) -> Vec<ConfigError> {
     let connections = &c.connections;
     let numbers = [
@@ -227,8 +240,13 @@ fn connections_of_none(c: &ClientConfig) -> Vec<ConfigError> {
         ("connection_max_idle", connections.connection_max_idle),
     ];
     let times = times.into_iter().filter(|(_, time)| *time == Some(Duration::ZERO));
+    let wait = connections.connection_wait;
+    let short = connections.connection_queue > 0 && wait < Duration::from_millis(1);
+    let short = short.then(|| {
+        conflict("connection_wait", show(wait), "use 1ms or more, or a queue of 0".to_owned())
+    });
     let numbers = numbers.filter_map(|(key, _)| conflict(key, 0, "use 1 or more, or off".into()));
     let times = times
         .filter_map(|(key, time)| conflict(key, show(time?), "use a time above zero".to_owned()));
-    numbers.chain(times).collect()
+    numbers.chain(times).chain(short.flatten()).collect()
 }

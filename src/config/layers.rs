@@ -6,6 +6,8 @@ use super::{
     group::{Group, Row, group},
     value::{Scalar, Setting},
 };
+#[cfg(feature = "connect")]
+use crate::connect::ConnectLayer;
 use crate::{
     Backoff, CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, DeadlineLayer, RetryBudget,
     RetryLayer, TimeoutLayer, Timeouts, Trip, breaker::OpenFor, call::Http,
@@ -287,21 +289,47 @@ group! {
     /// How many connections a client has, and how fresh they are.
     ConnectionsConfig for "connections", prefix "", on |_| true;
     /// How many connections there are at once, in all.
-    fixed max_connections: Option<u32> = None;
+    live max_connections: Option<u32> = None;
     /// How many there are at once to one host.
-    fixed max_connections_per_host: Option<u32> = Some(64);
+    live max_connections_per_host: Option<u32> = Some(64);
     /// How many calls may wait for one.
-    fixed connection_queue: u32 = 1024;
+    live connection_queue: u32 = 1024;
     /// How long each of them may wait.
-    fixed connection_wait: Duration = secs(5);
+    live connection_wait: Duration = secs(5);
     /// How long connecting may take.
-    fixed connect_timeout: Duration = secs(5);
+    live connect_timeout: Duration = secs(5);
     /// How old a connection may become.
-    fixed connection_max_age: Option<Duration> = Some(secs(300));
+    live connection_max_age: Option<Duration> = Some(secs(300));
     /// How long it may be idle: less than the peer keeps it.
-    fixed connection_max_idle: Option<Duration> = Some(secs(4));
+    live connection_max_idle: Option<Duration> = Some(secs(4));
     /// How long the peer keeps an idle connection, if that is known: nginx 75 s, Node.js 5 s, AWS's ALB 60 s.
-    fixed peer_keep_alive: Option<Duration> = None;
+    live peer_keep_alive: Option<Duration> = None;
+    /// Where a check of health asks: a whole URI.
+    live health_uri: Option<String> = None;
+}
+
+#[cfg(feature = "connect")]
+impl ConnectionsConfig {
+    /// The layer.
+    ///
+    /// # Errors
+    ///
+    /// The first setting that cannot work.
+    pub fn layer(&self) -> Result<ConnectLayer, ConfigError> {
+        self.apply(ConnectLayer::new()).checked()
+    }
+
+    /// What can change while it runs: all of it.
+    pub(crate) fn apply(&self, layer: ConnectLayer) -> ConnectLayer {
+        let cap = |most: Option<u32>| most.map_or(usize::MAX, |most| most as usize);
+        layer
+            .max_total(cap(self.max_connections))
+            .max_per_host(cap(self.max_connections_per_host))
+            .queue(self.connection_queue as usize, self.connection_wait)
+            .connect_timeout(self.connect_timeout)
+            .max_age(self.connection_max_age)
+            .max_idle(self.connection_max_idle)
+    }
 }
 
 // ===== What is called =====

@@ -251,7 +251,7 @@ impl<C: Stack> fmt::Display for Explained<'_, C> {
                     origin => origin,
                 };
                 let (value, from) = (value.to_string(), from.to_string());
-                writeln!(f, "  {:25} {value:12} {from:12} {}", row.key, row.doc.trim())?;
+                writeln!(f, "  {:25} {value:12} {from:16} {}", row.key, row.doc.trim())?;
             }
         }
         Ok(())

@@ -22,7 +22,7 @@ use crate::{
 /// The recommended layers of a client, in their order, around any HTTP client: outermost first counters, deadline,
 /// retry, circuit breaker, concurrency limit, the deadline once more (to tell the next hop what is left), timeouts.
 ///
-/// [`client`](crate::client) puts it around a hyper client with its connections. One stack belongs to one layer and all
+/// `buttress::client` puts it around a hyper client with its connections. One stack belongs to one layer and all
 /// its clones.
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
@@ -35,6 +35,9 @@ pub struct ClientStack {
     forward: DeadlineLayer,
     timeout: TimeoutLayer,
     now: Arc<Now<ClientConfig>>,
+    /// Of the one that [`client`](super::client) makes.
+    #[cfg(feature = "connect")]
+    pub(super) connections: Option<crate::connect::ConnectLayer>,
 }
 
 /// What a [`ClientStack`] makes of a client.
@@ -60,6 +63,8 @@ impl ClientStack {
             forward,
             timeout: config.timeout.layer().map_err(one)?,
             now: Arc::new(Now::new(config.clone())),
+            #[cfg(feature = "connect")]
+            connections: None,
         };
         if !config.name.is_empty() {
             stack.deadline = stack.deadline.name(&config.name);
@@ -109,10 +114,22 @@ impl ClientHandle {
         let limit = stack.limit.handle().snapshot();
         let breaker = stack.breaker.handle().snapshot();
         StackSnapshot {
+            connections: self.connections(),
             retries: stack.retry.handle().snapshot().retries,
             last_check: stack.now.last_check(),
             ..StackSnapshot::of(stack.meter.counted(), limit, timeouts).with_breaker(&breaker)
         }
+    }
+
+    #[cfg(feature = "connect")]
+    fn connections(&self) -> usize {
+        let connections = self.stack.connections.as_ref();
+        connections.map_or(0, |connections| connections.handle().snapshot().open)
+    }
+
+    #[cfg(not(feature = "connect"))]
+    fn connections(&self) -> usize {
+        0
     }
 
     /// The circuit's own handle: to hold it open, or to wait for its next change.
@@ -159,6 +176,10 @@ impl ClientHandle {
         drop(next.limit.apply(stack.limit.clone()));
         drop(next.retry.apply(stack.retry.clone()));
         next.breaker.update(&stack.breaker).map_err(one)?;
+        #[cfg(feature = "connect")]
+        if let Some(connections) = &stack.connections {
+            drop(next.connections.apply(connections.clone()));
+        }
         *now = next;
         Ok(fixed)
     }

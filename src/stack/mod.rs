@@ -18,6 +18,9 @@
 //! # Ok(()) }
 //! ```
 //!
+//! With the feature `connect`, `buttress::client` puts it around a client with its own connections; a server's
+//! is [`buttress::server`](server()), a layer for an axum router.
+//!
 //! # Which layers
 //!
 //! | a client, outermost first | a server |
@@ -44,9 +47,14 @@
 
 mod client;
 mod handle;
+#[cfg(feature = "connect")]
+mod http;
 mod meter;
 mod server;
 
+#[cfg(feature = "connect")]
+#[cfg_attr(docsrs, doc(cfg(feature = "connect")))]
+pub use self::http::{Client, client};
 pub use self::{
     client::{ClientHandle, ClientStack, ClientStackService},
     handle::{HealthCheck, HealthStatus, StackSnapshot},

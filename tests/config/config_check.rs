@@ -22,7 +22,7 @@ fn attempts_that_take_longer_than_the_deadline() {
         "deadline_default = '10s'\ntimeout_head = '5s'",
         "deadline_default = '15s'\ntimeout_head = '5s'",
         "`retry_attempts` is 3: 3 attempts of up to 5s each (`timeout_head`) take 15s, over the deadline of 10s \
-         (`deadline_default`): use at most 2, or a `timeout_head` of at most 3s 333ms 333us 333ns, or a deadline of at \
+         (`deadline_default`): use at most 2, or a `timeout_head` of at most 3s 333ms, or a deadline of at \
          least 15s",
     );
     one(
@@ -130,6 +130,8 @@ fn what_a_layer_itself_refuses_has_its_settings_name() {
         ("timeout_idle = 0", "timeout_idle"),
         ("max_connections = 0", "max_connections"),
         ("connection_max_age = 0", "connection_max_age"),
+        ("connection_wait = 0", "connection_wait"),
+        ("health_uri = '/healthz'", "health_uri"),
     ] {
         let told = told(toml);
         assert!(

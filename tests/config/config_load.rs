@@ -54,7 +54,7 @@ fn the_same_in_toml_json_and_an_environment() {
     assert!(read.changes(&all[0]).is_empty(), "{written}");
     let changed = ClientConfig::default().changes(&all[0]);
     let live = |key| changed.iter().find(|change| change.key == key).unwrap().live;
-    assert!(live("timeout_head") && !live("max_connections"));
+    assert!(live("timeout_head") && live("max_connections") && !live("retry_budget_ratio"));
 }
 
 #[test]

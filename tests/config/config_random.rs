@@ -51,6 +51,7 @@ const KEYS: &[&str] = &[
     "connection_max_age",
     "connection_max_idle",
     "peer_keep_alive",
+    "health_uri",
     "nonsense",
 ];
 

@@ -1,0 +1,85 @@
+//! The recommended client in one call, as its environment says, against a server that fails now and then.
+//!
+//! ```text
+//! cargo run --all-features --example client_from_env
+//! SEARCH_HTTP_CLIENT_PRESET=internal SEARCH_HTTP_CLIENT_MAX_CONNECTIONS=4 cargo run --all-features --example client_from_env
+//! ```
+
+use std::{
+    net::SocketAddr,
+    sync::atomic::{AtomicUsize, Ordering::SeqCst},
+    time::Duration,
+};
+
+use axum::{Router, http::StatusCode, routing::get};
+use buttress::{
+    BoxError,
+    config::{ClientConfig, Preset, ServerConfig},
+};
+use bytes::Bytes;
+use http::Request;
+use http_body_util::{BodyExt, Empty};
+use tokio::{net::TcpListener, task::JoinSet};
+use tower::ServiceExt;
+
+#[tokio::main]
+async fn main() -> Result<(), BoxError> {
+    // It ends by itself, whatever goes wrong.
+    tokio::time::timeout(Duration::from_secs(20), tour()).await?
+}
+
+async fn tour() -> Result<(), BoxError> {
+    let at = upstream().await?;
+    // The environment goes before what is said here.
+    let config = ClientConfig::load("search")
+        .preset(Preset::Internal)
+        .toml(&format!("max_connections = 8\nhealth_uri = 'http://{at}/healthz'"))
+        .env()
+        .finish()?;
+    println!("{}", config.explain());
+    let client = buttress::client::<Empty<Bytes>>(&config)?;
+    let handle = client.handle();
+
+    let mut calls = JoinSet::new();
+    for _ in 0..200 {
+        let request = Request::get(format!("http://{at}/")).body(Empty::new())?;
+        let call = client.clone().oneshot(request);
+        calls.spawn(async move { call.await?.into_body().collect().await });
+    }
+    let answers = calls.join_all().await;
+    let good = answers.iter().filter(|answer| answer.is_ok()).count();
+    println!("{good} of {} calls answered", answers.len());
+    println!("{:#?}", handle.snapshot());
+
+    let check = client.check_health().await;
+    println!("health: {:?} in {:?}", check.status, check.took);
+
+    // Changed while it runs; what would take a new client is told.
+    let mut next = handle.config();
+    next.timeout.head = Some(Duration::from_secs(2));
+    next.connections.max_connections = Some(2);
+    next.breaker.window = Duration::from_secs(60);
+    println!("would take a new client: {:?}", handle.update(&next)?);
+    Ok(())
+}
+
+/// Every tenth answer is a 503.
+async fn upstream() -> Result<SocketAddr, BoxError> {
+    static CALLS: AtomicUsize = AtomicUsize::new(0);
+    let answer = async || {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        if CALLS.fetch_add(1, SeqCst) % 10 == 9 {
+            (StatusCode::SERVICE_UNAVAILABLE, "later")
+        } else {
+            (StatusCode::OK, "hello")
+        }
+    };
+    let app = Router::new()
+        .route("/", get(answer))
+        .route("/healthz", get(|| async {}))
+        .layer(buttress::server(&ServerConfig::default())?);
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let at = listener.local_addr()?;
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    Ok(at)
+}

@@ -1,0 +1,61 @@
+//! What a configuration comes to, where each value came from, and what does not go together.
+//!
+//! ```text
+//! cargo run --all-features --example explain_config
+//! cargo run --all-features --example explain_config -- client.toml
+//! SEARCH_HTTP_CLIENT_RETRY_ATTEMPTS=9 cargo run --all-features --example explain_config
+//! ```
+
+use std::env;
+
+use buttress::config::{ClientConfig, Preset, ServerConfig};
+
+const FILE: &str = "
+preset = 'internal'
+max_connections = 50
+
+[retry]
+attempts = 2
+backoff = '10ms'
+
+[limit]
+max = 128
+";
+
+/// One for each conflict that is looked for.
+const CONFLICTS: [&str; 8] = [
+    "deadline_default = '10s' \n timeout_head = '5s'",
+    "retry_attempts = 6",
+    "timeout_head = '2s'",
+    "deadline_default = '91s' \n limit_queue_wait = '2m'",
+    "connection_max_idle = '5s' \n peer_keep_alive = '5s'",
+    "retry_budget_ratio = 0.00001 \n retry_budget_per_second = 0",
+    "streaming = true \n timeout_total = '5m'",
+    "retry_atempts = 2",
+];
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let loader = ClientConfig::load("search");
+    let loader = match env::args().nth(1) {
+        Some(path) => loader.file(path),
+        None => loader.toml(FILE),
+    };
+    let config = loader.env().finish()?;
+    println!("{}", config.explain());
+    match config.check() {
+        Ok(()) => println!("nothing is wrong with it\n"),
+        Err(errors) => println!("what is wrong with it:\n{errors}\n"),
+    }
+
+    println!("{}", ServerConfig::preset(Preset::Internal).explain());
+
+    println!("what does not go together, and what to do about it:\n");
+    for toml in CONFLICTS {
+        let told = match ClientConfig::from_toml(toml) {
+            Ok(config) => config.check().err().map(|errors| errors.to_string()),
+            Err(errors) => Some(errors.to_string()),
+        };
+        println!("  {}\n    {}\n", toml.replace(" \n ", ", "), told.ok_or("not found")?);
+    }
+    Ok(())
+}

@@ -1,0 +1,146 @@
+use std::{
+    fmt,
+    task::{Context, Poll},
+};
+
+use http::{Request, Response, Uri};
+use http_body::Body;
+use hyper_util::client::legacy::connect::HttpConnector;
+use tower_layer::Layer;
+use tower_service::Service;
+
+use super::{
+    client::{ClientHandle, ClientStack, ClientStackService},
+    handle::HealthCheck,
+};
+use crate::{
+    BoxError, ConfigError,
+    config::{ClientConfig, ConfigErrors},
+    connect,
+    retry::ReplayBody,
+    timeout::SendingBody,
+};
+
+#[cfg(feature = "rustls")]
+type Connector = hyper_rustls::HttpsConnector<HttpConnector>;
+#[cfg(not(feature = "rustls"))]
+type Connector = HttpConnector;
+
+type Connections<B> = connect::Client<Connector, SendingBody<ReplayBody<B>>>;
+type Inner<B> = ClientStackService<Connections<B>>;
+
+/// The recommended client, as this configuration says: a [`ClientStack`] around a [`connect::Client`].
+///
+/// For `http`, and with the feature `rustls` for `https` too.
+///
+/// ```no_run
+/// # async fn run() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+/// use buttress::config::ClientConfig;
+/// use http_body_util::Empty;
+/// use tower::ServiceExt;
+///
+/// let config = ClientConfig::from_env("search")?;
+/// let client = buttress::client::<Empty<bytes::Bytes>>(&config)?;
+/// let request = http::Request::get("http://localhost:8080/").body(Empty::new())?;
+/// let response = client.clone().oneshot(request).await?;
+/// println!("{} {:?}", response.status(), client.handle().snapshot());
+/// # Ok(()) }
+/// ```
+///
+/// # Errors
+///
+/// What [`check`](ClientConfig::check) finds; with `rustls`, that the system's certificates cannot be read.
+pub fn client<B>(config: &ClientConfig) -> Result<Client<B>, ConfigErrors>
+where
+    B: Body + Send + Unpin + 'static,
+    B::Data: Send,
+    B::Error: Into<BoxError>,
+{
+    let one = |error: ConfigError| ConfigErrors(vec![error]);
+    let mut stack = ClientStack::new(config)?;
+    let mut connections = config.connections.layer().map_err(one)?;
+    if !config.name.is_empty() {
+        connections = connections.name(&config.name);
+    }
+    stack.connections = Some(connections.clone());
+    let builder = connect::Client::builder(connections);
+    #[cfg(feature = "rustls")]
+    let inner = builder.build_https().map_err(|error| {
+        let remedy = "the system's certificates cannot be read: install them";
+        one(ConfigError::new("tls", error, remedy))
+    })?;
+    #[cfg(not(feature = "rustls"))]
+    let inner = builder.build_http();
+    Ok(Client { service: stack.layer(inner), handle: stack.handle() })
+}
+
+/// The recommended client: made by [`client`]. Clones share all of it.
+pub struct Client<B: Body> {
+    service: Inner<B>,
+    handle: ClientHandle,
+}
+
+impl<B: Body> Client<B> {
+    /// Looks at the client and changes its settings.
+    #[must_use]
+    pub fn handle(&self) -> ClientHandle {
+        self.handle.clone()
+    }
+}
+
+impl<B> Client<B>
+where
+    B: Body + Default + Send + Unpin + 'static,
+    B::Data: Send,
+    B::Error: Into<BoxError>,
+{
+    /// Asks the service at the `health_uri` of the configuration, through the whole stack: a 2xx is well. Without
+    /// one, tells what the stack knows.
+    pub async fn check_health(&self) -> HealthCheck {
+        let uri = self.handle.config().connections.health_uri;
+        let Some(uri) = uri.and_then(|uri| Uri::try_from(uri).ok()) else {
+            return self.handle.check_health(async { Ok::<_, BoxError>(Response::new(())) }).await;
+        };
+        let mut request = Request::new(B::default());
+        *request.uri_mut() = uri;
+        let mut service = self.service.clone();
+        let probe = async {
+            std::future::poll_fn(|cx| service.poll_ready(cx)).await?;
+            service.call(request).await
+        };
+        self.handle.check_health(probe).await
+    }
+}
+
+impl<B> Service<Request<B>> for Client<B>
+where
+    B: Body + Send + Unpin + 'static,
+    B::Data: Send,
+    B::Error: Into<BoxError>,
+{
+    type Response = <Inner<B> as Service<Request<B>>>::Response;
+    type Error = BoxError;
+    type Future = <Inner<B> as Service<Request<B>>>::Future;
+
+    #[inline]
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.service.poll_ready(cx)
+    }
+
+    #[inline]
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        self.service.call(request)
+    }
+}
+
+impl<B: Body> Clone for Client<B> {
+    fn clone(&self) -> Self {
+        Self { service: self.service.clone(), handle: self.handle.clone() }
+    }
+}
+
+impl<B: Body> fmt::Debug for Client<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("handle", &self.handle).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,132 @@
+//! The recommended client and server, each made in one call, over real sockets.
+#![cfg(all(feature = "stack", feature = "connect"))]
+
+mod net;
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use axum::{Router, http::StatusCode, routing::get};
+use buttress::{
+    Attempts, Rejected,
+    breaker::State,
+    config::{ClientConfig, ServerConfig},
+    stack::{Client, HealthStatus},
+};
+use http::Request;
+use http_body_util::{BodyExt, Full};
+use tokio::net::TcpListener;
+use tower::ServiceExt;
+
+type Body = Full<bytes::Bytes>;
+
+async fn upstream(fails: Arc<AtomicUsize>) -> SocketAddr {
+    let stack = buttress::server(&ServerConfig::default()).unwrap();
+    let app = Router::new()
+        .route(
+            "/",
+            get(async move || {
+                match fails.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)) {
+                    Ok(_) => (StatusCode::SERVICE_UNAVAILABLE, "later"),
+                    Err(_) => (StatusCode::OK, "hello"),
+                }
+            }),
+        )
+        .route("/healthz", get(|| async {}))
+        .layer(stack);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = listener.local_addr().unwrap();
+    tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+    at
+}
+
+fn to(at: SocketAddr) -> Request<Body> {
+    Request::get(format!("http://{at}/")).body(Body::default()).unwrap()
+}
+
+fn client(at: SocketAddr, more: &str) -> Client<Body> {
+    let settings = format!(
+        "health_uri = 'http://{at}/healthz'\nretry_backoff = '1ms'\nbreaker_open_for = '100ms'\n{more}"
+    );
+    let config = ClientConfig::load("search").toml(&settings).finish().unwrap();
+    buttress::client(&config).unwrap()
+}
+
+#[tokio::test]
+async fn config_makes_a_client_that_tries_again_and_tells_what_it_did() {
+    let fails = Arc::new(AtomicUsize::new(1));
+    let at = upstream(fails.clone()).await;
+    let client = client(at, "max_connections = 2");
+    let handle = client.handle();
+    let task = tokio::spawn(client.clone().oneshot(to(at)));
+    let response = net::soon(task).await.unwrap().unwrap();
+    assert_eq!(Attempts::of(&response).made, 2);
+    assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "hello");
+    for _ in 0..20 {
+        let response = net::soon(client.clone().oneshot(to(at))).await.unwrap();
+        response.into_body().collect().await.unwrap();
+    }
+    let seen = handle.snapshot();
+    assert_eq!((seen.total, seen.successes, seen.retries, seen.in_flight), (21, 21, 1, 0));
+    assert_eq!((seen.connections, seen.healthy), (1, true), "one connection does for all");
+    assert!(seen.average.unwrap() <= Duration::from_secs(5) && seen.p99.is_some());
+
+    // A hundred at once over two connections, which a live setting makes three.
+    let calls = |count| {
+        let tasks = (0..count).map(|_| tokio::spawn(client.clone().oneshot(to(at))));
+        let tasks: Vec<_> = tasks.collect();
+        async move {
+            for task in tasks {
+                let response = net::soon(task).await.unwrap().unwrap();
+                response.into_body().collect().await.unwrap();
+            }
+        }
+    };
+    calls(100).await;
+    assert!(handle.snapshot().connections <= 2);
+    let mut config = handle.config();
+    config.connections.max_connections = Some(3);
+    assert_eq!(handle.update(&config).unwrap(), Vec::<&str>::new());
+    calls(100).await;
+    assert!(handle.snapshot().connections <= 3);
+    assert_eq!(handle.snapshot().failures, 0);
+}
+
+#[tokio::test]
+async fn config_makes_a_client_that_stops_calling_and_checks_health() {
+    let fails = Arc::new(AtomicUsize::new(6));
+    let at = upstream(fails.clone()).await;
+    let client = client(at, "breaker_failures = 6");
+    let handle = client.handle();
+    let check = net::soon(client.check_health()).await;
+    assert_eq!((check.status, handle.snapshot().last_check), (HealthStatus::Healthy, Some(check)));
+    for _ in 0..2 {
+        let response = net::soon(client.clone().oneshot(to(at))).await.unwrap();
+        assert_eq!(response.status(), 503, "after three attempts");
+    }
+    let seen = handle.snapshot();
+    assert_eq!((seen.breaker, seen.healthy, seen.failures), (Some(State::Open), false, 2));
+    let error = net::soon(client.clone().oneshot(to(at))).await.map(drop).unwrap_err();
+    assert_eq!(Rejected::find(&*error).unwrap().layer(), "circuit_breaker");
+    assert_eq!(net::soon(client.check_health()).await.status, HealthStatus::Unhealthy);
+    net::until(|| handle.snapshot().healthy).await;
+    assert_eq!(net::soon(client.check_health()).await.status, HealthStatus::Healthy);
+    assert_eq!(handle.snapshot().breaker, Some(State::Closed), "a check is a probe, too");
+}
+
+#[tokio::test]
+async fn config_of_nobody_there_fails_in_good_time() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = listener.local_addr().unwrap();
+    drop(listener);
+    let client = client(at, "");
+    let error = net::soon(client.clone().oneshot(to(at))).await.map(drop).unwrap_err();
+    assert!(Rejected::find(&*error).is_none(), "it was called: {error}");
+    assert_eq!(net::soon(client.check_health()).await.status, HealthStatus::Unhealthy);
+}
