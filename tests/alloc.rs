@@ -70,7 +70,7 @@ fn http<L, B>(layer: L) -> u64
 where
     L: Layer<Hello>,
     L::Service: Service<Request<()>, Response = Response<B>>,
-    B: Body<Data = Bytes, Error = Infallible>,
+    B: Body<Data = Bytes, Error: std::fmt::Debug>,
 {
     let mut service = layer.layer(service_fn(hello as fn(_) -> _));
     allocations(|| {
@@ -214,4 +214,15 @@ fn an_admitted_http_call_allocates_nothing_to_the_end_of_its_body() {
             .layer(CircuitBreakerLayer::http().respond());
         assert_eq!(http(server), 0);
     });
+}
+
+#[cfg(feature = "timeout")]
+#[test]
+fn a_timeout_on_an_answer_that_is_ready_allocates_nothing() {
+    use buttress::TimeoutLayer;
+    // No runtime here: a timer would panic.
+    assert_eq!(generic(TimeoutLayer::http().per_response()), 0);
+    assert_eq!(http(TimeoutLayer::http().as_is()), 0);
+    assert_eq!(http(TimeoutLayer::http().as_is().respond()), 0);
+    assert_eq!(http(TimeoutLayer::server().respond()), 0);
 }

@@ -92,6 +92,10 @@ const VALUES: &[&str] = &[
 ];
 
 async fn one_call(config: &ClientConfig) -> Result<(), ConfigErrors> {
+    #[cfg(feature = "connect")]
+    if config.check().is_ok() {
+        let _ = config.connections.layer().expect("what was checked can be built");
+    }
     let stack = ClientStack::new(config)?.layer(service_fn(|_: Request<_>| async {
         Ok::<_, Infallible>(Response::new(Nothing::new()))
     }));

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 
 use axum::{Router, body::Body, routing::get};
-use buttress::{TimeoutLayer, Timeouts};
+use buttress::{DeadlineLayer, TimeoutLayer, Timeouts};
 use http::Request;
 use http_body_util::BodyExt;
 use tokio::time::{Instant, sleep};
@@ -57,4 +57,16 @@ async fn around_a_tonic_client() {
     let check = tonic_health::pb::HealthCheckRequest::default();
     let status = tokio::spawn(async move { client.check(check).await }).await.unwrap().unwrap_err();
     assert_eq!(status.code(), tonic::Code::Unavailable, "nobody listens there: {status}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn under_a_tonic_server() {
+    let (_reporter, health) = tonic_health::server::health_reporter();
+    let router = tonic::transport::Server::builder()
+        .layer(TimeoutLayer::server().respond())
+        .layer(DeadlineLayer::new().default_of(secs(9)).respond())
+        .add_service(health);
+    // It has nothing to do, and is shut down at once: what is asked is whether its types fit.
+    let at = "127.0.0.1:0".parse().unwrap();
+    router.serve_with_shutdown(at, std::future::ready(())).await.unwrap();
 }
