@@ -4,7 +4,7 @@ use std::{
     fmt,
     future::Future,
     pin::Pin,
-    sync::atomic::Ordering,
+    sync::{Arc, atomic::Ordering},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -14,7 +14,7 @@ use http_body::Body;
 use hyper::body::Incoming;
 use hyper_util::{
     client::legacy::{
-        self, Error,
+        self,
         connect::{CaptureConnection, Connect, HttpConnector, capture_connection},
     },
     rt::TokioTimer,
@@ -23,15 +23,17 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use super::{
-    conn::{Conn, Tag},
+    conn::Tag,
+    core::Connections,
     executor::Executor,
     handle::ConnectHandle,
     layer::{ConnectLayer, Connector, above_zero},
     life,
+    turn::Turn,
 };
 use crate::{
     BoxError, ConfigError,
-    call::{Eos, Outcome, TrackedBody},
+    call::{Eos, Origin, Outcome, Rejected, Shared, TrackedBody},
 };
 
 /// hyper-util's client over connections that are bounded, fresh and visible.
@@ -42,14 +44,14 @@ use crate::{
 ///
 /// # Errors
 ///
-/// What hyper-util's client gives; under it a [`Rejected`](crate::Rejected) if no connection became free.
+/// What hyper-util's client gives, boxed; a [`Rejected`] by itself or under that if no connection became free.
 ///
 /// # Cancellation
 ///
 /// A call that is dropped while it waits or connects gives back its place. One that is dropped later gives up its
 /// connection (HTTP/1), or its stream (HTTP/2).
 pub struct Client<C, B> {
-    inner: legacy::Client<Connector<C>, B>,
+    inner: Arc<legacy::Client<Connector<C>, B>>,
     connections: ConnectHandle,
 }
 
@@ -83,10 +85,27 @@ where
     B::Error: Into<BoxError>,
 {
     /// Sends a request.
-    pub fn request(&self, mut request: Request<B>) -> ResponseFuture {
+    pub fn request(&self, request: Request<B>) -> ResponseFuture {
+        let all = &self.connections.0;
+        let turn = all.has_cap().then(|| Turn::now(all, Origin::of(request.uri()))).transpose();
+        let state = match turn {
+            Ok(turn) => self.send(request, turn),
+            Err(host) => {
+                let client = self.clone();
+                let sent = Box::pin(async move {
+                    let turn = Turn::next(host).await?;
+                    Ok(client.send(request, Some(turn)))
+                });
+                State::Waiting { sent }
+            }
+        };
+        ResponseFuture { state, all: all.clone() }
+    }
+
+    fn send(&self, mut request: Request<B>, turn: Option<Turn>) -> State {
         let is_tunnel = request.method() == Method::CONNECT;
         let connection = Some(capture_connection(&mut request));
-        ResponseFuture { inner: self.inner.request(request), connection, is_tunnel }
+        State::Sent { response: self.inner.request(request), connection, is_tunnel, turn }
     }
 }
 
@@ -98,10 +117,10 @@ where
     B::Error: Into<BoxError>,
 {
     type Response = Response<TrackedBody<Incoming>>;
-    type Error = Error;
+    type Error = BoxError;
     type Future = ResponseFuture;
 
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Error>> {
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
         Poll::Ready(Ok(()))
     }
 
@@ -110,7 +129,7 @@ where
     }
 }
 
-impl<C: Clone, B> Clone for Client<C, B> {
+impl<C, B> Clone for Client<C, B> {
     fn clone(&self) -> Self {
         Self { inner: self.inner.clone(), connections: self.connections.clone() }
     }
@@ -129,33 +148,60 @@ pin_project! {
     #[must_use = "futures do nothing unless polled"]
     pub struct ResponseFuture {
         #[pin]
-        inner: legacy::ResponseFuture,
-        // Holds what it captured in use, from before the first byte is written.
-        connection: Option<CaptureConnection>,
-        is_tunnel: bool,
+        state: State,
+        all: Shared<Connections>,
+    }
+}
+
+/// A call that waits for its turn, and is sent then.
+type Waiting = Pin<Box<dyn Future<Output = Result<State, Rejected>> + Send>>;
+
+pin_project! {
+    #[project = StateProj]
+    enum State {
+        Waiting { sent: Waiting },
+        Sent {
+            #[pin]
+            response: legacy::ResponseFuture,
+            // Holds what it captured in use, from before the first byte is written.
+            connection: Option<CaptureConnection>,
+            is_tunnel: bool,
+            turn: Option<Turn>,
+        },
     }
 }
 
 impl Future for ResponseFuture {
-    type Output = Result<Response<TrackedBody<Incoming>>, Error>;
+    type Output = Result<Response<TrackedBody<Incoming>>, BoxError>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let polled = this.inner.poll(cx);
-        if let Some(connection) = &*this.connection {
+        let (mut state, all) = (this.state, &**this.all);
+        if let StateProj::Waiting { sent } = state.as_mut().project() {
+            let sent = ready!(sent.as_mut().poll(cx))?;
+            state.set(sent);
+        }
+        let StateProj::Sent { response, connection, is_tunnel, turn } = state.project() else {
+            unreachable!("sent by now")
+        };
+        let polled = response.poll(cx);
+        if let Some(connection) = connection.as_ref().filter(|_| all.any_over()) {
             // As soon as one is known: the pool may have it back by the time its answer is here.
             retire(connection);
+        }
+        if turn.as_ref().is_some_and(Turn::is_needless) {
+            *turn = None;
         }
         let mut response = ready!(polled)?;
         let Some(tag) = response.extensions_mut().remove::<Tag>() else {
             return Poll::Ready(Ok(response.map(TrackedBody::untracked)));
         };
-        let permit = Conn::serve(&tag.conn);
         let status = response.status();
-        if status == StatusCode::SWITCHING_PROTOCOLS || (*this.is_tunnel && status.is_success()) {
+        if status == StatusCode::SWITCHING_PROTOCOLS || (*is_tunnel && status.is_success()) {
             tag.conn.hand_over();
         }
-        drop((tag, this.connection.take()));
+        let permit = tag.serve(turn.take());
+        drop(connection.take());
         let good = Eos::Plain(Outcome::success());
         Poll::Ready(Ok(response.map(|body| TrackedBody::new(body, permit.erase(), good))))
     }
@@ -167,7 +213,7 @@ fn retire(connection: &CaptureConnection) {
     let Some(connected) = &*connected else { return };
     let mut extensions = Extensions::new();
     connected.get_extras(&mut extensions);
-    if extensions.get::<Tag>().is_some_and(|tag| tag.conn.is_over()) {
+    if extensions.get::<Tag>().is_some_and(|tag| tag.conn.why_over().is_some()) {
         connected.poison();
     }
 }
@@ -309,7 +355,7 @@ impl ClientBuilder {
         self.hyper.pool_idle_timeout(idle);
         let connections = self.connections.handle();
         let connector = self.connections.connector(connector, true);
-        Client { inner: self.hyper.build(connector), connections }
+        Client { inner: Arc::new(self.hyper.build(connector)), connections }
     }
 
     fn tcp_connector(&self) -> HttpConnector {

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Mutex, OnceLock, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     task::Waker,
@@ -10,14 +10,16 @@ use std::{
 
 use super::{
     core::Connections,
+    host::Host,
     life::{Life, NEVER, Over, Verdict},
+    turn::Turn,
 };
-use crate::call::{Finish, Hold, Nanos, Origin, Outcome, Permit, Shared, Token};
+use crate::call::{Finish, Hold, Nanos, Outcome, Permit, Shared, Token};
 
 pub(super) struct Conn {
     all: Shared<Connections>,
     id: u64,
-    origin: Origin,
+    host: Arc<Host>,
     /// Whether each use of it is told: else nobody knows when it is idle.
     leased: bool,
     life: Life,
@@ -36,7 +38,7 @@ impl Conn {
     pub(super) fn new(
         all: Shared<Connections>,
         id: u64,
-        origin: Origin,
+        host: Arc<Host>,
         leased: bool,
         life: Life,
         now: Nanos,
@@ -44,7 +46,7 @@ impl Conn {
         Self {
             all,
             id,
-            origin,
+            host,
             leased,
             life,
             leases: AtomicU32::new(0),
@@ -61,8 +63,8 @@ impl Conn {
         self.id
     }
 
-    pub(super) fn origin(&self) -> &Origin {
-        &self.origin
+    pub(super) fn host(&self) -> &Arc<Host> {
+        &self.host
     }
 
     pub(super) fn is_leased(&self) -> bool {
@@ -82,34 +84,30 @@ impl Conn {
         {
             self.set_over(why);
         }
-        if self.over.get().is_some() {
+        // A new one is used all the same: there is no other to send the request over.
+        if self.why_over().is_some_and(|why| why == Over::Idle || self.has_served()) {
             self.is_stale.store(true, Ordering::SeqCst);
         }
     }
 
     fn end(&self) {
-        let now = self.all.clock.now();
-        // First: who sees it idle must see since when.
-        self.idle_since.store(now, Ordering::SeqCst);
-        if self.leases.fetch_sub(1, Ordering::SeqCst) > 1 {
-            return;
+        let mut leases = self.leases.load(Ordering::SeqCst);
+        loop {
+            if leases == 1 {
+                // First: who sees it idle must see since when.
+                self.idle_since.store(self.all.clock.now(), Ordering::SeqCst);
+            }
+            let next = leases.saturating_sub(1);
+            match self.leases.compare_exchange(leases, next, Ordering::SeqCst, Ordering::SeqCst) {
+                Ok(_) if next > 0 => return,
+                Ok(_) => break,
+                Err(now) => leases = now,
+            }
         }
         self.all.counts.in_use.fetch_sub(1, Ordering::Relaxed);
-        if self.life.is_old(now) {
-            self.set_over(Over::Age);
-        }
-        if self.over.get().is_some() || self.all.needs_room_of(self) {
+        if self.why_over().is_some() || self.all.needs_room_of(self) {
             self.wake();
         }
-    }
-
-    /// The right to use it for one call, to the end of the response body.
-    pub(super) fn serve(this: &Shared<Self>) -> Permit<Self> {
-        this.begin();
-        if this.has_served.swap(true, Ordering::Relaxed) {
-            this.all.counts.reused.fetch_add(1, Ordering::Relaxed);
-        }
-        this.permit(Token::default())
     }
 
     /// It is no longer HTTP's: in use until it is closed.
@@ -127,6 +125,10 @@ impl Conn {
         self.all.close(self);
     }
 
+    fn has_served(&self) -> bool {
+        self.has_served.load(Ordering::Relaxed)
+    }
+
     /// Since when nobody uses it, as far as is known.
     pub(super) fn idle_since(&self) -> Option<Nanos> {
         let idle = self.leased && self.leases.load(Ordering::SeqCst) == 0;
@@ -137,19 +139,14 @@ impl Conn {
 
     /// Whether this is why it is to go: the first reason stays.
     pub(super) fn set_over(&self, why: Over) -> bool {
-        self.over.set(why).is_ok()
+        let is_first = self.over.set(why).is_ok();
+        self.all.counts.over.fetch_add(usize::from(is_first), Ordering::SeqCst);
+        is_first
     }
 
+    /// Why nobody is to begin to use it any more, if so.
     pub(super) fn why_over(&self) -> Option<Over> {
         self.over.get().copied()
-    }
-
-    /// Whether nobody is to begin to use it any more.
-    pub(super) fn is_over(&self) -> bool {
-        if self.life.is_old(self.all.clock.now()) {
-            self.set_over(Over::Age);
-        }
-        self.over.get().is_some()
     }
 
     /// Whether its time was over before the call that it has been given to: nobody had the time to close it.
@@ -167,17 +164,19 @@ impl Conn {
         self.wake();
     }
 
-    /// What is to be done now; what is to be done later is in how many nanoseconds.
+    /// What is to be done now; when to look again is in how many nanoseconds.
     pub(super) fn judge(&self) -> Verdict {
         let idle_since = self.idle_since();
-        if let (Some(why), Some(_)) = (self.why_over(), idle_since) {
-            return Verdict::Close(why);
-        }
         let now = self.all.clock.now();
-        match self.life.judge(now, idle_since) {
+        let verdict = match self.why_over() {
+            Some(why) => Verdict::Close(why),
+            None => self.life.judge(now, idle_since),
+        };
+        match verdict {
             Verdict::Close(why) => {
                 self.set_over(why);
-                Verdict::Close(why)
+                // Who ends its use wakes who closes it.
+                if idle_since.is_some() { Verdict::Close(why) } else { Verdict::Keep(NEVER) }
             }
             Verdict::Keep(NEVER) => Verdict::Keep(NEVER),
             Verdict::Keep(at) => Verdict::Keep(at.saturating_sub(now)),
@@ -201,14 +200,22 @@ impl Conn {
 }
 
 impl Finish for Conn {
-    fn finish(&self, _: Token, _: Outcome) {
+    fn finish(&self, token: Token, _: Outcome) {
         self.end();
+        // After: who comes next is to find it idle.
+        if token.tag == HAS_TURN {
+            self.host.calls.leave();
+            self.all.calls.leave();
+        }
     }
 
     fn hold(&self) -> Hold {
         Hold::Body
     }
 }
+
+/// The tag of a call that took a turn, and gives it back at its end.
+const HAS_TURN: u64 = 1;
 
 /// What hyper-util's pool keeps with a connection, and clones for each use before a byte is written.
 pub(super) struct Tag {
@@ -220,6 +227,19 @@ impl Tag {
     /// The one that the pool keeps.
     pub(super) fn new(conn: Shared<Conn>) -> Self {
         Self { conn, is_lease: false }
+    }
+
+    /// The right to use it for one call, to the end of the response body.
+    pub(super) fn serve(mut self, turn: Option<Turn>) -> Permit<Conn> {
+        let conn = self.conn.clone();
+        if !std::mem::replace(&mut self.is_lease, false) {
+            conn.begin();
+        }
+        if conn.has_served.swap(true, Ordering::Relaxed) {
+            conn.all.counts.reused.fetch_add(1, Ordering::Relaxed);
+        }
+        let tag = if turn.is_some_and(Turn::keep) { HAS_TURN } else { 0 };
+        conn.permit(Token { tag, started: 0 })
     }
 }
 

@@ -15,20 +15,22 @@ use tokio::time::timeout;
 use super::{
     conn::Conn,
     executor::wanted,
-    gate::{Gate, NO_LIMIT, Place},
+    gate::{Gate, NO_LIMIT},
+    host::{Guest, Host, Line, Ticket},
     life::{Life, Over},
 };
 use crate::{
-    call::{Clock, Label, LayerKind, Nanos, Origin, Rejected, RejectedKind, Shared, nanos},
+    call::{Clock, Label, LayerKind, Origin, Rejected, RejectedKind, Shared, nanos},
     event,
 };
 
-/// How long somebody waits who finds no place, what is to be held against connections, and their numbers.
 pub(super) struct Connections {
     pub(super) clock: Clock,
     pub(super) settings: Settings,
     pub(super) counts: Counts,
     total: Arc<Gate>,
+    /// Calls that need a connection each, of all hosts.
+    pub(super) calls: Arc<Gate>,
     book: Mutex<Book>,
     label: OnceLock<Arc<Label>>,
 }
@@ -49,8 +51,10 @@ pub(super) struct Counts {
     pub(super) connecting: AtomicUsize,
     pub(super) waiting: AtomicUsize,
     /// Of these, how many for a place among all connections.
-    for_all: AtomicUsize,
+    pub(super) for_all: AtomicUsize,
     pub(super) in_use: AtomicUsize,
+    /// Connections that are over and still open.
+    pub(super) over: AtomicUsize,
     pub(super) created: AtomicU64,
     pub(super) closed: AtomicU64,
     pub(super) closed_for_age: AtomicU64,
@@ -63,22 +67,24 @@ pub(super) struct Counts {
     pub(super) saturated: AtomicU64,
 }
 
-/// A host is in the book for as long as somebody connects to it or is connected: what is as good as new is
-/// forgotten at once, so that hosts never pile up.
+/// Who is connected, and to whom.
 #[derive(Default)]
-struct Book {
-    hosts: HashMap<Origin, Host>,
+pub(super) struct Book {
+    pub(super) hosts: HashMap<Origin, Arc<Host>>,
     open: HashMap<u64, Shared<Conn>>,
     next: u64,
     /// How many were asked to go for another host, and have not gone yet.
     making_room: usize,
 }
 
-struct Host {
-    gate: Arc<Gate>,
-    users: usize,
-    /// Of these, how many stand in line for a place among all.
-    waiting: usize,
+impl Settings {
+    pub(super) fn per_host(&self) -> usize {
+        self.per_host.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn queue(&self) -> usize {
+        self.queue.load(Ordering::Relaxed)
+    }
 }
 
 impl Connections {
@@ -97,6 +103,7 @@ impl Connections {
             },
             counts: Counts::default(),
             total: Gate::new(NO_LIMIT),
+            calls: Gate::new(NO_LIMIT),
             book: Mutex::default(),
             label: OnceLock::new(),
         }
@@ -107,12 +114,16 @@ impl Connections {
     pub(super) fn set_per_host(&self, most: usize) {
         let book = self.book();
         self.settings.per_host.store(most, Ordering::Relaxed);
-        book.hosts.values().for_each(|host| host.gate.resize(most));
+        for host in book.hosts.values() {
+            host.gate.resize(most);
+            host.calls.resize(most);
+        }
     }
 
     pub(super) fn set_total(&self, most: usize) {
         self.settings.total.store(most, Ordering::Relaxed);
         self.total.resize(most);
+        self.calls.resize(most);
     }
 
     pub(super) fn set_queue(&self, length: usize, longest_wait: Duration) {
@@ -123,6 +134,10 @@ impl Connections {
     pub(super) fn name(&self, name: &str) {
         // The first name stays: refusals under way point at it.
         let _ = self.label.set(Arc::new(Label { name: name.into(), fault: None }));
+    }
+
+    pub(super) fn has_cap(&self) -> bool {
+        self.caps() != (None, None)
     }
 
     pub(super) fn caps(&self) -> (Option<usize>, Option<usize>) {
@@ -137,40 +152,41 @@ impl Connections {
 
     /// A place for one connection to `origin`: at once, or in turn.
     pub(super) async fn admit(this: &Shared<Self>, origin: Origin) -> Result<Ticket, Rejected> {
-        let host = Guest::register(this, origin);
-        let own = host.gate.try_enter();
-        if own.is_some() {
-            if let Some(total) = this.total.try_enter() {
-                return Ok(Ticket { _places: (own, Some(total)), host });
-            }
-        }
-        let line = Line::join(&host).ok_or_else(|| this.refuse())?;
-        let longest = Duration::from_nanos(this.settings.longest_wait.load(Ordering::Relaxed));
+        let guest = Guest::register(this, origin);
+        let gate = &guest.host.gate;
+        let own = gate.try_enter();
+        let own = match own.map(|own| (own, this.total.try_enter())) {
+            Some((own, Some(total))) => return Ok(Ticket { _places: (own, total), guest }),
+            Some((own, None)) => Some(own),
+            None => None,
+        };
+        let line = Line::join(&guest).ok_or_else(|| this.refuse())?;
         let places = wanted(async {
             let own = match own {
                 Some(own) => own,
-                None => host.gate.enter().await,
+                None => gate.enter().await,
             };
-            let total = match this.total.try_enter() {
-                Some(total) => total,
-                None => {
-                    let _elsewhere = line.for_all();
-                    this.total.enter().await
-                }
-            };
-            (Some(own), Some(total))
+            if let Some(total) = this.total.try_enter() {
+                return (own, total);
+            }
+            let _elsewhere = line.for_all();
+            (own, this.total.enter().await)
         });
-        let places = timeout(longest, places).await;
+        let places = timeout(this.longest_wait(), places).await;
         drop(line);
         match places {
-            Ok(Some(places)) => Ok(Ticket { _places: places, host }),
+            Ok(Some(places)) => Ok(Ticket { _places: places, guest }),
             // Nobody is told: who asked has been served.
             Ok(None) => Err(this.rejected()),
             Err(_) => Err(this.refuse()),
         }
     }
 
-    fn refuse(&self) -> Rejected {
+    pub(super) fn longest_wait(&self) -> Duration {
+        Duration::from_nanos(self.settings.longest_wait.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn refuse(&self) -> Rejected {
         self.counts.saturated.fetch_add(1, Ordering::Relaxed);
         event!(DEBUG, reason = RejectedKind::Saturated.as_str(), "connection refused");
         self.rejected()
@@ -183,7 +199,7 @@ impl Connections {
 
     // ===== The open ones =====
 
-    pub(super) fn open(this: &Shared<Self>, host: &Guest, leased: bool) -> Shared<Conn> {
+    pub(super) fn open(this: &Shared<Self>, host: &Arc<Host>, leased: bool) -> Shared<Conn> {
         let now = this.clock.now();
         let settings = &this.settings;
         let life = Life::new(
@@ -197,7 +213,7 @@ impl Connections {
         let mut book = this.book();
         let id = book.next;
         book.next += 1;
-        let conn = Shared::new(Conn::new(this.clone(), id, host.origin.clone(), leased, life, now));
+        let conn = Shared::new(Conn::new(this.clone(), id, host.clone(), leased, life, now));
         book.open.insert(id, conn.clone());
         conn
     }
@@ -209,6 +225,7 @@ impl Connections {
         book.making_room -= usize::from(why == Some(Over::Room));
         drop(book);
         self.counts.closed.fetch_add(1, Ordering::Relaxed);
+        self.counts.over.fetch_sub(usize::from(why.is_some()), Ordering::SeqCst);
         match why {
             Some(Over::Age) => self.counts.closed_for_age.fetch_add(1, Ordering::Relaxed),
             Some(Over::Idle) => self.counts.closed_for_idleness.fetch_add(1, Ordering::Relaxed),
@@ -223,8 +240,8 @@ impl Connections {
             return false;
         }
         let mut book = self.book();
-        let of_its_own = book.hosts.get(conn.origin()).map_or(0, |host| host.waiting);
-        let others = self.counts.for_all.load(Ordering::SeqCst) - of_its_own;
+        let of_its_own = conn.host().waiting.load(Ordering::SeqCst);
+        let others = self.counts.for_all.load(Ordering::SeqCst).saturating_sub(of_its_own);
         book.making_room < others && conn.set_over(Over::Room) && {
             book.making_room += 1;
             true
@@ -232,15 +249,21 @@ impl Connections {
     }
 
     /// Asks the one that has been idle for longest to go, if it is another host's.
-    fn make_room_for(&self, origin: &Origin) {
+    pub(super) fn make_room_for(&self, host: &Arc<Host>) {
         let mut book = self.book();
-        let idle = book.open.values().filter(|conn| conn.origin() != origin);
+        let idle = book.open.values().filter(|conn| !Arc::ptr_eq(conn.host(), host));
         let idle = idle.filter_map(|conn| Some((conn.idle_since()?, conn.id(), conn)));
         let Some((_, _, conn)) = idle.min_by_key(|(since, id, _)| (*since, *id)) else { return };
         let conn = conn.clone();
         book.making_room += usize::from(conn.set_over(Over::Room));
         drop(book);
         conn.wake();
+    }
+
+    /// Whether a connection that is over is still open: seldom.
+    #[inline]
+    pub(super) fn any_over(&self) -> bool {
+        self.counts.over.load(Ordering::SeqCst) > 0
     }
 
     pub(super) fn count_open(&self) -> usize {
@@ -253,7 +276,7 @@ impl Connections {
         open.iter().for_each(|conn| conn.ask());
     }
 
-    fn book(&self) -> MutexGuard<'_, Book> {
+    pub(super) fn book(&self) -> MutexGuard<'_, Book> {
         // Nothing of a user's runs under it; were it poisoned, the book is still whole.
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -267,101 +290,5 @@ impl fmt::Debug for Connections {
             .field("max_total", &total)
             .field("open", &self.count_open())
             .finish_non_exhaustive()
-    }
-}
-
-// ===== Who is in the book =====
-
-/// A user of a host's entry. The last one takes it out of the book.
-pub(super) struct Guest {
-    all: Shared<Connections>,
-    origin: Origin,
-    gate: Arc<Gate>,
-}
-
-impl Guest {
-    fn register(all: &Shared<Connections>, origin: Origin) -> Self {
-        let mut book = all.book();
-        let host = book.hosts.entry(origin.clone()).or_insert_with(|| {
-            let most = all.settings.per_host.load(Ordering::Relaxed);
-            Host { gate: Gate::new(most), users: 0, waiting: 0 }
-        });
-        host.users += 1;
-        let gate = host.gate.clone();
-        drop(book);
-        Self { all: all.clone(), origin, gate }
-    }
-
-    fn with(&self, edit: impl FnOnce(&mut Host)) {
-        let mut book = self.all.book();
-        let users = book.hosts.get_mut(&self.origin).map(|host| {
-            edit(host);
-            host.users
-        });
-        if users == Some(0) {
-            book.hosts.remove(&self.origin);
-        }
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        self.with(|host| host.users -= 1);
-    }
-}
-
-/// What a connection holds for as long as it is open.
-pub(super) struct Ticket {
-    // Before the host: a place is given back while its gate is still in the book.
-    _places: (Option<Place>, Option<Place>),
-    pub(super) host: Guest,
-}
-
-/// One that waits.
-struct Line<'a> {
-    host: &'a Guest,
-    since: Nanos,
-}
-
-impl<'a> Line<'a> {
-    /// Unless the line is as long as it may be.
-    fn join(host: &'a Guest) -> Option<Self> {
-        let all = &*host.all;
-        let longest = all.settings.queue.load(Ordering::Relaxed);
-        let join = |waiting| (waiting < longest).then_some(waiting + 1);
-        all.counts.waiting.fetch_update(Ordering::AcqRel, Ordering::Relaxed, join).ok()?;
-        all.counts.waits.fetch_add(1, Ordering::Relaxed);
-        Some(Self { host, since: all.clock.now() })
-    }
-
-    /// Its host has room, and all together have not: connections that nobody uses make room.
-    fn for_all(&self) -> ForAll<'a> {
-        let all = &*self.host.all;
-        self.host.with(|host| {
-            host.waiting += 1;
-            all.counts.for_all.fetch_add(1, Ordering::SeqCst);
-        });
-        all.make_room_for(&self.host.origin);
-        ForAll(self.host)
-    }
-}
-
-impl Drop for Line<'_> {
-    fn drop(&mut self) {
-        let all = &*self.host.all;
-        all.counts.waiting.fetch_sub(1, Ordering::AcqRel);
-        all.counts.waited.fetch_add(all.clock.now().saturating_sub(self.since), Ordering::Relaxed);
-    }
-}
-
-/// One that waits for a place among all.
-struct ForAll<'a>(&'a Guest);
-
-impl Drop for ForAll<'_> {
-    fn drop(&mut self) {
-        self.0.with(|host| {
-            host.waiting -= 1;
-            self.0.all.counts.for_all.fetch_sub(1, Ordering::SeqCst);
-        });
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::Semaphore;
 
 /// The number of places that stands for no limit.
-pub(super) const NO_LIMIT: usize = Semaphore::MAX_PERMITS;
+pub(super) const NO_LIMIT: usize = Semaphore::MAX_PERMITS / 2;
 
 /// A semaphore that can shrink: first come, first served, and nobody who goes takes a place along.
 #[derive(Debug)]
@@ -30,7 +30,7 @@ impl Gate {
     /// A place, if one is free and nobody waits for it.
     pub(super) fn try_enter(self: &Arc<Self>) -> Option<Place> {
         self.places.try_acquire().ok()?.forget();
-        Some(Place(self.clone()))
+        Some(Place { gate: self.clone(), is_kept: false })
     }
 
     /// The next place that is free.
@@ -39,7 +39,17 @@ impl Gate {
         if let Ok(permit) = self.places.acquire().await {
             permit.forget();
         }
-        Place(self.clone())
+        Place { gate: self.clone(), is_kept: false }
+    }
+
+    /// Gives back a place that was [kept](Place::keep).
+    pub(super) fn leave(&self) {
+        let mut size = self.size.lock().unwrap_or_else(PoisonError::into_inner);
+        if size.owed > 0 {
+            size.owed -= 1;
+        } else {
+            self.places.add_permits(1);
+        }
     }
 
     /// More places are there at once; fewer as they become free.
@@ -61,15 +71,22 @@ impl Gate {
 
 /// A place, given back on drop.
 #[derive(Debug)]
-pub(super) struct Place(Arc<Gate>);
+pub(super) struct Place {
+    gate: Arc<Gate>,
+    is_kept: bool,
+}
+
+impl Place {
+    /// Somebody else will give it back.
+    pub(super) fn keep(mut self) {
+        self.is_kept = true;
+    }
+}
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut size = self.0.size.lock().unwrap_or_else(PoisonError::into_inner);
-        if size.owed > 0 {
-            size.owed -= 1;
-        } else {
-            self.0.places.add_permits(1);
+        if !self.is_kept {
+            self.gate.leave();
         }
     }
 }

@@ -14,7 +14,8 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use super::{
     conn::{Conn, Tag},
-    core::{Connections, Ticket},
+    core::Connections,
+    host::Ticket,
     life::{NEVER, Verdict},
 };
 use crate::call::Shared;
@@ -36,7 +37,7 @@ struct Seat {
     has_written: bool,
     is_http2: bool,
     look: Option<Pin<Box<Sleep>>>,
-    _ticket: Ticket,
+    ticket: Ticket,
 }
 
 impl Drop for Seat {
@@ -47,11 +48,8 @@ impl Drop for Seat {
 
 impl<T> Io<T> {
     pub(super) fn new(inner: T, all: &Shared<Connections>, ticket: Ticket, leased: bool) -> Self {
-        let conn = Connections::open(all, &ticket.host, leased);
-        Self {
-            inner,
-            seat: Seat { conn, has_written: false, is_http2: false, look: None, _ticket: ticket },
-        }
+        let conn = Connections::open(all, &ticket.guest.host, leased);
+        Self { inner, seat: Seat { conn, has_written: false, is_http2: false, look: None, ticket } }
     }
 
     /// What is wrapped.
@@ -82,7 +80,6 @@ impl Seat {
             match self.conn.judge() {
                 Verdict::Close(_) => return Poll::Ready(()),
                 Verdict::Keep(NEVER) => return Poll::Pending,
-                Verdict::Keep(_) if self.conn.why_over().is_some() => return Poll::Pending,
                 Verdict::Keep(after) => self.look_after(Duration::from_nanos(after)),
             }
         }
@@ -93,6 +90,9 @@ impl Seat {
         if !std::mem::replace(&mut self.has_written, true) {
             // The preface of a client (RFC 9113 §3.4).
             self.is_http2 = bytes.starts_with(b"PRI ");
+            if self.is_http2 {
+                self.ticket.guest.host.shares.tell();
+            }
         }
         if self.conn.is_stale() {
             self.conn.keep_stale();

@@ -48,24 +48,16 @@ impl Life {
         Self { ends: born.saturating_add(shorter(age)), idle: shorter(idle) }
     }
 
-    /// Whether it is too old to be used once more.
-    pub(super) fn is_old(&self, now: Nanos) -> bool {
-        self.ends <= now
-    }
-
-    /// `idle_since` is `None` while it is in use.
+    /// `idle_since` is `None` while it is in use. What is to be closed is closed when it is no longer.
     pub(super) fn judge(&self, now: Nanos, idle_since: Option<Nanos>) -> Verdict {
-        let Some(since) = idle_since else {
-            // One that is too old is closed when it becomes idle; who ends its use says so.
-            let ends = if self.is_old(now) { NEVER } else { self.ends };
-            return Verdict::Keep(ends.min(now.saturating_add(self.idle)));
-        };
-        let unused = since.saturating_add(self.idle);
-        match now {
-            _ if self.is_old(now) => Verdict::Close(Over::Age),
-            _ if unused <= now => Verdict::Close(Over::Idle),
-            _ => Verdict::Keep(self.ends.min(unused)),
+        if self.ends <= now {
+            return Verdict::Close(Over::Age);
         }
+        let unused = idle_since.unwrap_or(now).saturating_add(self.idle);
+        if unused <= now {
+            return Verdict::Close(Over::Idle);
+        }
+        Verdict::Keep(self.ends.min(unused))
     }
 }
 
@@ -89,13 +81,13 @@ mod tests {
     }
 
     #[test]
-    fn is_never_over_in_use_and_looked_at_no_more_often_than_it_can_be() {
+    fn in_use_is_never_idle_and_looked_at_no_more_often_than_it_can_be() {
         let life = Life::new(0, 1000, 50, 0, 0.0);
         assert_eq!(life.judge(10, None), Verdict::Keep(60));
         assert_eq!(life.judge(990, None), Verdict::Keep(1000));
-        assert_eq!(life.judge(5000, None), Verdict::Keep(5050));
-        assert_eq!(Life::new(0, 1000, NEVER, 0, 0.0).judge(5000, None), Verdict::Keep(NEVER));
-        assert!(life.is_old(1000) && !life.is_old(999));
+        assert_eq!(life.judge(5000, None), Verdict::Close(Over::Age));
+        assert_eq!(Life::new(0, 1000, NEVER, 0, 0.0).judge(500, None), Verdict::Keep(1000));
+        assert_eq!(Life::new(0, NEVER, NEVER, 0, 0.0).judge(500, None), Verdict::Keep(NEVER));
     }
 
     #[test]

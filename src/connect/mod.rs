@@ -48,10 +48,10 @@
 //! # How it decides
 //!
 //! A connection takes a place of its host and one of all before it is made, and holds both until it is closed: the
-//! place is in the connection itself, wherever a pool keeps it. Who finds no place waits for one, first come,
-//! first served, if the line has room. With a [`Client`] a connection that becomes idle meanwhile serves whoever
-//! has asked first, and who is served leaves the line. Where the cap of all is reached, a connection that another
-//! host leaves idle is closed for who waits.
+//! place is in the connection itself, wherever a pool keeps it. Who finds none waits for one, first come, first
+//! served, if the line has room. With a [`Client`] it is the call that waits, before it asks the pool, and goes when a
+//! connection becomes idle or may be made; calls over HTTP/2, which share connections, do not wait once there is
+//! one. Where the cap of all is reached, a connection that another host leaves idle is closed for who waits.
 //!
 //! | a connection | is closed |
 //! |---|---|
@@ -87,7 +87,8 @@
 //! # Streams
 //!
 //! A connection is in use until the response body has ended, failed or been dropped. One that was upgraded, or
-//! made a tunnel by `CONNECT`, is in use until it is closed.
+//! made a tunnel by `CONNECT`, is in use until it is closed. A response that is kept and not read keeps its
+//! connection: a caller that holds as many of them as the cap allows waits for itself.
 //!
 //! # Cancellation
 //!
@@ -120,9 +121,11 @@ mod dial;
 mod executor;
 mod gate;
 mod handle;
+mod host;
 mod io;
 mod layer;
 mod life;
+mod turn;
 
 pub use self::{
     client::{Client, ClientBuilder, ResponseFuture},

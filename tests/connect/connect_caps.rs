@@ -158,6 +158,29 @@ async fn over_http2_many_calls_share_the_one_connection_there_may_be() {
     assert_eq!((seen.created, seen.reused, seen.in_use), (1, 20, 0));
 }
 
+/// Until there is a connection nobody knows that calls will share it.
+#[tokio::test(start_paused = true)]
+async fn calls_that_wait_go_as_soon_as_a_connection_turns_out_to_be_http2() {
+    let layer = ConnectLayer::new().max_per_host(2).max_total(2);
+    let (pipes, down) = (Pipes::gated(), Pipes::default());
+    let (http2, http1) = (http2(&layer, &pipes), client(&layer, &down));
+    let handle = layer.handle();
+    let held: Vec<_> =
+        (0..20).map(|_| tokio::spawn(http2.request(request("http://a/slow")))).collect();
+    settle().await;
+    assert_eq!(handle.snapshot().waiting, 18);
+    pipes.let_in(2);
+    settle().await;
+    assert_eq!((pipes.stage.inside.now(), handle.snapshot().waiting), (20, 0));
+    assert_eq!(handle.snapshot().open, 1);
+    // None of them holds what another host's calls need.
+    ask(&http1, "http://b/").await.unwrap();
+    pipes.stage.open();
+    for held in held {
+        held.await.unwrap().unwrap().into_body().collect().await.unwrap();
+    }
+}
+
 #[test]
 fn settings_that_cannot_work_are_told() {
     let field = |layer: ConnectLayer| layer.checked().unwrap_err().field;

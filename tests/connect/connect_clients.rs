@@ -11,7 +11,7 @@ use buttress::{
 use bytes::Bytes;
 use futures_util::future::{join_all, try_join_all};
 use http::Request;
-use http_body_util::{BodyExt, Empty, Full};
+use http_body_util::{BodyExt, Empty};
 use hyper_util::{
     client::legacy::connect::HttpConnector,
     rt::{TokioExecutor, TokioIo},
@@ -22,7 +22,7 @@ use tower::{Layer, Service, ServiceExt};
 
 use crate::{
     kit::refusal,
-    net::{self, Gauge, Stage, listener, soon, until},
+    net::{self, Gauge, listener, soon, until},
     rpc,
 };
 
@@ -224,6 +224,7 @@ async fn reqwest_connects_under_the_layer_timed_and_counted() {
 mod tls {
     use std::sync::Arc;
 
+    use http_body_util::Full;
     use hyper_rustls::HttpsConnectorBuilder;
     use rustls::{
         ClientConfig, RootCertStore, ServerConfig,
@@ -232,7 +233,10 @@ mod tls {
     };
     use tokio_rustls::TlsAcceptor;
 
+    use buttress::{Outcome, call::Reason};
+
     use super::*;
+    use crate::net::Stage;
 
     /// One that speaks these protocols, and who trusts it.
     async fn serve(alpn: &[&[u8]], stage: Stage) -> (SocketAddr, Gauge, ClientConfig) {
@@ -321,7 +325,7 @@ mod tls {
         // A machine without any roots says so at once, and trusts nobody either.
         let Ok(client) = Client::builder(layer).build_https() else { return };
         let error = soon(client.request(request(addr, "/"))).await.unwrap_err();
-        assert!(error.is_connect());
+        assert_eq!(Outcome::of_error(&*error).reason(), Reason::ConnectFailed);
         assert_eq!((handle.snapshot().failed, handle.snapshot().open), (1, 0));
     }
 }

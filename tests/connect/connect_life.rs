@@ -143,6 +143,22 @@ async fn renewed_connections_end_their_calls_first() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_connection_renewed_before_its_first_call_serves_it() {
+    let (layer, pipes) = (exact(), Pipes::gated());
+    let (client, handle) = (client(&layer, &pipes), layer.handle());
+    let first = tokio::spawn(client.request(request("http://a/")));
+    settle().await;
+    pipes.let_in(1);
+    while handle.snapshot().open == 0 {
+        tokio::task::yield_now().await;
+        handle.renew();
+    }
+    first.await.unwrap().unwrap().into_body().collect().await.unwrap();
+    settle().await;
+    assert_eq!(handle.snapshot().open, 0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_connection_that_was_handed_over_is_left_alone() {
     let layer = exact().max_age(10 * SECOND).max_idle(SECOND);
     let pipes = Pipes::default();

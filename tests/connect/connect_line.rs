@@ -3,7 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use buttress::{BoxError, Outcome, call::Reason, connect::ConnectLayer};
-use http_body_util::BodyExt;
+use bytes::Bytes;
+use http_body_util::{BodyExt, Empty};
 use tokio::time::Instant;
 use tower::{Layer, Service, ServiceExt};
 
@@ -105,6 +106,26 @@ async fn nobody_stands_in_line_for_a_caller_who_was_served() {
         assert_eq!(handle.snapshot().waiting, 0);
     }
     assert_eq!((handle.snapshot().created, handle.snapshot().saturated), (1, 0));
+}
+
+/// The same where each stands in line for a connection of its own, under a client that somebody else builds.
+#[tokio::test(start_paused = true)]
+async fn what_hyper_leaves_behind_gives_up_its_place_in_line() {
+    let layer = ConnectLayer::new().max_per_host(1).queue(7, 3600 * SECOND);
+    let client = hyper_util::client::legacy::Client::builder(buttress::connect::Executor)
+        .build::<_, Empty<Bytes>>(layer.layer(Pipes::default()));
+    for _ in 0..100 {
+        let calls = (0..8).map(|_| async {
+            let response = client.request(request("http://a/")).await.unwrap();
+            response.into_body().collect().await.unwrap();
+        });
+        futures_util::future::join_all(calls).await;
+        settle().await;
+        assert_eq!(layer.handle().snapshot().waiting, 0);
+    }
+    let seen = layer.handle().snapshot();
+    assert_eq!((seen.created, seen.saturated), (1, 0));
+    assert!(seen.waits >= 100, "{seen:?}");
 }
 
 #[tokio::test(start_paused = true)]
