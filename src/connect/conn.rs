@@ -25,6 +25,8 @@ pub(super) struct Conn {
     life: Life,
     leases: AtomicU32,
     idle_since: AtomicU64,
+    /// Until when it is new, if nobody has used it yet: it is being given to whom it was made for.
+    new_until: AtomicU64,
     has_served: AtomicBool,
     is_handed_over: AtomicBool,
     over: OnceLock<Over>,
@@ -33,6 +35,9 @@ pub(super) struct Conn {
     /// Of the task that reads from it.
     waker: Mutex<Option<Waker>>,
 }
+
+/// How long it may take until a connection that is made gets its first call: far longer than it does.
+const GRACE: Nanos = 1_000_000_000;
 
 impl Conn {
     pub(super) fn new(
@@ -51,6 +56,7 @@ impl Conn {
             life,
             leases: AtomicU32::new(0),
             idle_since: AtomicU64::new(now),
+            new_until: AtomicU64::new(now.saturating_add(GRACE)),
             has_served: AtomicBool::new(false),
             is_handed_over: AtomicBool::new(false),
             over: OnceLock::new(),
@@ -79,15 +85,15 @@ impl Conn {
         }
         self.all.counts.in_use.fetch_add(1, Ordering::Relaxed);
         let now = self.all.clock.now();
-        if let Verdict::Close(why) =
-            self.life.judge(now, Some(self.idle_since.load(Ordering::SeqCst)))
-        {
+        if now < self.new_until.swap(0, Ordering::SeqCst) {
+            // There is no other to send its first request over.
+            return;
+        }
+        let idle_since = self.idle_since.load(Ordering::SeqCst);
+        if let Verdict::Close(why) = self.life.judge(now, Some(idle_since)) {
             self.set_over(why);
         }
-        // A new one is used all the same: there is no other to send the request over.
-        if self.why_over().is_some_and(|why| why == Over::Idle || self.has_served()) {
-            self.is_stale.store(true, Ordering::SeqCst);
-        }
+        self.is_stale.store(self.why_over().is_some(), Ordering::SeqCst);
     }
 
     fn end(&self) {
@@ -122,16 +128,18 @@ impl Conn {
         if self.is_handed_over.load(Ordering::SeqCst) {
             self.end();
         }
-        self.all.close(self);
-    }
-
-    fn has_served(&self) -> bool {
-        self.has_served.load(Ordering::Relaxed)
+        let why = match self.over.set(Over::Closed) {
+            Ok(()) => None,
+            Err(_) => self.why_over(),
+        };
+        self.all.close(self, why);
     }
 
     /// Since when nobody uses it, as far as is known.
-    pub(super) fn idle_since(&self) -> Option<Nanos> {
-        let idle = self.leased && self.leases.load(Ordering::SeqCst) == 0;
+    pub(super) fn idle_since(&self, now: Nanos) -> Option<Nanos> {
+        let idle = self.leased
+            && self.leases.load(Ordering::SeqCst) == 0
+            && self.new_until.load(Ordering::SeqCst) <= now;
         idle.then(|| self.idle_since.load(Ordering::SeqCst))
     }
 
@@ -160,14 +168,16 @@ impl Conn {
     }
 
     pub(super) fn ask(&self) {
-        self.set_over(Over::Asked);
-        self.wake();
+        if self.leased {
+            self.set_over(Over::Asked);
+            self.wake();
+        }
     }
 
     /// What is to be done now; when to look again is in how many nanoseconds.
     pub(super) fn judge(&self) -> Verdict {
-        let idle_since = self.idle_since();
         let now = self.all.clock.now();
+        let idle_since = self.idle_since(now);
         let verdict = match self.why_over() {
             Some(why) => Verdict::Close(why),
             None => self.life.judge(now, idle_since),
@@ -175,8 +185,13 @@ impl Conn {
         match verdict {
             Verdict::Close(why) => {
                 self.set_over(why);
-                // Who ends its use wakes who closes it.
-                if idle_since.is_some() { Verdict::Close(why) } else { Verdict::Keep(NEVER) }
+                let new_for = self.new_until.load(Ordering::SeqCst).saturating_sub(now);
+                match idle_since {
+                    Some(_) => Verdict::Close(why),
+                    None if new_for > 0 => Verdict::Keep(new_for),
+                    // Who ends its use wakes who closes it.
+                    None => Verdict::Keep(NEVER),
+                }
             }
             Verdict::Keep(NEVER) => Verdict::Keep(NEVER),
             Verdict::Keep(at) => Verdict::Keep(at.saturating_sub(now)),
@@ -238,7 +253,8 @@ impl Tag {
         if conn.has_served.swap(true, Ordering::Relaxed) {
             conn.all.counts.reused.fetch_add(1, Ordering::Relaxed);
         }
-        let tag = if turn.is_some_and(Turn::keep) { HAS_TURN } else { 0 };
+        let has_turn = turn.is_some_and(|turn| turn.keep(&conn.host));
+        let tag = if has_turn { HAS_TURN } else { 0 };
         conn.permit(Token { tag, started: 0 })
     }
 }

@@ -194,6 +194,7 @@ impl Connections {
 
     fn rejected(&self) -> Rejected {
         Rejected::by(LayerKind::Connect, RejectedKind::Saturated)
+            .with_retry_after(Duration::from_secs(1))
             .labelled(self.label.get().cloned())
     }
 
@@ -218,8 +219,8 @@ impl Connections {
         conn
     }
 
-    pub(super) fn close(&self, conn: &Conn) {
-        let why = conn.why_over();
+    /// `why` it was to go, if it was.
+    pub(super) fn close(&self, conn: &Conn, why: Option<Over>) {
         let mut book = self.book();
         book.open.remove(&conn.id());
         book.making_room -= usize::from(why == Some(Over::Room));
@@ -229,7 +230,7 @@ impl Connections {
         match why {
             Some(Over::Age) => self.counts.closed_for_age.fetch_add(1, Ordering::Relaxed),
             Some(Over::Idle) => self.counts.closed_for_idleness.fetch_add(1, Ordering::Relaxed),
-            Some(Over::Room | Over::Asked) | None => return,
+            _ => return,
         };
         event!(DEBUG, ?why, "connection is over");
     }
@@ -250,10 +251,15 @@ impl Connections {
 
     /// Asks the one that has been idle for longest to go, if it is another host's.
     pub(super) fn make_room_for(&self, host: &Arc<Host>) {
+        let now = self.clock.now();
         let mut book = self.book();
-        let idle = book.open.values().filter(|conn| !Arc::ptr_eq(conn.host(), host));
-        let idle = idle.filter_map(|conn| Some((conn.idle_since()?, conn.id(), conn)));
-        let Some((_, _, conn)) = idle.min_by_key(|(since, id, _)| (*since, *id)) else { return };
+        let longest_idle = book
+            .open
+            .values()
+            .filter(|conn| !Arc::ptr_eq(conn.host(), host) && conn.why_over().is_none())
+            .filter_map(|conn| Some((conn.idle_since(now)?, conn.id(), conn)))
+            .min_by_key(|(since, id, _)| (*since, *id));
+        let Some((_, _, conn)) = longest_idle else { return };
         let conn = conn.clone();
         book.making_room += usize::from(conn.set_over(Over::Room));
         drop(book);

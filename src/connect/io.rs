@@ -1,7 +1,9 @@
 //! The connection itself, as hyper reads and writes it.
 
 use std::{
-    fmt, io,
+    fmt,
+    future::Future,
+    io,
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -10,7 +12,7 @@ use std::{
 use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::client::legacy::connect::{Connected, Connection};
 use pin_project_lite::pin_project;
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::{
     conn::{Conn, Tag},
@@ -71,16 +73,18 @@ impl Seat {
         if self.conn.is_stale() && !self.is_http2 {
             return Poll::Ready(());
         }
-        loop {
-            if self.conn.why_over().is_none() {
-                if let Some(look) = &mut self.look {
-                    ready!(look.as_mut().poll(cx));
-                }
+        if self.conn.why_over().is_none() {
+            if let Some(look) = &mut self.look {
+                ready!(look.as_mut().poll(cx));
             }
+        }
+        loop {
             match self.conn.judge() {
                 Verdict::Close(_) => return Poll::Ready(()),
                 Verdict::Keep(NEVER) => return Poll::Pending,
-                Verdict::Keep(after) => self.look_after(Duration::from_nanos(after)),
+                Verdict::Keep(after) => {
+                    ready!(self.look_after(Duration::from_nanos(after)).poll(cx));
+                }
             }
         }
     }
@@ -99,13 +103,14 @@ impl Seat {
         }
     }
 
-    fn look_after(&mut self, time: Duration) {
+    fn look_after(&mut self, time: Duration) -> Pin<&mut Sleep> {
+        let at = Instant::now().checked_add(time).unwrap_or_else(Instant::now);
         match &mut self.look {
-            None => self.look = Some(Box::pin(sleep(time))),
             Some(look) => {
-                let now = Instant::now();
-                look.as_mut().reset(now.checked_add(time).unwrap_or(now));
+                look.as_mut().reset(at);
+                look.as_mut()
             }
+            none => none.insert(Box::pin(sleep_until(at))).as_mut(),
         }
     }
 }

@@ -18,6 +18,8 @@ pub(super) enum Over {
     Room,
     /// It was asked to go.
     Asked,
+    /// It is closed already, by whomever.
+    Closed,
 }
 
 /// The limits of one connection: those of its layer, each a little shorter by chance.

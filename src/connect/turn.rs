@@ -6,6 +6,7 @@
 use std::{
     future::{Future, poll_fn},
     pin::pin,
+    sync::Arc,
     task::Poll,
 };
 
@@ -14,7 +15,7 @@ use tokio::time::timeout;
 use super::{
     core::Connections,
     gate::Place,
-    host::{Guest, Line},
+    host::{Guest, Host, Line},
 };
 use crate::call::{Origin, Rejected, Shared};
 
@@ -68,7 +69,11 @@ impl Turn {
     }
 
     /// Leaves it to the end of the call to give it back, if there is anything to give.
-    pub(super) fn keep(self) -> bool {
+    /// The end of a call over another host's connection gives nothing back: `CONNECT` requests name no scheme.
+    pub(super) fn keep(self, host: &Arc<Host>) -> bool {
+        if !Arc::ptr_eq(host, &self.guest.host) {
+            return false;
+        }
         let Some((own, of_all)) = self.places else { return false };
         own.keep();
         of_all.keep();

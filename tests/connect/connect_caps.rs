@@ -99,6 +99,21 @@ async fn an_idle_connection_makes_room_for_another_host_that_waits() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn each_that_waits_is_made_room_for() {
+    let layer = ConnectLayer::new().max_total(3).max_idle(None);
+    let pipes = Pipes::default();
+    let (client, handle) = (client(&layer, &pipes), layer.handle());
+    let start = Instant::now();
+    for n in 0..20 {
+        let hosts = ["a", "b", "c"].map(|name| format!("http://{name}{n}/"));
+        for answer in join_all(hosts.iter().map(|uri| ask(&client, uri))).await {
+            answer.unwrap();
+        }
+    }
+    assert_eq!((handle.snapshot().open, start.elapsed()), (3, Duration::ZERO));
+}
+
+#[tokio::test(start_paused = true)]
 async fn callers_of_one_host_close_none_of_its_connections_for_each_other() {
     let layer = ConnectLayer::new().max_total(2);
     let pipes = Pipes::default();

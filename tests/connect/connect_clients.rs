@@ -139,6 +139,31 @@ async fn callers_who_go_at_random_leave_nothing_behind() {
     until(|| handle.snapshot().open == 0).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_request_fails_while_connections_are_renewed_all_the_time() {
+    let (addr, open) = serve(hello()).await;
+    let client = Client::builder(ConnectLayer::new().max_per_host(5)).build_http();
+    let handle = client.connections();
+    let renewing = tokio::task::spawn_blocking(move || {
+        while handle.snapshot().created < 300 {
+            handle.renew();
+        }
+    });
+    let callers = (0..10).map(|_| {
+        let client = client.clone();
+        tokio::spawn(async move {
+            while client.connections().snapshot().created < 300 {
+                ask(&client, addr).await.unwrap();
+            }
+        })
+    });
+    for caller in soon(join_all(callers)).await {
+        caller.unwrap();
+    }
+    soon(renewing).await.unwrap();
+    assert!(open.total() >= 300);
+}
+
 /// As a layer of its own under a client that somebody else builds.
 #[tokio::test]
 async fn the_client_of_somebody_else_is_bounded_as_well() {
