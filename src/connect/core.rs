@@ -71,6 +71,9 @@ pub(super) struct Counts {
 #[derive(Default)]
 pub(super) struct Book {
     pub(super) hosts: HashMap<Origin, Arc<Host>>,
+    /// Of these, the one that was asked for last: mostly it is asked for again, and to compare costs less than
+    /// to hash.
+    pub(super) last: Option<Arc<Host>>,
     open: HashMap<u64, Shared<Conn>>,
     next: u64,
     /// How many were asked to go for another host, and have not gone yet.

@@ -77,15 +77,17 @@ pub(super) struct Guest {
 impl Guest {
     pub(super) fn register(all: &Shared<Connections>, origin: Origin) -> Self {
         let mut book = all.book();
-        let Book { hosts, .. } = &mut *book;
-        let host = match hosts.get(&origin) {
-            Some(host) => host.clone(),
+        let Book { hosts, last, .. } = &mut *book;
+        let host = match last.as_ref().filter(|last| last.origin == origin) {
+            Some(last) => last.clone(),
             None => {
-                let host = Host::new(origin.clone(), all.settings.per_host());
-                hosts.insert(origin, host.clone());
-                host
+                let new = || Host::new(origin.clone(), all.settings.per_host());
+                hosts.entry(origin.clone()).or_insert_with(new).clone()
             }
         };
+        if !last.as_ref().is_some_and(|last| Arc::ptr_eq(last, &host)) {
+            *last = Some(host.clone());
+        }
         // Under the lock: who takes it out of the book looks again.
         host.users.fetch_add(1, Ordering::SeqCst);
         drop(book);
@@ -103,6 +105,7 @@ impl Drop for Guest {
         let is_this = known.is_some_and(|known| Arc::ptr_eq(known, &self.host));
         if is_this && self.host.users.load(Ordering::SeqCst) == 0 {
             book.hosts.remove(&self.host.origin);
+            book.last.take_if(|last| Arc::ptr_eq(last, &self.host));
         }
     }
 }
