@@ -94,11 +94,15 @@ fn parse(text: &str, locked: &Locked) -> Count {
         }
     };
     let mut function = String::new();
-    let mut costs: Vec<(u64, u64)> = Vec::new();
+    // Addresses count anew in each object: libc's are not to be taken for ours.
+    let (mut object, mut ours) = ("", "");
+    let mut costs: Vec<(&str, u64, u64)> = Vec::new();
     let (mut first_watched, mut entry, mut after_calls) = (None::<u64>, None::<(u64, u64)>, false);
     let mut address = 0u64;
     for line in text.lines() {
-        if let Some(spec) = line.strip_prefix("fn=") {
+        if let Some(spec) = line.strip_prefix("ob=") {
+            object = spec.split(' ').next().unwrap_or(spec);
+        } else if let Some(spec) = line.strip_prefix("fn=") {
             function = name_of(spec);
         } else if let Some(spec) = line.strip_prefix("cfn=") {
             // Only to learn the name.
@@ -121,12 +125,13 @@ fn parse(text: &str, locked: &Locked) -> Count {
             let cost = parts.nth(1).and_then(|cost| cost.parse().ok()).unwrap_or(0);
             // The line after `calls=` is the callee's cost, told there too.
             if !std::mem::take(&mut after_calls) {
-                costs.push((address, cost));
+                costs.push((object, address, cost));
                 // Its entry is its lowest address, and is run once a call.
                 if function.starts_with("clock_gettime") {
                     entry = entry.filter(|(at, _)| *at < address).or(Some((address, cost)));
                 }
                 if function.contains("count::watched") {
+                    ours = object;
                     first_watched = Some(first_watched.map_or(address, |least| least.min(address)));
                 }
             }
@@ -137,11 +142,13 @@ fn parse(text: &str, locked: &Locked) -> Count {
     let per_call = |sum: u64| sum as f64 / CALLS as f64;
     let atomics: u64 = costs
         .iter()
-        .filter(|(address, _)| locked.at.contains(&address.wrapping_sub(moved)))
-        .map(|(_, cost)| cost)
+        .filter(|(object, address, _)| {
+            *object == ours && locked.at.contains(&address.wrapping_sub(moved))
+        })
+        .map(|(.., cost)| cost)
         .sum();
     Count {
-        instructions: per_call(costs.iter().map(|(_, cost)| cost).sum()),
+        instructions: per_call(costs.iter().map(|(.., cost)| cost).sum()),
         atomics: per_call(atomics),
         clock_reads: per_call(entry.map_or(0, |(_, cost)| cost)),
     }
