@@ -159,7 +159,11 @@ impl Case<Seen> {
 
     /// As text; in Markdown if wanted.
     pub fn table(&self, markdown: bool) -> String {
-        let mut text = format!("{}: {}\n\n", self.name, self.about);
+        let mut text = if markdown {
+            format!("### {}\n\n{}.\n\n", self.name, self.about)
+        } else {
+            format!("{}: {}\n\n", self.name, self.about)
+        };
         let heads = self.columns.iter().map(|column| match column.unit {
             "" => column.name.to_owned(),
             unit => format!("{}, {unit}", column.name),
@@ -197,6 +201,9 @@ impl Case<Seen> {
             for line in beaten {
                 let _ = writeln!(text, "{}{line}", if markdown { "- " } else { "    " });
             }
+        }
+        if markdown && !self.charts.is_empty() {
+            let _ = writeln!(text, "\n![{0}](goodput/{0}.svg)", self.name);
         }
         if !self.note.is_empty() {
             let _ = writeln!(text, "\n{}{}", if markdown { "" } else { "  " }, self.note);

@@ -63,7 +63,7 @@ pub fn total_failure(quick: bool) -> Case<Play> {
     });
     Case {
         name: "total_failure",
-        about: format!("every attempt fails; {PER_SECOND} calls/s, three attempts each at most"),
+        about: format!("Every attempt fails; {PER_SECOND} calls/s, three attempts each at most"),
         note: "buttress is held to a budget of a tenth without a reserve. Into tower's and tower-resilience's only successes pay: with none, there are but the 10/s of their reserves.",
         columns: vec![less("attempts", "per_call").must(1.1)],
         rows: rows.into(),
@@ -108,7 +108,7 @@ pub fn partial_failure(quick: bool) -> Case<Play> {
     };
     Case {
         name: "partial_failure",
-        about: "a share of the attempts fails: calls that succeed, and attempts a call".to_owned(),
+        about: "A share of the attempts fails: calls that succeed, and attempts a call".to_owned(),
         note: "A larger budget makes more good, and adds more load: ours are a tenth and, by default, a fifth of the calls. Into tower-resilience's each success pays a whole retry: it is no bound until most fail.",
         columns: vec![
             more("success_10", "%"),
