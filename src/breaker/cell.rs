@@ -1,7 +1,7 @@
 //! The machine behind a lock, and the word that lets calls through a closed circuit do without it. Told
 //! the time, like the machine; every interleaving of it is tried by the models at the end.
 
-use std::{cell::LazyCell, sync::PoisonError, time::Duration};
+use std::{sync::PoisonError, time::Duration};
 
 use super::{
     counts::{Ended, TimeWindows},
@@ -150,7 +150,7 @@ impl Cell {
     /// Counts a good call where that changes nothing but the time windows. False: the machine has to be
     /// asked.
     #[inline]
-    pub(super) fn count_good(&self, generation: u64, now: impl FnOnce() -> Nanos) -> bool {
+    pub(super) fn count_good(&self, generation: u64, now: impl FnMut() -> Nanos) -> bool {
         let bits = self.word.load(Ordering::Acquire);
         if bits & CLEAN == 0 || word(bits) != Word::Closed {
             return false;
@@ -204,7 +204,7 @@ impl Cell {
         &self,
         ticket: Ticket,
         ended: Ended,
-        now: impl FnOnce() -> Nanos,
+        mut now: impl FnMut() -> Nanos,
         roll: Roll,
     ) -> Option<Change> {
         let bits = self.word.load(Ordering::Acquire);
@@ -233,12 +233,14 @@ impl Cell {
     }
 
     #[inline]
-    fn record_good(&self, now: impl FnOnce() -> Nanos) {
-        let now = LazyCell::new(now);
+    fn record_good(&self, mut now: impl FnMut() -> Nanos) {
+        // One reading serves all windows, and none is made where none of them asks.
+        let mut read = None;
+        let mut now = || *read.get_or_insert_with(&mut now);
         for window in &self.times {
-            while !window.record_good(|| *now) {
+            while !window.record_good(&mut now) {
                 let _locked = self.lock();
-                window.advance(*now);
+                window.advance(now());
             }
         }
     }
