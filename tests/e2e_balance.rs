@@ -110,7 +110,7 @@ fn counts(upstreams: &[Upstream]) -> Vec<usize> {
 /// Many callers at once: after the trip nothing but probes reaches the dead upstream, no caller is refused,
 /// and a good probe brings it back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn after_the_trip_only_probes_reach_the_dead_upstream() {
+async fn after_the_trip_only_the_breakers_probes_reach_the_dead_upstream() {
     let layer = || CircuitBreakerLayer::new(Trip::consecutive(3)).open_for(WAIT).backpressure();
     let (service, upstreams) = upstreams(layer).await;
     assert_eq!(failures(&send(&service, 160).await), 0);

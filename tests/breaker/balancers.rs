@@ -9,10 +9,8 @@ use tower::{
 };
 use tower_test::mock::Spawn;
 
-use crate::{
-    kit::*,
-    support::{Watch, empty, request},
-};
+use super::kit::*;
+use crate::support::{Watch, empty, request};
 
 #[tokio::test(start_paused = true)]
 async fn it_is_not_ready_while_it_is_open_and_woken_when_the_wait_is_over() {

@@ -12,10 +12,8 @@ use http_body_util::Full;
 use tokio::time::advance;
 use tower::{Layer, Service, ServiceExt, service_fn};
 
-use crate::{
-    kit::*,
-    support::{empty, refused_as},
-};
+use super::kit::*;
+use crate::support::{empty, refused_as};
 
 fn to(uri: &str) -> Request<()> {
     Request::get(uri).body(()).unwrap()

@@ -1,24 +1,19 @@
 //! The circuit breaker against a naive model: any schedule of calls, ends, pauses and orders by hand.
-#![cfg(feature = "breaker")]
-
-#[path = "breaker_model/model.rs"]
-mod model;
-mod support;
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     time::Duration,
 };
 
+use super::model::{Config, End, Model, Rule};
+use crate::support::{Oops, Piece, ScriptBody, Strict, Then, empty, request, status};
 use buttress::{
     CircuitBreaker, CircuitBreakerLayer, Outcome,
     breaker::{Isolation, State},
     call::TrackedBody,
 };
 use http::{Request, Response};
-use model::{Config, End, Model, Rule};
 use proptest::prelude::*;
-use support::{Oops, Piece, ScriptBody, Strict, Then, empty, request, status};
 use tokio_test::{assert_ready, assert_ready_ok, task};
 use tower::{Layer, ServiceExt, util::Oneshot};
 

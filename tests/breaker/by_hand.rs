@@ -4,7 +4,8 @@ use buttress::Outcome;
 use tokio::time::advance;
 use tokio_test::{assert_pending, assert_ready_eq, task};
 
-use crate::{kit::*, support::empty};
+use super::kit::*;
+use crate::support::empty;
 
 // ===== Isolation =====
 

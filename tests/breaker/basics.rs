@@ -1,10 +1,12 @@
-//! The circuit breaker through its public API.
-#![cfg(all(feature = "breaker", feature = "limit"))]
-
-mod support;
+//! What every layer must hold, and what a breaker is for.
 
 use std::time::Duration;
 
+use crate::support::{
+    self, Oops, Piece, ScriptBody, Strict, Then, Watch,
+    contract::{Subject, contract_tests},
+    empty, grpc, hello, is_refusal, read, refused_as, request, status, trailers, trailers_only,
+};
 use buttress::{
     BoxError, CircuitBreaker, CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, Outcome,
     Rejected, Trip,
@@ -12,11 +14,6 @@ use buttress::{
     call::{Reason, RejectedKind},
 };
 use http::{Request, Response};
-use support::{
-    Oops, Piece, ScriptBody, Strict, Then, Watch,
-    contract::{Subject, contract_tests},
-    empty, grpc, hello, is_refusal, read, refused_as, request, status, trailers, trailers_only,
-};
 use tokio::time::advance;
 use tokio_test::{assert_pending, assert_ready, assert_ready_eq, assert_ready_ok, task};
 use tower::{Layer, Service, ServiceExt, util::Oneshot};

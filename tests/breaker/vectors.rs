@@ -3,19 +3,13 @@
 //! Choices of ours that some of them do not share: thresholds and deadlines are inclusive; a cancelled or
 //! ignored call is neutral; probes decide as early as it is certain; rules are looked at when a call fails or
 //! is slow; 429 is not counted; a wait is above zero.
-#![cfg(feature = "breaker")]
-
-#[path = "breaker_features/kit.rs"]
-#[allow(dead_code, unused_imports)] // It is shared with the tests of features.
-mod kit;
-mod support;
 
 use std::{collections::BTreeSet, time::Duration};
 
+use super::kit::*;
+use crate::support::{empty, status};
 use buttress::breaker::Isolation;
-use kit::*;
 use serde_json::Value;
-use support::{empty, status};
 use tokio::time::{Instant, advance};
 
 /// Why a vector is not replayed.
@@ -335,7 +329,7 @@ async fn case(id: &str, step: &Value) -> bool {
 
 #[tokio::test(start_paused = true)]
 async fn every_vector_is_replayed_or_listed() {
-    let vectors: Value = serde_json::from_str(include_str!("vectors/breaker.json")).unwrap();
+    let vectors: Value = serde_json::from_str(include_str!("../vectors/breaker.json")).unwrap();
     let vectors = vectors.as_array().expect("a list");
     let mut listed: BTreeSet<_> = NOT_OURS.iter().map(|(id, _)| *id).collect();
     let mut replayed = 0;

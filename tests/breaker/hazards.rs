@@ -6,10 +6,8 @@ use tokio::time::advance;
 use tokio_test::{assert_pending, assert_ready, assert_ready_eq, assert_ready_ok, task};
 use tower::{Layer, Service, ServiceExt};
 
-use crate::{
-    kit::*,
-    support::{empty, refused_as, request},
-};
+use super::kit::*;
+use crate::support::{empty, refused_as, request};
 
 // ===== Isolation =====
 

@@ -3,10 +3,8 @@
 use tokio::time::advance;
 use tokio_test::{assert_pending, assert_ready, assert_ready_ok};
 
-use crate::{
-    kit::*,
-    support::{empty, refused_as, status},
-};
+use super::kit::*;
+use crate::support::{empty, refused_as, status};
 
 // ===== The wait =====
 

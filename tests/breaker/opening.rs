@@ -4,10 +4,8 @@ use http::Response;
 use tokio::time::advance;
 use tokio_test::assert_ready_ok;
 
-use crate::{
-    kit::*,
-    support::{grpc, read},
-};
+use super::kit::*;
+use crate::support::{grpc, read};
 
 fn rig(trip: Trip) -> Rig {
     Rig::new(CircuitBreakerLayer::new(trip).open_for(WAIT))

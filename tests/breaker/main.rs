@@ -1,0 +1,21 @@
+//! The circuit breaker through its public API, under a paused clock.
+#![cfg(all(feature = "breaker", feature = "limit"))]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+// Beneath one name, so that `cargo test breaker` finds all of them.
+#[path = "."]
+mod breaker {
+    mod balancers;
+    mod basics;
+    mod by_hand;
+    mod hazards;
+    mod keys;
+    mod kit;
+    mod model;
+    mod opening;
+    mod schedules;
+    mod vectors;
+    mod waiting;
+}
