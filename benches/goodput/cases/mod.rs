@@ -4,6 +4,7 @@ mod hedge;
 mod herd;
 mod metastable;
 mod retry;
+mod shedding;
 
 use crate::report::{Case, Play};
 
@@ -20,6 +21,7 @@ pub fn all(quick: bool) -> Vec<Case<Play>> {
         breaker::slow_upstream(),
         adaptive::overload(quick),
         adaptive::step(quick),
+        shedding::shedding(quick),
         hedge::hedge(quick),
     ]
 }
