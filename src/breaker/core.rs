@@ -204,8 +204,15 @@ impl Circuit {
     }
 
     /// With no lock held.
+    #[inline]
     fn tell(&self, change: Option<Change>) {
-        let Some(change) = change else { return };
+        if let Some(change) = change {
+            self.tell_of(change);
+        }
+    }
+
+    #[cold]
+    fn tell_of(&self, change: Change) {
         self.changed.notify_waiters();
         let name = self.label.get().map_or("", |label| &*label.name);
         if let Some(why) = change.tripped {

@@ -77,11 +77,22 @@ pub(super) fn admit(
     }
     match Circuit::admit(circuit) {
         Ok(permit) => Admit::Go(permit),
-        Err(refusal) => match Verdict::wait_for(circuit, refusal, deadline) {
-            Some(wait) => Admit::Wait(Box::pin(wait)),
-            None => Admit::No(circuit.refuse(refusal)),
-        },
+        Err(refusal) => refused(circuit, refusal, deadline),
     }
+}
+
+#[inline(never)]
+fn refused(
+    circuit: &Shared<Circuit>,
+    refusal: Refusal,
+    deadline: Option<Instant>,
+) -> Admit<Permit<Circuit>, Verdict> {
+    if refusal == Refusal::Probing {
+        if let Some(wait) = Verdict::begin(circuit, deadline) {
+            return Admit::Wait(Box::pin(wait));
+        }
+    }
+    Admit::No(circuit.refuse(refusal))
 }
 
 pin_project! {
@@ -106,16 +117,9 @@ impl Drop for Place {
 }
 
 impl Verdict {
-    /// A place among those who wait, if this is worth waiting for and there is one.
-    fn wait_for(
-        circuit: &Shared<Circuit>,
-        refusal: Refusal,
-        deadline: Option<Instant>,
-    ) -> Option<Self> {
-        let longest = match refusal {
-            Refusal::Probing => circuit.wait()?,
-            _ => return None,
-        };
+    /// A place among those who wait, if there is one.
+    fn begin(circuit: &Shared<Circuit>, deadline: Option<Instant>) -> Option<Self> {
+        let longest = circuit.wait()?;
         let place = Place(circuit.clone());
         let told = Box::pin(circuit.changed().clone().notified_owned());
         let by_time = sleep(longest);
