@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::{
     ours::retry_default,
-    peers::naive_retry,
+    peers::{naive_retry, tr_retry},
     picture::Chart,
     report::{Case, Play, Seen, less, plain, row},
     world::{Call, Client, Clock, Upstream, play, secs, status},
@@ -84,7 +84,7 @@ pub fn retry_after_herd(quick: bool) -> Case<Play> {
         about: format!(
             "{clients} clients are told to come back after {HINT} s: the most within 100 ms, those who come before, and the last"
         ),
-        note: "tower's retry leaves the waiting to its user's policy; this one does not read the hint.",
+        note: "tower's retry leaves the waiting to its user's policy, which does not read the hint here; tower-resilience's sees no response when it waits.",
         columns: vec![less("peak", "%"), less("early", "%"), plain("last", "s")],
         rows: rows.into(),
         charts: vec![Chart {
