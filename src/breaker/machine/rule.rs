@@ -1,77 +1,27 @@
-//! The state machine: pure, synchronous, told the time and the luck.
-//!
-//! Here is what calls and time do to it; what a hand does, and what others see of it, is in the modules beneath.
-
-mod by_hand;
-mod view;
+//! What calls and time do to the machine.
 
 use std::time::Duration;
 
-pub(super) use self::by_hand::Past;
 use super::{
-    counts::{Counts, Ended, TimeWindows},
-    probes::{Probes, Verdict},
-    state::{At, Change, Refusal, Settings, Ticket},
-    trip::{Trip, Tripped},
+    super::{
+        counts::Ended,
+        probes::{Probes, Verdict},
+        state::{At, Change, Refusal, Ticket},
+        trip::Tripped,
+    },
+    Machine, Phase,
 };
-use crate::call::{Nanos, Outcome, OutcomeKind, nanos};
+use crate::call::{Outcome, OutcomeKind, nanos};
 
 /// The share of calls that goes at the beginning of a ramp.
 const RAMP_FROM: f64 = 0.1;
 
-#[derive(Debug)]
-pub(super) struct Machine {
-    pub(super) settings: Settings,
-    shape: Trip,
-    counts: Counts,
-    phase: Phase,
-    /// One more with every change of phase and with every probe, so that a result can be told to be late.
-    generation: u64,
-    /// How many hold it open.
-    isolations: u32,
-    opened: u64,
-    /// Trips since it was last calm.
-    restless: u32,
-    last: Option<Tripped>,
-}
-
-#[derive(Debug)]
-enum Phase {
-    /// Since when it is closed; ramping up again, or not.
-    Closed {
-        since: Nanos,
-        ramps: bool,
-    },
-    Open {
-        until: Nanos,
-    },
-    HalfOpen(Probes),
-    ForcedOpen,
-    ForcedClosed,
-}
-
 impl Machine {
-    pub(super) fn new(trip: Trip, settings: Settings) -> (Self, TimeWindows) {
-        let (counts, times) = Counts::new(&trip);
-        let machine = Self {
-            settings,
-            shape: trip,
-            counts,
-            phase: Phase::Closed { since: 0, ramps: false },
-            generation: 0,
-            isolations: 0,
-            opened: 0,
-            restless: 0,
-            last: None,
-        };
-        (machine, times)
-    }
-
     // ===== Time passes =====
 
     /// What happens by time alone: a wait ends, a lease ends, a ramp ends. Each at its own time, also where
     /// nobody looked in between.
-    pub(super) fn pass_time(&mut self, at: At<'_>) -> Option<Change> {
+    pub(in crate::breaker) fn pass_time(&mut self, at: At<'_>) -> Option<Change> {
         let mut last: Option<Change> = None;
         loop {
             let next = match &mut self.phase {
@@ -101,7 +51,10 @@ impl Machine {
     // ===== A call comes =====
 
     /// May a call go? Half-open, at most `probes` go, each with a slot that comes back.
-    pub(super) fn admit(&mut self, at: At<'_>) -> (Result<Ticket, Refusal>, Option<Change>) {
+    pub(in crate::breaker) fn admit(
+        &mut self,
+        at: At<'_>,
+    ) -> (Result<Ticket, Refusal>, Option<Change>) {
         if self.isolations > 0 {
             return (Err(Refusal::Forced), None);
         }
@@ -137,7 +90,12 @@ impl Machine {
     // ===== A call ends =====
 
     /// A probe has seen its response head.
-    pub(super) fn head(&mut self, probe: Ticket, so_far: Ended, at: At<'_>) -> Option<Change> {
+    pub(in crate::breaker) fn head(
+        &mut self,
+        probe: Ticket,
+        so_far: Ended,
+        at: At<'_>,
+    ) -> Option<Change> {
         let change = self.pass_time(at);
         if let Phase::HalfOpen(probes) = &mut self.phase {
             let kind = so_far.outcome.kind();
@@ -148,7 +106,12 @@ impl Machine {
     }
 
     /// A call has ended. One of an older generation changes nothing.
-    pub(super) fn finish(&mut self, ticket: Ticket, ended: Ended, at: At<'_>) -> Option<Change> {
+    pub(in crate::breaker) fn finish(
+        &mut self,
+        ticket: Ticket,
+        ended: Ended,
+        at: At<'_>,
+    ) -> Option<Change> {
         if !ticket.probe {
             return if ticket.generation == self.generation {
                 self.counted(ended, at)
@@ -167,7 +130,7 @@ impl Machine {
     }
 
     /// An outcome from outside of the stack: counted like a call, or like a probe.
-    pub(super) fn told(&mut self, outcome: Outcome, at: At<'_>) -> Option<Change> {
+    pub(in crate::breaker) fn told(&mut self, outcome: Outcome, at: At<'_>) -> Option<Change> {
         let by_time = self.pass_time(at);
         let ended = Ended { outcome, took: 0 };
         let by_call = match self.phase {
@@ -224,17 +187,5 @@ impl Machine {
         self.last = Some(tripped);
         let until = at.now.saturating_add(nanos(wait));
         self.enter(Phase::Open { until }, Some(tripped))
-    }
-
-    /// Closed for so long that its trips are forgotten.
-    fn is_calm(&self, now: Nanos) -> bool {
-        let Phase::Closed { since, .. } = self.phase else { return false };
-        self.restless == 0 || now.saturating_sub(since) >= nanos(self.settings.open_for.calm())
-    }
-
-    fn enter(&mut self, phase: Phase, tripped: Option<Tripped>) -> Change {
-        self.generation += 1;
-        self.phase = phase;
-        Change { to: self.state(), tripped }
     }
 }

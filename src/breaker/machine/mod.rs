@@ -1,0 +1,77 @@
+//! The state machine: pure, synchronous, told the time and the luck.
+//!
+//! `rule` has what calls and time do to it, `by_hand` what a hand does, `view` what others see of it.
+
+mod by_hand;
+mod rule;
+mod view;
+
+pub(super) use self::by_hand::Past;
+use super::{
+    counts::{Counts, TimeWindows},
+    probes::Probes,
+    state::{Change, Settings},
+    trip::{Trip, Tripped},
+};
+use crate::call::{Nanos, nanos};
+
+#[derive(Debug)]
+pub(super) struct Machine {
+    pub(super) settings: Settings,
+    shape: Trip,
+    counts: Counts,
+    phase: Phase,
+    /// One more with every change of phase and with every probe, so that a result can be told to be late.
+    generation: u64,
+    /// How many hold it open.
+    isolations: u32,
+    opened: u64,
+    /// Trips since it was last calm.
+    restless: u32,
+    last: Option<Tripped>,
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// Since when it is closed; ramping up again, or not.
+    Closed {
+        since: Nanos,
+        ramps: bool,
+    },
+    Open {
+        until: Nanos,
+    },
+    HalfOpen(Probes),
+    ForcedOpen,
+    ForcedClosed,
+}
+
+impl Machine {
+    pub(super) fn new(trip: Trip, settings: Settings) -> (Self, TimeWindows) {
+        let (counts, times) = Counts::new(&trip);
+        let machine = Self {
+            settings,
+            shape: trip,
+            counts,
+            phase: Phase::Closed { since: 0, ramps: false },
+            generation: 0,
+            isolations: 0,
+            opened: 0,
+            restless: 0,
+            last: None,
+        };
+        (machine, times)
+    }
+
+    /// Closed for so long that its trips are forgotten.
+    fn is_calm(&self, now: Nanos) -> bool {
+        let Phase::Closed { since, .. } = self.phase else { return false };
+        self.restless == 0 || now.saturating_sub(since) >= nanos(self.settings.open_for.calm())
+    }
+
+    fn enter(&mut self, phase: Phase, tripped: Option<Tripped>) -> Change {
+        self.generation += 1;
+        self.phase = phase;
+        Change { to: self.state(), tripped }
+    }
+}
