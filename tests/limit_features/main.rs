@@ -2,6 +2,7 @@
 #![cfg(feature = "limit")]
 
 mod limit_handle;
+mod limit_recovery;
 mod limit_sorted;
 mod limit_upgrades;
 #[path = "../support/mod.rs"]
