@@ -12,7 +12,11 @@ use std::{
 
 use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, Trip,
-    breaker::CircuitBreakerHandle, limit::adaptive::Knee,
+    breaker::CircuitBreakerHandle,
+    limit::{
+        adaptive::{Aimd, Gradient2, Knee, Vegas},
+        sort::{Claim, Priority},
+    },
 };
 use bytes::Bytes;
 use http::{Request, Response};
@@ -161,6 +165,35 @@ fn a_closed_breaker_allocates_nothing_however_it_is_set() {
         let held_closed = CircuitBreakerLayer::http().classify(judge);
         held_closed.handle().force_closed();
         assert_eq!(generic(held_closed), 0);
+    });
+}
+
+/// A limit of every kind with room in it, and everything switched on but what has to allocate.
+#[test]
+fn a_limit_with_room_allocates_nothing_however_it_is_set() {
+    let by_number = |n: &u64| Claim::from(Priority::NORMAL.lot(n.to_le_bytes())).partition(0);
+    let by_path = |request: &Request<()>| match request.uri().path() {
+        "/livez" => Claim::exempt(),
+        _ => Claim::default().partition(1),
+    };
+    let adaptive = |algorithm: &str| match algorithm {
+        "aimd" => ConcurrencyLimitLayer::adaptive(Aimd::default()),
+        "vegas" => ConcurrencyLimitLayer::adaptive(Vegas::default()),
+        _ => ConcurrencyLimitLayer::adaptive(Gradient2::default()),
+    };
+    in_runtime(|| {
+        for algorithm in ["aimd", "vegas", "gradient2"] {
+            assert_eq!(generic(adaptive(algorithm).per_response()), 0, "{algorithm}");
+            assert_eq!(http(adaptive(algorithm).until_body_end()), 0, "{algorithm}");
+        }
+        assert_eq!(http(limit().release_at_head().name("all").shadow()), 0);
+        assert_eq!(http(limit().exempt_paths(["/", "/livez"])), 0);
+        assert_eq!(generic(limit().sorted_by(by_number).per_response()), 0);
+        let sorted = limit().sorted_by(by_number).partitions(&[0.5, 0.5]).shed_by_priority();
+        assert_eq!(generic(sorted.per_response()), 0);
+        assert_eq!(http(limit().sorted_by(by_path).partitions(&[0.5, 0.5]).respond()), 0);
+        // The place that both may hold, and its way into the request's extensions.
+        assert!((1..=400).contains(&http(limit().upgrades())));
     });
 }
 

@@ -98,7 +98,7 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
 
     /// Lets handlers take their call's place along, as a [`Held`](super::Held) in the request's extensions,
     /// and hold it as long as what the call was upgraded to: a WebSocket, a tunnel. Costs an allocation a
-    /// call. How calls are judged is said before.
+    /// call, and what the extensions take. How calls are judged is said before.
     pub fn upgrades(self) -> ConcurrencyLimitLayer<Upgrades<M>, R> {
         let Plan { policy, protocol, reject, fault } = self.plan;
         ConcurrencyLimitLayer { plan: Plan { policy, protocol: Upgrades(protocol), reject, fault } }
