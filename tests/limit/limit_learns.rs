@@ -1,22 +1,19 @@
 //! What an adaptive limit's algorithm hears of calls, and what becomes of its answer.
-#![cfg(feature = "limit")]
-
-mod support;
 
 use std::{
     sync::{Arc, Mutex},
     time::Duration,
 };
 
+use crate::support::{
+    Oops, Piece, Strict, Then, Watch, empty, grpc, hello, read, request, status, trailers,
+    trailers_only,
+};
 use buttress::{
     ConcurrencyLimit, ConcurrencyLimitLayer, Outcome,
     limit::adaptive::{Algorithm, Change, Reason, Sample},
 };
 use http::Request;
-use support::{
-    Oops, Piece, Strict, Then, Watch, empty, grpc, hello, read, request, status, trailers,
-    trailers_only,
-};
 use tokio::time::advance;
 use tokio_test::{assert_pending, assert_ready_ok, task};
 use tower::{Layer, ServiceExt, util::Oneshot};

@@ -1,10 +1,8 @@
 //! What other limits' own tests say, replayed against ours; what does not apply says why.
-#![cfg(feature = "limit")]
-
-mod support;
 
 use std::{collections::BTreeSet, time::Duration};
 
+use crate::support::{Strict, Watch, empty, request};
 use buttress::{
     ConcurrencyLimit, ConcurrencyLimitLayer,
     limit::{
@@ -15,7 +13,6 @@ use buttress::{
 };
 use http::Request;
 use serde_json::Value;
-use support::{Strict, Watch, empty, request};
 use tokio_test::{assert_ready_ok, task};
 use tower::{Layer, ServiceExt, util::Oneshot};
 
@@ -108,7 +105,7 @@ fn partitions(vector: &Value) {
 
 #[tokio::test(start_paused = true)]
 async fn all_are_replayed_or_excepted() {
-    let all: Value = serde_json::from_str(include_str!("vectors/limit.json")).unwrap();
+    let all: Value = serde_json::from_str(include_str!("../vectors/limit.json")).unwrap();
     let mut excepted: BTreeSet<_> = EXCEPTIONS.iter().map(|(id, _)| *id).collect();
     let mut replayed = 0;
     for vector in all.as_array().unwrap() {

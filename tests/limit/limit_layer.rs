@@ -1,7 +1,4 @@
 //! The concurrency limit through its public API: first the list that holds for every layer.
-#![cfg(feature = "limit")]
-
-mod support;
 
 use std::{
     pin::pin,
@@ -12,6 +9,11 @@ use std::{
     time::Duration,
 };
 
+use crate::support::{
+    self, Oops, Piece, ScriptBody, Strict, Then, Watch,
+    contract::{Subject, contract_tests},
+    empty, grpc, hello, read, refused_as, request, status,
+};
 use buttress::{
     BoxError, ConcurrencyLimit, ConcurrencyLimitLayer, ConfigError, Deadline, Rejected,
     call::RejectedKind,
@@ -19,11 +21,6 @@ use buttress::{
 };
 use futures_util::FutureExt;
 use http::{Request, Response};
-use support::{
-    Oops, Piece, ScriptBody, Strict, Then, Watch,
-    contract::{Subject, contract_tests},
-    empty, grpc, hello, read, refused_as, request, status,
-};
 use tokio::{
     task::JoinSet,
     time::{advance, timeout},

@@ -1,7 +1,4 @@
 //! A hundred thousand callers that wait and go at random: no place is lost, nobody is woken twice.
-#![cfg(feature = "limit")]
-
-mod support;
 
 use std::{
     future::Future,
@@ -14,9 +11,9 @@ use std::{
     time::Duration,
 };
 
+use crate::support::{Strict, empty, request};
 use buttress::{ConcurrencyLimit, ConcurrencyLimitLayer, limit::QueueOrder};
 use http::Request;
-use support::{Strict, empty, request};
 use tower::{Layer, ServiceExt, util::Oneshot};
 
 #[derive(Default)]

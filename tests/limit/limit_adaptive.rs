@@ -1,13 +1,10 @@
 //! Adaptive limits in virtual time: a server of 20 workers, 10 ms a call, open loop at twice of what it
 //! can do, unless a test says otherwise.
-#![cfg(feature = "limit")]
-
-mod rig;
 
 use std::time::Duration;
 
+use crate::rig::{Phase, STEADY, Second, Spread, World, goodput, mean_limit, quantile, run};
 use buttress::limit::adaptive::{Aimd, Algorithm, Fixed, Gradient2, Knee, Reason, Sample, Vegas};
-use rig::{Phase, STEADY, Second, Spread, World, goodput, mean_limit, quantile, run};
 
 const FULL: f64 = 2000.0;
 

@@ -1,15 +1,12 @@
 //! The concurrency limit against a naive model: any schedule of arrivals, ends, departures, pauses
 //! and resizes, whatever the order of the queue.
-#![cfg(feature = "limit")]
-
-mod support;
 
 use std::{collections::VecDeque, time::Duration};
 
+use crate::support::{Strict, empty, refused_as, request};
 use buttress::{ConcurrencyLimit, ConcurrencyLimitLayer, call::RejectedKind, limit::QueueOrder};
 use http::Request;
 use proptest::prelude::*;
-use support::{Strict, empty, refused_as, request};
 use tokio_test::{assert_ready_ok, task};
 use tower::{Layer, ServiceExt, util::Oneshot};
 
