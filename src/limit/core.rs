@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::{
     adaptive::Teller,
     queue::{Place, Queue, QueueOrder},
-    sort::{Claim, Cutoff, Line, Priority},
+    sort::{Claim, Cutoff, KEPT, Line, Priority},
 };
 use crate::{
     call::{
@@ -389,6 +389,15 @@ impl Limiter {
         token
     }
 
+    /// When one that waits until then has to look for himself: what is kept for others comes free by time
+    /// alone.
+    pub(super) fn look_by(&self, until: Instant) -> Instant {
+        if !self.sorts.load(Ordering::Relaxed) {
+            return until;
+        }
+        Instant::now().checked_add(KEPT).map_or(until, |soon| soon.min(until))
+    }
+
     /// One that waits is refused after all.
     pub(super) fn waited_in_vain(&self, place: Place) {
         let (mut queue, now) = (self.lock(), Instant::now());
@@ -458,7 +467,7 @@ impl Limiter {
     // ===== Handing over =====
 
     /// Lets in whoever waits while there is room. Each is woken once, outside of the lock.
-    fn hand_over(&self) {
+    pub(super) fn hand_over(&self) {
         loop {
             let mut queue = self.lock();
             let mut word = self.word.load(Ordering::Acquire);

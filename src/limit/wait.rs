@@ -15,8 +15,9 @@ pin_project! {
     pub struct Wait {
         place: Seat,
         deadline: Option<Instant>,
+        until: Instant,
         #[pin]
-        longest: Sleep,
+        timer: Sleep,
     }
 }
 
@@ -24,12 +25,11 @@ impl Wait {
     pub(super) fn new(limiter: Shared<Limiter>, place: Place, deadline: Option<Instant>) -> Self {
         let longest = limiter.longest_wait();
         // The seat first: without a runtime `sleep` panics, and the place must not outlive that.
-        let place = Seat { taken: Some((limiter, place)) };
-        let mut longest = sleep(longest);
-        if let Some(deadline) = deadline.filter(|deadline| *deadline < longest.deadline()) {
-            longest = sleep_until(deadline);
-        }
-        Self { place, deadline, longest }
+        let place = Seat { taken: Some((limiter.clone(), place)) };
+        let longest = sleep(longest).deadline();
+        let until = deadline.map_or(longest, |deadline| deadline.min(longest));
+        let timer = sleep_until(limiter.look_by(until));
+        Self { place, deadline, until, timer }
     }
 }
 
@@ -50,19 +50,27 @@ impl Future for Wait {
     type Output = Result<Permit<Limiter>, Rejected>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let this = self.project();
+        let mut this = self.project();
         let Some((limiter, place)) = &this.place.taken else {
             unreachable!("polled after completion")
         };
-        // A turn that has come beats the longest wait, but nobody works for a caller who is gone.
-        let turn = limiter.poll_turn(*place, cx).is_ready();
-        if turn && !has_passed(*this.deadline) {
-            let permit = limiter.permit(limiter.begin_in(place.0, limiter.in_flight()));
-            this.place.taken = None;
-            return Poll::Ready(Ok(permit));
-        }
-        if !turn {
-            ready!(this.longest.poll(cx));
+        loop {
+            // A turn that has come beats the longest wait, but nobody works for a caller who is gone.
+            let turn = limiter.poll_turn(*place, cx).is_ready();
+            if turn && !has_passed(*this.deadline) {
+                let permit = limiter.permit(limiter.begin_in(place.0, limiter.in_flight()));
+                this.place.taken = None;
+                return Poll::Ready(Ok(permit));
+            }
+            if turn {
+                break;
+            }
+            ready!(this.timer.as_mut().poll(cx));
+            if this.timer.deadline() >= *this.until {
+                break;
+            }
+            limiter.hand_over();
+            this.timer.as_mut().reset(limiter.look_by(*this.until));
         }
         let kind = if has_passed(*this.deadline) {
             RejectedKind::DeadlinePassed

@@ -64,4 +64,4 @@ pub use self::{
     claim::{Claim, ExemptPaths, Priority, Sort},
     layer::{Partition, SortedLimit, SortedLimitHandle, SortedLimitLayer},
 };
-pub(super) use self::{cutoff::Cutoff, layer::Sorted, shares::Line, shares::Shares};
+pub(super) use self::{cutoff::Cutoff, layer::Sorted, shares::KEPT, shares::Line, shares::Shares};

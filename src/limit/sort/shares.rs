@@ -23,7 +23,7 @@ struct Share {
 }
 
 /// For so long places are kept for a partition that was refused within its share.
-const KEPT: Duration = Duration::from_secs(1);
+pub(in crate::limit) const KEPT: Duration = Duration::from_secs(1);
 const MOST: usize = 64;
 
 impl Share {
