@@ -37,18 +37,25 @@ pub struct Limiter {
     longest_wait_ms: AtomicU64,
     retry_after_ms: AtomicU64,
     to_the_head_only: AtomicBool,
+    shadow: AtomicBool,
+    counts: Counts,
+    /// Whether partitions or priorities are told apart.
+    sorts: AtomicBool,
+    label: OnceLock<Arc<Label>>,
+}
+
+/// Out of the way of calls that find room: a refused one writes nothing that they read.
+#[derive(Default)]
+#[repr(align(128))]
+struct Counts {
     full: AtomicU64,
     waited_too_long: AtomicU64,
     deadline_passed: AtomicU64,
     outranked: AtomicU64,
+    shadowed: AtomicU64,
     /// Calls that are exempt: how many there were, and how many are under way.
     exempt: AtomicU64,
     exempt_now: AtomicU32,
-    shadow: AtomicBool,
-    shadowed: AtomicU64,
-    /// Whether partitions or priorities are told apart.
-    sorts: AtomicBool,
-    label: OnceLock<Arc<Label>>,
 }
 
 /// What comes of an attempt to wait.
@@ -91,14 +98,8 @@ impl Limiter {
             longest_wait_ms: AtomicU64::new(0),
             retry_after_ms: AtomicU64::new(1000),
             to_the_head_only: AtomicBool::new(false),
-            full: AtomicU64::new(0),
-            waited_too_long: AtomicU64::new(0),
-            deadline_passed: AtomicU64::new(0),
-            outranked: AtomicU64::new(0),
-            exempt: AtomicU64::new(0),
-            exempt_now: AtomicU32::new(0),
             shadow: AtomicBool::new(false),
-            shadowed: AtomicU64::new(0),
+            counts: Counts::default(),
             sorts: AtomicBool::new(false),
             label: OnceLock::new(),
         }
@@ -206,7 +207,7 @@ impl Limiter {
 
     /// How many exempt calls there were, and are.
     pub(super) fn exempt(&self) -> (u64, u32) {
-        (self.exempt.load(Ordering::Relaxed), self.exempt_now.load(Ordering::Relaxed))
+        (self.counts.exempt.load(Ordering::Relaxed), self.counts.exempt_now.load(Ordering::Relaxed))
     }
 
     /// Share, inside and refused of each partition.
@@ -221,7 +222,7 @@ impl Limiter {
 
     /// How many were let through that would have been refused.
     pub(super) fn shadowed(&self) -> u64 {
-        self.shadowed.load(Ordering::Relaxed)
+        self.counts.shadowed.load(Ordering::Relaxed)
     }
 
     /// What this share of those who waited of late did not exceed.
@@ -236,10 +237,10 @@ impl Limiter {
 
     fn counter(&self, kind: RejectedKind) -> &AtomicU64 {
         match kind {
-            RejectedKind::WaitedTooLong => &self.waited_too_long,
-            RejectedKind::DeadlinePassed => &self.deadline_passed,
-            RejectedKind::Outranked => &self.outranked,
-            _ => &self.full,
+            RejectedKind::WaitedTooLong => &self.counts.waited_too_long,
+            RejectedKind::DeadlinePassed => &self.counts.deadline_passed,
+            RejectedKind::Outranked => &self.counts.outranked,
+            _ => &self.counts.full,
         }
     }
 
@@ -322,8 +323,8 @@ impl Limiter {
 
     /// Never refused, and not counted among the others.
     pub(super) fn enter_exempt(&self) -> Token {
-        self.exempt.fetch_add(1, Ordering::Relaxed);
-        self.exempt_now.fetch_add(1, Ordering::Relaxed);
+        self.counts.exempt.fetch_add(1, Ordering::Relaxed);
+        self.counts.exempt_now.fetch_add(1, Ordering::Relaxed);
         Token { tag: EXEMPT, started: 0 }
     }
 
@@ -423,7 +424,7 @@ impl Limiter {
             return;
         }
         if token.tag & EXEMPT != 0 {
-            self.exempt_now.fetch_sub(1, Ordering::Relaxed);
+            self.counts.exempt_now.fetch_sub(1, Ordering::Relaxed);
             return;
         }
         self.lock().shares.exit((token.tag >> 32) as Line);
@@ -503,7 +504,7 @@ impl Limiter {
         if !self.is_shadow() {
             return Err(self.refuse(kind));
         }
-        self.shadowed.fetch_add(1, Ordering::Relaxed);
+        self.counts.shadowed.fetch_add(1, Ordering::Relaxed);
         event!(DEBUG, reason = kind.as_str(), "call would be shed");
         Ok(Token { tag: SHADOW, started: 0 })
     }
