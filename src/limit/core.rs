@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::{
     adaptive::Teller,
     queue::{Place, Queue, QueueOrder},
-    sort::{Claim, Cutoff, KEPT, Line, Priority},
+    sort::Line,
 };
 use crate::{
     call::{
@@ -105,62 +105,15 @@ impl Limiter {
         }
     }
 
-    // ===== Settings =====
+    // ===== Getting in =====
 
     #[inline]
     pub(super) fn limit(&self) -> u32 {
         self.limit.load(Ordering::Relaxed)
     }
 
-    /// A higher limit lets waiters in at once; a lower one takes effect as calls end.
-    pub(super) fn set_limit(&self, limit: u32) {
-        match &self.adaptive {
-            None => self.store(limit),
-            Some(adaptive) => adaptive.set_limit(limit, |limit| self.store(limit)),
-        }
-        self.hand_over();
-    }
-
-    /// False if there are none.
-    pub(super) fn set_bounds(&self, bounds: RangeInclusive<u32>) -> bool {
-        let Some(adaptive) = &self.adaptive else { return false };
-        let has_any = adaptive.set_bounds(bounds, |limit| self.store(limit));
-        self.hand_over();
-        has_any
-    }
-
     fn store(&self, limit: u32) {
         self.limit.store(limit, Ordering::SeqCst);
-    }
-
-    pub(super) fn adaptive(&self) -> Option<&Teller> {
-        self.adaptive.as_ref()
-    }
-
-    pub(super) fn set_queue(&self, length: u32, longest_wait: Duration) {
-        let ms = u64::try_from(longest_wait.as_millis()).unwrap_or(u64::MAX);
-        self.longest_wait_ms.store(ms, Ordering::Relaxed);
-        self.longest_queue.store(length, Ordering::Relaxed);
-    }
-
-    pub(super) fn set_order(&self, order: QueueOrder) {
-        self.lock().set_order(order);
-    }
-
-    /// Those who wait may have more of a share now.
-    pub(super) fn set_shares(&self, ratios: &[f64]) {
-        self.lock().set_shares(ratios);
-        self.sorts.store(true, Ordering::Relaxed);
-        self.hand_over();
-    }
-
-    pub(super) fn shed_by_priority(&self) {
-        self.lock().cutoff = Some(Cutoff::new());
-        self.sorts.store(true, Ordering::Relaxed);
-    }
-
-    pub(super) fn set_shadow(&self, on: bool) {
-        self.shadow.store(on, Ordering::Relaxed);
     }
 
     fn is_shadow(&self) -> bool {
@@ -171,80 +124,6 @@ impl Limiter {
     fn longest_queue(&self) -> u32 {
         if self.is_shadow() { 0 } else { self.longest_queue.load(Ordering::Relaxed) }
     }
-
-    pub(super) fn longest_wait(&self) -> Duration {
-        Duration::from_millis(self.longest_wait_ms.load(Ordering::Relaxed))
-    }
-
-    pub(super) fn set_retry_after(&self, after: Duration) {
-        let ms = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
-        self.retry_after_ms.store(ms, Ordering::Relaxed);
-    }
-
-    pub(super) fn release_at_head(&self) {
-        self.to_the_head_only.store(true, Ordering::Relaxed);
-    }
-
-    #[inline]
-    pub(super) fn releases_at_head(&self) -> bool {
-        self.to_the_head_only.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn name(&self, name: &str) {
-        // The first name stays: refusals under way point at it.
-        let _ = self.label.set(Arc::new(Label { name: name.into(), fault: None }));
-    }
-
-    // ===== Looking =====
-
-    pub(super) fn in_flight(&self) -> u32 {
-        in_flight(self.word.load(Ordering::Acquire))
-    }
-
-    pub(super) fn waiting(&self) -> u32 {
-        waiting(self.word.load(Ordering::Acquire))
-    }
-
-    /// How many exempt calls there were, and are.
-    pub(super) fn exempt(&self) -> (u64, u32) {
-        (self.counts.exempt.load(Ordering::Relaxed), self.counts.exempt_now.load(Ordering::Relaxed))
-    }
-
-    /// Share, inside and refused of each partition.
-    pub(super) fn partitions(&self) -> Vec<(u32, u32, u64)> {
-        self.lock().shares.each(self.limit())
-    }
-
-    /// What is refused for being worth too little: all below.
-    pub(super) fn shed_below(&self) -> Option<Priority> {
-        self.lock().cutoff.as_ref().and_then(Cutoff::below)
-    }
-
-    /// How many were let through that would have been refused.
-    pub(super) fn shadowed(&self) -> u64 {
-        self.counts.shadowed.load(Ordering::Relaxed)
-    }
-
-    /// What this share of those who waited of late did not exceed.
-    pub(super) fn wait(&self, share: f64) -> Option<Duration> {
-        self.lock().waits.percentile(share, Instant::now())
-    }
-
-    /// How many were refused as this kind.
-    pub(super) fn refused(&self, kind: RejectedKind) -> u64 {
-        self.counter(kind).load(Ordering::Relaxed)
-    }
-
-    fn counter(&self, kind: RejectedKind) -> &AtomicU64 {
-        match kind {
-            RejectedKind::WaitedTooLong => &self.counts.waited_too_long,
-            RejectedKind::DeadlinePassed => &self.counts.deadline_passed,
-            RejectedKind::Outranked => &self.counts.outranked,
-            _ => &self.counts.full,
-        }
-    }
-
-    // ===== Getting in =====
 
     /// Whether a call would get in now.
     #[inline]
@@ -319,93 +198,6 @@ impl Limiter {
         }
     }
 
-    // ===== Getting in by what it asks =====
-
-    /// Never refused, and not counted among the others.
-    pub(super) fn enter_exempt(&self) -> Token {
-        self.counts.exempt.fetch_add(1, Ordering::Relaxed);
-        self.counts.exempt_now.fetch_add(1, Ordering::Relaxed);
-        Token { tag: EXEMPT, started: 0 }
-    }
-
-    /// [`enter`](Self::enter) and [`join`](Self::join), by partition and priority.
-    pub(super) fn enter_as(&self, claim: Claim) -> Result<Entry, RejectedKind> {
-        if self.sorts.load(Ordering::Relaxed) {
-            return self.sort_in(claim, self.longest_queue());
-        }
-        self.enter().map_or_else(|| self.join(), |token| Ok(Entry::In(token)))
-    }
-
-    /// [`enter`](Self::enter), for what asks nothing in particular.
-    pub(super) fn try_enter(&self) -> Option<Token> {
-        if !self.sorts.load(Ordering::Relaxed) {
-            return self.enter();
-        }
-        match self.sort_in(Claim::default(), 0) {
-            Ok(Entry::In(token)) => Some(token),
-            _ => None,
-        }
-    }
-
-    /// With so many waiting, nobody waits any more.
-    fn sort_in(&self, claim: Claim, longest: u32) -> Result<Entry, RejectedKind> {
-        let now = Instant::now();
-        let mut queue = self.lock();
-        let line = queue.shares.line_of(claim.partition);
-        if !queue.cutoff.as_mut().is_none_or(|cutoff| cutoff.hear(claim.priority, now)) {
-            return Err(RejectedKind::Outranked);
-        }
-        let mut word = self.word.load(Ordering::Relaxed);
-        loop {
-            let limit = self.limit();
-            // Who waits and may go goes first.
-            while queue.turn(limit, in_flight(word), || now).is_some() {
-                drop(queue);
-                self.hand_over();
-                queue = self.lock();
-                word = self.word.load(Ordering::Relaxed);
-            }
-            let room = queue.shares.may(line, limit, in_flight(word), now);
-            if !room && (waiting(word) >= longest || limit == 0) {
-                queue.refused(line, limit, now);
-                return Err(RejectedKind::Full);
-            }
-            let next = if room { word + ONE_IN } else { word + ONE_WAITING };
-            match self.word.compare_exchange_weak(word, next, Ordering::AcqRel, Ordering::Relaxed) {
-                Ok(_) if room => {
-                    queue.entered(line);
-                    drop(queue);
-                    return Ok(Entry::In(self.begin_in(line, in_flight(next))));
-                }
-                Ok(_) => return Ok(Entry::Waits(queue.join(line, now))),
-                Err(now) => word = now,
-            }
-        }
-    }
-
-    /// [`begin`](Self::begin), in a line.
-    pub(super) fn begin_in(&self, line: Line, in_flight: u32) -> Token {
-        let mut token = self.begin(in_flight);
-        token.tag |= mark(line);
-        token
-    }
-
-    /// When one that waits until then has to look for himself: what is kept for others comes free by time
-    /// alone.
-    pub(super) fn look_by(&self, until: Instant) -> Instant {
-        if !self.sorts.load(Ordering::Relaxed) {
-            return until;
-        }
-        Instant::now().checked_add(KEPT).map_or(until, |soon| soon.min(until))
-    }
-
-    /// One that waits is refused after all.
-    pub(super) fn waited_in_vain(&self, place: Place) {
-        let (mut queue, now) = (self.lock(), Instant::now());
-        queue.gives_up(place, now);
-        queue.refused(place.0, self.limit(), now);
-    }
-
     // ===== Getting out =====
 
     /// A call has ended.
@@ -416,19 +208,6 @@ impl Limiter {
         } else {
             self.end_marked(token);
         }
-    }
-
-    #[cold]
-    fn end_marked(&self, token: Token) {
-        if token.tag & SHADOW != 0 {
-            return;
-        }
-        if token.tag & EXEMPT != 0 {
-            self.counts.exempt_now.fetch_sub(1, Ordering::Relaxed);
-            return;
-        }
-        self.lock().shares.exit((token.tag >> 32) as Line);
-        self.exit();
     }
 
     #[inline]
@@ -509,6 +288,15 @@ impl Limiter {
         Ok(Token { tag: SHADOW, started: 0 })
     }
 
+    fn counter(&self, kind: RejectedKind) -> &AtomicU64 {
+        match kind {
+            RejectedKind::WaitedTooLong => &self.counts.waited_too_long,
+            RejectedKind::DeadlinePassed => &self.counts.deadline_passed,
+            RejectedKind::Outranked => &self.counts.outranked,
+            _ => &self.counts.full,
+        }
+    }
+
     fn refuse(&self, kind: RejectedKind) -> Rejected {
         self.counter(kind).fetch_add(1, Ordering::Relaxed);
         event!(DEBUG, reason = kind.as_str(), "call shed");
@@ -535,3 +323,5 @@ impl fmt::Debug for Limiter {
 
 #[cfg(all(test, buttress_loom))]
 mod loom_models;
+mod settings;
+mod sorted;

@@ -5,6 +5,7 @@ use std::{sync::atomic::AtomicUsize, task::Wake};
 use loom::{sync::Arc as Both, thread};
 
 use super::*;
+use crate::limit::sort::Claim;
 
 /// Counts how often somebody was told.
 #[derive(Default)]
@@ -102,5 +103,40 @@ fn loom_resizing_and_leaving_let_in_as_many_as_may() {
         assert_eq!(turns.collect::<Vec<_>>(), [true, true, false]);
         assert!(waiters.iter().all(|waiter| waiter.told() <= 1));
         assert_eq!((limiter.in_flight(), limiter.waiting()), (2, 1));
+    });
+}
+
+/// The same where calls are told apart, and the limit is lowered meanwhile.
+#[test]
+fn loom_a_newcomer_of_a_partition_never_waits_for_a_place_that_is_free() {
+    loom::model(|| {
+        let limiter = Both::new(Limiter::new(2, None));
+        limiter.set_queue(8, Duration::from_secs(1));
+        limiter.set_shares(&[0.5]);
+        let asks = Claim::default().partition(0);
+        let Ok(Entry::In(first)) = limiter.enter_as(asks) else { panic!("has room") };
+        assert!(matches!(limiter.enter_as(Claim::default()), Ok(Entry::In(_))));
+        let other = limiter.clone();
+        let other = thread::spawn(move || {
+            other.end(first);
+            other.set_limit(1);
+        });
+        let waits = match limiter.enter_as(asks) {
+            Ok(Entry::In(token)) => {
+                limiter.end(token);
+                None
+            }
+            Ok(Entry::Waits(place)) => Some(Waiter::new(&limiter, place)),
+            Err(kind) => panic!("{kind:?}"),
+        };
+        other.join().unwrap();
+        limiter.end(Token::default());
+        if let Some(waiter) = waits {
+            assert!(waiter.has_turn(&limiter));
+            assert!(waiter.told() <= 1);
+            limiter.leave(waiter.place);
+        }
+        assert_eq!((limiter.in_flight(), limiter.waiting()), (0, 0));
+        assert_eq!(limiter.partitions()[0].1, 0);
     });
 }

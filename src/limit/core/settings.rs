@@ -1,0 +1,90 @@
+//! What is set, and what can be seen.
+
+use super::*;
+
+impl Limiter {
+    // ===== Settings =====
+
+    /// A higher limit lets waiters in at once; a lower one takes effect as calls end.
+    pub(in crate::limit) fn set_limit(&self, limit: u32) {
+        match &self.adaptive {
+            None => self.store(limit),
+            Some(adaptive) => adaptive.set_limit(limit, |limit| self.store(limit)),
+        }
+        self.hand_over();
+    }
+
+    /// False if there are none.
+    pub(in crate::limit) fn set_bounds(&self, bounds: RangeInclusive<u32>) -> bool {
+        let Some(adaptive) = &self.adaptive else { return false };
+        let has_any = adaptive.set_bounds(bounds, |limit| self.store(limit));
+        self.hand_over();
+        has_any
+    }
+
+    pub(in crate::limit) fn adaptive(&self) -> Option<&Teller> {
+        self.adaptive.as_ref()
+    }
+
+    pub(in crate::limit) fn set_queue(&self, length: u32, longest_wait: Duration) {
+        let ms = u64::try_from(longest_wait.as_millis()).unwrap_or(u64::MAX);
+        self.longest_wait_ms.store(ms, Ordering::Relaxed);
+        self.longest_queue.store(length, Ordering::Relaxed);
+    }
+
+    pub(in crate::limit) fn set_order(&self, order: QueueOrder) {
+        self.lock().set_order(order);
+    }
+
+    pub(in crate::limit) fn set_shadow(&self, on: bool) {
+        self.shadow.store(on, Ordering::Relaxed);
+    }
+
+    pub(in crate::limit) fn longest_wait(&self) -> Duration {
+        Duration::from_millis(self.longest_wait_ms.load(Ordering::Relaxed))
+    }
+
+    pub(in crate::limit) fn set_retry_after(&self, after: Duration) {
+        let ms = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
+        self.retry_after_ms.store(ms, Ordering::Relaxed);
+    }
+
+    pub(in crate::limit) fn release_at_head(&self) {
+        self.to_the_head_only.store(true, Ordering::Relaxed);
+    }
+
+    #[inline]
+    pub(in crate::limit) fn releases_at_head(&self) -> bool {
+        self.to_the_head_only.load(Ordering::Relaxed)
+    }
+
+    pub(in crate::limit) fn name(&self, name: &str) {
+        // The first name stays: refusals under way point at it.
+        let _ = self.label.set(Arc::new(Label { name: name.into(), fault: None }));
+    }
+
+    // ===== Looking =====
+
+    pub(in crate::limit) fn in_flight(&self) -> u32 {
+        in_flight(self.word.load(Ordering::Acquire))
+    }
+
+    pub(in crate::limit) fn waiting(&self) -> u32 {
+        waiting(self.word.load(Ordering::Acquire))
+    }
+
+    /// How many were let through that would have been refused.
+    pub(in crate::limit) fn shadowed(&self) -> u64 {
+        self.counts.shadowed.load(Ordering::Relaxed)
+    }
+
+    /// What this share of those who waited of late did not exceed.
+    pub(in crate::limit) fn wait(&self, share: f64) -> Option<Duration> {
+        self.lock().waits.percentile(share, Instant::now())
+    }
+
+    /// How many were refused as this kind.
+    pub(in crate::limit) fn refused(&self, kind: RejectedKind) -> u64 {
+        self.counter(kind).load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,140 @@
+//! How calls get in that are told apart: under the lock, by partition and priority.
+
+use super::*;
+use crate::limit::sort::{Claim, Cutoff, KEPT, Priority};
+
+impl Limiter {
+    // ===== Settings =====
+
+    /// Those who wait may have more of a share now.
+    pub(in crate::limit) fn set_shares(&self, ratios: &[f64]) {
+        self.lock().set_shares(ratios);
+        self.sorts.store(true, Ordering::Relaxed);
+        self.hand_over();
+    }
+
+    pub(in crate::limit) fn shed_by_priority(&self) {
+        self.lock().cutoff = Some(Cutoff::new());
+        self.sorts.store(true, Ordering::Relaxed);
+    }
+
+    // ===== Looking =====
+
+    /// How many exempt calls there were, and are.
+    pub(in crate::limit) fn exempt(&self) -> (u64, u32) {
+        (self.counts.exempt.load(Ordering::Relaxed), self.counts.exempt_now.load(Ordering::Relaxed))
+    }
+
+    /// Share, inside and refused of each partition.
+    pub(in crate::limit) fn partitions(&self) -> Vec<(u32, u32, u64)> {
+        self.lock().shares.each(self.limit())
+    }
+
+    /// What is refused for being worth too little: all below.
+    pub(in crate::limit) fn shed_below(&self) -> Option<Priority> {
+        self.lock().cutoff.as_ref().and_then(Cutoff::below)
+    }
+
+    // ===== Getting in =====
+
+    /// Never refused, and not counted among the others.
+    pub(in crate::limit) fn enter_exempt(&self) -> Token {
+        self.counts.exempt.fetch_add(1, Ordering::Relaxed);
+        self.counts.exempt_now.fetch_add(1, Ordering::Relaxed);
+        Token { tag: EXEMPT, started: 0 }
+    }
+
+    /// [`enter`](Self::enter) and [`join`](Self::join), by partition and priority.
+    pub(in crate::limit) fn enter_as(&self, claim: Claim) -> Result<Entry, RejectedKind> {
+        if self.sorts.load(Ordering::Relaxed) {
+            return self.sort_in(claim, self.longest_queue());
+        }
+        self.enter().map_or_else(|| self.join(), |token| Ok(Entry::In(token)))
+    }
+
+    /// [`enter`](Self::enter), for what asks nothing in particular.
+    pub(in crate::limit) fn try_enter(&self) -> Option<Token> {
+        if !self.sorts.load(Ordering::Relaxed) {
+            return self.enter();
+        }
+        match self.sort_in(Claim::default(), 0) {
+            Ok(Entry::In(token)) => Some(token),
+            _ => None,
+        }
+    }
+
+    /// With so many waiting, nobody waits any more.
+    fn sort_in(&self, claim: Claim, longest: u32) -> Result<Entry, RejectedKind> {
+        let now = Instant::now();
+        let mut queue = self.lock();
+        let line = queue.shares.line_of(claim.partition);
+        if !queue.cutoff.as_mut().is_none_or(|cutoff| cutoff.hear(claim.priority, now)) {
+            return Err(RejectedKind::Outranked);
+        }
+        let mut word = self.word.load(Ordering::Relaxed);
+        loop {
+            let limit = self.limit();
+            // Who waits and may go goes first.
+            if queue.turn(limit, in_flight(word), || now).is_some() {
+                drop(queue);
+                self.hand_over();
+                queue = self.lock();
+                word = self.word.load(Ordering::Relaxed);
+                continue;
+            }
+            let room = queue.shares.may(line, limit, in_flight(word), now);
+            if !room && (waiting(word) >= longest || limit == 0) {
+                queue.refused(line, limit, now);
+                return Err(RejectedKind::Full);
+            }
+            let next = if room { word + ONE_IN } else { word + ONE_WAITING };
+            match self.word.compare_exchange_weak(word, next, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) if room => {
+                    queue.entered(line);
+                    drop(queue);
+                    return Ok(Entry::In(self.begin_in(line, in_flight(next))));
+                }
+                Ok(_) => return Ok(Entry::Waits(queue.join(line, now))),
+                Err(now) => word = now,
+            }
+        }
+    }
+
+    /// [`begin`](Self::begin), in a line.
+    pub(in crate::limit) fn begin_in(&self, line: Line, in_flight: u32) -> Token {
+        let mut token = self.begin(in_flight);
+        token.tag |= mark(line);
+        token
+    }
+
+    /// When one that waits until then has to look for himself: what is kept for others comes free by time
+    /// alone.
+    pub(in crate::limit) fn look_by(&self, until: Instant) -> Instant {
+        if !self.sorts.load(Ordering::Relaxed) {
+            return until;
+        }
+        Instant::now().checked_add(KEPT).map_or(until, |soon| soon.min(until))
+    }
+
+    /// One that waits is refused after all.
+    pub(in crate::limit) fn waited_in_vain(&self, place: Place) {
+        let (mut queue, now) = (self.lock(), Instant::now());
+        queue.gives_up(place, now);
+        queue.refused(place.0, self.limit(), now);
+    }
+
+    // ===== Getting out =====
+
+    #[cold]
+    pub(super) fn end_marked(&self, token: Token) {
+        if token.tag & SHADOW != 0 {
+            return;
+        }
+        if token.tag & EXEMPT != 0 {
+            self.counts.exempt_now.fetch_sub(1, Ordering::Relaxed);
+            return;
+        }
+        self.lock().shares.exit((token.tag >> 32) as Line);
+        self.exit();
+    }
+}
