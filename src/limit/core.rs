@@ -4,7 +4,7 @@ use std::{
     fmt,
     ops::RangeInclusive,
     sync::{Arc, OnceLock, PoisonError},
-    task::{Context, Poll, Waker},
+    task::{Context, Waker},
     time::Duration,
 };
 
@@ -12,8 +12,8 @@ use tokio::time::Instant;
 
 use super::{
     adaptive::Teller,
-    queue::{Place, Queue, QueueOrder},
-    sort::Line,
+    queue::{Place, Queue, QueueOrder, Turn},
+    sort::{Line, Priority},
 };
 use crate::{
     call::{
@@ -172,29 +172,30 @@ impl Limiter {
             let next = if room { word + ONE_IN } else { word + ONE_WAITING };
             match self.word.compare_exchange_weak(word, next, Ordering::AcqRel, Ordering::Relaxed) {
                 Ok(_) if room => return Ok(Entry::In(self.begin(in_flight(next)))),
-                Ok(_) => return Ok(Entry::Waits(queue.join(0, Instant::now()))),
+                Ok(_) => return Ok(Entry::Waits(queue.join(0, Priority::NORMAL, Instant::now()))),
                 Err(now) => word = now,
             }
         }
     }
 
     /// Whether it is this place's turn.
-    pub(super) fn poll_turn(&self, place: Place, cx: &Context<'_>) -> Poll<()> {
-        if self.lock().waits(place, cx.waker()) { Poll::Pending } else { Poll::Ready(()) }
+    pub(super) fn look(&self, place: Place, cx: &Context<'_>) -> Turn {
+        self.lock().look(place, cx.waker())
     }
 
     /// Gives a place up, also if its turn has just come.
     pub(super) fn leave(&self, place: Place) {
         let mut queue = self.lock();
-        let waited = queue.leave(place);
-        if waited {
-            self.word.fetch_sub(ONE_WAITING, Ordering::AcqRel);
-        } else {
-            queue.shares.exit(place.0);
-        }
-        drop(queue);
-        if !waited {
-            self.exit();
+        match queue.leave(place) {
+            Turn::Waits => {
+                self.word.fetch_sub(ONE_WAITING, Ordering::AcqRel);
+            }
+            Turn::Come => {
+                queue.shares.exit(place.0);
+                drop(queue);
+                self.exit();
+            }
+            Turn::Lost => {}
         }
     }
 

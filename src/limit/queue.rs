@@ -1,11 +1,16 @@
 //! Who waits for a turn, in order. Pure; kept under the limit's lock.
 
-use std::{collections::BTreeMap, task::Waker, time::Duration};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+    task::Waker,
+    time::Duration,
+};
 
 use tokio::time::Instant;
 
 use super::{
-    sort::{Cutoff, Line, Shares},
+    sort::{Cutoff, Line, Priority, Shares},
     waits::Waits,
 };
 
@@ -33,6 +38,16 @@ pub enum QueueOrder {
 struct Waiter {
     waker: Option<Waker>,
     since: Instant,
+    priority: Priority,
+}
+
+/// What has become of a place in the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    Waits,
+    Come,
+    /// Given to a call that is worth more.
+    Lost,
 }
 
 /// Any waiter may leave at any time.
@@ -43,6 +58,10 @@ pub(super) struct Queue {
     len: usize,
     next: u64,
     order: QueueOrder,
+    /// Who waits, by worth and then by who came last; where priorities are told apart.
+    ranks: BTreeSet<(Line, Priority, Reverse<u64>)>,
+    /// Who has lost a place and has yet to hear of it.
+    lost: BTreeSet<u64>,
     pub(super) shares: Shares,
     pub(super) cutoff: Option<Cutoff>,
     pub(super) waits: Waits,
@@ -55,6 +74,8 @@ impl Default for Queue {
             len: 0,
             next: 0,
             order: QueueOrder::default(),
+            ranks: BTreeSet::new(),
+            lost: BTreeSet::new(),
             shares: Shares::default(),
             cutoff: None,
             waits: Waits::default(),
@@ -72,33 +93,58 @@ impl Queue {
         self.lines.resize_with(self.shares.lines(), BTreeMap::new);
     }
 
-    pub(super) fn join(&mut self, line: Line, now: Instant) -> Place {
+    pub(super) fn join(&mut self, line: Line, priority: Priority, now: Instant) -> Place {
         let number = self.next;
         self.next += 1;
         self.len += 1;
-        self.line(line).insert(number, Waiter { waker: None, since: now });
+        if self.cutoff.is_some() {
+            self.ranks.insert((line, priority, Reverse(number)));
+        }
+        self.line(line).insert(number, Waiter { waker: None, since: now, priority });
         (line, number)
+    }
+
+    /// The place of whoever is worth least in this line, if that is less than this; and who is to be told.
+    pub(super) fn displace(&mut self, line: Line, priority: Priority) -> Option<Option<Waker>> {
+        let least = (line, Priority::new(0), Reverse(u64::MAX));
+        let (found, worth, Reverse(number)) = *self.ranks.range(least..).next()?;
+        if found != line || worth >= priority {
+            return None;
+        }
+        let waiter = self.remove((line, number))?;
+        self.lost.insert(number);
+        Some(waiter.waker)
+    }
+
+    fn remove(&mut self, (line, number): Place) -> Option<Waiter> {
+        let waiter = self.line(line).remove(&number)?;
+        self.ranks.remove(&(line, waiter.priority, Reverse(number)));
+        self.len -= 1;
+        Some(waiter)
     }
 
     fn line(&mut self, line: Line) -> &mut BTreeMap<u64, Waiter> {
         &mut self.lines[usize::from(line)]
     }
 
-    /// Whether this place still waits; if so, `waker` is who is told of its turn.
-    pub(super) fn waits(&mut self, (line, number): Place, waker: &Waker) -> bool {
-        let Some(waiter) = self.line(line).get_mut(&number) else { return false };
+    /// What has become of this place; if it waits, `waker` is who is told of its turn.
+    pub(super) fn look(&mut self, (line, number): Place, waker: &Waker) -> Turn {
+        let Some(waiter) = self.line(line).get_mut(&number) else {
+            return if self.lost.contains(&number) { Turn::Lost } else { Turn::Come };
+        };
         match &waiter.waker {
             Some(known) if known.will_wake(waker) => {}
             _ => waiter.waker = Some(waker.clone()),
         }
-        true
+        Turn::Waits
     }
 
-    /// Gives the place up. False if its turn had come already.
-    pub(super) fn leave(&mut self, (line, number): Place) -> bool {
-        let waited = self.line(line).remove(&number).is_some();
-        self.len -= usize::from(waited);
-        waited
+    /// Gives the place up. What it was.
+    pub(super) fn leave(&mut self, place: Place) -> Turn {
+        if self.remove(place).is_some() {
+            return Turn::Waits;
+        }
+        if self.lost.remove(&place.1) { Turn::Lost } else { Turn::Come }
     }
 
     /// The line whose turn it is, with so many inside: of those that are within their share the one that
@@ -132,7 +178,7 @@ impl Queue {
     /// The next of this line goes in.
     pub(super) fn next(&mut self, line: Line, now: Instant) -> Option<Waker> {
         let order = self.order;
-        let waiting = self.line(line);
+        let waiting = &self.lines[usize::from(line)];
         let newest_first = match order {
             QueueOrder::Fifo => false,
             QueueOrder::Lifo => true,
@@ -140,10 +186,10 @@ impl Queue {
                 .first_key_value()
                 .is_some_and(|(_, head)| now.saturating_duration_since(head.since) >= longest),
         };
-        let turn = if newest_first { waiting.pop_last() } else { waiting.pop_first() };
+        let turn = if newest_first { waiting.last_key_value() } else { waiting.first_key_value() };
+        let number = turn.map(|(number, _)| *number);
         self.entered(line);
-        let (_, waiter) = turn?;
-        self.len -= 1;
+        let waiter = self.remove((line, number?))?;
         self.waits.add(now.saturating_duration_since(waiter.since), now);
         waiter.waker
     }

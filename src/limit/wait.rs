@@ -7,7 +7,10 @@ use std::{
 use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
-use super::{core::Limiter, queue::Place};
+use super::{
+    core::Limiter,
+    queue::{Place, Turn},
+};
 use crate::call::{Permit, Rejected, RejectedKind, Shared, has_passed};
 
 pin_project! {
@@ -54,28 +57,29 @@ impl Future for Wait {
         let Some((limiter, place)) = &this.place.taken else {
             unreachable!("polled after completion")
         };
-        loop {
+        let kind = loop {
             // A turn that has come beats the longest wait, but nobody works for a caller who is gone.
-            let turn = limiter.poll_turn(*place, cx).is_ready();
-            if turn && !has_passed(*this.deadline) {
-                let permit = limiter.permit(limiter.begin_in(place.0, limiter.in_flight()));
-                this.place.taken = None;
-                return Poll::Ready(Ok(permit));
-            }
-            if turn {
-                break;
+            match limiter.look(*place, cx) {
+                Turn::Come if !has_passed(*this.deadline) => {
+                    let permit = limiter.permit(limiter.begin_in(place.0, limiter.in_flight()));
+                    this.place.taken = None;
+                    return Poll::Ready(Ok(permit));
+                }
+                Turn::Come => break RejectedKind::DeadlinePassed,
+                Turn::Lost => break RejectedKind::Outranked,
+                Turn::Waits => {}
             }
             ready!(this.timer.as_mut().poll(cx));
             if this.timer.deadline() >= *this.until {
-                break;
+                let late = has_passed(*this.deadline);
+                break if late {
+                    RejectedKind::DeadlinePassed
+                } else {
+                    RejectedKind::WaitedTooLong
+                };
             }
             limiter.hand_over();
             this.timer.as_mut().reset(limiter.look_by(*this.until));
-        }
-        let kind = if has_passed(*this.deadline) {
-            RejectedKind::DeadlinePassed
-        } else {
-            RejectedKind::WaitedTooLong
         };
         limiter.waited_in_vain(*place);
         let away = limiter.turn_away(kind).map(|token| limiter.permit(token));

@@ -429,6 +429,11 @@ proptest! {
     }
 
     #[test]
+    fn who_waits_is_worth_most(limit in 1..6usize, steps in steps()) {
+        in_virtual_time(by_worth(limit, steps))?;
+    }
+
+    #[test]
     fn shares_are_kept_among_those_who_wait(limit in 1..12usize, steps in steps()) {
         in_virtual_time(with_a_queue(limit, steps))?;
     }
@@ -527,6 +532,100 @@ async fn nothing_is_shed_by_priority_while_there_is_room() {
         (layer.handle().snapshot().refused_outranked, layer.handle().shed_below()),
         (0, None)
     );
+}
+
+fn worth(service: &Limit, priority: Priority) -> Call {
+    let mut call = task::spawn(service.clone().oneshot(asking(priority.into())));
+    let _ = call.poll();
+    call
+}
+
+#[tokio::test(start_paused = true)]
+async fn in_a_full_queue_who_is_worth_least_gives_way() {
+    let layer = ConcurrencyLimitLayer::new(1).queue(2, Duration::from_secs(5));
+    let layer = layer.sorted_by(asked as ByRequest).shed_by_priority();
+    let (inner, watch) = Strict::holding();
+    let (service, handle) = (layer.layer(inner), layer.handle());
+    let mut first = worth(&service, Priority::SHEDDABLE);
+    let (low, mut later) =
+        (worth(&service, Priority::SHEDDABLE), worth(&service, Priority::SHEDDABLE));
+    // Who is worth no more does not get in, and for who asks by hand nobody gives way.
+    let sheddable = service.clone().oneshot(asking(Priority::SHEDDABLE.into()));
+    assert_eq!(refused_as(sheddable.await), RejectedKind::Full);
+    assert!(handle.try_acquire().is_err());
+    assert_eq!((handle.snapshot().waiting, later.is_woken()), (2, false));
+
+    // Of two that are worth the same, who came last goes first.
+    let mut normal = worth(&service, Priority::NORMAL);
+    assert!(later.is_woken() && !low.is_woken());
+    assert_eq!(refused_as(assert_ready!(later.poll())), RejectedKind::Outranked);
+    let critical = worth(&service, Priority::CRITICAL);
+    assert!(low.is_woken() && !normal.is_woken());
+    // Gone before it has heard of it: nothing is lost.
+    drop(low);
+    let no_more = service.clone().oneshot(asking(Priority::NORMAL.into()));
+    assert_eq!(refused_as(no_more.await), RejectedKind::Full);
+    let told = handle.snapshot();
+    assert_eq!((told.waiting, told.in_flight, told.refused_outranked), (2, 1, 1));
+
+    // It is no other order: who came first is first.
+    watch.end(0, Ok(empty()));
+    assert_ready_ok!(first.poll());
+    assert!(normal.is_woken() && !critical.is_woken());
+    assert_pending!(normal.poll());
+    drop((normal, critical));
+    assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
+}
+
+/// Who is refused for want of room is worth no more than anybody who waits beside it.
+async fn by_worth(limit: usize, steps: Vec<Step>) -> Result<(), TestCaseError> {
+    let layer = ConcurrencyLimitLayer::new(limit).queue(4, Duration::from_secs(5));
+    let layer = layer.sorted_by(asked as ByRequest).shed_by_priority();
+    let (inner, watch) = Strict::holding();
+    let (service, handle) = (layer.layer(inner), layer.handle());
+    // Each with the number that the inner service has for it, once it is in.
+    let mut calls: Vec<(Call, Priority, bool)> = Vec::new();
+    for step in steps {
+        let before = watch.seen().calls;
+        match step {
+            Step::Arrive(level) => {
+                let priority = Priority::new(level);
+                let asks = asking(priority.into());
+                let mut call = task::spawn(service.clone().oneshot(asks));
+                match call.poll() {
+                    std::task::Poll::Pending => {
+                        calls.push((call, priority, watch.seen().calls > before));
+                    }
+                    std::task::Poll::Ready(answer) => {
+                        if refused_as(answer) == RejectedKind::Full {
+                            let waits = calls.iter().filter(|(_, _, inside)| !inside);
+                            let least = waits.map(|(_, worth, _)| *worth).min();
+                            prop_assert!(least.is_some_and(|least| least >= priority));
+                        }
+                    }
+                }
+            }
+            Step::Leave(number) if number < calls.len() => drop(calls.swap_remove(number)),
+            Step::Leave(_) => {}
+            Step::Advance(ms) => advance(Duration::from_millis(ms)).await,
+            Step::Resize(to) => handle.set_limit(to).unwrap(),
+        }
+        while calls.iter().any(|(call, ..)| call.is_woken()) {
+            calls.retain_mut(|(call, _, inside)| {
+                let before = watch.seen().calls;
+                let stays = !call.is_woken() || call.poll().is_pending();
+                *inside |= watch.seen().calls > before;
+                stays
+            });
+        }
+        let (told, inside) = (handle.snapshot(), calls.iter().filter(|(_, _, inside)| *inside));
+        prop_assert_eq!(inside.count(), told.in_flight as usize);
+        prop_assert_eq!(calls.len(), (told.in_flight + told.waiting) as usize);
+        prop_assert!(told.waiting <= 4);
+    }
+    drop(calls);
+    prop_assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
+    Ok(())
 }
 
 /// From a full server to an empty one: the cut does not stay.

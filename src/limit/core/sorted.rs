@@ -1,7 +1,7 @@
 //! How calls get in that are told apart: under the lock, by partition and priority.
 
 use super::*;
-use crate::limit::sort::{Claim, Cutoff, KEPT, Priority};
+use crate::limit::sort::{Claim, Cutoff, KEPT};
 
 impl Limiter {
     // ===== Settings =====
@@ -84,6 +84,15 @@ impl Limiter {
             }
             let room = queue.shares.may(line, limit, in_flight(word), now);
             if !room && (waiting(word) >= longest || limit == 0) {
+                let displaced =
+                    if longest > 0 { queue.displace(line, claim.priority) } else { None };
+                if let Some(waker) = displaced {
+                    // One waits instead of another: as many as before.
+                    let place = queue.join(line, claim.priority, now);
+                    drop(queue);
+                    waker.into_iter().for_each(Waker::wake);
+                    return Ok(Entry::Waits(place));
+                }
                 queue.refused(line, limit, now);
                 return Err(RejectedKind::Full);
             }
@@ -94,7 +103,7 @@ impl Limiter {
                     drop(queue);
                     return Ok(Entry::In(self.begin_in(line, in_flight(next))));
                 }
-                Ok(_) => return Ok(Entry::Waits(queue.join(line, now))),
+                Ok(_) => return Ok(Entry::Waits(queue.join(line, claim.priority, now))),
                 Err(now) => word = now,
             }
         }

@@ -51,7 +51,8 @@
 //! With [`shed_by_priority`](SortedLimitLayer::shed_by_priority) there is a priority below which calls are
 //! refused, before they could wait. Once a second, or after 2000 calls, it moves: up to where the calls above
 //! it are as many as got in, if more than a twentieth of those worth enough found no room; else down, by 2 % at
-//! first, twice as much each time. With less than 20 calls there is none.
+//! first, twice as much each time. With less than 20 calls there is none. Meanwhile, where the queue is full, a
+//! call takes the place of whoever is worth least of its partition, if that is less: of those the one that came last.
 //!
 //! Partitions and priorities take a lock and read the clock once a call; exempt paths do not.
 
