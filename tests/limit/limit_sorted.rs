@@ -12,8 +12,11 @@ use std::{
 use buttress::{
     ConcurrencyLimitLayer, Deadline,
     call::RejectedKind,
-    limit::sort::{
-        Claim, Partition, Priority, Sort, SortedLimit, SortedLimitHandle, SortedLimitLayer,
+    limit::{
+        Held,
+        sort::{
+            Claim, Partition, Priority, Sort, SortedLimit, SortedLimitHandle, SortedLimitLayer,
+        },
     },
 };
 use http::Request;
@@ -266,6 +269,32 @@ async fn shares_change_while_calls_are_under_way() {
     assert!(start(&service, 2).1);
     drop(calls);
     assert_eq!((inside(&handle), handle.in_flight()), (vec![0, 0, 0], 0));
+}
+
+/// A socket counts in its partition as long as it is open.
+#[tokio::test(start_paused = true)]
+async fn a_place_that_is_taken_along_stays_in_its_partition() {
+    let layer = ConcurrencyLimitLayer::new(4)
+        .upgrades()
+        .sorted_by(asked as ByRequest)
+        .partitions(&[0.5, 0.5]);
+    let handle = layer.handle();
+    let service = layer.layer(service_fn(|request: Request<()>| async move {
+        let place = request.extensions().get::<Held>().and_then(Held::take);
+        let mut answer = empty();
+        answer.extensions_mut().insert(Arc::new(place));
+        Ok::<_, Oops>(answer)
+    }));
+    let call = |asks: Claim| service.clone().oneshot(asking(asks));
+    let socket = call(Claim::default().partition(1)).await.unwrap();
+    let (head, body) = socket.into_parts();
+    drop(body);
+    assert_eq!((inside(&handle), handle.in_flight()), (vec![0, 1], 1));
+    let exempt = call(Claim::exempt()).await.unwrap();
+    assert_eq!((handle.snapshot().exempt_in_flight, handle.in_flight()), (1, 1));
+    drop((head, exempt));
+    assert_eq!((inside(&handle), handle.in_flight()), (vec![0, 0], 0));
+    assert_eq!(handle.snapshot().exempt_in_flight, 0);
 }
 
 // ===== Partitions, any schedule =====

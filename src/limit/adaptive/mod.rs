@@ -16,6 +16,22 @@
 //! # Ok(()) }
 //! ```
 //!
+//! # What each comes to
+//!
+//! 20 workers, 10 ms a call, so that 2000 calls a second can be served with 20 at once; 4000 are offered, what
+//! finds the limit reached is refused. Virtual time, from `cargo run --example adaptive_limit` and, for the other
+//! crates, `cargo run -p buttress-benches --example adaptive_peers`, 2026-11:
+//!
+//! | | after 10 s, from 1, 10, 1000 | goodput and p99 after 20 min | capacity halved, then fourfold |
+//! |---|---|---|---|
+//! | [`Knee`] | 28, 29, 28 | 1991/s, 20 ms | 13, 55 |
+//! | [`Aimd`] with 30 ms | 63, 74, 77 | 1999/s, 49 ms | 36, 139 |
+//! | [`Vegas`] | 10, 12, 10 | 1141/s, 15 ms | 9, 9 |
+//! | [`Gradient2`] | 8, 17, 1000 | 1998/s, 157 ms | 27, 26 |
+//! | tower-resilience 0.13, AIMD with 30 ms | 1, 1, 1 | 1470/s, 60 ms | 1, 1 |
+//! | tower-resilience 0.13, Vegas | 6, 10, 4 | 482/s, 15 ms | 8, 5 |
+//! | little-loadshedder 0.2 (its rule) | 30, 41, 999 | 1998/s, 36 ms | 49, 53 |
+//!
 //! # What is heard
 //!
 //! Latency is measured to the response head, from the moment the call was let in: its wait in the queue

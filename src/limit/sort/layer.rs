@@ -44,7 +44,7 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
     }
 
     /// Lets calls of these paths through in any case, and counts them apart: exact paths, or all below one
-    /// that ends in `/*`.
+    /// that ends in `/*`, such as `/grpc.health.v1.Health/*`.
     pub fn exempt_paths(
         self,
         paths: impl IntoIterator<Item = impl Into<String>>,
