@@ -15,6 +15,7 @@ use buttress::{
     CircuitBreakerLayer, ConcurrencyLimitLayer, HealthProbeLayer, Outcome, RetryLayer,
     TimeoutLayer, Trip,
     call::{PerResponse, Protocol},
+    limit::adaptive::Knee,
 };
 use bytes::Bytes;
 use http::{Request, Response};
@@ -165,6 +166,10 @@ fn ours_breaker(trip: Trip) -> impl Service<u64> + Clone + Send {
 
 fn ours_limit() -> impl Service<u64> + Clone + Send {
     ConcurrencyLimitLayer::new(100).per_response().layer(Bare)
+}
+
+fn ours_adaptive() -> impl Service<u64> + Clone + Send {
+    ConcurrencyLimitLayer::adaptive(Knee::default()).per_response().layer(Bare)
 }
 
 fn ours_retry() -> impl Service<u64> + Clone + Send {
@@ -534,6 +539,7 @@ pub fn all() -> Vec<Candidate> {
     const BREAKERS: &[&str] = &["tower-resilience/breaker", "recloser/breaker", "failsafe/breaker"];
     const TIMES: &[&str] = &["tower-resilience/breaker_time", "failsafe/breaker"];
     const LIMITS: &[&str] = &["tower-resilience/limit", "tower/limit"];
+    const ADAPTIVES: &[&str] = &["tower-resilience/adaptive", "little-loadshedder/adaptive"];
     const RETRIES: &[&str] = &["tower-resilience/retry", "tower/retry"];
     vec![
         peer("bare", || made(Bare)),
@@ -559,6 +565,7 @@ pub fn all() -> Vec<Candidate> {
         peer("tower-resilience/adaptive", || made(tr_adaptive())),
         peer("little-loadshedder/adaptive", || made(shedder())),
         ours("buttress/limit", "limit", LIMITS, || made(ours_limit())),
+        ours("buttress/adaptive", "adaptive", ADAPTIVES, || made(ours_adaptive())),
         peer("tower/retry", || made(tower_retry())),
         peer("tower-resilience/retry", || made(tr_retry())),
         ours("buttress/retry", "retry", RETRIES, || made(ours_retry())),
