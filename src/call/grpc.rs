@@ -1,6 +1,6 @@
 //! What a gRPC status means, in the head or in the trailers.
 
-use http::{HeaderMap, HeaderValue, header};
+use http::{HeaderMap, header};
 
 use super::{Outcome, OutcomeKind, Reason, hint};
 
@@ -11,6 +11,7 @@ const CANCELLED: u16 = 1;
 const UNKNOWN: u16 = 2;
 pub(crate) const DEADLINE_EXCEEDED: u16 = 4;
 pub(crate) const RESOURCE_EXHAUSTED: u16 = 8;
+pub(crate) const UNIMPLEMENTED: u16 = 12;
 const INTERNAL: u16 = 13;
 pub(crate) const UNAVAILABLE: u16 = 14;
 const DATA_LOSS: u16 = 15;
@@ -32,7 +33,7 @@ pub(crate) fn is_grpc_web(headers: &HeaderMap) -> bool {
 
 /// The outcome that a `grpc-status` in `headers` gives, if there is one.
 pub(crate) fn status(headers: &HeaderMap) -> Option<Outcome> {
-    let outcome = of_code(parse(headers.get(STATUS)?));
+    let outcome = of_code(code(headers)?);
     match (outcome.kind(), hint::retry_after(headers)) {
         (OutcomeKind::Failure | OutcomeKind::Throttled, Some(after)) => {
             Some(outcome.with_retry_after(after))
@@ -46,9 +47,10 @@ pub(crate) fn end(trailers: Option<&HeaderMap>) -> Outcome {
     trailers.and_then(status).unwrap_or_else(|| Outcome::failure().because(Reason::MissingStatus))
 }
 
-/// A status that is no number is `UNKNOWN`, as the protocol has it.
-fn parse(value: &HeaderValue) -> u16 {
-    value.to_str().ok().and_then(|text| text.trim().parse().ok()).unwrap_or(UNKNOWN)
+/// The `grpc-status` in `headers`, if there is one. What is no number is `UNKNOWN`, as the protocol has it.
+pub(crate) fn code(headers: &HeaderMap) -> Option<u16> {
+    let text = headers.get(STATUS)?.to_str().ok();
+    Some(text.and_then(|text| text.trim().parse().ok()).unwrap_or(UNKNOWN))
 }
 
 /// Codes that speak of the server are failures; those that speak of the request are answers.

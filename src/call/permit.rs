@@ -19,7 +19,13 @@ impl<T: Finish> Shared<T> {
     }
 
     /// The right to make one call, given by this state.
-    #[cfg(any(feature = "breaker", feature = "limit", feature = "connect", feature = "lifecycle"))]
+    #[cfg(any(
+        feature = "breaker",
+        feature = "connect",
+        feature = "health",
+        feature = "lifecycle",
+        feature = "limit"
+    ))]
     pub(crate) fn permit(&self, token: Token) -> Permit<T> {
         Permit { state: Some(self.clone()), token, drop_as: Outcome::cancelled() }
     }

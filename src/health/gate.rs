@@ -1,8 +1,11 @@
 //! The gate: one word that calls read, and behind a lock what only the prober touches.
 
+mod calls;
+mod start;
+
 use std::{
     fmt,
-    future::Ready,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU8, AtomicU64, Ordering},
@@ -10,9 +13,13 @@ use std::{
     time::Duration,
 };
 
-use tokio::{runtime::Handle, sync::Notify, task::AbortHandle, time::Instant};
+use tokio::sync::Notify;
 
+pub use self::calls::WhileDown;
+use self::start::Start;
+pub(super) use self::start::Starter;
 use super::{
+    panic::{Member, PanicGuard},
     probe::ProbeFailure,
     registry::CheckState,
     reporter::Reporter,
@@ -20,21 +27,22 @@ use super::{
     threshold::{ProbeState, Threshold},
 };
 use crate::{
-    admission::{Admit, Policy},
-    call::{
-        Clock, Finish, Hold, Label, LayerKind, Nanos, Outcome, Permit, Rejected, RejectedKind,
-        Shared, Token, nanos,
-    },
+    call::{Clock, Label, Nanos, nanos},
     event,
 };
 
 /// One gate, with its prober.
 pub struct Gate {
-    /// `started << 3 | armed << 2 | state`: all that a call that goes through reads.
+    /// `listens << 4 | started << 3 | armed << 2 | state`: all that a call that goes through reads.
     word: AtomicU8,
     /// When the next verdict may come.
     next: AtomicU64,
     refused: AtomicU64,
+    /// What calls met since the last look, where that counts: those that passed, and those that failed.
+    passed: AtomicU64,
+    failed: AtomicU64,
+    while_down: AtomicU8,
+    guard: OnceLock<PanicGuard>,
     probing: Mutex<Probing>,
     start: Mutex<Start>,
     /// Told of every change.
@@ -48,6 +56,8 @@ const STATE: u8 = 0b0011;
 const ARMED: u8 = 0b0100;
 /// There is a prober, started or armed.
 const TAKEN: u8 = 0b1000;
+/// What calls meet counts.
+const LISTENS: u8 = 0b1_0000;
 
 /// What the prober goes by, and what it saw.
 pub(super) struct Probing {
@@ -55,7 +65,19 @@ pub(super) struct Probing {
     pub(super) threshold: Threshold,
     pub(super) reporters: Vec<Reporter>,
     pub(super) probes: u64,
+    pub(super) spared: u64,
     pub(super) last: Option<Last>,
+    pub(super) listeners: Vec<Listener>,
+    pub(super) member: Option<Member>,
+}
+
+/// Wants to hear how each probe ended.
+pub(super) type Listener = Arc<dyn Fn(Result<(), ProbeFailure>) + Send + Sync>;
+
+/// What a prober has to do.
+pub(super) enum Due {
+    Probe(Duration),
+    Wait(Duration),
 }
 
 /// The last probe that came to its end.
@@ -66,33 +88,25 @@ pub(super) struct Last {
     pub(super) took: Duration,
 }
 
-/// Spawns the prober.
-pub(super) type Starter = Box<dyn FnOnce(&Handle) -> AbortHandle + Send>;
-
-enum Start {
-    /// Nothing is wrapped yet.
-    Idle,
-    /// Waits for a runtime.
-    Armed(Starter),
-    /// Being spawned at this moment, outside of the lock.
-    Starting,
-    Running(AbortHandle),
-    /// It panicked, which takes a runtime without timers.
-    Dead,
-}
-
 impl Gate {
     pub(super) fn new() -> Self {
         Self {
             word: AtomicU8::new(0),
             next: AtomicU64::new(0),
             refused: AtomicU64::new(0),
+            passed: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+            while_down: AtomicU8::new(WhileDown::Refuse as u8),
+            guard: OnceLock::new(),
             probing: Mutex::new(Probing {
                 schedule: Schedule::DEFAULT,
                 threshold: Threshold::new(1, 3),
                 reporters: Vec::new(),
                 probes: 0,
+                spared: 0,
                 last: None,
+                listeners: Vec::new(),
+                member: None,
             }),
             start: Mutex::new(Start::Idle),
             changed: Arc::new(Notify::new()),
@@ -127,6 +141,26 @@ impl Gate {
         }
     }
 
+    pub(super) fn listen(&self) {
+        self.word.fetch_or(LISTENS, Ordering::AcqRel);
+    }
+
+    pub(super) fn set_while_down(&self, how: WhileDown) {
+        self.while_down.store(how as u8, Ordering::Release);
+        self.changed.notify_waiters();
+    }
+
+    /// The first guard stays.
+    pub(super) fn join(&self, guard: &PanicGuard) {
+        let mut probing = self.probing();
+        if probing.member.is_none() {
+            let mut member = Member::of(guard, &self.changed);
+            member.is_now(probing.threshold.state() == ProbeState::Down);
+            let _ = self.guard.set(member.guard().clone());
+            probing.member = Some(member);
+        }
+    }
+
     // ===== Looking =====
 
     #[inline]
@@ -151,71 +185,34 @@ impl Gate {
         self.probing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    // ===== Starting the prober, once =====
-
-    fn start(&self) -> MutexGuard<'_, Start> {
-        self.start.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Takes a prober, unless there is one, and starts it if there is a runtime to start it in.
-    pub(super) fn arm(&self, prober: impl FnOnce() -> Starter) {
-        if self.word.load(Ordering::Acquire) & TAKEN == 0 {
-            // A user's clone runs in it: outside of the lock.
-            let starter = prober();
-            let mut start = self.start();
-            if matches!(*start, Start::Idle) {
-                *start = Start::Armed(starter);
-                self.word.fetch_or(ARMED | TAKEN, Ordering::AcqRel);
-            }
-        }
-        if self.word.load(Ordering::Acquire) & ARMED != 0 {
-            self.start_if_possible();
-        }
-    }
-
-    #[cold]
-    fn start_if_possible(&self) {
-        let Ok(runtime) = Handle::try_current() else { return };
-        let starter = {
-            let mut start = self.start();
-            if !matches!(*start, Start::Armed(_)) {
-                return;
-            }
-            self.word.fetch_and(!ARMED, Ordering::AcqRel);
-            match std::mem::replace(&mut *start, Start::Starting) {
-                Start::Armed(starter) => starter,
-                _ => return,
-            }
-        };
-        // Outside of the lock: a runtime that shuts down drops the prober at once, which arms again.
-        let running = starter(&runtime);
-        let mut start = self.start();
-        if matches!(*start, Start::Starting) {
-            *start = Start::Running(running);
-        }
-    }
-
-    /// The prober's runtime has ended before the gate: from here on nothing is known any more. With a
-    /// starter, the next call starts it in its own runtime.
-    pub(super) fn stopped(&self, starter: Option<Starter>) {
-        let mut probing = self.probing();
-        probing.threshold.reset();
-        self.publish(probing);
-        // Only now: the next prober's verdict must not be overwritten.
-        let mut start = self.start();
-        *start = match starter {
-            Some(starter) => {
-                self.word.fetch_or(ARMED, Ordering::AcqRel);
-                Start::Armed(starter)
-            }
-            None => Start::Dead,
-        };
-    }
-
     // ===== What the prober tells =====
 
-    /// A probe begins; how long it may take.
-    pub(super) fn probe_begins(&self) -> Duration {
+    /// What is due now: a probe, and how long it may take; or a wait, because calls have proved health.
+    pub(super) fn due(&self) -> Due {
+        let (passed, failed) =
+            (self.passed.swap(0, Ordering::AcqRel), self.failed.swap(0, Ordering::AcqRel));
+        let proved = passed > 0 && failed == 0;
+        if proved && self.state() == ProbeState::Up {
+            return Due::Wait(self.spare());
+        }
+        Due::Probe(self.probe_begins())
+    }
+
+    /// A look at calls is as good as a probe, and does not have to be paid for.
+    fn spare(&self) -> Duration {
+        let mut probing = self.probing();
+        probing.spared += 1;
+        // It is up already: nothing can change.
+        let _ = probing.threshold.told(true);
+        for reporter in &probing.reporters {
+            reporter.looked(Ok(()), None);
+        }
+        let wait = probing.schedule.wait(probing.threshold.state(), false);
+        self.expect_verdict_in(wait);
+        wait
+    }
+
+    fn probe_begins(&self) -> Duration {
         let mut probing = self.probing();
         probing.probes += 1;
         self.expect_verdict_in(probing.schedule.timeout);
@@ -236,6 +233,7 @@ impl Gate {
         };
         let failing = probing.threshold.in_a_row().1 > 0;
         let wait = probing.schedule.wait(probing.threshold.state(), failing);
+        let listeners = probing.listeners.clone();
         self.expect_verdict_in(wait);
         if let Some(to) = change {
             self.publish(probing);
@@ -247,6 +245,12 @@ impl Gate {
                 event!(INFO, resilience.name = name, "health probe: up");
             }
             let _ = name;
+        } else {
+            drop(probing);
+        }
+        for listener in listeners {
+            // What panics there must not end the probes.
+            let _ = catch_unwind(AssertUnwindSafe(|| listener(result)));
         }
         wait
     }
@@ -256,38 +260,20 @@ impl Gate {
     }
 
     /// Publishes, lets go of the lock, and only then tells anybody.
-    fn publish(&self, probing: MutexGuard<'_, Probing>) {
+    fn publish(&self, mut probing: MutexGuard<'_, Probing>) {
         let to = probing.threshold.state();
         let reporters = probing.reporters.clone();
         let _ = self.word.fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| {
             Some(word & !STATE | to as u8)
         });
+        if let Some(member) = &mut probing.member {
+            member.is_now(to == ProbeState::Down);
+        }
         drop(probing);
         for reporter in reporters {
             reporter.publish(CheckState::of(to));
         }
         self.changed.notify_waiters();
-    }
-
-    // ===== Calls =====
-
-    #[inline]
-    fn lets_through(&self) -> bool {
-        let word = self.word.load(Ordering::Acquire);
-        if word & ARMED != 0 {
-            self.start_if_possible();
-        }
-        state_of(word) != ProbeState::Down
-    }
-
-    #[cold]
-    fn refuse(&self) -> Rejected {
-        self.refused.fetch_add(1, Ordering::Relaxed);
-        event!(DEBUG, resilience.name = self.named(), "call refused: unhealthy");
-        let left = self.next.load(Ordering::Relaxed).saturating_sub(self.now());
-        Rejected::by(LayerKind::HealthProbe, RejectedKind::Unhealthy)
-            .with_retry_after(Duration::from_nanos(left))
-            .labelled(self.label.get().cloned())
     }
 }
 
@@ -302,50 +288,7 @@ fn state_of(word: u8) -> ProbeState {
 impl Drop for Gate {
     /// The prober dies with the last who could ask.
     fn drop(&mut self) {
-        if let Start::Running(prober) = &*self.start() {
-            prober.abort();
-        }
-    }
-}
-
-impl<Req> Policy<Req> for Shared<Gate> {
-    type State = Gate;
-    type Wait = Ready<Result<Permit<Gate>, Rejected>>;
-
-    const LAYER: LayerKind = LayerKind::HealthProbe;
-
-    #[inline]
-    fn peek(&self) -> bool {
-        self.lets_through()
-    }
-
-    #[inline]
-    fn admit(
-        &self,
-        _: &Req,
-        _: impl FnOnce() -> Option<Instant>,
-    ) -> Admit<Permit<Gate>, Self::Wait> {
-        if self.lets_through() {
-            // Nobody wants to hear how it ends.
-            Admit::Go(Permit::hollow())
-        } else {
-            Admit::No(self.refuse())
-        }
-    }
-
-    fn shut(&self, _: Option<&Permit<Gate>>) -> Option<Arc<Notify>> {
-        Some(self.changed.clone())
-    }
-}
-
-impl Finish for Gate {
-    /// What traffic says is not listened to: only probes decide.
-    #[inline]
-    fn finish(&self, _: Token, _: Outcome) {}
-
-    #[inline]
-    fn hold(&self) -> Hold {
-        Hold::Head
+        self.stop();
     }
 }
 

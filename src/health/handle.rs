@@ -24,6 +24,8 @@ pub struct HealthProbeSnapshot {
     pub consecutive_failures: u32,
     /// Probes begun, all in all.
     pub probes: u64,
+    /// Probes that were [spared](super::HealthProbeLayer::passive), because calls had proved health.
+    pub spared: u64,
     /// How many calls it refused.
     pub refused: u64,
 }
@@ -64,6 +66,7 @@ impl HealthProbeHandle {
                 consecutive_successes,
                 consecutive_failures,
                 probes: probing.probes,
+                spared: probing.spared,
                 refused,
             }
         })

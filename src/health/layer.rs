@@ -1,11 +1,14 @@
-use std::time::Duration;
+use std::{future::Future, sync::Arc, time::Duration};
 
+use http::StatusCode;
 use tower_layer::Layer;
 
 use super::{
-    gate::Gate,
+    gate::{Gate, WhileDown},
     handle::HealthProbeHandle,
-    probe::{AnyAnswer, Ask, Get, Judged, Probe, SendRequest},
+    over_http::{Get, Grpc, OverHttp, SendRequest},
+    panic::PanicGuard,
+    probe::{AnyAnswer, Ask, Judged, Probe, ProbeFailure, Run},
     prober::Prober,
     registry::Health,
     reporter::Reporter,
@@ -30,7 +33,8 @@ admission_layer! {
 }
 
 impl HealthProbeLayer<()> {
-    /// Sends `GET` to this path, with an empty body; any 2xx passes.
+    /// Sends `GET` to this path, with an empty body; any 2xx passes, unless
+    /// [`expect_status`](HealthProbeLayer::expect_status) says more.
     ///
     /// `hyper-util`'s client wants to be told where to: give it a full URI, `http://search:8080/healthz`.
     /// Anything else than a path that begins with `/` or an `http` or `https` URI is a [`ConfigError`].
@@ -39,26 +43,41 @@ impl HealthProbeLayer<()> {
     /// `Router` does, say it: `HealthProbeLayer::get::<Body>("/healthz")`.
     pub fn get<B>(uri: &str) -> HealthProbeLayer<Get<B>> {
         let (probe, fault) = Get::new(uri);
-        HealthProbeLayer {
-            plan: Plan { policy: Shared::new(Gate::new()), protocol: Http, reject: AsError, fault },
-            probe,
-        }
+        HealthProbeLayer::with(probe, Http, fault)
     }
 
-    /// Sends the HTTP request that this closure makes, anew for every probe; any 2xx passes.
+    /// Sends the HTTP request that this closure makes, anew for every probe; any 2xx passes, unless
+    /// [`expect_status`](HealthProbeLayer::expect_status) says more.
     pub fn request<F, B>(make: F) -> HealthProbeLayer<SendRequest<F>>
     where
         F: Fn() -> http::Request<B> + Clone + Send + 'static,
     {
-        HealthProbeLayer {
-            plan: Plan {
-                policy: Shared::new(Gate::new()),
-                protocol: Http,
-                reject: AsError,
-                fault: None,
-            },
-            probe: SendRequest(make),
-        }
+        HealthProbeLayer::with(SendRequest::new(make), Http, None)
+    }
+
+    /// Asks the gRPC health service, `grpc.health.v1.Health/Check`, whether `service` is serving; empty for the
+    /// whole server. One that does not know this method is taken for healthy, as gRFC A17 has it.
+    ///
+    /// `origin` is `/` for tonic's `Channel`, which knows where to, and `http://search:50051` for `hyper-util`'s
+    /// client, which has to speak HTTP/2. `body` makes the body that the wrapped service takes: `Full::new`, or, for
+    /// tonic, `|bytes| tonic::body::Body::new(Full::new(bytes))`.
+    pub fn grpc<F, B>(origin: &str, service: &str, body: F) -> HealthProbeLayer<Grpc<F>>
+    where
+        F: Fn(bytes::Bytes) -> B + Clone + Send + 'static,
+    {
+        let (probe, fault) = Grpc::new(origin, service, body);
+        HealthProbeLayer::with(probe, Http, fault)
+    }
+
+    /// Asks this closure, and not the wrapped service. For services that are not HTTP, go on with
+    /// [`per_response`](HealthProbeLayer::per_response).
+    pub fn check<F, Fut, E>(check: F) -> HealthProbeLayer<Run<F>>
+    where
+        F: Fn() -> Fut + Clone + Send + 'static,
+        Fut: Future<Output = Result<(), E>> + Send,
+        E: 'static,
+    {
+        HealthProbeLayer::with(Run(check), Http, None)
     }
 
     /// Sends what this closure makes, anew for every probe: for services of any types. Every answer that
@@ -67,15 +86,32 @@ impl HealthProbeLayer<()> {
     where
         F: Fn() -> Req + Clone + Send + 'static,
     {
-        HealthProbeLayer {
-            plan: Plan {
-                policy: Shared::new(Gate::new()),
-                protocol: PerResponse,
-                reject: AsError,
-                fault: None,
-            },
-            probe: Ask { make, judge: AnyAnswer },
-        }
+        HealthProbeLayer::with(Ask { make, judge: AnyAnswer }, PerResponse, None)
+    }
+}
+
+impl<P, M> HealthProbeLayer<P, M> {
+    fn with(probe: P, protocol: M, fault: Option<ConfigError>) -> Self {
+        let policy = Shared::new(Gate::new());
+        Self { plan: Plan { policy, protocol, reject: AsError, fault }, probe }
+    }
+}
+
+impl<P: OverHttp, M, R> HealthProbeLayer<P, M, R> {
+    /// Which statuses pass: 200 to 299 by default.
+    pub fn expect_status(
+        mut self,
+        fits: impl Fn(StatusCode) -> bool + Send + Sync + 'static,
+    ) -> Self {
+        self.probe.expected().set_status(fits);
+        self
+    }
+
+    /// What the body has to be like, beside the status. It is read to its end for that; one of more than 64 KiB has
+    /// failed, and so has one that is not there in time.
+    pub fn expect_body(mut self, fits: impl Fn(&[u8]) -> bool + Send + Sync + 'static) -> Self {
+        self.probe.expected().set_body(fits);
+        self
     }
 }
 
@@ -158,6 +194,54 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
         if let Some(wait) = self.plan.accept(ConfigError::above_zero("every_while_down", wait)) {
             self.plan.policy.with(|probing| probing.schedule.every_while_down = Some(wait));
         }
+        self
+    }
+
+    /// Spares the probe while calls prove health: if since the last look some passed and none failed, that is as
+    /// good as a probe that passed. By default each probe is sent.
+    ///
+    /// What is up stays so by calls alone; only a probe finds it down, and up again.
+    pub fn passive(self) -> Self {
+        self.plan.policy.listen();
+        self
+    }
+
+    /// What becomes of calls while the gate is down: they are refused, by default.
+    pub fn while_down(self, how: WhileDown) -> Self {
+        self.plan.policy.set_while_down(how);
+        self
+    }
+
+    /// Lets calls through, though this gate is down, when too much of the set that shares `guard` is. The first one
+    /// given stays.
+    pub fn panic_guard(self, guard: &PanicGuard) -> Self {
+        self.plan.policy.join(guard);
+        self
+    }
+
+    /// Tells how each probe ended, from the probing task: to drive something else by it.
+    ///
+    /// So a circuit breaker's half-open is tried by probes instead of by users' calls:
+    ///
+    /// ```
+    /// use buttress::{CircuitBreakerLayer, HealthProbeLayer, Outcome, breaker::State};
+    /// # type Body = http_body_util::Empty<bytes::Bytes>;
+    ///
+    /// let breaker = CircuitBreakerLayer::http();
+    /// let circuit = breaker.handle();
+    /// let probe = HealthProbeLayer::get::<Body>("http://search:8080/healthz").on_probe(move |result| {
+    ///     if result.is_ok() && circuit.state() == State::Open {
+    ///         circuit.half_open();
+    ///         circuit.record(Outcome::success());
+    ///     }
+    /// });
+    /// # let _ = probe;
+    /// ```
+    pub fn on_probe(
+        self,
+        listener: impl Fn(Result<(), ProbeFailure>) + Send + Sync + 'static,
+    ) -> Self {
+        self.plan.policy.with(|probing| probing.listeners.push(Arc::new(listener)));
         self
     }
 

@@ -63,8 +63,9 @@
 //!
 //! | a probe ends as | counts as |
 //! |---|---|
-//! | 2xx; any answer, or what the judge says, for other types | passed |
-//! | another status (429 too), an error, a body that breaks off | failed |
+//! | 2xx, or what is [expected](HealthProbeLayer::expect_status); any answer, or what the judge says, for other types | passed |
+//! | gRPC: `SERVING`, or `UNIMPLEMENTED` | passed |
+//! | another status (429 too), an error, a body that breaks off or is not the [expected](HealthProbeLayer::expect_body) one | failed |
 //! | no head within `timeout`, readying the service included | failed |
 //! | a panic of the service, of the request's closure or of the judge | failed |
 //! | refused by a layer of this crate further in | nothing |
@@ -73,9 +74,12 @@
 //! |---|---|---|
 //! | unknown | go through | unknown: not ready |
 //! | up | go through | pass |
-//! | down | refused: [`Unhealthy`](crate::call::RejectedKind::Unhealthy), come back at the next probe | fail |
+//! | down | refused: [`Unhealthy`](crate::call::RejectedKind::Unhealthy), come back at the next probe; or as [`while_down`](HealthProbeLayer::while_down) says | fail |
+//! | down, and too much of its [set](PanicGuard) with it | go through | fail |
 //!
-//! What user traffic meets does not count: that is what a circuit breaker is for.
+//! What user traffic meets opens no gate: that is what a circuit breaker is for, and [`on_probe`](HealthProbeLayer::on_probe)
+//! lets probes try that instead of calls. A [`passive`](HealthProbeLayer::passive) gate sends no probe while calls
+//! prove health.
 //!
 //! A [`Check`] of the registry goes by the same thresholds: `up` is pass, `down` is fail. Readiness is what the
 //! *critical* checks say; one that is *degrading* turns the whole from `pass` to `warn`, and no more.
@@ -149,9 +153,12 @@
 //! | [`jitter`](HealthProbeLayer::jitter) | 0.1 (up to 10 % longer) |
 //! | [`timeout`](HealthProbeLayer::timeout) | 1 s |
 //! | [`thresholds`](HealthProbeLayer::thresholds) | 1 to rise, 3 to fall |
+//! | [`while_down`](HealthProbeLayer::while_down) | calls are refused |
+//! | [`passive`](HealthProbeLayer::passive), [`panic_guard`](HealthProbeLayer::panic_guard) | off |
 //! | refusals | an error; [`respond`](HealthProbeLayer::respond) for a response |
 //!
-//! tower and tower-http have no layer of this kind.
+//! tower and tower-http have no layer of this kind. The thresholds, the first success that is enough and the share
+//! below which a set panics are Envoy's.
 
 mod answer;
 mod caught;
@@ -163,6 +170,8 @@ mod grpc;
 mod handle;
 mod json;
 mod layer;
+mod over_http;
+mod panic;
 mod probe;
 mod prober;
 mod registry;
@@ -178,9 +187,12 @@ pub use self::{
     endpoints::{
         HealthBody, HealthEndpoints, HealthEndpointsFuture, HealthEndpointsLayer, HealthService,
     },
+    gate::WhileDown,
     handle::{HealthProbeHandle, HealthProbeSnapshot, LastProbe},
     layer::{HealthProbe, HealthProbeLayer},
-    probe::{AnyAnswer, Ask, Get, Judged, Probe, ProbeFailure, SendRequest},
+    over_http::{Get, Grpc, OverHttp, SendRequest},
+    panic::PanicGuard,
+    probe::{AnyAnswer, Ask, Judged, Probe, ProbeFailure, Run},
     registry::{CheckSnapshot, CheckState, Health, HealthStatus},
     reporter::Reporter,
     threshold::ProbeState,

@@ -3,30 +3,29 @@
 use std::{
     fmt,
     future::{Future, poll_fn},
-    marker::PhantomData,
-    pin::pin,
-    task::Poll,
 };
 
-use bytes::Buf;
-use http::{Request, Response, StatusCode, Uri};
-use http_body::Body;
+use http::StatusCode;
 use tokio::time::{Instant, timeout_at};
 use tower_service::Service;
 
-use crate::{ConfigError, call::Rejected};
+use crate::call::Rejected;
 
 /// Why a probe did not pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ProbeFailure {
-    /// The HTTP status was none of 200 to 299.
+    /// The HTTP status was none that is expected: of 200 to 299, unless something else was said.
     Status(StatusCode),
+    /// The gRPC status was not `OK`.
+    GrpcStatus(u16),
+    /// The gRPC health service said that it is not serving.
+    NotServing,
     /// The service failed, becoming ready or answering.
     Error,
     /// The answer's body broke off.
     Body,
-    /// The judging closure said no.
+    /// The judging closure said no, or the body is not the one expected.
     Judged,
     /// There was no answer in time.
     TimedOut,
@@ -43,6 +42,8 @@ impl ProbeFailure {
     pub const fn as_str(&self) -> &'static str {
         match self {
             Self::Status(_) => "status",
+            Self::GrpcStatus(_) => "grpc_status",
+            Self::NotServing => "not_serving",
             Self::Error => "error",
             Self::Body => "body",
             Self::Judged => "judged",
@@ -57,6 +58,8 @@ impl fmt::Display for ProbeFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Status(status) => write!(f, "status {}", status.as_u16()),
+            Self::GrpcStatus(code) => write!(f, "gRPC status {code}"),
+            Self::NotServing => f.write_str("not serving"),
             Self::Error => f.write_str("the service failed"),
             Self::Body => f.write_str("the body broke off"),
             Self::Judged => f.write_str("judged unhealthy"),
@@ -87,126 +90,6 @@ pub trait Probe<S>: Clone + Send + 'static {
         service: S,
         deadline: Instant,
     ) -> impl Future<Output = Result<(), ProbeFailure>> + Send;
-}
-
-// ===== HTTP =====
-
-/// Sends `GET` with an empty body. Made by [`HealthProbeLayer::get`](super::HealthProbeLayer::get).
-pub struct Get<B> {
-    uri: Uri,
-    body: PhantomData<fn() -> B>,
-}
-
-impl<B> Get<B> {
-    pub(super) fn new(uri: &str) -> (Self, Option<ConfigError>) {
-        let (uri, fault) = match parse(uri) {
-            Ok(uri) => (uri, None),
-            Err(fault) => (Uri::default(), Some(fault)),
-        };
-        (Self { uri, body: PhantomData }, fault)
-    }
-}
-
-/// Origin form, `/healthz`, or absolute, `http://search:8080/healthz`.
-fn parse(uri: &str) -> Result<Uri, ConfigError> {
-    let fault = || {
-        ConfigError::new("get", uri, "use a path like `/healthz`, or a full `http://host/healthz`")
-    };
-    let parsed: Uri = uri.parse().map_err(|_| fault())?;
-    let origin = parsed.scheme().is_none() && uri.starts_with('/');
-    let absolute = matches!(parsed.scheme_str(), Some("http" | "https"))
-        && parsed.host().is_some_and(|host| !host.is_empty());
-    if origin || absolute { Ok(parsed) } else { Err(fault()) }
-}
-
-impl<S, B, RB> Probe<S> for Get<B>
-where
-    S: Service<Request<B>, Response = Response<RB>> + Send + 'static,
-    S::Future: Send,
-    S::Error: Send + 'static,
-    B: Default + Send + 'static,
-    RB: Body + Send,
-{
-    async fn run(self, service: S, deadline: Instant) -> Result<(), ProbeFailure> {
-        let mut request = Request::new(B::default());
-        *request.uri_mut() = self.uri;
-        over_http(service, request, deadline).await
-    }
-}
-
-/// Sends the HTTP request that a closure makes. Made by
-/// [`HealthProbeLayer::request`](super::HealthProbeLayer::request).
-#[derive(Clone)]
-pub struct SendRequest<F>(pub(super) F);
-
-impl<S, F, B, RB> Probe<S> for SendRequest<F>
-where
-    F: Fn() -> Request<B> + Clone + Send + 'static,
-    S: Service<Request<B>, Response = Response<RB>> + Send + 'static,
-    S::Future: Send,
-    S::Error: Send + 'static,
-    B: Send + 'static,
-    RB: Body + Send,
-{
-    async fn run(self, service: S, deadline: Instant) -> Result<(), ProbeFailure> {
-        let request = (self.0)();
-        over_http(service, request, deadline).await
-    }
-}
-
-/// Any 2xx passes.
-async fn over_http<S, B, RB>(
-    service: S,
-    request: Request<B>,
-    deadline: Instant,
-) -> Result<(), ProbeFailure>
-where
-    S: Service<Request<B>, Response = Response<RB>>,
-    S::Error: 'static,
-    RB: Body,
-{
-    let response = match ask(service, request, deadline).await? {
-        Ok(response) => response,
-        Err(error) => return Err(blame(&error)),
-    };
-    let verdict = if let Some(refused) = response.extensions().get::<Rejected>() {
-        Err(of_refused(refused))
-    } else if response.status().is_success() {
-        Ok(())
-    } else {
-        Err(ProbeFailure::Status(response.status()))
-    };
-    // Read to its end, so that the connection can be used again; one that takes too long is dropped,
-    // and what the head said counts.
-    match timeout_at(deadline, drain(response.into_body())).await {
-        Ok(Err(broken)) => verdict.and(Err(broken)),
-        Ok(Ok(())) | Err(_) => verdict,
-    }
-}
-
-/// More of an answer than this is not read.
-const MOST_BODY: usize = 64 * 1024;
-
-async fn drain<B: Body>(body: B) -> Result<(), ProbeFailure> {
-    let mut body = pin!(body);
-    let mut read = 0usize;
-    poll_fn(|cx| {
-        loop {
-            match std::task::ready!(body.as_mut().poll_frame(cx)) {
-                None => return Poll::Ready(Ok(())),
-                Some(Err(_)) => return Poll::Ready(Err(ProbeFailure::Body)),
-                Some(Ok(frame)) => {
-                    // An empty frame counts too: there may be no end to them.
-                    let size = frame.data_ref().map_or(0, Buf::remaining);
-                    read = read.saturating_add(size.max(1));
-                    if read > MOST_BODY {
-                        return Poll::Ready(Ok(()));
-                    }
-                }
-            }
-        }
-    })
-    .await
 }
 
 // ===== Anything else =====
@@ -266,10 +149,41 @@ where
     }
 }
 
+// ===== Anything else that can tell =====
+
+/// Asks a closure, and not the wrapped service. Made by
+/// [`HealthProbeLayer::check`](super::HealthProbeLayer::check).
+#[derive(Clone)]
+pub struct Run<F>(pub(super) F);
+
+impl<S, F, Fut, E> Probe<S> for Run<F>
+where
+    F: Fn() -> Fut + Clone + Send + 'static,
+    Fut: Future<Output = Result<(), E>> + Send,
+    E: 'static,
+    S: Send,
+{
+    fn run(
+        self,
+        service: S,
+        deadline: Instant,
+    ) -> impl Future<Output = Result<(), ProbeFailure>> + Send {
+        drop(service);
+        let asked = (self.0)();
+        async move {
+            match timeout_at(deadline, asked).await {
+                Ok(Ok(())) => Ok(()),
+                Ok(Err(error)) => Err(blame(&error)),
+                Err(_) => Err(ProbeFailure::TimedOut),
+            }
+        }
+    }
+}
+
 // ===== All of them =====
 
 /// Readies the service and calls it.
-async fn ask<S: Service<Req>, Req>(
+pub(super) async fn ask<S: Service<Req>, Req>(
     mut service: S,
     request: Req,
     deadline: Instant,
@@ -281,27 +195,10 @@ async fn ask<S: Service<Req>, Req>(
     timeout_at(deadline, call).await.map_err(|_| ProbeFailure::TimedOut)
 }
 
-fn blame<E: 'static>(error: &E) -> ProbeFailure {
+pub(super) fn blame<E: 'static>(error: &E) -> ProbeFailure {
     match Rejected::find_in_any(error) {
         Some(refused) => of_refused(refused),
         None => ProbeFailure::Error,
-    }
-}
-
-/// By a layer further in.
-fn of_refused(refused: &Rejected) -> ProbeFailure {
-    if refused.is_timeout() { ProbeFailure::TimedOut } else { ProbeFailure::Refused }
-}
-
-impl<B> Clone for Get<B> {
-    fn clone(&self) -> Self {
-        Self { uri: self.uri.clone(), body: PhantomData }
-    }
-}
-
-impl<B> fmt::Debug for Get<B> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Get").field(&self.uri.path()).finish()
     }
 }
 
@@ -314,21 +211,5 @@ macro_rules! opaque_debug {
         }
     )*};
 }
-opaque_debug!(SendRequest<F>, Ask<F, J>, Judged<J>);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn where_to_send_it() {
-        for good in ["/healthz", "/", "/a?b=c", "http://search:8080/healthz", "https://[::1]/x"] {
-            assert!(parse(good).is_ok(), "{good}");
-        }
-        for bad in
-            ["", "healthz", "*", "search:8080", "ftp://search/", "/a b", "http://", "http:///x"]
-        {
-            assert_eq!(parse(bad).unwrap_err().field, "get", "{bad}");
-        }
-    }
-}
+pub(super) use opaque_debug;
+opaque_debug!(Ask<F, J>, Judged<J>, Run<F>);

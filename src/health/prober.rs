@@ -6,7 +6,7 @@ use tokio::time::{Instant, sleep};
 
 use super::{
     caught::Caught,
-    gate::{Gate, Starter},
+    gate::{Due, Gate, Starter},
     probe::{Probe, ProbeFailure},
     schedule::Schedule,
 };
@@ -58,8 +58,15 @@ where
     async fn run(self) {
         loop {
             let Some(gate) = self.0.gate.upgrade() else { return };
-            let timeout = gate.probe_begins();
+            let due = gate.due();
             drop(gate);
+            let timeout = match due {
+                Due::Probe(timeout) => timeout,
+                Due::Wait(wait) => {
+                    sleep(wait).await;
+                    continue;
+                }
+            };
             let began = Instant::now();
             let result = self.0.probe_once(timeout).await;
             let took = Instant::now().saturating_duration_since(began);

@@ -281,3 +281,49 @@ async fn traffic_and_readiness_follow_an_upstream_that_dies_and_returns() {
     let snapshot = state.snapshot();
     assert!(snapshot.refused == 1 && snapshot.probes >= 5, "{snapshot:?}");
 }
+
+#[tokio::test]
+async fn a_grpc_service_is_probed_by_its_health_service() {
+    use http_body_util::Full;
+
+    for by_tonic in [true, false] {
+        let theirs = Health::new();
+        let db = theirs.reporter("db").unwrap();
+        db.pass();
+        let incoming =
+            tonic::transport::server::TcpIncoming::bind(([127, 0, 0, 1], 0).into()).unwrap();
+        let addr = incoming.local_addr().unwrap();
+        let grpc = theirs.grpc().service("shop.Orders").into_server();
+        let serve =
+            tonic::transport::Server::builder().add_service(grpc).serve_with_incoming(incoming);
+        let mut server = JoinSet::new();
+        server.spawn(async move { serve.await.unwrap() });
+
+        let every = Duration::from_millis(20);
+        let state = if by_tonic {
+            let body = |bytes| tonic::body::Body::new(Full::new(bytes));
+            let probe =
+                HealthProbeLayer::grpc("/", "shop.Orders", body).every(every).thresholds(1, 1);
+            let url = format!("http://{addr}");
+            let channel = tonic::transport::Endpoint::new(url).unwrap().connect_lazy();
+            let state = probe.handle();
+            drop(probe.layer(channel));
+            state
+        } else {
+            let origin = format!("http://{addr}");
+            let probe =
+                HealthProbeLayer::grpc(&origin, "db", Full::new).every(every).thresholds(1, 1);
+            let client: Client<HttpConnector, Full<Bytes>> =
+                Client::builder(TokioExecutor::new()).http2_only(true).build_http();
+            let state = probe.handle();
+            drop(probe.layer(client));
+            state
+        };
+        assert_eq!(within(state.changed()).await, ProbeState::Up, "{by_tonic}");
+        db.fail();
+        assert_eq!(within(state.changed()).await, ProbeState::Down);
+        assert_eq!(state.snapshot().last.unwrap().result, Err(ProbeFailure::NotServing));
+        db.pass();
+        assert_eq!(within(state.changed()).await, ProbeState::Up);
+    }
+}

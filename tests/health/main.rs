@@ -6,3 +6,5 @@ mod health_endpoints;
 mod health_grpc;
 mod health_lifecycle;
 mod health_probe;
+mod health_probe_options;
+mod health_vectors;

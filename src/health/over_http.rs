@@ -1,0 +1,378 @@
+//! Probes that are HTTP requests.
+
+use std::{
+    fmt,
+    future::poll_fn,
+    marker::PhantomData,
+    pin::pin,
+    sync::Arc,
+    task::{Poll, ready},
+};
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use http::{
+    HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header,
+    response::Parts,
+};
+use http_body::Body;
+use tokio::time::{Instant, timeout_at};
+use tower_service::Service;
+
+use super::probe::{Probe, ProbeFailure, ask, blame, of_refused, opaque_debug};
+use crate::{
+    ConfigError,
+    call::{Rejected, grpc},
+};
+
+/// More of an answer than this is not read.
+const MOST_BODY: usize = 64 * 1024;
+
+/// What an answer has to be like.
+#[derive(Clone, Default)]
+pub struct Expected {
+    status: Option<Arc<FitsStatus>>,
+    body: Option<Arc<FitsBody>>,
+}
+
+type FitsStatus = dyn Fn(StatusCode) -> bool + Send + Sync;
+type FitsBody = dyn Fn(&[u8]) -> bool + Send + Sync;
+
+/// A probe over HTTP that can be told what to expect.
+pub trait OverHttp: Sized {
+    #[doc(hidden)]
+    fn expected(&mut self) -> &mut Expected;
+}
+
+impl Expected {
+    pub(super) fn set_status(&mut self, fits: impl Fn(StatusCode) -> bool + Send + Sync + 'static) {
+        self.status = Some(Arc::new(fits));
+    }
+
+    pub(super) fn set_body(&mut self, fits: impl Fn(&[u8]) -> bool + Send + Sync + 'static) {
+        self.body = Some(Arc::new(fits));
+    }
+
+    fn has(&self, status: StatusCode) -> bool {
+        self.status.as_ref().map_or(status.is_success(), |fits| fits(status))
+    }
+}
+
+/// Sends `GET` with an empty body. Made by [`HealthProbeLayer::get`](super::HealthProbeLayer::get).
+pub struct Get<B> {
+    uri: Uri,
+    expected: Expected,
+    body: PhantomData<fn() -> B>,
+}
+
+impl<B> Get<B> {
+    pub(super) fn new(uri: &str) -> (Self, Option<ConfigError>) {
+        let (uri, fault) = match parse(uri) {
+            Ok(uri) => (uri, None),
+            Err(fault) => (Uri::default(), Some(fault)),
+        };
+        (Self { uri, expected: Expected::default(), body: PhantomData }, fault)
+    }
+}
+
+impl<B> OverHttp for Get<B> {
+    fn expected(&mut self) -> &mut Expected {
+        &mut self.expected
+    }
+}
+
+/// Origin form, `/healthz`, or absolute, `http://search:8080/healthz`.
+fn parse(uri: &str) -> Result<Uri, ConfigError> {
+    let fault = || {
+        ConfigError::new("get", uri, "use a path like `/healthz`, or a full `http://host/healthz`")
+    };
+    let parsed: Uri = uri.parse().map_err(|_| fault())?;
+    let origin = parsed.scheme().is_none() && uri.starts_with('/');
+    let absolute = matches!(parsed.scheme_str(), Some("http" | "https"))
+        && parsed.host().is_some_and(|host| !host.is_empty());
+    if origin || absolute { Ok(parsed) } else { Err(fault()) }
+}
+
+impl<S, B, RB> Probe<S> for Get<B>
+where
+    S: Service<Request<B>, Response = Response<RB>> + Send + 'static,
+    S::Future: Send,
+    S::Error: Send + 'static,
+    B: Default + Send + 'static,
+    RB: Body + Send,
+{
+    async fn run(self, service: S, deadline: Instant) -> Result<(), ProbeFailure> {
+        let mut request = Request::new(B::default());
+        *request.uri_mut() = self.uri;
+        over_http(service, request, deadline, self.expected).await
+    }
+}
+
+/// Sends the HTTP request that a closure makes. Made by
+/// [`HealthProbeLayer::request`](super::HealthProbeLayer::request).
+#[derive(Clone)]
+pub struct SendRequest<F> {
+    make: F,
+    expected: Expected,
+}
+
+impl<F> SendRequest<F> {
+    pub(super) fn new(make: F) -> Self {
+        Self { make, expected: Expected::default() }
+    }
+}
+
+impl<F> OverHttp for SendRequest<F> {
+    fn expected(&mut self) -> &mut Expected {
+        &mut self.expected
+    }
+}
+
+impl<S, F, B, RB> Probe<S> for SendRequest<F>
+where
+    F: Fn() -> Request<B> + Clone + Send + 'static,
+    S: Service<Request<B>, Response = Response<RB>> + Send + 'static,
+    S::Future: Send,
+    S::Error: Send + 'static,
+    B: Send + 'static,
+    RB: Body + Send,
+{
+    async fn run(self, service: S, deadline: Instant) -> Result<(), ProbeFailure> {
+        let request = (self.make)();
+        over_http(service, request, deadline, self.expected).await
+    }
+}
+
+async fn over_http<S, B, RB>(
+    service: S,
+    request: Request<B>,
+    deadline: Instant,
+    expected: Expected,
+) -> Result<(), ProbeFailure>
+where
+    S: Service<Request<B>, Response = Response<RB>>,
+    S::Error: 'static,
+    RB: Body,
+{
+    let (head, body) = answer(service, request, deadline).await?;
+    let verdict = match head.status {
+        status if expected.has(status) => Ok(()),
+        status => Err(ProbeFailure::Status(status)),
+    };
+    // Read to its end, so that the connection can be used again.
+    let read = timeout_at(deadline, read(body, expected.body.is_some())).await;
+    match (read, expected.body) {
+        (Ok(Err(broken)), _) => verdict.and(Err(broken)),
+        // One that takes too long is dropped, and what the head said counts,
+        (_, None) => verdict,
+        // unless the body is what matters.
+        (Err(_), Some(_)) => verdict.and(Err(ProbeFailure::TimedOut)),
+        (Ok(Ok(read)), Some(fits)) => {
+            let fits = read.whole && fits(&read.data);
+            verdict.and(if fits { Ok(()) } else { Err(ProbeFailure::Judged) })
+        }
+    }
+}
+
+/// The head and the body, unless the probe came to nothing.
+async fn answer<S, B, RB>(
+    service: S,
+    request: Request<B>,
+    deadline: Instant,
+) -> Result<(Parts, RB), ProbeFailure>
+where
+    S: Service<Request<B>, Response = Response<RB>>,
+    S::Error: 'static,
+{
+    match ask(service, request, deadline).await? {
+        Ok(response) => match response.extensions().get::<Rejected>() {
+            Some(refused) => Err(of_refused(refused)),
+            None => Ok(response.into_parts()),
+        },
+        Err(error) => Err(blame(&error)),
+    }
+}
+
+struct Read {
+    data: BytesMut,
+    trailers: Option<HeaderMap>,
+    /// To the end, and not only to the cap.
+    whole: bool,
+}
+
+async fn read<B: Body>(body: B, keep: bool) -> Result<Read, ProbeFailure> {
+    let mut body = pin!(body);
+    let mut read = Read { data: BytesMut::new(), trailers: None, whole: false };
+    let mut seen = 0usize;
+    poll_fn(move |cx| {
+        loop {
+            match ready!(body.as_mut().poll_frame(cx)) {
+                None => {
+                    read.whole = true;
+                    break;
+                }
+                Some(Err(_)) => return Poll::Ready(Err(ProbeFailure::Body)),
+                Some(Ok(frame)) => {
+                    // An empty frame counts too: there may be no end to them.
+                    let size = frame.data_ref().map_or(0, Buf::remaining);
+                    seen = seen.saturating_add(size.max(1));
+                    if seen > MOST_BODY {
+                        break;
+                    }
+                    match frame.into_data() {
+                        Ok(data) if keep => read.data.put(data),
+                        Ok(_) => {}
+                        Err(frame) => read.trailers = frame.into_trailers().ok(),
+                    }
+                }
+            }
+        }
+        let done = Read { data: read.data.split(), trailers: read.trailers.take(), ..read };
+        Poll::Ready(Ok(done))
+    })
+    .await
+}
+
+// ===== gRPC =====
+
+/// Asks `grpc.health.v1.Health/Check`. Made by [`HealthProbeLayer::grpc`](super::HealthProbeLayer::grpc).
+#[derive(Clone)]
+pub struct Grpc<F> {
+    uri: Uri,
+    message: Bytes,
+    body: F,
+}
+
+impl<F> Grpc<F> {
+    pub(super) fn new(origin: &str, service: &str, body: F) -> (Self, Option<ConfigError>) {
+        let uri = format!("{}/grpc.health.v1.Health/Check", origin.trim_end_matches('/'));
+        let (uri, fault) = match parse(&uri) {
+            Ok(uri) => (uri, None),
+            Err(_) => {
+                let remedy = "use `/`, or where it is: `http://host:port`";
+                (Uri::default(), Some(ConfigError::new("grpc.origin", origin, remedy)))
+            }
+        };
+        (Self { uri, message: check_request(service), body }, fault)
+    }
+}
+
+/// `HealthCheckRequest { service }` in a gRPC frame. Field 1 is a string; none is the empty one.
+fn check_request(service: &str) -> Bytes {
+    let mut message = BytesMut::new();
+    if !service.is_empty() {
+        message.put_u8(0x0a);
+        let mut length = service.len();
+        while length >= 0x80 {
+            message.put_u8(length as u8 | 0x80);
+            length >>= 7;
+        }
+        message.put_u8(length as u8);
+        message.put_slice(service.as_bytes());
+    }
+    let mut frame = BytesMut::with_capacity(5 + message.len());
+    frame.put_u8(0);
+    frame.put_u32(u32::try_from(message.len()).unwrap_or(u32::MAX));
+    frame.unsplit(message);
+    frame.freeze()
+}
+
+/// Whether a frame holds `HealthCheckResponse { status: SERVING }`. Other fields are not there, or of no concern
+/// as long as they come after.
+fn is_serving(frame: &[u8]) -> bool {
+    matches!(frame, [0, 0, 0, 0, 2..=u8::MAX, 0x08, 0x01, ..])
+}
+
+impl<S, F, B, RB> Probe<S> for Grpc<F>
+where
+    F: Fn(Bytes) -> B + Clone + Send + 'static,
+    S: Service<Request<B>, Response = Response<RB>> + Send + 'static,
+    S::Future: Send,
+    S::Error: Send + 'static,
+    B: Send + 'static,
+    RB: Body + Send,
+{
+    async fn run(self, service: S, deadline: Instant) -> Result<(), ProbeFailure> {
+        let mut request = Request::new((self.body)(self.message));
+        *request.method_mut() = Method::POST;
+        *request.uri_mut() = self.uri;
+        *request.version_mut() = Version::HTTP_2;
+        let headers = request.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        headers.insert(header::TE, HeaderValue::from_static("trailers"));
+
+        let (head, body) = answer(service, request, deadline).await?;
+        if head.status != StatusCode::OK {
+            return Err(ProbeFailure::Status(head.status));
+        }
+        let read = timeout_at(deadline, read(body, true)).await;
+        let read = read.map_err(|_| ProbeFailure::TimedOut)??;
+        match grpc::code(&head.headers).or_else(|| grpc::code(read.trailers.as_ref()?)) {
+            None => Err(ProbeFailure::Body),
+            Some(0) if is_serving(&read.data) => Ok(()),
+            Some(0) => Err(ProbeFailure::NotServing),
+            // It lives, and knows nothing of health: gRFC A17 takes it for healthy.
+            Some(grpc::UNIMPLEMENTED) => Ok(()),
+            Some(code) => Err(ProbeFailure::GrpcStatus(code)),
+        }
+    }
+}
+
+// ===== All of them =====
+
+impl<B> Clone for Get<B> {
+    fn clone(&self) -> Self {
+        Self { uri: self.uri.clone(), expected: self.expected.clone(), body: PhantomData }
+    }
+}
+
+impl<B> fmt::Debug for Get<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Get").field(&self.uri.path()).finish()
+    }
+}
+
+impl fmt::Debug for Expected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Expected")
+    }
+}
+opaque_debug!(SendRequest<F>, Grpc<F>);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_to_send_it() {
+        for good in ["/healthz", "/", "/a?b=c", "http://search:8080/healthz", "https://[::1]/x"] {
+            assert!(parse(good).is_ok(), "{good}");
+        }
+        for bad in
+            ["", "healthz", "*", "search:8080", "ftp://search/", "/a b", "http://", "http:///x"]
+        {
+            assert_eq!(parse(bad).unwrap_err().field, "get", "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_grpc_messages_are_prosts() {
+        use prost::Message;
+        use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
+
+        let framed = |message: Vec<u8>| {
+            let length = u32::try_from(message.len()).unwrap().to_be_bytes();
+            [&[0][..], &length, &message].concat()
+        };
+        for service in
+            ["", "search.Search", &"x".repeat(127), &"x".repeat(128), &"x".repeat(70_000)]
+        {
+            let theirs = HealthCheckRequest { service: service.to_owned() }.encode_to_vec();
+            assert_eq!(check_request(service), framed(theirs));
+        }
+        for status in 0..4 {
+            let theirs = framed(HealthCheckResponse { status }.encode_to_vec());
+            assert_eq!(is_serving(&theirs), status == 1, "{theirs:?}");
+        }
+        assert!(!is_serving(&[0, 0, 0, 0, 2, 8]), "cut off");
+    }
+}

@@ -1,0 +1,462 @@
+//! What a `HealthProbeLayer` can be told beyond its defaults.
+
+use std::{
+    convert::Infallible,
+    future::{Future, pending, poll_fn},
+    sync::{
+        Arc, Mutex,
+        atomic::{
+            AtomicBool, AtomicUsize,
+            Ordering::{Relaxed, SeqCst},
+        },
+    },
+    task::Poll,
+    time::Duration,
+};
+
+use buttress::{
+    BoxError, CircuitBreakerLayer, Health, HealthProbeLayer, Outcome, Rejected, Trip,
+    breaker::State,
+    call::RejectedKind,
+    health::{Get, PanicGuard, ProbeFailure, ProbeState, WhileDown},
+};
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response, StatusCode, Version};
+use http_body_util::{BodyExt, Full, combinators::BoxBody};
+use tokio::time::{Instant, sleep, timeout};
+use tower::{Layer, Service, ServiceExt, service_fn};
+
+type Req = Request<Full<Bytes>>;
+type Answer = Response<BoxBody<Bytes, Infallible>>;
+
+const EVERY: Duration = Duration::from_secs(5);
+
+/// Probes at 0 s, 5 s, 10 s, … and one failure is enough.
+fn exact() -> HealthProbeLayer<Get<Full<Bytes>>> {
+    HealthProbeLayer::get("/healthz").jitter(0.0).every(EVERY).thresholds(1, 1)
+}
+
+fn call() -> Req {
+    Request::new(Full::default())
+}
+
+async fn within<T>(future: impl Future<Output = T>) -> T {
+    timeout(Duration::from_secs(3600), future).await.expect("in time")
+}
+
+async fn settle() {
+    for _ in 0..50 {
+        tokio::task::yield_now().await;
+    }
+}
+
+fn kind(error: &BoxError) -> RejectedKind {
+    Rejected::find(&**error).expect("a refusal").kind()
+}
+
+/// An upstream that can be turned off, and counts probes and calls apart.
+#[derive(Clone, Default)]
+struct Upstream {
+    down: Arc<AtomicBool>,
+    calls_fail: Arc<AtomicBool>,
+    probes: Arc<AtomicUsize>,
+    calls: Arc<AtomicUsize>,
+}
+
+impl Upstream {
+    fn service(
+        &self,
+    ) -> impl Service<Req, Response = Answer, Error = BoxError, Future: Send> + Clone + Send + use<>
+    {
+        let here = self.clone();
+        service_fn(move |request: Req| {
+            let probe = request.uri().path() == "/healthz";
+            if probe { &here.probes } else { &here.calls }.fetch_add(1, SeqCst);
+            let fails = here.down.load(SeqCst) || !probe && here.calls_fail.load(SeqCst);
+            async move {
+                let mut response = Response::new(Full::from("well").boxed());
+                if fails {
+                    *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+                }
+                Ok(response)
+            }
+        })
+    }
+
+    fn probes(&self) -> usize {
+        self.probes.load(SeqCst)
+    }
+}
+
+// ===== What passes =====
+
+#[tokio::test(start_paused = true)]
+async fn statuses_and_bodies_as_expected() {
+    let answer = |status: u16, body: BoxBody<Bytes, Infallible>| {
+        let body = Arc::new(Mutex::new(Some(body)));
+        service_fn(move |_: Req| {
+            let mut response = Response::new(body.lock().unwrap().take().unwrap());
+            *response.status_mut() = StatusCode::from_u16(status).unwrap();
+            async move { Ok::<_, BoxError>(response) }
+        })
+    };
+    let text = |text: &'static str| Full::from(text).boxed();
+    let big = || Full::from(vec![b'x'; 65 * 1024]).boxed();
+    let status = |code| Err(ProbeFailure::Status(StatusCode::from_u16(code).unwrap()));
+    let hangs = || {
+        let (sender, body) = http_body_util::channel::Channel::<Bytes, Infallible>::new(1);
+        std::mem::forget(sender);
+        body.boxed()
+    };
+    let moved = |layer: HealthProbeLayer<Get<Full<Bytes>>>| {
+        layer.expect_status(|status| status.is_success() || status == StatusCode::UNAUTHORIZED)
+    };
+    let well =
+        |layer: HealthProbeLayer<Get<Full<Bytes>>>| layer.expect_body(|body| body == b"well");
+    for (layer, service, result) in [
+        (exact(), answer(200, text("")), Ok(())),
+        (exact(), answer(401, text("")), status(401)),
+        (moved(exact()), answer(401, text("")), Ok(())),
+        (moved(exact()), answer(204, text("")), Ok(())),
+        (moved(exact()), answer(403, text("")), status(403)),
+        (well(exact()), answer(200, text("well")), Ok(())),
+        (well(exact()), answer(200, text("ill")), Err(ProbeFailure::Judged)),
+        (well(exact()), answer(500, text("well")), status(500)),
+        (exact(), answer(200, big()), Ok(())),
+        (exact().expect_body(|_| true), answer(200, big()), Err(ProbeFailure::Judged)),
+        (exact(), answer(200, hangs()), Ok(())),
+        (well(exact()), answer(200, hangs()), Err(ProbeFailure::TimedOut)),
+        (
+            exact().expect_body(|_| panic!("as it is told")),
+            answer(200, text("")),
+            Err(ProbeFailure::Panicked),
+        ),
+    ] {
+        let handle = layer.handle();
+        let _service = layer.layer(service);
+        within(handle.changed()).await;
+        assert_eq!(handle.snapshot().last.unwrap().result, result);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn asks_the_grpc_health_service() {
+    #[derive(Clone, Copy)]
+    enum Says {
+        Status(i32),
+        Code(u16),
+        CodeInHead(u16),
+        Nothing,
+        Http(u16),
+        Garbage,
+    }
+    for (says, result) in [
+        (Says::Status(1), Ok(())),
+        (Says::Status(0), Err(ProbeFailure::NotServing)),
+        (Says::Status(2), Err(ProbeFailure::NotServing)),
+        (Says::Status(3), Err(ProbeFailure::NotServing)),
+        (Says::Code(5), Err(ProbeFailure::GrpcStatus(5))),
+        (Says::CodeInHead(14), Err(ProbeFailure::GrpcStatus(14))),
+        // gRFC A17: it knows nothing of health, and is alive.
+        (Says::CodeInHead(12), Ok(())),
+        (Says::Nothing, Err(ProbeFailure::Body)),
+        (Says::Http(502), Err(ProbeFailure::Status(StatusCode::BAD_GATEWAY))),
+        (Says::Garbage, Err(ProbeFailure::NotServing)),
+    ] {
+        let service = service_fn(move |request: Req| async move {
+            assert_eq!(request.uri(), "http://search:50051/grpc.health.v1.Health/Check");
+            assert_eq!((request.method().as_str(), request.version()), ("POST", Version::HTTP_2));
+            assert_eq!(request.headers()["content-type"], "application/grpc");
+            assert_eq!(request.headers()["te"], "trailers");
+            let asked = request.into_body().collect().await.unwrap().to_bytes();
+            assert_eq!(&asked[..], b"\0\0\0\0\x03\x0a\x01s");
+            let trailers = |code: u16| {
+                let mut trailers = HeaderMap::new();
+                trailers.insert("grpc-status", code.into());
+                std::future::ready(Some(Ok(trailers)))
+            };
+            let frame = |status: u8| -> Full<Bytes> {
+                match status {
+                    0 => Full::from(vec![0, 0, 0, 0, 0]),
+                    status => Full::from(vec![0, 0, 0, 0, 2, 8, status]),
+                }
+            };
+            let body: BoxBody<Bytes, Infallible> = match says {
+                Says::Status(status) => frame(status as u8).with_trailers(trailers(0)).boxed(),
+                Says::Code(code) => Full::default().with_trailers(trailers(code)).boxed(),
+                Says::Garbage => Full::from("?").with_trailers(trailers(0)).boxed(),
+                _ => Full::default().boxed(),
+            };
+            let mut response = Response::new(body);
+            match says {
+                Says::CodeInHead(code) => {
+                    response.headers_mut().insert("grpc-status", code.into());
+                }
+                Says::Http(status) => {
+                    *response.status_mut() = StatusCode::from_u16(status).unwrap()
+                }
+                _ => {}
+            }
+            Ok::<_, BoxError>(response)
+        });
+        let layer = HealthProbeLayer::grpc("http://search:50051/", "s", Full::new).thresholds(1, 1);
+        let handle = layer.handle();
+        let _service = layer.layer(service);
+        within(handle.changed()).await;
+        assert_eq!(handle.snapshot().last.unwrap().result, result);
+    }
+    let bad = HealthProbeLayer::grpc("search:50051", "", Full::<Bytes>::new);
+    assert_eq!(bad.checked().unwrap_err().field, "grpc.origin");
+    assert!(HealthProbeLayer::grpc("/", "", Full::<Bytes>::new).checked().is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn asks_a_closure_instead_of_the_service() {
+    let (upstream, lag) = (Upstream::default(), Arc::new(AtomicUsize::new(0)));
+    let here = lag.clone();
+    let layer = HealthProbeLayer::check(move || {
+        let lag = here.load(SeqCst);
+        async move {
+            match lag {
+                0..10 => Ok(()),
+                99 => pending().await,
+                _ => Err("lags behind"),
+            }
+        }
+    })
+    .thresholds(1, 1);
+    let handle = layer.handle();
+    let service = layer.layer(upstream.service());
+    assert_eq!(within(handle.changed()).await, ProbeState::Up);
+    lag.store(10, SeqCst);
+    assert_eq!(within(handle.changed()).await, ProbeState::Down);
+    assert_eq!(handle.snapshot().last.unwrap().result, Err(ProbeFailure::Error));
+    lag.store(99, SeqCst);
+    sleep(3 * EVERY).await;
+    assert_eq!(handle.snapshot().last.unwrap().result, Err(ProbeFailure::TimedOut));
+    assert_eq!(
+        kind(&service.oneshot(call()).await.map(drop).unwrap_err()),
+        RejectedKind::Unhealthy
+    );
+    assert_eq!((upstream.probes(), upstream.calls.load(SeqCst)), (0, 0));
+    // For any types.
+    let layer = HealthProbeLayer::check(|| async { Ok::<(), ()>(()) }).per_response();
+    let doubles = layer.layer(service_fn(|n: u32| async move { Ok::<_, Infallible>(2 * n) }));
+    assert_eq!(doubles.oneshot(21).await.unwrap(), 42);
+}
+
+// ===== When =====
+
+#[tokio::test(start_paused = true)]
+async fn faster_while_down() {
+    let upstream = Upstream::default();
+    let layer = exact().thresholds(2, 3).every_while_down(Duration::from_secs(1));
+    let handle = layer.handle();
+    let service = layer.layer(upstream.service());
+    let began = Instant::now();
+    assert_eq!(within(handle.changed()).await, ProbeState::Up);
+    upstream.down.store(true, SeqCst);
+    // At 5 s, 6 s and 7 s.
+    assert_eq!(within(handle.changed()).await, ProbeState::Down);
+    assert_eq!(began.elapsed(), Duration::from_secs(7));
+    let refused = service.oneshot(call()).await.map(drop).unwrap_err();
+    let hint = Rejected::find(&*refused).unwrap().retry_after();
+    assert_eq!(hint, Some(Duration::from_secs(1)));
+    upstream.down.store(false, SeqCst);
+    assert_eq!(within(handle.changed()).await, ProbeState::Up);
+    assert_eq!(began.elapsed(), Duration::from_secs(9));
+    sleep(EVERY - Duration::from_millis(1)).await;
+    assert_eq!(upstream.probes(), 6);
+    let bad = exact().every_while_down(Duration::ZERO).checked();
+    assert_eq!(bad.unwrap_err().field, "every_while_down");
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_probe_while_calls_prove_health() {
+    let (upstream, health) = (Upstream::default(), Health::new());
+    let layer = exact().passive().report_to(&health, "search");
+    let handle = layer.handle();
+    let service = layer.layer(upstream.service());
+    assert_eq!(within(handle.changed()).await, ProbeState::Up);
+    let traffic = async |calls: u32| {
+        for _ in 0..calls {
+            let response = service.clone().oneshot(call()).await.unwrap();
+            response.into_body().collect().await.unwrap();
+        }
+    };
+    // Between two looks.
+    sleep(Duration::from_secs(1)).await;
+    for _ in 0..10 {
+        traffic(3).await;
+        sleep(EVERY).await;
+    }
+    assert_eq!((upstream.probes(), handle.snapshot().spared), (1, 10));
+    assert!(health.snapshot()[0].age.unwrap() <= EVERY);
+    // Nobody calls: it is asked again.
+    sleep(3 * EVERY).await;
+    assert_eq!((upstream.probes(), handle.snapshot().spared), (4, 10));
+    // What passes beside what fails proves nothing,
+    traffic(1).await;
+    upstream.calls_fail.store(true, SeqCst);
+    traffic(1).await;
+    sleep(EVERY).await;
+    assert_eq!((upstream.probes(), handle.state()), (5, ProbeState::Up));
+    // nor does a call that nobody waited for.
+    upstream.calls_fail.store(false, SeqCst);
+    drop(service.clone().ready().await.unwrap().call(call()));
+    sleep(EVERY).await;
+    assert_eq!(upstream.probes(), 6);
+    // Down is down until a probe has passed.
+    upstream.down.store(true, SeqCst);
+    assert_eq!(within(handle.changed()).await, ProbeState::Down);
+    let probes = upstream.probes();
+    sleep(3 * EVERY + EVERY / 2).await;
+    assert_eq!(upstream.probes(), probes + 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn traffic_does_not_count_unless_it_is_asked_to() {
+    let upstream = Upstream::default();
+    let layer = exact();
+    let handle = layer.handle();
+    let service = layer.layer(upstream.service());
+    for _ in 0..10 {
+        service.clone().oneshot(call()).await.unwrap();
+        sleep(EVERY).await;
+    }
+    assert_eq!((upstream.probes(), handle.snapshot().spared), (10, 0));
+}
+
+// ===== What becomes of calls while it is down =====
+
+#[tokio::test(start_paused = true)]
+async fn lets_calls_through_where_only_the_registry_is_to_know() {
+    let (upstream, health) = (Upstream::default(), Health::new());
+    upstream.down.store(true, SeqCst);
+    let layer = exact().while_down(WhileDown::LetThrough).report_to(&health, "search");
+    let handle = layer.handle();
+    let service = layer.layer(upstream.service());
+    assert_eq!(within(handle.changed()).await, ProbeState::Down);
+    assert!(!health.is_ready());
+    assert_eq!(service.oneshot(call()).await.unwrap().status(), 503);
+    assert_eq!((upstream.calls.load(SeqCst), handle.snapshot().refused), (1, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn is_not_ready_where_a_balancer_is_to_pick_another() {
+    let upstream = Upstream::default();
+    let layer = exact().while_down(WhileDown::Wait);
+    let handle = layer.handle();
+    let mut service = layer.layer(upstream.service());
+    assert_eq!(within(handle.changed()).await, ProbeState::Up);
+    service.ready().await.unwrap();
+    upstream.down.store(true, SeqCst);
+    assert_eq!(within(handle.changed()).await, ProbeState::Down);
+    // Asked again, it takes its word back.
+    let again =
+        poll_fn(|cx| Poll::Ready(Service::<Req>::poll_ready(&mut service, cx).is_pending()));
+    assert!(again.await);
+    // Who calls all the same is refused.
+    assert_eq!(kind(&service.call(call()).await.map(drop).unwrap_err()), RejectedKind::Unhealthy);
+
+    let waiting = tokio::spawn(service.clone().oneshot(call()));
+    sleep(10 * EVERY).await;
+    assert!(!waiting.is_finished());
+    upstream.down.store(false, SeqCst);
+    assert_eq!(within(waiting).await.unwrap().unwrap().status(), 200);
+}
+
+#[tokio::test(start_paused = true)]
+async fn lets_calls_through_when_a_whole_set_is_down() {
+    let guard = PanicGuard::new();
+    let replicas = [Upstream::default(), Upstream::default(), Upstream::default()];
+    let layers = [(); 3].map(|()| exact().panic_guard(&guard).while_down(WhileDown::Wait));
+    let handles = layers.each_ref().map(HealthProbeLayer::handle);
+    let mut services: Vec<_> = layers
+        .iter()
+        .zip(&replicas)
+        .map(|(layer, replica)| layer.layer(replica.service()))
+        .collect();
+    settle().await;
+    for n in [0, 1] {
+        replicas[n].down.store(true, SeqCst);
+        assert_eq!(within(handles[n].changed()).await, ProbeState::Down);
+        assert!(!guard.panics());
+        let refused = services[n].call(call()).await.map(drop).unwrap_err();
+        assert_eq!(kind(&refused), RejectedKind::Unhealthy);
+    }
+    let waiting = tokio::spawn(services[0].clone().oneshot(call()));
+    settle().await;
+    assert!(!waiting.is_finished());
+    replicas[2].down.store(true, SeqCst);
+    assert_eq!(within(handles[2].changed()).await, ProbeState::Down);
+    assert!(guard.panics());
+    // Who waited is woken, although his own gate is as it was.
+    assert_eq!(within(waiting).await.unwrap().unwrap().status(), 503);
+    for service in &mut services {
+        assert_eq!(
+            within(service.ready()).await.unwrap().call(call()).await.unwrap().status(),
+            503
+        );
+    }
+    replicas[1].down.store(false, SeqCst);
+    assert_eq!(within(handles[1].changed()).await, ProbeState::Up);
+    assert!(!guard.panics());
+    // A member that is gone is no part of the set.
+    drop((services, layers));
+    let [first, second, third] = handles;
+    drop(second);
+    settle().await;
+    assert!(guard.panics());
+    drop((first, third));
+    settle().await;
+    assert!(!guard.panics());
+}
+
+// ===== What is driven by it =====
+
+#[tokio::test(start_paused = true)]
+async fn drives_a_breakers_half_open_instead_of_users_calls() {
+    let upstream = Upstream::default();
+    let breaker =
+        CircuitBreakerLayer::new(Trip::consecutive(3)).open_for(Duration::from_secs(3600));
+    let (circuit, wired) = (breaker.handle(), breaker.handle());
+    let layer = exact().while_down(WhileDown::LetThrough).on_probe(move |result| {
+        if result.is_ok() && wired.state() == State::Open {
+            wired.half_open();
+            wired.record(Outcome::success());
+        }
+    });
+    let probe = layer.handle();
+    let service = breaker.layer(layer.layer(upstream.service()));
+    upstream.down.store(true, SeqCst);
+    assert_eq!(within(probe.changed()).await, ProbeState::Down);
+    for _ in 0..3 {
+        assert_eq!(service.clone().oneshot(call()).await.unwrap().status(), 503);
+    }
+    assert_eq!(circuit.state(), State::Open);
+    sleep(10 * EVERY).await;
+    assert_eq!(circuit.state(), State::Open);
+    upstream.down.store(false, SeqCst);
+    assert_eq!(within(circuit.changed()).await, State::Closed);
+    assert_eq!(
+        (circuit.state(), upstream.calls.load(SeqCst)),
+        (State::Closed, 3),
+        "no call was risked"
+    );
+    assert_eq!(service.oneshot(call()).await.unwrap().status(), 200);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_listener_that_panics_ends_nothing() {
+    let (heard, upstream) = (Arc::new(AtomicUsize::new(0)), Upstream::default());
+    let here = heard.clone();
+    let layer = exact().on_probe(|_| panic!("as it is told")).on_probe(move |result| {
+        assert_eq!(result, Ok(()));
+        here.fetch_add(1, Relaxed);
+    });
+    let handle = layer.handle();
+    let _service = layer.layer(upstream.service());
+    sleep(3 * EVERY + EVERY / 2).await;
+    assert_eq!((heard.load(Relaxed), handle.state()), (4, ProbeState::Up));
+}
