@@ -202,6 +202,11 @@ pub(super) fn blame<E: 'static>(error: &E) -> ProbeFailure {
     }
 }
 
+/// By a layer further in.
+pub(super) fn of_refused(refused: &Rejected) -> ProbeFailure {
+    if refused.is_timeout() { ProbeFailure::TimedOut } else { ProbeFailure::Refused }
+}
+
 macro_rules! opaque_debug {
     ($($name:ident<$($p:ident),*>),*) => {$(
         impl<$($p),*> fmt::Debug for $name<$($p),*> {

@@ -1,0 +1,192 @@
+//! A server as Kubernetes sees it: two dependencies, one of which dies and returns, and a drain at the end.
+//!
+//! The search is critical and probed through the client that calls it; the cache only degrades, and is a check of the
+//! registry's own. What `curl` would see is printed as time goes by. It ends by itself.
+//!
+//! cargo run --example kubernetes --all-features
+
+use std::{error::Error, io, net::SocketAddr, time::Duration};
+
+use axum::{
+    Extension, Router,
+    body::Body,
+    http::{Request, StatusCode},
+    routing::get,
+};
+use buttress::{
+    ConcurrencyLimitLayer, Health, HealthProbeLayer, Lifecycle, health::Check, lifecycle::Drain,
+};
+use futures_util::{StreamExt, stream};
+use http_body_util::{BodyExt, Empty};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::JoinHandle,
+    time::{Instant, sleep, timeout},
+};
+use tower::{ServiceBuilder, ServiceExt};
+
+type Fails = Box<dyn Error + Send + Sync>;
+type Get = Client<HttpConnector, Empty<bytes::Bytes>>;
+
+const EVERY: Duration = Duration::from_millis(100);
+
+fn http() -> Get {
+    Client::builder(TokioExecutor::new()).build_http()
+}
+
+// ===== The dependencies =====
+
+/// Serves until it is aborted, with all its connections.
+async fn dependency(at: Option<SocketAddr>) -> io::Result<(SocketAddr, JoinHandle<()>)> {
+    let listener = TcpListener::bind(at.unwrap_or_else(|| ([127, 0, 0, 1], 0).into())).await?;
+    let addr = listener.local_addr()?;
+    let app = Router::new().route("/healthz", get(async || "ok")).route("/", get(async || "found"));
+    let lifecycle = Lifecycle::without_signals(&Health::new()).map_err(io::Error::other)?;
+    Ok((
+        addr,
+        tokio::spawn(async move {
+            lifecycle.serve(listener, app).await;
+        }),
+    ))
+}
+
+// ===== The server =====
+
+struct Server {
+    addr: SocketAddr,
+    lifecycle: Lifecycle,
+    task: JoinHandle<buttress::lifecycle::Drained>,
+}
+
+async fn server(search: SocketAddr, cache: SocketAddr) -> Result<Server, Fails> {
+    let health = Health::new();
+    // First of all: a SIGTERM while it still starts is heard.
+    let lifecycle =
+        Lifecycle::new(&health)?.delay(Duration::from_millis(500)).longest(Duration::from_secs(5));
+    health.add(
+        Check::new("cache", move || async move { TcpStream::connect(cache).await.map(drop) })
+            .degrading()
+            .every(EVERY)
+            .thresholds(1, 2),
+    )?;
+    let probe = HealthProbeLayer::get(&format!("http://{search}/healthz"))
+        .every(EVERY)
+        .thresholds(2, 3)
+        .report_to(&health, "search")
+        .checked()?;
+    let client = ServiceBuilder::new().layer(probe).service(http());
+    let find = async move || {
+        let request =
+            Request::get(format!("http://{search}/")).body(Empty::new()).map_err(fails)?;
+        let response = client.oneshot(request).await.map_err(fails)?;
+        Ok::<_, (StatusCode, String)>(Body::new(response.into_body()))
+    };
+    let events = async |Extension(drain): Extension<Drain>| {
+        let ticks = stream::once(async { "hello, " }).chain(stream::pending());
+        let told = ticks.take_until(Box::pin(drain.stopping()));
+        Body::from_stream(told.chain(stream::once(async { "bye" })).map(Ok::<_, io::Error>))
+    };
+    let app = Router::new()
+        .route("/find", get(find))
+        .route("/events", get(events))
+        .layer(ConcurrencyLimitLayer::new(100).respond())
+        .layer(health.endpoints().with_reasons());
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let addr = listener.local_addr()?;
+    let running = lifecycle.clone();
+    let task = tokio::spawn(async move { running.serve(listener, app).await });
+    Ok(Server { addr, lifecycle, task })
+}
+
+fn fails(error: impl Into<Fails>) -> (StatusCode, String) {
+    (StatusCode::BAD_GATEWAY, error.into().to_string())
+}
+
+// ===== What curl would see =====
+
+struct Curl {
+    addr: SocketAddr,
+    began: Instant,
+}
+
+impl Curl {
+    async fn get(&self, path: &str) -> Result<(u16, String), Fails> {
+        let request = Request::get(format!("http://{}{path}", self.addr)).body(Empty::new())?;
+        let response = timeout(Duration::from_secs(5), http().request(request)).await??;
+        let status = response.status().as_u16();
+        let body = timeout(Duration::from_secs(5), response.into_body().collect()).await??;
+        Ok((status, String::from_utf8(body.to_bytes().to_vec())?))
+    }
+
+    /// Prints what three of them see, and tells whether that is what it should be.
+    async fn sees(&self, what: &str, ready: u16, found: u16) -> Result<(), Fails> {
+        println!("\n{:5.1} s  {what}", self.began.elapsed().as_secs_f64());
+        let mut seen = Vec::new();
+        for path in ["/livez", "/readyz?verbose", "/find"] {
+            let (status, body) = self.get(path).await?;
+            println!(
+                "  curl {path:16} {status}  {}",
+                body.trim_end().replace('\n', "\n                             ")
+            );
+            seen.push(status);
+        }
+        if seen != [200, ready, found] {
+            return Err(format!("{what}: {seen:?} and not {:?}", [200, ready, found]).into());
+        }
+        Ok(())
+    }
+}
+
+#[tokio::main]
+async fn main() -> Result<(), Fails> {
+    let (search_at, search) = dependency(None).await?;
+    let (cache_at, cache) = dependency(None).await?;
+    let Server { addr, lifecycle, task } = server(search_at, cache_at).await?;
+    let curl = Curl { addr, began: Instant::now() };
+
+    sleep(2 * EVERY).await;
+    curl.sees("starting: alive, and not ready", 503, 200).await?;
+    lifecycle.ready();
+    curl.sees("ready", 200, 200).await?;
+
+    search.abort();
+    sleep(8 * EVERY).await;
+    curl.sees("the search has died: calls to it are refused at once", 503, 502).await?;
+    let (_, search) = dependency(Some(search_at)).await?;
+    sleep(6 * EVERY).await;
+    curl.sees("the search has returned", 200, 200).await?;
+
+    cache.abort();
+    sleep(6 * EVERY).await;
+    curl.sees("the cache has died: that only degrades", 200, 200).await?;
+
+    let began = Instant::now();
+    let events = tokio::spawn(async move { Curl { addr, began }.get("/events").await });
+    while lifecycle.in_flight() == 0 {
+        sleep(Duration::from_millis(1)).await;
+    }
+    // What a SIGTERM does.
+    lifecycle.drain();
+    sleep(EVERY).await;
+    curl.sees("draining: not ready, and still answering", 503, 200).await?;
+    let (_, told) = events.await??;
+    println!(
+        "\n{:5.1} s  stopping: an open stream was told `{told}`",
+        curl.began.elapsed().as_secs_f64()
+    );
+    if curl.get("/readyz").await.is_ok() {
+        return Err("somebody still listens".into());
+    }
+    println!("  curl /readyz          connection refused");
+    let drained = task.await?;
+    println!("\n{:5.1} s  ended: {drained:?}", curl.began.elapsed().as_secs_f64());
+    search.abort();
+    match (drained.cut_calls, &*told) {
+        (0, "hello, bye") => Ok(()),
+        _ => Err("something was cut".into()),
+    }
+}
