@@ -599,6 +599,10 @@ pub fn all() -> Vec<Candidate> {
         http("buttress/http_limit", Some("http_limit"), || {
             made_http(ConcurrencyLimitLayer::new(100).respond().layer(BareHttp))
         }),
+        // A request that is no probe.
+        http("buttress/http_endpoints", Some("http_endpoints"), || {
+            made_http(buttress::Health::new().endpoints().layer(BareHttp))
+        }),
         http("tower/http_retry", None, || made_http(tower_http_retry())),
         Candidate {
             peers: &["tower/http_retry"],
