@@ -140,6 +140,59 @@ async fn probes_are_answered_while_the_server_is_full() {
     assert_eq!(full.in_flight(), 0);
 }
 
+/// The time that `/readyz` takes over a connection that is kept.
+async fn readyz(client: &Client<HttpConnector, Empty<Bytes>>, addr: SocketAddr) -> Duration {
+    let began = tokio::time::Instant::now();
+    let request = Request::get(format!("http://{addr}/readyz")).body(Empty::new()).unwrap();
+    let response = within(client.request(request)).await.unwrap();
+    assert_eq!(within(response.into_body().collect()).await.unwrap().to_bytes(), "ok");
+    began.elapsed()
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
+/// As fast as that of a server where nobody is, asked by turns: what a probe takes is the way there and back.
+#[tokio::test]
+async fn a_probe_of_a_full_server_takes_no_longer_than_one_of_an_empty_one() {
+    let app = |limit: ConcurrencyLimitLayer| {
+        Router::new()
+            .route("/", get(std::future::pending::<()>))
+            .layer(limit.respond())
+            .layer(Health::new().endpoints())
+    };
+    let limit = || ConcurrencyLimitLayer::new(2).queue(100, Duration::from_secs(60));
+    let full = limit();
+    let inside = full.handle();
+    let (full, _full) = serve(app(full)).await;
+    let (empty, _empty) = serve(app(limit())).await;
+    let mut callers = JoinSet::new();
+    for _ in 0..100 {
+        callers.spawn(async move {
+            let request = Request::get(format!("http://{full}/")).body(Empty::new()).unwrap();
+            client().request(request).await.map(drop)
+        });
+    }
+    within(async {
+        while inside.snapshot().waiting < 98 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    let client = client();
+    let (mut of_full, mut of_empty) = (Vec::new(), Vec::new());
+    for _ in 0..300 {
+        of_full.push(readyz(&client, full).await);
+        of_empty.push(readyz(&client, empty).await);
+    }
+    let (of_full, of_empty) = (median(of_full), median(of_empty));
+    println!("median of a probe: {of_full:?} full, {of_empty:?} empty");
+    assert!(of_full < 3 * of_empty, "{of_full:?} and {of_empty:?}");
+    assert_eq!(inside.snapshot().waiting, 98);
+}
+
 #[tokio::test]
 async fn a_port_of_its_own() {
     let health = Health::new();

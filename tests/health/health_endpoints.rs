@@ -129,6 +129,35 @@ async fn a_probe_never_waits_for_the_inner_service() {
     assert_eq!(calls.load(SeqCst), 1);
 }
 
+/// Counted and not timed: the answer is there at the first look, and what is behind is not looked at.
+#[tokio::test(start_paused = true)]
+async fn a_probe_is_answered_at_the_first_poll_however_full_the_server_is() {
+    let polls = Arc::new(AtomicUsize::new(0));
+    let seen = polls.clone();
+    let hangs = service_fn(move |_: Req| {
+        seen.fetch_add(1, SeqCst);
+        std::future::pending::<Result<Response<Full<Bytes>>, Infallible>>()
+    });
+    let limit =
+        buttress::ConcurrencyLimitLayer::new(1).queue(10, Duration::from_secs(60)).respond();
+    let inside = limit.handle();
+    let service = Health::new().endpoints().layer(limit.layer(hangs));
+    let waiting: Vec<_> =
+        (0..11).map(|_| tokio::spawn(service.clone().oneshot(get("/")))).collect();
+    while inside.snapshot().waiting < 10 {
+        tokio::task::yield_now().await;
+    }
+    for uri in ["/livez", "/readyz", "/healthz?verbose"] {
+        let mut service = service.clone();
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        assert!(Service::<Req>::poll_ready(&mut service, &mut cx).is_ready());
+        let answer = std::pin::pin!(service.call(get(uri))).poll(&mut cx);
+        assert!(matches!(answer, Poll::Ready(Ok(answer)) if answer.status() == 200), "{uri}");
+    }
+    assert_eq!((polls.load(SeqCst), inside.in_flight(), inside.snapshot().waiting), (1, 1, 10));
+    waiting.into_iter().for_each(|call| call.abort());
+}
+
 #[tokio::test(start_paused = true)]
 async fn nothing_of_the_inner_service_stays_parked_in_an_idle_handle() {
     let (health, calls) = (Health::new(), Arc::default());
