@@ -50,8 +50,8 @@
 //! # Where each goes
 //!
 //! Outermost first. A client: deadline, retry, hedge, circuit breaker, concurrency limit, health probe, timeout,
-//! the client. A server: health endpoints, deadline, concurrency limit, timeout, the routes. (The probe is innermost, so that a limit full
-//! of hung calls does not keep it from looking.)
+//! the client. A server: health endpoints, lifecycle, deadline, concurrency limit, timeout, the routes. (The probe is
+//! innermost but for the timeout, so that a limit full of hung calls does not keep it from looking.)
 //!
 //! # Errors and responses
 //!

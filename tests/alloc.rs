@@ -11,7 +11,7 @@ use std::{
 };
 
 use buttress::{
-    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Health, Outcome, Trip,
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Health, HealthProbeLayer, Outcome, Trip,
     breaker::CircuitBreakerHandle,
     limit::{
         adaptive::{Aimd, Gradient2, Knee, Vegas},
@@ -241,6 +241,8 @@ fn an_admitted_http_call_allocates_nothing_to_the_end_of_its_body() {
         assert_eq!(http(limit().respond()), 0);
         assert_eq!(http(ConcurrencyLimitLayer::adaptive(Knee::default())), 0);
         assert_eq!(http(Health::new().endpoints()), 0, "a request that is no probe");
+        assert_eq!(http(HealthProbeLayer::get("/healthz")), 0);
+        assert_eq!(http(HealthProbeLayer::get("/healthz").passive()), 0);
         let client = ServiceBuilder::new().layer(CircuitBreakerLayer::http()).layer(limit());
         assert_eq!(http(client), 0);
         let server = ServiceBuilder::new()

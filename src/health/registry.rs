@@ -189,7 +189,11 @@ impl Health {
     /// Takes out a check that was [added](Self::add), and ends its asking at once; `false` if there is none of
     /// this name. A reporter's check stays.
     pub fn remove(&self, name: &str) -> bool {
-        let found = self.find(name).filter(|entry| entry.runner.get().is_some());
+        let found = {
+            let checks = self.0.lock();
+            let mut added = checks.iter().filter(|entry| entry.runner.get().is_some());
+            added.find(|entry| *entry.name == *name).cloned()
+        };
         if let Some(entry) = &found {
             self.0.remove(entry);
         }
@@ -231,7 +235,7 @@ impl Health {
     /// The state of one check, if there is one of this name.
     #[must_use]
     pub fn check(&self, name: &str) -> Option<CheckState> {
-        self.find(name).map(|entry| entry.state())
+        self.find(name, Entry::state)
     }
 
     /// All there is to know at this moment, in the order the checks were added.
@@ -282,15 +286,16 @@ impl Health {
     }
 
     pub(super) fn one(&self, name: &str) -> Option<CheckSnapshot> {
-        self.find(name).map(|entry| entry.snapshot())
+        self.find(name, Entry::snapshot)
     }
 
     pub(super) fn registry(&self) -> &Arc<Registry> {
         &self.0
     }
 
-    fn find(&self, name: &str) -> Option<Arc<Entry>> {
-        self.0.lock().iter().find(|entry| *entry.name == *name).cloned()
+    /// Under the lock: who has a clone seems to report.
+    fn find<T>(&self, name: &str, see: impl FnOnce(&Entry) -> T) -> Option<T> {
+        self.0.lock().iter().find(|entry| *entry.name == *name).map(|entry| see(entry))
     }
 }
 

@@ -1,4 +1,4 @@
-use std::{fmt, future::Future, io, time::Duration};
+use std::{fmt, future::Future, io, panic::catch_unwind, time::Duration};
 
 use tokio::runtime::Handle;
 
@@ -30,7 +30,8 @@ pub struct Drained {
 
 impl Lifecycle {
     /// Starting, and armed: from here on `SIGTERM` and `SIGINT` (Ctrl-C, on Windows also a closed console) drain
-    /// the process, also while it is still starting. A second one ends the wait that is on at that moment.
+    /// the process, also while it is still starting. A further one ends the wait that is on at that moment: first the
+    /// delay, then the rest.
     ///
     /// `health` gets a critical check of the name `lifecycle`, which passes while the process is ready.
     ///
@@ -39,13 +40,14 @@ impl Lifecycle {
     ///
     /// # Errors
     ///
-    /// No Tokio runtime, signals that cannot be listened to, or a registry that has a check of this name.
-    ///
-    /// # Panics
-    ///
-    /// tokio's, in a runtime without IO.
+    /// No Tokio runtime, or one without IO; signals that cannot be listened to; or a registry that has a check of
+    /// this name.
     pub fn new(health: &Health) -> Result<Self, ConfigError> {
-        Self::build(health, || Signals::arm().map(Some))
+        Self::build(health, || {
+            // That a runtime has no IO is told by a panic.
+            let armed = catch_unwind(Signals::arm);
+            armed.unwrap_or_else(|_| Err(io::Error::other("the runtime has no IO"))).map(Some)
+        })
     }
 
     /// The same without signals: [`drain`](Self::drain) is called by whoever hears of the end.
@@ -109,7 +111,7 @@ impl Lifecycle {
         self.0.go_to(Phase::Ready);
     }
 
-    /// Begins to drain, as a signal does; a second time ends the wait that is on at that moment.
+    /// Begins to drain, as a signal does; once more ends the wait that is on at that moment.
     pub fn drain(&self) {
         self.0.ask_to_end();
     }

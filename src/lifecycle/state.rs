@@ -183,22 +183,26 @@ impl State {
     }
 }
 
-/// Goes through the phases once it is asked to; twice, and it hurries.
+/// Goes through the phases once it is asked to. Asked again, it does not wait any longer for the next.
 pub(super) async fn drive(state: Weak<State>, mut asked: watch::Receiver<u32>) {
+    let mut enough = 1;
     // An error is the end of the state.
-    if asked.wait_for(|asked| *asked > 0).await.is_err() {
+    if asked.wait_for(|asked| *asked >= enough).await.is_err() {
         return;
     }
+    enough += 1;
     for (phase, next) in [(Phase::Draining, Phase::Stopping), (Phase::Stopping, Phase::Stopped)] {
         let Some(now) = state.upgrade() else { return };
         now.go_to(phase);
         let Times { delay, longest } = now.times(|times| *times);
         drop(now);
         let time = if phase == Phase::Draining { delay } else { longest };
-        let hurry = asked.wait_for(|asked| *asked > 1);
         tokio::select! {
             biased;
-            hurried = hurry => if hurried.is_err() { return },
+            hurried = asked.wait_for(|asked| *asked >= enough) => match hurried {
+                Ok(_) => enough += 1,
+                Err(_) => return,
+            },
             () = sleep(time) => {}
         }
         if let Some(now) = state.upgrade() {

@@ -265,6 +265,36 @@ async fn what_never_ends_is_cut_after_the_longest_time_and_counted() {
 }
 
 #[tokio::test]
+async fn http_2_is_told_goaway_and_may_finish() {
+    let longest = Duration::from_secs(20);
+    let Server { addr, lifecycle, stage, task, .. } = server(Duration::ZERO, longest).await;
+    let tcp = TcpStream::connect(addr).await.unwrap();
+    let (mut send, connection) = soon(h2::client::handshake(tcp)).await.unwrap();
+    let connection = tokio::spawn(connection);
+    let (response, _) = send.send_request(request(addr, "/work").map(drop), true).unwrap();
+    until(|| stage.inside.now() == 1).await;
+    lifecycle.drain();
+    let told = soon(async {
+        loop {
+            match send.ready().await {
+                Ok(again) => send = again,
+                Err(error) => break error,
+            }
+            sleep(Duration::from_millis(1)).await;
+        }
+    })
+    .await;
+    assert!(told.is_go_away() && told.is_remote(), "{told}");
+    assert_eq!(told.reason(), Some(h2::Reason::NO_ERROR));
+    stage.open();
+    let mut body = soon(response).await.unwrap().into_body();
+    assert_eq!(soon(body.data()).await.unwrap().unwrap(), "hello");
+    drop(body);
+    soon(connection).await.unwrap().unwrap();
+    assert_eq!(soon(task).await.unwrap().cut_connections, 0);
+}
+
+#[tokio::test]
 async fn a_server_that_is_dropped_cuts_everything_at_once() {
     let Server { addr, lifecycle, stage, task, .. } =
         server(Duration::from_secs(60), Duration::from_secs(60)).await;

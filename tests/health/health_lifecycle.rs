@@ -95,14 +95,38 @@ async fn drains_also_while_it_is_still_starting() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn asked_a_second_time_it_waits_no_longer() {
-    let lifecycle = lifecycle(&Health::new());
-    let began = Instant::now();
-    lifecycle.drain();
-    sleep(Duration::from_secs(1)).await;
-    lifecycle.drain();
-    within(async { while lifecycle.changed().await != Phase::Stopped {} }).await;
-    assert_eq!(began.elapsed(), Duration::from_secs(1));
+async fn asked_again_it_ends_the_wait_that_is_on_and_no_other() {
+    let second = Duration::from_secs(1);
+    // When it is asked, when it stops, and when it has stopped.
+    for (asks, stopping, stopped) in
+        [(&[0, 1][..], 1, 21), (&[0, 1, 3], 1, 3), (&[0, 0, 0], 0, 0), (&[0, 7], 5, 7)]
+    {
+        let lifecycle = lifecycle(&Health::new());
+        let began = Instant::now();
+        let seen = tokio::spawn({
+            let lifecycle = lifecycle.clone();
+            async move {
+                let mut seen = Vec::new();
+                while seen.len() < 3 {
+                    seen.push((lifecycle.changed().await, began.elapsed()));
+                }
+                seen
+            }
+        });
+        settle().await;
+        for at in asks {
+            sleep((*at * second).saturating_sub(began.elapsed())).await;
+            lifecycle.drain();
+            settle().await;
+        }
+        let seen = within(seen).await.unwrap();
+        let expected = [
+            (Phase::Draining, Duration::ZERO),
+            (Phase::Stopping, stopping * second),
+            (Phase::Stopped, stopped * second),
+        ];
+        assert_eq!(seen, expected, "{asks:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -142,6 +166,40 @@ async fn leaks_no_task_and_its_check_goes_with_it() {
 #[test]
 fn without_a_runtime_it_is_a_typed_error() {
     assert_eq!(Lifecycle::new(&Health::new()).unwrap_err().field, "lifecycle");
+}
+
+#[test]
+fn without_io_signals_are_a_typed_error() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    runtime.block_on(async {
+        let health = Health::new();
+        assert_eq!(Lifecycle::new(&health).unwrap_err().field, "lifecycle.signals");
+        assert!(health.checks().is_empty() && Lifecycle::without_signals(&health).is_ok());
+    });
+}
+
+#[tokio::test]
+async fn auto_traits() {
+    fn fits<T: Clone + Send + Sync + 'static>(_: &T) {}
+    fn sent<T: Send + 'static>(_: &T) {}
+    let lifecycle = lifecycle(&Health::new());
+    fits(&lifecycle);
+    fits(&lifecycle.layer());
+    fits(&lifecycle.token());
+    let mut service = lifecycle.layer().layer(app());
+    fits(&service);
+    sent(&service.ready().await.unwrap().call(call()));
+    sent(&lifecycle.stopping());
+    let fails = service_fn(|_: Req| async {
+        Err::<Response<Full<Bytes>>, _>(buttress::BoxError::from("no"))
+    });
+    let boxed = tower::util::BoxCloneSyncService::new(fails);
+    let outer = lifecycle.layer().layer(boxed);
+    let spawned = tokio::spawn(async move {
+        let mut outer = outer;
+        outer.ready().await.unwrap().call(call()).await.map(drop)
+    });
+    assert_eq!(spawned.await.unwrap().unwrap_err().to_string(), "no");
 }
 
 // ===== Calls =====
