@@ -98,6 +98,8 @@ fn date(days: u64) -> (u64, u64, u64) {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -128,5 +130,26 @@ mod tests {
     #[test]
     fn hostile_reasons_stay_inside_of_their_string() {
         assert_eq!(escaped("a\"},\\\n\u{7}ä"), r#"a\"},\\  ä"#);
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_a_reason_says_it_is_json(reason in ".{0,40}", took in any::<Option<Duration>>()) {
+            let check = CheckSnapshot {
+                name: "db".to_owned(),
+                state: CheckState::Fail,
+                critical: true,
+                healthy: Some(false),
+                reason: Some(reason.clone()),
+                age: took,
+                took,
+            };
+            let told = answer(HealthStatus::Fail, &[check], true);
+            let told: serde_json::Value = serde_json::from_slice(told.body()).unwrap();
+            let said = told["checks"]["db"][0]["output"].as_str().unwrap();
+            let tame: String =
+                reason.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+            prop_assert_eq!(said, tame);
+        }
     }
 }

@@ -141,6 +141,10 @@ async fn nothing_is_lost(client: impl Fn() -> Get) {
     for _ in 0..10 {
         idles.push(idle(addr).await);
     }
+    // And some that have never said a word.
+    for _ in 0..3 {
+        idles.push(TcpStream::connect(addr).await.unwrap());
+    }
     until(|| stage.inside.now() == 200 && streams.now() == 20).await;
     assert_eq!(soon(ask(&http1(), addr, "/readyz")).await.unwrap().0, 200);
     assert_eq!(lifecycle.in_flight(), 220);
