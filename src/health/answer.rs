@@ -6,8 +6,9 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
 
 use super::{
+    entry::{CheckSnapshot, CheckState, HealthStatus},
     json,
-    registry::{CheckSnapshot, CheckState, Health, HealthStatus, is_name},
+    registry::{Health, is_name},
 };
 use crate::call::accepts;
 

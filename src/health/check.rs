@@ -16,7 +16,8 @@ use tokio::{
 use super::{
     Health,
     caught::Caught,
-    registry::{CheckState, Entry, Registry},
+    entry::{CheckState, Entry},
+    registry::Registry,
     schedule::{Schedule, checked_jitter, checked_thresholds},
     threshold::Threshold,
 };

@@ -19,9 +19,9 @@ pub use self::calls::WhileDown;
 use self::start::Start;
 pub(super) use self::start::Starter;
 use super::{
+    entry::CheckState,
     panic::{Member, PanicGuard},
     probe::ProbeFailure,
-    registry::CheckState,
     reporter::Reporter,
     schedule::Schedule,
     threshold::{ProbeState, Threshold},

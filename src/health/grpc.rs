@@ -14,7 +14,7 @@ use tonic_health::pb::{
     health_server::{self, HealthServer},
 };
 
-use super::registry::{CheckState, Health};
+use super::{entry::CheckState, registry::Health};
 
 /// `grpc.health.v1.Health`, Check and Watch, for a tonic server: made by [`Health::grpc`].
 ///

@@ -10,7 +10,7 @@ use http::Response;
 
 use super::{
     answer::{status, typed},
-    registry::{CheckSnapshot, CheckState, HealthStatus},
+    entry::{CheckSnapshot, CheckState, HealthStatus},
 };
 
 pub(super) fn answer(

@@ -6,7 +6,8 @@ use tower_layer::Layer;
 use super::{
     gate::{Gate, WhileDown},
     handle::HealthProbeHandle,
-    over_http::{Get, Grpc, OverHttp, SendRequest},
+    over_grpc::Grpc,
+    over_http::{Get, OverHttp, SendRequest},
     panic::PanicGuard,
     probe::{AnyAnswer, Ask, Judged, Probe, ProbeFailure, Run},
     prober::Prober,

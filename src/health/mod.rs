@@ -164,12 +164,14 @@ mod answer;
 mod caught;
 mod check;
 mod endpoints;
+mod entry;
 mod gate;
 #[cfg(feature = "tonic-health")]
 mod grpc;
 mod handle;
 mod json;
 mod layer;
+mod over_grpc;
 mod over_http;
 mod panic;
 mod probe;
@@ -187,13 +189,15 @@ pub use self::{
     endpoints::{
         HealthBody, HealthEndpoints, HealthEndpointsFuture, HealthEndpointsLayer, HealthService,
     },
+    entry::{CheckSnapshot, CheckState, HealthStatus},
     gate::WhileDown,
     handle::{HealthProbeHandle, HealthProbeSnapshot, LastProbe},
     layer::{HealthProbe, HealthProbeLayer},
-    over_http::{Get, Grpc, OverHttp, SendRequest},
+    over_grpc::Grpc,
+    over_http::{Get, OverHttp, SendRequest},
     panic::PanicGuard,
     probe::{AnyAnswer, Ask, Judged, Probe, ProbeFailure, Run},
-    registry::{CheckSnapshot, CheckState, Health, HealthStatus},
+    registry::Health,
     reporter::Reporter,
     threshold::ProbeState,
 };

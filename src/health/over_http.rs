@@ -9,20 +9,14 @@ use std::{
     task::{Poll, ready},
 };
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
-use http::{
-    HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header,
-    response::Parts,
-};
+use bytes::{Buf, BufMut, BytesMut};
+use http::{HeaderMap, Request, Response, StatusCode, Uri, response::Parts};
 use http_body::Body;
 use tokio::time::{Instant, timeout_at};
 use tower_service::Service;
 
 use super::probe::{Probe, ProbeFailure, ask, blame, of_refused, opaque_debug};
-use crate::{
-    ConfigError,
-    call::{Rejected, grpc},
-};
+use crate::{ConfigError, call::Rejected};
 
 /// More of an answer than this is not read.
 const MOST_BODY: usize = 64 * 1024;
@@ -81,7 +75,7 @@ impl<B> OverHttp for Get<B> {
 }
 
 /// Origin form, `/healthz`, or absolute, `http://search:8080/healthz`.
-fn parse(uri: &str) -> Result<Uri, ConfigError> {
+pub(super) fn parse(uri: &str) -> Result<Uri, ConfigError> {
     let fault = || {
         ConfigError::new("get", uri, "use a path like `/healthz`, or a full `http://host/healthz`")
     };
@@ -174,7 +168,7 @@ where
 }
 
 /// The head and the body, unless the probe came to nothing.
-async fn answer<S, B, RB>(
+pub(super) async fn answer<S, B, RB>(
     service: S,
     request: Request<B>,
     deadline: Instant,
@@ -192,14 +186,14 @@ where
     }
 }
 
-struct Read {
-    data: BytesMut,
-    trailers: Option<HeaderMap>,
+pub(super) struct Read {
+    pub(super) data: BytesMut,
+    pub(super) trailers: Option<HeaderMap>,
     /// To the end, and not only to the cap.
     whole: bool,
 }
 
-async fn read<B: Body>(body: B, keep: bool) -> Result<Read, ProbeFailure> {
+pub(super) async fn read<B: Body>(body: B, keep: bool) -> Result<Read, ProbeFailure> {
     let mut body = pin!(body);
     let mut read = Read { data: BytesMut::new(), trailers: None, whole: false };
     let mut seen = 0usize;
@@ -232,93 +226,6 @@ async fn read<B: Body>(body: B, keep: bool) -> Result<Read, ProbeFailure> {
     .await
 }
 
-// ===== gRPC =====
-
-/// Asks `grpc.health.v1.Health/Check`. Made by [`HealthProbeLayer::grpc`](super::HealthProbeLayer::grpc).
-#[derive(Clone)]
-pub struct Grpc<F> {
-    uri: Uri,
-    message: Bytes,
-    body: F,
-}
-
-impl<F> Grpc<F> {
-    pub(super) fn new(origin: &str, service: &str, body: F) -> (Self, Option<ConfigError>) {
-        let uri = format!("{}/grpc.health.v1.Health/Check", origin.trim_end_matches('/'));
-        let (uri, fault) = match parse(&uri) {
-            Ok(uri) => (uri, None),
-            Err(_) => {
-                let remedy = "use `/`, or where it is: `http://host:port`";
-                (Uri::default(), Some(ConfigError::new("grpc.origin", origin, remedy)))
-            }
-        };
-        (Self { uri, message: check_request(service), body }, fault)
-    }
-}
-
-/// `HealthCheckRequest { service }` in a gRPC frame. Field 1 is a string; none is the empty one.
-fn check_request(service: &str) -> Bytes {
-    let mut message = BytesMut::new();
-    if !service.is_empty() {
-        message.put_u8(0x0a);
-        let mut length = service.len();
-        while length >= 0x80 {
-            message.put_u8(length as u8 | 0x80);
-            length >>= 7;
-        }
-        message.put_u8(length as u8);
-        message.put_slice(service.as_bytes());
-    }
-    let mut frame = BytesMut::with_capacity(5 + message.len());
-    frame.put_u8(0);
-    frame.put_u32(u32::try_from(message.len()).unwrap_or(u32::MAX));
-    frame.unsplit(message);
-    frame.freeze()
-}
-
-/// Whether a frame holds `HealthCheckResponse { status: SERVING }`. Other fields are not there, or of no concern
-/// as long as they come after.
-fn is_serving(frame: &[u8]) -> bool {
-    matches!(frame, [0, 0, 0, 0, 2..=u8::MAX, 0x08, 0x01, ..])
-}
-
-impl<S, F, B, RB> Probe<S> for Grpc<F>
-where
-    F: Fn(Bytes) -> B + Clone + Send + 'static,
-    S: Service<Request<B>, Response = Response<RB>> + Send + 'static,
-    S::Future: Send,
-    S::Error: Send + 'static,
-    B: Send + 'static,
-    RB: Body + Send,
-{
-    async fn run(self, service: S, deadline: Instant) -> Result<(), ProbeFailure> {
-        let mut request = Request::new((self.body)(self.message));
-        *request.method_mut() = Method::POST;
-        *request.uri_mut() = self.uri;
-        *request.version_mut() = Version::HTTP_2;
-        let headers = request.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-        headers.insert(header::TE, HeaderValue::from_static("trailers"));
-
-        let (head, body) = answer(service, request, deadline).await?;
-        if head.status != StatusCode::OK {
-            return Err(ProbeFailure::Status(head.status));
-        }
-        let read = timeout_at(deadline, read(body, true)).await;
-        let read = read.map_err(|_| ProbeFailure::TimedOut)??;
-        match grpc::code(&head.headers).or_else(|| grpc::code(read.trailers.as_ref()?)) {
-            None => Err(ProbeFailure::Body),
-            Some(0) if is_serving(&read.data) => Ok(()),
-            Some(0) => Err(ProbeFailure::NotServing),
-            // It lives, and knows nothing of health: gRFC A17 takes it for healthy.
-            Some(grpc::UNIMPLEMENTED) => Ok(()),
-            Some(code) => Err(ProbeFailure::GrpcStatus(code)),
-        }
-    }
-}
-
-// ===== All of them =====
-
 impl<B> Clone for Get<B> {
     fn clone(&self) -> Self {
         Self { uri: self.uri.clone(), expected: self.expected.clone(), body: PhantomData }
@@ -336,7 +243,7 @@ impl fmt::Debug for Expected {
         f.write_str("Expected")
     }
 }
-opaque_debug!(SendRequest<F>, Grpc<F>);
+opaque_debug!(SendRequest<F>);
 
 #[cfg(test)]
 mod tests {
@@ -352,27 +259,5 @@ mod tests {
         {
             assert_eq!(parse(bad).unwrap_err().field, "get", "{bad}");
         }
-    }
-
-    #[test]
-    fn the_grpc_messages_are_prosts() {
-        use prost::Message;
-        use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
-
-        let framed = |message: Vec<u8>| {
-            let length = u32::try_from(message.len()).unwrap().to_be_bytes();
-            [&[0][..], &length, &message].concat()
-        };
-        for service in
-            ["", "search.Search", &"x".repeat(127), &"x".repeat(128), &"x".repeat(70_000)]
-        {
-            let theirs = HealthCheckRequest { service: service.to_owned() }.encode_to_vec();
-            assert_eq!(check_request(service), framed(theirs));
-        }
-        for status in 0..4 {
-            let theirs = framed(HealthCheckResponse { status }.encode_to_vec());
-            assert_eq!(is_serving(&theirs), status == 1, "{theirs:?}");
-        }
-        assert!(!is_serving(&[0, 0, 0, 0, 2, 8]), "cut off");
     }
 }

@@ -2,31 +2,25 @@ use std::{
     fmt,
     pin::pin,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Duration,
 };
 
-use tokio::{sync::Notify, task::AbortHandle};
+use tokio::sync::Notify;
 
 use super::{
     check::Check,
     endpoints::{HealthEndpointsLayer, HealthService},
+    entry::{CheckSnapshot, CheckState, Entry, HealthStatus},
     reporter::Reporter,
-    threshold::ProbeState,
 };
-use crate::{
-    ConfigError,
-    call::{Clock, Nanos, nanos},
-};
+use crate::ConfigError;
 
 /// Names longer than this are no names any more.
 const LONGEST_NAME: usize = 64;
 /// Checks are made by code, not by requests; still, there is an end to them.
 const MOST_CHECKS: usize = 1000;
-/// Reasons are cut after so many bytes.
-const LONGEST_REASON: usize = 256;
 
 /// What this process can do now: named checks, and the endpoints that tell of them.
 ///
@@ -44,125 +38,6 @@ pub(super) struct Registry {
     changed: Notify,
     /// The process stops: who watches is told no more.
     ended: AtomicBool,
-}
-
-/// One check, as the registry has it.
-pub(super) struct Entry {
-    name: Box<str>,
-    state: AtomicU8,
-    degrading: AtomicBool,
-    /// A look whose result is not there by then hangs, and takes its runtime along.
-    overdue_at: AtomicU64,
-    seen: Mutex<Option<Seen>>,
-    runner: OnceLock<AbortHandle>,
-    clock: Clock,
-}
-
-/// The last look.
-#[derive(Clone, Debug)]
-struct Seen {
-    result: Result<(), Option<Arc<str>>>,
-    at: Nanos,
-    took: Option<Duration>,
-}
-
-/// What a check says.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum CheckState {
-    /// Nothing yet: not ready.
-    #[default]
-    Unknown,
-    /// All is well.
-    Pass,
-    /// Not well: not ready, unless the check only degrades.
-    Fail,
-}
-
-impl CheckState {
-    /// `unknown`, `pass` or `fail`.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Unknown => "unknown",
-            Self::Pass => "pass",
-            Self::Fail => "fail",
-        }
-    }
-
-    pub(super) const fn of(state: ProbeState) -> Self {
-        match state {
-            ProbeState::Unknown => Self::Unknown,
-            ProbeState::Up => Self::Pass,
-            ProbeState::Down => Self::Fail,
-        }
-    }
-}
-
-impl fmt::Display for CheckState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-/// What all checks, or one, come to: the words of `application/health+json`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum HealthStatus {
-    /// All is well.
-    Pass,
-    /// Ready, but not all that degrades passes.
-    Warn,
-    /// Not ready.
-    Fail,
-}
-
-impl HealthStatus {
-    /// `pass`, `warn` or `fail`.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Pass => "pass",
-            Self::Warn => "warn",
-            Self::Fail => "fail",
-        }
-    }
-}
-
-impl fmt::Display for HealthStatus {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-/// One check at one moment.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct CheckSnapshot {
-    /// Its name.
-    pub name: String,
-    /// What it says, by its thresholds.
-    pub state: CheckState,
-    /// Whether the process is not ready without it.
-    pub critical: bool,
-    /// How the last look ended.
-    pub healthy: Option<bool>,
-    /// Why the last look failed, if it did and if that was said.
-    pub reason: Option<String>,
-    /// How long ago the last look ended.
-    pub age: Option<Duration>,
-    /// How long the last look took, where that is known.
-    pub took: Option<Duration>,
-}
-
-impl CheckSnapshot {
-    /// What it does to the whole.
-    #[must_use]
-    pub const fn status(&self) -> HealthStatus {
-        match (self.state, self.critical) {
-            (CheckState::Pass, _) => HealthStatus::Pass,
-            (_, false) => HealthStatus::Warn,
-            (_, true) => HealthStatus::Fail,
-        }
-    }
 }
 
 impl Health {
@@ -191,8 +66,8 @@ impl Health {
     pub fn remove(&self, name: &str) -> bool {
         let found = {
             let checks = self.0.lock();
-            let mut added = checks.iter().filter(|entry| entry.runner.get().is_some());
-            added.find(|entry| *entry.name == *name).cloned()
+            let mut added = checks.iter().filter(|entry| entry.runs());
+            added.find(|entry| entry.name() == name).cloned()
         };
         if let Some(entry) = &found {
             self.0.remove(entry);
@@ -229,7 +104,7 @@ impl Health {
     /// All checks, in the order they were added.
     #[must_use]
     pub fn checks(&self) -> Vec<(String, CheckState)> {
-        self.0.lock().iter().map(|entry| (entry.name.to_string(), entry.state())).collect()
+        self.0.lock().iter().map(|entry| (entry.name().to_owned(), entry.state())).collect()
     }
 
     /// The state of one check, if there is one of this name.
@@ -295,7 +170,7 @@ impl Health {
 
     /// Under the lock: who has a clone seems to report.
     fn find<T>(&self, name: &str, see: impl FnOnce(&Entry) -> T) -> Option<T> {
-        self.0.lock().iter().find(|entry| *entry.name == *name).map(|entry| see(entry))
+        self.0.lock().iter().find(|entry| entry.name() == name).map(|entry| see(entry))
     }
 }
 
@@ -328,7 +203,7 @@ impl Registry {
             return Err(ConfigError::new("check.name", shown, remedy));
         }
         let mut checks = self.lock();
-        if let Some(at) = checks.iter().position(|entry| *entry.name == *name) {
+        if let Some(at) = checks.iter().position(|entry| entry.name() == name) {
             // Only this list has it: its reporter is gone.
             if Arc::strong_count(&checks[at]) > 1 {
                 let remedy = "another check has this name: give this one a name of its own";
@@ -362,129 +237,6 @@ impl Drop for Registry {
     }
 }
 
-impl Entry {
-    fn new(name: &str) -> Self {
-        Self {
-            name: name.into(),
-            state: AtomicU8::new(CheckState::Unknown as u8),
-            degrading: AtomicBool::new(false),
-            overdue_at: AtomicU64::new(Nanos::MAX),
-            seen: Mutex::new(None),
-            runner: OnceLock::new(),
-            clock: Clock::new(),
-        }
-    }
-
-    pub(super) fn name(&self) -> &str {
-        &self.name
-    }
-
-    pub(super) fn degrades(&self) {
-        self.degrading.store(true, Ordering::Release);
-    }
-
-    pub(super) fn runs_as(&self, runner: AbortHandle) {
-        let _ = self.runner.set(runner);
-    }
-
-    fn stop(&self) {
-        if let Some(runner) = self.runner.get() {
-            runner.abort();
-        }
-    }
-
-    // ===== Being told =====
-
-    /// A look begins, and must be done after so long at the latest.
-    pub(super) fn looks(&self, patience: Nanos) {
-        self.overdue_at.store(self.clock.now().saturating_add(patience), Ordering::Release);
-    }
-
-    /// A look has ended.
-    pub(super) fn looked(&self, result: Result<(), String>, took: Option<Duration>) {
-        let result = result.map_err(reason);
-        *self.seen() = Some(Seen { result, at: self.clock.now(), took });
-    }
-
-    /// When the next look is due, nothing is overdue before.
-    pub(super) fn rests(&self, wait: Duration, patience: Nanos) {
-        self.looks(nanos(wait).saturating_add(patience));
-    }
-
-    /// Whether that changed anything.
-    pub(super) fn publish(&self, state: CheckState) -> bool {
-        self.state.swap(state as u8, Ordering::AcqRel) != state as u8
-    }
-
-    fn seen(&self) -> MutexGuard<'_, Option<Seen>> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    // ===== Being asked =====
-
-    pub(super) fn state(&self) -> CheckState {
-        if self.is_overdue() {
-            return CheckState::Fail;
-        }
-        match self.state.load(Ordering::Acquire) {
-            0 => CheckState::Unknown,
-            1 => CheckState::Pass,
-            _ => CheckState::Fail,
-        }
-    }
-
-    fn is_overdue(&self) -> bool {
-        let due = self.overdue_at.load(Ordering::Acquire);
-        // Most are not asked in the background: they cost no look at the clock.
-        due != Nanos::MAX && self.clock.now() > due
-    }
-
-    fn status(&self) -> HealthStatus {
-        match (self.state(), self.degrading.load(Ordering::Acquire)) {
-            (CheckState::Pass, _) => HealthStatus::Pass,
-            (_, true) => HealthStatus::Warn,
-            (_, false) => HealthStatus::Fail,
-        }
-    }
-
-    fn snapshot(&self) -> CheckSnapshot {
-        let overdue = self.is_overdue();
-        let seen = self.seen().clone();
-        let failed = seen.as_ref().and_then(|seen| seen.result.as_ref().err());
-        let reason = if overdue {
-            Some("gives no result any more".to_owned())
-        } else {
-            failed.and_then(|why| why.as_deref().map(str::to_owned))
-        };
-        CheckSnapshot {
-            name: self.name.to_string(),
-            state: self.state(),
-            critical: !self.degrading.load(Ordering::Acquire),
-            healthy: if overdue {
-                Some(false)
-            } else {
-                seen.as_ref().map(|seen| seen.result.is_ok())
-            },
-            reason,
-            age: seen
-                .as_ref()
-                .map(|seen| Duration::from_nanos(self.clock.now().saturating_sub(seen.at))),
-            took: seen.and_then(|seen| seen.took),
-        }
-    }
-}
-
-/// One line of printable characters, not too long.
-fn reason(said: String) -> Option<Arc<str>> {
-    let mut end = said.len().min(LONGEST_REASON);
-    while !said.is_char_boundary(end) {
-        end -= 1;
-    }
-    let line: String = said[..end].chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    let line = line.trim();
-    (!line.is_empty()).then(|| line.into())
-}
-
 impl fmt::Debug for Health {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let checks = self.checks();
@@ -494,9 +246,10 @@ impl fmt::Debug for Health {
 
 #[cfg(test)]
 mod tests {
-    use std::thread;
+    use std::{thread, time::Duration};
 
     use super::*;
+    use crate::call::nanos;
 
     #[test]
     fn names() {
@@ -506,14 +259,6 @@ mod tests {
         for bad in ["", " ", "a b", "a/b", "ä", "a\n", &"x".repeat(65)] {
             assert!(!is_name(bad), "{bad:?}");
         }
-    }
-
-    #[test]
-    fn reasons_are_one_short_line() {
-        assert_eq!(reason(" \n ".into()), None);
-        assert_eq!(reason("no\r\nroute\u{1b}[1m ".into()).as_deref(), Some("no  route [1m"));
-        assert_eq!(reason("ä".repeat(200)).map(|line| line.len()), Some(LONGEST_REASON));
-        assert_eq!(reason("a".to_owned() + &"ä".repeat(200)).map(|line| line.len()), Some(255));
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,6 +1,9 @@
 use std::{fmt, sync::Arc, thread, time::Duration};
 
-use super::registry::{CheckState, Entry, Registry};
+use super::{
+    entry::{CheckState, Entry},
+    registry::Registry,
+};
 
 /// Says how one check of a [`Health`](super::Health) is. Clones speak for the same check; it goes with the
 /// last of them.

@@ -1,0 +1,127 @@
+//! The probe that is a gRPC health check.
+
+use std::fmt;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
+use http_body::Body;
+use tokio::time::{Instant, timeout_at};
+use tower_service::Service;
+
+use super::{
+    over_http::{answer, parse, read},
+    probe::{Probe, ProbeFailure, opaque_debug},
+};
+use crate::{ConfigError, call::grpc};
+
+/// Asks `grpc.health.v1.Health/Check`. Made by [`HealthProbeLayer::grpc`](super::HealthProbeLayer::grpc).
+#[derive(Clone)]
+pub struct Grpc<F> {
+    uri: Uri,
+    message: Bytes,
+    body: F,
+}
+
+impl<F> Grpc<F> {
+    pub(super) fn new(origin: &str, service: &str, body: F) -> (Self, Option<ConfigError>) {
+        let uri = format!("{}/grpc.health.v1.Health/Check", origin.trim_end_matches('/'));
+        let (uri, fault) = match parse(&uri) {
+            Ok(uri) => (uri, None),
+            Err(_) => {
+                let remedy = "use `/`, or where it is: `http://host:port`";
+                (Uri::default(), Some(ConfigError::new("grpc.origin", origin, remedy)))
+            }
+        };
+        (Self { uri, message: check_request(service), body }, fault)
+    }
+}
+
+/// `HealthCheckRequest { service }` in a gRPC frame. Field 1 is a string; none is the empty one.
+fn check_request(service: &str) -> Bytes {
+    let mut message = BytesMut::new();
+    if !service.is_empty() {
+        message.put_u8(0x0a);
+        let mut length = service.len();
+        while length >= 0x80 {
+            message.put_u8(length as u8 | 0x80);
+            length >>= 7;
+        }
+        message.put_u8(length as u8);
+        message.put_slice(service.as_bytes());
+    }
+    let mut frame = BytesMut::with_capacity(5 + message.len());
+    frame.put_u8(0);
+    frame.put_u32(u32::try_from(message.len()).unwrap_or(u32::MAX));
+    frame.unsplit(message);
+    frame.freeze()
+}
+
+/// Whether a frame holds `HealthCheckResponse { status: SERVING }`. Other fields are not there, or of no concern
+/// as long as they come after.
+fn is_serving(frame: &[u8]) -> bool {
+    matches!(frame, [0, 0, 0, 0, 2..=u8::MAX, 0x08, 0x01, ..])
+}
+
+impl<S, F, B, RB> Probe<S> for Grpc<F>
+where
+    F: Fn(Bytes) -> B + Clone + Send + 'static,
+    S: Service<Request<B>, Response = Response<RB>> + Send + 'static,
+    S::Future: Send,
+    S::Error: Send + 'static,
+    B: Send + 'static,
+    RB: Body + Send,
+{
+    async fn run(self, service: S, deadline: Instant) -> Result<(), ProbeFailure> {
+        let mut request = Request::new((self.body)(self.message));
+        *request.method_mut() = Method::POST;
+        *request.uri_mut() = self.uri;
+        *request.version_mut() = Version::HTTP_2;
+        let headers = request.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        headers.insert(header::TE, HeaderValue::from_static("trailers"));
+
+        let (head, body) = answer(service, request, deadline).await?;
+        if head.status != StatusCode::OK {
+            return Err(ProbeFailure::Status(head.status));
+        }
+        let read = timeout_at(deadline, read(body, true)).await;
+        let read = read.map_err(|_| ProbeFailure::TimedOut)??;
+        match grpc::code(&head.headers).or_else(|| grpc::code(read.trailers.as_ref()?)) {
+            None => Err(ProbeFailure::Body),
+            Some(0) if is_serving(&read.data) => Ok(()),
+            Some(0) => Err(ProbeFailure::NotServing),
+            // It lives, and knows nothing of health: gRFC A17 takes it for healthy.
+            Some(grpc::UNIMPLEMENTED) => Ok(()),
+            Some(code) => Err(ProbeFailure::GrpcStatus(code)),
+        }
+    }
+}
+
+opaque_debug!(Grpc<F>);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_grpc_messages_are_prosts() {
+        use prost::Message;
+        use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
+
+        let framed = |message: Vec<u8>| {
+            let length = u32::try_from(message.len()).unwrap().to_be_bytes();
+            [&[0][..], &length, &message].concat()
+        };
+        for service in
+            ["", "search.Search", &"x".repeat(127), &"x".repeat(128), &"x".repeat(70_000)]
+        {
+            let theirs = HealthCheckRequest { service: service.to_owned() }.encode_to_vec();
+            assert_eq!(check_request(service), framed(theirs));
+        }
+        for status in 0..4 {
+            let theirs = framed(HealthCheckResponse { status }.encode_to_vec());
+            assert_eq!(is_serving(&theirs), status == 1, "{theirs:?}");
+        }
+        assert!(!is_serving(&[0, 0, 0, 0, 2, 8]), "cut off");
+    }
+}
