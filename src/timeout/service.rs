@@ -105,7 +105,7 @@ where
             }
         };
         let call = Some((watch, self.reject.clone()));
-        ResponseFuture { state, head: None, sending, call, of: std::marker::PhantomData }
+        ResponseFuture { state, waits_for: None, sending, call, of: std::marker::PhantomData }
     }
 }
 
@@ -115,8 +115,8 @@ pin_project! {
     pub struct ResponseFuture<F, Req, M, R> {
         #[pin]
         state: Stand<F>,
-        // When the head is due, once the request has been sent.
-        head: Option<Instant>,
+        // What the timer is for, once nothing can change that.
+        waits_for: Option<Phase>,
         sending: Option<Arc<Sending>>,
         call: Option<(Watch, R)>,
         of: std::marker::PhantomData<fn(Req, M)>,
@@ -164,24 +164,27 @@ where
                         }
                     }
                     Poll::Pending => {
-                        let Some((watch, _)) = this.call else {
-                            unreachable!("polled after completion")
-                        };
-                        match watch.wait(this.head, this.sending.as_ref(), cx) {
-                            Next::Forever => return Poll::Pending,
-                            Next::Stalled => Phase::Sending,
-                            Next::Until(at, phase) => {
-                                match timer.as_mut().as_pin_mut() {
-                                    None => timer.set(Some(sleep_until(at))),
-                                    Some(timer) if timer.deadline() != at => timer.reset(at),
-                                    Some(_) => {}
+                        let phase = match *this.waits_for {
+                            Some(phase) => phase,
+                            None => {
+                                let Some((watch, _)) = this.call else {
+                                    unreachable!("polled after completion")
+                                };
+                                match watch.wait(this.sending.as_ref(), cx) {
+                                    Next::Forever => return Poll::Pending,
+                                    Next::Stalled => Phase::Sending,
+                                    Next::Until { at, phase, is_final } => {
+                                        set(timer.as_mut(), at);
+                                        *this.waits_for = is_final.then_some(phase);
+                                        phase
+                                    }
                                 }
-                                if let Some(timer) = timer.as_pin_mut() {
-                                    ready!(timer.poll(cx));
-                                }
-                                phase
                             }
+                        };
+                        if let (Some(timer), true) = (timer.as_pin_mut(), phase != Phase::Sending) {
+                            ready!(timer.poll(cx));
                         }
+                        phase
                     }
                 },
                 StandProj::Refused { rejected } => {
@@ -202,6 +205,15 @@ where
             // The call ends here: with it goes whatever a layer further in holds.
             this.state.set(Stand::Refused { rejected: Some(rejected) });
         }
+    }
+}
+
+#[inline]
+fn set(mut timer: Pin<&mut Option<Sleep>>, at: Instant) {
+    match timer.as_mut().as_pin_mut() {
+        None => timer.set(Some(sleep_until(at))),
+        Some(timer) if timer.deadline() != at => timer.reset(at),
+        Some(_) => {}
     }
 }
 

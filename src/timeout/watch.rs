@@ -22,8 +22,8 @@ pub struct Watch {
 
 /// What a call does next while it waits.
 pub(super) enum Next {
-    /// It goes on waiting, up to here.
-    Until(Instant, Phase),
+    /// It goes on waiting, up to here. Final: nothing that happens will change that.
+    Until { at: Instant, phase: Phase, is_final: bool },
     /// For ever.
     Forever,
     /// Its request body fell silent.
@@ -56,26 +56,28 @@ impl Watch {
     }
 
     /// The head is not here yet.
-    pub(super) fn wait(
-        &mut self,
-        head: &mut Option<Instant>,
-        sending: Option<&Arc<Sending>>,
-        cx: &mut Context<'_>,
-    ) -> Next {
+    #[inline]
+    pub(super) fn wait(&mut self, sending: Option<&Arc<Sending>>, cx: &mut Context<'_>) -> Next {
         self.begin();
         let stage = sending.map_or(Stage::Sent, |sending| sending.poll(cx));
-        if stage == Stage::Stalled {
-            return Next::Stalled;
-        }
-        if head.is_none() && stage != Stage::Sending {
-            *head =
-                self.timeouts.get(Phase::Head).and_then(|limit| Instant::now().checked_add(limit));
-        }
-        match (*head, self.end) {
-            (Some(head), Some((end, phase))) if end <= head => Next::Until(end, phase),
-            (Some(head), _) => Next::Until(head, Phase::Head),
-            (None, Some((end, phase))) => Next::Until(end, phase),
-            (None, None) => Next::Forever,
-        }
+        let (at, phase) = match stage {
+            Stage::Stalled => return Next::Stalled,
+            Stage::Sending => match self.end {
+                None => return Next::Forever,
+                Some(end) => end,
+            },
+            // It has been sent just now: from here on the head is waited for.
+            Stage::Sent | Stage::Answered => {
+                let head = self.timeouts.get(Phase::Head);
+                let head = head.and_then(|limit| Instant::now().checked_add(limit));
+                match (head, self.end) {
+                    (None, None) => return Next::Forever,
+                    (Some(head), Some((end, _))) if head < end => (head, Phase::Head),
+                    (_, Some(end)) => end,
+                    (Some(head), None) => (head, Phase::Head),
+                }
+            }
+        };
+        Next::Until { at, phase, is_final: stage != Stage::Sending }
     }
 }
