@@ -170,7 +170,12 @@ impl State {
         }
     }
 
+    /// What needs no waiting is done when this returns.
     pub(super) fn ask_to_end(&self) {
+        self.go_to(Phase::Draining);
+        if self.times(|times| times.delay.is_zero()) {
+            self.go_to(Phase::Stopping);
+        }
         self.asked.send_modify(|asked| *asked = asked.saturating_add(1));
     }
 
