@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::{
     ours::retry_default,
-    peers::{naive_retry, tr_retry},
+    peers::naive_retry,
     picture::Chart,
     report::{Case, Play, Seen, less, plain, row},
     world::{Call, Client, Clock, Upstream, play, secs, status},
