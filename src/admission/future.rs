@@ -194,9 +194,13 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
             let Some(request) = this.request.as_ref() else {
                 unreachable!("polled after completion")
             };
-            match this.policy.admit(request, || this.protocol.deadline(request)) {
-                Admit::Go(permit) => *this.permit = Some(permit),
-                Admit::Wait(wait) => *this.wait = Some(wait),
+            let permit = this.permit.insert(Permit::hollow());
+            match this.policy.admit(request, || this.protocol.deadline(request), permit) {
+                Admit::Go => {}
+                Admit::Wait(wait) => {
+                    *this.permit = None;
+                    *this.wait = Some(wait);
+                }
                 Admit::No(rejected) => return Poll::Ready(Err(Stop::Rejected(rejected))),
             }
         }

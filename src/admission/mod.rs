@@ -16,9 +16,10 @@ use crate::call::{Finish, LayerKind, Permit, Rejected};
 
 /// What a policy says to a call.
 #[derive(Debug)]
-pub enum Admit<T, W> {
-    /// Now.
-    Go(T),
+pub enum Admit<W> {
+    /// Now: the permit is where the caller wanted it. Not in here, among what takes other shapes: reading it
+    /// out again would wait for the stores that have just put it in.
+    Go,
     /// When this future says so. Dropping it gives the place back. Boxed: only who waits pays for it.
     Wait(Pin<Box<W>>),
     /// No.
@@ -38,12 +39,14 @@ pub trait Policy<Req>: Clone + Send + Sync + 'static {
     /// Would a call go now? Reserves nothing; a wrong answer costs time, never correctness.
     fn peek(&self) -> bool;
 
-    /// May this one go? `deadline` tells when its caller needs the answer.
+    /// May this one go? `deadline` tells when its caller needs the answer. If it goes, its permit is put
+    /// into `permit`, which is hollow.
     fn admit(
         &self,
         request: &Req,
         deadline: impl FnOnce() -> Option<Instant>,
-    ) -> Admit<Permit<Self::State>, Self::Wait>;
+        permit: &mut Permit<Self::State>,
+    ) -> Admit<Self::Wait>;
 
     /// Is this permit, given but not used yet, worth nothing any more?
     fn is_stale(&self, permit: &Permit<Self::State>) -> bool {

@@ -10,7 +10,7 @@ use super::{
     future::{Parked, State},
     shut::{HoldBack, ShutWatch},
 };
-use crate::call::{Label, Protocol, Reject, Rejected};
+use crate::call::{Label, Permit, Protocol, Reject, Rejected};
 
 /// The service behind every admission layer.
 pub(crate) struct Admission<S, P, M, R> {
@@ -131,25 +131,24 @@ where
     #[inline]
     fn call(&mut self, mut request: Req) -> Self::Future {
         self.promised = false;
+        let mut permit = Permit::hollow();
         let admit = match &self.fault {
-            None => self.policy.admit(&request, || self.protocol.deadline(&request)),
+            None => self.policy.admit(&request, || self.protocol.deadline(&request), &mut permit),
             Some(fault) => Admit::No(Rejected::misconfigured(P::LAYER, fault.clone())),
         };
         let form = self.reject.form(&request);
         let state = match admit {
-            Admit::Go(mut permit) if self.readiness == Readiness::Ready => {
+            Admit::Go if self.readiness == Readiness::Ready => {
                 self.readiness = Readiness::Untouched;
                 let call = self.protocol.begin(&mut request, &mut permit);
                 let future = permit.guard(|| self.inner.call(request));
-                State::called(future, permit, call)
+                State::called(future, permit.take(), call)
             }
-            refused_or_later => {
+            Admit::Go => State::parked(self.park(request).with_permit(permit)),
+            Admit::Wait(wait) => State::parked(self.park(request).with_wait(wait)),
+            Admit::No(rejected) => {
                 self.let_go();
-                match refused_or_later {
-                    Admit::No(rejected) => State::refused(rejected),
-                    Admit::Go(permit) => State::parked(self.park(request).with_permit(permit)),
-                    Admit::Wait(wait) => State::parked(self.park(request).with_wait(wait)),
-                }
+                State::refused(rejected)
             }
         };
         ResponseFuture::new(state, form, self.reject.clone())
@@ -157,10 +156,11 @@ where
 }
 
 impl<S: Clone, P: Clone, M: Clone, R> Admission<S, P, M, R> {
-    fn park<Req>(&self, request: Req) -> Parked<S, Req, P, M>
+    fn park<Req>(&mut self, request: Req) -> Parked<S, Req, P, M>
     where
         P: Policy<Req>,
     {
+        self.let_go();
         Parked::new(self.inner.clone(), request, self.policy.clone(), self.protocol.clone())
     }
 }

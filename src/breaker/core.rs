@@ -20,8 +20,7 @@ use super::{
 };
 use crate::{
     call::{
-        Clock, Finish, Hold, Label, LayerKind, Nanos, Outcome, Permit, Rejected, RejectedKind,
-        Shared, Token, nanos,
+        Clock, Finish, Hold, Label, LayerKind, Nanos, Outcome, Rejected, RejectedKind, Token, nanos,
     },
     event,
 };
@@ -247,35 +246,33 @@ impl Circuit {
     // ===== Calls =====
 
     #[inline]
-    pub(super) fn admit(circuit: &Shared<Self>) -> Result<Permit<Self>, Refusal> {
-        match circuit.cell.goes() {
-            Some(generation) if !circuit.cell.measures() => {
-                Ok(circuit.permit(Token { tag: generation, started: 0 }))
-            }
-            _ => Self::admit_slowly(circuit),
+    pub(super) fn enter(&self) -> Result<Token, Refusal> {
+        match self.cell.goes() {
+            Some(generation) if !self.cell.measures() => Ok(Token { tag: generation, started: 0 }),
+            _ => self.enter_slowly(),
         }
     }
 
     #[inline(never)]
-    fn admit_slowly(circuit: &Shared<Self>) -> Result<Permit<Self>, Refusal> {
-        let (answer, change) = circuit.cell.admit(|| circuit.now(), fastrand::f64);
-        circuit.tell(change);
+    fn enter_slowly(&self) -> Result<Token, Refusal> {
+        let (answer, change) = self.cell.admit(|| self.now(), fastrand::f64);
+        self.tell(change);
         let ticket = match answer {
             Ok(ticket) => ticket,
-            Err(_) if circuit.is_shadow() => {
-                circuit.shadowed.fetch_add(1, Ordering::Relaxed);
+            Err(_) if self.is_shadow() => {
+                self.shadowed.fetch_add(1, Ordering::Relaxed);
                 Ticket { generation: NO_GENERATION, probe: false }
             }
             Err(refusal) => return Err(refusal),
         };
         if ticket.probe {
             // It may have been the last slot: nobody need wait for the inner service any more.
-            circuit.changed.notify_waiters();
+            self.changed.notify_waiters();
         }
         // One more than the time: 0 says that nobody measures.
-        let started = if circuit.cell.measures() { circuit.now().saturating_add(1) } else { 0 };
+        let started = if self.cell.measures() { self.now().saturating_add(1) } else { 0 };
         let tag = ticket.generation | if ticket.probe { PROBE } else { 0 };
-        Ok(circuit.permit(Token { tag, started }))
+        Ok(Token { tag, started })
     }
 
     pub(super) fn refuse(&self, refusal: Refusal) -> Rejected {

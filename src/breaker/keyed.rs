@@ -150,8 +150,9 @@ where
         &self,
         request: &Req,
         deadline: impl FnOnce() -> Option<Instant>,
-    ) -> Admit<Permit<Circuit>, Verdict> {
-        policy::admit(&self.circuits.find(&self.key.key(request)), deadline())
+        permit: &mut Permit<Circuit>,
+    ) -> Admit<Verdict> {
+        policy::admit(&self.circuits.find(&self.key.key(request)), deadline(), permit)
     }
 
     fn is_stale(&self, permit: &Permit<Circuit>) -> bool {

@@ -35,8 +35,9 @@ impl<Req> Policy<Req> for Shared<Circuit> {
         &self,
         _: &Req,
         deadline: impl FnOnce() -> Option<Instant>,
-    ) -> Admit<Permit<Circuit>, Verdict> {
-        admit(self, deadline())
+        permit: &mut Permit<Circuit>,
+    ) -> Admit<Verdict> {
+        admit(self, deadline(), permit)
     }
 
     fn is_stale(&self, permit: &Permit<Circuit>) -> bool {
@@ -70,13 +71,17 @@ pub(super) fn is_stale(permit: &Permit<Circuit>) -> bool {
 pub(super) fn admit(
     circuit: &Shared<Circuit>,
     deadline: Option<Instant>,
-) -> Admit<Permit<Circuit>, Verdict> {
+    permit: &mut Permit<Circuit>,
+) -> Admit<Verdict> {
     // Nobody waits for it any more: no call, and above all no probe.
     if has_passed(deadline) && !circuit.is_shadow() {
         return Admit::No(circuit.refuse_late());
     }
-    match Circuit::admit(circuit) {
-        Ok(permit) => Admit::Go(permit),
+    match circuit.enter() {
+        Ok(token) => {
+            permit.fill(circuit.permit(token));
+            Admit::Go
+        }
         Err(refusal) => refused(circuit, refusal, deadline),
     }
 }
@@ -86,7 +91,7 @@ fn refused(
     circuit: &Shared<Circuit>,
     refusal: Refusal,
     deadline: Option<Instant>,
-) -> Admit<Permit<Circuit>, Verdict> {
+) -> Admit<Verdict> {
     if refusal == Refusal::Probing {
         if let Some(wait) = Verdict::begin(circuit, deadline) {
             return Admit::Wait(Box::pin(wait));
@@ -144,8 +149,8 @@ impl Future for Verdict {
                 return Poll::Ready(Err(circuit.refuse_late()));
             }
             // Looked at only after the waker is in place: a change in between is not missed.
-            match Circuit::admit(circuit) {
-                Ok(permit) => return Poll::Ready(Ok(permit)),
+            match circuit.enter() {
+                Ok(token) => return Poll::Ready(Ok(circuit.permit(token))),
                 Err(Refusal::Probing) if told => continue,
                 Err(Refusal::Probing) => {}
                 Err(refusal) => return Poll::Ready(Err(circuit.refuse(refusal))),

@@ -139,6 +139,13 @@ impl<T: Finish + ?Sized> Permit<T> {
         Self { state: self.state.take(), token: self.token, drop_as: self.drop_as }
     }
 
+    /// Puts a permit into a hollow one: there is nothing to drop.
+    #[inline]
+    pub(crate) fn fill(&mut self, permit: Self) {
+        debug_assert!(self.state.is_none(), "two permits for one call");
+        mem::forget(mem::replace(self, permit));
+    }
+
     /// Tells the state what the head said.
     #[inline]
     pub(crate) fn head(&mut self, so_far: Outcome) {

@@ -240,13 +240,15 @@ impl<Req> Policy<Req> for Shared<State> {
         &self,
         _: &Req,
         _: impl FnOnce() -> Option<Instant>,
-    ) -> Admit<Permit<State>, Self::Wait> {
+        permit: &mut Permit<State>,
+    ) -> Admit<Self::Wait> {
         // Counted first, looked at after: whoever sees the phase changed and nothing in flight is right.
         self.in_flight.fetch_add(1, SeqCst);
-        let permit = self.permit(Token::default());
+        permit.fill(self.permit(Token::default()));
         if self.is_open() {
-            return Admit::Go(permit);
+            return Admit::Go;
         }
+        drop(permit.take());
         self.refused.fetch_add(1, SeqCst);
         event!(DEBUG, "call refused: shutting down");
         let rejected = Rejected::by(LayerKind::Lifecycle, RejectedKind::ShuttingDown);

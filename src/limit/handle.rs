@@ -9,7 +9,7 @@ use super::{
 use crate::{
     ConfigError,
     admission::{Admit, Policy},
-    call::{Indicator, Rejected, RejectedKind, Shared},
+    call::{Indicator, Permit, Rejected, RejectedKind, Shared},
 };
 
 /// Looks at a concurrency limit and resizes it, from outside of the stack.
@@ -101,11 +101,12 @@ impl ConcurrencyLimitHandle {
     ///
     /// As a call that has to wait does: outside of a Tokio runtime with timers.
     pub async fn acquire(&self) -> Result<HeldPlace, Rejected> {
-        let permit = match Policy::<()>::admit(&self.0, &(), || None) {
-            Admit::Go(permit) => permit,
-            Admit::Wait(wait) => wait.await?,
+        let mut permit = Permit::hollow();
+        match Policy::<()>::admit(&self.0, &(), || None, &mut permit) {
+            Admit::Go => {}
+            Admit::Wait(wait) => permit = wait.await?,
             Admit::No(rejected) => return Err(rejected),
-        };
+        }
         Ok(HeldPlace::own(permit))
     }
 

@@ -28,15 +28,16 @@ impl<Req> Policy<Req> for Shared<Limiter> {
         &self,
         _: &Req,
         deadline: impl FnOnce() -> Option<Instant>,
-    ) -> Admit<Permit<Limiter>, Wait> {
+        permit: &mut Permit<Limiter>,
+    ) -> Admit<Wait> {
         let deadline = deadline();
         if has_passed(deadline) {
-            return turned_away(self, RejectedKind::DeadlinePassed);
+            return turned_away(self, RejectedKind::DeadlinePassed, permit);
         }
-        if let Some(token) = self.enter() {
-            return Admit::Go(self.permit(token));
+        match self.enter() {
+            Some(token) => goes(self, token, permit),
+            None => entered(self, self.join(), deadline, permit),
         }
-        entered(self, self.join(), deadline)
     }
 }
 
@@ -54,36 +55,48 @@ impl<Req, K: Sort<Req>> Policy<Req> for Sorted<K> {
         &self,
         request: &Req,
         deadline: impl FnOnce() -> Option<Instant>,
-    ) -> Admit<Permit<Limiter>, Wait> {
+        permit: &mut Permit<Limiter>,
+    ) -> Admit<Wait> {
         let (limiter, claim) = (&self.limiter, self.sort.claim(request));
         if claim.exempt {
-            return Admit::Go(limiter.permit(limiter.enter_exempt()));
+            return goes(limiter, limiter.enter_exempt(), permit);
         }
         let deadline = deadline();
         if has_passed(deadline) {
-            return turned_away(limiter, RejectedKind::DeadlinePassed);
+            return turned_away(limiter, RejectedKind::DeadlinePassed, permit);
         }
-        entered(limiter, limiter.enter_as(claim), deadline)
+        entered(limiter, limiter.enter_as(claim), deadline, permit)
     }
+}
+
+#[inline]
+fn goes(limiter: &Shared<Limiter>, token: Token, permit: &mut Permit<Limiter>) -> Admit<Wait> {
+    permit.fill(limiter.permit(token));
+    Admit::Go
 }
 
 fn entered(
     limiter: &Shared<Limiter>,
     entry: Result<Entry, RejectedKind>,
     deadline: Option<Instant>,
-) -> Admit<Permit<Limiter>, Wait> {
+    permit: &mut Permit<Limiter>,
+) -> Admit<Wait> {
     match entry {
-        Ok(Entry::In(token)) => Admit::Go(limiter.permit(token)),
+        Ok(Entry::In(token)) => goes(limiter, token, permit),
         Ok(Entry::Waits(place)) => {
             Admit::Wait(Box::pin(Wait::new(limiter.clone(), place, deadline)))
         }
-        Err(kind) => turned_away(limiter, kind),
+        Err(kind) => turned_away(limiter, kind, permit),
     }
 }
 
-fn turned_away(limiter: &Shared<Limiter>, kind: RejectedKind) -> Admit<Permit<Limiter>, Wait> {
+fn turned_away(
+    limiter: &Shared<Limiter>,
+    kind: RejectedKind,
+    permit: &mut Permit<Limiter>,
+) -> Admit<Wait> {
     match limiter.turn_away(kind) {
-        Ok(token) => Admit::Go(limiter.permit(token)),
+        Ok(token) => goes(limiter, token, permit),
         Err(rejected) => Admit::No(rejected),
     }
 }

@@ -131,10 +131,13 @@ impl<Req> Policy<Req> for Shared<Meter> {
         &self,
         _: &Req,
         _: impl FnOnce() -> Option<Instant>,
-    ) -> Admit<Permit<Meter>, Self::Wait> {
+        permit: &mut Permit<Meter>,
+    ) -> Admit<Self::Wait> {
         self.begun.fetch_add(1, Relaxed);
         // One more than the time: 0 says that it has been taken.
-        Admit::Go(self.permit(Token { tag: 0, started: self.clock.now().saturating_add(1) }))
+        let started = self.clock.now().saturating_add(1);
+        permit.fill(self.permit(Token { tag: 0, started }));
+        Admit::Go
     }
 }
 

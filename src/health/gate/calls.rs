@@ -80,13 +80,14 @@ impl<Req> Policy<Req> for Shared<Gate> {
         &self,
         _: &Req,
         _: impl FnOnce() -> Option<Instant>,
-    ) -> Admit<Permit<Gate>, Self::Wait> {
-        match self.lets_through() {
-            Some(word) if word & LISTENS != 0 => Admit::Go(self.permit(Token::default())),
-            // Nobody wants to hear how it ends.
-            Some(_) => Admit::Go(Permit::hollow()),
-            None => Admit::No(self.refuse()),
+        permit: &mut Permit<Gate>,
+    ) -> Admit<Self::Wait> {
+        let Some(word) = self.lets_through() else { return Admit::No(self.refuse()) };
+        // Else nobody wants to hear how it ends.
+        if word & LISTENS != 0 {
+            permit.fill(self.permit(Token::default()));
         }
+        Admit::Go
     }
 
     fn shut(&self, _: Option<&Permit<Gate>>) -> Option<Arc<Notify>> {
