@@ -222,9 +222,16 @@ impl<T: Finish + ?Sized> Drop for Permit<T> {
     #[inline]
     fn drop(&mut self) {
         if let Some(state) = self.state.take() {
-            state.finish(self.token, self.drop_as);
+            dropped(state, self.token, self.drop_as);
         }
     }
+}
+
+/// By value: a permit whose address nobody wants can stay in registers.
+#[cold]
+#[inline(never)]
+fn dropped<T: Finish + ?Sized>(state: Shared<T>, token: Token, outcome: Outcome) {
+    state.finish(token, outcome);
 }
 
 impl<T: Finish + ?Sized> fmt::Debug for Permit<T> {
