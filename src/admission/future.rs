@@ -194,13 +194,9 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
             let Some(request) = this.request.as_ref() else {
                 unreachable!("polled after completion")
             };
-            let permit = this.permit.insert(Permit::hollow());
-            match this.policy.admit(request, || this.protocol.deadline(request), permit) {
-                Admit::Go => {}
-                Admit::Wait(wait) => {
-                    *this.permit = None;
-                    *this.wait = Some(wait);
-                }
+            match this.policy.admit(request, || this.protocol.deadline(request)) {
+                Admit::Go(pass) => *this.permit = Some(this.policy.permit(pass)),
+                Admit::Wait(wait) => *this.wait = Some(wait),
                 Admit::No(rejected) => return Poll::Ready(Err(Stop::Rejected(rejected))),
             }
         }
@@ -208,7 +204,7 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
         else {
             unreachable!("polled after completion")
         };
-        let call = this.protocol.begin(&mut request, &mut permit);
+        let call = this.protocol.begin(&mut request, || permit.take());
         let future = permit.guard(|| this.service.call(request));
         Poll::Ready(Ok((future, permit, call)))
     }

@@ -16,10 +16,9 @@ use crate::call::{Finish, LayerKind, Permit, Rejected};
 
 /// What a policy says to a call.
 #[derive(Debug)]
-pub enum Admit<W> {
-    /// Now: the permit is where the caller wanted it. Not in here, among what takes other shapes: reading it
-    /// out again would wait for the stores that have just put it in.
-    Go,
+pub enum Admit<T, W> {
+    /// Now.
+    Go(T),
     /// When this future says so. Dropping it gives the place back. Boxed: only who waits pays for it.
     Wait(Pin<Box<W>>),
     /// No.
@@ -30,6 +29,9 @@ pub enum Admit<W> {
 pub trait Policy<Req>: Clone + Send + Sync + 'static {
     /// What its permits end at.
     type State: Finish;
+    /// What a call that goes has its permit for. Small: it stays in registers until the inner service has been
+    /// called, where a permit would be written and read again at once, which takes as long as all the rest.
+    type Pass;
     /// A place in its queue; [`std::future::Ready`] where nobody waits.
     type Wait: Future<Output = Result<Permit<Self::State>, Rejected>> + Send;
 
@@ -39,14 +41,15 @@ pub trait Policy<Req>: Clone + Send + Sync + 'static {
     /// Would a call go now? Reserves nothing; a wrong answer costs time, never correctness.
     fn peek(&self) -> bool;
 
-    /// May this one go? `deadline` tells when its caller needs the answer. If it goes, its permit is put
-    /// into `permit`, which is hollow.
+    /// May this one go? `deadline` tells when its caller needs the answer.
     fn admit(
         &self,
         request: &Req,
         deadline: impl FnOnce() -> Option<Instant>,
-        permit: &mut Permit<Self::State>,
-    ) -> Admit<Self::Wait>;
+    ) -> Admit<Self::Pass, Self::Wait>;
+
+    /// The permit of a call that goes.
+    fn permit(&self, pass: Self::Pass) -> Permit<Self::State>;
 
     /// Is this permit, given but not used yet, worth nothing any more?
     fn is_stale(&self, permit: &Permit<Self::State>) -> bool {

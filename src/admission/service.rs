@@ -10,7 +10,7 @@ use super::{
     future::{Parked, State},
     shut::{HoldBack, ShutWatch},
 };
-use crate::call::{Label, Permit, Protocol, Reject, Rejected};
+use crate::call::{Label, Outcome, Permit, Protocol, Reason, Reject, Rejected};
 
 /// The service behind every admission layer.
 pub(crate) struct Admission<S, P, M, R> {
@@ -131,20 +131,23 @@ where
     #[inline]
     fn call(&mut self, mut request: Req) -> Self::Future {
         self.promised = false;
-        let mut permit = Permit::hollow();
         let admit = match &self.fault {
-            None => self.policy.admit(&request, || self.protocol.deadline(&request), &mut permit),
+            None => self.policy.admit(&request, || self.protocol.deadline(&request)),
             Some(fault) => Admit::No(Rejected::misconfigured(P::LAYER, fault.clone())),
         };
         let form = self.reject.form(&request);
         let state = match admit {
-            Admit::Go if self.readiness == Readiness::Ready => {
+            Admit::Go(pass) if self.readiness == Readiness::Ready => {
                 self.readiness = Readiness::Untouched;
-                let call = self.protocol.begin(&mut request, &mut permit);
-                let future = permit.guard(|| self.inner.call(request));
-                State::called(future, permit.take(), call)
+                let mut leaving = Leaving::<Req, P> { policy: &self.policy, pass: Some(pass) };
+                let call = self.protocol.begin(&mut request, || leaving.permit());
+                let future = self.inner.call(request);
+                State::called(future, leaving.permit(), call)
             }
-            Admit::Go => State::parked(self.park(request).with_permit(permit)),
+            Admit::Go(pass) => {
+                let permit = self.policy.permit(pass);
+                State::parked(self.park(request).with_permit(permit))
+            }
             Admit::Wait(wait) => State::parked(self.park(request).with_wait(wait)),
             Admit::No(rejected) => {
                 self.let_go();
@@ -153,6 +156,35 @@ where
         };
         ResponseFuture::new(state, form, self.reject.clone())
     }
+}
+
+/// A call on its way to the inner service: if that panics, the call has failed.
+struct Leaving<'a, Req, P: Policy<Req>> {
+    policy: &'a P,
+    pass: Option<P::Pass>,
+}
+
+impl<Req, P: Policy<Req>> Leaving<'_, Req, P> {
+    /// Its permit; a spent one if it was given out already.
+    #[inline]
+    fn permit(&mut self) -> Permit<P::State> {
+        self.pass.take().map_or(Permit::hollow(), |pass| self.policy.permit(pass))
+    }
+}
+
+impl<Req, P: Policy<Req>> Drop for Leaving<'_, Req, P> {
+    #[inline]
+    fn drop(&mut self) {
+        if let Some(pass) = self.pass.take() {
+            panicked(self.policy, pass);
+        }
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn panicked<Req, P: Policy<Req>>(policy: &P, pass: P::Pass) {
+    policy.permit(pass).finish(Outcome::failure().because(Reason::Panicked));
 }
 
 impl<S: Clone, P: Clone, M: Clone, R> Admission<S, P, M, R> {

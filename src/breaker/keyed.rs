@@ -22,7 +22,7 @@ use super::{
 use crate::{
     ConfigError,
     admission::{Admit, Plan, Policy, admission_layer},
-    call::{LayerKind, Nanos, Origin, Permit, Shared},
+    call::{LayerKind, Nanos, Origin, Permit, Shared, Token},
 };
 
 /// What of a request tells which circuit it belongs to. Any closure over the request is one.
@@ -137,6 +137,7 @@ where
     Q: Clone + Eq + Hash + Send + Sync + 'static,
 {
     type State = Circuit;
+    type Pass = (Shared<Circuit>, Token);
     type Wait = Verdict;
 
     const LAYER: LayerKind = LayerKind::CircuitBreaker;
@@ -150,9 +151,17 @@ where
         &self,
         request: &Req,
         deadline: impl FnOnce() -> Option<Instant>,
-        permit: &mut Permit<Circuit>,
-    ) -> Admit<Verdict> {
-        policy::admit(&self.circuits.find(&self.key.key(request)), deadline(), permit)
+    ) -> Admit<Self::Pass, Verdict> {
+        let circuit = self.circuits.find(&self.key.key(request));
+        match policy::admit(&circuit, deadline()) {
+            Admit::Go(token) => Admit::Go((circuit, token)),
+            Admit::Wait(wait) => Admit::Wait(wait),
+            Admit::No(rejected) => Admit::No(rejected),
+        }
+    }
+
+    fn permit(&self, (circuit, token): Self::Pass) -> Permit<Circuit> {
+        circuit.permit(token)
     }
 
     fn is_stale(&self, permit: &Permit<Circuit>) -> bool {

@@ -16,11 +16,12 @@ use tokio::{
 use super::{core::Circuit, state::Refusal};
 use crate::{
     admission::{Admit, Policy},
-    call::{LayerKind, Permit, Rejected, Shared, has_passed},
+    call::{LayerKind, Permit, Rejected, Shared, Token, has_passed},
 };
 
 impl<Req> Policy<Req> for Shared<Circuit> {
     type State = Circuit;
+    type Pass = Token;
     type Wait = Verdict;
 
     const LAYER: LayerKind = LayerKind::CircuitBreaker;
@@ -31,13 +32,13 @@ impl<Req> Policy<Req> for Shared<Circuit> {
     }
 
     #[inline]
-    fn admit(
-        &self,
-        _: &Req,
-        deadline: impl FnOnce() -> Option<Instant>,
-        permit: &mut Permit<Circuit>,
-    ) -> Admit<Verdict> {
-        admit(self, deadline(), permit)
+    fn admit(&self, _: &Req, deadline: impl FnOnce() -> Option<Instant>) -> Admit<Token, Verdict> {
+        admit(self, deadline())
+    }
+
+    #[inline]
+    fn permit(&self, token: Token) -> Permit<Circuit> {
+        Shared::permit(self, token)
     }
 
     fn is_stale(&self, permit: &Permit<Circuit>) -> bool {
@@ -68,20 +69,13 @@ pub(super) fn is_stale(permit: &Permit<Circuit>) -> bool {
 }
 
 #[inline]
-pub(super) fn admit(
-    circuit: &Shared<Circuit>,
-    deadline: Option<Instant>,
-    permit: &mut Permit<Circuit>,
-) -> Admit<Verdict> {
+pub(super) fn admit(circuit: &Shared<Circuit>, deadline: Option<Instant>) -> Admit<Token, Verdict> {
     // Nobody waits for it any more: no call, and above all no probe.
     if has_passed(deadline) && !circuit.is_shadow() {
         return Admit::No(circuit.refuse_late());
     }
     match circuit.enter() {
-        Ok(token) => {
-            permit.fill(circuit.permit(token));
-            Admit::Go
-        }
+        Ok(token) => Admit::Go(token),
         Err(refusal) => refused(circuit, refusal, deadline),
     }
 }
@@ -91,7 +85,7 @@ fn refused(
     circuit: &Shared<Circuit>,
     refusal: Refusal,
     deadline: Option<Instant>,
-) -> Admit<Verdict> {
+) -> Admit<Token, Verdict> {
     if refusal == Refusal::Probing {
         if let Some(wait) = Verdict::begin(circuit, deadline) {
             return Admit::Wait(Box::pin(wait));

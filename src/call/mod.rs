@@ -49,6 +49,8 @@ pub use self::{
 
 #[cfg(feature = "timeout")]
 pub(crate) use self::far::{Far, Found};
+#[cfg(feature = "limit")]
+pub(crate) use self::permit::Giver;
 #[cfg(feature = "percentile")]
 pub(crate) use self::recent::Recent;
 pub(crate) use self::{

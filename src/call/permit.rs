@@ -27,7 +27,7 @@ impl<T: Finish> Shared<T> {
         feature = "limit"
     ))]
     pub(crate) fn permit(&self, token: Token) -> Permit<T> {
-        Permit { state: Some(self.clone()), token, drop_as: Outcome::cancelled() }
+        Permit::new(Giver::Counted(self.clone()), token)
     }
 }
 
@@ -64,6 +64,45 @@ impl<T: ?Sized> Deref for Shared<T> {
     #[inline]
     fn deref(&self) -> &T {
         &self.0
+    }
+}
+
+/// Who gave a permit, as the permit has it.
+pub(crate) enum Giver<T: ?Sized + 'static> {
+    /// Lives as long as its permits.
+    Counted(Shared<T>),
+    /// Lives for ever: its permits need not count, which saves two atomics a call.
+    Lasting(&'static T),
+}
+
+impl<T: Finish> Giver<T> {
+    fn erase(self) -> Giver<dyn Finish> {
+        match self {
+            Self::Counted(state) => Giver::Counted(state.erase()),
+            Self::Lasting(state) => Giver::Lasting(state),
+        }
+    }
+}
+
+impl<T: ?Sized> Clone for Giver<T> {
+    #[inline]
+    fn clone(&self) -> Self {
+        match self {
+            Self::Counted(state) => Self::Counted(state.clone()),
+            Self::Lasting(state) => Self::Lasting(state),
+        }
+    }
+}
+
+impl<T: ?Sized> Deref for Giver<T> {
+    type Target = T;
+
+    #[inline]
+    fn deref(&self) -> &T {
+        match self {
+            Self::Counted(state) => state,
+            Self::Lasting(state) => state,
+        }
     }
 }
 
@@ -110,7 +149,7 @@ pub trait Finish: Send + Sync + 'static {
 /// head has been seen, as [`end_dropped_as`](Self::end_dropped_as) said, or as a failure if the call's
 /// own code panicked under its [`guard`](Self::guard). A spent permit is hollow.
 pub struct Permit<T: Finish + ?Sized = dyn Finish> {
-    state: Option<Shared<T>>,
+    state: Option<Giver<T>>,
     token: Token,
     drop_as: Outcome,
 }
@@ -139,13 +178,6 @@ impl<T: Finish + ?Sized> Permit<T> {
         Self { state: self.state.take(), token: self.token, drop_as: self.drop_as }
     }
 
-    /// Puts a permit into a hollow one: there is nothing to drop.
-    #[inline]
-    pub(crate) fn fill(&mut self, permit: Self) {
-        debug_assert!(self.state.is_none(), "two permits for one call");
-        mem::forget(mem::replace(self, permit));
-    }
-
     /// Tells the state what the head said.
     #[inline]
     pub(crate) fn head(&mut self, so_far: Outcome) {
@@ -156,8 +188,8 @@ impl<T: Finish + ?Sized> Permit<T> {
 
     /// Who gave it, unless it is spent.
     #[cfg(feature = "breaker")]
-    pub(crate) fn state(&self) -> Option<&Shared<T>> {
-        self.state.as_ref()
+    pub(crate) fn state(&self) -> Option<&T> {
+        self.state.as_deref()
     }
 
     /// What it remembers of its admission.
@@ -200,11 +232,16 @@ impl<T: Finish + ?Sized> Permit<T> {
 }
 
 impl<T: Finish> Permit<T> {
+    #[inline]
+    pub(crate) fn new(state: Giver<T>, token: Token) -> Self {
+        Self { state: Some(state), token, drop_as: Outcome::cancelled() }
+    }
+
     /// Forgets which policy gave it.
     #[inline]
     pub(crate) fn erase(mut self) -> Permit {
         Permit {
-            state: self.state.take().map(Shared::erase),
+            state: self.state.take().map(Giver::erase),
             token: self.token,
             drop_as: self.drop_as,
         }
@@ -230,7 +267,7 @@ impl<T: Finish + ?Sized> Drop for Permit<T> {
 /// By value: a permit whose address nobody wants can stay in registers.
 #[cold]
 #[inline(never)]
-fn dropped<T: Finish + ?Sized>(state: Shared<T>, token: Token, outcome: Outcome) {
+fn dropped<T: Finish + ?Sized>(state: Giver<T>, token: Token, outcome: Outcome) {
     state.finish(token, outcome);
 }
 

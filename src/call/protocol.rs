@@ -42,7 +42,8 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
     }
 
     /// A call is about to be made, with this permit.
-    fn begin<F: Finish>(&self, request: &mut Req, permit: &mut Permit<F>) -> Self::Call;
+    fn begin<F: Finish>(&self, request: &mut Req, permit: impl FnOnce() -> Permit<F>)
+    -> Self::Call;
 
     /// The inner service has answered.
     fn complete<F: Finish>(
@@ -78,7 +79,7 @@ where
     }
 
     #[inline]
-    fn begin<F: Finish>(&self, _: &mut Request<ReqB>, _: &mut Permit<F>) {}
+    fn begin<F: Finish>(&self, _: &mut Request<ReqB>, _: impl FnOnce() -> Permit<F>) {}
 
     #[inline]
     fn complete<F: Finish>(
@@ -116,7 +117,7 @@ impl<ReqB, E> Judge<Request<ReqB>, Never, E> for Http {
     type Response = Never;
     type Call = ();
 
-    fn begin<F: Finish>(&self, _: &mut Request<ReqB>, _: &mut Permit<F>) {}
+    fn begin<F: Finish>(&self, _: &mut Request<ReqB>, _: impl FnOnce() -> Permit<F>) {}
 
     fn complete<F: Finish>((): (), result: Result<Never, E>, _: Permit<F>) -> Result<Never, E> {
         result
@@ -140,7 +141,7 @@ where
         carried(request)
     }
 
-    fn begin<F: Finish>(&self, _: &mut Request<ReqB>, _: &mut Permit<F>) -> C {
+    fn begin<F: Finish>(&self, _: &mut Request<ReqB>, _: impl FnOnce() -> Permit<F>) -> C {
         self.0.clone()
     }
 
@@ -208,7 +209,7 @@ where
     type Call = C;
 
     #[inline]
-    fn begin<F: Finish>(&self, _: &mut Req, _: &mut Permit<F>) -> C {
+    fn begin<F: Finish>(&self, _: &mut Req, _: impl FnOnce() -> Permit<F>) -> C {
         self.0.clone()
     }
 
@@ -232,7 +233,7 @@ impl<Req, Res, E: 'static> Judge<Req, Res, E> for PerResponse {
     type Call = ();
 
     #[inline]
-    fn begin<F: Finish>(&self, _: &mut Req, _: &mut Permit<F>) {}
+    fn begin<F: Finish>(&self, _: &mut Req, _: impl FnOnce() -> Permit<F>) {}
 
     #[inline]
     fn complete<F: Finish>((): (), result: Result<Res, E>, permit: Permit<F>) -> Result<Res, E> {
@@ -266,7 +267,11 @@ where
         carried(request)
     }
 
-    fn begin<F: Finish>(&self, request: &mut Request<ReqB>, _: &mut Permit<F>) -> M::Classifier {
+    fn begin<F: Finish>(
+        &self,
+        request: &mut Request<ReqB>,
+        _: impl FnOnce() -> Permit<F>,
+    ) -> M::Classifier {
         self.0.make_classifier(request)
     }
 

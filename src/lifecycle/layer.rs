@@ -125,7 +125,7 @@ where
     type Response = Response<TrackedBody<B>>;
     type Call = ();
 
-    fn begin<F: Finish>(&self, request: &mut Request<ReqB>, _: &mut Permit<F>) {
+    fn begin<F: Finish>(&self, request: &mut Request<ReqB>, _: impl FnOnce() -> Permit<F>) {
         request.extensions_mut().insert(Drain::new(self.0.clone()));
     }
 

@@ -228,6 +228,7 @@ impl Drop for State {
 
 impl<Req> Policy<Req> for Shared<State> {
     type State = State;
+    type Pass = Permit<State>;
     type Wait = Ready<Result<Permit<State>, Rejected>>;
 
     const LAYER: LayerKind = LayerKind::Lifecycle;
@@ -240,20 +241,22 @@ impl<Req> Policy<Req> for Shared<State> {
         &self,
         _: &Req,
         _: impl FnOnce() -> Option<Instant>,
-        permit: &mut Permit<State>,
-    ) -> Admit<Self::Wait> {
+    ) -> Admit<Permit<State>, Self::Wait> {
         // Counted first, looked at after: whoever sees the phase changed and nothing in flight is right.
         self.in_flight.fetch_add(1, SeqCst);
-        permit.fill(self.permit(Token::default()));
+        let permit = Shared::permit(self, Token::default());
         if self.is_open() {
-            return Admit::Go;
+            return Admit::Go(permit);
         }
-        drop(permit.take());
         self.refused.fetch_add(1, SeqCst);
         event!(DEBUG, "call refused: shutting down");
         let rejected = Rejected::by(LayerKind::Lifecycle, RejectedKind::ShuttingDown);
         // Another instance can take it at once.
         Admit::No(rejected.with_retry_after(Duration::ZERO))
+    }
+
+    fn permit(&self, permit: Permit<State>) -> Permit<State> {
+        permit
     }
 
     fn shut(&self, permit: Option<&Permit<State>>) -> Option<Arc<Notify>> {

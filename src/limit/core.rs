@@ -41,7 +41,11 @@ pub struct Limiter {
     counts: Counts,
     /// Whether partitions or priorities are told apart.
     sorts: AtomicBool,
-    label: OnceLock<Arc<Label>>,
+    /// What of it is still in use, once it is [abandoned](Self::abandon): the calls it counts, and each that is
+    /// exempt.
+    uses: AtomicU32,
+    /// Where to find it once it is idle, if it is [used again](super::lasting::Limit).
+    home: OnceLock<&'static Self>,
 }
 
 /// Out of the way of calls that find room: a refused one writes nothing that they read.
@@ -53,9 +57,7 @@ struct Counts {
     deadline_passed: AtomicU64,
     outranked: AtomicU64,
     shadowed: AtomicU64,
-    /// Calls that are exempt: how many there were, and how many are under way.
     exempt: AtomicU64,
-    exempt_now: AtomicU32,
 }
 
 /// What comes of an attempt to wait.
@@ -65,8 +67,15 @@ pub(super) enum Entry {
     Waits(Place),
 }
 
+/// What refused calls are told of when to come back.
+const RETRY_AFTER_MS: u64 = 1000;
+
 const ONE_IN: u64 = 1;
 const ONE_WAITING: u64 = 1 << 32;
+/// Nobody has it any more but calls under way: in the place of those who wait, as nobody can.
+const ABANDONED: u64 = 1 << 63;
+/// What is left of the word for them.
+pub(super) const MOST_WAITING: u32 = (1 << 31) - 1;
 
 /// Marks of a token, above the number in flight that an algorithm hears of: its line, and whether it is
 /// counted apart.
@@ -96,12 +105,13 @@ impl Limiter {
             queue: Mutex::new(Queue::default()),
             longest_queue: AtomicU32::new(0),
             longest_wait_ms: AtomicU64::new(0),
-            retry_after_ms: AtomicU64::new(1000),
+            retry_after_ms: AtomicU64::new(RETRY_AFTER_MS),
             to_the_head_only: AtomicBool::new(false),
             shadow: AtomicBool::new(false),
             counts: Counts::default(),
             sorts: AtomicBool::new(false),
-            label: OnceLock::new(),
+            uses: AtomicU32::new(1),
+            home: OnceLock::new(),
         }
     }
 
@@ -214,8 +224,17 @@ impl Limiter {
     #[inline]
     fn exit(&self) {
         let before = self.word.fetch_sub(ONE_IN, Ordering::AcqRel);
-        if waiting(before) > 0 {
+        if before >= ONE_WAITING {
+            self.exited(before);
+        }
+    }
+
+    #[cold]
+    fn exited(&self, before: u64) {
+        if before & ABANDONED == 0 {
             self.hand_over();
+        } else if in_flight(before) == 1 {
+            self.leave_use();
         }
     }
 
@@ -280,9 +299,13 @@ impl Limiter {
     }
 
     /// No, except in shadow mode: then it goes, and is not counted among the others.
-    pub(super) fn turn_away(&self, kind: RejectedKind) -> Result<Token, Rejected> {
+    pub(super) fn turn_away(
+        &self,
+        kind: RejectedKind,
+        label: impl FnOnce() -> Option<Arc<Label>>,
+    ) -> Result<Token, Rejected> {
         if !self.is_shadow() {
-            return Err(self.refuse(kind));
+            return Err(self.refuse(kind).labelled(label()));
         }
         self.counts.shadowed.fetch_add(1, Ordering::Relaxed);
         event!(DEBUG, reason = kind.as_str(), "call would be shed");
@@ -301,8 +324,7 @@ impl Limiter {
     fn refuse(&self, kind: RejectedKind) -> Rejected {
         self.counter(kind).fetch_add(1, Ordering::Relaxed);
         event!(DEBUG, reason = kind.as_str(), "call shed");
-        let rejected =
-            Rejected::by(LayerKind::ConcurrencyLimit, kind).labelled(self.label.get().cloned());
+        let rejected = Rejected::by(LayerKind::ConcurrencyLimit, kind);
         if kind == RejectedKind::DeadlinePassed {
             // Coming back helps nobody: the answer was needed by now.
             return rejected;
@@ -322,6 +344,7 @@ impl fmt::Debug for Limiter {
     }
 }
 
+mod life;
 #[cfg(all(test, buttress_loom))]
 mod loom_models;
 mod settings;

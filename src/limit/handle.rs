@@ -2,21 +2,22 @@ use std::{fmt, ops::RangeInclusive, time::Duration};
 
 use super::{
     adaptive::{Change, Teller},
-    core::Limiter,
+    core::MOST_WAITING,
+    lasting::Limit,
     queue::QueueOrder,
     upgrade::HeldPlace,
 };
 use crate::{
     ConfigError,
     admission::{Admit, Policy},
-    call::{Indicator, Permit, Rejected, RejectedKind, Shared},
+    call::{Indicator, Rejected, RejectedKind},
 };
 
 /// Looks at a concurrency limit and resizes it, from outside of the stack.
 ///
 /// Clones see the same limit, and so do all services that the layer or a clone of it made.
 #[derive(Clone)]
-pub struct ConcurrencyLimitHandle(pub(super) Shared<Limiter>);
+pub struct ConcurrencyLimitHandle(pub(super) Limit);
 
 /// A concurrency limit at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,12 +102,11 @@ impl ConcurrencyLimitHandle {
     ///
     /// As a call that has to wait does: outside of a Tokio runtime with timers.
     pub async fn acquire(&self) -> Result<HeldPlace, Rejected> {
-        let mut permit = Permit::hollow();
-        match Policy::<()>::admit(&self.0, &(), || None, &mut permit) {
-            Admit::Go => {}
-            Admit::Wait(wait) => permit = wait.await?,
+        let permit = match Policy::<()>::admit(&self.0, &(), || None) {
+            Admit::Go(token) => self.0.permit(token),
+            Admit::Wait(wait) => wait.await?,
             Admit::No(rejected) => return Err(rejected),
-        }
+        };
         Ok(HeldPlace::own(permit))
     }
 
@@ -209,12 +209,12 @@ pub(super) fn checked_bounds(
 
 pub(super) fn checked_queue(length: usize, longest_wait: Duration) -> Result<u32, ConfigError> {
     match u32::try_from(length) {
-        Err(_) => Err(ConfigError::new("queue.length", length, "use at most 4294967295")),
-        Ok(length) if length > 0 && longest_wait < Duration::from_millis(1) => {
+        Ok(0..=MOST_WAITING) if length > 0 && longest_wait < Duration::from_millis(1) => {
             let remedy = "use 1ms or more, or a length of 0";
             Err(ConfigError::new("queue.longest_wait", longest_wait, remedy))
         }
-        Ok(length) => Ok(length),
+        Ok(length @ 0..=MOST_WAITING) => Ok(length),
+        _ => Err(ConfigError::new("queue.length", length, "use at most 2147483647")),
     }
 }
 

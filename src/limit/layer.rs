@@ -4,14 +4,14 @@ use tower_layer::Layer;
 
 use super::{
     adaptive::{Algorithm, Teller},
-    core::Limiter,
     handle::{ConcurrencyLimitHandle, checked, checked_order, checked_queue},
+    lasting::Limit,
     queue::QueueOrder,
     upgrade::Upgrades,
 };
 use crate::{
     admission::{Plan, admission_layer},
-    call::{AsError, Http, Shared},
+    call::{AsError, Http},
 };
 
 admission_layer! {
@@ -22,7 +22,7 @@ admission_layer! {
     layer ConcurrencyLimitLayer {}
     /// The service of a [`ConcurrencyLimitLayer`].
     service ConcurrencyLimit []
-    policy Shared<Limiter>
+    policy Limit
 }
 
 impl ConcurrencyLimitLayer {
@@ -30,7 +30,7 @@ impl ConcurrencyLimitLayer {
     /// [`queue`](Self::queue) lets it wait.
     pub fn new(limit: usize) -> Self {
         let checked = checked(limit);
-        let policy = Shared::new(Limiter::new(*checked.as_ref().unwrap_or(&0), None));
+        let policy = Limit::fixed(*checked.as_ref().unwrap_or(&0));
         Self { plan: Plan { policy, protocol: Http, reject: AsError, fault: checked.err() } }
     }
 
@@ -39,7 +39,7 @@ impl ConcurrencyLimitLayer {
     /// An admitted call reads the clock twice and takes a short lock once.
     pub fn adaptive(algorithm: impl Algorithm) -> Self {
         let limit = algorithm.limit().max(1);
-        let policy = Shared::new(Limiter::new(limit, Some(Teller::new(algorithm))));
+        let policy = Limit::adaptive(limit, Teller::new(algorithm));
         Self { plan: Plan { policy, protocol: Http, reject: AsError, fault: None } }
     }
 }
@@ -104,7 +104,7 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
         ConcurrencyLimitLayer { plan: Plan { policy, protocol: Upgrades(protocol), reject, fault } }
     }
 
-    pub(super) fn into_plan(self) -> Plan<Shared<Limiter>, M, R> {
+    pub(super) fn into_plan(self) -> Plan<Limit, M, R> {
         self.plan
     }
 

@@ -130,6 +130,7 @@ pub mod adaptive;
 pub mod connections;
 mod core;
 mod handle;
+mod lasting;
 mod layer;
 mod policy;
 mod queue;

@@ -4,16 +4,18 @@ use tokio::time::Instant;
 
 use super::{
     core::{Entry, Limiter},
+    lasting::Limit,
     sort::{Sort, Sorted},
     wait::Wait,
 };
 use crate::{
     admission::{Admit, Policy},
-    call::{Finish, Hold, LayerKind, Outcome, Permit, RejectedKind, Shared, Token, has_passed},
+    call::{Finish, Hold, LayerKind, Outcome, Permit, RejectedKind, Token, has_passed},
 };
 
-impl<Req> Policy<Req> for Shared<Limiter> {
+impl<Req> Policy<Req> for Limit {
     type State = Limiter;
+    type Pass = Token;
     type Wait = Wait;
 
     const LAYER: LayerKind = LayerKind::ConcurrencyLimit;
@@ -24,25 +26,26 @@ impl<Req> Policy<Req> for Shared<Limiter> {
     }
 
     #[inline]
-    fn admit(
-        &self,
-        _: &Req,
-        deadline: impl FnOnce() -> Option<Instant>,
-        permit: &mut Permit<Limiter>,
-    ) -> Admit<Wait> {
+    fn admit(&self, _: &Req, deadline: impl FnOnce() -> Option<Instant>) -> Admit<Token, Wait> {
         let deadline = deadline();
         if has_passed(deadline) {
-            return turned_away(self, RejectedKind::DeadlinePassed, permit);
+            return entered(self, LATE, deadline);
         }
         match self.enter() {
-            Some(token) => goes(self, token, permit),
-            None => entered(self, self.join(), deadline, permit),
+            Some(token) => Admit::Go(token),
+            None => entered(self, self.join(), deadline),
         }
+    }
+
+    #[inline]
+    fn permit(&self, token: Token) -> Permit<Limiter> {
+        Limit::permit(self, token)
     }
 }
 
 impl<Req, K: Sort<Req>> Policy<Req> for Sorted<K> {
     type State = Limiter;
+    type Pass = Token;
     type Wait = Wait;
 
     const LAYER: LayerKind = LayerKind::ConcurrencyLimit;
@@ -55,49 +58,37 @@ impl<Req, K: Sort<Req>> Policy<Req> for Sorted<K> {
         &self,
         request: &Req,
         deadline: impl FnOnce() -> Option<Instant>,
-        permit: &mut Permit<Limiter>,
-    ) -> Admit<Wait> {
+    ) -> Admit<Token, Wait> {
         let (limiter, claim) = (&self.limiter, self.sort.claim(request));
         if claim.exempt {
-            return goes(limiter, limiter.enter_exempt(), permit);
+            return Admit::Go(limiter.enter_exempt());
         }
         let deadline = deadline();
-        if has_passed(deadline) {
-            return turned_away(limiter, RejectedKind::DeadlinePassed, permit);
-        }
-        entered(limiter, limiter.enter_as(claim), deadline, permit)
+        let entry = if has_passed(deadline) { LATE } else { limiter.enter_as(claim) };
+        entered(limiter, entry, deadline)
+    }
+
+    fn permit(&self, token: Token) -> Permit<Limiter> {
+        self.limiter.permit(token)
     }
 }
 
-#[inline]
-fn goes(limiter: &Shared<Limiter>, token: Token, permit: &mut Permit<Limiter>) -> Admit<Wait> {
-    permit.fill(limiter.permit(token));
-    Admit::Go
-}
+const LATE: Result<Entry, RejectedKind> = Err(RejectedKind::DeadlinePassed);
 
 fn entered(
-    limiter: &Shared<Limiter>,
+    limiter: &Limit,
     entry: Result<Entry, RejectedKind>,
     deadline: Option<Instant>,
-    permit: &mut Permit<Limiter>,
-) -> Admit<Wait> {
+) -> Admit<Token, Wait> {
     match entry {
-        Ok(Entry::In(token)) => goes(limiter, token, permit),
+        Ok(Entry::In(token)) => Admit::Go(token),
         Ok(Entry::Waits(place)) => {
             Admit::Wait(Box::pin(Wait::new(limiter.clone(), place, deadline)))
         }
-        Err(kind) => turned_away(limiter, kind, permit),
-    }
-}
-
-fn turned_away(
-    limiter: &Shared<Limiter>,
-    kind: RejectedKind,
-    permit: &mut Permit<Limiter>,
-) -> Admit<Wait> {
-    match limiter.turn_away(kind) {
-        Ok(token) => goes(limiter, token, permit),
-        Err(rejected) => Admit::No(rejected),
+        Err(kind) => match limiter.turn_away(kind) {
+            Ok(token) => Admit::Go(token),
+            Err(rejected) => Admit::No(rejected),
+        },
     }
 }
 

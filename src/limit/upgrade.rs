@@ -173,11 +173,12 @@ where
     fn begin<F: Finish>(
         &self,
         request: &mut Request<ReqB>,
-        permit: &mut Permit<F>,
+        permit: impl FnOnce() -> Permit<F>,
     ) -> Lent<M::Call> {
-        let call = self.0.begin(request, permit);
+        // Only one of the two has use for it.
+        let call = self.0.begin(request, Permit::<F>::hollow);
         let slot = Shared::new(Slot {
-            state: Mutex::new(State { permit: permit.take().erase(), holder: Holder::Call }),
+            state: Mutex::new(State { permit: permit().erase(), holder: Holder::Call }),
             outer: request.extensions_mut().remove(),
         });
         let permit = slot.permit(Token::default());

@@ -9,9 +9,10 @@ use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
 use super::{
     core::Limiter,
+    lasting::Limit,
     queue::{Place, Turn},
 };
-use crate::call::{Permit, Rejected, RejectedKind, Shared, has_passed};
+use crate::call::{Permit, Rejected, RejectedKind, has_passed};
 
 pin_project! {
     /// A call's wait for its turn. Dropped at any point, it gives back what it has.
@@ -25,7 +26,7 @@ pin_project! {
 }
 
 impl Wait {
-    pub(super) fn new(limiter: Shared<Limiter>, place: Place, deadline: Option<Instant>) -> Self {
+    pub(super) fn new(limiter: Limit, place: Place, deadline: Option<Instant>) -> Self {
         let longest = limiter.longest_wait();
         // The seat first: without a runtime `sleep` panics, and the place must not outlive that.
         let place = Seat { taken: Some((limiter.clone(), place)) };
@@ -38,7 +39,7 @@ impl Wait {
 
 /// The place, given up on drop.
 struct Seat {
-    taken: Option<(Shared<Limiter>, Place)>,
+    taken: Option<(Limit, Place)>,
 }
 
 impl Drop for Seat {

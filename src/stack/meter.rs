@@ -119,6 +119,7 @@ impl Finish for Meter {
 
 impl<Req> Policy<Req> for Shared<Meter> {
     type State = Meter;
+    type Pass = Token;
     type Wait = Ready<Result<Permit<Meter>, Rejected>>;
 
     const LAYER: LayerKind = LayerKind::User;
@@ -127,17 +128,14 @@ impl<Req> Policy<Req> for Shared<Meter> {
         true
     }
 
-    fn admit(
-        &self,
-        _: &Req,
-        _: impl FnOnce() -> Option<Instant>,
-        permit: &mut Permit<Meter>,
-    ) -> Admit<Self::Wait> {
+    fn admit(&self, _: &Req, _: impl FnOnce() -> Option<Instant>) -> Admit<Token, Self::Wait> {
         self.begun.fetch_add(1, Relaxed);
         // One more than the time: 0 says that it has been taken.
-        let started = self.clock.now().saturating_add(1);
-        permit.fill(self.permit(Token { tag: 0, started }));
-        Admit::Go
+        Admit::Go(Token { tag: 0, started: self.clock.now().saturating_add(1) })
+    }
+
+    fn permit(&self, token: Token) -> Permit<Meter> {
+        Shared::permit(self, token)
     }
 }
 

@@ -96,7 +96,7 @@ struct Call {
 
 enum Doing {
     Asking(task::Spawn<Oneshot<CircuitBreaker<Strict>, Request<()>>>),
-    Streaming { _body: Response<TrackedBody<ScriptBody>> },
+    Streaming { _body: Box<Response<TrackedBody<ScriptBody>>> },
 }
 
 async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
@@ -149,7 +149,8 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
                     End::GoodHead => {
                         let stuck = Response::new(ScriptBody::new([Piece::Stuck]));
                         watch.end(call.number, Ok(stuck));
-                        call.doing = Doing::Streaming { _body: assert_ready_ok!(asking.poll()) };
+                        let answer = assert_ready_ok!(asking.poll());
+                        call.doing = Doing::Streaming { _body: Box::new(answer) };
                         call.head_took = Some(took);
                         calls.push(call);
                     }

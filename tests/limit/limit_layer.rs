@@ -110,7 +110,7 @@ async fn bad_config_is_a_typed_error() {
     #[cfg(target_pointer_width = "64")]
     bad.extend([
         (ConcurrencyLimitLayer::new(1 << 32), "limit", "4294967296", "use 1 to 4294967295"),
-        (good().queue(1 << 32, second), "queue.length", "4294967296", "at most 4294967295"),
+        (good().queue(1 << 32, second), "queue.length", "4294967296", "at most 2147483647"),
     ]);
     for (layer, field, value, remedy) in bad {
         let (inner, watch) = Strict::new();

@@ -6,6 +6,7 @@ mod limit_cancel;
 mod limit_handle;
 mod limit_layer;
 mod limit_learns;
+mod limit_lives;
 mod limit_model;
 mod limit_recovery;
 mod limit_sorted;

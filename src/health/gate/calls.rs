@@ -62,6 +62,8 @@ impl Gate {
 
 impl<Req> Policy<Req> for Shared<Gate> {
     type State = Gate;
+    /// Whether anybody wants to hear how it ends.
+    type Pass = bool;
     type Wait = Ready<Result<Permit<Gate>, Rejected>>;
 
     const LAYER: LayerKind = LayerKind::HealthProbe;
@@ -76,18 +78,17 @@ impl<Req> Policy<Req> for Shared<Gate> {
     }
 
     #[inline]
-    fn admit(
-        &self,
-        _: &Req,
-        _: impl FnOnce() -> Option<Instant>,
-        permit: &mut Permit<Gate>,
-    ) -> Admit<Self::Wait> {
-        let Some(word) = self.lets_through() else { return Admit::No(self.refuse()) };
-        // Else nobody wants to hear how it ends.
-        if word & LISTENS != 0 {
-            permit.fill(self.permit(Token::default()));
+    fn admit(&self, _: &Req, _: impl FnOnce() -> Option<Instant>) -> Admit<bool, Self::Wait> {
+        match self.lets_through() {
+            Some(word) => Admit::Go(word & LISTENS != 0),
+            None => Admit::No(self.refuse()),
         }
-        Admit::Go
+    }
+
+    #[inline]
+    fn permit(&self, listens: bool) -> Permit<Gate> {
+        // Else nobody wants to hear how it ends.
+        if listens { Shared::permit(self, Token::default()) } else { Permit::hollow() }
     }
 
     fn shut(&self, _: Option<&Permit<Gate>>) -> Option<Arc<Notify>> {

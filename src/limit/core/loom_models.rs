@@ -140,3 +140,22 @@ fn loom_a_newcomer_of_a_partition_never_waits_for_a_place_that_is_free() {
         assert_eq!(limiter.partitions()[0].1, 0);
     });
 }
+
+/// The last call ends while the limit is given up: one of the two finds it idle, and only one.
+#[test]
+fn loom_a_limit_that_is_given_up_is_idle_once() {
+    loom::model(|| {
+        let limiter = Both::new(Limiter::new(2, None));
+        let (call, exempt) = (limiter.enter().unwrap_or_default(), limiter.enter_exempt());
+        let ends = [call, exempt].map(|token| {
+            let limiter = limiter.clone();
+            thread::spawn(move || limiter.end(token))
+        });
+        limiter.abandon();
+        for end in ends {
+            end.join().expect("no panic");
+        }
+        assert_eq!(limiter.uses.load(Ordering::Relaxed), 0);
+        assert_eq!(limiter.in_flight(), 0);
+    });
+}

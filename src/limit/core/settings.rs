@@ -58,11 +58,6 @@ impl Limiter {
         self.to_the_head_only.load(Ordering::Relaxed)
     }
 
-    pub(in crate::limit) fn name(&self, name: &str) {
-        // The first name stays: refusals under way point at it.
-        let _ = self.label.set(Arc::new(Label { name: name.into(), fault: None }));
-    }
-
     // ===== Looking =====
 
     pub(in crate::limit) fn in_flight(&self) -> u32 {

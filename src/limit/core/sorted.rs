@@ -22,7 +22,7 @@ impl Limiter {
 
     /// How many exempt calls there were, and are.
     pub(in crate::limit) fn exempt(&self) -> (u64, u32) {
-        (self.counts.exempt.load(Ordering::Relaxed), self.counts.exempt_now.load(Ordering::Relaxed))
+        (self.counts.exempt.load(Ordering::Relaxed), self.uses.load(Ordering::Relaxed) - 1)
     }
 
     /// Share, inside and refused of each partition.
@@ -40,7 +40,7 @@ impl Limiter {
     /// Never refused, and not counted among the others.
     pub(in crate::limit) fn enter_exempt(&self) -> Token {
         self.counts.exempt.fetch_add(1, Ordering::Relaxed);
-        self.counts.exempt_now.fetch_add(1, Ordering::Relaxed);
+        self.uses.fetch_add(1, Ordering::Relaxed);
         Token { tag: EXEMPT, started: 0 }
     }
 
@@ -140,7 +140,7 @@ impl Limiter {
             return;
         }
         if token.tag & EXEMPT != 0 {
-            self.counts.exempt_now.fetch_sub(1, Ordering::Relaxed);
+            self.leave_use();
             return;
         }
         self.lock().shares.exit((token.tag >> 32) as Line);

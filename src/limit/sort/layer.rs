@@ -6,15 +6,14 @@ use super::{ExemptPaths, Priority, Shares};
 use crate::{
     ConcurrencyLimitLayer, ConfigError,
     admission::{Plan, admission_layer},
-    call::Shared,
-    limit::{core::Limiter, handle::ConcurrencyLimitHandle},
+    limit::{handle::ConcurrencyLimitHandle, lasting::Limit},
 };
 
 /// The policy of a limit that tells calls apart.
 #[derive(Clone)]
 pub struct Sorted<K> {
     pub(in crate::limit) sort: K,
-    pub(in crate::limit) limiter: Shared<Limiter>,
+    pub(in crate::limit) limiter: Limit,
 }
 
 impl<K> fmt::Debug for Sorted<K> {
