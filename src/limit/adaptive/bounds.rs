@@ -44,8 +44,10 @@ impl Bounds {
         self.limit = limit.clamp(self.min, self.max);
     }
 
+    /// Those that are none, which only an algorithm's owner can set, as nearly as can be.
     pub(super) fn set_bounds(&mut self, bounds: RangeInclusive<u32>) {
-        (self.min, self.max) = ((*bounds.start()).into(), (*bounds.end()).into());
+        let min = (*bounds.start()).max(1);
+        (self.min, self.max) = (min.into(), (*bounds.end()).max(min).into());
         self.set(self.limit);
     }
 

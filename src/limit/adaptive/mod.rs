@@ -179,7 +179,7 @@ impl Algorithm for Fixed {
     }
 
     fn set_limit(&mut self, limit: u32) {
-        self.0 = limit;
+        self.0 = limit.max(1);
     }
 
     fn hear(&mut self, _: &Sample) -> Option<Change> {
