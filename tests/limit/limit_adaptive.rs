@@ -7,6 +7,7 @@ use crate::rig::{Phase, STEADY, Second, Spread, World, goodput, mean_limit, quan
 use buttress::limit::adaptive::{Aimd, Algorithm, Fixed, Gradient2, Knee, Reason, Sample, Vegas};
 
 const FULL: f64 = 2000.0;
+const MS: Duration = Duration::from_millis(1);
 
 fn world(phases: &[Phase]) -> World {
     World { phases: phases.to_vec(), spread: Spread::Even, patience: None, seed: 1 }
@@ -21,6 +22,14 @@ fn holds_up(seconds: &[Second]) {
     let (good, p99) = (goodput(seconds), quantile(seconds, 0.99));
     assert!(good >= 0.95 * FULL, "goodput {good}");
     assert!(p99 <= 30.0, "p99 {p99} ms");
+}
+
+/// The share of the calls that were refused.
+fn refused(seconds: &[Second]) -> f64 {
+    let (all, refused) = seconds.iter().fold((0, 0), |(all, refused), second| {
+        (all + second.good + second.refused, refused + second.refused)
+    });
+    f64::from(refused) / f64::from(all)
 }
 
 /// At the end of a second, a drain apart: one in ten seconds, for a fraction of it.
@@ -57,6 +66,54 @@ fn the_knee_is_found_also_where_calls_differ_much() {
         let seconds = run(&world, knee(initial), 60);
         within(&seconds[9..], 15, 45);
         assert!(goodput(&seconds[10..]) >= 0.95 * FULL);
+    }
+    let seconds = run(&World { spread: Spread::Misses, ..world(&[STEADY]) }, knee(20), 180);
+    assert!(goodput(&seconds[30..]) >= 0.94 * FULL, "{}", goodput(&seconds[30..]));
+}
+
+/// What ends soon after a change are the quick calls: they are not what a call takes.
+#[test]
+fn calls_that_differ_much_are_not_a_queue() {
+    let endless = Phase { from: 0.0, workers: 100_000, service: 100.0, offered: 2000.0 };
+    for spread in [Spread::Even, Spread::Exponential, Spread::Misses] {
+        let seconds = run(&World { spread, ..world(&[endless]) }, knee(20), 180);
+        let refused = refused(&seconds[120..]);
+        assert!(refused <= 0.001, "{spread:?}: {refused}");
+    }
+}
+
+/// Where all of the limit is not in use, its calls do not wait for each other.
+#[test]
+fn with_capacity_to_spare_hardly_anybody_is_refused() {
+    for (offered, most) in [(1000.0, 0.003), (1400.0, 0.003), (1800.0, 0.03)] {
+        let light = Phase { offered, ..STEADY };
+        let world = World { spread: Spread::Exponential, ..world(&[light]) };
+        let refused = refused(&run(&world, knee(20), 300)[10..]);
+        assert!(refused <= most, "{offered}/s: {refused}");
+    }
+}
+
+/// A round of slow calls is long, and a drain is one round of many.
+#[test]
+fn calls_of_a_second_each_are_served_as_well() {
+    let slow = Phase { service: 1000.0, offered: 40.0, ..STEADY };
+    let seconds = run(&World { spread: Spread::Exponential, ..world(&[slow]) }, knee(20), 3600);
+    assert!(goodput(&seconds[60..]) >= 19.0, "{}", goodput(&seconds[60..]));
+}
+
+/// A pause in the midst of a drain does not look as if less got done.
+#[test]
+fn bursts_with_pauses_between_them_do_not_raise_the_limit() {
+    for (every, long) in [(1, 0.2), (2, 1.0)] {
+        let burst = (0..240 / every).flat_map(|nth| {
+            let from = f64::from(nth * every);
+            let pause = Phase { from: from + long, offered: 20.0, ..STEADY };
+            [Phase { from, ..STEADY }, pause]
+        });
+        let seconds = run(&world(&burst.collect::<Vec<_>>()), knee(20), 240);
+        let highest = seconds.iter().map(|second| second.highest).max();
+        assert!(highest.is_some_and(|highest| highest <= 45), "{highest:?}");
+        assert!(quantile(&seconds[30..], 0.99) <= 30.0);
     }
 }
 
@@ -176,6 +233,56 @@ fn all_keep_to_their_bounds() {
         let change = Phase { from: 5.0, workers: 1, ..STEADY };
         let seconds = run(&world(&[STEADY, change]), Some(algorithm), 10);
         assert!(seconds.iter().all(|second| second.lowest >= 20 && second.highest <= 50));
+    }
+}
+
+/// Whatever they are told: their traits are open to everybody, and clocks jump.
+#[test]
+fn nothing_that_is_told_breaks_a_limit() {
+    let wild = [0, 1, 999, 10_000_000, 20_000_000, 3_600_000_000_000, u64::MAX];
+    let time = |dice: &mut fastrand::Rng| match dice.u8(..30) {
+        0 => Duration::MAX,
+        n => Duration::from_nanos(wild[usize::from(n) % wild.len()]),
+    };
+    let counts = [0, 1, 2, 30, 1000, u32::MAX];
+    for seed in 0..200 {
+        let all: [Box<dyn Algorithm>; 5] = [
+            Box::new(Knee::default()),
+            Box::new(Aimd::default()),
+            Box::new(Vegas::default()),
+            Box::new(Gradient2::default()),
+            Box::new(Fixed::new(3).unwrap()),
+        ];
+        for mut algorithm in all {
+            let mut dice = fastrand::Rng::with_seed(seed);
+            let mut now = Duration::ZERO;
+            for _ in 0..1000 {
+                now =
+                    if dice.u8(..100) == 0 { time(&mut dice) } else { now.saturating_add(9 * MS) };
+                let count = counts[dice.usize(..counts.len())];
+                let sample = Sample::new(now, time(&mut dice), count);
+                let sample = if dice.u8(..20) == 0 { sample.dropped() } else { sample };
+                let changed = algorithm.hear(&sample);
+                match dice.u8(..200) {
+                    0 => algorithm.set_limit(count),
+                    1 => drop(algorithm.set_bounds(count..=counts[dice.usize(..counts.len())])),
+                    _ => assert!(changed.is_none_or(|change| change.limit == algorithm.limit())),
+                }
+                assert!(algorithm.limit() >= 1, "{algorithm:?}");
+            }
+        }
+    }
+}
+
+/// One that takes an hour, such as a long poll, among many that do not.
+#[test]
+fn a_call_that_hangs_is_not_a_queue() {
+    let mut knee = Knee::new(20, 1..=1000).unwrap();
+    let _ = calls(&mut knee, 0, |_| false);
+    let _ = knee.hear(&Sample::new(2000 * MS, 3600 * 1000 * MS, knee.limit()));
+    for second in [2, 4, 6] {
+        let changes = calls(&mut knee, second * 1000 + 1, |_| false);
+        assert!(!changes.contains(&Reason::Queued), "{changes:?}");
     }
 }
 

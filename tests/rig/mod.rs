@@ -18,6 +18,8 @@ pub enum Spread {
     /// From half of it to one and a half.
     Even,
     Exponential,
+    /// One in ten 91 times as long as the others: what is not in a cache.
+    Misses,
 }
 
 /// From a moment on, in seconds.
@@ -206,6 +208,8 @@ impl Run<'_> {
             let takes = match self.world.spread {
                 Spread::Even => mean * (0.5 + self.dice.f64()),
                 Spread::Exponential => self.exponential(mean),
+                Spread::Misses if self.dice.u8(..10) == 0 => 9.1 * mean,
+                Spread::Misses => 0.1 * mean,
             };
             self.at(now + takes as u64 + 1, Event::Done(job));
         }

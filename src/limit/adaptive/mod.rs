@@ -24,7 +24,7 @@
 //!
 //! | | after 10 s, from 1, 10, 1000 | goodput and p99 after 20 min | capacity halved, then fourfold |
 //! |---|---|---|---|
-//! | [`Knee`] | 28, 29, 28 | 1991/s, 20 ms | 13, 55 |
+//! | [`Knee`] | 29, 30, 29 | 1989/s, 20 ms | 14, 58 |
 //! | [`Aimd`] with 30 ms | 63, 74, 77 | 1999/s, 49 ms | 36, 139 |
 //! | [`Vegas`] | 10, 12, 10 | 1141/s, 15 ms | 9, 9 |
 //! | [`Gradient2`] | 8, 17, 1000 | 1998/s, 157 ms | 27, 26 |
