@@ -2,14 +2,15 @@ use std::{fmt, ops::RangeInclusive, time::Duration};
 
 use super::{
     adaptive::{Change, Teller},
-    core::MOST_WAITING,
+    core::{Entry, MOST_WAITING},
     lasting::Limit,
     queue::QueueOrder,
+    sort::Claim,
     upgrade::HeldPlace,
+    wait::Wait,
 };
 use crate::{
     ConfigError,
-    admission::{Admit, Policy},
     call::{Indicator, Rejected, RejectedKind},
 };
 
@@ -102,12 +103,15 @@ impl ConcurrencyLimitHandle {
     ///
     /// As a call that has to wait does: outside of a Tokio runtime with timers.
     pub async fn acquire(&self) -> Result<HeldPlace, Rejected> {
-        let permit = match Policy::<()>::admit(&self.0, &(), || None) {
-            Admit::Go(token) => self.0.permit(token),
-            Admit::Wait(wait) => wait.await?,
-            Admit::No(rejected) => return Err(rejected),
+        let token = match self.0.enter_as(Claim::default()) {
+            Ok(Entry::In(token)) => token,
+            Ok(Entry::Waits(place)) => {
+                let permit = Wait::new(self.0.clone(), place, None).await?;
+                return Ok(HeldPlace::own(permit));
+            }
+            Err(kind) => self.0.turn_away(kind)?,
         };
-        Ok(HeldPlace::own(permit))
+        Ok(HeldPlace::own(self.0.permit(token)))
     }
 
     /// What this share, of 0 to 1, of those who waited in the last 30 to 60 s did not exceed, an eighth too

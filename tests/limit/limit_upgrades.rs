@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use buttress::{
     ConcurrencyLimit, ConcurrencyLimitLayer, Rejected,
     call::{Http, RejectedKind},
-    limit::{ConcurrencyLimitHandle, Held, HeldPlace, Upgrades, adaptive::Knee},
+    limit::{ConcurrencyLimitHandle, Held, HeldPlace, Upgrades, adaptive::Knee, sort::Claim},
 };
 use http::Request;
 use tokio_test::{assert_pending, assert_ready_ok, task};
@@ -295,6 +295,22 @@ async fn a_place_acquired_by_hand_may_wait_for_its_turn() {
     assert_eq!(handle.acquire().await.unwrap_err().kind(), RejectedKind::WaitedTooLong);
     drop(second);
     assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
+}
+
+/// What is kept for a partition that was refused within its share is kept from those, too.
+#[tokio::test(start_paused = true)]
+async fn a_place_acquired_by_hand_is_not_what_is_kept_for_others() {
+    let layer = ConcurrencyLimitLayer::new(2)
+        .sorted_by(|_: &Request<()>| Claim::default().partition(0))
+        .partitions(&[0.5]);
+    let (inner, _watch) = Strict::holding();
+    let (handle, service) = (layer.handle(), layer.layer(inner));
+    let (first, _second) = (handle.acquire().await.unwrap(), handle.acquire().await.unwrap());
+    assert_eq!(refused_as(service.clone().oneshot(request()).await), RejectedKind::Full);
+    drop(first);
+    assert!(handle.try_acquire().is_err());
+    assert_eq!(handle.acquire().await.unwrap_err().kind(), RejectedKind::Full);
+    assert_pending!(task::spawn(service.oneshot(request())).poll());
 }
 
 #[test]
