@@ -190,23 +190,30 @@ impl Limiter {
 
     /// Whether it is this place's turn.
     pub(super) fn look(&self, place: Place, cx: &Context<'_>) -> Turn {
-        self.lock().look(place, cx.waker())
+        let mut queue = self.lock();
+        let (turn, before) = queue.look(place, cx.waker());
+        drop(queue);
+        // With its last waker a task goes, and what it holds may come back here.
+        drop(before);
+        turn
     }
 
     /// Gives a place up, also if its turn has just come.
     pub(super) fn leave(&self, place: Place) {
         let mut queue = self.lock();
-        match queue.leave(place) {
+        let (turn, waker) = queue.leave(place);
+        match turn {
             Turn::Waits => {
                 self.word.fetch_sub(ONE_WAITING, Ordering::AcqRel);
             }
-            Turn::Come => {
-                queue.shares.exit(place.0);
-                drop(queue);
-                self.exit();
-            }
+            Turn::Come => queue.shares.exit(place.0),
             Turn::Lost => {}
         }
+        drop(queue);
+        if turn == Turn::Come {
+            self.exit();
+        }
+        drop(waker);
     }
 
     // ===== Getting out =====
@@ -294,7 +301,7 @@ impl Limiter {
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
-        // Nothing of a user's runs under it; were it poisoned, the queue is still whole.
+        // Of a user's, only a waker's clone runs under it; were it poisoned, the queue is still whole.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

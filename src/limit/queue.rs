@@ -127,24 +127,26 @@ impl Queue {
         &mut self.lines[usize::from(line)]
     }
 
-    /// What has become of this place; if it waits, `waker` is who is told of its turn.
-    pub(super) fn look(&mut self, (line, number): Place, waker: &Waker) -> Turn {
+    /// What has become of this place; if it waits, `waker` is who is told of its turn, instead of who is given
+    /// back.
+    pub(super) fn look(&mut self, (line, number): Place, waker: &Waker) -> (Turn, Option<Waker>) {
         let Some(waiter) = self.line(line).get_mut(&number) else {
-            return if self.lost.contains(&number) { Turn::Lost } else { Turn::Come };
+            let lost = self.lost.contains(&number);
+            return (if lost { Turn::Lost } else { Turn::Come }, None);
         };
-        match &waiter.waker {
-            Some(known) if known.will_wake(waker) => {}
-            _ => waiter.waker = Some(waker.clone()),
-        }
-        Turn::Waits
+        let before = match &waiter.waker {
+            Some(known) if known.will_wake(waker) => None,
+            _ => waiter.waker.replace(waker.clone()),
+        };
+        (Turn::Waits, before)
     }
 
-    /// Gives the place up. What it was.
-    pub(super) fn leave(&mut self, place: Place) -> Turn {
-        if self.remove(place).is_some() {
-            return Turn::Waits;
+    /// Gives the place up. What it was, and who would have been told.
+    pub(super) fn leave(&mut self, place: Place) -> (Turn, Option<Waker>) {
+        if let Some(waiter) = self.remove(place) {
+            return (Turn::Waits, waiter.waker);
         }
-        if self.lost.remove(&place.1) { Turn::Lost } else { Turn::Come }
+        (if self.lost.remove(&place.1) { Turn::Lost } else { Turn::Come }, None)
     }
 
     /// The line whose turn it is, with so many inside: of those that are within their share the one that

@@ -12,7 +12,10 @@ use std::{
 };
 
 use crate::support::{Strict, empty, request};
-use buttress::{ConcurrencyLimit, ConcurrencyLimitLayer, limit::QueueOrder};
+use buttress::{
+    ConcurrencyLimit, ConcurrencyLimitLayer,
+    limit::{ConcurrencyLimitHandle, QueueOrder},
+};
 use http::Request;
 use tower::{Layer, ServiceExt, util::Oneshot};
 
@@ -118,4 +121,43 @@ async fn a_hundred_thousand_cancelled_waiters_lose_no_place_and_wake_nobody_twic
         let seen = handle.snapshot();
         assert_eq!((seen.in_flight, seen.waiting, watch.seen().in_flight), (0, 0, 0));
     }
+}
+
+/// A task that is woken no more goes with its last waker, and what it holds may look at the limit.
+#[test]
+fn a_waker_that_looks_at_the_limit_as_it_goes_does_not_stand_still() {
+    struct Looks(ConcurrencyLimitHandle);
+
+    impl Wake for Looks {
+        fn wake(self: Arc<Self>) {}
+    }
+
+    impl Drop for Looks {
+        fn drop(&mut self) {
+            let _ = self.0.snapshot();
+        }
+    }
+
+    let (done, is_done) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
+        runtime.unwrap().block_on(async {
+            let longest = Duration::from_millis(50);
+            let layer = ConcurrencyLimitLayer::new(1).queue(2, longest);
+            let (handle, service) = (layer.handle(), layer.layer(Strict::holding().0));
+            let _place = handle.try_acquire().unwrap();
+            let mut call = Box::pin(service.oneshot(request()));
+            let mut look = || {
+                let waker = Waker::from(Arc::new(Looks(handle.clone())));
+                call.as_mut().poll(&mut Context::from_waker(&waker)).is_pending()
+            };
+            assert!(look());
+            // The timer has let its waker go: only the queue has it still, until there is another.
+            tokio::time::sleep(2 * longest).await;
+            assert!(!look());
+        });
+        done.send(()).unwrap();
+    });
+    assert_eq!(is_done.recv_timeout(Duration::from_secs(10)), Ok(()));
 }
