@@ -4,13 +4,14 @@ use std::net::SocketAddr;
 
 use buttress::{
     ConfigError, Outcome,
-    call::Reason,
+    call::{Indicator, Reason},
     limit::{ConcurrencyLimitHandle, connections::LimitedListener},
 };
 use hyper_util::client::legacy::Client;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
+    time::timeout,
 };
 
 use super::*;
@@ -89,6 +90,7 @@ async fn a_limit_that_waits_leaves_what_comes_in_the_backlog() {
     tokio::spawn(async move { axum::serve(listener, app()).await });
     let mut first = open(addr).await;
     assert!(ask(&mut first).await.starts_with("HTTP/1.1 200"));
+    assert_eq!(connections.in_flight(), 1);
     let mut second = open(addr).await;
     let asks = tokio::spawn(async move { ask(&mut second).await });
     until(|| connections.snapshot().waiting == 1).await;
@@ -97,6 +99,20 @@ async fn a_limit_that_waits_leaves_what_comes_in_the_backlog() {
     drop(first);
     assert!(soon(asks).await.unwrap().starts_with("HTTP/1.1 200"));
     assert_eq!(connections.snapshot().refused_full, 0);
+}
+
+/// What the listener itself waits with is no connection: one below the limit is not full.
+#[tokio::test]
+async fn a_limit_that_waits_counts_connections_only() {
+    let (listener, addr, connections) = listener(2);
+    let mut listener = listener.wait_when_full();
+    assert!(timeout(Duration::from_millis(20), listener.accept()).await.is_err());
+    assert_eq!(connections.in_flight(), 0);
+    let _client = open(addr).await;
+    let (_connection, _) = soon(listener.accept()).await;
+    let mut next = tokio_test::task::spawn(listener.accept());
+    assert!(next.poll().is_pending());
+    assert_eq!((connections.in_flight(), connections.indicate()), (1, Ok(())));
 }
 
 /// Three hundred that connect and say nothing keep nobody out, and are gone soon.

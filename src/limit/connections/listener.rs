@@ -7,10 +7,7 @@ use tokio::{
 };
 
 use super::{Connection, refusal};
-use crate::{
-    ConcurrencyLimitLayer, ConfigError,
-    limit::{ConcurrencyLimitHandle, HeldPlace},
-};
+use crate::{ConcurrencyLimitLayer, ConfigError, limit::ConcurrencyLimitHandle};
 
 /// A TCP listener with so many connections at once. See the [module](super).
 #[derive(Debug)]
@@ -86,15 +83,21 @@ impl LimitedListener {
         self.tcp.local_addr()
     }
 
-    /// The next connection that has a place. It may be dropped at any time, and called again.
+    /// The next connection that has a place. It may be dropped at any time, and called again; what has been
+    /// accepted and waits for a place that was taken by hand is closed then.
     ///
     /// Errors are not told: those of one connection are skipped, and after others, such as no descriptors
     /// being left, it waits for a second.
     pub async fn accept(&mut self) -> (Connection, SocketAddr) {
         loop {
-            let waited = if self.waits { self.places.acquire().await.ok() } else { None };
+            if self.waits {
+                // Not kept while nobody comes: it would count as a connection.
+                drop(self.places.acquire().await);
+            }
             let (tcp, addr) = self.next().await;
-            match waited.map_or_else(|| self.places.try_acquire(), Ok::<HeldPlace, _>) {
+            let place =
+                if self.waits { self.places.acquire().await } else { self.places.try_acquire() };
+            match place {
                 Ok(place) => return (Connection::new(tcp, place), addr),
                 Err(refused) => {
                     while self.refusals.try_join_next().is_some() {}
