@@ -2,6 +2,7 @@
 
 use std::{
     collections::VecDeque,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -83,6 +84,53 @@ impl Subject for One {
 }
 
 contract_tests!(One);
+
+// ===== Sorters that are not to be trusted =====
+
+/// Before anything is taken: what it was given to sort is lost, and nothing else.
+#[tokio::test(start_paused = true)]
+async fn a_sorter_that_panics_takes_no_place() {
+    let sort: ByRequest = |request| match request.extensions().get() {
+        Some(claim) => *claim,
+        None => panic!("asks for nothing"),
+    };
+    let layer = ConcurrencyLimitLayer::new(1).sorted_by(sort).partitions(&[1.0]).shed_by_priority();
+    let (inner, watch) = Strict::new();
+    let (mut service, handle) = (layer.layer(inner), layer.handle());
+    service.ready().await.unwrap();
+    let call = AssertUnwindSafe(|| drop(service.call(request())));
+    assert!(catch_unwind(call).is_err());
+    assert_eq!((handle.in_flight(), handle.partitions()[0].in_flight), (0, 0));
+    // The same instance goes on, by the rules.
+    let asked = asking(Claim::default().partition(0));
+    service.ready().await.unwrap().call(asked).await.unwrap();
+    drop(service);
+    let seen = watch.seen();
+    assert_eq!((seen.calls, seen.reserved, seen.without_ready), (1, 0, 0));
+}
+
+/// Partitions that are not there, levels above the highest, and all of it at once.
+#[tokio::test(start_paused = true)]
+async fn a_claim_of_anything_is_kept_to_what_there_is() {
+    let (service, watch, handle) = sorted(4, 0, &[f64::MIN_POSITIVE, 1e-9, 0.5]);
+    let shares: Vec<u32> = handle.partitions().iter().map(|each| each.share).collect();
+    assert_eq!(shares, [0, 0, 2]);
+    let mut calls = Vec::new();
+    for number in [3, 63, 64, 255] {
+        let claim = Claim::from(Priority::new(255).lot([0xff; 300])).partition(number);
+        let mut call = task::spawn(service.clone().oneshot(asking(claim)));
+        assert_pending!(call.poll());
+        calls.push(call);
+    }
+    assert_eq!((watch.seen().calls, handle.in_flight(), inside(&handle)), (4, 4, vec![0, 0, 0]));
+    // An exempt one is exempt, whatever else it asks.
+    let claim = Claim::exempt().partition(2).priority(Priority::SHEDDABLE);
+    let mut exempt = task::spawn(service.clone().oneshot(asking(claim)));
+    assert_pending!(exempt.poll());
+    assert_eq!((handle.in_flight(), handle.snapshot().exempt_in_flight), (4, 1));
+    drop((calls, exempt));
+    assert_eq!((handle.in_flight(), handle.snapshot().exempt_in_flight), (0, 0));
+}
 
 // ===== Exempt =====
 
