@@ -147,6 +147,16 @@ impl Cell {
         word(self.word.load(Ordering::Acquire)) == Word::Open
     }
 
+    /// How long an open circuit still refuses: told without the lock, however many ask.
+    #[inline]
+    pub(super) fn refuses_for(&self, now: impl FnOnce() -> Nanos) -> Option<Nanos> {
+        if !self.is_open() {
+            return None;
+        }
+        let left = self.until.load(Ordering::Acquire).saturating_sub(now());
+        (left > 0).then_some(left)
+    }
+
     /// Counts a good call where that changes nothing but the time windows. False: the machine has to be
     /// asked.
     #[inline]
@@ -177,7 +187,7 @@ impl Cell {
                 let now = now();
                 match self.until.load(Ordering::Acquire).saturating_sub(now) {
                     0 => self.lock().admit(self.at(now, roll)),
-                    left => (Err(Refusal::Open { left: Duration::from_nanos(left) }), None),
+                    left => (Err(Refusal::Open { left }), None),
                 }
             }
             Word::ForcedOpen => (Err(Refusal::Forced), None),

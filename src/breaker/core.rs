@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// When to come back while probes are under way: their verdict is near, but has no date.
-const PROBING: Duration = Duration::from_secs(1);
+const PROBING: Nanos = 1_000_000_000;
 
 /// One circuit.
 pub struct Circuit {
@@ -92,12 +92,17 @@ impl Circuit {
         let _ = self.label.set(Arc::new(Label { name: name.into(), fault: None }));
     }
 
+    fn named(&self) -> &str {
+        self.label.get().map_or("", |label| &*label.name)
+    }
+
     /// Settings may let more go than before: who waits looks again.
     pub(super) fn configure(&self, change: impl FnOnce(&mut Settings)) {
         self.cell.with(|machine, _| change(&mut machine.settings));
         self.changed.notify_waiters();
     }
 
+    #[inline]
     pub(super) fn is_shadow(&self) -> bool {
         self.shadow.load(Ordering::Relaxed)
     }
@@ -138,6 +143,7 @@ impl Circuit {
         self.shadowed.load(Ordering::Relaxed)
     }
 
+    #[inline]
     pub(super) fn holds_back(&self) -> bool {
         self.holds_back.load(Ordering::Relaxed)
     }
@@ -213,7 +219,7 @@ impl Circuit {
     #[cold]
     fn tell_of(&self, change: Change) {
         self.changed.notify_waiters();
-        let name = self.label.get().map_or("", |label| &*label.name);
+        let name = self.named();
         if let Some(why) = change.tripped {
             event!(WARN, resilience.name = name, reason = %why, "circuit opened");
             let _ = why;
@@ -255,6 +261,14 @@ impl Circuit {
 
     #[inline(never)]
     fn enter_slowly(&self) -> Result<Token, Refusal> {
+        match self.cell.refuses_for(|| self.now()) {
+            Some(left) if !self.is_shadow() => Err(Refusal::Open { left }),
+            _ => self.enter_by_machine(),
+        }
+    }
+
+    #[inline(never)]
+    fn enter_by_machine(&self) -> Result<Token, Refusal> {
         let (answer, change) = self.cell.admit(|| self.now(), fastrand::f64);
         self.tell(change);
         let ticket = match answer {
@@ -276,27 +290,26 @@ impl Circuit {
     }
 
     pub(super) fn refuse(&self, refusal: Refusal) -> Rejected {
-        let by = |kind| self.refuse_as(kind);
-        match refusal {
-            Refusal::Open { left } => by(RejectedKind::Open).with_retry_after(left),
-            Refusal::Probing => by(RejectedKind::Probing).with_retry_after(PROBING),
-            Refusal::Ramping { left } => {
-                by(RejectedKind::Recovering).with_retry_after(left.min(PROBING))
-            }
-            Refusal::Forced => by(RejectedKind::ForcedOpen),
-        }
+        let (kind, back_after) = match refusal {
+            Refusal::Open { left } => (RejectedKind::Open, left),
+            Refusal::Probing => (RejectedKind::Probing, PROBING),
+            Refusal::Ramping { left } => (RejectedKind::Recovering, left.min(PROBING)),
+            Refusal::Forced => return self.refuse_as(RejectedKind::ForcedOpen),
+        };
+        // Rounded up: who comes back earlier is refused again.
+        self.refuse_as(kind).with_retry_after_ms(back_after.div_ceil(1_000_000))
     }
 
     /// A call whose deadline has passed: whatever the circuit says.
+    #[cold]
     pub(super) fn refuse_late(&self) -> Rejected {
         self.refuse_as(RejectedKind::DeadlinePassed)
     }
 
+    #[inline]
     fn refuse_as(&self, kind: RejectedKind) -> Rejected {
         self.refused.fetch_add(1, Ordering::Relaxed);
-        let name = self.label.get().map_or("", |label| &*label.name);
-        event!(DEBUG, resilience.name = name, reason = kind.as_str(), "call refused");
-        let _ = name;
+        event!(DEBUG, resilience.name = self.named(), reason = kind.as_str(), "call refused");
         Rejected::by(LayerKind::CircuitBreaker, kind).labelled(self.label.get().cloned())
     }
 }
@@ -370,7 +383,7 @@ impl Circuit {
 impl fmt::Debug for Circuit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Circuit")
-            .field("name", &self.label.get().map_or("", |label| &*label.name))
+            .field("name", &self.named())
             .field("state", &self.state().0)
             .finish_non_exhaustive()
     }

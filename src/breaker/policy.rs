@@ -86,12 +86,18 @@ fn refused(
     refusal: Refusal,
     deadline: Option<Instant>,
 ) -> Admit<Token, Verdict> {
-    if refusal == Refusal::Probing {
-        if let Some(wait) = Verdict::begin(circuit, deadline) {
-            return Admit::Wait(Box::pin(wait));
-        }
+    match refusal {
+        Refusal::Probing => probing(circuit, deadline),
+        refusal => Admit::No(circuit.refuse(refusal)),
     }
-    Admit::No(circuit.refuse(refusal))
+}
+
+#[cold]
+fn probing(circuit: &Shared<Circuit>, deadline: Option<Instant>) -> Admit<Token, Verdict> {
+    match Verdict::begin(circuit, deadline) {
+        Some(wait) => Admit::Wait(Box::pin(wait)),
+        None => Admit::No(circuit.refuse(Refusal::Probing)),
+    }
 }
 
 pin_project! {

@@ -66,12 +66,12 @@ pub(super) struct Ticket {
     pub(super) probe: bool,
 }
 
-/// Why a call was not let through.
+/// Why a call was not let through; and for how long, unless something happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Refusal {
-    Open { left: Duration },
+    Open { left: Nanos },
     Probing,
-    Ramping { left: Duration },
+    Ramping { left: Nanos },
     Forced,
 }
 

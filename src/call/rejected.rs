@@ -199,10 +199,17 @@ impl Rejected {
         Self::by(LayerKind::User, kind)
     }
 
-    /// The same refusal with a time to come back.
+    /// The same refusal with a time to come back, rounded up to whole milliseconds: whoever came earlier would be
+    /// refused again.
     #[must_use]
-    pub fn with_retry_after(mut self, after: Duration) -> Self {
-        self.retry_after_ms = u32::try_from(after.as_millis()).unwrap_or(NO_HINT).min(NO_HINT - 1);
+    pub fn with_retry_after(self, after: Duration) -> Self {
+        let begun = u64::from(after.subsec_nanos().div_ceil(1_000_000));
+        self.with_retry_after_ms(after.as_secs().saturating_mul(1000).saturating_add(begun))
+    }
+
+    #[inline]
+    pub(crate) fn with_retry_after_ms(mut self, ms: u64) -> Self {
+        self.retry_after_ms = ms.min(u64::from(NO_HINT - 1)) as u32;
         self
     }
 
@@ -331,6 +338,16 @@ mod tests {
     #[test]
     fn is_small_enough_for_every_future() {
         assert_eq!(size_of::<Rejected>(), 16);
+    }
+
+    #[test]
+    fn whoever_comes_back_when_told_is_not_too_early() {
+        let told = |after| Rejected::new(RejectedKind::Open).with_retry_after(after).retry_after();
+        let ms = Duration::from_millis;
+        assert_eq!(told(Duration::from_nanos(1)), Some(ms(1)));
+        assert_eq!(told(ms(1500) + Duration::from_nanos(1)), Some(ms(1501)));
+        assert_eq!((told(ms(1500)), told(Duration::ZERO)), (Some(ms(1500)), Some(ms(0))));
+        assert_eq!(told(Duration::MAX), Some(ms(u64::from(u32::MAX - 1))));
     }
 
     #[test]

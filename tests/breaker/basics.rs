@@ -222,7 +222,12 @@ async fn opens_at_the_nth_failure_in_a_row() {
     let told = Rejected::find(&*error).unwrap();
     assert_eq!((told.kind(), told.layer()), (RejectedKind::Open, "circuit_breaker"));
     assert_eq!(told.retry_after(), Some(Duration::from_secs(20)), "what is left of the wait");
-    assert_eq!((handle.snapshot().refused, watch.seen().calls), (1, 6));
+    // Nobody is told to come back before it is over.
+    advance(Duration::from_nanos(1)).await;
+    let error = service.clone().oneshot(request()).await.unwrap_err();
+    let told = Rejected::find(&*error).unwrap().retry_after().unwrap();
+    assert_eq!(told, Duration::from_secs(20));
+    assert_eq!((handle.snapshot().refused, watch.seen().calls), (2, 6));
 }
 
 #[tokio::test(start_paused = true)]

@@ -68,15 +68,12 @@ impl Machine {
                 if (at.roll)() < share {
                     counted
                 } else {
-                    let left = Duration::from_nanos(ramp.saturating_sub(gone));
-                    Err(Refusal::Ramping { left })
+                    Err(Refusal::Ramping { left: ramp.saturating_sub(gone) })
                 }
             }
             Phase::Closed { .. } | Phase::ForcedClosed => counted,
             Phase::ForcedOpen => Err(Refusal::Forced),
-            Phase::Open { until } => {
-                Err(Refusal::Open { left: Duration::from_nanos(until.saturating_sub(at.now)) })
-            }
+            Phase::Open { until } => Err(Refusal::Open { left: until.saturating_sub(at.now) }),
             Phase::HalfOpen(probes) if probes.has_room(&self.settings) => {
                 self.generation += 1;
                 probes.begin(self.generation, at.now, &self.settings);
