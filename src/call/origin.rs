@@ -1,12 +1,17 @@
-use std::fmt;
+use std::{
+    fmt,
+    hash::{Hash, Hasher},
+};
 
 use http::{
     Uri,
     uri::{Authority, Scheme},
 };
 
-/// Scheme and authority, as the URI has them.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+/// Scheme, host and port of a URI: equal where RFC 6454 says so.
+///
+/// The scheme's own port is the same as none, hosts are equal in any case, and who is logged in is no part of it.
+#[derive(Clone)]
 pub struct Origin {
     scheme: Option<Scheme>,
     authority: Option<Authority>,
@@ -18,6 +23,42 @@ impl Origin {
     pub fn of(uri: &Uri) -> Self {
         Self { scheme: uri.scheme().cloned(), authority: uri.authority().cloned() }
     }
+
+    fn host(&self) -> &str {
+        self.authority.as_ref().map_or("", |authority| authority.host())
+    }
+
+    /// Unless it is the scheme's own.
+    fn port(&self) -> Option<u16> {
+        let own = match self.scheme.as_ref().map(Scheme::as_str) {
+            Some("http") => Some(80),
+            Some("https") => Some(443),
+            _ => None,
+        };
+        let port = self.authority.as_ref()?.port_u16();
+        port.filter(|port| own != Some(*port))
+    }
+}
+
+impl PartialEq for Origin {
+    fn eq(&self, other: &Self) -> bool {
+        self.scheme == other.scheme
+            && self.port() == other.port()
+            && self.host().eq_ignore_ascii_case(other.host())
+    }
+}
+
+impl Eq for Origin {}
+
+impl Hash for Origin {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.scheme.hash(state);
+        self.port().hash(state);
+        for byte in self.host().bytes() {
+            state.write_u8(byte.to_ascii_lowercase());
+        }
+        state.write_u8(0xff);
+    }
 }
 
 impl fmt::Display for Origin {
@@ -25,6 +66,49 @@ impl fmt::Display for Origin {
         if let Some(scheme) = &self.scheme {
             write!(f, "{scheme}://")?;
         }
-        f.write_str(self.authority.as_ref().map_or("", |authority| authority.as_str()))
+        f.write_str(self.host())?;
+        match self.port() {
+            Some(port) => write!(f, ":{port}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Like its text, which tells nobody's password.
+impl fmt::Debug for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Origin({self})")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    fn of(uri: &str) -> Origin {
+        Origin::of(&uri.parse().unwrap())
+    }
+
+    #[test]
+    fn what_leads_to_the_same_place_is_one() {
+        let same = ["http://a", "HTTP://A/x?y", "http://a:80/", "http://me:secret@a:80/"];
+        let all: HashSet<_> = same.map(of).into();
+        assert_eq!(all.len(), 1);
+        let others = ["http://a:81", "https://a", "http://a:443", "http://ab", "/", "http://[::1]"];
+        let all: HashSet<_> = others.into_iter().chain(["http://a"]).map(of).collect();
+        assert_eq!(all.len(), 7);
+    }
+
+    #[test]
+    fn it_shows_no_more_than_it_is() {
+        let origin = of("https://me:secret@[::1]:443/path");
+        assert_eq!(origin.to_string(), "https://[::1]");
+        assert_eq!(format!("{origin:?}"), "Origin(https://[::1])");
+        assert_eq!(
+            (of("http://a:81").to_string(), of("/").to_string()),
+            ("http://a:81".into(), String::new())
+        );
     }
 }
