@@ -267,7 +267,7 @@ impl Cell {
     }
 
     fn lock(&self) -> Locked<'_> {
-        // Of a user's only a closure's rule runs under it; were it poisoned, the machine is still whole.
+        // Of a user's only a closure's rule runs under it, and its panics are caught.
         let machine = self.machine.lock().unwrap_or_else(PoisonError::into_inner);
         Locked { cell: self, machine }
     }

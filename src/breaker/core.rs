@@ -88,11 +88,13 @@ impl Circuit {
     // ===== Settings =====
 
     pub(super) fn name(&self, name: &str) {
-        // The first name stays: refusals under way point at it.
-        let _ = self.label.set(Arc::new(Label { name: name.into(), fault: None }));
+        if !name.is_empty() {
+            // The first name stays: refusals under way point at it.
+            let _ = self.label.set(Arc::new(Label { name: name.into(), fault: None }));
+        }
     }
 
-    fn named(&self) -> &str {
+    pub(super) fn named(&self) -> &str {
         self.label.get().map_or("", |label| &*label.name)
     }
 

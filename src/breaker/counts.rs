@@ -1,6 +1,11 @@
 //! What the rules of a [`Trip`] have seen since the circuit closed.
 
-use std::{fmt, mem, sync::Arc, time::Duration};
+use std::{
+    fmt, mem,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    time::Duration,
+};
 
 use super::{
     trip::{Bad, Closure, Ratio, Rule, Trip, Tripped},
@@ -164,7 +169,12 @@ impl Counts {
         match rule {
             Counted::Consecutive { limit } => (failed && self.run >= *limit)
                 .then_some(Tripped::Consecutive { failures: self.run }),
-            Counted::When(rule) => rule(&self.seen(now, times)).then_some(Tripped::When),
+            Counted::When(rule) => {
+                let seen = self.seen(now, times);
+                // The call that ended is not to pay for it: it may even be unwinding.
+                let says = catch_unwind(AssertUnwindSafe(|| rule(&seen))).unwrap_or(false);
+                says.then_some(Tripped::When { seen })
+            }
             Counted::Ratio { of, limit, min_calls, window } => {
                 let Tally { calls, bad } = window.tally(now, times);
                 let asked = match of {

@@ -75,25 +75,28 @@ impl CircuitBreakerHandle {
         })
     }
 
-    /// Waits until the state is another than now, and tells it.
+    /// Waits until the state is another than when this was called, and tells it.
     ///
     /// That an open circuit's wait is over counts as a change, also without any traffic. Dropping the
     /// future is harmless.
-    pub async fn changed(&self) -> State {
+    pub fn changed(&self) -> impl Future<Output = State> + Send + use<> {
+        let circuit = self.0.clone();
         let before = self.state();
-        loop {
-            let mut notified = pin!(self.0.changed().notified());
-            // From here on no change is missed.
-            notified.as_mut().enable();
-            let (state, lasts) = self.0.state();
-            if state != before {
-                return state;
-            }
-            match lasts {
-                Some(left) => {
-                    let _ = tokio::time::timeout(left, notified).await;
+        async move {
+            loop {
+                let mut notified = pin!(circuit.changed().notified());
+                // From here on no change is missed.
+                notified.as_mut().enable();
+                let (state, lasts) = circuit.state();
+                if state != before {
+                    return state;
                 }
-                None => notified.await,
+                match lasts {
+                    Some(left) => {
+                        let _ = tokio::time::timeout(left, notified).await;
+                    }
+                    None => notified.await,
+                }
             }
         }
     }

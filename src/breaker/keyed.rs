@@ -79,12 +79,28 @@ pub(super) struct Circuits<Q> {
     other: Shared<Circuit>,
     /// What new ones are made like.
     template: Shared<Circuit>,
+    /// What one of this key is called, if the key says it.
+    called: fn(&Q) -> String,
 }
 
 impl<Q: Clone + Eq + Hash> Circuits<Q> {
     fn find(&self, key: &Q) -> Shared<Circuit> {
-        let known = self.map.read().unwrap_or_else(PoisonError::into_inner).get(key).cloned();
-        known.unwrap_or_else(|| self.add(key))
+        {
+            let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
+            if let Some(known) = map.get(key) {
+                return known.clone();
+            }
+            // However many strange keys come, those that are known do not wait for them.
+            if map.len() >= self.most.load(Ordering::Relaxed) && !self.may_sweep(self.other.now()) {
+                return self.other.clone();
+            }
+        }
+        self.add(key)
+    }
+
+    fn may_sweep(&self, now: Nanos) -> bool {
+        let swept = self.swept.load(Ordering::Relaxed);
+        swept == 0 || now.saturating_sub(swept) >= SWEEP_EVERY
     }
 
     #[cold]
@@ -96,8 +112,7 @@ impl<Q: Clone + Eq + Hash> Circuits<Q> {
         let most = self.most.load(Ordering::Relaxed);
         if map.len() >= most {
             let now = self.other.now();
-            let swept = self.swept.load(Ordering::Relaxed);
-            if swept == 0 || now.saturating_sub(swept) >= SWEEP_EVERY {
+            if self.may_sweep(now) {
                 self.swept.store(now.max(1), Ordering::Relaxed);
                 // Only what is equal to a new one: nothing that was learnt is lost.
                 map.retain(|_, circuit| !(circuit.is_unshared() && circuit.is_fresh()));
@@ -107,6 +122,11 @@ impl<Q: Clone + Eq + Hash> Circuits<Q> {
             }
         }
         let circuit = Shared::new(self.template.like());
+        circuit.name(&match (self.template.named(), (self.called)(key)) {
+            (all, one) if one.is_empty() => all.to_owned(),
+            ("", one) => one,
+            (all, one) => format!("{all} {one}"),
+        });
         map.insert(key.clone(), circuit.clone());
         circuit
     }
@@ -196,7 +216,11 @@ admission_layer! {
 
 impl<Sel, Id, M, R> KeyedCircuitBreakerLayer<Sel, Id, M, R> {
     /// Every circuit is made as the one of `plan` is.
-    pub(super) fn new(key: Sel, plan: Plan<Shared<Circuit>, M, R>) -> Self {
+    pub(super) fn new(
+        key: Sel,
+        plan: Plan<Shared<Circuit>, M, R>,
+        called: fn(&Id) -> String,
+    ) -> Self {
         let Plan { policy: template, protocol, reject, mut fault } = plan;
         if Circuit::holds_back(&template) {
             let remedy = "leave it away: which circuit it is about is known only with the request";
@@ -210,6 +234,7 @@ impl<Sel, Id, M, R> KeyedCircuitBreakerLayer<Sel, Id, M, R> {
             swept: AtomicU64::new(0),
             other,
             template,
+            called,
         });
         let policy = Keyed { key, circuits };
         Self { plan: Plan { policy, protocol, reject, fault } }

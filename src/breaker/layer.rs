@@ -103,7 +103,8 @@ impl<M, R> CircuitBreakerLayer<M, R> {
     }
 
     /// Lets up to `callers` wait for the verdict of the probes, each for `longest` (above zero), instead
-    /// of refusing them. By default nobody waits. Once it is closed, all of them go at once.
+    /// of refusing them. By default nobody waits. Once it is closed, all of them go at once, if it does not
+    /// [ramp](Self::ramp) up.
     pub fn wait_for_verdict(mut self, callers: u32, longest: Duration) -> Self {
         let checked = ConfigError::above_zero("wait_for_verdict.longest", longest);
         if let Some(longest) = self.plan.accept(checked) {
@@ -144,18 +145,18 @@ impl<M, R> CircuitBreakerLayer<M, R> {
 
     /// A circuit for each key that this closure gives, with the rules and settings made so far.
     ///
-    /// The handle and the name of this layer's own circuit stay with that.
+    /// All of them have the name of this layer. Its own circuit, which its handle looks at, is none of them.
     pub fn keyed<F, Req, Id>(self, key: F) -> KeyedCircuitBreakerLayer<F, Id, M, R>
     where
         F: Fn(&Req) -> Id + Clone + Send + Sync + 'static,
         Id: Clone + Eq + Hash + Send + Sync + 'static,
     {
-        KeyedCircuitBreakerLayer::new(key, self.plan)
+        KeyedCircuitBreakerLayer::new(key, self.plan, |_| String::new())
     }
 
-    /// A circuit for each scheme and authority of the requests' URIs.
+    /// A circuit for each scheme, host and port of the requests' URIs, named after it.
     pub fn per_origin(self) -> KeyedCircuitBreakerLayer<PerOrigin, Origin, M, R> {
-        KeyedCircuitBreakerLayer::new(PerOrigin, self.plan)
+        KeyedCircuitBreakerLayer::new(PerOrigin, self.plan, Origin::to_string)
     }
 
     /// A name for refusals, events and snapshots. The first one given stays.

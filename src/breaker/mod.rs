@@ -105,7 +105,7 @@
 //! use buttress::CircuitBreakerLayer;
 //! use tower::Layer;
 //!
-//! let breakers = CircuitBreakerLayer::http().per_origin();    // one for each scheme and authority
+//! let breakers = CircuitBreakerLayer::http().per_origin();    // one for each scheme, host and port
 //! let handle = breakers.handle();
 //! let client = breakers.layer(client());
 //! for (origin, circuit) in handle.all() {
@@ -113,7 +113,8 @@
 //! }
 //! ```
 //!
-//! [`keyed`](CircuitBreakerLayer::keyed) takes any key of the request. The map is
+//! Refusals and events name the origin. [`keyed`](CircuitBreakerLayer::keyed) takes any key of the request; its circuits
+//! have the name of the layer. The map is
 //! [bounded](KeyedCircuitBreakerLayer::max_keys), evicts only circuits that are as good as new, and beyond
 //! that lets keys share one circuit: requests cannot grow it.
 //!

@@ -93,8 +93,8 @@ impl Trip {
 
     /// When this closure says so, looking at what the circuit has [`Seen`] in a row and in all windows.
     ///
-    /// It is asked under a lock, when a call fails or is slow: let it be short, and let it neither panic nor
-    /// touch the breaker.
+    /// It is asked under a lock, when a call fails or is slow: let it be short, and do not let it touch the
+    /// breaker. Where it panics, it has not said so.
     #[must_use]
     pub fn when(rule: impl Fn(&Seen) -> bool + Send + Sync + 'static) -> Self {
         Self::of(Rule::When(Arc::new(rule)))
@@ -247,7 +247,10 @@ pub enum Tripped {
         calls: u64,
     },
     /// The closure said so.
-    When,
+    When {
+        /// Looking at this.
+        seen: Seen,
+    },
     /// Half-open probes failed: more than may.
     Probe {
         /// How the last of them ended.
@@ -269,7 +272,15 @@ impl fmt::Display for Tripped {
             Self::SlowRatio { slow, calls } => {
                 write!(f, "{slow} of {calls} calls in the window were slow")
             }
-            Self::When => f.write_str("the closure said so"),
+            Self::When { seen } => {
+                let Seen { consecutive_failures, window_calls, window_failures, window_slow } =
+                    seen;
+                write!(
+                    f,
+                    "the closure said so at {consecutive_failures} failures in a row, and \
+                     {window_failures} failed and {window_slow} slow of {window_calls} in the window"
+                )
+            }
             Self::Probe { outcome } => write!(f, "a probe ended as {outcome:?}"),
             Self::SlowProbe => f.write_str("a probe was slow"),
             Self::ProbeLease => f.write_str("a probe did not end in time"),

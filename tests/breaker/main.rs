@@ -11,6 +11,7 @@ mod breaker {
     mod basics;
     mod by_hand;
     mod hazards;
+    mod hostile;
     mod keys;
     mod kit;
     mod model;

@@ -201,7 +201,10 @@ async fn a_closure_sees_what_was_counted_and_decides() {
     assert_eq!(rig.state(), State::Closed, "3 failures, 1 in a row");
     rig.fail().await;
     assert_eq!(rig.state(), State::Open);
-    assert_eq!(rig.handle.snapshot().last_trip, Some(Tripped::When));
+    let seen = rig.handle.snapshot();
+    assert_eq!(seen.last_trip, Some(Tripped::When { seen: seen.seen }));
+    let told = seen.last_trip.unwrap().to_string();
+    assert!(told.contains("2 failures in a row, and 4 failed"), "{told}");
 }
 
 #[test]

@@ -1,0 +1,347 @@
+//! What users' code and settings can do to a circuit: panics, extremes, strange snapshots, many threads.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::atomic::{AtomicUsize, Ordering::SeqCst},
+};
+
+use buttress::{Outcome, Rejected};
+use http::Request;
+use tokio::time::advance;
+use tokio_test::{assert_pending, assert_ready_eq, task};
+use tower::{Layer, ServiceExt, service_fn};
+
+use super::kit::*;
+use crate::support::{empty, request};
+
+// ===== Panics =====
+
+/// A rule that panics has not said so: neither its caller pays for it, nor one that is unwinding already.
+#[tokio::test(start_paused = true)]
+async fn a_rule_that_panics_harms_nobody() {
+    let trip = Trip::any([Trip::when(|_| panic!("a rule")), Trip::consecutive(4)]);
+    let rig = Rig::new(CircuitBreakerLayer::new(trip).open_for(WAIT));
+    rig.fail().await;
+    for then in [Then::PanicInCall, Then::PanicInPoll] {
+        rig.watch.script([then]);
+        let service = rig.service.clone();
+        assert!(tokio::spawn(service.oneshot(request())).await.unwrap_err().is_panic());
+    }
+    assert_eq!(rig.handle.snapshot().seen.consecutive_failures, 3);
+    rig.fail().await;
+    let tripped = rig.handle.snapshot().last_trip;
+    assert_eq!(tripped, Some(Tripped::Consecutive { failures: 4 }));
+    advance(WAIT).await;
+    rig.ok().await;
+    assert_eq!(rig.state(), State::Closed);
+}
+
+/// A probe whose classifier panics has said nothing: its slot is free.
+#[tokio::test(start_paused = true)]
+async fn a_classifier_that_panics_costs_no_slot() {
+    let layer = touchy().classify(|result: Result<&u8, &Oops>| match result {
+        Ok(0) => panic!("a classifier"),
+        Ok(_) => Outcome::success(),
+        Err(_) => Outcome::failure(),
+    });
+    let service = layer.layer(service_fn(|answer: u8| async move { Ok::<u8, Oops>(answer) }));
+    let handle = layer.handle();
+    handle.half_open();
+    for _ in 0..3 {
+        let call = tokio::spawn(service.clone().oneshot(0));
+        assert!(call.await.unwrap_err().is_panic());
+        assert_eq!((handle.state(), handle.snapshot().probes), (State::HalfOpen, 0));
+    }
+    assert_eq!(service.oneshot(1).await.unwrap(), 1);
+    assert_eq!(handle.state(), State::Closed);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_that_panics_harms_no_other() {
+    let layer = touchy().keyed(|request: &Request<()>| match request.uri().path() {
+        "/panic" => panic!("a key"),
+        path => path.to_owned(),
+    });
+    let (inner, watch) = Strict::new();
+    let service = layer.layer(inner);
+    let to = |path: &str| Request::get(path).body(()).unwrap();
+    let call = tokio::spawn(service.clone().oneshot(to("/panic")));
+    assert!(call.await.is_err_and(|error| error.is_panic()));
+    assert_eq!(watch.seen().reserved, 0);
+    assert!(service.oneshot(to("/good")).await.is_ok());
+    assert_eq!(layer.handle().all().len(), 1);
+}
+
+// ===== Extremes =====
+
+#[tokio::test(start_paused = true)]
+async fn the_largest_settings_are_no_trouble() {
+    use std::time::Duration;
+    const MOST: Duration = Duration::MAX;
+    let trip = Trip::any([
+        Trip::consecutive(u32::MAX),
+        Trip::failure_ratio(1.0).within(MOST).min_calls(u32::MAX),
+        Trip::slow_ratio(f64::MIN_POSITIVE, MOST).within(MOST).min_calls(u32::MAX),
+        Trip::failure_ratio(f64::MIN_POSITIVE).over(1_000_000).min_calls(2),
+    ]);
+    let wait = OpenFor::backoff(MOST, MOST).factor(f64::MAX).jitter(1.0);
+    let layer = CircuitBreakerLayer::new(trip)
+        .open_for(wait.follow_retry_after(MOST).calm_after(MOST))
+        .half_open(1000)
+        .probe_lease(MOST)
+        .wait_for_verdict(u32::MAX, MOST)
+        .ramp(MOST);
+    let rig = Rig::new(layer.checked().unwrap());
+    rig.ok().await;
+    rig.fail().await;
+    assert_eq!(rig.state(), State::Open, "the smallest share of two calls");
+    assert_eq!(rig.refused().await, RejectedKind::Open);
+    // A hundred years later.
+    advance(secs(100 * 365 * 24 * 3600)).await;
+    assert_eq!(rig.refused().await, RejectedKind::Open);
+    rig.handle.half_open();
+    let probes: Vec<_> = (0..1000).map(|_| rig.hold()).collect();
+    let mut late = rig.ask();
+    assert_pending!(late.poll(), "who waits for the verdict");
+    assert_eq!(rig.handle.snapshot().probes, 1000);
+    drop(probes);
+    assert!(late.is_woken());
+    assert_pending!(late.poll());
+    assert_eq!(rig.handle.snapshot().probes, 1);
+    drop(late);
+    for _ in 0..1000 {
+        rig.ok().await;
+    }
+    assert_eq!(rig.state(), State::Closed);
+}
+
+/// However many come, and however long the service has not been ready: each is told so at once.
+#[tokio::test(start_paused = true)]
+async fn an_open_circuit_over_a_service_that_is_never_ready_answers_at_once() {
+    for layer in [touchy(), touchy().wait_for_verdict(10, secs(5))] {
+        let rig = Rig::new(layer);
+        rig.fail().await;
+        rig.watch.set_ready(false);
+        let polls = rig.watch.seen().polls;
+        for _ in 0..5000 {
+            let mut call = rig.ask();
+            assert!(call.poll().is_ready());
+        }
+        assert_eq!((rig.watch.seen().polls, rig.handle.snapshot().refused), (polls, 5000));
+        // The wait is over: who asks waits for the service, and all others are told so at once.
+        advance(WAIT).await;
+        let mut probe = rig.ask();
+        assert_pending!(probe.poll());
+        rig.handle.force_open();
+        assert!(probe.is_woken());
+        let refused = tokio_test::assert_ready!(probe.poll()).unwrap_err();
+        assert_eq!(Rejected::find(&*refused).unwrap().kind(), RejectedKind::ForcedOpen);
+    }
+}
+
+// ===== Snapshots of others =====
+
+/// Of any rules, in any state, into any rules: it works as a circuit does.
+#[tokio::test(start_paused = true)]
+async fn a_snapshot_of_other_rules_does_no_harm() {
+    let trips = || {
+        [
+            Trip::consecutive(u32::MAX),
+            Trip::consecutive(2),
+            Trip::failure_ratio(0.5).over(3).min_calls(1),
+            Trip::failure_ratio(0.5).over(1_000_000).min_calls(1_000_000),
+            Trip::failure_ratio(1.0).within(secs(1)).min_calls(1000),
+            Trip::any([
+                Trip::slow_ratio(0.5, ms(1)).over(5).min_calls(5),
+                Trip::failure_ratio(1.0).over(70).min_calls(70),
+                Trip::when(|seen| seen.consecutive_failures > 80),
+            ]),
+        ]
+    };
+    let rig = |trip| Rig::new(CircuitBreakerLayer::new(trip).half_open(2).open_for(WAIT));
+    for from in trips() {
+        let from = rig(from);
+        let steps: [&dyn Fn(&CircuitBreakerHandle); 5] = [
+            &|_| {},
+            &|handle| (0..40).for_each(|_| handle.record(Outcome::failure())),
+            &CircuitBreakerHandle::half_open,
+            &CircuitBreakerHandle::force_open,
+            &CircuitBreakerHandle::force_closed,
+        ];
+        for step in steps {
+            step(&from.handle);
+            let taken = from.handle.snapshot();
+            for to in trips() {
+                let to = rig(to);
+                let (probe, _) = to.hold();
+                to.handle.restore(&taken);
+                to.handle.restore(&to.handle.snapshot());
+                assert_eq!(to.state(), taken.state);
+                drop(probe);
+                let seen = to.handle.snapshot().seen;
+                assert!(seen.window_failures <= seen.window_calls, "{seen:?}");
+                if let Some(wait) = to.handle.snapshot().open_for {
+                    assert_eq!(to.refused().await, RejectedKind::Open);
+                    advance(wait).await;
+                }
+                match to.state() {
+                    State::HalfOpen => {
+                        to.ok().await;
+                        to.ok().await;
+                    }
+                    State::ForcedOpen | State::ForcedClosed => to.handle.reset(),
+                    State::Closed | State::Open => to.ok().await,
+                }
+                assert_eq!(to.state(), State::Closed);
+            }
+        }
+    }
+}
+
+// ===== Handles =====
+
+#[tokio::test(start_paused = true)]
+async fn guards_and_futures_outlive_all_that_made_them() {
+    let Rig { layer, service, watch, handle } = Rig::new(touchy());
+    let isolation = handle.isolate();
+    let mut changed = task::spawn(handle.changed());
+    assert_pending!(changed.poll());
+    drop((layer, service, watch, handle));
+    drop(isolation);
+    assert!(changed.is_woken());
+    assert_ready_eq!(changed.poll(), State::Closed);
+}
+
+/// Not since it was polled first: what happens in between is no secret.
+#[tokio::test(start_paused = true)]
+async fn changed_is_since_it_was_called() {
+    let rig = Rig::new(touchy());
+    let mut changed = task::spawn(rig.handle.changed());
+    rig.handle.force_open();
+    assert_ready_eq!(changed.poll(), State::ForcedOpen);
+}
+
+// ===== Many threads =====
+
+/// Calls that end in every way on four threads, while a fifth turns all there is to turn: no more probes than
+/// may be at any time, no slot is lost, and the circuit works as ever.
+#[test]
+fn threads_lose_nothing() {
+    const PROBES: usize = 3;
+    let trip = Trip::any([
+        Trip::consecutive(3),
+        Trip::failure_ratio(0.5).over(20).min_calls(10),
+        Trip::failure_ratio(0.6).within(ms(10)).min_calls(10),
+    ]);
+    let layer = CircuitBreakerLayer::new(trip)
+        .half_open_of(2, PROBES as u16)
+        .open_for(std::time::Duration::from_micros(50))
+        .classify(|result: Result<&(), &Oops>| match result {
+            Ok(()) => Outcome::success(),
+            Err(_) => Outcome::failure(),
+        });
+    let under_way = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for seed in 0..4 {
+            let (layer, under_way) = (&layer, &under_way);
+            scope.spawn(move || {
+                let mut luck = dice(seed);
+                let service = layer.layer(service_fn(|end: u64| async move {
+                    match end {
+                        0..4 => Ok(()),
+                        4..7 => Err(Oops("down")),
+                        7 => std::panic::resume_unwind(Box::new(())),
+                        _ => std::future::pending().await,
+                    }
+                }));
+                for _ in 0..5000 {
+                    let mut call = task::spawn(service.clone().oneshot(luck() % 10));
+                    under_way.fetch_add(1, SeqCst);
+                    let _ = catch_unwind(AssertUnwindSafe(|| call.poll().is_ready()));
+                    drop(call);
+                    under_way.fetch_sub(1, SeqCst);
+                }
+            });
+        }
+        let handle = layer.handle();
+        let mut luck = dice(9);
+        for _ in 0..3000 {
+            match luck() % 8 {
+                0 => handle.half_open(),
+                1 => handle.reset(),
+                2 => drop(handle.isolate()),
+                3 => handle.restore(&handle.snapshot()),
+                4 => handle.set_open_for(ms(1)).unwrap(),
+                _ => assert!(handle.snapshot().probes <= PROBES),
+            }
+        }
+    });
+    let handle = layer.handle();
+    assert_eq!((under_way.into_inner(), handle.snapshot().probes), (0, 0));
+    handle.half_open();
+    handle.record(Outcome::success());
+    handle.record(Outcome::success());
+    assert_eq!((handle.state(), handle.snapshot().isolations), (State::Closed, 0));
+}
+
+/// The same luck in every run.
+fn dice(seed: u64) -> impl FnMut() -> u64 {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state >> 16
+    }
+}
+
+// ===== Names =====
+
+/// A refusal, and the event of a trip, say whose circuit it is; and nobody's password.
+#[tokio::test(start_paused = true)]
+async fn circuits_of_keys_are_named() {
+    let named = |layer: CircuitBreakerLayer| {
+        let layer = layer.per_origin();
+        let (inner, watch) = Strict::new();
+        watch.script([Then::Fail(Oops("down"))]);
+        let service = layer.layer(inner);
+        async move {
+            let to = || Request::get("http://me:secret@a:80/x").body(()).unwrap();
+            assert!(service.clone().oneshot(to()).await.is_err());
+            let refused = service.oneshot(to()).await.unwrap_err();
+            Rejected::find(&*refused).unwrap().name().map(String::from)
+        }
+    };
+    assert_eq!(named(touchy()).await.as_deref(), Some("http://a"));
+    assert_eq!(named(touchy().name("search")).await.as_deref(), Some("search http://a"));
+
+    let layer = touchy().name("search").keyed(|_: &Request<()>| 0);
+    let (inner, watch) = Strict::new();
+    watch.script([Then::Fail(Oops("down"))]);
+    let service = layer.layer(inner);
+    assert!(service.clone().oneshot(request()).await.is_err());
+    let refused = service.oneshot(request()).await.unwrap_err();
+    assert_eq!(Rejected::find(&*refused).unwrap().name(), Some("search"));
+}
+
+// ===== Probes =====
+
+/// One slot, thousands who want it, and every probe is given up: each time one of them has it, and only one.
+#[tokio::test(start_paused = true)]
+async fn a_slot_that_comes_back_goes_to_one_of_thousands() {
+    let rig = Rig::half_open(touchy().wait_for_verdict(2000, secs(60))).await;
+    let (mut probe, first) = rig.hold();
+    let mut waiting: Vec<_> = (0..2000).map(|_| rig.ask()).collect();
+    waiting.iter_mut().for_each(|call| assert_pending!(call.poll()));
+    for n in 1..=20 {
+        drop(probe);
+        assert_eq!(waiting.iter().filter(|call| call.is_woken()).count(), waiting.len());
+        waiting.iter_mut().for_each(|call| assert_pending!(call.poll()));
+        assert_eq!((rig.watch.seen().calls, rig.handle.snapshot().probes), (first + 1 + n, 1));
+        probe = waiting.remove(0);
+    }
+    rig.watch.end(first + 20, Ok(empty()));
+    assert!(probe.poll().is_ready());
+    assert_eq!(rig.state(), State::Closed);
+    assert!(waiting.iter().all(|call| call.is_woken()));
+}
