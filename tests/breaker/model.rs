@@ -1,6 +1,6 @@
 //! A circuit as one would write it down on paper: lists of calls, and every event at its own time.
 
-use std::time::Duration;
+use std::{mem, time::Duration};
 
 use buttress::{
     CircuitBreakerLayer, Trip,
@@ -32,6 +32,25 @@ pub enum Rule {
         over: u32,
         ms: u64,
     },
+    /// So many tenths of the calls failed in ten stretches, of so many milliseconds each.
+    Within {
+        tenths: u32,
+        stretch: u64,
+        min: u32,
+    },
+}
+
+impl Rule {
+    /// The same with another threshold.
+    fn adjusted(self, by: u32) -> Self {
+        let tenths = 1 + by % 10;
+        match self {
+            Self::Consecutive(_) => Self::Consecutive(1 + by % 4),
+            Self::Failed { over, .. } => Self::Failed { tenths, over, min: 1 + by % over },
+            Self::Slow { over, .. } => Self::Slow { tenths, over, ms: 1 + u64::from(by) % 60 },
+            Self::Within { stretch, .. } => Self::Within { tenths, stretch, min: 1 + by % 12 },
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -45,12 +64,13 @@ pub struct Config {
     pub backs_off: bool,
     /// No call is a probe.
     pub outside: bool,
+    pub ramp_ms: u64,
 }
 
 const CALM: u64 = 100;
 
 impl Config {
-    pub fn layer(&self) -> CircuitBreakerLayer {
+    pub fn trip(&self) -> Trip {
         let ms = Duration::from_millis;
         let rules = self.rules.iter().map(|rule| match *rule {
             Rule::Consecutive(failures) => Trip::consecutive(failures),
@@ -60,15 +80,29 @@ impl Config {
             Rule::Slow { tenths, over, ms: slow } => {
                 Trip::slow_ratio(f64::from(tenths) / 10.0, ms(slow)).over(over).min_calls(1)
             }
+            Rule::Within { tenths, stretch, min } => {
+                let ratio = Trip::failure_ratio(f64::from(tenths) / 10.0);
+                ratio.within(ms(stretch * STRETCHES)).min_calls(min)
+            }
         });
+        Trip::any(rules)
+    }
+
+    pub fn wait(&self) -> OpenFor {
+        let ms = Duration::from_millis;
         let wait = match self.backs_off {
             false => OpenFor::fixed(ms(self.open_ms)),
             true => OpenFor::backoff(ms(self.open_ms), ms(self.open_ms * 4)).jitter(0.0),
         };
-        let layer = CircuitBreakerLayer::new(Trip::any(rules))
+        wait.calm_after(ms(CALM))
+    }
+
+    pub fn layer(&self) -> CircuitBreakerLayer {
+        let layer = CircuitBreakerLayer::new(self.trip())
             .half_open_of(self.needed, self.probes)
-            .open_for(wait.calm_after(ms(CALM)))
-            .probe_lease(ms(self.lease_ms));
+            .open_for(self.wait())
+            .ramp(Duration::from_millis(self.ramp_ms))
+            .probe_lease(Duration::from_millis(self.lease_ms));
         let layer = if self.outside { layer.probes_from_outside() } else { layer };
         layer.checked().expect("it can work")
     }
@@ -83,9 +117,41 @@ impl Config {
     }
 }
 
+/// How many stretches a window of time is cut into.
+const STRETCHES: u64 = 10;
+
+/// What becomes of a call that comes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Goes {
+    /// And counts, in this stay.
+    In(usize),
+    /// In shadow mode: it counts for nothing.
+    Shadowed,
+    Refused,
+    /// As luck will have it; if it goes, in this stay.
+    Perhaps(usize),
+}
+
+/// One call that a rule looks back on: was it bad, and in which stretch of time?
+type Past = (bool, u64);
+
+/// What was taken of a circuit, for another time.
+#[derive(Clone, Debug)]
+pub struct Taken {
+    state: State,
+    left: u64,
+    trips: u32,
+    run: u32,
+    lists: Vec<Vec<Past>>,
+}
+
 #[derive(Debug)]
 pub struct Model {
-    config: Config,
+    pub config: Config,
+    pub shadow: bool,
+    /// How many it would have refused.
+    pub shadowed: u64,
+    pub refused: u64,
     pub now: u64,
     state: State,
     /// Which stay in a state this is.
@@ -93,9 +159,11 @@ pub struct Model {
     pub isolations: u32,
     pub opened: u64,
     pub run: u32,
-    /// The last calls, for each rule: was it bad?
-    lists: Vec<Vec<bool>>,
+    /// The last calls, for each rule.
+    lists: Vec<Vec<Past>>,
     since: u64,
+    /// Closed by its probes, and not by hand.
+    ramps: bool,
     open_until: u64,
     trips: u32,
     passed: u16,
@@ -109,6 +177,9 @@ impl Model {
         let lists = vec![Vec::new(); config.rules.len()];
         Self {
             config,
+            shadow: false,
+            shadowed: 0,
+            refused: 0,
             now: 0,
             state: State::Closed,
             stay: 0,
@@ -117,6 +188,7 @@ impl Model {
             run: 0,
             lists,
             since: 0,
+            ramps: false,
             open_until: 0,
             trips: 0,
             passed: 0,
@@ -131,24 +203,35 @@ impl Model {
     }
 
     /// Calls, failures, slow ones: in the fullest window of each kind.
-    pub fn windows(&self) -> [u64; 3] {
+    pub fn windows(&mut self) -> [u64; 3] {
+        self.forget();
         let mut most = [0; 3];
         for (rule, list) in self.config.rules.iter().zip(&self.lists) {
             let kind = match rule {
                 Rule::Consecutive(_) => continue,
-                Rule::Failed { .. } => 1,
+                Rule::Failed { .. } | Rule::Within { .. } => 1,
                 Rule::Slow { .. } => 2,
             };
-            let bad = list.iter().filter(|bad| **bad).count() as u64;
+            let bad = bad(list) as u64;
             (most[0], most[kind]) = (most[0].max(list.len() as u64), most[kind].max(bad));
         }
         most
+    }
+
+    /// What has left its window by now.
+    fn forget(&mut self) {
+        for (rule, list) in self.config.rules.iter().zip(&mut self.lists) {
+            if let Rule::Within { stretch, .. } = rule {
+                list.retain(|(_, at)| at + STRETCHES > self.now / stretch);
+            }
+        }
     }
 
     // ===== Changes =====
 
     fn to(&mut self, state: State, at: u64) {
         (self.state, self.since, self.passed, self.failed) = (state, at, 0, 0);
+        self.ramps = false;
         self.stay += 1;
         self.probes.clear();
         if state == State::Closed {
@@ -175,9 +258,39 @@ impl Model {
         self.to(to, self.now);
     }
 
+    pub fn adjust(&mut self, by: u32) {
+        self.config.rules.iter_mut().for_each(|rule| *rule = rule.adjusted(by));
+    }
+
+    pub fn take(&mut self) -> Taken {
+        self.pass_time();
+        self.forget();
+        Taken {
+            state: self.state,
+            left: if self.state == State::Open { self.open_until - self.now } else { 0 },
+            trips: self.trips,
+            run: self.run,
+            lists: self.lists.clone(),
+        }
+    }
+
+    /// How many there were of each kind is known, and not in which order: the bad ones are the newest.
+    pub fn restore(&mut self, taken: &Taken) {
+        self.to(taken.state, self.now);
+        (self.open_until, self.trips) = (self.now + taken.left, taken.trips);
+        (self.run, self.lists) = (taken.run, taken.lists.clone());
+        for (rule, list) in self.config.rules.iter().zip(&mut self.lists) {
+            list.sort_unstable();
+            if let Rule::Within { stretch, .. } = rule {
+                list.iter_mut().for_each(|(_, at)| *at = self.now / stretch);
+            }
+        }
+    }
+
     fn decide(&mut self, at: u64) {
         if self.passed >= self.config.needed {
             self.to(State::Closed, at);
+            self.ramps = true;
         } else if self.failed > self.config.probes - self.config.needed {
             self.open(at);
         }
@@ -202,8 +315,12 @@ impl Model {
     // ===== Calls =====
 
     /// Whether the call of this number goes.
-    pub fn call(&mut self, number: usize) -> bool {
-        match self.state() {
+    pub fn call(&mut self, number: usize) -> Goes {
+        let state = self.state();
+        let ramping = mem::take(&mut self.ramps) && self.now - self.since < self.config.ramp_ms;
+        self.ramps = ramping;
+        let goes = match state {
+            State::Closed if ramping => return Goes::Perhaps(self.stay),
             State::Closed | State::ForcedClosed => true,
             State::Open | State::ForcedOpen => false,
             State::HalfOpen => {
@@ -214,12 +331,23 @@ impl Model {
                 }
                 goes
             }
+        };
+        match goes {
+            true => Goes::In(self.stay),
+            false if self.shadow => {
+                self.shadowed += 1;
+                Goes::Shadowed
+            }
+            false => {
+                self.refused += 1;
+                Goes::Refused
+            }
         }
     }
 
-    pub fn end(&mut self, number: usize, stay: usize, end: End, took: u64) {
+    pub fn end(&mut self, number: usize, stay: Option<usize>, end: End, took: u64) {
         self.pass_time();
-        if stay != self.stay {
+        if stay != Some(self.stay) {
             return;
         }
         match self.state {
@@ -271,9 +399,11 @@ impl Model {
             Some(false) => self.run = 0,
             None => {}
         }
+        self.forget();
         let mut trips = false;
         for (rule, list) in self.config.rules.iter().zip(&mut self.lists) {
-            let (over, bad, asked, tenths, min) = match *rule {
+            let mut at = 0;
+            let (over, was_bad, asked, tenths, min) = match *rule {
                 Rule::Consecutive(limit) => {
                     trips |= failed == Some(true) && self.run >= limit;
                     continue;
@@ -285,17 +415,25 @@ impl Model {
                     let slow = took >= ms;
                     (over, (failed.is_some() || slow).then_some(slow), slow, tenths, 1)
                 }
+                Rule::Within { tenths, stretch, min } => {
+                    at = self.now / stretch;
+                    (u32::MAX, failed, failed == Some(true), tenths, min)
+                }
             };
-            list.extend(bad);
+            list.extend(was_bad.map(|bad| (bad, at)));
             if list.len() > over as usize {
                 list.remove(0);
             }
-            let bad = list.iter().filter(|bad| **bad).count();
-            trips |=
-                asked && list.len() >= min as usize && bad * 10 >= list.len() * tenths as usize;
+            trips |= asked
+                && list.len() >= min as usize
+                && bad(list) * 10 >= list.len() * tenths as usize;
         }
         if trips {
             self.open(self.now);
         }
     }
+}
+
+fn bad(list: &[Past]) -> usize {
+    list.iter().filter(|(bad, _)| *bad).count()
 }

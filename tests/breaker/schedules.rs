@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use super::model::{Config, End, Model, Rule};
+use super::model::{Config, End, Goes, Model, Rule};
 use crate::support::{Oops, Piece, ScriptBody, Strict, Then, empty, request, status};
 use buttress::{
     CircuitBreaker, CircuitBreakerLayer, Outcome,
@@ -30,6 +30,13 @@ enum Step {
     /// The oldest isolation ends.
     Release,
     Record(End),
+    Shadow(bool),
+    /// A snapshot is taken, or the last one is taken up again.
+    Take,
+    Restore,
+    /// Other thresholds, another wait.
+    Adjust(u32),
+    Wait(u64),
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -48,6 +55,11 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => Just(Step::Isolate),
         3 => Just(Step::Release),
         3 => prop::sample::select(vec![Success, Error, Throttled, Cancel]).prop_map(Step::Record),
+        2 => any::<bool>().prop_map(Step::Shadow),
+        1 => Just(Step::Take),
+        1 => Just(Step::Restore),
+        1 => (0..1000u32).prop_map(Step::Adjust),
+        1 => (10..50u64).prop_map(Step::Wait),
     ];
     prop::collection::vec(step, 1..50)
 }
@@ -68,11 +80,20 @@ fn slow() -> impl Strategy<Value = Rule> {
     (1..=10u32, 1..12u32, 1..60u64).prop_map(|(tenths, over, ms)| Rule::Slow { tenths, over, ms })
 }
 
+fn within() -> impl Strategy<Value = Rule> {
+    (1..=10u32, 1..12u64, 1..12u32).prop_map(|(tenths, stretch, min)| Rule::Within {
+        tenths,
+        stretch,
+        min,
+    })
+}
+
 fn configs(rules: impl Strategy<Value = Vec<Rule>>) -> impl Strategy<Value = Config> {
     let probes = (1..4u16, 1..4u16).prop_map(|(a, b)| (a.min(b), a.max(b)));
     let outside = prop::bool::weighted(0.1);
-    (rules, probes, 10..50u64, 10..90u64, any::<bool>(), outside).prop_map(
-        |(rules, (needed, probes), open_ms, lease_ms, backs_off, outside)| Config {
+    let ramp = prop_oneof![3 => Just(0), 1 => 1..200u64];
+    (rules, probes, 10..50u64, 10..90u64, any::<bool>(), outside, ramp).prop_map(
+        |(rules, (needed, probes), open_ms, lease_ms, backs_off, outside, ramp_ms)| Config {
             rules,
             needed,
             probes,
@@ -80,6 +101,7 @@ fn configs(rules: impl Strategy<Value = Vec<Rule>>) -> impl Strategy<Value = Con
             lease_ms,
             backs_off,
             outside,
+            ramp_ms,
         },
     )
 }
@@ -88,7 +110,8 @@ fn configs(rules: impl Strategy<Value = Vec<Rule>>) -> impl Strategy<Value = Con
 
 struct Call {
     number: usize,
-    stay: usize,
+    /// None: it counts for nothing.
+    stay: Option<usize>,
     began: u64,
     head_took: Option<u64>,
     doing: Doing,
@@ -99,6 +122,30 @@ enum Doing {
     Streaming { _body: Box<Response<TrackedBody<ScriptBody>>> },
 }
 
+impl Goes {
+    /// Whether it may have gone as it has; and in which stay it counts. So many would have been refused by now.
+    fn went(
+        self,
+        model: &mut Model,
+        went: bool,
+        shadowed: u64,
+    ) -> Result<Option<usize>, TestCaseError> {
+        let (goes, stay) = match self {
+            Goes::In(stay) => (true, Some(stay)),
+            Goes::Shadowed => (true, None),
+            Goes::Refused => (false, None),
+            Goes::Perhaps(stay) => {
+                let luck = if model.shadow { shadowed == model.shadowed } else { went };
+                model.shadowed = shadowed;
+                model.refused += u64::from(!luck && !model.shadow);
+                (luck || model.shadow, luck.then_some(stay))
+            }
+        };
+        prop_assert_eq!((went, shadowed), (goes, model.shadowed));
+        Ok(stay)
+    }
+}
+
 async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
     let layer: CircuitBreakerLayer = config.layer();
     let (inner, watch) = Strict::holding();
@@ -106,16 +153,18 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
     let mut model = Model::new(config.clone());
     let mut calls: Vec<Call> = Vec::new();
     let mut isolations: Vec<Isolation> = Vec::new();
+    let mut taken = None;
     for step in steps {
         match step {
             Step::Call => {
                 let number = watch.seen().calls;
                 let mut call = task::spawn(service.clone().oneshot(request()));
-                let goes = call.poll().is_pending();
-                prop_assert_eq!(goes, model.call(number));
-                prop_assert_eq!(goes, watch.seen().calls > number);
-                if goes {
-                    let (stay, began, doing) = (model.stay, model.now, Doing::Asking(call));
+                let went = call.poll().is_pending();
+                prop_assert_eq!(went, watch.seen().calls > number);
+                let shadowed = handle.snapshot().shadowed;
+                let stay = model.call(number).went(&mut model, went, shadowed)?;
+                if went {
+                    let (began, doing) = (model.now, Doing::Asking(call));
                     calls.push(Call { number, stay, began, head_took: None, doing });
                 }
             }
@@ -126,9 +175,10 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
                 let panicked = catch_unwind(AssertUnwindSafe(|| call.poll().is_pending())).is_err();
                 drop(call);
                 watch.unscript();
-                prop_assert_eq!(panicked, model.call(number));
+                let shadowed = handle.snapshot().shadowed;
+                let stay = model.call(number).went(&mut model, panicked, shadowed)?;
                 if panicked {
-                    model.end(number, model.stay, End::Error, 0);
+                    model.end(number, stay, End::Error, 0);
                 }
             }
             Step::End(n, end) if !calls.is_empty() => {
@@ -197,6 +247,25 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
                 });
                 model.told(end);
             }
+            Step::Shadow(on) => {
+                handle.shadow(on);
+                model.shadow = on;
+            }
+            Step::Take => taken = Some((handle.snapshot(), model.take())),
+            Step::Restore => {
+                if let Some((real, paper)) = &taken {
+                    handle.restore(real);
+                    model.restore(paper);
+                }
+            }
+            Step::Adjust(by) => {
+                model.adjust(by);
+                prop_assert!(handle.set_trip(&model.config.trip()).is_ok());
+            }
+            Step::Wait(ms) => {
+                model.config.open_ms = ms;
+                prop_assert!(handle.set_open_for(model.config.wait()).is_ok());
+            }
         }
         let seen = handle.snapshot();
         prop_assert_eq!(seen.state, model.state());
@@ -204,6 +273,7 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
         prop_assert_eq!(seen.probes, model.probes.len());
         prop_assert!(seen.probes <= usize::from(config.probes));
         prop_assert_eq!((seen.opened, seen.isolations), (model.opened, model.isolations));
+        prop_assert_eq!((seen.refused, seen.shadowed), (model.refused, model.shadowed));
         if seen.state == State::Closed {
             prop_assert_eq!(seen.seen.consecutive_failures, model.run);
             let seen = [seen.seen.window_calls, seen.seen.window_failures, seen.seen.window_slow];
@@ -214,18 +284,25 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
     // Whatever happened: nothing is lost, and good probes close the circuit.
     calls.clear();
     isolations.clear();
+    handle.shadow(false);
     prop_assert_eq!((handle.snapshot().probes, watch.seen().in_flight), (0, 0));
     if matches!(handle.state(), State::ForcedOpen | State::ForcedClosed) {
         handle.reset();
     }
-    tokio::time::advance(Duration::from_millis(config.open_ms * 4)).await;
+    // The longest wait and the longest ramp are over.
+    tokio::time::advance(Duration::from_millis(400)).await;
     for _ in 0..config.probes {
+        let probes = handle.state() == State::HalfOpen;
         if config.outside {
             handle.record(Outcome::success());
-            continue;
+        } else {
+            watch.script([Then::Answer(empty())]);
+            prop_assert!(service.clone().oneshot(request()).await.is_ok());
         }
-        watch.script([Then::Answer(empty())]);
-        prop_assert!(service.clone().oneshot(request()).await.is_ok());
+        if probes && handle.state() == State::Closed {
+            // A new ramp has begun.
+            break;
+        }
     }
     prop_assert_eq!(handle.state(), State::Closed);
     prop_assert_eq!(watch.seen().without_ready, 0);
@@ -240,7 +317,7 @@ fn paused(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
 
 // 10,000 in all, cut so that they run beside each other.
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(2500) })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(2000) })]
 
     #[test]
     fn any_schedule_does_what_the_model_does(
@@ -257,6 +334,13 @@ proptest! {
     }
 
     #[test]
+    fn any_schedule_over_a_window_of_time(
+        config in configs(within().prop_map(|rule| vec![rule])), steps in steps(),
+    ) {
+        paused(config, steps)?;
+    }
+
+    #[test]
     fn any_schedule_of_slow_calls(
         config in configs((slow(), consecutive()).prop_map(|(slow, run)| vec![run, slow])),
         steps in steps(),
@@ -266,7 +350,7 @@ proptest! {
 
     #[test]
     fn any_schedule_under_many_rules(
-        config in configs(prop::collection::vec(prop_oneof![consecutive(), failed(), slow()], 2..5)),
+        config in configs(prop::collection::vec(prop_oneof![consecutive(), failed(), slow(), within()], 2..5)),
         steps in steps(),
     ) {
         paused(config, steps)?;
