@@ -1,24 +1,28 @@
 //! What a layer adds to a call: ours beside the peers', in one process, in one run.
 //!
 //! ```sh
-//! cargo bench -p buttress-benches --bench overhead               # times, allocations, sizes
+//! cargo bench -p buttress-benches --bench overhead               # times, sizes, two threads, and ours counted
 //! cargo bench -p buttress-benches --bench overhead -- breaker    # those whose name has "breaker" in it
 //! cargo bench -p buttress-benches --bench overhead -- --quick    # the same within a minute
-//! cargo bench -p buttress-benches --bench overhead -- --count    # instructions, atomics, clock reads
+//! cargo bench -p buttress-benches --bench overhead -- --count    # counts only, the peers' too, and compares
 //! ```
 //!
 //! Times are of interleaved rounds over all candidates; a candidate's added time is the median over the
-//! rounds of its time less the bare service's in the same round. `--count` needs valgrind and objdump, and
+//! rounds of its time less the bare service's in the same round. Counting needs valgrind and objdump. `--count`
 //! compares with `benches/overhead/baseline.txt`: atomics, clock reads and allocations exactly,
-//! instructions within 20 %. `--save` writes that file.
+//! instructions within 20 %. `--save` writes what was counted into that file.
 
+mod calls;
 mod candidates;
 mod count;
+mod ours;
+mod peers;
 mod threads;
 
 use std::{collections::BTreeMap, process::ExitCode, time::Instant};
 
-use candidates::{Candidate, Made};
+use calls::Made;
+use candidates::Candidate;
 
 struct Options {
     filter: Option<String>,
@@ -126,33 +130,51 @@ fn times(candidates: &[Candidate], quick: bool) -> ExitCode {
         let Some(base) = place(candidates[nth].over) else { return f64::NAN };
         median(seen[nth].iter().zip(&seen[base]).map(|(with, bare)| with - bare).collect())
     };
+    let best = |nth: usize| -> f64 {
+        let peers = candidates[nth].peers.iter().filter_map(|peer| place(peer)).map(added);
+        added(nth) / peers.fold(f64::INFINITY, f64::min)
+    };
     println!(
-        "{:34} {:>10} {:>10} {:>10} {:>8} {:>9} {:>8}",
-        "", "median ns", "min ns", "added ns", "allocs", "service", "future"
+        "{:34} {:>10} {:>10} {:>10} {:>9} {:>8} {:>9} {:>8}",
+        "", "median ns", "min ns", "added ns", "to best", "allocs", "service", "future"
     );
+    let mut figures = Vec::new();
     for (nth, candidate) in candidates.iter().enumerate() {
+        let (allocs, sizes) = (allocs(&mut made[nth]), made[nth].sizes);
+        let size = |size: Option<usize>| size.map_or("-".to_owned(), |size| size.to_string());
+        let ratio =
+            if candidate.peers.is_empty() { "-".into() } else { format!("{:.2}", best(nth)) };
         println!(
-            "{:34} {:>10.1} {:>10.1} {:>10.1} {:>8.2} {:>9} {:>8}",
+            "{:34} {:>10.1} {:>10.1} {:>10.1} {ratio:>9} {allocs:>8.2} {:>9} {:>8}",
             candidate.name,
             median(seen[nth].clone()),
             seen[nth].iter().copied().fold(f64::INFINITY, f64::min),
             added(nth),
-            allocs(&mut made[nth]),
-            made[nth].sizes.0,
-            made[nth].sizes.1,
+            size(sizes.map(|sizes| sizes.0)),
+            size(sizes.map(|sizes| sizes.1)),
         );
-    }
-    println!();
-    for (nth, candidate) in candidates.iter().enumerate() {
         let Some(case) = candidate.case else { continue };
-        println!("figure overhead/{case}/added_ns {:.1} ns", added(nth));
+        let mut figure = |what: &str, value: f64, unit: &str| {
+            figures.push(format!("figure overhead/{case}/{what} {value:.3} {unit}"));
+        };
+        figure("added_ns", added(nth), "ns");
         for peer in candidate.peers {
             let Some(other) = place(peer) else { continue };
             let name = peer.split('/').next().unwrap_or(peer).replace('-', "_");
-            println!("figure overhead/{case}/vs_{name} {:.3} ratio", added(nth) / added(other));
+            figure(&format!("vs_{name}"), added(nth) / added(other), "ratio");
+        }
+        figure("allocs", allocs, "per_call");
+        if let Some((service, future)) = sizes {
+            figure("service_size", service as f64, "bytes");
+            figure("future_size", future as f64, "bytes");
         }
     }
+    println!("\n{}\n", figures.join("\n"));
     threads::table(candidates, quick);
+    println!();
+    if let Err(why) = counted(candidates.iter().filter(|candidate| candidate.case.is_some())) {
+        println!("neither instructions nor atomics nor clock reads are counted: {why}");
+    }
     ExitCode::SUCCESS
 }
 
@@ -160,57 +182,79 @@ fn times(candidates: &[Candidate], quick: bool) -> ExitCode {
 
 const BASELINE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/overhead/baseline.txt");
 
-fn counts(candidates: &[Candidate], save: bool) -> ExitCode {
-    let locked = match count::Locked::read() {
-        Ok(locked) => locked,
-        Err(error) => {
-            eprintln!("{error}");
-            return ExitCode::FAILURE;
-        }
-    };
-    let before = baseline();
-    let (mut lines, mut failures) = (Vec::new(), Vec::new());
+/// What a call of each takes, told as it is known; by case: what is in the baseline.
+fn counted<'a>(
+    candidates: impl Iterator<Item = &'a Candidate>,
+) -> Result<BTreeMap<String, [f64; 4]>, String> {
+    let locked = count::Locked::read()?;
+    let mut cases = BTreeMap::new();
     println!(
         "{:34} {:>13} {:>8} {:>12} {:>7}",
         "per call", "instructions", "atomics", "clock reads", "allocs"
     );
     for candidate in candidates {
         let name = candidate.name;
-        let counted = match count::count(name, &locked) {
-            Ok(counted) => counted,
-            Err(error) => {
-                eprintln!("{name}: {error}");
-                return ExitCode::FAILURE;
-            }
-        };
+        let counted = count::count(name, &locked).map_err(|error| format!("{name}: {error}"))?;
         let allocs = allocs(&mut (candidate.make)());
         let now = [counted.instructions, counted.atomics, counted.clock_reads, allocs];
         println!("{name:34} {:>13.1} {:>8.2} {:>12.2} {:>7.2}", now[0], now[1], now[2], now[3]);
         if let Some(case) = candidate.case {
-            for (what, value) in
-                ["instructions", "atomics", "clock_reads", "allocs"].iter().zip(now)
-            {
+            for (what, value) in ["instructions", "atomics", "clock_reads"].iter().zip(now) {
                 println!("figure overhead/{case}/{what} {value:.2} per_call");
             }
-            lines.push(format!("{case} {:.1} {:.2} {:.2} {:.2}", now[0], now[1], now[2], now[3]));
-            if let Some(then) = before.get(case) {
-                failures.extend(worse(case, then, &now));
-            }
+            cases.insert(case.to_owned(), now);
         }
     }
-    if save {
-        let head =
-            "# case instructions atomics clock_reads allocs, per call; written by --count --save\n";
-        if let Err(error) = std::fs::write(BASELINE, format!("{head}{}\n", lines.join("\n"))) {
-            eprintln!("{BASELINE}: {error}");
+    Ok(cases)
+}
+
+fn counts(candidates: &[Candidate], save: bool) -> ExitCode {
+    let now = match counted(candidates.iter()) {
+        Ok(now) => now,
+        Err(error) => {
+            eprintln!("{error}");
             return ExitCode::FAILURE;
         }
-        return ExitCode::SUCCESS;
+    };
+    let mut before = baseline();
+    if save {
+        before.extend(now);
+        return write(&before);
     }
-    for failure in &failures {
-        eprintln!("{failure}");
+    let mut holds = true;
+    for (case, now) in &now {
+        println!("figure overhead/{case}/allocs {:.2} per_call", now[3]);
+        let failures = match before.get(case) {
+            Some(then) => worse(case, then, now),
+            None => vec![format!("{case}: not in the baseline; --save writes it there")],
+        };
+        failures.iter().for_each(|failure| eprintln!("{failure}"));
+        holds &= failures.is_empty();
+        if before.get(case).is_some_and(|then| !worse(case, now, then).is_empty()) {
+            println!("{case}: better than the baseline; --save writes it there");
+        }
     }
-    if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if holds { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// All that is known, so that a part can be counted anew.
+fn write(cases: &BTreeMap<String, [f64; 4]>) -> ExitCode {
+    let mut text = String::from(
+        "# case instructions atomics clock_reads allocs, per call; written by --count --save\n",
+    );
+    for candidate in candidates::all() {
+        let Some((case, now)) = candidate.case.and_then(|case| cases.get_key_value(case)) else {
+            continue;
+        };
+        text += &format!("{case} {:.1} {:.2} {:.2} {:.2}\n", now[0], now[1], now[2], now[3]);
+    }
+    match std::fs::write(BASELINE, text) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{BASELINE}: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn baseline() -> BTreeMap<String, [f64; 4]> {
