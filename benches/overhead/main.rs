@@ -1,10 +1,10 @@
 //! What a layer adds to a call: ours beside the peers', in one process, in one run.
 //!
 //! ```sh
-//! cargo bench -p buttress-benches --bench overhead               # times, sizes, two threads, and ours counted
+//! cargo bench -p buttress-benches --bench overhead               # times, sizes, two threads, counts
 //! cargo bench -p buttress-benches --bench overhead -- breaker    # those whose name has "breaker" in it
-//! cargo bench -p buttress-benches --bench overhead -- --quick    # the same within a minute
-//! cargo bench -p buttress-benches --bench overhead -- --count    # counts only, the peers' too, and compares
+//! cargo bench -p buttress-benches --bench overhead -- --quick    # within a minute; only ours are counted
+//! cargo bench -p buttress-benches --bench overhead -- --count    # only counts, and compares them
 //! ```
 //!
 //! Times are of interleaved rounds over all candidates; a candidate's added time is the median over the
@@ -170,9 +170,22 @@ fn times(candidates: &[Candidate], quick: bool) -> ExitCode {
         }
     }
     println!("\n{}\n", figures.join("\n"));
+    for (nth, candidate) in candidates.iter().enumerate() {
+        for (peer, place) in candidate.peers.iter().filter_map(|peer| Some((peer, place(peer)?))) {
+            // Less than a tenth is no difference.
+            if added(nth) > 1.1 * added(place) {
+                let (ours, theirs) = (added(nth), added(place));
+                println!(
+                    "better than ours: {peer} adds {theirs:.1} ns, {} {ours:.1}",
+                    candidate.name
+                );
+            }
+        }
+    }
+    println!();
     threads::table(candidates, quick);
     println!();
-    if let Err(why) = counted(candidates.iter().filter(|candidate| candidate.case.is_some())) {
+    if let Err(why) = counted(candidates.iter().filter(|one| !quick || one.case.is_some())) {
         println!("neither instructions nor atomics nor clock reads are counted: {why}");
     }
     ExitCode::SUCCESS

@@ -424,6 +424,56 @@ mod loom_models {
         });
     }
 
+    /// A probe succeeds while somebody holds the circuit open by hand: what was said by hand stays.
+    #[test]
+    fn loom_a_probe_does_not_undo_what_was_forced() {
+        loom::model(|| {
+            let cell = Arc::new(Cell::new(Trip::consecutive(1), settings(1)));
+            let first = admit(&cell, 0).unwrap();
+            finish(&cell, first, Outcome::failure(), 0);
+            let probe = admit(&cell, 100).unwrap();
+            let forces = {
+                let cell = cell.clone();
+                thread::spawn(move || {
+                    cell.with(|machine, times| machine.force(State::ForcedOpen, 100, times));
+                })
+            };
+            finish(&cell, probe, Outcome::success(), 100);
+            forces.join().unwrap();
+            assert_eq!(cell.state(|| 100, || 0.0).0, State::ForcedOpen);
+            assert!(admit(&cell, 100).is_none());
+            assert_eq!(cell.with(|machine, _| machine.probes_under_way()), 0);
+        });
+    }
+
+    /// Two hold it open for a while, and a call comes: it goes only where nobody holds it, and counts at the end.
+    #[test]
+    fn loom_isolations_are_counted_and_leave_no_trace() {
+        loom::model(|| {
+            let cell = Arc::new(Cell::new(Trip::consecutive(2), settings(1)));
+            let isolate = |cell: &Cell, more| cell.with(|machine, _| machine.isolate(more));
+            isolate(&cell, true);
+            let other = {
+                let cell = cell.clone();
+                thread::spawn(move || {
+                    isolate(&cell, true);
+                    assert!(admit(&cell, 0).is_none());
+                    isolate(&cell, false);
+                })
+            };
+            isolate(&cell, false);
+            let went = admit(&cell, 0);
+            other.join().unwrap();
+            let ticket = admit(&cell, 0).expect("nobody holds it any more");
+            if let Some(went) = went {
+                finish(&cell, went, Outcome::failure(), 0);
+            }
+            finish(&cell, ticket, Outcome::failure(), 0);
+            let open = if went.is_some() { State::Open } else { State::Closed };
+            assert_eq!(cell.state(|| 0, || 0.0).0, open);
+        });
+    }
+
     /// A good call at a new stretch, without the lock, while somebody rotates under it: none is lost.
     #[test]
     fn loom_window_rotation_loses_nothing() {
