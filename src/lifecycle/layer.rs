@@ -6,7 +6,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderValue, Request, Response, Version, header};
+use http::{HeaderMap, HeaderValue, Request, Response, Version, header};
 use http_body::Body;
 use pin_project_lite::pin_project;
 use tower_layer::Layer;
@@ -103,13 +103,19 @@ where
         let this = self.project();
         let mut response = ready!(this.future.poll(cx))?;
         if this.state.as_ref().is_some_and(|state| state.phase() >= Phase::Draining) {
-            let headers = response.headers_mut();
-            // One that upgrades has said something else.
-            if !headers.contains_key(header::CONNECTION) {
-                headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
-            }
+            close(response.headers_mut());
         }
         Poll::Ready(Ok(response))
+    }
+}
+
+/// Beside what the service says itself; one that upgrades is left alone.
+fn close(headers: &mut HeaderMap) {
+    let said = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
+    let mut options = said.flat_map(|value| value.split(',')).map(str::trim);
+    let has = |option: &str| ["close", "upgrade"].iter().any(|it| option.eq_ignore_ascii_case(it));
+    if !options.any(has) {
+        headers.append(header::CONNECTION, HeaderValue::from_static("close"));
     }
 }
 

@@ -236,17 +236,19 @@ async fn http_1_is_told_to_close_from_the_drain_on() {
     let lifecycle = lifecycle(&Health::new());
     let service = lifecycle.layer().layer(service_fn(|request: Req| async move {
         let mut response = Response::new(Full::<Bytes>::default());
-        if request.uri().path() == "/ws" {
-            response.headers_mut().insert("connection", "upgrade".parse().unwrap());
+        if let Some(says) = request.uri().query() {
+            response.headers_mut().insert("connection", says.parse().unwrap());
         }
         Ok::<_, Infallible>(response)
     }));
     let says = async |path: &str, version: Version| {
         let request = Request::builder().uri(path).version(version).body(Full::default()).unwrap();
         let response = service.clone().oneshot(request).await.unwrap();
-        response.headers().get("connection").map(|value| value.to_str().unwrap().to_owned())
+        let said = response.headers().get_all("connection").iter();
+        said.map(|value| value.to_str().unwrap().to_owned()).reduce(|all, more| all + "|" + &more)
     };
     assert_eq!(says("/", Version::HTTP_11).await, None);
+    assert_eq!(says("/?keep-alive", Version::HTTP_11).await.as_deref(), Some("keep-alive"));
     lifecycle.drain();
     for stopping in [false, true] {
         settle().await;
@@ -255,7 +257,18 @@ async fn http_1_is_told_to_close_from_the_drain_on() {
         assert_eq!(says("/", Version::HTTP_10).await.as_deref(), Some("close"));
         assert_eq!(says("/", Version::HTTP_2).await, None);
         if !stopping {
-            assert_eq!(says("/ws", Version::HTTP_11).await.as_deref(), Some("upgrade"));
+            for (itself, all) in [
+                // An upgrade is no connection of ours any more,
+                ("Upgrade", "Upgrade"),
+                ("te,UPGRADE", "te,UPGRADE"),
+                ("Close", "Close"),
+                // and whatever else a service says does not keep it open.
+                ("keep-alive", "keep-alive|close"),
+                ("x-hop", "x-hop|close"),
+            ] {
+                let said = says(&format!("/?{itself}"), Version::HTTP_11).await;
+                assert_eq!(said.as_deref(), Some(all));
+            }
         }
         within(lifecycle.stopping()).await;
     }
