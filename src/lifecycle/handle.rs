@@ -1,11 +1,11 @@
 use std::{fmt, future::Future, io, panic::catch_unwind, time::Duration};
 
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, time::sleep};
 
 use super::{
     layer::LifecycleLayer,
     signals::Signals,
-    state::{Phase, State, drive},
+    state::{By, Phase, State, drive},
     token::Drain,
 };
 use crate::{ConfigError, Health, call::Shared};
@@ -30,8 +30,10 @@ pub struct Drained {
 
 impl Lifecycle {
     /// Starting, and armed: from here on `SIGTERM` and `SIGINT` (Ctrl-C, on Windows also a closed console) drain
-    /// the process, also while it is still starting. A further one ends the wait that is on at that moment: first the
-    /// delay, then the rest.
+    /// the process, also while it is still starting, and no longer end it by themselves: a start that takes long
+    /// should ask for [`stopping`](Self::stopping), too. A further signal ends the wait that is on at that moment:
+    /// first the delay, then the rest. One that follows a [`drain`](Self::drain) by hand, as after a `preStop` hook, is
+    /// no further one.
     ///
     /// `health` gets a critical check of the name `lifecycle`, which passes while the process is ready.
     ///
@@ -40,8 +42,8 @@ impl Lifecycle {
     ///
     /// # Errors
     ///
-    /// No Tokio runtime, or one without IO; signals that cannot be listened to; or a registry that has a check of
-    /// this name.
+    /// No Tokio runtime, or one without timers or without IO; signals that cannot be listened to; or a registry that
+    /// has a check of this name.
     pub fn new(health: &Health) -> Result<Self, ConfigError> {
         Self::build(health, || {
             // That a runtime has no IO is told by a panic.
@@ -54,7 +56,7 @@ impl Lifecycle {
     ///
     /// # Errors
     ///
-    /// No Tokio runtime, or a registry that has a check named `lifecycle`.
+    /// No Tokio runtime, or one without timers; or a registry that has a check named `lifecycle`.
     pub fn without_signals(health: &Health) -> Result<Self, ConfigError> {
         Self::build(health, || Ok(None))
     }
@@ -66,6 +68,11 @@ impl Lifecycle {
         let runtime = Handle::try_current().map_err(|error| {
             ConfigError::new("lifecycle", error, "build it inside a Tokio runtime")
         })?;
+        // This too is told by a panic.
+        if catch_unwind(|| drop(sleep(Duration::ZERO))).is_err() {
+            let remedy = "enable the runtime's timers";
+            return Err(ConfigError::new("lifecycle", "a runtime without timers", remedy));
+        }
         let reporter = health.reporter("lifecycle")?;
         let signals = signals().map_err(|error| {
             let remedy = "use `without_signals`, and call `drain` yourself";
@@ -111,9 +118,10 @@ impl Lifecycle {
         self.0.go_to(Phase::Ready);
     }
 
-    /// Begins to drain, as a signal does; once more ends the wait that is on at that moment.
+    /// Begins to drain, as a signal does; once more ends the wait that is on at that moment. A signal after this is
+    /// the first of its kind, and so is this after a signal.
     pub fn drain(&self) {
-        self.0.ask_to_end();
+        self.0.ask_to_end(By::Hand);
     }
 
     // ===== Looking =====

@@ -1,6 +1,6 @@
 use std::{io, sync::Weak};
 
-use super::state::State;
+use super::state::{By, State};
 
 /// The signals that ask a process to end. From here on they do no more than that.
 pub(super) struct Signals {
@@ -60,7 +60,7 @@ impl Signals {
     pub(super) async fn pass_on(mut self, state: Weak<State>) {
         while self.next().await.is_some() {
             let Some(state) = state.upgrade() else { return };
-            state.ask_to_end();
+            state.ask_to_end(By::Signal);
         }
     }
 }

@@ -61,8 +61,7 @@ pub struct State {
     /// What a call looks at: the phase as a number.
     now: AtomicU8,
     phase: watch::Sender<Phase>,
-    /// How often it was asked to end: once to drain, once more to hurry.
-    asked: watch::Sender<u32>,
+    asked: watch::Sender<Asked>,
     in_flight: AtomicUsize,
     refused: AtomicU64,
     times: Mutex<Times>,
@@ -78,12 +77,34 @@ pub(super) struct Times {
     pub(super) longest: Duration,
 }
 
+/// Who asks it to end.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum By {
+    Hand,
+    Signal,
+}
+
+/// How often it was asked to end: once to drain, once more to hurry.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Asked {
+    by_hand: u32,
+    by_signal: u32,
+}
+
+impl Asked {
+    /// A hand and a signal ask for one and the same end: a hook that drains, and the SIGTERM that follows it, are
+    /// not in a hurry.
+    fn times(self) -> u32 {
+        self.by_hand.max(self.by_signal)
+    }
+}
+
 impl State {
     pub(super) fn new(reporter: Reporter) -> Self {
         Self {
             now: AtomicU8::new(Phase::Starting as u8),
             phase: watch::Sender::new(Phase::Starting),
-            asked: watch::Sender::new(0),
+            asked: watch::Sender::default(),
             in_flight: AtomicUsize::new(0),
             refused: AtomicU64::new(0),
             times: Mutex::new(Times {
@@ -171,15 +192,21 @@ impl State {
     }
 
     /// What needs no waiting is done when this returns.
-    pub(super) fn ask_to_end(&self) {
+    pub(super) fn ask_to_end(&self, by: By) {
         self.go_to(Phase::Draining);
         if self.times(|times| times.delay.is_zero()) {
             self.go_to(Phase::Stopping);
         }
-        self.asked.send_modify(|asked| *asked = asked.saturating_add(1));
+        self.asked.send_modify(|asked| {
+            let times = match by {
+                By::Hand => &mut asked.by_hand,
+                By::Signal => &mut asked.by_signal,
+            };
+            *times = times.saturating_add(1);
+        });
     }
 
-    pub(super) fn asked(&self) -> watch::Receiver<u32> {
+    pub(super) fn asked(&self) -> watch::Receiver<Asked> {
         self.asked.subscribe()
     }
 
@@ -189,26 +216,31 @@ impl State {
 }
 
 /// Goes through the phases once it is asked to. Asked again, it does not wait any longer for the next.
-pub(super) async fn drive(state: Weak<State>, mut asked: watch::Receiver<u32>) {
-    let mut enough = 1;
+pub(super) async fn drive(state: Weak<State>, mut asked: watch::Receiver<Asked>) {
+    let mut heard = 1;
     // An error is the end of the state.
-    if asked.wait_for(|asked| *asked >= enough).await.is_err() {
+    if asked.wait_for(|asked| asked.times() >= heard).await.is_err() {
         return;
     }
-    enough += 1;
-    for (phase, next) in [(Phase::Draining, Phase::Stopping), (Phase::Stopping, Phase::Stopped)] {
+    loop {
         let Some(now) = state.upgrade() else { return };
-        now.go_to(phase);
         let Times { delay, longest } = now.times(|times| *times);
+        let (time, next) = match now.phase() {
+            Phase::Starting | Phase::Ready | Phase::Draining => (delay, Phase::Stopping),
+            Phase::Stopping => (longest, Phase::Stopped),
+            Phase::Stopped => return,
+        };
         drop(now);
-        let time = if phase == Phase::Draining { delay } else { longest };
-        tokio::select! {
-            biased;
-            hurried = asked.wait_for(|asked| *asked >= enough) => match hurried {
-                Ok(_) => enough += 1,
-                Err(_) => return,
-            },
-            () = sleep(time) => {}
+        // Where there is no wait, there is none that could be ended.
+        if !time.is_zero() {
+            tokio::select! {
+                biased;
+                hurried = asked.wait_for(|asked| asked.times() > heard) => match hurried {
+                    Ok(_) => heard += 1,
+                    Err(_) => return,
+                },
+                () = sleep(time) => {}
+            }
         }
         if let Some(now) = state.upgrade() {
             now.go_to(next);

@@ -32,9 +32,9 @@ use tokio::{
 
 use crate::net::{Gauge, Stage, get as request, listener, soon, until};
 
-type Get = Client<HttpConnector, Empty<Bytes>>;
+pub(crate) type Get = Client<HttpConnector, Empty<Bytes>>;
 
-fn http1() -> Get {
+pub(crate) fn http1() -> Get {
     Client::builder(TokioExecutor::new()).build_http()
 }
 
@@ -42,7 +42,11 @@ fn http2() -> Get {
     Client::builder(TokioExecutor::new()).http2_only(true).build_http()
 }
 
-async fn ask(client: &Get, addr: SocketAddr, path: &str) -> Result<(StatusCode, Bytes), String> {
+pub(crate) async fn ask(
+    client: &Get,
+    addr: SocketAddr,
+    path: &str,
+) -> Result<(StatusCode, Bytes), String> {
     let response = client.request(request(addr, path)).await.map_err(|error| error.to_string())?;
     let status = response.status();
     let body = response.into_body().collect().await.map_err(|error| error.to_string())?;
@@ -367,77 +371,4 @@ async fn bare_hyper_drains_with_the_pieces() {
     stage.open();
     assert_eq!(soon(call).await.unwrap().unwrap().1, "hello");
     assert_eq!(soon(server).await.unwrap().unwrap().cut_calls, 0);
-}
-
-/// This test is its own child process, which is sent a real signal.
-#[cfg(unix)]
-#[tokio::test]
-async fn a_real_sigterm_drains_the_process() {
-    use std::process::Stdio;
-    use tokio::io::{AsyncBufReadExt, BufReader};
-
-    const CHILD: &str = "BUTTRESS_TEST_CHILD";
-    if std::env::var_os(CHILD).is_some() {
-        let health = Health::new();
-        let lifecycle = Lifecycle::new(&health).unwrap().delay(Duration::from_millis(300));
-        let app = Router::new()
-            .route(
-                "/slow",
-                get(async |Extension(drain): Extension<Drain>| {
-                    drain.stopping().await;
-                    "done"
-                }),
-            )
-            .layer(health.endpoints());
-        let (listener, addr) = listener().await;
-        println!("\nlistens on {addr}");
-        lifecycle.ready();
-        let drained = lifecycle.serve(listener, app).await;
-        println!("\ncut {}", drained.cut_calls);
-        return;
-    }
-
-    let name = "health_drain_http::a_real_sigterm_drains_the_process";
-    let mut child = tokio::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", name, "--nocapture"])
-        .env(CHILD, "1")
-        .stdout(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let addr: SocketAddr = loop {
-        let line = soon(lines.next_line()).await.unwrap().expect("the child says where it listens");
-        if let Some(addr) = line.strip_prefix("listens on ") {
-            break addr.parse().unwrap();
-        }
-    };
-    let slow = tokio::spawn(async move { ask(&http1(), addr, "/slow").await });
-    while soon(ask(&http1(), addr, "/readyz")).await.unwrap().0 != 200 {}
-    let pid = child.id().unwrap().to_string();
-    let sent = tokio::process::Command::new("kill").args(["-TERM", &pid]).status();
-    assert!(soon(sent).await.unwrap().success());
-    // Not ready at once, and yet here.
-    until_status(addr, 503).await;
-    assert_eq!(soon(slow).await.unwrap().unwrap(), (StatusCode::OK, "done".into()));
-    assert!(soon(child.wait()).await.unwrap().success());
-    let mut cut = None;
-    while let Some(line) = soon(lines.next_line()).await.unwrap() {
-        cut = cut.or(line.strip_prefix("cut ").map(str::to_owned));
-    }
-    assert_eq!(cut.as_deref(), Some("0"));
-}
-
-#[cfg(unix)]
-async fn until_status(addr: SocketAddr, status: u16) {
-    soon(async {
-        loop {
-            match ask(&http1(), addr, "/readyz").await {
-                Ok((now, _)) if now == status => return,
-                Ok(_) => {}
-                Err(error) => panic!("gone before it was told to be: {error}"),
-            }
-        }
-    })
-    .await;
 }

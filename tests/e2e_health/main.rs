@@ -5,4 +5,6 @@ mod net;
 
 mod health_drain_http;
 mod health_drain_tonic;
+#[cfg(unix)]
+mod health_signals;
 mod health_sockets;

@@ -17,7 +17,7 @@ use bytes::Bytes;
 use http::{Request, Response, Version};
 use http_body::Body;
 use http_body_util::{BodyExt, Full, channel::Channel};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, advance, sleep, timeout};
 use tower::{Layer, Service, ServiceExt, service_fn};
 
 type Req = Request<Full<Bytes>>;
@@ -130,6 +130,32 @@ async fn asked_again_it_ends_the_wait_that_is_on_and_no_other() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn without_a_delay_the_second_ask_ends_the_wait_for_the_rest() {
+    let lifecycle = lifecycle(&Health::new()).delay(Duration::ZERO);
+    let began = Instant::now();
+    lifecycle.drain();
+    assert_eq!(lifecycle.phase(), Phase::Stopping);
+    // Before anything else could run.
+    lifecycle.drain();
+    assert_eq!(within(lifecycle.changed()).await, Phase::Stopped);
+    assert_eq!(began.elapsed(), Duration::ZERO);
+}
+
+/// A machine that slept through the whole of it, and more.
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_jumps_leaves_no_phase_out() {
+    let lifecycle = lifecycle(&Health::new());
+    lifecycle.drain();
+    settle().await;
+    advance(Duration::from_secs(86_400)).await;
+    settle().await;
+    assert_eq!(lifecycle.phase(), Phase::Stopping, "what is under way has all its time");
+    advance(Duration::from_secs(20)).await;
+    settle().await;
+    assert_eq!(lifecycle.phase(), Phase::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
 async fn times_set_after_the_layer_was_made_are_seen() {
     let lifecycle = lifecycle(&Health::new());
     let service = lifecycle.layer().layer(app());
@@ -175,6 +201,19 @@ fn without_io_signals_are_a_typed_error() {
         let health = Health::new();
         assert_eq!(Lifecycle::new(&health).unwrap_err().field, "lifecycle.signals");
         assert!(health.checks().is_empty() && Lifecycle::without_signals(&health).is_ok());
+    });
+}
+
+#[test]
+fn without_timers_it_is_a_typed_error() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+    runtime.block_on(async {
+        let health = Health::new();
+        for made in [Lifecycle::new(&health), Lifecycle::without_signals(&health)] {
+            let error = made.unwrap_err();
+            assert_eq!((error.field, &*error.value), ("lifecycle", "\"a runtime without timers\""));
+        }
+        assert!(health.checks().is_empty());
     });
 }
 
