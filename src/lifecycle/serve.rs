@@ -16,6 +16,13 @@ use tower_service::Service;
 use super::{Drained, Lifecycle, Phase};
 use crate::{BoxError, event};
 
+/// Who connects has to say something within this time.
+const FIRST_WORD: Duration = Duration::from_secs(30);
+/// Who has spoken, and within what time the head of the next request must be there: hyper has one clock for both.
+/// Longer than load balancers keep what is idle (Google's, 10 minutes): it is for them to close, who know whether
+/// they have just sent something.
+const IDLE: Duration = Duration::from_secs(11 * 60);
+
 impl Lifecycle {
     /// Serves HTTP/1 and HTTP/2 until the process has drained: an axum `Router`, or any other service of hyper's
     /// requests, with a [`layer`](Self::layer) of this lifecycle around it. It does not say that the process is
@@ -24,6 +31,9 @@ impl Lifecycle {
     /// Once the delay is over it takes no new connection, closes idle ones, and ends the others after what is under
     /// way: `Connection: close`, GOAWAY. What is left after the longest time is cut, and counted. A connection that
     /// was upgraded (a WebSocket) is the handler's own: it is not waited for.
+    ///
+    /// A connection on which nothing was said for 30 s since it was made, or, over HTTP/1, for 11 minutes since its last
+    /// answer, is closed.
     ///
     /// Dropping the future cuts everything at once.
     ///
@@ -61,9 +71,9 @@ impl Lifecycle {
         B: Body<Data: From<Bytes> + Send, Error: Into<BoxError>> + Send + 'static,
     {
         let mut server = auto::Builder::new(TokioExecutor::new());
-        // With a timer hyper gives a client 30 s for the head of a request.
-        server.http1().timer(TokioTimer::new());
-        server.http2().timer(TokioTimer::new());
+        server.http1().timer(TokioTimer::new()).header_read_timeout(IDLE);
+        // As axum's own: WebSockets go over HTTP/2 as well.
+        server.http2().timer(TokioTimer::new()).enable_connect_protocol();
         let graceful = GracefulShutdown::new();
         let mut connections = JoinSet::new();
         let mut stopping = pin!(self.stopping());
@@ -91,7 +101,19 @@ impl Lifecycle {
             let _ = stream.set_nodelay(true);
             let (server, watcher) = (server.clone(), graceful.watcher());
             let service = TowerToHyperService::new(layer.layer(make(peer)));
+            let stopping = self.stopping();
             connections.spawn(async move {
+                // hyper waits for the first word without an end.
+                let mut first = [0];
+                let spoken = tokio::select! {
+                    biased;
+                    spoken = stream.peek(&mut first) => spoken.is_ok(),
+                    () = stopping => false,
+                    () = sleep(FIRST_WORD) => false,
+                };
+                if !spoken {
+                    return;
+                }
                 let connection =
                     server.serve_connection_with_upgrades(TokioIo::new(stream), service);
                 // What goes wrong on one connection is its client's to know.
@@ -99,9 +121,14 @@ impl Lifecycle {
             });
         }
         drop(listener);
+        let all_end = async {
+            graceful.shutdown().await;
+            // A connection that has ended may still have a task.
+            while connections.join_next().await.is_some() {}
+        };
         tokio::select! {
             biased;
-            () = graceful.shutdown() => {}
+            () = all_end => {}
             () = self.0.reached(Phase::Stopped) => {}
         }
         while connections.try_join_next().is_some() {}

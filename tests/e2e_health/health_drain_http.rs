@@ -27,7 +27,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     task::{JoinHandle, JoinSet},
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 
 use crate::net::{Gauge, Stage, get as request, listener, soon, until};
@@ -311,6 +311,75 @@ async fn a_server_that_is_dropped_cuts_everything_at_once() {
     task.abort();
     assert!(soon(call).await.unwrap().is_err());
     until(|| lifecycle.in_flight() == 0).await;
+}
+
+/// A service that says `keep-alive` is not asked.
+#[tokio::test]
+async fn a_drain_closes_connections_after_their_answer_whatever_that_says() {
+    let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
+    let says = |how: &'static str| get(async move || ([("connection", how)], "here"));
+    let app = Router::new().route("/keep", says("keep-alive")).route("/hop", says("x-hop"));
+    let ((listener, addr), server) = (listener().await, lifecycle.clone());
+    let task = tokio::spawn(async move { server.serve(listener, app).await });
+    lifecycle.drain();
+    for path in ["/keep", "/hop"] {
+        let mut tcp = TcpStream::connect(addr).await.unwrap();
+        tcp.write_all(format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes()).await.unwrap();
+        let mut said = String::new();
+        soon(tcp.read_to_string(&mut said)).await.unwrap();
+        assert!(said.ends_with("here") && said.contains("close"), "{said}");
+    }
+    lifecycle.drain();
+    assert_eq!(soon(task).await.unwrap().cut_connections, 0);
+}
+
+#[tokio::test]
+async fn a_handler_that_panics_costs_its_own_connection_and_no_more() {
+    let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap().delay(Duration::ZERO);
+    let app = Router::new()
+        .route("/", get(async || "well"))
+        .route("/panic", get(async || -> &str { panic!("as it is told") }));
+    let ((listener, addr), server) = (listener().await, lifecycle.clone());
+    let task = tokio::spawn(async move { server.serve(listener, app).await });
+    for client in [http1(), http2()] {
+        assert!(soon(ask(&client, addr, "/panic")).await.is_err());
+        assert_eq!(soon(ask(&client, addr, "/")).await.unwrap().1, "well");
+    }
+    until(|| lifecycle.in_flight() == 0).await;
+    lifecycle.drain();
+    let drained = soon(task).await.unwrap();
+    assert_eq!((drained.cut_calls, drained.cut_connections), (0, 0));
+}
+
+/// With a paused clock: time goes by while nobody says anything.
+#[tokio::test(start_paused = true)]
+async fn connections_on_which_nothing_is_said_are_closed() {
+    let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
+    let ((listener, addr), server) = (listener().await, lifecycle.clone());
+    let _task = tokio::spawn(async move { server.serve(listener, Router::new()).await });
+    for (word, closed_after) in [("", 30), ("GET", 660), ("GET / HTTP/1.1\r\nhost: x\r\n\r\n", 660)]
+    {
+        let mut tcp = TcpStream::connect(addr).await.unwrap();
+        tcp.write_all(word.as_bytes()).await.unwrap();
+        // The clock goes on whenever nobody runs: the server has to have taken it by then.
+        for _ in 0..500 {
+            tokio::task::yield_now().await;
+        }
+        let (began, mut said) = (Instant::now(), Vec::new());
+        let read = timeout(Duration::from_secs(3600), tcp.read_to_end(&mut said)).await;
+        assert!(read.is_ok(), "{word:?} keeps it open");
+        assert_eq!(began.elapsed().as_secs(), closed_after, "{word:?}");
+        assert_eq!(said.starts_with(b"HTTP/1.1 404"), word.len() > 3);
+    }
+}
+
+#[tokio::test]
+async fn websockets_may_come_over_http_2() {
+    let Server { addr, .. } = server(Duration::ZERO, Duration::ZERO).await;
+    let tcp = TcpStream::connect(addr).await.unwrap();
+    let (send, connection) = soon(h2::client::handshake(tcp)).await.unwrap();
+    tokio::spawn(connection);
+    until(|| send.is_extended_connect_protocol_enabled()).await;
 }
 
 #[tokio::test]
