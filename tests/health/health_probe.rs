@@ -236,19 +236,6 @@ async fn within<T>(future: impl Future<Output = T>) -> T {
 // ===== Verdicts =====
 
 #[tokio::test(start_paused = true)]
-async fn passes_through() {
-    let layer = exact();
-    let upstream = Upstream::new();
-    let service = layer.layer(upstream.clone());
-    let response = service.oneshot(call()).await.unwrap();
-    assert_eq!(response.body().size_hint().exact(), Some(5));
-    let body = response.into_body().collect().await.unwrap();
-    assert_eq!(body.trailers().unwrap()["x-end"], "yes");
-    assert_eq!(body.to_bytes(), "xxxxx");
-    assert_eq!(upstream.seen.calls.load(SeqCst), 1);
-}
-
-#[tokio::test(start_paused = true)]
 async fn the_first_probe_is_sent_at_once_and_is_enough() {
     let layer = exact().thresholds(9, 9);
     let handle = layer.handle();
@@ -602,23 +589,7 @@ fn a_runtime_without_timers_probes_nothing_and_refuses_nothing() {
     assert!(handle.snapshot().probes <= 1);
 }
 
-// ===== The Tower contract =====
-
-#[tokio::test(start_paused = true)]
-async fn refusing_never_polls_inner() {
-    let layer = exact();
-    let handle = layer.handle();
-    let upstream = Upstream::new().will(Mode::Fail);
-    let mut service = layer.layer(upstream.clone());
-    assert_eq!(within(handle.changed()).await, ProbeState::Down);
-    upstream.seen.not_ready.store(true, SeqCst);
-    let polls = upstream.seen.polls.load(SeqCst);
-    for _ in 0..10 {
-        let refused = service.ready().await.unwrap().call(call()).await.unwrap_err();
-        assert_eq!(kind(&refused), RejectedKind::Unhealthy);
-    }
-    assert_eq!(upstream.seen.polls.load(SeqCst), polls);
-}
+// ===== The Tower contract, beside the list for every layer =====
 
 #[tokio::test(start_paused = true)]
 async fn waiting_caller_woken_on_down() {
@@ -636,33 +607,6 @@ async fn waiting_caller_woken_on_down() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn inner_poll_ready_error_propagates() {
-    let layer = exact().thresholds(1, 9);
-    let upstream = Upstream::new();
-    upstream.seen.broken.store(true, SeqCst);
-    let mut service = layer.layer(upstream);
-    let error = service.ready().await.unwrap_err();
-    assert_eq!(error.to_string(), "broken");
-}
-
-#[tokio::test(start_paused = true)]
-async fn ready_is_sticky_and_clone_resets_readiness() {
-    let upstream = Upstream::new();
-    let mut service = exact().layer(upstream.clone());
-    settle().await;
-    let polls = upstream.seen.polls.load(SeqCst);
-    for _ in 0..5 {
-        service.ready().await.unwrap();
-    }
-    assert_eq!(upstream.seen.polls.load(SeqCst), polls + 1);
-    // The strict upstream panics where a clone is called on the readiness of another.
-    let mut clone = service.clone();
-    assert!(clone.ready().await.unwrap().call(call()).await.is_ok());
-    assert_eq!(upstream.seen.polls.load(SeqCst), polls + 2);
-    assert!(service.call(call()).await.is_ok());
-}
-
-#[tokio::test(start_paused = true)]
 async fn rejected_while_inner_reserved_releases() {
     let upstream = Upstream::new();
     let limited = tower::limit::GlobalConcurrencyLimitLayer::new(1).layer(upstream.clone());
@@ -675,18 +619,6 @@ async fn rejected_while_inner_reserved_releases() {
     assert_eq!(within(handle.changed()).await, ProbeState::Down);
     let refused = service.call(call()).await.unwrap_err();
     assert_eq!(kind(&refused), RejectedKind::Unhealthy);
-    within(limited.oneshot(call())).await.unwrap();
-}
-
-#[tokio::test(start_paused = true)]
-async fn service_drop_releases() {
-    let upstream = Upstream::new();
-    let limited = tower::limit::GlobalConcurrencyLimitLayer::new(1).layer(upstream.clone());
-    let layer = exact();
-    let mut service = layer.layer(limited.clone());
-    settle().await;
-    service.ready().await.unwrap();
-    drop(service);
     within(limited.oneshot(call())).await.unwrap();
 }
 

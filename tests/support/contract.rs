@@ -27,6 +27,9 @@ pub trait Subject: Sized {
         + Sync
         + 'static;
 
+    /// While its one call is under way, another is refused. False for who refuses for other reasons only.
+    const EXCLUSIVE: bool = true;
+
     async fn new() -> Self;
 
     fn layer(&self) -> &Self::Layer;
@@ -49,11 +52,14 @@ macro_rules! contract_tests {
         }
     )*};
     ($Subject:ty) => {
+        contract_tests!($Subject: ready_is_sticky_when_the_answer_will_be_no);
+        contract_tests!($Subject, which refuses for ever);
+    };
+    ($Subject:ty, which refuses for ever) => {
         contract_tests!($Subject:
             passes_through,
             clone_resets_readiness,
             ready_is_sticky,
-            ready_is_sticky_when_the_answer_will_be_no,
             no_call_without_ready,
             service_drop_releases,
             unpolled_future_drop_releases,
@@ -198,7 +204,9 @@ pub async fn unpolled_future_drop_releases<T: Subject>() {
         }
         let future = service.call(request());
         assert_eq!(subject.taken(), 1);
-        assert_refused(service.clone().into_inner().oneshot(request()).await);
+        if T::EXCLUSIVE {
+            assert_refused(service.clone().into_inner().oneshot(request()).await);
+        }
         drop(future);
         assert_eq!((subject.taken(), watch.seen().in_flight, watch.seen().reserved), (0, 0, 0));
         assert_pending!(task::spawn(service.call(request())).poll(), "there is room again");
@@ -356,12 +364,15 @@ pub async fn rejected_while_inner_reserved_releases<T: Subject>() {
 // ===== The whole =====
 
 pub async fn state_shared_across_layer_calls<T: Subject>() {
-    let subject = T::new().await;
+    let mut subject = T::new().await;
     let (one, watch) = Strict::holding();
     let (two, _) = Strict::holding();
     let (three, _) = Strict::holding();
     let mut under_way = task::spawn(subject.layer().layer(one).oneshot(request()));
     assert_pending!(under_way.poll());
+    if !T::EXCLUSIVE {
+        subject.shut();
+    }
     // As axum and tonic do it: `layer()` again for every route, connection or request.
     assert_refused(subject.layer().layer(two).oneshot(request()).await);
     assert_refused(subject.layer().clone().layer(three).oneshot(request()).await);
