@@ -222,18 +222,25 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
 
     /// Tells how each probe ended, from the probing task: to drive something else by it.
     ///
-    /// So a circuit breaker's half-open is tried by probes instead of by users' calls:
+    /// So a circuit breaker's half-open is tried by probes, and by no call of the users':
     ///
     /// ```
-    /// use buttress::{CircuitBreakerLayer, HealthProbeLayer, Outcome, breaker::State};
+    /// use buttress::{
+    ///     CircuitBreakerLayer, HealthProbeLayer, Outcome, breaker::State, health::ProbeFailure,
+    /// };
     /// # type Body = http_body_util::Empty<bytes::Bytes>;
     ///
-    /// let breaker = CircuitBreakerLayer::http();
+    /// let breaker = CircuitBreakerLayer::http().probes_from_outside();
     /// let circuit = breaker.handle();
     /// let probe = HealthProbeLayer::get::<Body>("http://search:8080/healthz").on_probe(move |result| {
-    ///     if result.is_ok() && circuit.state() == State::Open {
-    ///         circuit.half_open();
-    ///         circuit.record(Outcome::success());
+    ///     let outcome = match result {
+    ///         Ok(()) => Outcome::success(),
+    ///         Err(ProbeFailure::Refused) => return,
+    ///         Err(_) => Outcome::failure(),
+    ///     };
+    ///     // Closed, it goes by calls alone.
+    ///     if circuit.state() == State::HalfOpen {
+    ///         circuit.record(outcome);
     ///     }
     /// });
     /// # let _ = probe;

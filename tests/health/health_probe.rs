@@ -52,7 +52,6 @@ struct Seen {
     peak: AtomicUsize,
     read: AtomicUsize,
     not_ready: AtomicBool,
-    broken: AtomicBool,
 }
 
 /// Counts calls without readiness as a panic, and keeps the readiness of each clone apart.
@@ -107,9 +106,6 @@ impl Service<Req> for Upstream {
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
         self.seen.polls.fetch_add(1, SeqCst);
-        if self.seen.broken.load(SeqCst) {
-            return Poll::Ready(Err("broken".into()));
-        }
         if self.seen.not_ready.load(SeqCst) {
             return Poll::Pending;
         }

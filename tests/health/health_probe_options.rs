@@ -415,35 +415,46 @@ async fn lets_calls_through_when_a_whole_set_is_down() {
 
 // ===== What is driven by it =====
 
+/// Opens after three failures for 12 s, and closes after three probes that passed.
 #[tokio::test(start_paused = true)]
 async fn drives_a_breakers_half_open_instead_of_users_calls() {
     let upstream = Upstream::default();
-    let breaker =
-        CircuitBreakerLayer::new(Trip::consecutive(3)).open_for(Duration::from_secs(3600));
+    let breaker = CircuitBreakerLayer::new(Trip::consecutive(3))
+        .open_for(Duration::from_secs(12))
+        .half_open(3)
+        .probes_from_outside();
     let (circuit, wired) = (breaker.handle(), breaker.handle());
     let layer = exact().while_down(WhileDown::LetThrough).on_probe(move |result| {
-        if result.is_ok() && wired.state() == State::Open {
-            wired.half_open();
-            wired.record(Outcome::success());
+        let outcome = match result {
+            Ok(()) => Outcome::success(),
+            Err(ProbeFailure::Refused) => return,
+            Err(_) => Outcome::failure(),
+        };
+        if wired.state() == State::HalfOpen {
+            wired.record(outcome);
         }
     });
     let probe = layer.handle();
     let service = breaker.layer(layer.layer(upstream.service()));
+    let began = Instant::now();
     upstream.down.store(true, SeqCst);
+    // The probe at 0 s.
     assert_eq!(within(probe.changed()).await, ProbeState::Down);
     for _ in 0..3 {
         assert_eq!(service.clone().oneshot(call()).await.unwrap().status(), 503);
     }
     assert_eq!(circuit.state(), State::Open);
-    sleep(10 * EVERY).await;
-    assert_eq!(circuit.state(), State::Open);
+    // Half-open from 12 s on; the probe at 15 s fails.
+    for (state, at) in [(State::HalfOpen, 12), (State::Open, 15), (State::HalfOpen, 27)] {
+        assert_eq!(within(circuit.changed()).await, state);
+        assert_eq!(began.elapsed().as_secs(), at);
+        let refused = service.clone().oneshot(call()).await.map(drop).unwrap_err();
+        assert!(Rejected::find(&*refused).is_some(), "no call is risked");
+    }
     upstream.down.store(false, SeqCst);
+    // Three pass, at 30 s, 35 s and 40 s.
     assert_eq!(within(circuit.changed()).await, State::Closed);
-    assert_eq!(
-        (circuit.state(), upstream.calls.load(SeqCst)),
-        (State::Closed, 3),
-        "no call was risked"
-    );
+    assert_eq!((began.elapsed().as_secs(), upstream.calls.load(SeqCst)), (40, 3));
     assert_eq!(service.oneshot(call()).await.unwrap().status(), 200);
 }
 
