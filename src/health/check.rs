@@ -21,7 +21,11 @@ use super::{
     schedule::{Schedule, checked_jitter, checked_thresholds},
     threshold::Threshold,
 };
-use crate::{ConfigError, call::Indicator, event};
+use crate::{
+    ConfigError,
+    call::{Indicator, Nanos},
+    event,
+};
 
 type Look = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
 
@@ -206,9 +210,10 @@ impl Runner {
             }
             let wait = self.schedule.wait(self.threshold.state(), failed);
             self.entry.looked(result, Some(took));
-            self.entry.rests(wait, patience);
-            if let Some(to) = change {
-                self.publish(CheckState::of(to));
+            let late = self.entry.rests(wait, patience);
+            let changed = change.is_some_and(|to| self.entry.publish(CheckState::of(to)));
+            if changed || late {
+                self.tell();
             }
             sleep(wait).await;
         }
@@ -229,11 +234,9 @@ impl Runner {
         }
     }
 
-    fn publish(&self, state: CheckState) {
-        if self.entry.publish(state) {
-            if let Some(registry) = self.registry.upgrade() {
-                registry.tell();
-            }
+    fn tell(&self) {
+        if let Some(registry) = self.registry.upgrade() {
+            registry.tell();
         }
     }
 }
@@ -242,7 +245,10 @@ impl Drop for Runner {
     /// If the check is still listed, its runtime has ended, or has no timers.
     fn drop(&mut self) {
         self.entry.looked(Err("is not asked any more".into()), None);
-        self.publish(CheckState::Fail);
+        self.entry.looks(Nanos::MAX);
+        if self.entry.publish(CheckState::Fail) {
+            self.tell();
+        }
     }
 }
 

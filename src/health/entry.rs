@@ -123,6 +123,8 @@ pub(super) struct Entry {
     degrading: AtomicBool,
     /// A look whose result is not there by then hangs, and takes its runtime along.
     overdue_at: AtomicU64,
+    /// Who watches the registry was told that it is overdue.
+    told_overdue: AtomicBool,
     seen: Mutex<Option<Seen>>,
     runner: OnceLock<AbortHandle>,
     clock: Clock,
@@ -143,6 +145,7 @@ impl Entry {
             state: AtomicU8::new(CheckState::Unknown as u8),
             degrading: AtomicBool::new(false),
             overdue_at: AtomicU64::new(Nanos::MAX),
+            told_overdue: AtomicBool::new(false),
             seen: Mutex::new(None),
             runner: OnceLock::new(),
             clock: Clock::new(),
@@ -185,9 +188,15 @@ impl Entry {
         *self.seen() = Some(Seen { result, at: self.clock.now(), took });
     }
 
-    /// When the next look is due, nothing is overdue before.
-    pub(super) fn rests(&self, wait: Duration, patience: Nanos) {
+    /// When the next look is due, nothing is overdue before. Whether that takes back what was told.
+    pub(super) fn rests(&self, wait: Duration, patience: Nanos) -> bool {
         self.looks(nanos(wait).saturating_add(patience));
+        self.told_overdue.swap(false, Ordering::AcqRel)
+    }
+
+    /// Whether it is overdue, and nobody was told yet.
+    pub(super) fn turns_overdue(&self) -> bool {
+        self.is_overdue() && !self.told_overdue.swap(true, Ordering::AcqRel)
     }
 
     /// Whether that changed anything.
@@ -210,6 +219,13 @@ impl Entry {
             1 => CheckState::Pass,
             _ => CheckState::Fail,
         }
+    }
+
+    /// In what time it will be overdue, unless it is so already or never will be.
+    pub(super) fn overdue_in(&self) -> Option<Duration> {
+        let due = self.overdue_at.load(Ordering::Acquire);
+        let left = (due != Nanos::MAX).then(|| due.checked_sub(self.clock.now())).flatten()?;
+        Some(Duration::from_nanos(left.saturating_add(1)))
     }
 
     fn is_overdue(&self) -> bool {

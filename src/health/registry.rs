@@ -5,9 +5,10 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::timeout};
 
 use super::{
     check::Check,
@@ -140,10 +141,17 @@ impl Health {
             let mut notified = pin!(self.0.changed.notified());
             // From here on no change is missed.
             notified.as_mut().enable();
+            let overdue_in = self.0.look_at_the_clock();
             if self.version() != before {
                 return;
             }
-            notified.await;
+            match overdue_in {
+                None => notified.await,
+                // Who hangs says nothing: whoever watches has to look.
+                Some(left) => {
+                    let _ = timeout(left, notified).await;
+                }
+            }
         }
     }
 
@@ -188,6 +196,18 @@ impl Registry {
     pub(super) fn tell(&self) {
         self.version.fetch_add(1, Ordering::AcqRel);
         self.changed.notify_waiters();
+    }
+
+    /// Tells of what has become overdue. In what time more will be, if it may.
+    fn look_at_the_clock(&self) -> Option<Duration> {
+        let checks = self.lock();
+        let turned = checks.iter().filter(|entry| entry.turns_overdue()).count() > 0;
+        let next = checks.iter().filter_map(|entry| entry.overdue_in()).min();
+        drop(checks);
+        if turned {
+            self.tell();
+        }
+        next
     }
 
     pub(super) fn end(&self) {
@@ -246,7 +266,7 @@ impl fmt::Debug for Health {
 
 #[cfg(test)]
 mod tests {
-    use std::{thread, time::Duration};
+    use std::{task::Poll, thread};
 
     use super::*;
     use crate::call::nanos;
@@ -267,16 +287,20 @@ mod tests {
         let entry = health.0.enter("db").unwrap();
         entry.publish(CheckState::Pass);
         entry.looks(nanos(6 * second));
+        let mut watching = tokio_test::task::spawn(health.changed());
+        assert!(watching.poll().is_pending());
         tokio::time::advance(6 * second).await;
-        assert!(health.is_ready());
+        assert!(health.is_ready() && watching.poll().is_pending());
         tokio::time::advance(second / 1000).await;
+        assert_eq!(watching.poll(), Poll::Ready(false));
         assert_eq!((health.is_ready(), health.check("db")), (false, Some(CheckState::Fail)));
         let seen = health.snapshot().remove(0);
         assert_eq!((seen.state, seen.healthy), (CheckState::Fail, Some(false)));
         assert_eq!(seen.reason.as_deref(), Some("gives no result any more"));
         // It came back after all.
         entry.looked(Ok(()), Some(7 * second));
-        entry.rests(5 * second, nanos(6 * second));
+        assert!(entry.rests(5 * second, nanos(6 * second)), "who watches is told");
+        assert!(!entry.rests(5 * second, nanos(6 * second)));
         tokio::time::advance(11 * second).await;
         assert!(health.is_ready());
         tokio::time::advance(second).await;

@@ -343,8 +343,11 @@ fn a_check_whose_runtime_has_ended_has_failed() {
         assert!(health.is_ready());
     });
     assert!(!health.is_ready());
-    let reason = health.snapshot().remove(0).reason;
-    assert_eq!(reason.as_deref(), Some("is not asked any more"));
+    runtime().block_on(async {
+        sleep(Duration::from_secs(60)).await;
+        let reason = health.snapshot().remove(0).reason;
+        assert_eq!(reason.as_deref(), Some("is not asked any more"));
+    });
     // Its name can be taken over in the next one.
     runtime().block_on(async {
         health.add(db.check("db")).unwrap();
@@ -356,6 +359,7 @@ fn a_check_whose_runtime_has_ended_has_failed() {
     without_timers.block_on(async {
         health.add(db.check("other")).unwrap();
         settle().await;
+        assert!(tokio_test::task::spawn(health.changed()).poll().is_pending());
     });
     assert_eq!(health.check("other"), Some(CheckState::Fail));
 }
