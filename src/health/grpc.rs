@@ -14,7 +14,10 @@ use tonic_health::pb::{
     health_server::{self, HealthServer},
 };
 
-use super::{entry::CheckState, registry::Health};
+use super::{
+    entry::CheckState,
+    registry::{Health, is_name},
+};
 
 /// `grpc.health.v1.Health`, Check and Watch, for a tonic server: made by [`Health::grpc`].
 ///
@@ -89,7 +92,11 @@ impl health_server::Health for GrpcHealth {
         &self,
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<HealthWatch>, Status> {
-        let service = request.into_inner().service;
+        let mut service = request.into_inner().service;
+        // What can be no name never will be one: a stream need not remember it.
+        if !service.is_empty() && !is_name(&service) && !self.services.contains(&service) {
+            service = "?".to_owned();
+        }
         Ok(Response::new(HealthWatch { of: self.clone(), service, told: None, wait: None }))
     }
 }

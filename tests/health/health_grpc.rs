@@ -92,6 +92,21 @@ async fn watch_waits_for_a_check_that_is_not_there_yet() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_watch_remembers_no_name_that_can_never_be() {
+    let health = Health::new();
+    let of = health.grpc().service("shop/Orders");
+    let long = "x".repeat(1 << 20);
+    for (asked, status) in
+        [(&*long, ServiceUnknown), ("a b", ServiceUnknown), ("shop/Orders", Serving)]
+    {
+        let mut watch = of.watch(asking(asked)).await.unwrap().into_inner();
+        assert_eq!(next(&mut watch).await, Some(status));
+        assert!(format!("{watch:?}").len() < 100);
+        says_no_more(&mut watch).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn watch_ends_when_the_process_stops() {
     let health = Health::new();
     let lifecycle = Lifecycle::without_signals(&health).unwrap();
