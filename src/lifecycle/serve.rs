@@ -9,7 +9,11 @@ use hyper_util::{
     server::{conn::auto, graceful::GracefulShutdown},
     service::TowerToHyperService,
 };
-use tokio::{net::TcpListener, task::JoinSet, time::sleep};
+use tokio::{
+    net::TcpListener,
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 use tower_layer::Layer;
 use tower_service::Service;
 
@@ -22,6 +26,9 @@ const FIRST_WORD: Duration = Duration::from_secs(30);
 /// Longer than load balancers keep what is idle (Google's, 10 minutes): it is for them to close, who know whether
 /// they have just sent something.
 const IDLE: Duration = Duration::from_secs(11 * 60);
+
+/// How long what is cut may take to be gone.
+const GONE: Duration = Duration::from_millis(100);
 
 impl Lifecycle {
     /// Serves HTTP/1 and HTTP/2 until the process has drained: an axum `Router`, or any other service of hyper's
@@ -137,7 +144,9 @@ impl Lifecycle {
             cut_connections: connections.len(),
             refused: self.refused(),
         };
-        connections.shutdown().await;
+        connections.abort_all();
+        // Who blocks its thread does not hear of that, and must not be what the process waits for.
+        let _ = timeout(GONE, async { while connections.join_next().await.is_some() {} }).await;
         drained
     }
 }

@@ -351,6 +351,31 @@ async fn a_handler_that_panics_costs_its_own_connection_and_no_more() {
     assert_eq!((drained.cut_calls, drained.cut_connections), (0, 0));
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handler_that_blocks_its_thread_keeps_no_process() {
+    let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
+    let lifecycle = lifecycle.delay(Duration::ZERO).longest(Duration::from_millis(100));
+    let (go, blocked) = std::sync::mpsc::channel::<()>();
+    let blocked = Arc::new(std::sync::Mutex::new(blocked));
+    let app = Router::new().route(
+        "/",
+        get(async move || {
+            let _ = blocked.lock().unwrap().recv();
+        }),
+    );
+    let ((listener, addr), server) = (listener().await, lifecycle.clone());
+    let task = tokio::spawn(async move { server.serve(listener, app).await });
+    let call = tokio::spawn(async move { ask(&http1(), addr, "/").await });
+    until(|| lifecycle.in_flight() == 1).await;
+    lifecycle.drain();
+    let drained = soon(task).await;
+    drop(go);
+    let drained = drained.unwrap();
+    assert_eq!((drained.cut_calls, drained.cut_connections), (1, 1));
+    // It may still write its answer, once it is let go.
+    let _ = soon(call).await.unwrap();
+}
+
 /// With a paused clock: time goes by while nobody says anything.
 #[tokio::test(start_paused = true)]
 async fn connections_on_which_nothing_is_said_are_closed() {
