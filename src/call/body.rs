@@ -38,6 +38,8 @@ type JudgeTrailers = dyn FnOnce(Option<&HeaderMap>) -> Outcome + Send + Sync;
 
 /// What decides the outcome once the body has come to its end.
 pub(crate) enum Eos {
+    /// It has ended already: nobody is asked, or told, any more.
+    Told,
     /// Nothing more: the head has said it all.
     Plain(Outcome),
     /// The gRPC status in the trailers.
@@ -49,7 +51,8 @@ pub(crate) enum Eos {
 
 impl Eos {
     fn end(&mut self, trailers: Option<&HeaderMap>) -> Outcome {
-        match std::mem::replace(self, Self::Plain(Outcome::success())) {
+        match std::mem::replace(self, Self::Told) {
+            Self::Told => Outcome::success(),
             Self::Plain(outcome) => outcome,
             Self::Grpc => grpc::end(trailers),
             #[cfg(feature = "tower-http")]
@@ -58,9 +61,9 @@ impl Eos {
     }
 
     /// The outcome of a body that breaks off.
-    fn error(&self) -> Outcome {
-        match self {
-            Self::Plain(outcome) if !outcome.is_success() => *outcome,
+    fn error(&mut self) -> Outcome {
+        match std::mem::replace(self, Self::Told) {
+            Self::Plain(outcome) if !outcome.is_success() => outcome,
             _ => Outcome::failure().because(Reason::Body),
         }
     }
@@ -90,11 +93,7 @@ impl<B: Body> TrackedBody<B> {
 
     /// A body whose call has ended already.
     pub(crate) fn untracked(body: B) -> Self {
-        Self {
-            inner: Inner::Body { body },
-            permit: Permit::hollow(),
-            eos: Eos::Plain(Outcome::success()),
-        }
+        Self { inner: Inner::Body { body }, permit: Permit::hollow(), eos: Eos::Told }
     }
 
     /// The body of an answer of our own.
@@ -103,22 +102,14 @@ impl<B: Body> TrackedBody<B> {
         B::Data: From<Bytes>,
     {
         let data = (!data.is_empty()).then(|| B::Data::from(data));
-        Self {
-            inner: Inner::Answer { data },
-            permit: Permit::hollow(),
-            eos: Eos::Plain(Outcome::success()),
-        }
+        Self { inner: Inner::Answer { data }, permit: Permit::hollow(), eos: Eos::Told }
     }
 }
 
 impl<B: Body> Default for TrackedBody<B> {
     /// Nothing, and at its end: what a layer further out answers with, such as tower-http's timeout.
     fn default() -> Self {
-        Self {
-            inner: Inner::Answer { data: None },
-            permit: Permit::hollow(),
-            eos: Eos::Plain(Outcome::success()),
-        }
+        Self { inner: Inner::Answer { data: None }, permit: Permit::hollow(), eos: Eos::Told }
     }
 }
 
@@ -132,6 +123,9 @@ impl<B: Body> Body for TrackedBody<B> {
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         let mut this = self.project();
         let mut body = match this.inner.as_mut().project() {
+            InnerProj::Body { body } if matches!(this.eos, Eos::Told) => {
+                return body.poll_frame(cx);
+            }
             InnerProj::Body { body } => body,
             InnerProj::Answer { data } => {
                 return Poll::Ready(data.take().map(|data| Ok(Frame::data(data))));
