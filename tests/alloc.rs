@@ -252,6 +252,16 @@ fn an_admitted_http_call_allocates_nothing_to_the_end_of_its_body() {
     });
 }
 
+/// The token in the request's extensions, and these themselves where a server has put nothing there before.
+#[cfg(feature = "lifecycle")]
+#[test]
+fn a_call_that_may_be_told_to_end_costs_its_extension() {
+    in_runtime(|| {
+        let lifecycle = buttress::Lifecycle::without_signals(&Health::new()).unwrap();
+        assert_eq!(http(lifecycle.layer()), 300);
+    });
+}
+
 #[cfg(feature = "timeout")]
 #[test]
 fn a_timeout_on_an_answer_that_is_ready_allocates_nothing() {

@@ -27,6 +27,8 @@ use crate::{
 ///
 /// Made by [`Lifecycle::layer`](super::Lifecycle::layer). It goes outermost, but under the health endpoints, which
 /// answer to the end. `serve` puts it there by itself.
+///
+/// The token is an allocation for each call, and two more where a request has no extensions yet.
 #[derive(Clone)]
 #[must_use = "a layer does nothing until it wraps a service"]
 pub struct LifecycleLayer {
