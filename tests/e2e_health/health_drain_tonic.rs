@@ -114,6 +114,11 @@ async fn nothing_is_lost(lifecycle: &Lifecycle, service: Slow, addr: SocketAddr,
             told.into_iter().collect::<Result<Vec<_>, Status>>()
         });
     }
+    // And some whose connections are idle by then.
+    let idles: Vec<_> = (0..10).map(|_| client(addr)).collect();
+    for idle in &idles {
+        soon(idle.clone().check(asking("quick"))).await.unwrap();
+    }
     until(|| stage.inside.now() == 200 && streams.now() == 20).await;
     assert_eq!(lifecycle.in_flight(), 220);
 
@@ -153,8 +158,9 @@ async fn nothing_is_lost(lifecycle: &Lifecycle, service: Slow, addr: SocketAddr,
     while let Some(call) = soon(calls.join_next()).await {
         assert!(call.unwrap().is_ok());
     }
-    drop(clients);
+    // It ends though nobody else closes a connection.
     let drained = soon(task).await.unwrap();
+    drop((clients, idles));
     assert_eq!((drained.cut_calls, drained.cut_connections), (0, 0));
     assert!(soon(newcomer).await.unwrap().is_err(), "accepted after the delay");
     while let Some(done) = soon(load.join_next()).await {
