@@ -167,8 +167,8 @@ impl Lifecycle {
         self.token().stopping()
     }
 
-    /// Runs a server that shuts down by itself, once told by [`stopping`](Self::stopping), and gives up on it after
-    /// the [longest](Self::longest) time.
+    /// Runs a server that shuts down by itself, once told by [`stopping`](Self::stopping), waits for what
+    /// [guards](Drain::guard) stand for, and gives up on all of it after the [longest](Self::longest) time.
     ///
     /// It is dropped then. tonic and axum leave the tasks of their connections behind: they are cut when the
     /// runtime ends, so return from `main`.
@@ -180,9 +180,16 @@ impl Lifecycle {
         &self,
         server: impl Future<Output = Result<T, E>>,
     ) -> Result<Drained, E> {
+        let ended = async {
+            server.await?;
+            if self.phase() == Phase::Stopping {
+                self.0.emptied().await;
+            }
+            Ok(0)
+        };
         let cut_calls = tokio::select! {
             biased;
-            ended = server => ended.map(|_| 0)?,
+            ended = ended => ended?,
             () = self.0.reached(Phase::Stopped) => self.in_flight(),
         };
         Ok(Drained { cut_calls, cut_connections: 0, refused: self.refused() })

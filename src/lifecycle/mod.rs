@@ -52,6 +52,9 @@
 //! | stopping | 503, where it is still asked | new ones refused: 503, gRPC `UNAVAILABLE`; streams are told to end | none taken; idle ones closed, others after their last answer, GOAWAY |
 //! | stopped | – | cut, and counted | cut |
 //!
+//! Asked once more, by a second signal or a second [`drain`](Lifecycle::drain), it waits no longer for the next phase.
+//! A `preStop` hook that drains and the `SIGTERM` after it ask once.
+//!
 //! The delay is there because routers learn late: between a signal and the moment when no load balancer or
 //! kube-proxy sends anything any more seconds go by, and who closes its port before loses what comes in between.
 //! Liveness stays as it was.
@@ -75,6 +78,28 @@
 //!     let ticks = stream::pending::<Result<&str, std::io::Error>>();
 //!     Body::from_stream(ticks.take_until(Box::pin(drain.stopping())))
 //! }
+//! ```
+//!
+//! What goes on beside its answer, as a WebSocket does, is waited for as long as there is a [guard](Drain::guard):
+//!
+//! ```
+//! use axum::{
+//!     Extension,
+//!     extract::ws::{Message, WebSocketUpgrade},
+//!     response::Response,
+//! };
+//! use buttress::lifecycle::Drain;
+//!
+//! async fn socket(upgrade: WebSocketUpgrade, Extension(drain): Extension<Drain>) -> Response {
+//!     let guard = drain.guard();
+//!     upgrade.on_upgrade(async move |mut socket| {
+//!         // Talks, until
+//!         drain.stopping().await;
+//!         let _ = socket.send(Message::Close(None)).await;
+//!         drop(guard);
+//!     })
+//! }
+//! # let _: axum::Router = axum::Router::new().route("/", axum::routing::any(socket));
 //! ```
 //!
 //! # Cancellation
@@ -106,5 +131,5 @@ pub use self::{
     handle::{Drained, Lifecycle},
     layer::{LifecycleFuture, LifecycleLayer, WithLifecycle},
     state::Phase,
-    token::Drain,
+    token::{Drain, DrainGuard},
 };

@@ -37,7 +37,8 @@ impl Lifecycle {
     ///
     /// Once the delay is over it takes no new connection, closes idle ones, and ends the others after what is under
     /// way: `Connection: close`, GOAWAY. What is left after the longest time is cut, and counted. A connection that
-    /// was upgraded (a WebSocket) is the handler's own: it is not waited for.
+    /// was upgraded (a WebSocket) is the handler's own: it is waited for if the handler has a
+    /// [guard](crate::lifecycle::Drain::guard).
     ///
     /// A connection on which nothing was said for 30 s since it was made, or, over HTTP/1, for 11 minutes since its last
     /// answer, is closed.
@@ -132,6 +133,7 @@ impl Lifecycle {
             graceful.shutdown().await;
             // A connection that has ended may still have a task.
             while connections.join_next().await.is_some() {}
+            self.0.emptied().await;
         };
         tokio::select! {
             biased;

@@ -164,6 +164,13 @@ impl State {
         }
     }
 
+    /// Waits until nothing is under way. It looks time and again: a call's end need not tell.
+    pub(super) async fn emptied(&self) {
+        while self.in_flight() > 0 {
+            sleep(Duration::from_millis(10)).await;
+        }
+    }
+
     // ===== Going on =====
 
     /// Never back.
@@ -257,6 +264,14 @@ impl Drop for State {
 }
 
 // ===== Calls =====
+
+impl Shared<State> {
+    /// One more under way, whatever the phase.
+    pub(super) fn enter(&self) -> Permit<State> {
+        self.in_flight.fetch_add(1, SeqCst);
+        self.permit(Token::default())
+    }
+}
 
 impl<Req> Policy<Req> for Shared<State> {
     type State = State;

@@ -3,7 +3,7 @@ use std::{fmt, future::Future};
 use http::Extensions;
 
 use super::state::{Phase, State};
-use crate::call::Shared;
+use crate::call::{Permit, Shared};
 
 /// Tells a call that the process ends: for streams, and for whatever else would not end by itself.
 ///
@@ -34,6 +34,24 @@ impl Drain {
     pub fn stopping(&self) -> impl Future<Output = ()> + Send + use<> {
         let state = self.0.clone();
         async move { state.reached(Phase::Stopping).await }
+    }
+
+    /// Counts as one more call until it is dropped, so that the process waits for it, up to the longest time: for
+    /// work that no answer waits for, as a WebSocket's, or a task of its own.
+    pub fn guard(&self) -> DrainGuard {
+        DrainGuard { _permit: self.0.enter() }
+    }
+}
+
+/// Work under way; made by [`Drain::guard`].
+#[must_use = "dropping it says that the work has ended"]
+pub struct DrainGuard {
+    _permit: Permit<State>,
+}
+
+impl fmt::Debug for DrainGuard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("DrainGuard")
     }
 }
 

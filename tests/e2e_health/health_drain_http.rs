@@ -376,6 +376,44 @@ async fn a_handler_that_blocks_its_thread_keeps_no_process() {
     let _ = soon(call).await.unwrap();
 }
 
+/// An upgraded connection is no longer the server's; a guard is what it waits for.
+#[tokio::test]
+async fn a_websocket_with_a_guard_says_its_goodbye() {
+    use axum::extract::ws::{CloseFrame, Message, WebSocketUpgrade};
+    use tokio_tungstenite::{connect_async, tungstenite::Message as Said};
+
+    let longest = Duration::from_secs(20);
+    let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
+    let lifecycle = lifecycle.delay(Duration::ZERO).longest(longest);
+    let socket = async |upgrade: WebSocketUpgrade, Extension(drain): Extension<Drain>| {
+        let guard = drain.guard();
+        upgrade.on_upgrade(async move |mut socket| {
+            drain.stopping().await;
+            let heard = socket.recv().await;
+            let bye = CloseFrame { code: 1001, reason: "going away".into() };
+            let _ = socket.send(Message::Close(Some(bye))).await;
+            drop((guard, heard));
+        })
+    };
+    let app = Router::new().route("/socket", axum::routing::any(socket));
+    let ((listener, addr), server) = (listener().await, lifecycle.clone());
+    let task = tokio::spawn(async move { server.serve(listener, app).await });
+    let (mut socket, _) = soon(connect_async(format!("ws://{addr}/socket"))).await.unwrap();
+    until(|| lifecycle.in_flight() == 1).await;
+    let began = Instant::now();
+    lifecycle.drain();
+    sleep(Duration::from_millis(50)).await;
+    assert!(!task.is_finished(), "it waits for the socket");
+    soon(futures_util::SinkExt::send(&mut socket, Said::text("the last word"))).await.unwrap();
+    let Said::Close(Some(bye)) = soon(socket.next()).await.unwrap().unwrap() else {
+        panic!("cut without a word")
+    };
+    assert_eq!(bye.reason, "going away");
+    let drained = soon(task).await.unwrap();
+    assert_eq!((drained.cut_calls, drained.cut_connections), (0, 0));
+    assert!(began.elapsed() < longest);
+}
+
 /// With a paused clock: time goes by while nobody says anything.
 #[tokio::test(start_paused = true)]
 async fn connections_on_which_nothing_is_said_are_closed() {

@@ -421,6 +421,25 @@ async fn a_server_that_does_not_end_is_given_up_on_and_what_is_left_is_counted()
     );
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_a_guard_stands_for_is_waited_for_and_given_up_on() {
+    for (takes, ends, cut_calls) in [(7, 7, 0), (60, 20, 1)] {
+        let lifecycle = lifecycle(&Health::new()).delay(Duration::ZERO);
+        let guard = lifecycle.token().guard();
+        tokio::spawn(async move {
+            sleep(Duration::from_secs(takes)).await;
+            drop(guard);
+        });
+        // Not drained, a server that ends is all that there is.
+        let ended = lifecycle.run(async { Ok::<_, Infallible>(()) });
+        assert_eq!(within(ended).await.unwrap().cut_calls, 0);
+        let began = Instant::now();
+        lifecycle.drain();
+        let drained = within(lifecycle.run(async { Ok::<_, Infallible>(()) })).await.unwrap();
+        assert_eq!((drained.cut_calls, began.elapsed().as_secs()), (cut_calls, ends));
+    }
+}
+
 /// Ready when the gate says so.
 #[derive(Clone)]
 struct Gated(tokio::sync::watch::Receiver<bool>);
