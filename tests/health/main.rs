@@ -11,4 +11,5 @@ mod health_grpc;
 mod health_lifecycle;
 mod health_probe;
 mod health_probe_options;
+mod health_random;
 mod health_vectors;
