@@ -5,7 +5,7 @@ use tokio::{runtime::Handle, time::sleep};
 use super::{
     layer::LifecycleLayer,
     signals::Signals,
-    state::{By, Phase, State, drive},
+    state::{By, Driven, Phase, State, drive},
     token::Drain,
 };
 use crate::{ConfigError, Health, call::Shared};
@@ -36,6 +36,8 @@ impl Lifecycle {
     /// no further one.
     ///
     /// `health` gets a critical check of the name `lifecycle`, which passes while the process is ready.
+    ///
+    /// It lives in the runtime that it is made in, and has [stopped](Phase::Stopped) when that ends.
     ///
     /// tokio keeps hold of a signal that it was once told to listen to: should the last handle, layer and token of
     /// this lifecycle go before the process does, nothing listens any more.
@@ -80,7 +82,9 @@ impl Lifecycle {
         })?;
         let state = Shared::new(State::new(reporter));
         let (weak, asked) = (state.downgrade(), state.asked());
+        let driven = Driven(weak.clone());
         let driver = runtime.spawn(async move {
+            let _driven = driven;
             let drive = drive(weak.clone(), asked);
             match signals {
                 None => drive.await,

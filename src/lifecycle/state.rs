@@ -255,6 +255,20 @@ pub(super) async fn drive(state: Weak<State>, mut asked: watch::Receiver<Asked>)
     }
 }
 
+/// Goes with what drives the state.
+pub(super) struct Driven(pub(super) Weak<State>);
+
+impl Drop for Driven {
+    /// With the state still there, and not at its end, this is the end of the runtime: no signal is heard any more.
+    fn drop(&mut self) {
+        let Some(state) = self.0.upgrade() else { return };
+        if state.phase() < Phase::Stopped {
+            event!(ERROR, "lifecycle: the runtime that it was made in has ended");
+            state.go_to(Phase::Stopped);
+        }
+    }
+}
+
 impl Drop for State {
     fn drop(&mut self) {
         if let Some(driver) = self.driver.get() {

@@ -189,6 +189,22 @@ async fn leaks_no_task_and_its_check_goes_with_it() {
     }
 }
 
+/// Nobody would hear a signal: what serves elsewhere must not go on as if there were one to come.
+#[test]
+fn it_has_stopped_when_its_runtime_ends() {
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    for with_signals in [true, false] {
+        let health = Health::new();
+        let lifecycle = runtime().block_on(async {
+            if with_signals { Lifecycle::new(&health) } else { Lifecycle::without_signals(&health) }
+        });
+        let lifecycle = lifecycle.unwrap();
+        assert_eq!((lifecycle.phase(), health.is_ready()), (Phase::Stopped, false));
+        let served = runtime().block_on(within(lifecycle.run(pending::<Result<(), Infallible>>())));
+        assert_eq!(served.unwrap().cut_calls, 0);
+    }
+}
+
 #[test]
 fn without_a_runtime_it_is_a_typed_error() {
     assert_eq!(Lifecycle::new(&Health::new()).unwrap_err().field, "lifecycle");
