@@ -10,7 +10,7 @@ use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
-use super::policy::Repeatable;
+use super::{policy::Repeatable, sent::Sent};
 
 pin_project! {
     /// A request body that can be sent again.
@@ -43,8 +43,8 @@ pub(super) enum Tape<B> {
 pub(super) struct Reel<B> {
     /// Boxed, so that bodies need not be `Unpin`: it outlives the attempt that polls it.
     rest: Option<Pin<Box<B>>>,
-    sent: Vec<Bytes>,
-    trailers: Option<HeaderMap>,
+    sent: Sent,
+    trailers: Option<Box<HeaderMap>>,
     size: u64,
     cap: u64,
     /// A part has been forgotten.
@@ -83,7 +83,7 @@ impl<B: Body> ReplayBody<B> {
         let cap = if body.size_hint().lower() > cap { 0 } else { cap };
         let reel = Arc::new(Mutex::new(Reel {
             rest: Some(Box::pin(body)),
-            sent: Vec::new(),
+            sent: Sent::default(),
             trailers: None,
             size: 0,
             cap,
@@ -134,6 +134,7 @@ impl<B> Tape<B> {
             Self::Taped(reel) => {
                 let turn = {
                     let mut reel = lock(reel);
+                    reel.sent.rewind();
                     reel.in_use = true;
                     reel.turn = reel.turn.wrapping_add(1);
                     reel.turn
@@ -167,49 +168,46 @@ impl<B: Body> Reader<B> {
             return Poll::Pending;
         }
         if let Some(data) = reel.sent.get(self.next) {
+            let data = data.clone();
             self.next += 1;
-            return Poll::Ready(Some(Ok(Frame::data(data.clone()))));
+            self.done = reel.is_over(self.next);
+            return Poll::Ready(Some(Ok(Frame::data(data))));
         }
-        let next = match &mut reel.rest {
-            Some(rest) => ready!(rest.as_mut().poll_frame(cx)),
-            None => {
-                // All of it has been sent before; the trailers are what is left.
-                self.done = true;
-                reel.in_use = false;
-                return Poll::Ready(reel.trailers.clone().map(Frame::trailers).map(Ok));
-            }
+        let Some(rest) = &mut reel.rest else {
+            // All of it has been sent before; the trailers are what is left.
+            self.done = reel.end();
+            return Poll::Ready(
+                reel.trailers.clone().map(|trailers| Ok(Frame::trailers(*trailers))),
+            );
         };
-        let frame = match next {
+        let frame = match ready!(rest.as_mut().poll_frame(cx)) {
             Some(Ok(frame)) => frame,
             Some(Err(error)) => {
                 reel.torn = true;
-                reel.rest = None;
-                reel.in_use = false;
-                self.done = true;
+                self.done = reel.end();
                 return Poll::Ready(Some(Err(error)));
             }
             None => {
-                reel.rest = None;
-                reel.in_use = false;
-                self.done = true;
+                self.done = reel.end();
                 return Poll::Ready(None);
             }
         };
+        let last = rest.is_end_stream();
         let frame = match frame.into_data() {
             Ok(mut data) => {
                 let data = data.copy_to_bytes(data.remaining());
                 reel.keep(&data);
                 self.next = reel.sent.len();
+                // Asked here, and not by one more poll: then nothing is left that needs the lock.
+                self.done = last && reel.end();
                 Frame::data(data)
             }
             Err(frame) => match frame.into_trailers() {
                 Ok(trailers) => {
                     if !reel.torn {
-                        reel.trailers = Some(trailers.clone());
+                        reel.trailers = Some(Box::new(trailers.clone()));
                     }
-                    reel.rest = None;
-                    reel.in_use = false;
-                    self.done = true;
+                    self.done = reel.end();
                     Frame::trailers(trailers)
                 }
                 Err(_) => {
@@ -239,7 +237,7 @@ impl<B: Body> Reader<B> {
             return SizeHint::with_exact(0);
         }
         let reel = lock(&self.reel);
-        let kept: u64 = reel.sent.iter().skip(self.next).map(|data| data.len() as u64).sum();
+        let kept = reel.sent.bytes_from(self.next);
         let rest = reel.rest.as_ref().map_or(SizeHint::with_exact(0), |rest| rest.size_hint());
         let mut hint = SizeHint::new();
         // The upper bound first: a lower one above it would panic.
@@ -259,10 +257,23 @@ impl<B> Reel<B> {
         self.size = self.size.saturating_add(data.len() as u64);
         if self.size > self.cap {
             self.torn = true;
-            self.sent = Vec::new();
+            self.sent = Sent::default();
         } else if !data.is_empty() {
             self.sent.push(data.clone());
         }
+    }
+
+    /// Nothing more is to be read: true.
+    fn end(&mut self) -> bool {
+        self.rest = None;
+        self.in_use = false;
+        true
+    }
+
+    /// Whether one who has read so many pieces has read all there is; then it is over.
+    fn is_over(&mut self, next: usize) -> bool {
+        let over = self.rest.is_none() && self.trailers.is_none() && next >= self.sent.len();
+        over && self.end()
     }
 }
 

@@ -70,11 +70,15 @@ proptest! {
 
     #[test]
     fn what_is_sent_again_is_what_was_sent(
-        sizes in proptest::collection::vec(0usize..40, 0..7),
+        // Few pieces, or so many that they are gathered.
+        sizes in prop_oneof![
+            proptest::collection::vec(0usize..40, 0..7),
+            proptest::collection::vec(0usize..40, 30..70),
+        ],
         ends_with_trailers: bool,
         tells: bool,
-        cap in 0u64..160,
-        stops in proptest::collection::vec(0usize..10, 1..5),
+        cap in prop_oneof![0u64..160, 0u64..2000],
+        stops in proptest::collection::vec(prop_oneof![0usize..10, 25usize..75], 1..5),
     ) {
         let whole: Vec<u8> = (0..sizes.iter().sum::<usize>()).map(|n| n as u8).collect();
         let end = ends_with_trailers.then(|| map(&[("x-sum", "1"), ("x-also", "2")]));

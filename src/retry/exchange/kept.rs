@@ -110,7 +110,7 @@ pub(super) fn keyed(headers: &HeaderMap) -> bool {
 
 // ===== Headers =====
 
-/// Headers as text, line by line, in one allocation. A copy as a map would be two, an atomic operation for each
+/// Headers as text, line by line, in one allocation, or two where they are long. A copy as a map would be two, an atomic operation for each
 /// value, and one more allocation for each that has not been shared before; most are never needed again.
 struct Lines(Vec<u8>);
 
@@ -130,16 +130,16 @@ impl Lines {
     }
 
     fn written(headers: &HeaderMap) -> Self {
-        let length = |(name, value): (&HeaderName, &HeaderValue)| {
-            PREFIX + name.as_str().len() + value.as_bytes().len()
-        };
-        let mut text = Vec::with_capacity(headers.iter().map(length).sum());
+        // Mostly enough. To add up what it takes would cost every call a second look at each.
+        let mut text = Vec::with_capacity(headers.len() * 64);
         for (name, value) in headers {
             let (name, sensitive) = (name.as_str(), value.is_sensitive());
+            let mut prefix = [0; PREFIX];
             // No name is longer than 64 KiB.
-            text.extend_from_slice(&(name.len() as u16).to_ne_bytes());
+            prefix[..2].copy_from_slice(&(name.len() as u16).to_ne_bytes());
             let length = (value.len() as u64) << 1 | u64::from(sensitive);
-            text.extend_from_slice(&length.to_ne_bytes());
+            prefix[2..].copy_from_slice(&length.to_ne_bytes());
+            text.extend_from_slice(&prefix);
             text.extend_from_slice(name.as_bytes());
             text.extend_from_slice(value.as_bytes());
         }
