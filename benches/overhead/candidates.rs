@@ -7,7 +7,7 @@ use tower::{Layer, util::BoxCloneSyncService};
 
 use crate::{
     calls::{Bare, BareHttp, Later, Made, called, made, made_driven, made_http},
-    ours, peers,
+    ours, peers, uploads,
 };
 
 pub struct Candidate {
@@ -49,7 +49,7 @@ fn boxed() -> BoxCloneSyncService<u64, u64, crate::calls::Oops> {
 
 /// Everybody.
 pub fn all() -> Vec<Candidate> {
-    [breakers(), limits(), retries(), stacks(), refusing(), timeouts(), http()]
+    [breakers(), limits(), retries(), stacks(), refusing(), timeouts(), http(), uploads()]
         .into_iter()
         .flatten()
         .collect()
@@ -168,4 +168,13 @@ fn http() -> Vec<Candidate> {
         }),
     ];
     all.into_iter().map(|candidate| candidate.over("bare/http")).collect()
+}
+
+fn uploads() -> Vec<Candidate> {
+    vec![
+        peer("bare/upload", uploads::bare),
+        peer("tower/upload_retry", uploads::tower).over("bare/upload"),
+        ours("buttress/upload_retry", "upload_retry", &["tower/upload_retry"], uploads::ours)
+            .over("bare/upload"),
+    ]
 }

@@ -39,12 +39,22 @@ pub fn print(kinds: &[Kind]) -> Result<Vec<Drawn>, Box<dyn Error>> {
         "Then 8000/s: after 5 s with 10 workers, after 5 s with 40. Last, the share of what was"
     );
     println!(
-        "answered before an outage of 10 s that is 20 s after it (280 of 300/s, callers try again)."
+        "answered before an outage of 10 s that is 20 s after it (280 of 300/s, callers try again);"
+    );
+    println!(
+        "and what is answered a second where one call in ten takes 91 times as long as the others."
     );
     println!();
     println!(
-        "{:<WIDTH$} | {:>14} | {:>24} | {:>24} | {:>4} {:>5} | {:>6}",
-        "", "from 1/10/1000", "2nd minute /s, ms, limit", "20th minute", "half", "twice", "outage"
+        "{:<WIDTH$} | {:>14} | {:>24} | {:>24} | {:>4} {:>5} | {:>6} | {:>6}",
+        "",
+        "from 1/10/1000",
+        "2nd minute /s, ms, limit",
+        "20th minute",
+        "half",
+        "twice",
+        "outage",
+        "uneven"
     );
     let mut drawn = Vec::new();
     for (name, make) in kinds {
@@ -58,14 +68,17 @@ pub fn print(kinds: &[Kind]) -> Result<Vec<Drawn>, Box<dyn Error>> {
         let follows = run(&even(&[heavy, half, double]), make(20)?, 60);
         let stands = World { patience: Some(1.0), spread: Spread::Exponential, ..even(&outage) };
         let over = run(&stands, make(20)?, 110);
+        let uneven = World { spread: Spread::Misses, ..even(&[STEADY]) };
+        let differs = run(&uneven, make(20)?, 120);
         println!(
-            "{name:<WIDTH$} | {:>14} | {} | {} | {:>4} {:>5} | {:>4.0} %",
+            "{name:<WIDTH$} | {:>14} | {} | {} | {:>4} {:>5} | {:>4.0} % | {:>6.0}",
             starts.join("/"),
             minute(&long[60..120]),
             if minutes == 20 { minute(&long[1140..]) } else { " ".repeat(24) },
             limit_of(&follows[24]),
             limit_of(&follows[44]),
             100.0 * goodput(&over[90..]) / goodput(&over[20..60]),
+            goodput(&differs[60..]),
         );
         if *name != "no limit" {
             drawn.push((*name, follows));
