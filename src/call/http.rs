@@ -198,7 +198,8 @@ fn of_h2(error: &h2::Error) -> Option<Reason> {
     if error.is_reset() && error.is_remote() && error.reason() == Some(h2::Reason::REFUSED_STREAM) {
         return Some(Reason::RefusedStream);
     }
-    if error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR) {
+    // Whatever made the server go away: h2 tells it only of streams above the last one.
+    if error.is_go_away() && error.is_remote() {
         return Some(Reason::GoAway);
     }
     (error.is_reset() || error.is_go_away()).then_some(Reason::Reset)
