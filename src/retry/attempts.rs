@@ -9,7 +9,7 @@ use crate::{BoxError, call::Outcome, error};
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Attempts {
-    /// How many attempts were made: none where the service broke before the first.
+    /// How many attempts were made: none where the service broke, or the deadline passed, before the first.
     pub made: u32,
     /// How long was waited between them, all in all.
     pub waited: Duration,

@@ -194,6 +194,11 @@ impl<S> Course<S> {
         Numbered { number: self.record.made, seen }
     }
 
+    /// Not even the first attempt is made.
+    pub(super) fn not_begun(&mut self) {
+        self.record.made = 0;
+    }
+
     /// The attempt that is under way is ended.
     pub(super) fn cut_short(&mut self) -> Outcome {
         let outcome = Outcome::failure().because(Reason::Timeout);

@@ -65,7 +65,7 @@
 //!
 //! # Deadlines
 //!
-//! A request with a [`Deadline`](crate::Deadline) in its extensions is not tried again where the wait and
+//! A request with a [`Deadline`](crate::Deadline) in its extensions is not sent after it, nor tried again where the wait and
 //! [10 ms](RetryLayer::least_attempt) for the attempt do not fit before it; nor is a service waited for, beyond
 //! it, that does not get ready; and an attempt under way whose response head is not here by then ends with it. Then
 //! the error has a [`Rejected`](crate::Rejected) in it, which says so: 504 where it is made a response. Only with a deadline is a

@@ -72,18 +72,25 @@ where
 
     #[inline]
     fn call(&mut self, request: Req) -> Self::Future {
-        if let Some(budget) = &self.core.budget {
-            budget.begun();
-        }
         let rules = self.core.settings.rules(self.core.misconfigured);
         let mut kept = M::keep(&request, rules);
-        let span = Span::first();
-        let entered = span.enter();
-        // Not by way of a variable: a request is large to move.
-        let future = self.inner.call(M::first(request, kept.as_mut(), rules));
-        drop(entered);
+        let mut span = Span::none();
+        let state = if is_over::<S, Req, M>(kept.as_ref()) {
+            // What was reserved for it goes with the instance.
+            self.inner = self.inner.clone();
+            State::Unbegun
+        } else {
+            if let Some(budget) = &self.core.budget {
+                budget.begun();
+            }
+            span = Span::first();
+            let _entered = span.enter();
+            // Not by way of a variable: a request is large to move.
+            let future = self.inner.call(M::first(request, kept.as_mut(), rules));
+            State::Calling { attempt: Weighed::new(future) }
+        };
         ResponseFuture {
-            state: State::Calling { attempt: Weighed::new(future) },
+            state,
             span,
             core: self.core.clone(),
             protocol: self.protocol.clone(),
@@ -113,6 +120,8 @@ pin_project! {
 pin_project! {
     #[project = StateProj]
     enum State<F, H> {
+        // The deadline had passed before the call.
+        Unbegun,
         Calling { #[pin] attempt: Weighed<F, H> },
         // The answer is read away, for a short while.
         Discarding { held: H, #[pin] longest: Sleep, wait: Wait },
@@ -158,12 +167,24 @@ where
                 if let Some(end) = self.as_mut().ended(weight) {
                     return Poll::Ready(end);
                 }
+            } else if matches!(self.state, State::Unbegun) {
+                return Poll::Ready(self.too_late());
             }
             if let Some(end) = ready!(self.as_mut().poll_between(cx)) {
                 return Poll::Ready(end);
             }
         }
     }
+}
+
+/// Whether the deadline has passed.
+#[inline]
+fn is_over<S, Req, M>(kept: Option<&M::Kept>) -> bool
+where
+    S: Service<M::Request>,
+    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+{
+    M::TAKES_ERRORS && kept.and_then(M::deadline).is_some_and(|at| at.left().is_zero())
 }
 
 /// When the response head has to be here.
@@ -195,7 +216,7 @@ where
         let kept = this.kept.as_ref();
         let (held, (mut class, mut outcome)) = match (weight, this.state.as_mut().project()) {
             (Some(weight), StateProj::Calling { attempt }) => (attempt.take(), weight),
-            _ if kept.and_then(M::deadline).is_some_and(|deadline| deadline.left().is_zero()) => {
+            _ if is_over::<S, Req, M>(kept) => {
                 return Some(self.too_late());
             }
             _ => {
@@ -292,10 +313,10 @@ where
                         let record = course.end(&core.settings, Stop::NotReady);
                         return Poll::Ready(Some(Err(M::broken(error, record))));
                     }
-                    let Some(kept) = this.kept else { unreachable!("kept for every retry") };
-                    if M::TAKES_ERRORS && M::deadline(kept).is_some_and(|at| at.left().is_zero()) {
+                    if is_over::<S, Req, M>(this.kept.as_ref()) {
                         return Poll::Ready(Some(self.too_late()));
                     }
+                    let Some(kept) = this.kept else { unreachable!("kept for every retry") };
                     let attempt = course.begin();
                     core.settings.count_retry();
                     *this.span = Span::further(attempt.number - 1, course.waited());
@@ -304,7 +325,7 @@ where
                     drop(entered);
                     this.state.set(State::Calling { attempt: Weighed::new(future) });
                 }
-                StateProj::Over => unreachable!("polled after completion"),
+                StateProj::Unbegun | StateProj::Over => unreachable!("polled after completion"),
             }
         }
     }
@@ -312,15 +333,19 @@ where
     /// The deadline has passed, with an attempt under way or about to be made: it ends here.
     fn too_late(self: Pin<&mut Self>) -> Result<M::Response, M::Error> {
         let mut this = self.project();
-        let under_way = matches!(this.state.as_mut().project(), StateProj::Calling { .. });
-        this.state.set(State::Over);
         let course = this.course.get_or_insert_with(Box::default);
-        let kind = if under_way {
-            this.span.end(course.cut_short());
-            RejectedKind::TimedOut(Phase::Deadline)
-        } else {
-            RejectedKind::DeadlinePassed
+        let kind = match this.state.as_mut().project() {
+            StateProj::Calling { .. } => {
+                this.span.end(course.cut_short());
+                RejectedKind::TimedOut(Phase::Deadline)
+            }
+            StateProj::Unbegun => {
+                course.not_begun();
+                RejectedKind::DeadlinePassed
+            }
+            _ => RejectedKind::DeadlinePassed,
         };
+        this.state.set(State::Over);
         let record = course.end(&this.core.settings, Stop::DeadlinePassed);
         let Some((held, _)) = M::failed(Rejected::by(LayerKind::Retry, kind).into()) else {
             unreachable!("only these errors have a deadline")

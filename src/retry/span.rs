@@ -10,6 +10,11 @@ pub(super) struct Span(Option<tracing::Span>);
 
 #[cfg(feature = "tracing")]
 impl Span {
+    /// No attempt.
+    pub(super) fn none() -> Self {
+        Self(None)
+    }
+
     /// None where nobody listens: even a disabled span is not for nothing to enter.
     #[inline]
     pub(super) fn first() -> Self {
@@ -62,6 +67,10 @@ pub(super) struct Span;
 
 #[cfg(not(feature = "tracing"))]
 impl Span {
+    pub(super) fn none() -> Self {
+        Self
+    }
+
     pub(super) fn first() -> Self {
         Self
     }

@@ -24,7 +24,7 @@ pub enum Stop {
     WaitTooLong,
     /// The wait and an attempt of use do not fit before the deadline.
     DeadlineTooNear,
-    /// The deadline passed with an attempt under way, or with the wrapped service not ready for one.
+    /// The deadline passed: with an attempt under way, with the wrapped service not ready for one, or before the first.
     DeadlinePassed,
     /// The retry budget is used up.
     BudgetUsedUp,

@@ -9,7 +9,7 @@ use buttress::{
 };
 use http::Request;
 use tokio::time::Instant;
-use tower::Layer;
+use tower::{Layer, Service, ServiceExt};
 
 use crate::kit::*;
 
@@ -32,7 +32,7 @@ async fn a_wait_that_leaves_no_time_for_an_attempt_is_not_begun() {
     for (time, made, stop) in [
         (109, 1, Stop::DeadlineTooNear),
         (110, 2, Stop::DeadlineTooNear),
-        (0, 1, Stop::DeadlineTooNear),
+        (1, 1, Stop::DeadlineTooNear),
         (500, 3, Stop::AttemptsUsedUp),
     ] {
         let budget = purse(9);
@@ -131,6 +131,29 @@ async fn reading_an_answer_away_leaves_time_for_the_next_attempt() {
     let response = send(&layer(ms(0)).layer(inner), within(ms(20), get())).await.unwrap();
     assert_eq!((response.status().as_u16(), Attempts::of(&response).made), (200, 2));
     assert!(start.elapsed() >= ms(10) && start.elapsed() <= ms(12), "{:?}", start.elapsed());
+}
+
+/// Somebody further out may have queued it for too long.
+#[tokio::test(start_paused = true)]
+async fn a_call_that_comes_after_its_deadline_is_not_begun() {
+    let inner: Inner = Inner::new(|_| Ok(status(200)));
+    let (log, budget) = (inner.log.clone(), purse(9));
+    let retry = layer(ms(0)).budget(budget.clone());
+    let (handle, mut service) = (retry.handle(), retry.layer(inner));
+    let request = within(ms(20), post(Script::empty()));
+    service.ready().await.unwrap();
+    assert_eq!(log.taken(), (1, 0));
+    tokio::time::sleep(ms(20)).await;
+    let call = service.call(request);
+    assert_eq!(log.taken(), (0, 0), "what was reserved for it is free");
+    let result = call.await;
+    assert_eq!((told(&result).made, told(&result).stop), (0, Stop::DeadlinePassed));
+    assert_eq!((log.calls(), told(&result).each().len()), (0, 0));
+    let refused = Rejected::find(&**result.as_ref().err().unwrap()).unwrap().kind();
+    assert_eq!((refused, handle.snapshot().gave_up), (RejectedKind::DeadlinePassed, 1));
+    log.assert_strict();
+    assert_eq!(service.ready().await.unwrap().call(get()).await.unwrap().status(), 200);
+    log.assert_strict();
 }
 
 #[tokio::test(start_paused = true)]
