@@ -1,8 +1,7 @@
 //! What a hedge does to a heavy tail, and what it costs.
-#![cfg(feature = "retry")]
 
-#[path = "rig/tail.rs"]
-mod tail;
+#[path = "../rig/tail.rs"]
+mod rig;
 
 use std::{
     cell::{Cell, RefCell},
@@ -15,7 +14,7 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use http::{Request, Response};
 use http_body_util::Empty;
-use tail::latency;
+use rig::latency;
 use tokio::time::{Instant, sleep};
 use tower::{Layer, ServiceExt, service_fn};
 

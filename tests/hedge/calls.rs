@@ -1,4 +1,4 @@
-//! The hedge, through its public API and on a paused clock.
+//! What is hedged and when, and which answer is given out.
 
 use std::{
     future::Future,

@@ -1,5 +1,4 @@
 //! The delay of a hedge, learnt from what calls take.
-#![cfg(feature = "percentile")]
 
 use std::{
     sync::{
