@@ -10,8 +10,8 @@ use std::{
 };
 
 use buttress::{
-    Attempts, BoxError, ConcurrencyLimitLayer, HedgeLayer, Outcome, Rejected, RetryBudget,
-    RetryLayer,
+    Attempts, BoxError, ConcurrencyLimitLayer, Deadline, HedgeLayer, Outcome, Rejected,
+    RetryBudget, RetryLayer,
     retry::{Attempt, Hedge, HedgeCopy, HedgeFuture, Hedged, ReplayBody},
 };
 use bytes::Bytes;
@@ -418,6 +418,19 @@ async fn a_body_that_is_still_read_or_over_the_cap_is_not_hedged() {
     assert_eq!(upstream.calls(), [(1, 0)]);
     let snapshot = layer.handle().snapshot();
     assert_eq!((snapshot.sent, snapshot.budget_denied), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_hedged_after_the_deadline() {
+    for (deadline, calls) in [(ms(10), vec![(1, 0)]), (ms(20), vec![(1, 0), (2, 10)])] {
+        let layer = HedgeLayer::http(DELAY);
+        let upstream = Upstream::new((30, Status(200)), (30, Status(200)));
+        let mut request = get();
+        request.extensions_mut().insert(Deadline::after(deadline));
+        let response = call(&layer.layer(upstream.clone()), request).await.unwrap();
+        assert_eq!((response.status().as_u16(), upstream.calls()), (200, calls));
+        assert_eq!(layer.handle().snapshot().budget_denied, 0);
+    }
 }
 
 // ===== The budget =====

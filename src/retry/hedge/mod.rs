@@ -29,8 +29,9 @@
 //! # How it decides
 //!
 //! Without an answer after the delay, a second copy is sent if the request is safe to repeat (its method,
-//! RFC 9110 §9.2.2, an `Idempotency-Key`, or the user's word), its body can be sent again by then, and
-//! the budget has a hedge left. There is one hedge for a call at most.
+//! RFC 9110 §9.2.2, an `Idempotency-Key`, or the user's word), its body can be sent again by then, its
+//! [`Deadline`](crate::Deadline) has not passed, and the budget has a hedge left. There is one hedge for a call at
+//! most.
 //!
 //! An answer is *good* if it is neither a failure nor throttled, nor one that a retry would try again: a
 //! 200 or a 404, not an error, a 429 or a 500. gRPC is what its status says, in the head or in the

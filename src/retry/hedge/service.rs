@@ -237,6 +237,10 @@ where
         event!(DEBUG, reason = "body", "not hedged");
         return Second::Never;
     }
+    if kept.and_then(M::deadline).is_some_and(|deadline| deadline.left().is_zero()) {
+        event!(DEBUG, reason = "deadline_passed", "not hedged");
+        return Second::Never;
+    }
     let withdrawal = core.budget.as_ref().map(|budget| budget.withdraw());
     if let Some(None) = withdrawal {
         core.settings.denied.fetch_add(1, Ordering::Relaxed);
