@@ -5,6 +5,7 @@
 #[path = "."]
 mod hedge {
     mod calls;
+    mod cost;
     #[cfg(feature = "percentile")]
     mod percentile;
     mod tail;

@@ -13,16 +13,20 @@ mod retry {
     mod bodies;
     mod budget;
     mod contract;
+    mod cost;
     mod deadline;
     mod discard;
     mod grpc;
     pub mod kit;
+    mod load;
     mod order;
     mod say;
     pub mod script;
     mod state;
     mod time;
     mod types;
+    #[cfg(feature = "percentile")]
+    mod vectors;
     mod waits;
     mod wire;
 }

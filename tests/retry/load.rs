@@ -1,5 +1,4 @@
 //! What many callers with a retry do to what they call: herds, amplification, and what is gained.
-#![cfg(feature = "retry")]
 
 use std::{
     cell::{Cell, RefCell},

@@ -2,7 +2,6 @@
 //!
 //! `vectors/retry.json` has the facts, each with its source. Every one of them is replayed here, or is in
 //! [`NOT_OURS`] with the reason.
-#![cfg(all(feature = "retry", feature = "hyper", feature = "percentile"))]
 
 use std::{
     cell::{Cell, RefCell},
@@ -50,7 +49,7 @@ const NOT_OURS: &[(&str, &str)] = &[
 ];
 
 fn vectors() -> Vec<Value> {
-    serde_json::from_str(include_str!("vectors/retry.json")).unwrap()
+    serde_json::from_str(include_str!("../vectors/retry.json")).unwrap()
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,20 +1,29 @@
-//! A retry that does not retry allocates nothing.
-#![cfg(feature = "retry")]
+//! What a call that is not retried allocates, alone and beside tower's own retry.
+//!
+//! What else it costs, instructions and atomic operations, the benchmark of overhead counts.
 
 use std::{
     convert::Infallible,
     future::{Future, Ready, ready},
     hint::black_box,
     pin::pin,
+    sync::Arc,
     task::{Context, Poll, Waker},
 };
 
 use allocation_counter::measure;
 use buttress::{BoxError, Outcome, RetryLayer, retry::ReplayBody};
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
+use http_body::Body;
 use http_body_util::{Empty, Full};
-use tower::{Layer, Service};
+use tower::{
+    Layer, Service,
+    retry::{
+        Policy, Retry,
+        budget::{Budget, TpsBudget},
+    },
+};
 
 /// How many allocations one call makes, in a second call on the same service.
 fn allocations<S, Req>(service: &mut S, request: impl Fn() -> Req) -> u64
@@ -55,7 +64,7 @@ impl<B> Service<Request<ReplayBody<B>>> for Plain {
 }
 
 #[test]
-fn a_retry_that_does_not_retry_allocates_nothing() {
+fn a_call_that_is_not_retried_allocates_nothing() {
     for status in [200, 404, 500] {
         let mut service = RetryLayer::http().layer(Plain(status));
         for uri in ["/", "http://127.0.0.1:8080/", "https://example.com/a?b"] {
@@ -136,4 +145,81 @@ fn nor_does_one_of_any_clone_type() {
     }
     let mut service = RetryLayer::http().classify(judge).layer(Echo);
     assert_eq!(allocations(&mut service, || 7), 0);
+}
+
+// ===== Tower's =====
+
+type Call = Request<Full<Bytes>>;
+
+/// What tower's documentation shows: retry while the budget says so, pay in what was good.
+#[derive(Clone, Default)]
+struct Theirs(Arc<TpsBudget>);
+
+impl Policy<Call, Response<Full<Bytes>>, Infallible> for Theirs {
+    type Future = Ready<()>;
+
+    fn retry(
+        &mut self,
+        _: &mut Call,
+        result: &mut Result<Response<Full<Bytes>>, Infallible>,
+    ) -> Option<Ready<()>> {
+        match result {
+            Ok(answer) if answer.status().is_server_error() => self.0.withdraw().then(|| ready(())),
+            _ => {
+                self.0.deposit();
+                None
+            }
+        }
+    }
+
+    fn clone_request(&mut self, request: &Call) -> Option<Call> {
+        Some(request.clone())
+    }
+}
+
+/// Reads the body, as a client does.
+#[derive(Clone)]
+struct Reads;
+
+impl<B: Body> Service<Request<B>> for Reads {
+    type Response = Response<Full<Bytes>>;
+    type Error = Infallible;
+    type Future = Ready<Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let (mut body, mut cx) = (pin!(request.into_body()), Context::from_waker(Waker::noop()));
+        while let Poll::Ready(Some(Ok(frame))) = body.as_mut().poll_frame(&mut cx) {
+            black_box(frame.is_data());
+        }
+        ready(Ok(Response::default()))
+    }
+}
+
+#[test]
+fn a_call_that_is_not_retried_allocates_no_more_than_under_towers_retry() {
+    let shared = Bytes::from(vec![b'x'; 1024]);
+    drop(shared.clone());
+    for (headers, body) in [(0, ""), (1, ""), (6, ""), (30, ""), (6, "a body")] {
+        let request = || {
+            let body = if body.is_empty() { Bytes::new() } else { shared.clone() };
+            let mut request = Request::put("/").body(Full::new(body)).unwrap();
+            for n in 0..headers {
+                // Made for this request alone, as most requests have some.
+                let name = HeaderName::try_from(format!("x-header-{n}")).unwrap();
+                request.headers_mut().insert(name, HeaderValue::from(n));
+            }
+            request
+        };
+        let ours = allocations(&mut RetryLayer::http().layer(Reads), request);
+        let theirs = allocations(&mut Retry::new(Theirs::default(), Reads), request);
+        println!(
+            "{headers} headers, {} bytes: {ours}, tower's {theirs}",
+            request().body().size_hint().lower()
+        );
+        assert!(ours <= theirs, "{headers} headers: {ours} allocations, tower's makes {theirs}");
+    }
 }
