@@ -25,7 +25,7 @@ mod retry {
     mod state;
     mod time;
     mod types;
-    #[cfg(feature = "percentile")]
+    #[cfg(all(feature = "percentile", feature = "timeout"))]
     mod vectors;
     mod waits;
     mod wire;
