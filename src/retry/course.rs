@@ -29,6 +29,8 @@ pub(super) struct Course<S> {
     waited: Duration,
     record: Attempts,
     transparent: u32,
+    /// How many attempts a server may have seen.
+    seen: u32,
     of_kind: PerKind<u32>,
     /// Its waits, once there is one.
     series: Option<Series>,
@@ -69,6 +71,7 @@ impl<S> Default for Course<S> {
             waited: Duration::ZERO,
             record: Attempts::FIRST,
             transparent: 0,
+            seen: 0,
             of_kind: [0; 8],
             series: None,
         }
@@ -134,6 +137,7 @@ impl<S> Course<S> {
         match decision {
             Ok(again) => {
                 self.transparent += u32::from(again.transparent);
+                self.seen += u32::from(again.kind.may_be_seen());
                 if !again.transparent {
                     self.of_kind[again.kind as usize] += 1;
                 }
@@ -187,11 +191,8 @@ impl<S> Course<S> {
     /// The next attempt is made: from here on its retry is spent.
     pub(super) fn begin(&mut self) -> Numbered {
         self.cost = self.withdrawal.take().map_or(0, |mut withdrawal| withdrawal.take());
-        // What a layer of ours refused was seen by nobody either.
-        let refused = self.of_kind[FailureKind::Rejected as usize];
-        let seen = self.record.made - self.transparent - refused;
         self.record.made += 1;
-        Numbered { number: self.record.made, seen }
+        Numbered { number: self.record.made, seen: self.seen }
     }
 
     /// Not even the first attempt is made.

@@ -176,8 +176,7 @@ pub(super) fn decide(
     }
     let kind = FailureKind::of(facts.outcome);
     // Never left the client, or never looked at by the server (RFC 9113 §6.8, §8.7): any method.
-    let unseen = kind == FailureKind::Unseen;
-    let unsent = unseen || rejected || kind == FailureKind::Connect;
+    let unsent = !kind.may_be_seen();
     if !facts.safe && !unsent && !policy.trusts(facts.outcome) {
         return Err(Stop::Unsafe);
     }
@@ -189,7 +188,7 @@ pub(super) fn decide(
         Repeatable::Streaming => return Err(Stop::StillSending),
         Repeatable::No => return Err(Stop::BodyGone),
     }
-    let transparent = unseen && facts.transparent < policy.transparent;
+    let transparent = kind == FailureKind::Unseen && facts.transparent < policy.transparent;
     if !transparent {
         if facts.made - facts.transparent >= policy.attempts {
             return Err(Stop::AttemptsUsedUp);

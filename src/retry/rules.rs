@@ -53,6 +53,11 @@ impl FailureKind {
         }
     }
 
+    /// Whether a server may have seen what failed so.
+    pub(super) fn may_be_seen(self) -> bool {
+        !matches!(self, Self::Connect | Self::Unseen | Self::Rejected)
+    }
+
     /// The kind in `snake_case`, as metrics have it.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {

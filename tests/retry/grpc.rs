@@ -203,16 +203,21 @@ async fn repeated_attempts_say_how_many_there_were() {
         async move {
             match n {
                 1 => Err(Rejected::new(RejectedKind::Full).with_retry_after(ms(1)).into()),
-                2 | 3 => Ok(head(&[("grpc-status", "14")])),
+                2 | 4 => Ok(head(&[("grpc-status", "14")])),
+                3 => Err(io(std::io::ErrorKind::ConnectionRefused)),
                 _ => Ok(head(&[("grpc-status", "0")])),
             }
         }
     });
-    let service = layer().attempts(4).layer(inner);
+    let service = layer().attempts(5).layer(inner);
     let mut call = post(Script::text("ask"));
     call.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
     call.extensions_mut().insert(Deadline::after(ms(9000)));
     send(&service, call).await.unwrap();
     let said = |n: &str| Some(n.to_owned());
-    assert_eq!(*told.lock().unwrap(), [None, None, said("1"), said("2")], "not the one refused");
+    assert_eq!(
+        *told.lock().unwrap(),
+        [None, None, said("1"), said("1"), said("2")],
+        "not what nobody saw"
+    );
 }
