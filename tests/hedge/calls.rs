@@ -512,18 +512,26 @@ async fn a_hedge_under_a_retry_keeps_the_attempts_number() {
     let seen = Arc::new(Mutex::new(Vec::new()));
     let numbers = seen.clone();
     let service = ServiceBuilder::new()
-        .layer(RetryLayer::http().attempts(2))
-        .layer(HedgeLayer::http(DELAY))
+        .layer(RetryLayer::http().attempts(2).assume_idempotent())
+        .layer(HedgeLayer::http(DELAY).assume_idempotent())
         .map_request(move |request: Request<ReplayBody<ReplayBody<Empty<Bytes>>>>| {
             let extensions = request.extensions();
             let attempt = extensions.get().map_or(1, |attempt: &Attempt| attempt.0);
-            numbers.lock().unwrap().push((attempt, extensions.get::<HedgeCopy>().is_some()));
+            let before = request.headers().get("grpc-previous-rpc-attempts");
+            let before = before.map_or(0, |before| before.to_str().unwrap().parse().unwrap());
+            let is_hedge = extensions.get::<HedgeCopy>().is_some();
+            numbers.lock().unwrap().push((attempt, is_hedge, before));
             request
         })
         .service(upstream.clone());
-    let response = call(&service, get()).await.unwrap();
-    assert_eq!((response.status().as_u16(), Attempts::of(&response).made), (503, 2));
-    assert_eq!(*seen.lock().unwrap(), [(1, false), (1, true), (2, false), (2, true)]);
+    for (content_type, before) in [("application/grpc", [0, 1, 1, 2]), ("text/plain", [0; 4])] {
+        let request = Request::post("/").header("content-type", content_type).body(Empty::new());
+        let response = call(&service, request.unwrap()).await.unwrap();
+        assert_eq!((response.status().as_u16(), Attempts::of(&response).made), (503, 2));
+        let [a, b, c, d] = before;
+        let expected = [(1, false, a), (1, true, b), (2, false, c), (2, true, d)];
+        assert_eq!(std::mem::take(&mut *seen.lock().unwrap()), expected, "{content_type}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -32,6 +32,14 @@ use crate::{
 
 const PREVIOUS_ATTEMPTS: &str = "grpc-previous-rpc-attempts";
 
+/// gRFC A6: how many were tried before, of those that a server may have seen.
+fn after<B>(attempts: u32, mut request: Request<B>) -> Request<B> {
+    if attempts > 0 && grpc::is_grpc(request.headers()) {
+        request.headers_mut().insert(PREVIOUS_ATTEMPTS, attempts.into());
+    }
+    request
+}
+
 impl<B: Body> Repeat<Request<B>> for Http {
     type Request = Request<ReplayBody<B>>;
     type Kept = KeptRequest<B>;
@@ -59,12 +67,7 @@ impl<B: Body> Repeat<Request<B>> for Http {
     }
 
     fn again(kept: &KeptRequest<B>, attempt: Numbered) -> Self::Request {
-        let mut request = kept.marked(Attempt(attempt.number));
-        // gRFC A6: how many were tried before, of those that may have been seen.
-        if attempt.seen > 0 && grpc::is_grpc(request.headers()) {
-            request.headers_mut().insert(PREVIOUS_ATTEMPTS, attempt.seen.into());
-        }
-        request
+        after(attempt.seen, kept.marked(Attempt(attempt.number)))
     }
 
     fn head(kept: &KeptRequest<B>) -> Request<()> {
@@ -76,7 +79,11 @@ impl<B: Body> Repeat<Request<B>> for Http {
     }
 
     fn copy(kept: &KeptRequest<B>) -> Self::Request {
-        kept.marked(HedgeCopy)
+        let copy = kept.marked(HedgeCopy);
+        // A retry further out may have made some.
+        let before = copy.headers().get(PREVIOUS_ATTEMPTS);
+        let before: u32 = before.and_then(|n| n.to_str().ok()?.parse().ok()).unwrap_or(0);
+        after(before.saturating_add(1), copy)
     }
 
     fn safe(kept: &KeptRequest<B>, by: &Safe) -> bool {

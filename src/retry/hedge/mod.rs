@@ -53,7 +53,8 @@
 //! Inside of a retry, over the circuit breaker and the limit: each copy is counted and limited. Best over
 //! a balancer: two copies to one slow server help little. The wrapped service gets
 //! `http::Request<ReplayBody<B>>`, as under a retry. A hedge carries [`HedgeCopy`] in its extensions, and
-//! [`Attempt`](super::Attempt) as the first copy does; an answer carries [`Hedged`] if a hedge was sent.
+//! [`Attempt`](super::Attempt) as the first copy does, and over gRPC `grpc-previous-rpc-attempts` with one more
+//! (gRFC A6); an answer carries [`Hedged`] if a hedge was sent.
 //!
 //! # Bodies
 //!
