@@ -15,7 +15,7 @@ use std::{
 };
 
 use buttress::{
-    Attempts, BoxError, CircuitBreakerLayer, RetryBudget, RetryLayer,
+    Attempts, BoxError, CircuitBreakerLayer, Deadline, RetryBudget, RetryLayer,
     retry::{Backoff, ReplayBody, Stop},
 };
 use bytes::Bytes;
@@ -39,9 +39,15 @@ enum Failure {
     RefusedStream,
     /// The request is read, and the connection closed.
     Cut,
+    /// No answer within the 200 ms that an attempt may take.
+    Silent,
     Status(u16),
     /// 503, with a `Retry-After` in seconds.
     RetryAfter(&'static str),
+    /// The same 503, 5 s before the caller's deadline.
+    Late(&'static str),
+    /// 503, and nothing left in the budget.
+    Broke,
     /// gRPC's `UNAVAILABLE`, for a layer that knows it is gRPC's.
     Unavailable,
     /// The same, with a pushback.
@@ -86,6 +92,8 @@ fn rows() -> Vec<(Failure, How, usize, Decision)> {
         (Cut, Post, 0, Err(Stop::Unsafe)),
         (Cut, Post, SHORT, Err(Stop::Unsafe)),
         (Cut, PostWithKey, SHORT, Ok(Yes)),
+        (Silent, Get, 0, Ok(Yes)),
+        (Silent, Post, SHORT, Err(Stop::Unsafe)),
         (Status(503), Get, 0, Ok(Yes)),
         (Status(503), Put, SHORT, Ok(Yes)),
         (Status(503), Put, LONG, Err(Stop::BodyGone)),
@@ -99,6 +107,9 @@ fn rows() -> Vec<(Failure, How, usize, Decision)> {
         (RetryAfter("1"), Get, 0, Ok(Yes)),
         (RetryAfter("1"), Post, 0, Err(Stop::Unsafe)),
         (RetryAfter("60"), Get, 0, Err(Stop::WaitTooLong)),
+        (Late("10"), Get, 0, Err(Stop::DeadlineTooNear)),
+        (Late("0"), Get, 0, Ok(Yes)),
+        (Broke, Get, 0, Err(Stop::BudgetUsedUp)),
         (Unavailable, Post, SHORT, Ok(Yes)),
         (Pushback("20"), Post, SHORT, Ok(Yes)),
         (Pushback("-1"), Post, SHORT, Err(Stop::Pushback)),
@@ -112,8 +123,11 @@ impl Failure {
             Self::Refused => "connection refused".into(),
             Self::RefusedStream => "REFUSED_STREAM".into(),
             Self::Cut => "closed without an answer".into(),
+            Self::Silent => "no answer in time".into(),
             Self::Status(status) => status.to_string(),
             Self::RetryAfter(seconds) => format!("503, Retry-After: {seconds}"),
+            Self::Late(seconds) => format!("503, Retry-After: {seconds}, 5 s left"),
+            Self::Broke => "503, budget used up".into(),
             Self::Unavailable => "gRPC UNAVAILABLE".into(),
             Self::Pushback(ms) => format!("gRPC UNAVAILABLE, pushback {ms}"),
             Self::OpenCircuit => "our own open circuit".into(),
@@ -130,12 +144,17 @@ impl Failure {
         let grpc = || Response::builder().header("content-type", "application/grpc");
         let answer = match self {
             Self::Status(status) => answer.status(status),
-            Self::RetryAfter(seconds) => answer.status(503).header("retry-after", seconds),
+            Self::Broke => answer.status(503),
+            Self::RetryAfter(seconds) | Self::Late(seconds) => {
+                answer.status(503).header("retry-after", seconds)
+            }
             Self::Unavailable => grpc().header("grpc-status", "14"),
             Self::Pushback(ms) => {
                 grpc().header("grpc-status", "14").header("grpc-retry-pushback-ms", ms)
             }
-            Self::Refused | Self::RefusedStream | Self::Cut | Self::OpenCircuit => return None,
+            Self::Refused | Self::RefusedStream | Self::Cut | Self::Silent | Self::OpenCircuit => {
+                return None;
+            }
         };
         answer.body(Full::default()).ok()
     }
@@ -190,14 +209,23 @@ async fn call(failure: Failure, method: How, body: usize) -> Result<Told, BoxErr
     }
     let budget = RetryBudget::with(0.2, 0, 100);
     // Enough for a few retries.
-    (0..50).for_each(|_| budget.deposit());
+    let deposits = if failure == Failure::Broke { 0 } else { 50 };
+    (0..deposits).for_each(|_| budget.deposit());
     let retry = if failure.is_grpc() { RetryLayer::grpc() } else { RetryLayer::http() };
     // The waits are told as they are asked for: without jitter they are always the same.
     let backoff = Backoff::exponential(Duration::from_millis(10)).without_jitter();
-    let retry = retry.backoff(backoff).budget(budget.clone()).checked()?;
+    let mut retry = retry.backoff(backoff).budget(budget.clone());
+    if failure == Failure::Silent {
+        retry = retry.attempt_timeout(Duration::from_millis(200));
+    }
+    let retry = retry.checked()?;
     let before = budget.balance();
     let client = ServiceBuilder::new().layer(retry).service(breaker.layer(client));
-    let call = client.oneshot(method.request(addr, body));
+    let mut request = method.request(addr, body);
+    if let Failure::Late(_) = failure {
+        request.extensions_mut().insert(Deadline::after(Duration::from_secs(5)));
+    }
+    let call = client.oneshot(request);
     let attempts = match tokio::time::timeout(Duration::from_secs(10), call).await? {
         Ok(response) => Attempts::of(&response),
         Err(error) => Attempts::find(&*error).ok_or(error)?,
@@ -219,6 +247,9 @@ async fn serve(listener: TcpListener, failure: Failure) {
             let first = !failed.swap(true, Ordering::Relaxed);
             async move {
                 request.into_body().collect().await.map_err(io::Error::other)?;
+                if first && failure == Failure::Silent {
+                    std::future::pending::<()>().await;
+                }
                 let answer = if first { failure.answer() } else { Some(Response::default()) };
                 answer.ok_or_else(|| io::Error::other("no answer"))
             }
