@@ -138,9 +138,7 @@ impl<S> Course<S> {
             Ok(again) => {
                 self.transparent += u32::from(again.transparent);
                 self.seen += u32::from(again.kind.may_be_seen());
-                if !again.transparent {
-                    self.of_kind[again.kind as usize] += 1;
-                }
+                self.of_kind[again.kind as usize] += 1;
                 self.waited = again.wait;
                 self.record.tried(Tried { outcome, waited: again.wait });
                 event!(

@@ -189,13 +189,11 @@ pub(super) fn decide(
         Repeatable::No => return Err(Stop::BodyGone),
     }
     let transparent = kind == FailureKind::Unseen && facts.transparent < policy.transparent;
-    if !transparent {
-        if facts.made - facts.transparent >= policy.attempts {
-            return Err(Stop::AttemptsUsedUp);
-        }
-        if policy.limits[kind as usize].is_some_and(|most| facts.of_kind[kind as usize] >= most) {
-            return Err(Stop::KindUsedUp);
-        }
+    if !transparent && facts.made - facts.transparent >= policy.attempts {
+        return Err(Stop::AttemptsUsedUp);
+    }
+    if policy.limits[kind as usize].is_some_and(|most| facts.of_kind[kind as usize] >= most) {
+        return Err(Stop::KindUsedUp);
     }
     // A pool's connection that had been closed says nothing about the server.
     let stale = reason == Reason::StaleConnection && facts.of_kind[kind as usize] == 0;

@@ -3,12 +3,12 @@
 use std::{io::ErrorKind, sync::Arc, time::Duration};
 
 use buttress::{
-    Attempts, Backoff, RetryLayer,
+    Attempts, Backoff, Outcome, RetryLayer,
     call::Reason,
     retry::{Failure, FailureKind, Stop},
 };
 use http::{Method, StatusCode};
-use tower::Layer;
+use tower::{Layer, service_fn};
 
 use crate::kit::*;
 
@@ -178,6 +178,20 @@ async fn each_kind_of_failure_has_its_own_limit() {
     });
     let response = send(&layer.layer(inner), get()).await.unwrap();
     assert_eq!((response.status().as_u16(), Attempts::of(&response).made), (200, 6));
+}
+
+/// Also those that cost nothing.
+#[tokio::test(start_paused = true)]
+async fn a_limit_holds_for_what_nobody_has_seen_too() {
+    for (most, made) in [(0, 1), (1, 2), (3, 4)] {
+        let layer = quick().attempts(10).at_most(FailureKind::Unseen, most);
+        let layer = layer
+            .classify(|_: Result<&(), &Oops>| Outcome::failure().because(Reason::RefusedStream));
+        let handle = layer.handle();
+        let service = layer.layer(service_fn(|(): ()| async { Err::<(), _>(Oops("unseen")) }));
+        send(&service, ()).await.unwrap_err();
+        assert_eq!(handle.snapshot().retries + 1, made, "at most {most}");
+    }
 }
 
 #[tokio::test(start_paused = true)]
