@@ -56,6 +56,22 @@ async fn a_large_answer_is_dropped() {
     assert!((64_000..=67_000).contains(&bytes), "{bytes}");
 }
 
+/// Also one that does not say how long it is.
+#[tokio::test(start_paused = true)]
+async fn with_nothing_to_be_read_away_every_answer_is_dropped_at_once() {
+    for tells in [true, false] {
+        let inner: Inner = Inner::new(move |n| {
+            let body = Script::new([Piece::Pause(ms(40)), data("busy")]);
+            let body = if tells { body } else { body.untold() };
+            Ok(if n == 1 { status(503).map(|_| body) } else { status(200) })
+        });
+        let layer = RetryLayer::http().drain_up_to(0).backoff(Backoff::constant(ms(0)));
+        let start = Instant::now();
+        let response = send(&layer.layer(inner), get()).await.unwrap();
+        assert_eq!((Attempts::of(&response).made, start.elapsed()), (2, ms(0)), "{tells}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_body_of_empty_frames_does_not_hold_us() {
     let (took, frames, bytes) = discard(vec![Piece::Endless(Bytes::new())], false).await;

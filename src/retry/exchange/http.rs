@@ -232,7 +232,10 @@ pub(super) fn poll_drain<B: Body + Unpin>(
     cx: &mut Context<'_>,
 ) -> Poll<()> {
     let mut at_once = 0;
-    while !body.is_end_stream() && drained.saturating_add(body.size_hint().lower()) <= cap {
+    // With no room at all not even the end is waited for of one that does not say how long it is.
+    let fits =
+        |body: &B, drained: u64| cap > 0 && drained.saturating_add(body.size_hint().lower()) <= cap;
+    while !body.is_end_stream() && fits(body, *drained) {
         match ready!(Pin::new(&mut *body).poll_frame(cx)) {
             Some(Ok(frame)) => {
                 // A frame of nothing counts too, or a body of such frames would hold us.
