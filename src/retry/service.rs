@@ -74,24 +74,37 @@ where
     fn call(&mut self, request: Req) -> Self::Future {
         let rules = self.core.settings.rules(self.core.misconfigured);
         let mut kept = M::keep(&request, rules);
-        let mut span = Span::none();
-        let state = if is_over::<S, Req, M>(kept.as_ref()) {
-            // What was reserved for it goes with the instance.
-            self.inner = self.inner.clone();
-            State::Unbegun
-        } else {
-            if let Some(budget) = &self.core.budget {
-                budget.begun();
-            }
-            span = Span::first();
-            let _entered = span.enter();
-            // Not by way of a variable: a request is large to move.
-            let future = self.inner.call(M::first(request, kept.as_mut(), rules));
-            State::Calling { attempt: Weighed::new(future) }
-        };
+        if is_over::<S, Req, M>(kept.as_ref()) {
+            return self.unbegun(kept);
+        }
+        if let Some(budget) = &self.core.budget {
+            budget.begun();
+        }
+        let span = Span::first();
+        let entered = span.enter();
+        // Not by way of a variable: a request is large to move.
+        let future = self.inner.call(M::first(request, kept.as_mut(), rules));
+        drop(entered);
         ResponseFuture {
-            state,
+            state: State::Calling { attempt: Weighed::new(future) },
             span,
+            core: self.core.clone(),
+            protocol: self.protocol.clone(),
+            kept,
+            course: None,
+            _request: PhantomData,
+        }
+    }
+}
+
+impl<S: Clone, M: Clone> Retry<S, M> {
+    /// A call that comes after its deadline. What was reserved for it goes with the instance.
+    #[cold]
+    fn unbegun<Req, F, K, H>(&mut self, kept: Option<K>) -> ResponseFuture<S, Req, F, M, K, H> {
+        self.inner = self.inner.clone();
+        ResponseFuture {
+            state: State::Unbegun,
+            span: Span::none(),
             core: self.core.clone(),
             protocol: self.protocol.clone(),
             kept,
@@ -142,6 +155,7 @@ where
 
     #[inline]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut made = 0;
         loop {
             let this = self.as_mut().project();
             if let StateProj::Calling { mut attempt } = this.state.project() {
@@ -173,9 +187,18 @@ where
             if let Some(end) = ready!(self.as_mut().poll_between(cx)) {
                 return Poll::Ready(end);
             }
+            made += 1;
+            if made == MOST_AT_ONCE {
+                // A turn for others, such as a timeout around it.
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
         }
     }
 }
+
+/// So many attempts are made in one go, where each fails at once and there is no wait between them.
+const MOST_AT_ONCE: u32 = 16;
 
 /// Whether the deadline has passed.
 #[inline]

@@ -172,3 +172,21 @@ async fn extreme_settings_do_not_panic() {
         }
     }
 }
+
+/// Who waits for nothing and fails at once would otherwise hold its thread, and a timeout around it with it.
+#[test]
+fn retries_without_a_wait_let_others_run() {
+    let inner: Inner = Inner::new(|_| Ok(status(503)));
+    let log = inner.log.clone();
+    let layer = RetryLayer::http().attempts(10_000).backoff(Backoff::constant(ms(0)));
+    let service = layer.without_budget().layer(inner);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let _inside = runtime.enter();
+    let mut call = tokio_test::task::spawn(send(&service, get()));
+    tokio_test::assert_pending!(call.poll());
+    assert!(call.is_woken() && log.calls() < 100, "{} calls in one go", log.calls());
+    while call.poll().is_pending() {
+        assert!(call.is_woken(), "it goes on by itself");
+    }
+    assert_eq!(log.calls(), 10_000);
+}
