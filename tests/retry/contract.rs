@@ -1,12 +1,21 @@
 //! What every layer must get right, as far as a retry is concerned.
 
-use std::{error::Error, panic::AssertUnwindSafe, time::Duration};
+use std::{
+    error::Error,
+    panic::AssertUnwindSafe,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::Duration,
+};
 
 use buttress::{
     Attempts, Backoff, BoxError, RetryBudget, RetryLayer,
     retry::{Attempt, ReplayBody, RetryError, Stop},
 };
 use bytes::Bytes;
+use futures_util::FutureExt;
 use http::Request;
 use http_body::Body;
 use tokio_test::{assert_pending, assert_ready_err, assert_ready_ok, task};
@@ -209,6 +218,44 @@ async fn inner_panic_releases() {
         if !panics_in_ready {
             assert_eq!(send(&service, get()).await.unwrap().status(), 200, "and goes on");
         }
+    }
+}
+
+/// What a user hands in is called on the way of a call: its panic is that call's, and nobody else's.
+#[tokio::test(start_paused = true)]
+async fn a_panic_in_a_users_closure_is_the_calls_alone() {
+    let budget = purse(5);
+    let panics_once = || {
+        let armed = Arc::new(AtomicBool::new(true));
+        move || assert!(!armed.swap(false, SeqCst), "scripted panic")
+    };
+    let (asked, begun, drawn) = (panics_once(), panics_once(), panics_once());
+    let layers = [
+        steady(&budget).retry_if(move |_| {
+            asked();
+            None
+        }),
+        steady(&budget).backoff_with(move || {
+            begun();
+            std::iter::repeat(ms(100))
+        }),
+        steady(&budget).backoff_with(move || {
+            let drawn = drawn.clone();
+            std::iter::repeat_with(move || {
+                drawn();
+                ms(100)
+            })
+        }),
+    ];
+    for layer in layers {
+        let inner: Inner = Inner::new(|n| Ok(status(if n < 3 { 503 } else { 200 })));
+        let (log, handle, service) = (inner.log.clone(), layer.handle(), layer.layer(inner));
+        let call = AssertUnwindSafe(send(&service, get())).catch_unwind();
+        assert!(call.await.is_err());
+        assert_eq!((log.taken(), budget.balance(), log.calls()), ((0, 0), 5.0, 1));
+        let response = send(&service, get()).await.unwrap();
+        assert_eq!((Attempts::of(&response).made, handle.snapshot().retries), (2, 1));
+        budget.deposit();
     }
 }
 
