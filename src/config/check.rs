@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::{
+    group::Group,
     layers::{CallsConfig, DeadlineConfig, LimitConfig, TimeoutConfig},
     stack::{ClientConfig, ServerConfig},
 };
@@ -14,17 +15,18 @@ pub(super) type Rule<C> = fn(&C) -> Vec<ConfigError>;
 pub(super) const CLIENT: &[Rule<ClientConfig>] = &[
     |c| {
         let layers = [
-            prefixed("deadline_", c.deadline.layer().err()),
-            prefixed("retry_", c.retry.layer().err()),
-            prefixed("breaker_", c.breaker.layer().err()),
-            prefixed("limit_", c.limit.layer().err()),
-            prefixed("timeout_", c.timeout.layer().err()),
+            keyed(&c.deadline, c.deadline.layer().err()),
+            keyed(&c.retry, c.retry.layer().err()),
+            keyed(&c.breaker, c.breaker.layer().err()),
+            keyed(&c.limit, c.limit.layer().err()),
+            keyed(&c.timeout, c.timeout.layer().err()),
         ];
         layers.into_iter().flatten().collect()
     },
     |c| attempts_beyond_the_deadline(c).into_iter().collect(),
-    |c| attempts_beyond_the_threshold(c).into_iter().collect(),
-    |c| head_within_connecting(c).into_iter().collect(),
+    |c| attempts_beyond_the_threshold(c),
+    |c| attempt_within_connecting(c).into_iter().collect(),
+    |c| nothing_left(&c.deadline),
     |c| queue_beyond_the_deadline(&c.limit, &c.deadline).into_iter().collect(),
     |c| connection_wait_beyond_the_deadline(c).into_iter().collect(),
     |c| idle_beyond_the_peers(c).into_iter().collect(),
@@ -37,42 +39,33 @@ pub(super) const CLIENT: &[Rule<ClientConfig>] = &[
 pub(super) const SERVER: &[Rule<ServerConfig>] = &[
     |c| {
         let layers = [
-            prefixed("deadline_", c.deadline.layer().err()),
-            prefixed("limit_", c.limit.layer().err()),
-            prefixed("timeout_", c.timeout.layer().err()),
+            keyed(&c.deadline, c.deadline.layer().err()),
+            keyed(&c.limit, c.limit.layer().err()),
+            keyed(&c.timeout, c.timeout.layer().err()),
         ];
         layers.into_iter().flatten().collect()
     },
     |c| queue_beyond_the_deadline(&c.limit, &c.deadline).into_iter().collect(),
+    |c| nothing_left(&c.deadline),
     |c| total_on_a_stream(&c.calls, &c.timeout, &c.deadline),
 ];
 
 /// A layer's own error, which names its setter, under the name that the setting has here.
-fn prefixed(prefix: &'static str, error: Option<ConfigError>) -> Option<ConfigError> {
-    const NAMES: [(&str, &str, &str); 18] = [
-        ("deadline_", "default_of", "deadline_default"),
-        ("deadline_", "at_most", "deadline_at_most"),
-        ("deadline_", "header", "deadline_header"),
-        ("retry_", "attempts", "retry_attempts"),
-        ("retry_", "attempt_timeout", "retry_attempt_timeout"),
-        ("retry_", "budget.ratio", "retry_budget_ratio"),
-        ("retry_", "budget.cap", "retry_budget_cap"),
-        ("breaker_", "trip.consecutive", "breaker_failures"),
-        ("breaker_", "trip.failure_ratio", "breaker_failure_ratio"),
-        ("breaker_", "trip.within", "breaker_window"),
-        ("breaker_", "trip.min_calls", "breaker_min_calls"),
-        ("breaker_", "half_open", "breaker_half_open"),
-        ("breaker_", "probe_lease", "breaker_probe_lease"),
-        ("limit_", "limit", "limit_max"),
-        ("limit_", "queue.longest_wait", "limit_queue_wait"),
-        ("timeout_", "head", "timeout_head"),
-        ("timeout_", "idle", "timeout_idle"),
-        ("timeout_", "total", "timeout_total"),
-    ];
+fn keyed(group: &dyn Group, error: Option<ConfigError>) -> Option<ConfigError> {
     let mut error = error?;
-    let known = NAMES.iter().find(|(group, name, _)| *group == prefix && *name == error.field);
-    if let Some((.., key)) = known {
-        error.field = key;
+    let setter = error.field.strip_prefix("trip.").unwrap_or(error.field).replace('.', "_");
+    let name = match &*setter {
+        "default_of" => "default",
+        "consecutive" => "failures",
+        "within" => "window",
+        "limit" => "max",
+        "queue_longest_wait" => "queue_wait",
+        same => same,
+    };
+    let row =
+        group.rows().iter().find(|row| row.key.split_once('_').is_some_and(|(_, key)| key == name));
+    if let Some(row) = row {
+        error.field = row.key;
     }
     Some(error)
 }
@@ -118,30 +111,56 @@ fn attempts_beyond_the_deadline(c: &ClientConfig) -> Option<ConfigError> {
     conflict("retry_attempts", attempts, remedy)
 }
 
-fn attempts_beyond_the_threshold(c: &ClientConfig) -> Option<ConfigError> {
-    let (attempts, failures) = (c.retry.attempts, c.breaker.failures?);
-    if attempts <= failures {
-        return None;
-    }
-    let remedy = format!(
-        "one call that fails with all of its {attempts} attempts opens the circuit, which takes {failures} failures in a row \
-         (`breaker_failures`): use at most {failures} attempts, or a `breaker_failures` above {attempts}",
-    );
-    conflict("retry_attempts", attempts, remedy)
+fn attempts_beyond_the_threshold(c: &ClientConfig) -> Vec<ConfigError> {
+    let attempts = c.retry.attempts;
+    let share = c.breaker.failure_ratio.map(|_| c.breaker.min_calls);
+    let run =
+        c.breaker.failures.map(|failures| ("breaker_failures", failures, "failures in a row"));
+    let share = share.map(|calls| ("breaker_min_calls", calls, "calls, if all of them fail"));
+    let short = run.into_iter().chain(share).filter(|(_, most, _)| (1..attempts).contains(most));
+    short
+        .filter_map(|(key, most, of_what)| {
+            let remedy = format!(
+                "one call alone would open the circuit, which takes {most} {of_what} (`{key}`), and its attempts after that \
+                 would be refused: use at most {most} attempts, or a `{key}` of at least {attempts}",
+            );
+            conflict("retry_attempts", attempts, remedy)
+        })
+        .collect()
 }
 
-fn head_within_connecting(c: &ClientConfig) -> Option<ConfigError> {
-    let (head, connect) = (c.timeout.head?, c.connections.connect_timeout);
-    if head >= connect {
+fn attempt_within_connecting(c: &ClientConfig) -> Option<ConfigError> {
+    let ((each, name), connect) = (attempt(c)?, c.connections.connect_timeout);
+    if each >= connect {
         return None;
     }
     let remedy = format!(
         "connecting is part of that time and may take {} (`connect_timeout`), which would never come to pass: use more than that, \
          or a `connect_timeout` of less than {}",
         show(connect),
-        show(head),
+        show(each),
     );
-    conflict("timeout_head", show(head), remedy)
+    conflict(name, show(each), remedy)
+}
+
+fn nothing_left(deadline: &DeadlineConfig) -> Vec<ConfigError> {
+    // As the layer keeps them.
+    let whole = |time: Duration| time.as_nanos().div_ceil(1_000_000);
+    let kept = deadline.keep_back.unwrap_or_default();
+    let bounds = [("deadline_default", deadline.default), ("deadline_at_most", deadline.at_most)];
+    let spent = bounds.into_iter().filter_map(|(key, time)| Some((key, time?)));
+    // A bound of nothing its own check has found.
+    let spent = spent.filter(|(_, time)| whole(*time) <= whole(kept) && !time.is_zero());
+    spent
+        .filter_map(|(key, time)| {
+            let remedy = format!(
+                "of the {} that a call has (`{key}`) nothing would be left, and each would be refused: keep less back, such as {}",
+                show(time),
+                show(time / 10),
+            );
+            conflict("deadline_keep_back", show(kept), remedy)
+        })
+        .collect()
 }
 
 fn queue_beyond_the_deadline(

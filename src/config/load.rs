@@ -1,6 +1,13 @@
 //! Where settings come from, and what is done about those that nobody knows.
 
-use std::{collections::BTreeMap, env, ffi::OsString, fmt, fs, marker::PhantomData, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    env,
+    ffi::OsString,
+    fmt, fs,
+    marker::PhantomData,
+    path::Path,
+};
 
 use super::{
     Preset,
@@ -121,7 +128,7 @@ impl<C: Stack> Loader<C> {
 
     /// What a TOML text says: `retry_attempts = 2`, or `attempts = 2` in a table `retry`.
     pub fn toml(self, text: &str) -> Self {
-        self.parsed("TOML", toml::from_str(text).map_err(|error| error.message().to_owned()))
+        self.parsed("TOML", from_toml(text))
     }
 
     /// What a JSON text says, in the same form.
@@ -143,7 +150,7 @@ impl<C: Stack> Loader<C> {
         let tree = if path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("json")) {
             serde_json::from_str(&text).map_err(|error| error.to_string())
         } else {
-            toml::from_str(&text).map_err(|error| error.message().to_owned())
+            from_toml(&text)
         };
         self.parsed(&name, tree)
     }
@@ -155,12 +162,18 @@ impl<C: Stack> Loader<C> {
     fn parsed(mut self, name: &str, tree: Result<Tree, String>) -> Self {
         match tree {
             Ok(tree) => {
-                let origin = Origin::File(name.to_owned());
-                self.said.extend(tree.flat().into_iter().map(|(key, value)| Said {
-                    key,
-                    value,
-                    origin: origin.clone(),
-                }));
+                let (origin, mut keys) = (Origin::File(name.to_owned()), BTreeSet::new());
+                for (key, value) in tree.flat() {
+                    if !keys.insert(key.clone()) {
+                        // Of two forms of one key, such as a table's, none goes before the other.
+                        self.wrong(
+                            "key",
+                            &key,
+                            format!("is said twice: once is enough ({origin})"),
+                        );
+                    }
+                    self.said.push(Said { key, value, origin: origin.clone() });
+                }
             }
             Err(error) => self.wrong("file", name, error),
         }
@@ -184,8 +197,8 @@ impl<C: Stack> Loader<C> {
         let own = format!("{own}_{}", C::PREFIX);
         let mut found = Vec::new();
         for (name, value) in variables {
-            // Of no other form is any of ours.
-            let Ok(name) = name.into().into_string() else { continue };
+            // What is no UTF-8 after a prefix of ours is no key that anybody knows.
+            let name = name.into().to_string_lossy().into_owned();
             let (of_own, key) = match (name.strip_prefix(&own), name.strip_prefix(C::PREFIX)) {
                 (Some(key), _) if !self.name.is_empty() => (true, key),
                 (_, Some(key)) => (false, key),
@@ -231,8 +244,7 @@ impl<C: Stack> Loader<C> {
                 Some(known) => preset = Some(*known),
                 None => {
                     let known = Preset::ALL.map(|preset| preset.as_str()).join(", ");
-                    let remedy = format!("use one of {known} ({})", said.origin);
-                    self.wrong("preset", &said.value.to_string(), remedy);
+                    self.not_of_form("preset", &said, &format!("one of {known}"));
                 }
             }
         }
@@ -258,8 +270,7 @@ impl<C: Stack> Loader<C> {
             if group.set(nth, &said.value) {
                 origins.insert(rows[nth].key, (group.get(nth), said.origin));
             } else {
-                let remedy = format!("use {} ({})", rows[nth].wants, said.origin);
-                self.wrong(rows[nth].key, &said.value.to_string(), remedy);
+                self.not_of_form(rows[nth].key, &said, rows[nth].wants);
             }
             return;
         }
@@ -271,9 +282,25 @@ impl<C: Stack> Loader<C> {
         self.wrong("key", &said.key, remedy);
     }
 
+    fn not_of_form(&mut self, key: &'static str, said: &Said, wants: &str) {
+        let origin = &said.origin;
+        match &*said.value.to_string() {
+            "" => self.wrong(key, "empty", format!("use {wants}, or say nothing of it ({origin})")),
+            value => self.wrong(key, value, format!("use {wants} ({origin})")),
+        }
+    }
+
     fn wrong(&mut self, field: &'static str, value: &str, remedy: String) {
         self.errors.push(ConfigError::new(field, format_args!("{value}"), remedy));
     }
+}
+
+fn from_toml(text: &str) -> Result<Tree, String> {
+    toml::from_str(text).map_err(|error: toml::de::Error| {
+        let before = error.span().and_then(|span| text.get(..span.start));
+        let line = before.map(|before| format!(" at line {}", before.matches('\n').count() + 1));
+        format!("{}{}", error.message(), line.unwrap_or_default())
+    })
 }
 
 // ===== What was meant =====

@@ -30,7 +30,7 @@
 //! # use buttress::config::ClientConfig;
 //! let config = ClientConfig::from_toml("retry_attempts = 9").unwrap();
 //! let errors = config.check().unwrap_err();
-//! assert!(errors.to_string().contains("use at most 5 attempts, or a `breaker_failures` above 9"));
+//! assert!(errors.to_string().contains("use at most 5 attempts, or a `breaker_failures` of at least 9"));
 //! ```
 //!
 //! # How it decides
@@ -46,7 +46,8 @@
 //! | environment | `HTTP_CLIENT_RETRY_ATTEMPTS=2`, `SEARCH_HTTP_CLIENT_RETRY_ATTEMPTS=2` |
 //!
 //! Times are texts such as `250ms` or `1m 30s`, or seconds; `off` (`false`, `null`) is none. A key that nobody knows is
-//! refused, and told with the nearest one; a value of another form, with the form.
+//! refused, and told with the nearest one; a value of another form, with the form. So is one that is empty, as
+//! templates leave variables behind, one that is no UTF-8, and a key that one file says twice.
 //!
 //! Later goes before earlier: defaults, the preset, whatever was loaded in its order; a service's own variables go
 //! before the common ones. [`explain`](ClientConfig::explain) prints every key with its value, where that came from,
@@ -57,8 +58,9 @@
 //! | [`check`](ClientConfig::check) finds | for |
 //! |---|---|
 //! | attempts that take longer than the deadline | `retry_attempts`, `timeout_head`, `deadline_default` |
-//! | more attempts than failures open the circuit | `retry_attempts`, `breaker_failures` |
-//! | a head that is due before connecting is | `timeout_head`, `connect_timeout` |
+//! | more attempts than failures open the circuit | `retry_attempts`, `breaker_failures`, `breaker_min_calls` |
+//! | an attempt that is due before connecting is | `timeout_head`, `retry_attempt_timeout`, `timeout_total`, `connect_timeout` |
+//! | a deadline of which nothing is left | `deadline_keep_back`, `deadline_default`, `deadline_at_most` |
 //! | waiting longer than the deadline | `limit_queue_wait`, `connection_wait`, `deadline_default` |
 //! | connections idle for as long as the peer keeps them | `connection_max_idle`, `peer_keep_alive` |
 //! | a retry budget that can never pay | `retry_budget_ratio`, `retry_budget_per_second` |

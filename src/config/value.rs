@@ -127,7 +127,7 @@ impl Setting for String {
     const WANTS: &'static str = "a text";
 
     fn read(value: &Scalar) -> Option<Self> {
-        Some(value.to_string())
+        Some(value.to_string()).filter(|text| !text.is_empty())
     }
 
     fn show(&self) -> Scalar {

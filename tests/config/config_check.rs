@@ -38,8 +38,16 @@ fn more_attempts_than_the_breakers_threshold() {
     one(
         "retry_attempts = 6",
         "retry_attempts = 5",
-        "`retry_attempts` is 6: one call that fails with all of its 6 attempts opens the circuit, which takes 5 failures \
-         in a row (`breaker_failures`): use at most 5 attempts, or a `breaker_failures` above 6",
+        "`retry_attempts` is 6: one call alone would open the circuit, which takes 5 failures in a row \
+         (`breaker_failures`), and its attempts after that would be refused: use at most 5 attempts, or a \
+         `breaker_failures` of at least 6",
+    );
+    one(
+        "breaker_failures = 'off'\nbreaker_failure_ratio = 0.5\nbreaker_min_calls = 2",
+        "breaker_failures = 'off'\nbreaker_failure_ratio = 0.5\nbreaker_min_calls = 3",
+        "`retry_attempts` is 3: one call alone would open the circuit, which takes 2 calls, if all of them fail \
+         (`breaker_min_calls`), and its attempts after that would be refused: use at most 2 attempts, or a \
+         `breaker_min_calls` of at least 3",
     );
     assert!(told("retry_attempts = 6\nbreaker_failures = 'off'").is_empty());
 }
@@ -52,6 +60,26 @@ fn a_read_that_is_shorter_than_connecting() {
         "`timeout_head` is 2s: connecting is part of that time and may take 5s (`connect_timeout`), which would never \
          come to pass: use more than that, or a `connect_timeout` of less than 2s",
     );
+    for key in ["retry_attempt_timeout", "timeout_total"] {
+        let told = told(&format!("{key} = '2s'"));
+        assert!(
+            told.len() == 1 && told[0].starts_with(&format!("`{key}` is 2s: connecting")),
+            "{told:?}"
+        );
+    }
+}
+
+#[test]
+fn a_deadline_of_which_nothing_is_left() {
+    one(
+        "deadline_default = '90s'\ndeadline_keep_back = '90s'",
+        "deadline_default = '90s'\ndeadline_keep_back = '89s'",
+        "`deadline_keep_back` is 1m 30s: of the 1m 30s that a call has (`deadline_default`) nothing would be left, and each \
+         would be refused: keep less back, such as 9s",
+    );
+    let server = "deadline_at_most = '1s'\ndeadline_keep_back = '999500us'";
+    let told = ServerConfig::from_toml(server).unwrap().check().unwrap_err();
+    assert!(told.to_string().contains("(`deadline_at_most`)"), "in whole milliseconds: {told}");
 }
 
 #[test]
@@ -128,6 +156,14 @@ fn what_a_layer_itself_refuses_has_its_settings_name() {
         ("breaker_half_open = 0", "breaker_half_open"),
         ("deadline_header = 'no such'", "deadline_header"),
         ("timeout_idle = 0", "timeout_idle"),
+        ("timeout_first_frame = 0", "timeout_first_frame"),
+        ("timeout_sending = 0", "timeout_sending"),
+        ("retry_backoff_max = '1ms'", "retry_backoff_max"),
+        ("retry_attempt_timeout = 0", "retry_attempt_timeout"),
+        ("breaker_open_for = 0", "breaker_open_for"),
+        ("breaker_open_for_max = '1s'", "breaker_open_for_max"),
+        ("breaker_probe_lease = 0", "breaker_probe_lease"),
+        ("breaker_failure_ratio = 0.5\nbreaker_window = '1ms'", "breaker_window"),
         ("max_connections = 0", "max_connections"),
         ("connection_max_age = 0", "connection_max_age"),
         ("connection_wait = 0", "connection_wait"),

@@ -126,12 +126,63 @@ fn all_that_is_wrong_is_told_at_once() {
             "`limit_max` is many: use a whole number, 0 or more (env HTTP_CLIENT_LIMIT_MAX)",
         ]
     );
+    let error = search().toml("retry_attempts = 2\n\nlimit_max == 3").finish().unwrap_err();
+    assert!(error.to_string().ends_with(" at line 3"), "{error}");
     for broken in ["[", "retry = 3", "retry_attempts = [1]", "a.b.c = 1"] {
         assert!(search().toml(broken).finish().is_err(), "{broken}");
     }
     assert!(search().file("/no/such/file.toml").finish().is_err());
     assert!(search().json("[1, 2]").finish().is_err());
     assert!(search().json("7").finish().is_err());
+}
+
+#[test]
+fn what_is_empty_or_no_utf_8_or_said_twice_is_told() {
+    let told = |loader: Loader<ClientConfig>| loader.finish().unwrap_err().to_string();
+    for (name, wants) in [
+        ("RETRY_ATTEMPTS", "a whole number, 0 or more"),
+        ("TIMEOUT_HEAD", "a time such as 250ms, 1m 30s or, in seconds, 2.5"),
+        ("HEALTH_URI", "a text"),
+        ("PRESET", "one of internal, slow, llm"),
+    ] {
+        let (name, key) = (format!("HTTP_CLIENT_{name}"), name.to_lowercase());
+        assert_eq!(
+            told(search().env_from([(name.clone(), "")])),
+            format!("`{key}` is empty: use {wants}, or say nothing of it (env {name})")
+        );
+    }
+    for (twice, key) in [
+        ("retry_attempts = 2\n[retry]\nattempts = 3", "retry_attempts"),
+        ("[retry]\nbudget_cap = 2\nbudget.cap = 2", "retry_budget_cap"),
+    ] {
+        let error = told(search().toml(twice));
+        assert_eq!(error, format!("`key` is {key}: is said twice: once is enough (file TOML)"));
+    }
+    assert!(search().json(r#"{"limit_max": 1, "limit_max": 2}"#).finish().is_err());
+    // In two files it is the later one's.
+    let two = search().toml("limit_max = 1").toml("limit.max = 2").finish().unwrap();
+    assert_eq!(two.limit.max, Some(2));
+}
+
+#[cfg(unix)]
+#[test]
+fn an_environment_that_is_no_utf_8_is_told_and_others_variables_are_let_be() {
+    use std::{ffi::OsString, os::unix::ffi::OsStringExt};
+
+    let odd = |bytes: &[u8]| OsString::from_vec(bytes.to_vec());
+    let told = |name: &[u8], value: &[u8]| {
+        let config = search().env_from([(odd(name), odd(value))]).finish();
+        config.map_err(|errors| errors.to_string())
+    };
+    assert_eq!(
+        told(b"HTTP_CLIENT_LIMIT_MAX", b"1\xff").unwrap_err(),
+        "`environment` is HTTP_CLIENT_LIMIT_MAX: use UTF-8"
+    );
+    let error = told(b"SEARCH_HTTP_CLIENT_LIMIT_M\xff", b"1").unwrap_err();
+    assert!(error.contains("the nearest is `limit_max`"), "{error}");
+    for others in [&b"\xff"[..], b"\xffHTTP_CLIENT_LIMIT_MAX", b"OTHER_HTTP_CLIENT_LIMIT_MAX"] {
+        assert_eq!(told(others, b"\xff").unwrap().limit.max, Some(256));
+    }
 }
 
 #[test]
