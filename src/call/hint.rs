@@ -132,6 +132,8 @@ pub(crate) fn pushback(headers: &HeaderMap) -> Option<Pushback> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
@@ -222,5 +224,54 @@ mod tests {
             Some(Pushback::After(Duration::from_millis(25)))
         );
         assert_eq!(pushback(&HeaderMap::new()), None);
+    }
+
+    proptest! {
+        #[test]
+        fn fuzz_no_hint_panics_or_is_longer_than_is_believed(
+            said in prop::collection::vec((
+                prop::sample::select(vec![
+                    PUSHBACK, MILLIS, AMAZONS, "retry-after", "date", "ratelimit", "ratelimit-remaining",
+                    "ratelimit-reset", "x-ratelimit-remaining", "x-ratelimit-reset",
+                ]),
+                prop_oneof![
+                    "-?[0-9]{1,30}",
+                    "(\"?[a-z]{0,3}\"?[;,=]? ?(r|t|remaining|reset)?=?-?[0-9]{0,22}[;,]? ?){0,30}",
+                    "(Sun|Mon|[A-Z][a-z]{2,5}day),? +[0-9]{1,2}[ -]Nov[ -][0-9]{2,5} [0-9:]{5,8} (GMT|[0-9]{4})",
+                    ".{0,30}",
+                ],
+            ), 0..6),
+        ) {
+            let mut headers = HeaderMap::new();
+            for (name, text) in said {
+                if let Ok(value) = HeaderValue::from_bytes(text.as_bytes()) {
+                    headers.append(name, value);
+                }
+            }
+            let hint = retry_after(&headers);
+            prop_assert!(hint.is_none_or(|hint| hint <= LONGEST));
+            if pushback(&headers) == Some(Pushback::Never) {
+                prop_assert_eq!(hint, None);
+            }
+        }
+
+        #[test]
+        fn fuzz_whole_numbers_are_read_as_they_are(number in any::<u64>(), date in any::<u32>()) {
+            let of = |name: &'static str, text: String| {
+                retry_after(&HeaderMap::from_iter([(name.parse().unwrap(), text.parse().unwrap())]))
+            };
+            let secs = Duration::from_secs(number).min(LONGEST);
+            prop_assert_eq!(of("retry-after", number.to_string()), Some(secs));
+            let millis = Duration::from_millis(number).min(LONGEST);
+            prop_assert_eq!(of(MILLIS, number.to_string()), Some(millis));
+            // And a date as far from the answer's own as it is.
+            let (then, secs) = (SystemTime::UNIX_EPOCH + Duration::from_secs(date.into()), number % 400);
+            let dates = [("date", 0), ("retry-after", secs)].map(|(name, secs)| {
+                let text = httpdate::fmt_http_date(then + Duration::from_secs(secs));
+                (name.parse().unwrap(), text.parse().unwrap())
+            });
+            let hint = retry_after(&HeaderMap::from_iter(dates));
+            prop_assert_eq!(hint, Some(Duration::from_secs(secs).min(LONGEST)));
+        }
     }
 }

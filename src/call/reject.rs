@@ -258,6 +258,8 @@ impl<F> fmt::Debug for RespondWith<F> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn accept(value: &str) -> bool {
@@ -318,5 +320,44 @@ mod tests {
         let plain = response(Form::Empty, Rejected::new(RejectedKind::Full));
         assert_eq!((plain.status().as_u16(), plain.body().len()), (503, 0));
         assert!(plain.extensions().get::<Rejected>().is_some());
+    }
+
+    proptest! {
+        #[test]
+        fn fuzz_whatever_is_asked_the_answer_has_its_form(
+            accept in "(application/((problem[+])?json|[*])|[*]/[*]|.{0,9})(;q=[0-9.]{0,5}|[,;].{0,20}){0,9}",
+            content in "(application/grpc)?(-web)?[+;.]?.{0,9}",
+            method in prop::sample::select(vec![Method::GET, Method::POST, Method::HEAD, Method::CONNECT]),
+            kind in prop::sample::select(vec![
+                RejectedKind::Open, RejectedKind::Full, RejectedKind::Quota, RejectedKind::DeadlinePassed,
+                RejectedKind::TimedOut(Phase::Head), RejectedKind::TimedOut(Phase::Deadline),
+            ]),
+            after in any::<Option<Duration>>(),
+        ) {
+            let mut headers = HeaderMap::new();
+            for (name, text) in [(header::ACCEPT, accept), (header::CONTENT_TYPE, content)] {
+                if let Ok(value) = HeaderValue::from_bytes(text.as_bytes()) {
+                    headers.append(name, value);
+                }
+            }
+            let form = Form::of(&method, &headers);
+            let rejected = Rejected::new(kind);
+            let rejected = match after {
+                Some(after) => rejected.with_retry_after(after),
+                None => rejected,
+            };
+            let answer = response(form, rejected);
+            if form == Form::Json {
+                let problem: serde_json::Value = serde_json::from_slice(answer.body()).unwrap();
+                prop_assert_eq!(&problem["status"], answer.status().as_u16());
+                prop_assert_eq!(&problem["reason"], kind.as_str());
+            } else {
+                prop_assert!(answer.body().is_empty());
+            }
+            if let Some(after) = answer.headers().get(header::RETRY_AFTER) {
+                prop_assert!(after.to_str().unwrap().parse::<u64>().unwrap() >= 1);
+            }
+            prop_assert_eq!(answer.headers().contains_key("grpc-status"), matches!(form, Form::Grpc | Form::GrpcWeb));
+        }
     }
 }

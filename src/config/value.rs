@@ -235,6 +235,8 @@ impl<'de> Deserialize<'de> for Tree {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -255,5 +257,26 @@ mod tests {
         assert_eq!(Option::<Duration>::read(&Scalar::Text("off".into())), Some(None));
         let odd = Duration::new(90, 250_000_001);
         assert_eq!(Duration::read(&odd.show()), Some(odd), "as it is shown it can be read");
+    }
+
+    proptest! {
+        #[test]
+        fn fuzz_any_time_is_read_or_refused(text in "(-?[0-9.]{0,22}(e[0-9]{1,3})? ?[a-zA-Zµ]{0,7} ?){0,4}|.{0,20}") {
+            if let Some(time) = Duration::read(&Scalar::Text(text)) {
+                prop_assert_eq!(Duration::read(&time.show()), Some(time));
+            }
+        }
+
+        #[test]
+        fn fuzz_any_value_is_read_as_it_is_shown(
+            time in any::<Duration>(), number in any::<u64>(), share in any::<f64>(),
+        ) {
+            prop_assert_eq!(Duration::read(&time.show()), Some(time));
+            prop_assert_eq!(u64::read(&number.show()), Some(number));
+            let share = Some(share).filter(|share| share.is_finite());
+            prop_assert_eq!(share.and_then(|share| f64::read(&Scalar::Text(share.show().to_string()))), share);
+            let as_number = Duration::read(&Scalar::Float(time.as_secs_f64()));
+            prop_assert!(as_number.is_none_or(|read| read.abs_diff(time) <= time / 1_000_000));
+        }
     }
 }

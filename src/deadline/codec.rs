@@ -100,6 +100,8 @@ impl fmt::Debug for dyn Codec {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn grpc(text: &str) -> Option<Duration> {
@@ -149,6 +151,36 @@ mod tests {
         for (text, read) in [("99999999999999999999999", true), ("-5", false), ("5s", false)] {
             headers.insert("x-left", text.parse().unwrap());
             assert_eq!(millis.read(&headers).is_some(), read, "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn fuzz_any_deadline_is_read_or_not_said(text in "([0-9]{1,9}[HMSmunx]|.{0,12})") {
+            let millis = Millis(HeaderName::from_static("x-left"));
+            let mut headers = HeaderMap::new();
+            if let Ok(value) = HeaderValue::from_bytes(text.as_bytes()) {
+                headers.insert(GRPC_TIMEOUT, value.clone());
+                headers.insert("x-left", value);
+            }
+            if let Some(time) = Grpc.read(&headers) {
+                prop_assert!(text.len() <= 9 && time <= Duration::from_secs(99_999_999 * 3600));
+            }
+            prop_assert_eq!(millis.read(&headers).is_some(), digits(&text).is_some());
+        }
+
+        #[test]
+        fn fuzz_any_deadline_is_written_never_longer_than_it_is(left in any::<Duration>()) {
+            let millis = Millis(HeaderName::from_static("x-left"));
+            let most = Duration::from_secs(99_999_999 * 3600);
+            for (codec, exact) in [(&Grpc as &dyn Codec, Duration::ZERO), (&millis, Duration::from_millis(1))] {
+                let mut headers = HeaderMap::new();
+                codec.write(left, &mut headers);
+                let read = codec.read(&headers).unwrap();
+                prop_assert!(read <= left.max(exact).max(Duration::from_nanos(1)), "{read:?} of {left:?}");
+                let lost = left.min(most).saturating_sub(read);
+                prop_assert!(lost <= exact.max(left / 1_000), "{read:?} of {left:?}");
+            }
         }
     }
 }

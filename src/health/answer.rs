@@ -307,7 +307,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn never_panics_and_never_echoes(
+        fn fuzz_never_panics_and_never_echoes(
             path in "/(livez|readyz|healthz)?.{0,80}",
             query in "((verbose|exclude|.{0,9})=?(db|.{0,70})&?){0,70}",
             accept in "(application/(health[+])?json|[*]/[*]|.{0,9})([,;].{0,20}){0,9}",

@@ -134,7 +134,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_a_reason_says_it_is_json(reason in ".{0,40}", took in any::<Option<Duration>>()) {
+        fn fuzz_whatever_a_reason_says_it_is_json(reason in ".{0,40}", took in any::<Option<Duration>>()) {
             let check = CheckSnapshot {
                 name: "db".to_owned(),
                 state: CheckState::Fail,

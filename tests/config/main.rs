@@ -1,6 +1,9 @@
 //! Settings: where they come from, what does not go together, and what is told about them.
 #![cfg(feature = "config")]
 
+#[path = "../support/fuzz.rs"]
+mod fuzz;
+
 mod config_check;
 mod config_load;
 #[cfg(feature = "stack")]
