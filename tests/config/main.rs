@@ -10,3 +10,5 @@ mod config_load;
 mod config_random;
 #[cfg(feature = "stack")]
 mod config_stacks;
+#[cfg(all(feature = "stack", feature = "connect"))]
+mod config_streams;
