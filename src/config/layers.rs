@@ -11,6 +11,7 @@ use crate::connect::ConnectLayer;
 use crate::{
     Backoff, CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, DeadlineLayer, RetryBudget,
     RetryLayer, TimeoutLayer, Timeouts, Trip, breaker::OpenFor, call::Http,
+    deadline::DeadlineHandle,
 };
 
 const fn secs(secs: u64) -> Duration {
@@ -26,12 +27,12 @@ const fn ms(ms: u64) -> Duration {
 group! {
     /// The settings of a [`DeadlineLayer`].
     DeadlineConfig for "DeadlineLayer", prefix "deadline_", on |_| true;
-    /// How long a call may take in all, if nobody said another time.
+    /// How long a call may take in all, where no header says another time.
     live default: Option<Duration> = None;
     /// The longest time that a header can give.
-    fixed at_most: Option<Duration> = None;
+    live at_most: Option<Duration> = None;
     /// What is kept back of the time for the way of the answer.
-    fixed keep_back: Option<Duration> = None;
+    live keep_back: Option<Duration> = None;
     /// The header that says what is left, in milliseconds; gRPC's is read and written anyway.
     fixed header: Option<String> = None;
 }
@@ -54,6 +55,14 @@ impl DeadlineConfig {
             layer = layer.keep_back(time);
         }
         layer.checked()
+    }
+
+    /// What can change while it runs.
+    pub(crate) fn update(&self, handle: &DeadlineHandle) -> Result<(), ConfigError> {
+        handle.set_default(self.default)?;
+        handle.set_at_most(self.at_most)?;
+        handle.set_keep_back(self.keep_back);
+        Ok(())
     }
 
     /// The one that only tells the next hop what is left.
@@ -126,7 +135,7 @@ group! {
     /// The longest wait that a server may ask for.
     live longest_wait: Duration = secs(30);
     /// Up to the response head of each attempt, beside the timeouts.
-    fixed attempt_timeout: Option<Duration> = None;
+    live attempt_timeout: Option<Duration> = None;
     /// How many retries there may be for one call.
     fixed budget_ratio: f64 = 0.2;
     /// How many retries a second there may be beside that.
@@ -156,16 +165,13 @@ impl RetryConfig {
 
     /// What can change while it runs.
     pub(crate) fn apply(&self, layer: RetryLayer) -> RetryLayer {
-        let layer = layer
+        layer
             .attempts(self.attempts)
             .backoff(Backoff::exponential(self.backoff).max(self.backoff_max))
             .longest_wait(self.longest_wait)
+            .attempt_timeout(self.attempt_timeout)
             .replay_up_to(self.replay_up_to)
-            .drain_up_to(self.drain_up_to);
-        match self.attempt_timeout {
-            Some(time) => layer.attempt_timeout(time),
-            None => layer,
-        }
+            .drain_up_to(self.drain_up_to)
     }
 }
 

@@ -49,7 +49,8 @@ impl Default for DeadlineLayer {
 }
 
 impl<R> DeadlineLayer<R> {
-    /// The time that a call has if nobody said another. None by default: it then has no deadline.
+    /// The time that a call has where no header says another; a sooner [`Deadline`](crate::Deadline) in the
+    /// extensions counts all the same. None by default: it then has no deadline.
     pub fn default_of(mut self, time: Duration) -> Self {
         self.above_zero("default_of", time, |times, time| set(&times.default, Some(time)));
         self

@@ -99,11 +99,31 @@ impl DeadlineHandle {
     ///
     /// No time at all.
     pub fn set_default(&self, time: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
-        let time = time.into();
-        time.map_or(Ok(Duration::MAX), |time| ConfigError::above_zero("default_of", time))?;
-        set(&self.times.default, time);
+        set(&self.times.default, above_zero("default_of", time.into())?);
         Ok(())
     }
+
+    /// Another [longest time](super::DeadlineLayer::at_most) that a header can give, likewise.
+    ///
+    /// # Errors
+    ///
+    /// No time at all.
+    pub fn set_at_most(&self, time: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
+        set(&self.times.longest, above_zero("at_most", time.into())?);
+        Ok(())
+    }
+
+    /// Another time that is [kept back](super::DeadlineLayer::keep_back), likewise.
+    pub fn set_keep_back(&self, time: impl Into<Option<Duration>>) {
+        set(&self.times.keep_back, time.into());
+    }
+}
+
+fn above_zero(
+    field: &'static str,
+    time: Option<Duration>,
+) -> Result<Option<Duration>, ConfigError> {
+    time.map(|time| ConfigError::above_zero(field, time)).transpose()
 }
 
 impl fmt::Debug for DeadlineHandle {

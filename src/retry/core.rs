@@ -63,9 +63,9 @@ impl Settings {
         self.body_cap.store(bytes, Ordering::Relaxed);
     }
 
-    pub(super) fn set_attempt_timeout(&self, time: Duration) {
-        let ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        self.attempt_ms.store(ms.max(1), Ordering::Relaxed);
+    pub(super) fn set_attempt_timeout(&self, time: Option<Duration>) {
+        let ms = time.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1));
+        self.attempt_ms.store(ms.unwrap_or(0), Ordering::Relaxed);
     }
 
     pub(super) fn attempt_timeout(&self) -> Option<Duration> {

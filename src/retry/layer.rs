@@ -78,13 +78,14 @@ impl RetryLayer {
         self
     }
 
-    /// How long an attempt may take up to its response head: no limit by default. One that takes longer is
+    /// How long an attempt may take up to its response head, or `None`: no limit, the default. One that takes longer is
     /// dropped, and fails as [`Timeout`](crate::call::Reason::Timeout): tried again if that is safe, or given out
     /// as an error. The last attempt has the same limit. To the millisecond.
     ///
     /// A [`Deadline`](crate::Deadline) or a timeout around this layer bounds the whole call.
-    pub fn attempt_timeout(mut self, time: Duration) -> Self {
-        if let Some(time) = self.accept(ConfigError::above_zero("attempt_timeout", time)) {
+    pub fn attempt_timeout(mut self, time: impl Into<Option<Duration>>) -> Self {
+        let above_zero = |time| ConfigError::above_zero("attempt_timeout", time);
+        if let Some(time) = self.accept(time.into().map(above_zero).transpose()) {
             self.settings.set_attempt_timeout(time);
         }
         self

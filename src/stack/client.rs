@@ -170,7 +170,7 @@ impl ClientHandle {
             .collect();
         next.keep(&now, &fixed);
         let one = |error: ConfigError| ConfigErrors(vec![error]);
-        stack.deadline.handle().set_default(next.deadline.default).map_err(one)?;
+        next.deadline.update(&stack.deadline.handle()).map_err(one)?;
         stack.timeout.handle().set(next.timeout.timeouts()).map_err(one)?;
         stack.limit.handle().set_limit(next.limit.most()).map_err(one)?;
         drop(next.limit.apply(stack.limit.clone()));

@@ -134,7 +134,7 @@ impl ServerHandle {
         let fixed: Vec<_> = fixed.map(|change| change.key).collect();
         let mut next = config.clone();
         next.keep(&now, &fixed);
-        stack.deadline.handle().set_default(next.deadline.default).map_err(one)?;
+        next.deadline.update(&stack.deadline.handle()).map_err(one)?;
         stack.timeout.handle().set(next.timeout.timeouts()).map_err(one)?;
         stack.limit.handle().set_limit(next.limit.most()).map_err(one)?;
         drop(next.limit.apply(stack.limit.clone()));

@@ -141,19 +141,31 @@ async fn settings_change_while_it_runs_and_what_cannot_is_told() {
 
     // Another deadline, another limit; other rules need another circuit.
     let other = "deadline_default = '5s'\nretry_attempts = 1\nbreaker_failure_ratio = 0.5\n\
-                 deadline_keep_back = '1s'\nretry_budget_ratio = 0.5\nbreaker_failures = 9\nlimit_queue_wait = '1s'";
+                 deadline_header = 'x-left'\nretry_budget_ratio = 0.5\nbreaker_failures = 9\nlimit_queue_wait = '1s'";
     let fixed = handle.update(&ClientConfig::from_toml(other).unwrap()).unwrap();
     assert_eq!(
         fixed,
-        ["deadline_keep_back", "retry_budget_ratio", "breaker_failures", "breaker_failure_ratio"]
+        ["deadline_header", "retry_budget_ratio", "breaker_failures", "breaker_failure_ratio"]
     );
     let now = handle.config();
-    assert_eq!(
-        (now.deadline.keep_back, now.breaker.failures),
-        (None, Some(5)),
-        "as it is in force"
-    );
+    assert_eq!((now.deadline.header, now.breaker.failures), (None, Some(5)), "as it is in force");
     took(5).await;
+    // Of the deadline itself all but its header.
+    let kept = "deadline_default = '50s'\ndeadline_at_most = '9s'\ndeadline_keep_back = '2s'\nretry_attempts = 1";
+    assert!(
+        !handle
+            .update(&ClientConfig::from_toml(kept).unwrap())
+            .unwrap()
+            .iter()
+            .any(|key| key.starts_with("deadline"))
+    );
+    took(7).await;
+    let each = "retry_attempts = 2\nretry_attempt_timeout = '6s'\nretry_backoff = '0s'";
+    handle.update(&ClientConfig::from_toml(each).unwrap()).unwrap();
+    slow();
+    took(12).await;
+    handle.update(&ClientConfig::from_toml("retry_attempts = 1").unwrap()).unwrap();
+    took(30).await;
     let fixed = handle.update(&ClientConfig::from_toml("breaker_failures = 6").unwrap()).unwrap();
     assert!(!fixed.contains(&"breaker_failures"), "the same rule with another number: {fixed:?}");
 

@@ -114,7 +114,12 @@ async fn bad_settings_are_typed_errors() {
     assert_eq!(handle.set_default(ms(0)).unwrap_err().field, "default_of");
     handle.set_default(secs(3)).unwrap();
     assert_eq!(seen_of(layer.clone(), request()).await.0, Some(secs(3)), "live");
+    assert_eq!(handle.set_at_most(ms(0)).unwrap_err().field, "at_most");
+    handle.set_at_most(secs(2)).unwrap();
+    handle.set_keep_back(ms(100));
+    assert_eq!(seen_of(layer.clone(), request()).await.0, Some(ms(1900)));
     handle.set_default(None).unwrap();
+    handle.set_keep_back(None);
     assert_eq!(seen_of(layer, request()).await.0, None);
 }
 
