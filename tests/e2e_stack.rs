@@ -96,6 +96,25 @@ async fn config_makes_a_client_that_tries_again_and_tells_what_it_did() {
     calls(100).await;
     assert!(handle.snapshot().connections <= 3);
     assert_eq!(handle.snapshot().failures, 0);
+    let connections = handle.connections().unwrap().snapshot();
+    assert_eq!((connections.max_total, connections.failed), (Some(3), 0));
+    assert!(connections.created <= 3 && connections.reused >= 200, "{connections:?}");
+}
+
+#[tokio::test]
+async fn config_makes_a_client_of_http_2_from_the_first_byte() {
+    let at = upstream(Arc::default()).await;
+    let client = client(at, "http2_only = true\nhttp2_keepalive = '30s'\ntcp_keepalive = 'off'");
+    let calls = (0..50).map(|_| tokio::spawn(client.clone().oneshot(to(at))));
+    for call in calls.collect::<Vec<_>>() {
+        let response = net::soon(call).await.unwrap().unwrap();
+        assert_eq!(
+            (response.status(), response.version()),
+            (StatusCode::OK, http::Version::HTTP_2)
+        );
+        response.into_body().collect().await.unwrap();
+    }
+    assert_eq!(client.handle().snapshot().connections, 1, "one for all of them");
 }
 
 #[tokio::test]

@@ -257,8 +257,16 @@ fn connections_of_none(c: &ClientConfig) -> Vec<ConfigError> {
         ("connect_timeout", Some(connections.connect_timeout)),
         ("connection_max_age", connections.connection_max_age),
         ("connection_max_idle", connections.connection_max_idle),
+        ("http2_keepalive", connections.http2_keepalive),
+        ("http2_keepalive_timeout", Some(connections.http2_keepalive_timeout)),
     ];
     let times = times.into_iter().filter(|(_, time)| *time == Some(Duration::ZERO));
+    let tcp = connections.tcp_keepalive.filter(|time| *time < Duration::from_secs(1));
+    let tcp =
+        tcp.map(|time| conflict("tcp_keepalive", show(time), "use 1s or more, or off".into()));
+    let jitter = connections.connection_jitter;
+    let odd = !(0.0..=0.9).contains(&jitter);
+    let odd = odd.then(|| conflict("connection_jitter", jitter, "use 0 to 0.9".into()));
     let wait = connections.connection_wait;
     let short = connections.connection_queue > 0 && wait < Duration::from_millis(1);
     let short = short.then(|| {
@@ -267,5 +275,6 @@ fn connections_of_none(c: &ClientConfig) -> Vec<ConfigError> {
     let numbers = numbers.filter_map(|(key, _)| conflict(key, 0, "use 1 or more, or off".into()));
     let times = times
         .filter_map(|(key, time)| conflict(key, show(time?), "use a time above zero".to_owned()));
-    numbers.chain(times).chain(short.flatten()).collect()
+    let more = [tcp, odd, short].into_iter().flatten().flatten();
+    numbers.chain(times).chain(more).collect()
 }

@@ -7,7 +7,7 @@ use super::{
     value::{Scalar, Setting},
 };
 #[cfg(feature = "connect")]
-use crate::connect::ConnectLayer;
+use crate::connect::{self, ClientBuilder, ConnectLayer};
 use crate::{
     Backoff, CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, DeadlineLayer, RetryBudget,
     RetryLayer, TimeoutLayer, Timeouts, Trip, breaker::OpenFor, call::Http,
@@ -308,8 +308,18 @@ group! {
     live connection_max_age: Option<Duration> = Some(secs(300));
     /// How long it may be idle: less than the peer keeps it.
     live connection_max_idle: Option<Duration> = Some(secs(4));
+    /// Which part of its age and idle time each connection may lack, by chance.
+    live connection_jitter: f64 = 0.2;
     /// How long the peer keeps an idle connection, if that is known: nginx 75 s, Node.js 5 s, AWS's ALB 60 s.
     live peer_keep_alive: Option<Duration> = None;
+    /// After which silence TCP asks the peer whether it is there, and again each such time: given up after three.
+    fixed tcp_keepalive: Option<Duration> = Some(secs(15));
+    /// Whether it is HTTP/2 from the first byte, as gRPC without TLS needs it.
+    fixed http2_only: bool = false;
+    /// How often an HTTP/2 connection is pinged.
+    fixed http2_keepalive: Option<Duration> = None;
+    /// How long it may owe the answer.
+    fixed http2_keepalive_timeout: Duration = secs(20);
     /// Where a check of health asks: a whole URI.
     live health_uri: Option<String> = None;
 }
@@ -325,7 +335,21 @@ impl ConnectionsConfig {
         self.apply(ConnectLayer::new()).checked()
     }
 
-    /// What can change while it runs: all of it.
+    /// The client over connections of such a layer, for hyper-util's or any other connector.
+    pub fn client(&self, layer: ConnectLayer) -> ClientBuilder {
+        let builder = connect::Client::builder(layer);
+        let builder = match self.tcp_keepalive {
+            Some(time) => builder.tcp_keepalive(time, time, 3),
+            None => builder.no_tcp_keepalive(),
+        };
+        let builder = match self.http2_keepalive {
+            Some(every) => builder.http2_keepalive(every, self.http2_keepalive_timeout),
+            None => builder,
+        };
+        if self.http2_only { builder.http2_only() } else { builder }
+    }
+
+    /// What can change while it runs.
     pub(crate) fn apply(&self, layer: ConnectLayer) -> ConnectLayer {
         let cap = |most: Option<u32>| most.map_or(usize::MAX, |most| most as usize);
         layer
@@ -335,6 +359,7 @@ impl ConnectionsConfig {
             .connect_timeout(self.connect_timeout)
             .max_age(self.connection_max_age)
             .max_idle(self.connection_max_idle)
+            .jitter(self.connection_jitter)
     }
 }
 

@@ -114,7 +114,7 @@ impl ClientHandle {
         let limit = stack.limit.handle().snapshot();
         let breaker = stack.breaker.handle().snapshot();
         StackSnapshot {
-            connections: self.connections(),
+            connections: self.open_connections(),
             retries: stack.retry.handle().snapshot().retries,
             last_check: stack.now.last_check(),
             ..StackSnapshot::of(stack.meter.counted(), limit, timeouts).with_breaker(&breaker)
@@ -122,14 +122,22 @@ impl ClientHandle {
     }
 
     #[cfg(feature = "connect")]
-    fn connections(&self) -> usize {
-        let connections = self.stack.connections.as_ref();
-        connections.map_or(0, |connections| connections.handle().snapshot().open)
+    fn open_connections(&self) -> usize {
+        self.connections().map_or(0, |connections| connections.snapshot().open)
     }
 
     #[cfg(not(feature = "connect"))]
-    fn connections(&self) -> usize {
+    fn open_connections(&self) -> usize {
         0
+    }
+
+    /// The connections' own handle: all their figures, and to renew them. None unless
+    /// [`client`](super::client) made the stack.
+    #[cfg(feature = "connect")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "connect")))]
+    #[must_use]
+    pub fn connections(&self) -> Option<crate::connect::ConnectHandle> {
+        self.stack.connections.as_ref().map(crate::connect::ConnectLayer::handle)
     }
 
     /// The circuit's own handle: to hold it open, or to wait for its next change.

@@ -63,7 +63,7 @@ where
         connections = connections.name(&config.name);
     }
     stack.connections = Some(connections.clone());
-    let builder = connect::Client::builder(connections);
+    let builder = config.connections.client(connections);
     #[cfg(feature = "rustls")]
     let inner = builder.build_https().map_err(|error| {
         let remedy = "the system's certificates cannot be read: install them";

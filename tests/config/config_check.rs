@@ -168,6 +168,10 @@ fn what_a_layer_itself_refuses_has_its_settings_name() {
         ("connection_max_age = 0", "connection_max_age"),
         ("connection_wait = 0", "connection_wait"),
         ("health_uri = '/healthz'", "health_uri"),
+        ("connection_jitter = 1", "connection_jitter"),
+        ("tcp_keepalive = '900ms'", "tcp_keepalive"),
+        ("http2_keepalive = 0", "http2_keepalive"),
+        ("http2_keepalive_timeout = 0", "http2_keepalive_timeout"),
     ] {
         let told = told(toml);
         assert!(

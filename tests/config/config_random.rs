@@ -59,10 +59,10 @@ fn plausible(key: &str) -> BoxedStrategy<Value> {
         "preset" => {
             prop::sample::select(vec!["internal", "slow", "llm"]).prop_map(Value::from).boxed()
         }
-        "streaming" => any::<bool>().prop_map(Value::from).boxed(),
+        "streaming" | "http2_only" => any::<bool>().prop_map(Value::from).boxed(),
         "deadline_header" => text("x-left").boxed(),
         "health_uri" => text("http://search:8080/healthz").boxed(),
-        "breaker_failure_ratio" | "retry_budget_ratio" => {
+        "breaker_failure_ratio" | "retry_budget_ratio" | "connection_jitter" => {
             (1u32..1000).prop_map(|part| json!(f64::from(part) / 1000.0)).boxed()
         }
         _ => {
@@ -166,7 +166,10 @@ fn client_works(config: &ClientConfig, keys: &[String]) -> Result<bool, TestCase
     let read = ClientConfig::from_json(&written).unwrap();
     prop_assert!(read.changes(config).is_empty(), "{:?} {}", read.changes(config), written);
     #[cfg(feature = "connect")]
-    let _ = config.connections.layer().expect("what was checked can be built");
+    {
+        let layer = config.connections.layer().expect("what was checked can be built");
+        let _ = config.connections.client(layer).checked().expect("what was checked can be built");
+    }
     paused(async {
         let stack = ClientStack::new(config).expect("what was checked can be built");
         let handle = stack.handle();

@@ -12,7 +12,6 @@ use buttress::{
     BoxError, Rejected,
     call::RejectedKind,
     config::{ClientConfig, Preset, ServerConfig},
-    connect,
     stack::{ClientHandle, ClientStack, ServerHandle},
     timeout::Phase,
 };
@@ -110,7 +109,6 @@ type Ended = (usize, Duration, Option<RejectedKind>);
 struct Both {
     client: ClientConfig,
     server: ServerConfig,
-    http2: bool,
 }
 
 impl Both {
@@ -121,8 +119,8 @@ impl Both {
             .route("/ends", get(async || frames(true)))
             .route("/silent", get(async || frames(false)))
             .layer(server.clone());
-        let builder = connect::Client::builder(self.client.connections.layer().unwrap());
-        let builder = if self.http2 { builder.http2_only() } else { builder };
+        let connections = &self.client.connections;
+        let builder = connections.client(connections.layer().unwrap());
         let stack = ClientStack::new(&self.client).unwrap();
         let client = stack.layer(builder.build(connector(app)));
         let request =
@@ -151,10 +149,11 @@ impl Both {
 fn all() -> impl Iterator<Item = Both> {
     let presets = [None, Some(Preset::Slow), Some(Preset::Llm)];
     let both = presets.into_iter().flat_map(|preset| [(preset, false), (preset, true)]);
-    both.map(|(preset, http2)| Both {
-        client: preset.map_or_else(ClientConfig::default, ClientConfig::preset),
-        server: preset.map_or_else(ServerConfig::default, ServerConfig::preset),
-        http2,
+    both.map(|(preset, http2)| {
+        let mut client = preset.map_or_else(ClientConfig::default, ClientConfig::preset);
+        client.connections.http2_only = http2;
+        let server = preset.map_or_else(ServerConfig::default, ServerConfig::preset);
+        Both { client, server }
     })
 }
 
@@ -196,11 +195,8 @@ async fn a_stream_that_falls_silent_is_a_failure_after_the_idle_time_of_whole_st
 
 #[tokio::test(start_paused = true)]
 async fn a_stream_through_the_preset_of_services_near_by_is_cut_at_its_deadline() {
-    let both = Both {
-        client: ClientConfig::preset(Preset::Internal),
-        server: ServerConfig::default(),
-        http2: false,
-    };
+    let both =
+        Both { client: ClientConfig::preset(Preset::Internal), server: ServerConfig::default() };
     let ((frames, took, why), ..) = both.read("/ends", Duration::ZERO).await;
     assert_eq!((frames, took.as_secs()), (0, 5), "its first frame comes too late already: {why:?}");
 }
