@@ -67,6 +67,7 @@ impl RejectedKind {
             Self::TimedOut(Phase::FirstFrame) => "timeout_first_frame",
             Self::TimedOut(Phase::Idle) => "timeout_idle",
             Self::TimedOut(Phase::Sending) => "timeout_sending",
+            Self::TimedOut(Phase::Taking) => "timeout_taking",
             Self::TimedOut(Phase::Total) => "timeout_total",
             Self::TimedOut(Phase::Deadline) => "timeout_deadline",
             Self::Unhealthy => "unhealthy",
@@ -89,6 +90,8 @@ pub enum Phase {
     Idle,
     /// The next frame of the request body: its own producer was silent.
     Sending,
+    /// The next frame of the request body: what was called took no more of it.
+    Taking,
     /// The whole call, to the end of the response body.
     Total,
     /// The caller's [`Deadline`](crate::Deadline), with the call under way.
@@ -96,8 +99,15 @@ pub enum Phase {
 }
 
 impl Phase {
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Head, Self::FirstFrame, Self::Idle, Self::Sending, Self::Total, Self::Deadline];
+    pub(crate) const ALL: [Self; 7] = [
+        Self::Head,
+        Self::FirstFrame,
+        Self::Idle,
+        Self::Sending,
+        Self::Taking,
+        Self::Total,
+        Self::Deadline,
+    ];
 
     /// The phase in `snake_case`.
     #[must_use]
@@ -107,6 +117,7 @@ impl Phase {
             Self::FirstFrame => "first_frame",
             Self::Idle => "idle",
             Self::Sending => "sending",
+            Self::Taking => "taking",
             Self::Total => "total",
             Self::Deadline => "deadline",
         }
@@ -295,6 +306,7 @@ impl fmt::Display for Rejected {
             RejectedKind::TimedOut(Phase::FirstFrame) => "no first frame of the body in time",
             RejectedKind::TimedOut(Phase::Idle) => "body fell silent",
             RejectedKind::TimedOut(Phase::Sending) => "request body fell silent",
+            RejectedKind::TimedOut(Phase::Taking) => "no more of the request was taken",
             RejectedKind::TimedOut(Phase::Total) => "took too long in all",
             RejectedKind::TimedOut(Phase::Deadline) => "deadline passed with the call under way",
             RejectedKind::Unhealthy => "what would be called is unhealthy",

@@ -86,13 +86,21 @@ group! {
     live idle: Option<Duration> = Some(secs(60));
     /// From one frame of the request body to the next, while it is asked for.
     live sending: Option<Duration> = Some(secs(60));
+    /// From one frame of the request body being taken to the next being asked for.
+    live taking: Option<Duration> = Some(secs(300));
     /// The whole call, to the end of the response body.
     live total: Option<Duration> = None;
 }
 
 impl TimeoutConfig {
-    const OFF: Self =
-        Self { head: None, first_frame: None, idle: None, sending: None, total: None };
+    const OFF: Self = Self {
+        head: None,
+        first_frame: None,
+        idle: None,
+        sending: None,
+        taking: None,
+        total: None,
+    };
 
     /// A server's: its streams may be silent.
     #[must_use]
@@ -108,6 +116,7 @@ impl TimeoutConfig {
             .first_frame(self.first_frame)
             .idle(self.idle)
             .sending(self.sending)
+            .taking(self.taking)
             .total(self.total)
     }
 

@@ -66,7 +66,8 @@ impl<B: Body> Begin<Request<B>> for Http {
     fn begin(self, request: Request<B>, watch: &Watch) -> (Self::Request, Option<Arc<Sending>>) {
         let (parts, body) = request.into_parts();
         let limit = watch.timeouts.get(Phase::Sending);
-        let listens = limit.is_some() || watch.timeouts.is_on(Phase::Head);
+        let hears = [Phase::Head, Phase::Sending, Phase::Taking];
+        let listens = hears.iter().any(|phase| watch.timeouts.is_on(*phase));
         let (body, sending) = SendingBody::new(body, listens, limit, watch.by, watch.far);
         (Request::from_parts(parts, body), sending)
     }

@@ -81,6 +81,11 @@ impl<M, R> TimeoutLayer<M, R> {
         self.set(Timeouts::new().sending(time))
     }
 
+    /// How long the wrapped service may take no more of a request body, up to the response head; or `None`.
+    pub fn taking(self, time: impl Into<Option<Duration>>) -> Self {
+        self.set(Timeouts::new().taking(time))
+    }
+
     /// How long a call may take to the end of its response body, or `None`: it cuts healthy streams.
     pub fn total(self, time: impl Into<Option<Duration>>) -> Self {
         self.set(Timeouts::new().total(time))

@@ -5,7 +5,8 @@
 //! use buttress::TimeoutLayer;
 //! use tower::ServiceBuilder;
 //!
-//! // Head 30 s; first frame, silences of an answer or a request 60 s; no total.
+//! // Head 30 s; first frame, silences of an answer or a request 60 s; a request of which nothing more is taken
+//! // 5 minutes; no total.
 //! let client = ServiceBuilder::new().layer(TimeoutLayer::http()).service(client());
 //! ```
 //!
@@ -40,15 +41,20 @@
 //! | phase | runs from | to |
 //! |---|---|---|
 //! | [`sending`](TimeoutLayer::sending) | the request body being asked for a frame, and having none | a frame; the response head ends it for good |
+//! | [`taking`](TimeoutLayer::taking) | a frame of the request body being taken, and no other being asked for | one being asked for, or the response head; to twice that, where another task sends it |
 //! | [`head`](TimeoutLayer::head) | the request body's end, or nobody wanting more of it | the response head |
 //! | [`first_frame`](TimeoutLayer::first_frame) | the response body being asked for its first frame, and having none | that frame |
 //! | [`idle`](TimeoutLayer::idle) | the same for each later frame | a frame, or the end |
 //! | [`total`](TimeoutLayer::total) | the call | the end of the response body |
 //! | [`Deadline`](crate::Deadline) of the request | it is a time of day | the end of the response body |
 //!
-//! A stall is a producer that is silent while its consumer is asking. Who reads slowly does not ask, and is not
-//! timed, unless there is a total. So a server that takes a request slowly is not ended either: that it is still
-//! there is for TCP's and HTTP/2's keepalives to tell.
+//! A stall is a producer that is silent while its consumer is asking. Who reads an answer slowly does not ask, and is
+//! not timed, unless there is a total. Nor is a server ended that takes a request slowly; only one that takes nothing
+//! more of it for as long as [`taking`](TimeoutLayer::taking) says. That one is hung: its kernel still answers TCP's
+//! keepalives, and nothing else would ever end the call.
+//!
+//! A request is sent when the wrapped service has taken all of it. Long frames of `Bytes` are given to it in pieces
+//! of 64 KiB, so that a body in one piece is not sent before it is.
 //!
 //! The wrapped service is polled first: an answer that is here is not too late, nor is a body's last frame. A body
 //! that always has another frame is cut at the total all the same.
@@ -74,13 +80,15 @@
 //! |---|---|
 //! | reqwest `timeout` | [`total`](TimeoutLayer::total) |
 //! | reqwest `read_timeout` | [`head`](TimeoutLayer::head), [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle) of that time |
-//! | reqwest `connect_timeout`, httpx `connect` | the connector's; with no connection, the head's time ends it |
+//! | reqwest `connect_timeout`, httpx `connect` | the connector's, such as [`connect_timeout`](https://docs.rs/buttress/latest/buttress/connect/struct.ConnectLayer.html#method.connect_timeout); a call that gets no connection is ended by [`head`](TimeoutLayer::head), one with a body by [`taking`](TimeoutLayer::taking) |
 //! | httpx `read` | [`head`](TimeoutLayer::head), [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle) |
-//! | httpx `write` | [`sending`](TimeoutLayer::sending) for the caller's part; keepalives for the server's |
-//! | httpx `pool` | the wait of [`ConcurrencyLimitLayer::queue`](https://docs.rs/buttress/latest/buttress/struct.ConcurrencyLimitLayer.html#method.queue) |
+//! | httpx `write` | [`taking`](TimeoutLayer::taking); httpx does not time the caller's own part, which is [`sending`](TimeoutLayer::sending) |
+//! | httpx `pool` | the wait of [`ConnectLayer::queue`](https://docs.rs/buttress/latest/buttress/connect/struct.ConnectLayer.html#method.queue), or of [`ConcurrencyLimitLayer::queue`](https://docs.rs/buttress/latest/buttress/struct.ConcurrencyLimitLayer.html#method.queue) |
 //! | tower `Timeout`, tower-http `TimeoutLayer` | [`head`](TimeoutLayer::head) |
 //! | tower-http `ResponseBodyTimeoutLayer` | [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle) |
-//! | nginx `proxy_read_timeout`, `proxy_send_timeout` | [`idle`](TimeoutLayer::idle), [`sending`](TimeoutLayer::sending) |
+//! | nginx `proxy_read_timeout` | [`head`](TimeoutLayer::head), [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle) |
+//! | nginx `proxy_send_timeout`, `client_body_timeout` | [`taking`](TimeoutLayer::taking), [`sending`](TimeoutLayer::sending) |
+//! | Envoy `stream_idle_timeout` | [`first_frame`](TimeoutLayer::first_frame), [`idle`](TimeoutLayer::idle), [`sending`](TimeoutLayer::sending) and [`taking`](TimeoutLayer::taking) |
 //!
 //! # In the stack
 //!
@@ -111,7 +119,8 @@
 //! | [`head`](TimeoutLayer::head) | 30 s | 30 s |
 //! | [`first_frame`](TimeoutLayer::first_frame) | 60 s | none |
 //! | [`idle`](TimeoutLayer::idle) | 60 s, as nginx's `proxy_read_timeout` | none |
-//! | [`sending`](TimeoutLayer::sending) | 60 s, as nginx's `proxy_send_timeout` | none |
+//! | [`sending`](TimeoutLayer::sending) | 60 s, as nginx's `client_body_timeout` | none |
+//! | [`taking`](TimeoutLayer::taking) | 5 minutes, as Envoy's `stream_idle_timeout` | none |
 //! | [`total`](TimeoutLayer::total) | none | none |
 //!
 //! # Beside tower's and tower-http's

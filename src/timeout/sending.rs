@@ -1,18 +1,21 @@
 //! How a request body tells its call that it has been sent.
 
 use std::{
+    any::Any,
     fmt,
     pin::Pin,
     sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU8, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU8, AtomicU32, Ordering},
     },
     task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
+use bytes::{Buf, Bytes};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
+use tokio::time::Instant;
 
 use super::{
     settings::{State, timed_out},
@@ -39,12 +42,27 @@ pub(super) enum Stage {
 /// What a call and its request body know of each other. One small allocation for a request that has a body.
 pub struct Sending {
     stage: AtomicU8,
-    call: Mutex<Option<Waker>>,
+    /// Of the body alone, for the call to see: twice the frames that were taken, and one more while the next is
+    /// asked for and not there.
+    pace: AtomicU32,
+    call: Mutex<Waiting>,
+}
+
+#[derive(Default)]
+struct Waiting {
+    call: Option<Waker>,
+    /// When more must have been taken than at that pace.
+    due: Option<(Instant, u32)>,
 }
 
 impl Sending {
     fn new() -> Arc<Self> {
-        Arc::new(Self { stage: AtomicU8::new(Stage::Sending as u8), call: Mutex::default() })
+        let stage = AtomicU8::new(Stage::Sending as u8);
+        Arc::new(Self { stage, pace: AtomicU32::new(0), call: Mutex::default() })
+    }
+
+    fn call(&self) -> MutexGuard<'_, Waiting> {
+        self.call.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn stage(&self) -> Stage {
@@ -60,24 +78,43 @@ impl Sending {
     pub(super) fn end(&self, stage: Stage) {
         let (from, to) = (Stage::Sending as u8, stage as u8);
         if self.stage.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
-            let call = self.call.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let call = self.call().call.take();
             if let Some(call) = call {
                 call.wake();
             }
         }
     }
 
-    /// Wakes the call when it is no longer being sent.
-    pub(super) fn poll(&self, cx: &mut Context<'_>) -> Stage {
+    /// Wakes the call when it is no longer being sent. Until when a next frame must have been taken, where that is
+    /// bounded: seen anew at every look at which there was one since, or one is being made.
+    pub(super) fn poll(
+        &self,
+        taking: Option<Duration>,
+        cx: &mut Context<'_>,
+    ) -> (Stage, Option<Instant>) {
+        let mut due = None;
         if self.stage() == Stage::Sending {
-            let mut call = self.call.lock().unwrap_or_else(PoisonError::into_inner);
-            match &mut *call {
+            let mut waiting = self.call();
+            match &mut waiting.call {
                 Some(waker) => waker.clone_from(cx.waker()),
                 none => *none = Some(cx.waker().clone()),
             }
+            let pace = self.pace.load(Ordering::Relaxed);
+            due = taking.and_then(|taking| match waiting.due {
+                Some((due, then)) if then == pace && pace % 2 == 0 => Some(due),
+                _ => Instant::now().checked_add(taking),
+            });
+            waiting.due = due.map(|due| (due, pace));
         }
         // Looked at only after the waker is in place: an end in between is not missed.
-        self.stage()
+        (self.stage(), due)
+    }
+
+    /// A frame was given, or one is asked for that is not there.
+    fn step(&self, given: bool) {
+        let pace = self.pace.load(Ordering::Relaxed);
+        let next = if given { (pace | 1).wrapping_add(1) } else { pace | 1 };
+        self.pace.store(next, Ordering::Relaxed);
     }
 }
 
@@ -101,10 +138,14 @@ impl Drop for Tells {
 pin_project! {
     /// A request body whose end, and whose silence, its call hears of.
     ///
-    /// Every frame, the trailers, the size hint and the end-of-stream flag pass through.
+    /// Every frame, the trailers, the size hint and the end-of-stream flag pass through. Long frames of
+    /// [`Bytes`] are given in pieces of 64 KiB, without a copy: who has taken the whole of one at once still has
+    /// it to send.
     pub struct SendingBody<B> {
         #[pin]
         inner: B,
+        // Of a frame that is given in pieces.
+        rest: Bytes,
         tells: Tells,
         limit: Option<Duration>,
         stall: Stall,
@@ -124,13 +165,32 @@ impl<B: Body> SendingBody<B> {
     ) -> (Self, Option<Arc<Sending>>) {
         let sending = (listens && !inner.is_end_stream()).then(Sending::new);
         let tells = Tells(sending.clone());
-        (Self { inner, tells, limit, stall: Stall::new(), by, far }, sending)
+        let (rest, stall) = (Bytes::new(), Stall::new());
+        (Self { inner, rest, tells, limit, stall, by, far }, sending)
     }
+}
+
+const PIECE: usize = 64 * 1024;
+
+/// The first piece of long `data`, and what is left of it; all of it if it is not [`Bytes`].
+fn cut<D: Buf + 'static>(mut data: D, rest: &mut Bytes) -> D {
+    if let Some(bytes) = (&mut data as &mut dyn Any).downcast_mut::<Bytes>() {
+        *rest = bytes.split_off(PIECE);
+    }
+    data
+}
+
+/// The next piece.
+fn next<D: 'static>(rest: &mut Bytes) -> Option<D> {
+    let piece = rest.split_to(rest.len().min(PIECE));
+    let mut data: Option<D> = None;
+    *(&mut data as &mut dyn Any).downcast_mut()? = Some(piece);
+    data
 }
 
 impl<B> Body for SendingBody<B>
 where
-    B: Body,
+    B: Body + 'static,
     B::Error: Into<BoxError>,
 {
     type Data = B::Data;
@@ -141,10 +201,24 @@ where
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, BoxError>>> {
         let mut this = self.project();
-        if let Poll::Ready(next) = this.inner.as_mut().poll_frame(cx) {
+        let polled = match this.rest.is_empty() {
+            true => this.inner.as_mut().poll_frame(cx),
+            false => Poll::Ready(next(this.rest).map(|piece| Ok(Frame::data(piece)))),
+        };
+        if let Some(told) = &this.tells.0 {
+            told.step(polled.is_ready());
+        }
+        if let Poll::Ready(mut next) = polled {
             this.stall.over();
-            let last = !matches!(next, Some(Ok(_))) || this.inner.is_end_stream();
-            if last {
+            let is_long = |frame: &Frame<B::Data>| {
+                frame.data_ref().is_some_and(|data| data.remaining() > PIECE)
+            };
+            if this.tells.0.is_some() && matches!(&next, Some(Ok(frame)) if is_long(frame)) {
+                next = next
+                    .map(|frame| frame.map(|frame| frame.map_data(|data| cut(data, this.rest))));
+            }
+            let ended = this.rest.is_empty() && this.inner.is_end_stream();
+            if ended || !matches!(next, Some(Ok(_))) {
                 *this.tells = Tells(None);
             }
             return Poll::Ready(next.map(|frame| frame.map_err(Into::into)));
@@ -161,11 +235,17 @@ where
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
+        self.rest.is_empty() && self.inner.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
+        let (mut hint, rest) = (self.inner.size_hint(), self.rest.len() as u64);
+        // Upwards first: the lower bound may not be above.
+        if let Some(upper) = hint.upper() {
+            hint.set_upper(upper.saturating_add(rest));
+        }
+        hint.set_lower(hint.lower().saturating_add(rest));
+        hint
     }
 }
 

@@ -33,7 +33,7 @@ const OFF: u32 = 0;
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Timeouts {
-    ms: [u32; 5],
+    ms: [u32; 6],
     /// The first phase that was given no time at all.
     zero: Option<Phase>,
 }
@@ -42,16 +42,17 @@ impl Timeouts {
     /// Nothing said.
     #[must_use]
     pub const fn new() -> Self {
-        Self { ms: [UNSAID; 5], zero: None }
+        Self { ms: [UNSAID; 6], zero: None }
     }
 
-    /// A client's: head 30 s; first frame, idle and sending 60 s, as nginx's `proxy_read_timeout` and
-    /// `proxy_send_timeout` are; no total, which would cut a healthy stream.
+    /// A client's: head 30 s; first frame and idle 60 s, as nginx's `proxy_read_timeout`; sending 60 s, as its
+    /// `client_body_timeout`; taking 5 minutes, as Envoy's `stream_idle_timeout`; no total, which would cut a
+    /// healthy stream.
     #[must_use]
     pub fn http() -> Self {
-        let minute = Duration::from_secs(60);
-        let head = Duration::from_secs(30);
-        Self::new().head(head).first_frame(minute).idle(minute).sending(minute).total(None)
+        let secs = Duration::from_secs;
+        let answer = Self::new().head(secs(30)).first_frame(secs(60)).idle(secs(60));
+        answer.sending(secs(60)).taking(secs(300)).total(None)
     }
 
     /// A server's: head 30 s, and nothing else: its streams may be silent.
@@ -82,6 +83,13 @@ impl Timeouts {
     #[must_use]
     pub fn sending(self, time: impl Into<Option<Duration>>) -> Self {
         self.with(Phase::Sending, time.into())
+    }
+
+    /// From one frame of the request body being taken to the next being asked for, up to the response head: what
+    /// is called so slowly is not slow but stands still. To twice that.
+    #[must_use]
+    pub fn taking(self, time: impl Into<Option<Duration>>) -> Self {
+        self.with(Phase::Taking, time.into())
     }
 
     /// The whole call, to the end of the response body.
@@ -165,8 +173,8 @@ impl fmt::Debug for Timeouts {
 // ===== What a layer's services share =====
 
 pub(super) struct State {
-    ms: [AtomicU32; 5],
-    timed_out: [AtomicU64; 6],
+    ms: [AtomicU32; 6],
+    timed_out: [AtomicU64; 7],
     refused: AtomicU64,
     label: OnceLock<Arc<Label>>,
     found: Found,
@@ -189,8 +197,8 @@ impl State {
 
     #[inline]
     pub(super) fn timeouts(&self) -> Timeouts {
-        let [head, first, idle, sending, total] = &self.ms;
-        let ms = [head, first, idle, sending, total].map(|ms| ms.load(Relaxed));
+        let [head, first, idle, sending, taking, total] = &self.ms;
+        let ms = [head, first, idle, sending, taking, total].map(|ms| ms.load(Relaxed));
         Timeouts { ms, zero: None }
     }
 
@@ -260,7 +268,7 @@ pub struct TimeoutSnapshot {
     pub timeouts: Timeouts,
     /// How many calls were refused because their [`Deadline`](crate::Deadline) had passed before they began.
     pub refused_deadline: u64,
-    timed_out: [u64; 6],
+    timed_out: [u64; 7],
 }
 
 impl TimeoutSnapshot {

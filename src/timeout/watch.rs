@@ -59,12 +59,15 @@ impl Watch {
     #[inline]
     pub(super) fn wait(&mut self, sending: Option<&Arc<Sending>>, cx: &mut Context<'_>) -> Next {
         self.begin();
-        let stage = sending.map_or(Stage::Sent, |sending| sending.poll(cx));
+        let taking = self.timeouts.get(Phase::Taking);
+        let (stage, due) = sending.map_or((Stage::Sent, None), |sending| sending.poll(taking, cx));
         let (at, phase) = match stage {
             Stage::Stalled => return Next::Stalled,
-            Stage::Sending => match self.end {
-                None => return Next::Forever,
-                Some(end) => end,
+            Stage::Sending => match (due, self.end) {
+                (None, None) => return Next::Forever,
+                (Some(due), Some((end, _))) if due < end => (due, Phase::Taking),
+                (_, Some(end)) => end,
+                (Some(due), None) => (due, Phase::Taking),
             },
             // It has been sent just now: from here on the head is waited for.
             Stage::Sent | Stage::Answered => {

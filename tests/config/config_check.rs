@@ -158,6 +158,7 @@ fn what_a_layer_itself_refuses_has_its_settings_name() {
         ("timeout_idle = 0", "timeout_idle"),
         ("timeout_first_frame = 0", "timeout_first_frame"),
         ("timeout_sending = 0", "timeout_sending"),
+        ("timeout_taking = 0", "timeout_taking"),
         ("retry_backoff_max = '1ms'", "retry_backoff_max"),
         ("retry_attempt_timeout = 0", "retry_attempt_timeout"),
         ("breaker_open_for = 0", "breaker_open_for"),

@@ -186,6 +186,7 @@ async fn a_stack_with_everything_off_lets_everything_through() {
         "timeout_first_frame",
         "timeout_idle",
         "timeout_sending",
+        "timeout_taking",
     ]
     .map(|key| format!("{key} = 'off'\n"))
     .concat();

@@ -7,7 +7,7 @@ use std::{
 };
 
 use buttress::{
-    ConcurrencyLimitLayer, Deadline, TimeoutLayer, Timeouts,
+    ConcurrencyLimitLayer, Deadline, Outcome, TimeoutLayer, Timeouts,
     call::RejectedKind,
     timeout::{Phase, SendingBody},
 };
@@ -127,12 +127,88 @@ async fn a_request_that_is_taken_slowly_is_not() {
             let mut body = request.into_body();
             while !body.is_end_stream() {
                 // A slow reader: no stall of the request's.
-                sleep(secs(600)).await;
+                sleep(secs(299)).await;
                 assert!(body.frame().await.unwrap().is_ok());
             }
             Ok(Response::new(Full::<bytes::Bytes>::default()))
         }));
     service.oneshot(Request::new(Paced::every(secs(1), 5))).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_nobody_takes_more_of_is_ended_and_a_failure() {
+    let take = |frames: usize| async move {
+        let layer = TimeoutLayer::http();
+        let handle = layer.handle();
+        let service = layer.layer(serve(move |request: Request<SendingBody<Paced>>| async move {
+            let mut body = request.into_body();
+            for _ in 0..frames {
+                assert!(body.frame().await.unwrap().is_ok());
+            }
+            // It holds what it was given, and does nothing more: connecting for ever, or hung.
+            std::future::pending::<()>().await;
+            drop(body);
+            Ok(Response::new(Full::<bytes::Bytes>::default()))
+        }));
+        let start = Instant::now();
+        let body = Paced::every(secs(1), 50);
+        let error = service.oneshot(Request::new(body)).await.unwrap_err();
+        assert_eq!(phase_of(&error), Phase::Taking);
+        assert_eq!(handle.snapshot().timed_out_by(Phase::Taking), 1);
+        assert!(Outcome::of_error(&*error).is_failure(), "of what was called");
+        start.elapsed()
+    };
+    assert_eq!(take(0).await, secs(300));
+    assert_eq!(take(9).await, secs(309));
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_is_asked_for_in_vain_is_its_own_fault_however_long() {
+    let layer = TimeoutLayer::http().sending(None);
+    let service = layer.layer(serve(|request: Request<SendingBody<Paced>>| async move {
+        request.into_body().collect().await?;
+        Ok(Response::new(Full::<bytes::Bytes>::default()))
+    }));
+    let body = Paced::every(secs(1000), 3);
+    service.oneshot(Request::new(body)).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_long_frame_is_taken_in_pieces_and_is_the_same() {
+    const LONG: usize = 200_000;
+    let long: bytes::Bytes = (0..LONG).map(|n| n as u8).collect::<Vec<_>>().into();
+    let whole = long.clone();
+    let service =
+        TimeoutLayer::http().layer(serve(move |request: Request<SendingBody<ScriptBody>>| {
+            let whole = whole.clone();
+            async move {
+                let mut body = request.into_body();
+                let (mut got, mut pieces) = (Vec::new(), 0);
+                assert_eq!(
+                    (body.size_hint().exact(), body.is_end_stream()),
+                    (Some(LONG as u64 + 1), false)
+                );
+                while let Some(frame) = body.frame().await {
+                    match frame?.into_data() {
+                        Ok(data) => {
+                            assert!(data.len() <= 64 * 1024);
+                            (pieces, got) = (pieces + 1, [&got[..], &data].concat());
+                            assert_eq!(
+                                body.size_hint().exact(),
+                                Some((LONG + 1 - got.len()) as u64)
+                            );
+                        }
+                        Err(frame) => assert_eq!(frame.trailers_ref(), Some(&trailers("7"))),
+                    }
+                }
+                assert!(body.is_end_stream());
+                assert_eq!((pieces, got.pop()), (5, Some(b'x')));
+                assert_eq!(got, whole);
+                Ok(Response::new(Full::<bytes::Bytes>::default()))
+            }
+        }));
+    let pieces = [Piece::Data(long), Piece::data("x"), Piece::Trailers(trailers("7"))];
+    service.oneshot(Request::new(ScriptBody::new(pieces))).await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]

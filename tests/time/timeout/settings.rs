@@ -78,7 +78,7 @@ fn times_are_whole_milliseconds_rounded_up_and_49_days_at_most() {
     assert_eq!(Timeouts::http().get(Phase::Deadline), None);
     assert_eq!(
         format!("{:?}", Timeouts::http().head(None)),
-        "Timeouts { head: off, first_frame: 60s, idle: 60s, sending: 60s, total: off }"
+        "Timeouts { head: off, first_frame: 60s, idle: 60s, sending: 60s, taking: 300s, total: off }"
     );
 }
 

@@ -1,7 +1,4 @@
 //! A chain of three real servers passes its caller's deadline on.
-#![cfg(feature = "timeout")]
-
-mod net;
 
 use std::{
     net::SocketAddr,
@@ -21,6 +18,8 @@ use tokio::{
     time::{Instant, sleep},
 };
 use tower::{Layer, ServiceExt};
+
+use crate::net;
 
 const LEFT: &str = "x-request-timeout-ms";
 
@@ -59,7 +58,7 @@ async fn hop(next: SocketAddr, before: Duration) -> SocketAddr {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn deadline_passes_through_three_servers_and_the_last_stops_before_the_first_gives_up() {
+async fn passes_through_three_servers_and_the_last_stops_before_the_first_gives_up() {
     let (worked, calls) = (Arc::new(Mutex::new(None)), Arc::new(AtomicUsize::new(0)));
     let last = {
         let (worked, calls) = (worked.clone(), calls.clone());

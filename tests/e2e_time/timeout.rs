@@ -1,0 +1,108 @@
+//! Requests that take their time on the way.
+
+use std::{convert::Infallible, net::SocketAddr, time::Duration};
+
+use buttress::{BoxError, Rejected, TimeoutLayer, Timeouts, call::RejectedKind, timeout::Phase};
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+use http::{Request, StatusCode};
+use http_body::{Body, Frame};
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpSocket,
+    time::{Instant, sleep},
+};
+use tower::{Layer, ServiceExt};
+
+use crate::net;
+
+const fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+const LENGTH: usize = 16 * 1024 * 1024;
+
+/// A server of one connection that takes so many pieces of a request, with a pause before each, and answers at its
+/// end.
+async fn takes(pieces: usize, pause: Duration) -> SocketAddr {
+    // As little as may be is left to the kernels.
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(32 * 1024).unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = socket.listen(1).unwrap();
+    let at = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let (mut tcp, _) = listener.accept().await.unwrap();
+        let (mut buffer, mut taken) = (vec![0; 64 * 1024], 0);
+        for _ in 0..pieces {
+            sleep(pause).await;
+            match tcp.read(&mut buffer).await {
+                Ok(0) | Err(_) => return,
+                Ok(read) => taken += read,
+            }
+            if taken >= LENGTH {
+                tcp.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+                break;
+            }
+        }
+        // As one that hangs: the connection stays, and its kernel answers for it.
+        std::future::pending::<()>().await;
+    });
+    at
+}
+
+async fn upload<B>(at: SocketAddr, timeouts: Timeouts, body: B) -> Result<StatusCode, BoxError>
+where
+    B: Body<Data = Bytes, Error: Into<BoxError>> + Send + Unpin + 'static,
+{
+    let mut connector = HttpConnector::new();
+    connector.set_send_buffer_size(Some(32 * 1024));
+    let client = Client::builder(TokioExecutor::new()).build(connector);
+    let client = TimeoutLayer::new(timeouts).layer(client);
+    let request = Request::put(format!("http://{at}/")).body(body).unwrap();
+    Ok(net::soon(client.oneshot(request)).await?.status())
+}
+
+fn whole() -> Full<Bytes> {
+    Full::from(vec![0; LENGTH])
+}
+
+#[track_caller]
+fn phase(result: Result<StatusCode, BoxError>) -> Phase {
+    match Rejected::find(&*result.unwrap_err()).map(Rejected::kind) {
+        Some(RejectedKind::TimedOut(phase)) => phase,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn of_the_head_begins_when_a_body_in_one_piece_has_been_sent() {
+    let at = takes(usize::MAX, ms(3)).await;
+    let start = Instant::now();
+    let status = upload(at, Timeouts::new().head(ms(300)).taking(ms(300)), whole()).await;
+    assert!(start.elapsed() > ms(600), "too soon to show anything: {:?}", start.elapsed());
+    assert_eq!(status.unwrap(), StatusCode::OK);
+}
+
+#[tokio::test]
+async fn of_what_takes_nothing_more_of_a_request() {
+    let at = takes(10, ms(30)).await;
+    let start = Instant::now();
+    let timeouts = Timeouts::http().taking(ms(400));
+    assert_eq!(phase(upload(at, timeouts, whole()).await), Phase::Taking);
+    assert!(start.elapsed() > ms(500) && start.elapsed() < ms(1500), "{:?}", start.elapsed());
+}
+
+#[tokio::test]
+async fn of_a_request_that_falls_silent_on_its_way() {
+    let frame = || Ok::<_, Infallible>(Frame::data(Bytes::from_static(b"frame")));
+    let body = StreamBody::new(stream::iter([frame(), frame()]).chain(stream::pending()));
+    let at = takes(usize::MAX, ms(0)).await;
+    let timeouts = Timeouts::http().sending(ms(200)).taking(ms(50));
+    assert_eq!(phase(upload(at, timeouts, BodyExt::boxed(body)).await), Phase::Sending);
+}
