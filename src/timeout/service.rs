@@ -83,12 +83,16 @@ where
     fn call(&mut self, request: Req) -> Self::Future {
         let (said, deadline) = self.protocol.said(&request);
         let mut timeouts = self.state.timeouts();
+        let mut fault = self.fault.clone();
         if let Some(said) = said {
             timeouts = said.or(timeouts);
+            if let Err(error) = said.check() {
+                fault = Some(Arc::new(Label { name: Box::default(), fault: Some(error) }));
+            }
         }
         let mut watch = Watch::new(timeouts, self.by, self.reject.form(&request), self.far);
-        let refused = match &self.fault {
-            Some(fault) => Some(Rejected::misconfigured(self.by, fault.clone())),
+        let refused = match fault {
+            Some(fault) => Some(Rejected::misconfigured(self.by, fault)),
             None => deadline
                 .filter(|deadline| !watch.bound(deadline.0))
                 .map(|_| self.state.refuse(self.by)),

@@ -31,6 +31,35 @@ async fn a_request_has_times_of_its_own() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_requests_own_time_of_nothing_is_refused_as_the_layers_is() {
+    let (inner, watch) = Strict::new();
+    let service = TimeoutLayer::http().layer(inner);
+    let mut request = request();
+    request.extensions_mut().insert(Timeouts::new().idle(Duration::ZERO));
+    let error = service.clone().oneshot(request).await.unwrap_err();
+    let refused = Rejected::find(&*error).unwrap();
+    assert_eq!(refused.kind(), RejectedKind::Misconfigured);
+    assert!(std::error::Error::source(refused).unwrap().to_string().starts_with("`idle` is 0ns"));
+    assert_eq!((watch.seen().calls, watch.seen().reserved), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_requests_own_times_hold_for_each_of_its_attempts() {
+    let (inner, watch) = Strict::holding();
+    let wait = buttress::Backoff::constant(secs(1)).without_jitter();
+    let service = tower::ServiceBuilder::new()
+        .layer(buttress::RetryLayer::http().backoff(wait))
+        .layer(TimeoutLayer::http())
+        .service(inner);
+    let mut request = request();
+    request.extensions_mut().insert(Timeouts::new().head(secs(2)));
+    let start = Instant::now();
+    let error = service.oneshot(request).await.unwrap_err();
+    assert_eq!((phase_of(&error), start.elapsed()), (Phase::Head, secs(2 + 1 + 2 + 1 + 2)));
+    assert_eq!(watch.seen().calls, 3);
+}
+
+#[tokio::test(start_paused = true)]
 async fn times_change_while_it_runs_and_are_seen_by_all() {
     let (inner, _watch) = Strict::holding();
     let layer = TimeoutLayer::http().name("search");
