@@ -12,16 +12,19 @@ use std::{
     time::Duration,
 };
 
-use axum::{Router, http::StatusCode, routing::get};
+use axum::{Extension, Router, http::StatusCode, routing::get};
 use buttress::{
-    Attempts, Rejected,
+    Attempts, Deadline, Rejected,
     breaker::State,
     config::{ClientConfig, ServerConfig},
     stack::{Client, HealthStatus},
 };
 use http::Request;
 use http_body_util::{BodyExt, Full};
-use tokio::net::TcpListener;
+use tokio::{
+    net::TcpListener,
+    time::{Instant, sleep},
+};
 use tower::ServiceExt;
 
 type Body = Full<bytes::Bytes>;
@@ -148,4 +151,74 @@ async fn config_of_nobody_there_fails_in_good_time() {
     let error = net::soon(client.clone().oneshot(to(at))).await.map(drop).unwrap_err();
     assert!(Rejected::find(&*error).is_none(), "it was called: {error}");
     assert_eq!(net::soon(client.check_health()).await.status, HealthStatus::Unhealthy);
+}
+
+/// Whole stacks on both sides: its own client to the next, with what its caller's deadline leaves.
+async fn hop(next: SocketAddr, before: Duration) -> SocketAddr {
+    let settings = "deadline_header = 'x-left'\ndeadline_keep_back = '20ms'\ndeadline_default = '2s'\ntimeout_head = '1500ms'\n\
+                    retry_attempts = 1\nconnect_timeout = '1s'\nconnection_wait = '1s'\nlimit_queue_wait = '1s'";
+    let client = buttress::client::<Body>(&ClientConfig::from_toml(settings).unwrap()).unwrap();
+    let handler = async move |Extension(deadline): Extension<Deadline>| {
+        let mut request = to(next);
+        request.extensions_mut().insert(deadline);
+        // In a task: that its caller hangs up does not end it.
+        let task = tokio::spawn(async move {
+            sleep(before).await;
+            client.oneshot(request).await.map(|response| response.status())
+        });
+        task.await.unwrap().unwrap_or(StatusCode::GATEWAY_TIMEOUT)
+    };
+    serve(Router::new().route("/", get(handler))).await
+}
+
+async fn serve(app: Router) -> SocketAddr {
+    let config = ServerConfig::from_toml("deadline_header = 'x-left'").unwrap();
+    let app = app.layer(buttress::server(&config).unwrap());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = listener.local_addr().unwrap();
+    tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+    at
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn config_of_a_deadline_passes_it_on_through_three_services_of_whole_stacks() {
+    let (ticks, calls) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let last = {
+        let (ticks, calls) = (ticks.clone(), calls.clone());
+        serve(Router::new().route(
+            "/",
+            get(async move || {
+                calls.fetch_add(1, SeqCst);
+                for _ in 0..400 {
+                    ticks.fetch_add(1, SeqCst);
+                    sleep(Duration::from_millis(5)).await;
+                }
+            }),
+        ))
+        .await
+    };
+    let ms = Duration::from_millis;
+    let ask = async |first: SocketAddr| {
+        let config = ClientConfig::from_toml("deadline_header = 'x-left'").unwrap();
+        let client = buttress::client::<Body>(&config).unwrap();
+        let mut request = to(first);
+        request.extensions_mut().insert(Deadline::after(ms(400)));
+        let start = Instant::now();
+        let result = net::soon(client.oneshot(request)).await;
+        assert!(start.elapsed() < ms(1500), "{:?}", start.elapsed());
+        result.map(|response| response.status()).ok()
+    };
+    let first = hop(hop(last, ms(0)).await, ms(0)).await;
+    assert_ne!(ask(first).await, Some(StatusCode::OK));
+    let then = ticks.load(SeqCst);
+    assert!(then > 10, "it had begun: {then}");
+    sleep(ms(100)).await;
+    // The one that was under way as the first gave up, at most.
+    assert!(ticks.load(SeqCst) <= then + 1, "works on for nobody");
+
+    // What has no time left is not asked at all.
+    let slow = hop(hop(last, ms(450)).await, ms(0)).await;
+    assert_ne!(ask(slow).await, Some(StatusCode::OK));
+    sleep(ms(300)).await;
+    assert_eq!(calls.load(SeqCst), 1);
 }
