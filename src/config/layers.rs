@@ -8,9 +8,11 @@ use super::{
 };
 #[cfg(feature = "connect")]
 use crate::connect::{self, ClientBuilder, ConnectLayer};
+#[cfg(feature = "health")]
+use crate::health::{Get, HealthProbeLayer};
 use crate::{
-    Backoff, CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, DeadlineLayer, RetryBudget,
-    RetryLayer, TimeoutLayer, Timeouts, Trip, breaker::OpenFor, call::Http,
+    Backoff, CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, DeadlineLayer, HedgeLayer,
+    RetryBudget, RetryLayer, TimeoutLayer, Timeouts, Trip, breaker::OpenFor, call::Http,
     deadline::DeadlineHandle,
 };
 
@@ -181,6 +183,85 @@ impl RetryConfig {
             .attempt_timeout(self.attempt_timeout)
             .replay_up_to(self.replay_up_to)
             .drain_up_to(self.drain_up_to)
+    }
+}
+
+group! {
+    /// The settings of a [`HedgeLayer`]. Not part of the whole stacks: who wants a second copy of a call puts the layer
+    /// between retry and circuit breaker of a stack of its own.
+    HedgeConfig for "HedgeLayer", prefix "hedge_", on |_| true;
+    /// After which time a second copy is sent; off: by the percentile.
+    fixed after: Option<Duration> = None;
+    /// Which share of all calls must have been faster.
+    fixed percentile: f64 = 0.95;
+    /// How many second copies there may be for one call.
+    fixed budget_ratio: f64 = 0.05;
+    /// How many a second there may be beside that.
+    fixed budget_per_second: u32 = 1;
+    /// How many can be saved up.
+    fixed budget_cap: u32 = 100;
+    /// How many bytes of a request body are kept for the second copy.
+    fixed replay_up_to: u64 = 64 * 1024;
+}
+
+impl HedgeConfig {
+    /// The layer.
+    ///
+    /// # Errors
+    ///
+    /// The first setting that cannot work.
+    pub fn layer(&self) -> Result<HedgeLayer, ConfigError> {
+        let Self { budget_ratio, budget_per_second, budget_cap, .. } = *self;
+        let layer = match self.after {
+            Some(time) => HedgeLayer::http(time),
+            None => HedgeLayer::after_percentile(self.percentile),
+        };
+        let budget = RetryBudget::with(budget_ratio, budget_per_second, budget_cap);
+        layer.budget(budget).replay_up_to(self.replay_up_to).checked()
+    }
+}
+
+// ===== Health =====
+
+#[cfg(feature = "health")]
+group! {
+    /// The settings of a [`HealthProbeLayer`] that asks by `GET`. Not part of the whole stacks: it belongs to one
+    /// service, not to a client of many.
+    HealthProbeConfig for "HealthProbeLayer", prefix "probe_", on |_| true;
+    /// What is asked: a path, or a whole URI.
+    fixed uri: String = "/healthz".to_owned();
+    /// How long to wait from one probe to the next.
+    fixed every: Duration = secs(5);
+    /// How long while it is down; off: the same.
+    fixed every_while_down: Option<Duration> = None;
+    /// By how much of that a wait may be longer, by chance.
+    fixed jitter: f64 = 0.1;
+    /// How long a probe may take.
+    fixed timeout: Duration = secs(1);
+    /// How many must pass in a row before it is up again.
+    fixed rise: u32 = 1;
+    /// How many must fail in a row before it is down.
+    fixed fall: u32 = 3;
+}
+
+#[cfg(feature = "health")]
+impl HealthProbeConfig {
+    /// The layer, for services that take this body.
+    ///
+    /// # Errors
+    ///
+    /// The first setting that cannot work.
+    pub fn layer<B>(&self) -> Result<HealthProbeLayer<Get<B>>, ConfigError> {
+        let layer = HealthProbeLayer::get(&self.uri)
+            .every(self.every)
+            .jitter(self.jitter)
+            .timeout(self.timeout)
+            .thresholds(self.rise, self.fall);
+        match self.every_while_down {
+            Some(time) => layer.every_while_down(time),
+            None => layer,
+        }
+        .checked()
     }
 }
 

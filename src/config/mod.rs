@@ -101,10 +101,13 @@ mod presets;
 mod stack;
 mod value;
 
+#[cfg(feature = "health")]
+#[cfg_attr(docsrs, doc(cfg(feature = "health")))]
+pub use self::layers::HealthProbeConfig;
 pub use self::{
     layers::{
-        BreakerConfig, CallsConfig, ConnectionsConfig, DeadlineConfig, LimitConfig, RetryConfig,
-        TimeoutConfig,
+        BreakerConfig, CallsConfig, ConnectionsConfig, DeadlineConfig, HedgeConfig, LimitConfig,
+        RetryConfig, TimeoutConfig,
     },
     load::{ConfigErrors, Loader, Origin},
     presets::Preset,

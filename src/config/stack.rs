@@ -182,8 +182,6 @@ macro_rules! stack {
 stack! {
     /// The settings of a whole client stack. See the [module](crate::config).
     ClientConfig, "client", prefix "HTTP_CLIENT_", presets client, rules check::CLIENT;
-    /// What the calls are like.
-    calls: CallsConfig = CallsConfig::default();
     /// How long a call may take in all.
     deadline: DeadlineConfig = DeadlineConfig::default();
     /// What is tried again.
@@ -196,19 +194,21 @@ stack! {
     timeout: TimeoutConfig = TimeoutConfig::default();
     /// What the calls go over.
     connections: ConnectionsConfig = ConnectionsConfig::default();
+    /// What the calls are like.
+    calls: CallsConfig = CallsConfig::default();
 }
 
 stack! {
     /// The settings of a whole server stack. See the [module](crate::config).
     ServerConfig, "server", prefix "HTTP_SERVER_", presets server, rules check::SERVER;
-    /// What the calls are like.
-    calls: CallsConfig = CallsConfig::default();
     /// How long a call may take in all.
     deadline: DeadlineConfig = DeadlineConfig::default();
     /// How many calls there are at once.
     limit: LimitConfig = LimitConfig::default();
     /// How long an answer may take.
     timeout: TimeoutConfig = TimeoutConfig::server();
+    /// What the calls are like.
+    calls: CallsConfig = CallsConfig::default();
 }
 
 fn find<'a>(stack: &'a impl Stack, key: &str) -> Option<(&'a dyn Group, usize)> {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use buttress::config::{
-    BreakerConfig, ClientConfig, Loader, Origin, Preset, ServerConfig, TimeoutConfig,
+    BreakerConfig, ClientConfig, HedgeConfig, Loader, Origin, Preset, ServerConfig, TimeoutConfig,
 };
 
 fn secs(secs: u64) -> Duration {
@@ -213,6 +213,29 @@ fn a_layers_settings_stand_alone_too() {
     assert!(error.message().contains("the nearest is `head`"), "{error}");
     let error = toml::from_str::<TimeoutConfig>("head = true").unwrap_err();
     assert!(error.message().contains("use a time such as"), "{error}");
+    let hedge: HedgeConfig = toml::from_str("after = '80ms'\nbudget.ratio = 0.1").unwrap();
+    assert_eq!((hedge.after, hedge.budget_ratio), (Some(Duration::from_millis(80)), 0.1));
+    assert!(hedge.layer().is_ok() && HedgeConfig::default().layer().is_ok());
+    for (toml, field) in [("after = 0", "delay"), ("percentile = 1", "after_percentile")] {
+        let hedge: HedgeConfig = toml::from_str(toml).unwrap();
+        assert_eq!(hedge.layer().unwrap_err().field, field);
+    }
+    #[cfg(feature = "health")]
+    {
+        use buttress::config::HealthProbeConfig;
+        type Nothing = http_body_util::Empty<bytes::Bytes>;
+
+        let probe: HealthProbeConfig = toml::from_str("uri = '/up'\nfall = 2").unwrap();
+        assert_eq!((&*probe.uri, probe.fall, probe.every), ("/up", 2, secs(5)));
+        assert!(probe.layer::<Nothing>().is_ok());
+        for (toml, field) in
+            [("fall = 0", "thresholds"), ("every = 0", "every"), ("jitter = 2", "jitter")]
+        {
+            let probe: HealthProbeConfig = toml::from_str(toml).unwrap();
+            assert!(probe.layer::<Nothing>().unwrap_err().field.starts_with(field), "{toml}");
+        }
+        assert!(toml::from_str::<HealthProbeConfig>("fal = 1").is_err());
+    }
     let written = toml_of(&timeout);
     assert_eq!(serde_json::from_str::<TimeoutConfig>(&written).unwrap(), timeout);
 }
@@ -259,6 +282,7 @@ fn it_explains_the_stack_outermost_first_with_where_each_value_came_from() {
         "\nConcurrencyLimitLayer (off)",
         "\nTimeoutLayer",
         "\nconnections",
+        "\ncalls",
     ];
     assert!(order.map(at).is_sorted(), "{told}");
     let line = |key: &str| {
