@@ -88,7 +88,7 @@ group! {
     live idle: Option<Duration> = Some(secs(60));
     /// From one frame of the request body to the next, while it is asked for.
     live sending: Option<Duration> = Some(secs(60));
-    /// From one frame of the request body being taken to the next being asked for.
+    /// From one frame of the request body being taken to the next being asked for; off: a server has its head's time.
     live taking: Option<Duration> = Some(secs(300));
     /// The whole call, to the end of the response body.
     live total: Option<Duration> = None;
@@ -107,7 +107,7 @@ impl TimeoutConfig {
     /// A server's: its streams may be silent.
     #[must_use]
     pub fn server() -> Self {
-        Self { head: Some(secs(30)), ..Self::OFF }
+        Self { head: Some(secs(30)), sending: Some(secs(60)), ..Self::OFF }
     }
 
     /// The times.

@@ -187,6 +187,7 @@ impl<S, R> fmt::Debug for Deadlined<S, R> {
 impl<S, R, ReqB, B> Service<Request<ReqB>> for Deadlined<S, R>
 where
     S: Service<Request<ReqB>, Response = Response<B>> + Reusable,
+    ReqB: 'static,
     B: Body<Error: Into<BoxError>>,
     R: Reject<Request<ReqB>, Response<TrackedBody<TimedBody<B>>>, S::Error>,
 {

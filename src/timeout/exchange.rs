@@ -7,13 +7,14 @@ use http_body::Body;
 
 use super::{
     body::TimedBody,
+    boxed,
     sending::{Sending, SendingBody},
     settings::Timeouts,
     watch::Watch,
 };
 use crate::{
     BoxError,
-    call::{Deadline, Http, PerResponse, Phase, TrackedBody},
+    call::{Deadline, Http, PerResponse, TrackedBody},
 };
 
 /// How a request is handed on. Not to be implemented outside of this crate.
@@ -29,7 +30,7 @@ pub trait Begin<Req>: Clone + Send + Sync + 'static {
     fn said(&self, request: &Req) -> (Option<Timeouts>, Option<Deadline>);
 
     /// Hands it on.
-    fn begin(self, request: Req, watch: &Watch) -> (Self::Request, Option<Arc<Sending>>);
+    fn begin(self, request: Req, watch: &mut Watch) -> (Self::Request, Option<Arc<Sending>>);
 }
 
 /// How a response is given back. Not to be implemented outside of this crate.
@@ -45,7 +46,8 @@ pub trait Follow<Res> {
     fn follow(response: Res, watch: Watch) -> Self::Response;
 }
 
-/// HTTP, with the request handed on as it is: its body is not watched.
+/// HTTP, with the request handed on as it is: its body is watched only if it is axum's or tonic's, with that
+/// feature.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AsIs;
 
@@ -63,17 +65,18 @@ impl<B: Body> Begin<Request<B>> for Http {
     }
 
     #[inline]
-    fn begin(self, request: Request<B>, watch: &Watch) -> (Self::Request, Option<Arc<Sending>>) {
+    fn begin(
+        self,
+        request: Request<B>,
+        watch: &mut Watch,
+    ) -> (Self::Request, Option<Arc<Sending>>) {
         let (parts, body) = request.into_parts();
-        let limit = watch.timeouts.get(Phase::Sending);
-        let hears = [Phase::Head, Phase::Sending, Phase::Taking];
-        let listens = hears.iter().any(|phase| watch.timeouts.is_on(*phase));
-        let (body, sending) = SendingBody::new(body, listens, limit, watch.by, watch.far);
+        let (body, sending) = SendingBody::new(body, watch);
         (Request::from_parts(parts, body), sending)
     }
 }
 
-impl<B> Begin<Request<B>> for AsIs {
+impl<B: 'static> Begin<Request<B>> for AsIs {
     type Request = Request<B>;
 
     #[inline]
@@ -82,8 +85,14 @@ impl<B> Begin<Request<B>> for AsIs {
     }
 
     #[inline]
-    fn begin(self, request: Request<B>, _: &Watch) -> (Request<B>, Option<Arc<Sending>>) {
-        (request, None)
+    fn begin(
+        self,
+        mut request: Request<B>,
+        watch: &mut Watch,
+    ) -> (Request<B>, Option<Arc<Sending>>) {
+        watch.timeouts.or_head_for_taking();
+        let sending = boxed::watched(request.body_mut(), watch);
+        (request, sending)
     }
 }
 
@@ -96,7 +105,7 @@ impl<Req> Begin<Req> for PerResponse {
     }
 
     #[inline]
-    fn begin(self, request: Req, _: &Watch) -> (Req, Option<Arc<Sending>>) {
+    fn begin(self, request: Req, _: &mut Watch) -> (Req, Option<Arc<Sending>>) {
         (request, None)
     }
 }

@@ -44,7 +44,9 @@ impl TimeoutLayer {
 
 impl TimeoutLayer<AsIs> {
     /// A server's times: [`Timeouts::server`]. Requests are handed on [as they are](TimeoutLayer::as_is), and
-    /// calls that take too long are answered with 503.
+    /// calls that take too long are answered with 503. The head's time begins when the request is here, if its body
+    /// is axum's or tonic's (features `axum`, `tonic-health`); else with the call, so that long uploads need a
+    /// longer one.
     pub fn server() -> Self {
         TimeoutLayer::new(Timeouts::server()).as_is().by(LayerKind::ServerTimeout)
     }
@@ -91,8 +93,11 @@ impl<M, R> TimeoutLayer<M, R> {
         self.set(Timeouts::new().total(time))
     }
 
-    /// Hands requests on as they are: for services that take one body type only, such as axum's routes. Their
-    /// bodies are not watched, and the head's time starts with the call.
+    /// Hands requests on as they are: for services that take one body type only, such as axum's routes.
+    ///
+    /// A body that is axum's or tonic's is watched all the same, with the feature `axum` or `tonic-health`, and where
+    /// nothing more of it is taken that may last for as long as [`head`](Self::head). Others are not, and the head's
+    /// time begins with the call.
     pub fn as_is(self) -> TimeoutLayer<AsIs, R> {
         self.with_protocol(AsIs)
     }

@@ -31,7 +31,7 @@
 //! use axum::{Router, routing::get};
 //! use buttress::TimeoutLayer;
 //!
-//! // 503 for what has no head within 30 s; streams may be silent.
+//! // 503 for what has no head within 30 s of its request, which may be silent for 60 s; streams may be so for ever.
 //! let app: Router =
 //!     Router::new().route("/", get(|| async { "…" })).layer(TimeoutLayer::server().respond());
 //! ```
@@ -97,7 +97,8 @@
 //! under the concurrency limit.
 //!
 //! The wrapped service gets `http::Request<SendingBody<B>>`. One that takes a single body type needs
-//! [`as_is`](TimeoutLayer::as_is) (and then the head's time starts with the call), or a
+//! [`as_is`](TimeoutLayer::as_is) (and then only axum's and tonic's own bodies are watched, with the features `axum` and
+//! `tonic-health`; for others the head's time begins with the call), or a
 //! `tower_http::map_request_body::MapRequestBodyLayer` in between. Times are of calls: that a service does not get
 //! ready is not timed.
 //!
@@ -109,7 +110,8 @@
 //! # Cost
 //!
 //! An answer that is ready costs no timer, no clock, no allocation and no atomic operation. A call that waits makes one
-//! timer; a body that makes its reader wait another, in a box. A request that has a body costs a small allocation.
+//! timer; a body that makes its reader wait another, in a box. A request that has a body costs a small allocation, on a
+//! server two.
 //! With a total, each frame reads the clock.
 //!
 //! # Defaults
@@ -119,8 +121,8 @@
 //! | [`head`](TimeoutLayer::head) | 30 s | 30 s |
 //! | [`first_frame`](TimeoutLayer::first_frame) | 60 s | none |
 //! | [`idle`](TimeoutLayer::idle) | 60 s, as nginx's `proxy_read_timeout` | none |
-//! | [`sending`](TimeoutLayer::sending) | 60 s, as nginx's `client_body_timeout` | none |
-//! | [`taking`](TimeoutLayer::taking) | 5 minutes, as Envoy's `stream_idle_timeout` | none |
+//! | [`sending`](TimeoutLayer::sending) | 60 s, as nginx's `client_body_timeout` | 60 s |
+//! | [`taking`](TimeoutLayer::taking) | 5 minutes, as Envoy's `stream_idle_timeout` | as head |
 //! | [`total`](TimeoutLayer::total) | none | none |
 //!
 //! # Beside tower's and tower-http's
@@ -129,6 +131,7 @@
 //! the response is there, and by default with 408.
 
 mod body;
+mod boxed;
 mod exchange;
 mod layer;
 mod sending;

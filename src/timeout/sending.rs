@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use super::{
     settings::{State, timed_out},
     stall::Stall,
+    watch::Watch,
 };
 use crate::{
     BoxError,
@@ -156,15 +157,10 @@ pin_project! {
 
 impl<B: Body> SendingBody<B> {
     /// Nobody listens where there is nothing to hear of.
-    pub(super) fn new(
-        inner: B,
-        listens: bool,
-        limit: Option<Duration>,
-        by: LayerKind,
-        far: Far<State>,
-    ) -> (Self, Option<Arc<Sending>>) {
-        let sending = (listens && !inner.is_end_stream()).then(Sending::new);
-        let tells = Tells(sending.clone());
+    pub(super) fn new(inner: B, watch: &Watch) -> (Self, Option<Arc<Sending>>) {
+        let Watch { timeouts, by, far, .. } = *watch;
+        let sending = (timeouts.ask_for_the_request() && !inner.is_end_stream()).then(Sending::new);
+        let (tells, limit) = (Tells(sending.clone()), timeouts.get(Phase::Sending));
         let (rest, stall) = (Bytes::new(), Stall::new());
         (Self { inner, rest, tells, limit, stall, by, far }, sending)
     }

@@ -104,7 +104,7 @@ where
                 (Stand::Refused { rejected: Some(rejected) }, None)
             }
             None => {
-                let (request, sending) = self.protocol.clone().begin(request, &watch);
+                let (request, sending) = self.protocol.clone().begin(request, &mut watch);
                 (Stand::Called { future: self.inner.call(request), timer: None }, sending)
             }
         };

@@ -55,10 +55,13 @@ impl Timeouts {
         answer.sending(secs(60)).taking(secs(300)).total(None)
     }
 
-    /// A server's: head 30 s, and nothing else: its streams may be silent.
+    /// A server's: head 30 s; sending 60 s, as nginx's `client_body_timeout`; taking as head. Its streams may be
+    /// silent.
     #[must_use]
     pub fn server() -> Self {
-        Self::new().head(Duration::from_secs(30)).first_frame(None).idle(None).total(None)
+        let secs = Duration::from_secs;
+        let request = Self::new().head(secs(30)).sending(secs(60));
+        request.first_frame(None).idle(None).total(None)
     }
 
     /// Up to the response head, from when the request has been sent.
@@ -146,7 +149,20 @@ impl Timeouts {
         self
     }
 
-    pub(super) fn is_on(&self, phase: Phase) -> bool {
+    /// Whether any of them has to do with where the request is.
+    pub(super) fn ask_for_the_request(&self) -> bool {
+        [Phase::Head, Phase::Sending, Phase::Taking].iter().any(|phase| self.is_on(*phase))
+    }
+
+    /// A server has as long to take more of a request as to answer one that is here, if no other time is said:
+    /// a handler that never looks at its request may hang as well as another.
+    pub(super) fn or_head_for_taking(&mut self) {
+        if !self.is_on(Phase::Taking) {
+            self.ms[Phase::Taking as usize] = self.ms[Phase::Head as usize];
+        }
+    }
+
+    fn is_on(&self, phase: Phase) -> bool {
         !matches!(self.ms.get(phase as usize), None | Some(&(OFF | UNSAID)))
     }
 }

@@ -202,6 +202,39 @@ async fn a_stack_with_everything_off_lets_everything_through() {
     assert_eq!(stack.handle().breaker().state(), State::ForcedClosed);
 }
 
+#[cfg(feature = "axum")]
+#[tokio::test(start_paused = true)]
+async fn a_server_stack_waits_for_uploads_and_for_no_handler_that_hangs() {
+    let stack = buttress::server(&ServerConfig::default()).unwrap();
+    let handle = stack.handle();
+    let app: Router = Router::new()
+        .route("/reads", axum::routing::put(|body: String| async { body }))
+        .route("/hangs", axum::routing::put(std::future::pending::<()>))
+        .route(
+            "/holds",
+            axum::routing::put(|request: Request<Body>| async {
+                std::future::pending::<()>().await;
+                drop(request);
+            }),
+        )
+        .layer(stack);
+    // Six seconds between frames, for a minute.
+    let upload = || {
+        let frames = futures_util::stream::unfold(0, |nth| async move {
+            sleep(secs(6)).await;
+            (nth < 10).then_some((Ok::<_, Infallible>("frame"), nth + 1))
+        });
+        Body::from_stream(frames)
+    };
+    for (path, status, after) in [("/reads", 200, 66), ("/hangs", 503, 30), ("/holds", 503, 30)] {
+        let start = Instant::now();
+        let request = Request::put(path).body(upload()).unwrap();
+        let response = app.clone().oneshot(request).await.unwrap();
+        assert_eq!((response.status().as_u16(), start.elapsed()), (status, secs(after)), "{path}");
+    }
+    assert_eq!((handle.snapshot().timeouts, handle.snapshot().in_flight), (2, 0));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_server_stack_under_axum() {
     let config = "limit_max = 1\nlimit_queue = 0\ntimeout_head = '3s'\ndeadline_header = 'x-left'";

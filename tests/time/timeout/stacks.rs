@@ -7,7 +7,7 @@ use buttress::{DeadlineLayer, TimeoutLayer, Timeouts};
 use http::Request;
 use http_body_util::BodyExt;
 use tokio::time::{Instant, sleep};
-use tower::{ServiceBuilder, ServiceExt};
+use tower::{Layer, ServiceBuilder, ServiceExt};
 use tower_http::map_request_body::MapRequestBodyLayer;
 
 use crate::kit::*;
@@ -29,6 +29,67 @@ async fn under_axum() {
             assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "hello");
         }
     }
+}
+
+/// A server of uploads, and how it answers one.
+async fn answers<B>(
+    layer: TimeoutLayer<buttress::timeout::AsIs, buttress::call::Respond>,
+    upload: B,
+    thinks: Option<std::time::Duration>,
+) -> (u16, std::time::Duration)
+where
+    B: http_body::Body<Data = bytes::Bytes, Error: Into<buttress::BoxError>> + Send + 'static,
+{
+    let handler = async move |request: Request<Body>| {
+        match thinks {
+            Some(time) => {
+                request.into_body().collect().await.map_err(|_| http::StatusCode::BAD_REQUEST)?;
+                sleep(time).await;
+                Ok("hello")
+            }
+            // It holds a request that it never looks at.
+            None => {
+                std::future::pending::<()>().await;
+                drop(request);
+                Err(http::StatusCode::OK)
+            }
+        }
+    };
+    let app: Router = Router::new().route("/", axum::routing::post(handler)).layer(layer);
+    let request = Request::post("/").body(Body::new(upload)).unwrap();
+    let start = Instant::now();
+    let response = app.oneshot(request).await.unwrap();
+    (response.status().as_u16(), start.elapsed())
+}
+
+#[cfg(feature = "axum")]
+#[tokio::test(start_paused = true)]
+async fn a_servers_time_begins_when_the_request_is_here() {
+    let layer = || TimeoutLayer::server().respond();
+    let slow = || Paced::every(secs(2), 50);
+    assert_eq!(answers(layer(), slow(), Some(secs(29))).await, (200, secs(129)));
+    assert_eq!(answers(layer(), slow(), Some(secs(31))).await, (503, secs(130)));
+    // What falls silent on its way is its client's fault, and told to who reads it.
+    let silent = Paced::every(secs(2), 5).then_silent();
+    assert_eq!(answers(layer(), silent, Some(secs(1))).await, (400, secs(70)));
+    // A handler that hangs without a look at it has no more time than any other.
+    assert_eq!(answers(layer(), slow(), None).await, (503, secs(30)));
+    assert_eq!(answers(layer().head(secs(180)), slow(), None).await, (503, secs(180)));
+    assert_eq!(answers(layer().head(None).total(secs(7)), slow(), None).await, (503, secs(7)));
+}
+
+#[cfg(feature = "tonic-health")]
+#[tokio::test(start_paused = true)]
+async fn a_tonic_servers_too() {
+    let service = serve(|request: Request<tonic::body::Body>| async move {
+        request.into_body().collect().await?;
+        sleep(secs(29)).await;
+        Ok(http::Response::new(Nothing::new()))
+    });
+    let body = tonic::body::Body::new(Paced::every(secs(2), 50).map_err(|never| match never {}));
+    let start = Instant::now();
+    TimeoutLayer::server().layer(service).oneshot(Request::new(body)).await.unwrap();
+    assert_eq!(start.elapsed(), secs(129));
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,0 +1,42 @@
+//! Request bodies that are boxes anyway: they can be watched and stay of their type.
+
+use std::{any::Any, sync::Arc};
+
+#[cfg(any(feature = "axum", feature = "tonic-health"))]
+use http_body::Body;
+
+#[cfg(any(feature = "axum", feature = "tonic-health"))]
+use super::sending::SendingBody;
+use super::{sending::Sending, watch::Watch};
+
+/// Watches this body if it is axum's or tonic's, with that feature.
+pub(super) fn watched<B: 'static>(body: &mut B, watch: &Watch) -> Option<Arc<Sending>> {
+    if !watch.timeouts.ask_for_the_request() {
+        return None;
+    }
+    let body: &mut dyn Any = body;
+    #[cfg(feature = "axum")]
+    if let Some(body) = body.downcast_mut() {
+        return within(body, watch, axum::body::Body::new);
+    }
+    #[cfg(feature = "tonic-health")]
+    if let Some(body) = body.downcast_mut() {
+        return within(body, watch, tonic::body::Body::new);
+    }
+    let _ = body;
+    None
+}
+
+#[cfg(any(feature = "axum", feature = "tonic-health"))]
+fn within<B: Body + Default>(
+    body: &mut B,
+    watch: &Watch,
+    boxed: impl FnOnce(SendingBody<B>) -> B,
+) -> Option<Arc<Sending>> {
+    if body.is_end_stream() {
+        return None;
+    }
+    let (watched, sending) = SendingBody::new(std::mem::take(body), watch);
+    *body = boxed(watched);
+    sending
+}
