@@ -41,7 +41,7 @@ async fn upstream(fails: Arc<AtomicUsize>) -> SocketAddr {
                 }
             }),
         )
-        .route("/healthz", get(|| async {}))
+        .route("/healthz", get(|| async { "x".repeat(10_000) }))
         .layer(stack);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let at = listener.local_addr().unwrap();
@@ -126,8 +126,13 @@ async fn config_makes_a_client_that_stops_calling_and_checks_health() {
     let at = upstream(fails.clone()).await;
     let client = client(at, "breaker_failures = 6");
     let handle = client.handle();
-    let check = net::soon(client.check_health()).await;
-    assert_eq!((check.status, handle.snapshot().last_check), (HealthStatus::Healthy, Some(check)));
+    for _ in 0..20 {
+        let check = net::soon(client.check_health()).await;
+        assert_eq!(check.status, HealthStatus::Healthy);
+        assert_eq!(handle.snapshot().last_check, Some(check));
+    }
+    let connections = handle.connections().unwrap().snapshot();
+    assert_eq!(connections.created, 1, "what it answers is read, so that its connection stays");
     for _ in 0..2 {
         let response = net::soon(client.clone().oneshot(to(at))).await.unwrap();
         assert_eq!(response.status(), 503, "after three attempts");

@@ -314,9 +314,10 @@ impl BreakerConfig {
         Trip::any(run.into_iter().chain(share))
     }
 
-    /// Whether the rules are of the same kinds, so that one's numbers can become the other's.
+    /// Whether the rules are of the same kinds and windows, so that one's numbers can become the other's.
     pub(crate) fn is_like(&self, other: &Self) -> bool {
-        let kinds = |this: &Self| (this.failures.is_some(), this.failure_ratio.is_some());
+        let window = |this: &Self| this.failure_ratio.map(|_| this.window);
+        let kinds = |this: &Self| (this.failures.is_some(), window(this));
         kinds(self) == kinds(other)
     }
 

@@ -150,8 +150,12 @@ macro_rules! stack {
         }
 
         impl $Name {
-            /// Takes these settings from another one.
+            /// Takes the name and these settings from another one, with where they came from.
             pub(crate) fn keep(&mut self, other: &Self, keys: &[&str]) {
+                self.name.clone_from(&other.name);
+                self.origins.retain(|key, _| !keys.contains(key));
+                let kept = other.origins.iter().filter(|(key, _)| keys.contains(key));
+                self.origins.extend(kept.map(|(key, origin)| (*key, origin.clone())));
                 for (group, from) in self.groups_mut().into_iter().zip(other.groups()) {
                     let rows = group.rows().iter().enumerate();
                     for (nth, _) in rows.filter(|(_, row)| keys.contains(&row.key)) {

@@ -165,8 +165,7 @@ impl ClientHandle {
         let changes = now.changes(config);
         let mut next = config.clone();
         // The rules of a circuit can take other numbers, but not become others.
-        let fits =
-            config.breaker.is_like(&now.breaker) && config.breaker.window == now.breaker.window;
+        let fits = config.breaker.is_like(&now.breaker);
         let stays = |key: &str| {
             !fits
                 && matches!(key, "breaker_failures" | "breaker_failure_ratio" | "breaker_min_calls")

@@ -41,7 +41,8 @@ pub struct StackSnapshot {
     pub breaker: Option<State>,
     /// How many calls wait for their turn.
     pub waiting: u32,
-    /// How long a call took to its response head, on average since the beginning.
+    /// How long a call took to its response head, or to its end without one, on average since the beginning;
+    /// refused ones apart.
     pub average: Option<Duration>,
     /// Within which time 99 of 100 calls had theirs, in the last minute or so.
     pub p99: Option<Duration>,

@@ -1,11 +1,16 @@
 use std::{
     fmt,
+    future::poll_fn,
+    pin::pin,
     task::{Context, Poll},
+    time::Duration,
 };
 
+use bytes::Buf;
 use http::{Request, Response, Uri};
 use http_body::Body;
 use hyper_util::client::legacy::connect::HttpConnector;
+use tokio::time::timeout;
 use tower_layer::Layer;
 use tower_service::Service;
 
@@ -105,10 +110,26 @@ where
         *request.uri_mut() = uri;
         let mut service = self.service.clone();
         let probe = async {
-            std::future::poll_fn(|cx| service.poll_ready(cx)).await?;
-            service.call(request).await
+            poll_fn(|cx| service.poll_ready(cx)).await?;
+            let (head, body) = service.call(request).await?.into_parts();
+            let _ = timeout(READ_AWAY_FOR, read_away(body)).await;
+            Ok::<_, BoxError>(Response::from_parts(head, ()))
         };
         self.handle.check_health(probe).await
+    }
+}
+
+/// As much of a body, and for as long, as a connection is worth that is to stay.
+const READ_AWAY: usize = 64 * 1024;
+const READ_AWAY_FOR: Duration = Duration::from_millis(50);
+
+async fn read_away(body: impl Body) {
+    let (mut body, mut read) = (pin!(body), 0);
+    while let Some(Ok(frame)) = poll_fn(|cx| body.as_mut().poll_frame(cx)).await {
+        read += frame.data_ref().map_or(0, Buf::remaining);
+        if read > READ_AWAY {
+            return;
+        }
     }
 }
 

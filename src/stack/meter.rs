@@ -94,14 +94,15 @@ impl Meter {
 
 impl Finish for Meter {
     fn finish(&self, token: Token, outcome: Outcome) {
+        if (outcome.kind(), outcome.reason()) == (OutcomeKind::Cancelled, Reason::Rejected) {
+            // It says nothing of how long calls take.
+            self.refused.fetch_add(1, Relaxed);
+            return;
+        }
         if token.started > 0 {
             self.timed(token.started - 1);
         }
-        let count = match (outcome.kind(), outcome.reason()) {
-            (OutcomeKind::Cancelled, Reason::Rejected) => &self.refused,
-            (kind, _) => &self.ended[kind as usize],
-        };
-        count.fetch_add(1, Relaxed);
+        self.ended[outcome.kind() as usize].fetch_add(1, Relaxed);
     }
 
     fn head(&self, token: &mut Token, so_far: Outcome) {

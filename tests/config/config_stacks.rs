@@ -100,6 +100,7 @@ async fn a_client_stack_counts_what_comes_of_its_calls() {
     let error = client.clone().oneshot(request()).await.map(drop).unwrap_err();
     assert_eq!(Rejected::find(&*error).unwrap().name(), Some("search"));
     assert_eq!((handle.snapshot().refused, handle.snapshot().total), (1, 4));
+    assert_eq!(handle.snapshot().average, seen.average, "that is not how long calls take");
 
     // A check says so too, whatever is answered; later all is well again.
     let check = handle.check_health(async { Ok::<_, BoxError>(Response::new(())) }).await;
@@ -168,6 +169,16 @@ async fn settings_change_while_it_runs_and_what_cannot_is_told() {
     took(30).await;
     let fixed = handle.update(&ClientConfig::from_toml("breaker_failures = 6").unwrap()).unwrap();
     assert!(!fixed.contains(&"breaker_failures"), "the same rule with another number: {fixed:?}");
+    let next =
+        ClientConfig::load("other").toml("breaker_window = '1m'\nlimit_max = 9").finish().unwrap();
+    assert_eq!(handle.update(&next).unwrap(), ["breaker_window"]);
+    let now = handle.config();
+    assert_eq!((&*now.name, now.limit.max, now.breaker.window), ("", Some(9), secs(10)));
+    let origin = |key| now.origin(key).unwrap().to_string();
+    assert_eq!(
+        (origin("limit_max"), origin("breaker_window")),
+        ("file TOML".into(), "default".into())
+    );
 
     // What does not fit changes nothing.
     let bad = ClientConfig::from_toml("retry_attempts = 9").unwrap();
