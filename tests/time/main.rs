@@ -4,6 +4,9 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+#[path = "../support/fuzz.rs"]
+mod fuzz;
+
 mod deadline;
 mod kit;
 mod timeout;

@@ -2,6 +2,7 @@
 
 mod contract;
 mod forms;
+mod model;
 mod phases;
 mod settings;
 mod stacks;
