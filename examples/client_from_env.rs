@@ -44,11 +44,17 @@ async fn tour() -> Result<(), BoxError> {
     for _ in 0..200 {
         let request = Request::get(format!("http://{at}/")).body(Empty::new())?;
         let call = client.clone().oneshot(request);
-        calls.spawn(async move { call.await?.into_body().collect().await });
+        calls.spawn(async move {
+            let (head, body) = call.await?.into_parts();
+            body.collect().await?;
+            Ok::<_, BoxError>(head.status)
+        });
     }
     let answers = calls.join_all().await;
-    let good = answers.iter().filter(|answer| answer.is_ok()).count();
-    println!("{good} of {} calls answered", answers.len());
+    let is_good =
+        |answer: &&Result<StatusCode, _>| answer.as_ref().is_ok_and(StatusCode::is_success);
+    let good = answers.iter().filter(is_good).count();
+    println!("{good} of {} calls answered well", answers.len());
     println!("{:#?}", handle.snapshot());
 
     let check = client.check_health().await;

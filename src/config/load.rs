@@ -45,7 +45,9 @@ impl fmt::Display for Origin {
 }
 
 /// Everything that is wrong with a configuration.
-#[derive(Clone, Debug, PartialEq, Eq)]
+///
+/// Its `Debug` is its `Display`: what a `main` fails with is to be read by whoever configured it.
+#[derive(Clone, PartialEq, Eq)]
 pub struct ConfigErrors(pub(crate) Vec<ConfigError>);
 
 impl ConfigErrors {
@@ -65,6 +67,12 @@ impl fmt::Display for ConfigErrors {
             write!(f, "{}{error}", if nth == 0 { "" } else { "\n" })?;
         }
         Ok(())
+    }
+}
+
+impl fmt::Debug for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
     }
 }
 
