@@ -12,7 +12,7 @@ use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Empty, Full, combinators::BoxBody};
 use tower::{
-    Service, ServiceBuilder, ServiceExt, service_fn,
+    Layer, Service, ServiceBuilder, ServiceExt, service_fn,
     util::{BoxCloneService, BoxCloneSyncService},
 };
 use tower_http::{map_request_body::MapRequestBodyLayer, timeout::TimeoutLayer};
@@ -249,4 +249,38 @@ async fn oneshot_whose_future_is_made_before_the_task() {
     let boxed = BoxCloneSyncService::<Call, Answer, BoxError>::new(service_fn(hello));
     is_hello(tokio::spawn(http_stack!(boxed).oneshot(call())).await.unwrap()).await;
     is_hello(tokio::spawn(http_stack!(service_fn(hello)).oneshot(call())).await.unwrap()).await;
+}
+
+// ===== Bodies that are read inside of the task =====
+
+/// `BoxError` is named in the body's type: no bound on its error may be asked for again in there.
+#[cfg(feature = "timeout")]
+#[tokio::test]
+async fn a_boxed_body_is_read_inside_of_a_task() {
+    use buttress::{DeadlineLayer, TimeoutLayer};
+
+    async fn boxed<B>(_: Request<B>) -> Result<Response<BoxBody<Bytes, BoxError>>, BoxError> {
+        boxed_body(call()).await
+    }
+
+    macro_rules! read {
+        ($service:expr) => {{
+            let mut service = $service;
+            let task = tokio::spawn(async move {
+                let response = service.ready().await?.call(call()).await?;
+                Ok::<_, BoxError>(response.into_body().collect().await?.to_bytes())
+            });
+            assert_eq!(task.await.unwrap().unwrap(), "hello");
+        }};
+    }
+    read!(TimeoutLayer::http().layer(service_fn(boxed)));
+    read!(DeadlineLayer::new().layer(http_stack!(service_fn(boxed))));
+    read!(RetryLayer::http().layer(TimeoutLayer::http().layer(service_fn(boxed))));
+    read!(http_stack!(TimeoutLayer::http().layer(service_fn(boxed))));
+    #[cfg(feature = "stack")]
+    {
+        let config = buttress::config::ClientConfig::default();
+        let stack = buttress::stack::ClientStack::new(&config).unwrap();
+        read!(stack.layer(service_fn(boxed)));
+    }
 }

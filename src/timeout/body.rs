@@ -25,30 +25,28 @@ pin_project! {
     /// It fails with a [`Rejected`](crate::Rejected), boxed; a gRPC answer under
     /// [`respond`](super::TimeoutLayer::respond) ends with a status of `DEADLINE_EXCEEDED` instead. What it
     /// wraps is dropped at once. Every frame, the trailers, the size hint and the end-of-stream flag pass through.
-    pub struct TimedBody<B> {
+    pub struct TimedBody<B: Body> {
         // None once it was cut.
         #[pin]
         inner: Option<B>,
+        // No bound of the body's: one on its error would not hold inside of a task, where that is a `BoxError`.
+        boxed: fn(B::Error) -> BoxError,
         stall: Stall,
         begun: bool,
         watch: Watch,
     }
 }
 
-impl<B: Body> TimedBody<B> {
+impl<B: Body<Error: Into<BoxError>>> TimedBody<B> {
     pub(super) fn new(inner: B, mut watch: Watch) -> Self {
         if !inner.is_end_stream() {
             watch.begin();
         }
-        Self { inner: Some(inner), stall: Stall::new(), begun: false, watch }
+        Self { inner: Some(inner), boxed: Into::into, stall: Stall::new(), begun: false, watch }
     }
 }
 
-impl<B> Body for TimedBody<B>
-where
-    B: Body,
-    B::Error: Into<BoxError>,
-{
+impl<B: Body> Body for TimedBody<B> {
     type Data = B::Data;
     type Error = BoxError;
 
@@ -72,7 +70,7 @@ where
                     {
                         phase
                     }
-                    _ => return Poll::Ready(next.map(|frame| frame.map_err(Into::into))),
+                    _ => return Poll::Ready(next.map(|frame| frame.map_err(this.boxed))),
                 }
             }
             Poll::Pending => {
@@ -110,7 +108,7 @@ fn status(kind: RejectedKind) -> HeaderMap {
     trailers
 }
 
-impl<B> fmt::Debug for TimedBody<B> {
+impl<B: Body> fmt::Debug for TimedBody<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TimedBody").field("timeouts", &self.watch.timeouts).finish_non_exhaustive()
     }

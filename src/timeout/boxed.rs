@@ -8,6 +8,8 @@ use http_body::Body;
 #[cfg(any(feature = "axum", feature = "tonic-health"))]
 use super::sending::SendingBody;
 use super::{sending::Sending, watch::Watch};
+#[cfg(any(feature = "axum", feature = "tonic-health"))]
+use crate::BoxError;
 
 /// Watches this body if it is axum's or tonic's, with that feature.
 pub(super) fn watched<B: 'static>(body: &mut B, watch: &Watch) -> Option<Arc<Sending>> {
@@ -28,7 +30,7 @@ pub(super) fn watched<B: 'static>(body: &mut B, watch: &Watch) -> Option<Arc<Sen
 }
 
 #[cfg(any(feature = "axum", feature = "tonic-health"))]
-fn within<B: Body + Default>(
+fn within<B: Body<Error: Into<BoxError>> + Default>(
     body: &mut B,
     watch: &Watch,
     boxed: impl FnOnce(SendingBody<B>) -> B,

@@ -56,7 +56,7 @@ fn of(extensions: &Extensions) -> (Option<Timeouts>, Option<Deadline>) {
     (extensions.get().copied(), Deadline::of(extensions))
 }
 
-impl<B: Body> Begin<Request<B>> for Http {
+impl<B: Body<Error: Into<BoxError>>> Begin<Request<B>> for Http {
     type Request = Request<SendingBody<B>>;
 
     #[inline]

@@ -142,9 +142,11 @@ pin_project! {
     /// Every frame, the trailers, the size hint and the end-of-stream flag pass through. Long frames of
     /// [`Bytes`] are given in pieces of 64 KiB, without a copy: who has taken the whole of one at once still has
     /// it to send.
-    pub struct SendingBody<B> {
+    pub struct SendingBody<B: Body> {
         #[pin]
         inner: B,
+        // As a response's.
+        boxed: fn(B::Error) -> BoxError,
         // Of a frame that is given in pieces.
         rest: Bytes,
         tells: Tells,
@@ -155,14 +157,14 @@ pin_project! {
     }
 }
 
-impl<B: Body> SendingBody<B> {
+impl<B: Body<Error: Into<BoxError>>> SendingBody<B> {
     /// Nobody listens where there is nothing to hear of.
     pub(super) fn new(inner: B, watch: &Watch) -> (Self, Option<Arc<Sending>>) {
         let Watch { timeouts, by, far, .. } = *watch;
         let sending = (timeouts.ask_for_the_request() && !inner.is_end_stream()).then(Sending::new);
         let (tells, limit) = (Tells(sending.clone()), timeouts.get(Phase::Sending));
         let (rest, stall) = (Bytes::new(), Stall::new());
-        (Self { inner, rest, tells, limit, stall, by, far }, sending)
+        (Self { inner, boxed: Into::into, rest, tells, limit, stall, by, far }, sending)
     }
 }
 
@@ -184,11 +186,7 @@ fn next<D: 'static>(rest: &mut Bytes) -> Option<D> {
     data
 }
 
-impl<B> Body for SendingBody<B>
-where
-    B: Body + 'static,
-    B::Error: Into<BoxError>,
-{
+impl<B: Body + 'static> Body for SendingBody<B> {
     type Data = B::Data;
     type Error = BoxError;
 
@@ -217,7 +215,7 @@ where
             if ended || !matches!(next, Some(Ok(_))) {
                 *this.tells = Tells(None);
             }
-            return Poll::Ready(next.map(|frame| frame.map_err(Into::into)));
+            return Poll::Ready(next.map(|frame| frame.map_err(this.boxed)));
         }
         let sending = this.tells.0.as_ref().is_some_and(|told| told.stage() == Stage::Sending);
         let limit = this.limit.filter(|_| sending);
@@ -245,7 +243,7 @@ where
     }
 }
 
-impl<B> fmt::Debug for SendingBody<B> {
+impl<B: Body> fmt::Debug for SendingBody<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SendingBody").field("limit", &self.limit).finish_non_exhaustive()
     }

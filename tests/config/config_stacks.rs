@@ -118,6 +118,82 @@ async fn a_client_stack_counts_what_comes_of_its_calls() {
     assert_eq!((handle.snapshot().cancelled, handle.snapshot().in_flight), (1, 0));
 }
 
+/// What a service and its caller do, call by call.
+#[derive(Clone, Copy, Debug)]
+enum Fate {
+    Answered(u16),
+    Fails,
+    Panics,
+    Hangs,
+    GivenUp,
+    BodyDropped,
+    Late,
+}
+
+#[tokio::test(start_paused = true)]
+async fn whatever_becomes_of_calls_the_figures_add_up() {
+    use Fate::*;
+    const FATES: [Fate; 10] = [
+        Answered(200),
+        Answered(404),
+        Answered(429),
+        Answered(503),
+        Fails,
+        Panics,
+        Hangs,
+        GivenUp,
+        BodyDropped,
+        Late,
+    ];
+    let settings = "limit_max = 20\nlimit_queue = 20\nlimit_queue_wait = '2s'\nbreaker_open_for = '3s'\n\
+                    timeout_head = '5s'\nretry_attempts = 2";
+    let stack = ClientStack::new(&ClientConfig::from_toml(settings).unwrap()).unwrap();
+    let handle = stack.handle();
+    let client = stack.layer(service_fn(|request: Request<_>| async move {
+        sleep(Duration::from_millis(20)).await;
+        match request.extensions().get::<Fate>().copied().unwrap() {
+            Answered(status) => Ok(Response::builder()
+                .status(status)
+                .body(Full::<bytes::Bytes>::from("hello"))
+                .unwrap()),
+            Fails => Err(std::io::Error::other("no")),
+            Panics => panic!("no"),
+            Hangs | GivenUp => std::future::pending().await,
+            BodyDropped | Late => Ok(Response::new(Full::from("hello"))),
+        }
+    }));
+    let mut tasks = tokio::task::JoinSet::new();
+    for nth in 0..500 {
+        let fate = FATES[nth * 7 % FATES.len()];
+        let (client, mut request) = (client.clone(), request());
+        request.extensions_mut().insert(fate);
+        if let Late = fate {
+            request.extensions_mut().insert(buttress::Deadline::after(Duration::ZERO));
+        }
+        tasks.spawn(async move {
+            sleep(Duration::from_millis(nth as u64 * 37)).await;
+            let call = client.oneshot(request);
+            match fate {
+                GivenUp => drop(tokio::time::timeout(secs(1), call).await.map(drop)),
+                BodyDropped => drop(call.await.map(|mut response| {
+                    drop(tokio_test::task::spawn(response.body_mut().frame()).poll());
+                })),
+                _ => drop(call.await.map(|response| response.into_body().collect())),
+            }
+        });
+    }
+    while tasks.join_next().await.is_some() {
+        let seen = handle.snapshot();
+        let ended = seen.successes + seen.failures + seen.throttled + seen.cancelled + seen.refused;
+        assert_eq!(seen.total, ended + seen.in_flight, "{seen:?}");
+    }
+    let seen = handle.snapshot();
+    assert_eq!((seen.total, seen.in_flight, seen.waiting), (500, 0, 0), "{seen:?}");
+    let each = [seen.successes, seen.failures, seen.throttled, seen.cancelled, seen.refused];
+    assert!(each.iter().all(|count| *count > 0), "of each there is one: {seen:?}");
+    assert!(seen.timeouts > 0 && seen.breaker_opened > 0 && seen.retries > 0, "{seen:?}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn settings_change_while_it_runs_and_what_cannot_is_told() {
     let base = "retry_attempts = 1\ndeadline_default = '50s'\nlimit_max = 1\nlimit_queue = 0";
