@@ -1,0 +1,160 @@
+//! Everything that goes wrong, at once and for as long as you like; then: is all of it given back?
+//!
+//! ```text
+//! cargo run --release --example soak -- --seconds 60 --seed 1
+//! ```
+//!
+//! A server and two clients (HTTP/1 and HTTP/2) under all layers, over real sockets. Callers go away at any point,
+//! bodies break off and panic, handlers panic, hang and cut the connection, strangers send half of what they
+//! announced and reset, and somebody resizes limits and caps, forces circuits and renews connections all the while.
+//! At the end every permit, slot, gauge and task has to be back, and memory as it was once warm. The exit code says
+//! whether that is so.
+
+mod callers;
+mod clients;
+mod server;
+mod shaker;
+mod tally;
+mod vandals;
+mod verdict;
+
+use std::{
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use buttress::BoxError;
+use fastrand::Rng;
+use tokio::{
+    task::JoinSet,
+    time::{Instant, timeout},
+};
+
+use server::Server;
+use tally::Tally;
+use verdict::{Memory, Verdict, back_to};
+
+/// Of each protocol.
+const CALLERS: usize = 64;
+const VANDALS: usize = 16;
+
+fn main() -> Result<ExitCode, BoxError> {
+    let (time, seed) = arguments()?;
+    println!(
+        "{time:?} of it, seed {seed}: {CALLERS} callers over each protocol, {VANDALS} vandals"
+    );
+    let surprises = verdict::expect_panics();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let mut verdict = Verdict::default();
+    runtime.block_on(async {
+        // It ends by itself, whatever goes wrong.
+        timeout(time + Duration::from_secs(60), soak(time, seed, &mut verdict)).await?
+    })?;
+
+    let tasks = runtime.metrics();
+    runtime.block_on(back_to(|| tasks.num_alive_tasks() == 0));
+    verdict.zero("tasks that are alive", tasks.num_alive_tasks());
+    verdict.zero("panics that nobody had asked for", surprises.load(SeqCst));
+    Ok(verdict.tell())
+}
+
+async fn soak(time: Duration, seed: u64, verdict: &mut Verdict) -> Result<(), BoxError> {
+    let (server, tally) = (Server::start().await?, Arc::new(Tally::default()));
+    let over = Arc::new(AtomicBool::new(false));
+    let mut random = Rng::with_seed(seed);
+    let [(http1, guards1), (http2, guards2)] =
+        [clients::client(server.addr, false)?, clients::client(server.addr, true)?];
+
+    let mut storm = JoinSet::new();
+    for client in [&http1, &http2] {
+        for _ in 0..CALLERS {
+            let (client, tally, random) = (client.clone(), tally.clone(), random.fork());
+            storm.spawn(callers::call_on(client, server.addr, random, tally, over.clone()));
+        }
+    }
+    for _ in 0..VANDALS {
+        storm.spawn(vandals::rage(server.addr, random.fork(), tally.clone(), over.clone()));
+    }
+    let guards = vec![guards1, guards2];
+    storm.spawn(shaker::shake(server.clone(), guards.clone(), random.fork(), over.clone()));
+
+    let memory = Memory::watch(time).await;
+    over.store(true, SeqCst);
+    let storm = async {
+        while let Some(ended) = storm.join_next().await {
+            ended?;
+        }
+        Ok::<_, BoxError>(())
+    };
+    timeout(Duration::from_secs(20), storm).await.map_err(|_| "somebody hangs")??;
+    println!("\n{tally}");
+    tally.judge(verdict);
+    memory.judge(verdict);
+
+    // Late ones may have opened a circuit. What is under way at the other end has its own times.
+    server.restore()?;
+    guards.iter().try_for_each(|guards| guards.calm_down())?;
+    back_to(|| server.is_quiet() && guards.iter().all(|guards| guards.are_quiet())).await;
+    server.judge(verdict);
+    for (guards, protocol) in guards.iter().zip(["HTTP/1", "HTTP/2"]) {
+        guards.judge(protocol, verdict);
+    }
+    // And it all works as on the first day.
+    let most = calm(&http1, &guards[0], &server, verdict).await?;
+    verdict.that(most == clients::CAP, format!("{most} connections of {}", clients::CAP));
+    calm(&http2, &guards[1], &server, verdict).await?;
+
+    let connections: Vec<_> = guards.iter().map(|guards| guards.connections.clone()).collect();
+    drop((http1, http2, guards));
+    let open = || connections.iter().map(|all| all.snapshot().open).sum::<usize>();
+    back_to(|| open() == 0).await;
+    verdict.zero("connections open when the clients are gone", open());
+    let drained = server.end().await?;
+    verdict.zero("calls cut by the drain", drained.cut_calls);
+    verdict.zero("connections cut by the drain", drained.cut_connections);
+    Ok(())
+}
+
+/// As many calls at once as may be, and every one of them is answered. Gives back how many connections there were.
+async fn calm(
+    client: &impl clients::Calls,
+    guards: &clients::Guards,
+    server: &Server,
+    verdict: &mut Verdict,
+) -> Result<usize, BoxError> {
+    back_to(|| guards.is_well()).await;
+    let (start, mut calls, mut lost, mut most) = (Instant::now(), JoinSet::new(), 0, 0);
+    while start.elapsed() < Duration::from_secs(1) {
+        while calls.len() < clients::LIMIT {
+            calls.spawn(callers::get(client.clone(), server.addr));
+        }
+        if let Some(Err(error)) = calls.join_next().await.transpose()? {
+            println!("lost: {error}");
+            lost += 1;
+        }
+        most = most.max(guards.connections.snapshot().open);
+    }
+    while let Some(call) = calls.join_next().await {
+        lost += usize::from(call?.is_err());
+    }
+    verdict.zero("calls lost in the calm after the storm", lost);
+    Ok(most)
+}
+
+fn arguments() -> Result<(Duration, u64), BoxError> {
+    let (mut seconds, mut seed) = (60, 1);
+    let mut given = std::env::args().skip(1);
+    while let Some(name) = given.next() {
+        let value = given.next().ok_or("a value is missing")?.parse()?;
+        match name.as_str() {
+            "--seconds" => seconds = value,
+            "--seed" => seed = value,
+            other => return Err(format!("unknown: {other}; --seconds N, --seed N").into()),
+        }
+    }
+    Ok((Duration::from_secs(seconds.max(10)), seed))
+}
