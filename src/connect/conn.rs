@@ -178,24 +178,28 @@ impl Conn {
     pub(super) fn judge(&self) -> Verdict {
         let now = self.all.clock.now();
         let idle_since = self.idle_since(now);
+        if idle_since.is_some() {
+            self.all.needs_room_of(self);
+        }
         let verdict = match self.why_over() {
             Some(why) => Verdict::Close(why),
             None => self.life.judge(now, idle_since),
         };
-        match verdict {
+        let new_for = self.new_until.load(Ordering::SeqCst).saturating_sub(now);
+        let at = match verdict {
             Verdict::Close(why) => {
                 self.set_over(why);
-                let new_for = self.new_until.load(Ordering::SeqCst).saturating_sub(now);
-                match idle_since {
-                    Some(_) => Verdict::Close(why),
-                    None if new_for > 0 => Verdict::Keep(new_for),
-                    // Who ends its use wakes who closes it.
-                    None => Verdict::Keep(NEVER),
+                if idle_since.is_some() {
+                    return Verdict::Close(why);
                 }
+                // Who ends its use wakes who closes it.
+                NEVER
             }
-            Verdict::Keep(NEVER) => Verdict::Keep(NEVER),
-            Verdict::Keep(at) => Verdict::Keep(at.saturating_sub(now)),
-        }
+            Verdict::Keep(at) => at,
+        };
+        // One that is made for nobody becomes idle by that alone.
+        let after = if at == NEVER { NEVER } else { at.saturating_sub(now) };
+        Verdict::Keep(if new_for > 0 { after.min(new_for) } else { after })
     }
 
     // ===== Waking =====

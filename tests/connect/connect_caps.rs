@@ -114,6 +114,27 @@ async fn each_that_waits_is_made_room_for() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_connection_that_was_made_for_nobody_makes_room_as_well() {
+    let layer = ConnectLayer::new().max_total(2).max_idle(None);
+    let pipes = Pipes::gated();
+    let (client, handle) = (client(&layer, &pipes), layer.handle());
+    pipes.let_in(1);
+    let first = client.request(request("http://a/tenth"));
+    // It asks for a connection of its own, and is served by the first one before that is made.
+    let second = client.request(request("http://a/slow"));
+    let (first, second) = (tokio::spawn(first), tokio::spawn(second));
+    drop(first.await.unwrap().unwrap());
+    settle().await;
+    pipes.let_in(100);
+    settle().await;
+    assert_eq!((handle.snapshot().open, handle.snapshot().in_use), (2, 1));
+    let start = Instant::now();
+    ask(&client, "http://b/").await.unwrap();
+    assert!(start.elapsed() <= SECOND, "{:?}", start.elapsed());
+    second.abort();
+}
+
+#[tokio::test(start_paused = true)]
 async fn callers_of_one_host_close_none_of_its_connections_for_each_other() {
     let layer = ConnectLayer::new().max_total(2);
     let pipes = Pipes::default();
