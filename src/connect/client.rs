@@ -207,13 +207,13 @@ impl Future for ResponseFuture {
     }
 }
 
-/// Lets a connection that is over serve no call after this one.
+/// Lets a connection that is over serve no call after this one, if it can be spared.
 fn retire(connection: &CaptureConnection) {
     let connected = connection.connection_metadata();
     let Some(connected) = &*connected else { return };
     let mut extensions = Extensions::new();
     connected.get_extras(&mut extensions);
-    if extensions.get::<Tag>().is_some_and(|tag| tag.conn.why_over().is_some()) {
+    if extensions.get::<Tag>().is_some_and(|tag| tag.conn.is_to_be_left()) {
         connected.poison();
     }
 }

@@ -157,6 +157,13 @@ impl Conn {
         self.over.get().copied()
     }
 
+    /// Whether calls are to be kept from it. Where they share connections, and there is no room for another one, it
+    /// serves on until nobody uses it: else the longest of its streams would keep every other call out.
+    pub(super) fn is_to_be_left(&self) -> bool {
+        let is_needed = || self.host.shares.known() && !self.all.has_room(&self.host);
+        self.why_over().is_some() && !is_needed()
+    }
+
     /// Whether its time was over before the call that it has been given to: nobody had the time to close it.
     pub(super) fn is_stale(&self) -> bool {
         self.is_stale.load(Ordering::SeqCst)

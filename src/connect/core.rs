@@ -185,6 +185,11 @@ impl Connections {
         }
     }
 
+    /// Whether one more connection to this host would get in at once.
+    pub(super) fn has_room(&self, host: &Host) -> bool {
+        host.gate.has_room() && self.total.has_room()
+    }
+
     pub(super) fn longest_wait(&self) -> Duration {
         Duration::from_nanos(self.settings.longest_wait.load(Ordering::Relaxed))
     }

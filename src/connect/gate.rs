@@ -33,6 +33,11 @@ impl Gate {
         Some(Place { gate: self.clone(), is_kept: false })
     }
 
+    /// Whether a place is free.
+    pub(super) fn has_room(&self) -> bool {
+        self.places.available_permits() > 0
+    }
+
     /// The next place that is free.
     pub(super) async fn enter(self: &Arc<Self>) -> Place {
         // Never closed: with an error there would be no place to give back, which is right as well.

@@ -96,7 +96,8 @@ impl ConnectHandle {
         Ok(())
     }
 
-    /// Closes every connection: an idle one at once, one in use after its calls. What comes next connects anew.
+    /// Closes every connection: an idle one at once, one in use after its calls. What comes next connects anew, as
+    /// far as the caps allow.
     /// Done by [`Client`](super::Client)s only.
     pub fn renew(&self) {
         self.0.ask_all();

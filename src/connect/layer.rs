@@ -88,7 +88,8 @@ impl ConnectLayer {
     }
 
     /// How old a connection may become: 5 minutes by default, so that changes of DNS arrive. One in use ends its
-    /// calls first. For connections made later; kept by [`Client`](super::Client)s only.
+    /// calls first; over HTTP/2 it takes new ones only where a cap leaves no room for another connection: leave room
+    /// for one more than you need. For connections made later; kept by [`Client`](super::Client)s only.
     pub fn max_age(mut self, oldest: impl Into<Option<Duration>>) -> Self {
         if let Some(oldest) = self.accept(above_zero("max_age", oldest.into())) {
             self.all.settings.age.store(life::limit(oldest), Ordering::Relaxed);

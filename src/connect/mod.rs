@@ -56,7 +56,7 @@
 //! | a connection | is closed |
 //! |---|---|
 //! | unused for [`max_idle`](ConnectLayer::max_idle) | at once; also if nobody had the time to, when it is to be used |
-//! | as old as [`max_age`](ConnectLayer::max_age), or [renewed](ConnectHandle::renew) | at once if idle, else after its calls; no call begins on it |
+//! | as old as [`max_age`](ConnectLayer::max_age), or [renewed](ConnectHandle::renew) | at once if idle, else after its calls; no call begins on it, unless calls share it (HTTP/2) and a cap leaves no room for another |
 //! | idle, while another host waits for the cap of all | at once |
 //!
 //! A request that meets a connection at the moment when it is closed for one of these is sent over another one:

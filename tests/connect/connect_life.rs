@@ -103,6 +103,30 @@ async fn an_old_connection_that_is_never_idle_is_not_used_again() {
     }
 }
 
+/// Else a stream of hours would keep every other call out.
+#[tokio::test(start_paused = true)]
+async fn an_old_connection_serves_on_where_there_is_no_room_for_another() {
+    for caps in [(1, 9), (9, 1)] {
+        let layer = exact().max_age(10 * SECOND).max_per_host(caps.0).max_total(caps.1);
+        let pipes = Pipes::default();
+        let (client, handle) = (http2(&layer, &pipes), layer.handle());
+        let stream = tokio::spawn(client.request(request("http://a/slow")));
+        sleep(11 * SECOND).await;
+        let start = Instant::now();
+        for _ in 0..20 {
+            ask(&client, "http://a/").await.unwrap();
+        }
+        assert_eq!((handle.snapshot().created, start.elapsed()), (1, Duration::ZERO));
+        // Once nobody uses it, it goes.
+        pipes.stage.open();
+        stream.await.unwrap().unwrap().into_body().collect().await.unwrap();
+        settle().await;
+        assert_eq!((handle.snapshot().open, handle.snapshot().closed_for_age), (0, 1));
+        ask(&client, "http://a/").await.unwrap();
+        assert_eq!(handle.snapshot().created, 2);
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn connections_that_were_made_at_once_do_not_end_at_once() {
     let layer = ConnectLayer::new().max_age(100 * SECOND).max_idle(None).jitter(0.5);
