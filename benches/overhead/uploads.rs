@@ -22,7 +22,7 @@ use tower::{
     },
 };
 
-use crate::candidates::Made;
+use crate::calls::Made;
 
 type Call = Request<Full<Bytes>>;
 type Answer = Response<Empty<Bytes>>;
