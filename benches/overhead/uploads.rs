@@ -97,7 +97,7 @@ where
 {
     let body = Bytes::from(vec![b'x'; 1024]);
     Made {
-        sizes: (size_of::<S>(), size_of::<S::Future>()),
+        sizes: Some((size_of::<S>(), size_of::<S::Future>())),
         clone: None,
         run: Box::new(move |calls| {
             let mut cx = Context::from_waker(Waker::noop());
