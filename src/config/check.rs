@@ -59,6 +59,7 @@ fn keyed(group: &dyn Group, error: Option<ConfigError>) -> Option<ConfigError> {
         "consecutive" => "failures",
         "within" => "window",
         "limit" => "max",
+        "queue_length" => "queue",
         "queue_longest_wait" => "queue_wait",
         same => same,
     };
