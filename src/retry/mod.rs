@@ -134,6 +134,7 @@ mod budget;
 mod core;
 mod course;
 mod exchange;
+mod future;
 mod handle;
 pub mod hedge;
 mod layer;
@@ -158,6 +159,7 @@ pub use self::{
     backoff::{Backoff, Delays},
     budget::RetryBudget,
     exchange::Replay,
+    future::ResponseFuture,
     handle::{RetryHandle, RetrySnapshot},
     hedge::{Hedge, HedgeCopy, HedgeFuture, HedgeHandle, HedgeLayer, HedgeSnapshot, Hedged},
     layer::RetryLayer,
@@ -165,6 +167,6 @@ pub use self::{
     preset::Preset,
     replay::ReplayBody,
     rules::{Failure, FailureKind, Seen},
-    service::{ResponseFuture, Retry},
+    service::Retry,
     stop::Stop,
 };

@@ -1,0 +1,294 @@
+use std::{
+    fmt,
+    future::Future,
+    marker::PhantomData,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use pin_project_lite::pin_project;
+use tokio::time::{Instant, Sleep, sleep, sleep_until};
+use tower_service::Service;
+
+use super::{
+    core::Core,
+    course::{Course, Kept, Wait},
+    exchange::{Repeat, Weigh},
+    policy::Class,
+    rules::Seen,
+    span::Span,
+    stop::Stop,
+    weighed::{Head, Weighed, is_good},
+};
+use crate::call::{Deadline, LayerKind, Outcome, Phase, Rejected, RejectedKind};
+
+pin_project! {
+    /// The future of a [`Retry`](super::Retry)'s call. Dropped while it waits, it pays its retry back.
+    pub struct ResponseFuture<S, Req, F, M, K, H> {
+        #[pin]
+        pub(super) state: State<F, H>,
+        // The attempt that is under way.
+        pub(super) span: Span,
+        pub(super) core: Arc<Core<S>>,
+        pub(super) protocol: M,
+        pub(super) kept: Option<K>,
+        // None until an attempt has failed.
+        pub(super) course: Option<Box<Course<S>>>,
+        pub(super) _request: PhantomData<fn(Req)>,
+    }
+}
+
+pin_project! {
+    #[project = StateProj]
+    pub(super) enum State<F, H> {
+        // The deadline had passed before the call.
+        Unbegun,
+        Calling { #[pin] attempt: Weighed<F, H> },
+        // The answer is read away, for a short while.
+        Discarding { held: H, #[pin] longest: Sleep, wait: Wait },
+        Waiting { #[pin] backoff: Sleep },
+        // Bounded by the deadline, if there is one.
+        Readying { #[pin] late: Option<Sleep> },
+        // The deadline ended it.
+        Over,
+    }
+}
+
+impl<S, M, Req> Future for ResponseFuture<S, Req, S::Future, M, M::Kept, M::Held>
+where
+    S: Service<M::Request> + Clone,
+    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+{
+    type Output = Result<M::Response, M::Error>;
+
+    #[inline]
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut made = 0;
+        loop {
+            let this = self.as_mut().project();
+            if let StateProj::Calling { mut attempt } = this.state.project() {
+                let until = || until::<S, Req, M>(this.core, this.kept.as_ref());
+                let entered = this.span.enter();
+                let late = match ready!(attempt.as_mut().poll_head(until, cx)) {
+                    Head::Here(result) => {
+                        let weight = this.protocol.weigh(&result);
+                        let plain = this.course.is_none() && !this.core.settings.says();
+                        if plain && weight.is_some_and(is_good) {
+                            this.core.answered();
+                            return Poll::Ready(M::give(result));
+                        }
+                        attempt.as_mut().hold(M::hold(result, weight));
+                        false
+                    }
+                    Head::Held => false,
+                    Head::Late => true,
+                };
+                let weight =
+                    if late { None } else { Some(ready!(attempt.poll_weigh::<M, _, _>(cx))) };
+                drop(entered);
+                if let Some(end) = self.as_mut().ended(weight) {
+                    return Poll::Ready(end);
+                }
+            } else if matches!(self.state, State::Unbegun) {
+                return Poll::Ready(self.too_late());
+            }
+            if let Some(end) = ready!(self.as_mut().poll_between(cx)) {
+                return Poll::Ready(end);
+            }
+            made += 1;
+            if made == MOST_AT_ONCE {
+                // A turn for others, such as a timeout around it.
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+        }
+    }
+}
+
+/// So many attempts are made in one go, where each fails at once and there is no wait between them.
+const MOST_AT_ONCE: u32 = 16;
+
+/// Whether the deadline has passed.
+#[inline]
+pub(super) fn is_over<S, Req, M>(kept: Option<&M::Kept>) -> bool
+where
+    S: Service<M::Request>,
+    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+{
+    M::TAKES_ERRORS && kept.and_then(M::deadline).is_some_and(|at| at.left().is_zero())
+}
+
+/// When the response head has to be here.
+fn until<S, Req, M>(core: &Core<S>, kept: Option<&M::Kept>) -> Option<Instant>
+where
+    S: Service<M::Request>,
+    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+{
+    if !M::TAKES_ERRORS {
+        return None;
+    }
+    let limit = core.settings.attempt_timeout();
+    let limit = limit.and_then(|limit| Instant::now().checked_add(limit));
+    let deadline = kept.and_then(M::deadline).map(|Deadline(at)| at);
+    limit.into_iter().chain(deadline).min()
+}
+
+impl<S, M, Req> ResponseFuture<S, Req, S::Future, M, M::Kept, M::Held>
+where
+    S: Service<M::Request> + Clone,
+    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+{
+    /// An attempt is over, and so is the call; or its answer is to be discarded. None: it did not answer in time.
+    fn ended(
+        mut self: Pin<&mut Self>,
+        weight: Option<(Class, Outcome)>,
+    ) -> Option<Result<M::Response, M::Error>> {
+        let mut this = self.as_mut().project();
+        let kept = this.kept.as_ref();
+        let (held, (mut class, mut outcome)) = match (weight, this.state.as_mut().project()) {
+            (Some(weight), StateProj::Calling { attempt }) => (attempt.take(), weight),
+            _ if is_over::<S, Req, M>(kept) => {
+                return Some(self.too_late());
+            }
+            _ => {
+                let late = RejectedKind::TimedOut(Phase::Head);
+                M::failed(Rejected::by(LayerKind::Retry, late).into())?
+            }
+        };
+        this.span.end(outcome);
+        let settings = &this.core.settings;
+        let first = this.course.is_none();
+        let said = settings.says();
+        let alone = |class, outcome: Outcome| {
+            let alone = class == Class::Final && first;
+            if alone && outcome.is_success() {
+                this.core.answered();
+            }
+            alone
+        };
+        if !said && alone(class, outcome) {
+            return Some(M::release(held, None));
+        }
+        let policy = settings.policy();
+        let mut vouched = false;
+        if said {
+            if let (Some(kept), Some(answer)) = (kept, M::answer(&held)) {
+                let attempt = this.course.as_ref().map_or(1, |course| course.made());
+                let head = || M::head(kept);
+                let mut seen = Seen::new(&head, answer, outcome, attempt);
+                (class, vouched) = policy.say.judge(class, &mut seen);
+                outcome = seen.outcome;
+            }
+        }
+        if alone(class, outcome) {
+            return Some(M::release(held, None));
+        }
+        let course = this.course.get_or_insert_with(Box::default);
+        let known = kept.map(|kept| Kept {
+            safe: vouched || M::safe(kept, &policy.safe),
+            body: M::repeatable(kept),
+            deadline: M::deadline(kept),
+        });
+        let claim = || kept.is_some_and(M::claim);
+        match course.next(this.core, &policy, (class, outcome), known, claim) {
+            Ok(wait) => {
+                this.state.set(State::Discarding { held, longest: sleep(wait.drain_time), wait });
+                None
+            }
+            Err(stop) => Some(M::release(held, Some(course.end(settings, stop)))),
+        }
+    }
+
+    /// From an answer that is discarded to the next attempt, or to the end.
+    fn poll_between(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<M::Response, M::Error>>> {
+        loop {
+            let mut this = self.as_mut().project();
+            let (Some(course), core) = (this.course.as_mut(), &*this.core) else {
+                unreachable!("polled after completion")
+            };
+            match this.state.as_mut().project() {
+                StateProj::Calling { .. } => return Poll::Ready(None),
+                StateProj::Discarding { held, longest, wait } => {
+                    let cap = wait.drain_cap;
+                    if M::poll_discard(held, cap, cx).is_pending() {
+                        ready!(longest.poll(cx));
+                    }
+                    let left = wait.left();
+                    // What is left of the answer is dropped here, before the wait: with it goes whatever
+                    // a layer further in holds for it.
+                    // A timer that is over already would still take a tick.
+                    this.state.set(if left.is_zero() {
+                        State::Readying { late: None }
+                    } else {
+                        State::Waiting { backoff: sleep(left) }
+                    });
+                }
+                StateProj::Waiting { backoff } => {
+                    ready!(backoff.poll(cx));
+                    this.state.set(State::Readying { late: None });
+                }
+                StateProj::Readying { mut late } => {
+                    let Poll::Ready(ready) = course.service(core).poll_ready(cx) else {
+                        if late.is_none() && M::TAKES_ERRORS {
+                            let deadline = this.kept.as_ref().and_then(M::deadline);
+                            late.set(deadline.map(|Deadline(at)| sleep_until(at)));
+                        }
+                        let Some(late) = late.as_pin_mut() else { return Poll::Pending };
+                        ready!(late.poll(cx));
+                        return Poll::Ready(Some(self.too_late()));
+                    };
+                    if let Err(error) = ready {
+                        let record = course.end(&core.settings, Stop::NotReady);
+                        return Poll::Ready(Some(Err(M::broken(error, record))));
+                    }
+                    if is_over::<S, Req, M>(this.kept.as_ref()) {
+                        return Poll::Ready(Some(self.too_late()));
+                    }
+                    let Some(kept) = this.kept else { unreachable!("kept for every retry") };
+                    let attempt = course.begin();
+                    core.settings.count_retry();
+                    *this.span = Span::further(attempt.number - 1, course.waited());
+                    let entered = this.span.enter();
+                    let future = course.service(core).call(M::again(kept, attempt));
+                    drop(entered);
+                    this.state.set(State::Calling { attempt: Weighed::new(future) });
+                }
+                StateProj::Unbegun | StateProj::Over => unreachable!("polled after completion"),
+            }
+        }
+    }
+
+    /// The deadline has passed, with an attempt under way or about to be made: it ends here.
+    fn too_late(self: Pin<&mut Self>) -> Result<M::Response, M::Error> {
+        let mut this = self.project();
+        let course = this.course.get_or_insert_with(Box::default);
+        let kind = match this.state.as_mut().project() {
+            StateProj::Calling { .. } => {
+                this.span.end(course.cut_short());
+                RejectedKind::TimedOut(Phase::Deadline)
+            }
+            StateProj::Unbegun => {
+                course.not_begun();
+                RejectedKind::DeadlinePassed
+            }
+            _ => RejectedKind::DeadlinePassed,
+        };
+        this.state.set(State::Over);
+        let record = course.end(&this.core.settings, Stop::DeadlinePassed);
+        let Some((held, _)) = M::failed(Rejected::by(LayerKind::Retry, kind).into()) else {
+            unreachable!("only these errors have a deadline")
+        };
+        M::release(held, Some(record))
+    }
+}
+
+impl<S, Req, F, M, K, H> fmt::Debug for ResponseFuture<S, Req, F, M, K, H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let attempt = self.course.as_ref().map_or(1, |course| course.made());
+        f.debug_struct("ResponseFuture").field("attempt", &attempt).finish_non_exhaustive()
+    }
+}
