@@ -27,6 +27,9 @@ pub trait Refuse<Req, Res, E>: Clone + Send + Sync + 'static {
     /// The error of the whole: the inner service's, or a box that holds that or the refusal.
     type Error;
 
+    /// Whether who is refused gets an answer of the layer's choice, and not an error.
+    const ANSWERS: bool = true;
+
     /// How whoever sent this request is to be told.
     fn form(&self, request: &Req) -> Form;
 
@@ -100,6 +103,8 @@ pub struct AsError;
 
 impl<Req, Res, E: Into<BoxError>> Refuse<Req, Res, E> for AsError {
     type Error = BoxError;
+
+    const ANSWERS: bool = false;
 
     #[inline]
     fn form(&self, _: &Req) -> Form {

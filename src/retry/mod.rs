@@ -65,12 +65,12 @@
 //!
 //! # Deadlines
 //!
-//! A request with a [`Deadline`](crate::Deadline) in its extensions is not sent after it, nor tried again where the wait and
-//! [10 ms](RetryLayer::least_attempt) for the attempt do not fit before it; nor is a service waited for, beyond
-//! it, that does not get ready; and an attempt under way whose response head is not here by then ends with it. Then
-//! the error has a [`Rejected`](crate::Rejected) in it, which says so: 504 where it is made a response. Only with a deadline is a
-//! refusal of a layer further in waited for, if it says for how long: uncharged, since what was called
-//! has not seen it.
+//! A request with a [`Deadline`](crate::Deadline) in its extensions is not sent after it, nor tried again where the
+//! wait and [10 ms](RetryLayer::least_attempt) for the attempt do not fit before it; nor is a service waited for,
+//! beyond it, that does not get ready; and an attempt under way whose response head is not here by then ends with it.
+//! Then the error has a [`Rejected`](crate::Rejected) in it, which says so; a `DeadlineLayer` around it that responds
+//! makes it a 504, or gRPC's `DEADLINE_EXCEEDED`. Only with a deadline is a refusal of a layer further in waited for,
+//! if it says for how long: uncharged, since what was called has not seen it.
 //!
 //! [`attempt_timeout`](RetryLayer::attempt_timeout) bounds each attempt, up to its response head; no timer is made
 //! before the attempt has to be waited for.

@@ -42,6 +42,12 @@ impl Watch {
         deadline > Instant::now()
     }
 
+    /// What is over, if it is the caller's deadline.
+    pub(super) fn is_over(&self) -> Option<Phase> {
+        let deadline = self.end.filter(|(_, phase)| *phase == Phase::Deadline);
+        deadline.filter(|(at, _)| *at <= Instant::now()).map(|(_, phase)| phase)
+    }
+
     /// The time of the whole runs from here: the first wait, or the head.
     pub(super) fn begin(&mut self) {
         if std::mem::replace(&mut self.begun, true) {

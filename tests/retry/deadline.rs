@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use buttress::{
-    Attempts, Backoff, Deadline, Outcome, Rejected, RetryLayer,
+    Attempts, Backoff, Deadline, DeadlineLayer, Outcome, Rejected, RetryLayer,
     call::{Phase, Reason, RejectedKind},
     retry::Stop,
 };
@@ -108,6 +108,50 @@ async fn an_attempt_under_way_ends_with_the_deadline() {
             Reason::Timeout,
             "also for who is around it"
         );
+    }
+}
+
+/// Both know the same deadline, and this layer is the first to see it pass.
+#[tokio::test(start_paused = true)]
+async fn who_set_the_deadline_says_how_it_is_told() {
+    let outer = || DeadlineLayer::new().default_of(ms(100));
+    for shut in [false, true] {
+        let inner = || {
+            let inner = Inner::<Script>::with(move |_, _| async move {
+                if !shut {
+                    std::future::pending::<()>().await;
+                }
+                Ok(status(503))
+            });
+            (inner.log.clone(), layer(ms(20)).layer(inner))
+        };
+        let shut_later = async |log: std::sync::Arc<Log>| {
+            tokio::time::sleep(ms(5)).await;
+            if shut {
+                log.gate(Gate::Shut);
+            }
+        };
+        let mut call = post(Script::empty());
+        call.headers_mut()
+            .extend(map(&[("content-type", "application/grpc"), ("idempotency-key", "k")]));
+        for (call, grpc_status) in [(get(), None), (call, Some("4"))] {
+            let (log, retry) = inner();
+            let answers = outer().respond();
+            let handle = answers.handle();
+            let service = answers.layer(retry);
+            let (answer, ()) = tokio::join!(send(&service, call), shut_later(log));
+            let answer = answer.unwrap();
+            let told = answer.headers().get("grpc-status").map(|told| told.to_str().unwrap());
+            assert_eq!(told, grpc_status);
+            assert!(told.is_some() || answer.status() == 504);
+            assert_eq!(handle.snapshot().ended, 1);
+        }
+        // As an error it is the retry's, which tells more.
+        let (log, retry) = inner();
+        let service = outer().layer(retry);
+        let (error, ()) = tokio::join!(send(&service, get()), shut_later(log));
+        let told = Attempts::find(&*error.err().unwrap()).unwrap();
+        assert_eq!((told.made, told.stop), (1, Stop::DeadlinePassed));
     }
 }
 

@@ -3,6 +3,7 @@
     feature = "retry",
     feature = "breaker",
     feature = "limit",
+    feature = "timeout",
     feature = "hyper",
     feature = "tracing"
 ))]
@@ -25,7 +26,7 @@ mod retry {
     mod state;
     mod time;
     mod types;
-    #[cfg(all(feature = "percentile", feature = "timeout"))]
+    #[cfg(feature = "percentile")]
     mod vectors;
     mod waits;
     mod wire;
