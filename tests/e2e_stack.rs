@@ -160,7 +160,7 @@ async fn config_of_nobody_there_fails_in_good_time() {
 
 /// Whole stacks on both sides: its own client to the next, with what its caller's deadline leaves.
 async fn hop(next: SocketAddr, before: Duration) -> SocketAddr {
-    let settings = "deadline_header = 'x-left'\ndeadline_keep_back = '20ms'\ndeadline_default = '2s'\ntimeout_head = '1500ms'\n\
+    let settings = "deadline_header = 'x-left'\ndeadline_keep_back = '40ms'\ndeadline_default = '2s'\ntimeout_head = '1500ms'\n\
                     retry_attempts = 1\nconnect_timeout = '1s'\nconnection_wait = '1s'\nlimit_queue_wait = '1s'";
     let client = buttress::client::<Body>(&ClientConfig::from_toml(settings).unwrap()).unwrap();
     let handler = async move |Extension(deadline): Extension<Deadline>| {

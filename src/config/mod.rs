@@ -75,14 +75,19 @@
 //! | `slow` | head 60 s, connecting 10 s, long waits |
 //! | `llm` | head and first frame 180 s, silences 60 s, no total, 8 connections a host, 32 calls at once |
 //!
+//! A server's have the same names: how long a head and a turn may take, and what is a stream.
+//!
 //! # Changing it
 //!
 //! The fields are public: a program may set them, and `explain` says so. [`changes`](ClientConfig::changes) tells what
-//! differs between two configurations, and which of that can change while the stack runs.
+//! differs between two configurations, and which of that can change while the stack runs: all but
+//! `deadline_header`, the retry budget, a circuit's window and the kinds of its rules, `tcp_keepalive` and `http2_…`.
 //!
 //! # Layers of one's own stack
 //!
-//! Each layer's settings (`RetryConfig`, …) can be read alone, without the prefix in their keys, and make their layer:
+//! Each layer's settings (`RetryConfig`, …) can be read alone, without the prefix in their keys, and make their layer;
+//! [`HedgeConfig`] and [`HealthProbeConfig`](https://docs.rs/buttress/latest/buttress/config/struct.HealthProbeConfig.html)
+//! only so:
 //!
 //! ```
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -30,6 +30,9 @@ use crate::{
 /// # Ok(()) }
 /// ```
 ///
+/// With the feature `axum` (tonic: `tonic-health`) the time of an answer begins when its request is here; else with
+/// the call, and long uploads need a longer `timeout_head`.
+///
 /// Health endpoints (`Health::endpoints`) belong outside of it. One stack belongs to one layer and all its clones.
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]

@@ -20,7 +20,7 @@ const OFF: u32 = 0;
 /// request's extensions, what one call has instead of them.
 ///
 /// Each phase is a time, off (`None`), or not said: then it is as the layer has it, and off in a layer. In whole
-/// milliseconds, rounded up; 49 days at most.
+/// milliseconds, rounded up; 49 days at most. No time at all is a mistake: a call that has it is refused.
 ///
 /// ```
 /// use std::time::Duration;

@@ -84,8 +84,8 @@ fn phase(result: Result<StatusCode, BoxError>) -> Phase {
 async fn of_the_head_begins_when_a_body_in_one_piece_has_been_sent() {
     let at = takes(usize::MAX, ms(3)).await;
     let start = Instant::now();
-    let status = upload(at, Timeouts::new().head(ms(300)).taking(ms(300)), whole()).await;
-    assert!(start.elapsed() > ms(600), "too soon to show anything: {:?}", start.elapsed());
+    let status = upload(at, Timeouts::new().head(ms(500)).taking(ms(500)), whole()).await;
+    assert!(start.elapsed() > ms(700), "too soon to show anything: {:?}", start.elapsed());
     assert_eq!(status.unwrap(), StatusCode::OK);
 }
 
@@ -95,7 +95,7 @@ async fn of_what_takes_nothing_more_of_a_request() {
     let start = Instant::now();
     let timeouts = Timeouts::http().taking(ms(400));
     assert_eq!(phase(upload(at, timeouts, whole()).await), Phase::Taking);
-    assert!(start.elapsed() > ms(500) && start.elapsed() < ms(1500), "{:?}", start.elapsed());
+    assert!(start.elapsed() > ms(500) && start.elapsed() < ms(5000), "{:?}", start.elapsed());
 }
 
 #[tokio::test]
