@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use http::{Extensions, Method, Request, Response, StatusCode, Uri};
+use http::{Method, Request, Response, StatusCode, Uri};
 use http_body::Body;
 use hyper::body::Incoming;
 use hyper_util::{
@@ -53,6 +53,8 @@ use crate::{
 pub struct Client<C, B> {
     inner: Arc<legacy::Client<Connector<C>, B>>,
     connections: ConnectHandle,
+    /// From the first byte: calls share connections.
+    is_http2: bool,
 }
 
 impl Client<(), ()> {
@@ -65,7 +67,7 @@ impl Client<(), ()> {
             every: Duration::from_secs(15),
             times: 3,
         };
-        ClientBuilder { connections, hyper, tcp: Some(tcp) }
+        ClientBuilder { connections, hyper, tcp: Some(tcp), is_http2: false }
     }
 }
 
@@ -86,14 +88,15 @@ where
 {
     /// Sends a request.
     pub fn request(&self, request: Request<B>) -> ResponseFuture {
-        let all = &self.connections.0;
-        let turn = all.has_cap().then(|| Turn::now(all, Origin::of(request.uri()))).transpose();
+        let (all, shares) = (&self.connections.0, self.is_http2);
+        let now = || Turn::now(all, Origin::of(request.uri()), shares);
+        let turn = (shares || all.has_cap()).then(now).transpose();
         let state = match turn {
             Ok(turn) => self.send(request, turn),
             Err(host) => {
                 let client = self.clone();
                 let sent = Box::pin(async move {
-                    let turn = Turn::next(host).await?;
+                    let turn = Turn::next(host, shares).await?;
                     Ok(client.send(request, Some(turn)))
                 });
                 State::Waiting { sent }
@@ -131,7 +134,8 @@ where
 
 impl<C, B> Clone for Client<C, B> {
     fn clone(&self) -> Self {
-        Self { inner: self.inner.clone(), connections: self.connections.clone() }
+        let (inner, connections) = (self.inner.clone(), self.connections.clone());
+        Self { inner, connections, is_http2: self.is_http2 }
     }
 }
 
@@ -189,8 +193,8 @@ impl Future for ResponseFuture {
             // As soon as one is known: the pool may have it back by the time its answer is here.
             retire(connection);
         }
-        if turn.as_ref().is_some_and(Turn::is_needless) {
-            *turn = None;
+        if let Some(turn) = turn {
+            turn.watch(connection.as_ref());
         }
         let mut response = ready!(polled)?;
         let Some(tag) = response.extensions_mut().remove::<Tag>() else {
@@ -209,12 +213,8 @@ impl Future for ResponseFuture {
 
 /// Lets a connection that is over serve no call after this one, if it can be spared.
 fn retire(connection: &CaptureConnection) {
-    let connected = connection.connection_metadata();
-    let Some(connected) = &*connected else { return };
-    let mut extensions = Extensions::new();
-    connected.get_extras(&mut extensions);
-    if extensions.get::<Tag>().is_some_and(|tag| tag.conn.is_to_be_left()) {
-        connected.poison();
+    if Tag::of(connection).is_some_and(|tag| tag.conn.is_to_be_left()) {
+        connection.connection_metadata().as_ref().inspect(|connected| connected.poison());
     }
 }
 
@@ -235,6 +235,7 @@ pub struct ClientBuilder {
     connections: ConnectLayer,
     hyper: legacy::Builder,
     tcp: Option<TcpKeepalive>,
+    is_http2: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -290,6 +291,7 @@ impl ClientBuilder {
     /// HTTP/2 from the first byte, also without TLS. By default TLS finds out which it is, and all else is HTTP/1.
     pub fn http2_only(mut self) -> Self {
         self.hyper.http2_only(true);
+        self.is_http2 = true;
         self
     }
 
@@ -353,9 +355,9 @@ impl ClientBuilder {
             idle => Duration::from_nanos(idle).max(HOUR / 12),
         };
         self.hyper.pool_idle_timeout(idle);
-        let connections = self.connections.handle();
+        let (connections, is_http2) = (self.connections.handle(), self.is_http2);
         let connector = self.connections.connector(connector, true);
-        Client { inner: Arc::new(self.hyper.build(connector)), connections }
+        Client { inner: Arc::new(self.hyper.build(connector)), connections, is_http2 }
     }
 
     fn tcp_connector(&self) -> HttpConnector {
@@ -373,7 +375,7 @@ impl ClientBuilder {
     ///
     /// The first setting that cannot.
     pub fn checked(self) -> Result<Self, ConfigError> {
-        let Self { connections, hyper, tcp } = self;
-        Ok(Self { connections: connections.checked()?, hyper, tcp })
+        let Self { connections, hyper, tcp, is_http2 } = self;
+        Ok(Self { connections: connections.checked()?, hyper, tcp, is_http2 })
     }
 }

@@ -8,6 +8,9 @@ use std::{
     task::Waker,
 };
 
+use http::Extensions;
+use hyper_util::client::legacy::connect::CaptureConnection;
+
 use super::{
     core::Connections,
     host::Host,
@@ -129,7 +132,10 @@ impl Conn {
             self.end();
         }
         let why = match self.over.set(Over::Closed) {
-            Ok(()) => None,
+            Ok(()) => {
+                self.host.shares.set_up(false);
+                None
+            }
             Err(_) => self.why_over(),
         };
         self.all.close(self, why);
@@ -148,6 +154,9 @@ impl Conn {
     /// Whether this is why it is to go: the first reason stays.
     pub(super) fn set_over(&self, why: Over) -> bool {
         let is_first = self.over.set(why).is_ok();
+        if is_first {
+            self.host.shares.set_up(false);
+        }
         self.all.counts.over.fetch_add(usize::from(is_first), Ordering::SeqCst);
         is_first
     }
@@ -253,6 +262,14 @@ impl Tag {
     /// The one that the pool keeps.
     pub(super) fn new(conn: Shared<Conn>) -> Self {
         Self { conn, is_lease: false }
+    }
+
+    /// Of the connection that a call has got, once it has got one.
+    pub(super) fn of(call: &CaptureConnection) -> Option<Self> {
+        let connected = call.connection_metadata();
+        let mut extensions = Extensions::new();
+        connected.as_ref()?.get_extras(&mut extensions);
+        extensions.remove()
     }
 
     /// The right to use it for one call, to the end of the response body.

@@ -17,7 +17,7 @@ use super::{
     executor::wanted,
     gate::{Gate, NO_LIMIT},
     host::{Guest, Host, Line, Ticket},
-    life::{Life, Over},
+    life::{self, Life, Over},
 };
 use crate::{
     call::{Clock, Label, LayerKind, Origin, Rejected, RejectedKind, Shared, nanos},
@@ -188,6 +188,12 @@ impl Connections {
     /// Whether one more connection to this host would get in at once.
     pub(super) fn has_room(&self, host: &Host) -> bool {
         host.gate.has_room() && self.total.has_room()
+    }
+
+    /// None: for ever.
+    pub(super) fn connect_timeout(&self) -> Option<Duration> {
+        let longest = self.settings.connect_timeout.load(Ordering::Relaxed);
+        (longest != life::NEVER).then(|| Duration::from_nanos(longest))
     }
 
     pub(super) fn longest_wait(&self) -> Duration {

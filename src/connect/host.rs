@@ -21,6 +21,8 @@ pub(super) struct Host {
     /// For calls that need a connection each.
     pub(super) calls: Arc<Gate>,
     pub(super) shares: Shares,
+    /// For the one call that makes the connection which others are going to share.
+    pub(super) first: Arc<Gate>,
     users: AtomicUsize,
     /// Who waits for a place among all.
     pub(super) waiting: AtomicUsize,
@@ -33,6 +35,7 @@ impl Host {
             gate: Gate::new(most),
             calls: Gate::new(most),
             shares: Shares::default(),
+            first: Gate::new(1),
             users: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
         })
@@ -43,6 +46,8 @@ impl Host {
 #[derive(Debug, Default)]
 pub(super) struct Shares {
     does: AtomicBool,
+    /// Whether there is one to share, as far as is known: a call that finds this wrong puts it right.
+    is_up: AtomicBool,
     told: Notify,
 }
 
@@ -57,8 +62,16 @@ impl Shares {
         }
     }
 
-    /// Until that is so, for ever if it is not.
-    pub(super) async fn wait(&self) {
+    pub(super) fn is_up(&self) -> bool {
+        self.is_up.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn set_up(&self, is_up: bool) {
+        self.is_up.store(is_up, Ordering::SeqCst);
+    }
+
+    /// For ever if they do not.
+    pub(super) async fn wait_until_known(&self) {
         let told = self.told.notified();
         if !self.known() {
             told.await;

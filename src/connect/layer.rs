@@ -239,10 +239,7 @@ where
 {
     let counts = &all.counts;
     let _connecting = Connecting::begin(counts);
-    let longest = match all.settings.connect_timeout.load(Ordering::Relaxed) {
-        life::NEVER => Duration::MAX,
-        nanos => Duration::from_nanos(nanos),
-    };
+    let longest = all.connect_timeout().unwrap_or(Duration::MAX);
     let (counter, error) = match timeout(longest, connect()).await {
         Ok(Ok(io)) => return Ok(io),
         Ok(Err(error)) => (&counts.failed, error.into()),

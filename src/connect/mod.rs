@@ -93,7 +93,8 @@
 //! # Cancellation
 //!
 //! Dropping a call that waits or connects gives its place back; dropping one just when its turn has come hands the
-//! turn to the next. A connection that is nearly made when its caller is served by another one is kept for the
+//! turn to the next. Over HTTP/2 one call connects for all that wait: when it is dropped the next of them does
+//! (hyper's pool would fail them). A connection that is nearly made when its caller is served by another one is kept for the
 //! next.
 //!
 //! # Defaults

@@ -2,12 +2,15 @@
 
 use std::time::Duration;
 
-use buttress::{call::RejectedKind, connect::ConnectLayer};
+use buttress::{
+    call::RejectedKind,
+    connect::{Client, ConnectLayer},
+};
 use futures_util::future::join_all;
 use http_body_util::BodyExt;
 use tokio::time::Instant;
 
-use crate::kit::{Pipes, ask, client, http2, refusal, request, settle};
+use crate::kit::{Piped, Pipes, ask, client, http2, refusal, request, settle};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -199,8 +202,13 @@ async fn over_http2_many_calls_share_the_one_connection_there_may_be() {
 async fn calls_that_wait_go_as_soon_as_a_connection_turns_out_to_be_http2() {
     let layer = ConnectLayer::new().max_per_host(2).max_total(2);
     let (pipes, down) = (Pipes::gated(), Pipes::default());
-    let (http2, http1) = (http2(&layer, &pipes), client(&layer, &down));
-    let handle = layer.handle();
+    let (http1, handle) = (client(&layer, &down), layer.handle());
+    // As where TLS finds it out.
+    let http2: Piped = Client::builder(layer)
+        .hyper(|hyper| {
+            hyper.http2_only(true);
+        })
+        .build(pipes.clone());
     let held: Vec<_> =
         (0..20).map(|_| tokio::spawn(http2.request(request("http://a/slow")))).collect();
     settle().await;

@@ -8,7 +8,7 @@ use http_body_util::{BodyExt, Empty};
 use tokio::time::Instant;
 use tower::{Layer, Service, ServiceExt};
 
-use crate::kit::{Pipes, ask, client, refusal, request, settle};
+use crate::kit::{Pipes, ask, client, http2, refusal, request, settle};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -126,6 +126,64 @@ async fn what_hyper_leaves_behind_gives_up_its_place_in_line() {
     let seen = layer.handle().snapshot();
     assert_eq!((seen.created, seen.saturated), (1, 0));
     assert!(seen.waits >= 100, "{seen:?}");
+}
+
+/// hyper's pool fails everybody who waits for an HTTP/2 connection when the one goes who was making it.
+#[tokio::test(start_paused = true)]
+async fn who_goes_while_connecting_takes_nobody_along() {
+    for layer in [ConnectLayer::new(), ConnectLayer::new().max_per_host(1).queue(0, SECOND)] {
+        let pipes = Pipes::gated();
+        let client = http2(&layer, &pipes);
+        for goes_again in [false, true] {
+            let mut goes: Vec<_> =
+                (0..3).map(|_| tokio::spawn(client.request(request("http://a/")))).collect();
+            settle().await;
+            let stay: Vec<_> = (0..20)
+                .map(|_| {
+                    tokio::spawn({
+                        let client = client.clone();
+                        async move { ask(&client, "http://a/").await }
+                    })
+                })
+                .collect();
+            for one in goes.drain(..) {
+                settle().await;
+                one.abort();
+            }
+            settle().await;
+            pipes.let_in(1);
+            for one in stay {
+                one.await.unwrap().unwrap();
+            }
+            assert_eq!(layer.handle().snapshot().open, 1);
+            // And the same when that connection has gone.
+            layer.handle().renew();
+            settle().await;
+            assert_eq!(layer.handle().snapshot().created, 1 + u64::from(goes_again));
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_is_not_polled_keeps_nobody_from_connecting() {
+    let (layer, pipes) = (ConnectLayer::new(), Pipes::default());
+    let (client, start) = (http2(&layer, &pipes), Instant::now());
+    let not_yet = client.request(request("http://a/"));
+    ask(&client, "http://a/").await.unwrap();
+    assert_eq!(start.elapsed(), Duration::ZERO);
+    not_yet.await.unwrap();
+    assert_eq!(layer.handle().snapshot().created, 1);
+}
+
+/// Nobody waits behind others for a connection that cannot be made for longer than it may take to make one.
+#[tokio::test(start_paused = true)]
+async fn where_nothing_answers_nobody_waits_for_those_before_them() {
+    let (layer, pipes) = (ConnectLayer::new().connect_timeout(SECOND), Pipes::gated());
+    let client = http2(&layer, &pipes);
+    let start = Instant::now();
+    let calls = (0..20).map(|_| ask(&client, "http://a/"));
+    assert!(futures_util::future::join_all(calls).await.iter().all(Result::is_err));
+    assert!(start.elapsed() <= 2 * SECOND, "{:?}", start.elapsed());
 }
 
 #[tokio::test(start_paused = true)]

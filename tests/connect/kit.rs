@@ -1,10 +1,11 @@
 //! A server at the other end of a pipe: no sockets, so that the clock can be paused.
 
 use std::{
+    collections::HashMap,
     future::Future,
     io,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Mutex},
     task::{Context, Poll},
     time::Duration,
 };
@@ -37,13 +38,25 @@ use crate::net::{Gauge, Inside, Stage};
 pub struct Pipes {
     pub stage: Stage,
     pub open: Gauge,
+    to: Arc<Mutex<HashMap<String, Gauge>>>,
     gate: Option<Arc<Semaphore>>,
+    dawdles: bool,
 }
 
 impl Pipes {
     /// Connecting takes a permit of the gate.
     pub fn gated() -> Self {
         Self { gate: Some(Arc::new(Semaphore::new(0))), ..Self::default() }
+    }
+
+    /// Connecting takes up to 30 ms.
+    pub fn dawdling() -> Self {
+        Self { dawdles: true, ..Self::default() }
+    }
+
+    /// Those to one host.
+    pub fn open_to(&self, host: &str) -> Gauge {
+        self.to.lock().unwrap().entry(host.into()).or_default().clone()
     }
 
     pub fn let_in(&self, n: usize) {
@@ -91,6 +104,9 @@ impl Service<Uri> for Pipes {
             if let Some(gate) = &this.gate {
                 gate.acquire().await.unwrap().forget();
             }
+            if this.dawdles {
+                tokio::time::sleep(Duration::from_millis(fastrand::u64(..30))).await;
+            }
             if uri.host() == Some("down") {
                 return Err(io::ErrorKind::ConnectionRefused.into());
             }
@@ -101,7 +117,8 @@ impl Service<Uri> for Pipes {
                 let io = TokioIo::new(theirs);
                 let _ = server.serve_connection_with_upgrades(io, service).await;
             });
-            Ok(Pipe::new(ours, &this.open))
+            let to = this.open_to(uri.host().unwrap_or_default());
+            Ok(Pipe { _to: Some(to.enter()), ..Pipe::new(ours, &this.open) })
         })
     }
 }
@@ -110,11 +127,12 @@ impl Service<Uri> for Pipes {
 pub struct Pipe {
     io: TokioIo<DuplexStream>,
     _open: Inside,
+    _to: Option<Inside>,
 }
 
 impl Pipe {
     pub fn new(io: DuplexStream, open: &Gauge) -> Self {
-        Self { io: TokioIo::new(io), _open: open.enter() }
+        Self { io: TokioIo::new(io), _open: open.enter(), _to: None }
     }
 }
 

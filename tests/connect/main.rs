@@ -5,6 +5,7 @@ mod connect_caps;
 mod connect_clients;
 mod connect_life;
 mod connect_line;
+mod connect_random;
 mod kit;
 #[path = "../net/mod.rs"]
 mod net;
