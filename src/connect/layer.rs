@@ -53,7 +53,8 @@ impl ConnectLayer {
         self
     }
 
-    /// At most so many connections in total, 1 or more. One that is idle goes if another host needs its place.
+    /// At most so many connections in total, 1 or more. One that is idle goes if another host needs its place. Over
+    /// HTTP/2 leave a place for each host: a connection that always serves some call makes room for nobody.
     pub fn max_total(mut self, most: usize) -> Self {
         if let Some(most) = self.accept(checked("max_total", most)) {
             self.all.set_total(most);
