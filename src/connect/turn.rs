@@ -69,7 +69,7 @@ impl Turn {
         let own = if shares || guest.host.shares.known() { None } else { own(&guest).await? };
         let right = match own {
             Some((own, of_all)) => Right::Own(own, of_all),
-            None => first(&guest).await,
+            None => first(&guest).await?,
         };
         Ok(Self { right, guest })
     }
@@ -131,10 +131,20 @@ async fn own(guest: &Guest) -> Result<Option<(Place, Place)>, Rejected> {
 
 /// Once there is a connection to share, or whoever was making it has gone. Not for longer than it may take to make
 /// one: where it cannot be made all are to hear of it, and not each only after those before.
-async fn first(guest: &Guest) -> Right {
-    let longest = guest.all.connect_timeout().unwrap_or(Duration::MAX);
-    match timeout(longest, guest.host.first.enter()).await {
-        Ok(place) if !guest.host.shares.is_up() => Right::First { _given_back: place },
-        _ => Right::Free,
-    }
+async fn first(guest: &Guest) -> Result<Right, Rejected> {
+    let (all, host) = (&*guest.all, &*guest.host);
+    let place = match host.first.try_enter() {
+        Some(place) => place,
+        None => {
+            // Without a cap nobody is refused.
+            let joined = all.has_cap().then(|| Line::join(guest).ok_or_else(|| all.refuse()));
+            let _line = joined.transpose()?;
+            let longest = all.connect_timeout().unwrap_or(Duration::MAX);
+            match timeout(longest, host.first.enter()).await {
+                Ok(place) => place,
+                Err(_) => return Ok(Right::Free),
+            }
+        }
+    };
+    Ok(if host.shares.is_up() { Right::Free } else { Right::First { _given_back: place } })
 }

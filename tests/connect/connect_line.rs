@@ -131,7 +131,7 @@ async fn what_hyper_leaves_behind_gives_up_its_place_in_line() {
 /// hyper's pool fails everybody who waits for an HTTP/2 connection when the one goes who was making it.
 #[tokio::test(start_paused = true)]
 async fn who_goes_while_connecting_takes_nobody_along() {
-    for layer in [ConnectLayer::new(), ConnectLayer::new().max_per_host(1).queue(0, SECOND)] {
+    for layer in [ConnectLayer::new(), ConnectLayer::new().max_per_host(1).queue(22, SECOND)] {
         let pipes = Pipes::gated();
         let client = http2(&layer, &pipes);
         for goes_again in [false, true] {
@@ -151,6 +151,9 @@ async fn who_goes_while_connecting_takes_nobody_along() {
                 one.abort();
             }
             settle().await;
+            // The line has room for all but the one that connects, and for no more.
+            let has_cap = layer.handle().snapshot().max_per_host.is_some();
+            assert_eq!(layer.handle().snapshot().waiting, if has_cap { 19 } else { 0 });
             pipes.let_in(1);
             for one in stay {
                 one.await.unwrap().unwrap();
