@@ -88,7 +88,7 @@ impl Cell {
                 let left = |at: Nanos| Duration::from_nanos(at.saturating_sub(now));
                 let mut machine = self.lock();
                 let change = machine.pass_time(self.at(now, roll));
-                return (machine.state(), machine.next_by_time().map(left), change);
+                return (machine.state(), machine.next_by_time(now).map(left), change);
             }
         };
         (state, None, None)
@@ -100,7 +100,7 @@ impl Cell {
         self.slow_from.load(Ordering::Relaxed) != u64::MAX
     }
 
-    /// Whether a call would go now; a ramp's luck apart.
+    /// Whether a call would go now; the luck of a ramp that gives no turns apart.
     #[inline]
     pub(super) fn has_room(
         &self,
@@ -108,9 +108,9 @@ impl Cell {
         roll: Roll,
     ) -> (bool, Option<Change>) {
         match word(self.word.load(Ordering::Acquire)) {
-            Word::Closed | Word::Ramp | Word::ForcedClosed => (true, None),
+            Word::Closed | Word::ForcedClosed => (true, None),
             Word::ForcedOpen => (false, None),
-            Word::Open | Word::HalfOpen => {
+            Word::Open | Word::HalfOpen | Word::Ramp => {
                 let now = now();
                 // An open circuit says no without the lock, however many ask.
                 if now < self.until.load(Ordering::Acquire) {
@@ -118,7 +118,7 @@ impl Cell {
                 }
                 let mut machine = self.lock();
                 let change = machine.pass_time(self.at(now, roll));
-                (machine.has_room(), change)
+                (machine.has_room(now), change)
             }
         }
     }
@@ -326,6 +326,7 @@ mod loom_models {
             lease: Duration::from_nanos(1000),
             ramp: Duration::ZERO,
             outside_probes: false,
+            holds_back: false,
         }
     }
 

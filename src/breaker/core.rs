@@ -116,6 +116,7 @@ impl Circuit {
 
     pub(super) fn hold_back(&self) {
         self.holds_back.store(true, Ordering::Relaxed);
+        self.configure(|settings| settings.holds_back = true);
     }
 
     pub(super) fn let_wait(&self, most: u32, longest: Duration) {
@@ -155,6 +156,14 @@ impl Circuit {
         let (state, lasts, change) = self.cell.state(|| self.now(), fastrand::f64);
         self.tell(change);
         (state, lasts)
+    }
+
+    /// How long it lasts, if nothing happens, until time alone changes whether a call would go.
+    pub(super) fn lasts(&self) -> Option<Duration> {
+        self.look(|machine, _, now| {
+            let at = machine.next_by_time(now)?;
+            Some(Duration::from_nanos(at.saturating_sub(now)))
+        })
     }
 
     /// Whether a call would go now.

@@ -23,6 +23,7 @@ const DEFAULTS: Settings = Settings {
     lease: Duration::from_secs(30),
     ramp: Duration::ZERO,
     outside_probes: false,
+    holds_back: false,
 };
 
 /// So many probes are no probes any more.
@@ -129,9 +130,9 @@ impl<M, R> CircuitBreakerLayer<M, R> {
 
     /// Is not ready while it would refuse: then a balancer (`tower::balance::p2c`) takes another endpoint.
     ///
-    /// Not for a service that callers wait for: they would wait until it is over. What a [`ramp`](Self::ramp)
-    /// keeps back is refused all the same; and it is a fault together with keys, for which circuit a call
-    /// belongs to is known only with the request.
+    /// Not for a service that callers wait for: they would wait until it is over. On a [`ramp`](Self::ramp) it is
+    /// ready for a growing share of the time, a hundred turns in all, and refuses nobody. It is a fault together
+    /// with keys, for which circuit a call belongs to is known only with the request.
     pub fn backpressure(self) -> Self {
         self.plan.policy.hold_back();
         self

@@ -60,8 +60,7 @@ impl<Req> Policy<Req> for Shared<Circuit> {
 
 /// Also the end of a probe's lease: where no call comes, nobody else would notice.
 fn changes_at(circuit: &Circuit) -> Option<Instant> {
-    let lasts = circuit.state().1?;
-    Instant::now().checked_add(lasts)
+    Instant::now().checked_add(circuit.lasts()?)
 }
 
 pub(super) fn is_stale(permit: &Permit<Circuit>) -> bool {

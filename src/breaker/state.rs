@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{counts::TimeWindows, trip::Tripped, wait::OpenFor};
-use crate::call::Nanos;
+use crate::call::{Nanos, nanos};
 
 /// Where a circuit is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -46,6 +46,31 @@ pub(super) struct Settings {
     pub(super) ramp: Duration,
     /// Probes come through the handle alone.
     pub(super) outside_probes: bool,
+    /// It is asked whether a call would go before there is one: a ramp gives turns then, and refuses nobody.
+    pub(super) holds_back: bool,
+}
+
+/// The share of calls that goes at the beginning of a ramp.
+const RAMP_FROM: f64 = 0.1;
+/// How many turns a ramp gives to who is asked before there is a call.
+const TURNS: u64 = 100;
+
+impl Settings {
+    /// The share of calls that goes so long after a ramp has begun.
+    pub(super) fn ramp_share(&self, gone: Nanos) -> f64 {
+        RAMP_FROM + (1.0 - RAMP_FROM) * (gone as f64 / nanos(self.ramp) as f64)
+    }
+
+    /// Whether it is a turn in which calls go, and when that changes: of each stretch of the ramp the first
+    /// part, and as large a part as calls are to go.
+    pub(super) fn turn(&self, since: Nanos, now: Nanos) -> (bool, Nanos) {
+        let length = (nanos(self.ramp) / TURNS).max(1);
+        let gone = now.saturating_sub(since);
+        let into = gone % length;
+        let goes = (self.ramp_share(gone - into) * length as f64) as Nanos;
+        let change = if into < goes { goes } else { length };
+        (into < goes, now.saturating_add(change - into))
+    }
 }
 
 /// Draws from [0, 1).

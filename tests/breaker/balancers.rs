@@ -186,3 +186,53 @@ async fn shadow_mode_wakes_who_is_held_back() {
     assert!(held_back.is_woken());
     assert_ready_ok!(held_back.poll_ready::<Request<()>>());
 }
+
+// ===== The ramp =====
+
+/// A refusal would be an answer at once, and the least loaded endpoint the one that refuses most: it gives turns
+/// instead, more and more of the time.
+#[tokio::test(start_paused = true)]
+async fn on_a_ramp_it_is_ready_for_a_growing_share_of_the_time_and_refuses_nobody() {
+    let rig = Rig::half_open(touchy().ramp(secs(100)).backpressure()).await;
+    rig.ok().await;
+    let mut service = Spawn::new(rig.service.clone());
+    let mut ready = Vec::new();
+    for _ in 0..10 {
+        let mut times = 0;
+        for _ in 0..1000 {
+            if service.poll_ready::<Request<()>>().is_ready() {
+                times += 1;
+                rig.watch.script([Then::Answer(empty())]);
+                assert_ready_ok!(task::spawn(service.call(request())).poll(), "nobody is refused");
+            }
+            advance(ms(10)).await;
+        }
+        ready.push(times);
+    }
+    // In thousandths of the time: 10 % of the first second, 99.1 % of the last.
+    assert!(ready.windows(2).all(|pair| pair[0] < pair[1]), "{ready:?}");
+    assert!((120..170).contains(&ready[0]) && ready[9] > 900, "{ready:?}");
+    let all: usize = ready.iter().sum();
+    assert!((5300..5700).contains(&all), "{all}");
+    assert_eq!(rig.handle.snapshot().refused, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_is_held_back_on_a_ramp_is_woken_for_the_next_turn() {
+    let rig = Rig::half_open(touchy().ramp(secs(100)).backpressure()).await;
+    rig.ok().await;
+    let mut held_back = Spawn::new(rig.service.clone());
+    assert_ready_ok!(held_back.poll_ready::<Request<()>>());
+    advance(ms(100)).await;
+    assert_pending!(held_back.poll_ready::<Request<()>>(), "a tenth of a second is over");
+    advance(ms(899)).await;
+    assert!(!held_back.is_woken());
+    advance(ms(1)).await;
+    assert!(held_back.is_woken(), "without any traffic");
+    assert_ready_ok!(held_back.poll_ready::<Request<()>>());
+    // Its turn is over by the time of the call: what was promised is kept.
+    advance(ms(500)).await;
+    rig.watch.script([Then::Answer(empty())]);
+    assert_ready_ok!(task::spawn(held_back.call(request())).poll());
+    assert_eq!(rig.handle.snapshot().refused, 0);
+}

@@ -13,9 +13,6 @@ use super::{
 };
 use crate::call::{Outcome, OutcomeKind, nanos};
 
-/// The share of calls that goes at the beginning of a ramp.
-const RAMP_FROM: f64 = 0.1;
-
 impl Machine {
     // ===== Time passes =====
 
@@ -62,13 +59,11 @@ impl Machine {
         let counted = Ok(Ticket { generation: self.generation, probe: false });
         let answer = match &mut self.phase {
             Phase::Closed { since, ramps: true } => {
-                let ramp = nanos(self.settings.ramp);
                 let gone = at.now.saturating_sub(*since);
-                let share = RAMP_FROM + (1.0 - RAMP_FROM) * (gone as f64 / ramp as f64);
-                if (at.roll)() < share {
+                if self.settings.holds_back || (at.roll)() < self.settings.ramp_share(gone) {
                     counted
                 } else {
-                    Err(Refusal::Ramping { left: ramp.saturating_sub(gone) })
+                    Err(Refusal::Ramping { left: nanos(self.settings.ramp).saturating_sub(gone) })
                 }
             }
             Phase::Closed { .. } | Phase::ForcedClosed => counted,

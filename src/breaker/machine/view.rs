@@ -28,19 +28,25 @@ impl Machine {
     }
 
     /// When time alone changes something that callers wait for.
-    pub(in crate::breaker) fn next_by_time(&self) -> Option<Nanos> {
+    pub(in crate::breaker) fn next_by_time(&self, now: Nanos) -> Option<Nanos> {
         match &self.phase {
             _ if self.isolations > 0 => None,
+            Phase::Closed { since, ramps: true } if self.settings.holds_back => {
+                Some(self.settings.turn(*since, now).1)
+            }
             Phase::Open { until } => Some(*until),
             Phase::HalfOpen(probes) => probes.next_lease(),
             _ => None,
         }
     }
 
-    /// Whether a call would go; a ramp's luck apart.
-    pub(in crate::breaker) fn has_room(&self) -> bool {
+    /// Whether a call would go; the luck of a ramp that gives no turns apart.
+    pub(in crate::breaker) fn has_room(&self, now: Nanos) -> bool {
         match &self.phase {
             _ if self.isolations > 0 => false,
+            Phase::Closed { since, ramps: true } if self.settings.holds_back => {
+                self.settings.turn(*since, now).0
+            }
             Phase::Closed { .. } | Phase::ForcedClosed => true,
             Phase::Open { .. } | Phase::ForcedOpen => false,
             Phase::HalfOpen(probes) => probes.has_room(&self.settings),
