@@ -118,7 +118,7 @@ impl Counts {
         self.slow_from
     }
 
-    /// Counts one call; tells the first rule that it trips.
+    /// Counts one call; tells the first rule that it trips, by its place.
     ///
     /// Throttled calls say nothing either way. A cancelled one counts where it had already been slow.
     pub(super) fn record(
@@ -126,7 +126,7 @@ impl Counts {
         ended: Ended,
         now: Nanos,
         times: &TimeWindows,
-    ) -> Option<Tripped> {
+    ) -> Option<(usize, Tripped)> {
         let slow = self.was_slow(ended);
         let failed = match ended.outcome.kind() {
             OutcomeKind::Success => Some(false),
@@ -155,7 +155,9 @@ impl Counts {
         if !failed && !slow {
             return None;
         }
-        self.rules.iter().find_map(|rule| self.tripped(rule, failed, ended.took, now, times))
+        self.rules.iter().enumerate().find_map(|(place, rule)| {
+            Some((place, self.tripped(rule, failed, ended.took, now, times)?))
+        })
     }
 
     fn tripped(

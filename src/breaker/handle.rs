@@ -37,6 +37,8 @@ pub struct CircuitBreakerSnapshot {
     pub opened: u64,
     /// Which rule opened it last, and what that rule saw.
     pub last_trip: Option<Tripped>,
+    /// The place of that rule among those that were given, from 0. None where probes have opened it.
+    pub last_rule: Option<usize>,
     /// How many calls it refused.
     pub refused: u64,
     /// How many calls it would have refused, had it not been in [shadow mode](CircuitBreakerHandle::shadow).
@@ -68,6 +70,7 @@ impl CircuitBreakerHandle {
                 probes: machine.probes_under_way(),
                 opened: machine.opened(),
                 last_trip: machine.last_trip(),
+                last_rule: machine.last_rule(),
                 refused,
                 shadowed,
                 past: machine.past(now, times),

@@ -137,7 +137,8 @@ impl Trip {
         self
     }
 
-    /// The first of these rules that trips; where two trip at once, the one named first is told.
+    /// The first of these rules that trips; where two trip at once, the one named first is told. Which one it was
+    /// is in the snapshot, as [`last_rule`](super::CircuitBreakerSnapshot::last_rule).
     #[must_use]
     pub fn any(rules: impl IntoIterator<Item = Self>) -> Self {
         Self { rules: rules.into_iter().flat_map(|trip| trip.rules).collect() }

@@ -78,6 +78,25 @@ async fn a_coarse_clock_forgets_a_few_good_calls_early_and_no_bad_one() {
     assert_eq!(rig.state(), State::Open);
 }
 
+/// Two of a kind say alike: which it was is told by its place.
+#[tokio::test(start_paused = true)]
+async fn which_of_many_rules_it_was_is_told_by_its_place() {
+    let ratio = |over| Trip::failure_ratio(1.0).over(over).min_calls(over);
+    let rig = rig(Trip::any([Trip::consecutive(9), ratio(5), Trip::any([ratio(3), ratio(4)])]));
+    assert_eq!(rig.handle.snapshot().last_rule, None);
+    for _ in 0..3 {
+        rig.fail().await;
+    }
+    let seen = rig.handle.snapshot();
+    assert_eq!(seen.last_trip, Some(Tripped::FailureRatio { failures: 3, calls: 3 }));
+    assert_eq!(seen.last_rule, Some(2));
+    advance(WAIT).await;
+    rig.fail().await;
+    let seen = rig.handle.snapshot();
+    assert!(matches!(seen.last_trip, Some(Tripped::Probe { .. })));
+    assert_eq!(seen.last_rule, None);
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_rule_named_first_is_the_one_that_is_told() {
     let ratio = || Trip::failure_ratio(1.0).over(3).min_calls(3);

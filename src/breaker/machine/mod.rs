@@ -29,6 +29,8 @@ pub(super) struct Machine {
     /// Trips since it was last calm.
     restless: u32,
     last: Option<Tripped>,
+    /// The place of the rule that was; none for probes.
+    last_rule: Option<usize>,
 }
 
 #[derive(Debug)]
@@ -59,6 +61,7 @@ impl Machine {
             opened: 0,
             restless: 0,
             last: None,
+            last_rule: None,
         };
         (machine, times)
     }

@@ -134,8 +134,10 @@ impl Machine {
 
     fn counted(&mut self, ended: Ended, at: At<'_>) -> Option<Change> {
         let Phase::Closed { .. } = self.phase else { return None };
-        let tripped = self.counts.record(ended, at.now, at.times)?;
-        Some(self.open(tripped, ended.outcome.retry_after(), at))
+        let (rule, tripped) = self.counts.record(ended, at.now, at.times)?;
+        let change = self.open(tripped, ended.outcome.retry_after(), at);
+        self.last_rule = Some(rule);
+        Some(change)
     }
 
     fn probed(&mut self, ended: Ended, at: At<'_>) -> Option<Change> {
@@ -176,7 +178,7 @@ impl Machine {
         let wait = self.settings.open_for.wait(self.restless, hint, (at.roll)());
         self.restless = self.restless.saturating_add(1);
         self.opened += 1;
-        self.last = Some(tripped);
+        (self.last, self.last_rule) = (Some(tripped), None);
         let until = at.now.saturating_add(nanos(wait));
         self.enter(Phase::Open { until }, Some(tripped))
     }

@@ -103,6 +103,10 @@ impl Machine {
         self.last
     }
 
+    pub(in crate::breaker) fn last_rule(&self) -> Option<usize> {
+        self.last_rule
+    }
+
     pub(in crate::breaker) fn probes_under_way(&self) -> usize {
         match &self.phase {
             Phase::HalfOpen(probes) => probes.under_way(),
