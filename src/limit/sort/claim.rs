@@ -45,6 +45,8 @@ impl From<Priority> for Claim {
 /// trace: then every server sheds the same requests. Where each draws its own, a request that needs four
 /// calls at half of the capacity is served in one of sixteen cases, instead of in one of two (Zhou et al.,
 /// "Overload Control for Scaling WeChat Microservices", SoCC 2018).
+///
+/// Whoever chooses the key chooses the lot: at the edge, take one that clients cannot choose.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Priority(u16);
 
@@ -82,7 +84,7 @@ impl Priority {
     }
 
     /// With the lot that the request's trace draws: the trace id of its `traceparent` (W3C), which all calls
-    /// on its path carry. Without one the lot stays as it is.
+    /// on its path carry. Without one the lot stays as it is. At the edge, only where a client's own is replaced.
     #[must_use]
     pub fn lot_of_trace(self, headers: &HeaderMap) -> Self {
         let parent = headers.get("traceparent").map(|value| value.as_bytes());

@@ -43,7 +43,8 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
     }
 
     /// Lets calls of these paths through in any case, and counts them apart: exact paths, or all below one
-    /// that ends in `/*`, such as `/grpc.health.v1.Health/*`.
+    /// that ends in `/*`, such as `/grpc.health.v1.Health/*`. As the layer sees them: in a router that axum nests,
+    /// without what is above it.
     pub fn exempt_paths(
         self,
         paths: impl IntoIterator<Item = impl Into<String>>,
