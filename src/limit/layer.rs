@@ -82,7 +82,8 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
     }
 
     /// Lets an adaptive limit measure calls to the end of the response body, instead of to its head: where
-    /// the body is the work. A fixed limit measures nothing.
+    /// the body is the work, and for streams that go on for much longer than their heads take. A fixed limit
+    /// measures nothing.
     pub fn until_body_end(self) -> Self {
         if let Some(adaptive) = self.plan.policy.adaptive() {
             adaptive.until_body_end();

@@ -6,7 +6,7 @@ use crate::ConfigError;
 /// Keeps the limit at the knee: where more calls at once begin to wait for each other.
 ///
 /// It looks at rounds: a round trip long at least, and 32 calls, or more until the mean of them is known within
-/// a tenth; begun when those of the limit before are over. In this order, once a round:
+/// a tenth; begun when those of the limit before are over, or nearly all. In this order, once a round:
 ///
 /// 1. A twentieth of the calls or more were dropped: a tenth less, and small steps up for 10 s.
 /// 2. Less than three quarters of the limit were in use: nothing is learnt and nothing changes.
@@ -106,6 +106,8 @@ const UNCERTAIN: f64 = 0.08;
 const MOST: f64 = 4096.0;
 /// Drops among so few calls say enough.
 const FEW: f64 = 16.0;
+/// After a change it is waited for the longest call, and not for longer than so many times what they take.
+const SETTLED: f64 = 3.0;
 /// A call that took longer than so many times what they take counts as that: one that hangs is no queue.
 const LONGEST: f64 = 16.0;
 /// A change of the calls at once that is large enough to tell something from.
@@ -293,9 +295,9 @@ impl Round {
         })
     }
 
-    /// The next one, after a change at this moment: begun when all calls of the limit before are over, or nearly all.
+    /// The next one, after a change at this moment.
     fn after_change(&self, now: Duration) -> Self {
-        let longest = self.mean().map_or(self.longest, |mean| self.longest.min(mean * LONGEST));
+        let longest = self.mean().map_or(self.longest, |mean| self.longest.min(mean * SETTLED));
         Self { since: now.saturating_add(seconds(longest)), ..Self::default() }
     }
 }
