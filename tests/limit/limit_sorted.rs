@@ -20,6 +20,7 @@ use buttress::{
         },
     },
 };
+use futures_util::FutureExt;
 use http::Request;
 use proptest::prelude::*;
 use tokio::time::{advance, sleep};
@@ -743,4 +744,63 @@ async fn a_cut_goes_when_the_load_goes() {
     }
     assert_eq!(handle.shed_below(), None);
     assert!(refused_late < 15_000, "{refused_late}");
+}
+
+// ===== Under real threads =====
+
+/// How many are inside, and were at most.
+struct Inside(Arc<(AtomicU32, AtomicU32)>);
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Some are displaced, some go away while they wait or run, shares and limit change: nobody hangs, nothing is lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 8)]
+async fn many_threads_of_all_kinds_lose_nothing() {
+    let layer = ConcurrencyLimitLayer::new(4).queue(16, Duration::from_secs(60)).per_response();
+    let sort: fn(&Claim) -> Claim = |claim| *claim;
+    let layer = layer.sorted_by(sort).partitions(&[0.5, 0.25]).shed_by_priority();
+    let handle = layer.handle();
+    let busy = Arc::new((AtomicU32::new(0), AtomicU32::new(0)));
+    let seen = busy.clone();
+    let service = layer.layer(service_fn(move |_: Claim| {
+        let busy = busy.clone();
+        async move {
+            let now = busy.0.fetch_add(1, Ordering::SeqCst) + 1;
+            busy.1.fetch_max(now, Ordering::SeqCst);
+            let _inside = Inside(busy);
+            tokio::task::yield_now().await;
+            Ok::<_, Oops>(())
+        }
+    }));
+    let mut callers = tokio::task::JoinSet::new();
+    for n in 0..64_u8 {
+        let (service, handle) = (service.clone(), handle.clone());
+        callers.spawn(async move {
+            for round in 0..100_u8 {
+                let claim = Claim::from(Priority::new(round % 8)).partition(n % 3);
+                if (n + round) % 3 == 0 {
+                    // Goes away, whether its turn has come or not, before it has run.
+                    let _ = service.clone().oneshot(claim).now_or_never();
+                } else if let Err(refused) = service.clone().oneshot(claim).await {
+                    let refused = buttress::Rejected::find(&*refused).expect("nothing else fails");
+                    let kinds = [RejectedKind::Full, RejectedKind::Outranked];
+                    assert!(kinds.contains(&refused.kind()), "{refused}");
+                }
+                match n {
+                    0 => handle.set_limit(1 + usize::from(round % 4)).unwrap(),
+                    1 => handle.set_partitions(&[0.1 * f64::from(1 + round % 9)]).unwrap(),
+                    _ => {}
+                }
+            }
+        });
+    }
+    let all = tokio::time::timeout(Duration::from_secs(60), callers.join_all());
+    all.await.expect("somebody hangs");
+    assert!(seen.1.load(Ordering::SeqCst) <= 4);
+    assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
+    assert!(handle.partitions().iter().all(|partition| partition.in_flight == 0));
 }
