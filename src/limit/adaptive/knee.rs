@@ -251,9 +251,10 @@ impl Round {
             self.latency += took;
             self.squares += took * took;
         }
+        let since = sample.now.saturating_sub(*self.last.get_or_insert(sample.now)).as_secs_f64();
         // A pause longer than a call takes is one in which nobody called.
-        let since = sample.now.saturating_sub(*self.last.get_or_insert(sample.now));
-        self.busy += since.as_secs_f64().min(self.mean().unwrap_or(took));
+        let is_work = self.answered > 0.0 && since * self.answered <= self.latency;
+        self.busy += if is_work { since } else { since.min(self.mean().unwrap_or(took)) };
         self.last = Some(sample.now);
     }
 
@@ -270,9 +271,8 @@ impl Round {
 
     fn over(&self, limit: u32) -> Option<Seen> {
         let calls = self.answered + self.dropped;
-        let dropped = self.dropped / calls;
         let enough = f64::from(limit.saturating_mul(8).clamp(32, 256));
-        let is_enough = if dropped >= DROPS {
+        let is_enough = if self.dropped >= DROPS * calls {
             // Nothing is gained by waiting.
             calls >= enough || (calls >= FEW && self.busy >= 1.0)
         } else {
@@ -291,7 +291,7 @@ impl Round {
             // The first call only began the measuring.
             rate: (self.answered - 1.0).max(0.0) / self.busy,
             at_once: self.in_flight / calls,
-            dropped,
+            dropped: self.dropped / calls,
         })
     }
 
