@@ -58,6 +58,17 @@ fn from_any_start_the_knee_is_found_in_ten_seconds() {
     }
 }
 
+/// Also where the bounds leave room for a queue many times as long.
+#[test]
+fn a_start_in_a_queue_does_not_grow_into_a_longer_one() {
+    for initial in [100, 1000] {
+        let knee = Knee::new(initial, 1..=100_000).unwrap();
+        let seconds = run(&world(&[STEADY]), Some(Box::new(knee)), 40);
+        within(&seconds[9..], 15, 40);
+        holds_up(&seconds[10..]);
+    }
+}
+
 /// Single calls say little then: some take ten times as long as others.
 #[test]
 fn the_knee_is_found_also_where_calls_differ_much() {
