@@ -5,7 +5,7 @@ use tokio::{runtime::Handle, time::sleep};
 use super::{
     layer::LifecycleLayer,
     signals::Signals,
-    state::{By, Driven, Phase, State, drive},
+    state::{Driven, Phase, State, drive},
     token::Drain,
 };
 use crate::{ConfigError, Health, call::Shared};
@@ -31,9 +31,7 @@ pub struct Drained {
 impl Lifecycle {
     /// Starting, and armed: from here on `SIGTERM` and `SIGINT` (Ctrl-C, on Windows also a closed console) drain
     /// the process, also while it is still starting, and no longer end it by themselves: a start that takes long
-    /// should ask for [`stopping`](Self::stopping), too. A further signal ends the wait that is on at that moment:
-    /// first the delay, then the rest. One that follows a [`drain`](Self::drain) by hand, as after a `preStop` hook, is
-    /// no further one.
+    /// should ask for [`stopping`](Self::stopping), too. Each further signal is in a [hurry](Self::hurry).
     ///
     /// `health` gets a critical check of the name `lifecycle`, which passes while the process is ready.
     ///
@@ -81,11 +79,11 @@ impl Lifecycle {
             ConfigError::new("lifecycle.signals", error, remedy)
         })?;
         let state = Shared::new(State::new(reporter));
-        let (weak, asked) = (state.downgrade(), state.asked());
+        let (weak, phase) = (state.downgrade(), state.seen());
         let driven = Driven(weak.clone());
         let driver = runtime.spawn(async move {
             let _driven = driven;
-            let drive = drive(weak.clone(), asked);
+            let drive = drive(weak.clone(), phase);
             match signals {
                 None => drive.await,
                 Some(signals) => {
@@ -122,10 +120,16 @@ impl Lifecycle {
         self.0.go_to(Phase::Ready);
     }
 
-    /// Begins to drain, as a signal does; once more ends the wait that is on at that moment. A signal after this is
-    /// the first of its kind, and so is this after a signal.
+    /// Begins to drain, as a first signal does. Without effect once the drain has begun: what calls a `preStop` hook may
+    /// call it twice, and sends a `SIGTERM` after it.
     pub fn drain(&self) {
-        self.0.ask_to_end(By::Hand);
+        self.0.drain();
+    }
+
+    /// Ends the wait that is on, as each further signal does: first the delay, then the time for the rest. Without
+    /// effect before the drain.
+    pub fn hurry(&self) {
+        self.0.hurry();
     }
 
     // ===== Looking =====

@@ -52,8 +52,8 @@
 //! | stopping | 503, where it is still asked | new ones refused: 503, gRPC `UNAVAILABLE`; streams are told to end | none taken; idle ones closed, others after their last answer, GOAWAY |
 //! | stopped | – | cut, and counted | cut |
 //!
-//! Asked once more, by a second signal or a second [`drain`](Lifecycle::drain), it waits no longer for the next phase.
-//! A `preStop` hook that drains and the `SIGTERM` after it ask once.
+//! A second signal, or [`hurry`](Lifecycle::hurry), ends the delay, and a third all the rest. A `preStop` hook that
+//! drains and the first signal after it are in no hurry.
 //!
 //! The delay is there because routers learn late: between a signal and the moment when no load balancer or
 //! kube-proxy sends anything any more seconds go by, and who closes its port before loses what comes in between.

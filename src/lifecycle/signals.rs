@@ -1,6 +1,6 @@
 use std::{io, sync::Weak};
 
-use super::state::{By, State};
+use super::state::State;
 
 /// The signals that ask a process to end. From here on they do no more than that.
 pub(super) struct Signals {
@@ -56,11 +56,13 @@ impl Signals {
         None
     }
 
-    /// Passes them on for as long as there is somebody to pass them on to.
+    /// Passes them on for as long as there is somebody to pass them on to: the first begins the drain.
     pub(super) async fn pass_on(mut self, state: Weak<State>) {
+        let mut tell: fn(&State) = State::drain;
         while self.next().await.is_some() {
             let Some(state) = state.upgrade() else { return };
-            state.ask_to_end(By::Signal);
+            tell(&state);
+            tell = State::hurry;
         }
     }
 }

@@ -61,7 +61,6 @@ pub struct State {
     /// What a call looks at: the phase as a number.
     now: AtomicU8,
     phase: watch::Sender<Phase>,
-    asked: watch::Sender<Asked>,
     in_flight: AtomicUsize,
     refused: AtomicU64,
     times: Mutex<Times>,
@@ -77,34 +76,11 @@ pub(super) struct Times {
     pub(super) longest: Duration,
 }
 
-/// Who asks it to end.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum By {
-    Hand,
-    Signal,
-}
-
-/// How often it was asked to end: once to drain, once more to hurry.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Asked {
-    by_hand: u32,
-    by_signal: u32,
-}
-
-impl Asked {
-    /// A hand and a signal ask for one and the same end: a hook that drains, and the SIGTERM that follows it, are
-    /// not in a hurry.
-    fn times(self) -> u32 {
-        self.by_hand.max(self.by_signal)
-    }
-}
-
 impl State {
     pub(super) fn new(reporter: Reporter) -> Self {
         Self {
             now: AtomicU8::new(Phase::Starting as u8),
             phase: watch::Sender::new(Phase::Starting),
-            asked: watch::Sender::default(),
             in_flight: AtomicUsize::new(0),
             refused: AtomicU64::new(0),
             times: Mutex::new(Times {
@@ -199,22 +175,23 @@ impl State {
     }
 
     /// What needs no waiting is done when this returns.
-    pub(super) fn ask_to_end(&self, by: By) {
+    pub(super) fn drain(&self) {
         self.go_to(Phase::Draining);
         if self.times(|times| times.delay.is_zero()) {
             self.go_to(Phase::Stopping);
         }
-        self.asked.send_modify(|asked| {
-            let times = match by {
-                By::Hand => &mut asked.by_hand,
-                By::Signal => &mut asked.by_signal,
-            };
-            *times = times.saturating_add(1);
-        });
     }
 
-    pub(super) fn asked(&self) -> watch::Receiver<Asked> {
-        self.asked.subscribe()
+    pub(super) fn hurry(&self) {
+        match self.phase() {
+            Phase::Starting | Phase::Ready => {}
+            Phase::Draining => self.go_to(Phase::Stopping),
+            Phase::Stopping | Phase::Stopped => self.go_to(Phase::Stopped),
+        }
+    }
+
+    pub(super) fn seen(&self) -> watch::Receiver<Phase> {
+        self.phase.subscribe()
     }
 
     fn is_open(&self) -> bool {
@@ -222,11 +199,10 @@ impl State {
     }
 }
 
-/// Goes through the phases once it is asked to. Asked again, it does not wait any longer for the next.
-pub(super) async fn drive(state: Weak<State>, mut asked: watch::Receiver<Asked>) {
-    let mut heard = 1;
+/// From the drain on, goes from phase to phase in time, unless somebody is faster.
+pub(super) async fn drive(state: Weak<State>, mut phase: watch::Receiver<Phase>) {
     // An error is the end of the state.
-    if asked.wait_for(|asked| asked.times() >= heard).await.is_err() {
+    if phase.wait_for(|now| *now >= Phase::Draining).await.is_err() {
         return;
     }
     loop {
@@ -238,19 +214,10 @@ pub(super) async fn drive(state: Weak<State>, mut asked: watch::Receiver<Asked>)
             Phase::Stopped => return,
         };
         drop(now);
-        // Where there is no wait, there is none that could be ended.
-        if !time.is_zero() {
-            tokio::select! {
-                biased;
-                hurried = asked.wait_for(|asked| asked.times() > heard) => match hurried {
-                    Ok(_) => heard += 1,
-                    Err(_) => return,
-                },
-                () = sleep(time) => {}
-            }
-        }
-        if let Some(now) = state.upgrade() {
-            now.go_to(next);
+        tokio::select! {
+            biased;
+            ended = phase.wait_for(|now| *now >= next) => if ended.is_err() { return },
+            () = sleep(time) => if let Some(now) = state.upgrade() { now.go_to(next) },
         }
     }
 }

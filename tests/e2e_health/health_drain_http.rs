@@ -329,7 +329,7 @@ async fn a_drain_closes_connections_after_their_answer_whatever_that_says() {
         soon(tcp.read_to_string(&mut said)).await.unwrap();
         assert!(said.ends_with("here") && said.contains("close"), "{said}");
     }
-    lifecycle.drain();
+    lifecycle.hurry();
     assert_eq!(soon(task).await.unwrap().cut_connections, 0);
 }
 

@@ -95,50 +95,59 @@ async fn drains_also_while_it_is_still_starting() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn asked_again_it_ends_the_wait_that_is_on_and_no_other() {
+async fn a_hurry_ends_the_wait_that_is_on_and_no_other() {
     let second = Duration::from_secs(1);
-    // When it is asked, when it stops, and when it has stopped.
-    for (asks, stopping, stopped) in
-        [(&[0, 1][..], 1, 21), (&[0, 1, 3], 1, 3), (&[0, 0, 0], 0, 0), (&[0, 7], 5, 7)]
+    // When it is in a hurry, when it stops, and when it has stopped.
+    for (hurries, stopping, stopped) in
+        [(&[][..], 5, 25), (&[1], 1, 21), (&[1, 3], 1, 3), (&[0, 0], 0, 0), (&[7], 5, 7)]
     {
         let lifecycle = lifecycle(&Health::new());
         let began = Instant::now();
-        let seen = tokio::spawn({
-            let lifecycle = lifecycle.clone();
-            async move {
-                let mut seen = Vec::new();
-                while seen.len() < 3 {
-                    seen.push((lifecycle.changed().await, began.elapsed()));
+        let reached = |phase| {
+            let (lifecycle, mut now) = (lifecycle.clone(), Phase::Starting);
+            tokio::spawn(async move {
+                while now < phase {
+                    now = lifecycle.changed().await;
                 }
-                seen
-            }
-        });
+                began.elapsed()
+            })
+        };
+        let (stops, ends) = (reached(Phase::Stopping), reached(Phase::Stopped));
         settle().await;
-        for at in asks {
+        // Before the drain there is nothing to hurry.
+        lifecycle.hurry();
+        lifecycle.drain();
+        for at in hurries {
             sleep((*at * second).saturating_sub(began.elapsed())).await;
+            lifecycle.hurry();
+            // However often it is asked to drain.
             lifecycle.drain();
-            settle().await;
         }
-        let seen = within(seen).await.unwrap();
-        let expected = [
-            (Phase::Draining, Duration::ZERO),
-            (Phase::Stopping, stopping * second),
-            (Phase::Stopped, stopped * second),
-        ];
-        assert_eq!(seen, expected, "{asks:?}");
+        assert_eq!(within(stops).await.unwrap(), stopping * second, "{hurries:?}");
+        assert_eq!(within(ends).await.unwrap(), stopped * second, "{hurries:?}");
+        lifecycle.hurry();
+        assert_eq!(lifecycle.phase(), Phase::Stopped);
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_a_delay_the_second_ask_ends_the_wait_for_the_rest() {
-    let lifecycle = lifecycle(&Health::new()).delay(Duration::ZERO);
+async fn a_drain_that_is_asked_for_twice_has_its_delay_all_the_same() {
+    let lifecycle = lifecycle(&Health::new());
     let began = Instant::now();
+    for _ in 0..3 {
+        lifecycle.drain();
+        settle().await;
+    }
+    within(lifecycle.stopping()).await;
+    assert_eq!(began.elapsed(), Duration::from_secs(5));
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_a_delay_it_stops_before_the_drain_returns() {
+    let lifecycle = lifecycle(&Health::new()).delay(Duration::ZERO).longest(Duration::ZERO);
     lifecycle.drain();
     assert_eq!(lifecycle.phase(), Phase::Stopping);
-    // Before anything else could run.
-    lifecycle.drain();
     assert_eq!(within(lifecycle.changed()).await, Phase::Stopped);
-    assert_eq!(began.elapsed(), Duration::ZERO);
 }
 
 /// A machine that slept through the whole of it, and more.
