@@ -159,6 +159,10 @@ fn http() -> Vec<Candidate> {
         ours("buttress/http_endpoints", "http_endpoints", &[], || {
             made_http(Health::new().endpoints().layer(BareHttp))
         }),
+        ours("buttress/http_lifecycle", "http_lifecycle", &[], || {
+            let lifecycle = buttress::Lifecycle::without_signals(&Health::new());
+            made_http(lifecycle.expect("in a runtime").layer().layer(BareHttp))
+        }),
         peer("tower/http_retry", || made_http(peers::tower_http_retry())),
         ours("buttress/http_retry", "http_retry", &["tower/http_retry"], || {
             made_http(RetryLayer::http().layer(BareHttp))
