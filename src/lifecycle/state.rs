@@ -230,7 +230,7 @@ impl Drop for Driven {
     fn drop(&mut self) {
         let Some(state) = self.0.upgrade() else { return };
         if state.phase() < Phase::Stopped {
-            event!(ERROR, "lifecycle: the runtime that it was made in has ended");
+            event!(WARN, "lifecycle: the runtime that it was made in has ended");
             state.go_to(Phase::Stopped);
         }
     }
