@@ -78,7 +78,7 @@ where
                 StateProj::Called { future, permit, call } => {
                     let result = ready!(permit.guard(|| future.poll(cx)));
                     let Some(call) = call.take() else { unreachable!("polled after completion") };
-                    let done = M::complete(call, result, permit.take());
+                    let done = M::complete(call, result, permit);
                     return Poll::Ready(done.map_err(R::error));
                 }
                 StateProj::Parked { parked } => {

@@ -45,11 +45,12 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
     fn begin<F: Finish>(&self, request: &mut Req, permit: impl FnOnce() -> Permit<F>)
     -> Self::Call;
 
-    /// The inner service has answered.
+    /// The inner service has answered. The permit is ended, or taken along, where it lies: moved, it would be
+    /// read back before it is written.
     fn complete<F: Finish>(
         call: Self::Call,
         result: Result<Res, E>,
-        permit: Permit<F>,
+        permit: &mut Permit<F>,
     ) -> Result<Self::Response, E>;
 }
 
@@ -85,7 +86,7 @@ where
     fn complete<F: Finish>(
         (): (),
         result: Result<Response<B>, E>,
-        permit: Permit<F>,
+        permit: &mut Permit<F>,
     ) -> Result<Self::Response, E> {
         match result {
             Ok(response) => {
@@ -93,7 +94,7 @@ where
                 Ok(follow(response, head, permit))
             }
             Err(error) => {
-                permit.finish(rule::of_any_error(&error));
+                permit.end(rule::of_any_error(&error));
                 Err(error)
             }
         }
@@ -119,7 +120,11 @@ impl<ReqB, E> Judge<Request<ReqB>, Never, E> for Http {
 
     fn begin<F: Finish>(&self, _: &mut Request<ReqB>, _: impl FnOnce() -> Permit<F>) {}
 
-    fn complete<F: Finish>((): (), result: Result<Never, E>, _: Permit<F>) -> Result<Never, E> {
+    fn complete<F: Finish>(
+        (): (),
+        result: Result<Never, E>,
+        _: &mut Permit<F>,
+    ) -> Result<Never, E> {
         result
     }
 }
@@ -148,7 +153,7 @@ where
     fn complete<F: Finish>(
         classify: C,
         result: Result<Response<B>, E>,
-        permit: Permit<F>,
+        permit: &mut Permit<F>,
     ) -> Result<Self::Response, E> {
         match result {
             Ok(response) => {
@@ -165,7 +170,7 @@ where
                 Ok(follow(response, head, permit))
             }
             Err(error) => {
-                permit.finish(rule::of_any_error(&error));
+                permit.end(rule::of_any_error(&error));
                 Err(error)
             }
         }
@@ -177,7 +182,7 @@ where
 fn follow<B: Body, F: Finish>(
     response: Response<B>,
     head: Head,
-    mut permit: Permit<F>,
+    permit: &mut Permit<F>,
 ) -> Response<TrackedBody<B>> {
     let (so_far, eos) = match head {
         Head::Certain(outcome) => (outcome, Eos::Plain(outcome)),
@@ -186,10 +191,10 @@ fn follow<B: Body, F: Finish>(
     permit.head(so_far);
     let certain = matches!(eos, Eos::Plain(outcome) if !outcome.is_success());
     match permit.hold() {
-        Hold::Head => permit.finish(so_far),
-        Hold::Verdict if certain => permit.finish(so_far),
+        Hold::Head => permit.end(so_far),
+        Hold::Verdict if certain => permit.end(so_far),
         Hold::Verdict | Hold::Body => {
-            return response.map(|body| TrackedBody::new(body, permit.erase(), eos));
+            return response.map(|body| TrackedBody::new(body, permit.take().erase(), eos));
         }
     }
     response.map(TrackedBody::untracked)
@@ -217,9 +222,9 @@ where
     fn complete<F: Finish>(
         classify: C,
         result: Result<Res, E>,
-        permit: Permit<F>,
+        permit: &mut Permit<F>,
     ) -> Result<Res, E> {
-        permit.finish(classify(result.as_ref()));
+        permit.end(classify(result.as_ref()));
         result
     }
 }
@@ -236,8 +241,12 @@ impl<Req, Res, E: 'static> Judge<Req, Res, E> for PerResponse {
     fn begin<F: Finish>(&self, _: &mut Req, _: impl FnOnce() -> Permit<F>) {}
 
     #[inline]
-    fn complete<F: Finish>((): (), result: Result<Res, E>, permit: Permit<F>) -> Result<Res, E> {
-        permit.finish(match &result {
+    fn complete<F: Finish>(
+        (): (),
+        result: Result<Res, E>,
+        permit: &mut Permit<F>,
+    ) -> Result<Res, E> {
+        permit.end(match &result {
             Ok(_) => Outcome::success(),
             Err(error) => rule::of_any_error(error),
         });
@@ -278,7 +287,7 @@ where
     fn complete<F: Finish>(
         call: M::Classifier,
         result: Result<Response<B>, E>,
-        permit: Permit<F>,
+        permit: &mut Permit<F>,
     ) -> Result<Self::Response, E> {
         use tower_http::classify::{ClassifiedResponse, ClassifyEos, ClassifyResponse};
 
@@ -311,7 +320,7 @@ where
                 // Its own words on errors cannot tell a refusal of ours from a failure.
                 let told = rule::of_any_error(&error);
                 let _ = call.classify_error(&error);
-                permit.finish(told);
+                permit.end(told);
                 Err(error)
             }
         }

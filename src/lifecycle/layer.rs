@@ -140,7 +140,7 @@ where
     fn complete<F: Finish>(
         (): (),
         result: Result<Response<B>, E>,
-        permit: Permit<F>,
+        permit: &mut Permit<F>,
     ) -> Result<Self::Response, E> {
         <Http as Judge<Request<ReqB>, Response<B>, E>>::complete((), result, permit)
     }

@@ -187,10 +187,10 @@ where
     }
 
     fn complete<F: Finish>(
-        lent: Lent<M::Call>,
+        mut lent: Lent<M::Call>,
         result: Result<Res, E>,
-        _taken_at_the_beginning: Permit<F>,
+        _taken_at_the_beginning: &mut Permit<F>,
     ) -> Result<M::Response, E> {
-        M::complete(lent.call, result, lent.permit)
+        M::complete(lent.call, result, &mut lent.permit)
     }
 }
