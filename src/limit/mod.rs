@@ -111,7 +111,7 @@
 //!
 //! A call that finds room costs two atomic operations on one word, and no allocation, lock or clock read; with an
 //! [adaptive](ConcurrencyLimitLayer::adaptive) limit two clock reads and four more, with
-//! [partitions or priorities](sort) a short lock. The memory of a fixed limit, some 600 bytes, is used again for another
+//! [partitions or priorities](sort) a short lock. The memory of a fixed limit, a few hundred bytes, is used again for another
 //! one instead of being given back.
 //!
 //! # Defaults
