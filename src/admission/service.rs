@@ -139,8 +139,9 @@ where
         let state = match admit {
             Admit::Go(pass) if self.readiness == Readiness::Ready => {
                 self.readiness = Readiness::Untouched;
-                let mut leaving = Leaving::<Req, P> { policy: &self.policy, pass: Some(pass) };
+                let mut leaving = Leaving::<Req, P>::new(&self.policy, pass);
                 let call = self.protocol.begin(&mut request, || leaving.permit());
+                leaving.drop_as = Outcome::failure().because(Reason::Panicked);
                 let future = self.inner.call(request);
                 State::called(future, leaving.permit(), call)
             }
@@ -158,13 +159,20 @@ where
     }
 }
 
-/// A call on its way to the inner service: if that panics, the call has failed.
+/// A call on its way to the inner service: if that panics, the call has failed. What is to judge it may panic
+/// before: then it was never made.
 struct Leaving<'a, Req, P: Policy<Req>> {
     policy: &'a P,
     pass: Option<P::Pass>,
+    drop_as: Outcome,
 }
 
-impl<Req, P: Policy<Req>> Leaving<'_, Req, P> {
+impl<'a, Req, P: Policy<Req>> Leaving<'a, Req, P> {
+    #[inline]
+    fn new(policy: &'a P, pass: P::Pass) -> Self {
+        Self { policy, pass: Some(pass), drop_as: Outcome::cancelled() }
+    }
+
     /// Its permit; a spent one if it was given out already.
     #[inline]
     fn permit(&mut self) -> Permit<P::State> {
@@ -176,15 +184,15 @@ impl<Req, P: Policy<Req>> Drop for Leaving<'_, Req, P> {
     #[inline]
     fn drop(&mut self) {
         if let Some(pass) = self.pass.take() {
-            panicked(self.policy, pass);
+            panicked(self.policy, pass, self.drop_as);
         }
     }
 }
 
 #[cold]
 #[inline(never)]
-fn panicked<Req, P: Policy<Req>>(policy: &P, pass: P::Pass) {
-    policy.permit(pass).finish(Outcome::failure().because(Reason::Panicked));
+fn panicked<Req, P: Policy<Req>>(policy: &P, pass: P::Pass, outcome: Outcome) {
+    policy.permit(pass).finish(outcome);
 }
 
 impl<S: Clone, P: Clone, M: Clone, R> Admission<S, P, M, R> {

@@ -2,14 +2,17 @@
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::atomic::{AtomicUsize, Ordering::SeqCst},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+    },
 };
 
 use buttress::{Outcome, Rejected};
-use http::Request;
+use http::{Request, Response};
 use tokio::time::advance;
 use tokio_test::{assert_pending, assert_ready_eq, task};
-use tower::{Layer, ServiceExt, service_fn};
+use tower::{Layer, Service, ServiceExt, service_fn};
 
 use super::kit::*;
 use crate::support::{empty, request};
@@ -54,6 +57,48 @@ async fn a_classifier_that_panics_costs_no_slot() {
     }
     assert_eq!(service.oneshot(1).await.unwrap(), 1);
     assert_eq!(handle.state(), State::Closed);
+}
+
+/// What is made to judge a call says nothing about the service if that panics, ready or not: the call was never made.
+#[tokio::test(start_paused = true)]
+async fn a_classifier_that_panics_as_it_is_made_is_no_failure() {
+    struct Touchy(Arc<AtomicBool>);
+    impl Clone for Touchy {
+        fn clone(&self) -> Self {
+            assert!(!self.0.load(SeqCst), "a classifier");
+            Self(self.0.clone())
+        }
+    }
+    for ready in [true, false] {
+        let panics = Arc::new(AtomicBool::new(false));
+        let touchy_one = Touchy(panics.clone());
+        let layer = touchy().classify(move |result: Result<&Response<ScriptBody>, &Oops>| {
+            let _ = &touchy_one;
+            result.map_or(Outcome::failure(), |_| Outcome::success())
+        });
+        let (inner, watch) = Strict::new();
+        let (mut service, handle) = (layer.layer(inner), layer.handle());
+        if ready {
+            ServiceExt::<Request<()>>::ready(&mut service).await.unwrap();
+        }
+        let call = AssertUnwindSafe(|| {
+            if ready {
+                panics.store(true, SeqCst);
+                drop(service.call(request()));
+                return;
+            }
+            watch.set_ready(false);
+            let mut call = task::spawn(service.call(request()));
+            assert_pending!(call.poll());
+            watch.set_ready(true);
+            panics.store(true, SeqCst);
+            drop(call.poll());
+        });
+        assert!(catch_unwind(call).is_err());
+        panics.store(false, SeqCst);
+        let seen = handle.snapshot();
+        assert_eq!((handle.state(), watch.seen().calls), (State::Closed, 0), "{seen:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]
