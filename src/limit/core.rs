@@ -251,10 +251,10 @@ impl Limiter {
     #[inline]
     pub(super) fn heard_head(&self, token: &mut Token, so_far: Outcome) {
         let Some(adaptive) = &self.adaptive else { return };
-        let marks = token.tag & MARKS;
-        token.tag &= !MARKS;
-        let changed = adaptive.head(token, so_far, |limit| self.store(limit));
-        token.tag |= marks;
+        // Not the call's own: an algorithm may panic, and the call ends by its marks all the same.
+        let mut unmarked = Token { tag: token.tag & !MARKS, ..*token };
+        let changed = adaptive.head(&mut unmarked, so_far, |limit| self.store(limit));
+        token.tag = token.tag & MARKS | unmarked.tag;
         if changed {
             self.hand_over();
         }

@@ -15,6 +15,7 @@ use buttress::{
     call::RejectedKind,
     limit::{
         Held,
+        adaptive::{Algorithm, Change, Sample},
         sort::{
             Claim, Partition, Priority, Sort, SortedLimit, SortedLimitHandle, SortedLimitLayer,
         },
@@ -108,6 +109,28 @@ async fn a_sorter_that_panics_takes_no_place() {
     drop(service);
     let seen = watch.seen();
     assert_eq!((seen.calls, seen.reserved, seen.without_ready), (1, 0, 0));
+}
+
+/// What learns from calls panics at a head: the call leaves what it had taken, its partition's share too.
+#[tokio::test(start_paused = true)]
+async fn an_algorithm_that_panics_takes_no_place() {
+    #[derive(Debug)]
+    struct Touchy;
+    impl Algorithm for Touchy {
+        fn limit(&self) -> u32 {
+            2
+        }
+        fn set_limit(&mut self, _: u32) {}
+        fn hear(&mut self, _: &Sample) -> Option<Change> {
+            panic!("an algorithm")
+        }
+    }
+    let sort: ByRequest = |_| Claim::default().partition(0);
+    let layer = ConcurrencyLimitLayer::adaptive(Touchy).sorted_by(sort).partitions(&[0.5]);
+    let handle = layer.handle();
+    let call = tokio::spawn(layer.layer(Strict::new().0).oneshot(request()));
+    assert!(call.await.unwrap_err().is_panic());
+    assert_eq!((handle.in_flight(), handle.partitions()[0].in_flight), (0, 0));
 }
 
 /// Partitions that are not there, levels above the highest, and all of it at once.
