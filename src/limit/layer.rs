@@ -47,7 +47,8 @@ impl ConcurrencyLimitLayer {
 impl<M, R> ConcurrencyLimitLayer<M, R> {
     /// Lets up to `length` calls wait for their turn, first come first served unless
     /// [`queue_order`](Self::queue_order) says otherwise, each for `longest_wait`
-    /// (1 ms or more, in whole milliseconds) and no longer. A length of 0 is the default: nobody waits.
+    /// (1 ms or more, in whole milliseconds) and no longer. A length of 0 is the default: nobody waits. More than
+    /// 2147483647 cannot.
     ///
     /// # Panics
     ///

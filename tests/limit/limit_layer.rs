@@ -128,6 +128,10 @@ async fn bad_config_is_a_typed_error() {
         assert_eq!((fault.field, fault.value.as_str()), (field, value));
         assert!(fault.remedy.contains(remedy), "{fault}");
     }
+    let longest = i32::MAX as usize;
+    assert!(good().queue(longest, second).checked().is_ok());
+    let beyond = good().handle().set_queue(longest + 1, second).unwrap_err();
+    assert_eq!((beyond.field, &*beyond.remedy), ("queue.length", "use at most 2147483647"));
     assert!(good().queue(0, Duration::ZERO).checked().is_ok(), "nobody waits");
     assert_eq!(good().handle().set_limit(0).unwrap_err().field, "limit");
 }

@@ -1,10 +1,29 @@
 //! Limits come and go, and their calls outlive them.
 
-use std::{collections::VecDeque, future::pending};
+use std::{
+    collections::VecDeque,
+    future::{Ready, pending, ready},
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::Pin,
+    sync::{Arc, Mutex, mpsc},
+    task::{Context, Poll},
+    thread,
+    time::Duration,
+};
 
-use buttress::{BoxError, ConcurrencyLimitLayer};
+use buttress::{
+    BoxError, ConcurrencyLimitLayer,
+    limit::{Held, HeldPlace, sort::Claim},
+};
+use bytes::Bytes;
 use futures_util::FutureExt;
-use tower::{Layer, ServiceExt, service_fn};
+use http::{Request, Response};
+use http_body::{Body, Frame};
+use tokio::runtime::Builder;
+use tokio_test::{assert_pending, task};
+use tower::{Layer, Service, ServiceExt, service_fn};
+
+use crate::support::{Piece, ScriptBody, Strict, Then, empty, request};
 
 #[test]
 fn limit_of_its_own_for_each_layer_while_calls_of_those_gone_go_on() {
@@ -28,4 +47,166 @@ fn limit_of_its_own_for_each_layer_while_calls_of_those_gone_go_on() {
             under_way.clear();
         }
     }
+}
+
+/// What calls of one that is gone still do is nothing to whoever has its memory now, or will.
+#[tokio::test(start_paused = true)]
+async fn limit_is_not_touched_by_calls_of_one_that_is_gone() {
+    type Gone = Vec<Box<dyn std::any::Any>>;
+
+    /// One of each kind of what outlives a limit.
+    async fn gone() -> Gone {
+        let mut gone = Gone::new();
+        let layer = || ConcurrencyLimitLayer::new(2).queue(4, Duration::from_secs(9));
+        // A call, one let through in shadow mode, and the body of another.
+        let shadow = layer().shadow();
+        let calls = (0..3).map(|_| {
+            let mut call = task::spawn(shadow.layer(Strict::holding().0).oneshot(request()));
+            assert_pending!(call.poll());
+            call
+        });
+        let calls: Vec<_> = calls.collect();
+        let (inner, watch) = Strict::new();
+        watch.script([Then::Answer(Response::new(ScriptBody::new([Piece::Stuck])))]);
+        let streams = shadow.layer(inner).oneshot(request()).await.unwrap();
+        // Exempt, of a partition, and a place by hand.
+        let sorted = layer()
+            .sorted_by(|request: &Request<()>| match request.uri().path() {
+                "/exempt" => Claim::exempt(),
+                _ => Claim::default().partition(0),
+            })
+            .partitions(&[0.5]);
+        let told_apart = ["/", "/exempt", "/exempt"].map(|path| {
+            let mut request = request();
+            *request.uri_mut() = path.parse().unwrap();
+            let mut call = task::spawn(sorted.layer(Strict::holding().0).oneshot(request));
+            assert_pending!(call.poll());
+            call
+        });
+        let by_hand = sorted.handle().acquire().await.unwrap();
+        // An upgrade, further in than another.
+        let (inner, outer) = (layer().upgrades(), layer().upgrades());
+        let held = Arc::new(Mutex::new(None));
+        let place = held.clone();
+        let service = service_fn(move |request: Request<()>| {
+            *place.lock().unwrap() = request.extensions().get::<Held>().and_then(Held::take);
+            async { Ok::<_, BoxError>(empty()) }
+        });
+        drop(outer.layer(inner.layer(service)).oneshot(request()).await.unwrap());
+        let held = held.lock().unwrap().take().unwrap();
+        gone.push(Box::new(calls));
+        gone.push(Box::new(streams));
+        gone.push(Box::new(told_apart));
+        gone.push(Box::new(by_hand));
+        gone.push(Box::new(held));
+        gone
+    }
+
+    let mut dice = fastrand::Rng::with_seed(7);
+    let mut under_way = Gone::new();
+    for round in 0..200 {
+        under_way.extend(gone().await);
+        dice.shuffle(&mut under_way);
+        let live: Vec<_> = (0..12)
+            .map(|_| {
+                let handle = ConcurrencyLimitLayer::new(2).handle();
+                let snapshot = handle.snapshot();
+                assert_eq!((snapshot.exempt_in_flight, snapshot.in_flight), (0, 0), "{round}");
+                (handle.try_acquire().unwrap(), handle)
+            })
+            .collect();
+        under_way.truncate(dice.usize(..10));
+        for (place, handle) in live {
+            let seen = handle.snapshot();
+            assert_eq!((seen.exempt_in_flight, seen.in_flight, seen.limit), (0, 1, 2), "{round}");
+            drop(place);
+            assert_eq!(handle.in_flight(), 0);
+        }
+    }
+}
+
+/// A call ends, and hands its place over, while the last who waits and all who have the limit go.
+#[test]
+fn limit_that_is_handed_over_as_it_goes_is_as_new_for_the_next() {
+    let pairs: Vec<_> = (0..4)
+        .map(|_| {
+            thread::spawn(|| {
+                let (to, ends) = mpsc::sync_channel::<HeldPlace>(0);
+                let ender = thread::spawn(move || ends.into_iter().for_each(drop));
+                let runtime = Builder::new_current_thread().enable_time().build().unwrap();
+                let _timers = runtime.enter();
+                for round in 0..20_000 {
+                    let layer = ConcurrencyLimitLayer::new(1).queue(2, Duration::from_secs(9));
+                    let handle = layer.handle();
+                    let seen = handle.snapshot();
+                    assert_eq!((seen.limit, seen.in_flight, seen.waiting), (1, 0, 0), "{round}");
+                    let place = handle.try_acquire().unwrap();
+                    let mut waits = task::spawn(handle.acquire());
+                    assert_pending!(waits.poll());
+                    assert_eq!((handle.in_flight(), handle.snapshot().waiting), (1, 1), "{round}");
+                    to.send(place).unwrap();
+                    drop((waits, layer));
+                }
+                drop(to);
+                ender.join().unwrap();
+            })
+        })
+        .collect();
+    pairs.into_iter().for_each(|pair| pair.join().unwrap());
+}
+
+/// What panics between the moment a call is let in and its end: no place is lost, no turn either.
+#[tokio::test(start_paused = true)]
+async fn limit_loses_no_place_to_what_panics_around_a_call() {
+    /// Panics as it is cloned, and its response as it is dropped.
+    struct Touchy;
+    impl Clone for Touchy {
+        fn clone(&self) -> Self {
+            panic!("a clone")
+        }
+    }
+    impl Service<Request<()>> for Touchy {
+        type Response = Response<Grumpy>;
+        type Error = BoxError;
+        type Future = Ready<Result<Self::Response, BoxError>>;
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, _: Request<()>) -> Self::Future {
+            ready(Ok(Response::new(Grumpy)))
+        }
+    }
+    struct Grumpy;
+    impl Drop for Grumpy {
+        fn drop(&mut self) {
+            panic!("a body")
+        }
+    }
+    impl Body for Grumpy {
+        type Data = Bytes;
+        type Error = BoxError;
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+            Poll::Pending
+        }
+    }
+    let panics = |run: &mut dyn FnMut()| {
+        assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
+    };
+
+    let layer = ConcurrencyLimitLayer::new(1).queue(1, Duration::from_secs(9));
+    let handle = layer.handle();
+    let mut service = layer.layer(Touchy);
+    panics(&mut || drop(service.call(request())));
+    assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
+    let place = handle.try_acquire().unwrap();
+    panics(&mut || drop(service.call(request())));
+    assert_eq!((handle.in_flight(), handle.snapshot().waiting), (1, 0));
+    drop(place);
+    let mut response = Some(service.ready().await.unwrap().call(request()).await.unwrap());
+    assert_eq!(handle.in_flight(), 1);
+    panics(&mut || drop(response.take()));
+    assert_eq!(handle.in_flight(), 0);
 }
