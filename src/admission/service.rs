@@ -138,9 +138,9 @@ where
         let form = self.reject.form(&request);
         let state = match admit {
             Admit::Go(pass) if self.readiness == Readiness::Ready => {
-                self.readiness = Readiness::Untouched;
                 let mut leaving = Leaving::<Req, P>::new(&self.policy, pass);
                 let call = self.protocol.begin(&mut request, || leaving.permit());
+                self.readiness = Readiness::Untouched;
                 leaving.drop_as = Outcome::failure().because(Reason::Panicked);
                 let future = self.inner.call(request);
                 State::called(future, leaving.permit(), call)

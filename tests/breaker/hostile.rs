@@ -98,6 +98,10 @@ async fn a_classifier_that_panics_as_it_is_made_is_no_failure() {
         panics.store(false, SeqCst);
         let seen = handle.snapshot();
         assert_eq!((handle.state(), watch.seen().calls), (State::Closed, 0), "{seen:?}");
+        // And what it had reserved is not left behind where nobody calls.
+        handle.force_open();
+        assert!(service.call(request()).await.is_err());
+        assert_eq!(watch.seen().reserved, 0, "ready: {ready}");
     }
 }
 
