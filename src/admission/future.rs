@@ -21,7 +21,8 @@ pin_project! {
     {
         #[pin]
         state: State<S, Req, F, C, P, M>,
-        form: Form,
+        // How it is refused, once it is.
+        form: Option<Form>,
         reject: Option<R>,
     }
 }
@@ -56,7 +57,7 @@ impl<S, Req, F, C, P: Policy<Req>, M> State<S, Req, F, C, P, M> {
 
 impl<S, Req, F, C, P: Policy<Req>, M, R> ResponseFuture<S, Req, F, C, P, M, R> {
     #[inline]
-    pub(super) fn new(state: State<S, Req, F, C, P, M>, form: Form, reject: R) -> Self {
+    pub(super) fn new(state: State<S, Req, F, C, P, M>, form: Option<Form>, reject: R) -> Self {
         Self { state, form, reject: Some(reject) }
     }
 }
@@ -84,17 +85,23 @@ where
                 StateProj::Parked { parked } => {
                     let next = match ready!(parked.as_mut().poll(cx)) {
                         Ok((future, permit, call)) => State::called(future, permit, call),
-                        Err(Stop::Rejected(rejected)) => State::refused(rejected),
+                        Err(Stop::Rejected(rejected)) => {
+                            let (request, reject) = (&parked.request, this.reject.as_ref());
+                            *this.form =
+                                request.as_ref().zip(reject).map(|(req, reject)| reject.form(req));
+                            State::refused(rejected)
+                        }
                         Err(Stop::Inner(error)) => return Poll::Ready(Err(R::error(error))),
                     };
                     this.state.set(next);
                 }
                 StateProj::Refused { rejected } => {
-                    let (Some(rejected), Some(reject)) = (rejected.take(), this.reject.take())
+                    let (Some(rejected), Some(form), Some(reject)) =
+                        (rejected.take(), *this.form, this.reject.take())
                     else {
                         unreachable!("polled after completion")
                     };
-                    return Poll::Ready(reject.refuse(*this.form, rejected));
+                    return Poll::Ready(reject.refuse(form, rejected));
                 }
             }
         }

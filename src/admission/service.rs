@@ -135,7 +135,8 @@ where
             None => self.policy.admit(&request, || self.protocol.deadline(&request)),
             Some(fault) => Admit::No(Rejected::misconfigured(P::LAYER, fault.clone())),
         };
-        let form = self.reject.form(&request);
+        // Told only of what is refused: to know it takes a look at the headers.
+        let mut form = None;
         let state = match admit {
             Admit::Go(pass) if self.readiness == Readiness::Ready => {
                 let mut leaving = Leaving::<Req, P>::new(&self.policy, pass);
@@ -152,6 +153,7 @@ where
             Admit::Wait(wait) => State::parked(self.park(request).with_wait(wait)),
             Admit::No(rejected) => {
                 self.let_go();
+                form = Some(self.reject.form(&request));
                 State::refused(rejected)
             }
         };
