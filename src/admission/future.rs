@@ -34,7 +34,7 @@ pin_project! {
         P: Policy<Req>,
     {
         // The inner future is dropped before the permit is given back.
-        Called { #[pin] future: F, permit: Permit<P::State>, call: Option<C> },
+        Called { #[pin] future: F, permit: Permit<P::Giver>, call: Option<C> },
         Parked { parked: Pin<Box<Parked<S, Req, P, M>>> },
         Refused { rejected: Option<Rejected> },
     }
@@ -42,7 +42,7 @@ pin_project! {
 
 impl<S, Req, F, C, P: Policy<Req>, M> State<S, Req, F, C, P, M> {
     #[inline]
-    pub(super) fn called(future: F, permit: Permit<P::State>, call: C) -> Self {
+    pub(super) fn called(future: F, permit: Permit<P::Giver>, call: C) -> Self {
         Self::Called { future, permit, call: Some(call) }
     }
 
@@ -127,7 +127,7 @@ pin_project! {
         P: Policy<Req>,
     {
         wait: Option<Pin<Box<P::Wait>>>,
-        permit: Option<Permit<P::State>>,
+        permit: Option<Permit<P::Giver>>,
         request: Option<Req>,
         service: S,
         policy: P,
@@ -146,7 +146,7 @@ type Turn<S, Req, P, M> = Result<Called<S, Req, P, M>, Stop<<S as Service<Req>>:
 
 type Called<S, Req, P, M> = (
     <S as Service<Req>>::Future,
-    Permit<<P as Policy<Req>>::State>,
+    Permit<<P as Policy<Req>>::Giver>,
     <M as Judge<Req, <S as Service<Req>>::Response, <S as Service<Req>>::Error>>::Call,
 );
 
@@ -163,7 +163,7 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
         }
     }
 
-    pub(super) fn with_permit(mut self, permit: Permit<P::State>) -> Self {
+    pub(super) fn with_permit(mut self, permit: Permit<P::Giver>) -> Self {
         self.permit = Some(permit);
         self
     }

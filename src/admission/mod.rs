@@ -12,7 +12,7 @@ use tokio::{sync::Notify, time::Instant};
 
 pub use self::future::ResponseFuture;
 pub(crate) use self::{layer::Plan, layer::admission_layer, service::Admission};
-use crate::call::{Finish, LayerKind, Permit, Rejected};
+use crate::call::{Giver, LayerKind, Permit, Rejected};
 
 /// What a policy says to a call.
 #[derive(Debug)]
@@ -28,12 +28,12 @@ pub enum Admit<T, W> {
 /// Whether a call goes.
 pub trait Policy<Req>: Clone + Send + Sync + 'static {
     /// What its permits end at.
-    type State: Finish;
+    type Giver: Giver;
     /// What a call that goes has its permit for. Small: it stays in registers until the inner service has been
     /// called, where a permit would be written and read again at once, which takes as long as all the rest.
     type Pass;
     /// A place in its queue; [`std::future::Ready`] where nobody waits.
-    type Wait: Future<Output = Result<Permit<Self::State>, Rejected>> + Send;
+    type Wait: Future<Output = Result<Permit<Self::Giver>, Rejected>> + Send;
 
     /// The layer, as refusals name it.
     const LAYER: LayerKind;
@@ -49,17 +49,17 @@ pub trait Policy<Req>: Clone + Send + Sync + 'static {
     ) -> Admit<Self::Pass, Self::Wait>;
 
     /// The permit of a call that goes.
-    fn permit(&self, pass: Self::Pass) -> Permit<Self::State>;
+    fn permit(&self, pass: Self::Pass) -> Permit<Self::Giver>;
 
     /// Is this permit, given but not used yet, worth nothing any more?
-    fn is_stale(&self, permit: &Permit<Self::State>) -> bool {
+    fn is_stale(&self, permit: &Permit<Self::Giver>) -> bool {
         let _ = permit;
         false
     }
 
     /// What wakes those who wait for the inner service when [`peek`](Self::peek) turns false, or the permit
     /// that they have already [stale](Self::is_stale).
-    fn shut(&self, permit: Option<&Permit<Self::State>>) -> Option<Arc<Notify>> {
+    fn shut(&self, permit: Option<&Permit<Self::Giver>>) -> Option<Arc<Notify>> {
         let _ = permit;
         None
     }

@@ -177,8 +177,11 @@ impl<'a, Req, P: Policy<Req>> Leaving<'a, Req, P> {
 
     /// Its permit; a spent one if it was given out already.
     #[inline]
-    fn permit(&mut self) -> Permit<P::State> {
-        self.pass.take().map_or(Permit::hollow(), |pass| self.policy.permit(pass))
+    fn permit(&mut self) -> Permit<P::Giver> {
+        match self.pass.take() {
+            Some(pass) => self.policy.permit(pass),
+            None => Permit::hollow(),
+        }
     }
 }
 
@@ -186,14 +189,14 @@ impl<Req, P: Policy<Req>> Drop for Leaving<'_, Req, P> {
     #[inline]
     fn drop(&mut self) {
         if let Some(pass) = self.pass.take() {
-            panicked(self.policy, pass, self.drop_as);
+            dropped(self.policy, pass, self.drop_as);
         }
     }
 }
 
 #[cold]
 #[inline(never)]
-fn panicked<Req, P: Policy<Req>>(policy: &P, pass: P::Pass, outcome: Outcome) {
+fn dropped<Req, P: Policy<Req>>(policy: &P, pass: P::Pass, outcome: Outcome) {
     policy.permit(pass).finish(outcome);
 }
 

@@ -1,10 +1,11 @@
-//! The machine behind a lock, and the word that lets calls through a closed circuit do without it. Told
+//! The machine behind a lock, and the [front](Front) that lets calls through a closed circuit do without it. Told
 //! the time, like the machine; every interleaving of it is tried by the models at the end.
 
 use std::{sync::PoisonError, time::Duration};
 
 use super::{
     counts::{Ended, TimeWindows},
+    front::{Bits, Front, Word},
     machine::Machine,
     state::{At, Change, Refusal, Roll, Settings, State, Ticket},
     trip::Trip,
@@ -19,8 +20,10 @@ use crate::call::{
 
 #[derive(Debug)]
 pub(super) struct Cell {
-    /// `generation << 4 | clean << 3 | state`: all that a call through a closed circuit reads.
-    word: AtomicU64,
+    /// All that a call through a closed circuit reads.
+    front: &'static Front,
+    /// Its calls are counted, though they need not be.
+    counts_calls: bool,
     /// When an open circuit's wait is over.
     until: AtomicU64,
     /// From when on a call is slow; the maximum: nobody measures.
@@ -29,39 +32,18 @@ pub(super) struct Cell {
     times: TimeWindows,
 }
 
-const STATE: u64 = 0b0111;
-const CLEAN: u64 = 0b1000;
-
-/// Closed, and luck decides: not a state of its own to anybody else.
-const RAMP: u64 = 5;
-
-/// What the word says of the state.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Word {
-    Closed,
-    Ramp,
-    Open,
-    HalfOpen,
-    ForcedOpen,
-    ForcedClosed,
-}
-
-fn word(bits: u64) -> Word {
-    match bits & STATE {
-        0 => Word::Closed,
-        1 => Word::Open,
-        2 => Word::HalfOpen,
-        3 => Word::ForcedOpen,
-        RAMP => Word::Ramp,
-        _ => Word::ForcedClosed,
-    }
-}
-
 impl Cell {
-    pub(super) fn new(trip: Trip, settings: Settings) -> Self {
-        let (machine, times) = Machine::new(trip, settings);
+    pub(super) fn new(
+        front: &'static Front,
+        trip: Trip,
+        settings: Settings,
+        counts_calls: bool,
+    ) -> Self {
+        // A generation of its own: what is still under way in the one that had the front before is late.
+        let (machine, times) = Machine::new(trip, settings, front.read().generation() + 1);
         let cell = Self {
-            word: AtomicU64::new(0),
+            front,
+            counts_calls,
             until: AtomicU64::new(0),
             slow_from: AtomicU64::new(u64::MAX),
             machine: Mutex::new(machine),
@@ -69,6 +51,10 @@ impl Cell {
         };
         drop(cell.lock());
         cell
+    }
+
+    pub(super) fn front(&self) -> &'static Front {
+        self.front
     }
 
     // ===== Looking =====
@@ -79,7 +65,7 @@ impl Cell {
         now: impl FnOnce() -> Nanos,
         roll: Roll,
     ) -> (State, Option<Duration>, Option<Change>) {
-        let state = match word(self.word.load(Ordering::Acquire)) {
+        let state = match self.front.read().word() {
             Word::Closed | Word::Ramp => State::Closed,
             Word::ForcedOpen => State::ForcedOpen,
             Word::ForcedClosed => State::ForcedClosed,
@@ -107,7 +93,7 @@ impl Cell {
         now: impl FnOnce() -> Nanos,
         roll: Roll,
     ) -> (bool, Option<Change>) {
-        match word(self.word.load(Ordering::Acquire)) {
+        match self.front.read().word() {
             Word::Closed | Word::ForcedClosed => (true, None),
             Word::ForcedOpen => (false, None),
             Word::Open | Word::HalfOpen | Word::Ramp => {
@@ -123,28 +109,17 @@ impl Cell {
         }
     }
 
-    /// Whether what was let through, and has not gone yet, still goes.
-    pub(super) fn still_goes(&self, ticket: Ticket) -> bool {
-        if ticket.probe {
-            return self.lock().still_probes(ticket.generation);
-        }
-        let bits = self.word.load(Ordering::Acquire);
-        bits >> 4 == ticket.generation && word(bits) != Word::ForcedOpen
+    /// Whether a probe that was let through, and has not gone yet, still goes.
+    pub(super) fn still_probes(&self, generation: u64) -> bool {
+        self.lock().still_probes(generation)
     }
 
     // ===== A call =====
 
-    /// The generation that a call goes with, where the word alone says that it goes.
-    #[inline]
-    pub(super) fn goes(&self) -> Option<u64> {
-        let bits = self.word.load(Ordering::Acquire);
-        matches!(word(bits), Word::Closed | Word::ForcedClosed).then_some(bits >> 4)
-    }
-
     /// Whether it was open when somebody looked at the machine last.
     #[inline]
     pub(super) fn is_open(&self) -> bool {
-        word(self.word.load(Ordering::Acquire)) == Word::Open
+        self.front.read().word() == Word::Open
     }
 
     /// How long an open circuit still refuses: told without the lock, however many ask.
@@ -161,11 +136,11 @@ impl Cell {
     /// asked.
     #[inline]
     pub(super) fn count_good(&self, generation: u64, now: impl FnMut() -> Nanos) -> bool {
-        let bits = self.word.load(Ordering::Acquire);
-        if bits & CLEAN == 0 || word(bits) != Word::Closed {
+        let bits = self.front.read();
+        if !bits.is_clean() || bits.word() != Word::Closed {
             return false;
         }
-        if !self.times.is_empty() && bits >> 4 == generation {
+        if !self.times.is_empty() && bits.generation() == generation {
             self.record_good(now);
         }
         true
@@ -177,10 +152,10 @@ impl Cell {
         now: impl FnOnce() -> Nanos,
         roll: Roll,
     ) -> (Result<Ticket, Refusal>, Option<Change>) {
-        let bits = self.word.load(Ordering::Acquire);
-        match word(bits) {
+        let bits = self.front.read();
+        match bits.word() {
             Word::Closed | Word::ForcedClosed => {
-                (Ok(Ticket { generation: bits >> 4, probe: false }), None)
+                (Ok(Ticket { generation: bits.generation(), probe: false }), None)
             }
             // An open circuit refuses without the lock, however many ask.
             Word::Open => {
@@ -217,17 +192,17 @@ impl Cell {
         mut now: impl FnMut() -> Nanos,
         roll: Roll,
     ) -> Option<Change> {
-        let bits = self.word.load(Ordering::Acquire);
-        match word(bits) {
+        let bits = self.front.read();
+        match bits.word() {
             Word::HalfOpen | Word::ForcedOpen if ticket.probe => {}
-            _ if ticket.probe || bits >> 4 != ticket.generation => return None,
+            _ if ticket.probe || bits.generation() != ticket.generation => return None,
             Word::ForcedClosed => return None,
             Word::Closed | Word::Ramp => {
                 let slow = ended.took >= self.slow_from.load(Ordering::Relaxed);
                 match ended.outcome.kind() {
                     OutcomeKind::Throttled => return None,
                     OutcomeKind::Cancelled if !slow => return None,
-                    OutcomeKind::Success if !slow && bits & CLEAN != 0 => {
+                    OutcomeKind::Success if !slow && bits.is_clean() => {
                         if !self.times.is_empty() {
                             self.record_good(now);
                         }
@@ -295,19 +270,22 @@ impl std::ops::DerefMut for Locked<'_> {
 
 impl Drop for Locked<'_> {
     fn drop(&mut self) {
-        let state = match self.machine.state() {
-            State::Closed if self.machine.ramps() => RAMP,
-            State::Closed => 0,
-            State::Open => 1,
-            State::HalfOpen => 2,
-            State::ForcedOpen => 3,
-            State::ForcedClosed => 4,
+        let (cell, machine) = (self.cell, &self.machine);
+        let word = match machine.state() {
+            State::Closed if machine.ramps() => Word::Ramp,
+            State::Closed => Word::Closed,
+            State::Open => Word::Open,
+            State::HalfOpen => Word::HalfOpen,
+            State::ForcedOpen => Word::ForcedOpen,
+            State::ForcedClosed => Word::ForcedClosed,
         };
-        let clean = if self.machine.is_clean() { CLEAN } else { 0 };
-        let slow_from = self.machine.slow_from().unwrap_or(u64::MAX);
-        self.cell.slow_from.store(slow_from, Ordering::Relaxed);
-        self.cell.until.store(self.machine.until(), Ordering::Release);
-        self.cell.word.store(self.machine.generation() << 4 | clean | state, Ordering::Release);
+        let slow_from = machine.slow_from();
+        let measured = slow_from.is_some();
+        let plain = !measured && cell.times.is_empty() && !cell.counts_calls;
+        cell.slow_from.store(slow_from.unwrap_or(u64::MAX), Ordering::Relaxed);
+        cell.until.store(machine.until(), Ordering::Release);
+        let bits = Bits::new(machine.generation(), word).clean(machine.is_clean());
+        cell.front.show(bits.measured(measured).plain(plain));
     }
 }
 
@@ -318,16 +296,17 @@ mod loom_models {
     use super::{super::wait::OpenFor, *};
     use crate::call::Outcome;
 
-    fn settings(probes: u16) -> Settings {
-        Settings {
+    fn cell(trip: Trip) -> Cell {
+        let settings = Settings {
             open_for: OpenFor::fixed(Duration::from_nanos(100)),
-            probes,
-            needed: probes,
+            probes: 1,
+            needed: 1,
             lease: Duration::from_nanos(1000),
             ramp: Duration::ZERO,
             outside_probes: false,
             holds_back: false,
-        }
+        };
+        Cell::new(Front::take(), trip, settings, false)
     }
 
     fn ended(outcome: Outcome) -> Ended {
@@ -346,7 +325,7 @@ mod loom_models {
     #[test]
     fn loom_trips_exactly_once() {
         loom::model(|| {
-            let cell = Arc::new(Cell::new(Trip::consecutive(1), settings(1)));
+            let cell = Arc::new(cell(Trip::consecutive(1)));
             let tickets = [admit(&cell, 0).unwrap(), admit(&cell, 0).unwrap()];
             let threads = tickets.map(|ticket| {
                 let cell = cell.clone();
@@ -363,7 +342,7 @@ mod loom_models {
     #[test]
     fn loom_probe_permits_under_cancel() {
         loom::model(|| {
-            let cell = Arc::new(Cell::new(Trip::consecutive(1), settings(1)));
+            let cell = Arc::new(cell(Trip::consecutive(1)));
             let first = admit(&cell, 0).unwrap();
             finish(&cell, first, Outcome::failure(), 0);
             let threads = [0, 1].map(|_| {
@@ -389,7 +368,7 @@ mod loom_models {
     #[test]
     fn loom_late_results_change_nothing() {
         loom::model(|| {
-            let cell = Arc::new(Cell::new(Trip::consecutive(1), settings(1)));
+            let cell = Arc::new(cell(Trip::consecutive(1)));
             let straggler = admit(&cell, 0).unwrap();
             let first = admit(&cell, 0).unwrap();
             finish(&cell, first, Outcome::failure(), 0);
@@ -409,7 +388,7 @@ mod loom_models {
     #[test]
     fn loom_a_lease_ends_exactly_once() {
         loom::model(|| {
-            let cell = Arc::new(Cell::new(Trip::consecutive(1), settings(1)));
+            let cell = Arc::new(cell(Trip::consecutive(1)));
             let first = admit(&cell, 0).unwrap();
             finish(&cell, first, Outcome::failure(), 0);
             let probe = admit(&cell, 100).unwrap();
@@ -429,7 +408,7 @@ mod loom_models {
     #[test]
     fn loom_a_probe_does_not_undo_what_was_forced() {
         loom::model(|| {
-            let cell = Arc::new(Cell::new(Trip::consecutive(1), settings(1)));
+            let cell = Arc::new(cell(Trip::consecutive(1)));
             let first = admit(&cell, 0).unwrap();
             finish(&cell, first, Outcome::failure(), 0);
             let probe = admit(&cell, 100).unwrap();
@@ -451,7 +430,7 @@ mod loom_models {
     #[test]
     fn loom_isolations_are_counted_and_leave_no_trace() {
         loom::model(|| {
-            let cell = Arc::new(Cell::new(Trip::consecutive(2), settings(1)));
+            let cell = Arc::new(cell(Trip::consecutive(2)));
             let isolate = |cell: &Cell, more| cell.with(|machine, _| machine.isolate(more));
             isolate(&cell, true);
             let other = {
@@ -480,7 +459,7 @@ mod loom_models {
     fn loom_window_rotation_loses_nothing() {
         loom::model(|| {
             let rule = Trip::failure_ratio(0.5).within(Duration::from_nanos(100)).min_calls(100);
-            let cell = Arc::new(Cell::new(rule, settings(1)));
+            let cell = Arc::new(cell(rule));
             let ticket = admit(&cell, 0).unwrap();
             let good = {
                 let cell = cell.clone();

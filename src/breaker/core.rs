@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 use super::{
     cell::Cell,
     counts::{Ended, TimeWindows},
+    front::Front,
     machine::Machine,
     state::{At, Change, Refusal, Settings, State, Ticket},
     trip::Trip,
@@ -56,9 +57,20 @@ const PROBE: u64 = 1 << 63;
 const NO_GENERATION: u64 = PROBE - 1;
 
 impl Circuit {
-    pub(super) fn new(trip: Trip, settings: Settings) -> Self {
+    /// One whose calls need not be counted, or one of many that come and go, whose are.
+    pub(super) fn new(trip: Trip, settings: Settings, of_many: bool) -> Self {
+        Self::behind(Front::take(), trip, settings, of_many)
+    }
+
+    /// The same, behind this front.
+    pub(super) fn behind(
+        front: &'static Front,
+        trip: Trip,
+        settings: Settings,
+        of_many: bool,
+    ) -> Self {
         Self {
-            cell: Cell::new(trip, settings),
+            cell: Cell::new(front, trip, settings, of_many),
             changed: Arc::new(Notify::new()),
             clock: Clock::new(),
             label: OnceLock::new(),
@@ -73,10 +85,10 @@ impl Circuit {
         }
     }
 
-    /// A new one with the rules and settings of this one.
+    /// A new one of many, with the rules and settings of this one.
     pub(super) fn like(&self) -> Self {
         let (trip, settings) = self.look(|machine, _, _| machine.shape());
-        let new = Self::new(trip, settings);
+        let new = Self::new(trip, settings, true);
         new.shadow.store(self.shadow.load(Ordering::Relaxed), Ordering::Relaxed);
         new.let_wait(
             self.most_waiting.load(Ordering::Relaxed),
@@ -130,6 +142,10 @@ impl Circuit {
 
     // ===== Looking =====
 
+    pub(super) fn front(&self) -> &'static Front {
+        self.cell.front()
+    }
+
     pub(super) fn now(&self) -> Nanos {
         self.clock.now()
     }
@@ -172,9 +188,6 @@ impl Circuit {
     /// one that turns out to be a probe readies the inner service itself. A balancer must know before.
     #[inline]
     pub(super) fn has_room(&self) -> bool {
-        if self.cell.goes().is_some() {
-            return true;
-        }
         if self.cell.is_open() && !self.holds_back() {
             return self.is_shadow();
         }
@@ -190,7 +203,10 @@ impl Circuit {
 
     /// Whether a call that was let through, and has not gone yet, would be refused by now.
     pub(super) fn is_late(&self, token: Token) -> bool {
-        token.tag != NO_GENERATION && !self.cell.still_goes(ticket(token))
+        if is_probe(token) {
+            return !self.cell.still_probes(token.tag & !PROBE);
+        }
+        is_late(self.front(), token)
     }
 
     /// Whether nothing would be lost with it.
@@ -264,9 +280,9 @@ impl Circuit {
 
     #[inline]
     pub(super) fn enter(&self) -> Result<Token, Refusal> {
-        match self.cell.goes() {
-            Some(generation) if !self.cell.measures() => Ok(Token { tag: generation, started: 0 }),
-            _ => self.enter_slowly(),
+        match self.front().enter() {
+            Some(token) => Ok(token),
+            None => self.enter_slowly(),
         }
     }
 
@@ -325,12 +341,22 @@ impl Circuit {
     }
 }
 
+/// Whether a call that was let through, and has not gone yet, would be refused by now; no probe.
+pub(super) fn is_late(front: &Front, token: Token) -> bool {
+    token.tag != NO_GENERATION && !front.still_goes(token.tag)
+}
+
+#[inline]
+pub(super) fn is_probe(token: Token) -> bool {
+    token.tag & PROBE != 0
+}
+
 fn at(now: Nanos, times: &TimeWindows) -> At<'_> {
     At { now, roll: fastrand::f64, times }
 }
 
 fn ticket(token: Token) -> Ticket {
-    Ticket { generation: token.tag & !PROBE, probe: token.tag & PROBE != 0 }
+    Ticket { generation: token.tag & !PROBE, probe: is_probe(token) }
 }
 
 /// How long the call took to its head, or has taken until now.
@@ -349,7 +375,7 @@ const TOOK: u64 = 1 << 63;
 impl Finish for Circuit {
     #[inline]
     fn head(&self, token: &mut Token, so_far: Outcome) {
-        if token.started == 0 && token.tag & PROBE == 0 {
+        if token.started == 0 && !is_probe(*token) {
             return;
         }
         if token.started != 0 {
@@ -388,6 +414,12 @@ impl Circuit {
             self.changed.notify_waiters();
         }
         self.tell(change);
+    }
+}
+
+impl Drop for Circuit {
+    fn drop(&mut self) {
+        self.front().leave();
     }
 }
 

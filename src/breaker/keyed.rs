@@ -17,12 +17,12 @@ use tower_layer::Layer;
 use super::{
     core::Circuit,
     handle::CircuitBreakerHandle,
-    policy::{self, Verdict},
+    policy::{self, Breaker, Calls, Giver, Verdict},
 };
 use crate::{
     ConfigError,
     admission::{Admit, Plan, Policy, admission_layer},
-    call::{LayerKind, Nanos, Origin, Permit, Shared, Token},
+    call::{Anchor, LayerKind, Lease, Nanos, Origin, Permit, Token},
 };
 
 /// What of a request tells which circuit it belongs to. Any closure over the request is one.
@@ -72,19 +72,19 @@ const SWEEP_EVERY: Nanos = 100_000_000;
 
 /// The circuits of a keyed layer, made as their keys come.
 pub(super) struct Circuits<Q> {
-    map: RwLock<HashMap<Q, Shared<Circuit>>>,
+    map: RwLock<HashMap<Q, Lease<Circuit>>>,
     most: AtomicUsize,
     swept: AtomicU64,
     /// For keys beyond the cap.
-    other: Shared<Circuit>,
+    other: Lease<Circuit>,
     /// What new ones are made like.
-    template: Shared<Circuit>,
+    template: Breaker,
     /// What one of this key is called, if the key says it.
     called: fn(&Q) -> String,
 }
 
 impl<Q: Clone + Eq + Hash> Circuits<Q> {
-    fn find(&self, key: &Q) -> Shared<Circuit> {
+    fn find(&self, key: &Q) -> Lease<Circuit> {
         {
             let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
             if let Some(known) = map.get(key) {
@@ -104,7 +104,7 @@ impl<Q: Clone + Eq + Hash> Circuits<Q> {
     }
 
     #[cold]
-    fn add(&self, key: &Q) -> Shared<Circuit> {
+    fn add(&self, key: &Q) -> Lease<Circuit> {
         let mut map = self.map.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = map.get(key) {
             return known.clone();
@@ -121,7 +121,7 @@ impl<Q: Clone + Eq + Hash> Circuits<Q> {
                 return self.other.clone();
             }
         }
-        let circuit = Shared::new(self.template.like());
+        let circuit = Lease::alone(self.template.like());
         circuit.name(&match (self.template.named(), (self.called)(key)) {
             (all, one) if one.is_empty() => all.to_owned(),
             ("", one) => one,
@@ -156,9 +156,9 @@ where
     F: Key<Req, Key = Q>,
     Q: Clone + Eq + Hash + Send + Sync + 'static,
 {
-    type State = Circuit;
-    type Pass = (Shared<Circuit>, Token);
-    type Wait = Verdict;
+    type Giver = Giver;
+    type Pass = (Lease<Circuit>, Token);
+    type Wait = Verdict<Lease<Circuit>>;
 
     const LAYER: LayerKind = LayerKind::CircuitBreaker;
 
@@ -171,7 +171,7 @@ where
         &self,
         request: &Req,
         deadline: impl FnOnce() -> Option<Instant>,
-    ) -> Admit<Self::Pass, Verdict> {
+    ) -> Admit<Self::Pass, Self::Wait> {
         let circuit = self.circuits.find(&self.key.key(request));
         match policy::admit(&circuit, deadline()) {
             Admit::Go(token) => Admit::Go((circuit, token)),
@@ -180,17 +180,27 @@ where
         }
     }
 
-    fn permit(&self, (circuit, token): Self::Pass) -> Permit<Circuit> {
-        circuit.permit(token)
+    fn permit(&self, (circuit, token): Self::Pass) -> Permit<Giver> {
+        Permit::new(Anchor::Counted(circuit), token)
     }
 
-    fn is_stale(&self, permit: &Permit<Circuit>) -> bool {
+    fn is_stale(&self, permit: &Permit<Giver>) -> bool {
         policy::is_stale(permit)
     }
 
     /// Known once there is a permit.
-    fn shut(&self, permit: Option<&Permit<Circuit>>) -> Option<Arc<Notify>> {
-        Some(permit?.state()?.changed().clone())
+    fn shut(&self, permit: Option<&Permit<Giver>>) -> Option<Arc<Notify>> {
+        match permit?.giver()? {
+            Anchor::Counted(circuit) => Some(circuit.changed().clone()),
+            Anchor::Lasting(_) => None,
+        }
+    }
+}
+
+/// Its calls are counted: it goes only when none is under way.
+impl Calls for Lease<Circuit> {
+    fn permit(&self, token: Token) -> Permit<Giver> {
+        Permit::new(Anchor::Counted(self.clone()), token)
     }
 }
 
@@ -216,17 +226,13 @@ admission_layer! {
 
 impl<Sel, Id, M, R> KeyedCircuitBreakerLayer<Sel, Id, M, R> {
     /// Every circuit is made as the one of `plan` is.
-    pub(super) fn new(
-        key: Sel,
-        plan: Plan<Shared<Circuit>, M, R>,
-        called: fn(&Id) -> String,
-    ) -> Self {
+    pub(super) fn new(key: Sel, plan: Plan<Breaker, M, R>, called: fn(&Id) -> String) -> Self {
         let Plan { policy: template, protocol, reject, mut fault } = plan;
         if Circuit::holds_back(&template) {
             let remedy = "leave it away: which circuit it is about is known only with the request";
             fault.get_or_insert(ConfigError::new("backpressure", "keyed", remedy));
         }
-        let other = Shared::new(template.like());
+        let other = Lease::alone(template.like());
         other.name("other");
         let circuits = Arc::new(Circuits {
             map: RwLock::default(),
@@ -275,23 +281,25 @@ impl<Q: Clone + Eq + Hash> KeyedCircuitBreakerHandle<Q> {
     #[must_use]
     pub fn get(&self, key: &Q) -> Option<CircuitBreakerHandle> {
         let map = self.0.map.read().unwrap_or_else(PoisonError::into_inner);
-        map.get(key).cloned().map(CircuitBreakerHandle)
+        map.get(key).map(handle)
     }
 
     /// The circuit that keys beyond the cap share.
     #[must_use]
     pub fn other(&self) -> CircuitBreakerHandle {
-        CircuitBreakerHandle(self.0.other.clone())
+        handle(&self.0.other)
     }
 
     /// All keys that have a circuit of their own, with it, in no order.
     #[must_use]
     pub fn all(&self) -> Vec<(Q, CircuitBreakerHandle)> {
         let map = self.0.map.read().unwrap_or_else(PoisonError::into_inner);
-        map.iter()
-            .map(|(key, circuit)| (key.clone(), CircuitBreakerHandle(circuit.clone())))
-            .collect()
+        map.iter().map(|(key, circuit)| (key.clone(), handle(circuit))).collect()
     }
+}
+
+fn handle(circuit: &Lease<Circuit>) -> CircuitBreakerHandle {
+    CircuitBreakerHandle(circuit.state().clone())
 }
 
 impl<Q> Clone for KeyedCircuitBreakerHandle<Q> {

@@ -3,9 +3,9 @@ use std::{hash::Hash, time::Duration};
 use tower_layer::Layer;
 
 use super::{
-    core::Circuit,
     handle::CircuitBreakerHandle,
     keyed::{KeyedCircuitBreakerLayer, PerOrigin},
+    policy::Breaker,
     state::Settings,
     trip::Trip,
     wait::OpenFor,
@@ -13,10 +13,10 @@ use super::{
 use crate::{
     ConfigError,
     admission::{Plan, admission_layer},
-    call::{AsError, Http, Origin, Shared},
+    call::{AsError, Http, Origin},
 };
 
-const DEFAULTS: Settings = Settings {
+pub(super) const DEFAULTS: Settings = Settings {
     open_for: OpenFor::fixed(Duration::from_secs(30)),
     probes: 1,
     needed: 1,
@@ -37,7 +37,7 @@ admission_layer! {
     layer CircuitBreakerLayer {}
     /// The service of a [`CircuitBreakerLayer`].
     service CircuitBreaker []
-    policy Shared<Circuit>
+    policy Breaker
 }
 
 impl CircuitBreakerLayer {
@@ -51,7 +51,7 @@ impl CircuitBreakerLayer {
     pub fn new(trip: Trip) -> Self {
         let checked = trip.check();
         let trip = if checked.is_ok() { trip } else { Trip::default() };
-        let policy = Shared::new(Circuit::new(trip, DEFAULTS));
+        let policy = Breaker::new(trip, DEFAULTS);
         Self { plan: Plan { policy, protocol: Http, reject: AsError, fault: checked.err() } }
     }
 }
@@ -169,7 +169,7 @@ impl<M, R> CircuitBreakerLayer<M, R> {
     /// Looks at the circuit and steers it.
     #[must_use]
     pub fn handle(&self) -> CircuitBreakerHandle {
-        CircuitBreakerHandle(self.plan.policy.clone())
+        CircuitBreakerHandle(self.plan.policy.circuit().clone())
     }
 }
 

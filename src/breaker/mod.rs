@@ -174,6 +174,7 @@
 mod cell;
 mod core;
 mod counts;
+mod front;
 mod handle;
 mod keyed;
 mod layer;

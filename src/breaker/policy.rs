@@ -1,7 +1,9 @@
 //! How a circuit admits calls, and how callers wait for the verdict of its probes.
 
 use std::{
+    fmt,
     future::Future,
+    ops::Deref,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -13,39 +15,110 @@ use tokio::{
     time::{Instant, Sleep, sleep},
 };
 
-use super::{core::Circuit, state::Refusal};
+use super::{
+    core::{Circuit, is_late, is_probe},
+    front::Front,
+    state::{Refusal, Settings},
+    trip::Trip,
+};
 use crate::{
     admission::{Admit, Policy},
-    call::{LayerKind, Permit, Rejected, Shared, Token, has_passed},
+    call::{Anchor, LayerKind, Permit, Rejected, Shared, Striped, Token, has_passed},
 };
 
-impl<Req> Policy<Req> for Shared<Circuit> {
-    type State = Circuit;
+/// What a call's permit ends at.
+pub(super) type Giver = Anchor<Circuit, Front>;
+
+/// A circuit, as those have it who make calls.
+pub trait Calls: Deref<Target = Circuit> + Clone + Send + Sync + 'static {
+    /// The right to make one call.
+    fn permit(&self, token: Token) -> Permit<Giver>;
+}
+
+// ===== The circuit of a layer =====
+
+/// The one circuit of a layer, and what it shows.
+#[derive(Clone)]
+pub struct Breaker {
+    front: &'static Front,
+    circuit: Striped<Circuit>,
+}
+
+impl Breaker {
+    pub(super) fn new(trip: Trip, settings: Settings) -> Self {
+        let circuit = Striped::new(Circuit::new(trip, settings, false));
+        let front = circuit.front();
+        front.lead_to(circuit.state().downgrade());
+        Self { front, circuit }
+    }
+
+    pub(super) fn circuit(&self) -> &Shared<Circuit> {
+        self.circuit.state()
+    }
+}
+
+impl Calls for Breaker {
+    #[inline]
+    fn permit(&self, token: Token) -> Permit<Giver> {
+        let ends_in_front = self.front.ends_calls() && !is_probe(token);
+        let anchor = if ends_in_front {
+            Anchor::Lasting(self.front)
+        } else {
+            Anchor::Counted(self.circuit.lease())
+        };
+        Permit::new(anchor, token)
+    }
+}
+
+impl Deref for Breaker {
+    type Target = Circuit;
+
+    fn deref(&self) -> &Circuit {
+        &self.circuit
+    }
+}
+
+impl fmt::Debug for Breaker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        (**self).fmt(f)
+    }
+}
+
+impl<Req> Policy<Req> for Breaker {
+    type Giver = Giver;
     type Pass = Token;
-    type Wait = Verdict;
+    type Wait = Verdict<Self>;
 
     const LAYER: LayerKind = LayerKind::CircuitBreaker;
 
     #[inline]
     fn peek(&self) -> bool {
-        self.has_room()
+        self.front.goes().is_some() || self.has_room()
     }
 
     #[inline]
-    fn admit(&self, _: &Req, deadline: impl FnOnce() -> Option<Instant>) -> Admit<Token, Verdict> {
-        admit(self, deadline())
+    fn admit(
+        &self,
+        _: &Req,
+        deadline: impl FnOnce() -> Option<Instant>,
+    ) -> Admit<Token, Self::Wait> {
+        let deadline = deadline();
+        match self.front.enter() {
+            Some(token) if !has_passed(deadline) => Admit::Go(token),
+            _ => admit(self, deadline),
+        }
     }
 
     #[inline]
-    fn permit(&self, token: Token) -> Permit<Circuit> {
-        Shared::permit(self, token)
+    fn permit(&self, token: Token) -> Permit<Giver> {
+        Calls::permit(self, token)
     }
 
-    fn is_stale(&self, permit: &Permit<Circuit>) -> bool {
+    fn is_stale(&self, permit: &Permit<Giver>) -> bool {
         is_stale(permit)
     }
 
-    fn shut(&self, _: Option<&Permit<Circuit>>) -> Option<Arc<Notify>> {
+    fn shut(&self, _: Option<&Permit<Giver>>) -> Option<Arc<Notify>> {
         Some(self.changed().clone())
     }
 
@@ -58,17 +131,22 @@ impl<Req> Policy<Req> for Shared<Circuit> {
     }
 }
 
+// ===== Any circuit =====
+
 /// Also the end of a probe's lease: where no call comes, nobody else would notice.
 fn changes_at(circuit: &Circuit) -> Option<Instant> {
     Instant::now().checked_add(circuit.lasts()?)
 }
 
-pub(super) fn is_stale(permit: &Permit<Circuit>) -> bool {
-    permit.state().is_some_and(|circuit| circuit.is_late(permit.token()))
+pub(super) fn is_stale(permit: &Permit<Giver>) -> bool {
+    permit.giver().is_some_and(|giver| match giver {
+        Anchor::Counted(circuit) => circuit.is_late(permit.token()),
+        Anchor::Lasting(front) => is_late(front, permit.token()),
+    })
 }
 
 #[inline]
-pub(super) fn admit(circuit: &Shared<Circuit>, deadline: Option<Instant>) -> Admit<Token, Verdict> {
+pub(super) fn admit<C: Calls>(circuit: &C, deadline: Option<Instant>) -> Admit<Token, Verdict<C>> {
     // Nobody waits for it any more: no call, and above all no probe.
     if has_passed(deadline) && !circuit.is_shadow() {
         return Admit::No(circuit.refuse_late());
@@ -80,11 +158,11 @@ pub(super) fn admit(circuit: &Shared<Circuit>, deadline: Option<Instant>) -> Adm
 }
 
 #[inline(never)]
-fn refused(
-    circuit: &Shared<Circuit>,
+fn refused<C: Calls>(
+    circuit: &C,
     refusal: Refusal,
     deadline: Option<Instant>,
-) -> Admit<Token, Verdict> {
+) -> Admit<Token, Verdict<C>> {
     match refusal {
         Refusal::Probing => probing(circuit, deadline),
         refusal => Admit::No(circuit.refuse(refusal)),
@@ -92,7 +170,7 @@ fn refused(
 }
 
 #[cold]
-fn probing(circuit: &Shared<Circuit>, deadline: Option<Instant>) -> Admit<Token, Verdict> {
+fn probing<C: Calls>(circuit: &C, deadline: Option<Instant>) -> Admit<Token, Verdict<C>> {
     match Verdict::begin(circuit, deadline) {
         Some(wait) => Admit::Wait(Box::pin(wait)),
         None => Admit::No(circuit.refuse(Refusal::Probing)),
@@ -101,8 +179,8 @@ fn probing(circuit: &Shared<Circuit>, deadline: Option<Instant>) -> Admit<Token,
 
 pin_project! {
     /// A caller's wait for what the probes say. Dropped at any point, it gives its place back.
-    pub struct Verdict {
-        place: Place,
+    pub struct Verdict<C: Calls> {
+        place: Place<C>,
         // Boxed with the call that waits: it is never on the way of one that goes.
         told: Pin<Box<OwnedNotified>>,
         longest: Instant,
@@ -112,17 +190,17 @@ pin_project! {
     }
 }
 
-struct Place(Shared<Circuit>);
+struct Place<C: Calls>(C);
 
-impl Drop for Place {
+impl<C: Calls> Drop for Place<C> {
     fn drop(&mut self) {
         self.0.wait_no_more();
     }
 }
 
-impl Verdict {
+impl<C: Calls> Verdict<C> {
     /// A place among those who wait, if there is one.
-    fn begin(circuit: &Shared<Circuit>, deadline: Option<Instant>) -> Option<Self> {
+    fn begin(circuit: &C, deadline: Option<Instant>) -> Option<Self> {
         let longest = circuit.wait()?;
         let place = Place(circuit.clone());
         let told = Box::pin(circuit.changed().clone().notified_owned());
@@ -133,8 +211,8 @@ impl Verdict {
     }
 }
 
-impl Future for Verdict {
-    type Output = Result<Permit<Circuit>, Rejected>;
+impl<C: Calls> Future for Verdict<C> {
+    type Output = Result<Permit<Giver>, Rejected>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();

@@ -19,10 +19,13 @@ mod clock;
 mod deadline;
 #[cfg(feature = "timeout")]
 mod far;
+mod giver;
 pub(crate) mod grpc;
 pub(crate) mod hint;
 pub(crate) mod http;
 mod indicator;
+#[cfg(any(feature = "breaker", feature = "limit"))]
+mod lasting;
 mod origin;
 mod outcome;
 mod permit;
@@ -31,6 +34,8 @@ mod protocol;
 mod recent;
 mod reject;
 mod rejected;
+#[cfg(any(feature = "breaker", feature = "limit", feature = "retry"))]
+mod striped;
 pub(crate) mod sync;
 
 #[cfg(feature = "tower-http")]
@@ -49,15 +54,18 @@ pub use self::{
 
 #[cfg(feature = "timeout")]
 pub(crate) use self::far::{Far, Found};
-#[cfg(feature = "limit")]
-pub(crate) use self::permit::Giver;
+#[cfg(any(feature = "breaker", feature = "limit"))]
+pub(crate) use self::lasting::{Anchor, Idle};
 #[cfg(feature = "percentile")]
 pub(crate) use self::recent::Recent;
+#[cfg(any(feature = "breaker", feature = "limit", feature = "retry"))]
+pub(crate) use self::striped::{Lease, Striped};
 pub(crate) use self::{
     body::Eos,
     clock::{Clock, Nanos, nanos},
     deadline::has_passed,
-    permit::{Finish, Hold, Permit, Shared, Token},
+    giver::{AnyGiver, Giver, Shared},
+    permit::{Finish, Hold, Permit, Token},
     protocol::Judge,
     reject::{Form, accepts, whole_seconds},
     rejected::{Label, LayerKind},

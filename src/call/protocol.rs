@@ -7,8 +7,9 @@ use tokio::time::Instant;
 use super::{
     Deadline, Outcome, Rejected, TrackedBody,
     body::Eos,
+    giver::Giver,
     http::{self as rule, Head},
-    permit::{Finish, Hold, Permit},
+    permit::{Hold, Permit},
 };
 
 /// How a layer learns what became of a call, and what its caller gets back.
@@ -42,15 +43,14 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
     }
 
     /// A call is about to be made, with this permit.
-    fn begin<F: Finish>(&self, request: &mut Req, permit: impl FnOnce() -> Permit<F>)
-    -> Self::Call;
+    fn begin<G: Giver>(&self, request: &mut Req, permit: impl FnOnce() -> Permit<G>) -> Self::Call;
 
     /// The inner service has answered. The permit is ended, or taken along, where it lies: moved, it would be
     /// read back before it is written.
-    fn complete<F: Finish>(
+    fn complete<G: Giver>(
         call: Self::Call,
         result: Result<Res, E>,
-        permit: &mut Permit<F>,
+        permit: &mut Permit<G>,
     ) -> Result<Self::Response, E>;
 }
 
@@ -80,13 +80,13 @@ where
     }
 
     #[inline]
-    fn begin<F: Finish>(&self, _: &mut Request<ReqB>, _: impl FnOnce() -> Permit<F>) {}
+    fn begin<G: Giver>(&self, _: &mut Request<ReqB>, _: impl FnOnce() -> Permit<G>) {}
 
     #[inline]
-    fn complete<F: Finish>(
+    fn complete<G: Giver>(
         (): (),
         result: Result<Response<B>, E>,
-        permit: &mut Permit<F>,
+        permit: &mut Permit<G>,
     ) -> Result<Self::Response, E> {
         match result {
             Ok(response) => {
@@ -118,13 +118,9 @@ impl<ReqB, E> Judge<Request<ReqB>, Never, E> for Http {
     type Response = Never;
     type Call = ();
 
-    fn begin<F: Finish>(&self, _: &mut Request<ReqB>, _: impl FnOnce() -> Permit<F>) {}
+    fn begin<G: Giver>(&self, _: &mut Request<ReqB>, _: impl FnOnce() -> Permit<G>) {}
 
-    fn complete<F: Finish>(
-        (): (),
-        result: Result<Never, E>,
-        _: &mut Permit<F>,
-    ) -> Result<Never, E> {
+    fn complete<G: Giver>((): (), result: Result<Never, E>, _: &mut Permit<G>) -> Result<Never, E> {
         result
     }
 }
@@ -146,14 +142,14 @@ where
         carried(request)
     }
 
-    fn begin<F: Finish>(&self, _: &mut Request<ReqB>, _: impl FnOnce() -> Permit<F>) -> C {
+    fn begin<G: Giver>(&self, _: &mut Request<ReqB>, _: impl FnOnce() -> Permit<G>) -> C {
         self.0.clone()
     }
 
-    fn complete<F: Finish>(
+    fn complete<G: Giver>(
         classify: C,
         result: Result<Response<B>, E>,
-        permit: &mut Permit<F>,
+        permit: &mut Permit<G>,
     ) -> Result<Self::Response, E> {
         match result {
             Ok(response) => {
@@ -179,10 +175,10 @@ where
 
 /// Gives the permit to the body, or ends it here if the head is enough.
 #[inline]
-fn follow<B: Body, F: Finish>(
+fn follow<B: Body, G: Giver>(
     response: Response<B>,
     head: Head,
-    permit: &mut Permit<F>,
+    permit: &mut Permit<G>,
 ) -> Response<TrackedBody<B>> {
     let (so_far, eos) = match head {
         Head::Certain(outcome) => (outcome, Eos::Plain(outcome)),
@@ -214,15 +210,15 @@ where
     type Call = C;
 
     #[inline]
-    fn begin<F: Finish>(&self, _: &mut Req, _: impl FnOnce() -> Permit<F>) -> C {
+    fn begin<G: Giver>(&self, _: &mut Req, _: impl FnOnce() -> Permit<G>) -> C {
         self.0.clone()
     }
 
     #[inline]
-    fn complete<F: Finish>(
+    fn complete<G: Giver>(
         classify: C,
         result: Result<Res, E>,
-        permit: &mut Permit<F>,
+        permit: &mut Permit<G>,
     ) -> Result<Res, E> {
         permit.end(classify(result.as_ref()));
         result
@@ -238,13 +234,13 @@ impl<Req, Res, E: 'static> Judge<Req, Res, E> for PerResponse {
     type Call = ();
 
     #[inline]
-    fn begin<F: Finish>(&self, _: &mut Req, _: impl FnOnce() -> Permit<F>) {}
+    fn begin<G: Giver>(&self, _: &mut Req, _: impl FnOnce() -> Permit<G>) {}
 
     #[inline]
-    fn complete<F: Finish>(
+    fn complete<G: Giver>(
         (): (),
         result: Result<Res, E>,
-        permit: &mut Permit<F>,
+        permit: &mut Permit<G>,
     ) -> Result<Res, E> {
         permit.end(match &result {
             Ok(_) => Outcome::success(),
@@ -276,18 +272,18 @@ where
         carried(request)
     }
 
-    fn begin<F: Finish>(
+    fn begin<G: Giver>(
         &self,
         request: &mut Request<ReqB>,
-        _: impl FnOnce() -> Permit<F>,
+        _: impl FnOnce() -> Permit<G>,
     ) -> M::Classifier {
         self.0.make_classifier(request)
     }
 
-    fn complete<F: Finish>(
+    fn complete<G: Giver>(
         call: M::Classifier,
         result: Result<Response<B>, E>,
-        permit: &mut Permit<F>,
+        permit: &mut Permit<G>,
     ) -> Result<Self::Response, E> {
         use tower_http::classify::{ClassifiedResponse, ClassifyEos, ClassifyResponse};
 

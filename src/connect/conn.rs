@@ -273,7 +273,7 @@ impl Tag {
     }
 
     /// The right to use it for one call, to the end of the response body.
-    pub(super) fn serve(mut self, turn: Option<Turn>) -> Permit<Conn> {
+    pub(super) fn serve(mut self, turn: Option<Turn>) -> Permit<Shared<Conn>> {
         let conn = self.conn.clone();
         if !std::mem::replace(&mut self.is_lease, false) {
             conn.begin();

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     admission::{Admission, ResponseFuture, Reusable},
-    call::{Finish, Http, Judge, Permit, Respond, Shared, TrackedBody},
+    call::{Giver, Http, Judge, Permit, Respond, Shared, TrackedBody},
 };
 
 /// Counts calls to the end of their bodies, puts a [`Drain`] into every request's extensions, and refuses calls
@@ -133,14 +133,14 @@ where
     type Response = Response<TrackedBody<B>>;
     type Call = ();
 
-    fn begin<F: Finish>(&self, request: &mut Request<ReqB>, _: impl FnOnce() -> Permit<F>) {
+    fn begin<G: Giver>(&self, request: &mut Request<ReqB>, _: impl FnOnce() -> Permit<G>) {
         request.extensions_mut().insert(Drain::new(self.0.clone()));
     }
 
-    fn complete<F: Finish>(
+    fn complete<G: Giver>(
         (): (),
         result: Result<Response<B>, E>,
-        permit: &mut Permit<F>,
+        permit: &mut Permit<G>,
     ) -> Result<Self::Response, E> {
         <Http as Judge<Request<ReqB>, Response<B>, E>>::complete((), result, permit)
     }

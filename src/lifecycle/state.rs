@@ -248,16 +248,16 @@ impl Drop for State {
 
 impl Shared<State> {
     /// One more under way, whatever the phase.
-    pub(super) fn enter(&self) -> Permit<State> {
+    pub(super) fn enter(&self) -> Permit<Shared<State>> {
         self.in_flight.fetch_add(1, SeqCst);
         self.permit(Token::default())
     }
 }
 
 impl<Req> Policy<Req> for Shared<State> {
-    type State = State;
-    type Pass = Permit<State>;
-    type Wait = Ready<Result<Permit<State>, Rejected>>;
+    type Giver = Self;
+    type Pass = Permit<Shared<State>>;
+    type Wait = Ready<Result<Permit<Shared<State>>, Rejected>>;
 
     const LAYER: LayerKind = LayerKind::Lifecycle;
 
@@ -269,7 +269,7 @@ impl<Req> Policy<Req> for Shared<State> {
         &self,
         _: &Req,
         _: impl FnOnce() -> Option<Instant>,
-    ) -> Admit<Permit<State>, Self::Wait> {
+    ) -> Admit<Permit<Shared<State>>, Self::Wait> {
         // Counted first, looked at after: whoever sees the phase changed and nothing in flight is right.
         self.in_flight.fetch_add(1, SeqCst);
         let permit = Shared::permit(self, Token::default());
@@ -283,11 +283,11 @@ impl<Req> Policy<Req> for Shared<State> {
         Admit::No(rejected.with_retry_after(Duration::ZERO))
     }
 
-    fn permit(&self, permit: Permit<State>) -> Permit<State> {
+    fn permit(&self, permit: Permit<Shared<State>>) -> Permit<Shared<State>> {
         permit
     }
 
-    fn shut(&self, permit: Option<&Permit<State>>) -> Option<Arc<Notify>> {
+    fn shut(&self, permit: Option<&Permit<Shared<State>>>) -> Option<Arc<Notify>> {
         // What was accepted goes on, though it may have to wait.
         permit.is_none().then(|| self.shut.clone())
     }

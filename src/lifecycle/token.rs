@@ -46,7 +46,7 @@ impl Drain {
 /// Work under way; made by [`Drain::guard`].
 #[must_use = "dropping it says that the work has ended"]
 pub struct DrainGuard {
-    _permit: Permit<State>,
+    _permit: Permit<Shared<State>>,
 }
 
 impl fmt::Debug for DrainGuard {

@@ -1,24 +1,29 @@
 //! How a limit is reached by what has it, and by its calls.
 //!
-//! What a call ends at has to live as long as the call. To count references for that costs as much as all the
-//! rest: two atomics a call, contended where the limit is. But a limit counts its calls anyhow. So a fixed one lives in
-//! memory that is never given back, and used for another limit once nobody has this one and its last call is over: as
-//! much as there ever were limits at once.
+//! What a call ends at has to live as long as the call. But a limit counts its calls anyhow: a fixed one lives in memory
+//! that is never given back, and used for another limit once nobody has this one and its last call is over.
 
 use std::{
     fmt,
     ops::Deref,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, OnceLock},
 };
 
 use super::{adaptive::Teller, core::Limiter};
-use crate::call::{Giver, Label, Permit, Rejected, RejectedKind, Shared, Token};
+use crate::call::{Anchor, Idle, Label, Permit, Rejected, RejectedKind, Striped, Token};
 
 /// A limit: what its layers, services, handles and waiters have.
 #[derive(Clone)]
 pub struct Limit {
-    limiter: Giver<Limiter>,
+    limiter: Way,
     own: Arc<Own>,
+}
+
+/// How it is reached.
+#[derive(Clone)]
+enum Way {
+    Striped(Striped<Limiter>),
+    Lasting(&'static Limiter),
 }
 
 struct Own {
@@ -27,17 +32,15 @@ struct Own {
     label: OnceLock<Arc<Label>>,
 }
 
-/// Idle ones, to be used again.
-static IDLE: Mutex<Vec<&'static Limiter>> = Mutex::new(Vec::new());
+static IDLE: Idle<Limiter> = Idle::new();
 
 /// It is idle, for good.
 pub(super) fn keep(limiter: &'static Limiter) {
-    IDLE.lock().unwrap_or_else(PoisonError::into_inner).push(limiter);
+    IDLE.keep(limiter);
 }
 
 fn lasting(limit: u32) -> &'static Limiter {
-    let idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner).pop();
-    if let Some(limiter) = idle {
+    if let Some(limiter) = IDLE.take() {
         limiter.renew(limit);
         return limiter;
     }
@@ -50,23 +53,27 @@ impl Limit {
     pub(super) fn fixed(limit: u32) -> Self {
         let limiter = lasting(limit);
         let own = Own { lasting: Some(limiter), label: OnceLock::new() };
-        Self { limiter: Giver::Lasting(limiter), own: Arc::new(own) }
+        Self { limiter: Way::Lasting(limiter), own: Arc::new(own) }
     }
 
-    /// What it learns goes with it: an ordinary reference.
+    /// What it learns goes with it: its calls are counted.
     pub(super) fn adaptive(limit: u32, teller: Teller) -> Self {
-        let limiter = Giver::Counted(Shared::new(Limiter::new(limit, Some(teller))));
+        let limiter = Way::Striped(Striped::new(Limiter::new(limit, Some(teller))));
         Self { limiter, own: Arc::new(Own { lasting: None, label: OnceLock::new() }) }
     }
 
     /// The right to make one call.
     #[inline]
-    pub(super) fn permit(&self, token: Token) -> Permit<Limiter> {
-        Permit::new(self.limiter.clone(), token)
+    pub(super) fn permit(&self, token: Token) -> Permit<Anchor<Limiter>> {
+        let anchor = match &self.limiter {
+            Way::Striped(limiter) => Anchor::Counted(limiter.lease()),
+            Way::Lasting(limiter) => Anchor::Lasting(*limiter),
+        };
+        Permit::new(anchor, token)
     }
 
     pub(super) fn turn_away(&self, kind: RejectedKind) -> Result<Token, Rejected> {
-        self.limiter.turn_away(kind, || self.own.label.get().cloned())
+        (**self).turn_away(kind, || self.own.label.get().cloned())
     }
 
     pub(super) fn name(&self, name: &str) {
@@ -80,7 +87,10 @@ impl Deref for Limit {
 
     #[inline]
     fn deref(&self) -> &Limiter {
-        &self.limiter
+        match &self.limiter {
+            Way::Striped(limiter) => limiter,
+            Way::Lasting(limiter) => limiter,
+        }
     }
 }
 

@@ -10,11 +10,11 @@ use super::{
 };
 use crate::{
     admission::{Admit, Policy},
-    call::{Finish, Hold, LayerKind, Outcome, Permit, RejectedKind, Token, has_passed},
+    call::{Anchor, Finish, Hold, LayerKind, Outcome, Permit, RejectedKind, Token, has_passed},
 };
 
 impl<Req> Policy<Req> for Limit {
-    type State = Limiter;
+    type Giver = Anchor<Limiter>;
     type Pass = Token;
     type Wait = Wait;
 
@@ -38,13 +38,13 @@ impl<Req> Policy<Req> for Limit {
     }
 
     #[inline]
-    fn permit(&self, token: Token) -> Permit<Limiter> {
+    fn permit(&self, token: Token) -> Permit<Anchor<Limiter>> {
         Limit::permit(self, token)
     }
 }
 
 impl<Req, K: Sort<Req>> Policy<Req> for Sorted<K> {
-    type State = Limiter;
+    type Giver = Anchor<Limiter>;
     type Pass = Token;
     type Wait = Wait;
 
@@ -68,7 +68,7 @@ impl<Req, K: Sort<Req>> Policy<Req> for Sorted<K> {
         entered(limiter, entry, deadline)
     }
 
-    fn permit(&self, token: Token) -> Permit<Limiter> {
+    fn permit(&self, token: Token) -> Permit<Anchor<Limiter>> {
         self.limiter.permit(token)
     }
 }

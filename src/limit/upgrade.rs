@@ -9,7 +9,7 @@ use http::Request;
 use tokio::time::Instant;
 
 use super::core::Limiter;
-use crate::call::{Finish, Hold, Judge, Outcome, Permit, Shared, Token};
+use crate::call::{Anchor, Finish, Giver, Hold, Judge, Outcome, Permit, Shared, Token};
 
 /// The place that a call holds, in its request's extensions: see
 /// [`upgrades`](crate::ConcurrencyLimitLayer::upgrades).
@@ -56,11 +56,11 @@ pub struct HeldPlace {
 
 enum Of {
     Call(Shared<Slot>),
-    Nobody(Permit<Limiter>),
+    Nobody(Permit<Anchor<Limiter>>),
 }
 
 impl HeldPlace {
-    pub(super) fn own(permit: Permit<Limiter>) -> Self {
+    pub(super) fn own(permit: Permit<Anchor<Limiter>>) -> Self {
         Self { of: Of::Nobody(permit), _outer: None }
     }
 }
@@ -156,7 +156,7 @@ pub struct Upgrades<M>(pub(super) M);
 #[derive(Debug)]
 pub struct Lent<C> {
     call: C,
-    permit: Permit<Slot>,
+    permit: Permit<Shared<Slot>>,
 }
 
 impl<M, ReqB, Res, E> Judge<Request<ReqB>, Res, E> for Upgrades<M>
@@ -170,13 +170,13 @@ where
         self.0.deadline(request)
     }
 
-    fn begin<F: Finish>(
+    fn begin<G: Giver>(
         &self,
         request: &mut Request<ReqB>,
-        permit: impl FnOnce() -> Permit<F>,
+        permit: impl FnOnce() -> Permit<G>,
     ) -> Lent<M::Call> {
         // Only one of the two has use for it.
-        let call = self.0.begin(request, Permit::<F>::hollow);
+        let call = self.0.begin(request, Permit::<G>::hollow);
         let slot = Shared::new(Slot {
             state: Mutex::new(State { permit: permit().erase(), holder: Holder::Call }),
             outer: request.extensions_mut().remove(),
@@ -186,10 +186,10 @@ where
         Lent { call, permit }
     }
 
-    fn complete<F: Finish>(
+    fn complete<G: Giver>(
         mut lent: Lent<M::Call>,
         result: Result<Res, E>,
-        _taken_at_the_beginning: &mut Permit<F>,
+        _taken_at_the_beginning: &mut Permit<G>,
     ) -> Result<M::Response, E> {
         M::complete(lent.call, result, &mut lent.permit)
     }

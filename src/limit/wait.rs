@@ -12,7 +12,7 @@ use super::{
     lasting::Limit,
     queue::{Place, Turn},
 };
-use crate::call::{Permit, Rejected, RejectedKind, has_passed};
+use crate::call::{Anchor, Permit, Rejected, RejectedKind, has_passed};
 
 pin_project! {
     /// A call's wait for its turn. Dropped at any point, it gives back what it has.
@@ -51,7 +51,7 @@ impl Drop for Seat {
 }
 
 impl Future for Wait {
-    type Output = Result<Permit<Limiter>, Rejected>;
+    type Output = Result<Permit<Anchor<Limiter>>, Rejected>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();

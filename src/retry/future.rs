@@ -3,7 +3,6 @@ use std::{
     future::Future,
     marker::PhantomData,
     pin::Pin,
-    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -21,7 +20,7 @@ use super::{
     stop::Stop,
     weighed::{Head, Weighed, is_good},
 };
-use crate::call::{Deadline, LayerKind, Outcome, Phase, Rejected, RejectedKind};
+use crate::call::{Deadline, LayerKind, Lease, Outcome, Phase, Rejected, RejectedKind};
 
 pin_project! {
     /// The future of a [`Retry`](super::Retry)'s call. Dropped while it waits, it pays its retry back.
@@ -30,7 +29,7 @@ pin_project! {
         pub(super) state: State<F, H>,
         // The attempt that is under way.
         pub(super) span: Span,
-        pub(super) core: Arc<Core<S>>,
+        pub(super) core: Lease<Core<S>>,
         pub(super) protocol: M,
         pub(super) kept: Option<K>,
         // None until an attempt has failed.
@@ -207,7 +206,7 @@ where
     ) -> Poll<Option<Result<M::Response, M::Error>>> {
         loop {
             let mut this = self.as_mut().project();
-            let (Some(course), core) = (this.course.as_mut(), &*this.core) else {
+            let (Some(course), core) = (this.course.as_mut(), &**this.core) else {
                 unreachable!("polled after completion")
             };
             match this.state.as_mut().project() {

@@ -1,7 +1,6 @@
 use std::{
     fmt,
     marker::PhantomData,
-    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -15,18 +14,21 @@ use super::{
     span::Span,
     weighed::Weighed,
 };
-use crate::{admission::Reusable, call::Http};
+use crate::{
+    admission::Reusable,
+    call::{Http, Striped},
+};
 
 /// The service of a [`RetryLayer`](super::RetryLayer).
 pub struct Retry<S, M = Http> {
     inner: S,
-    core: Arc<Core<S>>,
+    core: Striped<Core<S>>,
     protocol: M,
 }
 
 impl<S, M> Retry<S, M> {
     pub(super) fn new(inner: S, core: Core<S>, protocol: M) -> Self {
-        Self { inner, core: Arc::new(core), protocol }
+        Self { inner, core: Striped::new(core), protocol }
     }
 
     /// The wrapped service.
@@ -70,6 +72,8 @@ where
         if let Some(budget) = &self.core.budget {
             budget.begun();
         }
+        // Before the call: what it gives is built where it stays.
+        let core = self.core.lease();
         let span = Span::first();
         let entered = span.enter();
         // Not by way of a variable: a request is large to move.
@@ -78,7 +82,7 @@ where
         ResponseFuture {
             state: State::Calling { attempt: Weighed::new(future) },
             span,
-            core: self.core.clone(),
+            core,
             protocol: self.protocol.clone(),
             kept,
             course: None,
@@ -95,7 +99,7 @@ impl<S: Clone, M: Clone> Retry<S, M> {
         ResponseFuture {
             state: State::Unbegun,
             span: Span::none(),
-            core: self.core.clone(),
+            core: self.core.lease(),
             protocol: self.protocol.clone(),
             kept,
             course: None,

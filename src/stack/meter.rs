@@ -119,9 +119,9 @@ impl Finish for Meter {
 }
 
 impl<Req> Policy<Req> for Shared<Meter> {
-    type State = Meter;
+    type Giver = Self;
     type Pass = Token;
-    type Wait = Ready<Result<Permit<Meter>, Rejected>>;
+    type Wait = Ready<Result<Permit<Self>, Rejected>>;
 
     const LAYER: LayerKind = LayerKind::User;
 
@@ -135,7 +135,7 @@ impl<Req> Policy<Req> for Shared<Meter> {
         Admit::Go(Token { tag: 0, started: self.clock.now().saturating_add(1) })
     }
 
-    fn permit(&self, token: Token) -> Permit<Meter> {
+    fn permit(&self, token: Token) -> Permit<Self> {
         Shared::permit(self, token)
     }
 }

@@ -49,14 +49,14 @@ enum Phase {
 }
 
 impl Machine {
-    pub(super) fn new(trip: Trip, settings: Settings) -> (Self, TimeWindows) {
+    pub(super) fn new(trip: Trip, settings: Settings, generation: u64) -> (Self, TimeWindows) {
         let (counts, times) = Counts::new(&trip);
         let machine = Self {
             settings,
             shape: trip,
             counts,
             phase: Phase::Closed { since: 0, ramps: false },
-            generation: 0,
+            generation,
             isolations: 0,
             opened: 0,
             restless: 0,

@@ -61,10 +61,10 @@ impl Gate {
 }
 
 impl<Req> Policy<Req> for Shared<Gate> {
-    type State = Gate;
+    type Giver = Self;
     /// Whether anybody wants to hear how it ends.
     type Pass = bool;
-    type Wait = Ready<Result<Permit<Gate>, Rejected>>;
+    type Wait = Ready<Result<Permit<Self>, Rejected>>;
 
     const LAYER: LayerKind = LayerKind::HealthProbe;
 
@@ -86,12 +86,12 @@ impl<Req> Policy<Req> for Shared<Gate> {
     }
 
     #[inline]
-    fn permit(&self, listens: bool) -> Permit<Gate> {
+    fn permit(&self, listens: bool) -> Permit<Self> {
         // Else nobody wants to hear how it ends.
         if listens { Shared::permit(self, Token::default()) } else { Permit::hollow() }
     }
 
-    fn shut(&self, _: Option<&Permit<Gate>>) -> Option<Arc<Notify>> {
+    fn shut(&self, _: Option<&Permit<Self>>) -> Option<Arc<Notify>> {
         Some(self.changed.clone())
     }
 }

@@ -3,7 +3,7 @@ use std::{
     future::Future,
     marker::PhantomData,
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
+    sync::atomic::Ordering,
     task::{Context, Poll, ready},
 };
 
@@ -22,18 +22,22 @@ use super::{
     Hedged,
     layer::Settings,
 };
-use crate::{admission::Reusable, call::Http, event};
+use crate::{
+    admission::Reusable,
+    call::{Http, Lease, Striped},
+    event,
+};
 
 /// The service of a [`HedgeLayer`](super::HedgeLayer).
 pub struct Hedge<S, M = Http> {
     inner: S,
-    core: Arc<Core<S, Settings>>,
+    core: Striped<Core<S, Settings>>,
     protocol: M,
 }
 
 impl<S, M> Hedge<S, M> {
     pub(super) fn new(inner: S, core: Core<S, Settings>, protocol: M) -> Self {
-        Self { inner, core: Arc::new(core), protocol }
+        Self { inner, core: Striped::new(core), protocol }
     }
 
     /// The wrapped service.
@@ -85,7 +89,7 @@ where
             first: Some(Weighed::new(self.inner.call(first))),
             began,
             second: at.map_or(Second::Never, |at| Second::Due { at }),
-            core: self.core.clone(),
+            core: self.core.lease(),
             protocol: self.protocol.clone(),
             kept,
             _request: PhantomData,
@@ -104,7 +108,7 @@ pin_project! {
         second: Second<S, F, H>,
         // None: nobody wants to know how long it takes.
         began: Option<Instant>,
-        core: Arc<Core<S, Settings>>,
+        core: Lease<Core<S, Settings>>,
         protocol: M,
         kept: Option<K>,
         _request: PhantomData<fn(Req)>,

@@ -1,0 +1,246 @@
+//! What a circuit shows to calls: one word that says whether they go, and at their end whether their outcome
+//! changes anything. While it does not, a call touches nothing else, and writes nothing at all.
+//!
+//! The word outlives its circuit, in memory that is never given back, so that a call need not keep the circuit
+//! alive to find it: another circuit may have the word by the time that a late call comes to its end, and tells it by its
+//! generation, which is none of its own.
+
+use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
+
+use super::core::Circuit;
+use crate::call::{
+    Finish, Hold, Idle, Outcome, Token,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+/// In a line of a cache of its own: others' trips are none of its business.
+#[derive(Debug)]
+#[repr(align(64))]
+pub struct Front {
+    bits: AtomicU64,
+    /// None: it has gone.
+    circuit: Mutex<Weak<Circuit>>,
+}
+
+/// `generation << 6 | measured << 5 | plain << 4 | clean << 3 | state`
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Bits(u64);
+
+/// What the word says of the state.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Word {
+    Closed = 0,
+    Open = 1,
+    HalfOpen = 2,
+    ForcedOpen = 3,
+    ForcedClosed = 4,
+    /// Closed, and luck decides: not a state of its own to anybody else.
+    Ramp = 5,
+}
+
+const STATE: u64 = 0b00_0111;
+const CLEAN: u64 = 0b00_1000;
+const PLAIN: u64 = 0b01_0000;
+const MEASURED: u64 = 0b10_0000;
+const GENERATION: u32 = 6;
+
+impl Bits {
+    pub(super) fn new(generation: u64, word: Word) -> Self {
+        Self(generation << GENERATION | word as u64)
+    }
+
+    /// A good call changes nothing but windows of time.
+    pub(super) fn clean(self, clean: bool) -> Self {
+        if clean { Self(self.0 | CLEAN) } else { self }
+    }
+
+    /// Somebody measures how long calls take.
+    pub(super) fn measured(self, measured: bool) -> Self {
+        if measured { Self(self.0 | MEASURED) } else { self }
+    }
+
+    /// There are no windows of time, nothing is measured, and nobody counts the calls under way: a call can end here.
+    pub(super) fn plain(self, plain: bool) -> Self {
+        if plain { Self(self.0 | PLAIN) } else { self }
+    }
+
+    #[inline]
+    pub(super) fn word(self) -> Word {
+        match self.0 & STATE {
+            0 => Word::Closed,
+            1 => Word::Open,
+            2 => Word::HalfOpen,
+            3 => Word::ForcedOpen,
+            4 => Word::ForcedClosed,
+            _ => Word::Ramp,
+        }
+    }
+
+    #[inline]
+    pub(super) fn generation(self) -> u64 {
+        self.0 >> GENERATION
+    }
+
+    #[inline]
+    pub(super) fn is_clean(self) -> bool {
+        self.0 & CLEAN != 0
+    }
+}
+
+/// Those whose circuits have gone. The models have no memory that outlives them.
+static IDLE: Idle<Front> = Idle::new();
+
+impl Front {
+    pub(super) fn take() -> &'static Self {
+        let idle = if cfg!(buttress_loom) { None } else { IDLE.take() };
+        idle.unwrap_or_else(|| {
+            Box::leak(Box::new(Self { bits: AtomicU64::new(0), circuit: Mutex::new(Weak::new()) }))
+        })
+    }
+
+    /// Whose it is from here on.
+    pub(super) fn lead_to(&self, circuit: Weak<Circuit>) {
+        *self.lock() = circuit;
+    }
+
+    /// Its circuit has gone: what is still under way counts for nothing.
+    pub(super) fn leave(&'static self) {
+        self.lead_to(Weak::new());
+        self.show(Bits::new(self.read().generation(), Word::ForcedClosed));
+        IDLE.keep(self);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Weak<Circuit>> {
+        self.circuit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[inline]
+    pub(super) fn read(&self) -> Bits {
+        Bits(self.bits.load(Ordering::Acquire))
+    }
+
+    pub(super) fn show(&self, bits: Bits) {
+        self.bits.store(bits.0, Ordering::Release);
+    }
+
+    // ===== A call =====
+
+    /// The generation that a call goes with, where this alone lets it go.
+    #[inline]
+    pub(super) fn goes(&self) -> Option<u64> {
+        let bits = self.read();
+        matches!(bits.word(), Word::Closed | Word::ForcedClosed).then_some(bits.generation())
+    }
+
+    /// What such a call goes with, if nobody measures it.
+    #[inline]
+    pub(super) fn enter(&self) -> Option<Token> {
+        let bits = self.read();
+        let goes = bits.0 & (STATE | MEASURED) == Word::Closed as u64;
+        goes.then_some(Token { tag: bits.generation(), started: 0 })
+    }
+
+    /// Whether a call can end here.
+    #[inline]
+    pub(super) fn ends_calls(&self) -> bool {
+        self.read().0 & PLAIN != 0
+    }
+
+    /// Whether what went with this generation, no probe, would still go.
+    pub(super) fn still_goes(&self, generation: u64) -> bool {
+        let bits = self.read();
+        bits.generation() == generation && bits.word() != Word::ForcedOpen
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn tell(&self, token: Token, outcome: Outcome) {
+        let circuit = self.lock().upgrade();
+        if let Some(circuit) = circuit {
+            circuit.finish(token, outcome);
+        }
+    }
+}
+
+impl Finish for Front {
+    #[inline]
+    fn finish(&self, token: Token, outcome: Outcome) {
+        let unchanged = PLAIN | CLEAN | Word::Closed as u64;
+        let changes = self.read().0 & (STATE | CLEAN | PLAIN) != unchanged;
+        if changes || !outcome.is_success() {
+            self.tell(token, outcome);
+        }
+    }
+
+    #[inline]
+    fn hold(&self) -> Hold {
+        Hold::Verdict
+    }
+}
+
+#[cfg(all(test, not(buttress_loom)))]
+mod tests {
+    use std::ptr;
+
+    use super::*;
+    use crate::{
+        breaker::{counts::Seen, layer::DEFAULTS, state::State, trip::Trip},
+        call::Shared,
+    };
+
+    fn circuit(front: &'static Front) -> Shared<Circuit> {
+        let circuit = Shared::new(Circuit::behind(front, Trip::consecutive(1), DEFAULTS, false));
+        front.lead_to(circuit.downgrade());
+        circuit
+    }
+
+    /// From among the idle ones, unless another test has been faster.
+    fn take_again(front: &'static Front) -> bool {
+        let idle: Vec<_> = std::iter::from_fn(|| IDLE.take()).collect();
+        let (own, others): (Vec<_>, Vec<_>) =
+            idle.into_iter().partition(|idle| ptr::eq(*idle, front));
+        others.into_iter().for_each(|other| IDLE.keep(other));
+        !own.is_empty()
+    }
+
+    #[test]
+    fn late_call_says_nothing_to_whoever_has_the_front_by_then() {
+        for _ in 0..1000 {
+            let front = Front::take();
+            let first = circuit(front);
+            let tokens = [Outcome::failure(), Outcome::success(), Outcome::cancelled()]
+                .map(|late| (first.enter().expect("closed"), late));
+            drop(first);
+            for (token, late) in tokens {
+                front.finish(token, late);
+            }
+            if !take_again(front) {
+                continue;
+            }
+            let second = circuit(front);
+            let own = second.enter().expect("closed");
+            for (token, late) in tokens {
+                assert_ne!(token.tag, own.tag);
+                front.finish(token, late);
+            }
+            assert_eq!(second.state().0, State::Closed);
+            let seen = second.look(|machine, times, now| machine.seen(now, times));
+            assert_eq!(seen, Seen::default());
+            front.finish(own, Outcome::failure());
+            assert_eq!(second.state().0, State::Open, "its own calls it hears");
+            return;
+        }
+        panic!("always somebody else was faster");
+    }
+
+    #[test]
+    fn call_that_ends_in_the_front_keeps_no_circuit_alive() {
+        let front = Front::take();
+        let first = circuit(front);
+        let circuit = first.downgrade();
+        let token = first.enter().expect("closed");
+        drop(first);
+        assert!(circuit.upgrade().is_none());
+        front.finish(token, Outcome::failure());
+    }
+}
