@@ -145,18 +145,18 @@ impl Limiter {
     /// Gets in if there is room and nobody waits.
     #[inline]
     pub(super) fn enter(&self) -> Option<Token> {
-        let mut word = self.word.load(Ordering::Relaxed);
-        while waiting(word) == 0 && in_flight(word) < self.limit() {
-            match self.word.compare_exchange_weak(
-                word,
-                word + ONE_IN,
-                Ordering::Acquire,
-                Ordering::Relaxed,
-            ) {
-                Ok(_) => return Some(self.begin(in_flight(word) + 1)),
-                Err(now) => word = now,
-            }
+        let limit = self.limit();
+        let has_room = |word| waiting(word) == 0 && in_flight(word) < limit;
+        if !has_room(self.word.load(Ordering::Relaxed)) {
+            return None;
         }
+        // In first, and out again if somebody was faster: an exchange would have to be tried again whenever
+        // anybody came or went. Nobody is refused for that who has not met more than may be in.
+        let before = self.word.fetch_add(ONE_IN, Ordering::Acquire);
+        if has_room(before) {
+            return Some(self.begin(in_flight(before) + 1));
+        }
+        self.exit();
         None
     }
 

@@ -75,6 +75,40 @@ fn loom_a_newcomer_never_waits_for_a_place_that_is_free() {
     });
 }
 
+/// Two ask for one place: one has it, never both, and it is free once that one has left.
+#[test]
+fn loom_a_place_is_never_given_twice() {
+    loom::model(|| {
+        let limiter = Both::new(Limiter::new(1, None));
+        let other = limiter.clone();
+        let other = thread::spawn(move || other.enter());
+        let (mine, theirs) = (limiter.enter(), other.join().unwrap());
+        assert_eq!(u32::from(mine.is_some()) + u32::from(theirs.is_some()), 1);
+        assert_eq!(limiter.in_flight(), 1);
+        limiter.exit();
+        assert!(limiter.enter().is_some());
+    });
+}
+
+/// No more come at once than may be in: nobody is refused, whoever comes and goes meanwhile.
+#[test]
+fn loom_who_is_one_of_few_enough_is_never_refused() {
+    loom::model(|| {
+        let limiter = Both::new(Limiter::new(2, None));
+        let other = limiter.clone();
+        let other = thread::spawn(move || {
+            for _ in 0..2 {
+                assert!(other.enter().is_some());
+                other.exit();
+            }
+        });
+        assert!(limiter.enter().is_some());
+        limiter.exit();
+        other.join().unwrap();
+        assert_eq!(limiter.in_flight(), 0);
+    });
+}
+
 /// The next in line gives up just when its turn comes: it goes to the one after.
 #[test]
 fn loom_a_turn_is_never_lost_with_its_waiter() {
