@@ -5,21 +5,22 @@
 //! alive to find it: another circuit may have the word by the time that a late call comes to its end, and tells it by its
 //! generation, which is none of its own.
 
-use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
+use std::{
+    fmt,
+    sync::{Mutex, MutexGuard, PoisonError, Weak},
+};
 
-use super::core::Circuit;
 use crate::call::{
     Finish, Hold, Idle, Outcome, Token,
     sync::atomic::{AtomicU64, Ordering},
 };
 
 /// In a line of a cache of its own: others' trips are none of its business.
-#[derive(Debug)]
 #[repr(align(64))]
 pub struct Front {
     bits: AtomicU64,
-    /// None: it has gone.
-    circuit: Mutex<Weak<Circuit>>,
+    /// None: nobody has it.
+    circuit: Mutex<Option<Weak<dyn Finish>>>,
 }
 
 /// `generation << 6 | measured << 5 | plain << 4 | clean << 3 | state`
@@ -94,23 +95,23 @@ impl Front {
     pub(super) fn take() -> &'static Self {
         let idle = if cfg!(buttress_loom) { None } else { IDLE.take() };
         idle.unwrap_or_else(|| {
-            Box::leak(Box::new(Self { bits: AtomicU64::new(0), circuit: Mutex::new(Weak::new()) }))
+            Box::leak(Box::new(Self { bits: AtomicU64::new(0), circuit: Mutex::new(None) }))
         })
     }
 
     /// Whose it is from here on.
-    pub(super) fn lead_to(&self, circuit: Weak<Circuit>) {
-        *self.lock() = circuit;
+    pub(super) fn lead_to(&self, circuit: Weak<dyn Finish>) {
+        *self.lock() = Some(circuit);
     }
 
     /// Its circuit has gone: what is still under way counts for nothing.
     pub(super) fn leave(&'static self) {
-        self.lead_to(Weak::new());
+        *self.lock() = None;
         self.show(Bits::new(self.read().generation(), Word::ForcedClosed));
         IDLE.keep(self);
     }
 
-    fn lock(&self) -> MutexGuard<'_, Weak<Circuit>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Weak<dyn Finish>>> {
         self.circuit.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -155,7 +156,7 @@ impl Front {
     #[cold]
     #[inline(never)]
     fn tell(&self, token: Token, outcome: Outcome) {
-        let circuit = self.lock().upgrade();
+        let circuit = self.lock().as_ref().and_then(Weak::upgrade);
         if let Some(circuit) = circuit {
             circuit.finish(token, outcome);
         }
@@ -178,18 +179,32 @@ impl Finish for Front {
     }
 }
 
+impl fmt::Debug for Front {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Front")
+            .field("generation", &self.read().generation())
+            .finish_non_exhaustive()
+    }
+}
+
 #[cfg(all(test, not(buttress_loom)))]
 mod tests {
     use std::ptr;
 
     use super::*;
     use crate::{
-        breaker::{counts::Seen, layer::DEFAULTS, state::State, trip::Trip},
+        breaker::{
+            core::Circuit,
+            counts::Seen,
+            state::{Settings, State},
+            trip::Trip,
+        },
         call::Shared,
     };
 
     fn circuit(front: &'static Front) -> Shared<Circuit> {
-        let circuit = Shared::new(Circuit::behind(front, Trip::consecutive(1), DEFAULTS, false));
+        let circuit =
+            Shared::new(Circuit::behind(front, Trip::consecutive(1), Settings::DEFAULT, false));
         front.lead_to(circuit.downgrade());
         circuit
     }

@@ -16,16 +16,6 @@ use crate::{
     call::{AsError, Http, Origin},
 };
 
-pub(super) const DEFAULTS: Settings = Settings {
-    open_for: OpenFor::fixed(Duration::from_secs(30)),
-    probes: 1,
-    needed: 1,
-    lease: Duration::from_secs(30),
-    ramp: Duration::ZERO,
-    outside_probes: false,
-    holds_back: false,
-};
-
 /// So many probes are no probes any more.
 const MOST_PROBES_AND_ONE: u16 = 1001;
 
@@ -51,7 +41,7 @@ impl CircuitBreakerLayer {
     pub fn new(trip: Trip) -> Self {
         let checked = trip.check();
         let trip = if checked.is_ok() { trip } else { Trip::default() };
-        let policy = Breaker::new(trip, DEFAULTS);
+        let policy = Breaker::new(trip, Settings::DEFAULT);
         Self { plan: Plan { policy, protocol: Http, reject: AsError, fault: checked.err() } }
     }
 }

@@ -56,6 +56,16 @@ const RAMP_FROM: f64 = 0.1;
 const TURNS: u64 = 100;
 
 impl Settings {
+    pub(super) const DEFAULT: Self = Self {
+        open_for: OpenFor::fixed(Duration::from_secs(30)),
+        probes: 1,
+        needed: 1,
+        lease: Duration::from_secs(30),
+        ramp: Duration::ZERO,
+        outside_probes: false,
+        holds_back: false,
+    };
+
     /// The share of calls that goes so long after a ramp has begun.
     pub(super) fn ramp_share(&self, gone: Nanos) -> f64 {
         RAMP_FROM + (1.0 - RAMP_FROM) * (gone as f64 / nanos(self.ramp) as f64)
