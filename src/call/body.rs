@@ -11,24 +11,86 @@ use pin_project_lite::pin_project;
 
 use super::{Outcome, Reason, grpc, permit::Permit};
 
+// ===== The wrapped service's, or our own =====
+
 pin_project! {
-    /// A response body that ends its call's permit: at its end, at an error, or when it is dropped.
-    ///
-    /// Every frame, the trailers, the size hint and the end-of-stream flag pass through. A refusal's
-    /// own small body is a variant of it, so that nothing is asked of the user's body type.
-    pub struct TrackedBody<B: Body> {
-        #[pin]
-        inner: Inner<B>,
-        permit: Permit,
-        eos: Eos,
+    /// A body as it is, or the small one of an answer of our own: a variant, so that nothing is asked of the user's
+    /// body type.
+    #[project = AnswerBodyProj]
+    pub(crate) enum AnswerBody<B: Body> {
+        Theirs { #[pin] body: B },
+        // Boxed, for its size: who is let through is not to carry it.
+        Own { data: Option<Box<B::Data>> },
     }
 }
 
+impl<B: Body> AnswerBody<B> {
+    /// Nothing, and at its end.
+    pub(crate) const fn ended() -> Self {
+        Self::Own { data: None }
+    }
+
+    pub(crate) fn own(data: Bytes) -> Self
+    where
+        B::Data: From<Bytes>,
+    {
+        Self::Own { data: (!data.is_empty()).then(|| Box::new(B::Data::from(data))) }
+    }
+}
+
+impl<B: Body> Body for AnswerBody<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    #[inline]
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        match self.project() {
+            AnswerBodyProj::Theirs { body } => body.poll_frame(cx),
+            AnswerBodyProj::Own { data } => {
+                Poll::Ready(data.take().map(|data| Ok(Frame::data(*data))))
+            }
+        }
+    }
+
+    #[inline]
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Theirs { body } => body.is_end_stream(),
+            Self::Own { data } => data.is_none(),
+        }
+    }
+
+    #[inline]
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Theirs { body } => body.size_hint(),
+            Self::Own { data } => {
+                SizeHint::with_exact(data.as_ref().map_or(0, |data| data.remaining() as u64))
+            }
+        }
+    }
+}
+
+/// A body that an answer of our own can have.
+pub trait OwnAnswer {
+    /// With this in it.
+    fn answer(data: Bytes) -> Self;
+}
+
+// ===== Followed to its end =====
+
 pin_project! {
-    #[project = InnerProj]
-    enum Inner<B: Body> {
-        Body { #[pin] body: B },
-        Answer { data: Option<B::Data> },
+    /// A response body that ends its call's permit: at its end, at an error, or when it is dropped.
+    ///
+    /// Every frame, the trailers, the size hint and the end-of-stream flag pass through.
+    pub struct TrackedBody<B: Body> {
+        #[pin]
+        inner: AnswerBody<B>,
+        permit: Permit,
+        eos: Eos,
     }
 }
 
@@ -88,28 +150,29 @@ impl<B: Body> TrackedBody<B> {
         } else {
             permit.end_dropped_as(eos.so_far());
         }
-        Self { inner: Inner::Body { body }, permit, eos }
+        Self { inner: AnswerBody::Theirs { body }, permit, eos }
     }
 
     /// A body whose call has ended already.
     pub(crate) fn untracked(body: B) -> Self {
-        Self { inner: Inner::Body { body }, permit: Permit::hollow(), eos: Eos::Told }
+        Self::told(AnswerBody::Theirs { body })
     }
 
-    /// The body of an answer of our own.
-    pub(crate) fn answer(data: Bytes) -> Self
-    where
-        B::Data: From<Bytes>,
-    {
-        let data = (!data.is_empty()).then(|| B::Data::from(data));
-        Self { inner: Inner::Answer { data }, permit: Permit::hollow(), eos: Eos::Told }
+    fn told(inner: AnswerBody<B>) -> Self {
+        Self { inner, permit: Permit::hollow(), eos: Eos::Told }
+    }
+}
+
+impl<B: Body<Data: From<Bytes>>> OwnAnswer for TrackedBody<B> {
+    fn answer(data: Bytes) -> Self {
+        Self::told(AnswerBody::own(data))
     }
 }
 
 impl<B: Body> Default for TrackedBody<B> {
     /// Nothing, and at its end: what a layer further out answers with, such as tower-http's timeout.
     fn default() -> Self {
-        Self { inner: Inner::Answer { data: None }, permit: Permit::hollow(), eos: Eos::Told }
+        Self::told(AnswerBody::ended())
     }
 }
 
@@ -117,26 +180,21 @@ impl<B: Body> Body for TrackedBody<B> {
     type Data = B::Data;
     type Error = B::Error;
 
+    #[inline]
     fn poll_frame(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         let mut this = self.project();
-        let mut body = match this.inner.as_mut().project() {
-            InnerProj::Body { body } if matches!(this.eos, Eos::Told) => {
-                return body.poll_frame(cx);
-            }
-            InnerProj::Body { body } => body,
-            InnerProj::Answer { data } => {
-                return Poll::Ready(data.take().map(|data| Ok(Frame::data(data))));
-            }
-        };
-        let next = ready!(this.permit.guard(|| body.as_mut().poll_frame(cx)));
+        if matches!(this.eos, Eos::Told) {
+            return this.inner.poll_frame(cx);
+        }
+        let next = ready!(this.permit.guard(|| this.inner.as_mut().poll_frame(cx)));
         match &next {
             Some(Ok(frame)) => {
                 if let Some(trailers) = frame.trailers_ref() {
                     this.permit.end(this.eos.end(Some(trailers)));
-                } else if body.is_end_stream() {
+                } else if this.inner.is_end_stream() {
                     this.permit.end(this.eos.end(None));
                 }
             }
@@ -147,19 +205,11 @@ impl<B: Body> Body for TrackedBody<B> {
     }
 
     fn is_end_stream(&self) -> bool {
-        match &self.inner {
-            Inner::Body { body } => body.is_end_stream(),
-            Inner::Answer { data } => data.is_none(),
-        }
+        self.inner.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        match &self.inner {
-            Inner::Body { body } => body.size_hint(),
-            Inner::Answer { data } => {
-                SizeHint::with_exact(data.as_ref().map_or(0, |data| data.remaining() as u64))
-            }
-        }
+        self.inner.size_hint()
     }
 }
 

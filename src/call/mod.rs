@@ -52,16 +52,19 @@ pub use self::{
     rejected::{Phase, Rejected, RejectedKind},
 };
 
-#[cfg(feature = "timeout")]
-pub(crate) use self::far::{Far, Found};
 #[cfg(any(feature = "breaker", feature = "limit"))]
 pub(crate) use self::lasting::{Anchor, Idle};
 #[cfg(feature = "percentile")]
 pub(crate) use self::recent::Recent;
 #[cfg(any(feature = "breaker", feature = "limit", feature = "retry"))]
 pub(crate) use self::striped::{Lease, Striped};
+#[cfg(feature = "timeout")]
 pub(crate) use self::{
-    body::Eos,
+    body::AnswerBody,
+    far::{Far, Found},
+};
+pub(crate) use self::{
+    body::{Eos, OwnAnswer},
     clock::{Clock, Nanos, nanos},
     deadline::has_passed,
     giver::{AnyGiver, Giver, Shared},

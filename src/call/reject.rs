@@ -2,9 +2,8 @@ use std::{fmt, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body::Body;
 
-use super::{Phase, Rejected, RejectedKind, TrackedBody, grpc, hint};
+use super::{Phase, Rejected, RejectedKind, body::OwnAnswer, grpc, hint};
 use crate::BoxError;
 
 /// What a refusal becomes: an error, or a response.
@@ -133,11 +132,7 @@ impl<Req, Res, E: Into<BoxError>> Refuse<Req, Res, E> for AsError {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Respond;
 
-impl<ReqB, B, E> Refuse<Request<ReqB>, Response<TrackedBody<B>>, E> for Respond
-where
-    B: Body,
-    B::Data: From<Bytes>,
-{
+impl<ReqB, B: OwnAnswer, E> Refuse<Request<ReqB>, Response<B>, E> for Respond {
     type Error = E;
 
     #[inline]
@@ -145,8 +140,8 @@ where
         Form::of(request.method(), request.headers())
     }
 
-    fn refuse(self, form: Form, rejected: Rejected) -> Result<Response<TrackedBody<B>>, E> {
-        Ok(response(form, rejected).map(TrackedBody::answer))
+    fn refuse(self, form: Form, rejected: Rejected) -> Result<Response<B>, E> {
+        Ok(response(form, rejected).map(B::answer))
     }
 
     #[inline]

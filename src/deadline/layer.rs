@@ -17,7 +17,7 @@ use super::{
 use crate::{
     BoxError, ConfigError,
     admission::Reusable,
-    call::{AsError, LayerKind, Reject, Rejected, Respond, RespondWith, TrackedBody},
+    call::{AsError, LayerKind, Reject, Rejected, Respond, RespondWith},
     timeout::{AsIs, ResponseFuture, TimedBody, Timeout, TimeoutLayer, Timeouts},
 };
 
@@ -189,9 +189,9 @@ where
     S: Service<Request<ReqB>, Response = Response<B>> + Reusable,
     ReqB: 'static,
     B: Body<Error: Into<BoxError>>,
-    R: Reject<Request<ReqB>, Response<TrackedBody<TimedBody<B>>>, S::Error>,
+    R: Reject<Request<ReqB>, Response<TimedBody<B>>, S::Error>,
 {
-    type Response = Response<TrackedBody<TimedBody<B>>>;
+    type Response = Response<TimedBody<B>>;
     type Error = R::Error;
     type Future = ResponseFuture<S::Future, Request<ReqB>, AsIs, R>;
 

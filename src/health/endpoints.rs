@@ -17,7 +17,10 @@ use super::{
     answer::{Endpoint, Teller, is_asking, plain, without_body_for},
     registry::Health,
 };
-use crate::{admission::Reusable, call::TrackedBody};
+use crate::{
+    admission::Reusable,
+    call::{OwnAnswer, TrackedBody},
+};
 
 // ===== In front of a server =====
 

@@ -1,22 +1,22 @@
 use std::{
     fmt,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
+use bytes::Bytes;
 use http::{HeaderMap, HeaderValue};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
-use tokio::time::Instant;
 
 use super::{
     settings::timed_out,
     stall::{Over, Stall},
-    watch::Watch,
+    watch::{Rest, Watch},
 };
 use crate::{
     BoxError,
-    call::{Form, Phase, RejectedKind, grpc},
+    call::{AnswerBody, Form, OwnAnswer, Phase, RejectedKind, grpc, has_passed},
 };
 
 pin_project! {
@@ -26,23 +26,35 @@ pin_project! {
     /// [`respond`](super::TimeoutLayer::respond) ends with a status of `DEADLINE_EXCEEDED` instead. What it
     /// wraps is dropped at once. Every frame, the trailers, the size hint and the end-of-stream flag pass through.
     pub struct TimedBody<B: Body> {
-        // None once it was cut.
         #[pin]
-        inner: Option<B>,
+        inner: AnswerBody<B>,
         // No bound of the body's: one on its error would not hold inside of a task, where that is a `BoxError`.
         boxed: fn(B::Error) -> BoxError,
         stall: Stall,
-        begun: bool,
-        watch: Watch,
+        // None for an answer of our own.
+        rest: Option<Rest>,
     }
 }
 
 impl<B: Body<Error: Into<BoxError>>> TimedBody<B> {
-    pub(super) fn new(inner: B, mut watch: Watch) -> Self {
-        if !inner.is_end_stream() {
-            watch.begin();
-        }
-        Self { inner: Some(inner), boxed: Into::into, stall: Stall::new(), begun: false, watch }
+    #[inline]
+    pub(super) fn new(body: B, watch: Watch) -> Self {
+        let rest = Some(watch.rest(body.is_end_stream()));
+        Self { inner: AnswerBody::Theirs { body }, boxed: Into::into, stall: Stall::new(), rest }
+    }
+}
+
+impl<B: Body<Data: From<Bytes>, Error: Into<BoxError>>> OwnAnswer for TimedBody<B> {
+    fn answer(data: Bytes) -> Self {
+        Self { inner: AnswerBody::own(data), ..Self::default() }
+    }
+}
+
+impl<B: Body<Error: Into<BoxError>>> Default for TimedBody<B> {
+    /// Nothing, and at its end: what a layer further out answers with, such as tower-http's timeout.
+    fn default() -> Self {
+        let inner = AnswerBody::ended();
+        Self { inner, boxed: Into::into, stall: Stall::new(), rest: None }
     }
 }
 
@@ -56,48 +68,46 @@ impl<B: Body> Body for TimedBody<B> {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, BoxError>>> {
         let mut this = self.project();
-        let Some(mut inner) = this.inner.as_mut().as_pin_mut() else { return Poll::Ready(None) };
-        let phase = match inner.as_mut().poll_frame(cx) {
+        let polled = this.inner.as_mut().poll_frame(cx);
+        let boxed = |next: Option<Result<_, _>>| next.map(|frame| frame.map_err(this.boxed));
+        let Some(rest) = this.rest else { return polled.map(boxed) };
+        let phase = match polled {
             Poll::Ready(next) => {
-                *this.begun = true;
+                rest.begun = true;
                 this.stall.over();
-                match this.watch.end {
-                    // Its last frame is not too late; but one that always has another is no longer read.
-                    Some((end, phase))
-                        if matches!(&next, Some(Ok(frame)) if frame.is_data())
-                            && !inner.is_end_stream()
-                            && end <= Instant::now() =>
-                    {
-                        phase
-                    }
-                    _ => return Poll::Ready(next.map(|frame| frame.map_err(this.boxed))),
+                // Its last frame is not too late; but one that always has another is no longer read.
+                let more = matches!(&next, Some(Ok(frame)) if frame.is_data());
+                if !(more && !this.inner.is_end_stream() && has_passed(rest.end)) {
+                    return Poll::Ready(boxed(next));
                 }
+                rest.end_of
             }
             Poll::Pending => {
-                let silence = if *this.begun { Phase::Idle } else { Phase::FirstFrame };
-                let (limit, end) = (this.watch.timeouts.get(silence), this.watch.end);
-                match this.stall.poll(limit, end.map(|(at, _)| at), cx) {
-                    Poll::Pending => return Poll::Pending,
-                    Poll::Ready(Over::Silence) => silence,
-                    Poll::Ready(Over::End) => end.map_or(silence, |(_, phase)| phase),
+                let (limit, silence) = match rest.begun {
+                    false => (rest.first_frame, Phase::FirstFrame),
+                    true => (rest.idle, Phase::Idle),
+                };
+                match ready!(this.stall.poll(limit.time(), rest.end, cx)) {
+                    Over::Silence => silence,
+                    Over::End => rest.end_of,
                 }
             }
         };
         // With it goes whatever a layer further in holds for it.
-        this.inner.set(None);
-        let rejected = timed_out(this.watch.far, this.watch.by, phase);
-        Poll::Ready(Some(match this.watch.form {
+        this.inner.set(AnswerBody::ended());
+        let rejected = timed_out(rest.far, rest.by, phase);
+        Poll::Ready(Some(match rest.form {
             Form::Grpc => Ok(Frame::trailers(status(rejected.kind()))),
             _ => Err(Box::new(rejected)),
         }))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.as_ref().is_none_or(Body::is_end_stream)
+        self.inner.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.inner.as_ref().map_or_else(|| SizeHint::with_exact(0), Body::size_hint)
+        self.inner.size_hint()
     }
 }
 
@@ -110,6 +120,6 @@ fn status(kind: RejectedKind) -> HeaderMap {
 
 impl<B: Body> fmt::Debug for TimedBody<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TimedBody").field("timeouts", &self.watch.timeouts).finish_non_exhaustive()
+        f.debug_struct("TimedBody").field("rest", &self.rest).finish_non_exhaustive()
     }
 }

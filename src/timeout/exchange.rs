@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     BoxError,
-    call::{Deadline, Http, PerResponse, TrackedBody},
+    call::{Deadline, Http, PerResponse},
 };
 
 /// How a request is handed on. Not to be implemented outside of this crate.
@@ -111,16 +111,16 @@ impl<Req> Begin<Req> for PerResponse {
 }
 
 impl<B: Body<Error: Into<BoxError>>> Follow<Response<B>> for Http {
-    type Response = Response<TrackedBody<TimedBody<B>>>;
+    type Response = Response<TimedBody<B>>;
 
     #[inline]
     fn follow(response: Response<B>, watch: Watch) -> Self::Response {
-        response.map(|body| TrackedBody::untracked(TimedBody::new(body, watch)))
+        response.map(|body| TimedBody::new(body, watch))
     }
 }
 
 impl<B: Body<Error: Into<BoxError>>> Follow<Response<B>> for AsIs {
-    type Response = Response<TrackedBody<TimedBody<B>>>;
+    type Response = Response<TimedBody<B>>;
 
     #[inline]
     fn follow(response: Response<B>, watch: Watch) -> Self::Response {

@@ -158,11 +158,14 @@ where
                         match result {
                             // Of its own body's making: however the service below put it.
                             Err(_) if stage == Some(Stage::Stalled) => Phase::Sending,
-                            Err(error) => match this.call.as_ref().and_then(|(w, _)| w.is_over()) {
-                                // A retry further in ended it for the same deadline: told as it was asked for here.
-                                Some(phase) if R::ANSWERS => phase,
-                                _ => return Poll::Ready(Err(R::error(error))),
-                            },
+                            // A retry further in ended it for the same deadline: told as it was asked for here.
+                            Err(_)
+                                if R::ANSWERS
+                                    && this.call.as_ref().is_some_and(|(w, _)| w.is_over()) =>
+                            {
+                                Phase::Deadline
+                            }
+                            Err(error) => return Poll::Ready(Err(R::error(error))),
                             Ok(response) => {
                                 let Some((watch, _)) = this.call.take() else {
                                     unreachable!("polled after completion")

@@ -118,10 +118,11 @@ impl Timeouts {
     /// What is said of a phase, if it is a time. There is none for [`Phase::Deadline`].
     #[must_use]
     pub fn get(&self, phase: Phase) -> Option<Duration> {
-        match self.ms.get(phase as usize) {
-            None | Some(&(OFF | UNSAID)) => None,
-            Some(&ms) => Some(Duration::from_millis(ms.into())),
-        }
+        self.limit(phase).time()
+    }
+
+    pub(super) fn limit(&self, phase: Phase) -> Limit {
+        Limit(self.ms.get(phase as usize).copied().unwrap_or(OFF))
     }
 
     /// Whether they can work.
@@ -163,7 +164,17 @@ impl Timeouts {
     }
 
     fn is_on(&self, phase: Phase) -> bool {
-        !matches!(self.ms.get(phase as usize), None | Some(&(OFF | UNSAID)))
+        self.get(phase).is_some()
+    }
+}
+
+/// What is said of one phase. Small: a body has it with it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limit(u32);
+
+impl Limit {
+    pub(super) fn time(self) -> Option<Duration> {
+        (!matches!(self.0, OFF | UNSAID)).then(|| Duration::from_millis(self.0.into()))
     }
 }
 

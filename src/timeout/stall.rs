@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 /// Times a producer's silence: from when it is asked and has nothing. Whoever does not ask is not timed.
@@ -12,9 +13,14 @@ use tokio::time::{Instant, Sleep, sleep_until};
 /// Boxed timer, made at the first silence: a body that is always ahead of its reader never pays for it. A frame
 /// does not touch the timer; one that is due for an earlier silence is found to be too early, and set anew.
 #[derive(Default)]
-pub(super) struct Stall {
-    since: Option<Instant>,
-    timer: Option<Pin<Box<Sleep>>>,
+pub(super) struct Stall(Option<Pin<Box<Silence>>>);
+
+pin_project! {
+    struct Silence {
+        since: Option<Instant>,
+        #[pin]
+        timer: Sleep,
+    }
 }
 
 /// What is over.
@@ -28,13 +34,15 @@ pub(super) enum Over {
 
 impl Stall {
     pub(super) const fn new() -> Self {
-        Self { since: None, timer: None }
+        Self(None)
     }
 
     /// It was heard of.
     #[inline]
     pub(super) fn over(&mut self) {
-        self.since = None;
+        if let Some(silence) = &mut self.0 {
+            *silence.as_mut().project().since = None;
+        }
     }
 
     /// It is asked and silent.
@@ -44,10 +52,9 @@ impl Stall {
         end: Option<Instant>,
         cx: &mut Context<'_>,
     ) -> Poll<Over> {
-        let silence = limit.and_then(|limit| {
-            let since = *self.since.get_or_insert_with(Instant::now);
-            since.checked_add(limit)
-        });
+        let since = self.0.as_ref().and_then(|silence| silence.since);
+        let since = limit.map(|_| since.unwrap_or_else(Instant::now));
+        let silence = limit.zip(since).and_then(|(limit, since)| since.checked_add(limit));
         let (at, over) = match (silence, end) {
             (None, None) => return Poll::Pending,
             (Some(at), None) => (at, Over::Silence),
@@ -55,16 +62,18 @@ impl Stall {
             (Some(silence), Some(end)) if silence < end => (silence, Over::Silence),
             (Some(_), Some(end)) => (end, Over::End),
         };
-        let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(at)));
-        if timer.deadline() > at {
-            timer.as_mut().reset(at);
+        let made = || Box::pin(Silence { since, timer: sleep_until(at) });
+        let mut this = self.0.get_or_insert_with(made).as_mut().project();
+        *this.since = since;
+        if this.timer.deadline() > at {
+            this.timer.as_mut().reset(at);
         }
         loop {
-            ready!(timer.as_mut().poll(cx));
-            if timer.deadline() >= at {
+            ready!(this.timer.as_mut().poll(cx));
+            if this.timer.deadline() >= at {
                 return Poll::Ready(over);
             }
-            timer.as_mut().reset(at);
+            this.timer.as_mut().reset(at);
         }
     }
 }

@@ -4,17 +4,33 @@ use tokio::time::Instant;
 
 use super::{
     sending::{Sending, Stage},
-    settings::{State, Timeouts},
+    settings::{Limit, State, Timeouts},
 };
-use crate::call::{Far, Form, LayerKind, Phase};
+use crate::call::{Far, Form, LayerKind, Phase, has_passed};
 
 /// The times of one call, and what they count from.
 #[derive(Debug)]
 pub struct Watch {
     pub(super) timeouts: Timeouts,
-    /// When all of it has to be over, and what says so.
-    pub(super) end: Option<(Instant, Phase)>,
+    /// When all of it has to be over.
+    end: Option<Instant>,
+    /// What says so: the deadline, or the total.
+    end_of: Phase,
     begun: bool,
+    pub(super) by: LayerKind,
+    pub(super) form: Form,
+    pub(super) far: Far<State>,
+}
+
+/// What of it is left once the head is here: no more than the body needs.
+#[derive(Debug)]
+pub(super) struct Rest {
+    pub(super) first_frame: Limit,
+    pub(super) idle: Limit,
+    pub(super) end: Option<Instant>,
+    pub(super) end_of: Phase,
+    /// The first frame is here.
+    pub(super) begun: bool,
     pub(super) by: LayerKind,
     pub(super) form: Form,
     pub(super) far: Far<State>,
@@ -33,32 +49,44 @@ pub(super) enum Next {
 impl Watch {
     #[inline]
     pub(super) fn new(timeouts: Timeouts, by: LayerKind, form: Form, far: Far<State>) -> Self {
-        Self { timeouts, end: None, begun: false, by, form, far }
+        let end_of = Phase::Deadline;
+        Self { timeouts, end: None, end_of, begun: false, by, form, far }
     }
 
     /// The caller's deadline. False if it has passed.
     pub(super) fn bound(&mut self, deadline: Instant) -> bool {
-        self.end = Some((deadline, Phase::Deadline));
+        self.end = Some(deadline);
         deadline > Instant::now()
     }
 
-    /// What is over, if it is the caller's deadline.
-    pub(super) fn is_over(&self) -> Option<Phase> {
-        let deadline = self.end.filter(|(_, phase)| *phase == Phase::Deadline);
-        deadline.filter(|(at, _)| *at <= Instant::now()).map(|(_, phase)| phase)
+    /// Whether the caller's deadline is over.
+    pub(super) fn is_over(&self) -> bool {
+        self.end_of == Phase::Deadline && has_passed(self.end)
     }
 
     /// The time of the whole runs from here: the first wait, or the head.
-    pub(super) fn begin(&mut self) {
+    fn begin(&mut self) {
         if std::mem::replace(&mut self.begun, true) {
             return;
         }
         let Some(total) = self.timeouts.get(Phase::Total) else { return };
         if let Some(at) = Instant::now().checked_add(total) {
-            if self.end.is_none_or(|(end, _)| at < end) {
-                self.end = Some((at, Phase::Total));
+            if self.end.is_none_or(|end| at < end) {
+                (self.end, self.end_of) = (Some(at), Phase::Total);
             }
         }
+    }
+
+    /// The head is here. The body may have ended with it.
+    #[inline]
+    pub(super) fn rest(mut self, ended: bool) -> Rest {
+        if !ended {
+            self.begin();
+        }
+        let Self { timeouts, end, end_of, by, form, far, .. } = self;
+        let limit = |phase| timeouts.limit(phase);
+        let (first_frame, idle) = (limit(Phase::FirstFrame), limit(Phase::Idle));
+        Rest { first_frame, idle, end, end_of, begun: false, by, form, far }
     }
 
     /// The head is not here yet.
@@ -67,25 +95,20 @@ impl Watch {
         self.begin();
         let taking = self.timeouts.get(Phase::Taking);
         let (stage, due) = sending.map_or((Stage::Sent, None), |sending| sending.poll(taking, cx));
-        let (at, phase) = match stage {
+        let (limit, phase) = match stage {
             Stage::Stalled => return Next::Stalled,
-            Stage::Sending => match (due, self.end) {
-                (None, None) => return Next::Forever,
-                (Some(due), Some((end, _))) if due < end => (due, Phase::Taking),
-                (_, Some(end)) => end,
-                (Some(due), None) => (due, Phase::Taking),
-            },
+            Stage::Sending => (due, Phase::Taking),
             // It has been sent just now: from here on the head is waited for.
             Stage::Sent | Stage::Answered => {
                 let head = self.timeouts.get(Phase::Head);
-                let head = head.and_then(|limit| Instant::now().checked_add(limit));
-                match (head, self.end) {
-                    (None, None) => return Next::Forever,
-                    (Some(head), Some((end, _))) if head < end => (head, Phase::Head),
-                    (_, Some(end)) => end,
-                    (Some(head), None) => (head, Phase::Head),
-                }
+                (head.and_then(|limit| Instant::now().checked_add(limit)), Phase::Head)
             }
+        };
+        let (at, phase) = match (limit, self.end) {
+            (None, None) => return Next::Forever,
+            (Some(at), Some(end)) if at < end => (at, phase),
+            (_, Some(end)) => (end, self.end_of),
+            (Some(at), None) => (at, phase),
         };
         Next::Until { at, phase, is_final: stage != Stage::Sending }
     }
