@@ -144,6 +144,7 @@ impl Eos {
 
 impl<B: Body> TrackedBody<B> {
     /// Follows `body` to its end, and ends `permit` there.
+    #[inline]
     pub(crate) fn new(body: B, mut permit: Permit, mut eos: Eos) -> Self {
         if body.is_end_stream() {
             permit.end(eos.end(None));

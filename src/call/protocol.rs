@@ -186,14 +186,19 @@ fn follow<B: Body, G: Giver>(
     };
     permit.head(so_far);
     let certain = matches!(eos, Eos::Plain(outcome) if !outcome.is_success());
-    match permit.hold() {
-        Hold::Head => permit.end(so_far),
-        Hold::Verdict if certain => permit.end(so_far),
-        Hold::Verdict | Hold::Body => {
-            return response.map(|body| TrackedBody::new(body, permit.take().erase(), eos));
-        }
-    }
-    response.map(TrackedBody::untracked)
+    let ends_here = match permit.hold() {
+        Hold::Head => true,
+        Hold::Verdict => certain,
+        Hold::Body => false,
+    };
+    let (permit, eos) = if ends_here {
+        permit.end(so_far);
+        (Permit::hollow(), Eos::Told)
+    } else {
+        (permit.take().erase(), eos)
+    };
+    // In one place: an answer is large to move.
+    response.map(|body| TrackedBody::new(body, permit, eos))
 }
 
 // ===== Anything else =====

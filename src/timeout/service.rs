@@ -1,6 +1,7 @@
 use std::{
     fmt,
     future::Future,
+    marker::PhantomData,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -13,12 +14,12 @@ use tower_service::Service;
 use super::{
     exchange::{Begin, Follow},
     sending::{Sending, Stage},
-    settings::{State, stalled, timed_out},
+    settings::{State, Timeouts, stalled, timed_out},
     watch::{Next, Watch},
 };
 use crate::{
     admission::Reusable,
-    call::{AsError, Far, Http, Label, LayerKind, Phase, Reject, Rejected},
+    call::{AsError, Deadline, Far, Http, Label, LayerKind, Phase, Reject, Rejected},
 };
 
 /// The service of a [`TimeoutLayer`](super::TimeoutLayer).
@@ -82,6 +83,24 @@ where
     #[inline]
     fn call(&mut self, request: Req) -> Self::Future {
         let (said, deadline) = self.protocol.said(&request);
+        self.begin(request, said, deadline)
+    }
+}
+
+impl<S, M, R> Timeout<S, M, R> {
+    /// Begins a call that is to be over by this deadline, and that may have times of its own.
+    #[inline]
+    pub(crate) fn begin<Req>(
+        &mut self,
+        request: Req,
+        said: Option<Timeouts>,
+        deadline: Option<Deadline>,
+    ) -> ResponseFuture<S::Future, Req, M, R>
+    where
+        M: Begin<Req> + Follow<S::Response>,
+        S: Service<M::Request> + Reusable,
+        R: Reject<Req, <M as Follow<S::Response>>::Response, S::Error>,
+    {
         let mut timeouts = self.state.timeouts();
         let mut fault = self.fault.clone();
         if let Some(said) = said {
@@ -91,28 +110,40 @@ where
             }
         }
         let mut watch = Watch::new(timeouts, self.by, self.reject.form(&request), self.far);
-        let refused = match fault {
-            Some(fault) => Some(Rejected::misconfigured(self.by, fault)),
-            None => deadline
-                .filter(|deadline| !watch.bound(deadline.0))
-                .map(|_| self.state.refuse(self.by)),
-        };
-        let (state, sending) = match refused {
-            Some(rejected) => {
-                // What this instance reserved must not stay parked in it.
-                self.inner = self.inner.clone();
-                (Stand::Refused { rejected: Some(rejected) }, None)
-            }
-            None => {
-                let (request, sending) = self.protocol.clone().begin(request, &mut watch);
-                (Stand::Called { future: self.inner.call(request), timer: None }, sending)
-            }
-        };
-        let call = Some((watch, self.reject.clone()));
-        ResponseFuture { state, waits_for: None, sending, call, of: std::marker::PhantomData }
+        if let Some(fault) = fault {
+            return self.refused(watch, Rejected::misconfigured(self.by, fault));
+        }
+        if deadline.is_some_and(|deadline| !watch.bound(deadline.0)) {
+            return self.refused(watch, self.state.refuse(self.by));
+        }
+        let (request, sending) = self.protocol.clone().begin(request, &mut watch);
+        // Not by way of variables: a future is large to move.
+        ResponseFuture {
+            state: Stand::Called { future: self.inner.call(request), timer: None },
+            waits_for: None,
+            sending,
+            call: Some((watch, self.reject.clone())),
+            of: PhantomData,
+        }
+    }
+
+    #[cold]
+    fn refused<F, Req>(&mut self, watch: Watch, rejected: Rejected) -> ResponseFuture<F, Req, M, R>
+    where
+        S: Clone,
+        R: Clone,
+    {
+        // What this instance reserved must not stay parked in it.
+        self.inner = self.inner.clone();
+        ResponseFuture {
+            state: Stand::Refused { rejected: Some(rejected) },
+            waits_for: None,
+            sending: None,
+            call: Some((watch, self.reject.clone())),
+            of: PhantomData,
+        }
     }
 }
-
 pin_project! {
     /// The future of a [`Timeout`]'s call. Whatever the call holds further in is given back as soon as its time is
     /// up, before the answer.
@@ -123,7 +154,7 @@ pin_project! {
         waits_for: Option<Phase>,
         sending: Option<Arc<Sending>>,
         call: Option<(Watch, R)>,
-        of: std::marker::PhantomData<fn(Req, M)>,
+        of: PhantomData<fn(Req, M)>,
     }
 }
 
