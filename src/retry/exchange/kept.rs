@@ -18,7 +18,7 @@ pub struct KeptRequest<B> {
     method: Method,
     uri: Uri,
     headers: Lines,
-    extensions: Extensions,
+    carried: Carried,
     version: Version,
     pub(super) tape: Tape<B>,
 }
@@ -30,7 +30,7 @@ impl<B> KeptRequest<B> {
             method: request.method().clone(),
             uri: request.uri().clone(),
             headers: Lines::of(request.headers()),
-            extensions: request.extensions().clone(),
+            carried: Carried::of(request.extensions()),
             version: request.version(),
             tape: Tape::Empty,
         }
@@ -41,7 +41,7 @@ impl<B> KeptRequest<B> {
         *request.method_mut() = self.method.clone();
         *request.uri_mut() = self.uri.clone();
         *request.version_mut() = self.version;
-        *request.extensions_mut() = self.extensions.clone();
+        *request.extensions_mut() = self.carried.extensions();
         *request.headers_mut() = self.headers.map();
         request
     }
@@ -57,7 +57,10 @@ impl<B> KeptRequest<B> {
     }
 
     pub(super) fn deadline(&self) -> Option<Deadline> {
-        Deadline::of(&self.extensions)
+        match &self.carried {
+            Carried::Deadline(deadline) => Some(*deadline),
+            Carried::All(extensions) => Deadline::of(extensions),
+        }
     }
 
     pub(super) fn safe(&self, by: &Safe) -> bool {
@@ -72,6 +75,35 @@ impl<B> KeptRequest<B> {
 impl<B> fmt::Debug for KeptRequest<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("KeptRequest").field("tape", &self.tape).finish_non_exhaustive()
+    }
+}
+
+// ===== Extensions =====
+
+/// Mostly a deadline and nothing else: a copy of the map would be three allocations.
+enum Carried {
+    Deadline(Deadline),
+    All(Extensions),
+}
+
+impl Carried {
+    #[inline]
+    fn of(extensions: &Extensions) -> Self {
+        match Deadline::of(extensions) {
+            Some(deadline) if extensions.len() == 1 => Self::Deadline(deadline),
+            _ => Self::All(extensions.clone()),
+        }
+    }
+
+    fn extensions(&self) -> Extensions {
+        match self {
+            Self::All(extensions) => extensions.clone(),
+            Self::Deadline(deadline) => {
+                let mut extensions = Extensions::new();
+                extensions.insert(*deadline);
+                extensions
+            }
+        }
     }
 }
 
@@ -178,6 +210,22 @@ impl Lines {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn extensions_come_back_as_they_were() {
+        let deadline = Deadline::after(std::time::Duration::from_secs(1));
+        for (deadline, other) in [(None, None), (Some(deadline), None), (None, Some(7))] {
+            for other in [other, Some(9)] {
+                let mut extensions = Extensions::new();
+                deadline.map(|deadline| extensions.insert(deadline));
+                other.map(|other: u32| extensions.insert(other));
+                let back = Carried::of(&extensions).extensions();
+                assert_eq!(back.len(), extensions.len());
+                assert_eq!(Deadline::of(&back), deadline);
+                assert_eq!(back.get(), other.as_ref());
+            }
+        }
+    }
 
     #[test]
     fn headers_come_back_as_they_were() {
