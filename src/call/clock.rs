@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::{cell::Cell, marker::PhantomData, time::Duration};
 
 use tokio::time::Instant;
 
@@ -28,4 +28,76 @@ impl Clock {
 pub(crate) fn nanos(duration: Duration) -> Nanos {
     let seconds = duration.as_secs().saturating_mul(1_000_000_000);
     seconds.saturating_add(u64::from(duration.subsec_nanos()))
+}
+
+// ===== One look for a whole stack =====
+
+thread_local! {
+    /// None outside of a call; else its moment, once somebody has asked.
+    static MOMENT: Cell<Option<Option<Instant>>> = const { Cell::new(None) };
+}
+
+/// While there is one, this thread is in a `call`, from layer to layer: all that comes too late does so at the same
+/// moment, and one look at the clock tells it. Not kept across a wait.
+#[cfg_attr(not(feature = "timeout"), allow(dead_code))] // Nobody begins one.
+pub(crate) struct Moment {
+    outermost: bool,
+    /// Of this thread.
+    of: PhantomData<*const ()>,
+}
+
+impl Moment {
+    #[cfg(feature = "timeout")]
+    #[inline]
+    pub(crate) fn begin() -> Self {
+        let outermost = MOMENT.get().is_none();
+        if outermost {
+            MOMENT.set(Some(None));
+        }
+        Self { outermost, of: PhantomData }
+    }
+
+    /// The moment of the call that this thread is in, or now.
+    #[inline]
+    pub(crate) fn now() -> Instant {
+        match MOMENT.get() {
+            Some(Some(moment)) => moment,
+            call => {
+                let now = Instant::now();
+                MOMENT.set(call.map(|_| Some(now)));
+                now
+            }
+        }
+    }
+}
+
+impl Drop for Moment {
+    #[inline]
+    fn drop(&mut self) {
+        if self.outermost {
+            MOMENT.set(None);
+        }
+    }
+}
+
+#[cfg(all(test, feature = "timeout"))]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_clock_is_looked_at_once_in_a_call_and_anew_after_it() {
+        let second = Duration::from_secs(1);
+        let began = Moment::now();
+        let call = Moment::begin();
+        advance(second).await;
+        assert_eq!(Moment::now(), began + second, "not before somebody asks");
+        let further_in = Moment::begin();
+        advance(second).await;
+        drop(further_in);
+        assert_eq!(Moment::now(), began + second);
+        drop(call);
+        assert_eq!(Moment::now(), began + 2 * second);
+    }
 }

@@ -65,7 +65,7 @@ pub(crate) use self::{
 };
 pub(crate) use self::{
     body::{Eos, OwnAnswer},
-    clock::{Clock, Nanos, nanos},
+    clock::{Clock, Moment, Nanos, nanos},
     deadline::has_passed,
     giver::{AnyGiver, Giver, Shared},
     permit::{Finish, Hold, Permit, Token},

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     BoxError, ConfigError,
     admission::Reusable,
-    call::{AsError, LayerKind, Reject, Rejected, Respond, RespondWith},
+    call::{AsError, LayerKind, Moment, Reject, Rejected, Respond, RespondWith},
     timeout::{AsIs, ResponseFuture, TimedBody, Timeout, TimeoutLayer, Timeouts},
 };
 
@@ -200,7 +200,8 @@ where
     }
 
     fn call(&mut self, mut request: Request<ReqB>) -> Self::Future {
-        self.times.apply(self.codec.as_deref(), &mut request);
-        self.timeout.call(request)
+        let _moment = Moment::begin();
+        let deadline = self.times.apply(self.codec.as_deref(), &mut request);
+        self.timeout.begin(request, None, deadline)
     }
 }

@@ -8,7 +8,6 @@ use std::{
 };
 
 use http::Request;
-use tokio::time::Instant;
 
 use super::codec::{Codec, Grpc};
 use crate::{
@@ -36,7 +35,11 @@ pub(super) fn set(ms: &AtomicU64, time: Option<Duration>) {
 
 impl Times {
     /// Puts the soonest deadline there is into the request, and says it to the next hop.
-    pub(super) fn apply<B>(&self, codec: Option<&dyn Codec>, request: &mut Request<B>) {
+    pub(super) fn apply<B>(
+        &self,
+        codec: Option<&dyn Codec>,
+        request: &mut Request<B>,
+    ) -> Option<Deadline> {
         let grpc = grpc::is_grpc(request.headers());
         let read = |codec: &dyn Codec| codec.read(request.headers());
         let own = codec.and_then(read);
@@ -47,21 +50,21 @@ impl Times {
             (told, _) => told,
         };
         let said = told.map(Deadline::after);
-        let Some(deadline) = Deadline::of(request.extensions()).into_iter().chain(said).min()
-        else {
-            return;
-        };
-        let kept = get(&self.keep_back).and_then(|time| deadline.0.checked_sub(time));
-        let deadline = Deadline(kept.unwrap_or(deadline.0));
-        request.extensions_mut().insert(deadline);
-        let left = deadline.0.saturating_duration_since(Instant::now());
-        let headers = request.headers_mut();
+        let carried = Deadline::of(request.extensions());
+        let soonest = carried.into_iter().chain(said).min()?;
+        let kept = get(&self.keep_back).and_then(|time| soonest.0.checked_sub(time));
+        let deadline = Deadline(kept.unwrap_or(soonest.0));
+        if carried != Some(deadline) {
+            request.extensions_mut().insert(deadline);
+        }
+        let mut tell = |codec: &dyn Codec| codec.write(deadline.left(), request.headers_mut());
         if grpc {
-            Grpc.write(left, headers);
+            tell(&Grpc);
         }
         if let Some(codec) = codec {
-            codec.write(left, headers);
+            tell(codec);
         }
+        Some(deadline)
     }
 }
 

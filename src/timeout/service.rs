@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     admission::Reusable,
-    call::{AsError, Deadline, Far, Http, Label, LayerKind, Phase, Reject, Rejected},
+    call::{AsError, Deadline, Far, Http, Label, LayerKind, Moment, Phase, Reject, Rejected},
 };
 
 /// The service of a [`TimeoutLayer`](super::TimeoutLayer).
@@ -82,6 +82,7 @@ where
 
     #[inline]
     fn call(&mut self, request: Req) -> Self::Future {
+        let _moment = Moment::begin();
         let (said, deadline) = self.protocol.said(&request);
         self.begin(request, said, deadline)
     }

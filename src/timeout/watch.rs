@@ -56,7 +56,7 @@ impl Watch {
     /// The caller's deadline. False if it has passed.
     pub(super) fn bound(&mut self, deadline: Instant) -> bool {
         self.end = Some(deadline);
-        deadline > Instant::now()
+        !has_passed(self.end)
     }
 
     /// Whether the caller's deadline is over.

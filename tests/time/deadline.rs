@@ -7,7 +7,8 @@ use std::{
 
 use buttress::{
     Backoff, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Deadline, DeadlineLayer,
-    Outcome, RetryLayer, TimeoutLayer, Trip, breaker::State, call::RejectedKind, timeout::Phase,
+    Outcome, RetryLayer, TimeoutLayer, Timeouts, Trip, breaker::State, call::RejectedKind,
+    timeout::Phase,
 };
 use http::{HeaderMap, Request, Response};
 use tokio::time::{Instant, sleep};
@@ -163,6 +164,22 @@ async fn a_stream_is_cut_at_it() {
     let response = service.oneshot(request()).await.unwrap();
     let (frames, end) = drain(response.into_body()).await;
     assert_eq!((frames, phase_of(&end.unwrap_err())), (2, Phase::Deadline));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_requests_own_times_are_those_of_its_attempts() {
+    let (inner, watch) = Strict::holding();
+    let wait = Backoff::constant(secs(1)).without_jitter();
+    let service = ServiceBuilder::new()
+        .layer(DeadlineLayer::new().default_of(secs(60)))
+        .layer(RetryLayer::http().backoff(wait))
+        .layer(TimeoutLayer::http())
+        .service(inner);
+    let mut request = request();
+    request.extensions_mut().insert(Timeouts::new().head(secs(2)));
+    let start = Instant::now();
+    service.oneshot(request).await.unwrap_err();
+    assert_eq!((watch.seen().calls, start.elapsed()), (3, secs(2 + 1 + 2 + 1 + 2)));
 }
 
 // ===== Everybody sees what remains =====
