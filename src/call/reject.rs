@@ -54,10 +54,8 @@ pub enum Form {
 
 impl Form {
     fn of(method: &Method, headers: &HeaderMap) -> Self {
-        if grpc::is_grpc_web(headers) {
-            Self::GrpcWeb
-        } else if grpc::is_grpc(headers) {
-            Self::Grpc
+        if grpc::is_grpc(headers) {
+            if grpc::is_grpc_web(headers) { Self::GrpcWeb } else { Self::Grpc }
         } else if method != Method::HEAD && accepts_json(headers) {
             // With a body, an answer to `HEAD` would break its HTTP/2 stream.
             Self::Json
