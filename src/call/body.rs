@@ -144,21 +144,31 @@ impl Eos {
 
 impl<B: Body> TrackedBody<B> {
     /// Follows `body` to its end, and ends `permit` there.
+    #[cfg(feature = "connect")]
+    pub(crate) fn new(body: B, permit: Permit, eos: Eos) -> Self {
+        let mut tracked = Self::untracked(body);
+        tracked.track(permit, eos);
+        tracked
+    }
+
+    /// From here on follows it to its end, and ends `permit` there.
     #[inline]
-    pub(crate) fn new(body: B, mut permit: Permit, mut eos: Eos) -> Self {
-        if body.is_end_stream() {
+    pub(crate) fn track(&mut self, mut permit: Permit, mut eos: Eos) {
+        if self.inner.is_end_stream() {
             permit.end(eos.end(None));
         } else {
             permit.end_dropped_as(eos.so_far());
         }
-        Self { inner: AnswerBody::Theirs { body }, permit, eos }
+        (self.permit, self.eos) = (permit, eos);
     }
 
     /// A body whose call has ended already.
+    #[inline]
     pub(crate) fn untracked(body: B) -> Self {
         Self::told(AnswerBody::Theirs { body })
     }
 
+    #[inline]
     fn told(inner: AnswerBody<B>) -> Self {
         Self { inner, permit: Permit::hollow(), eos: Eos::Told }
     }

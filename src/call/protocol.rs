@@ -90,8 +90,10 @@ where
     ) -> Result<Self::Response, E> {
         match result {
             Ok(response) => {
+                let mut response = response.map(TrackedBody::untracked);
                 let head = rule::head(&response);
-                Ok(follow(response, head, permit))
+                follow(&mut response, head, permit);
+                Ok(response)
             }
             Err(error) => {
                 permit.end(rule::of_any_error(&error));
@@ -153,6 +155,7 @@ where
     ) -> Result<Self::Response, E> {
         match result {
             Ok(response) => {
+                let mut response = response.map(TrackedBody::untracked);
                 let outcome = classify(response.status(), response.headers());
                 let head = match rule::head(&response) {
                     _ if !outcome.is_success() => Head::Certain(outcome),
@@ -163,7 +166,8 @@ where
                     }
                     certain => certain,
                 };
-                Ok(follow(response, head, permit))
+                follow(&mut response, head, permit);
+                Ok(response)
             }
             Err(error) => {
                 permit.end(rule::of_any_error(&error));
@@ -173,32 +177,25 @@ where
     }
 }
 
-/// Gives the permit to the body, or ends it here if the head is enough.
+/// Gives the permit to the body, or ends it here if the head is enough. Where the answer lies: it is large to move
+/// once it has been looked at.
 #[inline]
 fn follow<B: Body, G: Giver>(
-    response: Response<B>,
+    response: &mut Response<TrackedBody<B>>,
     head: Head,
     permit: &mut Permit<G>,
-) -> Response<TrackedBody<B>> {
+) {
     let (so_far, eos) = match head {
         Head::Certain(outcome) => (outcome, Eos::Plain(outcome)),
         Head::Good(eos) => (eos.so_far(), eos),
     };
     permit.head(so_far);
     let certain = matches!(eos, Eos::Plain(outcome) if !outcome.is_success());
-    let ends_here = match permit.hold() {
-        Hold::Head => true,
-        Hold::Verdict => certain,
-        Hold::Body => false,
-    };
-    let (permit, eos) = if ends_here {
-        permit.end(so_far);
-        (Permit::hollow(), Eos::Told)
-    } else {
-        (permit.take().erase(), eos)
-    };
-    // In one place: an answer is large to move.
-    response.map(|body| TrackedBody::new(body, permit, eos))
+    match permit.hold() {
+        Hold::Head => permit.end(so_far),
+        Hold::Verdict if certain => permit.end(so_far),
+        Hold::Verdict | Hold::Body => response.body_mut().track(permit.take().erase(), eos),
+    }
 }
 
 // ===== Anything else =====
@@ -298,6 +295,7 @@ where
 
         match result {
             Ok(response) => {
+                let mut response = response.map(TrackedBody::untracked);
                 let head = if let Some(Head::Certain(refused)) =
                     response.extensions().get::<Rejected>().map(|_| rule::head(&response))
                 {
@@ -315,7 +313,8 @@ where
                         }
                     }
                 };
-                Ok(follow(response, head, permit))
+                follow(&mut response, head, permit);
+                Ok(response)
             }
             Err(error) => {
                 // Its own words on errors cannot tell a refusal of ours from a failure.

@@ -38,23 +38,32 @@ pin_project! {
 
 impl<B: Body<Error: Into<BoxError>>> TimedBody<B> {
     #[inline]
-    pub(super) fn new(body: B, watch: Watch) -> Self {
-        let rest = Some(watch.rest(body.is_end_stream()));
-        Self { inner: AnswerBody::Theirs { body }, boxed: Into::into, stall: Stall::new(), rest }
+    pub(super) fn untimed(body: B) -> Self {
+        Self::of(AnswerBody::Theirs { body })
+    }
+
+    #[inline]
+    fn of(inner: AnswerBody<B>) -> Self {
+        Self { inner, boxed: Into::into, stall: Stall::new(), rest: None }
+    }
+
+    /// From here on times it.
+    #[inline]
+    pub(super) fn time(&mut self, watch: Watch) {
+        self.rest = Some(watch.rest(self.inner.is_end_stream()));
     }
 }
 
 impl<B: Body<Data: From<Bytes>, Error: Into<BoxError>>> OwnAnswer for TimedBody<B> {
     fn answer(data: Bytes) -> Self {
-        Self { inner: AnswerBody::own(data), ..Self::default() }
+        Self::of(AnswerBody::own(data))
     }
 }
 
 impl<B: Body<Error: Into<BoxError>>> Default for TimedBody<B> {
     /// Nothing, and at its end: what a layer further out answers with, such as tower-http's timeout.
     fn default() -> Self {
-        let inner = AnswerBody::ended();
-        Self { inner, boxed: Into::into, stall: Stall::new(), rest: None }
+        Self::of(AnswerBody::ended())
     }
 }
 

@@ -115,7 +115,9 @@ impl<B: Body<Error: Into<BoxError>>> Follow<Response<B>> for Http {
 
     #[inline]
     fn follow(response: Response<B>, watch: Watch) -> Self::Response {
-        response.map(|body| TimedBody::new(body, watch))
+        let mut response = response.map(TimedBody::untimed);
+        response.body_mut().time(watch);
+        response
     }
 }
 
