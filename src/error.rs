@@ -11,12 +11,30 @@ pub(crate) fn next<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Erro
     }
 }
 
+/// An error with all that it was caused by, on one line.
+#[cfg_attr(not(all(feature = "tracing", feature = "health")), allow(dead_code))] // Only events tell it.
+pub(crate) struct Chain<'a>(pub(crate) &'a (dyn Error + 'static));
+
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self.0, f)?;
+        let mut cause = next(self.0);
+        for _ in 0..16 {
+            let Some(error) = cause else { break };
+            write!(f, ": {error}")?;
+            cause = next(error);
+        }
+        Ok(())
+    }
+}
+
 /// A setting that cannot work: which one, what it was, and what would be right.
 ///
 /// Setters never panic and never accept such a value in silence: a layer remembers the first one.
-/// [`checked`](crate::CircuitBreakerLayer::checked) hands it out when the stack is built; a stack that
-/// was built without asking refuses every call with it as the
-/// [`Rejected`](crate::call::Rejected)'s source.
+/// [`checked`](crate::CircuitBreakerLayer::checked) hands it out when the stack is built. A stack that
+/// was built without asking refuses every call, with it as the [`Rejected`](crate::call::Rejected)'s
+/// source; a retry or a hedge that cannot work lets calls through as they are, and a deadline goes
+/// without that setting. All of them say so in the log, as an error.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ConfigError {

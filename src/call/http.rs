@@ -71,29 +71,31 @@ pub(crate) fn of_rejected(refused: &Rejected) -> Outcome {
 
 /// The outcome of an error of a type that is not known here.
 pub(crate) fn of_any_error<E: 'static>(error: &E) -> Outcome {
+    known(error).map_or(Outcome::failure().because(Reason::Error), of_error)
+}
+
+/// The error in a value of which it is not known whether it is one.
+pub(crate) fn known<E: 'static>(error: &E) -> Option<&(dyn Error + 'static)> {
     let any: &dyn Any = error;
     if let Some(boxed) = any.downcast_ref::<BoxError>() {
-        return of_error(&**boxed);
+        return Some(&**boxed);
     }
     if let Some(refused) = any.downcast_ref::<Rejected>() {
-        return of_rejected(refused);
+        return Some(refused);
     }
     #[cfg(feature = "hyper")]
     if let Some(error) = any.downcast_ref::<hyper::Error>() {
-        return of_error(error);
+        return Some(error);
     }
     #[cfg(feature = "hyper-util")]
     if let Some(error) = any.downcast_ref::<hyper_util::client::legacy::Error>() {
-        return of_error(error);
+        return Some(error);
     }
     #[cfg(feature = "reqwest")]
     if let Some(error) = any.downcast_ref::<reqwest::Error>() {
-        return of_error(error);
+        return Some(error);
     }
-    if let Some(error) = any.downcast_ref::<io::Error>() {
-        return of_error(error);
-    }
-    Outcome::failure().because(Reason::Error)
+    any.downcast_ref::<io::Error>().map(|error| error as _)
 }
 
 /// The outcome of an error, told from the chain of its sources.

@@ -52,6 +52,8 @@ pub use self::{
     rejected::{Phase, Rejected, RejectedKind},
 };
 
+#[cfg(all(feature = "health", feature = "tracing"))]
+pub(crate) use self::http::known;
 #[cfg(any(feature = "breaker", feature = "limit"))]
 pub(crate) use self::lasting::{Anchor, Idle};
 #[cfg(feature = "percentile")]

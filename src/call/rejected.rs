@@ -1,6 +1,6 @@
 use std::{error::Error, fmt, sync::Arc, time::Duration};
 
-use crate::{BoxError, ConfigError, error};
+use crate::{BoxError, ConfigError, error, event};
 
 /// A call that a layer did not let through: the one error of this crate's own.
 ///
@@ -190,6 +190,10 @@ impl Rejected {
     }
 
     pub(crate) fn misconfigured(layer: LayerKind, label: Arc<Label>) -> Self {
+        if let Some(_fault) = &label.fault {
+            // No decision, but a bug in the program, and whoever is answered with a response is told nothing of it.
+            event!(ERROR, layer = layer.as_str(), error = %_fault, "misconfigured: every call is refused");
+        }
         Self {
             kind: RejectedKind::Misconfigured,
             layer,

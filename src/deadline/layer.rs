@@ -18,6 +18,7 @@ use crate::{
     BoxError, ConfigError,
     admission::Reusable,
     call::{AsError, LayerKind, Moment, Reject, Rejected, Respond, RespondWith},
+    event,
     timeout::{AsIs, ResponseFuture, TimedBody, Timeout, TimeoutLayer, Timeouts},
 };
 
@@ -146,6 +147,9 @@ impl<S, R: Clone> Layer<S> for DeadlineLayer<R> {
     type Service = Deadlined<S, R>;
 
     fn layer(&self, inner: S) -> Self::Service {
+        if let Some(_fault) = &self.fault {
+            event!(ERROR, layer = "deadline", error = %_fault, "misconfigured: goes without that setting");
+        }
         Deadlined {
             times: self.times.clone(),
             codec: self.codec.clone(),

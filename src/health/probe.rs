@@ -198,7 +198,13 @@ pub(super) async fn ask<S: Service<Req>, Req>(
 pub(super) fn blame<E: 'static>(error: &E) -> ProbeFailure {
     match Rejected::find_in_any(error) {
         Some(refused) => of_refused(refused),
-        None => ProbeFailure::Error,
+        None => {
+            #[cfg(feature = "tracing")]
+            if let Some(error) = crate::call::known(error) {
+                crate::event!(DEBUG, error = %crate::error::Chain(error), "health probe failed");
+            }
+            ProbeFailure::Error
+        }
     }
 }
 

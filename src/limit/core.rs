@@ -311,11 +311,14 @@ impl Limiter {
         kind: RejectedKind,
         label: impl FnOnce() -> Option<Arc<Label>>,
     ) -> Result<Token, Rejected> {
+        let label = label();
+        let _name = label.as_deref().map_or("", |label| &*label.name);
         if !self.is_shadow() {
-            return Err(self.refuse(kind).labelled(label()));
+            event!(DEBUG, resilience.name = _name, reason = kind.as_str(), "call shed");
+            return Err(self.refuse(kind).labelled(label));
         }
         self.counts.shadowed.fetch_add(1, Ordering::Relaxed);
-        event!(DEBUG, reason = kind.as_str(), "call would be shed");
+        event!(DEBUG, resilience.name = _name, reason = kind.as_str(), "call would be shed");
         Ok(Token { tag: SHADOW, started: 0 })
     }
 
@@ -330,7 +333,6 @@ impl Limiter {
 
     fn refuse(&self, kind: RejectedKind) -> Rejected {
         self.counter(kind).fetch_add(1, Ordering::Relaxed);
-        event!(DEBUG, reason = kind.as_str(), "call shed");
         let rejected = Rejected::by(LayerKind::ConcurrencyLimit, kind);
         if kind == RejectedKind::DeadlinePassed {
             // Coming back helps nobody: the answer was needed by now.

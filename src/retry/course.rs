@@ -143,6 +143,7 @@ impl<S> Course<S> {
                 self.record.tried(Tried { outcome, waited: again.wait });
                 event!(
                     DEBUG,
+                    resilience.name = policy.name(),
                     attempt = self.record.made,
                     delay_ms = again.wait.as_millis() as u64,
                     reason = ?outcome,
@@ -159,7 +160,14 @@ impl<S> Course<S> {
                 })
             }
             Err(stop) => {
-                event!(DEBUG, attempt = self.record.made, reason = %stop, outcome = ?outcome, "not retried");
+                event!(
+                    DEBUG,
+                    resilience.name = policy.name(),
+                    attempt = self.record.made,
+                    reason = stop.as_str(),
+                    outcome = ?outcome,
+                    "not retried"
+                );
                 self.record.tried(Tried { outcome, waited: Duration::ZERO });
                 Err(stop)
             }

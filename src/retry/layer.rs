@@ -16,6 +16,7 @@ use super::{
 use crate::{
     ConfigError,
     call::{Classify, Http, Outcome, Shared},
+    event,
 };
 
 /// Tries again what failed, where that is safe, useful and within the budget.
@@ -267,6 +268,14 @@ impl<M> RetryLayer<M> {
         self
     }
 
+    /// A name for events. The first one given stays.
+    pub fn name(self, name: &str) -> Self {
+        self.settings.set(|policy| {
+            policy.name.get_or_insert_with(|| name.into());
+        });
+        self
+    }
+
     /// Looks at what the layer does.
     #[must_use]
     pub fn handle(&self) -> RetryHandle {
@@ -293,6 +302,9 @@ impl<S: Clone, M: Clone> Layer<S> for RetryLayer<M> {
 
     fn layer(&self, inner: S) -> Self::Service {
         let (settings, budget) = (self.settings.clone(), self.settings.budget());
+        if let Some(_fault) = &self.fault {
+            event!(ERROR, layer = "retry", error = %_fault, "misconfigured: nothing is retried");
+        }
         let core = Core::new(settings, budget, inner.clone(), self.fault.is_some());
         Retry::new(inner, core, self.protocol.clone())
     }

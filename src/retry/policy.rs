@@ -15,6 +15,7 @@ use crate::call::{Outcome, Reason, grpc};
 /// What a retry layer is set to, and is asked for only when an attempt has failed.
 #[derive(Clone, Debug)]
 pub(super) struct Policy {
+    pub(super) name: Option<Arc<str>>,
     pub(super) attempts: u32,
     /// How many retries one kind of failure may have.
     pub(super) limits: PerKind<Option<u32>>,
@@ -35,6 +36,7 @@ pub(super) struct Policy {
 impl Policy {
     pub(super) fn new() -> Self {
         Self {
+            name: None,
             attempts: 3,
             limits: [None; 8],
             waits: Waits::Backoff(Backoff::default()),
@@ -47,6 +49,11 @@ impl Policy {
             safe: Safe::Idempotent,
             trust_grpc: false,
         }
+    }
+
+    #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Only events tell it.
+    pub(super) fn name(&self) -> &str {
+        self.name.as_deref().unwrap_or_default()
     }
 
     /// Whether an unsafe method may be repeated for what the server said.

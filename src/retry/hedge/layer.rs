@@ -1,7 +1,7 @@
 use std::{
     fmt,
     sync::{
-        Mutex,
+        Mutex, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -22,6 +22,7 @@ use super::{
 use crate::{
     ConfigError,
     call::{Classify, Http, Outcome, Shared},
+    event,
 };
 
 /// Sends a second copy of a call that takes long, and gives out the first good answer.
@@ -45,6 +46,7 @@ pub(super) struct Settings {
     pub(super) sent: AtomicU64,
     pub(super) won: AtomicU64,
     pub(super) denied: AtomicU64,
+    name: OnceLock<Box<str>>,
 }
 
 enum Delay {
@@ -82,6 +84,11 @@ impl Settings {
 
     pub(super) fn safe(&self) -> Safe {
         if self.assume_idempotent.load(Ordering::Relaxed) { Safe::All } else { Safe::Idempotent }
+    }
+
+    #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Only events tell it.
+    pub(super) fn name(&self) -> &str {
+        self.name.get().map_or("", |name| name)
     }
 
     fn budget(&self) -> Option<RetryBudget> {
@@ -129,6 +136,7 @@ impl HedgeLayer {
             sent: AtomicU64::new(0),
             won: AtomicU64::new(0),
             denied: AtomicU64::new(0),
+            name: OnceLock::new(),
         };
         Self { settings: Shared::new(settings), protocol: Http, fault }
     }
@@ -181,6 +189,12 @@ impl<M> HedgeLayer<M> {
         self
     }
 
+    /// A name for events. The first one given stays.
+    pub fn name(self, name: &str) -> Self {
+        self.settings.name.get_or_init(|| name.into());
+        self
+    }
+
     /// Looks at what the layer does.
     #[must_use]
     pub fn handle(&self) -> HedgeHandle {
@@ -203,6 +217,9 @@ impl<S: Clone, M: Clone> Layer<S> for HedgeLayer<M> {
 
     fn layer(&self, inner: S) -> Self::Service {
         let (settings, budget) = (self.settings.clone(), self.settings.budget());
+        if let Some(_fault) = &self.fault {
+            event!(ERROR, layer = "hedge", error = %_fault, "misconfigured: nothing is hedged");
+        }
         let core = Core::new(settings, budget, inner.clone(), self.fault.is_some());
         Hedge::new(inner, core, self.protocol.clone())
     }

@@ -161,7 +161,12 @@ where
                     *this.kept = None;
                     return Poll::Ready(M::pass(held, hedged));
                 }
-                event!(DEBUG, outcome = ?weight.1, "waiting for the hedge");
+                event!(
+                    DEBUG,
+                    resilience.name = this.core.settings.name(),
+                    outcome = ?weight.1,
+                    "waiting for the hedge"
+                );
                 // With it goes what the hedge may be waiting for: a permit, a connection.
                 this.first.set(None);
             }
@@ -190,7 +195,8 @@ where
                     this.core.settings.sent.fetch_add(1, Ordering::Relaxed);
                     event!(
                         DEBUG,
-                        delay = ?this.core.settings.delay(),
+                        resilience.name = this.core.settings.name(),
+                        delay_ms = this.core.settings.delay().map(|delay| delay.as_millis() as u64),
                         "hedging"
                     );
                     let hedge = Weighed::new(service.call(M::copy(&kept)));
@@ -199,7 +205,12 @@ where
                 SecondProj::Sent { mut hedge } => {
                     let weight = ready!(hedge.as_mut().poll_held(&*this.protocol, cx));
                     if !is_good(weight) && this.first.is_some() {
-                        event!(DEBUG, outcome = ?weight.1, "the hedge failed");
+                        event!(
+                            DEBUG,
+                            resilience.name = this.core.settings.name(),
+                            outcome = ?weight.1,
+                            "the hedge failed"
+                        );
                         this.second.set(Second::Lost);
                         continue;
                     }
@@ -238,17 +249,27 @@ where
     M: Repeat<Req> + Weigh<S::Response, S::Error>,
 {
     if !kept.is_some_and(|kept| M::repeatable(kept) == Repeatable::Yes) {
-        event!(DEBUG, reason = "body", "not hedged");
+        event!(DEBUG, resilience.name = core.settings.name(), reason = "body", "not hedged");
         return Second::Never;
     }
     if kept.and_then(M::deadline).is_some_and(|deadline| deadline.left().is_zero()) {
-        event!(DEBUG, reason = "deadline_passed", "not hedged");
+        event!(
+            DEBUG,
+            resilience.name = core.settings.name(),
+            reason = "deadline_passed",
+            "not hedged"
+        );
         return Second::Never;
     }
     let withdrawal = core.budget.as_ref().map(|budget| budget.withdraw());
     if let Some(None) = withdrawal {
         core.settings.denied.fetch_add(1, Ordering::Relaxed);
-        event!(DEBUG, reason = "budget_used_up", "not hedged");
+        event!(
+            DEBUG,
+            resilience.name = core.settings.name(),
+            reason = "budget_used_up",
+            "not hedged"
+        );
         return Second::Never;
     }
     Second::Readying { service: core.service(), withdrawal: withdrawal.flatten() }

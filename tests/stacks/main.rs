@@ -2,6 +2,9 @@
 //! `ServiceExt::oneshot`, and work.
 #![cfg(all(feature = "breaker", feature = "limit"))]
 
+#[cfg(feature = "full")]
+mod told;
+
 use std::{convert::Infallible, fmt, time::Duration};
 
 use axum::{Router, body::Body, routing::get};

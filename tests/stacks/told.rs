@@ -1,0 +1,210 @@
+//! What the log says of a refusal: who, and why.
+
+use std::{
+    fmt::{Debug, Write},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use buttress::{
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, DeadlineLayer, HealthProbeLayer,
+    HedgeLayer, RetryLayer, TimeoutLayer,
+};
+use bytes::Bytes;
+use http::{Request, Response, StatusCode};
+use http_body_util::Full;
+use tokio::time::sleep;
+use tower::{Service, ServiceBuilder, ServiceExt, service_fn};
+use tracing::{
+    Event, Metadata, Subscriber,
+    field::{Field, Visit},
+    span,
+    subscriber::{DefaultGuard, set_default},
+};
+
+type Body = Full<Bytes>;
+
+// ===== The log =====
+
+/// Every event of this thread, each as `LEVEL message field=value …`.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<String>>>);
+
+impl Log {
+    fn listen() -> (Self, DefaultGuard) {
+        let log = Self::default();
+        let guard = set_default(log.clone());
+        // Another test's thread, which has no subscriber, may have been the first to ask, and its answer is kept.
+        tracing::callsite::rebuild_interest_cache();
+        (log, guard)
+    }
+
+    fn take(&self) -> Vec<String> {
+        std::mem::take(&mut self.0.lock().unwrap())
+    }
+}
+
+#[derive(Default)]
+struct Line {
+    message: String,
+    fields: String,
+}
+
+impl Visit for Line {
+    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+        match field.name() {
+            "message" => self.message = format!("{value:?}"),
+            name => write!(self.fields, " {name}={value:?}").unwrap(),
+        }
+    }
+}
+
+impl Subscriber for Log {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+
+    fn event(&self, event: &Event<'_>) {
+        if !event.metadata().target().starts_with("buttress") {
+            return;
+        }
+        let mut line = Line::default();
+        event.record(&mut line);
+        self.0.lock().unwrap().push(format!(
+            "{} {}{}",
+            event.metadata().level(),
+            line.message,
+            line.fields
+        ));
+    }
+
+    fn enter(&self, _: &span::Id) {}
+
+    fn exit(&self, _: &span::Id) {}
+}
+
+// ===== What is called =====
+
+/// Answers with this status after so long.
+macro_rules! answers {
+    ($status:expr, $after:expr) => {
+        service_fn(|_: Request<_>| async {
+            sleep($after).await;
+            let mut response = Response::new(Body::default());
+            *response.status_mut() = StatusCode::from_u16($status).unwrap();
+            Ok::<_, BoxError>(response)
+        })
+    };
+}
+
+const AT_ONCE: Duration = Duration::ZERO;
+
+async fn call<S>(service: S) -> Result<S::Response, S::Error>
+where
+    S: Service<Request<Body>>,
+{
+    service.oneshot(Request::new(Body::default())).await
+}
+
+// ===== Who refused =====
+
+#[tokio::test(start_paused = true)]
+async fn every_refusal_is_logged_with_the_name_of_its_layer() {
+    let (log, _guard) = Log::listen();
+    let limit = ConcurrencyLimitLayer::new(1).name("front");
+    let held = limit.handle().try_acquire().unwrap();
+    call(ServiceBuilder::new().layer(limit).service(answers!(200, AT_ONCE))).await.unwrap_err();
+    drop(held);
+    assert_eq!(log.take(), [r#"DEBUG call shed resilience.name="front" reason="limit_reached""#]);
+
+    let breaker = CircuitBreakerLayer::http().name("search");
+    breaker.handle().force_open();
+    log.take();
+    call(ServiceBuilder::new().layer(breaker).service(answers!(200, AT_ONCE))).await.unwrap_err();
+    assert_eq!(
+        log.take(),
+        [r#"DEBUG call refused resilience.name="search" reason="circuit_forced_open""#]
+    );
+
+    let timeout = TimeoutLayer::http().head(Duration::from_secs(1)).name("search");
+    call(ServiceBuilder::new().layer(timeout).service(answers!(200, Duration::from_secs(9))))
+        .await
+        .unwrap_err();
+    assert_eq!(log.take(), [r#"DEBUG timed out resilience.name="search" reason="head""#]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn retries_and_hedges_are_logged_with_the_name_of_their_layer() {
+    let (log, _guard) = Log::listen();
+    let retry = RetryLayer::http().attempts(2).name("search").name("too late");
+    call(ServiceBuilder::new().layer(retry).service(answers!(503, AT_ONCE))).await.unwrap();
+    let lines = log.take();
+    assert!(
+        lines[0].starts_with(r#"DEBUG retrying resilience.name="search" attempt=1 delay_ms="#),
+        "{lines:?}"
+    );
+    assert_eq!(
+        lines[1],
+        r#"DEBUG not retried resilience.name="search" attempt=2 reason="attempts_used_up" outcome=Failure(Status 503)"#
+    );
+
+    let hedge = HedgeLayer::http(Duration::from_millis(80)).name("search");
+    call(ServiceBuilder::new().layer(hedge).service(answers!(200, Duration::from_secs(1))))
+        .await
+        .unwrap();
+    assert_eq!(log.take(), [r#"DEBUG hedging resilience.name="search" delay_ms=80"#]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_probe_that_fails_is_logged_with_all_that_caused_it() {
+    let (log, _guard) = Log::listen();
+    let cause = || std::io::Error::other("no route to host");
+    let down = service_fn(move |_: Request<Body>| async move { Err::<Response<Body>, _>(cause()) });
+    let probe = HealthProbeLayer::get("/healthz").thresholds(1, 1).name("search");
+    let handle = probe.handle();
+    let _gate = ServiceBuilder::new().layer(probe).service(down);
+    handle.changed().await;
+    let lines = log.take();
+    assert!(lines[0].starts_with("DEBUG health probe failed error=no route to host"), "{lines:?}");
+    assert_eq!(lines[1], r#"WARN health probe: down resilience.name="search" reason="error""#);
+}
+
+// ===== What was set wrong =====
+
+#[tokio::test(start_paused = true)]
+async fn a_layer_that_cannot_work_says_in_the_log_what_was_set_wrong() {
+    let (log, _guard) = Log::listen();
+    let limit = ConcurrencyLimitLayer::new(0).respond();
+    let response =
+        call(ServiceBuilder::new().layer(limit).service(answers!(200, AT_ONCE))).await.unwrap();
+    assert_eq!(response.status(), 503);
+    let zero = "ERROR misconfigured: every call is refused layer=\"concurrency_limit\" error=`limit` is 0: use 1 to";
+    assert!(log.take()[0].starts_with(zero));
+
+    let timeout = TimeoutLayer::http().head(AT_ONCE);
+    call(ServiceBuilder::new().layer(timeout).service(answers!(200, AT_ONCE))).await.unwrap_err();
+    assert!(log.take()[0].starts_with(
+        "ERROR misconfigured: every call is refused layer=\"timeout\" error=`head` is"
+    ));
+
+    // These let calls through, and nothing else would tell.
+    let lenient = ServiceBuilder::new()
+        .layer(DeadlineLayer::new().default_of(AT_ONCE))
+        .layer(RetryLayer::http().attempts(0))
+        .layer(HedgeLayer::http(AT_ONCE))
+        .service(answers!(200, AT_ONCE));
+    assert_eq!(call(lenient).await.unwrap().status(), 200);
+    let lines = log.take();
+    for (line, what) in lines.iter().zip(["hedge", "retry", "deadline"]) {
+        assert!(line.starts_with("ERROR misconfigured") && line.contains(what), "{lines:?}");
+    }
+    assert_eq!(lines.len(), 3);
+}
