@@ -70,6 +70,66 @@ pub enum Reason {
     Reported,
 }
 
+impl OutcomeKind {
+    /// The kind in `snake_case`, as a metric's label.
+    #[must_use]
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Success => "success",
+            Self::Failure => "failure",
+            Self::Throttled => "throttled",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+impl fmt::Display for OutcomeKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl Reason {
+    /// The reason in `snake_case`, as a metric's label.
+    #[must_use]
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Completed => "completed",
+            Self::Status => "status",
+            Self::GrpcStatus => "grpc_status",
+            Self::ConnectRefused => "connect_refused",
+            Self::ConnectTimeout => "connect_timeout",
+            Self::ConnectFailed => "connect_failed",
+            Self::NeverSent => "never_sent",
+            Self::RefusedStream => "refused_stream",
+            Self::GoAway => "go_away",
+            Self::StaleConnection => "stale_connection",
+            Self::Reset => "reset",
+            Self::Timeout => "timeout",
+            Self::Error => "error",
+            Self::Body => "body",
+            Self::MissingStatus => "missing_status",
+            Self::Dropped => "dropped",
+            Self::Caller => "caller",
+            Self::Panicked => "panicked",
+            Self::Rejected => "rejected",
+            Self::Reported => "reported",
+        }
+    }
+
+    /// Whether it says more than that something failed.
+    #[cfg(feature = "retry")]
+    pub(crate) const fn is_told(self) -> bool {
+        !matches!(self, Self::Error | Self::Reported)
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 const NO_HINT: u32 = u32::MAX;
 
 impl Outcome {
@@ -172,6 +232,20 @@ impl Outcome {
     }
 }
 
+/// `failure: status 503, retry after 30s`.
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.kind, self.reason)?;
+        if let Some(code) = self.code() {
+            write!(f, " {code}")?;
+        }
+        if let Some(after) = self.retry_after() {
+            write!(f, ", retry after {after:?}")?;
+        }
+        Ok(())
+    }
+}
+
 impl fmt::Debug for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?}({:?}", self.kind, self.reason)?;
@@ -188,6 +262,14 @@ impl fmt::Debug for Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn says_what_why_and_until_when() {
+        let busy = Outcome::throttled().because(Reason::Status).with_code(429);
+        let busy = busy.with_retry_after(Duration::from_secs(30));
+        assert_eq!(busy.to_string(), "throttled: status 429, retry after 30s");
+        assert_eq!(Outcome::cancelled().to_string(), "cancelled: dropped");
+    }
 
     #[test]
     fn is_eight_bytes() {

@@ -76,6 +76,32 @@ impl RejectedKind {
             Self::Misconfigured => "misconfigured",
         }
     }
+
+    /// The kind in words.
+    pub(crate) const fn phrase(self) -> &'static str {
+        match self {
+            Self::Open => "circuit is open",
+            Self::Probing => "circuit is half-open and its probes are under way",
+            Self::Recovering => "circuit is recovering",
+            Self::ForcedOpen => "circuit is held open",
+            Self::Full => "concurrency limit is reached",
+            Self::Outranked => "calls worth more take all there is",
+            Self::WaitedTooLong => "waited too long for a turn",
+            Self::DeadlinePassed => "deadline passed before the call began",
+            Self::Saturated => "no connection became free",
+            Self::TimedOut(Phase::Head) => "no response head in time",
+            Self::TimedOut(Phase::FirstFrame) => "no first frame of the body in time",
+            Self::TimedOut(Phase::Idle) => "body fell silent",
+            Self::TimedOut(Phase::Sending) => "request body fell silent",
+            Self::TimedOut(Phase::Taking) => "no more of the request was taken",
+            Self::TimedOut(Phase::Total) => "took too long in all",
+            Self::TimedOut(Phase::Deadline) => "deadline passed with the call under way",
+            Self::Unhealthy => "what would be called is unhealthy",
+            Self::Quota => "quota is used up",
+            Self::ShuttingDown => "shutting down",
+            Self::Misconfigured => "layer is misconfigured",
+        }
+    }
 }
 
 /// What a call took too long for.
@@ -296,33 +322,11 @@ impl Rejected {
 
 impl fmt::Display for Rejected {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let what = match self.kind {
-            RejectedKind::Open => "circuit is open",
-            RejectedKind::Probing => "circuit is half-open and its probes are under way",
-            RejectedKind::Recovering => "circuit is recovering",
-            RejectedKind::ForcedOpen => "circuit is held open",
-            RejectedKind::Full => "concurrency limit is reached",
-            RejectedKind::Outranked => "calls worth more take all there is",
-            RejectedKind::WaitedTooLong => "waited too long for a turn",
-            RejectedKind::DeadlinePassed => "deadline passed before the call began",
-            RejectedKind::Saturated => "no connection became free",
-            RejectedKind::TimedOut(Phase::Head) => "no response head in time",
-            RejectedKind::TimedOut(Phase::FirstFrame) => "no first frame of the body in time",
-            RejectedKind::TimedOut(Phase::Idle) => "body fell silent",
-            RejectedKind::TimedOut(Phase::Sending) => "request body fell silent",
-            RejectedKind::TimedOut(Phase::Taking) => "no more of the request was taken",
-            RejectedKind::TimedOut(Phase::Total) => "took too long in all",
-            RejectedKind::TimedOut(Phase::Deadline) => "deadline passed with the call under way",
-            RejectedKind::Unhealthy => "what would be called is unhealthy",
-            RejectedKind::Quota => "quota is used up",
-            RejectedKind::ShuttingDown => "shutting down",
-            RejectedKind::Misconfigured => "layer is misconfigured",
-        };
         write!(f, "rejected by {}", self.layer())?;
         if let Some(name) = self.name() {
             write!(f, " `{name}`")?;
         }
-        write!(f, ": {what}")?;
+        write!(f, ": {}", self.kind.phrase())?;
         if let Some(after) = self.retry_after() {
             write!(f, ", retry after {after:?}")?;
         }

@@ -3,7 +3,11 @@ use std::{error::Error, fmt, time::Duration};
 use http::Response;
 
 use super::stop::Stop;
-use crate::{BoxError, call::Outcome, error};
+use crate::{
+    BoxError,
+    call::{Outcome, Rejected},
+    error,
+};
 
 /// What a retry did with one call: in the extensions of the response, and in the error.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,7 +45,7 @@ impl Attempts {
     }
 
     /// The attempts one by one, the last one too: the first 32 of them. Empty where the first was the only one
-    /// and its answer good.
+    /// and what came of it not one to retry.
     #[must_use]
     pub fn each(&self) -> &[Tried] {
         &self.each
@@ -81,6 +85,10 @@ pub struct Attempt(pub u32);
 
 /// The error of a call that a [`RetryLayer`](super::RetryLayer) gave up on. Its source is the last
 /// attempt's error.
+///
+/// `gave up after 3 attempts (attempts_used_up): connect_refused`: the [`Stop`], and what came of the last attempt
+/// where that is known. All of it is in the [`Attempts`], and a refusal in the
+/// [`Rejected`](crate::Rejected) that is among the sources.
 #[derive(Debug)]
 pub struct RetryError {
     attempts: Attempts,
@@ -103,7 +111,15 @@ impl fmt::Display for RetryError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Attempts { made, stop, .. } = self.attempts;
         let s = if made == 1 { "" } else { "s" };
-        write!(f, "gave up after {made} attempt{s} ({stop})")
+        let stop = if stop == Stop::Answered { "not one to retry" } else { stop.as_str() };
+        write!(f, "gave up after {made} attempt{s} ({stop})")?;
+        // In short, for who looks at this error alone: the source says more.
+        let reason =
+            || Some(self.attempts.each.last()?.outcome.reason()).filter(|why| why.is_told());
+        match Rejected::find(&*self.source) {
+            Some(refused) => write!(f, ": {}", refused.kind().phrase()),
+            None => reason().map_or(Ok(()), |reason| write!(f, ": {reason}")),
+        }
     }
 }
 

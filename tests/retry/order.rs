@@ -319,9 +319,17 @@ async fn what_comes_back_says_what_happened() {
 
     let inner: Inner = Inner::new(|_| Err(io(ErrorKind::ConnectionRefused)));
     let error: BoxError = send(&layer().layer(inner), get()).await.unwrap_err();
-    assert_eq!(error.to_string(), "gave up after 3 attempts (attempts_used_up)");
+    assert_eq!(error.to_string(), "gave up after 3 attempts (attempts_used_up): connect_refused");
     let source = error.source().unwrap().downcast_ref::<std::io::Error>().unwrap();
     assert_eq!(source.kind(), ErrorKind::ConnectionRefused);
+    let said = async |error: fn() -> BoxError| {
+        let inner: Inner = Inner::new(move |_| Err(error()));
+        send(&layer().layer(inner), get()).await.unwrap_err().to_string()
+    };
+    let open = || Rejected::new(RejectedKind::Open).into();
+    assert_eq!(said(open).await, "gave up after 1 attempt (rejected): circuit is open");
+    let other = || Oops("own").into();
+    assert_eq!(said(other).await, "gave up after 1 attempt (not one to retry)");
 
     // The last answer is the caller's whole: its head, its body.
     let inner: Inner = Inner::new(|n| {
