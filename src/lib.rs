@@ -127,6 +127,7 @@ pub mod limit;
 #[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
 pub mod reqwest;
 
+mod respond;
 #[cfg(feature = "retry")]
 #[cfg_attr(docsrs, doc(cfg(feature = "retry")))]
 pub mod retry;
@@ -164,4 +165,5 @@ pub use self::{
 pub use self::{
     call::{Deadline, Outcome, Rejected},
     error::{BoxError, ConfigError},
+    respond::{RespondFuture, RespondLayer, RespondService},
 };

@@ -1,5 +1,5 @@
 //! tonic 0.14 on both sides of a loopback connection, layered on either.
-#![cfg(all(feature = "breaker", feature = "limit"))]
+#![cfg(all(feature = "breaker", feature = "limit", feature = "retry"))]
 
 mod net;
 mod rpc;
@@ -7,8 +7,8 @@ mod rpc;
 use std::{net::SocketAddr, time::Duration};
 
 use buttress::{
-    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Rejected, Trip, breaker::State,
-    call::RejectedKind,
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Rejected, RespondLayer, RetryLayer, Trip,
+    breaker::State, call::RejectedKind,
 };
 use net::{nobody, soon, until};
 use rpc::{Obedient, ask, channel, incoming};
@@ -18,6 +18,7 @@ use tonic::{
 };
 use tonic_health::pb::{health_client::HealthClient, health_server::HealthServer};
 use tower::ServiceBuilder;
+use tower_http::map_request_body::MapRequestBodyLayer;
 use tower_http::trace::TraceLayer;
 
 const PUSHBACK: &str = "grpc-retry-pushback-ms";
@@ -208,6 +209,24 @@ async fn a_client_s_refusal_as_a_response_is_unavailable_with_pushback() {
     assert_eq!(handle.in_flight(), 0, "freed by the drop itself");
     soon(client.check(ask(""))).await.unwrap();
     assert_eq!((handle.in_flight(), state.state()), (0, State::Closed));
+}
+
+#[tokio::test]
+async fn a_client_s_whole_stack_refuses_with_its_codes_under_a_layer_that_responds() {
+    let addr = serve!(Obedient::default());
+    let breaker = CircuitBreakerLayer::http().name("upstream");
+    let state = breaker.handle();
+    let stack = ServiceBuilder::new()
+        .layer(RespondLayer::new())
+        .layer(RetryLayer::grpc())
+        .layer(breaker)
+        .layer(MapRequestBodyLayer::new(tonic::body::Body::new))
+        .service(channel(addr));
+    let mut client = HealthClient::new(stack);
+    soon(client.check(ask(""))).await.unwrap();
+    state.force_open();
+    let refused = soon(client.check(ask(""))).await.unwrap_err();
+    assert_eq!((refused.code(), refused.message()), (Code::Unavailable, "circuit_forced_open"));
 }
 
 #[tokio::test]

@@ -72,6 +72,6 @@ pub(crate) use self::{
     giver::{AnyGiver, Giver, Shared},
     permit::{Finish, Hold, Permit, Token},
     protocol::Judge,
-    reject::{Form, accepts, whole_seconds},
+    reject::{Form, accepts, response, whole_seconds},
     rejected::{Label, LayerKind},
 };

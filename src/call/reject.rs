@@ -53,7 +53,7 @@ pub enum Form {
 }
 
 impl Form {
-    fn of(method: &Method, headers: &HeaderMap) -> Self {
+    pub(crate) fn of(method: &Method, headers: &HeaderMap) -> Self {
         if grpc::is_grpc(headers) {
             if grpc::is_grpc_web(headers) { Self::GrpcWeb } else { Self::Grpc }
         } else if method != Method::HEAD && accepts_json(headers) {
@@ -149,7 +149,7 @@ impl<ReqB, B: OwnAnswer, E> Refuse<Request<ReqB>, Response<B>, E> for Respond {
 }
 
 /// The answer that [`Respond`] gives.
-fn response(form: Form, rejected: Rejected) -> Response<Bytes> {
+pub(crate) fn response(form: Form, rejected: Rejected) -> Response<Bytes> {
     let mut body = Bytes::new();
     let mut headers = HeaderMap::with_capacity(4);
     let status = match form {

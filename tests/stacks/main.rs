@@ -3,6 +3,8 @@
 #![cfg(all(feature = "breaker", feature = "limit"))]
 
 #[cfg(feature = "full")]
+mod answers;
+#[cfg(feature = "full")]
 mod told;
 
 use std::{convert::Infallible, fmt, time::Duration};

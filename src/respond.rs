@@ -1,0 +1,148 @@
+//! Refusals that come out of a stack as errors, answered as responses.
+
+use std::{
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::Body;
+use pin_project_lite::pin_project;
+use tower_layer::Layer;
+use tower_service::Service;
+
+use crate::call::{Form, OwnAnswer, Rejected, TrackedBody, response};
+
+/// Answers refusals that come as errors from whatever it wraps: what `.respond()` is to one layer, for a whole stack.
+///
+/// Outermost around a client's layers, so that whoever calls it gets an answer and not an error: of a
+/// [`RetryLayer`](crate::RetryLayer), which has no `.respond()` since it tells of others' refusals and of its
+/// own; of a client whose connections are [capped](crate::connect); and of a service of your own that fails with
+/// [`Rejected::new`]. A tonic client is told `UNAVAILABLE` or `DEADLINE_EXCEEDED` with the pushback, instead of `UNKNOWN`,
+/// and a gateway has what its own caller is to be told.
+///
+/// ```
+/// use buttress::{CircuitBreakerLayer, RespondLayer, RetryLayer};
+/// use tower::ServiceBuilder;
+/// # fn client() -> impl tower::Service<http::Request<buttress::retry::ReplayBody<http_body_util::Empty<bytes::Bytes>>>,
+/// #     Response = http::Response<http_body_util::Empty<bytes::Bytes>>, Error = std::io::Error, Future = impl Send> + Clone + Send + 'static {
+/// #     tower::service_fn(|_| async { Ok(http::Response::default()) })
+/// # }
+///
+/// let client = ServiceBuilder::new()
+///     .layer(RespondLayer::new())
+///     .layer(RetryLayer::http())
+///     .layer(CircuitBreakerLayer::http())
+///     .service(client());
+/// # let _ = tower::ServiceExt::oneshot(client, http::Request::default());
+/// ```
+///
+/// The answer is the one of [`Respond`](crate::call::Respond), with the [`Rejected`] in its extensions and, where a
+/// retry gave up, its [`Attempts`](crate::Attempts). Every other error passes as it is, and so does the error type; a
+/// refusal is found in a [`BoxError`](crate::BoxError), or where the error is a [`Rejected`] itself. Bodies pass too:
+/// a timeout after the head is still the body's error.
+///
+/// # Cost
+///
+/// A look at the request's headers.
+#[derive(Clone, Copy, Debug, Default)]
+#[must_use = "a layer does nothing until it wraps a service"]
+pub struct RespondLayer(());
+
+impl RespondLayer {
+    /// The layer.
+    pub const fn new() -> Self {
+        Self(())
+    }
+}
+
+impl<S> Layer<S> for RespondLayer {
+    type Service = RespondService<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        RespondService { inner }
+    }
+}
+
+/// The service of a [`RespondLayer`].
+#[derive(Clone, Copy, Debug)]
+pub struct RespondService<S> {
+    inner: S,
+}
+
+impl<S> RespondService<S> {
+    /// The wrapped service.
+    pub fn get_ref(&self) -> &S {
+        &self.inner
+    }
+}
+
+impl<S, ReqB, B> Service<Request<ReqB>> for RespondService<S>
+where
+    S: Service<Request<ReqB>, Response = Response<B>>,
+    S::Error: 'static,
+    B: Body,
+    B::Data: From<Bytes>,
+{
+    type Response = Response<TrackedBody<B>>;
+    type Error = S::Error;
+    type Future = RespondFuture<S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<ReqB>) -> Self::Future {
+        let form = Form::of(request.method(), request.headers());
+        RespondFuture { future: self.inner.call(request), form }
+    }
+}
+
+pin_project! {
+    /// The future of a [`RespondService`]'s call.
+    #[derive(Debug)]
+    pub struct RespondFuture<F> {
+        #[pin]
+        future: F,
+        form: Form,
+    }
+}
+
+impl<F, B, E> Future for RespondFuture<F>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+    E: 'static,
+    B: Body,
+    B::Data: From<Bytes>,
+{
+    type Output = Result<Response<TrackedBody<B>>, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        Poll::Ready(match ready!(this.future.poll(cx)) {
+            Ok(response) => Ok(response.map(TrackedBody::untracked)),
+            Err(error) => match Rejected::find_in_any(&error).cloned() {
+                None => Err(error),
+                Some(rejected) => {
+                    let mut answer = response(*this.form, rejected);
+                    tell_attempts(&error, &mut answer);
+                    Ok(answer.map(TrackedBody::answer))
+                }
+            },
+        })
+    }
+}
+
+/// What a retry did goes along.
+#[cfg(feature = "retry")]
+fn tell_attempts<E: 'static>(error: &E, answer: &mut Response<Bytes>) {
+    let error: &dyn std::any::Any = error;
+    let boxed = error.downcast_ref::<crate::BoxError>();
+    if let Some(attempts) = boxed.and_then(|error| crate::Attempts::find(&**error)) {
+        answer.extensions_mut().insert(attempts);
+    }
+}
+#[cfg(not(feature = "retry"))]
+fn tell_attempts<E: 'static>(_: &E, _: &mut Response<Bytes>) {}

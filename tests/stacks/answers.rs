@@ -1,0 +1,110 @@
+//! A whole stack's refusals as responses.
+
+use std::{convert::Infallible, time::Duration};
+
+use buttress::{
+    Attempts, BoxError, CircuitBreakerLayer, Deadline, DeadlineLayer, Rejected, RespondLayer,
+    RetryLayer, call::RejectedKind, retry::Stop,
+};
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::{BodyExt, Full};
+use tokio::time::sleep;
+use tower::{Layer, ServiceBuilder, ServiceExt, service_fn};
+
+type Body = Full<Bytes>;
+
+fn get() -> Request<Body> {
+    Request::new(Body::default())
+}
+
+fn grpc() -> Request<Body> {
+    let mut request = get();
+    *request.method_mut() = http::Method::POST;
+    request.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+    request
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_retry_gave_up_on_is_an_answer_that_says_who_refused_and_how_often_it_tried() {
+    let breaker = CircuitBreakerLayer::http().name("search");
+    breaker.handle().force_open();
+    let client = ServiceBuilder::new()
+        .layer(RespondLayer::new())
+        .layer(RetryLayer::http())
+        .layer(breaker.open_for(Duration::from_secs(7)))
+        .service(service_fn(|_: Request<_>| async {
+            Ok::<_, BoxError>(Response::new(Body::default()))
+        }));
+    let response = client.clone().oneshot(get()).await.unwrap();
+    assert_eq!(response.status(), 503);
+    let refused = response.extensions().get::<Rejected>().unwrap();
+    assert_eq!((refused.kind(), refused.name()), (RejectedKind::ForcedOpen, Some("search")));
+    let attempts = Attempts::of(&response);
+    assert_eq!((attempts.made, attempts.stop), (1, Stop::Rejected));
+    assert!(!response.into_body().collect().await.unwrap().to_bytes().is_empty());
+
+    let response = client.oneshot(grpc()).await.unwrap();
+    assert_eq!(
+        (response.status().as_u16(), &response.headers()["grpc-status"]),
+        (200, &"14".parse().unwrap())
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_that_took_too_long_and_a_deadline_are_answers_too() {
+    macro_rules! slow {
+        () => {
+            service_fn(|_: Request<_>| async {
+                sleep(Duration::from_secs(60)).await;
+                Ok::<_, BoxError>(Response::new(Body::default()))
+            })
+        };
+    }
+    let retry = RetryLayer::http().attempts(1).attempt_timeout(Duration::from_secs(1));
+    let client = ServiceBuilder::new().layer(RespondLayer::new()).layer(retry).service(slow!());
+    assert_eq!(client.clone().oneshot(get()).await.unwrap().status(), 504);
+    assert_eq!(client.oneshot(grpc()).await.unwrap().headers()["grpc-status"], "4");
+
+    let late = DeadlineLayer::new();
+    let client = ServiceBuilder::new().layer(RespondLayer::new()).layer(late).service(slow!());
+    let mut request = get();
+    request.extensions_mut().insert(Deadline::after(Duration::ZERO));
+    assert_eq!(client.oneshot(request).await.unwrap().status(), 504);
+}
+
+#[tokio::test]
+async fn a_refusal_of_ones_own_is_answered_as_a_layers_is() {
+    let over = || Rejected::new(RejectedKind::Quota).with_retry_after(Duration::from_secs(30));
+    let boxed = service_fn(move |_: Request<Body>| async move {
+        Err::<Response<Body>, BoxError>(over().into())
+    });
+    let response = RespondLayer::new().layer(boxed).oneshot(get()).await.unwrap();
+    assert_eq!(
+        (response.status().as_u16(), &response.headers()["retry-after"]),
+        (429, &"30".parse().unwrap())
+    );
+    let bare = service_fn(move |_: Request<Body>| async move { Err::<Response<Body>, _>(over()) });
+    assert_eq!(RespondLayer::new().layer(bare).oneshot(get()).await.unwrap().status(), 429);
+}
+
+#[tokio::test]
+async fn all_else_passes_as_it_is() {
+    let fails = service_fn(|_: Request<Body>| async {
+        Err::<Response<Body>, _>(std::io::Error::other("own"))
+    });
+    let error: std::io::Error = RespondLayer::new().layer(fails).oneshot(get()).await.unwrap_err();
+    assert_eq!(error.to_string(), "own");
+    let boxed =
+        service_fn(|_: Request<Body>| async { Err::<Response<Body>, BoxError>("own".into()) });
+    assert_eq!(
+        RespondLayer::new().layer(boxed).oneshot(get()).await.unwrap_err().to_string(),
+        "own"
+    );
+    let well = service_fn(|_: Request<Body>| async {
+        Ok::<_, Infallible>(Response::new(Body::from("well")))
+    });
+    let response = RespondLayer::new().layer(well).oneshot(get()).await.unwrap();
+    assert_eq!(http_body::Body::size_hint(response.body()).exact(), Some(4));
+    assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "well");
+}
