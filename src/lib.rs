@@ -1,4 +1,5 @@
-//! Tower layers that keep services standing: circuit breaker, retry, concurrency limit and health probe.
+//! Tower layers that keep services standing: circuit breaker, retry, hedge, concurrency limit, health probe, timeouts
+//! and deadlines.
 //!
 //! They understand HTTP and gRPC **streams**: a call ends with its body, a gRPC call is what its trailers
 //! say. They really limit inside **axum** and tonic: state lives in the layer, however often it is
@@ -50,14 +51,119 @@
 //! # Where each goes
 //!
 //! Outermost first. A client: deadline, retry, hedge, circuit breaker, concurrency limit, health probe, timeout,
-//! the client. A server: health endpoints, lifecycle, deadline, concurrency limit, timeout, the routes. (The probe is
+//! the client; a second deadline over the timeout, if a [header](deadline) is to tell the next hop what is left; and with
+//! tonic a [`RespondLayer`] over all of it. A server: health endpoints, lifecycle, deadline, concurrency limit, timeout, the routes. (The probe is
 //! innermost but for the timeout, so that a limit full of hung calls does not keep it from looking.)
 //!
 //! # Errors and responses
 //!
 //! A refused call is a [`Rejected`]: boxed as an error by default, found anywhere in a chain of sources by
-//! [`Rejected::find`]; with `.respond()` a response, the error type left alone. A bad setting never
-//! panics: each layer's `checked()` tells it as a [`ConfigError`].
+//! [`Rejected::find`]; with `.respond()` a response, the error type left alone; with a [`RespondLayer`] a response
+//! whichever layer further in refused. A bad setting never panics: each layer's `checked()` tells it as a
+//! [`ConfigError`], and the log if nobody asked.
+//!
+//! # Why was this call refused?
+//!
+//! | ask | and it says |
+//! |---|---|
+//! | the error | [`Rejected::find`]: which layer of which name, why, when to come back; [`Attempts::find`]: what was tried |
+//! | the response | the same, from its extensions: `response.extensions().get::<Rejected>()`, [`Attempts::of`] |
+//! | a server's client | the status, `Retry-After`, and `reason` in the problem document; nothing about the inside |
+//! | the log (`buttress=debug`) | an event for each decision, with `resilience.name` and `reason`; DEBUG for calls, INFO and WARN for what changed, ERROR for what was set wrong |
+//! | a handle's `snapshot()` | counts since the start, and how it is now: for metrics of any kind, to be read when they are scraped |
+//!
+//! What is a closed set, such as [`RejectedKind`](call::RejectedKind), [`Reason`](call::Reason) and
+//! [`Stop`](retry::Stop), has an `as_str()` that fits a metric's label. Names are those of `.name("search")`.
+//!
+//! ```
+//! use buttress::{Attempts, BoxError, Rejected};
+//!
+//! fn explain(error: &BoxError) {
+//!     if let Some(refused) = Rejected::find(&**error) {
+//!         // `circuit_breaker search circuit_open`, and when to come back.
+//!         println!("{} {:?} {}", refused.layer(), refused.name(), refused.kind().as_str());
+//!         println!("{:?}", refused.retry_after());
+//!     }
+//!     for tried in Attempts::find(&**error).iter().flat_map(|attempts| attempts.each()) {
+//!         println!("{}, then {:?} of waiting", tried.outcome, tried.waited);
+//!     }
+//! }
+//! # explain(&Rejected::new(buttress::call::RejectedKind::Open).into());
+//! ```
+//!
+//! # When it does not compile
+//!
+//! Of a stack that does not fit together `oneshot` and `ready` say no more than that some bound is not satisfied. A
+//! function that wants to have the service says which, and why:
+//!
+//! ```
+//! fn takes<Request>(_: &impl tower::Service<Request>) {}
+//!
+//! # let client = tower::service_fn(|_: http::Request<()>| async { Ok::<_, std::io::Error>(()) });
+//! takes::<http::Request<()>>(&client);
+//! ```
+//!
+//! | it says | what helps |
+//! |---|---|
+//! | `Infallible: From<Box<dyn Error…>>`, under axum | `.respond()`, on each layer of this crate |
+//! | `Channel: Service<Request<ReplayBody<_>>>` is not satisfied; the same of a client with one body type, or with `SendingBody` | retry, hedge and timeout hand on a body of theirs: leave the client's type open, as `build_http()` does, or put `MapRequestBodyLayer` of tower-http (feature `map-request-body`) right around it: with `tonic::body::Body::new`, or `UnsyncBoxBody::new` of http-body-util |
+//! | expected closure `fn(Result<&Row, &Box<dyn Error…>>)` | a layer further in refuses with errors, so that those are boxed: see below |
+//! | `Http` cannot judge, repeat or weigh … | `.classify(…)`, for what is not HTTP |
+//! | … cannot be cloned | `derive(Clone)`, or `tower::buffer` in between |
+//!
+//! # A client with a type that can be written down
+//!
+//! ```
+//! use buttress::{BoxError, CircuitBreakerLayer, RetryLayer};
+//! use bytes::Bytes;
+//! use http::{Request, Response};
+//! use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
+//! use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+//! use tower::{ServiceBuilder, ServiceExt, util::BoxCloneSyncService};
+//!
+//! struct Search {
+//!     client: BoxCloneSyncService<Request<Full<Bytes>>, Response<UnsyncBoxBody<Bytes, BoxError>>, BoxError>,
+//! }
+//!
+//! let client = ServiceBuilder::new()
+//!     .layer(RetryLayer::http())
+//!     .layer(CircuitBreakerLayer::http().name("search"))
+//!     .service(Client::builder(TokioExecutor::new()).build_http())
+//!     .map_response(|response| response.map(|body| BodyExt::map_err(body, BoxError::from).boxed_unsync()));
+//! let search = Search { client: BoxCloneSyncService::new(client) };
+//! # let _ = search.client;
+//! ```
+//!
+//! # Several layers around a service of your own types
+//!
+//! A layer that refuses boxes the errors of what it wraps, so that the closures of those over it get a [`BoxError`]:
+//!
+//! ```
+//! use buttress::{BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, RetryLayer, Trip};
+//! use tower::ServiceBuilder;
+//! # #[derive(Clone, Debug)] struct Query;
+//! # #[derive(Debug)] struct Row;
+//! # #[derive(Debug)] enum DbError { Constraint, Gone }
+//! # impl std::fmt::Display for DbError { fn fmt(&self, _: &mut std::fmt::Formatter<'_>) -> std::fmt::Result { Ok(()) } }
+//! # impl std::error::Error for DbError {}
+//!
+//! fn verdict(result: Result<&Row, &BoxError>) -> Outcome {
+//!     match result.map_err(|error| error.downcast_ref()) {
+//!         Ok(_) | Err(Some(DbError::Constraint)) => Outcome::success(),
+//!         Err(Some(DbError::Gone)) => Outcome::failure(),
+//!         // A refusal of a layer further in, which is nobody's failure; or whatever else it is.
+//!         Err(None) => result.map_or_else(|error| Outcome::of_error(&**error), |_| Outcome::success()),
+//!     }
+//! }
+//!
+//! # let db = tower::service_fn(|_: Query| async { Err::<Row, _>(DbError::Gone) });
+//! let db = ServiceBuilder::new()
+//!     .layer(RetryLayer::http().classify(verdict))
+//!     .layer(CircuitBreakerLayer::new(Trip::consecutive(5)).classify(verdict))
+//!     .layer(ConcurrencyLimitLayer::new(20).per_response())
+//!     .service(db);
+//! # let _ = tower::ServiceExt::oneshot(db, Query);
+//! ```
 //!
 //! # Features
 //!
