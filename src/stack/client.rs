@@ -68,6 +68,7 @@ impl ClientStack {
         };
         if !config.name.is_empty() {
             stack.deadline = stack.deadline.name(&config.name);
+            stack.retry = stack.retry.name(&config.name);
             stack.breaker = stack.breaker.name(&config.name);
             stack.limit = stack.limit.name(&config.name);
             stack.timeout = stack.timeout.name(&config.name);
