@@ -81,7 +81,8 @@
 //!
 //! The fields are public: a program may set them, and `explain` says so. [`changes`](ClientConfig::changes) tells what
 //! differs between two configurations, and which of that can change while the stack runs: all but
-//! `deadline_header`, the retry budget, a circuit's window and the kinds of its rules, `tcp_keepalive` and `http2_…`.
+//! `deadline_header`, the retry budget, a circuit's window and the kinds of its rules, `tcp_keepalive` and `http2_…`,
+//! which `explain` marks with a `*`.
 //!
 //! # Layers of one's own stack
 //!

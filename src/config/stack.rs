@@ -123,7 +123,8 @@ macro_rules! stack {
                 ConfigErrors::none_of(rules.iter().flat_map(|rule| rule(self)).collect())
             }
 
-            /// The stack as it will be, outermost first, and where each value came from.
+            /// The stack as it will be, outermost first, where each value came from, and which of them cannot
+            /// change while it runs.
             #[must_use]
             pub fn explain(&self) -> String {
                 Explained(self, &self.name, self.preset, &self.origins).to_string()
@@ -243,8 +244,10 @@ impl<C: Stack> fmt::Display for Explained<'_, C> {
         if let Some(preset) = preset {
             write!(f, ", preset {preset}")?;
         }
-        writeln!(f, ", outermost first")?;
+        writeln!(f, ", outermost first; what is marked * stays as it is while the stack runs")?;
         let defaults = C::default();
+        let widest = origins.values().map(|(_, origin)| origin.to_string().len()).max();
+        let wide = widest.unwrap_or_default().max(16);
         for (group, default) in stack.groups().into_iter().zip(defaults.groups()) {
             let off = if group.is_on() { "" } else { " (off)" };
             writeln!(f, "\n{}{off}", group.layer())?;
@@ -255,7 +258,8 @@ impl<C: Stack> fmt::Display for Explained<'_, C> {
                     origin => origin,
                 };
                 let (value, from) = (value.to_string(), from.to_string());
-                writeln!(f, "  {:25} {value:12} {from:16} {}", row.key, row.doc.trim())?;
+                let mark = if row.live { ' ' } else { '*' };
+                writeln!(f, "{mark} {:25} {value:12} {from:wide$} {}", row.key, row.doc.trim())?;
             }
         }
         Ok(())

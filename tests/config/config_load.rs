@@ -273,7 +273,10 @@ fn it_explains_the_stack_outermost_first_with_where_each_value_came_from() {
     config.timeout.idle = Some(secs(45));
     config.breaker.open_for = secs(7);
     let told = config.explain();
-    assert!(told.starts_with("client `search`, preset llm, outermost first\n"), "{told}");
+    assert!(
+        told.starts_with("client `search`, preset llm, outermost first; what is marked * "),
+        "{told}"
+    );
     let at = |what: &str| told.find(what).unwrap_or_else(|| panic!("no {what} in\n{told}"));
     let order = [
         "\nDeadlineLayer",
@@ -286,7 +289,8 @@ fn it_explains_the_stack_outermost_first_with_where_each_value_came_from() {
     ];
     assert!(order.map(at).is_sorted(), "{told}");
     let line = |key: &str| {
-        let line = told.lines().find(|line| line.trim_start().starts_with(key)).unwrap();
+        let bare = |line: &&str| line.trim_start_matches(['*', ' ']).starts_with(key);
+        let line = told.lines().find(bare).unwrap().trim_start_matches('*');
         line.split_whitespace().take(4).collect::<Vec<_>>().join(" ")
     };
     assert_eq!(line("retry_attempts "), "retry_attempts 2 file TOML");
@@ -295,6 +299,14 @@ fn it_explains_the_stack_outermost_first_with_where_each_value_came_from() {
     assert_eq!(line("breaker_open_for "), "breaker_open_for 7s code How");
     assert_eq!(line("limit_max "), "limit_max off env SEARCH_HTTP_CLIENT_LIMIT_MAX");
     assert_eq!(line("limit_queue "), "limit_queue 1024 default How");
+    // One that no handle can change is marked, and no other.
+    let marked: Vec<_> = told.lines().filter_map(|line| line.strip_prefix("* ")).collect();
+    for (key, fixed) in [("deadline_header ", true), ("http2_only ", true), ("limit_max ", false)] {
+        assert_eq!(marked.iter().any(|line| line.starts_with(key)), fixed, "{key}");
+    }
+    // However long a variable's name is, the sentences are below each other.
+    let column = |what: &str| told.lines().find_map(|line| line.find(what)).unwrap();
+    assert_eq!(column("How many calls there are at once."), column("How many more may wait for"));
     let server = ServerConfig::default().explain();
-    assert!(server.starts_with("server, outermost first\n") && !server.contains("retry_"));
+    assert!(server.starts_with("server, outermost first; ") && !server.contains("retry_"));
 }
