@@ -17,6 +17,7 @@ pub(super) const CLIENT: &[Rule<ClientConfig>] = &[
         let layers = [
             keyed(&c.deadline, c.deadline.layer().err()),
             keyed(&c.retry, c.retry.layer().err()),
+            keyed(&c.hedge, c.hedge.layer().err()),
             keyed(&c.breaker, c.breaker.layer().err()),
             keyed(&c.limit, c.limit.layer().err()),
             keyed(&c.timeout, c.timeout.layer().err()),
@@ -26,6 +27,7 @@ pub(super) const CLIENT: &[Rule<ClientConfig>] = &[
     |c| attempts_beyond_the_deadline(c).into_iter().collect(),
     |c| attempts_beyond_the_threshold(c),
     |c| attempt_within_connecting(c).into_iter().collect(),
+    |c| hedge_beyond_the_attempt(c).into_iter().collect(),
     |c| nothing_left(&c.deadline),
     |c| queue_beyond_the_deadline(&c.limit, &c.deadline).into_iter().collect(),
     |c| connection_wait_beyond_the_deadline(c).into_iter().collect(),
@@ -56,6 +58,8 @@ fn keyed(group: &dyn Group, error: Option<ConfigError>) -> Option<ConfigError> {
     let setter = error.field.strip_prefix("trip.").unwrap_or(error.field).replace('.', "_");
     let name = match &*setter {
         "default_of" => "default",
+        "delay" => "after",
+        "after_percentile" => "percentile",
         "consecutive" => "failures",
         "within" => "window",
         "limit" => "max",
@@ -110,6 +114,20 @@ fn attempts_beyond_the_deadline(c: &ClientConfig) -> Option<ConfigError> {
         show(all),
     );
     conflict("retry_attempts", attempts, remedy)
+}
+
+/// A hedge is part of an attempt of the retry, and each copy has the timeouts for itself.
+fn hedge_beyond_the_attempt(c: &ClientConfig) -> Option<ConfigError> {
+    let ((most, name), after) = (attempt(c)?, c.hedge.after?);
+    if after < most {
+        return None;
+    }
+    let remedy = format!(
+        "an attempt is over after {} (`{name}`), before a second copy would be sent: use less, or a `{name}` of more than {}",
+        show(most),
+        show(after),
+    );
+    conflict("hedge_after", show(after), remedy)
 }
 
 fn attempts_beyond_the_threshold(c: &ClientConfig) -> Vec<ConfigError> {

@@ -187,13 +187,12 @@ impl RetryConfig {
 }
 
 group! {
-    /// The settings of a [`HedgeLayer`]. Not part of the whole stacks: who wants a second copy of a call puts the layer
-    /// between retry and circuit breaker of a stack of its own.
-    HedgeConfig for "HedgeLayer", prefix "hedge_", on |_| true;
-    /// After which time a second copy is sent; off: by the percentile.
+    /// The settings of a [`HedgeLayer`]. In a whole stack it is off, unless it is said when a second copy is sent.
+    HedgeConfig for "HedgeLayer", prefix "hedge_", on |this| this.after.is_some() || this.percentile.is_some();
+    /// After which time a second copy of a call is sent; off: by the percentile.
     fixed after: Option<Duration> = None;
-    /// Which share of all calls must have been faster.
-    fixed percentile: f64 = 0.95;
+    /// Or after the time within which this share of calls was answered of late; off, as the time: never.
+    fixed percentile: Option<f64> = Some(0.95);
     /// How many second copies there may be for one call.
     fixed budget_ratio: f64 = 0.05;
     /// How many a second there may be beside that.
@@ -205,16 +204,23 @@ group! {
 }
 
 impl HedgeConfig {
-    /// The layer.
+    /// No second copies.
+    #[must_use]
+    pub fn off() -> Self {
+        Self { after: None, percentile: None, ..Self::default() }
+    }
+
+    /// The layer; without a time or a percentile it lets everything through.
     ///
     /// # Errors
     ///
     /// The first setting that cannot work.
     pub fn layer(&self) -> Result<HedgeLayer, ConfigError> {
         let Self { budget_ratio, budget_per_second, budget_cap, .. } = *self;
-        let layer = match self.after {
-            Some(time) => HedgeLayer::http(time),
-            None => HedgeLayer::after_percentile(self.percentile),
+        let layer = match (self.after, self.percentile) {
+            (Some(time), _) => HedgeLayer::http(time),
+            (None, Some(share)) => HedgeLayer::after_percentile(share),
+            (None, None) => return Ok(HedgeLayer::off()),
         };
         let budget = RetryBudget::with(budget_ratio, budget_per_second, budget_cap);
         layer.budget(budget).replay_up_to(self.replay_up_to).checked()

@@ -59,6 +59,7 @@
 //! |---|---|
 //! | attempts that take longer than the deadline | `retry_attempts`, `timeout_head`, `deadline_default` |
 //! | more attempts than failures open the circuit | `retry_attempts`, `breaker_failures`, `breaker_min_calls` |
+//! | a second copy that is due after the attempt is over | `hedge_after`, `timeout_head` |
 //! | an attempt that is due before connecting is | `timeout_head`, `retry_attempt_timeout`, `timeout_total`, `connect_timeout` |
 //! | a deadline of which nothing is left | `deadline_keep_back`, `deadline_default`, `deadline_at_most` |
 //! | waiting longer than the deadline | `limit_queue_wait`, `connection_wait`, `deadline_default` |
@@ -81,14 +82,13 @@
 //!
 //! The fields are public: a program may set them, and `explain` says so. [`changes`](ClientConfig::changes) tells what
 //! differs between two configurations, and which of that can change while the stack runs: all but
-//! `deadline_header`, the retry budget, a circuit's window and the kinds of its rules, `tcp_keepalive` and `http2_…`,
+//! `deadline_header`, the retry budget, hedges, a circuit's window and the kinds of its rules, `tcp_keepalive` and `http2_…`,
 //! which `explain` marks with a `*`.
 //!
 //! # Layers of one's own stack
 //!
 //! Each layer's settings (`RetryConfig`, …) can be read alone, without the prefix in their keys, and make their layer;
-//! [`HedgeConfig`] and [`HealthProbeConfig`](https://docs.rs/buttress/latest/buttress/config/struct.HealthProbeConfig.html)
-//! only so:
+//! [`HealthProbeConfig`] only so, since a probe belongs to one service, and a client may have many:
 //!
 //! ```
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {

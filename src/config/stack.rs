@@ -7,8 +7,8 @@ use super::{
     check::{self, Rule},
     group::{Group, Row},
     layers::{
-        BreakerConfig, CallsConfig, ConnectionsConfig, DeadlineConfig, LimitConfig, RetryConfig,
-        TimeoutConfig,
+        BreakerConfig, CallsConfig, ConnectionsConfig, DeadlineConfig, HedgeConfig, LimitConfig,
+        RetryConfig, TimeoutConfig,
     },
     load::{ConfigErrors, Loader, Origin, Origins, Stack},
     value::{Scalar, Tree},
@@ -191,6 +191,8 @@ stack! {
     deadline: DeadlineConfig = DeadlineConfig::default();
     /// What is tried again.
     retry: RetryConfig = RetryConfig::default();
+    /// What is sent a second time.
+    hedge: HedgeConfig = HedgeConfig::off();
     /// When to stop calling.
     breaker: BreakerConfig = BreakerConfig::default();
     /// How many calls there are at once.

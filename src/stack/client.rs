@@ -8,19 +8,19 @@ use super::{
     meter::{Meter, Metered},
 };
 use crate::{
-    CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, DeadlineLayer, RetryLayer,
+    CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, DeadlineLayer, HedgeLayer, RetryLayer,
     TimeoutLayer,
     breaker::CircuitBreaker,
     call::{AsError, Shared},
     config::{ClientConfig, ConfigErrors},
     deadline::Deadlined,
     limit::ConcurrencyLimit,
-    retry::Retry,
+    retry::{Hedge, Retry},
     timeout::Timeout,
 };
 
 /// The recommended layers of a client, in their order, around any HTTP client: outermost first counters, deadline,
-/// retry, circuit breaker, concurrency limit, the deadline once more (to tell the next hop what is left), timeouts.
+/// retry, hedge, circuit breaker, concurrency limit, the deadline once more (to tell the next hop what is left), timeouts.
 ///
 /// `buttress::client` puts it around a hyper client with its connections. One stack belongs to one layer and all
 /// its clones.
@@ -30,6 +30,7 @@ pub struct ClientStack {
     meter: Shared<Meter>,
     deadline: DeadlineLayer,
     retry: RetryLayer,
+    hedge: HedgeLayer,
     breaker: CircuitBreakerLayer,
     limit: ConcurrencyLimitLayer,
     forward: DeadlineLayer,
@@ -42,7 +43,7 @@ pub struct ClientStack {
 
 /// What a [`ClientStack`] makes of a client.
 pub type ClientStackService<S> =
-    Metered<Deadlined<Retry<CircuitBreaker<ConcurrencyLimit<Deadlined<Timeout<S>>>>>>>;
+    Metered<Deadlined<Retry<Hedge<CircuitBreaker<ConcurrencyLimit<Deadlined<Timeout<S>>>>>>>>;
 
 impl ClientStack {
     /// The stack that this configuration says.
@@ -58,6 +59,7 @@ impl ClientStack {
             meter: Meter::new(),
             deadline: config.deadline.layer().map_err(one)?,
             retry: config.retry.layer().map_err(one)?,
+            hedge: config.hedge.layer().map_err(one)?,
             breaker: config.breaker.layer().map_err(one)?,
             limit: config.limit.layer().map_err(one)?,
             forward,
@@ -69,6 +71,7 @@ impl ClientStack {
         if !config.name.is_empty() {
             stack.deadline = stack.deadline.name(&config.name);
             stack.retry = stack.retry.name(&config.name);
+            stack.hedge = stack.hedge.name(&config.name);
             stack.breaker = stack.breaker.name(&config.name);
             stack.limit = stack.limit.name(&config.name);
             stack.timeout = stack.timeout.name(&config.name);
@@ -89,7 +92,8 @@ impl<S: Clone> Layer<S> for ClientStack {
     fn layer(&self, inner: S) -> Self::Service {
         let attempt = self.forward.layer(self.timeout.layer(inner));
         let guarded = self.breaker.layer(self.limit.layer(attempt));
-        Metered::new(self.deadline.layer(self.retry.layer(guarded)), &self.meter, AsError)
+        let tried = self.retry.layer(self.hedge.layer(guarded));
+        Metered::new(self.deadline.layer(tried), &self.meter, AsError)
     }
 }
 
@@ -117,6 +121,7 @@ impl ClientHandle {
         StackSnapshot {
             connections: self.open_connections(),
             retries: stack.retry.handle().snapshot().retries,
+            hedges: stack.hedge.handle().snapshot().sent,
             last_check: stack.now.last_check(),
             ..StackSnapshot::of(stack.meter.counted(), limit, timeouts).with_breaker(&breaker)
         }

@@ -35,6 +35,8 @@ pub struct StackSnapshot {
     pub timeouts: u64,
     /// How many attempts were made beside first ones.
     pub retries: u64,
+    /// How many second copies of slow calls were sent.
+    pub hedges: u64,
     /// How often the circuit opened.
     pub breaker_opened: u64,
     /// Where the circuit is.
@@ -92,6 +94,7 @@ impl StackSnapshot {
             refused,
             timeouts,
             retries: 0,
+            hedges: 0,
             breaker_opened: 0,
             breaker: None,
             waiting: limit.waiting,

@@ -31,7 +31,7 @@ type Connector = hyper_rustls::HttpsConnector<HttpConnector>;
 #[cfg(not(feature = "rustls"))]
 type Connector = HttpConnector;
 
-type Connections<B> = connect::Client<Connector, SendingBody<ReplayBody<B>>>;
+type Connections<B> = connect::Client<Connector, SendingBody<ReplayBody<ReplayBody<B>>>>;
 type Inner<B> = ClientStackService<Connections<B>>;
 
 /// The recommended client, as this configuration says: a [`ClientStack`] around a [`connect::Client`].

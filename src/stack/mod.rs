@@ -28,6 +28,7 @@
 //! | counters | counters |
 //! | [`DeadlineLayer`](crate::DeadlineLayer): all attempts and waits | [`DeadlineLayer`](crate::DeadlineLayer) |
 //! | [`RetryLayer`](crate::RetryLayer) | |
+//! | [`HedgeLayer`](crate::HedgeLayer), off unless `hedge_after` or `hedge_percentile` is said | |
 //! | [`CircuitBreakerLayer`](crate::CircuitBreakerLayer) | |
 //! | [`ConcurrencyLimitLayer`](crate::ConcurrencyLimitLayer) | [`ConcurrencyLimitLayer`](crate::ConcurrencyLimitLayer) |
 //! | [`DeadlineLayer`](crate::DeadlineLayer): tells the next hop what is left | |

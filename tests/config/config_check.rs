@@ -70,6 +70,20 @@ fn a_read_that_is_shorter_than_connecting() {
 }
 
 #[test]
+fn a_second_copy_that_is_due_when_the_attempt_is_over() {
+    one(
+        "hedge_after = '30s'",
+        "hedge_after = '29s'",
+        "`hedge_after` is 30s: an attempt is over after 30s (`timeout_head`), before a second copy would be sent: use less, or \
+         a `timeout_head` of more than 30s",
+    );
+    assert!(told("hedge_after = '0s'")[0].starts_with("`hedge_after` is 0ns: use more than zero"));
+    assert!(
+        told("hedge_percentile = 95")[0].starts_with("`hedge_percentile` is 95.0: use a share")
+    );
+}
+
+#[test]
 fn a_deadline_of_which_nothing_is_left() {
     one(
         "deadline_default = '90s'\ndeadline_keep_back = '90s'",

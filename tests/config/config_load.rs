@@ -281,6 +281,7 @@ fn it_explains_the_stack_outermost_first_with_where_each_value_came_from() {
     let order = [
         "\nDeadlineLayer",
         "\nRetryLayer",
+        "\nHedgeLayer (off)",
         "\nCircuitBreakerLayer",
         "\nConcurrencyLimitLayer (off)",
         "\nTimeoutLayer",

@@ -62,7 +62,11 @@ fn plausible(key: &str) -> BoxedStrategy<Value> {
         "streaming" | "http2_only" => any::<bool>().prop_map(Value::from).boxed(),
         "deadline_header" => text("x-left").boxed(),
         "health_uri" => text("http://search:8080/healthz").boxed(),
-        "breaker_failure_ratio" | "retry_budget_ratio" | "connection_jitter" => {
+        "breaker_failure_ratio"
+        | "retry_budget_ratio"
+        | "connection_jitter"
+        | "hedge_percentile"
+        | "hedge_budget_ratio" => {
             (1u32..1000).prop_map(|part| json!(f64::from(part) / 1000.0)).boxed()
         }
         _ => {

@@ -264,6 +264,36 @@ async fn settings_change_while_it_runs_and_what_cannot_is_told() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_slow_call_gets_a_second_copy_where_that_is_said_and_nowhere_else() {
+    let told = ["hedge_after = '80ms'", "hedge_percentile = 0.9", "hedge_budget_ratio = 0.5"];
+    for (toml, slow, hedges) in [(told[0], 80, 1), (told[1], 1, 1), (told[2], 9000, 0)] {
+        let config = ClientConfig::from_toml(toml).unwrap();
+        let stack = ClientStack::new(&config).unwrap();
+        let script = Script::default();
+        let client = client::<()>(&stack, &script);
+        // A percentile wants to know some calls.
+        for _ in 0..50 {
+            client.clone().oneshot(request()).await.unwrap();
+        }
+        script.lock().unwrap().push_back((200, secs(9)));
+        let start = Instant::now();
+        assert_eq!(client.clone().oneshot(request()).await.unwrap().status(), 200);
+        assert_eq!(
+            (start.elapsed().as_millis(), stack.handle().snapshot().hedges),
+            (slow, hedges),
+            "{toml}"
+        );
+        assert_eq!(stack.handle().snapshot().total, 51, "a call is one, however often it was sent");
+        // Not what may have an effect.
+        script.lock().unwrap().push_back((200, secs(9)));
+        let mut post = request();
+        *post.method_mut() = http::Method::POST;
+        client.clone().oneshot(post).await.unwrap();
+        assert_eq!(stack.handle().snapshot().hedges, hedges);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_stack_with_everything_off_lets_everything_through() {
     let off = [
         "deadline_default",

@@ -50,6 +50,9 @@ pub(super) struct Settings {
 }
 
 enum Delay {
+    /// There is none to be.
+    #[cfg(feature = "config")]
+    Off,
     Fixed(Duration),
     #[cfg(feature = "percentile")]
     Live(Box<super::live::Live>),
@@ -59,6 +62,8 @@ impl Settings {
     /// None: there is to be no hedge.
     pub(super) fn delay(&self) -> Option<Duration> {
         match &self.delay {
+            #[cfg(feature = "config")]
+            Delay::Off => None,
             Delay::Fixed(delay) => Some(*delay),
             #[cfg(feature = "percentile")]
             Delay::Live(live) => live.delay(),
@@ -67,7 +72,18 @@ impl Settings {
 
     /// Whether it is to be told how long calls take.
     pub(super) fn learns(&self) -> bool {
-        !matches!(self.delay, Delay::Fixed(_))
+        #[cfg(feature = "percentile")]
+        return matches!(self.delay, Delay::Live(_));
+        #[cfg(not(feature = "percentile"))]
+        false
+    }
+
+    /// Every request passes as it is.
+    fn is_off(&self) -> bool {
+        #[cfg(feature = "config")]
+        return matches!(self.delay, Delay::Off);
+        #[cfg(not(feature = "config"))]
+        false
     }
 
     /// A call that began then has a good answer: one that fails fast is no reason to hedge sooner.
@@ -125,6 +141,12 @@ impl HedgeLayer {
             ConfigError::new("after_percentile", share, remedy)
         });
         Self::with(Delay::Live(Box::new(super::live::Live::new(share))), fault)
+    }
+
+    /// Never sends a second copy: for stacks whose type has to have this layer.
+    #[cfg(feature = "config")]
+    pub(crate) fn off() -> Self {
+        Self::with(Delay::Off, None).without_budget()
     }
 
     fn with(delay: Delay, fault: Option<ConfigError>) -> Self {
@@ -220,7 +242,12 @@ impl<S: Clone, M: Clone> Layer<S> for HedgeLayer<M> {
         if let Some(_fault) = &self.fault {
             event!(ERROR, layer = "hedge", error = %_fault, "misconfigured: nothing is hedged");
         }
-        let core = Core::new(settings, budget, inner.clone(), self.fault.is_some());
+        let core = Core::new(
+            settings,
+            budget,
+            inner.clone(),
+            self.fault.is_some() || self.settings.is_off(),
+        );
         Hedge::new(inner, core, self.protocol.clone())
     }
 }
