@@ -6,10 +6,11 @@ use std::{
 };
 
 use pin_project_lite::pin_project;
+use tokio::time::{Sleep, sleep_until};
 use tower_service::Service;
 
 use super::{Admit, Policy, shut::ShutWatch};
-use crate::call::{Form, Judge, Permit, Protocol, Reject, Rejected};
+use crate::call::{Form, Judge, Permit, Protocol, Reject, Rejected, RejectedKind};
 
 pin_project! {
     /// The future of an admission layer's call.
@@ -133,6 +134,8 @@ pin_project! {
         policy: P,
         protocol: M,
         shut: ShutWatch,
+        // When its caller needs the answer, once it waits for the inner service.
+        late: Option<Pin<Box<Sleep>>>,
     }
 }
 
@@ -160,6 +163,7 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
             policy,
             protocol,
             shut: ShutWatch::default(),
+            late: None,
         }
     }
 
@@ -192,15 +196,24 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
                 }
                 break;
             }
+            let Some(request) = this.request.as_ref() else {
+                unreachable!("polled after completion")
+            };
+            if this.late.is_none() {
+                let deadline = this.protocol.deadline(request);
+                *this.late = deadline.map(|at| Box::pin(sleep_until(at)));
+            }
+            if this.late.as_mut().is_some_and(|late| late.as_mut().poll(cx).is_ready()) {
+                *this.permit = None;
+                let late = Rejected::by(P::LAYER, RejectedKind::DeadlinePassed);
+                return Poll::Ready(Err(Stop::Rejected(late)));
+            }
             // Not `peek`: to a probe that waits here, its own slot looks taken.
             let stale = || this.permit.as_ref().is_none_or(|permit| this.policy.is_stale(permit));
             let shut = || this.policy.shut(this.permit.as_ref());
             ready!(this.shut.poll(cx, shut, stale));
             // Shut while waiting for the inner service: what was given is worth nothing any more.
             *this.permit = None;
-            let Some(request) = this.request.as_ref() else {
-                unreachable!("polled after completion")
-            };
             match this.policy.admit(request, || this.protocol.deadline(request)) {
                 Admit::Go(pass) => *this.permit = Some(this.policy.permit(pass)),
                 Admit::Wait(wait) => *this.wait = Some(wait),

@@ -596,6 +596,23 @@ async fn a_waiter_is_dropped_at_its_deadline() {
 }
 
 /// Its place goes to the next, who may still be in time.
+/// Its turn has come, and what it would call is not ready: it waits no longer than its caller does.
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_the_inner_service_is_refused_at_its_deadline() {
+    let (service, watch, handle) = limit(1, 8);
+    let mut first = hold(&service);
+    let mut next = due(&service, Duration::from_millis(300));
+    assert_pending!(next.poll());
+    watch.set_ready(false);
+    end(&watch, 0, &mut first);
+    assert_pending!(next.poll());
+    assert_eq!((handle.in_flight(), handle.snapshot().waiting), (1, 0));
+    advance(Duration::from_millis(300)).await;
+    assert!(next.is_woken());
+    assert_eq!(refused_as(assert_ready!(next.poll())), RejectedKind::DeadlinePassed);
+    assert_eq!((handle.in_flight(), watch.seen().calls), (0, 1));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_turn_does_not_beat_the_callers_deadline() {
     let (service, watch, handle) = limit(1, 8);
