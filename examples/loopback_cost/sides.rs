@@ -65,12 +65,12 @@ pub async fn layered(path: &str) -> Result<Side<impl Calls>, BoxError> {
     let stack = ServiceBuilder::new()
         .layer(health.endpoints())
         .layer(lifecycle.layer())
-        .layer(DeadlineLayer::new().default_of(Duration::from_secs(30)).respond())
+        .layer(DeadlineLayer::new().default_of(Duration::from_secs(30)).propagate_only())
         .layer(ConcurrencyLimitLayer::new(512).queue(128, Duration::from_millis(200)).respond())
         .layer(TimeoutLayer::server().respond());
     let uri = serve(routes().layer(stack), path).await?;
     let client = ServiceBuilder::new()
-        .layer(DeadlineLayer::new().default_of(Duration::from_secs(10)))
+        .layer(DeadlineLayer::new().default_of(Duration::from_secs(10)).propagate_only())
         .layer(RetryLayer::http())
         .layer(CircuitBreakerLayer::http())
         .layer(ConcurrencyLimitLayer::new(CONNECTIONS).queue(500, Duration::from_secs(5)))

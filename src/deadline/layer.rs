@@ -12,6 +12,7 @@ use tower_service::Service;
 
 use super::{
     codec::{Codec, Millis},
+    propagate::PropagateLayer,
     times::{DeadlineHandle, Times, set},
 };
 use crate::{
@@ -104,6 +105,30 @@ impl<R> DeadlineLayer<R> {
     {
         let Self { times, codec, timeout, fault } = self;
         DeadlineLayer { times, codec, timeout: timeout.respond_with(answer), fault }
+    }
+
+    /// Only says the deadline, and leaves it to the layers further in to keep it: without a timer, an error, an answer
+    /// or a body of its own, around services of any response.
+    ///
+    /// A [`TimeoutLayer`](crate::TimeoutLayer) further in keeps it to the last byte of the answer; a
+    /// [`RetryLayer`](crate::RetryLayer) keeps it up to the head, over all attempts and waits; a limit and a breaker refuse
+    /// what is late. Where there is none of the first two, nobody keeps it.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use buttress::{DeadlineLayer, RetryLayer, TimeoutLayer};
+    /// use tower::ServiceBuilder;
+    ///
+    /// # fn client() -> impl Clone { () }
+    /// let client = ServiceBuilder::new()
+    ///     .layer(DeadlineLayer::new().default_of(Duration::from_secs(2)).propagate_only())
+    ///     .layer(RetryLayer::http())
+    ///     .layer(TimeoutLayer::http())
+    ///     .service(client());
+    /// # let _ = client;
+    /// ```
+    pub fn propagate_only(self) -> PropagateLayer {
+        PropagateLayer { handle: self.handle(), codec: self.codec, fault: self.fault }
     }
 
     /// A name for errors and events. The first one given stays.

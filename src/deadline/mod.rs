@@ -6,11 +6,12 @@
 //! use buttress::{DeadlineLayer, RetryLayer, TimeoutLayer};
 //! use tower::ServiceBuilder;
 //!
-//! // A client: 2 s for all attempts and waits; each attempt tells the server what is left.
+//! // A client: 2 s for all attempts and waits, which the retry and the timeout keep; each attempt tells the server
+//! // what is left.
 //! let client = ServiceBuilder::new()
-//!     .layer(DeadlineLayer::new().default_of(Duration::from_secs(2)))
+//!     .layer(DeadlineLayer::new().default_of(Duration::from_secs(2)).propagate_only())
 //!     .layer(RetryLayer::http())
-//!     .layer(DeadlineLayer::new().header("x-request-timeout-ms"))
+//!     .layer(DeadlineLayer::new().header("x-request-timeout-ms").propagate_only())
 //!     .layer(TimeoutLayer::http())
 //!     .service(client());
 //! ```
@@ -56,6 +57,9 @@
 //! | `ConcurrencyLimitLayer` | queues no longer, and begins nothing that is late |
 //! | [`TimeoutLayer`](crate::TimeoutLayer) | ends the attempt, which the breaker outside of it counts as a failure |
 //!
+//! Where a timeout is further in, a deadline layer need not keep the deadline itself:
+//! [`propagate_only`](DeadlineLayer::propagate_only) saves a timer and two wrappers a call.
+//!
 //! # In the stack
 //!
 //! Outermost, so that it counts for everything. Once more innermost where a header is to be said, so that it says what
@@ -81,11 +85,13 @@
 
 mod codec;
 mod layer;
+mod propagate;
 mod times;
 
 pub use self::{
     codec::Codec,
     layer::{DeadlineLayer, Deadlined},
+    propagate::{PropagateLayer, Propagated},
     times::{DeadlineHandle, DeadlineSnapshot},
 };
 pub use crate::{call::Deadline, timeout::ResponseFuture};

@@ -49,11 +49,12 @@ impl Times {
             (Some(told), Some(longest)) => Some(told.min(longest)),
             (told, _) => told,
         };
-        let said = told.map(Deadline::after);
+        let kept = get(&self.keep_back).unwrap_or_default();
+        // Before it is a point in time: of those only some years are within reach.
+        let said = told.map(|told| Deadline::after(told.saturating_sub(kept)));
         let carried = Deadline::of(request.extensions());
-        let soonest = carried.into_iter().chain(said).min()?;
-        let kept = get(&self.keep_back).and_then(|time| soonest.0.checked_sub(time));
-        let deadline = Deadline(kept.unwrap_or(soonest.0));
+        let less = |Deadline(at): Deadline| Deadline(at.checked_sub(kept).unwrap_or(at));
+        let deadline = carried.map(less).into_iter().chain(said).min()?;
         if carried != Some(deadline) {
             request.extensions_mut().insert(deadline);
         }

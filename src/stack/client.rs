@@ -8,12 +8,11 @@ use super::{
     meter::{Meter, Metered},
 };
 use crate::{
-    CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, DeadlineLayer, HedgeLayer, RetryLayer,
-    TimeoutLayer,
+    CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, HedgeLayer, RetryLayer, TimeoutLayer,
     breaker::CircuitBreaker,
     call::{AsError, Shared},
     config::{ClientConfig, ConfigErrors},
-    deadline::Deadlined,
+    deadline::{PropagateLayer, Propagated},
     limit::ConcurrencyLimit,
     retry::{Hedge, Retry},
     timeout::Timeout,
@@ -28,12 +27,12 @@ use crate::{
 #[derive(Clone)]
 pub struct ClientStack {
     meter: Shared<Meter>,
-    deadline: DeadlineLayer,
+    deadline: PropagateLayer,
     retry: RetryLayer,
     hedge: HedgeLayer,
     breaker: CircuitBreakerLayer,
     limit: ConcurrencyLimitLayer,
-    forward: DeadlineLayer,
+    forward: PropagateLayer,
     timeout: TimeoutLayer,
     now: Arc<Now<ClientConfig>>,
     /// Of the one that [`client`](super::client) makes.
@@ -43,7 +42,7 @@ pub struct ClientStack {
 
 /// What a [`ClientStack`] makes of a client.
 pub type ClientStackService<S> =
-    Metered<Deadlined<Retry<Hedge<CircuitBreaker<ConcurrencyLimit<Deadlined<Timeout<S>>>>>>>>;
+    Metered<Propagated<Retry<Hedge<CircuitBreaker<ConcurrencyLimit<Propagated<Timeout<S>>>>>>>>;
 
 impl ClientStack {
     /// The stack that this configuration says.
@@ -54,22 +53,23 @@ impl ClientStack {
     pub fn new(config: &ClientConfig) -> Result<Self, ConfigErrors> {
         config.check()?;
         let one = |error: ConfigError| ConfigErrors(vec![error]);
+        let deadline = config.deadline.layer().map_err(one)?;
         let forward = config.deadline.forward().checked().map_err(one)?;
         let mut stack = Self {
             meter: Meter::new(),
-            deadline: config.deadline.layer().map_err(one)?,
+            // The retry keeps it, and the timeouts.
+            deadline: deadline.propagate_only(),
             retry: config.retry.layer().map_err(one)?,
             hedge: config.hedge.layer().map_err(one)?,
             breaker: config.breaker.layer().map_err(one)?,
             limit: config.limit.layer().map_err(one)?,
-            forward,
+            forward: forward.propagate_only(),
             timeout: config.timeout.layer().map_err(one)?,
             now: Arc::new(Now::new(config.clone())),
             #[cfg(feature = "connect")]
             connections: None,
         };
         if !config.name.is_empty() {
-            stack.deadline = stack.deadline.name(&config.name);
             stack.retry = stack.retry.name(&config.name);
             stack.hedge = stack.hedge.name(&config.name);
             stack.breaker = stack.breaker.name(&config.name);
@@ -115,7 +115,6 @@ impl ClientHandle {
     pub fn snapshot(&self) -> StackSnapshot {
         let stack = &self.stack;
         let timeouts = stack.timeout.handle().snapshot().timed_out();
-        let timeouts = timeouts + stack.deadline.handle().snapshot().ended;
         let limit = stack.limit.handle().snapshot();
         let breaker = stack.breaker.handle().snapshot();
         StackSnapshot {

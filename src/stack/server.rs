@@ -7,10 +7,10 @@ use super::{
     meter::{Meter, Metered},
 };
 use crate::{
-    ConcurrencyLimitLayer, ConfigError, DeadlineLayer, TimeoutLayer,
+    ConcurrencyLimitLayer, ConfigError, TimeoutLayer,
     call::{Http, Respond, Shared},
     config::{ConfigErrors, ServerConfig},
-    deadline::Deadlined,
+    deadline::{PropagateLayer, Propagated},
     limit::ConcurrencyLimit,
     timeout::{AsIs, Timeout},
 };
@@ -38,17 +38,15 @@ use crate::{
 #[derive(Clone)]
 pub struct ServerStack {
     meter: Shared<Meter>,
-    deadline: DeadlineLayer<Respond>,
+    deadline: PropagateLayer,
     limit: ConcurrencyLimitLayer<Http, Respond>,
     timeout: TimeoutLayer<AsIs, Respond>,
     now: Arc<Now<ServerConfig>>,
 }
 
 /// What a [`ServerStack`] makes of a service.
-pub type ServerStackService<S> = Metered<
-    Deadlined<ConcurrencyLimit<Timeout<S, AsIs, Respond>, Http, Respond>, Respond>,
-    Respond,
->;
+pub type ServerStackService<S> =
+    Metered<Propagated<ConcurrencyLimit<Timeout<S, AsIs, Respond>, Http, Respond>>, Respond>;
 
 /// The stack that this configuration says: a layer for an axum router, or any other HTTP service.
 ///
@@ -58,19 +56,19 @@ pub type ServerStackService<S> = Metered<
 pub fn server(config: &ServerConfig) -> Result<ServerStack, ConfigErrors> {
     config.check()?;
     let one = |error: ConfigError| ConfigErrors(vec![error]);
-    let (mut deadline, mut limit, mut timeout) = (
+    let (deadline, mut limit, mut timeout) = (
         config.deadline.layer().map_err(one)?,
         config.limit.layer().map_err(one)?,
         config.timeout.layer().map_err(one)?.for_server(),
     );
     if !config.name.is_empty() {
-        deadline = deadline.name(&config.name);
         limit = limit.name(&config.name);
         timeout = timeout.name(&config.name);
     }
     Ok(ServerStack {
         meter: Meter::new(),
-        deadline: deadline.respond(),
+        // The limit keeps it, and the timeouts.
+        deadline: deadline.propagate_only(),
         limit: limit.respond(),
         timeout: timeout.respond(),
         now: Arc::new(Now::new(config.clone())),
@@ -112,7 +110,6 @@ impl ServerHandle {
     pub fn snapshot(&self) -> StackSnapshot {
         let stack = &self.stack;
         let timeouts = stack.timeout.handle().snapshot().timed_out();
-        let timeouts = timeouts + stack.deadline.handle().snapshot().ended;
         StackSnapshot::of(stack.meter.counted(), stack.limit.handle().snapshot(), timeouts)
     }
 

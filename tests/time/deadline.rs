@@ -182,6 +182,68 @@ async fn a_requests_own_times_are_those_of_its_attempts() {
     assert_eq!((watch.seen().calls, start.elapsed()), (3, secs(2 + 1 + 2 + 1 + 2)));
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_is_kept_back_of_a_time_beyond_any_clock_leaves_the_rest() {
+    let ages = Duration::from_millis(u64::MAX);
+    let layer = DeadlineLayer::new().default_of(ages).keep_back(ages - secs(5));
+    assert_eq!(seen_of(layer, with(&[])).await.0, Some(secs(5)));
+}
+
+// ===== Leaving it to others =====
+
+#[tokio::test(start_paused = true)]
+async fn one_that_is_only_said_is_said_alike_and_kept_by_nobody() {
+    let (seen, inner) = recording(200);
+    let layer = DeadlineLayer::new().header(LEFT).default_of(secs(2)).propagate_only();
+    let (handle, service) = (layer.handle(), layer.layer(inner));
+    service.clone().oneshot(with(&[])).await.unwrap();
+    handle.set_at_most(secs(1)).unwrap();
+    service.oneshot(with(&[(LEFT, "1500")])).await.unwrap();
+    let seen: Vec<_> = seen.lock().unwrap().drain(..).collect();
+    let said: Vec<_> = seen.iter().map(|(_, said)| said[LEFT].to_str().unwrap()).collect();
+    assert_eq!(said, ["2000", "1000"]);
+    let left: Vec<_> = seen.iter().map(|(left, _)| *left).collect();
+    assert_eq!(left, [secs(2), secs(1)].map(Some));
+    assert_eq!((handle.snapshot().ended, handle.snapshot().refused), (0, 0));
+
+    let error = DeadlineLayer::new().header("no header").propagate_only().checked().unwrap_err();
+    assert_eq!(error.field, "header");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_retry_and_the_timeout_keep_what_is_only_said() {
+    let limit = ConcurrencyLimitLayer::new(1).queue(9, secs(60));
+    let places = limit.handle();
+    let (inner, watch) = Strict::holding();
+    let service = ServiceBuilder::new()
+        .layer(DeadlineLayer::new().default_of(secs(2)).propagate_only())
+        .layer(RetryLayer::http())
+        .layer(limit)
+        .layer(TimeoutLayer::http())
+        .service(inner);
+    let start = Instant::now();
+    let queued = async {
+        sleep(ms(1)).await;
+        service.clone().oneshot(request()).await
+    };
+    let (first, second) = tokio::join!(service.clone().oneshot(request()), queued);
+    assert_eq!((phase_of(&first.unwrap_err()), start.elapsed()), (Phase::Deadline, ms(2001)));
+    assert!(second.is_err(), "it had its turn, with 1 ms left");
+    assert_eq!((watch.seen().calls, places.in_flight()), (2, 0));
+    assert_eq!(watch.seen().in_flight, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_is_cut_at_what_is_only_said() {
+    let service = ServiceBuilder::new()
+        .layer(DeadlineLayer::new().default_of(secs(50)).propagate_only())
+        .layer(TimeoutLayer::http())
+        .service(serve(|_: Request<_>| async { Ok(Response::new(Paced::every(secs(20), 9))) }));
+    let response = service.oneshot(request()).await.unwrap();
+    let (frames, end) = drain(response.into_body()).await;
+    assert_eq!((frames, phase_of(&end.unwrap_err())), (2, Phase::Deadline));
+}
+
 // ===== Everybody sees what remains =====
 
 #[tokio::test(start_paused = true)]
