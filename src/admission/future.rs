@@ -78,10 +78,19 @@ where
         loop {
             match this.state.as_mut().project() {
                 StateProj::Called { future, permit, call } => {
-                    let result = ready!(permit.guard(|| future.poll(cx)));
-                    let Some(call) = call.take() else { unreachable!("polled after completion") };
-                    let done = M::complete(call, result, permit);
-                    return Poll::Ready(done.map_err(R::error));
+                    let mut answer = match permit.guard(|| future.poll(cx)) {
+                        Poll::Ready(Ok(response)) => Poll::Ready(Ok(M::wrap(response))),
+                        Poll::Ready(Err(error)) => {
+                            M::judge(taken(call), Err(&error), permit);
+                            return Poll::Ready(Err(R::error(error)));
+                        }
+                        Poll::Pending => return Poll::Pending,
+                    };
+                    // Where it lies, in the form it is given out in: it is large to move.
+                    if let Poll::Ready(Ok(response)) = &mut answer {
+                        M::judge(taken(call), Ok(response), permit);
+                    }
+                    return answer;
                 }
                 StateProj::Parked { parked } => {
                     let next = match ready!(parked.as_mut().poll(cx)) {
@@ -107,6 +116,11 @@ where
             }
         }
     }
+}
+
+#[inline]
+fn taken<C>(call: &mut Option<C>) -> C {
+    call.take().unwrap_or_else(|| unreachable!("polled after completion"))
 }
 
 impl<S, Req, F, C, P: Policy<Req>, M, R> fmt::Debug for ResponseFuture<S, Req, F, C, P, M, R> {

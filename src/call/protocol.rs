@@ -45,13 +45,16 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
     /// A call is about to be made, with this permit.
     fn begin<G: Giver>(&self, request: &mut Req, permit: impl FnOnce() -> Permit<G>) -> Self::Call;
 
-    /// The inner service has answered. The permit is ended, or taken along, where it lies: moved, it would be
-    /// read back before it is written.
-    fn complete<G: Giver>(
+    /// The inner service has answered: what the caller gets of it, before anybody has looked at it.
+    fn wrap(response: Res) -> Self::Response;
+
+    /// Judges an answer, or an error. Both lie where they are looked at, and so does the permit, which is ended or
+    /// taken along: what is moved after a look at it is copied, each time.
+    fn judge<G: Giver>(
         call: Self::Call,
-        result: Result<Res, E>,
+        result: Result<&mut Self::Response, &E>,
         permit: &mut Permit<G>,
-    ) -> Result<Self::Response, E>;
+    );
 }
 
 // ===== HTTP and gRPC =====
@@ -83,22 +86,15 @@ where
     fn begin<G: Giver>(&self, _: &mut Request<ReqB>, _: impl FnOnce() -> Permit<G>) {}
 
     #[inline]
-    fn complete<G: Giver>(
-        (): (),
-        result: Result<Response<B>, E>,
-        permit: &mut Permit<G>,
-    ) -> Result<Self::Response, E> {
+    fn wrap(response: Response<B>) -> Self::Response {
+        response.map(TrackedBody::untracked)
+    }
+
+    #[inline]
+    fn judge<G: Giver>((): (), result: Result<&mut Self::Response, &E>, permit: &mut Permit<G>) {
         match result {
-            Ok(response) => {
-                let mut response = response.map(TrackedBody::untracked);
-                let head = rule::head(&response);
-                follow(&mut response, head, permit);
-                Ok(response)
-            }
-            Err(error) => {
-                permit.end(rule::of_any_error(&error));
-                Err(error)
-            }
+            Ok(response) => follow(rule::head(response), response, permit),
+            Err(error) => permit.end(rule::of_any_error(error)),
         }
     }
 }
@@ -122,9 +118,11 @@ impl<ReqB, E> Judge<Request<ReqB>, Never, E> for Http {
 
     fn begin<G: Giver>(&self, _: &mut Request<ReqB>, _: impl FnOnce() -> Permit<G>) {}
 
-    fn complete<G: Giver>((): (), result: Result<Never, E>, _: &mut Permit<G>) -> Result<Never, E> {
-        result
+    fn wrap(response: Never) -> Never {
+        response
     }
+
+    fn judge<G: Giver>((): (), _: Result<&mut Never, &E>, _: &mut Permit<G>) {}
 }
 
 /// [`Http`] with a verdict on the head of the user's own; the body is followed all the same.
@@ -148,16 +146,19 @@ where
         self.0.clone()
     }
 
-    fn complete<G: Giver>(
+    fn wrap(response: Response<B>) -> Self::Response {
+        response.map(TrackedBody::untracked)
+    }
+
+    fn judge<G: Giver>(
         classify: C,
-        result: Result<Response<B>, E>,
+        result: Result<&mut Self::Response, &E>,
         permit: &mut Permit<G>,
-    ) -> Result<Self::Response, E> {
+    ) {
         match result {
             Ok(response) => {
-                let mut response = response.map(TrackedBody::untracked);
                 let outcome = classify(response.status(), response.headers());
-                let head = match rule::head(&response) {
+                let head = match rule::head(response) {
                     _ if !outcome.is_success() => Head::Certain(outcome),
                     // A stream's status is still to come, and its refusal further in stays one.
                     Head::Good(eos) => Head::Good(eos),
@@ -166,23 +167,18 @@ where
                     }
                     certain => certain,
                 };
-                follow(&mut response, head, permit);
-                Ok(response)
+                follow(head, response, permit);
             }
-            Err(error) => {
-                permit.end(rule::of_any_error(&error));
-                Err(error)
-            }
+            Err(error) => permit.end(rule::of_any_error(error)),
         }
     }
 }
 
-/// Gives the permit to the body, or ends it here if the head is enough. Where the answer lies: it is large to move
-/// once it has been looked at.
+/// Gives the permit to the body, or ends it here if the head is enough.
 #[inline]
 fn follow<B: Body, G: Giver>(
-    response: &mut Response<TrackedBody<B>>,
     head: Head,
+    response: &mut Response<TrackedBody<B>>,
     permit: &mut Permit<G>,
 ) {
     let (so_far, eos) = match head {
@@ -217,13 +213,13 @@ where
     }
 
     #[inline]
-    fn complete<G: Giver>(
-        classify: C,
-        result: Result<Res, E>,
-        permit: &mut Permit<G>,
-    ) -> Result<Res, E> {
-        permit.end(classify(result.as_ref()));
-        result
+    fn wrap(response: Res) -> Res {
+        response
+    }
+
+    #[inline]
+    fn judge<G: Giver>(classify: C, result: Result<&mut Res, &E>, permit: &mut Permit<G>) {
+        permit.end(classify(result.map(|response| &*response)));
     }
 }
 
@@ -239,16 +235,16 @@ impl<Req, Res, E: 'static> Judge<Req, Res, E> for PerResponse {
     fn begin<G: Giver>(&self, _: &mut Req, _: impl FnOnce() -> Permit<G>) {}
 
     #[inline]
-    fn complete<G: Giver>(
-        (): (),
-        result: Result<Res, E>,
-        permit: &mut Permit<G>,
-    ) -> Result<Res, E> {
-        permit.end(match &result {
+    fn wrap(response: Res) -> Res {
+        response
+    }
+
+    #[inline]
+    fn judge<G: Giver>((): (), result: Result<&mut Res, &E>, permit: &mut Permit<G>) {
+        permit.end(match result {
             Ok(_) => Outcome::success(),
             Err(error) => rule::of_any_error(error),
         });
-        result
     }
 }
 
@@ -282,11 +278,15 @@ where
         self.0.make_classifier(request)
     }
 
-    fn complete<G: Giver>(
+    fn wrap(response: Response<B>) -> Self::Response {
+        response.map(TrackedBody::untracked)
+    }
+
+    fn judge<G: Giver>(
         call: M::Classifier,
-        result: Result<Response<B>, E>,
+        result: Result<&mut Self::Response, &E>,
         permit: &mut Permit<G>,
-    ) -> Result<Self::Response, E> {
+    ) {
         use tower_http::classify::{ClassifiedResponse, ClassifyEos, ClassifyResponse};
 
         fn outcome<T>(result: Result<(), T>) -> Outcome {
@@ -295,13 +295,12 @@ where
 
         match result {
             Ok(response) => {
-                let mut response = response.map(TrackedBody::untracked);
                 let head = if let Some(Head::Certain(refused)) =
-                    response.extensions().get::<Rejected>().map(|_| rule::head(&response))
+                    response.extensions().get::<Rejected>().map(|_| rule::head(response))
                 {
                     Head::Certain(refused)
                 } else {
-                    match call.classify_response(&response) {
+                    match call.classify_response(response) {
                         ClassifiedResponse::Ready(Ok(())) => {
                             Head::Good(Eos::Plain(Outcome::success()))
                         }
@@ -313,15 +312,12 @@ where
                         }
                     }
                 };
-                follow(&mut response, head, permit);
-                Ok(response)
+                follow(head, response, permit);
             }
             Err(error) => {
                 // Its own words on errors cannot tell a refusal of ours from a failure.
-                let told = rule::of_any_error(&error);
-                let _ = call.classify_error(&error);
-                permit.end(told);
-                Err(error)
+                let _ = call.classify_error(error);
+                permit.end(rule::of_any_error(error));
             }
         }
     }

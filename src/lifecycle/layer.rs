@@ -137,12 +137,14 @@ where
         request.extensions_mut().insert(Drain::new(self.0.clone()));
     }
 
-    fn complete<G: Giver>(
-        (): (),
-        result: Result<Response<B>, E>,
-        permit: &mut Permit<G>,
-    ) -> Result<Self::Response, E> {
-        <Http as Judge<Request<ReqB>, Response<B>, E>>::complete((), result, permit)
+    #[inline]
+    fn wrap(response: Response<B>) -> Self::Response {
+        <Http as Judge<Request<ReqB>, Response<B>, E>>::wrap(response)
+    }
+
+    #[inline]
+    fn judge<G: Giver>((): (), result: Result<&mut Self::Response, &E>, permit: &mut Permit<G>) {
+        <Http as Judge<Request<ReqB>, Response<B>, E>>::judge((), result, permit);
     }
 }
 

@@ -186,11 +186,15 @@ where
         Lent { call, permit }
     }
 
-    fn complete<G: Giver>(
+    fn wrap(response: Res) -> M::Response {
+        M::wrap(response)
+    }
+
+    fn judge<G: Giver>(
         mut lent: Lent<M::Call>,
-        result: Result<Res, E>,
+        result: Result<&mut M::Response, &E>,
         _taken_at_the_beginning: &mut Permit<G>,
-    ) -> Result<M::Response, E> {
-        M::complete(lent.call, result, &mut lent.permit)
+    ) {
+        M::judge(lent.call, result, &mut lent.permit);
     }
 }

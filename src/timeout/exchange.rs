@@ -42,8 +42,11 @@ pub trait Follow<Res> {
     /// What the caller gets.
     type Response;
 
-    /// Gives it back.
-    fn follow(response: Res, watch: Watch) -> Self::Response;
+    /// What the caller gets of it, before anybody has looked at it.
+    fn wrap(response: Res) -> Self::Response;
+
+    /// Times the rest of it, where it lies: what is moved after a look at it is copied, each time.
+    fn time(response: &mut Self::Response, watch: Watch);
 }
 
 /// HTTP, with the request handed on as it is: its body is watched only if it is axum's or tonic's, with that
@@ -114,10 +117,13 @@ impl<B: Body<Error: Into<BoxError>>> Follow<Response<B>> for Http {
     type Response = Response<TimedBody<B>>;
 
     #[inline]
-    fn follow(response: Response<B>, watch: Watch) -> Self::Response {
-        let mut response = response.map(TimedBody::untimed);
+    fn wrap(response: Response<B>) -> Self::Response {
+        response.map(TimedBody::untimed)
+    }
+
+    #[inline]
+    fn time(response: &mut Self::Response, watch: Watch) {
         response.body_mut().time(watch);
-        response
     }
 }
 
@@ -125,8 +131,13 @@ impl<B: Body<Error: Into<BoxError>>> Follow<Response<B>> for AsIs {
     type Response = Response<TimedBody<B>>;
 
     #[inline]
-    fn follow(response: Response<B>, watch: Watch) -> Self::Response {
-        Http::follow(response, watch)
+    fn wrap(response: Response<B>) -> Self::Response {
+        Http::wrap(response)
+    }
+
+    #[inline]
+    fn time(response: &mut Self::Response, watch: Watch) {
+        Http::time(response, watch);
     }
 }
 
@@ -134,7 +145,9 @@ impl<Res> Follow<Res> for PerResponse {
     type Response = Res;
 
     #[inline]
-    fn follow(response: Res, _: Watch) -> Res {
+    fn wrap(response: Res) -> Res {
         response
     }
+
+    fn time(_: &mut Res, _: Watch) {}
 }

@@ -182,28 +182,26 @@ where
         loop {
             let phase = match this.state.as_mut().project() {
                 StandProj::Called { future, mut timer } => match future.poll(cx) {
-                    Poll::Ready(result) => {
-                        let stage = this.sending.as_ref().map(|sending| {
-                            sending.end(Stage::Answered);
-                            sending.stage()
-                        });
-                        match result {
+                    Poll::Ready(Ok(response)) => {
+                        let mut answer = Poll::Ready(Ok(M::wrap(response)));
+                        answered(this.sending.as_deref());
+                        // Where it lies, in the form it is given out in: it is large to move.
+                        if let (Poll::Ready(Ok(response)), Some((watch, _))) =
+                            (&mut answer, this.call.take())
+                        {
+                            M::time(response, watch);
+                        }
+                        return answer;
+                    }
+                    Poll::Ready(Err(error)) => {
+                        let is_over =
+                            || this.call.as_ref().is_some_and(|(watch, _)| watch.is_over());
+                        match answered(this.sending.as_deref()) {
                             // Of its own body's making: however the service below put it.
-                            Err(_) if stage == Some(Stage::Stalled) => Phase::Sending,
+                            Some(Stage::Stalled) => Phase::Sending,
                             // A retry further in ended it for the same deadline: told as it was asked for here.
-                            Err(_)
-                                if R::ANSWERS
-                                    && this.call.as_ref().is_some_and(|(w, _)| w.is_over()) =>
-                            {
-                                Phase::Deadline
-                            }
-                            Err(error) => return Poll::Ready(Err(R::error(error))),
-                            Ok(response) => {
-                                let Some((watch, _)) = this.call.take() else {
-                                    unreachable!("polled after completion")
-                                };
-                                return Poll::Ready(Ok(M::follow(response, watch)));
-                            }
+                            _ if R::ANSWERS && is_over() => Phase::Deadline,
+                            _ => return Poll::Ready(Err(R::error(error))),
                         }
                     }
                     Poll::Pending => {
@@ -249,6 +247,14 @@ where
             this.state.set(Stand::Refused { rejected: Some(rejected) });
         }
     }
+}
+
+/// The answer is here. Where its request was.
+#[inline]
+fn answered(sending: Option<&Sending>) -> Option<Stage> {
+    let sending = sending?;
+    sending.end(Stage::Answered);
+    Some(sending.stage())
 }
 
 #[inline]
