@@ -5,6 +5,8 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
+use super::Idle;
+
 /// The way back to a layer's state, for calls that hardly ever need it: `Copy`, where a clone of an `Arc` is two
 /// atomic operations a call that all threads do on one word.
 ///
@@ -28,43 +30,44 @@ struct Tenant {
     state: Option<Weak<dyn Any + Send + Sync>>,
 }
 
-/// Places that nobody is found at. As many are ever made as there were states at once.
-static FREE: Mutex<Vec<&'static Place>> = Mutex::new(Vec::new());
+/// Places that nobody is found at.
+static FREE: Idle<Place> = Idle::new();
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+impl Place {
+    fn lock(&self) -> MutexGuard<'_, Tenant> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Found {
     /// Lets `state` be found, which is being made: see [`Arc::new_cyclic`].
     pub(crate) fn at<T: Send + Sync + 'static>(state: &Weak<T>) -> Self {
-        let free = lock(&FREE).pop();
-        let place = free.unwrap_or_else(|| Box::leak(Box::default()));
-        lock(&place.0).state = Some(state.clone());
+        let place = FREE.take().unwrap_or_else(|| Box::leak(Box::default()));
+        place.lock().state = Some(state.clone());
         Self(place)
     }
 
     /// The way to it. Only for the state's own type.
     pub(crate) fn far<T>(&self) -> Far<T> {
-        Far { place: self.0, generation: lock(&self.0.0).generation, of: PhantomData }
+        Far { place: self.0, generation: self.0.lock().generation, of: PhantomData }
     }
 }
 
 impl Drop for Found {
     fn drop(&mut self) {
         {
-            let mut tenant = lock(&self.0.0);
+            let mut tenant = self.0.lock();
             tenant.generation += 1;
             tenant.state = None;
         }
-        lock(&FREE).push(self.0);
+        FREE.keep(self.0);
     }
 }
 
 impl<T: Send + Sync + 'static> Far<T> {
     /// The state, if the layer is still there. Takes a short lock.
     pub(crate) fn get(&self) -> Option<Arc<T>> {
-        let tenant = lock(&self.place.0);
+        let tenant = self.place.lock();
         let state = tenant.state.as_ref().filter(|_| tenant.generation == self.generation);
         let state = state.and_then(Weak::upgrade);
         drop(tenant);

@@ -14,6 +14,8 @@
 //! 4. [`TrackedBody`]: carries the permit to the end of the response body.
 //! 5. [`Rejected`]: a call that was not let through; a [`Reject`] strategy gives it its form.
 
+#[cfg(any(feature = "breaker", feature = "limit"))]
+mod anchor;
 mod body;
 mod clock;
 mod deadline;
@@ -24,7 +26,7 @@ pub(crate) mod grpc;
 pub(crate) mod hint;
 pub(crate) mod http;
 mod indicator;
-#[cfg(any(feature = "breaker", feature = "limit"))]
+#[cfg(any(feature = "breaker", feature = "limit", feature = "timeout"))]
 mod lasting;
 mod origin;
 mod outcome;
@@ -52,10 +54,12 @@ pub use self::{
     rejected::{Phase, Rejected, RejectedKind},
 };
 
+#[cfg(any(feature = "breaker", feature = "limit"))]
+pub(crate) use self::anchor::Anchor;
 #[cfg(all(feature = "health", feature = "tracing"))]
 pub(crate) use self::http::known;
-#[cfg(any(feature = "breaker", feature = "limit"))]
-pub(crate) use self::lasting::{Anchor, Idle};
+#[cfg(any(feature = "breaker", feature = "limit", feature = "timeout"))]
+pub(crate) use self::lasting::Idle;
 #[cfg(feature = "percentile")]
 pub(crate) use self::recent::Recent;
 #[cfg(any(feature = "breaker", feature = "limit", feature = "retry"))]
