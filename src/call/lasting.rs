@@ -1,5 +1,7 @@
 //! States whose calls nobody counts: what they end at is never given back.
 
+#[cfg(all(test, feature = "breaker"))]
+use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Memory for states that is never given back, and used for another one once it is idle: as much of it as there
@@ -14,6 +16,14 @@ impl<T> Idle<T> {
     /// One that nobody uses, if there is one.
     pub(crate) fn take(&self) -> Option<&'static T> {
         self.list().pop()
+    }
+
+    /// This one, if it is idle.
+    #[cfg(all(test, feature = "breaker"))]
+    pub(crate) fn take_this(&self, wanted: &'static T) -> bool {
+        let mut list = self.list();
+        let at = list.iter().position(|idle| ptr::eq(*idle, wanted));
+        at.map(|at| list.remove(at)).is_some()
     }
 
     /// Nobody uses it any more.
