@@ -100,9 +100,9 @@ impl<T> Lease<T> {
         &self.0.0
     }
 
-    /// Whether nobody else has it or its state. For who lets nobody clone either meanwhile.
-    pub(crate) fn is_unshared(&self) -> bool {
-        Arc::strong_count(&self.0) == 1 && Arc::strong_count(&self.state().0) == 1
+    /// Whether nobody else has it or its state. What those who had it did to the state is seen from here on.
+    pub(crate) fn is_unshared(&mut self) -> bool {
+        Arc::get_mut(&mut self.0).is_some_and(|only| Arc::get_mut(&mut only.0.0).is_some())
     }
 }
 
@@ -137,7 +137,8 @@ impl<T: Finish> From<Lease<T>> for AnyGiver {
 
 // ===== Which word =====
 
-/// More groups of threads than that are not told apart: each costs two lines of a cache.
+/// More groups of threads than that are not told apart: each costs 256 bytes, a line of a cache for the count and one
+/// for where it leads.
 const MOST: usize = 16;
 
 /// How many words there are: a power of two, for as many threads as run at once.
@@ -150,7 +151,8 @@ fn count() -> usize {
 }
 
 /// A number that threads mostly differ in, in its lowest bits: where their stacks are, which are 2 MiB each, one beside
-/// the other. It costs an instruction, where a number of the thread's own would be a lookup, and a branch for the first.
+/// the other, unless somebody has asked for others: then more of them meet. It costs an instruction, where a number of the
+/// thread's own would be a lookup, and a branch for the first.
 /// It may change from one call to the next; nothing but time depends on it.
 #[inline]
 fn own() -> usize {

@@ -121,6 +121,26 @@ async fn a_circuit_in_use_is_not_evicted() {
     assert_eq!(handle.all()[0].1.state(), State::Open);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_circuit_that_somebody_looks_at_is_not_evicted() {
+    let layer = touchy().per_origin().max_keys(1);
+    let (inner, watch) = Strict::holding();
+    let (service, handle) = (layer.layer(inner), layer.handle());
+    ask(&service, &watch, "http://a/", true).await;
+    let (_, looks) = handle.all().remove(0);
+    let (changed, isolates) = (looks.changed(), looks.clone().isolate());
+    drop(isolates);
+    for holds in [Box::new(looks) as Box<dyn std::any::Any>, Box::new(changed)] {
+        advance(secs(1)).await;
+        ask(&service, &watch, "http://b/", true).await;
+        assert_eq!(names(&handle), [String::from("http://a")].into());
+        drop(holds);
+    }
+    advance(secs(1)).await;
+    ask(&service, &watch, "http://b/", true).await;
+    assert_eq!(names(&handle), [String::from("http://b")].into());
+}
+
 /// Over boxed errors, inside a task: no projection in a future's fields, and all of it is `Send`.
 #[tokio::test(start_paused = true)]
 async fn works_inside_tokio_spawn() {
