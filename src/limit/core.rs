@@ -151,7 +151,8 @@ impl Limiter {
             return None;
         }
         // In first, and out again if somebody was faster: an exchange would have to be tried again whenever
-        // anybody came or went. Nobody is refused for that who has not met more than may be in.
+        // anybody came or went. Until it is out again it is one of those whom others meet: who comes to wait meanwhile
+        // is let in by its exit, and who does not wait is refused.
         let before = self.word.fetch_add(ONE_IN, Ordering::Acquire);
         if has_room(before) {
             return Some(self.begin(in_flight(before) + 1));
