@@ -22,7 +22,7 @@ use crate::call::{
 pub(super) struct Cell {
     /// All that a call through a closed circuit reads.
     front: &'static Front,
-    /// Its calls are counted, though they need not be.
+    /// Its calls are counted, whatever its rules: whoever has it wants to know whether any is under way.
     counts_calls: bool,
     /// When an open circuit's wait is over.
     until: AtomicU64,

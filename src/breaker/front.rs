@@ -63,7 +63,8 @@ impl Bits {
         if measured { Self(self.0 | MEASURED) } else { self }
     }
 
-    /// There are no windows of time, nothing is measured, and nobody counts the calls under way: a call can end here.
+    /// There are no windows of time, nothing is measured, and nobody counts the calls under way: while it is clean, a good
+    /// call can end here. So it is for the whole of a circuit's life.
     pub(super) fn plain(self, plain: bool) -> Self {
         if plain { Self(self.0 | PLAIN) } else { self }
     }
@@ -129,14 +130,13 @@ impl Front {
 
     // ===== A call =====
 
-    /// The generation that a call goes with, where this alone lets it go.
+    /// Whether this alone lets a call go.
     #[inline]
-    pub(super) fn goes(&self) -> Option<u64> {
-        let bits = self.read();
-        matches!(bits.word(), Word::Closed | Word::ForcedClosed).then_some(bits.generation())
+    pub(super) fn goes(&self) -> bool {
+        matches!(self.read().word(), Word::Closed | Word::ForcedClosed)
     }
 
-    /// What such a call goes with, if nobody measures it.
+    /// What a call goes with, where this alone lets it go, it counts, and nobody measures it.
     #[inline]
     pub(super) fn enter(&self) -> Option<Token> {
         let bits = self.read();
@@ -144,10 +144,11 @@ impl Front {
         goes.then_some(Token { tag: bits.generation(), started: 0 })
     }
 
-    /// Whether a call can end here.
+    /// Whether a good call changes nothing, and can end here.
     #[inline]
-    pub(super) fn ends_calls(&self) -> bool {
-        self.read().0 & PLAIN != 0
+    pub(super) fn is_well(&self) -> bool {
+        const WELL: u64 = PLAIN | CLEAN | Word::Closed as u64;
+        self.read().0 & (PLAIN | CLEAN | STATE) == WELL
     }
 
     /// Whether what went with this generation, no probe, would still go.
@@ -175,9 +176,7 @@ impl Front {
 impl Finish for Front {
     #[inline]
     fn finish(&self, token: Token, outcome: Outcome) {
-        let unchanged = PLAIN | CLEAN | Word::Closed as u64;
-        let changes = self.read().0 & (STATE | CLEAN | PLAIN) != unchanged;
-        if changes || !outcome.is_success() {
+        if !(self.is_well() && outcome.is_success()) {
             self.tell(token, outcome);
         }
     }
@@ -203,10 +202,11 @@ mod tests {
         breaker::{
             core::Circuit,
             counts::Seen,
+            policy::{Breaker, Calls},
             state::{Settings, State},
             trip::Trip,
         },
-        call::Shared,
+        call::{Anchor, Shared},
     };
 
     fn circuit(front: &'static Front) -> Shared<Circuit> {
@@ -247,6 +247,23 @@ mod tests {
         panic!("always somebody else was faster");
     }
 
+    /// To look it up from its front takes a lock.
+    #[test]
+    fn call_that_changes_something_has_its_circuit_at_hand() {
+        fn ends_in_front(breaker: &Breaker) -> bool {
+            let permit = breaker.permit(breaker.enter().expect("closed"));
+            matches!(permit.giver(), Some(Anchor::Lasting(_)))
+        }
+        let breaker =
+            Breaker::new(Trip::failure_ratio(0.5).over(2).min_calls(1), Settings::DEFAULT);
+        for well in [false, false, true, true] {
+            assert_eq!(ends_in_front(&breaker), well);
+            breaker.permit(breaker.enter().expect("closed")).finish(Outcome::success());
+        }
+        breaker.act(|machine, at| Some(machine.force(State::ForcedClosed, at.now, at.times)));
+        assert!(!ends_in_front(&breaker));
+    }
+
     #[test]
     fn call_that_ends_in_the_front_keeps_no_circuit_alive() {
         let front = Front::take();
@@ -265,12 +282,17 @@ mod loom_models {
 
     use super::*;
     use crate::{
-        breaker::{layer::DEFAULTS, state::State, trip::Trip},
+        breaker::{
+            core::Circuit,
+            state::{Settings, State},
+            trip::Trip,
+        },
         call::Shared,
     };
 
     fn circuit(front: &'static Front) -> Shared<Circuit> {
-        let circuit = Shared::new(Circuit::behind(front, Trip::consecutive(1), DEFAULTS, false));
+        let circuit =
+            Shared::new(Circuit::behind(front, Trip::consecutive(1), Settings::DEFAULT, false));
         front.lead_to(circuit.downgrade());
         circuit
     }
