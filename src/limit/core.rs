@@ -145,19 +145,20 @@ impl Limiter {
     /// Gets in if there is room and nobody waits.
     #[inline]
     pub(super) fn enter(&self) -> Option<Token> {
-        let limit = self.limit();
-        let has_room = |word| waiting(word) == 0 && in_flight(word) < limit;
-        if !has_room(self.word.load(Ordering::Relaxed)) {
-            return None;
+        let mut word = self.word.load(Ordering::Relaxed);
+        // Not added first and taken back where somebody was faster, though that is quicker where two meet: more would
+        // seem to be in than may be.
+        while waiting(word) == 0 && in_flight(word) < self.limit() {
+            match self.word.compare_exchange_weak(
+                word,
+                word + ONE_IN,
+                Ordering::Acquire,
+                Ordering::Relaxed,
+            ) {
+                Ok(_) => return Some(self.begin(in_flight(word) + 1)),
+                Err(now) => word = now,
+            }
         }
-        // In first, and out again if somebody was faster: an exchange would have to be tried again whenever
-        // anybody came or went. Until it is out again it is one of those whom others meet: who comes to wait meanwhile
-        // is let in by its exit, and who does not wait is refused.
-        let before = self.word.fetch_add(ONE_IN, Ordering::Acquire);
-        if has_room(before) {
-            return Some(self.begin(in_flight(before) + 1));
-        }
-        self.exit();
         None
     }
 

@@ -28,8 +28,7 @@ pub struct ConcurrencyLimitSnapshot {
     pub limit: u32,
     /// The last change of an adaptive limit, and why.
     pub last_change: Option<Change>,
-    /// How many are, each to the end of its response body. Of calls that come at the same moment for the last place,
-    /// also those that are about to be refused.
+    /// How many are, each to the end of its response body.
     pub in_flight: u32,
     /// How many wait for their turn.
     pub waiting: u32,
@@ -75,8 +74,7 @@ impl ConcurrencyLimitHandle {
         }
     }
 
-    /// How many calls are in flight, each to the end of its response body, as in a
-    /// [snapshot](ConcurrencyLimitSnapshot::in_flight).
+    /// How many calls are in flight, each to the end of its response body.
     #[must_use]
     pub fn in_flight(&self) -> u32 {
         self.0.in_flight()

@@ -109,29 +109,6 @@ fn loom_who_is_one_of_few_enough_is_never_refused() {
     });
 }
 
-/// Whoever is sent away has been in for a moment: who waits because of that is in as soon as it is over, also by a
-/// limit that was raised meanwhile.
-#[test]
-fn loom_nobody_waits_for_one_who_is_sent_away() {
-    loom::model(|| {
-        let limiter = Both::new(Limiter::new(1, None));
-        limiter.set_queue(8, Duration::from_secs(1));
-        let other = limiter.clone();
-        let other = thread::spawn(move || other.enter().is_some());
-        let first = limiter.enter().is_some();
-        let waits = match limiter.join() {
-            Ok(Entry::Waits(place)) => Waiter::new(&limiter, place),
-            _ => panic!("one of the two is in"),
-        };
-        limiter.set_limit(2);
-        let others = other.join().unwrap();
-        assert!(first || others);
-        assert_eq!(waits.has_turn(&limiter), first != others);
-        assert!(waits.told() <= 1);
-        assert_eq!(limiter.in_flight(), 2);
-    });
-}
-
 /// The next in line gives up just when its turn comes: it goes to the one after.
 #[test]
 fn loom_a_turn_is_never_lost_with_its_waiter() {
