@@ -119,6 +119,7 @@
 //! connects then hangs until it is gone: its `Routes`, prepared, are a service for `serve`, which lets go of the
 //! port at once.
 
+mod door;
 mod handle;
 mod layer;
 #[cfg(feature = "serve")]

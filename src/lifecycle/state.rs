@@ -3,7 +3,7 @@ use std::{
     future::{Ready, pending},
     sync::{
         Arc, Mutex, OnceLock, PoisonError, Weak,
-        atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering::SeqCst},
+        atomic::{AtomicU8, AtomicU64, Ordering::SeqCst},
     },
     time::Duration,
 };
@@ -14,6 +14,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 
+use super::door::Door;
 use crate::{
     admission::{Admit, Policy},
     call::{Finish, Hold, LayerKind, Outcome, Permit, Rejected, RejectedKind, Shared, Token},
@@ -58,10 +59,10 @@ impl fmt::Display for Phase {
 
 /// What a lifecycle's handles, layers and tokens share.
 pub struct State {
-    /// What a call looks at: the phase as a number.
+    /// The phase as a number.
     now: AtomicU8,
     phase: watch::Sender<Phase>,
-    in_flight: AtomicUsize,
+    door: Door,
     refused: AtomicU64,
     times: Mutex<Times>,
     reporter: Reporter,
@@ -81,7 +82,7 @@ impl State {
         Self {
             now: AtomicU8::new(Phase::Starting as u8),
             phase: watch::Sender::new(Phase::Starting),
-            in_flight: AtomicUsize::new(0),
+            door: Door::new(),
             refused: AtomicU64::new(0),
             times: Mutex::new(Times {
                 delay: Duration::from_secs(5),
@@ -114,7 +115,7 @@ impl State {
     }
 
     pub(super) fn in_flight(&self) -> usize {
-        self.in_flight.load(SeqCst)
+        self.door.inside()
     }
 
     pub(super) fn refused(&self) -> u64 {
@@ -156,6 +157,10 @@ impl State {
                 return false;
             }
             *now = next;
+            // First, so that whoever sees the phase changed and nothing in flight is right.
+            if next >= Phase::Stopping {
+                self.door.close();
+            }
             self.now.store(next as u8, SeqCst);
             // Here, so that two who go on at once report in the same order.
             match next {
@@ -195,7 +200,7 @@ impl State {
     }
 
     fn is_open(&self) -> bool {
-        self.phase() < Phase::Stopping
+        self.door.is_open()
     }
 }
 
@@ -249,7 +254,7 @@ impl Drop for State {
 impl Shared<State> {
     /// One more under way, whatever the phase.
     pub(super) fn enter(&self) -> Permit<Shared<State>> {
-        self.in_flight.fetch_add(1, SeqCst);
+        self.door.enter();
         self.permit(Token::default())
     }
 }
@@ -270,10 +275,9 @@ impl<Req> Policy<Req> for Shared<State> {
         _: &Req,
         _: impl FnOnce() -> Option<Instant>,
     ) -> Admit<Permit<Shared<State>>, Self::Wait> {
-        // Counted first, looked at after: whoever sees the phase changed and nothing in flight is right.
-        self.in_flight.fetch_add(1, SeqCst);
+        let in_time = self.door.enter();
         let permit = Shared::permit(self, Token::default());
-        if self.is_open() {
+        if in_time {
             return Admit::Go(permit);
         }
         self.refused.fetch_add(1, SeqCst);
@@ -295,7 +299,7 @@ impl<Req> Policy<Req> for Shared<State> {
 
 impl Finish for State {
     fn finish(&self, _: Token, _: Outcome) {
-        self.in_flight.fetch_sub(1, SeqCst);
+        self.door.leave();
     }
 
     fn hold(&self) -> Hold {

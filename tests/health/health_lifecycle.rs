@@ -4,6 +4,10 @@ use std::{
     convert::Infallible,
     future::{Future, pending},
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
     time::Duration,
 };
 
@@ -293,6 +297,51 @@ async fn calls_go_until_the_delay_is_over_and_are_refused_then() {
         (200, &"14".parse().unwrap())
     );
     assert_eq!((lifecycle.refused(), lifecycle.in_flight()), (2, 0));
+}
+
+/// Told in time or too late, and nothing in between: who runs the server may throw everything away.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_call_that_comes_as_the_drain_begins_is_served_or_refused_and_never_lost() {
+    for _ in 0..50 {
+        let lifecycle = lifecycle(&Health::new()).delay(Duration::ZERO);
+        lifecycle.ready();
+        let over = Arc::new(AtomicBool::new(false));
+        let gone = over.clone();
+        let service = lifecycle.layer().layer(service_fn(move |_: Req| {
+            assert!(!gone.load(SeqCst), "called after the end");
+            async { Ok::<_, Infallible>(Response::new(Full::<Bytes>::from("app"))) }
+        }));
+        let (told, mut some) = tokio::sync::mpsc::channel(1);
+        let callers: Vec<_> = (0..4)
+            .map(|_| {
+                let (service, told) = (service.clone(), told.clone());
+                tokio::spawn(async move {
+                    let mut served = 0u64;
+                    loop {
+                        let response = service.clone().oneshot(call()).await.unwrap();
+                        match response.status().as_u16() {
+                            200 => served += 1,
+                            503 => return served,
+                            other => panic!("{other}"),
+                        }
+                        let whole = response.into_body().collect().await.unwrap().to_bytes();
+                        assert_eq!(whole, "app");
+                        let _ = told.try_send(());
+                    }
+                })
+            })
+            .collect();
+        within(some.recv()).await;
+        lifecycle.drain();
+        let ended = within(lifecycle.run(async { Ok::<_, Infallible>(()) })).await.unwrap();
+        over.store(true, SeqCst);
+        let mut served = 0;
+        for caller in callers {
+            served += within(caller).await.unwrap();
+        }
+        assert!(served > 0);
+        assert_eq!((ended.cut_calls, lifecycle.refused(), lifecycle.in_flight()), (0, 4, 0));
+    }
 }
 
 #[tokio::test(start_paused = true)]
