@@ -20,7 +20,6 @@ use bytes::Bytes;
 use http::Request;
 use http_body_util::{BodyExt, Empty};
 use tokio::{net::TcpListener, task::JoinSet};
-use tower::ServiceExt;
 
 #[tokio::main]
 async fn main() -> Result<(), BoxError> {
@@ -43,9 +42,9 @@ async fn tour() -> Result<(), BoxError> {
     let mut calls = JoinSet::new();
     for _ in 0..200 {
         let request = Request::get(format!("http://{at}/")).body(Empty::new())?;
-        let call = client.clone().oneshot(request);
+        let client = client.clone();
         calls.spawn(async move {
-            let (head, body) = call.await?.into_parts();
+            let (head, body) = client.request(request).await?.into_parts();
             body.collect().await?;
             Ok::<_, BoxError>(head.status)
         });

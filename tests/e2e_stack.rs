@@ -67,12 +67,13 @@ async fn config_makes_a_client_that_tries_again_and_tells_what_it_did() {
     let at = upstream(fails.clone()).await;
     let client = client(at, "max_connections = 2");
     let handle = client.handle();
-    let task = tokio::spawn(client.clone().oneshot(to(at)));
+    let caller = client.clone();
+    let task = tokio::spawn(async move { caller.request(to(at)).await });
     let response = net::soon(task).await.unwrap().unwrap();
     assert_eq!(Attempts::of(&response).made, 2);
     assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "hello");
     for _ in 0..20 {
-        let response = net::soon(client.clone().oneshot(to(at))).await.unwrap();
+        let response = net::soon(client.request(to(at))).await.unwrap();
         response.into_body().collect().await.unwrap();
     }
     let seen = handle.snapshot();

@@ -36,18 +36,17 @@ type Inner<B> = ClientStackService<Connections<B>>;
 
 /// The recommended client, as this configuration says: a [`ClientStack`] around a [`connect::Client`].
 ///
-/// For `http`, and with the feature `rustls` for `https` too.
+/// For `http`, and with the feature `rustls` for `https` too. It is a Tower service as well, for layers around it.
 ///
 /// ```no_run
 /// # async fn run() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
 /// use buttress::config::ClientConfig;
 /// use http_body_util::Empty;
-/// use tower::ServiceExt;
 ///
 /// let config = ClientConfig::from_env("search")?;
 /// let client = buttress::client::<Empty<bytes::Bytes>>(&config)?;
 /// let request = http::Request::get("http://localhost:8080/").body(Empty::new())?;
-/// let response = client.clone().oneshot(request).await?;
+/// let response = client.request(request).await?;
 /// println!("{} {:?}", response.status(), client.handle().snapshot());
 /// # Ok(()) }
 /// ```
@@ -95,6 +94,28 @@ impl<B: Body> Client<B> {
 
 impl<B> Client<B>
 where
+    B: Body + Send + Unpin + 'static,
+    B::Data: Send,
+    B::Error: Into<BoxError>,
+{
+    /// Sends a request through the whole stack.
+    ///
+    /// # Errors
+    ///
+    /// A [`Rejected`](crate::Rejected) or a [`RetryError`](crate::retry::RetryError) somewhere in the chain, as in any
+    /// stack of these layers.
+    pub async fn request(
+        &self,
+        request: Request<B>,
+    ) -> Result<<Self as Service<Request<B>>>::Response, BoxError> {
+        let mut service = self.service.clone();
+        poll_fn(|cx| service.poll_ready(cx)).await?;
+        service.call(request).await
+    }
+}
+
+impl<B> Client<B>
+where
     B: Body + Default + Send + Unpin + 'static,
     B::Data: Send,
     B::Error: Into<BoxError>,
@@ -108,10 +129,8 @@ where
         };
         let mut request = Request::new(B::default());
         *request.uri_mut() = uri;
-        let mut service = self.service.clone();
         let probe = async {
-            poll_fn(|cx| service.poll_ready(cx)).await?;
-            let (head, body) = service.call(request).await?.into_parts();
+            let (head, body) = self.request(request).await?.into_parts();
             let _ = timeout(READ_AWAY_FOR, read_away(body)).await;
             Ok::<_, BoxError>(Response::from_parts(head, ()))
         };
