@@ -70,7 +70,7 @@
 //! | the response | the same, from its extensions: `response.extensions().get::<Rejected>()`, [`Attempts::of`] |
 //! | a server's client | the status, `Retry-After`, and `reason` in the problem document; nothing about the inside |
 //! | the log (`buttress=debug`) | an event for each decision, with `resilience.name` and `reason`; DEBUG for calls, INFO and WARN for what changed, ERROR for what was set wrong |
-//! | a handle's `snapshot()` | counts since the start, and how it is now: for metrics of any kind, to be read when they are scraped |
+//! | a handle's `snapshot()` | counts since the start, and how it is now: for metrics of any kind, to be read when they are scraped: the `metrics` example is such a page |
 //!
 //! What is a closed set, such as [`RejectedKind`](call::RejectedKind), [`Reason`](call::Reason) and
 //! [`Stop`](retry::Stop), has an `as_str()` that fits a metric's label. Names are those of `.name("search")`.

@@ -52,6 +52,17 @@ pub struct ConcurrencyLimitSnapshot {
     pub exempt: u64,
 }
 
+impl ConcurrencyLimitSnapshot {
+    /// How many were refused in all.
+    #[must_use]
+    pub const fn refused(&self) -> u64 {
+        self.refused_full
+            .saturating_add(self.refused_waited)
+            .saturating_add(self.refused_deadline)
+            .saturating_add(self.refused_outranked)
+    }
+}
+
 impl ConcurrencyLimitHandle {
     /// All there is to know at this moment.
     #[must_use]

@@ -168,7 +168,7 @@ async fn refusals_are_told_by_reason() {
         told.refused_outranked,
         told.shadowed,
     ];
-    assert_eq!(by_reason, [2, 1, 1, 0, 0]);
+    assert_eq!((by_reason, told.refused()), ([2, 1, 1, 0, 0], 4));
 }
 
 // ===== Changes =====

@@ -1,0 +1,119 @@
+//! What the layers know, as metrics: a page for Prometheus, made of snapshots whenever it is asked for. Nothing is
+//! counted twice, and no call pays for it.
+//!
+//! ```text
+//! cargo run --example metrics
+//! ```
+
+use std::{fmt::Write, time::Duration};
+
+use axum::{Router, routing::get};
+use buttress::{
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, RespondLayer, RetryLayer,
+    breaker::{CircuitBreakerHandle, State},
+    limit::ConcurrencyLimitHandle,
+    retry::RetryHandle,
+};
+use bytes::Bytes;
+use http::{Request, StatusCode};
+use http_body_util::{BodyExt, Empty};
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use tokio::net::TcpListener;
+use tower::{ServiceBuilder, ServiceExt};
+
+#[tokio::main]
+async fn main() -> Result<(), BoxError> {
+    // It ends by itself, whatever goes wrong.
+    tokio::time::timeout(Duration::from_secs(20), tour()).await?
+}
+
+/// The handles of what is looked at: cheap to clone, and good for as long as anybody wants to look.
+#[derive(Clone)]
+struct Watched {
+    front: ConcurrencyLimitHandle,
+    search: CircuitBreakerHandle,
+    retries: RetryHandle,
+}
+
+impl Watched {
+    fn page(&self) -> String {
+        let mut page = String::new();
+        let mut say = |name: &str, kind: &str, rows: &[(&str, f64)]| {
+            let _ = writeln!(page, "# TYPE buttress_{name} {kind}");
+            for (labels, value) in rows {
+                let _ = writeln!(page, "buttress_{name}{{{labels}}} {value}");
+            }
+        };
+        let front = self.front.snapshot();
+        let of = |what: &str| format!("name=\"front\",{what}");
+        let full = of("reason=\"limit_reached\"");
+        let waited = of("reason=\"queue_timeout\"");
+        let late = of("reason=\"deadline_passed\"");
+        say("limit", "gauge", &[("name=\"front\"", front.limit.into())]);
+        say("in_flight", "gauge", &[("name=\"front\"", front.in_flight.into())]);
+        say("queue_depth", "gauge", &[("name=\"front\"", front.waiting.into())]);
+        say(
+            "shed_total",
+            "counter",
+            &[
+                (&full, front.refused_full as f64),
+                (&waited, front.refused_waited as f64),
+                (&late, front.refused_deadline as f64),
+            ],
+        );
+
+        // One of these is 1: a number for each state would have to be looked up.
+        let search = self.search.snapshot();
+        let states =
+            [State::Closed, State::HalfOpen, State::Open, State::ForcedOpen, State::ForcedClosed];
+        let rows = states.map(|state| {
+            let labels = format!("name=\"search\",state=\"{}\"", state.as_str());
+            (labels, f64::from(u8::from(state == search.state)))
+        });
+        say("breaker_state", "gauge", &rows.each_ref().map(|(labels, value)| (&**labels, *value)));
+        say("breaker_opened_total", "counter", &[("name=\"search\"", search.opened as f64)]);
+        say("breaker_refused_total", "counter", &[("name=\"search\"", search.refused as f64)]);
+
+        let retries = self.retries.snapshot();
+        let balance = retries.budget_balance.unwrap_or(f64::INFINITY);
+        say("retries_total", "counter", &[("name=\"search\"", retries.retries as f64)]);
+        say("retry_budget_remaining", "gauge", &[("name=\"search\"", balance)]);
+        page
+    }
+}
+
+async fn tour() -> Result<(), BoxError> {
+    let front = ConcurrencyLimitLayer::new(100).name("front");
+    let breaker = CircuitBreakerLayer::http().name("search");
+    let retry = RetryLayer::http().name("search");
+    let watched =
+        Watched { front: front.handle(), search: breaker.handle(), retries: retry.handle() };
+
+    let pages = watched.clone();
+    let app = Router::new()
+        .route("/search", get(async || StatusCode::SERVICE_UNAVAILABLE))
+        .layer(front.respond())
+        // Outside of the limit: it is wanted most when that is full.
+        .route("/metrics", get(async move || pages.page()));
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let url = format!("http://{}", listener.local_addr()?);
+    tokio::spawn(async move { axum::serve(listener, app).await });
+
+    let bare: Client<_, Empty<Bytes>> = Client::builder(TokioExecutor::new()).build_http();
+    let client = ServiceBuilder::new()
+        .layer(RespondLayer::new())
+        .layer(retry)
+        .layer(breaker)
+        .service(Client::builder(TokioExecutor::new()).build_http());
+    for _ in 0..5 {
+        let request = Request::get(format!("{url}/search")).body(Empty::<Bytes>::new())?;
+        println!("search answers {}", client.clone().oneshot(request).await?.status());
+    }
+    let page = bare.get(format!("{url}/metrics").parse()?).await?.into_body().collect().await?;
+    let page = String::from_utf8(page.to_bytes().to_vec())?;
+    println!("\n{page}");
+    if page.contains("buttress_breaker_state{name=\"search\",state=\"open\"} 1") {
+        return Ok(());
+    }
+    Err("the circuit should be open by now".into())
+}
