@@ -55,6 +55,17 @@
 //! tonic a [`RespondLayer`] over all of it. A server: health endpoints, lifecycle, deadline, concurrency limit, timeout, the routes. (The probe is
 //! innermost but for the timeout, so that a limit full of hung calls does not keep it from looking.)
 //!
+//! Any order compiles. What another one costs:
+//!
+//! | this outside of that | then |
+//! |---|---|
+//! | circuit breaker, retry | it sees calls and not attempts: a failure that a retry hides is none, and an open circuit ends no retries |
+//! | concurrency limit, retry | a call that waits for its next attempt holds a place, and a hedge has none of its own |
+//! | concurrency limit, circuit breaker | what an open circuit refuses has to wait for a place first |
+//! | timeout, retry | it ends all attempts together, and the circuit never hears of one that was too slow |
+//! | on a server: limit, health endpoints | a full server answers its probes with 503, and is taken out or restarted |
+//! | `axum`'s or tower's `Timeout`, anything here | it drops what is under way: no failure is counted, unless it was slow for the circuit |
+//!
 //! # Errors and responses
 //!
 //! A refused call is a [`Rejected`]: boxed as an error by default, found anywhere in a chain of sources by
@@ -164,6 +175,9 @@
 //!     .service(db);
 //! # let _ = tower::ServiceExt::oneshot(db, Query);
 //! ```
+//!
+//! With `.respond_with(|refused| Err(DbError::Refused(refused.clone())))` on each layer that refuses the error type
+//! stays what it is.
 //!
 //! # Features
 //!

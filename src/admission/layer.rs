@@ -73,6 +73,17 @@ macro_rules! admission_layer {
             ///
             /// It gets exactly what the wrapped service gives, as `Result<&Response, &Error>`. A call is
             /// then over with its response.
+            ///
+            /// ```
+            /// use buttress::{CircuitBreakerLayer, Outcome};
+            /// # struct Row; enum DbError { Constraint, Gone }
+            ///
+            /// let layer = CircuitBreakerLayer::http().classify(|result: Result<&Row, &DbError>| match result {
+            ///     Ok(_) | Err(DbError::Constraint) => Outcome::success(),
+            ///     Err(DbError::Gone) => Outcome::failure(),
+            /// });
+            /// # let _ = layer;
+            /// ```
             pub fn classify<C, Res, E>(self, classify: C) -> $Layer<$($K,)* $($G,)* $crate::call::Classify<C>, R>
             where
                 C: for<'a> Fn(Result<&'a Res, &'a E>) -> $crate::call::Outcome
@@ -85,6 +96,18 @@ macro_rules! admission_layer {
             }
 
             /// Judges HTTP response heads by a closure; bodies are followed to their end all the same.
+            ///
+            /// ```
+            /// use buttress::{CircuitBreakerLayer, Outcome, call::Reason};
+            ///
+            /// let layer = CircuitBreakerLayer::http().classify_head(|status, headers| match status.as_u16() {
+            ///     429 => Outcome::throttled(),
+            ///     code @ 500..=599 => Outcome::failure().because(Reason::Status).with_code(code),
+            ///     _ if headers.contains_key("x-degraded") => Outcome::failure(),
+            ///     _ => Outcome::success(),
+            /// });
+            /// # let _ = layer;
+            /// ```
             pub fn classify_head<C>(self, classify: C) -> $Layer<$($K,)* $($G,)* $crate::call::ClassifyHead<C>, R>
             where
                 C: Fn(::http::StatusCode, &::http::HeaderMap) -> $crate::call::Outcome
@@ -117,7 +140,17 @@ macro_rules! admission_layer {
                 $Layer { plan: self.plan.with_reject($crate::call::Respond), $($field: self.$field,)* }
             }
 
-            /// Answers refused calls with what a closure makes.
+            /// Answers refused calls with what a closure makes: a response, or an error of the service's own type.
+            ///
+            /// ```
+            /// use buttress::{ConcurrencyLimitLayer, Rejected};
+            /// # struct Row; enum DbError { Refused(Rejected) }
+            ///
+            /// let layer = ConcurrencyLimitLayer::new(20)
+            ///     .per_response()
+            ///     .respond_with(|refused| Err::<Row, _>(DbError::Refused(refused.clone())));
+            /// # let _ = layer;
+            /// ```
             pub fn respond_with<F, Res, E>(self, answer: F) -> $Layer<$($K,)* $($G,)* M, $crate::call::RespondWith<F>>
             where
                 F: Fn(&$crate::call::Rejected) -> Result<Res, E> + Clone + Send + Sync + 'static,

@@ -49,6 +49,20 @@ impl HealthProbeLayer<()> {
 
     /// Sends the HTTP request that this closure makes, anew for every probe; any 2xx passes, unless
     /// [`expect_status`](HealthProbeLayer::expect_status) says more.
+    ///
+    /// ```
+    /// # type Body = http_body_util::Full<bytes::Bytes>;
+    /// use buttress::HealthProbeLayer;
+    /// use http::Request;
+    ///
+    /// let probe = HealthProbeLayer::request(|| {
+    ///     let ask = Request::post("http://search:8080/ping").header("authorization", "Bearer …");
+    ///     ask.body(Body::from("ping")).unwrap_or_default()
+    /// })
+    /// .expect_status(|status| status.is_success() || status == 401)
+    /// .expect_body(|body| body.starts_with(b"pong"));
+    /// # let _ = probe;
+    /// ```
     pub fn request<F, B>(make: F) -> HealthProbeLayer<SendRequest<F>>
     where
         F: Fn() -> http::Request<B> + Clone + Send + 'static,
@@ -62,6 +76,19 @@ impl HealthProbeLayer<()> {
     /// `origin` is `/` for tonic's `Channel`, which knows where to, and `http://search:50051` for `hyper-util`'s
     /// client, which has to speak HTTP/2. `body` makes the body that the wrapped service takes: `Full::new`, or, for
     /// tonic, `|bytes| tonic::body::Body::new(Full::new(bytes))`.
+    ///
+    /// ```
+    /// use buttress::HealthProbeLayer;
+    /// use http_body_util::Full;
+    /// use tonic::body::Body;
+    /// use tower::Layer;
+    /// # tokio_test::block_on(async {
+    ///
+    /// let channel = tonic::transport::Channel::from_static("http://search:50051").connect_lazy();
+    /// let probe = HealthProbeLayer::grpc("/", "search.Search", |bytes| Body::new(Full::new(bytes)));
+    /// let channel = probe.layer(channel);
+    /// # let _ = channel; });
+    /// ```
     pub fn grpc<F, B>(origin: &str, service: &str, body: F) -> HealthProbeLayer<Grpc<F>>
     where
         F: Fn(bytes::Bytes) -> B + Clone + Send + 'static,
@@ -72,6 +99,17 @@ impl HealthProbeLayer<()> {
 
     /// Asks this closure, and not the wrapped service. For services that are not HTTP, go on with
     /// [`per_response`](HealthProbeLayer::per_response).
+    ///
+    /// ```
+    /// use buttress::HealthProbeLayer;
+    /// use tokio::net::TcpStream;
+    ///
+    /// let probe = HealthProbeLayer::check(|| async {
+    ///     TcpStream::connect("search:5432").await.map(drop)
+    /// })
+    /// .per_response();
+    /// # let _ = probe;
+    /// ```
     pub fn check<F, Fut, E>(check: F) -> HealthProbeLayer<Run<F>>
     where
         F: Fn() -> Fut + Clone + Send + 'static,

@@ -86,8 +86,8 @@
 //! waits for its next attempt holds no permit. An open circuit ends the loop, if there is no deadline.
 //!
 //! The wrapped service gets `http::Request<ReplayBody<B>>`. One that takes a single body type, such as a
-//! tonic channel, needs `tower_http::map_request_body::MapRequestBodyLayer::new(tonic::body::Body::new)`
-//! in between.
+//! tonic channel, needs `tower_http::map_request_body::MapRequestBodyLayer::new(tonic::body::Body::new)` (feature
+//! `map-request-body` of tower-http) in between.
 //!
 //! # Bodies
 //!
