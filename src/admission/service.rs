@@ -143,8 +143,12 @@ where
                 let call = self.protocol.begin(&mut request, || leaving.permit());
                 self.readiness = Readiness::Untouched;
                 leaving.drop_as = Outcome::failure().because(Reason::Panicked);
-                let future = self.inner.call(request);
-                State::called(future, leaving.permit(), call)
+                // At once, and not by way of variables: a future is large to move.
+                return ResponseFuture::new(
+                    State::called(self.inner.call(request), leaving.permit(), call),
+                    None,
+                    self.reject.clone(),
+                );
             }
             Admit::Go(pass) => {
                 let permit = self.policy.permit(pass);

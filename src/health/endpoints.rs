@@ -116,7 +116,11 @@ where
                 let answer = without_body_for(request.method(), answer);
                 State::Answer { answer: Some(Box::new(answer)) }
             }
-            _ if was_ready => State::Called { future: self.inner.call(request) },
+            // At once: a future is large to move.
+            _ if was_ready => {
+                let state = State::Called { future: self.inner.call(request) };
+                return HealthEndpointsFuture { state };
+            }
             _ => State::Parked { parked: Some(Box::new((self.inner.clone(), request))) },
         };
         HealthEndpointsFuture { state }
@@ -153,8 +157,7 @@ where
         loop {
             let next = match this.state.as_mut().project() {
                 StateProj::Called { future } => {
-                    let response = done!(future.poll(cx))?;
-                    return Poll::Ready(Ok(response.map(TrackedBody::untracked)));
+                    return future.poll(cx).map_ok(|response| response.map(TrackedBody::untracked));
                 }
                 StateProj::Parked { parked } => {
                     if let Some((service, _)) = parked.as_deref_mut() {

@@ -2,7 +2,7 @@ use std::{
     fmt,
     future::Future,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
 use bytes::Bytes;
@@ -78,6 +78,7 @@ where
         Service::<Request<ReqB>>::poll_ready(&mut self.admission, cx)
     }
 
+    #[inline]
     fn call(&mut self, request: Request<ReqB>) -> Self::Future {
         // HTTP/2 knows no such header.
         let closes = request.version() < Version::HTTP_2;
@@ -101,13 +102,16 @@ where
 {
     type Output = F::Output;
 
+    #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let mut response = ready!(this.future.poll(cx))?;
-        if this.state.as_ref().is_some_and(|state| state.phase() >= Phase::Draining) {
-            close(response.headers_mut());
+        let mut answer = this.future.poll(cx);
+        if let (Poll::Ready(Ok(response)), Some(state)) = (&mut answer, this.state) {
+            if state.phase() >= Phase::Draining {
+                close(response.headers_mut());
+            }
         }
-        Poll::Ready(Ok(response))
+        answer
     }
 }
 
