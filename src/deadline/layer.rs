@@ -18,7 +18,7 @@ use super::{
 use crate::{
     BoxError, ConfigError,
     admission::Reusable,
-    call::{AsError, LayerKind, Moment, Reject, Rejected, Respond, RespondWith},
+    call::{AsError, LayerKind, Reject, Rejected, Respond, RespondWith},
     event,
     timeout::{AsIs, ResponseFuture, TimedBody, Timeout, TimeoutLayer, Timeouts},
 };
@@ -228,9 +228,8 @@ where
         self.timeout.poll_ready(cx)
     }
 
-    fn call(&mut self, mut request: Request<ReqB>) -> Self::Future {
-        let _moment = Moment::begin();
-        let deadline = self.times.apply(self.codec.as_deref(), &mut request);
-        self.timeout.begin(request, None, deadline)
+    fn call(&mut self, request: Request<ReqB>) -> Self::Future {
+        let Self { times, codec, timeout } = self;
+        timeout.begin(request, |request| (None, times.apply(codec.as_deref(), request)))
     }
 }

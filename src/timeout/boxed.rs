@@ -38,7 +38,8 @@ fn within<B: Body<Error: Into<BoxError>> + Default>(
     if body.is_end_stream() {
         return None;
     }
-    let (watched, sending) = SendingBody::new(std::mem::take(body), watch);
+    let mut watched = SendingBody::unwatched(std::mem::take(body));
+    let sending = watched.watch(watch);
     *body = boxed(watched);
     sending
 }

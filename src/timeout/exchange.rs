@@ -27,10 +27,13 @@ pub trait Begin<Req>: Clone + Send + Sync + 'static {
     type Request;
 
     /// What this request says of its times.
-    fn said(&self, request: &Req) -> (Option<Timeouts>, Option<Deadline>);
+    fn said(request: &Req) -> (Option<Timeouts>, Option<Deadline>);
 
-    /// Hands it on.
-    fn begin(self, request: Req, watch: &mut Watch) -> (Self::Request, Option<Arc<Sending>>);
+    /// What is handed on.
+    fn pass(request: Req) -> Self::Request;
+
+    /// Watches it where it lies, for this call.
+    fn watch(request: &mut Self::Request, watch: &mut Watch) -> Option<Arc<Sending>>;
 }
 
 /// How a response is given back. Not to be implemented outside of this crate.
@@ -63,19 +66,18 @@ impl<B: Body<Error: Into<BoxError>>> Begin<Request<B>> for Http {
     type Request = Request<SendingBody<B>>;
 
     #[inline]
-    fn said(&self, request: &Request<B>) -> (Option<Timeouts>, Option<Deadline>) {
+    fn said(request: &Request<B>) -> (Option<Timeouts>, Option<Deadline>) {
         of(request.extensions())
     }
 
     #[inline]
-    fn begin(
-        self,
-        request: Request<B>,
-        watch: &mut Watch,
-    ) -> (Self::Request, Option<Arc<Sending>>) {
-        let (parts, body) = request.into_parts();
-        let (body, sending) = SendingBody::new(body, watch);
-        (Request::from_parts(parts, body), sending)
+    fn pass(request: Request<B>) -> Self::Request {
+        request.map(SendingBody::unwatched)
+    }
+
+    #[inline]
+    fn watch(request: &mut Self::Request, watch: &mut Watch) -> Option<Arc<Sending>> {
+        request.body_mut().watch(watch)
     }
 }
 
@@ -83,19 +85,19 @@ impl<B: 'static> Begin<Request<B>> for AsIs {
     type Request = Request<B>;
 
     #[inline]
-    fn said(&self, request: &Request<B>) -> (Option<Timeouts>, Option<Deadline>) {
+    fn said(request: &Request<B>) -> (Option<Timeouts>, Option<Deadline>) {
         of(request.extensions())
     }
 
     #[inline]
-    fn begin(
-        self,
-        mut request: Request<B>,
-        watch: &mut Watch,
-    ) -> (Request<B>, Option<Arc<Sending>>) {
+    fn pass(request: Request<B>) -> Request<B> {
+        request
+    }
+
+    #[inline]
+    fn watch(request: &mut Request<B>, watch: &mut Watch) -> Option<Arc<Sending>> {
         watch.timeouts.or_head_for_taking();
-        let sending = boxed::watched(request.body_mut(), watch);
-        (request, sending)
+        boxed::watched(request.body_mut(), watch)
     }
 }
 
@@ -103,13 +105,18 @@ impl<Req> Begin<Req> for PerResponse {
     type Request = Req;
 
     #[inline]
-    fn said(&self, _: &Req) -> (Option<Timeouts>, Option<Deadline>) {
+    fn said(_: &Req) -> (Option<Timeouts>, Option<Deadline>) {
         (None, None)
     }
 
     #[inline]
-    fn begin(self, request: Req, _: &mut Watch) -> (Req, Option<Arc<Sending>>) {
-        (request, None)
+    fn pass(request: Req) -> Req {
+        request
+    }
+
+    #[inline]
+    fn watch(_: &mut Req, _: &mut Watch) -> Option<Arc<Sending>> {
+        None
     }
 }
 

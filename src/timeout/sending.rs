@@ -18,7 +18,7 @@ use pin_project_lite::pin_project;
 use tokio::time::Instant;
 
 use super::{
-    settings::{State, timed_out},
+    settings::{Limit, State, timed_out},
     stall::Stall,
     watch::Watch,
 };
@@ -47,6 +47,10 @@ pub struct Sending {
     /// asked for and not there.
     pace: AtomicU32,
     call: Mutex<Waiting>,
+    /// How long it may be silent.
+    limit: Limit,
+    by: LayerKind,
+    far: Far<State>,
 }
 
 #[derive(Default)]
@@ -57,9 +61,11 @@ struct Waiting {
 }
 
 impl Sending {
-    fn new() -> Arc<Self> {
-        let stage = AtomicU8::new(Stage::Sending as u8);
-        Arc::new(Self { stage, pace: AtomicU32::new(0), call: Mutex::default() })
+    fn new(watch: &Watch) -> Arc<Self> {
+        let Watch { timeouts, by, far, .. } = *watch;
+        let (stage, pace) = (AtomicU8::new(Stage::Sending as u8), AtomicU32::new(0));
+        let limit = timeouts.limit(Phase::Sending);
+        Arc::new(Self { stage, pace, call: Mutex::default(), limit, by, far })
     }
 
     fn call(&self) -> MutexGuard<'_, Waiting> {
@@ -150,21 +156,26 @@ pin_project! {
         // Of a frame that is given in pieces.
         rest: Bytes,
         tells: Tells,
-        limit: Option<Duration>,
         stall: Stall,
-        by: LayerKind,
-        far: Far<State>,
     }
 }
 
 impl<B: Body<Error: Into<BoxError>>> SendingBody<B> {
-    /// Nobody listens where there is nothing to hear of.
-    pub(super) fn new(inner: B, watch: &Watch) -> (Self, Option<Arc<Sending>>) {
-        let Watch { timeouts, by, far, .. } = *watch;
-        let sending = (timeouts.ask_for_the_request() && !inner.is_end_stream()).then(Sending::new);
-        let (tells, limit) = (Tells(sending.clone()), timeouts.get(Phase::Sending));
+    #[inline]
+    pub(super) fn unwatched(inner: B) -> Self {
         let (rest, stall) = (Bytes::new(), Stall::new());
-        (Self { inner, boxed: Into::into, rest, tells, limit, stall, by, far }, sending)
+        Self { inner, boxed: Into::into, rest, tells: Tells(None), stall }
+    }
+
+    /// From here on somebody listens, unless there is nothing to hear of.
+    #[inline]
+    pub(super) fn watch(&mut self, watch: &Watch) -> Option<Arc<Sending>> {
+        if self.inner.is_end_stream() || !watch.timeouts.ask_for_the_request() {
+            return None;
+        }
+        let sending = Sending::new(watch);
+        self.tells = Tells(Some(sending.clone()));
+        Some(sending)
     }
 }
 
@@ -217,14 +228,12 @@ impl<B: Body + 'static> Body for SendingBody<B> {
             }
             return Poll::Ready(next.map(|frame| frame.map_err(this.boxed)));
         }
-        let sending = this.tells.0.as_ref().is_some_and(|told| told.stage() == Stage::Sending);
-        let limit = this.limit.filter(|_| sending);
+        let Some(told) = &this.tells.0 else { return Poll::Pending };
+        let limit = told.limit.time().filter(|_| told.stage() == Stage::Sending);
         ready!(this.stall.poll(limit, None, cx));
-        let rejected = timed_out(*this.far, *this.by, Phase::Sending);
-        *this.limit = None;
-        if let Some(sending) = this.tells.0.take() {
-            sending.end(Stage::Stalled);
-        }
+        let rejected = timed_out(told.far, told.by, Phase::Sending);
+        told.end(Stage::Stalled);
+        *this.tells = Tells(None);
         Poll::Ready(Some(Err(Box::new(rejected))))
     }
 
@@ -245,6 +254,6 @@ impl<B: Body + 'static> Body for SendingBody<B> {
 
 impl<B: Body> fmt::Debug for SendingBody<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SendingBody").field("limit", &self.limit).finish_non_exhaustive()
+        f.debug_struct("SendingBody").field("told", &self.tells.0).finish_non_exhaustive()
     }
 }

@@ -82,26 +82,25 @@ where
 
     #[inline]
     fn call(&mut self, request: Req) -> Self::Future {
-        let _moment = Moment::begin();
-        let (said, deadline) = self.protocol.said(&request);
-        self.begin(request, said, deadline)
+        self.begin(request, |request| M::said(request))
     }
 }
 
 impl<S, M, R> Timeout<S, M, R> {
-    /// Begins a call that is to be over by this deadline, and that may have times of its own.
+    /// Begins a call: `said` tells of it whether it has times of its own, and by when it is to be over.
     #[inline]
     pub(crate) fn begin<Req>(
         &mut self,
-        request: Req,
-        said: Option<Timeouts>,
-        deadline: Option<Deadline>,
+        mut request: Req,
+        said: impl FnOnce(&mut Req) -> (Option<Timeouts>, Option<Deadline>),
     ) -> ResponseFuture<S::Future, Req, M, R>
     where
         M: Begin<Req> + Follow<S::Response>,
         S: Service<M::Request> + Reusable,
         R: Reject<Req, <M as Follow<S::Response>>::Response, S::Error>,
     {
+        let _moment = Moment::begin();
+        let (said, deadline) = said(&mut request);
         let mut timeouts = self.state.timeouts();
         let mut fault = self.fault.clone();
         if let Some(said) = said {
@@ -117,7 +116,8 @@ impl<S, M, R> Timeout<S, M, R> {
         if deadline.is_some_and(|deadline| !watch.bound(deadline.0)) {
             return self.refused(watch, self.state.refuse(self.by));
         }
-        let (request, sending) = self.protocol.clone().begin(request, &mut watch);
+        let mut request = M::pass(request);
+        let sending = M::watch(&mut request, &mut watch);
         // Not by way of variables: a future is large to move.
         ResponseFuture {
             state: Stand::Called { future: self.inner.call(request), timer: None },
