@@ -4,7 +4,7 @@
 //! both write it more than all the rest of a call. So there are three ways: [`Shared`], here, counts in one word;
 //! what is `striped` counts in a word for each of several groups of threads; and for what is `lasting` nobody counts.
 
-#[cfg(any(feature = "breaker", feature = "health"))]
+#[cfg(any(feature = "breaker", feature = "health", feature = "lifecycle"))]
 use std::sync::Weak;
 use std::{fmt, ops::Deref, sync::Arc};
 
@@ -69,7 +69,7 @@ impl<T> Shared<T> {
     }
 
     /// A reference that does not keep the state alive.
-    #[cfg(any(feature = "breaker", feature = "health"))]
+    #[cfg(any(feature = "breaker", feature = "health", feature = "lifecycle"))]
     pub(crate) fn downgrade(&self) -> Weak<T> {
         Arc::downgrade(&self.0)
     }
@@ -77,7 +77,7 @@ impl<T> Shared<T> {
 
 impl<T: Finish> Shared<T> {
     /// The right to make one call, given by this state.
-    #[cfg(any(feature = "connect", feature = "health", feature = "lifecycle", feature = "limit"))]
+    #[cfg(any(feature = "connect", feature = "health", feature = "limit"))]
     pub(crate) fn permit(&self, token: Token) -> Permit<Self> {
         Permit::new(self.clone(), token)
     }

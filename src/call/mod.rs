@@ -36,7 +36,7 @@ mod protocol;
 mod recent;
 mod reject;
 mod rejected;
-#[cfg(any(feature = "breaker", feature = "limit", feature = "retry"))]
+#[cfg(any(feature = "breaker", feature = "lifecycle", feature = "limit", feature = "retry"))]
 mod striped;
 pub(crate) mod sync;
 
@@ -62,7 +62,7 @@ pub(crate) use self::http::known;
 pub(crate) use self::lasting::Idle;
 #[cfg(feature = "percentile")]
 pub(crate) use self::recent::Recent;
-#[cfg(any(feature = "breaker", feature = "limit", feature = "retry"))]
+#[cfg(any(feature = "breaker", feature = "lifecycle", feature = "limit", feature = "retry"))]
 pub(crate) use self::striped::{Lease, Striped};
 #[cfg(feature = "timeout")]
 pub(crate) use self::{

@@ -8,13 +8,13 @@ use super::{
     state::{Driven, Phase, State, drive},
     token::Drain,
 };
-use crate::{ConfigError, Health, call::Shared};
+use crate::{ConfigError, Health, call::Striped};
 
 /// A process from its start to its end: what it says of itself, and how it leaves without losing a request.
 ///
 /// Clones are the same lifecycle. See the [module](crate::lifecycle).
 #[derive(Clone)]
-pub struct Lifecycle(pub(super) Shared<State>);
+pub struct Lifecycle(pub(super) Striped<State>);
 
 /// How a drain ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -78,8 +78,8 @@ impl Lifecycle {
             let remedy = "use `without_signals`, and call `drain` yourself";
             ConfigError::new("lifecycle.signals", error, remedy)
         })?;
-        let state = Shared::new(State::new(reporter));
-        let (weak, phase) = (state.downgrade(), state.seen());
+        let state = Striped::new(State::new(reporter));
+        let (weak, phase) = (state.state().downgrade(), state.seen());
         let driven = Driven(weak.clone());
         let driver = runtime.spawn(async move {
             let _driven = driven;
@@ -167,7 +167,7 @@ impl Lifecycle {
     /// A token that tells work other than calls when to end.
     #[must_use]
     pub fn token(&self) -> Drain {
-        Drain::new(self.0.clone())
+        Drain::new(self.0.lease())
     }
 
     /// Done when the delay is over: what a server's own graceful shutdown wants to be given.

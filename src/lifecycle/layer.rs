@@ -13,12 +13,12 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::{
-    state::{Phase, State},
+    state::{Entrance, Phase, State},
     token::Drain,
 };
 use crate::{
     admission::{Admission, ResponseFuture, Reusable},
-    call::{Giver, Http, Judge, Permit, Respond, Shared, TrackedBody},
+    call::{Giver, Http, Judge, Lease, Permit, Respond, Striped, TrackedBody},
 };
 
 /// Counts calls to the end of their bodies, puts a [`Drain`] into every request's extensions, and refuses calls
@@ -32,11 +32,11 @@ use crate::{
 #[derive(Clone)]
 #[must_use = "a layer does nothing until it wraps a service"]
 pub struct LifecycleLayer {
-    state: Shared<State>,
+    state: Striped<State>,
 }
 
 impl LifecycleLayer {
-    pub(super) fn new(state: Shared<State>) -> Self {
+    pub(super) fn new(state: Striped<State>) -> Self {
         Self { state }
     }
 }
@@ -45,7 +45,7 @@ impl<S> Layer<S> for LifecycleLayer {
     type Service = WithLifecycle<S>;
 
     fn layer(&self, inner: S) -> WithLifecycle<S> {
-        let (state, follow) = (self.state.clone(), Follow(self.state.clone()));
+        let (state, follow) = (Entrance(self.state.clone()), Follow(self.state.clone()));
         WithLifecycle { admission: Admission::new(inner, state, follow, Respond, None) }
     }
 }
@@ -53,7 +53,7 @@ impl<S> Layer<S> for LifecycleLayer {
 /// The service of a [`LifecycleLayer`].
 #[derive(Clone)]
 pub struct WithLifecycle<S> {
-    admission: Admission<S, Shared<State>, Follow, Respond>,
+    admission: Admission<S, Entrance, Follow, Respond>,
 }
 
 impl<S> WithLifecycle<S> {
@@ -71,7 +71,7 @@ where
     type Response = Response<TrackedBody<B>>;
     type Error = S::Error;
     type Future = LifecycleFuture<
-        ResponseFuture<S, Request<ReqB>, S::Future, (), Shared<State>, Follow, Respond>,
+        ResponseFuture<S, Request<ReqB>, S::Future, (), Entrance, Follow, Respond>,
     >;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
@@ -82,7 +82,7 @@ where
     fn call(&mut self, request: Request<ReqB>) -> Self::Future {
         // HTTP/2 knows no such header.
         let closes = request.version() < Version::HTTP_2;
-        let state = closes.then(|| self.admission.policy().clone());
+        let state = closes.then(|| self.admission.policy().0.lease());
         LifecycleFuture { future: self.admission.call(request), state }
     }
 }
@@ -92,7 +92,7 @@ pin_project! {
     pub struct LifecycleFuture<F> {
         #[pin]
         future: F,
-        state: Option<Shared<State>>,
+        state: Option<Lease<State>>,
     }
 }
 
@@ -127,7 +127,7 @@ fn close(headers: &mut HeaderMap) {
 
 /// [`Http`], with a token in the request.
 #[derive(Clone)]
-pub struct Follow(Shared<State>);
+pub struct Follow(Striped<State>);
 
 impl<ReqB, B, E> Judge<Request<ReqB>, Response<B>, E> for Follow
 where
@@ -138,7 +138,7 @@ where
     type Call = ();
 
     fn begin<G: Giver>(&self, request: &mut Request<ReqB>, _: impl FnOnce() -> Permit<G>) {
-        request.extensions_mut().insert(Drain::new(self.0.clone()));
+        request.extensions_mut().insert(Drain::new(self.0.lease()));
     }
 
     #[inline]

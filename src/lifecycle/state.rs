@@ -17,7 +17,9 @@ use tokio::{
 use super::door::Door;
 use crate::{
     admission::{Admit, Policy},
-    call::{Finish, Hold, LayerKind, Outcome, Permit, Rejected, RejectedKind, Shared, Token},
+    call::{
+        Finish, Hold, LayerKind, Lease, Outcome, Permit, Rejected, RejectedKind, Striped, Token,
+    },
     event,
     health::Reporter,
 };
@@ -251,49 +253,53 @@ impl Drop for State {
 
 // ===== Calls =====
 
-impl Shared<State> {
+impl Lease<State> {
     /// One more under way, whatever the phase.
-    pub(super) fn enter(&self) -> Permit<Shared<State>> {
+    pub(super) fn enter(&self) -> Permit<Lease<State>> {
         self.door.enter();
-        self.permit(Token::default())
+        Permit::new(self.clone(), Token::default())
     }
 }
 
-impl<Req> Policy<Req> for Shared<State> {
-    type Giver = Self;
-    type Pass = Permit<Shared<State>>;
-    type Wait = Ready<Result<Permit<Shared<State>>, Rejected>>;
+/// What a layer asks whether calls go.
+#[derive(Clone, Debug)]
+pub struct Entrance(pub(super) Striped<State>);
+
+impl<Req> Policy<Req> for Entrance {
+    type Giver = Lease<State>;
+    type Pass = Permit<Lease<State>>;
+    type Wait = Ready<Result<Permit<Lease<State>>, Rejected>>;
 
     const LAYER: LayerKind = LayerKind::Lifecycle;
 
     fn peek(&self) -> bool {
-        self.is_open()
+        self.0.is_open()
     }
 
     fn admit(
         &self,
         _: &Req,
         _: impl FnOnce() -> Option<Instant>,
-    ) -> Admit<Permit<Shared<State>>, Self::Wait> {
-        let in_time = self.door.enter();
-        let permit = Shared::permit(self, Token::default());
+    ) -> Admit<Permit<Lease<State>>, Self::Wait> {
+        let in_time = self.0.door.enter();
+        let permit = Permit::new(self.0.lease(), Token::default());
         if in_time {
             return Admit::Go(permit);
         }
-        self.refused.fetch_add(1, SeqCst);
+        self.0.refused.fetch_add(1, SeqCst);
         event!(DEBUG, "call refused: shutting down");
         let rejected = Rejected::by(LayerKind::Lifecycle, RejectedKind::ShuttingDown);
         // Another instance can take it at once.
         Admit::No(rejected.with_retry_after(Duration::ZERO))
     }
 
-    fn permit(&self, permit: Permit<Shared<State>>) -> Permit<Shared<State>> {
+    fn permit(&self, permit: Permit<Lease<State>>) -> Permit<Lease<State>> {
         permit
     }
 
-    fn shut(&self, permit: Option<&Permit<Shared<State>>>) -> Option<Arc<Notify>> {
+    fn shut(&self, permit: Option<&Permit<Lease<State>>>) -> Option<Arc<Notify>> {
         // What was accepted goes on, though it may have to wait.
-        permit.is_none().then(|| self.shut.clone())
+        permit.is_none().then(|| self.0.shut.clone())
     }
 }
 

@@ -3,17 +3,17 @@ use std::{fmt, future::Future};
 use http::Extensions;
 
 use super::state::{Phase, State};
-use crate::call::{Permit, Shared};
+use crate::call::{Lease, Permit};
 
 /// Tells a call that the process ends: for streams, and for whatever else would not end by itself.
 ///
 /// A [`LifecycleLayer`](super::LifecycleLayer) puts one into the extensions of every request; axum's
 /// `Extension<Drain>` takes it out.
 #[derive(Clone)]
-pub struct Drain(Shared<State>);
+pub struct Drain(Lease<State>);
 
 impl Drain {
-    pub(super) fn new(state: Shared<State>) -> Self {
+    pub(super) fn new(state: Lease<State>) -> Self {
         Self(state)
     }
 
@@ -46,7 +46,7 @@ impl Drain {
 /// Work under way; made by [`Drain::guard`].
 #[must_use = "dropping it says that the work has ended"]
 pub struct DrainGuard {
-    _permit: Permit<Shared<State>>,
+    _permit: Permit<Lease<State>>,
 }
 
 impl fmt::Debug for DrainGuard {
