@@ -14,6 +14,8 @@
 //! 4. [`TrackedBody`]: carries the permit to the end of the response body.
 //! 5. [`Rejected`]: a call that was not let through; a [`Reject`] strategy gives it its form.
 
+#[cfg(any(feature = "retry", feature = "timeout"))]
+mod alarm;
 #[cfg(any(feature = "breaker", feature = "limit"))]
 mod anchor;
 mod body;
@@ -54,6 +56,8 @@ pub use self::{
     rejected::{Phase, Rejected, RejectedKind},
 };
 
+#[cfg(any(feature = "retry", feature = "timeout"))]
+pub(crate) use self::alarm::Alarm;
 #[cfg(any(feature = "breaker", feature = "limit"))]
 pub(crate) use self::anchor::Anchor;
 #[cfg(all(feature = "health", feature = "tracing"))]

@@ -6,19 +6,18 @@ use std::{
 };
 
 use pin_project_lite::pin_project;
-use tokio::time::{Instant, Sleep, sleep, sleep_until};
+use tokio::time::Instant;
 
 use super::{exchange::Weigh, policy::Class};
-use crate::call::Outcome;
+use crate::call::{Alarm, Outcome};
 
 pin_project! {
     /// One attempt, up to where it is known what its answer is worth.
     pub(super) struct Weighed<F, H> {
         #[pin]
         state: State<F, H>,
-        // None before the first wait.
         #[pin]
-        timer: Option<Sleep>,
+        alarm: Alarm,
     }
 }
 
@@ -44,7 +43,7 @@ pub(super) enum Head<T> {
 impl<F, H> Weighed<F, H> {
     #[inline]
     pub(super) fn new(future: F) -> Self {
-        Self { state: State::Calling { future, waited_for: false }, timer: None }
+        Self { state: State::Calling { future, waited_for: false }, alarm: Alarm::new() }
     }
 
     /// Up to the head. When that has to be here is asked `until`, once it has to be waited for.
@@ -62,20 +61,22 @@ impl<F, H> Weighed<F, H> {
             return Poll::Ready(Head::Held);
         };
         // The answer before the timer: one that is here is not too late.
+        Alarm::listen();
         if let Poll::Ready(result) = future.poll(cx) {
             return Poll::Ready(Head::Here(result));
         }
         if !mem::replace(waited_for, true) {
-            this.timer.set(until().map(sleep_until));
+            if let Some(until) = until() {
+                this.alarm.as_mut().set(until);
+            }
         }
-        let Some(over) = this.timer.as_pin_mut() else { return Poll::Pending };
-        over.poll(cx).map(|()| Head::Late)
+        this.alarm.poll(cx).map(|()| Head::Late)
     }
 
     /// Holds an answer, with what is known of it by its head. What made it is gone with that.
     pub(super) fn hold(self: Pin<&mut Self>, held: H) {
         let mut this = self.project();
-        this.timer.set(None);
+        this.alarm.clear();
         this.state.set(State::Weighing { held: Some(held), impatient: false });
     }
 
@@ -91,13 +92,16 @@ impl<F, H> Weighed<F, H> {
         let StateProj::Weighing { held: Some(held), impatient } = this.state.project() else {
             unreachable!("held, and not taken")
         };
+        Alarm::listen();
         if let Poll::Ready(weight) = M::poll_weigh(held, cx) {
             return Poll::Ready(weight);
         }
         if !mem::replace(impatient, true) {
-            this.timer.set(Some(sleep(M::PATIENCE)));
+            if let Some(at) = Instant::now().checked_add(M::PATIENCE) {
+                this.alarm.as_mut().set(at);
+            }
         }
-        ready!(this.timer.as_pin_mut().map_or(Poll::Ready(()), |over| over.poll(cx)));
+        ready!(this.alarm.poll(cx));
         // A stream that has begun slowly: the caller's.
         Poll::Ready((Class::Final, Outcome::success()))
     }

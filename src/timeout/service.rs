@@ -8,7 +8,6 @@ use std::{
 };
 
 use pin_project_lite::pin_project;
-use tokio::time::{Instant, Sleep, sleep_until};
 use tower_service::Service;
 
 use super::{
@@ -19,7 +18,9 @@ use super::{
 };
 use crate::{
     admission::Reusable,
-    call::{AsError, Deadline, Far, Http, Label, LayerKind, Moment, Phase, Reject, Rejected},
+    call::{
+        Alarm, AsError, Deadline, Far, Http, Label, LayerKind, Moment, Phase, Reject, Rejected,
+    },
 };
 
 /// The service of a [`TimeoutLayer`](super::TimeoutLayer).
@@ -120,7 +121,7 @@ impl<S, M, R> Timeout<S, M, R> {
         let sending = M::watch(&mut request, &mut watch);
         // Not by way of variables: a future is large to move.
         ResponseFuture {
-            state: Stand::Called { future: self.inner.call(request), timer: None },
+            state: Stand::Called { future: self.inner.call(request), alarm: Alarm::new() },
             waits_for: None,
             sending,
             call: Some((watch, self.reject.clone())),
@@ -151,7 +152,7 @@ pin_project! {
     pub struct ResponseFuture<F, Req, M, R> {
         #[pin]
         state: Stand<F>,
-        // What the timer is for, once nothing can change that.
+        // What the alarm is for, once nothing can change that.
         waits_for: Option<Phase>,
         sending: Option<Arc<Sending>>,
         call: Option<(Watch, R)>,
@@ -162,8 +163,7 @@ pin_project! {
 pin_project! {
     #[project = StandProj]
     enum Stand<F> {
-        // No timer before the first wait.
-        Called { #[pin] future: F, #[pin] timer: Option<Sleep> },
+        Called { #[pin] future: F, #[pin] alarm: Alarm },
         Refused { rejected: Option<Rejected> },
     }
 }
@@ -180,8 +180,9 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
         loop {
+            Alarm::listen();
             let phase = match this.state.as_mut().project() {
-                StandProj::Called { future, mut timer } => match future.poll(cx) {
+                StandProj::Called { future, mut alarm } => match future.poll(cx) {
                     Poll::Ready(Ok(response)) => {
                         let mut answer = Poll::Ready(Ok(M::wrap(response)));
                         answered(this.sending.as_deref());
@@ -215,15 +216,15 @@ where
                                     Next::Forever => return Poll::Pending,
                                     Next::Stalled => Phase::Sending,
                                     Next::Until { at, phase, is_final } => {
-                                        set(timer.as_mut(), at);
+                                        alarm.as_mut().set(at);
                                         *this.waits_for = is_final.then_some(phase);
                                         phase
                                     }
                                 }
                             }
                         };
-                        if let (Some(timer), true) = (timer.as_pin_mut(), phase != Phase::Sending) {
-                            ready!(timer.poll(cx));
+                        if phase != Phase::Sending {
+                            ready!(alarm.poll(cx));
                         }
                         phase
                     }
@@ -255,15 +256,6 @@ fn answered(sending: Option<&Sending>) -> Option<Stage> {
     let sending = sending?;
     sending.end(Stage::Answered);
     Some(sending.stage())
-}
-
-#[inline]
-fn set(mut timer: Pin<&mut Option<Sleep>>, at: Instant) {
-    match timer.as_mut().as_pin_mut() {
-        None => timer.set(Some(sleep_until(at))),
-        Some(timer) if timer.deadline() != at => timer.reset(at),
-        Some(_) => {}
-    }
 }
 
 impl<F, Req, M, R> fmt::Debug for ResponseFuture<F, Req, M, R> {

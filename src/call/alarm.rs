@@ -1,0 +1,208 @@
+//! One timer for a task, however many of its layers wait for the same moment.
+
+use std::{
+    cell::Cell,
+    future::Future,
+    pin::Pin,
+    ptr,
+    task::{Context, Poll, RawWakerVTable},
+};
+
+use pin_project_lite::pin_project;
+use tokio::time::{Instant, Sleep, sleep_until};
+
+pin_project! {
+    /// Wakes its task at a time: by a timer of its own, unless what it is around has set one that is due no later.
+    ///
+    /// With a deadline, each layer that keeps it would set its own for the same moment, and a timer is two turns of the
+    /// runtime's lock. Whoever has an alarm [listens](Self::listen) before it polls what is further in, and asks the
+    /// alarm after: what was set in between, for the same task, and is still there wakes that task, which comes by
+    /// here again.
+    pub(crate) struct Alarm {
+        at: Option<Instant>,
+        #[pin]
+        timer: Option<Sleep>,
+    }
+
+    impl PinnedDrop for Alarm {
+        fn drop(this: Pin<&mut Self>) {
+            this.clear();
+        }
+    }
+}
+
+/// An alarm that is set.
+#[derive(Clone, Copy)]
+struct Set {
+    at: Instant,
+    task: Task,
+    by: *const Alarm,
+}
+
+/// What a waker wakes.
+type Task = (*const (), *const RawWakerVTable);
+
+thread_local! {
+    /// The last one that was set in this poll.
+    static SET: Cell<Option<Set>> = const { Cell::new(None) };
+}
+
+impl Alarm {
+    pub(crate) const fn new() -> Self {
+        Self { at: None, timer: None }
+    }
+
+    /// From here on it is heard what others set.
+    #[inline]
+    pub(crate) fn listen() {
+        SET.set(None);
+    }
+
+    pub(crate) fn set(self: Pin<&mut Self>, at: Instant) {
+        *self.project().at = Some(at);
+    }
+
+    /// Nobody is to be woken any more.
+    pub(crate) fn clear(mut self: Pin<&mut Self>) {
+        if self.at.is_some() {
+            let own = ptr::from_ref(&*self);
+            if SET.get().is_some_and(|set| set.by == own) {
+                SET.set(None);
+            }
+            let mut this = self.as_mut().project();
+            *this.at = None;
+            this.timer.set(None);
+        }
+    }
+
+    /// Ready once it is time; never, if it is not set.
+    pub(crate) fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let by = ptr::from_ref(&*self);
+        let mut this = self.project();
+        let Some(at) = *this.at else { return Poll::Pending };
+        let task: Task = (cx.waker().data(), cx.waker().vtable());
+        let heard = SET.get().filter(|set| set.task == task && set.by != by);
+        if heard.is_some_and(|set| set.at <= at) {
+            return Poll::Pending;
+        }
+        match this.timer.as_mut().as_pin_mut() {
+            None => this.timer.set(Some(sleep_until(at))),
+            Some(timer) if timer.deadline() != at => timer.reset(at),
+            Some(_) => {}
+        }
+        let over = this.timer.as_pin_mut().map_or(Poll::Pending, |timer| timer.poll(cx));
+        if over.is_pending() {
+            SET.set(Some(Set { at, task, by }));
+        }
+        over
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        future::poll_fn,
+        pin::pin,
+        sync::{
+            Arc,
+            atomic::{AtomicU32, Ordering::SeqCst},
+        },
+        task::{Wake, Waker},
+        time::Duration,
+    };
+
+    use tokio::time::advance;
+
+    use super::*;
+
+    const fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    /// Counts how often it is woken.
+    #[derive(Default)]
+    struct Counts(AtomicU32);
+
+    impl Wake for Counts {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, SeqCst);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_is_set_further_in_and_no_later_is_enough() {
+        let now = Instant::now();
+        for (inner, outer, own) in [(5, 9, false), (9, 9, false), (9, 5, true)] {
+            let (mut further_in, mut around) = (pin!(Alarm::new()), pin!(Alarm::new()));
+            further_in.as_mut().set(now + ms(inner));
+            around.as_mut().set(now + ms(outer));
+            let pending = poll_fn(|cx| {
+                Alarm::listen();
+                let pending = further_in.as_mut().poll(cx).is_pending();
+                Poll::Ready(pending && around.as_mut().poll(cx).is_pending())
+            });
+            assert!(pending.await);
+            assert_eq!(around.timer.is_some(), own, "{inner} {outer}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_relies_on_nothing_that_is_gone_or_was_not_asked_or_is_another_task_s() {
+        let at = Instant::now() + ms(5);
+        for what in ["gone", "not asked", "another task's", "its own"] {
+            let mut around = pin!(Alarm::new());
+            around.as_mut().set(at);
+            let mut further_in = Box::pin(Alarm::new());
+            further_in.as_mut().set(at);
+            poll_fn(|cx| {
+                Alarm::listen();
+                match what {
+                    "not asked" => {
+                        assert!(further_in.as_mut().poll(cx).is_pending());
+                        Alarm::listen();
+                    }
+                    "another task's" => {
+                        let waker = Waker::from(Arc::new(Counts::default()));
+                        let cx = &mut Context::from_waker(&waker);
+                        assert!(further_in.as_mut().poll(cx).is_pending());
+                    }
+                    "gone" => {
+                        assert!(further_in.as_mut().poll(cx).is_pending());
+                        further_in.set(Alarm::new());
+                    }
+                    _ => {
+                        assert!(around.as_mut().poll(cx).is_pending());
+                        around.as_mut().project().timer.set(None);
+                    }
+                }
+                assert!(around.as_mut().poll(cx).is_pending());
+                Poll::Ready(())
+            })
+            .await;
+            assert!(around.timer.is_some(), "{what}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_comes_at_its_time() {
+        let (start, counts) = (Instant::now(), Arc::new(Counts::default()));
+        let waker = Waker::from(counts.clone());
+        let mut cx = Context::from_waker(&waker);
+        let (mut further_in, mut around) = (pin!(Alarm::new()), pin!(Alarm::new()));
+        further_in.as_mut().set(start + ms(5));
+        around.as_mut().set(start + ms(9));
+        let mut poll = || {
+            Alarm::listen();
+            let first = further_in.as_mut().poll(&mut cx);
+            if first.is_ready() {
+                further_in.as_mut().clear();
+            }
+            (first.is_ready(), around.as_mut().poll(&mut cx).is_ready())
+        };
+        assert_eq!(poll(), (false, false));
+        advance(ms(5)).await;
+        assert_eq!((counts.0.load(SeqCst), poll()), (1, (true, false)), "woken by the first");
+        advance(ms(4)).await;
+        assert_eq!((counts.0.load(SeqCst), poll()), (2, (false, true)), "and by the other's own");
+    }
+}
