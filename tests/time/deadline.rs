@@ -1,7 +1,9 @@
 //! One deadline: who sets it, who keeps it, and what the next hop is told.
 
 use std::{
+    future::{Future, pending, poll_fn},
     sync::{Arc, Mutex},
+    task::Poll,
     time::Duration,
 };
 
@@ -164,6 +166,25 @@ async fn a_stream_is_cut_at_it() {
     let response = service.oneshot(request()).await.unwrap();
     let (frames, end) = drain(response.into_body()).await;
     assert_eq!((frames, phase_of(&end.unwrap_err())), (2, Phase::Deadline));
+}
+
+#[tokio::test(start_paused = true)]
+async fn it_is_kept_also_when_a_call_further_in_is_dropped_that_would_have_woken_for_it() {
+    let timed = TimeoutLayer::http()
+        .layer(serve(|_: Request<_>| pending::<Result<Response<Nothing>, BoxError>>()));
+    let dropping = serve(move |request: Request<Nothing>| {
+        let mut call = Some(Box::pin(timed.clone().oneshot(request)));
+        poll_fn(move |cx| {
+            if let Some(mut call) = call.take() {
+                assert!(call.as_mut().poll(cx).is_pending(), "it has set its timer");
+            }
+            Poll::<Result<Response<Nothing>, BoxError>>::Pending
+        })
+    });
+    let start = Instant::now();
+    let call = DeadlineLayer::new().default_of(secs(2)).layer(dropping).oneshot(request());
+    let error = call.await.unwrap_err();
+    assert_eq!((phase_of(&error), start.elapsed()), (Phase::Deadline, secs(2)));
 }
 
 #[tokio::test(start_paused = true)]
