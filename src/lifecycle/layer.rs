@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     admission::{Admission, ResponseFuture, Reusable},
-    call::{Giver, Http, Judge, Lease, Permit, Respond, Striped, TrackedBody},
+    call::{Http, Lease, Respond, Striped, TrackedBody},
 };
 
 /// Counts calls to the end of their bodies, puts a [`Drain`] into every request's extensions, and refuses calls
@@ -45,15 +45,15 @@ impl<S> Layer<S> for LifecycleLayer {
     type Service = WithLifecycle<S>;
 
     fn layer(&self, inner: S) -> WithLifecycle<S> {
-        let (state, follow) = (Entrance(self.state.clone()), Follow(self.state.clone()));
-        WithLifecycle { admission: Admission::new(inner, state, follow, Respond, None) }
+        let entrance = Entrance(self.state.clone());
+        WithLifecycle { admission: Admission::new(inner, entrance, Http, Respond, None) }
     }
 }
 
 /// The service of a [`LifecycleLayer`].
 #[derive(Clone)]
 pub struct WithLifecycle<S> {
-    admission: Admission<S, Entrance, Follow, Respond>,
+    admission: Admission<S, Entrance, Http, Respond>,
 }
 
 impl<S> WithLifecycle<S> {
@@ -70,19 +70,20 @@ where
 {
     type Response = Response<TrackedBody<B>>;
     type Error = S::Error;
-    type Future = LifecycleFuture<
-        ResponseFuture<S, Request<ReqB>, S::Future, (), Entrance, Follow, Respond>,
-    >;
+    type Future =
+        LifecycleFuture<ResponseFuture<S, Request<ReqB>, S::Future, (), Entrance, Http, Respond>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         Service::<Request<ReqB>>::poll_ready(&mut self.admission, cx)
     }
 
     #[inline]
-    fn call(&mut self, request: Request<ReqB>) -> Self::Future {
+    fn call(&mut self, mut request: Request<ReqB>) -> Self::Future {
+        let Entrance(state) = self.admission.policy();
+        request.extensions_mut().insert(Drain::new(state.lease()));
         // HTTP/2 knows no such header.
         let closes = request.version() < Version::HTTP_2;
-        let state = closes.then(|| self.admission.policy().0.lease());
+        let state = closes.then(|| state.lease());
         LifecycleFuture { future: self.admission.call(request), state }
     }
 }
@@ -125,33 +126,6 @@ fn close(headers: &mut HeaderMap) {
     }
 }
 
-/// [`Http`], with a token in the request.
-#[derive(Clone)]
-pub struct Follow(Striped<State>);
-
-impl<ReqB, B, E> Judge<Request<ReqB>, Response<B>, E> for Follow
-where
-    B: Body,
-    E: 'static,
-{
-    type Response = Response<TrackedBody<B>>;
-    type Call = ();
-
-    fn begin<G: Giver>(&self, request: &mut Request<ReqB>, _: impl FnOnce() -> Permit<G>) {
-        request.extensions_mut().insert(Drain::new(self.0.lease()));
-    }
-
-    #[inline]
-    fn wrap(response: Response<B>) -> Self::Response {
-        <Http as Judge<Request<ReqB>, Response<B>, E>>::wrap(response)
-    }
-
-    #[inline]
-    fn judge<G: Giver>((): (), result: Result<&mut Self::Response, &E>, permit: &mut Permit<G>) {
-        <Http as Judge<Request<ReqB>, Response<B>, E>>::judge((), result, permit);
-    }
-}
-
 impl fmt::Debug for LifecycleLayer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LifecycleLayer").field("state", &self.state).finish()
@@ -169,11 +143,5 @@ impl<S> fmt::Debug for WithLifecycle<S> {
 impl<F> fmt::Debug for LifecycleFuture<F> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("LifecycleFuture")
-    }
-}
-
-impl fmt::Debug for Follow {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Follow")
     }
 }
