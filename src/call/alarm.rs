@@ -3,6 +3,7 @@
 use std::{
     cell::Cell,
     future::Future,
+    mem,
     pin::Pin,
     ptr,
     task::{Context, Poll, RawWakerVTable},
@@ -16,8 +17,9 @@ pin_project! {
     ///
     /// With a deadline, each layer that keeps it would set its own for the same moment, and a timer is two turns of the
     /// runtime's lock. Whoever has an alarm [listens](Self::listen) before it polls what is further in, and asks the
-    /// alarm after: what was set in between, for the same task, and is still there wakes that task, which comes by
-    /// here again.
+    /// alarm after: what was set in between, for the same task, and lies within what was polled wakes that task, which
+    /// comes by here again. Pinned within it, it goes nowhere else, and is dropped only while that is polled or dropped:
+    /// what is in a box of its own may be polled once here and then go on in another task.
     pub(crate) struct Alarm {
         at: Option<Instant>,
         #[pin]
@@ -75,13 +77,15 @@ impl Alarm {
         }
     }
 
-    /// Ready once it is time; never, if it is not set.
-    pub(crate) fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+    /// Ready once it is time; never, if it is not set. Beside what it is around, which has just been polled.
+    pub(crate) fn poll<F>(self: Pin<&mut Self>, around: &F, cx: &mut Context<'_>) -> Poll<()> {
         let by = ptr::from_ref(&*self);
         let mut this = self.project();
         let Some(at) = *this.at else { return Poll::Pending };
         let task: Task = (cx.waker().data(), cx.waker().vtable());
-        let heard = SET.get().filter(|set| set.task == task && set.by != by);
+        let start = ptr::from_ref(around).addr();
+        let within = start..start + mem::size_of_val(around);
+        let heard = SET.get().filter(|set| set.task == task && within.contains(&set.by.addr()));
         if heard.is_some_and(|set| set.at <= at) {
             return Poll::Pending;
         }
@@ -102,7 +106,6 @@ impl Alarm {
 mod tests {
     use std::{
         future::poll_fn,
-        pin::pin,
         sync::{
             Arc,
             atomic::{AtomicU32, Ordering::SeqCst},
@@ -129,57 +132,86 @@ mod tests {
         }
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn one_that_is_set_further_in_and_no_later_is_enough() {
-        let now = Instant::now();
-        for (inner, outer, own) in [(5, 9, false), (9, 9, false), (9, 5, true)] {
-            let (mut further_in, mut around) = (pin!(Alarm::new()), pin!(Alarm::new()));
-            further_in.as_mut().set(now + ms(inner));
-            around.as_mut().set(now + ms(outer));
-            let pending = poll_fn(|cx| {
-                Alarm::listen();
-                let pending = further_in.as_mut().poll(cx).is_pending();
-                Poll::Ready(pending && around.as_mut().poll(cx).is_pending())
+    /// One alarm beside what it is around, which has another, and is polled once or more.
+    struct Nested {
+        around: Pin<Box<Alarm>>,
+        further_in: Pin<Box<Inner>>,
+    }
+
+    pin_project! {
+        struct Inner {
+            #[pin]
+            alarm: Option<Alarm>,
+        }
+    }
+
+    impl Nested {
+        fn of(inner: Instant, outer: Instant) -> Self {
+            let mut alarms = [inner, outer].map(|at| {
+                let mut alarm = Alarm::new();
+                alarm.at = Some(at);
+                Some(alarm)
             });
-            assert!(pending.await);
-            assert_eq!(around.timer.is_some(), own, "{inner} {outer}");
+            let around = Box::pin(alarms[1].take().expect("two"));
+            Self { around, further_in: Box::pin(Inner { alarm: alarms[0].take() }) }
+        }
+
+        fn inner(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+            let alarm = self.further_in.as_mut().project().alarm.as_pin_mut();
+            alarm.map_or(Poll::Pending, |alarm| alarm.poll(&(), cx))
+        }
+
+        fn outer(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+            self.around.as_mut().poll(&*self.further_in, cx)
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn it_relies_on_nothing_that_is_gone_or_was_not_asked_or_is_another_task_s() {
+    async fn one_that_is_set_further_in_and_no_later_is_enough() {
+        let now = Instant::now();
+        for (inner, outer, own) in [(5, 9, false), (9, 9, false), (9, 5, true)] {
+            let mut nested = Nested::of(now + ms(inner), now + ms(outer));
+            let pending = poll_fn(|cx| {
+                Alarm::listen();
+                let pending = nested.inner(cx).is_pending();
+                Poll::Ready(pending && nested.outer(cx).is_pending())
+            });
+            assert!(pending.await);
+            assert_eq!(nested.around.timer.is_some(), own, "{inner} {outer}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_relies_on_nothing_that_is_gone_or_was_not_asked_or_may_go_elsewhere() {
         let at = Instant::now() + ms(5);
-        for what in ["gone", "not asked", "another task's", "its own"] {
-            let mut around = pin!(Alarm::new());
-            around.as_mut().set(at);
-            let mut further_in = Box::pin(Alarm::new());
-            further_in.as_mut().set(at);
+        for what in ["gone", "not asked", "another task's", "in a box of its own", "its own"] {
+            let (mut nested, mut boxed) = (Nested::of(at, at), Nested::of(at, at));
             poll_fn(|cx| {
                 Alarm::listen();
                 match what {
                     "not asked" => {
-                        assert!(further_in.as_mut().poll(cx).is_pending());
+                        assert!(nested.inner(cx).is_pending());
                         Alarm::listen();
                     }
                     "another task's" => {
                         let waker = Waker::from(Arc::new(Counts::default()));
-                        let cx = &mut Context::from_waker(&waker);
-                        assert!(further_in.as_mut().poll(cx).is_pending());
+                        assert!(nested.inner(&mut Context::from_waker(&waker)).is_pending());
                     }
                     "gone" => {
-                        assert!(further_in.as_mut().poll(cx).is_pending());
-                        further_in.set(Alarm::new());
+                        assert!(nested.inner(cx).is_pending());
+                        nested.further_in.as_mut().project().alarm.set(None);
                     }
+                    "in a box of its own" => assert!(boxed.inner(cx).is_pending()),
                     _ => {
-                        assert!(around.as_mut().poll(cx).is_pending());
-                        around.as_mut().project().timer.set(None);
+                        assert!(nested.outer(cx).is_pending());
+                        nested.around.as_mut().project().timer.set(None);
                     }
                 }
-                assert!(around.as_mut().poll(cx).is_pending());
+                assert!(nested.outer(cx).is_pending());
                 Poll::Ready(())
             })
             .await;
-            assert!(around.timer.is_some(), "{what}");
+            assert!(nested.around.timer.is_some(), "{what}");
         }
     }
 
@@ -188,16 +220,14 @@ mod tests {
         let (start, counts) = (Instant::now(), Arc::new(Counts::default()));
         let waker = Waker::from(counts.clone());
         let mut cx = Context::from_waker(&waker);
-        let (mut further_in, mut around) = (pin!(Alarm::new()), pin!(Alarm::new()));
-        further_in.as_mut().set(start + ms(5));
-        around.as_mut().set(start + ms(9));
+        let mut nested = Nested::of(start + ms(5), start + ms(9));
         let mut poll = || {
             Alarm::listen();
-            let first = further_in.as_mut().poll(&mut cx);
+            let first = nested.inner(&mut cx);
             if first.is_ready() {
-                further_in.as_mut().clear();
+                nested.further_in.as_mut().project().alarm.set(None);
             }
-            (first.is_ready(), around.as_mut().poll(&mut cx).is_ready())
+            (first.is_ready(), nested.outer(&mut cx).is_ready())
         };
         assert_eq!(poll(), (false, false));
         advance(ms(5)).await;

@@ -57,12 +57,12 @@ impl<F, H> Weighed<F, H> {
         F: Future<Output = T>,
     {
         let mut this = self.project();
-        let StateProj::Calling { future, waited_for } = this.state.project() else {
+        let StateProj::Calling { mut future, waited_for } = this.state.project() else {
             return Poll::Ready(Head::Held);
         };
         // The answer before the timer: one that is here is not too late.
         Alarm::listen();
-        if let Poll::Ready(result) = future.poll(cx) {
+        if let Poll::Ready(result) = future.as_mut().poll(cx) {
             return Poll::Ready(Head::Here(result));
         }
         if !mem::replace(waited_for, true) {
@@ -70,7 +70,7 @@ impl<F, H> Weighed<F, H> {
                 this.alarm.as_mut().set(until);
             }
         }
-        this.alarm.poll(cx).map(|()| Head::Late)
+        this.alarm.poll(&*future, cx).map(|()| Head::Late)
     }
 
     /// Holds an answer, with what is known of it by its head. What made it is gone with that.
@@ -101,7 +101,7 @@ impl<F, H> Weighed<F, H> {
                 this.alarm.as_mut().set(at);
             }
         }
-        ready!(this.alarm.poll(cx));
+        ready!(this.alarm.poll(held, cx));
         // A stream that has begun slowly: the caller's.
         Poll::Ready((Class::Final, Outcome::success()))
     }

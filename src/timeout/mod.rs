@@ -110,7 +110,8 @@
 //! # Cost
 //!
 //! An answer that is ready costs no timer, no clock, no allocation and no atomic operation. A call that waits makes one
-//! timer, or none, if a timeout, a retry or a deadline further in has set one that is due no later; a body that makes its reader wait another, in a box. A request that has a body costs a small allocation, on a
+//! timer, or none, if a timeout, a retry or a deadline further in, no box in between, has set one that is due no later;
+//! a body that makes its reader wait another, in a box. A request that has a body costs a small allocation, on a
 //! server two.
 //! With a total, each frame reads the clock.
 //!

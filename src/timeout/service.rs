@@ -182,7 +182,7 @@ where
         loop {
             Alarm::listen();
             let phase = match this.state.as_mut().project() {
-                StandProj::Called { future, mut alarm } => match future.poll(cx) {
+                StandProj::Called { mut future, mut alarm } => match future.as_mut().poll(cx) {
                     Poll::Ready(Ok(response)) => {
                         let mut answer = Poll::Ready(Ok(M::wrap(response)));
                         answered(this.sending.as_deref());
@@ -224,7 +224,7 @@ where
                             }
                         };
                         if phase != Phase::Sending {
-                            ready!(alarm.poll(cx));
+                            ready!(alarm.poll(&*future, cx));
                         }
                         phase
                     }

@@ -187,6 +187,27 @@ async fn it_is_kept_also_when_a_call_further_in_is_dropped_that_would_have_woken
     assert_eq!((phase_of(&error), start.elapsed()), (Phase::Deadline, secs(2)));
 }
 
+/// A call that is polled once and then goes on in a task of its own wakes that one, and nobody here.
+#[tokio::test(start_paused = true)]
+async fn it_is_kept_also_when_a_call_further_in_goes_on_in_another_task() {
+    let timed = TimeoutLayer::http()
+        .layer(serve(|_: Request<_>| pending::<Result<Response<Nothing>, BoxError>>()));
+    let detaching = serve(move |request: Request<Nothing>| {
+        let mut call = Some(Box::pin(timed.clone().oneshot(request)));
+        poll_fn(move |cx| {
+            if let Some(mut call) = call.take() {
+                assert!(call.as_mut().poll(cx).is_pending());
+                tokio::spawn(call);
+            }
+            Poll::<Result<Response<Nothing>, BoxError>>::Pending
+        })
+    });
+    let start = Instant::now();
+    let call = DeadlineLayer::new().default_of(secs(2)).layer(detaching).oneshot(request());
+    let error = tokio::time::timeout(secs(60), call).await.expect("it is kept").unwrap_err();
+    assert_eq!((phase_of(&error), start.elapsed()), (Phase::Deadline, secs(2)));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_requests_own_times_are_those_of_its_attempts() {
     let (inner, watch) = Strict::holding();
