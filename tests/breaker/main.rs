@@ -14,6 +14,7 @@ mod breaker {
     mod hostile;
     mod keys;
     mod kit;
+    mod lives;
     mod model;
     mod opening;
     mod schedules;
