@@ -10,7 +10,7 @@ use tokio::time::{Sleep, sleep_until};
 use tower_service::Service;
 
 use super::{Admit, Policy, shut::ShutWatch};
-use crate::call::{Form, Judge, Permit, Protocol, Reject, Rejected, RejectedKind};
+use crate::call::{Form, Judge, Permit, Protocol, Reject, Rejected};
 
 pin_project! {
     /// The future of an admission layer's call.
@@ -148,8 +148,8 @@ pin_project! {
         policy: P,
         protocol: M,
         shut: ShutWatch,
-        // When its caller needs the answer, once it waits for the inner service.
-        late: Option<Pin<Box<Sleep>>>,
+        // Once it waits for the inner service: when its caller needs the answer, if that matters.
+        late: Option<Option<Pin<Box<Sleep>>>>,
     }
 }
 
@@ -213,14 +213,15 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
             let Some(request) = this.request.as_ref() else {
                 unreachable!("polled after completion")
             };
-            if this.late.is_none() {
-                let deadline = this.protocol.deadline(request);
-                *this.late = deadline.map(|at| Box::pin(sleep_until(at)));
-            }
-            if this.late.as_mut().is_some_and(|late| late.as_mut().poll(cx).is_ready()) {
-                *this.permit = None;
-                let late = Rejected::by(P::LAYER, RejectedKind::DeadlinePassed);
-                return Poll::Ready(Err(Stop::Rejected(late)));
+            let late = this.late.get_or_insert_with(|| {
+                this.protocol.deadline(request).map(|at| Box::pin(sleep_until(at)))
+            });
+            if late.as_mut().is_some_and(|late| late.as_mut().poll(cx).is_ready()) {
+                *late = None;
+                if let Some(rejected) = this.policy.too_late(request) {
+                    *this.permit = None;
+                    return Poll::Ready(Err(Stop::Rejected(rejected)));
+                }
             }
             // Not `peek`: to a probe that waits here, its own slot looks taken.
             let stale = || this.permit.as_ref().is_none_or(|permit| this.policy.is_stale(permit));

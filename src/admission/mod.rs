@@ -12,7 +12,7 @@ use tokio::{sync::Notify, time::Instant};
 
 pub use self::future::ResponseFuture;
 pub(crate) use self::{layer::Plan, layer::admission_layer, service::Admission};
-use crate::call::{Giver, LayerKind, Permit, Rejected};
+use crate::call::{Giver, LayerKind, Permit, Rejected, RejectedKind};
 
 /// What a policy says to a call.
 #[derive(Debug)]
@@ -55,6 +55,13 @@ pub trait Policy<Req>: Clone + Send + Sync + 'static {
     fn is_stale(&self, permit: &Permit<Self::Giver>) -> bool {
         let _ = permit;
         false
+    }
+
+    /// The refusal of a call that may go, and waits for the inner service longer than its caller waits for it. None:
+    /// it is not to be refused.
+    fn too_late(&self, request: &Req) -> Option<Rejected> {
+        let _ = request;
+        Some(Rejected::by(Self::LAYER, RejectedKind::DeadlinePassed))
     }
 
     /// What wakes those who wait for the inner service when [`peek`](Self::peek) turns false, or the permit

@@ -22,7 +22,7 @@ use super::{
 use crate::{
     ConfigError,
     admission::{Admit, Plan, Policy, admission_layer},
-    call::{Anchor, LayerKind, Lease, Nanos, Origin, Permit, Token},
+    call::{Anchor, LayerKind, Lease, Nanos, Origin, Permit, Rejected, Token},
 };
 
 /// What of a request tells which circuit it belongs to. Any closure over the request is one.
@@ -186,6 +186,10 @@ where
 
     fn is_stale(&self, permit: &Permit<Giver>) -> bool {
         policy::is_stale(permit)
+    }
+
+    fn too_late(&self, request: &Req) -> Option<Rejected> {
+        policy::too_late(&self.circuits.find(&self.key.key(request)))
     }
 
     /// Known once there is a permit.

@@ -119,6 +119,10 @@ impl<Req> Policy<Req> for Breaker {
         is_stale(permit)
     }
 
+    fn too_late(&self, _: &Req) -> Option<Rejected> {
+        too_late(self)
+    }
+
     fn shut(&self, _: Option<&Permit<Giver>>) -> Option<Arc<Notify>> {
         Some(self.changed().clone())
     }
@@ -144,6 +148,10 @@ pub(super) fn is_stale(permit: &Permit<Giver>) -> bool {
         Anchor::Counted(circuit) => circuit.is_late(permit.token()),
         Anchor::Lasting(front) => is_late(front, permit.token()),
     })
+}
+
+pub(super) fn too_late(circuit: &Circuit) -> Option<Rejected> {
+    (!circuit.is_shadow()).then(|| circuit.refuse_late())
 }
 
 #[inline]

@@ -10,7 +10,9 @@ use super::{
 };
 use crate::{
     admission::{Admit, Policy},
-    call::{Anchor, Finish, Hold, LayerKind, Outcome, Permit, RejectedKind, Token, has_passed},
+    call::{
+        Anchor, Finish, Hold, LayerKind, Outcome, Permit, Rejected, RejectedKind, Token, has_passed,
+    },
 };
 
 impl<Req> Policy<Req> for Limit {
@@ -41,6 +43,10 @@ impl<Req> Policy<Req> for Limit {
     fn permit(&self, token: Token) -> Permit<Anchor<Limiter>> {
         Limit::permit(self, token)
     }
+
+    fn too_late(&self, _: &Req) -> Option<Rejected> {
+        self.turn_away(RejectedKind::DeadlinePassed).err()
+    }
 }
 
 impl<Req, K: Sort<Req>> Policy<Req> for Sorted<K> {
@@ -70,6 +76,13 @@ impl<Req, K: Sort<Req>> Policy<Req> for Sorted<K> {
 
     fn permit(&self, token: Token) -> Permit<Anchor<Limiter>> {
         self.limiter.permit(token)
+    }
+
+    fn too_late(&self, request: &Req) -> Option<Rejected> {
+        if self.sort.claim(request).exempt {
+            return None;
+        }
+        self.limiter.turn_away(RejectedKind::DeadlinePassed).err()
     }
 }
 

@@ -1,10 +1,12 @@
 //! How long it stays open, what its probes decide, and who waits for them.
 
+use buttress::Deadline;
 use tokio::time::advance;
-use tokio_test::{assert_pending, assert_ready, assert_ready_ok};
+use tokio_test::{assert_pending, assert_ready, assert_ready_ok, task};
+use tower::Service;
 
 use super::kit::*;
-use crate::support::{empty, refused_as, status};
+use crate::support::{empty, refused_as, request, status};
 
 // ===== The wait =====
 
@@ -189,4 +191,29 @@ async fn who_waits_takes_the_slot_of_a_cancelled_probe() {
     rig.watch.end(number + 2, Ok(empty()));
     assert_ready_ok!(second.poll());
     assert_eq!(rig.state(), State::Closed);
+}
+
+/// An inner service that is not ready in time: counted and named as any refusal is, and by nobody in shadow mode.
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_the_inner_service_is_refused_at_its_deadline() {
+    for shadow in [false, true] {
+        let rig = Rig::new(touchy().name("search"));
+        rig.handle.shadow(shadow);
+        rig.watch.set_ready(false);
+        let mut due = request();
+        due.extensions_mut().insert(Deadline::after(ms(300)));
+        let mut call = task::spawn(rig.service.clone().call(due));
+        for _ in 0..2 {
+            assert_pending!(call.poll());
+            advance(ms(200)).await;
+        }
+        if shadow {
+            assert_pending!(call.poll());
+        } else {
+            let told = assert_ready!(call.poll()).unwrap_err();
+            let told = buttress::Rejected::find(&*told).unwrap();
+            assert_eq!((told.kind(), told.name()), (RejectedKind::DeadlinePassed, Some("search")));
+        }
+        assert_eq!(rig.handle.snapshot().refused, u64::from(!shadow));
+    }
 }

@@ -595,7 +595,6 @@ async fn a_waiter_is_dropped_at_its_deadline() {
     assert_eq!(handle.in_flight(), 0);
 }
 
-/// Its place goes to the next, who may still be in time.
 /// Its turn has come, and what it would call is not ready: it waits no longer than its caller does.
 #[tokio::test(start_paused = true)]
 async fn who_waits_for_the_inner_service_is_refused_at_its_deadline() {
@@ -611,8 +610,39 @@ async fn who_waits_for_the_inner_service_is_refused_at_its_deadline() {
     assert!(next.is_woken());
     assert_eq!(refused_as(assert_ready!(next.poll())), RejectedKind::DeadlinePassed);
     assert_eq!((handle.in_flight(), watch.seen().calls), (0, 1));
+    assert_eq!(handle.snapshot().refused_deadline, 1, "and counted");
 }
 
+/// In shadow mode nobody is refused, and neither is who is exempt.
+#[tokio::test(start_paused = true)]
+async fn who_is_never_refused_waits_on_for_the_inner_service() {
+    for shadow in [true, false] {
+        let (inner, watch) = Strict::holding();
+        watch.set_ready(false);
+        let layer = ConcurrencyLimitLayer::new(1);
+        let handle = layer.handle();
+        handle.shadow(shadow);
+        let mut request = request();
+        request.extensions_mut().insert(Deadline::after(Duration::from_millis(300)));
+        let mut call = if shadow {
+            task::spawn(layer.layer(inner).clone().call(request).boxed())
+        } else {
+            task::spawn(layer.exempt_paths(["/"]).layer(inner).call(request).boxed())
+        };
+        for _ in 0..3 {
+            assert_pending!(call.poll());
+            advance(Duration::from_millis(200)).await;
+        }
+        let seen = handle.snapshot();
+        assert_eq!((seen.refused_deadline, seen.shadowed), (0, u64::from(shadow)), "{shadow}");
+        watch.set_ready(true);
+        assert_pending!(call.poll());
+        assert!(watch.end(0, Ok(empty())));
+        assert!(assert_ready!(call.poll()).is_ok());
+    }
+}
+
+/// Its place goes to the next, who may still be in time.
 #[tokio::test(start_paused = true)]
 async fn a_turn_does_not_beat_the_callers_deadline() {
     let (service, watch, handle) = limit(1, 8);
