@@ -220,10 +220,11 @@ impl HedgeConfig {
         let layer = match (self.after, self.percentile) {
             (Some(time), _) => HedgeLayer::http(time),
             (None, Some(share)) => HedgeLayer::after_percentile(share),
-            (None, None) => return Ok(HedgeLayer::off()),
+            (None, None) => HedgeLayer::off(),
         };
         let budget = RetryBudget::with(budget_ratio, budget_per_second, budget_cap);
-        layer.budget(budget).replay_up_to(self.replay_up_to).checked()
+        let layer = layer.budget(budget).replay_up_to(self.replay_up_to);
+        if self.is_on() { layer } else { layer.without_budget() }.checked()
     }
 }
 

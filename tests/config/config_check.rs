@@ -78,6 +78,11 @@ fn a_second_copy_that_is_due_when_the_attempt_is_over() {
          a `timeout_head` of more than 30s",
     );
     assert!(told("hedge_after = '0s'")[0].starts_with("`hedge_after` is 0ns: use more than zero"));
+    let budget = told("hedge_budget_ratio = 95");
+    assert!(
+        budget[0].starts_with("`hedge_budget_ratio` is 95.0: use a share"),
+        "also if it is off"
+    );
     assert!(
         told("hedge_percentile = 95")[0].starts_with("`hedge_percentile` is 95.0: use a share")
     );
