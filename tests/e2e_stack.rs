@@ -16,7 +16,9 @@ use axum::{Extension, Router, http::StatusCode, routing::get};
 use buttress::{
     Attempts, Deadline, Rejected,
     breaker::State,
+    call::RejectedKind,
     config::{ClientConfig, ServerConfig},
+    health::ProbeState,
     stack::{Client, HealthStatus},
 };
 use http::Request;
@@ -103,6 +105,41 @@ async fn config_makes_a_client_that_tries_again_and_tells_what_it_did() {
     let connections = handle.connections().unwrap().snapshot();
     assert_eq!((connections.max_total, connections.failed), (Some(3), 0));
     assert!(connections.created <= 3 && connections.reused >= 200, "{connections:?}");
+}
+
+#[tokio::test]
+async fn config_makes_a_client_that_calls_nobody_while_its_probe_says_that_it_is_down() {
+    let (well, calls) = (Arc::new(AtomicUsize::new(200)), Arc::new(AtomicUsize::new(0)));
+    let (says, counts) = (well.clone(), calls.clone());
+    let app = Router::new()
+        .route("/", get(async move || counts.fetch_add(1, SeqCst).to_string()))
+        .route("/up", get(async move || StatusCode::from_u16(says.load(SeqCst) as u16).unwrap()));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = listener.local_addr().unwrap();
+    tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+    let settings = format!("[probe]\nuri = 'http://{at}/up'\nevery = '10ms'\nfall = 2");
+    let config = ClientConfig::load("search").toml(&settings).finish().unwrap();
+    let client = buttress::client::<Body>(&config).unwrap();
+    let (handle, probe) = (client.handle(), client.handle().probe().unwrap());
+    assert_eq!(net::soon(probe.changed()).await, ProbeState::Up);
+    assert_eq!(net::soon(client.request(to(at))).await.unwrap().status(), 200);
+
+    well.store(500, SeqCst);
+    assert_eq!(net::soon(probe.changed()).await, ProbeState::Down);
+    let error = net::soon(client.request(to(at))).await.map(drop).unwrap_err();
+    let refused = Rejected::find(&*error).unwrap();
+    assert_eq!((refused.kind(), refused.name()), (RejectedKind::Unhealthy, Some("search")));
+    let seen = handle.snapshot();
+    assert_eq!((seen.probe, seen.healthy), (Some(ProbeState::Down), false));
+    assert_eq!((seen.refused, calls.load(SeqCst)), (1, 1), "nobody was called");
+    assert_eq!(seen.breaker_opened, 0);
+
+    well.store(200, SeqCst);
+    assert_eq!(net::soon(probe.changed()).await, ProbeState::Up);
+    assert_eq!(net::soon(client.request(to(at))).await.unwrap().status(), 200);
+    assert_eq!(net::soon(client.check_health()).await.status, HealthStatus::Healthy);
+    // Without one nothing is asked, and nothing refused.
+    assert!(self::client(at, "").handle().probe().is_none());
 }
 
 #[tokio::test]

@@ -21,6 +21,7 @@ pub(super) const CLIENT: &[Rule<ClientConfig>] = &[
             keyed(&c.breaker, c.breaker.layer().err()),
             keyed(&c.limit, c.limit.layer().err()),
             keyed(&c.timeout, c.timeout.layer().err()),
+            keyed(&c.probe, c.probe.layer::<()>().err()),
         ];
         layers.into_iter().flatten().collect()
     },
@@ -35,7 +36,7 @@ pub(super) const CLIENT: &[Rule<ClientConfig>] = &[
     |c| budget_that_never_pays(c).into_iter().collect(),
     |c| total_on_a_stream(&c.calls, &c.timeout, &c.deadline),
     |c| connections_of_none(c),
-    |c| health_of_nowhere(c).into_iter().collect(),
+    health_of_nowhere,
 ];
 
 pub(super) const SERVER: &[Rule<ServerConfig>] = &[
@@ -63,6 +64,9 @@ fn keyed(group: &dyn Group, error: Option<ConfigError>) -> Option<ConfigError> {
         "consecutive" => "failures",
         "within" => "window",
         "limit" => "max",
+        "get" => "uri",
+        "thresholds_rise" => "rise",
+        "thresholds_fall" => "fall",
         "queue_length" => "queue",
         "queue_longest_wait" => "queue_wait",
         same => same,
@@ -256,13 +260,16 @@ fn total_on_a_stream(
         .collect()
 }
 
-fn health_of_nowhere(c: &ClientConfig) -> Option<ConfigError> {
-    let uri = c.connections.health_uri.as_ref()?;
-    let whole = http::Uri::try_from(uri).is_ok_and(|uri| uri.authority().is_some());
-    if whole {
-        return None;
-    }
-    conflict("health_uri", uri, "use a whole URI, such as http://search:8080/healthz".to_owned())
+fn health_of_nowhere(c: &ClientConfig) -> Vec<ConfigError> {
+    let whole = |uri: &str| http::Uri::try_from(uri).is_ok_and(|uri| uri.authority().is_some());
+    let asked = c.connections.health_uri.as_deref().filter(|uri| !whole(uri));
+    // What else is no URI the layer tells by itself.
+    let probed = c.probe.uri.as_deref().filter(|uri| uri.starts_with('/'));
+    let nowhere = [("health_uri", asked), ("probe_uri", probed)];
+    let told = nowhere.into_iter().filter_map(|(key, uri)| {
+        conflict(key, uri?, "use a whole URI, such as http://search:8080/healthz".to_owned())
+    });
+    told.collect()
 }
 
 fn connections_of_none(c: &ClientConfig) -> Vec<ConfigError> {

@@ -8,7 +8,6 @@ use super::{
 };
 #[cfg(feature = "connect")]
 use crate::connect::{self, ClientBuilder, ConnectLayer};
-#[cfg(feature = "health")]
 use crate::health::{Get, HealthProbeLayer};
 use crate::{
     Backoff, CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, DeadlineLayer, HedgeLayer,
@@ -230,13 +229,12 @@ impl HedgeConfig {
 
 // ===== Health =====
 
-#[cfg(feature = "health")]
 group! {
-    /// The settings of a [`HealthProbeLayer`] that asks by `GET`. Not part of the whole stacks: it belongs to one
-    /// service, not to a client of many.
-    HealthProbeConfig for "HealthProbeLayer", prefix "probe_", on |_| true;
-    /// What is asked: a path, or a whole URI.
-    fixed uri: String = "/healthz".to_owned();
+    /// The settings of a [`HealthProbeLayer`] that asks by `GET`. In a whole client it is off, unless it is said where
+    /// to ask: for a client of one service.
+    HealthProbeConfig for "HealthProbeLayer", prefix "probe_", on |this| this.uri.is_some();
+    /// What is asked in the background: a whole URI; calls are refused while it is down.
+    fixed uri: Option<String> = Some("/healthz".to_owned());
     /// How long to wait from one probe to the next.
     fixed every: Duration = secs(5);
     /// How long while it is down; off: the same.
@@ -251,15 +249,20 @@ group! {
     fixed fall: u32 = 3;
 }
 
-#[cfg(feature = "health")]
 impl HealthProbeConfig {
-    /// The layer, for services that take this body.
+    /// No probes.
+    #[must_use]
+    pub fn off() -> Self {
+        Self { uri: None, ..Self::default() }
+    }
+
+    /// The layer, for services that take this body. Without a URI it asks for `/healthz`.
     ///
     /// # Errors
     ///
     /// The first setting that cannot work.
     pub fn layer<B>(&self) -> Result<HealthProbeLayer<Get<B>>, ConfigError> {
-        let layer = HealthProbeLayer::get(&self.uri)
+        let layer = HealthProbeLayer::get(self.uri.as_deref().unwrap_or("/healthz"))
             .every(self.every)
             .jitter(self.jitter)
             .timeout(self.timeout)

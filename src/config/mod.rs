@@ -82,13 +82,12 @@
 //!
 //! The fields are public: a program may set them, and `explain` says so. [`changes`](ClientConfig::changes) tells what
 //! differs between two configurations, and which of that can change while the stack runs: all but
-//! `deadline_header`, the retry budget, hedges, a circuit's window and the kinds of its rules, `tcp_keepalive` and `http2_…`,
+//! `deadline_header`, the retry budget, hedges, probes, a circuit's window and the kinds of its rules, `tcp_keepalive` and `http2_…`,
 //! which `explain` marks with a `*`.
 //!
 //! # Layers of one's own stack
 //!
-//! Each layer's settings (`RetryConfig`, …) can be read alone, without the prefix in their keys, and make their layer;
-//! [`HealthProbeConfig`] only so, since a probe belongs to one service, and a client may have many:
+//! Each layer's settings (`RetryConfig`, …) can be read alone, without the prefix in their keys, and make their layer:
 //!
 //! ```
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -107,13 +106,10 @@ mod presets;
 mod stack;
 mod value;
 
-#[cfg(feature = "health")]
-#[cfg_attr(docsrs, doc(cfg(feature = "health")))]
-pub use self::layers::HealthProbeConfig;
 pub use self::{
     layers::{
-        BreakerConfig, CallsConfig, ConnectionsConfig, DeadlineConfig, HedgeConfig, LimitConfig,
-        RetryConfig, TimeoutConfig,
+        BreakerConfig, CallsConfig, ConnectionsConfig, DeadlineConfig, HealthProbeConfig,
+        HedgeConfig, LimitConfig, RetryConfig, TimeoutConfig,
     },
     load::{ConfigErrors, Loader, Origin},
     presets::Preset,

@@ -7,8 +7,8 @@ use super::{
     check::{self, Rule},
     group::{Group, Row},
     layers::{
-        BreakerConfig, CallsConfig, ConnectionsConfig, DeadlineConfig, HedgeConfig, LimitConfig,
-        RetryConfig, TimeoutConfig,
+        BreakerConfig, CallsConfig, ConnectionsConfig, DeadlineConfig, HealthProbeConfig,
+        HedgeConfig, LimitConfig, RetryConfig, TimeoutConfig,
     },
     load::{ConfigErrors, Loader, Origin, Origins, Stack},
     value::{Scalar, Tree},
@@ -199,6 +199,8 @@ stack! {
     limit: LimitConfig = LimitConfig::default();
     /// How long an attempt may take.
     timeout: TimeoutConfig = TimeoutConfig::default();
+    /// Whether what is called is well, where [`client`](crate::stack::client) makes the stack.
+    probe: HealthProbeConfig = HealthProbeConfig::off();
     /// What the calls go over.
     connections: ConnectionsConfig = ConnectionsConfig::default();
     /// What the calls are like.

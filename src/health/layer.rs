@@ -304,6 +304,13 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
     }
 }
 
+impl<P, M: Clone, R: Clone> HealthProbeLayer<P, M, R> {
+    /// The gate around a service that is not the one that is probed.
+    pub(crate) fn gate<S>(&self, inner: S) -> HealthProbe<S, M, R> {
+        HealthProbe { admission: self.plan.service(inner) }
+    }
+}
+
 impl<S, P, M: Clone, R: Clone> Layer<S> for HealthProbeLayer<P, M, R>
 where
     P: Probe<S>,
@@ -319,6 +326,6 @@ where
                     .starter()
             });
         }
-        HealthProbe { admission: self.plan.service(inner) }
+        self.gate(inner)
     }
 }

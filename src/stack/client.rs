@@ -13,6 +13,7 @@ use crate::{
     call::{AsError, Shared},
     config::{ClientConfig, ConfigErrors},
     deadline::{PropagateLayer, Propagated},
+    health::HealthProbeHandle,
     limit::ConcurrencyLimit,
     retry::{Hedge, Retry},
     timeout::Timeout,
@@ -38,6 +39,8 @@ pub struct ClientStack {
     /// Of the one that [`client`](super::client) makes.
     #[cfg(feature = "connect")]
     pub(super) connections: Option<crate::connect::ConnectLayer>,
+    /// The same, if it is to be probed.
+    pub(super) probe: Option<HealthProbeHandle>,
 }
 
 /// What a [`ClientStack`] makes of a client.
@@ -68,6 +71,7 @@ impl ClientStack {
             now: Arc::new(Now::new(config.clone())),
             #[cfg(feature = "connect")]
             connections: None,
+            probe: None,
         };
         if !config.name.is_empty() {
             stack.retry = stack.retry.name(&config.name);
@@ -122,7 +126,9 @@ impl ClientHandle {
             retries: stack.retry.handle().snapshot().retries,
             hedges: stack.hedge.handle().snapshot().sent,
             last_check: stack.now.last_check(),
-            ..StackSnapshot::of(stack.meter.counted(), limit, timeouts).with_breaker(&breaker)
+            ..StackSnapshot::of(stack.meter.counted(), limit, timeouts)
+                .with_breaker(&breaker)
+                .with_probe(self.probe().map(|probe| probe.state()))
         }
     }
 
@@ -143,6 +149,13 @@ impl ClientHandle {
     #[must_use]
     pub fn connections(&self) -> Option<crate::connect::ConnectHandle> {
         self.stack.connections.as_ref().map(crate::connect::ConnectLayer::handle)
+    }
+
+    /// The health probe's own handle: what it found, and to wait for its next change. None unless
+    /// `buttress::client` made the stack, with a `probe_uri`.
+    #[must_use]
+    pub fn probe(&self) -> Option<HealthProbeHandle> {
+        self.stack.probe.clone()
     }
 
     /// The circuit's own handle: to hold it open, or to wait for its next change.

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use super::meter::Counted;
 use crate::{
     breaker::{CircuitBreakerSnapshot, State},
+    health::ProbeState,
     limit::ConcurrencyLimitSnapshot,
 };
 
@@ -50,7 +51,9 @@ pub struct StackSnapshot {
     pub p99: Option<Duration>,
     /// How many connections are open.
     pub connections: usize,
-    /// Whether a call would be made now: no circuit is open.
+    /// What the health probe says.
+    pub probe: Option<ProbeState>,
+    /// Whether a call would be made now: no circuit is open, no probe says that the service is down.
     pub healthy: bool,
     /// The last check of its health, if there was one.
     pub last_check: Option<HealthCheck>,
@@ -75,7 +78,7 @@ pub enum HealthStatus {
     Healthy,
     /// It answers; its circuit is not closed, or calls wait for their turn.
     Degraded,
-    /// It does not answer, or its circuit is open.
+    /// It does not answer, its probe says that it is down, or its circuit is open.
     Unhealthy,
 }
 
@@ -101,6 +104,7 @@ impl StackSnapshot {
             average: counted.average,
             p99: counted.p99,
             connections: 0,
+            probe: None,
             healthy: true,
             last_check: None,
         }
@@ -110,6 +114,12 @@ impl StackSnapshot {
         self.breaker = Some(breaker.state);
         self.breaker_opened = breaker.opened;
         self.healthy = !matches!(breaker.state, State::Open | State::ForcedOpen);
+        self
+    }
+
+    pub(super) fn with_probe(mut self, probe: Option<ProbeState>) -> Self {
+        self.probe = probe;
+        self.healthy &= probe != Some(ProbeState::Down);
         self
     }
 

@@ -21,7 +21,8 @@ use super::{
 use crate::{
     BoxError, ConfigError,
     config::{ClientConfig, ConfigErrors},
-    connect,
+    connect::{self, ConnectLayer},
+    health::HealthProbe,
     retry::ReplayBody,
     timeout::SendingBody,
 };
@@ -32,9 +33,15 @@ type Connector = hyper_rustls::HttpsConnector<HttpConnector>;
 type Connector = HttpConnector;
 
 type Connections<B> = connect::Client<Connector, SendingBody<ReplayBody<ReplayBody<B>>>>;
-type Inner<B> = ClientStackService<Connections<B>>;
+type Inner<B> = ClientStackService<HealthProbe<Connections<B>>>;
+
+/// An empty one is an empty body.
+type Empty = String;
 
 /// The recommended client, as this configuration says: a [`ClientStack`] around a [`connect::Client`].
+///
+/// With a `probe_uri` the service is asked in the background, over a connection of its own, and calls are refused
+/// while it is down: from the first call on, where this is not called in a Tokio runtime.
 ///
 /// For `http`, and with the feature `rustls` for `https` too. It is a Tower service as well, for layers around it.
 ///
@@ -67,15 +74,40 @@ where
         connections = connections.name(&config.name);
     }
     stack.connections = Some(connections.clone());
+    let mut probe = config.probe.layer::<Empty>().map_err(one)?;
+    if !config.name.is_empty() {
+        probe = probe.name(&config.name);
+    }
+    if config.probe.uri.is_some() {
+        stack.probe = Some(probe.handle());
+        // Over a connection of its own: one that hung calls cannot take.
+        let time = config.connections.connect_timeout;
+        let own = ConnectLayer::new().max_per_host(1).connect_timeout(time);
+        drop(probe.layer(over::<Empty>(config, own)?));
+    }
+    let inner = probe.gate(over(config, connections)?);
+    Ok(Client { service: stack.layer(inner), handle: stack.handle() })
+}
+
+/// hyper-util's client over these connections.
+fn over<B>(
+    config: &ClientConfig,
+    connections: ConnectLayer,
+) -> Result<connect::Client<Connector, B>, ConfigErrors>
+where
+    B: Body + Send + Unpin + 'static,
+    B::Data: Send,
+    B::Error: Into<BoxError>,
+{
     let builder = config.connections.client(connections);
     #[cfg(feature = "rustls")]
-    let inner = builder.build_https().map_err(|error| {
+    let client = builder.build_https().map_err(|error| {
         let remedy = "the system's certificates cannot be read: install them";
-        one(ConfigError::new("tls", error, remedy))
+        ConfigErrors(vec![ConfigError::new("tls", error, remedy)])
     })?;
     #[cfg(not(feature = "rustls"))]
-    let inner = builder.build_http();
-    Ok(Client { service: stack.layer(inner), handle: stack.handle() })
+    let client = builder.build_http();
+    Ok(client)
 }
 
 /// The recommended client: made by [`client`]. Clones share all of it.
@@ -120,10 +152,11 @@ where
     B::Data: Send,
     B::Error: Into<BoxError>,
 {
-    /// Asks the service at the `health_uri` of the configuration, through the whole stack: a 2xx is well. Without
-    /// one, tells what the stack knows.
+    /// Asks the service at the `health_uri` of the configuration, or else its `probe_uri`, through the whole stack: a
+    /// 2xx is well. Without one, tells what the stack knows.
     pub async fn check_health(&self) -> HealthCheck {
-        let uri = self.handle.config().connections.health_uri;
+        let config = self.handle.config();
+        let uri = config.connections.health_uri.or(config.probe.uri);
         let Some(uri) = uri.and_then(|uri| Uri::try_from(uri).ok()) else {
             return self.handle.check_health(async { Ok::<_, BoxError>(Response::new(())) }).await;
         };

@@ -226,7 +226,7 @@ fn a_layers_settings_stand_alone_too() {
         type Nothing = http_body_util::Empty<bytes::Bytes>;
 
         let probe: HealthProbeConfig = toml::from_str("uri = '/up'\nfall = 2").unwrap();
-        assert_eq!((&*probe.uri, probe.fall, probe.every), ("/up", 2, secs(5)));
+        assert_eq!((probe.uri.as_deref(), probe.fall, probe.every), (Some("/up"), 2, secs(5)));
         assert!(probe.layer::<Nothing>().is_ok());
         for (toml, field) in
             [("fall = 0", "thresholds"), ("every = 0", "every"), ("jitter = 2", "jitter")]
@@ -285,6 +285,7 @@ fn it_explains_the_stack_outermost_first_with_where_each_value_came_from() {
         "\nCircuitBreakerLayer",
         "\nConcurrencyLimitLayer (off)",
         "\nTimeoutLayer",
+        "\nHealthProbeLayer (off)",
         "\nconnections",
         "\ncalls",
     ];

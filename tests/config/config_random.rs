@@ -61,14 +61,13 @@ fn plausible(key: &str) -> BoxedStrategy<Value> {
         }
         "streaming" | "http2_only" => any::<bool>().prop_map(Value::from).boxed(),
         "deadline_header" => text("x-left").boxed(),
-        "health_uri" => text("http://search:8080/healthz").boxed(),
+        "health_uri" | "probe_uri" => text("http://search:8080/healthz").boxed(),
         "breaker_failure_ratio"
         | "retry_budget_ratio"
         | "connection_jitter"
         | "hedge_percentile"
-        | "hedge_budget_ratio" => {
-            (1u32..1000).prop_map(|part| json!(f64::from(part) / 1000.0)).boxed()
-        }
+        | "hedge_budget_ratio"
+        | "probe_jitter" => (1u32..1000).prop_map(|part| json!(f64::from(part) / 1000.0)).boxed(),
         _ => {
             let number = || prop::sample::select(vec![1u32, 2, 3, 5, 10, 20, 50, 100, 300]);
             let millis =
