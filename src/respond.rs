@@ -39,6 +39,40 @@ use crate::call::{Form, OwnAnswer, Rejected, TrackedBody, response};
 /// # let _ = tower::ServiceExt::oneshot(client, http::Request::default());
 /// ```
 ///
+/// A gateway in front of such a stack, with axum:
+///
+/// ```
+/// use axum::{Router, extract::{Request, State}, response::{IntoResponse, Response}, routing::any};
+/// use buttress::{BoxError, CircuitBreakerLayer, RespondLayer, RetryLayer};
+/// use http::StatusCode;
+/// use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+/// use tower::{ServiceBuilder, ServiceExt, util::BoxCloneSyncService};
+///
+/// type Upstream = BoxCloneSyncService<Request, Response, BoxError>;
+///
+/// async fn pass_on(State(upstream): State<Upstream>, mut request: Request) -> Response {
+///     let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
+///     let Ok(uri) = format!("http://search:8080{path}").parse() else {
+///         return StatusCode::BAD_REQUEST.into_response();
+///     };
+///     *request.uri_mut() = uri;
+///     // Refusals are answers: 503 with `Retry-After`. An error is one of the upstream.
+///     let answer = upstream.oneshot(request).await;
+///     answer.unwrap_or_else(|_| StatusCode::BAD_GATEWAY.into_response())
+/// }
+///
+/// let upstream = ServiceBuilder::new()
+///     .map_response(IntoResponse::into_response)
+///     .layer(RespondLayer::new())
+///     .layer(RetryLayer::http())
+///     .layer(CircuitBreakerLayer::http().per_origin())
+///     .service(Client::builder(TokioExecutor::new()).build_http());
+/// let app: Router = Router::new()
+///     .fallback(any(pass_on))
+///     .with_state(BoxCloneSyncService::new(upstream));
+/// # let _ = app;
+/// ```
+///
 /// The answer is the one of [`Respond`](crate::call::Respond), with the [`Rejected`] in its extensions and, where a
 /// retry gave up, its [`Attempts`](crate::Attempts). Every other error passes as it is, and so does the error type; a
 /// refusal is found in a [`BoxError`](crate::BoxError), or where the error is a [`Rejected`] itself. Bodies pass too:

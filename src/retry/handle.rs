@@ -1,7 +1,8 @@
 use super::core::Settings;
 use crate::call::Shared;
 
-/// Looks at a retry layer, from outside of the stack.
+/// Looks at a retry layer, from outside of the stack. A clone of the layer changes it: see the
+/// [module](crate::retry#what-can-be-changed-of-it).
 #[derive(Clone, Debug)]
 pub struct RetryHandle(Shared<Settings>);
 

@@ -63,6 +63,22 @@
 //! | how long is waited | [`backoff`](RetryLayer::backoff), [`backoff_with`](RetryLayer::backoff_with) |
 //! | as AWS, Envoy, gRPC or Finagle do | [`preset`](RetryLayer::preset) |
 //!
+//! All of it but the budget also while it runs: setters reach what the layer made before, so that a clone of it is
+//! its remote control.
+//!
+//! ```
+//! # fn client() -> impl Clone { () }
+//! # fn main() -> Result<(), buttress::ConfigError> {
+//! use buttress::RetryLayer;
+//! use tower::ServiceBuilder;
+//!
+//! let retry = RetryLayer::http().name("search");
+//! let client = ServiceBuilder::new().layer(retry.clone()).service(client());
+//! // An hour later:
+//! let retry = retry.attempts(2).checked()?;
+//! # let _ = (client, retry); Ok(()) }
+//! ```
+//!
 //! # Deadlines
 //!
 //! A request with a [`Deadline`](crate::Deadline) in its extensions is not sent after it, nor tried again where the
