@@ -12,17 +12,34 @@ pub(crate) fn next<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Erro
 }
 
 /// An error with all that it was caused by, on one line.
-#[cfg_attr(not(all(feature = "tracing", feature = "health")), allow(dead_code))] // Only events tell it.
+#[cfg(feature = "health")]
 pub(crate) struct Chain<'a>(pub(crate) &'a (dyn Error + 'static));
 
+#[cfg(feature = "health")]
+impl Chain<'_> {
+    /// So many bytes of it at most.
+    pub(crate) fn within(&self, bytes: usize) -> String {
+        let mut told = self.to_string();
+        let ends = (0..=bytes.min(told.len())).rev().find(|end| told.is_char_boundary(*end));
+        told.truncate(ends.unwrap_or_default());
+        told
+    }
+}
+
+#[cfg(feature = "health")]
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self.0, f)?;
+        let mut said = self.0.to_string();
+        f.write_str(&said)?;
         let mut cause = next(self.0);
         for _ in 0..16 {
             let Some(error) = cause else { break };
-            write!(f, ": {error}")?;
-            cause = next(error);
+            // What only wraps another says the same.
+            let says = error.to_string();
+            if says != said {
+                write!(f, ": {says}")?;
+            }
+            (said, cause) = (says, next(error));
         }
         Ok(())
     }
@@ -70,3 +87,24 @@ impl fmt::Display for ConfigError {
 }
 
 impl Error for ConfigError {}
+
+#[cfg(all(test, feature = "health"))]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::call::{Label, LayerKind, Rejected};
+
+    #[test]
+    fn a_chain_is_one_line_and_no_longer_than_it_may_be() {
+        let twice = io::Error::other(io::Error::other("no route to host"));
+        assert_eq!(Chain(&twice).within(99), "no route to host");
+        let fault = ConfigError::new("limit", 0, "use 1 or more");
+        let label = Label { name: Box::default(), fault: Some(fault) };
+        let refused = Rejected::misconfigured(LayerKind::User, Arc::new(label));
+        let told = "rejected by user: layer is misconfigured: `limit` is 0: use 1 or more";
+        assert_eq!(Chain(&refused).within(99), told);
+        let long = io::Error::other("ä".repeat(600));
+        assert_eq!(Chain(&long).within(511), "ä".repeat(255));
+    }
+}

@@ -60,7 +60,7 @@ pub use self::{
 pub(crate) use self::alarm::Alarm;
 #[cfg(any(feature = "breaker", feature = "limit"))]
 pub(crate) use self::anchor::Anchor;
-#[cfg(all(feature = "health", feature = "tracing"))]
+#[cfg(feature = "health")]
 pub(crate) use self::http::known;
 #[cfg(any(feature = "breaker", feature = "limit", feature = "timeout"))]
 pub(crate) use self::lasting::Idle;

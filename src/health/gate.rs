@@ -21,7 +21,7 @@ pub(super) use self::start::Starter;
 use super::{
     entry::CheckState,
     panic::{Member, PanicGuard},
-    probe::ProbeFailure,
+    probe::{Failed, ProbeFailure},
     reporter::Reporter,
     schedule::Schedule,
     threshold::{ProbeState, Threshold},
@@ -67,6 +67,7 @@ pub(super) struct Probing {
     pub(super) probes: u64,
     pub(super) spared: u64,
     pub(super) last: Option<Last>,
+    pub(super) last_error: Option<Box<str>>,
     pub(super) listeners: Vec<Listener>,
     pub(super) member: Option<Member>,
 }
@@ -105,6 +106,7 @@ impl Gate {
                 probes: 0,
                 spared: 0,
                 last: None,
+                last_error: None,
                 listeners: Vec::new(),
                 member: None,
             }),
@@ -220,12 +222,15 @@ impl Gate {
     }
 
     /// A probe has ended; how long to wait before the next.
-    pub(super) fn probe_ended(&self, result: Result<(), ProbeFailure>, took: Duration) -> Duration {
+    pub(super) fn probe_ended(&self, ended: Result<(), Failed>, took: Duration) -> Duration {
+        let result = ended.as_ref().map_err(|failed| failed.why).copied();
         let mut probing = self.probing();
         probing.last = Some(Last { result, ended: self.now(), took });
         for reporter in &probing.reporters {
-            reporter.looked(result.map_err(|why| why.to_string()), Some(took));
+            reporter.looked(ended.as_ref().map_err(Failed::to_string).copied(), Some(took));
         }
+        probing.last_error = ended.err().and_then(|failed| failed.error);
+        let _error = probing.last_error.clone();
         let change = match result {
             // A refusal by one of our own layers says nothing about what is probed.
             Err(ProbeFailure::Refused) => None,
@@ -239,7 +244,13 @@ impl Gate {
             self.publish(probing);
             let name = self.named();
             if let (ProbeState::Down, Err(why)) = (to, result) {
-                event!(WARN, resilience.name = name, reason = why.as_str(), "health probe: down");
+                event!(
+                    WARN,
+                    resilience.name = name,
+                    reason = why.as_str(),
+                    error = _error.as_deref(),
+                    "health probe: down"
+                );
                 let _ = why;
             } else {
                 event!(INFO, resilience.name = name, "health probe: up");

@@ -18,6 +18,9 @@ pub struct HealthProbeSnapshot {
     pub state: ProbeState,
     /// The last probe that came to its end.
     pub last: Option<LastProbe>,
+    /// What the error said that the last probe ended with, and what caused it: of a boxed one, and of hyper's,
+    /// reqwest's and `io`'s. At most 512 bytes.
+    pub last_error: Option<Box<str>>,
     /// Probes passed in a row.
     pub consecutive_successes: u32,
     /// Probes failed in a row.
@@ -63,6 +66,7 @@ impl HealthProbeHandle {
                     age: Duration::from_nanos(now.saturating_sub(last.ended)),
                     took: last.took,
                 }),
+                last_error: probing.last_error.clone(),
                 consecutive_successes,
                 consecutive_failures,
                 probes: probing.probes,

@@ -10,7 +10,7 @@ use tower_service::Service;
 
 use super::{
     over_http::{answer, parse, read},
-    probe::{Probe, ProbeFailure, opaque_debug},
+    probe::{Failed, Probe, ProbeFailure, opaque_debug},
 };
 use crate::{ConfigError, call::grpc};
 
@@ -71,7 +71,7 @@ where
     B: Send + 'static,
     RB: Body + Send,
 {
-    async fn run(self, service: S, deadline: Instant) -> Result<(), ProbeFailure> {
+    async fn run(self, service: S, deadline: Instant) -> Result<(), Failed> {
         let mut request = Request::new((self.body)(self.message));
         *request.method_mut() = Method::POST;
         *request.uri_mut() = self.uri;
@@ -82,17 +82,17 @@ where
 
         let (head, body) = answer(service, request, deadline).await?;
         if head.status != StatusCode::OK {
-            return Err(ProbeFailure::Status(head.status));
+            return Err(ProbeFailure::Status(head.status).into());
         }
         let read = timeout_at(deadline, read(body, true)).await;
         let read = read.map_err(|_| ProbeFailure::TimedOut)??;
         match grpc::code(&head.headers).or_else(|| grpc::code(read.trailers.as_ref()?)) {
-            None => Err(ProbeFailure::Body),
+            None => Err(ProbeFailure::Body.into()),
             Some(0) if is_serving(&read.data) => Ok(()),
-            Some(0) => Err(ProbeFailure::NotServing),
+            Some(0) => Err(ProbeFailure::NotServing.into()),
             // It lives, and knows nothing of health: gRFC A17 takes it for healthy.
             Some(grpc::UNIMPLEMENTED) => Ok(()),
-            Some(code) => Err(ProbeFailure::GrpcStatus(code)),
+            Some(code) => Err(ProbeFailure::GrpcStatus(code).into()),
         }
     }
 }

@@ -15,7 +15,7 @@ use http_body::Body;
 use tokio::time::{Instant, timeout_at};
 use tower_service::Service;
 
-use super::probe::{Probe, ProbeFailure, ask, blame, of_refused, opaque_debug};
+use super::probe::{Failed, Probe, ProbeFailure, ask, blame, of_refused, opaque_debug};
 use crate::{ConfigError, call::Rejected};
 
 /// More of an answer than this is not read.
@@ -94,7 +94,7 @@ where
     B: Default + Send + 'static,
     RB: Body + Send,
 {
-    async fn run(self, service: S, deadline: Instant) -> Result<(), ProbeFailure> {
+    async fn run(self, service: S, deadline: Instant) -> Result<(), Failed> {
         let mut request = Request::new(B::default());
         *request.uri_mut() = self.uri;
         over_http(service, request, deadline, self.expected).await
@@ -130,7 +130,7 @@ where
     B: Send + 'static,
     RB: Body + Send,
 {
-    async fn run(self, service: S, deadline: Instant) -> Result<(), ProbeFailure> {
+    async fn run(self, service: S, deadline: Instant) -> Result<(), Failed> {
         let request = (self.make)();
         over_http(service, request, deadline, self.expected).await
     }
@@ -141,7 +141,7 @@ async fn over_http<S, B, RB>(
     request: Request<B>,
     deadline: Instant,
     expected: Expected,
-) -> Result<(), ProbeFailure>
+) -> Result<(), Failed>
 where
     S: Service<Request<B>, Response = Response<RB>>,
     S::Error: 'static,
@@ -154,7 +154,7 @@ where
     };
     // Read to its end, so that the connection can be used again.
     let read = timeout_at(deadline, read(body, expected.body.is_some())).await;
-    match (read, expected.body) {
+    let verdict = match (read, expected.body) {
         (Ok(Err(broken)), _) => verdict.and(Err(broken)),
         // One that takes too long is dropped, and what the head said counts,
         (_, None) => verdict,
@@ -164,7 +164,8 @@ where
             let fits = read.whole && fits(&read.data);
             verdict.and(if fits { Ok(()) } else { Err(ProbeFailure::Judged) })
         }
-    }
+    };
+    verdict.map_err(Failed::from)
 }
 
 /// The head and the body, unless the probe came to nothing.
@@ -172,14 +173,14 @@ pub(super) async fn answer<S, B, RB>(
     service: S,
     request: Request<B>,
     deadline: Instant,
-) -> Result<(Parts, RB), ProbeFailure>
+) -> Result<(Parts, RB), Failed>
 where
     S: Service<Request<B>, Response = Response<RB>>,
     S::Error: 'static,
 {
     match ask(service, request, deadline).await? {
         Ok(response) => match response.extensions().get::<Rejected>() {
-            Some(refused) => Err(of_refused(refused)),
+            Some(refused) => Err(of_refused(refused).into()),
             None => Ok(response.into_parts()),
         },
         Err(error) => Err(blame(&error)),

@@ -9,7 +9,10 @@ use http::StatusCode;
 use tokio::time::{Instant, timeout_at};
 use tower_service::Service;
 
-use crate::call::Rejected;
+use crate::{
+    call::{Rejected, known},
+    error::Chain,
+};
 
 /// Why a probe did not pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +75,26 @@ impl fmt::Display for ProbeFailure {
 
 impl std::error::Error for ProbeFailure {}
 
+/// A probe that did not pass: why, and, of an error that is known for one, what it says.
+#[derive(Debug)]
+pub struct Failed {
+    pub(super) why: ProbeFailure,
+    pub(super) error: Option<Box<str>>,
+}
+
+impl From<ProbeFailure> for Failed {
+    fn from(why: ProbeFailure) -> Self {
+        Self { why, error: None }
+    }
+}
+
+impl fmt::Display for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.why.fmt(f)?;
+        self.error.iter().try_for_each(|error| write!(f, ": {error}"))
+    }
+}
+
 /// How a service is probed.
 ///
 /// Not to be implemented outside of this crate yet: [`HealthProbeLayer`](super::HealthProbeLayer) has a
@@ -85,11 +108,7 @@ impl std::error::Error for ProbeFailure {}
 )]
 pub trait Probe<S>: Clone + Send + 'static {
     /// Probes once. Whatever is not done by `deadline` has failed.
-    fn run(
-        self,
-        service: S,
-        deadline: Instant,
-    ) -> impl Future<Output = Result<(), ProbeFailure>> + Send;
+    fn run(self, service: S, deadline: Instant) -> impl Future<Output = Result<(), Failed>> + Send;
 }
 
 // ===== Anything else =====
@@ -115,7 +134,7 @@ where
     S::Error: Send + 'static,
     Req: Send + 'static,
 {
-    async fn run(self, service: S, deadline: Instant) -> Result<(), ProbeFailure> {
+    async fn run(self, service: S, deadline: Instant) -> Result<(), Failed> {
         let request = (self.make)();
         match ask(service, request, deadline).await? {
             Ok(_) => Ok(()),
@@ -138,12 +157,12 @@ where
     S::Error: Send + 'static,
     Req: Send + 'static,
 {
-    async fn run(self, service: S, deadline: Instant) -> Result<(), ProbeFailure> {
+    async fn run(self, service: S, deadline: Instant) -> Result<(), Failed> {
         let request = (self.make)();
         let result = ask(service, request, deadline).await?;
         match (self.judge.0(result.as_ref()), result) {
             (true, _) => Ok(()),
-            (false, Ok(_)) => Err(ProbeFailure::Judged),
+            (false, Ok(_)) => Err(ProbeFailure::Judged.into()),
             (false, Err(error)) => Err(blame(&error)),
         }
     }
@@ -163,18 +182,14 @@ where
     E: 'static,
     S: Send,
 {
-    fn run(
-        self,
-        service: S,
-        deadline: Instant,
-    ) -> impl Future<Output = Result<(), ProbeFailure>> + Send {
+    fn run(self, service: S, deadline: Instant) -> impl Future<Output = Result<(), Failed>> + Send {
         drop(service);
         let asked = (self.0)();
         async move {
             match timeout_at(deadline, asked).await {
                 Ok(Ok(())) => Ok(()),
                 Ok(Err(error)) => Err(blame(&error)),
-                Err(_) => Err(ProbeFailure::TimedOut),
+                Err(_) => Err(ProbeFailure::TimedOut.into()),
             }
         }
     }
@@ -195,18 +210,19 @@ pub(super) async fn ask<S: Service<Req>, Req>(
     timeout_at(deadline, call).await.map_err(|_| ProbeFailure::TimedOut)
 }
 
-pub(super) fn blame<E: 'static>(error: &E) -> ProbeFailure {
-    match Rejected::find_in_any(error) {
-        Some(refused) => of_refused(refused),
+pub(super) fn blame<E: 'static>(error: &E) -> Failed {
+    let known = known(error);
+    match known.and_then(Rejected::find) {
+        Some(refused) => of_refused(refused).into(),
         None => {
-            #[cfg(feature = "tracing")]
-            if let Some(error) = crate::call::known(error) {
-                crate::event!(DEBUG, error = %crate::error::Chain(error), "health probe failed");
-            }
-            ProbeFailure::Error
+            let error = known.map(|error| Chain(error).within(MOST_TOLD).into_boxed_str());
+            Failed { why: ProbeFailure::Error, error }
         }
     }
 }
+
+/// No more of an error's text is kept than this, in bytes.
+const MOST_TOLD: usize = 512;
 
 /// By a layer further in.
 pub(super) fn of_refused(refused: &Rejected) -> ProbeFailure {

@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep};
 use super::{
     caught::Caught,
     gate::{Due, Gate, Starter},
-    probe::{Probe, ProbeFailure},
+    probe::{Failed, Probe, ProbeFailure},
     schedule::Schedule,
 };
 use crate::event;
@@ -36,11 +36,11 @@ where
     fn probe_once(
         &self,
         timeout: Duration,
-    ) -> impl Future<Output = Result<(), ProbeFailure>> + Send + use<S, P> {
+    ) -> impl Future<Output = Result<(), Failed>> + Send + use<S, P> {
         let deadline = Schedule::deadline(timeout);
         // A fresh instance each time: nothing that a probe reserved stays behind.
         let attempt = Caught::new(|| self.probe.clone().run(self.service.clone(), deadline));
-        async move { attempt.await.unwrap_or(Err(ProbeFailure::Panicked)) }
+        async move { attempt.await.unwrap_or(Err(ProbeFailure::Panicked.into())) }
     }
 }
 
