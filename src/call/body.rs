@@ -1,7 +1,7 @@
 use std::{
     fmt,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
 use bytes::{Buf, Bytes};
@@ -200,19 +200,21 @@ impl<B: Body> Body for TrackedBody<B> {
         if matches!(this.eos, Eos::Told) {
             return this.inner.poll_frame(cx);
         }
-        let next = ready!(this.permit.guard(|| this.inner.as_mut().poll_frame(cx)));
-        match &next {
-            Some(Ok(frame)) => {
+        // Looked at where it lies.
+        let polled = this.permit.guard(|| this.inner.as_mut().poll_frame(cx));
+        match &polled {
+            Poll::Ready(Some(Ok(frame))) => {
                 if let Some(trailers) = frame.trailers_ref() {
                     this.permit.end(this.eos.end(Some(trailers)));
                 } else if this.inner.is_end_stream() {
                     this.permit.end(this.eos.end(None));
                 }
             }
-            Some(Err(_)) => this.permit.end(this.eos.error()),
-            None => this.permit.end(this.eos.end(None)),
+            Poll::Ready(Some(Err(_))) => this.permit.end(this.eos.error()),
+            Poll::Ready(None) => this.permit.end(this.eos.end(None)),
+            Poll::Pending => {}
         }
-        Poll::Ready(next)
+        polled
     }
 
     fn is_end_stream(&self) -> bool {

@@ -77,17 +77,17 @@ impl<B: Body> Body for TimedBody<B> {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, BoxError>>> {
         let mut this = self.project();
-        let polled = this.inner.as_mut().poll_frame(cx);
-        let boxed = |next: Option<Result<_, _>>| next.map(|frame| frame.map_err(this.boxed));
-        let Some(rest) = this.rest else { return polled.map(boxed) };
-        let phase = match polled {
+        // In the form it is given out in, and looked at where it lies.
+        let polled = this.inner.as_mut().poll_frame(cx).map_err(this.boxed);
+        let Some(rest) = this.rest else { return polled };
+        let phase = match &polled {
             Poll::Ready(next) => {
                 rest.begun = true;
                 this.stall.over();
                 // Its last frame is not too late; but one that always has another is no longer read.
-                let more = matches!(&next, Some(Ok(frame)) if frame.is_data());
+                let more = matches!(next, Some(Ok(frame)) if frame.is_data());
                 if !(more && !this.inner.is_end_stream() && has_passed(rest.end)) {
-                    return Poll::Ready(boxed(next));
+                    return polled;
                 }
                 rest.end_of
             }
