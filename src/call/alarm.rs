@@ -64,17 +64,22 @@ impl Alarm {
         *self.project().at = Some(at);
     }
 
-    /// Nobody is to be woken any more.
-    pub(crate) fn clear(mut self: Pin<&mut Self>) {
+    /// Nobody is to be woken any more. Nothing to do where nobody has waited.
+    #[inline]
+    pub(crate) fn clear(self: Pin<&mut Self>) {
         if self.at.is_some() {
-            let own = ptr::from_ref(&*self);
-            if SET.get().is_some_and(|set| set.by == own) {
-                SET.set(None);
-            }
-            let mut this = self.as_mut().project();
-            *this.at = None;
-            this.timer.set(None);
+            self.unset();
         }
+    }
+
+    fn unset(self: Pin<&mut Self>) {
+        let own = ptr::from_ref(&*self);
+        if SET.get().is_some_and(|set| set.by == own) {
+            SET.set(None);
+        }
+        let mut this = self.project();
+        *this.at = None;
+        this.timer.set(None);
     }
 
     /// Ready once it is time; never, if it is not set. Beside what it is around, which has just been polled.

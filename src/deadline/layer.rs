@@ -18,7 +18,7 @@ use super::{
 use crate::{
     BoxError, ConfigError,
     admission::Reusable,
-    call::{AsError, LayerKind, Reject, Rejected, Respond, RespondWith},
+    call::{AsError, LayerKind, Moment, Reject, Rejected, Respond, RespondWith},
     event,
     timeout::{AsIs, ResponseFuture, TimedBody, Timeout, TimeoutLayer, Timeouts},
 };
@@ -229,6 +229,7 @@ where
     }
 
     fn call(&mut self, request: Request<ReqB>) -> Self::Future {
+        let _moment = Moment::begin();
         let Self { times, codec, timeout } = self;
         timeout.begin(request, |request| (None, times.apply(codec.as_deref(), request)))
     }

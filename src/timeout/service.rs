@@ -18,9 +18,7 @@ use super::{
 };
 use crate::{
     admission::Reusable,
-    call::{
-        Alarm, AsError, Deadline, Far, Http, Label, LayerKind, Moment, Phase, Reject, Rejected,
-    },
+    call::{Alarm, AsError, Deadline, Far, Http, Label, LayerKind, Phase, Reject, Rejected},
 };
 
 /// The service of a [`TimeoutLayer`](super::TimeoutLayer).
@@ -100,7 +98,6 @@ impl<S, M, R> Timeout<S, M, R> {
         S: Service<M::Request> + Reusable,
         R: Reject<Req, <M as Follow<S::Response>>::Response, S::Error>,
     {
-        let _moment = Moment::begin();
         let (said, deadline) = said(&mut request);
         let mut timeouts = self.state.timeouts();
         let mut fault = self.fault.clone();
