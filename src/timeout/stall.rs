@@ -1,7 +1,7 @@
 use std::{
     future::Future,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -53,6 +53,7 @@ impl Stall {
         cx: &mut Context<'_>,
     ) -> Poll<Over> {
         let since = self.0.as_ref().and_then(|silence| silence.since);
+        let again = since.is_some() || limit.is_none() && self.0.is_some();
         let since = limit.map(|_| since.unwrap_or_else(Instant::now));
         let silence = limit.zip(since).and_then(|(limit, since)| since.checked_add(limit));
         let (at, over) = match (silence, end) {
@@ -68,12 +69,16 @@ impl Stall {
         if this.timer.deadline() > at {
             this.timer.as_mut().reset(at);
         }
-        loop {
-            ready!(this.timer.as_mut().poll(cx));
+        while this.timer.as_mut().poll(cx).is_ready() {
             if this.timer.deadline() >= at {
                 return Poll::Ready(over);
             }
             this.timer.as_mut().reset(at);
         }
+        // A producer may use up its task's budget each time: then no timer ever tells.
+        if again && at <= Instant::now() {
+            return Poll::Ready(over);
+        }
+        Poll::Pending
     }
 }

@@ -1,8 +1,10 @@
 //! Each phase by itself: what it counts from, what ends it, and what goes with it.
 
 use std::{
-    future::poll_fn,
+    future::{Future, poll_fn},
+    pin::Pin,
     sync::{Arc, Mutex, atomic::Ordering::SeqCst},
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -12,7 +14,7 @@ use buttress::{
     timeout::{Phase, SendingBody},
 };
 use http::{Request, Response};
-use http_body::Body;
+use http_body::{Body, Frame};
 use http_body_util::{BodyExt, Full};
 use tokio::time::{Instant, advance, sleep};
 use tokio_test::{assert_pending, assert_ready, assert_ready_ok, task};
@@ -389,4 +391,71 @@ async fn what_is_past_its_deadline_is_not_begun() {
     let seen = watch.seen();
     assert_eq!((seen.calls, seen.reserved), (0, 0), "and what was reserved for it is free");
     assert_eq!(handle.snapshot().refused_deadline, 1);
+}
+
+// ===== What never rests =====
+
+/// Uses up what its task may do in one go, each time.
+async fn busy<T>() -> T {
+    loop {
+        tokio::task::consume_budget().await;
+    }
+}
+
+struct Busy(Pin<Box<dyn Future<Output = ()> + Send>>);
+
+impl Body for Busy {
+    type Data = bytes::Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<bytes::Bytes>, Self::Error>>> {
+        self.0.as_mut().poll(cx).map(|()| None)
+    }
+}
+
+/// How a call ends that is begun while the time goes on beside it, in steps.
+async fn beside<T: Send + 'static>(call: impl Future<Output = T> + Send + 'static) -> T {
+    let call = tokio::spawn(call);
+    for _ in 0..100 {
+        advance(ms(100)).await;
+    }
+    assert!(call.is_finished());
+    call.await.unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_leaves_its_task_no_room_for_a_timer_is_late_all_the_same() {
+    let start = Instant::now();
+    let service = TimeoutLayer::new(Timeouts::new().head(secs(3)))
+        .layer(serve(|_| busy::<Result<Response<Nothing>, _>>()));
+    let (phase, took) = beside(async move {
+        let error = service.oneshot(request()).await.unwrap_err();
+        (phase_of(&error), start.elapsed())
+    })
+    .await;
+    assert_eq!(phase, Phase::Head);
+    assert!(took >= secs(3) && took <= secs(4), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn nor_is_its_body_timed_less() {
+    for (timeouts, phase) in [
+        (Timeouts::new().first_frame(secs(3)), Phase::FirstFrame),
+        (Timeouts::new().total(secs(3)), Phase::Total),
+    ] {
+        let start = Instant::now();
+        let service = TimeoutLayer::new(timeouts)
+            .layer(serve(|_| async { Ok(Response::new(Busy(Box::pin(busy())))) }));
+        let (ended, took) = beside(async move {
+            let response = service.oneshot(request()).await.unwrap();
+            let end = drain(response.into_body()).await.1;
+            (phase_of(&end.unwrap_err()), start.elapsed())
+        })
+        .await;
+        assert_eq!(ended, phase);
+        assert!(took >= secs(3) && took <= secs(4), "{took:?}");
+    }
 }
