@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     admission::{Admit, Policy},
-    call::{Anchor, LayerKind, Permit, Rejected, Shared, Striped, Token, has_passed},
+    call::{Anchor, LayerKind, Moment, Permit, Rejected, Shared, Striped, Token, has_passed},
 };
 
 /// What a call's permit ends at.
@@ -105,7 +105,7 @@ impl<Req> Policy<Req> for Breaker {
     ) -> Admit<Token, Self::Wait> {
         let deadline = deadline();
         match self.front.enter() {
-            Some(token) if !has_passed(deadline) => Admit::Go(token),
+            Some(token) if !Moment::is_past(deadline) => Admit::Go(token),
             _ => admit(self, deadline),
         }
     }
@@ -157,7 +157,7 @@ pub(super) fn too_late(circuit: &Circuit) -> Option<Rejected> {
 #[inline]
 pub(super) fn admit<C: Calls>(circuit: &C, deadline: Option<Instant>) -> Admit<Token, Verdict<C>> {
     // Nobody waits for it any more: no call, and above all no probe.
-    if has_passed(deadline) && !circuit.is_shadow() {
+    if Moment::is_past(deadline) && !circuit.is_shadow() {
         return Admit::No(circuit.refuse_late());
     }
     match circuit.enter() {

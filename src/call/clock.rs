@@ -38,7 +38,8 @@ thread_local! {
 }
 
 /// While there is one, this thread is in a `call`, from layer to layer: all that comes too late does so at the same
-/// moment, and one look at the clock tells it. Not kept across a wait.
+/// moment, and one look at the clock tells it. For what layers do in that call alone: what it calls may block in it,
+/// and begins with a [new one](Self::anew) then.
 #[cfg_attr(not(feature = "timeout"), allow(dead_code))] // Nobody begins one.
 pub(crate) struct Moment {
     outermost: bool,
@@ -55,6 +56,21 @@ impl Moment {
             MOMENT.set(Some(None));
         }
         Self { outermost, of: PhantomData }
+    }
+
+    /// Who is asked whether it is ready, in the midst of a call, may be called long after that has begun.
+    #[cfg(feature = "timeout")]
+    #[inline]
+    pub(crate) fn anew() {
+        if let Some(Some(_)) = MOMENT.get() {
+            MOMENT.set(Some(None));
+        }
+    }
+
+    /// Whether an answer to the call that this thread is in would come too late, however quick.
+    #[inline]
+    pub(crate) fn is_past(deadline: Option<Instant>) -> bool {
+        deadline.is_some_and(|deadline| deadline <= Self::now())
     }
 
     /// The moment of the call that this thread is in, or now.
@@ -97,6 +113,9 @@ mod tests {
         advance(second).await;
         drop(further_in);
         assert_eq!(Moment::now(), began + second);
+        assert!(!Moment::is_past(Some(began + 2 * second)));
+        Moment::anew();
+        assert!(Moment::is_past(Some(began + 2 * second)));
         drop(call);
         assert_eq!(Moment::now(), began + 2 * second);
     }

@@ -1,8 +1,6 @@
 use http::Extensions;
 use tokio::time::{Duration, Instant};
 
-use super::Moment;
-
 /// When the caller needs its answer: put into a request's extensions, for every layer further in.
 ///
 /// Nothing is begun, waited for or tried again that would not end before it, and a retry ends an attempt that has no
@@ -23,15 +21,18 @@ impl Deadline {
     /// So long from now. One that no clock reaches is thirty years away.
     #[must_use]
     pub fn after(time: Duration) -> Self {
+        Self::after_from(time, Instant::now())
+    }
+
+    pub(crate) fn after_from(time: Duration, now: Instant) -> Self {
         const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
-        let now = Moment::now();
         Self(now.checked_add(time).or_else(|| now.checked_add(FAR)).unwrap_or(now))
     }
 
     /// How long is left; zero when it is over.
     #[must_use]
     pub fn left(&self) -> Duration {
-        self.0.saturating_duration_since(Moment::now())
+        self.0.saturating_duration_since(Instant::now())
     }
 
     /// What a request carries.
@@ -44,5 +45,5 @@ impl Deadline {
 /// Whether an answer would come too late, however quick.
 #[inline]
 pub(crate) fn has_passed(deadline: Option<Instant>) -> bool {
-    deadline.is_some_and(|deadline| deadline <= Moment::now())
+    deadline.is_some_and(|deadline| deadline <= Instant::now())
 }

@@ -91,6 +91,7 @@ where
 
     #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        Moment::anew();
         self.inner.poll_ready(cx)
     }
 

@@ -12,7 +12,7 @@ use http::Request;
 use super::codec::{Codec, Grpc};
 use crate::{
     ConfigError,
-    call::{Deadline, grpc},
+    call::{Deadline, Moment, grpc},
     timeout::{Phase, TimeoutHandle},
 };
 
@@ -51,14 +51,17 @@ impl Times {
         };
         let kept = get(&self.keep_back).unwrap_or_default();
         // Before it is a point in time: of those only some years are within reach.
-        let said = told.map(|told| Deadline::after(told.saturating_sub(kept)));
+        let said = told.map(|told| Deadline::after_from(told.saturating_sub(kept), Moment::now()));
         let carried = Deadline::of(request.extensions());
         let less = |Deadline(at): Deadline| Deadline(at.checked_sub(kept).unwrap_or(at));
         let deadline = carried.map(less).into_iter().chain(said).min()?;
         if carried != Some(deadline) {
             request.extensions_mut().insert(deadline);
         }
-        let mut tell = |codec: &dyn Codec| codec.write(deadline.left(), request.headers_mut());
+        let mut tell = |codec: &dyn Codec| {
+            let left = deadline.0.saturating_duration_since(Moment::now());
+            codec.write(left, request.headers_mut());
+        };
         if grpc {
             tell(&Grpc);
         }

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     admission::{Admit, Policy},
     call::{
-        Anchor, Finish, Hold, LayerKind, Outcome, Permit, Rejected, RejectedKind, Token, has_passed,
+        Anchor, Finish, Hold, LayerKind, Moment, Outcome, Permit, Rejected, RejectedKind, Token,
     },
 };
 
@@ -30,7 +30,7 @@ impl<Req> Policy<Req> for Limit {
     #[inline]
     fn admit(&self, _: &Req, deadline: impl FnOnce() -> Option<Instant>) -> Admit<Token, Wait> {
         let deadline = deadline();
-        if has_passed(deadline) {
+        if Moment::is_past(deadline) {
             return entered(self, LATE, deadline);
         }
         match self.enter() {
@@ -70,7 +70,7 @@ impl<Req, K: Sort<Req>> Policy<Req> for Sorted<K> {
             return Admit::Go(limiter.enter_exempt());
         }
         let deadline = deadline();
-        let entry = if has_passed(deadline) { LATE } else { limiter.enter_as(claim) };
+        let entry = if Moment::is_past(deadline) { LATE } else { limiter.enter_as(claim) };
         entered(limiter, entry, deadline)
     }
 

@@ -108,14 +108,14 @@ where
 /// So many attempts are made in one go, where each fails at once and there is no wait between them.
 const MOST_AT_ONCE: u32 = 16;
 
-/// Whether the deadline has passed.
+/// Whether the deadline has passed by then.
 #[inline]
-pub(super) fn is_over<S, Req, M>(kept: Option<&M::Kept>) -> bool
+pub(super) fn ends_by<S, Req, M>(kept: Option<&M::Kept>, then: impl FnOnce() -> Instant) -> bool
 where
     S: Service<M::Request>,
     M: Repeat<Req> + Weigh<S::Response, S::Error>,
 {
-    M::TAKES_ERRORS && kept.and_then(M::deadline).is_some_and(|at| at.left().is_zero())
+    M::TAKES_ERRORS && kept.and_then(M::deadline).is_some_and(|Deadline(at)| at <= then())
 }
 
 /// When the response head has to be here.
@@ -147,7 +147,7 @@ where
         let kept = this.kept.as_ref();
         let (held, (mut class, mut outcome)) = match (weight, this.state.as_mut().project()) {
             (Some(weight), StateProj::Calling { attempt }) => (attempt.take(), weight),
-            _ if is_over::<S, Req, M>(kept) => {
+            _ if ends_by::<S, Req, M>(kept, Instant::now) => {
                 return Some(self.too_late());
             }
             _ => {
@@ -244,7 +244,7 @@ where
                         let record = course.end(&core.settings, Stop::NotReady);
                         return Poll::Ready(Some(Err(M::broken(error, record))));
                     }
-                    if is_over::<S, Req, M>(this.kept.as_ref()) {
+                    if ends_by::<S, Req, M>(this.kept.as_ref(), Instant::now) {
                         return Poll::Ready(Some(self.too_late()));
                     }
                     let Some(kept) = this.kept else { unreachable!("kept for every retry") };

@@ -10,13 +10,13 @@ use super::{
     attempts::Attempts,
     core::Core,
     exchange::{Repeat, Weigh},
-    future::{ResponseFuture, State, is_over},
+    future::{ResponseFuture, State, ends_by},
     span::Span,
     weighed::Weighed,
 };
 use crate::{
     admission::Reusable,
-    call::{Http, Striped},
+    call::{Http, Moment, Striped},
 };
 
 /// The service of a [`RetryLayer`](super::RetryLayer).
@@ -66,7 +66,7 @@ where
     fn call(&mut self, request: Req) -> Self::Future {
         let rules = self.core.settings.rules(self.core.misconfigured);
         let mut kept = M::keep(&request, rules);
-        if is_over::<S, Req, M>(kept.as_ref()) {
+        if ends_by::<S, Req, M>(kept.as_ref(), Moment::now) {
             return self.unbegun(kept);
         }
         if let Some(budget) = &self.core.budget {

@@ -18,7 +18,9 @@ use super::{
 };
 use crate::{
     admission::Reusable,
-    call::{Alarm, AsError, Deadline, Far, Http, Label, LayerKind, Phase, Reject, Rejected},
+    call::{
+        Alarm, AsError, Deadline, Far, Http, Label, LayerKind, Moment, Phase, Reject, Rejected,
+    },
 };
 
 /// The service of a [`TimeoutLayer`](super::TimeoutLayer).
@@ -76,6 +78,7 @@ where
 
     #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), R::Error>> {
+        Moment::anew();
         self.inner.poll_ready(cx).map_err(R::error)
     }
 

@@ -6,7 +6,7 @@ use super::{
     sending::{Sending, Stage},
     settings::{Limit, State, Timeouts},
 };
-use crate::call::{Far, Form, LayerKind, Phase, has_passed};
+use crate::call::{Far, Form, LayerKind, Moment, Phase, has_passed};
 
 /// The times of one call, and what they count from.
 #[derive(Debug)]
@@ -56,7 +56,7 @@ impl Watch {
     /// The caller's deadline. False if it has passed.
     pub(super) fn bound(&mut self, deadline: Instant) -> bool {
         self.end = Some(deadline);
-        !has_passed(self.end)
+        !Moment::is_past(self.end)
     }
 
     /// Whether the caller's deadline is over.

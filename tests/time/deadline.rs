@@ -1,9 +1,9 @@
 //! One deadline: who sets it, who keeps it, and what the next hop is told.
 
 use std::{
-    future::{Future, pending, poll_fn},
+    future::{Future, Ready, pending, poll_fn, ready},
     sync::{Arc, Mutex},
-    task::Poll,
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -13,7 +13,8 @@ use buttress::{
     timeout::Phase,
 };
 use http::{HeaderMap, Request, Response};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, advance, sleep};
+use tokio_test::task;
 use tower::{Layer, Service, ServiceBuilder, ServiceExt};
 
 use crate::{
@@ -229,6 +230,89 @@ async fn what_is_kept_back_of_a_time_beyond_any_clock_leaves_the_rest() {
     let ages = Duration::from_millis(u64::MAX);
     let layer = DeadlineLayer::new().default_of(ages).keep_back(ages - secs(5));
     assert_eq!(seen_of(layer, with(&[])).await.0, Some(secs(5)));
+}
+
+/// Waits within its call, as who blocks there does, and then does this.
+#[derive(Clone)]
+struct Blocks<F>(Duration, F);
+
+fn blocked(time: Duration) {
+    assert!(task::spawn(advance(time)).poll().is_pending());
+}
+
+impl<F: Fn(Request<Nothing>)> Service<Request<Nothing>> for Blocks<F> {
+    type Response = Response<Nothing>;
+    type Error = BoxError;
+    type Future = Ready<Result<Response<Nothing>, BoxError>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Nothing>) -> Self::Future {
+        blocked(self.0);
+        self.1(request);
+        ready(Ok(Response::new(Nothing::new())))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_blocks_in_a_call_sees_the_time_go_on() {
+    let inner = Blocks(secs(3), |request: Request<_>| {
+        let deadline = Deadline::of(request.extensions()).unwrap();
+        assert_eq!((deadline.left(), Deadline::after(secs(1)).left()), (secs(2), secs(1)));
+        assert_eq!(Deadline::after(secs(1)).0, Instant::now() + secs(1));
+        blocked(secs(3));
+        assert_eq!(deadline.left(), Duration::ZERO);
+    });
+    for propagate_only in [false, true] {
+        let layer = DeadlineLayer::new().default_of(secs(5));
+        if propagate_only {
+            layer.propagate_only().layer(inner.clone()).oneshot(request()).await.unwrap();
+        } else {
+            layer.layer(inner.clone()).oneshot(request()).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn so_do_the_calls_that_are_made_there() {
+    fn calls<L>(layer: L)
+    where
+        L: Layer<Blocks<fn(Request<Nothing>)>>,
+        L::Service: Service<Request<Nothing>, Error = BoxError> + Clone,
+    {
+        let further = layer.layer(Blocks(secs(0), |request: Request<_>| {
+            let Deadline(at) = Deadline::of(request.extensions()).unwrap();
+            assert_eq!(at, Instant::now() + secs(2));
+        }));
+        for _ in 0..3 {
+            blocked(secs(3));
+            let mut call = task::spawn(further.clone().oneshot(request()));
+            assert!(matches!(call.poll(), Poll::Ready(Ok(_))));
+        }
+    }
+    let layer = || DeadlineLayer::new().default_of(secs(2));
+    let inner = Blocks(secs(3), move |_: Request<_>| {
+        calls(layer());
+        calls(layer().propagate_only());
+    });
+    layer().layer(inner).oneshot(request()).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn and_the_bodies_that_are_read_there() {
+    let streams = serve(|_| async { Ok(Response::new(Paced::at([Duration::ZERO; 9]))) });
+    let streams = DeadlineLayer::new().default_of(secs(2)).layer(streams);
+    let inner = Blocks(secs(3), move |_: Request<_>| {
+        let answer = task::spawn(streams.clone().oneshot(request())).poll();
+        let Poll::Ready(Ok(response)) = answer else { panic!("at once") };
+        blocked(secs(3));
+        let end = task::spawn(drain(response.into_body())).poll();
+        let Poll::Ready((0, Err(late))) = end else { panic!("{end:?}") };
+        assert_eq!(phase_of(&late), Phase::Deadline);
+    });
+    DeadlineLayer::new().default_of(secs(9)).layer(inner).oneshot(request()).await.unwrap();
 }
 
 // ===== Leaving it to others =====
