@@ -168,13 +168,18 @@ impl<R> DeadlineLayer<R> {
     }
 }
 
+/// Nothing else would say it of a layer that lets calls through.
+pub(super) fn tell(fault: Option<&ConfigError>) {
+    if let Some(_fault) = fault {
+        event!(ERROR, layer = "deadline", error = %_fault, "misconfigured: goes without that setting");
+    }
+}
+
 impl<S, R: Clone> Layer<S> for DeadlineLayer<R> {
     type Service = Deadlined<S, R>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        if let Some(_fault) = &self.fault {
-            event!(ERROR, layer = "deadline", error = %_fault, "misconfigured: goes without that setting");
-        }
+        tell(self.fault.as_ref());
         Deadlined {
             times: self.times.clone(),
             codec: self.codec.clone(),

@@ -12,6 +12,7 @@ use tower_service::Service;
 
 use super::{
     codec::Codec,
+    layer::tell,
     times::{DeadlineHandle, Times},
 };
 use crate::{ConfigError, call::Moment};
@@ -47,6 +48,7 @@ impl<S> Layer<S> for PropagateLayer {
     type Service = Propagated<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
+        tell(self.fault.as_ref());
         Propagated { inner, times: self.handle.times.clone(), codec: self.codec.clone() }
     }
 }

@@ -207,4 +207,11 @@ async fn a_layer_that_cannot_work_says_in_the_log_what_was_set_wrong() {
         assert!(line.starts_with("ERROR misconfigured") && line.contains(what), "{lines:?}");
     }
     assert_eq!(lines.len(), 3);
+
+    let said = DeadlineLayer::new().header("no header").propagate_only();
+    let lenient = ServiceBuilder::new().layer(said).service(answers!(200, AT_ONCE));
+    assert_eq!(call(lenient).await.unwrap().status(), 200);
+    assert!(log.take()[0].starts_with(
+        "ERROR misconfigured: goes without that setting layer=\"deadline\" error=`header` is"
+    ));
 }
