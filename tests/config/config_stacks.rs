@@ -9,11 +9,12 @@ use std::{
 
 use axum::{Router, body::Body, routing::get};
 use buttress::{
-    BoxError, Rejected,
+    BoxError, Deadline, Rejected,
     breaker::State,
     call::RejectedKind,
     config::{ClientConfig, ServerConfig},
     stack::{ClientStack, HealthStatus},
+    timeout::Phase,
 };
 use http::{Request, Response};
 use http_body_util::{BodyExt, Empty, Full};
@@ -192,6 +193,50 @@ async fn whatever_becomes_of_calls_the_figures_add_up() {
     let each = [seen.successes, seen.failures, seen.throttled, seen.cancelled, seen.refused];
     assert!(each.iter().all(|count| *count > 0), "of each there is one: {seen:?}");
     assert!(seen.timeouts > 0 && seen.breaker_opened > 0 && seen.retries > 0, "{seen:?}");
+}
+
+/// The layers further in keep it, whatever a call waits for, and it is told and counted as what it was.
+#[tokio::test(start_paused = true)]
+async fn a_deadline_is_kept_in_whatever_phase_a_call_is() {
+    let off = "timeout_head = 'off'\ntimeout_sending = 'off'\ntimeout_taking = 'off'\n\
+               timeout_first_frame = 'off'\ntimeout_idle = 'off'\nlimit_max = 1\ndeadline_default = '6s'";
+    for attempts in [1, 3] {
+        let config = format!("{off}\nretry_attempts = {attempts}");
+        let stack = ClientStack::new(&ClientConfig::from_toml(&config).unwrap()).unwrap();
+        let handle = stack.handle();
+        let client = stack.layer(service_fn(async |request: Request<_>| {
+            if request.uri().path() == "/hangs" {
+                std::future::pending::<()>().await;
+            }
+            let silent = futures_util::stream::pending::<Result<&str, BoxError>>();
+            Ok::<_, BoxError>(Response::new(Body::from_stream(silent)))
+        }));
+        let call = |path: &str, time: Duration| {
+            let (mut request, client) = (request(), client.clone());
+            *request.uri_mut() = path.parse().unwrap();
+            request.extensions_mut().insert(Deadline::after(time));
+            async move {
+                let start = Instant::now();
+                let end = match client.oneshot(request).await {
+                    Ok(response) => response.into_body().collect().await.map(drop),
+                    Err(error) => Err(error),
+                };
+                (Rejected::find(&*end.unwrap_err()).unwrap().kind(), start.elapsed())
+            }
+        };
+        let under_way = RejectedKind::TimedOut(Phase::Deadline);
+        assert_eq!(call("/hangs", secs(9)).await, (under_way, secs(6)), "the default");
+        assert_eq!(call("/silent", secs(1)).await, (under_way, secs(1)), "its body");
+        let seen = handle.snapshot();
+        assert_eq!((seen.timeouts, seen.failures, seen.refused), (2, 2, 0));
+        let (first, second) = tokio::join!(call("/hangs", secs(2)), call("/hangs", secs(1)));
+        assert_eq!(first, (under_way, secs(2)));
+        assert_eq!(second, (RejectedKind::DeadlinePassed, secs(1)), "in the queue");
+        assert_eq!(call("/", secs(0)).await, (RejectedKind::DeadlinePassed, secs(0)));
+        let seen = handle.snapshot();
+        assert_eq!((seen.timeouts, seen.failures, seen.refused), (3, 3, 2), "{attempts}");
+        assert_eq!((seen.in_flight, seen.retries, seen.cancelled), (0, 0, 0));
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -383,4 +428,38 @@ async fn a_server_stack_under_axum() {
     assert_eq!(fixed, ["deadline_header"]);
     assert_eq!(send("/late", "60000").await.unwrap().unwrap().status(), 200);
     assert_eq!(handle.config().deadline.header.as_deref(), Some("x-left"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_tells_a_passed_deadline_alike_wherever_it_passes() {
+    let config = "limit_max = 1\ndeadline_header = 'x-left'";
+    let stack = buttress::server(&ServerConfig::from_toml(config).unwrap()).unwrap();
+    let handle = stack.handle();
+    let app: Router =
+        Router::new().route("/", axum::routing::any(std::future::pending::<()>)).layer(stack);
+    let left = |ms: &str| Request::post("/").header("x-left", ms).body(Body::empty()).unwrap();
+    let grpc = |left: &str| {
+        let head = Request::post("/").header("content-type", "application/grpc");
+        head.header("grpc-timeout", left).body(Body::empty()).unwrap()
+    };
+    let told = async |request: Request<Body>| {
+        let start = Instant::now();
+        let response: Response<Body> = app.clone().oneshot(request).await.unwrap();
+        let status = response.headers().get("grpc-status").map(|it| it.to_str().unwrap().into());
+        (response.status().as_u16(), status, start.elapsed())
+    };
+    let deadline_exceeded = Some(String::from("4"));
+    for (request, late, status, after) in [
+        // Under way; in the queue; over before it begins.
+        (left("2000"), left("1000"), (504, None), 1),
+        (grpc("2S"), grpc("1S"), (200, deadline_exceeded.clone()), 1),
+        (left("2000"), left("0"), (504, None), 0),
+        (grpc("2S"), grpc("0S"), (200, deadline_exceeded), 0),
+    ] {
+        let (first, second) = tokio::join!(told(request), told(late));
+        let (http, grpc) = status;
+        assert_eq!((first, second), ((http, grpc.clone(), secs(2)), (http, grpc, secs(after))));
+    }
+    let seen = handle.snapshot();
+    assert_eq!((seen.total, seen.timeouts, seen.refused, seen.in_flight), (8, 4, 4, 0));
 }
