@@ -10,7 +10,7 @@ use tokio::time::{Sleep, sleep_until};
 use tower_service::Service;
 
 use super::{Admit, Policy, shut::ShutWatch};
-use crate::call::{Form, Judge, Permit, Protocol, Reject, Rejected};
+use crate::call::{Form, Judge, Permit, Protocol, Reject, Rejected, poll_timer};
 
 pin_project! {
     /// The future of an admission layer's call.
@@ -216,7 +216,7 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
             let late = this.late.get_or_insert_with(|| {
                 this.protocol.deadline(request).map(|at| Box::pin(sleep_until(at)))
             });
-            if late.as_mut().is_some_and(|late| late.as_mut().poll(cx).is_ready()) {
+            if late.as_mut().is_some_and(|late| poll_timer(late.as_mut(), cx).is_ready()) {
                 *late = None;
                 if let Some(rejected) = this.policy.too_late(request) {
                     *this.permit = None;

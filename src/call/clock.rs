@@ -1,6 +1,13 @@
-use std::{cell::Cell, marker::PhantomData, time::Duration};
+use std::{
+    cell::Cell,
+    future::Future,
+    marker::PhantomData,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
 
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep};
 
 /// Nanoseconds since a state began: what pure state machines are told.
 pub(crate) type Nanos = u64;
@@ -28,6 +35,11 @@ impl Clock {
 pub(crate) fn nanos(duration: Duration) -> Nanos {
     let seconds = duration.as_secs().saturating_mul(1_000_000_000);
     seconds.saturating_add(u64::from(duration.subsec_nanos()))
+}
+
+/// Ready once it is time, also beside what uses up its task's budget each time: then no timer ever tells.
+pub(crate) fn poll_timer(timer: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<()> {
+    if timer.deadline() <= Instant::now() { Poll::Ready(()) } else { timer.poll(cx) }
 }
 
 // ===== One look for a whole stack =====

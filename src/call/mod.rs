@@ -75,7 +75,7 @@ pub(crate) use self::{
 };
 pub(crate) use self::{
     body::{Eos, OwnAnswer},
-    clock::{Clock, Moment, Nanos, nanos},
+    clock::{Clock, Moment, Nanos, nanos, poll_timer},
     deadline::has_passed,
     giver::{AnyGiver, Giver, Shared},
     permit::{Finish, Hold, Permit, Token},

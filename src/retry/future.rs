@@ -20,7 +20,7 @@ use super::{
     stop::Stop,
     weighed::{Head, Weighed, is_good},
 };
-use crate::call::{Deadline, LayerKind, Lease, Outcome, Phase, Rejected, RejectedKind};
+use crate::call::{Deadline, LayerKind, Lease, Outcome, Phase, Rejected, RejectedKind, poll_timer};
 
 pin_project! {
     /// The future of a [`Retry`](super::Retry)'s call. Dropped while it waits, it pays its retry back.
@@ -214,7 +214,7 @@ where
                 StateProj::Discarding { held, longest, wait } => {
                     let cap = wait.drain_cap;
                     if M::poll_discard(held, cap, cx).is_pending() {
-                        ready!(longest.poll(cx));
+                        ready!(poll_timer(longest, cx));
                     }
                     let left = wait.left();
                     // What is left of the answer is dropped here, before the wait: with it goes whatever
@@ -237,7 +237,7 @@ where
                             late.set(deadline.map(|Deadline(at)| sleep_until(at)));
                         }
                         let Some(late) = late.as_pin_mut() else { return Poll::Pending };
-                        ready!(late.poll(cx));
+                        ready!(poll_timer(late, cx));
                         return Poll::Ready(Some(self.too_late()));
                     };
                     if let Err(error) = ready {

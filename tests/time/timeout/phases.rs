@@ -1,16 +1,21 @@
 //! Each phase by itself: what it counts from, what ends it, and what goes with it.
 
 use std::{
-    future::{Future, poll_fn},
-    pin::Pin,
-    sync::{Arc, Mutex, atomic::Ordering::SeqCst},
+    future::{Future, Ready, poll_fn, ready},
+    pin::{Pin, pin},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
     task::{Context, Poll},
     time::Duration,
 };
 
 use buttress::{
-    ConcurrencyLimitLayer, Deadline, Outcome, TimeoutLayer, Timeouts,
+    Backoff, BoxError, ConcurrencyLimitLayer, Deadline, Outcome, RetryLayer, TimeoutLayer,
+    Timeouts,
     call::RejectedKind,
+    retry::Attempt,
     timeout::{Phase, SendingBody},
 };
 use http::{Request, Response};
@@ -18,7 +23,7 @@ use http_body::{Body, Frame};
 use http_body_util::{BodyExt, Full};
 use tokio::time::{Instant, advance, sleep};
 use tokio_test::{assert_pending, assert_ready, assert_ready_ok, task};
-use tower::{Layer, ServiceExt};
+use tower::{Layer, Service, ServiceExt};
 
 use crate::{
     kit::*,
@@ -438,6 +443,66 @@ async fn a_call_that_leaves_its_task_no_room_for_a_timer_is_late_all_the_same() 
     .await;
     assert_eq!(phase, Phase::Head);
     assert!(took >= secs(3) && took <= secs(4), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn nor_is_an_answer_read_away_for_longer_that_leaves_none() {
+    let service = RetryLayer::http().backoff(Backoff::constant(ms(100))).layer(serve(
+        |request: Request<_>| async move {
+            let again = request.extensions().get::<Attempt>().is_some();
+            let status = if again { 200 } else { 503 };
+            Ok(Response::builder().status(status).body(Busy(Box::pin(busy())))?)
+        },
+    ));
+    let answered = beside(async move { service.oneshot(request()).await.unwrap().status() }).await;
+    assert_eq!(answered, 200);
+}
+
+/// Never ready, and never at rest.
+#[derive(Clone)]
+struct Unready(Arc<AtomicBool>);
+
+impl<B> Service<Request<B>> for Unready {
+    type Response = Response<Nothing>;
+    type Error = BoxError;
+    type Future = Ready<Result<Response<Nothing>, BoxError>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        match self.0.load(SeqCst) {
+            true => Poll::Ready(Ok(())),
+            false => pin!(busy()).poll(cx),
+        }
+    }
+
+    fn call(&mut self, _: Request<B>) -> Self::Future {
+        self.0.store(false, SeqCst);
+        ready(Ok(Response::builder().status(503).body(Nothing::new()).unwrap()))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn nor_is_anything_waited_for_longer_that_gets_ready_without_rest() {
+    let inner = |is| Unready(Arc::new(AtomicBool::new(is)));
+    // The limit is full when it is asked, so that the call waits for what is in it by itself.
+    let limit = ConcurrencyLimitLayer::new(1).queue(1, secs(60));
+    let first = limit.handle().try_acquire().unwrap();
+    let mut parked = limit.layer(inner(false));
+    let start = Instant::now();
+    let ends = beside(async move {
+        ServiceExt::<Request<Nothing>>::ready(&mut parked).await.unwrap();
+        let call = parked.call(within(secs(3)));
+        drop(first);
+        (refused_as(call.await), start.elapsed())
+    });
+    let (kind, took) = ends.await;
+    assert!(kind == RejectedKind::DeadlinePassed && took >= secs(3) && took <= secs(4), "{took:?}");
+
+    let retry = RetryLayer::http().backoff(Backoff::constant(ms(100))).layer(inner(true));
+    let start = Instant::now();
+    let ends =
+        beside(async move { (refused_as(retry.oneshot(within(secs(3))).await), start.elapsed()) });
+    let (kind, took) = ends.await;
+    assert!(kind == RejectedKind::DeadlinePassed && took >= secs(3) && took <= secs(4), "{took:?}");
 }
 
 #[tokio::test(start_paused = true)]
