@@ -112,7 +112,7 @@ impl<R> DeadlineLayer<R> {
     ///
     /// A [`TimeoutLayer`](crate::TimeoutLayer) further in keeps it to the last byte of the answer; a
     /// [`RetryLayer`](crate::RetryLayer) keeps it up to the head, over all attempts and waits; a limit and a breaker refuse
-    /// what is late. Where there is none of the first two, nobody keeps it.
+    /// what is late, unless they are in shadow mode. Where there is none of the first two, nobody keeps it.
     ///
     /// ```
     /// use std::time::Duration;

@@ -102,6 +102,9 @@
 //! # let _: axum::Router = axum::Router::new().route("/", axum::routing::any(socket));
 //! ```
 //!
+//! A handler that blocks its thread, instead of a thread of `spawn_blocking`, can hold up the runtime's timers and
+//! signals, and with them the drain and its longest time.
+//!
 //! # Cancellation
 //!
 //! A call that is dropped is counted no more. Dropping what [`run`](Lifecycle::run) or `serve` gave drops the server.
