@@ -12,6 +12,8 @@ use std::{
 use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep_until};
 
+use super::poll_timer;
+
 pin_project! {
     /// Wakes its task at a time: by a timer of its own, unless what it is around has set one that is due no later.
     ///
@@ -94,19 +96,23 @@ impl Alarm {
         if heard.is_some_and(|set| set.at <= at) {
             return Poll::Pending;
         }
-        let mut again = false;
-        match this.timer.as_mut().as_pin_mut() {
-            None => this.timer.set(Some(sleep_until(at))),
-            Some(timer) if timer.deadline() != at => timer.reset(at),
-            Some(_) => again = true,
+        let over = match this.timer.as_mut().as_pin_mut() {
+            // Without a look at the clock: who has just begun to wait has time left.
+            None => {
+                this.timer.set(Some(sleep_until(at)));
+                this.timer.as_pin_mut().map_or(Poll::Pending, |timer| timer.poll(cx))
+            }
+            Some(mut timer) => {
+                if timer.deadline() != at {
+                    timer.as_mut().reset(at);
+                }
+                poll_timer(timer, cx)
+            }
+        };
+        if over.is_pending() {
+            SET.set(Some(Set { at, task, by }));
         }
-        let told = this.timer.as_pin_mut().is_some_and(|timer| timer.poll(cx).is_ready());
-        // What is further in may use up its task's budget each time: then no timer ever tells.
-        if told || again && at <= Instant::now() {
-            return Poll::Ready(());
-        }
-        SET.set(Some(Set { at, task, by }));
-        Poll::Pending
+        over
     }
 }
 
