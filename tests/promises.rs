@@ -78,7 +78,7 @@ async fn a_probe_cancelled_by_its_caller_leaves_the_gate_ajar() {
     watch.script([Then::Fail(Oops("trips it"))]);
     service.clone().oneshot(request()).await.unwrap_err();
     advance(wait).await;
-    let probe = timeout(Duration::from_secs(1), service.clone().oneshot(request())).await;
+    let probe = timeout(Duration::from_millis(500), service.clone().oneshot(request())).await;
     assert!(probe.is_err(), "its caller had no more time");
     watch.script([Then::Answer(empty())]);
     service.clone().oneshot(request()).await.expect("the next one probes");

@@ -1,6 +1,7 @@
 use std::{
     fmt,
     future::Future,
+    marker::PhantomData,
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -9,8 +10,11 @@ use pin_project_lite::pin_project;
 use tokio::time::{Sleep, sleep_until};
 use tower_service::Service;
 
-use super::{Admit, Policy, shut::ShutWatch};
-use crate::call::{Form, Judge, Permit, Protocol, Reject, Rejected, poll_timer};
+use super::{Admit, Policy, Terms, shut::ShutWatch};
+use crate::call::{
+    CallerDeadline, Deadline, Form, Giver, Judge, Permit, Protocol, Reject, Rejected, SentMark,
+    WaitsFor, poll_timer,
+};
 
 pin_project! {
     /// The future of an admission layer's call.
@@ -26,6 +30,15 @@ pin_project! {
         form: Option<Form>,
         reject: Option<R>,
     }
+
+    impl<S, Req, F, C, P: Policy<Req>, M, R> PinnedDrop for ResponseFuture<S, Req, F, C, P, M, R> {
+        fn drop(this: Pin<&mut Self>) {
+            // While the request body is still there: it goes with the inner future.
+            if let StateProj::Called { permit, mark, .. } = this.project().state.project() {
+                set_clock(permit, mark);
+            }
+        }
+    }
 }
 
 pin_project! {
@@ -35,7 +48,14 @@ pin_project! {
         P: Policy<Req>,
     {
         // The inner future is dropped before the permit is given back.
-        Called { #[pin] future: F, permit: Permit<P::Giver>, call: Option<C> },
+        Called {
+            #[pin]
+            future: F,
+            permit: Permit<P::Giver>,
+            call: Option<C>,
+            // Sets the permit's clock.
+            mark: Option<SentMark>,
+        },
         Parked { parked: Pin<Box<Parked<S, Req, P, M>>> },
         Refused { rejected: Option<Rejected> },
     }
@@ -43,8 +63,13 @@ pin_project! {
 
 impl<S, Req, F, C, P: Policy<Req>, M> State<S, Req, F, C, P, M> {
     #[inline]
-    pub(super) fn called(future: F, permit: Permit<P::Giver>, call: C) -> Self {
-        Self::Called { future, permit, call: Some(call) }
+    pub(super) fn called(
+        future: F,
+        permit: Permit<P::Giver>,
+        call: C,
+        mark: Option<SentMark>,
+    ) -> Self {
+        Self::Called { future, permit, call: Some(call), mark }
     }
 
     pub(super) fn parked(parked: Parked<S, Req, P, M>) -> Self {
@@ -77,24 +102,36 @@ where
         let mut this = self.project();
         loop {
             match this.state.as_mut().project() {
-                StateProj::Called { future, permit, call } => {
+                StateProj::Called { future, permit, call, mark } => {
+                    WaitsFor::reset();
                     let mut answer = match permit.guard(|| future.poll(cx)) {
                         Poll::Ready(Ok(response)) => Poll::Ready(Ok(M::wrap(response))),
                         Poll::Ready(Err(error)) => {
+                            set_clock(permit, mark);
                             M::judge(taken(call), Err(&error), permit);
                             return Poll::Ready(Err(R::error(error)));
                         }
-                        Poll::Pending => return Poll::Pending,
+                        Poll::Pending => {
+                            permit.pending(WaitsFor::reported());
+                            return Poll::Pending;
+                        }
                     };
                     // Where it lies, in the form it is given out in: it is large to move.
                     if let Poll::Ready(Ok(response)) = &mut answer {
+                        set_clock(permit, mark);
                         M::judge(taken(call), Ok(response), permit);
                     }
                     return answer;
                 }
                 StateProj::Parked { parked } => {
-                    let next = match ready!(parked.as_mut().poll(cx)) {
-                        Ok((future, permit, call)) => State::called(future, permit, call),
+                    let Poll::Ready(turn) = parked.as_mut().poll(cx) else {
+                        WaitsFor::Client.report();
+                        return Poll::Pending;
+                    };
+                    let next = match turn {
+                        Ok((future, permit, call, mark)) => {
+                            State::called(future, permit, call, mark)
+                        }
                         Err(Stop::Rejected(rejected)) => {
                             let (request, reject) = (&parked.request, this.reject.as_ref());
                             *this.form =
@@ -118,6 +155,22 @@ where
     }
 }
 
+/// The mark, read from now on.
+#[inline]
+pub(super) fn measured(mark: Option<SentMark>) -> Option<SentMark> {
+    if let Some(mark) = &mark {
+        mark.measure();
+    }
+    mark
+}
+
+#[inline]
+fn set_clock<G: Giver>(permit: &mut Permit<G>, mark: &mut Option<SentMark>) {
+    if let Some(mark) = mark.take() {
+        permit.set_clock(&mark);
+    }
+}
+
 #[inline]
 fn taken<C>(call: &mut Option<C>) -> C {
     call.take().unwrap_or_else(|| unreachable!("polled after completion"))
@@ -133,7 +186,41 @@ impl<S, Req, F, C, P: Policy<Req>, M, R> fmt::Debug for ResponseFuture<S, Req, F
     }
 }
 
+// ===== What a request says =====
+
+/// The [`Terms`] of a request, as its protocol reads them.
+pub(super) struct OfRequest<'a, Req, M, Res, E> {
+    request: &'a Req,
+    protocol: &'a M,
+    of: PhantomData<fn(Res, E)>,
+}
+
+impl<'a, Req, M, Res, E> OfRequest<'a, Req, M, Res, E> {
+    #[inline]
+    pub(super) fn new(request: &'a Req, protocol: &'a M) -> Self {
+        Self { request, protocol, of: PhantomData }
+    }
+}
+
+impl<Req, M: Judge<Req, Res, E>, Res, E> Terms for OfRequest<'_, Req, M, Res, E> {
+    #[inline]
+    fn deadline(&self) -> Option<Deadline> {
+        self.protocol.deadline(self.request)
+    }
+
+    #[inline]
+    fn sent_mark(&self) -> Option<SentMark> {
+        self.protocol.sent_mark(self.request)
+    }
+}
+
 // ===== A call that has to wait: for its turn, or for the inner service =====
+
+/// A permit whose call waits inside the client: the upstream does not have the request yet.
+fn parked<G: Giver>(mut permit: Permit<G>) -> Permit<G> {
+    permit.pending(WaitsFor::Client);
+    permit
+}
 
 pin_project! {
     /// Boxed, because only a call that waits pays for it.
@@ -165,6 +252,7 @@ type Called<S, Req, P, M> = (
     <S as Service<Req>>::Future,
     Permit<<P as Policy<Req>>::Giver>,
     <M as Judge<Req, <S as Service<Req>>::Response, <S as Service<Req>>::Error>>::Call,
+    Option<SentMark>,
 );
 
 impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
@@ -182,7 +270,7 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
     }
 
     pub(super) fn with_permit(mut self, permit: Permit<P::Giver>) -> Self {
-        self.permit = Some(permit);
+        self.permit = Some(parked(permit));
         self
     }
 
@@ -201,7 +289,7 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
             if let Some(wait) = this.wait {
                 let turn = ready!(wait.as_mut().poll(cx));
                 *this.wait = None;
-                *this.permit = Some(turn.map_err(Stop::Rejected)?);
+                *this.permit = Some(parked(turn.map_err(Stop::Rejected)?));
             }
             if let Poll::Ready(result) = this.service.poll_ready(cx) {
                 if let Err(error) = result {
@@ -214,7 +302,7 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
                 unreachable!("polled after completion")
             };
             let late = this.late.get_or_insert_with(|| {
-                this.protocol.deadline(request).map(|at| Box::pin(sleep_until(at)))
+                this.protocol.deadline(request).map(|deadline| Box::pin(sleep_until(deadline.at())))
             });
             if late.as_mut().is_some_and(|late| poll_timer(late.as_mut(), cx).is_ready()) {
                 *late = None;
@@ -229,8 +317,11 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
             ready!(this.shut.poll(cx, shut, stale));
             // Shut while waiting for the inner service: what was given is worth nothing any more.
             *this.permit = None;
-            match this.policy.admit(request, || this.protocol.deadline(request)) {
-                Admit::Go(pass) => *this.permit = Some(this.policy.permit(pass)),
+            match this.policy.admit(
+                request,
+                OfRequest::<_, _, S::Response, S::Error>::new(request, this.protocol),
+            ) {
+                Admit::Go(pass) => *this.permit = Some(parked(this.policy.permit(pass))),
                 Admit::Wait(wait) => *this.wait = Some(wait),
                 Admit::No(rejected) => return Poll::Ready(Err(Stop::Rejected(rejected))),
             }
@@ -239,8 +330,14 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
         else {
             unreachable!("polled after completion")
         };
+        let mut mark = None;
+        if this.policy.attributes() {
+            let deadline = CallerDeadline::of(this.protocol.deadline(&request));
+            mark = measured(this.protocol.sent_mark(&request));
+            permit = permit.observing(deadline, mark.is_some());
+        }
         let call = this.protocol.begin(&mut request, || permit.take());
         let future = permit.guard(|| this.service.call(request));
-        Poll::Ready(Ok((future, permit, call)))
+        Poll::Ready(Ok((future, permit, call, mark)))
     }
 }

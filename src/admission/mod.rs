@@ -12,7 +12,7 @@ use tokio::{sync::Notify, time::Instant};
 
 pub use self::future::ResponseFuture;
 pub(crate) use self::{layer::Plan, layer::admission_layer, service::Admission};
-use crate::call::{Giver, LayerKind, Permit, Rejected, RejectedKind};
+use crate::call::{Deadline, Giver, LayerKind, Permit, Rejected, RejectedKind, SentMark};
 
 /// What a policy says to a call.
 #[derive(Debug)]
@@ -23,6 +23,15 @@ pub enum Admit<T, W> {
     Wait(Pin<Box<W>>),
     /// No.
     No(Rejected),
+}
+
+/// What a request says about its call. Each question looks into the request.
+pub trait Terms {
+    /// The deadline of the call.
+    fn deadline(&self) -> Option<Deadline>;
+
+    /// The mark of the request's progress.
+    fn sent_mark(&self) -> Option<SentMark>;
 }
 
 /// Whether a call goes.
@@ -41,12 +50,13 @@ pub trait Policy<Req>: Clone + Send + Sync + 'static {
     /// Would a call go now? Reserves nothing; a wrong answer costs time, never correctness.
     fn peek(&self) -> bool;
 
-    /// May this one go? `deadline` tells when its caller needs the answer.
-    fn admit(
-        &self,
-        request: &Req,
-        deadline: impl FnOnce() -> Option<Instant>,
-    ) -> Admit<Self::Pass, Self::Wait>;
+    /// Decides whether this call is admitted, given what its request says about it.
+    fn admit(&self, request: &Req, terms: impl Terms) -> Admit<Self::Pass, Self::Wait>;
+
+    /// Whether outcomes are attributed: then permits take along what the request says about its call.
+    fn attributes(&self) -> bool {
+        false
+    }
 
     /// The permit of a call that goes.
     fn permit(&self, pass: Self::Pass) -> Permit<Self::Giver>;

@@ -7,10 +7,12 @@ use tower_service::Service;
 
 use super::{
     Admit, Policy, ResponseFuture,
-    future::{Parked, State},
+    future::{OfRequest, Parked, State, measured},
     shut::{HoldBack, ShutWatch},
 };
-use crate::call::{Label, Outcome, Permit, Protocol, Reason, Reject, Rejected};
+use crate::call::{
+    CallerDeadline, Label, Outcome, Permit, Protocol, Reason, Reject, Rejected, want_mark,
+};
 
 /// The service behind every admission layer.
 pub(crate) struct Admission<S, P, M, R> {
@@ -102,6 +104,9 @@ where
 
     #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), R::Error>> {
+        if self.policy.attributes() {
+            want_mark();
+        }
         // Only a balancer asks twice, to be told where it must not call any more.
         if self.promised && (!self.policy.holds_back() || self.policy.peek()) {
             return Poll::Ready(Ok(()));
@@ -132,7 +137,10 @@ where
     fn call(&mut self, mut request: Req) -> Self::Future {
         self.promised = false;
         let admit = match &self.fault {
-            None => self.policy.admit(&request, || self.protocol.deadline(&request)),
+            None => self.policy.admit(
+                &request,
+                OfRequest::<_, _, S::Response, S::Error>::new(&request, &self.protocol),
+            ),
             Some(fault) => Admit::No(Rejected::misconfigured(P::LAYER, fault.clone())),
         };
         // Told only of what is refused: to know it takes a look at the headers.
@@ -140,12 +148,23 @@ where
         let state = match admit {
             Admit::Go(pass) if self.readiness == Readiness::Ready => {
                 let mut leaving = Leaving::<Req, P>::new(&self.policy, pass);
+                let (mut deadline, mut mark) = (None, None);
+                if self.policy.attributes() {
+                    // Before the call: what may panic after it makes the compiler copy the inner future.
+                    deadline = CallerDeadline::of(self.protocol.deadline(&request));
+                    mark = measured(self.protocol.sent_mark(&request));
+                }
                 let call = self.protocol.begin(&mut request, || leaving.permit());
                 self.readiness = Readiness::Untouched;
                 leaving.drop_as = Outcome::failure().because(Reason::Panicked);
                 // At once, and not by way of variables: a future is large to move.
                 return ResponseFuture::new(
-                    State::called(self.inner.call(request), leaving.permit(), call),
+                    State::called(
+                        self.inner.call(request),
+                        leaving.permit().observing(deadline, mark.is_some()),
+                        call,
+                        mark,
+                    ),
                     None,
                     self.reject.clone(),
                 );

@@ -11,7 +11,7 @@ use super::{
     trip::Trip,
 };
 use crate::call::{
-    Nanos, OutcomeKind,
+    Nanos, OutcomeKind, nanos,
     sync::{
         Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering},
@@ -28,6 +28,8 @@ pub(super) struct Cell {
     until: AtomicU64,
     /// From when on a call is slow; the maximum: nobody measures.
     slow_from: AtomicU64,
+    /// From when on a call that its caller ended counts as a failure; the maximum: never.
+    count_cancelled_after: AtomicU64,
     machine: Mutex<Machine>,
     times: TimeWindows,
 }
@@ -46,6 +48,7 @@ impl Cell {
             counts_calls,
             until: AtomicU64::new(0),
             slow_from: AtomicU64::new(u64::MAX),
+            count_cancelled_after: AtomicU64::new(u64::MAX),
             machine: Mutex::new(machine),
             times,
         };
@@ -86,6 +89,14 @@ impl Cell {
         self.slow_from.load(Ordering::Relaxed) != u64::MAX
     }
 
+    /// From when on a call that its caller ended counts as a failure.
+    pub(super) fn count_cancelled_after(&self) -> Option<Duration> {
+        match self.count_cancelled_after.load(Ordering::Relaxed) {
+            u64::MAX => None,
+            nanos => Some(Duration::from_nanos(nanos)),
+        }
+    }
+
     /// Whether a call would go now; the luck of a ramp that gives no turns apart.
     #[inline]
     pub(super) fn has_room(
@@ -122,6 +133,12 @@ impl Cell {
         self.front.read().word() == Word::Open
     }
 
+    /// Whether a call that is admitted now may be a probe.
+    #[inline]
+    pub(super) fn may_probe(&self) -> bool {
+        matches!(self.front.read().word(), Word::Open | Word::HalfOpen)
+    }
+
     /// How long an open circuit still refuses: told without the lock, however many ask.
     #[inline]
     pub(super) fn refuses_for(&self, now: impl FnOnce() -> Nanos) -> Option<Nanos> {
@@ -149,6 +166,7 @@ impl Cell {
     #[inline]
     pub(super) fn admit(
         &self,
+        is_unsent: bool,
         now: impl FnOnce() -> Nanos,
         roll: Roll,
     ) -> (Result<Ticket, Refusal>, Option<Change>) {
@@ -161,12 +179,12 @@ impl Cell {
             Word::Open => {
                 let now = now();
                 match self.until.load(Ordering::Acquire).saturating_sub(now) {
-                    0 => self.lock().admit(self.at(now, roll)),
+                    0 => self.lock().admit(is_unsent, self.at(now, roll)),
                     left => (Err(Refusal::Open { left }), None),
                 }
             }
             Word::ForcedOpen => (Err(Refusal::Forced), None),
-            Word::HalfOpen | Word::Ramp => self.lock().admit(self.at(now(), roll)),
+            Word::HalfOpen | Word::Ramp => self.lock().admit(is_unsent, self.at(now(), roll)),
         }
     }
 
@@ -283,9 +301,13 @@ impl Drop for Locked<'_> {
         let measured = slow_from.is_some();
         let plain = !measured && cell.times.is_empty() && !cell.counts_calls;
         cell.slow_from.store(slow_from.unwrap_or(u64::MAX), Ordering::Relaxed);
+        let count_after = machine.settings.count_cancelled_after;
+        let count_after_nanos = count_after.map_or(u64::MAX, nanos);
+        cell.count_cancelled_after.store(count_after_nanos, Ordering::Relaxed);
         cell.until.store(machine.until(), Ordering::Release);
         let bits = Bits::new(machine.generation(), word).clean(machine.is_clean());
-        cell.front.show(bits.measured(measured).plain(plain));
+        let bits = bits.measured(measured).plain(plain).attributes(count_after.is_some());
+        cell.front.show(bits);
     }
 }
 

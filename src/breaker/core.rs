@@ -3,13 +3,13 @@
 use std::{
     fmt,
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
 
 use super::{
     cell::Cell,
@@ -21,7 +21,8 @@ use super::{
 };
 use crate::{
     call::{
-        Clock, Finish, Hold, Label, LayerKind, Nanos, Outcome, Rejected, RejectedKind, Token, nanos,
+        Clock, Finish, Hold, Label, LayerKind, Measures, Nanos, Outcome, Rejected, RejectedKind,
+        SentMark, Token, UpstreamClock, WaitsFor, nanos,
     },
     event,
 };
@@ -46,6 +47,10 @@ pub struct Circuit {
     most_waiting: AtomicU32,
     longest_wait: AtomicU64,
     waiting: AtomicU32,
+    /// Marks of the probes whose requests were still to be sent when they were admitted.
+    unsent_probes: Mutex<Vec<(u64, SentMark)>>,
+    /// There are any.
+    has_unsent_probes: AtomicBool,
     /// Steered by hand since it was made: not to be taken for one like any other.
     steered: AtomicBool,
 }
@@ -81,6 +86,8 @@ impl Circuit {
             most_waiting: AtomicU32::new(0),
             longest_wait: AtomicU64::new(0),
             waiting: AtomicU32::new(0),
+            unsent_probes: Mutex::default(),
+            has_unsent_probes: AtomicBool::new(false),
             steered: AtomicBool::new(false),
         }
     }
@@ -169,6 +176,7 @@ impl Circuit {
 
     /// The state, and how long it lasts if nothing happens.
     pub(super) fn state(&self) -> (State, Option<Duration>) {
+        self.update_unsent_probes();
         let (state, lasts, change) = self.cell.state(|| self.now(), fastrand::f64);
         self.tell(change);
         (state, lasts)
@@ -196,6 +204,7 @@ impl Circuit {
 
     #[inline(never)]
     fn has_room_by_now(&self) -> bool {
+        self.update_unsent_probes();
         let (room, change) = self.cell.has_room(|| self.now(), fastrand::f64);
         self.tell(change);
         room || self.shadow.load(Ordering::Relaxed)
@@ -226,6 +235,7 @@ impl Circuit {
 
     /// Looks at the machine as time has made it.
     pub(super) fn look<T>(&self, look: impl FnOnce(&Machine, &TimeWindows, Nanos) -> T) -> T {
+        self.update_unsent_probes();
         let now = self.now();
         let (seen, change) = self.cell.with(|machine, times| {
             let change = machine.pass_time(at(now, times));
@@ -279,24 +289,31 @@ impl Circuit {
     // ===== Calls =====
 
     #[inline]
-    pub(super) fn enter(&self) -> Result<Token, Refusal> {
+    pub(super) fn enter(
+        &self,
+        sent_mark: impl FnOnce() -> Option<SentMark>,
+    ) -> Result<Token, Refusal> {
         match self.front().enter() {
             Some(token) => Ok(token),
-            None => self.enter_slowly(),
+            None => self.enter_slowly(sent_mark),
         }
     }
 
     #[inline(never)]
-    fn enter_slowly(&self) -> Result<Token, Refusal> {
+    fn enter_slowly(&self, sent_mark: impl FnOnce() -> Option<SentMark>) -> Result<Token, Refusal> {
         match self.cell.refuses_for(|| self.now()) {
             Some(left) if !self.is_shadow() => Err(Refusal::Open { left }),
-            _ => self.enter_by_machine(),
+            _ => self.enter_by_machine(sent_mark),
         }
     }
 
     #[inline(never)]
-    fn enter_by_machine(&self) -> Result<Token, Refusal> {
-        let (answer, change) = self.cell.admit(|| self.now(), fastrand::f64);
+    fn enter_by_machine(
+        &self,
+        sent_mark: impl FnOnce() -> Option<SentMark>,
+    ) -> Result<Token, Refusal> {
+        let unsent = if self.cell.may_probe() { self.unsent(sent_mark()) } else { None };
+        let (answer, change) = self.cell.admit(unsent.is_some(), || self.now(), fastrand::f64);
         self.tell(change);
         let ticket = match answer {
             Ok(ticket) => ticket,
@@ -307,13 +324,62 @@ impl Circuit {
             Err(refusal) => return Err(refusal),
         };
         if ticket.probe {
+            if let Some(mark) = unsent {
+                lock(&self.unsent_probes).push((ticket.generation, mark));
+                self.has_unsent_probes.store(true, Ordering::Release);
+            }
             // It may have been the last slot: nobody need wait for the inner service any more.
             self.changed.notify_waiters();
         }
-        // One more than the time: 0 says that nobody measures.
-        let started = if self.cell.measures() { self.now().saturating_add(1) } else { 0 };
+        let clock = if self.cell.measures() { UpstreamClock::start() } else { UpstreamClock::OFF };
         let tag = ticket.generation | if ticket.probe { PROBE } else { 0 };
-        Ok(Token { tag, started })
+        Ok(Token { tag, clock })
+    }
+
+    /// The mark, if the request is still to be sent. It reads the clock from now on.
+    fn unsent(&self, mark: Option<SentMark>) -> Option<SentMark> {
+        self.update_unsent_probes();
+        let mark = mark.filter(|mark| !mark.is_sent())?;
+        mark.measure();
+        Some(mark)
+    }
+
+    /// Brings the machine up to date with the progress of the probes' request bodies.
+    #[inline]
+    fn update_unsent_probes(&self) {
+        if self.has_unsent_probes.load(Ordering::Acquire) {
+            self.read_marks();
+        }
+    }
+
+    #[cold]
+    fn read_marks(&self) {
+        let mut unsent = lock(&self.unsent_probes);
+        let progress: Vec<_> = unsent
+            .iter()
+            .map(|(probe, mark)| (*probe, mark.upstream_since(), mark.is_sent()))
+            .collect();
+        let over = |probe| !self.cell.still_probes(probe);
+        let mut done = progress.iter().map(|(probe, _, is_sent)| *is_sent || over(*probe));
+        unsent.retain(|_| !done.next().unwrap_or(true));
+        self.has_unsent_probes.store(!unsent.is_empty(), Ordering::Release);
+        drop(unsent);
+        for (probe, since, _) in progress {
+            match since {
+                Some(since) => {
+                    self.probe_waits_for(probe, WaitsFor::Upstream, self.clock.at(since));
+                }
+                None => self.probe_waits_for(probe, WaitsFor::Caller, self.now()),
+            }
+        }
+    }
+
+    fn probe_waits_for(&self, probe: u64, what: WaitsFor, since: Nanos) {
+        let now = self.now();
+        let change = self
+            .cell
+            .with(|machine, times| machine.probe_waits_for(probe, what, since, at(now, times)));
+        self.tell(change);
     }
 
     pub(super) fn refuse(&self, refusal: Refusal) -> Rejected {
@@ -359,36 +425,17 @@ fn ticket(token: Token) -> Ticket {
     Ticket { generation: token.tag & !PROBE, probe: is_probe(token) }
 }
 
-/// How long the call took to its head, or has taken until now.
-#[inline]
-fn took(token: Token, now: impl FnOnce() -> Nanos) -> Nanos {
-    match token.started {
-        0 => 0,
-        took if took & TOOK != 0 => took & !TOOK,
-        started => now().saturating_sub(started - 1),
-    }
-}
-
-/// Set in a token's time once it is how long the head took, and no more when the call began.
-const TOOK: u64 = 1 << 63;
-
 impl Finish for Circuit {
     #[inline]
     fn head(&self, token: &mut Token, so_far: Outcome) {
-        if token.started == 0 && !is_probe(*token) {
-            return;
+        if self.cell.measures() || is_probe(*token) {
+            self.head_measured(token, so_far);
         }
-        if token.started != 0 {
-            token.started = TOOK | took(*token, || self.now());
-        }
-        let so_far = Ended { outcome: so_far, took: token.started & !TOOK };
-        let now = || self.now();
-        self.tell(self.cell.head(ticket(*token), so_far, now, fastrand::f64));
     }
 
     #[inline]
     fn finish(&self, token: Token, outcome: Outcome) {
-        let good = token.started == 0 && outcome.is_success();
+        let good = outcome.is_success() && !self.cell.measures();
         if !(good && self.cell.count_good(token.tag, || self.now())) {
             self.finish_slowly(token, outcome);
         }
@@ -398,16 +445,50 @@ impl Finish for Circuit {
     fn hold(&self) -> Hold {
         Hold::Verdict
     }
+
+    fn measures(&self) -> Measures {
+        // Of probes it matters in any case since when the upstream has them.
+        if self.front().does_attribute() || self.cell.measures() || self.cell.may_probe() {
+            Measures::Head
+        } else {
+            Measures::Nothing
+        }
+    }
+
+    fn count_cancelled_after(&self) -> Option<Duration> {
+        self.cell.count_cancelled_after()
+    }
+
+    fn waits_for(&self, token: Token, what: WaitsFor) {
+        if is_probe(token) {
+            self.probe_waits_for(ticket(token).generation, what, self.now());
+            if what == WaitsFor::Caller {
+                // Its slot is free for others meanwhile.
+                self.changed.notify_waiters();
+            }
+        }
+    }
 }
 
 impl Circuit {
     #[inline(never)]
+    fn head_measured(&self, token: &mut Token, so_far: Outcome) {
+        self.update_unsent_probes();
+        let now = Instant::now();
+        token.clock.stop(now);
+        let so_far = Ended { outcome: so_far, took: self.took(*token, || now) };
+        self.tell(self.cell.head(ticket(*token), so_far, || self.clock.at(now), fastrand::f64));
+    }
+
+    #[inline(never)]
     fn finish_slowly(&self, token: Token, outcome: Outcome) {
-        // One reading serves all who ask, and nobody asks about a clean run of failures.
+        self.update_unsent_probes();
+        // One reading serves all who ask, and none is made for a clean run of failures.
         let mut read = None;
-        let mut now = || *read.get_or_insert_with(|| self.now());
-        let took = took(token, &mut now);
+        let mut now = || *read.get_or_insert_with(Instant::now);
+        let took = self.took(token, &mut now);
         let ticket = ticket(token);
+        let now = || self.clock.at(now());
         let change = self.cell.finish(ticket, Ended { outcome, took }, now, fastrand::f64);
         if ticket.probe && change.is_none() {
             // A slot may have come back.
@@ -415,6 +496,18 @@ impl Circuit {
         }
         self.tell(change);
     }
+
+    /// How long the upstream has had the call's request, to its head; 0 where no rule measures.
+    fn took(&self, token: Token, now: impl FnOnce() -> Instant) -> Nanos {
+        if token.clock.is_off() || !self.cell.measures() {
+            return 0;
+        }
+        token.clock.elapsed(now()).map_or(0, nanos)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Circuit {

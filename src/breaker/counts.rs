@@ -11,7 +11,7 @@ use super::{
     trip::{Bad, Closure, Ratio, Rule, Trip, Tripped},
     window::{CountWindow, Tally, TimeWindow},
 };
-use crate::call::{Nanos, Outcome, OutcomeKind, nanos};
+use crate::call::{Nanos, Outcome, OutcomeKind, Reason, nanos};
 
 /// How far a ratio looks back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,7 +143,8 @@ impl Counts {
                 Bad::Slow(slow) => {
                     let slow = ended.took >= nanos(*slow);
                     // Given up before it was slow to this rule, it says nothing to it.
-                    if failed.is_some() || slow {
+                    let given_up = ended.outcome.reason() == Reason::NoResponse;
+                    if failed.is_some() && !given_up || slow {
                         window.record(slow, now, times);
                     }
                 }

@@ -8,10 +8,11 @@
 use std::{
     fmt,
     sync::{PoisonError, Weak},
+    time::Duration,
 };
 
 use crate::call::{
-    Finish, Hold, Idle, Outcome, Token,
+    Finish, Hold, Idle, Measures, Outcome, Token,
     sync::{
         Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering},
@@ -26,7 +27,7 @@ pub struct Front {
     circuit: Mutex<Option<Weak<dyn Finish>>>,
 }
 
-/// `generation << 6 | measured << 5 | plain << 4 | clean << 3 | state`
+/// `generation << 7 | attributes << 6 | measured << 5 | plain << 4 | clean << 3 | state`
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Bits(u64);
 
@@ -46,7 +47,8 @@ const STATE: u64 = 0b00_0111;
 const CLEAN: u64 = 0b00_1000;
 const PLAIN: u64 = 0b01_0000;
 const MEASURED: u64 = 0b10_0000;
-const GENERATION: u32 = 6;
+const ATTRIBUTES: u64 = 0b100_0000;
+const GENERATION: u32 = 7;
 
 impl Bits {
     pub(super) fn new(generation: u64, word: Word) -> Self {
@@ -67,6 +69,11 @@ impl Bits {
     /// call can end here. So it is for the whole of a circuit's life.
     pub(super) fn plain(self, plain: bool) -> Self {
         if plain { Self(self.0 | PLAIN) } else { self }
+    }
+
+    /// Calls that their caller ended may count, so that the wait for the upstream is measured.
+    pub(super) fn attributes(self, attributes: bool) -> Self {
+        if attributes { Self(self.0 | ATTRIBUTES) } else { self }
     }
 
     #[inline]
@@ -141,7 +148,7 @@ impl Front {
     pub(super) fn enter(&self) -> Option<Token> {
         let bits = self.read();
         let goes = bits.0 & (STATE | MEASURED) == Word::Closed as u64;
-        goes.then_some(Token { tag: bits.generation(), started: 0 })
+        goes.then_some(Token::unmeasured(bits.generation()))
     }
 
     /// Whether a good call changes nothing, and can end here.
@@ -155,6 +162,12 @@ impl Front {
     pub(super) fn still_goes(&self, generation: u64) -> bool {
         let bits = self.read();
         bits.generation() == generation && bits.word() != Word::ForcedOpen
+    }
+
+    /// Whether the wait for the upstream is measured.
+    #[inline]
+    pub(super) fn does_attribute(&self) -> bool {
+        self.read().0 & ATTRIBUTES != 0
     }
 
     #[cold]
@@ -184,6 +197,18 @@ impl Finish for Front {
     #[inline]
     fn hold(&self) -> Hold {
         Hold::Verdict
+    }
+
+    #[inline]
+    fn measures(&self) -> Measures {
+        if self.does_attribute() { Measures::Head } else { Measures::Nothing }
+    }
+
+    /// Where another circuit has the word by now, the call is late, and its outcome is not recorded.
+    #[cold]
+    fn count_cancelled_after(&self) -> Option<Duration> {
+        let circuit = self.lock().as_ref().and_then(Weak::upgrade);
+        circuit?.count_cancelled_after()
     }
 }
 
@@ -222,7 +247,7 @@ mod tests {
             let front = Front::take();
             let first = circuit(front);
             let tokens = [Outcome::failure(), Outcome::success(), Outcome::cancelled()]
-                .map(|late| (first.enter().expect("closed"), late));
+                .map(|late| (first.enter(|| None).expect("closed"), late));
             drop(first);
             for (token, late) in tokens {
                 front.finish(token, late);
@@ -232,7 +257,7 @@ mod tests {
                 continue;
             }
             let second = circuit(front);
-            let own = second.enter().expect("closed");
+            let own = second.enter(|| None).expect("closed");
             for (token, late) in tokens {
                 assert_ne!(token.tag, own.tag);
                 front.finish(token, late);
@@ -251,14 +276,14 @@ mod tests {
     #[test]
     fn call_that_changes_something_has_its_circuit_at_hand() {
         fn ends_in_front(breaker: &Breaker) -> bool {
-            let permit = breaker.permit(breaker.enter().expect("closed"));
+            let permit = breaker.permit(breaker.enter(|| None).expect("closed"));
             matches!(permit.giver(), Some(Anchor::Lasting(_)))
         }
         let breaker =
             Breaker::new(Trip::failure_ratio(0.5).over(2).min_calls(1), Settings::DEFAULT);
         for well in [false, false, true, true] {
             assert_eq!(ends_in_front(&breaker), well);
-            breaker.permit(breaker.enter().expect("closed")).finish(Outcome::success());
+            breaker.permit(breaker.enter(|| None).expect("closed")).finish(Outcome::success());
         }
         breaker.act(|machine, at| Some(machine.force(State::ForcedClosed, at.now, at.times)));
         assert!(!ends_in_front(&breaker));
@@ -269,7 +294,7 @@ mod tests {
         let front = Front::take();
         let first = circuit(front);
         let circuit = first.downgrade();
-        let token = first.enter().expect("closed");
+        let token = first.enter(|| None).expect("closed");
         drop(first);
         assert!(circuit.upgrade().is_none());
         front.finish(token, Outcome::failure());
@@ -302,7 +327,7 @@ mod loom_models {
         loom::model(move || {
             let front = Front::take();
             let first = circuit(front);
-            let token = first.enter().expect("closed");
+            let token = first.enter(|| None).expect("closed");
             let late = thread::spawn(move || front.finish(token, Outcome::failure()));
             drop(first);
             if IDLE.take_this(front) {
@@ -316,7 +341,7 @@ mod loom_models {
     #[test]
     fn loom_a_late_call_says_nothing_to_another_circuit() {
         late_call(|second| {
-            let own = second.enter().expect("closed");
+            let own = second.enter(|| None).expect("closed");
             assert_eq!(second.state().0, State::Closed);
             second.front().finish(own, Outcome::failure());
             assert_eq!(second.state().0, State::Open);
@@ -341,7 +366,7 @@ mod loom_models {
         loom::model(|| {
             let front = Front::take();
             let circuit = circuit(front);
-            let token = circuit.enter().expect("closed");
+            let token = circuit.enter(|| None).expect("closed");
             let ends = thread::spawn(move || front.finish(token, Outcome::failure()));
             let handle = circuit.clone();
             drop(circuit);

@@ -11,7 +11,7 @@ use std::{
 };
 
 use http::Request;
-use tokio::{sync::Notify, time::Instant};
+use tokio::sync::Notify;
 use tower_layer::Layer;
 
 use super::{
@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     ConfigError,
-    admission::{Admit, Plan, Policy, admission_layer},
+    admission::{Admit, Plan, Policy, Terms, admission_layer},
     call::{Anchor, LayerKind, Lease, Nanos, Origin, Permit, Rejected, Token},
 };
 
@@ -167,13 +167,14 @@ where
         true
     }
 
-    fn admit(
-        &self,
-        request: &Req,
-        deadline: impl FnOnce() -> Option<Instant>,
-    ) -> Admit<Self::Pass, Self::Wait> {
+    fn attributes(&self) -> bool {
+        true
+    }
+
+    fn admit(&self, request: &Req, terms: impl Terms) -> Admit<Self::Pass, Self::Wait> {
         let circuit = self.circuits.find(&self.key.key(request));
-        match policy::admit(&circuit, deadline()) {
+        let deadline = terms.deadline().map(|deadline| deadline.at());
+        match policy::admit(&circuit, deadline, || terms.sent_mark()) {
             Admit::Go(token) => Admit::Go((circuit, token)),
             Admit::Wait(wait) => Admit::Wait(wait),
             Admit::No(rejected) => Admit::No(rejected),

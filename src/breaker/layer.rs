@@ -93,6 +93,24 @@ impl<M, R> CircuitBreakerLayer<M, R> {
         self
     }
 
+    /// Sets from when on a call that its caller ended, by hanging up or by its deadline, counts as a failure: once the
+    /// upstream has had the complete request for this long without a response head. 1 s by default, above zero;
+    /// `None` never counts one.
+    ///
+    /// Before that time such a call is neutral, so that callers with short deadlines cannot open the circuit; after
+    /// it, a hung upstream opens the circuit although every caller gives up first. Raise it for upstreams that
+    /// usually take longer: the preset `slow` has 10 s, `llm` 60 s.
+    pub fn count_cancelled_after(mut self, time: impl Into<Option<Duration>>) -> Self {
+        let checked = time
+            .into()
+            .map(|time| ConfigError::above_zero("count_cancelled_after", time))
+            .transpose();
+        if let Some(time) = self.plan.accept(checked) {
+            self.plan.policy.configure(|settings| settings.count_cancelled_after = time);
+        }
+        self
+    }
+
     /// Lets up to `callers` wait for the verdict of the probes, each for `longest` (above zero), instead
     /// of refusing them. By default nobody waits. Once it is closed, all of them go at once, if it does not
     /// [ramp](Self::ramp) up.

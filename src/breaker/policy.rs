@@ -22,8 +22,10 @@ use super::{
     trip::Trip,
 };
 use crate::{
-    admission::{Admit, Policy},
-    call::{Anchor, LayerKind, Moment, Permit, Rejected, Shared, Striped, Token, has_passed},
+    admission::{Admit, Policy, Terms},
+    call::{
+        Anchor, LayerKind, Moment, Permit, Rejected, SentMark, Shared, Striped, Token, has_passed,
+    },
 };
 
 /// What a call's permit ends at.
@@ -98,16 +100,17 @@ impl<Req> Policy<Req> for Breaker {
     }
 
     #[inline]
-    fn admit(
-        &self,
-        _: &Req,
-        deadline: impl FnOnce() -> Option<Instant>,
-    ) -> Admit<Token, Self::Wait> {
-        let deadline = deadline();
+    fn admit(&self, _: &Req, terms: impl Terms) -> Admit<Token, Self::Wait> {
+        let deadline = terms.deadline().map(|deadline| deadline.at());
         match self.front.enter() {
             Some(token) if !Moment::is_past(deadline) => Admit::Go(token),
-            _ => admit(self, deadline),
+            _ => admit(self, deadline, || terms.sent_mark()),
         }
+    }
+
+    #[inline]
+    fn attributes(&self) -> bool {
+        self.front.does_attribute()
     }
 
     #[inline]
@@ -155,14 +158,18 @@ pub(super) fn too_late(circuit: &Circuit) -> Option<Rejected> {
 }
 
 #[inline]
-pub(super) fn admit<C: Calls>(circuit: &C, deadline: Option<Instant>) -> Admit<Token, Verdict<C>> {
+pub(super) fn admit<C: Calls>(
+    circuit: &C,
+    deadline: Option<Instant>,
+    sent_mark: impl Fn() -> Option<SentMark>,
+) -> Admit<Token, Verdict<C>> {
     // Nobody waits for it any more: no call, and above all no probe.
     if Moment::is_past(deadline) && !circuit.is_shadow() {
         return Admit::No(circuit.refuse_late());
     }
-    match circuit.enter() {
+    match circuit.enter(&sent_mark) {
         Ok(token) => Admit::Go(token),
-        Err(refusal) => refused(circuit, refusal, deadline),
+        Err(refusal) => refused(circuit, refusal, deadline, sent_mark),
     }
 }
 
@@ -171,16 +178,21 @@ fn refused<C: Calls>(
     circuit: &C,
     refusal: Refusal,
     deadline: Option<Instant>,
+    sent_mark: impl FnOnce() -> Option<SentMark>,
 ) -> Admit<Token, Verdict<C>> {
     match refusal {
-        Refusal::Probing => probing(circuit, deadline),
+        Refusal::Probing => probing(circuit, deadline, sent_mark()),
         refusal => Admit::No(circuit.refuse(refusal)),
     }
 }
 
 #[cold]
-fn probing<C: Calls>(circuit: &C, deadline: Option<Instant>) -> Admit<Token, Verdict<C>> {
-    match Verdict::begin(circuit, deadline) {
+fn probing<C: Calls>(
+    circuit: &C,
+    deadline: Option<Instant>,
+    sent_mark: Option<SentMark>,
+) -> Admit<Token, Verdict<C>> {
+    match Verdict::begin(circuit, deadline, sent_mark) {
         Some(wait) => Admit::Wait(Box::pin(wait)),
         None => Admit::No(circuit.refuse(Refusal::Probing)),
     }
@@ -194,6 +206,7 @@ pin_project! {
         told: Pin<Box<OwnedNotified>>,
         longest: Instant,
         deadline: Option<Instant>,
+        sent_mark: Option<SentMark>,
         #[pin]
         by_time: Sleep,
     }
@@ -209,14 +222,14 @@ impl<C: Calls> Drop for Place<C> {
 
 impl<C: Calls> Verdict<C> {
     /// A place among those who wait, if there is one.
-    fn begin(circuit: &C, deadline: Option<Instant>) -> Option<Self> {
+    fn begin(circuit: &C, deadline: Option<Instant>, sent_mark: Option<SentMark>) -> Option<Self> {
         let longest = circuit.wait()?;
         let place = Place(circuit.clone());
         let told = Box::pin(circuit.changed().clone().notified_owned());
         let by_time = sleep(longest);
         let longest = by_time.deadline();
         let longest = deadline.map_or(longest, |deadline| deadline.min(longest));
-        Some(Self { place, told, longest, deadline, by_time })
+        Some(Self { place, told, longest, deadline, sent_mark, by_time })
     }
 }
 
@@ -235,7 +248,7 @@ impl<C: Calls> Future for Verdict<C> {
                 return Poll::Ready(Err(circuit.refuse_late()));
             }
             // Looked at only after the waker is in place: a change in between is not missed.
-            match circuit.enter() {
+            match circuit.enter(|| this.sent_mark.clone()) {
                 Ok(token) => return Poll::Ready(Ok(circuit.permit(token))),
                 Err(Refusal::Probing) if told => continue,
                 Err(Refusal::Probing) => {}

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{state::Settings, trip::Tripped};
-use crate::call::{Nanos, nanos};
+use crate::call::{Nanos, WaitsFor, nanos};
 
 #[derive(Debug, Default)]
 pub(super) struct Probes {
@@ -18,9 +18,32 @@ pub(super) struct Probes {
 struct Probe {
     /// Its own: no other call of this circuit ever has the same.
     generation: u64,
-    lease_ends: Nanos,
+    lease: Lease,
     good_head: bool,
 }
+
+/// How long a probe keeps its slot.
+#[derive(Clone, Copy, Debug)]
+enum Lease {
+    /// The upstream has the request: without a good head by then, the probe has failed.
+    AtUpstream { ends: Nanos },
+    /// The call waits inside the client: then its slot goes to another call, and nothing is decided.
+    InClient { ends: Nanos },
+    /// The request is still to be sent: for as long as its caller takes, other calls may have the slot.
+    Unsent,
+}
+
+impl Lease {
+    fn ends(self) -> Option<Nanos> {
+        match self {
+            Self::AtUpstream { ends } | Self::InClient { ends } => Some(ends),
+            Self::Unsent => None,
+        }
+    }
+}
+
+/// No more probes than this are under way beyond the slots, however many have requests that are still to be sent.
+const MAX_BEYOND_SLOTS: usize = 16;
 
 /// What the probes say as soon as it is certain.
 pub(super) enum Verdict {
@@ -33,16 +56,50 @@ impl Probes {
         self.under_way.len()
     }
 
-    /// All in all, not only at once.
-    pub(super) fn has_room(&self, settings: &Settings) -> bool {
-        let taken = usize::from(self.passed) + usize::from(self.failed) + self.under_way.len();
-        !settings.outside_probes && taken < usize::from(settings.probes)
+    /// Whether a call gets a probe slot. A probe whose request is still to be sent leaves its slot to calls that are
+    /// sent at once; of those that are still to be sent as many may be under way as there are slots.
+    pub(super) fn has_room(&self, is_unsent: bool, settings: &Settings) -> bool {
+        let slots = usize::from(settings.probes);
+        let unsent =
+            self.under_way.iter().filter(|probe| matches!(probe.lease, Lease::Unsent)).count();
+        let decided = usize::from(self.passed) + usize::from(self.failed);
+        let taken = decided + (self.under_way.len() - unsent);
+        !settings.outside_probes
+            && taken < slots
+            && self.under_way.len() < slots + MAX_BEYOND_SLOTS
+            && !(is_unsent && unsent >= slots)
     }
 
-    /// One goes; there is [room](Self::has_room).
-    pub(super) fn begin(&mut self, generation: u64, now: Nanos, settings: &Settings) {
-        let lease_ends = now.saturating_add(nanos(settings.lease));
-        self.under_way.push(Probe { generation, lease_ends, good_head: false });
+    /// Begins a probe, for which there is [room](Self::has_room).
+    pub(super) fn begin(
+        &mut self,
+        generation: u64,
+        is_unsent: bool,
+        now: Nanos,
+        settings: &Settings,
+    ) {
+        let ends = now.saturating_add(nanos(settings.lease));
+        let lease = if is_unsent { Lease::Unsent } else { Lease::AtUpstream { ends } };
+        self.under_way.push(Probe { generation, lease, good_head: false });
+    }
+
+    /// Notes what a probe waits for, since then.
+    pub(super) fn waits_for(
+        &mut self,
+        generation: u64,
+        what: WaitsFor,
+        since: Nanos,
+        settings: &Settings,
+    ) {
+        let probe = self.under_way.iter_mut().find(|probe| probe.generation == generation);
+        let ends = since.saturating_add(nanos(settings.lease));
+        if let Some(probe) = probe {
+            probe.lease = match what {
+                WaitsFor::Upstream => Lease::AtUpstream { ends },
+                WaitsFor::Client => Lease::InClient { ends: probe.lease.ends().unwrap_or(ends) },
+                WaitsFor::Caller => Lease::Unsent,
+            };
+        }
     }
 
     pub(super) fn has(&self, generation: u64) -> bool {
@@ -73,17 +130,17 @@ impl Probes {
 
     /// When the first of the leases ends.
     pub(super) fn next_lease(&self) -> Option<Nanos> {
-        self.under_way.iter().map(|probe| probe.lease_ends).min()
+        self.under_way.iter().filter_map(|probe| probe.lease.ends()).min()
     }
 
-    /// Decides the probe whose lease ended first, by the head it saw; tells when that was.
+    /// Decides the probe whose lease ended first, by the head it saw and by what it waited for; tells when that was.
     pub(super) fn end_lease(&mut self, now: Nanos) -> Option<Nanos> {
         let ended = self.next_lease().filter(|ends| *ends <= now)?;
-        let at = self.under_way.iter().position(|probe| probe.lease_ends == ended)?;
-        if self.under_way.remove(at).good_head {
-            self.pass();
-        } else {
-            self.fail(Tripped::ProbeLease, None);
+        let at = self.under_way.iter().position(|probe| probe.lease.ends() == Some(ended))?;
+        match self.under_way.remove(at) {
+            Probe { good_head: true, .. } => self.pass(),
+            Probe { lease: Lease::AtUpstream { .. }, .. } => self.fail(Tripped::ProbeLease, None),
+            _ => {}
         }
         Some(ended)
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{counts::TimeWindows, trip::Tripped, wait::OpenFor};
-use crate::call::{Nanos, nanos};
+use crate::call::{COUNT_CANCELLED_AFTER, Nanos, nanos};
 
 /// Where a circuit is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -42,6 +42,8 @@ pub(super) struct Settings {
     /// How many of them must succeed.
     pub(super) needed: u16,
     pub(super) lease: Duration,
+    /// From when on a call that its caller ended counts as a failure. `None`: never.
+    pub(super) count_cancelled_after: Option<Duration>,
     /// Zero: none.
     pub(super) ramp: Duration,
     /// Probes come through the handle alone.
@@ -61,6 +63,7 @@ impl Settings {
         probes: 1,
         needed: 1,
         lease: Duration::from_secs(30),
+        count_cancelled_after: Some(COUNT_CANCELLED_AFTER),
         ramp: Duration::ZERO,
         outside_probes: false,
         holds_back: false,

@@ -1,4 +1,6 @@
-use super::{AnyGiver, Finish, Hold, Lease, Outcome, Token};
+use std::time::Duration;
+
+use super::{AnyGiver, Finish, Hold, Lease, Measures, Outcome, Token, WaitsFor};
 
 /// What permits end at whose state is striped, or lasts.
 #[derive(Debug)]
@@ -29,6 +31,30 @@ impl<T: Finish, L: Finish> Finish for Anchor<T, L> {
         match self {
             Self::Counted(state) => state.hold(),
             Self::Lasting(state) => state.hold(),
+        }
+    }
+
+    #[inline]
+    fn measures(&self) -> Measures {
+        match self {
+            Self::Counted(state) => state.measures(),
+            Self::Lasting(state) => state.measures(),
+        }
+    }
+
+    #[inline]
+    fn count_cancelled_after(&self) -> Option<Duration> {
+        match self {
+            Self::Counted(state) => state.count_cancelled_after(),
+            Self::Lasting(state) => state.count_cancelled_after(),
+        }
+    }
+
+    #[inline]
+    fn waits_for(&self, token: Token, what: WaitsFor) {
+        match self {
+            Self::Counted(state) => state.waits_for(token, what),
+            Self::Lasting(state) => state.waits_for(token, what),
         }
     }
 }

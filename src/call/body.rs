@@ -202,6 +202,7 @@ impl<B: Body> Body for TrackedBody<B> {
         }
         // Looked at where it lies.
         let polled = this.permit.guard(|| this.inner.as_mut().poll_frame(cx));
+        this.permit.body_polled(polled.is_pending());
         match &polled {
             Poll::Ready(Some(Ok(frame))) => {
                 if let Some(trailers) = frame.trailers_ref() {

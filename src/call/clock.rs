@@ -26,7 +26,13 @@ impl Clock {
     /// Never goes back, and never panics: before the beginning is the beginning.
     #[inline]
     pub(crate) fn now(&self) -> Nanos {
-        nanos(Instant::now().saturating_duration_since(self.began))
+        self.at(Instant::now())
+    }
+
+    /// [`now`](Self::now), of a clock that has been read already.
+    #[inline]
+    pub(crate) fn at(&self, now: Instant) -> Nanos {
+        nanos(now.saturating_duration_since(self.began))
     }
 }
 

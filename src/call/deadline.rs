@@ -1,48 +1,126 @@
+use std::fmt;
+
 use http::Extensions;
 use tokio::time::{Duration, Instant};
 
-/// When the caller needs its answer: put into a request's extensions, for every layer further in.
+/// The instant by which a call has to be over, in a request's extensions for every inner layer.
 ///
-/// Nothing is begun, waited for or tried again that would not end before it, and a retry ends an attempt that has no
-/// response head by then. Any call that is under way is ended by a `TimeoutLayer` or a `DeadlineLayer` (feature
-/// `timeout`), which also sets it and tells it the next hop. On tokio's clock.
+/// No layer begins a call, waits, or makes a further attempt that could not end before it, and a retry ends an
+/// attempt that has no response head by then. A `TimeoutLayer` or a `DeadlineLayer` (feature `timeout`) ends any call
+/// under way; the latter also sets the deadline and forwards it to the next hop. On tokio's clock.
+///
+/// It records who set it, as a [`DeadlineSource`]: an expired deadline of the *caller* says nothing about the
+/// upstream, an expired deadline of the *operator* is a timeout and counts as a failure. A handler that passes its
+/// deadline on to a client passes on the source, too.
 ///
 /// ```
 /// use std::time::Duration;
-/// use buttress::Deadline;
+/// use buttress::{Deadline, call::DeadlineSource};
+///
+/// let deadline = Deadline::after(Duration::from_secs(2));
+/// assert_eq!(deadline.source(), DeadlineSource::Operator);
 ///
 /// let mut request = http::Request::new(());
-/// request.extensions_mut().insert(Deadline::after(Duration::from_secs(2)));
+/// request.extensions_mut().insert(deadline);
 /// ```
+///
+/// Deadlines are ordered by their instants, the earliest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Deadline(pub Instant);
+pub struct Deadline {
+    at: Instant,
+    source: DeadlineSource,
+}
+
+/// Who set a [`Deadline`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum DeadlineSource {
+    /// The caller, by an inbound header such as `grpc-timeout`. A call that ends by it is treated like a hang-up.
+    Caller,
+    /// The operator of this process: a layer's default or maximum, or the application itself. A call that ends by it
+    /// has timed out, which is a failure.
+    Operator,
+}
+
+impl DeadlineSource {
+    /// The source in `snake_case`: `caller` or `operator`.
+    #[must_use]
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Caller => "caller",
+            Self::Operator => "operator",
+        }
+    }
+}
+
+impl fmt::Display for DeadlineSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
 
 impl Deadline {
-    /// So long from now. One that no clock reaches is thirty years away.
+    /// Returns a deadline at this instant, set by the [operator](DeadlineSource::Operator).
+    #[must_use]
+    pub const fn new(at: Instant) -> Self {
+        Self { at, source: DeadlineSource::Operator }
+    }
+
+    /// Returns a deadline this long from now, set by the [operator](DeadlineSource::Operator). A time beyond the
+    /// range of the clock gives a deadline in thirty years.
     #[must_use]
     pub fn after(time: Duration) -> Self {
         Self::after_from(time, Instant::now())
     }
 
     pub(crate) fn after_from(time: Duration, now: Instant) -> Self {
-        const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
-        Self(now.checked_add(time).or_else(|| now.checked_add(FAR)).unwrap_or(now))
+        const FAR_FUTURE: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
+        Self::new(now.checked_add(time).or_else(|| now.checked_add(FAR_FUTURE)).unwrap_or(now))
     }
 
-    /// How long is left; zero when it is over.
+    /// Returns the same deadline with another source: for an application that reads a caller's deadline itself.
+    #[must_use]
+    pub const fn with_source(self, source: DeadlineSource) -> Self {
+        Self { source, ..self }
+    }
+
+    /// Returns the instant.
+    #[must_use]
+    pub const fn at(&self) -> Instant {
+        self.at
+    }
+
+    /// Returns who set it.
+    #[must_use]
+    pub const fn source(&self) -> DeadlineSource {
+        self.source
+    }
+
+    /// Returns the time until the deadline, or zero after it.
     #[must_use]
     pub fn left(&self) -> Duration {
-        self.0.saturating_duration_since(Instant::now())
+        self.at.saturating_duration_since(Instant::now())
     }
 
-    /// What a request carries.
+    /// Returns the deadline in a request's extensions.
     #[must_use]
     pub fn of(extensions: &Extensions) -> Option<Self> {
         extensions.get().copied()
     }
+
+    /// Returns the same deadline, earlier by `time`.
+    #[cfg(feature = "timeout")]
+    pub(crate) fn earlier_by(self, time: Duration) -> Self {
+        Self { at: self.at.checked_sub(time).unwrap_or(self.at), ..self }
+    }
+
+    /// Returns the instant if the caller set it.
+    pub(crate) fn of_caller(self) -> Option<Instant> {
+        (self.source == DeadlineSource::Caller).then_some(self.at)
+    }
 }
 
-/// Whether an answer would come too late, however quick.
+/// Returns whether the deadline has passed, so that no response could be in time.
 #[inline]
 pub(crate) fn has_passed(deadline: Option<Instant>) -> bool {
     deadline.is_some_and(|deadline| deadline <= Instant::now())

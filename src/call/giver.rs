@@ -6,9 +6,9 @@
 
 #[cfg(any(feature = "breaker", feature = "health", feature = "lifecycle"))]
 use std::sync::Weak;
-use std::{fmt, ops::Deref, sync::Arc};
+use std::{fmt, ops::Deref, sync::Arc, time::Duration};
 
-use super::{Finish, Hold, Outcome, Permit, Token};
+use super::{Finish, Hold, Measures, Outcome, Permit, Token, WaitsFor};
 
 /// Who gave a permit, as the permit has it.
 pub trait Giver: Finish + Into<AnyGiver> {}
@@ -33,6 +33,21 @@ where
     #[inline]
     fn hold(&self) -> Hold {
         (**self).hold()
+    }
+
+    #[inline]
+    fn measures(&self) -> Measures {
+        (**self).measures()
+    }
+
+    #[inline]
+    fn count_cancelled_after(&self) -> Option<Duration> {
+        (**self).count_cancelled_after()
+    }
+
+    #[inline]
+    fn waits_for(&self, token: Token, what: WaitsFor) {
+        (**self).waits_for(token, what);
     }
 }
 

@@ -4,7 +4,9 @@ use std::{any::Any, error::Error, io};
 
 use http::{HeaderMap, StatusCode};
 
-use super::{Outcome, Phase, Reason, Rejected, RejectedKind, body::Eos, grpc, hint};
+use super::{
+    DeadlineSource, Outcome, Phase, Reason, Rejected, RejectedKind, body::Eos, grpc, hint,
+};
 use crate::{BoxError, error};
 
 /// What a response head says.
@@ -60,6 +62,9 @@ pub(crate) fn of_status(status: StatusCode, headers: &HeaderMap) -> Outcome {
 pub(crate) fn of_rejected(refused: &Rejected) -> Outcome {
     let outcome = match refused.kind() {
         RejectedKind::TimedOut(Phase::Sending) => Outcome::cancelled().because(Reason::Caller),
+        RejectedKind::TimedOut(_) if refused.deadline_source() == Some(DeadlineSource::Caller) => {
+            Outcome::cancelled().because(Reason::CallerDeadline)
+        }
         RejectedKind::TimedOut(_) => Outcome::failure().because(Reason::Timeout),
         _ => Outcome::cancelled().because(Reason::Rejected),
     };

@@ -18,6 +18,7 @@
 mod alarm;
 #[cfg(any(feature = "breaker", feature = "limit"))]
 mod anchor;
+mod attribution;
 mod body;
 mod clock;
 mod deadline;
@@ -46,8 +47,9 @@ pub(crate) mod sync;
 #[cfg_attr(docsrs, doc(cfg(feature = "tower-http")))]
 pub use self::protocol::TowerHttp;
 pub use self::{
+    attribution::SentMark,
     body::TrackedBody,
-    deadline::Deadline,
+    deadline::{Deadline, DeadlineSource},
     indicator::Indicator,
     origin::Origin,
     outcome::{Outcome, OutcomeKind, Reason},
@@ -60,6 +62,10 @@ pub use self::{
 pub(crate) use self::alarm::Alarm;
 #[cfg(any(feature = "breaker", feature = "limit"))]
 pub(crate) use self::anchor::Anchor;
+#[cfg(any(feature = "retry", feature = "timeout"))]
+pub(crate) use self::attribution::DropCause;
+#[cfg(feature = "retry")]
+pub(crate) use self::attribution::is_mark_wanted;
 #[cfg(feature = "health")]
 pub(crate) use self::http::known;
 #[cfg(any(feature = "breaker", feature = "limit", feature = "timeout"))]
@@ -68,18 +74,22 @@ pub(crate) use self::lasting::Idle;
 pub(crate) use self::recent::Recent;
 #[cfg(any(feature = "breaker", feature = "lifecycle", feature = "limit", feature = "retry"))]
 pub(crate) use self::striped::{Lease, Striped};
-#[cfg(feature = "timeout")]
 pub(crate) use self::{
-    body::AnswerBody,
-    far::{Far, Found},
-};
-pub(crate) use self::{
+    attribution::{
+        COUNT_CANCELLED_AFTER, CallerDeadline, Ending, UpstreamClock, WaitsFor, attribute,
+        want_mark,
+    },
     body::{Eos, OwnAnswer},
     clock::{Clock, Moment, Nanos, nanos, poll_timer},
     deadline::has_passed,
     giver::{AnyGiver, Giver, Shared},
-    permit::{Finish, Hold, Permit, Token},
+    permit::{Finish, Hold, Measures, Permit, Token},
     protocol::Judge,
     reject::{Form, accepts, response, whole_seconds},
     rejected::{Label, LayerKind},
+};
+#[cfg(feature = "timeout")]
+pub(crate) use self::{
+    body::AnswerBody,
+    far::{Far, Found},
 };

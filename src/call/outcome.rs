@@ -62,6 +62,13 @@ pub enum Reason {
     Dropped,
     /// The request was at fault: its body broke off, or it could not be sent as it is.
     Caller,
+    /// The caller's deadline passed with the call under way.
+    CallerDeadline,
+    /// The caller gave up, by hanging up or by its deadline, after the upstream had had the complete request for
+    /// `count_cancelled_after` without sending a response head.
+    NoResponse,
+    /// Another attempt of the same call won, and this one was dropped.
+    Superseded,
     /// The call panicked.
     Panicked,
     /// A layer of this crate refused it further in: it never reached what was called.
@@ -111,6 +118,9 @@ impl Reason {
             Self::MissingStatus => "missing_status",
             Self::Dropped => "dropped",
             Self::Caller => "caller",
+            Self::CallerDeadline => "caller_deadline",
+            Self::NoResponse => "no_response",
+            Self::Superseded => "superseded",
             Self::Panicked => "panicked",
             Self::Rejected => "rejected",
             Self::Reported => "reported",

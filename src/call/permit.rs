@@ -1,14 +1,38 @@
 use std::{fmt, mem};
 
-use super::{AnyGiver, Giver, Outcome, Reason};
+use tokio::time::{Duration, Instant};
 
-/// What a permit remembers of its admission.
+use super::{
+    AnyGiver, CallerDeadline, Ending, Giver, Outcome, Reason, SentMark, UpstreamClock, WaitsFor,
+    attribute, attribution::dropped as outcome_of_drop,
+};
+
+/// The record of its admission that a permit carries.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Token {
-    /// The generation of the state that gave it, and what else that state wants back.
+    /// The generation of the state that issued it, and whatever else that state needs back.
     pub(crate) tag: u64,
-    /// When it was given, in nanoseconds since the state began; 0 where that is not measured.
-    pub(crate) started: u64,
+    /// How long the upstream has had the request, as far as the state [measures](Finish::measures) it.
+    pub(crate) clock: UpstreamClock,
+}
+
+impl Token {
+    /// A token of a call that is not measured, or not yet.
+    pub(crate) const fn unmeasured(tag: u64) -> Self {
+        Self { tag, clock: UpstreamClock::OFF }
+    }
+}
+
+/// From when to when a state measures its calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Measures {
+    /// No call is measured.
+    Nothing,
+    /// To the response head. A state that needs the exact time starts the clock in the token that it issues; the
+    /// others start at the first wait for the upstream, so that a call that never waits reads no clock.
+    Head,
+    /// To the end of the response body, without the time for which the response waits for its reader.
+    Body,
 }
 
 /// When a permit ends.
@@ -37,6 +61,21 @@ pub trait Finish: Send + Sync + 'static {
 
     /// When permits of this state end.
     fn hold(&self) -> Hold;
+
+    /// What this state measures of a call.
+    fn measures(&self) -> Measures {
+        Measures::Nothing
+    }
+
+    /// From when on a call that its caller ended counts as a failure. `None`: never.
+    fn count_cancelled_after(&self) -> Option<Duration> {
+        None
+    }
+
+    /// A call of this token has begun to wait for something else than before.
+    fn waits_for(&self, token: Token, what: WaitsFor) {
+        let _ = (token, what);
+    }
 }
 
 /// The right to make one call.
@@ -47,10 +86,48 @@ pub trait Finish: Send + Sync + 'static {
 pub struct Permit<G: Finish = AnyGiver> {
     giver: Option<G>,
     token: Token,
-    drop_as: Outcome,
+    context: CallContext,
+}
+
+/// What a permit knows about its call beside its admission. Without a destructor: a permit is moved often.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CallContext {
+    /// The outcome of a drop. `None`: that of the [`DropCause`](super::DropCause), or a hang-up.
+    drop_as: Option<Outcome>,
+    caller_deadline: Option<CallerDeadline>,
+    /// A mark of the request's progress [sets](Permit::set_clock) the clock.
+    has_mark: bool,
+    /// The response head is here.
+    answered: bool,
+    /// The response body is measured, too.
+    measures_body: bool,
+    waits_for: WaitsFor,
+}
+
+impl CallContext {
+    const NONE: Self = Self {
+        drop_as: None,
+        caller_deadline: None,
+        has_mark: false,
+        answered: false,
+        measures_body: false,
+        waits_for: WaitsFor::Upstream,
+    };
 }
 
 impl<G: Finish> Permit<G> {
+    #[inline]
+    pub(crate) fn new(giver: G, token: Token) -> Self {
+        Self { giver: Some(giver), token, context: CallContext::NONE }
+    }
+
+    /// A permit that is spent already: for a call that has ended, or that no state counts.
+    pub(crate) const fn hollow() -> Self {
+        Self { giver: None, token: Token::unmeasured(0), context: CallContext::NONE }
+    }
+
+    // ===== Its end =====
+
     /// Ends the call.
     #[inline]
     pub(crate) fn finish(mut self, outcome: Outcome) {
@@ -62,33 +139,112 @@ impl<G: Finish> Permit<G> {
     /// Ends the call, if it has not ended yet.
     #[inline]
     pub(crate) fn end(&mut self, outcome: Outcome) {
+        if !outcome.is_success() {
+            return self.end_attributed(outcome);
+        }
         if let Some(giver) = self.giver.take() {
             giver.finish(self.token, outcome);
         }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn end_attributed(&mut self, outcome: Outcome) {
+        let outcome = self.attributed(outcome);
+        if let Some(giver) = self.giver.take() {
+            giver.finish(self.token, outcome);
+        }
+    }
+
+    /// Decides which side caused the outcome.
+    fn attributed(&self, outcome: Outcome) -> Outcome {
+        let Some(giver) = &self.giver else { return outcome };
+        let ending = Ending {
+            clock: self.token.clock,
+            answered: self.context.answered,
+            caller_deadline: self.context.caller_deadline,
+            count_cancelled_after: giver.count_cancelled_after(),
+        };
+        attribute(outcome, ending)
     }
 
     /// Moves it on, and leaves a spent one behind. Not an `Option`: its niche, in the midst of the permit,
     /// would cost a stalled load a call.
     #[inline]
     pub(crate) fn take(&mut self) -> Self {
-        Self { giver: self.giver.take(), token: self.token, drop_as: self.drop_as }
+        Self { giver: self.giver.take(), token: self.token, context: self.context }
     }
 
-    /// Tells the state what the head said.
+    /// Tells the state what the head says. `so_far` is the outcome if nothing more goes wrong; where it is certain
+    /// already, returns it attributed to the side that caused it.
     #[inline]
-    pub(crate) fn head(&mut self, so_far: Outcome) {
+    pub(crate) fn head(&mut self, so_far: Outcome, is_certain: bool) -> Outcome {
+        self.context.answered = !is_certain;
+        let so_far = if so_far.is_success() { so_far } else { self.attributed(so_far) };
+        self.context.answered = true;
         if let Some(giver) = &self.giver {
             giver.head(&mut self.token, so_far);
+            if giver.measures() == Measures::Body {
+                self.context.measures_body = true;
+                self.token.clock.stop(Instant::now());
+            }
+        }
+        so_far
+    }
+
+    // ===== What the attribution needs =====
+
+    /// Takes along what the request says about its call.
+    #[inline]
+    pub(crate) fn observing(mut self, deadline: Option<CallerDeadline>, has_mark: bool) -> Self {
+        (self.context.caller_deadline, self.context.has_mark) = (deadline, has_mark);
+        self
+    }
+
+    /// Sets the clock by the mark of the request's progress.
+    pub(crate) fn set_clock(&mut self, mark: &SentMark) {
+        self.token.clock = mark.clock();
+    }
+
+    /// Notes what the call waits for, after the inner future has returned `Pending`. Starts the clock at the first
+    /// wait for the upstream; a wait for the client or the caller sets it back.
+    #[inline]
+    pub(crate) fn pending(&mut self, what: WaitsFor) {
+        let Some(giver) = &self.giver else { return };
+        let context = &mut self.context;
+        let runs = !self.token.clock.is_off() || context.has_mark;
+        if what == context.waits_for && (runs || what != WaitsFor::Upstream) {
+            return;
+        }
+        if giver.measures() == Measures::Nothing {
+            return;
+        }
+        self.token.clock = match what {
+            WaitsFor::Upstream if !context.has_mark => UpstreamClock::start(),
+            _ => UpstreamClock::OFF,
+        };
+        if mem::replace(&mut context.waits_for, what) != what {
+            giver.waits_for(self.token, what);
         }
     }
 
-    /// Who gave it, unless it is spent.
+    /// Lets the clock run while the response body has no frame for its reader, and stand otherwise.
+    #[inline]
+    pub(crate) fn body_polled(&mut self, is_pending: bool) {
+        if self.context.measures_body {
+            self.token.clock.body_polled(is_pending);
+        }
+    }
+
+    // ===== What it is =====
+
+    /// The state that issued it, unless it is spent.
     #[cfg(feature = "breaker")]
     pub(crate) fn giver(&self) -> Option<&G> {
         self.giver.as_ref()
     }
 
-    /// What it remembers of its admission.
+    /// The record of its admission.
     #[cfg(feature = "breaker")]
     #[inline]
     pub(crate) fn token(&self) -> Token {
@@ -110,7 +266,7 @@ impl<G: Finish> Permit<G> {
 
         impl<G: Finish> Drop for OnUnwind<'_, G> {
             fn drop(&mut self) {
-                self.0.drop_as = Outcome::failure().because(Reason::Panicked);
+                self.0.end_dropped_as(Outcome::failure().because(Reason::Panicked));
             }
         }
 
@@ -120,22 +276,10 @@ impl<G: Finish> Permit<G> {
         done
     }
 
-    /// What a drop will mean from here on.
+    /// Sets the outcome of a drop from here on.
     #[inline]
     pub(crate) fn end_dropped_as(&mut self, outcome: Outcome) {
-        self.drop_as = outcome;
-    }
-}
-
-impl<G: Finish> Permit<G> {
-    #[inline]
-    pub(crate) fn new(giver: G, token: Token) -> Self {
-        Self { giver: Some(giver), token, drop_as: Outcome::cancelled() }
-    }
-
-    /// A permit that is spent already: for a call that has ended, or one that nobody counts.
-    pub(crate) const fn hollow() -> Self {
-        Self { giver: None, token: Token { tag: 0, started: 0 }, drop_as: Outcome::cancelled() }
+        self.context.drop_as = Some(outcome);
     }
 }
 
@@ -146,7 +290,7 @@ impl<G: Giver> Permit<G> {
         Permit {
             giver: self.giver.take().map(Into::into),
             token: self.token,
-            drop_as: self.drop_as,
+            context: self.context,
         }
     }
 }
@@ -154,8 +298,8 @@ impl<G: Giver> Permit<G> {
 impl<G: Finish> Drop for Permit<G> {
     #[inline]
     fn drop(&mut self) {
-        if let Some(giver) = self.giver.take() {
-            dropped(giver, self.token, self.drop_as);
+        if self.giver.is_some() {
+            dropped(self.take());
         }
     }
 }
@@ -163,8 +307,9 @@ impl<G: Finish> Drop for Permit<G> {
 /// By value: a permit whose address nobody wants can stay in registers.
 #[cold]
 #[inline(never)]
-fn dropped<G: Finish>(giver: G, token: Token, outcome: Outcome) {
-    giver.finish(token, outcome);
+fn dropped<G: Finish>(permit: Permit<G>) {
+    let outcome = permit.context.drop_as.unwrap_or_else(outcome_of_drop);
+    permit.finish(outcome);
 }
 
 impl<G: Finish> fmt::Debug for Permit<G> {
@@ -172,7 +317,7 @@ impl<G: Finish> fmt::Debug for Permit<G> {
         f.debug_struct("Permit")
             .field("spent", &self.giver.is_none())
             .field("token", &self.token)
-            .field("drop_as", &self.drop_as)
+            .field("context", &self.context)
             .finish()
     }
 }

@@ -1,16 +1,14 @@
 use std::fmt;
 
-use http::{HeaderMap, Request, Response, StatusCode};
-use http_body::Body;
-use tokio::time::Instant;
-
 use super::{
-    Deadline, Outcome, Rejected, TrackedBody,
+    Deadline, Outcome, Rejected, SentMark, TrackedBody,
     body::Eos,
     giver::Giver,
     http::{self as rule, Head},
     permit::{Hold, Permit},
 };
+use http::{HeaderMap, Request, Response, StatusCode};
+use http_body::Body;
 
 /// How a layer learns what became of a call, and what its caller gets back.
 ///
@@ -36,8 +34,14 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
     /// What is remembered of the request while it is under way.
     type Call;
 
-    /// When the caller needs its answer, if the request says so.
-    fn deadline(&self, request: &Req) -> Option<Instant> {
+    /// The deadline that the request carries.
+    fn deadline(&self, request: &Req) -> Option<Deadline> {
+        let _ = request;
+        None
+    }
+
+    /// The mark of the request's progress, if an outer layer has published one.
+    fn sent_mark(&self, request: &Req) -> Option<SentMark> {
         let _ = request;
         None
     }
@@ -78,8 +82,13 @@ where
     type Call = ();
 
     #[inline]
-    fn deadline(&self, request: &Request<ReqB>) -> Option<Instant> {
-        carried(request)
+    fn deadline(&self, request: &Request<ReqB>) -> Option<Deadline> {
+        Deadline::of(request.extensions())
+    }
+
+    #[inline]
+    fn sent_mark(&self, request: &Request<ReqB>) -> Option<SentMark> {
+        request.extensions().get().cloned()
     }
 
     #[inline]
@@ -97,12 +106,6 @@ where
             Err(error) => permit.end(rule::of_any_error(error)),
         }
     }
-}
-
-/// The deadline in a request's extensions.
-#[inline]
-fn carried<B>(request: &Request<B>) -> Option<Instant> {
-    Deadline::of(request.extensions()).map(|deadline| deadline.0)
 }
 
 /// A second response type for [`Http`], which nothing answers with.
@@ -138,8 +141,12 @@ where
     type Response = Response<TrackedBody<B>>;
     type Call = C;
 
-    fn deadline(&self, request: &Request<ReqB>) -> Option<Instant> {
-        carried(request)
+    fn deadline(&self, request: &Request<ReqB>) -> Option<Deadline> {
+        Deadline::of(request.extensions())
+    }
+
+    fn sent_mark(&self, request: &Request<ReqB>) -> Option<SentMark> {
+        request.extensions().get().cloned()
     }
 
     fn begin<G: Giver>(&self, _: &mut Request<ReqB>, _: impl FnOnce() -> Permit<G>) -> C {
@@ -182,10 +189,12 @@ fn follow<B: Body, G: Giver>(
     permit: &mut Permit<G>,
 ) {
     let (so_far, eos) = match head {
-        Head::Certain(outcome) => (outcome, Eos::Plain(outcome)),
-        Head::Good(eos) => (eos.so_far(), eos),
+        Head::Certain(outcome) => {
+            let outcome = permit.head(outcome, true);
+            (outcome, Eos::Plain(outcome))
+        }
+        Head::Good(eos) => (permit.head(eos.so_far(), false), eos),
     };
-    permit.head(so_far);
     let certain = matches!(eos, Eos::Plain(outcome) if !outcome.is_success());
     match permit.hold() {
         Hold::Head => permit.end(so_far),
@@ -266,8 +275,12 @@ where
     type Response = Response<TrackedBody<B>>;
     type Call = M::Classifier;
 
-    fn deadline(&self, request: &Request<ReqB>) -> Option<Instant> {
-        carried(request)
+    fn deadline(&self, request: &Request<ReqB>) -> Option<Deadline> {
+        Deadline::of(request.extensions())
+    }
+
+    fn sent_mark(&self, request: &Request<ReqB>) -> Option<SentMark> {
+        request.extensions().get().cloned()
     }
 
     fn begin<G: Giver>(

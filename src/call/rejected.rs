@@ -1,5 +1,6 @@
 use std::{error::Error, fmt, sync::Arc, time::Duration};
 
+use super::DeadlineSource;
 use crate::{BoxError, ConfigError, error, event};
 
 /// A call that a layer did not let through: the one error of this crate's own.
@@ -11,6 +12,8 @@ use crate::{BoxError, ConfigError, error, event};
 pub struct Rejected {
     kind: RejectedKind,
     layer: LayerKind,
+    /// Who set the deadline, where it is one that passed.
+    deadline_source: Option<DeadlineSource>,
     retry_after_ms: u32,
     label: Option<Arc<Label>>,
 }
@@ -212,7 +215,7 @@ const NO_HINT: u32 = u32::MAX;
 
 impl Rejected {
     pub(crate) fn by(layer: LayerKind, kind: RejectedKind) -> Self {
-        Self { kind, layer, retry_after_ms: NO_HINT, label: None }
+        Self { kind, layer, deadline_source: None, retry_after_ms: NO_HINT, label: None }
     }
 
     pub(crate) fn misconfigured(layer: LayerKind, label: Arc<Label>) -> Self {
@@ -223,6 +226,7 @@ impl Rejected {
         Self {
             kind: RejectedKind::Misconfigured,
             layer,
+            deadline_source: None,
             retry_after_ms: NO_HINT,
             label: Some(label),
         }
@@ -264,6 +268,19 @@ impl Rejected {
     #[must_use]
     pub const fn layer(&self) -> &'static str {
         self.layer.as_str()
+    }
+
+    #[cfg(any(feature = "retry", feature = "timeout"))]
+    pub(crate) fn with_deadline_source(mut self, source: Option<DeadlineSource>) -> Self {
+        self.deadline_source = source;
+        self
+    }
+
+    /// Returns who set the deadline that ended the call under way, if a deadline did. One of the
+    /// [caller](DeadlineSource::Caller) says nothing about the upstream.
+    #[must_use]
+    pub const fn deadline_source(&self) -> Option<DeadlineSource> {
+        self.deadline_source
     }
 
     /// Whether the call was under way, and ended because it took too long. It may have had its effect.

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use super::{
     group::Group,
-    layers::{CallsConfig, DeadlineConfig, LimitConfig, TimeoutConfig},
+    layers::{BreakerConfig, CallsConfig, DeadlineConfig, LimitConfig, TimeoutConfig},
+    load::Origin,
     stack::{ClientConfig, ServerConfig},
 };
 use crate::ConfigError;
@@ -28,6 +29,7 @@ pub(super) const CLIENT: &[Rule<ClientConfig>] = &[
     |c| attempts_beyond_the_deadline(c).into_iter().collect(),
     |c| attempts_beyond_the_threshold(c),
     |c| attempt_within_connecting(c).into_iter().collect(),
+    |c| count_cancelled_beyond_the_attempt(c).into_iter().collect(),
     |c| hedge_beyond_the_attempt(c).into_iter().collect(),
     |c| nothing_left(&c.deadline),
     |c| queue_beyond_the_deadline(&c.limit, &c.deadline).into_iter().collect(),
@@ -118,6 +120,24 @@ fn attempts_beyond_the_deadline(c: &ClientConfig) -> Option<ConfigError> {
         show(all),
     );
     conflict("retry_attempts", attempts, remedy)
+}
+
+/// A timeout ends each attempt first, and counts by itself. Only a value that was asked for is an error: a timeout that
+/// is shorter than the default is not.
+fn count_cancelled_beyond_the_attempt(c: &ClientConfig) -> Option<ConfigError> {
+    const KEY: &str = "breaker_count_cancelled_after";
+    let ((max, name), after) = (attempt(c)?, c.breaker.count_cancelled_after?);
+    let is_chosen = !matches!(c.origin(KEY), Some(Origin::Default | Origin::Preset(_)) | None)
+        || c.breaker.count_cancelled_after != BreakerConfig::default().count_cancelled_after
+            && c.origin(KEY) == Some(Origin::Default);
+    if !c.breaker.is_on() || after < max || !is_chosen {
+        return None;
+    }
+    let remedy = format!(
+        "an attempt is over after {} (`{name}`), which counts as a failure by itself, so that this has no effect: use less, or off",
+        show(max),
+    );
+    conflict(KEY, show(after), remedy)
 }
 
 /// A hedge is part of an attempt of the retry, and each copy has the timeouts for itself.

@@ -33,7 +33,7 @@ use super::{
 };
 use crate::{
     BoxError, ConfigError,
-    call::{Eos, Origin, Outcome, Rejected, Shared, TrackedBody},
+    call::{Eos, Origin, Outcome, Rejected, Shared, TrackedBody, WaitsFor},
 };
 
 /// hyper-util's client over connections that are bounded, fresh and visible.
@@ -182,8 +182,11 @@ impl Future for ResponseFuture {
         let this = self.project();
         let (mut state, all) = (this.state, &**this.all);
         if let StateProj::Waiting { sent } = state.as_mut().project() {
-            let sent = ready!(sent.as_mut().poll(cx))?;
-            state.set(sent);
+            let Poll::Ready(sent) = sent.as_mut().poll(cx) else {
+                WaitsFor::Client.report();
+                return Poll::Pending;
+            };
+            state.set(sent?);
         }
         let StateProj::Sent { response, connection, is_tunnel, turn } = state.project() else {
             unreachable!("sent by now")

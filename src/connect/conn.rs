@@ -283,7 +283,7 @@ impl Tag {
         }
         let has_turn = turn.is_some_and(|turn| turn.keep(&conn.host));
         let tag = if has_turn { HAS_TURN } else { 0 };
-        conn.permit(Token { tag, started: 0 })
+        conn.permit(Token::unmeasured(tag))
     }
 }
 

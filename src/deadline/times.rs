@@ -12,7 +12,7 @@ use http::Request;
 use super::codec::{Codec, Grpc};
 use crate::{
     ConfigError,
-    call::{Deadline, Moment, grpc},
+    call::{Deadline, DeadlineSource, Moment, grpc},
     timeout::{Phase, TimeoutHandle},
 };
 
@@ -44,22 +44,28 @@ impl Times {
         let read = |codec: &dyn Codec| codec.read(request.headers());
         let own = codec.and_then(read);
         let told = if grpc { own.into_iter().chain(read(&Grpc)).min() } else { own };
-        let told = told.or_else(|| get(&self.default));
-        let told = match (told, get(&self.longest)) {
-            (Some(told), Some(longest)) => Some(told.min(longest)),
-            (told, _) => told,
+        let by_caller = told.map(|time| (time, DeadlineSource::Caller));
+        let by_operator = |time| (time, DeadlineSource::Operator);
+        let bounded = match (by_caller, get(&self.longest)) {
+            (Some((told, _)), Some(longest)) if longest < told => Some(by_operator(longest)),
+            (Some(told), _) => Some(told),
+            (None, longest) => get(&self.default).map(|default| {
+                by_operator(longest.map_or(default, |longest| default.min(longest)))
+            }),
         };
         let kept = get(&self.keep_back).unwrap_or_default();
-        // Before it is a point in time: of those only some years are within reach.
-        let said = told.map(|told| Deadline::after_from(told.saturating_sub(kept), Moment::now()));
+        // Subtracted while it is a duration: of instants only some years are within reach.
+        let said = bounded.map(|(time, source)| {
+            Deadline::after_from(time.saturating_sub(kept), Moment::now()).with_source(source)
+        });
         let carried = Deadline::of(request.extensions());
-        let less = |Deadline(at): Deadline| Deadline(at.checked_sub(kept).unwrap_or(at));
-        let deadline = carried.map(less).into_iter().chain(said).min()?;
+        let less = carried.map(|deadline| deadline.earlier_by(kept));
+        let deadline = less.into_iter().chain(said).min()?;
         if carried != Some(deadline) {
             request.extensions_mut().insert(deadline);
         }
         let mut tell = |codec: &dyn Codec| {
-            let left = deadline.0.saturating_duration_since(Moment::now());
+            let left = deadline.at().saturating_duration_since(Moment::now());
             codec.write(left, request.headers_mut());
         };
         if grpc {

@@ -11,12 +11,12 @@ use std::{
 use tokio::{
     sync::{Notify, watch},
     task::AbortHandle,
-    time::{Instant, sleep},
+    time::sleep,
 };
 
 use super::door::Door;
 use crate::{
-    admission::{Admit, Policy},
+    admission::{Admit, Policy, Terms},
     call::{
         Finish, Hold, LayerKind, Lease, Outcome, Permit, Rejected, RejectedKind, Striped, Token,
     },
@@ -276,11 +276,7 @@ impl<Req> Policy<Req> for Entrance {
         self.0.is_open()
     }
 
-    fn admit(
-        &self,
-        _: &Req,
-        _: impl FnOnce() -> Option<Instant>,
-    ) -> Admit<Permit<Lease<State>>, Self::Wait> {
+    fn admit(&self, _: &Req, _: impl Terms) -> Admit<Permit<Lease<State>>, Self::Wait> {
         let in_time = self.0.door.enter();
         let permit = Permit::new(self.0.lease(), Token::default());
         if in_time {

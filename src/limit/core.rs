@@ -321,7 +321,7 @@ impl Limiter {
         }
         self.counts.shadowed.fetch_add(1, Ordering::Relaxed);
         event!(DEBUG, resilience.name = _name, reason = kind.as_str(), "call would be shed");
-        Ok(Token { tag: SHADOW, started: 0 })
+        Ok(Token::unmeasured(SHADOW))
     }
 
     fn counter(&self, kind: RejectedKind) -> &AtomicU64 {

@@ -10,6 +10,7 @@ use super::{
     upgrade::Upgrades,
 };
 use crate::{
+    ConfigError,
     admission::{Plan, admission_layer},
     call::{AsError, Http},
 };
@@ -88,6 +89,29 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
     pub fn until_body_end(self) -> Self {
         if let Some(adaptive) = self.plan.policy.adaptive() {
             adaptive.until_body_end();
+        }
+        self
+    }
+
+    /// Sets from when on a call that its caller ended, by hanging up or by its deadline, counts as a drop for an
+    /// adaptive limit: once the upstream has had the complete request for this long without a response head. 1 s by
+    /// default, above zero; `None` never counts one. Before that such a call says nothing.
+    ///
+    /// A fixed limit learns nothing from its calls: there the setting is a [`ConfigError`](crate::ConfigError).
+    pub fn count_cancelled_after(mut self, time: impl Into<Option<Duration>>) -> Self {
+        let time = time.into();
+        let checked = match (time, self.plan.policy.adaptive()) {
+            (Some(time), None) => {
+                let remedy = "leave it out, or use an adaptive limit";
+                Err(ConfigError::new("count_cancelled_after", time, remedy))
+            }
+            (Some(time), _) => ConfigError::above_zero("count_cancelled_after", time).map(Some),
+            (None, _) => Ok(None),
+        };
+        if let (Some(time), Some(adaptive)) =
+            (self.plan.accept(checked), self.plan.policy.adaptive())
+        {
+            adaptive.set_count_cancelled_after(time);
         }
         self
     }

@@ -1,17 +1,21 @@
 //! How the limit admits calls, and when they end.
 
+use std::time::Duration;
+
 use tokio::time::Instant;
 
 use super::{
+    adaptive::Teller,
     core::{Entry, Limiter},
     lasting::Limit,
     sort::{Sort, Sorted},
     wait::Wait,
 };
 use crate::{
-    admission::{Admit, Policy},
+    admission::{Admit, Policy, Terms},
     call::{
-        Anchor, Finish, Hold, LayerKind, Moment, Outcome, Permit, Rejected, RejectedKind, Token,
+        Anchor, Finish, Hold, LayerKind, Measures, Moment, Outcome, Permit, Rejected, RejectedKind,
+        Token,
     },
 };
 
@@ -28,8 +32,8 @@ impl<Req> Policy<Req> for Limit {
     }
 
     #[inline]
-    fn admit(&self, _: &Req, deadline: impl FnOnce() -> Option<Instant>) -> Admit<Token, Wait> {
-        let deadline = deadline();
+    fn admit(&self, _: &Req, terms: impl Terms) -> Admit<Token, Wait> {
+        let deadline = terms.deadline().map(|deadline| deadline.at());
         if Moment::is_past(deadline) {
             return entered(self, LATE, deadline);
         }
@@ -37,6 +41,11 @@ impl<Req> Policy<Req> for Limit {
             Some(token) => Admit::Go(token),
             None => entered(self, self.join(), deadline),
         }
+    }
+
+    #[inline]
+    fn attributes(&self) -> bool {
+        self.adaptive().is_some()
     }
 
     #[inline]
@@ -60,18 +69,18 @@ impl<Req, K: Sort<Req>> Policy<Req> for Sorted<K> {
         self.limiter.has_room()
     }
 
-    fn admit(
-        &self,
-        request: &Req,
-        deadline: impl FnOnce() -> Option<Instant>,
-    ) -> Admit<Token, Wait> {
+    fn admit(&self, request: &Req, terms: impl Terms) -> Admit<Token, Wait> {
         let (limiter, claim) = (&self.limiter, self.sort.claim(request));
         if claim.exempt {
             return Admit::Go(limiter.enter_exempt());
         }
-        let deadline = deadline();
+        let deadline = terms.deadline().map(|deadline| deadline.at());
         let entry = if Moment::is_past(deadline) { LATE } else { limiter.enter_as(claim) };
         entered(limiter, entry, deadline)
+    }
+
+    fn attributes(&self) -> bool {
+        self.limiter.adaptive().is_some()
     }
 
     fn permit(&self, token: Token) -> Permit<Anchor<Limiter>> {
@@ -120,5 +129,14 @@ impl Finish for Limiter {
     #[inline]
     fn hold(&self) -> Hold {
         if self.releases_at_head() { Hold::Head } else { Hold::Body }
+    }
+
+    #[inline]
+    fn measures(&self) -> Measures {
+        self.adaptive().map_or(Measures::Nothing, Teller::measures)
+    }
+
+    fn count_cancelled_after(&self) -> Option<Duration> {
+        self.adaptive()?.count_cancelled_after()
     }
 }

@@ -5,11 +5,12 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use http::Request;
-use tokio::time::Instant;
-
 use super::core::Limiter;
-use crate::call::{Anchor, Finish, Giver, Hold, Judge, Outcome, Permit, Shared, Token};
+use crate::call::{
+    Anchor, CallerDeadline, Deadline, Finish, Giver, Hold, Judge, Outcome, Permit, SentMark,
+    Shared, Token,
+};
+use http::Request;
 
 /// The place that a call holds, in its request's extensions: see
 /// [`upgrades`](crate::ConcurrencyLimitLayer::upgrades).
@@ -131,7 +132,8 @@ impl Finish for Slot {
     }
 
     fn head(&self, _: &mut Token, so_far: Outcome) {
-        self.lock().permit.head(so_far);
+        // The call's own permit has attributed what is certain.
+        self.lock().permit.head(so_far, false);
     }
 
     fn hold(&self) -> Hold {
@@ -166,8 +168,12 @@ where
     type Response = M::Response;
     type Call = Lent<M::Call>;
 
-    fn deadline(&self, request: &Request<ReqB>) -> Option<Instant> {
+    fn deadline(&self, request: &Request<ReqB>) -> Option<Deadline> {
         self.0.deadline(request)
+    }
+
+    fn sent_mark(&self, request: &Request<ReqB>) -> Option<SentMark> {
+        self.0.sent_mark(request)
     }
 
     fn begin<G: Giver>(
@@ -175,10 +181,14 @@ where
         request: &mut Request<ReqB>,
         permit: impl FnOnce() -> Permit<G>,
     ) -> Lent<M::Call> {
+        let deadline = CallerDeadline::of(self.deadline(request));
         // Only one of the two has use for it.
         let call = self.0.begin(request, Permit::<G>::hollow);
         let slot = Shared::new(Slot {
-            state: Mutex::new(State { permit: permit().erase(), holder: Holder::Call }),
+            state: Mutex::new(State {
+                permit: permit().observing(deadline, false).erase(),
+                holder: Holder::Call,
+            }),
             outer: request.extensions_mut().remove(),
         });
         let permit = slot.permit(Token::default());

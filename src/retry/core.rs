@@ -84,8 +84,8 @@ impl Settings {
     }
 
     #[inline]
-    pub(super) fn rules(&self, never: bool) -> Rules<'static> {
-        Rules { body_cap: self.body_cap.load(Ordering::Relaxed), only: None, never }
+    pub(super) fn rules(&self, never: bool, marks: bool) -> Rules<'static> {
+        Rules { body_cap: self.body_cap.load(Ordering::Relaxed), only: None, never, marks }
     }
 
     pub(super) fn count_retry(&self) {

@@ -16,7 +16,7 @@ use super::{
     stop::Stop,
 };
 use crate::{
-    call::{Deadline, Outcome, Reason},
+    call::{Deadline, Outcome, Rejected, http as rule},
     event,
 };
 
@@ -105,7 +105,7 @@ impl<S> Course<S> {
     ) -> Result<Wait, Stop> {
         let now = Instant::now();
         let deadline = kept.as_ref().and_then(|kept| kept.deadline);
-        let left = deadline.map(|Deadline(at)| at.saturating_duration_since(now));
+        let left = deadline.map(|deadline| deadline.at().saturating_duration_since(now));
         let decision = match kept {
             Some(kept) => self.decide(policy, (class, outcome), &kept, left),
             None if class == Class::Final => Err(Stop::Answered),
@@ -206,9 +206,9 @@ impl<S> Course<S> {
         self.record.made = 0;
     }
 
-    /// The attempt that is under way is ended.
-    pub(super) fn cut_short(&mut self) -> Outcome {
-        let outcome = Outcome::failure().because(Reason::Timeout);
+    /// The attempt that is under way is ended, as this says.
+    pub(super) fn cut_short(&mut self, rejected: &Rejected) -> Outcome {
+        let outcome = rule::of_rejected(rejected);
         self.record.tried(Tried { outcome, waited: Duration::ZERO });
         outcome
     }

@@ -20,7 +20,9 @@ use super::{
     stop::Stop,
     weighed::{Head, Weighed, is_good},
 };
-use crate::call::{Deadline, LayerKind, Lease, Outcome, Phase, Rejected, RejectedKind, poll_timer};
+use crate::call::{
+    DropCause, LayerKind, Lease, Outcome, Phase, Rejected, RejectedKind, WaitsFor, poll_timer,
+};
 
 pin_project! {
     /// The future of a [`Retry`](super::Retry)'s call. Dropped while it waits, it pays its retry back.
@@ -92,7 +94,11 @@ where
             } else if matches!(self.state, State::Unbegun) {
                 return Poll::Ready(self.too_late());
             }
-            if let Some(end) = ready!(self.as_mut().poll_between(cx)) {
+            let Poll::Ready(end) = self.as_mut().poll_between(cx) else {
+                WaitsFor::Client.report();
+                return Poll::Pending;
+            };
+            if let Some(end) = end {
                 return Poll::Ready(end);
             }
             made += 1;
@@ -115,7 +121,7 @@ where
     S: Service<M::Request>,
     M: Repeat<Req> + Weigh<S::Response, S::Error>,
 {
-    M::TAKES_ERRORS && kept.and_then(M::deadline).is_some_and(|Deadline(at)| at <= then())
+    M::TAKES_ERRORS && kept.and_then(M::deadline).is_some_and(|deadline| deadline.at() <= then())
 }
 
 /// When the response head has to be here.
@@ -129,7 +135,7 @@ where
     }
     let limit = core.settings.attempt_timeout();
     let limit = limit.and_then(|limit| Instant::now().checked_add(limit));
-    let deadline = kept.and_then(M::deadline).map(|Deadline(at)| at);
+    let deadline = kept.and_then(M::deadline).map(|deadline| deadline.at());
     limit.into_iter().chain(deadline).min()
 }
 
@@ -151,6 +157,8 @@ where
                 return Some(self.too_late());
             }
             _ => {
+                // To the layers that the attempt passed it has timed out, and not been hung up.
+                DropCause::TimedOut.during(|| this.state.set(State::Over));
                 let late = RejectedKind::TimedOut(Phase::Head);
                 M::failed(Rejected::by(LayerKind::Retry, late).into())?
             }
@@ -234,7 +242,7 @@ where
                     let Poll::Ready(ready) = course.service(core).poll_ready(cx) else {
                         if late.is_none() && M::TAKES_ERRORS {
                             let deadline = this.kept.as_ref().and_then(M::deadline);
-                            late.set(deadline.map(|Deadline(at)| sleep_until(at)));
+                            late.set(deadline.map(|deadline| sleep_until(deadline.at())));
                         }
                         let Some(late) = late.as_pin_mut() else { return Poll::Pending };
                         ready!(poll_timer(late, cx));
@@ -265,20 +273,27 @@ where
     fn too_late(self: Pin<&mut Self>) -> Result<M::Response, M::Error> {
         let mut this = self.project();
         let course = this.course.get_or_insert_with(Box::default);
-        let kind = match this.state.as_mut().project() {
+        let source = this.kept.as_ref().and_then(M::deadline).map(|deadline| deadline.source());
+        let rejected = |kind| Rejected::by(LayerKind::Retry, kind);
+        let rejected = match this.state.as_mut().project() {
             StateProj::Calling { .. } => {
-                this.span.end(course.cut_short());
-                RejectedKind::TimedOut(Phase::Deadline)
+                let rejected =
+                    rejected(RejectedKind::TimedOut(Phase::Deadline)).with_deadline_source(source);
+                this.span.end(course.cut_short(&rejected));
+                rejected
             }
             StateProj::Unbegun => {
                 course.not_begun();
-                RejectedKind::DeadlinePassed
+                rejected(RejectedKind::DeadlinePassed)
             }
-            _ => RejectedKind::DeadlinePassed,
+            _ => rejected(RejectedKind::DeadlinePassed),
         };
-        this.state.set(State::Over);
+        match source.and_then(DropCause::of_deadline) {
+            Some(cause) => cause.during(|| this.state.set(State::Over)),
+            None => this.state.set(State::Over),
+        }
         let record = course.end(&this.core.settings, Stop::DeadlinePassed);
-        let Some((held, _)) = M::failed(Rejected::by(LayerKind::Retry, kind).into()) else {
+        let Some((held, _)) = M::failed(rejected.into()) else {
             unreachable!("only these errors have a deadline")
         };
         M::release(held, Some(record))

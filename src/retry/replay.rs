@@ -11,6 +11,7 @@ use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
 use super::{policy::Repeatable, sent::Sent};
+use crate::call::SentMark;
 
 pin_project! {
     /// A request body that can be sent again.
@@ -20,6 +21,34 @@ pin_project! {
     pub struct ReplayBody<B> {
         #[pin]
         kind: Kind<B>,
+        progress: Progress,
+    }
+}
+
+/// Reports the progress of the body to the layers that measure the call.
+struct Progress(Option<SentMark>);
+
+impl Progress {
+    const UNREPORTED: Self = Self(None);
+
+    fn report<T, E>(&mut self, polled: &Poll<Option<Result<T, E>>>, is_over: bool) {
+        let Some(mark) = &self.0 else { return };
+        match polled {
+            Poll::Pending => mark.waits_for_frame(),
+            Poll::Ready(Some(Ok(_))) if !is_over => mark.frame_taken(),
+            Poll::Ready(_) => {
+                mark.sent();
+                self.0 = None;
+            }
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(mark) = &self.0 {
+            mark.dropped();
+        }
     }
 }
 
@@ -77,7 +106,7 @@ impl<B: Body> ReplayBody<B> {
     /// been sent: then only a body that was never touched can be sent again.
     pub(super) fn new(body: B, cap: u64) -> (Self, Tape<B>) {
         if body.is_end_stream() {
-            return (Self { kind: Kind::Empty }, Tape::Empty);
+            return (Self::of(Kind::Empty), Tape::Empty);
         }
         // One that will not fit is not copied at all, but can be sent as long as it has not begun.
         let cap = if body.size_hint().lower() > cap { 0 } else { cap };
@@ -92,16 +121,32 @@ impl<B: Body> ReplayBody<B> {
             turn: 0,
         }));
         let reader = Reader { reel: reel.clone(), next: 0, turn: 0, done: false };
-        (Self { kind: Kind::Taped { reader } }, Tape::Taped(reel))
+        (Self::of(Kind::Taped { reader }), Tape::Taped(reel))
     }
 
     /// A body that is passed through, once.
     pub(super) fn once(body: B) -> Self {
-        Self { kind: Kind::Through { body } }
+        Self::of(Kind::Through { body })
+    }
+}
+
+impl<B> ReplayBody<B> {
+    fn of(kind: Kind<B>) -> Self {
+        Self { kind, progress: Progress::UNREPORTED }
+    }
+
+    /// Reports its progress by this mark.
+    pub(super) fn marked(mut self, mark: Option<SentMark>) -> Self {
+        self.progress = Progress(mark);
+        self
     }
 }
 
 impl<B> Tape<B> {
+    pub(super) fn is_empty(&self) -> bool {
+        matches!(self, Self::Empty)
+    }
+
     pub(super) fn repeatable(&self) -> Repeatable {
         match self {
             Self::Empty => Repeatable::Yes,
@@ -142,7 +187,7 @@ impl<B> Tape<B> {
                 Kind::Taped { reader: Reader { reel: reel.clone(), next: 0, turn, done: false } }
             }
         };
-        ReplayBody { kind }
+        ReplayBody::of(kind)
     }
 }
 
@@ -285,17 +330,23 @@ impl<B: Body> Body for ReplayBody<B> {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
-        match self.project().kind.project() {
-            KindProj::Empty => Poll::Ready(None),
-            KindProj::Taped { reader } => reader.poll(cx),
-            KindProj::Through { body } => body.poll_frame(cx).map(|next| {
-                next.map(|frame| {
-                    frame.map(|frame| {
-                        frame.map_data(|mut data| data.copy_to_bytes(data.remaining()))
+        let mut this = self.project();
+        let (polled, is_over) = match this.kind.as_mut().project() {
+            KindProj::Empty => (Poll::Ready(None), true),
+            KindProj::Taped { reader } => (reader.poll(cx), reader.done),
+            KindProj::Through { mut body } => {
+                let polled = body.as_mut().poll_frame(cx).map(|next| {
+                    next.map(|frame| {
+                        frame.map(|frame| {
+                            frame.map_data(|mut data| data.copy_to_bytes(data.remaining()))
+                        })
                     })
-                })
-            }),
-        }
+                });
+                (polled, body.is_end_stream())
+            }
+        };
+        this.progress.report(&polled, is_over);
+        polled
     }
 
     fn is_end_stream(&self) -> bool {
@@ -318,7 +369,7 @@ impl<B: Body> Body for ReplayBody<B> {
 impl<B> Default for ReplayBody<B> {
     /// An empty body: what a health probe within a retry sends.
     fn default() -> Self {
-        Self { kind: Kind::Empty }
+        Self::of(Kind::Empty)
     }
 }
 

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     admission::Reusable,
-    call::{Http, Moment, Striped},
+    call::{Http, Moment, Striped, is_mark_wanted},
 };
 
 /// The service of a [`RetryLayer`](super::RetryLayer).
@@ -24,11 +24,13 @@ pub struct Retry<S, M = Http> {
     inner: S,
     core: Striped<Core<S>>,
     protocol: M,
+    /// An inner layer measures calls: requests carry a mark of their progress.
+    marks: bool,
 }
 
 impl<S, M> Retry<S, M> {
     pub(super) fn new(inner: S, core: Core<S>, protocol: M) -> Self {
-        Self { inner, core: Striped::new(core), protocol }
+        Self { inner, core: Striped::new(core), protocol, marks: false }
     }
 
     /// The wrapped service.
@@ -39,7 +41,12 @@ impl<S, M> Retry<S, M> {
 
 impl<S: Clone, M: Clone> Clone for Retry<S, M> {
     fn clone(&self) -> Self {
-        Self { inner: self.inner.clone(), core: self.core.clone(), protocol: self.protocol.clone() }
+        Self {
+            inner: self.inner.clone(),
+            core: self.core.clone(),
+            protocol: self.protocol.clone(),
+            marks: self.marks,
+        }
     }
 }
 
@@ -59,12 +66,14 @@ where
     type Future = ResponseFuture<S, Req, S::Future, M, M::Kept, M::Held>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), M::Error>> {
-        self.inner.poll_ready(cx).map_err(|error| M::broken(error, Attempts::NONE))
+        let (polled, marks) = is_mark_wanted(|| self.inner.poll_ready(cx));
+        self.marks = marks;
+        polled.map_err(|error| M::broken(error, Attempts::NONE))
     }
 
     #[inline]
     fn call(&mut self, request: Req) -> Self::Future {
-        let rules = self.core.settings.rules(self.core.misconfigured);
+        let rules = self.core.settings.rules(self.core.misconfigured, self.marks);
         let mut kept = M::keep(&request, rules);
         if ends_by::<S, Req, M>(kept.as_ref(), Moment::now) {
             return self.unbegun(kept);

@@ -13,11 +13,10 @@ use std::{
 
 use http::{Request, Response};
 use http_body::Body;
-use tokio::time::Instant;
 use tower_service::Service;
 
 use crate::{
-    admission::{Admission, Admit, Plan, Policy, ResponseFuture, Reusable},
+    admission::{Admission, Admit, Plan, Policy, ResponseFuture, Reusable, Terms},
     call::{
         AsError, Clock, Finish, Hold, Http, LayerKind, Nanos, Outcome, OutcomeKind, Permit, Reason,
         Recent, Reject, Rejected, Shared, Token, TrackedBody,
@@ -99,18 +98,18 @@ impl Finish for Meter {
             self.refused.fetch_add(1, Relaxed);
             return;
         }
-        if token.started > 0 {
-            self.timed(token.started - 1);
+        if token.tag > 0 {
+            self.timed(token.tag - 1);
         }
         self.ended[outcome.kind() as usize].fetch_add(1, Relaxed);
     }
 
     fn head(&self, token: &mut Token, so_far: Outcome) {
         let _ = so_far;
-        if token.started > 0 {
-            self.timed(token.started - 1);
+        if token.tag > 0 {
+            self.timed(token.tag - 1);
         }
-        token.started = 0;
+        token.tag = 0;
     }
 
     fn hold(&self) -> Hold {
@@ -129,10 +128,11 @@ impl<Req> Policy<Req> for Shared<Meter> {
         true
     }
 
-    fn admit(&self, _: &Req, _: impl FnOnce() -> Option<Instant>) -> Admit<Token, Self::Wait> {
+    fn admit(&self, _: &Req, _: impl Terms) -> Admit<Token, Self::Wait> {
         self.begun.fetch_add(1, Relaxed);
-        // One more than the time: 0 says that it has been taken.
-        Admit::Go(Token { tag: 0, started: self.clock.now().saturating_add(1) })
+        // The tag is the time plus one, or 0 once the call has been timed: a meter times whole calls, whichever side
+        // they wait for.
+        Admit::Go(Token::unmeasured(self.clock.now().saturating_add(1)))
     }
 
     fn permit(&self, token: Token) -> Permit<Self> {

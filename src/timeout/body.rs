@@ -10,7 +10,7 @@ use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
 use super::{
-    settings::timed_out,
+    settings::{drop_by, timed_out},
     stall::{Over, Stall},
     watch::{Rest, Watch},
 };
@@ -89,7 +89,7 @@ impl<B: Body> Body for TimedBody<B> {
                 if !(more && !this.inner.is_end_stream() && has_passed(rest.end)) {
                     return polled;
                 }
-                rest.end_of
+                rest.end_of.phase()
             }
             Poll::Pending => {
                 let (limit, silence) = match rest.begun {
@@ -98,13 +98,13 @@ impl<B: Body> Body for TimedBody<B> {
                 };
                 match ready!(this.stall.poll(limit.time(), rest.end, cx)) {
                     Over::Silence => silence,
-                    Over::End => rest.end_of,
+                    Over::End => rest.end_of.phase(),
                 }
             }
         };
         // With it goes whatever a layer further in holds for it.
-        this.inner.set(AnswerBody::ended());
-        let rejected = timed_out(rest.far, rest.by, phase);
+        drop_by(phase, rest.end_of.source(), || this.inner.set(AnswerBody::ended()));
+        let rejected = timed_out(rest.far, rest.by, phase, rest.end_of.source());
         Poll::Ready(Some(match rest.form {
             Form::Grpc => Ok(Frame::trailers(status(rejected.kind()))),
             _ => Err(Box::new(rejected)),

@@ -81,6 +81,11 @@ impl Sending {
         }
     }
 
+    /// Whether the request is still to be sent.
+    pub(super) fn is_unsent(&self) -> bool {
+        self.stage() == Stage::Sending
+    }
+
     /// The first end counts.
     pub(super) fn end(&self, stage: Stage) {
         let (from, to) = (Stage::Sending as u8, stage as u8);
@@ -231,7 +236,7 @@ impl<B: Body + 'static> Body for SendingBody<B> {
         let Some(told) = &this.tells.0 else { return Poll::Pending };
         let limit = told.limit.time().filter(|_| told.stage() == Stage::Sending);
         ready!(this.stall.poll(limit, None, cx));
-        let rejected = timed_out(told.far, told.by, Phase::Sending);
+        let rejected = timed_out(told.far, told.by, Phase::Sending, None);
         told.end(Stage::Stalled);
         *this.tells = Tells(None);
         Poll::Ready(Some(Err(Box::new(rejected))))

@@ -13,13 +13,14 @@ use tower_service::Service;
 use super::{
     exchange::{Begin, Follow},
     sending::{Sending, Stage},
-    settings::{State, Timeouts, stalled, timed_out},
+    settings::{State, Timeouts, drop_by, stalled, timed_out},
     watch::{Next, Watch},
 };
 use crate::{
     admission::Reusable,
     call::{
         Alarm, AsError, Deadline, Far, Http, Label, LayerKind, Moment, Phase, Reject, Rejected,
+        WaitsFor,
     },
 };
 
@@ -114,7 +115,7 @@ impl<S, M, R> Timeout<S, M, R> {
         if let Some(fault) = fault {
             return self.refused(watch, Rejected::misconfigured(self.by, fault));
         }
-        if deadline.is_some_and(|deadline| !watch.bound(deadline.0)) {
+        if deadline.is_some_and(|deadline| !watch.bound(deadline)) {
             return self.refused(watch, self.state.refuse(self.by));
         }
         let mut request = M::pass(request);
@@ -213,7 +214,10 @@ where
                                     unreachable!("polled after completion")
                                 };
                                 match watch.wait(this.sending.as_ref(), cx) {
-                                    Next::Forever => return Poll::Pending,
+                                    Next::Forever => {
+                                        report_unsent(this.sending.as_deref());
+                                        return Poll::Pending;
+                                    }
                                     Next::Stalled => Phase::Sending,
                                     Next::Until { at, phase, is_final } => {
                                         alarm.as_mut().set(at);
@@ -223,6 +227,7 @@ where
                                 }
                             }
                         };
+                        report_unsent(this.sending.as_deref());
                         if phase != Phase::Sending {
                             ready!(alarm.poll(&*future, cx));
                         }
@@ -242,11 +247,20 @@ where
             let rejected = match phase {
                 // Its body has counted it.
                 Phase::Sending => stalled(watch.far, watch.by),
-                phase => timed_out(watch.far, watch.by, phase),
+                phase => timed_out(watch.far, watch.by, phase, watch.source()),
             };
-            // The call ends here: with it goes whatever a layer further in holds.
-            this.state.set(Stand::Refused { rejected: Some(rejected) });
+            // The call ends here: with it goes whatever an inner layer holds.
+            let rejected = Stand::Refused { rejected: Some(rejected) };
+            drop_by(phase, watch.source(), || this.state.set(rejected));
         }
+    }
+}
+
+/// Reports to the outer layers that the request is still to be sent. Once it is, its body wakes the call, which comes
+/// by here again.
+fn report_unsent(sending: Option<&Sending>) {
+    if sending.is_some_and(Sending::is_unsent) {
+        WaitsFor::Caller.report();
     }
 }
 

@@ -9,7 +9,9 @@ use std::{
 
 use crate::{
     ConfigError,
-    call::{Far, Found, Label, LayerKind, Phase, Rejected, RejectedKind},
+    call::{
+        DeadlineSource, DropCause, Far, Found, Label, LayerKind, Phase, Rejected, RejectedKind,
+    },
     event,
 };
 
@@ -260,13 +262,35 @@ impl State {
 }
 
 /// A call that took too long.
-pub(super) fn timed_out(far: Far<State>, by: LayerKind, phase: Phase) -> Rejected {
-    let rejected = Rejected::by(by, RejectedKind::TimedOut(phase));
+pub(super) fn timed_out(
+    far: Far<State>,
+    by: LayerKind,
+    phase: Phase,
+    source: Option<DeadlineSource>,
+) -> Rejected {
+    let source = source.filter(|_| phase == Phase::Deadline);
+    let rejected = Rejected::by(by, RejectedKind::TimedOut(phase)).with_deadline_source(source);
     // Without a layer nobody can ask it any more.
     let Some(state) = far.get() else { return rejected };
     state.timed_out[phase as usize].fetch_add(1, Relaxed);
     event!(DEBUG, resilience.name = state.name_or_empty(), reason = phase.as_str(), "timed out");
     rejected.labelled(state.label.get().cloned())
+}
+
+/// Drops what is inside of a call that took too long for this: to the layers there the caller hung up if it is to blame,
+/// and else the call timed out.
+#[cold]
+#[inline(never)]
+pub(super) fn drop_by(phase: Phase, source: Option<DeadlineSource>, drop: impl FnOnce()) {
+    let cause = match (phase, source) {
+        (Phase::Sending, _) => None,
+        (Phase::Deadline, Some(source)) => DropCause::of_deadline(source),
+        _ => Some(DropCause::TimedOut),
+    };
+    match cause {
+        Some(cause) => cause.during(drop),
+        None => drop(),
+    }
 }
 
 /// The refusal of a call whose request body fell silent, which its body has counted.

@@ -6,7 +6,7 @@ use super::{
     sending::{Sending, Stage},
     settings::{Limit, State, Timeouts},
 };
-use crate::call::{Far, Form, LayerKind, Moment, Phase, has_passed};
+use crate::call::{Deadline, DeadlineSource, Far, Form, LayerKind, Moment, Phase, has_passed};
 
 /// The times of one call, and what they count from.
 #[derive(Debug)]
@@ -14,12 +14,35 @@ pub struct Watch {
     pub(super) timeouts: Timeouts,
     /// When all of it has to be over.
     end: Option<Instant>,
-    /// What says so: the deadline, or the total.
-    end_of: Phase,
+    end_of: End,
     begun: bool,
     pub(super) by: LayerKind,
     pub(super) form: Form,
     pub(super) far: Far<State>,
+}
+
+/// What sets the end of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    Deadline(DeadlineSource),
+    Total,
+}
+
+impl End {
+    pub(super) fn phase(self) -> Phase {
+        match self {
+            Self::Deadline(_) => Phase::Deadline,
+            Self::Total => Phase::Total,
+        }
+    }
+
+    /// Who set the deadline, if it is one.
+    pub(super) fn source(self) -> Option<DeadlineSource> {
+        match self {
+            Self::Deadline(source) => Some(source),
+            Self::Total => None,
+        }
+    }
 }
 
 /// What of it is left once the head is here: no more than the body needs.
@@ -28,7 +51,7 @@ pub(super) struct Rest {
     pub(super) first_frame: Limit,
     pub(super) idle: Limit,
     pub(super) end: Option<Instant>,
-    pub(super) end_of: Phase,
+    pub(super) end_of: End,
     /// The first frame is here.
     pub(super) begun: bool,
     pub(super) by: LayerKind,
@@ -49,19 +72,26 @@ pub(super) enum Next {
 impl Watch {
     #[inline]
     pub(super) fn new(timeouts: Timeouts, by: LayerKind, form: Form, far: Far<State>) -> Self {
-        let end_of = Phase::Deadline;
+        // Of no meaning without an end.
+        let end_of = End::Total;
         Self { timeouts, end: None, end_of, begun: false, by, form, far }
     }
 
     /// The caller's deadline. False if it has passed.
-    pub(super) fn bound(&mut self, deadline: Instant) -> bool {
-        self.end = Some(deadline);
+    pub(super) fn bound(&mut self, deadline: Deadline) -> bool {
+        self.end = Some(deadline.at());
+        self.end_of = End::Deadline(deadline.source());
         !Moment::is_past(self.end)
     }
 
-    /// Whether the caller's deadline is over.
+    /// Who set the deadline of the call, if it has one.
+    pub(super) fn source(&self) -> Option<DeadlineSource> {
+        self.end_of.source()
+    }
+
+    /// Whether the deadline is over.
     pub(super) fn is_over(&self) -> bool {
-        self.end_of == Phase::Deadline && has_passed(self.end)
+        matches!(self.end_of, End::Deadline(_)) && has_passed(self.end)
     }
 
     /// The time of the whole runs from here: the first wait, or the head.
@@ -72,7 +102,7 @@ impl Watch {
         let Some(total) = self.timeouts.get(Phase::Total) else { return };
         if let Some(at) = Instant::now().checked_add(total) {
             if self.end.is_none_or(|end| at < end) {
-                (self.end, self.end_of) = (Some(at), Phase::Total);
+                (self.end, self.end_of) = (Some(at), End::Total);
             }
         }
     }
@@ -107,7 +137,7 @@ impl Watch {
         let (at, phase) = match (limit, self.end) {
             (None, None) => return Next::Forever,
             (Some(at), Some(end)) if at < end => (at, phase),
-            (_, Some(end)) => (end, self.end_of),
+            (_, Some(end)) => (end, self.end_of.phase()),
             (Some(at), None) => (at, phase),
         };
         Next::Until { at, phase, is_final: stage != Stage::Sending }

@@ -14,6 +14,8 @@ pub enum End {
     ServerError,
     Throttled,
     Cancel,
+    /// Cancelled after the upstream had had the request for `count_cancelled_after`. The model makes it of a `Cancel`.
+    NoResponse,
     /// Not an end: a good head, and a body that never comes to one.
     GoodHead,
 }
@@ -65,6 +67,7 @@ pub struct Config {
     /// No call is a probe.
     pub outside: bool,
     pub ramp_ms: u64,
+    pub count_cancelled_ms: Option<u64>,
 }
 
 const CALM: u64 = 100;
@@ -102,7 +105,8 @@ impl Config {
             .half_open_of(self.needed, self.probes)
             .open_for(self.wait())
             .ramp(Duration::from_millis(self.ramp_ms))
-            .probe_lease(Duration::from_millis(self.lease_ms));
+            .probe_lease(Duration::from_millis(self.lease_ms))
+            .count_cancelled_after(self.count_cancelled_ms.map(Duration::from_millis));
         let layer = if self.outside { layer.probes_from_outside() } else { layer };
         layer.checked().expect("it can work")
     }
@@ -346,6 +350,8 @@ impl Model {
     }
 
     pub fn end(&mut self, number: usize, stay: Option<usize>, end: End, took: u64) {
+        let counts = self.config.count_cancelled_ms.is_some_and(|ms| took >= ms);
+        let end = if end == End::Cancel && counts { End::NoResponse } else { end };
         self.pass_time();
         if stay != Some(self.stay) {
             return;
@@ -390,7 +396,7 @@ impl Model {
         let slow = took >= self.config.slow();
         let failed = match end {
             End::Success => Some(false),
-            End::Error | End::ServerError => Some(true),
+            End::Error | End::ServerError | End::NoResponse => Some(true),
             End::Cancel if slow => None,
             End::Throttled | End::Cancel | End::GoodHead => return,
         };
@@ -413,7 +419,8 @@ impl Model {
                 }
                 Rule::Slow { tenths, over, ms } => {
                     let slow = took >= ms;
-                    (over, (failed.is_some() || slow).then_some(slow), slow, tenths, 1)
+                    let ended = failed.is_some() && end != End::NoResponse;
+                    (over, (ended || slow).then_some(slow), slow, tenths, 1)
                 }
                 Rule::Within { tenths, stretch, min } => {
                     at = self.now / stretch;

@@ -92,16 +92,19 @@ fn configs(rules: impl Strategy<Value = Vec<Rule>>) -> impl Strategy<Value = Con
     let probes = (1..4u16, 1..4u16).prop_map(|(a, b)| (a.min(b), a.max(b)));
     let outside = prop::bool::weighted(0.1);
     let ramp = prop_oneof![3 => Just(0), 1 => 1..200u64];
-    (rules, probes, 10..50u64, 10..90u64, any::<bool>(), outside, ramp).prop_map(
-        |(rules, (needed, probes), open_ms, lease_ms, backs_off, outside, ramp_ms)| Config {
+    let count_cancelled = prop::option::of(1..60u64);
+    let flags = (any::<bool>(), outside);
+    (rules, probes, 10..50u64, 10..90u64, flags, ramp, count_cancelled).prop_map(
+        |(rules, (needed, probes), open_ms, lease_ms, flags, ramp_ms, count_cancelled_ms)| Config {
             rules,
             needed,
             probes,
             open_ms,
             lease_ms,
-            backs_off,
-            outside,
+            backs_off: flags.0,
+            outside: flags.1,
             ramp_ms,
+            count_cancelled_ms,
         },
     )
 }
@@ -191,7 +194,7 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
                 };
                 model.end(call.number, call.stay, end, took);
                 match end {
-                    End::Cancel => {}
+                    End::Cancel | End::NoResponse => {}
                     End::Error => {
                         watch.end(call.number, Err(Oops("down")));
                         prop_assert!(assert_ready!(asking.poll()).is_err());

@@ -261,7 +261,7 @@ async fn who_blocks_in_a_call_sees_the_time_go_on() {
     let inner = Blocks(secs(3), |request: Request<_>| {
         let deadline = Deadline::of(request.extensions()).unwrap();
         assert_eq!((deadline.left(), Deadline::after(secs(1)).left()), (secs(2), secs(1)));
-        assert_eq!(Deadline::after(secs(1)).0, Instant::now() + secs(1));
+        assert_eq!(Deadline::after(secs(1)).at(), Instant::now() + secs(1));
         blocked(secs(3));
         assert_eq!(deadline.left(), Duration::ZERO);
     });
@@ -283,7 +283,7 @@ async fn so_do_the_calls_that_are_made_there() {
         L::Service: Service<Request<Nothing>, Error = BoxError> + Clone,
     {
         let further = layer.layer(Blocks(secs(0), |request: Request<_>| {
-            let Deadline(at) = Deadline::of(request.extensions()).unwrap();
+            let at = Deadline::of(request.extensions()).unwrap().at();
             assert_eq!(at, Instant::now() + secs(2));
         }));
         for _ in 0..3 {

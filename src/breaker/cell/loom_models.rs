@@ -23,7 +23,7 @@ fn ended(outcome: Outcome) -> Ended {
 }
 
 fn admit(cell: &Cell, now: Nanos) -> Option<Ticket> {
-    cell.admit(|| now, || 0.0).0.ok()
+    cell.admit(false, || now, || 0.0).0.ok()
 }
 
 fn finish(cell: &Cell, ticket: Ticket, outcome: Outcome, now: Nanos) -> Option<Change> {

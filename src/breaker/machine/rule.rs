@@ -11,7 +11,7 @@ use super::{
     },
     Machine, Phase,
 };
-use crate::call::{Outcome, OutcomeKind, nanos};
+use crate::call::{Nanos, Outcome, OutcomeKind, Reason, WaitsFor, nanos};
 
 impl Machine {
     // ===== Time passes =====
@@ -48,8 +48,11 @@ impl Machine {
     // ===== A call comes =====
 
     /// May a call go? Half-open, at most `probes` go, each with a slot that comes back.
+    ///
+    /// `is_unsent`: the request body is still to be sent.
     pub(in crate::breaker) fn admit(
         &mut self,
+        is_unsent: bool,
         at: At<'_>,
     ) -> (Result<Ticket, Refusal>, Option<Change>) {
         if self.isolations > 0 {
@@ -69,14 +72,28 @@ impl Machine {
             Phase::Closed { .. } | Phase::ForcedClosed => counted,
             Phase::ForcedOpen => Err(Refusal::Forced),
             Phase::Open { until } => Err(Refusal::Open { left: until.saturating_sub(at.now) }),
-            Phase::HalfOpen(probes) if probes.has_room(&self.settings) => {
+            Phase::HalfOpen(probes) if probes.has_room(is_unsent, &self.settings) => {
                 self.generation += 1;
-                probes.begin(self.generation, at.now, &self.settings);
+                probes.begin(self.generation, is_unsent, at.now, &self.settings);
                 Ok(Ticket { generation: self.generation, probe: true })
             }
             Phase::HalfOpen(_) => Err(Refusal::Probing),
         };
         (answer, change)
+    }
+
+    /// Notes what a probe waits for, since then.
+    pub(in crate::breaker) fn probe_waits_for(
+        &mut self,
+        generation: u64,
+        what: WaitsFor,
+        since: Nanos,
+        at: At<'_>,
+    ) -> Option<Change> {
+        if let Phase::HalfOpen(probes) = &mut self.phase {
+            probes.waits_for(generation, what, since, &self.settings);
+        }
+        self.pass_time(at)
     }
 
     // ===== A call ends =====
@@ -149,6 +166,10 @@ impl Machine {
             // It gives its slot back; unless it was given up for being slow.
             OutcomeKind::Cancelled if !slow => return None,
             OutcomeKind::Success | OutcomeKind::Cancelled => probes.fail(Tripped::SlowProbe, None),
+            // Given up after it had been slow to a rule already.
+            OutcomeKind::Failure if slow && outcome.reason() == Reason::NoResponse => {
+                probes.fail(Tripped::SlowProbe, None);
+            }
             OutcomeKind::Failure | OutcomeKind::Throttled => {
                 probes.fail(Tripped::Probe { outcome }, outcome.retry_after());
             }

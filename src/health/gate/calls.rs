@@ -6,11 +6,11 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::Notify, time::Instant};
+use tokio::sync::Notify;
 
 use super::{ARMED, Gate, LISTENS, state_of};
 use crate::{
-    admission::{Admit, Policy},
+    admission::{Admit, Policy, Terms},
     call::{
         Finish, Hold, LayerKind, Outcome, OutcomeKind, Permit, Rejected, RejectedKind, Shared,
         Token,
@@ -78,7 +78,7 @@ impl<Req> Policy<Req> for Shared<Gate> {
     }
 
     #[inline]
-    fn admit(&self, _: &Req, _: impl FnOnce() -> Option<Instant>) -> Admit<bool, Self::Wait> {
+    fn admit(&self, _: &Req, _: impl Terms) -> Admit<bool, Self::Wait> {
         match self.lets_through() {
             Some(word) => Admit::Go(word & LISTENS != 0),
             None => Admit::No(self.refuse()),

@@ -5,21 +5,31 @@ use std::{
     ops::RangeInclusive,
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
+use tokio::time::Instant;
+
 use super::{Algorithm, Change, Reason, Sample};
 use crate::{
-    call::{Clock, Outcome, OutcomeKind, Reason as Why, Token},
+    call::{
+        COUNT_CANCELLED_AFTER, Clock, Measures, Outcome, OutcomeKind, Reason as Why, Token,
+        UpstreamClock,
+    },
     event,
 };
+
+/// No call that its caller ended counts.
+const NEVER: u64 = u64::MAX;
 
 #[derive(Debug)]
 pub(in crate::limit) struct Teller {
     clock: Clock,
     to_the_end: AtomicBool,
+    /// In milliseconds.
+    count_cancelled_after: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -35,7 +45,28 @@ const HEARD: u64 = 0;
 impl Teller {
     pub(in crate::limit) fn new(algorithm: impl Algorithm) -> Self {
         let state = State { algorithm: Box::new(algorithm), last: None };
-        Self { clock: Clock::new(), to_the_end: AtomicBool::new(false), state: Mutex::new(state) }
+        Self {
+            clock: Clock::new(),
+            to_the_end: AtomicBool::new(false),
+            count_cancelled_after: AtomicU64::new(COUNT_CANCELLED_AFTER.as_millis() as u64),
+            state: Mutex::new(state),
+        }
+    }
+
+    pub(in crate::limit) fn set_count_cancelled_after(&self, time: Option<Duration>) {
+        let ms = time.map_or(NEVER, |time| u64::try_from(time.as_millis()).unwrap_or(NEVER));
+        self.count_cancelled_after.store(ms, Ordering::Relaxed);
+    }
+
+    pub(in crate::limit) fn count_cancelled_after(&self) -> Option<Duration> {
+        match self.count_cancelled_after.load(Ordering::Relaxed) {
+            NEVER => None,
+            ms => Some(Duration::from_millis(ms)),
+        }
+    }
+
+    pub(in crate::limit) fn measures(&self) -> Measures {
+        if self.to_the_end.load(Ordering::Relaxed) { Measures::Body } else { Measures::Head }
     }
 
     pub(in crate::limit) fn until_body_end(&self) {
@@ -75,7 +106,7 @@ impl Teller {
     /// A call is let in, as one of so many.
     #[inline]
     pub(in crate::limit) fn started(&self, in_flight: u32) -> Token {
-        Token { tag: in_flight.into(), started: self.clock.now() }
+        Token { tag: in_flight.into(), clock: UpstreamClock::start() }
     }
 
     /// The head is here, which is what is measured unless the end is.
@@ -103,10 +134,11 @@ impl Teller {
             return false;
         }
         let Some(dropped) = is_drop(outcome) else { return false };
-        let now = self.clock.now();
+        let now = Instant::now();
         let sample = Sample {
-            now: Duration::from_nanos(now),
-            latency: Duration::from_nanos(now.saturating_sub(token.started)),
+            now: Duration::from_nanos(self.clock.at(now)),
+            // A clock that is off never had to wait for the upstream.
+            latency: token.clock.elapsed(now).unwrap_or_default(),
             in_flight: u32::try_from(token.tag).unwrap_or(u32::MAX),
             dropped,
         };
@@ -131,7 +163,7 @@ fn is_drop(outcome: Outcome) -> Option<bool> {
         OutcomeKind::Throttled => Some(true),
         OutcomeKind::Cancelled => None,
         OutcomeKind::Failure => match (outcome.reason(), outcome.code()) {
-            (Why::Timeout | Why::ConnectTimeout | Why::RefusedStream, _)
+            (Why::Timeout | Why::NoResponse | Why::ConnectTimeout | Why::RefusedStream, _)
             | (Why::Status, Some(503 | 504))
             | (Why::GrpcStatus, Some(4 | 14)) => Some(true),
             _ => None,

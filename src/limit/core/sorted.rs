@@ -41,7 +41,7 @@ impl Limiter {
     pub(in crate::limit) fn enter_exempt(&self) -> Token {
         self.counts.exempt.fetch_add(1, Ordering::Relaxed);
         self.uses.fetch_add(1, Ordering::Relaxed);
-        Token { tag: EXEMPT, started: 0 }
+        Token::unmeasured(EXEMPT)
     }
 
     /// [`enter`](Self::enter) and [`join`](Self::join), by partition and priority.

@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     BoxError,
-    call::{Deadline, Http, Outcome, Reason, grpc, http as rule},
+    call::{Deadline, Http, Outcome, Reason, SentMark, grpc, http as rule},
 };
 
 // ===== The request =====
@@ -40,6 +40,17 @@ fn after<B>(attempts: u32, mut request: Request<B>) -> Request<B> {
     request
 }
 
+/// Publishes a mark of the request's progress, unless it has no body or an outer layer has published one.
+#[inline]
+fn publish<B: Body>(request: &mut Request<B>) -> Option<SentMark> {
+    if request.body().is_end_stream() || request.extensions().get::<SentMark>().is_some() {
+        return None;
+    }
+    let mark = SentMark::new();
+    request.extensions_mut().insert(mark.clone());
+    Some(mark)
+}
+
 impl<B: Body> Repeat<Request<B>> for Http {
     type Request = Request<ReplayBody<B>>;
     type Kept = KeptRequest<B>;
@@ -52,17 +63,22 @@ impl<B: Body> Repeat<Request<B>> for Http {
 
     #[inline]
     fn first(
-        request: Request<B>,
+        mut request: Request<B>,
         kept: Option<&mut KeptRequest<B>>,
         rules: Rules<'_>,
     ) -> Self::Request {
-        request.map(|body| match kept {
-            Some(kept) => {
-                let (body, tape) = ReplayBody::new(body, rules.body_cap);
-                kept.tape = tape;
-                body
-            }
-            None => ReplayBody::once(body),
+        let mark = if rules.marks { publish(&mut request) } else { None };
+        request.map(|body| {
+            let body = match kept {
+                Some(kept) => {
+                    kept.marks = rules.marks;
+                    let (body, tape) = ReplayBody::new(body, rules.body_cap);
+                    kept.tape = tape;
+                    body
+                }
+                None => ReplayBody::once(body),
+            };
+            body.marked(mark)
         })
     }
 

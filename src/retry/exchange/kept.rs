@@ -11,7 +11,7 @@ use super::{
     },
     Rules,
 };
-use crate::call::Deadline;
+use crate::call::{Deadline, SentMark};
 
 /// A request's head and the tape of its body.
 pub struct KeptRequest<B> {
@@ -20,6 +20,8 @@ pub struct KeptRequest<B> {
     headers: Lines,
     carried: Carried,
     version: Version,
+    /// Further attempts carry a mark of their progress.
+    pub(super) marks: bool,
     pub(super) tape: Tape<B>,
 }
 
@@ -32,6 +34,7 @@ impl<B> KeptRequest<B> {
             headers: Lines::of(request.headers()),
             carried: Carried::of(request.extensions()),
             version: request.version(),
+            marks: false,
             tape: Tape::Empty,
         }
     }
@@ -46,13 +49,17 @@ impl<B> KeptRequest<B> {
         request
     }
 
-    /// With a mark that says which copy it is.
-    pub(super) fn marked<T>(&self, mark: T) -> Request<ReplayBody<B>>
+    /// The request once more, with an extension that says which attempt it is, and a mark of its own progress.
+    pub(super) fn marked<T>(&self, attempt: T) -> Request<ReplayBody<B>>
     where
         T: Clone + Send + Sync + 'static,
     {
-        let mut request = self.request(self.tape.replay());
-        request.extensions_mut().insert(mark);
+        let sent = (self.marks && !self.tape.is_empty()).then(SentMark::new);
+        let mut request = self.request(self.tape.replay().marked(sent.clone()));
+        request.extensions_mut().insert(attempt);
+        if let Some(sent) = sent {
+            request.extensions_mut().insert(sent);
+        }
         request
     }
 

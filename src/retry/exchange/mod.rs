@@ -36,6 +36,8 @@ pub struct Rules<'a> {
     pub(super) only: Option<&'a Safe>,
     /// Nothing needs to be kept.
     pub(super) never: bool,
+    /// An inner layer measures calls: requests carry a mark of their progress.
+    pub(super) marks: bool,
 }
 
 /// Requests that can be kept to be sent again: everything that is `Clone`, or says how here.

@@ -82,6 +82,7 @@ pub(super) fn weigh_grpc(headers: &HeaderMap, outcome: Outcome) -> (Class, Outco
 pub(super) fn of_reason(outcome: Outcome) -> Class {
     match outcome.reason() {
         Reason::Rejected => Class::Refused(Stop::Rejected),
+        Reason::CallerDeadline => Class::Refused(Stop::DeadlinePassed),
         Reason::ConnectRefused
         | Reason::ConnectTimeout
         | Reason::ConnectFailed

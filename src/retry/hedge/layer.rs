@@ -94,8 +94,8 @@ impl Settings {
         }
     }
 
-    pub(super) fn rules<'a>(&self, only: &'a Safe, never: bool) -> Rules<'a> {
-        Rules { body_cap: self.body_cap.load(Ordering::Relaxed), only: Some(only), never }
+    pub(super) fn rules<'a>(&self, only: &'a Safe, never: bool, marks: bool) -> Rules<'a> {
+        Rules { body_cap: self.body_cap.load(Ordering::Relaxed), only: Some(only), never, marks }
     }
 
     pub(super) fn safe(&self) -> Safe {

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     admission::Reusable,
-    call::{Http, Lease, Striped},
+    call::{DropCause, Http, Lease, Striped, is_mark_wanted},
     event,
 };
 
@@ -33,11 +33,13 @@ pub struct Hedge<S, M = Http> {
     inner: S,
     core: Striped<Core<S, Settings>>,
     protocol: M,
+    /// An inner layer measures calls: requests carry a mark of their progress.
+    marks: bool,
 }
 
 impl<S, M> Hedge<S, M> {
     pub(super) fn new(inner: S, core: Core<S, Settings>, protocol: M) -> Self {
-        Self { inner, core: Striped::new(core), protocol }
+        Self { inner, core: Striped::new(core), protocol, marks: false }
     }
 
     /// The wrapped service.
@@ -48,7 +50,12 @@ impl<S, M> Hedge<S, M> {
 
 impl<S: Clone, M: Clone> Clone for Hedge<S, M> {
     fn clone(&self) -> Self {
-        Self { inner: self.inner.clone(), core: self.core.clone(), protocol: self.protocol.clone() }
+        Self {
+            inner: self.inner.clone(),
+            core: self.core.clone(),
+            protocol: self.protocol.clone(),
+            marks: self.marks,
+        }
     }
 }
 
@@ -68,7 +75,9 @@ where
     type Future = HedgeFuture<S, Req, S::Future, M, M::Kept, M::Held>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), M::Error>> {
-        self.inner.poll_ready(cx).map_err(M::error)
+        let (polled, marks) = is_mark_wanted(|| self.inner.poll_ready(cx));
+        self.marks = marks;
+        polled.map_err(M::error)
     }
 
     fn call(&mut self, request: Req) -> Self::Future {
@@ -77,7 +86,7 @@ where
         }
         let settings = &self.core.settings;
         let safe = settings.safe();
-        let rules = settings.rules(&safe, self.core.misconfigured);
+        let rules = settings.rules(&safe, self.core.misconfigured, self.marks);
         let mut kept = M::keep(&request, rules);
         let first = M::first(request, kept.as_mut(), rules);
         let hedgeable = kept.as_ref().is_some_and(|kept| M::repeatable(kept) != Repeatable::No);
@@ -157,7 +166,7 @@ where
                     let held = first.take();
                     let hedged = this.second.hedged(false);
                     this.first.set(None);
-                    this.second.set(Second::Answered);
+                    DropCause::Superseded.during(|| this.second.set(Second::Answered));
                     *this.kept = None;
                     return Poll::Ready(M::pass(held, hedged));
                 }
@@ -219,7 +228,7 @@ where
                     }
                     let held = hedge.take();
                     this.core.settings.won.fetch_add(1, Ordering::Relaxed);
-                    this.first.set(None);
+                    DropCause::Superseded.during(|| this.first.set(None));
                     this.second.set(Second::Answered);
                     *this.kept = None;
                     return Poll::Ready(M::pass(held, Some(Hedged { won: true })));

@@ -1,0 +1,436 @@
+//! Calls that end by a deadline, or by a hang-up.
+
+use std::time::Duration;
+
+use axum::{Extension, Router, body::Body, routing::any};
+use buttress::{
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Deadline, DeadlineLayer, HedgeLayer,
+    RetryLayer, TimeoutLayer, Timeouts,
+    breaker::{State, Tripped},
+    call::{DeadlineSource, Reason},
+    config::{ClientConfig, ServerConfig},
+    stack::ClientStack,
+};
+use http::{Request, StatusCode};
+use tokio::time::{Instant, advance, sleep, timeout};
+use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
+
+use super::{
+    fixtures::{Upstream, UpstreamService, get, ms, secs},
+    support::{Strict, Then, empty, request, status},
+};
+
+fn caller_deadline(time: Duration) -> Deadline {
+    Deadline::after(time).with_source(DeadlineSource::Caller)
+}
+
+/// A server of the default stack whose handler passes its deadline on to a client of the default stack.
+fn gateway(server: &ServerConfig, upstream: Duration) -> (Router, ClientStack) {
+    let client = ClientStack::new(&ClientConfig::default()).unwrap();
+    let upstream = client.layer(UpstreamService::new(Upstream::Responds(upstream)));
+    let handler = move |deadline: Option<Extension<Deadline>>| {
+        let mut request = get();
+        if let Some(Extension(deadline)) = deadline {
+            request.extensions_mut().insert(deadline);
+        }
+        let upstream = upstream.clone();
+        async move {
+            let response = upstream.oneshot(request).await;
+            response.map_or(StatusCode::BAD_GATEWAY, |response| response.status())
+        }
+    };
+    let app = Router::new().route("/", any(handler)).layer(buttress::server(server).unwrap());
+    (app, client)
+}
+
+async fn visit(app: &Router, header: Option<(&str, &str)>) -> StatusCode {
+    let mut request = Request::new(Body::empty());
+    if let Some((name, value)) = header {
+        if name == "grpc-timeout" {
+            *request.method_mut() = http::Method::POST;
+            request.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+        }
+        let name: http::HeaderName = name.parse().unwrap();
+        request.headers_mut().insert(name, value.parse().unwrap());
+    }
+    app.clone().oneshot(request).await.unwrap().status()
+}
+
+#[tokio::test(start_paused = true)]
+async fn callers_with_short_deadlines_do_not_open_the_circuit_for_the_next_visitor() {
+    let with_header = ServerConfig::from_toml("deadline_header = 'x-request-timeout-ms'").unwrap();
+    for (config, header) in [
+        (&ServerConfig::default(), ("grpc-timeout", "10m")),
+        (&ServerConfig::default(), ("grpc-timeout", "20m")),
+        (&with_header, ("x-request-timeout-ms", "20")),
+    ] {
+        let (app, client) = gateway(config, ms(40));
+        for _ in 0..5 {
+            visit(&app, Some(header)).await;
+        }
+        assert_eq!(client.handle().breaker().state(), State::Closed, "{header:?}");
+        assert_eq!(visit(&app, None).await, StatusCode::OK, "{header:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn callers_with_short_deadlines_cost_no_legitimate_call() {
+    let (app, client) = gateway(&ServerConfig::default(), ms(40));
+    let began = Instant::now();
+    let mut served = 0;
+    for n in 0..6000_u32 {
+        if n % 240 == 0 {
+            let app = app.clone();
+            tokio::spawn(async move { visit(&app, Some(("grpc-timeout", "10m"))).await });
+        }
+        let app = app.clone();
+        let visit = tokio::spawn(async move { visit(&app, None).await });
+        advance(ms(10)).await;
+        served += u32::from(n < 5990 && { visit.await.unwrap() == StatusCode::OK });
+    }
+    assert!(began.elapsed() >= secs(60));
+    assert_eq!(served, 5990);
+    assert_eq!(client.handle().breaker().snapshot().opened, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_probe_that_ends_by_its_callers_deadline_lets_the_next_caller_probe() {
+    let layer = CircuitBreakerLayer::http().open_for(secs(5));
+    let (inner, watch) = Strict::holding();
+    let client = ServiceBuilder::new()
+        .layer(layer.clone())
+        .layer(TimeoutLayer::http().as_is())
+        .service(inner);
+    let handle = layer.handle();
+    for _ in 0..5 {
+        watch.script([Then::Answer(status(500))]);
+        client.clone().oneshot(request()).await.unwrap();
+    }
+    assert_eq!(handle.state(), State::Open);
+    for _ in 0..20 {
+        // It returns exactly when the circuit may be probed, and takes the slot.
+        advance(handle.snapshot().open_for.unwrap_or_default()).await;
+        let mut short = request();
+        short.extensions_mut().insert(caller_deadline(ms(20)));
+        client.clone().oneshot(short).await.unwrap_err();
+        assert_eq!(handle.state(), State::HalfOpen, "the probe decided nothing");
+    }
+    watch.script([Then::Answer(empty())]);
+    client.clone().oneshot(request()).await.unwrap();
+    assert_eq!(handle.state(), State::Closed);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hung_upstream_opens_the_circuit_although_every_caller_has_a_deadline_of_two_seconds() {
+    let client = ClientStack::new(&ClientConfig::default()).unwrap();
+    let upstream = client.layer(UpstreamService::new(Upstream::Hangs));
+    for call in 1.. {
+        let mut request = get();
+        request.extensions_mut().insert(caller_deadline(secs(2)));
+        upstream.clone().oneshot(request).await.unwrap_err();
+        if client.handle().breaker().state() == State::Open {
+            break;
+        }
+        assert!(call < 10, "still closed after {call} calls");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hung_upstream_opens_the_circuit_although_every_caller_hangs_up_first() {
+    for (after, opens) in [(secs(2), true), (ms(900), false)] {
+        let layer = CircuitBreakerLayer::http();
+        let client = layer.layer(UpstreamService::new(Upstream::Hangs));
+        for _ in 0..5 {
+            timeout(after, client.clone().oneshot(get())).await.unwrap_err();
+        }
+        assert_eq!(layer.handle().state() == State::Open, opens, "after {after:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn count_cancelled_after_sets_when_a_hang_up_counts() {
+    let hang_ups = async |layer: CircuitBreakerLayer, after: Duration| {
+        let client = layer.layer(UpstreamService::new(Upstream::Hangs));
+        for _ in 0..5 {
+            timeout(after, client.clone().oneshot(get())).await.unwrap_err();
+        }
+        layer.handle().snapshot().last_trip
+    };
+    let layer = CircuitBreakerLayer::http;
+    let opened = Some(Tripped::Consecutive { failures: 5 });
+    assert_eq!(hang_ups(layer().count_cancelled_after(ms(100)), ms(101)).await, opened);
+    assert_eq!(hang_ups(layer().count_cancelled_after(secs(60)), secs(59)).await, None);
+    assert_eq!(hang_ups(layer().count_cancelled_after(None), secs(3600)).await, None);
+    assert!(layer().count_cancelled_after(Duration::ZERO).checked().is_err());
+}
+
+/// An expired deadline of the operator's is a timeout, whichever layer keeps it and wherever it stands.
+#[tokio::test(start_paused = true)]
+async fn a_timeout_of_the_operator_counts_wherever_it_stands() {
+    type Stack =
+        fn(
+            CircuitBreakerLayer,
+        )
+            -> tower::util::BoxCloneSyncService<Request<super::fixtures::TestBody>, (), BoxError>;
+    fn boxed<S, B>(
+        service: S,
+    ) -> tower::util::BoxCloneSyncService<Request<super::fixtures::TestBody>, (), BoxError>
+    where
+        B: 'static,
+        S: Service<
+                Request<super::fixtures::TestBody>,
+                Response = http::Response<B>,
+                Error = BoxError,
+            > + Clone
+            + Send
+            + Sync
+            + 'static,
+        S::Future: Send,
+    {
+        tower::util::BoxCloneSyncService::new(service.map_response(drop))
+    }
+    fn upstream() -> UpstreamService {
+        UpstreamService::new(Upstream::Hangs)
+    }
+    let stacks: [(&str, Stack); 5] = [
+        ("timeout inside", |breaker| {
+            boxed(breaker.layer(TimeoutLayer::new(Timeouts::new().head(ms(50))).layer(upstream())))
+        }),
+        ("timeout outside", |breaker| {
+            boxed(TimeoutLayer::new(Timeouts::new().head(ms(50))).layer(breaker.layer(upstream())))
+        }),
+        ("deadline outside", |breaker| {
+            boxed(DeadlineLayer::new().default_of(ms(50)).layer(breaker.layer(upstream())))
+        }),
+        ("retry's attempt timeout", |breaker| {
+            let retry = RetryLayer::http().attempts(1).attempt_timeout(ms(50));
+            boxed(retry.layer(breaker.layer(upstream())))
+        }),
+        ("retry and a deadline that is only propagated", |breaker| {
+            let deadline = DeadlineLayer::new().default_of(ms(50)).propagate_only();
+            boxed(deadline.layer(RetryLayer::http().attempts(1).layer(breaker.layer(upstream()))))
+        }),
+    ];
+    for (name, stack) in stacks {
+        let breaker = CircuitBreakerLayer::http();
+        let handle = breaker.handle();
+        let client = stack(breaker);
+        for _ in 0..5 {
+            client.clone().oneshot(get()).await.unwrap_err();
+        }
+        assert_eq!(handle.state(), State::Open, "{name}");
+    }
+}
+
+/// The same stacks with a deadline of the caller's, in each place.
+#[tokio::test(start_paused = true)]
+async fn a_deadline_of_the_caller_is_neutral_wherever_it_is_kept() {
+    let upstream = || UpstreamService::new(Upstream::Hangs);
+    let check =
+        async |name: &str, breaker: CircuitBreakerLayer, ends: Vec<Result<(), BoxError>>| {
+            assert!(ends.iter().all(Result::is_err), "{name}");
+            assert_eq!(breaker.handle().state(), State::Closed, "{name}");
+            assert_eq!(breaker.handle().snapshot().seen.consecutive_failures, 0, "{name}");
+        };
+    macro_rules! ends {
+        ($client:expr) => {{
+            let client = $client;
+            let mut ends = Vec::new();
+            for _ in 0..8 {
+                let mut request = get();
+                request.extensions_mut().insert(caller_deadline(ms(50)));
+                ends.push(client.clone().oneshot(request).await.map(drop));
+            }
+            ends
+        }};
+    }
+    let breaker = CircuitBreakerLayer::http();
+    let inside = TimeoutLayer::http().layer(upstream());
+    check("timeout inside", breaker.clone(), ends!(breaker.layer(inside))).await;
+
+    let breaker = CircuitBreakerLayer::http();
+    let outside = TimeoutLayer::http().layer(breaker.layer(upstream()));
+    check("timeout outside", breaker, ends!(outside)).await;
+
+    let breaker = CircuitBreakerLayer::http();
+    let retry = RetryLayer::http().layer(breaker.layer(upstream()));
+    check("retry", breaker, ends!(retry)).await;
+
+    let breaker = CircuitBreakerLayer::http();
+    let deadline = DeadlineLayer::new().layer(breaker.layer(upstream()));
+    check("deadline", breaker, ends!(deadline)).await;
+
+    let breaker = CircuitBreakerLayer::http();
+    let hedged = HedgeLayer::http(ms(10)).layer(breaker.layer(upstream()));
+    let hedged = TimeoutLayer::http().layer(hedged);
+    check("hedge under a timeout", breaker, ends!(hedged)).await;
+}
+
+/// The next hop keeps the same deadline, and may report it first.
+#[tokio::test(start_paused = true)]
+async fn an_upstream_that_reports_the_callers_deadline_is_not_blamed() {
+    let gateway_timeout = || status(504);
+    let deadline_exceeded = || super::support::trailers_only("4");
+    for (name, response) in [
+        ("504", gateway_timeout as fn() -> _),
+        ("DEADLINE_EXCEEDED", deadline_exceeded as fn() -> _),
+    ] {
+        for (deadline, is_neutral) in [(Some(ms(20)), true), (Some(secs(10)), false), (None, false)]
+        {
+            let breaker = CircuitBreakerLayer::http();
+            let client = breaker.layer(service_fn(move |_: Request<()>| async move {
+                sleep(ms(19)).await;
+                Ok::<_, BoxError>(response())
+            }));
+            for _ in 0..5 {
+                let mut request = request();
+                if let Some(time) = deadline {
+                    request.extensions_mut().insert(caller_deadline(time));
+                }
+                client.clone().oneshot(request).await.unwrap();
+            }
+            let state = breaker.handle().state();
+            assert_eq!(state == State::Closed, is_neutral, "{name} with {deadline:?}: {state:?}");
+        }
+    }
+}
+
+/// A body that is cut off at the caller's deadline, by a layer within.
+#[tokio::test(start_paused = true)]
+async fn a_body_that_is_cut_off_at_the_callers_deadline_is_neutral() {
+    use http_body_util::BodyExt;
+
+    let breaker = CircuitBreakerLayer::http();
+    let client =
+        breaker.layer(TimeoutLayer::http().as_is().layer(service_fn(|_: Request<()>| async {
+            let body = super::support::ScriptBody::new([
+                super::support::Piece::data("a"),
+                super::support::Piece::Stuck,
+            ]);
+            Ok::<_, BoxError>(http::Response::new(body))
+        })));
+    for _ in 0..8 {
+        let mut request = request();
+        request.extensions_mut().insert(caller_deadline(secs(3)));
+        let response = client.clone().oneshot(request).await.unwrap();
+        response.into_body().collect().await.unwrap_err();
+    }
+    assert_eq!(breaker.handle().snapshot().seen.consecutive_failures, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hedge_attempt_that_lost_is_neutral_however_long_it_took() {
+    let breaker = CircuitBreakerLayer::http();
+    let (inner, watch) = Strict::holding();
+    let client = HedgeLayer::http(secs(2)).layer(breaker.layer(inner));
+    for n in 0..8 {
+        let call = tokio::spawn(
+            client.clone().oneshot(Request::new(http_body_util::Empty::<bytes::Bytes>::new())),
+        );
+        sleep(ms(2500)).await;
+        // The first attempt has taken 2.5 s, the second one wins.
+        watch.end(2 * n + 1, Ok(empty()));
+        call.await.unwrap().unwrap();
+    }
+    let seen = breaker.handle().snapshot();
+    assert_eq!((seen.state, seen.seen.consecutive_failures, seen.opened), (State::Closed, 0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_retry_does_not_try_again_after_the_callers_deadline() {
+    let upstream = UpstreamService::new(Upstream::Hangs);
+    let client = ServiceBuilder::new()
+        .layer(RetryLayer::http().attempts(5))
+        .layer(TimeoutLayer::http())
+        .service(upstream.clone());
+    let mut request = get();
+    request.extensions_mut().insert(caller_deadline(ms(50)));
+    let error = client.oneshot(request).await.unwrap_err();
+    assert_eq!(upstream.calls(), 1);
+    let attempts = buttress::Attempts::find(&*error).unwrap();
+    let reasons: Vec<_> = attempts.each().iter().map(|tried| tried.outcome.reason()).collect();
+    assert_eq!(reasons, [Reason::CallerDeadline]);
+    let rejected = buttress::Rejected::find(&*error).unwrap();
+    assert_eq!(rejected.deadline_source(), Some(DeadlineSource::Caller));
+}
+
+// ===== Where a deadline comes from =====
+
+#[tokio::test(start_paused = true)]
+async fn a_deadline_records_who_set_it() {
+    let source = async |layer: DeadlineLayer, headers: &[(&str, &str)], own: Option<Deadline>| {
+        let seen = service_fn(|request: Request<()>| async move {
+            let deadline = Deadline::of(request.extensions());
+            let mut response = http::Response::new(http_body_util::Empty::<bytes::Bytes>::new());
+            if let Some(deadline) = deadline {
+                response.extensions_mut().insert(deadline);
+            }
+            Ok::<_, BoxError>(response)
+        });
+        let mut request = request();
+        for (name, value) in headers {
+            let name: http::HeaderName = name.parse().unwrap();
+            request.headers_mut().insert(name, value.parse().unwrap());
+        }
+        if let Some(own) = own {
+            request.extensions_mut().insert(own);
+        }
+        let response = layer.propagate_only().layer(seen).oneshot(request).await.unwrap();
+        response.extensions().get::<Deadline>().map(Deadline::source)
+    };
+    use DeadlineSource::{Caller, Operator};
+    let layer = || DeadlineLayer::new().header("x-left").default_of(secs(10)).at_most(secs(30));
+    let grpc = [("content-type", "application/grpc"), ("grpc-timeout", "2S")];
+    assert_eq!(source(layer(), &[], None).await, Some(Operator), "the default");
+    assert_eq!(source(layer(), &[("x-left", "500")], None).await, Some(Caller));
+    assert_eq!(source(layer(), &grpc, None).await, Some(Caller));
+    assert_eq!(source(layer(), &[("x-left", "99000")], None).await, Some(Operator), "the maximum");
+    let own = Some(Deadline::after(secs(1)));
+    assert_eq!(source(layer(), &[("x-left", "5000")], own).await, Some(Operator));
+    assert_eq!(source(layer(), &[("x-left", "500")], own).await, Some(Caller), "it is sooner");
+    let passed_on = Some(caller_deadline(secs(1)));
+    assert_eq!(source(layer(), &[], passed_on).await, Some(Caller), "it survives the next layer");
+    let reserve = layer().keep_back(ms(100));
+    assert_eq!(source(reserve, &[], passed_on).await, Some(Caller));
+}
+
+// ===== Adaptive limits =====
+
+#[tokio::test(start_paused = true)]
+async fn short_deadlines_of_callers_leave_an_adaptive_limit_as_it_is() {
+    use buttress::limit::adaptive::{Aimd, Algorithm, Knee, Vegas};
+
+    async fn limit(algorithm: impl Algorithm, short_deadlines: bool) -> u32 {
+        let layer = ConcurrencyLimitLayer::adaptive(algorithm);
+        let handle = layer.handle();
+        let service = ServiceBuilder::new()
+            .layer(DeadlineLayer::new().respond())
+            .layer(layer.respond())
+            .layer(TimeoutLayer::server().respond())
+            .service(service_fn(|_: Request<()>| async {
+                sleep(Duration::from_millis(10 + fastrand::u64(0..3))).await;
+                Ok::<_, std::convert::Infallible>(empty())
+            }));
+        for n in 0..20_000_u32 {
+            let mut request = request();
+            if short_deadlines && n % 10 == 0 {
+                request.extensions_mut().insert(caller_deadline(ms(1)));
+            }
+            tokio::spawn(service.clone().oneshot(request));
+            // 50 to 80 at once.
+            if n % 5 == 0 {
+                sleep(ms(1)).await;
+            }
+        }
+        handle.snapshot().limit
+    }
+    fn near(with: u32, without: u32, name: &str) {
+        let (with, without) = (f64::from(with), f64::from(without));
+        assert!((with - without).abs() <= 0.1 * without + 1.0, "{name}: {with} of {without}");
+    }
+    let knee = || Knee::new(100, 1..=1000).unwrap();
+    near(limit(knee(), true).await, limit(knee(), false).await, "Knee");
+    let aimd = || Aimd::new(100, 20..=200).unwrap();
+    near(limit(aimd(), true).await, limit(aimd(), false).await, "Aimd");
+    near(limit(Vegas::default(), true).await, limit(Vegas::default(), false).await, "Vegas");
+}

@@ -1,0 +1,299 @@
+//! Slow uploads and slow readers: their time is the caller's.
+
+use std::time::Duration;
+
+use buttress::{
+    CircuitBreakerLayer, ConcurrencyLimitLayer, RetryLayer, TimeoutLayer, Trip,
+    breaker::State,
+    call::SentMark,
+    config::{ClientConfig, ServerConfig},
+    limit::adaptive::{Algorithm, Change, Sample},
+    stack::ClientStack,
+};
+use http_body_util::BodyExt;
+use std::sync::{Arc, Mutex};
+use tokio::time::{Instant, advance, sleep, timeout};
+use tower::{Layer, ServiceBuilder, ServiceExt};
+
+use super::fixtures::{Upstream, UpstreamService, get, ms, secs, trickle, upload};
+
+fn slow_rule() -> CircuitBreakerLayer {
+    CircuitBreakerLayer::new(Trip::slow_ratio(0.5, secs(1)).over(10).min_calls(5))
+}
+
+#[tokio::test(start_paused = true)]
+async fn slow_uploads_are_no_slow_calls() {
+    let upstream = || UpstreamService::new(Upstream::Responds(ms(1)));
+    let breaker = slow_rule();
+    let under_retry = RetryLayer::http().layer(breaker.layer(upstream()));
+    for _ in 0..25 {
+        under_retry.clone().oneshot(upload(secs(3))).await.unwrap();
+    }
+    assert_eq!(breaker.handle().state(), State::Closed, "under a retry");
+
+    let breaker = slow_rule();
+    let over_timeout = breaker.layer(TimeoutLayer::http().layer(upstream()));
+    for _ in 0..25 {
+        over_timeout.clone().oneshot(upload(secs(3))).await.unwrap();
+    }
+    assert_eq!(breaker.handle().state(), State::Closed, "over a timeout");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upstream_that_responds_slowly_after_an_upload_is_slow() {
+    let upstream = || UpstreamService::new(Upstream::Responds(ms(1500)));
+    let breaker = slow_rule();
+    let under_retry = RetryLayer::http().layer(breaker.layer(upstream()));
+    for _ in 0..5 {
+        under_retry.clone().oneshot(upload(secs(3))).await.unwrap();
+    }
+    assert_eq!(breaker.handle().state(), State::Open, "under a retry");
+
+    let breaker = slow_rule();
+    let over_timeout = breaker.layer(TimeoutLayer::http().layer(upstream()));
+    for _ in 0..5 {
+        over_timeout.clone().oneshot(upload(secs(3))).await.unwrap();
+    }
+    assert_eq!(breaker.handle().state(), State::Open, "over a timeout");
+}
+
+/// Without a layer that wraps the body the clock starts at the call.
+#[tokio::test(start_paused = true)]
+async fn without_a_mark_the_clock_starts_at_the_call() {
+    let breaker = slow_rule();
+    let client = breaker.layer(UpstreamService::new(Upstream::Responds(ms(1))));
+    for _ in 0..5 {
+        client.clone().oneshot(upload(secs(3))).await.unwrap();
+    }
+    assert_eq!(breaker.handle().state(), State::Open);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hang_up_during_an_upload_is_neutral() {
+    let breaker = CircuitBreakerLayer::http();
+    let client =
+        RetryLayer::http()
+            .layer(breaker.layer(
+                TimeoutLayer::http().layer(UpstreamService::new(Upstream::Responds(ms(1)))),
+            ));
+    for request in [|| upload(secs(60)), || trickle(ms(300), 200)] {
+        for _ in 0..5 {
+            timeout(secs(20), client.clone().oneshot(request())).await.unwrap_err();
+        }
+        assert_eq!(breaker.handle().snapshot().seen.consecutive_failures, 0);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upstream_that_takes_nothing_more_of_an_upload_is_blamed() {
+    /// Takes the first frame, and no more.
+    async fn takes_one_frame(
+        request: http::Request<impl http_body::Body<Data = bytes::Bytes> + Send>,
+    ) -> Result<http::Response<http_body_util::Empty<bytes::Bytes>>, buttress::BoxError> {
+        let mut body = std::pin::pin!(request.into_body());
+        let _ = body.frame().await;
+        std::future::pending().await
+    }
+    let breaker = CircuitBreakerLayer::http();
+    let client = RetryLayer::http().layer(breaker.layer(tower::service_fn(takes_one_frame)));
+    for _ in 0..5 {
+        let call = client.clone().oneshot(trickle(ms(10), 100));
+        timeout(secs(5), call).await.unwrap_err();
+    }
+    assert_eq!(breaker.handle().state(), State::Open);
+}
+
+// ===== Half-open =====
+
+async fn opened(breaker: &CircuitBreakerLayer) {
+    breaker.handle().half_open();
+    assert_eq!(breaker.handle().state(), State::HalfOpen);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_half_open_circuit_closes_with_the_first_quick_call_beside_slow_uploads() {
+    for with_mark in [true, false] {
+        let breaker = CircuitBreakerLayer::http();
+        let guarded = breaker
+            .layer(TimeoutLayer::http().layer(UpstreamService::new(Upstream::Responds(ms(5)))));
+        let marked = RetryLayer::http().attempts(1).layer(guarded.clone());
+        opened(&breaker).await;
+        let mut served = 0;
+        for n in 0..20 {
+            let slow = n % 2 == 0;
+            let request = || if slow { upload(secs(50)) } else { get() };
+            let call = match with_mark {
+                true => tokio::spawn({
+                    let call = marked.clone().oneshot(request());
+                    async move { call.await.map(drop) }
+                }),
+                false => tokio::spawn({
+                    let call = guarded.clone().oneshot(request());
+                    async move { call.await.map(drop) }
+                }),
+            };
+            sleep(ms(250)).await;
+            if !slow {
+                served += u32::from(call.await.unwrap().is_ok());
+            }
+            if n == 1 {
+                assert_eq!(breaker.handle().state(), State::Closed, "with a mark: {with_mark}");
+            }
+        }
+        assert_eq!(served, 10, "with a mark: {with_mark}");
+        assert_eq!(breaker.handle().snapshot().opened, 0);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_time_of_a_probe_starts_when_its_request_has_been_sent() {
+    for responds in [true, false] {
+        let breaker = CircuitBreakerLayer::http().probe_lease(secs(10));
+        let upstream = if responds { Upstream::Responds(secs(5)) } else { Upstream::Hangs };
+        let client = RetryLayer::http().layer(breaker.layer(UpstreamService::new(upstream)));
+        opened(&breaker).await;
+        let probe = tokio::spawn(client.oneshot(upload(secs(50))));
+        sleep(secs(52)).await;
+        assert_eq!(breaker.handle().state(), State::HalfOpen, "it has been sent for 2 s");
+        sleep(secs(9)).await;
+        let state = if responds { State::Closed } else { State::Open };
+        assert_eq!(breaker.handle().state(), state);
+        probe.abort();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn uploads_do_not_pile_up_in_a_half_open_circuit() {
+    let breaker = CircuitBreakerLayer::http();
+    let upstream = UpstreamService::new(Upstream::Responds(ms(5)));
+    let client = RetryLayer::http().attempts(1).layer(breaker.layer(upstream.clone()));
+    opened(&breaker).await;
+    for _ in 0..50 {
+        tokio::spawn(client.clone().oneshot(upload(secs(50))));
+        sleep(ms(1)).await;
+    }
+    assert_eq!(upstream.calls(), 1);
+}
+
+// ===== Adaptive limits =====
+
+#[derive(Clone, Debug, Default)]
+struct Recorder(Arc<Mutex<Vec<(Duration, bool)>>>);
+
+impl Algorithm for Recorder {
+    fn limit(&self) -> u32 {
+        100
+    }
+
+    fn set_limit(&mut self, _: u32) {}
+
+    fn hear(&mut self, sample: &Sample) -> Option<Change> {
+        self.0.lock().unwrap().push((sample.latency, sample.dropped));
+        None
+    }
+}
+
+impl Recorder {
+    fn latencies(&self) -> Vec<u128> {
+        self.0.lock().unwrap().drain(..).map(|(latency, _)| latency.as_millis()).collect()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_adaptive_limit_measures_from_when_the_request_has_been_sent() {
+    let recorder = Recorder::default();
+    let limit = ConcurrencyLimitLayer::adaptive(recorder.clone());
+    let upstream = UpstreamService::new(Upstream::Responds(ms(20)));
+    let client = RetryLayer::http().layer(limit.layer(upstream.clone()));
+    client.clone().oneshot(upload(secs(3))).await.unwrap();
+    client.oneshot(get()).await.unwrap();
+    assert_eq!(recorder.latencies(), [20, 20]);
+    let over_timeout = limit.layer(TimeoutLayer::http().layer(upstream));
+    over_timeout.oneshot(upload(secs(3))).await.unwrap();
+    assert_eq!(recorder.latencies(), [20]);
+}
+
+/// As an axum handler reads it, under a server's timeout.
+#[tokio::test(start_paused = true)]
+async fn an_adaptive_limit_of_a_server_does_not_measure_slow_uploads() {
+    use axum::{Router, body::Body, routing::put};
+
+    let recorder = Recorder::default();
+    let handler = async |body: Body| {
+        body.collect().await.unwrap();
+        sleep(ms(20)).await;
+        "ok"
+    };
+    let app: Router = Router::new().route("/", put(handler)).layer(
+        ServiceBuilder::new()
+            .layer(ConcurrencyLimitLayer::adaptive(recorder.clone()).respond())
+            .layer(TimeoutLayer::server().respond()),
+    );
+    let request = upload(secs(3)).map(Body::new);
+    assert_eq!(app.oneshot(request).await.unwrap().status(), 200);
+    assert_eq!(recorder.latencies(), [20]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_time_of_a_slow_reader_is_not_measured() {
+    use http_body_util::StreamBody;
+
+    let recorder = Recorder::default();
+    let limit = ConcurrencyLimitLayer::adaptive(recorder.clone()).until_body_end();
+    let breaker = slow_rule();
+    // Two frames, each of them 10 ms after it is asked for.
+    let upstream = tower::service_fn(|_: http::Request<_>| async {
+        sleep(ms(30)).await;
+        let frames = futures_util::stream::unfold(0, |n| async move {
+            sleep(ms(10)).await;
+            let frame = http_body::Frame::data(bytes::Bytes::from_static(b"frame"));
+            (n < 2).then_some((Ok::<_, buttress::BoxError>(frame), n + 1))
+        });
+        Ok::<_, buttress::BoxError>(http::Response::new(StreamBody::new(Box::pin(frames))))
+    });
+    let client = breaker.layer(limit.layer(upstream));
+    for _ in 0..5 {
+        let mut body = client.clone().oneshot(get()).await.unwrap().into_body();
+        let began = Instant::now();
+        while let Some(frame) = body.frame().await {
+            frame.unwrap();
+            sleep(secs(5)).await;
+        }
+        assert!(began.elapsed() > secs(10));
+    }
+    // 30 ms to the head, and 10 ms for each frame and the end.
+    assert_eq!(recorder.latencies(), [60; 5]);
+    assert_eq!(breaker.handle().state(), State::Closed);
+}
+
+// ===== The mark =====
+
+#[tokio::test(start_paused = true)]
+async fn a_client_of_ones_own_publishes_its_mark() {
+    let breaker = slow_rule();
+    let client = breaker.layer(UpstreamService::new(Upstream::Responds(ms(1))));
+    for _ in 0..25 {
+        let mark = SentMark::new();
+        let mut request = get();
+        request.extensions_mut().insert(mark.clone());
+        let call = tokio::spawn(client.clone().oneshot(request));
+        advance(ms(1)).await;
+        tokio::task::yield_now().await;
+        mark.sent();
+        call.await.unwrap().unwrap();
+    }
+    assert_eq!(breaker.handle().state(), State::Closed);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_ready_made_client_does_not_blame_an_upstream_for_slow_uploads() {
+    let config = ClientConfig::from_toml("breaker_failure_ratio = 0.5").unwrap();
+    let stack = ClientStack::new(&config).unwrap();
+    let client = stack.layer(UpstreamService::new(Upstream::Responds(ms(1))));
+    for _ in 0..30 {
+        let hang_up = timeout(secs(5), client.clone().oneshot(upload(secs(30)))).await;
+        assert!(hang_up.is_err());
+    }
+    assert_eq!(stack.handle().breaker().state(), State::Closed);
+    assert!(buttress::server(&ServerConfig::default()).is_ok());
+}

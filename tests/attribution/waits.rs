@@ -1,0 +1,127 @@
+//! Waits inside the client: for a permit, a connection, the next attempt. They are never attributed to the upstream.
+
+use buttress::{
+    CircuitBreakerLayer, ConcurrencyLimitLayer, RetryLayer,
+    breaker::State,
+    connect::{Client, ConnectLayer},
+};
+use http::Request;
+use http_body_util::Empty;
+use tokio::{io::AsyncReadExt, net::TcpListener, time::timeout};
+use tower::{Layer, ServiceBuilder, ServiceExt};
+
+use super::{
+    fixtures::{Upstream, UpstreamService, get, ms, secs},
+    support::{Strict, empty, request, status},
+};
+
+#[tokio::test(start_paused = true)]
+async fn a_hang_up_in_the_queue_of_a_limit_is_neutral() {
+    let breaker = CircuitBreakerLayer::http();
+    let (inner, watch) = Strict::holding();
+    let limit = ConcurrencyLimitLayer::new(1).queue(10, secs(60));
+    let client = breaker.layer(limit.layer(inner));
+    let holder = tokio::spawn(client.clone().oneshot(request()));
+    tokio::task::yield_now().await;
+    for _ in 0..5 {
+        timeout(secs(5), client.clone().oneshot(request())).await.unwrap_err();
+    }
+    assert_eq!(breaker.handle().snapshot().seen.consecutive_failures, 0);
+    watch.end(0, Ok(empty()));
+    holder.await.unwrap().unwrap();
+    assert_eq!(breaker.handle().state(), State::Closed);
+}
+
+/// The clock starts when the permit is there.
+#[tokio::test(start_paused = true)]
+async fn a_hang_up_after_the_queue_counts_by_the_time_since() {
+    for (left, failures) in [(ms(900), 0), (ms(1100), 1)] {
+        let breaker = CircuitBreakerLayer::http();
+        let (inner, watch) = Strict::holding();
+        let limit = ConcurrencyLimitLayer::new(1).queue(10, secs(60));
+        let client = breaker.layer(limit.layer(inner));
+        let holder = tokio::spawn(client.clone().oneshot(request()));
+        tokio::task::yield_now().await;
+        let queued = tokio::spawn(timeout(secs(5) + left, client.clone().oneshot(request())));
+        tokio::time::sleep(secs(5)).await;
+        watch.end(0, Ok(empty()));
+        holder.await.unwrap().unwrap();
+        queued.await.unwrap().unwrap_err();
+        assert_eq!(breaker.handle().snapshot().seen.consecutive_failures, failures, "{left:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hang_up_while_the_inner_service_is_not_ready_is_neutral() {
+    let breaker = CircuitBreakerLayer::http();
+    let (inner, watch) = Strict::holding();
+    watch.set_ready(false);
+    let client = breaker.layer(inner);
+    for _ in 0..5 {
+        timeout(secs(5), client.clone().oneshot(request())).await.unwrap_err();
+    }
+    assert_eq!(breaker.handle().snapshot().seen.consecutive_failures, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hang_up_between_two_attempts_is_neutral() {
+    let breaker = CircuitBreakerLayer::http();
+    let (inner, watch) = Strict::answering(|| super::support::Then::Answer(status(503)));
+    let backoff = || std::iter::repeat(secs(20));
+    let retry = RetryLayer::http().backoff_with(backoff);
+    // The unusual order: the breaker sees whole calls.
+    let client = breaker.layer(retry.layer(inner));
+    for _ in 0..5 {
+        let request = Request::new(Empty::<bytes::Bytes>::new());
+        timeout(secs(10), client.clone().oneshot(request)).await.unwrap_err();
+    }
+    assert_eq!(watch.seen().calls, 5);
+    assert_eq!(breaker.handle().snapshot().seen.consecutive_failures, 0);
+}
+
+/// Over sockets, with one connection that a hung call holds.
+#[tokio::test]
+async fn a_hang_up_while_waiting_for_a_connection_is_neutral() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let mut sockets = Vec::new();
+        while let Ok((mut socket, _)) = listener.accept().await {
+            sockets.push(tokio::spawn(async move {
+                let mut sink = Vec::new();
+                let _ = socket.read_to_end(&mut sink).await;
+            }));
+        }
+    });
+    let connections = ConnectLayer::new().max_per_host(1);
+    let breaker = CircuitBreakerLayer::http().count_cancelled_after(ms(100));
+    let client = ServiceBuilder::new()
+        .layer(breaker.clone())
+        .service(Client::builder(connections).build_http::<Empty<bytes::Bytes>>());
+    let get = || Request::get(format!("http://{address}/")).body(Empty::new()).unwrap();
+    let holder = tokio::spawn(client.clone().oneshot(get()));
+    tokio::time::sleep(ms(50)).await;
+    for _ in 0..5 {
+        timeout(ms(150), client.clone().oneshot(get())).await.unwrap_err();
+    }
+    assert_eq!(breaker.handle().snapshot().seen.consecutive_failures, 0);
+    holder.abort();
+    let _ = holder.await;
+    assert_eq!(breaker.handle().snapshot().seen.consecutive_failures, 1, "the upstream had it");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upstream_that_is_sent_nothing_is_not_blamed() {
+    let breaker = CircuitBreakerLayer::http();
+    let client =
+        RetryLayer::http().layer(breaker.layer(UpstreamService::new(Upstream::TakesNothing)));
+    for _ in 0..5 {
+        let upload = super::fixtures::upload(ms(1));
+        timeout(secs(5), client.clone().oneshot(upload)).await.unwrap_err();
+    }
+    assert_eq!(breaker.handle().snapshot().seen.consecutive_failures, 0);
+    for _ in 0..5 {
+        timeout(secs(5), client.clone().oneshot(get())).await.unwrap_err();
+    }
+    assert_eq!(breaker.handle().state(), State::Open, "without a body it was sent at once");
+}
