@@ -20,6 +20,8 @@ mod alarm;
 mod anchor;
 mod body;
 mod clock;
+#[cfg(feature = "connect")]
+mod connection;
 mod deadline;
 #[cfg(feature = "timeout")]
 mod far;
@@ -60,6 +62,8 @@ pub use self::{
 pub(crate) use self::alarm::Alarm;
 #[cfg(any(feature = "breaker", feature = "limit"))]
 pub(crate) use self::anchor::Anchor;
+#[cfg(feature = "connect")]
+pub(crate) use self::connection::ConnectionError;
 #[cfg(feature = "health")]
 pub(crate) use self::http::known;
 #[cfg(any(feature = "breaker", feature = "limit", feature = "timeout"))]
