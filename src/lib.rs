@@ -199,6 +199,7 @@
 //! | `stack` | | whole [client and server stacks](stack) from such settings, each in one call; the client with `connect` |
 //! | `percentile` | | hedges after a percentile of the latency as it is |
 //! | `tower-http` | | any classifier of `tower_http::classify` as it is |
+//! | `tonic` | | the errors of a tonic channel told apart, under a layer that is next to it; needs Rust 1.88 |
 //! | `tonic-health` | | `grpc.health.v1` from the [`Health`] registry; needs Rust 1.88 |
 //! | `full` | | all of them |
 #![cfg_attr(docsrs, feature(doc_cfg))]

@@ -31,6 +31,11 @@
 //! Whatever the client was built with holds. A redirect is followed inside, within one call of the layers
 //! around it; one that would need a request body again (307, 308) is followed only if that body was empty,
 //! since a streamed one is gone.
+//!
+//! # Stale connections
+//!
+//! reqwest does not reveal whether a connection was reused. One that breaks before the response is
+//! [assumed to be](crate::breaker#connection-housekeeping).
 
 use std::{
     future::Future,

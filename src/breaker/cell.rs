@@ -218,8 +218,12 @@ impl Cell {
             Word::Closed | Word::Ramp => {
                 let slow = ended.took >= self.slow_from.load(Ordering::Relaxed);
                 match ended.outcome.kind() {
-                    OutcomeKind::Throttled => return None,
-                    OutcomeKind::Cancelled if !slow => return None,
+                    // It is a response: the machine has to record the first one.
+                    OutcomeKind::Throttled if bits.is_clean() => return None,
+                    // The machine counts connection housekeeping in a row.
+                    OutcomeKind::Cancelled if !slow && !ended.outcome.is_housekeeping() => {
+                        return None;
+                    }
                     OutcomeKind::Success if !slow && bits.is_clean() => {
                         if !self.times.is_empty() {
                             self.record_good(now);

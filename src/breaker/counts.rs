@@ -48,9 +48,17 @@ pub(super) type TimeWindows = Box<[TimeWindow]>;
 /// What the window of each ratio held, in the order of the rules.
 pub(super) type Windows = Vec<Tally>;
 
+/// Connection housekeeping beyond so many calls in a row, without a response in between, counts as failures.
+/// Servers rarely allow more streams on one HTTP/2 connection, which all end together with it.
+const MAX_HOUSEKEEPING: u32 = 100;
+
 #[derive(Debug)]
 pub(super) struct Counts {
     run: u32,
+    /// The circuit has recorded a response since it was made.
+    has_responded: bool,
+    /// Calls in a row that ended by connection housekeeping, without a response in between.
+    housekeeping: u32,
     rules: Vec<Counted>,
     /// The shortest time that any rule calls slow.
     slow_from: Option<Nanos>,
@@ -110,7 +118,8 @@ impl Counts {
                 }
             })
             .collect();
-        (Self { run: 0, rules, slow_from }, times.into())
+        let counts = Self { run: 0, has_responded: false, housekeeping: 0, rules, slow_from };
+        (counts, times.into())
     }
 
     /// From when on a call is slow to some rule; none: nobody measures.
@@ -118,7 +127,31 @@ impl Counts {
         self.slow_from
     }
 
-    /// Counts one call; tells the first rule that it trips, by its place.
+    /// Returns the outcome as the rules and the probes count it, and keeps track of responses.
+    ///
+    /// Connection housekeeping is neutral, so an upstream that accepts and closes every connection would never
+    /// open the circuit. It becomes a failure, with its own reason, in two cases. Before the first response no
+    /// connection can have been reused: a connection that broke was new. And after too many such outcomes in
+    /// a row without a response, the upstream does not work.
+    pub(super) fn assess(&mut self, outcome: Outcome) -> Outcome {
+        if outcome.has_response() {
+            self.has_responded = true;
+            self.housekeeping = 0;
+        }
+        if !outcome.is_housekeeping() {
+            return outcome;
+        }
+        self.housekeeping = self.housekeeping.saturating_add(1);
+        let broke =
+            matches!(outcome.reason(), Reason::NeverSent | Reason::StaleConnection | Reason::Reset);
+        if broke && !self.has_responded || self.housekeeping > MAX_HOUSEKEEPING {
+            return Outcome::failure().because(outcome.reason());
+        }
+        outcome
+    }
+
+    /// Counts one call whose outcome has been [assessed](Self::assess); tells the first rule that it trips, by
+    /// its place.
     ///
     /// Throttled calls say nothing either way. A cancelled one counts where it had already been slow.
     pub(super) fn record(
@@ -197,14 +230,18 @@ impl Counts {
         }
     }
 
-    /// Whether it took so long that the caller may have given it up for that.
+    /// Whether it took so long that the caller may have given it up for that. A request that the upstream never
+    /// processed spent its time inside the client.
     pub(super) fn was_slow(&self, ended: Ended) -> bool {
-        self.slow_from.is_some_and(|slow| ended.took >= slow)
+        !ended.outcome.is_unprocessed_housekeeping()
+            && self.slow_from.is_some_and(|slow| ended.took >= slow)
     }
 
     /// Whether a good call would change nothing but the time windows.
     pub(super) fn is_clean(&self) -> bool {
         self.run == 0
+            && self.has_responded
+            && self.housekeeping == 0
             && self.rules.iter().all(|rule| match rule {
                 Counted::Ratio { window: Window::Calls(window), .. } => window.is_clean(),
                 _ => true,
@@ -212,7 +249,7 @@ impl Counts {
     }
 
     pub(super) fn clear(&mut self, times: &TimeWindows) {
-        self.run = 0;
+        (self.run, self.housekeeping) = (0, 0);
         for rule in &mut self.rules {
             if let Counted::Ratio { window: Window::Calls(window), .. } = rule {
                 window.clear();
@@ -236,6 +273,15 @@ impl Counts {
             *bad = tally.bad.max(*bad);
         }
         seen
+    }
+
+    pub(super) fn has_responded(&self) -> bool {
+        self.has_responded
+    }
+
+    /// Another circuit for the same upstream has recorded a response.
+    pub(super) fn set_responded(&mut self) {
+        self.has_responded = true;
     }
 
     /// The run of failures and the windows, for another to take up.

@@ -53,6 +53,7 @@
 //! | throttled (429, `RESOURCE_EXHAUSTED`) | not counted | one probe failed |
 //! | cancelled, or refused further in | not counted | gives its slot back |
 //! | cancelled after it had been slow | counted as slow | one probe failed |
+//! | [connection housekeeping](#connection-housekeeping) | not counted | releases its slot |
 //!
 //! Thresholds are inclusive, and so are the ends of waits and leases. A result that belongs to an earlier
 //! state changes nothing: a straggler admitted before the trip cannot close the circuit, nor open it again.
@@ -72,6 +73,40 @@
 //! are exact and cost the same however many calls are in them. Good calls read the clock for one of time; with
 //! a [coarse clock](Trip::coarse_clock) one in sixteen does. Rules are looked at when a call fails or is
 //! slow: a success never opens a circuit. Closing, and forcing by hand, begins to count anew.
+//!
+//! # Connection housekeeping
+//!
+//! Servers and proxies close connections as a matter of routine, and a request that is on its way at that moment is
+//! lost. This carries no information about the health of the upstream. Such an outcome
+//! [is housekeeping](crate::Outcome::is_housekeeping):
+//!
+//! | cause | counts as |
+//! |---|---|
+//! | the client never sent the request | housekeeping |
+//! | HTTP/2 `REFUSED_STREAM` | housekeeping |
+//! | `GOAWAY` with `NO_ERROR` and a last stream below the request's | housekeeping |
+//! | `GOAWAY` with an error code, a stream reset with any other code | a failure |
+//! | a connection that had delivered a response breaks before the next one | housekeeping |
+//! | a new connection breaks before its first response | a failure |
+//! | no connection: refused, timed out, TLS handshake failed; network or host unreachable | a failure |
+//!
+//! Not every transport reveals whether a connection was reused:
+//!
+//! | transport | a connection that breaks before the response |
+//! |---|---|
+//! | [`connect::Client`](crate::connect::Client) | is known to be reused or new |
+//! | hyper-util's client, reqwest, tonic | is assumed to be reused, unless its HTTP/2 handshake failed (hyper-util) |
+//! | any other service that fails with an `io::Error` | is assumed to be new |
+//!
+//! tonic's `Channel` right under the layer needs the feature `tonic`: without it, its error type is opaque and each
+//! error is a failure.
+//!
+//! An upstream that accepts and closes every connection opens the circuit nevertheless. Housekeeping counts as a
+//! failure, and keeps its [`Reason`](crate::call::Reason), in two cases, also for half-open probes:
+//!
+//! - The circuit has not seen any response since it was made, and the request was not sent or its connection broke.
+//!   No connection can have been reused by then.
+//! - More than 100 calls in a row ended by housekeeping, without a response in between.
 //!
 //! # Waits
 //!

@@ -100,6 +100,10 @@ pub(crate) fn known<E: 'static>(error: &E) -> Option<&(dyn Error + 'static)> {
     if let Some(error) = any.downcast_ref::<reqwest::Error>() {
         return Some(error);
     }
+    #[cfg(feature = "tonic")]
+    if let Some(error) = any.downcast_ref::<tonic::transport::Error>() {
+        return Some(error);
+    }
     any.downcast_ref::<io::Error>().map(|error| error as _)
 }
 
@@ -107,40 +111,112 @@ pub(crate) fn known<E: 'static>(error: &E) -> Option<&(dyn Error + 'static)> {
 ///
 /// The innermost cause that is known wins: a client's own wrappers say less than what they wrap.
 pub(crate) fn of_error(error: &(dyn Error + 'static)) -> Outcome {
-    let mut reason = Reason::Error;
+    let mut cause = Cause::failure(Reason::Error);
+    let mut transport = Transport::default();
     let mut next = Some(error);
     for _ in 0..16 {
         let Some(error) = next else { break };
         if let Some(refused) = error.downcast_ref::<Rejected>() {
             return of_rejected(refused);
         }
-        match reason_of(error) {
-            // Known to have happened while connecting: nothing further in can say more than how.
-            Some(found) if reason == Reason::ConnectFailed => match found {
-                Reason::ConnectRefused => reason = found,
-                Reason::Timeout | Reason::ConnectTimeout => reason = Reason::ConnectTimeout,
+        transport.record(error);
+        match cause_of(error, &transport) {
+            // The client failed to connect: inner errors can only add how.
+            Some(found) if cause.reason() == Reason::ConnectFailed => match found.reason() {
+                Reason::ConnectRefused => cause = found,
+                Reason::Timeout | Reason::ConnectTimeout => {
+                    cause = Cause::failure(Reason::ConnectTimeout);
+                }
                 _ => {}
             },
-            // Neutral, whatever it was that broke the request off.
-            Some(Reason::Caller) => return Outcome::cancelled().because(Reason::Caller),
-            Some(found) => reason = found,
+            // Neutral, whatever broke the request off.
+            Some(found) if found.reason() == Reason::Caller => return found.outcome(&transport),
+            Some(found) => cause = found,
             None => {}
         }
         next = error::next(error);
     }
-    Outcome::failure().because(reason)
+    cause.outcome(&transport)
 }
 
-fn reason_of(error: &(dyn Error + 'static)) -> Option<Reason> {
+/// What one error of a chain says about the call.
+#[derive(Clone, Copy, Debug)]
+enum Cause {
+    Known(Outcome),
+    /// The connection broke before a response. Whether it was reused decides; this is the reason where that is
+    /// unknown.
+    Broken(Reason),
+}
+
+impl Cause {
+    const fn failure(reason: Reason) -> Self {
+        Self::Known(Outcome::failure().because(reason))
+    }
+
+    /// It says nothing about the upstream.
+    #[cfg(feature = "hyper")]
+    const fn neutral(reason: Reason) -> Self {
+        Self::Known(Outcome::cancelled().because(reason))
+    }
+
+    fn reason(self) -> Reason {
+        match self {
+            Self::Known(outcome) => outcome.reason(),
+            Self::Broken(reason) => reason,
+        }
+    }
+
+    fn outcome(self, transport: &Transport) -> Outcome {
+        match (self, transport.is_reused) {
+            (Self::Known(outcome), _) => outcome,
+            (Self::Broken(_), Some(true)) => Outcome::cancelled().because(Reason::StaleConnection),
+            (Self::Broken(_), Some(false)) => Outcome::failure().because(Reason::Reset),
+            (Self::Broken(reason), None) => Outcome::cancelled().because(reason),
+        }
+    }
+}
+
+/// What the errors of a chain reveal about the transport, from the outermost error inwards.
+#[derive(Debug, Default)]
+struct Transport {
+    /// An error of hyper's is in the chain: what it wraps happened on a connection of a client.
+    is_hyper: bool,
+    /// Whether the connection had delivered a response head before this request; `None` if unknown.
+    is_reused: Option<bool>,
+}
+
+impl Transport {
+    fn record(&mut self, error: &(dyn Error + 'static)) {
+        #[cfg(feature = "connect")]
+        if let Some(error) = error.downcast_ref::<super::ConnectionError>() {
+            self.is_reused = Some(error.is_reused());
+        }
+        // hyper-util attaches the connection to each error of a request that was sent over one. The others
+        // are those of connecting, and those of the HTTP/2 handshake, which happens on a new connection.
+        #[cfg(feature = "hyper-util")]
+        if let Some(error) = error.downcast_ref::<hyper_util::client::legacy::Error>() {
+            if error.connect_info().is_none() {
+                self.is_reused.get_or_insert(false);
+            }
+        }
+        #[cfg(feature = "hyper")]
+        if error.is::<hyper::Error>() {
+            self.is_hyper = true;
+        }
+        let _ = error;
+    }
+}
+
+fn cause_of(error: &(dyn Error + 'static), transport: &Transport) -> Option<Cause> {
     if let Some(error) = error.downcast_ref::<io::Error>() {
-        return of_io(error.kind());
+        return of_io(error.kind(), transport);
     }
     if error.is::<tokio::time::error::Elapsed>() {
-        return Some(Reason::Timeout);
+        return Some(Cause::failure(Reason::Timeout));
     }
     #[cfg(feature = "hyper-util")]
     if let Some(error) = error.downcast_ref::<hyper_util::client::legacy::Error>() {
-        return error.is_connect().then_some(Reason::ConnectFailed);
+        return error.is_connect().then_some(Cause::failure(Reason::ConnectFailed));
     }
     #[cfg(feature = "hyper")]
     if let Some(error) = error.downcast_ref::<hyper::Error>() {
@@ -148,68 +224,95 @@ fn reason_of(error: &(dyn Error + 'static)) -> Option<Reason> {
     }
     #[cfg(feature = "hyper")]
     if let Some(error) = error.downcast_ref::<h2::Error>() {
-        return of_h2(error);
+        return of_h2(error, transport);
     }
     #[cfg(feature = "reqwest")]
     if let Some(error) = error.downcast_ref::<reqwest::Error>() {
         if error.is_builder() {
-            return Some(Reason::Caller);
+            return Some(Cause::neutral(Reason::Caller));
         }
         if error.is_connect() {
-            return Some(Reason::ConnectFailed);
+            return Some(Cause::failure(Reason::ConnectFailed));
         }
-        return error.is_timeout().then_some(Reason::Timeout);
+        return error.is_timeout().then_some(Cause::failure(Reason::Timeout));
     }
     None
 }
 
-fn of_io(kind: io::ErrorKind) -> Option<Reason> {
+fn of_io(kind: io::ErrorKind, transport: &Transport) -> Option<Cause> {
     use io::ErrorKind as K;
     Some(match kind {
-        K::ConnectionRefused => Reason::ConnectRefused,
-        K::AddrNotAvailable => Reason::ConnectFailed,
-        K::TimedOut => Reason::Timeout,
-        // A network that goes away is also what an established connection dies of, with a request on it
-        // that may have been seen: that a connection was being made has to be known from elsewhere.
-        K::HostUnreachable
-        | K::NetworkUnreachable
-        | K::NetworkDown
-        | K::ConnectionReset
-        | K::ConnectionAborted
-        | K::BrokenPipe
-        | K::UnexpectedEof => Reason::Reset,
+        K::ConnectionRefused => Cause::failure(Reason::ConnectRefused),
+        K::AddrNotAvailable => Cause::failure(Reason::ConnectFailed),
+        K::TimedOut => Cause::failure(Reason::Timeout),
+        // The network failed, and nobody closed a connection. It also breaks established connections, with a
+        // request on them that the server may have seen: only an outer error can prove that the client was
+        // connecting.
+        K::HostUnreachable | K::NetworkUnreachable | K::NetworkDown => {
+            Cause::failure(Reason::Reset)
+        }
+        K::ConnectionReset | K::ConnectionAborted | K::BrokenPipe | K::UnexpectedEof => {
+            // An error of any other service is its own: it need not come from a connection.
+            if transport.is_hyper {
+                Cause::Broken(Reason::Reset)
+            } else {
+                Cause::failure(Reason::Reset)
+            }
+        }
         _ => return None,
     })
 }
 
 #[cfg(feature = "hyper")]
-fn of_hyper(error: &hyper::Error) -> Option<Reason> {
+fn of_hyper(error: &hyper::Error) -> Option<Cause> {
+    if is_dispatch_gone(error) {
+        return Some(Cause::Broken(Reason::Reset));
+    }
     if error.is_user() {
-        return Some(Reason::Caller);
+        return Some(Cause::neutral(Reason::Caller));
     }
     if error.is_canceled() || error.is_closed() {
-        return Some(Reason::NeverSent);
+        return Some(Cause::neutral(Reason::NeverSent));
     }
     if error.is_incomplete_message() {
-        return Some(Reason::StaleConnection);
+        return Some(Cause::Broken(Reason::StaleConnection));
     }
-    error.is_timeout().then_some(Reason::Timeout)
+    error.is_timeout().then_some(Cause::failure(Reason::Timeout))
+}
+
+/// Whether the task that drives the connection ended with the request still in it, as an HTTP/2 connection does
+/// that receives a GOAWAY with an error code.
+///
+/// hyper counts this among the errors of the user and has no accessor for it. It is one only if the user's request
+/// body panicked.
+#[cfg(feature = "hyper")]
+fn is_dispatch_gone(error: &hyper::Error) -> bool {
+    let has_panicked = |source: &(dyn Error + 'static)| source.to_string() == "user code panicked";
+    error.is_user()
+        && error.to_string().starts_with("dispatch task is gone")
+        && !error.source().is_some_and(has_panicked)
 }
 
 #[cfg(feature = "hyper")]
-fn of_h2(error: &h2::Error) -> Option<Reason> {
-    // Reset by neither the server nor the library: hyper's way to say that the request body broke off.
+fn of_h2(error: &h2::Error, transport: &Transport) -> Option<Cause> {
+    if let Some(error) = error.get_io() {
+        return of_io(error.kind(), transport);
+    }
+    // Reset by neither the server nor the library: hyper does that if the request body breaks off.
     if error.is_reset() && !error.is_remote() && !error.is_library() {
-        return Some(Reason::Caller);
+        return Some(Cause::neutral(Reason::Caller));
     }
     if error.is_reset() && error.is_remote() && error.reason() == Some(h2::Reason::REFUSED_STREAM) {
-        return Some(Reason::RefusedStream);
+        return Some(Cause::neutral(Reason::RefusedStream));
     }
-    // Whatever made the server go away: h2 tells it only of streams above the last one.
+    // h2 reports a GOAWAY of the server only for streams above the last stream id, whatever its code.
     if error.is_go_away() && error.is_remote() {
-        return Some(Reason::GoAway);
+        return Some(match error.reason() {
+            Some(h2::Reason::NO_ERROR) => Cause::neutral(Reason::GoAway),
+            _ => Cause::failure(Reason::GoAway),
+        });
     }
-    (error.is_reset() || error.is_go_away()).then_some(Reason::Reset)
+    (error.is_reset() || error.is_go_away()).then_some(Cause::failure(Reason::Reset))
 }
 
 #[cfg(test)]
@@ -262,5 +365,40 @@ mod tests {
         let boxed: BoxError = Box::new(io::Error::from(io::ErrorKind::ConnectionRefused));
         assert_eq!(of_any_error(&boxed).reason(), Reason::ConnectRefused);
         assert_eq!(of_any_error(&"opaque").reason(), Reason::Error);
+    }
+
+    /// Only a client's connection can be stale. Any other service's error is its own.
+    #[test]
+    fn an_io_error_without_a_client_is_a_failure() {
+        for kind in [
+            io::ErrorKind::ConnectionReset,
+            io::ErrorKind::ConnectionAborted,
+            io::ErrorKind::BrokenPipe,
+            io::ErrorKind::UnexpectedEof,
+            io::ErrorKind::HostUnreachable,
+            io::ErrorKind::NetworkUnreachable,
+            io::ErrorKind::NetworkDown,
+        ] {
+            let outcome = of_error(&io::Error::from(kind));
+            assert_eq!(outcome, Outcome::failure().because(Reason::Reset), "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn whether_the_connection_was_reused_decides() {
+        let broken = |is_hyper, is_reused| {
+            let transport = Transport { is_hyper, is_reused };
+            let cause = of_io(io::ErrorKind::ConnectionReset, &transport).unwrap();
+            cause.outcome(&transport)
+        };
+        let cancelled = Outcome::cancelled();
+        assert_eq!(broken(true, Some(true)), cancelled.because(Reason::StaleConnection));
+        assert_eq!(broken(true, Some(false)), Outcome::failure().because(Reason::Reset));
+        assert_eq!(broken(true, None), cancelled.because(Reason::Reset));
+        assert_eq!(broken(false, None), Outcome::failure().because(Reason::Reset));
+        // The network failed, and nobody closed a connection.
+        let transport = Transport { is_hyper: true, is_reused: Some(true) };
+        let down = of_io(io::ErrorKind::NetworkDown, &transport).unwrap();
+        assert_eq!(down.outcome(&transport), Outcome::failure().because(Reason::Reset));
     }
 }

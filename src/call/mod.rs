@@ -21,6 +21,8 @@ mod anchor;
 mod attribution;
 mod body;
 mod clock;
+#[cfg(feature = "connect")]
+mod connection;
 mod deadline;
 #[cfg(feature = "timeout")]
 mod far;
@@ -66,6 +68,8 @@ pub(crate) use self::anchor::Anchor;
 pub(crate) use self::attribution::DropCause;
 #[cfg(feature = "retry")]
 pub(crate) use self::attribution::is_mark_wanted;
+#[cfg(feature = "connect")]
+pub(crate) use self::connection::ConnectionError;
 #[cfg(feature = "health")]
 pub(crate) use self::http::known;
 #[cfg(any(feature = "breaker", feature = "limit", feature = "timeout"))]

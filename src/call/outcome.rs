@@ -40,15 +40,16 @@ pub enum Reason {
     ConnectTimeout,
     /// No connection could be made for another cause. The request never left.
     ConnectFailed,
-    /// The request was given back before a byte of it was sent.
+    /// The client returned the request before it sent a byte of it.
     NeverSent,
-    /// HTTP/2 `REFUSED_STREAM`: the server did not look at it (RFC 9113 §8.7).
+    /// HTTP/2 `REFUSED_STREAM`: the server did not process the request (RFC 9113 §8.7).
     RefusedStream,
-    /// HTTP/2 `GOAWAY` with a last stream below ours: the server did not look at it (RFC 9113 §6.8).
+    /// HTTP/2 `GOAWAY` with a last stream below the request's: the server did not process it (RFC 9113 §6.8).
+    /// A failure if the `GOAWAY` carried an error code, [housekeeping](Outcome::is_housekeeping) otherwise.
     GoAway,
-    /// A pooled connection was closed under the request before an answer: it may have been seen.
+    /// A reused connection broke before the response. The server may have seen the request.
     StaleConnection,
-    /// The connection was reset before the response head.
+    /// The connection, or the HTTP/2 stream, was reset before the response head.
     Reset,
     /// It took too long.
     Timeout,
@@ -171,8 +172,14 @@ impl Outcome {
         Self::new(OutcomeKind::Cancelled, Reason::Dropped)
     }
 
-    /// What an error says, told from the chain of its sources: where the connection failed, a timeout, a
-    /// refusal by a layer further in ([`OutcomeKind::Cancelled`]). For classifiers of one's own.
+    /// Classifies an error by the chain of its sources: where the connection failed, a timeout, a rejection by
+    /// an inner layer ([`OutcomeKind::Cancelled`]), [connection housekeeping](Self::is_housekeeping). For
+    /// classifiers of your own.
+    ///
+    /// A connection that breaks before the response is housekeeping if it had delivered a response before, and
+    /// a failure if it was new. [`connect::Client`](crate::connect::Client) records which; hyper-util's own
+    /// client, reqwest and tonic do not reveal it. An error of theirs is taken for housekeeping, and the
+    /// [circuit breaker](crate::breaker#connection-housekeeping) limits how often.
     #[must_use]
     pub fn of_error(error: &(dyn Error + 'static)) -> Self {
         super::http::of_error(error)
@@ -240,6 +247,46 @@ impl Outcome {
     pub const fn is_failure(&self) -> bool {
         matches!(self.kind, OutcomeKind::Failure)
     }
+
+    /// Whether the call ended by connection housekeeping: [`Cancelled`](OutcomeKind::Cancelled) because of
+    /// [`NeverSent`](Reason::NeverSent), [`RefusedStream`](Reason::RefusedStream), [`GoAway`](Reason::GoAway),
+    /// [`StaleConnection`](Reason::StaleConnection) or [`Reset`](Reason::Reset).
+    ///
+    /// Servers and proxies close connections as a matter of routine, and a request that is on its way at that
+    /// moment is lost. This carries no information about the health of the upstream. Circuit breakers,
+    /// adaptive limits and budgets ignore such an outcome, and a retry repeats the request at once.
+    #[must_use]
+    pub const fn is_housekeeping(&self) -> bool {
+        matches!(self.kind, OutcomeKind::Cancelled)
+            && (self.is_unprocessed()
+                || matches!(self.reason, Reason::StaleConnection | Reason::Reset))
+    }
+
+    /// Whether the server cannot have processed the request, although the client had a connection for it.
+    const fn is_unprocessed(&self) -> bool {
+        matches!(self.reason, Reason::NeverSent | Reason::RefusedStream | Reason::GoAway)
+    }
+
+    /// Whether the call ended by housekeeping, and the server cannot have processed it. Its duration is then
+    /// time that it spent inside the client.
+    #[cfg(feature = "breaker")]
+    pub(crate) const fn is_unprocessed_housekeeping(&self) -> bool {
+        self.is_housekeeping() && self.is_unprocessed()
+    }
+
+    /// Whether the outcome proves that the upstream sent a response.
+    #[cfg(feature = "breaker")]
+    pub(crate) const fn has_response(&self) -> bool {
+        matches!(self.kind, OutcomeKind::Success | OutcomeKind::Throttled)
+            || matches!(
+                self.reason,
+                Reason::Completed
+                    | Reason::Status
+                    | Reason::GrpcStatus
+                    | Reason::Body
+                    | Reason::MissingStatus
+            )
+    }
 }
 
 /// `failure: status 503, retry after 30s`.
@@ -279,6 +326,23 @@ mod tests {
         let busy = busy.with_retry_after(Duration::from_secs(30));
         assert_eq!(busy.to_string(), "throttled: status 429, retry after 30s");
         assert_eq!(Outcome::cancelled().to_string(), "cancelled: dropped");
+    }
+
+    #[test]
+    fn housekeeping_is_cancelled_with_one_of_five_reasons() {
+        for reason in [
+            Reason::NeverSent,
+            Reason::RefusedStream,
+            Reason::GoAway,
+            Reason::StaleConnection,
+            Reason::Reset,
+        ] {
+            assert!(Outcome::cancelled().because(reason).is_housekeeping(), "{reason}");
+            assert!(!Outcome::failure().because(reason).is_housekeeping(), "{reason}");
+        }
+        for reason in [Reason::Dropped, Reason::Caller, Reason::Rejected, Reason::ConnectRefused] {
+            assert!(!Outcome::cancelled().because(reason).is_housekeeping(), "{reason}");
+        }
     }
 
     #[test]

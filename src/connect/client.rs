@@ -33,7 +33,7 @@ use super::{
 };
 use crate::{
     BoxError, ConfigError,
-    call::{Eos, Origin, Outcome, Rejected, Shared, TrackedBody, WaitsFor},
+    call::{ConnectionError, Eos, Origin, Outcome, Rejected, Shared, TrackedBody, WaitsFor},
 };
 
 /// hyper-util's client over connections that are bounded, fresh and visible.
@@ -44,7 +44,10 @@ use crate::{
 ///
 /// # Errors
 ///
-/// What hyper-util's client gives, boxed; a [`Rejected`] by itself or under that if no connection became free.
+/// hyper-util's [`legacy::Error`], boxed. If the request was sent over a connection, it is the source of an error that
+/// records whether this connection had delivered a response before:
+/// [`Outcome::of_error`](crate::Outcome::of_error) then tells a stale connection from a reset of a new one. A
+/// [`Rejected`], by itself or among the sources, if no connection became free.
 ///
 /// # Cancellation
 ///
@@ -199,7 +202,10 @@ impl Future for ResponseFuture {
         if let Some(turn) = turn {
             turn.watch(connection.as_ref());
         }
-        let mut response = ready!(polled)?;
+        let mut response = match ready!(polled) {
+            Ok(response) => response,
+            Err(error) => return Poll::Ready(Err(with_connection(error))),
+        };
         let Some(tag) = response.extensions_mut().remove::<Tag>() else {
             return Poll::Ready(Ok(response.map(TrackedBody::untracked)));
         };
@@ -211,6 +217,14 @@ impl Future for ResponseFuture {
         drop(connection.take());
         let good = Eos::Plain(Outcome::success());
         Poll::Ready(Ok(response.map(|body| TrackedBody::new(body, permit.erase(), good))))
+    }
+}
+
+/// Adds to the error whether the connection of the request was reused, if the request was sent over one.
+fn with_connection(error: legacy::Error) -> BoxError {
+    match error.connect_info().and_then(Tag::of_connected) {
+        Some(tag) => ConnectionError::new(tag.conn.has_served(), error).into(),
+        None => error.into(),
     }
 }
 

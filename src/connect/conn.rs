@@ -9,7 +9,7 @@ use std::{
 };
 
 use http::Extensions;
-use hyper_util::client::legacy::connect::CaptureConnection;
+use hyper_util::client::legacy::connect::{CaptureConnection, Connected};
 
 use super::{
     core::Connections,
@@ -78,6 +78,11 @@ impl Conn {
 
     pub(super) fn is_leased(&self) -> bool {
         self.leased
+    }
+
+    /// Whether it has delivered a response head.
+    pub(super) fn has_served(&self) -> bool {
+        self.has_served.load(Ordering::Relaxed)
     }
 
     // ===== In use =====
@@ -266,9 +271,12 @@ impl Tag {
 
     /// Of the connection that a call has got, once it has got one.
     pub(super) fn of(call: &CaptureConnection) -> Option<Self> {
-        let connected = call.connection_metadata();
+        Self::of_connected(call.connection_metadata().as_ref()?)
+    }
+
+    pub(super) fn of_connected(connected: &Connected) -> Option<Self> {
         let mut extensions = Extensions::new();
-        connected.as_ref()?.get_extras(&mut extensions);
+        connected.get_extras(&mut extensions);
         extensions.remove()
     }
 

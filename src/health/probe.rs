@@ -10,7 +10,7 @@ use tokio::time::{Instant, timeout_at};
 use tower_service::Service;
 
 use crate::{
-    call::{Rejected, known},
+    call::{Outcome, Rejected, known},
     error::Chain,
 };
 
@@ -80,11 +80,13 @@ impl std::error::Error for ProbeFailure {}
 pub struct Failed {
     pub(super) why: ProbeFailure,
     pub(super) error: Option<Box<str>>,
+    /// It ended by connection housekeeping, which says nothing about the upstream.
+    pub(super) is_housekeeping: bool,
 }
 
 impl From<ProbeFailure> for Failed {
     fn from(why: ProbeFailure) -> Self {
-        Self { why, error: None }
+        Self { why, error: None, is_housekeeping: false }
     }
 }
 
@@ -215,8 +217,10 @@ pub(super) fn blame<E: 'static>(error: &E) -> Failed {
     match known.and_then(Rejected::find) {
         Some(refused) => of_refused(refused).into(),
         None => {
-            let error = known.map(|error| Chain(error).within(MOST_TOLD).into_boxed_str());
-            Failed { why: ProbeFailure::Error, error }
+            let text = known.map(|error| Chain(error).within(MOST_TOLD).into_boxed_str());
+            let is_housekeeping =
+                known.is_some_and(|error| Outcome::of_error(error).is_housekeeping());
+            Failed { why: ProbeFailure::Error, error: text, is_housekeeping }
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The background task: one probe after the other, until the gate is gone.
 
-use std::{sync::Weak, thread, time::Duration};
+use std::{sync::Weak, thread};
 
 use tokio::time::{Instant, sleep};
 
@@ -35,9 +35,8 @@ where
     /// A panic of the user's is a failed probe, wherever it comes from.
     fn probe_once(
         &self,
-        timeout: Duration,
+        deadline: Instant,
     ) -> impl Future<Output = Result<(), Failed>> + Send + use<S, P> {
-        let deadline = Schedule::deadline(timeout);
         // A fresh instance each time: nothing that a probe reserved stays behind.
         let attempt = Caught::new(|| self.probe.clone().run(self.service.clone(), deadline));
         async move { attempt.await.unwrap_or(Err(ProbeFailure::Panicked.into())) }
@@ -68,7 +67,12 @@ where
                 }
             };
             let began = Instant::now();
-            let result = self.0.probe_once(timeout).await;
+            let deadline = Schedule::deadline(timeout);
+            let mut result = self.0.probe_once(deadline).await;
+            if result.as_ref().is_err_and(|failed| failed.is_housekeeping) {
+                // The next connection may work.
+                result = self.0.probe_once(deadline).await;
+            }
             let took = Instant::now().saturating_duration_since(began);
             let Some(gate) = self.0.gate.upgrade() else { return };
             let wait = gate.probe_ended(result, took);

@@ -114,7 +114,7 @@ impl<S> Course<S> {
             None => Err(Stop::BodyGone),
         };
         if let Some(budget) = &core.budget {
-            let transparent = matches!(decision, Ok(Again { transparent: true, .. }));
+            let transparent = policy.is_transparent(outcome, self.transparent);
             match class {
                 Class::Final if outcome.is_success() => budget.answered(self.cost),
                 Class::Retryable | Class::Refused(Stop::Pushback) if !transparent => {
@@ -196,7 +196,10 @@ impl<S> Course<S> {
 
     /// The next attempt is made: from here on its retry is spent.
     pub(super) fn begin(&mut self) -> Numbered {
-        self.cost = self.withdrawal.take().map_or(0, |mut withdrawal| withdrawal.take());
+        // A transparent retry leaves the cost of the one before it.
+        if let Some(mut withdrawal) = self.withdrawal.take() {
+            self.cost = withdrawal.take();
+        }
         self.record.made += 1;
         Numbered { number: self.record.made, seen: self.seen }
     }

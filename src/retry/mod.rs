@@ -40,16 +40,30 @@
 //! | do the wait and an attempt of use fit before the [`Deadline`](crate::Deadline)? | [`DeadlineTooNear`](Stop::DeadlineTooNear) |
 //! | does the budget have one? | [`BudgetUsedUp`](Stop::BudgetUsedUp) |
 //!
-//! What no server has looked at (never sent, `REFUSED_STREAM`, above `GOAWAY`'s last stream) is sent again
-//! whatever its method, at once and uncharged, twice at most, however many attempts are allowed. A pool's
-//! connection that turns out to be stale is left at once as well, the first time, where that is safe. A
-//! `poll_ready` that fails ends the call as [`NotReady`](Stop::NotReady).
+//! A `poll_ready` that fails ends the call as [`NotReady`](Stop::NotReady).
 //!
 //! A server's hint is a lower bound, unless a [preset](RetryLayer::preset) means something else by it. Up to half of it is added at random, to one below 10 s up to 5 s (but
 //! five times itself at most): of 10,000 who were told the same second, no more than 3 % come back within
 //! the same 100 ms. Read as a hint are `grpc-retry-pushback-ms`, `retry-after-ms`, `x-amz-retry-after`,
 //! `Retry-After`, and of a quota that is used up `RateLimit`, `RateLimit-Reset` and `X-RateLimit-Reset`, in
 //! this order, up to 300 s. After gRPC's pushback the backoff begins with its first wait again, as gRFC A6 has it.
+//!
+//! # Connection housekeeping
+//!
+//! A call that ends by [connection housekeeping](crate::Outcome::is_housekeeping) is retried transparently: at once,
+//! without counting an attempt, and without a deposit to or a withdrawal from the budget. A call makes at most 5
+//! transparent retries in total. Beyond these, attempts, backoff and budget apply as to any other failure.
+//!
+//! | what happened | retried |
+//! |---|---|
+//! | never sent, `REFUSED_STREAM`, above the last stream of a `GOAWAY` with any code | transparently, for any method: the server did not process the request |
+//! | a reused connection broke before the response | transparently, if it is safe: the server may have seen the request |
+//! | a new connection broke before the response, a stream was reset with another code | as a failure, if it is safe |
+//! | no connection could be made | as a failure, for any method |
+//!
+//! Where a transport does not reveal whether a connection was reused (hyper-util's client, reqwest, tonic), it is
+//! [assumed to be reused](crate::breaker#connection-housekeeping). The limits of
+//! [`at_most`](RetryLayer::at_most) hold for transparent retries too.
 //!
 //! # What can be changed of it
 //!

@@ -22,8 +22,9 @@ pub(super) struct Policy {
     pub(super) waits: Waits,
     pub(super) longest_wait: Duration,
     pub(super) hint: Hint,
-    /// How many repeats of what nobody has seen are free.
-    pub(super) transparent: u32,
+    /// How many retries of one call are transparent: at once, neither counted as attempts nor charged to the
+    /// budget.
+    pub(super) max_transparent: u32,
     /// What is left of a deadline after the wait is at least so much, or there is no attempt.
     pub(super) least_attempt: Duration,
     pub(super) drain_cap: u64,
@@ -32,6 +33,9 @@ pub(super) struct Policy {
     /// A gRPC status that says "not done" is believed, whatever the method.
     pub(super) trust_grpc: bool,
 }
+
+/// Enough to get past every stale connection of a small pool.
+pub(super) const MAX_TRANSPARENT: u32 = 5;
 
 impl Policy {
     pub(super) fn new() -> Self {
@@ -42,7 +46,7 @@ impl Policy {
             waits: Waits::Backoff(Backoff::default()),
             longest_wait: Duration::from_secs(30),
             hint: Hint::Least,
-            transparent: 2,
+            max_transparent: MAX_TRANSPARENT,
             least_attempt: Duration::from_millis(10),
             say: Say::default(),
             drain_cap: 64 * 1024,
@@ -54,6 +58,13 @@ impl Policy {
     #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Only events tell it.
     pub(super) fn name(&self) -> &str {
         self.name.as_deref().unwrap_or_default()
+    }
+
+    /// Whether a retry for this outcome is transparent. `before` is the number of transparent retries that the
+    /// call has had.
+    pub(super) fn is_transparent(&self, outcome: Outcome, before: u32) -> bool {
+        let unprocessed = FailureKind::of(outcome) == FailureKind::Unseen;
+        (unprocessed || outcome.is_housekeeping()) && before < self.max_transparent
     }
 
     /// Whether an unsafe method may be repeated for what the server said.
@@ -144,7 +155,7 @@ pub(super) struct Facts {
     pub(super) body: Repeatable,
     /// Attempts made so far, this one included.
     pub(super) made: u32,
-    /// Of those, how many were repeated transparently.
+    /// How many of them were followed by a transparent retry.
     pub(super) transparent: u32,
     /// Retries made so far, by what they were for.
     pub(super) of_kind: PerKind<u32>,
@@ -156,7 +167,7 @@ pub(super) struct Facts {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Again {
     pub(super) wait: Duration,
-    /// Never seen by a server: neither an attempt nor charged.
+    /// It counts neither as an attempt nor is it charged to the budget.
     pub(super) transparent: bool,
     /// As what it is charged to the budget; none: it is not.
     pub(super) charge: Option<FailureKind>,
@@ -195,17 +206,15 @@ pub(super) fn decide(
         Repeatable::Streaming => return Err(Stop::StillSending),
         Repeatable::No => return Err(Stop::BodyGone),
     }
-    let transparent = kind == FailureKind::Unseen && facts.transparent < policy.transparent;
+    // Connection housekeeping says nothing about the server, and the next connection may do.
+    let transparent = policy.is_transparent(facts.outcome, facts.transparent);
     if !transparent && facts.made - facts.transparent >= policy.attempts {
         return Err(Stop::AttemptsUsedUp);
     }
     if policy.limits[kind as usize].is_some_and(|most| facts.of_kind[kind as usize] >= most) {
         return Err(Stop::KindUsedUp);
     }
-    // A pool's connection that had been closed says nothing about the server.
-    let stale = reason == Reason::StaleConnection && facts.of_kind[kind as usize] == 0;
-    let wait = if stale || transparent && facts.transparent == 0 {
-        // The first at once; one that is refused again waits like the others.
+    let wait = if transparent {
         Duration::ZERO
     } else {
         let waits = series.get_or_insert_with(|| policy.waits.begin());
@@ -304,27 +313,49 @@ mod tests {
     }
 
     #[test]
-    fn transparent_repeats_are_free_and_bounded() {
-        let refused = Facts { outcome: because(Reason::RefusedStream), ..FACTS };
-        let once = Policy { attempts: 1, ..Policy::new() };
-        let again =
-            |made, transparent| decide(&Facts { made, transparent, ..refused }, &once, &mut None);
-        let first = again(1, 0).unwrap();
-        assert_eq!((first.wait, first.transparent, first.charge), (Duration::ZERO, true, None));
-        assert!(again(2, 1).unwrap().transparent);
-        assert_eq!(again(3, 2).err(), Some(Stop::AttemptsUsedUp));
+    fn transparent_retries_are_immediate_uncharged_and_bounded() {
+        let policy = Policy { attempts: 1, ..Policy::new() };
+        for outcome in [
+            Outcome::cancelled().because(Reason::NeverSent),
+            Outcome::cancelled().because(Reason::RefusedStream),
+            Outcome::cancelled().because(Reason::GoAway),
+            Outcome::cancelled().because(Reason::StaleConnection),
+            Outcome::cancelled().because(Reason::Reset),
+            // A GOAWAY with an error code.
+            because(Reason::GoAway),
+        ] {
+            let again = |made, transparent| {
+                let facts = Facts { outcome, made, transparent, ..FACTS };
+                decide(&facts, &policy, &mut None)
+            };
+            for retries in 0..5 {
+                let again = again(retries + 1, retries).unwrap();
+                let found = (again.wait, again.transparent, again.charge);
+                assert_eq!(found, (Duration::ZERO, true, None), "{outcome:?}");
+            }
+            assert_eq!(again(6, 5).err(), Some(Stop::AttemptsUsedUp), "{outcome:?}");
+        }
     }
 
     #[test]
-    fn a_stale_connection_is_left_at_once_and_the_next_one_not() {
-        let mut facts = Facts { outcome: because(Reason::StaleConnection), ..FACTS };
+    fn housekeeping_beyond_the_transparent_retries_follows_the_ordinary_rules() {
         let waits = Backoff::constant(Duration::from_millis(50)).without_jitter();
         let policy = Policy { waits: Waits::Backoff(waits), ..Policy::new() };
-        let again = |facts| decide(&facts, &policy, &mut None).unwrap();
-        assert_eq!(again(facts).wait, Duration::ZERO);
-        assert_eq!(again(facts).charge, Some(FailureKind::Read), "and yet it was sent");
-        facts.of_kind[FailureKind::Read as usize] = 1;
-        assert_eq!(again(facts).wait, Duration::from_millis(50));
+        let outcome = Outcome::cancelled().because(Reason::StaleConnection);
+        let facts = Facts { outcome, made: 6, transparent: 5, ..FACTS };
+        let again = decide(&facts, &policy, &mut None).unwrap();
+        assert_eq!(again.wait, Duration::from_millis(50));
+        assert_eq!((again.transparent, again.charge), (false, Some(FailureKind::Read)));
+    }
+
+    #[test]
+    fn a_reset_that_is_a_failure_waits_and_is_charged() {
+        let waits = Backoff::constant(Duration::from_millis(50)).without_jitter();
+        let policy = Policy { waits: Waits::Backoff(waits), ..Policy::new() };
+        let facts = Facts { outcome: because(Reason::Reset), ..FACTS };
+        let again = decide(&facts, &policy, &mut None).unwrap();
+        assert_eq!(again.wait, Duration::from_millis(50));
+        assert_eq!((again.transparent, again.charge), (false, Some(FailureKind::Read)));
     }
 
     #[test]

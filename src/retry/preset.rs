@@ -2,7 +2,12 @@
 
 use std::time::Duration;
 
-use super::{backoff::Backoff, budget::RetryBudget, layer::RetryLayer, policy::Hint};
+use super::{
+    backoff::Backoff,
+    budget::RetryBudget,
+    layer::RetryLayer,
+    policy::{Hint, MAX_TRANSPARENT},
+};
 
 /// What [`RetryLayer::preset`] knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,15 +33,16 @@ impl<M> RetryLayer<M> {
     /// | `Grpc` | 4 | [`Backoff::grpc`] | [`RetryBudget::grpc(10, 0.1)`](RetryBudget::grpc) | the exact wait |
     /// | `Finagle` | 3 | [`Backoff::finagle`] | [`RetryBudget::finagle`] | as it is |
     ///
-    /// gRPC's numbers, its budget's too, are those of gRFC A6's example: there is no default. One repeat of what
-    /// nobody has seen is free there, as A6 has it.
+    /// gRPC's numbers, its budget's too, are those of gRFC A6's example: there is no default. `Grpc` makes
+    /// one [transparent retry](crate::retry#connection-housekeeping) for each call, as A6 has it; the others make
+    /// five.
     pub fn preset(self, preset: Preset) -> Self {
         self.settings.set(|policy| {
-            (policy.hint, policy.transparent) = match preset {
+            (policy.hint, policy.max_transparent) = match preset {
                 Preset::Grpc => (Hint::Exact, 1),
-                Preset::Aws => (Hint::Within(Duration::from_secs(5)), 2),
-                Preset::Envoy => (Hint::AndHalf, 2),
-                Preset::Finagle => (Hint::Least, 2),
+                Preset::Aws => (Hint::Within(Duration::from_secs(5)), MAX_TRANSPARENT),
+                Preset::Envoy => (Hint::AndHalf, MAX_TRANSPARENT),
+                Preset::Finagle => (Hint::Least, MAX_TRANSPARENT),
             };
         });
         match preset {

@@ -12,6 +12,7 @@ mod breaker {
     mod by_hand;
     mod hazards;
     mod hostile;
+    mod housekeeping;
     mod keys;
     mod kit;
     mod lives;

@@ -6,6 +6,7 @@
 mod hedge {
     mod calls;
     mod cost;
+    mod housekeeping;
     #[cfg(feature = "percentile")]
     mod percentile;
     mod tail;

@@ -176,3 +176,24 @@ async fn services_of_any_types_are_measured_to_their_response() {
     assert_ready_ok!(call.poll());
     assert_eq!(spy.heard(), [(7, 1, false)]);
 }
+
+#[tokio::test(start_paused = true)]
+async fn connection_housekeeping_says_nothing() {
+    use buttress::call::Reason as Why;
+
+    let spy = Spy::default();
+    let layer = ConcurrencyLimitLayer::adaptive(spy.clone());
+    let layer = layer.classify(|outcome: Result<&Outcome, &Oops>| *outcome.unwrap());
+    let handle = layer.handle();
+    let service = layer.layer(tower::service_fn(async |outcome| Ok::<Outcome, Oops>(outcome)));
+    for reason in
+        [Why::NeverSent, Why::RefusedStream, Why::GoAway, Why::StaleConnection, Why::Reset]
+    {
+        let outcome = Outcome::cancelled().because(reason);
+        service.clone().oneshot(outcome).await.unwrap();
+        assert_eq!(spy.heard(), [], "{reason}");
+    }
+    service.clone().oneshot(Outcome::failure().because(Why::Timeout)).await.unwrap();
+    assert_eq!(spy.heard(), [(0, 1, true)]);
+    assert_eq!(handle.in_flight(), 0);
+}

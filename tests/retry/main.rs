@@ -18,6 +18,7 @@ mod retry {
     mod deadline;
     mod discard;
     mod grpc;
+    mod housekeeping;
     pub mod kit;
     mod load;
     mod order;

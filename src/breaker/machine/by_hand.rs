@@ -22,6 +22,7 @@ pub(in crate::breaker) struct Past {
     left: Duration,
     restless: u32,
     run: u32,
+    has_responded: bool,
     windows: Windows,
 }
 
@@ -55,7 +56,8 @@ impl Machine {
             _ => Duration::ZERO,
         };
         let (run, windows) = self.counts.past(now, times);
-        Past { state: self.beneath(), left, restless: self.restless, run, windows }
+        let (state, has_responded) = (self.beneath(), self.counts.has_responded());
+        Past { state, left, restless: self.restless, run, has_responded, windows }
     }
 
     /// Takes up where another left off.
@@ -66,6 +68,9 @@ impl Machine {
         times: &TimeWindows,
     ) -> Change {
         self.counts.restore(past.run, &past.windows, now, times);
+        if past.has_responded {
+            self.counts.set_responded();
+        }
         self.restless = past.restless;
         self.enter(phase(past.state, past.left, now), None)
     }

@@ -151,6 +151,7 @@ impl Machine {
 
     fn counted(&mut self, ended: Ended, at: At<'_>) -> Option<Change> {
         let Phase::Closed { .. } = self.phase else { return None };
+        let ended = Ended { outcome: self.counts.assess(ended.outcome), ..ended };
         let (rule, tripped) = self.counts.record(ended, at.now, at.times)?;
         let change = self.open(tripped, ended.outcome.retry_after(), at);
         self.last_rule = Some(rule);
@@ -158,9 +159,9 @@ impl Machine {
     }
 
     fn probed(&mut self, ended: Ended, at: At<'_>) -> Option<Change> {
-        let slow = self.counts.was_slow(ended);
+        let outcome = self.counts.assess(ended.outcome);
+        let slow = self.counts.was_slow(Ended { outcome, ..ended });
         let Phase::HalfOpen(probes) = &mut self.phase else { return None };
-        let outcome = ended.outcome;
         match outcome.kind() {
             OutcomeKind::Success if !slow => probes.pass(),
             // It gives its slot back; unless it was given up for being slow.

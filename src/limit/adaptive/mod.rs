@@ -39,8 +39,9 @@
 //! of the body instead: for streams, whose places are held for much longer than their heads take. There each
 //! place that comes free lets in a call whose head is quick or slow by chance, and the limit wanders far below
 //! what can be served. Answers that ask for less (429, 503, 504, `RESOURCE_EXHAUSTED`, `UNAVAILABLE`,
-//! `DEADLINE_EXCEEDED`), timeouts and refused streams are drops. Cancelled calls say nothing and are not
-//! heard, nor are other failures: an answer that fails fast must not look like a fast answer.
+//! `DEADLINE_EXCEEDED`) and timeouts are drops. Cancelled calls say nothing and are not
+//! heard, nor are other failures: an answer that fails fast must not look like a fast answer. Refused streams and
+//! other [connection housekeeping](crate::Outcome::is_housekeeping) are neutral too.
 
 mod aimd;
 mod bounds;

@@ -163,7 +163,7 @@ fn is_drop(outcome: Outcome) -> Option<bool> {
         OutcomeKind::Throttled => Some(true),
         OutcomeKind::Cancelled => None,
         OutcomeKind::Failure => match (outcome.reason(), outcome.code()) {
-            (Why::Timeout | Why::NoResponse | Why::ConnectTimeout | Why::RefusedStream, _)
+            (Why::Timeout | Why::NoResponse | Why::ConnectTimeout, _)
             | (Why::Status, Some(503 | 504))
             | (Why::GrpcStatus, Some(4 | 14)) => Some(true),
             _ => None,

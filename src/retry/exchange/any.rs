@@ -85,6 +85,7 @@ where
         }
         let outcome = (self.0)(result.as_ref());
         let class = match outcome.kind() {
+            OutcomeKind::Cancelled if outcome.is_housekeeping() => Class::Retryable,
             OutcomeKind::Failure | OutcomeKind::Throttled => Class::Retryable,
             OutcomeKind::Success | OutcomeKind::Cancelled => Class::Final,
         };

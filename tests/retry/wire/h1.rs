@@ -62,7 +62,7 @@ async fn a_stale_connection_is_not_safe_for_post_and_is_for_get() {
             assert_eq!(read(result.unwrap().into_body()).await.0, "ok");
             assert_eq!((told.made, told.stop), (2, Stop::Answered), "{method}");
             assert_eq!((seen.connections(), seen.requests()), (2, 3), "{method}");
-            assert_eq!(budget.balance(), 8.0);
+            assert_eq!(budget.balance(), 9.0);
         } else {
             assert_eq!((told.made, told.stop), (1, Stop::Unsafe), "{method}");
             assert_eq!((seen.connections(), seen.requests()), (1, 2), "{method}: sent once");

@@ -1,0 +1,34 @@
+use std::{error::Error, fmt};
+
+use crate::BoxError;
+
+/// An error of a request whose connection is known. Its source is the client's own error.
+#[derive(Debug)]
+pub(crate) struct ConnectionError {
+    is_reused: bool,
+    source: BoxError,
+}
+
+impl ConnectionError {
+    /// `is_reused`: the connection had already delivered a response head.
+    pub(crate) fn new(is_reused: bool, source: impl Into<BoxError>) -> Self {
+        Self { is_reused, source: source.into() }
+    }
+
+    pub(crate) fn is_reused(&self) -> bool {
+        self.is_reused
+    }
+}
+
+impl fmt::Display for ConnectionError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let which = if self.is_reused { "reused" } else { "new" };
+        write!(f, "request failed on a {which} connection")
+    }
+}
+
+impl Error for ConnectionError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        Some(&*self.source)
+    }
+}

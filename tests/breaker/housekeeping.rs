@@ -1,0 +1,254 @@
+//! Connection housekeeping: neutral, unless the upstream has never responded or does so no more.
+
+use std::fmt;
+
+use buttress::{
+    Outcome,
+    call::{Classify, Reason},
+};
+use tokio::time::advance;
+use tower::{Layer, ServiceExt, service_fn};
+
+use super::kit::*;
+
+/// Both the request and, if it is no success, the error: the call ends with this outcome.
+#[derive(Clone, Copy, Debug)]
+struct Ends(Outcome);
+
+impl fmt::Display for Ends {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl std::error::Error for Ends {}
+
+type Judge = fn(Result<&Outcome, &Ends>) -> Outcome;
+
+/// A circuit over a service that ends each call as its request says.
+struct Circuit {
+    layer: CircuitBreakerLayer<Classify<Judge>>,
+}
+
+impl Circuit {
+    fn new(layer: CircuitBreakerLayer) -> Self {
+        fn judge(result: Result<&Outcome, &Ends>) -> Outcome {
+            result.map_or_else(|ends| ends.0, |outcome| *outcome)
+        }
+        Self { layer: layer.classify(judge as Judge) }
+    }
+
+    /// False: rejected.
+    async fn call(&self, outcome: Outcome) -> bool {
+        let inner = service_fn(|Ends(outcome)| async move {
+            if outcome.is_success() { Ok(outcome) } else { Err(Ends(outcome)) }
+        });
+        match self.layer.layer(inner).oneshot(Ends(outcome)).await {
+            Ok(_) => true,
+            Err(error) => error.is::<Ends>(),
+        }
+    }
+
+    async fn calls(&self, outcome: Outcome, calls: u32) {
+        for _ in 0..calls {
+            assert!(self.call(outcome).await, "rejected");
+        }
+    }
+
+    fn state(&self) -> State {
+        self.layer.handle().state()
+    }
+
+    fn trip(&self) -> Option<Tripped> {
+        self.layer.handle().snapshot().last_trip
+    }
+
+    fn failures(&self) -> u32 {
+        self.layer.handle().snapshot().seen.consecutive_failures
+    }
+}
+
+const ALL: [Reason; 5] = [
+    Reason::NeverSent,
+    Reason::RefusedStream,
+    Reason::GoAway,
+    Reason::StaleConnection,
+    Reason::Reset,
+];
+
+fn housekeeping(reason: Reason) -> Outcome {
+    Outcome::cancelled().because(reason)
+}
+
+#[tokio::test(start_paused = true)]
+async fn housekeeping_is_not_counted_once_the_upstream_has_responded() {
+    for reason in ALL {
+        for response in [Outcome::success(), Outcome::throttled().because(Reason::Status)] {
+            let circuit = Circuit::new(touchy());
+            circuit.calls(response, 1).await;
+            circuit.calls(housekeeping(reason), 100).await;
+            assert_eq!((circuit.state(), circuit.failures()), (State::Closed, 0), "{reason}");
+            assert!(circuit.call(Outcome::failure().because(reason)).await);
+            assert_eq!(circuit.state(), State::Open, "a failure for the same reason counts");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn housekeeping_neither_fills_a_window_nor_ends_a_run_of_failures() {
+    let circuit = Circuit::new(CircuitBreakerLayer::new(Trip::any([
+        Trip::consecutive(3),
+        Trip::failure_ratio(0.9).over(10).min_calls(10),
+    ])));
+    circuit.calls(Outcome::success(), 1).await;
+    circuit.calls(Outcome::failure(), 2).await;
+    circuit.calls(housekeeping(Reason::StaleConnection), 9).await;
+    let seen = circuit.layer.handle().snapshot().seen;
+    assert_eq!((seen.consecutive_failures, seen.window_calls, seen.window_failures), (2, 3, 2));
+    circuit.calls(Outcome::failure(), 1).await;
+    assert_eq!(circuit.state(), State::Open);
+}
+
+/// Before the first response no connection can have been reused: one that broke was new.
+#[tokio::test(start_paused = true)]
+async fn a_broken_connection_before_the_first_response_is_a_failure() {
+    for reason in [Reason::NeverSent, Reason::StaleConnection, Reason::Reset] {
+        let circuit = Circuit::new(CircuitBreakerLayer::http());
+        circuit.calls(housekeeping(reason), 5).await;
+        assert_eq!(circuit.trip(), Some(Tripped::Consecutive { failures: 5 }), "{reason}");
+        advance(WAIT).await;
+        // The same holds for a half-open probe, whose reason is kept.
+        assert!(circuit.call(housekeeping(reason)).await);
+        let outcome = Outcome::failure().because(reason);
+        assert_eq!(circuit.trip(), Some(Tripped::Probe { outcome }));
+    }
+    for reason in [Reason::RefusedStream, Reason::GoAway] {
+        let circuit = Circuit::new(touchy());
+        circuit.calls(housekeeping(reason), 100).await;
+        assert_eq!(circuit.state(), State::Closed, "{reason} is what the server said");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_bad_response_is_a_response_too() {
+    let circuit = Circuit::new(CircuitBreakerLayer::http());
+    circuit.calls(Outcome::failure().because(Reason::Status).with_code(500), 1).await;
+    circuit.calls(housekeeping(Reason::Reset), 50).await;
+    assert_eq!((circuit.state(), circuit.failures()), (State::Closed, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn more_than_a_hundred_in_a_row_count_as_failures() {
+    for reason in ALL {
+        let circuit = Circuit::new(CircuitBreakerLayer::http());
+        circuit.calls(Outcome::success(), 1).await;
+        circuit.calls(housekeeping(reason), 104).await;
+        assert_eq!((circuit.state(), circuit.failures()), (State::Closed, 4), "{reason}");
+        circuit.calls(housekeeping(reason), 1).await;
+        assert_eq!(circuit.trip(), Some(Tripped::Consecutive { failures: 5 }), "{reason}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_response_in_between_starts_the_hundred_again_and_nothing_else_does() {
+    let circuit = Circuit::new(touchy());
+    for response in [
+        Outcome::success(),
+        Outcome::throttled().because(Reason::Status),
+        Outcome::success().because(Reason::GrpcStatus),
+    ] {
+        circuit.calls(response, 1).await;
+        circuit.calls(housekeeping(Reason::Reset), 100).await;
+        assert_eq!(circuit.state(), State::Closed);
+    }
+    circuit.calls(Outcome::cancelled(), 1).await;
+    circuit.calls(Outcome::cancelled().because(Reason::Rejected), 1).await;
+    assert!(circuit.call(housekeeping(Reason::GoAway)).await);
+    assert_eq!(circuit.state(), State::Open);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_probe_that_ends_by_housekeeping_releases_its_slot() {
+    for reason in ALL {
+        let circuit = Circuit::new(touchy());
+        circuit.calls(Outcome::success(), 1).await;
+        circuit.calls(Outcome::failure(), 1).await;
+        advance(WAIT).await;
+        circuit.calls(housekeeping(reason), 100).await;
+        let snapshot = circuit.layer.handle().snapshot();
+        assert_eq!((snapshot.state, snapshot.probes), (State::HalfOpen, 0), "{reason}");
+        circuit.calls(Outcome::success(), 1).await;
+        assert_eq!(circuit.state(), State::Closed, "the next caller probes");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_probe_fails_after_more_than_a_hundred_in_a_row() {
+    let circuit = Circuit::new(touchy());
+    circuit.calls(Outcome::success(), 1).await;
+    circuit.calls(Outcome::failure(), 1).await;
+    advance(WAIT).await;
+    circuit.calls(housekeeping(Reason::Reset), 100).await;
+    assert_eq!(circuit.state(), State::HalfOpen);
+    circuit.calls(housekeeping(Reason::Reset), 1).await;
+    let outcome = Outcome::failure().because(Reason::Reset);
+    assert_eq!(circuit.trip(), Some(Tripped::Probe { outcome }));
+    assert_eq!(circuit.state(), State::Open);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiting_caller_probes_when_housekeeping_releases_the_slot() {
+    let layer = touchy().wait_for_verdict(1, secs(10));
+    let layer = layer.classify(|result: Result<&(), &Ends>| {
+        result.map_or_else(|ends| ends.0, |()| Outcome::success())
+    });
+    let handle = layer.handle();
+    handle.record(Outcome::success());
+    handle.record(Outcome::failure());
+    advance(WAIT).await;
+    let service = layer.layer(service_fn(|result: Result<(), Ends>| async move {
+        tokio::time::sleep(secs(1)).await;
+        result
+    }));
+    let stale = Ends(housekeeping(Reason::StaleConnection));
+    let first = tokio::spawn(service.clone().oneshot(Err(stale)));
+    tokio::task::yield_now().await;
+    let second = tokio::spawn(service.oneshot(Ok(())));
+    assert!(first.await.unwrap().unwrap_err().is::<Ends>());
+    second.await.unwrap().unwrap();
+    assert_eq!(handle.state(), State::Closed);
+}
+
+/// A slow call whose connection breaks may have hung; one that was never processed spent its time in the client.
+#[tokio::test(start_paused = true)]
+async fn housekeeping_is_slow_only_if_the_server_may_have_seen_it() {
+    for (reason, state) in [
+        (Reason::StaleConnection, State::Open),
+        (Reason::Reset, State::Open),
+        (Reason::NeverSent, State::Closed),
+        (Reason::RefusedStream, State::Closed),
+        (Reason::GoAway, State::Closed),
+    ] {
+        let slow = Trip::slow_ratio(1.0, secs(1)).over(2).min_calls(1);
+        let layer = CircuitBreakerLayer::new(slow)
+            .classify(move |_: Result<&(), &Ends>| housekeeping(reason));
+        let handle = layer.handle();
+        handle.record(Outcome::throttled());
+        let service = layer.layer(service_fn(|()| async {
+            tokio::time::sleep(secs(2)).await;
+            Ok::<(), Ends>(())
+        }));
+        service.oneshot(()).await.unwrap();
+        assert_eq!(handle.state(), state, "{reason}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_circuit_that_takes_up_another_knows_that_the_upstream_has_responded() {
+    let first = Circuit::new(touchy());
+    first.calls(Outcome::success(), 1).await;
+    let second = Circuit::new(touchy());
+    second.layer.handle().restore(&first.layer.handle().snapshot());
+    second.calls(housekeeping(Reason::Reset), 9).await;
+    assert_eq!(second.state(), State::Closed);
+}

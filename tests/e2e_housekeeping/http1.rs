@@ -1,0 +1,134 @@
+//! HTTP/1.1: stale keep-alive connections, and servers that do not work.
+
+use std::time::Duration;
+
+use buttress::{
+    Attempts, CircuitBreakerLayer, Outcome, RetryBudget,
+    breaker::State,
+    call::{OutcomeKind, Reason},
+    retry::Stop,
+};
+use futures_util::future::join_all;
+use http::Method;
+use tower::{Layer, ServiceExt};
+
+use crate::{KINDS, Kind, fails, net::soon, net::until, peer, peer::ENDS, request, stack, touchy};
+
+const STALE: usize = 5;
+
+#[tokio::test]
+async fn five_stale_connections_in_a_row_lose_no_request() {
+    for kind in KINDS {
+        for end in ENDS {
+            let peer = peer::goes_stale(STALE, end).await;
+            let breaker = touchy();
+            let circuit = breaker.handle();
+            let budget = RetryBudget::with(0.1, 0, 1);
+            let client = stack(&budget, breaker, kind.http1());
+            let get = || soon(client.clone().oneshot(request(Method::GET, peer.addr)));
+            for response in join_all((0..STALE).map(|_| get())).await {
+                assert_eq!(response.unwrap().status(), 200);
+            }
+            // The connections return to the pool.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let response = get().await.unwrap();
+            let attempts = Attempts::of(&response);
+            let case = format!("{kind:?} {end:?} {attempts:?}");
+            assert_eq!((response.status().as_u16(), peer.ended()), (200, STALE), "{case}");
+            assert_eq!((attempts.made, attempts.waited), (6, Duration::ZERO), "{case}");
+            assert_eq!(circuit.state(), State::Closed, "{case}");
+            // No retry was charged: six calls have paid in a tenth each.
+            assert!((0.599..0.601).contains(&budget.balance()), "{case}: {}", budget.balance());
+        }
+    }
+}
+
+/// The server may have seen it.
+#[tokio::test]
+async fn a_stale_connection_loses_a_post_and_is_neutral() {
+    for kind in KINDS {
+        for end in ENDS {
+            let peer = peer::goes_stale(1, end).await;
+            let breaker = touchy();
+            let circuit = breaker.handle();
+            let client = stack(&RetryBudget::default(), breaker, kind.http1());
+            soon(client.clone().oneshot(request(Method::GET, peer.addr))).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let post = request(Method::POST, peer.addr);
+            let Err(error) = soon(client.oneshot(post)).await else { panic!("responded") };
+            let (attempts, outcome) =
+                (Attempts::find(&*error).unwrap(), Outcome::of_error(&*error));
+            let case = format!("{kind:?} {end:?}: {error:?}");
+            assert_eq!((attempts.made, attempts.stop), (1, Stop::Unsafe), "{case}");
+            assert!(outcome.is_housekeeping(), "{case}");
+            match kind {
+                Kind::Connect => assert_eq!(outcome.reason(), Reason::StaleConnection, "{case}"),
+                Kind::HyperUtil | Kind::Reqwest => assert!(
+                    matches!(outcome.reason(), Reason::StaleConnection | Reason::Reset),
+                    "{case}"
+                ),
+            }
+            assert_eq!((circuit.state(), peer.ended()), (State::Closed, 1), "{case}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_ends_every_connection_opens_the_circuit() {
+    for kind in KINDS {
+        for end in ENDS {
+            for peer in [peer::ends_all(end).await, peer::ends_at_once(end).await] {
+                let breaker = CircuitBreakerLayer::http();
+                let circuit = breaker.handle();
+                let client = breaker.layer(kind.http1());
+                for call in 1..=5 {
+                    assert_eq!(circuit.state(), State::Closed, "{kind:?} {end:?}: call {call}");
+                    let get = request(Method::GET, peer.addr);
+                    soon(client.clone().oneshot(get)).await.unwrap_err();
+                }
+                assert_eq!(circuit.state(), State::Open, "{kind:?} {end:?}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_new_connection_that_breaks_is_a_failure_where_it_is_known() {
+    for end in ENDS {
+        let peer = peer::responds_once(end).await;
+        for (kind, opens) in [(Kind::Connect, true), (Kind::HyperUtil, false)] {
+            let breaker = CircuitBreakerLayer::http();
+            let circuit = breaker.handle();
+            let client = kind.http1();
+            let stack = breaker.layer(client.clone());
+            peer.is_to_work(true);
+            soon(stack.clone().oneshot(request(Method::GET, peer.addr))).await.unwrap();
+            peer.is_to_work(false);
+            let outcome = Outcome::of_error(&*fails(&client, Method::GET, peer.addr).await);
+            assert!(outcome.is_housekeeping(), "{kind:?}: this connection was reused");
+            for _ in 0..5 {
+                let get = request(Method::GET, peer.addr);
+                let error = soon(stack.clone().oneshot(get)).await.unwrap_err();
+                let outcome = Outcome::of_error(&*error);
+                assert_eq!(outcome.is_failure(), opens, "{kind:?} {end:?}: {error:?}");
+                if opens {
+                    assert_eq!(outcome.reason(), Reason::Reset);
+                    assert_eq!(outcome.kind(), OutcomeKind::Failure);
+                }
+            }
+            let state = if opens { State::Open } else { State::Closed };
+            assert_eq!(circuit.state(), state, "{kind:?} {end:?}");
+        }
+    }
+}
+
+/// hyper-util's own error stays in the chain.
+#[tokio::test]
+async fn the_client_s_own_error_is_among_the_sources() {
+    let peer = peer::ends_all(peer::End::Fin).await;
+    let error = fails(&Kind::Connect.http1(), Method::GET, peer.addr).await;
+    assert_eq!(error.to_string(), "request failed on a new connection");
+    let source = error.source().unwrap();
+    assert!(source.is::<hyper_util::client::legacy::Error>(), "{error:?}");
+    until(|| peer.connections() == 1).await;
+}

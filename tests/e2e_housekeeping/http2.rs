@@ -1,0 +1,197 @@
+//! HTTP/2: GOAWAY, refused and reset streams, connections that break.
+
+use std::time::Duration;
+
+use buttress::{
+    Attempts, Outcome, RetryBudget,
+    breaker::State,
+    call::{OutcomeKind, Reason},
+    retry::Stop,
+};
+use futures_util::future::join;
+use http::Method;
+use tower::{Layer, ServiceExt};
+
+use crate::{
+    Kind, fails,
+    net::soon,
+    peer::{self, ENDS, End, Second},
+    request, rpc, stack, touchy,
+};
+
+const NO_ERROR: u32 = 0;
+const INTERNAL_ERROR: u32 = 2;
+const REFUSED_STREAM: u32 = 7;
+const CANCEL: u32 = 8;
+const ENHANCE_YOUR_CALM: u32 = 11;
+
+/// What the server does, how it counts, and whether a POST is retried.
+const ROWS: [(Second, OutcomeKind, Reason, bool); 7] = [
+    (Second::GoAway(NO_ERROR), OutcomeKind::Cancelled, Reason::GoAway, true),
+    (Second::GoAway(ENHANCE_YOUR_CALM), OutcomeKind::Failure, Reason::GoAway, true),
+    (Second::Reset(REFUSED_STREAM), OutcomeKind::Cancelled, Reason::RefusedStream, true),
+    (Second::Reset(INTERNAL_ERROR), OutcomeKind::Failure, Reason::Reset, false),
+    (Second::Reset(CANCEL), OutcomeKind::Failure, Reason::Reset, false),
+    (Second::Close(End::Fin), OutcomeKind::Cancelled, Reason::StaleConnection, false),
+    (Second::Close(End::Rst), OutcomeKind::Cancelled, Reason::StaleConnection, false),
+];
+
+const KINDS: [Kind; 2] = [Kind::HyperUtil, Kind::Connect];
+
+#[tokio::test]
+async fn what_a_server_does_to_a_stream_is_classified_by_its_code() {
+    for kind in KINDS {
+        for (second, expected, reason, _) in ROWS {
+            let peer = peer::http2(second).await;
+            let client = kind.http2();
+            soon(client.clone().oneshot(request(Method::GET, peer.addr))).await.unwrap();
+            let error = fails(&client, Method::GET, peer.addr).await;
+            let outcome = Outcome::of_error(&*error);
+            let reason = match (kind, reason) {
+                // Not known to be reused.
+                (Kind::HyperUtil, Reason::StaleConnection) => Reason::Reset,
+                _ => reason,
+            };
+            let found = (outcome.kind(), outcome.reason());
+            assert_eq!(found, (expected, reason), "{kind:?} {second:?}: {error:?}");
+            assert_eq!(peer.ended(), 1);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_stream_is_retried_by_what_the_server_did_to_it() {
+    for kind in KINDS {
+        for (second, expected, _, post) in ROWS {
+            for (method, retried) in [(Method::GET, true), (Method::POST, post)] {
+                let peer = peer::http2(second).await;
+                let breaker = touchy();
+                let (circuit, budget) = (breaker.handle(), RetryBudget::with(1.0, 0, 9));
+                // A circuit that opens would end the retries.
+                circuit.shadow(true);
+                let client = stack(&budget, breaker, kind.http2());
+                soon(client.clone().oneshot(request(Method::GET, peer.addr))).await.unwrap();
+                let result = soon(client.oneshot(request(method.clone(), peer.addr))).await;
+                let case = format!("{kind:?} {second:?} {method}");
+                match result {
+                    Ok(response) => assert_eq!(Attempts::of(&response).made, 2, "{case}"),
+                    Err(error) => {
+                        assert_eq!(Attempts::find(&*error).unwrap().stop, Stop::Unsafe, "{case}");
+                        assert!(!retried, "{case}");
+                    }
+                }
+                assert_eq!(peer.ended(), 1, "{case}");
+                let is_failure = expected == OutcomeKind::Failure;
+                let opened = circuit.snapshot().opened > 0;
+                assert_eq!(opened, is_failure, "{case}");
+                // A GOAWAY with an error code is retried transparently all the same.
+                let is_charged = retried && is_failure && !post;
+                assert_eq!(budget.balance(), if is_charged { 1.0 } else { 2.0 }, "{case}");
+            }
+        }
+    }
+}
+
+/// A breaker right over tonic's channel, whose error type is its own.
+#[tokio::test]
+async fn a_tonic_channel_is_classified_alike() {
+    for (second, expected, ..) in ROWS {
+        let peer = peer::http2(second).await;
+        let breaker = touchy();
+        let circuit = breaker.handle();
+        let client = breaker.layer(rpc::channel(peer.addr));
+        let call = || {
+            let mut request = request::<tonic::body::Body>(Method::POST, peer.addr);
+            *request.version_mut() = http::Version::HTTP_2;
+            soon(client.clone().oneshot(request))
+        };
+        call().await.unwrap();
+        let Err(error) = call().await else { panic!("{second:?}: responded") };
+        let state = match expected {
+            OutcomeKind::Failure => State::Open,
+            _ => State::Closed,
+        };
+        assert_eq!((circuit.state(), peer.ended()), (state, 1), "{second:?}: {error:?}");
+        if state == State::Closed {
+            call().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_new_connection_that_breaks_is_a_failure() {
+    for end in ENDS {
+        let peer = peer::http2_ends_all(end).await;
+        let error = fails(&Kind::Connect.http2(), Method::GET, peer.addr).await;
+        let outcome = Outcome::of_error(&*error);
+        let found = (outcome.kind(), outcome.reason());
+        assert_eq!(found, (OutcomeKind::Failure, Reason::Reset), "{end:?}: {error:?}");
+    }
+}
+
+/// So does a TLS handshake that fails, and a connection that is refused.
+#[tokio::test]
+async fn an_http2_handshake_that_fails_is_a_failure() {
+    for kind in KINDS {
+        for end in ENDS {
+            let peer = peer::ends_at_once(end).await;
+            let breaker = buttress::CircuitBreakerLayer::http();
+            let circuit = breaker.handle();
+            let client = breaker.layer(kind.http2());
+            for _ in 0..5 {
+                let get = request(Method::GET, peer.addr);
+                soon(client.clone().oneshot(get)).await.unwrap_err();
+            }
+            assert_eq!(circuit.state(), State::Open, "{kind:?} {end:?}");
+        }
+    }
+}
+
+/// hyper counts it among the errors of its user.
+#[tokio::test]
+async fn a_dispatch_task_that_is_gone_is_a_reset_and_is_retried() {
+    for kind in KINDS {
+        for retries in [false, true] {
+            let peer =
+                peer::http2_goes_away_from_a_waiting_request(Duration::from_millis(100)).await;
+            let (bare, breaker) = (kind.http2(), touchy());
+            let circuit = breaker.handle();
+            let client = stack(&RetryBudget::default(), breaker, bare.clone());
+            soon(client.clone().oneshot(request(Method::GET, peer.addr))).await.unwrap();
+            // It holds the only stream.
+            let second = bare.clone().oneshot(request(Method::GET, peer.addr));
+            let case = format!("{kind:?}");
+            if retries {
+                let third = async {
+                    tokio::time::sleep(Duration::from_millis(30)).await;
+                    client.oneshot(request(Method::GET, peer.addr)).await
+                };
+                let (_, response) = soon(join(second, third)).await;
+                let attempts = Attempts::of(&response.unwrap());
+                assert_eq!((attempts.made, attempts.stop), (2, Stop::Answered), "{case}");
+                assert!(attempts.each()[0].outcome.is_housekeeping(), "{case}: {attempts:?}");
+                assert_eq!(circuit.state(), State::Closed, "{case}");
+            } else {
+                let third = async {
+                    tokio::time::sleep(Duration::from_millis(30)).await;
+                    fails(&bare, Method::GET, peer.addr).await
+                };
+                let (_, error) = soon(join(second, third)).await;
+                let mut chain = std::iter::successors(error.source(), |error| error.source());
+                let hyper = chain.find_map(|error| error.downcast_ref::<hyper::Error>()).unwrap();
+                assert_eq!(hyper.to_string(), "dispatch task is gone", "{case}");
+                let reason = match kind {
+                    Kind::Connect => Reason::StaleConnection,
+                    _ => Reason::Reset,
+                };
+                let outcome = Outcome::of_error(&*error);
+                assert_eq!(
+                    (outcome.kind(), outcome.reason()),
+                    (OutcomeKind::Cancelled, reason),
+                    "{case}"
+                );
+            }
+            assert_eq!(peer.ended(), 1, "{case}");
+        }
+    }
+}

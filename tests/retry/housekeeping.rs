@@ -1,0 +1,123 @@
+//! Connection housekeeping: retried at once, without an attempt or a budget to pay for it.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering::SeqCst},
+};
+
+use buttress::{
+    Backoff, Outcome, RetryBudget, RetryLayer,
+    call::Reason,
+    retry::{FailureKind, Preset},
+};
+use tokio::time::Instant;
+use tower::{Layer, ServiceExt, service_fn};
+
+use crate::kit::*;
+
+const ALL: [Reason; 5] = [
+    Reason::NeverSent,
+    Reason::RefusedStream,
+    Reason::GoAway,
+    Reason::StaleConnection,
+    Reason::Reset,
+];
+
+fn housekeeping(reason: Reason) -> Outcome {
+    Outcome::cancelled().because(reason)
+}
+
+/// One call whose attempts end with these outcomes, the last one over and over: whether it succeeds, and how many
+/// attempts it makes.
+async fn call(layer: RetryLayer, outcomes: Vec<Outcome>) -> (bool, usize) {
+    let made = Arc::new(AtomicUsize::new(0));
+    let counter = made.clone();
+    let layer =
+        layer.classify(|result: Result<&Outcome, &Outcome>| *result.unwrap_or_else(|error| error));
+    let service = layer.layer(service_fn(move |()| {
+        let outcome = outcomes[counter.fetch_add(1, SeqCst).min(outcomes.len() - 1)];
+        async move { if outcome.is_success() { Ok(outcome) } else { Err(outcome) } }
+    }));
+    (service.oneshot(()).await.is_ok(), made.load(SeqCst))
+}
+
+fn layer(budget: &RetryBudget) -> RetryLayer {
+    let backoff = Backoff::constant(ms(100)).without_jitter();
+    RetryLayer::http().backoff(backoff).budget(budget.clone())
+}
+
+#[tokio::test(start_paused = true)]
+async fn five_in_a_row_cost_neither_time_nor_attempts_nor_budget() {
+    for reason in ALL {
+        let (budget, start) = (RetryBudget::with(0.1, 0, 1), Instant::now());
+        let mut outcomes = vec![housekeeping(reason); 5];
+        outcomes.push(Outcome::success());
+        assert_eq!(call(layer(&budget).attempts(1), outcomes).await, (true, 6), "{reason}");
+        assert_eq!((start.elapsed(), budget.balance(), budget.denied()), (ms(0), 0.1, 0));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn beyond_five_the_ordinary_rules_apply() {
+    for reason in ALL {
+        let (budget, start) = (purse(9), Instant::now());
+        let outcomes = vec![housekeeping(reason)];
+        assert_eq!(call(layer(&budget), outcomes).await, (false, 5 + 3), "{reason}");
+        assert!((ms(200)..ms(203)).contains(&start.elapsed()), "{reason}: two waits");
+        assert_eq!(budget.balance(), 7.0, "{reason}: two retries");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn five_in_total_and_not_five_in_a_row() {
+    let (stale, failed) = (housekeeping(Reason::StaleConnection), Outcome::failure());
+    let mut outcomes = vec![stale, stale, stale, failed, stale, stale, failed];
+    outcomes.push(Outcome::success());
+    // Two failures are retried, and the five others for nothing.
+    assert_eq!(call(layer(&purse(9)), outcomes).await, (true, 8));
+    let outcomes = vec![stale, stale, stale, failed, stale, stale, failed, stale];
+    assert_eq!(call(layer(&purse(9)), outcomes).await, (false, 8));
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_cancelled_outcome_is_not_retried() {
+    for reason in [Reason::Dropped, Reason::Caller, Reason::Reported] {
+        assert_eq!(call(layer(&purse(9)), vec![housekeeping(reason)]).await, (false, 1));
+    }
+}
+
+/// AWS's budget repays a good response what the last retry has cost, which a transparent retry leaves as it is.
+#[tokio::test(start_paused = true)]
+async fn a_transparent_retry_makes_neither_a_withdrawal_nor_a_deposit() {
+    let stale = housekeeping(Reason::StaleConnection);
+    let budget = RetryBudget::aws();
+    let outcomes = vec![Outcome::failure(), stale, Outcome::success()];
+    assert_eq!(call(layer(&budget), outcomes).await, (true, 3));
+    assert_eq!(budget.balance(), 500.0);
+    // gRPC's takes a token for each failure.
+    let budget = RetryBudget::grpc(10, 0.1);
+    let outcomes = vec![stale, stale, Outcome::failure(), Outcome::success()];
+    assert_eq!(call(layer(&budget), outcomes).await, (true, 4));
+    assert_eq!(budget.balance(), 9.1);
+}
+
+/// Also where it is not retried.
+#[tokio::test(start_paused = true)]
+async fn housekeeping_that_is_not_retried_is_no_failure_to_a_budget() {
+    let budget = RetryBudget::grpc(10, 0.1);
+    let layer = layer(&budget).at_most(FailureKind::Read, 0);
+    let outcomes = vec![housekeeping(Reason::StaleConnection)];
+    assert_eq!(call(layer, outcomes).await, (false, 1));
+    assert_eq!(budget.balance(), 10.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn presets_but_grpc_s_retry_five_times() {
+    for (preset, transparent) in
+        [(Preset::Aws, 5), (Preset::Envoy, 5), (Preset::Finagle, 5), (Preset::Grpc, 1)]
+    {
+        let layer = RetryLayer::http().preset(preset).attempts(1);
+        let outcomes = vec![housekeeping(Reason::StaleConnection)];
+        assert_eq!(call(layer, outcomes).await, (false, 1 + transparent), "{preset:?}");
+    }
+}
