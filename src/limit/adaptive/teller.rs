@@ -12,7 +12,7 @@ use std::{
 
 use super::{Algorithm, Change, Reason, Sample};
 use crate::{
-    call::{Clock, Outcome, OutcomeKind, Reason as Why, Token},
+    call::{Clock, Nanos, Outcome, OutcomeKind, Reason as Why, Token},
     event,
 };
 
@@ -31,6 +31,9 @@ struct State {
 
 /// A call that has been heard, or that nobody listens to.
 const HEARD: u64 = 0;
+
+/// Set in a token's time once the time is the latency to the response head, and not when the call began.
+const IS_LATENCY: u64 = 1 << 63;
 
 impl Teller {
     pub(in crate::limit) fn new(algorithm: impl Algorithm) -> Self {
@@ -78,7 +81,9 @@ impl Teller {
         Token { tag: in_flight.into(), started: self.clock.now() }
     }
 
-    /// The head is here, which is what is measured unless the end is.
+    /// Records a call at its response head, where latency is measured, unless it is measured to the end of the body.
+    ///
+    /// If the trailers decide the outcome, the call is recorded at its end, with the latency to its head.
     pub(in crate::limit) fn head(
         &self,
         token: &mut Token,
@@ -86,6 +91,12 @@ impl Teller {
         apply: impl FnOnce(u32),
     ) -> bool {
         if self.to_the_end.load(Ordering::Relaxed) {
+            return false;
+        }
+        if so_far.kind() == OutcomeKind::Cancelled {
+            if token.tag != HEARD {
+                token.started = IS_LATENCY | Self::latency(*token, self.clock.now());
+            }
             return false;
         }
         let heard = mem::replace(&mut token.tag, HEARD);
@@ -106,7 +117,7 @@ impl Teller {
         let now = self.clock.now();
         let sample = Sample {
             now: Duration::from_nanos(now),
-            latency: Duration::from_nanos(now.saturating_sub(token.started)),
+            latency: Duration::from_nanos(Self::latency(token, now)),
             in_flight: u32::try_from(token.tag).unwrap_or(u32::MAX),
             dropped,
         };
@@ -117,6 +128,13 @@ impl Teller {
         drop(state);
         event!(DEBUG, limit = change.limit, reason = change.reason.as_str(), "limit changed");
         true
+    }
+
+    fn latency(token: Token, now: Nanos) -> Nanos {
+        match token.started {
+            latency if latency & IS_LATENCY != 0 => latency & !IS_LATENCY,
+            started => now.saturating_sub(started),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
