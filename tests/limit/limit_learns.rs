@@ -165,6 +165,19 @@ async fn a_grpc_call_is_recorded_with_its_trailers_and_the_latency_to_its_head()
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_limit_that_releases_at_the_head_records_a_grpc_call_there() {
+    let (spy, layer, service, watch) = limit();
+    let _ = layer.release_at_head();
+    let mut call = hold(&service);
+    advance(30 * MS).await;
+    watch.end(0, Ok(grpc([Piece::data("a"), Piece::Trailers(trailers("14"))])));
+    let response = assert_ready_ok!(call.poll());
+    assert_eq!(spy.heard(), [(30, 1, false)]);
+    read(response.into_body()).await.unwrap();
+    assert_eq!(spy.heard(), []);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_change_is_applied_and_lets_waiters_in() {
     let (spy, layer, service, watch) = limit();
     let mut calls: Vec<_> = (0..5).map(|_| hold(&service)).collect();

@@ -39,9 +39,9 @@
 //! of the body instead: for streams, whose places are held for much longer than their heads take. There each
 //! place that comes free lets in a call whose head is quick or slow by chance, and the limit wanders far below
 //! what can be served. A gRPC call whose status comes in the trailers is heard when they arrive, with the latency to its
-//! head. Responses that ask for less (429, 503, 504, `RESOURCE_EXHAUSTED`, `UNAVAILABLE`,
-//! `DEADLINE_EXCEEDED`), timeouts and refused streams are drops. Cancelled calls say nothing and are not
-//! heard, nor are other failures: an answer that fails fast must not look like a fast answer.
+//! head. Responses that ask for less (429, 529, 503, 504, `RESOURCE_EXHAUSTED`, `UNAVAILABLE`,
+//! `DEADLINE_EXCEEDED`; see [`Http`](crate::call::Http)), timeouts and refused streams are drops. Cancelled calls say
+//! nothing and are not heard, nor are other failures: an answer that fails fast must not look like a fast answer.
 
 mod aimd;
 mod bounds;
