@@ -4,13 +4,31 @@
 mod net;
 mod rpc;
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use buttress::{
-    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Rejected, RespondLayer, RetryLayer, Trip,
-    breaker::State, call::RejectedKind,
+    Backoff, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Rejected, RespondLayer,
+    RetryLayer, Trip, breaker::State, call::RejectedKind,
 };
-use net::{nobody, soon, until};
+use bytes::Bytes;
+use futures_util::stream;
+use http::{HeaderMap, Request, Response};
+use http_body::Frame;
+use http_body_util::{BodyExt, StreamBody};
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+};
+use net::{listener, nobody, soon, until};
 use rpc::{Obedient, ask, channel, incoming};
 use tonic::{
     Code, Status,
@@ -324,4 +342,105 @@ async fn an_interceptor_goes_around_a_client_s_stack() {
     stopped.metadata_mut().insert("stop", "1".parse().unwrap());
     assert_eq!(soon(client.check(stopped)).await.unwrap_err().code(), Code::Cancelled);
     assert_eq!(handle.in_flight(), 0);
+}
+
+// ===== An HTTP server that does not speak gRPC =====
+
+/// Answers the first calls as an HTTP proxy does whose backend is away: with this status and this page of HTML. Every
+/// later call gets a gRPC response.
+async fn proxy(failures: usize, status: u16, html: &'static str) -> (SocketAddr, Arc<AtomicUsize>) {
+    let (listener, addr) = listener().await;
+    let calls = Arc::new(AtomicUsize::new(0));
+    let counted = calls.clone();
+    tokio::spawn(async move {
+        loop {
+            let (socket, _) = listener.accept().await.unwrap();
+            let calls = counted.clone();
+            tokio::spawn(async move {
+                let service = service_fn(move |request: Request<Incoming>| {
+                    let calls = calls.clone();
+                    async move {
+                        request.into_body().collect().await?;
+                        let call = calls.fetch_add(1, Ordering::SeqCst) + 1;
+                        let response =
+                            if call <= failures { page(status, html) } else { serving() };
+                        Ok::<_, hyper::Error>(response)
+                    }
+                });
+                let server = auto::Builder::new(TokioExecutor::new());
+                let _ = server.serve_connection(TokioIo::new(socket), service).await;
+            });
+        }
+    });
+    (addr, calls)
+}
+
+type Frames = StreamBody<stream::Iter<std::vec::IntoIter<Result<Frame<Bytes>, Infallible>>>>;
+
+fn page(status: u16, html: &'static str) -> Response<Frames> {
+    let html = (!html.is_empty()).then(|| Ok(Frame::data(Bytes::from_static(html.as_bytes()))));
+    let frames = StreamBody::new(stream::iter(html.into_iter().collect::<Vec<_>>()));
+    let response = Response::builder().status(status).header("content-type", "text/html");
+    response.body(frames).unwrap()
+}
+
+fn serving() -> Response<Frames> {
+    // `HealthCheckResponse { status: SERVING }`.
+    let message = Frame::data(Bytes::from_static(&[0, 0, 0, 0, 2, 8, 1]));
+    let ok = HeaderMap::from_iter([("grpc-status".parse().unwrap(), 0.into())]);
+    let frames = StreamBody::new(stream::iter(vec![Ok(message), Ok(Frame::trailers(ok))]));
+    Response::builder().header("content-type", "application/grpc").body(frames).unwrap()
+}
+
+/// The layers of a client in their order, over a channel.
+macro_rules! retrying_client {
+    ($addr:expr, $breaker:expr) => {
+        HealthClient::new(
+            ServiceBuilder::new()
+                .layer(RespondLayer::new())
+                .layer(RetryLayer::grpc().backoff(Backoff::constant(Duration::from_millis(1))))
+                .layer($breaker)
+                .layer(MapRequestBodyLayer::new(tonic::body::Body::new))
+                .service(channel($addr)),
+        )
+    };
+}
+
+#[tokio::test]
+async fn http_503_with_html_for_a_tonic_call_is_unavailable_and_retried() {
+    const HTML: &str = "<h1>no backend</h1>";
+    let (addr, calls) = proxy(2, 503, HTML).await;
+    let breaker = CircuitBreakerLayer::http();
+    let state = breaker.handle();
+    let response = soon(retrying_client!(addr, breaker).check(ask(""))).await.unwrap();
+    assert_eq!((response.into_inner().status, calls.load(Ordering::SeqCst)), (1, 3));
+    until(|| state.snapshot().seen.consecutive_failures == 0).await;
+    assert_eq!(state.state(), State::Closed);
+
+    let (addr, calls) = proxy(usize::MAX, 503, HTML).await;
+    let breaker = CircuitBreakerLayer::http();
+    let state = breaker.handle();
+    let failed = soon(retrying_client!(addr, breaker).check(ask(""))).await.unwrap_err();
+    // tonic takes the page for a malformed message; the layers have classified the head.
+    assert_eq!((failed.code(), calls.load(Ordering::SeqCst)), (Code::Internal, 3));
+    assert_eq!(state.snapshot().seen.consecutive_failures, 3);
+}
+
+#[tokio::test]
+async fn layers_map_http_statuses_to_the_codes_that_tonic_maps_them_to() {
+    for (status, code, attempts, failures) in [
+        (400, Code::Internal, 1, 1),
+        (401, Code::Unauthenticated, 1, 0),
+        (404, Code::Unimplemented, 1, 0),
+        (429, Code::Unavailable, 3, 0),
+        (500, Code::Unknown, 1, 1),
+        (504, Code::Unavailable, 3, 3),
+    ] {
+        let (addr, calls) = proxy(usize::MAX, status, "").await;
+        let breaker = CircuitBreakerLayer::http();
+        let state = breaker.handle();
+        let failed = soon(retrying_client!(addr, breaker).check(ask(""))).await.unwrap_err();
+        assert_eq!((failed.code(), calls.load(Ordering::SeqCst)), (code, attempts), "{status}");
+        assert_eq!(state.snapshot().seen.consecutive_failures, failures, "{status}");
+    }
 }

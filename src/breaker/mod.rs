@@ -50,10 +50,12 @@
 //! | success | counted; ends a run of failures | one probe passed |
 //! | success, but slow | counted, also as slow | one probe failed |
 //! | failure | counted | one probe failed |
-//! | throttled (429, `RESOURCE_EXHAUSTED`) | not counted | one probe failed |
+//! | throttled (429, 529, `RESOURCE_EXHAUSTED`) | not counted | one probe failed |
 //! | cancelled, or refused further in | not counted | gives its slot back |
 //! | cancelled after it had been slow | counted as slow | one probe failed |
 //! | [connection housekeeping](#connection-housekeeping) | not counted | releases its slot |
+//!
+//! [`Http`](crate::call::Http) has the table of which response is which outcome. All layers share it.
 //!
 //! Thresholds are inclusive, and so are the ends of waits and leases. A result that belongs to an earlier
 //! state changes nothing: a straggler admitted before the trip cannot close the circuit, nor open it again.
@@ -182,8 +184,8 @@
 //!
 //! A bad head counts at once. After a good one the call ends with its body: one that breaks off is a
 //! failure, and so is a gRPC stream whose trailers say so. A good plain answer that nobody reads is a
-//! success; a gRPC stream dropped before its status is cancelled. How long a call took is the time to its
-//! head.
+//! success; a gRPC stream dropped before its status is cancelled, unless its HTTP status is an error. How long
+//! a call took is the time to its head.
 //!
 //! # Cancellation
 //!

@@ -104,8 +104,8 @@ pub(crate) enum Eos {
     Told,
     /// Nothing more: the head has said it all.
     Plain(Outcome),
-    /// The gRPC status in the trailers.
-    Grpc,
+    /// The `grpc-status` in the trailers decides, or this outcome if there is none.
+    Grpc(Outcome),
     /// A classifier that wants to see the trailers.
     #[cfg(feature = "tower-http")]
     Custom(Box<JudgeTrailers>),
@@ -116,30 +116,55 @@ impl Eos {
         match std::mem::replace(self, Self::Told) {
             Self::Told => Outcome::success(),
             Self::Plain(outcome) => outcome,
-            Self::Grpc => grpc::end(trailers),
+            Self::Grpc(missing) => trailers.and_then(grpc::status).unwrap_or(missing),
             #[cfg(feature = "tower-http")]
             Self::Custom(judge) => judge(trailers),
         }
     }
 
-    /// The outcome of a body that breaks off.
-    fn error(&mut self) -> Outcome {
+    /// The outcome of a body that fails.
+    pub(crate) fn error(&mut self) -> Outcome {
         match std::mem::replace(self, Self::Told) {
             Self::Plain(outcome) if !outcome.is_success() => outcome,
+            // The head was an error already.
+            Self::Grpc(mapped) if !mapped.is_success() && !is_missing(mapped) => mapped,
             _ => Outcome::failure().because(Reason::Body),
         }
     }
 
-    /// What is known when the head is here, and what a drop means from then on.
-    ///
-    /// A good plain answer that nobody reads is a success; a stream whose status is yet to come is
-    /// cancelled.
+    /// The outcome as far as the head decides it. Cancelled: the end of the body decides.
     pub(crate) fn so_far(&self) -> Outcome {
         match self {
             Self::Plain(outcome) => *outcome,
             _ => Outcome::cancelled(),
         }
     }
+
+    /// The outcome where the end of the body is not waited for: a response that has begun is a success.
+    pub(crate) fn begun(&self) -> Outcome {
+        match self {
+            Self::Plain(outcome) => *outcome,
+            Self::Grpc(mapped) if !is_missing(*mapped) => *mapped,
+            _ => Outcome::success(),
+        }
+    }
+
+    /// The outcome of a body that is dropped before its end.
+    ///
+    /// A plain success that is not read stays a success. A gRPC response with HTTP status 200 is cancelled, because its
+    /// status is not known. With another HTTP status its outcome is the mapped one: such responses rarely have trailers.
+    pub(crate) fn dropped(&self) -> Outcome {
+        match self {
+            Self::Plain(outcome) => *outcome,
+            Self::Grpc(mapped) if !is_missing(*mapped) => *mapped,
+            _ => Outcome::cancelled(),
+        }
+    }
+}
+
+/// Whether nothing is known of a gRPC response before its trailers.
+fn is_missing(outcome: Outcome) -> bool {
+    outcome.reason() == Reason::MissingStatus
 }
 
 impl<B: Body> TrackedBody<B> {
@@ -157,7 +182,7 @@ impl<B: Body> TrackedBody<B> {
         if self.inner.is_end_stream() {
             permit.end(eos.end(None));
         } else {
-            permit.end_dropped_as(eos.so_far());
+            permit.end_dropped_as(eos.dropped());
         }
         (self.permit, self.eos) = (permit, eos);
     }

@@ -1,6 +1,6 @@
-//! What a gRPC status means, in the head or in the trailers.
+//! gRPC: which calls are gRPC, and the outcome of a gRPC status in the head, in the trailers, or mapped from HTTP's.
 
-use http::{HeaderMap, header};
+use http::{HeaderMap, Method, StatusCode, header};
 
 use super::{Outcome, OutcomeKind, Reason, hint};
 
@@ -8,15 +8,24 @@ pub(crate) const STATUS: &str = "grpc-status";
 pub(crate) const MESSAGE: &str = "grpc-message";
 
 const CANCELLED: u16 = 1;
-const UNKNOWN: u16 = 2;
+pub(crate) const UNKNOWN: u16 = 2;
 pub(crate) const DEADLINE_EXCEEDED: u16 = 4;
+const PERMISSION_DENIED: u16 = 7;
 pub(crate) const RESOURCE_EXHAUSTED: u16 = 8;
 pub(crate) const UNIMPLEMENTED: u16 = 12;
 const INTERNAL: u16 = 13;
 pub(crate) const UNAVAILABLE: u16 = 14;
 const DATA_LOSS: u16 = 15;
+const UNAUTHENTICATED: u16 = 16;
 
-/// Whether a message of these headers is gRPC (or gRPC-Web).
+/// Whether a request with this method and these headers is a gRPC call.
+#[inline]
+pub(crate) fn is_grpc_call(method: &Method, headers: &HeaderMap) -> bool {
+    // The method first: comparing it is cheaper than looking a header up.
+    *method == Method::POST && is_grpc(headers)
+}
+
+/// Whether the content type is that of gRPC or gRPC-Web.
 #[inline]
 pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
     headers
@@ -24,7 +33,7 @@ pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
         .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
 }
 
-/// Whether the trailers of this gRPC answer are in its body, where they are not looked for.
+/// Whether the content type is that of gRPC-Web, which carries the trailers in the body. The body is not parsed.
 pub(crate) fn is_grpc_web(headers: &HeaderMap) -> bool {
     headers
         .get(header::CONTENT_TYPE)
@@ -33,27 +42,53 @@ pub(crate) fn is_grpc_web(headers: &HeaderMap) -> bool {
 
 /// The outcome that a `grpc-status` in `headers` gives, if there is one.
 pub(crate) fn status(headers: &HeaderMap) -> Option<Outcome> {
-    let outcome = of_code(code(headers)?);
-    match (outcome.kind(), hint::retry_after(headers)) {
-        (OutcomeKind::Failure | OutcomeKind::Throttled, Some(after)) => {
-            Some(outcome.with_retry_after(after))
-        }
-        _ => Some(outcome),
+    Some(with_hint(of_code(code(headers)?), headers))
+}
+
+fn with_hint(outcome: Outcome, headers: &HeaderMap) -> Outcome {
+    match outcome.kind() {
+        OutcomeKind::Failure | OutcomeKind::Throttled => match hint::retry_after(headers) {
+            Some(after) => outcome.with_retry_after(after),
+            None => outcome,
+        },
+        OutcomeKind::Success | OutcomeKind::Cancelled => outcome,
     }
 }
 
-/// The outcome of an answer that ends with these trailers.
-pub(crate) fn end(trailers: Option<&HeaderMap>) -> Outcome {
-    trailers.and_then(status).unwrap_or_else(|| Outcome::failure().because(Reason::MissingStatus))
+/// The outcome of a response that may carry its `grpc-status` in the trailers, and does not.
+pub(crate) fn missing_status(status: StatusCode, headers: &HeaderMap) -> Outcome {
+    if status == StatusCode::OK {
+        return Outcome::failure().because(Reason::MissingStatus);
+    }
+    of_http_status(status, headers)
 }
 
-/// The `grpc-status` in `headers`, if there is one. What is no number is `UNKNOWN`, as the protocol has it.
+/// The outcome of a response without a `grpc-status`: the table of gRPC's `doc/http-grpc-status-mapping.md`.
+///
+/// 429 and 529 are throttled, although the table has no code for that.
+pub(crate) fn of_http_status(status: StatusCode, headers: &HeaderMap) -> Outcome {
+    let code = match status.as_u16() {
+        400 => INTERNAL,
+        401 => UNAUTHENTICATED,
+        403 => PERMISSION_DENIED,
+        404 => UNIMPLEMENTED,
+        429 | 502 | 503 | 504 => UNAVAILABLE,
+        _ => UNKNOWN,
+    };
+    let outcome = match status.as_u16() {
+        429 | 529 => Outcome::throttled().because(Reason::GrpcStatus).with_code(code),
+        _ => of_code(code),
+    };
+    with_hint(outcome, headers)
+}
+
+/// The `grpc-status` in `headers`, if there is one. A value that is not a number is `UNKNOWN`, as the protocol requires.
 pub(crate) fn code(headers: &HeaderMap) -> Option<u16> {
     let text = headers.get(STATUS)?.to_str().ok();
     Some(text.and_then(|text| text.trim().parse().ok()).unwrap_or(UNKNOWN))
 }
 
-/// Codes that speak of the server are failures; those that speak of the request are answers.
+/// A code that describes the server is a failure. A code that describes the request is a regular response.
 fn of_code(code: u16) -> Outcome {
     let outcome = match code {
         CANCELLED => Outcome::cancelled(),

@@ -1,50 +1,71 @@
-//! What an HTTP answer or an error means: the rule of [`Http`](super::Http).
+//! The outcome of an HTTP response head or of an error: the rules of [`Http`](super::Http).
 
 use std::{any::Any, error::Error, io};
 
-use http::{HeaderMap, StatusCode};
+use http::{Extensions, HeaderMap, StatusCode};
 
 use super::{
     DeadlineSource, Outcome, Phase, Reason, Rejected, RejectedKind, body::Eos, grpc, hint,
 };
 use crate::{BoxError, error};
 
-/// What a response head says.
-pub(crate) enum Head {
-    /// It is over: this is the outcome, whatever the body does.
-    Certain(Outcome),
-    /// Well so far: the end of the body decides.
-    Good(Eos),
-}
-
-/// Judges a head: 5xx but 501 and 505 is a failure, 429 is throttled, gRPC is what its status says.
+/// Whether a response head is a success by itself: 2xx, and the call is not gRPC.
 #[inline]
-pub(crate) fn head<B>(response: &http::Response<B>) -> Head {
-    let (status, headers) = (response.status(), response.headers());
-    if status.is_success() && !grpc::is_grpc(headers) {
-        return Head::Good(Eos::Plain(Outcome::success()));
-    }
-    if let Some(refused) = response.extensions().get::<Rejected>() {
-        return Head::Certain(of_rejected(refused));
-    }
-    let outcome = of_status(status, headers);
-    if !outcome.is_success() {
-        return Head::Certain(outcome);
-    }
-    if !grpc::is_grpc(headers) {
-        return Head::Good(Eos::Plain(outcome));
-    }
-    match grpc::status(headers) {
-        Some(outcome) => Head::Certain(outcome),
-        None if grpc::is_grpc_web(headers) => Head::Good(Eos::Plain(outcome)),
-        None => Head::Good(Eos::Grpc),
-    }
+pub(crate) fn is_plain_success(
+    is_grpc_call: bool,
+    status: StatusCode,
+    headers: &HeaderMap,
+) -> bool {
+    status.is_success() && !is_grpc_call && !grpc::is_grpc(headers)
 }
 
-/// The outcome that a status alone gives.
-pub(crate) fn of_status(status: StatusCode, headers: &HeaderMap) -> Outcome {
+/// Classifies a response head: every layer that follows [`Http`](super::Http) uses this function.
+///
+/// The head decides ([`Eos::Plain`]), unless the call is gRPC and the trailers may still carry its status
+/// ([`Eos::Grpc`]).
+#[inline]
+pub(crate) fn of_head(
+    is_grpc_call: bool,
+    status: StatusCode,
+    headers: &HeaderMap,
+    extensions: &Extensions,
+) -> Eos {
+    if is_plain_success(is_grpc_call, status, headers) {
+        return Eos::Plain(Outcome::success());
+    }
+    of_other_head(is_grpc_call, status, headers, extensions)
+}
+
+fn of_other_head(
+    is_grpc_call: bool,
+    status: StatusCode,
+    headers: &HeaderMap,
+    extensions: &Extensions,
+) -> Eos {
+    if let Some(rejected) = extensions.get::<Rejected>() {
+        return Eos::Plain(of_rejected(rejected));
+    }
+    let is_grpc_response = grpc::is_grpc(headers);
+    if !is_grpc_call && !is_grpc_response {
+        return Eos::Plain(of_status(status, headers));
+    }
+    if let Some(outcome) = grpc::status(headers) {
+        return Eos::Plain(outcome);
+    }
+    let is_web = grpc::is_grpc_web(headers);
+    if is_grpc_response && !is_web {
+        return Eos::Grpc(grpc::missing_status(status, headers));
+    }
+    if is_web && status == StatusCode::OK {
+        return Eos::Plain(Outcome::success());
+    }
+    Eos::Plain(grpc::of_http_status(status, headers))
+}
+
+/// The outcome of an HTTP status, where the call is not gRPC.
+fn of_status(status: StatusCode, headers: &HeaderMap) -> Outcome {
     let outcome = match status.as_u16() {
-        429 => Outcome::throttled(),
+        429 | 529 => Outcome::throttled(),
         501 | 505 => Outcome::success(),
         500..=599 => Outcome::failure(),
         _ => return Outcome::success(),
@@ -320,10 +341,14 @@ mod tests {
     use super::*;
     use http::Response;
 
+    fn head(is_grpc_call: bool, response: &Response<()>) -> Eos {
+        of_head(is_grpc_call, response.status(), response.headers(), response.extensions())
+    }
+
     fn outcome(response: &Response<()>) -> Option<Outcome> {
-        match head(response) {
-            Head::Certain(outcome) | Head::Good(Eos::Plain(outcome)) => Some(outcome),
-            Head::Good(_) => None,
+        match head(false, response) {
+            Eos::Plain(outcome) => Some(outcome),
+            _ => None,
         }
     }
 
@@ -338,7 +363,7 @@ mod tests {
             (501, "Success"),
             (503, "Failure"),
             (505, "Success"),
-            (529, "Failure"),
+            (529, "Throttled"),
         ] {
             let response = Response::builder().status(status).body(()).unwrap();
             let outcome = outcome(&response).unwrap();
@@ -357,7 +382,15 @@ mod tests {
             .unwrap();
         assert_eq!(outcome(&bad).unwrap().code(), Some(14));
         assert!(outcome(&bad).unwrap().is_failure());
-        assert_eq!(grpc::end(None).reason(), Reason::MissingStatus);
+        let missing = grpc::missing_status(StatusCode::OK, &HeaderMap::new());
+        assert_eq!(missing.reason(), Reason::MissingStatus);
+    }
+
+    #[test]
+    fn the_request_decides_whether_a_response_without_a_grpc_content_type_is_grpc() {
+        let html = Response::builder().header("content-type", "text/html").body(()).unwrap();
+        assert!(matches!(head(false, &html), Eos::Plain(outcome) if outcome.is_success()));
+        assert!(matches!(head(true, &html), Eos::Plain(outcome) if outcome.code() == Some(2)));
     }
 
     #[test]

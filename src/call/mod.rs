@@ -74,6 +74,8 @@ pub(crate) use self::connection::ConnectionError;
 pub(crate) use self::http::known;
 #[cfg(any(feature = "breaker", feature = "limit", feature = "timeout"))]
 pub(crate) use self::lasting::Idle;
+#[cfg(any(feature = "lifecycle", feature = "stack"))]
+pub(crate) use self::protocol::HttpCall;
 #[cfg(feature = "percentile")]
 pub(crate) use self::recent::Recent;
 #[cfg(any(feature = "breaker", feature = "lifecycle", feature = "limit", feature = "retry"))]

@@ -18,7 +18,7 @@ pub enum OutcomeKind {
     Success,
     /// It failed: what was called, or the way to it, is at fault.
     Failure,
-    /// What was called is alive but asks for less: HTTP 429, gRPC `RESOURCE_EXHAUSTED`.
+    /// The upstream is alive but asks for fewer calls: HTTP 429 and 529, gRPC `RESOURCE_EXHAUSTED`.
     Throttled,
     /// It says nothing about what was called: the caller went away, or a layer of ours refused.
     Cancelled,
@@ -32,7 +32,7 @@ pub enum Reason {
     Completed,
     /// The HTTP status said so; [`Outcome::code`] has it.
     Status,
-    /// The gRPC status said so; [`Outcome::code`] has it.
+    /// The gRPC status, which may be mapped from the HTTP status, decided; [`Outcome::code`] has it.
     GrpcStatus,
     /// No connection could be made: refused. The request never left.
     ConnectRefused,
@@ -57,7 +57,7 @@ pub enum Reason {
     Error,
     /// The response body failed half-way.
     Body,
-    /// A gRPC answer ended without a status.
+    /// A gRPC response with HTTP status 200 ended without a gRPC status.
     MissingStatus,
     /// The caller dropped the call.
     Dropped,

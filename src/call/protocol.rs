@@ -1,10 +1,10 @@
 use std::fmt;
 
 use super::{
-    Deadline, Outcome, Rejected, SentMark, TrackedBody,
+    Deadline, Outcome, Reason, Rejected, SentMark, TrackedBody,
     body::Eos,
     giver::Giver,
-    http::{self as rule, Head},
+    grpc, http as rule,
     permit::{Hold, Permit},
 };
 use http::{HeaderMap, Request, Response, StatusCode};
@@ -63,15 +63,69 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
 
 // ===== HTTP and gRPC =====
 
-/// HTTP, and gRPC by content type: judged at the head and followed to the end of the body.
+/// HTTP and gRPC: classified by the response head, and followed to the end of the body.
 ///
-/// A 5xx other than 501 and 505 is a failure, 429 is throttled, an error is a failure and so is a body
-/// that breaks off. An answer of `content-type: application/grpc…` is what its `grpc-status` says, in
-/// the head or in the trailers: `UNKNOWN`, `DEADLINE_EXCEEDED`, `INTERNAL`, `UNAVAILABLE` and
-/// `DATA_LOSS` are failures (as linkerd's), `RESOURCE_EXHAUSTED` is throttled. gRPC-Web writes its
-/// trailers into the body: there only a status in the head is seen.
+/// Breaker, adaptive limit, retry and hedge use this one classification, so they agree on every response. A call is gRPC
+/// if its request is a `POST` with `content-type: application/grpc…`, or if its response has such a content type.
+///
+/// A call that is not gRPC:
+///
+/// | response | outcome | a retry repeats it |
+/// |---|---|---|
+/// | 1xx to 4xx, except those below | success | no |
+/// | 408, 425 | success | if that is safe |
+/// | 429, 529 | throttled | if that is safe |
+/// | 501, 505 | success | no |
+/// | 502, 503, 504 | failure | if that is safe |
+/// | any other 5xx | failure | no |
+/// | a body that fails | failure | no |
+///
+/// A gRPC call is classified by its gRPC status, whatever the HTTP status. The status is the first of:
+///
+/// 1. `grpc-status` in the response head.
+/// 2. `grpc-status` in the trailers, if the content type of the response is gRPC and its body has not ended. gRPC-Web
+///    carries its trailers in the body, where they are not looked for: 200 without a status in the head is a success.
+/// 3. The HTTP status, mapped by gRPC's `doc/http-grpc-status-mapping.md`: 400 is `INTERNAL`, 401 `UNAUTHENTICATED`,
+///    403 `PERMISSION_DENIED`, 404 `UNIMPLEMENTED`; 429, 502, 503 and 504 are `UNAVAILABLE`; every other HTTP status is
+///    `UNKNOWN`, also 200 with a content type that is not gRPC's.
+///
+/// | gRPC status | outcome | a retry repeats it |
+/// |---|---|---|
+/// | `OK`, `INVALID_ARGUMENT`, `NOT_FOUND`, `ALREADY_EXISTS`, `PERMISSION_DENIED`, `FAILED_PRECONDITION`, `ABORTED`, `OUT_OF_RANGE`, `UNIMPLEMENTED`, `UNAUTHENTICATED` | success | no |
+/// | `UNKNOWN`, `DEADLINE_EXCEEDED`, `INTERNAL`, `DATA_LOSS` | failure | no |
+/// | `UNAVAILABLE` | failure | if that is safe, or with [`RetryLayer::grpc`](crate::RetryLayer::grpc) |
+/// | `RESOURCE_EXHAUSTED` | throttled | with `grpc-retry-pushback-ms`, as `UNAVAILABLE` |
+/// | `CANCELLED` | cancelled | no |
+/// | mapped from 429 (`UNAVAILABLE`) | throttled | as `UNAVAILABLE` |
+/// | mapped from 529 (`UNKNOWN`) | throttled | if that is safe |
+/// | none at the end of a 200 gRPC response | failure ([`MissingStatus`](Reason::MissingStatus)) | no |
+///
+/// The failures are those that linkerd counts. A retry and a hedge pass a 200 gRPC response on as soon as its first
+/// message is there, or after 10 ms without one.
+///
+/// A response that an inner layer made because it [rejected](Rejected) the call is cancelled, or a failure if that layer
+/// timed out; a 2xx that is not gRPC is a success all the same.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Http;
+
+/// What is recorded of an HTTP request when its call begins.
+#[derive(Clone, Copy, Debug)]
+pub struct HttpCall {
+    is_grpc: bool,
+}
+
+impl HttpCall {
+    #[inline]
+    fn of<B>(request: &Request<B>) -> Self {
+        Self { is_grpc: grpc::is_grpc_call(request.method(), request.headers()) }
+    }
+
+    #[inline]
+    fn of_head<B>(self, response: &Response<B>) -> Eos {
+        let (status, headers) = (response.status(), response.headers());
+        rule::of_head(self.is_grpc, status, headers, response.extensions())
+    }
+}
 
 impl<ReqB, B, E> Judge<Request<ReqB>, Response<B>, E> for Http
 where
@@ -79,7 +133,7 @@ where
     E: 'static,
 {
     type Response = Response<TrackedBody<B>>;
-    type Call = ();
+    type Call = HttpCall;
 
     #[inline]
     fn deadline(&self, request: &Request<ReqB>) -> Option<Deadline> {
@@ -92,7 +146,13 @@ where
     }
 
     #[inline]
-    fn begin<G: Giver>(&self, _: &mut Request<ReqB>, _: impl FnOnce() -> Permit<G>) {}
+    fn begin<G: Giver>(
+        &self,
+        request: &mut Request<ReqB>,
+        _: impl FnOnce() -> Permit<G>,
+    ) -> HttpCall {
+        HttpCall::of(request)
+    }
 
     #[inline]
     fn wrap(response: Response<B>) -> Self::Response {
@@ -100,9 +160,13 @@ where
     }
 
     #[inline]
-    fn judge<G: Giver>((): (), result: Result<&mut Self::Response, &E>, permit: &mut Permit<G>) {
+    fn judge<G: Giver>(
+        call: HttpCall,
+        result: Result<&mut Self::Response, &E>,
+        permit: &mut Permit<G>,
+    ) {
         match result {
-            Ok(response) => follow(rule::head(response), response, permit),
+            Ok(response) => follow(call.of_head(response), response, permit),
             Err(error) => permit.end(rule::of_any_error(error)),
         }
     }
@@ -128,7 +192,7 @@ impl<ReqB, E> Judge<Request<ReqB>, Never, E> for Http {
     fn judge<G: Giver>((): (), _: Result<&mut Never, &E>, _: &mut Permit<G>) {}
 }
 
-/// [`Http`] with a verdict on the head of the user's own; the body is followed all the same.
+/// [`Http`] with a closure that classifies the response head. The body is followed as with [`Http`].
 #[derive(Clone)]
 pub struct ClassifyHead<C>(pub(crate) C);
 
@@ -139,7 +203,7 @@ where
     E: 'static,
 {
     type Response = Response<TrackedBody<B>>;
-    type Call = C;
+    type Call = (HttpCall, C);
 
     fn deadline(&self, request: &Request<ReqB>) -> Option<Deadline> {
         Deadline::of(request.extensions())
@@ -149,8 +213,12 @@ where
         request.extensions().get().cloned()
     }
 
-    fn begin<G: Giver>(&self, _: &mut Request<ReqB>, _: impl FnOnce() -> Permit<G>) -> C {
-        self.0.clone()
+    fn begin<G: Giver>(
+        &self,
+        request: &mut Request<ReqB>,
+        _: impl FnOnce() -> Permit<G>,
+    ) -> (HttpCall, C) {
+        (HttpCall::of(request), self.0.clone())
     }
 
     fn wrap(response: Response<B>) -> Self::Response {
@@ -158,46 +226,44 @@ where
     }
 
     fn judge<G: Giver>(
-        classify: C,
+        (call, classify): (HttpCall, C),
         result: Result<&mut Self::Response, &E>,
         permit: &mut Permit<G>,
     ) {
         match result {
             Ok(response) => {
                 let outcome = classify(response.status(), response.headers());
-                let head = match rule::head(response) {
-                    _ if !outcome.is_success() => Head::Certain(outcome),
-                    // A stream's status is still to come, and its refusal further in stays one.
-                    Head::Good(eos) => Head::Good(eos),
-                    Head::Certain(_) if response.extensions().get::<Rejected>().is_none() => {
-                        Head::Good(Eos::Plain(outcome))
+                let is_rejection = response.extensions().get::<Rejected>().is_some();
+                let eos = match call.of_head(response) {
+                    _ if !outcome.is_success() => Eos::Plain(outcome),
+                    Eos::Plain(_) if !is_rejection => Eos::Plain(outcome),
+                    // The trailers still decide. Without a status there, the closure replaces the mapped one.
+                    Eos::Grpc(mapped) if mapped.reason() == Reason::GrpcStatus => {
+                        Eos::Grpc(outcome)
                     }
-                    certain => certain,
+                    eos => eos,
                 };
-                follow(head, response, permit);
+                follow(eos, response, permit);
             }
             Err(error) => permit.end(rule::of_any_error(error)),
         }
     }
 }
 
-/// Gives the permit to the body, or ends it here if the head is enough.
+/// Moves the permit into the body, or ends it here if the head decides.
 #[inline]
 fn follow<B: Body, G: Giver>(
-    head: Head,
+    mut eos: Eos,
     response: &mut Response<TrackedBody<B>>,
     permit: &mut Permit<G>,
 ) {
-    let (so_far, eos) = match head {
-        Head::Certain(outcome) => {
-            let outcome = permit.head(outcome, true);
-            (outcome, Eos::Plain(outcome))
-        }
-        Head::Good(eos) => (permit.head(eos.so_far(), false), eos),
-    };
-    let certain = matches!(eos, Eos::Plain(outcome) if !outcome.is_success());
+    let certain = matches!(&eos, Eos::Plain(outcome) if !outcome.is_success());
+    let so_far = permit.head(eos.so_far(), certain);
+    if certain {
+        eos = Eos::Plain(so_far);
+    }
     match permit.hold() {
-        Hold::Head => permit.end(so_far),
+        Hold::Head => permit.end(eos.begun()),
         Hold::Verdict if certain => permit.end(so_far),
         Hold::Verdict | Hold::Body => response.body_mut().track(permit.take().erase(), eos),
     }
@@ -308,24 +374,18 @@ where
 
         match result {
             Ok(response) => {
-                let head = if let Some(Head::Certain(refused)) =
-                    response.extensions().get::<Rejected>().map(|_| rule::head(response))
-                {
-                    Head::Certain(refused)
-                } else {
-                    match call.classify_response(response) {
-                        ClassifiedResponse::Ready(Ok(())) => {
-                            Head::Good(Eos::Plain(Outcome::success()))
-                        }
-                        ClassifiedResponse::Ready(Err(_)) => Head::Certain(Outcome::failure()),
+                let eos = match response.extensions().get::<Rejected>() {
+                    Some(rejected) => Eos::Plain(rule::of_rejected(rejected)),
+                    None => match call.classify_response(response) {
+                        ClassifiedResponse::Ready(result) => Eos::Plain(outcome(result)),
                         ClassifiedResponse::RequiresEos(eos) => {
-                            Head::Good(Eos::Custom(Box::new(move |trailers| {
+                            Eos::Custom(Box::new(move |trailers| {
                                 outcome(eos.classify_eos(trailers))
-                            })))
+                            }))
                         }
-                    }
+                    },
                 };
-                follow(head, response, permit);
+                follow(eos, response, permit);
             }
             Err(error) => {
                 // Its own words on errors cannot tell a refusal of ours from a failure.

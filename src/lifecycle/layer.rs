@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     admission::{Admission, ResponseFuture, Reusable},
-    call::{Http, Lease, Respond, Striped, TrackedBody},
+    call::{Http, HttpCall, Lease, Respond, Striped, TrackedBody},
 };
 
 /// Counts calls to the end of their bodies, puts a [`Drain`] into every request's extensions, and refuses calls
@@ -70,8 +70,9 @@ where
 {
     type Response = Response<TrackedBody<B>>;
     type Error = S::Error;
-    type Future =
-        LifecycleFuture<ResponseFuture<S, Request<ReqB>, S::Future, (), Entrance, Http, Respond>>;
+    type Future = LifecycleFuture<
+        ResponseFuture<S, Request<ReqB>, S::Future, HttpCall, Entrance, Http, Respond>,
+    >;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         Service::<Request<ReqB>>::poll_ready(&mut self.admission, cx)

@@ -256,7 +256,7 @@ impl Limiter {
         // Not the call's own: an algorithm may panic, and the call ends by its marks all the same.
         let mut unmarked = Token { tag: token.tag & !MARKS, ..*token };
         let changed = adaptive.head(&mut unmarked, so_far, |limit| self.store(limit));
-        token.tag = token.tag & MARKS | unmarked.tag;
+        *token = Token { tag: token.tag & MARKS | unmarked.tag, ..unmarked };
         if changed {
             self.hand_over();
         }

@@ -87,7 +87,7 @@ impl Backoff {
         self
     }
 
-    /// Another base for what was throttled (429, `RESOURCE_EXHAUSTED`): it is alive, and asks for less.
+    /// Another base for what was throttled (429, 529, `RESOURCE_EXHAUSTED`): it is alive, and asks for less.
     pub const fn throttled(mut self, base: Duration) -> Self {
         self.throttled = Some(base);
         self

@@ -33,6 +33,7 @@ pin_project! {
         pub(super) span: Span,
         pub(super) core: Lease<Core<S>>,
         pub(super) protocol: M,
+        pub(super) is_grpc_call: bool,
         pub(super) kept: Option<K>,
         // None until an attempt has failed.
         pub(super) course: Option<Box<Course<S>>>,
@@ -73,7 +74,7 @@ where
                 let entered = this.span.enter();
                 let late = match ready!(attempt.as_mut().poll_head(until, cx)) {
                     Head::Here(result) => {
-                        let weight = this.protocol.weigh(&result);
+                        let weight = this.protocol.weigh(*this.is_grpc_call, &result);
                         let plain = this.course.is_none() && !this.core.settings.says();
                         if plain && weight.is_some_and(is_good) {
                             this.core.answered();

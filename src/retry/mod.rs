@@ -32,7 +32,7 @@
 //! | asked | no |
 //! |---|---|
 //! | did the server, or a layer further in, say not to? | [`Pushback`](Stop::Pushback), [`Rejected`](Stop::Rejected) |
-//! | is it a status or an error to retry: 408, 425, 429, 502, 503, 504, gRPC `UNAVAILABLE` in head or trailers (`RESOURCE_EXHAUSTED` with pushback), a connection that failed? | [`Answered`](Stop::Answered) |
+//! | is it a status or an error to retry: 408, 425, 429, 502, 503, 504, 529; for a gRPC call `UNAVAILABLE` in head or trailers or mapped from the HTTP status (`RESOURCE_EXHAUSTED` with pushback); a connection that failed? | [`Answered`](Stop::Answered) |
 //! | is it safe: the method (RFC 9110 §9.2.2), an `Idempotency-Key`, or proof that nothing was sent; with [`grpc`](RetryLayer::grpc), a status that says so? | [`Unsafe`](Stop::Unsafe) |
 //! | can the body be sent again? | [`StillSending`](Stop::StillSending), [`BodyGone`](Stop::BodyGone) |
 //! | is an attempt left, in all and [for this kind of failure](RetryLayer::at_most)? | [`AttemptsUsedUp`](Stop::AttemptsUsedUp), [`KindUsedUp`](Stop::KindUsedUp) |
@@ -69,7 +69,7 @@
 //!
 //! | rule | by |
 //! |---|---|
-//! | which failures | [`retry_on`](RetryLayer::retry_on), [`never_on`](RetryLayer::never_on): a status, a gRPC status, a reason |
+//! | which failures | [`retry_on`](RetryLayer::retry_on), [`never_on`](RetryLayer::never_on): an HTTP status, the gRPC status of a gRPC call, a reason |
 //! | which methods | [`methods`](RetryLayer::methods), [`assume_idempotent`](RetryLayer::assume_idempotent) |
 //! | both, call by call | [`retry_if`](RetryLayer::retry_if): a closure over the request and what came of it |
 //! | how often each kind | [`at_most`](RetryLayer::at_most) |
@@ -107,8 +107,11 @@
 //!
 //! # gRPC
 //!
-//! The status is looked for in the head and in the trailers, if these come on the heels of it. An attempt that is
-//! not the first carries `grpc-previous-rpc-attempts`: how many before it the server may have seen.
+//! The retry classifies a gRPC call as every other layer does, by the table of [`Http`](crate::call::Http): by
+//! `grpc-status` whatever the HTTP status is, and without it by the code that the HTTP status maps to. 503 `text/html`
+//! from a proxy is `UNAVAILABLE`; 503 with `grpc-status: 5` is a regular response. The retry waits 10 ms for the trailers
+//! of a response without messages. An attempt that is not the first carries `grpc-previous-rpc-attempts`: how many before
+//! it the server may have seen.
 //!
 //! # In the stack
 //!

@@ -6,7 +6,7 @@ use http::{HeaderMap, Request, StatusCode};
 
 use super::policy::Class;
 use crate::call::{
-    Outcome, OutcomeKind, Reason,
+    Outcome, OutcomeKind, Reason, grpc,
     hint::{self, Pushback},
 };
 
@@ -24,7 +24,7 @@ pub enum FailureKind {
     Timeout,
     /// The HTTP or gRPC status said so.
     Status,
-    /// What was called asks for less: 429, `RESOURCE_EXHAUSTED`.
+    /// The upstream asks for fewer calls: 429, 529, `RESOURCE_EXHAUSTED`.
     Throttled,
     /// A layer of this crate refused it further in.
     Rejected,
@@ -78,9 +78,10 @@ impl FailureKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Failure {
-    /// An answer of this HTTP status.
+    /// A response with this HTTP status, to a call that is not gRPC.
     Status(StatusCode),
-    /// An answer of this gRPC status, in the head or in the trailers.
+    /// A response with this gRPC status, to a gRPC call: in the head, in the trailers, or mapped from the HTTP status.
+    /// HTTP 503 without a `grpc-status` is 14, `UNAVAILABLE`. See [`Http`](crate::call::Http).
     Grpc(u16),
     /// Whatever has this reason.
     Because(Reason),
@@ -157,6 +158,13 @@ impl<'a> Seen<'a> {
         }
     }
 
+    /// Whether the call is gRPC, by its request or by its response.
+    fn is_grpc(&self) -> bool {
+        let by_request =
+            |request: &Request<()>| grpc::is_grpc_call(request.method(), request.headers());
+        self.headers().is_some_and(grpc::is_grpc) || by_request(self.request())
+    }
+
     /// What was made of it: the reason, a status code, the server's hint.
     #[must_use]
     pub fn outcome(&self) -> Outcome {
@@ -224,11 +232,16 @@ impl Say {
     }
 }
 
-/// An answer that is well by itself, and is to be tried again.
+/// The outcome of a response that is a success by itself and is listed as a failure.
 fn failed(seen: &Seen<'_>) -> Outcome {
-    let outcome = match seen.status() {
-        Some(status) => Outcome::failure().because(Reason::Status).with_code(status.as_u16()),
-        None => Outcome::failure(),
+    let outcome = match (seen.outcome.reason(), seen.outcome.code(), seen.status()) {
+        (reason @ Reason::GrpcStatus, Some(code), _) => {
+            Outcome::failure().because(reason).with_code(code)
+        }
+        (_, _, Some(status)) => {
+            Outcome::failure().because(Reason::Status).with_code(status.as_u16())
+        }
+        _ => Outcome::failure(),
     };
     match seen.headers().and_then(hint::retry_after) {
         Some(after) => outcome.with_retry_after(after),
@@ -240,7 +253,7 @@ impl Failure {
     fn is(self, seen: &Seen<'_>) -> bool {
         let reason = seen.outcome.reason();
         match self {
-            Self::Status(status) => seen.status() == Some(status) && reason != Reason::GrpcStatus,
+            Self::Status(status) => seen.status() == Some(status) && !seen.is_grpc(),
             Self::Grpc(code) => reason == Reason::GrpcStatus && seen.outcome.code() == Some(code),
             Self::Because(because) => reason == because,
         }

@@ -74,6 +74,7 @@ where
     #[inline]
     fn call(&mut self, request: Req) -> Self::Future {
         let rules = self.core.settings.rules(self.core.misconfigured, self.marks);
+        let is_grpc_call = M::is_grpc(&request);
         let mut kept = M::keep(&request, rules);
         if ends_by::<S, Req, M>(kept.as_ref(), Moment::now) {
             return self.unbegun(kept);
@@ -93,6 +94,7 @@ where
             span,
             core,
             protocol: self.protocol.clone(),
+            is_grpc_call,
             kept,
             course: None,
             _request: PhantomData,
@@ -110,6 +112,7 @@ impl<S: Clone, M: Clone> Retry<S, M> {
             span: Span::none(),
             core: self.core.lease(),
             protocol: self.protocol.clone(),
+            is_grpc_call: false,
             kept,
             course: None,
             _request: PhantomData,

@@ -102,14 +102,14 @@ impl<F, H> Weighed<F, H> {
             }
         }
         ready!(this.alarm.poll(held, cx));
-        // A stream that has begun slowly: the caller's.
-        Poll::Ready((Class::Final, Outcome::success()))
+        Poll::Ready(M::undecided(held))
     }
 
     /// The same from the beginning, for as long as it takes.
     pub(super) fn poll_held<M, Res, E>(
         mut self: Pin<&mut Self>,
         protocol: &M,
+        is_grpc_call: bool,
         cx: &mut Context<'_>,
     ) -> Poll<(Class, Outcome)>
     where
@@ -117,7 +117,7 @@ impl<F, H> Weighed<F, H> {
         M: Weigh<Res, E, Held = H>,
     {
         if let Head::Here(result) = ready!(self.as_mut().poll_head(|| None, cx)) {
-            let weight = protocol.weigh(&result);
+            let weight = protocol.weigh(is_grpc_call, &result);
             self.as_mut().hold(M::hold(result, weight));
         }
         self.poll_weigh::<M, Res, E>(cx)

@@ -18,8 +18,8 @@ use tower_service::Service;
 use crate::{
     admission::{Admission, Admit, Plan, Policy, ResponseFuture, Reusable, Terms},
     call::{
-        AsError, Clock, Finish, Hold, Http, LayerKind, Nanos, Outcome, OutcomeKind, Permit, Reason,
-        Recent, Reject, Rejected, Shared, Token, TrackedBody,
+        AsError, Clock, Finish, Hold, Http, HttpCall, LayerKind, Nanos, Outcome, OutcomeKind,
+        Permit, Reason, Recent, Reject, Rejected, Shared, Token, TrackedBody,
     },
 };
 
@@ -179,7 +179,7 @@ where
 {
     type Response = Response<TrackedBody<B>>;
     type Error = R::Error;
-    type Future = ResponseFuture<S, Request<ReqB>, S::Future, (), Shared<Meter>, Http, R>;
+    type Future = ResponseFuture<S, Request<ReqB>, S::Future, HttpCall, Shared<Meter>, Http, R>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), R::Error>> {
         self.admission.poll_ready(cx)

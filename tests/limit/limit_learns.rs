@@ -120,18 +120,61 @@ async fn what_says_nothing_about_load_is_not_heard() {
 #[tokio::test(start_paused = true)]
 async fn what_asks_for_less_is_a_drop() {
     let (spy, layer, service, watch) = limit();
-    let answers = [status(429), status(503), status(504), trailers_only("8"), trailers_only("14")];
+    let answers = [
+        status(429),
+        status(529),
+        status(503),
+        status(504),
+        trailers_only("8"),
+        trailers_only("14"),
+    ];
     for answer in answers {
         watch.script([Then::Answer(answer)]);
         let _ = service.clone().oneshot(request()).await;
         assert_eq!(spy.heard(), [(0, 1, true)]);
     }
-    // A status that comes in the trailers is heard where the end is.
-    let _ = layer.until_body_end();
-    watch.script([Then::Answer(grpc([Piece::data("a"), Piece::Trailers(trailers("4"))]))]);
-    let response = service.clone().oneshot(request()).await.unwrap();
+    // A status in the trailers is recorded when they arrive, whether the head or the end is measured.
+    for until_body_end in [false, true] {
+        if until_body_end {
+            let _ = layer.clone().until_body_end();
+        }
+        watch.script([Then::Answer(grpc([Piece::data("a"), Piece::Trailers(trailers("4"))]))]);
+        let response = service.clone().oneshot(request()).await.unwrap();
+        assert_eq!(spy.heard(), []);
+        read(response.into_body()).await.unwrap();
+        assert_eq!(spy.heard(), [(0, 1, true)]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_grpc_call_is_recorded_with_its_trailers_and_the_latency_to_its_head() {
+    let (spy, _layer, service, watch) = limit();
+    let mut call = hold(&service);
+    advance(30 * MS).await;
+    watch.end(0, Ok(grpc([Piece::data("a"), Piece::Trailers(trailers("0"))])));
+    let response = assert_ready_ok!(call.poll());
+    assert_eq!(spy.heard(), []);
+    advance(70 * MS).await;
     read(response.into_body()).await.unwrap();
-    assert_eq!(spy.heard(), [(0, 1, true)]);
+    assert_eq!(spy.heard(), [(30, 1, false)]);
+    // Dropped before its trailers, it has no outcome.
+    let mut call = hold(&service);
+    watch.end(1, Ok(grpc([Piece::data("a"), Piece::Stuck])));
+    drop(assert_ready_ok!(call.poll()));
+    assert_eq!(spy.heard(), []);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_limit_that_releases_at_the_head_records_a_grpc_call_there() {
+    let (spy, layer, service, watch) = limit();
+    let _ = layer.release_at_head();
+    let mut call = hold(&service);
+    advance(30 * MS).await;
+    watch.end(0, Ok(grpc([Piece::data("a"), Piece::Trailers(trailers("14"))])));
+    let response = assert_ready_ok!(call.poll());
+    assert_eq!(spy.heard(), [(30, 1, false)]);
+    read(response.into_body()).await.unwrap();
+    assert_eq!(spy.heard(), []);
 }
 
 #[tokio::test(start_paused = true)]

@@ -37,7 +37,7 @@ async fn outcome(
 #[tokio::test(start_paused = true)]
 async fn these_statuses_are_retried_and_no_others() {
     for code in 200..600 {
-        let yes = matches!(code, 408 | 425 | 429 | 502 | 503 | 504);
+        let yes = matches!(code, 408 | 425 | 429 | 502 | 503 | 504 | 529);
         let told = outcome(quick(&purse(9)), get(), move || Ok(status(code))).await;
         let expected = if yes { (5, Stop::AttemptsUsedUp) } else { (1, Stop::Answered) };
         assert_eq!((told.made, told.stop), expected, "{code}");

@@ -38,10 +38,11 @@
 //! is not part of it. [`until_body_end`](crate::ConcurrencyLimitLayer::until_body_end) measures to the end
 //! of the body instead: for streams, whose places are held for much longer than their heads take. There each
 //! place that comes free lets in a call whose head is quick or slow by chance, and the limit wanders far below
-//! what can be served. Answers that ask for less (429, 503, 504, `RESOURCE_EXHAUSTED`, `UNAVAILABLE`,
-//! `DEADLINE_EXCEEDED`) and timeouts are drops. Cancelled calls say nothing and are not
-//! heard, nor are other failures: an answer that fails fast must not look like a fast answer. Refused streams and
-//! other [connection housekeeping](crate::Outcome::is_housekeeping) are neutral too.
+//! what can be served. A gRPC call whose status comes in the trailers is recorded when they arrive, with the latency to
+//! its head. Responses that ask for less (429, 529, 503, 504, `RESOURCE_EXHAUSTED`, `UNAVAILABLE`,
+//! `DEADLINE_EXCEEDED`; see [`Http`](crate::call::Http)) and timeouts are drops. Cancelled calls say nothing and are
+//! not recorded, nor are other failures: a response that fails fast must not look like a fast response. Refused
+//! streams and other [connection housekeeping](crate::Outcome::is_housekeeping) are neutral, too.
 
 mod aimd;
 mod bounds;

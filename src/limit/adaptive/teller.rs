@@ -109,7 +109,9 @@ impl Teller {
         Token { tag: in_flight.into(), clock: UpstreamClock::start() }
     }
 
-    /// The head is here, which is what is measured unless the end is.
+    /// Records a call at its response head, where latency is measured, unless it is measured to the end of the body.
+    ///
+    /// If the trailers decide the outcome, the call is recorded at its end, with the latency to its head.
     pub(in crate::limit) fn head(
         &self,
         token: &mut Token,
@@ -117,6 +119,12 @@ impl Teller {
         apply: impl FnOnce(u32),
     ) -> bool {
         if self.to_the_end.load(Ordering::Relaxed) {
+            return false;
+        }
+        if so_far.kind() == OutcomeKind::Cancelled {
+            if token.tag != HEARD {
+                token.clock.stop(Instant::now());
+            }
             return false;
         }
         let heard = mem::replace(&mut token.tag, HEARD);

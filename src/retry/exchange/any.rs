@@ -77,7 +77,7 @@ where
     const PATIENCE: Duration = Duration::ZERO;
 
     #[inline]
-    fn weigh(&self, result: &Result<Res, E>) -> Option<(Class, Outcome)> {
+    fn weigh(&self, _: bool, result: &Result<Res, E>) -> Option<(Class, Outcome)> {
         // What was under way and took too long was not refused: the closure's to judge.
         let refused = result.as_ref().err().and_then(Rejected::find_in_any);
         if let Some(refused) = refused.filter(|refused| !refused.is_timeout()) {

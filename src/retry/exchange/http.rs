@@ -21,11 +21,11 @@ use super::{
     },
     Numbered, Repeat, Rules, Weigh,
     kept::KeptRequest,
-    weigh::{of_reason, weigh_grpc, weigh_parts},
+    weigh::{of_reason, weigh_begun, weigh_error, weigh_grpc, weigh_head, weigh_missing},
 };
 use crate::{
     BoxError,
-    call::{Deadline, Http, Outcome, Reason, SentMark, grpc, http as rule},
+    call::{Deadline, Http, Outcome, SentMark, grpc, http as rule},
 };
 
 // ===== The request =====
@@ -34,7 +34,7 @@ const PREVIOUS_ATTEMPTS: &str = "grpc-previous-rpc-attempts";
 
 /// gRFC A6: how many were tried before, of those that a server may have seen.
 fn after<B>(attempts: u32, mut request: Request<B>) -> Request<B> {
-    if attempts > 0 && grpc::is_grpc(request.headers()) {
+    if attempts > 0 && grpc::is_grpc_call(request.method(), request.headers()) {
         request.headers_mut().insert(PREVIOUS_ATTEMPTS, attempts.into());
     }
     request
@@ -54,6 +54,11 @@ fn publish<B: Body>(request: &mut Request<B>) -> Option<SentMark> {
 impl<B: Body> Repeat<Request<B>> for Http {
     type Request = Request<ReplayBody<B>>;
     type Kept = KeptRequest<B>;
+
+    #[inline]
+    fn is_grpc(request: &Request<B>) -> bool {
+        grpc::is_grpc_call(request.method(), request.headers())
+    }
 
     // Also of an unsafe one: a refused stream's server did not look at it, but its body has gone out.
     #[inline]
@@ -148,9 +153,14 @@ where
     const PATIENCE: Duration = Duration::from_millis(10);
 
     #[inline]
-    fn weigh(&self, result: &Result<Response<B>, E>) -> Option<(Class, Outcome)> {
+    fn weigh(
+        &self,
+        is_grpc_call: bool,
+        result: &Result<Response<B>, E>,
+    ) -> Option<(Class, Outcome)> {
         let response = result.as_ref().ok()?;
-        weigh_parts(response.status(), response.headers(), response.extensions())
+        let (status, headers) = (response.status(), response.headers());
+        weigh_head(is_grpc_call, status, headers, response.extensions())
     }
 
     #[inline]
@@ -174,14 +184,24 @@ where
         let (Ok(response), None) = (&mut held.result, held.weight) else {
             return Poll::Ready(held.weight.unwrap_or((Class::Final, Outcome::success())));
         };
+        let missing = weigh_missing(response.status(), response.headers());
         let weight = match ready!(response.body_mut().poll_peek(cx)) {
-            Peek::Message => (Class::Final, Outcome::success()),
-            Peek::Trailers(trailers) => weigh_grpc(trailers, grpc::end(Some(trailers))),
-            Peek::Error => (Class::Final, Outcome::failure().because(Reason::Body)),
-            Peek::End => (Class::Final, grpc::end(None)),
+            Peek::Message => weigh_begun(missing),
+            Peek::Trailers(trailers) => {
+                grpc::status(trailers).map_or(missing, |outcome| weigh_grpc(trailers, outcome))
+            }
+            Peek::Error => weigh_error(missing),
+            Peek::End => missing,
         };
         held.weight = Some(weight);
         Poll::Ready(weight)
+    }
+
+    fn undecided(held: &HeldResponse<B>) -> (Class, Outcome) {
+        match &held.result {
+            Ok(response) => weigh_begun(weigh_missing(response.status(), response.headers())),
+            Err(_) => (Class::Final, Outcome::success()),
+        }
     }
 
     fn answer(held: &HeldResponse<B>) -> Option<Answer<'_>> {

@@ -118,6 +118,11 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
     /// What is kept to send it again.
     type Kept;
 
+    /// Whether the call is gRPC, by its request.
+    fn is_grpc(_: &Req) -> bool {
+        false
+    }
+
     /// What is kept of a request for the next attempt.
     fn keep(request: &Req, rules: Rules<'_>) -> Option<Self::Kept>;
 
@@ -168,8 +173,8 @@ pub trait Weigh<Res, E> {
     /// How long an answer's beginning may be waited for.
     const PATIENCE: Duration;
 
-    /// What an answer is by itself; none: that is not to be told without holding it.
-    fn weigh(&self, result: &Result<Res, E>) -> Option<(Class, Outcome)>;
+    /// Classifies a response or an error. None: the beginning of the response's body decides.
+    fn weigh(&self, is_grpc_call: bool, result: &Result<Res, E>) -> Option<(Class, Outcome)>;
 
     /// Gives out what is good as it came.
     fn give(result: Result<Res, E>) -> Result<Self::Response, Self::Error>;
@@ -179,6 +184,11 @@ pub trait Weigh<Res, E> {
 
     /// What it is. Pending while its beginning is not here.
     fn poll_weigh(held: &mut Self::Held, cx: &mut Context<'_>) -> Poll<(Class, Outcome)>;
+
+    /// Classifies a response whose body has not begun in time.
+    fn undecided(_: &Self::Held) -> (Class, Outcome) {
+        (Class::Final, Outcome::success())
+    }
 
     /// What it says, if it is one of HTTP's.
     fn answer(_: &Self::Held) -> Option<Answer<'_>> {

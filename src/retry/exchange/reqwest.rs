@@ -18,11 +18,11 @@ use super::{
     },
     Numbered, Repeat, Rules, Weigh, http,
     kept::{is_safe, keyed},
-    weigh::{of_reason, weigh_parts},
+    weigh::{of_reason, weigh_begun, weigh_head, weigh_missing},
 };
 use crate::{
     BoxError,
-    call::{Outcome, http as rule},
+    call::{Outcome, grpc, http as rule},
 };
 
 /// The rules of HTTP for reqwest's own types: see [`RetryLayer::reqwest`](crate::RetryLayer::reqwest).
@@ -33,6 +33,10 @@ pub struct Reqwest;
 impl Repeat<Request> for Reqwest {
     type Request = Request;
     type Kept = Request;
+
+    fn is_grpc(request: &Request) -> bool {
+        grpc::is_grpc_call(request.method(), request.headers())
+    }
 
     fn keep(request: &Request, rules: Rules<'_>) -> Option<Request> {
         // None of a stream: it is there once. Any other body is shared, not copied.
@@ -103,13 +107,17 @@ impl Weigh<Response, Error> for Reqwest {
 
     const PATIENCE: Duration = Duration::ZERO;
 
-    fn weigh(&self, result: &Result<Response, Error>) -> Option<(Class, Outcome)> {
+    fn weigh(
+        &self,
+        is_grpc_call: bool,
+        result: &Result<Response, Error>,
+    ) -> Option<(Class, Outcome)> {
         Some(match result {
             Ok(response) => {
                 let (status, headers) = (response.status(), response.headers());
-                let weight = weigh_parts(status, headers, response.extensions());
-                // gRPC's trailers are not to be had from it.
-                weight.unwrap_or((Class::Final, Outcome::success()))
+                let weight = weigh_head(is_grpc_call, status, headers, response.extensions());
+                // reqwest does not expose the trailers.
+                weight.unwrap_or_else(|| weigh_begun(weigh_missing(status, headers)))
             }
             Err(error) => weigh_error(error),
         })

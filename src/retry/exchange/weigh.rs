@@ -1,70 +1,88 @@
-//! What an answer of HTTP's or gRPC's is to a retry.
+//! How a retry classifies responses of HTTP and gRPC: by the outcome that the spine gives them.
 
 use http::{Extensions, HeaderMap, StatusCode};
 
 use super::super::{policy::Class, stop::Stop};
 use crate::call::{
-    Outcome, Reason, Rejected, grpc,
+    Eos, Outcome, OutcomeKind, Reason, grpc,
     hint::{self, Pushback},
     http as rule,
 };
 
-/// What a head is to a retry. None: its body has to begin first.
+/// Classifies a response head. None: the beginning of its body decides.
 #[inline]
-pub(super) fn weigh_parts(
+pub(super) fn weigh_head(
+    is_grpc_call: bool,
     status: StatusCode,
     headers: &HeaderMap,
     extensions: &Extensions,
 ) -> Option<(Class, Outcome)> {
-    if status.is_success() && !grpc::is_grpc(headers) {
+    if rule::is_plain_success(is_grpc_call, status, headers) {
         return Some((Class::Final, Outcome::success()));
     }
-    weigh_rest(status, headers, extensions)
+    match rule::of_head(is_grpc_call, status, headers, extensions) {
+        Eos::Plain(outcome) => Some(weigh_outcome(status, headers, outcome)),
+        _ => None,
+    }
 }
 
-fn weigh_rest(
-    status: StatusCode,
-    headers: &HeaderMap,
-    extensions: &Extensions,
-) -> Option<(Class, Outcome)> {
-    if let Some(refused) = extensions.get::<Rejected>() {
-        let outcome = rule::of_rejected(refused);
-        return Some((of_reason(outcome), outcome));
+/// Classifies a gRPC response that has ended without a `grpc-status`.
+pub(super) fn weigh_missing(status: StatusCode, headers: &HeaderMap) -> (Class, Outcome) {
+    weigh_outcome(status, headers, grpc::missing_status(status, headers))
+}
+
+/// Classifies a gRPC response whose trailers are not waited for, by what it is without a `grpc-status`: a stream with
+/// HTTP status 200 belongs to the caller, any other HTTP status is unlikely to be followed by trailers.
+pub(super) fn weigh_begun(missing: (Class, Outcome)) -> (Class, Outcome) {
+    match Eos::Grpc(missing.1).begun() {
+        mapped if mapped == missing.1 => missing,
+        begun => (Class::Final, begun),
     }
-    if grpc::is_grpc(headers) && status == StatusCode::OK {
-        return match grpc::status(headers) {
-            Some(outcome) => Some(weigh_grpc(headers, outcome)),
-            // Its trailers are in its body, where nobody looks for them.
-            None if grpc::is_grpc_web(headers) => Some((Class::Final, Outcome::success())),
-            None => None,
-        };
+}
+
+/// Classifies a gRPC response whose body fails at once, by what it is without a `grpc-status`.
+pub(super) fn weigh_error(missing: (Class, Outcome)) -> (Class, Outcome) {
+    match Eos::Grpc(missing.1).error() {
+        mapped if mapped == missing.1 => missing,
+        failed => (Class::Final, failed),
     }
-    let outcome = rule::of_status(status, headers);
+}
+
+fn weigh_outcome(status: StatusCode, headers: &HeaderMap, outcome: Outcome) -> (Class, Outcome) {
+    match outcome.reason() {
+        Reason::GrpcStatus => weigh_grpc(headers, outcome),
+        Reason::Status | Reason::Completed => weigh_status(status, headers, outcome),
+        _ => (of_reason(outcome), outcome),
+    }
+}
+
+fn weigh_status(status: StatusCode, headers: &HeaderMap, outcome: Outcome) -> (Class, Outcome) {
     match status.as_u16() {
-        // A proxy's status on a gRPC answer does not unsay the server's no.
         408 | 425 | 429 | 500..=599 if hint::pushback(headers) == Some(Pushback::Never) => {
-            Some((Class::Refused(Stop::Pushback), outcome))
+            (Class::Refused(Stop::Pushback), outcome)
         }
-        // Not a server's failure, but meant to be sent again (RFC 9110 §15.5.9, RFC 8470 §5.2).
+        // Not the server's failure, but meant to be sent again (RFC 9110 §15.5.9, RFC 8470 §5.2).
         408 | 425 => {
             let outcome = Outcome::failure().because(Reason::Status).with_code(status.as_u16());
             let outcome = match hint::retry_after(headers) {
                 Some(after) => outcome.with_retry_after(after),
                 None => outcome,
             };
-            Some((Class::Retryable, outcome))
+            (Class::Retryable, outcome)
         }
-        429 | 502 | 503 | 504 => Some((Class::Retryable, outcome)),
-        _ => Some((Class::Final, outcome)),
+        429 | 502 | 503 | 504 | 529 => (Class::Retryable, outcome),
+        _ => (Class::Final, outcome),
     }
 }
 
-/// gRFC A6: `UNAVAILABLE`, and `RESOURCE_EXHAUSTED` where the server says when.
+/// gRFC A6: `UNAVAILABLE` is retried, `RESOURCE_EXHAUSTED` if the server sends a pushback. `UNKNOWN` is retried only if
+/// it was mapped from HTTP 529.
 pub(super) fn weigh_grpc(headers: &HeaderMap, outcome: Outcome) -> (Class, Outcome) {
     let pushback = hint::pushback(headers);
     let retryable = match outcome.code() {
         Some(grpc::UNAVAILABLE) => true,
         Some(grpc::RESOURCE_EXHAUSTED) => pushback.is_some(),
+        Some(grpc::UNKNOWN) => outcome.kind() == OutcomeKind::Throttled,
         _ => false,
     };
     let class = match pushback {

@@ -34,8 +34,9 @@
 //! most.
 //!
 //! An answer is *good* if it is neither a failure nor throttled, nor one that a retry would try again: a
-//! 200 or a 404, not an error, a 429 or a 500. gRPC is what its status says, in the head or in the
-//! trailers; a stream that begins slowly is good.
+//! 200 or a 404, not an error, a 429 or a 500. A gRPC call is classified by its gRPC status, in the head, in the
+//! trailers or mapped from the HTTP status; a stream that begins slowly is good. [`Http`](crate::call::Http) has the
+//! table, which all layers share.
 //!
 //! | an answer comes | and it is good | and it is bad |
 //! |---|---|---|

@@ -87,6 +87,7 @@ where
         let settings = &self.core.settings;
         let safe = settings.safe();
         let rules = settings.rules(&safe, self.core.misconfigured, self.marks);
+        let is_grpc_call = M::is_grpc(&request);
         let mut kept = M::keep(&request, rules);
         let first = M::first(request, kept.as_mut(), rules);
         let hedgeable = kept.as_ref().is_some_and(|kept| M::repeatable(kept) != Repeatable::No);
@@ -100,6 +101,7 @@ where
             second: at.map_or(Second::Never, |at| Second::Due { at }),
             core: self.core.lease(),
             protocol: self.protocol.clone(),
+            is_grpc_call,
             kept,
             _request: PhantomData,
         }
@@ -119,6 +121,7 @@ pin_project! {
         began: Option<Instant>,
         core: Lease<Core<S, Settings>>,
         protocol: M,
+        is_grpc_call: bool,
         kept: Option<K>,
         _request: PhantomData<fn(Req)>,
     }
@@ -155,9 +158,11 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
+        let is_grpc_call = *this.is_grpc_call;
         // The first copy before the timer and before the hedge: what is there already is not hedged.
         if let Some(mut first) = this.first.as_mut().as_pin_mut() {
-            if let Poll::Ready(weight) = first.as_mut().poll_held(&*this.protocol, cx) {
+            let held = first.as_mut().poll_held(&*this.protocol, is_grpc_call, cx);
+            if let Poll::Ready(weight) = held {
                 if is_good(weight) {
                     this.core.well(this.began.take());
                 }
@@ -212,7 +217,8 @@ where
                     this.second.set(Second::Sent { hedge });
                 }
                 SecondProj::Sent { mut hedge } => {
-                    let weight = ready!(hedge.as_mut().poll_held(&*this.protocol, cx));
+                    let held = hedge.as_mut().poll_held(&*this.protocol, is_grpc_call, cx);
+                    let weight = ready!(held);
                     if !is_good(weight) && this.first.is_some() {
                         event!(
                             DEBUG,
