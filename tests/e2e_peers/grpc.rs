@@ -72,6 +72,9 @@ async fn calls_through_ends_of_connections<S>(
                         assert_eq!(response.get_ref().status(), ServingStatus::Serving);
                         let peer = response.metadata().get("peer").cloned();
                         peers.lock().unwrap_or_else(PoisonError::into_inner).insert(peer);
+                        if let Some(attempts) = response.extensions().get() {
+                            report.record_attempts(attempts);
+                        }
                         report.record_good();
                     }
                     Err(status) => report.record_error(&status),

@@ -60,7 +60,7 @@ impl Report {
         *counters.errors.entry(text).or_default() += 1;
     }
 
-    fn record_attempts(&self, attempts: &Attempts) {
+    pub fn record_attempts(&self, attempts: &Attempts) {
         let mut counters = self.counters();
         for attempt in attempts.each() {
             *counters.retried_attempts.entry(attempt.outcome.reason().as_str()).or_default() += 1;
