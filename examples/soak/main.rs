@@ -7,14 +7,22 @@
 //! A server and two clients (HTTP/1 and HTTP/2) under all layers, over real sockets. Callers go away at any point,
 //! bodies break off and panic, handlers panic, hang and cut the connection, strangers send half of what they
 //! announced and reset, and somebody resizes limits and caps, forces circuits and renews connections all the while.
+//!
+//! Beside that, untrusted clients call a gateway in front of a healthy upstream: they hang up, set short deadlines,
+//! send slowly and read slowly. The upstream closes connections while calls arrive. The visitors between them are to
+//! be served, and the circuit is to stay closed.
+//!
 //! At the end every permit, slot, gauge and task has to be back, and memory as it was once warm. The exit code says
 //! whether that is so.
 
 mod callers;
 mod clients;
+mod gateway;
 mod server;
 mod shaker;
 mod tally;
+mod untrusted;
+mod upstream;
 mod vandals;
 mod verdict;
 
@@ -34,13 +42,18 @@ use tokio::{
     time::{Instant, timeout},
 };
 
+use gateway::Gateway;
 use server::Server;
 use tally::Tally;
+use untrusted::Kind;
 use verdict::{Memory, Verdict, back_to};
 
 /// Of each protocol.
 const CALLERS: usize = 64;
 const VANDALS: usize = 16;
+/// Number of untrusted clients of each kind, and of visitors, at each gateway.
+const UNTRUSTED: usize = 2;
+const VISITORS: usize = 4;
 
 fn main() -> Result<ExitCode, BoxError> {
     let (time, seed) = arguments()?;
@@ -79,6 +92,16 @@ async fn soak(time: Duration, seed: u64, verdict: &mut Verdict) -> Result<(), Bo
     for _ in 0..VANDALS {
         storm.spawn(vandals::rage(server.addr, random.fork(), tally.clone(), over.clone()));
     }
+    let gateways = [Gateway::start(false).await?, Gateway::start(true).await?];
+    for gateway in &gateways {
+        for kind in Kind::ALL.into_iter().cycle().take(UNTRUSTED * Kind::ALL.len()) {
+            let (random, tally) = (random.fork(), tally.clone());
+            storm.spawn(untrusted::attack(kind, gateway.addr, random, tally, over.clone()));
+        }
+        for _ in 0..VISITORS {
+            storm.spawn(untrusted::visit(gateway.addr, tally.clone(), over.clone()));
+        }
+    }
     let guards = vec![guards1, guards2];
     storm.spawn(shaker::shake(server.clone(), guards.clone(), random.fork(), over.clone()));
 
@@ -102,6 +125,14 @@ async fn soak(time: Duration, seed: u64, verdict: &mut Verdict) -> Result<(), Bo
     server.judge(verdict);
     for (guards, protocol) in guards.iter().zip(["HTTP/1", "HTTP/2"]) {
         guards.judge(protocol, verdict);
+    }
+    for gateway in gateways {
+        back_to(|| gateway.is_quiet()).await;
+        gateway.judge(verdict);
+        let (drained, connections) = gateway.end().await?;
+        verdict.zero("calls of a gateway cut by its drain", drained.cut_calls);
+        back_to(|| connections.snapshot().open == 0).await;
+        verdict.zero("connections of a gateway open at its end", connections.snapshot().open);
     }
     // And it all works as on the first day.
     let most = calm(&http1, &guards[0], &server, verdict).await?;

@@ -8,13 +8,15 @@ use std::{
 
 use http::StatusCode;
 
-use crate::verdict::Verdict;
+use crate::{untrusted::Kind, verdict::Verdict};
 
 #[derive(Default)]
 pub struct Tally(Mutex<BTreeMap<String, u64>>);
 
 impl Tally {
     pub const HUNG: &str = "hung";
+    pub const SERVED: &str = "visitor: served";
+    pub const NOT_SERVED: &str = "visitor: not served";
 
     pub fn count(&self, what: &str) {
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -38,6 +40,10 @@ impl Tally {
 
     pub fn judge(&self, verdict: &mut Verdict) {
         verdict.zero("calls that hung", self.of(Self::HUNG) as usize);
+        verdict
+            .zero("visitors of a gateway that were not served", self.of(Self::NOT_SERVED) as usize);
+        verdict.happened(Self::SERVED, self.of(Self::SERVED));
+        Kind::ALL.iter().for_each(|kind| verdict.happened(kind.as_str(), self.of(kind.as_str())));
         let ends = ["200", "503", "given up", "never polled", "polled once", "vandalised"];
         let errors = [
             "limit_reached",

@@ -10,7 +10,7 @@ use tower::Layer;
 
 use super::{
     Gap::{self, *},
-    KEEPALIVE, PATIENCE, Upstream, between,
+    KEEPALIVE, MAX_WAIT, Upstream, between,
     client::{Clients, Ending, LANES},
     embedded::Embedded,
     none_is_lost_and_none_doubled, runtime,
@@ -32,7 +32,7 @@ fn play(upstream: Box<dyn Upstream>, gaps: &[Gap]) -> (Vec<Ending>, Witness, Con
     for gap in gaps {
         runtime.block_on(async {
             let round = between(*gap, &*upstream, &clients, 500);
-            tokio::time::timeout(3 * PATIENCE, round).await.expect("no request hangs");
+            tokio::time::timeout(3 * MAX_WAIT, round).await.expect("no request hangs");
             // As the server's, but to be sure.
             tokio::time::sleep(Duration::from_millis(20)).await;
             let seen = handle.snapshot();

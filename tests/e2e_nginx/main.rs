@@ -1,7 +1,7 @@
 //! Keep-alives that run out and reloads, against a real nginx: no `GET` is lost, no `POST` is sent twice.
 //!
 //! The access log is the witness. Where there is no nginx an upstream of our own stands in for it, unless
-//! `BUTTRESS_REQUIRE_NGINX` is set.
+//! `BUTTRESS_REQUIRE_REAL` is set.
 #![cfg(all(feature = "retry", feature = "hyper-util"))]
 
 mod client;
@@ -9,9 +9,11 @@ mod client;
 mod connect;
 mod embedded;
 mod nginx;
+#[path = "../peers/mod.rs"]
+mod peers;
 mod witness;
 
-use std::{collections::HashSet, env, fmt::Debug, time::Duration};
+use std::{collections::HashSet, fmt::Debug, time::Duration};
 
 use buttress::BoxError;
 use bytes::Bytes;
@@ -21,14 +23,13 @@ use http::{Request, Response};
 use http_body::Body;
 use http_body_util::Full;
 use nginx::Nginx;
+use peers::{MAX_WAIT, block_for, block_until, nginx::BINARY};
 use tokio::runtime::{self, Runtime};
 use tower::Service;
 use witness::Witness;
 
 /// When the upstream closes a connection on which nothing was asked.
 const KEEPALIVE: Duration = Duration::from_secs(1);
-/// For what must happen on the other side.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 trait Upstream {
     fn port(&self) -> u16;
@@ -43,11 +44,11 @@ trait Upstream {
 fn nginx() -> Box<dyn Upstream> {
     match Nginx::start() {
         Some(nginx) => Box::new(nginx),
-        None if env::var_os("BUTTRESS_REQUIRE_NGINX").is_some() => {
-            panic!("BUTTRESS_REQUIRE_NGINX is set, and there is no {}", nginx::BINARY)
+        None if peers::are_required() => {
+            panic!("BUTTRESS_REQUIRE_REAL is set, but {BINARY} is not installed")
         }
         None => {
-            println!("no {}: an embedded upstream stands in for it", nginx::BINARY);
+            println!("{BINARY} is not installed: the test uses an embedded upstream");
             Box::new(Embedded::start())
         }
     }
@@ -131,34 +132,17 @@ where
         Stall => {
             round.await;
             clients.fill_pool().await;
-            hold_up(KEEPALIVE + KEEPALIVE / 5);
+            block_for(KEEPALIVE + KEEPALIVE / 5);
             clients.burst().await;
         }
         StallOverReload => {
             round.await;
             clients.fill_pool().await;
             upstream.reload();
-            held_up_until(|| upstream.is_reloaded());
+            block_until(|| upstream.is_reloaded());
             clients.burst().await;
         }
     }
-}
-
-/// Nothing of this thread goes on, as under a debugger, or on a machine that slept.
-#[expect(clippy::disallowed_methods, reason = "that the thread does not run is what is tested")]
-fn hold_up(time: Duration) {
-    std::thread::sleep(time);
-}
-
-fn held_up_until(mut holds: impl FnMut() -> bool) {
-    let step = Duration::from_millis(5);
-    for _ in 0..PATIENCE.as_millis() / step.as_millis() {
-        if holds() {
-            return;
-        }
-        hold_up(step);
-    }
-    panic!("never held");
 }
 
 // ===== The verdict =====

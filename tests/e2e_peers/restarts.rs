@@ -1,0 +1,151 @@
+//! Two axum servers behind a TCP balancer. They restart in turn, with a graceful shutdown, while calls are in flight.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use axum::{Router, routing::get};
+use buttress::breaker::CircuitBreakerHandle;
+use tokio::{
+    io::copy_bidirectional,
+    net::TcpStream,
+    sync::oneshot,
+    task::{JoinHandle, JoinSet},
+    time::sleep,
+};
+
+use crate::{
+    net::{listener, soon},
+    report::Report,
+    stacks::{self, HttpClient},
+};
+
+const CALLS: usize = 6_000;
+/// Number of calls in flight.
+const CONCURRENCY: usize = 20;
+const CALL_TIME: Duration = Duration::from_millis(5);
+/// Time from the moment at which the balancer stops to use a server to its shutdown. The server accepts the
+/// connections that are already on their way.
+const DRAIN_DELAY: Duration = Duration::from_millis(20);
+/// Time from one restart to the next.
+const PAUSE: Duration = Duration::from_millis(50);
+/// Minimum number of restarts.
+const MIN_RESTARTS: usize = 8;
+
+#[tokio::test]
+async fn ready_made_client_loses_no_call_when_servers_restart() {
+    calls_through_restarts(stacks::ready_made(false)).await;
+}
+
+#[tokio::test]
+async fn hand_built_stack_loses_no_call_when_servers_restart() {
+    calls_through_restarts(stacks::hand_built(false)).await;
+}
+
+#[tokio::test]
+async fn ready_made_client_over_http2_loses_no_call_when_servers_restart() {
+    calls_through_restarts(stacks::ready_made(true)).await;
+}
+
+#[tokio::test]
+async fn hand_built_stack_over_http2_loses_no_call_when_servers_restart() {
+    calls_through_restarts(stacks::hand_built(true)).await;
+}
+
+async fn calls_through_restarts((client, circuit): (impl HttpClient, CircuitBreakerHandle)) {
+    let (balancer, mut servers) = (Balancer::default(), Vec::new());
+    for _ in 0..2 {
+        servers.push(Server::start(&balancer).await);
+    }
+    let uri = format!("http://{}/", balancer.start().await);
+    let (report, left) = (Report::default(), Arc::new(AtomicUsize::new(CALLS)));
+    let mut lanes = JoinSet::new();
+    for _ in 0..CONCURRENCY {
+        let (client, uri, report, left) =
+            (client.clone(), uri.clone(), report.clone(), left.clone());
+        lanes.spawn(async move {
+            while left.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)).is_ok() {
+                report.record(&stacks::get(client.clone(), &uri).await);
+            }
+        });
+    }
+    let mut restarts = 0;
+    while left.load(SeqCst) > 0 {
+        servers.remove(0).stop(&balancer).await;
+        servers.push(Server::start(&balancer).await);
+        restarts += 1;
+        sleep(PAUSE).await;
+    }
+    lanes.join_all().await;
+    println!("{report}; {restarts} restarts");
+    report.assert_all_good(CALLS, &[circuit]);
+    assert!(restarts >= MIN_RESTARTS, "only {restarts} restarts");
+}
+
+/// The addresses in rotation. Clones share them.
+#[derive(Clone, Default)]
+struct Balancer(Arc<Mutex<Vec<SocketAddr>>>);
+
+impl Balancer {
+    fn change<T>(&self, change: impl FnOnce(&mut Vec<SocketAddr>) -> T) -> T {
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Forwards each connection to the next server in rotation.
+    async fn start(&self) -> SocketAddr {
+        let ((listener, addr), balancer) = (listener().await, self.clone());
+        tokio::spawn(async move {
+            loop {
+                let (mut client, _) = listener.accept().await.unwrap();
+                let next = balancer.change(|servers| {
+                    servers.rotate_left(1);
+                    servers[0]
+                });
+                tokio::spawn(async move {
+                    let mut server = TcpStream::connect(next).await?;
+                    client.set_nodelay(true)?;
+                    server.set_nodelay(true)?;
+                    copy_bidirectional(&mut client, &mut server).await
+                });
+            }
+        });
+        addr
+    }
+}
+
+struct Server {
+    addr: SocketAddr,
+    shutdown: oneshot::Sender<()>,
+    task: JoinHandle<()>,
+}
+
+impl Server {
+    /// Starts a server and puts it into rotation.
+    async fn start(balancer: &Balancer) -> Self {
+        let handler = async || {
+            sleep(CALL_TIME).await;
+            "ok"
+        };
+        let app = Router::new().route("/", get(handler));
+        let ((listener, addr), (shutdown, stopped)) = (listener().await, oneshot::channel());
+        let server = axum::serve(listener, app).with_graceful_shutdown(async {
+            let _ = stopped.await;
+        });
+        let task = tokio::spawn(async move { server.await.unwrap() });
+        balancer.change(|servers| servers.push(addr));
+        Self { addr, shutdown, task }
+    }
+
+    /// Takes the server out of rotation and waits for its graceful shutdown.
+    async fn stop(self, balancer: &Balancer) {
+        balancer.change(|servers| servers.retain(|addr| *addr != self.addr));
+        sleep(DRAIN_DELAY).await;
+        self.shutdown.send(()).unwrap();
+        soon(self.task).await.unwrap();
+    }
+}

@@ -1,0 +1,131 @@
+//! nginx with a configuration of its own, in a directory of its own.
+
+use std::{
+    env, fs,
+    net::{TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{self, Child, Command, Stdio},
+    sync::atomic::{AtomicUsize, Ordering},
+};
+
+use super::{MAX_WAIT, block_until};
+
+pub const BINARY: &str = "/usr/sbin/nginx";
+
+/// A running nginx. Dropping it stops the process and deletes its directory.
+pub struct Nginx {
+    child: Child,
+    port: u16,
+    dir: Directory,
+}
+
+struct Directory(PathBuf);
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The access log has one line for each request: method, `x-id` header, status, process, connection and number of
+/// the request on its connection.
+fn configuration(dir: &Path, port: u16, listen: &str, server: &str) -> String {
+    let dir = dir.display();
+    format!(
+        "daemon off;
+worker_processes 1;
+pid {dir}/pid;
+error_log {dir}/error.log notice;
+events {{ worker_connections 4096; }}
+http {{
+    log_format requests '$request_method $http_x_id $status $pid $connection $connection_requests';
+    access_log {dir}/access.log requests;
+    client_body_temp_path {dir}/body;
+    proxy_temp_path {dir}/proxy;
+    fastcgi_temp_path {dir}/fastcgi;
+    uwsgi_temp_path {dir}/uwsgi;
+    scgi_temp_path {dir}/scgi;
+    server {{
+        listen 127.0.0.1:{port} {listen};
+        {server}
+    }}
+}}
+"
+    )
+}
+
+impl Nginx {
+    /// Starts a server with these parameters of `listen` and these directives. Returns `None` if nginx is not
+    /// installed.
+    pub fn start(listen: &str, server: &str) -> Option<Self> {
+        if !Path::new(BINARY).exists() {
+            return None;
+        }
+        static STARTED: AtomicUsize = AtomicUsize::new(0);
+        let (process, n) = (process::id(), STARTED.fetch_add(1, Ordering::Relaxed));
+        let dir = Directory(env::temp_dir().join(format!("buttress-nginx-{process}-{n}")));
+        fs::create_dir_all(&dir.0).unwrap();
+        // Another process may bind the port between this probe and nginx. Then the next one is tried.
+        let start = |_| {
+            let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+            fs::write(dir.0.join("conf"), configuration(&dir.0, port, listen, server)).unwrap();
+            let mut child = command(&dir.0).spawn().unwrap();
+            let mut is_up = false;
+            block_until(|| {
+                is_up = TcpStream::connect(("127.0.0.1", port)).is_ok();
+                is_up || child.try_wait().unwrap().is_some()
+            });
+            is_up.then_some((child, port))
+        };
+        let (child, port) = (0..5).find_map(start).unwrap_or_else(|| {
+            panic!("nginx did not start: {:?}", fs::read_to_string(dir.0.join("error.log")))
+        });
+        Some(Self { child, port, dir })
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Runs `nginx -s reload`, for example.
+    pub fn signal(&self, name: &str) {
+        let status = command(&self.dir.0).args(["-s", name]).status().unwrap();
+        assert!(status.success(), "{status}");
+    }
+
+    /// The text of `access.log` or `error.log`.
+    pub fn log(&self, name: &str) -> String {
+        fs::read_to_string(self.dir.0.join(name)).unwrap()
+    }
+
+    /// Lets open requests finish, stops the process and returns its access log.
+    pub fn quit(mut self) -> String {
+        self.signal("quit");
+        block_until(|| self.child.try_wait().unwrap().is_some());
+        self.log("access.log")
+    }
+}
+
+fn command(dir: &Path) -> Command {
+    let mut command = Command::new(BINARY);
+    // nginx writes the same messages to the error log.
+    command.arg("-p").arg(dir).arg("-c").arg(dir.join("conf")).stderr(Stdio::null());
+    command
+}
+
+/// A master process that is killed leaves its workers behind. It is asked to stop, and killed only if it does not.
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        if self.child.try_wait().is_ok_and(|over| over.is_some()) {
+            return;
+        }
+        let _ = command(&self.dir.0).args(["-s", "stop"]).status();
+        let deadline = tokio::time::Instant::now() + MAX_WAIT;
+        while self.child.try_wait().is_ok_and(|over| over.is_none()) {
+            if tokio::time::Instant::now() > deadline {
+                let _ = self.child.kill();
+            }
+            std::thread::yield_now();
+        }
+    }
+}
