@@ -1,6 +1,6 @@
 //! Calls that end by a deadline, or by a hang-up.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use axum::{Extension, Router, body::Body, routing::any};
 use buttress::{
@@ -12,7 +12,10 @@ use buttress::{
     stack::ClientStack,
 };
 use http::{Request, StatusCode};
-use tokio::time::{Instant, advance, sleep, timeout};
+use tokio::{
+    sync::Semaphore,
+    time::{Instant, advance, sleep, timeout},
+};
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
 
 use super::{
@@ -400,29 +403,39 @@ async fn a_deadline_records_who_set_it() {
 async fn short_deadlines_of_callers_leave_an_adaptive_limit_as_it_is() {
     use buttress::limit::adaptive::{Aimd, Algorithm, Knee, Vegas};
 
+    /// The limit in front of 20 workers, after 20 s in which more is offered than they can do.
     async fn limit(algorithm: impl Algorithm, short_deadlines: bool) -> u32 {
+        fastrand::seed(7);
+        let workers = Arc::new(Semaphore::new(20));
         let layer = ConcurrencyLimitLayer::adaptive(algorithm);
         let handle = layer.handle();
         let service = ServiceBuilder::new()
             .layer(DeadlineLayer::new().respond())
             .layer(layer.respond())
             .layer(TimeoutLayer::server().respond())
-            .service(service_fn(|_: Request<()>| async {
-                sleep(Duration::from_millis(10 + fastrand::u64(0..3))).await;
-                Ok::<_, std::convert::Infallible>(empty())
+            .service(service_fn(move |_: Request<()>| {
+                let workers = workers.clone();
+                async move {
+                    let _worker = workers.acquire().await;
+                    sleep(Duration::from_micros(fastrand::u64(8_000..12_000))).await;
+                    Ok::<_, std::convert::Infallible>(empty())
+                }
             }));
-        for n in 0..20_000_u32 {
+        let mut limits = Vec::new();
+        for n in 0..60_000_u32 {
             let mut request = request();
             if short_deadlines && n % 10 == 0 {
                 request.extensions_mut().insert(caller_deadline(ms(1)));
             }
             tokio::spawn(service.clone().oneshot(request));
-            // 50 to 80 at once.
-            if n % 5 == 0 {
+            if n % 3 == 0 {
                 sleep(ms(1)).await;
             }
+            if n >= 30_000 && n % 100 == 0 {
+                limits.push(handle.snapshot().limit);
+            }
         }
-        handle.snapshot().limit
+        limits.iter().sum::<u32>() / limits.len() as u32
     }
     fn near(with: u32, without: u32, name: &str) {
         let (with, without) = (f64::from(with), f64::from(without));
