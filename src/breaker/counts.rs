@@ -52,13 +52,17 @@ pub(super) type Windows = Vec<Tally>;
 /// Servers rarely allow more streams on one HTTP/2 connection, which all end together with it.
 const MAX_HOUSEKEEPING: u32 = 100;
 
+/// And not before this much time without a response: however many calls one moment of housekeeping hits.
+const MIN_HOUSEKEEPING_TIME: Nanos = 1_000_000_000;
+
 #[derive(Debug)]
 pub(super) struct Counts {
     run: u32,
     /// The circuit has recorded a response since it was made.
     has_responded: bool,
-    /// Calls in a row that ended by connection housekeeping, without a response in between.
+    /// Calls in a row that ended by connection housekeeping, without a response in between, and since when.
     housekeeping: u32,
+    housekeeping_since: Nanos,
     rules: Vec<Counted>,
     /// The shortest time that any rule calls slow.
     slow_from: Option<Nanos>,
@@ -118,7 +122,14 @@ impl Counts {
                 }
             })
             .collect();
-        let counts = Self { run: 0, has_responded: false, housekeeping: 0, rules, slow_from };
+        let counts = Self {
+            run: 0,
+            has_responded: false,
+            housekeeping: 0,
+            housekeeping_since: 0,
+            rules,
+            slow_from,
+        };
         (counts, times.into())
     }
 
@@ -132,8 +143,8 @@ impl Counts {
     /// Connection housekeeping is neutral, so an upstream that accepts and closes every connection would never
     /// open the circuit. It becomes a failure, with its own reason, in two cases. Before the first response no
     /// connection can have been reused: a connection that broke was new. And after too many such outcomes in
-    /// a row without a response, the upstream does not work.
-    pub(super) fn assess(&mut self, outcome: Outcome) -> Outcome {
+    /// a row, for too long, without a response, the upstream does not work.
+    pub(super) fn assess(&mut self, outcome: Outcome, now: Nanos) -> Outcome {
         if outcome.has_response() {
             self.has_responded = true;
             self.housekeeping = 0;
@@ -141,10 +152,15 @@ impl Counts {
         if !outcome.is_housekeeping() {
             return outcome;
         }
+        if self.housekeeping == 0 {
+            self.housekeeping_since = now;
+        }
         self.housekeeping = self.housekeeping.saturating_add(1);
+        let lasts = self.housekeeping > MAX_HOUSEKEEPING
+            && now.saturating_sub(self.housekeeping_since) >= MIN_HOUSEKEEPING_TIME;
         let broke =
             matches!(outcome.reason(), Reason::NeverSent | Reason::StaleConnection | Reason::Reset);
-        if broke && !self.has_responded || self.housekeeping > MAX_HOUSEKEEPING {
+        if broke && !self.has_responded || lasts {
             return Outcome::failure().because(outcome.reason());
         }
         outcome

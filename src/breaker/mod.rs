@@ -108,7 +108,7 @@
 //!
 //! - The circuit has not seen any response since it was made, and the request was not sent or its connection broke.
 //!   No connection can have been reused by then.
-//! - More than 100 calls in a row ended by housekeeping, without a response in between.
+//! - More than 100 calls in a row, over at least 1 s, ended by housekeeping, without a response in between.
 //!
 //! # Waits
 //!

@@ -13,6 +13,38 @@
 //!    panics, and one of an older generation never changes a newer state.
 //! 4. [`TrackedBody`]: carries the permit to the end of the response body.
 //! 5. [`Rejected`]: a call that was not let through; a [`Reject`] strategy gives it its form.
+//!
+//! # Which side caused it
+//!
+//! A failure counts against the upstream only if the upstream caused it. This table is how every layer counts every
+//! cause; the row *retry* assumes an attempt left, a budget and a body that can be replayed.
+//!
+//! | cause | outcome | breaker | half-open probe | adaptive limit | retry | hedge |
+//! |---|---|---|---|---|---|---|
+//! | the caller hangs up, or its [`Deadline`] passes | cancelled | neutral | releases its slot | neutral | ends the call | ends the call |
+//! | the same, and the upstream had the complete request for `count_cancelled_after` without a response head | failure, [`NoResponse`](Reason::NoResponse) | failure | failed | drop | ends the call | ends the call |
+//! | the upstream reports the caller's deadline: 504, `DEADLINE_EXCEEDED`, or a body cut off there | as the deadline itself | neutral | releases its slot | neutral | ends the call | bad response |
+//! | a timeout, or a deadline of the [operator](DeadlineSource::Operator) | failure, [`Timeout`](Reason::Timeout) | failure | failed | drop | safe methods | bad response |
+//! | a slow upload | as the response | its time is not measured | leaves its slot to other calls | its time is not measured | – | – |
+//! | the request body stalls or fails | cancelled, [`Caller`](Reason::Caller) | neutral | releases its slot | neutral | not repeated | bad response |
+//! | a slow reader of the response | as the response | its time is not measured | passed with its head | its time is not measured | – | – |
+//! | a wait inside the client: for a permit, a connection, the next attempt | – | its time is not measured | its time is not measured | its time is not measured | – | – |
+//! | a rejection by an inner layer | cancelled, [`Rejected`](Reason::Rejected) | neutral | releases its slot | neutral | ends the call | bad response |
+//! | never sent, `REFUSED_STREAM`, a stream above the last one of a `GOAWAY` with `NO_ERROR` | [housekeeping](Outcome::is_housekeeping) | neutral | releases its slot | neutral | at once, any method | the other attempt decides |
+//! | a stale connection, a reset of a reused one | [housekeeping](Outcome::is_housekeeping) | neutral | releases its slot | neutral | at once, safe methods | the other attempt decides |
+//! | a `GOAWAY` with an error code, a reset stream, a reset of a new connection | failure | failure | failed | neutral | as its reason allows | bad response |
+//! | no connection: refused, timed out, TLS | failure | failure | failed | neutral, timed out: drop | any method | bad response |
+//! | 429, 529, `RESOURCE_EXHAUSTED` | throttled | neutral | failed | drop | after the hint | bad response |
+//! | another hedge attempt won | cancelled, [`Superseded`](Reason::Superseded) | neutral | releases its slot | neutral | – | – |
+//!
+//! `count_cancelled_after` is 1 s by default, and a setter of the
+//! [breaker](crate::CircuitBreakerLayer::count_cancelled_after) and the
+//! [limit](crate::ConcurrencyLimitLayer::count_cancelled_after). Time is the upstream's from when the request has been
+//! sent. A request without a body is sent at the call. With a body that is known if a retry or a hedge is outside of the
+//! measuring layer (they publish a [`SentMark`]), or a timeout inside of it; else the clock starts at the call.
+//!
+//! Transports that do not reveal whether a connection was reused are described at the
+//! [breaker](crate::breaker#connection-housekeeping), gRPC at [`Http`].
 
 #[cfg(any(feature = "retry", feature = "timeout"))]
 mod alarm;

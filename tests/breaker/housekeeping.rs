@@ -142,11 +142,25 @@ async fn more_than_a_hundred_in_a_row_count_as_failures() {
     for reason in ALL {
         let circuit = Circuit::new(CircuitBreakerLayer::http());
         circuit.calls(Outcome::success(), 1).await;
-        circuit.calls(housekeeping(reason), 104).await;
+        circuit.calls(housekeeping(reason), 100).await;
+        advance(secs(1)).await;
+        circuit.calls(housekeeping(reason), 4).await;
         assert_eq!((circuit.state(), circuit.failures()), (State::Closed, 4), "{reason}");
         circuit.calls(housekeeping(reason), 1).await;
         assert_eq!(circuit.trip(), Some(Tripped::Consecutive { failures: 5 }), "{reason}");
     }
+}
+
+/// One closed HTTP/2 connection may end as many calls as it has streams, all at once.
+#[tokio::test(start_paused = true)]
+async fn any_number_within_a_second_is_neutral() {
+    let circuit = Circuit::new(CircuitBreakerLayer::http());
+    circuit.calls(Outcome::success(), 1).await;
+    circuit.calls(housekeeping(Reason::GoAway), 10_000).await;
+    assert_eq!((circuit.state(), circuit.failures()), (State::Closed, 0));
+    advance(secs(1)).await;
+    circuit.calls(housekeeping(Reason::GoAway), 5).await;
+    assert_eq!(circuit.state(), State::Open);
 }
 
 #[tokio::test(start_paused = true)]
@@ -161,6 +175,7 @@ async fn a_response_in_between_starts_the_hundred_again_and_nothing_else_does() 
         circuit.calls(housekeeping(Reason::Reset), 100).await;
         assert_eq!(circuit.state(), State::Closed);
     }
+    advance(secs(1)).await;
     circuit.calls(Outcome::cancelled(), 1).await;
     circuit.calls(Outcome::cancelled().because(Reason::Rejected), 1).await;
     assert!(circuit.call(housekeeping(Reason::GoAway)).await);
@@ -189,6 +204,7 @@ async fn a_probe_fails_after_more_than_a_hundred_in_a_row() {
     circuit.calls(Outcome::failure(), 1).await;
     advance(WAIT).await;
     circuit.calls(housekeeping(Reason::Reset), 100).await;
+    advance(secs(1)).await;
     assert_eq!(circuit.state(), State::HalfOpen);
     circuit.calls(housekeeping(Reason::Reset), 1).await;
     let outcome = Outcome::failure().because(Reason::Reset);

@@ -151,7 +151,7 @@ impl Machine {
 
     fn counted(&mut self, ended: Ended, at: At<'_>) -> Option<Change> {
         let Phase::Closed { .. } = self.phase else { return None };
-        let ended = Ended { outcome: self.counts.assess(ended.outcome), ..ended };
+        let ended = Ended { outcome: self.counts.assess(ended.outcome, at.now), ..ended };
         let (rule, tripped) = self.counts.record(ended, at.now, at.times)?;
         let change = self.open(tripped, ended.outcome.retry_after(), at);
         self.last_rule = Some(rule);
@@ -159,7 +159,7 @@ impl Machine {
     }
 
     fn probed(&mut self, ended: Ended, at: At<'_>) -> Option<Change> {
-        let outcome = self.counts.assess(ended.outcome);
+        let outcome = self.counts.assess(ended.outcome, at.now);
         let slow = self.counts.was_slow(Ended { outcome, ..ended });
         let Phase::HalfOpen(probes) = &mut self.phase else { return None };
         match outcome.kind() {
