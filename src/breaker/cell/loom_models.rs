@@ -14,6 +14,7 @@ fn cell(trip: Trip) -> Cell {
         ramp: Duration::ZERO,
         outside_probes: false,
         holds_back: false,
+        count_cancelled_after: None,
     };
     Cell::new(Front::take(), trip, settings, false)
 }
