@@ -459,6 +459,11 @@ impl Finish for Circuit {
         self.cell.count_cancelled_after()
     }
 
+    #[inline]
+    fn follows_reader(&self, token: Token) -> bool {
+        is_probe(token)
+    }
+
     fn waits_for(&self, token: Token, what: WaitsFor) {
         if is_probe(token) {
             self.probe_waits_for(ticket(token).generation, what, self.now());

@@ -19,7 +19,8 @@ struct Probe {
     /// Its own: no other call of this circuit ever has the same.
     generation: u64,
     lease: Lease,
-    good_head: bool,
+    /// Whether its response head was good, once it is here.
+    head: Option<bool>,
 }
 
 /// How long a probe keeps its slot.
@@ -31,18 +32,27 @@ enum Lease {
     InClient { ends: Nanos },
     /// The request is still to be sent: for as long as its caller takes, other calls may have the slot.
     Unsent,
+    /// The response waits for its reader: other calls may have the slot meanwhile.
+    AtReader { ends: Nanos },
 }
 
 impl Lease {
     fn ends(self) -> Option<Nanos> {
         match self {
-            Self::AtUpstream { ends } | Self::InClient { ends } => Some(ends),
+            Self::AtUpstream { ends } | Self::InClient { ends } | Self::AtReader { ends } => {
+                Some(ends)
+            }
             Self::Unsent => None,
         }
     }
+
+    /// Whether the probe keeps other calls from its slot.
+    fn takes_slot(self) -> bool {
+        matches!(self, Self::AtUpstream { .. } | Self::InClient { .. })
+    }
 }
 
-/// No more probes than this are under way beyond the slots, however many have requests that are still to be sent.
+/// No more probes than this are under way beyond the slots, however many wait for their callers.
 const MAX_BEYOND_SLOTS: usize = 16;
 
 /// What the probes say as soon as it is certain.
@@ -56,14 +66,15 @@ impl Probes {
         self.under_way.len()
     }
 
-    /// Whether a call gets a probe slot. A probe whose request is still to be sent leaves its slot to calls that are
-    /// sent at once; of those that are still to be sent as many may be under way as there are slots.
+    /// Whether a call gets a probe slot. A probe that waits for its caller leaves its slot to other calls, but for one
+    /// thing: of probes whose request is still to be sent no more may be under way than there are slots.
     pub(super) fn has_room(&self, is_unsent: bool, settings: &Settings) -> bool {
         let slots = usize::from(settings.probes);
         let unsent =
             self.under_way.iter().filter(|probe| matches!(probe.lease, Lease::Unsent)).count();
         let decided = usize::from(self.passed) + usize::from(self.failed);
-        let taken = decided + (self.under_way.len() - unsent);
+        let taken =
+            decided + self.under_way.iter().filter(|probe| probe.lease.takes_slot()).count();
         !settings.outside_probes
             && taken < slots
             && self.under_way.len() < slots + MAX_BEYOND_SLOTS
@@ -80,7 +91,7 @@ impl Probes {
     ) {
         let ends = now.saturating_add(nanos(settings.lease));
         let lease = if is_unsent { Lease::Unsent } else { Lease::AtUpstream { ends } };
-        self.under_way.push(Probe { generation, lease, good_head: false });
+        self.under_way.push(Probe { generation, lease, head: None });
     }
 
     /// Notes what a probe waits for, since then.
@@ -94,10 +105,13 @@ impl Probes {
         let probe = self.under_way.iter_mut().find(|probe| probe.generation == generation);
         let ends = since.saturating_add(nanos(settings.lease));
         if let Some(probe) = probe {
-            probe.lease = match what {
-                WaitsFor::Upstream => Lease::AtUpstream { ends },
-                WaitsFor::Client => Lease::InClient { ends: probe.lease.ends().unwrap_or(ends) },
-                WaitsFor::Caller => Lease::Unsent,
+            let same = probe.lease.ends().unwrap_or(ends);
+            probe.lease = match (what, probe.head) {
+                (WaitsFor::Upstream, None) => Lease::AtUpstream { ends },
+                (WaitsFor::Upstream, Some(_)) => Lease::AtUpstream { ends: same },
+                (WaitsFor::Client, _) => Lease::InClient { ends: same },
+                (WaitsFor::Caller, None) => Lease::Unsent,
+                (WaitsFor::Caller, Some(_)) => Lease::AtReader { ends: same },
             };
         }
     }
@@ -109,7 +123,7 @@ impl Probes {
     pub(super) fn head(&mut self, generation: u64, good: bool) {
         if let Some(probe) = self.under_way.iter_mut().find(|probe| probe.generation == generation)
         {
-            probe.good_head = good;
+            probe.head = Some(good);
         }
     }
 
@@ -138,7 +152,7 @@ impl Probes {
         let ended = self.next_lease().filter(|ends| *ends <= now)?;
         let at = self.under_way.iter().position(|probe| probe.lease.ends() == Some(ended))?;
         match self.under_way.remove(at) {
-            Probe { good_head: true, .. } => self.pass(),
+            Probe { head: Some(true), .. } => self.pass(),
             Probe { lease: Lease::AtUpstream { .. }, .. } => self.fail(Tripped::ProbeLease, None),
             _ => {}
         }

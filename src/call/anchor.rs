@@ -51,6 +51,14 @@ impl<T: Finish, L: Finish> Finish for Anchor<T, L> {
     }
 
     #[inline]
+    fn follows_reader(&self, token: Token) -> bool {
+        match self {
+            Self::Counted(state) => state.follows_reader(token),
+            Self::Lasting(state) => state.follows_reader(token),
+        }
+    }
+
+    #[inline]
     fn waits_for(&self, token: Token, what: WaitsFor) {
         match self {
             Self::Counted(state) => state.waits_for(token, what),

@@ -46,6 +46,11 @@ where
     }
 
     #[inline]
+    fn follows_reader(&self, token: Token) -> bool {
+        (**self).follows_reader(token)
+    }
+
+    #[inline]
     fn waits_for(&self, token: Token, what: WaitsFor) {
         (**self).waits_for(token, what);
     }

@@ -27,7 +27,7 @@
 //! | a timeout, or a deadline of the [operator](DeadlineSource::Operator) | failure, [`Timeout`](Reason::Timeout) | failure | failed | drop | safe methods | bad response |
 //! | a slow upload | as the response | its time is not measured | leaves its slot to other calls | its time is not measured | – | – |
 //! | the request body stalls or fails | cancelled, [`Caller`](Reason::Caller) | neutral | releases its slot | neutral | not repeated | bad response |
-//! | a slow reader of the response | as the response | its time is not measured | passed with its head | its time is not measured | – | – |
+//! | a slow reader of the response | as the response | its time is not measured | leaves its slot to other calls | its time is not measured | – | – |
 //! | a wait inside the client: for a permit, a connection, the next attempt | – | its time is not measured | its time is not measured | its time is not measured | – | – |
 //! | a rejection by an inner layer | cancelled, [`Rejected`](Reason::Rejected) | neutral | releases its slot | neutral | ends the call | bad response |
 //! | never sent, `REFUSED_STREAM`, a stream above the last one of a `GOAWAY` with `NO_ERROR` | [housekeeping](Outcome::is_housekeeping) | neutral | releases its slot | neutral | at once, any method | the other attempt decides |

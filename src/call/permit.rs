@@ -72,6 +72,13 @@ pub trait Finish: Send + Sync + 'static {
         None
     }
 
+    /// Whether [`waits_for`](Self::waits_for) also hears when the response begins and ends to wait for its reader.
+    /// Asked at the response head.
+    fn follows_reader(&self, token: Token) -> bool {
+        let _ = token;
+        false
+    }
+
     /// A call of this token has begun to wait for something else than before.
     fn waits_for(&self, token: Token, what: WaitsFor) {
         let _ = (token, what);
@@ -101,6 +108,8 @@ pub(crate) struct CallContext {
     answered: bool,
     /// The response body is measured, too.
     measures_body: bool,
+    /// The state hears what the response body waits for.
+    follows_reader: bool,
     waits_for: WaitsFor,
 }
 
@@ -111,6 +120,7 @@ impl CallContext {
         has_mark: false,
         answered: false,
         measures_body: false,
+        follows_reader: false,
         waits_for: WaitsFor::Upstream,
     };
 }
@@ -188,6 +198,10 @@ impl<G: Finish> Permit<G> {
                 self.context.measures_body = true;
                 self.token.clock.stop(Instant::now());
             }
+            if giver.follows_reader(self.token) {
+                self.context.follows_reader = true;
+                self.body_waits_for(WaitsFor::Caller);
+            }
         }
         so_far
     }
@@ -233,6 +247,17 @@ impl<G: Finish> Permit<G> {
     pub(crate) fn body_polled(&mut self, is_pending: bool) {
         if self.context.measures_body {
             self.token.clock.body_polled(is_pending);
+        }
+        if self.context.follows_reader {
+            self.body_waits_for(if is_pending { WaitsFor::Upstream } else { WaitsFor::Caller });
+        }
+    }
+
+    #[cold]
+    fn body_waits_for(&mut self, what: WaitsFor) {
+        let Some(giver) = &self.giver else { return };
+        if mem::replace(&mut self.context.waits_for, what) != what {
+            giver.waits_for(self.token, what);
         }
     }
 

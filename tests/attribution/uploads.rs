@@ -175,6 +175,72 @@ async fn uploads_do_not_pile_up_in_a_half_open_circuit() {
     assert_eq!(upstream.calls(), 1);
 }
 
+/// Responds with a body of two frames. The second one comes when the semaphore lets it.
+fn two_frames(
+    second: &Arc<tokio::sync::Semaphore>,
+) -> impl tower::Service<
+    http::Request<super::fixtures::TestBody>,
+    Response = http::Response<
+        impl http_body::Body<Data = bytes::Bytes, Error = buttress::BoxError>,
+    >,
+    Error = buttress::BoxError,
+    Future: Send,
+> + Clone
++ Send
++ 'static {
+    let second = second.clone();
+    tower::service_fn(move |_| {
+        let second = second.clone();
+        let frames = futures_util::stream::unfold(0, move |n| {
+            let second = second.clone();
+            async move {
+                if n == 1 {
+                    second.acquire().await.unwrap().forget();
+                }
+                let frame = http_body::Frame::data(bytes::Bytes::from_static(b"frame"));
+                (n < 2).then_some((Ok::<_, buttress::BoxError>(frame), n + 1))
+            }
+        });
+        let body = http_body_util::StreamBody::new(Box::pin(frames));
+        std::future::ready(Ok(http::Response::new(body)))
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_probe_whose_response_waits_for_its_reader_leaves_its_slot_to_the_next_call() {
+    for frames_read in [0, 1] {
+        let breaker = CircuitBreakerLayer::http();
+        let second = Arc::new(tokio::sync::Semaphore::new(9));
+        let client = breaker.layer(two_frames(&second));
+        opened(&breaker).await;
+        let mut held = client.clone().oneshot(get()).await.unwrap();
+        for _ in 0..frames_read {
+            held.body_mut().frame().await.unwrap().unwrap();
+        }
+        assert_eq!(breaker.handle().state(), State::HalfOpen);
+        let next = client.clone().oneshot(get()).await.unwrap();
+        next.into_body().collect().await.unwrap();
+        assert_eq!(breaker.handle().state(), State::Closed, "{frames_read} frames read");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_probe_whose_reader_waits_for_the_upstream_keeps_its_slot() {
+    let breaker = CircuitBreakerLayer::http().probe_lease(secs(10));
+    let second = Arc::new(tokio::sync::Semaphore::new(0));
+    let client = breaker.layer(two_frames(&second));
+    opened(&breaker).await;
+    let mut held = client.clone().oneshot(get()).await.unwrap().into_body();
+    held.frame().await.unwrap().unwrap();
+    sleep(secs(6)).await;
+    timeout(secs(1), held.frame()).await.unwrap_err();
+    assert!(client.clone().oneshot(get()).await.is_err(), "the slot is taken");
+    assert_eq!(breaker.handle().state(), State::HalfOpen);
+    // The lease began with the call, whatever it waited for since.
+    sleep(secs(3)).await;
+    assert_eq!(breaker.handle().state(), State::Closed, "its head was good");
+}
+
 // ===== Adaptive limits =====
 
 #[derive(Clone, Debug, Default)]

@@ -13,6 +13,7 @@ mod http1;
 mod http2;
 #[path = "../net/mod.rs"]
 mod net;
+#[path = "../net/peer.rs"]
 mod peer;
 mod probes;
 #[path = "../rpc/mod.rs"]

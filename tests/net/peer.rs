@@ -1,4 +1,5 @@
 //! Servers below HTTP: what they do to their connections is the point.
+#![allow(dead_code)] // Every test file takes what it needs.
 
 use std::{
     net::SocketAddr,
