@@ -64,7 +64,13 @@
 //! | concurrency limit, circuit breaker | what an open circuit refuses has to wait for a place first |
 //! | timeout, retry | it ends all attempts together, and the circuit never hears of one that was too slow |
 //! | on a server: limit, health endpoints | a full server answers its probes with 503, and is taken out or restarted |
-//! | `axum`'s or tower's `Timeout`, anything here | it drops what is under way: no failure is counted, unless it was slow for the circuit |
+//! | `axum`'s or tower's `Timeout`, anything here | it drops calls in flight, which count as [hang-ups of the caller](call#which-side-caused-it): failures only after `count_cancelled_after` |
+//!
+//! # What counts against an upstream
+//!
+//! Only the failures that it caused. A caller that hangs up, has a short deadline, sends slowly or reads slowly opens no
+//! circuit, lowers no adaptive limit and holds no half-open probe slot; nor do connections that servers close as a matter
+//! of routine. One [table](call#which-side-caused-it) states how every layer counts every cause.
 //!
 //! # Errors and responses
 //!

@@ -51,11 +51,13 @@
 //! | success, but slow | counted, also as slow | one probe failed |
 //! | failure | counted | one probe failed |
 //! | throttled (429, 529, `RESOURCE_EXHAUSTED`) | not counted | one probe failed |
-//! | cancelled, or refused further in | not counted | gives its slot back |
-//! | cancelled after it had been slow | counted as slow | one probe failed |
+//! | cancelled, or rejected by an inner layer | not counted | releases its slot |
+//! | cancelled, after the upstream had it for the time of a slow-call rule | counted as slow | one probe failed |
+//! | cancelled, after the upstream had it for [`count_cancelled_after`](CircuitBreakerLayer::count_cancelled_after) | counted as a failure | one probe failed |
 //! | [connection housekeeping](#connection-housekeeping) | not counted | releases its slot |
 //!
-//! [`Http`](crate::call::Http) has the table of which response is which outcome. All layers share it.
+//! [`Http`](crate::call::Http) has the table of which response is which outcome, and [`call`](crate::call#which-side-caused-it)
+//! that of which side caused a failure. All layers share both.
 //!
 //! Thresholds are inclusive, and so are the ends of waits and leases. A result that belongs to an earlier
 //! state changes nothing: a straggler admitted before the trip cannot close the circuit, nor open it again.
@@ -126,6 +128,11 @@
 //! good head that was not slow, else as failed. So neither a stream of hours nor a hang keeps a circuit
 //! half-open.
 //!
+//! The lease starts when the request has been sent, as far as a [`SentMark`](crate::call::SentMark) or a timeout inside of
+//! the breaker reveals it. A probe that waits for its caller, for more of the request or to read the response, leaves
+//! its slot to other calls. A probe that waits inside the client (for a permit or a connection) until the lease ends
+//! releases its slot without a result.
+//!
 //! | callers beyond the probes | |
 //! |---|---|
 //! | by default | are refused |
@@ -189,9 +196,13 @@
 //!
 //! # Cancellation
 //!
-//! A call dropped before its head says nothing, unless it had been slow: it is not counted, and a probe's
-//! slot is free again. A call that panics is a failure. A caller that waits for a verdict gives its place
-//! back.
+//! A call that is dropped before its response head is not counted, and a probe releases its slot. This holds for
+//! a caller that hangs up and for a [`Deadline`](crate::Deadline) of the caller. There is one exception, so that an
+//! upstream that hangs opens the circuit although every caller gives up early: the call is a failure if the upstream
+//! had the complete request for [`count_cancelled_after`](CircuitBreakerLayer::count_cancelled_after). A timeout of a
+//! layer of this crate and a deadline that the application sets are failures in any case.
+//!
+//! A call that panics is a failure. A caller that waits for a verdict leaves the queue.
 //!
 //! # Defaults
 //!
@@ -202,6 +213,7 @@
 //! | [`OpenFor::backoff`] | × 2, up to a tenth of jitter, calm after 60 s |
 //! | [`half_open`](CircuitBreakerLayer::half_open) | 1 probe |
 //! | [`probe_lease`](CircuitBreakerLayer::probe_lease) | 30 s |
+//! | [`count_cancelled_after`](CircuitBreakerLayer::count_cancelled_after) | 1 s; 10 s with the preset `slow`, 60 s with `llm` |
 //! | [`wait_for_verdict`](CircuitBreakerLayer::wait_for_verdict) | nobody waits |
 //! | [`ramp`](CircuitBreakerLayer::ramp) | none |
 //! | a ratio's window | 10 s, at least 20 calls |

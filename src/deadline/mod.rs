@@ -53,12 +53,25 @@
 //! | layer | |
 //! |---|---|
 //! | `RetryLayer` | makes no attempt, and begins no wait, that would end too late |
-//! | `CircuitBreakerLayer` | makes no probe of a call that is late; nobody waits longer for a verdict |
+//! | `CircuitBreakerLayer` | makes no probe of a call that is late; does not wait longer for a verdict |
 //! | `ConcurrencyLimitLayer` | queues no longer, and begins nothing that is late |
-//! | [`TimeoutLayer`](crate::TimeoutLayer) | ends the attempt, which the breaker outside of it counts as a failure |
+//! | [`TimeoutLayer`](crate::TimeoutLayer) | ends the attempt |
 //!
 //! Where a timeout is further in, a deadline layer need not keep the deadline itself:
 //! [`propagate_only`](DeadlineLayer::propagate_only) saves a timer and two wrappers a call.
+//!
+//! # Who set it
+//!
+//! A deadline records its [source](Deadline::source), which decides whether its expiry is a failure of the upstream:
+//!
+//! | set by | source | a call that it ends |
+//! |---|---|---|
+//! | `grpc-timeout`, a [header](DeadlineLayer::header) or [codec](DeadlineLayer::codec) | `Caller` | is cancelled, as if the caller had hung up |
+//! | the [default](DeadlineLayer::default_of), [`at_most`](DeadlineLayer::at_most) | `Operator` | is a failure: a timeout |
+//! | the application, with [`Deadline::after`] | `Operator` | is a failure: a timeout |
+//!
+//! The source stays the same when a handler passes the deadline on. The [table of causes](crate::call#which-side-caused-it)
+//! states what every layer does with either.
 //!
 //! # In the stack
 //!

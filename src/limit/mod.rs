@@ -50,6 +50,9 @@
 //! let layer = ConcurrencyLimitLayer::adaptive(Knee::default()).respond();
 //! ```
 //!
+//! It learns from the time that is the upstream's, and from the failures that it caused. Slow uploads, slow readers and
+//! callers that end their calls early do not change it: see the [table of causes](crate::call#which-side-caused-it).
+//!
 //! # Calls that are told apart
 //!
 //! Exempt paths, partitions with a share each, and priorities: see [`sort`].
@@ -122,6 +125,7 @@
 //! | [`queue_order`](ConcurrencyLimitLayer::queue_order) | first come, first served |
 //! | [`retry_after`](ConcurrencyLimitLayer::retry_after) | 1 s |
 //! | [`adaptive`](ConcurrencyLimitLayer::adaptive) measures | to the response head |
+//! | [`count_cancelled_after`](ConcurrencyLimitLayer::count_cancelled_after), adaptive | 1 s |
 //! | place held | to the end of the body |
 //! | refused calls | an error ([`Rejected`](crate::Rejected), boxed) |
 //!

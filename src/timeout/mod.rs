@@ -72,7 +72,8 @@
 //!
 //! Never 408, which browsers answer with the same request once more. For a circuit breaker outside of it a timeout
 //! is a failure, for a retry one more [`Timeout`](crate::call::Reason::Timeout), tried again where that is safe. A
-//! request that fell silent is its caller's fault, and says nothing about what was called.
+//! request body that stalls is attributed to the caller, and so is a [`Deadline`](crate::Deadline) of the caller: see the
+//! [table of causes](crate::call#which-side-caused-it).
 //!
 //! # Other clients' timeouts
 //!

@@ -32,17 +32,19 @@
 //! | tower-resilience 0.13, Vegas | 6, 10, 4 | 482/s, 15 ms | 8, 5 |
 //! | little-loadshedder 0.2 (its rule) | 30, 41, 999 | 1998/s, 36 ms | 49, 53 |
 //!
-//! # What is heard
+//! # What it learns from
 //!
-//! Latency is measured to the response head, from the moment the call was let in: its wait in the queue
-//! is not part of it. [`until_body_end`](crate::ConcurrencyLimitLayer::until_body_end) measures to the end
-//! of the body instead: for streams, whose places are held for much longer than their heads take. There each
+//! Latency is measured from when the request has been sent to the response head. The time in the queue and the time of
+//! a slow upload are not part of it (for an upload, a [`SentMark`](crate::call::SentMark) has to reveal its end, or a
+//! timeout inside of the limit). [`until_body_end`](crate::ConcurrencyLimitLayer::until_body_end) measures to the end
+//! of the body instead, without the time for which the response waits for its reader: for streams, whose places are held for much longer than their heads take. There each
 //! place that comes free lets in a call whose head is quick or slow by chance, and the limit wanders far below
 //! what can be served. A gRPC call whose status comes in the trailers is recorded when they arrive, with the latency to
 //! its head. Responses that ask for less (429, 529, 503, 504, `RESOURCE_EXHAUSTED`, `UNAVAILABLE`,
-//! `DEADLINE_EXCEEDED`; see [`Http`](crate::call::Http)) and timeouts are drops. Cancelled calls say nothing and are
-//! not recorded, nor are other failures: a response that fails fast must not look like a fast response. Refused
-//! streams and other [connection housekeeping](crate::Outcome::is_housekeeping) are neutral, too.
+//! `DEADLINE_EXCEEDED`; see [`Http`](crate::call::Http)) and timeouts are drops. Cancelled calls are not recorded,
+//! unless the upstream had the complete request for
+//! [`count_cancelled_after`](crate::ConcurrencyLimitLayer::count_cancelled_after): then they are drops. Other failures are
+//! not recorded: a response that fails fast must not look like a fast response. Refused streams and other [connection housekeeping](crate::Outcome::is_housekeeping) are neutral, too.
 
 mod aimd;
 mod bounds;
