@@ -15,7 +15,6 @@ mod stacks;
 use buttress::breaker::State;
 use causes::{CAUSES, Cause, Target};
 use futures_util::future::join_all;
-use net::until;
 use stacks::{STACKS, Stack, Wire};
 
 #[tokio::test(flavor = "multi_thread")]
