@@ -11,7 +11,7 @@ use super::{
     shut::{HoldBack, ShutWatch},
 };
 use crate::call::{
-    CallerDeadline, Label, Outcome, Permit, Protocol, Reason, Reject, Rejected, want_mark,
+    CallerDeadline, Label, Outcome, Permit, Protocol, Reason, Reject, Rejected, request_mark,
 };
 
 /// The service behind every admission layer.
@@ -105,7 +105,7 @@ where
     #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), R::Error>> {
         if self.policy.attributes() {
-            want_mark();
+            request_mark();
         }
         // Only a balancer asks twice, to be told where it must not call any more.
         if self.promised && (!self.policy.holds_back() || self.policy.peek()) {

@@ -1,7 +1,7 @@
-//! Which side's time passes during a call, and which side ended it.
+//! Attribution: which side a call waits for, and which side ended it.
 //!
-//! A failure counts against the upstream only if the upstream caused it. Four questions decide that, each answered
-//! by one mechanism of this file:
+//! A failure counts against the upstream only if the upstream caused it. Four questions decide that. One mechanism of
+//! this file belongs to each:
 //!
 //! | question | mechanism |
 //! |---|---|
@@ -10,7 +10,7 @@
 //! | what does a pending call wait for? | [`WaitsFor`], reported by an inner layer while it is polled |
 //! | why is a call dropped? | [`DropCause`], set by an outer layer around the drop |
 //!
-//! [`attribute`] turns the answers into an outcome. Nothing here reads a clock before a call has to wait.
+//! [`attribute`] computes the outcome from them. No mechanism reads a clock before a call has to wait.
 
 use std::{
     cell::Cell,
@@ -26,12 +26,12 @@ use super::{Deadline, Outcome, OutcomeKind, Reason, grpc};
 
 // ===== How long the upstream has had the request =====
 
-/// Measures the time that is the upstream's: from when the request has been sent, without the time for which a
-/// response waits for its reader.
+/// Measures how long the upstream has had the request: the time since the request was sent, without the time for which
+/// the response waits for its reader.
 ///
-/// One word, because it is part of every permit: 0 is off; else the highest bit is set, the second tells whether the
-/// clock is stopped, and the rest are the nanoseconds that it stands at, or those of the [moment](nanos_of) since
-/// which it runs.
+/// The clock is one word, because every permit contains one. 0 is off. Otherwise the highest bit is set, the second bit
+/// is set while the clock is stopped, and the other bits are nanoseconds: the measured time of a stopped clock, or the
+/// [moment](nanos_of) at which a running clock started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct UpstreamClock(u64);
 
@@ -40,7 +40,7 @@ const STOPPED: u64 = 1 << 62;
 const TIME: u64 = STOPPED - 1;
 
 impl UpstreamClock {
-    /// The upstream does not have the request yet, or nothing measures the call.
+    /// The upstream does not have the request yet, or no layer measures the call.
     pub(crate) const OFF: Self = Self(0);
 
     pub(crate) fn start() -> Self {
@@ -64,7 +64,7 @@ impl UpstreamClock {
         self.0 & STOPPED != 0
     }
 
-    /// Returns the time measured so far.
+    /// Returns the time measured until `now`. `None` if the clock is off.
     pub(crate) fn elapsed(self, now: Instant) -> Option<Duration> {
         let nanos = match self.0 & TIME {
             _ if self.is_off() => return None,
@@ -74,12 +74,12 @@ impl UpstreamClock {
         Some(Duration::from_nanos(nanos))
     }
 
-    /// Stops the clock; one that is off stands at zero then.
+    /// Stops the clock. A clock that was off then stands at zero.
     pub(crate) fn stop(&mut self, now: Instant) {
         *self = Self::stopped_at(super::nanos(self.elapsed(now).unwrap_or_default()));
     }
 
-    /// Lets a stopped clock run on while the response has no frame for its reader, and stops it otherwise.
+    /// Resumes a stopped clock while the response has no frame for its reader, and stops it otherwise.
     pub(crate) fn body_polled(&mut self, is_pending: bool) {
         if is_pending && self.is_stopped() {
             let since = nanos_of(Instant::now()).wrapping_sub(self.0 & TIME) & TIME;
@@ -90,8 +90,8 @@ impl UpstreamClock {
     }
 }
 
-/// The nanoseconds of an instant since a moment of this process, modulo 2⁶²: only differences have a meaning. The
-/// moment may lie after the instant, as paused clocks of several runtimes begin at different times.
+/// Returns the nanoseconds from a fixed moment of this process to an instant, modulo 2⁶². Only differences have a
+/// meaning. The moment may be later than the instant, because paused clocks of several runtimes begin at different times.
 fn nanos_of(instant: Instant) -> u64 {
     static EPOCH: OnceLock<Instant> = OnceLock::new();
     let epoch = *EPOCH.get_or_init(Instant::now);
@@ -102,13 +102,13 @@ fn nanos_of(instant: Instant) -> u64 {
     nanos & TIME
 }
 
-/// The time from one such moment to another, or zero if it lies before it.
+/// Returns the nanoseconds from `then` to `now`, or zero if `now` is earlier.
 fn since_then(now: u64, then: u64) -> u64 {
     let nanos = now.wrapping_sub(then) & TIME;
     if nanos > TIME / 2 { 0 } else { nanos }
 }
 
-/// An instant to the millisecond, in half a word: as [`UpstreamClock`], with a range of 24 days to either side.
+/// The instant of a caller deadline in milliseconds, modulo 2³². Its range is 24 days before and after the present.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct CallerDeadline(NonZeroU32);
 
@@ -139,9 +139,9 @@ impl CallerDeadline {
 /// The progress of a request body, published in the request's extensions by the layer that wraps the body: a
 /// [`RetryLayer`](crate::RetryLayer) or a [`HedgeLayer`](crate::HedgeLayer).
 ///
-/// Layers that measure calls start their clocks by it, because the time of a slow upload is the caller's. A client
-/// of your own that wraps request bodies can publish one, too: put a clone into the extensions and report each frame.
-/// Without a mark the clocks start at the call.
+/// Layers that measure calls start their clocks by the mark, so that they do not attribute the time of a slow upload to
+/// the upstream. A client of your own that wraps request bodies can publish a mark, too: insert a clone into the
+/// extensions and report each frame. Without a mark the clocks start at the call.
 ///
 /// ```
 /// use buttress::call::SentMark;
@@ -176,12 +176,13 @@ impl SentMark {
         Self(Arc::new(Mutex::new(progress)))
     }
 
-    /// Reports that the transport asked for a frame and the body had none: time passes for the caller.
+    /// Reports that the transport polled the body and the body had no frame. The time from now on is attributed to the
+    /// caller.
     pub fn waits_for_frame(&self) {
         self.update(|progress| progress.upstream_since = None);
     }
 
-    /// Reports that the transport took a frame: until it asks for the next one, time passes for the upstream.
+    /// Reports that the transport took a frame. Until it polls for the next one, the time is attributed to the upstream.
     pub fn frame_taken(&self) {
         self.update(|progress| progress.upstream_since = progress.measured.then(Instant::now));
     }
@@ -194,8 +195,8 @@ impl SentMark {
         });
     }
 
-    /// Reports that the transport dropped the body: no more of the request will be sent. Where time passed for the
-    /// upstream already, it goes on doing so.
+    /// Reports that the transport dropped the body, so that no more of the request will be sent. Time that is already
+    /// attributed to the upstream continues without a reset.
     pub fn dropped(&self) {
         self.update(|progress| {
             progress.sent = true;
@@ -205,13 +206,13 @@ impl SentMark {
         });
     }
 
-    /// Returns whether the request has been sent, as far as it will be.
+    /// Returns whether the request has been sent, or its body dropped.
     #[must_use]
     pub fn is_sent(&self) -> bool {
         self.progress().sent
     }
 
-    /// Reads the clock from now on.
+    /// Starts to read the clock at each report.
     pub(crate) fn measure(&self) {
         let mut progress = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if !progress.measured {
@@ -220,12 +221,12 @@ impl SentMark {
         }
     }
 
-    /// Returns since when time passes for the upstream, if it does.
+    /// Returns the instant since which the time is attributed to the upstream. `None` while the caller delays the request.
     pub(crate) fn upstream_since(&self) -> Option<Instant> {
         self.progress().upstream_since
     }
 
-    /// Returns the clock as the progress of the body sets it.
+    /// Returns a clock that runs since [`upstream_since`](Self::upstream_since), or is off.
     pub(crate) fn clock(&self) -> UpstreamClock {
         self.progress().upstream_since.map_or(UpstreamClock::OFF, UpstreamClock::running_since)
     }
@@ -243,23 +244,23 @@ impl SentMark {
 }
 
 thread_local! {
-    static IS_MARK_WANTED: Cell<bool> = const { Cell::new(false) };
+    static IS_MARK_REQUESTED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Tells an outer layer, while it polls its inner service for readiness, that a mark would be read: a request body that
-/// no layer measures is not reported on.
+/// Requests a mark from the outer layer that polls this service for readiness. Without a request the outer layer
+/// publishes no mark, so that a body costs nothing if no layer measures it.
 #[inline]
-pub(crate) fn want_mark() {
-    IS_MARK_WANTED.set(true);
+pub(crate) fn request_mark() {
+    IS_MARK_REQUESTED.set(true);
 }
 
-/// Runs `poll_ready` of an inner service, and returns whether an inner layer wants a mark.
+/// Runs `poll_ready` of an inner service, and returns whether an inner layer has requested a mark.
 #[inline]
 #[cfg(feature = "retry")]
-pub(crate) fn is_mark_wanted<T>(poll_ready: impl FnOnce() -> T) -> (T, bool) {
-    IS_MARK_WANTED.set(false);
+pub(crate) fn is_mark_requested<T>(poll_ready: impl FnOnce() -> T) -> (T, bool) {
+    IS_MARK_REQUESTED.set(false);
     let polled = poll_ready();
-    (polled, IS_MARK_WANTED.get())
+    (polled, IS_MARK_REQUESTED.get())
 }
 
 impl Default for SentMark {
@@ -276,10 +277,10 @@ impl fmt::Debug for SentMark {
 
 // ===== What a pending call waits for =====
 
-/// What a call waits for that has just returned `Pending`.
+/// What a call that has just returned `Pending` waits for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WaitsFor {
-    /// The upstream, as far as is known.
+    /// The upstream. This is the default, used unless an inner layer reports another cause.
     #[default]
     Upstream,
     /// The caller: its request body has no frame.
@@ -293,13 +294,13 @@ thread_local! {
 }
 
 impl WaitsFor {
-    /// Forgets the last report. An outer layer does so before it polls an inner future.
+    /// Resets the report to `Upstream`. An outer layer calls this before it polls an inner future.
     #[inline]
     pub(crate) fn reset() {
         WAITS_FOR.set(Self::Upstream);
     }
 
-    /// Reports to the outer layers of the same poll. To be called just before returning `Pending`.
+    /// Reports to the outer layers of the same poll. An inner layer calls this just before it returns `Pending`.
     #[inline]
     pub(crate) fn report(self) {
         WAITS_FOR.set(self);
@@ -314,10 +315,10 @@ impl WaitsFor {
 
 // ===== Why a call is dropped =====
 
-/// Why a layer drops an inner call. Without one the caller hung up.
+/// Why a layer drops an inner call. Without a cause the drop is a hang-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DropCause {
-    /// A timeout or a deadline of the operator's has expired.
+    /// A timeout or an operator deadline has expired.
     #[cfg(any(feature = "retry", feature = "timeout"))]
     TimedOut,
     /// Another attempt of the same call has won.
@@ -345,7 +346,7 @@ impl DropCause {
         drop()
     }
 
-    /// The cause of an expired deadline: none if the caller set it.
+    /// Returns the cause of an expired deadline. `None` if the caller set it.
     pub(crate) fn of_deadline(source: super::DeadlineSource) -> Option<Self> {
         (source != super::DeadlineSource::Caller).then_some(Self::TimedOut)
     }
@@ -364,30 +365,31 @@ pub(super) fn dropped() -> Outcome {
 
 // ===== Which side ended the call =====
 
-/// How much of a caller's deadline may be left when the upstream reports that it has passed: the next hop may reserve
-/// time for its response, and its clock may be ahead.
+/// The maximum time until a caller deadline at which a report of the upstream that it has passed is accepted. The next
+/// hop may reserve time for its response, and its clock may be ahead.
 const DEADLINE_MARGIN: Duration = Duration::from_millis(100);
 
 const GATEWAY_TIMEOUT: u16 = 504;
 
-/// The default of `count_cancelled_after`: longer than callers wait by mistake, shorter than a hung upstream should go
-/// unnoticed.
+/// The default of `count_cancelled_after`. Deadlines that callers set too short are usually shorter than this time, and
+/// a hung upstream still opens a circuit within a few calls.
 pub(crate) const COUNT_CANCELLED_AFTER: Duration = Duration::from_secs(1);
 
-/// What is known of a call when it ends.
+/// The state of a call at its end.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ending {
     pub(crate) clock: UpstreamClock,
-    /// The response head is here: from then on the upstream does not owe an answer.
-    pub(crate) answered: bool,
+    /// The response head has arrived. A call that its caller ends after that is never a failure.
+    pub(crate) has_head: bool,
     /// The deadline that the caller set.
     pub(crate) caller_deadline: Option<CallerDeadline>,
-    /// From when on a call that its caller ended counts as a failure. `None`: never.
+    /// The time after which a call that its caller ended counts as a failure. `None`: never.
     pub(crate) count_cancelled_after: Option<Duration>,
 }
 
-/// Decides whether a call that its caller ended, by hanging up or by a deadline, counts: only if the upstream had the
-/// complete request for `count_cancelled_after` and gave no response head. Other outcomes stay as they are.
+/// Attributes the outcome of a call that its caller ended, by a hang-up or by a deadline. The call is a failure if the
+/// upstream had the complete request for `count_cancelled_after` and sent no response head, and is cancelled otherwise.
+/// Other outcomes are returned unchanged.
 pub(crate) fn attribute(outcome: Outcome, ending: Ending) -> Outcome {
     let reason = match (outcome.kind(), outcome.reason()) {
         (OutcomeKind::Cancelled, reason @ (Reason::Dropped | Reason::CallerDeadline)) => reason,
@@ -396,14 +398,14 @@ pub(crate) fn attribute(outcome: Outcome, ending: Ending) -> Outcome {
     };
     let waited = || ending.clock.elapsed(Instant::now());
     match ending.count_cancelled_after {
-        Some(after) if !ending.answered && waited().is_some_and(|waited| waited >= after) => {
+        Some(after) if !ending.has_head && waited().is_some_and(|waited| waited >= after) => {
             Outcome::failure().because(Reason::NoResponse)
         }
         _ => Outcome::cancelled().because(reason),
     }
 }
 
-/// Whether the failure only says that the caller's deadline has passed.
+/// Returns whether the failure only reports that the caller's deadline has passed.
 fn reports_deadline(outcome: Outcome, ending: Ending) -> bool {
     let Some(left) = ending.caller_deadline.map(CallerDeadline::left) else { return false };
     match (outcome.reason(), outcome.code()) {

@@ -122,17 +122,17 @@ impl Eos {
         }
     }
 
-    /// The outcome of a body that fails.
+    /// Returns the outcome of a body that fails.
     pub(crate) fn error(&mut self) -> Outcome {
         match std::mem::replace(self, Self::Told) {
             Self::Plain(outcome) if !outcome.is_success() => outcome,
-            // The head was an error already.
+            // The HTTP status in the head is already an error.
             Self::Grpc(mapped) if !mapped.is_success() && !is_missing(mapped) => mapped,
             _ => Outcome::failure().because(Reason::Body),
         }
     }
 
-    /// The outcome as far as the head decides it. Cancelled: the end of the body decides.
+    /// Returns the outcome that the head decides, or a cancelled one if the end of the body decides.
     pub(crate) fn so_far(&self) -> Outcome {
         match self {
             Self::Plain(outcome) => *outcome,
@@ -140,7 +140,7 @@ impl Eos {
         }
     }
 
-    /// The outcome where the end of the body is not waited for: a response that has begun is a success.
+    /// Returns the outcome for a permit that is released at the head. A response that has begun is a success.
     pub(crate) fn begun(&self) -> Outcome {
         match self {
             Self::Plain(outcome) => *outcome,
@@ -149,10 +149,11 @@ impl Eos {
         }
     }
 
-    /// The outcome of a body that is dropped before its end.
+    /// Returns the outcome of a body that is dropped before its end.
     ///
     /// A plain success that is not read stays a success. A gRPC response with HTTP status 200 is cancelled, because its
-    /// status is not known. With another HTTP status its outcome is the mapped one: such responses rarely have trailers.
+    /// gRPC status is not known. With another HTTP status its outcome is the mapped one, because such responses rarely
+    /// have trailers.
     pub(crate) fn dropped(&self) -> Outcome {
         match self {
             Self::Plain(outcome) => *outcome,
@@ -162,7 +163,7 @@ impl Eos {
     }
 }
 
-/// Whether nothing is known of a gRPC response before its trailers.
+/// Returns whether only the trailers decide the outcome of a gRPC response.
 fn is_missing(outcome: Outcome) -> bool {
     outcome.reason() == Reason::MissingStatus
 }

@@ -29,7 +29,7 @@ impl Clock {
         self.at(Instant::now())
     }
 
-    /// [`now`](Self::now), of a clock that has been read already.
+    /// Converts an instant that has been read already. An earlier instant than the beginning is the beginning.
     #[inline]
     pub(crate) fn at(&self, now: Instant) -> Nanos {
         nanos(now.saturating_duration_since(self.began))

@@ -2,7 +2,7 @@ use std::{error::Error, fmt};
 
 use crate::BoxError;
 
-/// An error of a request whose connection is known. Its source is the client's own error.
+/// An error of a request that was sent over a known connection. Its source is the client's own error.
 #[derive(Debug)]
 pub(crate) struct ConnectionError {
     is_reused: bool,

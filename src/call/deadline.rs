@@ -3,14 +3,14 @@ use std::fmt;
 use http::Extensions;
 use tokio::time::{Duration, Instant};
 
-/// The instant by which a call has to be over, in a request's extensions for every inner layer.
+/// The instant by which a call has to be over, carried in a request's extensions for every inner layer.
 ///
 /// No layer begins a call, waits, or makes a further attempt that could not end before it, and a retry ends an
 /// attempt that has no response head by then. A `TimeoutLayer` or a `DeadlineLayer` (feature `timeout`) ends any call
-/// under way; the latter also sets the deadline and forwards it to the next hop. On tokio's clock.
+/// in flight. The latter also sets the deadline and forwards it to the next hop. The instant is on tokio's clock.
 ///
-/// It records who set it, as a [`DeadlineSource`]: an expired deadline of the *caller* says nothing about the
-/// upstream, an expired deadline of the *operator* is a timeout and counts as a failure. A handler that passes its
+/// A deadline records its [`DeadlineSource`]. A call that ends by a deadline of the *caller* is cancelled, like a
+/// hang-up. A call that ends by a deadline of the *operator* has timed out, which is a failure. A handler that passes its
 /// deadline on to a client passes on the source, too.
 ///
 /// ```
@@ -31,7 +31,7 @@ pub struct Deadline {
     source: DeadlineSource,
 }
 
-/// Who set a [`Deadline`].
+/// The side that set a [`Deadline`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum DeadlineSource {
@@ -43,7 +43,7 @@ pub enum DeadlineSource {
 }
 
 impl DeadlineSource {
-    /// The source in `snake_case`: `caller` or `operator`.
+    /// Returns the source in `snake_case`: `caller` or `operator`.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
         match self {
@@ -90,7 +90,7 @@ impl Deadline {
         self.at
     }
 
-    /// Returns who set it.
+    /// Returns the source: the side that set the deadline.
     #[must_use]
     pub const fn source(&self) -> DeadlineSource {
         self.source

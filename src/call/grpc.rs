@@ -1,4 +1,4 @@
-//! gRPC: which calls are gRPC, and the outcome of a gRPC status in the head, in the trailers, or mapped from HTTP's.
+//! gRPC: which calls are gRPC, and the outcome of a gRPC status in the head, in the trailers, or mapped from the HTTP status.
 
 use http::{HeaderMap, Method, StatusCode, header};
 
@@ -18,10 +18,10 @@ pub(crate) const UNAVAILABLE: u16 = 14;
 const DATA_LOSS: u16 = 15;
 const UNAUTHENTICATED: u16 = 16;
 
-/// Whether a request with this method and these headers is a gRPC call.
+/// Returns whether a request with this method and these headers is a gRPC call.
 #[inline]
 pub(crate) fn is_grpc_call(method: &Method, headers: &HeaderMap) -> bool {
-    // The method first: comparing it is cheaper than looking a header up.
+    // The method is compared first, because that is cheaper than a header lookup.
     *method == Method::POST && is_grpc(headers)
 }
 

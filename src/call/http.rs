@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{BoxError, error};
 
-/// Whether a response head is a success by itself: 2xx, and the call is not gRPC.
+/// Returns whether a response head is a success by itself: 2xx, and the call is not gRPC.
 #[inline]
 pub(crate) fn is_plain_success(
     is_grpc_call: bool,
@@ -19,7 +19,7 @@ pub(crate) fn is_plain_success(
     status.is_success() && !is_grpc_call && !grpc::is_grpc(headers)
 }
 
-/// Classifies a response head: every layer that follows [`Http`](super::Http) uses this function.
+/// Classifies a response head. Every layer that classifies by [`Http`](super::Http) uses this function.
 ///
 /// The head decides ([`Eos::Plain`]), unless the call is gRPC and the trailers may still carry its status
 /// ([`Eos::Grpc`]).
@@ -128,9 +128,9 @@ pub(crate) fn known<E: 'static>(error: &E) -> Option<&(dyn Error + 'static)> {
     any.downcast_ref::<io::Error>().map(|error| error as _)
 }
 
-/// The outcome of an error, told from the chain of its sources.
+/// Classifies an error by the chain of its sources.
 ///
-/// The innermost cause that is known wins: a client's own wrappers say less than what they wrap.
+/// The innermost known cause decides, because a client's wrappers are less specific than the errors that they wrap.
 pub(crate) fn of_error(error: &(dyn Error + 'static)) -> Outcome {
     let mut cause = Cause::failure(Reason::Error);
     let mut transport = Transport::default();
@@ -142,7 +142,7 @@ pub(crate) fn of_error(error: &(dyn Error + 'static)) -> Outcome {
         }
         transport.record(error);
         match cause_of(error, &transport) {
-            // The client failed to connect: inner errors can only add how.
+            // The client failed to connect. An inner error can only make the reason more specific.
             Some(found) if cause.reason() == Reason::ConnectFailed => match found.reason() {
                 Reason::ConnectRefused => cause = found,
                 Reason::Timeout | Reason::ConnectTimeout => {
@@ -150,7 +150,7 @@ pub(crate) fn of_error(error: &(dyn Error + 'static)) -> Outcome {
                 }
                 _ => {}
             },
-            // Neutral, whatever broke the request off.
+            // An error of the caller is neutral, whatever its inner errors are.
             Some(found) if found.reason() == Reason::Caller => return found.outcome(&transport),
             Some(found) => cause = found,
             None => {}
@@ -160,12 +160,12 @@ pub(crate) fn of_error(error: &(dyn Error + 'static)) -> Outcome {
     cause.outcome(&transport)
 }
 
-/// What one error of a chain says about the call.
+/// The classification of one error in a chain.
 #[derive(Clone, Copy, Debug)]
 enum Cause {
     Known(Outcome),
-    /// The connection broke before a response. Whether it was reused decides; this is the reason where that is
-    /// unknown.
+    /// The connection broke before a response. The outcome depends on whether the connection was reused. The reason
+    /// applies if that is unknown.
     Broken(Reason),
 }
 
@@ -174,7 +174,7 @@ impl Cause {
         Self::Known(Outcome::failure().because(reason))
     }
 
-    /// It says nothing about the upstream.
+    /// A cause that carries no information about the upstream.
     #[cfg(feature = "hyper")]
     const fn neutral(reason: Reason) -> Self {
         Self::Known(Outcome::cancelled().because(reason))
@@ -197,10 +197,10 @@ impl Cause {
     }
 }
 
-/// What the errors of a chain reveal about the transport, from the outermost error inwards.
+/// What the errors of a chain reveal about the transport, recorded from the outermost error inwards.
 #[derive(Debug, Default)]
 struct Transport {
-    /// An error of hyper's is in the chain: what it wraps happened on a connection of a client.
+    /// The chain contains a hyper error, so the errors that it wraps occurred on a connection of a client.
     is_hyper: bool,
     /// Whether the connection had delivered a response head before this request; `None` if unknown.
     is_reused: Option<bool>,
@@ -212,8 +212,8 @@ impl Transport {
         if let Some(error) = error.downcast_ref::<super::ConnectionError>() {
             self.is_reused = Some(error.is_reused());
         }
-        // hyper-util attaches the connection to each error of a request that was sent over one. The others
-        // are those of connecting, and those of the HTTP/2 handshake, which happens on a new connection.
+        // hyper-util attaches the connection to each error of a request that was sent over one. An error without
+        // a connection comes from connecting, or from the HTTP/2 handshake of a new connection.
         #[cfg(feature = "hyper-util")]
         if let Some(error) = error.downcast_ref::<hyper_util::client::legacy::Error>() {
             if error.connect_info().is_none() {
@@ -266,14 +266,14 @@ fn of_io(kind: io::ErrorKind, transport: &Transport) -> Option<Cause> {
         K::ConnectionRefused => Cause::failure(Reason::ConnectRefused),
         K::AddrNotAvailable => Cause::failure(Reason::ConnectFailed),
         K::TimedOut => Cause::failure(Reason::Timeout),
-        // The network failed, and nobody closed a connection. It also breaks established connections, with a
-        // request on them that the server may have seen: only an outer error can prove that the client was
-        // connecting.
+        // The network failed; no peer closed the connection. Such a failure also breaks established connections,
+        // with a request on them that the server may have seen. Only an outer error can prove that the client
+        // was connecting.
         K::HostUnreachable | K::NetworkUnreachable | K::NetworkDown => {
             Cause::failure(Reason::Reset)
         }
         K::ConnectionReset | K::ConnectionAborted | K::BrokenPipe | K::UnexpectedEof => {
-            // An error of any other service is its own: it need not come from a connection.
+            // Without hyper in the chain, the error need not come from a connection of a client.
             if transport.is_hyper {
                 Cause::Broken(Reason::Reset)
             } else {
@@ -301,11 +301,11 @@ fn of_hyper(error: &hyper::Error) -> Option<Cause> {
     error.is_timeout().then_some(Cause::failure(Reason::Timeout))
 }
 
-/// Whether the task that drives the connection ended with the request still in it, as an HTTP/2 connection does
+/// Returns whether the task that drives the connection ended with the request still in it, as an HTTP/2 connection does
 /// that receives a GOAWAY with an error code.
 ///
-/// hyper counts this among the errors of the user and has no accessor for it. It is one only if the user's request
-/// body panicked.
+/// hyper classifies this as a user error and has no accessor for it. It is a user error only if the request body
+/// panicked.
 #[cfg(feature = "hyper")]
 fn is_dispatch_gone(error: &hyper::Error) -> bool {
     let has_panicked = |source: &(dyn Error + 'static)| source.to_string() == "user code panicked";
@@ -319,7 +319,7 @@ fn of_h2(error: &h2::Error, transport: &Transport) -> Option<Cause> {
     if let Some(error) = error.get_io() {
         return of_io(error.kind(), transport);
     }
-    // Reset by neither the server nor the library: hyper does that if the request body breaks off.
+    // Reset by neither the server nor the library: hyper resets the stream if the request body fails.
     if error.is_reset() && !error.is_remote() && !error.is_library() {
         return Some(Cause::neutral(Reason::Caller));
     }
@@ -400,7 +400,7 @@ mod tests {
         assert_eq!(of_any_error(&"opaque").reason(), Reason::Error);
     }
 
-    /// Only a client's connection can be stale. Any other service's error is its own.
+    /// Only a connection of a client can be stale.
     #[test]
     fn an_io_error_without_a_client_is_a_failure() {
         for kind in [
@@ -418,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn whether_the_connection_was_reused_decides() {
+    fn a_reset_is_housekeeping_only_if_the_connection_may_be_reused() {
         let broken = |is_hyper, is_reused| {
             let transport = Transport { is_hyper, is_reused };
             let cause = of_io(io::ErrorKind::ConnectionReset, &transport).unwrap();
@@ -429,7 +429,7 @@ mod tests {
         assert_eq!(broken(true, Some(false)), Outcome::failure().because(Reason::Reset));
         assert_eq!(broken(true, None), cancelled.because(Reason::Reset));
         assert_eq!(broken(false, None), Outcome::failure().because(Reason::Reset));
-        // The network failed, and nobody closed a connection.
+        // The network failed; no peer closed the connection.
         let transport = Transport { is_hyper: true, is_reused: Some(true) };
         let down = of_io(io::ErrorKind::NetworkDown, &transport).unwrap();
         assert_eq!(down.outcome(&transport), Outcome::failure().because(Reason::Reset));

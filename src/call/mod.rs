@@ -16,35 +16,35 @@
 //!
 //! # Which side caused it
 //!
-//! A failure counts against the upstream only if the upstream caused it. This table is how every layer counts every
-//! cause; the row *retry* assumes an attempt left, a budget and a body that can be replayed.
+//! A failure counts against the upstream only if the upstream caused it. This table states how every layer counts every
+//! cause. The column *retry* assumes an attempt left, a budget and a body that can be replayed.
 //!
 //! | cause | outcome | breaker | half-open probe | adaptive limit | retry | hedge |
 //! |---|---|---|---|---|---|---|
 //! | the caller hangs up, or its [`Deadline`] passes | cancelled | neutral | releases its slot | neutral | ends the call | ends the call |
 //! | the same, and the upstream had the complete request for `count_cancelled_after` without a response head | failure, [`NoResponse`](Reason::NoResponse) | failure | failed | drop | ends the call | ends the call |
-//! | the upstream reports the caller's deadline: 504, `DEADLINE_EXCEEDED`, or a body cut off there | as the deadline itself | neutral | releases its slot | neutral | ends the call | bad response |
-//! | a timeout, or a deadline of the [operator](DeadlineSource::Operator) | failure, [`Timeout`](Reason::Timeout) | failure | failed | drop | safe methods | bad response |
+//! | the upstream reports the caller's deadline: 504, `DEADLINE_EXCEEDED`, or a body cut off at that time | as the deadline itself | neutral | releases its slot | neutral | ends the call | a failed attempt |
+//! | a timeout, or a deadline of the [operator](DeadlineSource::Operator) | failure, [`Timeout`](Reason::Timeout) | failure | failed | drop | safe methods | a failed attempt |
 //! | a slow upload | as the response | its time is not measured | leaves its slot to other calls | its time is not measured | – | – |
-//! | the request body stalls or fails | cancelled, [`Caller`](Reason::Caller) | neutral | releases its slot | neutral | not repeated | bad response |
+//! | the request body stalls or fails | cancelled, [`Caller`](Reason::Caller) | neutral | releases its slot | neutral | not retried | a failed attempt |
 //! | a slow reader of the response | as the response | its time is not measured | leaves its slot to other calls | its time is not measured | – | – |
 //! | a wait inside the client: for a permit, a connection, the next attempt | – | its time is not measured | its time is not measured | its time is not measured | – | – |
-//! | a rejection by an inner layer | cancelled, [`Rejected`](Reason::Rejected) | neutral | releases its slot | neutral | ends the call | bad response |
+//! | a rejection by an inner layer | cancelled, [`Rejected`](Reason::Rejected) | neutral | releases its slot | neutral | ends the call | a failed attempt |
 //! | never sent, `REFUSED_STREAM`, a stream above the last one of a `GOAWAY` with `NO_ERROR` | [housekeeping](Outcome::is_housekeeping) | neutral | releases its slot | neutral | at once, any method | the other attempt decides |
 //! | a stale connection, a reset of a reused one | [housekeeping](Outcome::is_housekeeping) | neutral | releases its slot | neutral | at once, safe methods | the other attempt decides |
-//! | a `GOAWAY` with an error code, a reset stream, a reset of a new connection | failure | failure | failed | neutral | as its reason allows | bad response |
-//! | no connection: refused, timed out, TLS | failure | failure | failed | neutral, timed out: drop | any method | bad response |
-//! | 429, 529, `RESOURCE_EXHAUSTED` | throttled | neutral | failed | drop | after the hint | bad response |
+//! | a `GOAWAY` with an error code, a reset stream, a reset of a new connection | failure | failure | failed | neutral | `GOAWAY`: at once, any method; else safe methods | a failed attempt |
+//! | no connection: refused, timed out, TLS | failure | failure | failed | neutral, timed out: drop | any method | a failed attempt |
+//! | 429, 529, `RESOURCE_EXHAUSTED` | throttled | neutral | failed | drop | after the hint | a failed attempt |
 //! | another hedge attempt won | cancelled, [`Superseded`](Reason::Superseded) | neutral | releases its slot | neutral | – | – |
 //!
-//! `count_cancelled_after` is 1 s by default, and a setter of the
-//! [breaker](crate::CircuitBreakerLayer::count_cancelled_after) and the
-//! [limit](crate::ConcurrencyLimitLayer::count_cancelled_after). Time is the upstream's from when the request has been
-//! sent. A request without a body is sent at the call. With a body that is known if a retry or a hedge is outside of the
-//! measuring layer (they publish a [`SentMark`]), or a timeout inside of it; else the clock starts at the call.
+//! `count_cancelled_after` is 1 s by default. The [breaker](crate::CircuitBreakerLayer::count_cancelled_after) and the
+//! [limit](crate::ConcurrencyLimitLayer::count_cancelled_after) have setters for it. Time is attributed to the upstream
+//! from when the request has been sent. A request without a body is sent at the call. The end of a request body is
+//! detected if a retry or a hedge is outside of the measuring layer (they publish a [`SentMark`]), or a timeout is inside
+//! of it. Otherwise the clock starts at the call.
 //!
-//! Transports that do not reveal whether a connection was reused are described at the
-//! [breaker](crate::breaker#connection-housekeeping), gRPC at [`Http`].
+//! The [breaker](crate::breaker#connection-housekeeping) lists the transports that do not reveal whether a connection was
+//! reused. [`Http`] describes gRPC.
 
 #[cfg(any(feature = "retry", feature = "timeout"))]
 mod alarm;
@@ -99,7 +99,7 @@ pub(crate) use self::anchor::Anchor;
 #[cfg(any(feature = "retry", feature = "timeout"))]
 pub(crate) use self::attribution::DropCause;
 #[cfg(feature = "retry")]
-pub(crate) use self::attribution::is_mark_wanted;
+pub(crate) use self::attribution::is_mark_requested;
 #[cfg(feature = "connect")]
 pub(crate) use self::connection::ConnectionError;
 #[cfg(feature = "health")]
@@ -115,7 +115,7 @@ pub(crate) use self::striped::{Lease, Striped};
 pub(crate) use self::{
     attribution::{
         COUNT_CANCELLED_AFTER, CallerDeadline, Ending, UpstreamClock, WaitsFor, attribute,
-        want_mark,
+        request_mark,
     },
     body::{Eos, OwnAnswer},
     clock::{Clock, Moment, Nanos, nanos, poll_timer},

@@ -32,7 +32,7 @@ pub enum Reason {
     Completed,
     /// The HTTP status said so; [`Outcome::code`] has it.
     Status,
-    /// The gRPC status, which may be mapped from the HTTP status, decided; [`Outcome::code`] has it.
+    /// The gRPC status decided, which may be mapped from the HTTP status. [`Outcome::code`] returns it.
     GrpcStatus,
     /// No connection could be made: refused. The request never left.
     ConnectRefused,
@@ -63,9 +63,9 @@ pub enum Reason {
     Dropped,
     /// The request was at fault: its body broke off, or it could not be sent as it is.
     Caller,
-    /// The caller's deadline passed with the call under way.
+    /// The caller's deadline passed with the call in flight.
     CallerDeadline,
-    /// The caller gave up, by hanging up or by its deadline, after the upstream had had the complete request for
+    /// The caller ended the call, by a hang-up or by its deadline, after the upstream had had the complete request for
     /// `count_cancelled_after` without sending a response head.
     NoResponse,
     /// Another attempt of the same call won, and this one was dropped.
@@ -177,9 +177,9 @@ impl Outcome {
     /// classifiers of your own.
     ///
     /// A connection that breaks before the response is housekeeping if it had delivered a response before, and
-    /// a failure if it was new. [`connect::Client`](crate::connect::Client) records which; hyper-util's own
-    /// client, reqwest and tonic do not reveal it. An error of theirs is taken for housekeeping, and the
-    /// [circuit breaker](crate::breaker#connection-housekeeping) limits how often.
+    /// a failure if it was new. [`connect::Client`](crate::connect::Client) records whether it was new.
+    /// hyper-util's own client, reqwest and tonic do not reveal it: their errors are classified as housekeeping, and
+    /// the [circuit breaker](crate::breaker#connection-housekeeping) limits how many in a row stay neutral.
     #[must_use]
     pub fn of_error(error: &(dyn Error + 'static)) -> Self {
         super::http::of_error(error)
@@ -248,7 +248,7 @@ impl Outcome {
         matches!(self.kind, OutcomeKind::Failure)
     }
 
-    /// Whether the call ended by connection housekeeping: [`Cancelled`](OutcomeKind::Cancelled) because of
+    /// Returns whether the call ended by connection housekeeping: [`Cancelled`](OutcomeKind::Cancelled) because of
     /// [`NeverSent`](Reason::NeverSent), [`RefusedStream`](Reason::RefusedStream), [`GoAway`](Reason::GoAway),
     /// [`StaleConnection`](Reason::StaleConnection) or [`Reset`](Reason::Reset).
     ///
@@ -262,19 +262,19 @@ impl Outcome {
                 || matches!(self.reason, Reason::StaleConnection | Reason::Reset))
     }
 
-    /// Whether the server cannot have processed the request, although the client had a connection for it.
+    /// Returns whether the server cannot have processed the request, although the client had a connection for it.
     const fn is_unprocessed(&self) -> bool {
         matches!(self.reason, Reason::NeverSent | Reason::RefusedStream | Reason::GoAway)
     }
 
-    /// Whether the call ended by housekeeping, and the server cannot have processed it. Its duration is then
-    /// time that it spent inside the client.
+    /// Returns whether the call ended by housekeeping and the server cannot have processed it. The call then spent
+    /// its time inside the client.
     #[cfg(feature = "breaker")]
     pub(crate) const fn is_unprocessed_housekeeping(&self) -> bool {
         self.is_housekeeping() && self.is_unprocessed()
     }
 
-    /// Whether the outcome proves that the upstream sent a response.
+    /// Returns whether the outcome proves that the upstream sent a response.
     #[cfg(feature = "breaker")]
     pub(crate) const fn has_response(&self) -> bool {
         matches!(self.kind, OutcomeKind::Success | OutcomeKind::Throttled)

@@ -10,28 +10,29 @@ use super::{
 /// The record of its admission that a permit carries.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Token {
-    /// The generation of the state that issued it, and whatever else that state needs back.
+    /// The generation of the state that issued it, with the flags that this state needs at the release.
     pub(crate) tag: u64,
     /// How long the upstream has had the request, as far as the state [measures](Finish::measures) it.
     pub(crate) clock: UpstreamClock,
 }
 
 impl Token {
-    /// A token of a call that is not measured, or not yet.
+    /// Returns the token of a call that is not measured, or not yet.
     pub(crate) const fn unmeasured(tag: u64) -> Self {
         Self { tag, clock: UpstreamClock::OFF }
     }
 }
 
-/// From when to when a state measures its calls.
+/// The part of a call that a state measures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Measures {
     /// No call is measured.
     Nothing,
-    /// To the response head. A state that needs the exact time starts the clock in the token that it issues; the
-    /// others start at the first wait for the upstream, so that a call that never waits reads no clock.
+    /// The time to the response head. A state that needs the exact time starts the clock in the token that it
+    /// issues. For the others the permit starts it at the first wait for the upstream, so that a call that never waits
+    /// reads no clock.
     Head,
-    /// To the end of the response body, without the time for which the response waits for its reader.
+    /// The time to the end of the response body, without the time for which the response waits for its reader.
     Body,
 }
 
@@ -62,24 +63,24 @@ pub trait Finish: Send + Sync + 'static {
     /// When permits of this state end.
     fn hold(&self) -> Hold;
 
-    /// What this state measures of a call.
+    /// Returns the part of a call that this state measures.
     fn measures(&self) -> Measures {
         Measures::Nothing
     }
 
-    /// From when on a call that its caller ended counts as a failure. `None`: never.
+    /// Returns the time after which a call that its caller ended counts as a failure. `None`: never.
     fn count_cancelled_after(&self) -> Option<Duration> {
         None
     }
 
-    /// Whether [`waits_for`](Self::waits_for) also hears when the response begins and ends to wait for its reader.
-    /// Asked at the response head.
+    /// Returns whether [`waits_for`](Self::waits_for) is also called when the response starts or stops waiting for its
+    /// reader. The permit calls this at the response head.
     fn follows_reader(&self, token: Token) -> bool {
         let _ = token;
         false
     }
 
-    /// A call of this token has begun to wait for something else than before.
+    /// Records what the call of this token waits for, each time it changes.
     fn waits_for(&self, token: Token, what: WaitsFor) {
         let _ = (token, what);
     }
@@ -96,19 +97,20 @@ pub struct Permit<G: Finish = AnyGiver> {
     context: CallContext,
 }
 
-/// What a permit knows about its call beside its admission. Without a destructor: a permit is moved often.
+/// What a permit records about its call besides the admission. The type has no destructor, because permits are moved
+/// often.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CallContext {
-    /// The outcome of a drop. `None`: that of the [`DropCause`](super::DropCause), or a hang-up.
+    /// The outcome of a drop. `None`: the [`DropCause`](super::DropCause) decides, and without one it is a hang-up.
     drop_as: Option<Outcome>,
     caller_deadline: Option<CallerDeadline>,
     /// A mark of the request's progress [sets](Permit::set_clock) the clock.
     has_mark: bool,
-    /// The response head is here.
-    answered: bool,
+    /// The response head has arrived.
+    has_head: bool,
     /// The response body is measured, too.
     measures_body: bool,
-    /// The state hears what the response body waits for.
+    /// The state records what the response body waits for.
     follows_reader: bool,
     waits_for: WaitsFor,
 }
@@ -118,7 +120,7 @@ impl CallContext {
         drop_as: None,
         caller_deadline: None,
         has_mark: false,
-        answered: false,
+        has_head: false,
         measures_body: false,
         follows_reader: false,
         waits_for: WaitsFor::Upstream,
@@ -131,12 +133,12 @@ impl<G: Finish> Permit<G> {
         Self { giver: Some(giver), token, context: CallContext::NONE }
     }
 
-    /// A permit that is spent already: for a call that has ended, or that no state counts.
+    /// Returns a spent permit, for a call that has ended or that no state counts.
     pub(crate) const fn hollow() -> Self {
         Self { giver: None, token: Token::unmeasured(0), context: CallContext::NONE }
     }
 
-    // ===== Its end =====
+    // ===== The end of the call =====
 
     /// Ends the call.
     #[inline]
@@ -166,12 +168,12 @@ impl<G: Finish> Permit<G> {
         }
     }
 
-    /// Decides which side caused the outcome.
+    /// Returns the outcome attributed to the side that caused it.
     fn attributed(&self, outcome: Outcome) -> Outcome {
         let Some(giver) = &self.giver else { return outcome };
         let ending = Ending {
             clock: self.token.clock,
-            answered: self.context.answered,
+            has_head: self.context.has_head,
             caller_deadline: self.context.caller_deadline,
             count_cancelled_after: giver.count_cancelled_after(),
         };
@@ -185,13 +187,13 @@ impl<G: Finish> Permit<G> {
         Self { giver: self.giver.take(), token: self.token, context: self.context }
     }
 
-    /// Tells the state what the head says. `so_far` is the outcome if nothing more goes wrong; where it is certain
-    /// already, returns it attributed to the side that caused it.
+    /// Records the response head in the state. `so_far` is the outcome unless the body changes it. Returns it attributed
+    /// to the side that caused it; `is_certain` if the body cannot change it.
     #[inline]
     pub(crate) fn head(&mut self, so_far: Outcome, is_certain: bool) -> Outcome {
-        self.context.answered = !is_certain;
+        self.context.has_head = !is_certain;
         let so_far = if so_far.is_success() { so_far } else { self.attributed(so_far) };
-        self.context.answered = true;
+        self.context.has_head = true;
         if let Some(giver) = &self.giver {
             giver.head(&mut self.token, so_far);
             if giver.measures() == Measures::Body {
@@ -206,9 +208,9 @@ impl<G: Finish> Permit<G> {
         so_far
     }
 
-    // ===== What the attribution needs =====
+    // ===== Attribution =====
 
-    /// Takes along what the request says about its call.
+    /// Records the caller deadline of the request, and whether a mark sets the clock.
     #[inline]
     pub(crate) fn observing(mut self, deadline: Option<CallerDeadline>, has_mark: bool) -> Self {
         (self.context.caller_deadline, self.context.has_mark) = (deadline, has_mark);
@@ -220,8 +222,8 @@ impl<G: Finish> Permit<G> {
         self.token.clock = mark.clock();
     }
 
-    /// Notes what the call waits for, after the inner future has returned `Pending`. Starts the clock at the first
-    /// wait for the upstream; a wait for the client or the caller sets it back.
+    /// Records what the call waits for, after the inner future has returned `Pending`. Starts the clock at the first
+    /// wait for the upstream. A wait for the client or the caller resets it.
     #[inline]
     pub(crate) fn pending(&mut self, what: WaitsFor) {
         let Some(giver) = &self.giver else { return };
@@ -242,7 +244,7 @@ impl<G: Finish> Permit<G> {
         }
     }
 
-    /// Lets the clock run while the response body has no frame for its reader, and stand otherwise.
+    /// Runs the clock while the response body has no frame for its reader, and stops it otherwise.
     #[inline]
     pub(crate) fn body_polled(&mut self, is_pending: bool) {
         if self.context.measures_body {
@@ -261,15 +263,15 @@ impl<G: Finish> Permit<G> {
         }
     }
 
-    // ===== What it is =====
+    // ===== Accessors =====
 
-    /// The state that issued it, unless it is spent.
+    /// Returns the state that issued the permit, unless the permit is spent.
     #[cfg(feature = "breaker")]
     pub(crate) fn giver(&self) -> Option<&G> {
         self.giver.as_ref()
     }
 
-    /// The record of its admission.
+    /// Returns the record of the admission.
     #[cfg(feature = "breaker")]
     #[inline]
     pub(crate) fn token(&self) -> Token {
@@ -329,7 +331,7 @@ impl<G: Finish> Drop for Permit<G> {
     }
 }
 
-/// By value: a permit whose address nobody wants can stay in registers.
+/// Takes the permit by value, so that it can stay in registers.
 #[cold]
 #[inline(never)]
 fn dropped<G: Finish>(permit: Permit<G>) {

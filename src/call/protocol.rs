@@ -34,13 +34,13 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
     /// What is remembered of the request while it is under way.
     type Call;
 
-    /// The deadline that the request carries.
+    /// Returns the deadline that the request carries.
     fn deadline(&self, request: &Req) -> Option<Deadline> {
         let _ = request;
         None
     }
 
-    /// The mark of the request's progress, if an outer layer has published one.
+    /// Returns the mark of the request's progress, if an outer layer has published one.
     fn sent_mark(&self, request: &Req) -> Option<SentMark> {
         let _ = request;
         None
@@ -84,7 +84,7 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
 ///
 /// 1. `grpc-status` in the response head.
 /// 2. `grpc-status` in the trailers, if the content type of the response is gRPC and its body has not ended. gRPC-Web
-///    carries its trailers in the body, where they are not looked for: 200 without a status in the head is a success.
+///    carries its trailers in the body, which no layer parses: 200 without a status in the head is a success.
 /// 3. The HTTP status, mapped by gRPC's `doc/http-grpc-status-mapping.md`: 400 is `INTERNAL`, 401 `UNAUTHENTICATED`,
 ///    403 `PERMISSION_DENIED`, 404 `UNIMPLEMENTED`; 429, 502, 503 and 504 are `UNAVAILABLE`; every other HTTP status is
 ///    `UNKNOWN`, also 200 with a content type that is not gRPC's.
@@ -104,7 +104,7 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
 /// message is there, or after 10 ms without one.
 ///
 /// A response that an inner layer made because it [rejected](Rejected) the call is cancelled, or a failure if that layer
-/// timed out; a 2xx that is not gRPC is a success all the same.
+/// timed out other than by a caller deadline or a stalled request body. A 2xx that is not gRPC is a success in any case.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Http;
 
@@ -237,7 +237,7 @@ where
                 let eos = match call.of_head(response) {
                     _ if !outcome.is_success() => Eos::Plain(outcome),
                     Eos::Plain(_) if !is_rejection => Eos::Plain(outcome),
-                    // The trailers still decide. Without a status there, the closure replaces the mapped one.
+                    // The trailers still decide. If they have no status, the closure replaces the mapped one.
                     Eos::Grpc(mapped) if mapped.reason() == Reason::GrpcStatus => {
                         Eos::Grpc(outcome)
                     }

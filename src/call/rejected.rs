@@ -12,7 +12,7 @@ use crate::{BoxError, ConfigError, error, event};
 pub struct Rejected {
     kind: RejectedKind,
     layer: LayerKind,
-    /// Who set the deadline, where it is one that passed.
+    /// The source of the deadline that ended the call, if a deadline did.
     deadline_source: Option<DeadlineSource>,
     retry_after_ms: u32,
     label: Option<Arc<Label>>,
@@ -276,8 +276,8 @@ impl Rejected {
         self
     }
 
-    /// Returns who set the deadline that ended the call under way, if a deadline did. One of the
-    /// [caller](DeadlineSource::Caller) says nothing about the upstream.
+    /// Returns the source of the deadline that ended the call in flight, if a deadline did. A call that ended by a
+    /// deadline of the [caller](DeadlineSource::Caller) carries no information about the upstream.
     #[must_use]
     pub const fn deadline_source(&self) -> Option<DeadlineSource> {
         self.deadline_source

@@ -53,14 +53,14 @@
 //! | layer | |
 //! |---|---|
 //! | `RetryLayer` | makes no attempt, and begins no wait, that would end too late |
-//! | `CircuitBreakerLayer` | makes no probe of a call that is late; does not wait longer for a verdict |
+//! | `CircuitBreakerLayer` | admits no probe after the deadline, and lets no call wait for a verdict beyond it |
 //! | `ConcurrencyLimitLayer` | queues no longer, and begins nothing that is late |
 //! | [`TimeoutLayer`](crate::TimeoutLayer) | ends the attempt |
 //!
 //! Where a timeout is further in, a deadline layer need not keep the deadline itself:
 //! [`propagate_only`](DeadlineLayer::propagate_only) saves a timer and two wrappers a call.
 //!
-//! # Who set it
+//! # Source
 //!
 //! A deadline records its [source](Deadline::source), which decides whether its expiry is a failure of the upstream:
 //!
@@ -70,8 +70,8 @@
 //! | the [default](DeadlineLayer::default_of), [`at_most`](DeadlineLayer::at_most) | `Operator` | is a failure: a timeout |
 //! | the application, with [`Deadline::after`] | `Operator` | is a failure: a timeout |
 //!
-//! The source stays the same when a handler passes the deadline on. The [table of causes](crate::call#which-side-caused-it)
-//! states what every layer does with either.
+//! The source stays the same when a handler passes the deadline on. The
+//! [table of causes](crate::call#which-side-caused-it) states how every layer counts a call that ends by either source.
 //!
 //! # In the stack
 //!

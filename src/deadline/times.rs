@@ -54,7 +54,7 @@ impl Times {
             }),
         };
         let kept = get(&self.keep_back).unwrap_or_default();
-        // Subtracted while it is a duration: of instants only some years are within reach.
+        // Subtracted while it is a duration, because an `Instant` can represent only a limited range.
         let said = bounded.map(|(time, source)| {
             Deadline::after_from(time.saturating_sub(kept), Moment::now()).with_source(source)
         });

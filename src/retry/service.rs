@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     admission::Reusable,
-    call::{Http, Moment, Striped, is_mark_wanted},
+    call::{Http, Moment, Striped, is_mark_requested},
 };
 
 /// The service of a [`RetryLayer`](super::RetryLayer).
@@ -66,7 +66,7 @@ where
     type Future = ResponseFuture<S, Req, S::Future, M, M::Kept, M::Held>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), M::Error>> {
-        let (polled, marks) = is_mark_wanted(|| self.inner.poll_ready(cx));
+        let (polled, marks) = is_mark_requested(|| self.inner.poll_ready(cx));
         self.marks = marks;
         polled.map_err(|error| M::broken(error, Attempts::NONE))
     }

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     admission::Reusable,
-    call::{DropCause, Http, Lease, Striped, is_mark_wanted},
+    call::{DropCause, Http, Lease, Striped, is_mark_requested},
     event,
 };
 
@@ -75,7 +75,7 @@ where
     type Future = HedgeFuture<S, Req, S::Future, M, M::Kept, M::Held>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), M::Error>> {
-        let (polled, marks) = is_mark_wanted(|| self.inner.poll_ready(cx));
+        let (polled, marks) = is_mark_requested(|| self.inner.poll_ready(cx));
         self.marks = marks;
         polled.map_err(M::error)
     }
