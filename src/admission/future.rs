@@ -33,7 +33,7 @@ pin_project! {
 
     impl<S, Req, F, C, P: Policy<Req>, M, R> PinnedDrop for ResponseFuture<S, Req, F, C, P, M, R> {
         fn drop(this: Pin<&mut Self>) {
-            // While the request body is still there: it goes with the inner future.
+            // Before the inner future drops the request body, because that drop changes the mark.
             if let StateProj::Called { permit, mark, .. } = this.project().state.project() {
                 set_clock(permit, mark);
             }
@@ -155,7 +155,7 @@ where
     }
 }
 
-/// The mark, read from now on.
+/// Starts the clock readings of the mark, and returns it.
 #[inline]
 pub(super) fn measured(mark: Option<SentMark>) -> Option<SentMark> {
     if let Some(mark) = &mark {
@@ -186,23 +186,23 @@ impl<S, Req, F, C, P: Policy<Req>, M, R> fmt::Debug for ResponseFuture<S, Req, F
     }
 }
 
-// ===== What a request says =====
+// ===== The terms of a request =====
 
 /// The [`Terms`] of a request, as its protocol reads them.
-pub(super) struct OfRequest<'a, Req, M, Res, E> {
+pub(super) struct RequestTerms<'a, Req, M, Res, E> {
     request: &'a Req,
     protocol: &'a M,
     of: PhantomData<fn(Res, E)>,
 }
 
-impl<'a, Req, M, Res, E> OfRequest<'a, Req, M, Res, E> {
+impl<'a, Req, M, Res, E> RequestTerms<'a, Req, M, Res, E> {
     #[inline]
     pub(super) fn new(request: &'a Req, protocol: &'a M) -> Self {
         Self { request, protocol, of: PhantomData }
     }
 }
 
-impl<Req, M: Judge<Req, Res, E>, Res, E> Terms for OfRequest<'_, Req, M, Res, E> {
+impl<Req, M: Judge<Req, Res, E>, Res, E> Terms for RequestTerms<'_, Req, M, Res, E> {
     #[inline]
     fn deadline(&self) -> Option<Deadline> {
         self.protocol.deadline(self.request)
@@ -216,7 +216,7 @@ impl<Req, M: Judge<Req, Res, E>, Res, E> Terms for OfRequest<'_, Req, M, Res, E>
 
 // ===== A call that has to wait: for its turn, or for the inner service =====
 
-/// A permit whose call waits inside the client: the upstream does not have the request yet.
+/// Marks the call of a permit as waiting inside the client: the upstream does not have the request yet.
 fn parked<G: Giver>(mut permit: Permit<G>) -> Permit<G> {
     permit.pending(WaitsFor::Client);
     permit
@@ -319,7 +319,7 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
             *this.permit = None;
             match this.policy.admit(
                 request,
-                OfRequest::<_, _, S::Response, S::Error>::new(request, this.protocol),
+                RequestTerms::<_, _, S::Response, S::Error>::new(request, this.protocol),
             ) {
                 Admit::Go(pass) => *this.permit = Some(parked(this.policy.permit(pass))),
                 Admit::Wait(wait) => *this.wait = Some(wait),

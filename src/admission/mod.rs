@@ -25,12 +25,12 @@ pub enum Admit<T, W> {
     No(Rejected),
 }
 
-/// What a request says about its call. Each question looks into the request.
+/// What a request specifies for its call. Each method reads the request.
 pub trait Terms {
-    /// The deadline of the call.
+    /// Returns the deadline of the call.
     fn deadline(&self) -> Option<Deadline>;
 
-    /// The mark of the request's progress.
+    /// Returns the mark of the request's progress.
     fn sent_mark(&self) -> Option<SentMark>;
 }
 
@@ -50,10 +50,10 @@ pub trait Policy<Req>: Clone + Send + Sync + 'static {
     /// Would a call go now? Reserves nothing; a wrong answer costs time, never correctness.
     fn peek(&self) -> bool;
 
-    /// Decides whether this call is admitted, given what its request says about it.
+    /// Decides whether this call is admitted under the terms of its request.
     fn admit(&self, request: &Req, terms: impl Terms) -> Admit<Self::Pass, Self::Wait>;
 
-    /// Whether outcomes are attributed: then permits take along what the request says about its call.
+    /// Returns whether outcomes are attributed. If so, permits record the terms of the request.
     fn attributes(&self) -> bool {
         false
     }

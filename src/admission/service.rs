@@ -7,7 +7,7 @@ use tower_service::Service;
 
 use super::{
     Admit, Policy, ResponseFuture,
-    future::{OfRequest, Parked, State, measured},
+    future::{RequestTerms, Parked, State, measured},
     shut::{HoldBack, ShutWatch},
 };
 use crate::call::{
@@ -139,7 +139,7 @@ where
         let admit = match &self.fault {
             None => self.policy.admit(
                 &request,
-                OfRequest::<_, _, S::Response, S::Error>::new(&request, &self.protocol),
+                RequestTerms::<_, _, S::Response, S::Error>::new(&request, &self.protocol),
             ),
             Some(fault) => Admit::No(Rejected::misconfigured(P::LAYER, fault.clone())),
         };
@@ -150,7 +150,8 @@ where
                 let mut leaving = Leaving::<Req, P>::new(&self.policy, pass);
                 let (mut deadline, mut mark) = (None, None);
                 if self.policy.attributes() {
-                    // Before the call: what may panic after it makes the compiler copy the inner future.
+                    // Read before the call, because code that may panic after it makes the compiler copy the
+                    // inner future.
                     deadline = CallerDeadline::of(self.protocol.deadline(&request));
                     mark = measured(self.protocol.sent_mark(&request));
                 }

@@ -28,7 +28,7 @@ pub(super) struct Cell {
     until: AtomicU64,
     /// From when on a call is slow; the maximum: nobody measures.
     slow_from: AtomicU64,
-    /// From when on a call that its caller ended counts as a failure; the maximum: never.
+    /// The time after which a call that its caller ended counts as a failure, in nanoseconds. The maximum: never.
     count_cancelled_after: AtomicU64,
     machine: Mutex<Machine>,
     times: TimeWindows,
@@ -89,7 +89,7 @@ impl Cell {
         self.slow_from.load(Ordering::Relaxed) != u64::MAX
     }
 
-    /// From when on a call that its caller ended counts as a failure.
+    /// Returns the time after which a call that its caller ended counts as a failure. `None`: never.
     pub(super) fn count_cancelled_after(&self) -> Option<Duration> {
         match self.count_cancelled_after.load(Ordering::Relaxed) {
             u64::MAX => None,
@@ -133,7 +133,7 @@ impl Cell {
         self.front.read().word() == Word::Open
     }
 
-    /// Whether a call that is admitted now may be a probe.
+    /// Returns whether a call that is admitted now may be a probe.
     #[inline]
     pub(super) fn may_probe(&self) -> bool {
         matches!(self.front.read().word(), Word::Open | Word::HalfOpen)
@@ -218,9 +218,9 @@ impl Cell {
             Word::Closed | Word::Ramp => {
                 let slow = ended.took >= self.slow_from.load(Ordering::Relaxed);
                 match ended.outcome.kind() {
-                    // It is a response: the machine has to record the first one.
+                    // A throttled call has a response, and the machine has to record the first response.
                     OutcomeKind::Throttled if bits.is_clean() => return None,
-                    // The machine counts connection housekeeping in a row.
+                    // The machine counts consecutive outcomes of connection housekeeping.
                     OutcomeKind::Cancelled if !slow && !ended.outcome.is_housekeeping() => {
                         return None;
                     }

@@ -49,7 +49,7 @@ pub struct Circuit {
     waiting: AtomicU32,
     /// Marks of the probes whose requests were still to be sent when they were admitted.
     unsent_probes: Mutex<Vec<(u64, SentMark)>>,
-    /// There are any.
+    /// Whether `unsent_probes` has entries. Read without the lock.
     has_unsent_probes: AtomicBool,
     /// Steered by hand since it was made: not to be taken for one like any other.
     steered: AtomicBool,
@@ -336,7 +336,7 @@ impl Circuit {
         Ok(Token { tag, clock })
     }
 
-    /// The mark, if the request is still to be sent. It reads the clock from now on.
+    /// Returns the mark if the request is still to be sent, and starts its clock readings.
     fn unsent(&self, mark: Option<SentMark>) -> Option<SentMark> {
         self.update_unsent_probes();
         let mark = mark.filter(|mark| !mark.is_sent())?;
@@ -344,7 +344,7 @@ impl Circuit {
         Some(mark)
     }
 
-    /// Brings the machine up to date with the progress of the probes' request bodies.
+    /// Updates the machine with the progress of the probes' request bodies.
     #[inline]
     fn update_unsent_probes(&self) {
         if self.has_unsent_probes.load(Ordering::Acquire) {
@@ -447,7 +447,7 @@ impl Finish for Circuit {
     }
 
     fn measures(&self) -> Measures {
-        // Of probes it matters in any case since when the upstream has them.
+        // Probes are always measured, because their timeout starts when the upstream has the request.
         if self.front().does_attribute() || self.cell.measures() || self.cell.may_probe() {
             Measures::Head
         } else {
@@ -468,7 +468,7 @@ impl Finish for Circuit {
         if is_probe(token) {
             self.probe_waits_for(ticket(token).generation, what, self.now());
             if what == WaitsFor::Caller {
-                // Its slot is free for others meanwhile.
+                // Another call can use the slot of this probe now.
                 self.changed.notify_waiters();
             }
         }
@@ -488,7 +488,7 @@ impl Circuit {
     #[inline(never)]
     fn finish_slowly(&self, token: Token, outcome: Outcome) {
         self.update_unsent_probes();
-        // One reading serves all who ask, and none is made for a clean run of failures.
+        // The clock is read at most once, and not at all for a clean run of failures.
         let mut read = None;
         let mut now = || *read.get_or_insert_with(Instant::now);
         let took = self.took(token, &mut now);
@@ -502,7 +502,7 @@ impl Circuit {
         self.tell(change);
     }
 
-    /// How long the upstream has had the call's request, to its head; 0 where no rule measures.
+    /// Returns how long the upstream had the request before its response head, or 0 if no rule measures calls.
     fn took(&self, token: Token, now: impl FnOnce() -> Instant) -> Nanos {
         if token.clock.is_off() || !self.cell.measures() {
             return 0;

@@ -48,11 +48,12 @@ pub(super) type TimeWindows = Box<[TimeWindow]>;
 /// What the window of each ratio held, in the order of the rules.
 pub(super) type Windows = Vec<Tally>;
 
-/// Connection housekeeping beyond so many calls in a row, without a response in between, counts as failures.
-/// Servers rarely allow more streams on one HTTP/2 connection, which all end together with it.
+/// The maximum number of consecutive calls, without a response in between, that may end by connection housekeeping
+/// and be neutral. Servers rarely allow more streams on one HTTP/2 connection, which all end together with it.
 const MAX_HOUSEKEEPING: u32 = 100;
 
-/// And not before this much time without a response: however many calls one moment of housekeeping hits.
+/// The minimum time that such a run lasts before its calls count as failures. One moment of housekeeping can end any
+/// number of calls.
 const MIN_HOUSEKEEPING_TIME: Nanos = 1_000_000_000;
 
 #[derive(Debug)]
@@ -60,7 +61,8 @@ pub(super) struct Counts {
     run: u32,
     /// The circuit has recorded a response since it was made.
     has_responded: bool,
-    /// Calls in a row that ended by connection housekeeping, without a response in between, and since when.
+    /// The number of consecutive calls that ended by connection housekeeping, without a response in between, and the
+    /// time of the first one.
     housekeeping: u32,
     housekeeping_since: Nanos,
     rules: Vec<Counted>,
@@ -138,12 +140,12 @@ impl Counts {
         self.slow_from
     }
 
-    /// Returns the outcome as the rules and the probes count it, and keeps track of responses.
+    /// Returns the outcome as the rules and the probes count it, and records whether there was a response.
     ///
     /// Connection housekeeping is neutral, so an upstream that accepts and closes every connection would never
-    /// open the circuit. It becomes a failure, with its own reason, in two cases. Before the first response no
-    /// connection can have been reused: a connection that broke was new. And after too many such outcomes in
-    /// a row, for too long, without a response, the upstream does not work.
+    /// open the circuit. Housekeeping becomes a failure and keeps its reason in two cases. Before the first response
+    /// a connection that broke was new, because none can have been reused. After more than [`MAX_HOUSEKEEPING`]
+    /// such outcomes in a row, over at least [`MIN_HOUSEKEEPING_TIME`], the upstream does not work.
     pub(super) fn assess(&mut self, outcome: Outcome, now: Nanos) -> Outcome {
         if outcome.has_response() {
             self.has_responded = true;
@@ -166,10 +168,10 @@ impl Counts {
         outcome
     }
 
-    /// Counts one call whose outcome has been [assessed](Self::assess); tells the first rule that it trips, by
-    /// its place.
+    /// Counts one call whose outcome has been [assessed](Self::assess). Returns the index of the first rule that it
+    /// trips.
     ///
-    /// Throttled calls say nothing either way. A cancelled one counts where it had already been slow.
+    /// Throttled calls are not counted. A cancelled call counts for a slow-call rule if it was slow already.
     pub(super) fn record(
         &mut self,
         ended: Ended,
@@ -191,7 +193,7 @@ impl Counts {
             match of {
                 Bad::Slow(slow) => {
                     let slow = ended.took >= nanos(*slow);
-                    // Given up before it was slow to this rule, it says nothing to it.
+                    // A call that its caller ended before it was slow for this rule is not counted.
                     let given_up = ended.outcome.reason() == Reason::NoResponse;
                     if failed.is_some() && !given_up || slow {
                         window.record(slow, now, times);
@@ -246,8 +248,8 @@ impl Counts {
         }
     }
 
-    /// Whether it took so long that the caller may have given it up for that. A request that the upstream never
-    /// processed spent its time inside the client.
+    /// Returns whether the call was slow, so that its caller may have ended it for that. A request that the upstream
+    /// never processed is not slow, because it spent its time inside the client.
     pub(super) fn was_slow(&self, ended: Ended) -> bool {
         !ended.outcome.is_unprocessed_housekeeping()
             && self.slow_from.is_some_and(|slow| ended.took >= slow)
@@ -295,7 +297,7 @@ impl Counts {
         self.has_responded
     }
 
-    /// Another circuit for the same upstream has recorded a response.
+    /// Records that another circuit for the same upstream has recorded a response.
     pub(super) fn set_responded(&mut self) {
         self.has_responded = true;
     }

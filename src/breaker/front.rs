@@ -71,7 +71,7 @@ impl Bits {
         if plain { Self(self.0 | PLAIN) } else { self }
     }
 
-    /// Calls that their caller ended may count, so that the wait for the upstream is measured.
+    /// Sets whether calls that their caller ended may count. If so, the wait for the upstream is measured.
     pub(super) fn attributes(self, attributes: bool) -> Self {
         if attributes { Self(self.0 | ATTRIBUTES) } else { self }
     }
@@ -164,7 +164,7 @@ impl Front {
         bits.generation() == generation && bits.word() != Word::ForcedOpen
     }
 
-    /// Whether the wait for the upstream is measured.
+    /// Returns whether the wait for the upstream is measured.
     #[inline]
     pub(super) fn does_attribute(&self) -> bool {
         self.read().0 & ATTRIBUTES != 0
@@ -204,7 +204,7 @@ impl Finish for Front {
         if self.does_attribute() { Measures::Head } else { Measures::Nothing }
     }
 
-    /// Where another circuit has the word by now, the call is late, and its outcome is not recorded.
+    /// If another circuit owns the word by now, the call is late and its outcome is not recorded.
     #[cold]
     fn count_cancelled_after(&self) -> Option<Duration> {
         let circuit = self.lock().as_ref().and_then(Weak::upgrade);

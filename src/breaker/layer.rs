@@ -93,13 +93,13 @@ impl<M, R> CircuitBreakerLayer<M, R> {
         self
     }
 
-    /// Sets from when on a call that its caller ended, by hanging up or by its deadline, counts as a failure: once the
-    /// upstream has had the complete request for this long without a response head. 1 s by default, above zero;
-    /// `None` never counts one.
+    /// Sets the time after which a call that its caller ended, by a hang-up or by its deadline, counts as a failure.
+    /// The time starts when the upstream has the complete request, and only a call without a response head counts. 1 s
+    /// by default; must be above zero. `None` never counts such a call.
     ///
-    /// Before that time such a call is neutral, so that callers with short deadlines cannot open the circuit; after
-    /// it, a hung upstream opens the circuit although every caller gives up first. Raise it for upstreams that
-    /// usually take longer: the preset `slow` has 10 s, `llm` 60 s.
+    /// Before this time such a call is neutral, so that callers with short deadlines do not open the circuit. After
+    /// it, a hung upstream opens the circuit although every caller ends its call first. Raise the time for upstreams
+    /// that usually take longer: the preset `slow` has 10 s, `llm` 60 s.
     pub fn count_cancelled_after(mut self, time: impl Into<Option<Duration>>) -> Self {
         let checked = time
             .into()

@@ -52,12 +52,12 @@
 //! | failure | counted | one probe failed |
 //! | throttled (429, 529, `RESOURCE_EXHAUSTED`) | not counted | one probe failed |
 //! | cancelled, or rejected by an inner layer | not counted | releases its slot |
-//! | cancelled, after the upstream had it for the time of a slow-call rule | counted as slow | one probe failed |
-//! | cancelled, after the upstream had it for [`count_cancelled_after`](CircuitBreakerLayer::count_cancelled_after) | counted as a failure | one probe failed |
+//! | cancelled, after the upstream had the request for the time of a slow-call rule | counted as slow | one probe failed |
+//! | cancelled, after the upstream had the request for [`count_cancelled_after`](CircuitBreakerLayer::count_cancelled_after) | counted as a failure | one probe failed |
 //! | [connection housekeeping](#connection-housekeeping) | not counted | releases its slot |
 //!
-//! [`Http`](crate::call::Http) has the table of which response is which outcome, and [`call`](crate::call#which-side-caused-it)
-//! that of which side caused a failure. All layers share both.
+//! The table of [`Http`](crate::call::Http) maps responses to outcomes. The table of
+//! [`call`](crate::call#which-side-caused-it) states which side caused a failure. All layers share both.
 //!
 //! Thresholds are inclusive, and so are the ends of waits and leases. A result that belongs to an earlier
 //! state changes nothing: a straggler admitted before the trip cannot close the circuit, nor open it again.
@@ -124,14 +124,14 @@
 //!
 //! [`half_open_of(m, n)`](CircuitBreakerLayer::half_open_of) lets `n` probes go, all in all, and gives its
 //! verdict as soon as it is certain: closed at the m-th success, open when m successes can no longer be had.
-//! A probe has a [lease](CircuitBreakerLayer::probe_lease): at its end it counts as passed if it had seen a
-//! good head that was not slow, else as failed. So neither a stream of hours nor a hang keeps a circuit
-//! half-open.
+//! A probe has a [timeout](CircuitBreakerLayer::probe_lease). When it expires, the probe has passed if its response head
+//! was a success and not slow, and has failed otherwise. Therefore neither a stream of hours nor a hung call keeps a
+//! circuit half-open.
 //!
-//! The lease starts when the request has been sent, as far as a [`SentMark`](crate::call::SentMark) or a timeout inside of
-//! the breaker reveals it. A probe that waits for its caller, for more of the request or to read the response, leaves
-//! its slot to other calls. A probe that waits inside the client (for a permit or a connection) until the lease ends
-//! releases its slot without a result.
+//! The timeout starts when the request has been sent, as far as a [`SentMark`](crate::call::SentMark) or a timeout layer
+//! inside of the breaker reveals it. A probe that waits for its caller, to send more of the request or to read the
+//! response, leaves its slot to other calls. A probe that still waits inside the client (for a permit or a connection)
+//! when its timeout expires releases its slot without a result.
 //!
 //! | callers beyond the probes | |
 //! |---|---|
@@ -197,8 +197,8 @@
 //! # Cancellation
 //!
 //! A call that is dropped before its response head is not counted, and a probe releases its slot. This holds for
-//! a caller that hangs up and for a [`Deadline`](crate::Deadline) of the caller. There is one exception, so that an
-//! upstream that hangs opens the circuit although every caller gives up early: the call is a failure if the upstream
+//! a caller that hangs up and for a [`Deadline`](crate::Deadline) of the caller. There is one exception, so that a
+//! hung upstream opens the circuit although every caller ends its call early: the call is a failure if the upstream
 //! had the complete request for [`count_cancelled_after`](CircuitBreakerLayer::count_cancelled_after). A timeout of a
 //! layer of this crate and a deadline that the application sets are failures in any case.
 //!

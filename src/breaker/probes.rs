@@ -18,25 +18,25 @@ pub(super) struct Probes {
 struct Probe {
     /// Its own: no other call of this circuit ever has the same.
     generation: u64,
-    lease: Lease,
-    /// Whether its response head was good, once it is here.
+    wait: ProbeWait,
+    /// Whether the response head was good. `None` before the head.
     head: Option<bool>,
 }
 
-/// How long a probe keeps its slot.
+/// What a probe waits for, and when its timeout ends.
 #[derive(Clone, Copy, Debug)]
-enum Lease {
-    /// The upstream has the request: without a good head by then, the probe has failed.
+enum ProbeWait {
+    /// The upstream has the request. Without a good response head at the end of the timeout, the probe has failed.
     AtUpstream { ends: Nanos },
-    /// The call waits inside the client: then its slot goes to another call, and nothing is decided.
+    /// The call waits inside the client. At the end of the timeout the slot becomes free without a result.
     InClient { ends: Nanos },
-    /// The request is still to be sent: for as long as its caller takes, other calls may have the slot.
+    /// The request is still to be sent. Other calls may use the slot, and no timeout runs.
     Unsent,
-    /// The response waits for its reader: other calls may have the slot meanwhile.
+    /// The response waits for its reader. Other calls may use the slot.
     AtReader { ends: Nanos },
 }
 
-impl Lease {
+impl ProbeWait {
     fn ends(self) -> Option<Nanos> {
         match self {
             Self::AtUpstream { ends } | Self::InClient { ends } | Self::AtReader { ends } => {
@@ -46,13 +46,14 @@ impl Lease {
         }
     }
 
-    /// Whether the probe keeps other calls from its slot.
+    /// Returns whether the probe occupies its slot.
     fn takes_slot(self) -> bool {
         matches!(self, Self::AtUpstream { .. } | Self::InClient { .. })
     }
 }
 
-/// No more probes than this are under way beyond the slots, however many wait for their callers.
+/// The maximum number of probes in flight beyond the number of slots. Probes that wait for their callers leave their
+/// slots to other probes.
 const MAX_BEYOND_SLOTS: usize = 16;
 
 /// What the probes say as soon as it is certain.
@@ -66,22 +67,22 @@ impl Probes {
         self.under_way.len()
     }
 
-    /// Whether a call gets a probe slot. A probe that waits for its caller leaves its slot to other calls, but for one
-    /// thing: of probes whose request is still to be sent no more may be under way than there are slots.
+    /// Returns whether a call can get a probe slot. A probe that waits for its caller leaves its slot to other calls.
+    /// The number of probes whose request is still to be sent is limited to the number of slots.
     pub(super) fn has_room(&self, is_unsent: bool, settings: &Settings) -> bool {
         let slots = usize::from(settings.probes);
         let unsent =
-            self.under_way.iter().filter(|probe| matches!(probe.lease, Lease::Unsent)).count();
+            self.under_way.iter().filter(|probe| matches!(probe.wait, ProbeWait::Unsent)).count();
         let decided = usize::from(self.passed) + usize::from(self.failed);
         let taken =
-            decided + self.under_way.iter().filter(|probe| probe.lease.takes_slot()).count();
+            decided + self.under_way.iter().filter(|probe| probe.wait.takes_slot()).count();
         !settings.outside_probes
             && taken < slots
             && self.under_way.len() < slots + MAX_BEYOND_SLOTS
             && !(is_unsent && unsent >= slots)
     }
 
-    /// Begins a probe, for which there is [room](Self::has_room).
+    /// Begins a probe. Requires [`has_room`](Self::has_room).
     pub(super) fn begin(
         &mut self,
         generation: u64,
@@ -90,11 +91,11 @@ impl Probes {
         settings: &Settings,
     ) {
         let ends = now.saturating_add(nanos(settings.lease));
-        let lease = if is_unsent { Lease::Unsent } else { Lease::AtUpstream { ends } };
-        self.under_way.push(Probe { generation, lease, head: None });
+        let wait = if is_unsent { ProbeWait::Unsent } else { ProbeWait::AtUpstream { ends } };
+        self.under_way.push(Probe { generation, wait, head: None });
     }
 
-    /// Notes what a probe waits for, since then.
+    /// Records what a probe waits for since `since`.
     pub(super) fn waits_for(
         &mut self,
         generation: u64,
@@ -105,13 +106,13 @@ impl Probes {
         let probe = self.under_way.iter_mut().find(|probe| probe.generation == generation);
         let ends = since.saturating_add(nanos(settings.lease));
         if let Some(probe) = probe {
-            let same = probe.lease.ends().unwrap_or(ends);
-            probe.lease = match (what, probe.head) {
-                (WaitsFor::Upstream, None) => Lease::AtUpstream { ends },
-                (WaitsFor::Upstream, Some(_)) => Lease::AtUpstream { ends: same },
-                (WaitsFor::Client, _) => Lease::InClient { ends: same },
-                (WaitsFor::Caller, None) => Lease::Unsent,
-                (WaitsFor::Caller, Some(_)) => Lease::AtReader { ends: same },
+            let same = probe.wait.ends().unwrap_or(ends);
+            probe.wait = match (what, probe.head) {
+                (WaitsFor::Upstream, None) => ProbeWait::AtUpstream { ends },
+                (WaitsFor::Upstream, Some(_)) => ProbeWait::AtUpstream { ends: same },
+                (WaitsFor::Client, _) => ProbeWait::InClient { ends: same },
+                (WaitsFor::Caller, None) => ProbeWait::Unsent,
+                (WaitsFor::Caller, Some(_)) => ProbeWait::AtReader { ends: same },
             };
         }
     }
@@ -144,16 +145,16 @@ impl Probes {
 
     /// When the first of the leases ends.
     pub(super) fn next_lease(&self) -> Option<Nanos> {
-        self.under_way.iter().filter_map(|probe| probe.lease.ends()).min()
+        self.under_way.iter().filter_map(|probe| probe.wait.ends()).min()
     }
 
-    /// Decides the probe whose lease ended first, by the head it saw and by what it waited for; tells when that was.
+    /// Decides the probe whose timeout ended first, by its response head and by what it waited for. Returns that time.
     pub(super) fn end_lease(&mut self, now: Nanos) -> Option<Nanos> {
         let ended = self.next_lease().filter(|ends| *ends <= now)?;
-        let at = self.under_way.iter().position(|probe| probe.lease.ends() == Some(ended))?;
+        let at = self.under_way.iter().position(|probe| probe.wait.ends() == Some(ended))?;
         match self.under_way.remove(at) {
             Probe { head: Some(true), .. } => self.pass(),
-            Probe { lease: Lease::AtUpstream { .. }, .. } => self.fail(Tripped::ProbeLease, None),
+            Probe { wait: ProbeWait::AtUpstream { .. }, .. } => self.fail(Tripped::ProbeLease, None),
             _ => {}
         }
         Some(ended)

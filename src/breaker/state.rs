@@ -42,7 +42,7 @@ pub(super) struct Settings {
     /// How many of them must succeed.
     pub(super) needed: u16,
     pub(super) lease: Duration,
-    /// From when on a call that its caller ended counts as a failure. `None`: never.
+    /// The time after which a call that its caller ended counts as a failure. `None`: never.
     pub(super) count_cancelled_after: Option<Duration>,
     /// Zero: none.
     pub(super) ramp: Duration,

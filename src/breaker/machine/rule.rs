@@ -47,7 +47,7 @@ impl Machine {
 
     // ===== A call comes =====
 
-    /// May a call go? Half-open, at most `probes` go, each with a slot that comes back.
+    /// Admits or rejects a call. A half-open circuit admits a call only with a free probe slot.
     ///
     /// `is_unsent`: the request body is still to be sent.
     pub(in crate::breaker) fn admit(
@@ -82,7 +82,7 @@ impl Machine {
         (answer, change)
     }
 
-    /// Notes what a probe waits for, since then.
+    /// Records what a probe waits for since `since`.
     pub(in crate::breaker) fn probe_waits_for(
         &mut self,
         generation: u64,
@@ -167,7 +167,7 @@ impl Machine {
             // It gives its slot back; unless it was given up for being slow.
             OutcomeKind::Cancelled if !slow => return None,
             OutcomeKind::Success | OutcomeKind::Cancelled => probes.fail(Tripped::SlowProbe, None),
-            // Given up after it had been slow to a rule already.
+            // The caller ended the call after it was slow for a rule.
             OutcomeKind::Failure if slow && outcome.reason() == Reason::NoResponse => {
                 probes.fail(Tripped::SlowProbe, None);
             }
