@@ -68,9 +68,10 @@
 //!
 //! # What counts against an upstream
 //!
-//! Only the failures that it caused. A caller that hangs up, has a short deadline, sends slowly or reads slowly opens no
-//! circuit, lowers no adaptive limit and holds no half-open probe slot; nor do connections that servers close as a matter
-//! of routine. One [table](call#which-side-caused-it) states how every layer counts every cause.
+//! Only failures that the upstream caused count against it. A caller that hangs up, has a short deadline, sends slowly or
+//! reads slowly opens no circuit, lowers no adaptive limit and holds no half-open probe slot. The same holds for
+//! connections that servers close as a matter of routine. One [table](call#which-side-caused-it) states how every layer
+//! counts every cause.
 //!
 //! # Errors and responses
 //!
@@ -205,7 +206,7 @@
 //! | `stack` | | whole [client and server stacks](stack) from such settings, each in one call; the client with `connect` |
 //! | `percentile` | | hedges after a percentile of the latency as it is |
 //! | `tower-http` | | any classifier of `tower_http::classify` as it is |
-//! | `tonic` | | the errors of a tonic channel told apart, under a layer that is next to it; needs Rust 1.88 |
+//! | `tonic` | | classifies the errors of a tonic channel directly inside of a layer; needs Rust 1.88 |
 //! | `tonic-health` | | `grpc.health.v1` from the [`Health`] registry; needs Rust 1.88 |
 //! | `full` | | all of them |
 #![cfg_attr(docsrs, feature(doc_cfg))]

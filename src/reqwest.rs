@@ -34,8 +34,8 @@
 //!
 //! # Stale connections
 //!
-//! reqwest does not reveal whether a connection was reused. One that breaks before the response is
-//! [assumed to be](crate::breaker#connection-housekeeping).
+//! reqwest does not reveal whether a connection was reused. A connection that breaks before the response is
+//! [assumed to be reused](crate::breaker#connection-housekeeping).
 
 use std::{
     future::Future,

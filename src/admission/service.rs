@@ -7,7 +7,7 @@ use tower_service::Service;
 
 use super::{
     Admit, Policy, ResponseFuture,
-    future::{RequestTerms, Parked, State, measured},
+    future::{Parked, RequestTerms, State, measured},
     shut::{HoldBack, ShutWatch},
 };
 use crate::call::{

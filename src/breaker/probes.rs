@@ -74,8 +74,7 @@ impl Probes {
         let unsent =
             self.under_way.iter().filter(|probe| matches!(probe.wait, ProbeWait::Unsent)).count();
         let decided = usize::from(self.passed) + usize::from(self.failed);
-        let taken =
-            decided + self.under_way.iter().filter(|probe| probe.wait.takes_slot()).count();
+        let taken = decided + self.under_way.iter().filter(|probe| probe.wait.takes_slot()).count();
         !settings.outside_probes
             && taken < slots
             && self.under_way.len() < slots + MAX_BEYOND_SLOTS
@@ -154,7 +153,9 @@ impl Probes {
         let at = self.under_way.iter().position(|probe| probe.wait.ends() == Some(ended))?;
         match self.under_way.remove(at) {
             Probe { head: Some(true), .. } => self.pass(),
-            Probe { wait: ProbeWait::AtUpstream { .. }, .. } => self.fail(Tripped::ProbeLease, None),
+            Probe { wait: ProbeWait::AtUpstream { .. }, .. } => {
+                self.fail(Tripped::ProbeLease, None)
+            }
             _ => {}
         }
         Some(ended)

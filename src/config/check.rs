@@ -122,8 +122,8 @@ fn attempts_beyond_the_deadline(c: &ClientConfig) -> Option<ConfigError> {
     conflict("retry_attempts", attempts, remedy)
 }
 
-/// A timeout ends each attempt first, and counts by itself. Only a value that was asked for is an error: a timeout that
-/// is shorter than the default is not.
+/// Rejects a `count_cancelled_after` that has no effect, because a timeout ends each attempt first and is a failure itself.
+/// Only a value that the configuration sets is an error; a timeout shorter than the default is not.
 fn count_cancelled_beyond_the_attempt(c: &ClientConfig) -> Option<ConfigError> {
     const KEY: &str = "breaker_count_cancelled_after";
     let ((max, name), after) = (attempt(c)?, c.breaker.count_cancelled_after?);
@@ -134,7 +134,7 @@ fn count_cancelled_beyond_the_attempt(c: &ClientConfig) -> Option<ConfigError> {
         return None;
     }
     let remedy = format!(
-        "an attempt is over after {} (`{name}`), which counts as a failure by itself, so that this has no effect: use less, or off",
+        "an attempt is over after {} (`{name}`), which is a failure already, so this has no effect: use less, or off",
         show(max),
     );
     conflict(KEY, show(after), remedy)

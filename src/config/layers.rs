@@ -297,8 +297,8 @@ group! {
     live half_open: u16 = 1;
     /// The longest that a probe may take.
     live probe_lease: Duration = secs(30);
-    /// From when on a call that its caller ended counts as a failure, measured from when the request has been sent;
-    /// off: never.
+    /// The time after which a call that its caller ended counts as a failure, measured from when the request has been
+    /// sent; off: never.
     live count_cancelled_after: Option<Duration> = Some(secs(1));
     /// Over how long a circuit that has closed lets more and more calls through.
     live ramp: Duration = Duration::ZERO;

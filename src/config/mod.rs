@@ -61,7 +61,7 @@
 //! | more attempts than failures open the circuit | `retry_attempts`, `breaker_failures`, `breaker_min_calls` |
 //! | a second copy that is due after the attempt is over | `hedge_after`, `timeout_head` |
 //! | an attempt that is due before connecting is | `timeout_head`, `retry_attempt_timeout`, `timeout_total`, `connect_timeout` |
-//! | a cancelled call that would count only after its attempt is over | `breaker_count_cancelled_after`, `timeout_head`, `retry_attempt_timeout`, `timeout_total` |
+//! | a time for cancelled calls that ends after the attempt | `breaker_count_cancelled_after`, `timeout_head`, `retry_attempt_timeout`, `timeout_total` |
 //! | a deadline of which nothing is left | `deadline_keep_back`, `deadline_default`, `deadline_at_most` |
 //! | waiting longer than the deadline | `limit_queue_wait`, `connection_wait`, `deadline_default` |
 //! | connections idle for as long as the peer keeps them | `connection_max_idle`, `peer_keep_alive` |

@@ -46,7 +46,7 @@ use crate::{
 ///
 /// hyper-util's [`legacy::Error`], boxed. If the request was sent over a connection, it is the source of an error that
 /// records whether this connection had delivered a response before:
-/// [`Outcome::of_error`](crate::Outcome::of_error) then tells a stale connection from a reset of a new one. A
+/// [`Outcome::of_error`](crate::Outcome::of_error) then distinguishes a stale connection from a reset of a new one. A
 /// [`Rejected`], by itself or among the sources, if no connection became free.
 ///
 /// # Cancellation
@@ -220,7 +220,7 @@ impl Future for ResponseFuture {
     }
 }
 
-/// Adds to the error whether the connection of the request was reused, if the request was sent over one.
+/// Records in the error whether the connection of the request was reused, if the request was sent over one.
 fn with_connection(error: legacy::Error) -> BoxError {
     match error.connect_info().and_then(Tag::of_connected) {
         Some(tag) => ConnectionError::new(tag.conn.has_served(), error).into(),

@@ -80,7 +80,7 @@ impl Conn {
         self.leased
     }
 
-    /// Whether it has delivered a response head.
+    /// Returns whether this connection has delivered a response head.
     pub(super) fn has_served(&self) -> bool {
         self.has_served.load(Ordering::Relaxed)
     }

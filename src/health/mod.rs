@@ -68,7 +68,7 @@
 //! | another status (429 too), an error, a body that breaks off or is not the [expected](HealthProbeLayer::expect_body) one | failed |
 //! | no head within `timeout`, readying the service included | failed |
 //! | a panic of the service, of the request's closure or of the judge | failed |
-//! | [connection housekeeping](crate::Outcome::is_housekeeping), such as a stale pooled connection | as what a second probe ends as, which is sent at once within the same `timeout` |
+//! | [connection housekeeping](crate::Outcome::is_housekeeping), such as a stale pooled connection | as the result of a second request, sent at once within the same `timeout` |
 //! | refused by a layer of this crate further in | nothing |
 //!
 //! | the gate is | calls | its check in the registry |

@@ -80,7 +80,7 @@ impl std::error::Error for ProbeFailure {}
 pub struct Failed {
     pub(super) why: ProbeFailure,
     pub(super) error: Option<Box<str>>,
-    /// It ended by connection housekeeping, which says nothing about the upstream.
+    /// The probe ended by connection housekeeping, which carries no information about the upstream.
     pub(super) is_housekeeping: bool,
 }
 

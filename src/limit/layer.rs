@@ -93,11 +93,12 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
         self
     }
 
-    /// Sets from when on a call that its caller ended, by hanging up or by its deadline, counts as a drop for an
-    /// adaptive limit: once the upstream has had the complete request for this long without a response head. 1 s by
-    /// default, above zero; `None` never counts one. Before that such a call says nothing.
+    /// Sets the time after which a call that its caller ended, by a hang-up or by its deadline, counts as a drop for an
+    /// adaptive limit. The time starts when the upstream has the complete request, and only a call without a response
+    /// head counts. Before this time such a call is neutral. 1 s by default; must be above zero. `None` never counts
+    /// such a call.
     ///
-    /// A fixed limit learns nothing from its calls: there the setting is a [`ConfigError`](crate::ConfigError).
+    /// A fixed limit does not use outcomes, so a time is a [`ConfigError`](crate::ConfigError) there.
     pub fn count_cancelled_after(mut self, time: impl Into<Option<Duration>>) -> Self {
         let time = time.into();
         let checked = match (time, self.plan.policy.adaptive()) {

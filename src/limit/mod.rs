@@ -50,8 +50,9 @@
 //! let layer = ConcurrencyLimitLayer::adaptive(Knee::default()).respond();
 //! ```
 //!
-//! It learns from the time that is the upstream's, and from the failures that it caused. Slow uploads, slow readers and
-//! callers that end their calls early do not change it: see the [table of causes](crate::call#which-side-caused-it).
+//! An adaptive limit uses only the time that the upstream takes and the failures that the upstream causes. Slow uploads,
+//! slow readers and callers that end their calls early do not change the limit: see the
+//! [table of causes](crate::call#which-side-caused-it).
 //!
 //! # Calls that are told apart
 //!

@@ -132,7 +132,7 @@ impl Finish for Slot {
     }
 
     fn head(&self, _: &mut Token, so_far: Outcome) {
-        // The call's own permit has attributed what is certain.
+        // The permit of the call has already attributed a certain outcome.
         self.lock().permit.head(so_far, false);
     }
 

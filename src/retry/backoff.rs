@@ -87,7 +87,7 @@ impl Backoff {
         self
     }
 
-    /// Another base for what was throttled (429, 529, `RESOURCE_EXHAUSTED`): it is alive, and asks for less.
+    /// Sets another base for throttled calls (429, 529, `RESOURCE_EXHAUSTED`), whose upstream is alive but overloaded.
     pub const fn throttled(mut self, base: Duration) -> Self {
         self.throttled = Some(base);
         self

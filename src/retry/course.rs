@@ -196,7 +196,7 @@ impl<S> Course<S> {
 
     /// The next attempt is made: from here on its retry is spent.
     pub(super) fn begin(&mut self) -> Numbered {
-        // A transparent retry leaves the cost of the one before it.
+        // A transparent retry makes no withdrawal, so the cost of the retry before it stays.
         if let Some(mut withdrawal) = self.withdrawal.take() {
             self.cost = withdrawal.take();
         }
@@ -209,7 +209,7 @@ impl<S> Course<S> {
         self.record.made = 0;
     }
 
-    /// The attempt that is under way is ended, as this says.
+    /// Records that the attempt in flight ended by this rejection.
     pub(super) fn cut_short(&mut self, rejected: &Rejected) -> Outcome {
         let outcome = rule::of_rejected(rejected);
         self.record.tried(Tried { outcome, waited: Duration::ZERO });

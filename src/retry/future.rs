@@ -158,7 +158,7 @@ where
                 return Some(self.too_late());
             }
             _ => {
-                // To the layers that the attempt passed it has timed out, and not been hung up.
+                // Inner layers count a timeout, not a hang-up.
                 DropCause::TimedOut.during(|| this.state.set(State::Over));
                 let late = RejectedKind::TimedOut(Phase::Head);
                 M::failed(Rejected::by(LayerKind::Retry, late).into())?

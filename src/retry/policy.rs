@@ -22,8 +22,8 @@ pub(super) struct Policy {
     pub(super) waits: Waits,
     pub(super) longest_wait: Duration,
     pub(super) hint: Hint,
-    /// How many retries of one call are transparent: at once, neither counted as attempts nor charged to the
-    /// budget.
+    /// The maximum number of transparent retries of one call. They are immediate, and neither counted as attempts nor
+    /// charged to the budget.
     pub(super) max_transparent: u32,
     /// What is left of a deadline after the wait is at least so much, or there is no attempt.
     pub(super) least_attempt: Duration,
@@ -34,7 +34,7 @@ pub(super) struct Policy {
     pub(super) trust_grpc: bool,
 }
 
-/// Enough to get past every stale connection of a small pool.
+/// The default of `max_transparent`, enough to pass every stale connection of a small pool.
 pub(super) const MAX_TRANSPARENT: u32 = 5;
 
 impl Policy {
@@ -60,7 +60,7 @@ impl Policy {
         self.name.as_deref().unwrap_or_default()
     }
 
-    /// Whether a retry for this outcome is transparent. `before` is the number of transparent retries that the
+    /// Returns whether a retry for this outcome is transparent. `before` is the number of transparent retries that the
     /// call has had.
     pub(super) fn is_transparent(&self, outcome: Outcome, before: u32) -> bool {
         let unprocessed = FailureKind::of(outcome) == FailureKind::Unseen;
@@ -167,7 +167,7 @@ pub(super) struct Facts {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Again {
     pub(super) wait: Duration,
-    /// It counts neither as an attempt nor is it charged to the budget.
+    /// The retry neither counts as an attempt nor is charged to the budget.
     pub(super) transparent: bool,
     /// As what it is charged to the budget; none: it is not.
     pub(super) charge: Option<FailureKind>,
@@ -206,7 +206,7 @@ pub(super) fn decide(
         Repeatable::Streaming => return Err(Stop::StillSending),
         Repeatable::No => return Err(Stop::BodyGone),
     }
-    // Connection housekeeping says nothing about the server, and the next connection may do.
+    // Connection housekeeping carries no information about the server, and the next connection may work.
     let transparent = policy.is_transparent(facts.outcome, facts.transparent);
     if !transparent && facts.made - facts.transparent >= policy.attempts {
         return Err(Stop::AttemptsUsedUp);

@@ -34,8 +34,8 @@ impl<M> RetryLayer<M> {
     /// | `Finagle` | 3 | [`Backoff::finagle`] | [`RetryBudget::finagle`] | as it is |
     ///
     /// gRPC's numbers, its budget's too, are those of gRFC A6's example: there is no default. `Grpc` makes
-    /// one [transparent retry](crate::retry#connection-housekeeping) for each call, as A6 has it; the others make
-    /// five.
+    /// at most one [transparent retry](crate::retry#connection-housekeeping) for each call, as gRFC A6 specifies. The
+    /// other presets make at most five.
     pub fn preset(self, preset: Preset) -> Self {
         self.settings.set(|policy| {
             (policy.hint, policy.max_transparent) = match preset {

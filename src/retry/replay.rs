@@ -21,14 +21,14 @@ pin_project! {
     pub struct ReplayBody<B> {
         #[pin]
         kind: Kind<B>,
-        progress: Progress,
+        progress: ProgressReporter,
     }
 }
 
 /// Reports the progress of the body to the layers that measure the call.
-struct Progress(Option<SentMark>);
+struct ProgressReporter(Option<SentMark>);
 
-impl Progress {
+impl ProgressReporter {
     const UNREPORTED: Self = Self(None);
 
     fn report<T, E>(&mut self, polled: &Poll<Option<Result<T, E>>>, is_over: bool) {
@@ -44,7 +44,7 @@ impl Progress {
     }
 }
 
-impl Drop for Progress {
+impl Drop for ProgressReporter {
     fn drop(&mut self) {
         if let Some(mark) = &self.0 {
             mark.dropped();
@@ -132,12 +132,12 @@ impl<B: Body> ReplayBody<B> {
 
 impl<B> ReplayBody<B> {
     fn of(kind: Kind<B>) -> Self {
-        Self { kind, progress: Progress::UNREPORTED }
+        Self { kind, progress: ProgressReporter::UNREPORTED }
     }
 
-    /// Reports its progress by this mark.
+    /// Makes the body report its progress to this mark.
     pub(super) fn marked(mut self, mark: Option<SentMark>) -> Self {
-        self.progress = Progress(mark);
+        self.progress = ProgressReporter(mark);
         self
     }
 }

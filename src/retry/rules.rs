@@ -24,7 +24,7 @@ pub enum FailureKind {
     Timeout,
     /// The HTTP or gRPC status said so.
     Status,
-    /// The upstream asks for fewer calls: 429, 529, `RESOURCE_EXHAUSTED`.
+    /// The upstream is alive but asks for fewer calls: 429, 529, `RESOURCE_EXHAUSTED`.
     Throttled,
     /// A layer of this crate refused it further in.
     Rejected,
@@ -158,7 +158,7 @@ impl<'a> Seen<'a> {
         }
     }
 
-    /// Whether the call is gRPC, by its request or by its response.
+    /// Returns whether the call is gRPC by its request or by its response.
     fn is_grpc(&self) -> bool {
         let by_request =
             |request: &Request<()>| grpc::is_grpc_call(request.method(), request.headers());

@@ -26,7 +26,7 @@ pub struct StackSnapshot {
     pub successes: u64,
     /// How many failed, after all their attempts.
     pub failures: u64,
-    /// How many were asked to come less often: 429, 529, `RESOURCE_EXHAUSTED`.
+    /// The number of throttled calls: 429, 529, `RESOURCE_EXHAUSTED`.
     pub throttled: u64,
     /// How many their caller gave up.
     pub cancelled: u64,

@@ -81,7 +81,7 @@ impl Sending {
         }
     }
 
-    /// Whether the request is still to be sent.
+    /// Returns whether the request is still to be sent.
     pub(super) fn is_unsent(&self) -> bool {
         self.stage() == Stage::Sending
     }

@@ -249,15 +249,15 @@ where
                 Phase::Sending => stalled(watch.far, watch.by),
                 phase => timed_out(watch.far, watch.by, phase, watch.source()),
             };
-            // The call ends here: with it goes whatever an inner layer holds.
+            // The call ends here. Dropping the inner future releases what inner layers hold for it.
             let rejected = Stand::Refused { rejected: Some(rejected) };
             drop_by(phase, watch.source(), || this.state.set(rejected));
         }
     }
 }
 
-/// Reports to the outer layers that the request is still to be sent. Once it is, its body wakes the call, which comes
-/// by here again.
+/// Reports to the outer layers that the request is still to be sent. When the request has been sent, its body wakes the
+/// call, and the next poll reports anew.
 fn report_unsent(sending: Option<&Sending>) {
     if sending.is_some_and(Sending::is_unsent) {
         WaitsFor::Caller.report();

@@ -277,8 +277,8 @@ pub(super) fn timed_out(
     rejected.labelled(state.label.get().cloned())
 }
 
-/// Drops what is inside of a call that took too long for this: to the layers there the caller hung up if it is to blame,
-/// and else the call timed out.
+/// Runs `drop`, which drops the inner call after this phase has timed out. Inner layers count a hang-up if the caller
+/// caused the timeout, and a timeout otherwise.
 #[cold]
 #[inline(never)]
 pub(super) fn drop_by(phase: Phase, source: Option<DeadlineSource>, drop: impl FnOnce()) {

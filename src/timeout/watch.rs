@@ -36,7 +36,7 @@ impl End {
         }
     }
 
-    /// Who set the deadline, if it is one.
+    /// Returns the source of the deadline, if a deadline sets the end.
     pub(super) fn source(self) -> Option<DeadlineSource> {
         match self {
             Self::Deadline(source) => Some(source),
@@ -72,24 +72,24 @@ pub(super) enum Next {
 impl Watch {
     #[inline]
     pub(super) fn new(timeouts: Timeouts, by: LayerKind, form: Form, far: Far<State>) -> Self {
-        // Of no meaning without an end.
+        // Not used while `end` is `None`.
         let end_of = End::Total;
         Self { timeouts, end: None, end_of, begun: false, by, form, far }
     }
 
-    /// The caller's deadline. False if it has passed.
+    /// Sets the deadline of the call. Returns `false` if it has passed.
     pub(super) fn bound(&mut self, deadline: Deadline) -> bool {
         self.end = Some(deadline.at());
         self.end_of = End::Deadline(deadline.source());
         !Moment::is_past(self.end)
     }
 
-    /// Who set the deadline of the call, if it has one.
+    /// Returns the source of the deadline, if a deadline sets the end of the call.
     pub(super) fn source(&self) -> Option<DeadlineSource> {
         self.end_of.source()
     }
 
-    /// Whether the deadline is over.
+    /// Returns whether the deadline has passed.
     pub(super) fn is_over(&self) -> bool {
         matches!(self.end_of, End::Deadline(_)) && has_passed(self.end)
     }

@@ -21,14 +21,14 @@ use crate::{
     event,
 };
 
-/// No call that its caller ended counts.
+/// The value of `count_cancelled_after` with which no call that its caller ended counts.
 const NEVER: u64 = u64::MAX;
 
 #[derive(Debug)]
 pub(in crate::limit) struct Teller {
     clock: Clock,
     to_the_end: AtomicBool,
-    /// In milliseconds.
+    /// In milliseconds, or [`NEVER`].
     count_cancelled_after: AtomicU64,
     state: Mutex<State>,
 }
@@ -109,7 +109,7 @@ impl Teller {
         Token { tag: in_flight.into(), clock: UpstreamClock::start() }
     }
 
-    /// Records a call at its response head, where latency is measured, unless it is measured to the end of the body.
+    /// Records a call at its response head, unless latency is measured to the end of the body.
     ///
     /// If the trailers decide the outcome, the call is recorded at its end, with the latency to its head.
     pub(in crate::limit) fn head(
@@ -145,7 +145,7 @@ impl Teller {
         let now = Instant::now();
         let sample = Sample {
             now: Duration::from_nanos(self.clock.at(now)),
-            // A clock that is off never had to wait for the upstream.
+            // The clock is off if the call never waited for the upstream.
             latency: token.clock.elapsed(now).unwrap_or_default(),
             in_flight: u32::try_from(token.tag).unwrap_or(u32::MAX),
             dropped,

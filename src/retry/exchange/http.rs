@@ -21,7 +21,10 @@ use super::{
     },
     Numbered, Repeat, Rules, Weigh,
     kept::KeptRequest,
-    weigh::{of_reason, weigh_begun, weigh_error, weigh_grpc, weigh_head, weigh_missing},
+    weigh::{
+        classify_begun, classify_failed_body, classify_head, classify_missing, of_reason,
+        weigh_grpc,
+    },
 };
 use crate::{
     BoxError,
@@ -160,7 +163,7 @@ where
     ) -> Option<(Class, Outcome)> {
         let response = result.as_ref().ok()?;
         let (status, headers) = (response.status(), response.headers());
-        weigh_head(is_grpc_call, status, headers, response.extensions())
+        classify_head(is_grpc_call, status, headers, response.extensions())
     }
 
     #[inline]
@@ -184,13 +187,13 @@ where
         let (Ok(response), None) = (&mut held.result, held.weight) else {
             return Poll::Ready(held.weight.unwrap_or((Class::Final, Outcome::success())));
         };
-        let missing = weigh_missing(response.status(), response.headers());
+        let missing = classify_missing(response.status(), response.headers());
         let weight = match ready!(response.body_mut().poll_peek(cx)) {
-            Peek::Message => weigh_begun(missing),
+            Peek::Message => classify_begun(missing),
             Peek::Trailers(trailers) => {
                 grpc::status(trailers).map_or(missing, |outcome| weigh_grpc(trailers, outcome))
             }
-            Peek::Error => weigh_error(missing),
+            Peek::Error => classify_failed_body(missing),
             Peek::End => missing,
         };
         held.weight = Some(weight);
@@ -199,7 +202,7 @@ where
 
     fn undecided(held: &HeldResponse<B>) -> (Class, Outcome) {
         match &held.result {
-            Ok(response) => weigh_begun(weigh_missing(response.status(), response.headers())),
+            Ok(response) => classify_begun(classify_missing(response.status(), response.headers())),
             Err(_) => (Class::Final, Outcome::success()),
         }
     }

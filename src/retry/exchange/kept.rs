@@ -49,7 +49,8 @@ impl<B> KeptRequest<B> {
         request
     }
 
-    /// The request once more, with an extension that says which attempt it is, and a mark of its own progress.
+    /// Returns the request for another attempt, with an extension that identifies the attempt and a mark of its own
+    /// progress.
     pub(super) fn marked<T>(&self, attempt: T) -> Request<ReplayBody<B>>
     where
         T: Clone + Send + Sync + 'static,

@@ -118,7 +118,7 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
     /// What is kept to send it again.
     type Kept;
 
-    /// Whether the call is gRPC, by its request.
+    /// Returns whether the call is gRPC by its request.
     fn is_grpc(_: &Req) -> bool {
         false
     }
@@ -173,7 +173,7 @@ pub trait Weigh<Res, E> {
     /// How long an answer's beginning may be waited for.
     const PATIENCE: Duration;
 
-    /// Classifies a response or an error. None: the beginning of the response's body decides.
+    /// Classifies a response or an error. `None` if the beginning of the response body decides.
     fn weigh(&self, is_grpc_call: bool, result: &Result<Res, E>) -> Option<(Class, Outcome)>;
 
     /// Gives out what is good as it came.

@@ -18,7 +18,7 @@ use super::{
     },
     Numbered, Repeat, Rules, Weigh, http,
     kept::{is_safe, keyed},
-    weigh::{of_reason, weigh_begun, weigh_head, weigh_missing},
+    weigh::{classify_begun, classify_head, classify_missing, of_reason},
 };
 use crate::{
     BoxError,
@@ -115,9 +115,9 @@ impl Weigh<Response, Error> for Reqwest {
         Some(match result {
             Ok(response) => {
                 let (status, headers) = (response.status(), response.headers());
-                let weight = weigh_head(is_grpc_call, status, headers, response.extensions());
+                let weight = classify_head(is_grpc_call, status, headers, response.extensions());
                 // reqwest does not expose the trailers.
-                weight.unwrap_or_else(|| weigh_begun(weigh_missing(status, headers)))
+                weight.unwrap_or_else(|| classify_begun(classify_missing(status, headers)))
             }
             Err(error) => weigh_error(error),
         })

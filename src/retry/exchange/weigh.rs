@@ -1,4 +1,4 @@
-//! How a retry classifies responses of HTTP and gRPC: by the outcome that the spine gives them.
+//! How a retry classifies responses of HTTP and gRPC, based on the outcome by [`Http`](crate::call::Http).
 
 use http::{Extensions, HeaderMap, StatusCode};
 
@@ -9,9 +9,9 @@ use crate::call::{
     http as rule,
 };
 
-/// Classifies a response head. None: the beginning of its body decides.
+/// Classifies a response head. `None` if the beginning of its body decides.
 #[inline]
-pub(super) fn weigh_head(
+pub(super) fn classify_head(
     is_grpc_call: bool,
     status: StatusCode,
     headers: &HeaderMap,
@@ -21,42 +21,42 @@ pub(super) fn weigh_head(
         return Some((Class::Final, Outcome::success()));
     }
     match rule::of_head(is_grpc_call, status, headers, extensions) {
-        Eos::Plain(outcome) => Some(weigh_outcome(status, headers, outcome)),
+        Eos::Plain(outcome) => Some(classify_outcome(status, headers, outcome)),
         _ => None,
     }
 }
 
 /// Classifies a gRPC response that has ended without a `grpc-status`.
-pub(super) fn weigh_missing(status: StatusCode, headers: &HeaderMap) -> (Class, Outcome) {
-    weigh_outcome(status, headers, grpc::missing_status(status, headers))
+pub(super) fn classify_missing(status: StatusCode, headers: &HeaderMap) -> (Class, Outcome) {
+    classify_outcome(status, headers, grpc::missing_status(status, headers))
 }
 
-/// Classifies a gRPC response whose trailers are not waited for, by what it is without a `grpc-status`: a stream with
-/// HTTP status 200 belongs to the caller, any other HTTP status is unlikely to be followed by trailers.
-pub(super) fn weigh_begun(missing: (Class, Outcome)) -> (Class, Outcome) {
+/// Classifies a gRPC response whose trailers the retry does not wait for. `missing` is its class without a `grpc-status`.
+/// A stream with HTTP status 200 is passed to the caller. Trailers rarely follow any other HTTP status.
+pub(super) fn classify_begun(missing: (Class, Outcome)) -> (Class, Outcome) {
     match Eos::Grpc(missing.1).begun() {
         mapped if mapped == missing.1 => missing,
         begun => (Class::Final, begun),
     }
 }
 
-/// Classifies a gRPC response whose body fails at once, by what it is without a `grpc-status`.
-pub(super) fn weigh_error(missing: (Class, Outcome)) -> (Class, Outcome) {
+/// Classifies a gRPC response whose body fails at once. `missing` is its class without a `grpc-status`.
+pub(super) fn classify_failed_body(missing: (Class, Outcome)) -> (Class, Outcome) {
     match Eos::Grpc(missing.1).error() {
         mapped if mapped == missing.1 => missing,
         failed => (Class::Final, failed),
     }
 }
 
-fn weigh_outcome(status: StatusCode, headers: &HeaderMap, outcome: Outcome) -> (Class, Outcome) {
+fn classify_outcome(status: StatusCode, headers: &HeaderMap, outcome: Outcome) -> (Class, Outcome) {
     match outcome.reason() {
         Reason::GrpcStatus => weigh_grpc(headers, outcome),
-        Reason::Status | Reason::Completed => weigh_status(status, headers, outcome),
+        Reason::Status | Reason::Completed => classify_status(status, headers, outcome),
         _ => (of_reason(outcome), outcome),
     }
 }
 
-fn weigh_status(status: StatusCode, headers: &HeaderMap, outcome: Outcome) -> (Class, Outcome) {
+fn classify_status(status: StatusCode, headers: &HeaderMap, outcome: Outcome) -> (Class, Outcome) {
     match status.as_u16() {
         408 | 425 | 429 | 500..=599 if hint::pushback(headers) == Some(Pushback::Never) => {
             (Class::Refused(Stop::Pushback), outcome)
