@@ -1,5 +1,5 @@
 //! An untrusted client sends requests whose deadlines are too short for the upstream. The circuit to the upstream
-//! stays closed, because a caller's deadline says nothing about the upstream.
+//! stays closed, because a call that ends by the deadline of its caller is not a failure of the upstream.
 //!
 //! ```text
 //! cargo run --example deadline_attack

@@ -68,8 +68,8 @@
 //!
 //! # What counts against an upstream
 //!
-//! Only failures that the upstream caused count against it. A caller that hangs up, has a short deadline, sends slowly or
-//! reads slowly opens no circuit, lowers no adaptive limit and holds no half-open probe slot. The same holds for
+//! Only failures that the upstream caused count against it. A caller that hangs up, has a short deadline, sends slowly
+//! or reads slowly opens no circuit, lowers no adaptive limit and holds no half-open probe slot. The same holds for
 //! connections that servers close as a matter of routine. One [table](call#which-side-caused-it) states how every layer
 //! counts every cause.
 //!

@@ -125,7 +125,7 @@ impl Row {
         response.body(body).unwrap()
     }
 
-    /// A service that answers with this row each time.
+    /// Returns a service that responds with this row each time.
     fn call(
         &self,
     ) -> impl Fn() -> std::future::Ready<Result<Response<Body>, BoxError>> + Clone + use<> {
@@ -142,7 +142,7 @@ fn trailers(code: u16) -> HeaderMap {
 
 // ===== The table =====
 
-/// What a response is to every layer.
+/// The classification of a response that every layer must use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Expected {
     kind: OutcomeKind,
@@ -243,10 +243,10 @@ fn table() -> Vec<Row> {
     rows
 }
 
-// ===== What each layer makes of a row =====
+// ===== How each layer classifies a row =====
 
 /// Sends a row through a breaker and reads the response: the state afterwards of a circuit that was closed, and of one
-/// that was half-open. Together they tell the four kinds of outcomes apart.
+/// that was half-open. Together the two states distinguish the four kinds of outcomes.
 async fn breaker(row: &Row) -> (State, State) {
     let mut states = Vec::new();
     for half_open in [false, true] {
@@ -324,7 +324,7 @@ fn adaptive_expects(expected: Expected) -> Vec<bool> {
     }
 }
 
-/// What a retry makes of a row: the outcome of the first attempt, how many attempts there were, and why not more.
+/// Sends a row through a retry: the outcome of the first attempt, the number of attempts, and the reason to stop.
 async fn retry(layer: RetryLayer, row: &Row) -> (Outcome, u32, Stop) {
     let outcomes = Arc::new(Mutex::new(Vec::new()));
     let log = outcomes.clone();
@@ -355,8 +355,8 @@ fn retry_expects(row: &Row, expected: Expected) -> (u32, Stop) {
     }
 }
 
-/// Whether a hedge takes the row for a good response: it is the first to arrive, while the hedge is under way.
-async fn hedge_takes(row: &Row) -> bool {
+/// Returns whether a hedge accepts the row, which is the first response to arrive while the hedge attempt is in flight.
+async fn hedge_accepts(row: &Row) -> bool {
     let layer = HedgeLayer::http(Duration::from_millis(10)).assume_idempotent().without_budget();
     let (row, calls) = (row.clone(), Arc::new(Mutex::new(0)));
     let request = row.request();
@@ -384,7 +384,6 @@ async fn hedge_takes(row: &Row) -> bool {
 
 // ===== The tests =====
 
-/// The whole of a row, for every layer.
 #[track_caller]
 fn assert_outcome(outcome: Outcome, expected: Expected, row: &Row) {
     let seen = (outcome.kind(), outcome.reason(), outcome.code());
@@ -411,7 +410,7 @@ async fn every_layer_agrees(row: &Row, expected: Expected) {
     assert_outcome(outcome, expected, row);
     assert_eq!((made, stop), retry_expects(row, expected), "retry: {row:?}");
     let is_good = expected.kind == OutcomeKind::Success && !expected.retryable;
-    assert_eq!(hedge_takes(row).await, is_good, "hedge: {row:?}");
+    assert_eq!(hedge_accepts(row).await, is_good, "hedge: {row:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -506,7 +505,7 @@ async fn http_529_is_throttled_and_retried_where_that_is_safe() {
             _ => (1, Stop::Unsafe),
         };
         assert_eq!((made, stop), expected, "{kind:?}");
-        assert!(!hedge_takes(&row).await, "{kind:?}");
+        assert!(!hedge_accepts(&row).await, "{kind:?}");
     }
 }
 
@@ -539,7 +538,7 @@ async fn a_listed_http_status_matches_calls_that_are_not_grpc_and_a_grpc_code_th
     assert_eq!(retry(no_unavailable(), &plain).await.1, 2);
     assert_eq!(retry(no_unavailable(), &grpc).await.1, 1);
 
-    // A status that is no failure by itself, listed as one.
+    // A status that is not a failure by itself, but is listed as one.
     let (plain, grpc) = (row(Kind::Get, 404, Some(HTML)), row(Kind::Grpc, 404, Some(HTML)));
     let also_404 = || quick().assume_idempotent().retry_on(StatusCode::NOT_FOUND);
     assert_eq!(retry(also_404(), &plain).await.1, 2);
@@ -548,7 +547,7 @@ async fn a_listed_http_status_matches_calls_that_are_not_grpc_and_a_grpc_code_th
     assert_eq!(retry(also_unimplemented(), &plain).await.1, 1);
     assert_eq!(retry(also_unimplemented(), &grpc).await.1, 2);
 
-    // The stream ended without a status: a gRPC call, although its HTTP status is 200.
+    // A gRPC stream that ended without a gRPC status does not match its HTTP status, which is 200.
     let missing = row(Kind::Grpc, 200, Some(GRPC));
     let also_200 = quick().assume_idempotent().retry_on(StatusCode::OK);
     assert_eq!(retry(also_200, &missing).await.1, 1);
@@ -558,7 +557,7 @@ async fn a_listed_http_status_matches_calls_that_are_not_grpc_and_a_grpc_code_th
 
 /// The record names the gRPC status that was listed, not the HTTP status that carried it.
 #[tokio::test(start_paused = true)]
-async fn a_listed_grpc_status_is_recorded_as_such() {
+async fn an_attempt_records_the_listed_grpc_status() {
     let layer = RetryLayer::grpc().assume_idempotent().retry_on(Failure::Grpc(10));
     let layer = layer.attempts(2).backoff(Backoff::constant(Duration::ZERO)).without_budget();
     let aborted = row(Kind::Grpc, 200, Some(GRPC)).with_status(10, Place::Head);

@@ -346,8 +346,8 @@ async fn an_interceptor_goes_around_a_client_s_stack() {
 
 // ===== An HTTP server that does not speak gRPC =====
 
-/// Answers the first calls as an HTTP proxy does whose backend is away: with this status and this page of HTML. Every
-/// later call gets a gRPC response.
+/// Responds to the first calls like an HTTP proxy without a backend, with this status and this HTML page. Every later
+/// call gets a gRPC response.
 async fn proxy(failures: usize, status: u16, html: &'static str) -> (SocketAddr, Arc<AtomicUsize>) {
     let (listener, addr) = listener().await;
     let calls = Arc::new(AtomicUsize::new(0));
@@ -421,7 +421,7 @@ async fn http_503_with_html_for_a_tonic_call_is_unavailable_and_retried() {
     let breaker = CircuitBreakerLayer::http();
     let state = breaker.handle();
     let failed = soon(retrying_client!(addr, breaker).check(ask(""))).await.unwrap_err();
-    // tonic takes the page for a malformed message; the layers have classified the head.
+    // tonic reports the page as a malformed message. The layers have classified the head.
     assert_eq!((failed.code(), calls.load(Ordering::SeqCst)), (Code::Internal, 3));
     assert_eq!(state.snapshot().seen.consecutive_failures, 3);
 }

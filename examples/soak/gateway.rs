@@ -1,5 +1,5 @@
 //! A gateway for untrusted clients: a server under its layers, whose handler passes deadlines on to a client under its
-//! layers. All settings are defaults, as far as they exist.
+//! layers. All settings have their default where one exists.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -41,7 +41,7 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// Starts a gateway and its upstream. They use this protocol between them.
+    /// Starts a gateway and its upstream, which it calls over HTTP/2 or HTTP/1.
     pub async fn start(is_http2: bool) -> Result<Self, BoxError> {
         let upstream = Upstream::start(is_http2).await?;
         let (breaker, connections) = (CircuitBreakerLayer::http(), ConnectLayer::new());
@@ -133,8 +133,8 @@ impl Gateway {
         self.upstream.judge(self.protocol, verdict);
     }
 
-    /// Drains the gateway. Returns what the drain cut, and the connections to the upstream, all of which are to be
-    /// closed.
+    /// Drains the gateway. Returns the result of the drain, and the connections to the upstream. All of these must
+    /// close soon.
     pub async fn end(self) -> Result<(Drained, ConnectHandle), BoxError> {
         self.lifecycle.drain();
         let drained = self.task.await?;

@@ -1,4 +1,4 @@
-//! Untrusted clients of a gateway, and the visitors that are to be served beside them.
+//! Untrusted clients of a gateway, and visitors that it must serve at the same time.
 
 use std::{
     io,
@@ -73,7 +73,7 @@ pub async fn attack(
     }
 }
 
-/// The upstream responds after 30 ms: later than the deadlines and the end of a caller that hangs up.
+/// Makes one exchange. The upstream responds after 30 ms, later than all deadlines and hang-ups.
 async fn once(kind: Kind, gateway: SocketAddr, random: &mut Rng) -> io::Result<()> {
     let ms = random.u64(1..25);
     match kind {
@@ -118,7 +118,7 @@ async fn once(kind: Kind, gateway: SocketAddr, random: &mut Rng) -> io::Result<(
 
 async fn send(gateway: SocketAddr, line: &str, headers: &str) -> io::Result<TcpStream> {
     let socket = TcpSocket::new_v4()?;
-    // What the kernel holds of a response is not read slowly.
+    // The kernel buffers this much of a response without waiting for the reader.
     socket.set_recv_buffer_size(16 * 1024)?;
     let mut tcp = socket.connect(gateway).await?;
     let head = format!("{line}host: gateway\r\nconnection: close\r\n{headers}\r\n");
@@ -126,7 +126,7 @@ async fn send(gateway: SocketAddr, line: &str, headers: &str) -> io::Result<TcpS
     Ok(tcp)
 }
 
-/// Reads a response of whatever status to its end.
+/// Reads a response with any status to its end.
 async fn read(mut tcp: TcpStream) -> io::Result<()> {
     let mut response = Vec::new();
     tcp.read_to_end(&mut response).await?;
@@ -137,7 +137,7 @@ async fn read(mut tcp: TcpStream) -> io::Result<()> {
     }
 }
 
-/// Calls the gateway one time after another. Every call is to be served.
+/// Calls the gateway repeatedly. The gateway must serve every call.
 pub async fn visit(gateway: SocketAddr, tally: Arc<Tally>, over: Arc<AtomicBool>) {
     let client = Client::builder(TokioExecutor::new()).build_http::<Body>();
     while !over.load(SeqCst) {

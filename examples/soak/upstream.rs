@@ -41,7 +41,7 @@ const RESPONSE_TIME: Duration = Duration::from_millis(30);
 /// Size of the body at `/large`. It is larger than the buffers of all sockets on the way to a slow reader.
 const LARGE_BODY_CHUNKS: usize = 512;
 const CHUNK: &[u8] = &[b'x'; 16 * 1024];
-/// One of so many requests on an open connection is met by the end of that connection.
+/// Mean number of requests on open connections for each one that ends its connection.
 const REQUESTS_PER_CLOSE: u32 = 20;
 
 pub struct Upstream {
@@ -62,7 +62,7 @@ impl Upstream {
                 let _ = tcp.set_nodelay(true);
                 let (app, closed) = (app.clone(), counter.clone());
                 connections.spawn(async move {
-                    // A connection that fails has been closed by the client.
+                    // A connection fails if the client closes it.
                     if is_http2 {
                         serve_http2(tcp, app, &closed).await;
                     } else {
@@ -130,7 +130,7 @@ async fn serve_http2(tcp: TcpStream, app: Router, closed: &AtomicU64) {
     }
 }
 
-/// Closes some connections when the next request arrives, as servers do whose keep-alive time has just ended.
+/// Closes some connections when the next request arrives, like a server whose keep-alive time has just ended.
 struct ClosesOnReuse {
     tcp: TcpStream,
     has_responded: bool,

@@ -122,16 +122,16 @@
 //!
 //! # Half-open
 //!
-//! [`half_open_of(m, n)`](CircuitBreakerLayer::half_open_of) lets `n` probes go, all in all, and gives its
-//! verdict as soon as it is certain: closed at the m-th success, open when m successes can no longer be had.
-//! A probe has a [timeout](CircuitBreakerLayer::probe_lease). When it expires, the probe has passed if its response head
-//! was a success and not slow, and has failed otherwise. Therefore neither a stream of hours nor a hung call keeps a
-//! circuit half-open.
+//! [`half_open_of(m, n)`](CircuitBreakerLayer::half_open_of) lets `n` probes go, all in all, and gives its verdict as
+//! soon as it is certain: closed at the m-th success, open when m successes can no longer be had. A probe has a
+//! [timeout](CircuitBreakerLayer::probe_lease). When it expires, the probe has passed if its response head was a
+//! success and not slow, and has failed otherwise. Therefore neither a stream of hours nor a hung call keeps a circuit
+//! half-open.
 //!
-//! The timeout starts when the request has been sent, as far as a [`SentMark`](crate::call::SentMark) or a timeout layer
-//! inside of the breaker reveals it. A probe that waits for its caller, to send more of the request or to read the
-//! response, leaves its slot to other calls. A probe that still waits inside the client (for a permit or a connection)
-//! when its timeout expires releases its slot without a result.
+//! The timeout starts when the request has been sent, as far as a [`SentMark`](crate::call::SentMark) or a timeout
+//! layer inside of the breaker reveals it. A probe that waits for its caller, to send more of the request or to read
+//! the response, leaves its slot to other calls. A probe that still waits inside the client (for a permit or a
+//! connection) when its timeout expires releases its slot without a result.
 //!
 //! | callers beyond the probes | |
 //! |---|---|

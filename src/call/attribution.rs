@@ -91,7 +91,8 @@ impl UpstreamClock {
 }
 
 /// Returns the nanoseconds from a fixed moment of this process to an instant, modulo 2⁶². Only differences have a
-/// meaning. The moment may be later than the instant, because paused clocks of several runtimes begin at different times.
+/// meaning. The moment may be later than the instant, because paused clocks of several runtimes begin at different
+/// times.
 fn nanos_of(instant: Instant) -> u64 {
     static EPOCH: OnceLock<Instant> = OnceLock::new();
     let epoch = *EPOCH.get_or_init(Instant::now);
@@ -182,7 +183,8 @@ impl SentMark {
         self.update(|progress| progress.upstream_since = None);
     }
 
-    /// Reports that the transport took a frame. Until it polls for the next one, the time is attributed to the upstream.
+    /// Reports that the transport took a frame. Until it polls for the next one, the time is attributed to the
+    /// upstream.
     pub fn frame_taken(&self) {
         self.update(|progress| progress.upstream_since = progress.measured.then(Instant::now));
     }
@@ -221,7 +223,8 @@ impl SentMark {
         }
     }
 
-    /// Returns the instant since which the time is attributed to the upstream. `None` while the caller delays the request.
+    /// Returns the instant since which the time is attributed to the upstream. `None` while the caller delays the
+    /// request.
     pub(crate) fn upstream_since(&self) -> Option<Instant> {
         self.progress().upstream_since
     }

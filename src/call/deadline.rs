@@ -10,8 +10,8 @@ use tokio::time::{Duration, Instant};
 /// in flight. The latter also sets the deadline and forwards it to the next hop. The instant is on tokio's clock.
 ///
 /// A deadline records its [`DeadlineSource`]. A call that ends by a deadline of the *caller* is cancelled, like a
-/// hang-up. A call that ends by a deadline of the *operator* has timed out, which is a failure. A handler that passes its
-/// deadline on to a client passes on the source, too.
+/// hang-up. A call that ends by a deadline of the *operator* has timed out, which is a failure. A handler that passes
+/// its deadline on to a client passes on the source, too.
 ///
 /// ```
 /// use std::time::Duration;

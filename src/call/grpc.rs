@@ -1,4 +1,5 @@
-//! gRPC: which calls are gRPC, and the outcome of a gRPC status in the head, in the trailers, or mapped from the HTTP status.
+//! gRPC: which calls are gRPC, and the outcome of a gRPC status in the head, in the trailers, or mapped from the HTTP
+//! status.
 
 use http::{HeaderMap, Method, StatusCode, header};
 
@@ -82,7 +83,8 @@ pub(crate) fn of_http_status(status: StatusCode, headers: &HeaderMap) -> Outcome
     with_hint(outcome, headers)
 }
 
-/// The `grpc-status` in `headers`, if there is one. A value that is not a number is `UNKNOWN`, as the protocol requires.
+/// The `grpc-status` in `headers`, if there is one. A value that is not a number is `UNKNOWN`, as the protocol
+/// requires.
 pub(crate) fn code(headers: &HeaderMap) -> Option<u16> {
     let text = headers.get(STATUS)?.to_str().ok();
     Some(text.and_then(|text| text.trim().parse().ok()).unwrap_or(UNKNOWN))

@@ -40,11 +40,11 @@
 //! `count_cancelled_after` is 1 s by default. The [breaker](crate::CircuitBreakerLayer::count_cancelled_after) and the
 //! [limit](crate::ConcurrencyLimitLayer::count_cancelled_after) have setters for it. Time is attributed to the upstream
 //! from when the request has been sent. A request without a body is sent at the call. The end of a request body is
-//! detected if a retry or a hedge is outside of the measuring layer (they publish a [`SentMark`]), or a timeout is inside
-//! of it. Otherwise the clock starts at the call.
+//! detected if a retry or a hedge is outside of the measuring layer (they publish a [`SentMark`]), or a timeout is
+//! inside of it. Otherwise the clock starts at the call.
 //!
-//! The [breaker](crate::breaker#connection-housekeeping) lists the transports that do not reveal whether a connection was
-//! reused. [`Http`] describes gRPC.
+//! The [breaker](crate::breaker#connection-housekeeping) lists the transports that do not reveal whether a connection
+//! was reused. [`Http`] describes gRPC.
 
 #[cfg(any(feature = "retry", feature = "timeout"))]
 mod alarm;

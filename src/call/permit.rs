@@ -187,8 +187,8 @@ impl<G: Finish> Permit<G> {
         Self { giver: self.giver.take(), token: self.token, context: self.context }
     }
 
-    /// Records the response head in the state. `so_far` is the outcome unless the body changes it. Returns it attributed
-    /// to the side that caused it; `is_certain` if the body cannot change it.
+    /// Records the response head in the state. `so_far` is the outcome unless the body changes it. Returns it
+    /// attributed to the side that caused it; `is_certain` if the body cannot change it.
     #[inline]
     pub(crate) fn head(&mut self, so_far: Outcome, is_certain: bool) -> Outcome {
         self.context.has_head = !is_certain;

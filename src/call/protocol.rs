@@ -65,8 +65,8 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
 
 /// HTTP and gRPC: classified by the response head, and followed to the end of the body.
 ///
-/// Breaker, adaptive limit, retry and hedge use this one classification, so they agree on every response. A call is gRPC
-/// if its request is a `POST` with `content-type: application/grpc…`, or if its response has such a content type.
+/// Breaker, adaptive limit, retry and hedge use this one classification, so they agree on every response. A call is
+/// gRPC if its request is a `POST` with `content-type: application/grpc…`, or if its response has such a content type.
 ///
 /// A call that is not gRPC:
 ///
@@ -103,8 +103,9 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
 /// The failures are those that linkerd counts. A retry and a hedge pass a 200 gRPC response on as soon as its first
 /// message is there, or after 10 ms without one.
 ///
-/// A response that an inner layer made because it [rejected](Rejected) the call is cancelled, or a failure if that layer
-/// timed out other than by a caller deadline or a stalled request body. A 2xx that is not gRPC is a success in any case.
+/// A response that an inner layer made because it [rejected](Rejected) the call is cancelled, or a failure if that
+/// layer timed out other than by a caller deadline or a stalled request body. A 2xx that is not gRPC is a success in
+/// any case.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Http;
 

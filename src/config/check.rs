@@ -122,8 +122,8 @@ fn attempts_beyond_the_deadline(c: &ClientConfig) -> Option<ConfigError> {
     conflict("retry_attempts", attempts, remedy)
 }
 
-/// Rejects a `count_cancelled_after` that has no effect, because a timeout ends each attempt first and is a failure itself.
-/// Only a value that the configuration sets is an error; a timeout shorter than the default is not.
+/// Rejects a `count_cancelled_after` that has no effect, because a timeout ends each attempt first and is a failure
+/// itself. Only a value that the configuration sets is an error; a timeout shorter than the default is not.
 fn count_cancelled_beyond_the_attempt(c: &ClientConfig) -> Option<ConfigError> {
     const KEY: &str = "breaker_count_cancelled_after";
     let ((max, name), after) = (attempt(c)?, c.breaker.count_cancelled_after?);

@@ -50,9 +50,9 @@
 //! let layer = ConcurrencyLimitLayer::adaptive(Knee::default()).respond();
 //! ```
 //!
-//! An adaptive limit uses only the time that the upstream takes and the failures that the upstream causes. Slow uploads,
-//! slow readers and callers that end their calls early do not change the limit: see the
-//! [table of causes](crate::call#which-side-caused-it).
+//! An adaptive limit uses only the time that the upstream takes and the failures that the upstream causes. Slow
+//! uploads, slow readers and callers that end their calls early do not change the limit: see the [table of
+//! causes](crate::call#which-side-caused-it).
 //!
 //! # Calls that are told apart
 //!

@@ -37,10 +37,10 @@ impl RetryLayer {
         Self { settings: Shared::new(Settings::new()), protocol: Http, fault: None }
     }
 
-    /// The same for gRPC, whose calls are all `POST`: a status of `UNAVAILABLE`, or `RESOURCE_EXHAUSTED` with
-    /// pushback, is retried for all of them, as gRPC's own retry policy (gRFC A6) has it. This includes an `UNAVAILABLE`
-    /// that was mapped from an HTTP status (429, 502, 503, 504; see [`Http`](crate::call::Http)). A timeout or a
-    /// connection that breaks is not retried: the call may have had its effect.
+    /// The same for gRPC, whose calls are all `POST`: a status of `UNAVAILABLE`, or `RESOURCE_EXHAUSTED` with pushback,
+    /// is retried for all of them, as gRPC's own retry policy (gRFC A6) has it. This includes an `UNAVAILABLE` that was
+    /// mapped from an HTTP status (429, 502, 503, 504; see [`Http`](crate::call::Http)). A timeout or a connection that
+    /// breaks is not retried: the call may have had its effect.
     pub fn grpc() -> Self {
         let layer = Self::http();
         layer.settings.set(|policy| policy.trust_grpc = true);
@@ -51,8 +51,8 @@ impl RetryLayer {
 impl RetryLayer {
     /// Tries this failure again too: a status, a gRPC status or a reason. What is not safe to repeat stays so.
     ///
-    /// An HTTP status matches calls that are not gRPC. A gRPC call matches by its gRPC status, also where that is mapped
-    /// from the HTTP status: list `Failure::Grpc(14)` for a 503 from a proxy.
+    /// An HTTP status matches calls that are not gRPC. A gRPC call matches by its gRPC status, also where that is
+    /// mapped from the HTTP status: list `Failure::Grpc(14)` for a 503 from a proxy.
     ///
     /// ```
     /// # use buttress::{RetryLayer, call::Reason, retry::Failure};

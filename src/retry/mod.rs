@@ -109,9 +109,9 @@
 //!
 //! The retry classifies a gRPC call as every other layer does, by the table of [`Http`](crate::call::Http): by
 //! `grpc-status` whatever the HTTP status is, and without it by the code that the HTTP status maps to. 503 `text/html`
-//! from a proxy is `UNAVAILABLE`; 503 with `grpc-status: 5` is a regular response. The retry waits
-//! at most 10 ms for the trailers of a response without messages. An attempt that is not the first carries `grpc-previous-rpc-attempts`: how many before
-//! it the server may have seen.
+//! from a proxy is `UNAVAILABLE`; 503 with `grpc-status: 5` is a regular response. The retry waits at most 10 ms for
+//! the trailers of a response without messages. An attempt that is not the first carries `grpc-previous-rpc-attempts`:
+//! how many before it the server may have seen.
 //!
 //! # In the stack
 //!

@@ -1,4 +1,4 @@
-//! Calls that end by a deadline, or by a hang-up.
+//! The attribution of calls that end by a deadline or by a hang-up.
 
 use std::{sync::Arc, time::Duration};
 
@@ -97,7 +97,7 @@ async fn callers_with_short_deadlines_cost_no_legitimate_call() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_probe_that_ends_by_its_callers_deadline_lets_the_next_caller_probe() {
+async fn a_probe_that_ends_by_a_caller_deadline_releases_its_slot() {
     let layer = CircuitBreakerLayer::http().open_for(secs(5));
     let (inner, watch) = Strict::holding();
     let client = ServiceBuilder::new()
@@ -111,7 +111,7 @@ async fn a_probe_that_ends_by_its_callers_deadline_lets_the_next_caller_probe() 
     }
     assert_eq!(handle.state(), State::Open);
     for _ in 0..20 {
-        // It returns exactly when the circuit may be probed, and takes the slot.
+        // The caller comes exactly when the circuit can be probed, and gets the probe slot.
         advance(handle.snapshot().open_for.unwrap_or_default()).await;
         let mut short = request();
         short.extensions_mut().insert(caller_deadline(ms(20)));
@@ -167,9 +167,9 @@ async fn count_cancelled_after_sets_when_a_hang_up_counts() {
     assert!(layer().count_cancelled_after(Duration::ZERO).checked().is_err());
 }
 
-/// An expired deadline of the operator's is a timeout, whichever layer keeps it and wherever it stands.
+/// An expired operator deadline is a timeout, whichever layer enforces it.
 #[tokio::test(start_paused = true)]
-async fn a_timeout_of_the_operator_counts_wherever_it_stands() {
+async fn an_operator_timeout_is_a_failure_in_every_layer_order() {
     type Stack =
         fn(
             CircuitBreakerLayer,
@@ -225,9 +225,8 @@ async fn a_timeout_of_the_operator_counts_wherever_it_stands() {
     }
 }
 
-/// The same stacks with a deadline of the caller's, in each place.
 #[tokio::test(start_paused = true)]
-async fn a_deadline_of_the_caller_is_neutral_wherever_it_is_kept() {
+async fn a_caller_deadline_is_neutral_in_every_layer_order() {
     let upstream = || UpstreamService::new(Upstream::Hangs);
     let check =
         async |name: &str, breaker: CircuitBreakerLayer, ends: Vec<Result<(), BoxError>>| {
@@ -269,9 +268,9 @@ async fn a_deadline_of_the_caller_is_neutral_wherever_it_is_kept() {
     check("hedge under a timeout", breaker, ends!(hedged)).await;
 }
 
-/// The next hop keeps the same deadline, and may report it first.
+/// The next hop enforces the same deadline, and may report it first.
 #[tokio::test(start_paused = true)]
-async fn an_upstream_that_reports_the_callers_deadline_is_not_blamed() {
+async fn a_failure_by_which_the_upstream_reports_the_callers_deadline_is_neutral() {
     let gateway_timeout = || status(504);
     let deadline_exceeded = || super::support::trailers_only("4");
     for (name, response) in [
@@ -298,7 +297,6 @@ async fn an_upstream_that_reports_the_callers_deadline_is_not_blamed() {
     }
 }
 
-/// A body that is cut off at the caller's deadline, by a layer within.
 #[tokio::test(start_paused = true)]
 async fn a_body_that_is_cut_off_at_the_callers_deadline_is_neutral() {
     use http_body_util::BodyExt;
@@ -357,10 +355,10 @@ async fn a_retry_does_not_try_again_after_the_callers_deadline() {
     assert_eq!(rejected.deadline_source(), Some(DeadlineSource::Caller));
 }
 
-// ===== Where a deadline comes from =====
+// ===== The source of a deadline =====
 
 #[tokio::test(start_paused = true)]
-async fn a_deadline_records_who_set_it() {
+async fn a_deadline_records_its_source() {
     let source = async |layer: DeadlineLayer, headers: &[(&str, &str)], own: Option<Deadline>| {
         let seen = service_fn(|request: Request<()>| async move {
             let deadline = Deadline::of(request.extensions());
@@ -390,9 +388,9 @@ async fn a_deadline_records_who_set_it() {
     assert_eq!(source(layer(), &[("x-left", "99000")], None).await, Some(Operator), "the maximum");
     let own = Some(Deadline::after(secs(1)));
     assert_eq!(source(layer(), &[("x-left", "5000")], own).await, Some(Operator));
-    assert_eq!(source(layer(), &[("x-left", "500")], own).await, Some(Caller), "it is sooner");
+    assert_eq!(source(layer(), &[("x-left", "500")], own).await, Some(Caller), "the earlier one");
     let passed_on = Some(caller_deadline(secs(1)));
-    assert_eq!(source(layer(), &[], passed_on).await, Some(Caller), "it survives the next layer");
+    assert_eq!(source(layer(), &[], passed_on).await, Some(Caller), "the next layer keeps it");
     let reserve = layer().keep_back(ms(100));
     assert_eq!(source(reserve, &[], passed_on).await, Some(Caller));
 }
@@ -400,10 +398,11 @@ async fn a_deadline_records_who_set_it() {
 // ===== Adaptive limits =====
 
 #[tokio::test(start_paused = true)]
-async fn short_deadlines_of_callers_leave_an_adaptive_limit_as_it_is() {
+async fn short_deadlines_of_callers_do_not_change_an_adaptive_limit() {
     use buttress::limit::adaptive::{Aimd, Algorithm, Knee, Vegas};
 
-    /// The limit in front of 20 workers, after 20 s in which more is offered than they can do.
+    /// Returns the mean limit in front of 20 workers in the last 10 of 20 s. They receive more calls than they can
+    /// serve.
     async fn limit(algorithm: impl Algorithm, short_deadlines: bool) -> u32 {
         fastrand::seed(7);
         let workers = Arc::new(Semaphore::new(20));

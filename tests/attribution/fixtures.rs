@@ -43,8 +43,8 @@ pub enum Upstream {
     Responds(Duration),
     /// Reads the request and never responds.
     Hangs,
-    /// Takes nothing of the request, and never responds.
-    TakesNothing,
+    /// Does not read the request, and never responds.
+    ReadsNothing,
 }
 
 /// The service of an [`Upstream`]. Like a real transport it reads the request body in a task of its own.
@@ -82,7 +82,7 @@ where
         let (sent, is_sent) = oneshot::channel();
         let mut body = Box::pin(request.into_body());
         let reading = tokio::spawn(async move {
-            if upstream == Upstream::TakesNothing {
+            if upstream == Upstream::ReadsNothing {
                 std::future::pending::<()>().await;
             }
             while body.frame().await.is_some_and(|frame| frame.is_ok()) {}
@@ -95,7 +95,7 @@ where
             let _ = is_sent.await;
             match upstream {
                 Upstream::Responds(after) => sleep(after).await,
-                Upstream::Hangs | Upstream::TakesNothing => std::future::pending().await,
+                Upstream::Hangs | Upstream::ReadsNothing => std::future::pending().await,
             }
             Ok(Response::new(Full::from("ok")))
         })
@@ -121,7 +121,7 @@ pub fn upload(takes: Duration) -> Request<TestBody> {
     Request::put("/").body(SlowBody::new(takes, 1).boxed_unsync()).unwrap()
 }
 
-/// A `PUT` whose body has a frame after each `every`, so many times.
+/// A `PUT` whose body has this many frames, one after each `every`.
 pub fn trickle(every: Duration, frames: usize) -> Request<TestBody> {
     Request::put("/").body(SlowBody::new(every, frames).boxed_unsync()).unwrap()
 }

@@ -1,4 +1,4 @@
-//! Slow uploads and slow readers: their time is the caller's.
+//! Slow uploads and slow readers: their time is not attributed to the upstream.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ fn slow_rule() -> CircuitBreakerLayer {
 }
 
 #[tokio::test(start_paused = true)]
-async fn slow_uploads_are_no_slow_calls() {
+async fn slow_uploads_are_not_slow_calls() {
     let upstream = || UpstreamService::new(Upstream::Responds(ms(1)));
     let breaker = slow_rule();
     let under_retry = RetryLayer::http().layer(breaker.layer(upstream()));
@@ -57,7 +57,6 @@ async fn an_upstream_that_responds_slowly_after_an_upload_is_slow() {
     assert_eq!(breaker.handle().state(), State::Open, "over a timeout");
 }
 
-/// Without a layer that wraps the body the clock starts at the call.
 #[tokio::test(start_paused = true)]
 async fn without_a_mark_the_clock_starts_at_the_call() {
     let breaker = slow_rule();
@@ -85,9 +84,9 @@ async fn a_hang_up_during_an_upload_is_neutral() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_upstream_that_takes_nothing_more_of_an_upload_is_blamed() {
-    /// Takes the first frame, and no more.
-    async fn takes_one_frame(
+async fn a_hang_up_on_an_upstream_that_stopped_reading_is_a_failure() {
+    /// Reads the first frame of the request, and no more.
+    async fn reads_one_frame(
         request: http::Request<impl http_body::Body<Data = bytes::Bytes> + Send>,
     ) -> Result<http::Response<http_body_util::Empty<bytes::Bytes>>, buttress::BoxError> {
         let mut body = std::pin::pin!(request.into_body());
@@ -95,7 +94,7 @@ async fn an_upstream_that_takes_nothing_more_of_an_upload_is_blamed() {
         std::future::pending().await
     }
     let breaker = CircuitBreakerLayer::http();
-    let client = RetryLayer::http().layer(breaker.layer(tower::service_fn(takes_one_frame)));
+    let client = RetryLayer::http().layer(breaker.layer(tower::service_fn(reads_one_frame)));
     for _ in 0..5 {
         let call = client.clone().oneshot(trickle(ms(10), 100));
         timeout(secs(5), call).await.unwrap_err();
@@ -105,7 +104,7 @@ async fn an_upstream_that_takes_nothing_more_of_an_upload_is_blamed() {
 
 // ===== Half-open =====
 
-async fn opened(breaker: &CircuitBreakerLayer) {
+async fn make_half_open(breaker: &CircuitBreakerLayer) {
     breaker.handle().half_open();
     assert_eq!(breaker.handle().state(), State::HalfOpen);
 }
@@ -117,7 +116,7 @@ async fn a_half_open_circuit_closes_with_the_first_quick_call_beside_slow_upload
         let guarded = breaker
             .layer(TimeoutLayer::http().layer(UpstreamService::new(Upstream::Responds(ms(5)))));
         let marked = RetryLayer::http().attempts(1).layer(guarded.clone());
-        opened(&breaker).await;
+        make_half_open(&breaker).await;
         let mut served = 0;
         for n in 0..20 {
             let slow = n % 2 == 0;
@@ -146,15 +145,15 @@ async fn a_half_open_circuit_closes_with_the_first_quick_call_beside_slow_upload
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_time_of_a_probe_starts_when_its_request_has_been_sent() {
+async fn the_timeout_of_a_probe_starts_when_its_request_has_been_sent() {
     for responds in [true, false] {
         let breaker = CircuitBreakerLayer::http().probe_lease(secs(10));
         let upstream = if responds { Upstream::Responds(secs(5)) } else { Upstream::Hangs };
         let client = RetryLayer::http().layer(breaker.layer(UpstreamService::new(upstream)));
-        opened(&breaker).await;
+        make_half_open(&breaker).await;
         let probe = tokio::spawn(client.oneshot(upload(secs(50))));
         sleep(secs(52)).await;
-        assert_eq!(breaker.handle().state(), State::HalfOpen, "it has been sent for 2 s");
+        assert_eq!(breaker.handle().state(), State::HalfOpen, "the request was sent 2 s ago");
         sleep(secs(9)).await;
         let state = if responds { State::Closed } else { State::Open };
         assert_eq!(breaker.handle().state(), state);
@@ -163,11 +162,11 @@ async fn the_time_of_a_probe_starts_when_its_request_has_been_sent() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn uploads_do_not_pile_up_in_a_half_open_circuit() {
+async fn a_half_open_circuit_admits_one_upload_at_a_time() {
     let breaker = CircuitBreakerLayer::http();
     let upstream = UpstreamService::new(Upstream::Responds(ms(5)));
     let client = RetryLayer::http().attempts(1).layer(breaker.layer(upstream.clone()));
-    opened(&breaker).await;
+    make_half_open(&breaker).await;
     for _ in 0..50 {
         tokio::spawn(client.clone().oneshot(upload(secs(50))));
         sleep(ms(1)).await;
@@ -175,7 +174,7 @@ async fn uploads_do_not_pile_up_in_a_half_open_circuit() {
     assert_eq!(upstream.calls(), 1);
 }
 
-/// Responds with a body of two frames. The second one comes when the semaphore lets it.
+/// Responds with a body of two frames. The second one needs a permit of the semaphore.
 fn two_frames(
     second: &Arc<tokio::sync::Semaphore>,
 ) -> impl tower::Service<
@@ -212,7 +211,7 @@ async fn a_probe_whose_response_waits_for_its_reader_leaves_its_slot_to_the_next
         let breaker = CircuitBreakerLayer::http();
         let second = Arc::new(tokio::sync::Semaphore::new(9));
         let client = breaker.layer(two_frames(&second));
-        opened(&breaker).await;
+        make_half_open(&breaker).await;
         let mut held = client.clone().oneshot(get()).await.unwrap();
         for _ in 0..frames_read {
             held.body_mut().frame().await.unwrap().unwrap();
@@ -229,14 +228,14 @@ async fn a_probe_whose_reader_waits_for_the_upstream_keeps_its_slot() {
     let breaker = CircuitBreakerLayer::http().probe_lease(secs(10));
     let second = Arc::new(tokio::sync::Semaphore::new(0));
     let client = breaker.layer(two_frames(&second));
-    opened(&breaker).await;
+    make_half_open(&breaker).await;
     let mut held = client.clone().oneshot(get()).await.unwrap().into_body();
     held.frame().await.unwrap().unwrap();
     sleep(secs(6)).await;
     timeout(secs(1), held.frame()).await.unwrap_err();
     assert!(client.clone().oneshot(get()).await.is_err(), "the slot is taken");
     assert_eq!(breaker.handle().state(), State::HalfOpen);
-    // The lease began with the call, whatever it waited for since.
+    // The timeout of the probe started with the call. Waiting for the reader did not reset it.
     sleep(secs(3)).await;
     assert_eq!(breaker.handle().state(), State::Closed, "its head was good");
 }
@@ -279,7 +278,7 @@ async fn an_adaptive_limit_measures_from_when_the_request_has_been_sent() {
     assert_eq!(recorder.latencies(), [20]);
 }
 
-/// As an axum handler reads it, under a server's timeout.
+/// An axum handler reads the upload, and a server timeout inside of the limit detects its end.
 #[tokio::test(start_paused = true)]
 async fn an_adaptive_limit_of_a_server_does_not_measure_slow_uploads() {
     use axum::{Router, body::Body, routing::put};
@@ -307,7 +306,7 @@ async fn the_time_of_a_slow_reader_is_not_measured() {
     let recorder = Recorder::default();
     let limit = ConcurrencyLimitLayer::adaptive(recorder.clone()).until_body_end();
     let breaker = slow_rule();
-    // Two frames, each of them 10 ms after it is asked for.
+    // Two frames, each of them 10 ms after it is polled for.
     let upstream = tower::service_fn(|_: http::Request<_>| async {
         sleep(ms(30)).await;
         let frames = futures_util::stream::unfold(0, |n| async move {
@@ -335,7 +334,7 @@ async fn the_time_of_a_slow_reader_is_not_measured() {
 // ===== The mark =====
 
 #[tokio::test(start_paused = true)]
-async fn a_client_of_ones_own_publishes_its_mark() {
+async fn a_mark_that_the_caller_publishes_starts_the_clock() {
     let breaker = slow_rule();
     let client = breaker.layer(UpstreamService::new(Upstream::Responds(ms(1))));
     for _ in 0..25 {
@@ -352,7 +351,7 @@ async fn a_client_of_ones_own_publishes_its_mark() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_ready_made_client_does_not_blame_an_upstream_for_slow_uploads() {
+async fn the_ready_made_client_counts_no_failure_for_a_hang_up_during_an_upload() {
     let config = ClientConfig::from_toml("breaker_failure_ratio = 0.5").unwrap();
     let stack = ClientStack::new(&config).unwrap();
     let client = stack.layer(UpstreamService::new(Upstream::Responds(ms(1))));

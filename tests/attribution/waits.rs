@@ -1,4 +1,4 @@
-//! Waits inside the client: for a permit, a connection, the next attempt. They are never attributed to the upstream.
+//! Waits inside the client: for a permit, a connection or the next attempt. They are never attributed to the upstream.
 
 use buttress::{
     CircuitBreakerLayer, ConcurrencyLimitLayer, RetryLayer,
@@ -32,9 +32,9 @@ async fn a_hang_up_in_the_queue_of_a_limit_is_neutral() {
     assert_eq!(breaker.handle().state(), State::Closed);
 }
 
-/// The clock starts when the permit is there.
+/// The clock starts when the call has acquired the permit of the limit.
 #[tokio::test(start_paused = true)]
-async fn a_hang_up_after_the_queue_counts_by_the_time_since() {
+async fn the_time_in_the_queue_of_a_limit_is_not_measured() {
     for (left, failures) in [(ms(900), 0), (ms(1100), 1)] {
         let breaker = CircuitBreakerLayer::http();
         let (inner, watch) = Strict::holding();
@@ -107,14 +107,18 @@ async fn a_hang_up_while_waiting_for_a_connection_is_neutral() {
     assert_eq!(breaker.handle().snapshot().seen.consecutive_failures, 0);
     holder.abort();
     let _ = holder.await;
-    assert_eq!(breaker.handle().snapshot().seen.consecutive_failures, 1, "the upstream had it");
+    assert_eq!(
+        breaker.handle().snapshot().seen.consecutive_failures,
+        1,
+        "the upstream had the request"
+    );
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_upstream_that_is_sent_nothing_is_not_blamed() {
+async fn a_hang_up_before_the_request_has_been_sent_is_neutral() {
     let breaker = CircuitBreakerLayer::http();
     let client =
-        RetryLayer::http().layer(breaker.layer(UpstreamService::new(Upstream::TakesNothing)));
+        RetryLayer::http().layer(breaker.layer(UpstreamService::new(Upstream::ReadsNothing)));
     for _ in 0..5 {
         let upload = super::fixtures::upload(ms(1));
         timeout(secs(5), client.clone().oneshot(upload)).await.unwrap_err();
@@ -123,5 +127,5 @@ async fn an_upstream_that_is_sent_nothing_is_not_blamed() {
     for _ in 0..5 {
         timeout(secs(5), client.clone().oneshot(get())).await.unwrap_err();
     }
-    assert_eq!(breaker.handle().state(), State::Open, "without a body it was sent at once");
+    assert_eq!(breaker.handle().state(), State::Open, "a request without a body is sent at once");
 }

@@ -1,4 +1,4 @@
-//! Connection housekeeping: neutral, unless the upstream has never responded or does so no more.
+//! Connection housekeeping: neutral, unless the upstream has never responded or has stopped responding.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ use tower::{Layer, ServiceExt, service_fn};
 
 use super::kit::*;
 
-/// Both the request and, if it is no success, the error: the call ends with this outcome.
+/// The outcome of a call, as its request and, unless it is a success, as its error.
 #[derive(Clone, Copy, Debug)]
 struct Ends(Outcome);
 
@@ -23,22 +23,22 @@ impl fmt::Display for Ends {
 
 impl std::error::Error for Ends {}
 
-type Judge = fn(Result<&Outcome, &Ends>) -> Outcome;
+type Classifier = fn(Result<&Outcome, &Ends>) -> Outcome;
 
-/// A circuit over a service that ends each call as its request says.
+/// A circuit over a service that ends each call with the outcome in its request.
 struct Circuit {
-    layer: CircuitBreakerLayer<Classify<Judge>>,
+    layer: CircuitBreakerLayer<Classify<Classifier>>,
 }
 
 impl Circuit {
     fn new(layer: CircuitBreakerLayer) -> Self {
-        fn judge(result: Result<&Outcome, &Ends>) -> Outcome {
+        fn classify(result: Result<&Outcome, &Ends>) -> Outcome {
             result.map_or_else(|ends| ends.0, |outcome| *outcome)
         }
-        Self { layer: layer.classify(judge as Judge) }
+        Self { layer: layer.classify(classify as Classifier) }
     }
 
-    /// False: rejected.
+    /// Makes a call. Returns `false` if the circuit rejected it.
     async fn call(&self, outcome: Outcome) -> bool {
         let inner = service_fn(|Ends(outcome)| async move {
             if outcome.is_success() { Ok(outcome) } else { Err(Ends(outcome)) }
@@ -109,7 +109,7 @@ async fn housekeeping_neither_fills_a_window_nor_ends_a_run_of_failures() {
     assert_eq!(circuit.state(), State::Open);
 }
 
-/// Before the first response no connection can have been reused: one that broke was new.
+/// Before the first response no connection can have been reused, so a connection that broke was new.
 #[tokio::test(start_paused = true)]
 async fn a_broken_connection_before_the_first_response_is_a_failure() {
     for reason in [Reason::NeverSent, Reason::StaleConnection, Reason::Reset] {
@@ -125,12 +125,12 @@ async fn a_broken_connection_before_the_first_response_is_a_failure() {
     for reason in [Reason::RefusedStream, Reason::GoAway] {
         let circuit = Circuit::new(touchy());
         circuit.calls(housekeeping(reason), 100).await;
-        assert_eq!(circuit.state(), State::Closed, "{reason} is what the server said");
+        assert_eq!(circuit.state(), State::Closed, "{reason} comes from the server");
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_bad_response_is_a_response_too() {
+async fn an_error_response_counts_as_a_response() {
     let circuit = Circuit::new(CircuitBreakerLayer::http());
     circuit.calls(Outcome::failure().because(Reason::Status).with_code(500), 1).await;
     circuit.calls(housekeeping(Reason::Reset), 50).await;
@@ -138,7 +138,7 @@ async fn a_bad_response_is_a_response_too() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn more_than_a_hundred_in_a_row_count_as_failures() {
+async fn housekeeping_beyond_a_hundred_calls_in_a_row_is_a_failure() {
     for reason in ALL {
         let circuit = Circuit::new(CircuitBreakerLayer::http());
         circuit.calls(Outcome::success(), 1).await;
@@ -153,7 +153,7 @@ async fn more_than_a_hundred_in_a_row_count_as_failures() {
 
 /// One closed HTTP/2 connection may end as many calls as it has streams, all at once.
 #[tokio::test(start_paused = true)]
-async fn any_number_within_a_second_is_neutral() {
+async fn any_number_of_calls_that_end_by_housekeeping_within_a_second_is_neutral() {
     let circuit = Circuit::new(CircuitBreakerLayer::http());
     circuit.calls(Outcome::success(), 1).await;
     circuit.calls(housekeeping(Reason::GoAway), 10_000).await;
@@ -164,7 +164,7 @@ async fn any_number_within_a_second_is_neutral() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_response_in_between_starts_the_hundred_again_and_nothing_else_does() {
+async fn only_a_response_resets_the_count_of_housekeeping() {
     let circuit = Circuit::new(touchy());
     for response in [
         Outcome::success(),
@@ -198,7 +198,7 @@ async fn a_probe_that_ends_by_housekeeping_releases_its_slot() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_probe_fails_after_more_than_a_hundred_in_a_row() {
+async fn a_probe_fails_by_housekeeping_after_a_hundred_calls_in_a_row() {
     let circuit = Circuit::new(touchy());
     circuit.calls(Outcome::success(), 1).await;
     circuit.calls(Outcome::failure(), 1).await;
@@ -235,7 +235,7 @@ async fn a_waiting_caller_probes_when_housekeeping_releases_the_slot() {
     assert_eq!(handle.state(), State::Closed);
 }
 
-/// A slow call whose connection breaks may have hung; one that was never processed spent its time in the client.
+/// A slow call whose connection breaks may have hung. A call that was never processed spent its time in the client.
 #[tokio::test(start_paused = true)]
 async fn housekeeping_is_slow_only_if_the_server_may_have_seen_it() {
     for (reason, state) in [
@@ -260,7 +260,7 @@ async fn housekeeping_is_slow_only_if_the_server_may_have_seen_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_circuit_that_takes_up_another_knows_that_the_upstream_has_responded() {
+async fn a_restored_circuit_keeps_the_record_of_a_response() {
     let first = Circuit::new(touchy());
     first.calls(Outcome::success(), 1).await;
     let second = Circuit::new(touchy());

@@ -14,7 +14,8 @@ pub enum End {
     ServerError,
     Throttled,
     Cancel,
-    /// Cancelled after the upstream had had the request for `count_cancelled_after`. The model makes it of a `Cancel`.
+    /// Cancelled after the upstream had had the request for `count_cancelled_after`. The model derives it from
+    /// `Cancel`.
     NoResponse,
     /// Not an end: a good head, and a body that never comes to one.
     GoodHead,

@@ -1,4 +1,4 @@
-//! What happens to a call, and what its caller must get.
+//! The causes of the test, and the result that the caller must get for each.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -20,19 +20,19 @@ use crate::{
 pub enum Cause {
     /// The caller hangs up before the response.
     HangUp,
-    /// The deadline of the caller passes: in a header.
+    /// The deadline of the caller passes. It comes in a header.
     DeadlineHeader,
-    /// In the `grpc-timeout` of a gRPC request.
+    /// The deadline of the caller passes. It comes in the `grpc-timeout` of a gRPC request.
     DeadlineGrpc,
-    /// In the extensions of the request.
+    /// The deadline of the caller passes. It comes in the extensions of the request.
     DeadlineExtension,
-    /// The caller takes longer for its request than a call may take before it is slow.
+    /// The caller takes longer than [`SLOW`] to send its request.
     SlowUpload,
-    /// The caller takes longer to read the response.
+    /// The caller takes longer than [`SLOW`] to read the response.
     SlowReader,
-    /// GOAWAY with `NO_ERROR`, below the stream of the request.
+    /// The upstream sends GOAWAY with `NO_ERROR` and a last stream below that of the request.
     GoAway,
-    /// The stream is reset with `REFUSED_STREAM`.
+    /// The upstream resets the stream with `REFUSED_STREAM`.
     RefusedStream,
     /// The upstream closes an idle connection as the request arrives.
     StaleConnection,
@@ -56,14 +56,14 @@ pub const CAUSES: [Cause; 10] = [
 /// A call that takes longer is slow for every circuit and limit of this test.
 pub const SLOW: Duration = Duration::from_secs(1);
 
-/// How long a caller waits for a response that takes longer, without being slow.
+/// Time for which a caller waits. The response takes longer, but is not slow.
 const SHORT: Duration = Duration::from_millis(400);
 
 const LARGE: usize = 4 << 20;
 
 // ===== Upstreams =====
 
-/// An upstream of one call.
+/// The upstream of one case.
 pub enum Target {
     Works(SocketAddr),
     Ends(Peer),
@@ -71,7 +71,7 @@ pub enum Target {
 
 impl Target {
     pub async fn works() -> Self {
-        /// Reads the request, and does what the path says.
+        /// Reads the request, and responds as its path specifies.
         async fn respond(request: Request<Body>) -> Body {
             let path = request.uri().path().to_owned();
             let _ = request.into_body().collect().await;
@@ -92,7 +92,7 @@ impl Target {
         }
     }
 
-    /// How many connections it ended with a request on them.
+    /// Returns the number of connections that the upstream ended with a request on them.
     pub fn ended(&self) -> usize {
         match self {
             Self::Works(_) => 0,
@@ -119,7 +119,7 @@ impl Cause {
         matches!(self, Self::GoAway | Self::RefusedStream)
     }
 
-    /// An upstream that serves one `GET /`; what it does then is the cause.
+    /// Starts an upstream that serves one `GET /`. What it does with the next request is the cause.
     pub async fn target(self) -> Target {
         const NO_ERROR: u32 = 0;
         const REFUSED_STREAM: u32 = 7;
@@ -132,8 +132,8 @@ impl Cause {
         })
     }
 
-    /// Makes it happen, and checks what the caller gets. Gives back how many attempts the response is known to have
-    /// taken.
+    /// Makes the cause happen, and checks what the caller gets. Returns the number of attempts if the result records
+    /// it.
     pub async fn fire(self, case: &str, stack: &Stack, target: &Target) -> Option<u32> {
         let wait = target.request("/wait");
         match self {
@@ -200,10 +200,10 @@ fn attempts(result: &CallResult) -> Option<u32> {
 
 async fn expires(case: &str, stack: &Stack, request: Builder) -> Option<u32> {
     let result = soon(stack.call(request.body(Body::empty()).unwrap())).await;
-    let is_refused = result.as_ref().is_ok_and(|response| {
+    let is_rejected = result.as_ref().is_ok_and(|response| {
         let status = response.headers().get("grpc-status");
         response.status() == 504 || status.is_some_and(|status| status == "4")
     });
-    assert!(result.is_err() || is_refused, "{case}: {result:?}");
+    assert!(result.is_err() || is_rejected, "{case}: {result:?}");
     attempts(&result)
 }

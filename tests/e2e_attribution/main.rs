@@ -1,8 +1,8 @@
 //! Every layer and both ready-made stacks, against every cause that is not a failure of the upstream, over sockets.
 //!
 //! Each pair of a [stack](stacks::STACKS) and a [cause](causes::CAUSES) is a case. After it the circuit is closed and
-//! has counted no failure, an adaptive limit is what it was, all permits are released, and the caller got what the table
-//! of `buttress::call` says. The same cause then hits a half-open probe, which must not open the circuit.
+//! has counted no failure, an adaptive limit is unchanged, all permits are released, and the caller got what the table
+//! of `buttress::call` states. The same cause then ends a half-open probe, which must not open the circuit.
 #![cfg(all(feature = "full", feature = "connect", feature = "stack"))]
 
 mod causes;

@@ -30,10 +30,10 @@ use crate::{
 
 pub const DEADLINE_HEADER: &str = "x-request-timeout-ms";
 
-/// Where the caller of a server says what its deadline in the extensions is to be.
+/// The header in which the caller of a server sends the deadline for the extensions of its request.
 const EXTENSION_HEADER: &str = "x-extension-ms";
 
-/// Where the caller of a server says which upstream the server is to call.
+/// The header in which the caller of a server names the upstream for the server to call.
 const UPSTREAM_HEADER: &str = "x-upstream";
 
 /// Shorter than the time after which callers hang up.
@@ -65,7 +65,7 @@ impl Wire {
 
 pub type Call = BoxCloneSyncService<Request<Body>, Response<Body>, BoxError>;
 
-/// What is called, and all that there is to look at.
+/// A service under test, with the handles of its layers.
 pub struct Stack {
     service: Call,
     pub circuits: Vec<CircuitBreakerHandle>,
@@ -73,7 +73,7 @@ pub struct Stack {
     probe: Option<HealthProbeHandle>,
     clients: Vec<ClientHandle>,
     servers: Vec<ServerHandle>,
-    /// Connection housekeeping is repeated.
+    /// The stack retries connection housekeeping.
     pub retries: bool,
 }
 
@@ -99,7 +99,7 @@ impl Stack {
         }
     }
 
-    /// With a deadline layer around it, which drops what is under way.
+    /// Wraps the service in a deadline layer, which drops calls in flight.
     fn under_deadline<S, B>(service: S) -> Self
     where
         S: Service<Request<Body>, Response = Response<B>> + Clone + Send + Sync + 'static,
@@ -136,12 +136,12 @@ impl Stack {
         self.service.clone().oneshot(request).await
     }
 
-    /// What each limit is at this moment.
+    /// Returns the current value of each limit.
     pub fn limits(&self) -> Vec<u32> {
         self.limits.iter().map(|limit| limit.snapshot().limit).collect()
     }
 
-    /// Waits until nothing is held any more.
+    /// Waits until no permit and no probe slot is held.
     pub async fn settle(&self) {
         until(|| {
             self.limits.iter().all(|limit| limit.in_flight() == 0)
@@ -175,30 +175,30 @@ pub const STACKS: [(&str, Build); 11] = [
     ("ready-made server", |wire| Box::pin(ready_made_server(wire))),
 ];
 
-/// It opens at the first failure.
-fn touchy() -> CircuitBreakerLayer {
+/// A breaker that opens at the first failure.
+fn opens_at_first_failure() -> CircuitBreakerLayer {
     CircuitBreakerLayer::new(Trip::consecutive(1))
 }
 
-/// It opens at the first failure, and at the first slow call.
-fn touchy_if_slow() -> CircuitBreakerLayer {
+/// A breaker that opens at the first failure and at the first slow call.
+fn opens_at_first_failure_or_slow_call() -> CircuitBreakerLayer {
     let slow = Trip::slow_ratio(0.1, SLOW).over(1).min_calls(1);
     CircuitBreakerLayer::new(Trip::any([Trip::consecutive(1), slow]))
 }
 
-/// It falls with every call that is dropped, or slow.
+/// A limit that decreases with every drop and every slow call.
 fn aimd() -> ConcurrencyLimitLayer {
     let aimd = Aimd::new(50, 1..=100).unwrap().timeout(SLOW).unwrap();
     ConcurrencyLimitLayer::adaptive(aimd)
 }
 
 fn circuit_breaker(wire: Wire) -> Stack {
-    let breaker = touchy();
+    let breaker = opens_at_first_failure();
     Stack::under_deadline(breaker.layer(wire.client())).circuit(&breaker)
 }
 
 fn slow_rule(wire: Wire) -> Stack {
-    let breaker = touchy_if_slow();
+    let breaker = opens_at_first_failure_or_slow_call();
     let service = ServiceBuilder::new()
         .layer(breaker.clone())
         .layer(TimeoutLayer::http())
@@ -208,7 +208,7 @@ fn slow_rule(wire: Wire) -> Stack {
         .circuit(&breaker)
 }
 
-/// Nothing says when an upload has been sent, so its limit has a longer time.
+/// No layer reveals when an upload has been sent, so the limit has a longer timeout.
 fn adaptive_limit(wire: Wire) -> Stack {
     let aimd = Aimd::new(50, 1..=100).unwrap().timeout(4 * SLOW).unwrap();
     let limit = ConcurrencyLimitLayer::adaptive(aimd).until_body_end();
@@ -225,9 +225,9 @@ fn limit_over_timeout(wire: Wire) -> Stack {
     Stack::under_deadline(service).limit(&limit)
 }
 
-/// A retry repeats what the circuit under it must not count.
+/// The retry repeats calls that the circuit inside of it must not count.
 fn retry(wire: Wire) -> Stack {
-    let breaker = touchy_if_slow();
+    let breaker = opens_at_first_failure_or_slow_call();
     let service = ServiceBuilder::new()
         .layer(DeadlineLayer::new().header(DEADLINE_HEADER).propagate_only())
         .layer(RetryLayer::http())
@@ -239,7 +239,7 @@ fn retry(wire: Wire) -> Stack {
 
 /// Two attempts of each call are under way when it ends early.
 fn hedge(wire: Wire) -> Stack {
-    let breaker = touchy_if_slow();
+    let breaker = opens_at_first_failure_or_slow_call();
     let service = ServiceBuilder::new()
         .layer(HedgeLayer::http(HEDGE_DELAY).without_budget())
         .layer(breaker.clone())
@@ -248,7 +248,7 @@ fn hedge(wire: Wire) -> Stack {
     Stack::under_deadline(service).circuit(&breaker)
 }
 
-/// Its own probes end by the same housekeeping.
+/// The probes of the layer itself end by the same housekeeping.
 async fn health_probe(wire: Wire) -> Stack {
     let probed = match wire {
         Wire::Http1 => peer::responds_once(End::Fin).await,
@@ -266,7 +266,7 @@ async fn health_probe(wire: Wire) -> Stack {
 }
 
 fn by_hand(wire: Wire) -> Stack {
-    let (breaker, limit) = (touchy_if_slow(), aimd());
+    let (breaker, limit) = (opens_at_first_failure_or_slow_call(), aimd());
     let service = ServiceBuilder::new()
         .layer(DeadlineLayer::new().header(DEADLINE_HEADER).propagate_only())
         .layer(RetryLayer::http())
@@ -323,7 +323,7 @@ async fn ready_made_server(wire: Wire) -> Stack {
     stack
 }
 
-/// What a visitor of the server sends for a call to an upstream.
+/// Converts a call to an upstream into the request that a visitor sends to the server.
 fn to_server(mut request: Request<Body>, server: std::net::SocketAddr) -> Request<Body> {
     let upstream = request.uri().authority().unwrap().to_string();
     let uri = format!("http://{server}{}", request.uri().path());

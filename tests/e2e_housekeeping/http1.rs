@@ -12,7 +12,10 @@ use futures_util::future::join_all;
 use http::Method;
 use tower::{Layer, ServiceExt};
 
-use crate::{KINDS, Kind, fails, net::soon, net::until, peer, peer::ENDS, request, stack, touchy};
+use crate::{
+    KINDS, Kind, fails, net::soon, net::until, opens_at_first_failure, peer, peer::ENDS, request,
+    stack,
+};
 
 const STALE: usize = 5;
 
@@ -21,7 +24,7 @@ async fn five_stale_connections_in_a_row_lose_no_request() {
     for kind in KINDS {
         for end in ENDS {
             let peer = peer::goes_stale(STALE, end).await;
-            let breaker = touchy();
+            let breaker = opens_at_first_failure();
             let circuit = breaker.handle();
             let budget = RetryBudget::with(0.1, 0, 1);
             let client = stack(&budget, breaker, kind.http1());
@@ -37,19 +40,19 @@ async fn five_stale_connections_in_a_row_lose_no_request() {
             assert_eq!((response.status().as_u16(), peer.ended()), (200, STALE), "{case}");
             assert_eq!((attempts.made, attempts.waited), (6, Duration::ZERO), "{case}");
             assert_eq!(circuit.state(), State::Closed, "{case}");
-            // No retry was charged: six calls have paid in a tenth each.
+            // No retry was charged: each of the six calls has deposited a tenth.
             assert!((0.599..0.601).contains(&budget.balance()), "{case}: {}", budget.balance());
         }
     }
 }
 
-/// The server may have seen it.
+/// The server may have seen the request.
 #[tokio::test]
 async fn a_stale_connection_loses_a_post_and_is_neutral() {
     for kind in KINDS {
         for end in ENDS {
             let peer = peer::goes_stale(1, end).await;
-            let breaker = touchy();
+            let breaker = opens_at_first_failure();
             let circuit = breaker.handle();
             let client = stack(&RetryBudget::default(), breaker, kind.http1());
             soon(client.clone().oneshot(request(Method::GET, peer.addr))).await.unwrap();
@@ -93,7 +96,7 @@ async fn a_server_that_ends_every_connection_opens_the_circuit() {
 }
 
 #[tokio::test]
-async fn a_new_connection_that_breaks_is_a_failure_where_it_is_known() {
+async fn a_new_connection_that_breaks_is_a_failure_if_the_client_reveals_that_it_is_new() {
     for end in ENDS {
         let peer = peer::responds_once(end).await;
         for (kind, opens) in [(Kind::Connect, true), (Kind::HyperUtil, false)] {
@@ -101,9 +104,9 @@ async fn a_new_connection_that_breaks_is_a_failure_where_it_is_known() {
             let circuit = breaker.handle();
             let client = kind.http1();
             let stack = breaker.layer(client.clone());
-            peer.is_to_work(true);
+            peer.set_broken(false);
             soon(stack.clone().oneshot(request(Method::GET, peer.addr))).await.unwrap();
-            peer.is_to_work(false);
+            peer.set_broken(true);
             let outcome = Outcome::of_error(&*fails(&client, Method::GET, peer.addr).await);
             assert!(outcome.is_housekeeping(), "{kind:?}: this connection was reused");
             for _ in 0..5 {
@@ -122,7 +125,6 @@ async fn a_new_connection_that_breaks_is_a_failure_where_it_is_known() {
     }
 }
 
-/// hyper-util's own error stays in the chain.
 #[tokio::test]
 async fn the_client_s_own_error_is_among_the_sources() {
     let peer = peer::ends_all(peer::End::Fin).await;

@@ -15,8 +15,9 @@ use tower::{Layer, ServiceExt};
 use crate::{
     Kind, fails,
     net::soon,
+    opens_at_first_failure,
     peer::{self, ENDS, End, Second},
-    request, rpc, stack, touchy,
+    request, rpc, stack,
 };
 
 const NO_ERROR: u32 = 0;
@@ -39,7 +40,7 @@ const ROWS: [(Second, OutcomeKind, Reason, bool); 7] = [
 const KINDS: [Kind; 2] = [Kind::HyperUtil, Kind::Connect];
 
 #[tokio::test]
-async fn what_a_server_does_to_a_stream_is_classified_by_its_code() {
+async fn the_end_of_a_stream_is_classified_by_its_code() {
     for kind in KINDS {
         for (second, expected, reason, _) in ROWS {
             let peer = peer::http2(second).await;
@@ -48,7 +49,7 @@ async fn what_a_server_does_to_a_stream_is_classified_by_its_code() {
             let error = fails(&client, Method::GET, peer.addr).await;
             let outcome = Outcome::of_error(&*error);
             let reason = match (kind, reason) {
-                // Not known to be reused.
+                // hyper-util does not reveal that the connection was reused.
                 (Kind::HyperUtil, Reason::StaleConnection) => Reason::Reset,
                 _ => reason,
             };
@@ -60,12 +61,12 @@ async fn what_a_server_does_to_a_stream_is_classified_by_its_code() {
 }
 
 #[tokio::test]
-async fn a_stream_is_retried_by_what_the_server_did_to_it() {
+async fn the_end_of_a_stream_decides_whether_it_is_retried() {
     for kind in KINDS {
         for (second, expected, _, post) in ROWS {
             for (method, retried) in [(Method::GET, true), (Method::POST, post)] {
                 let peer = peer::http2(second).await;
-                let breaker = touchy();
+                let breaker = opens_at_first_failure();
                 let (circuit, budget) = (breaker.handle(), RetryBudget::with(1.0, 0, 9));
                 // A circuit that opens would end the retries.
                 circuit.shadow(true);
@@ -84,7 +85,7 @@ async fn a_stream_is_retried_by_what_the_server_did_to_it() {
                 let is_failure = expected == OutcomeKind::Failure;
                 let opened = circuit.snapshot().opened > 0;
                 assert_eq!(opened, is_failure, "{case}");
-                // A GOAWAY with an error code is retried transparently all the same.
+                // A GOAWAY with an error code is a failure, but its retry is transparent.
                 let is_charged = retried && is_failure && !post;
                 assert_eq!(budget.balance(), if is_charged { 1.0 } else { 2.0 }, "{case}");
             }
@@ -92,12 +93,12 @@ async fn a_stream_is_retried_by_what_the_server_did_to_it() {
     }
 }
 
-/// A breaker right over tonic's channel, whose error type is its own.
+/// The breaker wraps tonic's channel directly, so the error type is tonic's own.
 #[tokio::test]
-async fn a_tonic_channel_is_classified_alike() {
+async fn errors_of_a_tonic_channel_are_classified_alike() {
     for (second, expected, ..) in ROWS {
         let peer = peer::http2(second).await;
-        let breaker = touchy();
+        let breaker = opens_at_first_failure();
         let circuit = breaker.handle();
         let client = breaker.layer(rpc::channel(peer.addr));
         let call = || {
@@ -129,7 +130,6 @@ async fn a_new_connection_that_breaks_is_a_failure() {
     }
 }
 
-/// So does a TLS handshake that fails, and a connection that is refused.
 #[tokio::test]
 async fn an_http2_handshake_that_fails_is_a_failure() {
     for kind in KINDS {
@@ -147,18 +147,18 @@ async fn an_http2_handshake_that_fails_is_a_failure() {
     }
 }
 
-/// hyper counts it among the errors of its user.
+/// hyper classifies this error as one of its user.
 #[tokio::test]
 async fn a_dispatch_task_that_is_gone_is_a_reset_and_is_retried() {
     for kind in KINDS {
         for retries in [false, true] {
             let peer =
                 peer::http2_goes_away_from_a_waiting_request(Duration::from_millis(100)).await;
-            let (bare, breaker) = (kind.http2(), touchy());
+            let (bare, breaker) = (kind.http2(), opens_at_first_failure());
             let circuit = breaker.handle();
             let client = stack(&RetryBudget::default(), breaker, bare.clone());
             soon(client.clone().oneshot(request(Method::GET, peer.addr))).await.unwrap();
-            // It holds the only stream.
+            // The second request holds the only stream.
             let second = bare.clone().oneshot(request(Method::GET, peer.addr));
             let case = format!("{kind:?}");
             if retries {

@@ -39,9 +39,9 @@ type Client = BoxCloneSyncService<Request<Empty<Bytes>>, Response<Full<Bytes>>, 
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Kind {
-    /// It does not reveal whether a connection was reused.
+    /// This client does not reveal whether a connection was reused.
     HyperUtil,
-    /// It does not reveal whether a connection was reused.
+    /// This client does not reveal whether a connection was reused.
     Reqwest,
     Connect,
 }
@@ -94,12 +94,12 @@ where
     }))
 }
 
-/// A breaker that opens at the first failure over this client.
-fn touchy() -> CircuitBreakerLayer {
+/// A breaker that opens at the first failure.
+fn opens_at_first_failure() -> CircuitBreakerLayer {
     CircuitBreakerLayer::new(Trip::consecutive(1))
 }
 
-/// The default retries, over a breaker, over this client.
+/// A retry with defaults except for its budget, outside of a breaker, outside of a client.
 fn stack(
     budget: &RetryBudget,
     breaker: CircuitBreakerLayer,
@@ -124,7 +124,7 @@ fn request<B: Default>(method: Method, addr: SocketAddr) -> Request<B> {
     request.body(B::default()).unwrap()
 }
 
-/// The error of a call that must fail.
+/// Returns the error of a call that must fail.
 async fn fails(client: &Client, method: Method, addr: SocketAddr) -> BoxError {
     soon(client.clone().oneshot(request(method, addr))).await.unwrap_err()
 }

@@ -14,7 +14,7 @@ use crate::{
     peer::{self, ENDS, Peer},
 };
 
-/// A gate that goes down at the first probe that fails; its layer has to be kept.
+/// Returns the handle of a gate that goes down at the first failed probe. The probes run while the second value lives.
 fn probes(peer: &Peer, every: Duration, timeout: Duration) -> (HealthProbeHandle, impl Sized) {
     let layer = HealthProbeLayer::get(&format!("http://{}/", peer.addr))
         .every(every)
@@ -43,7 +43,7 @@ async fn a_probe_over_a_stale_connection_is_sent_once_more() {
 }
 
 #[tokio::test]
-async fn the_second_result_counts() {
+async fn the_result_of_the_second_request_counts() {
     for end in ENDS {
         let peer = peer::ends_all(end).await;
         let (handle, _gate) = probes(&peer, Duration::from_secs(60), SECOND);
@@ -56,7 +56,7 @@ async fn the_second_result_counts() {
 }
 
 #[tokio::test]
-async fn the_second_try_has_the_deadline_of_the_first() {
+async fn both_requests_of_a_probe_share_its_timeout() {
     let peer = peer::ends_then_hangs(Duration::from_millis(300)).await;
     let timeout = Duration::from_millis(500);
     let (handle, _gate) = probes(&peer, Duration::from_secs(60), timeout);

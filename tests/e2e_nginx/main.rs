@@ -164,8 +164,8 @@ fn judge(endings: &[Ending], witness: &Witness, least_gets: usize) {
     let cut =
         of("POST").filter(|post| post.status.is_none() && witness.times(&post.id) == 1).count();
     assert!(cut >= 10, "{cut} POSTs were cut off after they had been taken in");
-    // Five transparent retries beside its three attempts: the client does not reveal that the connection was
-    // new. Some of them may have met a stale connection themselves.
+    // Five transparent retries and three attempts, because the client does not reveal that the connection was
+    // new. Some of these requests may have been lost on a stale connection.
     assert!(of("PUT").all(|put| put.made == 8 && (2..=8).contains(&witness.times(&put.id))));
     assert!(of("PUT").count() >= 5);
     let connections = witness.connections();

@@ -1,4 +1,4 @@
-// An HTTP/1.1 server that answers every request with `ok`, and closes a connection that is idle for one second. Some
+// An HTTP/1.1 server that responds `ok` to every request, and closes a connection that is idle for one second. Some
 // versions of Node.js add a second to this time.
 const http = require("http");
 

@@ -1,4 +1,4 @@
-//! Servers over HTTP/1.1 that close an idle connection in the moment in which the next call uses it.
+//! HTTP/1.1 servers that close an idle connection at the moment at which the next call uses it.
 
 use std::time::Duration;
 

@@ -1,6 +1,6 @@
 """A gRPC server that ends each connection with GOAWAY after about one second.
 
-It answers `Check` of `grpc.health.v1.Health` with SERVING. The metadata `peer` of the response names the connection.
+It responds SERVING to `Check` of `grpc.health.v1.Health`. The metadata `peer` of the response identifies the connection.
 """
 
 import sys

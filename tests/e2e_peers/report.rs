@@ -69,13 +69,13 @@ impl Report {
 
     /// Number of attempts that met a connection which the server had closed.
     ///
-    /// The retry layer lists every attempt of a call that it repeated. An attempt on a closed connection ends with
-    /// one of three reasons, depending on how far the close had progressed: the client had seen it before it wrote
-    /// (`NeverSent`), it saw the end of the stream in place of the response (`StaleConnection`), or the kernel
-    /// answered the written request with a reset (`Reset`). The servers of these tests do nothing else that produces
-    /// these reasons.
+    /// The retry layer lists every attempt of a call that it repeated. An attempt on a closed connection ends with one
+    /// of three reasons, depending on how far the close had progressed: the client had seen it before it wrote
+    /// (`NeverSent`), it saw the end of the stream in place of the response (`StaleConnection`), or the server's kernel
+    /// reset the connection after the write (`Reset`). The servers of these tests do nothing else that produces these
+    /// reasons.
     ///
-    /// hyper-util repeats some requests that were never sent by itself. Those are not counted.
+    /// hyper-util itself repeats some requests that were never sent. Those are not counted.
     pub fn stale_connections(&self) -> usize {
         let reasons = [Reason::NeverSent, Reason::StaleConnection, Reason::Reset];
         let counters = self.counters();

@@ -8,7 +8,7 @@ use super::*;
 async fn what_never_left_is_retried_for_any_method_and_what_may_have_is_not() {
     for (addr, get, post) in [
         (nobody().await, 3, 3),
-        // Assumed to be stale: five transparent retries, then as any other failure.
+        // The connection is assumed to be stale: five transparent retries, then the ordinary rules.
         (closes_after(b"").await, 8, 1),
         // A head has been seen: what follows is the caller's.
         (closes_after(HALF).await, 0, 0),

@@ -102,7 +102,7 @@ async fn latency_is_to_the_end_of_the_body_if_asked() {
     assert_eq!(spy.heard(), []);
     advance(70 * MS).await;
     read(response.into_body()).await.unwrap();
-    assert_eq!(spy.heard(), [(30, 1, false)], "the reader's time is not the upstream's");
+    assert_eq!(spy.heard(), [(30, 1, false)], "the time of the reader is not measured");
 }
 
 #[tokio::test(start_paused = true)]
@@ -157,7 +157,7 @@ async fn a_grpc_call_is_recorded_with_its_trailers_and_the_latency_to_its_head()
     advance(70 * MS).await;
     read(response.into_body()).await.unwrap();
     assert_eq!(spy.heard(), [(30, 1, false)]);
-    // Dropped before its trailers, it has no outcome.
+    // A call that is dropped before its trailers is not recorded.
     let mut call = hold(&service);
     watch.end(1, Ok(grpc([Piece::data("a"), Piece::Stuck])));
     drop(assert_ready_ok!(call.poll()));
@@ -221,7 +221,7 @@ async fn services_of_any_types_are_measured_to_their_response() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn connection_housekeeping_says_nothing() {
+async fn connection_housekeeping_is_not_recorded() {
     use buttress::call::Reason as Why;
 
     let spy = Spy::default();

@@ -1,5 +1,5 @@
-//! Servers below HTTP: what they do to their connections is the point.
-#![allow(dead_code)] // Every test file takes what it needs.
+//! Scripted servers over raw sockets, which end connections and streams in the ways that the tests need.
+#![allow(dead_code)] // Each test uses a part of this module.
 
 use std::{
     net::SocketAddr,
@@ -47,7 +47,7 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Serves each connection, whose number begins at 1.
+    /// Serves each connection. Connections are numbered from 1.
     async fn serve<F>(serve: impl Fn(usize, TcpStream, Self) -> F + Send + 'static) -> Self
     where
         F: Future<Output = ()> + Send + 'static,
@@ -74,7 +74,7 @@ impl Peer {
         self.connections.load(SeqCst)
     }
 
-    /// How many connections the server ended with a request on them.
+    /// Returns the number of connections that the server ended with a request on them.
     pub fn ended(&self) -> usize {
         self.ended.load(SeqCst)
     }
@@ -84,15 +84,15 @@ impl Peer {
         end.close(tcp);
     }
 
-    /// Whether [`responds_once`] responds at all: else it ends each connection at its first request.
-    pub fn is_to_work(&self, works: bool) {
-        self.is_broken.store(!works, SeqCst);
+    /// Sets whether a server of [`responds_once`] ends each connection at its first request, instead of its second.
+    pub fn set_broken(&self, is_broken: bool) {
+        self.is_broken.store(is_broken, SeqCst);
     }
 }
 
 // ===== HTTP/1.1 =====
 
-/// Reads the head of a request without a body. False: the client closed the connection.
+/// Reads the head of a request without a body. Returns `false` if the client closed the connection.
 async fn read_head(tcp: &mut TcpStream) -> bool {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
@@ -144,7 +144,7 @@ pub async fn responds_once(end: End) -> Peer {
 /// Ends each connection at its first request.
 pub async fn ends_all(end: End) -> Peer {
     let peer = responds_once(end).await;
-    peer.is_to_work(false);
+    peer.set_broken(true);
     peer
 }
 
@@ -248,7 +248,7 @@ pub enum Second {
     Close(End),
 }
 
-/// Responds to everything, but to the second request of the first connection.
+/// Responds to each request, except to the second one of the first connection.
 pub async fn http2(second: Second) -> Peer {
     Peer::serve(move |number, tcp, peer| async move {
         let Some(mut http2) = Http2::accept(tcp, 100).await else { return };
@@ -269,7 +269,7 @@ pub async fn http2(second: Second) -> Peer {
 }
 
 /// Allows one stream at once. The first connection responds once, leaves the second request without a response, and
-/// goes away with `PROTOCOL_ERROR` while a third one waits for its turn.
+/// sends GOAWAY with `PROTOCOL_ERROR` while a third one waits for a stream.
 pub async fn http2_goes_away_from_a_waiting_request(after: Duration) -> Peer {
     Peer::serve(move |number, tcp, peer| async move {
         let Some(mut http2) = Http2::accept(tcp, 1).await else { return };

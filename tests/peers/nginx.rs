@@ -113,7 +113,7 @@ fn command(dir: &Path) -> Command {
     command
 }
 
-/// A master process that is killed leaves its workers behind. It is asked to stop, and killed only if it does not.
+/// Stops the master process, and kills it only if it does not stop, because a killed master leaves its workers behind.
 impl Drop for Nginx {
     fn drop(&mut self) {
         if self.child.try_wait().is_ok_and(|over| over.is_some()) {

@@ -1,4 +1,4 @@
-//! Connection housekeeping: retried at once, without an attempt or a budget to pay for it.
+//! Connection housekeeping: retried at once, without counting an attempt or charging the budget.
 
 use std::sync::{
     Arc,
@@ -27,8 +27,8 @@ fn housekeeping(reason: Reason) -> Outcome {
     Outcome::cancelled().because(reason)
 }
 
-/// One call whose attempts end with these outcomes, the last one over and over: whether it succeeds, and how many
-/// attempts it makes.
+/// Makes a call whose attempts end with these outcomes, and with the last one from then on. Returns whether the call
+/// succeeded, and the number of attempts.
 async fn call(layer: RetryLayer, outcomes: Vec<Outcome>) -> (bool, usize) {
     let made = Arc::new(AtomicUsize::new(0));
     let counter = made.clone();
@@ -47,7 +47,7 @@ fn layer(budget: &RetryBudget) -> RetryLayer {
 }
 
 #[tokio::test(start_paused = true)]
-async fn five_in_a_row_cost_neither_time_nor_attempts_nor_budget() {
+async fn five_transparent_retries_cost_no_time_no_attempt_and_no_budget() {
     for reason in ALL {
         let (budget, start) = (RetryBudget::with(0.1, 0, 1), Instant::now());
         let mut outcomes = vec![housekeeping(reason); 5];
@@ -58,7 +58,7 @@ async fn five_in_a_row_cost_neither_time_nor_attempts_nor_budget() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn beyond_five_the_ordinary_rules_apply() {
+async fn housekeeping_beyond_five_retries_follows_the_ordinary_rules() {
     for reason in ALL {
         let (budget, start) = (purse(9), Instant::now());
         let outcomes = vec![housekeeping(reason)];
@@ -69,11 +69,11 @@ async fn beyond_five_the_ordinary_rules_apply() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn five_in_total_and_not_five_in_a_row() {
+async fn the_maximum_of_five_transparent_retries_holds_for_the_whole_call() {
     let (stale, failed) = (housekeeping(Reason::StaleConnection), Outcome::failure());
     let mut outcomes = vec![stale, stale, stale, failed, stale, stale, failed];
     outcomes.push(Outcome::success());
-    // Two failures are retried, and the five others for nothing.
+    // The retries of the two failures are charged, and the five others are transparent.
     assert_eq!(call(layer(&purse(9)), outcomes).await, (true, 8));
     let outcomes = vec![stale, stale, stale, failed, stale, stale, failed, stale];
     assert_eq!(call(layer(&purse(9)), outcomes).await, (false, 8));
@@ -86,7 +86,7 @@ async fn another_cancelled_outcome_is_not_retried() {
     }
 }
 
-/// AWS's budget repays a good response what the last retry has cost, which a transparent retry leaves as it is.
+/// The AWS budget deposits the cost of the last retry on success. A transparent retry does not change this cost.
 #[tokio::test(start_paused = true)]
 async fn a_transparent_retry_makes_neither_a_withdrawal_nor_a_deposit() {
     let stale = housekeeping(Reason::StaleConnection);
@@ -94,16 +94,15 @@ async fn a_transparent_retry_makes_neither_a_withdrawal_nor_a_deposit() {
     let outcomes = vec![Outcome::failure(), stale, Outcome::success()];
     assert_eq!(call(layer(&budget), outcomes).await, (true, 3));
     assert_eq!(budget.balance(), 500.0);
-    // gRPC's takes a token for each failure.
+    // The gRPC budget withdraws a token for each failure.
     let budget = RetryBudget::grpc(10, 0.1);
     let outcomes = vec![stale, stale, Outcome::failure(), Outcome::success()];
     assert_eq!(call(layer(&budget), outcomes).await, (true, 4));
     assert_eq!(budget.balance(), 9.1);
 }
 
-/// Also where it is not retried.
 #[tokio::test(start_paused = true)]
-async fn housekeeping_that_is_not_retried_is_no_failure_to_a_budget() {
+async fn housekeeping_that_is_not_retried_withdraws_nothing_from_the_budget() {
     let budget = RetryBudget::grpc(10, 0.1);
     let layer = layer(&budget).at_most(FailureKind::Read, 0);
     let outcomes = vec![housekeeping(Reason::StaleConnection)];
@@ -112,7 +111,7 @@ async fn housekeeping_that_is_not_retried_is_no_failure_to_a_budget() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn presets_but_grpc_s_retry_five_times() {
+async fn every_preset_except_grpc_makes_five_transparent_retries() {
     for (preset, transparent) in
         [(Preset::Aws, 5), (Preset::Envoy, 5), (Preset::Finagle, 5), (Preset::Grpc, 1)]
     {

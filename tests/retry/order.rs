@@ -188,7 +188,11 @@ async fn what_was_never_seen_is_repeated_uncharged_and_bounded() {
         let handle = layer.handle();
         let service = layer.layer(service_fn(|(): ()| async { Err::<(), _>(Oops("unseen")) }));
         send(&service, ()).await.unwrap_err();
-        assert_eq!(handle.snapshot().retries, 5 + 4, "five for nothing, then as any other");
+        assert_eq!(
+            handle.snapshot().retries,
+            5 + 4,
+            "five transparent retries, then four ordinary ones"
+        );
         assert_eq!(budget.balance(), 5.0);
         // With an empty budget only the free ones are left.
         let empty = RetryBudget::with(0.1, 0, 1);

@@ -31,8 +31,8 @@ pub(super) fn classify_missing(status: StatusCode, headers: &HeaderMap) -> (Clas
     classify_outcome(status, headers, grpc::missing_status(status, headers))
 }
 
-/// Classifies a gRPC response whose trailers the retry does not wait for. `missing` is its class without a `grpc-status`.
-/// A stream with HTTP status 200 is passed to the caller. Trailers rarely follow any other HTTP status.
+/// Classifies a gRPC response whose trailers the retry does not wait for. `missing` is its class without a
+/// `grpc-status`. A stream with HTTP status 200 is passed to the caller. Trailers rarely follow any other HTTP status.
 pub(super) fn classify_begun(missing: (Class, Outcome)) -> (Class, Outcome) {
     match Eos::Grpc(missing.1).begun() {
         mapped if mapped == missing.1 => missing,

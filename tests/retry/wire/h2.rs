@@ -171,7 +171,7 @@ async fn a_stream_above_goaways_last_is_repeated_uncharged() {
                 assert_eq!((told.made, told.stop), (2, Stop::Answered), "{case}");
                 assert_eq!(seen.requests(), 2, "{case}");
                 assert_eq!(read(result.unwrap().into_body()).await.0, "8");
-                // Of a stream that was accepted, the connection broke: it is assumed to be reused.
+                // The connection of an accepted stream broke, and is assumed to be reused.
                 assert_eq!(budget.balance(), 9.0, "{case}");
             } else {
                 assert_eq!((told.made, told.stop), (1, Stop::Unsafe), "{case}");
@@ -200,6 +200,6 @@ async fn a_server_that_refuses_every_stream_is_left_alone_in_the_end() {
     let service = layer(&budget).layer(client().http2_only(true).build(connector));
     let result = send(&service, request(Method::POST, "")).await;
     let told = told(&result);
-    assert_eq!((told.made, told.stop), (8, Stop::AttemptsUsedUp), "five for nothing");
+    assert_eq!((told.made, told.stop), (8, Stop::AttemptsUsedUp), "five transparent retries");
     assert_eq!((seen.requests(), budget.balance()), (8, 7.0));
 }
