@@ -122,8 +122,8 @@
 //!
 //! # Half-open
 //!
-//! [`half_open_of(m, n)`](CircuitBreakerLayer::half_open_of) lets `n` probes go, all in all, and gives its verdict as
-//! soon as it is certain: closed at the m-th success, open when m successes can no longer be had. A probe has a
+//! [`half_open_of(m, n)`](CircuitBreakerLayer::half_open_of) admits `n` probes in total. The circuit closes at the m-th
+//! success, and opens as soon as m successes are impossible. A probe has a
 //! [timeout](CircuitBreakerLayer::probe_lease). When it expires, the probe has passed if its response head was a
 //! success and not slow, and has failed otherwise. Therefore neither a stream of hours nor a hung call keeps a circuit
 //! half-open.

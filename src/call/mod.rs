@@ -24,17 +24,17 @@
 //! | the caller hangs up, or its [`Deadline`] passes | cancelled | neutral | releases its slot | neutral | ends the call | ends the call |
 //! | the same, and the upstream had the complete request for `count_cancelled_after` without a response head | failure, [`NoResponse`](Reason::NoResponse) | failure | failed | drop | ends the call | ends the call |
 //! | the upstream reports the caller's deadline: 504, `DEADLINE_EXCEEDED`, or a body cut off at that time | as the deadline itself | neutral | releases its slot | neutral | ends the call | a failed attempt |
-//! | a timeout, or a deadline of the [operator](DeadlineSource::Operator) | failure, [`Timeout`](Reason::Timeout) | failure | failed | drop | safe methods | a failed attempt |
+//! | a timeout, or a deadline of the [operator](DeadlineSource::Operator) | failure, [`Timeout`](Reason::Timeout) | failure | failed | drop | safe methods, before the deadline | a failed attempt |
 //! | a slow upload | as the response | its time is not measured | leaves its slot to other calls | its time is not measured | – | – |
 //! | the request body stalls or fails | cancelled, [`Caller`](Reason::Caller) | neutral | releases its slot | neutral | not retried | a failed attempt |
 //! | a slow reader of the response | as the response | its time is not measured | leaves its slot to other calls | its time is not measured | – | – |
-//! | a wait inside the client: for a permit, a connection, the next attempt | – | its time is not measured | its time is not measured | its time is not measured | – | – |
+//! | a wait inside the client: for a permit, a connection, the next attempt | – | its time is not measured | releases its slot when its timeout expires | its time is not measured | – | – |
 //! | a rejection by an inner layer | cancelled, [`Rejected`](Reason::Rejected) | neutral | releases its slot | neutral | ends the call | a failed attempt |
 //! | never sent, `REFUSED_STREAM`, a stream above the last one of a `GOAWAY` with `NO_ERROR` | [housekeeping](Outcome::is_housekeeping) | neutral | releases its slot | neutral | at once, any method | the other attempt decides |
 //! | a stale connection, a reset of a reused one | [housekeeping](Outcome::is_housekeeping) | neutral | releases its slot | neutral | at once, safe methods | the other attempt decides |
 //! | a `GOAWAY` with an error code, a reset stream, a reset of a new connection | failure | failure | failed | neutral | `GOAWAY`: at once, any method; else safe methods | a failed attempt |
 //! | no connection: refused, timed out, TLS | failure | failure | failed | neutral, timed out: drop | any method | a failed attempt |
-//! | 429, 529, `RESOURCE_EXHAUSTED` | throttled | neutral | failed | drop | after the hint | a failed attempt |
+//! | 429, 529, `RESOURCE_EXHAUSTED` | throttled | neutral | failed | drop | safe methods, after the hint | a failed attempt |
 //! | another hedge attempt won | cancelled, [`Superseded`](Reason::Superseded) | neutral | releases its slot | neutral | – | – |
 //!
 //! `count_cancelled_after` is 1 s by default. The [breaker](crate::CircuitBreakerLayer::count_cancelled_after) and the

@@ -70,10 +70,10 @@
 //! | a client with [`respond`](TimeoutLayer::respond) | 504; gRPC: `DEADLINE_EXCEEDED` | the same; gRPC: trailers of `DEADLINE_EXCEEDED` |
 //! | a [`server`](TimeoutLayer::server) with [`respond`](TimeoutLayer::respond) | 503; gRPC: `DEADLINE_EXCEEDED` | the same |
 //!
-//! Never 408, which browsers answer with the same request once more. For a circuit breaker outside of it a timeout is a
-//! failure, for a retry one more [`Timeout`](crate::call::Reason::Timeout), tried again where that is safe. A request
-//! body that stalls is attributed to the caller, and so is a [`Deadline`](crate::Deadline) of the caller: see the
-//! [table of causes](crate::call#which-side-caused-it).
+//! The layer never responds with 408, because browsers then send the same request again. A circuit breaker outside of it
+//! counts a timeout as a failure. A retry outside of it repeats a [`Timeout`](crate::call::Reason::Timeout) if that is
+//! safe. A request body that stalls is attributed to the caller, and so is a [`Deadline`](crate::Deadline) of the
+//! caller: see the [table of causes](crate::call#which-side-caused-it).
 //!
 //! # Other clients' timeouts
 //!

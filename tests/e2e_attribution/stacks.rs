@@ -237,7 +237,7 @@ fn retry(wire: Wire) -> Stack {
     Stack::of(service).circuit(&breaker).retries()
 }
 
-/// Two attempts of each call are under way when it ends early.
+/// Two attempts of each call are in flight when it ends early.
 fn hedge(wire: Wire) -> Stack {
     let breaker = opens_at_first_failure_or_slow_call();
     let service = ServiceBuilder::new()
