@@ -107,6 +107,7 @@ where
                     let mut answer = match permit.guard(|| future.poll(cx)) {
                         Poll::Ready(Ok(response)) => Poll::Ready(Ok(M::wrap(response))),
                         Poll::Ready(Err(error)) => {
+                            permit.ends_while(WaitsFor::reported());
                             set_clock(permit, mark);
                             M::judge(taken(call), Err(&error), permit);
                             return Poll::Ready(Err(R::error(error)));

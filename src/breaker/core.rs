@@ -16,6 +16,7 @@ use super::{
     counts::{Ended, TimeWindows},
     front::Front,
     machine::Machine,
+    probes::ProbeReport,
     state::{At, Change, Refusal, Settings, State, Ticket},
     trip::Trip,
 };
@@ -354,32 +355,53 @@ impl Circuit {
 
     #[cold]
     fn read_marks(&self) {
+        let (mut changes, mut is_news) = (Vec::new(), false);
         let mut unsent = lock(&self.unsent_probes);
-        let progress: Vec<_> = unsent
-            .iter()
-            .map(|(probe, mark)| (*probe, mark.upstream_since(), mark.is_sent()))
-            .collect();
-        let over = |probe| !self.cell.still_probes(probe);
-        let mut done = progress.iter().map(|(probe, _, is_sent)| *is_sent || over(*probe));
-        unsent.retain(|_| !done.next().unwrap_or(true));
+        // Under the lock of the list, so that an older reading of a mark never follows a newer one.
+        unsent.retain(|(probe, mark)| {
+            let progress = mark.progress();
+            // A probe begins as one whose body has not been polled.
+            if progress.waits_for != WaitsFor::Transport {
+                let since = progress.since.map_or_else(|| self.now(), |since| self.clock.at(since));
+                let what = progress.waits_for;
+                let report = ProbeReport { what, since, is_sent: progress.is_sent };
+                let (news, change) = self.report_probe(*probe, report);
+                is_news |= news;
+                changes.push(change);
+            }
+            !progress.is_sent && self.cell.still_probes(*probe)
+        });
         self.has_unsent_probes.store(!unsent.is_empty(), Ordering::Release);
         drop(unsent);
-        for (probe, since, _) in progress {
-            match since {
-                Some(since) => {
-                    self.probe_waits_for(probe, WaitsFor::Upstream, self.clock.at(since));
-                }
-                None => self.probe_waits_for(probe, WaitsFor::Caller, self.now()),
-            }
+        self.tell_of_probe(is_news, changes);
+    }
+
+    fn report_probe(&self, probe: u64, report: ProbeReport) -> (bool, Option<Change>) {
+        let now = self.now();
+        self.cell.with(|machine, times| machine.probe_waits_for(probe, report, at(now, times)))
+    }
+
+    fn tell_of_probe(&self, is_news: bool, changes: impl IntoIterator<Item = Option<Change>>) {
+        for change in changes {
+            self.tell(change);
+        }
+        if is_news {
+            // Callers that wait for a slot set their timers anew.
+            self.changed.notify_waiters();
         }
     }
 
-    fn probe_waits_for(&self, probe: u64, what: WaitsFor, since: Nanos) {
-        let now = self.now();
-        let change = self
-            .cell
-            .with(|machine, times| machine.probe_waits_for(probe, what, since, at(now, times)));
-        self.tell(change);
+    /// Stops reading the mark of a probe whose response head has arrived.
+    fn forget_unsent(&self, probe: u64) {
+        if self.has_unsent_probes.load(Ordering::Acquire) {
+            lock(&self.unsent_probes).retain(|(unsent, _)| *unsent != probe);
+        }
+    }
+
+    /// Whether a mark reports on the request of this probe. The mark is more exact than the layers in between.
+    fn has_unsent(&self, probe: u64) -> bool {
+        self.has_unsent_probes.load(Ordering::Acquire)
+            && lock(&self.unsent_probes).iter().any(|(unsent, _)| *unsent == probe)
     }
 
     pub(super) fn refuse(&self, refusal: Refusal) -> Rejected {
@@ -465,12 +487,11 @@ impl Finish for Circuit {
     }
 
     fn waits_for(&self, token: Token, what: WaitsFor) {
-        if is_probe(token) {
-            self.probe_waits_for(ticket(token).generation, what, self.now());
-            if what == WaitsFor::Caller {
-                // Another call can use the slot of this probe now.
-                self.changed.notify_waiters();
-            }
+        let probe = ticket(token).generation;
+        if is_probe(token) && !self.has_unsent(probe) {
+            let report = ProbeReport { what, since: self.now(), is_sent: true };
+            let (is_news, change) = self.report_probe(probe, report);
+            self.tell_of_probe(is_news, [change]);
         }
     }
 }
@@ -479,6 +500,7 @@ impl Circuit {
     #[inline(never)]
     fn head_measured(&self, token: &mut Token, so_far: Outcome) {
         self.update_unsent_probes();
+        self.forget_unsent(ticket(*token).generation);
         let now = Instant::now();
         token.clock.stop(now);
         let so_far = Ended { outcome: so_far, took: self.took(*token, || now) };

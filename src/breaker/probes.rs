@@ -18,9 +18,20 @@ pub(super) struct Probes {
 struct Probe {
     /// Its own: no other call of this circuit ever has the same.
     generation: u64,
+    slot: Slot,
     wait: ProbeWait,
     /// Whether the response head was good. `None` before the head.
     head: Option<bool>,
+}
+
+/// Whether a probe keeps other calls from its slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Slot {
+    Held,
+    /// The probe waits for its caller. It leaves the slot at this time.
+    HeldUntil(Nanos),
+    /// The probe waited too long for its caller. Its outcome still counts.
+    Left,
 }
 
 /// What a probe waits for, and when its timeout ends.
@@ -30,9 +41,9 @@ enum ProbeWait {
     AtUpstream { ends: Nanos },
     /// The call waits inside the client. At the end of the timeout the slot becomes free without a result.
     InClient { ends: Nanos },
-    /// The request is still to be sent. Other calls may use the slot, and no timeout runs.
-    Unsent,
-    /// The response waits for its reader. Other calls may use the slot.
+    /// The caller delays the request, and no timeout runs.
+    AtSender,
+    /// The response waits for its reader.
     AtReader { ends: Nanos },
 }
 
@@ -42,19 +53,38 @@ impl ProbeWait {
             Self::AtUpstream { ends } | Self::InClient { ends } | Self::AtReader { ends } => {
                 Some(ends)
             }
-            Self::Unsent => None,
+            Self::AtSender => None,
         }
-    }
-
-    /// Returns whether the probe occupies its slot.
-    fn takes_slot(self) -> bool {
-        matches!(self, Self::AtUpstream { .. } | Self::InClient { .. })
     }
 }
 
-/// The maximum number of probes in flight beyond the number of slots. Probes that wait for their callers leave their
-/// slots to other probes.
-const MAX_BEYOND_SLOTS: usize = 16;
+impl Probe {
+    /// The time of the next change that needs no event: the end of the timeout, or of the claim to the slot.
+    fn next_change(&self) -> Option<Nanos> {
+        match (self.wait.ends(), self.slot) {
+            (Some(ends), Slot::HeldUntil(until)) => Some(ends.min(until)),
+            (None, Slot::HeldUntil(until)) => Some(until),
+            (ends, _) => ends,
+        }
+    }
+}
+
+/// The time for which a probe that waits for its caller keeps its slot. Ordinary request and response bodies need less.
+/// It bounds the rate at which calls with slow bodies reach a half-open upstream, and the time for which one of them
+/// keeps out the next call.
+const MAX_CALLER_WAIT: Nanos = 100_000_000;
+
+/// The maximum number of probes in flight beyond the number of slots. A further one replaces the oldest.
+const MAX_BEYOND_SLOTS: usize = 256;
+
+/// What a probe waits for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ProbeReport {
+    pub(super) what: WaitsFor,
+    pub(super) since: Nanos,
+    /// The request has been sent completely, as far as is known.
+    pub(super) is_sent: bool,
+}
 
 /// What the probes say as soon as it is certain.
 pub(super) enum Verdict {
@@ -67,18 +97,16 @@ impl Probes {
         self.under_way.len()
     }
 
-    /// Returns whether a call can get a probe slot. A probe that waits for its caller leaves its slot to other calls.
-    /// The number of probes whose request is still to be sent is limited to the number of slots.
-    pub(super) fn has_room(&self, is_unsent: bool, settings: &Settings) -> bool {
-        let slots = usize::from(settings.probes);
-        let unsent =
-            self.under_way.iter().filter(|probe| matches!(probe.wait, ProbeWait::Unsent)).count();
+    /// Returns whether a call can get a probe slot.
+    pub(super) fn has_room(&self, now: Nanos, settings: &Settings) -> bool {
+        let holds = |probe: &&Probe| match probe.slot {
+            Slot::Held => true,
+            Slot::HeldUntil(until) => now < until,
+            Slot::Left => false,
+        };
         let decided = usize::from(self.passed) + usize::from(self.failed);
-        let taken = decided + self.under_way.iter().filter(|probe| probe.wait.takes_slot()).count();
-        !settings.outside_probes
-            && taken < slots
-            && self.under_way.len() < slots + MAX_BEYOND_SLOTS
-            && !(is_unsent && unsent >= slots)
+        let taken = decided + self.under_way.iter().filter(holds).count();
+        !settings.outside_probes && taken < usize::from(settings.probes)
     }
 
     /// Begins a probe. Requires [`has_room`](Self::has_room).
@@ -89,31 +117,57 @@ impl Probes {
         now: Nanos,
         settings: &Settings,
     ) {
+        if self.under_way.len() >= usize::from(settings.probes) + MAX_BEYOND_SLOTS {
+            if let Some(oldest) = self.under_way.iter().position(|probe| probe.slot == Slot::Left) {
+                self.under_way.remove(oldest);
+            }
+        }
         let ends = now.saturating_add(nanos(settings.lease));
-        let wait = if is_unsent { ProbeWait::Unsent } else { ProbeWait::AtUpstream { ends } };
-        self.under_way.push(Probe { generation, wait, head: None });
+        let (slot, wait) = match is_unsent {
+            // Its body has not been polled: the call may still wait for a permit or a connection.
+            true => (Slot::HeldUntil(ends), ProbeWait::InClient { ends }),
+            false => (Slot::Held, ProbeWait::AtUpstream { ends }),
+        };
+        self.under_way.push(Probe { generation, slot, wait, head: None });
     }
 
-    /// Records what a probe waits for since `since`.
+    /// Records what a probe waits for. Returns whether that changes when its slot becomes free.
     pub(super) fn waits_for(
         &mut self,
         generation: u64,
-        what: WaitsFor,
-        since: Nanos,
+        report: ProbeReport,
         settings: &Settings,
-    ) {
+    ) -> bool {
         let probe = self.under_way.iter_mut().find(|probe| probe.generation == generation);
-        let ends = since.saturating_add(nanos(settings.lease));
-        if let Some(probe) = probe {
-            let same = probe.wait.ends().unwrap_or(ends);
-            probe.wait = match (what, probe.head) {
-                (WaitsFor::Upstream, None) => ProbeWait::AtUpstream { ends },
-                (WaitsFor::Upstream, Some(_)) => ProbeWait::AtUpstream { ends: same },
-                (WaitsFor::Client, _) => ProbeWait::InClient { ends: same },
-                (WaitsFor::Caller, None) => ProbeWait::Unsent,
-                (WaitsFor::Caller, Some(_)) => ProbeWait::AtReader { ends: same },
-            };
+        let Some(probe) = probe else { return false };
+        let ends = report.since.saturating_add(nanos(settings.lease));
+        let same = probe.wait.ends().unwrap_or(ends);
+        let before = probe.slot;
+        match (report.what, probe.head) {
+            (WaitsFor::Client, _) => probe.wait = ProbeWait::InClient { ends: same },
+            (WaitsFor::Upstream, head) => {
+                let ends = if head.is_none() { ends } else { same };
+                probe.wait = ProbeWait::AtUpstream { ends };
+                if report.is_sent {
+                    probe.slot = Slot::Held;
+                }
+            }
+            // Without a mark nothing reports when the transport begins to read the request: it may be slow from here on.
+            (WaitsFor::Caller | WaitsFor::Transport, head) => {
+                probe.wait = match (report.what, head) {
+                    (WaitsFor::Transport, _) => ProbeWait::InClient { ends: same },
+                    (_, None) => ProbeWait::AtSender,
+                    (_, Some(_)) => ProbeWait::AtReader { ends: same },
+                };
+                let until = report.since.saturating_add(MAX_CALLER_WAIT);
+                probe.slot = match probe.slot {
+                    Slot::Held => Slot::HeldUntil(until),
+                    Slot::HeldUntil(earlier) => Slot::HeldUntil(until.min(earlier)),
+                    Slot::Left => Slot::Left,
+                };
+            }
         }
+        probe.slot != before
     }
 
     pub(super) fn has(&self, generation: u64) -> bool {
@@ -123,7 +177,7 @@ impl Probes {
     pub(super) fn head(&mut self, generation: u64, good: bool) {
         if let Some(probe) = self.under_way.iter_mut().find(|probe| probe.generation == generation)
         {
-            probe.head = Some(good);
+            (probe.head, probe.slot) = (Some(good), Slot::Held);
         }
     }
 
@@ -142,23 +196,33 @@ impl Probes {
         self.failure = Some((how, hint));
     }
 
-    /// When the first of the leases ends.
-    pub(super) fn next_lease(&self) -> Option<Nanos> {
-        self.under_way.iter().filter_map(|probe| probe.wait.ends()).min()
+    /// The time of the next change that needs no event.
+    pub(super) fn next_change(&self) -> Option<Nanos> {
+        self.under_way.iter().filter_map(Probe::next_change).min()
     }
 
-    /// Decides the probe whose timeout ended first, by its response head and by what it waited for. Returns that time.
-    pub(super) fn end_lease(&mut self, now: Nanos) -> Option<Nanos> {
-        let ended = self.next_lease().filter(|ends| *ends <= now)?;
-        let at = self.under_way.iter().position(|probe| probe.wait.ends() == Some(ended))?;
-        match self.under_way.remove(at) {
-            Probe { head: Some(true), .. } => self.pass(),
-            Probe { wait: ProbeWait::AtUpstream { .. }, .. } => {
-                self.fail(Tripped::ProbeLease, None)
+    /// Makes the first change that is due by now, and returns its time.
+    ///
+    /// At the end of its timeout a probe is decided by its response head and by what it waits for. A good response
+    /// that its caller does not read has passed already when it leaves its slot.
+    pub(super) fn pass_time(&mut self, now: Nanos) -> Option<Nanos> {
+        let due = self.next_change().filter(|due| *due <= now)?;
+        let at = self.under_way.iter().position(|probe| probe.next_change() == Some(due))?;
+        let probe = &mut self.under_way[at];
+        let is_over = probe.wait.ends() == Some(due);
+        match (probe.head, probe.wait) {
+            (Some(true), _) => self.pass(),
+            _ if !is_over => {
+                probe.slot = Slot::Left;
+                return Some(due);
+            }
+            (None, ProbeWait::AtUpstream { .. }) | (Some(false), _) => {
+                self.fail(Tripped::ProbeLease, None);
             }
             _ => {}
         }
-        Some(ended)
+        self.under_way.remove(at);
+        Some(due)
     }
 
     pub(super) fn verdict(&self, settings: &Settings) -> Option<Verdict> {

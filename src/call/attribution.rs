@@ -79,13 +79,29 @@ impl UpstreamClock {
         *self = Self::stopped_at(super::nanos(self.elapsed(now).unwrap_or_default()));
     }
 
-    /// Resumes a stopped clock while the response has no frame for its reader, and stops it otherwise.
-    pub(crate) fn body_polled(&mut self, is_pending: bool) {
-        if is_pending && self.is_stopped() {
+    /// Starts the clock, or resumes it.
+    pub(crate) fn resume(&mut self) {
+        if self.is_off() {
+            *self = Self::start();
+        } else if self.is_stopped() {
             let since = nanos_of(Instant::now()).wrapping_sub(self.0 & TIME) & TIME;
             *self = Self(ON | since);
-        } else if !is_pending && !self.is_off() && !self.is_stopped() {
+        }
+    }
+
+    /// Stops the clock if it runs.
+    pub(crate) fn pause(&mut self) {
+        if !self.is_off() && !self.is_stopped() {
             self.stop(Instant::now());
+        }
+    }
+
+    /// Resumes a stopped clock while the response has no frame for its reader, and stops it otherwise.
+    pub(crate) fn body_polled(&mut self, is_pending: bool) {
+        match is_pending {
+            true if !self.is_off() => self.resume(),
+            true => {}
+            false => self.pause(),
         }
     }
 }
@@ -161,39 +177,61 @@ impl CallerDeadline {
 pub struct SentMark(Arc<Mutex<Progress>>);
 
 #[derive(Clone, Copy, Debug)]
-struct Progress {
+pub(crate) struct Progress {
     /// A layer measures this call. Until then no clock is read.
     measured: bool,
-    sent: bool,
-    /// When the transport took the last frame, or the body ended. `None` while the body has no frame for it.
-    upstream_since: Option<Instant>,
+    pub(crate) is_sent: bool,
+    pub(crate) waits_for: WaitsFor,
+    /// Since when, if that is measured.
+    pub(crate) since: Option<Instant>,
+}
+
+impl Progress {
+    fn begin_wait_for(&mut self, what: WaitsFor) {
+        if what != WaitsFor::Caller || self.waits_for != what {
+            self.waits_for = what;
+            self.since = self.measured.then(Instant::now);
+        }
+    }
+
+    /// Returns a clock that runs while the request waits for the upstream, and is off otherwise.
+    pub(crate) fn clock(&self) -> UpstreamClock {
+        match (self.waits_for, self.since) {
+            (WaitsFor::Upstream, Some(since)) => UpstreamClock::running_since(since),
+            _ => UpstreamClock::OFF,
+        }
+    }
 }
 
 impl SentMark {
     /// Returns the mark of a request whose body has not been polled yet.
     #[must_use]
     pub fn new() -> Self {
-        let progress = Progress { measured: false, sent: false, upstream_since: None };
-        Self(Arc::new(Mutex::new(progress)))
+        Self(Arc::new(Mutex::new(Progress {
+            measured: false,
+            is_sent: false,
+            waits_for: WaitsFor::Transport,
+            since: None,
+        })))
     }
 
     /// Reports that the transport polled the body and the body had no frame. The time from now on is attributed to the
     /// caller.
     pub fn waits_for_frame(&self) {
-        self.update(|progress| progress.upstream_since = None);
+        self.update(|progress| progress.begin_wait_for(WaitsFor::Caller));
     }
 
     /// Reports that the transport took a frame. Until it polls for the next one, the time is attributed to the
     /// upstream.
     pub fn frame_taken(&self) {
-        self.update(|progress| progress.upstream_since = progress.measured.then(Instant::now));
+        self.update(|progress| progress.begin_wait_for(WaitsFor::Upstream));
     }
 
     /// Reports that the body has ended: the request has been sent.
     pub fn sent(&self) {
         self.update(|progress| {
-            progress.sent = true;
-            progress.upstream_since = progress.measured.then(Instant::now);
+            progress.is_sent = true;
+            progress.begin_wait_for(WaitsFor::Upstream);
         });
     }
 
@@ -201,9 +239,9 @@ impl SentMark {
     /// attributed to the upstream continues without a reset.
     pub fn dropped(&self) {
         self.update(|progress| {
-            progress.sent = true;
-            if progress.measured {
-                progress.upstream_since.get_or_insert_with(Instant::now);
+            progress.is_sent = true;
+            if progress.waits_for != WaitsFor::Upstream {
+                progress.begin_wait_for(WaitsFor::Upstream);
             }
         });
     }
@@ -211,7 +249,7 @@ impl SentMark {
     /// Returns whether the request has been sent, or its body dropped.
     #[must_use]
     pub fn is_sent(&self) -> bool {
-        self.progress().sent
+        self.progress().is_sent
     }
 
     /// Starts to read the clock at each report.
@@ -219,28 +257,20 @@ impl SentMark {
         let mut progress = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if !progress.measured {
             progress.measured = true;
-            progress.upstream_since = progress.sent.then(Instant::now);
+            if progress.waits_for != WaitsFor::Transport {
+                progress.since = Some(Instant::now());
+            }
         }
     }
 
-    /// Returns the instant since which the time is attributed to the upstream. `None` while the caller delays the
-    /// request.
-    pub(crate) fn upstream_since(&self) -> Option<Instant> {
-        self.progress().upstream_since
-    }
-
-    /// Returns a clock that runs since [`upstream_since`](Self::upstream_since), or is off.
-    pub(crate) fn clock(&self) -> UpstreamClock {
-        self.progress().upstream_since.map_or(UpstreamClock::OFF, UpstreamClock::running_since)
-    }
-
-    fn progress(&self) -> Progress {
+    /// Returns one consistent reading.
+    pub(crate) fn progress(&self) -> Progress {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn update(&self, update: impl FnOnce(&mut Progress)) {
         let mut progress = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if !progress.sent {
+        if !progress.is_sent {
             update(&mut progress);
         }
     }
@@ -290,6 +320,8 @@ pub enum WaitsFor {
     Caller,
     /// The client itself: a permit, a connection, the delay before the next attempt.
     Client,
+    /// The transport, which has not polled the request body yet: it may connect, or be about to send.
+    Transport,
 }
 
 thread_local! {
@@ -321,9 +353,9 @@ impl WaitsFor {
 /// Why a layer drops an inner call. Without a cause the drop is a hang-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DropCause {
-    /// A timeout or an operator deadline has expired.
+    /// A timeout of this duration has expired, or an operator deadline (`None`).
     #[cfg(any(feature = "retry", feature = "timeout"))]
-    TimedOut,
+    TimedOut(Option<Duration>),
     /// Another attempt of the same call has won.
     #[cfg(feature = "retry")]
     Superseded,
@@ -351,16 +383,28 @@ impl DropCause {
 
     /// Returns the cause of an expired deadline. `None` if the caller set it.
     pub(crate) fn of_deadline(source: super::DeadlineSource) -> Option<Self> {
-        (source != super::DeadlineSource::Caller).then_some(Self::TimedOut)
+        (source != super::DeadlineSource::Caller).then_some(Self::TimedOut(None))
     }
 }
 
-/// Returns the outcome of a call that is dropped now.
-pub(super) fn dropped() -> Outcome {
+/// Returns the outcome of a call that is dropped now, by the time for which the upstream had the request.
+///
+/// A timeout counts only if the upstream had the request for at least half of it. Otherwise the rest of the program
+/// spent the time, such as a server's handler that read a slow upload before it called the upstream, and the drop is
+/// a hang-up.
+pub(super) fn dropped(clock: UpstreamClock) -> Outcome {
     match DROP_CAUSE.get() {
         None => Outcome::cancelled(),
         #[cfg(any(feature = "retry", feature = "timeout"))]
-        Some(DropCause::TimedOut) => Outcome::failure().because(Reason::Timeout),
+        Some(DropCause::TimedOut(limit)) => {
+            let had = |limit: Duration| {
+                clock.elapsed(Instant::now()).is_none_or(|elapsed| elapsed >= limit / 2)
+            };
+            match limit {
+                Some(limit) if !had(limit) => Outcome::cancelled(),
+                _ => Outcome::failure().because(Reason::Timeout),
+            }
+        }
         #[cfg(feature = "retry")]
         Some(DropCause::Superseded) => Outcome::cancelled().because(Reason::Superseded),
     }
@@ -388,6 +432,8 @@ pub(crate) struct Ending {
     pub(crate) caller_deadline: Option<CallerDeadline>,
     /// The time after which a call that its caller ended counts as a failure. `None`: never.
     pub(crate) count_cancelled_after: Option<Duration>,
+    /// What the call waited for at its end.
+    pub(crate) waits_for: WaitsFor,
 }
 
 /// Attributes the outcome of a call that its caller ended, by a hang-up or by a deadline. The call is a failure if the
@@ -395,6 +441,14 @@ pub(crate) struct Ending {
 /// Other outcomes are returned unchanged.
 pub(crate) fn attribute(outcome: Outcome, ending: Ending) -> Outcome {
     let reason = match (outcome.kind(), outcome.reason()) {
+        // The timeout expired during the upload, or in the queue of an inner layer.
+        (OutcomeKind::Failure, Reason::Timeout) if !ending.has_head => {
+            return match ending.waits_for {
+                WaitsFor::Upstream | WaitsFor::Transport => outcome,
+                WaitsFor::Caller => Outcome::cancelled().because(Reason::Caller),
+                WaitsFor::Client => Outcome::cancelled().because(Reason::Timeout),
+            };
+        }
         (OutcomeKind::Cancelled, reason @ (Reason::Dropped | Reason::CallerDeadline)) => reason,
         (OutcomeKind::Failure, _) if reports_deadline(outcome, ending) => Reason::CallerDeadline,
         _ => return outcome,

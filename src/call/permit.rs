@@ -176,6 +176,7 @@ impl<G: Finish> Permit<G> {
             has_head: self.context.has_head,
             caller_deadline: self.context.caller_deadline,
             count_cancelled_after: giver.count_cancelled_after(),
+            waits_for: self.context.waits_for,
         };
         attribute(outcome, ending)
     }
@@ -219,11 +220,17 @@ impl<G: Finish> Permit<G> {
 
     /// Sets the clock by the mark of the request's progress.
     pub(crate) fn set_clock(&mut self, mark: &SentMark) {
-        self.token.clock = mark.clock();
+        let progress = mark.progress();
+        self.token.clock = progress.clock();
+        let waits_for = &mut self.context.waits_for;
+        if *waits_for != WaitsFor::Client {
+            *waits_for = progress.waits_for;
+        }
     }
 
-    /// Records what the call waits for, after the inner future has returned `Pending`. Starts the clock at the first
-    /// wait for the upstream. A wait for the client or the caller resets it.
+    /// Records what the call waits for, after the inner future has returned `Pending`. The clock runs while the call
+    /// waits for the upstream, stops while the call waits inside the client, and is off while the caller delays the
+    /// request.
     #[inline]
     pub(crate) fn pending(&mut self, what: WaitsFor) {
         let Some(giver) = &self.giver else { return };
@@ -235,13 +242,22 @@ impl<G: Finish> Permit<G> {
         if giver.measures() == Measures::Nothing {
             return;
         }
-        self.token.clock = match what {
-            WaitsFor::Upstream if !context.has_mark => UpstreamClock::start(),
-            _ => UpstreamClock::OFF,
-        };
+        match what {
+            // The mark sets the clock at the end of the call.
+            _ if context.has_mark => self.token.clock = UpstreamClock::OFF,
+            WaitsFor::Upstream => self.token.clock.resume(),
+            WaitsFor::Client => self.token.clock.pause(),
+            WaitsFor::Caller | WaitsFor::Transport => self.token.clock = UpstreamClock::OFF,
+        }
         if mem::replace(&mut context.waits_for, what) != what {
             giver.waits_for(self.token, what);
         }
+    }
+
+    /// Records what the call waited for when the inner future failed: a timeout may have expired meanwhile.
+    #[inline]
+    pub(crate) fn ends_while(&mut self, what: WaitsFor) {
+        self.context.waits_for = what;
     }
 
     /// Runs the clock while the response body has no frame for its reader, and stops it otherwise.
@@ -251,14 +267,17 @@ impl<G: Finish> Permit<G> {
             self.token.clock.body_polled(is_pending);
         }
         if self.context.follows_reader {
-            self.body_waits_for(if is_pending { WaitsFor::Upstream } else { WaitsFor::Caller });
+            let what = if is_pending { WaitsFor::Upstream } else { WaitsFor::Caller };
+            if self.context.waits_for != what {
+                self.body_waits_for(what);
+            }
         }
     }
 
     #[cold]
     fn body_waits_for(&mut self, what: WaitsFor) {
-        let Some(giver) = &self.giver else { return };
-        if mem::replace(&mut self.context.waits_for, what) != what {
+        if let Some(giver) = &self.giver {
+            self.context.waits_for = what;
             giver.waits_for(self.token, what);
         }
     }
@@ -335,7 +354,7 @@ impl<G: Finish> Drop for Permit<G> {
 #[cold]
 #[inline(never)]
 fn dropped<G: Finish>(permit: Permit<G>) {
-    let outcome = permit.context.drop_as.unwrap_or_else(outcome_of_drop);
+    let outcome = permit.context.drop_as.unwrap_or_else(|| outcome_of_drop(permit.token.clock));
     permit.finish(outcome);
 }
 

@@ -159,7 +159,8 @@ where
             }
             _ => {
                 // Inner layers count a timeout, not a hang-up.
-                DropCause::TimedOut.during(|| this.state.set(State::Over));
+                DropCause::TimedOut(this.core.settings.attempt_timeout())
+                    .during(|| this.state.set(State::Over));
                 let late = RejectedKind::TimedOut(Phase::Head);
                 M::failed(Rejected::by(LayerKind::Retry, late).into())?
             }

@@ -103,7 +103,7 @@ impl<B: Body> Body for TimedBody<B> {
             }
         };
         // With it goes whatever a layer further in holds for it.
-        drop_by(phase, rest.end_of.source(), || this.inner.set(AnswerBody::ended()));
+        drop_by(phase, None, rest.end_of.source(), || this.inner.set(AnswerBody::ended()));
         let rejected = timed_out(rest.far, rest.by, phase, rest.end_of.source());
         Poll::Ready(Some(match rest.form {
             Form::Grpc => Ok(Frame::trailers(status(rejected.kind()))),

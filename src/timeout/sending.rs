@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     BoxError,
-    call::{Far, LayerKind, Phase},
+    call::{Far, LayerKind, Phase, WaitsFor},
 };
 
 /// Where a request body is.
@@ -81,9 +81,13 @@ impl Sending {
         }
     }
 
-    /// Returns whether the request is still to be sent.
-    pub(super) fn is_unsent(&self) -> bool {
-        self.stage() == Stage::Sending
+    pub(super) fn waits_for(&self) -> WaitsFor {
+        match (self.stage(), self.pace.load(Ordering::Relaxed)) {
+            (Stage::Sending, 0) => WaitsFor::Transport,
+            // The service asked for a frame that is not there yet.
+            (Stage::Sending, pace) if pace % 2 == 1 => WaitsFor::Caller,
+            _ => WaitsFor::Upstream,
+        }
     }
 
     /// The first end counts.

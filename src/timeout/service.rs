@@ -251,16 +251,17 @@ where
             };
             // The call ends here. Dropping the inner future releases what inner layers hold for it.
             let rejected = Stand::Refused { rejected: Some(rejected) };
-            drop_by(phase, watch.source(), || this.state.set(rejected));
+            drop_by(phase, watch.timeouts.get(phase), watch.source(), || this.state.set(rejected));
         }
     }
 }
 
-/// Reports to the outer layers that the request is still to be sent. When the request has been sent, its body wakes the
-/// call, and the next poll reports anew.
+/// Reports to the outer layers that the request is still to be sent, unless an inner layer has reported a wait inside
+/// the client. When the request has been sent, its body wakes the call, and the next poll reports anew.
 fn report_unsent(sending: Option<&Sending>) {
-    if sending.is_some_and(Sending::is_unsent) {
-        WaitsFor::Caller.report();
+    let waits_for = sending.map_or(WaitsFor::Upstream, Sending::waits_for);
+    if WaitsFor::reported() == WaitsFor::Upstream {
+        waits_for.report();
     }
 }
 

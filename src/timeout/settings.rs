@@ -277,15 +277,20 @@ pub(super) fn timed_out(
     rejected.labelled(state.label.get().cloned())
 }
 
-/// Runs `drop`, which drops the inner call after this phase has timed out. Inner layers count a hang-up if the caller
+/// Runs `drop`, which drops the inner call after this phase has timed out, with this limit. Inner layers count a hang-up if the caller
 /// caused the timeout, and a timeout otherwise.
 #[cold]
 #[inline(never)]
-pub(super) fn drop_by(phase: Phase, source: Option<DeadlineSource>, drop: impl FnOnce()) {
+pub(super) fn drop_by(
+    phase: Phase,
+    limit: Option<Duration>,
+    source: Option<DeadlineSource>,
+    drop: impl FnOnce(),
+) {
     let cause = match (phase, source) {
         (Phase::Sending, _) => None,
         (Phase::Deadline, Some(source)) => DropCause::of_deadline(source),
-        _ => Some(DropCause::TimedOut),
+        _ => Some(DropCause::TimedOut(limit)),
     };
     match cause {
         Some(cause) => cause.during(drop),

@@ -10,8 +10,11 @@ use buttress::{
     call::{DeadlineSource, Reason},
     config::{ClientConfig, ServerConfig},
     stack::ClientStack,
+    timeout::SendingBody,
 };
+use futures_util::future::BoxFuture;
 use http::{Request, StatusCode};
+use http_body_util::BodyExt;
 use tokio::{
     sync::Semaphore,
     time::{Instant, advance, sleep, timeout},
@@ -19,7 +22,7 @@ use tokio::{
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
 
 use super::{
-    fixtures::{Upstream, UpstreamService, get, ms, secs},
+    fixtures::{Upstream, UpstreamService, get, ms, secs, trickle},
     support::{Strict, Then, empty, request, status},
 };
 
@@ -445,4 +448,69 @@ async fn short_deadlines_of_callers_do_not_change_an_adaptive_limit() {
     let aimd = || Aimd::new(100, 20..=200).unwrap();
     near(limit(aimd(), true).await, limit(aimd(), false).await, "Aimd");
     near(limit(Vegas::default(), true).await, limit(Vegas::default(), false).await, "Vegas");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operator_timeout_during_an_upload_is_neutral() {
+    type Call = BoxFuture<'static, Result<(), BoxError>>;
+    fn healthy() -> UpstreamService {
+        UpstreamService::new(Upstream::Responds(ms(1)))
+    }
+    fn call<S, B>(service: S) -> Call
+    where
+        S: Service<Request<super::fixtures::TestBody>, Response = http::Response<B>>
+            + Send
+            + 'static,
+        S::Error: Into<BoxError> + Send,
+        S::Future: Send,
+    {
+        let call = service.oneshot(trickle(ms(300), 10_000));
+        Box::pin(async move { call.await.map(drop).map_err(Into::into) })
+    }
+    let stacks: [(&str, fn(CircuitBreakerLayer) -> Call); 4] = [
+        ("retry's attempt timeout", |breaker| {
+            let retry = RetryLayer::http().attempts(1).attempt_timeout(secs(10));
+            call(retry.layer(breaker.layer(healthy())))
+        }),
+        ("total inside", |breaker| {
+            call(breaker.layer(TimeoutLayer::http().total(secs(10)).layer(healthy())))
+        }),
+        ("deadline and retry outside", |breaker| {
+            let retry = RetryLayer::http().layer(breaker.layer(healthy()));
+            call(DeadlineLayer::new().default_of(secs(10)).layer(retry))
+        }),
+        ("retry outside, total inside", |breaker| {
+            let inner = TimeoutLayer::new(Timeouts::new().total(secs(10))).layer(healthy());
+            call(RetryLayer::http().attempts(1).layer(breaker.layer(inner)))
+        }),
+    ];
+    for (name, stack) in stacks {
+        let breaker = CircuitBreakerLayer::http();
+        for _ in 0..5 {
+            stack(breaker.clone()).await.unwrap_err();
+        }
+        assert_eq!(breaker.handle().snapshot().seen.consecutive_failures, 0, "{name}");
+    }
+}
+
+/// The caller chooses how much of the server's time is left for the upstream.
+#[tokio::test(start_paused = true)]
+async fn a_server_timeout_that_a_slow_upload_used_up_does_not_count_against_the_upstream() {
+    for (upload_takes, opens) in [(ms(9_980), false), (ms(2_000), true)] {
+        let breaker = CircuitBreakerLayer::http();
+        let upstream = breaker.layer(UpstreamService::new(Upstream::Hangs));
+        let handler = service_fn(move |request: Request<SendingBody<_>>| {
+            let upstream = upstream.clone();
+            async move {
+                let _ = request.into_body().collect().await;
+                upstream.oneshot(get()).await.map_err(BoxError::from)
+            }
+        });
+        let server = TimeoutLayer::new(Timeouts::server().total(secs(10))).layer(handler);
+        for _ in 0..5 {
+            server.clone().oneshot(trickle(upload_takes, 1)).await.unwrap_err();
+        }
+        let state = if opens { State::Open } else { State::Closed };
+        assert_eq!(breaker.handle().state(), state, "{upload_takes:?}");
+    }
 }

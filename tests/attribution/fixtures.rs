@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use buttress::{CircuitBreakerLayer, breaker::State};
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body::{Body, Frame};
@@ -110,7 +111,18 @@ impl Drop for AbortOnDrop {
     }
 }
 
+pub async fn make_half_open(breaker: &CircuitBreakerLayer) {
+    breaker.handle().half_open();
+    assert_eq!(breaker.handle().state(), State::HalfOpen);
+}
+
 // ===== Requests =====
+
+/// A `POST` whose body is there at once.
+pub fn post() -> Request<TestBody> {
+    let body = Full::from("x").map_err(|never: Infallible| match never {});
+    Request::post("/").body(body.boxed_unsync()).unwrap()
+}
 
 pub fn get() -> Request<TestBody> {
     Request::new(Empty::new().map_err(|never: Infallible| match never {}).boxed_unsync())

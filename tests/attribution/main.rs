@@ -6,5 +6,6 @@ mod support;
 
 mod deadlines;
 mod fixtures;
+mod half_open;
 mod uploads;
 mod waits;

@@ -1,14 +1,15 @@
 //! Waits inside the client: for a permit, a connection or the next attempt. They are never attributed to the upstream.
 
 use buttress::{
-    CircuitBreakerLayer, ConcurrencyLimitLayer, RetryLayer,
+    CircuitBreakerLayer, ConcurrencyLimitLayer, RetryLayer, TimeoutLayer, Timeouts,
     breaker::State,
     connect::{Client, ConnectLayer},
 };
 use http::Request;
-use http_body_util::Empty;
+use http_body_util::{BodyExt, Empty};
 use tokio::{io::AsyncReadExt, net::TcpListener, time::timeout};
 use tower::{Layer, ServiceBuilder, ServiceExt};
+use tower_http::map_request_body::MapRequestBodyLayer;
 
 use super::{
     fixtures::{Upstream, UpstreamService, get, ms, secs},
@@ -128,4 +129,43 @@ async fn a_hang_up_before_the_request_has_been_sent_is_neutral() {
         timeout(secs(5), client.clone().oneshot(get())).await.unwrap_err();
     }
     assert_eq!(breaker.handle().state(), State::Open, "a request without a body is sent at once");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_timeout_in_the_queue_of_an_inner_limit_is_neutral() {
+    for with_retry in [false, true] {
+        let breaker = CircuitBreakerLayer::http();
+        let limit = ConcurrencyLimitLayer::new(1).queue(100, secs(60));
+        let inner = breaker.layer(limit.layer(UpstreamService::new(Upstream::Hangs)));
+        let holder = tokio::spawn(inner.clone().oneshot(get()));
+        tokio::task::yield_now().await;
+        for _ in 0..5 {
+            match with_retry {
+                true => {
+                    let retry = RetryLayer::http().attempts(1).attempt_timeout(secs(2));
+                    retry.layer(inner.clone()).oneshot(get()).await.unwrap_err();
+                }
+                false => {
+                    let total = TimeoutLayer::new(Timeouts::new().total(secs(2)));
+                    let limited = MapRequestBodyLayer::new(BodyExt::boxed_unsync);
+                    let limited = limited.layer(inner.clone());
+                    total.layer(limited).oneshot(get()).await.unwrap_err();
+                }
+            }
+        }
+        assert_eq!(breaker.handle().snapshot().seen.consecutive_failures, 0, "{with_retry}");
+        holder.abort();
+    }
+}
+
+/// The clock stops while the retry waits for its next attempt, and keeps the time of the attempts before.
+#[tokio::test(start_paused = true)]
+async fn short_attempts_inside_of_a_breaker_do_not_hide_a_hung_upstream() {
+    let breaker = CircuitBreakerLayer::http();
+    let retry = RetryLayer::http().attempts(100).attempt_timeout(ms(900));
+    let client = breaker.layer(retry.layer(UpstreamService::new(Upstream::Hangs)));
+    for _ in 0..5 {
+        timeout(ms(2500), client.clone().oneshot(get())).await.unwrap_err();
+    }
+    assert_eq!(breaker.handle().state(), State::Open);
 }

@@ -14,6 +14,7 @@ use buttress::{
     call::{Reason, RejectedKind},
 };
 use http::{Request, Response};
+use http_body_util::BodyExt;
 use tokio::time::advance;
 use tokio_test::{assert_pending, assert_ready, assert_ready_eq, assert_ready_ok, task};
 use tower::{Layer, Service, ServiceExt, util::Oneshot};
@@ -597,7 +598,8 @@ async fn a_probe_that_never_ends_is_decided_by_its_head() {
     // A good head: it has passed.
     let (service, watch, handle) = half_open(breaker(1).probe_lease(lease)).await;
     watch.script([Then::Answer(Response::new(ScriptBody::new([Piece::Stuck])))]);
-    let stream = service.clone().oneshot(request()).await.unwrap();
+    let mut stream = service.clone().oneshot(request()).await.unwrap().into_body();
+    assert_pending!(task::spawn(stream.frame()).poll());
     advance(lease - Duration::from_nanos(1)).await;
     assert_eq!(refused(&service).await, RejectedKind::Probing);
     advance(Duration::from_nanos(1)).await;
@@ -609,7 +611,8 @@ async fn a_probe_that_never_ends_is_decided_by_its_head() {
     // A good gRPC head has not said it all, but is good enough here.
     let (service, watch, handle) = half_open(breaker(1).probe_lease(lease)).await;
     watch.script([Then::Answer(grpc([Piece::Stuck]))]);
-    let _stream = service.clone().oneshot(request()).await.unwrap();
+    let mut stream = service.clone().oneshot(request()).await.unwrap().into_body();
+    assert_pending!(task::spawn(stream.frame()).poll());
     advance(lease).await;
     succeed(&service, &watch).await;
     assert_eq!(handle.state(), State::Closed);

@@ -5,13 +5,13 @@ use std::time::Duration;
 use super::{
     super::{
         counts::Ended,
-        probes::{Probes, Verdict},
+        probes::{ProbeReport, Probes, Verdict},
         state::{At, Change, Refusal, Ticket},
         trip::Tripped,
     },
     Machine, Phase,
 };
-use crate::call::{Nanos, Outcome, OutcomeKind, Reason, WaitsFor, nanos};
+use crate::call::{Outcome, OutcomeKind, Reason, nanos};
 
 impl Machine {
     // ===== Time passes =====
@@ -26,7 +26,7 @@ impl Machine {
                 Phase::Open { until } if at.now >= *until => {
                     Some(self.enter(Phase::HalfOpen(Probes::default()), None))
                 }
-                Phase::HalfOpen(probes) => match probes.end_lease(at.now) {
+                Phase::HalfOpen(probes) => match probes.pass_time(at.now) {
                     Some(ended) => match self.decide(At { now: ended, ..at }) {
                         None => continue,
                         decided => decided,
@@ -72,7 +72,7 @@ impl Machine {
             Phase::Closed { .. } | Phase::ForcedClosed => counted,
             Phase::ForcedOpen => Err(Refusal::Forced),
             Phase::Open { until } => Err(Refusal::Open { left: until.saturating_sub(at.now) }),
-            Phase::HalfOpen(probes) if probes.has_room(is_unsent, &self.settings) => {
+            Phase::HalfOpen(probes) if probes.has_room(at.now, &self.settings) => {
                 self.generation += 1;
                 probes.begin(self.generation, is_unsent, at.now, &self.settings);
                 Ok(Ticket { generation: self.generation, probe: true })
@@ -82,18 +82,18 @@ impl Machine {
         (answer, change)
     }
 
-    /// Records what a probe waits for since `since`.
+    /// Records what a probe waits for. Returns whether that changes when its slot becomes free.
     pub(in crate::breaker) fn probe_waits_for(
         &mut self,
         generation: u64,
-        what: WaitsFor,
-        since: Nanos,
+        report: ProbeReport,
         at: At<'_>,
-    ) -> Option<Change> {
-        if let Phase::HalfOpen(probes) = &mut self.phase {
-            probes.waits_for(generation, what, since, &self.settings);
-        }
-        self.pass_time(at)
+    ) -> (bool, Option<Change>) {
+        let is_news = match &mut self.phase {
+            Phase::HalfOpen(probes) => probes.waits_for(generation, report, &self.settings),
+            _ => false,
+        };
+        (is_news, self.pass_time(at))
     }
 
     // ===== A call ends =====

@@ -35,7 +35,7 @@ impl Machine {
                 Some(self.settings.turn(*since, now).1)
             }
             Phase::Open { until } => Some(*until),
-            Phase::HalfOpen(probes) => probes.next_lease(),
+            Phase::HalfOpen(probes) => probes.next_change(),
             _ => None,
         }
     }
@@ -49,7 +49,7 @@ impl Machine {
             }
             Phase::Closed { .. } | Phase::ForcedClosed => true,
             Phase::Open { .. } | Phase::ForcedOpen => false,
-            Phase::HalfOpen(probes) => probes.has_room(false, &self.settings),
+            Phase::HalfOpen(probes) => probes.has_room(now, &self.settings),
         }
     }
 
