@@ -15,7 +15,7 @@
 use std::{
     cell::Cell,
     fmt,
-    num::NonZeroU32,
+    num::NonZeroI64,
     sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
@@ -91,16 +91,21 @@ impl UpstreamClock {
 }
 
 /// Returns the nanoseconds from a fixed moment of this process to an instant, modulo 2⁶². Only differences have a
-/// meaning. The moment may be later than the instant, because paused clocks of several runtimes begin at different
-/// times.
+/// meaning.
 fn nanos_of(instant: Instant) -> u64 {
+    signed_nanos_of(instant) as u64 & TIME
+}
+
+/// Returns the nanoseconds from a fixed moment of this process to an instant, within 292 years. The moment may be later
+/// than the instant, because paused clocks of several runtimes begin at different times.
+fn signed_nanos_of(instant: Instant) -> i64 {
     static EPOCH: OnceLock<Instant> = OnceLock::new();
     let epoch = *EPOCH.get_or_init(Instant::now);
-    let nanos = match instant.checked_duration_since(epoch) {
-        Some(after) => super::nanos(after),
-        None => super::nanos(epoch.saturating_duration_since(instant)).wrapping_neg(),
-    };
-    nanos & TIME
+    let signed = |time| i64::try_from(super::nanos(time)).unwrap_or(i64::MAX);
+    match instant.checked_duration_since(epoch) {
+        Some(after) => signed(after),
+        None => -signed(epoch.saturating_duration_since(instant)),
+    }
 }
 
 /// Returns the nanoseconds from `then` to `now`, or zero if `now` is earlier.
@@ -109,9 +114,9 @@ fn since_then(now: u64, then: u64) -> u64 {
     if nanos > TIME / 2 { 0 } else { nanos }
 }
 
-/// The instant of a caller deadline in milliseconds, modulo 2³². Its range is 24 days before and after the present.
+/// The instant of a caller deadline in nanoseconds. A later deadline than the range of [`signed_nanos_of`] is its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct CallerDeadline(NonZeroU32);
+pub(crate) struct CallerDeadline(NonZeroI64);
 
 impl CallerDeadline {
     #[inline]
@@ -120,18 +125,14 @@ impl CallerDeadline {
     }
 
     fn new(at: Instant) -> Self {
-        Self(NonZeroU32::new(Self::millis_of(at)).unwrap_or(NonZeroU32::MIN))
+        const BEFORE_ZERO: NonZeroI64 = NonZeroI64::new(-1).unwrap();
+        Self(NonZeroI64::new(signed_nanos_of(at)).unwrap_or(BEFORE_ZERO))
     }
 
-    fn millis_of(instant: Instant) -> u32 {
-        (nanos_of(instant) / 1_000_000) as u32
-    }
-
-    /// Returns the time until the deadline, rounded up, or zero after it.
+    /// Returns the time until the deadline, or zero after it.
     fn left(self) -> Duration {
-        let left = self.0.get().wrapping_sub(Self::millis_of(Instant::now()));
-        let is_over = left > u32::MAX / 2;
-        Duration::from_millis(if is_over { 0 } else { left.into() })
+        let left = self.0.get().saturating_sub(signed_nanos_of(Instant::now()));
+        Duration::from_nanos(u64::try_from(left).unwrap_or(0))
     }
 }
 
