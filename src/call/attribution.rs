@@ -145,6 +145,10 @@ impl CallerDeadline {
 /// the upstream. A client of your own that wraps request bodies can publish a mark, too: insert a clone into the
 /// extensions and report each frame. Without a mark the clocks start at the call.
 ///
+/// Measuring layers request the mark in `poll_ready`. A service in between hides the request unless it polls the inner
+/// service in the same poll: `tower::buffer` polls it in another task, and a full concurrency limit polls it after the
+/// call. Then no mark is published, and the clocks start at the call.
+///
 /// ```
 /// use buttress::call::SentMark;
 ///
@@ -258,11 +262,20 @@ pub(crate) fn request_mark() {
     IS_MARK_REQUESTED.set(true);
 }
 
-/// Runs `poll_ready` of an inner service, and returns whether an inner layer has requested a mark.
+/// Runs `poll_ready` of an inner service, and returns whether an inner layer has requested a mark. The requests reach
+/// the next outer layer, too, with those that were made before.
 #[inline]
 #[cfg(feature = "retry")]
 pub(crate) fn is_mark_requested<T>(poll_ready: impl FnOnce() -> T) -> (T, bool) {
-    IS_MARK_REQUESTED.set(false);
+    struct Restore(bool);
+
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            IS_MARK_REQUESTED.set(self.0 || IS_MARK_REQUESTED.get());
+        }
+    }
+
+    let _restore = Restore(IS_MARK_REQUESTED.replace(false));
     let polled = poll_ready();
     (polled, IS_MARK_REQUESTED.get())
 }

@@ -3,19 +3,20 @@
 use std::time::Duration;
 
 use buttress::{
-    CircuitBreakerLayer, ConcurrencyLimitLayer, RetryLayer, TimeoutLayer, Trip,
+    CircuitBreakerLayer, ConcurrencyLimitLayer, HedgeLayer, RetryLayer, TimeoutLayer, Trip,
     breaker::State,
     call::SentMark,
     config::{ClientConfig, ServerConfig},
     limit::adaptive::{Algorithm, Change, Sample},
     stack::ClientStack,
 };
+use http::Request;
 use http_body_util::BodyExt;
 use std::sync::{Arc, Mutex};
 use tokio::time::{Instant, advance, sleep, timeout};
-use tower::{Layer, ServiceBuilder, ServiceExt};
+use tower::{Layer, Service, ServiceBuilder, ServiceExt};
 
-use super::fixtures::{Upstream, UpstreamService, get, ms, secs, trickle, upload};
+use super::fixtures::{TestBody, Upstream, UpstreamService, get, ms, secs, trickle, upload};
 
 fn slow_rule() -> CircuitBreakerLayer {
     CircuitBreakerLayer::new(Trip::slow_ratio(0.5, secs(1)).over(10).min_calls(5))
@@ -100,6 +101,41 @@ async fn a_hang_up_on_an_upstream_that_stopped_reading_is_a_failure() {
         timeout(secs(5), call).await.unwrap_err();
     }
     assert_eq!(breaker.handle().state(), State::Open);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hedge_inside_of_a_breaker_keeps_the_mark_that_the_breaker_requests() {
+    let breaker = CircuitBreakerLayer::http();
+    let upstream = UpstreamService::new(Upstream::Responds(ms(1)));
+    let hedged = HedgeLayer::http(secs(600)).layer(upstream);
+    let client = RetryLayer::http().layer(breaker.layer(hedged));
+    for _ in 0..5 {
+        timeout(secs(3), client.clone().oneshot(upload(secs(300)))).await.unwrap_err();
+    }
+    assert_eq!(breaker.handle().state(), State::Closed);
+}
+
+/// The second poll does not reach the breaker, because the limit is ready already.
+#[tokio::test(start_paused = true)]
+async fn a_service_that_is_polled_twice_for_readiness_publishes_a_mark() {
+    let upstream = || UpstreamService::new(Upstream::Responds(ms(1)));
+    macro_rules! hang_ups {
+        ($outer:expr) => {{
+            let breaker = CircuitBreakerLayer::http();
+            let limit = ConcurrencyLimitLayer::new(10);
+            let client = $outer.layer(limit.layer(breaker.layer(upstream())));
+            for _ in 0..5 {
+                let mut client = client.clone();
+                for _ in 0..2 {
+                    ServiceExt::<Request<TestBody>>::ready(&mut client).await.unwrap();
+                }
+                timeout(secs(3), client.call(upload(secs(300)))).await.unwrap_err();
+            }
+            breaker.handle().state()
+        }};
+    }
+    assert_eq!(hang_ups!(RetryLayer::http()), State::Closed, "retry");
+    assert_eq!(hang_ups!(HedgeLayer::http(secs(600))), State::Closed, "hedge");
 }
 
 // ===== Half-open =====
