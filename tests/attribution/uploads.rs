@@ -3,20 +3,27 @@
 use std::time::Duration;
 
 use buttress::{
-    CircuitBreakerLayer, ConcurrencyLimitLayer, HedgeLayer, RetryLayer, TimeoutLayer, Trip,
+    CircuitBreakerLayer, ConcurrencyLimitLayer, HedgeLayer, RetryLayer, TimeoutLayer, Timeouts,
+    Trip,
     breaker::State,
     call::SentMark,
     config::{ClientConfig, ServerConfig},
+    connect::{Client, ConnectLayer},
     limit::adaptive::{Algorithm, Change, Sample},
     stack::ClientStack,
 };
+use futures_util::FutureExt;
 use http::Request;
 use http_body_util::BodyExt;
+use hyper_util::rt::TokioIo;
 use std::sync::{Arc, Mutex};
 use tokio::time::{Instant, advance, sleep, timeout};
 use tower::{Layer, Service, ServiceBuilder, ServiceExt};
 
-use super::fixtures::{TestBody, Upstream, UpstreamService, get, ms, secs, trickle, upload};
+use super::{
+    fixtures::{TestBody, Upstream, UpstreamService, get, ms, secs, trickle, upload},
+    support::{self, Piece, ScriptBody, status},
+};
 
 fn slow_rule() -> CircuitBreakerLayer {
     CircuitBreakerLayer::new(Trip::slow_ratio(0.5, secs(1)).over(10).min_calls(5))
@@ -333,6 +340,141 @@ async fn an_adaptive_limit_of_a_server_does_not_measure_slow_uploads() {
     let request = upload(secs(3)).map(Body::new);
     assert_eq!(app.oneshot(request).await.unwrap().status(), 200);
     assert_eq!(recorder.latencies(), [20]);
+}
+
+/// Responds 50 ms after the call. Until then the transport waits for frames of the request body. It drops the body after
+/// the response.
+fn responds_early<B>(
+    response: fn() -> http::Response<ScriptBody>,
+) -> impl Service<
+    Request<B>,
+    Response = http::Response<ScriptBody>,
+    Error = buttress::BoxError,
+    Future: Send,
+> + Clone
+where
+    B: http_body::Body<Data = bytes::Bytes, Error: Send> + Send + 'static,
+{
+    tower::service_fn(move |request: Request<B>| async move {
+        let mut body = Box::pin(request.into_body());
+        let reads = async {
+            while let Some(Ok(_)) = body.frame().await {}
+            std::future::pending::<()>().await;
+        };
+        timeout(ms(50), reads).await.unwrap_err();
+        tokio::spawn(async move { drop(body) });
+        Ok(response())
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_ends_before_its_request_has_been_sent_is_not_a_sample() {
+    let responses: [fn() -> http::Response<ScriptBody>; 4] = [
+        || status(401),
+        || status(503),
+        || support::grpc([Piece::Trailers(support::trailers("0"))]),
+        || support::grpc([Piece::Trailers(support::trailers("14"))]),
+    ];
+    for response in responses {
+        let recorder = Recorder::default();
+        let limit = ConcurrencyLimitLayer::adaptive(recorder.clone());
+        let inner = limit.layer(responds_early(response));
+        let with_mark = RetryLayer::http().attempts(1).layer(inner);
+        let over_timeout = limit.layer(TimeoutLayer::http().layer(responds_early(response)));
+        for request in [get(), upload(secs(300))] {
+            let is_sent = http_body::Body::is_end_stream(request.body());
+            let samples = if is_sent { vec![50] } else { Vec::new() };
+            let response = with_mark.clone().oneshot(request).await.unwrap();
+            response.into_body().collect().await.unwrap();
+            assert_eq!(recorder.latencies(), samples, "with a mark");
+        }
+        let response = over_timeout.oneshot(upload(secs(300))).await.unwrap();
+        response.into_body().collect().await.unwrap();
+        assert_eq!(recorder.latencies(), [0; 0], "over a timeout");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_timeout_during_an_upload_is_not_a_drop_for_an_adaptive_limit() {
+    let recorder = Recorder::default();
+    let limit = ConcurrencyLimitLayer::adaptive(recorder.clone());
+    let timeout = || TimeoutLayer::new(Timeouts::server().total(secs(10)));
+    let upstream = || UpstreamService::new(Upstream::Responds(ms(1)));
+    let inside = limit.layer(timeout().layer(upstream()));
+    assert!(inside.oneshot(trickle(ms(300), 10_000)).await.is_err());
+    let outside = RetryLayer::http().layer(timeout().layer(limit.layer(upstream())));
+    assert!(outside.oneshot(upload(secs(300))).await.is_err());
+    assert_eq!(recorder.latencies(), [0; 0]);
+}
+
+/// The handler of an axum server responds without the body of the request.
+#[tokio::test(start_paused = true)]
+async fn requests_whose_bodies_never_arrive_do_not_reduce_an_adaptive_limit() {
+    use axum::{Router, routing::any};
+
+    let recorder = Recorder::default();
+    let handler = async |body: axum::body::Body| {
+        sleep(ms(50)).await;
+        drop(body);
+    };
+    let app: Router = Router::new().route("/", any(handler)).layer(
+        ServiceBuilder::new()
+            .layer(ConcurrencyLimitLayer::adaptive(recorder.clone()).respond())
+            .layer(TimeoutLayer::server().respond()),
+    );
+    for request in [get(), upload(secs(300)), get()] {
+        assert_eq!(
+            app.clone().oneshot(request.map(axum::body::Body::new)).await.unwrap().status(),
+            200
+        );
+    }
+    assert!(recorder.latencies().iter().all(|latency| *latency == 50));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_response_without_a_wait_is_a_sample() {
+    let recorder = Recorder::default();
+    let limit = ConcurrencyLimitLayer::adaptive(recorder.clone());
+    let at_once =
+        tower::service_fn(|_: Request<_>| async { Ok::<_, buttress::BoxError>(status(200)) });
+    let client = RetryLayer::http().layer(limit.layer(at_once));
+    for request in [get(), upload(secs(3))] {
+        client.clone().oneshot(request).await.unwrap();
+    }
+    assert_eq!(recorder.latencies(), [0, 0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failure_to_connect_in_time_is_a_drop_although_nothing_has_been_sent() {
+    let recorder = Recorder::default();
+    let limit = ConcurrencyLimitLayer::adaptive(recorder.clone());
+    let connects = ConnectLayer::new().connect_timeout(ms(200));
+    let hangs = tower::service_fn(|_: http::Uri| {
+        std::future::pending::<std::io::Result<TokioIo<tokio::net::TcpStream>>>()
+    });
+    let client = limit.layer(Client::builder(connects).build(hangs));
+    let client = RetryLayer::http().attempts(1).layer(client);
+    let mut request = upload(secs(3));
+    *request.uri_mut() = "http://localhost/".parse().unwrap();
+    assert!(client.oneshot(request).await.is_err());
+    let samples: Vec<_> =
+        recorder.0.lock().unwrap().drain(..).map(|(_, dropped)| dropped).collect();
+    assert_eq!(samples, [true]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_limit_counts_cancelled_calls_after_less_than_a_millisecond() {
+    let recorder = Recorder::default();
+    let time = Duration::from_micros(900);
+    let limit = ConcurrencyLimitLayer::adaptive(recorder.clone()).count_cancelled_after(time);
+    let client = limit.layer(UpstreamService::new(Upstream::Hangs));
+    for (after, samples) in [(Duration::from_micros(899), 0), (time, 1)] {
+        let mut call = Box::pin(client.clone().oneshot(get()));
+        assert!((&mut call).now_or_never().is_none());
+        advance(after).await;
+        drop(call);
+        assert_eq!(recorder.latencies().len(), samples, "after {after:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]
