@@ -213,6 +213,12 @@ impl SentMark {
         });
     }
 
+    /// Ignores later reports. A layer calls this before it drops an inner call, because the drop of the body is a
+    /// report.
+    pub(crate) fn freeze(&self) {
+        self.update(|progress| progress.sent = true);
+    }
+
     /// Returns whether the request has been sent, or its body dropped.
     #[must_use]
     pub fn is_sent(&self) -> bool {

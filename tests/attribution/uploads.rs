@@ -9,7 +9,10 @@ use buttress::{
     call::SentMark,
     config::{ClientConfig, ServerConfig},
     connect::{Client, ConnectLayer},
-    limit::adaptive::{Algorithm, Change, Sample},
+    limit::{
+        Held,
+        adaptive::{Algorithm, Change, Sample},
+    },
     stack::ClientStack,
 };
 use futures_util::FutureExt;
@@ -460,6 +463,104 @@ async fn a_failure_to_connect_in_time_is_a_drop_although_nothing_has_been_sent()
     let samples: Vec<_> =
         recorder.0.lock().unwrap().drain(..).map(|(_, dropped)| dropped).collect();
     assert_eq!(samples, [true]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_limit_with_upgrades_measures_as_without() {
+    type MakeRequest = fn() -> Request<TestBody>;
+
+    let samples = async |upgrades: bool, upstream: Upstream, request: MakeRequest| {
+        let recorder = Recorder::default();
+        let limit = ConcurrencyLimitLayer::adaptive(recorder.clone());
+        macro_rules! call {
+            ($limit:expr) => {{
+                let over_timeout =
+                    $limit.layer(TimeoutLayer::http().layer(UpstreamService::new(upstream)));
+                let with_mark =
+                    RetryLayer::http().layer($limit.layer(UpstreamService::new(upstream)));
+                let _ = timeout(secs(5), over_timeout.oneshot(request())).await.map(Result::unwrap);
+                let _ = timeout(secs(5), with_mark.oneshot(request())).await.map(Result::unwrap);
+            }};
+        }
+        if upgrades {
+            call!(limit.clone().upgrades());
+        } else {
+            call!(limit.clone());
+        }
+        assert_eq!(limit.handle().snapshot().in_flight, 0);
+        recorder.0.lock().unwrap().drain(..).collect::<Vec<_>>()
+    };
+    let responds = Upstream::Responds(ms(20));
+    let sample = (ms(20), false);
+    let drop = (secs(5), true);
+    let cases: [(&str, Upstream, MakeRequest, [_; 2]); 4] = [
+        ("a response", responds, get, [Some(sample), Some(sample)]),
+        ("a response after an upload", responds, || upload(secs(3)), [Some(sample), Some(sample)]),
+        ("a hang-up during an upload", responds, || upload(secs(300)), [None, None]),
+        ("a hang-up on a hung upstream", Upstream::Hangs, get, [Some(drop), Some(drop)]),
+    ];
+    for (name, upstream, request, expected) in cases {
+        let expected: Vec<_> = expected.into_iter().flatten().collect();
+        assert_eq!(samples(false, upstream, request).await, expected, "{name}");
+        assert_eq!(samples(true, upstream, request).await, expected, "{name}, with upgrades");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_limit_with_upgrades_measures_a_queued_call_from_its_permit_on() {
+    #[derive(Debug)]
+    struct OneCall(Recorder);
+
+    impl Algorithm for OneCall {
+        fn limit(&self) -> u32 {
+            1
+        }
+
+        fn set_limit(&mut self, _: u32) {}
+
+        fn hear(&mut self, sample: &Sample) -> Option<Change> {
+            self.0.hear(sample)
+        }
+    }
+
+    let recorder = Recorder::default();
+    let limit = ConcurrencyLimitLayer::adaptive(OneCall(recorder.clone())).queue(10, secs(60));
+    let client = limit.upgrades().layer(UpstreamService::new(Upstream::Responds(ms(20))));
+    let calls = [(); 3].map(|()| tokio::spawn(client.clone().oneshot(get())));
+    for call in calls {
+        let response = call.await.unwrap().unwrap();
+        response.into_body().collect().await.unwrap();
+    }
+    assert_eq!(recorder.latencies(), [20; 3]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_timeout_during_an_upload_is_not_a_drop_for_a_limit_with_upgrades() {
+    let recorder = Recorder::default();
+    let limit = ConcurrencyLimitLayer::adaptive(recorder.clone()).upgrades();
+    let limited = limit.layer(UpstreamService::new(Upstream::Responds(ms(1))));
+    let client = TimeoutLayer::new(Timeouts::new().total(secs(10))).layer(limited);
+    assert!(RetryLayer::http().attempts(1).layer(client).oneshot(upload(secs(300))).await.is_err());
+    assert_eq!(recorder.latencies(), [0; 0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_handler_that_holds_a_permit_after_its_call_is_not_a_sample() {
+    let recorder = Recorder::default();
+    let limit = ConcurrencyLimitLayer::adaptive(recorder.clone()).upgrades();
+    let hangs = tower::service_fn(|request: Request<TestBody>| async move {
+        let held = request.extensions().get::<Held>().unwrap().take();
+        tokio::spawn(async move {
+            sleep(secs(60)).await;
+            std::mem::drop(held);
+        });
+        std::future::pending::<Result<http::Response<ScriptBody>, buttress::BoxError>>().await
+    });
+    timeout(secs(5), limit.layer(hangs).oneshot(get())).await.unwrap_err();
+    assert_eq!(limit.handle().snapshot().in_flight, 1);
+    sleep(secs(61)).await;
+    assert_eq!(limit.handle().snapshot().in_flight, 0);
+    assert_eq!(recorder.latencies(), [0; 0]);
 }
 
 #[tokio::test(start_paused = true)]
