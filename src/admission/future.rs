@@ -35,7 +35,12 @@ pin_project! {
         fn drop(this: Pin<&mut Self>) {
             // Before the inner future drops the request body, because that drop changes the mark.
             if let StateProj::Called { permit, mark, .. } = this.project().state.project() {
-                set_clock(permit, mark);
+                if permit.giver().is_some() {
+                    set_clock(permit, mark);
+                } else if let Some(mark) = mark.take() {
+                    // The permit that stands for this one reads the mark after that drop.
+                    mark.freeze();
+                }
             }
         }
     }
@@ -104,16 +109,28 @@ where
             match this.state.as_mut().project() {
                 StateProj::Called { future, permit, call, mark } => {
                     WaitsFor::reset();
-                    let mut answer = match permit.guard(|| future.poll(cx)) {
+                    let polled = match stand_in::<S, Req, M>(call) {
+                        Some(permit) => permit.guard(|| future.poll(cx)),
+                        None => permit.guard(|| future.poll(cx)),
+                    };
+                    let mut answer = match polled {
                         Poll::Ready(Ok(response)) => Poll::Ready(Ok(M::wrap(response))),
                         Poll::Ready(Err(error)) => {
-                            permit.ends_while(WaitsFor::reported());
+                            let what = WaitsFor::reported();
+                            match stand_in::<S, Req, M>(call) {
+                                Some(permit) => permit.ends_while(what),
+                                None => permit.ends_while(what),
+                            }
                             set_clock(permit, mark);
                             M::judge(taken(call), Err(&error), permit);
                             return Poll::Ready(Err(R::error(error)));
                         }
                         Poll::Pending => {
-                            permit.pending(WaitsFor::reported());
+                            let what = WaitsFor::reported();
+                            match stand_in::<S, Req, M>(call) {
+                                Some(permit) => permit.pending(what),
+                                None => permit.pending(what),
+                            }
                             return Poll::Pending;
                         }
                     };
@@ -154,6 +171,16 @@ where
             }
         }
     }
+}
+
+/// Returns the permit that stands for the permit of the admission, if there is one.
+#[inline]
+fn stand_in<S, Req, M>(call: &mut Option<M::Call>) -> Option<&mut Permit>
+where
+    S: Service<Req>,
+    M: Judge<Req, S::Response, S::Error>,
+{
+    call.as_mut().and_then(M::stand_in)
 }
 
 /// Starts the clock readings of the mark, and returns it.
@@ -337,8 +364,11 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
             mark = measured(this.protocol.sent_mark(&request));
             permit = permit.observing(deadline, mark.is_some());
         }
-        let call = this.protocol.begin(&mut request, || permit.take());
-        let future = permit.guard(|| this.service.call(request));
+        let mut call = this.protocol.begin(&mut request, || permit.take());
+        let future = match M::stand_in(&mut call) {
+            Some(permit) => permit.guard(|| this.service.call(request)),
+            None => permit.guard(|| this.service.call(request)),
+        };
         Poll::Ready(Ok((future, permit, call, mark)))
     }
 }

@@ -15,7 +15,7 @@
 use std::{
     cell::Cell,
     fmt,
-    num::NonZeroU32,
+    num::NonZeroI64,
     sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
@@ -107,16 +107,21 @@ impl UpstreamClock {
 }
 
 /// Returns the nanoseconds from a fixed moment of this process to an instant, modulo 2⁶². Only differences have a
-/// meaning. The moment may be later than the instant, because paused clocks of several runtimes begin at different
-/// times.
+/// meaning.
 fn nanos_of(instant: Instant) -> u64 {
+    signed_nanos_of(instant) as u64 & TIME
+}
+
+/// Returns the nanoseconds from a fixed moment of this process to an instant, within 292 years. The moment may be later
+/// than the instant, because paused clocks of several runtimes begin at different times.
+fn signed_nanos_of(instant: Instant) -> i64 {
     static EPOCH: OnceLock<Instant> = OnceLock::new();
     let epoch = *EPOCH.get_or_init(Instant::now);
-    let nanos = match instant.checked_duration_since(epoch) {
-        Some(after) => super::nanos(after),
-        None => super::nanos(epoch.saturating_duration_since(instant)).wrapping_neg(),
-    };
-    nanos & TIME
+    let signed = |time| i64::try_from(super::nanos(time)).unwrap_or(i64::MAX);
+    match instant.checked_duration_since(epoch) {
+        Some(after) => signed(after),
+        None => -signed(epoch.saturating_duration_since(instant)),
+    }
 }
 
 /// Returns the nanoseconds from `then` to `now`, or zero if `now` is earlier.
@@ -125,9 +130,9 @@ fn since_then(now: u64, then: u64) -> u64 {
     if nanos > TIME / 2 { 0 } else { nanos }
 }
 
-/// The instant of a caller deadline in milliseconds, modulo 2³². Its range is 24 days before and after the present.
+/// The instant of a caller deadline in nanoseconds. A later deadline than the range of [`signed_nanos_of`] is its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct CallerDeadline(NonZeroU32);
+pub(crate) struct CallerDeadline(NonZeroI64);
 
 impl CallerDeadline {
     #[inline]
@@ -136,18 +141,14 @@ impl CallerDeadline {
     }
 
     fn new(at: Instant) -> Self {
-        Self(NonZeroU32::new(Self::millis_of(at)).unwrap_or(NonZeroU32::MIN))
+        const BEFORE_ZERO: NonZeroI64 = NonZeroI64::new(-1).unwrap();
+        Self(NonZeroI64::new(signed_nanos_of(at)).unwrap_or(BEFORE_ZERO))
     }
 
-    fn millis_of(instant: Instant) -> u32 {
-        (nanos_of(instant) / 1_000_000) as u32
-    }
-
-    /// Returns the time until the deadline, rounded up, or zero after it.
+    /// Returns the time until the deadline, or zero after it.
     fn left(self) -> Duration {
-        let left = self.0.get().wrapping_sub(Self::millis_of(Instant::now()));
-        let is_over = left > u32::MAX / 2;
-        Duration::from_millis(if is_over { 0 } else { left.into() })
+        let left = self.0.get().saturating_sub(signed_nanos_of(Instant::now()));
+        Duration::from_nanos(u64::try_from(left).unwrap_or(0))
     }
 }
 
@@ -159,6 +160,10 @@ impl CallerDeadline {
 /// Layers that measure calls start their clocks by the mark, so that they do not attribute the time of a slow upload to
 /// the upstream. A client of your own that wraps request bodies can publish a mark, too: insert a clone into the
 /// extensions and report each frame. Without a mark the clocks start at the call.
+///
+/// Measuring layers request the mark in `poll_ready`. A service in between hides the request unless it polls the inner
+/// service in the same poll: `tower::buffer` polls it in another task, and a full concurrency limit polls it after the
+/// call. Then no mark is published, and the clocks start at the call.
 ///
 /// ```
 /// use buttress::call::SentMark;
@@ -235,15 +240,21 @@ impl SentMark {
         });
     }
 
-    /// Reports that the transport dropped the body, so that no more of the request will be sent. Time that is already
-    /// attributed to the upstream continues without a reset.
+    /// Reports that the transport dropped the body, so that no more of the request will be sent. The wait that is in
+    /// progress continues: a request that its caller had not finished is never attributed to the upstream.
     pub fn dropped(&self) {
         self.update(|progress| {
             progress.is_sent = true;
-            if progress.waits_for != WaitsFor::Upstream {
+            if progress.waits_for == WaitsFor::Transport {
                 progress.begin_wait_for(WaitsFor::Upstream);
             }
         });
+    }
+
+    /// Ignores later reports. A layer calls this before it drops an inner call, because the drop of the body is a
+    /// report.
+    pub(crate) fn freeze(&self) {
+        self.update(|progress| progress.is_sent = true);
     }
 
     /// Returns whether the request has been sent, or its body dropped.
@@ -287,11 +298,20 @@ pub(crate) fn request_mark() {
     IS_MARK_REQUESTED.set(true);
 }
 
-/// Runs `poll_ready` of an inner service, and returns whether an inner layer has requested a mark.
+/// Runs `poll_ready` of an inner service, and returns whether an inner layer has requested a mark. The requests reach
+/// the next outer layer, too, with those that were made before.
 #[inline]
 #[cfg(feature = "retry")]
 pub(crate) fn is_mark_requested<T>(poll_ready: impl FnOnce() -> T) -> (T, bool) {
-    IS_MARK_REQUESTED.set(false);
+    struct Restore(bool);
+
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            IS_MARK_REQUESTED.set(self.0 || IS_MARK_REQUESTED.get());
+        }
+    }
+
+    let _restore = Restore(IS_MARK_REQUESTED.replace(false));
     let polled = poll_ready();
     (polled, IS_MARK_REQUESTED.get())
 }

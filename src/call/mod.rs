@@ -43,6 +43,9 @@
 //! detected if a retry or a hedge is outside of the measuring layer (they publish a [`SentMark`]), or a timeout is
 //! inside of it. Otherwise the clock starts at the call.
 //!
+//! A layer attributes the drop of a call to a timeout outside of it only if the drop happens in the task of the timeout.
+//! `tokio::spawn` in between hides the cause, so such a call counts as a hang-up.
+//!
 //! The [breaker](crate::breaker#connection-housekeeping) lists the transports that do not reveal whether a connection
 //! was reused. [`Http`] describes gRPC.
 

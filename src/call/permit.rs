@@ -285,16 +285,29 @@ impl<G: Finish> Permit<G> {
     // ===== Accessors =====
 
     /// Returns the state that issued the permit, unless the permit is spent.
-    #[cfg(feature = "breaker")]
     pub(crate) fn giver(&self) -> Option<&G> {
         self.giver.as_ref()
     }
 
     /// Returns the record of the admission.
-    #[cfg(feature = "breaker")]
+    #[cfg(any(feature = "breaker", feature = "limit"))]
     #[inline]
     pub(crate) fn token(&self) -> Token {
         self.token
+    }
+
+    /// Takes over the clock and the record of the call from a permit for which this one stands.
+    #[cfg(feature = "limit")]
+    pub(crate) fn standing_for<L: Finish>(mut self, lent: &Permit<L>) -> Self {
+        self.token.clock = lent.token.clock;
+        self.context = lent.context;
+        self
+    }
+
+    /// Replaces the clock by the clock of a permit that stands for this one.
+    #[cfg(feature = "limit")]
+    pub(crate) fn replace_clock(&mut self, clock: UpstreamClock) {
+        self.token.clock = clock;
     }
 
     #[inline]

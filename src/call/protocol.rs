@@ -49,6 +49,14 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
     /// A call is about to be made, with this permit.
     fn begin<G: Giver>(&self, request: &mut Req, permit: impl FnOnce() -> Permit<G>) -> Self::Call;
 
+    /// Returns the permit that stands for the permit of the admission, if the protocol has lent that one to the handler
+    /// at the beginning of the call.
+    #[inline]
+    fn stand_in(call: &mut Self::Call) -> Option<&mut Permit> {
+        let _ = call;
+        None
+    }
+
     /// The inner service has answered: what the caller gets of it, before anybody has looked at it.
     fn wrap(response: Res) -> Self::Response;
 

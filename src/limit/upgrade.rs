@@ -3,12 +3,13 @@
 use std::{
     fmt,
     sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use super::core::Limiter;
 use crate::call::{
-    Anchor, CallerDeadline, Deadline, Finish, Giver, Hold, Judge, Outcome, Permit, SentMark,
-    Shared, Token,
+    Anchor, CallerDeadline, Deadline, Finish, Giver, Hold, Judge, Measures, Outcome, Permit,
+    SentMark, Shared, Token, UpstreamClock, WaitsFor,
 };
 use http::Request;
 
@@ -69,7 +70,8 @@ impl HeldPlace {
 impl Drop for HeldPlace {
     fn drop(&mut self) {
         match &mut self.of {
-            Of::Call(slot) => slot.leave(Holder::Call, Outcome::cancelled()),
+            // The time for which the handler holds the permit is not attributed to the upstream.
+            Of::Call(slot) => slot.leave(Holder::Call, Outcome::cancelled(), UpstreamClock::OFF),
             Of::Nobody(permit) => permit.end(Outcome::cancelled()),
         }
     }
@@ -111,33 +113,62 @@ impl Slot {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Returns the token of the lent permit, with the clock of the permit that stands for it.
+    fn inner_token(lent: &Permit, token: Token) -> Token {
+        Token { clock: token.clock, ..lent.token() }
+    }
+
     /// One of the two has gone, and `rest` would hold it on.
-    fn leave(&self, rest: Holder, outcome: Outcome) {
+    fn leave(&self, rest: Holder, outcome: Outcome, clock: UpstreamClock) {
         let mut state = self.lock();
         if state.holder == Holder::Both {
             state.holder = rest;
             return;
         }
         state.holder = Holder::Nobody;
-        let permit = state.permit.take();
+        let mut permit = state.permit.take();
         // Whoever gets in by it is woken outside of the lock.
         drop(state);
+        permit.replace_clock(clock);
         permit.finish(outcome);
     }
 }
 
 impl Finish for Slot {
-    fn finish(&self, _: Token, outcome: Outcome) {
-        self.leave(Holder::Handler, outcome);
+    fn finish(&self, token: Token, outcome: Outcome) {
+        self.leave(Holder::Handler, outcome, token.clock);
     }
 
-    fn head(&self, _: &mut Token, so_far: Outcome) {
+    fn head(&self, token: &mut Token, so_far: Outcome) {
+        let permit = &mut self.lock().permit;
+        permit.replace_clock(token.clock);
         // The permit of the call has already attributed a certain outcome.
-        self.lock().permit.head(so_far, false);
+        permit.head(so_far, false);
+        token.clock = permit.token().clock;
     }
 
     fn hold(&self) -> Hold {
         self.lock().permit.hold()
+    }
+
+    fn measures(&self) -> Measures {
+        self.lock().permit.giver().map_or(Measures::Nothing, |giver| giver.measures())
+    }
+
+    fn count_cancelled_after(&self) -> Option<Duration> {
+        self.lock().permit.giver()?.count_cancelled_after()
+    }
+
+    fn follows_reader(&self, token: Token) -> bool {
+        let permit = &self.lock().permit;
+        permit.giver().is_some_and(|giver| giver.follows_reader(Self::inner_token(permit, token)))
+    }
+
+    fn waits_for(&self, token: Token, what: WaitsFor) {
+        let permit = &self.lock().permit;
+        if let Some(giver) = permit.giver() {
+            giver.waits_for(Self::inner_token(permit, token), what);
+        }
     }
 }
 
@@ -158,7 +189,28 @@ pub struct Upgrades<M>(pub(super) M);
 #[derive(Debug)]
 pub struct Lent<C> {
     call: C,
-    permit: Permit<Shared<Slot>>,
+    stand_in: StandIn,
+}
+
+/// The permit that stands for the lent one. It measures the call, and releases the lent one at its end.
+#[derive(Debug)]
+struct StandIn {
+    permit: Permit,
+    mark: Option<SentMark>,
+}
+
+impl StandIn {
+    fn set_clock(&mut self) {
+        if let Some(mark) = self.mark.take() {
+            self.permit.set_clock(&mark);
+        }
+    }
+}
+
+impl Drop for StandIn {
+    fn drop(&mut self) {
+        self.set_clock();
+    }
 }
 
 impl<M, ReqB, Res, E> Judge<Request<ReqB>, Res, E> for Upgrades<M>
@@ -184,16 +236,19 @@ where
         let deadline = CallerDeadline::of(self.deadline(request));
         // Only one of the two has use for it.
         let call = self.0.begin(request, Permit::<G>::hollow);
+        let mark = self.sent_mark(request);
+        let permit = permit().observing(deadline, mark.is_some()).erase();
         let slot = Shared::new(Slot {
-            state: Mutex::new(State {
-                permit: permit().observing(deadline, false).erase(),
-                holder: Holder::Call,
-            }),
+            state: Mutex::new(State { permit, holder: Holder::Call }),
             outer: request.extensions_mut().remove(),
         });
-        let permit = slot.permit(Token::default());
+        let permit = slot.permit(Token::default()).standing_for(&slot.lock().permit).erase();
         request.extensions_mut().insert(Held(slot));
-        Lent { call, permit }
+        Lent { call, stand_in: StandIn { permit, mark } }
+    }
+
+    fn stand_in(lent: &mut Lent<M::Call>) -> Option<&mut Permit> {
+        Some(&mut lent.stand_in.permit)
     }
 
     fn wrap(response: Res) -> M::Response {
@@ -205,6 +260,7 @@ where
         result: Result<&mut M::Response, &E>,
         _taken_at_the_beginning: &mut Permit<G>,
     ) {
-        M::judge(lent.call, result, &mut lent.permit);
+        lent.stand_in.set_clock();
+        M::judge(lent.call, result, &mut lent.stand_in.permit);
     }
 }

@@ -301,6 +301,36 @@ async fn a_failure_by_which_the_upstream_reports_the_callers_deadline_is_neutral
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_deadline_far_in_the_future_has_not_passed() {
+    use super::support::{Piece, ScriptBody, trailers_only};
+    use http_body_util::BodyExt;
+
+    const DAY: u64 = 24 * 3600;
+    type MakeResponse = fn() -> http::Response<ScriptBody>;
+    let causes: [(&str, MakeResponse); 3] = [
+        ("504", || status(504)),
+        ("DEADLINE_EXCEEDED", || trailers_only("4")),
+        ("body", || http::Response::new(ScriptBody::new([Piece::data("a"), Piece::Error]))),
+    ];
+    let times = [1, 24, 25, 30, 48, 50, 400 * 365].map(|days| secs(days * DAY));
+    for time in times.into_iter().chain([Duration::MAX]) {
+        for (name, response) in causes {
+            let breaker = CircuitBreakerLayer::http();
+            let client = breaker.layer(service_fn(move |_: Request<()>| async move {
+                Ok::<_, BoxError>(response())
+            }));
+            for _ in 0..5 {
+                let mut request = request();
+                request.extensions_mut().insert(caller_deadline(time));
+                let response = client.clone().oneshot(request).await.unwrap();
+                let _ = response.into_body().collect().await;
+            }
+            assert_eq!(breaker.handle().state(), State::Open, "{name} with {time:?}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_body_that_is_cut_off_at_the_callers_deadline_is_neutral() {
     use http_body_util::BodyExt;
 

@@ -3,19 +3,32 @@
 use std::time::Duration;
 
 use buttress::{
-    CircuitBreakerLayer, ConcurrencyLimitLayer, RetryLayer, TimeoutLayer, Trip,
+    CircuitBreakerLayer, ConcurrencyLimitLayer, HedgeLayer, RetryLayer, TimeoutLayer, Timeouts,
+    Trip,
     breaker::State,
     call::SentMark,
     config::{ClientConfig, ServerConfig},
-    limit::adaptive::{Algorithm, Change, Sample},
+    connect::{Client, ConnectLayer},
+    limit::{
+        Held,
+        adaptive::{Algorithm, Change, Sample},
+    },
     stack::ClientStack,
 };
+use futures_util::FutureExt;
+use http::Request;
 use http_body_util::BodyExt;
+use hyper_util::rt::TokioIo;
 use std::sync::{Arc, Mutex};
 use tokio::time::{Instant, advance, sleep, timeout};
-use tower::{Layer, ServiceBuilder, ServiceExt};
+use tower::{Layer, Service, ServiceBuilder, ServiceExt};
 
-use super::fixtures::{Upstream, UpstreamService, get, make_half_open, ms, secs, trickle, upload};
+use super::{
+    fixtures::{
+        TestBody, Upstream, UpstreamService, get, make_half_open, ms, secs, trickle, upload,
+    },
+    support::{self, Piece, ScriptBody, status},
+};
 
 fn slow_rule() -> CircuitBreakerLayer {
     CircuitBreakerLayer::new(Trip::slow_ratio(0.5, secs(1)).over(10).min_calls(5))
@@ -100,6 +113,41 @@ async fn a_hang_up_on_an_upstream_that_stopped_reading_is_a_failure() {
         timeout(secs(5), call).await.unwrap_err();
     }
     assert_eq!(breaker.handle().state(), State::Open);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hedge_inside_of_a_breaker_keeps_the_mark_that_the_breaker_requests() {
+    let breaker = CircuitBreakerLayer::http();
+    let upstream = UpstreamService::new(Upstream::Responds(ms(1)));
+    let hedged = HedgeLayer::http(secs(600)).layer(upstream);
+    let client = RetryLayer::http().layer(breaker.layer(hedged));
+    for _ in 0..5 {
+        timeout(secs(3), client.clone().oneshot(upload(secs(300)))).await.unwrap_err();
+    }
+    assert_eq!(breaker.handle().state(), State::Closed);
+}
+
+/// The second poll does not reach the breaker, because the limit is ready already.
+#[tokio::test(start_paused = true)]
+async fn a_service_that_is_polled_twice_for_readiness_publishes_a_mark() {
+    let upstream = || UpstreamService::new(Upstream::Responds(ms(1)));
+    macro_rules! hang_ups {
+        ($outer:expr) => {{
+            let breaker = CircuitBreakerLayer::http();
+            let limit = ConcurrencyLimitLayer::new(10);
+            let client = $outer.layer(limit.layer(breaker.layer(upstream())));
+            for _ in 0..5 {
+                let mut client = client.clone();
+                for _ in 0..2 {
+                    ServiceExt::<Request<TestBody>>::ready(&mut client).await.unwrap();
+                }
+                timeout(secs(3), client.call(upload(secs(300)))).await.unwrap_err();
+            }
+            breaker.handle().state()
+        }};
+    }
+    assert_eq!(hang_ups!(RetryLayer::http()), State::Closed, "retry");
+    assert_eq!(hang_ups!(HedgeLayer::http(secs(600))), State::Closed, "hedge");
 }
 
 // ===== Half-open =====
@@ -289,6 +337,239 @@ async fn an_adaptive_limit_of_a_server_does_not_measure_slow_uploads() {
     let request = upload(secs(3)).map(Body::new);
     assert_eq!(app.oneshot(request).await.unwrap().status(), 200);
     assert_eq!(recorder.latencies(), [20]);
+}
+
+/// Responds 50 ms after the call. Until then the transport waits for frames of the request body. It drops the body after
+/// the response.
+fn responds_early<B>(
+    response: fn() -> http::Response<ScriptBody>,
+) -> impl Service<
+    Request<B>,
+    Response = http::Response<ScriptBody>,
+    Error = buttress::BoxError,
+    Future: Send,
+> + Clone
+where
+    B: http_body::Body<Data = bytes::Bytes, Error: Send> + Send + 'static,
+{
+    tower::service_fn(move |request: Request<B>| async move {
+        let mut body = Box::pin(request.into_body());
+        let reads = async {
+            while let Some(Ok(_)) = body.frame().await {}
+            std::future::pending::<()>().await;
+        };
+        timeout(ms(50), reads).await.unwrap_err();
+        tokio::spawn(async move { drop(body) });
+        Ok(response())
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_ends_before_its_request_has_been_sent_is_not_a_sample() {
+    let responses: [fn() -> http::Response<ScriptBody>; 4] = [
+        || status(401),
+        || status(503),
+        || support::grpc([Piece::Trailers(support::trailers("0"))]),
+        || support::grpc([Piece::Trailers(support::trailers("14"))]),
+    ];
+    for response in responses {
+        let recorder = Recorder::default();
+        let limit = ConcurrencyLimitLayer::adaptive(recorder.clone());
+        let inner = limit.layer(responds_early(response));
+        let with_mark = RetryLayer::http().attempts(1).layer(inner);
+        let over_timeout = limit.layer(TimeoutLayer::http().layer(responds_early(response)));
+        for request in [get(), upload(secs(300))] {
+            let is_sent = http_body::Body::is_end_stream(request.body());
+            let samples = if is_sent { vec![50] } else { Vec::new() };
+            let response = with_mark.clone().oneshot(request).await.unwrap();
+            response.into_body().collect().await.unwrap();
+            assert_eq!(recorder.latencies(), samples, "with a mark");
+        }
+        let response = over_timeout.oneshot(upload(secs(300))).await.unwrap();
+        response.into_body().collect().await.unwrap();
+        assert_eq!(recorder.latencies(), [0; 0], "over a timeout");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_timeout_during_an_upload_is_not_a_drop_for_an_adaptive_limit() {
+    let recorder = Recorder::default();
+    let limit = ConcurrencyLimitLayer::adaptive(recorder.clone());
+    let timeout = || TimeoutLayer::new(Timeouts::server().total(secs(10)));
+    let upstream = || UpstreamService::new(Upstream::Responds(ms(1)));
+    let inside = limit.layer(timeout().layer(upstream()));
+    assert!(inside.oneshot(trickle(ms(300), 10_000)).await.is_err());
+    let outside = RetryLayer::http().layer(timeout().layer(limit.layer(upstream())));
+    assert!(outside.oneshot(upload(secs(300))).await.is_err());
+    assert_eq!(recorder.latencies(), [0; 0]);
+}
+
+/// The handler of an axum server responds without the body of the request.
+#[tokio::test(start_paused = true)]
+async fn requests_whose_bodies_never_arrive_do_not_reduce_an_adaptive_limit() {
+    use axum::{Router, routing::any};
+
+    let recorder = Recorder::default();
+    let handler = async |body: axum::body::Body| {
+        sleep(ms(50)).await;
+        drop(body);
+    };
+    let app: Router = Router::new().route("/", any(handler)).layer(
+        ServiceBuilder::new()
+            .layer(ConcurrencyLimitLayer::adaptive(recorder.clone()).respond())
+            .layer(TimeoutLayer::server().respond()),
+    );
+    for request in [get(), upload(secs(300)), get()] {
+        assert_eq!(
+            app.clone().oneshot(request.map(axum::body::Body::new)).await.unwrap().status(),
+            200
+        );
+    }
+    assert!(recorder.latencies().iter().all(|latency| *latency == 50));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_response_without_a_wait_is_a_sample() {
+    let recorder = Recorder::default();
+    let limit = ConcurrencyLimitLayer::adaptive(recorder.clone());
+    let at_once =
+        tower::service_fn(|_: Request<_>| async { Ok::<_, buttress::BoxError>(status(200)) });
+    let client = RetryLayer::http().layer(limit.layer(at_once));
+    for request in [get(), upload(secs(3))] {
+        client.clone().oneshot(request).await.unwrap();
+    }
+    assert_eq!(recorder.latencies(), [0, 0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failure_to_connect_in_time_is_a_drop_although_nothing_has_been_sent() {
+    let recorder = Recorder::default();
+    let limit = ConcurrencyLimitLayer::adaptive(recorder.clone());
+    let connects = ConnectLayer::new().connect_timeout(ms(200));
+    let hangs = tower::service_fn(|_: http::Uri| {
+        std::future::pending::<std::io::Result<TokioIo<tokio::net::TcpStream>>>()
+    });
+    let client = limit.layer(Client::builder(connects).build(hangs));
+    let client = RetryLayer::http().attempts(1).layer(client);
+    let mut request = upload(secs(3));
+    *request.uri_mut() = "http://localhost/".parse().unwrap();
+    assert!(client.oneshot(request).await.is_err());
+    let samples: Vec<_> =
+        recorder.0.lock().unwrap().drain(..).map(|(_, dropped)| dropped).collect();
+    assert_eq!(samples, [true]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_limit_with_upgrades_measures_as_without() {
+    type MakeRequest = fn() -> Request<TestBody>;
+
+    let samples = async |upgrades: bool, upstream: Upstream, request: MakeRequest| {
+        let recorder = Recorder::default();
+        let limit = ConcurrencyLimitLayer::adaptive(recorder.clone());
+        macro_rules! call {
+            ($limit:expr) => {{
+                let over_timeout =
+                    $limit.layer(TimeoutLayer::http().layer(UpstreamService::new(upstream)));
+                let with_mark =
+                    RetryLayer::http().layer($limit.layer(UpstreamService::new(upstream)));
+                let _ = timeout(secs(5), over_timeout.oneshot(request())).await.map(Result::unwrap);
+                let _ = timeout(secs(5), with_mark.oneshot(request())).await.map(Result::unwrap);
+            }};
+        }
+        if upgrades {
+            call!(limit.clone().upgrades());
+        } else {
+            call!(limit.clone());
+        }
+        assert_eq!(limit.handle().snapshot().in_flight, 0);
+        recorder.0.lock().unwrap().drain(..).collect::<Vec<_>>()
+    };
+    let responds = Upstream::Responds(ms(20));
+    let sample = (ms(20), false);
+    let drop = (secs(5), true);
+    let cases: [(&str, Upstream, MakeRequest, [_; 2]); 4] = [
+        ("a response", responds, get, [Some(sample), Some(sample)]),
+        ("a response after an upload", responds, || upload(secs(3)), [Some(sample), Some(sample)]),
+        ("a hang-up during an upload", responds, || upload(secs(300)), [None, None]),
+        ("a hang-up on a hung upstream", Upstream::Hangs, get, [Some(drop), Some(drop)]),
+    ];
+    for (name, upstream, request, expected) in cases {
+        let expected: Vec<_> = expected.into_iter().flatten().collect();
+        assert_eq!(samples(false, upstream, request).await, expected, "{name}");
+        assert_eq!(samples(true, upstream, request).await, expected, "{name}, with upgrades");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_limit_with_upgrades_measures_a_queued_call_from_its_permit_on() {
+    #[derive(Debug)]
+    struct OneCall(Recorder);
+
+    impl Algorithm for OneCall {
+        fn limit(&self) -> u32 {
+            1
+        }
+
+        fn set_limit(&mut self, _: u32) {}
+
+        fn hear(&mut self, sample: &Sample) -> Option<Change> {
+            self.0.hear(sample)
+        }
+    }
+
+    let recorder = Recorder::default();
+    let limit = ConcurrencyLimitLayer::adaptive(OneCall(recorder.clone())).queue(10, secs(60));
+    let client = limit.upgrades().layer(UpstreamService::new(Upstream::Responds(ms(20))));
+    let calls = [(); 3].map(|()| tokio::spawn(client.clone().oneshot(get())));
+    for call in calls {
+        let response = call.await.unwrap().unwrap();
+        response.into_body().collect().await.unwrap();
+    }
+    assert_eq!(recorder.latencies(), [20; 3]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_timeout_during_an_upload_is_not_a_drop_for_a_limit_with_upgrades() {
+    let recorder = Recorder::default();
+    let limit = ConcurrencyLimitLayer::adaptive(recorder.clone()).upgrades();
+    let limited = limit.layer(UpstreamService::new(Upstream::Responds(ms(1))));
+    let client = TimeoutLayer::new(Timeouts::new().total(secs(10))).layer(limited);
+    assert!(RetryLayer::http().attempts(1).layer(client).oneshot(upload(secs(300))).await.is_err());
+    assert_eq!(recorder.latencies(), [0; 0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_handler_that_holds_a_permit_after_its_call_is_not_a_sample() {
+    let recorder = Recorder::default();
+    let limit = ConcurrencyLimitLayer::adaptive(recorder.clone()).upgrades();
+    let hangs = tower::service_fn(|request: Request<TestBody>| async move {
+        let held = request.extensions().get::<Held>().unwrap().take();
+        tokio::spawn(async move {
+            sleep(secs(60)).await;
+            std::mem::drop(held);
+        });
+        std::future::pending::<Result<http::Response<ScriptBody>, buttress::BoxError>>().await
+    });
+    timeout(secs(5), limit.layer(hangs).oneshot(get())).await.unwrap_err();
+    assert_eq!(limit.handle().snapshot().in_flight, 1);
+    sleep(secs(61)).await;
+    assert_eq!(limit.handle().snapshot().in_flight, 0);
+    assert_eq!(recorder.latencies(), [0; 0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_limit_counts_cancelled_calls_after_less_than_a_millisecond() {
+    let recorder = Recorder::default();
+    let time = Duration::from_micros(900);
+    let limit = ConcurrencyLimitLayer::adaptive(recorder.clone()).count_cancelled_after(time);
+    let client = limit.layer(UpstreamService::new(Upstream::Hangs));
+    for (after, samples) in [(Duration::from_micros(899), 0), (time, 1)] {
+        let mut call = Box::pin(client.clone().oneshot(get()));
+        assert!((&mut call).now_or_never().is_none());
+        advance(after).await;
+        drop(call);
+        assert_eq!(recorder.latencies().len(), samples, "after {after:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

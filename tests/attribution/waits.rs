@@ -1,7 +1,7 @@
 //! Waits inside the client: for a permit, a connection or the next attempt. They are never attributed to the upstream.
 
 use buttress::{
-    CircuitBreakerLayer, ConcurrencyLimitLayer, RetryLayer, TimeoutLayer, Timeouts,
+    CircuitBreakerLayer, ConcurrencyLimitLayer, HedgeLayer, RetryLayer, TimeoutLayer, Timeouts,
     breaker::State,
     connect::{Client, ConnectLayer},
 };
@@ -77,6 +77,32 @@ async fn a_hang_up_between_two_attempts_is_neutral() {
         timeout(secs(10), client.clone().oneshot(request)).await.unwrap_err();
     }
     assert_eq!(watch.seen().calls, 5);
+    assert_eq!(breaker.handle().snapshot().seen.consecutive_failures, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hedge_attempt_in_a_queue_does_not_hide_that_the_first_attempt_hangs() {
+    let breaker = CircuitBreakerLayer::http();
+    let limit = ConcurrencyLimitLayer::new(1).queue(100, secs(600));
+    let limited = limit.layer(UpstreamService::new(Upstream::Hangs));
+    let client = breaker.layer(HedgeLayer::http(ms(100)).layer(limited));
+    for _ in 0..5 {
+        timeout(secs(20), client.clone().oneshot(get())).await.unwrap_err();
+    }
+    assert_eq!(breaker.handle().state(), State::Open);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hang_up_is_neutral_if_both_attempts_wait_inside_the_client() {
+    let breaker = CircuitBreakerLayer::http();
+    let limit = ConcurrencyLimitLayer::new(1).queue(100, secs(600));
+    let limited = limit.layer(UpstreamService::new(Upstream::Hangs));
+    let _holder = tokio::spawn(limited.clone().oneshot(get()));
+    tokio::task::yield_now().await;
+    let client = breaker.layer(HedgeLayer::http(ms(100)).layer(limited));
+    for _ in 0..5 {
+        timeout(secs(20), client.clone().oneshot(get())).await.unwrap_err();
+    }
     assert_eq!(breaker.handle().snapshot().seen.consecutive_failures, 0);
 }
 

@@ -16,7 +16,7 @@ use super::{Algorithm, Change, Reason, Sample};
 use crate::{
     call::{
         COUNT_CANCELLED_AFTER, Clock, Measures, Outcome, OutcomeKind, Reason as Why, Token,
-        UpstreamClock,
+        UpstreamClock, nanos,
     },
     event,
 };
@@ -28,7 +28,7 @@ const NEVER: u64 = u64::MAX;
 pub(in crate::limit) struct Teller {
     clock: Clock,
     to_the_end: AtomicBool,
-    /// In milliseconds, or [`NEVER`].
+    /// In nanoseconds, or [`NEVER`].
     count_cancelled_after: AtomicU64,
     state: Mutex<State>,
 }
@@ -48,20 +48,19 @@ impl Teller {
         Self {
             clock: Clock::new(),
             to_the_end: AtomicBool::new(false),
-            count_cancelled_after: AtomicU64::new(COUNT_CANCELLED_AFTER.as_millis() as u64),
+            count_cancelled_after: AtomicU64::new(nanos(COUNT_CANCELLED_AFTER)),
             state: Mutex::new(state),
         }
     }
 
     pub(in crate::limit) fn set_count_cancelled_after(&self, time: Option<Duration>) {
-        let ms = time.map_or(NEVER, |time| u64::try_from(time.as_millis()).unwrap_or(NEVER));
-        self.count_cancelled_after.store(ms, Ordering::Relaxed);
+        self.count_cancelled_after.store(time.map_or(NEVER, nanos), Ordering::Relaxed);
     }
 
     pub(in crate::limit) fn count_cancelled_after(&self) -> Option<Duration> {
         match self.count_cancelled_after.load(Ordering::Relaxed) {
             NEVER => None,
-            ms => Some(Duration::from_millis(ms)),
+            time => Some(Duration::from_nanos(time)),
         }
     }
 
@@ -122,7 +121,7 @@ impl Teller {
             return false;
         }
         if so_far.kind() == OutcomeKind::Cancelled {
-            if token.tag != HEARD {
+            if token.tag != HEARD && !token.clock.is_off() {
                 token.clock.stop(Instant::now());
             }
             return false;
@@ -132,6 +131,7 @@ impl Teller {
     }
 
     /// A call has come as far as is measured: whether that changed the limit. `apply` runs before anybody else can change the limit.
+    /// A call whose request has not been sent is not a sample, unless it failed to connect in time.
     pub(in crate::limit) fn hear(
         &self,
         token: Token,
@@ -143,10 +143,16 @@ impl Teller {
         }
         let Some(dropped) = is_drop(outcome) else { return false };
         let now = Instant::now();
+        let latency = match token.clock.elapsed(now) {
+            Some(latency) => latency,
+            None if outcome.reason() == Why::ConnectTimeout => Duration::ZERO,
+            // The clock starts at the admission. It is off because the request has not been sent, so the time of the
+            // call belongs to its caller.
+            None => return false,
+        };
         let sample = Sample {
             now: Duration::from_nanos(self.clock.at(now)),
-            // The clock is off if the call never waited for the upstream.
-            latency: token.clock.elapsed(now).unwrap_or_default(),
+            latency,
             in_flight: u32::try_from(token.tag).unwrap_or(u32::MAX),
             dropped,
         };

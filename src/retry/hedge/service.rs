@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     admission::Reusable,
-    call::{DropCause, Http, Lease, Striped, is_mark_requested},
+    call::{DropCause, Http, Lease, Striped, WaitsFor, is_mark_requested},
     event,
 };
 
@@ -76,7 +76,8 @@ where
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), M::Error>> {
         let (polled, marks) = is_mark_requested(|| self.inner.poll_ready(cx));
-        self.marks = marks;
+        // Not reset: a layer in between that is ready already does not poll the inner layers again.
+        self.marks |= marks;
         polled.map_err(M::error)
     }
 
@@ -159,10 +160,15 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
         let is_grpc_call = *this.is_grpc_call;
+        // What the first attempt waits for, while it is under way.
+        let mut first_waits_for = None;
         // The first copy before the timer and before the hedge: what is there already is not hedged.
         if let Some(mut first) = this.first.as_mut().as_pin_mut() {
+            WaitsFor::reset();
             let held = first.as_mut().poll_held(&*this.protocol, is_grpc_call, cx);
+            first_waits_for = Some(WaitsFor::reported());
             if let Poll::Ready(weight) = held {
+                first_waits_for = None;
                 if is_good(weight) {
                     this.core.well(this.began.take());
                 }
@@ -197,7 +203,10 @@ where
                     this.second.set(second);
                 }
                 SecondProj::Readying { service, withdrawal } => {
-                    let ready = ready!(service.poll_ready(cx));
+                    let Poll::Ready(ready) = service.poll_ready(cx) else {
+                        report(first_waits_for, Some(WaitsFor::Client));
+                        return Poll::Pending;
+                    };
                     // The request is needed once more, or never.
                     let (Ok(()), Some(kept)) = (ready, this.kept.take()) else {
                         this.second.set(Second::Never);
@@ -217,8 +226,12 @@ where
                     this.second.set(Second::Sent { hedge });
                 }
                 SecondProj::Sent { mut hedge } => {
+                    WaitsFor::reset();
                     let held = hedge.as_mut().poll_held(&*this.protocol, is_grpc_call, cx);
-                    let weight = ready!(held);
+                    let Poll::Ready(weight) = held else {
+                        report(first_waits_for, Some(WaitsFor::reported()));
+                        return Poll::Pending;
+                    };
                     if !is_good(weight) && this.first.is_some() {
                         event!(
                             DEBUG,
@@ -239,10 +252,27 @@ where
                     *this.kept = None;
                     return Poll::Ready(M::pass(held, Some(Hedged { won: true })));
                 }
-                SecondProj::Lost | SecondProj::Never => return Poll::Pending,
+                SecondProj::Lost | SecondProj::Never => {
+                    report(first_waits_for, None);
+                    return Poll::Pending;
+                }
                 SecondProj::Answered => unreachable!("polled after completion"),
             }
         }
+    }
+}
+
+/// Reports to the outer layers what the attempts under way wait for. A wait for the upstream takes precedence over a wait
+/// for the caller, and both over a wait inside the client, so that a hedge attempt in a queue does not hide a first
+/// attempt that hangs.
+fn report(first: Option<WaitsFor>, hedge: Option<WaitsFor>) {
+    let rank = |what: &WaitsFor| match what {
+        WaitsFor::Upstream => 0,
+        WaitsFor::Client => 2,
+        _ => 1,
+    };
+    if let Some(what) = first.into_iter().chain(hedge).min_by_key(rank) {
+        what.report();
     }
 }
 
