@@ -130,7 +130,8 @@
 //!
 //! The timeout starts when the request has been sent, as far as a [`SentMark`](crate::call::SentMark) or a timeout
 //! layer inside of the breaker reveals it. A probe that waits for its caller, to send more of the request or to read
-//! the response, leaves its slot to other calls. A probe that still waits inside the client (for a permit or a
+//! the response, leaves its slot after 100 ms, so that slow callers do not keep other calls from probing. Its outcome
+//! still counts, and a good response has passed by then. A probe that still waits inside the client (for a permit or a
 //! connection) when its timeout expires releases its slot without a result.
 //!
 //! | callers beyond the probes | |

@@ -25,9 +25,10 @@
 //! | the same, and the upstream had the complete request for `count_cancelled_after` without a response head | failure, [`NoResponse`](Reason::NoResponse) | failure | failed | drop | ends the call | ends the call |
 //! | the upstream reports the caller's deadline: 504, `DEADLINE_EXCEEDED`, or a body cut off at that time | as the deadline itself | neutral | releases its slot | neutral | ends the call | a failed attempt |
 //! | a timeout, or a deadline of the [operator](DeadlineSource::Operator) | failure, [`Timeout`](Reason::Timeout) | failure | failed | drop | safe methods, before the deadline | a failed attempt |
-//! | a slow upload | as the response | its time is not measured | leaves its slot to other calls | its time is not measured | – | – |
+//! | a timeout that expires during an upload or in the queue of an inner layer, or before the upstream had the request for half of it | cancelled | neutral | releases its slot | neutral | safe methods, before the deadline | a failed attempt |
+//! | a slow upload | as the response | its time is not measured | leaves its slot after 100 ms | its time is not measured | – | – |
 //! | the request body stalls or fails | cancelled, [`Caller`](Reason::Caller) | neutral | releases its slot | neutral | not retried | a failed attempt |
-//! | a slow reader of the response | as the response | its time is not measured | leaves its slot to other calls | its time is not measured | – | – |
+//! | a slow reader of the response | as the response | its time is not measured | has passed after 100 ms | its time is not measured | – | – |
 //! | a wait inside the client: for a permit, a connection, the next attempt | – | its time is not measured | releases its slot when its timeout expires | its time is not measured | – | – |
 //! | a rejection by an inner layer | cancelled, [`Rejected`](Reason::Rejected) | neutral | releases its slot | neutral | ends the call | a failed attempt |
 //! | never sent, `REFUSED_STREAM`, a stream above the last one of a `GOAWAY` with `NO_ERROR` | [housekeeping](Outcome::is_housekeeping) | neutral | releases its slot | neutral | at once, any method | the other attempt decides |
