@@ -497,7 +497,8 @@ async fn an_operator_timeout_during_an_upload_is_neutral() {
         let call = service.oneshot(trickle(ms(300), 10_000));
         Box::pin(async move { call.await.map(drop).map_err(Into::into) })
     }
-    let stacks: [(&str, fn(CircuitBreakerLayer) -> Call); 4] = [
+    type Build = fn(CircuitBreakerLayer) -> Call;
+    let stacks: [(&str, Build); 4] = [
         ("retry's attempt timeout", |breaker| {
             let retry = RetryLayer::http().attempts(1).attempt_timeout(secs(10));
             call(retry.layer(breaker.layer(healthy())))
@@ -533,7 +534,7 @@ async fn a_server_timeout_that_a_slow_upload_used_up_does_not_count_against_the_
             let upstream = upstream.clone();
             async move {
                 let _ = request.into_body().collect().await;
-                upstream.oneshot(get()).await.map_err(BoxError::from)
+                upstream.oneshot(get()).await
             }
         });
         let server = TimeoutLayer::new(Timeouts::server().total(secs(10))).layer(handler);
