@@ -152,6 +152,12 @@ pub(crate) fn of_error(error: &(dyn Error + 'static)) -> Outcome {
             },
             // An error of the caller is neutral, whatever its inner errors are.
             Some(found) if found.reason() == Reason::Caller => return found.outcome(&transport),
+            // The server has processed the request, so no inner error can turn this into housekeeping.
+            Some(found) if cause.reason() == Reason::Body => {
+                if found.reason() == Reason::Timeout {
+                    cause = found;
+                }
+            }
             Some(found) => cause = found,
             None => {}
         }
@@ -255,7 +261,10 @@ fn cause_of(error: &(dyn Error + 'static), transport: &Transport) -> Option<Caus
         if error.is_connect() {
             return Some(Cause::failure(Reason::ConnectFailed));
         }
-        return error.is_timeout().then_some(Cause::failure(Reason::Timeout));
+        if error.is_timeout() {
+            return Some(Cause::failure(Reason::Timeout));
+        }
+        return (error.is_body() || error.is_decode()).then_some(Cause::failure(Reason::Body));
     }
     None
 }
@@ -292,6 +301,9 @@ fn of_hyper(error: &hyper::Error) -> Option<Cause> {
     if error.is_user() {
         return Some(Cause::neutral(Reason::Caller));
     }
+    if is_response_body(error) {
+        return Some(Cause::failure(Reason::Body));
+    }
     if error.is_canceled() || error.is_closed() {
         return Some(Cause::neutral(Reason::NeverSent));
     }
@@ -312,6 +324,12 @@ fn is_dispatch_gone(error: &hyper::Error) -> bool {
     error.is_user()
         && error.to_string().starts_with("dispatch task is gone")
         && !error.source().is_some_and(has_panicked)
+}
+
+/// Returns whether the connection or the stream failed after the response head. hyper has no accessor for it.
+#[cfg(feature = "hyper")]
+fn is_response_body(error: &hyper::Error) -> bool {
+    error.to_string() == "error reading a body from connection"
 }
 
 #[cfg(feature = "hyper")]

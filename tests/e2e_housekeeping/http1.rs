@@ -77,6 +77,23 @@ async fn a_stale_connection_loses_a_post_and_is_neutral() {
 }
 
 #[tokio::test]
+async fn a_connection_that_breaks_after_the_response_head_is_a_failure() {
+    for end in ENDS {
+        let peer = peer::cuts_off_bodies(end).await;
+        for kind in KINDS {
+            let error = fails(&kind.http1(), Method::GET, peer.addr).await;
+            let outcome = Outcome::of_error(&*error);
+            assert_eq!(outcome, Outcome::failure().because(Reason::Body), "{kind:?}: {error:?}");
+        }
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let response = client.get(format!("http://{}/", peer.addr)).send().await.unwrap();
+        let error = response.bytes().await.unwrap_err();
+        let outcome = Outcome::of_error(&error);
+        assert_eq!(outcome, Outcome::failure().because(Reason::Body), "{error:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_server_that_ends_every_connection_opens_the_circuit() {
     for kind in KINDS {
         for end in ENDS {
