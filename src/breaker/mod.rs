@@ -109,8 +109,10 @@
 //! failure, and keeps its [`Reason`](crate::call::Reason), in two cases, also for half-open probes:
 //!
 //! - The circuit has not seen any response since it was made, and the request was not sent or its connection broke.
-//!   No connection can have been reused by then.
-//! - More than 100 calls in a row, over at least 1 s, ended by housekeeping, without a response in between.
+//!   No connection can have been reused by then. A connection that is known to be reused is exempt.
+//! - Housekeeping has outnumbered responses by more than 100, for at least 1 s. Each reused connection has delivered a
+//!   response, so this does not happen as long as the upstream works. The count rises by 1 with each housekeeping
+//!   outcome and falls by 1 with each response. It starts again after 10 s without housekeeping.
 //!
 //! # Waits
 //!

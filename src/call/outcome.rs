@@ -267,13 +267,6 @@ impl Outcome {
         matches!(self.reason, Reason::NeverSent | Reason::RefusedStream | Reason::GoAway)
     }
 
-    /// Returns whether the call ended by housekeeping and the server cannot have processed it. The call then spent
-    /// its time inside the client.
-    #[cfg(feature = "breaker")]
-    pub(crate) const fn is_unprocessed_housekeeping(&self) -> bool {
-        self.is_housekeeping() && self.is_unprocessed()
-    }
-
     /// Returns whether the outcome proves that the upstream sent a response.
     #[cfg(feature = "breaker")]
     pub(crate) const fn has_response(&self) -> bool {
