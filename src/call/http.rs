@@ -158,6 +158,8 @@ pub(crate) fn of_error(error: &(dyn Error + 'static)) -> Outcome {
                     cause = found;
                 }
             }
+            // hyper returned the request. The inner error is that of the connection, and not of the request.
+            Some(found) if found.reason() == Reason::NeverSent => return found.outcome(&transport),
             Some(found) => cause = found,
             None => {}
         }
@@ -170,9 +172,10 @@ pub(crate) fn of_error(error: &(dyn Error + 'static)) -> Outcome {
 #[derive(Clone, Copy, Debug)]
 enum Cause {
     Known(Outcome),
-    /// The connection broke before a response. The outcome depends on whether the connection was reused. The reason
-    /// applies if that is unknown.
-    Broken(Reason),
+    /// The connection broke before a response. The outcome depends on whether the connection was reused.
+    Broken,
+    /// The connection broke before the client sent the request. This is a failure if the connection was new.
+    BrokenBeforeSending,
 }
 
 impl Cause {
@@ -189,16 +192,21 @@ impl Cause {
     fn reason(self) -> Reason {
         match self {
             Self::Known(outcome) => outcome.reason(),
-            Self::Broken(reason) => reason,
+            Self::Broken => Reason::Reset,
+            Self::BrokenBeforeSending => Reason::NeverSent,
         }
     }
 
     fn outcome(self, transport: &Transport) -> Outcome {
         match (self, transport.is_reused) {
             (Self::Known(outcome), _) => outcome,
-            (Self::Broken(_), Some(true)) => Outcome::cancelled().because(Reason::StaleConnection),
-            (Self::Broken(_), Some(false)) => Outcome::failure().because(Reason::Reset),
-            (Self::Broken(reason), None) => Outcome::cancelled().because(reason),
+            (Self::Broken, Some(true)) => Outcome::cancelled().because(Reason::StaleConnection),
+            (Self::Broken | Self::BrokenBeforeSending, Some(false)) => {
+                Outcome::failure().because(self.reason())
+            }
+            (Self::Broken | Self::BrokenBeforeSending, _) => {
+                Outcome::cancelled().because(self.reason())
+            }
         }
     }
 }
@@ -283,11 +291,7 @@ fn of_io(kind: io::ErrorKind, transport: &Transport) -> Option<Cause> {
         }
         K::ConnectionReset | K::ConnectionAborted | K::BrokenPipe | K::UnexpectedEof => {
             // Without hyper in the chain, the error need not come from a connection of a client.
-            if transport.is_hyper {
-                Cause::Broken(Reason::Reset)
-            } else {
-                Cause::failure(Reason::Reset)
-            }
+            if transport.is_hyper { Cause::Broken } else { Cause::failure(Reason::Reset) }
         }
         _ => return None,
     })
@@ -296,7 +300,7 @@ fn of_io(kind: io::ErrorKind, transport: &Transport) -> Option<Cause> {
 #[cfg(feature = "hyper")]
 fn of_hyper(error: &hyper::Error) -> Option<Cause> {
     if is_dispatch_gone(error) {
-        return Some(Cause::Broken(Reason::Reset));
+        return Some(Cause::Broken);
     }
     if error.is_user() {
         return Some(Cause::neutral(Reason::Caller));
@@ -304,11 +308,14 @@ fn of_hyper(error: &hyper::Error) -> Option<Cause> {
     if is_response_body(error) {
         return Some(Cause::failure(Reason::Body));
     }
+    if error.is_canceled() && error.source().is_some_and(|source| source.is::<hyper::Error>()) {
+        return Some(Cause::BrokenBeforeSending);
+    }
     if error.is_canceled() || error.is_closed() {
         return Some(Cause::neutral(Reason::NeverSent));
     }
     if error.is_incomplete_message() {
-        return Some(Cause::Broken(Reason::StaleConnection));
+        return Some(Cause::Broken);
     }
     error.is_timeout().then_some(Cause::failure(Reason::Timeout))
 }
