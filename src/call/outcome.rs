@@ -268,7 +268,7 @@ impl Outcome {
     }
 
     /// Returns whether the outcome proves that the upstream sent a response.
-    #[cfg(feature = "breaker")]
+    #[cfg(any(feature = "breaker", feature = "retry"))]
     pub(crate) const fn has_response(&self) -> bool {
         matches!(self.kind, OutcomeKind::Success | OutcomeKind::Throttled)
             || matches!(

@@ -3,14 +3,17 @@
 use std::time::Duration;
 
 use buttress::{
-    Attempts, CircuitBreakerLayer, Outcome, RetryBudget,
+    Attempts, CircuitBreakerLayer, Outcome, RetryBudget, RetryLayer,
     breaker::State,
     call::{OutcomeKind, Reason},
     retry::Stop,
 };
+use bytes::Bytes;
 use futures_util::future::join_all;
 use http::Method;
-use tower::{Layer, ServiceExt};
+use http_body_util::Empty;
+use tower::{Layer, ServiceBuilder, ServiceExt};
+use tower_http::map_request_body::MapRequestBodyLayer;
 
 use crate::{
     KINDS, Kind, fails, net::soon, net::until, opens_at_first_failure, peer, peer::ENDS, request,
@@ -179,6 +182,24 @@ async fn a_new_connection_that_breaks_is_a_failure_if_the_client_reveals_that_it
             let state = if opens { State::Open } else { State::Closed };
             assert_eq!(circuit.state(), state, "{kind:?} {end:?}");
         }
+    }
+}
+
+#[tokio::test]
+async fn nested_retries_do_not_multiply_transparent_retries() {
+    for kind in [Kind::HyperUtil, Kind::Reqwest] {
+        let peer = peer::ends_all(peer::End::Rst).await;
+        let retry = || RetryLayer::http().budget(RetryBudget::with(0.1, 0, 1)).attempts(1);
+        let client = ServiceBuilder::new()
+            .layer(retry())
+            .layer(retry())
+            .layer(retry())
+            .layer(MapRequestBodyLayer::new(|_| Empty::new()))
+            .service(kind.http1());
+        let get = request::<Empty<Bytes>>(Method::GET, peer.addr);
+        let Err(error) = soon(client.oneshot(get)).await else { panic!("responded") };
+        assert_eq!(peer.ended(), 6, "{kind:?}: {error:?}");
+        assert_eq!(Attempts::find(&*error).unwrap().made, 1, "{kind:?}");
     }
 }
 
