@@ -65,6 +65,13 @@ pub(crate) fn status(headers: &HeaderMap) -> Option<Outcome> {
     Some(with_hint(of_code(code(headers)?), headers))
 }
 
+/// The outcome of a status that is an error.
+#[cfg(feature = "tonic")]
+pub(crate) fn of_status(status: &tonic::Status) -> Outcome {
+    let code = u16::try_from(i32::from(status.code())).unwrap_or(UNKNOWN);
+    with_hint(of_code(code), status.metadata().as_ref())
+}
+
 fn with_hint(outcome: Outcome, headers: &HeaderMap) -> Outcome {
     match outcome.kind() {
         OutcomeKind::Failure | OutcomeKind::Throttled => match hint::retry_after(headers) {

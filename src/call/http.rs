@@ -125,6 +125,10 @@ pub(crate) fn known<E: 'static>(error: &E) -> Option<&(dyn Error + 'static)> {
     if let Some(error) = any.downcast_ref::<tonic::transport::Error>() {
         return Some(error);
     }
+    #[cfg(feature = "tonic")]
+    if let Some(error) = any.downcast_ref::<tonic::Status>() {
+        return Some(error);
+    }
     any.downcast_ref::<io::Error>().map(|error| error as _)
 }
 
@@ -274,6 +278,11 @@ fn cause_of(error: &(dyn Error + 'static), transport: &Transport) -> Option<Caus
         }
         return (error.is_body() || error.is_decode()).then_some(Cause::failure(Reason::Body));
     }
+    // The error that the status was made of, if there is one, is its source.
+    #[cfg(feature = "tonic")]
+    if let Some(status) = error.downcast_ref::<tonic::Status>() {
+        return Some(Cause::Known(grpc::of_status(status)));
+    }
     None
 }
 
@@ -364,6 +373,8 @@ fn of_h2(error: &h2::Error, transport: &Transport) -> Option<Cause> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    #[cfg(feature = "tonic")]
+    use crate::call::OutcomeKind;
     use http::Response;
 
     fn head(is_grpc_call: bool, response: &Response<()>) -> Eos {
@@ -423,6 +434,26 @@ mod tests {
         let boxed: BoxError = Box::new(io::Error::from(io::ErrorKind::ConnectionRefused));
         assert_eq!(of_any_error(&boxed).reason(), Reason::ConnectRefused);
         assert_eq!(of_any_error(&"opaque").reason(), Reason::Error);
+    }
+
+    #[cfg(feature = "tonic")]
+    #[test]
+    fn a_status_of_tonic_is_classified_by_its_code_unless_its_source_decides() {
+        use tonic::{Code, Status};
+
+        let outcome = |code| of_any_error(&Status::new(code, ""));
+        assert!(outcome(Code::NotFound).is_success());
+        assert_eq!(outcome(Code::NotFound).code(), Some(5));
+        assert!(outcome(Code::Unavailable).is_failure());
+        assert_eq!(outcome(Code::ResourceExhausted).kind(), OutcomeKind::Throttled);
+        assert_eq!(outcome(Code::Cancelled).kind(), OutcomeKind::Cancelled);
+        let boxed: BoxError = Box::new(Status::not_found(""));
+        assert!(of_any_error(&boxed).is_success());
+        let refused = io::Error::from(io::ErrorKind::ConnectionRefused);
+        let refused = Status::from_error(Box::new(refused));
+        assert_eq!(of_any_error(&refused).reason(), Reason::ConnectRefused);
+        let rejected = Status::from_error(Box::new(Rejected::new(RejectedKind::Open)));
+        assert_eq!(of_any_error(&rejected).reason(), Reason::Rejected);
     }
 
     /// Only a connection of a client can be stale.
