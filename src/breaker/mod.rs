@@ -89,10 +89,18 @@
 //! | the client never sent the request | housekeeping |
 //! | HTTP/2 `REFUSED_STREAM` | housekeeping |
 //! | `GOAWAY` with `NO_ERROR` and a last stream below the request's | housekeeping |
-//! | `GOAWAY` with an error code, a stream reset with any other code | a failure |
+//! | `GOAWAY` with an error code and a last stream below the request's | a failure |
+//! | a stream reset with any other code | a failure |
 //! | a connection that had delivered a response breaks before the next one | housekeeping |
-//! | a new connection breaks before its first response | a failure |
+//! | a new connection breaks before the request is sent, or before its first response | a failure |
+//! | a connection breaks after the response head | a failure |
 //! | no connection: refused, timed out, TLS handshake failed; network or host unreachable | a failure |
+//!
+//! Two causes count as a connection that breaks before the response, because the transport does not distinguish them:
+//!
+//! - A `GOAWAY` with any code and a last stream that is not below the request's, if the connection then ends. h2 reports
+//!   only the end of the connection.
+//! - An HTTP/1 connection that ends within the response head. hyper reports the same error as before the first byte.
 //!
 //! Not every transport reveals whether a connection was reused:
 //!
