@@ -157,11 +157,7 @@ pub(crate) fn of_error(error: &(dyn Error + 'static)) -> Outcome {
             // An error of the caller is neutral, whatever its inner errors are.
             Some(found) if found.reason() == Reason::Caller => return found.outcome(&transport),
             // The server has processed the request, so no inner error can turn this into housekeeping.
-            Some(found) if cause.reason() == Reason::Body => {
-                if found.reason() == Reason::Timeout {
-                    cause = found;
-                }
-            }
+            Some(found) if cause.reason() == Reason::Body && found.reason() != Reason::Timeout => {}
             // hyper returned the request. The inner error is that of the connection, and not of the request.
             Some(found) if found.reason() == Reason::NeverSent => return found.outcome(&transport),
             Some(found) => cause = found,
