@@ -25,7 +25,7 @@ use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body::Frame;
 use http_body_util::{BodyExt, Empty, Full, StreamBody, combinators::UnsyncBoxBody};
 use tokio::time::{advance, sleep};
-use tower::{ServiceBuilder, ServiceExt, service_fn};
+use tower::{Layer, ServiceBuilder, ServiceExt, service_fn};
 
 const GRPC: &str = "application/grpc+proto";
 const GRPC_WEB: &str = "application/grpc-web";
@@ -159,7 +159,8 @@ fn grpc_code(code: u16) -> Expected {
         1 => Cancelled,
         2 | 4 | 13 | 14 | 15 => Failure,
         8 => Throttled,
-        _ => Success,
+        // The protocol has no other codes.
+        _ => return grpc_code(2),
     };
     Expected { kind, reason: Reason::GrpcStatus, code: Some(code), retryable: code == 14 }
 }
@@ -435,6 +436,31 @@ async fn http_503_with_html_for_a_grpc_call_is_unavailable_and_retried() {
     assert_eq!(retry(RetryLayer::grpc(), &row).await.1, 2, "retried by `RetryLayer::grpc()`");
     let (_, made, stop) = retry(RetryLayer::http(), &row).await;
     assert_eq!((made, stop), (1, Stop::Unsafe), "a POST for `RetryLayer::http()`");
+}
+
+/// Returns whether a circuit counts a response with this `grpc-status` as a failure, and tonic's code of it.
+async fn is_failure(grpc_status: &'static str) -> (bool, tonic::Code) {
+    let head = move || Response::builder().header("content-type", GRPC);
+    let response = move || head().header("grpc-status", grpc_status).body(Full::<Bytes>::default());
+    let layer = CircuitBreakerLayer::new(Trip::consecutive(1));
+    let handle = layer.handle();
+    let service = layer.layer(service_fn(move |_: Request<Full<Bytes>>| async move {
+        Ok::<_, BoxError>(response().unwrap())
+    }));
+    let response = service.oneshot(row(Kind::Grpc, 200, None).request()).await.unwrap();
+    let status = tonic::Status::from_header_map(response.headers()).unwrap();
+    (handle.state() == State::Open, status.code())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_grpc_status_other_than_a_code_of_the_protocol_is_unknown_as_in_tonic() {
+    let others = ["17", "99", "70000", "-1", "+0", "00", "000", "014", " ", "", "abc", "0, 14"];
+    for other in others {
+        assert_eq!(is_failure(other).await, (true, tonic::Code::Unknown), "{other:?}");
+    }
+    for code in ["0", "3", "16"] {
+        assert!(!is_failure(code).await.0, "{code}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -48,23 +48,28 @@ pub(super) type TimeWindows = Box<[TimeWindow]>;
 /// What the window of each ratio held, in the order of the rules.
 pub(super) type Windows = Vec<Tally>;
 
-/// The maximum number of consecutive calls, without a response in between, that may end by connection housekeeping
-/// and be neutral. Servers rarely allow more streams on one HTTP/2 connection, which all end together with it.
+/// The maximum number by which the calls that end by connection housekeeping may exceed the responses and be neutral.
+/// Servers rarely allow more streams on one HTTP/2 connection, which all end together with it.
 const MAX_HOUSEKEEPING: u32 = 100;
 
-/// The minimum time that such a run lasts before its calls count as failures. One moment of housekeeping can end any
-/// number of calls.
+/// The minimum time for which housekeeping exceeds responses before it counts as failures. One moment of housekeeping
+/// can end any number of calls.
 const MIN_HOUSEKEEPING_TIME: Nanos = 1_000_000_000;
+
+/// The time without housekeeping after which the count of it starts again.
+const HOUSEKEEPING_GAP: Nanos = 10_000_000_000;
 
 #[derive(Debug)]
 pub(super) struct Counts {
     run: u32,
     /// The circuit has recorded a response since it was made.
     has_responded: bool,
-    /// The number of consecutive calls that ended by connection housekeeping, without a response in between, and the
-    /// time of the first one.
+    /// The number by which the calls that ended by connection housekeeping exceed the responses. It is at most one
+    /// above [`MAX_HOUSEKEEPING`].
     housekeeping: u32,
+    /// The time at which that number left 0, and the time of the last housekeeping.
     housekeeping_since: Nanos,
+    housekeeping_last: Nanos,
     rules: Vec<Counted>,
     /// The shortest time that any rule calls slow.
     slow_from: Option<Nanos>,
@@ -129,6 +134,7 @@ impl Counts {
             has_responded: false,
             housekeeping: 0,
             housekeeping_since: 0,
+            housekeeping_last: 0,
             rules,
             slow_from,
         };
@@ -143,13 +149,19 @@ impl Counts {
     /// Returns the outcome as the rules and the probes count it, and records whether there was a response.
     ///
     /// Connection housekeeping is neutral, so an upstream that accepts and closes every connection would never
-    /// open the circuit. Housekeeping becomes a failure and keeps its reason in two cases. Before the first response
-    /// a connection that broke was new, because none can have been reused. After more than [`MAX_HOUSEKEEPING`]
-    /// such outcomes in a row, over at least [`MIN_HOUSEKEEPING_TIME`], the upstream does not work.
+    /// open the circuit. Housekeeping becomes a failure and keeps its reason in two cases:
+    ///
+    /// - Before the first response a connection that broke was new, because none can have been reused. A
+    ///   [stale](Reason::StaleConnection) connection is known to be reused, so another circuit has recorded its response.
+    /// - Each reused connection has delivered a response, so housekeeping cannot exceed the responses for long. If it
+    ///   does so by more than [`MAX_HOUSEKEEPING`], for at least [`MIN_HOUSEKEEPING_TIME`], the upstream does not work.
     pub(super) fn assess(&mut self, outcome: Outcome, now: Nanos) -> Outcome {
+        if now.saturating_sub(self.housekeeping_last) >= HOUSEKEEPING_GAP {
+            self.housekeeping = 0;
+        }
         if outcome.has_response() {
             self.has_responded = true;
-            self.housekeeping = 0;
+            self.housekeeping = self.housekeeping.saturating_sub(1);
         }
         if !outcome.is_housekeeping() {
             return outcome;
@@ -157,12 +169,12 @@ impl Counts {
         if self.housekeeping == 0 {
             self.housekeeping_since = now;
         }
-        self.housekeeping = self.housekeeping.saturating_add(1);
+        self.housekeeping_last = now;
+        self.housekeeping = (self.housekeeping + 1).min(MAX_HOUSEKEEPING + 1);
         let lasts = self.housekeeping > MAX_HOUSEKEEPING
             && now.saturating_sub(self.housekeeping_since) >= MIN_HOUSEKEEPING_TIME;
-        let broke =
-            matches!(outcome.reason(), Reason::NeverSent | Reason::StaleConnection | Reason::Reset);
-        if broke && !self.has_responded || lasts {
+        let may_be_new = matches!(outcome.reason(), Reason::NeverSent | Reason::Reset);
+        if may_be_new && !self.has_responded || lasts {
             return Outcome::failure().because(outcome.reason());
         }
         outcome
@@ -248,11 +260,10 @@ impl Counts {
         }
     }
 
-    /// Returns whether the call was slow, so that its caller may have ended it for that. A request that the upstream
-    /// never processed is not slow, because it spent its time inside the client.
+    /// Returns whether the call was slow, so that its caller may have ended it for that. Connection housekeeping is
+    /// not slow, because it carries no information about the upstream.
     pub(super) fn was_slow(&self, ended: Ended) -> bool {
-        !ended.outcome.is_unprocessed_housekeeping()
-            && self.slow_from.is_some_and(|slow| ended.took >= slow)
+        !ended.outcome.is_housekeeping() && self.slow_from.is_some_and(|slow| ended.took >= slow)
     }
 
     /// Whether a good call would change nothing but the time windows.

@@ -89,10 +89,18 @@
 //! | the client never sent the request | housekeeping |
 //! | HTTP/2 `REFUSED_STREAM` | housekeeping |
 //! | `GOAWAY` with `NO_ERROR` and a last stream below the request's | housekeeping |
-//! | `GOAWAY` with an error code, a stream reset with any other code | a failure |
+//! | `GOAWAY` with an error code and a last stream below the request's | a failure |
+//! | a stream reset with any other code | a failure |
 //! | a connection that had delivered a response breaks before the next one | housekeeping |
-//! | a new connection breaks before its first response | a failure |
+//! | a new connection breaks before the request is sent, or before its first response | a failure |
+//! | a connection breaks after the response head | a failure |
 //! | no connection: refused, timed out, TLS handshake failed; network or host unreachable | a failure |
+//!
+//! Two causes count as a connection that breaks before the response, because the transport does not distinguish them:
+//!
+//! - A `GOAWAY` with any code and a last stream that is not below the request's, if the connection then ends. h2 reports
+//!   only the end of the connection.
+//! - An HTTP/1 connection that ends within the response head. hyper reports the same error as before the first byte.
 //!
 //! Not every transport reveals whether a connection was reused:
 //!
@@ -109,8 +117,10 @@
 //! failure, and keeps its [`Reason`](crate::call::Reason), in two cases, also for half-open probes:
 //!
 //! - The circuit has not seen any response since it was made, and the request was not sent or its connection broke.
-//!   No connection can have been reused by then.
-//! - More than 100 calls in a row, over at least 1 s, ended by housekeeping, without a response in between.
+//!   No connection can have been reused by then. A connection that is known to be reused is exempt.
+//! - Housekeeping has outnumbered responses by more than 100, for at least 1 s. Each reused connection has delivered a
+//!   response, so this does not happen as long as the upstream works. The count rises by 1 with each housekeeping
+//!   outcome and falls by 1 with each response. It starts again after 10 s without housekeeping.
 //!
 //! # Waits
 //!

@@ -29,21 +29,47 @@ pub(crate) fn is_grpc_call(method: &Method, headers: &HeaderMap) -> bool {
 /// Whether the content type is that of gRPC or gRPC-Web.
 #[inline]
 pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
-    headers
-        .get(header::CONTENT_TYPE)
-        .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
+    subtype(headers).is_some_and(|rest| ends_subtype(after_web(rest).unwrap_or(rest)))
 }
 
 /// Whether the content type is that of gRPC-Web, which carries the trailers in the body. The body is not parsed.
 pub(crate) fn is_grpc_web(headers: &HeaderMap) -> bool {
-    headers
-        .get(header::CONTENT_TYPE)
-        .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc-web"))
+    subtype(headers).and_then(after_web).is_some_and(ends_subtype)
+}
+
+/// The part of the content type after `application/grpc`. Content types ignore ASCII case (RFC 9110 §8.3.1).
+#[inline]
+fn subtype(headers: &HeaderMap) -> Option<&[u8]> {
+    strip_prefix(headers.get(header::CONTENT_TYPE)?.as_bytes(), b"application/grpc")
+}
+
+/// The part after `-web` or `-web-text`.
+fn after_web(subtype: &[u8]) -> Option<&[u8]> {
+    let rest = strip_prefix(subtype, b"-web")?;
+    Some(strip_prefix(rest, b"-text").unwrap_or(rest))
+}
+
+/// Returns whether nothing, a message format or a parameter follows.
+fn ends_subtype(rest: &[u8]) -> bool {
+    matches!(rest.first(), None | Some(b'+' | b';' | b' ' | b'\t'))
+}
+
+#[inline]
+fn strip_prefix<'a>(text: &'a [u8], prefix: &[u8]) -> Option<&'a [u8]> {
+    let (head, rest) = text.split_at_checked(prefix.len())?;
+    head.eq_ignore_ascii_case(prefix).then_some(rest)
 }
 
 /// The outcome that a `grpc-status` in `headers` gives, if there is one.
 pub(crate) fn status(headers: &HeaderMap) -> Option<Outcome> {
     Some(with_hint(of_code(code(headers)?), headers))
+}
+
+/// The outcome of a status that is an error.
+#[cfg(feature = "tonic")]
+pub(crate) fn of_status(status: &tonic::Status) -> Outcome {
+    let code = u16::try_from(i32::from(status.code())).unwrap_or(UNKNOWN);
+    with_hint(of_code(code), status.metadata().as_ref())
 }
 
 fn with_hint(outcome: Outcome, headers: &HeaderMap) -> Outcome {
@@ -83,11 +109,15 @@ pub(crate) fn of_http_status(status: StatusCode, headers: &HeaderMap) -> Outcome
     with_hint(outcome, headers)
 }
 
-/// The `grpc-status` in `headers`, if there is one. A value that is not a number is `UNKNOWN`, as the protocol
-/// requires.
+/// The `grpc-status` in `headers`, if there is one. A value other than a decimal number from 0 to 16 is `UNKNOWN`, as
+/// the protocol requires and as tonic parses it.
 pub(crate) fn code(headers: &HeaderMap) -> Option<u16> {
-    let text = headers.get(STATUS)?.to_str().ok();
-    Some(text.and_then(|text| text.trim().parse().ok()).unwrap_or(UNKNOWN))
+    let digit = |byte: u8| u16::from(byte - b'0');
+    Some(match headers.get(STATUS)?.as_bytes() {
+        [ones @ b'0'..=b'9'] => digit(*ones),
+        [b'1', ones @ b'0'..=b'6'] => 10 + digit(*ones),
+        _ => UNKNOWN,
+    })
 }
 
 /// A code that describes the server is a failure. A code that describes the request is a regular response.

@@ -125,6 +125,10 @@ pub(crate) fn known<E: 'static>(error: &E) -> Option<&(dyn Error + 'static)> {
     if let Some(error) = any.downcast_ref::<tonic::transport::Error>() {
         return Some(error);
     }
+    #[cfg(feature = "tonic")]
+    if let Some(error) = any.downcast_ref::<tonic::Status>() {
+        return Some(error);
+    }
     any.downcast_ref::<io::Error>().map(|error| error as _)
 }
 
@@ -152,6 +156,10 @@ pub(crate) fn of_error(error: &(dyn Error + 'static)) -> Outcome {
             },
             // An error of the caller is neutral, whatever its inner errors are.
             Some(found) if found.reason() == Reason::Caller => return found.outcome(&transport),
+            // The server has processed the request, so no inner error can turn this into housekeeping.
+            Some(found) if cause.reason() == Reason::Body && found.reason() != Reason::Timeout => {}
+            // hyper returned the request. The inner error is that of the connection, and not of the request.
+            Some(found) if found.reason() == Reason::NeverSent => return found.outcome(&transport),
             Some(found) => cause = found,
             None => {}
         }
@@ -164,9 +172,10 @@ pub(crate) fn of_error(error: &(dyn Error + 'static)) -> Outcome {
 #[derive(Clone, Copy, Debug)]
 enum Cause {
     Known(Outcome),
-    /// The connection broke before a response. The outcome depends on whether the connection was reused. The reason
-    /// applies if that is unknown.
-    Broken(Reason),
+    /// The connection broke before a response. The outcome depends on whether the connection was reused.
+    Broken,
+    /// The connection broke before the client sent the request. This is a failure if the connection was new.
+    BrokenBeforeSending,
 }
 
 impl Cause {
@@ -183,16 +192,21 @@ impl Cause {
     fn reason(self) -> Reason {
         match self {
             Self::Known(outcome) => outcome.reason(),
-            Self::Broken(reason) => reason,
+            Self::Broken => Reason::Reset,
+            Self::BrokenBeforeSending => Reason::NeverSent,
         }
     }
 
     fn outcome(self, transport: &Transport) -> Outcome {
         match (self, transport.is_reused) {
             (Self::Known(outcome), _) => outcome,
-            (Self::Broken(_), Some(true)) => Outcome::cancelled().because(Reason::StaleConnection),
-            (Self::Broken(_), Some(false)) => Outcome::failure().because(Reason::Reset),
-            (Self::Broken(reason), None) => Outcome::cancelled().because(reason),
+            (Self::Broken, Some(true)) => Outcome::cancelled().because(Reason::StaleConnection),
+            (Self::Broken | Self::BrokenBeforeSending, Some(false)) => {
+                Outcome::failure().because(self.reason())
+            }
+            (Self::Broken | Self::BrokenBeforeSending, _) => {
+                Outcome::cancelled().because(self.reason())
+            }
         }
     }
 }
@@ -255,7 +269,15 @@ fn cause_of(error: &(dyn Error + 'static), transport: &Transport) -> Option<Caus
         if error.is_connect() {
             return Some(Cause::failure(Reason::ConnectFailed));
         }
-        return error.is_timeout().then_some(Cause::failure(Reason::Timeout));
+        if error.is_timeout() {
+            return Some(Cause::failure(Reason::Timeout));
+        }
+        return (error.is_body() || error.is_decode()).then_some(Cause::failure(Reason::Body));
+    }
+    // The error that the status was made of, if there is one, is its source.
+    #[cfg(feature = "tonic")]
+    if let Some(status) = error.downcast_ref::<tonic::Status>() {
+        return Some(Cause::Known(grpc::of_status(status)));
     }
     None
 }
@@ -274,11 +296,7 @@ fn of_io(kind: io::ErrorKind, transport: &Transport) -> Option<Cause> {
         }
         K::ConnectionReset | K::ConnectionAborted | K::BrokenPipe | K::UnexpectedEof => {
             // Without hyper in the chain, the error need not come from a connection of a client.
-            if transport.is_hyper {
-                Cause::Broken(Reason::Reset)
-            } else {
-                Cause::failure(Reason::Reset)
-            }
+            if transport.is_hyper { Cause::Broken } else { Cause::failure(Reason::Reset) }
         }
         _ => return None,
     })
@@ -287,16 +305,22 @@ fn of_io(kind: io::ErrorKind, transport: &Transport) -> Option<Cause> {
 #[cfg(feature = "hyper")]
 fn of_hyper(error: &hyper::Error) -> Option<Cause> {
     if is_dispatch_gone(error) {
-        return Some(Cause::Broken(Reason::Reset));
+        return Some(Cause::Broken);
     }
     if error.is_user() {
         return Some(Cause::neutral(Reason::Caller));
+    }
+    if is_response_body(error) {
+        return Some(Cause::failure(Reason::Body));
+    }
+    if error.is_canceled() && error.source().is_some_and(|source| source.is::<hyper::Error>()) {
+        return Some(Cause::BrokenBeforeSending);
     }
     if error.is_canceled() || error.is_closed() {
         return Some(Cause::neutral(Reason::NeverSent));
     }
     if error.is_incomplete_message() {
-        return Some(Cause::Broken(Reason::StaleConnection));
+        return Some(Cause::Broken);
     }
     error.is_timeout().then_some(Cause::failure(Reason::Timeout))
 }
@@ -312,6 +336,12 @@ fn is_dispatch_gone(error: &hyper::Error) -> bool {
     error.is_user()
         && error.to_string().starts_with("dispatch task is gone")
         && !error.source().is_some_and(has_panicked)
+}
+
+/// Returns whether the connection or the stream failed after the response head. hyper has no accessor for it.
+#[cfg(feature = "hyper")]
+fn is_response_body(error: &hyper::Error) -> bool {
+    error.to_string() == "error reading a body from connection"
 }
 
 #[cfg(feature = "hyper")]
@@ -339,6 +369,8 @@ fn of_h2(error: &h2::Error, transport: &Transport) -> Option<Cause> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    #[cfg(feature = "tonic")]
+    use crate::call::OutcomeKind;
     use http::Response;
 
     fn head(is_grpc_call: bool, response: &Response<()>) -> Eos {
@@ -398,6 +430,26 @@ mod tests {
         let boxed: BoxError = Box::new(io::Error::from(io::ErrorKind::ConnectionRefused));
         assert_eq!(of_any_error(&boxed).reason(), Reason::ConnectRefused);
         assert_eq!(of_any_error(&"opaque").reason(), Reason::Error);
+    }
+
+    #[cfg(feature = "tonic")]
+    #[test]
+    fn a_status_of_tonic_is_classified_by_its_code_unless_its_source_decides() {
+        use tonic::{Code, Status};
+
+        let outcome = |code| of_any_error(&Status::new(code, ""));
+        assert!(outcome(Code::NotFound).is_success());
+        assert_eq!(outcome(Code::NotFound).code(), Some(5));
+        assert!(outcome(Code::Unavailable).is_failure());
+        assert_eq!(outcome(Code::ResourceExhausted).kind(), OutcomeKind::Throttled);
+        assert_eq!(outcome(Code::Cancelled).kind(), OutcomeKind::Cancelled);
+        let boxed: BoxError = Box::new(Status::not_found(""));
+        assert!(of_any_error(&boxed).is_success());
+        let refused = io::Error::from(io::ErrorKind::ConnectionRefused);
+        let refused = Status::from_error(Box::new(refused));
+        assert_eq!(of_any_error(&refused).reason(), Reason::ConnectRefused);
+        let rejected = Status::from_error(Box::new(Rejected::new(RejectedKind::Open)));
+        assert_eq!(of_any_error(&rejected).reason(), Reason::Rejected);
     }
 
     /// Only a connection of a client can be stale.

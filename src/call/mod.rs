@@ -33,10 +33,14 @@
 //! | a rejection by an inner layer | cancelled, [`Rejected`](Reason::Rejected) | neutral | releases its slot | neutral | ends the call | a failed attempt |
 //! | never sent, `REFUSED_STREAM`, a stream above the last one of a `GOAWAY` with `NO_ERROR` | [housekeeping](Outcome::is_housekeeping) | neutral | releases its slot | neutral | at once, any method | the other attempt decides |
 //! | a stale connection, a reset of a reused one | [housekeeping](Outcome::is_housekeeping) | neutral | releases its slot | neutral | at once, safe methods | the other attempt decides |
-//! | a `GOAWAY` with an error code, a reset stream, a reset of a new connection | failure | failure | failed | neutral | `GOAWAY`: at once, any method; else safe methods | a failed attempt |
+//! | a stream above the last one of a `GOAWAY` with an error code, a reset stream, a reset of a new connection | failure | failure | failed | neutral | `GOAWAY`: at once, any method; else safe methods | a failed attempt |
 //! | no connection: refused, timed out, TLS | failure | failure | failed | neutral, timed out: drop | any method | a failed attempt |
 //! | 429, 529, `RESOURCE_EXHAUSTED` | throttled | neutral | failed | drop | safe methods, after the hint | a failed attempt |
 //! | another hedge attempt won | cancelled, [`Superseded`](Reason::Superseded) | neutral | releases its slot | neutral | – | – |
+//!
+//! A connection that ends after a `GOAWAY` with an error code is not distinguished from any other connection that ends:
+//! h2 does not report the code to the streams at or below the last one. The same holds for an HTTP/1 connection that ends
+//! within the response head.
 //!
 //! `count_cancelled_after` is 1 s by default. The [breaker](crate::CircuitBreakerLayer::count_cancelled_after) and the
 //! [limit](crate::ConcurrencyLimitLayer::count_cancelled_after) have setters for it. Time is attributed to the upstream

@@ -40,7 +40,8 @@ pub enum Reason {
     ConnectTimeout,
     /// No connection could be made for another cause. The request never left.
     ConnectFailed,
-    /// The client returned the request before it sent a byte of it.
+    /// The client returned the request before it sent a byte of it. A failure if its connection is known to be new and
+    /// broke, [housekeeping](Outcome::is_housekeeping) otherwise.
     NeverSent,
     /// HTTP/2 `REFUSED_STREAM`: the server did not process the request (RFC 9113 §8.7).
     RefusedStream,
@@ -179,7 +180,10 @@ impl Outcome {
     /// A connection that breaks before the response is housekeeping if it had delivered a response before, and
     /// a failure if it was new. [`connect::Client`](crate::connect::Client) records whether it was new.
     /// hyper-util's own client, reqwest and tonic do not reveal it: their errors are classified as housekeeping, and
-    /// the [circuit breaker](crate::breaker#connection-housekeeping) limits how many in a row stay neutral.
+    /// the [circuit breaker](crate::breaker#connection-housekeeping) limits how many stay neutral. A connection that
+    /// breaks after the response head is a failure because of [`Body`](Reason::Body).
+    ///
+    /// With the feature `tonic`, a `tonic::Status` is classified by its code, unless one of its sources decides.
     #[must_use]
     pub fn of_error(error: &(dyn Error + 'static)) -> Self {
         super::http::of_error(error)
@@ -267,15 +271,8 @@ impl Outcome {
         matches!(self.reason, Reason::NeverSent | Reason::RefusedStream | Reason::GoAway)
     }
 
-    /// Returns whether the call ended by housekeeping and the server cannot have processed it. The call then spent
-    /// its time inside the client.
-    #[cfg(feature = "breaker")]
-    pub(crate) const fn is_unprocessed_housekeeping(&self) -> bool {
-        self.is_housekeeping() && self.is_unprocessed()
-    }
-
     /// Returns whether the outcome proves that the upstream sent a response.
-    #[cfg(feature = "breaker")]
+    #[cfg(any(feature = "breaker", feature = "retry"))]
     pub(crate) const fn has_response(&self) -> bool {
         matches!(self.kind, OutcomeKind::Success | OutcomeKind::Throttled)
             || matches!(

@@ -286,6 +286,10 @@ mod tests {
         };
         assert_eq!(of(Method::POST, "application/grpc+proto"), Form::Grpc);
         assert_eq!(of(Method::POST, "application/grpc-web-text"), Form::GrpcWeb);
+        assert_eq!(of(Method::POST, "Application/gRPC;charset=utf-8"), Form::Grpc);
+        assert_eq!(of(Method::POST, "APPLICATION/GRPC-WEB+proto"), Form::GrpcWeb);
+        assert_eq!(of(Method::POST, "application/grpcfoo"), Form::Json);
+        assert_eq!(of(Method::POST, "application/grpc-webfoo"), Form::Json);
         assert_eq!(of(Method::POST, "application/json"), Form::Json);
         assert_eq!(of(Method::HEAD, "application/json"), Form::Empty);
     }

@@ -4,13 +4,19 @@ use std::{
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use super::{budget::RetryBudget, exchange::Rules, policy::Policy, rules::Say, stop::Stop};
 use crate::call::Shared;
+
+/// The maximum number of transparent retries that a layer makes without a response in between.
+const MAX_TRANSPARENT_BALANCE: u32 = 200;
+
+/// The number of transparent retries that each response adds to the balance.
+const TRANSPARENT_PER_RESPONSE: u32 = 5;
 
 /// The settings and the counts of one retry layer.
 pub(super) struct Settings {
@@ -22,6 +28,8 @@ pub(super) struct Settings {
     /// The user has a say in what an answer is: each is looked at, also a good one.
     says: AtomicBool,
     budget: Mutex<Option<RetryBudget>>,
+    /// The number of transparent retries that the layer may make until the next response.
+    transparent: AtomicU32,
     retries: AtomicU64,
     gave_up: AtomicU64,
     denied: AtomicU64,
@@ -35,6 +43,7 @@ impl Settings {
             policy: Mutex::new(Arc::new(Policy::new())),
             says: AtomicBool::new(false),
             budget: Mutex::new(Some(RetryBudget::default())),
+            transparent: AtomicU32::new(MAX_TRANSPARENT_BALANCE),
             retries: AtomicU64::new(0),
             gave_up: AtomicU64::new(0),
             denied: AtomicU64::new(0),
@@ -86,6 +95,31 @@ impl Settings {
     #[inline]
     pub(super) fn rules(&self, never: bool, marks: bool) -> Rules<'static> {
         Rules { body_cap: self.body_cap.load(Ordering::Relaxed), only: None, never, marks }
+    }
+
+    /// Deposits transparent retries for a response. This is one load if the balance is at its maximum.
+    #[inline]
+    pub(super) fn deposit_transparent(&self) {
+        if self.transparent.load(Ordering::Relaxed) < MAX_TRANSPARENT_BALANCE {
+            self.add_transparent(TRANSPARENT_PER_RESPONSE);
+        }
+    }
+
+    /// Withdraws one transparent retry. Returns `false` if none is left.
+    pub(super) fn withdraw_transparent(&self) -> bool {
+        let one_less = |balance: u32| balance.checked_sub(1);
+        self.transparent.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less).is_ok()
+    }
+
+    /// Refunds a transparent retry that was withdrawn and is not made.
+    pub(super) fn refund_transparent(&self) {
+        self.add_transparent(1);
+    }
+
+    #[cold]
+    fn add_transparent(&self, retries: u32) {
+        let more = |balance: u32| Some((balance + retries).min(MAX_TRANSPARENT_BALANCE));
+        let _ = self.transparent.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
     }
 
     pub(super) fn count_retry(&self) {

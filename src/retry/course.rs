@@ -60,6 +60,8 @@ pub(super) struct Kept {
     pub(super) safe: bool,
     pub(super) body: Repeatable,
     pub(super) deadline: Option<Deadline>,
+    /// An inner retry has retried the request too.
+    pub(super) was_retried: bool,
 }
 
 impl<S> Default for Course<S> {
@@ -106,15 +108,17 @@ impl<S> Course<S> {
         let now = Instant::now();
         let deadline = kept.as_ref().and_then(|kept| kept.deadline);
         let left = deadline.map(|deadline| deadline.at().saturating_duration_since(now));
+        let transparent = kept.as_ref().is_some_and(|kept| !kept.was_retried)
+            && policy.is_transparent(outcome, self.transparent)
+            && core.settings.withdraw_transparent();
         let decision = match kept {
-            Some(kept) => self.decide(policy, (class, outcome), &kept, left),
+            Some(kept) => self.decide(policy, (class, outcome), transparent, &kept, left),
             None if class == Class::Final => Err(Stop::Answered),
             None if core.misconfigured => Err(Stop::Misconfigured),
             // It said that it cannot be kept.
             None => Err(Stop::BodyGone),
         };
         if let Some(budget) = &core.budget {
-            let transparent = policy.is_transparent(outcome, self.transparent);
             match class {
                 Class::Final if outcome.is_success() => budget.answered(self.cost),
                 Class::Retryable | Class::Refused(Stop::Pushback) if !transparent => {
@@ -134,6 +138,9 @@ impl<S> Course<S> {
             }
             Ok(again)
         });
+        if transparent && decision.is_err() {
+            core.settings.refund_transparent();
+        }
         match decision {
             Ok(again) => {
                 self.transparent += u32::from(again.transparent);
@@ -178,6 +185,7 @@ impl<S> Course<S> {
         &mut self,
         policy: &Policy,
         (class, outcome): (Class, Outcome),
+        is_transparent: bool,
         kept: &Kept,
         left: Option<Duration>,
     ) -> Result<Again, Stop> {
@@ -187,6 +195,7 @@ impl<S> Course<S> {
             safe: kept.safe,
             body: kept.body,
             made: self.record.made,
+            is_transparent,
             transparent: self.transparent,
             of_kind: self.of_kind,
             left,

@@ -78,6 +78,7 @@ where
                         let plain = this.course.is_none() && !this.core.settings.says();
                         if plain && weight.is_some_and(is_good) {
                             this.core.answered();
+                            this.core.settings.deposit_transparent();
                             return Poll::Ready(M::give(result));
                         }
                         attempt.as_mut().hold(M::hold(result, weight));
@@ -167,6 +168,9 @@ where
         };
         this.span.end(outcome);
         let settings = &this.core.settings;
+        if outcome.has_response() {
+            settings.deposit_transparent();
+        }
         let first = this.course.is_none();
         let said = settings.says();
         let alone = |class, outcome: Outcome| {
@@ -198,6 +202,7 @@ where
             safe: vouched || M::safe(kept, &policy.safe),
             body: M::repeatable(kept),
             deadline: M::deadline(kept),
+            was_retried: M::was_retried(&held),
         });
         let claim = || kept.is_some_and(M::claim);
         match course.next(this.core, &policy, (class, outcome), known, claim) {

@@ -54,6 +54,10 @@
 //! without counting an attempt, and without a deposit to or a withdrawal from the budget. A call makes at most 5
 //! transparent retries in total. Beyond these, attempts, backoff and budget apply as to any other failure.
 //!
+//! A balance of the layer and its clones bounds transparent retries while the upstream does not respond. It starts at
+//! its maximum of 200. Each transparent retry takes 1 and each response adds 5. An error that an inner retry has
+//! returned is not retried transparently, so that nested layers do not multiply these retries.
+//!
 //! | what happened | retried |
 //! |---|---|
 //! | never sent, `REFUSED_STREAM`, above the last stream of a `GOAWAY` with any code | transparently, for any method: the server did not process the request |

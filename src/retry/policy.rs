@@ -155,6 +155,8 @@ pub(super) struct Facts {
     pub(super) body: Repeatable,
     /// Attempts made so far, this one included.
     pub(super) made: u32,
+    /// A retry for this outcome is transparent.
+    pub(super) is_transparent: bool,
     /// How many of them were followed by a transparent retry.
     pub(super) transparent: u32,
     /// Retries made so far, by what they were for.
@@ -207,7 +209,7 @@ pub(super) fn decide(
         Repeatable::No => return Err(Stop::BodyGone),
     }
     // Connection housekeeping carries no information about the server, and the next connection may work.
-    let transparent = policy.is_transparent(facts.outcome, facts.transparent);
+    let transparent = facts.is_transparent;
     if !transparent && facts.made - facts.transparent >= policy.attempts {
         return Err(Stop::AttemptsUsedUp);
     }
@@ -243,6 +245,7 @@ mod tests {
         safe: true,
         body: Repeatable::Yes,
         made: 1,
+        is_transparent: false,
         transparent: 0,
         of_kind: [0; 8],
         left: None,
@@ -325,7 +328,8 @@ mod tests {
             because(Reason::GoAway),
         ] {
             let again = |made, transparent| {
-                let facts = Facts { outcome, made, transparent, ..FACTS };
+                let is_transparent = policy.is_transparent(outcome, transparent);
+                let facts = Facts { outcome, made, is_transparent, transparent, ..FACTS };
                 decide(&facts, &policy, &mut None)
             };
             for retries in 0..5 {

@@ -3,14 +3,17 @@
 use std::time::Duration;
 
 use buttress::{
-    Attempts, CircuitBreakerLayer, Outcome, RetryBudget,
+    Attempts, CircuitBreakerLayer, Outcome, RetryBudget, RetryLayer,
     breaker::State,
     call::{OutcomeKind, Reason},
     retry::Stop,
 };
+use bytes::Bytes;
 use futures_util::future::join_all;
 use http::Method;
-use tower::{Layer, ServiceExt};
+use http_body_util::Empty;
+use tower::{Layer, ServiceBuilder, ServiceExt};
+use tower_http::map_request_body::MapRequestBodyLayer;
 
 use crate::{
     KINDS, Kind, fails, net::soon, net::until, opens_at_first_failure, peer, peer::ENDS, request,
@@ -66,13 +69,29 @@ async fn a_stale_connection_loses_a_post_and_is_neutral() {
             assert!(outcome.is_housekeeping(), "{case}");
             match kind {
                 Kind::Connect => assert_eq!(outcome.reason(), Reason::StaleConnection, "{case}"),
-                Kind::HyperUtil | Kind::Reqwest => assert!(
-                    matches!(outcome.reason(), Reason::StaleConnection | Reason::Reset),
-                    "{case}"
-                ),
+                Kind::HyperUtil | Kind::Reqwest => {
+                    assert_eq!(outcome.reason(), Reason::Reset, "{case}");
+                }
             }
             assert_eq!((circuit.state(), peer.ended()), (State::Closed, 1), "{case}");
         }
+    }
+}
+
+#[tokio::test]
+async fn a_connection_that_breaks_after_the_response_head_is_a_failure() {
+    for end in ENDS {
+        let peer = peer::cuts_off_bodies(end).await;
+        for kind in KINDS {
+            let error = fails(&kind.http1(), Method::GET, peer.addr).await;
+            let outcome = Outcome::of_error(&*error);
+            assert_eq!(outcome, Outcome::failure().because(Reason::Body), "{kind:?}: {error:?}");
+        }
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let response = client.get(format!("http://{}/", peer.addr)).send().await.unwrap();
+        let error = response.bytes().await.unwrap_err();
+        let outcome = Outcome::of_error(&error);
+        assert_eq!(outcome, Outcome::failure().because(Reason::Body), "{error:?}");
     }
 }
 
@@ -91,6 +110,47 @@ async fn a_server_that_ends_every_connection_opens_the_circuit() {
                 }
                 assert_eq!(circuit.state(), State::Open, "{kind:?} {end:?}");
             }
+        }
+    }
+}
+
+/// The server may end the connection before hyper takes the request from its queue. hyper then returns the request.
+#[tokio::test]
+async fn a_request_that_hyper_returns_unsent_is_never_sent() {
+    for kind in KINDS {
+        for end in ENDS {
+            let peer = peer::ends_at_once(end).await;
+            for _ in 0..30 {
+                let error = fails(&kind.http1(), Method::POST, peer.addr).await;
+                let chain = std::iter::successors(error.source(), |error| error.source());
+                let mut hyper = chain.filter_map(|error| error.downcast_ref::<hyper::Error>());
+                let is_returned = hyper.next().is_some_and(hyper::Error::is_canceled);
+                let outcome = Outcome::of_error(&*error);
+                let case = format!("{kind:?} {end:?}: {error:?}");
+                let reason = if is_returned { Reason::NeverSent } else { Reason::Reset };
+                assert_eq!(outcome.reason(), reason, "{case}");
+                let is_broken = hyper.next().is_some() || !is_returned;
+                let is_failure = kind == Kind::Connect && is_broken;
+                assert_eq!(outcome.is_failure(), is_failure, "{case}");
+            }
+        }
+    }
+}
+
+/// Two circuits over the same connections: the second one has not recorded a response.
+#[tokio::test]
+async fn a_stale_connection_is_neutral_for_a_circuit_without_a_response() {
+    for end in ENDS {
+        let peer = peer::responds_once(end).await;
+        let client = Kind::Connect.http1();
+        for _ in 0..3 {
+            soon(client.clone().oneshot(request(Method::GET, peer.addr))).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(30)).await;
+            let breaker = opens_at_first_failure();
+            let circuit = breaker.handle();
+            let get = request(Method::GET, peer.addr);
+            let error = soon(breaker.layer(client.clone()).oneshot(get)).await.unwrap_err();
+            assert_eq!(circuit.state(), State::Closed, "{end:?}: {error:?}");
         }
     }
 }
@@ -122,6 +182,24 @@ async fn a_new_connection_that_breaks_is_a_failure_if_the_client_reveals_that_it
             let state = if opens { State::Open } else { State::Closed };
             assert_eq!(circuit.state(), state, "{kind:?} {end:?}");
         }
+    }
+}
+
+#[tokio::test]
+async fn nested_retries_do_not_multiply_transparent_retries() {
+    for kind in [Kind::HyperUtil, Kind::Reqwest] {
+        let peer = peer::ends_all(peer::End::Rst).await;
+        let retry = || RetryLayer::http().budget(RetryBudget::with(0.1, 0, 1)).attempts(1);
+        let client = ServiceBuilder::new()
+            .layer(retry())
+            .layer(retry())
+            .layer(retry())
+            .layer(MapRequestBodyLayer::new(|_| Empty::new()))
+            .service(kind.http1());
+        let get = request::<Empty<Bytes>>(Method::GET, peer.addr);
+        let Err(error) = soon(client.oneshot(get)).await else { panic!("responded") };
+        assert_eq!(peer.ended(), 6, "{kind:?}: {error:?}");
+        assert_eq!(Attempts::find(&*error).unwrap().made, 1, "{kind:?}");
     }
 }
 

@@ -93,6 +93,27 @@ async fn the_end_of_a_stream_decides_whether_it_is_retried() {
     }
 }
 
+/// The service under the retry reads the body, so the error of the body is the error of the call.
+#[tokio::test]
+async fn a_stream_that_is_refused_after_the_response_head_is_a_failure_and_a_post_is_not_retried() {
+    for kind in KINDS {
+        for code in [REFUSED_STREAM, INTERNAL_ERROR] {
+            let peer = peer::http2(Second::ResetBody(code)).await;
+            let breaker = opens_at_first_failure();
+            let circuit = breaker.handle();
+            let client = stack(&RetryBudget::default(), breaker, kind.http2());
+            soon(client.clone().oneshot(request(Method::GET, peer.addr))).await.unwrap();
+            let post = request(Method::POST, peer.addr);
+            let Err(error) = soon(client.oneshot(post)).await else { panic!("retried") };
+            let case = format!("{kind:?} {code}: {error:?}");
+            let outcome = Outcome::of_error(&*error);
+            assert_eq!(outcome, Outcome::failure().because(Reason::Body), "{case}");
+            assert_eq!(Attempts::find(&*error).unwrap().made, 1, "{case}");
+            assert_eq!((circuit.state(), peer.ended()), (State::Open, 1), "{case}");
+        }
+    }
+}
+
 /// The breaker wraps tonic's channel directly, so the error type is tonic's own.
 #[tokio::test]
 async fn errors_of_a_tonic_channel_are_classified_alike() {

@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use buttress::breaker::CircuitBreakerHandle;
+use buttress::{breaker::CircuitBreakerHandle, call::Reason};
 use tokio::task::JoinSet;
 
 use crate::{
@@ -24,6 +24,8 @@ const CONCURRENCY: usize = 20;
 const REQUESTS_PER_CONNECTION: usize = 100;
 /// Minimum number of connections. Below that the test has not met the end of enough connections.
 const MIN_CONNECTIONS: usize = CALLS / REQUESTS_PER_CONNECTION / 2;
+/// Minimum number of attempts that a GOAWAY ended and the client repeated.
+const MIN_REPEATED: usize = 50;
 
 #[tokio::test]
 async fn ready_made_client_loses_no_call_when_nginx_sends_goaway() {
@@ -54,6 +56,8 @@ async fn calls_through_goaways((client, circuit): (impl HttpClient, CircuitBreak
     lanes.join_all().await;
     println!("{report}");
     report.assert_all_good(CALLS, &[circuit]);
+    let repeated = report.repeated(&[Reason::GoAway]);
+    assert!(repeated >= MIN_REPEATED, "only {repeated} attempts were repeated; {report}");
 
     // The log shows that nginx did close the connections: one line for each request, with the process and the
     // connection.

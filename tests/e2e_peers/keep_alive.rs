@@ -29,6 +29,9 @@ const MAX_OFFSET: Duration = Duration::from_millis(5);
 const GROUP_SIZE: usize = 32;
 /// Number of groups for each second of the keep-alive time. Each group makes its calls at another moment.
 const GROUPS_PER_SECOND: usize = 16;
+/// Number of measurements of the keep-alive time, and the time from one to the next.
+const MEASUREMENTS: u32 = 8;
+const MEASUREMENT_INTERVAL: Duration = Duration::from_millis(50);
 /// Minimum number of attempts on a closed connection. Below that the test has not met the case.
 const MIN_STALE_CONNECTIONS: usize = 100;
 
@@ -111,8 +114,19 @@ fn offset(step: usize) -> Duration {
 }
 
 /// Measures the time from a response to the end of its connection, because some versions of Node.js close later than
-/// they are configured to.
+/// they are configured to. On a busy machine a single measurement may be too long, so the minimum of several is used.
 async fn keep_alive_time(port: u16) -> Duration {
+    let mut running = JoinSet::new();
+    for number in 0..MEASUREMENTS {
+        running.spawn(async move {
+            sleep(MEASUREMENT_INTERVAL * number).await;
+            measure_keep_alive_time(port).await
+        });
+    }
+    running.join_all().await.into_iter().min().unwrap()
+}
+
+async fn measure_keep_alive_time(port: u16) -> Duration {
     let measure = async {
         let mut tcp = TcpStream::connect(("127.0.0.1", port)).await?;
         tcp.write_all(b"GET / HTTP/1.1\r\nhost: peer\r\n\r\n").await?;

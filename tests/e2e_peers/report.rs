@@ -77,7 +77,11 @@ impl Report {
     ///
     /// hyper-util itself repeats some requests that were never sent. Those are not counted.
     pub fn stale_connections(&self) -> usize {
-        let reasons = [Reason::NeverSent, Reason::StaleConnection, Reason::Reset];
+        self.repeated(&[Reason::NeverSent, Reason::StaleConnection, Reason::Reset])
+    }
+
+    /// Number of attempts that ended for one of these reasons and were repeated.
+    pub fn repeated(&self, reasons: &[Reason]) -> usize {
         let counters = self.counters();
         reasons.iter().filter_map(|reason| counters.retried_attempts.get(reason.as_str())).sum()
     }

@@ -148,6 +148,18 @@ pub async fn ends_all(end: End) -> Peer {
     peer
 }
 
+/// Responds to the first request of each connection with the head and a part of the body, and ends the connection.
+pub async fn cuts_off_bodies(end: End) -> Peer {
+    Peer::serve(move |_, mut tcp, peer| async move {
+        if read_head(&mut tcp).await {
+            tcp.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\ncut").await.unwrap();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            peer.end(tcp, end);
+        }
+    })
+    .await
+}
+
 /// Ends each connection before it reads anything.
 pub async fn ends_at_once(end: End) -> Peer {
     Peer::serve(move |_, tcp, peer| async move { peer.end(tcp, end) }).await
@@ -168,10 +180,17 @@ pub async fn ends_then_hangs(after: Duration) -> Peer {
 
 // ===== HTTP/2 =====
 
+const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const GOAWAY: u8 = 7;
+
+const END_STREAM: u8 = 0x1;
+const END_HEADERS: u8 = 0x4;
+
+/// `:status: 200`, indexed (RFC 7541 appendix A).
+const STATUS_200: u8 = 0x88;
 
 /// A frame (RFC 9113 §4.1).
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
@@ -189,7 +208,6 @@ pub fn reset(stream: u32, code: u32) -> Vec<u8> {
 
 /// A gRPC response without a message, which is also a plain response without a body.
 fn respond(stream: u32) -> Vec<u8> {
-    const STATUS_200: u8 = 0x88;
     let mut block = vec![STATUS_200];
     for text in ["content-type", "application/grpc", "grpc-status", "0"].chunks(2) {
         // A literal without indexing, with a new name (RFC 7541 §6.2.2).
@@ -199,8 +217,7 @@ fn respond(stream: u32) -> Vec<u8> {
             block.extend_from_slice(text.as_bytes());
         }
     }
-    const END_STREAM_AND_HEADERS: u8 = 0x5;
-    frame(HEADERS, END_STREAM_AND_HEADERS, stream, &block)
+    frame(HEADERS, END_STREAM | END_HEADERS, stream, &block)
 }
 
 struct Http2(TcpStream);
@@ -245,6 +262,8 @@ impl Http2 {
 pub enum Second {
     GoAway(u32),
     Reset(u32),
+    /// Sends the response head and a part of the body before it resets the stream.
+    ResetBody(u32),
     Close(End),
 }
 
@@ -260,6 +279,11 @@ pub async fn http2(second: Second) -> Peer {
             match second {
                 Second::GoAway(code) => http2.write(go_away(first, code)).await,
                 Second::Reset(code) => http2.write(reset(stream, code)).await,
+                Second::ResetBody(code) => {
+                    http2.write(frame(HEADERS, END_HEADERS, stream, &[STATUS_200])).await;
+                    http2.write(frame(DATA, 0, stream, b"cut")).await;
+                    http2.write(reset(stream, code)).await;
+                }
                 Second::Close(end) => return end.close(http2.0),
             }
         }

@@ -79,6 +79,58 @@ async fn the_maximum_of_five_transparent_retries_holds_for_the_whole_call() {
     assert_eq!(call(layer(&purse(9)), outcomes).await, (false, 8));
 }
 
+/// The balance is that of the layer and its clones. It starts with 200 retries.
+#[tokio::test(start_paused = true)]
+async fn transparent_retries_without_responses_end_after_two_hundred() {
+    let layer = layer(&purse(9)).attempts(1);
+    let stale = housekeeping(Reason::StaleConnection);
+    for _ in 0..40 {
+        assert_eq!(call(layer.clone(), vec![stale]).await, (false, 6));
+    }
+    assert_eq!(call(layer.clone(), vec![stale]).await, (false, 1));
+    // The ordinary rules apply.
+    let (layer, start) = (layer.attempts(3), Instant::now());
+    assert_eq!(call(layer.clone(), vec![stale]).await, (false, 3));
+    assert!((ms(200)..ms(203)).contains(&start.elapsed()), "two waits");
+    // One response is worth five transparent retries.
+    let layer = layer.attempts(1);
+    for response in [Outcome::success(), Outcome::failure().because(Reason::Status)] {
+        assert_eq!(call(layer.clone(), vec![response]).await.1, 1);
+        assert_eq!(call(layer.clone(), vec![stale]).await, (false, 6), "{response}");
+        assert_eq!(call(layer.clone(), vec![stale]).await, (false, 1), "{response}");
+    }
+    // The response of a retry counts too.
+    let layer = layer.attempts(2);
+    assert_eq!(call(layer.clone(), vec![stale, Outcome::success()]).await, (true, 2));
+    assert_eq!(call(layer.attempts(1), vec![stale]).await, (false, 6));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_balance_of_transparent_retries_has_a_maximum_of_two_hundred() {
+    let layer = layer(&purse(9)).attempts(1);
+    let stale = housekeeping(Reason::StaleConnection);
+    for _ in 0..100 {
+        call(layer.clone(), vec![Outcome::success()]).await;
+    }
+    for _ in 0..40 {
+        assert_eq!(call(layer.clone(), vec![stale]).await, (false, 6));
+    }
+    assert_eq!(call(layer, vec![stale]).await, (false, 1));
+}
+
+/// A retry that another rule declines takes nothing from the balance.
+#[tokio::test(start_paused = true)]
+async fn a_declined_transparent_retry_takes_nothing_from_the_balance() {
+    let layer = layer(&purse(9)).attempts(1);
+    let stale = housekeeping(Reason::StaleConnection);
+    let declined = layer.clone().at_most(FailureKind::Read, 0);
+    for _ in 0..300 {
+        assert_eq!(call(declined.clone(), vec![stale]).await, (false, 1));
+    }
+    let layer = declined.at_most(FailureKind::Read, 9);
+    assert_eq!(call(layer, vec![stale]).await, (false, 6));
+}
+
 #[tokio::test(start_paused = true)]
 async fn another_cancelled_outcome_is_not_retried() {
     for reason in [Reason::Dropped, Reason::Caller, Reason::Reported] {

@@ -107,6 +107,10 @@ where
         Poll::Ready(held.weight)
     }
 
+    fn was_retried(held: &HeldResult<Res, E>) -> bool {
+        held.result.as_ref().err().and_then(rule::known).is_some_and(Attempts::is_in)
+    }
+
     fn poll_discard(_: &mut HeldResult<Res, E>, _: u64, _: &mut Context<'_>) -> Poll<()> {
         Poll::Ready(())
     }

@@ -195,6 +195,14 @@ pub trait Weigh<Res, E> {
         None
     }
 
+    /// Returns whether an inner retry has retried the request too, so that its error carries [`Attempts`].
+    fn was_retried(held: &Self::Held) -> bool {
+        match Self::answer(held) {
+            Some(Answer::Error(error)) => Attempts::is_in(error),
+            _ => false,
+        }
+    }
+
     /// Reads it away, so that its connection can be used again. Ready when that is done, or when it is
     /// longer than `cap` bytes.
     fn poll_discard(held: &mut Self::Held, cap: u64, cx: &mut Context<'_>) -> Poll<()>;
