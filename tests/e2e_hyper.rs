@@ -236,7 +236,7 @@ async fn an_upstream_that_closes_mid_stream_is_a_failure_and_frees_its_place() {
 async fn errors_on_the_way_are_told_apart() {
     for (addr, expected) in [
         (nobody().await, Reason::ConnectRefused),
-        (closes_after(b"").await, Reason::StaleConnection),
+        (closes_after(b"").await, Reason::Reset),
         (closes_after(b"not http at all\r\n\r\n").await, Reason::Error),
     ] {
         let (breaker, state) = touchy();

@@ -182,7 +182,7 @@ async fn errors_on_the_way_are_told_apart() {
     let hasty = builder().timeout(Duration::from_millis(50)).build().unwrap();
     for (addr, client, expected) in [
         (nobody().await, client(), Reason::ConnectRefused),
-        (closes_after(b"").await, client(), Reason::StaleConnection),
+        (closes_after(b"").await, client(), Reason::Reset),
         (closes_after(b"not http at all\r\n\r\n").await, client(), Reason::Error),
         (closes_after(HALF).await, client(), Reason::Body),
         (never_answers().await.0, HttpClient::from(hasty), Reason::Timeout),
