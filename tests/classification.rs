@@ -438,8 +438,9 @@ async fn http_503_with_html_for_a_grpc_call_is_unavailable_and_retried() {
     assert_eq!((made, stop), (1, Stop::Unsafe), "a POST for `RetryLayer::http()`");
 }
 
-/// Returns whether a circuit counts a response with this `grpc-status` as a failure, and tonic's code of it.
-async fn is_failure(grpc_status: &'static str) -> (bool, tonic::Code) {
+/// Sends a call whose response has this `grpc-status`. Returns whether a circuit counts it as a failure, and the code
+/// that tonic parses.
+async fn record_grpc_status(grpc_status: &'static str) -> (bool, tonic::Code) {
     let head = move || Response::builder().header("content-type", GRPC);
     let response = move || head().header("grpc-status", grpc_status).body(Full::<Bytes>::default());
     let layer = CircuitBreakerLayer::new(Trip::consecutive(1));
@@ -456,10 +457,10 @@ async fn is_failure(grpc_status: &'static str) -> (bool, tonic::Code) {
 async fn a_grpc_status_other_than_a_code_of_the_protocol_is_unknown_as_in_tonic() {
     let others = ["17", "99", "70000", "-1", "+0", "00", "000", "014", " ", "", "abc", "0, 14"];
     for other in others {
-        assert_eq!(is_failure(other).await, (true, tonic::Code::Unknown), "{other:?}");
+        assert_eq!(record_grpc_status(other).await, (true, tonic::Code::Unknown), "{other:?}");
     }
     for code in ["0", "3", "16"] {
-        assert!(!is_failure(code).await.0, "{code}");
+        assert!(!record_grpc_status(code).await.0, "{code}");
     }
 }
 

@@ -38,7 +38,7 @@ pin_project! {
                 if permit.giver().is_some() {
                     set_clock(permit, mark);
                 } else if let Some(mark) = mark.take() {
-                    // The permit that stands for this one reads the mark after that drop.
+                    // The call permit reads the mark after that drop.
                     mark.freeze();
                 }
             }
@@ -109,7 +109,7 @@ where
             match this.state.as_mut().project() {
                 StateProj::Called { future, permit, call, mark } => {
                     WaitsFor::reset();
-                    let polled = match stand_in::<S, Req, M>(call) {
+                    let polled = match call_permit::<S, Req, M>(call) {
                         Some(permit) => permit.guard(|| future.poll(cx)),
                         None => permit.guard(|| future.poll(cx)),
                     };
@@ -117,9 +117,9 @@ where
                         Poll::Ready(Ok(response)) => Poll::Ready(Ok(M::wrap(response))),
                         Poll::Ready(Err(error)) => {
                             let what = WaitsFor::reported();
-                            match stand_in::<S, Req, M>(call) {
-                                Some(permit) => permit.ends_while(what),
-                                None => permit.ends_while(what),
+                            match call_permit::<S, Req, M>(call) {
+                                Some(permit) => permit.record_wait(what),
+                                None => permit.record_wait(what),
                             }
                             set_clock(permit, mark);
                             M::judge(taken(call), Err(&error), permit);
@@ -127,7 +127,7 @@ where
                         }
                         Poll::Pending => {
                             let what = WaitsFor::reported();
-                            match stand_in::<S, Req, M>(call) {
+                            match call_permit::<S, Req, M>(call) {
                                 Some(permit) => permit.pending(what),
                                 None => permit.pending(what),
                             }
@@ -173,14 +173,14 @@ where
     }
 }
 
-/// Returns the permit that stands for the permit of the admission, if there is one.
+/// Returns the call permit, if the protocol has lent the permit of the admission to the handler.
 #[inline]
-fn stand_in<S, Req, M>(call: &mut Option<M::Call>) -> Option<&mut Permit>
+fn call_permit<S, Req, M>(call: &mut Option<M::Call>) -> Option<&mut Permit>
 where
     S: Service<Req>,
     M: Judge<Req, S::Response, S::Error>,
 {
-    call.as_mut().and_then(M::stand_in)
+    call.as_mut().and_then(M::call_permit)
 }
 
 /// Starts the clock readings of the mark, and returns it.
@@ -365,7 +365,7 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
             permit = permit.observing(deadline, mark.is_some());
         }
         let mut call = this.protocol.begin(&mut request, || permit.take());
-        let future = match M::stand_in(&mut call) {
+        let future = match M::call_permit(&mut call) {
             Some(permit) => permit.guard(|| this.service.call(request)),
             None => permit.guard(|| this.service.call(request)),
         };

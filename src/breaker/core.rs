@@ -313,7 +313,7 @@ impl Circuit {
         &self,
         sent_mark: impl FnOnce() -> Option<SentMark>,
     ) -> Result<Token, Refusal> {
-        let unsent = if self.cell.may_probe() { self.unsent(sent_mark()) } else { None };
+        let unsent = if self.cell.may_probe() { self.unsent_mark(sent_mark()) } else { None };
         let (answer, change) = self.cell.admit(unsent.is_some(), || self.now(), fastrand::f64);
         self.tell(change);
         let ticket = match answer {
@@ -338,7 +338,7 @@ impl Circuit {
     }
 
     /// Returns the mark if the request is still to be sent, and starts its clock readings.
-    fn unsent(&self, mark: Option<SentMark>) -> Option<SentMark> {
+    fn unsent_mark(&self, mark: Option<SentMark>) -> Option<SentMark> {
         self.update_unsent_probes();
         let mark = mark.filter(|mark| !mark.is_sent())?;
         mark.measure();
@@ -355,51 +355,55 @@ impl Circuit {
 
     #[cold]
     fn read_marks(&self) {
-        let (mut changes, mut is_news) = (Vec::new(), false);
+        let (mut changes, mut slot_changed) = (Vec::new(), false);
         let mut unsent = lock(&self.unsent_probes);
         // Under the lock of the list, so that an older reading of a mark never follows a newer one.
         unsent.retain(|(probe, mark)| {
             let progress = mark.progress();
-            // A probe begins as one whose body has not been polled.
+            // A probe starts in the wait for the transport, so that wait needs no report.
             if progress.waits_for != WaitsFor::Transport {
                 let since = progress.since.map_or_else(|| self.now(), |since| self.clock.at(since));
                 let what = progress.waits_for;
                 let report = ProbeReport { what, since, is_sent: progress.is_sent };
-                let (news, change) = self.report_probe(*probe, report);
-                is_news |= news;
+                let (changed, change) = self.record_probe_report(*probe, report);
+                slot_changed |= changed;
                 changes.push(change);
             }
             !progress.is_sent && self.cell.still_probes(*probe)
         });
         self.has_unsent_probes.store(!unsent.is_empty(), Ordering::Release);
         drop(unsent);
-        self.tell_of_probe(is_news, changes);
+        self.publish_probe_changes(slot_changed, changes);
     }
 
-    fn report_probe(&self, probe: u64, report: ProbeReport) -> (bool, Option<Change>) {
+    fn record_probe_report(&self, probe: u64, report: ProbeReport) -> (bool, Option<Change>) {
         let now = self.now();
-        self.cell.with(|machine, times| machine.probe_waits_for(probe, report, at(now, times)))
+        self.cell.with(|machine, times| machine.record_probe_report(probe, report, at(now, times)))
     }
 
-    fn tell_of_probe(&self, is_news: bool, changes: impl IntoIterator<Item = Option<Change>>) {
+    fn publish_probe_changes(
+        &self,
+        slot_changed: bool,
+        changes: impl IntoIterator<Item = Option<Change>>,
+    ) {
         for change in changes {
             self.tell(change);
         }
-        if is_news {
-            // Callers that wait for a slot set their timers anew.
+        if slot_changed {
+            // Callers that wait for a slot reset their timers.
             self.changed.notify_waiters();
         }
     }
 
     /// Stops reading the mark of a probe whose response head has arrived.
-    fn forget_unsent(&self, probe: u64) {
+    fn remove_sent_mark(&self, probe: u64) {
         if self.has_unsent_probes.load(Ordering::Acquire) {
             lock(&self.unsent_probes).retain(|(unsent, _)| *unsent != probe);
         }
     }
 
-    /// Whether a mark reports on the request of this probe. The mark is more exact than the layers in between.
-    fn has_unsent(&self, probe: u64) -> bool {
+    /// Returns whether the circuit reads a mark of this probe. The mark is more exact than the reports of inner layers.
+    fn has_sent_mark(&self, probe: u64) -> bool {
         self.has_unsent_probes.load(Ordering::Acquire)
             && lock(&self.unsent_probes).iter().any(|(unsent, _)| *unsent == probe)
     }
@@ -488,10 +492,10 @@ impl Finish for Circuit {
 
     fn waits_for(&self, token: Token, what: WaitsFor) {
         let probe = ticket(token).generation;
-        if is_probe(token) && !self.has_unsent(probe) {
+        if is_probe(token) && !self.has_sent_mark(probe) {
             let report = ProbeReport { what, since: self.now(), is_sent: true };
-            let (is_news, change) = self.report_probe(probe, report);
-            self.tell_of_probe(is_news, [change]);
+            let (slot_changed, change) = self.record_probe_report(probe, report);
+            self.publish_probe_changes(slot_changed, [change]);
         }
     }
 }
@@ -500,7 +504,7 @@ impl Circuit {
     #[inline(never)]
     fn head_measured(&self, token: &mut Token, so_far: Outcome) {
         self.update_unsent_probes();
-        self.forget_unsent(ticket(*token).generation);
+        self.remove_sent_mark(ticket(*token).generation);
         let now = Instant::now();
         token.clock.stop(now);
         let so_far = Ended { outcome: so_far, took: self.took(*token, || now) };

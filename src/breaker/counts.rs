@@ -48,15 +48,15 @@ pub(super) type TimeWindows = Box<[TimeWindow]>;
 /// What the window of each ratio held, in the order of the rules.
 pub(super) type Windows = Vec<Tally>;
 
-/// The maximum number by which the calls that end by connection housekeeping may exceed the responses and be neutral.
-/// Servers rarely allow more streams on one HTTP/2 connection, which all end together with it.
+/// The maximum excess of housekeeping outcomes over responses at which housekeeping is neutral. Servers rarely allow
+/// more streams on one HTTP/2 connection, and all of its streams end with the connection.
 const MAX_HOUSEKEEPING: u32 = 100;
 
 /// The minimum time for which housekeeping exceeds responses before it counts as failures. One moment of housekeeping
 /// can end any number of calls.
 const MIN_HOUSEKEEPING_TIME: Nanos = 1_000_000_000;
 
-/// The time without housekeeping after which the count of it starts again.
+/// The time without housekeeping after which its count restarts at 0.
 const HOUSEKEEPING_GAP: Nanos = 10_000_000_000;
 
 #[derive(Debug)]
@@ -64,10 +64,9 @@ pub(super) struct Counts {
     run: u32,
     /// The circuit has recorded a response since it was made.
     has_responded: bool,
-    /// The number by which the calls that ended by connection housekeeping exceed the responses. It is at most one
-    /// above [`MAX_HOUSEKEEPING`].
+    /// The excess of housekeeping outcomes over responses. Its maximum is [`MAX_HOUSEKEEPING`] + 1.
     housekeeping: u32,
-    /// The time at which that number left 0, and the time of the last housekeeping.
+    /// The time at which the excess rose above 0, and the time of the last housekeeping outcome.
     housekeeping_since: Nanos,
     housekeeping_last: Nanos,
     rules: Vec<Counted>,
@@ -171,10 +170,10 @@ impl Counts {
         }
         self.housekeeping_last = now;
         self.housekeeping = (self.housekeeping + 1).min(MAX_HOUSEKEEPING + 1);
-        let lasts = self.housekeeping > MAX_HOUSEKEEPING
+        let is_persistent = self.housekeeping > MAX_HOUSEKEEPING
             && now.saturating_sub(self.housekeeping_since) >= MIN_HOUSEKEEPING_TIME;
         let may_be_new = matches!(outcome.reason(), Reason::NeverSent | Reason::Reset);
-        if may_be_new && !self.has_responded || lasts {
+        if may_be_new && !self.has_responded || is_persistent {
             return Outcome::failure().because(outcome.reason());
         }
         outcome
@@ -260,8 +259,8 @@ impl Counts {
         }
     }
 
-    /// Returns whether the call was slow, so that its caller may have ended it for that. Connection housekeeping is
-    /// not slow, because it carries no information about the upstream.
+    /// Returns whether the call was slow. The caller may have ended a slow call because of its duration. Connection
+    /// housekeeping is not slow, because it carries no information about the upstream.
     pub(super) fn was_slow(&self, ended: Ended) -> bool {
         !ended.outcome.is_housekeeping() && self.slow_from.is_some_and(|slow| ended.took >= slow)
     }

@@ -116,11 +116,11 @@
 //! An upstream that accepts and closes every connection opens the circuit nevertheless. Housekeeping counts as a
 //! failure, and keeps its [`Reason`](crate::call::Reason), in two cases, also for half-open probes:
 //!
-//! - The circuit has not seen any response since it was made, and the request was not sent or its connection broke.
+//! - The circuit has not recorded a response since it was made, and the request was not sent or its connection broke.
 //!   No connection can have been reused by then. A connection that is known to be reused is exempt.
 //! - Housekeeping has outnumbered responses by more than 100, for at least 1 s. Each reused connection has delivered a
 //!   response, so this does not happen as long as the upstream works. The count rises by 1 with each housekeeping
-//!   outcome and falls by 1 with each response. It starts again after 10 s without housekeeping.
+//!   outcome and falls by 1 with each response. It restarts at 0 after 10 s without housekeeping.
 //!
 //! # Waits
 //!
@@ -139,10 +139,10 @@
 //! half-open.
 //!
 //! The timeout starts when the request has been sent, as far as a [`SentMark`](crate::call::SentMark) or a timeout
-//! layer inside of the breaker reveals it. A probe that waits for its caller, to send more of the request or to read
-//! the response, leaves its slot after 100 ms, so that slow callers do not keep other calls from probing. Its outcome
-//! still counts, and a good response has passed by then. A probe that still waits inside the client (for a permit or a
-//! connection) when its timeout expires releases its slot without a result.
+//! layer inside of the breaker reveals it. A probe that waits for its caller (to send more of the request or to read
+//! the response) releases its slot after 100 ms, so that slow callers do not keep other calls from probing. Its outcome
+//! still counts. If its response head was good, it passes at that time. A probe that still waits inside the client (for
+//! a permit or a connection) when its timeout expires releases its slot without a result.
 //!
 //! | callers beyond the probes | |
 //! |---|---|

@@ -18,20 +18,20 @@ pub(super) struct Probes {
 struct Probe {
     /// Its own: no other call of this circuit ever has the same.
     generation: u64,
-    slot: Slot,
+    slot: ProbeSlot,
     wait: ProbeWait,
     /// Whether the response head was good. `None` before the head.
     head: Option<bool>,
 }
 
-/// Whether a probe keeps other calls from its slot.
+/// The state of the slot of a probe. No other call can get a slot that is held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Slot {
+enum ProbeSlot {
     Held,
-    /// The probe waits for its caller. It leaves the slot at this time.
+    /// The probe waits for its caller. It releases the slot at this time.
     HeldUntil(Nanos),
-    /// The probe waited too long for its caller. Its outcome still counts.
-    Left,
+    /// The probe has waited too long for its caller. Its outcome still counts.
+    Released,
 }
 
 /// What a probe waits for, and when its timeout ends.
@@ -59,30 +59,31 @@ impl ProbeWait {
 }
 
 impl Probe {
-    /// The time of the next change that needs no event: the end of the timeout, or of the claim to the slot.
+    /// The time of the next change without a report: the end of the timeout, or the release of the slot.
     fn next_change(&self) -> Option<Nanos> {
         match (self.wait.ends(), self.slot) {
-            (Some(ends), Slot::HeldUntil(until)) => Some(ends.min(until)),
-            (None, Slot::HeldUntil(until)) => Some(until),
+            (Some(ends), ProbeSlot::HeldUntil(until)) => Some(ends.min(until)),
+            (None, ProbeSlot::HeldUntil(until)) => Some(until),
             (ends, _) => ends,
         }
     }
 }
 
-/// The time for which a probe that waits for its caller keeps its slot. Ordinary request and response bodies need less.
-/// It bounds the rate at which calls with slow bodies reach a half-open upstream, and the time for which one of them
-/// keeps out the next call.
+/// The maximum time for which a probe that waits for its caller holds its slot. Most request and response bodies need
+/// less. The constant bounds the rate at which calls with slow bodies reach a half-open upstream, and the time for
+/// which such a call keeps other calls from probing.
 const MAX_CALLER_WAIT: Nanos = 100_000_000;
 
-/// The maximum number of probes in flight beyond the number of slots. A further one replaces the oldest.
+/// The maximum number of probes in flight beyond the number of slots. A further probe replaces the oldest probe
+/// that has released its slot.
 const MAX_BEYOND_SLOTS: usize = 256;
 
-/// What a probe waits for.
+/// A report on what a probe waits for.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ProbeReport {
     pub(super) what: WaitsFor,
     pub(super) since: Nanos,
-    /// The request has been sent completely, as far as is known.
+    /// The request has been sent, as far as the reporting layer can detect.
     pub(super) is_sent: bool,
 }
 
@@ -100,9 +101,9 @@ impl Probes {
     /// Returns whether a call can get a probe slot.
     pub(super) fn has_room(&self, now: Nanos, settings: &Settings) -> bool {
         let holds = |probe: &&Probe| match probe.slot {
-            Slot::Held => true,
-            Slot::HeldUntil(until) => now < until,
-            Slot::Left => false,
+            ProbeSlot::Held => true,
+            ProbeSlot::HeldUntil(until) => now < until,
+            ProbeSlot::Released => false,
         };
         let decided = usize::from(self.passed) + usize::from(self.failed);
         let taken = decided + self.under_way.iter().filter(holds).count();
@@ -118,21 +119,23 @@ impl Probes {
         settings: &Settings,
     ) {
         if self.under_way.len() >= usize::from(settings.probes) + MAX_BEYOND_SLOTS {
-            if let Some(oldest) = self.under_way.iter().position(|probe| probe.slot == Slot::Left) {
+            if let Some(oldest) =
+                self.under_way.iter().position(|probe| probe.slot == ProbeSlot::Released)
+            {
                 self.under_way.remove(oldest);
             }
         }
         let ends = now.saturating_add(nanos(settings.lease));
         let (slot, wait) = match is_unsent {
-            // Its body has not been polled: the call may still wait for a permit or a connection.
-            true => (Slot::HeldUntil(ends), ProbeWait::InClient { ends }),
-            false => (Slot::Held, ProbeWait::AtUpstream { ends }),
+            // The body has not been polled, so the call may still wait for a permit or a connection.
+            true => (ProbeSlot::HeldUntil(ends), ProbeWait::InClient { ends }),
+            false => (ProbeSlot::Held, ProbeWait::AtUpstream { ends }),
         };
         self.under_way.push(Probe { generation, slot, wait, head: None });
     }
 
-    /// Records what a probe waits for. Returns whether that changes when its slot becomes free.
-    pub(super) fn waits_for(
+    /// Records what a probe waits for. Returns whether the state of its slot has changed.
+    pub(super) fn record_report(
         &mut self,
         generation: u64,
         report: ProbeReport,
@@ -141,29 +144,30 @@ impl Probes {
         let probe = self.under_way.iter_mut().find(|probe| probe.generation == generation);
         let Some(probe) = probe else { return false };
         let ends = report.since.saturating_add(nanos(settings.lease));
-        let same = probe.wait.ends().unwrap_or(ends);
+        let unchanged = probe.wait.ends().unwrap_or(ends);
         let before = probe.slot;
         match (report.what, probe.head) {
-            (WaitsFor::Client, _) => probe.wait = ProbeWait::InClient { ends: same },
+            (WaitsFor::Client, _) => probe.wait = ProbeWait::InClient { ends: unchanged },
             (WaitsFor::Upstream, head) => {
-                let ends = if head.is_none() { ends } else { same };
+                let ends = if head.is_none() { ends } else { unchanged };
                 probe.wait = ProbeWait::AtUpstream { ends };
                 if report.is_sent {
-                    probe.slot = Slot::Held;
+                    probe.slot = ProbeSlot::Held;
                 }
             }
-            // Without a mark nothing reports when the transport begins to read the request: it may be slow from here on.
+            // Without a mark, no report follows when the transport begins to read the request. A wait for the transport
+            // is therefore bounded like a wait for the caller.
             (WaitsFor::Caller | WaitsFor::Transport, head) => {
                 probe.wait = match (report.what, head) {
-                    (WaitsFor::Transport, _) => ProbeWait::InClient { ends: same },
+                    (WaitsFor::Transport, _) => ProbeWait::InClient { ends: unchanged },
                     (_, None) => ProbeWait::AtSender,
-                    (_, Some(_)) => ProbeWait::AtReader { ends: same },
+                    (_, Some(_)) => ProbeWait::AtReader { ends: unchanged },
                 };
                 let until = report.since.saturating_add(MAX_CALLER_WAIT);
                 probe.slot = match probe.slot {
-                    Slot::Held => Slot::HeldUntil(until),
-                    Slot::HeldUntil(earlier) => Slot::HeldUntil(until.min(earlier)),
-                    Slot::Left => Slot::Left,
+                    ProbeSlot::Held => ProbeSlot::HeldUntil(until),
+                    ProbeSlot::HeldUntil(earlier) => ProbeSlot::HeldUntil(until.min(earlier)),
+                    ProbeSlot::Released => ProbeSlot::Released,
                 };
             }
         }
@@ -177,7 +181,7 @@ impl Probes {
     pub(super) fn head(&mut self, generation: u64, good: bool) {
         if let Some(probe) = self.under_way.iter_mut().find(|probe| probe.generation == generation)
         {
-            (probe.head, probe.slot) = (Some(good), Slot::Held);
+            (probe.head, probe.slot) = (Some(good), ProbeSlot::Held);
         }
     }
 
@@ -196,15 +200,15 @@ impl Probes {
         self.failure = Some((how, hint));
     }
 
-    /// The time of the next change that needs no event.
+    /// The time of the next change without a report.
     pub(super) fn next_change(&self) -> Option<Nanos> {
         self.under_way.iter().filter_map(Probe::next_change).min()
     }
 
     /// Makes the first change that is due by now, and returns its time.
     ///
-    /// At the end of its timeout a probe is decided by its response head and by what it waits for. A good response
-    /// that its caller does not read has passed already when it leaves its slot.
+    /// At the end of its timeout the result of a probe depends on its response head and on what it waits for. A probe
+    /// with a good response head that its caller does not read passes when it releases its slot.
     pub(super) fn pass_time(&mut self, now: Nanos) -> Option<Nanos> {
         let due = self.next_change().filter(|due| *due <= now)?;
         let at = self.under_way.iter().position(|probe| probe.next_change() == Some(due))?;
@@ -213,7 +217,7 @@ impl Probes {
         match (probe.head, probe.wait) {
             (Some(true), _) => self.pass(),
             _ if !is_over => {
-                probe.slot = Slot::Left;
+                probe.slot = ProbeSlot::Released;
                 return Some(due);
             }
             (None, ProbeWait::AtUpstream { .. }) | (Some(false), _) => {

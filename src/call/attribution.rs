@@ -130,7 +130,8 @@ fn since_then(now: u64, then: u64) -> u64 {
     if nanos > TIME / 2 { 0 } else { nanos }
 }
 
-/// The instant of a caller deadline in nanoseconds. A later deadline than the range of [`signed_nanos_of`] is its end.
+/// The instant of a caller deadline in nanoseconds. A deadline beyond the range of [`signed_nanos_of`] is clamped
+/// to the end of the range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct CallerDeadline(NonZeroI64);
 
@@ -161,9 +162,9 @@ impl CallerDeadline {
 /// the upstream. A client of your own that wraps request bodies can publish a mark, too: insert a clone into the
 /// extensions and report each frame. Without a mark the clocks start at the call.
 ///
-/// Measuring layers request the mark in `poll_ready`. A service in between hides the request unless it polls the inner
-/// service in the same poll: `tower::buffer` polls it in another task, and a full concurrency limit polls it after the
-/// call. Then no mark is published, and the clocks start at the call.
+/// Measuring layers ask for the mark in `poll_ready`. Each service between them and the retry or hedge must poll its
+/// inner service within its own `poll_ready`. `tower::buffer` polls it in another task, and a full concurrency limit
+/// polls it after the call. Then no mark is published, and the clocks start at the call.
 ///
 /// ```
 /// use buttress::call::SentMark;
@@ -187,11 +188,12 @@ pub(crate) struct Progress {
     measured: bool,
     pub(crate) is_sent: bool,
     pub(crate) waits_for: WaitsFor,
-    /// Since when, if that is measured.
+    /// The start of this wait. `None` if no layer measures the call.
     pub(crate) since: Option<Instant>,
 }
 
 impl Progress {
+    /// Records the start of a wait. A repeated report of a wait for the caller keeps the earlier start.
     fn begin_wait_for(&mut self, what: WaitsFor) {
         if what != WaitsFor::Caller || self.waits_for != what {
             self.waits_for = what;
@@ -240,8 +242,8 @@ impl SentMark {
         });
     }
 
-    /// Reports that the transport dropped the body, so that no more of the request will be sent. The wait that is in
-    /// progress continues: a request that its caller had not finished is never attributed to the upstream.
+    /// Reports that the transport dropped the body, so that no more of the request will be sent. A wait that is in
+    /// progress continues, so that an incomplete request is never attributed to the upstream.
     pub fn dropped(&self) {
         self.update(|progress| {
             progress.is_sent = true;
@@ -298,8 +300,8 @@ pub(crate) fn request_mark() {
     IS_MARK_REQUESTED.set(true);
 }
 
-/// Runs `poll_ready` of an inner service, and returns whether an inner layer has requested a mark. The requests reach
-/// the next outer layer, too, with those that were made before.
+/// Runs `poll_ready` of an inner service, and returns whether an inner layer has requested a mark. The flag
+/// stays set for the next outer layer, also if it was set before.
 #[inline]
 #[cfg(feature = "retry")]
 pub(crate) fn is_mark_requested<T>(poll_ready: impl FnOnce() -> T) -> (T, bool) {
@@ -340,7 +342,7 @@ pub enum WaitsFor {
     Caller,
     /// The client itself: a permit, a connection, the delay before the next attempt.
     Client,
-    /// The transport, which has not polled the request body yet: it may connect, or be about to send.
+    /// The transport, which has not polled the request body yet. It may be connecting.
     Transport,
 }
 
@@ -409,19 +411,19 @@ impl DropCause {
 
 /// Returns the outcome of a call that is dropped now, by the time for which the upstream had the request.
 ///
-/// A timeout counts only if the upstream had the request for at least half of it. Otherwise the rest of the program
-/// spent the time, such as a server's handler that read a slow upload before it called the upstream, and the drop is
-/// a hang-up.
+/// A timeout counts only if the upstream had the request for at least half of its duration. Otherwise the drop is
+/// a hang-up, because another part of the program used the time. For example, the handler of a server read a slow
+/// upload before it called the upstream. If the clock is off, [`attribute`] decides by what the call waited for.
 pub(super) fn dropped(clock: UpstreamClock) -> Outcome {
     match DROP_CAUSE.get() {
         None => Outcome::cancelled(),
         #[cfg(any(feature = "retry", feature = "timeout"))]
         Some(DropCause::TimedOut(limit)) => {
-            let had = |limit: Duration| {
+            let had_half_of = |limit: Duration| {
                 clock.elapsed(Instant::now()).is_none_or(|elapsed| elapsed >= limit / 2)
             };
             match limit {
-                Some(limit) if !had(limit) => Outcome::cancelled(),
+                Some(limit) if !had_half_of(limit) => Outcome::cancelled(),
                 _ => Outcome::failure().because(Reason::Timeout),
             }
         }
@@ -458,6 +460,7 @@ pub(crate) struct Ending {
 
 /// Attributes the outcome of a call that its caller ended, by a hang-up or by a deadline. The call is a failure if the
 /// upstream had the complete request for `count_cancelled_after` and sent no response head, and is cancelled otherwise.
+/// A timeout before the response head is cancelled if the call waited for its caller or inside the client at that time.
 /// Other outcomes are returned unchanged.
 pub(crate) fn attribute(outcome: Outcome, ending: Ending) -> Outcome {
     let reason = match (outcome.kind(), outcome.reason()) {

@@ -29,17 +29,17 @@ pub(crate) fn is_grpc_call(method: &Method, headers: &HeaderMap) -> bool {
 /// Whether the content type is that of gRPC or gRPC-Web.
 #[inline]
 pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
-    subtype(headers).is_some_and(|rest| ends_subtype(after_web(rest).unwrap_or(rest)))
+    after_grpc(headers).is_some_and(|rest| ends_subtype(after_web(rest).unwrap_or(rest)))
 }
 
 /// Whether the content type is that of gRPC-Web, which carries the trailers in the body. The body is not parsed.
 pub(crate) fn is_grpc_web(headers: &HeaderMap) -> bool {
-    subtype(headers).and_then(after_web).is_some_and(ends_subtype)
+    after_grpc(headers).and_then(after_web).is_some_and(ends_subtype)
 }
 
 /// The part of the content type after `application/grpc`. Content types ignore ASCII case (RFC 9110 §8.3.1).
 #[inline]
-fn subtype(headers: &HeaderMap) -> Option<&[u8]> {
+fn after_grpc(headers: &HeaderMap) -> Option<&[u8]> {
     strip_prefix(headers.get(header::CONTENT_TYPE)?.as_bytes(), b"application/grpc")
 }
 
@@ -49,7 +49,7 @@ fn after_web(subtype: &[u8]) -> Option<&[u8]> {
     Some(strip_prefix(rest, b"-text").unwrap_or(rest))
 }
 
-/// Returns whether nothing, a message format or a parameter follows.
+/// Returns whether the name of the subtype ends here: a message format, a parameter or nothing follows.
 fn ends_subtype(rest: &[u8]) -> bool {
     matches!(rest.first(), None | Some(b'+' | b';' | b' ' | b'\t'))
 }
@@ -65,7 +65,7 @@ pub(crate) fn status(headers: &HeaderMap) -> Option<Outcome> {
     Some(with_hint(of_code(code(headers)?), headers))
 }
 
-/// The outcome of a status that is an error.
+/// The outcome of a status that a service returned as its error.
 #[cfg(feature = "tonic")]
 pub(crate) fn of_status(status: &tonic::Status) -> Outcome {
     let code = u16::try_from(i32::from(status.code())).unwrap_or(UNKNOWN);

@@ -158,7 +158,7 @@ pub(crate) fn of_error(error: &(dyn Error + 'static)) -> Outcome {
             Some(found) if found.reason() == Reason::Caller => return found.outcome(&transport),
             // The server has processed the request, so no inner error can turn this into housekeeping.
             Some(found) if cause.reason() == Reason::Body && found.reason() != Reason::Timeout => {}
-            // hyper returned the request. The inner error is that of the connection, and not of the request.
+            // hyper returned the request. The inner error describes the connection and not the request.
             Some(found) if found.reason() == Reason::NeverSent => return found.outcome(&transport),
             Some(found) => cause = found,
             None => {}
@@ -274,7 +274,7 @@ fn cause_of(error: &(dyn Error + 'static), transport: &Transport) -> Option<Caus
         }
         return (error.is_body() || error.is_decode()).then_some(Cause::failure(Reason::Body));
     }
-    // The error that the status was made of, if there is one, is its source.
+    // If the status was made from an error, that error is its source.
     #[cfg(feature = "tonic")]
     if let Some(status) = error.downcast_ref::<tonic::Status>() {
         return Some(Cause::Known(grpc::of_status(status)));

@@ -26,9 +26,9 @@
 //! | the upstream reports the caller's deadline: 504, `DEADLINE_EXCEEDED`, or a body cut off at that time | as the deadline itself | neutral | releases its slot | neutral | ends the call | a failed attempt |
 //! | a timeout, or a deadline of the [operator](DeadlineSource::Operator) | failure, [`Timeout`](Reason::Timeout) | failure | failed | drop | safe methods, before the deadline | a failed attempt |
 //! | a timeout that expires during an upload or in the queue of an inner layer, or before the upstream had the request for half of it | cancelled | neutral | releases its slot | neutral | safe methods, before the deadline | a failed attempt |
-//! | a slow upload | as the response | its time is not measured | leaves its slot after 100 ms | its time is not measured | – | – |
+//! | a slow upload | as the response | its time is not measured | releases its slot after 100 ms, its outcome still counts | its time is not measured | – | – |
 //! | the request body stalls or fails | cancelled, [`Caller`](Reason::Caller) | neutral | releases its slot | neutral | not retried | a failed attempt |
-//! | a slow reader of the response | as the response | its time is not measured | has passed after 100 ms | its time is not measured | – | – |
+//! | a slow reader of the response | as the response | its time is not measured | passes after 100 ms if the head was good | its time is not measured | – | – |
 //! | a wait inside the client: for a permit, a connection, the next attempt | – | its time is not measured | releases its slot when its timeout expires | its time is not measured | – | – |
 //! | a rejection by an inner layer | cancelled, [`Rejected`](Reason::Rejected) | neutral | releases its slot | neutral | ends the call | a failed attempt |
 //! | never sent, `REFUSED_STREAM`, a stream above the last one of a `GOAWAY` with `NO_ERROR` | [housekeeping](Outcome::is_housekeeping) | neutral | releases its slot | neutral | at once, any method | the other attempt decides |
@@ -38,9 +38,9 @@
 //! | 429, 529, `RESOURCE_EXHAUSTED` | throttled | neutral | failed | drop | safe methods, after the hint | a failed attempt |
 //! | another hedge attempt won | cancelled, [`Superseded`](Reason::Superseded) | neutral | releases its slot | neutral | – | – |
 //!
-//! A connection that ends after a `GOAWAY` with an error code is not distinguished from any other connection that ends:
-//! h2 does not report the code to the streams at or below the last one. The same holds for an HTTP/1 connection that ends
-//! within the response head.
+//! h2 does not report the error code of a `GOAWAY` to the streams at or below the last one. The end of such a
+//! connection is therefore classified like the end of any other connection. An HTTP/1 connection that ends within the
+//! response head is classified as if it had ended before the first byte.
 //!
 //! `count_cancelled_after` is 1 s by default. The [breaker](crate::CircuitBreakerLayer::count_cancelled_after) and the
 //! [limit](crate::ConcurrencyLimitLayer::count_cancelled_after) have setters for it. Time is attributed to the upstream
@@ -48,8 +48,8 @@
 //! detected if a retry or a hedge is outside of the measuring layer (they publish a [`SentMark`]), or a timeout is
 //! inside of it. Otherwise the clock starts at the call.
 //!
-//! A layer attributes the drop of a call to a timeout outside of it only if the drop happens in the task of the timeout.
-//! `tokio::spawn` in between hides the cause, so such a call counts as a hang-up.
+//! A layer attributes the drop of a call to an outer timeout only if the drop happens in the task of the timeout.
+//! `tokio::spawn` between the two layers hides the cause, and the call counts as a hang-up.
 //!
 //! The [breaker](crate::breaker#connection-housekeeping) lists the transports that do not reveal whether a connection
 //! was reused. [`Http`] describes gRPC.

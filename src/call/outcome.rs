@@ -40,8 +40,8 @@ pub enum Reason {
     ConnectTimeout,
     /// No connection could be made for another cause. The request never left.
     ConnectFailed,
-    /// The client returned the request before it sent a byte of it. A failure if its connection is known to be new and
-    /// broke, [housekeeping](Outcome::is_housekeeping) otherwise.
+    /// The client returned the request before it sent a byte of it. This is a failure if the connection broke and is
+    /// known to be new, and [housekeeping](Outcome::is_housekeeping) otherwise.
     NeverSent,
     /// HTTP/2 `REFUSED_STREAM`: the server did not process the request (RFC 9113 §8.7).
     RefusedStream,

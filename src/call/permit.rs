@@ -254,9 +254,9 @@ impl<G: Finish> Permit<G> {
         }
     }
 
-    /// Records what the call waited for when the inner future failed: a timeout may have expired meanwhile.
+    /// Records what the call waited for when the inner future failed. The outcome of an inner timeout depends on it.
     #[inline]
-    pub(crate) fn ends_while(&mut self, what: WaitsFor) {
+    pub(crate) fn record_wait(&mut self, what: WaitsFor) {
         self.context.waits_for = what;
     }
 
@@ -296,15 +296,15 @@ impl<G: Finish> Permit<G> {
         self.token
     }
 
-    /// Takes over the clock and the record of the call from a permit for which this one stands.
+    /// Copies the clock and the record of the call from the lent permit.
     #[cfg(feature = "limit")]
-    pub(crate) fn standing_for<L: Finish>(mut self, lent: &Permit<L>) -> Self {
+    pub(crate) fn with_record_of<L: Finish>(mut self, lent: &Permit<L>) -> Self {
         self.token.clock = lent.token.clock;
         self.context = lent.context;
         self
     }
 
-    /// Replaces the clock by the clock of a permit that stands for this one.
+    /// Replaces the clock of a lent permit by the clock of its call permit.
     #[cfg(feature = "limit")]
     pub(crate) fn replace_clock(&mut self, clock: UpstreamClock) {
         self.token.clock = clock;

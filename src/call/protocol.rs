@@ -49,10 +49,10 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
     /// A call is about to be made, with this permit.
     fn begin<G: Giver>(&self, request: &mut Req, permit: impl FnOnce() -> Permit<G>) -> Self::Call;
 
-    /// Returns the permit that stands for the permit of the admission, if the protocol has lent that one to the handler
-    /// at the beginning of the call.
+    /// Returns the call permit, which measures the call if the protocol has lent the permit of the admission to the
+    /// handler.
     #[inline]
-    fn stand_in(call: &mut Self::Call) -> Option<&mut Permit> {
+    fn call_permit(call: &mut Self::Call) -> Option<&mut Permit> {
         let _ = call;
         None
     }

@@ -113,7 +113,7 @@ impl Slot {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the token of the lent permit, with the clock of the permit that stands for it.
+    /// Returns the token of the lent permit, with the clock of the call permit.
     fn inner_token(lent: &Permit, token: Token) -> Token {
         Token { clock: token.clock, ..lent.token() }
     }
@@ -189,17 +189,18 @@ pub struct Upgrades<M>(pub(super) M);
 #[derive(Debug)]
 pub struct Lent<C> {
     call: C,
-    stand_in: StandIn,
+    call_permit: CallPermit,
 }
 
-/// The permit that stands for the lent one. It measures the call, and releases the lent one at its end.
+/// The permit that measures the call while the handler may hold the lent permit. It releases the lent permit at its
+/// end.
 #[derive(Debug)]
-struct StandIn {
+struct CallPermit {
     permit: Permit,
     mark: Option<SentMark>,
 }
 
-impl StandIn {
+impl CallPermit {
     fn set_clock(&mut self) {
         if let Some(mark) = self.mark.take() {
             self.permit.set_clock(&mark);
@@ -207,7 +208,7 @@ impl StandIn {
     }
 }
 
-impl Drop for StandIn {
+impl Drop for CallPermit {
     fn drop(&mut self) {
         self.set_clock();
     }
@@ -242,13 +243,13 @@ where
             state: Mutex::new(State { permit, holder: Holder::Call }),
             outer: request.extensions_mut().remove(),
         });
-        let permit = slot.permit(Token::default()).standing_for(&slot.lock().permit).erase();
+        let permit = slot.permit(Token::default()).with_record_of(&slot.lock().permit).erase();
         request.extensions_mut().insert(Held(slot));
-        Lent { call, stand_in: StandIn { permit, mark } }
+        Lent { call, call_permit: CallPermit { permit, mark } }
     }
 
-    fn stand_in(lent: &mut Lent<M::Call>) -> Option<&mut Permit> {
-        Some(&mut lent.stand_in.permit)
+    fn call_permit(lent: &mut Lent<M::Call>) -> Option<&mut Permit> {
+        Some(&mut lent.call_permit.permit)
     }
 
     fn wrap(response: Res) -> M::Response {
@@ -260,7 +261,7 @@ where
         result: Result<&mut M::Response, &E>,
         _taken_at_the_beginning: &mut Permit<G>,
     ) {
-        lent.stand_in.set_clock();
-        M::judge(lent.call, result, &mut lent.stand_in.permit);
+        lent.call_permit.set_clock();
+        M::judge(lent.call, result, &mut lent.call_permit.permit);
     }
 }

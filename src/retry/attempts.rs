@@ -67,15 +67,15 @@ impl Attempts {
     /// Looks for the record in `error` and its sources.
     #[must_use]
     pub fn find(error: &(dyn Error + 'static)) -> Option<Self> {
-        Self::look_for(error).cloned()
+        Self::find_ref(error).cloned()
     }
 
     /// Returns whether the record is in `error` or its sources.
     pub(super) fn is_in(error: &(dyn Error + 'static)) -> bool {
-        Self::look_for(error).is_some()
+        Self::find_ref(error).is_some()
     }
 
-    fn look_for<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
+    fn find_ref<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
         let mut next = Some(error);
         for _ in 0..16 {
             let error = next?;

@@ -29,7 +29,7 @@ pub(super) struct Settings {
     says: AtomicBool,
     budget: Mutex<Option<RetryBudget>>,
     /// The number of transparent retries that the layer may make until the next response.
-    transparent: AtomicU32,
+    transparent_balance: AtomicU32,
     retries: AtomicU64,
     gave_up: AtomicU64,
     denied: AtomicU64,
@@ -43,7 +43,7 @@ impl Settings {
             policy: Mutex::new(Arc::new(Policy::new())),
             says: AtomicBool::new(false),
             budget: Mutex::new(Some(RetryBudget::default())),
-            transparent: AtomicU32::new(MAX_TRANSPARENT_BALANCE),
+            transparent_balance: AtomicU32::new(MAX_TRANSPARENT_BALANCE),
             retries: AtomicU64::new(0),
             gave_up: AtomicU64::new(0),
             denied: AtomicU64::new(0),
@@ -100,7 +100,7 @@ impl Settings {
     /// Deposits transparent retries for a response. This is one load if the balance is at its maximum.
     #[inline]
     pub(super) fn deposit_transparent(&self) {
-        if self.transparent.load(Ordering::Relaxed) < MAX_TRANSPARENT_BALANCE {
+        if self.transparent_balance.load(Ordering::Relaxed) < MAX_TRANSPARENT_BALANCE {
             self.add_transparent(TRANSPARENT_PER_RESPONSE);
         }
     }
@@ -108,7 +108,9 @@ impl Settings {
     /// Withdraws one transparent retry. Returns `false` if none is left.
     pub(super) fn withdraw_transparent(&self) -> bool {
         let one_less = |balance: u32| balance.checked_sub(1);
-        self.transparent.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less).is_ok()
+        self.transparent_balance
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less)
+            .is_ok()
     }
 
     /// Refunds a transparent retry that was withdrawn and is not made.
@@ -119,7 +121,7 @@ impl Settings {
     #[cold]
     fn add_transparent(&self, retries: u32) {
         let more = |balance: u32| Some((balance + retries).min(MAX_TRANSPARENT_BALANCE));
-        let _ = self.transparent.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        let _ = self.transparent_balance.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
     }
 
     pub(super) fn count_retry(&self) {

@@ -60,8 +60,8 @@ pub(super) struct Kept {
     pub(super) safe: bool,
     pub(super) body: Repeatable,
     pub(super) deadline: Option<Deadline>,
-    /// An inner retry has retried the request too.
-    pub(super) was_retried: bool,
+    /// An inner retry layer has returned the error.
+    pub(super) has_inner_attempts: bool,
 }
 
 impl<S> Default for Course<S> {
@@ -108,7 +108,7 @@ impl<S> Course<S> {
         let now = Instant::now();
         let deadline = kept.as_ref().and_then(|kept| kept.deadline);
         let left = deadline.map(|deadline| deadline.at().saturating_duration_since(now));
-        let transparent = kept.as_ref().is_some_and(|kept| !kept.was_retried)
+        let transparent = kept.as_ref().is_some_and(|kept| !kept.has_inner_attempts)
             && policy.is_transparent(outcome, self.transparent)
             && core.settings.withdraw_transparent();
         let decision = match kept {

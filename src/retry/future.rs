@@ -202,7 +202,7 @@ where
             safe: vouched || M::safe(kept, &policy.safe),
             body: M::repeatable(kept),
             deadline: M::deadline(kept),
-            was_retried: M::was_retried(&held),
+            has_inner_attempts: M::has_inner_attempts(&held),
         });
         let claim = || kept.is_some_and(M::claim);
         match course.next(this.core, &policy, (class, outcome), known, claim) {

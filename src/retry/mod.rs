@@ -55,8 +55,8 @@
 //! transparent retries in total. Beyond these, attempts, backoff and budget apply as to any other failure.
 //!
 //! A balance of the layer and its clones bounds transparent retries while the upstream does not respond. It starts at
-//! its maximum of 200. Each transparent retry takes 1 and each response adds 5. An error that an inner retry has
-//! returned is not retried transparently, so that nested layers do not multiply these retries.
+//! its maximum of 200. Each transparent retry withdraws 1 and each response deposits 5. An error that an inner retry
+//! layer has returned is not retried transparently, so that nested layers do not multiply these retries.
 //!
 //! | what happened | retried |
 //! |---|---|

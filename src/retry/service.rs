@@ -67,7 +67,7 @@ where
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), M::Error>> {
         let (polled, marks) = is_mark_requested(|| self.inner.poll_ready(cx));
-        // Not reset: a layer in between that is ready already does not poll the inner layers again.
+        // Keep an earlier request for marks: a layer in between that is already ready does not poll its inner service.
         self.marks |= marks;
         polled.map_err(|error| M::broken(error, Attempts::NONE))
     }

@@ -81,10 +81,11 @@ impl Sending {
         }
     }
 
+    /// Returns what the call waits for, by the progress of the request body.
     pub(super) fn waits_for(&self) -> WaitsFor {
         match (self.stage(), self.pace.load(Ordering::Relaxed)) {
             (Stage::Sending, 0) => WaitsFor::Transport,
-            // The service asked for a frame that is not there yet.
+            // The transport polled for a frame that the body does not have yet.
             (Stage::Sending, pace) if pace % 2 == 1 => WaitsFor::Caller,
             _ => WaitsFor::Upstream,
         }

@@ -215,7 +215,7 @@ where
                                 };
                                 match watch.wait(this.sending.as_ref(), cx) {
                                     Next::Forever => {
-                                        report_unsent(this.sending.as_deref());
+                                        report_wait(this.sending.as_deref());
                                         return Poll::Pending;
                                     }
                                     Next::Stalled => Phase::Sending,
@@ -227,7 +227,7 @@ where
                                 }
                             }
                         };
-                        report_unsent(this.sending.as_deref());
+                        report_wait(this.sending.as_deref());
                         if phase != Phase::Sending {
                             ready!(alarm.poll(&*future, cx));
                         }
@@ -256,9 +256,9 @@ where
     }
 }
 
-/// Reports to the outer layers that the request is still to be sent, unless an inner layer has reported a wait inside
-/// the client. When the request has been sent, its body wakes the call, and the next poll reports anew.
-fn report_unsent(sending: Option<&Sending>) {
+/// Reports to the outer layers what the request body waits for, unless an inner layer has reported another wait than
+/// for the upstream. When the request has been sent, its body wakes the call, and the next poll reports again.
+fn report_wait(sending: Option<&Sending>) {
     let waits_for = sending.map_or(WaitsFor::Upstream, Sending::waits_for);
     if WaitsFor::reported() == WaitsFor::Upstream {
         waits_for.report();

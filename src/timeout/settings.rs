@@ -277,8 +277,8 @@ pub(super) fn timed_out(
     rejected.labelled(state.label.get().cloned())
 }
 
-/// Runs `drop`, which drops the inner call after this phase has timed out, with this limit. Inner layers count a hang-up if the caller
-/// caused the timeout, and a timeout otherwise.
+/// Runs `drop`, which drops the inner call after the timeout `limit` of this phase has expired. Inner layers count
+/// a hang-up if the caller caused the timeout, and a timeout otherwise.
 #[cold]
 #[inline(never)]
 pub(super) fn drop_by(

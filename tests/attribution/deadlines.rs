@@ -524,7 +524,7 @@ async fn an_operator_timeout_during_an_upload_is_neutral() {
     }
 }
 
-/// The caller chooses how much of the server's time is left for the upstream.
+/// The duration of the upload determines how much of the server's timeout is left for the upstream.
 #[tokio::test(start_paused = true)]
 async fn a_server_timeout_that_a_slow_upload_used_up_does_not_count_against_the_upstream() {
     for (upload_takes, opens) in [(ms(9_980), false), (ms(2_000), true)] {

@@ -118,7 +118,7 @@ pub async fn make_half_open(breaker: &CircuitBreakerLayer) {
 
 // ===== Requests =====
 
-/// A `POST` whose body is there at once.
+/// A `POST` whose body is ready at once.
 pub fn post() -> Request<TestBody> {
     let body = Full::from("x").map_err(|never: Infallible| match never {});
     Request::post("/").body(body.boxed_unsync()).unwrap()

@@ -1,4 +1,4 @@
-//! Half-open circuits that callers try to hold with slow requests and slow readers.
+//! Half-open circuits with slow uploads and slow readers.
 
 use buttress::{
     CircuitBreakerLayer, ConcurrencyLimitLayer, Deadline, RetryLayer, TimeoutLayer, Timeouts,
@@ -48,7 +48,7 @@ async fn one_slow_upload_does_not_hold_the_circuit_of_the_default_stack() {
     slow.abort();
 }
 
-/// Each becomes known as slow only after it has been admitted, because no mark reports on it.
+/// Without a mark the breaker detects a slow upload only after it has admitted the call.
 #[tokio::test(start_paused = true)]
 async fn many_slow_uploads_without_a_mark_do_not_keep_a_quick_call_from_probing() {
     let breaker = CircuitBreakerLayer::http();
@@ -65,7 +65,7 @@ async fn many_slow_uploads_without_a_mark_do_not_keep_a_quick_call_from_probing(
     slow.iter().for_each(|call| call.abort());
 }
 
-/// Slow uploads whose response is there before their end, and is not read.
+/// The upstream responds before the end of a slow upload, and the caller does not read the response.
 #[tokio::test(start_paused = true)]
 async fn unread_early_responses_do_not_hold_the_circuit() {
     let breaker = CircuitBreakerLayer::http();
@@ -100,7 +100,7 @@ async fn slow_uploads_reach_a_half_open_upstream_one_after_the_other() {
     }
 }
 
-/// Its outcome counts, although it left its slot long before.
+/// The probe has released its slot long before its outcome.
 #[tokio::test(start_paused = true)]
 async fn a_slow_upload_alone_closes_the_circuit_when_it_succeeds() {
     let breaker = CircuitBreakerLayer::http();

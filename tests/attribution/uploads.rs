@@ -127,7 +127,7 @@ async fn a_hedge_inside_of_a_breaker_keeps_the_mark_that_the_breaker_requests() 
     assert_eq!(breaker.handle().state(), State::Closed);
 }
 
-/// The second poll does not reach the breaker, because the limit is ready already.
+/// The second poll does not reach the breaker, because the limit is already ready.
 #[tokio::test(start_paused = true)]
 async fn a_service_that_is_polled_twice_for_readiness_publishes_a_mark() {
     let upstream = || UpstreamService::new(Upstream::Responds(ms(1)));
@@ -404,7 +404,7 @@ async fn a_timeout_during_an_upload_is_not_a_drop_for_an_adaptive_limit() {
     assert_eq!(recorder.latencies(), [0; 0]);
 }
 
-/// The handler of an axum server responds without the body of the request.
+/// The handler of an axum server responds without reading the request body.
 #[tokio::test(start_paused = true)]
 async fn requests_whose_bodies_never_arrive_do_not_reduce_an_adaptive_limit() {
     use axum::{Router, routing::any};

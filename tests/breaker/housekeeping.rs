@@ -170,7 +170,7 @@ const RESPONSES: [Outcome; 4] = [
     Outcome::failure().because(Reason::Status),
 ];
 
-/// The upstream ends 98 % of the calls, and a response in between does not hide it.
+/// The upstream ends 98 % of the calls. The responses in between do not keep the circuit closed.
 #[tokio::test(start_paused = true)]
 async fn housekeeping_that_outnumbers_responses_opens_the_circuit() {
     for response in RESPONSES {

@@ -17,8 +17,8 @@ use causes::{CAUSES, Cause, Target};
 use futures_util::{StreamExt, stream};
 use stacks::{STACKS, Stack, Wire};
 
-/// The number of cases that run at the same time. With more of them, a call that works takes longer than the delay of a
-/// hedge.
+/// The maximum number of cases that run at the same time. With more, a successful call takes longer than the hedge
+/// delay.
 const MAX_CASES: usize = 8;
 
 #[tokio::test(flavor = "multi_thread")]

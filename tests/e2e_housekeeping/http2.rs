@@ -93,7 +93,7 @@ async fn the_end_of_a_stream_decides_whether_it_is_retried() {
     }
 }
 
-/// The service under the retry reads the body, so the error of the body is the error of the call.
+/// The service inside of the retry reads the body, so the error of the body is the error of the call.
 #[tokio::test]
 async fn a_stream_that_is_refused_after_the_response_head_is_a_failure_and_a_post_is_not_retried() {
     for kind in KINDS {

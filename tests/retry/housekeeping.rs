@@ -79,7 +79,7 @@ async fn the_maximum_of_five_transparent_retries_holds_for_the_whole_call() {
     assert_eq!(call(layer(&purse(9)), outcomes).await, (false, 8));
 }
 
-/// The balance is that of the layer and its clones. It starts with 200 retries.
+/// The layer and its clones share one balance, which starts at 200 retries.
 #[tokio::test(start_paused = true)]
 async fn transparent_retries_without_responses_end_after_two_hundred() {
     let layer = layer(&purse(9)).attempts(1);
@@ -88,18 +88,18 @@ async fn transparent_retries_without_responses_end_after_two_hundred() {
         assert_eq!(call(layer.clone(), vec![stale]).await, (false, 6));
     }
     assert_eq!(call(layer.clone(), vec![stale]).await, (false, 1));
-    // The ordinary rules apply.
+    // Attempts and backoff apply.
     let (layer, start) = (layer.attempts(3), Instant::now());
     assert_eq!(call(layer.clone(), vec![stale]).await, (false, 3));
     assert!((ms(200)..ms(203)).contains(&start.elapsed()), "two waits");
-    // One response is worth five transparent retries.
+    // One response deposits five transparent retries.
     let layer = layer.attempts(1);
     for response in [Outcome::success(), Outcome::failure().because(Reason::Status)] {
         assert_eq!(call(layer.clone(), vec![response]).await.1, 1);
         assert_eq!(call(layer.clone(), vec![stale]).await, (false, 6), "{response}");
         assert_eq!(call(layer.clone(), vec![stale]).await, (false, 1), "{response}");
     }
-    // The response of a retry counts too.
+    // The response of a retry deposits them too.
     let layer = layer.attempts(2);
     assert_eq!(call(layer.clone(), vec![stale, Outcome::success()]).await, (true, 2));
     assert_eq!(call(layer.attempts(1), vec![stale]).await, (false, 6));
@@ -118,9 +118,8 @@ async fn the_balance_of_transparent_retries_has_a_maximum_of_two_hundred() {
     assert_eq!(call(layer, vec![stale]).await, (false, 1));
 }
 
-/// A retry that another rule declines takes nothing from the balance.
 #[tokio::test(start_paused = true)]
-async fn a_declined_transparent_retry_takes_nothing_from_the_balance() {
+async fn a_transparent_retry_that_another_rule_declines_does_not_change_the_balance() {
     let layer = layer(&purse(9)).attempts(1);
     let stale = housekeeping(Reason::StaleConnection);
     let declined = layer.clone().at_most(FailureKind::Read, 0);

@@ -82,18 +82,19 @@ impl Machine {
         (answer, change)
     }
 
-    /// Records what a probe waits for. Returns whether that changes when its slot becomes free.
-    pub(in crate::breaker) fn probe_waits_for(
+    /// Records what a probe waits for. Returns whether the state of its slot has changed, and the change of the
+    /// circuit.
+    pub(in crate::breaker) fn record_probe_report(
         &mut self,
         generation: u64,
         report: ProbeReport,
         at: At<'_>,
     ) -> (bool, Option<Change>) {
-        let is_news = match &mut self.phase {
-            Phase::HalfOpen(probes) => probes.waits_for(generation, report, &self.settings),
+        let slot_changed = match &mut self.phase {
+            Phase::HalfOpen(probes) => probes.record_report(generation, report, &self.settings),
             _ => false,
         };
-        (is_news, self.pass_time(at))
+        (slot_changed, self.pass_time(at))
     }
 
     // ===== A call ends =====

@@ -36,8 +36,8 @@
 //!
 //! Latency is measured from when the request has been sent to the response head. The time in the queue and the time of
 //! a slow upload are not part of it. The end of an upload is detected by a [`SentMark`](crate::call::SentMark) or by a
-//! timeout layer inside of the limit. A call that ends before its request has been sent is not recorded, unless it
-//! failed to connect in time: that is a drop.
+//! timeout layer inside of the limit. A call that ends before its request has been sent is not a sample, with one
+//! exception: a connect timeout is a drop.
 //!
 //! [`until_body_end`](crate::ConcurrencyLimitLayer::until_body_end) measures to the end of the body instead, without
 //! the time for which the response waits for its reader. Use it for streams, which hold their permits for much longer

@@ -130,8 +130,9 @@ impl Teller {
         self.hear(Token { tag: heard, ..*token }, so_far, apply)
     }
 
-    /// A call has come as far as is measured: whether that changed the limit. `apply` runs before anybody else can change the limit.
-    /// A call whose request has not been sent is not a sample, unless it failed to connect in time.
+    /// Records a call that has reached the measured point, and returns whether the limit changed. `apply` runs before
+    /// another call can change the limit. A call whose request has not been sent is not a sample, unless connecting
+    /// timed out.
     pub(in crate::limit) fn hear(
         &self,
         token: Token,
@@ -146,8 +147,8 @@ impl Teller {
         let latency = match token.clock.elapsed(now) {
             Some(latency) => latency,
             None if outcome.reason() == Why::ConnectTimeout => Duration::ZERO,
-            // The clock starts at the admission. It is off because the request has not been sent, so the time of the
-            // call belongs to its caller.
+            // The clock starts at the admission. If it is off, the request has not been sent, so the time is attributed
+            // to the caller.
             None => return false,
         };
         let sample = Sample {

@@ -107,7 +107,7 @@ where
         Poll::Ready(held.weight)
     }
 
-    fn was_retried(held: &HeldResult<Res, E>) -> bool {
+    fn has_inner_attempts(held: &HeldResult<Res, E>) -> bool {
         held.result.as_ref().err().and_then(rule::known).is_some_and(Attempts::is_in)
     }
 

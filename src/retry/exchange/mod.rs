@@ -195,8 +195,8 @@ pub trait Weigh<Res, E> {
         None
     }
 
-    /// Returns whether an inner retry has retried the request too, so that its error carries [`Attempts`].
-    fn was_retried(held: &Self::Held) -> bool {
+    /// Returns whether an inner retry layer has returned the error, which then carries [`Attempts`].
+    fn has_inner_attempts(held: &Self::Held) -> bool {
         match Self::answer(held) {
             Some(Answer::Error(error)) => Attempts::is_in(error),
             _ => false,

@@ -76,7 +76,7 @@ where
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), M::Error>> {
         let (polled, marks) = is_mark_requested(|| self.inner.poll_ready(cx));
-        // Not reset: a layer in between that is ready already does not poll the inner layers again.
+        // Keep an earlier request for marks: a layer in between that is already ready does not poll its inner service.
         self.marks |= marks;
         polled.map_err(M::error)
     }
@@ -160,7 +160,7 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
         let is_grpc_call = *this.is_grpc_call;
-        // What the first attempt waits for, while it is under way.
+        // What the first attempt waits for, while it is in flight.
         let mut first_waits_for = None;
         // The first copy before the timer and before the hedge: what is there already is not hedged.
         if let Some(mut first) = this.first.as_mut().as_pin_mut() {
@@ -204,7 +204,7 @@ where
                 }
                 SecondProj::Readying { service, withdrawal } => {
                     let Poll::Ready(ready) = service.poll_ready(cx) else {
-                        report(first_waits_for, Some(WaitsFor::Client));
+                        report_waits(first_waits_for, Some(WaitsFor::Client));
                         return Poll::Pending;
                     };
                     // The request is needed once more, or never.
@@ -229,7 +229,7 @@ where
                     WaitsFor::reset();
                     let held = hedge.as_mut().poll_held(&*this.protocol, is_grpc_call, cx);
                     let Poll::Ready(weight) = held else {
-                        report(first_waits_for, Some(WaitsFor::reported()));
+                        report_waits(first_waits_for, Some(WaitsFor::reported()));
                         return Poll::Pending;
                     };
                     if !is_good(weight) && this.first.is_some() {
@@ -253,7 +253,7 @@ where
                     return Poll::Ready(M::pass(held, Some(Hedged { won: true })));
                 }
                 SecondProj::Lost | SecondProj::Never => {
-                    report(first_waits_for, None);
+                    report_waits(first_waits_for, None);
                     return Poll::Pending;
                 }
                 SecondProj::Answered => unreachable!("polled after completion"),
@@ -262,10 +262,10 @@ where
     }
 }
 
-/// Reports to the outer layers what the attempts under way wait for. A wait for the upstream takes precedence over a wait
-/// for the caller, and both over a wait inside the client, so that a hedge attempt in a queue does not hide a first
-/// attempt that hangs.
-fn report(first: Option<WaitsFor>, hedge: Option<WaitsFor>) {
+/// Reports to the outer layers what the attempts in flight wait for. A wait for the upstream takes precedence over a
+/// wait for the caller or the transport. Both take precedence over a wait inside the client, so that a hedge attempt in
+/// a queue does not hide a first attempt that hangs.
+fn report_waits(first: Option<WaitsFor>, hedge: Option<WaitsFor>) {
     let rank = |what: &WaitsFor| match what {
         WaitsFor::Upstream => 0,
         WaitsFor::Client => 2,
