@@ -414,6 +414,7 @@ impl DropCause {
 /// A timeout counts only if the upstream had the request for at least half of its duration. Otherwise the drop is
 /// a hang-up, because another part of the program used the time. For example, the handler of a server read a slow
 /// upload before it called the upstream. If the clock is off, [`attribute`] decides by what the call waited for.
+#[cfg_attr(not(any(feature = "retry", feature = "timeout")), allow(unused_variables))]
 pub(super) fn dropped(clock: UpstreamClock) -> Outcome {
     match DROP_CAUSE.get() {
         None => Outcome::cancelled(),
