@@ -2,6 +2,8 @@ use std::{fmt, sync::Arc};
 
 use http::{HeaderMap, Request};
 
+use crate::ConfigError;
+
 /// What a request asks of a limit: read off it by a [`Sort`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Claim {
@@ -155,12 +157,38 @@ impl ExemptPaths {
         Self(paths.into_iter().map(Into::into).collect())
     }
 
+    /// A path that is never exempt is an error.
+    pub(super) fn check(&self) -> Result<(), ConfigError> {
+        const REMEDY: &str = "use a path without dot segments, backslashes and encoded dots, slashes or percent signs";
+        match self.0.iter().find(|path| is_ambiguous(path)) {
+            Some(path) => Err(ConfigError::new("exempt_paths", path, REMEDY)),
+            None => Ok(()),
+        }
+    }
+
     fn has(&self, path: &str) -> bool {
-        self.0.iter().any(|one| match one.strip_suffix("/*") {
+        let matches = self.0.iter().any(|one| match one.strip_suffix("/*") {
             Some(above) => path.strip_prefix(above).is_some_and(|rest| rest.starts_with('/')),
             None => path == one,
-        })
+        });
+        matches && !is_ambiguous(path)
     }
+}
+
+/// Returns whether a server behind the layer may read the path as another one: it has dot segments, backslashes, or
+/// dots, slashes, backslashes or percent signs that are encoded (RFC 3986 §5.2.4, §6.2.2).
+fn is_ambiguous(path: &str) -> bool {
+    let is_encoded = |at: usize| {
+        let code = path.as_bytes().get(at + 1..at + 3);
+        code.is_none_or(|code| {
+            [b"2e", b"2f", b"5c", b"25"].iter().any(|special| code.eq_ignore_ascii_case(*special))
+        })
+    };
+    // Some servers ignore the parameters of a segment: `..;a`.
+    let is_dots = |segment: &str| matches!(segment.split(';').next(), Some("." | ".."));
+    path.contains('\\')
+        || path.split('/').any(is_dots)
+        || path.match_indices('%').any(|(at, _)| is_encoded(at))
 }
 
 impl<B> Sort<Request<B>> for ExemptPaths {
@@ -187,6 +215,36 @@ mod tests {
             ("/", false),
         ] {
             assert_eq!(paths.has(path), exempt, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_path_that_another_server_may_read_differently_is_never_exempt() {
+        let paths = ExemptPaths::new(["/metrics/*", "/a/../b"]);
+        for path in [
+            "/metrics/../search",
+            "/metrics/%2e%2e/search",
+            "/metrics/%2E./search",
+            "/metrics/..%2fsearch",
+            "/metrics/..%2Fsearch",
+            "/metrics/%252e%252e/search",
+            "/metrics/..;a=b/search",
+            "/metrics/./x",
+            "/metrics/..",
+            "/metrics/..\\search",
+            "/metrics/%5csearch",
+            "/metrics/%",
+            "/metrics/%2",
+            "/a/../b",
+        ] {
+            assert!(!paths.has(path), "{path}");
+        }
+        assert_eq!(paths.check().unwrap_err().field, "exempt_paths");
+        assert!(ExemptPaths::new(["/metrics/*", "/livez"]).check().is_ok());
+        for path in
+            ["/metrics/a.b/..c", "/metrics/%41", "/metrics/a%20b", "/metrics/...", "/metrics//x"]
+        {
+            assert!(paths.has(path), "{path}");
         }
     }
 

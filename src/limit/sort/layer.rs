@@ -44,12 +44,17 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
 
     /// Lets calls of these paths through in any case, and counts them apart: exact paths, or all below one
     /// that ends in `/*`, such as `/grpc.health.v1.Health/*`. As the layer sees them: in a router that axum nests,
-    /// without what is above it.
+    /// without what is above it. A path with dot segments or with encoded dots, slashes or percent signs is never exempt,
+    /// because a server behind the layer may read it as another path.
     pub fn exempt_paths(
         self,
         paths: impl IntoIterator<Item = impl Into<String>>,
     ) -> SortedLimitLayer<ExemptPaths, M, R> {
-        self.sorted_by(ExemptPaths::new(paths))
+        let paths = ExemptPaths::new(paths);
+        let checked = paths.check();
+        let mut layer = self.sorted_by(paths);
+        layer.plan.accept(checked);
+        layer
     }
 }
 
