@@ -54,7 +54,7 @@ pub enum Form {
 
 impl Form {
     pub(crate) fn of(method: &Method, headers: &HeaderMap) -> Self {
-        if grpc::is_grpc(headers) {
+        if grpc::is_grpc_call(method, headers) {
             if grpc::is_grpc_web(headers) { Self::GrpcWeb } else { Self::Grpc }
         } else if method != Method::HEAD && accepts_json(headers) {
             // With a body, an answer to `HEAD` would break its HTTP/2 stream.
@@ -124,8 +124,9 @@ impl<Req, Res, E: Into<BoxError>> Refuse<Req, Res, E> for AsError {
 ///
 /// HTTP: 503 (429 for [`RejectedKind::Quota`], 504 for [`RejectedKind::DeadlinePassed`] and for a client's
 /// [`RejectedKind::TimedOut`]) with `Retry-After` in whole seconds, at least 1, and an `application/problem+json` body (RFC 9457) where the client accepts
-/// it; `HEAD` gets no body. gRPC, told by the request's content type: a trailers-only `UNAVAILABLE`
-/// (`RESOURCE_EXHAUSTED`, `DEADLINE_EXCEEDED`) with `grpc-retry-pushback-ms`.
+/// it; `HEAD` gets no body. For a gRPC request (a `POST` with the content type), a trailers-only `UNAVAILABLE`
+/// (`RESOURCE_EXHAUSTED`, `DEADLINE_EXCEEDED`) with `grpc-retry-pushback-ms`, at least 10. Every rejection carries
+/// `Cache-Control: no-store`, so that no cache serves it to other clients.
 /// The [`Rejected`] itself is in the response's extensions.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Respond;
@@ -151,7 +152,8 @@ impl<ReqB, B: OwnAnswer, E> Refuse<Request<ReqB>, Response<B>, E> for Respond {
 /// The answer that [`Respond`] gives.
 pub(crate) fn response(form: Form, rejected: Rejected) -> Response<Bytes> {
     let mut body = Bytes::new();
-    let mut headers = HeaderMap::with_capacity(4);
+    let mut headers = HeaderMap::with_capacity(5);
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     let status = match form {
         Form::Grpc | Form::GrpcWeb => {
             let web = form == Form::GrpcWeb;
@@ -163,10 +165,9 @@ pub(crate) fn response(form: Form, rejected: Rejected) -> Response<Bytes> {
             };
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content));
             headers.insert(grpc::STATUS, HeaderValue::from(code));
-            headers.insert(grpc::MESSAGE, HeaderValue::from_static(rejected.kind().as_str()));
+            headers.insert(grpc::MESSAGE, HeaderValue::from_static(public_reason(rejected.kind())));
             if let Some(after) = rejected.retry_after() {
-                let ms = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
-                headers.insert(hint::PUSHBACK, HeaderValue::from(ms));
+                headers.insert(hint::PUSHBACK, HeaderValue::from(pushback_millis(after)));
             }
             StatusCode::OK
         }
@@ -210,12 +211,25 @@ fn problem(status: StatusCode, kind: RejectedKind) -> Bytes {
         r#"{{"type":"about:blank","title":"{}","status":{},"reason":"{}"}}"#,
         status.canonical_reason().unwrap_or_default(),
         status.as_u16(),
-        match kind {
-            // Of no concern to strangers.
-            RejectedKind::Misconfigured | RejectedKind::ForcedOpen => "unavailable",
-            kind => kind.as_str(),
-        },
+        public_reason(kind),
     ))
+}
+
+/// Returns the reason as untrusted clients may see it: without the internal state of the server.
+const fn public_reason(kind: RejectedKind) -> &'static str {
+    match kind {
+        RejectedKind::Misconfigured | RejectedKind::ForcedOpen => "unavailable",
+        kind => kind.as_str(),
+    }
+}
+
+/// The minimum pushback. grpcio clients hang at a pushback of 0.
+const MIN_PUSHBACK_MS: u64 = 10;
+
+/// Rounds up to whole milliseconds.
+fn pushback_millis(after: Duration) -> u64 {
+    let ms = after.as_nanos().div_ceil(1_000_000);
+    u64::try_from(ms).unwrap_or(u64::MAX).max(MIN_PUSHBACK_MS)
 }
 
 /// Rounded up, and at least 1: `Retry-After: 0` would ask for a storm.
@@ -292,6 +306,36 @@ mod tests {
         assert_eq!(of(Method::POST, "application/grpc-webfoo"), Form::Json);
         assert_eq!(of(Method::POST, "application/json"), Form::Json);
         assert_eq!(of(Method::HEAD, "application/json"), Form::Empty);
+        // Only a POST is a gRPC request (gRPC over HTTP/2, "Call-Definition").
+        assert_eq!(of(Method::GET, "application/grpc"), Form::Json);
+        assert_eq!(of(Method::HEAD, "application/grpc"), Form::Empty);
+    }
+
+    #[test]
+    fn no_rejection_can_be_cached() {
+        for form in [Form::Empty, Form::Json, Form::Grpc, Form::GrpcWeb] {
+            for kind in [RejectedKind::Full, RejectedKind::TimedOut(Phase::Head)] {
+                let response = response(form, Rejected::new(kind));
+                assert_eq!(response.headers()["cache-control"], "no-store", "{form:?} {kind:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn pushback_is_rounded_up_and_at_least_10_ms() {
+        assert_eq!(pushback_millis(Duration::ZERO), 10);
+        assert_eq!(pushback_millis(Duration::from_micros(20_001)), 21);
+        assert_eq!(pushback_millis(Duration::MAX), u64::MAX);
+    }
+
+    #[test]
+    fn internal_reasons_are_shown_to_no_client() {
+        for kind in [RejectedKind::Misconfigured, RejectedKind::ForcedOpen] {
+            let grpc = response(Form::Grpc, Rejected::new(kind));
+            assert_eq!(grpc.headers()["grpc-message"], "unavailable");
+            let http = response(Form::Json, Rejected::new(kind));
+            assert!(http.body().ends_with(br#""reason":"unavailable"}"#));
+        }
     }
 
     #[test]

@@ -51,15 +51,17 @@ impl Default for DeadlineLayer {
 }
 
 impl<R> DeadlineLayer<R> {
-    /// The time that a call has where no header says another; a sooner [`Deadline`](crate::Deadline) in the
-    /// extensions counts all the same. None by default: it then has no deadline.
+    /// Sets the time of calls whose headers set none. It is also the maximum that a header can set, unless
+    /// [`at_most`](Self::at_most) sets another: a caller never extends the bound of the operator. An earlier
+    /// [`Deadline`](crate::Deadline) in the extensions applies all the same. Default: none, so calls without a header
+    /// have no deadline, and headers have no maximum.
     pub fn default_of(mut self, time: Duration) -> Self {
         self.above_zero("default_of", time, |times, time| set(&times.default, Some(time)));
         self
     }
 
-    /// The longest time that a header can give, or the default. A deadline in the extensions is our own, and
-    /// believed.
+    /// Sets the maximum time that a header or the default can set. A deadline in the extensions is not bounded, because
+    /// the application set it. Default: the time of [`default_of`](Self::default_of).
     pub fn at_most(mut self, time: Duration) -> Self {
         self.above_zero("at_most", time, |times, time| set(&times.longest, Some(time)));
         self

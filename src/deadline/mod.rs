@@ -41,7 +41,8 @@
 //!
 //! The soonest counts: a [`Deadline`] in the request's extensions, gRPC's `grpc-timeout`, a
 //! [header](DeadlineLayer::header) or [codec](DeadlineLayer::codec) of your own; where no header says anything,
-//! the [default](DeadlineLayer::default_of). What cannot be read is not said. It goes into the extensions, less what
+//! the [default](DeadlineLayer::default_of). A header never sets more than [`at_most`](DeadlineLayer::at_most), or else
+//! the default. What cannot be read is not said. It goes into the extensions, less what
 //! is [kept back](DeadlineLayer::keep_back), and what is left of it into the headers that were asked for (gRPC
 //! requests: always `grpc-timeout`), never more than there is.
 //!
@@ -87,7 +88,7 @@
 //! | setting | default |
 //! |---|---|
 //! | [`default_of`](DeadlineLayer::default_of) | none |
-//! | [`at_most`](DeadlineLayer::at_most) | none |
+//! | [`at_most`](DeadlineLayer::at_most) | as `default_of` |
 //! | [`keep_back`](DeadlineLayer::keep_back) | none |
 //! | [`header`](DeadlineLayer::header) | none; there is no standard |
 //! | late calls | an error ([`Rejected`](crate::Rejected), boxed) |

@@ -40,13 +40,15 @@ impl Times {
         codec: Option<&dyn Codec>,
         request: &mut Request<B>,
     ) -> Option<Deadline> {
-        let grpc = grpc::is_grpc(request.headers());
+        let grpc = grpc::is_grpc_call(request.method(), request.headers());
         let read = |codec: &dyn Codec| codec.read(request.headers());
         let own = codec.and_then(read);
         let told = if grpc { own.into_iter().chain(read(&Grpc)).min() } else { own };
         let by_caller = told.map(|time| (time, DeadlineSource::Caller));
         let by_operator = |time| (time, DeadlineSource::Operator);
-        let bounded = match (by_caller, get(&self.longest)) {
+        // A header never extends the default, unless the operator sets a maximum.
+        let max = get(&self.longest).or_else(|| get(&self.default));
+        let bounded = match (by_caller, max) {
             (Some((told, _)), Some(longest)) if longest < told => Some(by_operator(longest)),
             (Some(told), _) => Some(told),
             (None, longest) => get(&self.default).map(|default| {

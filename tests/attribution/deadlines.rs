@@ -403,6 +403,9 @@ async fn a_deadline_records_its_source() {
         });
         let mut request = request();
         for (name, value) in headers {
+            if *name == "grpc-timeout" {
+                *request.method_mut() = http::Method::POST;
+            }
             let name: http::HeaderName = name.parse().unwrap();
             request.headers_mut().insert(name, value.parse().unwrap());
         }

@@ -20,7 +20,7 @@ use buttress::{
     limit::{ConcurrencyLimitHandle, QueueOrder},
 };
 use futures_util::FutureExt;
-use http::{Request, Response};
+use http::{Method, Request, Response};
 use tokio::{
     task::JoinSet,
     time::{advance, timeout},
@@ -231,6 +231,7 @@ async fn respond_tells_a_client_in_its_own_form() {
     assert!(body.contains(r#""reason":"limit_reached""#), "{body}");
 
     let mut call = request();
+    *call.method_mut() = Method::POST;
     call.headers_mut().insert("content-type", "application/grpc+proto".parse().unwrap());
     let grpc = service.clone().oneshot(call).await.unwrap();
     assert_eq!(
@@ -668,6 +669,7 @@ async fn a_passed_deadline_is_told_as_such() {
     late.extensions_mut().insert(Deadline::after(Duration::ZERO));
     let http = service.clone().oneshot(late.clone()).await.unwrap();
     assert_eq!((http.status().as_u16(), http.headers().get("retry-after")), (504, None));
+    *late.method_mut() = Method::POST;
     late.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
     let grpc = service.oneshot(late).await.unwrap();
     assert_eq!(grpc.headers()["grpc-status"], "4");

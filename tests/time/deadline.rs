@@ -12,7 +12,7 @@ use buttress::{
     Outcome, RetryLayer, TimeoutLayer, Timeouts, Trip, breaker::State, call::RejectedKind,
     timeout::Phase,
 };
-use http::{HeaderMap, Request, Response};
+use http::{HeaderMap, Method, Request, Response};
 use tokio::time::{Instant, advance, sleep};
 use tokio_test::task;
 use tower::{Layer, Service, ServiceBuilder, ServiceExt};
@@ -47,6 +47,9 @@ fn recording<B: 'static>(
 fn with(headers: &[(&'static str, &str)]) -> Request<Nothing> {
     let mut request = request();
     for (name, value) in headers {
+        if value.starts_with("application/grpc") {
+            *request.method_mut() = Method::POST;
+        }
         request.headers_mut().insert(*name, value.parse().unwrap());
     }
     request
@@ -74,6 +77,9 @@ async fn the_soonest_of_all_that_is_said() {
         (&[grpc, ("grpc-timeout", "3S")], None, 3000),
         (&[grpc, ("grpc-timeout", "3S"), (LEFT, "700")], None, 700),
         (&[("grpc-timeout", "3S")], None, 9000),
+        // A header never extends the default.
+        (&[(LEFT, "600000")], None, 9000),
+        (&[grpc, ("grpc-timeout", "99999999H")], None, 9000),
     ] {
         let mut request = with(headers);
         if let Some(extension) = extension {

@@ -11,7 +11,7 @@ use crate::{
 };
 
 fn asking(content: &'static str) -> Request<Nothing> {
-    Request::builder().header("content-type", content).body(Nothing::new()).unwrap()
+    Request::post("/").header("content-type", content).body(Nothing::new()).unwrap()
 }
 
 #[tokio::test(start_paused = true)]
