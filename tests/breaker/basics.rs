@@ -380,6 +380,7 @@ async fn a_refusal_by_an_inner_limit_is_not_a_failure() {
     let response = service.clone().oneshot(request()).await.unwrap();
     assert_eq!(response.status(), 503);
     let mut call = request();
+    *call.method_mut() = http::Method::POST;
     call.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
     let response = service.clone().oneshot(call).await.unwrap();
     assert_eq!(response.headers()["grpc-status"], "14");

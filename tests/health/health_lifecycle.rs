@@ -289,6 +289,7 @@ async fn calls_go_until_the_delay_is_over_and_are_refused_then() {
     let why = refused.extensions().get::<Rejected>().unwrap();
     assert_eq!((why.kind(), why.layer()), (RejectedKind::ShuttingDown, "lifecycle"));
     let mut rpc = call();
+    *rpc.method_mut() = http::Method::POST;
     rpc.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
     *rpc.version_mut() = Version::HTTP_2;
     let refused = ask(rpc).await;
