@@ -38,7 +38,7 @@ const PAUSE: Duration = Duration::from_millis(50);
 const MIN_RESTARTS: usize = 8;
 /// Minimum number of attempts over HTTP/1.1 that met a connection which a server had closed. Over HTTP/2 a server that
 /// shuts down completes the requests on its connections, so the client need not repeat any.
-const MIN_STALE_CONNECTIONS: usize = 10;
+const MIN_STALE_CONNECTIONS: usize = 1;
 
 #[tokio::test]
 async fn ready_made_client_loses_no_call_when_servers_restart() {
