@@ -23,7 +23,7 @@ use tokio::{
 
 use crate::{clients::Body, gateway::DEADLINE_HEADER, tally::Tally};
 
-/// What an untrusted client does.
+/// The behaviour of an untrusted client.
 #[derive(Clone, Copy, Debug)]
 pub enum Kind {
     HangsUp,

@@ -25,7 +25,7 @@ pub enum Admit<T, W> {
     No(Rejected),
 }
 
-/// What a request specifies for its call. Each method reads the request.
+/// The deadline and the sent mark of a request. Each method reads the request.
 pub trait Terms {
     /// Returns the deadline of the call.
     fn deadline(&self) -> Option<Deadline>;

@@ -34,7 +34,7 @@ enum ProbeSlot {
     Released,
 }
 
-/// What a probe waits for, and when its timeout ends.
+/// The current wait of a probe, with the end of its timeout.
 #[derive(Clone, Copy, Debug)]
 enum ProbeWait {
     /// The upstream has the request. Without a good response head at the end of the timeout, the probe has failed.

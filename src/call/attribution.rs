@@ -332,7 +332,7 @@ impl fmt::Debug for SentMark {
 
 // ===== What a pending call waits for =====
 
-/// What a call that has just returned `Pending` waits for.
+/// The wait of a call that has just returned `Pending`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WaitsFor {
     /// The upstream. This is the default, used unless an inner layer reports another cause.
