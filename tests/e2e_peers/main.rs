@@ -4,9 +4,12 @@
 //! end of the keep-alive time, axum by a graceful shutdown. None of this is a failure of the service, so no call may
 //! be lost, and no circuit may open. A circuit must not open either when callers set deadlines that are too short.
 //!
+//! Caching proxies stand in front of a server that rejects calls. They must not store a rejection.
+//!
 //! A test whose server is not installed prints a line and passes. With `BUTTRESS_REQUIRE_REAL` set it fails.
 #![cfg(all(feature = "stack", feature = "connect", feature = "serve"))]
 
+mod caches;
 mod deadlines;
 mod grpc;
 mod http2;
@@ -21,6 +24,7 @@ mod restarts;
 mod rpc;
 mod scripts;
 mod stacks;
+mod varnish;
 
 use std::{io::Write, thread};
 

@@ -1,5 +1,6 @@
 //! Real servers for the end-to-end tests. Each one runs as a process of its own, on a loopback port.
 
+pub mod directory;
 pub mod nginx;
 
 use std::{env, thread, time::Duration};

@@ -1,14 +1,13 @@
 //! nginx with a configuration of its own, in a directory of its own.
 
 use std::{
-    env, fs,
+    fs,
     net::{TcpListener, TcpStream},
-    path::{Path, PathBuf},
-    process::{self, Child, Command, Stdio},
-    sync::atomic::{AtomicUsize, Ordering},
+    path::Path,
+    process::{Child, Command, Stdio},
 };
 
-use super::{MAX_WAIT, block_until};
+use super::{MAX_WAIT, block_until, directory::Directory};
 
 pub const BINARY: &str = "/usr/sbin/nginx";
 
@@ -19,16 +18,8 @@ pub struct Nginx {
     dir: Directory,
 }
 
-struct Directory(PathBuf);
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
 /// The access log has one line for each request: method, `x-id` header, status, process, connection and number of
-/// the request on its connection.
+/// the request on its connection. A server can use the cache named `cache`.
 fn configuration(dir: &Path, port: u16, listen: &str, server: &str) -> String {
     let dir = dir.display();
     format!(
@@ -42,6 +33,7 @@ http {{
     access_log {dir}/access.log requests;
     client_body_temp_path {dir}/body;
     proxy_temp_path {dir}/proxy;
+    proxy_cache_path {dir}/cache keys_zone=cache:1m;
     fastcgi_temp_path {dir}/fastcgi;
     uwsgi_temp_path {dir}/uwsgi;
     scgi_temp_path {dir}/scgi;
@@ -61,10 +53,7 @@ impl Nginx {
         if !Path::new(BINARY).exists() {
             return None;
         }
-        static STARTED: AtomicUsize = AtomicUsize::new(0);
-        let (process, n) = (process::id(), STARTED.fetch_add(1, Ordering::Relaxed));
-        let dir = Directory(env::temp_dir().join(format!("buttress-nginx-{process}-{n}")));
-        fs::create_dir_all(&dir.0).unwrap();
+        let dir = Directory::create("nginx").unwrap();
         // Another process may bind the port between this probe and nginx. Then the next one is tried.
         let start = |_| {
             let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
