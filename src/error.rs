@@ -1,4 +1,6 @@
-use std::{borrow::Cow, error::Error, fmt, io, time::Duration};
+use std::{borrow::Cow, error::Error, fmt, io, sync::Arc, time::Duration};
+
+use crate::call::{Label, LayerFault};
 
 /// Any error, boxed: what a client stack fails with.
 pub type BoxError = Box<dyn Error + Send + Sync>;
@@ -51,7 +53,9 @@ impl fmt::Display for Chain<'_> {
 /// [`checked`](crate::CircuitBreakerLayer::checked) hands it out when the stack is built. A stack that
 /// was built without asking refuses every call, with it as the [`Rejected`](crate::call::Rejected)'s
 /// source; a retry or a hedge that cannot work lets calls through as they are, and a deadline goes
-/// without that setting. All of them say so in the log, as an error.
+/// without that setting. All of them report it in the log: one ERROR event at once, and then at most one
+/// every 10 s, whose field `occurrences` is the number of calls (or, for a layer that lets calls through, of
+/// wrapped services) since the previous one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ConfigError {
@@ -88,20 +92,87 @@ impl fmt::Display for ConfigError {
 
 impl Error for ConfigError {}
 
+/// The first setting of a layer that cannot work.
+///
+/// The clones of the layer and all of its services share it, so that its report is limited however often the layer is
+/// applied: axum applies a layer once per connection or request.
+#[derive(Clone, Default)]
+pub(crate) struct Fault(Option<Arc<Label>>);
+
+impl Fault {
+    /// Records the error, unless there is an earlier one.
+    pub(crate) fn get_or_insert(&mut self, error: ConfigError) {
+        self.get_or_insert_with(|| error);
+    }
+
+    pub(crate) fn get_or_insert_with(&mut self, error: impl FnOnce() -> ConfigError) {
+        self.0.get_or_insert_with(|| {
+            let fault = Some(LayerFault::new(error()));
+            Arc::new(Label { name: Box::default(), fault })
+        });
+    }
+
+    pub(crate) fn is_some(&self) -> bool {
+        self.0.is_some()
+    }
+
+    pub(crate) fn is_none(&self) -> bool {
+        self.0.is_none()
+    }
+
+    pub(crate) fn error(&self) -> Option<&ConfigError> {
+        Some(&self.0.as_deref()?.fault.as_ref()?.error)
+    }
+
+    /// Removes and returns the error.
+    pub(crate) fn take(&mut self) -> Option<ConfigError> {
+        let error = self.error().cloned();
+        self.0 = None;
+        error
+    }
+
+    /// Returns the label of the rejections because of this error.
+    pub(crate) fn label(&self) -> Option<&Arc<Label>> {
+        self.0.as_ref()
+    }
+
+    /// Reports the error for a layer that does not reject calls because of it.
+    pub(crate) fn report(&self, layer: &'static str, effect: &'static str) {
+        if let Some(fault) = self.0.as_deref().and_then(|label| label.fault.as_ref()) {
+            fault.report(layer, effect);
+        }
+    }
+}
+
+impl From<Option<ConfigError>> for Fault {
+    fn from(error: Option<ConfigError>) -> Self {
+        let mut fault = Self::default();
+        if let Some(error) = error {
+            fault.get_or_insert(error);
+        }
+        fault
+    }
+}
+
+impl fmt::Debug for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error().fmt(f)
+    }
+}
+
 #[cfg(all(test, feature = "health"))]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
-    use crate::call::{Label, LayerKind, Rejected};
+    use crate::call::{LayerKind, Rejected};
 
     #[test]
     fn a_chain_is_one_line_and_no_longer_than_it_may_be() {
         let twice = io::Error::other(io::Error::other("no route to host"));
         assert_eq!(Chain(&twice).within(99), "no route to host");
         let fault = ConfigError::new("limit", 0, "use 1 or more");
-        let label = Label { name: Box::default(), fault: Some(fault) };
-        let refused = Rejected::misconfigured(LayerKind::User, Arc::new(label));
+        let fault = Fault::from(Some(fault));
+        let label = fault.label().expect("an error").clone();
+        let refused = Rejected::misconfigured(LayerKind::User, label);
         let told = "rejected by user: layer is misconfigured: `limit` is 0: use 1 or more";
         assert_eq!(Chain(&refused).within(99), told);
         let long = io::Error::other("ä".repeat(600));

@@ -192,7 +192,7 @@
 //! |---|---|---|
 //! | `breaker` `retry` `limit` `health` | yes | the four layers |
 //! | `hyper` | yes | hyper's and h2's errors told apart: stale connections, refused streams, GOAWAY |
-//! | `tracing` | yes | one event per decision |
+//! | `tracing` | yes | one event per decision; events that traffic repeats are summarised once in 10 s |
 //! | `lifecycle` | | [`Lifecycle`]: starting, ready, draining, stopping; signals; the pieces for tonic and hyper |
 //! | `serve` | | [`Lifecycle::serve`]: a server for axum that drains, on hyper-util |
 //! | `hyper-util` | | its client's connect errors told apart from later ones |

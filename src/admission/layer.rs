@@ -1,7 +1,5 @@
-use std::sync::Arc;
-
 use super::Admission;
-use crate::{ConfigError, call::Label};
+use crate::{ConfigError, error::Fault};
 
 /// What every admission layer is made of: its policy, and how calls are judged and refused.
 #[derive(Clone)]
@@ -9,7 +7,7 @@ pub(crate) struct Plan<P, M, R> {
     pub(crate) policy: P,
     pub(crate) protocol: M,
     pub(crate) reject: R,
-    pub(crate) fault: Option<ConfigError>,
+    pub(crate) fault: Fault,
 }
 
 impl<P, M, R> Plan<P, M, R> {
@@ -38,16 +36,12 @@ impl<P, M, R> Plan<P, M, R> {
         M: Clone,
         R: Clone,
     {
-        let fault = self
-            .fault
-            .clone()
-            .map(|fault| Arc::new(Label { name: Box::default(), fault: Some(fault) }));
         Admission::new(
             inner,
             self.policy.clone(),
             self.protocol.clone(),
             self.reject.clone(),
-            fault,
+            self.fault.label().cloned(),
         )
     }
 }

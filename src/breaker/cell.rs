@@ -7,6 +7,7 @@ use super::{
     counts::{Ended, TimeWindows},
     front::{Bits, Front, Word},
     machine::Machine,
+    probes::Probes,
     state::{At, Change, Refusal, Roll, Settings, State, Ticket},
     trip::Trip,
 };
@@ -75,8 +76,8 @@ impl Cell {
             Word::Open | Word::HalfOpen => {
                 let now = now();
                 let left = |at: Nanos| Duration::from_nanos(at.saturating_sub(now));
-                let mut machine = self.lock();
-                let change = machine.pass_time(self.at(now, roll));
+                let (mut machine, passed) = self.lock_at(self.at(now, roll));
+                let change = passed.then(machine.pass_time(self.at(now, roll)));
                 return (machine.state(), machine.next_by_time(now).map(left), change);
             }
         };
@@ -113,8 +114,8 @@ impl Cell {
                 if now < self.until.load(Ordering::Acquire) {
                     return (false, None);
                 }
-                let mut machine = self.lock();
-                let change = machine.pass_time(self.at(now, roll));
+                let (mut machine, passed) = self.lock_at(self.at(now, roll));
+                let change = passed.then(machine.pass_time(self.at(now, roll)));
                 (machine.has_room(now), change)
             }
         }
@@ -179,13 +180,23 @@ impl Cell {
             Word::Open => {
                 let now = now();
                 match self.until.load(Ordering::Acquire).saturating_sub(now) {
-                    0 => self.lock().admit(is_unsent, self.at(now, roll)),
+                    0 => self.admit_locked(is_unsent, self.at(now, roll)),
                     left => (Err(Refusal::Open { left }), None),
                 }
             }
             Word::ForcedOpen => (Err(Refusal::Forced), None),
-            Word::HalfOpen | Word::Ramp => self.lock().admit(is_unsent, self.at(now(), roll)),
+            Word::HalfOpen | Word::Ramp => self.admit_locked(is_unsent, self.at(now(), roll)),
         }
+    }
+
+    fn admit_locked(
+        &self,
+        is_unsent: bool,
+        at: At<'_>,
+    ) -> (Result<Ticket, Refusal>, Option<Change>) {
+        let (mut machine, passed) = self.lock_at(at);
+        let (answer, change) = machine.admit(is_unsent, at);
+        (answer, passed.then(change))
     }
 
     pub(super) fn head(
@@ -198,8 +209,9 @@ impl Cell {
         if !ticket.probe {
             return None;
         }
-        let now = now();
-        self.lock().head(ticket, so_far, self.at(now, roll))
+        let at = self.at(now(), roll);
+        let (mut machine, passed) = self.lock_at(at);
+        passed.then(machine.head(ticket, so_far, at))
     }
 
     #[inline]
@@ -236,7 +248,9 @@ impl Cell {
             // Isolated, it counts on underneath.
             Word::Open | Word::HalfOpen | Word::ForcedOpen => {}
         }
-        self.lock().finish(ticket, ended, self.at(now(), roll))
+        let at = self.at(now(), roll);
+        let (mut machine, passed) = self.lock_at(at);
+        passed.then(machine.finish(ticket, ended, at))
     }
 
     #[inline]
@@ -254,9 +268,22 @@ impl Cell {
 
     // ===== Anything else =====
 
-    /// Does something to the machine, and publishes what came of it.
+    /// Does something to the machine, and publishes what came of it. `act` must not run user code.
     pub(super) fn with<T>(&self, act: impl FnOnce(&mut Machine, &TimeWindows) -> T) -> T {
         act(&mut self.lock(), &self.times)
+    }
+
+    /// [`with`](Self::with), after the changes that are due by time. The change that `act` returns follows them.
+    pub(super) fn with_time<T>(
+        &self,
+        now: Nanos,
+        roll: Roll,
+        act: impl FnOnce(&mut Machine, At<'_>) -> (T, Option<Change>),
+    ) -> (T, Option<Change>) {
+        let at = self.at(now, roll);
+        let (mut machine, passed) = self.lock_at(at);
+        let (result, change) = act(&mut machine, at);
+        (result, passed.then(change))
     }
 
     fn at(&self, now: Nanos, roll: Roll) -> At<'_> {
@@ -264,9 +291,34 @@ impl Cell {
     }
 
     fn lock(&self) -> Locked<'_> {
-        // Of a user's only a closure's rule runs under it, and its panics are caught.
+        // The only user code under this lock are the closures of `Trip::when`, whose panics are caught.
         let machine = self.machine.lock().unwrap_or_else(PoisonError::into_inner);
-        Locked { cell: self, machine }
+        Locked { cell: self, machine, ended: None }
+    }
+
+    /// Locks the machine for an operation that begins with [`pass_time`](Machine::pass_time). If many changes are due,
+    /// most of them are made before, in slices between which the lock is released.
+    fn lock_at(&self, at: At<'_>) -> (Locked<'_>, Passed) {
+        let mut passed = Passed(None);
+        loop {
+            let mut machine = self.lock();
+            if !machine.is_far_behind(at.now) {
+                return (machine, passed);
+            }
+            passed = Passed(passed.then(machine.pass_some_time(at)));
+        }
+    }
+}
+
+/// The change that time has made before an operation.
+struct Passed(Option<Change>);
+
+impl Passed {
+    /// Returns the last change, with what has opened the circuit in any of them.
+    fn then(self, next: Option<Change>) -> Option<Change> {
+        let Some(next) = next else { return self.0 };
+        let tripped = next.tripped.or(self.0.and_then(|change| change.tripped));
+        Some(Change { to: next.to, tripped })
     }
 }
 
@@ -274,6 +326,8 @@ impl Cell {
 struct Locked<'a> {
     cell: &'a Cell,
     machine: MutexGuard<'a, Machine>,
+    /// Dropped after the guard, because there may be many.
+    ended: Option<Probes>,
 }
 
 impl std::ops::Deref for Locked<'_> {
@@ -292,6 +346,7 @@ impl std::ops::DerefMut for Locked<'_> {
 
 impl Drop for Locked<'_> {
     fn drop(&mut self) {
+        self.ended = self.machine.take_ended();
         let (cell, machine) = (self.cell, &self.machine);
         let word = match machine.state() {
             State::Closed if machine.ramps() => Word::Ramp,

@@ -1,6 +1,7 @@
 //! One circuit: the cell with its clock, its name and those who are told of changes.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
@@ -16,7 +17,7 @@ use super::{
     counts::{Ended, TimeWindows},
     front::Front,
     machine::Machine,
-    probes::ProbeReport,
+    probes::{MAX_CHANGES, ProbeReport},
     state::{At, Change, Refusal, Settings, State, Ticket},
     trip::Trip,
 };
@@ -26,6 +27,7 @@ use crate::{
         SentMark, Token, UpstreamClock, WaitsFor, nanos,
     },
     event,
+    event::RepeatedEvent,
 };
 
 /// When to come back while probes are under way: their verdict is near, but has no date.
@@ -48,12 +50,15 @@ pub struct Circuit {
     most_waiting: AtomicU32,
     longest_wait: AtomicU64,
     waiting: AtomicU32,
-    /// Marks of the probes whose requests were still to be sent when they were admitted.
-    unsent_probes: Mutex<Vec<(u64, SentMark)>>,
+    /// Marks of the probes whose requests were still to be sent when they were admitted, by generation.
+    unsent_probes: Mutex<BTreeMap<u64, SentMark>>,
     /// Whether `unsent_probes` has entries. Read without the lock.
     has_unsent_probes: AtomicBool,
     /// Steered by hand since it was made: not to be taken for one like any other.
     steered: AtomicBool,
+    /// Events of an outage that continues: each round of half-open probes repeats them.
+    half_opened: RepeatedEvent,
+    reopened: RepeatedEvent,
 }
 
 /// Set in a token's tag beside the generation of a probe.
@@ -90,6 +95,8 @@ impl Circuit {
             unsent_probes: Mutex::default(),
             has_unsent_probes: AtomicBool::new(false),
             steered: AtomicBool::new(false),
+            half_opened: RepeatedEvent::new(),
+            reopened: RepeatedEvent::new(),
         }
     }
 
@@ -227,6 +234,13 @@ impl Circuit {
 
     // ===== Acting =====
 
+    /// Records an outcome from outside of the stack.
+    pub(super) fn record(&self, outcome: Outcome) {
+        let told = |machine: &mut Machine, at: At<'_>| ((), machine.told(outcome, at));
+        let ((), change) = self.cell.with_time(self.now(), fastrand::f64, told);
+        self.tell(change);
+    }
+
     /// Does something to the machine; whoever waits for a change is told of it.
     pub(super) fn act(&self, act: impl FnOnce(&mut Machine, At<'_>) -> Option<Change>) {
         let now = self.now();
@@ -238,9 +252,9 @@ impl Circuit {
     pub(super) fn look<T>(&self, look: impl FnOnce(&Machine, &TimeWindows, Nanos) -> T) -> T {
         self.update_unsent_probes();
         let now = self.now();
-        let (seen, change) = self.cell.with(|machine, times| {
-            let change = machine.pass_time(at(now, times));
-            (look(machine, times, now), change)
+        let (seen, change) = self.cell.with_time(now, fastrand::f64, |machine, at| {
+            let change = machine.pass_time(at);
+            (look(machine, at.times, now), change)
         });
         self.tell(change);
         seen
@@ -258,13 +272,40 @@ impl Circuit {
     fn tell_of(&self, change: Change) {
         self.changed.notify_waiters();
         let name = self.named();
-        if let Some(why) = change.tripped {
-            event!(WARN, resilience.name = name, reason = %why, "circuit opened");
-            let _ = why;
+        match change.tripped {
+            Some(why) if why.is_of_probes() => {
+                if let Some(occurrences) = self.reopened.record() {
+                    event!(
+                        WARN,
+                        resilience.name = name,
+                        reason = %why,
+                        occurrences,
+                        "circuit opened again"
+                    );
+                    let _ = occurrences;
+                }
+            }
+            Some(why) => {
+                event!(WARN, resilience.name = name, reason = %why, "circuit opened");
+                let _ = why;
+            }
+            None => {}
         }
         match change.to {
             State::Open if change.tripped.is_some() => {}
             State::Closed => event!(INFO, resilience.name = name, "circuit closed"),
+            State::HalfOpen => {
+                if let Some(occurrences) = self.half_opened.record() {
+                    event!(
+                        INFO,
+                        resilience.name = name,
+                        state = State::HalfOpen.as_str(),
+                        occurrences,
+                        "circuit changed"
+                    );
+                    let _ = occurrences;
+                }
+            }
             to => {
                 event!(INFO, resilience.name = name, state = to.as_str(), "circuit changed");
                 let _ = to;
@@ -326,7 +367,8 @@ impl Circuit {
         };
         if ticket.probe {
             if let Some(mark) = unsent {
-                lock(&self.unsent_probes).push((ticket.generation, mark));
+                let before = lock(&self.unsent_probes).insert(ticket.generation, mark);
+                drop(before);
                 self.has_unsent_probes.store(true, Ordering::Release);
             }
             // It may have been the last slot: nobody need wait for the inner service any more.
@@ -356,38 +398,51 @@ impl Circuit {
     #[cold]
     fn read_marks(&self) {
         let (mut changes, mut slot_changed) = (Vec::new(), false);
-        let mut unsent = lock(&self.unsent_probes);
-        // Under the lock of the list, so that an older reading of a mark never follows a newer one.
-        unsent.retain(|(probe, mark)| {
-            let progress = mark.progress();
-            // A probe starts in the wait for the transport, so that wait needs no report.
-            if progress.waits_for != WaitsFor::Transport {
-                let since = progress.since.map_or_else(|| self.now(), |since| self.clock.at(since));
-                let what = progress.waits_for;
-                let report = ProbeReport { what, since, is_sent: progress.is_sent };
-                let (changed, change) = self.record_probe_report(*probe, report);
-                slot_changed |= changed;
-                changes.push(change);
+        let mut next = 0;
+        loop {
+            // A slice of the marks per lock hold. Each mark is read and reported under the lock, so that an older reading
+            // of it never follows a newer one.
+            let mut unsent = lock(&self.unsent_probes);
+            let slice: Vec<(u64, SentMark)> = unsent
+                .range(next..)
+                .take(MAX_CHANGES)
+                .map(|(probe, mark)| (*probe, mark.clone()))
+                .collect();
+            let Some((last, _)) = slice.last() else {
+                self.has_unsent_probes.store(!unsent.is_empty(), Ordering::Release);
+                break;
+            };
+            next = last.saturating_add(1);
+            for (probe, mark) in slice {
+                let progress = mark.progress();
+                // A probe starts in the wait for the transport, so that wait needs no report.
+                if progress.waits_for != WaitsFor::Transport {
+                    let since =
+                        progress.since.map_or_else(|| self.now(), |since| self.clock.at(since));
+                    let what = progress.waits_for;
+                    let report = ProbeReport { what, since, is_sent: progress.is_sent };
+                    let (changed, change) = self.record_probe_report(probe, report);
+                    slot_changed |= changed;
+                    changes.extend(change);
+                }
+                if progress.is_sent || !self.cell.still_probes(probe) {
+                    unsent.remove(&probe);
+                }
             }
-            !progress.is_sent && self.cell.still_probes(*probe)
-        });
-        self.has_unsent_probes.store(!unsent.is_empty(), Ordering::Release);
-        drop(unsent);
+            self.has_unsent_probes.store(!unsent.is_empty(), Ordering::Release);
+        }
         self.publish_probe_changes(slot_changed, changes);
     }
 
     fn record_probe_report(&self, probe: u64, report: ProbeReport) -> (bool, Option<Change>) {
-        let now = self.now();
-        self.cell.with(|machine, times| machine.record_probe_report(probe, report, at(now, times)))
+        self.cell.with_time(self.now(), fastrand::f64, |machine, at| {
+            machine.record_probe_report(probe, report, at)
+        })
     }
 
-    fn publish_probe_changes(
-        &self,
-        slot_changed: bool,
-        changes: impl IntoIterator<Item = Option<Change>>,
-    ) {
+    fn publish_probe_changes(&self, slot_changed: bool, changes: impl IntoIterator<Item = Change>) {
         for change in changes {
-            self.tell(change);
+            self.tell_of(change);
         }
         if slot_changed {
             // Callers that wait for a slot reset their timers.
@@ -398,14 +453,15 @@ impl Circuit {
     /// Stops reading the mark of a probe whose response head has arrived.
     fn remove_sent_mark(&self, probe: u64) {
         if self.has_unsent_probes.load(Ordering::Acquire) {
-            lock(&self.unsent_probes).retain(|(unsent, _)| *unsent != probe);
+            let mark = lock(&self.unsent_probes).remove(&probe);
+            drop(mark);
         }
     }
 
     /// Returns whether the circuit reads a mark of this probe. The mark is more exact than the reports of inner layers.
     fn has_sent_mark(&self, probe: u64) -> bool {
         self.has_unsent_probes.load(Ordering::Acquire)
-            && lock(&self.unsent_probes).iter().any(|(unsent, _)| *unsent == probe)
+            && lock(&self.unsent_probes).contains_key(&probe)
     }
 
     pub(super) fn refuse(&self, refusal: Refusal) -> Rejected {
@@ -495,7 +551,7 @@ impl Finish for Circuit {
         if is_probe(token) && !self.has_sent_mark(probe) {
             let report = ProbeReport { what, since: self.now(), is_sent: true };
             let (slot_changed, change) = self.record_probe_report(probe, report);
-            self.publish_probe_changes(slot_changed, [change]);
+            self.publish_probe_changes(slot_changed, change);
         }
     }
 }

@@ -1,17 +1,12 @@
 //! What the rules of a [`Trip`] have seen since the circuit closed.
 
-use std::{
-    fmt, mem,
-    panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
-    time::Duration,
-};
+use std::{fmt, mem, sync::Arc, time::Duration};
 
 use super::{
     trip::{Bad, Closure, Ratio, Rule, Trip, Tripped},
     window::{CountWindow, Tally, TimeWindow},
 };
-use crate::call::{Nanos, Outcome, OutcomeKind, Reason, nanos};
+use crate::call::{Nanos, Outcome, OutcomeKind, Reason, catch_panic, nanos};
 
 /// How far a ratio looks back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -236,8 +231,8 @@ impl Counts {
                 .then_some(Tripped::Consecutive { failures: self.run }),
             Counted::When(rule) => {
                 let seen = self.seen(now, times);
-                // The call that ended is not to pay for it: it may even be unwinding.
-                let says = catch_unwind(AssertUnwindSafe(|| rule(&seen))).unwrap_or(false);
+                // A panic must not reach the call that ended: its thread may already unwind.
+                let says = catch_panic(|| rule(&seen)).unwrap_or(false);
                 says.then_some(Tripped::When { seen })
             }
             Counted::Ratio { of, limit, min_calls, window } => {
@@ -337,8 +332,11 @@ impl Counts {
         }
     }
 
-    /// Takes over the thresholds of a rule of the same shape. False: it has another shape.
-    pub(super) fn adjust(&mut self, trip: &Trip, shape: &Trip) -> bool {
+    /// Takes the thresholds of rules of the same shape. Returns `false` if they have another shape.
+    ///
+    /// `fresh` is made of `trip`, without the lock. The closures that are replaced are moved into it, so that the caller
+    /// drops them without the lock.
+    pub(super) fn adjust(&mut self, trip: &Trip, shape: &Trip, fresh: &mut Self) -> bool {
         let same = trip.rules.len() == shape.rules.len()
             && trip.rules.iter().zip(&shape.rules).all(|pair| match pair {
                 (Rule::Consecutive { .. }, Rule::Consecutive { .. })
@@ -352,15 +350,14 @@ impl Counts {
         if !same {
             return false;
         }
-        let (fresh, _) = Self::new(trip);
         self.slow_from = fresh.slow_from;
-        for (rule, new) in self.rules.iter_mut().zip(fresh.rules) {
+        for (rule, new) in self.rules.iter_mut().zip(&mut fresh.rules) {
             match (rule, new) {
                 (
                     Counted::Ratio { of, limit, min_calls, .. },
                     Counted::Ratio { of: to, limit: ratio, min_calls: least, .. },
-                ) => (*of, *limit, *min_calls) = (to, ratio, least),
-                (rule, new) => *rule = new,
+                ) => (*of, *limit, *min_calls) = (*to, *ratio, *least),
+                (rule, new) => mem::swap(rule, new),
             }
         }
         true

@@ -2,7 +2,7 @@ use std::{fmt, pin::pin, time::Duration};
 
 use super::{
     core::Circuit,
-    counts::Seen,
+    counts::{Counts, Seen},
     machine::Past,
     state::State,
     trip::{Trip, Tripped},
@@ -149,7 +149,7 @@ impl CircuitBreakerHandle {
     /// An outcome from outside of the stack: of a health probe, say. It counts like a call's, and, once the
     /// wait is over, like a half-open probe's.
     pub fn record(&self, outcome: Outcome) {
-        self.0.act(|machine, at| machine.told(outcome, at));
+        self.0.record(outcome);
     }
 
     // ===== While it runs =====
@@ -161,9 +161,10 @@ impl CircuitBreakerHandle {
     /// What [`Trip::check`] finds; or rules of another kind or with other windows, which take a new layer.
     pub fn set_trip(&self, trip: &Trip) -> Result<(), ConfigError> {
         trip.check()?;
-        let mut fits = false;
+        let (mut new, mut fits) = (trip.clone(), false);
+        let (mut counts, _) = Counts::new(trip);
         self.0.act(|machine, _| {
-            fits = machine.adjust(trip);
+            fits = machine.adjust(&mut new, &mut counts);
             None
         });
         if fits {

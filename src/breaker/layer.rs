@@ -42,7 +42,7 @@ impl CircuitBreakerLayer {
         let checked = trip.check();
         let trip = if checked.is_ok() { trip } else { Trip::default() };
         let policy = Breaker::new(trip, Settings::DEFAULT);
-        Self { plan: Plan { policy, protocol: Http, reject: AsError, fault: checked.err() } }
+        Self { plan: Plan { policy, protocol: Http, reject: AsError, fault: checked.err().into() } }
     }
 }
 

@@ -1,6 +1,13 @@
-//! The probes of a half-open circuit: which are under way, and what they have said so far.
+//! The half-open probes of a circuit: which are in flight, and their results so far.
+//!
+//! All of this is under the lock of the circuit, and a half-open circuit can have many probes in flight. Each operation
+//! therefore finds its probe by an index, and a caller that many probes precede makes their changes in slices of
+//! [`MAX_CHANGES`], between which it releases the lock.
 
-use std::time::Duration;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use super::{state::Settings, trip::Tripped};
 use crate::call::{Nanos, WaitsFor, nanos};
@@ -11,13 +18,16 @@ pub(super) struct Probes {
     failed: u16,
     /// How the last of them failed, with the server's hint.
     failure: Option<(Tripped, Option<Duration>)>,
-    under_way: Vec<Probe>,
+    /// The probes in flight, by generation. No other call of this circuit ever has the generation of a probe.
+    in_flight: BTreeMap<u64, Probe>,
+    /// The times at which probes change without a report. Each probe has at most one entry.
+    by_time: BTreeSet<(Nanos, u64)>,
+    /// The probes that have released their slots. The others hold one.
+    released: BTreeSet<u64>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 struct Probe {
-    /// Its own: no other call of this circuit ever has the same.
-    generation: u64,
     slot: ProbeSlot,
     wait: ProbeWait,
     /// Whether the response head was good. `None` before the head.
@@ -78,6 +88,9 @@ const MAX_CALLER_WAIT: Nanos = 100_000_000;
 /// that has released its slot.
 const MAX_BEYOND_SLOTS: usize = 256;
 
+/// The maximum number of changes that time makes while the lock is held once.
+pub(super) const MAX_CHANGES: usize = 64;
+
 /// A report on what a probe waits for.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ProbeReport {
@@ -94,20 +107,16 @@ pub(super) enum Verdict {
 }
 
 impl Probes {
+    /// Returns the number of probes in flight.
     pub(super) fn under_way(&self) -> usize {
-        self.under_way.len()
+        self.in_flight.len()
     }
 
-    /// Returns whether a call can get a probe slot.
-    pub(super) fn has_room(&self, now: Nanos, settings: &Settings) -> bool {
-        let holds = |probe: &&Probe| match probe.slot {
-            ProbeSlot::Held => true,
-            ProbeSlot::HeldUntil(until) => now < until,
-            ProbeSlot::Released => false,
-        };
+    /// Returns whether a call can get a probe slot. Requires that time [has passed](Self::pass_time).
+    pub(super) fn has_room(&self, settings: &Settings) -> bool {
         let decided = usize::from(self.passed) + usize::from(self.failed);
-        let taken = decided + self.under_way.iter().filter(holds).count();
-        !settings.outside_probes && taken < usize::from(settings.probes)
+        let held = self.in_flight.len() - self.released.len();
+        !settings.outside_probes && decided + held < usize::from(settings.probes)
     }
 
     /// Begins a probe. Requires [`has_room`](Self::has_room).
@@ -118,11 +127,9 @@ impl Probes {
         now: Nanos,
         settings: &Settings,
     ) {
-        if self.under_way.len() >= usize::from(settings.probes) + MAX_BEYOND_SLOTS {
-            if let Some(oldest) =
-                self.under_way.iter().position(|probe| probe.slot == ProbeSlot::Released)
-            {
-                self.under_way.remove(oldest);
+        if self.in_flight.len() >= usize::from(settings.probes) + MAX_BEYOND_SLOTS {
+            if let Some(oldest) = self.released.first().copied() {
+                self.remove(oldest);
             }
         }
         let ends = now.saturating_add(nanos(settings.lease));
@@ -131,7 +138,34 @@ impl Probes {
             true => (ProbeSlot::HeldUntil(ends), ProbeWait::InClient { ends }),
             false => (ProbeSlot::Held, ProbeWait::AtUpstream { ends }),
         };
-        self.under_way.push(Probe { generation, slot, wait, head: None });
+        self.put(generation, Probe { slot, wait, head: None });
+    }
+
+    /// Inserts or replaces a probe and updates the indices.
+    fn put(&mut self, generation: u64, probe: Probe) {
+        let before = self.in_flight.insert(generation, probe);
+        let (before, next) = (before.and_then(|before| before.next_change()), probe.next_change());
+        if before != next {
+            if let Some(at) = before {
+                self.by_time.remove(&(at, generation));
+            }
+            if let Some(at) = next {
+                self.by_time.insert((at, generation));
+            }
+        }
+        match probe.slot {
+            ProbeSlot::Released => self.released.insert(generation),
+            ProbeSlot::Held | ProbeSlot::HeldUntil(_) => self.released.remove(&generation),
+        };
+    }
+
+    fn remove(&mut self, generation: u64) -> Option<Probe> {
+        let probe = self.in_flight.remove(&generation)?;
+        if let Some(at) = probe.next_change() {
+            self.by_time.remove(&(at, generation));
+        }
+        self.released.remove(&generation);
+        Some(probe)
     }
 
     /// Records what a probe waits for. Returns whether the state of its slot has changed.
@@ -141,8 +175,7 @@ impl Probes {
         report: ProbeReport,
         settings: &Settings,
     ) -> bool {
-        let probe = self.under_way.iter_mut().find(|probe| probe.generation == generation);
-        let Some(probe) = probe else { return false };
+        let Some(mut probe) = self.in_flight.get(&generation).copied() else { return false };
         let ends = report.since.saturating_add(nanos(settings.lease));
         let unchanged = probe.wait.ends().unwrap_or(ends);
         let before = probe.slot;
@@ -171,24 +204,23 @@ impl Probes {
                 };
             }
         }
+        self.put(generation, probe);
         probe.slot != before
     }
 
     pub(super) fn has(&self, generation: u64) -> bool {
-        self.under_way.iter().any(|probe| probe.generation == generation)
+        self.in_flight.contains_key(&generation)
     }
 
     pub(super) fn head(&mut self, generation: u64, good: bool) {
-        if let Some(probe) = self.under_way.iter_mut().find(|probe| probe.generation == generation)
-        {
-            (probe.head, probe.slot) = (Some(good), ProbeSlot::Held);
+        if let Some(probe) = self.in_flight.get(&generation).copied() {
+            self.put(generation, Probe { head: Some(good), slot: ProbeSlot::Held, ..probe });
         }
     }
 
-    /// Gives the slot of this probe back. False: it has none.
+    /// Ends this probe and releases its slot. Returns `false` if there is no such probe.
     pub(super) fn end(&mut self, generation: u64) -> bool {
-        let at = self.under_way.iter().position(|probe| probe.generation == generation);
-        at.map(|at| self.under_way.remove(at)).is_some()
+        self.remove(generation).is_some()
     }
 
     pub(super) fn pass(&mut self) {
@@ -202,7 +234,13 @@ impl Probes {
 
     /// The time of the next change without a report.
     pub(super) fn next_change(&self) -> Option<Nanos> {
-        self.under_way.iter().filter_map(Probe::next_change).min()
+        self.by_time.first().map(|(at, _)| *at)
+    }
+
+    /// Returns whether more than [`MAX_CHANGES`] changes are due.
+    pub(super) fn has_many_due(&self, now: Nanos) -> bool {
+        self.by_time.len() > MAX_CHANGES
+            && self.by_time.iter().nth(MAX_CHANGES).is_some_and(|(due, _)| *due <= now)
     }
 
     /// Makes the first change that is due by now, and returns its time.
@@ -210,14 +248,13 @@ impl Probes {
     /// At the end of its timeout the result of a probe depends on its response head and on what it waits for. A probe
     /// with a good response head that its caller does not read passes when it releases its slot.
     pub(super) fn pass_time(&mut self, now: Nanos) -> Option<Nanos> {
-        let due = self.next_change().filter(|due| *due <= now)?;
-        let at = self.under_way.iter().position(|probe| probe.next_change() == Some(due))?;
-        let probe = &mut self.under_way[at];
+        let (due, generation) = self.by_time.first().copied().filter(|(due, _)| *due <= now)?;
+        let probe = self.in_flight.get(&generation).copied()?;
         let is_over = probe.wait.ends() == Some(due);
         match (probe.head, probe.wait) {
             (Some(true), _) => self.pass(),
             _ if !is_over => {
-                probe.slot = ProbeSlot::Released;
+                self.put(generation, Probe { slot: ProbeSlot::Released, ..probe });
                 return Some(due);
             }
             (None, ProbeWait::AtUpstream { .. }) | (Some(false), _) => {
@@ -225,7 +262,7 @@ impl Probes {
             }
             _ => {}
         }
-        self.under_way.remove(at);
+        self.remove(generation);
         Some(due)
     }
 
@@ -236,5 +273,92 @@ impl Probes {
         let (how, hint) = self.failure?;
         let lost = u32::from(self.failed) + u32::from(settings.needed) > u32::from(settings.probes);
         lost.then_some(Verdict::Open(how, hint))
+    }
+}
+
+#[cfg(all(test, not(buttress_loom)))]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::breaker::{
+        machine::Machine,
+        state::{At, State},
+        trip::Trip,
+    };
+
+    const SETTINGS: Settings = Settings { probes: 1000, needed: 1000, ..Settings::DEFAULT };
+
+    fn assert_indices(probes: &Probes) {
+        let by_time: BTreeSet<_> = probes
+            .in_flight
+            .iter()
+            .filter_map(|(generation, probe)| Some((probe.next_change()?, *generation)))
+            .collect();
+        let released: BTreeSet<_> = probes
+            .in_flight
+            .iter()
+            .filter(|(_, probe)| probe.slot == ProbeSlot::Released)
+            .map(|(generation, _)| *generation)
+            .collect();
+        assert_eq!((&probes.by_time, &probes.released), (&by_time, &released));
+    }
+
+    proptest! {
+        #[test]
+        fn indices_match_the_probes_after_any_operations(
+            steps in prop::collection::vec((0u8..6, 0u64..40, 0u8..4, any::<bool>()), 1..300),
+        ) {
+            let settings = Settings { lease: Duration::from_nanos(50), probes: 3, ..SETTINGS };
+            let (mut probes, mut now, mut last) = (Probes::default(), 0, 0_u64);
+            for (step, number, what, flag) in steps {
+                // Recent probes, and some that do not exist.
+                let probe = (last + 1).saturating_sub(number % 8);
+                match step {
+                    0 => {
+                        last += 1;
+                        probes.begin(last, flag, now, &settings);
+                    }
+                    1 => {
+                        let what = [
+                            WaitsFor::Client,
+                            WaitsFor::Upstream,
+                            WaitsFor::Caller,
+                            WaitsFor::Transport,
+                        ][usize::from(what)];
+                        let report = ProbeReport { what, since: now, is_sent: flag };
+                        probes.record_report(probe, report, &settings);
+                    }
+                    2 => probes.head(probe, flag),
+                    3 => drop(probes.end(probe)),
+                    4 => now += number * 3_000_000,
+                    _ => while probes.pass_time(now).is_some() {
+                        assert_indices(&probes);
+                    },
+                }
+                assert_indices(&probes);
+            }
+        }
+    }
+
+    #[test]
+    fn time_changes_at_most_64_probes_per_lock_hold() {
+        let (mut machine, times) = Machine::new(Trip::consecutive(1), SETTINGS, 1);
+        let at = |now| At { now, roll: || 0.5, times: &times };
+        machine.force(State::HalfOpen, 0, &times);
+        for _ in 0..1000 {
+            assert!(machine.admit(true, at(0)).0.is_ok_and(|ticket| ticket.probe));
+        }
+        let late = at(nanos(SETTINGS.lease));
+        let mut holds = 0;
+        while machine.is_far_behind(late.now) {
+            let before = machine.probes_under_way();
+            machine.pass_some_time(late);
+            assert_eq!(before - machine.probes_under_way(), MAX_CHANGES);
+            holds += 1;
+        }
+        assert_eq!((holds, machine.probes_under_way()), (15, 40));
+        machine.pass_time(late);
+        assert_eq!(machine.probes_under_way(), 0);
     }
 }

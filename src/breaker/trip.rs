@@ -93,8 +93,8 @@ impl Trip {
 
     /// When this closure says so, looking at what the circuit has [`Seen`] in a row and in all windows.
     ///
-    /// It is asked under a lock, when a call fails or is slow: let it be short, and do not let it touch the
-    /// breaker. Where it panics, it has not said so.
+    /// It runs under a lock when a call fails or is slow. It must be short and must not use a handle of this breaker,
+    /// which would deadlock. A panic is caught, also while the thread unwinds, and means `false`.
     #[must_use]
     pub fn when(rule: impl Fn(&Seen) -> bool + Send + Sync + 'static) -> Self {
         Self::of(Rule::When(Arc::new(rule)))
@@ -261,6 +261,13 @@ pub enum Tripped {
     SlowProbe,
     /// Half-open probes failed, the last of them as its lease ended before it had seen a good head in time.
     ProbeLease,
+}
+
+impl Tripped {
+    /// Returns whether half-open probes opened the circuit again.
+    pub(super) const fn is_of_probes(&self) -> bool {
+        matches!(self, Self::Probe { .. } | Self::SlowProbe | Self::ProbeLease)
+    }
 }
 
 impl fmt::Display for Tripped {

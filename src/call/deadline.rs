@@ -1,4 +1,7 @@
-use std::fmt;
+use std::{
+    cmp, fmt,
+    hash::{Hash, Hasher},
+};
 
 use http::Extensions;
 use tokio::time::{Duration, Instant};
@@ -8,6 +11,9 @@ use tokio::time::{Duration, Instant};
 /// No layer begins a call, waits, or makes a further attempt that could not end before it, and a retry ends an
 /// attempt that has no response head by then. A `TimeoutLayer` or a `DeadlineLayer` (feature `timeout`) ends any call
 /// in flight. The latter also sets the deadline and forwards it to the next hop. The instant is on tokio's clock.
+///
+/// A deadline that the application makes itself replaces the default of a `DeadlineLayer`, also if it is later. No header
+/// extends it, and a header of the caller can only set an earlier one.
 ///
 /// A deadline records its [`DeadlineSource`]. A call that ends by a deadline of the *caller* is cancelled, like a
 /// hang-up. A call that ends by a deadline of the *operator* has timed out, which is a failure. A handler that passes
@@ -25,10 +31,44 @@ use tokio::time::{Duration, Instant};
 /// ```
 ///
 /// Deadlines are ordered by their instants, the earliest first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug)]
 pub struct Deadline {
     at: Instant,
     source: DeadlineSource,
+    /// A layer set it by its default or its maximum. Such a deadline does not replace the default of another layer.
+    is_by_layer: bool,
+}
+
+impl Deadline {
+    const fn key(&self) -> (Instant, DeadlineSource) {
+        (self.at, self.source)
+    }
+}
+
+impl PartialEq for Deadline {
+    fn eq(&self, other: &Self) -> bool {
+        self.key() == other.key()
+    }
+}
+
+impl Eq for Deadline {}
+
+impl PartialOrd for Deadline {
+    fn partial_cmp(&self, other: &Self) -> Option<cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Deadline {
+    fn cmp(&self, other: &Self) -> cmp::Ordering {
+        self.key().cmp(&other.key())
+    }
+}
+
+impl Hash for Deadline {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.key().hash(state);
+    }
 }
 
 /// The side that set a [`Deadline`].
@@ -63,7 +103,7 @@ impl Deadline {
     /// Returns a deadline at this instant, set by the [operator](DeadlineSource::Operator).
     #[must_use]
     pub const fn new(at: Instant) -> Self {
-        Self { at, source: DeadlineSource::Operator }
+        Self { at, source: DeadlineSource::Operator, is_by_layer: false }
     }
 
     /// Returns a deadline this long from now, set by the [operator](DeadlineSource::Operator). A time beyond the
@@ -100,6 +140,18 @@ impl Deadline {
     #[must_use]
     pub fn left(&self) -> Duration {
         self.at.saturating_duration_since(Instant::now())
+    }
+
+    /// Returns the same deadline, marked as set by a layer.
+    #[cfg(feature = "timeout")]
+    pub(crate) const fn by_layer(self) -> Self {
+        Self { is_by_layer: true, ..self }
+    }
+
+    /// Returns whether the application set the deadline itself.
+    #[cfg(feature = "timeout")]
+    pub(crate) const fn is_of_application(&self) -> bool {
+        matches!(self.source, DeadlineSource::Operator) && !self.is_by_layer
     }
 
     /// Returns the deadline in a request's extensions.

@@ -84,6 +84,8 @@ mod rejected;
 #[cfg(any(feature = "breaker", feature = "lifecycle", feature = "limit", feature = "retry"))]
 mod striped;
 pub(crate) mod sync;
+#[cfg(any(feature = "breaker", feature = "health", feature = "limit"))]
+mod user_code;
 
 #[cfg(feature = "tower-http")]
 #[cfg_attr(docsrs, doc(cfg(feature = "tower-http")))]
@@ -120,6 +122,8 @@ pub(crate) use self::protocol::HttpCall;
 pub(crate) use self::recent::Recent;
 #[cfg(any(feature = "breaker", feature = "lifecycle", feature = "limit", feature = "retry"))]
 pub(crate) use self::striped::{Lease, Striped};
+#[cfg(any(feature = "breaker", feature = "health", feature = "limit"))]
+pub(crate) use self::user_code::catch_panic;
 pub(crate) use self::{
     attribution::{
         COUNT_CANCELLED_AFTER, CallerDeadline, Ending, UpstreamClock, WaitsFor, attribute,
@@ -132,7 +136,7 @@ pub(crate) use self::{
     permit::{Finish, Hold, Measures, Permit, Token},
     protocol::Judge,
     reject::{Form, accepts, response, whole_seconds},
-    rejected::{Label, LayerKind},
+    rejected::{Label, LayerFault, LayerKind},
 };
 #[cfg(feature = "timeout")]
 pub(crate) use self::{

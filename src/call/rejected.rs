@@ -1,7 +1,7 @@
 use std::{error::Error, fmt, sync::Arc, time::Duration};
 
 use super::DeadlineSource;
-use crate::{BoxError, ConfigError, error, event};
+use crate::{BoxError, ConfigError, error, event, event::RepeatedEvent};
 
 /// A call that a layer did not let through: the one error of this crate's own.
 ///
@@ -204,11 +204,38 @@ impl LayerKind {
     }
 }
 
-/// What a layer made once, so that a refusal only has to point at it.
+/// What the rejections of one layer share: its name, or the setting that cannot work.
 #[derive(Debug)]
 pub(crate) struct Label {
     pub(crate) name: Box<str>,
-    pub(crate) fault: Option<ConfigError>,
+    pub(crate) fault: Option<LayerFault>,
+}
+
+/// A setting that cannot work, and the events that report it.
+#[derive(Clone, Debug)]
+pub(crate) struct LayerFault {
+    pub(crate) error: ConfigError,
+    pub(crate) reports: Arc<RepeatedEvent>,
+}
+
+impl LayerFault {
+    pub(crate) fn new(error: ConfigError) -> Self {
+        Self { error, reports: Arc::new(RepeatedEvent::new()) }
+    }
+
+    /// Reports the fault. `effect` states what the layer does because of it.
+    pub(crate) fn report(&self, layer: &'static str, effect: &'static str) {
+        if let Some(_occurrences) = self.reports.record() {
+            event!(
+                ERROR,
+                layer,
+                error = %self.error,
+                occurrences = _occurrences,
+                "misconfigured: {effect}"
+            );
+        }
+        let _ = (layer, effect);
+    }
 }
 
 const NO_HINT: u32 = u32::MAX;
@@ -219,9 +246,9 @@ impl Rejected {
     }
 
     pub(crate) fn misconfigured(layer: LayerKind, label: Arc<Label>) -> Self {
-        if let Some(_fault) = &label.fault {
-            // No decision, but a bug in the program, and whoever is answered with a response is told nothing of it.
-            event!(ERROR, layer = layer.as_str(), error = %_fault, "misconfigured: every call is refused");
+        // The response of a rejected call does not contain the error, so the log is the only place that does.
+        if let Some(fault) = &label.fault {
+            fault.report(layer.as_str(), "every call is rejected");
         }
         Self {
             kind: RejectedKind::Misconfigured,
@@ -364,7 +391,7 @@ impl fmt::Debug for Rejected {
 
 impl Error for Rejected {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
-        self.label.as_deref()?.fault.as_ref().map(|fault| fault as _)
+        self.label.as_deref()?.fault.as_ref().map(|fault| &fault.error as _)
     }
 }
 

@@ -28,9 +28,9 @@ const fn ms(ms: u64) -> Duration {
 group! {
     /// The settings of a [`DeadlineLayer`].
     DeadlineConfig for "DeadlineLayer", prefix "deadline_", on |_| true;
-    /// How long a call may take in all, where no header says another time.
+    /// How long a call may take in all if no header sets a time; also the maximum of a header, unless `deadline_at_most` is set.
     live default: Option<Duration> = None;
-    /// The longest time that a header can give.
+    /// The maximum time that a header can set; off: the default.
     live at_most: Option<Duration> = None;
     /// What is kept back of the time for the way of the answer.
     live keep_back: Option<Duration> = None;

@@ -190,6 +190,9 @@ impl<C: Stack> Loader<C> {
 
     /// What the environment says: `HTTP_CLIENT_RETRY_ATTEMPTS` for every service, then
     /// `SEARCH_HTTP_CLIENT_RETRY_ATTEMPTS` for the one called `search`. A server's begin with `HTTP_SERVER_`.
+    ///
+    /// Kubernetes and Docker inject variables for each service that a container can reach. Those of a service called
+    /// `http-server`, `http-server-…` or `search-http-client` have the same prefix. They are ignored.
     pub fn env(self) -> Self {
         self.env_from(env::vars_os())
     }
@@ -203,6 +206,11 @@ impl<C: Stack> Loader<C> {
         let own = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' };
         let own: String = self.name.chars().map(own).collect();
         let own = format!("{own}_{}", C::PREFIX);
+        let defaults = C::default();
+        let is_known = |key: &str| {
+            let mut rows = defaults.groups().into_iter().flat_map(Group::rows);
+            key == "preset" || rows.any(|row| row.key == key)
+        };
         let mut found = Vec::new();
         for (name, value) in variables {
             // What is no UTF-8 after a prefix of ours is no key that anybody knows.
@@ -213,7 +221,11 @@ impl<C: Stack> Loader<C> {
                 _ => continue,
             };
             let key = key.to_ascii_lowercase();
-            match value.into().into_string() {
+            let value = value.into();
+            if !is_known(&key) && is_service_link(&key, &value.to_string_lossy()) {
+                continue;
+            }
+            match value.into_string() {
                 Ok(value) => found.push((of_own, name, key, value)),
                 Err(_) => self.wrong("environment", &name, "use UTF-8".to_owned()),
             }
@@ -308,6 +320,30 @@ fn from_toml(text: &str) -> Result<Tree, String> {
         let before = error.span().and_then(|span| text.get(..span.start));
         let line = before.map(|before| format!(" at line {}", before.matches('\n').count() + 1));
         format!("{}{}", error.message(), line.unwrap_or_default())
+    })
+}
+
+// ===== Variables of the platform =====
+
+/// Returns whether Kubernetes or Docker injects this variable for a service. `key` is its name in lower case, without a
+/// prefix that belongs to the name of the service.
+///
+/// Kubernetes injects `X_SERVICE_HOST`, `X_SERVICE_PORT`, `X_SERVICE_PORT_<NAME>`, `X_PORT`, and for each port
+/// `X_PORT_<N>_<PROTOCOL>` with the suffixes `_ADDR`, `_PORT` and `_PROTO`. The latter are those of Docker's links, which
+/// also have `X_NAME` and `X_ENV_…`. The name of the service may be longer than the prefix, so each form may follow a
+/// further part of that name.
+fn is_service_link(key: &str, value: &str) -> bool {
+    let parts: Vec<&str> = key.split('_').collect();
+    (0..parts.len()).any(|at| match &parts[at..] {
+        ["service", "host"] | ["service", "port", ..] => true,
+        ["port"] => value.contains("://"),
+        ["port", number, "tcp" | "udp" | "sctp", rest @ ..] => {
+            number.parse::<u16>().is_ok() && matches!(rest, [] | ["addr"] | ["port"] | ["proto"])
+        }
+        // A value such as `/web/http-server`.
+        ["name"] => at == 0 && value.starts_with('/'),
+        ["env", _, ..] => at == 0,
+        _ => false,
     })
 }
 

@@ -49,9 +49,13 @@
 //! refused, and told with the nearest one; a value of another form, with the form. So is one that is empty, as
 //! templates leave variables behind, one that is no UTF-8, and a key that one file says twice.
 //!
+//! Variables that Kubernetes and Docker inject for services with such names are ignored: those of a service called
+//! `http-server` begin with `HTTP_SERVER_`, too (`HTTP_SERVER_SERVICE_HOST`, `HTTP_SERVER_PORT_80_TCP_ADDR`, …).
+//!
 //! Later goes before earlier: defaults, the preset, whatever was loaded in its order; a service's own variables go
 //! before the common ones. [`explain`](ClientConfig::explain) prints every key with its value, where that came from,
-//! and what it does: the table of all settings.
+//! and what it does: the table of all settings. For deadlines it states the maximum that a header of a caller can set:
+//! `deadline_at_most`, or else `deadline_default`.
 //!
 //! # What is checked
 //!

@@ -236,6 +236,24 @@ fn origin(origins: &Origins, row: &Row, now: &Scalar) -> Origin {
     }
 }
 
+/// Returns what follows from several settings of a layer together.
+fn note(group: &dyn Group) -> Option<String> {
+    let get = |key: &str| {
+        let nth = group.rows().iter().position(|row| row.key == key)?;
+        Some(group.get(nth).to_string()).filter(|value| value != "off")
+    };
+    if !group.rows().iter().any(|row| row.key == "deadline_at_most") {
+        return None;
+    }
+    let max = ["deadline_at_most", "deadline_default"].into_iter().find_map(|key| {
+        let time = get(key)?;
+        Some(format!("a header of a caller sets at most {time} (`{key}`)"))
+    });
+    let unbounded =
+        "a header of a caller has no maximum: set `deadline_default` or `deadline_at_most`";
+    Some(max.unwrap_or_else(|| unbounded.to_owned()))
+}
+
 struct Explained<'a, C>(&'a C, &'a str, Option<Preset>, &'a Origins);
 
 impl<C: Stack> fmt::Display for Explained<'_, C> {
@@ -264,6 +282,9 @@ impl<C: Stack> fmt::Display for Explained<'_, C> {
                 let (value, from) = (value.to_string(), from.to_string());
                 let mark = if row.live { ' ' } else { '*' };
                 writeln!(f, "{mark} {:25} {value:12} {from:wide$} {}", row.key, row.doc.trim())?;
+            }
+            if let Some(note) = note(group) {
+                writeln!(f, "  note: {note}")?;
             }
         }
         Ok(())

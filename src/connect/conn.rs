@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     task::Waker,
@@ -225,17 +225,24 @@ impl Conn {
 
     // ===== Waking =====
 
+    /// Registers the waker of the task that reads from the connection.
     pub(super) fn watch(&self, waker: &Waker) {
-        let mut watcher = self.waker.lock().unwrap_or_else(PoisonError::into_inner);
-        match &mut *watcher {
-            Some(known) => known.clone_from(waker),
-            none => *none = Some(waker.clone()),
+        if self.watcher().as_ref().is_some_and(|known| known.will_wake(waker)) {
+            return;
         }
+        // A waker is user code: it is cloned and dropped without the lock.
+        let waker = waker.clone();
+        let before = self.watcher().replace(waker);
+        drop(before);
     }
 
     pub(super) fn wake(&self) {
-        let waker = self.waker.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let waker = self.watcher().take();
         waker.into_iter().for_each(Waker::wake);
+    }
+
+    fn watcher(&self) -> MutexGuard<'_, Option<Waker>> {
+        self.waker.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -307,5 +314,41 @@ impl Drop for Tag {
         if self.is_lease {
             self.conn.end();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc, task::Wake, thread, time::Duration};
+
+    use super::*;
+    use crate::{call::Origin, connect::host::Guest};
+
+    /// A waker that uses the connection when it is dropped, as the last waker of a task does that owns it.
+    struct UsesConn(Shared<Conn>);
+
+    impl Wake for UsesConn {
+        fn wake(self: Arc<Self>) {}
+    }
+
+    impl Drop for UsesConn {
+        fn drop(&mut self) {
+            self.0.wake();
+            self.0.watch(Waker::noop());
+        }
+    }
+
+    #[test]
+    fn waker_may_use_the_connection_when_it_is_dropped() {
+        let (ended, end) = mpsc::channel();
+        thread::spawn(move || {
+            let all = Shared::new(Connections::new());
+            let guest = Guest::register(&all, Origin::of(&"http://search".parse().expect("a URI")));
+            let conn = Connections::open(&all, &guest.host, true);
+            conn.watch(&Arc::new(UsesConn(conn.clone())).into());
+            conn.watch(Waker::noop());
+            let _ = ended.send(());
+        });
+        end.recv_timeout(Duration::from_secs(30)).expect("no deadlock");
     }
 }

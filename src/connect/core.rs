@@ -1,7 +1,7 @@
 //! What all connections of a layer share: its settings, who is in, who waits, and what has happened.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
@@ -20,7 +20,7 @@ use super::{
     life::{self, Life, Over},
 };
 use crate::{
-    call::{Clock, Label, LayerKind, Origin, Rejected, RejectedKind, Shared, nanos},
+    call::{Clock, Label, LayerKind, Nanos, Origin, Rejected, RejectedKind, Shared, nanos},
     event,
 };
 
@@ -71,18 +71,32 @@ pub(super) struct Counts {
 #[derive(Default)]
 pub(super) struct Book {
     pub(super) hosts: HashMap<Origin, Arc<Host>>,
+    /// The same hosts in an order that a scan in slices can follow.
+    pub(super) hosts_by_id: BTreeMap<u64, Arc<Host>>,
     /// Of these, the one that was asked for last: mostly it is asked for again, and to compare costs less than
     /// to hash.
     pub(super) last: Option<Arc<Host>>,
-    open: HashMap<u64, Shared<Conn>>,
+    /// By number, so that a scan in slices can follow them.
+    open: BTreeMap<u64, Shared<Conn>>,
+    /// The number of the next connection or host.
     next: u64,
     /// How many were asked to go for another host, and have not gone yet.
     making_room: usize,
 }
 
+/// The maximum number of hosts or connections that are touched while the book is locked once.
+const SLICE: usize = 64;
+
+impl Book {
+    pub(super) fn next_id(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+}
+
 impl Settings {
     pub(super) fn per_host(&self) -> usize {
-        self.per_host.load(Ordering::Relaxed)
+        self.per_host.load(Ordering::SeqCst)
     }
 
     pub(super) fn queue(&self) -> usize {
@@ -115,11 +129,21 @@ impl Connections {
     // ===== Settings =====
 
     pub(super) fn set_per_host(&self, most: usize) {
-        let book = self.book();
-        self.settings.per_host.store(most, Ordering::Relaxed);
-        for host in book.hosts.values() {
-            host.gate.resize(most);
-            host.calls.resize(most);
+        // Before the hosts: a host that is registered from now on gets the new size.
+        self.settings.per_host.store(most, Ordering::SeqCst);
+        let mut next = 0;
+        loop {
+            // Resizing wakes callers, whose wakers are user code, so the hosts are cloned out of the lock, in slices.
+            let slice: Vec<(u64, Arc<Host>)> = {
+                let book = self.book();
+                let hosts = book.hosts_by_id.range(next..).take(SLICE);
+                hosts.map(|(id, host)| (*id, host.clone())).collect()
+            };
+            let Some((last, _)) = slice.last() else { return };
+            next = last.saturating_add(1);
+            for (_, host) in slice {
+                host.resize(&self.settings.per_host);
+            }
         }
     }
 
@@ -226,8 +250,7 @@ impl Connections {
         );
         this.counts.created.fetch_add(1, Ordering::Relaxed);
         let mut book = this.book();
-        let id = book.next;
-        book.next += 1;
+        let id = book.next_id();
         let conn = Shared::new(Conn::new(this.clone(), id, host.clone(), leased, life, now));
         book.open.insert(id, conn.clone());
         conn
@@ -236,9 +259,11 @@ impl Connections {
     /// `why` it was to go, if it was.
     pub(super) fn close(&self, conn: &Conn, why: Option<Over>) {
         let mut book = self.book();
-        book.open.remove(&conn.id());
+        let removed = book.open.remove(&conn.id());
         book.making_room -= usize::from(why == Some(Over::Room));
         drop(book);
+        // A connection holds a waker, which is user code.
+        drop(removed);
         self.counts.closed.fetch_add(1, Ordering::Relaxed);
         self.counts.over.fetch_sub(usize::from(why.is_some()), Ordering::SeqCst);
         match why {
@@ -266,18 +291,34 @@ impl Connections {
     /// Asks the one that has been idle for longest to go, if it is another host's.
     pub(super) fn make_room_for(&self, host: &Arc<Host>) {
         let now = self.clock.now();
+        let mut longest_idle: Option<(Nanos, Shared<Conn>)> = None;
+        self.each_open(|conn| {
+            if Arc::ptr_eq(conn.host(), host) || conn.why_over().is_some() {
+                return;
+            }
+            let Some(since) = conn.idle_since(now) else { return };
+            if longest_idle.as_ref().is_none_or(|(longest, _)| since < *longest) {
+                longest_idle = Some((since, conn.clone()));
+            }
+        });
+        let Some((_, conn)) = longest_idle else { return };
         let mut book = self.book();
-        let longest_idle = book
-            .open
-            .values()
-            .filter(|conn| !Arc::ptr_eq(conn.host(), host) && conn.why_over().is_none())
-            .filter_map(|conn| Some((conn.idle_since(now)?, conn.id(), conn)))
-            .min_by_key(|(since, id, _)| (*since, *id));
-        let Some((_, _, conn)) = longest_idle else { return };
-        let conn = conn.clone();
         book.making_room += usize::from(conn.set_over(Over::Room));
         drop(book);
         conn.wake();
+    }
+
+    /// Visits the open connections in the order in which they were opened, and locks the book for a slice at a time. A
+    /// connection that is opened or closed meanwhile may be left out.
+    fn each_open(&self, mut visit: impl FnMut(&Shared<Conn>)) {
+        let mut next = 0;
+        loop {
+            let slice: Vec<Shared<Conn>> =
+                self.book().open.range(next..).take(SLICE).map(|(_, conn)| conn.clone()).collect();
+            let Some(last) = slice.last() else { return };
+            next = last.id().saturating_add(1);
+            slice.iter().for_each(&mut visit);
+        }
     }
 
     /// Whether a connection that is over is still open: seldom.
@@ -292,8 +333,7 @@ impl Connections {
 
     /// Asks every connection to go once it is not in use.
     pub(super) fn ask_all(&self) {
-        let open: Vec<_> = self.book().open.values().cloned().collect();
-        open.iter().for_each(|conn| conn.ask());
+        self.each_open(|conn| conn.ask());
     }
 
     pub(super) fn book(&self) -> MutexGuard<'_, Book> {

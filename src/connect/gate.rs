@@ -1,6 +1,17 @@
 //! So many places, fairly handed on, and resized while they are taken.
+//!
+//! tokio's semaphore cannot shrink below the permits that are taken. A smaller limit therefore forgets the free permits
+//! at once, and records how many more are to be forgotten: `owed`. A place that comes back pays one of them, or becomes
+//! free. Freeing a place wakes a caller, and wakers are user code, so no lock may be held there.
+//!
+//! `leave` reads `owed`, adds a permit, and reads `owed` again. `resize` and `settle` read the free permits after they
+//! have raised `owed`. A `SeqCst` fence between the write and the read on both sides guarantees that one of them sees the
+//! other. A change must preserve this: otherwise a place stays free beyond the limit.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicUsize, Ordering::SeqCst, fence},
+};
 
 use tokio::sync::Semaphore;
 
@@ -11,20 +22,17 @@ pub(super) const NO_LIMIT: usize = Semaphore::MAX_PERMITS / 2;
 #[derive(Debug)]
 pub(super) struct Gate {
     places: Semaphore,
-    size: Mutex<Size>,
-}
-
-#[derive(Debug)]
-struct Size {
-    limit: usize,
-    /// Places that are taken and will not come back.
-    owed: usize,
+    /// Places that are taken and do not become free when they come back.
+    owed: AtomicUsize,
+    /// Serialises the changes of the limit. No waker runs under this lock.
+    limit: Mutex<usize>,
 }
 
 impl Gate {
     pub(super) fn new(limit: usize) -> Arc<Self> {
         let limit = limit.min(NO_LIMIT);
-        Arc::new(Self { places: Semaphore::new(limit), size: Mutex::new(Size { limit, owed: 0 }) })
+        let (places, owed) = (Semaphore::new(limit), AtomicUsize::new(0));
+        Arc::new(Self { places, owed, limit: Mutex::new(limit) })
     }
 
     /// A place, if one is free and nobody waits for it.
@@ -49,28 +57,66 @@ impl Gate {
 
     /// Gives back a place that was [kept](Place::keep).
     pub(super) fn leave(&self) {
-        let mut size = self.size.lock().unwrap_or_else(PoisonError::into_inner);
-        if size.owed > 0 {
-            size.owed -= 1;
-        } else {
-            self.places.add_permits(1);
+        if self.pay(1) == 0 {
+            self.add(1);
         }
+    }
+
+    /// Pays up to `places` of what is owed. Returns how many.
+    fn pay(&self, places: usize) -> usize {
+        let pay = |owed: usize| (owed > 0).then(|| owed - owed.min(places));
+        self.owed.fetch_update(SeqCst, SeqCst, pay).map_or(0, |owed| owed.min(places))
+    }
+
+    /// Frees places and wakes the callers that get them.
+    fn add(&self, places: usize) {
+        self.places.add_permits(places);
+        fence(SeqCst);
+        if self.owed.load(SeqCst) > 0 {
+            // The limit was lowered meanwhile.
+            self.settle(&self.limit());
+        }
+    }
+
+    /// Forgets free places that are owed. The guard serialises this with [`resize`](Self::resize).
+    fn settle(&self, _limit: &MutexGuard<'_, usize>) {
+        while self.pay(1) == 1 {
+            if self.places.forget_permits(1) == 1 {
+                continue;
+            }
+            // Between the payment and this, a place that came back may have become free instead of paying.
+            self.owed.fetch_add(1, SeqCst);
+            fence(SeqCst);
+            if self.places.available_permits() == 0 {
+                return;
+            }
+        }
+    }
+
+    fn limit(&self) -> MutexGuard<'_, usize> {
+        self.limit.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// More places are there at once; fewer as they become free.
     pub(super) fn resize(&self, limit: usize) {
-        let limit = limit.min(NO_LIMIT);
-        let mut size = self.size.lock().unwrap_or_else(PoisonError::into_inner);
-        if limit > size.limit {
-            let more = limit - size.limit;
-            let paid = more.min(size.owed);
-            size.owed -= paid;
-            self.places.add_permits(more - paid);
-        } else {
-            let fewer = size.limit - limit;
-            size.owed += fewer - self.places.forget_permits(fewer);
+        let new = limit.min(NO_LIMIT);
+        let mut limit = self.limit();
+        let before = std::mem::replace(&mut *limit, new);
+        if new <= before {
+            let fewer = before - new;
+            let forgotten = self.places.forget_permits(fewer);
+            self.owed.fetch_add(fewer - forgotten, SeqCst);
+            fence(SeqCst);
+            if self.places.available_permits() > 0 {
+                self.settle(&limit);
+            }
+            return;
         }
-        size.limit = limit;
+        let added = new - before - self.pay(new - before);
+        drop(limit);
+        if added > 0 {
+            self.add(added);
+        }
     }
 }
 
@@ -149,5 +195,63 @@ mod tests {
         assert!(gate.try_enter().is_none());
         drop((place, pin!(next)));
         assert!(gate.try_enter().is_some());
+    }
+
+    #[test]
+    fn limit_holds_after_it_was_changed_while_places_came_back() {
+        for _ in 0..200 {
+            let gate = Gate::new(8);
+            std::thread::scope(|scope| {
+                for _ in 0..2 {
+                    scope.spawn(|| {
+                        for _ in 0..50 {
+                            drop((gate.try_enter(), gate.try_enter()));
+                        }
+                    });
+                }
+                scope.spawn(|| (0..50).for_each(|nth| gate.resize([1, 8, 3, 5][nth % 4])));
+            });
+            gate.resize(2);
+            assert_eq!(gate.owed.load(SeqCst), 0, "no place is taken");
+            let taken: Vec<_> = (0..9).map_while(|_| gate.try_enter()).collect();
+            assert_eq!(taken.len(), 2);
+        }
+    }
+
+    /// A waker that uses the gate.
+    struct UsesGate(Arc<Gate>);
+
+    impl std::task::Wake for UsesGate {
+        fn wake(self: Arc<Self>) {
+            self.0.resize(5);
+            self.0.resize(2);
+            drop(self.0.try_enter());
+            assert!(self.0.owed.load(SeqCst) < 5);
+        }
+    }
+
+    #[test]
+    fn waker_may_use_the_gate_that_wakes_it() {
+        let (ended, end) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let gate = Gate::new(1);
+            let waker = Arc::new(UsesGate(gate.clone())).into();
+            let mut cx = std::task::Context::from_waker(&waker);
+            for free in [false, true] {
+                let place = gate.try_enter().expect("free");
+                let mut queued = pin!(gate.enter());
+                assert!(queued.as_mut().poll(&mut cx).is_pending());
+                if free {
+                    drop(place);
+                } else {
+                    gate.resize(2);
+                    drop(place);
+                }
+                assert!(queued.as_mut().poll(&mut cx).is_ready());
+                gate.resize(1);
+            }
+            let _ = ended.send(());
+        });
+        end.recv_timeout(std::time::Duration::from_secs(30)).expect("no deadlock");
     }
 }

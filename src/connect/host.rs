@@ -16,6 +16,7 @@ use crate::call::{Nanos, Origin, Shared};
 /// In the book for as long as somebody connects to it, is connected, or waits: what is as good as new is
 /// forgotten at once, so that hosts never pile up.
 pub(super) struct Host {
+    id: u64,
     pub(super) origin: Origin,
     pub(super) gate: Arc<Gate>,
     /// For calls that need a connection each.
@@ -29,8 +30,9 @@ pub(super) struct Host {
 }
 
 impl Host {
-    fn new(origin: Origin, most: usize) -> Arc<Self> {
+    fn new(id: u64, origin: Origin, most: usize) -> Arc<Self> {
         Arc::new(Self {
+            id,
             origin,
             gate: Gate::new(most),
             calls: Gate::new(most),
@@ -39,6 +41,18 @@ impl Host {
             users: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
         })
+    }
+
+    /// Sets the number of places. Of several threads that resize at once, the last one reads the newest setting.
+    pub(super) fn resize(&self, per_host: &AtomicUsize) {
+        loop {
+            let most = per_host.load(Ordering::SeqCst);
+            self.gate.resize(most);
+            self.calls.resize(most);
+            if per_host.load(Ordering::SeqCst) == most {
+                return;
+            }
+        }
     }
 }
 
@@ -90,14 +104,20 @@ pub(super) struct Guest {
 impl Guest {
     pub(super) fn register(all: &Shared<Connections>, origin: Origin) -> Self {
         let mut book = all.book();
-        let Book { hosts, last, .. } = &mut *book;
-        let host = match last.as_ref().filter(|last| last.origin == origin) {
+        let host = match book.last.as_ref().filter(|last| last.origin == origin) {
             Some(last) => last.clone(),
-            None => {
-                let new = || Host::new(origin.clone(), all.settings.per_host());
-                hosts.entry(origin.clone()).or_insert_with(new).clone()
-            }
+            None => match book.hosts.get(&origin) {
+                Some(known) => known.clone(),
+                None => {
+                    let id = book.next_id();
+                    let host = Host::new(id, origin.clone(), all.settings.per_host());
+                    book.hosts.insert(origin, host.clone());
+                    book.hosts_by_id.insert(id, host.clone());
+                    host
+                }
+            },
         };
+        let Book { last, .. } = &mut *book;
         if !last.as_ref().is_some_and(|last| Arc::ptr_eq(last, &host)) {
             *last = Some(host.clone());
         }
@@ -118,6 +138,7 @@ impl Drop for Guest {
         let is_this = known.is_some_and(|known| Arc::ptr_eq(known, &self.host));
         if is_this && self.host.users.load(Ordering::SeqCst) == 0 {
             book.hosts.remove(&self.host.origin);
+            book.hosts_by_id.remove(&self.host.id);
             book.last.take_if(|last| Arc::ptr_eq(last, &self.host));
         }
     }

@@ -3,7 +3,7 @@ use std::{
     future::Future,
     io,
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
+    sync::atomic::Ordering,
     task::{Context, Poll},
     time::Duration,
 };
@@ -22,7 +22,8 @@ use super::{
 };
 use crate::{
     BoxError, ConfigError,
-    call::{Label, LayerKind, Origin, Rejected, Shared},
+    call::{LayerKind, Origin, Rejected, Shared},
+    error::Fault,
 };
 
 /// Bounds, times and counts the connections that a connector makes. Clones share them.
@@ -30,7 +31,7 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct ConnectLayer {
     pub(super) all: Shared<Connections>,
-    fault: Option<Arc<Label>>,
+    fault: Fault,
 }
 
 impl Default for ConnectLayer {
@@ -42,7 +43,7 @@ impl Default for ConnectLayer {
 impl ConnectLayer {
     /// No caps, 5 s to connect; connections live for 5 minutes at most, and 4 s unused, each up to a fifth less.
     pub fn new() -> Self {
-        Self { all: Shared::new(Connections::new()), fault: None }
+        Self { all: Shared::new(Connections::new()), fault: Fault::default() }
     }
 
     /// At most so many connections to one host (scheme, name and port), 1 or more: open, or being opened.
@@ -145,26 +146,20 @@ impl ConnectLayer {
     ///
     /// The first setting that cannot.
     pub fn checked(self) -> Result<Self, ConfigError> {
-        match self.fault.as_ref().and_then(|fault| fault.fault.clone()) {
-            Some(fault) => Err(fault),
+        match self.fault.error() {
+            Some(error) => Err(error.clone()),
             None => Ok(self),
         }
     }
 
     /// Remembers the first setting that cannot work.
     pub(super) fn accept<T>(&mut self, setting: Result<T, ConfigError>) -> Option<T> {
-        setting
-            .map_err(|fault| {
-                self.fault.get_or_insert_with(|| {
-                    Arc::new(Label { name: Box::default(), fault: Some(fault) })
-                });
-            })
-            .ok()
+        setting.map_err(|error| self.fault.get_or_insert(error)).ok()
     }
 
     /// Refuses, if a setting cannot work.
     pub(super) fn sound(&self) -> Result<(), Rejected> {
-        match &self.fault {
+        match self.fault.label() {
             Some(fault) => Err(Rejected::misconfigured(LayerKind::Connect, fault.clone())),
             None => Ok(()),
         }

@@ -19,7 +19,7 @@ use crate::{
     BoxError, ConfigError,
     admission::Reusable,
     call::{AsError, LayerKind, Moment, Reject, Rejected, Respond, RespondWith},
-    event,
+    error::Fault,
     timeout::{AsIs, ResponseFuture, TimedBody, Timeout, TimeoutLayer, Timeouts},
 };
 
@@ -33,14 +33,14 @@ pub struct DeadlineLayer<R = AsError> {
     times: Arc<Times>,
     codec: Option<Arc<dyn Codec>>,
     timeout: TimeoutLayer<AsIs, R>,
-    fault: Option<ConfigError>,
+    fault: Fault,
 }
 
 impl DeadlineLayer {
-    /// Takes the deadline in a request's extensions, or a gRPC request's `grpc-timeout`, whichever is sooner.
+    /// Uses the deadline in a request's extensions or the `grpc-timeout` of a gRPC request, whichever is earlier.
     pub fn new() -> Self {
         let timeout = TimeoutLayer::new(Timeouts::new()).as_is().by(LayerKind::Deadline);
-        Self { times: Arc::default(), codec: None, timeout, fault: None }
+        Self { times: Arc::default(), codec: None, timeout, fault: Fault::default() }
     }
 }
 
@@ -52,16 +52,20 @@ impl Default for DeadlineLayer {
 
 impl<R> DeadlineLayer<R> {
     /// Sets the time of calls whose headers set none. It is also the maximum that a header can set, unless
-    /// [`at_most`](Self::at_most) sets another: a caller never extends the bound of the operator. An earlier
-    /// [`Deadline`](crate::Deadline) in the extensions applies all the same. Default: none, so calls without a header
-    /// have no deadline, and headers have no maximum.
+    /// [`at_most`](Self::at_most) sets another: a caller never extends the bound of the operator. Default: none, so calls
+    /// without a header have no deadline, and headers have no maximum.
+    ///
+    /// A [`Deadline`](crate::Deadline) that the application has made itself and inserted in the extensions replaces the
+    /// default, also if it is later, and is then the maximum of a header. Any other deadline in the extensions (of a
+    /// caller, or of another layer) applies if it is earlier.
     pub fn default_of(mut self, time: Duration) -> Self {
         self.above_zero("default_of", time, |times, time| set(&times.default, Some(time)));
         self
     }
 
-    /// Sets the maximum time that a header or the default can set. A deadline in the extensions is not bounded, because
-    /// the application set it. Default: the time of [`default_of`](Self::default_of).
+    /// Sets the maximum time that a header, a deadline of the caller in the extensions, or the default can set. It does
+    /// not bound a deadline that the application has made itself. Default: the time of
+    /// [`default_of`](Self::default_of).
     pub fn at_most(mut self, time: Duration) -> Self {
         self.above_zero("at_most", time, |times, time| set(&times.longest, Some(time)));
         self
@@ -170,18 +174,16 @@ impl<R> DeadlineLayer<R> {
     }
 }
 
-/// Nothing else would say it of a layer that lets calls through.
-pub(super) fn tell(fault: Option<&ConfigError>) {
-    if let Some(_fault) = fault {
-        event!(ERROR, layer = "deadline", error = %_fault, "misconfigured: goes without that setting");
-    }
+/// Reports a setting that cannot work. No rejection reports it, because the layer lets calls through.
+pub(super) fn report(fault: &Fault) {
+    fault.report("deadline", "goes without that setting");
 }
 
 impl<S, R: Clone> Layer<S> for DeadlineLayer<R> {
     type Service = Deadlined<S, R>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        tell(self.fault.as_ref());
+        report(&self.fault);
         Deadlined {
             times: self.times.clone(),
             codec: self.codec.clone(),

@@ -39,12 +39,20 @@
 //!
 //! # How it decides
 //!
-//! The soonest counts: a [`Deadline`] in the request's extensions, gRPC's `grpc-timeout`, a
-//! [header](DeadlineLayer::header) or [codec](DeadlineLayer::codec) of your own; where no header says anything,
-//! the [default](DeadlineLayer::default_of). A header never sets more than [`at_most`](DeadlineLayer::at_most), or else
-//! the default. What cannot be read is not said. It goes into the extensions, less what
-//! is [kept back](DeadlineLayer::keep_back), and what is left of it into the headers that were asked for (gRPC
-//! requests: always `grpc-timeout`), never more than there is.
+//! The earliest of these applies: a [`Deadline`] in the request's extensions, gRPC's `grpc-timeout`, a
+//! [header](DeadlineLayer::header) or [codec](DeadlineLayer::codec) of your own, and, if no header sets a time, the
+//! [default](DeadlineLayer::default_of). A header that cannot be read is ignored. Headers come from callers, so they are
+//! bounded:
+//!
+//! | in the extensions | the default | the maximum of a header |
+//! |---|---|---|
+//! | nothing | applies without a header | [`at_most`](DeadlineLayer::at_most), or else the default |
+//! | a deadline of the caller that was passed on | applies without a header | the same, also for that deadline |
+//! | a deadline that another layer has set by its default or maximum | applies without a header | the same |
+//! | a deadline that the application has made itself | is replaced, also by a later one | the deadline of the application |
+//!
+//! The deadline is inserted in the extensions, less the time that is [kept back](DeadlineLayer::keep_back). The time that
+//! is left is written to the requested headers (for gRPC requests always `grpc-timeout`).
 //!
 //! A call that is too late is not begun, and one under way is ended, to the last byte of its answer: a stream that
 //! may last needs no deadline, or a distant one.

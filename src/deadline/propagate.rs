@@ -12,10 +12,10 @@ use tower_service::Service;
 
 use super::{
     codec::Codec,
-    layer::tell,
+    layer::report,
     times::{DeadlineHandle, Times},
 };
-use crate::{ConfigError, call::Moment};
+use crate::{ConfigError, call::Moment, error::Fault};
 
 /// Gives every call one absolute deadline and tells the next hop what is left of it, and leaves it to the layers
 /// further in to keep it; made by [`DeadlineLayer::propagate_only`](super::DeadlineLayer::propagate_only).
@@ -24,7 +24,7 @@ use crate::{ConfigError, call::Moment};
 pub struct PropagateLayer {
     pub(super) handle: DeadlineHandle,
     pub(super) codec: Option<Arc<dyn Codec>>,
-    pub(super) fault: Option<ConfigError>,
+    pub(super) fault: Fault,
 }
 
 impl PropagateLayer {
@@ -48,7 +48,7 @@ impl<S> Layer<S> for PropagateLayer {
     type Service = Propagated<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        tell(self.fault.as_ref());
+        report(&self.fault);
         Propagated { inner, times: self.handle.times.clone(), codec: self.codec.clone() }
     }
 }

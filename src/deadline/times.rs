@@ -34,7 +34,8 @@ pub(super) fn set(ms: &AtomicU64, time: Option<Duration>) {
 }
 
 impl Times {
-    /// Puts the soonest deadline there is into the request, and says it to the next hop.
+    /// Sets the deadline of a call in the extensions of its request, and writes the time that is left to the headers for
+    /// the next hop.
     pub(super) fn apply<B>(
         &self,
         codec: Option<&dyn Codec>,
@@ -46,23 +47,31 @@ impl Times {
         let told = if grpc { own.into_iter().chain(read(&Grpc)).min() } else { own };
         let by_caller = told.map(|time| (time, DeadlineSource::Caller));
         let by_operator = |time| (time, DeadlineSource::Operator);
+        let carried = Deadline::of(request.extensions());
+        // A deadline of the application replaces the default and the maximum. The earlier of it and a header applies.
+        let is_of_application = carried.is_some_and(|deadline| deadline.is_of_application());
+        let default = get(&self.default).filter(|_| !is_of_application);
         // A header never extends the default, unless the operator sets a maximum.
-        let max = get(&self.longest).or_else(|| get(&self.default));
+        let max = get(&self.longest).filter(|_| !is_of_application).or(default);
         let bounded = match (by_caller, max) {
-            (Some((told, _)), Some(longest)) if longest < told => Some(by_operator(longest)),
+            (Some((told, _)), Some(max)) if max < told => Some(by_operator(max)),
             (Some(told), _) => Some(told),
-            (None, longest) => get(&self.default).map(|default| {
-                by_operator(longest.map_or(default, |longest| default.min(longest)))
-            }),
+            (None, max) => {
+                default.map(|default| by_operator(max.map_or(default, |max| default.min(max))))
+            }
         };
+        // A deadline of the caller that the application has passed on has the maximum of a header.
+        let is_of_caller =
+            carried.is_some_and(|deadline| deadline.source() == DeadlineSource::Caller);
+        let bound = max.filter(|_| is_of_caller).map(by_operator);
         let kept = get(&self.keep_back).unwrap_or_default();
         // Subtracted while it is a duration, because an `Instant` can represent only a limited range.
-        let said = bounded.map(|(time, source)| {
-            Deadline::after_from(time.saturating_sub(kept), Moment::now()).with_source(source)
-        });
-        let carried = Deadline::of(request.extensions());
+        let set = |(time, source): (Duration, DeadlineSource)| {
+            let deadline = Deadline::after_from(time.saturating_sub(kept), Moment::now());
+            deadline.with_source(source).by_layer()
+        };
         let less = carried.map(|deadline| deadline.earlier_by(kept));
-        let deadline = less.into_iter().chain(said).min()?;
+        let deadline = less.into_iter().chain(bounded.map(set)).chain(bound.map(set)).min()?;
         if carried != Some(deadline) {
             request.extensions_mut().insert(deadline);
         }

@@ -1,9 +1,10 @@
 use std::{
     future::Future,
-    panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     task::{Context, Poll, ready},
 };
+
+use crate::call::catch_panic;
 
 /// The user's code panicked: while it was made, while it ran, or while it was dropped.
 #[derive(Debug)]
@@ -16,7 +17,7 @@ pub(super) struct Caught<F>(Option<Pin<Box<F>>>);
 
 impl<F: Future> Caught<F> {
     pub(super) fn new(make: impl FnOnce() -> F) -> Self {
-        Self(catch_unwind(AssertUnwindSafe(|| Box::pin(make()))).ok())
+        Self(catch_panic(|| Box::pin(make())))
     }
 }
 
@@ -25,14 +26,14 @@ impl<F: Future> Future for Caught<F> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let Some(future) = &mut self.0 else { return Poll::Ready(Err(Panicked)) };
-        let result = match catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx))) {
-            Ok(poll) => Ok(ready!(poll)),
-            Err(_) => Err(Panicked),
+        let result = match catch_panic(|| future.as_mut().poll(cx)) {
+            Some(poll) => Ok(ready!(poll)),
+            None => Err(Panicked),
         };
         let future = self.0.take();
-        Poll::Ready(match catch_unwind(AssertUnwindSafe(|| drop(future))) {
-            Ok(()) => result,
-            Err(_) => Err(Panicked),
+        Poll::Ready(match catch_panic(|| drop(future)) {
+            Some(()) => result,
+            None => Err(Panicked),
         })
     }
 }

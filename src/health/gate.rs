@@ -5,7 +5,6 @@ mod start;
 
 use std::{
     fmt,
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU8, AtomicU64, Ordering},
@@ -27,7 +26,7 @@ use super::{
     threshold::{ProbeState, Threshold},
 };
 use crate::{
-    call::{Clock, Label, Nanos, nanos},
+    call::{Clock, Label, Nanos, catch_panic, nanos},
     event,
 };
 
@@ -154,12 +153,19 @@ impl Gate {
 
     /// The first guard stays.
     pub(super) fn join(&self, guard: &PanicGuard) {
-        let mut probing = self.probing();
-        if probing.member.is_none() {
+        let changed = {
+            let mut probing = self.probing();
+            if probing.member.is_some() {
+                return;
+            }
             let mut member = Member::of(guard, &self.changed);
-            member.is_now(probing.threshold.state() == ProbeState::Down);
+            let changed = member.is_now(probing.threshold.state() == ProbeState::Down);
             let _ = self.guard.set(member.guard().clone());
             probing.member = Some(member);
+            changed
+        };
+        if let Some(guard) = changed {
+            guard.tell();
         }
     }
 
@@ -260,8 +266,8 @@ impl Gate {
             drop(probing);
         }
         for listener in listeners {
-            // What panics there must not end the probes.
-            let _ = catch_unwind(AssertUnwindSafe(|| listener(result)));
+            // A panic of a listener does not end the probes.
+            let _ = catch_panic(|| listener(result));
         }
         wait
     }
@@ -277,10 +283,12 @@ impl Gate {
         let _ = self.word.fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| {
             Some(word & !STATE | to as u8)
         });
-        if let Some(member) = &mut probing.member {
-            member.is_now(to == ProbeState::Down);
-        }
+        let member = probing.member.as_mut();
+        let guard = member.and_then(|member| member.is_now(to == ProbeState::Down));
         drop(probing);
+        if let Some(guard) = guard {
+            guard.tell();
+        }
         for reporter in reporters {
             reporter.publish(CheckState::of(to));
         }

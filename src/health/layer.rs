@@ -132,7 +132,7 @@ impl HealthProbeLayer<()> {
 impl<P, M> HealthProbeLayer<P, M> {
     fn with(probe: P, protocol: M, fault: Option<ConfigError>) -> Self {
         let policy = Shared::new(Gate::new());
-        Self { plan: Plan { policy, protocol, reject: AsError, fault }, probe }
+        Self { plan: Plan { policy, protocol, reject: AsError, fault: fault.into() }, probe }
     }
 }
 

@@ -79,7 +79,8 @@ impl PanicGuard {
         self.0.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn tell(&self) {
+    /// Wakes the callers of all gates of the set.
+    pub(super) fn tell(&self) {
         // Out of the lock: who is woken may leave.
         let waiting = self.waiting().clone();
         for notify in waiting {
@@ -106,23 +107,27 @@ impl Member {
         &self.guard
     }
 
-    pub(super) fn is_now(&mut self, down: bool) {
+    /// Records whether the gate is down. Returns the guard if that changed: the caller then [tells](PanicGuard::tell) it
+    /// without a lock, because that wakes callers.
+    #[must_use]
+    pub(super) fn is_now(&mut self, down: bool) -> Option<PanicGuard> {
         if std::mem::replace(&mut self.down, down) == down {
-            return;
+            return None;
         }
         if down {
             self.guard.0.down.fetch_add(1, Ordering::AcqRel);
         } else {
             self.guard.0.down.fetch_sub(1, Ordering::AcqRel);
         }
-        self.guard.tell();
+        Some(self.guard.clone())
     }
 }
 
 impl Drop for Member {
     fn drop(&mut self) {
         self.guard.waiting().retain(|other| !Arc::ptr_eq(other, &self.changed));
-        self.is_now(false);
+        // All gates are told below.
+        let _ = self.is_now(false);
         self.guard.0.members.fetch_sub(1, Ordering::AcqRel);
         self.guard.tell();
     }
@@ -145,7 +150,7 @@ mod tests {
         let mut members: Vec<_> =
             (0..all).map(|_| Member::of(guard, &Arc::new(Notify::new()))).collect();
         for member in members.iter_mut().take(down) {
-            member.is_now(true);
+            let _ = member.is_now(true);
         }
         members
     }

@@ -1,5 +1,5 @@
 use std::{
-    fmt,
+    fmt, mem,
     pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -222,6 +222,8 @@ impl Registry {
             let remedy = "use 1 to 64 of `A`-`Z`, `a`-`z`, `0`-`9`, `.`, `_` and `-`";
             return Err(ConfigError::new("check.name", shown, remedy));
         }
+        // Declared before the guard: an entry is dropped without the lock.
+        let _removed;
         let mut checks = self.lock();
         if let Some(at) = checks.iter().position(|entry| entry.name() == name) {
             // Only this list has it: its reporter is gone.
@@ -229,7 +231,7 @@ impl Registry {
                 let remedy = "another check has this name: give this one a name of its own";
                 return Err(ConfigError::new("check.name", name, remedy));
             }
-            checks.remove(at);
+            _removed = checks.remove(at);
         }
         if checks.len() >= MOST_CHECKS {
             return Err(ConfigError::new("check.name", name, "use at most 1000 checks"));
@@ -251,7 +253,8 @@ impl Registry {
 impl Drop for Registry {
     /// Nobody is left who could ask.
     fn drop(&mut self) {
-        for entry in &*self.lock() {
+        let checks = mem::take(&mut *self.lock());
+        for entry in checks {
             entry.stop();
         }
     }

@@ -67,6 +67,20 @@ impl Reporter {
         self.publish(CheckState::Fail);
     }
 
+    /// Sets the state of the check without telling the watchers of the registry. Runs no user code.
+    #[cfg(feature = "lifecycle")]
+    pub(crate) fn set(&self, result: Result<(), &'static str>) {
+        let state = if result.is_ok() { CheckState::Pass } else { CheckState::Fail };
+        self.looked(result.map_err(str::to_owned), None);
+        self.0.entry.publish(state);
+    }
+
+    /// Tells the watchers of the registry that a check may have changed.
+    #[cfg(feature = "lifecycle")]
+    pub(crate) fn tell(&self) {
+        self.0.registry.tell();
+    }
+
     /// The process stops: streams that tell of its health come to their end.
     #[cfg(feature = "lifecycle")]
     pub(crate) fn end(&self) {

@@ -18,7 +18,7 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::{Drained, Lifecycle, Phase};
-use crate::{BoxError, event};
+use crate::{BoxError, event, event::RepeatedEvent};
 
 /// Who connects has to say something within this time.
 const FIRST_WORD: Duration = Duration::from_secs(30);
@@ -86,6 +86,7 @@ impl Lifecycle {
         let mut connections = JoinSet::new();
         let mut stopping = pin!(self.stopping());
         let layer = self.layer();
+        let accept_failures = RepeatedEvent::new();
         loop {
             let accepted = tokio::select! {
                 biased;
@@ -97,7 +98,11 @@ impl Lifecycle {
                 Ok(accepted) => accepted,
                 Err(error) if is_passing(&error) => continue,
                 Err(error) => {
-                    event!(WARN, %error, "cannot accept connections");
+                    if let Some(_occurrences) = accept_failures.record() {
+                        let occurrences = _occurrences;
+                        event!(WARN, %error, occurrences, "cannot accept connections");
+                        let _ = occurrences;
+                    }
                     let _ = error;
                     tokio::select! {
                         () = &mut stopping => break,

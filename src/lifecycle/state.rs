@@ -164,15 +164,17 @@ impl State {
                 self.door.close();
             }
             self.now.store(next as u8, SeqCst);
-            // Here, so that two who go on at once report in the same order.
+            // Here, so that two threads that change the phase at once report in the same order. The watchers of the
+            // registry are told below, because this closure runs under the lock of the channel and wakers are user code.
             match next {
                 Phase::Starting => {}
-                Phase::Ready => self.reporter.pass(),
-                phase => self.reporter.fail_because(phase.as_str()),
+                Phase::Ready => self.reporter.set(Ok(())),
+                phase => self.reporter.set(Err(phase.as_str())),
             }
             true
         });
         if went {
+            self.reporter.tell();
             if !self.is_open() {
                 self.shut.notify_waiters();
                 self.reporter.end();

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::{
     adaptive::Teller,
-    queue::{Place, Queue, QueueOrder, Turn},
+    queue::{Place, Queue, QueueOrder, Registered, Turn},
     sort::{Line, Priority},
 };
 use crate::{
@@ -190,14 +190,25 @@ impl Limiter {
         }
     }
 
-    /// Whether it is this place's turn.
-    pub(super) fn look(&self, place: Place, cx: &Context<'_>) -> Turn {
-        let mut queue = self.lock();
-        let (turn, before) = queue.look(place, cx.waker());
-        drop(queue);
-        // With its last waker a task goes, and what it holds may come back here.
-        drop(before);
-        turn
+    /// Whether it is this place's turn. If not, the waker of `cx` is woken when it is.
+    ///
+    /// `is_new`: no waker has been registered for the place yet.
+    pub(super) fn look(&self, place: Place, is_new: bool, cx: &Context<'_>) -> Turn {
+        // A waker is user code. It is cloned and dropped without the lock: the last waker of a task drops the task, which
+        // may hold permits of this limit.
+        let mut waker = is_new.then(|| cx.waker().clone());
+        loop {
+            let mut queue = self.lock();
+            let (turn, before) = queue.look(place, cx.waker(), waker.take());
+            drop(queue);
+            match before {
+                Registered::Done(before) => {
+                    drop(before);
+                    return turn;
+                }
+                Registered::NeedsWaker => waker = Some(cx.waker().clone()),
+            }
+        }
     }
 
     /// Gives a place up, also if its turn has just come.
@@ -303,7 +314,7 @@ impl Limiter {
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
-        // Of a user's, only a waker's clone runs under it; were it poisoned, the queue is still whole.
+        // No user code runs under the lock, so a poisoned lock protects a consistent state.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -139,23 +139,26 @@ impl ConcurrencyLimitHandle {
     ///
     /// # Errors
     ///
-    /// Zero, or more than `u32::MAX`.
+    /// Zero, or more than `u32::MAX`; or the algorithm of an adaptive limit panicked, and the limit keeps its value.
     pub fn set_limit(&self, limit: usize) -> Result<(), ConfigError> {
-        self.0.set_limit(checked(limit)?);
-        Ok(())
+        let panicked = || ConfigError::new("limit", limit, ALGORITHM_PANICKED);
+        self.0.set_limit(checked(limit)?).ok_or_else(panicked)
     }
 
     /// Gives an adaptive limit other bounds; what it has learnt it keeps.
     ///
     /// # Errors
     ///
-    /// Bounds that are none, or a limit or an algorithm that has none.
+    /// Bounds that are none, or a limit or an algorithm that has none; or the algorithm panicked, and the limit keeps
+    /// its value.
     pub fn set_bounds(&self, bounds: RangeInclusive<usize>) -> Result<(), ConfigError> {
         let within = checked_bounds(bounds.clone())?;
-        if self.0.set_bounds(within) {
-            return Ok(());
-        }
-        Err(ConfigError::new("adaptive.bounds", bounds, "set the limit: it has no bounds"))
+        let remedy = match self.0.set_bounds(within) {
+            Some(true) => return Ok(()),
+            Some(false) => "set the limit: it has no bounds",
+            None => ALGORITHM_PANICKED,
+        };
+        Err(ConfigError::new("adaptive.bounds", bounds, remedy))
     }
 
     /// Changes the queue as [`queue`](crate::ConcurrencyLimitLayer::queue) does. Who waits already stays, also
@@ -202,6 +205,8 @@ impl Indicator for ConcurrencyLimitHandle {
         }
     }
 }
+
+const ALGORITHM_PANICKED: &str = "the adaptive algorithm panicked: use one that does not";
 
 // ===== What can be right =====
 

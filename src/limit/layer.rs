@@ -12,7 +12,7 @@ use super::{
 use crate::{
     ConfigError,
     admission::{Plan, admission_layer},
-    call::{AsError, Http},
+    call::{AsError, Http, catch_panic},
 };
 
 admission_layer! {
@@ -32,16 +32,23 @@ impl ConcurrencyLimitLayer {
     pub fn new(limit: usize) -> Self {
         let checked = checked(limit);
         let policy = Limit::fixed(*checked.as_ref().unwrap_or(&0));
-        Self { plan: Plan { policy, protocol: Http, reject: AsError, fault: checked.err() } }
+        Self { plan: Plan { policy, protocol: Http, reject: AsError, fault: checked.err().into() } }
     }
 
     /// As many calls at once as `algorithm` finds right: [`Knee`](super::adaptive::Knee), if in doubt.
     ///
     /// An admitted call reads the clock twice and takes a short lock once.
+    ///
+    /// A panic of the algorithm is caught, and the limit keeps its value. An algorithm that panics here is a
+    /// [`ConfigError`].
     pub fn adaptive(algorithm: impl Algorithm) -> Self {
-        let limit = algorithm.limit().max(1);
-        let policy = Limit::adaptive(limit, Teller::new(algorithm));
-        Self { plan: Plan { policy, protocol: Http, reject: AsError, fault: None } }
+        let limit = catch_panic(|| algorithm.limit());
+        let policy = Limit::adaptive(limit.unwrap_or(1).max(1), Teller::new(algorithm));
+        let fault = limit.is_none().then(|| {
+            let remedy = "use an algorithm that does not panic";
+            ConfigError::new("adaptive", format_args!("a panic in `limit`"), remedy)
+        });
+        Self { plan: Plan { policy, protocol: Http, reject: AsError, fault: fault.into() } }
     }
 }
 

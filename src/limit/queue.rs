@@ -50,6 +50,14 @@ pub(super) enum Turn {
     Lost,
 }
 
+/// Whether a waker is registered for a place in the queue.
+pub(super) enum Registered {
+    /// It is, or none is needed. The caller drops this waker without the lock.
+    Done(Option<Waker>),
+    /// The caller clones its waker without the lock and looks again.
+    NeedsWaker,
+}
+
 /// Any waiter may leave at any time.
 #[derive(Debug)]
 pub(super) struct Queue {
@@ -88,9 +96,11 @@ impl Queue {
         self.order = order;
     }
 
+    /// Sets the shares of the partitions. There are never fewer lines than before, so that no waiter loses its place.
     pub(super) fn set_shares(&mut self, ratios: &[f64]) {
         self.shares.set(ratios);
-        self.lines.resize_with(self.shares.lines(), BTreeMap::new);
+        let lines = self.shares.lines().max(self.lines.len());
+        self.lines.resize_with(lines, BTreeMap::new);
     }
 
     pub(super) fn join(&mut self, line: Line, priority: Priority, now: Instant) -> Place {
@@ -127,18 +137,25 @@ impl Queue {
         &mut self.lines[usize::from(line)]
     }
 
-    /// What has become of this place; if it waits, `waker` is who is told of its turn, instead of who is given
-    /// back.
-    pub(super) fn look(&mut self, (line, number): Place, waker: &Waker) -> (Turn, Option<Waker>) {
+    /// What has become of this place. If it waits and another waker than `current` is registered for it, registers
+    /// `clone`, a clone of `current`, if there is one.
+    pub(super) fn look(
+        &mut self,
+        (line, number): Place,
+        current: &Waker,
+        clone: Option<Waker>,
+    ) -> (Turn, Registered) {
         let Some(waiter) = self.line(line).get_mut(&number) else {
             let lost = self.lost.contains(&number);
-            return (if lost { Turn::Lost } else { Turn::Come }, None);
+            return (if lost { Turn::Lost } else { Turn::Come }, Registered::Done(clone));
         };
-        let before = match &waiter.waker {
-            Some(known) if known.will_wake(waker) => None,
-            _ => waiter.waker.replace(waker.clone()),
+        let is_known = waiter.waker.as_ref().is_some_and(|known| known.will_wake(current));
+        let registered = match clone {
+            clone if is_known => Registered::Done(clone),
+            Some(clone) => Registered::Done(waiter.waker.replace(clone)),
+            None => Registered::NeedsWaker,
         };
-        (Turn::Waits, before)
+        (Turn::Waits, registered)
     }
 
     /// Gives the place up. What it was, and who would have been told.

@@ -1,7 +1,7 @@
 //! Places that outlive their call: for upgraded connections.
 
 use std::{
-    fmt,
+    fmt, mem,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -43,7 +43,8 @@ impl Held {
 
 impl fmt::Debug for Held {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Held").field(&self.0.lock().holder).finish()
+        let holder = self.0.holder();
+        f.debug_tuple("Held").field(&holder).finish()
     }
 }
 
@@ -113,6 +114,10 @@ impl Slot {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn holder(&self) -> Holder {
+        self.lock().holder
+    }
+
     /// Returns the token of the lent permit, with the clock of the call permit.
     fn inner_token(lent: &Permit, token: Token) -> Token {
         Token { clock: token.clock, ..lent.token() }
@@ -140,11 +145,14 @@ impl Finish for Slot {
     }
 
     fn head(&self, token: &mut Token, so_far: Outcome) {
-        let permit = &mut self.lock().permit;
-        permit.replace_clock(token.clock);
+        // Algorithms, wakers and subscribers run in `Permit::head`, so the permit is taken out of the lock. Only the
+        // call releases it before the end of the call, and the call is in here.
+        let permit = self.lock().permit.take();
+        let mut lent = LentPermit { slot: self, permit };
+        lent.permit.replace_clock(token.clock);
         // The permit of the call has already attributed a certain outcome.
-        permit.head(so_far, false);
-        token.clock = permit.token().clock;
+        lent.permit.head(so_far, false);
+        token.clock = lent.permit.token().clock;
     }
 
     fn hold(&self) -> Hold {
@@ -172,9 +180,24 @@ impl Finish for Slot {
     }
 }
 
+/// The permit of a slot, out of its lock. It goes back on drop, also during a panic.
+struct LentPermit<'a> {
+    slot: &'a Slot,
+    permit: Permit,
+}
+
+impl Drop for LentPermit<'_> {
+    fn drop(&mut self) {
+        let permit = self.permit.take();
+        let hollow = mem::replace(&mut self.slot.lock().permit, permit);
+        drop(hollow);
+    }
+}
+
 impl fmt::Debug for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Slot").field("holder", &self.lock().holder).finish_non_exhaustive()
+        let holder = self.holder();
+        f.debug_struct("Slot").field("holder", &holder).finish_non_exhaustive()
     }
 }
 

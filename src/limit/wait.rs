@@ -1,5 +1,6 @@
 use std::{
     future::Future,
+    mem,
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -20,6 +21,7 @@ pin_project! {
         place: Seat,
         deadline: Option<Instant>,
         until: Instant,
+        is_new: bool,
         #[pin]
         timer: Sleep,
     }
@@ -33,7 +35,7 @@ impl Wait {
         let longest = sleep(longest).deadline();
         let until = deadline.map_or(longest, |deadline| deadline.min(longest));
         let timer = sleep_until(limiter.look_by(until));
-        Self { place, deadline, until, timer }
+        Self { place, deadline, until, is_new: true, timer }
     }
 }
 
@@ -60,7 +62,7 @@ impl Future for Wait {
         };
         let kind = loop {
             // A turn that has come beats the longest wait, but nobody works for a caller who is gone.
-            match limiter.look(*place, cx) {
+            match limiter.look(*place, mem::take(this.is_new), cx) {
                 Turn::Come if !has_passed(*this.deadline) => {
                     let permit = limiter.permit(limiter.begin_in(place.0, limiter.in_flight()));
                     this.place.taken = None;

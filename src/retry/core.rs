@@ -1,7 +1,7 @@
 //! What a retry layer shares between all its services.
 
 use std::{
-    fmt,
+    fmt, mem,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
@@ -51,7 +51,12 @@ impl Settings {
     }
 
     pub(super) fn set(&self, set: impl FnOnce(&mut Policy)) {
-        set(Arc::make_mut(&mut lock(&self.policy)));
+        let mut policy = lock(&self.policy);
+        // A closure that `set` replaces is dropped with this policy, without the lock.
+        let before = policy.clone();
+        set(Arc::make_mut(&mut policy));
+        drop(policy);
+        drop(before);
     }
 
     pub(super) fn say(&self, say: impl FnOnce(&mut Say)) {
@@ -85,7 +90,8 @@ impl Settings {
     }
 
     pub(super) fn set_budget(&self, budget: Option<RetryBudget>) {
-        *lock(&self.budget) = budget;
+        let before = mem::replace(&mut *lock(&self.budget), budget);
+        drop(before);
     }
 
     pub(super) fn budget(&self) -> Option<RetryBudget> {
@@ -160,7 +166,10 @@ impl fmt::Debug for Settings {
 pub(super) struct Core<S, T = Settings> {
     pub(super) settings: Shared<T>,
     pub(super) budget: Option<RetryBudget>,
-    /// What later attempts are cloned from: the wrapped service is not cloned for a call that needs one.
+    /// Later attempts are clones of this service, so that a call with one attempt does not clone it.
+    ///
+    /// `S::clone` is user code that runs under this lock, which a service that is not `Sync` requires. Nothing else
+    /// runs under it, no handle uses it, and a panic does not poison it.
     template: Mutex<S>,
     pub(super) misconfigured: bool,
 }

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     ConfigError,
     call::{Classify, Http, Outcome, Shared},
-    event,
+    error::Fault,
 };
 
 /// Tries again what failed, where that is safe, useful and within the budget.
@@ -28,13 +28,13 @@ use crate::{
 pub struct RetryLayer<M = Http> {
     pub(super) settings: Shared<Settings>,
     protocol: M,
-    fault: Option<ConfigError>,
+    fault: Fault,
 }
 
 impl RetryLayer {
     /// Three attempts, full jitter, 20 % budget, `Retry-After` followed, safe methods only.
     pub fn http() -> Self {
-        Self { settings: Shared::new(Settings::new()), protocol: Http, fault: None }
+        Self { settings: Shared::new(Settings::new()), protocol: Http, fault: Fault::default() }
     }
 
     /// The same for gRPC, whose calls are all `POST`: a status of `UNAVAILABLE`, or `RESOURCE_EXHAUSTED` with pushback,
@@ -306,9 +306,7 @@ impl<S: Clone, M: Clone> Layer<S> for RetryLayer<M> {
 
     fn layer(&self, inner: S) -> Self::Service {
         let (settings, budget) = (self.settings.clone(), self.settings.budget());
-        if let Some(_fault) = &self.fault {
-            event!(ERROR, layer = "retry", error = %_fault, "misconfigured: nothing is retried");
-        }
+        self.fault.report("retry", "nothing is retried");
         let core = Core::new(settings, budget, inner.clone(), self.fault.is_some());
         Retry::new(inner, core, self.protocol.clone())
     }

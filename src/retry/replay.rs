@@ -1,8 +1,8 @@
 use std::{
-    fmt,
+    fmt, mem,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker},
 };
 
 use bytes::{Buf, Bytes};
@@ -70,8 +70,9 @@ pub(super) enum Tape<B> {
 }
 
 pub(super) struct Reel<B> {
-    /// Boxed, so that bodies need not be `Unpin`: it outlives the attempt that polls it.
-    rest: Option<Pin<Box<B>>>,
+    rest: Rest<B>,
+    /// The size hint of `rest`, read after each frame.
+    rest_hint: SizeHint,
     sent: Sent,
     trailers: Option<Box<HeaderMap>>,
     size: u64,
@@ -84,6 +85,20 @@ pub(super) struct Reel<B> {
     turn: u32,
 }
 
+/// The part of a body that has not been read.
+enum Rest<B> {
+    /// Boxed, so that bodies need not be `Unpin`: the body outlives the attempt that polls it.
+    Unread(Pin<Box<B>>),
+    /// A reader polls the body. The body is user code, so the reader takes it out and releases the lock. Another
+    /// reader can find this only if it replaces a reader that is inside of `poll_frame` on another thread. Its waker
+    /// is woken when the body is back.
+    Polled(Option<Waker>),
+    /// The body failed in the hands of a reader that was cut off, which had no use for the error. A later reader has no
+    /// error to return and must not make the part that was read look whole, so it stays pending.
+    Failed,
+    Ended,
+}
+
 struct Reader<B> {
     reel: Arc<Mutex<Reel<B>>>,
     next: usize,
@@ -93,12 +108,8 @@ struct Reader<B> {
 }
 
 fn lock<B>(reel: &Mutex<Reel<B>>) -> MutexGuard<'_, Reel<B>> {
-    // A user's body may have panicked under it: then it is torn, which is all that matters here.
-    reel.lock().unwrap_or_else(|poisoned: PoisonError<_>| {
-        let mut reel = poisoned.into_inner();
-        reel.torn = true;
-        reel
-    })
+    // No user code runs under the lock, so a poisoned lock protects a consistent state.
+    reel.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<B: Body> ReplayBody<B> {
@@ -109,9 +120,11 @@ impl<B: Body> ReplayBody<B> {
             return (Self::of(Kind::Empty), Tape::Empty);
         }
         // One that will not fit is not copied at all, but can be sent as long as it has not begun.
-        let cap = if body.size_hint().lower() > cap { 0 } else { cap };
+        let rest_hint = body.size_hint();
+        let cap = if rest_hint.lower() > cap { 0 } else { cap };
         let reel = Arc::new(Mutex::new(Reel {
-            rest: Some(Box::pin(body)),
+            rest: Rest::Unread(Box::pin(body)),
+            rest_hint,
             sent: Sent::default(),
             trailers: None,
             size: 0,
@@ -218,52 +231,103 @@ impl<B: Body> Reader<B> {
             self.done = reel.is_over(self.next);
             return Poll::Ready(Some(Ok(Frame::data(data))));
         }
-        let Some(rest) = &mut reel.rest else {
-            // All of it has been sent before; the trailers are what is left.
-            self.done = reel.end();
-            return Poll::Ready(
-                reel.trailers.clone().map(|trailers| Ok(Frame::trailers(*trailers))),
-            );
+        let body = match mem::replace(&mut reel.rest, Rest::Polled(None)) {
+            Rest::Unread(body) => body,
+            Rest::Ended => {
+                // Everything has been sent before. The trailers are left.
+                reel.rest = Rest::Ended;
+                self.done = reel.end();
+                return Poll::Ready(
+                    reel.trailers.clone().map(|trailers| Ok(Frame::trailers(*trailers))),
+                );
+            }
+            Rest::Failed => {
+                reel.rest = Rest::Failed;
+                return Poll::Pending;
+            }
+            polled @ Rest::Polled(_) => {
+                reel.rest = polled;
+                drop(reel);
+                return self.wait_for_body(cx);
+            }
         };
-        let frame = match ready!(rest.as_mut().poll_frame(cx)) {
+        drop(reel);
+        let mut polled = PolledBody { reel: &self.reel, turn: self.turn, body: Some(body) };
+        let next = polled.poll_frame(cx);
+        let Poll::Ready(next) = next else {
+            polled.put_back(false, |_, _| ());
+            return Poll::Pending;
+        };
+        let frame = match next {
             Some(Ok(frame)) => frame,
-            Some(Err(error)) => {
-                reel.torn = true;
-                self.done = reel.end();
-                return Poll::Ready(Some(Err(error)));
-            }
-            None => {
-                self.done = reel.end();
-                return Poll::Ready(None);
+            ended => {
+                let error = ended.and_then(Result::err);
+                let is_cut_off = polled.put_back(true, |reel, is_cut_off| {
+                    reel.torn |= error.is_some();
+                    if is_cut_off && error.is_some() {
+                        reel.rest = Rest::Failed;
+                    }
+                    is_cut_off
+                });
+                self.done = true;
+                // The attempt of a reader that was cut off is over.
+                return if is_cut_off { Poll::Pending } else { Poll::Ready(error.map(Err)) };
             }
         };
-        let last = rest.is_end_stream();
-        let frame = match frame.into_data() {
+        let (is_cut_off, frame) = match frame.into_data() {
             Ok(mut data) => {
                 let data = data.copy_to_bytes(data.remaining());
-                reel.keep(&data);
-                self.next = reel.sent.len();
-                // Asked here, and not by one more poll: then nothing is left that needs the lock.
-                self.done = last && reel.end();
-                Frame::data(data)
+                let (is_last, rest_hint) = polled.look();
+                let (is_cut_off, next, forgotten) = polled.put_back(is_last, |reel, is_cut_off| {
+                    reel.rest_hint = rest_hint;
+                    let forgotten = reel.keep(&data, is_cut_off);
+                    (is_cut_off, reel.sent.len(), forgotten)
+                });
+                drop(forgotten);
+                self.next = next;
+                // Read here instead of by one more poll, so that nothing is left that needs the lock.
+                self.done = is_last;
+                (is_cut_off, Frame::data(data))
             }
             Err(frame) => match frame.into_trailers() {
                 Ok(trailers) => {
-                    if !reel.torn {
-                        reel.trailers = Some(Box::new(trailers.clone()));
-                    }
-                    self.done = reel.end();
-                    Frame::trailers(trailers)
+                    let copy = Box::new(trailers.clone());
+                    let is_cut_off = polled.put_back(true, |reel, is_cut_off| {
+                        if !reel.torn {
+                            reel.trailers = Some(copy);
+                        }
+                        is_cut_off
+                    });
+                    self.done = true;
+                    (is_cut_off, Frame::trailers(trailers))
                 }
                 Err(_) => {
-                    // A kind of frame that is not known today: passed over, and never sent again.
-                    reel.torn = true;
+                    // A kind of frame that is unknown today is skipped, and the body is not replayed.
+                    polled.put_back(false, |reel, _| reel.torn = true);
                     cx.waker().wake_by_ref();
                     return Poll::Pending;
                 }
             },
         };
-        Poll::Ready(Some(Ok(frame)))
+        if is_cut_off { Poll::Pending } else { Poll::Ready(Some(Ok(frame))) }
+    }
+
+    /// Waits until the reader that this one replaces has put the body back.
+    #[cold]
+    fn wait_for_body(&self, cx: &Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        let waker = cx.waker().clone();
+        let mut reel = lock(&self.reel);
+        let before = match &mut reel.rest {
+            Rest::Polled(waiting) => waiting.replace(waker),
+            _ => Some(waker),
+        };
+        let is_back = !matches!(reel.rest, Rest::Polled(_));
+        drop(reel);
+        drop(before);
+        if is_back {
+            cx.waker().wake_by_ref();
+        }
+        Poll::Pending
     }
 
     fn is_end_stream(&self) -> bool {
@@ -274,7 +338,7 @@ impl<B: Body> Reader<B> {
         reel.turn == self.turn
             && self.next >= reel.sent.len()
             && reel.trailers.is_none()
-            && reel.rest.as_ref().is_none_or(|rest| rest.is_end_stream())
+            && reel.has_ended()
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -283,7 +347,7 @@ impl<B: Body> Reader<B> {
         }
         let reel = lock(&self.reel);
         let kept = reel.sent.bytes_from(self.next);
-        let rest = reel.rest.as_ref().map_or(SizeHint::with_exact(0), |rest| rest.size_hint());
+        let rest = if reel.has_ended() { SizeHint::with_exact(0) } else { reel.rest_hint.clone() };
         let mut hint = SizeHint::new();
         // The upper bound first: a lower one above it would panic.
         if let Some(upper) = rest.upper() {
@@ -294,30 +358,107 @@ impl<B: Body> Reader<B> {
     }
 }
 
-impl<B> Reel<B> {
-    fn keep(&mut self, data: &Bytes) {
-        if self.torn {
-            return;
-        }
-        self.size = self.size.saturating_add(data.len() as u64);
-        if self.size > self.cap {
-            self.torn = true;
-            self.sent = Sent::default();
-        } else if !data.is_empty() {
-            self.sent.push(data.clone());
+/// A body that a reader polls without the lock. Dropped, also by a panic of the body, it puts the body back.
+struct PolledBody<'a, B> {
+    reel: &'a Mutex<Reel<B>>,
+    /// The turn of the reader.
+    turn: u32,
+    body: Option<Pin<Box<B>>>,
+}
+
+impl<B: Body> PolledBody<'_, B> {
+    fn poll_frame(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        match &mut self.body {
+            Some(body) => body.as_mut().poll_frame(cx),
+            None => Poll::Ready(None),
         }
     }
 
-    /// Nothing more is to be read: true.
+    /// Returns whether the body has ended, and the size hint of the rest.
+    fn look(&self) -> (bool, SizeHint) {
+        self.body.as_ref().map_or((true, SizeHint::with_exact(0)), |body| {
+            (body.is_end_stream(), body.size_hint())
+        })
+    }
+}
+
+impl<B> PolledBody<'_, B> {
+    /// Puts the body back, or drops it if it is over. `update` runs under the lock, with whether the reader was cut
+    /// off meanwhile. The body is dropped, and a waiting reader is woken, without the lock.
+    fn put_back<T>(mut self, is_over: bool, update: impl FnOnce(&mut Reel<B>, bool) -> T) -> T {
+        self.return_body(is_over, update)
+    }
+
+    fn return_body<T>(&mut self, is_over: bool, update: impl FnOnce(&mut Reel<B>, bool) -> T) -> T {
+        let mut body = self.body.take();
+        let mut reel = lock(self.reel);
+        let rest = match body.take_if(|_| !is_over) {
+            Some(body) => Rest::Unread(body),
+            None => Rest::Ended,
+        };
+        let before = mem::replace(&mut reel.rest, rest);
+        let is_cut_off = reel.turn != self.turn;
+        if is_over && !is_cut_off {
+            reel.in_use = false;
+        }
+        let updated = update(&mut reel, is_cut_off);
+        drop(reel);
+        drop(body);
+        if let Rest::Polled(Some(waiting)) = before {
+            waiting.wake();
+        }
+        updated
+    }
+}
+
+impl<B> Drop for PolledBody<'_, B> {
+    fn drop(&mut self) {
+        if self.body.is_some() {
+            self.return_body(false, |reel, _| reel.torn = true);
+        }
+    }
+}
+
+impl<B> Reel<B> {
+    /// Saves data that has been read. Returns saved data that is dropped because it exceeds the cap.
+    ///
+    /// `is_cut_off`: another reader replaces the reader of this data, and may not miss it. One frame beyond the cap is
+    /// therefore saved.
+    fn keep(&mut self, data: &Bytes, is_cut_off: bool) -> Option<Sent> {
+        if self.torn {
+            return None;
+        }
+        self.size = self.size.saturating_add(data.len() as u64);
+        if self.size > self.cap && !is_cut_off {
+            self.torn = true;
+            return Some(mem::take(&mut self.sent));
+        }
+        if !data.is_empty() {
+            self.sent.push(data.clone());
+            if is_cut_off {
+                // The next reader has begun, so that nobody else makes the data readable.
+                self.sent.rewind();
+            }
+        }
+        None
+    }
+
+    fn has_ended(&self) -> bool {
+        matches!(self.rest, Rest::Ended)
+    }
+
+    /// Records that nothing more is to be read. Returns `true`.
     fn end(&mut self) -> bool {
-        self.rest = None;
         self.in_use = false;
         true
     }
 
     /// Whether one who has read so many pieces has read all there is; then it is over.
     fn is_over(&mut self, next: usize) -> bool {
-        let over = self.rest.is_none() && self.trailers.is_none() && next >= self.sent.len();
+        let over = self.has_ended() && self.trailers.is_none() && next >= self.sent.len();
         over && self.end()
     }
 }
@@ -386,5 +527,102 @@ impl<B> fmt::Debug for ReplayBody<B> {
 impl<B> fmt::Debug for Tape<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Tape({:?})", self.repeatable())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        convert::Infallible, panic::panic_any, sync::mpsc, task::Wake, thread, time::Duration,
+    };
+
+    use super::*;
+
+    /// A body whose `poll_frame` blocks until it receives a frame.
+    struct Blocking {
+        polled: mpsc::Sender<()>,
+        frames: mpsc::Receiver<Option<&'static str>>,
+    }
+
+    impl Body for Blocking {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            self.polled.send(()).expect("the test goes on");
+            let frame = self.frames.recv().expect("a frame");
+            Poll::Ready(frame.map(|data| Ok(Frame::data(data.into()))))
+        }
+    }
+
+    struct Counts(mpsc::Sender<()>);
+
+    impl Wake for Counts {
+        fn wake(self: Arc<Self>) {
+            let _ = self.0.send(());
+        }
+    }
+
+    fn next(body: &mut ReplayBody<Blocking>, waker: &Waker) -> Poll<Option<Bytes>> {
+        let polled = Pin::new(body).poll_frame(&mut Context::from_waker(waker));
+        polled.map(|frame| frame.map(|frame| frame.expect("infallible").into_data().expect("data")))
+    }
+
+    /// The transport polls the body of an attempt on its own thread. A retry that begins meanwhile must not wait for the
+    /// user's `poll_frame`, and must not miss the frame.
+    #[test]
+    fn retry_that_begins_while_the_body_is_polled_neither_blocks_nor_misses_a_frame() {
+        for cap in [0, 3, 1000] {
+            let ((polled, polls), (give, frames)) = (mpsc::channel(), mpsc::channel());
+            let (mut first, tape) = ReplayBody::new(Blocking { polled, frames }, cap);
+            let transport = thread::spawn(move || {
+                assert!(next(&mut first, Waker::noop()).is_pending(), "it was cut off");
+                assert!(next(&mut first, Waker::noop()).is_pending());
+            });
+            polls.recv_timeout(Duration::from_secs(30)).expect("polled");
+            assert_eq!(tape.repeatable(), Repeatable::Streaming);
+            assert!(tape.claim());
+            let mut second = tape.replay();
+            assert!(!second.is_end_stream() && second.size_hint().exact().is_none());
+            let (wake, woken) = mpsc::channel();
+            let waker = Arc::new(Counts(wake)).into();
+            assert!(next(&mut second, &waker).is_pending());
+            give.send(Some("first")).expect("polled");
+            woken.recv_timeout(Duration::from_secs(30)).expect("woken when the body is back");
+            assert_eq!(next(&mut second, &waker), Poll::Ready(Some("first".into())));
+            give.send(Some("second")).expect("a body");
+            give.send(None).expect("a body");
+            assert_eq!(next(&mut second, &waker), Poll::Ready(Some("second".into())));
+            assert_eq!(next(&mut second, &waker), Poll::Ready(None));
+            assert_eq!(tape.repeatable() == Repeatable::Yes, cap == 1000);
+            transport.join().expect("no panic");
+        }
+    }
+
+    struct Panics;
+
+    impl Body for Panics {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            panic_any("a body that panics");
+        }
+    }
+
+    #[test]
+    fn body_that_panics_is_not_replayed() {
+        let (mut body, tape) = ReplayBody::new(Panics, 1000);
+        let transport = thread::spawn(move || {
+            let _ = Pin::new(&mut body).poll_frame(&mut Context::from_waker(Waker::noop()));
+        });
+        assert!(transport.join().is_err());
+        assert!(tape.repeatable() == Repeatable::No && !tape.claim());
     }
 }

@@ -103,7 +103,8 @@ impl<S: Clone> Layer<S> for ClientStack {
 
 impl fmt::Debug for ClientStack {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ClientStack").field("name", &self.now.config().name).finish_non_exhaustive()
+        let name = self.now.config().name;
+        f.debug_struct("ClientStack").field("name", &name).finish_non_exhaustive()
     }
 }
 
@@ -167,33 +168,43 @@ impl ClientHandle {
     /// The configuration as it is in force.
     #[must_use]
     pub fn config(&self) -> ClientConfig {
-        self.stack.now.config().clone()
+        self.stack.now.config()
     }
 
     /// Puts another configuration in force, for the calls that begin from now on, as far as the stack need not be
     /// built anew for it. Gives back the keys that it would have to be built anew for: those stay as they are.
+    ///
+    /// No lock is held while the layers change, so wakers and event subscribers may use this handle. If another thread is
+    /// in an update, that thread applies this one after its own, possibly after this method has returned.
     ///
     /// # Errors
     ///
     /// What [`check`](ClientConfig::check) finds: then nothing is changed.
     pub fn update(&self, config: &ClientConfig) -> Result<Vec<&'static str>, ConfigErrors> {
         config.check()?;
-        let stack = &self.stack;
-        let mut now = stack.now.config();
-        let changes = now.changes(config);
-        let mut next = config.clone();
-        // The rules of a circuit can take other numbers, but not become others.
-        let fits = config.breaker.is_like(&now.breaker);
-        let stays = |key: &str| {
-            !fits
-                && matches!(key, "breaker_failures" | "breaker_failure_ratio" | "breaker_min_calls")
+        let next = |now: &ClientConfig| {
+            let mut next = config.clone();
+            // The rules of a circuit can take other numbers, but not become others.
+            let fits = config.breaker.is_like(&now.breaker);
+            let stays = |key: &str| {
+                let of_rules = ["breaker_failures", "breaker_failure_ratio", "breaker_min_calls"];
+                !fits && of_rules.contains(&key)
+            };
+            let fixed: Vec<_> = now
+                .changes(config)
+                .iter()
+                .filter(|change| !change.live || stays(change.key))
+                .map(|change| change.key)
+                .collect();
+            next.keep(now, &fixed);
+            (next, fixed)
         };
-        let fixed: Vec<_> = changes
-            .iter()
-            .filter(|change| !change.live || stays(change.key))
-            .map(|change| change.key)
-            .collect();
-        next.keep(&now, &fixed);
+        self.stack.now.update(next, |config| self.apply(config))
+    }
+
+    /// Changes the layers as far as that is possible while they run.
+    fn apply(&self, next: &ClientConfig) -> Result<(), ConfigErrors> {
+        let stack = &self.stack;
         let one = |error: ConfigError| ConfigErrors(vec![error]);
         next.deadline.update(&stack.deadline.handle()).map_err(one)?;
         stack.timeout.handle().set(next.timeout.timeouts()).map_err(one)?;
@@ -205,8 +216,7 @@ impl ClientHandle {
         if let Some(connections) = &stack.connections {
             drop(next.connections.apply(connections.clone()));
         }
-        *now = next;
-        Ok(fixed)
+        Ok(())
     }
 
     /// Checks the service's health by a request of yours, sent through this stack or beside it: a 2xx is well. What

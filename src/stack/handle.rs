@@ -1,5 +1,6 @@
 use std::{
     future::Future,
+    mem,
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -10,6 +11,7 @@ use tokio::time::Instant;
 use super::meter::Counted;
 use crate::{
     breaker::{CircuitBreakerSnapshot, State},
+    config::ConfigErrors,
     health::ProbeState,
     limit::ConcurrencyLimitSnapshot,
 };
@@ -136,10 +138,27 @@ impl StackSnapshot {
 
 // ===== What a stack was told, and found out =====
 
-#[derive(Debug)]
 pub(super) struct Now<C> {
-    config: Mutex<C>,
+    config: Mutex<InForce<C>>,
     last_check: Mutex<Option<HealthCheck>>,
+}
+
+/// The configuration in force.
+struct InForce<C> {
+    config: C,
+    /// The number of updates.
+    version: u64,
+    /// A thread applies a configuration to the layers. It applies later ones, too.
+    is_applying: bool,
+}
+
+/// Ends the application of a configuration when a waker or a subscriber panics. Otherwise `update` forgets it.
+struct Applying<'a, C>(&'a Mutex<InForce<C>>);
+
+impl<C> Drop for Applying<'_, C> {
+    fn drop(&mut self) {
+        lock(self.0).is_applying = false;
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -148,11 +167,66 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl<C> Now<C> {
     pub(super) fn new(config: C) -> Self {
+        let config = InForce { config, version: 0, is_applying: false };
         Self { config: Mutex::new(config), last_check: Mutex::new(None) }
     }
 
-    pub(super) fn config(&self) -> MutexGuard<'_, C> {
-        lock(&self.config)
+    pub(super) fn config(&self) -> C
+    where
+        C: Clone,
+    {
+        lock(&self.config).config.clone()
+    }
+
+    /// Puts the configuration that `next` makes in force, and returns what `next` returns beside it.
+    ///
+    /// `apply` changes the layers, which wakes callers and emits events, so no lock is held meanwhile. If another thread
+    /// is applying a configuration, or this update comes from a waker or a subscriber within `apply`, the thread that
+    /// applies that configuration applies this one afterwards. If `apply` fails, the earlier configuration stays in force.
+    pub(super) fn update<T>(
+        &self,
+        next: impl FnOnce(&C) -> (C, T),
+        apply: impl Fn(&C) -> Result<(), ConfigErrors>,
+    ) -> Result<T, ConfigErrors>
+    where
+        C: Clone,
+    {
+        let (mut before, result) = {
+            let mut now = lock(&self.config);
+            let (next, result) = next(&now.config);
+            now.version = now.version.wrapping_add(1);
+            let before = mem::replace(&mut now.config, next);
+            if now.is_applying {
+                return Ok(result);
+            }
+            now.is_applying = true;
+            (before, result)
+        };
+        let applying = Applying(&self.config);
+        loop {
+            let (config, version) = {
+                let now = lock(&self.config);
+                (now.config.clone(), now.version)
+            };
+            let applied = apply(&config);
+            let mut now = lock(&self.config);
+            let is_newest = now.version == version;
+            match applied {
+                Ok(()) if is_newest => {
+                    now.is_applying = false;
+                    mem::forget(applying);
+                    return Ok(result);
+                }
+                Ok(()) => before = config,
+                Err(errors) if is_newest => {
+                    now.config = before;
+                    now.is_applying = false;
+                    mem::forget(applying);
+                    return Err(errors);
+                }
+                Err(_) => {}
+            }
+        }
     }
 
     pub(super) fn last_check(&self) -> Option<HealthCheck> {

@@ -21,6 +21,7 @@ use crate::{
         AsError, Clock, Finish, Hold, Http, HttpCall, LayerKind, Nanos, Outcome, OutcomeKind,
         Permit, Reason, Recent, Reject, Rejected, Shared, Token, TrackedBody,
     },
+    error::Fault,
 };
 
 /// What became of a stack's calls.
@@ -154,7 +155,7 @@ pub struct Metered<S, R = AsError> {
 
 impl<S, R: Clone> Metered<S, R> {
     pub(super) fn new(inner: S, meter: &Shared<Meter>, reject: R) -> Self {
-        let plan = Plan { policy: meter.clone(), protocol: Http, reject, fault: None };
+        let plan = Plan { policy: meter.clone(), protocol: Http, reject, fault: Fault::default() };
         Self { admission: plan.service(inner) }
     }
 }

@@ -116,29 +116,38 @@ impl ServerHandle {
     /// The configuration as it is in force.
     #[must_use]
     pub fn config(&self) -> ServerConfig {
-        self.stack.now.config().clone()
+        self.stack.now.config()
     }
 
     /// Puts another configuration in force, for the calls that begin from now on, as far as the stack need not be
     /// built anew for it. Gives back the keys that it would have to be built anew for: those stay as they are.
+    ///
+    /// No lock is held while the layers change, so wakers and event subscribers may use this handle. If another thread is
+    /// in an update, that thread applies this one after its own, possibly after this method has returned.
     ///
     /// # Errors
     ///
     /// What [`check`](ServerConfig::check) finds: then nothing is changed.
     pub fn update(&self, config: &ServerConfig) -> Result<Vec<&'static str>, ConfigErrors> {
         config.check()?;
+        let next = |now: &ServerConfig| {
+            let fixed = now.changes(config).into_iter().filter(|change| !change.live);
+            let fixed: Vec<_> = fixed.map(|change| change.key).collect();
+            let mut next = config.clone();
+            next.keep(now, &fixed);
+            (next, fixed)
+        };
+        self.stack.now.update(next, |config| self.apply(config))
+    }
+
+    /// Changes the layers as far as that is possible while they run.
+    fn apply(&self, next: &ServerConfig) -> Result<(), ConfigErrors> {
         let one = |error: ConfigError| ConfigErrors(vec![error]);
         let stack = &self.stack;
-        let mut now = stack.now.config();
-        let fixed = now.changes(config).into_iter().filter(|change| !change.live);
-        let fixed: Vec<_> = fixed.map(|change| change.key).collect();
-        let mut next = config.clone();
-        next.keep(&now, &fixed);
         next.deadline.update(&stack.deadline.handle()).map_err(one)?;
         stack.timeout.handle().set(next.timeout.timeouts()).map_err(one)?;
         stack.limit.handle().set_limit(next.limit.most()).map_err(one)?;
         drop(next.limit.apply(stack.limit.clone()));
-        *now = next;
-        Ok(fixed)
+        Ok(())
     }
 }

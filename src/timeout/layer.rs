@@ -9,7 +9,8 @@ use super::{
 };
 use crate::{
     ConfigError,
-    call::{AsError, Far, Http, Label, LayerKind, PerResponse, Rejected, Respond, RespondWith},
+    call::{AsError, Far, Http, LayerKind, PerResponse, Rejected, Respond, RespondWith},
+    error::Fault,
 };
 
 /// Ends calls that take too long, phase by phase: the head, the first frame, silences, all of it.
@@ -24,7 +25,7 @@ pub struct TimeoutLayer<M = Http, R = AsError> {
     by: LayerKind,
     protocol: M,
     reject: R,
-    fault: Option<ConfigError>,
+    fault: Fault,
 }
 
 impl TimeoutLayer {
@@ -32,7 +33,7 @@ impl TimeoutLayer {
     pub fn new(timeouts: Timeouts) -> Self {
         let state = State::new(timeouts);
         let (far, by) = (state.far(), LayerKind::Timeout);
-        let fault = timeouts.check().err();
+        let fault = timeouts.check().err().into();
         Self { state, far, by, protocol: Http, reject: AsError, fault }
     }
 
@@ -170,8 +171,7 @@ impl<S, M: Clone, R: Clone> Layer<S> for TimeoutLayer<M, R> {
     type Service = Timeout<S, M, R>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        let fault = self.fault.clone();
-        let fault = fault.map(|fault| Arc::new(Label { name: Box::default(), fault: Some(fault) }));
+        let fault = self.fault.label().cloned();
         let with = (self.protocol.clone(), self.reject.clone());
         Timeout::new(inner, self.state.clone(), self.far, self.by, with, fault)
     }

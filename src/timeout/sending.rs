@@ -112,16 +112,20 @@ impl Sending {
         let mut due = None;
         if self.stage() == Stage::Sending {
             let mut waiting = self.call();
-            match &mut waiting.call {
-                Some(waker) => waker.clone_from(cx.waker()),
-                none => *none = Some(cx.waker().clone()),
-            }
+            let is_known = waiting.call.as_ref().is_some_and(|known| known.will_wake(cx.waker()));
             let pace = self.pace.load(Ordering::Relaxed);
             due = taking.and_then(|taking| match waiting.due {
                 Some((due, then)) if then == pace && pace % 2 == 0 => Some(due),
                 _ => Instant::now().checked_add(taking),
             });
             waiting.due = due.map(|due| (due, pace));
+            drop(waiting);
+            if !is_known {
+                // A waker is user code: it is cloned and dropped without the lock.
+                let waker = cx.waker().clone();
+                let before = self.call().call.replace(waker);
+                drop(before);
+            }
         }
         // Looked at only after the waker is in place: an end in between is not missed.
         (self.stage(), due)

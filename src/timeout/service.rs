@@ -108,7 +108,7 @@ impl<S, M, R> Timeout<S, M, R> {
         if let Some(said) = said {
             timeouts = said.or(timeouts);
             if let Err(error) = said.check() {
-                fault = Some(Arc::new(Label { name: Box::default(), fault: Some(error) }));
+                fault = Some(self.state.call_fault(error));
             }
         }
         let mut watch = Watch::new(timeouts, self.by, self.reject.form(&request), self.far);

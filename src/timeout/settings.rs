@@ -10,9 +10,11 @@ use std::{
 use crate::{
     ConfigError,
     call::{
-        DeadlineSource, DropCause, Far, Found, Label, LayerKind, Phase, Rejected, RejectedKind,
+        DeadlineSource, DropCause, Far, Found, Label, LayerFault, LayerKind, Phase, Rejected,
+        RejectedKind,
     },
     event,
+    event::RepeatedEvent,
 };
 
 const UNSAID: u32 = u32::MAX;
@@ -205,6 +207,8 @@ pub(super) struct State {
     ms: [AtomicU32; 6],
     timed_out: [AtomicU64; 7],
     refused: AtomicU64,
+    /// Reports of timeouts that a request carries and that cannot work.
+    call_faults: OnceLock<Arc<RepeatedEvent>>,
     label: OnceLock<Arc<Label>>,
     found: Found,
 }
@@ -215,6 +219,7 @@ impl State {
             ms: timeouts.ms.map(AtomicU32::new),
             timed_out: Default::default(),
             refused: AtomicU64::new(0),
+            call_faults: OnceLock::new(),
             label: OnceLock::new(),
             found: Found::at(weak),
         })
@@ -242,6 +247,13 @@ impl State {
     pub(super) fn name(&self, name: &str) {
         let label = || Arc::new(Label { name: name.into(), fault: None });
         self.label.get_or_init(label);
+    }
+
+    /// Returns the label of a call that carries timeouts which cannot work. All such calls share their reports.
+    #[cold]
+    pub(super) fn call_fault(&self, error: ConfigError) -> Arc<Label> {
+        let reports = self.call_faults.get_or_init(|| Arc::new(RepeatedEvent::new())).clone();
+        Arc::new(Label { name: Box::default(), fault: Some(LayerFault { error, reports }) })
     }
 
     /// A call whose deadline had passed before it began.

@@ -312,3 +312,97 @@ fn it_explains_the_stack_outermost_first_with_where_each_value_came_from() {
     let server = ServerConfig::default().explain();
     assert!(server.starts_with("server, outermost first; ") && !server.contains("retry_"));
 }
+
+// ===== Variables of the platform =====
+
+/// Returns the variables that kubelet injects for a service with these ports (name, number, protocol).
+fn service_links(service: &str, ports: &[(&str, u16, &str)]) -> Vec<(String, String)> {
+    let upper = |name: &str| name.to_uppercase().replace('-', "_");
+    let name = upper(service);
+    let (_, first, protocol) = ports[0];
+    let address = "10.96.0.7";
+    let url = |number, protocol: &str| format!("{}://{address}:{number}", protocol.to_lowercase());
+    let mut variables = vec![
+        (format!("{name}_SERVICE_HOST"), address.to_owned()),
+        (format!("{name}_SERVICE_PORT"), first.to_string()),
+        (format!("{name}_PORT"), url(first, protocol)),
+    ];
+    for (port, number, protocol) in ports {
+        if !port.is_empty() {
+            variables.push((format!("{name}_SERVICE_PORT_{}", upper(port)), number.to_string()));
+        }
+        let prefix = format!("{name}_PORT_{number}_{protocol}");
+        variables.push((prefix.clone(), url(*number, protocol)));
+        variables.push((format!("{prefix}_PROTO"), protocol.to_lowercase()));
+        variables.push((format!("{prefix}_PORT"), number.to_string()));
+        variables.push((format!("{prefix}_ADDR"), address.to_owned()));
+    }
+    variables
+}
+
+#[test]
+fn service_links_of_kubernetes_and_docker_are_ignored() {
+    let ports = [
+        &[("", 80, "TCP")][..],
+        &[("http", 80, "TCP"), ("grpc-web", 8443, "TCP"), ("quic", 443, "UDP"), ("sig", 9, "SCTP")],
+    ];
+    let services = [
+        "http-server",
+        "http-client",
+        "search-http-client",
+        "search-http-server",
+        // The prefix is a part of the name only.
+        "http-server-api",
+        "http-client-breaker-failures",
+    ];
+    for (service, ports) in
+        services.into_iter().flat_map(|service| ports.map(|ports| (service, ports)))
+    {
+        let links = service_links(service, ports);
+        for (name, value) in &links {
+            let one = [(name.as_str(), value.as_str())];
+            search().env_from(one).finish().unwrap_or_else(|error| panic!("{name}: {error}"));
+            let server = ServerConfig::load("search").env_from(one).finish();
+            server.unwrap_or_else(|error| panic!("{name}: {error}"));
+        }
+        let mut all: Vec<(String, String)> = links;
+        all.push(("HTTP_CLIENT_BREAKER_FAILURES".into(), "9".into()));
+        let config = search().env_from(all).finish().unwrap();
+        assert_eq!(config.breaker.failures, Some(9), "a key of its own is read");
+    }
+    let docker = [("HTTP_SERVER_NAME", "/web/http-server"), ("HTTP_SERVER_ENV_PATH", "/usr/bin")];
+    ServerConfig::load("").env_from(docker).finish().unwrap();
+}
+
+#[test]
+fn misspelt_keys_are_errors_although_service_links_are_ignored() {
+    for (name, value) in [
+        ("HTTP_CLIENT_BREAKER_FALURES", "5"),
+        ("SEARCH_HTTP_CLIENT_BREAKER_FALURES", "5"),
+        ("HTTP_CLIENT_SERVICE", "search"),
+        ("HTTP_CLIENT_HOST", "search"),
+        ("HTTP_CLIENT_NAME", "search"),
+        // Kubernetes injects an address.
+        ("HTTP_CLIENT_PORT", "8080"),
+        ("HTTP_CLIENT_PORT_HTTP_TCP", "tcp://10.0.0.1:80"),
+        ("HTTP_CLIENT_PORT_80_TCP_HOST", "10.0.0.1"),
+        ("HTTP_CLIENT_RETRY_ENV_X", "1"),
+    ] {
+        let error = search().env_from([(name, value)]).finish().unwrap_err().to_string();
+        assert!(error.contains(&format!("there is no such setting (env {name})")), "{error}");
+    }
+}
+
+#[test]
+fn explain_states_the_maximum_of_a_header() {
+    for (toml, note) in [
+        ("deadline_default = '10s'", "at most 10s (`deadline_default`)"),
+        ("deadline_default = '10s'\ndeadline_at_most = '30s'", "at most 30s (`deadline_at_most`)"),
+        ("", "has no maximum: set `deadline_default` or `deadline_at_most`"),
+    ] {
+        let explained = ServerConfig::from_toml(toml).unwrap().explain();
+        let notes: Vec<_> = explained.lines().filter(|line| line.contains("note: ")).collect();
+        assert_eq!(notes.len(), 1, "{explained}");
+        assert!(notes[0].ends_with(note), "{notes:?}");
+    }
+}

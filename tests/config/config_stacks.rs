@@ -225,7 +225,7 @@ async fn a_deadline_is_kept_in_whatever_phase_a_call_is() {
             }
         };
         let under_way = RejectedKind::TimedOut(Phase::Deadline);
-        assert_eq!(call("/hangs", secs(9)).await, (under_way, secs(6)), "the default");
+        assert_eq!(call("/hangs", secs(9)).await, (under_way, secs(9)), "it replaces the default");
         assert_eq!(call("/silent", secs(1)).await, (under_way, secs(1)), "its body");
         let seen = handle.snapshot();
         assert_eq!((seen.timeouts, seen.failures, seen.refused), (2, 2, 0));

@@ -5,6 +5,8 @@
 #[cfg(feature = "full")]
 mod answers;
 #[cfg(feature = "full")]
+mod locks;
+#[cfg(feature = "full")]
 mod told;
 
 use std::{convert::Infallible, fmt, time::Duration};

@@ -8,7 +8,7 @@ use std::{
 
 use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, DeadlineLayer, HealthProbeLayer,
-    HedgeLayer, RetryLayer, TimeoutLayer,
+    HedgeLayer, RetryLayer, TimeoutLayer, Timeouts, Trip,
 };
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
@@ -186,13 +186,13 @@ async fn a_layer_that_cannot_work_says_in_the_log_what_was_set_wrong() {
     let response =
         call(ServiceBuilder::new().layer(limit).service(answers!(200, AT_ONCE))).await.unwrap();
     assert_eq!(response.status(), 503);
-    let zero = "ERROR misconfigured: every call is refused layer=\"concurrency_limit\" error=`limit` is 0: use 1 to";
+    let zero = "ERROR misconfigured: every call is rejected layer=\"concurrency_limit\" error=`limit` is 0: use 1 to";
     assert!(log.take()[0].starts_with(zero));
 
     let timeout = TimeoutLayer::http().head(AT_ONCE);
     call(ServiceBuilder::new().layer(timeout).service(answers!(200, AT_ONCE))).await.unwrap_err();
     assert!(log.take()[0].starts_with(
-        "ERROR misconfigured: every call is refused layer=\"timeout\" error=`head` is"
+        "ERROR misconfigured: every call is rejected layer=\"timeout\" error=`head` is"
     ));
 
     // These let calls through, and nothing else would tell.
@@ -214,4 +214,106 @@ async fn a_layer_that_cannot_work_says_in_the_log_what_was_set_wrong() {
     assert!(log.take()[0].starts_with(
         "ERROR misconfigured: goes without that setting layer=\"deadline\" error=`header` is"
     ));
+}
+
+// ===== How often it is logged =====
+
+/// Returns the events of this level.
+fn at(level: &str, lines: &[String]) -> Vec<String> {
+    lines.iter().filter(|line| line.starts_with(level)).cloned().collect()
+}
+
+const SUMMARY_INTERVAL: Duration = Duration::from_secs(10);
+
+#[tokio::test(start_paused = true)]
+async fn misconfigured_layer_logs_one_error_and_then_a_summary_every_ten_seconds() {
+    let (log, _guard) = Log::listen();
+    let limit = ConcurrencyLimitLayer::new(0).respond();
+    let timeout = TimeoutLayer::http().head(AT_ONCE);
+    let breaker = CircuitBreakerLayer::new(Trip::consecutive(0));
+    for _ in 0..1000 {
+        // axum applies a layer once per connection or request.
+        call(ServiceBuilder::new().layer(limit.clone()).service(answers!(200, AT_ONCE)))
+            .await
+            .unwrap();
+        call(ServiceBuilder::new().layer(timeout.clone()).service(answers!(200, AT_ONCE)))
+            .await
+            .unwrap_err();
+        call(ServiceBuilder::new().layer(breaker.clone()).service(answers!(200, AT_ONCE)))
+            .await
+            .unwrap_err();
+    }
+    let first = at("ERROR", &log.take());
+    assert_eq!(first.len(), 3, "{first:?}");
+    assert!(first.iter().all(|line| line.ends_with("occurrences=1")), "{first:?}");
+
+    tokio::time::advance(SUMMARY_INTERVAL).await;
+    for _ in 0..1000 {
+        call(ServiceBuilder::new().layer(limit.clone()).service(answers!(200, AT_ONCE)))
+            .await
+            .unwrap();
+    }
+    let summary = at("ERROR", &log.take());
+    assert_eq!(summary.len(), 1, "{summary:?}");
+    assert!(summary[0].ends_with("occurrences=1000"), "999 before and this one: {summary:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn layer_that_lets_calls_through_reports_its_fault_once_however_often_it_is_applied() {
+    let (log, _guard) = Log::listen();
+    let layers = ServiceBuilder::new()
+        .layer(DeadlineLayer::new().default_of(AT_ONCE))
+        .layer(DeadlineLayer::new().header("no header").propagate_only())
+        .layer(RetryLayer::http().attempts(0))
+        .layer(HedgeLayer::http(AT_ONCE));
+    for _ in 0..1000 {
+        call(layers.clone().service(answers!(200, AT_ONCE))).await.unwrap();
+    }
+    assert_eq!(at("ERROR", &log.take()).len(), 4);
+    tokio::time::advance(SUMMARY_INTERVAL).await;
+    call(layers.service(answers!(200, AT_ONCE))).await.unwrap();
+    let summaries = at("ERROR", &log.take());
+    assert_eq!(summaries.len(), 4, "{summaries:?}");
+    assert!(summaries.iter().all(|line| line.ends_with("occurrences=1000")), "{summaries:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn timeouts_of_requests_that_cannot_work_log_one_error() {
+    let (log, _guard) = Log::listen();
+    let mut service =
+        ServiceBuilder::new().layer(TimeoutLayer::http()).service(answers!(200, AT_ONCE));
+    for _ in 0..1000 {
+        let mut request = Request::new(Body::default());
+        request.extensions_mut().insert(Timeouts::new().head(AT_ONCE));
+        service.ready().await.unwrap().call(request).await.unwrap_err();
+    }
+    assert_eq!(at("ERROR", &log.take()).len(), 1);
+}
+
+/// Each round of probes changes the state of the circuit twice.
+#[tokio::test(start_paused = true)]
+async fn events_of_a_continuing_outage_are_summarised() {
+    let (log, _guard) = Log::listen();
+    let breaker = CircuitBreakerLayer::new(Trip::consecutive(1))
+        .open_for(Duration::from_millis(10))
+        .name("search");
+    let mut service = ServiceBuilder::new().layer(breaker).service(answers!(503, AT_ONCE));
+    for _ in 0..500 {
+        let response = service.ready().await.unwrap().call(Request::new(Body::default())).await;
+        assert_eq!(response.unwrap().status(), 503);
+        tokio::time::advance(Duration::from_millis(10)).await;
+    }
+    let lines = log.take();
+    let (warnings, infos) = (at("WARN", &lines), at("INFO", &lines));
+    assert_eq!((warnings.len(), infos.len()), (2, 1), "{warnings:?} {infos:?}");
+    assert!(warnings[0].starts_with("WARN circuit opened resilience.name=\"search\""));
+    assert!(warnings[1].starts_with("WARN circuit opened again resilience.name=\"search\""));
+    tokio::time::advance(SUMMARY_INTERVAL).await;
+    let _ = service.ready().await.unwrap().call(Request::new(Body::default())).await;
+    let lines = log.take();
+    let (warnings, infos) = (at("WARN", &lines), at("INFO", &lines));
+    assert_eq!((warnings.len(), infos.len()), (1, 1), "{lines:?}");
+    // The first call opened the circuit, and the second one was the first that opened it again.
+    assert!(warnings[0].ends_with("occurrences=499"), "{warnings:?}");
+    assert!(infos[0].ends_with("occurrences=499"), "{infos:?}");
 }

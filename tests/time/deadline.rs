@@ -9,7 +9,9 @@ use std::{
 
 use buttress::{
     Backoff, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Deadline, DeadlineLayer,
-    Outcome, RetryLayer, TimeoutLayer, Timeouts, Trip, breaker::State, call::RejectedKind,
+    Outcome, RetryLayer, TimeoutLayer, Timeouts, Trip,
+    breaker::State,
+    call::{DeadlineSource, RejectedKind},
     timeout::Phase,
 };
 use http::{HeaderMap, Method, Request, Response};
@@ -73,7 +75,11 @@ async fn the_soonest_of_all_that_is_said() {
         (&[(LEFT, "soon")], None, 9000),
         (&[(LEFT, "700")], Some(500), 500),
         (&[(LEFT, "700")], Some(900), 700),
-        (&[], Some(100_000), 9000),
+        // A deadline of the application replaces the default, and no header extends it.
+        (&[], Some(90_000), 90_000),
+        (&[(LEFT, "600000")], Some(90_000), 90_000),
+        (&[(LEFT, "50000")], Some(90_000), 50_000),
+        (&[grpc, ("grpc-timeout", "99999999H")], Some(90_000), 90_000),
         (&[grpc, ("grpc-timeout", "3S")], None, 3000),
         (&[grpc, ("grpc-timeout", "3S"), (LEFT, "700")], None, 700),
         (&[("grpc-timeout", "3S")], None, 9000),
@@ -108,6 +114,60 @@ async fn strangers_get_no_more_than_is_allowed_and_the_answer_its_way() {
     let refused = layer().layer(service).oneshot(with(&[(LEFT, "20")])).await;
     assert_eq!(refused_as(refused.map(drop)), RejectedKind::DeadlinePassed);
     assert!(seen.lock().unwrap().is_empty(), "no time of use is left for it");
+}
+
+#[tokio::test(start_paused = true)]
+async fn deadline_of_the_application_replaces_the_default_and_the_maximum() {
+    let layer = || DeadlineLayer::new().header(LEFT).default_of(secs(9)).at_most(secs(20));
+    let set = |headers: &[(&'static str, &str)], deadline: Deadline| {
+        let mut request = with(headers);
+        request.extensions_mut().insert(deadline);
+        request
+    };
+    let own = Deadline::after(secs(60));
+    assert_eq!(seen_of(layer(), set(&[], own)).await.0, Some(secs(60)));
+    // The header of a caller neither extends it nor turns it into a shorter time of the operator.
+    assert_eq!(seen_of(layer(), set(&[(LEFT, "90000")], own)).await.0, Some(secs(60)));
+    assert_eq!(seen_of(layer(), set(&[(LEFT, "30000")], own)).await.0, Some(secs(30)));
+    let kept = layer().keep_back(secs(1));
+    assert_eq!(seen_of(kept, set(&[], own)).await.0, Some(secs(59)));
+    let no_default = DeadlineLayer::new().at_most(secs(20));
+    assert_eq!(seen_of(no_default, set(&[], own)).await.0, Some(secs(60)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn deadline_of_a_caller_that_is_passed_on_keeps_its_bound() {
+    let set = |left: Duration| {
+        let mut request = request();
+        let deadline = Deadline::after(left).with_source(DeadlineSource::Caller);
+        request.extensions_mut().insert(deadline);
+        request
+    };
+    let default = || DeadlineLayer::new().default_of(secs(9));
+    assert_eq!(seen_of(default(), set(secs(100))).await.0, Some(secs(9)));
+    assert_eq!(seen_of(default(), set(secs(3))).await.0, Some(secs(3)));
+    let max = || DeadlineLayer::new().at_most(secs(20));
+    assert_eq!(seen_of(max(), set(secs(100))).await.0, Some(secs(20)));
+    assert_eq!(seen_of(max(), set(secs(3))).await.0, Some(secs(3)));
+}
+
+/// A server's default is not a deadline of the application, so it does not replace the default of a client.
+#[tokio::test(start_paused = true)]
+async fn default_of_a_server_that_is_passed_on_keeps_the_default_of_the_client() {
+    for (server, header) in [(secs(10), None), (secs(10), Some("600000"))] {
+        let (seen, client) = recording::<Nothing>(200);
+        let client = DeadlineLayer::new().default_of(secs(2)).layer(client);
+        let handler = serve(move |request: Request<Nothing>| {
+            let mut passed_on = crate::kit::request();
+            let deadline = Deadline::of(request.extensions()).expect("a deadline");
+            passed_on.extensions_mut().insert(deadline);
+            client.clone().oneshot(passed_on)
+        });
+        let server = DeadlineLayer::new().header(LEFT).default_of(server).layer(handler);
+        let headers: Vec<_> = header.into_iter().map(|left| (LEFT, left)).collect();
+        server.oneshot(with(&headers)).await.unwrap();
+        assert_eq!(seen.lock().unwrap()[0].0, Some(secs(2)), "{header:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

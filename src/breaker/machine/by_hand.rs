@@ -1,10 +1,10 @@
 //! What a hand does to the machine: a state, an isolation, a past, other thresholds.
 
-use std::time::Duration;
+use std::{mem, time::Duration};
 
 use super::{
     super::{
-        counts::{TimeWindows, Windows},
+        counts::{Counts, TimeWindows, Windows},
         probes::Probes,
         state::{Change, Settings, State},
         trip::Trip,
@@ -75,11 +75,14 @@ impl Machine {
         self.enter(phase(past.state, past.left, now), None)
     }
 
-    /// New thresholds for the same rules; what was counted stays. False: they are other rules.
-    pub(in crate::breaker) fn adjust(&mut self, trip: &Trip) -> bool {
-        let fits = self.counts.adjust(trip, &self.shape);
+    /// Sets new thresholds of the same rules, and keeps what was counted. Returns `false` if they are other rules.
+    ///
+    /// `new` and its counts are made without the lock, and contain the replaced rules after this call: rules contain
+    /// closures, whose destructors are user code.
+    pub(in crate::breaker) fn adjust(&mut self, new: &mut Trip, counts: &mut Counts) -> bool {
+        let fits = self.counts.adjust(new, &self.shape, counts);
         if fits {
-            self.shape = trip.clone();
+            mem::swap(&mut self.shape, new);
         }
         fits
     }

@@ -6,6 +6,8 @@ mod by_hand;
 mod rule;
 mod view;
 
+use std::mem;
+
 pub(super) use self::by_hand::Past;
 use super::{
     counts::{Counts, TimeWindows},
@@ -31,6 +33,8 @@ pub(super) struct Machine {
     last: Option<Tripped>,
     /// The place of the rule that was; none for probes.
     last_rule: Option<usize>,
+    /// The probes of a phase that has ended, until the owner of the lock [takes](Self::take_ended) them.
+    ended: Option<Probes>,
 }
 
 #[derive(Debug)]
@@ -62,6 +66,7 @@ impl Machine {
             restless: 0,
             last: None,
             last_rule: None,
+            ended: None,
         };
         (machine, times)
     }
@@ -74,7 +79,16 @@ impl Machine {
 
     fn enter(&mut self, phase: Phase, tripped: Option<Tripped>) -> Change {
         self.generation += 1;
-        self.phase = phase;
+        if let Phase::HalfOpen(probes) = mem::replace(&mut self.phase, phase) {
+            // If a phase ends while the probes of an earlier one are still here, the older ones are dropped. One lock
+            // hold ends two phases only if their probes were few.
+            self.ended = Some(probes);
+        }
         Change { to: self.state(), tripped }
+    }
+
+    /// Takes the probes of a phase that has ended. There may be many, and they are dropped without the lock.
+    pub(super) fn take_ended(&mut self) -> Option<Probes> {
+        self.ended.take()
     }
 }

@@ -5,22 +5,40 @@ use std::time::Duration;
 use super::{
     super::{
         counts::Ended,
-        probes::{ProbeReport, Probes, Verdict},
+        probes::{MAX_CHANGES, ProbeReport, Probes, Verdict},
         state::{At, Change, Refusal, Ticket},
         trip::Tripped,
     },
     Machine, Phase,
 };
-use crate::call::{Outcome, OutcomeKind, Reason, nanos};
+use crate::call::{Nanos, Outcome, OutcomeKind, Reason, nanos};
 
 impl Machine {
     // ===== Time passes =====
 
-    /// What happens by time alone: a wait ends, a lease ends, a ramp ends. Each at its own time, also where
-    /// nobody looked in between.
+    /// Makes the changes that are due by time alone: the end of a wait, of a probe timeout, of a ramp. Each is made at
+    /// its own time, also if there was no call in between.
     pub(in crate::breaker) fn pass_time(&mut self, at: At<'_>) -> Option<Change> {
-        let mut last: Option<Change> = None;
+        self.pass_time_within(at, usize::MAX)
+    }
+
+    /// Returns whether so many changes are due that they are to be made in [slices](Self::pass_some_time).
+    pub(in crate::breaker) fn is_far_behind(&self, now: Nanos) -> bool {
+        matches!(&self.phase, Phase::HalfOpen(probes) if probes.has_many_due(now))
+    }
+
+    /// [`pass_time`](Self::pass_time), up to as many changes as one lock hold may make.
+    pub(in crate::breaker) fn pass_some_time(&mut self, at: At<'_>) -> Option<Change> {
+        self.pass_time_within(at, MAX_CHANGES)
+    }
+
+    fn pass_time_within(&mut self, at: At<'_>, max_changes: usize) -> Option<Change> {
+        let (mut last, mut changes): (Option<Change>, usize) = (None, 0);
         loop {
+            if changes == max_changes {
+                return last;
+            }
+            changes += 1;
             let next = match &mut self.phase {
                 // The end of the wait is part of what comes after it.
                 Phase::Open { until } if at.now >= *until => {
@@ -72,7 +90,7 @@ impl Machine {
             Phase::Closed { .. } | Phase::ForcedClosed => counted,
             Phase::ForcedOpen => Err(Refusal::Forced),
             Phase::Open { until } => Err(Refusal::Open { left: until.saturating_sub(at.now) }),
-            Phase::HalfOpen(probes) if probes.has_room(at.now, &self.settings) => {
+            Phase::HalfOpen(probes) if probes.has_room(&self.settings) => {
                 self.generation += 1;
                 probes.begin(self.generation, is_unsent, at.now, &self.settings);
                 Ok(Ticket { generation: self.generation, probe: true })

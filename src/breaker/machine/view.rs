@@ -49,7 +49,7 @@ impl Machine {
             }
             Phase::Closed { .. } | Phase::ForcedClosed => true,
             Phase::Open { .. } | Phase::ForcedOpen => false,
-            Phase::HalfOpen(probes) => probes.has_room(now, &self.settings),
+            Phase::HalfOpen(probes) => probes.has_room(&self.settings),
         }
     }
 

@@ -75,17 +75,26 @@ impl Gate {
         self.publish(probing);
         // Only now: the next prober's verdict must not be overwritten.
         let mut start = self.start();
-        *start = match starter {
+        let next = match starter {
             Some(starter) => {
                 self.word.fetch_or(ARMED, Ordering::AcqRel);
                 Start::Armed(starter)
             }
             None => Start::Dead,
         };
+        let before = mem::replace(&mut *start, next);
+        drop(start);
+        // A starter owns the service and the probe of the user.
+        drop(before);
     }
 
     pub(super) fn stop(&self) {
-        if let Start::Running(prober) = &*self.start() {
+        // The abort may drop the prober, which owns the service and the probe of the user.
+        let running = match &*self.start() {
+            Start::Running(prober) => Some(prober.clone()),
+            _ => None,
+        };
+        if let Some(prober) = running {
             prober.abort();
         }
     }

@@ -65,7 +65,11 @@ use crate::ConfigError;
 use bounds::Bounds;
 pub(super) use teller::Teller;
 
-/// Finds a limit. Called under a lock for every call: it must be quick, and must not panic.
+/// Finds a limit.
+///
+/// The methods are called under a lock, [`hear`](Self::hear) at the end of every call. They must be short and must not
+/// use a handle of the limit, which would deadlock. A panic is caught, also while the thread unwinds, and reported as
+/// an event: the limit keeps its value, and later calls are recorded as before.
 pub trait Algorithm: fmt::Debug + Send + 'static {
     /// The limit as it is, 1 or more.
     fn limit(&self) -> u32;

@@ -1,7 +1,7 @@
 //! What stands between the limit and its algorithm: the clock, the lock, and what is worth hearing.
 
 use std::{
-    mem,
+    fmt, mem,
     ops::RangeInclusive,
     sync::{
         Mutex, MutexGuard, PoisonError,
@@ -16,24 +16,25 @@ use super::{Algorithm, Change, Reason, Sample};
 use crate::{
     call::{
         COUNT_CANCELLED_AFTER, Clock, Measures, Outcome, OutcomeKind, Reason as Why, Token,
-        UpstreamClock, nanos,
+        UpstreamClock, catch_panic, nanos,
     },
     event,
+    event::RepeatedEvent,
 };
 
 /// The value of `count_cancelled_after` with which no call that its caller ended counts.
 const NEVER: u64 = u64::MAX;
 
-#[derive(Debug)]
 pub(in crate::limit) struct Teller {
     clock: Clock,
     to_the_end: AtomicBool,
     /// In nanoseconds, or [`NEVER`].
     count_cancelled_after: AtomicU64,
+    /// The algorithm is user code and runs under this lock, which cannot be avoided. Its panics are caught.
     state: Mutex<State>,
+    panics: RepeatedEvent,
 }
 
-#[derive(Debug)]
 struct State {
     algorithm: Box<dyn Algorithm>,
     last: Option<Change>,
@@ -50,6 +51,7 @@ impl Teller {
             to_the_end: AtomicBool::new(false),
             count_cancelled_after: AtomicU64::new(nanos(COUNT_CANCELLED_AFTER)),
             state: Mutex::new(state),
+            panics: RepeatedEvent::new(),
         }
     }
 
@@ -76,30 +78,56 @@ impl Teller {
         self.lock().last
     }
 
-    /// The algorithm goes on from this limit, or the nearest it allows; `apply` runs before anybody else can change it.
-    pub(in crate::limit) fn set_limit(&self, limit: u32, apply: impl FnOnce(u32)) {
+    /// Sets the limit, or the nearest one that the algorithm allows. `apply` runs before another thread can change the
+    /// limit. Returns `None` if the algorithm panicked: then the limit keeps its value.
+    pub(in crate::limit) fn set_limit(&self, limit: u32, apply: impl FnOnce(u32)) -> Option<()> {
         let mut state = self.lock();
-        state.algorithm.set_limit(limit);
-        let limit = state.algorithm.limit().max(1);
-        state.last = Some(Change { limit, reason: Reason::ByHand });
-        apply(limit);
+        let algorithm = &mut state.algorithm;
+        let set = catch_panic(|| {
+            algorithm.set_limit(limit);
+            algorithm.limit().max(1)
+        });
+        if let Some(limit) = set {
+            state.last = Some(Change { limit, reason: Reason::ByHand });
+            apply(limit);
+        }
+        drop(state);
+        self.report_panic(set.is_none());
+        set.map(|_| ())
     }
 
-    /// [`set_limit`](Self::set_limit), for the bounds. False if the algorithm has none.
+    /// Sets the bounds of the limit. Returns whether the algorithm has bounds, or `None` if it panicked: then the
+    /// limit keeps its value.
     pub(in crate::limit) fn set_bounds(
         &self,
         bounds: RangeInclusive<u32>,
         apply: impl FnOnce(u32),
-    ) -> bool {
+    ) -> Option<bool> {
         let mut state = self.lock();
-        let before = state.algorithm.limit();
-        let has_any = state.algorithm.set_bounds(bounds);
-        let limit = state.algorithm.limit().max(1);
-        if limit != before {
+        let algorithm = &mut state.algorithm;
+        let set = catch_panic(|| {
+            let before = algorithm.limit();
+            let has_any = algorithm.set_bounds(bounds);
+            let limit = algorithm.limit().max(1);
+            (has_any, (limit != before).then_some(limit))
+        });
+        if let Some((_, Some(limit))) = set {
             state.last = Some(Change { limit, reason: Reason::ByHand });
             apply(limit);
         }
-        has_any
+        drop(state);
+        self.report_panic(set.is_none());
+        set.map(|(has_any, _)| has_any)
+    }
+
+    fn report_panic(&self, has_panicked: bool) {
+        if let Some(_occurrences) = has_panicked.then(|| self.panics.record()).flatten() {
+            event!(
+                ERROR,
+                occurrences = _occurrences,
+                "adaptive algorithm panicked: the limit keeps its value"
+            );
+        }
     }
 
     /// A call is let in, as one of so many.
@@ -158,16 +186,29 @@ impl Teller {
             dropped,
         };
         let mut state = self.lock();
-        let Some(change) = state.algorithm.hear(&sample) else { return false };
-        state.last = Some(change);
-        apply(change.limit.max(1));
+        let algorithm = &mut state.algorithm;
+        // The call may end while its thread unwinds, where a panic that is not caught aborts the process.
+        let heard = catch_panic(|| algorithm.hear(&sample));
+        if let Some(Some(change)) = heard {
+            state.last = Some(change);
+            apply(change.limit.max(1));
+        }
         drop(state);
+        self.report_panic(heard.is_none());
+        let Some(Some(change)) = heard else { return false };
         event!(DEBUG, limit = change.limit, reason = change.reason.as_str(), "limit changed");
         true
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Teller {
+    /// Without the algorithm: its `Debug` is user code and would run under the lock.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Teller").field("last", &self.last()).finish_non_exhaustive()
     }
 }
 

@@ -1,5 +1,7 @@
 //! The end of a limit, and its next life.
 
+use std::mem;
+
 use super::*;
 use crate::limit::lasting::keep;
 
@@ -22,7 +24,8 @@ impl Limiter {
             uses,
             home: _,
         } = self;
-        *self.lock() = Queue::default();
+        let before = mem::take(&mut *self.lock());
+        drop(before);
         most.store(limit, Ordering::Relaxed);
         longest_queue.store(0, Ordering::Relaxed);
         retry_after_ms.store(RETRY_AFTER_MS, Ordering::Relaxed);

@@ -31,7 +31,7 @@ impl Waiter {
 
     fn has_turn(&self, limiter: &Limiter) -> bool {
         let waker = Waker::from(self.told.clone());
-        limiter.look(self.place, &Context::from_waker(&waker)) == Turn::Come
+        limiter.look(self.place, true, &Context::from_waker(&waker)) == Turn::Come
     }
 
     fn told(&self) -> usize {

@@ -5,18 +5,23 @@ use super::*;
 impl Limiter {
     // ===== Settings =====
 
-    /// A higher limit lets waiters in at once; a lower one takes effect as calls end.
-    pub(in crate::limit) fn set_limit(&self, limit: u32) {
-        match &self.adaptive {
-            None => self.store(limit),
+    /// A higher limit admits waiting calls at once; a lower one takes effect as calls end. Returns `None` if the
+    /// algorithm of an adaptive limit panicked: then the limit keeps its value.
+    pub(in crate::limit) fn set_limit(&self, limit: u32) -> Option<()> {
+        let set = match &self.adaptive {
+            None => {
+                self.store(limit);
+                Some(())
+            }
             Some(adaptive) => adaptive.set_limit(limit, |limit| self.store(limit)),
-        }
+        };
         self.hand_over();
+        set
     }
 
-    /// False if there are none.
-    pub(in crate::limit) fn set_bounds(&self, bounds: RangeInclusive<u32>) -> bool {
-        let Some(adaptive) = &self.adaptive else { return false };
+    /// Returns whether there are bounds, or `None` if the algorithm panicked: then the limit keeps its value.
+    pub(in crate::limit) fn set_bounds(&self, bounds: RangeInclusive<u32>) -> Option<bool> {
+        let Some(adaptive) = &self.adaptive else { return Some(false) };
         let has_any = adaptive.set_bounds(bounds, |limit| self.store(limit));
         self.hand_over();
         has_any

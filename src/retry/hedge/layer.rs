@@ -22,7 +22,7 @@ use super::{
 use crate::{
     ConfigError,
     call::{Classify, Http, Outcome, Shared},
-    event,
+    error::Fault,
 };
 
 /// Sends a second copy of a call that takes long, and gives out the first good answer.
@@ -34,7 +34,7 @@ use crate::{
 pub struct HedgeLayer<M = Http> {
     settings: Shared<Settings>,
     protocol: M,
-    fault: Option<ConfigError>,
+    fault: Fault,
 }
 
 /// The settings and the counts of one hedge layer.
@@ -160,7 +160,7 @@ impl HedgeLayer {
             denied: AtomicU64::new(0),
             name: OnceLock::new(),
         };
-        Self { settings: Shared::new(settings), protocol: Http, fault }
+        Self { settings: Shared::new(settings), protocol: Http, fault: fault.into() }
     }
 }
 
@@ -239,9 +239,7 @@ impl<S: Clone, M: Clone> Layer<S> for HedgeLayer<M> {
 
     fn layer(&self, inner: S) -> Self::Service {
         let (settings, budget) = (self.settings.clone(), self.settings.budget());
-        if let Some(_fault) = &self.fault {
-            event!(ERROR, layer = "hedge", error = %_fault, "misconfigured: nothing is hedged");
-        }
+        self.fault.report("hedge", "nothing is hedged");
         let core = Core::new(
             settings,
             budget,
