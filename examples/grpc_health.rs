@@ -1,7 +1,7 @@
 //! `grpc.health.v1` from the same registry that answers `/readyz`: two dependencies, one of which fails and comes
 //! back, seen by a client that watches, and a drain at the end.
 //!
-//! cargo run --example grpc_health --features tonic-health,lifecycle
+//! cargo run --example grpc_health --features limit,tonic-health,lifecycle
 
 use std::{
     error::Error,
@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use buttress::{Health, Lifecycle, health::Check};
+use buttress::{ConcurrencyLimitLayer, Health, Lifecycle, health::Check};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tonic::transport::{Channel, Endpoint, Server, server::TcpIncoming};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
@@ -64,8 +64,12 @@ async fn main() -> Result<(), Box<dyn Error>> {
 
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let addr = listener.local_addr()?;
+    // The limit exempts the health calls: the two watchers below would take all its permits otherwise.
+    let limit = ConcurrencyLimitLayer::new(2);
+    let permits = limit.handle();
     let server = Server::builder()
         .layer(lifecycle.layer())
+        .layer(limit.respond())
         .add_service(health.grpc().service("shop.Orders").into_server())
         .serve_with_incoming_shutdown(TcpIncoming::from(listener), lifecycle.stopping());
     let running = lifecycle.clone();
@@ -111,5 +115,6 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let drained = server.await??;
     println!("ended: {} calls cut, {told} messages watched", drained.cut_calls);
     assert_eq!((drained.cut_calls, told), (0, 8));
+    assert_eq!(permits.snapshot().refused(), 0);
     Ok(())
 }

@@ -11,6 +11,8 @@ use tokio::time::{Sleep, sleep_until};
 use tower_service::Service;
 
 use super::{Admit, Policy, Terms, shut::ShutWatch};
+#[cfg(feature = "limit")]
+use crate::call::grpc::HealthCall;
 use crate::call::{
     CallerDeadline, Deadline, Form, Giver, Judge, Permit, Protocol, Reject, Rejected, SentMark,
     WaitsFor, poll_timer,
@@ -239,6 +241,12 @@ impl<Req, M: Judge<Req, Res, E>, Res, E> Terms for RequestTerms<'_, Req, M, Res,
     #[inline]
     fn sent_mark(&self) -> Option<SentMark> {
         self.protocol.sent_mark(self.request)
+    }
+
+    #[cfg(feature = "limit")]
+    #[inline]
+    fn health_call(&self) -> Option<HealthCall> {
+        self.protocol.health_call(self.request)
     }
 }
 

@@ -12,6 +12,8 @@ use tokio::{sync::Notify, time::Instant};
 
 pub use self::future::ResponseFuture;
 pub(crate) use self::{layer::Plan, layer::admission_layer, service::Admission};
+#[cfg(feature = "limit")]
+use crate::call::grpc::HealthCall;
 use crate::call::{Deadline, Giver, LayerKind, Permit, Rejected, RejectedKind, SentMark};
 
 /// What a policy says to a call.
@@ -32,6 +34,10 @@ pub trait Terms {
 
     /// Returns the mark of the request's progress.
     fn sent_mark(&self) -> Option<SentMark>;
+
+    /// Returns which health call the request is, if a health registry of this process serves `grpc.health.v1`.
+    #[cfg(feature = "limit")]
+    fn health_call(&self) -> Option<HealthCall>;
 }
 
 /// Whether a call goes.

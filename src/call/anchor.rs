@@ -59,6 +59,28 @@ impl<T: Finish, L: Finish> Finish for Anchor<T, L> {
     }
 
     #[inline]
+    fn watches_reader(&self, token: Token) -> bool {
+        match self {
+            Self::Counted(state) => state.watches_reader(token),
+            Self::Lasting(state) => state.watches_reader(token),
+        }
+    }
+
+    fn watch_reader(&self, token: &mut Token) -> bool {
+        match self {
+            Self::Counted(state) => state.watch_reader(token),
+            Self::Lasting(state) => state.watch_reader(token),
+        }
+    }
+
+    fn body_polled(&self, token: Token, frame: Option<usize>) -> bool {
+        match self {
+            Self::Counted(state) => state.body_polled(token, frame),
+            Self::Lasting(state) => state.body_polled(token, frame),
+        }
+    }
+
+    #[inline]
     fn waits_for(&self, token: Token, what: WaitsFor) {
         match self {
             Self::Counted(state) => state.waits_for(token, what),

@@ -9,7 +9,7 @@ use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
-use super::{Outcome, Reason, grpc, permit::Permit};
+use super::{Outcome, Reason, grpc, permit::Permit, unread};
 
 // ===== The wrapped service's, or our own =====
 
@@ -102,6 +102,9 @@ type JudgeTrailers = dyn FnOnce(Option<&HeaderMap>) -> Outcome + Send + Sync;
 pub(crate) enum Eos {
     /// It has ended already: nobody is asked, or told, any more.
     Told,
+    /// The response was not read for too long. Its permit has been released, and a timeout layer within the body ends
+    /// it.
+    Unread,
     /// Nothing more: the head has said it all.
     Plain(Outcome),
     /// The `grpc-status` in the trailers decides, or this outcome if there is none.
@@ -114,7 +117,7 @@ pub(crate) enum Eos {
 impl Eos {
     fn end(&mut self, trailers: Option<&HeaderMap>) -> Outcome {
         match std::mem::replace(self, Self::Told) {
-            Self::Told => Outcome::success(),
+            Self::Told | Self::Unread => Outcome::success(),
             Self::Plain(outcome) => outcome,
             Self::Grpc(missing) => trailers.and_then(grpc::status).unwrap_or(missing),
             #[cfg(feature = "tower-http")]
@@ -184,6 +187,7 @@ impl<B: Body> TrackedBody<B> {
             permit.end(eos.end(None));
         } else {
             permit.end_dropped_as(eos.dropped());
+            permit.watch_reader();
         }
         (self.permit, self.eos) = (permit, eos);
     }
@@ -223,12 +227,24 @@ impl<B: Body> Body for TrackedBody<B> {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         let mut this = self.project();
-        if matches!(this.eos, Eos::Told) {
-            return this.inner.poll_frame(cx);
+        match this.eos {
+            Eos::Told => return this.inner.poll_frame(cx),
+            Eos::Unread => return unread::during(|| this.inner.poll_frame(cx)),
+            _ => {}
         }
         // Looked at where it lies.
         let polled = this.permit.guard(|| this.inner.as_mut().poll_frame(cx));
         this.permit.body_polled(polled.is_pending());
+        let length = || match &polled {
+            Poll::Ready(Some(Ok(frame))) => Some(frame.data_ref().map_or(0, Buf::remaining)),
+            Poll::Ready(_) => Some(0),
+            Poll::Pending => None,
+        };
+        if this.permit.is_unread(length) {
+            this.permit.end(Outcome::cancelled());
+            *this.eos = Eos::Unread;
+            return polled;
+        }
         match &polled {
             Poll::Ready(Some(Ok(frame))) => {
                 if let Some(trailers) = frame.trailers_ref() {

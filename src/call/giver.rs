@@ -4,7 +4,7 @@
 //! both write it more than all the rest of a call. So there are three ways: [`Shared`], here, counts in one word;
 //! what is `striped` counts in a word for each of several groups of threads; and for what is `lasting` nobody counts.
 
-#[cfg(any(feature = "breaker", feature = "health", feature = "lifecycle"))]
+#[cfg(any(feature = "breaker", feature = "health", feature = "lifecycle", feature = "limit"))]
 use std::sync::Weak;
 use std::{fmt, ops::Deref, sync::Arc, time::Duration};
 
@@ -51,6 +51,19 @@ where
     }
 
     #[inline]
+    fn watches_reader(&self, token: Token) -> bool {
+        (**self).watches_reader(token)
+    }
+
+    fn watch_reader(&self, token: &mut Token) -> bool {
+        (**self).watch_reader(token)
+    }
+
+    fn body_polled(&self, token: Token, frame: Option<usize>) -> bool {
+        (**self).body_polled(token, frame)
+    }
+
+    #[inline]
     fn waits_for(&self, token: Token, what: WaitsFor) {
         (**self).waits_for(token, what);
     }
@@ -89,7 +102,7 @@ impl<T> Shared<T> {
     }
 
     /// A reference that does not keep the state alive.
-    #[cfg(any(feature = "breaker", feature = "health", feature = "lifecycle"))]
+    #[cfg(any(feature = "breaker", feature = "health", feature = "lifecycle", feature = "limit"))]
     pub(crate) fn downgrade(&self) -> Weak<T> {
         Arc::downgrade(&self.0)
     }

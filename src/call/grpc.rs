@@ -1,6 +1,11 @@
 //! gRPC: which calls are gRPC, and the outcome of a gRPC status in the head, in the trailers, or mapped from the HTTP
 //! status.
 
+#[cfg(any(feature = "limit", feature = "tonic-health"))]
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+#[cfg(feature = "limit")]
+use http::Request;
 use http::{HeaderMap, Method, StatusCode, header};
 
 use super::{Outcome, OutcomeKind, Reason, hint};
@@ -24,6 +29,44 @@ const UNAUTHENTICATED: u16 = 16;
 pub(crate) fn is_grpc_call(method: &Method, headers: &HeaderMap) -> bool {
     // The method is compared first, because that is cheaper than a header lookup.
     *method == Method::POST && is_grpc(headers)
+}
+
+// ===== Health calls =====
+
+/// A call of `grpc.health.v1.Health`.
+#[cfg(feature = "limit")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HealthCall {
+    /// One status.
+    Check,
+    /// A stream of statuses, which may stay open for as long as its connection.
+    Watch,
+}
+
+/// Whether a health registry of this process serves `grpc.health.v1`.
+#[cfg(any(feature = "limit", feature = "tonic-health"))]
+static SERVES_HEALTH: AtomicBool = AtomicBool::new(false);
+
+/// Records that a health registry of this process serves `grpc.health.v1`.
+#[cfg(feature = "tonic-health")]
+pub(crate) fn set_serves_health() {
+    SERVES_HEALTH.store(true, Relaxed);
+}
+
+/// Returns which health call the request is. `None` if it is another call, or if no health registry of this process
+/// serves `grpc.health.v1`: then nothing else of the request is read.
+#[cfg(feature = "limit")]
+#[inline]
+pub(crate) fn health_call<B>(request: &Request<B>) -> Option<HealthCall> {
+    if !SERVES_HEALTH.load(Relaxed) {
+        return None;
+    }
+    let call = match request.uri().path() {
+        "/grpc.health.v1.Health/Check" => HealthCall::Check,
+        "/grpc.health.v1.Health/Watch" => HealthCall::Watch,
+        _ => return None,
+    };
+    is_grpc_call(request.method(), request.headers()).then_some(call)
 }
 
 /// Whether the content type is that of gRPC or gRPC-Web.

@@ -82,7 +82,9 @@ fn of_status(status: StatusCode, headers: &HeaderMap) -> Outcome {
 /// what was called was too slow, is a failure.
 pub(crate) fn of_rejected(refused: &Rejected) -> Outcome {
     let outcome = match refused.kind() {
-        RejectedKind::TimedOut(Phase::Sending) => Outcome::cancelled().because(Reason::Caller),
+        RejectedKind::TimedOut(Phase::Sending | Phase::BodyRate | Phase::Unread) => {
+            Outcome::cancelled().because(Reason::Caller)
+        }
         RejectedKind::TimedOut(_) if refused.deadline_source() == Some(DeadlineSource::Caller) => {
             Outcome::cancelled().because(Reason::CallerDeadline)
         }

@@ -27,7 +27,7 @@
 //! | a timeout, or a deadline of the [operator](DeadlineSource::Operator) | failure, [`Timeout`](Reason::Timeout) | failure | failed | drop | safe methods, before the deadline | a failed attempt |
 //! | a timeout that expires during an upload or in the queue of an inner layer, or before the upstream had the request for half of it | cancelled | neutral | releases its slot | neutral | safe methods, before the deadline | a failed attempt |
 //! | a slow upload | as the response | its time is not measured | releases its slot after 100 ms, its outcome still counts | its time is not measured | – | – |
-//! | the request body stalls or fails | cancelled, [`Caller`](Reason::Caller) | neutral | releases its slot | neutral | not retried | a failed attempt |
+//! | the request body stalls, is below its minimum rate, or fails | cancelled, [`Caller`](Reason::Caller) | neutral | releases its slot | neutral | not retried | a failed attempt |
 //! | a slow reader of the response | as the response | its time is not measured | passes after 100 ms if the head was good | its time is not measured | – | – |
 //! | a wait inside the client: for a permit, a connection, the next attempt | – | its time is not measured | releases its slot when its timeout expires | its time is not measured | – | – |
 //! | a rejection by an inner layer | cancelled, [`Rejected`](Reason::Rejected) | neutral | releases its slot | neutral | ends the call | a failed attempt |
@@ -84,6 +84,7 @@ mod rejected;
 #[cfg(any(feature = "breaker", feature = "lifecycle", feature = "limit", feature = "retry"))]
 mod striped;
 pub(crate) mod sync;
+pub(crate) mod unread;
 #[cfg(any(feature = "breaker", feature = "health", feature = "limit"))]
 mod user_code;
 

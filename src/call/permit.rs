@@ -80,6 +80,27 @@ pub trait Finish: Send + Sync + 'static {
         false
     }
 
+    /// Returns whether a response body that has not ended at the head is [watched](Self::watch_reader). The permit
+    /// calls this at the response head.
+    fn watches_reader(&self, token: Token) -> bool {
+        let _ = token;
+        false
+    }
+
+    /// Starts to watch whether the response body is read. Returns whether it is watched; then the permit reports each
+    /// poll.
+    fn watch_reader(&self, token: &mut Token) -> bool {
+        let _ = token;
+        false
+    }
+
+    /// Records a poll of a watched response body, with the length of the frame, or `None` if the body was pending.
+    /// Returns whether the state has released the permit, because the response was not read.
+    fn body_polled(&self, token: Token, frame: Option<usize>) -> bool {
+        let _ = (token, frame);
+        false
+    }
+
     /// Records what the call of this token waits for, each time it changes.
     fn waits_for(&self, token: Token, what: WaitsFor) {
         let _ = (token, what);
@@ -112,6 +133,8 @@ pub(crate) struct CallContext {
     measures_body: bool,
     /// The state records what the response body waits for.
     follows_reader: bool,
+    /// The state watches whether the response body is read. Until the body is tracked: the state wants to.
+    is_watched: bool,
     waits_for: WaitsFor,
 }
 
@@ -123,6 +146,7 @@ impl CallContext {
         has_head: false,
         measures_body: false,
         follows_reader: false,
+        is_watched: false,
         waits_for: WaitsFor::Upstream,
     };
 }
@@ -201,6 +225,7 @@ impl<G: Finish> Permit<G> {
                 self.context.measures_body = true;
                 self.token.clock.stop(Instant::now());
             }
+            self.context.is_watched = giver.watches_reader(self.token);
             if giver.follows_reader(self.token) {
                 self.context.follows_reader = true;
                 self.body_waits_for(WaitsFor::Caller);
@@ -260,6 +285,14 @@ impl<G: Finish> Permit<G> {
         self.context.waits_for = what;
     }
 
+    /// Starts to watch whether the response body is read, if the state wants to.
+    #[inline]
+    pub(crate) fn watch_reader(&mut self) {
+        if let (true, Some(giver)) = (self.context.is_watched, &self.giver) {
+            self.context.is_watched = giver.watch_reader(&mut self.token);
+        }
+    }
+
     /// Runs the clock while the response body has no frame for its reader, and stops it otherwise.
     #[inline]
     pub(crate) fn body_polled(&mut self, is_pending: bool) {
@@ -271,6 +304,16 @@ impl<G: Finish> Permit<G> {
             if self.context.waits_for != what {
                 self.body_waits_for(what);
             }
+        }
+    }
+
+    /// Reports a poll of the response body if it is watched, with the length of the frame, or `None` if the body was
+    /// pending. Returns whether the state has released the permit, because the response was not read.
+    #[inline]
+    pub(crate) fn is_unread(&self, frame: impl FnOnce() -> Option<usize>) -> bool {
+        match &self.giver {
+            Some(giver) if self.context.is_watched => giver.body_polled(self.token, frame()),
+            _ => false,
         }
     }
 

@@ -1,5 +1,7 @@
 use std::fmt;
 
+#[cfg(feature = "limit")]
+use super::grpc::HealthCall;
 use super::{
     Deadline, Outcome, Reason, Rejected, SentMark, TrackedBody,
     body::Eos,
@@ -42,6 +44,13 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
 
     /// Returns the mark of the request's progress, if an outer layer has published one.
     fn sent_mark(&self, request: &Req) -> Option<SentMark> {
+        let _ = request;
+        None
+    }
+
+    /// Returns which health call the request is, if a health registry of this process serves `grpc.health.v1`.
+    #[cfg(feature = "limit")]
+    fn health_call(&self, request: &Req) -> Option<HealthCall> {
         let _ = request;
         None
     }
@@ -154,6 +163,12 @@ where
         request.extensions().get().cloned()
     }
 
+    #[cfg(feature = "limit")]
+    #[inline]
+    fn health_call(&self, request: &Request<ReqB>) -> Option<HealthCall> {
+        grpc::health_call(request)
+    }
+
     #[inline]
     fn begin<G: Giver>(
         &self,
@@ -220,6 +235,12 @@ where
 
     fn sent_mark(&self, request: &Request<ReqB>) -> Option<SentMark> {
         request.extensions().get().cloned()
+    }
+
+    #[cfg(feature = "limit")]
+    #[inline]
+    fn health_call(&self, request: &Request<ReqB>) -> Option<HealthCall> {
+        grpc::health_call(request)
     }
 
     fn begin<G: Giver>(
@@ -356,6 +377,12 @@ where
 
     fn sent_mark(&self, request: &Request<ReqB>) -> Option<SentMark> {
         request.extensions().get().cloned()
+    }
+
+    #[cfg(feature = "limit")]
+    #[inline]
+    fn health_call(&self, request: &Request<ReqB>) -> Option<HealthCall> {
+        grpc::health_call(request)
     }
 
     fn begin<G: Giver>(

@@ -73,6 +73,8 @@ impl RejectedKind {
             Self::TimedOut(Phase::Taking) => "timeout_taking",
             Self::TimedOut(Phase::Total) => "timeout_total",
             Self::TimedOut(Phase::Deadline) => "timeout_deadline",
+            Self::TimedOut(Phase::BodyRate) => "timeout_body_rate",
+            Self::TimedOut(Phase::Unread) => "timeout_unread",
             Self::Unhealthy => "unhealthy",
             Self::Quota => "quota_exceeded",
             Self::ShuttingDown => "shutting_down",
@@ -99,6 +101,8 @@ impl RejectedKind {
             Self::TimedOut(Phase::Taking) => "no more of the request was taken",
             Self::TimedOut(Phase::Total) => "took too long in all",
             Self::TimedOut(Phase::Deadline) => "deadline passed with the call under way",
+            Self::TimedOut(Phase::BodyRate) => "request body is below the minimum rate",
+            Self::TimedOut(Phase::Unread) => "response was not read for too long",
             Self::Unhealthy => "what would be called is unhealthy",
             Self::Quota => "quota is used up",
             Self::ShuttingDown => "shutting down",
@@ -125,10 +129,15 @@ pub enum Phase {
     Total,
     /// The caller's [`Deadline`](crate::Deadline), with the call under way.
     Deadline,
+    /// The request body, whose producer was slower than the minimum rate.
+    BodyRate,
+    /// The reader of the response, which took no more of it for as long as a limit allows:
+    /// [`max_unread`](crate::ConcurrencyLimitLayer::max_unread).
+    Unread,
 }
 
 impl Phase {
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Head,
         Self::FirstFrame,
         Self::Idle,
@@ -136,6 +145,8 @@ impl Phase {
         Self::Taking,
         Self::Total,
         Self::Deadline,
+        Self::BodyRate,
+        Self::Unread,
     ];
 
     /// The phase in `snake_case`.
@@ -149,6 +160,8 @@ impl Phase {
             Self::Taking => "taking",
             Self::Total => "total",
             Self::Deadline => "deadline",
+            Self::BodyRate => "body_rate",
+            Self::Unread => "unread",
         }
     }
 }

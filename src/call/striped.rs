@@ -42,7 +42,7 @@ impl<T> Striped<T> {
     }
 
     /// The state alone, without a count of its calls.
-    #[cfg(any(feature = "breaker", feature = "lifecycle"))]
+    #[cfg(any(feature = "breaker", feature = "lifecycle", feature = "limit"))]
     pub(crate) fn state(&self) -> &Shared<T> {
         &self.0.state
     }

@@ -37,6 +37,7 @@ pub(super) const CLIENT: &[Rule<ClientConfig>] = &[
     |c| idle_beyond_the_peers(c).into_iter().collect(),
     |c| budget_that_never_pays(c).into_iter().collect(),
     |c| total_on_a_stream(&c.calls, &c.timeout, &c.deadline),
+    |c| settings_of_no_body_rate(&c.timeout),
     |c| connections_of_none(c),
     health_of_nowhere,
 ];
@@ -53,6 +54,7 @@ pub(super) const SERVER: &[Rule<ServerConfig>] = &[
     |c| queue_beyond_the_deadline(&c.limit, &c.deadline).into_iter().collect(),
     |c| nothing_left(&c.deadline),
     |c| total_on_a_stream(&c.calls, &c.timeout, &c.deadline),
+    |c| settings_of_no_body_rate(&c.timeout),
 ];
 
 /// A layer's own error, which names its setter, under the name that the setting has here.
@@ -278,6 +280,20 @@ fn total_on_a_stream(
             conflict(key, show(time?), remedy.to_owned())
         })
         .collect()
+}
+
+/// Rejects settings of the minimum body rate where there is none.
+fn settings_of_no_body_rate(timeout: &TimeoutConfig) -> Vec<ConfigError> {
+    let default = TimeoutConfig::default();
+    let grace = timeout.body_grace != default.body_grace;
+    let settings = [
+        (grace, "timeout_body_grace", show(timeout.body_grace)),
+        (timeout.min_body_rate_for_grpc, "timeout_min_body_rate_for_grpc", "true".to_owned()),
+    ];
+    let remedy = "without a `timeout_min_body_rate` this has no effect: set one, or leave this out";
+    let without_effect = |set: bool| set && timeout.min_body_rate.is_none();
+    let settings = settings.into_iter().filter(|(set, ..)| without_effect(*set));
+    settings.filter_map(|(_, key, value)| conflict(key, value, remedy.to_owned())).collect()
 }
 
 fn health_of_nowhere(c: &ClientConfig) -> Vec<ConfigError> {

@@ -89,9 +89,17 @@ group! {
     live sending: Option<Duration> = Some(secs(60));
     /// From one frame of the request body being taken to the next being asked for; off: a server has its head's time.
     live taking: Option<Duration> = Some(secs(300));
+    /// The minimum rate of a request body, in bytes per second.
+    live min_body_rate: Option<u32> = None;
+    /// For how long a request body may keep its reader waiting before the minimum rate counts.
+    live body_grace: Duration = BODY_GRACE;
+    /// Whether gRPC requests have to keep the minimum rate, too.
+    live min_body_rate_for_grpc: bool = false;
     /// The whole call, to the end of the response body.
     live total: Option<Duration> = None;
 }
+
+const BODY_GRACE: Duration = secs(5);
 
 impl TimeoutConfig {
     const OFF: Self = Self {
@@ -100,13 +108,17 @@ impl TimeoutConfig {
         idle: None,
         sending: None,
         taking: None,
+        min_body_rate: None,
+        body_grace: BODY_GRACE,
+        min_body_rate_for_grpc: false,
         total: None,
     };
 
-    /// A server's: its streams may be silent.
+    /// A server's: its response streams may be silent, its request bodies have a minimum rate.
     #[must_use]
     pub fn server() -> Self {
-        Self { head: Some(secs(30)), sending: Some(secs(60)), ..Self::OFF }
+        let (head, sending) = (Some(secs(30)), Some(secs(60)));
+        Self { head, sending, min_body_rate: Some(240), ..Self::OFF }
     }
 
     /// The times.
@@ -118,6 +130,9 @@ impl TimeoutConfig {
             .idle(self.idle)
             .sending(self.sending)
             .taking(self.taking)
+            .min_body_rate(self.min_body_rate)
+            .body_grace(self.body_grace)
+            .min_body_rate_for_grpc(self.min_body_rate_for_grpc)
             .total(self.total)
     }
 
@@ -369,9 +384,25 @@ group! {
     live queue: u32 = 1024;
     /// How long each of them may wait.
     live queue_wait: Duration = secs(5);
+    /// After which time a response that its client does not read releases its permit.
+    live max_unread: Option<Duration> = None;
+    /// Whether gRPC health calls need no permit, where a health registry of the process serves them.
+    live exempt_grpc_health: bool = true;
 }
 
 impl LimitConfig {
+    /// A client's: its calls of other servers' health take permits as any call does.
+    #[must_use]
+    pub fn client() -> Self {
+        Self { exempt_grpc_health: false, ..Self::default() }
+    }
+
+    /// A server's: a response that is not read for 60 s releases its permit.
+    #[must_use]
+    pub fn server() -> Self {
+        Self { max_unread: Some(secs(60)), ..Self::default() }
+    }
+
     /// The layer; without a number it lets everything through.
     ///
     /// # Errors
@@ -390,7 +421,12 @@ impl LimitConfig {
         &self,
         layer: ConcurrencyLimitLayer<Http, R>,
     ) -> ConcurrencyLimitLayer<Http, R> {
-        layer.queue(self.queue as usize, self.queue_wait)
+        // Without a limit, no permit is worth a watch.
+        let max_unread = self.max_unread.filter(|_| self.max.is_some());
+        layer
+            .queue(self.queue as usize, self.queue_wait)
+            .max_unread(max_unread)
+            .exempt_grpc_health(self.exempt_grpc_health)
     }
 }
 
@@ -473,6 +509,7 @@ impl ConnectionsConfig {
 group! {
     /// What the calls are like.
     CallsConfig for "calls", prefix "", on |_| true;
-    /// Whether answers are streams that may last: then nothing may bound the whole of a call.
+    /// Whether answers are streams that may last: then nothing may bound the whole of a call. Loaded as true, it turns
+    /// off a server's `timeout_min_body_rate` and `limit_max_unread` where these are not set.
     live streaming: bool = false;
 }

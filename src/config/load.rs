@@ -30,6 +30,8 @@ pub enum Origin {
     Env(String),
     /// The program itself.
     Code,
+    /// The default where the setting of this key is on.
+    Implied(&'static str),
 }
 
 impl fmt::Display for Origin {
@@ -40,6 +42,7 @@ impl fmt::Display for Origin {
             Self::File(name) => write!(f, "file {name}"),
             Self::Env(name) => write!(f, "env {name}"),
             Self::Code => f.write_str("code"),
+            Self::Implied(key) => write!(f, "default if {key}"),
         }
     }
 }
@@ -90,10 +93,23 @@ pub trait Stack: Default {
     fn groups_mut(&mut self) -> Vec<&mut dyn Group>;
     fn named(&mut self, name: String, preset: Option<Preset>, origins: Origins);
     fn presets(preset: Preset) -> &'static [(&'static str, &'static str)];
+    /// The settings that are off by default where [`STREAMING`] is on.
+    const OFF_FOR_STREAMS: &'static [&'static str];
 }
 
 /// What was said by whom, and how it looked then: a value that looks otherwise was changed by the program.
 pub(super) type Origins = BTreeMap<&'static str, (Scalar, Origin)>;
+
+/// The key of [`CallsConfig`](super::CallsConfig)'s setting.
+const STREAMING: &str = "streaming";
+
+/// Returns the value of a key.
+fn get(config: &impl Stack, key: &str) -> Option<Scalar> {
+    config.groups().into_iter().find_map(|group| {
+        let nth = group.rows().iter().position(|row| row.key == key)?;
+        Some(group.get(nth))
+    })
+}
 
 struct Said {
     key: String,
@@ -277,6 +293,13 @@ impl<C: Stack> Loader<C> {
         }
         for said in said {
             self.set(&mut config, &mut origins, said);
+        }
+        let is_streaming = get(&config, STREAMING) == Some(Scalar::Bool(true));
+        let implied = C::OFF_FOR_STREAMS.iter().filter(|key| !origins.contains_key(**key));
+        for key in implied.filter(|_| is_streaming).collect::<Vec<_>>() {
+            let (key, value) = ((*key).to_owned(), Scalar::Bool(false));
+            let origin = Origin::Implied(STREAMING);
+            self.set(&mut config, &mut origins, Said { key, value, origin });
         }
         ConfigErrors::none_of(self.errors)?;
         config.named(self.name, preset, origins);

@@ -70,6 +70,7 @@
 //! | waiting longer than the deadline | `limit_queue_wait`, `connection_wait`, `deadline_default` |
 //! | connections idle for as long as the peer keeps them | `connection_max_idle`, `peer_keep_alive` |
 //! | a retry budget that can never pay | `retry_budget_ratio`, `retry_budget_per_second` |
+//! | settings of a minimum body rate where there is none | `timeout_body_grace`, `timeout_min_body_rate_for_grpc` |
 //! | a total on a stream | `streaming`, `timeout_total`, `deadline_default` |
 //! | what a layer itself cannot work with | its own |
 //!
@@ -81,7 +82,9 @@
 //! | `slow` | head 60 s, connecting 10 s, long waits |
 //! | `llm` | head and first frame 180 s, silences 60 s, no total, 8 connections a host, 32 calls at once |
 //!
-//! A server's have the same names: how long a head and a turn may take, and what is a stream.
+//! A server's have the same names: how long a head and a turn may take, and what is a stream. With `streaming = true`,
+//! which `llm` sets, a server's `timeout_min_body_rate` and `limit_max_unread` are off unless they are set. A program that
+//! sets the field `streaming` itself sets these two, too.
 //!
 //! # Changing it
 //!

@@ -28,7 +28,8 @@ pub struct Change {
 macro_rules! stack {
     (
         $(#[$doc:meta])*
-        $Name:ident, $kind:literal, prefix $prefix:literal, presets $presets:ident, rules $rules:path;
+        $Name:ident, $kind:literal, prefix $prefix:literal, presets $presets:ident, rules $rules:path,
+            off_for_streams $off:expr;
         $($(#[$what:meta])+ $field:ident: $Type:ty = $default:expr;)*
     ) => {
         $(#[$doc])*
@@ -56,6 +57,7 @@ macro_rules! stack {
         impl Stack for $Name {
             const KIND: &'static str = $kind;
             const PREFIX: &'static str = $prefix;
+            const OFF_FOR_STREAMS: &'static [&'static str] = $off;
 
             fn groups(&self) -> Vec<&dyn Group> {
                 vec![$(&self.$field),*]
@@ -186,7 +188,8 @@ macro_rules! stack {
 
 stack! {
     /// The settings of a whole client stack. See the [module](crate::config).
-    ClientConfig, "client", prefix "HTTP_CLIENT_", presets client, rules check::CLIENT;
+    ClientConfig, "client", prefix "HTTP_CLIENT_", presets client, rules check::CLIENT,
+        off_for_streams &[];
     /// How long a call may take in all.
     deadline: DeadlineConfig = DeadlineConfig::default();
     /// What is tried again.
@@ -196,7 +199,7 @@ stack! {
     /// When to stop calling.
     breaker: BreakerConfig = BreakerConfig::default();
     /// How many calls there are at once.
-    limit: LimitConfig = LimitConfig::default();
+    limit: LimitConfig = LimitConfig::client();
     /// How long an attempt may take.
     timeout: TimeoutConfig = TimeoutConfig::default();
     /// Whether what is called is well, where [`client`](crate::stack::client) makes the stack.
@@ -209,11 +212,12 @@ stack! {
 
 stack! {
     /// The settings of a whole server stack. See the [module](crate::config).
-    ServerConfig, "server", prefix "HTTP_SERVER_", presets server, rules check::SERVER;
+    ServerConfig, "server", prefix "HTTP_SERVER_", presets server, rules check::SERVER,
+        off_for_streams &["timeout_min_body_rate", "limit_max_unread"];
     /// How long a call may take in all.
     deadline: DeadlineConfig = DeadlineConfig::default();
     /// How many calls there are at once.
-    limit: LimitConfig = LimitConfig::default();
+    limit: LimitConfig = LimitConfig::server();
     /// How long an answer may take.
     timeout: TimeoutConfig = TimeoutConfig::server();
     /// What the calls are like.

@@ -18,6 +18,7 @@ use super::{
     entry::CheckState,
     registry::{Health, is_name},
 };
+use crate::call::grpc;
 
 /// `grpc.health.v1.Health`, Check and Watch, for a tonic server: made by [`Health::grpc`].
 ///
@@ -57,9 +58,14 @@ impl GrpcHealth {
         self
     }
 
-    /// What a server takes.
+    /// Returns the service for a tonic server.
+    ///
+    /// From here on the concurrency limits of this process do not limit health calls, unless
+    /// [`exempt_grpc_health`](crate::ConcurrencyLimitLayer::exempt_grpc_health) says otherwise: `Check`, and up to 64
+    /// `Watch` streams for each limit.
     #[must_use]
     pub fn into_server(self) -> HealthServer<Self> {
+        grpc::set_serves_health();
         HealthServer::new(self)
     }
 

@@ -121,7 +121,9 @@
 //! is; other paths and methods pass through. [`Health::service`] is the same for a port of its own, and for
 //! axum's `route_service` and `nest_service`.
 //!
-//! With the feature `tonic-health`, `Health::grpc` answers `grpc.health.v1` from the same checks, Check and Watch.
+//! With the feature `tonic-health`, `Health::grpc` answers `grpc.health.v1` from the same checks, Check and Watch. A
+//! [concurrency limit](crate::limit#health-checks) around the server exempts these calls, so that watchers take no
+//! permits and a full server still answers.
 //!
 //! # In the stack
 //!

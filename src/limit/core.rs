@@ -38,6 +38,11 @@ pub struct Limiter {
     retry_after_ms: AtomicU64,
     to_the_head_only: AtomicBool,
     shadow: AtomicBool,
+    /// Whether health calls are exempt.
+    exempts_health: AtomicBool,
+    /// The number of exempt `Watch` streams of `grpc.health.v1`.
+    health_watches: AtomicU32,
+    unread: Unread,
     counts: Counts,
     /// Whether partitions or priorities are told apart.
     sorts: AtomicBool,
@@ -83,6 +88,10 @@ const MARKS: u64 = !0 << 32;
 const EXEMPT: u64 = 1 << 63;
 /// Let through in shadow mode.
 const SHADOW: u64 = 1 << 62;
+/// An exempt `Watch` stream of `grpc.health.v1`.
+const HEALTH_WATCH: u64 = 1 << 61;
+/// The maximum number of exempt `Watch` streams of one limit.
+const MAX_HEALTH_WATCHES: u32 = 64;
 
 fn mark(line: Line) -> u64 {
     u64::from(line) << 32
@@ -108,6 +117,9 @@ impl Limiter {
             retry_after_ms: AtomicU64::new(RETRY_AFTER_MS),
             to_the_head_only: AtomicBool::new(false),
             shadow: AtomicBool::new(false),
+            exempts_health: AtomicBool::new(true),
+            health_watches: AtomicU32::new(0),
+            unread: Unread::default(),
             counts: Counts::default(),
             sorts: AtomicBool::new(false),
             uses: AtomicU32::new(1),
@@ -371,3 +383,6 @@ mod life;
 mod loom_models;
 mod settings;
 mod sorted;
+mod unread;
+
+use unread::Unread;

@@ -50,6 +50,8 @@ pub struct ConcurrencyLimitSnapshot {
     pub exempt_in_flight: u32,
     /// How many exempt calls there were.
     pub exempt: u64,
+    /// The number of responses that released their permit because their client did not read them.
+    pub unread: u64,
 }
 
 impl ConcurrencyLimitSnapshot {
@@ -82,6 +84,7 @@ impl ConcurrencyLimitHandle {
             wait_p99: self.0.wait(0.99),
             exempt_in_flight,
             exempt,
+            unread: self.0.unread(),
         }
     }
 
@@ -187,6 +190,23 @@ impl ConcurrencyLimitHandle {
         self.0.set_retry_after(after);
     }
 
+    /// Changes the time after which a response that its client does not read releases its permit, as
+    /// [`max_unread`](crate::ConcurrencyLimitLayer::max_unread) does, for responses that begin from now on.
+    ///
+    /// # Errors
+    ///
+    /// A time of zero.
+    pub fn set_max_unread(&self, time: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
+        self.0.set_max_unread(checked_max_unread(time.into())?);
+        Ok(())
+    }
+
+    /// Changes whether health calls need no permit, as
+    /// [`exempt_grpc_health`](crate::ConcurrencyLimitLayer::exempt_grpc_health) does.
+    pub fn set_exempt_grpc_health(&self, on: bool) {
+        self.0.set_exempts_health(on);
+    }
+
     /// Shadow mode, on or off: nobody is refused and nobody waits, and
     /// [`shadowed`](ConcurrencyLimitSnapshot::shadowed) counts who would have been refused, were there no
     /// queue. Those are not counted as in flight, so that the others are who the limit would have let in.
@@ -236,6 +256,10 @@ pub(super) fn checked_queue(length: usize, longest_wait: Duration) -> Result<u32
         Ok(length @ 0..=MOST_WAITING) => Ok(length),
         _ => Err(ConfigError::new("queue.length", length, "use at most 2147483647")),
     }
+}
+
+pub(super) fn checked_max_unread(time: Option<Duration>) -> Result<Option<Duration>, ConfigError> {
+    time.map(|time| ConfigError::above_zero("max_unread", time)).transpose()
 }
 
 pub(super) fn checked_order(order: QueueOrder) -> Result<QueueOrder, ConfigError> {

@@ -58,8 +58,12 @@ impl Limit {
 
     /// What it learns goes with it: its calls are counted.
     pub(super) fn adaptive(limit: u32, teller: Teller) -> Self {
-        let limiter = Way::Striped(Striped::new(Limiter::new(limit, Some(teller))));
-        Self { limiter, own: Arc::new(Own { lasting: None, label: OnceLock::new() }) }
+        let limiter = Striped::new(Limiter::new(limit, Some(teller)));
+        limiter.set_owner(limiter.state().downgrade());
+        Self {
+            limiter: Way::Striped(limiter),
+            own: Arc::new(Own { lasting: None, label: OnceLock::new() }),
+        }
     }
 
     /// The right to make one call.
@@ -78,7 +82,10 @@ impl Limit {
 
     pub(super) fn name(&self, name: &str) {
         // The first name stays: refusals under way point at it.
-        let _ = self.own.label.set(Arc::new(Label { name: name.into(), fault: None }));
+        let label = Arc::new(Label { name: name.into(), fault: None });
+        if self.own.label.set(label.clone()).is_ok() {
+            self.set_label(label);
+        }
     }
 }
 

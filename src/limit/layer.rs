@@ -4,7 +4,7 @@ use tower_layer::Layer;
 
 use super::{
     adaptive::{Algorithm, Teller},
-    handle::{ConcurrencyLimitHandle, checked, checked_order, checked_queue},
+    handle::{ConcurrencyLimitHandle, checked, checked_max_unread, checked_order, checked_queue},
     lasting::Limit,
     queue::QueueOrder,
     upgrade::Upgrades,
@@ -121,6 +121,42 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
         {
             adaptive.set_count_cancelled_after(time);
         }
+        self
+    }
+
+    /// Sets the time after which a response that its client does not read releases its permit; above zero, in whole
+    /// milliseconds. `None`, which is the default: a response holds its permit for as long as it is not read.
+    ///
+    /// The time runs while the transport does not poll a response body that has more to give: its buffers are full. It
+    /// may be exceeded by a quarter. A body without a frame for its reader waits for its producer, so that an idle
+    /// stream that the client reads stays open. A frame of more than 1 MiB has the time once more for each MiB. For a
+    /// client that reads slowly, the time must be longer than it takes to read what the transport buffers: up to a few
+    /// megabytes for HTTP/1, and a stream's window for HTTP/2.
+    ///
+    /// The call then counts in [`unread`](super::ConcurrencyLimitSnapshot::unread). The connection remains open, and
+    /// with it the response: only the server can close it, as `Lifecycle::serve` does. If the client reads on, a
+    /// [`TimeoutLayer`](crate::TimeoutLayer) further in fails the body; without one the response goes on without a
+    /// permit.
+    ///
+    /// The setting holds for responses that begin from now on, up to about a million at once. It has no effect with
+    /// [`release_at_head`](Self::release_at_head), [`upgrades`](Self::upgrades) and services whose responses have no
+    /// body. A task on the runtime of the calls watches the responses. It ends when there are none.
+    pub fn max_unread(mut self, time: impl Into<Option<Duration>>) -> Self {
+        if let Some(time) = self.plan.accept(checked_max_unread(time.into())) {
+            self.plan.policy.set_max_unread(time);
+        }
+        self
+    }
+
+    /// Sets whether health calls need no permit: `Check` of `grpc.health.v1.Health`, and at most 64 `Watch` streams at
+    /// once; further streams take permits as any call does. On by default, and without effect until a
+    /// [health registry](crate::Health) of this process serves the protocol.
+    ///
+    /// An exempt call is counted in [`exempt`](super::ConcurrencyLimitSnapshot::exempt). The layer recognises it by
+    /// method, content type and path, as it recognises [exempt paths](Self::exempt_paths). Turn it off for a client,
+    /// and for a server that serves something else at these paths.
+    pub fn exempt_grpc_health(self, on: bool) -> Self {
+        self.plan.policy.set_exempts_health(on);
         self
     }
 

@@ -58,6 +58,17 @@
 //!
 //! Exempt paths, partitions with a share each, and priorities: see [`sort`].
 //!
+//! # Health checks
+//!
+//! A server whose limit is reached still answers health checks. As soon as a [health registry](crate::Health) of the
+//! process serves `grpc.health.v1`, every limit exempts `Check`, and at most 64 `Watch` streams at once; further streams
+//! take permits. An HTTP endpoint such as `/livez` belongs outside of the limit, or in
+//! [`exempt_paths`](ConcurrencyLimitLayer::exempt_paths).
+//!
+//! A client cannot use this to evade the limit: what answers at these two paths is the registry, which does no work of
+//! the application. A server in the same process that serves something else there, such as a proxy for all paths, has
+//! to turn [`exempt_grpc_health`](ConcurrencyLimitLayer::exempt_grpc_health) off.
+//!
 //! # Before it is trusted
 //!
 //! In [shadow mode](ConcurrencyLimitLayer::shadow) it refuses nobody and counts who would have been. The
@@ -75,6 +86,13 @@
 //! A place is held until the response body has ended, failed or been dropped, unless
 //! [`release_at_head`](ConcurrencyLimitLayer::release_at_head) says otherwise. A response that is kept and
 //! not read keeps its place: a caller that holds as many of them as the limit allows waits for itself.
+//!
+//! On a server, [`max_unread`](ConcurrencyLimitLayer::max_unread) releases the permit of a response whose client has
+//! stopped reading; [`buttress::server`](https://docs.rs/buttress/latest/buttress/stack/fn.server.html) sets it to 60 s,
+//! as nginx's `send_timeout`. The permit is free then, the connection is not: under `axum::serve` the response, its
+//! buffers and its connection remain until the client goes away, so limit the number of connections, too. If the client
+//! reads on, a [`TimeoutLayer`](crate::TimeoutLayer) further in fails the body. An idle stream that the client reads is
+//! not affected: its body waits for its producer.
 //!
 //! # Upgrades
 //!
@@ -118,6 +136,10 @@
 //! [partitions or priorities](sort) a short lock. The memory of a fixed limit, a few hundred bytes, is used again for another
 //! one instead of being given back.
 //!
+//! With [`max_unread`](ConcurrencyLimitLayer::max_unread), a response whose body has not ended with its head costs two
+//! more atomic operations on a word of its own and two stores per poll, and one task per limit looks after all of them.
+//! The task ends when there are no such responses.
+//!
 //! # Defaults
 //!
 //! | setting | default |
@@ -125,6 +147,8 @@
 //! | [`queue`](ConcurrencyLimitLayer::queue) | none: what finds no room is refused |
 //! | [`queue_order`](ConcurrencyLimitLayer::queue_order) | first come, first served |
 //! | [`retry_after`](ConcurrencyLimitLayer::retry_after) | 1 s |
+//! | [`max_unread`](ConcurrencyLimitLayer::max_unread) | none: an unread response holds its permit |
+//! | [`exempt_grpc_health`](ConcurrencyLimitLayer::exempt_grpc_health) | on, where a registry serves `grpc.health.v1` |
 //! | [`adaptive`](ConcurrencyLimitLayer::adaptive) measures | to the response head |
 //! | [`count_cancelled_after`](ConcurrencyLimitLayer::count_cancelled_after), adaptive | 1 s |
 //! | place held | to the end of the body |

@@ -33,6 +33,9 @@ impl<Req> Policy<Req> for Limit {
 
     #[inline]
     fn admit(&self, _: &Req, terms: impl Terms) -> Admit<Token, Wait> {
+        if let Some(token) = terms.health_call().and_then(|call| self.enter_health_call(call)) {
+            return Admit::Go(token);
+        }
         let deadline = terms.deadline().map(|deadline| deadline.at());
         if Moment::is_past(deadline) {
             return entered(self, LATE, deadline);
@@ -74,6 +77,9 @@ impl<Req, K: Sort<Req>> Policy<Req> for Sorted<K> {
         if claim.exempt {
             return Admit::Go(limiter.enter_exempt());
         }
+        if let Some(token) = terms.health_call().and_then(|call| limiter.enter_health_call(call)) {
+            return Admit::Go(token);
+        }
         let deadline = terms.deadline().map(|deadline| deadline.at());
         let entry = if Moment::is_past(deadline) { LATE } else { limiter.enter_as(claim) };
         entered(limiter, entry, deadline)
@@ -102,6 +108,9 @@ fn entered(
     entry: Result<Entry, RejectedKind>,
     deadline: Option<Instant>,
 ) -> Admit<Token, Wait> {
+    if !matches!(entry, Ok(Entry::In(_))) {
+        limiter.ensure_sweeper();
+    }
     match entry {
         Ok(Entry::In(token)) => Admit::Go(token),
         Ok(Entry::Waits(place)) => {
@@ -117,8 +126,10 @@ fn entered(
 impl Finish for Limiter {
     #[inline]
     fn finish(&self, token: Token, outcome: Outcome) {
-        self.end(token);
-        self.heard_end(token, outcome);
+        if let Some(token) = self.unwatch(token) {
+            self.end(token);
+            self.heard_end(token, outcome);
+        }
     }
 
     #[inline]
@@ -138,5 +149,18 @@ impl Finish for Limiter {
 
     fn count_cancelled_after(&self) -> Option<Duration> {
         self.adaptive()?.count_cancelled_after()
+    }
+
+    #[inline]
+    fn watches_reader(&self, token: Token) -> bool {
+        Limiter::watches_reader(self, token)
+    }
+
+    fn watch_reader(&self, token: &mut Token) -> bool {
+        Limiter::watch_reader(self, token)
+    }
+
+    fn body_polled(&self, token: Token, frame: Option<usize>) -> bool {
+        Limiter::body_polled(self, token, frame)
     }
 }

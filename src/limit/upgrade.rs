@@ -9,7 +9,7 @@ use std::{
 use super::core::Limiter;
 use crate::call::{
     Anchor, CallerDeadline, Deadline, Finish, Giver, Hold, Judge, Measures, Outcome, Permit,
-    SentMark, Shared, Token, UpstreamClock, WaitsFor,
+    SentMark, Shared, Token, UpstreamClock, WaitsFor, grpc::HealthCall,
 };
 use http::Request;
 
@@ -250,6 +250,10 @@ where
 
     fn sent_mark(&self, request: &Request<ReqB>) -> Option<SentMark> {
         self.0.sent_mark(request)
+    }
+
+    fn health_call(&self, request: &Request<ReqB>) -> Option<HealthCall> {
+        self.0.health_call(request)
     }
 
     fn begin<G: Giver>(

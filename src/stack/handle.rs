@@ -36,6 +36,8 @@ pub struct StackSnapshot {
     pub refused: u64,
     /// How many attempts took too long, in whatever phase, and how many calls their deadline ended.
     pub timeouts: u64,
+    /// The number of responses that released their permit because their client did not read them.
+    pub unread: u64,
     /// How many attempts were made beside first ones.
     pub retries: u64,
     /// How many second copies of slow calls were sent.
@@ -98,6 +100,7 @@ impl StackSnapshot {
             cancelled,
             refused,
             timeouts,
+            unread: limit.unread,
             retries: 0,
             hedges: 0,
             breaker_opened: 0,

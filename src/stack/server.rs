@@ -33,7 +33,17 @@ use crate::{
 /// With the feature `axum` (tonic: `tonic-health`) the time of an answer begins when its request is here; else with
 /// the call, and long uploads need a longer `timeout_head`.
 ///
-/// Health endpoints (`Health::endpoints`) belong outside of it. One stack belongs to one layer and all its clones.
+/// # Slow clients
+///
+/// No client holds a permit forever. A request body below `timeout_min_body_rate` (240 bytes per second after
+/// `timeout_body_grace`, 5 s) is ended. A response that its client does not read for `limit_max_unread` (60 s, or a
+/// quarter more) releases its permit, and fails if the client reads on; under `axum::serve` its connection remains. Both
+/// are off if the configuration is loaded with `streaming = true`, unless they are set. Event streams and WebSockets that
+/// the client reads stay open in any case. The stack watches only bodies of axum (feature `axum`) and of tonic (feature
+/// `tonic-health`) for the minimum rate.
+///
+/// Health endpoints (`Health::endpoints`) belong outside of it. gRPC health calls need no permit where a
+/// [health registry](crate::Health) of the process serves them. One stack belongs to one layer and all its clones.
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct ServerStack {

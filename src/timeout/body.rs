@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     BoxError,
-    call::{AnswerBody, Form, OwnAnswer, Phase, RejectedKind, grpc, has_passed},
+    call::{AnswerBody, Form, OwnAnswer, Phase, Rejected, RejectedKind, grpc, has_passed, unread},
 };
 
 pin_project! {
@@ -77,6 +77,14 @@ impl<B: Body> Body for TimedBody<B> {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, BoxError>>> {
         let mut this = self.project();
+        if unread::take() {
+            if let Some(rest) = this.rest.take() {
+                // The inner body is dropped as if its caller had hung up.
+                this.inner.set(AnswerBody::ended());
+                let rejected = timed_out(rest.far, rest.by, Phase::Unread, None);
+                return Poll::Ready(Some(rest.end(rejected)));
+            }
+        }
         // In the form it is given out in, and looked at where it lies.
         let polled = this.inner.as_mut().poll_frame(cx).map_err(this.boxed);
         let Some(rest) = this.rest else { return polled };
@@ -105,10 +113,7 @@ impl<B: Body> Body for TimedBody<B> {
         // With it goes whatever a layer further in holds for it.
         drop_by(phase, None, rest.end_of.source(), || this.inner.set(AnswerBody::ended()));
         let rejected = timed_out(rest.far, rest.by, phase, rest.end_of.source());
-        Poll::Ready(Some(match rest.form {
-            Form::Grpc => Ok(Frame::trailers(status(rejected.kind()))),
-            _ => Err(Box::new(rejected)),
-        }))
+        Poll::Ready(Some(rest.end(rejected)))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -117,6 +122,16 @@ impl<B: Body> Body for TimedBody<B> {
 
     fn size_hint(&self) -> SizeHint {
         self.inner.size_hint()
+    }
+}
+
+impl Rest {
+    /// Returns the last frame of a body that is ended.
+    fn end<D>(&self, rejected: Rejected) -> Result<Frame<D>, BoxError> {
+        match self.form {
+            Form::Grpc => Ok(Frame::trailers(status(rejected.kind()))),
+            _ => Err(Box::new(rejected)),
+        }
     }
 }
 

@@ -7,25 +7,26 @@ use http_body::Body;
 
 #[cfg(any(feature = "axum", feature = "tonic-health"))]
 use super::sending::SendingBody;
-use super::{sending::Sending, watch::Watch};
+use super::{body_rate::BodyRate, sending::Sending, watch::Watch};
 #[cfg(any(feature = "axum", feature = "tonic-health"))]
 use crate::BoxError;
 
 /// Watches this body if it is axum's or tonic's, with that feature.
-pub(super) fn watched<B: 'static>(body: &mut B, watch: &Watch) -> Option<Arc<Sending>> {
-    if !watch.timeouts.ask_for_the_request() {
-        return None;
-    }
+pub(super) fn watched<B: 'static>(
+    body: &mut B,
+    watch: &Watch,
+    rate: BodyRate,
+) -> Option<Arc<Sending>> {
     let body: &mut dyn Any = body;
     #[cfg(feature = "axum")]
     if let Some(body) = body.downcast_mut() {
-        return within(body, watch, axum::body::Body::new);
+        return within(body, watch, rate, axum::body::Body::new);
     }
     #[cfg(feature = "tonic-health")]
     if let Some(body) = body.downcast_mut() {
-        return within(body, watch, tonic::body::Body::new);
+        return within(body, watch, rate, tonic::body::Body::new);
     }
-    let _ = body;
+    let _ = (body, watch, rate);
     None
 }
 
@@ -33,13 +34,14 @@ pub(super) fn watched<B: 'static>(body: &mut B, watch: &Watch) -> Option<Arc<Sen
 fn within<B: Body<Error: Into<BoxError>> + Default>(
     body: &mut B,
     watch: &Watch,
+    rate: BodyRate,
     boxed: impl FnOnce(SendingBody<B>) -> B,
 ) -> Option<Arc<Sending>> {
-    if body.is_end_stream() {
+    if body.is_end_stream() || !Sending::is_needed(watch, rate) {
         return None;
     }
     let mut watched = SendingBody::unwatched(std::mem::take(body));
-    let sending = watched.watch(watch);
+    let sending = watched.watch(watch, rate);
     *body = boxed(watched);
     sending
 }

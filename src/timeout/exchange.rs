@@ -7,6 +7,7 @@ use http_body::Body;
 
 use super::{
     body::TimedBody,
+    body_rate::BodyRate,
     boxed,
     sending::{Sending, SendingBody},
     settings::Timeouts,
@@ -32,8 +33,12 @@ pub trait Begin<Req>: Clone + Send + Sync + 'static {
     /// What is handed on.
     fn pass(request: Req) -> Self::Request;
 
-    /// Watches it where it lies, for this call.
-    fn watch(request: &mut Self::Request, watch: &mut Watch) -> Option<Arc<Sending>>;
+    /// Starts to watch the request body for this call.
+    fn watch(
+        request: &mut Self::Request,
+        watch: &mut Watch,
+        rate: BodyRate,
+    ) -> Option<Arc<Sending>>;
 }
 
 /// How a response is given back. Not to be implemented outside of this crate.
@@ -76,8 +81,13 @@ impl<B: Body<Error: Into<BoxError>>> Begin<Request<B>> for Http {
     }
 
     #[inline]
-    fn watch(request: &mut Self::Request, watch: &mut Watch) -> Option<Arc<Sending>> {
-        request.body_mut().watch(watch)
+    fn watch(
+        request: &mut Self::Request,
+        watch: &mut Watch,
+        rate: BodyRate,
+    ) -> Option<Arc<Sending>> {
+        let rate = rate.of(request);
+        request.body_mut().watch(watch, rate)
     }
 }
 
@@ -95,9 +105,10 @@ impl<B: 'static> Begin<Request<B>> for AsIs {
     }
 
     #[inline]
-    fn watch(request: &mut Request<B>, watch: &mut Watch) -> Option<Arc<Sending>> {
+    fn watch(request: &mut Request<B>, watch: &mut Watch, rate: BodyRate) -> Option<Arc<Sending>> {
         watch.timeouts.or_head_for_taking();
-        boxed::watched(request.body_mut(), watch)
+        let rate = rate.of(request);
+        boxed::watched(request.body_mut(), watch, rate)
     }
 }
 
@@ -115,7 +126,7 @@ impl<Req> Begin<Req> for PerResponse {
     }
 
     #[inline]
-    fn watch(_: &mut Req, _: &mut Watch) -> Option<Arc<Sending>> {
+    fn watch(_: &mut Req, _: &mut Watch, _: BodyRate) -> Option<Arc<Sending>> {
         None
     }
 }

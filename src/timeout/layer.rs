@@ -89,6 +89,38 @@ impl<M, R> TimeoutLayer<M, R> {
         self.set(Timeouts::new().taking(time))
     }
 
+    /// Sets the minimum rate of a request body in bytes per second, or `None`. 240 on a server and off on a client by
+    /// default; 1 or more.
+    ///
+    /// A body may keep its reader waiting for [`body_grace`](Self::body_grace) in all. Each byte adds the time that it
+    /// takes at this rate, up to the time for [`sending`](Self::sending) (60 s without one): a body that was fast so
+    /// far may be silent for that long, but cannot save up for hours of a trickle. The first time is that of Apache's
+    /// `mod_reqtimeout` (`body=5,MinRate=240`) and Kestrel's `MinRequestBodyDataRate`.
+    ///
+    /// Time in which the service does not poll the body does not count. The rate is also enforced after the response
+    /// head, for services that respond before they have read their request. A body below the rate fails with a boxed
+    /// [`Rejected`], and a call without a response head is rejected like one whose body was silent.
+    ///
+    /// Tunnels (`CONNECT`) and gRPC requests over HTTP/2 are exempt. A client can claim to send gRPC: a service that
+    /// reads bodies of any content type should also set [`min_body_rate_for_grpc`](Self::min_body_rate_for_grpc).
+    /// Upgrades need no exemption: an upgraded connection is not a request body. With [`as_is`](Self::as_is), only
+    /// axum's and tonic's bodies have a rate.
+    pub fn min_body_rate(self, bytes_per_second: impl Into<Option<u32>>) -> Self {
+        self.set(Timeouts::new().min_body_rate(bytes_per_second))
+    }
+
+    /// Sets the time for which a request body may keep its reader waiting before the
+    /// [minimum rate](Self::min_body_rate) counts: 5 s by default, above zero.
+    pub fn body_grace(self, time: Duration) -> Self {
+        self.set(Timeouts::new().body_grace(time))
+    }
+
+    /// Sets whether gRPC requests have to keep the [minimum rate](Self::min_body_rate), too. Off by default, because a
+    /// client stream may be silent.
+    pub fn min_body_rate_for_grpc(self, on: bool) -> Self {
+        self.set(Timeouts::new().min_body_rate_for_grpc(on))
+    }
+
     /// How long a call may take to the end of its response body, or `None`: it cuts healthy streams.
     pub fn total(self, time: impl Into<Option<Duration>>) -> Self {
         self.set(Timeouts::new().total(time))

@@ -31,7 +31,8 @@
 //! use axum::{Router, routing::get};
 //! use buttress::TimeoutLayer;
 //!
-//! // 503 for what has no head within 30 s of its request, which may be silent for 60 s; streams may be so for ever.
+//! // 503 for a call without a response head 30 s after its request, and for a request that is silent for 60 s or slower
+//! // than 240 bytes per second. Response streams may be silent.
 //! let app: Router =
 //!     Router::new().route("/", get(|| async { "…" })).layer(TimeoutLayer::server().respond());
 //! ```
@@ -46,12 +47,24 @@
 //! | [`first_frame`](TimeoutLayer::first_frame) | the response body being asked for its first frame, and having none | that frame |
 //! | [`idle`](TimeoutLayer::idle) | the same for each later frame | a frame, or the end |
 //! | [`total`](TimeoutLayer::total) | the call | the end of the response body |
+//! | [`min_body_rate`](TimeoutLayer::min_body_rate) | the request body being polled, and having no frame | a frame; also after the response head |
 //! | [`Deadline`](crate::Deadline) of the request | it is a time of day | the end of the response body |
 //!
-//! A stall is a producer that is silent while its consumer is asking. Who reads an answer slowly does not ask, and is
-//! not timed, unless there is a total. Nor is a server ended that takes a request slowly; only one that takes nothing
+//! A stall is a producer that is silent while its consumer polls it. A client that reads a response slowly does not poll,
+//! and is not timed, unless there is a total: a concurrency limit with
+//! [`max_unread`](https://docs.rs/buttress/latest/buttress/struct.ConcurrencyLimitLayer.html#method.max_unread) is. Nor is a server ended that takes a request slowly; only one that takes nothing
 //! more of it for as long as [`taking`](TimeoutLayer::taking) says. That one is hung: its kernel still answers TCP's
 //! keepalives, and nothing else would ever end the call.
+//!
+//! # Slow request bodies
+//!
+//! A client that sends one byte every 50 s is never silent for long, and would hold its call and the permits of outer
+//! layers forever. On a server, a request body therefore has a
+//! [minimum rate](TimeoutLayer::min_body_rate): 240 bytes per second, after 5 s. It is paused while the service does
+//! not poll the body, it holds after the response head, and gRPC over HTTP/2 is exempt. Turn it off for a server that
+//! receives live streams.
+//!
+//! # When a request has been sent
 //!
 //! A request is sent when the wrapped service has taken all of it. Long frames of `Bytes` are given to it in pieces
 //! of 64 KiB, so that a body in one piece is not sent before it is.
@@ -72,7 +85,7 @@
 //!
 //! The layer never responds with 408, because browsers then send the same request again. A circuit breaker outside of it
 //! counts a timeout as a failure. A retry outside of it repeats a [`Timeout`](crate::call::Reason::Timeout) if that is
-//! safe. A request body that stalls is attributed to the caller, and so is a [`Deadline`](crate::Deadline) of the
+//! safe. A request body that stalls or is too slow is attributed to the caller, and so is a [`Deadline`](crate::Deadline) of the
 //! caller: see the [table of causes](crate::call#which-side-caused-it).
 //!
 //! # Other clients' timeouts
@@ -89,6 +102,7 @@
 //! | tower-http `ResponseBodyTimeoutLayer` | [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle) |
 //! | nginx `proxy_read_timeout` | [`head`](TimeoutLayer::head), [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle) |
 //! | nginx `proxy_send_timeout`, `client_body_timeout` | [`taking`](TimeoutLayer::taking), [`sending`](TimeoutLayer::sending) |
+//! | Apache `mod_reqtimeout` `body=5,MinRate=240`, Kestrel `MinRequestBodyDataRate` | [`min_body_rate`](TimeoutLayer::min_body_rate) and [`body_grace`](TimeoutLayer::body_grace) |
 //! | Envoy `stream_idle_timeout` | [`first_frame`](TimeoutLayer::first_frame), [`idle`](TimeoutLayer::idle), [`sending`](TimeoutLayer::sending) and [`taking`](TimeoutLayer::taking) |
 //!
 //! # In the stack
@@ -125,6 +139,8 @@
 //! | [`idle`](TimeoutLayer::idle) | 60 s, as nginx's `proxy_read_timeout` | none |
 //! | [`sending`](TimeoutLayer::sending) | 60 s, as nginx's `client_body_timeout` | 60 s |
 //! | [`taking`](TimeoutLayer::taking) | 5 minutes, as Envoy's `stream_idle_timeout` | as head |
+//! | [`min_body_rate`](TimeoutLayer::min_body_rate) | none | 240 bytes per second, as Kestrel's `MinRequestBodyDataRate` |
+//! | [`body_grace`](TimeoutLayer::body_grace) | 5 s | 5 s |
 //! | [`total`](TimeoutLayer::total) | none | none |
 //!
 //! # Beside tower's and tower-http's
@@ -133,6 +149,7 @@
 //! the response is there, and by default with 408.
 
 mod body;
+mod body_rate;
 mod boxed;
 mod exchange;
 mod layer;

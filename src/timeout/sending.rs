@@ -18,6 +18,7 @@ use pin_project_lite::pin_project;
 use tokio::time::Instant;
 
 use super::{
+    body_rate::{Allowance, BodyRate},
     settings::{Limit, State, timed_out},
     stall::Stall,
     watch::Watch,
@@ -36,6 +37,8 @@ pub(super) enum Stage {
     Sent,
     /// Its producer fell silent.
     Stalled,
+    /// Its producer was slower than the minimum rate.
+    TooSlow,
     /// The answer is here: whatever the body still does is none of its call's business.
     Answered,
 }
@@ -47,8 +50,10 @@ pub struct Sending {
     /// asked for and not there.
     pace: AtomicU32,
     call: Mutex<Waiting>,
-    /// How long it may be silent.
+    /// The maximum silence, until the response head.
     limit: Limit,
+    /// What the minimum rate allows, also after the response head.
+    allowance: Option<Allowance>,
     by: LayerKind,
     far: Far<State>,
 }
@@ -61,11 +66,17 @@ struct Waiting {
 }
 
 impl Sending {
-    fn new(watch: &Watch) -> Arc<Self> {
+    /// Returns whether a call has to be told about its request body, or the body has to be timed.
+    pub(super) fn is_needed(watch: &Watch, rate: BodyRate) -> bool {
+        watch.timeouts.depend_on_the_request() || rate.min().is_some()
+    }
+
+    fn new(watch: &Watch, rate: BodyRate) -> Arc<Self> {
         let Watch { timeouts, by, far, .. } = *watch;
         let (stage, pace) = (AtomicU8::new(Stage::Sending as u8), AtomicU32::new(0));
         let limit = timeouts.limit(Phase::Sending);
-        Arc::new(Self { stage, pace, call: Mutex::default(), limit, by, far })
+        let allowance = Allowance::new(rate, limit);
+        Arc::new(Self { stage, pace, call: Mutex::default(), limit, allowance, by, far })
     }
 
     fn call(&self) -> MutexGuard<'_, Waiting> {
@@ -77,6 +88,7 @@ impl Sending {
             0 => Stage::Sending,
             1 => Stage::Sent,
             2 => Stage::Stalled,
+            3 => Stage::TooSlow,
             _ => Stage::Answered,
         }
     }
@@ -131,6 +143,18 @@ impl Sending {
         (self.stage(), due)
     }
 
+    /// Returns for how long the body may be silent now, and the phase that ends then.
+    fn max_silence(&self) -> (Option<Duration>, Phase) {
+        let silence = self.limit.time().filter(|_| self.stage() == Stage::Sending);
+        let allowed = self.allowance.as_ref().map(Allowance::left);
+        match (silence, allowed) {
+            (silence, Some(allowed)) if silence.is_none_or(|silence| allowed < silence) => {
+                (Some(allowed), Phase::BodyRate)
+            }
+            (silence, _) => (silence, Phase::Sending),
+        }
+    }
+
     /// A frame was given, or one is asked for that is not there.
     fn step(&self, given: bool) {
         let pace = self.pace.load(Ordering::Relaxed);
@@ -183,11 +207,11 @@ impl<B: Body<Error: Into<BoxError>>> SendingBody<B> {
 
     /// From here on somebody listens, unless there is nothing to hear of.
     #[inline]
-    pub(super) fn watch(&mut self, watch: &Watch) -> Option<Arc<Sending>> {
-        if self.inner.is_end_stream() || !watch.timeouts.ask_for_the_request() {
+    pub(super) fn watch(&mut self, watch: &Watch, rate: BodyRate) -> Option<Arc<Sending>> {
+        if self.inner.is_end_stream() || !Sending::is_needed(watch, rate) {
             return None;
         }
-        let sending = Sending::new(watch);
+        let sending = Sending::new(watch, rate);
         self.tells = Tells(Some(sending.clone()));
         Some(sending)
     }
@@ -220,7 +244,9 @@ impl<B: Body + 'static> Body for SendingBody<B> {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, BoxError>>> {
         let mut this = self.project();
-        let polled = match this.rest.is_empty() {
+        // The bytes of a frame that is given in pieces are recorded with the first piece.
+        let is_new = this.rest.is_empty();
+        let polled = match is_new {
             true => this.inner.as_mut().poll_frame(cx),
             false => Poll::Ready(next(this.rest).map(|piece| Ok(Frame::data(piece)))),
         };
@@ -228,7 +254,11 @@ impl<B: Body + 'static> Body for SendingBody<B> {
             told.step(polled.is_ready());
         }
         if let Poll::Ready(mut next) = polled {
-            this.stall.over();
+            let since = this.stall.over();
+            let allowance = this.tells.0.as_ref().and_then(|told| told.allowance.as_ref());
+            if let (Some(allowance), true, Some(Ok(frame))) = (allowance, is_new, &next) {
+                allowance.record(frame.data_ref().map_or(0, Buf::remaining), since);
+            }
             let is_long = |frame: &Frame<B::Data>| {
                 frame.data_ref().is_some_and(|data| data.remaining() > PIECE)
             };
@@ -243,10 +273,10 @@ impl<B: Body + 'static> Body for SendingBody<B> {
             return Poll::Ready(next.map(|frame| frame.map_err(this.boxed)));
         }
         let Some(told) = &this.tells.0 else { return Poll::Pending };
-        let limit = told.limit.time().filter(|_| told.stage() == Stage::Sending);
-        ready!(this.stall.poll(limit, None, cx));
-        let rejected = timed_out(told.far, told.by, Phase::Sending, None);
-        told.end(Stage::Stalled);
+        let (max_silence, phase) = told.max_silence();
+        ready!(this.stall.poll(max_silence, None, cx));
+        let rejected = timed_out(told.far, told.by, phase, None);
+        told.end(if phase == Phase::BodyRate { Stage::TooSlow } else { Stage::Stalled });
         *this.tells = Tells(None);
         Poll::Ready(Some(Err(Box::new(rejected))))
     }

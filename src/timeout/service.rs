@@ -111,7 +111,8 @@ impl<S, M, R> Timeout<S, M, R> {
                 fault = Some(self.state.call_fault(error));
             }
         }
-        let mut watch = Watch::new(timeouts, self.by, self.reject.form(&request), self.far);
+        let (times, body_rate) = timeouts.into_parts();
+        let mut watch = Watch::new(times, self.by, self.reject.form(&request), self.far);
         if let Some(fault) = fault {
             return self.refused(watch, Rejected::misconfigured(self.by, fault));
         }
@@ -119,7 +120,7 @@ impl<S, M, R> Timeout<S, M, R> {
             return self.refused(watch, self.state.refuse(self.by));
         }
         let mut request = M::pass(request);
-        let sending = M::watch(&mut request, &mut watch);
+        let sending = M::watch(&mut request, &mut watch, body_rate);
         // Not by way of variables: a future is large to move.
         ResponseFuture {
             state: Stand::Called { future: self.inner.call(request), alarm: Alarm::new() },
@@ -201,6 +202,7 @@ where
                         match answered(this.sending.as_deref()) {
                             // Of its own body's making: however the service below put it.
                             Some(Stage::Stalled) => Phase::Sending,
+                            Some(Stage::TooSlow) => Phase::BodyRate,
                             // A retry further in ended it for the same deadline: told as it was asked for here.
                             _ if R::ANSWERS && is_over() => Phase::Deadline,
                             _ => return Poll::Ready(Err(R::error(error))),
@@ -218,7 +220,7 @@ where
                                         report_wait(this.sending.as_deref());
                                         return Poll::Pending;
                                     }
-                                    Next::Stalled => Phase::Sending,
+                                    Next::Stalled(phase) => phase,
                                     Next::Until { at, phase, is_final } => {
                                         alarm.as_mut().set(at);
                                         *this.waits_for = is_final.then_some(phase);
@@ -228,7 +230,7 @@ where
                             }
                         };
                         report_wait(this.sending.as_deref());
-                        if phase != Phase::Sending {
+                        if !matches!(phase, Phase::Sending | Phase::BodyRate) {
                             ready!(alarm.poll(&*future, cx));
                         }
                         phase
@@ -245,8 +247,8 @@ where
             };
             let Some((watch, _)) = this.call else { unreachable!("polled after completion") };
             let rejected = match phase {
-                // Its body has counted it.
-                Phase::Sending => stalled(watch.far, watch.by),
+                // The body has counted it.
+                Phase::Sending | Phase::BodyRate => stalled(watch.far, watch.by, phase),
                 phase => timed_out(watch.far, watch.by, phase, watch.source()),
             };
             // The call ends here. Dropping the inner future releases what inner layers hold for it.

@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use super::body_rate::{BodyRate, SharedBodyRate};
 use crate::{
     ConfigError,
     call::{
@@ -17,8 +18,8 @@ use crate::{
     event::RepeatedEvent,
 };
 
-const UNSAID: u32 = u32::MAX;
-const OFF: u32 = 0;
+pub(super) const UNSAID: u32 = u32::MAX;
+pub(super) const OFF: u32 = 0;
 
 /// How long each phase of a call may take: the settings of a [`TimeoutLayer`](super::TimeoutLayer), or, in a
 /// request's extensions, what one call has instead of them.
@@ -37,16 +38,29 @@ const OFF: u32 = 0;
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Timeouts {
-    ms: [u32; 6],
-    /// The first phase that was given no time at all.
-    zero: Option<Phase>,
+    times: Times,
+    body_rate: BodyRate,
+    /// The first setting that is zero.
+    zero: Option<Zero>,
 }
+
+/// A setting that is zero.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Zero {
+    Phase(Phase),
+    BodyGrace,
+    MinBodyRate,
+}
+
+/// The time of each phase, in milliseconds, [`OFF`] or [`UNSAID`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Times([u32; 6]);
 
 impl Timeouts {
     /// Nothing said.
     #[must_use]
     pub const fn new() -> Self {
-        Self { ms: [UNSAID; 6], zero: None }
+        Self { times: Times([UNSAID; 6]), body_rate: BodyRate::UNSAID, zero: None }
     }
 
     /// A client's: head 30 s; first frame and idle 60 s, as nginx's `proxy_read_timeout`; sending 60 s, as its
@@ -59,12 +73,13 @@ impl Timeouts {
         answer.sending(secs(60)).taking(secs(300)).total(None)
     }
 
-    /// A server's: head 30 s; sending 60 s, as nginx's `client_body_timeout`; taking as head. Its streams may be
-    /// silent.
+    /// A server's: head 30 s; sending 60 s, as nginx's `client_body_timeout`; taking as head; request bodies of at
+    /// least 240 bytes per second after 5 s, as Kestrel's `MinRequestBodyDataRate`. Its response streams may be silent.
     #[must_use]
     pub fn server() -> Self {
         let secs = Duration::from_secs;
         let request = Self::new().head(secs(30)).sending(secs(60));
+        let request = request.min_body_rate(240).body_grace(secs(5));
         request.first_frame(None).idle(None).total(None)
     }
 
@@ -105,15 +120,50 @@ impl Timeouts {
         self.with(Phase::Total, time.into())
     }
 
-    fn with(mut self, phase: Phase, time: Option<Duration>) -> Self {
-        self.ms[phase as usize] = match time {
+    /// Sets the minimum rate of a request body in bytes per second, or `None`.
+    ///
+    /// Only the time for which the body is polled and has no frame counts, also after the response head. See
+    /// [`TimeoutLayer::min_body_rate`](super::TimeoutLayer::min_body_rate).
+    #[must_use]
+    pub fn min_body_rate(mut self, bytes_per_second: impl Into<Option<u32>>) -> Self {
+        self.body_rate.min = match bytes_per_second.into() {
             None => OFF,
-            Some(time) if time.is_zero() => {
-                self.zero.get_or_insert(phase);
+            Some(0) => {
+                self.zero.get_or_insert(Zero::MinBodyRate);
                 1
             }
+            Some(rate) => rate.min(UNSAID - 1),
+        };
+        self
+    }
+
+    /// Sets the time for which a request body may keep its reader waiting before the minimum rate counts: 5 s by
+    /// default. Without effect while there is no [`min_body_rate`](Self::min_body_rate).
+    #[must_use]
+    pub fn body_grace(mut self, time: Duration) -> Self {
+        if time.is_zero() {
+            self.zero.get_or_insert(Zero::BodyGrace);
+        }
+        self.body_rate.grace_ms = millis(time);
+        self
+    }
+
+    /// Sets whether gRPC requests have to keep the minimum rate, too. They are exempt by default, because a client
+    /// stream may be silent.
+    #[must_use]
+    pub fn min_body_rate_for_grpc(mut self, on: bool) -> Self {
+        self.body_rate.grpc = on.into();
+        self
+    }
+
+    fn with(mut self, phase: Phase, time: Option<Duration>) -> Self {
+        self.times.0[phase as usize] = match time {
+            None => OFF,
             Some(time) => {
-                u32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(UNSAID).min(UNSAID - 1)
+                if time.is_zero() {
+                    self.zero.get_or_insert(Zero::Phase(phase));
+                }
+                millis(time)
             }
         };
         self
@@ -122,53 +172,78 @@ impl Timeouts {
     /// What is said of a phase, if it is a time. There is none for [`Phase::Deadline`].
     #[must_use]
     pub fn get(&self, phase: Phase) -> Option<Duration> {
-        self.limit(phase).time()
+        self.times.get(phase)
     }
 
-    pub(super) fn limit(&self, phase: Phase) -> Limit {
-        Limit(self.ms.get(phase as usize).copied().unwrap_or(OFF))
+    /// Returns the minimum rate of a request body in bytes per second, if there is one.
+    #[must_use]
+    pub fn get_min_body_rate(&self) -> Option<u32> {
+        self.body_rate.min()
     }
 
     /// Whether they can work.
     ///
     /// # Errors
     ///
-    /// A phase that was given no time at all.
+    /// A time or a rate of zero.
     pub fn check(&self) -> Result<(), ConfigError> {
-        match self.zero {
-            None => Ok(()),
-            Some(phase) => {
-                let remedy = "use a time above zero, or none for no limit";
-                Err(ConfigError::new(phase.as_str(), Duration::ZERO, remedy))
+        let (field, value, remedy) = match self.zero {
+            None => return Ok(()),
+            Some(Zero::Phase(phase)) => {
+                (phase.as_str(), "0ns", "use a time above zero, or none for no limit")
             }
-        }
+            Some(Zero::BodyGrace) => ("body_grace", "0ns", "use a time above zero"),
+            Some(Zero::MinBodyRate) => {
+                ("min_body_rate", "0", "use 1 byte per second or more, or none for no limit")
+            }
+        };
+        Err(ConfigError::new(field, format_args!("{value}"), remedy))
     }
 
     /// These, and for what they do not say those.
     pub(super) fn or(mut self, those: Self) -> Self {
-        for (this, that) in self.ms.iter_mut().zip(those.ms) {
+        for (this, that) in self.times.0.iter_mut().zip(those.times.0) {
             if *this == UNSAID {
                 *this = that;
             }
         }
+        self.body_rate = self.body_rate.or(those.body_rate);
         self
     }
 
-    /// Whether any of them has to do with where the request is.
-    pub(super) fn ask_for_the_request(&self) -> bool {
-        [Phase::Head, Phase::Sending, Phase::Taking].iter().any(|phase| self.is_on(*phase))
+    /// Returns what a call needs to its end, and what only the watch over its request body needs.
+    #[inline]
+    pub(super) fn into_parts(self) -> (Times, BodyRate) {
+        (self.times, self.body_rate)
+    }
+}
+
+/// Returns whole milliseconds, rounded up and at least 1.
+fn millis(time: Duration) -> u32 {
+    let ms = u32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(UNSAID);
+    ms.clamp(1, UNSAID - 1)
+}
+
+impl Times {
+    pub(super) fn get(&self, phase: Phase) -> Option<Duration> {
+        self.limit(phase).time()
     }
 
-    /// A server has as long to take more of a request as to answer one that is here, if no other time is said:
-    /// a handler that never looks at its request may hang as well as another.
+    pub(super) fn limit(&self, phase: Phase) -> Limit {
+        Limit(self.0.get(phase as usize).copied().unwrap_or(OFF))
+    }
+
+    /// Returns whether a phase depends on the progress of the request.
+    pub(super) fn depend_on_the_request(&self) -> bool {
+        [Phase::Head, Phase::Sending, Phase::Taking].iter().any(|phase| self.get(*phase).is_some())
+    }
+
+    /// Sets the time for taking to the time for the head, if there is none: a handler that never reads its request may
+    /// hang as well as another.
     pub(super) fn or_head_for_taking(&mut self) {
-        if !self.is_on(Phase::Taking) {
-            self.ms[Phase::Taking as usize] = self.ms[Phase::Head as usize];
+        if self.get(Phase::Taking).is_none() {
+            self.0[Phase::Taking as usize] = self.0[Phase::Head as usize];
         }
-    }
-
-    fn is_on(&self, phase: Phase) -> bool {
-        self.get(phase).is_some()
     }
 }
 
@@ -177,6 +252,11 @@ impl Timeouts {
 pub(super) struct Limit(u32);
 
 impl Limit {
+    #[cfg(test)]
+    pub(super) fn of(time: Duration) -> Self {
+        Self(millis(time))
+    }
+
     pub(super) fn time(self) -> Option<Duration> {
         (!matches!(self.0, OFF | UNSAID)).then(|| Duration::from_millis(self.0.into()))
     }
@@ -191,11 +271,21 @@ impl Default for Timeouts {
 impl fmt::Debug for Timeouts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut all = f.debug_struct("Timeouts");
-        for (phase, ms) in Phase::ALL.iter().zip(self.ms).filter(|(_, ms)| *ms != UNSAID) {
+        let times = Phase::ALL.iter().zip(self.times.0);
+        for (phase, ms) in times.filter(|(_, ms)| *ms != UNSAID) {
             match ms {
                 OFF => all.field(phase.as_str(), &format_args!("off")),
                 ms => all.field(phase.as_str(), &Duration::from_millis(ms.into())),
             };
+        }
+        match self.body_rate.min {
+            UNSAID => {}
+            OFF => {
+                all.field("min_body_rate", &format_args!("off"));
+            }
+            rate => {
+                all.field("min_body_rate", &rate).field("body_grace", &self.body_rate.grace());
+            }
         }
         all.finish()
     }
@@ -205,7 +295,8 @@ impl fmt::Debug for Timeouts {
 
 pub(super) struct State {
     ms: [AtomicU32; 6],
-    timed_out: [AtomicU64; 7],
+    body_rate: SharedBodyRate,
+    timed_out: [AtomicU64; 9],
     refused: AtomicU64,
     /// Reports of timeouts that a request carries and that cannot work.
     call_faults: OnceLock<Arc<RepeatedEvent>>,
@@ -216,7 +307,8 @@ pub(super) struct State {
 impl State {
     pub(super) fn new(timeouts: Timeouts) -> Arc<Self> {
         Arc::new_cyclic(|weak| Self {
-            ms: timeouts.ms.map(AtomicU32::new),
+            ms: timeouts.times.0.map(AtomicU32::new),
+            body_rate: SharedBodyRate::new(timeouts.body_rate),
             timed_out: Default::default(),
             refused: AtomicU64::new(0),
             call_faults: OnceLock::new(),
@@ -233,15 +325,16 @@ impl State {
     pub(super) fn timeouts(&self) -> Timeouts {
         let [head, first, idle, sending, taking, total] = &self.ms;
         let ms = [head, first, idle, sending, taking, total].map(|ms| ms.load(Relaxed));
-        Timeouts { ms, zero: None }
+        Timeouts { times: Times(ms), body_rate: self.body_rate.get(), zero: None }
     }
 
     pub(super) fn set(&self, timeouts: Timeouts) {
-        for (ms, said) in self.ms.iter().zip(timeouts.ms) {
+        for (ms, said) in self.ms.iter().zip(timeouts.times.0) {
             if said != UNSAID {
                 ms.store(said, Relaxed);
             }
         }
+        self.body_rate.set(timeouts.body_rate);
     }
 
     pub(super) fn name(&self, name: &str) {
@@ -300,7 +393,7 @@ pub(super) fn drop_by(
     drop: impl FnOnce(),
 ) {
     let cause = match (phase, source) {
-        (Phase::Sending, _) => None,
+        (Phase::Sending | Phase::BodyRate, _) => None,
         (Phase::Deadline, Some(source)) => DropCause::of_deadline(source),
         _ => Some(DropCause::TimedOut(limit)),
     };
@@ -310,10 +403,10 @@ pub(super) fn drop_by(
     }
 }
 
-/// The refusal of a call whose request body fell silent, which its body has counted.
-pub(super) fn stalled(far: Far<State>, by: LayerKind) -> Rejected {
+/// Returns the rejection of a call whose request body was silent or too slow. The body has counted it.
+pub(super) fn stalled(far: Far<State>, by: LayerKind, phase: Phase) -> Rejected {
     let label = far.get().and_then(|state| state.label.get().cloned());
-    Rejected::by(by, RejectedKind::TimedOut(Phase::Sending)).labelled(label)
+    Rejected::by(by, RejectedKind::TimedOut(phase)).labelled(label)
 }
 
 impl fmt::Debug for State {
@@ -336,7 +429,7 @@ pub struct TimeoutSnapshot {
     pub timeouts: Timeouts,
     /// How many calls were refused because their [`Deadline`](crate::Deadline) had passed before they began.
     pub refused_deadline: u64,
-    timed_out: [u64; 7],
+    timed_out: [u64; 9],
 }
 
 impl TimeoutSnapshot {

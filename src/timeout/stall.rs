@@ -37,12 +37,10 @@ impl Stall {
         Self(None)
     }
 
-    /// It was heard of.
+    /// Ends the silence, and returns when it began.
     #[inline]
-    pub(super) fn over(&mut self) {
-        if let Some(silence) = &mut self.0 {
-            *silence.as_mut().project().since = None;
-        }
+    pub(super) fn over(&mut self) -> Option<Instant> {
+        self.0.as_mut().and_then(|silence| silence.as_mut().project().since.take())
     }
 
     /// It is asked and silent.

@@ -4,14 +4,14 @@ use tokio::time::Instant;
 
 use super::{
     sending::{Sending, Stage},
-    settings::{Limit, State, Timeouts},
+    settings::{Limit, State, Times},
 };
 use crate::call::{Deadline, DeadlineSource, Far, Form, LayerKind, Moment, Phase, has_passed};
 
 /// The times of one call, and what they count from.
 #[derive(Debug)]
 pub struct Watch {
-    pub(super) timeouts: Timeouts,
+    pub(super) timeouts: Times,
     /// When all of it has to be over.
     end: Option<Instant>,
     end_of: End,
@@ -65,13 +65,13 @@ pub(super) enum Next {
     Until { at: Instant, phase: Phase, is_final: bool },
     /// For ever.
     Forever,
-    /// Its request body fell silent.
-    Stalled,
+    /// Its request body was silent or too slow: the phase says which.
+    Stalled(Phase),
 }
 
 impl Watch {
     #[inline]
-    pub(super) fn new(timeouts: Timeouts, by: LayerKind, form: Form, far: Far<State>) -> Self {
+    pub(super) fn new(timeouts: Times, by: LayerKind, form: Form, far: Far<State>) -> Self {
         // Not used while `end` is `None`.
         let end_of = End::Total;
         Self { timeouts, end: None, end_of, begun: false, by, form, far }
@@ -126,7 +126,8 @@ impl Watch {
         let taking = self.timeouts.get(Phase::Taking);
         let (stage, due) = sending.map_or((Stage::Sent, None), |sending| sending.poll(taking, cx));
         let (limit, phase) = match stage {
-            Stage::Stalled => return Next::Stalled,
+            Stage::Stalled => return Next::Stalled(Phase::Sending),
+            Stage::TooSlow => return Next::Stalled(Phase::BodyRate),
             Stage::Sending => (due, Phase::Taking),
             // It has been sent just now: from here on the head is waited for.
             Stage::Sent | Stage::Answered => {

@@ -263,6 +263,30 @@ fn presets_work_as_they_are_and_are_told_apart() {
 }
 
 #[test]
+fn streaming_turns_off_what_ends_slow_clients_of_a_server_unless_it_is_set() {
+    let bounds =
+        |config: &ServerConfig| (config.timeout.min_body_rate, config.limit.max_unread.is_some());
+    let load = |toml: &str| ServerConfig::from_toml(toml).unwrap();
+    assert_eq!(bounds(&ServerConfig::default()), (Some(240), true));
+    assert_eq!(bounds(&load("streaming = false")), (Some(240), true));
+    let streaming = load("streaming = true");
+    assert_eq!(bounds(&streaming), (None, false));
+    assert_eq!(bounds(&ServerConfig::preset(Preset::Llm)), (None, false));
+    let set = load("timeout_min_body_rate = 100\nstreaming = true\nlimit_max_unread = '9s'");
+    assert_eq!(bounds(&set), (Some(100), true));
+    let overridden = load("preset = 'llm'\nstreaming = false");
+    assert_eq!(bounds(&overridden), (Some(240), true));
+
+    let explained = streaming.explain();
+    let line = explained.lines().find(|line| line.contains("limit_max_unread")).unwrap();
+    assert!(line.contains("off          default if streaming"), "{line}");
+    // A client has neither.
+    let client = ClientConfig::from_toml("streaming = true").unwrap();
+    assert_eq!((client.timeout.min_body_rate, client.limit.max_unread), (None, None));
+    assert!(!client.limit.exempt_grpc_health && streaming.limit.exempt_grpc_health);
+}
+
+#[test]
 fn it_explains_the_stack_outermost_first_with_where_each_value_came_from() {
     let mut config = search()
         .preset(Preset::Llm)

@@ -59,7 +59,10 @@ fn plausible(key: &str) -> BoxedStrategy<Value> {
         "preset" => {
             prop::sample::select(vec!["internal", "slow", "llm"]).prop_map(Value::from).boxed()
         }
-        "streaming" | "http2_only" => any::<bool>().prop_map(Value::from).boxed(),
+        "streaming"
+        | "http2_only"
+        | "timeout_min_body_rate_for_grpc"
+        | "limit_exempt_grpc_health" => any::<bool>().prop_map(Value::from).boxed(),
         "deadline_header" => text("x-left").boxed(),
         "health_uri" | "probe_uri" => text("http://search:8080/healthz").boxed(),
         "breaker_failure_ratio"
@@ -101,7 +104,17 @@ fn said(keys: Vec<String>) -> impl Strategy<Value = Map<String, Value>> {
         let value = prop_oneof![6 => plausible(&key), 1 => hostile()];
         (Just(key), value)
     });
-    prop::collection::vec(one, 0..6).prop_map(|said| said.into_iter().collect())
+    prop::collection::vec(one, 0..6).prop_map(|said| {
+        let mut said: Map<String, Value> = said.into_iter().collect();
+        // These are errors without a rate.
+        if ["timeout_body_grace", "timeout_min_body_rate_for_grpc"]
+            .iter()
+            .any(|key| said.contains_key(*key))
+        {
+            said.entry("timeout_min_body_rate").or_insert(json!(240));
+        }
+        said
+    })
 }
 
 /// The same as an environment has it.

@@ -380,15 +380,15 @@ async fn a_server_stack_waits_for_uploads_and_for_no_handler_that_hangs() {
             }),
         )
         .layer(stack);
-    // Six seconds between frames, for a minute.
+    // Four seconds between frames, longer than a handler may take, and 250 bytes per second.
     let upload = || {
         let frames = futures_util::stream::unfold(0, |nth| async move {
-            sleep(secs(6)).await;
-            (nth < 10).then_some((Ok::<_, Infallible>("frame"), nth + 1))
+            sleep(secs(4)).await;
+            (nth < 10).then_some((Ok::<_, Infallible>([b'x'; 1000].as_slice()), nth + 1))
         });
         Body::from_stream(frames)
     };
-    for (path, status, after) in [("/reads", 200, 66), ("/hangs", 503, 30), ("/holds", 503, 30)] {
+    for (path, status, after) in [("/reads", 200, 44), ("/hangs", 503, 30), ("/holds", 503, 30)] {
         let start = Instant::now();
         let request = Request::put(path).body(upload()).unwrap();
         let response = app.clone().oneshot(request).await.unwrap();

@@ -5,6 +5,7 @@ mod net;
 
 mod health_drain_http;
 mod health_drain_tonic;
+mod health_limit;
 #[cfg(unix)]
 mod health_signals;
 mod health_sockets;

@@ -4,5 +4,7 @@
 #[path = "../net/mod.rs"]
 mod net;
 
+mod body_rate;
 mod deadline;
 mod timeout;
+mod unread;

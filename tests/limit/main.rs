@@ -10,6 +10,7 @@ mod limit_lives;
 mod limit_model;
 mod limit_recovery;
 mod limit_sorted;
+mod limit_unread;
 mod limit_upgrades;
 mod limit_vectors;
 #[path = "../rig/mod.rs"]

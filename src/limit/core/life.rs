@@ -19,6 +19,9 @@ impl Limiter {
             retry_after_ms,
             to_the_head_only,
             shadow,
+            exempts_health,
+            health_watches,
+            unread,
             counts: Counts { full, waited_too_long, deadline_passed, outranked, shadowed, exempt },
             sorts,
             uses,
@@ -26,10 +29,13 @@ impl Limiter {
         } = self;
         let before = mem::take(&mut *self.lock());
         drop(before);
+        unread.renew();
         most.store(limit, Ordering::Relaxed);
         longest_queue.store(0, Ordering::Relaxed);
         retry_after_ms.store(RETRY_AFTER_MS, Ordering::Relaxed);
         uses.store(1, Ordering::Relaxed);
+        health_watches.store(0, Ordering::Relaxed);
+        exempts_health.store(true, Ordering::Relaxed);
         for flag in [to_the_head_only, shadow, sorts] {
             flag.store(false, Ordering::Relaxed);
         }

@@ -45,6 +45,10 @@ impl Limiter {
         self.shadow.store(on, Ordering::Relaxed);
     }
 
+    pub(in crate::limit) fn set_exempts_health(&self, on: bool) {
+        self.exempts_health.store(on, Ordering::Relaxed);
+    }
+
     pub(in crate::limit) fn longest_wait(&self) -> Duration {
         Duration::from_millis(self.longest_wait_ms.load(Ordering::Relaxed))
     }

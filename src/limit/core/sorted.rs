@@ -1,7 +1,10 @@
 //! How calls get in that are told apart: under the lock, by partition and priority.
 
 use super::*;
-use crate::limit::sort::{Claim, Cutoff, KEPT};
+use crate::{
+    call::grpc::HealthCall,
+    limit::sort::{Claim, Cutoff, KEPT},
+};
 
 impl Limiter {
     // ===== Settings =====
@@ -42,6 +45,22 @@ impl Limiter {
         self.counts.exempt.fetch_add(1, Ordering::Relaxed);
         self.uses.fetch_add(1, Ordering::Relaxed);
         Token::unmeasured(EXEMPT)
+    }
+
+    /// Returns the token of an exempt health call. `None`: the call needs a permit, because health calls are not
+    /// exempt, or there are [`MAX_HEALTH_WATCHES`] exempt streams already.
+    #[cold]
+    pub(in crate::limit) fn enter_health_call(&self, call: HealthCall) -> Option<Token> {
+        if !self.exempts_health.load(Ordering::Relaxed) {
+            return None;
+        }
+        if call == HealthCall::Check {
+            return Some(self.enter_exempt());
+        }
+        let next = |watches: u32| (watches < MAX_HEALTH_WATCHES).then_some(watches + 1);
+        self.health_watches.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next).ok()?;
+        let exempt = self.enter_exempt();
+        Some(Token::unmeasured(exempt.tag | HEALTH_WATCH))
     }
 
     /// [`enter`](Self::enter) and [`join`](Self::join), by partition and priority.
@@ -140,6 +159,9 @@ impl Limiter {
             return;
         }
         if token.tag & EXEMPT != 0 {
+            if token.tag & HEALTH_WATCH != 0 {
+                self.health_watches.fetch_sub(1, Ordering::Relaxed);
+            }
             self.leave_use();
             return;
         }

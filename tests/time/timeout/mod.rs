@@ -1,5 +1,6 @@
 //! The layer, phase by phase.
 
+mod body_rate;
 mod contract;
 mod forms;
 mod model;

@@ -1,0 +1,32 @@
+//! How the body of an outer layer tells a timeout layer within it that the response was not read for too long.
+//!
+//! The outer body cannot end the response itself: its error type is the inner body's. The body of a timeout layer can,
+//! so it reads a flag of the thread while it is polled.
+
+use std::cell::Cell;
+
+thread_local! {
+    static IS_UNREAD: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `poll` with the flag set.
+#[cold]
+pub(super) fn during<O>(poll: impl FnOnce() -> O) -> O {
+    struct Restore(bool);
+
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            IS_UNREAD.set(self.0);
+        }
+    }
+
+    let _restore = Restore(IS_UNREAD.replace(true));
+    poll()
+}
+
+/// Returns whether the flag is set, and clears it: the outermost timeout layer ends the body.
+#[cfg(feature = "timeout")]
+#[inline]
+pub(crate) fn take() -> bool {
+    IS_UNREAD.get() && IS_UNREAD.replace(false)
+}

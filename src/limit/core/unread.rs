@@ -1,0 +1,498 @@
+//! The watchdog over responses that are not read.
+//!
+//! A transport polls a response body only when it can write. If the client stops reading, the buffers fill up and the
+//! body is not polled again, or, over HTTP/2 without window, never. No code of this crate runs then, so only another
+//! task can release the permit.
+//!
+//! # Mechanism
+//!
+//! A watched body claims a [`Slot`] at its response head and frees it at its end. Each poll of the body increases the
+//! slot's `polls` by two; the lowest bit says that the last poll returned `Pending`. A transport takes a frame as a whole
+//! and polls again when it is nearly written, so a long frame has the maximum once more for each [`LONG_FRAME`] bytes. The sweeper, one task for each
+//! limit, reads all slots every eighth of the maximum (at most every [`MAX_PERIOD`]). If neither `state` nor `polls`
+//! changed for the maximum, and the last poll was not `Pending`, the response waits for its reader for that long: the
+//! sweeper releases the permit. A body whose last poll was `Pending` waits for its producer and is not a concern here.
+//!
+//! A watched call costs two atomic read-modify-write operations on its own slot and two plain stores per poll. It
+//! allocates nothing, takes no lock and reads no clock; only the sweeper reads the clock. A call of a limit without the
+//! setting costs one relaxed load. Two exceptions: the sweeper is spawned by the first watched call after it has ended,
+//! and the slots grow by a chunk when the last one is about to be full.
+//!
+//! # Invariants
+//!
+//! - `state` is `generation << 2 | stage`. The stages are free → held → free, or free → held → released → free. Claims
+//!   increase the generation. Only the sweeper changes held to released, by compare-exchange with the whole word that
+//!   it has observed, so it never releases the permit of a later body in the same slot. The body frees the slot by one
+//!   read-modify-write and learns from the old stage whether it still has the permit. So a permit is released once.
+//! - A claim stores `tag`, and a poll stores `times`, before it stores `polls` (release); the sweeper loads `polls`
+//!   (acquire) before them. It only uses those whose `polls` it has observed twice, so they belong to the generation.
+//! - Slots are never deallocated while the limit is. A fixed limit lives forever and may be
+//!   [renewed](super::Limiter::renew) while a body of its former life still owns a released slot: the body frees the
+//!   slot at its end and touches nothing else.
+//! - The sweeper ends when no slot is held. It clears `is_sweeping` and then reads the slots again; a claim writes its
+//!   slot and then reads `is_sweeping`. All four are sequentially consistent, so one of the two sees the other.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use tokio::{
+    runtime::Handle,
+    task::yield_now,
+    time::{Instant, sleep},
+};
+
+use super::{EXEMPT, Limiter, SHADOW};
+use crate::{
+    call::{Label, Token},
+    event,
+};
+
+/// The longest time between two sweeps: a maximum that changes takes effect within it.
+const MAX_PERIOD: Duration = Duration::from_secs(5);
+
+/// The length of a frame that a client has to read within the maximum.
+const LONG_FRAME: usize = 1024 * 1024;
+
+const FIRST_CHUNK: usize = 256;
+/// Chunks double: 1,048,320 slots in all. Further bodies are not watched.
+const MAX_CHUNKS: usize = 12;
+/// The number of slots that a claim tries in a chunk.
+const PROBES: usize = 16;
+/// The number of slots that the sweeper reads at a stretch.
+const SLICE: usize = 4096;
+
+const STAGE: u64 = 0b11;
+const FREE: u64 = 0;
+const HELD: u64 = 1;
+const RELEASED: u64 = 2;
+const GENERATION: u64 = 0b100;
+
+const PENDING: u32 = 1;
+const POLL: u32 = 2;
+
+/// The bits of a token's tag that contain the number of its slot, counted from 1.
+pub(super) const SLOT: u64 = (1 << 61) - (1 << SLOT_SHIFT);
+const SLOT_SHIFT: u32 = 40;
+
+/// A watched body.
+struct Slot {
+    state: AtomicU64,
+    polls: AtomicU32,
+    /// The number of maximum times that the last frame has.
+    times: AtomicU32,
+    /// The tag of the token to release the permit with.
+    tag: AtomicU64,
+}
+
+impl Slot {
+    fn new() -> Self {
+        Self {
+            state: AtomicU64::new(FREE),
+            polls: AtomicU32::new(0),
+            times: AtomicU32::new(1),
+            tag: AtomicU64::new(0),
+        }
+    }
+
+    fn claim(&self, tag: u64) -> bool {
+        let state = self.state.load(Ordering::Relaxed);
+        let claimed = (state & !STAGE).wrapping_add(GENERATION) | HELD;
+        if state & STAGE != FREE
+            || self
+                .state
+                .compare_exchange(state, claimed, Ordering::SeqCst, Ordering::Relaxed)
+                .is_err()
+        {
+            return false;
+        }
+        self.tag.store(tag, Ordering::Relaxed);
+        self.record_poll(Some(0));
+        true
+    }
+
+    /// Only the owner of the slot calls this.
+    fn record_poll(&self, frame: Option<usize>) {
+        let times = 1 + frame.unwrap_or(0) / LONG_FRAME;
+        self.times.store(u32::try_from(times).unwrap_or(u32::MAX), Ordering::Relaxed);
+        let polls = self.polls.load(Ordering::Relaxed) & !PENDING;
+        let next = polls.wrapping_add(POLL) | u32::from(frame.is_none());
+        self.polls.store(next, Ordering::Release);
+    }
+
+    fn is_released(&self) -> bool {
+        self.state.load(Ordering::Relaxed) & STAGE == RELEASED
+    }
+
+    /// Frees the slot. Returns whether its body still had the permit.
+    fn free(&self) -> bool {
+        self.state.fetch_and(!STAGE, Ordering::AcqRel) & STAGE == HELD
+    }
+
+    /// Marks the permit as released, if the slot is as it was observed.
+    fn release(&self, observed: u64) -> Option<Token> {
+        let released = observed & !STAGE | RELEASED;
+        self.state
+            .compare_exchange(observed, released, Ordering::AcqRel, Ordering::Relaxed)
+            .ok()
+            .map(|_| Token::unmeasured(self.tag.load(Ordering::Relaxed)))
+    }
+}
+
+/// The watched bodies of a limit.
+#[derive(Default)]
+pub(super) struct Unread {
+    /// The maximum time in milliseconds; 0 is off.
+    max_ms: AtomicU64,
+    chunks: [OnceLock<Box<[Slot]>>; MAX_CHUNKS],
+    /// The chunk in which slots are claimed: the last one.
+    last: AtomicUsize,
+    is_sweeping: AtomicBool,
+    /// The number of permits that the sweeper has released.
+    released: AtomicU64,
+    label: Mutex<Option<Arc<Label>>>,
+    /// The limit, if it does not live forever.
+    owner: OnceLock<Weak<Limiter>>,
+}
+
+impl Unread {
+    #[inline]
+    fn max(&self) -> Option<Duration> {
+        match self.max_ms.load(Ordering::Relaxed) {
+            0 => None,
+            ms => Some(Duration::from_millis(ms)),
+        }
+    }
+
+    /// Resets the settings and counters for another owner. Slots stay as they are.
+    pub(super) fn renew(&self) {
+        self.max_ms.store(0, Ordering::Relaxed);
+        self.released.store(0, Ordering::Relaxed);
+        drop(self.set_label(None));
+    }
+
+    fn set_label(&self, label: Option<Arc<Label>>) -> Option<Arc<Label>> {
+        let mut current = self.label.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut current, label)
+    }
+
+    fn chunk(&self, number: usize) -> &[Slot] {
+        let slots = || (0..FIRST_CHUNK << number).map(|_| Slot::new()).collect();
+        self.chunks[number].get_or_init(slots)
+    }
+
+    /// Returns the slot of a token.
+    fn slot(&self, tag: u64) -> Option<&Slot> {
+        let index = ((tag & SLOT) >> SLOT_SHIFT).checked_sub(1)? as usize;
+        let number = (index / FIRST_CHUNK + 1).ilog2();
+        let first = FIRST_CHUNK * ((1 << number) - 1);
+        self.chunks.get(number as usize)?.get()?.get(index - first)
+    }
+
+    /// Claims a slot for the token of this tag. Returns the tag with the slot.
+    fn claim(&self, tag: u64) -> Option<u64> {
+        loop {
+            let last = self.last.load(Ordering::Relaxed).min(MAX_CHUNKS - 1);
+            let (slots, first) = (self.chunk(last), FIRST_CHUNK * ((1 << last) - 1));
+            for _ in 0..PROBES {
+                let at = fastrand::usize(..slots.len());
+                if slots[at].claim(tag) {
+                    let number = (first + at + 1) as u64;
+                    return Some(tag | (number << SLOT_SHIFT));
+                }
+            }
+            if last + 1 == MAX_CHUNKS {
+                return None;
+            }
+            let _ =
+                self.last.compare_exchange(last, last + 1, Ordering::Relaxed, Ordering::Relaxed);
+        }
+    }
+
+    fn has_held(&self) -> bool {
+        let mut slots = self.chunks.iter().filter_map(OnceLock::get).flatten();
+        slots.any(|slot| slot.state.load(Ordering::SeqCst) & STAGE == HELD)
+    }
+}
+
+impl Limiter {
+    // ===== Settings =====
+
+    pub(in crate::limit) fn set_max_unread(&self, max: Option<Duration>) {
+        let millis = |max: Duration| u64::try_from(max.as_millis()).unwrap_or(u64::MAX).max(1);
+        self.unread.max_ms.store(max.map_or(0, millis), Ordering::Relaxed);
+    }
+
+    pub(in crate::limit) fn unread(&self) -> u64 {
+        self.unread.released.load(Ordering::Relaxed)
+    }
+
+    /// Names the limit in the sweeper's events.
+    pub(in crate::limit) fn set_label(&self, label: Arc<Label>) {
+        drop(self.unread.set_label(Some(label)));
+    }
+
+    pub(in crate::limit) fn set_owner(&self, owner: Weak<Self>) {
+        let _ = self.unread.owner.set(owner);
+    }
+
+    // ===== A watched body =====
+
+    /// Returns whether the response body of a call with this token has to be watched.
+    #[inline]
+    pub(in crate::limit) fn watches_reader(&self, token: Token) -> bool {
+        self.unread.max_ms.load(Ordering::Relaxed) != 0 && token.tag & (EXEMPT | SHADOW) == 0
+    }
+
+    /// Starts to watch a response body, and records its slot in the token. Returns `false` if there is no slot.
+    pub(in crate::limit) fn watch_reader(&self, token: &mut Token) -> bool {
+        let Some(tag) = self.unread.claim(token.tag) else { return false };
+        token.tag = tag;
+        self.ensure_sweeper();
+        true
+    }
+
+    /// Records a poll of a watched body. Returns whether its permit has been released.
+    pub(in crate::limit) fn body_polled(&self, token: Token, frame: Option<usize>) -> bool {
+        let Some(slot) = self.unread.slot(token.tag) else { return false };
+        slot.record_poll(frame);
+        slot.is_released()
+    }
+
+    /// Stops watching. Returns the token without its slot; `None` if its permit has been released already.
+    #[inline]
+    pub(in crate::limit) fn unwatch(&self, token: Token) -> Option<Token> {
+        if token.tag & SLOT == 0 {
+            return Some(token);
+        }
+        let had_permit = self.unread.slot(token.tag).is_none_or(Slot::free);
+        had_permit.then_some(Token { tag: token.tag & !SLOT, ..token })
+    }
+
+    // ===== The sweeper =====
+
+    /// Spawns the sweeper if it does not run and has something to do. The sweeper ends with the runtime that it was
+    /// spawned on, so rejected calls look after it, too: they may be the only ones that are left.
+    pub(in crate::limit) fn ensure_sweeper(&self) {
+        if self.unread.max().is_none() || self.unread.is_sweeping.load(Ordering::SeqCst) {
+            return;
+        }
+        self.spawn_sweeper();
+    }
+
+    #[cold]
+    fn spawn_sweeper(&self) {
+        let limiter = match (self.home.get(), self.unread.owner.get()) {
+            (Some(limiter), _) => Reference::Static(limiter),
+            (None, Some(owner)) => Reference::Weak(owner.clone()),
+            (None, None) => return,
+        };
+        // Outside of a runtime no body is watched; the next call may be inside of one.
+        let Ok(runtime) = Handle::try_current() else { return };
+        if !self.unread.is_sweeping.swap(true, Ordering::SeqCst) {
+            runtime.spawn(Sweeper { limiter, observed: Vec::new(), is_done: false }.run());
+        }
+    }
+
+    /// Releases the permit of an unread response.
+    fn release_unread(&self, token: Token) {
+        self.unread.released.fetch_add(1, Ordering::Relaxed);
+        let label = self.unread.label.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let _name = label.as_deref().map_or("", |label| &*label.name);
+        event!(
+            DEBUG,
+            resilience.name = _name,
+            reason = "unread",
+            "response not read, permit released"
+        );
+        self.end(token);
+    }
+}
+
+/// How the sweeper refers to its limit.
+enum Reference {
+    Static(&'static Limiter),
+    Weak(Weak<Limiter>),
+}
+
+impl Reference {
+    /// Runs `run`, if the limit still exists.
+    fn with<O>(&self, run: impl FnOnce(&Limiter) -> O) -> Option<O> {
+        match self {
+            Self::Static(limiter) => Some(run(limiter)),
+            Self::Weak(limiter) => limiter.upgrade().map(|limiter| run(&limiter)),
+        }
+    }
+}
+
+struct Sweeper {
+    limiter: Reference,
+    /// What the sweeper has observed in each slot, and since when it has not changed.
+    observed: Vec<(u64, u32, Instant)>,
+    /// The mark of a running sweeper is no longer that of this one.
+    is_done: bool,
+}
+
+impl Sweeper {
+    async fn run(mut self) {
+        while let Some(Some(max)) = self.limiter.with(|limiter| limiter.unread.max()) {
+            sleep((max / 8).clamp(Duration::from_millis(1), MAX_PERIOD)).await;
+            let mut number_held = 0;
+            for number in 0..MAX_CHUNKS {
+                for slice in 0..(FIRST_CHUNK << number).div_ceil(SLICE) {
+                    let held = self.sweep(number, slice * SLICE, max);
+                    let Some(Some(held)) = held else { break };
+                    number_held += held;
+                    if slice > 0 {
+                        yield_now().await;
+                    }
+                }
+            }
+            if number_held == 0 && self.try_end() {
+                return;
+            }
+        }
+    }
+
+    /// Sweeps a slice of a chunk. Returns the number of slots that are held, or `None` if there is no such chunk.
+    fn sweep(&mut self, number: usize, from: usize, max: Duration) -> Option<Option<usize>> {
+        let (observed, now) = (&mut self.observed, Instant::now());
+        self.limiter.with(|limiter| {
+            let slots = limiter.unread.chunks[number].get()?;
+            let first = FIRST_CHUNK * ((1 << number) - 1);
+            observed.resize(observed.len().max(first + slots.len()), (FREE, 0, now));
+            let mut held = 0;
+            for at in from..slots.len().min(from + SLICE) {
+                let slot = &slots[at];
+                let state = slot.state.load(Ordering::Acquire);
+                if state & STAGE != HELD {
+                    continue;
+                }
+                held += 1;
+                let polls = slot.polls.load(Ordering::Acquire);
+                let max = max.saturating_mul(slot.times.load(Ordering::Relaxed));
+                let before = &mut observed[first + at];
+                if (before.0, before.1) != (state, polls) {
+                    *before = (state, polls, now);
+                } else if polls & PENDING == 0 && now.saturating_duration_since(before.2) >= max {
+                    if let Some(token) = slot.release(state) {
+                        // The release wakes queued callers. If a waker panics, the sweeper goes on.
+                        let release = AssertUnwindSafe(|| limiter.release_unread(token));
+                        let _ = catch_unwind(release);
+                    }
+                }
+            }
+            Some(held)
+        })
+    }
+
+    /// Clears the mark of a running sweeper. Returns `false` if there is something to do after all.
+    fn try_end(&mut self) -> bool {
+        let is_done = |limiter: &Limiter| {
+            let unread = &limiter.unread;
+            unread.is_sweeping.store(false, Ordering::SeqCst);
+            // Either this sees the slot of a claim, or the claim spawns a sweeper.
+            !unread.has_held() || unread.is_sweeping.swap(true, Ordering::SeqCst)
+        };
+        self.is_done = self.limiter.with(is_done).unwrap_or(true);
+        self.is_done
+    }
+}
+
+impl Drop for Sweeper {
+    fn drop(&mut self) {
+        // Without a timer in the runtime, the sweeper panics: another one would panic, too.
+        if !self.is_done && !thread::panicking() {
+            self.limiter.with(|limiter| limiter.unread.is_sweeping.store(false, Ordering::SeqCst));
+        }
+    }
+}
+
+#[cfg(all(test, not(buttress_loom)))]
+mod tests {
+    use std::{collections::HashSet, thread::scope};
+
+    use super::*;
+
+    #[test]
+    fn every_slot_has_a_number_of_its_own() {
+        let unread = Unread::default();
+        let tags: Vec<_> = (0..5000).map(|_| unread.claim(1 << 32 | 7).unwrap()).collect();
+        let numbers: HashSet<_> = tags.iter().map(|tag| tag & SLOT).collect();
+        assert_eq!(numbers.len(), tags.len());
+        for tag in &tags {
+            assert_eq!(tag & !SLOT, 1 << 32 | 7, "the rest of the tag is kept");
+            assert!(unread.slot(*tag).unwrap().free());
+        }
+        assert!(!unread.has_held());
+        // Neither no slot nor one that was never claimed is a slot.
+        assert!(unread.slot(7).is_none() && unread.slot(SLOT).is_none());
+        // The largest number fits.
+        let slots = FIRST_CHUNK * ((1 << MAX_CHUNKS) - 1);
+        assert!((slots as u64) << SLOT_SHIFT & !SLOT == 0);
+    }
+
+    #[test]
+    fn slot_that_was_claimed_anew_is_not_released_for_its_former_owner() {
+        let slot = Slot::new();
+        assert!(slot.claim(1) && !slot.claim(2));
+        let observed = slot.state.load(Ordering::Acquire);
+        assert!(slot.free() && slot.claim(3));
+        assert_eq!(slot.release(observed), None);
+        let observed = slot.state.load(Ordering::Acquire);
+        assert_eq!(slot.release(observed).map(|token| token.tag), Some(3));
+        assert!(slot.is_released() && !slot.claim(4));
+        assert!(!slot.free(), "the sweeper has released the permit");
+        assert!(slot.claim(5));
+    }
+
+    #[test]
+    fn permit_is_released_by_the_body_or_by_the_sweeper_and_never_by_both() {
+        const ROUNDS: u32 = 20_000;
+        let slot = Slot::new();
+        let released = AtomicU32::new(0);
+        scope(|scope| {
+            scope.spawn(|| {
+                for _ in 0..ROUNDS {
+                    assert!(slot.claim(1));
+                    if slot.free() {
+                        released.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+                slot.tag.store(0, Ordering::Release);
+            });
+            scope.spawn(|| {
+                while slot.tag.load(Ordering::Acquire) != 0
+                    || slot.polls.load(Ordering::Acquire) == 0
+                {
+                    let observed = slot.state.load(Ordering::Acquire);
+                    if observed & STAGE == HELD && slot.release(observed).is_some() {
+                        released.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            });
+        });
+        assert_eq!(released.into_inner(), ROUNDS);
+    }
+
+    #[test]
+    fn long_frame_has_more_time() {
+        let slot = Slot::new();
+        for (frame, times) in [
+            (None, 1),
+            (Some(LONG_FRAME - 1), 1),
+            (Some(50 * LONG_FRAME), 51),
+            (Some(usize::MAX), u32::MAX),
+        ] {
+            slot.record_poll(frame);
+            assert_eq!(slot.times.load(Ordering::Relaxed), times);
+            assert_eq!(slot.polls.load(Ordering::Relaxed) & PENDING == PENDING, frame.is_none());
+        }
+    }
+}
