@@ -272,3 +272,38 @@ fn a_timeout_on_an_answer_that_is_ready_allocates_nothing() {
     assert_eq!(http(TimeoutLayer::http().as_is().respond()), 0);
     assert_eq!(http(TimeoutLayer::server().respond()), 0);
 }
+
+/// The memory that 1024 keys of 60 KB leave behind: in the host, in the userinfo and in the path of a URI.
+#[test]
+fn large_keys_leave_little_memory_behind() {
+    const LIMIT: i64 = 4 * 1024 * 1024;
+    let large = "x".repeat(60_000);
+    let uris: [&dyn Fn(usize) -> String; 3] =
+        [&|n| format!("http://{n}.{large}/"), &|n| format!("http://{large}@{n}/"), &|n| {
+            format!("http://{n}/{large}")
+        }];
+    in_runtime(|| {
+        for uri in uris {
+            let layer = CircuitBreakerLayer::http().per_origin();
+            let mut service = layer.layer(service_fn(hello as fn(_) -> _));
+            let memory = allocation_counter::measure(|| {
+                for n in 0..1024 {
+                    let request = Request::get(uri(n)).body(()).unwrap();
+                    ready_now(&mut service);
+                    assert!(now(service.call(request)).is_ok());
+                }
+            });
+            assert!(memory.bytes_current < LIMIT, "{} bytes", memory.bytes_current);
+            drop(layer);
+        }
+        let layer = CircuitBreakerLayer::http().keyed(|key: &String| key.clone()).per_response();
+        let mut service = layer.layer(service_fn(|_: String| ready(Ok::<_, Infallible>(()))));
+        let memory = allocation_counter::measure(|| {
+            for n in 0..1024 {
+                ready_now(&mut service);
+                assert!(now(service.call(format!("{n}{large}"))).is_ok());
+            }
+        });
+        assert!(memory.bytes_current < LIMIT, "{} bytes", memory.bytes_current);
+    });
+}

@@ -1,7 +1,10 @@
 //! The machine behind a lock, and the [front](Front) that lets calls through a closed circuit do without it. Told
 //! the time, like the machine; every interleaving of it is tried by its models.
 
-use std::{sync::PoisonError, time::Duration};
+use std::{
+    sync::{PoisonError, TryLockError},
+    time::Duration,
+};
 
 use super::{
     counts::{Ended, TimeWindows},
@@ -267,6 +270,17 @@ impl Cell {
     }
 
     // ===== Anything else =====
+
+    /// Returns for how long the circuit has been idle, or `None` if it differs from a new circuit or if another thread
+    /// has locked it. Changes nothing and never waits.
+    pub(super) fn idle_for(&self, now: Nanos) -> Option<Nanos> {
+        let machine = match self.machine.try_lock() {
+            Ok(machine) => machine,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        machine.idle_for(now, &self.times)
+    }
 
     /// Does something to the machine, and publishes what came of it. `act` must not run user code.
     pub(super) fn with<T>(&self, act: impl FnOnce(&mut Machine, &TimeWindows) -> T) -> T {

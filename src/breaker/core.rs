@@ -165,6 +165,11 @@ impl Circuit {
         self.clock.now()
     }
 
+    /// Converts an instant to the time of this circuit.
+    pub(super) fn nanos_at(&self, now: Instant) -> Nanos {
+        self.clock.at(now)
+    }
+
     pub(super) fn changed(&self) -> &Arc<Notify> {
         &self.changed
     }
@@ -226,10 +231,13 @@ impl Circuit {
         is_late(self.front(), token)
     }
 
-    /// Whether nothing would be lost with it.
-    pub(super) fn is_fresh(&self) -> bool {
-        !self.steered.load(Ordering::Relaxed)
-            && self.look(|machine, times, now| machine.is_fresh(now, times))
+    /// Returns for how long the circuit has been idle, or `None` if its eviction would lose something. Emits no event
+    /// and never waits, so that it can run under the lock of a map.
+    pub(super) fn idle_for(&self, now: Instant) -> Option<Nanos> {
+        if self.steered.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.cell.idle_for(self.clock.at(now))
     }
 
     // ===== Acting =====

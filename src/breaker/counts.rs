@@ -54,6 +54,10 @@ const MIN_HOUSEKEEPING_TIME: Nanos = 1_000_000_000;
 /// The time without housekeeping after which its count restarts at 0.
 const HOUSEKEEPING_GAP: Nanos = 10_000_000_000;
 
+/// The minimum time without a recorded call after which a run of failures and a window of calls no longer matter. Equal
+/// to the default time after which a circuit forgets its trips.
+const MIN_QUIET_PERIOD: Nanos = 60_000_000_000;
+
 #[derive(Debug)]
 pub(super) struct Counts {
     run: u32,
@@ -67,6 +71,7 @@ pub(super) struct Counts {
     rules: Vec<Counted>,
     /// The shortest time that any rule calls slow.
     slow_from: Option<Nanos>,
+    quiet_period: Nanos,
 }
 
 enum Counted {
@@ -101,6 +106,7 @@ impl Counts {
     pub(super) fn new(trip: &Trip) -> (Self, TimeWindows) {
         let mut times = Vec::new();
         let mut slow_from = None;
+        let mut quiet_period = MIN_QUIET_PERIOD;
         let rules = trip
             .rules
             .iter()
@@ -115,6 +121,7 @@ impl Counts {
                     let window = match span {
                         Span::Calls(calls) => Window::Calls(CountWindow::new(*calls)),
                         Span::Time(length) => {
+                            quiet_period = quiet_period.max(nanos(*length));
                             times.push(TimeWindow::new(*length, *coarse));
                             Window::Time(times.len() - 1)
                         }
@@ -131,6 +138,7 @@ impl Counts {
             housekeeping_last: 0,
             rules,
             slow_from,
+            quiet_period,
         };
         (counts, times.into())
     }
@@ -330,6 +338,12 @@ impl Counts {
                 Window::Calls(window) => window.restore(*tally),
             }
         }
+    }
+
+    /// Returns the time without a recorded call after which the counts no longer matter: the longest time window, and
+    /// at least [`MIN_QUIET_PERIOD`].
+    pub(super) fn quiet_period(&self) -> Nanos {
+        self.quiet_period
     }
 
     /// Takes the thresholds of rules of the same shape. Returns `false` if they have another shape.

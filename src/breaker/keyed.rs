@@ -1,40 +1,41 @@
 //! A circuit for each key: one origin, one tenant, one route.
 
 use std::{
-    collections::HashMap,
     fmt,
     hash::Hash,
     sync::{
-        Arc, PoisonError, RwLock,
+        Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
 };
 
 use http::Request;
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
 use tower_layer::Layer;
 
 use super::{
     core::Circuit,
     handle::CircuitBreakerHandle,
+    key_map::{Evict, KeyMap, Reservation},
     policy::{self, Breaker, Calls, Giver, Verdict},
 };
 use crate::{
     ConfigError,
     admission::{Admit, Plan, Policy, Terms, admission_layer},
-    call::{Anchor, LayerKind, Lease, Nanos, Origin, Permit, Rejected, Token},
+    call::{Anchor, LayerKind, Lease, Moment, Nanos, Origin, Permit, Rejected, Token},
+    event,
 };
 
-/// What of a request tells which circuit it belongs to. Any closure over the request is one.
+/// Derives the key of a circuit from a request. Closures over the request implement this trait.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` gives no key for requests of `{Req}`",
     note = "`.keyed(|request: &Req| key)` wants exactly the request of the service; `.per_origin()` wants `http::Request<B>`"
 )]
 pub trait Key<Req>: Clone + Send + Sync + 'static {
-    /// What circuits are told apart by.
+    /// The key. Each key has a circuit.
     type Key: Clone + Eq + Hash + Send + Sync + 'static;
 
-    /// The key of this request.
+    /// Returns the key of this request.
     fn key(&self, request: &Req) -> Self::Key;
 }
 
@@ -65,72 +66,212 @@ impl<B> Key<Request<B>> for PerOrigin {
 
 // ===== The circuits =====
 
-/// Keys beyond this share one circuit, unless told otherwise.
-const MOST_KEYS: usize = 1024;
-/// A full map is searched for circuits that can go at most this often.
-const SWEEP_EVERY: Nanos = 100_000_000;
+/// The default maximum number of circuits.
+const MAX_KEYS: usize = 1024;
+/// The default maximum size of a key. A host name has at most 253 bytes.
+const MAX_KEY_BYTES: usize = 1024;
+/// The maximum size of the part of a circuit's name that comes from its key.
+const MAX_NAME_BYTES: usize = 256;
+/// The maximum number of circuits that are evicted for one new key. More than one is needed only after a lower maximum
+/// was set, or if other threads add keys.
+const MAX_EVICTIONS: usize = 4;
+/// The minimum time between a search that has found no idle circuit and the next search.
+const SEARCH_INTERVAL: Nanos = 100_000_000;
+/// The minimum time between two events about calls without a circuit.
+#[cfg(feature = "tracing")]
+const EVENT_INTERVAL: Nanos = 10_000_000_000;
 
-/// The circuits of a keyed layer, made as their keys come.
+impl Evict for Lease<Circuit> {
+    fn idle_for(&self, now: Instant) -> Option<Nanos> {
+        if self.is_shared() { None } else { Circuit::idle_for(self, now) }
+    }
+
+    fn is_unused(&mut self) -> bool {
+        self.is_unshared()
+    }
+}
+
+/// How a circuit is made from its key.
+pub(super) struct KeyFns<Q> {
+    /// Returns the key to store, which must not keep memory of the request alive.
+    pub(super) to_stored: fn(&Q) -> Q,
+    /// Writes the name of the key.
+    pub(super) write_name: fn(&Q, &mut ShortName) -> fmt::Result,
+}
+
+/// The circuits of a keyed layer.
 pub(super) struct Circuits<Q> {
-    map: RwLock<HashMap<Q, Lease<Circuit>>>,
-    most: AtomicUsize,
-    swept: AtomicU64,
-    /// For keys beyond the cap.
-    other: Lease<Circuit>,
-    /// What new ones are made like.
+    map: KeyMap<Q, Lease<Circuit>>,
+    max_keys: AtomicUsize,
+    max_key_bytes: AtomicUsize,
+    /// The time of the last search that has found no idle circuit. 0: never.
+    full_at: AtomicU64,
+    /// New circuits get its rules and settings.
     template: Breaker,
-    /// What one of this key is called, if the key says it.
-    called: fn(&Q) -> String,
+    fns: KeyFns<Q>,
+    evicted: AtomicU64,
+    uncovered: AtomicU64,
+    oversized: AtomicU64,
+    #[cfg(feature = "tracing")]
+    last_event: LastEvent,
+}
+
+/// The last event about calls without a circuit.
+#[cfg(feature = "tracing")]
+#[derive(Default)]
+struct LastEvent {
+    /// 0: never.
+    at: AtomicU64,
+    uncovered: AtomicU64,
+}
+
+/// Why a call has no circuit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Uncovered {
+    MaxKeys,
+    MaxKeyBytes,
 }
 
 impl<Q: Clone + Eq + Hash> Circuits<Q> {
-    fn find(&self, key: &Q) -> Lease<Circuit> {
-        {
-            let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
-            if let Some(known) = map.get(key) {
-                return known.clone();
-            }
-            // However many strange keys come, those that are known do not wait for them.
-            if map.len() >= self.most.load(Ordering::Relaxed) && !self.may_sweep(self.other.now()) {
-                return self.other.clone();
-            }
+    /// Returns the circuit of a key, if there is one.
+    fn get(&self, key: &Q) -> Option<Lease<Circuit>> {
+        let max_bytes = self.max_key_bytes.load(Ordering::Relaxed);
+        let hash = self.map.hash(key, max_bytes);
+        if hash.bytes > max_bytes { None } else { self.map.get(hash, key) }
+    }
+
+    /// Returns the circuit of a key, and adds one if there is none. `None`: the call is made without a circuit.
+    #[inline]
+    fn get_or_add(&self, key: &Q) -> Option<Lease<Circuit>> {
+        let max_bytes = self.max_key_bytes.load(Ordering::Relaxed);
+        let hash = self.map.hash(key, max_bytes);
+        if hash.bytes > max_bytes {
+            return self.pass_uncovered(Uncovered::MaxKeyBytes);
         }
-        self.add(key)
+        if let Some(known) = self.map.get(hash, key) {
+            return Some(known);
+        }
+        let now = Instant::now();
+        let Some(reservation) = self.make_room(now) else {
+            return self.pass_uncovered(Uncovered::MaxKeys);
+        };
+        let circuit = self.new_circuit(key);
+        let inserted = self.map.insert(reservation, hash, (self.fns.to_stored)(key), circuit, now);
+        if inserted.is_none() {
+            return self.pass_uncovered(Uncovered::MaxKeys);
+        }
+        inserted
     }
 
-    fn may_sweep(&self, now: Nanos) -> bool {
-        let swept = self.swept.load(Ordering::Relaxed);
-        swept == 0 || now.saturating_sub(swept) >= SWEEP_EVERY
-    }
-
+    /// Reserves an entry. Evicts an idle circuit if the map is full.
     #[cold]
-    fn add(&self, key: &Q) -> Lease<Circuit> {
-        let mut map = self.map.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = map.get(key) {
-            return known.clone();
-        }
-        let most = self.most.load(Ordering::Relaxed);
-        if map.len() >= most {
-            let now = self.other.now();
-            if self.may_sweep(now) {
-                self.swept.store(now.max(1), Ordering::Relaxed);
-                // Only what is equal to a new one: nothing that was learnt is lost.
-                map.retain(|_, circuit| !(circuit.is_unshared() && circuit.is_fresh()));
+    fn make_room(&self, now: Instant) -> Option<Reservation<'_>> {
+        let max_keys = self.max_keys.load(Ordering::Relaxed);
+        for _ in 0..MAX_EVICTIONS {
+            let reservation = self.map.reserve(max_keys);
+            if reservation.is_some() {
+                return reservation;
             }
-            if map.len() >= most {
-                return self.other.clone();
+            let nanos = self.template.nanos_at(now);
+            let full_at = self.full_at.load(Ordering::Relaxed);
+            if full_at > 0 && nanos.saturating_sub(full_at) < SEARCH_INTERVAL {
+                return None;
             }
+            if self.map.evict(now).is_none() {
+                self.full_at.store(nanos.max(1), Ordering::Relaxed);
+                return None;
+            }
+            self.evicted.fetch_add(1, Ordering::Relaxed);
         }
+        self.map.reserve(max_keys)
+    }
+
+    fn new_circuit(&self, key: &Q) -> Lease<Circuit> {
         let circuit = Lease::alone(self.template.like());
-        circuit.name(&match (self.template.named(), (self.called)(key)) {
-            (all, one) if one.is_empty() => all.to_owned(),
-            ("", one) => one,
-            (all, one) => format!("{all} {one}"),
-        });
-        map.insert(key.clone(), circuit.clone());
+        let mut name = ShortName::new(self.template.named());
+        // An error means that the name is long enough.
+        let _ = (self.fns.write_name)(key, &mut name);
+        circuit.name(&name.finish());
         circuit
     }
+
+    /// Counts a call without a circuit.
+    #[cold]
+    fn pass_uncovered(&self, reason: Uncovered) -> Option<Lease<Circuit>> {
+        let uncovered = self.uncovered.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+        if reason == Uncovered::MaxKeyBytes {
+            self.oversized.fetch_add(1, Ordering::Relaxed);
+        }
+        #[cfg(feature = "tracing")]
+        self.report_uncovered(reason, uncovered);
+        let _ = uncovered;
+        None
+    }
+
+    /// Emits an event, at most once in [`EVENT_INTERVAL`].
+    #[cfg(feature = "tracing")]
+    fn report_uncovered(&self, reason: Uncovered, uncovered: u64) {
+        let LastEvent { at, uncovered: reported } = &self.last_event;
+        let (now, last) = (self.template.now().max(1), at.load(Ordering::Relaxed));
+        if last > 0 && now.saturating_sub(last) < EVENT_INTERVAL
+            || at.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_err()
+        {
+            return;
+        }
+        let calls = uncovered.saturating_sub(reported.swap(uncovered, Ordering::Relaxed));
+        let (reason, max) = match reason {
+            Uncovered::MaxKeys => ("max_keys", self.max_keys.load(Ordering::Relaxed)),
+            Uncovered::MaxKeyBytes => ("max_key_bytes", self.max_key_bytes.load(Ordering::Relaxed)),
+        };
+        event!(
+            WARN,
+            resilience.name = self.template.named(),
+            reason,
+            max,
+            calls,
+            "calls are made without a circuit"
+        );
+    }
 }
+
+/// The name of a circuit: the name of the layer, and at most [`MAX_NAME_BYTES`] of the name of the key.
+pub(super) struct ShortName {
+    name: String,
+    layer_len: usize,
+}
+
+impl ShortName {
+    fn new(layer: &str) -> Self {
+        Self { name: layer.to_owned(), layer_len: layer.len() }
+    }
+
+    fn finish(self) -> String {
+        self.name
+    }
+}
+
+impl fmt::Write for ShortName {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        if text.is_empty() {
+            return Ok(());
+        }
+        if self.layer_len > 0 && self.name.len() == self.layer_len {
+            self.name.push(' ');
+            self.layer_len += 1;
+        }
+        let room = MAX_NAME_BYTES.saturating_sub(self.name.len() - self.layer_len);
+        if text.len() <= room {
+            self.name.push_str(text);
+            return Ok(());
+        }
+        let end = (0..=room).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+        self.name.push_str(&text[..end]);
+        self.name.push('\u{2026}');
+        Err(fmt::Error)
+    }
+}
+
+// ===== The policy =====
 
 /// The policy of a keyed layer.
 pub struct Keyed<F, Q> {
@@ -146,8 +287,7 @@ impl<F: Clone, Q> Clone for Keyed<F, Q> {
 
 impl<F, Q> fmt::Debug for Keyed<F, Q> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let keys = self.circuits.map.read().unwrap_or_else(PoisonError::into_inner).len();
-        f.debug_struct("Keyed").field("keys", &keys).finish_non_exhaustive()
+        f.debug_struct("Keyed").field("circuits", &self.circuits.map.len()).finish_non_exhaustive()
     }
 }
 
@@ -157,12 +297,13 @@ where
     Q: Clone + Eq + Hash + Send + Sync + 'static,
 {
     type Giver = Giver;
-    type Pass = (Lease<Circuit>, Token);
+    /// `None`: the call is made without a circuit.
+    type Pass = Option<(Lease<Circuit>, Token)>;
     type Wait = Verdict<Lease<Circuit>>;
 
     const LAYER: LayerKind = LayerKind::CircuitBreaker;
 
-    /// Which circuit it will be is known with the request.
+    /// The key, and with it the circuit, is known only with the request.
     fn peek(&self) -> bool {
         true
     }
@@ -172,17 +313,28 @@ where
     }
 
     fn admit(&self, request: &Req, terms: impl Terms) -> Admit<Self::Pass, Self::Wait> {
-        let circuit = self.circuits.find(&self.key.key(request));
+        let circuit = self.circuits.get_or_add(&self.key.key(request));
         let deadline = terms.deadline().map(|deadline| deadline.at());
+        let Some(circuit) = circuit else {
+            let rejected = if Moment::is_past(deadline) {
+                policy::too_late(&self.circuits.template)
+            } else {
+                None
+            };
+            return rejected.map_or(Admit::Go(None), Admit::No);
+        };
         match policy::admit(&circuit, deadline, || terms.sent_mark()) {
-            Admit::Go(token) => Admit::Go((circuit, token)),
+            Admit::Go(token) => Admit::Go(Some((circuit, token))),
             Admit::Wait(wait) => Admit::Wait(wait),
             Admit::No(rejected) => Admit::No(rejected),
         }
     }
 
-    fn permit(&self, (circuit, token): Self::Pass) -> Permit<Giver> {
-        Permit::new(Anchor::Counted(circuit), token)
+    fn permit(&self, pass: Self::Pass) -> Permit<Giver> {
+        match pass {
+            Some((circuit, token)) => Permit::new(Anchor::Counted(circuit), token),
+            None => Permit::hollow(),
+        }
     }
 
     fn is_stale(&self, permit: &Permit<Giver>) -> bool {
@@ -190,10 +342,13 @@ where
     }
 
     fn too_late(&self, request: &Req) -> Option<Rejected> {
-        policy::too_late(&self.circuits.find(&self.key.key(request)))
+        match self.circuits.get(&self.key.key(request)) {
+            Some(circuit) => policy::too_late(&circuit),
+            None => policy::too_late(&self.circuits.template),
+        }
     }
 
-    /// Known once there is a permit.
+    /// The circuit is known once there is a permit.
     fn shut(&self, permit: Option<&Permit<Giver>>) -> Option<Arc<Notify>> {
         match permit?.giver()? {
             Anchor::Counted(circuit) => Some(circuit.changed().clone()),
@@ -202,7 +357,7 @@ where
     }
 }
 
-/// Its calls are counted: it goes only when none is under way.
+/// The permit keeps the circuit in use, so that it is not evicted.
 impl Calls for Lease<Circuit> {
     fn permit(&self, token: Token) -> Permit<Giver> {
         Permit::new(Anchor::Counted(self.clone()), token)
@@ -215,14 +370,14 @@ admission_layer! {
     /// A circuit breaker with a circuit for each key, made by [`CircuitBreakerLayer::keyed`](super::CircuitBreakerLayer::keyed) or
     /// [`per_origin`](super::CircuitBreakerLayer::per_origin).
     ///
-    /// The circuits are in a bounded map: 1024 keys, unless [`max_keys`](Self::max_keys) says otherwise. Where
-    /// it is full, circuits that are as good as new make room: closed, nothing in their windows, their trips
-    /// forgotten, not steered by hand, no call under way. Where there are none, further keys share one circuit
-    /// (`other`). So keys from requests never grow memory. With a window of calls a key that was called is never
-    /// as good as new: choose one of time where there are many.
+    /// The circuits are in a map that is bounded by [`max_keys`](Self::max_keys) and
+    /// [`max_key_bytes`](Self::max_key_bytes). A call beyond these bounds is made without a circuit: it is not rejected
+    /// (except after its deadline), its outcome is not recorded, and the
+    /// [snapshot](KeyedCircuitBreakerHandle::snapshot) counts it. The [module](crate::breaker#keys) states which
+    /// circuits are evicted for new keys.
     ///
-    /// Which circuit a call belongs to is known only with the request: what is wrapped is asked to be ready
-    /// before, also for a call that will be refused.
+    /// The circuit of a call is known only with its request. Therefore the inner service is polled ready also for a call
+    /// that is rejected.
     layer KeyedCircuitBreakerLayer {}
     /// The service of a [`KeyedCircuitBreakerLayer`].
     service KeyedCircuitBreaker [Sel, Id]
@@ -230,40 +385,66 @@ admission_layer! {
 }
 
 impl<Sel, Id, M, R> KeyedCircuitBreakerLayer<Sel, Id, M, R> {
-    /// Every circuit is made as the one of `plan` is.
-    pub(super) fn new(key: Sel, plan: Plan<Breaker, M, R>, called: fn(&Id) -> String) -> Self {
+    /// Each circuit gets the rules and settings of the circuit of `plan`.
+    pub(super) fn new(key: Sel, plan: Plan<Breaker, M, R>, fns: KeyFns<Id>) -> Self {
         let Plan { policy: template, protocol, reject, mut fault } = plan;
         if Circuit::holds_back(&template) {
             let remedy = "leave it away: which circuit it is about is known only with the request";
             fault.get_or_insert(ConfigError::new("backpressure", "keyed", remedy));
         }
-        let other = Lease::alone(template.like());
-        other.name("other");
         let circuits = Arc::new(Circuits {
-            map: RwLock::default(),
-            most: AtomicUsize::new(MOST_KEYS),
-            swept: AtomicU64::new(0),
-            other,
+            map: KeyMap::default(),
+            max_keys: AtomicUsize::new(MAX_KEYS),
+            max_key_bytes: AtomicUsize::new(MAX_KEY_BYTES),
+            full_at: AtomicU64::new(0),
             template,
-            called,
+            fns,
+            evicted: AtomicU64::new(0),
+            uncovered: AtomicU64::new(0),
+            oversized: AtomicU64::new(0),
+            #[cfg(feature = "tracing")]
+            last_event: LastEvent::default(),
         });
         let policy = Keyed { key, circuits };
         Self { plan: Plan { policy, protocol, reject, fault } }
     }
 
-    /// How many keys have a circuit of their own: 1024 by default, 1 or more.
-    pub fn max_keys(mut self, most: usize) -> Self {
-        let checked = match most {
-            0 => Err(ConfigError::new("max_keys", most, "use 1 or more")),
-            most => Ok(most),
+    /// Sets the maximum number of circuits. 1024 by default; must be 1 or more.
+    ///
+    /// Where the map is full, a new key replaces the least recently used circuit that is
+    /// [like new](crate::breaker#keys). Where there is none, calls of new keys are made without a circuit.
+    ///
+    /// A lower maximum takes effect as new keys arrive: each of them evicts up to 4 circuits.
+    pub fn max_keys(mut self, max_keys: usize) -> Self {
+        let checked = match max_keys {
+            0 => Err(ConfigError::new("max_keys", max_keys, "use 1 or more")),
+            max_keys => Ok(max_keys),
         };
-        if let Some(most) = self.plan.accept(checked) {
-            self.plan.policy.circuits.most.store(most, Ordering::Relaxed);
+        if let Some(max_keys) = self.plan.accept(checked) {
+            self.plan.policy.circuits.max_keys.store(max_keys, Ordering::Relaxed);
         }
         self
     }
 
-    /// Looks at the circuits and steers them.
+    /// Sets the maximum size of a key, in bytes. 1024 by default; must be 1 or more. Calls with a larger key are made
+    /// without a circuit.
+    ///
+    /// The size is the number of bytes that the key's [`Hash`] writes: for a string its length and 1, for an [`Origin`]
+    /// about the length of its text. So the keys of the map hold at most `max_keys` × `max_key_bytes`, 1 MiB by default,
+    /// if `Hash` covers everything that a key owns. A key that shares the buffer of its request, such as
+    /// `bytes::Bytes`, keeps that buffer alive: return a copy. `per_origin` stores a copy without the userinfo.
+    pub fn max_key_bytes(mut self, max_key_bytes: usize) -> Self {
+        let checked = match max_key_bytes {
+            0 => Err(ConfigError::new("max_key_bytes", max_key_bytes, "use 1 or more")),
+            max_key_bytes => Ok(max_key_bytes),
+        };
+        if let Some(max_key_bytes) = self.plan.accept(checked) {
+            self.plan.policy.circuits.max_key_bytes.store(max_key_bytes, Ordering::Relaxed);
+        }
+        self
+    }
+
+    /// Returns the handle of the circuits.
     #[must_use]
     pub fn handle(&self) -> KeyedCircuitBreakerHandle<Id> {
         KeyedCircuitBreakerHandle(self.plan.policy.circuits.clone())
@@ -278,28 +459,59 @@ impl<S, Sel: Clone, Id, M: Clone, R: Clone> Layer<S> for KeyedCircuitBreakerLaye
     }
 }
 
-/// Looks at the circuits of a keyed layer and steers them, from outside of the stack.
+/// Reads and changes the circuits of a keyed layer.
+///
+/// Clones refer to the same circuits, and so do all services that the layer or a clone of it made.
 pub struct KeyedCircuitBreakerHandle<Q>(Arc<Circuits<Q>>);
 
+/// The map of a keyed layer at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct KeyedCircuitBreakerSnapshot {
+    /// The number of circuits.
+    pub circuits: usize,
+    /// The maximum number of circuits.
+    pub max_keys: usize,
+    /// The maximum size of a key, in bytes.
+    pub max_key_bytes: usize,
+    /// The number of circuits that were evicted for new keys.
+    pub evicted: u64,
+    /// The number of calls that were made without a circuit.
+    pub uncovered: u64,
+    /// The number of these calls whose key was larger than the maximum.
+    pub oversized: u64,
+}
+
 impl<Q: Clone + Eq + Hash> KeyedCircuitBreakerHandle<Q> {
-    /// The circuit of this key, if it has one of its own.
+    /// Returns the circuit of this key, if it has one. Counts as a use of the circuit.
+    ///
+    /// A circuit is not evicted while there is a handle of it.
     #[must_use]
     pub fn get(&self, key: &Q) -> Option<CircuitBreakerHandle> {
-        let map = self.0.map.read().unwrap_or_else(PoisonError::into_inner);
-        map.get(key).map(handle)
+        self.0.get(key).as_ref().map(handle)
     }
 
-    /// The circuit that keys beyond the cap share.
-    #[must_use]
-    pub fn other(&self) -> CircuitBreakerHandle {
-        handle(&self.0.other)
-    }
-
-    /// All keys that have a circuit of their own, with it, in no order.
+    /// Returns all keys with their circuits, in no order.
+    ///
+    /// Keys that are added meanwhile may be missing. The map is locked in slices of at most 64 circuits, so calls do not
+    /// wait for this method.
     #[must_use]
     pub fn all(&self) -> Vec<(Q, CircuitBreakerHandle)> {
-        let map = self.0.map.read().unwrap_or_else(PoisonError::into_inner);
-        map.iter().map(|(key, circuit)| (key.clone(), handle(circuit))).collect()
+        let entries = self.0.map.entries();
+        entries.iter().map(|entry| (entry.key.clone(), handle(&entry.value))).collect()
+    }
+
+    /// Returns the size and the counters of the map.
+    #[must_use]
+    pub fn snapshot(&self) -> KeyedCircuitBreakerSnapshot {
+        KeyedCircuitBreakerSnapshot {
+            circuits: self.0.map.len(),
+            max_keys: self.0.max_keys.load(Ordering::Relaxed),
+            max_key_bytes: self.0.max_key_bytes.load(Ordering::Relaxed),
+            evicted: self.0.evicted.load(Ordering::Relaxed),
+            uncovered: self.0.uncovered.load(Ordering::Relaxed),
+            oversized: self.0.oversized.load(Ordering::Relaxed),
+        }
     }
 }
 

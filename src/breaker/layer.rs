@@ -1,10 +1,10 @@
-use std::{hash::Hash, time::Duration};
+use std::{fmt::Write as _, hash::Hash, time::Duration};
 
 use tower_layer::Layer;
 
 use super::{
     handle::CircuitBreakerHandle,
-    keyed::{KeyedCircuitBreakerLayer, PerOrigin},
+    keyed::{KeyFns, KeyedCircuitBreakerLayer, PerOrigin, ShortName},
     policy::Breaker,
     state::Settings,
     trip::Trip,
@@ -152,20 +152,26 @@ impl<M, R> CircuitBreakerLayer<M, R> {
         self
     }
 
-    /// A circuit for each key that this closure gives, with the rules and settings made so far.
+    /// Returns a layer with a circuit for each key that this closure returns, with the rules and settings made so far.
     ///
-    /// All of them have the name of this layer. Its own circuit, which its handle looks at, is none of them.
+    /// All circuits have the name of this layer. The circuit of this layer, which [`handle`](Self::handle) returns, is
+    /// not one of them.
     pub fn keyed<F, Req, Id>(self, key: F) -> KeyedCircuitBreakerLayer<F, Id, M, R>
     where
         F: Fn(&Req) -> Id + Clone + Send + Sync + 'static,
         Id: Clone + Eq + Hash + Send + Sync + 'static,
     {
-        KeyedCircuitBreakerLayer::new(key, self.plan, |_| String::new())
+        let fns = KeyFns { to_stored: Id::clone, write_name: |_, _| Ok(()) };
+        KeyedCircuitBreakerLayer::new(key, self.plan, fns)
     }
 
-    /// A circuit for each scheme, host and port of the requests' URIs, named after it.
+    /// Returns a layer with a circuit for each scheme, host and port of the requests' URIs.
+    ///
+    /// A circuit is named after its origin, of which the name contains at most 256 bytes.
     pub fn per_origin(self) -> KeyedCircuitBreakerLayer<PerOrigin, Origin, M, R> {
-        KeyedCircuitBreakerLayer::new(PerOrigin, self.plan, Origin::to_string)
+        let write_name = |origin: &Origin, name: &mut ShortName| write!(name, "{origin}");
+        let fns = KeyFns { to_stored: Origin::detached, write_name };
+        KeyedCircuitBreakerLayer::new(PerOrigin, self.plan, fns)
     }
 
     /// A name for refusals, events and snapshots. The first one given stays.

@@ -168,10 +168,29 @@
 //! }
 //! ```
 //!
-//! Refusals and events name the origin. [`keyed`](CircuitBreakerLayer::keyed) takes any key of the request; its circuits
-//! have the name of the layer. The map is
-//! [bounded](KeyedCircuitBreakerLayer::max_keys), evicts only circuits that are as good as new, and beyond
-//! that lets keys share one circuit: requests cannot grow it.
+//! Rejections and events name the origin. [`keyed`](CircuitBreakerLayer::keyed) takes any key of the request; its
+//! circuits have the name of the layer.
+//!
+//! Requests choose the keys, so the map is bounded by the [number](KeyedCircuitBreakerLayer::max_keys) and by the
+//! [size](KeyedCircuitBreakerLayer::max_key_bytes) of the keys. A new key in a full map replaces the least recently used
+//! circuit that is like new:
+//!
+//! | a circuit is | like new |
+//! |---|---|
+//! | closed, and has counted nothing | at once, or when its trips are forgotten ([`calm_after`](OpenFor::calm_after)) or its ramp has ended |
+//! | closed, and has counted calls | in addition after its quiet period: no call was counted for 60 s, or for its longest [time window](Trip::within) if that is longer |
+//! | open | never |
+//! | half-open | after it received no call for as long as it was open |
+//! | forced, isolated, or changed by its handle | never |
+//! | used by a call, or referred to by a handle | never |
+//!
+//! Of circuits that were last used between the same two new keys, any may be evicted first. Beyond 1024 circuits, the
+//! circuit to evict is the least recently used of about 1024. If no circuit is like new, the new key has no circuit: its
+//! calls are made as if there were no breaker, and the [snapshot](KeyedCircuitBreakerHandle::snapshot) counts them. An
+//! event reports this at most once in 10 s. So neither old keys nor invented ones keep new keys out for longer than an
+//! open time and a quiet period after their last call, and no sequence of keys evicts an open circuit.
+//!
+//! A circuit with a window of calls needs one bit per call of the window in addition to about 1 KiB.
 //!
 //! # By hand
 //!
@@ -229,6 +248,7 @@
 //! | [`ramp`](CircuitBreakerLayer::ramp) | none |
 //! | a ratio's window | 10 s, at least 20 calls |
 //! | [`max_keys`](KeyedCircuitBreakerLayer::max_keys) | 1024 |
+//! | [`max_key_bytes`](KeyedCircuitBreakerLayer::max_key_bytes) | 1024 |
 //! | refused calls | an error ([`Rejected`](crate::Rejected), boxed) |
 
 mod cell;
@@ -236,6 +256,7 @@ mod core;
 mod counts;
 mod front;
 mod handle;
+mod key_map;
 mod keyed;
 mod layer;
 mod machine;
@@ -250,7 +271,8 @@ pub use self::{
     counts::Seen,
     handle::{CircuitBreakerHandle, CircuitBreakerSnapshot, Isolation},
     keyed::{
-        Key, KeyedCircuitBreaker, KeyedCircuitBreakerHandle, KeyedCircuitBreakerLayer, PerOrigin,
+        Key, KeyedCircuitBreaker, KeyedCircuitBreakerHandle, KeyedCircuitBreakerLayer,
+        KeyedCircuitBreakerSnapshot, PerOrigin,
     },
     layer::{CircuitBreaker, CircuitBreakerLayer},
     state::State,

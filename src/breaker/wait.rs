@@ -66,6 +66,10 @@ impl OpenFor {
         self
     }
 
+    pub(super) const fn base(&self) -> Duration {
+        self.base
+    }
+
     pub(super) const fn calm(&self) -> Duration {
         self.calm
     }

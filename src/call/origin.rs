@@ -10,7 +10,9 @@ use http::{
 
 /// Scheme, host and port of a URI: equal where RFC 6454 says so.
 ///
-/// The scheme's own port is the same as none, hosts are equal in any case, and who is logged in is no part of it.
+/// The scheme's default port is equal to no port, the case of hosts is ignored, and the userinfo is ignored.
+///
+/// It shares the memory of the URI, so it keeps the complete URI alive.
 #[derive(Clone)]
 pub struct Origin {
     scheme: Option<Scheme>,
@@ -22,6 +24,20 @@ impl Origin {
     #[must_use]
     pub fn of(uri: &Uri) -> Self {
         Self { scheme: uri.scheme().cloned(), authority: uri.authority().cloned() }
+    }
+
+    /// Returns a copy that has no userinfo and shares no memory with the URI.
+    #[cfg(feature = "breaker")]
+    pub(crate) fn detached(&self) -> Self {
+        let scheme = self.scheme.as_ref().and_then(|scheme| scheme.as_str().parse().ok());
+        let host = self.host();
+        let authority = match self.port() {
+            Some(port) => format!("{host}:{port}").parse().ok(),
+            None => host.parse().ok(),
+        };
+        let detached = Self { scheme, authority };
+        // The parts of a URI parse again. If one did not, the copy would be another origin.
+        if detached == *self { detached } else { self.clone() }
     }
 
     fn host(&self) -> &str {
@@ -99,6 +115,32 @@ mod tests {
         let others = ["http://a:81", "https://a", "http://a:443", "http://ab", "/", "http://[::1]"];
         let all: HashSet<_> = others.into_iter().chain(["http://a"]).map(of).collect();
         assert_eq!(all.len(), 7);
+    }
+
+    #[cfg(feature = "breaker")]
+    #[test]
+    fn detached_origin_is_equal_and_has_no_userinfo() {
+        let uris = [
+            "http://a",
+            "HTTP://me:secret@A:80/x?y",
+            "ftp://a:81",
+            "https://me@[::1]:443/path",
+            "/",
+            "*",
+            "a:443",
+            "http://a:",
+            "http://a:99999",
+            "http://a:0",
+            "http://\u{61}%41.b",
+        ];
+        for uri in uris {
+            let Ok(uri) = uri.parse() else { continue };
+            let origin = Origin::of(&uri);
+            let detached = origin.detached();
+            assert_eq!((&detached, detached.to_string()), (&origin, origin.to_string()));
+            let authority = detached.authority.as_ref().map_or("", |authority| authority.as_str());
+            assert!(!authority.contains('@'), "{authority}");
+        }
     }
 
     #[test]

@@ -100,6 +100,11 @@ impl<T> Lease<T> {
         &self.0.0
     }
 
+    /// Returns whether there is another reference to it or to its state. The result may be outdated at once.
+    pub(crate) fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1 || Arc::strong_count(&self.0.0.0) > 1
+    }
+
     /// Whether nobody else has it or its state. What those who had it did to the state is seen from here on.
     pub(crate) fn is_unshared(&mut self) -> bool {
         Arc::get_mut(&mut self.0).is_some_and(|only| Arc::get_mut(&mut only.0.0).is_some())

@@ -16,6 +16,7 @@ mod breaker {
     mod keys;
     mod kit;
     mod lives;
+    mod many_keys;
     mod model;
     mod opening;
     mod schedules;

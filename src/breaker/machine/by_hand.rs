@@ -38,6 +38,7 @@ impl Machine {
             self.counts.clear(times);
             self.restless = 0;
         }
+        self.last_event = now;
         self.enter(phase(to, Duration::ZERO, now), None)
     }
 
@@ -72,6 +73,8 @@ impl Machine {
             self.counts.set_responded();
         }
         self.restless = past.restless;
+        self.last_event = now;
+        self.open_time = self.open_time.max(nanos(past.left));
         self.enter(phase(past.state, past.left, now), None)
     }
 

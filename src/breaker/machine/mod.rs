@@ -35,6 +35,10 @@ pub(super) struct Machine {
     last_rule: Option<usize>,
     /// The probes of a phase that has ended, until the owner of the lock [takes](Self::take_ended) them.
     ended: Option<Probes>,
+    /// The time of the last event other than the passage of time.
+    last_event: Nanos,
+    /// The duration for which the circuit was open last, or would be.
+    open_time: Nanos,
 }
 
 #[derive(Debug)]
@@ -55,6 +59,7 @@ enum Phase {
 impl Machine {
     pub(super) fn new(trip: Trip, settings: Settings, generation: u64) -> (Self, TimeWindows) {
         let (counts, times) = Counts::new(&trip);
+        let open_time = nanos(settings.open_for.base());
         let machine = Self {
             settings,
             shape: trip,
@@ -67,6 +72,8 @@ impl Machine {
             last: None,
             last_rule: None,
             ended: None,
+            last_event: 0,
+            open_time,
         };
         (machine, times)
     }

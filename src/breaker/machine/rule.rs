@@ -42,6 +42,7 @@ impl Machine {
             let next = match &mut self.phase {
                 // The end of the wait is part of what comes after it.
                 Phase::Open { until } if at.now >= *until => {
+                    self.last_event = self.last_event.max(*until);
                     Some(self.enter(Phase::HalfOpen(Probes::default()), None))
                 }
                 Phase::HalfOpen(probes) => match probes.pass_time(at.now) {
@@ -92,6 +93,7 @@ impl Machine {
             Phase::Open { until } => Err(Refusal::Open { left: until.saturating_sub(at.now) }),
             Phase::HalfOpen(probes) if probes.has_room(&self.settings) => {
                 self.generation += 1;
+                self.last_event = at.now;
                 probes.begin(self.generation, is_unsent, at.now, &self.settings);
                 Ok(Ticket { generation: self.generation, probe: true })
             }
@@ -150,6 +152,7 @@ impl Machine {
         // Its lease may be over: then it has been decided by its head.
         let by_time = self.pass_time(at);
         if let Phase::HalfOpen(probes) = &mut self.phase {
+            self.last_event = at.now;
             if probes.end(ticket.generation) {
                 return self.probed(ended, at);
             }
@@ -160,6 +163,7 @@ impl Machine {
     /// An outcome from outside of the stack: counted like a call, or like a probe.
     pub(in crate::breaker) fn told(&mut self, outcome: Outcome, at: At<'_>) -> Option<Change> {
         let by_time = self.pass_time(at);
+        self.last_event = at.now;
         let ended = Ended { outcome, took: 0 };
         let by_call = match self.phase {
             Phase::HalfOpen(_) => self.probed(ended, at),
@@ -170,6 +174,7 @@ impl Machine {
 
     fn counted(&mut self, ended: Ended, at: At<'_>) -> Option<Change> {
         let Phase::Closed { .. } = self.phase else { return None };
+        self.last_event = at.now;
         let ended = Ended { outcome: self.counts.assess(ended.outcome, at.now), ..ended };
         let (rule, tripped) = self.counts.record(ended, at.now, at.times)?;
         let change = self.open(tripped, ended.outcome.retry_after(), at);
@@ -220,7 +225,8 @@ impl Machine {
         self.restless = self.restless.saturating_add(1);
         self.opened += 1;
         (self.last, self.last_rule) = (Some(tripped), None);
-        let until = at.now.saturating_add(nanos(wait));
+        self.open_time = nanos(wait);
+        let until = at.now.saturating_add(self.open_time);
         self.enter(Phase::Open { until }, Some(tripped))
     }
 }

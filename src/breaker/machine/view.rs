@@ -9,7 +9,7 @@ use super::{
     },
     Machine, Phase,
 };
-use crate::call::Nanos;
+use crate::call::{Nanos, nanos};
 
 impl Machine {
     pub(in crate::breaker) fn state(&self) -> State {
@@ -118,11 +118,27 @@ impl Machine {
         self.counts.seen(now, times)
     }
 
-    /// Whether it is as good as a new one.
-    pub(in crate::breaker) fn is_fresh(&self, now: Nanos, times: &TimeWindows) -> bool {
-        self.state() == State::Closed
-            && !self.ramps()
-            && self.is_calm(now)
-            && self.seen(now, times) == Seen::default()
+    // ===== For the eviction of unused circuits =====
+
+    /// Returns for how long the circuit has been idle, or `None` if it differs from a new circuit.
+    ///
+    /// Does not require that time has [passed](Self::pass_time), because the passage of time can cause an event.
+    pub(in crate::breaker) fn idle_for(&self, now: Nanos, times: &TimeWindows) -> Option<Nanos> {
+        let idle_for = now.saturating_sub(self.last_event);
+        let is_like_new = match &self.phase {
+            _ if self.isolations > 0 => false,
+            Phase::Closed { since, ramps } => {
+                let ramp = if *ramps { nanos(self.settings.ramp) } else { 0 };
+                let has_counts = self.seen(now, times) != Seen::default();
+                now.saturating_sub(*since) >= ramp
+                    && self.is_calm(now)
+                    && (!has_counts || idle_for >= self.counts.quiet_period())
+            }
+            // The circuit is half-open since `until`, and no call has come.
+            Phase::Open { until } => now >= until.saturating_add(self.open_time),
+            Phase::HalfOpen(probes) => probes.under_way() == 0 && idle_for >= self.open_time,
+            Phase::ForcedOpen | Phase::ForcedClosed => false,
+        };
+        is_like_new.then_some(idle_for)
     }
 }
