@@ -2,6 +2,8 @@ use std::{borrow::Cow, error::Error, fmt, io, sync::Arc, time::Duration};
 
 use crate::call::{Label, LayerFault};
 
+use crate::redact;
+
 /// Any error, boxed: what a client stack fails with.
 pub type BoxError = Box<dyn Error + Send + Sync>;
 
@@ -13,31 +15,29 @@ pub(crate) fn next<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Erro
     }
 }
 
-/// An error with all that it was caused by, on one line.
+/// An error and its causes on one line, without secrets: `could not connect: connection refused`.
 #[cfg(feature = "health")]
 pub(crate) struct Chain<'a>(pub(crate) &'a (dyn Error + 'static));
 
 #[cfg(feature = "health")]
 impl Chain<'_> {
-    /// So many bytes of it at most.
-    pub(crate) fn within(&self, bytes: usize) -> String {
-        let mut told = self.to_string();
-        let ends = (0..=bytes.min(told.len())).rev().find(|end| told.is_char_boundary(*end));
-        told.truncate(ends.unwrap_or_default());
-        told
+    /// Returns at most `max` bytes of it.
+    pub(crate) fn within(&self, max: usize) -> String {
+        redact::display(self, max)
     }
 }
 
 #[cfg(feature = "health")]
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut said = self.0.to_string();
+        // Each link is redacted by itself: the text of a link ends with it.
+        let mut said = redact::display(self.0, redact::MAX_SCAN);
         f.write_str(&said)?;
         let mut cause = next(self.0);
         for _ in 0..16 {
             let Some(error) = cause else { break };
             // What only wraps another says the same.
-            let says = error.to_string();
+            let says = redact::display(error, redact::MAX_SCAN);
             if says != said {
                 write!(f, ": {says}")?;
             }
@@ -56,14 +56,17 @@ impl fmt::Display for Chain<'_> {
 /// without that setting. All of them report it in the log: one ERROR event at once, and then at most one
 /// every 10 s, whose field `occurrences` is the number of calls (or, for a layer that lets calls through, of
 /// wrapped services) since the previous one.
+///
+/// Its text is at most 1536 bytes long, whatever the length of the value is, and contains no
+/// [secrets](crate#secrets).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ConfigError {
     /// The setting, as the setter is called: `queue.max_wait`.
     pub field: &'static str,
-    /// The value that was given.
+    /// The value that was set, at most 256 bytes of it. Userinfo, query and fragment of URIs are replaced by `***`.
     pub value: String,
-    /// What would be right.
+    /// The correction, at most 1024 bytes, redacted as the value is.
     pub remedy: Cow<'static, str>,
 }
 
@@ -73,7 +76,11 @@ impl ConfigError {
         value: impl fmt::Debug,
         remedy: impl Into<Cow<'static, str>>,
     ) -> Self {
-        Self { field, value: format!("{value:?}"), remedy: remedy.into() }
+        let remedy = match remedy.into() {
+            Cow::Owned(remedy) => Cow::Owned(redact::text(&remedy, redact::MAX_REMEDY)),
+            fixed => fixed,
+        };
+        Self { field, value: redact::debug(&value, redact::MAX_VALUE), remedy }
     }
 
     pub(crate) fn above_zero(field: &'static str, value: Duration) -> Result<Duration, Self> {
@@ -176,6 +183,6 @@ mod tests {
         let told = "rejected by user: layer is misconfigured: `limit` is 0: use 1 or more";
         assert_eq!(Chain(&refused).within(99), told);
         let long = io::Error::other("ä".repeat(600));
-        assert_eq!(Chain(&long).within(511), "ä".repeat(255));
+        assert_eq!(Chain(&long).within(511), "ä".repeat(247) + "… (1200 bytes)");
     }
 }

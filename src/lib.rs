@@ -109,6 +109,14 @@
 //! # explain(&Rejected::new(buttress::call::RejectedKind::Open).into());
 //! ```
 //!
+//! # Secrets
+//!
+//! Userinfo, queries and fragments of URIs, credentials and header values are not part of any text of this crate:
+//! `Debug` output, errors, `explain()`, events, snapshots and health pages show `http://***@search:8080/healthz?***`. The texts
+//! of other crates' errors pass through the same redaction where this crate embeds them. Text in a path is shown. Input is
+//! shortened: a value to 256 bytes, an error to 512, with `…` and the full length. Three things contain the original:
+//! the public fields of a configuration, its serialized form, and `source()`, which returns the client's own error.
+//!
 //! # When it does not compile
 //!
 //! Of a stack that does not fit together `oneshot` and `ready` say no more than that some bound is not satisfied. A
@@ -255,6 +263,7 @@ pub mod limit;
 #[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
 pub mod reqwest;
 
+mod redact;
 mod respond;
 #[cfg(feature = "retry")]
 #[cfg_attr(docsrs, doc(cfg(feature = "retry")))]

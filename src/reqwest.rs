@@ -38,6 +38,7 @@
 //! [assumed to be reused](crate::breaker#connection-housekeeping).
 
 use std::{
+    fmt,
     future::Future,
     pin::Pin,
     task::{Context, Poll, ready},
@@ -62,7 +63,7 @@ use crate::BoxError;
 /// # Cancellation
 ///
 /// Dropping the future, or the response body before its end, gives up the exchange and its connection.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct HttpClient {
     client: Client,
 }
@@ -78,6 +79,13 @@ impl HttpClient {
     #[must_use]
     pub fn get_ref(&self) -> &Client {
         &self.client
+    }
+}
+
+/// Without the client: its own `Debug` shows default headers and proxies.
+impl fmt::Debug for HttpClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HttpClient").finish_non_exhaustive()
     }
 }
 
@@ -126,7 +134,6 @@ where
 
 pin_project! {
     /// The future of an [`HttpClient`]'s call.
-    #[derive(Debug)]
     pub struct ResponseFuture {
         #[pin]
         state: State,
@@ -134,11 +141,20 @@ pin_project! {
 }
 
 pin_project! {
-    #[derive(Debug)]
     #[project = StateProj]
     enum State {
         Sent { #[pin] pending: <Client as Service<Request>>::Future },
         Unsendable { error: Option<Error> },
+    }
+}
+
+/// Without the request: reqwest's own `Debug` shows its URL and headers.
+impl fmt::Debug for ResponseFuture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.state {
+            State::Sent { .. } => "ResponseFuture(sent)",
+            State::Unsendable { .. } => "ResponseFuture(unsendable)",
+        })
     }
 }
 

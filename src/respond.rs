@@ -1,6 +1,7 @@
 //! Refusals that come out of a stack as errors, answered as responses.
 
 use std::{
+    fmt,
     future::Future,
     pin::Pin,
     task::{Context, Poll, ready},
@@ -101,7 +102,7 @@ impl<S> Layer<S> for RespondLayer {
 }
 
 /// The service of a [`RespondLayer`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct RespondService<S> {
     inner: S,
 }
@@ -136,11 +137,22 @@ where
 
 pin_project! {
     /// The future of a [`RespondService`]'s call.
-    #[derive(Debug)]
     pub struct RespondFuture<F> {
         #[pin]
         future: F,
         form: Form,
+    }
+}
+
+impl<S> fmt::Debug for RespondService<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RespondService").finish_non_exhaustive()
+    }
+}
+
+impl<F> fmt::Debug for RespondFuture<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RespondFuture").field("form", &self.form).finish_non_exhaustive()
     }
 }
 

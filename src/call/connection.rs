@@ -1,9 +1,8 @@
 use std::{error::Error, fmt};
 
-use crate::BoxError;
+use crate::{BoxError, redact::Redacted};
 
 /// An error of a request that was sent over a known connection. Its source is the client's own error.
-#[derive(Debug)]
 pub(crate) struct ConnectionError {
     is_reused: bool,
     source: BoxError,
@@ -17,6 +16,15 @@ impl ConnectionError {
 
     pub(crate) fn is_reused(&self) -> bool {
         self.is_reused
+    }
+}
+
+impl fmt::Debug for ConnectionError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ConnectionError")
+            .field("is_reused", &self.is_reused)
+            .field("source", &Redacted(&self.source))
+            .finish()
     }
 }
 

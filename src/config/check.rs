@@ -1,6 +1,6 @@
 //! Which settings do not go together, and what to do about it.
 
-use std::time::Duration;
+use std::{fmt::Display, time::Duration};
 
 use super::{
     group::Group,
@@ -8,7 +8,7 @@ use super::{
     load::Origin,
     stack::{ClientConfig, ServerConfig},
 };
-use crate::ConfigError;
+use crate::{ConfigError, redact};
 
 /// What is wrong, if anything is.
 pub(super) type Rule<C> = fn(&C) -> Vec<ConfigError>;
@@ -90,8 +90,8 @@ fn show(time: Duration) -> String {
     humantime::format_duration(time).to_string()
 }
 
-fn conflict(field: &'static str, value: impl ToString, remedy: String) -> Option<ConfigError> {
-    Some(ConfigError::new(field, format_args!("{}", value.to_string()), remedy))
+fn conflict(field: &'static str, value: impl Display, remedy: String) -> Option<ConfigError> {
+    Some(ConfigError::new(field, format_args!("{value}"), remedy))
 }
 
 /// How long an attempt may take up to its head, and what says so.
@@ -303,7 +303,8 @@ fn health_of_nowhere(c: &ClientConfig) -> Vec<ConfigError> {
     let probed = c.probe.uri.as_deref().filter(|uri| uri.starts_with('/'));
     let nowhere = [("health_uri", asked), ("probe_uri", probed)];
     let told = nowhere.into_iter().filter_map(|(key, uri)| {
-        conflict(key, uri?, "use a whole URI, such as http://search:8080/healthz".to_owned())
+        let remedy = "use a whole URI, such as http://search:8080/healthz";
+        conflict(key, redact::value(uri?), remedy.to_owned())
     });
     told.collect()
 }

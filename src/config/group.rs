@@ -6,7 +6,7 @@ use super::{
     load::nearest,
     value::{Scalar, Tree},
 };
-use crate::ConfigError;
+use crate::{ConfigError, redact};
 
 /// What is known of a setting beside its value.
 #[derive(Debug)]
@@ -45,12 +45,12 @@ pub(super) fn fill<'de, D: Deserializer<'de>>(
             let nearest = nearest(&format!("{prefix}{key}"), rows.iter());
             let nearest = nearest.strip_prefix(prefix).unwrap_or(nearest);
             let remedy = format!("there is no such setting; the nearest is `{nearest}`");
-            let error = ConfigError::new("key", format_args!("{key}"), remedy);
+            let error = ConfigError::new("key", format_args!("{}", redact::value(&key)), remedy);
             return Err(D::Error::custom(error));
         };
         if !group.set(nth, &value) {
             let remedy = format!("use {}", rows[nth].wants);
-            let error = ConfigError::new(rows[nth].key, format_args!("{value}"), remedy);
+            let error = ConfigError::new(rows[nth].key, value, remedy);
             return Err(D::Error::custom(error));
         }
     }
@@ -72,10 +72,19 @@ macro_rules! group {
         $($(#[doc = $what:literal])+ $mode:ident $field:ident: $Type:ty = $default:expr;)*
     ) => {
         $(#[$doc])*
-        #[derive(Clone, Debug, PartialEq)]
+        #[derive(Clone, PartialEq)]
         #[non_exhaustive]
         pub struct $Name {
             $($(#[doc = $what])+ pub $field: $Type,)*
+        }
+
+        /// As [`explain`](crate::config::ClientConfig::explain) shows the values: without [secrets](crate#secrets).
+        impl ::std::fmt::Debug for $Name {
+            fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+                let mut all = f.debug_struct(stringify!($Name));
+                $(all.field(stringify!($field), &self.$field.show());)*
+                all.finish()
+            }
         }
 
         impl Default for $Name {

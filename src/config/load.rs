@@ -14,7 +14,7 @@ use super::{
     group::{Group, Row},
     value::{Scalar, Tree},
 };
-use crate::ConfigError;
+use crate::{ConfigError, redact};
 
 /// Where a value came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,7 +49,8 @@ impl fmt::Display for Origin {
 
 /// Everything that is wrong with a configuration.
 ///
-/// Its `Debug` is its `Display`: what a `main` fails with is to be read by whoever configured it.
+/// Its `Debug` is its `Display`: what a `main` fails with is to be read by whoever configured it. The text lists the
+/// first 64 errors, and states how many more there are; [`iter`](Self::iter) returns all.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ConfigErrors(pub(crate) Vec<ConfigError>);
 
@@ -64,12 +65,18 @@ impl ConfigErrors {
     }
 }
 
+/// The number of errors that the text of a [`ConfigErrors`] lists.
+const MAX_SHOWN: usize = 64;
+
 impl fmt::Display for ConfigErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (nth, error) in self.0.iter().enumerate() {
+        for (nth, error) in self.0.iter().take(MAX_SHOWN).enumerate() {
             write!(f, "{}{error}", if nth == 0 { "" } else { "\n" })?;
         }
-        Ok(())
+        match self.0.len().saturating_sub(MAX_SHOWN) {
+            0 => Ok(()),
+            more => write!(f, "\nand {more} more"),
+        }
     }
 }
 
@@ -130,7 +137,8 @@ struct Said {
 /// assert_eq!(config.retry.attempts, 2);
 /// # Ok(()) }
 /// ```
-#[derive(Debug)]
+///
+/// Its `Debug` output contains the names of settings and variables, and no values.
 #[must_use = "nothing is loaded before `finish`"]
 pub struct Loader<C> {
     name: String,
@@ -139,9 +147,22 @@ pub struct Loader<C> {
     of: PhantomData<fn() -> C>,
 }
 
+/// Without values: a variable with the prefix need not be a setting, and may be a password.
+impl<C> fmt::Debug for Loader<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Loader")
+            .field("name", &self.name)
+            .field("settings", &self.said)
+            .field("errors", &self.errors)
+            .finish()
+    }
+}
+
 impl fmt::Debug for Said {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} = {} ({})", self.key, self.value, self.origin)
+        let shown =
+            redact::display(&format_args!("{} ({})", self.key, self.origin), redact::MAX_VALUE);
+        f.write_str(&shown)
     }
 }
 
@@ -276,7 +297,7 @@ impl<C: Stack> Loader<C> {
         let (presets, said): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.said).into_iter().partition(|said| said.key == "preset");
         for said in presets {
-            match Preset::ALL.iter().find(|known| known.as_str() == said.value.to_string()) {
+            match Preset::ALL.iter().find(|known| said.value.is_written(known.as_str())) {
                 Some(known) => preset = Some(*known),
                 None => {
                     let known = Preset::ALL.map(|preset| preset.as_str()).join(", ");
@@ -327,14 +348,15 @@ impl<C: Stack> Loader<C> {
 
     fn not_of_form(&mut self, key: &'static str, said: &Said, wants: &str) {
         let origin = &said.origin;
-        match &*said.value.to_string() {
-            "" => self.wrong(key, "empty", format!("use {wants}, or say nothing of it ({origin})")),
-            value => self.wrong(key, value, format!("use {wants} ({origin})")),
+        if said.value.is_written("") {
+            self.wrong(key, "empty", format!("use {wants}, or say nothing of it ({origin})"));
+        } else {
+            self.errors.push(ConfigError::new(key, &said.value, format!("use {wants} ({origin})")));
         }
     }
 
     fn wrong(&mut self, field: &'static str, value: &str, remedy: String) {
-        self.errors.push(ConfigError::new(field, format_args!("{value}"), remedy));
+        self.errors.push(ConfigError::new(field, format_args!("{}", redact::value(value)), remedy));
     }
 }
 

@@ -126,7 +126,7 @@ macro_rules! stack {
             }
 
             /// The stack as it will be, outermost first, where each value came from, and which of them cannot
-            /// change while it runs.
+            /// change while it runs. It contains no [secrets](crate#secrets): userinfo and queries of URIs are `***`.
             #[must_use]
             pub fn explain(&self) -> String {
                 Explained(self, &self.name, self.preset, &self.origins).to_string()
@@ -174,6 +174,7 @@ macro_rules! stack {
             }
         }
 
+        /// The values as they can be read again: a URI includes its userinfo and query.
         impl Serialize for $Name {
             fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
                 let groups = self.groups().into_iter();
@@ -283,7 +284,7 @@ impl<C: Stack> fmt::Display for Explained<'_, C> {
                     Origin::Default if value != default.get(nth) => Origin::Code,
                     origin => origin,
                 };
-                let (value, from) = (value.to_string(), from.to_string());
+                let (value, from) = (value.redacted(), from.to_string());
                 let mark = if row.live { ' ' } else { '*' };
                 writeln!(f, "{mark} {:25} {value:12} {from:wide$} {}", row.key, row.doc.trim())?;
             }

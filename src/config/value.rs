@@ -7,13 +7,40 @@ use serde::{
     de::{Error, MapAccess, Visitor},
 };
 
-/// One value, of whatever form it was written in.
-#[derive(Clone, Debug, PartialEq)]
+use crate::redact;
+
+/// One value, of whatever form it was written in. `Display` is the value itself, which may contain secrets: the text for
+/// people is [`Scalar::redacted`], and `Debug` is made of it.
+#[derive(Clone, PartialEq)]
 pub enum Scalar {
     Bool(bool),
     Int(i64),
     Float(f64),
     Text(String),
+}
+
+impl Scalar {
+    /// Returns the value without secrets, at most 256 bytes of it.
+    pub(super) fn redacted(&self) -> String {
+        match self {
+            Self::Text(text) => redact::value(text),
+            value => value.to_string(),
+        }
+    }
+
+    /// Returns whether it is written like this, without a copy of it.
+    pub(super) fn is_written(&self, text: &str) -> bool {
+        match self {
+            Self::Text(own) => own == text,
+            value => value.to_string() == text,
+        }
+    }
+}
+
+impl fmt::Debug for Scalar {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.redacted())
+    }
 }
 
 impl fmt::Display for Scalar {
@@ -159,7 +186,7 @@ whole_numbers!(u16, u32, u64, usize);
 // ===== Trees of them =====
 
 /// A file's content: tables, and what is in them.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub(super) enum Tree {
     Leaf(Scalar),
     Table(Vec<(String, Tree)>),

@@ -34,10 +34,17 @@ impl<S> Layer<S> for DialLayer {
 }
 
 /// The service of a [`DialLayer`].
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Dial<S> {
     inner: S,
     connections: ConnectLayer,
+}
+
+/// Without the wrapped connector: one for a proxy may show credentials.
+impl<S> fmt::Debug for Dial<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Dial").field("connections", &self.connections).finish_non_exhaustive()
+    }
 }
 
 impl<S, Req> Service<Req> for Dial<S>

@@ -187,11 +187,18 @@ impl<C> Layer<C> for ConnectLayer {
 }
 
 /// A connector whose connections are bounded, timed and counted: made by a [`ConnectLayer`].
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Connector<C> {
     inner: C,
     layer: ConnectLayer,
     leased: bool,
+}
+
+/// Without the wrapped connector: one for a proxy may show credentials.
+impl<C> fmt::Debug for Connector<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connector").field("layer", &self.layer).finish_non_exhaustive()
+    }
 }
 
 impl<C> Service<Uri> for Connector<C>

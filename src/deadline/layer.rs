@@ -20,6 +20,7 @@ use crate::{
     admission::Reusable,
     call::{AsError, LayerKind, Moment, Reject, Rejected, Respond, RespondWith},
     error::Fault,
+    redact,
     timeout::{AsIs, ResponseFuture, TimedBody, Timeout, TimeoutLayer, Timeouts},
 };
 
@@ -85,7 +86,8 @@ impl<R> DeadlineLayer<R> {
             Ok(name) => self.codec(Millis(name)),
             Err(_) => {
                 let remedy = "use a header's name, such as x-request-timeout-ms";
-                self.fault.get_or_insert_with(|| ConfigError::new("header", name, remedy));
+                self.fault
+                    .get_or_insert_with(|| ConfigError::new("header", redact::Value(name), remedy));
                 self
             }
         }

@@ -88,7 +88,7 @@ impl<'a> Query<'a> {
 #[derive(Clone, Debug)]
 pub(super) struct Teller {
     pub(super) health: Health,
-    /// Reasons are for friends: an error's text may name hosts, users and queries.
+    /// Whether the response contains reasons, times and durations.
     pub(super) with_reasons: bool,
 }
 

@@ -16,7 +16,7 @@ use tokio::{
 use super::{
     Health,
     caught::Caught,
-    entry::{CheckState, Entry},
+    entry::{CheckState, Entry, MAX_REASON},
     registry::Registry,
     schedule::{Schedule, checked_jitter, checked_thresholds},
     threshold::Threshold,
@@ -24,7 +24,7 @@ use super::{
 use crate::{
     ConfigError,
     call::{Indicator, Nanos},
-    event,
+    event, redact,
 };
 
 type Look = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
@@ -57,7 +57,8 @@ pub struct Check {
 }
 
 impl Check {
-    /// Asks by a closure that gives a future, anew for every look. What an error says is the reason.
+    /// Asks by a closure that gives a future, anew for every look. The text of an error is the reason, at most 256 bytes
+    /// of it and without [secrets](crate#secrets).
     ///
     /// A look that is not done in time is dropped where it waits. It must not block: one that blocks its thread
     /// cannot be ended, and has failed once its result is overdue (`every`, at least a second, after the
@@ -70,7 +71,7 @@ impl Check {
     {
         let ask = move || -> Look {
             let look = ask();
-            Box::pin(async move { look.await.map_err(|why| why.to_string()) })
+            Box::pin(async move { look.await.map_err(|why| redact::display(&why, MAX_REASON)) })
         };
         Self {
             name: name.to_owned(),
@@ -162,7 +163,7 @@ impl Check {
         }
         let Ok(runtime) = Handle::try_current() else {
             let remedy = "add it inside a Tokio runtime, which asks it";
-            return Err(ConfigError::new("check", self.name, remedy));
+            return Err(ConfigError::new("check", redact::Value(&self.name), remedy));
         };
         let registry = health.registry();
         let entry = registry.enter(&self.name)?;
@@ -255,7 +256,7 @@ impl Drop for Runner {
 impl fmt::Debug for Check {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Check")
-            .field("name", &self.name)
+            .field("name", &redact::Value(&self.name))
             .field("degrading", &self.degrading)
             .field("schedule", &self.schedule)
             .field("thresholds", &self.thresholds)

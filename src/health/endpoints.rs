@@ -39,8 +39,9 @@ impl HealthEndpointsLayer {
         Self { teller: Teller { health, with_reasons: false } }
     }
 
-    /// Tells why a check fails, and how long ago it was asked: errors may name hosts, users and queries, and by
-    /// default `reason withheld` is all that strangers are told.
+    /// Includes the reason of each failed check, the time of the last look and its duration. By default the response
+    /// contains `reason withheld` instead, and no times: the text of an error names hosts and paths, also without
+    /// [secrets](crate#secrets), and times reveal the network behind the process.
     pub fn with_reasons(mut self) -> Self {
         self.teller.with_reasons = true;
         self
@@ -212,7 +213,8 @@ impl HealthService {
         Self { teller: Teller { health, with_reasons: false } }
     }
 
-    /// Tells why a check fails, and how long ago it was asked. By default reasons are withheld.
+    /// Includes the reason of each failed check, the time of the last look and its duration, as
+    /// [`HealthEndpointsLayer::with_reasons`] does. By default the response contains none of them.
     #[must_use]
     pub fn with_reasons(mut self) -> Self {
         self.teller.with_reasons = true;

@@ -12,10 +12,13 @@ use std::{
 use tokio::task::AbortHandle;
 
 use super::threshold::ProbeState;
-use crate::call::{Clock, Nanos, nanos};
+use crate::{
+    call::{Clock, Nanos, nanos},
+    redact,
+};
 
-/// Reasons are cut after so many bytes.
-const LONGEST_REASON: usize = 256;
+/// Maximum length of a reason in bytes.
+pub(super) const MAX_REASON: usize = 256;
 
 /// What a check says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -96,7 +99,8 @@ pub struct CheckSnapshot {
     pub critical: bool,
     /// How the last look ended.
     pub healthy: Option<bool>,
-    /// Why the last look failed, if it did and if that was said.
+    /// Why the last look failed, if it did and if that was said: one line of at most 256 bytes, without
+    /// [secrets](crate#secrets).
     pub reason: Option<String>,
     /// How long ago the last look ended.
     pub age: Option<Duration>,
@@ -269,13 +273,11 @@ impl Entry {
     }
 }
 
-/// One line of printable characters, not too long.
+/// Returns one line of at most [`MAX_REASON`] bytes of printable characters, without secrets.
 fn reason(said: String) -> Option<Arc<str>> {
-    let mut end = said.len().min(LONGEST_REASON);
-    while !said.is_char_boundary(end) {
-        end -= 1;
-    }
-    let line: String = said[..end].chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    // First: a URI may continue after a line break.
+    let safe = redact::text(&said, MAX_REASON);
+    let line: String = safe.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     let line = line.trim();
     (!line.is_empty()).then(|| line.into())
 }
@@ -288,7 +290,8 @@ mod tests {
     fn reasons_are_one_short_line() {
         assert_eq!(reason(" \n ".into()), None);
         assert_eq!(reason("no\r\nroute\u{1b}[1m ".into()).as_deref(), Some("no  route [1m"));
-        assert_eq!(reason("ä".repeat(200)).map(|line| line.len()), Some(LONGEST_REASON));
-        assert_eq!(reason("a".to_owned() + &"ä".repeat(200)).map(|line| line.len()), Some(255));
+        assert_eq!(reason("ä".repeat(128)).as_deref(), Some(&*"ä".repeat(128)));
+        let long = reason("ä".repeat(200)).unwrap();
+        assert!(long.len() <= MAX_REASON && long.ends_with("ä… (400 bytes)"), "{long}");
     }
 }

@@ -18,8 +18,8 @@ pub struct HealthProbeSnapshot {
     pub state: ProbeState,
     /// The last probe that came to its end.
     pub last: Option<LastProbe>,
-    /// What the error said that the last probe ended with, and what caused it: of a boxed one, and of hyper's,
-    /// reqwest's and `io`'s. At most 512 bytes.
+    /// The text of the error that the last probe ended with, and of its causes: of a boxed error, and of hyper's,
+    /// reqwest's and `io`'s. At most 512 bytes, without [secrets](crate#secrets).
     pub last_error: Option<Box<str>>,
     /// Probes passed in a row.
     pub consecutive_successes: u32,

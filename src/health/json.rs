@@ -1,4 +1,5 @@
-//! `application/health+json` (draft-inadarei-api-health-check-06), with what each check took.
+//! `application/health+json` (draft-inadarei-api-health-check-06). Reasons, times and durations are included only
+//! `with_reasons`.
 
 use std::{
     fmt::Write,
@@ -40,10 +41,11 @@ fn object(body: &mut String, check: &CheckSnapshot, with_reasons: bool, now: Sys
     if let Some(healthy) = check.healthy {
         put(format_args!(r#","healthy":{healthy}"#));
     }
-    if let Some(took) = check.took {
+    // How long a check takes and when it is made tell a stranger about the network behind the process.
+    if let Some(took) = check.took.filter(|_| with_reasons) {
         put(format_args!(r#","response_time_ms":{:.3}"#, took.as_secs_f64() * 1000.0));
     }
-    if let Some(age) = check.age {
+    if let Some(age) = check.age.filter(|_| with_reasons) {
         put(format_args!(r#","last_check":"{}""#, rfc3339(now.checked_sub(age).unwrap_or(now))));
     }
     let why = match check.state {

@@ -109,13 +109,14 @@
 //! `GET` and `HEAD`, plain text, `Cache-Control: no-store`. `?verbose` lists the checks in Kubernetes'
 //! form, `[+]name ok`, `[-]name failed: reason withheld`, or `[-]name degraded: …`, and so does a failed answer;
 //! `?exclude=name` leaves one out, and may be repeated. A query of more than 4096 bytes is not looked at, nor is
-//! what follows its 64th parameter. Reasons are told by
-//! [`with_reasons`](HealthEndpointsLayer::with_reasons) only.
+//! what follows its 64th parameter. The response contains reasons, times and durations only
+//! [`with_reasons`](HealthEndpointsLayer::with_reasons). A reason is the text of an error without
+//! [secrets](crate#secrets), and may still name hosts and paths.
 //!
 //! Who accepts `application/health+json` or `application/json`, by name, gets that (after
 //! draft-inadarei-api-health-check-06): `status` is `pass`, `warn` or `fail`, and of each check there are
-//! `status`, `critical`, `healthy` (how the last look ended), `response_time_ms` (where it is known),
-//! `last_check` (RFC 3339) and, unless it passes, `output`.
+//! `status`, `critical`, `healthy` (how the last look ended) and, unless it passes, `output`. With reasons there are also
+//! `response_time_ms` (where it is known) and `last_check` (RFC 3339).
 //!
 //! [`Health::endpoints`] answers before what it wraps is asked, so that a saturated server still tells how it
 //! is; other paths and methods pass through. [`Health::service`] is the same for a port of its own, and for

@@ -12,7 +12,7 @@ use super::{
     over_http::{answer, parse, read},
     probe::{Failed, Probe, ProbeFailure, opaque_debug},
 };
-use crate::{ConfigError, call::grpc};
+use crate::{ConfigError, call::grpc, redact};
 
 /// Asks `grpc.health.v1.Health/Check`. Made by [`HealthProbeLayer::grpc`](super::HealthProbeLayer::grpc).
 #[derive(Clone)]
@@ -29,7 +29,10 @@ impl<F> Grpc<F> {
             Ok(uri) => (uri, None),
             Err(_) => {
                 let remedy = "use `/`, or where it is: `http://host:port`";
-                (Uri::default(), Some(ConfigError::new("grpc.origin", origin, remedy)))
+                (
+                    Uri::default(),
+                    Some(ConfigError::new("grpc.origin", redact::Value(origin), remedy)),
+                )
             }
         };
         (Self { uri, message: check_request(service), body }, fault)

@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout_at};
 use tower_service::Service;
 
 use super::probe::{Failed, Probe, ProbeFailure, ask, blame, of_refused, opaque_debug};
-use crate::{ConfigError, call::Rejected};
+use crate::{ConfigError, call::Rejected, redact};
 
 /// More of an answer than this is not read.
 const MOST_BODY: usize = 64 * 1024;
@@ -77,7 +77,8 @@ impl<B> OverHttp for Get<B> {
 /// Origin form, `/healthz`, or absolute, `http://search:8080/healthz`.
 pub(super) fn parse(uri: &str) -> Result<Uri, ConfigError> {
     let fault = || {
-        ConfigError::new("get", uri, "use a path like `/healthz`, or a full `http://host/healthz`")
+        let remedy = "use a path like `/healthz`, or a full `http://host/healthz`";
+        ConfigError::new("get", redact::Value(uri), remedy)
     };
     let parsed: Uri = uri.parse().map_err(|_| fault())?;
     let origin = parsed.scheme().is_none() && uri.starts_with('/');
@@ -235,7 +236,7 @@ impl<B> Clone for Get<B> {
 
 impl<B> fmt::Debug for Get<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Get").field(&self.uri.path()).finish()
+        f.debug_tuple("Get").field(&redact::debug(&self.uri, redact::MAX_VALUE)).finish()
     }
 }
 

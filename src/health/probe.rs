@@ -12,6 +12,7 @@ use tower_service::Service;
 use crate::{
     call::{Outcome, Rejected, known},
     error::Chain,
+    redact::MAX_ERROR,
 };
 
 /// Why a probe did not pass.
@@ -217,16 +218,13 @@ pub(super) fn blame<E: 'static>(error: &E) -> Failed {
     match known.and_then(Rejected::find) {
         Some(refused) => of_refused(refused).into(),
         None => {
-            let text = known.map(|error| Chain(error).within(MOST_TOLD).into_boxed_str());
+            let text = known.map(|error| Chain(error).within(MAX_ERROR).into_boxed_str());
             let is_housekeeping =
                 known.is_some_and(|error| Outcome::of_error(error).is_housekeeping());
             Failed { why: ProbeFailure::Error, error: text, is_housekeeping }
         }
     }
 }
-
-/// No more of an error's text is kept than this, in bytes.
-const MOST_TOLD: usize = 512;
 
 /// By a layer further in.
 pub(super) fn of_refused(refused: &Rejected) -> ProbeFailure {

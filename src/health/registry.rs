@@ -16,7 +16,7 @@ use super::{
     entry::{CheckSnapshot, CheckState, Entry, HealthStatus},
     reporter::Reporter,
 };
-use crate::ConfigError;
+use crate::{ConfigError, redact};
 
 /// Names longer than this are no names any more.
 const LONGEST_NAME: usize = 64;
@@ -217,10 +217,8 @@ impl Registry {
 
     pub(super) fn enter(&self, name: &str) -> Result<Arc<Entry>, ConfigError> {
         if !is_name(name) {
-            // What is far too long need not be repeated.
-            let shown: String = name.chars().take(LONGEST_NAME + 1).collect();
             let remedy = "use 1 to 64 of `A`-`Z`, `a`-`z`, `0`-`9`, `.`, `_` and `-`";
-            return Err(ConfigError::new("check.name", shown, remedy));
+            return Err(ConfigError::new("check.name", redact::Value(name), remedy));
         }
         // Declared before the guard: an entry is dropped without the lock.
         let _removed;

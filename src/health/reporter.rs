@@ -60,8 +60,8 @@ impl Reporter {
         self.report(CheckState::Fail);
     }
 
-    /// Not well, and why: for the answers that [tell reasons](super::HealthService::with_reasons). Cut after
-    /// 256 bytes.
+    /// Not well, and why: for the answers that [tell reasons](super::HealthService::with_reasons). At most 256 bytes of
+    /// it are kept, without [secrets](crate#secrets).
     pub fn fail_because(&self, reason: impl Into<String>) {
         self.looked(Err(reason.into()), None);
         self.publish(CheckState::Fail);

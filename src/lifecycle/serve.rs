@@ -18,7 +18,7 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::{Drained, Lifecycle, Phase};
-use crate::{BoxError, event, event::RepeatedEvent};
+use crate::{BoxError, event, event::RepeatedEvent, redact};
 
 /// Who connects has to say something within this time.
 const FIRST_WORD: Duration = Duration::from_secs(30);
@@ -100,7 +100,7 @@ impl Lifecycle {
                 Err(error) => {
                     if let Some(_occurrences) = accept_failures.record() {
                         let occurrences = _occurrences;
-                        event!(WARN, %error, occurrences, "cannot accept connections");
+                        event!(WARN, error = %redact::Redacted(&error), occurrences, "cannot accept connections");
                         let _ = occurrences;
                     }
                     let _ = error;

@@ -7,6 +7,7 @@ use crate::{
     BoxError,
     call::{Outcome, Rejected},
     error,
+    redact::Redacted,
 };
 
 /// What a retry did with one call: in the extensions of the response, and in the error.
@@ -97,8 +98,8 @@ pub struct Attempt(pub u32);
 ///
 /// `gave up after 3 attempts (attempts_used_up): connect_refused`: the [`Stop`], and what came of the last attempt
 /// where that is known. All of it is in the [`Attempts`], and a refusal in the
-/// [`Rejected`](crate::Rejected) that is among the sources.
-#[derive(Debug)]
+/// [`Rejected`](crate::Rejected) that is among the sources. `Debug` shows the source without
+/// [secrets](crate#secrets); the source itself is the client's own error, whose text may contain the URI.
 pub struct RetryError {
     attempts: Attempts,
     source: BoxError,
@@ -113,6 +114,15 @@ impl RetryError {
     #[must_use]
     pub fn attempts(&self) -> &Attempts {
         &self.attempts
+    }
+}
+
+impl fmt::Debug for RetryError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RetryError")
+            .field("attempts", &self.attempts)
+            .field("source", &Redacted(&self.source))
+            .finish()
     }
 }
 

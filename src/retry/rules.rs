@@ -5,9 +5,12 @@ use std::{cell::OnceCell, error::Error, fmt, sync::Arc};
 use http::{HeaderMap, Request, StatusCode};
 
 use super::policy::Class;
-use crate::call::{
-    Outcome, OutcomeKind, Reason, grpc,
-    hint::{self, Pushback},
+use crate::{
+    call::{
+        Outcome, OutcomeKind, Reason, grpc,
+        hint::{self, Pushback},
+    },
+    redact::{self, MAX_VALUE, Redacted},
 };
 
 /// What failed, as far as limits and costs tell it apart. A closed set, so that it can be a metric's label.
@@ -109,10 +112,20 @@ pub struct Seen<'a> {
     pub(super) attempt: u32,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub enum Answer<'a> {
     Head(StatusCode, &'a HeaderMap),
     Error(&'a (dyn Error + 'static)),
+}
+
+/// Without headers.
+impl fmt::Debug for Answer<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Head(status, _) => f.debug_tuple("Head").field(status).finish_non_exhaustive(),
+            Self::Error(error) => f.debug_tuple("Error").field(&Redacted(error)).finish(),
+        }
+    }
 }
 
 impl<'a> Seen<'a> {
@@ -178,10 +191,13 @@ impl<'a> Seen<'a> {
     }
 }
 
+/// Without headers, and without the userinfo and query of the URI.
 impl fmt::Debug for Seen<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (method, uri) =
+            (self.request().method(), redact::debug(self.request().uri(), MAX_VALUE));
         f.debug_struct("Seen")
-            .field("request", self.request())
+            .field("request", &format_args!("{method} {uri}"))
             .field("answer", &self.answer)
             .field("outcome", &self.outcome)
             .field("attempt", &self.attempt)

@@ -2,7 +2,7 @@ use std::{fmt, sync::Arc};
 
 use http::{HeaderMap, Request};
 
-use crate::ConfigError;
+use crate::{ConfigError, redact};
 
 /// What a request asks of a limit: read off it by a [`Sort`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -161,7 +161,7 @@ impl ExemptPaths {
     pub(super) fn check(&self) -> Result<(), ConfigError> {
         const REMEDY: &str = "use a path without dot segments, backslashes and encoded dots, slashes or percent signs";
         match self.0.iter().find(|path| is_ambiguous(path)) {
-            Some(path) => Err(ConfigError::new("exempt_paths", path, REMEDY)),
+            Some(path) => Err(ConfigError::new("exempt_paths", redact::Value(path), REMEDY)),
             None => Ok(()),
         }
     }

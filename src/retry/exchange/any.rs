@@ -1,6 +1,7 @@
 //! Anything that can be kept.
 
 use std::{
+    fmt,
     task::{Context, Poll},
     time::Duration,
 };
@@ -56,10 +57,16 @@ where
 }
 
 /// An answer of any type, weighed.
-#[derive(Debug)]
 pub struct HeldResult<Res, E> {
     result: Result<Res, E>,
     weight: (Class, Outcome),
+}
+
+/// Without the result: a response shows its headers.
+impl<Res, E> fmt::Debug for HeldResult<Res, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HeldResult").field("weight", &self.weight).finish_non_exhaustive()
+    }
 }
 
 // It is never pinned into.

@@ -1,6 +1,7 @@
 //! HTTP and gRPC.
 
 use std::{
+    fmt,
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -129,11 +130,17 @@ impl<B: Body> Repeat<Request<B>> for Http {
 const MOST_AT_ONCE: u32 = 64;
 
 /// An answer, and what its head says.
-#[derive(Debug)]
 pub struct HeldResponse<B: Body> {
     result: Result<Response<PeekedBody<B>>, BoxError>,
     weight: Option<(Class, Outcome)>,
     drained: u64,
+}
+
+/// Without the result: a response shows its headers.
+impl<B: Body> fmt::Debug for HeldResponse<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HeldResponse").field("weight", &self.weight).finish_non_exhaustive()
+    }
 }
 
 impl<B: Body> HeldResponse<B> {

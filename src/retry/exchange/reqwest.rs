@@ -1,7 +1,7 @@
 //! `reqwest::Client` as it is: requests and responses of reqwest's own.
 
 use std::{
-    mem,
+    fmt, mem,
     task::{Context, Poll},
     time::Duration,
 };
@@ -78,12 +78,21 @@ impl Repeat<Request> for Reqwest {
 }
 
 /// An answer of reqwest's, weighed.
-#[derive(Debug)]
 pub enum Held {
     /// To be given out, or not.
     Answer(Result<Response, BoxError>, (Class, Outcome)),
     /// It is read away: its body, and how much of that has been.
     Discarded(Body, u64),
+}
+
+/// Without the response: reqwest's own `Debug` shows its URL and headers.
+impl fmt::Debug for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Answer(..) => "Held(answer)",
+            Self::Discarded(..) => "Held(discarded)",
+        })
+    }
 }
 
 impl Held {
