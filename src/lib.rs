@@ -77,7 +77,8 @@
 //!
 //! A refused call is a [`Rejected`]: boxed as an error by default, found anywhere in a chain of sources by
 //! [`Rejected::find`]; with `.respond()` a response, the error type left alone; with a [`RespondLayer`] a response
-//! whichever layer further in refused. A bad setting never panics: each layer's `checked()` tells it as a
+//! whichever layer further in refused. A response reaches a client that is still sending its request: the rest of the
+//! request body is [drained](call::Respond#uploads) within bounds. A bad setting never panics: each layer's `checked()` tells it as a
 //! [`ConfigError`], and the log if nobody asked.
 //!
 //! # Why was this call refused?
@@ -238,6 +239,7 @@ pub mod call;
 #[cfg(feature = "config")]
 #[cfg_attr(docsrs, doc(cfg(feature = "config")))]
 pub mod config;
+mod drain;
 mod error;
 mod event;
 

@@ -14,7 +14,10 @@ use pin_project_lite::pin_project;
 use tower_layer::Layer;
 use tower_service::Service;
 
-use crate::call::{Form, OwnAnswer, Rejected, TrackedBody, response};
+use crate::{
+    call::{Form, OwnAnswer, Rejected, TrackedBody, response},
+    drain::Loan,
+};
 
 /// Answers refusals that come as errors from whatever it wraps: what `.respond()` is to one layer, for a whole stack.
 ///
@@ -79,9 +82,14 @@ use crate::call::{Form, OwnAnswer, Rejected, TrackedBody, response};
 /// refusal is found in a [`BoxError`](crate::BoxError), or where the error is a [`Rejected`] itself. Bodies pass too:
 /// a timeout after the head is still the body's error.
 ///
+/// # Uploads
+///
+/// The body of a rejected request is [drained](crate::call::Respond#uploads) if it is axum's or tonic's, also if an inner
+/// layer has dropped it. In a gateway this is the body that the gateway's own client still sends.
+///
 /// # Cost
 ///
-/// A look at the request's headers.
+/// A look at the request's headers, and two allocations if the request has an unfinished body of axum's or tonic's type.
 #[derive(Clone, Copy, Debug, Default)]
 #[must_use = "a layer does nothing until it wraps a service"]
 pub struct RespondLayer(());
@@ -118,6 +126,7 @@ impl<S, ReqB, B> Service<Request<ReqB>> for RespondService<S>
 where
     S: Service<Request<ReqB>, Response = Response<B>>,
     S::Error: 'static,
+    ReqB: 'static,
     B: Body,
     B::Data: From<Bytes>,
 {
@@ -129,9 +138,10 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<ReqB>) -> Self::Future {
+    fn call(&mut self, mut request: Request<ReqB>) -> Self::Future {
         let form = Form::of(request.method(), request.headers());
-        RespondFuture { future: self.inner.call(request), form }
+        let loan = Loan::of(&mut request);
+        RespondFuture { future: self.inner.call(request), form, loan }
     }
 }
 
@@ -141,6 +151,8 @@ pin_project! {
         #[pin]
         future: F,
         form: Form,
+        // The body of the request.
+        loan: Option<Loan>,
     }
 }
 
@@ -171,7 +183,11 @@ where
             Ok(response) => Ok(response.map(TrackedBody::untracked)),
             Err(error) => match Rejected::find_in_any(&error).cloned() {
                 None => Err(error),
-                Some(rejected) => {
+                Some(mut rejected) => {
+                    if let Some(loan) = this.loan {
+                        loan.drain();
+                        rejected = rejected.draining();
+                    }
                     let mut answer = response(*this.form, rejected);
                     tell_attempts(&error, &mut answer);
                     Ok(answer.map(TrackedBody::answer))

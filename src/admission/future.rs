@@ -152,10 +152,12 @@ where
                         Ok((future, permit, call, mark)) => {
                             State::called(future, permit, call, mark)
                         }
-                        Err(Stop::Rejected(rejected)) => {
-                            let (request, reject) = (&parked.request, this.reject.as_ref());
-                            *this.form =
-                                request.as_ref().zip(reject).map(|(req, reject)| reject.form(req));
+                        Err(Stop::Rejected(mut rejected)) => {
+                            let request = parked.as_mut().project().request.take();
+                            if let Some((request, reject)) = request.zip(this.reject.as_ref()) {
+                                *this.form = Some(reject.form(&request));
+                                rejected = reject.discard(request, rejected);
+                            }
                             State::refused(rejected)
                         }
                         Err(Stop::Inner(error)) => return Poll::Ready(Err(R::error(error))),

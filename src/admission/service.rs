@@ -178,7 +178,7 @@ where
             Admit::No(rejected) => {
                 self.let_go();
                 form = Some(self.reject.form(&request));
-                State::refused(rejected)
+                State::refused(self.reject.discard(request, rejected))
             }
         };
         ResponseFuture::new(state, form, self.reject.clone())

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 
 use super::{Phase, Rejected, RejectedKind, body::OwnAnswer, grpc, hint};
-use crate::BoxError;
+use crate::{BoxError, drain::drain_request};
 
 /// What a refusal becomes: an error, or a response.
 ///
@@ -34,6 +34,14 @@ pub trait Refuse<Req, Res, E>: Clone + Send + Sync + 'static {
 
     /// Tells them.
     fn refuse(self, form: Form, rejected: Rejected) -> Result<Res, Self::Error>;
+
+    /// Takes over the request that is rejected. A strategy that responds drains its body, so that the response reaches
+    /// a client that still sends the request.
+    #[inline]
+    fn discard(&self, request: Req, rejected: Rejected) -> Rejected {
+        drop(request);
+        rejected
+    }
 
     /// An error of the inner service.
     fn error(error: E) -> Self::Error;
@@ -128,10 +136,27 @@ impl<Req, Res, E: Into<BoxError>> Refuse<Req, Res, E> for AsError {
 /// (`RESOURCE_EXHAUSTED`, `DEADLINE_EXCEEDED`) with `grpc-retry-pushback-ms`, at least 10. Every rejection carries
 /// `Cache-Control: no-store`, so that no cache serves it to other clients.
 /// The [`Rejected`] itself is in the response's extensions.
+///
+/// # Uploads
+///
+/// A client that is still sending its request would lose a response after which the server closes the connection: it
+/// receives a TCP reset (RFC 9112 §9.6), or `RST_STREAM` over HTTP/2, which some clients report as an error. The rejection
+/// is therefore sent at once, while a task that the layer spawns reads and discards the rest of the request body. That
+/// drain ends with the body, after 16 MiB, or after one second, whichever is first; then the body is dropped. It holds no
+/// permit. At most 1024 drains run at once in the process, so that rejected uploads occupy a bounded number of
+/// connections; above that, and outside of a Tokio runtime, the body is dropped. A request without a body, or whose
+/// body has been read, costs nothing.
+///
+/// The bodies that are drained are those of servers: hyper's `Incoming` (feature `hyper`), axum's (feature `axum`) and
+/// tonic's (features `tonic` and `tonic-health`). Layers that time out drain axum's and tonic's only. Bodies of other
+/// types are dropped. After `Expect: 100-continue` a body is drained only if it has been polled, because the first poll
+/// would invite the client to send it (RFC 9110 §10.1.1). [`RespondWith`] and
+/// [`RespondLayer`](crate::RespondLayer) drain in the same way. Around a client, a rejected request with a body of axum's
+/// type is drained too; the stream of a tonic client is not, as long as its URI has no authority.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Respond;
 
-impl<ReqB, B: OwnAnswer, E> Refuse<Request<ReqB>, Response<B>, E> for Respond {
+impl<ReqB: 'static, B: OwnAnswer, E> Refuse<Request<ReqB>, Response<B>, E> for Respond {
     type Error = E;
 
     #[inline]
@@ -141,6 +166,10 @@ impl<ReqB, B: OwnAnswer, E> Refuse<Request<ReqB>, Response<B>, E> for Respond {
 
     fn refuse(self, form: Form, rejected: Rejected) -> Result<Response<B>, E> {
         Ok(response(form, rejected).map(B::answer))
+    }
+
+    fn discard(&self, request: Request<ReqB>, rejected: Rejected) -> Rejected {
+        if drain_request(request) { rejected.draining() } else { rejected }
     }
 
     #[inline]
@@ -237,12 +266,14 @@ pub(crate) fn whole_seconds(after: Duration) -> u64 {
     (after.as_secs() + u64::from(after.subsec_nanos() > 0)).max(1)
 }
 
-/// A closure makes the answer: for services of any types, or for an answer of the user's own form.
+/// A closure makes the answer: for services of any types, or for an answer of the user's own form. The body of a
+/// rejected HTTP request is drained as with [`Respond`].
 #[derive(Clone)]
 pub struct RespondWith<F>(pub(crate) F);
 
 impl<F, Req, Res, E> Refuse<Req, Res, E> for RespondWith<F>
 where
+    Req: 'static,
     F: Fn(&Rejected) -> Result<Res, E> + Clone + Send + Sync + 'static,
 {
     type Error = E;
@@ -254,6 +285,10 @@ where
 
     fn refuse(self, _: Form, rejected: Rejected) -> Result<Res, E> {
         self.0(&rejected)
+    }
+
+    fn discard(&self, request: Req, rejected: Rejected) -> Rejected {
+        if drain_request(request) { rejected.draining() } else { rejected }
     }
 
     #[inline]

@@ -12,8 +12,8 @@ use crate::{BoxError, ConfigError, error, event, event::RepeatedEvent};
 pub struct Rejected {
     kind: RejectedKind,
     layer: LayerKind,
-    /// The source of the deadline that ended the call, if a deadline did.
-    deadline_source: Option<DeadlineSource>,
+    /// A set of bits: the source of the deadline that ended the call, if a deadline did, and [`DRAINS`].
+    marks: u8,
     retry_after_ms: u32,
     label: Option<Arc<Label>>,
 }
@@ -253,9 +253,16 @@ impl LayerFault {
 
 const NO_HINT: u32 = u32::MAX;
 
+/// A deadline of the caller ended the call.
+const CALLER_DEADLINE: u8 = 1;
+/// A deadline of the operator ended the call.
+const OPERATOR_DEADLINE: u8 = 2;
+/// The body of the request is drained.
+const DRAINS: u8 = 4;
+
 impl Rejected {
     pub(crate) fn by(layer: LayerKind, kind: RejectedKind) -> Self {
-        Self { kind, layer, deadline_source: None, retry_after_ms: NO_HINT, label: None }
+        Self { kind, layer, marks: 0, retry_after_ms: NO_HINT, label: None }
     }
 
     pub(crate) fn misconfigured(layer: LayerKind, label: Arc<Label>) -> Self {
@@ -266,7 +273,7 @@ impl Rejected {
         Self {
             kind: RejectedKind::Misconfigured,
             layer,
-            deadline_source: None,
+            marks: 0,
             retry_after_ms: NO_HINT,
             label: Some(label),
         }
@@ -312,15 +319,37 @@ impl Rejected {
 
     #[cfg(any(feature = "retry", feature = "timeout"))]
     pub(crate) fn with_deadline_source(mut self, source: Option<DeadlineSource>) -> Self {
-        self.deadline_source = source;
+        self.marks |= match source {
+            None => 0,
+            Some(DeadlineSource::Caller) => CALLER_DEADLINE,
+            Some(DeadlineSource::Operator) => OPERATOR_DEADLINE,
+        };
         self
+    }
+
+    /// Marks a rejection whose request body is drained.
+    pub(crate) fn draining(mut self) -> Self {
+        self.marks |= DRAINS;
+        self
+    }
+
+    /// Returns whether the body of the rejected request is drained.
+    #[cfg(feature = "lifecycle")]
+    pub(crate) const fn is_draining(&self) -> bool {
+        self.marks & DRAINS != 0
     }
 
     /// Returns the source of the deadline that ended the call in flight, if a deadline did. A call that ended by a
     /// deadline of the [caller](DeadlineSource::Caller) carries no information about the upstream.
     #[must_use]
     pub const fn deadline_source(&self) -> Option<DeadlineSource> {
-        self.deadline_source
+        if self.marks & CALLER_DEADLINE != 0 {
+            Some(DeadlineSource::Caller)
+        } else if self.marks & OPERATOR_DEADLINE != 0 {
+            Some(DeadlineSource::Operator)
+        } else {
+            None
+        }
     }
 
     /// Whether the call was under way, and ended because it took too long. It may have had its effect.

@@ -91,6 +91,12 @@
 //!
 //! As a [timeout](crate::timeout)'s: what the call holds is given back as it ends.
 //!
+//! # Uploads
+//!
+//! With [`respond`](DeadlineLayer::respond), the body of a request that is still being sent when its deadline passes is
+//! [drained](crate::call::Respond#uploads) if it is axum's or tonic's. This costs two small allocations for each
+//! request that has such a body and a deadline.
+//!
 //! # Defaults
 //!
 //! | setting | default |

@@ -20,6 +20,7 @@ use super::{
 use crate::{
     admission::Reusable,
     call::{OwnAnswer, TrackedBody},
+    drain::drain_request,
 };
 
 // ===== In front of a server =====
@@ -84,6 +85,7 @@ impl<S: Clone> Clone for HealthEndpoints<S> {
 impl<S, ReqB, B> Service<Request<ReqB>> for HealthEndpoints<S>
 where
     S: Service<Request<ReqB>, Response = Response<B>> + Reusable,
+    ReqB: 'static,
     B: Body,
     B::Data: From<Bytes>,
 {
@@ -115,6 +117,7 @@ where
                 }
                 let answer = self.teller.answer(endpoint, request.uri().query(), request.headers());
                 let answer = without_body_for(request.method(), answer);
+                drain_request(request);
                 State::Answer { answer: Some(Box::new(answer)) }
             }
             // At once: a future is large to move.
@@ -222,7 +225,7 @@ impl HealthService {
     }
 }
 
-impl<ReqB> Service<Request<ReqB>> for HealthService {
+impl<ReqB: 'static> Service<Request<ReqB>> for HealthService {
     type Response = Response<HealthBody>;
     type Error = Infallible;
     type Future = Ready<Result<Self::Response, Infallible>>;
@@ -243,7 +246,9 @@ impl<ReqB> Service<Request<ReqB>> for HealthService {
                 refused
             }
         };
-        ready(Ok(without_body_for(request.method(), response).map(HealthBody)))
+        let response = without_body_for(request.method(), response).map(HealthBody);
+        drain_request(request);
+        ready(Ok(response))
     }
 }
 

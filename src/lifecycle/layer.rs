@@ -6,7 +6,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Request, Response, Version, header};
+use http::{Extensions, HeaderMap, HeaderValue, Request, Response, Version, header};
 use http_body::Body;
 use pin_project_lite::pin_project;
 use tower_layer::Layer;
@@ -18,12 +18,13 @@ use super::{
 };
 use crate::{
     admission::{Admission, ResponseFuture, Reusable},
-    call::{Http, HttpCall, Lease, Respond, Striped, TrackedBody},
+    call::{Http, HttpCall, Lease, Rejected, Respond, Striped, TrackedBody},
 };
 
 /// Counts calls to the end of their bodies, puts a [`Drain`] into every request's extensions, and refuses calls
 /// once the process stops: 503 (gRPC `UNAVAILABLE`). From the beginning of the drain on, answers over HTTP/1 say
-/// `Connection: close`.
+/// `Connection: close`, except rejections whose request body is still [drained](crate::call::Respond#uploads): those
+/// connections end with the body.
 ///
 /// Made by [`Lifecycle::layer`](super::Lifecycle::layer). It goes outermost, but under the health endpoints, which
 /// answer to the end. `serve` puts it there by itself.
@@ -66,6 +67,7 @@ impl<S> WithLifecycle<S> {
 impl<S, ReqB, B> Service<Request<ReqB>> for WithLifecycle<S>
 where
     S: Service<Request<ReqB>, Response = Response<B>, Error: 'static> + Reusable,
+    ReqB: 'static,
     B: Body<Data: From<Bytes>>,
 {
     type Response = Response<TrackedBody<B>>;
@@ -109,12 +111,20 @@ where
         let this = self.project();
         let mut answer = this.future.poll(cx);
         if let (Poll::Ready(Ok(response)), Some(state)) = (&mut answer, this.state) {
-            if state.phase() >= Phase::Draining {
+            if state.phase() >= Phase::Draining && !is_draining(response.extensions()) {
                 close(response.headers_mut());
             }
         }
         answer
     }
+}
+
+/// Returns whether the response is a rejection whose request body is drained.
+///
+/// Such a connection stays open until the body has ended. After a response with `Connection: close`, hyper's graceful
+/// shutdown would close it while the client still sends.
+fn is_draining(extensions: &Extensions) -> bool {
+    extensions.get::<Rejected>().is_some_and(Rejected::is_draining)
 }
 
 /// Beside what the service says itself; one that upgrades is left alone.

@@ -1,47 +1,59 @@
-//! Request bodies that are boxes anyway: they can be watched and stay of their type.
+//! Request bodies of axum and tonic. They are boxes, so a watched body has the same type as the original.
 
-use std::{any::Any, sync::Arc};
+use std::sync::Arc;
 
+use http::Request;
 #[cfg(any(feature = "axum", feature = "tonic-health"))]
-use http_body::Body;
+use {http_body::Body, std::any::Any};
 
-#[cfg(any(feature = "axum", feature = "tonic-health"))]
-use super::sending::SendingBody;
 use super::{body_rate::BodyRate, sending::Sending, watch::Watch};
+#[cfg(any(feature = "axum", feature = "tonic-health"))]
+use super::{exchange::drains, sending::SendingBody};
 #[cfg(any(feature = "axum", feature = "tonic-health"))]
 use crate::BoxError;
 
-/// Watches this body if it is axum's or tonic's, with that feature.
+/// Watches the body of this request if it is axum's or tonic's, with that feature. If `responds`, the body is drained
+/// when the call times out.
 pub(super) fn watched<B: 'static>(
-    body: &mut B,
+    request: &mut Request<B>,
     watch: &Watch,
     rate: BodyRate,
+    responds: bool,
 ) -> Option<Arc<Sending>> {
-    let body: &mut dyn Any = body;
-    #[cfg(feature = "axum")]
-    if let Some(body) = body.downcast_mut() {
-        return within(body, watch, rate, axum::body::Body::new);
+    #[cfg(any(feature = "axum", feature = "tonic-health"))]
+    {
+        let request: &mut dyn Any = request;
+        #[cfg(feature = "axum")]
+        if let Some(request) = request.downcast_mut() {
+            return within(request, watch, rate, responds, axum::body::Body::new);
+        }
+        #[cfg(feature = "tonic-health")]
+        if let Some(request) = request.downcast_mut() {
+            return within(request, watch, rate, responds, tonic::body::Body::new);
+        }
     }
-    #[cfg(feature = "tonic-health")]
-    if let Some(body) = body.downcast_mut() {
-        return within(body, watch, rate, tonic::body::Body::new);
-    }
-    let _ = (body, watch, rate);
+    let _ = (request, watch, rate, responds);
     None
 }
 
 #[cfg(any(feature = "axum", feature = "tonic-health"))]
-fn within<B: Body<Error: Into<BoxError>> + Default>(
-    body: &mut B,
+fn within<B: Body<Error: Into<BoxError>> + Default + 'static>(
+    request: &mut Request<B>,
     watch: &Watch,
     rate: BodyRate,
+    responds: bool,
     boxed: impl FnOnce(SendingBody<B>) -> B,
 ) -> Option<Arc<Sending>> {
-    if body.is_end_stream() || !Sending::is_needed(watch, rate) {
+    if request.body().is_end_stream() {
         return None;
     }
+    let drains = drains(request, responds);
+    if !Sending::is_needed(watch, rate, drains) {
+        return None;
+    }
+    let body = request.body_mut();
     let mut watched = SendingBody::unwatched(std::mem::take(body));
-    let sending = watched.watch(watch, rate);
+    let sending = watched.watch(watch, rate, drains);
     *body = boxed(watched);
     sending
 }

@@ -16,6 +16,7 @@ use super::{
 use crate::{
     BoxError,
     call::{Deadline, Http, PerResponse},
+    drain::Drains,
 };
 
 /// How a request is handed on. Not to be implemented outside of this crate.
@@ -33,11 +34,12 @@ pub trait Begin<Req>: Clone + Send + Sync + 'static {
     /// What is handed on.
     fn pass(request: Req) -> Self::Request;
 
-    /// Starts to watch the request body for this call.
+    /// Starts to watch the request body for this call. If `responds`, the body is drained when the call times out.
     fn watch(
         request: &mut Self::Request,
         watch: &mut Watch,
         rate: BodyRate,
+        responds: bool,
     ) -> Option<Arc<Sending>>;
 }
 
@@ -62,12 +64,18 @@ pub trait Follow<Res> {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AsIs;
 
+/// When the body of a request is drained after a timeout.
+#[inline]
+pub(super) fn drains<B: 'static>(request: &Request<B>, responds: bool) -> Drains {
+    if responds { Drains::of(request) } else { Drains::Never }
+}
+
 #[inline]
 fn of(extensions: &Extensions) -> (Option<Timeouts>, Option<Deadline>) {
     (extensions.get().copied(), Deadline::of(extensions))
 }
 
-impl<B: Body<Error: Into<BoxError>>> Begin<Request<B>> for Http {
+impl<B: Body<Error: Into<BoxError>> + 'static> Begin<Request<B>> for Http {
     type Request = Request<SendingBody<B>>;
 
     #[inline]
@@ -85,9 +93,13 @@ impl<B: Body<Error: Into<BoxError>>> Begin<Request<B>> for Http {
         request: &mut Self::Request,
         watch: &mut Watch,
         rate: BodyRate,
+        responds: bool,
     ) -> Option<Arc<Sending>> {
-        let rate = rate.of(request);
-        request.body_mut().watch(watch, rate)
+        if request.body().is_end_stream() {
+            return None;
+        }
+        let (rate, drains) = (rate.of(request), drains(request, responds));
+        request.body_mut().watch(watch, rate, drains)
     }
 }
 
@@ -105,10 +117,15 @@ impl<B: 'static> Begin<Request<B>> for AsIs {
     }
 
     #[inline]
-    fn watch(request: &mut Request<B>, watch: &mut Watch, rate: BodyRate) -> Option<Arc<Sending>> {
+    fn watch(
+        request: &mut Request<B>,
+        watch: &mut Watch,
+        rate: BodyRate,
+        responds: bool,
+    ) -> Option<Arc<Sending>> {
         watch.timeouts.or_head_for_taking();
         let rate = rate.of(request);
-        boxed::watched(request.body_mut(), watch, rate)
+        boxed::watched(request, watch, rate, responds)
     }
 }
 
@@ -126,7 +143,7 @@ impl<Req> Begin<Req> for PerResponse {
     }
 
     #[inline]
-    fn watch(_: &mut Req, _: &mut Watch, _: BodyRate) -> Option<Arc<Sending>> {
+    fn watch(_: &mut Req, _: &mut Watch, _: BodyRate, _: bool) -> Option<Arc<Sending>> {
         None
     }
 }

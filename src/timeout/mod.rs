@@ -122,12 +122,16 @@
 //! What the call holds further in is dropped as its time is up, before the answer is given: permits are free, and
 //! the connection is reset.
 //!
+//! On a server, a client may still send its request when the time is up. With [`respond`](TimeoutLayer::respond) the
+//! rest of an axum or tonic body is [drained](crate::call::Respond#uploads), so that the response reaches the client. A
+//! body that the service has moved to another task is drained when that task drops it.
+//!
 //! # Cost
 //!
 //! An answer that is ready costs no timer, no clock, no allocation and no atomic operation. A call that waits makes one
 //! timer, or none, if a timeout, a retry or a deadline further in, no box in between, has set one that is due no later;
 //! a body that makes its reader wait another, in a box. A request that has a body costs a small allocation, on a
-//! server two.
+//! server two (with `respond`, also if only a total or a deadline is set: the body has to be drained when it passes).
 //! With a total, each frame reads the clock.
 //!
 //! # Defaults

@@ -26,6 +26,7 @@ use super::{
 use crate::{
     BoxError,
     call::{Far, LayerKind, Phase, WaitsFor},
+    drain::{Drains, drain_pinned},
 };
 
 /// Where a request body is.
@@ -39,6 +40,8 @@ pub(super) enum Stage {
     Stalled,
     /// Its producer was slower than the minimum rate.
     TooSlow,
+    /// The call has timed out before the body was sent.
+    TimedOut,
     /// The answer is here: whatever the body still does is none of its call's business.
     Answered,
 }
@@ -56,6 +59,10 @@ pub struct Sending {
     allowance: Option<Allowance>,
     by: LayerKind,
     far: Far<State>,
+    /// Whether the timeouts of the call depend on the progress of the body. If not, it is watched only to drain it.
+    is_timed: bool,
+    /// When the body is drained if the call times out.
+    drains: Drains,
 }
 
 #[derive(Default)]
@@ -67,16 +74,21 @@ struct Waiting {
 
 impl Sending {
     /// Returns whether a call has to be told about its request body, or the body has to be timed.
-    pub(super) fn is_needed(watch: &Watch, rate: BodyRate) -> bool {
+    fn is_timed(watch: &Watch, rate: BodyRate) -> bool {
         watch.timeouts.depend_on_the_request() || rate.min().is_some()
     }
 
-    fn new(watch: &Watch, rate: BodyRate) -> Arc<Self> {
+    /// Returns whether the body has to be watched: to time it, or to drain it when the call times out.
+    pub(super) fn is_needed(watch: &Watch, rate: BodyRate, drains: Drains) -> bool {
+        Self::is_timed(watch, rate) || drains != Drains::Never && watch.has_end()
+    }
+
+    fn new(watch: &Watch, rate: BodyRate, drains: Drains) -> Arc<Self> {
         let Watch { timeouts, by, far, .. } = *watch;
         let (stage, pace) = (AtomicU8::new(Stage::Sending as u8), AtomicU32::new(0));
-        let limit = timeouts.limit(Phase::Sending);
-        let allowance = Allowance::new(rate, limit);
-        Arc::new(Self { stage, pace, call: Mutex::default(), limit, allowance, by, far })
+        let (limit, is_timed) = (timeouts.limit(Phase::Sending), Self::is_timed(watch, rate));
+        let (allowance, call) = (Allowance::new(rate, limit), Mutex::default());
+        Arc::new(Self { stage, pace, call, limit, allowance, by, far, is_timed, drains })
     }
 
     fn call(&self) -> MutexGuard<'_, Waiting> {
@@ -89,6 +101,7 @@ impl Sending {
             1 => Stage::Sent,
             2 => Stage::Stalled,
             3 => Stage::TooSlow,
+            4 => Stage::TimedOut,
             _ => Stage::Answered,
         }
     }
@@ -96,6 +109,7 @@ impl Sending {
     /// Returns what the call waits for, by the progress of the request body.
     pub(super) fn waits_for(&self) -> WaitsFor {
         match (self.stage(), self.pace.load(Ordering::Relaxed)) {
+            _ if !self.is_timed => WaitsFor::Upstream,
             (Stage::Sending, 0) => WaitsFor::Transport,
             // The transport polled for a frame that the body does not have yet.
             (Stage::Sending, pace) if pace % 2 == 1 => WaitsFor::Caller,
@@ -103,10 +117,32 @@ impl Sending {
         }
     }
 
+    /// Changes the stage of a body that is still being sent. Returns `false` if the body was at another stage.
+    fn leave(&self, stage: Stage) -> bool {
+        let (from, to) = (Stage::Sending as u8, stage as u8);
+        self.stage.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
+    /// Ends the call after a timeout. A body that is still being sent is drained when it is dropped. Returns whether it
+    /// will be.
+    pub(super) fn time_out(&self) -> bool {
+        self.leave(Stage::TimedOut);
+        self.is_drained()
+    }
+
+    /// Returns whether the body is drained if it is dropped now, before its end.
+    fn is_drained(&self) -> bool {
+        matches!(self.stage(), Stage::Stalled | Stage::TooSlow | Stage::TimedOut)
+            && match self.drains {
+                Drains::Never => false,
+                Drains::IfPolled => self.pace.load(Ordering::Relaxed) > 0,
+                Drains::Always => true,
+            }
+    }
+
     /// The first end counts.
     pub(super) fn end(&self, stage: Stage) {
-        let (from, to) = (Stage::Sending as u8, stage as u8);
-        if self.stage.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+        if self.leave(stage) {
             let call = self.call().call.take();
             if let Some(call) = call {
                 call.wake();
@@ -145,6 +181,9 @@ impl Sending {
 
     /// Returns for how long the body may be silent now, and the phase that ends then.
     fn max_silence(&self) -> (Option<Duration>, Phase) {
+        if matches!(self.stage(), Stage::Stalled | Stage::TooSlow | Stage::TimedOut) {
+            return (None, Phase::Sending);
+        }
         let silence = self.limit.time().filter(|_| self.stage() == Stage::Sending);
         let allowed = self.allowance.as_ref().map(Allowance::left);
         match (silence, allowed) {
@@ -189,29 +228,55 @@ pin_project! {
     pub struct SendingBody<B: Body> {
         #[pin]
         inner: B,
-        // As a response's.
-        boxed: fn(B::Error) -> BoxError,
+        // One pointer for both hooks.
+        hooks: fn() -> Hooks<B>,
         // Of a frame that is given in pieces.
         rest: Bytes,
         tells: Tells,
         stall: Stall,
     }
+
+    impl<B: Body> PinnedDrop for SendingBody<B> {
+        fn drop(this: Pin<&mut Self>) {
+            let this = this.project();
+            if this.tells.0.as_ref().is_some_and(|sending| sending.is_drained()) {
+                ((this.hooks)().drain)(this.inner);
+            }
+        }
+    }
 }
 
-impl<B: Body<Error: Into<BoxError>>> SendingBody<B> {
+/// What a [`SendingBody`] does by the type of its inner body. The struct and its drop have no bounds to do it.
+struct Hooks<B: Body> {
+    box_error: fn(B::Error) -> BoxError,
+    drain: fn(Pin<&mut B>) -> bool,
+}
+
+impl<B: Body<Error: Into<BoxError>> + 'static> Hooks<B> {
+    fn new() -> Self {
+        Self { box_error: Into::into, drain: drain_pinned }
+    }
+}
+
+impl<B: Body<Error: Into<BoxError>> + 'static> SendingBody<B> {
     #[inline]
     pub(super) fn unwatched(inner: B) -> Self {
         let (rest, stall) = (Bytes::new(), Stall::new());
-        Self { inner, boxed: Into::into, rest, tells: Tells(None), stall }
+        Self { inner, hooks: Hooks::new, rest, tells: Tells(None), stall }
     }
 
-    /// From here on somebody listens, unless there is nothing to hear of.
+    /// Watches the body for this call, unless it has ended or neither the timeouts nor a drain need that.
     #[inline]
-    pub(super) fn watch(&mut self, watch: &Watch, rate: BodyRate) -> Option<Arc<Sending>> {
-        if self.inner.is_end_stream() || !Sending::is_needed(watch, rate) {
+    pub(super) fn watch(
+        &mut self,
+        watch: &Watch,
+        rate: BodyRate,
+        drains: Drains,
+    ) -> Option<Arc<Sending>> {
+        if self.inner.is_end_stream() || !Sending::is_needed(watch, rate, drains) {
             return None;
         }
-        let sending = Sending::new(watch, rate);
+        let sending = Sending::new(watch, rate, drains);
         self.tells = Tells(Some(sending.clone()));
         Some(sending)
     }
@@ -270,14 +335,17 @@ impl<B: Body + 'static> Body for SendingBody<B> {
             if ended || !matches!(next, Some(Ok(_))) {
                 *this.tells = Tells(None);
             }
-            return Poll::Ready(next.map(|frame| frame.map_err(this.boxed)));
+            return Poll::Ready(next.map(|frame| frame.map_err((this.hooks)().box_error)));
         }
         let Some(told) = &this.tells.0 else { return Poll::Pending };
         let (max_silence, phase) = told.max_silence();
         ready!(this.stall.poll(max_silence, None, cx));
         let rejected = timed_out(told.far, told.by, phase, None);
         told.end(if phase == Phase::BodyRate { Stage::TooSlow } else { Stage::Stalled });
-        *this.tells = Tells(None);
+        // A body that will be drained is watched until its drop.
+        if !told.is_drained() {
+            *this.tells = Tells(None);
+        }
         Poll::Ready(Some(Err(Box::new(rejected))))
     }
 

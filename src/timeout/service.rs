@@ -114,13 +114,16 @@ impl<S, M, R> Timeout<S, M, R> {
         let (times, body_rate) = timeouts.into_parts();
         let mut watch = Watch::new(times, self.by, self.reject.form(&request), self.far);
         if let Some(fault) = fault {
-            return self.refused(watch, Rejected::misconfigured(self.by, fault));
+            let rejected = Rejected::misconfigured(self.by, fault);
+            let rejected = self.reject.discard(request, rejected);
+            return self.refused(watch, rejected);
         }
         if deadline.is_some_and(|deadline| !watch.bound(deadline)) {
-            return self.refused(watch, self.state.refuse(self.by));
+            let rejected = self.reject.discard(request, self.state.refuse(self.by));
+            return self.refused(watch, rejected);
         }
         let mut request = M::pass(request);
-        let sending = M::watch(&mut request, &mut watch, body_rate);
+        let sending = M::watch(&mut request, &mut watch, body_rate, R::ANSWERS);
         // Not by way of variables: a future is large to move.
         ResponseFuture {
             state: Stand::Called { future: self.inner.call(request), alarm: Alarm::new() },
@@ -246,11 +249,14 @@ where
                 }
             };
             let Some((watch, _)) = this.call else { unreachable!("polled after completion") };
-            let rejected = match phase {
+            let mut rejected = match phase {
                 // The body has counted it.
                 Phase::Sending | Phase::BodyRate => stalled(watch.far, watch.by, phase),
                 phase => timed_out(watch.far, watch.by, phase, watch.source()),
             };
+            if this.sending.as_ref().is_some_and(|sending| sending.time_out()) {
+                rejected = rejected.draining();
+            }
             // The call ends here. Dropping the inner future releases what inner layers hold for it.
             let rejected = Stand::Refused { rejected: Some(rejected) };
             drop_by(phase, watch.timeouts.get(phase), watch.source(), || this.state.set(rejected));

@@ -89,6 +89,11 @@ impl Watch {
         self.end_of.source()
     }
 
+    /// Returns whether anything bounds the call as a whole.
+    pub(super) fn has_end(&self) -> bool {
+        self.end.is_some() || self.timeouts.get(Phase::Total).is_some()
+    }
+
     /// Returns whether the deadline has passed.
     pub(super) fn is_over(&self) -> bool {
         matches!(self.end_of, End::Deadline(_)) && has_passed(self.end)
@@ -130,7 +135,7 @@ impl Watch {
             Stage::TooSlow => return Next::Stalled(Phase::BodyRate),
             Stage::Sending => (due, Phase::Taking),
             // It has been sent just now: from here on the head is waited for.
-            Stage::Sent | Stage::Answered => {
+            Stage::Sent | Stage::Answered | Stage::TimedOut => {
                 let head = self.timeouts.get(Phase::Head);
                 (head.and_then(|limit| Instant::now().checked_add(limit)), Phase::Head)
             }

@@ -19,8 +19,10 @@
 //! # How it decides
 //!
 //! What comes beyond the limit is told so, in its own words, and closed: HTTP/1 by a 503 with `Retry-After`,
-//! HTTP/2 by a GOAWAY that says that nothing was looked at (RFC 9113 §6.8), TLS not at all. Telling takes a second and 64
-//! connections at most; what comes beyond these is only closed. With
+//! HTTP/2 by a GOAWAY that says that nothing was looked at (RFC 9113 §6.8), TLS not at all. The client has one second to
+//! send its first bytes. After the response the listener reads and discards what the client still sends, up to 16 MiB and
+//! for at most one second, because a connection that is closed before is reset and the client loses the response
+//! (RFC 9112 §9.6). This is done for at most 64 connections at a time; what comes beyond these is only closed. With
 //! [`wait_when_full`](LimitedListener::wait_when_full) it is not accepted at all: it waits in the kernel's
 //! queue, the backlog, and beyond that in its client's.
 //!

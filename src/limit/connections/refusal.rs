@@ -1,4 +1,4 @@
-//! Tells a connection that there is no room for it, in its own words.
+//! Rejects a connection above the cap, in the protocol that the client speaks.
 
 use std::{io, time::Duration};
 
@@ -7,12 +7,15 @@ use tokio::{
     time::timeout,
 };
 
-use crate::call::{Rejected, whole_seconds};
+use crate::{
+    call::{Rejected, whole_seconds},
+    drain,
+};
 
-/// Nobody is talked to for longer.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// A request that is still coming is read away up to here: closed before, the answer would be lost in a reset.
-const MOST_READ: usize = 64 * 1024;
+/// The maximum time until the client has sent its first bytes and the response has been written.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Size of the buffer for what the client sends after the response.
+const BUFFER: usize = 16 * 1024;
 
 /// How HTTP/2 begins, as far as it tells it from HTTP/1's `PROPFIND`.
 const HTTP2: &[u8] = b"PRI ";
@@ -25,23 +28,38 @@ const GO_AWAY: [u8; 26] = [
     0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
 ];
 
-pub(super) async fn tell<Io: AsyncRead + AsyncWrite + Unpin>(io: Io, refused: Rejected) {
-    // Whoever cannot be told is closed all the same.
-    let _ = timeout(PATIENCE, answer(io, &refused)).await;
+/// Responds, then reads what the client still sends, within the bounds of a [drain]: a connection that is closed before
+/// is reset, and the client loses the response (RFC 9112 §9.6). Returns without a response if there is no time for one.
+pub(super) async fn tell<Io: AsyncRead + AsyncWrite + Unpin>(mut io: Io, refused: Rejected) {
+    let answered = timeout(RESPONSE_TIMEOUT, answer(&mut io, &refused)).await;
+    if matches!(answered, Ok(Ok(true))) {
+        let _ = timeout(drain::TIMEOUT, discard(io)).await;
+    }
 }
 
-async fn answer<Io>(mut io: Io, refused: &Rejected) -> io::Result<()>
+async fn discard(mut io: impl AsyncRead + Unpin) {
+    let (mut left, mut buffer) = (drain::MAX_BYTES, vec![0; BUFFER]);
+    while left > 0 {
+        match io.read(&mut buffer).await {
+            Ok(0) | Err(_) => return,
+            Ok(more) => left = left.saturating_sub(more as u64),
+        }
+    }
+}
+
+/// Returns whether a response has been sent.
+async fn answer<Io>(io: &mut Io, refused: &Rejected) -> io::Result<bool>
 where
     Io: AsyncRead + AsyncWrite + Unpin,
 {
     let (mut head, mut read) = ([0; HTTP2.len()], 0);
     while read < head.len() {
         match io.read(&mut head[read..]).await? {
-            0 => return Ok(()),
+            0 => return Ok(false),
             more => read += more,
         }
         if head[0] == TLS {
-            return Ok(());
+            return Ok(false);
         }
     }
     if head == HTTP2 {
@@ -55,14 +73,7 @@ where
         io.write_all(text.as_bytes()).await?;
     }
     io.shutdown().await?;
-    let (mut rest, mut buffer) = (MOST_READ, [0; 1024]);
-    while rest > 0 {
-        match io.read(&mut buffer).await? {
-            0 => break,
-            more => rest = rest.saturating_sub(more),
-        }
-    }
-    Ok(())
+    Ok(true)
 }
 
 #[cfg(test)]
@@ -104,18 +115,18 @@ mod tests {
     async fn limit_does_not_talk_for_long_to_a_connection_it_refuses() {
         for says in [&b""[..], b"G", b"PRI"] {
             let (heard, took) = told(says).await;
-            assert_eq!((heard, took), (vec![], PATIENCE));
+            assert_eq!((heard, took), (vec![], RESPONSE_TIMEOUT));
         }
         // One that never stops talking.
-        let (mut client, server) = duplex(16);
+        const PIECE: usize = 64 * 1024;
+        let (mut client, server) = duplex(PIECE);
         let task = tokio::spawn(tell(server, Rejected::new(RejectedKind::Full)));
-        let mut sent = 0;
-        while client.write_all(b"GET / HTTP/1.1\r\n").await.is_ok() {
-            sent += 16;
-            // The answer has to fit somewhere.
-            let _ = timeout(Duration::ZERO, client.read(&mut [0; 64])).await;
+        let (mut sent, piece) = (0, vec![b'G'; PIECE]);
+        while client.write_all(&piece).await.is_ok() {
+            sent += PIECE as u64;
         }
-        assert!(sent <= MOST_READ + 2048, "{sent}");
+        assert!(sent > drain::MAX_BYTES / 2, "{sent}");
+        assert!(sent <= drain::MAX_BYTES + 2 * PIECE as u64, "{sent}");
         task.await.unwrap();
     }
 }

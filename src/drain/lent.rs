@@ -1,0 +1,153 @@
+//! A request body that a layer lends to the services below it, and drains if one of them rejects the request.
+//!
+//! A [`RespondLayer`](crate::RespondLayer) turns the error of an inner layer into a response. At that time the inner
+//! layer has dropped the request. The lent body therefore moves the original into a [`Loan`] when it is dropped before
+//! its end. The layer drains the original if the call was rejected, and drops it otherwise.
+
+use std::{any::Any, fmt, sync::Arc};
+
+use http::Request;
+
+/// The lender's reference to a lent body. Dropping it ends the loan: the body is dropped by its holder.
+#[derive(Clone)]
+pub(crate) struct Loan(Arc<dyn Reclaim>);
+
+impl Loan {
+    /// Lends the body of a request that a server received: axum's (feature `axum`) or tonic's (features `tonic` and
+    /// `tonic-health`). Returns `None` for all others, and if the body has ended.
+    pub(crate) fn of<B: 'static>(request: &mut Request<B>) -> Option<Self> {
+        let request: &mut dyn Any = request;
+        #[cfg(feature = "axum")]
+        if let Some(request) = request.downcast_mut() {
+            return boxed::lend(request, axum::body::Body::new);
+        }
+        #[cfg(any(feature = "tonic", feature = "tonic-health"))]
+        if let Some(request) = request.downcast_mut() {
+            return boxed::lend(request, tonic::body::Body::new);
+        }
+        let _ = request;
+        None
+    }
+
+    /// Drains the body, now or when its holder drops it.
+    pub(crate) fn drain(&self) {
+        self.0.drain();
+    }
+}
+
+impl fmt::Debug for Loan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Loan")
+    }
+}
+
+trait Reclaim: Send + Sync {
+    fn drain(&self);
+}
+
+#[cfg(any(feature = "axum", feature = "tonic", feature = "tonic-health"))]
+mod boxed {
+    use std::{
+        mem,
+        pin::Pin,
+        sync::{Arc, Mutex, MutexGuard, PoisonError},
+        task::{Context, Poll},
+    };
+
+    use http::Request;
+    use http_body::{Body, Frame, SizeHint};
+
+    use super::{Loan, Reclaim};
+    use crate::drain::{Drains, drain};
+
+    /// A body that can be lent: boxed and with an empty default, which takes its place.
+    pub(super) trait Lendable:
+        Body<Data: Send, Error: Send> + Default + Send + Unpin + 'static
+    {
+    }
+
+    impl<B: Body<Data: Send, Error: Send> + Default + Send + Unpin + 'static> Lendable for B {}
+
+    pub(super) fn lend<B: Lendable>(
+        request: &mut Request<B>,
+        boxed: impl FnOnce(Lent<B>) -> B,
+    ) -> Option<Loan> {
+        let drains = Drains::of(request);
+        if request.body().is_end_stream() || drains == Drains::Never {
+            return None;
+        }
+        let state = Arc::new(Mutex::new(State::Lent));
+        let body = mem::take(request.body_mut());
+        let is_drained = drains == Drains::Always;
+        *request.body_mut() = boxed(Lent { body, is_drained, state: state.clone() });
+        Some(Loan(state))
+    }
+
+    enum State<B> {
+        Lent,
+        Returned(B),
+        Rejected,
+    }
+
+    fn lock<B>(state: &Mutex<State<B>>) -> MutexGuard<'_, State<B>> {
+        state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    impl<B: Lendable> Reclaim for Mutex<State<B>> {
+        fn drain(&self) {
+            let before = mem::replace(&mut *lock(self), State::Rejected);
+            // The lock has been released.
+            if let State::Returned(body) = before {
+                drain(body);
+            }
+        }
+    }
+
+    /// A lent body. It forwards everything to the original.
+    pub(super) struct Lent<B: Lendable> {
+        body: B,
+        /// Whether the body can be drained: it has not ended, and polling it does not invite it.
+        is_drained: bool,
+        state: Arc<Mutex<State<B>>>,
+    }
+
+    impl<B: Lendable> Body for Lent<B> {
+        type Data = B::Data;
+        type Error = B::Error;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+            let this = self.get_mut();
+            let polled = Pin::new(&mut this.body).poll_frame(cx);
+            this.is_drained = !matches!(polled, Poll::Ready(None | Some(Err(_))));
+            polled
+        }
+
+        fn is_end_stream(&self) -> bool {
+            self.body.is_end_stream()
+        }
+
+        fn size_hint(&self) -> SizeHint {
+            self.body.size_hint()
+        }
+    }
+
+    impl<B: Lendable> Drop for Lent<B> {
+        fn drop(&mut self) {
+            if !self.is_drained || self.body.is_end_stream() {
+                return;
+            }
+            let body = mem::take(&mut self.body);
+            let mut state = lock(&self.state);
+            if let State::Rejected = *state {
+                drop(state);
+                drain(body);
+            } else {
+                // The lender drains or drops it.
+                *state = State::Returned(body);
+            }
+        }
+    }
+}
