@@ -203,13 +203,13 @@
 //! | `hyper` | yes | hyper's and h2's errors told apart: stale connections, refused streams, GOAWAY |
 //! | `tracing` | yes | one event per decision; events that traffic repeats are summarised once in 10 s |
 //! | `lifecycle` | | [`Lifecycle`]: starting, ready, draining, stopping; signals; the pieces for tonic and hyper |
-//! | `serve` | | [`Lifecycle::serve`]: a server for axum that drains, on hyper-util |
+//! | `serve` | | [`Lifecycle::serve`]: a server for axum that drains and limits the time of every stage of a connection, on hyper-util |
 //! | `hyper-util` | | its client's connect errors told apart from later ones |
 //! | `reqwest` | | a service between `http` types and a `reqwest::Client`; a retry around that client itself |
-//! | `connections` | | a listener that caps its connections, for hyper |
+//! | `connections` | | a listener that caps its connections, for `serve` and hyper |
 //! | `axum` | | and for `axum::serve` |
 //! | `connect` | | [connections](connect) that are bounded, fresh and visible: a layer over connectors, and a client |
-//! | `rustls` | | TLS for that client |
+//! | `rustls` | | TLS for that client, and for the server of `serve` |
 //! | `timeout` | | [`TimeoutLayer`] and [`DeadlineLayer`] |
 //! | `config` | | [settings](config) from TOML, JSON or the environment, checked against each other and explained |
 //! | `stack` | | whole [client and server stacks](stack) from such settings, each in one call; the client with `connect` |
@@ -261,6 +261,8 @@ pub mod lifecycle;
 #[cfg(feature = "limit")]
 #[cfg_attr(docsrs, doc(cfg(feature = "limit")))]
 pub mod limit;
+#[cfg(any(feature = "connections", feature = "serve"))]
+mod listener;
 #[cfg(feature = "reqwest")]
 #[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
 pub mod reqwest;

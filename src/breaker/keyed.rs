@@ -24,6 +24,7 @@ use crate::{
     admission::{Admit, Plan, Policy, Terms, admission_layer},
     call::{Anchor, LayerKind, Lease, Moment, Nanos, Origin, Permit, Rejected, Token},
     event,
+    event::RepeatedEvent,
 };
 
 /// Derives the key of a circuit from a request. Closures over the request implement this trait.
@@ -77,9 +78,6 @@ const MAX_NAME_BYTES: usize = 256;
 const MAX_EVICTIONS: usize = 4;
 /// The minimum time between a search that has found no idle circuit and the next search.
 const SEARCH_INTERVAL: Nanos = 100_000_000;
-/// The minimum time between two events about calls without a circuit.
-#[cfg(feature = "tracing")]
-const EVENT_INTERVAL: Nanos = 10_000_000_000;
 
 impl Evict for Lease<Circuit> {
     fn idle_for(&self, now: Instant) -> Option<Nanos> {
@@ -112,17 +110,8 @@ pub(super) struct Circuits<Q> {
     evicted: AtomicU64,
     uncovered: AtomicU64,
     oversized: AtomicU64,
-    #[cfg(feature = "tracing")]
-    last_event: LastEvent,
-}
-
-/// The last event about calls without a circuit.
-#[cfg(feature = "tracing")]
-#[derive(Default)]
-struct LastEvent {
-    /// 0: never.
-    at: AtomicU64,
-    uncovered: AtomicU64,
+    /// Limits the events about calls without a circuit.
+    uncovered_event: RepeatedEvent,
 }
 
 /// Why a call has no circuit.
@@ -198,39 +187,40 @@ impl<Q: Clone + Eq + Hash> Circuits<Q> {
     /// Counts a call without a circuit.
     #[cold]
     fn pass_uncovered(&self, reason: Uncovered) -> Option<Lease<Circuit>> {
-        let uncovered = self.uncovered.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+        self.uncovered.fetch_add(1, Ordering::Relaxed);
         if reason == Uncovered::MaxKeyBytes {
             self.oversized.fetch_add(1, Ordering::Relaxed);
         }
-        #[cfg(feature = "tracing")]
-        self.report_uncovered(reason, uncovered);
-        let _ = uncovered;
+        if let Some(_occurrences) = self.uncovered_event.record() {
+            event!(
+                WARN,
+                resilience.name = self.template.named(),
+                reason = reason.setting(),
+                max = self.max(reason),
+                occurrences = _occurrences,
+                "calls are made without a circuit"
+            );
+        }
         None
     }
 
-    /// Emits an event, at most once in [`EVENT_INTERVAL`].
-    #[cfg(feature = "tracing")]
-    fn report_uncovered(&self, reason: Uncovered, uncovered: u64) {
-        let LastEvent { at, uncovered: reported } = &self.last_event;
-        let (now, last) = (self.template.now().max(1), at.load(Ordering::Relaxed));
-        if last > 0 && now.saturating_sub(last) < EVENT_INTERVAL
-            || at.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_err()
-        {
-            return;
+    /// Returns the maximum that the call exceeds.
+    #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Only the event states it.
+    fn max(&self, reason: Uncovered) -> usize {
+        match reason {
+            Uncovered::MaxKeys => self.max_keys.load(Ordering::Relaxed),
+            Uncovered::MaxKeyBytes => self.max_key_bytes.load(Ordering::Relaxed),
         }
-        let calls = uncovered.saturating_sub(reported.swap(uncovered, Ordering::Relaxed));
-        let (reason, max) = match reason {
-            Uncovered::MaxKeys => ("max_keys", self.max_keys.load(Ordering::Relaxed)),
-            Uncovered::MaxKeyBytes => ("max_key_bytes", self.max_key_bytes.load(Ordering::Relaxed)),
-        };
-        event!(
-            WARN,
-            resilience.name = self.template.named(),
-            reason,
-            max,
-            calls,
-            "calls are made without a circuit"
-        );
+    }
+}
+
+impl Uncovered {
+    #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Only the event states it.
+    const fn setting(self) -> &'static str {
+        match self {
+            Self::MaxKeys => "max_keys",
+            Self::MaxKeyBytes => "max_key_bytes",
+        }
     }
 }
 
@@ -402,8 +392,7 @@ impl<Sel, Id, M, R> KeyedCircuitBreakerLayer<Sel, Id, M, R> {
             evicted: AtomicU64::new(0),
             uncovered: AtomicU64::new(0),
             oversized: AtomicU64::new(0),
-            #[cfg(feature = "tracing")]
-            last_event: LastEvent::default(),
+            uncovered_event: RepeatedEvent::new(),
         });
         let policy = Keyed { key, circuits };
         Self { plan: Plan { policy, protocol, reject, fault } }

@@ -291,21 +291,26 @@ impl Connections {
     /// Asks the one that has been idle for longest to go, if it is another host's.
     pub(super) fn make_room_for(&self, host: &Arc<Host>) {
         let now = self.clock.now();
-        let mut longest_idle: Option<(Nanos, Shared<Conn>)> = None;
-        self.each_open(|conn| {
-            if Arc::ptr_eq(conn.host(), host) || conn.why_over().is_some() {
-                return;
+        loop {
+            let mut longest_idle: Option<(Nanos, Shared<Conn>)> = None;
+            self.each_open(|conn| {
+                if Arc::ptr_eq(conn.host(), host) || conn.why_over().is_some() {
+                    return;
+                }
+                let Some(since) = conn.idle_since(now) else { return };
+                if longest_idle.as_ref().is_none_or(|(longest, _)| since < *longest) {
+                    longest_idle = Some((since, conn.clone()));
+                }
+            });
+            let Some((_, conn)) = longest_idle else { return };
+            let mut book = self.book();
+            if conn.set_over(Over::Room) {
+                book.making_room += 1;
+                drop(book);
+                return conn.wake();
             }
-            let Some(since) = conn.idle_since(now) else { return };
-            if longest_idle.as_ref().is_none_or(|(longest, _)| since < *longest) {
-                longest_idle = Some((since, conn.clone()));
-            }
-        });
-        let Some((_, conn)) = longest_idle else { return };
-        let mut book = self.book();
-        book.making_room += usize::from(conn.set_over(Over::Room));
-        drop(book);
-        conn.wake();
+            // Another caller was faster. The next scan leaves this connection out.
+        }
     }
 
     /// Visits the open connections in the order in which they were opened, and locks the book for a slice at a time. A

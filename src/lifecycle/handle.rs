@@ -5,7 +5,7 @@ use tokio::{runtime::Handle, time::sleep};
 use super::{
     layer::LifecycleLayer,
     signals::Signals,
-    state::{Driven, Phase, State, drive},
+    state::{Driven, Phase, State, Step, drive},
     token::Drain,
 };
 use crate::{ConfigError, Health, call::Striped};
@@ -20,11 +20,11 @@ pub struct Lifecycle(pub(super) Striped<State>);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Drained {
-    /// Calls that were cut, because they were still under way after the longest time.
+    /// Calls that were still in flight after the longest time, and were cut.
     pub cut_calls: usize,
-    /// Connections that were cut with them, where they are ours: those of `serve`.
+    /// Connections of `serve` that were still open after the longest time, and were cut.
     pub cut_connections: usize,
-    /// Calls that came too late, and were refused.
+    /// Calls that arrived after the grace, and were rejected.
     pub refused: u64,
 }
 
@@ -96,17 +96,33 @@ impl Lifecycle {
         Ok(Self(state))
     }
 
-    /// How long traffic goes on after the process has said that it is not ready: 5 s by default. As long as it
-    /// takes until all who route to it know; zero where nobody does.
+    /// Sets the time in *draining*: 5 s by default.
+    ///
+    /// In this time the process is not ready, and traffic goes on. It should be as long as routers and load balancers
+    /// need to notice, and zero where there is none.
     #[must_use]
     pub fn delay(self, delay: Duration) -> Self {
         self.0.times(|times| times.delay = delay);
         self
     }
 
-    /// How long what is under way may take after the delay, before it is cut: 20 s by default. Together with the
-    /// [`delay`](Self::delay) less than what kills the process anyway: Kubernetes'
-    /// `terminationGracePeriodSeconds`, 30 s by default.
+    /// Sets the time after the begin of *stopping* in which calls that arrive are still served: 1 s by default.
+    ///
+    /// A server announces the end of a connection when *stopping* begins; until the clients have noticed, their calls
+    /// arrive. After the grace the [layer](Self::layer) rejects calls, and `serve` closes connections that have been
+    /// idle for the grace, at least for 100 ms. A grace that is not shorter than [`longest`](Self::longest) ends with
+    /// it.
+    #[must_use]
+    pub fn grace(self, grace: Duration) -> Self {
+        self.0.times(|times| times.grace = grace);
+        self
+    }
+
+    /// Sets the maximum time in *stopping*: 20 s by default. Calls that are still in flight then are cut.
+    ///
+    /// The sum of this time and the [`delay`](Self::delay) should be less than the time after which the process is
+    /// killed: Kubernetes' `terminationGracePeriodSeconds`, 30 s by default. The [`grace`](Self::grace) is a part of
+    /// this time.
     #[must_use]
     pub fn longest(self, longest: Duration) -> Self {
         self.0.times(|times| times.longest = longest);
@@ -117,7 +133,7 @@ impl Lifecycle {
 
     /// The start is over. Without effect once the drain has begun.
     pub fn ready(&self) {
-        self.0.go_to(Phase::Ready);
+        self.0.go_to(Step::Ready);
     }
 
     /// Begins to drain, as a first signal does. Without effect once the drain has begun: what calls a `preStop` hook may
@@ -146,7 +162,7 @@ impl Lifecycle {
         self.0.in_flight()
     }
 
-    /// Calls that came too late.
+    /// Returns the number of calls that arrived after the [grace](Self::grace), and were rejected.
     #[must_use]
     pub fn refused(&self) -> u64 {
         self.0.refused()
@@ -159,7 +175,7 @@ impl Lifecycle {
 
     // ===== The pieces =====
 
-    /// Counts calls, and refuses them once the process stops: see [`LifecycleLayer`].
+    /// Returns a layer that counts calls, and rejects them after the [grace](Self::grace): see [`LifecycleLayer`].
     pub fn layer(&self) -> LifecycleLayer {
         LifecycleLayer::new(self.0.clone())
     }
@@ -170,15 +186,20 @@ impl Lifecycle {
         Drain::new(self.0.lease())
     }
 
-    /// Done when the delay is over: what a server's own graceful shutdown wants to be given.
+    /// Returns a future that resolves when *stopping* begins: the signal for a server's own graceful shutdown.
     pub fn stopping(&self) -> impl Future<Output = ()> + Send + use<> {
         self.token().stopping()
     }
 
-    /// Runs a server that shuts down by itself, once told by [`stopping`](Self::stopping), waits for what
-    /// [guards](Drain::guard) stand for, and gives up on all of it after the [longest](Self::longest) time.
+    /// Runs a server with a graceful shutdown of its own. The server receives [`stopping`](Self::stopping) as its signal,
+    /// and the [layer](Self::layer) around its service.
     ///
-    /// It is dropped then. tonic and axum leave the tasks of their connections behind: they are cut when the
+    /// The order is: the process becomes unready; after the delay the server announces the end to its clients (GOAWAY)
+    /// and closes idle connections; calls that arrive in the [grace](Self::grace) are served, later ones are rejected;
+    /// the future resolves when the server has ended and the work of all [guards](Drain::guard) is done, after the
+    /// [longest](Self::longest) time at the latest.
+    ///
+    /// Then the server is dropped. tonic and axum leave the tasks of their connections running; these are cut when the
     /// runtime ends, so return from `main`.
     ///
     /// # Errors

@@ -21,15 +21,16 @@ use crate::{
     call::{Http, HttpCall, Lease, Rejected, Respond, Striped, TrackedBody},
 };
 
-/// Counts calls to the end of their bodies, puts a [`Drain`] into every request's extensions, and refuses calls
-/// once the process stops: 503 (gRPC `UNAVAILABLE`). From the beginning of the drain on, answers over HTTP/1 say
-/// `Connection: close`, except rejections whose request body is still [drained](crate::call::Respond#uploads): those
-/// connections end with the body.
+/// Counts calls to the end of their response bodies, puts a [`Drain`] into the extensions of every request, and rejects
+/// calls with 503 (gRPC `UNAVAILABLE`) when the process is *stopping* and the [grace](super::Lifecycle::grace) is over.
+/// From the beginning of the drain, responses over HTTP/1 carry `Connection: close`, unless they upgrade the
+/// connection or are rejections whose request body is still [drained](crate::call::Respond#uploads): such a connection
+/// ends with the body.
 ///
-/// Made by [`Lifecycle::layer`](super::Lifecycle::layer). It goes outermost, but under the health endpoints, which
-/// answer to the end. `serve` puts it there by itself.
+/// Made by [`Lifecycle::layer`](super::Lifecycle::layer). It goes outermost, but inside the health endpoints, which
+/// respond to the end. `serve` adds it.
 ///
-/// The token is an allocation for each call, and two more where a request has no extensions yet.
+/// The token needs one allocation for each call, and two more if the request has no extensions yet.
 #[derive(Clone)]
 #[must_use = "a layer does nothing until it wraps a service"]
 pub struct LifecycleLayer {
@@ -84,7 +85,7 @@ where
     fn call(&mut self, mut request: Request<ReqB>) -> Self::Future {
         let Entrance(state) = self.admission.policy();
         request.extensions_mut().insert(Drain::new(state.lease()));
-        // HTTP/2 knows no such header.
+        // `Connection` does not exist in HTTP/2.
         let closes = request.version() < Version::HTTP_2;
         let state = closes.then(|| state.lease());
         LifecycleFuture { future: self.admission.call(request), state }
@@ -127,7 +128,8 @@ fn is_draining(extensions: &Extensions) -> bool {
     extensions.get::<Rejected>().is_some_and(Rejected::is_draining)
 }
 
-/// Beside what the service says itself; one that upgrades is left alone.
+/// Adds `close` to the options of the service. The `Connection` header of an upgrade is not changed: with `close`, clients
+/// consider the upgrade as failed.
 fn close(headers: &mut HeaderMap) {
     let said = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
     let mut options = said.flat_map(|value| value.split(',')).map(str::trim);

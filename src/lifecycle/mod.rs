@@ -36,33 +36,56 @@
 //! # Ok(()) }
 //! ```
 //!
-//! # How it ends
+//! # Phases
 //!
 //! ```text
-//!            ready()         SIGTERM, drain()          delay is over              longest is over
-//!  starting ────────▶ ready ─────────────────▶ draining ────────────▶ stopping ──────────────────▶ stopped
+//!            ready()         SIGTERM, drain()          after the delay         after the longest time
+//!  starting ────────▶ ready ─────────────────▶ draining ────────────▶ stopping ────────────────────▶ stopped
 //!      └──────────────────────────────────────────┘
 //! ```
 //!
-//! | phase | `/readyz` | calls | connections |
+//! | phase | `/readyz` | calls | connections of `serve` |
 //! |---|---|---|---|
-//! | starting | 503 | answered, if any come | taken |
-//! | ready | 200, if all else is well | answered | taken |
-//! | draining | 503 | answered; HTTP/1 is told `Connection: close` | taken |
-//! | stopping | 503, where it is still asked | new ones refused: 503, gRPC `UNAVAILABLE`; streams are told to end | none taken; idle ones closed, others after their last answer, GOAWAY |
-//! | stopped | – | cut, and counted | cut |
+//! | starting | 503 | served | accepted |
+//! | ready | 200, if all other checks pass | served | accepted |
+//! | draining | 503 | served; responses over HTTP/1 carry `Connection: close` | accepted; open connections of HTTP/2 receive GOAWAY |
+//! | stopping, [grace](Lifecycle::grace) | 503 | served as before; streams are told to end | not accepted after 50 ms, which are for the backlog; the other connections of HTTP/2 receive GOAWAY |
+//! | stopping, after the grace | 503 | calls in flight are served to their end, new ones are rejected: 503, gRPC `UNAVAILABLE` | closed when idle |
+//! | stopped | – | cut, and counted | cut, and counted |
 //!
-//! A second signal, or [`hurry`](Lifecycle::hurry), ends the delay, and a third all the rest. A `preStop` hook that
-//! drains and the first signal after it are in no hurry.
+//! A second signal, or [`hurry`](Lifecycle::hurry), ends the delay, and a third one ends *stopping*. A `preStop` hook
+//! that calls [`drain`](Lifecycle::drain) does not count as a signal.
 //!
-//! The delay is there because routers learn late: between a signal and the moment when no load balancer or
-//! kube-proxy sends anything any more seconds go by, and who closes its port before loses what comes in between.
-//! Liveness stays as it was.
+//! The delay is needed because load balancers and kube-proxy continue to route calls here for some seconds after the
+//! process has become unready. A process that closes its listener earlier loses these calls. Liveness does not change.
+//!
+//! # No call is lost
+//!
+//! A client cannot know that a connection ends while its next call is on its way. So the server first announces the end,
+//! then serves the calls that arrive, and closes the connection last. With `serve`:
+//!
+//! - **HTTP/1**: a response says `Connection: close`, and the connection is closed after it. A connection that carries
+//!   no call from the beginning of the drain to the end of the grace is closed without an announcement, and a call that
+//!   is sent in this moment is lost: the delay and the grace should be longer than the pauses between calls.
+//! - **HTTP/2** (RFC 9113 §6.8): GOAWAY with the last stream id 2³¹−1 announces the end. The streams that arrive before
+//!   the client has acknowledged a PING are served. Then a second GOAWAY states the last stream that was served. A
+//!   client can send later streams again on another connection: they have certainly not been served. GOAWAY is sent when
+//!   the drain begins, and at *stopping* to clients that connected during the delay: a client that is told to go away
+//!   and connects again at once would otherwise do so throughout the delay.
+//! - **Upgrades**: a WebSocket handshake in progress completes. Its response does not carry `Connection: close`.
+//! - **Idle connections**: after the grace, a connection is closed if it has no call and nothing has been written to it
+//!   for the grace: an idle connection, an incomplete request head or preface, a client of HTTP/2 that does not
+//!   acknowledge PING. A response that the client reads slowly is not cut off before the end of *stopping*.
+//!
+//! Under tonic's own server and `axum::serve` these servers manage the connections. They send GOAWAY and close
+//! idle connections of HTTP/1 when [`stopping`](Lifecycle::stopping) resolves. The layer continues to serve calls for the
+//! grace, so that calls that were on their way are not rejected. Clients are told nothing during the delay except by
+//! `Connection: close`, and `axum::serve` adds `close` to the response of an upgrade that completes at *stopping*.
 //!
 //! # In the stack
 //!
-//! The [layer](LifecycleLayer) goes outermost, under the health endpoints, if these are to be asked to the end.
-//! `serve` puts it around everything: probes that come while it stops are refused, as all new work is.
+//! The [layer](LifecycleLayer) goes outermost, inside the health endpoints, so that these respond to the end.
+//! `serve` adds it around the whole service: after the grace it also rejects calls of the health endpoints.
 //!
 //! # Streams
 //!
@@ -109,26 +132,62 @@
 //!
 //! A call that is dropped is counted no more. Dropping what [`run`](Lifecycle::run) or `serve` gave drops the server.
 //!
+//! # Stages of a connection
+//!
+//! `serve` limits the time of every stage of a connection, so that a client that is silent, slow or gone holds neither a
+//! connection nor a permit. [`Server`] has the table of the limits and their setters. The listener is any [`Listener`]: a
+//! `TcpListener`, a `UnixListener`, the capped [`LimitedListener`](crate::limit::connections::LimitedListener), or one of
+//! your own. With the feature `rustls` the server serves TLS.
+//!
+//! ```no_run
+//! # #[cfg(all(feature = "serve", feature = "connections"))]
+//! # async fn start(app: axum::Router) -> Result<(), Box<dyn std::error::Error>> {
+//! use std::time::Duration;
+//! use buttress::{Health, Lifecycle, limit::connections::LimitedListener};
+//!
+//! let lifecycle = Lifecycle::new(&Health::new())?;
+//! let listener = LimitedListener::bind("0.0.0.0:8080".parse()?, 1024, 10_000)?;
+//! lifecycle.ready();
+//! lifecycle.server().idle_timeout(Duration::from_secs(75)).serve(listener, app).await?;
+//! # Ok(()) }
+//! ```
+//!
 //! # Defaults
 //!
 //! | setting | default |
 //! |---|---|
 //! | [`delay`](Lifecycle::delay) | 5 s |
-//! | [`longest`](Lifecycle::longest) | 20 s: with the delay 5 s less than Kubernetes waits |
+//! | [`grace`](Lifecycle::grace) | 1 s |
+//! | [`longest`](Lifecycle::longest) | 20 s, the grace included: with the delay 5 s less than Kubernetes waits |
+//! | limits of a connection | see [`Server`] |
 //!
-//! `axum::serve(..).with_graceful_shutdown(..)` and tonic's `serve_with_shutdown` wait without an end for what is
-//! under way, say nothing to streams, and stop listening at once; hyper-util's `GracefulShutdown`, which is
-//! underneath, leaves times and signals to its user. tonic's server keeps its port while it ends, so that who
-//! connects then hangs until it is gone: its `Routes`, prepared, are a service for `serve`, which lets go of the
-//! port at once.
+//! `axum::serve(..).with_graceful_shutdown(..)` and tonic's `serve_with_shutdown` wait for calls without a time limit, do
+//! not tell streams to end, and stop accepting connections at once. hyper-util's `GracefulShutdown` closes idle
+//! connections of HTTP/1 and breaks upgrades in progress, and leaves times and signals to its user. tonic's server
+//! keeps its listener open while it shuts down, so clients that connect hang until it has ended; `serve` with tonic's
+//! prepared `Routes` as the service closes the listener.
 
+#[cfg(feature = "serve")]
+mod connection;
 mod door;
 mod handle;
 mod layer;
 #[cfg(feature = "serve")]
+mod listener;
+#[cfg(feature = "serve")]
 mod serve;
+#[cfg(feature = "serve")]
+mod server;
 mod signals;
+#[cfg(feature = "serve")]
+mod socket;
+#[cfg(feature = "serve")]
+mod stages;
 mod state;
+#[cfg(feature = "serve")]
+mod streams;
+#[cfg(feature = "serve")]
+mod tls;
 mod token;
 
 pub use self::{
@@ -136,4 +195,11 @@ pub use self::{
     layer::{LifecycleFuture, LifecycleLayer, WithLifecycle},
     state::Phase,
     token::{Drain, DrainGuard},
+};
+#[cfg(feature = "serve")]
+#[cfg_attr(docsrs, doc(cfg(feature = "serve")))]
+pub use self::{
+    listener::{Listener, Slot},
+    server::Server,
+    streams::StreamExecutor,
 };

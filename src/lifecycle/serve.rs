@@ -1,33 +1,33 @@
-use std::{io, net::SocketAddr, pin::pin, time::Duration};
+use std::{pin::pin, time::Duration};
 
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Body;
 use hyper::body::Incoming;
-use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::{conn::auto, graceful::GracefulShutdown},
-    service::TowerToHyperService,
-};
+use hyper_util::{rt::TokioIo, service::TowerToHyperService};
 use tokio::{
-    net::TcpListener,
     task::JoinSet,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 use tower_layer::Layer;
 use tower_service::Service;
 
-use super::{Drained, Lifecycle, Phase};
-use crate::{BoxError, event, event::RepeatedEvent, redact};
+use super::{
+    Drained, Lifecycle, Phase, Server,
+    connection::serve_connection,
+    listener::Listener,
+    socket::reset_on_close,
+    stages::{ConnectionState, StageClock, StagedIo},
+    streams::StagedService,
+    tls::MaybeTls,
+};
+use crate::{BoxError, listener::AcceptErrors};
 
-/// Who connects has to say something within this time.
-const FIRST_WORD: Duration = Duration::from_secs(30);
-/// Who has spoken, and within what time the head of the next request must be there: hyper has one clock for both.
-/// Longer than load balancers keep what is idle (Google's, 10 minutes): it is for them to close, who know whether
-/// they have just sent something.
-const IDLE: Duration = Duration::from_secs(11 * 60);
+/// Time from the begin of *stopping* to the close of the listener. In this time the connections are accepted that the
+/// kernel has established already: closing the listener would reset them, with the requests that they carry.
+const BACKLOG_TIME: Duration = Duration::from_millis(50);
 
-/// How long what is cut may take to be gone.
+/// Maximum time that cut connections may take to end.
 const GONE: Duration = Duration::from_millis(100);
 
 impl Lifecycle {
@@ -35,13 +35,14 @@ impl Lifecycle {
     /// requests, with a [`layer`](Self::layer) of this lifecycle around it. It does not say that the process is
     /// [ready](Self::ready).
     ///
-    /// Once the delay is over it takes no new connection, closes idle ones, and ends the others after what is under
-    /// way: `Connection: close`, GOAWAY. What is left after the longest time is cut, and counted. A connection that
-    /// was upgraded (a WebSocket) is the handler's own: it is waited for if the handler has a
+    /// How the connections end is described in the [module](crate::lifecycle#no-call-is-lost). Calls and connections
+    /// that are left after the [longest](Self::longest) time are cut and counted. A connection that was upgraded (a
+    /// WebSocket) belongs to the handler: `serve` waits for it if the handler holds a
     /// [guard](crate::lifecycle::Drain::guard).
     ///
-    /// A connection on which nothing was said for 30 s since it was made, or, over HTTP/1, for 11 minutes since its last
-    /// answer, is closed.
+    /// The listener is any [`Listener`]: tokio's, the capped
+    /// [`LimitedListener`](crate::limit::connections::LimitedListener), or one of your own. Every stage of a connection
+    /// has a time limit: see [`Server`] for the limits, and [`server`](Self::server) to change them.
     ///
     /// Dropping the future cuts everything at once.
     ///
@@ -58,8 +59,9 @@ impl Lifecycle {
     /// println!("{:?}", lifecycle.serve(listener, app).await);
     /// # Ok(()) }
     /// ```
-    pub async fn serve<S, B>(&self, listener: TcpListener, service: S) -> Drained
+    pub async fn serve<L, S, B>(&self, listener: L, service: S) -> Drained
     where
+        L: Listener,
         S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
         S::Future: Send,
         S::Error: Into<BoxError> + Send + 'static,
@@ -68,98 +70,110 @@ impl Lifecycle {
         self.serve_each(listener, move |_| service.clone()).await
     }
 
-    /// [`serve`](Self::serve) with a service made for each connection: for what wants to know its peer, as
-    /// `|peer| app.clone().layer(Extension(ConnectInfo(peer)))`.
-    pub async fn serve_each<F, S, B>(&self, listener: TcpListener, mut make: F) -> Drained
+    /// Serves as [`serve`](Self::serve) does, with a service made for each connection. The closure receives the address
+    /// of the peer: `|peer| app.clone().layer(Extension(ConnectInfo(peer)))`.
+    pub async fn serve_each<L, F, S, B>(&self, listener: L, make: F) -> Drained
     where
-        F: FnMut(SocketAddr) -> S,
+        L: Listener,
+        F: FnMut(L::Addr) -> S,
         S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
         S::Future: Send,
         S::Error: Into<BoxError> + Send + 'static,
         B: Body<Data: From<Bytes> + Send, Error: Into<BoxError>> + Send + 'static,
     {
-        let mut server = auto::Builder::new(TokioExecutor::new());
-        server.http1().timer(TokioTimer::new()).header_read_timeout(IDLE);
-        // As axum's own: WebSockets go over HTTP/2 as well.
-        server.http2().timer(TokioTimer::new()).enable_connect_protocol();
-        let graceful = GracefulShutdown::new();
+        self.server().run(listener, make).await
+    }
+}
+
+impl Server {
+    pub(super) async fn run<L, F, S, B>(mut self, mut listener: L, mut make: F) -> Drained
+    where
+        L: Listener,
+        F: FnMut(L::Addr) -> S,
+        S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+        S::Future: Send,
+        S::Error: Into<BoxError> + Send + 'static,
+        B: Body<Data: From<Bytes> + Send, Error: Into<BoxError>> + Send + 'static,
+    {
+        let server = self.builder();
+        let Self { lifecycle, limits, socket, tls, .. } = self;
         let mut connections = JoinSet::new();
-        let mut stopping = pin!(self.stopping());
-        let layer = self.layer();
-        let accept_failures = RepeatedEvent::new();
+        let mut closing = pin!(async {
+            lifecycle.stopping().await;
+            sleep(BACKLOG_TIME).await;
+        });
+        let layer = lifecycle.layer();
+        let mut errors = AcceptErrors::new();
         loop {
+            let accept = async {
+                errors.pause().await;
+                listener.accept().await
+            };
             let accepted = tokio::select! {
                 biased;
-                () = &mut stopping => break,
+                () = &mut closing => break,
                 Some(_) = connections.join_next() => continue,
-                accepted = listener.accept() => accepted,
+                accepted = accept => accepted,
             };
-            let (stream, peer) = match accepted {
+            let (io, peer) = match accepted {
                 Ok(accepted) => accepted,
-                Err(error) if is_passing(&error) => continue,
                 Err(error) => {
-                    if let Some(_occurrences) = accept_failures.record() {
-                        let occurrences = _occurrences;
-                        event!(WARN, error = %redact::Redacted(&error), occurrences, "cannot accept connections");
-                        let _ = occurrences;
-                    }
-                    let _ = error;
-                    tokio::select! {
-                        () = &mut stopping => break,
-                        () = sleep(Duration::from_secs(1)) => continue,
-                    }
+                    errors.report(&error);
+                    continue;
                 }
             };
-            // Answers are small or streams: both want to leave at once.
-            let _ = stream.set_nodelay(true);
-            let (server, watcher) = (server.clone(), graceful.watcher());
+            let accepted = Instant::now();
+            if let Some(tcp) = L::tcp(&io) {
+                socket.set(tcp);
+            }
+            let stages = ConnectionState::new(L::slot(&io).cloned());
             let service = TowerToHyperService::new(layer.layer(make(peer)));
-            let stopping = self.stopping();
+            let service = StagedService::new(service, stages.clone());
+            let (server, tls, state) = (server.clone(), tls.clone(), lifecycle.0.lease());
             connections.spawn(async move {
-                // hyper waits for the first word without an end.
-                let mut first = [0];
-                let spoken = tokio::select! {
-                    biased;
-                    spoken = stream.peek(&mut first) => spoken.is_ok(),
-                    () = stopping => false,
-                    () = sleep(FIRST_WORD) => false,
+                // A deadline that the clock cannot represent is none.
+                let deadline = accepted.checked_add(limits.head);
+                let handshake = async {
+                    match deadline {
+                        Some(deadline) => timeout_at(deadline, tls.accept(io)).await.ok(),
+                        None => Some(tls.accept(io).await),
+                    }
                 };
-                if !spoken {
-                    return;
-                }
-                let connection =
-                    server.serve_connection_with_upgrades(TokioIo::new(stream), service);
-                // What goes wrong on one connection is its client's to know.
-                let _ = watcher.watch(connection.into_owned()).await;
+                let io = tokio::select! {
+                    biased;
+                    io = handshake => io,
+                    () = state.grace_over() => None,
+                };
+                let Some(Ok(io)) = io else { return };
+                let reset = |io: &MaybeTls<L::Io>| {
+                    if let Some(tcp) = L::tcp(io.get_ref()) {
+                        reset_on_close(tcp);
+                    }
+                };
+                let io = StagedIo::new(io, stages.clone(), limits.write, reset);
+                let clock = StageClock::new(stages.clone(), limits, accepted);
+                serve_connection(&server, TokioIo::new(io), service, stages, clock, state).await;
             });
         }
         drop(listener);
         let all_end = async {
-            graceful.shutdown().await;
-            // A connection that has ended may still have a task.
             while connections.join_next().await.is_some() {}
-            self.0.emptied().await;
+            lifecycle.0.emptied().await;
         };
         tokio::select! {
             biased;
             () = all_end => {}
-            () = self.0.reached(Phase::Stopped) => {}
+            () = lifecycle.0.reached(Phase::Stopped) => {}
         }
         while connections.try_join_next().is_some() {}
         let drained = Drained {
-            cut_calls: self.in_flight(),
+            cut_calls: lifecycle.in_flight(),
             cut_connections: connections.len(),
-            refused: self.refused(),
+            refused: lifecycle.refused(),
         };
         connections.abort_all();
-        // Who blocks its thread does not hear of that, and must not be what the process waits for.
+        // A handler that blocks its thread cannot be aborted, and must not delay the end of the process.
         let _ = timeout(GONE, async { while connections.join_next().await.is_some() {} }).await;
         drained
     }
-}
-
-/// A client that went away is no reason to rest; no more file descriptors are.
-fn is_passing(error: &io::Error) -> bool {
-    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
-    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }

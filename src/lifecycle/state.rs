@@ -24,18 +24,19 @@ use crate::{
     health::Reporter,
 };
 
-/// Where a process is between its start and its end.
+/// The phase of a process between its start and its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Phase {
-    /// Not ready yet; calls that come all the same are answered.
+    /// Not ready yet. Calls are served.
     Starting,
     /// Ready.
     Ready,
-    /// Not ready any more, and traffic goes on until all who route it know.
+    /// No longer ready. Calls are served until the routers have noticed.
     Draining,
-    /// New work is refused, connections are closed as they become idle, streams are told to end.
+    /// New connections are not accepted, and streams are told to end. Calls that arrive are served for the
+    /// [grace](super::Lifecycle::grace), and rejected after it.
     Stopping,
-    /// The longest time is over: what is still there is cut.
+    /// The drain timeout has expired. Calls and connections that are left are cut.
     Stopped,
 }
 
@@ -59,16 +60,42 @@ impl fmt::Display for Phase {
     }
 }
 
+/// The phases, with *stopping* divided into two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub(super) enum Step {
+    Starting,
+    Ready,
+    Draining,
+    /// *Stopping*, and calls are still admitted: they were on their way when the server told its clients to go away.
+    Stopping,
+    /// *Stopping*, after the grace: calls are rejected.
+    Rejecting,
+    Stopped,
+}
+
+impl Step {
+    fn phase(self) -> Phase {
+        match self {
+            Self::Starting => Phase::Starting,
+            Self::Ready => Phase::Ready,
+            Self::Draining => Phase::Draining,
+            Self::Stopping | Self::Rejecting => Phase::Stopping,
+            Self::Stopped => Phase::Stopped,
+        }
+    }
+}
+
 /// What a lifecycle's handles, layers and tokens share.
 pub struct State {
-    /// The phase as a number.
+    /// The step as a number.
     now: AtomicU8,
-    phase: watch::Sender<Phase>,
+    step: watch::Sender<Step>,
     door: Door,
     refused: AtomicU64,
     times: Mutex<Times>,
     reporter: Reporter,
-    /// Wakes who waits for an inner service that it must not be called any more.
+    /// Wakes calls that wait for an inner service when calls begin to be rejected.
     shut: Arc<Notify>,
     driver: OnceLock<AbortHandle>,
 }
@@ -76,18 +103,20 @@ pub struct State {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Times {
     pub(super) delay: Duration,
+    pub(super) grace: Duration,
     pub(super) longest: Duration,
 }
 
 impl State {
     pub(super) fn new(reporter: Reporter) -> Self {
         Self {
-            now: AtomicU8::new(Phase::Starting as u8),
-            phase: watch::Sender::new(Phase::Starting),
+            now: AtomicU8::new(Step::Starting as u8),
+            step: watch::Sender::new(Step::Starting),
             door: Door::new(),
             refused: AtomicU64::new(0),
             times: Mutex::new(Times {
                 delay: Duration::from_secs(5),
+                grace: Duration::from_secs(1),
                 longest: Duration::from_secs(20),
             }),
             reporter,
@@ -106,14 +135,19 @@ impl State {
 
     // ===== Looking =====
 
-    pub(super) fn phase(&self) -> Phase {
+    fn step(&self) -> Step {
         match self.now.load(SeqCst) {
-            0 => Phase::Starting,
-            1 => Phase::Ready,
-            2 => Phase::Draining,
-            3 => Phase::Stopping,
-            _ => Phase::Stopped,
+            0 => Step::Starting,
+            1 => Step::Ready,
+            2 => Step::Draining,
+            3 => Step::Stopping,
+            4 => Step::Rejecting,
+            _ => Step::Stopped,
         }
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        self.step().phase()
     }
 
     pub(super) fn in_flight(&self) -> usize {
@@ -124,19 +158,26 @@ impl State {
         self.refused.load(SeqCst)
     }
 
-    /// Waits until it has come to `phase`, or is further.
+    /// Waits until the phase is `phase` or a later one.
     pub(super) async fn reached(&self, phase: Phase) {
-        let mut seen = self.phase.subscribe();
-        if seen.wait_for(|now| *now >= phase).await.is_err() {
+        let mut seen = self.step.subscribe();
+        if seen.wait_for(|now| now.phase() >= phase).await.is_err() {
             // The sender is in `self`.
             pending().await
         }
     }
 
+    /// Waits until the grace is over, at which connections that are idle are closed.
+    #[cfg(feature = "serve")]
+    pub(super) async fn grace_over(&self) {
+        self.reached(Phase::Stopping).await;
+        sleep(self.times(|times| times.grace)).await;
+    }
+
     pub(super) async fn changed(&self) -> Phase {
-        let mut seen = self.phase.subscribe();
-        let before = *seen.borrow_and_update();
-        let now = seen.wait_for(|now| *now != before).await.map(|now| *now);
+        let mut seen = self.step.subscribe();
+        let before = seen.borrow_and_update().phase();
+        let now = seen.wait_for(|now| now.phase() != before).await.map(|now| now.phase());
         match now {
             Ok(now) => now,
             Err(_) => pending().await,
@@ -152,55 +193,70 @@ impl State {
 
     // ===== Going on =====
 
-    /// Never back.
-    pub(super) fn go_to(&self, next: Phase) {
-        let went = self.phase.send_if_modified(|now| {
+    /// Goes forward to a step. Without effect if the step has been reached.
+    pub(super) fn go_to(&self, next: Step) {
+        let mut is_new_phase = false;
+        let went = self.step.send_if_modified(|now| {
             if next <= *now {
                 return false;
             }
+            is_new_phase = next.phase() != now.phase();
             *now = next;
-            // First, so that whoever sees the phase changed and nothing in flight is right.
-            if next >= Phase::Stopping {
+            // First, so that nothing in flight after the step has changed means that nothing will be.
+            if next >= Step::Rejecting {
                 self.door.close();
             }
             self.now.store(next as u8, SeqCst);
-            // Here, so that two threads that change the phase at once report in the same order. The watchers of the
-            // registry are told below, because this closure runs under the lock of the channel and wakers are user code.
-            match next {
+            // Under the lock of the channel, so that two threads that change the step report in the same order. The
+            // watchers of the registry are told below, because wakers are user code.
+            match next.phase() {
                 Phase::Starting => {}
                 Phase::Ready => self.reporter.set(Ok(())),
-                phase => self.reporter.set(Err(phase.as_str())),
+                phase if is_new_phase => self.reporter.set(Err(phase.as_str())),
+                _ => {}
             }
             true
         });
-        if went {
-            self.reporter.tell();
-            if !self.is_open() {
-                self.shut.notify_waiters();
+        if !went {
+            return;
+        }
+        self.reporter.tell();
+        if next >= Step::Rejecting {
+            self.shut.notify_waiters();
+        }
+        if is_new_phase {
+            let phase = next.phase();
+            if phase >= Phase::Stopping {
                 self.reporter.end();
             }
-            event!(INFO, phase = next.as_str(), in_flight = self.in_flight(), "lifecycle");
+            event!(INFO, phase = phase.as_str(), in_flight = self.in_flight(), "lifecycle");
+        }
+        // Steps that take no time are over when this returns.
+        match next {
+            Step::Draining if self.times(|times| times.delay.is_zero()) => {
+                self.go_to(Step::Stopping);
+            }
+            Step::Stopping if self.times(|times| times.grace.is_zero()) => {
+                self.go_to(Step::Rejecting);
+            }
+            _ => {}
         }
     }
 
-    /// What needs no waiting is done when this returns.
     pub(super) fn drain(&self) {
-        self.go_to(Phase::Draining);
-        if self.times(|times| times.delay.is_zero()) {
-            self.go_to(Phase::Stopping);
-        }
+        self.go_to(Step::Draining);
     }
 
     pub(super) fn hurry(&self) {
         match self.phase() {
             Phase::Starting | Phase::Ready => {}
-            Phase::Draining => self.go_to(Phase::Stopping),
-            Phase::Stopping | Phase::Stopped => self.go_to(Phase::Stopped),
+            Phase::Draining => self.go_to(Step::Stopping),
+            Phase::Stopping | Phase::Stopped => self.go_to(Step::Stopped),
         }
     }
 
-    pub(super) fn seen(&self) -> watch::Receiver<Phase> {
-        self.phase.subscribe()
+    pub(super) fn seen(&self) -> watch::Receiver<Step> {
+        self.step.subscribe()
     }
 
     fn is_open(&self) -> bool {
@@ -208,24 +264,27 @@ impl State {
     }
 }
 
-/// From the drain on, goes from phase to phase in time, unless somebody is faster.
-pub(super) async fn drive(state: Weak<State>, mut phase: watch::Receiver<Phase>) {
+/// From the beginning of the drain, goes to each further step when its time has come, unless it has been reached
+/// already.
+pub(super) async fn drive(state: Weak<State>, mut step: watch::Receiver<Step>) {
     // An error is the end of the state.
-    if phase.wait_for(|now| *now >= Phase::Draining).await.is_err() {
+    if step.wait_for(|now| *now >= Step::Draining).await.is_err() {
         return;
     }
     loop {
         let Some(now) = state.upgrade() else { return };
-        let Times { delay, longest } = now.times(|times| *times);
-        let (time, next) = match now.phase() {
-            Phase::Starting | Phase::Ready | Phase::Draining => (delay, Phase::Stopping),
-            Phase::Stopping => (longest, Phase::Stopped),
-            Phase::Stopped => return,
+        let Times { delay, grace, longest } = now.times(|times| *times);
+        let (time, next) = match now.step() {
+            Step::Starting | Step::Ready | Step::Draining => (delay, Step::Stopping),
+            Step::Stopping if grace < longest => (grace, Step::Rejecting),
+            Step::Stopping => (longest, Step::Stopped),
+            Step::Rejecting => (longest.saturating_sub(grace), Step::Stopped),
+            Step::Stopped => return,
         };
         drop(now);
         tokio::select! {
             biased;
-            ended = phase.wait_for(|now| *now >= next) => if ended.is_err() { return },
+            ended = step.wait_for(|now| *now >= next) => if ended.is_err() { return },
             () = sleep(time) => if let Some(now) = state.upgrade() { now.go_to(next) },
         }
     }
@@ -240,7 +299,7 @@ impl Drop for Driven {
         let Some(state) = self.0.upgrade() else { return };
         if state.phase() < Phase::Stopped {
             event!(WARN, "lifecycle: the runtime that it was made in has ended");
-            state.go_to(Phase::Stopped);
+            state.go_to(Step::Stopped);
         }
     }
 }
@@ -285,7 +344,7 @@ impl<Req> Policy<Req> for Entrance {
             return Admit::Go(permit);
         }
         self.0.refused.fetch_add(1, SeqCst);
-        event!(DEBUG, "call refused: shutting down");
+        event!(DEBUG, "call rejected: shutting down");
         let rejected = Rejected::by(LayerKind::Lifecycle, RejectedKind::ShuttingDown);
         // Another instance can take it at once.
         Admit::No(rejected.with_retry_after(Duration::ZERO))

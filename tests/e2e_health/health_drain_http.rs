@@ -425,7 +425,7 @@ async fn connections_on_which_nothing_is_said_are_closed() {
     let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
     let ((listener, addr), server) = (listener().await, lifecycle.clone());
     let _task = tokio::spawn(async move { server.serve(listener, Router::new()).await });
-    for (word, closed_after) in [("", 30), ("GET", 660), ("GET / HTTP/1.1\r\nhost: x\r\n\r\n", 660)]
+    for (word, closed_after) in [("", 30), ("GET", 30), ("GET / HTTP/1.1\r\nhost: x\r\n\r\n", 660)]
     {
         let mut tcp = TcpStream::connect(addr).await.unwrap();
         tcp.write_all(word.as_bytes()).await.unwrap();
@@ -450,9 +450,11 @@ async fn websockets_may_come_over_http_2() {
     until(|| send.is_extended_connect_protocol_enabled()).await;
 }
 
+/// Without a grace. `e2e_drain` has the test with one.
 #[tokio::test]
-async fn under_a_server_that_knows_nothing_of_it_the_layer_refuses() {
-    let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap().delay(Duration::ZERO);
+async fn layer_rejects_calls_under_a_server_without_graceful_shutdown() {
+    let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
+    let lifecycle = lifecycle.delay(Duration::ZERO).grace(Duration::ZERO);
     let app = Router::new().route("/", get(async || "well")).layer(lifecycle.layer());
     let addr = crate::net::serve(app).await;
     let client = http1();

@@ -9,10 +9,10 @@ use buttress::{
 use futures_util::{Stream, StreamExt, stream};
 use tokio::{
     task::{JoinHandle, JoinSet},
-    time::Instant,
+    time::{Instant, sleep},
 };
 use tonic::{
-    Request, Response, Status,
+    Code, Request, Response, Status,
     service::Routes,
     transport::{Channel, Endpoint, Server, server::TcpIncoming},
 };
@@ -76,6 +76,18 @@ fn client(addr: SocketAddr) -> HealthClient<Channel> {
     HealthClient::new(Endpoint::from_shared(format!("http://{addr}")).unwrap().connect_lazy())
 }
 
+/// Calls `check`, again if the call was not sent. hyper's client of HTTP/2 notices a GOAWAY when it is given the next
+/// request: it cancels this request, and tonic does not repeat it.
+async fn check_again(mut client: HealthClient<Channel>) {
+    let result = client.check(asking("quick")).await;
+    match result {
+        Err(status) if status.code() == Code::Cancelled => {
+            client.check(asking("quick")).await.unwrap();
+        }
+        result => drop(result.unwrap()),
+    }
+}
+
 // ===== Two ways to serve it =====
 
 type Serving = JoinHandle<Drained>;
@@ -125,9 +137,9 @@ async fn nothing_is_lost(lifecycle: &Lifecycle, service: Slow, addr: SocketAddr,
     let began = Instant::now();
     lifecycle.drain();
     until(|| lifecycle.phase() == Phase::Draining).await;
-    // Traffic goes on, over a new connection and an old one.
+    // Calls are served, over a new connection and over one that may have received GOAWAY.
     soon(client(addr).check(asking("quick"))).await.unwrap();
-    soon(clients[0].clone().check(asking("quick"))).await.unwrap();
+    soon(check_again(clients[0].clone())).await;
     let mut load = JoinSet::new();
     for _ in 0..4 {
         let (mut client, lifecycle) = (client(addr), lifecycle.clone());
@@ -149,8 +161,9 @@ async fn nothing_is_lost(lifecycle: &Lifecycle, service: Slow, addr: SocketAddr,
     while let Some(told) = soon(open.join_next()).await {
         assert_eq!(told.unwrap().unwrap(), [1, 2], "streams get their end");
     }
-    // Nobody listens, or, with tonic's own server, nobody accepts until that has ended: who comes, or comes again,
-    // hears no more until then.
+    // The server has accepted the connections of its backlog and closed its listener; tonic's own server keeps the
+    // listener open until it has ended, without accepting connections.
+    sleep(Duration::from_millis(200)).await;
     let mut newcomer = client(addr);
     let newcomer = tokio::spawn(async move { newcomer.check(asking("quick")).await });
     assert!(!task.is_finished());

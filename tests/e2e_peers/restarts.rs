@@ -3,7 +3,7 @@
 use std::{
     net::SocketAddr,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicUsize, Ordering::SeqCst},
     },
     time::Duration,
@@ -12,15 +12,13 @@ use std::{
 use axum::{Router, routing::get};
 use buttress::breaker::CircuitBreakerHandle;
 use tokio::{
-    io::copy_bidirectional,
-    net::TcpStream,
     sync::oneshot,
     task::{JoinHandle, JoinSet},
     time::sleep,
 };
 
 use crate::{
-    net::{listener, soon},
+    net::{balancer::Balancer, listener, soon},
     report::Report,
     stacks::{self, HttpClient},
 };
@@ -95,37 +93,6 @@ async fn calls_through_restarts(
     assert!(stale >= min_stale_connections, "only {stale} attempts met a closed connection");
 }
 
-/// The addresses in rotation. Clones share them.
-#[derive(Clone, Default)]
-struct Balancer(Arc<Mutex<Vec<SocketAddr>>>);
-
-impl Balancer {
-    fn change<T>(&self, change: impl FnOnce(&mut Vec<SocketAddr>) -> T) -> T {
-        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Forwards each connection to the next server in rotation.
-    async fn start(&self) -> SocketAddr {
-        let ((listener, addr), balancer) = (listener().await, self.clone());
-        tokio::spawn(async move {
-            loop {
-                let (mut client, _) = listener.accept().await.unwrap();
-                let next = balancer.change(|servers| {
-                    servers.rotate_left(1);
-                    servers[0]
-                });
-                tokio::spawn(async move {
-                    let mut server = TcpStream::connect(next).await?;
-                    client.set_nodelay(true)?;
-                    server.set_nodelay(true)?;
-                    copy_bidirectional(&mut client, &mut server).await
-                });
-            }
-        });
-        addr
-    }
-}
-
 struct Server {
     addr: SocketAddr,
     shutdown: oneshot::Sender<()>,
@@ -145,13 +112,13 @@ impl Server {
             let _ = stopped.await;
         });
         let task = tokio::spawn(async move { server.await.unwrap() });
-        balancer.change(|servers| servers.push(addr));
+        balancer.insert(addr);
         Self { addr, shutdown, task }
     }
 
     /// Takes the server out of rotation and waits for its graceful shutdown.
     async fn stop(self, balancer: &Balancer) {
-        balancer.change(|servers| servers.retain(|addr| *addr != self.addr));
+        balancer.remove(self.addr);
         sleep(DRAIN_DELAY).await;
         self.shutdown.send(()).unwrap();
         soon(self.task).await.unwrap();

@@ -1,6 +1,8 @@
 //! What the end-to-end tests share: servers on loopback, and eyes of their own on what is in flight.
 #![allow(dead_code)] // Every test file takes what it needs.
 
+pub mod balancer;
+
 use std::{
     future::Future,
     net::SocketAddr,

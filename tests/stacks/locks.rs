@@ -578,11 +578,12 @@ fn destructor_of_a_waker_may_drop_the_request_body() {
         let uses = Uses::default();
         let body = Arc::new(Mutex::new(None));
         let taken = body.clone();
-        let service =
-            TimeoutLayer::http().sending(secs(9)).layer(service_fn(move |request: Request<_>| {
-                *taken.lock().unwrap() = Some(request.into_body());
-                pending::<Result<Response<Body>, BoxError>>()
-            }));
+        // Without a timeout of the call itself: its timer would keep a clone of the waker.
+        let timeout = TimeoutLayer::new(Timeouts::new().sending(secs(9)));
+        let service = timeout.layer(service_fn(move |request: Request<_>| {
+            *taken.lock().unwrap() = Some(request.into_body());
+            pending::<Result<Response<Body>, BoxError>>()
+        }));
         let mut call = pin!(service.oneshot(Request::new(Endless)));
         let waker = UsingWaker::new(&uses);
         assert!(poll(call.as_mut(), &waker).is_pending());

@@ -195,8 +195,8 @@ impl Teller {
         }
         drop(state);
         self.report_panic(heard.is_none());
-        let Some(Some(change)) = heard else { return false };
-        event!(DEBUG, limit = change.limit, reason = change.reason.as_str(), "limit changed");
+        let Some(Some(_change)) = heard else { return false };
+        event!(DEBUG, limit = _change.limit, reason = _change.reason.as_str(), "limit changed");
         true
     }
 

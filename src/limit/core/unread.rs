@@ -7,11 +7,13 @@
 //! # Mechanism
 //!
 //! A watched body claims a [`Slot`] at its response head and frees it at its end. Each poll of the body increases the
-//! slot's `polls` by two; the lowest bit says that the last poll returned `Pending`. A transport takes a frame as a whole
-//! and polls again when it is nearly written, so a long frame has the maximum once more for each [`LONG_FRAME`] bytes. The sweeper, one task for each
+//! slot's `polls` by two; the lowest bit says that the last poll returned `Pending`. The sweeper, one task for each
 //! limit, reads all slots every eighth of the maximum (at most every [`MAX_PERIOD`]). If neither `state` nor `polls`
 //! changed for the maximum, and the last poll was not `Pending`, the response waits for its reader for that long: the
-//! sweeper releases the permit. A body whose last poll was `Pending` waits for its producer and is not a concern here.
+//! sweeper releases the permit. A body whose last poll was `Pending` waits for its producer and is left alone.
+//!
+//! A transport takes a frame as a whole and polls again when it is nearly written, so a long frame has the maximum once
+//! more for each [`LONG_FRAME`] bytes.
 //!
 //! A watched call costs two atomic read-modify-write operations on its own slot and two plain stores per poll. It
 //! allocates nothing, takes no lock and reads no clock; only the sweeper reads the clock. A call of a limit without the

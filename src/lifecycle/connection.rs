@@ -1,0 +1,135 @@
+//! One HTTP connection and its graceful shutdown.
+//!
+//! hyper offers one operation for this, `graceful_shutdown`. It does three different things, and only one of them is
+//! safe at any time:
+//!
+//! - HTTP/2: sends GOAWAY with the last stream id 2³¹−1 and a PING. h2 serves the streams that arrive before the
+//!   acknowledgement of the PING, then sends GOAWAY with the last stream that it has served, and ignores later
+//!   streams: the client can safely send these again on another connection (RFC 9113 §6.8). No call is lost.
+//! - HTTP/1 with a call: adds `close` to the `Connection` header of the response. This breaks an upgrade.
+//! - HTTP/1 without a call, and before the protocol is known: closes the connection. A request that is on its way is
+//!   lost.
+//!
+//! Therefore:
+//!
+//! | phase | HTTP/2 | HTTP/1 | not known yet |
+//! |---|---|---|---|
+//! | *draining* | GOAWAY, on a connection that is open already | the lifecycle layer adds `Connection: close` to responses | |
+//! | *stopping* | GOAWAY, on every other connection | the same | as soon as the protocol is known: as that protocol |
+//! | *stopping*, idle for the grace | closed | closed | closed |
+//!
+//! A connection that is accepted while the process is *draining* is not told to go away before *stopping*: the client
+//! has just been routed here, and a client that connects again at once would be routed here again.
+//!
+//! A connection is idle if it has no call and nothing has been written to it for the grace. A call ends at the end of its
+//! response body. Then a part of the body can still be in the buffers of hyper and h2, so the end of the last call
+//! alone does not permit closing the connection:
+//!
+//! - A pending write means that hyper has a part of a response in its buffer.
+//! - A client of HTTP/2 that has acknowledged the PING is alive, and h2 closes the connection after its last stream. Only
+//!   h2 knows whether a part of a response waits for the window of its stream.
+
+use std::{
+    future::poll_fn,
+    pin::pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use http::{Request, Response};
+use http_body::Body;
+use hyper::{
+    body::Incoming,
+    rt::{Read, Write},
+    service::Service,
+};
+use hyper_util::server::conn::auto::{Builder, HttpServerConnExec};
+use tokio::time::timeout;
+
+use super::{
+    stages::{ConnectionState, StageClock, Verdict},
+    state::{Phase, State},
+};
+use crate::{BoxError, call::Lease};
+
+/// Minimum time for which an idle connection stays open at *stopping*, so that a client of HTTP/2 can acknowledge the
+/// GOAWAY even if the grace is zero.
+const MIN_IDLE_TIME: Duration = Duration::from_millis(100);
+
+/// Serves one connection to its end, and shuts it down when the process drains.
+///
+/// The IO object and the service record in `stages` what happens on the connection. An error of the connection concerns
+/// its client only and is discarded. Dropping the future closes the connection.
+pub(super) async fn serve_connection<I, S, B, E>(
+    server: &Builder<E>,
+    io: I,
+    service: S,
+    stages: Arc<ConnectionState>,
+    mut clock: StageClock,
+    state: Lease<State>,
+) where
+    I: Read + Write + Unpin + Send + 'static,
+    S: Service<Request<Incoming>, Response = Response<B>>,
+    S::Future: 'static,
+    S::Error: Into<BoxError>,
+    B: Body<Error: Into<BoxError>> + 'static,
+    E: HttpServerConnExec<S::Future, B>,
+{
+    let is_old = state.phase() < Phase::Draining;
+    let mut connection = pin!(server.serve_connection_with_upgrades(io, service));
+    let mut is_told = false;
+    // Polls the connection. Sends GOAWAY first if `tells` is set, and at once when the protocol becomes known.
+    let mut poll = |cx: &mut Context<'_>, tells: bool| loop {
+        if tells && !is_told && stages.is_http2() {
+            connection.as_mut().graceful_shutdown();
+            is_told = true;
+            stages.await_acknowledgement();
+        }
+        if connection.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(());
+        }
+        if tells && !is_told && stages.is_http2() {
+            continue;
+        }
+        match clock.check(cx) {
+            Verdict::Wait => return Poll::Pending,
+            Verdict::Close => return Poll::Ready(()),
+            Verdict::ShutDown => connection.as_mut().graceful_shutdown(),
+        }
+    };
+
+    tokio::select! {
+        biased;
+        () = poll_fn(|cx| poll(cx, false)) => return,
+        () = state.reached(Phase::Draining) => {}
+    }
+    let tells = is_old && stages.is_http2();
+    tokio::select! {
+        biased;
+        () = poll_fn(|cx| poll(cx, tells)) => return,
+        () = state.reached(Phase::Stopping) => {}
+    }
+    let idle_time = state.times(|times| times.grace).max(MIN_IDLE_TIME);
+    // Set by the first poll, which writes the GOAWAY, so that the GOAWAY does not count as activity.
+    let mut writes = None;
+    loop {
+        let served = poll_fn(|cx| {
+            let polled = poll(cx, true);
+            writes.get_or_insert_with(|| stages.writes());
+            polled
+        });
+        if timeout(idle_time, served).await.is_ok() {
+            return;
+        }
+        if stages.may_close() && writes == Some(stages.writes()) {
+            break;
+        }
+        writes = Some(stages.writes());
+    }
+    if stages.is_http1() {
+        // Closes the connection in order, with TLS's `close_notify`, unless the head of a request is incomplete.
+        connection.as_mut().graceful_shutdown();
+        let _ = poll_fn(|cx| Poll::Ready(connection.as_mut().poll(cx).is_ready())).await;
+    }
+}

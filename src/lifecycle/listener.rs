@@ -1,0 +1,109 @@
+use std::{future::Future, io, net::SocketAddr};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream},
+};
+
+pub use crate::listener::Slot;
+
+/// A source of connections for [`Lifecycle::serve`](crate::Lifecycle::serve).
+///
+/// Implemented for tokio's `TcpListener` and `UnixListener`, and for the capped
+/// [`LimitedListener`](crate::limit::connections::LimitedListener). An implementation of your own needs `accept` only:
+///
+/// ```
+/// use std::{io, net::SocketAddr};
+/// use buttress::lifecycle::Listener;
+/// use tokio::net::{TcpListener, TcpStream};
+///
+/// /// Accepts connections from this machine only.
+/// struct Local(TcpListener);
+///
+/// impl Listener for Local {
+///     type Io = TcpStream;
+///     type Addr = SocketAddr;
+///
+///     async fn accept(&mut self) -> io::Result<(TcpStream, SocketAddr)> {
+///         loop {
+///             let (tcp, peer) = self.0.accept().await?;
+///             if peer.ip().is_loopback() {
+///                 return Ok((tcp, peer));
+///             }
+///         }
+///     }
+///
+///     fn tcp(io: &TcpStream) -> Option<&TcpStream> {
+///         Some(io)
+///     }
+/// }
+/// ```
+pub trait Listener: Send {
+    /// A connection.
+    type Io: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+    /// The address of a peer, which `serve_each` passes on.
+    type Addr: Send;
+
+    /// Accepts the next connection. The server drops the future and calls the method again, which must not lose a
+    /// connection.
+    ///
+    /// # Errors
+    ///
+    /// After `ConnectionRefused`, `ConnectionAborted` and `ConnectionReset` the server calls the method again at once,
+    /// and after any other error in one second. It reports the latter as a WARN event, at most once in 10 s.
+    fn accept(&mut self) -> impl Future<Output = io::Result<(Self::Io, Self::Addr)>> + Send;
+
+    /// Returns the TCP socket under a connection. The server sets its options and resets it when its peer has stopped
+    /// reading. `None` by default, for connections without one.
+    fn tcp(io: &Self::Io) -> Option<&TcpStream> {
+        let _ = io;
+        None
+    }
+
+    /// Returns the slot that a connection occupies in a capped listener. `None` by default.
+    fn slot(io: &Self::Io) -> Option<&Slot> {
+        let _ = io;
+        None
+    }
+}
+
+impl Listener for TcpListener {
+    type Io = TcpStream;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> io::Result<(TcpStream, SocketAddr)> {
+        Self::accept(self).await
+    }
+
+    fn tcp(io: &TcpStream) -> Option<&TcpStream> {
+        Some(io)
+    }
+}
+
+#[cfg(unix)]
+impl Listener for tokio::net::UnixListener {
+    type Io = tokio::net::UnixStream;
+    type Addr = tokio::net::unix::SocketAddr;
+
+    async fn accept(&mut self) -> io::Result<(Self::Io, Self::Addr)> {
+        Self::accept(self).await
+    }
+}
+
+#[cfg(feature = "connections")]
+impl Listener for crate::limit::connections::LimitedListener {
+    type Io = crate::limit::connections::Connection;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> io::Result<(Self::Io, SocketAddr)> {
+        Ok(Self::accept(self).await)
+    }
+
+    fn tcp(io: &Self::Io) -> Option<&TcpStream> {
+        Some(io.get_ref())
+    }
+
+    fn slot(io: &Self::Io) -> Option<&Slot> {
+        Some(io.slot())
+    }
+}

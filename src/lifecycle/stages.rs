@@ -1,0 +1,526 @@
+//! The stages of a connection and their time limits.
+//!
+//! ```text
+//!  accept ──▶ head ──▶ call ──▶ idle ──▶ head ──▶ …          read side, one stage at a time
+//!                      └ write blocked, again and again      write side, beside it
+//! ```
+//!
+//! hyper has one clock for an idle HTTP/1 connection and for an incomplete head, and none for an incomplete HTTP/2
+//! preface or header block, and for a client that does not read. Three parts replace it:
+//!
+//! - [`StagedIo`] is the IO object under hyper. It sees every read and write. It ends a blocked write itself.
+//! - [`CallGuard`] exists once for each call.
+//! - [`StageClock`] is asked by the connection's task each time that hyper waits. What the other two have recorded in the
+//!   [`ConnectionState`] determines the stage, and the stage determines the limit.
+//!
+//! A request that meets the limits costs one read of the clock (when the connection becomes idle) and no timer
+//! operation: see [`LazyTimer`]. hyper's own header timer, which is off, costs a boxed timer per request.
+//!
+//! Only the task of the connection uses the flags of the state, and the count of calls publishes no other data. So all
+//! accesses are relaxed.
+
+use std::{
+    io::{self, IoSlice},
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::Instant,
+};
+
+use crate::{
+    event,
+    listener::{Frames, LazyTimer, PREFACE, Slot},
+};
+
+/// Maximum time for the graceful shutdown of a connection without calls.
+const RETIRE_TIMEOUT: Duration = Duration::from_secs(1);
+/// The same for a connection whose slot a new one waits for.
+const RECLAIM_TIMEOUT: Duration = Duration::from_millis(100);
+
+/// The time limits of the stages.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StageLimits {
+    /// From the accept to the end of the first head, and from the first byte of a later head to its end.
+    pub(super) head: Duration,
+    /// Between calls.
+    pub(super) idle: Duration,
+    /// For a write that makes no progress.
+    pub(super) write: Option<Duration>,
+}
+
+// ===== What the parts of a connection share =====
+
+/// Shared by the IO object, the service, the calls and the clock of one connection.
+#[derive(Debug)]
+pub(super) struct ConnectionState {
+    calls: AtomicUsize,
+    /// HTTP/1: bytes were read outside of a call. Until a call begins, they are a part of a head.
+    has_unparsed: AtomicBool,
+    /// Before the protocol is known; HTTP/2: inside of the preface, a frame or a header block.
+    is_mid_frame: AtomicBool,
+    /// A head has ended since the last check.
+    has_ended_head: AtomicBool,
+    /// The client has used the connection since the last check.
+    is_used: AtomicBool,
+    is_http1: AtomicBool,
+    /// The preface is complete.
+    is_http2: AtomicBool,
+    /// HTTP/2: the client has acknowledged a PING since [`await_acknowledgement`](Self::await_acknowledgement).
+    has_acknowledged: AtomicBool,
+    /// Number of writes that made progress.
+    writes: AtomicUsize,
+    /// The last write or flush is pending, so that hyper has data in its buffer.
+    is_write_pending: AtomicBool,
+    slot: Option<Slot>,
+}
+
+impl ConnectionState {
+    pub(super) fn new(slot: Option<Slot>) -> Arc<Self> {
+        Arc::new(Self {
+            calls: AtomicUsize::new(0),
+            has_unparsed: AtomicBool::new(false),
+            is_mid_frame: AtomicBool::new(true),
+            has_ended_head: AtomicBool::new(false),
+            is_used: AtomicBool::new(false),
+            is_http1: AtomicBool::new(false),
+            is_http2: AtomicBool::new(false),
+            has_acknowledged: AtomicBool::new(false),
+            writes: AtomicUsize::new(0),
+            is_write_pending: AtomicBool::new(false),
+            slot,
+        })
+    }
+
+    pub(super) fn has_calls(&self) -> bool {
+        self.calls.load(Relaxed) > 0
+    }
+
+    /// Whether the protocol is known to be HTTP/1.
+    pub(super) fn is_http1(&self) -> bool {
+        self.is_http1.load(Relaxed)
+    }
+
+    /// Whether the protocol is known to be HTTP/2.
+    pub(super) fn is_http2(&self) -> bool {
+        self.is_http2.load(Relaxed)
+    }
+
+    /// Forgets earlier acknowledgements: a PING is sent now.
+    pub(super) fn await_acknowledgement(&self) {
+        self.has_acknowledged.store(false, Relaxed);
+    }
+
+    /// Number of writes that made progress.
+    pub(super) fn writes(&self) -> usize {
+        self.writes.load(Relaxed)
+    }
+
+    /// Whether closing the connection cuts off neither a call nor the rest of a response, provided that nothing has been
+    /// written for some time.
+    pub(super) fn may_close(&self) -> bool {
+        !self.has_calls()
+            && !self.is_write_pending.load(Relaxed)
+            && !self.has_acknowledged.load(Relaxed)
+    }
+
+    fn record_write<T>(&self, polled: &Poll<io::Result<T>>, op: WriteOp) {
+        self.is_write_pending.store(polled.is_pending(), Relaxed);
+        // hyper flushes without anything to write, too.
+        if polled.is_ready() && matches!(op, WriteOp::Write) {
+            // Only one task writes, so no atomic increment is needed.
+            self.writes.store(self.writes().wrapping_add(1), Relaxed);
+        }
+    }
+
+    /// The connection belongs to a handler from now on.
+    pub(super) fn upgrade(&self) {
+        if let Some(slot) = &self.slot {
+            slot.set_busy();
+        }
+    }
+}
+
+/// Clears a flag that only one task uses, without an atomic read-modify-write.
+#[inline]
+fn take(flag: &AtomicBool) -> bool {
+    let value = flag.load(Relaxed);
+    if value {
+        flag.store(false, Relaxed);
+    }
+    value
+}
+
+/// A call of a connection, from its dispatch to the end of its response body.
+#[derive(Debug)]
+pub(super) struct CallGuard(Arc<ConnectionState>);
+
+impl CallGuard {
+    #[inline]
+    pub(super) fn new(state: &Arc<ConnectionState>) -> Self {
+        state.calls.fetch_add(1, Relaxed);
+        state.has_unparsed.store(false, Relaxed);
+        state.has_ended_head.store(true, Relaxed);
+        state.is_used.store(true, Relaxed);
+        if let Some(slot) = &state.slot {
+            slot.set_busy();
+        }
+        Self(state.clone())
+    }
+
+    pub(super) fn connection(&self) -> &ConnectionState {
+        &self.0
+    }
+}
+
+impl Drop for CallGuard {
+    #[inline]
+    fn drop(&mut self) {
+        self.0.calls.fetch_sub(1, Relaxed);
+    }
+}
+
+// ===== The clock =====
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// The client owes the rest of a head.
+    Head(Instant),
+    /// A call is in flight, or the stage is to be determined anew.
+    Call,
+    Idle(Instant),
+    /// Idle for too long: hyper shuts the connection down gracefully.
+    Retired(Instant),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Awaits {
+    Head,
+    CallEnd,
+    Request,
+}
+
+/// What the task of a connection is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// Wait. The task is woken when the time of the stage is over.
+    Wait,
+    /// Shut the connection down gracefully: it was idle for too long, or its slot is needed.
+    ShutDown,
+    /// Drop the connection: a head is incomplete, or the client has not closed its side.
+    Close,
+}
+
+/// The clock of a connection's stages.
+#[derive(Debug)]
+pub(super) struct StageClock {
+    state: Arc<ConnectionState>,
+    limits: StageLimits,
+    stage: Stage,
+    timer: LazyTimer,
+}
+
+impl StageClock {
+    pub(super) fn new(state: Arc<ConnectionState>, limits: StageLimits, accepted: Instant) -> Self {
+        Self { state, limits, stage: Stage::Head(accepted), timer: LazyTimer::new() }
+    }
+
+    fn awaits(&self) -> Awaits {
+        let state = &*self.state;
+        if state.has_unparsed.load(Relaxed) || state.is_mid_frame.load(Relaxed) {
+            Awaits::Head
+        } else if state.has_calls() {
+            Awaits::CallEnd
+        } else {
+            Awaits::Request
+        }
+    }
+
+    /// Determines the stage. To be called each time that hyper's connection returns `Pending`.
+    #[inline]
+    pub(super) fn check(&mut self, cx: &mut Context<'_>) -> Verdict {
+        if take(&self.state.has_ended_head) && matches!(self.stage, Stage::Head(_)) {
+            self.stage = Stage::Call;
+        }
+        let awaits = self.awaits();
+        let is_same = match (awaits, self.stage) {
+            (Awaits::Head, Stage::Head(_)) | (Awaits::CallEnd, Stage::Call) => true,
+            (Awaits::Request, Stage::Idle(_) | Stage::Retired(_)) => {
+                !self.state.is_used.load(Relaxed)
+            }
+            _ => false,
+        };
+        let is_reclaimed = self.state.slot.as_ref().is_some_and(Slot::is_reclaimed);
+        if is_same && !is_reclaimed && self.timer.is_armed() && !self.timer.has_fired(cx) {
+            return Verdict::Wait;
+        }
+        if awaits == Awaits::CallEnd && self.timer.is_armed() && !self.timer.has_fired(cx) {
+            // The timer is armed for no later than the end of the idle time.
+            self.stage = Stage::Call;
+            return Verdict::Wait;
+        }
+        self.determine_stage(awaits, is_reclaimed, cx)
+    }
+
+    fn determine_stage(
+        &mut self,
+        awaits: Awaits,
+        is_reclaimed: bool,
+        cx: &mut Context<'_>,
+    ) -> Verdict {
+        let now = Instant::now();
+        let is_used = take(&self.state.is_used);
+        self.stage = match (awaits, self.stage) {
+            (Awaits::Head, Stage::Head(since)) => Stage::Head(since),
+            (Awaits::Head, _) => Stage::Head(now),
+            (Awaits::CallEnd, _) => Stage::Call,
+            (Awaits::Request, Stage::Idle(since)) if !is_used => Stage::Idle(since),
+            (Awaits::Request, Stage::Retired(since)) if !is_used => Stage::Retired(since),
+            (Awaits::Request, _) => {
+                if let Some(slot) = &self.state.slot {
+                    slot.set_idle(now);
+                }
+                Stage::Idle(now)
+            }
+        };
+        if let Some(slot) = &self.state.slot {
+            slot.wake_on_reclaim(cx.waker());
+        }
+        let retire_timeout = if is_reclaimed { RECLAIM_TIMEOUT } else { RETIRE_TIMEOUT };
+        let (since, limit) = match self.stage {
+            Stage::Head(since) => (since, self.limits.head),
+            Stage::Idle(since) => (since, self.limits.idle),
+            Stage::Retired(since) => (since, retire_timeout),
+            // HTTP/2: the last call can end without a wake of this task. The timer then determines the stage.
+            Stage::Call => (now, self.limits.idle),
+        };
+        // A deadline that the clock cannot represent is none.
+        let deadline = since.checked_add(limit);
+        let is_over = deadline.is_some_and(|deadline| now >= deadline);
+        match self.stage {
+            Stage::Head(_) if is_over || is_reclaimed => {
+                event!(DEBUG, "connection closed: incomplete request head");
+                return Verdict::Close;
+            }
+            Stage::Retired(_) if is_over => return Verdict::Close,
+            Stage::Idle(_) if is_over || is_reclaimed => {
+                self.stage = Stage::Retired(now);
+                self.timer.arm(now + retire_timeout, now, cx);
+                return Verdict::ShutDown;
+            }
+            _ => {}
+        }
+        if let Some(deadline) = deadline {
+            self.timer.arm(deadline, now, cx);
+        }
+        Verdict::Wait
+    }
+}
+
+// ===== The IO object =====
+
+/// What the client has sent so far.
+#[derive(Debug)]
+enum Protocol {
+    /// So many bytes equal the HTTP/2 preface.
+    Preface(usize),
+    Http1,
+    Http2(Frames),
+}
+
+#[derive(Clone, Copy, Debug)]
+enum WriteOp {
+    Write,
+    /// Also a shutdown.
+    Flush,
+}
+
+/// The IO object of a connection. It records what its client sends, and limits blocked writes.
+#[derive(Debug)]
+pub(super) struct StagedIo<Io> {
+    io: Io,
+    state: Arc<ConnectionState>,
+    protocol: Protocol,
+    write_timeout: Option<Duration>,
+    /// Since when the client reads nothing.
+    blocked: Option<(Instant, WriteOp)>,
+    timer: LazyTimer,
+    /// Makes the end of the connection a reset, so that the kernel discards what the client does not read.
+    reset: fn(&Io),
+}
+
+impl<Io> StagedIo<Io> {
+    pub(super) fn new(
+        io: Io,
+        state: Arc<ConnectionState>,
+        write_timeout: Option<Duration>,
+        reset: fn(&Io),
+    ) -> Self {
+        let (protocol, timer) = (Protocol::Preface(0), LazyTimer::new());
+        Self { io, state, protocol, write_timeout, blocked: None, timer, reset }
+    }
+
+    // ===== Reads =====
+
+    #[inline]
+    fn record_read(&mut self, bytes: &[u8]) {
+        let state = &*self.state;
+        match &mut self.protocol {
+            Protocol::Http1 => {
+                // Bytes that arrive with their call in flight belong to its body. (They may end with a part of the next
+                // head: then the idle limit holds for it until its next byte.)
+                if !state.has_calls() {
+                    state.has_unparsed.store(true, Relaxed);
+                }
+            }
+            Protocol::Http2(frames) => {
+                let scanned = frames.scan(bytes);
+                state.is_mid_frame.store(frames.is_mid_head(), Relaxed);
+                if scanned.is_in_use {
+                    state.is_used.store(true, Relaxed);
+                }
+                if scanned.has_ended_head {
+                    state.has_ended_head.store(true, Relaxed);
+                }
+                if scanned.has_ping_ack {
+                    state.has_acknowledged.store(true, Relaxed);
+                }
+            }
+            Protocol::Preface(_) => self.recognize_protocol(bytes),
+        }
+    }
+
+    /// As hyper-util does: HTTP/1 from the first byte on that differs from the preface.
+    #[cold]
+    fn recognize_protocol(&mut self, bytes: &[u8]) {
+        let Protocol::Preface(matched) = &mut self.protocol else { return };
+        let next = &PREFACE[*matched..];
+        let equal = next.iter().zip(bytes).take_while(|(a, b)| a == b).count();
+        if equal == next.len() {
+            self.protocol = Protocol::Http2(Frames::default());
+            self.state.is_http2.store(true, Relaxed);
+            self.record_read(&bytes[equal..]);
+        } else if equal == bytes.len() {
+            *matched += equal;
+        } else {
+            self.protocol = Protocol::Http1;
+            self.state.is_http1.store(true, Relaxed);
+            self.state.is_mid_frame.store(false, Relaxed);
+            self.state.has_unparsed.store(true, Relaxed);
+        }
+    }
+
+    // ===== Writes =====
+
+    #[inline]
+    fn check_write<T>(
+        &mut self,
+        polled: Poll<io::Result<T>>,
+        op: WriteOp,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<T>> {
+        self.state.record_write(&polled, op);
+        match polled {
+            Poll::Ready(result) => {
+                if let Some((_, blocked)) = self.blocked {
+                    // A flush can return without any progress of a blocked write.
+                    if matches!(op, WriteOp::Write) || matches!(blocked, WriteOp::Flush) {
+                        self.blocked = None;
+                        self.state.is_used.store(true, Relaxed);
+                    }
+                }
+                Poll::Ready(result)
+            }
+            Poll::Pending => match self.check_blocked(op, cx) {
+                Ok(()) => Poll::Pending,
+                Err(error) => Poll::Ready(Err(error)),
+            },
+        }
+    }
+
+    #[cold]
+    fn check_blocked(&mut self, op: WriteOp, cx: &mut Context<'_>) -> io::Result<()> {
+        let Some(limit) = self.write_timeout else { return Ok(()) };
+        let is_new = self.blocked.is_none();
+        if !is_new && self.timer.is_armed() && !self.timer.has_fired(cx) {
+            return Ok(());
+        }
+        let now = Instant::now();
+        let (since, _) = *self.blocked.get_or_insert((now, op));
+        let Some(deadline) = since.checked_add(limit) else { return Ok(()) };
+        if now >= deadline {
+            event!(DEBUG, "connection closed: the client does not read");
+            (self.reset)(&self.io);
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the client does not read"));
+        }
+        self.timer.arm(deadline, now, cx);
+        Ok(())
+    }
+}
+
+impl<Io: AsyncRead + Unpin> AsyncRead for StagedIo<Io> {
+    #[inline]
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let before = buf.filled().len();
+        let read = Pin::new(&mut this.io).poll_read(cx, buf);
+        match &read {
+            Poll::Ready(Ok(())) => this.record_read(&buf.filled()[before..]),
+            Poll::Pending | Poll::Ready(Err(_)) => {}
+        }
+        read
+    }
+}
+
+impl<Io: AsyncWrite + Unpin> AsyncWrite for StagedIo<Io> {
+    #[inline]
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let written = Pin::new(&mut this.io).poll_write(cx, buf);
+        this.check_write(written, WriteOp::Write, cx)
+    }
+
+    #[inline]
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let written = Pin::new(&mut this.io).poll_write_vectored(cx, bufs);
+        this.check_write(written, WriteOp::Write, cx)
+    }
+
+    #[inline]
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    #[inline]
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let flushed = Pin::new(&mut this.io).poll_flush(cx);
+        this.check_write(flushed, WriteOp::Flush, cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let shut = Pin::new(&mut this.io).poll_shutdown(cx);
+        this.check_write(shut, WriteOp::Flush, cx)
+    }
+}

@@ -1,0 +1,92 @@
+use std::{io, time::Duration};
+
+use tokio::time::{Instant, sleep_until};
+
+use crate::{event, event::RepeatedEvent, redact};
+
+/// Time without accepts after an error that is not caused by one connection, such as no free file descriptors. axum
+/// and hyper use the same value.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Handles the errors of `accept`, for every listener of the crate.
+///
+/// An error of one connection (its client closed it before the accept) is skipped. Any other error pauses the accept
+/// loop for one second and is reported at most once in 10 s.
+#[derive(Debug)]
+pub(crate) struct AcceptErrors {
+    paused_until: Option<Instant>,
+    failures: RepeatedEvent,
+}
+
+impl AcceptErrors {
+    pub(crate) fn new() -> Self {
+        Self { paused_until: None, failures: RepeatedEvent::new() }
+    }
+
+    /// Waits for the end of the pause, if there is one. Can be cancelled and called again.
+    pub(crate) async fn pause(&mut self) {
+        if let Some(until) = self.paused_until {
+            sleep_until(until).await;
+            self.paused_until = None;
+        }
+    }
+
+    /// Records an error. Returns the number of occurrences to report if an event is due.
+    fn record(&mut self, error: &io::Error) -> Option<u64> {
+        if is_of_one_connection(error) {
+            return None;
+        }
+        self.paused_until = Some(Instant::now() + PAUSE);
+        self.failures.record()
+    }
+
+    /// Records an error, and emits a WARN event if one is due.
+    pub(crate) fn report(&mut self, error: &io::Error) {
+        if let Some(_occurrences) = self.record(error) {
+            event!(
+                WARN,
+                error = %redact::Redacted(error),
+                occurrences = _occurrences,
+                "cannot accept connections"
+            );
+        }
+    }
+}
+
+fn is_of_one_connection(error: &io::Error) -> bool {
+    use io::ErrorKind as K;
+    matches!(error.kind(), K::ConnectionRefused | K::ConnectionAborted | K::ConnectionReset)
+}
+
+#[cfg(all(test, feature = "tracing"))]
+mod tests {
+    use super::*;
+
+    fn no_descriptors() -> io::Error {
+        io::Error::other("too many open files")
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn accept_errors_are_reported_once_in_ten_seconds_with_their_number() {
+        let mut errors = AcceptErrors::new();
+        let mut reports = Vec::new();
+        let began = Instant::now();
+        for _ in 0..25 {
+            reports.extend(errors.record(&no_descriptors()));
+            errors.pause().await;
+        }
+        assert_eq!(began.elapsed(), Duration::from_secs(25), "one second of pause after each");
+        assert_eq!(reports, [1, 10, 10]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn error_of_one_connection_causes_no_pause() {
+        let mut errors = AcceptErrors::new();
+        let began = Instant::now();
+        for kind in [io::ErrorKind::ConnectionReset, io::ErrorKind::ConnectionAborted] {
+            assert_eq!(errors.record(&kind.into()), None);
+            errors.pause().await;
+        }
+        assert_eq!(began.elapsed(), Duration::ZERO);
+    }
+}

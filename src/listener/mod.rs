@@ -1,0 +1,16 @@
+//! What the capped listener and `Lifecycle::serve` share: how failed accepts are handled, where a request head ends on
+//! the wire, and the slot that a connection occupies in a capped listener.
+
+mod accept;
+mod scan;
+mod slot;
+mod timer;
+
+pub(crate) use self::{
+    accept::AcceptErrors,
+    scan::{FirstHead, Frames, PREFACE},
+    slot::Slots,
+    timer::LazyTimer,
+};
+// Named by the public API of the features `connections` and `serve`.
+pub use self::slot::Slot;

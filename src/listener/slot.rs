@@ -1,0 +1,175 @@
+use std::{
+    fmt,
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    task::Waker,
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use crate::call::{Clock, Nanos, nanos};
+
+/// The slot that a connection occupies in a [`LimitedListener`](crate::limit::connections::LimitedListener). It states
+/// since when the connection is idle, so that a full listener can close the longest idle connection.
+///
+/// [`Lifecycle::serve`](crate::Lifecycle::serve) maintains it. A [`Listener`](crate::lifecycle::Listener) of your own that
+/// wraps the capped one only has to pass it on.
+#[derive(Clone)]
+pub struct Slot(Arc<State>);
+
+struct State {
+    clock: Clock,
+    /// The time since the listener began at which the connection became idle, or [`BUSY`].
+    idle_since: AtomicU64,
+    /// The listener needs the slot for a new connection.
+    is_reclaimed: AtomicBool,
+    /// Wakes the task of the connection, so that it observes `is_reclaimed`.
+    waker: Mutex<Option<Waker>>,
+}
+
+const BUSY: Nanos = Nanos::MAX;
+
+impl Slot {
+    /// The connection has been idle since this instant.
+    pub(crate) fn set_idle(&self, since: Instant) {
+        self.0.idle_since.store(self.0.clock.at(since), Relaxed);
+    }
+
+    /// Sets the waker of the connection's task.
+    pub(crate) fn wake_on_reclaim(&self, waker: &Waker) {
+        let mut registered = self.0.waker.lock().unwrap_or_else(PoisonError::into_inner);
+        if registered.as_ref().is_some_and(|registered| registered.will_wake(waker)) {
+            return;
+        }
+        // The old waker is dropped after the lock is released.
+        let replaced = registered.replace(waker.clone());
+        drop(registered);
+        drop(replaced);
+    }
+
+    /// The connection has a call, or carries something that the crate cannot interpret.
+    pub(crate) fn set_busy(&self) {
+        self.0.idle_since.store(BUSY, Relaxed);
+    }
+
+    /// Whether the connection is to close because its slot is needed.
+    pub(crate) fn is_reclaimed(&self) -> bool {
+        self.0.is_reclaimed.load(Relaxed)
+    }
+
+    fn reclaim(&self) {
+        self.0.is_reclaimed.store(true, Relaxed);
+        let waker = self.0.waker.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+impl fmt::Debug for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Slot")
+            .field("is_idle", &(self.0.idle_since.load(Relaxed) != BUSY))
+            .field("is_reclaimed", &self.is_reclaimed())
+            .finish()
+    }
+}
+
+/// Minimum idle time of a connection that is closed for another. It leaves a new client time for its first request.
+const MIN_IDLE: Duration = Duration::from_secs(1);
+/// Number of slots that one reclaim examines. Above it a sample decides, so that the work per accept stays bounded.
+const MAX_EXAMINED: usize = 64;
+/// Dropped slots are removed from the list when it has grown by this factor since the last removal.
+const GROWTH: usize = 2;
+
+/// The slots of one listener. Only its accept loop uses the list, so that no lock is needed.
+#[derive(Debug)]
+pub(crate) struct Slots {
+    clock: Clock,
+    slots: Vec<Weak<State>>,
+    /// Length of the list at which dropped slots are removed.
+    remove_at: usize,
+}
+
+impl Slots {
+    pub(crate) fn new() -> Self {
+        Self { clock: Clock::new(), slots: Vec::new(), remove_at: MAX_EXAMINED }
+    }
+
+    /// Returns the slot of a new connection, which is idle until it has sent its first head.
+    pub(crate) fn occupy(&mut self) -> Slot {
+        if self.slots.len() >= self.remove_at {
+            self.slots.retain(|slot| slot.strong_count() > 0);
+            self.remove_at = self.slots.len().saturating_mul(GROWTH).max(MAX_EXAMINED);
+        }
+        let slot = Slot(Arc::new(State {
+            clock: self.clock,
+            idle_since: AtomicU64::new(self.clock.now()),
+            is_reclaimed: AtomicBool::new(false),
+            waker: Mutex::new(None),
+        }));
+        self.slots.push(Arc::downgrade(&slot.0));
+        slot
+    }
+
+    /// Asks the longest idle connection of a sample to close. Returns false if none has been idle for one second.
+    pub(crate) fn reclaim(&mut self) -> bool {
+        let now = self.clock.now();
+        let count = self.slots.len();
+        let first = if count > MAX_EXAMINED { fastrand::usize(..count) } else { 0 };
+        let sample = self.slots.iter().cycle().skip(first).take(count.min(MAX_EXAMINED));
+        let idle = sample.filter_map(Weak::upgrade).filter_map(|state| {
+            let since = state.idle_since.load(Relaxed);
+            // `BUSY` stays beyond every time.
+            let is_idle = since.saturating_add(nanos(MIN_IDLE)) <= now;
+            let is_candidate = is_idle && !state.is_reclaimed.load(Relaxed);
+            is_candidate.then_some((since, Slot(state)))
+        });
+        match idle.min_by_key(|(since, _)| *since) {
+            Some((_, slot)) => {
+                slot.reclaim();
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn longest_idle_connection_is_reclaimed_and_busy_ones_are_not() {
+        let mut slots = Slots::new();
+        let (busy, idle) = (slots.occupy(), slots.occupy());
+        busy.set_busy();
+        advance(MIN_IDLE / 2).await;
+        let newer = slots.occupy();
+        assert!(!slots.reclaim(), "not before one second");
+        advance(MIN_IDLE / 2).await;
+        assert!(slots.reclaim() && idle.is_reclaimed());
+        assert!(!slots.reclaim(), "each only once");
+        advance(MIN_IDLE / 2).await;
+        assert!(slots.reclaim() && newer.is_reclaimed() && !busy.is_reclaimed());
+        advance(100 * MIN_IDLE).await;
+        assert!(!slots.reclaim());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn slots_of_closed_connections_are_forgotten() {
+        let mut slots = Slots::new();
+        let kept: Vec<_> = (0..100).map(|_| slots.occupy()).collect();
+        for _ in 0..10_000 {
+            slots.occupy();
+        }
+        assert!(slots.slots.len() <= GROWTH * (kept.len() + MAX_EXAMINED), "{}", slots.slots.len());
+        advance(2 * MIN_IDLE).await;
+        assert!((0..1000).any(|_| slots.reclaim()), "a sample finds idle connections");
+    }
+}
