@@ -11,7 +11,7 @@ use std::{
     error::Error,
     fmt::{self, Debug, Display, Write},
     sync::{Arc, Mutex},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use buttress::{
@@ -109,7 +109,7 @@ fn planted() -> impl Strategy<Value = Planted> {
                 // A password that no parser accepts.
                 0 => uri = format!("{scheme}://{SECRET}:{SECRET} {SECRET}@{host}/healthz?{SECRET}"),
                 // Wrapped by a terminal or a log.
-                1 => uri.insert_str(authority + at.index(uri.len() - authority), "\n"),
+                1 => uri.insert(authority + at.index(uri.len() - authority), '\n'),
                 2 => uri.insert_str(authority + at.index(uri.len() - authority), "\r\n    "),
                 3 => uri.push_str("#Pl4ntedTop"),
                 _ => {}
@@ -228,7 +228,7 @@ async fn misconfigured(planted: &Planted) -> String {
         format!("{} {}", debug(&layer), error(HealthProbeLayer::get::<Body>(&wrong).checked()));
     let inner =
         service_fn(|_: Request<Body>| async { Ok::<_, BoxError>(Response::new(Body::default())) });
-    let service = layer.layer(inner.clone());
+    let service = layer.layer(inner);
     shown += &debug(&service);
     if let Err(error) = service.oneshot(Request::new(Body::default())).await {
         shown += &chain(&*error);
@@ -604,7 +604,7 @@ fn assert_short(shown: &ConfigErrors) {
 fn error_of_a_value_of_ten_mebibytes_is_short() {
     for unit in ["a", "\n", "http://user:Pl4nted@", "//", "\u{1F600}"] {
         let huge = unit.repeat((10 << 20) / unit.len());
-        let began = Instant::now();
+        let began = tokio::time::Instant::now();
         let text = ClientConfig::load("").env_from([
             ("HTTP_CLIENT_RETRY_ATTEMPTS", &*huge),
             ("HTTP_CLIENT_RETRY_BACKOFF", &huge),

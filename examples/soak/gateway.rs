@@ -1,5 +1,6 @@
 //! A gateway for untrusted clients: a server under its layers, whose handler passes deadlines on to a client under its
-//! layers. All settings have their default where one exists.
+//! layers. All settings have their default where one exists, except the time limits for clients that stop to send or to
+//! read.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -11,9 +12,9 @@ use axum::{
     response::Response,
 };
 use buttress::{
-    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, ConnectLayer, Deadline, DeadlineLayer,
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, ConnectLayer, Deadline, DeadlineLayer,
     Health, Lifecycle, RetryLayer, TimeoutLayer,
-    breaker::{CircuitBreakerHandle, State},
+    breaker::{CircuitBreakerHandle, KeyedCircuitBreakerHandle, State},
     connect::{Client, ConnectHandle},
     lifecycle::Drained,
     limit::ConcurrencyLimitHandle,
@@ -24,6 +25,13 @@ use tower::{ServiceBuilder, ServiceExt};
 use crate::{upstream::Upstream, verdict::Verdict};
 
 pub const DEADLINE_HEADER: &str = "x-request-timeout-ms";
+/// The gateway has a circuit for each value of this header.
+pub const KEY_HEADER: &str = "x-tenant";
+/// Maximum number of these circuits.
+const MAX_KEYS: usize = 64;
+/// Time limits for clients that send nothing, send slowly or do not read. The defaults are longer than the exchanges of
+/// this program.
+const STAGE_TIME: Duration = Duration::from_secs(2);
 /// Number of permits of either limit.
 const LIMIT: usize = 256;
 const QUEUE: (usize, Duration) = (1024, Duration::from_secs(5));
@@ -34,9 +42,10 @@ pub struct Gateway {
     server_limit: ConcurrencyLimitHandle,
     client_limit: ConcurrencyLimitHandle,
     breaker: CircuitBreakerHandle,
+    tenants: KeyedCircuitBreakerHandle<String>,
     connections: ConnectHandle,
     lifecycle: Lifecycle,
-    task: JoinHandle<Drained>,
+    task: JoinHandle<Result<Drained, ConfigError>>,
     upstream: Upstream,
 }
 
@@ -46,7 +55,10 @@ impl Gateway {
         let upstream = Upstream::start(is_http2).await?;
         let (breaker, connections) = (CircuitBreakerLayer::http(), ConnectLayer::new());
         let client_limit = ConcurrencyLimitLayer::new(LIMIT).queue(QUEUE.0, QUEUE.1);
-        let server_limit = ConcurrencyLimitLayer::new(LIMIT).queue(QUEUE.0, QUEUE.1);
+        let server_limit =
+            ConcurrencyLimitLayer::new(LIMIT).queue(QUEUE.0, QUEUE.1).max_unread(STAGE_TIME);
+        let tenants = CircuitBreakerLayer::http().keyed(key as fn(&_) -> _).max_keys(MAX_KEYS);
+        let tenants_handle = tenants.handle();
         let (breaker_handle, connections_handle) = (breaker.handle(), connections.handle());
         let (client_limit_handle, server_limit_handle) =
             (client_limit.handle(), server_limit.handle());
@@ -55,6 +67,7 @@ impl Gateway {
         let builder = if is_http2 { builder.http2_only() } else { builder };
         let client = ServiceBuilder::new()
             .layer(RetryLayer::http())
+            .layer(tenants)
             .layer(breaker)
             .layer(client_limit.checked()?)
             .layer(DeadlineLayer::new().header(DEADLINE_HEADER).propagate_only())
@@ -74,7 +87,7 @@ impl Gateway {
         let stack = ServiceBuilder::new()
             .layer(DeadlineLayer::new().header(DEADLINE_HEADER).respond())
             .layer(server_limit.checked()?.respond())
-            .layer(TimeoutLayer::server().respond());
+            .layer(TimeoutLayer::server().body_grace(STAGE_TIME).checked()?.respond());
         let app = Router::new().fallback(forward).layer(stack);
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let addr = listener.local_addr()?;
@@ -86,9 +99,13 @@ impl Gateway {
             server_limit: server_limit_handle,
             client_limit: client_limit_handle,
             breaker: breaker_handle,
+            tenants: tenants_handle,
             connections: connections_handle,
             lifecycle,
-            task: tokio::spawn(async move { serving.serve(listener, app).await }),
+            task: tokio::spawn(async move {
+                let server = serving.server().head_timeout(STAGE_TIME).write_timeout(STAGE_TIME);
+                server.serve(listener, app).await
+            }),
             upstream,
         })
     }
@@ -130,6 +147,13 @@ impl Gateway {
                 breaker.opened, breaker.last_trip, breaker.refused
             ),
         );
+        let tenants = self.tenants.snapshot();
+        verdict.that(
+            tenants.circuits <= MAX_KEYS,
+            format!("{name}: {} circuits for strange keys", tenants.circuits),
+        );
+        verdict.happened(&format!("{name}: circuits evicted for new keys"), tenants.evicted);
+        verdict.happened(&format!("{name}: keys above the maximum size"), tenants.oversized);
         self.upstream.judge(self.protocol, verdict);
     }
 
@@ -137,10 +161,16 @@ impl Gateway {
     /// close soon.
     pub async fn end(self) -> Result<(Drained, ConnectHandle), BoxError> {
         self.lifecycle.drain();
-        let drained = self.task.await?;
+        let drained = self.task.await??;
         self.upstream.end();
         Ok((drained, self.connections))
     }
+}
+
+/// The key of a request.
+fn key<B>(request: &http::Request<B>) -> String {
+    let value = request.headers().get(KEY_HEADER);
+    value.and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned()
 }
 
 /// The request to the upstream: with the same method, path, body and deadline.
@@ -156,6 +186,9 @@ fn to_upstream(request: Request, upstream: SocketAddr) -> Option<Request> {
         .ok()?;
     if let Some(content_type) = head.headers.get(header::CONTENT_TYPE) {
         request.headers_mut().insert(header::CONTENT_TYPE, content_type.clone());
+    }
+    if let Some(key) = head.headers.get(KEY_HEADER) {
+        request.headers_mut().insert(KEY_HEADER, key.clone());
     }
     if let Some(deadline) = Deadline::of(&head.extensions) {
         request.extensions_mut().insert(deadline);

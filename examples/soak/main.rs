@@ -9,7 +9,8 @@
 //! announced and reset, and somebody resizes limits and caps, forces circuits and renews connections all the while.
 //!
 //! Beside that, untrusted clients call a gateway in front of a healthy upstream: they hang up, set short deadlines,
-//! send slowly and read slowly. The upstream closes connections while calls arrive. The gateway must
+//! send slowly and read slowly, send nothing, half a head or a trickled body, do not read, and send strange keys. The
+//! upstream closes connections while calls arrive. The gateway must
 //! serve the visitors between them, and its circuit must stay closed.
 //!
 //! At the end every permit, slot, gauge and task has to be back, and memory as it was once warm. The exit code says

@@ -14,14 +14,21 @@ use buttress::BoxError;
 use fastrand::Rng;
 use http::{Request, StatusCode};
 use http_body_util::BodyExt;
-use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use hyper_util::{
+    client::legacy::Client,
+    rt::{TokioExecutor, TokioTimer},
+};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},
     time::{sleep, timeout},
 };
 
-use crate::{clients::Body, gateway::DEADLINE_HEADER, tally::Tally};
+use crate::{
+    clients::Body,
+    gateway::{DEADLINE_HEADER, KEY_HEADER},
+    tally::Tally,
+};
 
 /// The behaviour of an untrusted client.
 #[derive(Clone, Copy, Debug)]
@@ -31,15 +38,33 @@ pub enum Kind {
     GrpcTimeout,
     SlowUpload,
     SlowReader,
+    /// Connects and sends nothing.
+    SilentSocket,
+    /// Sends a part of a request head, or of the HTTP/2 preface.
+    HalfHead,
+    /// Sends a request body of one byte per 50 ms.
+    TrickledBody,
+    /// Does not read a large response.
+    UnreadResponse,
+    /// Does not read a large response over HTTP/2, and keeps the connection alive.
+    UnreadStream,
+    /// Sends a key that no other client has sent, often a large one.
+    StrangeKey,
 }
 
 impl Kind {
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 11] = [
         Self::HangsUp,
         Self::DeadlineHeader,
         Self::GrpcTimeout,
         Self::SlowUpload,
         Self::SlowReader,
+        Self::SilentSocket,
+        Self::HalfHead,
+        Self::TrickledBody,
+        Self::UnreadResponse,
+        Self::UnreadStream,
+        Self::StrangeKey,
     ];
 
     pub const fn as_str(self) -> &'static str {
@@ -49,6 +74,12 @@ impl Kind {
             Self::GrpcTimeout => "untrusted: deadline by grpc-timeout",
             Self::SlowUpload => "untrusted: slow upload",
             Self::SlowReader => "untrusted: slow reader",
+            Self::SilentSocket => "untrusted: silent socket",
+            Self::HalfHead => "untrusted: half a head",
+            Self::TrickledBody => "untrusted: trickled body",
+            Self::UnreadResponse => "untrusted: unread response",
+            Self::UnreadStream => "untrusted: unread HTTP/2 stream",
+            Self::StrangeKey => "untrusted: strange key",
         }
     }
 }
@@ -113,6 +144,85 @@ async fn once(kind: Kind, gateway: SocketAddr, random: &mut Rng) -> io::Result<(
             }
             Ok(())
         }
+        Kind::SilentSocket => until_closed(TcpStream::connect(gateway).await?).await,
+        Kind::HalfHead => {
+            let mut tcp = TcpStream::connect(gateway).await?;
+            tcp.write_all(HALF_HEADS[random.usize(..HALF_HEADS.len())]).await?;
+            until_closed(tcp).await
+        }
+        Kind::TrickledBody => {
+            let tcp = send(gateway, "POST /upload HTTP/1.1\r\n", "content-length: 1000\r\n").await?;
+            let (reader, mut writer) = tcp.into_split();
+            let trickle = async {
+                while writer.write_all(b"x").await.is_ok() {
+                    sleep(Duration::from_millis(50)).await;
+                }
+                // The server has closed the connection.
+                std::future::pending().await
+            };
+            tokio::select! {
+                closed = until_closed(reader) => closed,
+                () = trickle => Ok(()),
+            }
+        }
+        Kind::UnreadResponse => {
+            let tcp = send(gateway, "GET /large HTTP/1.1\r\n", "").await?;
+            sleep(UNREAD_TIME).await;
+            is_cut(tcp).await
+        }
+        Kind::UnreadStream => {
+            let client = Client::builder(TokioExecutor::new())
+                .http2_only(true)
+                .http2_keep_alive_interval(Duration::from_millis(100))
+                .timer(TokioTimer::new())
+                .build_http::<Body>();
+            let uri = format!("http://{gateway}/large");
+            let request = Request::get(uri).body(Body::default()).map_err(io::Error::other)?;
+            let response = client.request(request).await.map_err(io::Error::other)?;
+            sleep(UNREAD_TIME).await;
+            match response.into_body().collect().await {
+                Ok(_) => Err(io::Error::other("the unread stream was not ended")),
+                Err(_) => Ok(()),
+            }
+        }
+        Kind::StrangeKey => {
+            let length = if random.bool() { 16 } else { 4096 };
+            let key: String = (0..length).map(|_| random.alphanumeric()).collect();
+            let header = format!("{KEY_HEADER}: {key}\r\n");
+            read(send(gateway, "GET / HTTP/1.1\r\n", &header).await?).await
+        }
+    }
+}
+
+const HALF_HEADS: [&[u8]; 5] = [
+    b"P",
+    b"PRI * HTTP/2.0\r\n\r\nS",
+    b"GET / HTTP/1.1\r\nhost: gate",
+    // The HTTP/2 preface without the SETTINGS frame that must follow.
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    // And with it, and with a header block that does not end.
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0\0\0\x01\x01\0\0\0\0\x01\x82",
+];
+
+/// Time for which a client does not read its response. Longer than the time limits of the gateway.
+const UNREAD_TIME: Duration = Duration::from_secs(6);
+
+/// Reads until the server closes the connection.
+async fn until_closed(mut reader: impl AsyncRead + Unpin) -> io::Result<()> {
+    let mut buffer = [0; 1024];
+    // A reset closes the connection, too.
+    while reader.read(&mut buffer).await.is_ok_and(|read| read > 0) {}
+    Ok(())
+}
+
+/// Returns an error if the connection delivers the whole response.
+async fn is_cut(mut tcp: TcpStream) -> io::Result<()> {
+    let mut response = Vec::new();
+    match tcp.read_to_end(&mut response).await {
+        Ok(_) if response.ends_with(b"\r\n0\r\n\r\n") => {
+            Err(io::Error::other("the unread response was not ended"))
+        }
+        _ => Ok(()),
     }
 }
 

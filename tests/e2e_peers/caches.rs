@@ -146,7 +146,9 @@ async fn server() -> Server {
     // The layer starts its probe with the first request.
     let health = hello().layer(probe.respond());
 
-    let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap().delay(Duration::ZERO);
+    let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
+    // The layer rejects at once.
+    let lifecycle = lifecycle.delay(Duration::ZERO).grace(Duration::ZERO);
     lifecycle.drain();
 
     let hangs = any(async || std::future::pending::<()>().await);

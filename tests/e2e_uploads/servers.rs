@@ -102,9 +102,10 @@ pub async fn start(served: Served, rejects: Rejects) -> Server {
         }
         Rejects::Stopping => {
             let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
+            // The layer rejects at once.
+            let lifecycle = lifecycle.delay(Duration::ZERO).grace(Duration::ZERO);
             lifecycle.ready();
             lifecycle.drain();
-            lifecycle.hurry();
             let layer = lifecycle.layer();
             let stopping = lifecycle.clone();
             server._lifecycle = Some(lifecycle);

@@ -69,7 +69,7 @@ mod lifecycle {
 
         async fn new() -> Self {
             let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
-            let lifecycle = lifecycle.delay(Duration::ZERO);
+            let lifecycle = lifecycle.delay(Duration::ZERO).grace(Duration::ZERO);
             lifecycle.ready();
             Self { layer: AsErrors(lifecycle.layer()), lifecycle }
         }

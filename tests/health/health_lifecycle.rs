@@ -30,8 +30,9 @@ fn call() -> Req {
     Request::new(Full::default())
 }
 
+/// A lifecycle whose layer rejects from the begin of *stopping* on, because the grace is zero.
 fn lifecycle(health: &Health) -> Lifecycle {
-    let lifecycle = Lifecycle::without_signals(health).unwrap();
+    let lifecycle = Lifecycle::without_signals(health).unwrap().grace(Duration::ZERO);
     lifecycle.delay(Duration::from_secs(5)).longest(Duration::from_secs(20))
 }
 
