@@ -1,22 +1,24 @@
 //! Drains the bodies of requests that a layer has answered before it read them.
 //!
 //! A client that still writes its request when the server closes the connection receives a TCP reset, and the reset
-//! discards the response that the client has not read yet (RFC 9112 §9.6). Over HTTP/2 the server resets the stream with
-//! `NO_ERROR` (RFC 9113 §8.1), and clients such as curl 7.88 then report an error in place of the response. Both happen
-//! when the body of the request is dropped before its end. A drain prevents them: the response is sent at once, while
-//! a task reads the rest of the body and discards it.
+//! discards the response that the client has not read yet (RFC 9112 §9.6). Over HTTP/2 the server resets the stream
+//! with `NO_ERROR` (RFC 9113 §8.1), and clients such as curl 7.88 then report an error in place of the response. Both
+//! happen when the body of the request is dropped before its end. A drain prevents them: the response is sent at once,
+//! while a task reads the rest of the body and discards it.
 //!
 //! # Bounds
 //!
-//! A drain ends after [`MAX_BYTES`] or [`TIMEOUT`], whichever is first; then the body is dropped. At most [`MAX_DRAINS`]
-//! drains run at once. The cap is one for the process, because the connections and the memory that drains occupy
-//! belong to the process: a cap per layer would multiply with the number of routes. A body above the cap is dropped.
+//! A drain ends after [`MAX_BYTES`] or [`TIMEOUT`], whichever is first; then the body is dropped. At most
+//! [`MAX_DRAINS`] drains run at once. The cap is one for the process, because the connections and the memory that
+//! drains occupy belong to the process: a cap per layer would multiply with the number of routes. A body above the cap
+//! is dropped.
 //!
 //! # Which bodies
 //!
-//! The layers are generic in the body of the request and ask for no `Body + Send`, so the bodies of servers are
-//! recognized by their type: hyper's `Incoming` (feature `hyper`), axum's (feature `axum`) and tonic's (features `tonic` and
-//! `tonic-health`). All other bodies are dropped. tonic uses one type on both sides, see [`is_from_tonic_client`].
+//! The layers are generic in the body of the request and do not require `Body + Send`, so the bodies of servers are
+//! recognized by their type: hyper's `Incoming` (feature `hyper`), axum's (feature `axum`) and tonic's (features
+//! `tonic` and `tonic-health`). All other bodies are dropped. tonic uses one type on both sides, see
+//! [`is_from_tonic_client`].
 //!
 //! After `Expect: 100-continue` the client waits for an invitation, which hyper sends when the body is polled for the
 //! first time. The body of such a request is drained only if it has been polled before.
@@ -89,7 +91,7 @@ where
         && drain(request.into_body())
 }
 
-/// When the body of a request is drained, according to the head of the request.
+/// The condition for a drain of the body, according to the head of the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Drains {
     Never,
@@ -120,7 +122,7 @@ fn expects_continue<B>(request: &Request<B>) -> bool {
 }
 
 /// Returns whether a tonic client made this request. The body of such a request is the message stream of the
-/// application, which has no connection to save.
+/// application: no connection depends on it.
 ///
 /// The channel adds the authority after all layers. A request that a server received over HTTP/2 has one
 /// (RFC 9113 §8.3.1).
@@ -142,7 +144,7 @@ pub(crate) fn drain_pinned<B: 'static>(body: Pin<&mut B>) -> bool {
     ) -> bool {
         drain(std::mem::take(body.get_mut()))
     }
-    // A pinned `B` cannot be downcast. A function that takes one can be.
+    // A pinned `B` cannot be downcast. A function that takes a pinned `B` can be.
     #[cfg(feature = "axum")]
     let function: fn(Pin<&mut axum::body::Body>) -> bool = of;
     #[cfg(feature = "axum")]

@@ -30,7 +30,7 @@ impl Chain<'_> {
 #[cfg(feature = "health")]
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Each link is redacted by itself: the text of a link ends with it.
+        // Each error of the chain is redacted by itself, so that no URI continues in the text of the next one.
         let mut said = redact::display(self.0, redact::MAX_SCAN);
         f.write_str(&said)?;
         let mut cause = next(self.0);

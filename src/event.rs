@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::call::{Clock, Nanos};
 
-/// Emits one `tracing` event. Without the feature `tracing` this is no code at all.
+/// Emits one `tracing` event. Without the feature `tracing` it expands to no code.
 ///
 /// A subscriber is user code and may call any handle, so no lock of this crate may be held here.
 #[cfg(feature = "tracing")]

@@ -3,7 +3,7 @@
 //!
 //! They understand HTTP and gRPC **streams**: a call ends with its body, a gRPC call is what its trailers
 //! say. They really limit inside **axum** and tonic: state lives in the layer, however often it is
-//! applied. And every refusal says who refused, why, and when to come back.
+//! applied. Every rejection states the layer, the reason and the time to retry.
 //!
 //! ```
 //! use std::time::Duration;
@@ -37,7 +37,7 @@
 //!
 //! # Layers
 //!
-//! | layer | protects | refuses with |
+//! | layer | protects | rejects with |
 //! |---|---|---|
 //! | [`CircuitBreakerLayer`] | callers from waiting for what is down, and it from them | 503, `UNAVAILABLE` |
 //! | [`ConcurrencyLimitLayer`] | a service from more than it can do at once | 503, `UNAVAILABLE` |
@@ -61,7 +61,7 @@
 //! |---|---|
 //! | circuit breaker, retry | it sees calls and not attempts: a failure that a retry hides is none, and an open circuit ends no retries |
 //! | concurrency limit, retry | a call that waits for its next attempt holds a place, and a hedge has none of its own |
-//! | concurrency limit, circuit breaker | what an open circuit refuses has to wait for a place first |
+//! | concurrency limit, circuit breaker | a call that an open circuit rejects has to wait for a permit first |
 //! | timeout, retry | it ends all attempts together, and the circuit never hears of one that was too slow |
 //! | on a server: limit, health endpoints | a full server answers its probes with 503, and is taken out or restarted |
 //! | `axum`'s or tower's `Timeout`, anything here | it drops calls in flight, which count as [hang-ups of the caller](call#which-side-caused-it): failures only after `count_cancelled_after` |
@@ -75,17 +75,17 @@
 //!
 //! # Errors and responses
 //!
-//! A refused call is a [`Rejected`]: boxed as an error by default, found anywhere in a chain of sources by
+//! A rejected call is a [`Rejected`]: boxed as an error by default, found anywhere in a chain of sources by
 //! [`Rejected::find`]; with `.respond()` a response, the error type left alone; with a [`RespondLayer`] a response
-//! whichever layer further in refused. A response reaches a client that is still sending its request: the rest of the
-//! request body is [drained](call::Respond#uploads) within bounds. A bad setting never panics: each layer's `checked()` tells it as a
-//! [`ConfigError`], and the log if nobody asked.
+//! whichever inner layer rejected. A response reaches a client that is still sending its request: the rest of the
+//! request body is [drained](call::Respond#uploads) within bounds. An invalid setting never panics: each layer's
+//! `checked()` returns it as a [`ConfigError`]. A layer that is used without `checked()` reports it in the log.
 //!
-//! # Why was this call refused?
+//! # Why was this call rejected?
 //!
 //! | ask | and it says |
 //! |---|---|
-//! | the error | [`Rejected::find`]: which layer of which name, why, when to come back; [`Attempts::find`]: what was tried |
+//! | the error | [`Rejected::find`]: the layer, its name, the reason and the time to retry; [`Attempts::find`]: what was tried |
 //! | the response | the same, from its extensions: `response.extensions().get::<Rejected>()`, [`Attempts::of`] |
 //! | a server's client | the status, `Retry-After`, and `reason` in the problem document; nothing about the inside |
 //! | the log (`buttress=debug`) | an event for each decision, with `resilience.name` and `reason`; DEBUG for calls, INFO and WARN for what changed, ERROR for what was set wrong |
@@ -113,10 +113,11 @@
 //! # Secrets
 //!
 //! Userinfo, queries and fragments of URIs, credentials and header values are not part of any text of this crate:
-//! `Debug` output, errors, `explain()`, events, snapshots and health pages show `http://***@search:8080/healthz?***`. The texts
-//! of other crates' errors pass through the same redaction where this crate embeds them. Text in a path is shown. Input is
-//! shortened: a value to 256 bytes, an error to 512, with `…` and the full length. Three things contain the original:
-//! the public fields of a configuration, its serialized form, and `source()`, which returns the client's own error.
+//! `Debug` output, errors, `explain()`, events, snapshots and health pages show `http://***@search:8080/healthz?***`.
+//! The texts of other crates' errors pass through the same redaction where this crate embeds them. Text in a path is
+//! shown. Input is shortened: a value to 256 bytes, an error to 512, with `…` and the full length. Three things contain
+//! the original: the public fields of a configuration, its serialized form, and `source()`, which returns the client's
+//! own error.
 //!
 //! # When it does not compile
 //!
@@ -134,7 +135,7 @@
 //! |---|---|
 //! | `Infallible: From<Box<dyn Error…>>`, under axum | `.respond()`, on each layer of this crate |
 //! | `Channel: Service<Request<ReplayBody<_>>>` is not satisfied; the same of a client with one body type, or with `SendingBody` | retry, hedge and timeout hand on a body of theirs: leave the client's type open, as `build_http()` does, or put `MapRequestBodyLayer` of tower-http (feature `map-request-body`) right around it: with `tonic::body::Body::new`, or `UnsyncBoxBody::new` of http-body-util |
-//! | expected closure `fn(Result<&Row, &Box<dyn Error…>>)` | a layer further in refuses with errors, so that those are boxed: see below |
+//! | expected closure `fn(Result<&Row, &Box<dyn Error…>>)` | an inner layer rejects with errors, so that those are boxed: see below |
 //! | `Http` cannot judge, repeat or weigh … | `.classify(…)`, for what is not HTTP |
 //! | … cannot be cloned | `derive(Clone)`, or `tower::buffer` in between |
 //!
@@ -163,7 +164,7 @@
 //!
 //! # Several layers around a service of your own types
 //!
-//! A layer that refuses boxes the errors of what it wraps, so that the closures of those over it get a [`BoxError`]:
+//! A layer that rejects boxes the errors of its inner service, so that the closures of outer layers get a [`BoxError`]:
 //!
 //! ```
 //! use buttress::{BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, RetryLayer, Trip};
@@ -178,7 +179,7 @@
 //!     match result.map_err(|error| error.downcast_ref()) {
 //!         Ok(_) | Err(Some(DbError::Constraint)) => Outcome::success(),
 //!         Err(Some(DbError::Gone)) => Outcome::failure(),
-//!         // A refusal of a layer further in, which is nobody's failure; or whatever else it is.
+//!         // A rejection by an inner layer, which is not a failure of the upstream; or another error.
 //!         Err(None) => result.map_or_else(|error| Outcome::of_error(&**error), |_| Outcome::success()),
 //!     }
 //! }

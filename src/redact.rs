@@ -1,8 +1,9 @@
-//! Removes secrets from text before it is shown, and shortens it: the only place that decides what is a secret.
+//! Removes secrets from text before it is shown, and shortens it. No other module decides which text is a secret.
 //!
-//! Every text of this crate that contains input passes through this module: values in a [`ConfigError`](crate::ConfigError), the
-//! output of `explain()`, `Debug` output, fields of events, reasons of health checks and the texts of other crates'
-//! errors. Scheme, host, port and path of a URI are shown; userinfo, query and fragment become [`MARKER`].
+//! Every text of this crate that contains input passes through this module: values in a
+//! [`ConfigError`](crate::ConfigError), the output of `explain()`, `Debug` output, fields of events, reasons of health
+//! checks and the texts of other crates' errors. Scheme, host, port and path of a URI are shown; userinfo, query and
+//! fragment become [`MARKER`].
 //!
 //! # What is redacted
 //!
@@ -21,13 +22,13 @@
 //! - Everything between `//` and the last `@` before the query is userinfo, also a `/`. A path that contains an `@`
 //!   hides the host.
 //! - An authority that is not `host` or `host:port` is redacted up to the next `@`, also over quotes and spaces.
-//! - A line break or tab does not end a URI, as in the URL standard. A space does: it is not valid in a URI. Where a whole
-//!   value is known to be one URI, a space does not end it either.
+//! - A line break or tab does not end a URI, as in the URL standard. A space does: it is not valid in a URI. Where a
+//!   whole value is known to be one URI, a space does not end it either.
 //!
 //! # Bounds
 //!
-//! At most [`MAX_SCAN`] bytes of the input are copied and scanned, whatever its length. A URI that continues beyond them is
-//! redacted from its authority on. Shortened text ends with `…` and the full length: `aaaa… (10485760 bytes)`.
+//! At most [`MAX_SCAN`] bytes of the input are copied and scanned, whatever its length. A URI that continues beyond
+//! them is redacted from its authority on. Shortened text ends with `…` and the full length: `aaaa… (10485760 bytes)`.
 
 use std::fmt::{self, Debug, Display, Write};
 
@@ -168,7 +169,7 @@ fn prefix(text: &str, max: usize) -> &str {
 
 // ===== Scanner =====
 
-/// What the input is.
+/// The kind of the input.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     /// A sentence, or several.
@@ -312,7 +313,7 @@ fn with_authority(words: &str, end: usize, at: usize, is_open: bool, safe: &mut 
         return end;
     }
     safe.push_str(MARKER);
-    // Not a host and port, so perhaps a user and a part of the password: what follows is the rest of it.
+    // Not a host and port, so it may be a user and a part of the password: the following text is the rest of it.
     let next_uri = words[end..].find("://").map_or(words.len(), |next| end + next);
     match words[host_end..next_uri].find('@') {
         Some(found) => end.max(word_end(words, host_end + found)),
@@ -383,7 +384,7 @@ fn path_and_query(rest: &str, opening: Option<char>, is_uri: bool, safe: &mut St
 
 const PUNCTUATION: [char; 9] = [')', ',', '.', ';', ':', '\'', '!', '}', '…'];
 
-/// Returns whether an authority without userinfo is one: otherwise it may be the beginning of userinfo.
+/// Returns whether this is a valid authority without userinfo. Otherwise it may be the beginning of userinfo.
 fn is_host_and_port(authority: &str) -> bool {
     if authority == MARKER {
         return true;
@@ -423,7 +424,7 @@ fn secret_parameter(one: &str) -> Option<usize> {
     equals.find(is_secret).map(|at| at + 1)
 }
 
-/// How the names of parameters end whose values are secrets, without `-` and `_`.
+/// The suffixes of the names of parameters whose values are secrets, without `-` and `_`.
 const SECRET_NAMES: [&str; 10] = [
     "password",
     "passwd",

@@ -82,7 +82,7 @@ impl HttpClient {
     }
 }
 
-/// Without the client: its own `Debug` shows default headers and proxies.
+/// Omits the client: its own `Debug` shows default headers and proxies.
 impl fmt::Debug for HttpClient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("HttpClient").finish_non_exhaustive()
@@ -148,7 +148,7 @@ pin_project! {
     }
 }
 
-/// Without the request: reqwest's own `Debug` shows its URL and headers.
+/// Omits the request: reqwest's own `Debug` shows its URL and headers.
 impl fmt::Debug for ResponseFuture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.state {

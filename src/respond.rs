@@ -84,12 +84,13 @@ use crate::{
 ///
 /// # Uploads
 ///
-/// The body of a rejected request is [drained](crate::call::Respond#uploads) if it is axum's or tonic's, also if an inner
-/// layer has dropped it. In a gateway this is the body that the gateway's own client still sends.
+/// The body of a rejected request is [drained](crate::call::Respond#uploads) if it is axum's or tonic's, also if an
+/// inner layer has dropped it. In a gateway this is the body that the gateway's own client still sends.
 ///
 /// # Cost
 ///
-/// A look at the request's headers, and two allocations if the request has an unfinished body of axum's or tonic's type.
+/// One lookup in the request's headers, and two allocations if the request has an unfinished body of axum's or tonic's
+/// type.
 #[derive(Clone, Copy, Debug, Default)]
 #[must_use = "a layer does nothing until it wraps a service"]
 pub struct RespondLayer(());

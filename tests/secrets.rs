@@ -1,7 +1,7 @@
 //! No text that a person reads contains a secret: userinfo, query, token, header value or the value of a variable.
 //!
-//! [`TABLE`] lists everything that shows text. To add a type, add a row that builds it from a [`Planted`] and returns what
-//! it shows.
+//! [`TABLE`] lists everything that shows text. To add a type, add a row that builds it from a [`Planted`] and returns
+//! what it shows.
 #![cfg(feature = "full")]
 
 mod net;
@@ -272,7 +272,7 @@ async fn probed(planted: &Planted) -> String {
     shown
 }
 
-/// Everything that a registry shows to anybody.
+/// All texts that a registry shows.
 async fn pages(health: &Health) -> String {
     let mut shown = debug(health) + &debug(health.snapshot()) + &debug(health.grpc());
     let (bare, all) = (health.service(), health.service().with_reasons());
@@ -536,7 +536,7 @@ proptest! {
 }
 
 #[test]
-fn what_is_no_secret_stays_readable() {
+fn text_without_secrets_stays_readable() {
     let planted = Planted::plain();
     let shown = config(&planted).explain();
     assert!(shown.contains("http://***@search:8080/healthz?***"), "{shown}");

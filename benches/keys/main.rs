@@ -5,14 +5,14 @@
 //! cargo bench -p buttress-benches --bench keys -- --quick    # 100,000 keys
 //! ```
 //!
-//! Two phases. *Growth*: one thread adds keys as fast as it can, from none to the maximum. *Steady*: it adds 1,000 keys a
-//! second to a map that is full, so that each addition evicts a key. In both, a second thread calls known keys and
-//! measures each call alone. A peer is a map with a circuit breaker per key, and a queue of the keys for the eviction in
-//! the order of insertion, whatever the state of the circuit. `nothing` is the same loop without a map.
+//! Two phases. *Growth*: one thread adds keys as fast as it can, from none to the maximum. *Steady*: it adds 1,000 keys
+//! a second to a map that is full, so that each addition evicts a key. In both, a second thread calls known keys and
+//! measures each call alone. A peer is a map with a circuit breaker per key, and a queue of the keys for the eviction
+//! in the order of insertion, whatever the state of the circuit. `nothing` is the same loop without a map.
 //!
-//! The machine preempts threads, which says nothing about a map. `max running` is the slowest call without those of 100 µs
-//! and more during which (or shortly before which) the thread was preempted. A wait for a lock is no preemption, also if
-//! the holder of the lock was preempted.
+//! A call during which the machine preempts the thread is not a measurement of the map. `max running` is the slowest
+//! call except those of 100 µs and more during which (or shortly before which) the thread was preempted. A wait for a
+//! lock is not a preemption, even if the holder of the lock was preempted.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque, hash_map::RandomState},
@@ -39,12 +39,13 @@ use buttress::{
 use tower::{Layer, Service};
 
 const NEW_KEYS_PER_SECOND: u32 = 1000;
-/// Each map is measured in so many rounds. The figures are of the round with the least interference by the machine.
+/// The number of rounds in which each map is measured. The figures are of the round with the least interference by the
+/// machine.
 const ROUNDS: usize = 3;
 /// A call that takes this many nanoseconds may have been preempted.
 const SLOW: u64 = 100_000;
 const PHASES: [&str; 2] = ["growth", "steady"];
-/// The number of keys that are called. Few, so that they stay in the cache of the processor: locks are measured here.
+/// The number of keys that are called. They fit in the cache of the processor, so that the calls measure the locks.
 const KNOWN: u64 = 64;
 
 const NAMES: [&str; 5] = ["nothing", "buttress", "RwLock<HashMap>", "dashmap", "papaya"];
@@ -195,7 +196,7 @@ fn print_row(name: &str, phase: &str, mut times: Vec<u64>, [max_running, max]: [
     );
 }
 
-/// Returns how often the machine has taken the processor from this thread. A wait for a lock is not counted.
+/// Returns the number of preemptions of this thread. A wait for a lock is not counted.
 fn preemptions() -> u64 {
     let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
     let count = status.lines().find_map(|line| line.strip_prefix("nonvoluntary_ctxt_switches:"));

@@ -1,6 +1,6 @@
 //! A gateway for untrusted clients: a server under its layers, whose handler passes deadlines on to a client under its
-//! layers. All settings have their default where one exists, except the time limits for clients that stop to send or to
-//! read.
+//! layers. All settings have their default where one exists, except the time limits for clients that stop sending or
+//! reading.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -12,8 +12,8 @@ use axum::{
     response::Response,
 };
 use buttress::{
-    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, ConnectLayer, Deadline, DeadlineLayer,
-    Health, Lifecycle, RetryLayer, TimeoutLayer,
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, ConnectLayer, Deadline,
+    DeadlineLayer, Health, Lifecycle, RetryLayer, TimeoutLayer,
     breaker::{CircuitBreakerHandle, KeyedCircuitBreakerHandle, State},
     connect::{Client, ConnectHandle},
     lifecycle::Drained,

@@ -151,7 +151,8 @@ async fn once(kind: Kind, gateway: SocketAddr, random: &mut Rng) -> io::Result<(
             until_closed(tcp).await
         }
         Kind::TrickledBody => {
-            let tcp = send(gateway, "POST /upload HTTP/1.1\r\n", "content-length: 1000\r\n").await?;
+            let tcp =
+                send(gateway, "POST /upload HTTP/1.1\r\n", "content-length: 1000\r\n").await?;
             let (reader, mut writer) = tcp.into_split();
             let trickle = async {
                 while writer.write_all(b"x").await.is_ok() {
@@ -200,7 +201,7 @@ const HALF_HEADS: [&[u8]; 5] = [
     b"GET / HTTP/1.1\r\nhost: gate",
     // The HTTP/2 preface without the SETTINGS frame that must follow.
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    // And with it, and with a header block that does not end.
+    // The HTTP/2 preface with that frame, and a header block that does not end.
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0\0\0\x01\x01\0\0\0\0\x01\x82",
 ];
 

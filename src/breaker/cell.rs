@@ -282,7 +282,7 @@ impl Cell {
         machine.idle_for(now, &self.times)
     }
 
-    /// Does something to the machine, and publishes what came of it. `act` must not run user code.
+    /// Runs `act` on the machine and publishes the resulting state. `act` must not run user code.
     pub(super) fn with<T>(&self, act: impl FnOnce(&mut Machine, &TimeWindows) -> T) -> T {
         act(&mut self.lock(), &self.times)
     }
@@ -305,7 +305,7 @@ impl Cell {
     }
 
     fn lock(&self) -> Locked<'_> {
-        // The only user code under this lock are the closures of `Trip::when`, whose panics are caught.
+        // The only user code under this lock is the closures of `Trip::when`, whose panics are caught.
         let machine = self.machine.lock().unwrap_or_else(PoisonError::into_inner);
         Locked { cell: self, machine, ended: None }
     }
@@ -328,7 +328,7 @@ impl Cell {
 struct Passed(Option<Change>);
 
 impl Passed {
-    /// Returns the last change, with what has opened the circuit in any of them.
+    /// Returns the last change, with the reason for which any of them opened the circuit.
     fn then(self, next: Option<Change>) -> Option<Change> {
         let Some(next) = next else { return self.0 };
         let tripped = next.tripped.or(self.0.and_then(|change| change.tripped));

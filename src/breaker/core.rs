@@ -231,7 +231,7 @@ impl Circuit {
         is_late(self.front(), token)
     }
 
-    /// Returns for how long the circuit has been idle, or `None` if its eviction would lose something. Emits no event
+    /// Returns for how long the circuit has been idle, or `None` if it is not like new. Emits no event
     /// and never waits, so that it can run under the lock of a map.
     pub(super) fn idle_for(&self, now: Instant) -> Option<Nanos> {
         if self.steered.load(Ordering::Relaxed) {
@@ -408,8 +408,8 @@ impl Circuit {
         let (mut changes, mut slot_changed) = (Vec::new(), false);
         let mut next = 0;
         loop {
-            // A slice of the marks per lock hold. Each mark is read and reported under the lock, so that an older reading
-            // of it never follows a newer one.
+            // A slice of the marks per lock hold. Each mark is read and reported under the lock, so that an older
+            // reading of it never follows a newer one.
             let mut unsent = lock(&self.unsent_probes);
             let slice: Vec<(u64, SentMark)> = unsent
                 .range(next..)

@@ -348,8 +348,8 @@ impl Counts {
 
     /// Takes the thresholds of rules of the same shape. Returns `false` if they have another shape.
     ///
-    /// `fresh` is made of `trip`, without the lock. The closures that are replaced are moved into it, so that the caller
-    /// drops them without the lock.
+    /// `fresh` is made of `trip`, without the lock. The closures that are replaced are moved into it, so that the
+    /// caller drops them without the lock.
     pub(super) fn adjust(&mut self, trip: &Trip, shape: &Trip, fresh: &mut Self) -> bool {
         let same = trip.rules.len() == shape.rules.len()
             && trip.rules.iter().zip(&shape.rules).all(|pair| match pair {

@@ -7,16 +7,16 @@
 //! that a split also locks the empty shard that it fills. Therefore a call that waits for a lock waits for at most
 //! [`MAX_SHARD_LEN`] entries, however many there are in total.
 //!
-//! The map grows by *linear hashing*: it splits one shard into two when the entries exceed [`MEAN_SHARD_LEN`] per shard.
-//! Shards are split in the order of their index, so a hash leads to its shard by the number of shards alone (see
+//! The map grows by *linear hashing*: it splits one shard into two when the entries exceed [`MEAN_SHARD_LEN`] per
+//! shard. Shards are split in the order of their index, so a hash leads to its shard by the number of shards alone (see
 //! [`shard_index`]). There is no rehash of the whole map. Shards never merge: an empty shard costs 128 bytes.
 //!
 //! A new key in a map that is full replaces the least recently used entry that is [idle](Evict::idle_for). The search
 //! reads up to [`MAX_SEARCH`] entries, shard by shard, and continues where the previous search ended. It reads all
 //! entries of a map that is not larger than that. The age of an entry is an *epoch*: the number of keys that were added
 //! before its last use. So a call on a known key reads no clock, and writes only if a key was added since the previous
-//! call on that key. Two uses between the same two additions have the same age; of these, the search prefers the circuit
-//! that has been idle for longer.
+//! call on that key. Two uses between the same two additions have the same age; of these, the search prefers the
+//! circuit that has been idle for longer.
 //!
 //! # User code
 //!
@@ -29,8 +29,8 @@
 //! - An entry is in the shard that [`shard_index`] returns for its hash and the current number of shards. A split moves
 //!   entries and publishes the new number while it holds the locks of both shards. A reader computes the index again
 //!   after it has locked the shard, and starts again if the index has changed.
-//! - [`KeyMap::len`] counts the entries and the reservations for entries that are about to be inserted, and never exceeds
-//!   the maximum at the time of the reservation.
+//! - [`KeyMap::len`] counts the entries and the reservations for entries that are about to be inserted, and never
+//!   exceeds the maximum at the time of the reservation.
 //! - An entry is removed only under the write lock of its shard, after `Arc::get_mut` and [`Evict::is_unused`] have
 //!   proved that no other thread uses it. Another thread can get a reference only under that lock.
 
@@ -67,7 +67,7 @@ const FIRST_LEVEL: usize = 16;
 /// The number of levels: enough for 34 billion entries.
 const LEVELS: usize = 28;
 
-/// A value that can be evicted if nothing is lost with it.
+/// A value that can be evicted while it is idle.
 pub(super) trait Evict: Clone {
     /// Returns for how long the value has been idle, or `None` if it must not be evicted. Never waits.
     fn idle_for(&self, now: Instant) -> Option<Nanos>;
@@ -82,7 +82,7 @@ pub(super) struct Entry<Q, V> {
     pub(super) value: V,
 }
 
-/// An entry in a shard, with what a search reads of it.
+/// An entry in a shard, with the fields that a search reads.
 struct Slot<Q, V> {
     hash: u64,
     /// The epoch of the last use.
@@ -204,7 +204,7 @@ fn parent(index: usize) -> Option<usize> {
     Some(index - (1 << index.checked_ilog2()?))
 }
 
-/// Returns the level of a shard, and its place in the level.
+/// Returns the level of a shard, and its index in the level.
 fn level(index: usize) -> (usize, usize) {
     if index < FIRST_LEVEL {
         return (0, index);
@@ -318,9 +318,9 @@ impl<Q, V> KeyMap<Q, V> {
 
     /// Returns all entries, in no order. Entries that are added meanwhile may be missing.
     ///
-    /// A split during this call moves entries to a shard that is read later. An entry has been returned already if it was
-    /// in an ancestor of its shard (a shard that was split into it) when that ancestor was read. So the function records
-    /// the number of shards at which it has read each shard.
+    /// A split during this call moves entries to a shard that is read later. An entry has been returned already if it
+    /// was in an ancestor of its shard (a shard that was split into it) when that ancestor was read. So the function
+    /// records the number of shards at which it has read each shard.
     pub(super) fn entries(&self) -> Vec<Arc<Entry<Q, V>>> {
         let (mut entries, mut read_at) = (Vec::with_capacity(self.len()), Vec::new());
         let mut found = Vec::with_capacity(MAX_SHARD_LEN);
@@ -357,7 +357,7 @@ impl<Q: Hash, V> KeyMap<Q, V> {
 }
 
 impl<Q: Eq, V: Evict> KeyMap<Q, V> {
-    /// Returns the value of a key, and records its use.
+    /// Returns the value of a key, and records the use.
     #[inline]
     pub(super) fn get(&self, hash: KeyHash, key: &Q) -> Option<V> {
         let shard = self.read_shard(hash.hash)?;
@@ -370,8 +370,8 @@ impl<Q: Eq, V: Evict> KeyMap<Q, V> {
         Some(slot.entry.value.clone())
     }
 
-    /// Inserts an entry and returns its value. Returns the value that another thread has inserted meanwhile, and `None` if
-    /// the shard is full of entries that must not be evicted.
+    /// Inserts an entry and returns its value. Returns the value that another thread has inserted meanwhile, and `None`
+    /// if the shard is full of entries that must not be evicted.
     pub(super) fn insert(
         &self,
         reservation: Reservation<'_>,
@@ -400,7 +400,7 @@ impl<Q: Eq, V: Evict> KeyMap<Q, V> {
             shard.push(Slot { hash: hash.hash, last_use, entry: new.clone() });
         }
         if evicted.is_none() {
-            // The entry keeps the place that was reserved for it.
+            // The entry keeps its reservation.
             mem::forget(reservation);
         }
         if self.len() / MEAN_SHARD_LEN >= self.shards.load(Ordering::Relaxed) {
@@ -433,7 +433,7 @@ impl<Q: Eq, V: Evict> KeyMap<Q, V> {
             let shard = self.shard(index)?.read();
             self.touches(shard.list.len());
             shard.list.iter().for_each(|slot| slot.compare(&mut oldest, now));
-            // An empty shard costs time, too.
+            // A read of an empty shard counts as one entry, because it costs time, too.
             read += shard.list.len().max(1);
             if read >= MAX_SEARCH {
                 break;
@@ -504,7 +504,7 @@ mod tests {
 
     use super::*;
 
-    /// A value that is idle from a time on.
+    /// A value that is idle after a given instant.
     #[derive(Clone, Debug)]
     struct Fake(Arc<AtomicU64>, Instant);
 
@@ -623,7 +623,7 @@ mod tests {
     }
 
     #[test]
-    fn each_shard_has_a_place_in_a_level() {
+    fn each_shard_has_an_index_in_a_level() {
         let mut expected = (0, 0);
         for index in 0..10_000 {
             assert_eq!(level(index), expected);

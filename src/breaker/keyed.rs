@@ -89,7 +89,7 @@ impl Evict for Lease<Circuit> {
     }
 }
 
-/// How a circuit is made from its key.
+/// The functions that make a circuit from its key.
 pub(super) struct KeyFns<Q> {
     /// Returns the key to store, which must not keep memory of the request alive.
     pub(super) to_stored: fn(&Q) -> Q,
@@ -114,7 +114,7 @@ pub(super) struct Circuits<Q> {
     uncovered_event: RepeatedEvent,
 }
 
-/// Why a call has no circuit.
+/// The reason for which a call has no circuit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Uncovered {
     MaxKeys,
@@ -366,8 +366,8 @@ admission_layer! {
     /// [snapshot](KeyedCircuitBreakerHandle::snapshot) counts it. The [module](crate::breaker#keys) states which
     /// circuits are evicted for new keys.
     ///
-    /// The circuit of a call is known only with its request. Therefore the inner service is polled ready also for a call
-    /// that is rejected.
+    /// The circuit of a call is known only with its request. Therefore the inner service is polled ready also for a
+    /// call that is rejected.
     layer KeyedCircuitBreakerLayer {}
     /// The service of a [`KeyedCircuitBreakerLayer`].
     service KeyedCircuitBreaker [Sel, Id]
@@ -419,8 +419,8 @@ impl<Sel, Id, M, R> KeyedCircuitBreakerLayer<Sel, Id, M, R> {
     /// without a circuit.
     ///
     /// The size is the number of bytes that the key's [`Hash`] writes: for a string its length and 1, for an [`Origin`]
-    /// about the length of its text. So the keys of the map hold at most `max_keys` × `max_key_bytes`, 1 MiB by default,
-    /// if `Hash` covers everything that a key owns. A key that shares the buffer of its request, such as
+    /// about the length of its text. So the keys of the map hold at most `max_keys` × `max_key_bytes`, 1 MiB by
+    /// default, if `Hash` covers everything that a key owns. A key that shares the buffer of its request, such as
     /// `bytes::Bytes`, keeps that buffer alive: return a copy. `per_origin` stores a copy without the userinfo.
     pub fn max_key_bytes(mut self, max_key_bytes: usize) -> Self {
         let checked = match max_key_bytes {
@@ -482,8 +482,8 @@ impl<Q: Clone + Eq + Hash> KeyedCircuitBreakerHandle<Q> {
 
     /// Returns all keys with their circuits, in no order.
     ///
-    /// Keys that are added meanwhile may be missing. The map is locked in slices of at most 64 circuits, so calls do not
-    /// wait for this method.
+    /// Keys that are added meanwhile may be missing. The map is locked in slices of at most 64 circuits, so calls do
+    /// not wait for this method.
     #[must_use]
     pub fn all(&self) -> Vec<(Q, CircuitBreakerHandle)> {
         let entries = self.0.map.entries();

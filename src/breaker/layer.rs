@@ -167,7 +167,7 @@ impl<M, R> CircuitBreakerLayer<M, R> {
 
     /// Returns a layer with a circuit for each scheme, host and port of the requests' URIs.
     ///
-    /// A circuit is named after its origin, of which the name contains at most 256 bytes.
+    /// The name of a circuit is its origin, shortened to 256 bytes.
     pub fn per_origin(self) -> KeyedCircuitBreakerLayer<PerOrigin, Origin, M, R> {
         let write_name = |origin: &Origin, name: &mut ShortName| write!(name, "{origin}");
         let fns = KeyFns { to_stored: Origin::detached, write_name };

@@ -172,8 +172,8 @@
 //! circuits have the name of the layer.
 //!
 //! Requests choose the keys, so the map is bounded by the [number](KeyedCircuitBreakerLayer::max_keys) and by the
-//! [size](KeyedCircuitBreakerLayer::max_key_bytes) of the keys. A new key in a full map replaces the least recently used
-//! circuit that is like new:
+//! [size](KeyedCircuitBreakerLayer::max_key_bytes) of the keys. A new key in a full map replaces the least recently
+//! used circuit that is like new:
 //!
 //! | a circuit is | like new |
 //! |---|---|
@@ -185,10 +185,10 @@
 //! | used by a call, or referred to by a handle | never |
 //!
 //! Of circuits that were last used between the same two new keys, any may be evicted first. Beyond 1024 circuits, the
-//! circuit to evict is the least recently used of about 1024. If no circuit is like new, the new key has no circuit: its
-//! calls are made as if there were no breaker, and the [snapshot](KeyedCircuitBreakerHandle::snapshot) counts them. An
-//! event reports this at most once in 10 s. So neither old keys nor invented ones keep new keys out for longer than an
-//! open time and a quiet period after their last call, and no sequence of keys evicts an open circuit.
+//! circuit to evict is the least recently used of about 1024. If no circuit is like new, the new key has no circuit:
+//! its calls are made as if there were no breaker, and the [snapshot](KeyedCircuitBreakerHandle::snapshot) counts them.
+//! An event reports this at most once in 10 s. Therefore no set of keys, old or invented, keeps new keys out for longer
+//! than an open time and a quiet period after their last call, and no sequence of keys evicts an open circuit.
 //!
 //! A circuit with a window of calls needs one bit per call of the window in addition to about 1 KiB.
 //!

@@ -1,8 +1,8 @@
 //! The half-open probes of a circuit: which are in flight, and their results so far.
 //!
-//! All of this is under the lock of the circuit, and a half-open circuit can have many probes in flight. Each operation
-//! therefore finds its probe by an index, and a caller that many probes precede makes their changes in slices of
-//! [`MAX_CHANGES`], between which it releases the lock.
+//! The lock of the circuit protects these records, and a half-open circuit can have many probes in flight. Each
+//! operation therefore finds its probe by an index, and a caller that many probes precede makes their changes in slices
+//! of [`MAX_CHANGES`], between which it releases the lock.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

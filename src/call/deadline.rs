@@ -12,8 +12,8 @@ use tokio::time::{Duration, Instant};
 /// attempt that has no response head by then. A `TimeoutLayer` or a `DeadlineLayer` (feature `timeout`) ends any call
 /// in flight. The latter also sets the deadline and forwards it to the next hop. The instant is on tokio's clock.
 ///
-/// A deadline that the application makes itself replaces the default of a `DeadlineLayer`, also if it is later. No header
-/// extends it, and a header of the caller can only set an earlier one.
+/// A deadline that the application makes itself replaces the default of a `DeadlineLayer`, also if it is later. No
+/// header extends it, and a header of the caller can only set an earlier one.
 ///
 /// A deadline records its [`DeadlineSource`]. A call that ends by a deadline of the *caller* is cancelled, like a
 /// hang-up. A call that ends by a deadline of the *operator* has timed out, which is a failure. A handler that passes

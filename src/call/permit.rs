@@ -133,7 +133,7 @@ pub(crate) struct CallContext {
     measures_body: bool,
     /// The state records what the response body waits for.
     follows_reader: bool,
-    /// The state watches whether the response body is read. Until the body is tracked: the state wants to.
+    /// The state watches whether the response body is read. Before the body is tracked: the state requests it.
     is_watched: bool,
     waits_for: WaitsFor,
 }
@@ -285,7 +285,7 @@ impl<G: Finish> Permit<G> {
         self.context.waits_for = what;
     }
 
-    /// Starts to watch whether the response body is read, if the state wants to.
+    /// Starts to watch whether the response body is read, if the state requests it.
     #[inline]
     pub(crate) fn watch_reader(&mut self) {
         if let (true, Some(giver)) = (self.context.is_watched, &self.giver) {

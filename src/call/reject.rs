@@ -140,19 +140,19 @@ impl<Req, Res, E: Into<BoxError>> Refuse<Req, Res, E> for AsError {
 /// # Uploads
 ///
 /// A client that is still sending its request would lose a response after which the server closes the connection: it
-/// receives a TCP reset (RFC 9112 §9.6), or `RST_STREAM` over HTTP/2, which some clients report as an error. The rejection
-/// is therefore sent at once, while a task that the layer spawns reads and discards the rest of the request body. That
-/// drain ends with the body, after 16 MiB, or after one second, whichever is first; then the body is dropped. It holds no
-/// permit. At most 1024 drains run at once in the process, so that rejected uploads occupy a bounded number of
-/// connections; above that, and outside of a Tokio runtime, the body is dropped. A request without a body, or whose
-/// body has been read, costs nothing.
+/// receives a TCP reset (RFC 9112 §9.6), or `RST_STREAM` over HTTP/2, which some clients report as an error. The
+/// rejection is therefore sent at once, while a task that the layer spawns reads and discards the rest of the request
+/// body. That drain ends with the body, after 16 MiB, or after one second, whichever is first; then the body is
+/// dropped. It holds no permit. At most 1024 drains run at once in the process, so that rejected uploads occupy a
+/// bounded number of connections; above that, and outside of a Tokio runtime, the body is dropped. A request without a
+/// body, or whose body has been read, costs nothing.
 ///
 /// The bodies that are drained are those of servers: hyper's `Incoming` (feature `hyper`), axum's (feature `axum`) and
 /// tonic's (features `tonic` and `tonic-health`). Layers that time out drain axum's and tonic's only. Bodies of other
 /// types are dropped. After `Expect: 100-continue` a body is drained only if it has been polled, because the first poll
 /// would invite the client to send it (RFC 9110 §10.1.1). [`RespondWith`] and
-/// [`RespondLayer`](crate::RespondLayer) drain in the same way. Around a client, a rejected request with a body of axum's
-/// type is drained too; the stream of a tonic client is not, as long as its URI has no authority.
+/// [`RespondLayer`](crate::RespondLayer) drain in the same way. Around a client, a rejected request with a body of
+/// axum's type is drained too; the stream of a tonic client is not, as long as its URI has no authority.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Respond;
 
@@ -266,7 +266,7 @@ pub(crate) fn whole_seconds(after: Duration) -> u64 {
     (after.as_secs() + u64::from(after.subsec_nanos() > 0)).max(1)
 }
 
-/// A closure makes the answer: for services of any types, or for an answer of the user's own form. The body of a
+/// A closure makes the response: for services of any types, or for a response of the user's own form. The body of a
 /// rejected HTTP request is drained as with [`Respond`].
 #[derive(Clone)]
 pub struct RespondWith<F>(pub(crate) F);

@@ -131,7 +131,7 @@ pub enum Phase {
     Deadline,
     /// The request body, whose producer was slower than the minimum rate.
     BodyRate,
-    /// The reader of the response, which took no more of it for as long as a limit allows:
+    /// The reader of the response, which read none of it for the maximum time of a limit:
     /// [`max_unread`](crate::ConcurrencyLimitLayer::max_unread).
     Unread,
 }
@@ -217,7 +217,7 @@ impl LayerKind {
     }
 }
 
-/// What the rejections of one layer share: its name, or the setting that cannot work.
+/// The part that the rejections of one layer share: its name, or the setting that cannot work.
 #[derive(Debug)]
 pub(crate) struct Label {
     pub(crate) name: Box<str>,

@@ -1,7 +1,8 @@
-//! How the body of an outer layer tells a timeout layer within it that the response was not read for too long.
+//! A signal from the body of an outer layer to the body of a timeout layer within it: the response was not read for too
+//! long.
 //!
-//! The outer body cannot end the response itself: its error type is the inner body's. The body of a timeout layer can,
-//! so it reads a flag of the thread while it is polled.
+//! The outer body cannot end the response itself, because its error type is the inner body's. The body of a timeout
+//! layer has an error type that can hold a rejection. It reads a thread-local flag while it is polled.
 
 use std::cell::Cell;
 

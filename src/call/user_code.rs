@@ -1,4 +1,4 @@
-//! Calls of user code that must not end the caller.
+//! Calls of user code whose panic must not end the caller.
 
 use std::{
     mem,

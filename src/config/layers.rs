@@ -28,7 +28,8 @@ const fn ms(ms: u64) -> Duration {
 group! {
     /// The settings of a [`DeadlineLayer`].
     DeadlineConfig for "DeadlineLayer", prefix "deadline_", on |_| true;
-    /// How long a call may take in all if no header sets a time; also the maximum of a header, unless `deadline_at_most` is set.
+    /// How long a call may take in all if no header sets a time; also the maximum of a header, unless
+    /// `deadline_at_most` is set.
     live default: Option<Duration> = None;
     /// The maximum time that a header can set; off: the default.
     live at_most: Option<Duration> = None;
@@ -421,7 +422,7 @@ impl LimitConfig {
         &self,
         layer: ConcurrencyLimitLayer<Http, R>,
     ) -> ConcurrencyLimitLayer<Http, R> {
-        // Without a limit, no permit is worth a watch.
+        // A disabled limit has no permits that could be released.
         let max_unread = self.max_unread.filter(|_| self.max.is_some());
         layer
             .queue(self.queue as usize, self.queue_wait)

@@ -49,8 +49,8 @@ impl fmt::Display for Origin {
 
 /// Everything that is wrong with a configuration.
 ///
-/// Its `Debug` is its `Display`: what a `main` fails with is to be read by whoever configured it. The text lists the
-/// first 64 errors, and states how many more there are; [`iter`](Self::iter) returns all.
+/// `Debug` is equal to `Display`, because a `main` that returns this error prints its `Debug` output. The text lists
+/// the first 64 errors, and states how many more there are; [`iter`](Self::iter) returns all.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ConfigErrors(pub(crate) Vec<ConfigError>);
 
@@ -349,7 +349,7 @@ impl<C: Stack> Loader<C> {
     fn not_of_form(&mut self, key: &'static str, said: &Said, wants: &str) {
         let origin = &said.origin;
         if said.value.is_written("") {
-            self.wrong(key, "empty", format!("use {wants}, or say nothing of it ({origin})"));
+            self.wrong(key, "empty", format!("use {wants}, or leave it out ({origin})"));
         } else {
             self.errors.push(ConfigError::new(key, &said.value, format!("use {wants} ({origin})")));
         }
@@ -374,9 +374,9 @@ fn from_toml(text: &str) -> Result<Tree, String> {
 /// prefix that belongs to the name of the service.
 ///
 /// Kubernetes injects `X_SERVICE_HOST`, `X_SERVICE_PORT`, `X_SERVICE_PORT_<NAME>`, `X_PORT`, and for each port
-/// `X_PORT_<N>_<PROTOCOL>` with the suffixes `_ADDR`, `_PORT` and `_PROTO`. The latter are those of Docker's links, which
-/// also have `X_NAME` and `X_ENV_…`. The name of the service may be longer than the prefix, so each form may follow a
-/// further part of that name.
+/// `X_PORT_<N>_<PROTOCOL>` with the suffixes `_ADDR`, `_PORT` and `_PROTO`. The latter are those of Docker's links,
+/// which also have `X_NAME` and `X_ENV_…`. The name of the service may be longer than the prefix, so each form may
+/// follow a further part of that name.
 fn is_service_link(key: &str, value: &str) -> bool {
     let parts: Vec<&str> = key.split('_').collect();
     (0..parts.len()).any(|at| match &parts[at..] {

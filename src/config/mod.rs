@@ -83,8 +83,8 @@
 //! | `llm` | head and first frame 180 s, silences 60 s, no total, 8 connections a host, 32 calls at once |
 //!
 //! A server's have the same names: how long a head and a turn may take, and what is a stream. With `streaming = true`,
-//! which `llm` sets, a server's `timeout_min_body_rate` and `limit_max_unread` are off unless they are set. A program that
-//! sets the field `streaming` itself sets these two, too.
+//! which `llm` sets, a server's `timeout_min_body_rate` and `limit_max_unread` are off unless they are set. A program
+//! that sets the field `streaming` itself sets these two, too.
 //!
 //! # Changing it
 //!

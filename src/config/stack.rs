@@ -241,7 +241,7 @@ fn origin(origins: &Origins, row: &Row, now: &Scalar) -> Origin {
     }
 }
 
-/// Returns what follows from several settings of a layer together.
+/// Returns notes on the combined effect of several settings of a layer.
 fn note(group: &dyn Group) -> Option<String> {
     let get = |key: &str| {
         let nth = group.rows().iter().position(|row| row.key == key)?;

@@ -9,8 +9,8 @@ use serde::{
 
 use crate::redact;
 
-/// One value, of whatever form it was written in. `Display` is the value itself, which may contain secrets: the text for
-/// people is [`Scalar::redacted`], and `Debug` is made of it.
+/// One value, of whatever form it was written in. `Display` is the value itself, which may contain secrets.
+/// [`Scalar::redacted`] returns the text to show, and `Debug` is made of it.
 #[derive(Clone, PartialEq)]
 pub enum Scalar {
     Bool(bool),
@@ -28,7 +28,7 @@ impl Scalar {
         }
     }
 
-    /// Returns whether it is written like this, without a copy of it.
+    /// Returns whether the text of the value is equal to this text. Does not copy the value.
     pub(super) fn is_written(&self, text: &str) -> bool {
         match self {
             Self::Text(own) => own == text,

@@ -76,7 +76,7 @@ pub(super) struct Book {
     /// Of these, the one that was asked for last: mostly it is asked for again, and to compare costs less than
     /// to hash.
     pub(super) last: Option<Arc<Host>>,
-    /// By number, so that a scan in slices can follow them.
+    /// Ordered by number, so that a scan in slices can follow them.
     open: BTreeMap<u64, Shared<Conn>>,
     /// The number of the next connection or host.
     next: u64,
@@ -129,11 +129,12 @@ impl Connections {
     // ===== Settings =====
 
     pub(super) fn set_per_host(&self, most: usize) {
-        // Before the hosts: a host that is registered from now on gets the new size.
+        // Set before the hosts are resized: a host that is registered from now on gets the new size.
         self.settings.per_host.store(most, Ordering::SeqCst);
         let mut next = 0;
         loop {
-            // Resizing wakes callers, whose wakers are user code, so the hosts are cloned out of the lock, in slices.
+            // Resizing wakes callers, whose wakers are user code, so the hosts are cloned under the lock in slices and
+            // resized without it.
             let slice: Vec<(u64, Arc<Host>)> = {
                 let book = self.book();
                 let hosts = book.hosts_by_id.range(next..).take(SLICE);

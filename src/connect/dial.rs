@@ -40,7 +40,7 @@ pub struct Dial<S> {
     connections: ConnectLayer,
 }
 
-/// Without the wrapped connector: one for a proxy may show credentials.
+/// Omits the wrapped connector: the `Debug` output of a connector for a proxy may contain credentials.
 impl<S> fmt::Debug for Dial<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Dial").field("connections", &self.connections).finish_non_exhaustive()

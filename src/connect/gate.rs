@@ -1,12 +1,13 @@
 //! So many places, fairly handed on, and resized while they are taken.
 //!
 //! tokio's semaphore cannot shrink below the permits that are taken. A smaller limit therefore forgets the free permits
-//! at once, and records how many more are to be forgotten: `owed`. A place that comes back pays one of them, or becomes
-//! free. Freeing a place wakes a caller, and wakers are user code, so no lock may be held there.
+//! at once, and records in `owed` the number of permits that are still to be forgotten. A released permit decreases
+//! `owed` if it is above zero, and becomes free otherwise. Freeing a permit wakes a caller, and wakers are user code,
+//! so no lock may be held there.
 //!
 //! `leave` reads `owed`, adds a permit, and reads `owed` again. `resize` and `settle` read the free permits after they
-//! have raised `owed`. A `SeqCst` fence between the write and the read on both sides guarantees that one of them sees the
-//! other. A change must preserve this: otherwise a place stays free beyond the limit.
+//! have raised `owed`. A `SeqCst` fence between the write and the read on both sides guarantees that at least one side
+//! observes the write of the other. A change must preserve this: otherwise a permit stays free beyond the limit.
 
 use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError,
@@ -22,7 +23,7 @@ pub(super) const NO_LIMIT: usize = Semaphore::MAX_PERMITS / 2;
 #[derive(Debug)]
 pub(super) struct Gate {
     places: Semaphore,
-    /// Places that are taken and do not become free when they come back.
+    /// The number of permits in use that are forgotten on release instead of becoming free.
     owed: AtomicUsize,
     /// Serialises the changes of the limit. No waker runs under this lock.
     limit: Mutex<usize>,
@@ -62,13 +63,13 @@ impl Gate {
         }
     }
 
-    /// Pays up to `places` of what is owed. Returns how many.
+    /// Decreases `owed` by up to `places`. Returns by how many.
     fn pay(&self, places: usize) -> usize {
         let pay = |owed: usize| (owed > 0).then(|| owed - owed.min(places));
         self.owed.fetch_update(SeqCst, SeqCst, pay).map_or(0, |owed| owed.min(places))
     }
 
-    /// Frees places and wakes the callers that get them.
+    /// Frees permits and wakes the callers that get them.
     fn add(&self, places: usize) {
         self.places.add_permits(places);
         fence(SeqCst);
@@ -78,13 +79,13 @@ impl Gate {
         }
     }
 
-    /// Forgets free places that are owed. The guard serialises this with [`resize`](Self::resize).
+    /// Forgets free permits, as many as are owed. The guard serialises this with [`resize`](Self::resize).
     fn settle(&self, _limit: &MutexGuard<'_, usize>) {
         while self.pay(1) == 1 {
             if self.places.forget_permits(1) == 1 {
                 continue;
             }
-            // Between the payment and this, a place that came back may have become free instead of paying.
+            // After `owed` was decreased, a released permit may have become free instead of decreasing it.
             self.owed.fetch_add(1, SeqCst);
             fence(SeqCst);
             if self.places.available_permits() == 0 {
@@ -198,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn limit_holds_after_it_was_changed_while_places_came_back() {
+    fn limit_holds_after_it_was_changed_while_permits_were_released() {
         for _ in 0..200 {
             let gate = Gate::new(8);
             std::thread::scope(|scope| {

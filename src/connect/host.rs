@@ -43,7 +43,7 @@ impl Host {
         })
     }
 
-    /// Sets the number of places. Of several threads that resize at once, the last one reads the newest setting.
+    /// Sets the number of permits. Of several threads that resize at once, the last one reads the newest setting.
     pub(super) fn resize(&self, per_host: &AtomicUsize) {
         loop {
             let most = per_host.load(Ordering::SeqCst);

@@ -194,7 +194,7 @@ pub struct Connector<C> {
     leased: bool,
 }
 
-/// Without the wrapped connector: one for a proxy may show credentials.
+/// Omits the wrapped connector: the `Debug` output of a connector for a proxy may contain credentials.
 impl<C> fmt::Debug for Connector<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Connector").field("layer", &self.layer).finish_non_exhaustive()

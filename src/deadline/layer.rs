@@ -53,8 +53,8 @@ impl Default for DeadlineLayer {
 
 impl<R> DeadlineLayer<R> {
     /// Sets the time of calls whose headers set none. It is also the maximum that a header can set, unless
-    /// [`at_most`](Self::at_most) sets another: a caller never extends the bound of the operator. Default: none, so calls
-    /// without a header have no deadline, and headers have no maximum.
+    /// [`at_most`](Self::at_most) sets another: a caller never extends the bound of the operator. Default: none, so
+    /// calls without a header have no deadline, and headers have no maximum.
     ///
     /// A [`Deadline`](crate::Deadline) that the application has made itself and inserted in the extensions replaces the
     /// default, also if it is later, and is then the maximum of a header. Any other deadline in the extensions (of a

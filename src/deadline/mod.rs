@@ -41,8 +41,8 @@
 //!
 //! The earliest of these applies: a [`Deadline`] in the request's extensions, gRPC's `grpc-timeout`, a
 //! [header](DeadlineLayer::header) or [codec](DeadlineLayer::codec) of your own, and, if no header sets a time, the
-//! [default](DeadlineLayer::default_of). A header that cannot be read is ignored. Headers come from callers, so they are
-//! bounded:
+//! [default](DeadlineLayer::default_of). A header that cannot be read is ignored. Headers come from callers, so they
+//! are bounded:
 //!
 //! | in the extensions | the default | the maximum of a header |
 //! |---|---|---|
@@ -51,8 +51,8 @@
 //! | a deadline that another layer has set by its default or maximum | applies without a header | the same |
 //! | a deadline that the application has made itself | is replaced, also by a later one | the deadline of the application |
 //!
-//! The deadline is inserted in the extensions, less the time that is [kept back](DeadlineLayer::keep_back). The time that
-//! is left is written to the requested headers (for gRPC requests always `grpc-timeout`).
+//! The deadline is inserted in the extensions, less the time that is [kept back](DeadlineLayer::keep_back). The time
+//! that is left is written to the requested headers (for gRPC requests always `grpc-timeout`).
 //!
 //! A call that is too late is not begun, and one under way is ended, to the last byte of its answer: a stream that
 //! may last needs no deadline, or a distant one.

@@ -34,8 +34,8 @@ pub(super) fn set(ms: &AtomicU64, time: Option<Duration>) {
 }
 
 impl Times {
-    /// Sets the deadline of a call in the extensions of its request, and writes the time that is left to the headers for
-    /// the next hop.
+    /// Sets the deadline of a call in the extensions of its request, and writes the time that is left to the headers
+    /// for the next hop.
     pub(super) fn apply<B>(
         &self,
         codec: Option<&dyn Codec>,

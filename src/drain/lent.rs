@@ -1,6 +1,6 @@
 //! A request body that a layer lends to the services below it, and drains if one of them rejects the request.
 //!
-//! A [`RespondLayer`](crate::RespondLayer) turns the error of an inner layer into a response. At that time the inner
+//! A [`RespondLayer`](crate::RespondLayer) converts the error of an inner layer into a response. At that time the inner
 //! layer has dropped the request. The lent body therefore moves the original into a [`Loan`] when it is dropped before
 //! its end. The layer drains the original if the call was rejected, and drops it otherwise.
 
@@ -60,7 +60,7 @@ mod boxed {
     use super::{Loan, Reclaim};
     use crate::drain::{Drains, drain};
 
-    /// A body that can be lent: boxed and with an empty default, which takes its place.
+    /// A body that can be lent: boxed, and with an empty default that replaces it.
     pub(super) trait Lendable:
         Body<Data: Send, Error: Send> + Default + Send + Unpin + 'static
     {
@@ -106,7 +106,7 @@ mod boxed {
     /// A lent body. It forwards everything to the original.
     pub(super) struct Lent<B: Lendable> {
         body: B,
-        /// Whether the body can be drained: it has not ended, and polling it does not invite it.
+        /// Whether the body can be drained: it has not ended, and polling it does not send `100 Continue`.
         is_drained: bool,
         state: Arc<Mutex<State<B>>>,
     }

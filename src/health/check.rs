@@ -57,8 +57,8 @@ pub struct Check {
 }
 
 impl Check {
-    /// Asks by a closure that gives a future, anew for every look. The text of an error is the reason, at most 256 bytes
-    /// of it and without [secrets](crate#secrets).
+    /// Returns a check by a closure that returns a future for each health check. The text of an error is the reason, at
+    /// most 256 bytes of it and without [secrets](crate#secrets).
     ///
     /// A look that is not done in time is dropped where it waits. It must not block: one that blocks its thread
     /// cannot be ended, and has failed once its result is overdue (`every`, at least a second, after the

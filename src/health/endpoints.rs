@@ -40,7 +40,7 @@ impl HealthEndpointsLayer {
         Self { teller: Teller { health, with_reasons: false } }
     }
 
-    /// Includes the reason of each failed check, the time of the last look and its duration. By default the response
+    /// Includes the reason of each failed check, the time and the duration of its last run. By default the response
     /// contains `reason withheld` instead, and no times: the text of an error names hosts and paths, also without
     /// [secrets](crate#secrets), and times reveal the network behind the process.
     pub fn with_reasons(mut self) -> Self {
@@ -216,7 +216,7 @@ impl HealthService {
         Self { teller: Teller { health, with_reasons: false } }
     }
 
-    /// Includes the reason of each failed check, the time of the last look and its duration, as
+    /// Includes the reason of each failed check, the time and the duration of its last run, as
     /// [`HealthEndpointsLayer::with_reasons`] does. By default the response contains none of them.
     #[must_use]
     pub fn with_reasons(mut self) -> Self {

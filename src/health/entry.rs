@@ -99,7 +99,7 @@ pub struct CheckSnapshot {
     pub critical: bool,
     /// How the last look ended.
     pub healthy: Option<bool>,
-    /// Why the last look failed, if it did and if that was said: one line of at most 256 bytes, without
+    /// The reason for which the last run of the check failed, if there is one: one line of at most 256 bytes, without
     /// [secrets](crate#secrets).
     pub reason: Option<String>,
     /// How long ago the last look ended.
@@ -275,7 +275,7 @@ impl Entry {
 
 /// Returns one line of at most [`MAX_REASON`] bytes of printable characters, without secrets.
 fn reason(said: String) -> Option<Arc<str>> {
-    // First: a URI may continue after a line break.
+    // Before the line breaks are replaced, because a URI may continue after a line break.
     let safe = redact::text(&said, MAX_REASON);
     let line: String = safe.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     let line = line.trim();

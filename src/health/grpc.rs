@@ -60,9 +60,8 @@ impl GrpcHealth {
 
     /// Returns the service for a tonic server.
     ///
-    /// From here on the concurrency limits of this process do not limit health calls, unless
-    /// [`exempt_grpc_health`](crate::ConcurrencyLimitLayer::exempt_grpc_health) says otherwise: `Check`, and up to 64
-    /// `Watch` streams for each limit.
+    /// After this call the concurrency limits of this process exempt health calls: `Check`, and up to 64 `Watch`
+    /// streams for each limit. [`exempt_grpc_health`](crate::ConcurrencyLimitLayer::exempt_grpc_health) turns this off.
     #[must_use]
     pub fn into_server(self) -> HealthServer<Self> {
         grpc::set_serves_health();

@@ -41,7 +41,7 @@ fn object(body: &mut String, check: &CheckSnapshot, with_reasons: bool, now: Sys
     if let Some(healthy) = check.healthy {
         put(format_args!(r#","healthy":{healthy}"#));
     }
-    // How long a check takes and when it is made tell a stranger about the network behind the process.
+    // The duration and the time of a check reveal the network behind the process.
     if let Some(took) = check.took.filter(|_| with_reasons) {
         put(format_args!(r#","response_time_ms":{:.3}"#, took.as_secs_f64() * 1000.0));
     }

@@ -115,8 +115,8 @@
 //!
 //! Who accepts `application/health+json` or `application/json`, by name, gets that (after
 //! draft-inadarei-api-health-check-06): `status` is `pass`, `warn` or `fail`, and of each check there are
-//! `status`, `critical`, `healthy` (how the last look ended) and, unless it passes, `output`. With reasons there are also
-//! `response_time_ms` (where it is known) and `last_check` (RFC 3339).
+//! `status`, `critical`, `healthy` (the result of the last run) and, unless it passes, `output`. With reasons there are
+//! also `response_time_ms` (where it is known) and `last_check` (RFC 3339).
 //!
 //! [`Health::endpoints`] answers before what it wraps is asked, so that a saturated server still tells how it
 //! is; other paths and methods pass through. [`Health::service`] is the same for a port of its own, and for
@@ -124,7 +124,7 @@
 //!
 //! With the feature `tonic-health`, `Health::grpc` answers `grpc.health.v1` from the same checks, Check and Watch. A
 //! [concurrency limit](crate::limit#health-checks) around the server exempts these calls, so that watchers take no
-//! permits and a full server still answers.
+//! permits and a server whose limit is reached still responds.
 //!
 //! # In the stack
 //!

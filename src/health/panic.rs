@@ -107,8 +107,8 @@ impl Member {
         &self.guard
     }
 
-    /// Records whether the gate is down. Returns the guard if that changed: the caller then [tells](PanicGuard::tell) it
-    /// without a lock, because that wakes callers.
+    /// Records whether the gate is down. Returns the guard if that changed: the caller then
+    /// [notifies](PanicGuard::tell) the gates without a lock, because that wakes callers.
     #[must_use]
     pub(super) fn is_now(&mut self, down: bool) -> Option<PanicGuard> {
         if std::mem::replace(&mut self.down, down) == down {
@@ -126,7 +126,7 @@ impl Member {
 impl Drop for Member {
     fn drop(&mut self) {
         self.guard.waiting().retain(|other| !Arc::ptr_eq(other, &self.changed));
-        // All gates are told below.
+        // All gates are notified below.
         let _ = self.is_now(false);
         self.guard.0.members.fetch_sub(1, Ordering::AcqRel);
         self.guard.tell();

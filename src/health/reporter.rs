@@ -60,14 +60,15 @@ impl Reporter {
         self.report(CheckState::Fail);
     }
 
-    /// Not well, and why: for the answers that [tell reasons](super::HealthService::with_reasons). At most 256 bytes of
-    /// it are kept, without [secrets](crate#secrets).
+    /// Sets the state to failed, with a reason for responses that [include
+    /// reasons](super::HealthService::with_reasons). At most 256 bytes of the reason are stored, without
+    /// [secrets](crate#secrets).
     pub fn fail_because(&self, reason: impl Into<String>) {
         self.looked(Err(reason.into()), None);
         self.publish(CheckState::Fail);
     }
 
-    /// Sets the state of the check without telling the watchers of the registry. Runs no user code.
+    /// Sets the state of the check without notifying the watchers of the registry. Runs no user code.
     #[cfg(feature = "lifecycle")]
     pub(crate) fn set(&self, result: Result<(), &'static str>) {
         let state = if result.is_ok() { CheckState::Pass } else { CheckState::Fail };
@@ -75,7 +76,7 @@ impl Reporter {
         self.0.entry.publish(state);
     }
 
-    /// Tells the watchers of the registry that a check may have changed.
+    /// Notifies the watchers of the registry that a check may have changed.
     #[cfg(feature = "lifecycle")]
     pub(crate) fn tell(&self) {
         self.0.registry.tell();

@@ -1,7 +1,7 @@
 //! One HTTP connection and its graceful shutdown.
 //!
-//! hyper offers one operation for this, `graceful_shutdown`. It does three different things, and only one of them is
-//! safe at any time:
+//! hyper offers one operation for this, `graceful_shutdown`. Its effect depends on the connection, and only the first
+//! of the three effects is safe at any time:
 //!
 //! - HTTP/2: sends GOAWAY with the last stream id 2³¹−1 and a PING. h2 serves the streams that arrive before the
 //!   acknowledgement of the PING, then sends GOAWAY with the last stream that it has served, and ignores later
@@ -18,16 +18,16 @@
 //! | *stopping* | GOAWAY, on every other connection | the same | as soon as the protocol is known: as that protocol |
 //! | *stopping*, idle for the grace | closed | closed | closed |
 //!
-//! A connection that is accepted while the process is *draining* is not told to go away before *stopping*: the client
-//! has just been routed here, and a client that connects again at once would be routed here again.
+//! A connection that is accepted while the process is *draining* receives no GOAWAY before *stopping*: the client has
+//! just been routed here, and a client that connects again at once would be routed here again.
 //!
-//! A connection is idle if it has no call and nothing has been written to it for the grace. A call ends at the end of its
-//! response body. Then a part of the body can still be in the buffers of hyper and h2, so the end of the last call
+//! A connection is idle if it has no call and nothing has been written to it for the grace. A call ends at the end of
+//! its response body. Then a part of the body can still be in the buffers of hyper and h2, so the end of the last call
 //! alone does not permit closing the connection:
 //!
 //! - A pending write means that hyper has a part of a response in its buffer.
-//! - A client of HTTP/2 that has acknowledged the PING is alive, and h2 closes the connection after its last stream. Only
-//!   h2 knows whether a part of a response waits for the window of its stream.
+//! - A client of HTTP/2 that has acknowledged the PING is alive, and h2 closes the connection after its last stream.
+//!   Only h2 has the information whether a part of a response waits for the window of its stream.
 
 use std::{
     future::poll_fn,

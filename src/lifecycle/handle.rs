@@ -191,8 +191,8 @@ impl Lifecycle {
         self.token().stopping()
     }
 
-    /// Runs a server with a graceful shutdown of its own. The server receives [`stopping`](Self::stopping) as its signal,
-    /// and the [layer](Self::layer) around its service.
+    /// Runs a server with a graceful shutdown of its own. The server receives [`stopping`](Self::stopping) as its
+    /// signal, and the [layer](Self::layer) around its service.
     ///
     /// The order is: the process becomes unready; after the delay the server announces the end to its clients (GOAWAY)
     /// and closes idle connections; calls that arrive in the [grace](Self::grace) are served, later ones are rejected;

@@ -27,8 +27,8 @@ use crate::{
 /// connection or are rejections whose request body is still [drained](crate::call::Respond#uploads): such a connection
 /// ends with the body.
 ///
-/// Made by [`Lifecycle::layer`](super::Lifecycle::layer). It goes outermost, but inside the health endpoints, which
-/// respond to the end. `serve` adds it.
+/// Made by [`Lifecycle::layer`](super::Lifecycle::layer). It belongs outermost, but inside the health endpoints, which
+/// respond until the process ends. `serve` adds it.
 ///
 /// The token needs one allocation for each call, and two more if the request has no extensions yet.
 #[derive(Clone)]
@@ -128,8 +128,8 @@ fn is_draining(extensions: &Extensions) -> bool {
     extensions.get::<Rejected>().is_some_and(Rejected::is_draining)
 }
 
-/// Adds `close` to the options of the service. The `Connection` header of an upgrade is not changed: with `close`, clients
-/// consider the upgrade as failed.
+/// Adds `close` to the options of the service. The `Connection` header of an upgrade is not changed: with `close`,
+/// clients consider the upgrade as failed.
 fn close(headers: &mut HeaderMap) {
     let said = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
     let mut options = said.flat_map(|value| value.split(',')).map(str::trim);

@@ -44,8 +44,8 @@ pub trait Listener: Send {
     /// The address of a peer, which `serve_each` passes on.
     type Addr: Send;
 
-    /// Accepts the next connection. The server drops the future and calls the method again, which must not lose a
-    /// connection.
+    /// Accepts the next connection. The server drops the future and calls the method again: the implementation
+    /// must not lose a connection then.
     ///
     /// # Errors
     ///

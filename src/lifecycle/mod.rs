@@ -49,7 +49,7 @@
 //! | starting | 503 | served | accepted |
 //! | ready | 200, if all other checks pass | served | accepted |
 //! | draining | 503 | served; responses over HTTP/1 carry `Connection: close` | accepted; open connections of HTTP/2 receive GOAWAY |
-//! | stopping, [grace](Lifecycle::grace) | 503 | served as before; streams are told to end | not accepted after 50 ms, which are for the backlog; the other connections of HTTP/2 receive GOAWAY |
+//! | stopping, [grace](Lifecycle::grace) | 503 | served as before; streams are told to end | accepted from the backlog for 50 ms, then not accepted; the other connections of HTTP/2 receive GOAWAY |
 //! | stopping, after the grace | 503 | calls in flight are served to their end, new ones are rejected: 503, gRPC `UNAVAILABLE` | closed when idle |
 //! | stopped | – | cut, and counted | cut, and counted |
 //!
@@ -61,30 +61,30 @@
 //!
 //! # No call is lost
 //!
-//! A client cannot know that a connection ends while its next call is on its way. So the server first announces the end,
-//! then serves the calls that arrive, and closes the connection last. With `serve`:
+//! A client may send a call before it receives the announcement that its connection ends. Therefore the server first
+//! announces the end, then serves the calls that arrive, and closes the connection last. With `serve`:
 //!
-//! - **HTTP/1**: a response says `Connection: close`, and the connection is closed after it. A connection that carries
-//!   no call from the beginning of the drain to the end of the grace is closed without an announcement, and a call that
-//!   is sent in this moment is lost: the delay and the grace should be longer than the pauses between calls.
+//! - **HTTP/1**: a response carries `Connection: close`, and the connection is closed after it. A connection that
+//!   carries no call from the beginning of the drain to the end of the grace is closed without an announcement, and a
+//!   call that is sent in this moment is lost: the delay and the grace should be longer than the pauses between calls.
 //! - **HTTP/2** (RFC 9113 §6.8): GOAWAY with the last stream id 2³¹−1 announces the end. The streams that arrive before
 //!   the client has acknowledged a PING are served. Then a second GOAWAY states the last stream that was served. A
-//!   client can send later streams again on another connection: they have certainly not been served. GOAWAY is sent when
-//!   the drain begins, and at *stopping* to clients that connected during the delay: a client that is told to go away
-//!   and connects again at once would otherwise do so throughout the delay.
+//!   client can send later streams again on another connection: they have certainly not been served. GOAWAY is sent
+//!   when the drain begins, and at *stopping* to clients that connected during the delay: a client that connects
+//!   again at once after a GOAWAY would otherwise do so throughout the delay.
 //! - **Upgrades**: a WebSocket handshake in progress completes. Its response does not carry `Connection: close`.
 //! - **Idle connections**: after the grace, a connection is closed if it has no call and nothing has been written to it
 //!   for the grace: an idle connection, an incomplete request head or preface, a client of HTTP/2 that does not
 //!   acknowledge PING. A response that the client reads slowly is not cut off before the end of *stopping*.
 //!
 //! Under tonic's own server and `axum::serve` these servers manage the connections. They send GOAWAY and close
-//! idle connections of HTTP/1 when [`stopping`](Lifecycle::stopping) resolves. The layer continues to serve calls for the
-//! grace, so that calls that were on their way are not rejected. Clients are told nothing during the delay except by
-//! `Connection: close`, and `axum::serve` adds `close` to the response of an upgrade that completes at *stopping*.
+//! idle connections of HTTP/1 when [`stopping`](Lifecycle::stopping) resolves. The layer continues to serve calls for
+//! the grace, so that calls that were on their way are not rejected. During the delay `Connection: close` is
+//! the only announcement, and `axum::serve` adds `close` to the response of an upgrade that completes at *stopping*.
 //!
 //! # In the stack
 //!
-//! The [layer](LifecycleLayer) goes outermost, inside the health endpoints, so that these respond to the end.
+//! The [layer](LifecycleLayer) belongs outermost, inside the health endpoints, so that these respond to the end.
 //! `serve` adds it around the whole service: after the grace it also rejects calls of the health endpoints.
 //!
 //! # Streams
@@ -134,10 +134,11 @@
 //!
 //! # Stages of a connection
 //!
-//! `serve` limits the time of every stage of a connection, so that a client that is silent, slow or gone holds neither a
-//! connection nor a permit. [`Server`] has the table of the limits and their setters. The listener is any [`Listener`]: a
-//! `TcpListener`, a `UnixListener`, the capped [`LimitedListener`](crate::limit::connections::LimitedListener), or one of
-//! your own. With the feature `rustls` the server serves TLS.
+//! `serve` limits the time of every stage of a connection, so that a client that is silent, slow or gone holds neither
+//! a connection nor a permit. [`Server`] has the table of the limits and their setters. The listener is any
+//! [`Listener`]: a `TcpListener`, a `UnixListener`, the capped
+//! [`LimitedListener`](crate::limit::connections::LimitedListener), or one of your own. With the feature `rustls` the
+//! server serves TLS.
 //!
 //! ```no_run
 //! # #[cfg(all(feature = "serve", feature = "connections"))]
@@ -161,8 +162,8 @@
 //! | [`longest`](Lifecycle::longest) | 20 s, the grace included: with the delay 5 s less than Kubernetes waits |
 //! | limits of a connection | see [`Server`] |
 //!
-//! `axum::serve(..).with_graceful_shutdown(..)` and tonic's `serve_with_shutdown` wait for calls without a time limit, do
-//! not tell streams to end, and stop accepting connections at once. hyper-util's `GracefulShutdown` closes idle
+//! `axum::serve(..).with_graceful_shutdown(..)` and tonic's `serve_with_shutdown` wait for calls without a time limit,
+//! do not tell streams to end, and stop accepting connections at once. hyper-util's `GracefulShutdown` closes idle
 //! connections of HTTP/1 and breaks upgrades in progress, and leaves times and signals to its user. tonic's server
 //! keeps its listener open while it shuts down, so clients that connect hang until it has ended; `serve` with tonic's
 //! prepared `Routes` as the service closes the listener.

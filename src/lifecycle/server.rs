@@ -28,9 +28,9 @@ use crate::{BoxError, ConfigError};
 /// | [`configure`](Self::configure) | – | hyper's other settings |
 ///
 /// A call has no time limit of its own: see [`TimeoutLayer`](crate::TimeoutLayer) and
-/// [`DeadlineLayer`](crate::DeadlineLayer). The limits do not end streams whose handler is silent, as server-sent events
-/// are, and upgraded connections whose client reads. Reads of an upgraded connection (a WebSocket) are its handler's to
-/// limit.
+/// [`DeadlineLayer`](crate::DeadlineLayer). The limits do not end streams whose handler is silent, as server-sent
+/// events are, and upgraded connections whose client reads. The handler of an upgraded connection (a WebSocket) has to
+/// limit its reads.
 ///
 /// ```no_run
 /// # async fn start(app: axum::Router) -> Result<(), Box<dyn std::error::Error>> {
@@ -67,10 +67,10 @@ pub struct Server {
 type Builder = auto::Builder<StreamExecutor>;
 type Configure = Box<dyn FnOnce(&mut Builder) + Send>;
 
-/// Longer times than load balancers keep idle connections (Google's: 10 minutes) let the load balancer close them, which
-/// knows whether a request is on its way.
+/// Longer than load balancers keep idle connections (Google's: 10 minutes). So the load balancer closes them, and no
+/// request of it can be on its way then.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(11 * 60);
-/// Durations above it are cut to it, so that hyper's arithmetic cannot overflow.
+/// Longer durations are reduced to it, so that hyper's arithmetic cannot overflow.
 const MAX_DURATION: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
 
 impl Lifecycle {
@@ -100,14 +100,15 @@ impl Server {
     /// Sets the time limit of a request head: 30 s by default.
     ///
     /// For the first head it starts at the accept, and includes the TLS handshake, the first byte and the preface of
-    /// HTTP/2 with its SETTINGS. For a later head it starts at the first byte, and over HTTP/2 ends with the header block.
+    /// HTTP/2 with its SETTINGS. For a later head it starts at the first byte, and over HTTP/2 ends with the header
+    /// block.
     pub fn head_timeout(mut self, timeout: Duration) -> Self {
         self.limits.head = self.above_zero("head_timeout", timeout);
         self
     }
 
-    /// Sets how long a connection without calls is kept: 11 minutes by default. HTTP/2 connections then receive a GOAWAY.
-    /// PING and SETTINGS frames do not count as use.
+    /// Sets how long a connection without calls is kept: 11 minutes by default. HTTP/2 connections then receive a
+    /// GOAWAY. PING and SETTINGS frames do not count as use.
     pub fn idle_timeout(mut self, timeout: Duration) -> Self {
         self.limits.idle = self.above_zero("idle_timeout", timeout);
         self
@@ -119,7 +120,8 @@ impl Server {
     /// stream: a stream whose client does not open its flow-control window is reset, and the connection continues. A
     /// response of which the kernel or h2 holds the last byte has left the server: its permit is released already.
     ///
-    /// Any progress restarts the time. A stream gets one more write timeout for each 256 KiB of a large frame of its body.
+    /// Any progress restarts the time. A stream gets one more write timeout for each 256 KiB of a large frame of its
+    /// body.
     pub fn write_timeout(mut self, timeout: Duration) -> Self {
         self.limits.write = Some(self.above_zero("write_timeout", timeout));
         self.socket.observes_writes = true;

@@ -11,9 +11,9 @@ pub(super) struct SocketOptions {
     pub(super) user_timeout: Option<Duration>,
 }
 
-/// Number of bytes that the kernel holds beyond those on their way (`TCP_NOTSENT_LOWAT`). A blocked write continues when
-/// it holds fewer. Without this limit, a send buffer of several MiB has to drain by a third first, and a slow but steady
-/// reader looks like one that has stopped.
+/// Number of bytes that the kernel holds beyond those on their way (`TCP_NOTSENT_LOWAT`). A blocked write continues
+/// when it holds fewer. Without this limit, a send buffer of several MiB has to drain by a third first, and a slow but
+/// steady reader looks like one that has stopped.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 const MAX_UNSENT: u32 = 128 * 1024;
 

@@ -8,10 +8,10 @@
 //! hyper has one clock for an idle HTTP/1 connection and for an incomplete head, and none for an incomplete HTTP/2
 //! preface or header block, and for a client that does not read. Three parts replace it:
 //!
-//! - [`StagedIo`] is the IO object under hyper. It sees every read and write. It ends a blocked write itself.
+//! - [`StagedIo`] is the IO object under hyper. It observes every read and write, and ends a blocked write itself.
 //! - [`CallGuard`] exists once for each call.
-//! - [`StageClock`] is asked by the connection's task each time that hyper waits. What the other two have recorded in the
-//!   [`ConnectionState`] determines the stage, and the stage determines the limit.
+//! - The connection's task checks [`StageClock`] each time that hyper waits. The records of the other two in the
+//!   [`ConnectionState`] determine the stage, and the stage determines the limit.
 //!
 //! A request that meets the limits costs one read of the clock (when the connection becomes idle) and no timer
 //! operation: see [`LazyTimer`]. hyper's own header timer, which is off, costs a boxed timer per request.
@@ -56,7 +56,7 @@ pub(super) struct StageLimits {
     pub(super) write: Option<Duration>,
 }
 
-// ===== What the parts of a connection share =====
+// ===== The shared state of a connection =====
 
 /// Shared by the IO object, the service, the calls and the clock of one connection.
 #[derive(Debug)]
@@ -123,8 +123,8 @@ impl ConnectionState {
         self.writes.load(Relaxed)
     }
 
-    /// Whether closing the connection cuts off neither a call nor the rest of a response, provided that nothing has been
-    /// written for some time.
+    /// Whether closing the connection cuts off neither a call nor the rest of a response, provided that nothing has
+    /// been written for some time.
     pub(super) fn may_close(&self) -> bool {
         !self.has_calls()
             && !self.is_write_pending.load(Relaxed)
@@ -191,7 +191,7 @@ impl Drop for CallGuard {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
-    /// The client owes the rest of a head.
+    /// The rest of a head is missing.
     Head(Instant),
     /// A call is in flight, or the stage is to be determined anew.
     Call,
@@ -207,7 +207,7 @@ enum Awaits {
     Request,
 }
 
-/// What the task of a connection is to do.
+/// The next action of a connection's task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     /// Wait. The task is woken when the time of the stage is over.
@@ -326,10 +326,10 @@ impl StageClock {
 
 // ===== The IO object =====
 
-/// What the client has sent so far.
+/// The protocol, as far as the bytes from the client determine it.
 #[derive(Debug)]
 enum Protocol {
-    /// So many bytes equal the HTTP/2 preface.
+    /// The number of bytes so far, which are equal to the beginning of the HTTP/2 preface.
     Preface(usize),
     Http1,
     Http2(Frames),
@@ -349,7 +349,7 @@ pub(super) struct StagedIo<Io> {
     state: Arc<ConnectionState>,
     protocol: Protocol,
     write_timeout: Option<Duration>,
-    /// Since when the client reads nothing.
+    /// The write that makes no progress, and the instant since which the client has read nothing.
     blocked: Option<(Instant, WriteOp)>,
     timer: LazyTimer,
     /// Makes the end of the connection a reset, so that the kernel discards what the client does not read.

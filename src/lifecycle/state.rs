@@ -67,7 +67,7 @@ pub(super) enum Step {
     Starting,
     Ready,
     Draining,
-    /// *Stopping*, and calls are still admitted: they were on their way when the server told its clients to go away.
+    /// *Stopping*, and calls are still admitted: they were on their way when the server announced the end.
     Stopping,
     /// *Stopping*, after the grace: calls are rejected.
     Rejecting,
@@ -193,7 +193,7 @@ impl State {
 
     // ===== Going on =====
 
-    /// Goes forward to a step. Without effect if the step has been reached.
+    /// Advances to a step. Without effect if the step has been reached.
     pub(super) fn go_to(&self, next: Step) {
         let mut is_new_phase = false;
         let went = self.step.send_if_modified(|now| {
@@ -202,13 +202,13 @@ impl State {
             }
             is_new_phase = next.phase() != now.phase();
             *now = next;
-            // First, so that nothing in flight after the step has changed means that nothing will be.
+            // Closed before the step changes: if no call is in flight after the change, none will be.
             if next >= Step::Rejecting {
                 self.door.close();
             }
             self.now.store(next as u8, SeqCst);
             // Under the lock of the channel, so that two threads that change the step report in the same order. The
-            // watchers of the registry are told below, because wakers are user code.
+            // watchers of the registry are notified below, because wakers are user code.
             match next.phase() {
                 Phase::Starting => {}
                 Phase::Ready => self.reporter.set(Ok(())),

@@ -2,14 +2,14 @@
 //!
 //! Over HTTP/1 the IO object observes a client that does not read. Over HTTP/2 the other streams of a connection
 //! continue, and only the flow-control window of the stream is closed. hyper runs each stream as a task, polls the
-//! response body in it, and does not poll the body again before the stream has capacity. So the state of the body at the
-//! end of a poll of the task tells both cases apart:
+//! response body in it, and does not poll the body again before the stream has capacity. The state of the body at the
+//! end of a poll of the task therefore distinguishes both cases:
 //!
 //! | the body's last poll in it | the stream waits for | limit |
 //! |---|---|---|
 //! | a frame | its client | the write timeout |
 //! | `Pending` | the handler (server-sent events) | none |
-//! | none | what it waited for before | as before |
+//! | none | the same as after the previous poll | as before |
 //!
 //! A thread-local cell passes the state from [`StagedBody`] to [`StreamTask`], because the body is deep inside of a
 //! future of hyper. Both run in the same poll.
@@ -32,8 +32,8 @@ use tokio::time::Instant;
 use super::stages::{CallGuard, ConnectionState};
 use crate::{event, listener::LazyTimer};
 
-/// h2 sends a whole frame of the body before hyper polls the body again. A large frame extends the time: so many bytes
-/// have one write timeout, so that a slow but steady client is not ended.
+/// h2 sends a whole frame of the body before hyper polls the body again. A large frame extends the time: each
+/// block of this many bytes has one write timeout, so that a slow but steady client is not ended.
 const BYTES_PER_TIMEOUT: u64 = 256 * 1024;
 
 /// The last poll of a response body in the current poll of its stream.
@@ -41,7 +41,7 @@ const BYTES_PER_TIMEOUT: u64 = 256 * 1024;
 enum BodyPoll {
     None,
     Pending,
-    /// So many bytes can be unsent.
+    /// A frame, with the number of bytes that can be unsent.
     Frame(u64),
 }
 

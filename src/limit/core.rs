@@ -202,12 +202,12 @@ impl Limiter {
         }
     }
 
-    /// Whether it is this place's turn. If not, the waker of `cx` is woken when it is.
+    /// Returns whether this queue entry is next. If not, the waker of `cx` is woken when it is.
     ///
-    /// `is_new`: no waker has been registered for the place yet.
+    /// `is_new`: no waker has been registered for the entry yet.
     pub(super) fn look(&self, place: Place, is_new: bool, cx: &Context<'_>) -> Turn {
-        // A waker is user code. It is cloned and dropped without the lock: the last waker of a task drops the task, which
-        // may hold permits of this limit.
+        // A waker is user code. It is cloned and dropped without the lock: the last waker of a task drops the task,
+        // which may hold permits of this limit.
         let mut waker = is_new.then(|| cx.waker().clone());
         loop {
             let mut queue = self.lock();

@@ -152,7 +152,7 @@ impl ConcurrencyLimitHandle {
     ///
     /// # Errors
     ///
-    /// Bounds that are none, or a limit or an algorithm that has none; or the algorithm panicked, and the limit keeps
+    /// Invalid bounds; a fixed limit, or an algorithm without bounds; or the algorithm panicked, and the limit keeps
     /// its value.
     pub fn set_bounds(&self, bounds: RangeInclusive<usize>) -> Result<(), ConfigError> {
         let within = checked_bounds(bounds.clone())?;

@@ -130,13 +130,12 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
     /// The time runs while the transport does not poll a response body that has more to give: its buffers are full. It
     /// may be exceeded by a quarter. A body without a frame for its reader waits for its producer, so that an idle
     /// stream that the client reads stays open. A frame of more than 1 MiB has the time once more for each MiB. For a
-    /// client that reads slowly, the time must be longer than it takes to read what the transport buffers: up to a few
-    /// megabytes for HTTP/1, and a stream's window for HTTP/2.
+    /// client that reads slowly, the time must be longer than it takes to read the buffers of the transport: up to a
+    /// few megabytes for HTTP/1, and a stream's window for HTTP/2.
     ///
     /// The call then counts in [`unread`](super::ConcurrencyLimitSnapshot::unread). The connection remains open, and
-    /// with it the response: only the server can close it, as `Lifecycle::serve` does. If the client reads on, a
-    /// [`TimeoutLayer`](crate::TimeoutLayer) further in fails the body; without one the response goes on without a
-    /// permit.
+    /// with it the response: only the server can close it, as `Lifecycle::serve` does. If the client reads on, an
+    /// inner [`TimeoutLayer`](crate::TimeoutLayer) fails the body; without one the response continues without a permit.
     ///
     /// The setting holds for responses that begin from now on, up to about a million at once. It has no effect with
     /// [`release_at_head`](Self::release_at_head), [`upgrades`](Self::upgrades) and services whose responses have no

@@ -61,12 +61,12 @@
 //! # Health checks
 //!
 //! A server whose limit is reached still answers health checks. As soon as a [health registry](crate::Health) of the
-//! process serves `grpc.health.v1`, every limit exempts `Check`, and at most 64 `Watch` streams at once; further streams
-//! take permits. An HTTP endpoint such as `/livez` belongs outside of the limit, or in
+//! process serves `grpc.health.v1`, every limit exempts `Check`, and at most 64 `Watch` streams at once; further
+//! streams take permits. An HTTP endpoint such as `/livez` belongs outside of the limit, or in
 //! [`exempt_paths`](ConcurrencyLimitLayer::exempt_paths).
 //!
-//! A client cannot use this to evade the limit: what answers at these two paths is the registry, which does no work of
-//! the application. A server in the same process that serves something else there, such as a proxy for all paths, has
+//! A client cannot use this to evade the limit: the registry responds at these two paths, and does no work of the
+//! application. A server in the same process that serves something else there, such as a proxy for all paths, has
 //! to turn [`exempt_grpc_health`](ConcurrencyLimitLayer::exempt_grpc_health) off.
 //!
 //! # Before it is trusted
@@ -88,9 +88,9 @@
 //! not read keeps its place: a caller that holds as many of them as the limit allows waits for itself.
 //!
 //! On a server, [`max_unread`](ConcurrencyLimitLayer::max_unread) releases the permit of a response whose client has
-//! stopped reading; [`buttress::server`](https://docs.rs/buttress/latest/buttress/stack/fn.server.html) sets it to 60 s,
-//! as nginx's `send_timeout`. The permit is free then, the connection is not: under `axum::serve` the response, its
-//! buffers and its connection remain until the client goes away, so limit the number of connections, too. If the client
+//! stopped reading; [`buttress::server`](https://docs.rs/buttress/latest/buttress/stack/fn.server.html) sets it to 60
+//! s, as nginx's `send_timeout`. The connection is not closed: under `axum::serve` the response, its buffers and its
+//! connection remain until the client closes it, so limit the number of connections, too. If the client
 //! reads on, a [`TimeoutLayer`](crate::TimeoutLayer) further in fails the body. An idle stream that the client reads is
 //! not affected: its body waits for its producer.
 //!
@@ -137,7 +137,7 @@
 //! one instead of being given back.
 //!
 //! With [`max_unread`](ConcurrencyLimitLayer::max_unread), a response whose body has not ended with its head costs two
-//! more atomic operations on a word of its own and two stores per poll, and one task per limit looks after all of them.
+//! more atomic operations on a word of its own and two stores per poll, and one task per limit watches all of them.
 //! The task ends when there are no such responses.
 //!
 //! # Defaults

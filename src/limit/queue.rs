@@ -50,11 +50,11 @@ pub(super) enum Turn {
     Lost,
 }
 
-/// Whether a waker is registered for a place in the queue.
+/// Whether a waker is registered for a queue entry.
 pub(super) enum Registered {
     /// It is, or none is needed. The caller drops this waker without the lock.
     Done(Option<Waker>),
-    /// The caller clones its waker without the lock and looks again.
+    /// The caller clones its waker without the lock and tries again.
     NeedsWaker,
 }
 
@@ -96,7 +96,8 @@ impl Queue {
         self.order = order;
     }
 
-    /// Sets the shares of the partitions. There are never fewer lines than before, so that no waiter loses its place.
+    /// Sets the shares of the partitions. There are never fewer queues than before, so that no waiting caller loses its
+    /// entry.
     pub(super) fn set_shares(&mut self, ratios: &[f64]) {
         self.shares.set(ratios);
         let lines = self.shares.lines().max(self.lines.len());
@@ -137,8 +138,8 @@ impl Queue {
         &mut self.lines[usize::from(line)]
     }
 
-    /// What has become of this place. If it waits and another waker than `current` is registered for it, registers
-    /// `clone`, a clone of `current`, if there is one.
+    /// Returns the state of this queue entry. If it waits and another waker than `current` is registered for it,
+    /// registers `clone`, a clone of `current`, if there is one.
     pub(super) fn look(
         &mut self,
         (line, number): Place,

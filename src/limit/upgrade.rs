@@ -180,7 +180,7 @@ impl Finish for Slot {
     }
 }
 
-/// The permit of a slot, out of its lock. It goes back on drop, also during a panic.
+/// The permit of a slot, out of its lock. Drop puts it back into the slot, also during a panic.
 struct LentPermit<'a> {
     slot: &'a Slot,
     permit: Permit,

@@ -1,5 +1,5 @@
-//! What the capped listener and `Lifecycle::serve` share: how failed accepts are handled, where a request head ends on
-//! the wire, and the slot that a connection occupies in a capped listener.
+//! Parts that the capped listener and `Lifecycle::serve` share: the handling of failed accepts, the scanners for the
+//! end of a request head, and the slot that a connection occupies in a capped listener.
 
 mod accept;
 mod scan;

@@ -1,7 +1,7 @@
-//! Where the bytes that a client has sent so far end: between messages or in the middle of a head.
+//! Scanners that determine whether the bytes from a client so far end between messages or in the middle of a head.
 //!
-//! hyper does not report how much of a head it has read. These scanners see the bytes on their way to hyper. They
-//! check nothing: an invalid byte is hyper's to reject.
+//! hyper does not report how much of a head it has read. These scanners read the bytes before hyper does. They
+//! do not validate: hyper rejects invalid bytes.
 
 /// The connection preface of HTTP/2 (RFC 9113 §3.4).
 pub(crate) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -36,7 +36,7 @@ pub(crate) struct Frames {
     is_first: bool,
 }
 
-/// What a read of HTTP/2 frames contained.
+/// The contents of a read of HTTP/2 frames.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Scanned {
     /// A frame other than PING and SETTINGS, which a client also sends on a connection that it does not use.
@@ -103,7 +103,7 @@ impl Frames {
         !self.in_block
     }
 
-    /// Whether the client owes the rest of a frame or of a header block.
+    /// Whether the rest of a frame or of a header block is missing.
     #[inline]
     pub(crate) fn is_mid_head(&self) -> bool {
         self.in_frame || self.in_block || self.is_first || self.head_len > 0
@@ -116,7 +116,7 @@ impl Frames {
 /// first frame. TLS hides the head, so that its first byte counts as the end.
 #[derive(Debug)]
 pub(crate) enum FirstHead {
-    /// So many bytes equal the HTTP/2 preface.
+    /// The number of bytes so far, which are equal to the beginning of the HTTP/2 preface.
     Preface(usize),
     Http1(Line),
     Http2(Frames),
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn ping_and_settings_are_no_use_of_a_connection() {
+    fn ping_and_settings_do_not_count_as_use_of_a_connection() {
         let mut frames = after_settings();
         let ping_ack = frames.scan(&frame(PING, ACK, 8));
         assert!(!ping_ack.is_in_use && ping_ack.has_ping_ack);

@@ -15,8 +15,8 @@ use crate::call::{Clock, Nanos, nanos};
 /// The slot that a connection occupies in a [`LimitedListener`](crate::limit::connections::LimitedListener). It states
 /// since when the connection is idle, so that a full listener can close the longest idle connection.
 ///
-/// [`Lifecycle::serve`](crate::Lifecycle::serve) maintains it. A [`Listener`](crate::lifecycle::Listener) of your own that
-/// wraps the capped one only has to pass it on.
+/// [`Lifecycle::serve`](crate::Lifecycle::serve) maintains it. A [`Listener`](crate::lifecycle::Listener) of your own
+/// that wraps the capped one only has to pass it on.
 #[derive(Clone)]
 pub struct Slot(Arc<State>);
 
@@ -80,7 +80,7 @@ impl fmt::Debug for Slot {
 
 /// Minimum idle time of a connection that is closed for another. It leaves a new client time for its first request.
 const MIN_IDLE: Duration = Duration::from_secs(1);
-/// Number of slots that one reclaim examines. Above it a sample decides, so that the work per accept stays bounded.
+/// Number of slots that one reclaim examines. A longer list is sampled, so that the work per accept stays bounded.
 const MAX_EXAMINED: usize = 64;
 /// Dropped slots are removed from the list when it has grown by this factor since the last removal.
 const GROWTH: usize = 2;
@@ -115,7 +115,8 @@ impl Slots {
         slot
     }
 
-    /// Asks the longest idle connection of a sample to close. Returns false if none has been idle for one second.
+    /// Reclaims the slot of the longest idle connection of a sample. Returns false if none has been idle for one
+    /// second.
     pub(crate) fn reclaim(&mut self) -> bool {
         let now = self.clock.now();
         let count = self.slots.len();

@@ -93,8 +93,8 @@ enum Rest<B> {
     /// reader can find this only if it replaces a reader that is inside of `poll_frame` on another thread. Its waker
     /// is woken when the body is back.
     Polled(Option<Waker>),
-    /// The body failed in the hands of a reader that was cut off, which had no use for the error. A later reader has no
-    /// error to return and must not make the part that was read look whole, so it stays pending.
+    /// The body failed while a reader polled it that was cut off, so the error was dropped. A later reader has no error
+    /// to return, and must not end as if the body were complete, so it stays pending.
     Failed,
     Ended,
 }
@@ -234,7 +234,7 @@ impl<B: Body> Reader<B> {
         let body = match mem::replace(&mut reel.rest, Rest::Polled(None)) {
             Rest::Unread(body) => body,
             Rest::Ended => {
-                // Everything has been sent before. The trailers are left.
+                // All data has been sent. Only the trailers remain.
                 reel.rest = Rest::Ended;
                 self.done = reel.end();
                 return Poll::Ready(
@@ -285,7 +285,7 @@ impl<B: Body> Reader<B> {
                 });
                 drop(forgotten);
                 self.next = next;
-                // Read here instead of by one more poll, so that nothing is left that needs the lock.
+                // Read here instead of by one more poll, which would need the lock.
                 self.done = is_last;
                 (is_cut_off, Frame::data(data))
             }
@@ -358,7 +358,7 @@ impl<B: Body> Reader<B> {
     }
 }
 
-/// A body that a reader polls without the lock. Dropped, also by a panic of the body, it puts the body back.
+/// A body that a reader polls without the lock. Its drop puts the body back, also during a panic of the body.
 struct PolledBody<'a, B> {
     reel: &'a Mutex<Reel<B>>,
     /// The turn of the reader.
@@ -439,7 +439,7 @@ impl<B> Reel<B> {
         if !data.is_empty() {
             self.sent.push(data.clone());
             if is_cut_off {
-                // The next reader has begun, so that nobody else makes the data readable.
+                // The next reader has begun, so that no other reader makes the data readable.
                 self.sent.rewind();
             }
         }
@@ -571,8 +571,8 @@ mod tests {
         polled.map(|frame| frame.map(|frame| frame.expect("infallible").into_data().expect("data")))
     }
 
-    /// The transport polls the body of an attempt on its own thread. A retry that begins meanwhile must not wait for the
-    /// user's `poll_frame`, and must not miss the frame.
+    /// The transport polls the body of an attempt on its own thread. A retry that begins meanwhile must not wait for
+    /// the user's `poll_frame`, and must not miss the frame.
     #[test]
     fn retry_that_begins_while_the_body_is_polled_neither_blocks_nor_misses_a_frame() {
         for cap in [0, 3, 1000] {

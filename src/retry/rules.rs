@@ -118,7 +118,7 @@ pub enum Answer<'a> {
     Error(&'a (dyn Error + 'static)),
 }
 
-/// Without headers.
+/// Omits the headers.
 impl fmt::Debug for Answer<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -191,7 +191,7 @@ impl<'a> Seen<'a> {
     }
 }
 
-/// Without headers, and without the userinfo and query of the URI.
+/// Omits the headers, and the userinfo and query of the URI.
 impl fmt::Debug for Seen<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (method, uri) =

@@ -174,8 +174,8 @@ impl ClientHandle {
     /// Puts another configuration in force, for the calls that begin from now on, as far as the stack need not be
     /// built anew for it. Gives back the keys that it would have to be built anew for: those stay as they are.
     ///
-    /// No lock is held while the layers change, so wakers and event subscribers may use this handle. If another thread is
-    /// in an update, that thread applies this one after its own, possibly after this method has returned.
+    /// No lock is held while the layers change, so wakers and event subscribers may use this handle. If another thread
+    /// is in an update, that thread applies this one after its own, possibly after this method has returned.
     ///
     /// # Errors
     ///
@@ -184,7 +184,7 @@ impl ClientHandle {
         config.check()?;
         let next = |now: &ClientConfig| {
             let mut next = config.clone();
-            // The rules of a circuit can take other numbers, but not become others.
+            // The thresholds of a circuit's rules can change, but the rules themselves cannot.
             let fits = config.breaker.is_like(&now.breaker);
             let stays = |key: &str| {
                 let of_rules = ["breaker_failures", "breaker_failure_ratio", "breaker_min_calls"];

@@ -151,7 +151,8 @@ struct InForce<C> {
     config: C,
     /// The number of updates.
     version: u64,
-    /// A thread applies a configuration to the layers. It applies later ones, too.
+    /// Whether a thread applies a configuration to the layers. That thread also applies configurations that arrive
+    /// then.
     is_applying: bool,
 }
 
@@ -183,9 +184,10 @@ impl<C> Now<C> {
 
     /// Puts the configuration that `next` makes in force, and returns what `next` returns beside it.
     ///
-    /// `apply` changes the layers, which wakes callers and emits events, so no lock is held meanwhile. If another thread
-    /// is applying a configuration, or this update comes from a waker or a subscriber within `apply`, the thread that
-    /// applies that configuration applies this one afterwards. If `apply` fails, the earlier configuration stays in force.
+    /// `apply` changes the layers, which wakes callers and emits events, so no lock is held meanwhile. If another
+    /// thread is applying a configuration, or this update comes from a waker or a subscriber within `apply`, the thread
+    /// that applies that configuration applies this one afterwards. If `apply` fails, the earlier configuration stays
+    /// in force.
     pub(super) fn update<T>(
         &self,
         next: impl FnOnce(&C) -> (C, T),

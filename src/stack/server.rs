@@ -37,10 +37,10 @@ use crate::{
 ///
 /// No client holds a permit forever. A request body below `timeout_min_body_rate` (240 bytes per second after
 /// `timeout_body_grace`, 5 s) is ended. A response that its client does not read for `limit_max_unread` (60 s, or a
-/// quarter more) releases its permit, and fails if the client reads on; under `axum::serve` its connection remains. Both
-/// are off if the configuration is loaded with `streaming = true`, unless they are set. Event streams and WebSockets that
-/// the client reads stay open in any case. The stack watches only bodies of axum (feature `axum`) and of tonic (feature
-/// `tonic-health`) for the minimum rate.
+/// quarter more) releases its permit, and fails if the client reads on; under `axum::serve` its connection remains.
+/// Both are off if the configuration is loaded with `streaming = true`, unless they are set. Event streams and
+/// WebSockets that the client reads stay open in any case. The stack watches only bodies of axum (feature `axum`) and
+/// of tonic (feature `tonic-health`) for the minimum rate.
 ///
 /// Health endpoints (`Health::endpoints`) belong outside of it. gRPC health calls need no permit where a
 /// [health registry](crate::Health) of the process serves them. One stack belongs to one layer and all its clones.
@@ -132,8 +132,8 @@ impl ServerHandle {
     /// Puts another configuration in force, for the calls that begin from now on, as far as the stack need not be
     /// built anew for it. Gives back the keys that it would have to be built anew for: those stay as they are.
     ///
-    /// No lock is held while the layers change, so wakers and event subscribers may use this handle. If another thread is
-    /// in an update, that thread applies this one after its own, possibly after this method has returned.
+    /// No lock is held while the layers change, so wakers and event subscribers may use this handle. If another thread
+    /// is in an update, that thread applies this one after its own, possibly after this method has returned.
     ///
     /// # Errors
     ///

@@ -53,8 +53,8 @@ impl BodyRate {
     }
 
     /// Returns the rate that the body of this request has to keep. gRPC requests over HTTP/2 are exempt, because a
-    /// client stream may be silent for as long as the application wants; so are tunnels. An upgraded connection of
-    /// HTTP/1 is not a request body.
+    /// client stream may be silent for any time; so are tunnels. An upgraded connection of HTTP/1 is not a request
+    /// body.
     pub(super) fn of<B>(self, request: &Request<B>) -> Self {
         let is_exempt = || {
             let is_grpc = request.version() >= Version::HTTP_2
@@ -107,8 +107,8 @@ const MAX_ALLOWANCE: Duration = Duration::from_secs(60);
 
 impl Allowance {
     /// Returns the allowance of one body. `None` if its rate is not limited. `silence` is the maximum silence of the
-    /// body, and therefore of use as the maximum of the allowance: a body that was fast so far may be silent for that
-    /// long, but cannot save up for hours of a trickle.
+    /// body, and also the maximum of the allowance: a body that was fast so far may be silent for that long, but its
+    /// allowance does not grow beyond it.
     pub(super) fn new(rate: BodyRate, silence: Limit) -> Option<Self> {
         let (min, grace) = (rate.min()?, rate.grace());
         let max = silence.time().unwrap_or(MAX_ALLOWANCE).max(grace);
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn bytes_earn_time_up_to_the_maximum_and_waiting_uses_it() {
+    async fn bytes_increase_the_allowance_up_to_its_maximum_and_waiting_decreases_it() {
         let allowance = allowance(240, 5000);
         assert_eq!(allowance.left(), Duration::from_secs(5));
         let since = Instant::now();

@@ -94,7 +94,7 @@ impl<M, R> TimeoutLayer<M, R> {
     ///
     /// A body may keep its reader waiting for [`body_grace`](Self::body_grace) in all. Each byte adds the time that it
     /// takes at this rate, up to the time for [`sending`](Self::sending) (60 s without one): a body that was fast so
-    /// far may be silent for that long, but cannot save up for hours of a trickle. The first time is that of Apache's
+    /// far may be silent for that long, but its allowance does not grow beyond it. The defaults are those of Apache's
     /// `mod_reqtimeout` (`body=5,MinRate=240`) and Kestrel's `MinRequestBodyDataRate`.
     ///
     /// Time in which the service does not poll the body does not count. The rate is also enforced after the response

@@ -50,19 +50,20 @@
 //! | [`min_body_rate`](TimeoutLayer::min_body_rate) | the request body being polled, and having no frame | a frame; also after the response head |
 //! | [`Deadline`](crate::Deadline) of the request | it is a time of day | the end of the response body |
 //!
-//! A stall is a producer that is silent while its consumer polls it. A client that reads a response slowly does not poll,
-//! and is not timed, unless there is a total: a concurrency limit with
-//! [`max_unread`](https://docs.rs/buttress/latest/buttress/struct.ConcurrencyLimitLayer.html#method.max_unread) is. Nor is a server ended that takes a request slowly; only one that takes nothing
-//! more of it for as long as [`taking`](TimeoutLayer::taking) says. That one is hung: its kernel still answers TCP's
-//! keepalives, and nothing else would ever end the call.
+//! A stall is a producer that is silent while its consumer polls it. A client that reads a response slowly does not
+//! poll, and is not timed, unless there is a total: a concurrency limit with
+//! [`max_unread`](https://docs.rs/buttress/latest/buttress/struct.ConcurrencyLimitLayer.html#method.max_unread) times
+//! it. A slow reader on the server side is not timed out, but a reader that reads nothing for the time of
+//! [`taking`](TimeoutLayer::taking) is: its kernel still acknowledges TCP's keepalives, and nothing else would ever end
+//! the call.
 //!
 //! # Slow request bodies
 //!
 //! A client that sends one byte every 50 s is never silent for long, and would hold its call and the permits of outer
 //! layers forever. On a server, a request body therefore has a
-//! [minimum rate](TimeoutLayer::min_body_rate): 240 bytes per second, after 5 s. It is paused while the service does
-//! not poll the body, it holds after the response head, and gRPC over HTTP/2 is exempt. Turn it off for a server that
-//! receives live streams.
+//! [minimum rate](TimeoutLayer::min_body_rate): 240 bytes per second, after 5 s. Its clock is paused while the service
+//! does not poll the body. The rate is also enforced after the response head, and gRPC over HTTP/2 is exempt. Turn it
+//! off for a server that receives live streams.
 //!
 //! # When a request has been sent
 //!
@@ -85,8 +86,8 @@
 //!
 //! The layer never responds with 408, because browsers then send the same request again. A circuit breaker outside of it
 //! counts a timeout as a failure. A retry outside of it repeats a [`Timeout`](crate::call::Reason::Timeout) if that is
-//! safe. A request body that stalls or is too slow is attributed to the caller, and so is a [`Deadline`](crate::Deadline) of the
-//! caller: see the [table of causes](crate::call#which-side-caused-it).
+//! safe. A request body that stalls or is too slow is attributed to the caller, and so is a
+//! [`Deadline`](crate::Deadline) of the caller: see the [table of causes](crate::call#which-side-caused-it).
 //!
 //! # Other clients' timeouts
 //!

@@ -55,7 +55,7 @@ pub struct Sending {
     call: Mutex<Waiting>,
     /// The maximum silence, until the response head.
     limit: Limit,
-    /// What the minimum rate allows, also after the response head.
+    /// The allowance of the minimum rate, also after the response head.
     allowance: Option<Allowance>,
     by: LayerKind,
     far: Far<State>,
@@ -73,7 +73,7 @@ struct Waiting {
 }
 
 impl Sending {
-    /// Returns whether a call has to be told about its request body, or the body has to be timed.
+    /// Returns whether the progress of the request body has to be reported to its call, or the body has to be timed.
     fn is_timed(watch: &Watch, rate: BodyRate) -> bool {
         watch.timeouts.depend_on_the_request() || rate.min().is_some()
     }
@@ -246,7 +246,8 @@ pin_project! {
     }
 }
 
-/// What a [`SendingBody`] does by the type of its inner body. The struct and its drop have no bounds to do it.
+/// The operations of a [`SendingBody`] that depend on the type of its inner body. The struct and its drop have no
+/// bounds that permit them.
 struct Hooks<B: Body> {
     box_error: fn(B::Error) -> BoxError,
     drain: fn(Pin<&mut B>) -> bool,

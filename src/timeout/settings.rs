@@ -211,7 +211,7 @@ impl Timeouts {
         self
     }
 
-    /// Returns what a call needs to its end, and what only the watch over its request body needs.
+    /// Returns the settings that a call needs until its end, and those that only the watch over its request body needs.
     #[inline]
     pub(super) fn into_parts(self) -> (Times, BodyRate) {
         (self.times, self.body_rate)

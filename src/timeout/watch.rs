@@ -65,7 +65,7 @@ pub(super) enum Next {
     Until { at: Instant, phase: Phase, is_final: bool },
     /// For ever.
     Forever,
-    /// Its request body was silent or too slow: the phase says which.
+    /// Its request body was silent or too slow; the phase states which.
     Stalled(Phase),
 }
 

@@ -148,7 +148,7 @@ fn what_is_empty_or_no_utf_8_or_said_twice_is_told() {
         let (name, key) = (format!("HTTP_CLIENT_{name}"), name.to_lowercase());
         assert_eq!(
             told(search().env_from([(name.clone(), "")])),
-            format!("`{key}` is empty: use {wants}, or say nothing of it (env {name})")
+            format!("`{key}` is empty: use {wants}, or leave it out (env {name})")
         );
     }
     for (twice, key) in [
@@ -263,7 +263,7 @@ fn presets_work_as_they_are_and_are_told_apart() {
 }
 
 #[test]
-fn streaming_turns_off_what_ends_slow_clients_of_a_server_unless_it_is_set() {
+fn streaming_turns_off_limits_for_slow_clients_of_a_server_unless_they_are_set() {
     let bounds =
         |config: &ServerConfig| (config.timeout.min_body_rate, config.limit.max_unread.is_some());
     let load = |toml: &str| ServerConfig::from_toml(toml).unwrap();

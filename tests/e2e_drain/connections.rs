@@ -143,7 +143,7 @@ async fn call_in_flight_is_served_to_its_end_after_the_grace() {
     stage.open();
     assert!(head.receive("hello").await.contains("connection: close"));
     head.is_closed().await;
-    // The head of this response was sent before the drain, so the client does not know that the connection ends.
+    // The head of this response was sent before the drain, so the client has received no announcement of the end.
     body.receive("0\r\n\r\n").await;
     let ended_at = Instant::now();
     body.is_open_for(WHILE).await;

@@ -1,4 +1,4 @@
-//! HTTP/2 by hand: a client that acknowledges a PING only if a test says so.
+//! HTTP/2 by hand: a client that acknowledges a PING only on request of a test.
 
 use std::{net::SocketAddr, time::Duration};
 

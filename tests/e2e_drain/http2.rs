@@ -12,7 +12,7 @@ use crate::{
 };
 
 #[tokio::test]
-async fn http2_client_is_told_when_draining_begins_and_its_calls_are_served() {
+async fn http2_client_receives_goaway_when_draining_begins_and_its_calls_are_served() {
     let Server { addr, lifecycle, stage, task } = Server::start(AGES).await;
     let mut client = Client::connect(addr).await;
     let stream = client.get("/quick").await.unwrap();
@@ -20,7 +20,7 @@ async fn http2_client_is_told_when_draining_begins_and_its_calls_are_served() {
     lifecycle.drain();
     assert_eq!(client.event().await, Event::GoAway(MAX_STREAM));
     assert_eq!(client.event().await, Event::Ping);
-    // These were on their way.
+    // Streams that were on their way.
     let (quick, work) = (client.get("/quick").await.unwrap(), client.get("/work").await.unwrap());
     client.response(quick).await;
     until(|| stage.inside.now() == 1).await;
@@ -40,7 +40,7 @@ async fn http2_client_is_told_when_draining_begins_and_its_calls_are_served() {
 
 /// Otherwise a client that connects again at once would do so for as long as it is routed here.
 #[tokio::test]
-async fn http2_connection_made_during_the_delay_is_told_at_stopping() {
+async fn http2_connection_made_during_the_delay_receives_goaway_at_stopping() {
     let Server { addr, lifecycle, task, .. } = Server::start(AGES).await;
     lifecycle.drain();
     let (mut used, mut unused) = (Client::connect(addr).await, Client::connect(addr).await);
@@ -92,7 +92,7 @@ async fn http2_client_that_never_answers_ping_is_served_for_the_grace_and_then_r
 }
 
 #[tokio::test]
-async fn http2_client_that_never_stops_to_send_calls_is_cut_at_the_end() {
+async fn http2_client_that_never_stops_sending_calls_is_cut_at_the_end() {
     let longest = 3 * GRACE;
     let Server { addr, lifecycle, task, .. } =
         Server::of(lifecycle(Duration::ZERO).longest(longest)).await;

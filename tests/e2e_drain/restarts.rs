@@ -42,7 +42,7 @@ use crate::{
 
 const RESTARTS: usize = 20;
 const DELAY: Duration = Duration::from_millis(300);
-/// Time from the begin of the drain to the moment at which the balancer stops to use the server.
+/// Time from the begin of the drain to the moment at which the balancer removes the server from rotation.
 const ROUTED_FOR: Duration = Duration::from_millis(100);
 /// Number of clients that call one after another.
 const LANES: usize = 10;
@@ -166,7 +166,7 @@ impl Calls {
     }
 }
 
-/// Posts without any retry: each client uses its connection until a response says `Connection: close`.
+/// Posts without any retry: each client uses its connection until a response carries `Connection: close`.
 async fn http1_clients(addr: SocketAddr, calls: Calls) {
     let mut lanes = JoinSet::new();
     for _ in 0..LANES {
@@ -253,8 +253,8 @@ fn is_above_last_stream(error: &(dyn Error + 'static)) -> bool {
     })
 }
 
-/// Posts with curl over HTTP/1.1, several times over each of its connections. (Over HTTP/2, curl 7.88 fails when it uses a
-/// connection again.)
+/// Posts with curl over HTTP/1.1, several times over each of its connections. (Over HTTP/2, curl 7.88 fails when it
+/// uses a connection again.)
 async fn curl_clients(addr: SocketAddr, calls: Calls) {
     while !calls.is_over() {
         let output = Command::new("curl")

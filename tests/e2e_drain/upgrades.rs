@@ -18,7 +18,7 @@ use crate::{
     server::{AGES, GRACE, Server, lifecycle},
 };
 
-/// Responds when the gate lets it; then sends back what it receives.
+/// Responds when the gate opens; then echoes all messages.
 fn echo(stage: Stage) -> Router {
     let upgrade =
         async move |upgrade: WebSocketUpgrade, Extension(drain): Extension<Drain>| -> Response {

@@ -22,7 +22,7 @@ use tonic_health::pb::{
 
 use crate::net::{Stage, listener, soon, until};
 
-/// A tonic server with the health service of `health`, and a method that answers once the stage opens.
+/// A tonic server with the health service of `health`, and a method that responds once the stage opens.
 async fn serve(
     health: &Health,
     limit: ConcurrencyLimitLayer,
@@ -125,7 +125,7 @@ async fn sixty_fifth_health_watcher_takes_a_permit() {
     assert_eq!((rejected.code(), rejected.message()), (Code::Unavailable, "limit_reached"));
     assert_eq!(check(addr, "liveness").await.unwrap(), ServingStatus::Serving);
 
-    // A stream that ends makes room for another one.
+    // The end of a stream releases its exemption for another one.
     drop(watchers.pop());
     until(|| handle.snapshot().exempt_in_flight == 63).await;
     watchers.push(watch(&mut client).await.unwrap());

@@ -79,7 +79,7 @@ async fn silent_sockets_end_within_the_head_timeout_under_axum_serve() {
 }
 
 #[tokio::test]
-async fn silent_sockets_wait_for_others_without_a_head_timeout_too() {
+async fn silent_sockets_without_a_head_timeout_do_not_lock_out_others() {
     let (listener, addr) = capped();
     let listener = listener.without_head_timeout();
     tokio::spawn(async move { axum::serve(listener, app().0).await });
@@ -208,7 +208,7 @@ impl Listener for Pipes {
 
 /// On a paused clock, so that the limits are exact.
 #[tokio::test(start_paused = true)]
-async fn listener_of_ones_own_is_served_and_its_errors_are_survived() {
+async fn custom_listener_is_served_and_its_errors_do_not_end_the_server() {
     let (pipes, accepted) = mpsc::channel(16);
     let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
     let peers = std::sync::Arc::new(Mutex::new(Vec::new()));

@@ -45,8 +45,8 @@ pub struct Served {
     pub calls: ConcurrencyLimitHandle,
 }
 
-/// Routes: `/` responds at once, `/events` sends one event and then nothing, `/rare` sends an event each 700 ms, `/endless`
-/// sends as fast as the client reads, `/large` sends 4 MiB in chunks of 32 KiB.
+/// Routes: `/` responds at once, `/events` sends one event and then nothing, `/rare` sends an event each 700 ms,
+/// `/endless` sends as fast as the client reads, `/large` sends 4 MiB in chunks of 32 KiB.
 fn app() -> (Router, ConcurrencyLimitHandle) {
     let limit = ConcurrencyLimitLayer::new(1000).respond();
     let calls = limit.handle();

@@ -61,7 +61,7 @@ async fn alpn_picks_http2_or_http1() {
 }
 
 #[tokio::test]
-async fn client_without_a_handshake_ends_in_time_and_blocks_no_one() {
+async fn connection_without_a_handshake_ends_in_time_and_blocks_no_other() {
     let limit = ms(500);
     let tls = Tls::serve(|server| server.head_timeout(limit)).await;
     let mut silent = Vec::new();

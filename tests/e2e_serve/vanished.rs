@@ -50,7 +50,7 @@ impl Namespace {
         self.clients.push(command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
     }
 
-    /// From here on, packets to the clients get no answer.
+    /// Removes the address of the clients: packets to them are no longer acknowledged.
     fn vanish(&self) {
         assert!(ip(&format!("-n {0} addr flush dev {0}b", self.name)));
     }
@@ -67,8 +67,8 @@ impl Drop for Namespace {
     }
 }
 
-/// Serves silent streams over HTTP/1 and HTTP/2 to clients that vanish. Returns the time until all permits are released,
-/// or `None` without namespaces.
+/// Serves silent streams over HTTP/1 and HTTP/2 to clients that vanish. Returns the time until all permits are
+/// released, or `None` without namespaces.
 async fn time_to_release(
     subnet: u8,
     max: Duration,

@@ -27,7 +27,7 @@ const fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
-/// Counts the bytes of its request, or says what went wrong.
+/// Counts the bytes of its request, or returns the error as text.
 async fn upload(body: Body) -> String {
     match body.collect().await {
         Ok(body) => body.to_bytes().len().to_string(),
@@ -77,7 +77,7 @@ async fn trickle(at: SocketAddr, path: &str, headers: &str, gap: Duration) -> St
 #[tokio::test]
 async fn trickled_upload_releases_the_permit_of_a_server_stack() {
     let (at, handle) = serve(FAST).await;
-    // Neither an upgrade nor gRPC over HTTP/1 is a way around it.
+    // An upgrade and gRPC over HTTP/1 do not evade the rate.
     for headers in
         ["", "connection: upgrade\r\nupgrade: x\r\n", "content-type: application/grpc\r\n"]
     {
@@ -126,7 +126,7 @@ async fn steady_upload_and_web_socket_are_not_ended() {
     soon(tcp.read_to_string(&mut response)).await.unwrap();
     assert!(response.ends_with("\r\n2000"), "{response}");
 
-    // Silent for all that time.
+    // Silent all the time.
     soon(socket.send("hello".into())).await.unwrap();
     let echoed = soon(socket.next()).await.unwrap().unwrap();
     assert_eq!(echoed.into_text().unwrap().as_str(), "hello");

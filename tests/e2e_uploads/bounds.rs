@@ -38,7 +38,7 @@ async fn expect_continue(addr: SocketAddr) -> String {
     spawn_blocking(exchange).await.unwrap()
 }
 
-/// RFC 9110 §10.1.1: a final status in place of `100 Continue` tells the client not to send the body.
+/// RFC 9110 §10.1.1: a final status in place of `100 Continue` means that the client need not send the body.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn client_that_expects_100_continue_gets_only_the_rejection() {
     // In the other cases the handler has polled the body.
@@ -164,7 +164,7 @@ async fn stop_during_a_drain_does_not_cut_the_connection() {
                 block_until(|| lifecycle.phase() == Phase::Draining);
             }
             tcp.write_all(head(9 * MIB, "").as_bytes())?;
-            // The response is here.
+            // The response has arrived.
             tcp.peek(&mut [0])?;
             lifecycle.drain();
             for _ in 0..9 {

@@ -54,8 +54,8 @@ async fn uploads(
                 &body,
             ])
             .args(options)
-            // One upload for each number, each over a connection of its own: curl 7.88 fails when it reuses a connection
-            // to a server whose support of HTTP/2 is prior knowledge.
+            // One upload for each number, each over a connection of its own: curl 7.88 fails when it reuses a
+            // connection to a server whose support of HTTP/2 is prior knowledge.
             .arg(format!("http://upload[1-{count}].test:{}/", addr.port()))
             .args(["--resolve", &format!("*:{}:{}", addr.port(), addr.ip())])
             .stdin(Stdio::null())

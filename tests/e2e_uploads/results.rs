@@ -1,4 +1,4 @@
-//! What became of uploads.
+//! The results of uploads.
 
 use std::{fmt::Display, time::Duration};
 

@@ -1,4 +1,4 @@
-//! Responses that their readers leave, on a paused clock: a body is read by polling it.
+//! Responses that their readers abandon, on a paused clock: a body is read by polling it.
 
 use std::{
     pin::Pin,

@@ -77,7 +77,7 @@ fn within_time<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static
     }
 }
 
-/// What user code does with handles.
+/// The operations of user code on handles.
 type Uses = Arc<Mutex<Vec<Arc<dyn Fn() + Send + Sync>>>>;
 
 fn use_all(uses: &Uses) {

@@ -78,7 +78,7 @@ impl Machine {
         self.enter(phase(past.state, past.left, now), None)
     }
 
-    /// Sets new thresholds of the same rules, and keeps what was counted. Returns `false` if they are other rules.
+    /// Sets new thresholds of the same rules, and keeps the counts. Returns `false` if they are other rules.
     ///
     /// `new` and its counts are made without the lock, and contain the replaced rules after this call: rules contain
     /// closures, whose destructors are user code.

@@ -37,7 +37,7 @@ pub(super) struct Machine {
     ended: Option<Probes>,
     /// The time of the last event other than the passage of time.
     last_event: Nanos,
-    /// The duration for which the circuit was open last, or would be.
+    /// The duration of the last open state, or of the next one if the circuit has not been open yet.
     open_time: Nanos,
 }
 

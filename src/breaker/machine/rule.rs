@@ -16,13 +16,13 @@ use crate::call::{Nanos, Outcome, OutcomeKind, Reason, nanos};
 impl Machine {
     // ===== Time passes =====
 
-    /// Makes the changes that are due by time alone: the end of a wait, of a probe timeout, of a ramp. Each is made at
-    /// its own time, also if there was no call in between.
+    /// Makes the changes that are due by time alone: the end of a wait, of a probe timeout, of a ramp. Each change
+    /// has the time at which it was due, even if no call arrived then.
     pub(in crate::breaker) fn pass_time(&mut self, at: At<'_>) -> Option<Change> {
         self.pass_time_within(at, usize::MAX)
     }
 
-    /// Returns whether so many changes are due that they are to be made in [slices](Self::pass_some_time).
+    /// Returns whether more changes are due than one lock hold may make: see [`pass_some_time`](Self::pass_some_time).
     pub(in crate::breaker) fn is_far_behind(&self, now: Nanos) -> bool {
         matches!(&self.phase, Phase::HalfOpen(probes) if probes.has_many_due(now))
     }

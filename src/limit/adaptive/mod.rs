@@ -65,7 +65,7 @@ use crate::ConfigError;
 use bounds::Bounds;
 pub(super) use teller::Teller;
 
-/// Finds a limit.
+/// An algorithm that determines the limit.
 ///
 /// The methods are called under a lock, [`hear`](Self::hear) at the end of every call. They must be short and must not
 /// use a handle of the limit, which would deadlock. A panic is caught, also while the thread unwinds, and reported as

@@ -21,8 +21,8 @@ pin_project! {
     /// A connection that occupies a slot of its listener until it is dropped.
     ///
     /// Reads fail with [`TimedOut`](io::ErrorKind::TimedOut) if the first request head is not complete within the
-    /// [time limit](super::LimitedListener::head_timeout) of the listener, or if the listener is full and needs the slot
-    /// before that head is complete.
+    /// [time limit](super::LimitedListener::head_timeout) of the listener, or if the listener is full and needs the
+    /// slot before that head is complete.
     #[derive(Debug)]
     pub struct Connection<Io = TcpStream> {
         #[pin]

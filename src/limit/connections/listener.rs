@@ -99,8 +99,8 @@ impl LimitedListener {
         self
     }
 
-    /// Accepts one connection beyond the limit, which waits for a slot, and leaves the others in the backlog, instead of
-    /// rejecting them.
+    /// Accepts one connection beyond the limit, which waits for a slot, and leaves the others in the backlog, instead
+    /// of rejecting them.
     #[must_use]
     pub fn wait_when_full(mut self) -> Self {
         self.waits = true;
@@ -128,8 +128,8 @@ impl LimitedListener {
     /// If the listener is full, it closes the longest idle connection that has been idle for one second. Otherwise
     /// the new connection is rejected, or waits if [`wait_when_full`](Self::wait_when_full) is set.
     ///
-    /// Errors are not returned. Those of one connection are skipped. After others, such as no free file descriptors, the
-    /// listener waits for a second and emits a WARN event, at most once in 10 s.
+    /// Errors are not returned. Those of one connection are skipped. After others, such as no free file descriptors,
+    /// the listener waits for a second and emits a WARN event, at most once in 10 s.
     pub async fn accept(&mut self) -> (Connection, SocketAddr) {
         loop {
             if self.next.is_none() {

@@ -1,5 +1,5 @@
-//! A listener that limits its connections, for [`Lifecycle::serve`](crate::Lifecycle::serve), axum, tonic's router and bare
-//! hyper.
+//! A listener that limits its connections, for [`Lifecycle::serve`](crate::Lifecycle::serve), axum, tonic's router and
+//! bare hyper.
 //!
 //! A limit on calls does not see idle sockets, each of which has a file descriptor and buffers.
 //!
@@ -23,19 +23,20 @@
 //! Otherwise:
 //!
 //! 1. The listener *reclaims* a slot: it closes the connection that has been idle for the longest time, if that is one
-//!    second or more. It examines up to 64 connections, a random sample of a larger number. Idle is, under every server, a
-//!    connection whose first request head is not complete; under `serve` also a connection between two calls.
-//! 2. If no connection is idle, the new one is rejected: HTTP/1 by a 503 with `Retry-After`, HTTP/2 by a GOAWAY with the
-//!    last stream id 0 (RFC 9113 §6.8). A TLS connection is closed. The client has one second to send its first bytes.
-//!    After the response the listener reads and discards what the client still sends, up to 16 MiB and for at most one
-//!    second, because a connection that is closed before is reset and the client loses the response (RFC 9112 §9.6).
-//!    64 rejections take place at once, and further connections are only closed. With [`wait_when_full`](LimitedListener::wait_when_full) the new
-//!    connection waits instead, and others wait in the kernel's queue, the backlog.
+//!    second or more. It examines up to 64 connections, a random sample of a larger number. A connection is
+//!    idle while its first request head is not complete, and, under `serve` only, between two calls.
+//! 2. If no connection is idle, the new one is rejected: HTTP/1 by a 503 with `Retry-After`, HTTP/2 by a GOAWAY with
+//!    the last stream id 0 (RFC 9113 §6.8). A TLS connection is closed. The client has one second to send its first
+//!    bytes. After the response the listener reads and discards what the client still sends, up to 16 MiB and for at
+//!    most one second, because a connection that is closed before is reset and the client loses the response (RFC 9112
+//!    §9.6). Up to 64 rejections run at once, and further connections are only closed. With
+//!    [`wait_when_full`](LimitedListener::wait_when_full) the new connection waits instead, and others wait in the
+//!    kernel's queue, the backlog.
 //!
 //! # Time limits
 //!
-//! The first request head of a connection has a [time limit](LimitedListener::head_timeout) of 10 s, under every server.
-//! So silent sockets occupy all slots for one second with a reclaim, and for 10 s without new connections.
+//! The first request head of a connection has a [time limit](LimitedListener::head_timeout) of 10 s, under every
+//! server. So silent sockets occupy all slots for one second with a reclaim, and for 10 s without new connections.
 //!
 //! | stage | `axum::serve`, bare hyper | `serve` |
 //! |---|---|---|

@@ -14,7 +14,7 @@ use crate::{
 
 /// The maximum time until the client has sent its first bytes and the response has been written.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(1);
-/// Size of the buffer for what the client sends after the response.
+/// Size in bytes of the buffer for data that the client sends after the response.
 const BUFFER: usize = 16 * 1024;
 
 /// How HTTP/2 begins, as far as it tells it from HTTP/1's `PROPFIND`.

@@ -1,16 +1,16 @@
 //! The watchdog over responses that are not read.
 //!
 //! A transport polls a response body only when it can write. If the client stops reading, the buffers fill up and the
-//! body is not polled again, or, over HTTP/2 without window, never. No code of this crate runs then, so only another
-//! task can release the permit.
+//! body is not polled again. Over HTTP/2 without window it is never polled. No code of this crate runs then, so only
+//! another task can release the permit.
 //!
 //! # Mechanism
 //!
 //! A watched body claims a [`Slot`] at its response head and frees it at its end. Each poll of the body increases the
-//! slot's `polls` by two; the lowest bit says that the last poll returned `Pending`. The sweeper, one task for each
+//! slot's `polls` by two; the lowest bit is set if the last poll returned `Pending`. The sweeper, one task for each
 //! limit, reads all slots every eighth of the maximum (at most every [`MAX_PERIOD`]). If neither `state` nor `polls`
 //! changed for the maximum, and the last poll was not `Pending`, the response waits for its reader for that long: the
-//! sweeper releases the permit. A body whose last poll was `Pending` waits for its producer and is left alone.
+//! sweeper releases the permit. A body whose last poll was `Pending` waits for its producer and keeps its permit.
 //!
 //! A transport takes a frame as a whole and polls again when it is nearly written, so a long frame has the maximum once
 //! more for each [`LONG_FRAME`] bytes.
@@ -25,14 +25,15 @@
 //! - `state` is `generation << 2 | stage`. The stages are free → held → free, or free → held → released → free. Claims
 //!   increase the generation. Only the sweeper changes held to released, by compare-exchange with the whole word that
 //!   it has observed, so it never releases the permit of a later body in the same slot. The body frees the slot by one
-//!   read-modify-write and learns from the old stage whether it still has the permit. So a permit is released once.
+//!   read-modify-write, whose old stage states whether the body still has the permit. So a permit is released once.
 //! - A claim stores `tag`, and a poll stores `times`, before it stores `polls` (release); the sweeper loads `polls`
 //!   (acquire) before them. It only uses those whose `polls` it has observed twice, so they belong to the generation.
 //! - Slots are never deallocated while the limit is. A fixed limit lives forever and may be
 //!   [renewed](super::Limiter::renew) while a body of its former life still owns a released slot: the body frees the
 //!   slot at its end and touches nothing else.
 //! - The sweeper ends when no slot is held. It clears `is_sweeping` and then reads the slots again; a claim writes its
-//!   slot and then reads `is_sweeping`. All four are sequentially consistent, so one of the two sees the other.
+//!   slot and then reads `is_sweeping`. All four are sequentially consistent, so at least one of the two observes the
+//!   write of the other.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -56,7 +57,7 @@ use crate::{
     event,
 };
 
-/// The longest time between two sweeps: a maximum that changes takes effect within it.
+/// The maximum time between two sweeps: a maximum that changes takes effect within it.
 const MAX_PERIOD: Duration = Duration::from_secs(5);
 
 /// The length of a frame that a client has to read within the maximum.
@@ -280,7 +281,7 @@ impl Limiter {
     // ===== The sweeper =====
 
     /// Spawns the sweeper if it does not run and has something to do. The sweeper ends with the runtime that it was
-    /// spawned on, so rejected calls look after it, too: they may be the only ones that are left.
+    /// spawned on, so rejected calls check it, too: there may be no other calls.
     pub(in crate::limit) fn ensure_sweeper(&self) {
         if self.unread.max().is_none() || self.unread.is_sweeping.load(Ordering::SeqCst) {
             return;
@@ -317,7 +318,7 @@ impl Limiter {
     }
 }
 
-/// How the sweeper refers to its limit.
+/// The sweeper's reference to its limit.
 enum Reference {
     Static(&'static Limiter),
     Weak(Weak<Limiter>),
@@ -335,7 +336,7 @@ impl Reference {
 
 struct Sweeper {
     limiter: Reference,
-    /// What the sweeper has observed in each slot, and since when it has not changed.
+    /// The last observation of each slot, and the instant since which it has not changed.
     observed: Vec<(u64, u32, Instant)>,
     /// The mark of a running sweeper is no longer that of this one.
     is_done: bool,
@@ -384,7 +385,7 @@ impl Sweeper {
                     *before = (state, polls, now);
                 } else if polls & PENDING == 0 && now.saturating_duration_since(before.2) >= max {
                     if let Some(token) = slot.release(state) {
-                        // The release wakes queued callers. If a waker panics, the sweeper goes on.
+                        // The release wakes queued callers. If a waker panics, the sweeper continues.
                         let release = AssertUnwindSafe(|| limiter.release_unread(token));
                         let _ = catch_unwind(release);
                     }
@@ -394,12 +395,12 @@ impl Sweeper {
         })
     }
 
-    /// Clears the mark of a running sweeper. Returns `false` if there is something to do after all.
+    /// Clears the mark of a running sweeper. Returns `false` if a slot is held after all.
     fn try_end(&mut self) -> bool {
         let is_done = |limiter: &Limiter| {
             let unread = &limiter.unread;
             unread.is_sweeping.store(false, Ordering::SeqCst);
-            // Either this sees the slot of a claim, or the claim spawns a sweeper.
+            // Either this reads the slot of a concurrent claim, or the claim spawns a sweeper.
             !unread.has_held() || unread.is_sweeping.swap(true, Ordering::SeqCst)
         };
         self.is_done = self.limiter.with(is_done).unwrap_or(true);

@@ -62,7 +62,7 @@ pub struct HeldResult<Res, E> {
     weight: (Class, Outcome),
 }
 
-/// Without the result: a response shows its headers.
+/// Omits the result: the `Debug` output of a response contains its headers.
 impl<Res, E> fmt::Debug for HeldResult<Res, E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("HeldResult").field("weight", &self.weight).finish_non_exhaustive()

@@ -136,7 +136,7 @@ pub struct HeldResponse<B: Body> {
     drained: u64,
 }
 
-/// Without the result: a response shows its headers.
+/// Omits the result: the `Debug` output of a response contains its headers.
 impl<B: Body> fmt::Debug for HeldResponse<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("HeldResponse").field("weight", &self.weight).finish_non_exhaustive()

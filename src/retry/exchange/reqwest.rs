@@ -85,7 +85,7 @@ pub enum Held {
     Discarded(Body, u64),
 }
 
-/// Without the response: reqwest's own `Debug` shows its URL and headers.
+/// Omits the response: reqwest's own `Debug` shows its URL and headers.
 impl fmt::Debug for Held {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -65,7 +65,7 @@ async fn each_byte_adds_the_time_that_it_takes_at_the_minimum_rate() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn fast_body_cannot_save_up_for_hours_of_a_trickle() {
+async fn allowance_of_a_fast_body_is_bounded() {
     // 100,000 bytes at once would be worth more than 5 hours.
     let burst = vec![std::time::Duration::ZERO; 20_000];
     let trickle = (1..400).map(|nth| secs(50) * nth);
