@@ -27,6 +27,7 @@ mod lent;
 
 use std::{
     any::Any,
+    cell::Cell,
     pin::Pin,
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
     time::Duration,
@@ -135,6 +136,22 @@ fn is_from_tonic_client<B: 'static>(request: &Request<B>) -> bool {
     false
 }
 
+/// Returns whether [`drain_pinned`] can drain a body of this type.
+#[cfg(feature = "timeout")]
+pub(crate) fn can_drain_pinned<B: 'static>() -> bool {
+    let body = std::any::TypeId::of::<B>();
+    #[cfg(feature = "axum")]
+    if body == std::any::TypeId::of::<axum::body::Body>() {
+        return true;
+    }
+    #[cfg(any(feature = "tonic", feature = "tonic-health"))]
+    if body == std::any::TypeId::of::<tonic::body::Body>() {
+        return true;
+    }
+    let _ = body;
+    false
+}
+
 /// Drains `body` if `B` is axum's or tonic's body. Returns whether it is drained.
 #[cfg(feature = "timeout")]
 pub(crate) fn drain_pinned<B: 'static>(body: Pin<&mut B>) -> bool {
@@ -172,6 +189,10 @@ where
     if body.is_end_stream() {
         return false;
     }
+    // The destructor of a body that was drained in vain must not start a second drain.
+    if DROPS_DRAINED.get() {
+        return false;
+    }
     let Ok(runtime) = Handle::try_current() else { return false };
     let Some(slot) = Slot::acquire(&DRAINS) else { return false };
     runtime.spawn(async move {
@@ -182,9 +203,10 @@ where
 }
 
 #[cfg(any(feature = "hyper", feature = "axum", feature = "tonic-health"))]
-async fn discard(mut body: impl Body + Unpin) {
-    let mut left = MAX_BYTES;
-    while let Some(Ok(frame)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
+async fn discard(body: impl Body + Unpin) {
+    let (mut body, mut left) = (Drained(Some(body)), MAX_BYTES);
+    let Some(body) = &mut body.0 else { return };
+    while let Some(Ok(frame)) = poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx)).await {
         let bytes = frame.data_ref().map_or(0, |data| data.remaining() as u64);
         left = left.saturating_sub(bytes);
         if left == 0 || frame.is_trailers() {
@@ -192,6 +214,24 @@ async fn discard(mut body: impl Body + Unpin) {
         }
         // A body that is always ready, such as one of empty frames, must not keep the timer from being polled.
         consume_budget().await;
+    }
+}
+
+thread_local! {
+    /// The thread drops a body that has been drained.
+    static DROPS_DRAINED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// A body that is being drained.
+#[cfg(any(feature = "hyper", feature = "axum", feature = "tonic-health"))]
+struct Drained<B>(Option<B>);
+
+#[cfg(any(feature = "hyper", feature = "axum", feature = "tonic-health"))]
+impl<B> Drop for Drained<B> {
+    fn drop(&mut self) {
+        let before = DROPS_DRAINED.replace(true);
+        self.0 = None;
+        DROPS_DRAINED.set(before);
     }
 }
 

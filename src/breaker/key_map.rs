@@ -148,9 +148,12 @@ impl<Q, V> Default for Shard<Q, V> {
     }
 }
 
+/// The shards of one level.
+type Level<Q, V> = Box<[Shard<Q, V>]>;
+
 pub(super) struct KeyMap<Q, V> {
     /// Level 0 has the first [`FIRST_LEVEL`] shards, and each further level as many as all levels before it.
-    levels: [OnceLock<Box<[Shard<Q, V>]>>; LEVELS],
+    levels: [OnceLock<Level<Q, V>>; LEVELS],
     /// The number of shards in use: 1 or more.
     shards: AtomicUsize,
     /// Locked by the thread that splits a shard. A thread that adds a key does not wait for it.
@@ -579,7 +582,9 @@ mod tests {
                 match step {
                     Step::Advance(by) => time += by,
                     Step::Release(key) => {
-                        model.get_mut(&key).map(|known| known.held = None);
+                        if let Some(known) = model.get_mut(&key) {
+                            known.held = None;
+                        }
                     }
                     Step::Use(key, busy, held) => {
                         let is_known = model.contains_key(&key);

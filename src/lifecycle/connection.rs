@@ -51,11 +51,15 @@ use super::{
     stages::{ConnectionState, StageClock, Verdict},
     state::{Phase, State},
 };
-use crate::{BoxError, call::Lease};
+use crate::{BoxError, call::Lease, drain};
 
 /// Minimum time for which an idle connection stays open at *stopping*, so that a client of HTTP/2 can acknowledge the
 /// GOAWAY even if the grace is zero.
 const MIN_IDLE_TIME: Duration = Duration::from_millis(100);
+
+/// Maximum number of idle times for which the connection of a client that does not acknowledge the PING stays open,
+/// although it makes the server write, for example by PING frames of its own.
+const MAX_IDLE_ROUNDS: u32 = 5;
 
 /// Serves one connection to its end, and shuts it down when the process drains.
 ///
@@ -113,6 +117,7 @@ pub(super) async fn serve_connection<I, S, B, E>(
     let idle_time = state.times(|times| times.grace).max(MIN_IDLE_TIME);
     // Set by the first poll, which writes the GOAWAY, so that the GOAWAY does not count as activity.
     let mut writes = None;
+    let (mut idle_rounds, mut waited) = (0, Duration::ZERO);
     loop {
         let served = poll_fn(|cx| {
             let polled = poll(cx, true);
@@ -122,7 +127,12 @@ pub(super) async fn serve_connection<I, S, B, E>(
         if timeout(idle_time, served).await.is_ok() {
             return;
         }
-        if stages.may_close() && writes == Some(stages.writes()) {
+        waited = waited.saturating_add(idle_time);
+        idle_rounds = if stages.has_calls() { 0 } else { idle_rounds + 1 };
+        let is_silent = writes == Some(stages.writes()) || idle_rounds >= MAX_IDLE_ROUNDS;
+        // The rest of a rejected upload is drained within its own time limit.
+        if stages.may_close() && is_silent && (!stages.has_late_body() || waited >= drain::TIMEOUT)
+        {
             break;
         }
         writes = Some(stages.writes());

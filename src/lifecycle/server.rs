@@ -21,7 +21,7 @@ use crate::{BoxError, ConfigError};
 /// |---|---|---|
 /// | [`head_timeout`](Self::head_timeout) | 30 s | the wait for the first byte, the TLS handshake, the HTTP/2 preface and the first request head together; an incomplete head of a later request |
 /// | [`idle_timeout`](Self::idle_timeout) | 11 min | a connection without calls |
-/// | [`write_timeout`](Self::write_timeout) | 60 s | a connection, or an HTTP/2 stream, whose client does not read |
+/// | [`write_timeout`](Self::write_timeout) | 60 s (on Linux 45 s, by `tcp_user_timeout`) | a connection, or an HTTP/2 stream, whose client does not read |
 /// | [`http2_ping`](Self::http2_ping) | every 20 s, answered within 20 s | an HTTP/2 connection whose client has vanished |
 /// | [`tcp_user_timeout`](Self::tcp_user_timeout) | 45 s | a TCP connection whose client has vanished |
 /// | [`max_concurrent_streams`](Self::max_concurrent_streams) | 200 | – |
@@ -60,6 +60,8 @@ pub struct Server {
     pub(super) tls: Tls,
     ping: Option<(Duration, Duration)>,
     max_streams: u32,
+    /// The application has set the write timeout.
+    has_write_timeout: bool,
     configure: Vec<Configure>,
     fault: Option<ConfigError>,
 }
@@ -90,6 +92,7 @@ impl Lifecycle {
             tls: Tls::default(),
             ping: Some((Duration::from_secs(20), Duration::from_secs(20))),
             max_streams: 200,
+            has_write_timeout: false,
             configure: Vec::new(),
             fault: None,
         }
@@ -120,15 +123,20 @@ impl Server {
     /// stream: a stream whose client does not open its flow-control window is reset, and the connection continues. A
     /// response of which the kernel or h2 holds the last byte has left the server: its permit is released already.
     ///
+    /// On Linux the [`tcp_user_timeout`](Self::tcp_user_timeout), 45 s by default, also ends a connection whose client
+    /// does not read: raise it, too, for a time above it.
+    ///
     /// Any progress restarts the time. A stream gets one more write timeout for each 256 KiB of a large frame of its
     /// body.
     pub fn write_timeout(mut self, timeout: Duration) -> Self {
         self.limits.write = Some(self.above_zero("write_timeout", timeout));
+        self.has_write_timeout = true;
         self.socket.observes_writes = true;
         self
     }
 
-    /// Lets clients stop reading for as long as their host acknowledges packets. Each of them then holds a permit.
+    /// Lets clients stop reading for as long as their host acknowledges packets. Each of them then holds a permit. The
+    /// server sets no `TCP_USER_TIMEOUT` then, and detects clients that have vanished by keepalive probes and PING.
     pub fn without_write_timeout(mut self) -> Self {
         self.limits.write = None;
         self.socket.observes_writes = false;
@@ -217,6 +225,16 @@ impl Server {
     ///
     /// The first invalid setting.
     pub fn checked(mut self) -> Result<Self, ConfigError> {
+        if let (true, Some(write), Some(user)) =
+            (self.has_write_timeout, self.limits.write, self.socket.user_timeout)
+        {
+            if cfg!(any(target_os = "linux", target_os = "android")) && write > user {
+                let remedy = format!(
+                    "the tcp_user_timeout ({user:?}) ends the connection before: set tcp_user_timeout to {write:?} or more"
+                );
+                self.fail(ConfigError::new("write_timeout", write, remedy));
+            }
+        }
         match self.fault.take() {
             Some(fault) => Err(fault),
             None => Ok(self),

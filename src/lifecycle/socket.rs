@@ -32,12 +32,16 @@ impl SocketOptions {
         }
         let Some(timeout) = self.user_timeout else { return };
         let keepalive = TcpKeepalive::new().with_time(seconds(timeout / 3));
-        // The user timeout, not their number, decides about unanswered probes. They only have to be frequent enough.
+        // With a user timeout, it decides about unanswered probes, and not their number.
         #[cfg(any(target_os = "linux", target_os = "android"))]
         let keepalive = keepalive.with_interval(seconds(timeout / 6)).with_retries(6);
         let _ = socket.set_tcp_keepalive(&keepalive);
+        // It also ends a connection whose client acknowledges probes and does not read. So it must not be set where
+        // such clients are welcome.
         #[cfg(any(target_os = "linux", target_os = "android"))]
-        let _ = socket.set_tcp_user_timeout(Some(timeout.min(MAX_KEEPALIVE)));
+        if self.observes_writes {
+            let _ = socket.set_tcp_user_timeout(Some(timeout.min(MAX_KEEPALIVE)));
+        }
     }
 }
 

@@ -64,6 +64,8 @@ pub(super) struct ConnectionState {
     calls: AtomicUsize,
     /// HTTP/1: bytes were read outside of a call. Until a call begins, they are a part of a head.
     has_unparsed: AtomicBool,
+    /// HTTP/1: the last request has a body, of which a part may still arrive after the end of its call.
+    has_late_body: AtomicBool,
     /// Before the protocol is known; HTTP/2: inside of the preface, a frame or a header block.
     is_mid_frame: AtomicBool,
     /// A head has ended since the last check.
@@ -87,6 +89,7 @@ impl ConnectionState {
         Arc::new(Self {
             calls: AtomicUsize::new(0),
             has_unparsed: AtomicBool::new(false),
+            has_late_body: AtomicBool::new(false),
             is_mid_frame: AtomicBool::new(true),
             has_ended_head: AtomicBool::new(false),
             is_used: AtomicBool::new(false),
@@ -131,6 +134,11 @@ impl ConnectionState {
             && !self.has_acknowledged.load(Relaxed)
     }
 
+    /// Whether the body of the last HTTP/1 request may still arrive.
+    pub(super) fn has_late_body(&self) -> bool {
+        self.has_late_body.load(Relaxed) && self.has_unparsed.load(Relaxed)
+    }
+
     fn record_write<T>(&self, polled: &Poll<io::Result<T>>, op: WriteOp) {
         self.is_write_pending.store(polled.is_pending(), Relaxed);
         // hyper flushes without anything to write, too.
@@ -164,7 +172,8 @@ pub(super) struct CallGuard(Arc<ConnectionState>);
 
 impl CallGuard {
     #[inline]
-    pub(super) fn new(state: &Arc<ConnectionState>) -> Self {
+    pub(super) fn new(state: &Arc<ConnectionState>, has_body: bool) -> Self {
+        state.has_late_body.store(has_body, Relaxed);
         state.calls.fetch_add(1, Relaxed);
         state.has_unparsed.store(false, Relaxed);
         state.has_ended_head.store(true, Relaxed);

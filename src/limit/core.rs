@@ -41,6 +41,7 @@ pub struct Limiter {
     /// Whether health calls are exempt.
     exempts_health: AtomicBool,
     /// The number of exempt `Watch` streams of `grpc.health.v1`.
+    health_checks: AtomicU32,
     health_watches: AtomicU32,
     unread: Unread,
     counts: Counts,
@@ -90,6 +91,10 @@ const EXEMPT: u64 = 1 << 63;
 const SHADOW: u64 = 1 << 62;
 /// An exempt `Watch` stream of `grpc.health.v1`.
 const HEALTH_WATCH: u64 = 1 << 61;
+/// An exempt `Check` of `grpc.health.v1`.
+const HEALTH_CHECK: u64 = 1 << 60;
+/// The maximum number of exempt checks of one limit at a time. A server of health checks responds at once.
+const MAX_HEALTH_CHECKS: u32 = 1024;
 /// The maximum number of exempt `Watch` streams of one limit.
 const MAX_HEALTH_WATCHES: u32 = 64;
 
@@ -118,6 +123,7 @@ impl Limiter {
             to_the_head_only: AtomicBool::new(false),
             shadow: AtomicBool::new(false),
             exempts_health: AtomicBool::new(true),
+            health_checks: AtomicU32::new(0),
             health_watches: AtomicU32::new(0),
             unread: Unread::default(),
             counts: Counts::default(),

@@ -14,7 +14,6 @@ const TLS_HANDSHAKE: u8 = 22;
 const FRAME_HEAD: usize = 9;
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
-const SETTINGS: u8 = 4;
 const PING: u8 = 6;
 const CONTINUATION: u8 = 9;
 const END_HEADERS: u8 = 4;
@@ -39,7 +38,7 @@ pub(crate) struct Frames {
 /// The contents of a read of HTTP/2 frames.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Scanned {
-    /// A frame other than PING and SETTINGS, which a client also sends on a connection that it does not use.
+    /// A frame of a request. A client can send any other frame on a connection that it does not use.
     pub(crate) is_in_use: bool,
     /// The end of a frame, outside of a header block.
     pub(crate) has_ended_head: bool,
@@ -86,7 +85,7 @@ impl Frames {
             if matches!(kind, HEADERS | CONTINUATION) {
                 self.in_block = flags & END_HEADERS == 0;
             }
-            scanned.is_in_use |= !matches!(kind, SETTINGS | PING);
+            scanned.is_in_use |= matches!(kind, DATA | HEADERS | CONTINUATION);
             scanned.has_ping_ack |= kind == PING && flags & ACK != 0;
             scanned.has_ended_head |= self.end_frame_if_complete();
         }
@@ -181,6 +180,8 @@ impl FirstHead {
 mod tests {
     use super::*;
 
+    const SETTINGS: u8 = 4;
+
     fn frame(kind: u8, flags: u8, len: u8) -> Vec<u8> {
         let mut frame = vec![0, 0, len, kind, flags, 0, 0, 0, 1];
         frame.resize(FRAME_HEAD + usize::from(len), 0xff);
@@ -212,14 +213,14 @@ mod tests {
     }
 
     #[test]
-    fn ping_and_settings_do_not_count_as_use_of_a_connection() {
+    fn only_frames_of_requests_count_as_use_of_a_connection() {
         let mut frames = after_settings();
         let ping_ack = frames.scan(&frame(PING, ACK, 8));
         assert!(!ping_ack.is_in_use && ping_ack.has_ping_ack);
         assert!(!frames.scan(&frame(PING, 0, 8)).has_ping_ack);
         let settings_ack = frames.scan(&frame(SETTINGS, ACK, 0));
         assert!(!settings_ack.is_in_use && !settings_ack.has_ping_ack);
-        assert!(frames.scan(&frame(8, 0, 4)).is_in_use, "WINDOW_UPDATE");
+        assert!(!frames.scan(&frame(8, 0, 4)).is_in_use, "WINDOW_UPDATE");
         assert!(frames.scan(&frame(DATA, 0, 200)[..50]).is_in_use);
         assert!(!frames.is_mid_head(), "the rest of a body is not the rest of a head");
         assert!(!frames.scan(&[0; 50]).is_in_use);

@@ -347,7 +347,7 @@ impl<B: Body> Reader<B> {
         }
         let reel = lock(&self.reel);
         let kept = reel.sent.bytes_from(self.next);
-        let rest = if reel.has_ended() { SizeHint::with_exact(0) } else { reel.rest_hint.clone() };
+        let rest = if reel.has_ended() { SizeHint::with_exact(0) } else { reel.rest_hint };
         let mut hint = SizeHint::new();
         // The upper bound first: a lower one above it would panic.
         if let Some(upper) = rest.upper() {
@@ -358,6 +358,8 @@ impl<B: Body> Reader<B> {
     }
 }
 
+type PolledFrame<B> = Poll<Option<Result<Frame<<B as Body>::Data>, <B as Body>::Error>>>;
+
 /// A body that a reader polls without the lock. Its drop puts the body back, also during a panic of the body.
 struct PolledBody<'a, B> {
     reel: &'a Mutex<Reel<B>>,
@@ -367,10 +369,7 @@ struct PolledBody<'a, B> {
 }
 
 impl<B: Body> PolledBody<'_, B> {
-    fn poll_frame(
-        &mut self,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> PolledFrame<B> {
         match &mut self.body {
             Some(body) => body.as_mut().poll_frame(cx),
             None => Poll::Ready(None),

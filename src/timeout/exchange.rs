@@ -16,7 +16,7 @@ use super::{
 use crate::{
     BoxError,
     call::{Deadline, Http, PerResponse},
-    drain::Drains,
+    drain::{self, Drains},
 };
 
 /// How a request is handed on. Not to be implemented outside of this crate.
@@ -67,7 +67,7 @@ pub struct AsIs;
 /// When the body of a request is drained after a timeout.
 #[inline]
 pub(super) fn drains<B: 'static>(request: &Request<B>, responds: bool) -> Drains {
-    if responds { Drains::of(request) } else { Drains::Never }
+    if responds && drain::can_drain_pinned::<B>() { Drains::of(request) } else { Drains::Never }
 }
 
 #[inline]

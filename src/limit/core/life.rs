@@ -20,6 +20,7 @@ impl Limiter {
             to_the_head_only,
             shadow,
             exempts_health,
+            health_checks,
             health_watches,
             unread,
             counts: Counts { full, waited_too_long, deadline_passed, outranked, shadowed, exempt },
@@ -34,6 +35,7 @@ impl Limiter {
         longest_queue.store(0, Ordering::Relaxed);
         retry_after_ms.store(RETRY_AFTER_MS, Ordering::Relaxed);
         uses.store(1, Ordering::Relaxed);
+        health_checks.store(0, Ordering::Relaxed);
         health_watches.store(0, Ordering::Relaxed);
         exempts_health.store(true, Ordering::Relaxed);
         for flag in [to_the_head_only, shadow, sorts] {

@@ -48,19 +48,20 @@ impl Limiter {
     }
 
     /// Returns the token of an exempt health call. `None`: the call needs a permit, because health calls are not
-    /// exempt, or there are [`MAX_HEALTH_WATCHES`] exempt streams already.
+    /// exempt, or there are [`MAX_HEALTH_CHECKS`] or [`MAX_HEALTH_WATCHES`] exempt calls already.
     #[cold]
     pub(in crate::limit) fn enter_health_call(&self, call: HealthCall) -> Option<Token> {
         if !self.exempts_health.load(Ordering::Relaxed) {
             return None;
         }
-        if call == HealthCall::Check {
-            return Some(self.enter_exempt());
-        }
-        let next = |watches: u32| (watches < MAX_HEALTH_WATCHES).then_some(watches + 1);
-        self.health_watches.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next).ok()?;
+        let (calls, max, tag) = match call {
+            HealthCall::Check => (&self.health_checks, MAX_HEALTH_CHECKS, HEALTH_CHECK),
+            HealthCall::Watch => (&self.health_watches, MAX_HEALTH_WATCHES, HEALTH_WATCH),
+        };
+        let next = |calls: u32| (calls < max).then_some(calls + 1);
+        calls.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next).ok()?;
         let exempt = self.enter_exempt();
-        Some(Token::unmeasured(exempt.tag | HEALTH_WATCH))
+        Some(Token::unmeasured(exempt.tag | tag))
     }
 
     /// [`enter`](Self::enter) and [`join`](Self::join), by partition and priority.
@@ -161,6 +162,8 @@ impl Limiter {
         if token.tag & EXEMPT != 0 {
             if token.tag & HEALTH_WATCH != 0 {
                 self.health_watches.fetch_sub(1, Ordering::Relaxed);
+            } else if token.tag & HEALTH_CHECK != 0 {
+                self.health_checks.fetch_sub(1, Ordering::Relaxed);
             }
             self.leave_use();
             return;

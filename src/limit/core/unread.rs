@@ -81,7 +81,7 @@ const PENDING: u32 = 1;
 const POLL: u32 = 2;
 
 /// The bits of a token's tag that contain the number of its slot, counted from 1.
-pub(super) const SLOT: u64 = (1 << 61) - (1 << SLOT_SHIFT);
+pub(super) const SLOT: u64 = (1 << 60) - (1 << SLOT_SHIFT);
 const SLOT_SHIFT: u32 = 40;
 
 /// A watched body.
