@@ -147,8 +147,8 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
         self
     }
 
-    /// Sets whether health calls need no permit: `Check` of `grpc.health.v1.Health`, and at most 64 `Watch` streams at
-    /// once; further streams take permits as any call does. On by default, and without effect until a
+    /// Sets whether health calls of `grpc.health.v1.Health` need no permit: at most 1024 `Check` calls and 64 `Watch`
+    /// streams at a time. Further ones take permits as any call does. On by default, and without effect until a
     /// [health registry](crate::Health) of this process serves the protocol.
     ///
     /// An exempt call is counted in [`exempt`](super::ConcurrencyLimitSnapshot::exempt). The layer recognises it by

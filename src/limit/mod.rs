@@ -61,8 +61,8 @@
 //! # Health checks
 //!
 //! A server whose limit is reached still answers health checks. As soon as a [health registry](crate::Health) of the
-//! process serves `grpc.health.v1`, every limit exempts `Check`, and at most 64 `Watch` streams at once; further
-//! streams take permits. An HTTP endpoint such as `/livez` belongs outside of the limit, or in
+//! process serves `grpc.health.v1`, every limit exempts 1024 `Check` calls and 64 `Watch` streams at once; further
+//! ones take permits. An HTTP endpoint such as `/livez` belongs outside of the limit, or in
 //! [`exempt_paths`](ConcurrencyLimitLayer::exempt_paths).
 //!
 //! A client cannot use this to evade the limit: the registry responds at these two paths, and does no work of the
