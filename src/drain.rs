@@ -424,6 +424,61 @@ mod tests {
         }
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn loan_returns_whether_the_body_is_drained() {
+        let mut cx = Context::from_waker(Waker::noop());
+        for (body, is_drained) in [
+            (endless(None).0, true),
+            (endless(Some(1)).0, true),
+            (AxumBody::from("read to its end"), false),
+        ] {
+            let (loan, mut request) = lent(Request::new(body));
+            while let Poll::Ready(Some(Ok(frame))) =
+                Pin::new(request.body_mut()).poll_frame(&mut cx)
+            {
+                if is_drained {
+                    drop(frame);
+                    break;
+                }
+            }
+            drop(request);
+            let loan = loan.unwrap();
+            assert_eq!(loan.drain(), is_drained);
+            assert!(!loan.drain(), "a body is drained once");
+        }
+    }
+
+    /// The drain of the outer body ends by dropping the inner one. That must not start a second drain.
+    #[tokio::test(start_paused = true)]
+    async fn body_that_is_lent_twice_is_drained_once() {
+        let (body, polls) = endless(None);
+        let (inner, request) = lent(Request::new(body));
+        let (outer, request) = lent(request);
+        let began = Instant::now();
+        drop(request);
+        // The body belongs to the outer loan.
+        assert!(inner.unwrap().drain());
+        assert!(outer.unwrap().drain());
+        assert_eq!(Handle::current().metrics().num_alive_tasks(), 1);
+        dropped(&polls).await;
+        assert!(began.elapsed() < 2 * TIMEOUT);
+        sleep(Duration::from_millis(1)).await;
+        assert_eq!(Handle::current().metrics().num_alive_tasks(), 0);
+    }
+
+    #[cfg(feature = "timeout")]
+    #[tokio::test(start_paused = true)]
+    async fn pinned_body_of_a_server_is_drained() {
+        assert!(can_drain_pinned::<AxumBody>());
+        assert!(!can_drain_pinned::<Endless>());
+        let (mut body, polls) = endless(None);
+        assert!(drain_pinned(Pin::new(&mut body)));
+        assert!(body.is_end_stream(), "an empty body has replaced it");
+        assert!(dropped(&polls).await >= TIMEOUT);
+        let (size, polls) = (None, Arc::new(AtomicUsize::new(0)));
+        assert!(!drain_pinned(Pin::new(&mut Endless { size, polls })));
+    }
+
     #[test]
     fn ended_body_is_not_lent() {
         assert!(lent(Request::new(AxumBody::empty())).0.is_none());

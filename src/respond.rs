@@ -185,8 +185,7 @@ where
             Err(error) => match Rejected::find_in_any(&error).cloned() {
                 None => Err(error),
                 Some(mut rejected) => {
-                    if let Some(loan) = this.loan {
-                        loan.drain();
+                    if this.loan.as_ref().is_some_and(Loan::drain) {
                         rejected = rejected.draining();
                     }
                     let mut answer = response(*this.form, rejected);

@@ -184,9 +184,9 @@
 //! | forced, isolated, or changed by its handle | never |
 //! | used by a call, or referred to by a handle | never |
 //!
-//! Of circuits that were last used between the same two new keys, any may be evicted first. Beyond 1024 circuits, the
-//! circuit to evict is the least recently used of about 1024. If no circuit is like new, the new key has no circuit:
-//! its calls are made as if there were no breaker, and the [snapshot](KeyedCircuitBreakerHandle::snapshot) counts them.
+//! If several circuits were last used between the same two new keys, any of them may be evicted first. Beyond 1024
+//! circuits, the circuit to evict is the least recently used of about 1024. If no circuit is like new, the new key has
+//! no circuit: its calls are made as if there were no breaker, and the [snapshot](KeyedCircuitBreakerHandle::snapshot) counts them.
 //! An event reports this at most once in 10 s. Therefore no set of keys, old or invented, keeps new keys out for longer
 //! than an open time and a quiet period after their last call, and no sequence of keys evicts an open circuit.
 //!

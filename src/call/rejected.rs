@@ -129,7 +129,7 @@ pub enum Phase {
     Total,
     /// The caller's [`Deadline`](crate::Deadline), with the call under way.
     Deadline,
-    /// The request body, whose producer was slower than the minimum rate.
+    /// The request body: it arrived more slowly than the minimum rate.
     BodyRate,
     /// The reader of the response, which read none of it for the maximum time of a limit:
     /// [`max_unread`](crate::ConcurrencyLimitLayer::max_unread).

@@ -63,15 +63,15 @@ impl Gate {
         }
     }
 
-    /// Decreases `owed` by up to `places`. Returns by how many.
-    fn pay(&self, places: usize) -> usize {
-        let pay = |owed: usize| (owed > 0).then(|| owed - owed.min(places));
-        self.owed.fetch_update(SeqCst, SeqCst, pay).map_or(0, |owed| owed.min(places))
+    /// Decreases `owed` by at most this number of permits. Returns by how many.
+    fn pay(&self, permits: usize) -> usize {
+        let pay = |owed: usize| (owed > 0).then(|| owed - owed.min(permits));
+        self.owed.fetch_update(SeqCst, SeqCst, pay).map_or(0, |owed| owed.min(permits))
     }
 
     /// Frees permits and wakes the callers that get them.
-    fn add(&self, places: usize) {
-        self.places.add_permits(places);
+    fn add(&self, permits: usize) {
+        self.places.add_permits(permits);
         fence(SeqCst);
         if self.owed.load(SeqCst) > 0 {
             // The limit was lowered meanwhile.
@@ -213,7 +213,7 @@ mod tests {
                 scope.spawn(|| (0..50).for_each(|nth| gate.resize([1, 8, 3, 5][nth % 4])));
             });
             gate.resize(2);
-            assert_eq!(gate.owed.load(SeqCst), 0, "no place is taken");
+            assert_eq!(gate.owed.load(SeqCst), 0, "no permit is in use");
             let taken: Vec<_> = (0..9).map_while(|_| gate.try_enter()).collect();
             assert_eq!(taken.len(), 2);
         }

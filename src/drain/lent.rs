@@ -29,9 +29,9 @@ impl Loan {
         None
     }
 
-    /// Drains the body, now or when its holder drops it.
-    pub(crate) fn drain(&self) {
-        self.0.drain();
+    /// Drains the body, now or when its holder drops it. Returns `false` if there is nothing to drain.
+    pub(crate) fn drain(&self) -> bool {
+        self.0.drain()
     }
 }
 
@@ -42,7 +42,7 @@ impl fmt::Debug for Loan {
 }
 
 trait Reclaim: Send + Sync {
-    fn drain(&self);
+    fn drain(&self) -> bool;
 }
 
 #[cfg(any(feature = "axum", feature = "tonic", feature = "tonic-health"))]
@@ -78,14 +78,16 @@ mod boxed {
         }
         let state = Arc::new(Mutex::new(State::Lent));
         let body = mem::take(request.body_mut());
-        let is_drained = drains == Drains::Always;
-        *request.body_mut() = boxed(Lent { body, is_drained, state: state.clone() });
+        let can_drain = drains == Drains::Always;
+        *request.body_mut() = boxed(Lent { body, can_drain, state: state.clone() });
         Some(Loan(state))
     }
 
     enum State<B> {
         Lent,
         Returned(B),
+        /// The holder has dropped the body, which had ended or must not be drained.
+        Ended,
         Rejected,
     }
 
@@ -94,11 +96,13 @@ mod boxed {
     }
 
     impl<B: Lendable> Reclaim for Mutex<State<B>> {
-        fn drain(&self) {
+        fn drain(&self) -> bool {
             let before = mem::replace(&mut *lock(self), State::Rejected);
             // The lock has been released.
-            if let State::Returned(body) = before {
-                drain(body);
+            match before {
+                State::Returned(body) => drain(body),
+                State::Lent => true,
+                State::Ended | State::Rejected => false,
             }
         }
     }
@@ -107,7 +111,7 @@ mod boxed {
     pub(super) struct Lent<B: Lendable> {
         body: B,
         /// Whether the body can be drained: it has not ended, and polling it does not send `100 Continue`.
-        is_drained: bool,
+        can_drain: bool,
         state: Arc<Mutex<State<B>>>,
     }
 
@@ -121,7 +125,7 @@ mod boxed {
         ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
             let this = self.get_mut();
             let polled = Pin::new(&mut this.body).poll_frame(cx);
-            this.is_drained = !matches!(polled, Poll::Ready(None | Some(Err(_))));
+            this.can_drain = !matches!(polled, Poll::Ready(None | Some(Err(_))));
             polled
         }
 
@@ -136,7 +140,8 @@ mod boxed {
 
     impl<B: Lendable> Drop for Lent<B> {
         fn drop(&mut self) {
-            if !self.is_drained || self.body.is_end_stream() {
+            if !self.can_drain || self.body.is_end_stream() {
+                *lock(&self.state) = State::Ended;
                 return;
             }
             let body = mem::take(&mut self.body);

@@ -82,18 +82,18 @@ pub(super) async fn serve_connection<I, S, B, E>(
 {
     let is_old = state.phase() < Phase::Draining;
     let mut connection = pin!(server.serve_connection_with_upgrades(io, service));
-    let mut is_told = false;
-    // Polls the connection. Sends GOAWAY first if `tells` is set, and at once when the protocol becomes known.
-    let mut poll = |cx: &mut Context<'_>, tells: bool| loop {
-        if tells && !is_told && stages.is_http2() {
+    let mut is_announced = false;
+    // Polls the connection. If `announces` is set, sends GOAWAY first, or as soon as the protocol is known to be HTTP/2.
+    let mut poll = |cx: &mut Context<'_>, announces: bool| loop {
+        if announces && !is_announced && stages.is_http2() {
             connection.as_mut().graceful_shutdown();
-            is_told = true;
+            is_announced = true;
             stages.await_acknowledgement();
         }
         if connection.as_mut().poll(cx).is_ready() {
             return Poll::Ready(());
         }
-        if tells && !is_told && stages.is_http2() {
+        if announces && !is_announced && stages.is_http2() {
             continue;
         }
         match clock.check(cx) {
@@ -108,10 +108,10 @@ pub(super) async fn serve_connection<I, S, B, E>(
         () = poll_fn(|cx| poll(cx, false)) => return,
         () = state.reached(Phase::Draining) => {}
     }
-    let tells = is_old && stages.is_http2();
+    let announces = is_old && stages.is_http2();
     tokio::select! {
         biased;
-        () = poll_fn(|cx| poll(cx, tells)) => return,
+        () = poll_fn(|cx| poll(cx, announces)) => return,
         () = state.reached(Phase::Stopping) => {}
     }
     let idle_time = state.times(|times| times.grace).max(MIN_IDLE_TIME);

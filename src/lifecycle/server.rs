@@ -15,7 +15,8 @@ use crate::{BoxError, ConfigError};
 
 /// The server of a [`Lifecycle`], with settings: made by [`Lifecycle::server`].
 ///
-/// Every stage of a connection has a time limit, so that a client cannot hold a connection or a permit forever.
+/// Every stage of a connection has a time limit, so that a client that is silent, slow or gone holds neither a connection
+/// nor a permit.
 ///
 /// | setting | default | ends |
 /// |---|---|---|
@@ -111,7 +112,7 @@ impl Server {
     }
 
     /// Sets how long a connection without calls is kept: 11 minutes by default. HTTP/2 connections then receive a
-    /// GOAWAY. PING and SETTINGS frames do not count as use.
+    /// GOAWAY. Only frames of requests (DATA, HEADERS, CONTINUATION) count as use.
     pub fn idle_timeout(mut self, timeout: Duration) -> Self {
         self.limits.idle = self.above_zero("idle_timeout", timeout);
         self

@@ -167,11 +167,14 @@ impl State {
         }
     }
 
-    /// Waits until the grace is over, at which connections that are idle are closed.
+    /// Waits until the grace is over.
     #[cfg(feature = "serve")]
     pub(super) async fn grace_over(&self) {
-        self.reached(Phase::Stopping).await;
-        sleep(self.times(|times| times.grace)).await;
+        let mut seen = self.step.subscribe();
+        if seen.wait_for(|now| *now >= Step::Rejecting).await.is_err() {
+            // The sender is in `self`.
+            pending().await
+        }
     }
 
     pub(super) async fn changed(&self) -> Phase {

@@ -40,8 +40,9 @@ pub struct Limiter {
     shadow: AtomicBool,
     /// Whether health calls are exempt.
     exempts_health: AtomicBool,
-    /// The number of exempt `Watch` streams of `grpc.health.v1`.
+    /// The number of exempt `Check` calls of `grpc.health.v1` in flight.
     health_checks: AtomicU32,
+    /// The number of exempt `Watch` streams of `grpc.health.v1` in flight.
     health_watches: AtomicU32,
     unread: Unread,
     counts: Counts,

@@ -35,14 +35,16 @@ use crate::{
 ///
 /// # Slow clients
 ///
-/// Clients that stop to send or to read release their permits. A request body below `timeout_min_body_rate` (240 bytes per second after
-/// `timeout_body_grace`, 5 s) is ended. A response that its client does not read for `limit_max_unread` (60 s, or a
-/// quarter more) releases its permit, and fails if the client reads on; under `axum::serve` its connection remains.
-/// Both are off if the configuration is loaded with `streaming = true`, unless they are set. Event streams and
-/// WebSockets that the client reads stay open in any case. The stack watches only bodies of axum (feature `axum`) and
-/// of tonic (feature `tonic-health`) for the minimum rate. gRPC requests over HTTP/2 are exempt from it, because their
-/// streams may be silent, and any client can send their content type: set `timeout_min_body_rate_for_grpc` where no gRPC
-/// service is served, or bound every call with `deadline_default`.
+/// The call of a client that stops sending or reading releases its permit. A request body below `timeout_min_body_rate`
+/// (240 bytes per second after `timeout_body_grace`, 5 s) is ended. A response that its client does not read for
+/// `limit_max_unread` (60 s, or a quarter more) releases its permit, and fails if the client reads on; under
+/// `axum::serve` its connection remains. Both are off if the configuration is loaded with `streaming = true`, unless
+/// they are set. Event streams and WebSockets that the client reads stay open in any case. The stack watches only bodies
+/// of axum (feature `axum`) and of tonic (feature `tonic-health`) for the minimum rate.
+///
+/// gRPC requests over HTTP/2 are exempt from the minimum rate, because their streams may be silent, and any client can
+/// send their content type. A server without a gRPC service should set `timeout_min_body_rate_for_grpc`; any other can
+/// bound every call with `deadline_default`.
 ///
 /// Health endpoints (`Health::endpoints`) belong outside of it. gRPC health calls need no permit where a
 /// [health registry](crate::Health) of the process serves them. One stack belongs to one layer and all its clones.

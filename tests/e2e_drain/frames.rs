@@ -102,6 +102,11 @@ impl Client {
         let _ = self.tcp.write_all(&both.concat()).await;
     }
 
+    /// Sends a PING. Returns `false` if the connection is closed.
+    pub async fn ping(&mut self) -> bool {
+        self.tcp.write_all(&frame(PING, 0, 0, &[0; 8])).await.is_ok()
+    }
+
     /// Acknowledges the PING that has been received.
     pub async fn acknowledge(&mut self) {
         let payload = self.ping.take().expect("a PING");

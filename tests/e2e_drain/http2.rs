@@ -91,6 +91,24 @@ async fn http2_client_that_never_answers_ping_is_served_for_the_grace_and_then_r
     assert_eq!((drained.cut_calls, drained.cut_connections, drained.refused), (0, 0, 1));
 }
 
+/// The server acknowledges the PING frames of the client, so it writes in every grace.
+#[tokio::test]
+async fn http2_client_that_sends_pings_and_acknowledges_none_is_closed() {
+    let Server { addr, lifecycle, task, .. } = Server::start(Duration::ZERO).await;
+    let mut client = Client::connect(addr).await;
+    let stream = client.get("/quick").await.unwrap();
+    client.response(stream).await;
+    let drained_at = Instant::now();
+    lifecycle.drain();
+    while client.ping().await {
+        assert!(drained_at.elapsed() < 8 * GRACE, "the connection is still open");
+        sleep(GRACE / 10).await;
+    }
+    let time = drained_at.elapsed();
+    assert!(time >= 4 * GRACE, "{time:?}");
+    assert_eq!(soon(task).await.unwrap().cut_connections, 0);
+}
+
 #[tokio::test]
 async fn http2_client_that_never_stops_sending_calls_is_cut_at_the_end() {
     let longest = 3 * GRACE;

@@ -29,6 +29,10 @@ async fn invalid_setting_is_a_typed_error_and_nothing_is_served() {
         ("http2_ping.timeout", server().http2_ping(second, zero)),
         ("max_concurrent_streams", server().max_concurrent_streams(0)),
         ("tcp_user_timeout", server().tcp_user_timeout(second)),
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        ("write_timeout", server().write_timeout(46 * second)),
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        ("write_timeout", server().write_timeout(5 * second).tcp_user_timeout(4 * second)),
     ];
     for (field, server) in invalid {
         let (listener, addr) = net::listener().await;

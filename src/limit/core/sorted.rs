@@ -172,3 +172,34 @@ impl Limiter {
         self.exit();
     }
 }
+
+#[cfg(all(test, not(buttress_loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn health_calls_are_exempt_up_to_a_maximum_of_their_kind() {
+        let limiter = Limiter::new(1, None);
+        let kinds = [
+            (HealthCall::Check, MAX_HEALTH_CHECKS as usize),
+            (HealthCall::Watch, MAX_HEALTH_WATCHES as usize),
+        ];
+        let mut all = Vec::new();
+        for (kind, max) in kinds {
+            let mut calls: Vec<_> =
+                (0..max).map_while(|_| limiter.enter_health_call(kind)).collect();
+            assert_eq!(calls.len(), max, "{kind:?}");
+            assert!(limiter.enter_health_call(kind).is_none(), "{kind:?}");
+            limiter.end(calls.pop().unwrap());
+            calls.extend(limiter.enter_health_call(kind));
+            assert!(limiter.enter_health_call(kind).is_none(), "{kind:?}");
+            assert_eq!(calls.len(), max, "{kind:?}");
+            all.extend(calls);
+        }
+        assert!(limiter.enter().is_some(), "no health call needs the permit");
+        all.into_iter().for_each(|call| limiter.end(call));
+        assert_eq!(limiter.exempt().1, 0);
+        limiter.set_exempts_health(false);
+        assert!(limiter.enter_health_call(HealthCall::Check).is_none());
+    }
+}
