@@ -200,18 +200,17 @@
 //!
 //! | feature | default | what it adds |
 //! |---|---|---|
-//! | `breaker` `retry` `limit` `health` | yes | the four layers |
-//! | `hyper` | yes | hyper's and h2's errors told apart: stale connections, refused streams, GOAWAY |
+//! | `breaker` `retry` `limit` `health` | yes | the layers |
+//! | `timeout` | yes | [`TimeoutLayer`] and [`DeadlineLayer`] |
+//! | `hyper` | yes | distinguishes the errors of hyper, h2 and hyper-util's client: failed connects, stale connections, refused streams, GOAWAY |
 //! | `tracing` | yes | one event per decision; events that traffic repeats are summarised once in 10 s |
 //! | `lifecycle` | | [`Lifecycle`]: starting, ready, draining, stopping; signals; the pieces for tonic and hyper |
 //! | `serve` | | [`Lifecycle::serve`]: a server for axum that drains and limits the time of every stage of a connection, on hyper-util |
-//! | `hyper-util` | | its client's connect errors told apart from later ones |
 //! | `reqwest` | | a service between `http` types and a `reqwest::Client`; a retry around that client itself |
 //! | `connections` | | a listener that caps its connections, for `serve` and hyper |
 //! | `axum` | | and for `axum::serve` |
 //! | `connect` | | [connections](connect) that are bounded, fresh and visible: a layer over connectors, and a client |
 //! | `rustls` | | TLS for that client, and for the server of `serve` |
-//! | `timeout` | | [`TimeoutLayer`] and [`DeadlineLayer`] |
 //! | `config` | | [settings](config) from TOML, JSON or the environment, checked against each other and explained |
 //! | `stack` | | whole [client and server stacks](stack) from such settings, each in one call; the client with `connect` |
 //! | `percentile` | | hedges after a percentile of the latency as it is |

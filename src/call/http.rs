@@ -115,7 +115,7 @@ pub(crate) fn known<E: 'static>(error: &E) -> Option<&(dyn Error + 'static)> {
     if let Some(error) = any.downcast_ref::<hyper::Error>() {
         return Some(error);
     }
-    #[cfg(feature = "hyper-util")]
+    #[cfg(feature = "hyper")]
     if let Some(error) = any.downcast_ref::<hyper_util::client::legacy::Error>() {
         return Some(error);
     }
@@ -230,7 +230,7 @@ impl Transport {
         }
         // hyper-util attaches the connection to each error of a request that was sent over one. An error without
         // a connection comes from connecting, or from the HTTP/2 handshake of a new connection.
-        #[cfg(feature = "hyper-util")]
+        #[cfg(feature = "hyper")]
         if let Some(error) = error.downcast_ref::<hyper_util::client::legacy::Error>() {
             if error.connect_info().is_none() {
                 self.is_reused.get_or_insert(false);
@@ -251,7 +251,7 @@ fn cause_of(error: &(dyn Error + 'static), transport: &Transport) -> Option<Caus
     if error.is::<tokio::time::error::Elapsed>() {
         return Some(Cause::failure(Reason::Timeout));
     }
-    #[cfg(feature = "hyper-util")]
+    #[cfg(feature = "hyper")]
     if let Some(error) = error.downcast_ref::<hyper_util::client::legacy::Error>() {
         return error.is_connect().then_some(Cause::failure(Reason::ConnectFailed));
     }

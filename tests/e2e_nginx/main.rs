@@ -2,7 +2,7 @@
 //!
 //! The access log is the witness. Where there is no nginx an upstream of our own stands in for it, unless
 //! `BUTTRESS_REQUIRE_REAL` is set.
-#![cfg(all(feature = "retry", feature = "hyper-util"))]
+#![cfg(all(feature = "retry", feature = "hyper"))]
 
 mod client;
 #[cfg(feature = "connect")]
