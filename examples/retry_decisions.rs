@@ -15,12 +15,13 @@ use std::{
 };
 
 use buttress::{
-    Attempts, BoxError, CircuitBreakerLayer, Deadline, RetryBudget, RetryLayer,
+    Attempts, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Deadline, RetryBudget,
+    RetryLayer,
     retry::{Backoff, ReplayBody, Stop},
 };
 use bytes::Bytes;
 use futures_util::future::join_all;
-use http::{Method, Request, Response};
+use http::{Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt, Full};
 use hyper_util::{
     client::legacy::Client,
@@ -52,8 +53,20 @@ enum Failure {
     Unavailable,
     /// The same, with a pushback.
     Pushback(&'static str),
-    /// A circuit breaker further in is open.
+    /// A response with this status and this header.
+    Header(u16, &'static str, &'static str),
+    /// A status that the layer lists as unprocessed.
+    Unprocessed(u16),
+    /// A gRPC status, and a pushback that forbids the retry.
+    Forbidden(&'static str),
+    /// Two values of pushback.
+    TwoPushbacks,
+    /// The host name has no address.
+    NoAddress,
+    /// An inner circuit breaker is open.
     OpenCircuit,
+    /// An inner limit is full.
+    FullLimit,
 }
 
 #[derive(Clone, Copy)]
@@ -114,6 +127,23 @@ fn rows() -> Vec<(Failure, How, usize, Decision)> {
         (Pushback("20"), Post, SHORT, Ok(Yes)),
         (Pushback("-1"), Post, SHORT, Err(Stop::Pushback)),
         (OpenCircuit, Get, 0, Err(Stop::Rejected)),
+        (FullLimit, Get, 0, Err(Stop::Rejected)),
+        (Header(503, "retry-after", "0.02"), Get, 0, Ok(Yes)),
+        (Header(429, "x-ms-retry-after-ms", "20"), Get, 0, Ok(Yes)),
+        (Header(429, "x-ratelimit-reset-after", "0.02"), Get, 0, Ok(Yes)),
+        (Header(503, "x-envoy-ratelimited", "true"), Get, 0, Err(Stop::RateLimited)),
+        (Unprocessed(429), Post, SHORT, Ok(Yes)),
+        (Unprocessed(529), Post, SHORT, Ok(Yes)),
+        (Status(429), Post, SHORT, Err(Stop::Unsafe)),
+        (Status(529), Get, 0, Ok(Yes)),
+        (Status(522), Get, 0, Ok(Yes)),
+        (Status(522), Post, SHORT, Err(Stop::Unsafe)),
+        (Status(425), Post, SHORT, Ok(No)),
+        (Status(421), Get, 0, Ok(Yes)),
+        (Status(421), Post, SHORT, Err(Stop::Unsafe)),
+        (NoAddress, Post, SHORT, Ok(Yes)),
+        (TwoPushbacks, Post, SHORT, Err(Stop::Pushback)),
+        (Forbidden("3"), Post, SHORT, Err(Stop::Pushback)),
     ]
 }
 
@@ -130,12 +160,20 @@ impl Failure {
             Self::Broke => "503, budget used up".into(),
             Self::Unavailable => "gRPC UNAVAILABLE".into(),
             Self::Pushback(ms) => format!("gRPC UNAVAILABLE, pushback {ms}"),
+            Self::Header(status, name, value) => format!("{status}, {name}: {value}"),
+            Self::Unprocessed(status) => format!("{status}, listed as unprocessed"),
+            Self::Forbidden(code) => format!("gRPC status {code}, pushback -1"),
+            Self::TwoPushbacks => "gRPC UNAVAILABLE, two pushbacks".into(),
+            Self::NoAddress => "host name without an address".into(),
             Self::OpenCircuit => "our own open circuit".into(),
+            Self::FullLimit => "our own full limit".into(),
         }
     }
 
     fn is_grpc(self) -> bool {
-        matches!(self, Self::Unavailable | Self::Pushback(_))
+        let with_pushback =
+            matches!(self, Self::Pushback(_) | Self::Forbidden(_) | Self::TwoPushbacks);
+        self == Self::Unavailable || with_pushback
     }
 
     /// None: no answer at all.
@@ -152,9 +190,22 @@ impl Failure {
             Self::Pushback(ms) => {
                 grpc().header("grpc-status", "14").header("grpc-retry-pushback-ms", ms)
             }
-            Self::Refused | Self::RefusedStream | Self::Cut | Self::Silent | Self::OpenCircuit => {
-                return None;
+            Self::Header(status, name, value) => answer.status(status).header(name, value),
+            Self::Unprocessed(status) => answer.status(status),
+            Self::Forbidden(code) => {
+                grpc().header("grpc-status", code).header("grpc-retry-pushback-ms", "-1")
             }
+            Self::TwoPushbacks => grpc()
+                .header("grpc-status", "14")
+                .header("grpc-retry-pushback-ms", "20")
+                .header("grpc-retry-pushback-ms", "20"),
+            Self::Refused
+            | Self::RefusedStream
+            | Self::Cut
+            | Self::Silent
+            | Self::NoAddress
+            | Self::OpenCircuit
+            | Self::FullLimit => return None,
         };
         answer.body(Full::default()).ok()
     }
@@ -207,6 +258,11 @@ async fn call(failure: Failure, method: How, body: usize) -> Result<Told, BoxErr
     if failure == Failure::OpenCircuit {
         breaker.handle().force_open();
     }
+    let limit = ConcurrencyLimitLayer::new(1);
+    let permit = match failure {
+        Failure::FullLimit => Some(limit.handle().try_acquire()?),
+        _ => None,
+    };
     let budget = RetryBudget::with(0.2, 0, 100);
     // Enough for a few retries.
     let deposits = if failure == Failure::Broke { 0 } else { 50 };
@@ -218,10 +274,16 @@ async fn call(failure: Failure, method: How, body: usize) -> Result<Told, BoxErr
     if failure == Failure::Silent {
         retry = retry.attempt_timeout(Duration::from_millis(200));
     }
+    if let Failure::Unprocessed(status) = failure {
+        retry = retry.unprocessed([StatusCode::from_u16(status)?]);
+    }
     let retry = retry.checked()?;
     let before = budget.balance();
-    let client = ServiceBuilder::new().layer(retry).service(breaker.layer(client));
+    let client = ServiceBuilder::new().layer(retry).service(breaker.layer(limit.layer(client)));
     let mut request = method.request(addr, body);
+    if failure == Failure::NoAddress {
+        *request.uri_mut() = Uri::from_static("http://nothing.invalid/");
+    }
     if let Failure::Late(_) = failure {
         request.extensions_mut().insert(Deadline::after(Duration::from_secs(5)));
     }
@@ -230,6 +292,7 @@ async fn call(failure: Failure, method: How, body: usize) -> Result<Told, BoxErr
         Ok(response) => Attempts::of(&response),
         Err(error) => Attempts::find(&*error).ok_or(error)?,
     };
+    drop(permit);
     // The call itself has paid a fifth of a retry in.
     Ok(Told { attempts, charged: budget.balance() < before })
 }

@@ -186,7 +186,7 @@
 //!
 //! # let db = tower::service_fn(|_: Query| async { Err::<Row, _>(DbError::Gone) });
 //! let db = ServiceBuilder::new()
-//!     .layer(RetryLayer::http().classify(verdict))
+//!     .layer(RetryLayer::new().classify(verdict))
 //!     .layer(CircuitBreakerLayer::new(Trip::consecutive(5)).classify(verdict))
 //!     .layer(ConcurrencyLimitLayer::new(20).per_response())
 //!     .service(db);

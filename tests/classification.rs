@@ -190,7 +190,7 @@ fn http_status(status: u16) -> Expected {
         _ => (OutcomeKind::Success, Reason::Completed),
     };
     let code = (reason == Reason::Status).then_some(status);
-    let retryable = matches!(status, 408 | 425 | 429 | 502 | 503 | 504 | 529);
+    let retryable = matches!(status, 408 | 421 | 425 | 429 | 502..=504 | 520..=524 | 529);
     Expected { kind, reason, code, retryable }
 }
 
@@ -221,9 +221,9 @@ fn expected(row: &Row) -> Expected {
 }
 
 fn table() -> Vec<Row> {
-    const STATUSES: [u16; 24] = [
+    const STATUSES: [u16; 28] = [
         200, 204, 301, 400, 401, 403, 404, 408, 409, 418, 421, 422, 425, 429, 500, 501, 502, 503,
-        504, 505, 511, 520, 529, 599,
+        504, 505, 511, 519, 520, 522, 524, 525, 529, 599,
     ];
     let mut rows = Vec::new();
     for kind in [Kind::Get, Kind::Post, Kind::Grpc, Kind::GrpcGet] {
@@ -319,7 +319,7 @@ fn adaptive_expects(expected: Expected) -> Vec<bool> {
     match (expected.kind, expected.reason, expected.code) {
         (OutcomeKind::Success, ..) => vec![false],
         (OutcomeKind::Throttled, ..)
-        | (OutcomeKind::Failure, Reason::Status, Some(503 | 504))
+        | (OutcomeKind::Failure, Reason::Status, Some(503 | 504 | 520..=524))
         | (OutcomeKind::Failure, Reason::GrpcStatus, Some(4 | 14)) => vec![true],
         _ => Vec::new(),
     }
@@ -349,6 +349,8 @@ async fn retry(layer: RetryLayer, row: &Row) -> (Outcome, u32, Stop) {
 fn retry_expects(row: &Row, expected: Expected) -> (u32, Stop) {
     let is_safe = matches!(row.kind, Kind::Get | Kind::GrpcGet);
     let is_trusted = expected.reason == Reason::GrpcStatus && expected.code == Some(14);
+    // 425 states that the server has not processed the request.
+    let is_trusted = is_trusted || (expected.reason == Reason::Completed && row.status == 425);
     match expected.retryable {
         false => (1, Stop::Answered),
         true if is_safe || is_trusted => (2, Stop::AttemptsUsedUp),
@@ -389,7 +391,7 @@ async fn hedge_accepts(row: &Row) -> bool {
 fn assert_outcome(outcome: Outcome, expected: Expected, row: &Row) {
     let seen = (outcome.kind(), outcome.reason(), outcome.code());
     let expected = match expected.reason {
-        // 408 and 425: the retry records them as failures, because it repeats them.
+        // 408, 421 and 425: the retry records them as failures, because it repeats them.
         Reason::Completed if expected.retryable => {
             (OutcomeKind::Failure, Reason::Status, Some(row.status))
         }

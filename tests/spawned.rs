@@ -192,7 +192,7 @@ async fn a_retry_of_own_types_with_boxed_errors() {
     fn judge(result: Result<&u32, &BoxError>) -> Outcome {
         result.map_or(Outcome::failure(), |_| Outcome::success())
     }
-    let retry = RetryLayer::http().classify(judge);
+    let retry = RetryLayer::new().classify(judge);
     let handle = retry.handle();
     let service = ServiceBuilder::new().layer(retry).service(any_stack!(service_fn(double)));
     assert_eq!(spawned_ready!(service.clone(), 21).unwrap(), 42);

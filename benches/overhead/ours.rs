@@ -75,7 +75,7 @@ where
         Ok(_) => Outcome::success(),
         Err(_) => Outcome::failure(),
     };
-    let service = RetryLayer::http().classify(fails).layer(
+    let service = RetryLayer::new().classify(fails).layer(
         CircuitBreakerLayer::new(count_rule(100))
             .classify(fails)
             .layer(ConcurrencyLimitLayer::new(100).per_response().layer(probe().layer(inner))),

@@ -13,6 +13,7 @@ use super::{Outcome, OutcomeKind, Reason, hint};
 pub(crate) const STATUS: &str = "grpc-status";
 pub(crate) const MESSAGE: &str = "grpc-message";
 
+pub(crate) const OK: u16 = 0;
 const CANCELLED: u16 = 1;
 pub(crate) const UNKNOWN: u16 = 2;
 pub(crate) const DEADLINE_EXCEEDED: u16 = 4;

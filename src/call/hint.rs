@@ -4,8 +4,8 @@ use std::time::{Duration, SystemTime};
 
 use http::{HeaderMap, HeaderValue, header};
 
-/// The longest hint that is believed: 300 s, as Envoy's and linkerd's.
-pub(crate) const LONGEST: Duration = Duration::from_secs(300);
+/// The maximum of a hint, to which longer ones are cut: 300 s, as in Envoy and linkerd.
+pub(crate) const MAX_HINT: Duration = Duration::from_secs(300);
 
 /// gRPC's own hint (gRFC A6): a time in milliseconds; anything else means "do not retry".
 pub(crate) const PUSHBACK: &str = "grpc-retry-pushback-ms";
@@ -13,35 +13,58 @@ pub(crate) const PUSHBACK: &str = "grpc-retry-pushback-ms";
 /// The hint of a response head. The first that can be read counts, the most exact first:
 ///
 /// 1. gRPC's pushback (gRFC A6), and nothing else where it says "not at all"
-/// 2. `retry-after-ms` and `x-amz-retry-after`, milliseconds
+/// 2. `retry-after-ms` and `x-ms-retry-after-ms` (Azure), `x-amz-retry-after`: milliseconds
 /// 3. `Retry-After` (RFC 9110 §10.2.3)
-/// 4. of a quota that is used up, when it begins anew: `RateLimit`, `RateLimit-Reset`, `X-RateLimit-Reset`
-///    (draft-ietf-httpapi-ratelimit-headers, which gives `Retry-After` precedence)
+/// 4. of a quota that is used up, when it begins anew: `RateLimit`, `RateLimit-Reset`, `X-RateLimit-Reset-After`
+///    (Discord), `X-RateLimit-Reset` (draft-ietf-httpapi-ratelimit-headers, which gives `Retry-After` precedence)
+///
+/// Each number may have decimals and is rounded up to the next millisecond. gRPC's pushback is an integer.
 pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let hint = match pushback(headers) {
         Some(Pushback::After(after)) => after,
         Some(Pushback::Never) => return None,
-        None => [MILLIS, AMAZONS]
+        None => [MILLIS, AZURE_MILLIS, AMAZON_MILLIS]
             .iter()
-            .find_map(|name| number(headers.get(*name)?).map(Duration::from_millis))
+            .find_map(|name| time(headers.get(*name)?, 1))
             .or_else(|| parse(headers.get(header::RETRY_AFTER)?, headers))
             .or_else(|| quota(headers))?,
     };
-    Some(hint.min(LONGEST))
+    Some(hint.min(MAX_HINT))
 }
 
 const MILLIS: &str = "retry-after-ms";
-const AMAZONS: &str = "x-amz-retry-after";
+const AZURE_MILLIS: &str = "x-ms-retry-after-ms";
+const AMAZON_MILLIS: &str = "x-amz-retry-after";
 
-/// A whole number. More digits than fit is still "a long time", and is clamped as such.
-fn number(value: &HeaderValue) -> Option<u64> {
-    digits(value.to_str().ok()?)
+/// The number of milliseconds in a second.
+const SECOND: u64 = 1000;
+
+/// Parses a time in units of `unit` milliseconds.
+fn time(value: &HeaderValue, unit: u64) -> Option<Duration> {
+    decimal(value.to_str().ok()?, unit).map(Duration::from_millis)
 }
 
-fn digits(text: &str) -> Option<u64> {
+/// Parses a decimal number and returns `number × unit`, rounded up. A number that does not fit becomes `u64::MAX`,
+/// which is later cut to [`MAX_HINT`].
+fn decimal(text: &str, unit: u64) -> Option<u64> {
     let text = text.trim();
-    let whole = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-    whole.then(|| text.parse().unwrap_or(u64::MAX))
+    let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
+    let is_digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    if !is_digits(whole) || !is_digits(fraction) {
+        return None;
+    }
+    // Nine digits are exact in `u64`, and a further digit other than 0 only rounds up.
+    let digits = &fraction[..fraction.len().min(9)];
+    let rest = u64::from(fraction.bytes().skip(9).any(|b| b != b'0'));
+    let scale = 10_u64.pow(digits.len() as u32);
+    let part = digits.parse().unwrap_or(0_u64).saturating_mul(unit).saturating_add(rest);
+    let whole = whole.parse().unwrap_or(u64::MAX).saturating_mul(unit);
+    Some(whole.saturating_add(part.div_ceil(scale)))
+}
+
+/// Parses the remaining calls of a quota.
+fn count(value: &HeaderValue) -> Option<u64> {
+    decimal(value.to_str().ok()?, 1)
 }
 
 /// The response's own clock, or ours.
@@ -50,10 +73,10 @@ fn now(headers: &HeaderMap) -> SystemTime {
     date.and_then(|date| httpdate::parse_http_date(date).ok()).unwrap_or_else(SystemTime::now)
 }
 
-/// Whole seconds, or any of the three HTTP dates, against the response's own `Date` where it has one.
+/// Parses seconds, or any of the three HTTP dates relative to the response's own `Date` if it has one.
 fn parse(value: &HeaderValue, headers: &HeaderMap) -> Option<Duration> {
-    if let Some(seconds) = number(value) {
-        return Some(Duration::from_secs(seconds));
+    if let Some(time) = time(value, SECOND) {
+        return Some(time);
     }
     let at = httpdate::parse_http_date(value.to_str().ok()?.trim()).ok()?;
     Some(at.duration_since(now(headers)).unwrap_or_default())
@@ -64,40 +87,42 @@ fn parse(value: &HeaderValue, headers: &HeaderMap) -> Option<Duration> {
 /// No list of quotas is read further than this.
 const MOST_QUOTAS: usize = 16;
 
-const RESETS: [(&str, &str); 2] =
-    [("ratelimit-remaining", "ratelimit-reset"), ("x-ratelimit-remaining", "x-ratelimit-reset")];
+const RESETS: [(&str, &str); 3] = [
+    ("ratelimit-remaining", "ratelimit-reset"),
+    ("x-ratelimit-remaining", "x-ratelimit-reset-after"),
+    ("x-ratelimit-remaining", "x-ratelimit-reset"),
+];
 
 /// When a quota that is used up begins anew.
 fn quota(headers: &HeaderMap) -> Option<Duration> {
     let listed = headers.get("ratelimit").and_then(|value| rate_limit(value.to_str().ok()?));
     let reset = listed.or_else(|| {
         RESETS.iter().find_map(|(remaining, reset)| {
-            let field = |name: &str| headers.get(name).map(number);
-            // Nothing about what is left: what was asked for was refused, so nothing is.
-            let used_up = field(remaining).is_none_or(|left| left == Some(0));
-            field(reset).flatten().filter(|_| used_up)
+            // A response without the remaining calls rejects the call, so none remain.
+            let is_used_up = headers.get(*remaining).is_none_or(|left| count(left) == Some(0));
+            time(headers.get(*reset)?, SECOND).filter(|_| is_used_up)
         })
     })?;
-    // Some send the second since 1970 at which it begins; no quota lasts thirty years.
-    const EPOCH: u64 = 1_000_000_000;
+    // Some servers send the time since 1970 at which the quota begins. No quota lasts thirty years.
+    const EPOCH: Duration = Duration::from_secs(1_000_000_000);
     if reset < EPOCH {
-        return Some(Duration::from_secs(reset));
+        return Some(reset);
     }
     let since = now(headers).duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    Some(Duration::from_secs(reset).saturating_sub(since))
+    Some(reset.saturating_sub(since))
 }
 
 /// `"name";r=0;t=30, …`, the longest of those that are used up; or, in older drafts, one quota as
 /// `limit=100, remaining=0, reset=30`.
-fn rate_limit(text: &str) -> Option<u64> {
+fn rate_limit(text: &str) -> Option<Duration> {
     let mut longest = None;
     let (mut left, mut reset) = (None, None);
     for quota in text.split(',').take(MOST_QUOTAS) {
         for part in quota.split(';').take(MOST_QUOTAS) {
             let Some((name, value)) = part.split_once('=') else { continue };
             match name.trim() {
-                "r" | "remaining" => left = digits(value),
-                "t" | "reset" => reset = digits(value),
+                "r" | "remaining" => left = decimal(value, 1),
+                "t" | "reset" => reset = decimal(value, SECOND).map(Duration::from_millis),
                 _ => {}
             }
         }
@@ -121,9 +146,14 @@ pub(crate) enum Pushback {
     Never,
 }
 
-/// gRFC A6: a negative or unparsable value means that there must be no retry.
+/// gRFC A6: a negative or unparsable value means that there must be no retry. So do several values, as in grpc-go's
+/// `shouldRetry`.
 pub(crate) fn pushback(headers: &HeaderMap) -> Option<Pushback> {
-    let value = headers.get(PUSHBACK)?;
+    let mut values = headers.get_all(PUSHBACK).into_iter();
+    let value = values.next()?;
+    if values.next().is_some() {
+        return Some(Pushback::Never);
+    }
     // The number is a signed one of 32 bits.
     let ms = value.to_str().ok().and_then(|text| text.trim().parse::<i32>().ok());
     let after = ms.and_then(|ms| u64::try_from(ms).ok()).map(Duration::from_millis);
@@ -162,14 +192,53 @@ mod tests {
 
     #[test]
     fn malformed_is_no_hint_and_huge_is_clamped() {
-        for text in ["-1", "1.5", "soon", "", "12s", "١٢"] {
+        for text in ["-1", "1.", ".5", "1.5.5", "1,5", "1e3", "soon", "", "12s", "١٢"] {
             let mut map = HeaderMap::new();
             map.insert("retry-after", HeaderValue::from_bytes(text.as_bytes()).unwrap());
             assert_eq!(retry_after(&map), None, "{text}");
         }
         for text in ["301", "99999999999999999999999999"] {
-            assert_eq!(retry_after(&headers(&[("retry-after", text)])), Some(LONGEST));
+            assert_eq!(retry_after(&headers(&[("retry-after", text)])), Some(MAX_HINT));
         }
+    }
+
+    #[test]
+    fn decimals_are_rounded_up_to_the_next_millisecond() {
+        for (name, text, micros) in [
+            ("retry-after", "2.0", 2_000_000),
+            ("retry-after", "0.25", 250_000),
+            ("retry-after", "0.0001", 1000),
+            ("retry-after", "1.0000000001", 1_001_000),
+            ("retry-after", "1.2340000000", 1_234_000),
+            ("retry-after-ms", "12.1", 13_000),
+            ("x-ms-retry-after-ms", "250", 250_000),
+            ("x-amz-retry-after", "0.5", 1000),
+            ("x-ratelimit-reset-after", "0.123", 123_000),
+            ("x-ratelimit-reset-after", "64.57", 64_570_000),
+            ("ratelimit", "\"a\";r=0;t=1.5", 1_500_000),
+        ] {
+            let hint = retry_after(&headers(&[(name, text)]));
+            assert_eq!(hint, Some(Duration::from_micros(micros)), "{name}: {text}");
+        }
+    }
+
+    #[test]
+    fn relative_reset_has_precedence_over_absolute_reset() {
+        let pairs = [("x-ratelimit-reset", "1470173023"), ("x-ratelimit-reset-after", "1.5")];
+        assert_eq!(retry_after(&headers(&pairs)), Some(Duration::from_millis(1500)));
+        let left = ("x-ratelimit-remaining", "3");
+        assert_eq!(retry_after(&headers(&[pairs[1], left])), None);
+    }
+
+    #[test]
+    fn several_pushback_values_are_a_no() {
+        let pairs = [(PUSHBACK, "10"), (PUSHBACK, "10")];
+        let mut both = HeaderMap::new();
+        for (name, value) in pairs {
+            both.append(name, value.parse().unwrap());
+        }
+        assert_eq!(pushback(&both), Some(Pushback::Never));
+        assert_eq!(retry_after(&both), None);
     }
 
     #[test]
@@ -231,11 +300,11 @@ mod tests {
         fn fuzz_no_hint_panics_or_is_longer_than_is_believed(
             said in prop::collection::vec((
                 prop::sample::select(vec![
-                    PUSHBACK, MILLIS, AMAZONS, "retry-after", "date", "ratelimit", "ratelimit-remaining",
+                    PUSHBACK, MILLIS, AZURE_MILLIS, AMAZON_MILLIS, "retry-after", "x-ratelimit-reset-after", "date", "ratelimit", "ratelimit-remaining",
                     "ratelimit-reset", "x-ratelimit-remaining", "x-ratelimit-reset",
                 ]),
                 prop_oneof![
-                    "-?[0-9]{1,30}",
+                    "-?[0-9]{0,30}\\.?[0-9]{0,30}",
                     "(\"?[a-z]{0,3}\"?[;,=]? ?(r|t|remaining|reset)?=?-?[0-9]{0,22}[;,]? ?){0,30}",
                     "(Sun|Mon|[A-Z][a-z]{2,5}day),? +[0-9]{1,2}[ -]Nov[ -][0-9]{2,5} [0-9:]{5,8} (GMT|[0-9]{4})",
                     ".{0,30}",
@@ -249,7 +318,7 @@ mod tests {
                 }
             }
             let hint = retry_after(&headers);
-            prop_assert!(hint.is_none_or(|hint| hint <= LONGEST));
+            prop_assert!(hint.is_none_or(|hint| hint <= MAX_HINT));
             if pushback(&headers) == Some(Pushback::Never) {
                 prop_assert_eq!(hint, None);
             }
@@ -260,9 +329,9 @@ mod tests {
             let of = |name: &'static str, text: String| {
                 retry_after(&HeaderMap::from_iter([(name.parse().unwrap(), text.parse().unwrap())]))
             };
-            let secs = Duration::from_secs(number).min(LONGEST);
+            let secs = Duration::from_secs(number).min(MAX_HINT);
             prop_assert_eq!(of("retry-after", number.to_string()), Some(secs));
-            let millis = Duration::from_millis(number).min(LONGEST);
+            let millis = Duration::from_millis(number).min(MAX_HINT);
             prop_assert_eq!(of(MILLIS, number.to_string()), Some(millis));
             // And a date as far from the answer's own as it is.
             let (then, secs) = (SystemTime::UNIX_EPOCH + Duration::from_secs(date.into()), number % 400);
@@ -271,7 +340,7 @@ mod tests {
                 (name.parse().unwrap(), text.parse().unwrap())
             });
             let hint = retry_after(&HeaderMap::from_iter(dates));
-            prop_assert_eq!(hint, Some(Duration::from_secs(secs).min(LONGEST)));
+            prop_assert_eq!(hint, Some(Duration::from_secs(secs).min(MAX_HINT)));
         }
     }
 }

@@ -90,10 +90,11 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
 /// | response | outcome | a retry repeats it |
 /// |---|---|---|
 /// | 1xx to 4xx, except those below | success | no |
-/// | 408, 425 | success | if that is safe |
+/// | 408, 421 | success | if that is safe |
+/// | 425 | success | yes, unless the request has `Early-Data: 1` |
 /// | 429, 529 | throttled | if that is safe |
 /// | 501, 505 | success | no |
-/// | 502, 503, 504 | failure | if that is safe |
+/// | 502, 503, 504, 520 to 524 | failure | if that is safe |
 /// | any other 5xx | failure | no |
 /// | a body that fails | failure | no |
 ///

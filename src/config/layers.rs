@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use http::StatusCode;
+
 use super::{
     group::{Group, Row, group},
     value::{Scalar, Setting},
@@ -158,8 +160,14 @@ group! {
     live backoff: Duration = ms(50);
     /// The longest wait of the backoff.
     live backoff_max: Duration = secs(5);
-    /// The longest wait that a server may ask for.
-    live longest_wait: Duration = secs(30);
+    /// The maximum wait that a server may ask for; off: 30 s without a deadline, no maximum with one.
+    live max_wait: Option<Duration> = None;
+    /// The maximum random delay above a wait that a server asks for, as a share of it.
+    live hint_jitter: f64 = 0.5;
+    /// Whether a rejection by an inner layer is waited for and retried if it says for how long.
+    live wait_on_rejection: bool = false;
+    /// HTTP statuses that are retried for any method, since the upstream has not processed such a request.
+    live unprocessed: Vec<StatusCode> = Vec::new();
     /// Up to the response head of each attempt, beside the timeouts.
     live attempt_timeout: Option<Duration> = None;
     /// How many retries there may be for one call.
@@ -194,7 +202,10 @@ impl RetryConfig {
         layer
             .attempts(self.attempts)
             .backoff(Backoff::exponential(self.backoff).max(self.backoff_max))
-            .longest_wait(self.longest_wait)
+            .max_wait(self.max_wait)
+            .hint_jitter(self.hint_jitter)
+            .wait_on_rejection(self.wait_on_rejection)
+            .unprocessed(self.unprocessed.iter().copied())
             .attempt_timeout(self.attempt_timeout)
             .replay_up_to(self.replay_up_to)
             .drain_up_to(self.drain_up_to)

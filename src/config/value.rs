@@ -2,9 +2,10 @@
 
 use std::{fmt, time::Duration};
 
+use http::StatusCode;
 use serde::{
     Deserialize, Deserializer, Serialize, Serializer,
-    de::{Error, MapAccess, Visitor},
+    de::{Error, MapAccess, SeqAccess, Visitor},
 };
 
 use crate::redact;
@@ -17,13 +18,15 @@ pub enum Scalar {
     Int(i64),
     Float(f64),
     Text(String),
+    /// The items of a list, separated by commas.
+    List(String),
 }
 
 impl Scalar {
     /// Returns the value without secrets, at most 256 bytes of it.
     pub(super) fn redacted(&self) -> String {
         match self {
-            Self::Text(text) => redact::value(text),
+            Self::Text(text) | Self::List(text) => redact::value(text),
             value => value.to_string(),
         }
     }
@@ -31,7 +34,7 @@ impl Scalar {
     /// Returns whether the text of the value is equal to this text. Does not copy the value.
     pub(super) fn is_written(&self, text: &str) -> bool {
         match self {
-            Self::Text(own) => own == text,
+            Self::Text(own) | Self::List(own) => own == text,
             value => value.to_string() == text,
         }
     }
@@ -49,7 +52,7 @@ impl fmt::Display for Scalar {
             Self::Bool(value) => value.fmt(f),
             Self::Int(value) => value.fmt(f),
             Self::Float(value) => value.fmt(f),
-            Self::Text(value) => value.fmt(f),
+            Self::Text(value) | Self::List(value) => value.fmt(f),
         }
     }
 }
@@ -60,7 +63,7 @@ impl Serialize for Scalar {
             Self::Bool(value) => serializer.serialize_bool(*value),
             Self::Int(value) => serializer.serialize_i64(*value),
             Self::Float(value) => serializer.serialize_f64(*value),
-            Self::Text(value) => serializer.serialize_str(value),
+            Self::Text(value) | Self::List(value) => serializer.serialize_str(value),
         }
     }
 }
@@ -95,7 +98,7 @@ impl Setting for Duration {
                 Ok(secs) => Self::try_from_secs_f64(secs).ok(),
                 Err(_) => humantime::parse_duration(text.trim()).ok(),
             },
-            Scalar::Bool(_) => None,
+            Scalar::Bool(_) | Scalar::List(_) => None,
         }
     }
 
@@ -140,7 +143,7 @@ impl Setting for f64 {
             Scalar::Int(value) => *value as Self,
             Scalar::Float(value) => *value,
             Scalar::Text(text) => text.trim().parse().ok()?,
-            Scalar::Bool(_) => return None,
+            Scalar::Bool(_) | Scalar::List(_) => return None,
         };
         number.is_finite().then_some(number)
     }
@@ -154,11 +157,29 @@ impl Setting for String {
     const WANTS: &'static str = "a text";
 
     fn read(value: &Scalar) -> Option<Self> {
-        Some(value.to_string()).filter(|text| !text.is_empty())
+        let is_list = matches!(value, Scalar::List(_));
+        Some(value.to_string()).filter(|text| !is_list && !text.is_empty())
     }
 
     fn show(&self) -> Scalar {
         Scalar::Text(self.clone())
+    }
+}
+
+/// A list, in a file or as text such as `429, 529`.
+impl Setting for Vec<StatusCode> {
+    const WANTS: &'static str = "HTTP statuses such as 429, 529, or off";
+
+    fn read(value: &Scalar) -> Option<Self> {
+        if is_off(value) || matches!(value, Scalar::List(items) if items.is_empty()) {
+            return Some(Self::new());
+        }
+        value.to_string().split(',').map(|status| status.trim().parse().ok()).collect()
+    }
+
+    fn show(&self) -> Scalar {
+        let texts: Vec<_> = self.iter().map(StatusCode::as_str).collect();
+        Scalar::Text(if texts.is_empty() { OFF.to_owned() } else { texts.join(", ") })
     }
 }
 
@@ -217,7 +238,7 @@ impl<'de> Deserialize<'de> for Tree {
             type Value = Tree;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a table of settings, or a value: no list has a place here")
+                f.write_str("a table of settings, a value or a list of values")
             }
 
             fn visit_bool<E>(self, value: bool) -> Result<Tree, E> {
@@ -240,6 +261,17 @@ impl<'de> Deserialize<'de> for Tree {
 
             fn visit_str<E: Error>(self, value: &str) -> Result<Tree, E> {
                 Ok(Tree::Leaf(Scalar::Text(value.to_owned())))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Tree, A::Error> {
+                let mut texts = Vec::new();
+                while let Some(item) = items.next_element()? {
+                    let Tree::Leaf(item) = item else {
+                        return Err(A::Error::custom("a list must not contain a table"));
+                    };
+                    texts.push(item.to_string());
+                }
+                Ok(Tree::Leaf(Scalar::List(texts.join(", "))))
             }
 
             /// JSON's `null`.

@@ -16,6 +16,9 @@ use crate::{
 pub struct Attempts {
     /// How many attempts were made: none where the service broke, or the deadline passed, before the first.
     pub made: u32,
+    /// The number of attempts that the upstream may have received: all but those that an inner layer rejected, that
+    /// had no connection, or that the upstream returned unprocessed.
+    pub sent: u32,
     /// How long was waited between them, all in all.
     pub waited: Duration,
     /// Why there was no further one.
@@ -38,11 +41,16 @@ const MOST_RECORDED: usize = 32;
 
 impl Attempts {
     pub(super) const FIRST: Self = Self::after(1, Stop::Answered);
+    /// The first attempt is under way and has not been sent.
+    pub(super) const UNSENT: Self =
+        Self { made: 1, sent: 0, waited: Duration::ZERO, stop: Stop::Answered, each: Vec::new() };
+    /// The first attempt ended with an error that is not retryable.
+    pub(super) const FIRST_ERROR: Self = Self::after(1, Stop::NotRetryable);
     /// The service broke before the first attempt.
     pub(super) const NONE: Self = Self::after(0, Stop::NotReady);
 
     const fn after(made: u32, stop: Stop) -> Self {
-        Self { made, waited: Duration::ZERO, stop, each: Vec::new() }
+        Self { made, sent: made, waited: Duration::ZERO, stop, each: Vec::new() }
     }
 
     /// The attempts one by one, the last one too: the first 32 of them. Empty where the first was the only one
@@ -96,8 +104,9 @@ pub struct Attempt(pub u32);
 /// The error of a call that a [`RetryLayer`](super::RetryLayer) gave up on. Its source is the last
 /// attempt's error.
 ///
-/// `gave up after 3 attempts (attempts_used_up): connect_refused`: the [`Stop`], and what came of the last attempt
-/// where that is known. All of it is in the [`Attempts`], and a refusal in the
+/// `gave up after 3 attempts (attempts_used_up): status 503`: the [`Stop`], and the outcome of the last attempt where
+/// that is known. `gave up after 1 attempt, nothing was sent (rejected): limit full` states that the upstream has not
+/// received the call. All of it is in the [`Attempts`], and a rejection in the
 /// [`Rejected`](crate::Rejected) that is among the sources. `Debug` shows the source without
 /// [secrets](crate#secrets); the source itself is the client's own error, whose text may contain the URI.
 pub struct RetryError {
@@ -128,10 +137,11 @@ impl fmt::Debug for RetryError {
 
 impl fmt::Display for RetryError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Attempts { made, stop, .. } = self.attempts;
+        let Attempts { made, sent, stop, .. } = self.attempts;
         let s = if made == 1 { "" } else { "s" };
-        let stop = if stop == Stop::Answered { "not one to retry" } else { stop.as_str() };
-        write!(f, "gave up after {made} attempt{s} ({stop})")?;
+        let unsent = if sent == 0 && made > 0 { ", nothing was sent" } else { "" };
+        let stop = if stop == Stop::NotRetryable { "not retryable" } else { stop.as_str() };
+        write!(f, "gave up after {made} attempt{s}{unsent} ({stop})")?;
         // In short, for who looks at this error alone: the source says more.
         let reason =
             || Some(self.attempts.each.last()?.outcome.reason()).filter(|why| why.is_told());

@@ -22,8 +22,6 @@ pub struct Backoff {
 enum Shape {
     /// `base × factorⁿ⁻¹`.
     Powers(f64),
-    /// `base × (1 + factor + … + factorⁿ⁻¹)`.
-    Sums(f64),
     /// `base + step × (n - 1)`.
     Steps(Duration),
     /// Between the base and three times the wait before.
@@ -72,12 +70,9 @@ impl Backoff {
         Self::new(Shape::Decorrelated, base)
     }
 
-    /// What each wait is multiplied with for the next: 1 or more. Makes any other shape an exponential one.
+    /// Multiplies each wait by `factor` for the next one: 1 or more. Turns any other shape into an exponential one.
     pub const fn factor(mut self, factor: f64) -> Self {
-        self.shape = match self.shape {
-            Shape::Sums(_) => Shape::Sums(factor),
-            _ => Shape::Powers(factor),
-        };
+        self.shape = Shape::Powers(factor);
         self
     }
 
@@ -133,9 +128,12 @@ impl Backoff {
         Self::exponential(base).throttled(Duration::from_secs(1)).max(Duration::from_secs(20))
     }
 
-    /// Envoy's default: full jitter below `(2ⁿ - 1) × 25 ms`, up to 250 ms.
+    /// Envoy's default: 25 ms doubling up to 250 ms, with full jitter.
+    ///
+    /// Source: Envoy's `JitteredExponentialBackOffStrategy`. Envoy's documentation of the router filter states an older
+    /// formula, `(2ⁿ - 1) × 25 ms`.
     pub const fn envoy() -> Self {
-        Self::new(Shape::Sums(2.0), Duration::from_millis(25)).max(Duration::from_millis(250))
+        Self::exponential(Duration::from_millis(25)).max(Duration::from_millis(250))
     }
 
     /// gRFC A6 with the numbers of its example: 100 ms doubling up to 1 s, a fifth to either side. Unlike
@@ -167,10 +165,6 @@ impl Backoff {
         let n = i32::try_from(retry).unwrap_or(i32::MAX);
         match self.shape {
             Shape::Powers(factor) => scaled(base, factor.powi(n - 1)),
-            Shape::Sums(factor) if factor > 1.0 => {
-                scaled(base, (factor.powi(n) - 1.0) / (factor - 1.0))
-            }
-            Shape::Sums(_) => base.saturating_mul(retry),
             Shape::Steps(step) => base.saturating_add(step.saturating_mul(retry - 1)),
             Shape::Decorrelated => base,
         }
@@ -182,7 +176,7 @@ impl Backoff {
     ///
     /// A factor below 1 or not finite, a jitter that is no share, or a maximum below the base.
     pub fn check(&self) -> Result<(), ConfigError> {
-        if let Shape::Powers(factor) | Shape::Sums(factor) = self.shape {
+        if let Shape::Powers(factor) = self.shape {
             if !(factor >= 1.0 && factor.is_finite()) {
                 let remedy = "use 1 or more, such as 2";
                 return Err(ConfigError::new("backoff.factor", factor, remedy));
@@ -295,7 +289,7 @@ mod tests {
             (Backoff::linear(BASE, BASE * 3).max(max), [25, 100, 175, 250, 250, 250]),
             (Backoff::constant(BASE), [25; 6]),
             (Backoff::decorrelated(BASE).max(max), [25, 75, 225, 250, 250, 250]),
-            (Backoff::envoy(), [25, 75, 175, 250, 250, 250]),
+            (Backoff::envoy(), [25, 50, 100, 200, 250, 250]),
             (Backoff::grpc(), [100, 200, 400, 800, 1000, 1000]),
             (Backoff::aws(), [50, 100, 200, 400, 800, 1600]),
         ] {
@@ -326,12 +320,9 @@ mod tests {
 
     #[test]
     fn no_wait_stays_no_wait_however_often() {
-        let sums = Backoff::new(Shape::Sums(2.0), Duration::ZERO);
-        for none in [Backoff::exponential(Duration::ZERO), sums] {
-            let mut delays = none.without_jitter().delays();
-            delays.made = 2000;
-            assert_eq!(delays.draw(false), Duration::ZERO);
-        }
+        let mut delays = Backoff::exponential(Duration::ZERO).without_jitter().delays();
+        delays.made = 2000;
+        assert_eq!(delays.draw(false), Duration::ZERO);
     }
 
     #[test]

@@ -60,8 +60,10 @@ impl Settings {
     }
 
     pub(super) fn say(&self, say: impl FnOnce(&mut Say)) {
-        self.set(|policy| say(&mut policy.say));
-        self.says.store(true, Ordering::Relaxed);
+        self.set(|policy| {
+            say(&mut policy.say);
+            self.says.store(!policy.say.is_empty(), Ordering::Relaxed);
+        });
     }
 
     #[inline]
@@ -135,7 +137,7 @@ impl Settings {
     }
 
     pub(super) fn count_stop(&self, stop: Stop) {
-        if stop != Stop::Answered {
+        if !matches!(stop, Stop::Answered | Stop::NotRetryable) {
             self.gave_up.fetch_add(1, Ordering::Relaxed);
         }
         if stop == Stop::BudgetUsedUp {

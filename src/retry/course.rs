@@ -14,6 +14,7 @@ use super::{
     rules::{FailureKind, PerKind},
     series::Series,
     stop::Stop,
+    weighed::earns_deposit,
 };
 use crate::{
     call::{Deadline, Outcome, Rejected, http as rule},
@@ -29,8 +30,6 @@ pub(super) struct Course<S> {
     waited: Duration,
     record: Attempts,
     transparent: u32,
-    /// How many attempts a server may have seen.
-    seen: u32,
     of_kind: PerKind<u32>,
     /// Its waits, once there is one.
     series: Option<Series>,
@@ -58,6 +57,8 @@ impl Wait {
 /// What is known of a request that was kept.
 pub(super) struct Kept {
     pub(super) safe: bool,
+    pub(super) is_unprocessed: bool,
+    pub(super) is_error: bool,
     pub(super) body: Repeatable,
     pub(super) deadline: Option<Deadline>,
     /// An inner retry layer has returned the error.
@@ -71,9 +72,8 @@ impl<S> Default for Course<S> {
             withdrawal: None,
             cost: 0,
             waited: Duration::ZERO,
-            record: Attempts::FIRST,
+            record: Attempts::UNSENT,
             transparent: 0,
-            seen: 0,
             of_kind: [0; 8],
             series: None,
         }
@@ -101,7 +101,7 @@ impl<S> Course<S> {
         &mut self,
         core: &Core<S>,
         policy: &Policy,
-        (class, outcome): (Class, Outcome),
+        (class, outcome, is_error): (Class, Outcome, bool),
         kept: Option<Kept>,
         claim: impl FnOnce() -> bool,
     ) -> Result<Wait, Stop> {
@@ -113,6 +113,7 @@ impl<S> Course<S> {
             && core.settings.withdraw_transparent();
         let decision = match kept {
             Some(kept) => self.decide(policy, (class, outcome), transparent, &kept, left),
+            None if class == Class::Final && is_error => Err(Stop::NotRetryable),
             None if class == Class::Final => Err(Stop::Answered),
             None if core.misconfigured => Err(Stop::Misconfigured),
             // It said that it cannot be kept.
@@ -120,7 +121,7 @@ impl<S> Course<S> {
         };
         if let Some(budget) = &core.budget {
             match class {
-                Class::Final if outcome.is_success() => budget.answered(self.cost),
+                Class::Final if earns_deposit(outcome) => budget.answered(self.cost),
                 Class::Retryable | Class::Refused(Stop::Pushback) if !transparent => {
                     budget.failed(FailureKind::of(outcome));
                 }
@@ -144,7 +145,7 @@ impl<S> Course<S> {
         match decision {
             Ok(again) => {
                 self.transparent += u32::from(again.transparent);
-                self.seen += u32::from(again.kind.may_be_seen());
+                self.record.sent += u32::from(again.kind.may_be_seen());
                 self.of_kind[again.kind as usize] += 1;
                 self.waited = again.wait;
                 self.record.tried(Tried { outcome, waited: again.wait });
@@ -175,6 +176,7 @@ impl<S> Course<S> {
                     outcome = ?outcome,
                     "not retried"
                 );
+                self.record.sent += u32::from(FailureKind::of(outcome).may_be_seen());
                 self.record.tried(Tried { outcome, waited: Duration::ZERO });
                 Err(stop)
             }
@@ -193,6 +195,8 @@ impl<S> Course<S> {
             class,
             outcome,
             safe: kept.safe,
+            is_unprocessed: kept.is_unprocessed,
+            is_error: kept.is_error,
             body: kept.body,
             made: self.record.made,
             is_transparent,
@@ -210,7 +214,7 @@ impl<S> Course<S> {
             self.cost = withdrawal.take();
         }
         self.record.made += 1;
-        Numbered { number: self.record.made, seen: self.seen }
+        Numbered { number: self.record.made, seen: self.record.sent }
     }
 
     /// Not even the first attempt is made.
@@ -221,6 +225,7 @@ impl<S> Course<S> {
     /// Records that the attempt in flight ended by this rejection.
     pub(super) fn cut_short(&mut self, rejected: &Rejected) -> Outcome {
         let outcome = rule::of_rejected(rejected);
+        self.record.sent += 1;
         self.record.tried(Tried { outcome, waited: Duration::ZERO });
         outcome
     }
@@ -230,6 +235,6 @@ impl<S> Course<S> {
         settings.count_stop(stop);
         self.withdrawal = None;
         self.record.stop = stop;
-        std::mem::replace(&mut self.record, Attempts::FIRST)
+        std::mem::replace(&mut self.record, Attempts::UNSENT)
     }
 }

@@ -13,12 +13,12 @@ use tower_service::Service;
 use super::{
     core::Core,
     course::{Course, Kept, Wait},
-    exchange::{Repeat, Weigh},
+    exchange::{Repeat, Weigh, failed_status, weigh_by_request},
     policy::Class,
-    rules::Seen,
+    rules::{Answer, Seen},
     span::Span,
     stop::Stop,
-    weighed::{Head, Weighed, is_good},
+    weighed::{Head, Weighed, earns_deposit, is_good},
 };
 use crate::call::{
     DropCause, LayerKind, Lease, Outcome, Phase, Rejected, RejectedKind, WaitsFor, poll_timer,
@@ -76,8 +76,12 @@ where
                     Head::Here(result) => {
                         let weight = this.protocol.weigh(*this.is_grpc_call, &result);
                         let plain = this.course.is_none() && !this.core.settings.says();
-                        if plain && weight.is_some_and(is_good) {
-                            this.core.answered();
+                        if let Some((_, outcome)) =
+                            weight.filter(|&weight| plain && is_good(weight))
+                        {
+                            if earns_deposit(outcome) {
+                                this.core.answered();
+                            }
                             this.core.settings.deposit_transparent();
                             return Poll::Ready(M::give(result));
                         }
@@ -175,7 +179,7 @@ where
         let said = settings.says();
         let alone = |class, outcome: Outcome| {
             let alone = class == Class::Final && first;
-            if alone && outcome.is_success() {
+            if alone && earns_deposit(outcome) {
                 this.core.answered();
             }
             alone
@@ -184,13 +188,25 @@ where
             return Some(M::release(held, None));
         }
         let policy = settings.policy();
-        let mut vouched = false;
+        class = policy.classify_rejection(class, outcome);
+        // The server declares that it has not processed the request.
+        let mut is_unprocessed = false;
+        if let (Some(kept), Some(Answer::Head(status, headers))) = (kept, M::answer(&held)) {
+            (class, is_unprocessed) =
+                weigh_by_request(class, outcome, status, first, |name: &str| M::header(kept, name));
+            if class == Class::Retryable && outcome.is_success() {
+                outcome = failed_status(status, headers);
+            }
+        }
+        let mut vouched = is_unprocessed;
         if said {
             if let (Some(kept), Some(answer)) = (kept, M::answer(&held)) {
                 let attempt = this.course.as_ref().map_or(1, |course| course.made());
                 let head = || M::head(kept);
                 let mut seen = Seen::new(&head, answer, outcome, attempt);
-                (class, vouched) = policy.say.judge(class, &mut seen);
+                let by_user;
+                (class, by_user) = policy.say.judge(class, &mut seen);
+                vouched |= by_user;
                 outcome = seen.outcome;
             }
         }
@@ -198,14 +214,17 @@ where
             return Some(M::release(held, None));
         }
         let course = this.course.get_or_insert_with(Box::default);
+        let is_error = M::is_error(&held);
         let known = kept.map(|kept| Kept {
             safe: vouched || M::safe(kept, &policy.safe),
+            is_unprocessed,
+            is_error,
             body: M::repeatable(kept),
             deadline: M::deadline(kept),
             has_inner_attempts: M::has_inner_attempts(&held),
         });
         let claim = || kept.is_some_and(M::claim);
-        match course.next(this.core, &policy, (class, outcome), known, claim) {
+        match course.next(this.core, &policy, (class, outcome, is_error), known, claim) {
             Ok(wait) => {
                 this.state.set(State::Discarding { held, longest: sleep(wait.drain_time), wait });
                 None

@@ -1,6 +1,6 @@
 use std::{fmt, sync::Arc, time::Duration};
 
-use http::Method;
+use http::{Method, StatusCode};
 use tower_layer::Layer;
 
 use super::{
@@ -31,10 +31,49 @@ pub struct RetryLayer<M = Http> {
     fault: Fault,
 }
 
+/// The protocol of [`RetryLayer::new`]: no request can be retried before [`classify`](RetryLayer::classify) has set
+/// what a failure is.
+#[derive(Clone, Copy, Debug)]
+pub struct Unclassified;
+
+impl RetryLayer<Unclassified> {
+    /// Returns a layer for requests of any type: the defaults of [`http`](RetryLayer::http) without its rules for
+    /// statuses, methods and headers. [`classify`](Self::classify) completes it.
+    ///
+    /// ```
+    /// use buttress::{Outcome, RetryLayer};
+    ///
+    /// #[derive(Clone)]
+    /// struct Query(String);
+    /// struct Rows(Vec<String>);
+    ///
+    /// let retry = RetryLayer::new().attempts(4).classify(|result: Result<&Rows, &std::io::Error>| match result {
+    ///     Ok(_) => Outcome::success(),
+    ///     Err(_) => Outcome::failure(),
+    /// });
+    /// # let _ = (retry, Query(String::new()), Rows(Vec::new()));
+    /// ```
+    pub fn new() -> Self {
+        Self::of(Unclassified)
+    }
+}
+
+impl Default for RetryLayer<Unclassified> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<M> RetryLayer<M> {
+    fn of(protocol: M) -> Self {
+        Self { settings: Shared::new(Settings::new()), protocol, fault: Fault::default() }
+    }
+}
+
 impl RetryLayer {
     /// Three attempts, full jitter, 20 % budget, `Retry-After` followed, safe methods only.
     pub fn http() -> Self {
-        Self { settings: Shared::new(Settings::new()), protocol: Http, fault: Fault::default() }
+        Self::of(Http)
     }
 
     /// The same for gRPC, whose calls are all `POST`: a status of `UNAVAILABLE`, or `RESOURCE_EXHAUSTED` with pushback,
@@ -72,6 +111,35 @@ impl RetryLayer {
     /// Does not try this failure again.
     pub fn never_on(self, failure: impl Into<Failure>) -> Self {
         self.settings.say(|say| say.list(failure.into(), false));
+        self
+    }
+
+    /// Retries these statuses for any method, because the upstream does not process a request to which it responds with
+    /// them: none by default. The preset `llm` uses 429 and 529.
+    ///
+    /// Attempts, body and budget limit these retries as any other. [`never_on`](Self::never_on) and
+    /// [`retry_if`](Self::retry_if) take precedence, except that a status in both sets is a [`ConfigError`]. The statuses
+    /// of gRPC calls are unaffected: see [`grpc`](Self::grpc).
+    ///
+    /// ```
+    /// # use buttress::RetryLayer;
+    /// use http::StatusCode;
+    ///
+    /// let retry = RetryLayer::http().unprocessed([StatusCode::TOO_MANY_REQUESTS]);
+    /// # let _ = retry;
+    /// ```
+    pub fn unprocessed(mut self, statuses: impl IntoIterator<Item = StatusCode>) -> Self {
+        let statuses: Vec<_> = statuses.into_iter().collect();
+        let is_error = |status: &StatusCode| status.is_client_error() || status.is_server_error();
+        let checked = match statuses.iter().find(|status| !is_error(status)) {
+            Some(status) => {
+                Err(ConfigError::new("unprocessed", status.as_u16(), "use statuses of 400 or more"))
+            }
+            None => Ok(statuses),
+        };
+        if let Some(statuses) = self.accept(checked) {
+            self.settings.say(|say| say.list_unprocessed(statuses));
+        }
         self
     }
 
@@ -118,11 +186,12 @@ impl RetryLayer {
         RetryLayer { settings: self.settings, protocol: super::Reqwest, fault: self.fault }
     }
 
-    /// A last word on every attempt's end, good ones too: `Some(true)` tries it again, whatever the method;
-    /// `Some(false)` gives it out; `None` leaves it to the rules.
+    /// Sets a closure that decides after every attempt, including successful ones: `Some(true)` retries, whatever the
+    /// method; `Some(false)` returns the result; `None` leaves the decision to the rules.
     ///
-    /// The limits of attempts, time, body and budget hold all the same, and so does an explicit no: a negative
-    /// pushback, a layer of this crate that refused.
+    /// The limits of attempts, time, body and budget apply all the same. The closure cannot overrule
+    /// `grpc-retry-pushback-ms` and a deadline that has passed. A rejection by an inner layer that it retries waits for
+    /// the backoff and the rejection's `retry_after`.
     ///
     /// ```
     /// # use buttress::RetryLayer;
@@ -159,8 +228,35 @@ impl<M> RetryLayer<M> {
         RetryLayer { settings: self.settings, protocol: Classify(classify), fault: self.fault }
     }
 
+    /// Sets the maximum random delay above a server's hint, as a share of the hint: 0.5 by default, 0 to 10.
+    ///
+    /// A hint is a lower bound: with `Retry-After: 10` and the default, an attempt follows after 10 to 15 s. Clients that
+    /// receive the same hint at the same time are spread over that share of it. A deadline cuts the jitter, so that a
+    /// hint that fits the deadline is followed. [`Backoff::without_jitter`] switches this jitter off, too.
+    /// [`hint_reach`](Self::hint_reach) and [presets](Self::preset) replace the setting.
+    pub fn hint_jitter(mut self, share: f64) -> Self {
+        let checked = match (0.0..=10.0).contains(&share) {
+            true => Ok(share),
+            false => Err(ConfigError::new("hint_jitter", share, "use 0 to 10, such as 0.5")),
+        };
+        if let Some(jitter) = self.accept(checked) {
+            self.settings.set(|policy| policy.hint = Hint::Above { jitter });
+        }
+        self
+    }
+
+    /// Waits for the `retry_after` of a rejection by an inner layer, and retries: off by default.
+    ///
+    /// By default a rejection ends the call at once, because an open circuit or a full limit protects the upstream and
+    /// the caller can use another one. With this setting the call waits if the rejection states a time that fits
+    /// [`max_wait`](Self::max_wait) and the deadline. Such a retry makes no withdrawal from the budget.
+    pub fn wait_on_rejection(self, wait: bool) -> Self {
+        self.settings.set(|policy| policy.wait_on_rejection = wait);
+        self
+    }
+
     /// How far a server's hint can move a wait beyond what the backoff says: it lengthens the wait by so much at
-    /// most, and never shortens it, instead of [ending the call](Self::longest_wait) where it is too long.
+    /// most, and never shortens it, instead of [ending the call](Self::max_wait) where it is too long.
     pub fn hint_reach(self, reach: Duration) -> Self {
         self.settings.set(|policy| policy.hint = Hint::Within(reach));
         self
@@ -251,11 +347,16 @@ impl<M> RetryLayer<M> {
         self
     }
 
-    /// The longest wait before an attempt: 30 s by default. A server that asks for more ends the call
-    /// with its answer; one that asks for less is waited for and jitter on top, which may pass this by half:
-    /// cut short it would bring all those back at once who were told the same.
-    pub fn longest_wait(self, wait: Duration) -> Self {
-        self.settings.set(|policy| policy.longest_wait = wait);
+    /// Sets the maximum delay before an attempt. A longer delay of the backoff is cut. A longer hint of the server ends
+    /// the call at once with the response.
+    ///
+    /// `None` is the default: 30 s for a call without a [`Deadline`](crate::Deadline), and no maximum for a call with
+    /// one, since the deadline bounds the delay. A hint of 300 s or more ends the call in any case. The
+    /// [jitter](Self::hint_jitter) of a shorter hint may exceed the maximum: cut there, all clients would return at the
+    /// same time.
+    pub fn max_wait(self, wait: impl Into<Option<Duration>>) -> Self {
+        let wait = wait.into();
+        self.settings.set(|policy| policy.max_wait = wait);
         self
     }
 
@@ -293,6 +394,7 @@ impl<M> RetryLayer<M> {
     ///
     /// The [`ConfigError`] names the field, the value and the remedy.
     pub fn checked(mut self) -> Result<Self, ConfigError> {
+        self.accept(self.settings.policy().check());
         self.fault.take().map_or(Ok(self), Err)
     }
 
@@ -306,8 +408,12 @@ impl<S: Clone, M: Clone> Layer<S> for RetryLayer<M> {
 
     fn layer(&self, inner: S) -> Self::Service {
         let (settings, budget) = (self.settings.clone(), self.settings.budget());
-        self.fault.report("retry", "nothing is retried");
-        let core = Core::new(settings, budget, inner.clone(), self.fault.is_some());
+        let mut fault = self.fault.clone();
+        if let Err(error) = settings.policy().check() {
+            fault.get_or_insert(error);
+        }
+        fault.report("retry", "nothing is retried");
+        let core = Core::new(settings, budget, inner.clone(), fault.is_some());
         Retry::new(inner, core, self.protocol.clone())
     }
 }

@@ -27,13 +27,14 @@
 //!
 //! # How it decides
 //!
-//! After each attempt, in this order; the first no is the one that [`Attempts`] tells:
+//! The retry makes these checks after each attempt, in this order. The first check that fails is the
+//! [`stop`](Attempts::stop) of [`Attempts`]:
 //!
-//! | asked | no |
+//! | check | if it fails |
 //! |---|---|
-//! | did the server, or a layer further in, say not to? | [`Pushback`](Stop::Pushback), [`Rejected`](Stop::Rejected) |
-//! | is it a status or an error to retry: 408, 425, 429, 502, 503, 504, 529; for a gRPC call `UNAVAILABLE` in head or trailers or mapped from the HTTP status (`RESOURCE_EXHAUSTED` with pushback); a connection that failed? | [`Answered`](Stop::Answered) |
-//! | is it safe: the method (RFC 9110 §9.2.2), an `Idempotency-Key`, or proof that nothing was sent; with [`grpc`](RetryLayer::grpc), a status that says so? | [`Unsafe`](Stop::Unsafe) |
+//! | Neither the server nor an inner layer forbids a retry: no negative, unparsable or repeated `grpc-retry-pushback-ms`, no rejection by an inner layer, no `x-envoy-ratelimited`. | [`Pushback`](Stop::Pushback), [`Rejected`](Stop::Rejected), [`RateLimited`](Stop::RateLimited) |
+//! | The status or the error is retryable: 408, 421, 425, 429, 502, 503, 504, 520 to 524, 529; 409 for a retry with an `Idempotency-Key`; for a gRPC call `UNAVAILABLE` in head or trailers or mapped from the HTTP status (`RESOURCE_EXHAUSTED` with pushback); a connection that failed. | [`Answered`](Stop::Answered), [`NotRetryable`](Stop::NotRetryable) for an error |
+//! | It is safe: the method (RFC 9110 §9.2.2), an `Idempotency-Key`, proof that nothing was sent, or a status that says so: 425, an [`unprocessed`](RetryLayer::unprocessed) one, with [`grpc`](RetryLayer::grpc) that of a gRPC call. | [`Unsafe`](Stop::Unsafe) |
 //! | can the body be sent again? | [`StillSending`](Stop::StillSending), [`BodyGone`](Stop::BodyGone) |
 //! | is an attempt left, in all and [for this kind of failure](RetryLayer::at_most)? | [`AttemptsUsedUp`](Stop::AttemptsUsedUp), [`KindUsedUp`](Stop::KindUsedUp) |
 //! | does the server ask for a wait that is allowed? | [`WaitTooLong`](Stop::WaitTooLong) |
@@ -42,11 +43,17 @@
 //!
 //! A `poll_ready` that fails ends the call as [`NotReady`](Stop::NotReady).
 //!
-//! A server's hint is a lower bound, unless a [preset](RetryLayer::preset) means something else by it. Up to half of it is added at random, to one below 10 s up to 5 s (but
-//! five times itself at most): of 10,000 who were told the same second, no more than 3 % come back within
-//! the same 100 ms. Read as a hint are `grpc-retry-pushback-ms`, `retry-after-ms`, `x-amz-retry-after`,
-//! `Retry-After`, and of a quota that is used up `RateLimit`, `RateLimit-Reset` and `X-RateLimit-Reset`, in
-//! this order, up to 300 s. After gRPC's pushback the backoff begins with its first wait again, as gRFC A6 has it.
+//! A server's hint is a lower bound of the delay, unless a [preset](RetryLayer::preset) defines it differently. Up to
+//! [half of the hint](RetryLayer::hint_jitter) is added at random, so that clients with the same hint do not return at
+//! the same time. The deadline cuts this jitter: a hint that fits the deadline is followed. These headers are hints, in
+//! this order: `grpc-retry-pushback-ms`, `retry-after-ms`, `x-ms-retry-after-ms`, `x-amz-retry-after`, `Retry-After`,
+//! and if a quota is used up `RateLimit`, `RateLimit-Reset`, `X-RateLimit-Reset-After` and `X-RateLimit-Reset`. Decimals
+//! are rounded up to the next millisecond. A hint of 300 s or more ends the call. After gRPC's pushback the backoff
+//! begins with its first delay again (gRFC A6).
+//!
+//! 425 is retried for any method without a withdrawal from the budget, unless the request has `Early-Data: 1`: then the
+//! client behind the proxy has to repeat it (RFC 8470 §5.2). 421 is retried if the method is safe, because the retry
+//! cannot ensure that the client uses another connection (RFC 9110 §15.5.20).
 //!
 //! # Connection housekeeping
 //!
@@ -74,6 +81,8 @@
 //! | rule | by |
 //! |---|---|
 //! | which failures | [`retry_on`](RetryLayer::retry_on), [`never_on`](RetryLayer::never_on): an HTTP status, the gRPC status of a gRPC call, a reason |
+//! | which statuses for any method | [`unprocessed`](RetryLayer::unprocessed) |
+//! | what a rejection by an inner layer does | [`wait_on_rejection`](RetryLayer::wait_on_rejection) |
 //! | which methods | [`methods`](RetryLayer::methods), [`assume_idempotent`](RetryLayer::assume_idempotent) |
 //! | both, call by call | [`retry_if`](RetryLayer::retry_if): a closure over the request and what came of it |
 //! | how often each kind | [`at_most`](RetryLayer::at_most) |
@@ -103,8 +112,7 @@
 //! wait and [10 ms](RetryLayer::least_attempt) for the attempt do not fit before it; nor is a service waited for,
 //! beyond it, that does not get ready; and an attempt under way whose response head is not here by then ends with it.
 //! Then the error has a [`Rejected`](crate::Rejected) in it, which says so; a `DeadlineLayer` around it that responds
-//! makes it a 504, or gRPC's `DEADLINE_EXCEEDED`. Only with a deadline is a refusal of a layer further in waited for,
-//! if it says for how long: uncharged, since what was called has not seen it.
+//! makes it a 504, or gRPC's `DEADLINE_EXCEEDED`.
 //!
 //! [`attempt_timeout`](RetryLayer::attempt_timeout) bounds each attempt, up to its response head; no timer is made
 //! before the attempt has to be waited for.
@@ -120,7 +128,9 @@
 //! # In the stack
 //!
 //! Outermost, over the circuit breaker and the limit: each attempt is counted and limited, and a call that
-//! waits for its next attempt holds no permit. An open circuit ends the loop, if there is no deadline.
+//! waits for its next attempt holds no permit. A rejection by an inner layer, such as an open circuit or a full limit,
+//! ends the call at once: the error states that nothing was sent. [`wait_on_rejection`](RetryLayer::wait_on_rejection)
+//! waits for the time that the rejection states instead.
 //!
 //! The wrapped service gets `http::Request<ReplayBody<B>>`. One that takes a single body type, such as a
 //! tonic channel, needs `tower_http::map_request_body::MapRequestBodyLayer::new(tonic::body::Body::new)` (feature
@@ -160,7 +170,10 @@
 //! | [`budget`](RetryLayer::budget) | 20 %, and 1 per second |
 //! | [`replay_up_to`](RetryLayer::replay_up_to) | 64 KiB |
 //! | [`drain_up_to`](RetryLayer::drain_up_to) | 64 KiB, within 50 ms |
-//! | [`longest_wait`](RetryLayer::longest_wait) | 30 s |
+//! | [`max_wait`](RetryLayer::max_wait) | 30 s without a deadline, no maximum with one |
+//! | [`hint_jitter`](RetryLayer::hint_jitter) | 50 % of the hint |
+//! | [`wait_on_rejection`](RetryLayer::wait_on_rejection) | no |
+//! | [`unprocessed`](RetryLayer::unprocessed) | none |
 //! | [`attempt_timeout`](RetryLayer::attempt_timeout) | none |
 //! | [`least_attempt`](RetryLayer::least_attempt) | 10 ms |
 
@@ -199,7 +212,7 @@ pub use self::{
     future::ResponseFuture,
     handle::{RetryHandle, RetrySnapshot},
     hedge::{Hedge, HedgeCopy, HedgeFuture, HedgeHandle, HedgeLayer, HedgeSnapshot, Hedged},
-    layer::RetryLayer,
+    layer::{RetryLayer, Unclassified},
     peek::PeekedBody,
     preset::Preset,
     replay::ReplayBody,

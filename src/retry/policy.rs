@@ -6,11 +6,14 @@ use http::Method;
 
 use super::{
     backoff::Backoff,
-    rules::{FailureKind, PerKind, Say},
+    rules::{Failure, FailureKind, PerKind, Say},
     series::{Series, Waits},
     stop::Stop,
 };
-use crate::call::{Outcome, Reason, grpc};
+use crate::{
+    ConfigError,
+    call::{Outcome, Reason, grpc, hint::MAX_HINT},
+};
 
 /// What a retry layer is set to, and is asked for only when an attempt has failed.
 #[derive(Clone, Debug)]
@@ -20,8 +23,11 @@ pub(super) struct Policy {
     /// How many retries one kind of failure may have.
     pub(super) limits: PerKind<Option<u32>>,
     pub(super) waits: Waits,
-    pub(super) longest_wait: Duration,
+    /// `None`: [`DEFAULT_MAX_WAIT`] for a call without a deadline, no maximum for a call with one.
+    pub(super) max_wait: Option<Duration>,
     pub(super) hint: Hint,
+    /// A rejection by an inner layer that carries `retry_after` is retried after that time.
+    pub(super) wait_on_rejection: bool,
     /// The maximum number of transparent retries of one call. They are immediate, and neither counted as attempts nor
     /// charged to the budget.
     pub(super) max_transparent: u32,
@@ -44,8 +50,9 @@ impl Policy {
             attempts: 3,
             limits: [None; 8],
             waits: Waits::Backoff(Backoff::default()),
-            longest_wait: Duration::from_secs(30),
-            hint: Hint::Least,
+            max_wait: None,
+            hint: Hint::Above { jitter: HINT_JITTER },
+            wait_on_rejection: false,
             max_transparent: MAX_TRANSPARENT,
             least_attempt: Duration::from_millis(10),
             say: Say::default(),
@@ -53,6 +60,24 @@ impl Policy {
             safe: Safe::Idempotent,
             trust_grpc: false,
         }
+    }
+
+    /// Returns an error for settings that contradict each other or have no effect.
+    pub(super) fn check(&self) -> Result<(), ConfigError> {
+        if let Some(status) = self.say.contradiction() {
+            let remedy = "list the status in either unprocessed or never_on";
+            return Err(ConfigError::new("unprocessed", status.as_u16(), remedy));
+        }
+        if self.wait_on_rejection && self.say.forbids(Failure::Because(Reason::Rejected)) {
+            let remedy = "remove either wait_on_rejection or never_on(Reason::Rejected)";
+            return Err(ConfigError::new("wait_on_rejection", true, remedy));
+        }
+        let limit = self.limits[FailureKind::Rejected as usize];
+        if let (Some(limit), true, false) = (limit, self.say.is_empty(), self.wait_on_rejection) {
+            let remedy = "set wait_on_rejection, without which a rejection is never retried";
+            return Err(ConfigError::new("at_most(FailureKind::Rejected)", limit, remedy));
+        }
+        Ok(())
     }
 
     #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Only events tell it.
@@ -74,41 +99,60 @@ impl Policy {
             && matches!(outcome.code(), Some(grpc::UNAVAILABLE | grpc::RESOURCE_EXHAUSTED))
     }
 
-    /// The server asks, the backoff jitters: where nothing else is set, a hint is a lower bound with jitter upward, so that those who
-    /// were told the same second do not come back in it. Half of the hint at least (as Envoy's).
-    fn wait(&self, own: Duration, hint: Option<Duration>) -> Result<Duration, Stop> {
-        let Some(hint) = hint else { return Ok(own.min(self.longest_wait)) };
-        let jitter = if self.waits.has_jitter() { fastrand::f64() } else { 0.0 };
-        let told = |spread: Duration| hint.saturating_add(spread.mul_f64(jitter));
+    /// Returns the class of an outcome whose class is `class` without this policy.
+    pub(super) fn classify_rejection(&self, class: Class, outcome: Outcome) -> Class {
+        // Without a hint, the time at which the inner layer admits calls again is unknown.
+        let waits = self.wait_on_rejection && outcome.retry_after().is_some();
+        if class == Class::Refused(Stop::Rejected) && waits { Class::Retryable } else { class }
+    }
+
+    /// Returns the delay before the next attempt. `own` is the delay of the backoff, and `left` the time until the
+    /// deadline.
+    fn delay(
+        &self,
+        own: Duration,
+        hint: Option<Duration>,
+        left: Option<Duration>,
+    ) -> Result<Duration, Stop> {
+        let max_wait = self.max_wait.or(left.is_none().then_some(DEFAULT_MAX_WAIT));
+        let Some(hint) = hint else { return Ok(max_wait.map_or(own, |max| own.min(max))) };
+        // Clients that receive the same hint at the same time must not return at the same time.
+        let jittered = |jitter: f64| match self.waits.has_jitter() {
+            true => hint.saturating_add(hint.mul_f64(jitter * fastrand::f64())),
+            false => hint,
+        };
+        let is_too_long = hint >= MAX_HINT || max_wait.is_some_and(|max| hint > max);
         match self.hint {
             Hint::Within(reach) => {
-                Ok(told(hint / 2).clamp(own, own.saturating_add(reach)).min(self.longest_wait))
+                let delay = jittered(HINT_JITTER).clamp(own, own.saturating_add(reach));
+                Ok(max_wait.map_or(delay, |max| delay.min(max)))
             }
-            _ if hint > self.longest_wait => Err(Stop::WaitTooLong),
+            _ if is_too_long => Err(Stop::WaitTooLong),
             Hint::Exact => Ok(hint),
-            Hint::AndHalf => Ok(told(hint / 2)),
-            Hint::Least => {
-                let left = self.longest_wait - hint;
-                let short = hint.saturating_mul(5).min(SPREAD).min(left);
-                Ok(told(short.max(hint / 2)).max(hint.saturating_add(own)))
+            Hint::Above { jitter } => {
+                // The jitter is cut rather than the attempt: a hint that fits the deadline is followed.
+                let latest = left.map(|left| left.saturating_sub(self.least_attempt));
+                let delay = jittered(jitter).max(own);
+                Ok(latest.map_or(delay, |latest| delay.min(latest)).max(hint))
             }
         }
     }
 }
 
-/// What a short hint is spread over: within half a second, 20 of 100 would still come in the same 100 ms.
-const SPREAD: Duration = Duration::from_secs(5);
+/// The default of `max_wait` for calls without a deadline.
+const DEFAULT_MAX_WAIT: Duration = Duration::from_secs(30);
 
-/// What a server's hint is to a wait.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The default of `hint_jitter`: half of the hint, as in Envoy's rate-limited backoff.
+pub(super) const HINT_JITTER: f64 = 0.5;
+
+/// How a server's hint changes the delay before an attempt.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Hint {
-    /// A lower bound.
-    Least,
-    /// It moves what the backoff says by so much at most.
+    /// The hint is a lower bound. The delay is at most `hint × (1 + jitter)`, or the backoff if that is longer.
+    Above { jitter: f64 },
+    /// The hint lengthens the delay of the backoff by at most this time.
     Within(Duration),
-    /// A lower bound, and up to half of it on top.
-    AndHalf,
-    /// The wait.
+    /// The hint is the delay.
     Exact,
 }
 
@@ -150,8 +194,12 @@ pub enum Repeatable {
 pub(super) struct Facts {
     pub(super) class: Class,
     pub(super) outcome: Outcome,
-    /// By method, by key, or because the user said so.
+    /// By method, by key, by a rule of the user, or because the server did not process the request.
     pub(super) safe: bool,
+    /// The response proves that the server did not process the request: the retry makes no withdrawal.
+    pub(super) is_unprocessed: bool,
+    /// The attempt ended with an error.
+    pub(super) is_error: bool,
     pub(super) body: Repeatable,
     /// Attempts made so far, this one included.
     pub(super) made: u32,
@@ -187,10 +235,8 @@ pub(super) fn decide(
     let hint = facts.outcome.retry_after();
     let rejected = reason == Reason::Rejected;
     match facts.class {
-        // Worth waiting for only if it is known for how long, and that somebody has so long.
-        Class::Refused(Stop::Rejected) if hint.is_some() && facts.left.is_some() => {}
-        // An explicit no.
         Class::Refused(stop) => return Err(stop),
+        Class::Final if facts.is_error => return Err(Stop::NotRetryable),
         Class::Final => return Err(Stop::Answered),
         Class::Retryable => {}
     }
@@ -226,13 +272,14 @@ pub(super) fn decide(
         if hint.is_some() && reason == Reason::GrpcStatus {
             waits.begin_anew();
         }
-        policy.wait(own, hint)?
+        policy.delay(own, hint, facts.left)?
     };
     // What is tried is also to be of use.
     if facts.left.is_some_and(|left| wait.saturating_add(policy.least_attempt) > left) {
         return Err(if rejected { Stop::Rejected } else { Stop::DeadlineTooNear });
     }
-    Ok(Again { wait, charge: (!transparent && !rejected).then_some(kind), transparent, kind })
+    let is_charged = !transparent && !rejected && !facts.is_unprocessed;
+    Ok(Again { wait, charge: is_charged.then_some(kind), transparent, kind })
 }
 
 #[cfg(test)]
@@ -243,6 +290,8 @@ mod tests {
         class: Class::Retryable,
         outcome: Outcome::failure(),
         safe: true,
+        is_unprocessed: false,
+        is_error: false,
         body: Repeatable::Yes,
         made: 1,
         is_transparent: false,
@@ -272,6 +321,7 @@ mod tests {
         assert_eq!(stop(facts), Some(Stop::Unsafe));
         facts.class = Class::Final;
         assert_eq!(stop(facts), Some(Stop::Answered));
+        assert_eq!(stop(Facts { is_error: true, ..facts }), Some(Stop::NotRetryable));
         facts.class = Class::Refused(Stop::Rejected);
         assert_eq!(stop(facts), Some(Stop::Rejected));
     }
@@ -362,21 +412,73 @@ mod tests {
         assert_eq!((again.transparent, again.charge), (false, Some(FailureKind::Read)));
     }
 
+    fn hinted(secs: u64) -> Facts {
+        let outcome = Outcome::throttled().with_retry_after(Duration::from_secs(secs));
+        Facts { outcome, ..FACTS }
+    }
+
+    fn delays(facts: Facts, policy: &Policy) -> Vec<f64> {
+        let delay = |_| decide(&facts, policy, &mut None).unwrap().wait.as_secs_f64();
+        (0..200).map(delay).collect()
+    }
+
     #[test]
-    fn a_hint_is_a_lower_bound_and_one_too_long_ends_it() {
-        let told = |secs| Facts {
-            outcome: Outcome::throttled().with_retry_after(Duration::from_secs(secs)),
-            ..FACTS
-        };
-        for (secs, most) in [(1, 6), (10, 15), (30, 45)] {
-            let waits: Vec<_> = (0..100)
-                .map(|_| decide(&told(secs), &Policy::new(), &mut None).unwrap().wait)
-                .collect();
-            let (hint, most) = (Duration::from_secs(secs), Duration::from_secs(most));
-            assert!(waits.iter().all(|&wait| wait >= hint && wait <= most), "{waits:?}");
-            // Also at the longest wait: cut there, all would come back at once.
-            assert!(waits.iter().any(|&wait| wait > (hint + most) / 2), "{waits:?}");
+    fn hint_is_a_lower_bound_with_jitter_proportional_to_it() {
+        for (jitter, secs, max) in [(0.5, 1, 1.5), (0.5, 10, 15.0), (0.5, 30, 45.0), (5.0, 2, 12.0)]
+        {
+            let policy = Policy { hint: Hint::Above { jitter }, ..Policy::new() };
+            let (delays, hint) = (delays(hinted(secs), &policy), secs as f64);
+            assert!(delays.iter().all(|delay| (hint..=max).contains(delay)), "{delays:?}");
+            // The jitter is not cut at `max_wait`, where all clients would return at once.
+            assert!(delays.iter().any(|&delay| delay > hint + (max - hint) * 0.9), "{delays:?}");
         }
-        assert_eq!(stop(told(31)), Some(Stop::WaitTooLong));
+    }
+
+    #[test]
+    fn hint_above_the_maximum_wait_ends_the_call() {
+        assert_eq!(stop(hinted(31)), Some(Stop::WaitTooLong));
+        let policy = Policy { max_wait: Some(Duration::from_secs(5)), ..Policy::new() };
+        let left = Some(Duration::from_secs(1000));
+        for (policy, secs, expected) in [
+            (&policy, 6, Some(Stop::WaitTooLong)),
+            (&policy, 5, None),
+            // With a deadline, the deadline is the maximum.
+            (&Policy::new(), 299, None),
+            (&Policy::new(), 300, Some(Stop::WaitTooLong)),
+        ] {
+            let stop = decide(&Facts { left, ..hinted(secs) }, policy, &mut None).err();
+            assert_eq!(stop, expected, "{secs}");
+        }
+    }
+
+    #[test]
+    fn hint_that_fits_the_deadline_is_followed() {
+        let policy = Policy::new();
+        for (hint, left_ms) in [(1, 1010), (1, 1200), (2, 2900), (10, 10_010)] {
+            let left = Duration::from_millis(left_ms);
+            let delays = delays(Facts { left: Some(left), ..hinted(hint) }, &policy);
+            let max = (left - policy.least_attempt).as_secs_f64();
+            assert!(delays.iter().all(|delay| (hint as f64..=max).contains(delay)), "{delays:?}");
+        }
+        let left = Some(Duration::from_millis(1009));
+        assert_eq!(stop(Facts { left, ..hinted(1) }), Some(Stop::DeadlineTooNear));
+    }
+
+    #[test]
+    fn inner_rejection_ends_the_call_unless_waiting_is_enabled() {
+        let outcome = Outcome::cancelled().because(Reason::Rejected);
+        let class = Class::Refused(Stop::Rejected);
+        let hinted = outcome.with_retry_after(Duration::from_secs(1));
+        let (default, waiting) =
+            (Policy::new(), Policy { wait_on_rejection: true, ..Policy::new() });
+        for left in [None, Some(Duration::from_secs(9))] {
+            let stop = |policy: &Policy, outcome| {
+                let class = policy.classify_rejection(class, outcome);
+                decide(&Facts { class, outcome, left, ..FACTS }, policy, &mut None).err()
+            };
+            assert_eq!(stop(&default, hinted), Some(Stop::Rejected), "{left:?}");
+            assert_eq!(stop(&waiting, outcome), Some(Stop::Rejected), "{left:?}");
+            assert_eq!(stop(&waiting, hinted), None, "{left:?}");
+        }
     }
 }

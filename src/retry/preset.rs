@@ -6,7 +6,7 @@ use super::{
     backoff::Backoff,
     budget::RetryBudget,
     layer::RetryLayer,
-    policy::{Hint, MAX_TRANSPARENT},
+    policy::{HINT_JITTER, Hint, MAX_TRANSPARENT},
 };
 
 /// What [`RetryLayer::preset`] knows.
@@ -29,7 +29,7 @@ impl<M> RetryLayer<M> {
     /// | preset | attempts | backoff | budget | a server's hint |
     /// |---|---|---|---|---|
     /// | `Aws` | 3 | [`Backoff::aws`] | [`RetryBudget::aws`] | moves the wait by 5 s at most |
-    /// | `Envoy` | 2 | [`Backoff::envoy`] | as it is: Envoy's counts what is under way | up to half of it on top, up to 300 s |
+    /// | `Envoy` | 2 | [`Backoff::envoy`] | as it is: Envoy's counts what is under way | lower bound with up to 50 % jitter, [`max_wait`](Self::max_wait) 300 s |
     /// | `Grpc` | 4 | [`Backoff::grpc`] | [`RetryBudget::grpc(10, 0.1)`](RetryBudget::grpc) | the exact wait |
     /// | `Finagle` | 3 | [`Backoff::finagle`] | [`RetryBudget::finagle`] | as it is |
     ///
@@ -41,14 +41,15 @@ impl<M> RetryLayer<M> {
             (policy.hint, policy.max_transparent) = match preset {
                 Preset::Grpc => (Hint::Exact, 1),
                 Preset::Aws => (Hint::Within(Duration::from_secs(5)), MAX_TRANSPARENT),
-                Preset::Envoy => (Hint::AndHalf, MAX_TRANSPARENT),
-                Preset::Finagle => (Hint::Least, MAX_TRANSPARENT),
+                Preset::Envoy | Preset::Finagle => {
+                    (Hint::Above { jitter: HINT_JITTER }, MAX_TRANSPARENT)
+                }
             };
         });
         match preset {
             Preset::Aws => self.attempts(3).backoff(Backoff::aws()).budget(RetryBudget::aws()),
             Preset::Envoy => {
-                self.attempts(2).backoff(Backoff::envoy()).longest_wait(Duration::from_secs(300))
+                self.attempts(2).backoff(Backoff::envoy()).max_wait(Duration::from_secs(300))
             }
             Preset::Grpc => {
                 self.attempts(4).backoff(Backoff::grpc()).budget(RetryBudget::grpc(10, 0.1))

@@ -4,7 +4,7 @@ use std::{cell::OnceCell, error::Error, fmt, sync::Arc};
 
 use http::{HeaderMap, Request, StatusCode};
 
-use super::policy::Class;
+use super::{policy::Class, stop::Stop};
 use crate::{
     call::{
         Outcome, OutcomeKind, Reason, grpc,
@@ -211,6 +211,8 @@ type Ask = dyn Fn(&Seen<'_>) -> Option<bool> + Send + Sync;
 #[derive(Clone, Default)]
 pub(super) struct Say {
     listed: Vec<(Failure, bool)>,
+    /// Statuses with which the upstream declares that it has not processed the request.
+    unprocessed: Vec<StatusCode>,
     ask: Option<Arc<Ask>>,
 }
 
@@ -224,27 +226,58 @@ impl Say {
         self.ask = Some(ask);
     }
 
-    /// What an attempt's end is, and whether the user's closure vouches for a repeat. An explicit no stays one.
+    pub(super) fn list_unprocessed(&mut self, statuses: Vec<StatusCode>) {
+        self.unprocessed = statuses;
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.listed.is_empty() && self.unprocessed.is_empty() && self.ask.is_none()
+    }
+
+    /// Returns whether the last rule for `failure` forbids a retry.
+    pub(super) fn forbids(&self, failure: Failure) -> bool {
+        self.listed.contains(&(failure, false))
+    }
+
+    /// Returns a status that one rule lists as unprocessed and another as never to be retried.
+    pub(super) fn contradiction(&self) -> Option<StatusCode> {
+        self.unprocessed.iter().copied().find(|&status| self.forbids(Failure::Status(status)))
+    }
+
+    /// Returns the class by the rules of the user, and whether a retry is safe for any method: the closure or the set
+    /// of unprocessed statuses says so. An instruction of the server not to retry and a passed deadline cannot be
+    /// overruled, a rejection can.
     pub(super) fn judge(&self, class: Class, seen: &mut Seen<'_>) -> (Class, bool) {
-        if matches!(class, Class::Refused(_)) {
+        if matches!(class, Class::Refused(Stop::Pushback | Stop::DeadlinePassed)) {
             return (class, false);
         }
         let asked = self.ask.as_ref().and_then(|ask| ask(seen));
         let listed = || self.listed.iter().rev().find(|(failure, _)| failure.is(seen));
         let said = asked.or_else(|| listed().map(|(_, retry)| *retry));
+        let is_listed = |&status: &StatusCode| {
+            seen.status() == Some(status) && Failure::Status(status).is(seen)
+        };
+        // A rejection in the form of a response is not a statement of the upstream.
+        let is_unprocessed = said.is_none()
+            && !matches!(class, Class::Refused(_))
+            && self.unprocessed.iter().any(is_listed);
+        let said = said.or(is_unprocessed.then_some(true));
         let pushed_back = seen.headers().and_then(hint::pushback) == Some(Pushback::Never);
         // The same key for another request (draft-ietf-httpapi-idempotency-key-header): never.
         let key_reused = seen.status() == Some(StatusCode::UNPROCESSABLE_ENTITY)
             && seen.request().headers().contains_key("idempotency-key");
         let class = match said {
             Some(true) if !key_reused && !pushed_back => Class::Retryable,
+            // The reason of the stop stays.
+            Some(_) if matches!(class, Class::Refused(_)) => class,
+            Some(_) if seen.outcome.reason() == Reason::Rejected => Class::Refused(Stop::Rejected),
             Some(_) => Class::Final,
             None => class,
         };
         if class == Class::Retryable && seen.outcome.is_success() {
             seen.outcome = failed(seen);
         }
-        (class, class == Class::Retryable && asked == Some(true))
+        (class, class == Class::Retryable && (asked == Some(true) || is_unprocessed))
     }
 }
 
@@ -280,6 +313,7 @@ impl fmt::Debug for Say {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Say")
             .field("listed", &self.listed)
+            .field("unprocessed", &self.unprocessed)
             .field("asks", &self.ask.is_some())
             .finish()
     }

@@ -4,11 +4,15 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Stop {
-    /// The answer is not one to retry.
+    /// The response is not retryable.
     Answered,
-    /// The server said not to retry: a negative or unreadable `grpc-retry-pushback-ms`.
+    /// The error is not retryable.
+    NotRetryable,
+    /// The server forbids a retry: `grpc-retry-pushback-ms` is negative, unparsable or repeated.
     Pushback,
-    /// A layer of this crate refused the attempt: an open circuit, a full limit.
+    /// A rate limit of a proxy rejected the attempt: the response has `x-envoy-ratelimited`.
+    RateLimited,
+    /// An inner layer rejected the attempt: an open circuit, a full limit.
     Rejected,
     /// It may have had an effect, and the method is not safe to repeat.
     Unsafe,
@@ -40,7 +44,9 @@ impl Stop {
     pub const fn as_str(&self) -> &'static str {
         match self {
             Self::Answered => "answered",
+            Self::NotRetryable => "not_retryable",
             Self::Pushback => "pushback",
+            Self::RateLimited => "rate_limited",
             Self::Rejected => "rejected",
             Self::Unsafe => "unsafe",
             Self::StillSending => "still_sending",

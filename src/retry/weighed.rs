@@ -9,7 +9,7 @@ use pin_project_lite::pin_project;
 use tokio::time::Instant;
 
 use super::{exchange::Weigh, policy::Class};
-use crate::call::{Alarm, Outcome};
+use crate::call::{Alarm, Outcome, Reason, grpc};
 
 pin_project! {
     /// One attempt, up to where it is known what its answer is worth.
@@ -131,6 +131,14 @@ impl<F, H> Weighed<F, H> {
         }
         .unwrap_or_else(|| unreachable!("taken once, when it is here"))
     }
+}
+
+/// Returns whether the retry budget makes a deposit for this outcome. A gRPC status other than `OK` earns none, as in
+/// gRFC A6.
+#[inline]
+pub(super) fn earns_deposit(outcome: Outcome) -> bool {
+    let is_grpc_error = outcome.reason() == Reason::GrpcStatus && outcome.code() != Some(grpc::OK);
+    outcome.is_success() && !is_grpc_error
 }
 
 /// Neither a failure, nor throttled, nor refused.

@@ -430,3 +430,25 @@ fn explain_states_the_maximum_of_a_header() {
         assert!(notes[0].ends_with(note), "{notes:?}");
     }
 }
+
+#[test]
+fn list_setting_is_read_from_files_and_from_text() {
+    let statuses = |config: ClientConfig| {
+        config.retry.unprocessed.iter().map(|status| status.as_u16()).collect::<Vec<_>>()
+    };
+    for file in ["retry_unprocessed = [429, 529]", "retry_unprocessed = '429, 529'"] {
+        assert_eq!(statuses(search().toml(file).finish().unwrap()), [429, 529], "{file}");
+    }
+    let env = [("HTTP_CLIENT_RETRY_UNPROCESSED", "429,529")];
+    assert_eq!(statuses(search().env_from(env).finish().unwrap()), [429, 529]);
+    let llm = search().toml("preset = 'llm'");
+    assert_eq!(statuses(llm.finish().unwrap()), [429, 529]);
+    for off in ["retry_unprocessed = 'off'", "retry_unprocessed = []"] {
+        let none = search().toml(&format!("preset = 'llm'\n{off}"));
+        assert_eq!(statuses(none.finish().unwrap()), [0; 0], "{off}");
+    }
+    let error = search().toml("retry_unprocessed = [429, 'many']").finish().unwrap_err();
+    assert!(error.to_string().contains("use HTTP statuses such as 429, 529, or off"), "{error}");
+    let error = search().toml("retry_unprocessed = [200]").finish().unwrap().check();
+    assert!(format!("{error:?}").contains("use statuses of 400 or more"), "{error:?}");
+}

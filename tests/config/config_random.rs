@@ -62,7 +62,12 @@ fn plausible(key: &str) -> BoxedStrategy<Value> {
         "streaming"
         | "http2_only"
         | "timeout_min_body_rate_for_grpc"
+        | "retry_wait_on_rejection"
         | "limit_exempt_grpc_health" => any::<bool>().prop_map(Value::from).boxed(),
+        "retry_unprocessed" => {
+            prop::sample::select(vec![json!([429, 529]), json!("503"), json!([200]), json!("off")])
+                .boxed()
+        }
         "deadline_header" => text("x-left").boxed(),
         "health_uri" | "probe_uri" => text("http://search:8080/healthz").boxed(),
         "breaker_failure_ratio"
@@ -121,6 +126,7 @@ fn said(keys: Vec<String>) -> impl Strategy<Value = Map<String, Value>> {
 fn variables(prefix: &str, said: &Map<String, Value>) -> Vec<(String, String)> {
     let text = |value: &Value| match value {
         Value::String(text) => text.clone(),
+        Value::Array(items) => items.iter().map(Value::to_string).collect::<Vec<_>>().join(","),
         Value::Null => "off".to_owned(),
         other => other.to_string(),
     };

@@ -58,7 +58,7 @@ async fn passes_through() {
 
     let error = send(&service, ask()).await.unwrap_err();
     let told = Attempts::find(&*error).unwrap();
-    assert_eq!((told.made, told.waited, told.stop), (1, Duration::ZERO, Stop::Answered));
+    assert_eq!((told.made, told.waited, told.stop), (1, Duration::ZERO, Stop::NotRetryable));
     let retry = error.downcast_ref::<RetryError>().unwrap();
     assert_eq!(retry.source().unwrap().downcast_ref(), Some(&Oops("of its own")));
     service.get_ref().log.assert_strict();

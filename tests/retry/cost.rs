@@ -143,7 +143,7 @@ fn nor_does_one_of_any_clone_type() {
     fn judge(result: Result<&u64, &BoxError>) -> Outcome {
         result.map_or(Outcome::failure(), |_| Outcome::success())
     }
-    let mut service = RetryLayer::http().classify(judge).layer(Echo);
+    let mut service = RetryLayer::new().classify(judge).layer(Echo);
     assert_eq!(allocations(&mut service, || 7), 0);
 }
 

@@ -220,16 +220,43 @@ fn refusing(after: Option<Duration>) -> impl Fn(u32) -> Answer + Send + Sync + '
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refusal_that_says_when_is_waited_for_where_the_deadline_allows() {
-    for (after, deadline, made) in [
-        (Some(ms(200)), Some(ms(1000)), 2),
-        (Some(ms(200)), Some(ms(205)), 1),
-        (Some(ms(200)), None, 1),
-        (None, Some(ms(1000)), 1),
+async fn inner_rejection_ends_the_call_at_once_with_or_without_a_deadline() {
+    for (after, deadline) in [
+        (Some(ms(200)), Some(ms(1000))),
+        (Some(ms(200)), None),
+        (None, Some(ms(1000))),
+        (None, None),
     ] {
         let budget = purse(9);
         let service = layer(ms(1)).budget(budget.clone()).layer(Inner::new(refusing(after)));
-        // It never got to the upstream: any method.
+        let request = deadline.map_or_else(get, |deadline| within(deadline, get()));
+        let start = Instant::now();
+        let result = send(&service, request).await;
+        let told = told(&result);
+        assert_eq!((told.made, told.sent, told.stop), (1, 0, Stop::Rejected), "{after:?}");
+        assert_eq!(start.elapsed(), ms(0));
+        let text = result.unwrap_err().to_string();
+        assert_eq!(
+            text,
+            "gave up after 1 attempt, nothing was sent (rejected): concurrency limit is reached"
+        );
+        assert_eq!(budget.balance(), 9.0, "the upstream has not failed");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn wait_on_rejection_waits_if_the_rejection_states_a_time_that_fits() {
+    for (after, deadline, made) in [
+        (Some(ms(200)), Some(ms(1000)), 2),
+        (Some(ms(200)), Some(ms(205)), 1),
+        (Some(ms(200)), None, 2),
+        (None, Some(ms(1000)), 1),
+        (None, None, 1),
+    ] {
+        let budget = purse(9);
+        let layer = layer(ms(1)).budget(budget.clone()).wait_on_rejection(true);
+        let service = layer.layer(Inner::new(refusing(after)));
+        // The upstream has not received the request: any method.
         let mut request = post(Script::empty());
         if let Some(deadline) = deadline {
             request = within(deadline, request);
@@ -243,16 +270,33 @@ async fn a_refusal_that_says_when_is_waited_for_where_the_deadline_allows() {
         } else {
             assert_eq!((told.stop, start.elapsed()), (Stop::Rejected, ms(0)));
         }
-        assert_eq!(budget.balance(), 9.0, "no failure of the upstream's");
+        assert_eq!(budget.balance(), 9.0, "the upstream has not failed");
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn refusals_for_ever_end_with_the_attempts() {
+async fn repeated_rejections_end_with_the_attempts() {
     let inner: Inner =
         Inner::new(|_| Err(Rejected::new(RejectedKind::Open).with_retry_after(ms(1)).into()));
     let log = inner.log.clone();
-    let result = send(&layer(ms(1)).layer(inner), within(ms(9000), get())).await;
+    let service = layer(ms(1)).wait_on_rejection(true).layer(inner);
+    let result = send(&service, within(ms(9000), get())).await;
     assert_eq!((told(&result).stop, log.calls()), (Stop::AttemptsUsedUp, 3));
     assert!(Rejected::find(&*result.err().unwrap()).is_some());
+}
+
+/// `Retry-After: 1` with a deadline of 3 s, and an upstream that recovers.
+#[tokio::test(start_paused = true)]
+async fn every_hint_that_fits_the_deadline_is_followed() {
+    let inner: Inner = Inner::new(|n| {
+        let recovered = n % 2 == 0;
+        Ok(if recovered { status(200) } else { with_headers(503, &[("retry-after", "1")]) })
+    });
+    let service = RetryLayer::http().without_budget().layer(inner);
+    for _ in 0..40 {
+        let start = Instant::now();
+        let response = send(&service, within(ms(3000), get())).await.unwrap();
+        assert_eq!(response.status(), 200);
+        assert!(start.elapsed() >= ms(1000) && start.elapsed() <= ms(1502));
+    }
 }

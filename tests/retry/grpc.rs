@@ -209,7 +209,7 @@ async fn repeated_attempts_say_how_many_there_were() {
             }
         }
     });
-    let service = layer().attempts(5).layer(inner);
+    let service = layer().attempts(5).wait_on_rejection(true).layer(inner);
     let mut call = post(Script::text("ask"));
     call.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
     call.extensions_mut().insert(Deadline::after(ms(9000)));

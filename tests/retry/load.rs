@@ -35,7 +35,7 @@ where
 // ===== Herds =====
 
 /// How many of `clients`, all told at once to come back after `hint`, come within the same 100 ms.
-async fn peak(clients: usize, hint: u64) -> usize {
+async fn peak(clients: usize, hint: u64, jitter: f64) -> usize {
     fastrand::seed(7);
     let (arrivals, start) = (RefCell::new(Vec::new()), Instant::now());
     let client = async |_| {
@@ -49,8 +49,8 @@ async fn peak(clients: usize, hint: u64) -> usize {
             response.headers_mut().insert("retry-after", hint.into());
             Ok(response)
         });
-        // Each with a layer of its own: they know nothing of each other.
-        assert_eq!(get(&RetryLayer::http().layer(upstream)).await, 200);
+        // Each client has a layer of its own.
+        assert_eq!(get(&RetryLayer::http().hint_jitter(jitter).layer(upstream)).await, 200);
     };
     join_all((0..clients).map(client)).await;
     let mut arrivals = arrivals.into_inner();
@@ -62,13 +62,15 @@ async fn peak(clients: usize, hint: u64) -> usize {
     arrivals.iter().map(|&at| within(at + window) - within(at)).max().unwrap()
 }
 
+/// The share of the clients that returns within 100 ms is at most 100 ms divided by the jitter, plus noise.
 #[tokio::test(start_paused = true)]
-async fn retry_after_brings_no_herd_of_those_who_were_told_the_same_second() {
+async fn clients_with_the_same_hint_return_spread_over_the_jitter() {
     const CLIENTS: usize = 10_000;
-    for hint in [1, 2, 10, 30] {
-        let peak = peak(CLIENTS, hint).await;
-        println!("told {hint} s: {:.2} % within 100 ms", 100.0 * peak as f64 / CLIENTS as f64);
-        assert!(peak * 100 <= CLIENTS * 3, "told {hint} s: {peak} of {CLIENTS} within 100 ms");
+    for (jitter, hint) in [(0.5, 1), (0.5, 10), (0.5, 30), (5.0, 1), (5.0, 2), (5.0, 10)] {
+        let share = peak(CLIENTS, hint, jitter).await as f64 / CLIENTS as f64;
+        println!("hint {hint} s, jitter {jitter}: {:.2} % within 100 ms", 100.0 * share);
+        let expected = 0.1 / (hint as f64 * jitter);
+        assert!(share <= expected * 1.2 + 0.004, "hint {hint} s, jitter {jitter}: {share}");
     }
 }
 

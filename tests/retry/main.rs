@@ -27,6 +27,7 @@ mod retry {
     mod state;
     mod time;
     mod types;
+    mod unprocessed;
     #[cfg(feature = "percentile")]
     mod vectors;
     mod waits;

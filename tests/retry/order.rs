@@ -37,7 +37,7 @@ async fn outcome(
 #[tokio::test(start_paused = true)]
 async fn these_statuses_are_retried_and_no_others() {
     for code in 200..600 {
-        let yes = matches!(code, 408 | 425 | 429 | 502 | 503 | 504 | 529);
+        let yes = matches!(code, 408 | 421 | 425 | 429 | 502..=504 | 520..=524 | 529);
         let told = outcome(quick(&purse(9)), get(), move || Ok(status(code))).await;
         let expected = if yes { (5, Stop::AttemptsUsedUp) } else { (1, Stop::Answered) };
         assert_eq!((told.made, told.stop), expected, "{code}");
@@ -255,13 +255,13 @@ async fn an_io_error_of_an_established_connection_is_not_safe_for_post() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_error_that_is_not_of_the_connection_is_an_answer() {
+async fn error_that_is_not_of_the_connection_is_not_retryable() {
     for kind in [ErrorKind::InvalidData, ErrorKind::PermissionDenied, ErrorKind::Other] {
         let told = outcome(quick(&purse(9)), get(), move || Err(io(kind))).await;
-        assert_eq!((told.made, told.stop), (1, Stop::Answered), "{kind:?}");
+        assert_eq!((told.made, told.stop), (1, Stop::NotRetryable), "{kind:?}");
     }
     let told = outcome(quick(&purse(9)), get(), || Err(Oops("x").into())).await;
-    assert_eq!((told.made, told.stop), (1, Stop::Answered));
+    assert_eq!((told.made, told.stop), (1, Stop::NotRetryable));
 }
 
 /// A timeout layer further in: repeated where that is safe.
@@ -294,7 +294,7 @@ async fn the_budget_is_never_charged_for_what_another_rule_refuses() {
     let layer = || quick(&budget);
     let long = || Script::new([data("0123456789")]).untold();
     let cases: [Case; 6] = [
-        (Stop::Answered, layer(), get(), || Err(Oops("x").into())),
+        (Stop::NotRetryable, layer(), get(), || Err(Oops("x").into())),
         (Stop::Rejected, layer(), get(), || Err(Rejected::new(RejectedKind::Full).into())),
         (Stop::Unsafe, layer(), post(Script::empty()), busy),
         (Stop::BodyGone, layer().replay_up_to(9), put(long()), busy),
@@ -307,7 +307,7 @@ async fn the_budget_is_never_charged_for_what_another_rule_refuses() {
         assert_eq!((told.made, told.stop, told.waited), (1, stop, Duration::ZERO));
         let seen = handle.snapshot();
         assert_eq!((seen.retries, seen.budget_denied, seen.budget_balance), (0, 0, Some(9.0)));
-        assert_eq!(seen.gave_up, u64::from(stop != Stop::Answered), "{stop}");
+        assert_eq!(seen.gave_up, u64::from(stop != Stop::NotRetryable), "{stop}");
     }
 }
 
@@ -323,7 +323,10 @@ async fn what_comes_back_says_what_happened() {
 
     let inner: Inner = Inner::new(|_| Err(io(ErrorKind::ConnectionRefused)));
     let error: BoxError = send(&layer().layer(inner), get()).await.unwrap_err();
-    assert_eq!(error.to_string(), "gave up after 3 attempts (attempts_used_up): connect_refused");
+    assert_eq!(
+        error.to_string(),
+        "gave up after 3 attempts, nothing was sent (attempts_used_up): connect_refused"
+    );
     let source = error.source().unwrap().downcast_ref::<std::io::Error>().unwrap();
     assert_eq!(source.kind(), ErrorKind::ConnectionRefused);
     let said = async |error: fn() -> BoxError| {
@@ -331,9 +334,12 @@ async fn what_comes_back_says_what_happened() {
         send(&layer().layer(inner), get()).await.unwrap_err().to_string()
     };
     let open = || Rejected::new(RejectedKind::Open).into();
-    assert_eq!(said(open).await, "gave up after 1 attempt (rejected): circuit is open");
+    assert_eq!(
+        said(open).await,
+        "gave up after 1 attempt, nothing was sent (rejected): circuit is open"
+    );
     let other = || Oops("own").into();
-    assert_eq!(said(other).await, "gave up after 1 attempt (not one to retry)");
+    assert_eq!(said(other).await, "gave up after 1 attempt (not retryable)");
 
     // The last answer is the caller's whole: its head, its body.
     let inner: Inner = Inner::new(|n| {

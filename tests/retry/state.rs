@@ -45,7 +45,7 @@ async fn setters_after_handle_are_seen() {
     assert_eq!((told.made, told.waited), (5, ms(28)), "by a service made before");
     let seen = handle.snapshot();
     assert_eq!((seen.retries, seen.budget_balance), (4, Some(9.0)));
-    let _layer = _layer.assume_idempotent().longest_wait(Duration::ZERO).replay_up_to(0);
+    let _layer = _layer.assume_idempotent().max_wait(Duration::ZERO).replay_up_to(0);
     let start = Instant::now();
     let response = send(&service, post(Script::text("x"))).await.unwrap();
     assert_eq!(Attempts::of(&response).stop, Stop::BodyGone, "idempotent, and over the cap");

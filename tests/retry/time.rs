@@ -83,7 +83,7 @@ fn settings_that_a_closure_replaces_are_a_typed_error() {
     for layer in layers {
         assert_eq!(layer.classify(closure).checked().unwrap_err().field, "classify");
     }
-    assert!(RetryLayer::http().classify(closure).checked().is_ok());
+    assert!(RetryLayer::new().classify(closure).checked().is_ok());
 }
 
 // ===== Spans =====

@@ -68,7 +68,7 @@ async fn works_inside_tokio_spawn() {
     let boxed = BoxCloneSyncService::new(service_fn(|n: u32| async move {
         if n == 0 { Err::<u32, BoxError>(Oops("zero").into()) } else { Ok(n) }
     }));
-    let mut service = RetryLayer::http().classify(failed).layer(boxed);
+    let mut service = RetryLayer::new().classify(failed).layer(boxed);
     let result = tokio::spawn(async move { service.ready().await?.call(0).await });
     assert!(result.await.unwrap().is_err());
 }
@@ -115,7 +115,7 @@ async fn refused<B>(_: Request<B>) -> Result<Response<Empty<Bytes>>, std::io::Er
 async fn any_clone_type_is_retried_by_a_closure() {
     let calls = Arc::new(AtomicU32::new(0));
     let count = calls.clone();
-    let layer = RetryLayer::http().classify(|result: Result<&u32, &Oops>| match result {
+    let layer = RetryLayer::new().classify(|result: Result<&u32, &Oops>| match result {
         Ok(_) => Outcome::success(),
         Err(Oops("final")) => Outcome::success(),
         Err(Oops("busy")) => Outcome::throttled().with_retry_after(ms(500)),
@@ -157,7 +157,7 @@ async fn a_type_that_is_not_clone_says_how_it_is_kept() {
 
     let failing =
         |result: Result<&(), &Oops>| result.map_or(Outcome::failure(), |()| Outcome::success());
-    let layer = RetryLayer::http().classify(failing);
+    let layer = RetryLayer::new().classify(failing);
     let handle = layer.handle();
     let service = layer.layer(service_fn(|_: Upload| async { Err::<(), _>(Oops("x")) }));
     send(&service, Upload(Some("text"))).await.unwrap_err();

@@ -9,7 +9,7 @@ use http::{StatusCode, header::RETRY_AFTER};
 use tokio::time::{Instant, sleep};
 
 use crate::{
-    ours::retry_default,
+    ours::{retry_default, retry_wide},
     peers::naive_retry,
     picture::Chart,
     report::{Case, Play, Seen, less, plain, row},
@@ -60,31 +60,36 @@ async fn arrivals(client: Client, clients: usize) -> Vec<f64> {
 
 pub fn retry_after_herd(quick: bool) -> Case<Play> {
     let clients = if quick { 2_000 } else { 10_000 };
-    let rows = [("buttress", retry_default as Client), ("tower", naive_retry), ("none", obedient)]
-        .map(|(who, client)| {
-            row(who, Clock::Virtual, move || {
-                let arrivals = play(Clock::Virtual, arrivals(client, clients));
-                let before = |at: f64| arrivals.partition_point(|other| *other < at);
-                let percent = |count: usize| 100.0 * count as f64 / clients as f64;
-                let peak = arrivals.iter().map(|at| before(at + 0.1) - before(*at)).max();
-                let bins = (0..80).map(|bin| f64::from(bin) / 20.0);
-                let line = bins.map(|at| (at, percent(before(at + 0.05) - before(at))));
-                Seen {
-                    values: vec![
-                        percent(peak.unwrap_or(0)),
-                        percent(before(HINT as f64)),
-                        arrivals.last().copied().unwrap_or(f64::NAN),
-                    ],
-                    lines: vec![line.collect()],
-                }
-            })
-        });
+    let clients_by_name = [
+        ("buttress", retry_default as Client),
+        ("buttress_wide", retry_wide),
+        ("tower", naive_retry),
+        ("none", obedient),
+    ];
+    let rows = clients_by_name.map(|(who, client)| {
+        row(who, Clock::Virtual, move || {
+            let arrivals = play(Clock::Virtual, arrivals(client, clients));
+            let before = |at: f64| arrivals.partition_point(|other| *other < at);
+            let percent = |count: usize| 100.0 * count as f64 / clients as f64;
+            let peak = arrivals.iter().map(|at| before(at + 0.1) - before(*at)).max();
+            let bins = (0..240).map(|bin| f64::from(bin) / 20.0);
+            let line = bins.map(|at| (at, percent(before(at + 0.05) - before(at))));
+            Seen {
+                values: vec![
+                    percent(peak.unwrap_or(0)),
+                    percent(before(HINT as f64)),
+                    arrivals.last().copied().unwrap_or(f64::NAN),
+                ],
+                lines: vec![line.collect()],
+            }
+        })
+    });
     Case {
         name: "retry_after_herd",
         about: format!(
             "{clients} clients are told to come back after {HINT} s: the most within 100 ms, those who come before, and the last"
         ),
-        note: "tower's retry leaves the waiting to its user's policy, which does not read the hint here; tower-resilience's sees no response when it waits.",
+        note: "buttress_wide is `hint_jitter(5.0)`: the jitter is up to five times the hint instead of half of it. tower's retry leaves the waiting to its user's policy, which does not read the hint here; tower-resilience's sees no response when it waits.",
         columns: vec![less("peak", "%"), less("early", "%"), plain("last", "s")],
         rows: rows.into(),
         charts: vec![Chart {

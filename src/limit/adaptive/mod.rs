@@ -45,7 +45,7 @@
 //! by chance, and the limit wanders far below what the upstream can serve.
 //!
 //! A gRPC call whose status comes in the trailers is recorded when they arrive, with the latency to its head. Responses
-//! that signal overload (429, 529, 503, 504, `RESOURCE_EXHAUSTED`, `UNAVAILABLE`, `DEADLINE_EXCEEDED`; see
+//! that signal overload (429, 529, 503, 504, 520 to 524, `RESOURCE_EXHAUSTED`, `UNAVAILABLE`, `DEADLINE_EXCEEDED`; see
 //! [`Http`](crate::call::Http)) and timeouts are drops. Cancelled calls are not recorded, unless the upstream had the
 //! complete request for [`count_cancelled_after`](crate::ConcurrencyLimitLayer::count_cancelled_after): then they are
 //! drops. Other failures are not recorded, because a response that fails fast must not count as a fast response.

@@ -220,7 +220,7 @@ fn is_drop(outcome: Outcome) -> Option<bool> {
         OutcomeKind::Cancelled => None,
         OutcomeKind::Failure => match (outcome.reason(), outcome.code()) {
             (Why::Timeout | Why::NoResponse | Why::ConnectTimeout, _)
-            | (Why::Status, Some(503 | 504))
+            | (Why::Status, Some(503 | 504 | 520..=524))
             | (Why::GrpcStatus, Some(4 | 14)) => Some(true),
             _ => None,
         },

@@ -114,6 +114,10 @@ where
         Poll::Ready(held.weight)
     }
 
+    fn is_error(held: &HeldResult<Res, E>) -> bool {
+        held.result.is_err()
+    }
+
     fn has_inner_attempts(held: &HeldResult<Res, E>) -> bool {
         held.result.as_ref().err().and_then(rule::known).is_some_and(Attempts::is_in)
     }

@@ -99,6 +99,10 @@ impl<B: Body> Repeat<Request<B>> for Http {
         kept.request(())
     }
 
+    fn header<'a>(kept: &'a KeptRequest<B>, name: &str) -> Option<&'a [u8]> {
+        kept.header(name)
+    }
+
     fn deadline(kept: &KeptRequest<B>) -> Option<Deadline> {
         kept.deadline()
     }
@@ -177,7 +181,7 @@ where
     fn give(result: Result<Response<B>, E>) -> Result<Self::Response, BoxError> {
         match result {
             Ok(response) => Ok(response.map(PeekedBody::new)),
-            Err(error) => Err(Box::new(RetryError::new(Attempts::FIRST, error.into()))),
+            Err(error) => Err(Box::new(RetryError::new(Attempts::FIRST_ERROR, error.into()))),
         }
     }
 
@@ -214,6 +218,10 @@ where
         }
     }
 
+    fn is_error(held: &HeldResponse<B>) -> bool {
+        held.result.is_err()
+    }
+
     fn answer(held: &HeldResponse<B>) -> Option<Answer<'_>> {
         Some(match &held.result {
             Ok(response) => Answer::Head(response.status(), response.headers()),
@@ -240,7 +248,7 @@ where
                 Ok(response)
             }
             Err(error) => {
-                let record = record.unwrap_or(Attempts::FIRST);
+                let record = record.unwrap_or(Attempts::FIRST_ERROR);
                 Err(Box::new(RetryError::new(record, error)))
             }
         }

@@ -71,8 +71,12 @@ impl<B> KeptRequest<B> {
         }
     }
 
+    pub(super) fn header(&self, name: &str) -> Option<&[u8]> {
+        self.headers.iter().find(|line| line.name == name.as_bytes()).map(|line| line.value)
+    }
+
     pub(super) fn safe(&self, by: &Safe) -> bool {
-        is_safe(&self.method, by, || self.headers.iter().any(|line| line.name == KEY.as_bytes()))
+        is_safe(&self.method, by, || self.header(IDEMPOTENCY_KEY).is_some())
     }
 
     pub(super) fn repeatable(&self) -> Repeatable {
@@ -117,7 +121,7 @@ impl Carried {
 
 // ===== What is safe =====
 
-const KEY: &str = "idempotency-key";
+pub(super) const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
 /// RFC 9110 §9.2.2, or a key that makes the server tell repeats (the same on every attempt).
 pub(super) fn is_safe(method: &Method, by: &Safe, keyed: impl FnOnce() -> bool) -> bool {
@@ -145,7 +149,7 @@ impl Rules<'_> {
 }
 
 pub(super) fn keyed(headers: &HeaderMap) -> bool {
-    headers.contains_key(KEY)
+    headers.contains_key(IDEMPOTENCY_KEY)
 }
 
 // ===== Headers =====

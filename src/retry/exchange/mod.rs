@@ -9,6 +9,7 @@ mod weigh;
 
 #[cfg(feature = "reqwest")]
 pub use self::reqwest::Reqwest;
+pub(super) use self::weigh::{failed_status, weigh_by_request};
 
 use std::{
     task::{Context, Poll},
@@ -138,6 +139,11 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
         Request::default()
     }
 
+    /// Returns a header of the kept request.
+    fn header<'a>(_: &'a Self::Kept, _name: &str) -> Option<&'a [u8]> {
+        None
+    }
+
     /// When the caller needs its answer, if the request says so.
     fn deadline(_: &Self::Kept) -> Option<Deadline> {
         None
@@ -189,6 +195,9 @@ pub trait Weigh<Res, E> {
     fn undecided(_: &Self::Held) -> (Class, Outcome) {
         (Class::Final, Outcome::success())
     }
+
+    /// Returns whether the attempt ended with an error.
+    fn is_error(held: &Self::Held) -> bool;
 
     /// What it says, if it is one of HTTP's.
     fn answer(_: &Self::Held) -> Option<Answer<'_>> {

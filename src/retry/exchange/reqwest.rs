@@ -59,6 +59,10 @@ impl Repeat<Request> for Reqwest {
         head
     }
 
+    fn header<'a>(kept: &'a Request, name: &str) -> Option<&'a [u8]> {
+        kept.headers().get(name).map(|value| value.as_bytes())
+    }
+
     fn copy(kept: &Request) -> Request {
         let Some(copy) = kept.try_clone() else { unreachable!("a stream is not kept") };
         copy
@@ -133,7 +137,8 @@ impl Weigh<Response, Error> for Reqwest {
     }
 
     fn give(result: Result<Response, Error>) -> Result<Response, BoxError> {
-        result.map_err(|error| Box::new(RetryError::new(Attempts::FIRST, error.into())).into())
+        result
+            .map_err(|error| Box::new(RetryError::new(Attempts::FIRST_ERROR, error.into())).into())
     }
 
     fn hold(result: Result<Response, Error>, weight: Option<(Class, Outcome)>) -> Held {
@@ -147,6 +152,10 @@ impl Weigh<Response, Error> for Reqwest {
             Held::Answer(_, weight) => *weight,
             Held::Discarded(..) => unreachable!("weighed before"),
         })
+    }
+
+    fn is_error(held: &Held) -> bool {
+        matches!(held, Held::Answer(Err(_), _))
     }
 
     fn answer(held: &Held) -> Option<Answer<'_>> {
@@ -184,7 +193,9 @@ impl Weigh<Response, Error> for Reqwest {
                 }
                 Ok(response)
             }
-            Err(error) => Err(Box::new(RetryError::new(record.unwrap_or(Attempts::FIRST), error))),
+            Err(error) => {
+                Err(Box::new(RetryError::new(record.unwrap_or(Attempts::FIRST_ERROR), error)))
+            }
         }
     }
 

@@ -2,7 +2,10 @@
 
 use http::{Extensions, HeaderMap, StatusCode};
 
-use super::super::{policy::Class, stop::Stop};
+use super::{
+    super::{policy::Class, stop::Stop},
+    kept::IDEMPOTENCY_KEY,
+};
 use crate::call::{
     Eos, Outcome, OutcomeKind, Reason, grpc,
     hint::{self, Pushback},
@@ -58,21 +61,60 @@ fn classify_outcome(status: StatusCode, headers: &HeaderMap, outcome: Outcome) -
 
 fn classify_status(status: StatusCode, headers: &HeaderMap, outcome: Outcome) -> (Class, Outcome) {
     match status.as_u16() {
-        408 | 425 | 429 | 500..=599 if hint::pushback(headers) == Some(Pushback::Never) => {
+        408 | 421 | 425 | 429 | 500..=599 if hint::pushback(headers) == Some(Pushback::Never) => {
             (Class::Refused(Stop::Pushback), outcome)
         }
-        // Not the server's failure, but meant to be sent again (RFC 9110 §15.5.9, RFC 8470 §5.2).
-        408 | 425 => {
-            let outcome = Outcome::failure().because(Reason::Status).with_code(status.as_u16());
-            let outcome = match hint::retry_after(headers) {
-                Some(after) => outcome.with_retry_after(after),
-                None => outcome,
-            };
-            (Class::Retryable, outcome)
-        }
-        429 | 502 | 503 | 504 | 529 => (Class::Retryable, outcome),
+        // Not a failure of the server, but meant to be sent again (RFC 9110 §15.5.9 and §15.5.20, RFC 8470 §5.2).
+        408 | 421 | 425 => (Class::Retryable, failed_status(status, headers)),
+        // 520 to 524 are Cloudflare's: the proxy has no or no valid response of the origin.
+        429 | 502..=504 | 520..=524 | 529 => (or_rate_limited(Class::Retryable, headers), outcome),
         _ => (Class::Final, outcome),
     }
+}
+
+/// Refines the class of a status by headers of the request. Returns the class, and whether the server declares that it
+/// has not processed the request, so that a retry is safe for any method and makes no withdrawal.
+pub(in crate::retry) fn weigh_by_request<'a>(
+    class: Class,
+    outcome: Outcome,
+    status: StatusCode,
+    is_first: bool,
+    header: impl Fn(&str) -> Option<&'a [u8]>,
+) -> (Class, bool) {
+    let is_grpc = outcome.reason() == Reason::GrpcStatus;
+    match (status, class) {
+        // The server does not process early data. A proxy must forward 425 to a client that has sent its request as
+        // early data, since only that client can repeat it (RFC 8470 §5.2).
+        (StatusCode::TOO_EARLY, Class::Retryable) => match header("early-data") {
+            Some(b"1") => (Class::Final, false),
+            _ => (class, true),
+        },
+        // An earlier attempt with the same key is still being processed
+        // (draft-ietf-httpapi-idempotency-key-header §2.6).
+        (StatusCode::CONFLICT, Class::Final)
+            if !is_grpc && !is_first && header(IDEMPOTENCY_KEY).is_some() =>
+        {
+            (Class::Retryable, false)
+        }
+        _ => (class, false),
+    }
+}
+
+/// The outcome for the retry of a status that is a success for the other layers.
+pub(in crate::retry) fn failed_status(status: StatusCode, headers: &HeaderMap) -> Outcome {
+    let outcome = Outcome::failure().because(Reason::Status).with_code(status.as_u16());
+    match hint::retry_after(headers) {
+        Some(after) => outcome.with_retry_after(after),
+        None => outcome,
+    }
+}
+
+/// Envoy sets this header on the response to a call that its rate limit has rejected, and does not retry such a
+/// response by default (`RetryStateImpl::wouldRetryFromHeaders`).
+const ENVOY_RATE_LIMITED: &str = "x-envoy-ratelimited";
+
+fn or_rate_limited(class: Class, headers: &HeaderMap) -> Class {
+    if headers.contains_key(ENVOY_RATE_LIMITED) { Class::Refused(Stop::RateLimited) } else { class }
 }
 
 /// gRFC A6: `UNAVAILABLE` is retried, `RESOURCE_EXHAUSTED` if the server sends a pushback. `UNKNOWN` is retried only if
@@ -86,12 +128,10 @@ pub(super) fn weigh_grpc(headers: &HeaderMap, outcome: Outcome) -> (Class, Outco
         _ => false,
     };
     let class = match pushback {
-        // Of what is no answer: it would be told even if the user wished to retry it.
-        Some(Pushback::Never) if retryable || !outcome.is_success() => {
-            Class::Refused(Stop::Pushback)
-        }
+        // Also for a status that is never retried, since the retry budget makes a withdrawal (grpc-go `shouldRetry`).
+        Some(Pushback::Never) if outcome.code() != Some(grpc::OK) => Class::Refused(Stop::Pushback),
         _ if !retryable => Class::Final,
-        _ => Class::Retryable,
+        _ => or_rate_limited(Class::Retryable, headers),
     };
     (class, outcome)
 }
