@@ -96,18 +96,22 @@ async fn rejection_reaches_curl_under_lifecycle_serve() {
     all_arrive(Served::Lifecycle, VERSIONS[0]).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+// The tests over HTTP/2 run on one thread. With several, hyper sometimes writes the HEADERS and the DATA of a response
+// apart (about 1 of 3,000). curl 7.88 then ends its upload before the `content-length`, which is a stream error
+// (RFC 9113 §8.1.1), and the rest of the response is lost. The layers cannot join the two frames.
+
+#[tokio::test]
 async fn rejection_reaches_curl_over_http2_under_axum_serve() {
     all_arrive(Served::Axum, VERSIONS[1]).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test]
 async fn rejection_reaches_curl_over_http2_under_lifecycle_serve() {
     all_arrive(Served::Lifecycle, VERSIONS[1]).await;
 }
 
 /// Also with curl's own `Expect: 100-continue`, after which it waits for the response.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test]
 async fn rejection_of_each_layer_reaches_curl() {
     if !is_installed() {
         return skip("curl with HTTP/2");
