@@ -89,8 +89,9 @@ pub async fn back_to(holds: impl Fn() -> bool) {
 pub struct Memory(Vec<u64>);
 
 impl Memory {
-    /// More than this between the warm point and the end is a leak.
-    const MOST: u64 = 4 * 1024;
+    /// Growth above this between the warm point and the end is reported as a leak. In a run of 4 minutes the resident
+    /// memory varies between 48 and 53 MiB without a trend, since the number of unread responses varies.
+    const MAX_GROWTH: u64 = 8 * 1024;
 
     /// Warm after a third of the time.
     pub async fn watch(time: Duration) -> Self {
@@ -117,7 +118,7 @@ impl Memory {
             return;
         };
         println!("memory: {warm} KiB once warm, {end} KiB at the end");
-        let flat = end <= warm + Self::MOST;
+        let flat = end <= warm + Self::MAX_GROWTH;
         verdict.that(flat, format!("memory grew by {} KiB", end.saturating_sub(warm)));
     }
 }
