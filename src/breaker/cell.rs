@@ -330,9 +330,7 @@ struct Passed(Option<Change>);
 impl Passed {
     /// Returns the last change, with the reason for which any of them opened the circuit.
     fn then(self, next: Option<Change>) -> Option<Change> {
-        let Some(next) = next else { return self.0 };
-        let tripped = next.tripped.or(self.0.and_then(|change| change.tripped));
-        Some(Change { to: next.to, tripped })
+        next.map(|next| next.after(self.0)).or(self.0)
     }
 }
 

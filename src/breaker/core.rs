@@ -276,10 +276,17 @@ impl Circuit {
         }
     }
 
+    /// Wakes waiters and emits the events of a change.
+    ///
+    /// A change without effect on the reported state wakes waiters, because counts and probes start again, but emits no
+    /// event: forcing a state that the circuit already has, or a transition beneath an isolation.
     #[cold]
     fn tell_of(&self, change: Change) {
         self.changed.notify_waiters();
         let name = self.named();
+        let passed = change.probes.map(|probes| probes.passed);
+        let failed = change.probes.map(|probes| probes.failed);
+        let probes = change.probes.map(|probes| probes.total);
         match change.tripped {
             Some(why) if why.is_of_probes() => {
                 if let Some(occurrences) = self.reopened.record() {
@@ -287,6 +294,9 @@ impl Circuit {
                         WARN,
                         resilience.name = name,
                         reason = %why,
+                        passed,
+                        failed,
+                        probes,
                         occurrences,
                         "circuit opened again"
                     );
@@ -301,8 +311,8 @@ impl Circuit {
         }
         match change.to {
             State::Open if change.tripped.is_some() => {}
-            State::Closed => event!(INFO, resilience.name = name, "circuit closed"),
-            State::HalfOpen => {
+            // A combined change can lead from half-open to half-open by way of a trip.
+            State::HalfOpen if change.from != change.to || change.tripped.is_some() => {
                 if let Some(occurrences) = self.half_opened.record() {
                     event!(
                         INFO,
@@ -314,12 +324,16 @@ impl Circuit {
                     let _ = occurrences;
                 }
             }
+            _ if change.from == change.to => {}
+            State::Closed => {
+                event!(INFO, resilience.name = name, passed, failed, probes, "circuit closed");
+            }
             to => {
                 event!(INFO, resilience.name = name, state = to.as_str(), "circuit changed");
                 let _ = to;
             }
         }
-        let _ = name;
+        let _ = (name, passed, failed, probes);
     }
 
     // ===== Who waits for a verdict =====

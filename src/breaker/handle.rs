@@ -4,7 +4,7 @@ use super::{
     core::Circuit,
     counts::{Counts, Seen},
     machine::Past,
-    state::State,
+    state::{HalfOpenProgress, State},
     trip::{Trip, Tripped},
     wait::OpenFor,
 };
@@ -31,8 +31,10 @@ pub struct CircuitBreakerSnapshot {
     pub isolations: u32,
     /// What the rules have seen since it closed.
     pub seen: Seen,
-    /// Half-open probes under way.
+    /// The number of half-open probes in flight.
     pub probes: usize,
+    /// The results of the half-open probes so far. `None` if the circuit is not half-open.
+    pub half_open: Option<HalfOpenProgress>,
     /// How often it opened.
     pub opened: u64,
     /// Which rule opened it last, and what that rule saw.
@@ -68,6 +70,7 @@ impl CircuitBreakerHandle {
                 isolations: machine.isolations(),
                 seen: machine.seen(now, times),
                 probes: machine.probes_under_way(),
+                half_open: machine.half_open_progress(),
                 opened: machine.opened(),
                 last_trip: machine.last_trip(),
                 last_rule: machine.last_rule(),

@@ -150,6 +150,9 @@
 //! | [`wait_for_verdict`](CircuitBreakerLayer::wait_for_verdict) | wait, so many and so long |
 //! | [`probes_from_outside`](CircuitBreakerLayer::probes_from_outside) | are all refused: outcomes given to [`record`](CircuitBreakerHandle::record) decide |
 //!
+//! The [snapshot](CircuitBreakerSnapshot::half_open) contains the numbers of probes that passed and failed, and the total
+//! number that decide. The events that the circuit closed or opened again have them as fields, too.
+//!
 //! After closing, a [ramp](CircuitBreakerLayer::ramp) lets a tenth of the calls go and more and more of them
 //! over its time; the rest is refused as [`Recovering`](crate::call::RejectedKind::Recovering).
 //!
@@ -202,6 +205,9 @@
 //! | [`set_trip`](CircuitBreakerHandle::set_trip) [`set_open_for`](CircuitBreakerHandle::set_open_for) | other thresholds and waits; counts stay |
 //! | [`snapshot`](CircuitBreakerHandle::snapshot) [`restore`](CircuitBreakerHandle::restore) | another circuit takes up where this one left off |
 //! | [`changed`](CircuitBreakerHandle::changed) | waits for the next change, also of time alone |
+//!
+//! A change of the reported state emits one event. Forcing the state that a circuit already has, and a change beneath an
+//! isolation, emit none.
 //!
 //! # In the stack
 //!
@@ -275,7 +281,7 @@ pub use self::{
         KeyedCircuitBreakerSnapshot, PerOrigin,
     },
     layer::{CircuitBreaker, CircuitBreakerLayer},
-    state::State,
+    state::{HalfOpenProgress, State},
     trip::{Trip, Tripped},
     wait::OpenFor,
 };

@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use super::{state::Settings, trip::Tripped};
+use super::{
+    state::{HalfOpenProgress, Settings},
+    trip::Tripped,
+};
 use crate::call::{Nanos, WaitsFor, nanos};
 
 #[derive(Debug, Default)]
@@ -264,6 +267,15 @@ impl Probes {
         }
         self.remove(generation);
         Some(due)
+    }
+
+    pub(super) fn progress(&self, settings: &Settings) -> HalfOpenProgress {
+        HalfOpenProgress {
+            passed: self.passed,
+            failed: self.failed,
+            needed: settings.needed,
+            total: settings.probes,
+        }
     }
 
     pub(super) fn verdict(&self, settings: &Settings) -> Option<Verdict> {

@@ -113,9 +113,44 @@ pub(super) enum Refusal {
     Forced,
 }
 
-/// A change of state, with what led to it.
+/// The results of the half-open probes of a circuit.
+///
+/// The circuit closes at the success that makes [`passed`](Self::passed) sufficient, and opens as soon as too many probes
+/// have [`failed`](Self::failed). See [`half_open_of`](super::CircuitBreakerLayer::half_open_of).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct HalfOpenProgress {
+    /// The number of probes that passed.
+    pub passed: u16,
+    /// The number of probes that failed.
+    pub failed: u16,
+    /// The number of successes that close the circuit.
+    pub needed: u16,
+    /// The total number of probes that decide: those that passed, failed, are in flight, or are still to be admitted.
+    pub total: u16,
+}
+
+/// A transition, or several that one operation made.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Change {
+    /// The reported state before. It equals `to` if a caller forced the state that the circuit already had, or if the
+    /// state beneath an isolation changed.
+    pub(super) from: State,
     pub(super) to: State,
     pub(super) tripped: Option<Tripped>,
+    /// The results of the half-open state that ended.
+    pub(super) probes: Option<HalfOpenProgress>,
+}
+
+impl Change {
+    /// Combines a change with the one that preceded it. The reason for which either opened the circuit is kept.
+    pub(super) fn after(self, before: Option<Self>) -> Self {
+        let Some(before) = before else { return self };
+        Self {
+            from: before.from,
+            to: self.to,
+            tripped: self.tripped.or(before.tripped),
+            probes: self.probes.or(before.probes),
+        }
+    }
 }

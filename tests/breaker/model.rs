@@ -207,6 +207,11 @@ impl Model {
         if self.isolations > 0 { State::ForcedOpen } else { self.state }
     }
 
+    /// The numbers of half-open probes that passed and failed.
+    pub fn progress(&self) -> (u16, u16) {
+        (self.passed, self.failed)
+    }
+
     /// Calls, failures, slow ones: in the fullest window of each kind.
     pub fn windows(&mut self) -> [u64; 3] {
         self.forget();

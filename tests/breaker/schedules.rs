@@ -275,6 +275,11 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
         prop_assert_eq!(handle.state(), model.state());
         prop_assert_eq!(seen.probes, model.probes.len());
         prop_assert!(seen.probes <= usize::from(config.probes));
+        if seen.isolations == 0 {
+            let progress = seen.half_open.map(|progress| (progress.passed, progress.failed));
+            let expected = (model.state() == State::HalfOpen).then_some(model.progress());
+            prop_assert_eq!(progress, expected);
+        }
         prop_assert_eq!((seen.opened, seen.isolations), (model.opened, model.isolations));
         prop_assert_eq!((seen.refused, seen.shadowed), (model.refused, model.shadowed));
         if seen.state == State::Closed {

@@ -317,3 +317,130 @@ async fn events_of_a_continuing_outage_are_summarised() {
     assert!(warnings[0].ends_with("occurrences=499"), "{warnings:?}");
     assert!(infos[0].ends_with("occurrences=499"), "{infos:?}");
 }
+
+// ===== Changes of state =====
+
+#[tokio::test(start_paused = true)]
+async fn circuit_emits_one_event_per_change_of_the_reported_state() {
+    let (log, _guard) = Log::listen();
+    let breaker = CircuitBreakerLayer::http().name("search");
+    let handle = breaker.handle();
+    let changed =
+        |state| format!(r#"INFO circuit changed resilience.name="search" state="{state}""#);
+    let closed = r#"INFO circuit closed resilience.name="search""#;
+
+    handle.reset();
+    assert!(log.take().is_empty(), "it was closed");
+    for _ in 0..3 {
+        handle.force_open();
+    }
+    assert_eq!(log.take(), [changed("forced_open")]);
+
+    // An isolation is reported as the same state, and so are the states beneath it.
+    let isolation = handle.isolate();
+    let second = handle.isolate();
+    handle.force_closed();
+    handle.half_open();
+    handle.force_open();
+    drop(second);
+    drop(isolation);
+    assert!(log.take().is_empty(), "it was forced open all the time");
+
+    handle.force_closed();
+    handle.force_closed();
+    handle.restore(&handle.snapshot());
+    assert_eq!(log.take(), [changed("forced_closed")]);
+    handle.reset();
+    handle.restore(&handle.snapshot());
+    assert_eq!(log.take(), [closed]);
+
+    let isolation = handle.isolate();
+    assert_eq!(log.take(), [changed("forced_open")]);
+    drop(isolation);
+    assert_eq!(log.take(), [closed]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn forcing_the_same_state_wakes_callers_without_an_event() {
+    let (log, _guard) = Log::listen();
+    let breaker = CircuitBreakerLayer::http().wait_for_verdict(1, Duration::from_secs(60));
+    let handle = breaker.handle();
+    let stack = ServiceBuilder::new()
+        .layer(RetryLayer::http())
+        .layer(breaker)
+        .service(answers!(200, Duration::from_secs(5)));
+    handle.half_open();
+    let mut probe = tokio_test::task::spawn(call(stack.clone()));
+    let mut waiting = tokio_test::task::spawn(call(stack));
+    assert!(probe.poll().is_pending() && waiting.poll().is_pending());
+    log.take();
+    // The next round of probes has a free slot again.
+    handle.half_open();
+    assert!(waiting.is_woken());
+    assert!(log.take().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn events_and_snapshot_report_the_progress_of_half_open_probes() {
+    let (log, _guard) = Log::listen();
+    let breaker = CircuitBreakerLayer::new(Trip::consecutive(1))
+        .open_for(Duration::from_secs(1))
+        .half_open_of(2, 3)
+        .name("search");
+    let handle = breaker.handle();
+    let status = std::sync::atomic::AtomicU16::new(503);
+    let status = Arc::new(status);
+    let upstream = status.clone();
+    let stack = ServiceBuilder::new()
+        .layer(RetryLayer::http().attempts(1))
+        .layer(breaker)
+        .layer(ConcurrencyLimitLayer::new(9))
+        .service(service_fn(move |_: Request<_>| {
+            let mut response = Response::new(Body::default());
+            let status = upstream.load(std::sync::atomic::Ordering::SeqCst);
+            *response.status_mut() = StatusCode::from_u16(status).unwrap();
+            std::future::ready(Ok::<_, BoxError>(response))
+        }));
+    let respond = |code| {
+        status.store(code, std::sync::atomic::Ordering::SeqCst);
+        let stack = stack.clone();
+        async move { assert_eq!(call(stack).await.unwrap().status(), code) }
+    };
+    let progress = || {
+        let half_open = handle.snapshot().half_open;
+        half_open.map(|probes| (probes.passed, probes.failed, probes.needed, probes.total))
+    };
+    let circuit = |log: &Log| {
+        let lines = log.take();
+        lines.into_iter().filter(|line| line.contains(" circuit ")).collect::<Vec<_>>()
+    };
+
+    respond(503).await;
+    assert_eq!(progress(), None, "it is open");
+    tokio::time::advance(Duration::from_secs(1)).await;
+    assert_eq!(progress(), Some((0, 0, 2, 3)));
+    respond(200).await;
+    assert_eq!(progress(), Some((1, 0, 2, 3)));
+    respond(503).await;
+    assert_eq!(progress(), Some((1, 1, 2, 3)));
+    circuit(&log);
+    respond(503).await;
+    assert_eq!(progress(), None);
+    let [line] = &circuit(&log)[..] else { panic!("one event") };
+    assert!(
+        line.starts_with("WARN circuit opened again")
+            && line.contains("passed=1 failed=2 probes=3"),
+        "{line}"
+    );
+
+    tokio::time::advance(Duration::from_secs(1)).await;
+    respond(200).await;
+    respond(503).await;
+    circuit(&log);
+    respond(200).await;
+    assert_eq!(
+        circuit(&log),
+        [r#"INFO circuit closed resilience.name="search" passed=2 failed=1 probes=3"#]
+    );
+    assert_eq!(progress(), None);
+}

@@ -44,10 +44,10 @@ impl Machine {
 
     /// One more, or one less, holds it open. What it was goes on underneath.
     pub(in crate::breaker) fn isolate(&mut self, more: bool) -> Option<Change> {
-        let before = self.isolations;
+        let (before, from) = (self.isolations, self.state());
         self.isolations = if more { before.saturating_add(1) } else { before.saturating_sub(1) };
         let turned = (before == 0) != (self.isolations == 0);
-        turned.then(|| Change { to: self.state(), tripped: None })
+        turned.then(|| Change { from, to: self.state(), tripped: None, probes: None })
     }
 
     /// What another is to take up.

@@ -86,12 +86,13 @@ impl Machine {
 
     fn enter(&mut self, phase: Phase, tripped: Option<Tripped>) -> Change {
         self.generation += 1;
+        let (from, progress) = (self.state(), self.half_open_progress());
         if let Phase::HalfOpen(probes) = mem::replace(&mut self.phase, phase) {
             // If a phase ends while the probes of an earlier one are still here, the older ones are dropped. One lock
             // hold ends two phases only if their probes were few.
             self.ended = Some(probes);
         }
-        Change { to: self.state(), tripped }
+        Change { from, to: self.state(), tripped, probes: progress }
     }
 
     /// Takes the probes of a phase that has ended. There may be many, and they are dropped without the lock.

@@ -59,8 +59,7 @@ impl Machine {
                 _ => None,
             };
             let Some(next) = next else { return last };
-            let tripped = next.tripped.or(last.and_then(|last| last.tripped));
-            last = Some(Change { to: next.to, tripped });
+            last = Some(next.after(last));
         }
     }
 
@@ -169,7 +168,7 @@ impl Machine {
             Phase::HalfOpen(_) => self.probed(ended, at),
             _ => self.counted(ended, at),
         };
-        by_call.or(by_time)
+        by_call.map(|change| change.after(by_time)).or(by_time)
     }
 
     fn counted(&mut self, ended: Ended, at: At<'_>) -> Option<Change> {

@@ -4,7 +4,7 @@
 use super::{
     super::{
         counts::{Seen, TimeWindows},
-        state::State,
+        state::{HalfOpenProgress, State},
         trip::Tripped,
     },
     Machine, Phase,
@@ -111,6 +111,13 @@ impl Machine {
         match &self.phase {
             Phase::HalfOpen(probes) => probes.under_way(),
             _ => 0,
+        }
+    }
+
+    pub(in crate::breaker) fn half_open_progress(&self) -> Option<HalfOpenProgress> {
+        match &self.phase {
+            Phase::HalfOpen(probes) => Some(probes.progress(&self.settings)),
+            _ => None,
         }
     }
 
