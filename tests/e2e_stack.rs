@@ -143,6 +143,27 @@ async fn config_makes_a_client_that_calls_nobody_while_its_probe_says_that_it_is
 }
 
 #[tokio::test]
+async fn client_rejects_calls_after_one_probe_response_503() {
+    let app = Router::new().route("/up", get(async || StatusCode::SERVICE_UNAVAILABLE));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = listener.local_addr().unwrap();
+    tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+    for (settings, failures) in [("", 1), ("immediate_failure = false", 3)] {
+        let settings = format!("[probe]\nuri = 'http://{at}/up'\nevery = '10ms'\n{settings}");
+        let config = ClientConfig::from_toml(&settings).unwrap();
+        let client = buttress::client::<Body>(&config).unwrap();
+        let probe = client.handle().probe().unwrap();
+        while probe.state() != ProbeState::Down {
+            net::soon(probe.changed()).await;
+        }
+        assert!(probe.snapshot().consecutive_failures >= failures);
+        assert_eq!(failures == 1, probe.snapshot().probes == 1, "{:?}", probe.snapshot());
+        let error = net::soon(client.request(to(at))).await.map(drop).unwrap_err();
+        assert_eq!(Rejected::find(&*error).unwrap().kind(), RejectedKind::Unhealthy);
+    }
+}
+
+#[tokio::test]
 async fn config_makes_a_client_of_http_2_from_the_first_byte() {
     let at = upstream(Arc::default()).await;
     let client = client(at, "http2_only = true\nhttp2_keepalive = '30s'\ntcp_keepalive = 'off'");

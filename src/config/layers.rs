@@ -274,6 +274,8 @@ group! {
     fixed rise: u32 = 1;
     /// How many must fail in a row before it is down.
     fixed fall: u32 = 3;
+    /// Whether a response with status 503 takes the upstream down at once; false: it counts towards `fall`.
+    fixed immediate_failure: bool = true;
 }
 
 impl HealthProbeConfig {
@@ -293,7 +295,8 @@ impl HealthProbeConfig {
             .every(self.every)
             .jitter(self.jitter)
             .timeout(self.timeout)
-            .thresholds(self.rise, self.fall);
+            .thresholds(self.rise, self.fall)
+            .immediate_failure(self.immediate_failure);
         match self.every_while_down {
             Some(time) => layer.every_while_down(time),
             None => layer,

@@ -62,6 +62,8 @@ const LISTENS: u8 = 0b1_0000;
 pub(super) struct Probing {
     pub(super) schedule: Schedule,
     pub(super) threshold: Threshold,
+    /// Whether a response that states that the upstream is unavailable takes it down at once.
+    pub(super) immediate_failure: bool,
     pub(super) reporters: Vec<Reporter>,
     pub(super) probes: u64,
     pub(super) spared: u64,
@@ -101,6 +103,7 @@ impl Gate {
             probing: Mutex::new(Probing {
                 schedule: Schedule::DEFAULT,
                 threshold: Threshold::new(1, 3),
+                immediate_failure: true,
                 reporters: Vec::new(),
                 probes: 0,
                 spared: 0,
@@ -240,6 +243,9 @@ impl Gate {
         let change = match result {
             // A refusal by one of our own layers says nothing about what is probed.
             Err(ProbeFailure::Refused) => None,
+            Err(why) if probing.immediate_failure && why.is_immediate() => {
+                probing.threshold.fail_at_once()
+            }
             result => probing.threshold.told(result.is_ok()),
         };
         let failing = probing.threshold.in_a_row().1 > 0;

@@ -9,7 +9,7 @@ use super::{
     over_grpc::Grpc,
     over_http::{Get, OverHttp, SendRequest},
     panic::PanicGuard,
-    probe::{AnyAnswer, Ask, Judged, Probe, ProbeFailure, Run},
+    probe::{AnyAnswer, Ask, Judged, Probe, ProbeFailure, Run, StatusProbe},
     prober::Prober,
     registry::Health,
     reporter::Reporter,
@@ -154,6 +154,19 @@ impl<P: OverHttp, M, R> HealthProbeLayer<P, M, R> {
     }
 }
 
+impl<P: StatusProbe, M, R> HealthProbeLayer<P, M, R> {
+    /// Sets whether a response with status 503, or gRPC's `NOT_SERVING`, takes the upstream down at once. On by default.
+    ///
+    /// Such a response states that the upstream is unavailable, so further probes would only delay the result. Other
+    /// failures, such as timeouts, connection errors and other statuses, count towards
+    /// [`thresholds`](Self::thresholds). `false` makes all failures count towards it. A status that
+    /// [`expect_status`](Self::expect_status) accepts is a success. Envoy calls this immediate failure.
+    pub fn immediate_failure(self, on: bool) -> Self {
+        self.plan.policy.with(|probing| probing.immediate_failure = on);
+        self
+    }
+}
+
 impl<F, M, R> HealthProbeLayer<Ask<F>, M, R> {
     /// Judges probes by a closure over exactly what the wrapped service gives: `true` passes.
     pub fn judge<J, Res, E>(self, judge: J) -> HealthProbeLayer<Ask<F, Judged<J>>, M, R>
@@ -196,7 +209,8 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
     }
 
     /// How many probes in a row must pass before what is down is up again (1 by default), and how many
-    /// must fail before it is down (3 by default), each 1 or more. The very first success is enough.
+    /// must fail before it is down (3 by default), each 1 or more. The very first success is enough, and a response
+    /// with status 503 is an [immediate failure](Self::immediate_failure).
     pub fn thresholds(mut self, rise: u32, fall: u32) -> Self {
         if let Some((rise, fall)) = self.plan.accept(checked_thresholds(rise, fall)) {
             self.plan.policy.with(|probing| {

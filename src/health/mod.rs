@@ -65,6 +65,7 @@
 //! |---|---|
 //! | 2xx, or what is [expected](HealthProbeLayer::expect_status); any answer, or what the judge says, for other types | passed |
 //! | gRPC: `SERVING`, or `UNIMPLEMENTED` | passed |
+//! | 503, or gRPC: `NOT_SERVING` | failed, and down at once; or as [`immediate_failure`](HealthProbeLayer::immediate_failure) says |
 //! | another status (429 too), an error, a body that breaks off or is not the [expected](HealthProbeLayer::expect_body) one | failed |
 //! | no head within `timeout`, readying the service included | failed |
 //! | a panic of the service, of the request's closure or of the judge | failed |
@@ -157,12 +158,13 @@
 //! | [`jitter`](HealthProbeLayer::jitter) | 0.1 (up to 10 % longer) |
 //! | [`timeout`](HealthProbeLayer::timeout) | 1 s |
 //! | [`thresholds`](HealthProbeLayer::thresholds) | 1 to rise, 3 to fall |
+//! | [`immediate_failure`](HealthProbeLayer::immediate_failure) | on |
 //! | [`while_down`](HealthProbeLayer::while_down) | calls are refused |
 //! | [`passive`](HealthProbeLayer::passive), [`panic_guard`](HealthProbeLayer::panic_guard) | off |
 //! | refusals | an error; [`respond`](HealthProbeLayer::respond) for a response |
 //!
-//! tower and tower-http have no layer of this kind. The thresholds, the first success that is enough and the share
-//! below which a set panics are Envoy's.
+//! tower and tower-http have no layer of this kind. The thresholds, the first success that is enough, the
+//! immediate failure and the share below which a set panics are Envoy's.
 
 mod answer;
 mod caught;
@@ -200,7 +202,7 @@ pub use self::{
     over_grpc::Grpc,
     over_http::{Get, OverHttp, SendRequest},
     panic::PanicGuard,
-    probe::{AnyAnswer, Ask, Judged, Probe, ProbeFailure, Run},
+    probe::{AnyAnswer, Ask, Judged, Probe, ProbeFailure, Run, StatusProbe},
     registry::Health,
     reporter::Reporter,
     threshold::ProbeState,

@@ -10,7 +10,7 @@ use tower_service::Service;
 
 use super::{
     over_http::{answer, parse, read},
-    probe::{Failed, Probe, ProbeFailure, opaque_debug},
+    probe::{Failed, Probe, ProbeFailure, StatusProbe, opaque_debug},
 };
 use crate::{ConfigError, call::grpc, redact};
 
@@ -99,6 +99,8 @@ where
         }
     }
 }
+
+impl<F> StatusProbe for Grpc<F> {}
 
 opaque_debug!(Grpc<F>);
 

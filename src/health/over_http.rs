@@ -15,7 +15,9 @@ use http_body::Body;
 use tokio::time::{Instant, timeout_at};
 use tower_service::Service;
 
-use super::probe::{Failed, Probe, ProbeFailure, ask, blame, of_refused, opaque_debug};
+use super::probe::{
+    Failed, Probe, ProbeFailure, StatusProbe, ask, blame, of_refused, opaque_debug,
+};
 use crate::{ConfigError, call::Rejected, redact};
 
 /// More of an answer than this is not read.
@@ -136,6 +138,10 @@ where
         over_http(service, request, deadline, self.expected).await
     }
 }
+
+impl<B> StatusProbe for Get<B> {}
+
+impl<F> StatusProbe for SendRequest<F> {}
 
 async fn over_http<S, B, RB>(
     service: S,

@@ -41,6 +41,12 @@ pub enum ProbeFailure {
 }
 
 impl ProbeFailure {
+    /// Returns whether the upstream has stated that it is unavailable: HTTP 503, or `NOT_SERVING`. This is the immediate
+    /// failure of Envoy's health checks.
+    pub(super) fn is_immediate(self) -> bool {
+        matches!(self, Self::Status(StatusCode::SERVICE_UNAVAILABLE) | Self::NotServing)
+    }
+
     /// The failure in `snake_case`.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
@@ -113,6 +119,11 @@ pub trait Probe<S>: Clone + Send + 'static {
     /// Probes once. Whatever is not done by `deadline` has failed.
     fn run(self, service: S, deadline: Instant) -> impl Future<Output = Result<(), Failed>> + Send;
 }
+
+/// A probe whose response can state that the upstream is unavailable: by HTTP 503, or by gRPC's `NOT_SERVING`.
+///
+/// See [`immediate_failure`](super::HealthProbeLayer::immediate_failure). Not to be implemented outside of this crate.
+pub trait StatusProbe {}
 
 // ===== Anything else =====
 

@@ -64,6 +64,13 @@ impl Threshold {
         changed.then_some(next)
     }
 
+    /// Records a failure that does not depend on `fall`. Returns [`ProbeState::Down`] if that is a change.
+    pub(super) fn fail_at_once(&mut self) -> Option<ProbeState> {
+        (self.successes, self.failures) = (0, self.failures.saturating_add(1));
+        let before = std::mem::replace(&mut self.state, ProbeState::Down);
+        (before != ProbeState::Down).then_some(ProbeState::Down)
+    }
+
     /// As if nothing had been told yet.
     pub(super) fn reset(&mut self) {
         *self = Self::new(self.rise, self.fall);
@@ -132,6 +139,16 @@ mod tests {
         assert_eq!(states(2, 2, &[true, false, true, false]), [Up; 4]);
         let down = [false, false, true, false, true, false];
         assert_eq!(states(2, 2, &down)[1..], [Down; 5]);
+    }
+
+    #[test]
+    fn immediate_failure_ignores_fall_and_rises_by_rise() {
+        use ProbeState::{Down, Up};
+        let mut threshold = Threshold::new(2, 3);
+        assert_eq!(threshold.fail_at_once(), Some(Down));
+        assert_eq!((threshold.fail_at_once(), threshold.in_a_row()), (None, (0, 2)));
+        assert_eq!((threshold.told(true), threshold.told(true)), (None, Some(Up)));
+        assert_eq!((threshold.told(false), threshold.fail_at_once()), (None, Some(Down)));
     }
 
     proptest! {

@@ -63,6 +63,7 @@ fn plausible(key: &str) -> BoxedStrategy<Value> {
         | "http2_only"
         | "timeout_min_body_rate_for_grpc"
         | "retry_wait_on_rejection"
+        | "probe_immediate_failure"
         | "limit_exempt_grpc_health" => any::<bool>().prop_map(Value::from).boxed(),
         "retry_unprocessed" => {
             prop::sample::select(vec![json!([429, 529]), json!("503"), json!([200]), json!("off")])

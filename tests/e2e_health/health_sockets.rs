@@ -358,7 +358,7 @@ async fn a_grpc_service_is_probed_by_its_health_service() {
         let state = if by_tonic {
             let body = |bytes| tonic::body::Body::new(Full::new(bytes));
             let probe =
-                HealthProbeLayer::grpc("/", "shop.Orders", body).every(every).thresholds(1, 1);
+                HealthProbeLayer::grpc("/", "shop.Orders", body).every(every).thresholds(1, 9);
             let url = format!("http://{addr}");
             let channel = tonic::transport::Endpoint::new(url).unwrap().connect_lazy();
             let state = probe.handle();
@@ -367,7 +367,7 @@ async fn a_grpc_service_is_probed_by_its_health_service() {
         } else {
             let origin = format!("http://{addr}");
             let probe =
-                HealthProbeLayer::grpc(&origin, "db", Full::new).every(every).thresholds(1, 1);
+                HealthProbeLayer::grpc(&origin, "db", Full::new).every(every).thresholds(1, 9);
             let client: Client<HttpConnector, Full<Bytes>> =
                 Client::builder(TokioExecutor::new()).http2_only(true).build_http();
             let state = probe.handle();
@@ -378,6 +378,7 @@ async fn a_grpc_service_is_probed_by_its_health_service() {
         db.fail();
         assert_eq!(within(state.changed()).await, ProbeState::Down);
         assert_eq!(state.snapshot().last.unwrap().result, Err(ProbeFailure::NotServing));
+        assert_eq!(state.snapshot().consecutive_failures, 1, "an immediate failure");
         db.pass();
         assert_eq!(within(state.changed()).await, ProbeState::Up);
     }

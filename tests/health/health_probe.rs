@@ -265,12 +265,12 @@ async fn rises_and_falls_by_its_thresholds() {
     let began = Instant::now();
     assert_eq!(within(handle.changed()).await, ProbeState::Up);
 
-    *upstream.probe.lock().unwrap() = Mode::Status(503);
+    *upstream.probe.lock().unwrap() = Mode::Status(500);
     assert_eq!(within(handle.changed()).await, ProbeState::Down);
     assert_eq!(began.elapsed(), 3 * EVERY);
     let snapshot = handle.snapshot();
     assert_eq!((snapshot.consecutive_failures, snapshot.probes), (3, 4));
-    let why = ProbeFailure::Status(StatusCode::SERVICE_UNAVAILABLE);
+    let why = ProbeFailure::Status(StatusCode::INTERNAL_SERVER_ERROR);
     assert_eq!(snapshot.last.unwrap().result, Err(why));
 
     let refused = service.clone().oneshot(call()).await.unwrap_err();
@@ -282,6 +282,53 @@ async fn rises_and_falls_by_its_thresholds() {
     assert_eq!(within(handle.changed()).await, ProbeState::Up);
     assert_eq!(began.elapsed(), 5 * EVERY);
     assert!(service.oneshot(call()).await.is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn probe_response_503_takes_the_upstream_down_at_once() {
+    for (on, probes) in [(true, 2), (false, 4)] {
+        let layer = exact().thresholds(2, 3).immediate_failure(on);
+        let handle = layer.handle();
+        let upstream = Upstream::new();
+        let service = layer.layer(upstream.clone());
+        assert_eq!(within(handle.changed()).await, ProbeState::Up);
+        *upstream.probe.lock().unwrap() = Mode::Status(503);
+        assert_eq!(within(handle.changed()).await, ProbeState::Down);
+        let snapshot = handle.snapshot();
+        assert_eq!((snapshot.probes, snapshot.consecutive_failures), (probes, probes as u32 - 1));
+        assert_eq!(kind(&service.oneshot(call()).await.unwrap_err()), RejectedKind::Unhealthy);
+
+        // It rises by its threshold.
+        *upstream.probe.lock().unwrap() = Mode::Status(200);
+        assert_eq!(within(handle.changed()).await, ProbeState::Up);
+        assert_eq!(handle.snapshot().probes, probes + 2);
+    }
+    // Also before the first result.
+    let layer = exact().thresholds(1, 3);
+    let handle = layer.handle();
+    let _service = layer.layer(Upstream::new().will(Mode::Status(503)));
+    settle().await;
+    assert_eq!(handle.state(), ProbeState::Down);
+}
+
+#[tokio::test(start_paused = true)]
+async fn other_probe_failures_count_towards_the_threshold() {
+    let modes = [500, 502, 504, 429].map(Mode::Status);
+    for mode in modes.into_iter().chain([Mode::Hang, Mode::Fail, Mode::Panic, Mode::BrokenBody]) {
+        let layer = exact().thresholds(1, 3);
+        let handle = layer.handle();
+        let upstream = Upstream::new();
+        let _service = layer.layer(upstream.clone());
+        assert_eq!(within(handle.changed()).await, ProbeState::Up);
+        *upstream.probe.lock().unwrap() = mode;
+        assert_eq!(within(handle.changed()).await, ProbeState::Down);
+        assert_eq!(handle.snapshot().probes, 4, "{mode:?}");
+    }
+    // The closure decides which statuses are failures at all.
+    let layer = exact().thresholds(1, 3).expect_status(|status| status == 503);
+    let handle = layer.handle();
+    let _service = layer.layer(Upstream::new().will(Mode::Status(503)));
+    assert_eq!(within(handle.changed()).await, ProbeState::Up);
 }
 
 #[tokio::test(start_paused = true)]

@@ -250,7 +250,8 @@ async fn asks_a_closure_instead_of_the_service() {
 #[tokio::test(start_paused = true)]
 async fn faster_while_down() {
     let upstream = Upstream::default();
-    let layer = exact().thresholds(2, 3).every_while_down(Duration::from_secs(1));
+    let layer = exact().thresholds(2, 3).immediate_failure(false);
+    let layer = layer.every_while_down(Duration::from_secs(1));
     let handle = layer.handle();
     let service = layer.layer(upstream.service());
     let began = Instant::now();
