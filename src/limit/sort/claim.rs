@@ -72,16 +72,22 @@ impl Priority {
         Self(level << LOT_BITS)
     }
 
-    /// With the lot that this key draws: one of 128, the same everywhere (FNV-1a, 64 bits, folded).
+    /// With the lot that this key draws: one of 128, the same in every process.
+    ///
+    /// The lot is the top 7 bits of the 64-bit FNV-1a hash of the key, after the finalizer of MurmurHash3 (`fmix64`).
+    /// Keys that differ in one byte, such as consecutive numbers, draw independent lots.
     #[must_use]
     pub fn lot(self, key: impl AsRef<[u8]>) -> Self {
         let mut hash = 0xcbf2_9ce4_8422_2325_u64;
         for byte in key.as_ref() {
             hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
         }
-        hash ^= hash >> 32;
-        hash ^= hash >> 16;
-        let lot = (hash & ((1 << LOT_BITS) - 1)) as u16;
+        // One multiplication follows the last byte, so its bits reach only a part of the hash. The finalizer spreads
+        // them over all of it.
+        hash = (hash ^ hash >> 33).wrapping_mul(0xff51_afd7_ed55_8ccd);
+        hash = (hash ^ hash >> 33).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+        hash ^= hash >> 33;
+        let lot = (hash >> (u64::BITS - LOT_BITS)) as u16;
         Self(self.0 >> LOT_BITS << LOT_BITS | lot)
     }
 
@@ -261,12 +267,47 @@ mod tests {
         assert_eq!(lots.len(), 128);
     }
 
+    #[test]
+    fn consecutive_keys_draw_independent_lots() {
+        const KEYS: u64 = 10_000;
+        const HALF: u16 = 1 << (LOT_BITS - 1);
+        let kinds: [(&str, fn(u64) -> Vec<u8>); 5] = [
+            ("user", |n| format!("user-{n}").into_bytes()),
+            ("trace", |n| format!("{n:032x}").into_bytes()),
+            ("uuid", |n| format!("6fa459ea-ee8a-4ca4-894e-{n:012x}").into_bytes()),
+            ("big endian", |n| n.to_be_bytes().to_vec()),
+            ("little endian", |n| n.to_le_bytes().to_vec()),
+        ];
+        for (kind, key) in kinds {
+            let lot = |n| Priority::new(0).lot(key(n)).number();
+            let mut lots = [0_u64; 1 << LOT_BITS];
+            (0..KEYS).for_each(|n| lots[usize::from(lot(n))] += 1);
+            let mean = KEYS >> LOT_BITS;
+            assert!(
+                lots.iter().all(|count| (mean / 2..mean * 2).contains(count)),
+                "{kind} {lots:?}"
+            );
+            // Pairs of keys that differ in the last byte: lower and lower half, lower and upper, and so on.
+            for distance in [1, 2, 3, 16] {
+                let mut pairs = [0_u64; 4];
+                for n in 0..KEYS {
+                    let (one, other) = (lot(n) >= HALF, lot(n + distance) >= HALF);
+                    pairs[usize::from(one) * 2 + usize::from(other)] += 1;
+                }
+                for count in pairs {
+                    let share = count as f64 / KEYS as f64;
+                    assert!((share - 0.25).abs() <= 0.02, "{kind} {distance}: {pairs:?}");
+                }
+            }
+        }
+    }
+
     /// Whoever computes it elsewhere has to come to the same.
     #[test]
     fn limit_lots_are_the_same_everywhere() {
         assert_eq!(
             format!("{:?}", Priority::NORMAL.lot("user-1")),
-            "Priority { level: 4, lot: 127 }"
+            "Priority { level: 4, lot: 32 }"
         );
         let mut headers = HeaderMap::new();
         let drawn = |headers: &HeaderMap| Priority::NORMAL.lot_of_trace(headers);
