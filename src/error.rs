@@ -4,7 +4,61 @@ use crate::call::{Label, LayerFault};
 
 use crate::redact;
 
-/// Any error, boxed: what a client stack fails with.
+/// A boxed error: the error type of a client stack.
+///
+/// # Tasks and handlers
+///
+/// All layers of this crate can be used inside of `tokio::spawn` and of an axum handler. tower's `Buffer` over its p2c
+/// `Balance` cannot, whatever the endpoints are. There, rustc reports one of these errors, which do not name the service
+/// that causes them (rust-lang/rust#100013):
+///
+/// ```text
+/// implementation of `From` is not general enough
+///   `Box<(dyn std::error::Error + Send + Sync + 'static)>` must implement `From<Box<(dyn std::error::Error + Send + Sync + '0)>>`
+/// implementation of `FnOnce` is not general enough
+///   `fn(Box<(dyn std::error::Error + Send + Sync + '0)>) -> Box<dyn …>` must implement `FnOnce<(Box<(dyn … + 'static)>,)>`
+/// ```
+///
+/// There are two remedies. The first is a function that is generic over the service and contains the whole task or the
+/// whole router; it costs nothing. The second is
+/// [`BoxCloneSyncService`](https://docs.rs/tower/0.5/tower/util/struct.BoxCloneSyncService.html), which boxes the future
+/// of each call.
+///
+/// ```
+/// use buttress::{BoxError, CircuitBreakerLayer};
+/// use http::{Request, Response};
+/// use tower::{
+///     Service, ServiceBuilder, ServiceExt, balance::p2c::Balance, buffer::Buffer,
+///     discover::ServiceList, load::{CompleteOnResponse, PendingRequests}, service_fn,
+///     util::BoxCloneSyncService,
+/// };
+///
+/// async fn send<S>(service: S) -> Result<S::Response, BoxError>
+/// where
+///     S: Service<Request<()>, Error = BoxError>,
+/// {
+///     service.oneshot(Request::new(())).await
+/// }
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), BoxError> {
+/// # type Body = http_body_util::Empty<bytes::Bytes>;
+/// let upstream = service_fn(|_: Request<()>| async { Ok::<_, BoxError>(Response::new(Body::new())) });
+/// let endpoints: Vec<_> = (0..3)
+///     .map(|_| {
+///         let breaker = CircuitBreakerLayer::http().backpressure();
+///         let endpoint = ServiceBuilder::new().layer(breaker).service(upstream);
+///         PendingRequests::new(endpoint, CompleteOnResponse::default())
+///     })
+///     .collect();
+/// let balance = Buffer::new(Balance::new(ServiceList::new(endpoints)), 64);
+///
+/// // `tokio::spawn(async move { balance.oneshot(Request::new(())).await })` does not compile.
+/// tokio::spawn(send(balance.clone())).await??;
+///
+/// let boxed = BoxCloneSyncService::new(balance);
+/// tokio::spawn(async move { boxed.oneshot(Request::new(())).await }).await??;
+/// # Ok(()) }
+/// ```
 pub type BoxError = Box<dyn Error + Send + Sync>;
 
 /// The next error in a chain. What an `io::Error` was made of is not its source, but is looked at too.

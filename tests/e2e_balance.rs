@@ -12,7 +12,11 @@ use std::{
     time::Duration,
 };
 
-use axum::{Router, http::StatusCode, routing::get};
+use axum::{
+    Router,
+    http::StatusCode,
+    routing::{MethodRouter, get},
+};
 use buttress::{
     BoxError, CircuitBreakerLayer, Rejected, Trip,
     breaker::{CircuitBreakerHandle, State},
@@ -25,12 +29,12 @@ use hyper::body::Incoming;
 use net::{client, serve, soon};
 use tokio::{task::JoinSet, time::sleep};
 use tower::{
-    ServiceBuilder, ServiceExt,
+    Service, ServiceBuilder, ServiceExt,
     balance::p2c::Balance,
     buffer::Buffer,
     discover::ServiceList,
     load::{CompleteOnResponse, PendingRequests},
-    util::BoxCloneService,
+    util::{BoxCloneService, BoxCloneSyncService},
 };
 
 /// Long enough that all calls of a test's stretch fit in it on a slow machine.
@@ -45,6 +49,79 @@ struct Upstream {
 
 type Request0 = Request<Empty<Bytes>>;
 type Balanced = BoxCloneService<Request0, StatusCode, BoxError>;
+
+/// A generic function hides the type of the balancer, so that its future can be used in a task.
+async fn read<S>(service: S) -> Result<StatusCode, BoxError>
+where
+    S: Service<Request0, Response = Response<TrackedBody<Incoming>>, Error = BoxError>,
+{
+    let response = service.oneshot(Request::new(Empty::new())).await?;
+    let status = response.status();
+    response.into_body().collect().await?;
+    Ok(status)
+}
+
+/// A route to a service, made in a generic function.
+fn route<S>(service: S) -> MethodRouter
+where
+    S: Service<Request0, Response = Response<TrackedBody<Incoming>>, Error = BoxError>,
+    S: Clone + Send + Sync + 'static,
+    S::Future: Send,
+{
+    get(async move || read(service.clone()).await.unwrap_or(StatusCode::BAD_GATEWAY))
+}
+
+/// Makes a balancer over three upstreams. A macro, because the compiler has to see its whole type in the callers.
+macro_rules! balance {
+    ($upstreams:expr, $layer:expr) => {{
+        let client = client();
+        let endpoints: Vec<_> = $upstreams
+            .iter()
+            .map(|upstream: &Upstream| {
+                let addr = upstream.addr;
+                let endpoint = ServiceBuilder::new()
+                    .layer($layer())
+                    .map_request(move |mut request: Request0| {
+                        *request.uri_mut() = Uri::try_from(format!("http://{addr}/")).unwrap();
+                        request
+                    })
+                    .service(client.clone());
+                PendingRequests::new(endpoint, CompleteOnResponse::default())
+            })
+            .collect();
+        Buffer::new(Balance::new(ServiceList::new(endpoints)), 64)
+    }};
+}
+
+/// rustc rejects the plain balancer in both places: see `BoxError`.
+#[tokio::test]
+async fn balancer_over_breakers_works_in_tasks_and_handlers() {
+    let layer = || CircuitBreakerLayer::http().backpressure();
+    let (_, upstreams) = upstreams(layer).await;
+    let balance = balance!(upstreams, layer);
+
+    let task = tokio::spawn(read(balance.clone()));
+    assert_eq!(soon(task).await.unwrap().unwrap(), StatusCode::OK);
+    let boxed = BoxCloneSyncService::new(balance.clone());
+    let task = tokio::spawn(async move { boxed.oneshot(Request::new(Empty::new())).await });
+    assert_eq!(soon(task).await.unwrap().unwrap().status(), StatusCode::OK);
+
+    let boxed = BoxCloneSyncService::new(balance.clone());
+    let handler = get(move || {
+        let service = boxed.clone();
+        async move {
+            let response = service.oneshot(Request::new(Empty::new())).await;
+            response.map_or(StatusCode::BAD_GATEWAY, |response| response.status())
+        }
+    });
+    let proxy = Router::new().route("/boxed", handler).route("/generic", route(balance));
+    let addr = serve(proxy).await;
+    for path in ["boxed", "generic"] {
+        let request = Request::get(format!("http://{addr}/{path}")).body(Empty::<Bytes>::new());
+        let response = soon(client().oneshot(request.unwrap())).await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK, "{path}");
+    }
+}
 
 async fn upstreams(layer: impl Fn() -> CircuitBreakerLayer) -> (Balanced, Vec<Upstream>) {
     let client = client();

@@ -141,6 +141,9 @@ impl<M, R> CircuitBreakerLayer<M, R> {
     /// Not for a service that callers wait for: they would wait until it is over. On a [`ramp`](Self::ramp) it is
     /// ready for a growing share of the time, a hundred turns in all, and refuses nobody. It is a fault together
     /// with keys, for which circuit a call belongs to is known only with the request.
+    ///
+    /// Where rustc rejects such a balancer in `tokio::spawn` or in an axum handler ("implementation of `From` is not
+    /// general enough"), [`BoxError`](crate::BoxError#tasks-and-handlers) has the remedies.
     pub fn backpressure(self) -> Self {
         self.plan.policy.hold_back();
         self

@@ -220,7 +220,8 @@
 //! With [`backpressure`](CircuitBreakerLayer::backpressure) a circuit is not ready while it would refuse,
 //! and `tower::balance::p2c` takes another endpoint: after the trip only probes reach a dead one. It lets go
 //! of what the wrapped service had reserved, and wakes the balancer when the wait is over, without any
-//! traffic. On a ramp it is ready for a growing share of the time. A balancer asks again right before it calls; so here, and only here, a service that said it was
+//! traffic. Where rustc rejects such a balancer in a task or in a handler, [`BoxError`](crate::BoxError#tasks-and-handlers)
+//! has the remedies. On a ramp it is ready for a growing share of the time. A balancer asks again right before it calls; so here, and only here, a service that said it was
 //! ready may take it back. The `breaker_balance` example shows it.
 //!
 //! # Streams
