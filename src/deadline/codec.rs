@@ -20,6 +20,10 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 ///     fn write(&self, left: Duration, headers: &mut HeaderMap) {
 ///         headers.insert("x-wait", left.as_secs().max(1).into());
 ///     }
+///
+///     fn resolution(&self) -> Duration {
+///         Duration::from_secs(1)
+///     }
 /// }
 ///
 /// let layer = DeadlineLayer::new().codec(Seconds);
@@ -31,6 +35,15 @@ pub trait Codec: Send + Sync + 'static {
 
     /// Says that so much is left. Never rounded up, except from nothing.
     fn write(&self, left: Duration, headers: &mut HeaderMap);
+
+    /// Returns the unit to which [`write`](Self::write) rounds down. 1 ms by default.
+    ///
+    /// Where one deadline layer is inside of another, the inner one reads what the outer one has written. A time that is
+    /// less than one unit below the deadline in the extensions repeats that deadline, whose
+    /// [source](crate::Deadline::source) then stays as it is.
+    fn resolution(&self) -> Duration {
+        Duration::from_millis(1)
+    }
 }
 
 /// Whole milliseconds in a header of this name.

@@ -42,10 +42,10 @@ impl Times {
         request: &mut Request<B>,
     ) -> Option<Deadline> {
         let grpc = grpc::is_grpc_call(request.method(), request.headers());
-        let read = |codec: &dyn Codec| codec.read(request.headers());
+        let read = |codec: &dyn Codec| Some((codec.read(request.headers())?, codec.resolution()));
         let own = codec.and_then(read);
         let told = if grpc { own.into_iter().chain(read(&Grpc)).min() } else { own };
-        let by_caller = told.map(|time| (time, DeadlineSource::Caller));
+        let by_caller = told.map(|(time, _)| (time, DeadlineSource::Caller));
         let by_operator = |time| (time, DeadlineSource::Operator);
         let carried = Deadline::of(request.extensions());
         // A deadline of the application replaces the default and the maximum. The earlier of it and a header applies.
@@ -64,6 +64,15 @@ impl Times {
         let is_of_caller =
             carried.is_some_and(|deadline| deadline.source() == DeadlineSource::Caller);
         let bound = max.filter(|_| is_of_caller).map(by_operator);
+        // An outer layer of this stack has written the carried deadline to the headers. It is not the caller's because
+        // of that.
+        let repeats_carried = told.zip(carried).is_some_and(|((told, resolution), carried)| {
+            let left = carried.at().saturating_duration_since(Moment::now());
+            // Beyond 27 hours the unit of `grpc-timeout` is coarser: eight digits are written.
+            told <= left && left - told <= resolution + left / 100_000
+        });
+        let bounded =
+            bounded.filter(|(_, source)| !repeats_carried || *source == DeadlineSource::Operator);
         let kept = get(&self.keep_back).unwrap_or_default();
         // Subtracted while it is a duration, because an `Instant` can represent only a limited range.
         let set = |(time, source): (Duration, DeadlineSource)| {

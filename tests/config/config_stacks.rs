@@ -11,8 +11,8 @@ use axum::{Router, body::Body, routing::get};
 use buttress::{
     BoxError, Deadline, Rejected,
     breaker::State,
-    call::RejectedKind,
-    config::{ClientConfig, ServerConfig},
+    call::{DeadlineSource, RejectedKind},
+    config::{ClientConfig, Preset, ServerConfig},
     stack::{ClientStack, HealthStatus},
     timeout::Phase,
 };
@@ -57,6 +57,61 @@ where
             Ok::<_, Infallible>(response.unwrap())
         }
     }))
+}
+
+/// A client of short calls with one long call: its deadline is neither the default nor bounded by the maximum.
+#[tokio::test(start_paused = true)]
+async fn deadline_of_the_application_replaces_the_default_and_the_maximum_of_a_client_stack() {
+    for preset in [Preset::Internal, Preset::Slow] {
+        let toml = "deadline_default = '10s'\ndeadline_at_most = '20s'\ntimeout_head = 'off'\n\
+                    deadline_header = 'x-request-timeout-ms'\nlimit_queue_wait = '1s'\nconnection_wait = '1s'";
+        let config = ClientConfig::load("search").preset(preset).toml(toml).finish().unwrap();
+        let (stack, script) = (ClientStack::new(&config).unwrap(), Script::default());
+        let client = client::<()>(&stack, &script);
+        let call = |deadline: Option<Deadline>, time| {
+            script.lock().unwrap().push_back((200, time));
+            let mut request = request();
+            if let Some(deadline) = deadline {
+                request.extensions_mut().insert(deadline);
+            }
+            client.clone().oneshot(request)
+        };
+        let own = || Some(Deadline::after(secs(60)));
+        let by_caller = || own().map(|own| own.with_source(DeadlineSource::Caller));
+        assert!(call(own(), secs(59)).await.is_ok(), "{preset}");
+        let cases: [(&dyn Fn() -> Option<Deadline>, u64); 3] =
+            [(&own, 60), (&|| None, 10), (&by_caller, 10)];
+        for (deadline, after) in cases {
+            let deadline = deadline();
+            let started = Instant::now();
+            let error = call(deadline, secs(61)).await.map(drop).unwrap_err();
+            let kind = Rejected::find(&*error).map(Rejected::kind);
+            assert_eq!(
+                kind,
+                Some(RejectedKind::TimedOut(Phase::Deadline)),
+                "{preset} {deadline:?}"
+            );
+            assert_eq!(started.elapsed(), secs(after), "{preset} {deadline:?}");
+        }
+        assert_eq!(stack.handle().snapshot().timeouts, 3, "{preset}");
+    }
+}
+
+/// Both deadline layers of a stack write and read the header.
+#[tokio::test(start_paused = true)]
+async fn default_deadline_of_a_client_stack_with_a_header_is_a_failure() {
+    let toml = "deadline_default = '500ms'\ndeadline_header = 'x-request-timeout-ms'\nretry_attempts = 1\n\
+                limit_queue = 0\nconnection_queue = 0";
+    let stack = ClientStack::new(&ClientConfig::from_toml(toml).unwrap()).unwrap();
+    let script = Script::default();
+    let client = client::<()>(&stack, &script);
+    script.lock().unwrap().extend([(200, secs(60)); 5]);
+    for _ in 0..5 {
+        client.clone().oneshot(request()).await.map(drop).unwrap_err();
+    }
+    let seen = stack.handle().snapshot();
+    assert_eq!((seen.failures, seen.cancelled, seen.timeouts), (5, 0, 5));
+    assert_eq!(seen.breaker, Some(State::Open));
 }
 
 #[tokio::test(start_paused = true)]

@@ -12,6 +12,7 @@ use buttress::{
     Outcome, RetryLayer, TimeoutLayer, Timeouts, Trip,
     breaker::State,
     call::{DeadlineSource, RejectedKind},
+    deadline::Codec,
     timeout::Phase,
 };
 use http::{HeaderMap, Method, Request, Response};
@@ -149,6 +150,77 @@ async fn deadline_of_a_caller_that_is_passed_on_keeps_its_bound() {
     let max = || DeadlineLayer::new().at_most(secs(20));
     assert_eq!(seen_of(max(), set(secs(100))).await.0, Some(secs(20)));
     assert_eq!(seen_of(max(), set(secs(3))).await.0, Some(secs(3)));
+}
+
+/// Whole seconds.
+#[derive(Clone, Copy)]
+struct Seconds;
+
+impl Codec for Seconds {
+    fn read(&self, headers: &HeaderMap) -> Option<Duration> {
+        headers.get("x-wait")?.to_str().ok()?.parse().ok().map(Duration::from_secs)
+    }
+
+    fn write(&self, left: Duration, headers: &mut HeaderMap) {
+        headers.insert("x-wait", left.as_secs().max(1).into());
+    }
+
+    fn resolution(&self) -> Duration {
+        secs(1)
+    }
+}
+
+/// Returns the deadline that reaches a service within two deadline layers.
+async fn within_two(
+    outer: DeadlineLayer,
+    inner: DeadlineLayer,
+    request: Request<Nothing>,
+) -> Deadline {
+    let seen = Arc::new(Mutex::new(None));
+    let log = seen.clone();
+    let service = serve(move |request: Request<Nothing>| {
+        *log.lock().unwrap() = Deadline::of(request.extensions());
+        ready(Ok::<_, BoxError>(Response::new(Nothing::new())))
+    });
+    let service = inner.propagate_only().layer(service);
+    outer.propagate_only().layer(service).oneshot(request).await.unwrap();
+    seen.lock().unwrap().expect("a deadline")
+}
+
+/// The inner layer reads the header that the outer layer has written.
+#[tokio::test(start_paused = true)]
+async fn deadline_keeps_its_source_in_a_second_layer_that_reads_the_same_header() {
+    const GRPC: (&str, &str) = ("content-type", "application/grpc");
+    let millis = || DeadlineLayer::new().header(LEFT);
+    let seconds = || DeadlineLayer::new().codec(Seconds);
+    let cases: [(fn() -> DeadlineLayer, &[_]); 4] =
+        [(millis, &[]), (seconds, &[]), (DeadlineLayer::new, &[GRPC]), (millis, &[GRPC])];
+    for (case, (layer, headers)) in cases.into_iter().enumerate() {
+        // The last one is written in seconds to `grpc-timeout`.
+        for time in [ms(1), Duration::from_nanos(9_700_000_123), secs(200_000) + ms(999)] {
+            let case = format!("case {case}, {time:?}");
+            let expected = Deadline::after(time);
+            let seen = within_two(layer().default_of(time), layer(), with(headers)).await;
+            assert_eq!(seen.source(), DeadlineSource::Operator, "{case}");
+            assert_eq!(seen.left(), ms(time.as_nanos().div_ceil(1_000_000) as u64), "{case}");
+            // Of the application.
+            let mut request = with(headers);
+            request.extensions_mut().insert(expected);
+            let seen = within_two(layer(), layer(), request).await;
+            assert_eq!((seen, seen.source()), (expected, DeadlineSource::Operator), "{case}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn shorter_time_of_a_caller_is_of_the_caller_in_both_layers() {
+    let layer = || DeadlineLayer::new().header(LEFT).default_of(secs(9));
+    let seen = within_two(layer(), layer(), with(&[(LEFT, "700")])).await;
+    assert_eq!((seen.left(), seen.source()), (ms(700), DeadlineSource::Caller));
+    // Only the inner layer reads the header.
+    let outer = DeadlineLayer::new().default_of(secs(1));
+    let seen = within_two(outer, layer(), with(&[(LEFT, "998")])).await;
+    assert_eq!((seen.left(), seen.source()), (ms(998), DeadlineSource::Caller));
 }
 
 /// A server's default is not a deadline of the application, so it does not replace the default of a client.
