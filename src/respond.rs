@@ -15,7 +15,7 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use crate::{
-    call::{Form, OwnAnswer, Rejected, TrackedBody, response},
+    call::{Form, OwnAnswer, Phase, Rejected, RejectedKind, TrackedBody, response},
     drain::Loan,
 };
 
@@ -24,8 +24,10 @@ use crate::{
 /// Outermost around a client's layers, so that whoever calls it gets an answer and not an error: of a
 /// [`RetryLayer`](crate::RetryLayer), which has no `.respond()` since it tells of others' refusals and of its
 /// own; of a client whose connections are [capped](crate::connect); and of a service of your own that fails with
-/// [`Rejected::new`]. A tonic client is told `UNAVAILABLE` or `DEADLINE_EXCEEDED` with the pushback, instead of `UNKNOWN`,
-/// and a gateway has what its own caller is to be told.
+/// [`Rejected::new`]. A tonic client receives `UNAVAILABLE` or `DEADLINE_EXCEEDED` with the pushback. (Without this layer it
+/// receives the code alone with the feature `tonic` or `tonic-health`, and `UNKNOWN` without.) A call that the timer of
+/// a tonic channel ends is `DEADLINE_EXCEEDED` with these features, where tonic reports `CANCELLED`. A gateway has the
+/// response for its own caller.
 ///
 /// ```
 /// use buttress::{CircuitBreakerLayer, RespondLayer, RetryLayer};
@@ -183,6 +185,9 @@ where
         Poll::Ready(match ready!(this.future.poll(cx)) {
             Ok(response) => Ok(response.map(TrackedBody::untracked)),
             Err(error) => match Rejected::find_in_any(&error).cloned() {
+                None if this.form.is_grpc() && is_timer_of_client(&error) => {
+                    Ok(deadline_exceeded(*this.form).map(TrackedBody::answer))
+                }
                 None => Err(error),
                 Some(mut rejected) => {
                     if this.loan.as_ref().is_some_and(Loan::drain) {
@@ -195,6 +200,27 @@ where
             },
         })
     }
+}
+
+/// Returns whether the timer of a tonic channel ended the call, on `grpc-timeout` or `Endpoint::timeout`. tonic reports
+/// it as `CANCELLED`.
+#[cfg(any(feature = "tonic", feature = "tonic-health"))]
+fn is_timer_of_client<E: 'static>(error: &E) -> bool {
+    crate::call::http::known(error).is_some_and(crate::call::is_timeout_of_tonic)
+}
+#[cfg(not(any(feature = "tonic", feature = "tonic-health")))]
+fn is_timer_of_client<E: 'static>(_: &E) -> bool {
+    false
+}
+
+/// Returns the response of a call that the client's own timer ended. No layer has rejected the call, so the response
+/// carries no [`Rejected`].
+#[cold]
+fn deadline_exceeded(form: Form) -> Response<Bytes> {
+    let rejected = Rejected::new(RejectedKind::TimedOut(Phase::Deadline));
+    let mut response = response(form, rejected);
+    response.extensions_mut().remove::<Rejected>();
+    response
 }
 
 /// What a retry did goes along.

@@ -190,7 +190,7 @@ async fn breaker_and_limit_stack_under_tonic_with_tracing_between() {
 // ===== Around a client =====
 
 #[tokio::test]
-async fn a_client_s_refusal_as_an_error_is_unknown_and_found_among_its_sources() {
+async fn a_client_s_rejection_as_an_error_is_unavailable_and_found_among_its_sources() {
     let addr = serve!(Obedient::default());
     let breaker = CircuitBreakerLayer::http().name("upstream");
     let state = breaker.handle();
@@ -199,7 +199,7 @@ async fn a_client_s_refusal_as_an_error_is_unknown_and_found_among_its_sources()
     soon(client.check(ask(""))).await.unwrap();
     state.force_open();
     let refused = soon(client.check(ask(""))).await.unwrap_err();
-    assert_eq!(refused.code(), Code::Unknown);
+    assert_eq!((refused.code(), refused.message()), (Code::Unavailable, "unavailable"));
     let rejected = Rejected::find(&refused).expect("in the chain of sources");
     assert_eq!(rejected.kind(), RejectedKind::ForcedOpen);
     assert_eq!((rejected.layer(), rejected.name()), ("circuit_breaker", Some("upstream")));
@@ -288,8 +288,7 @@ async fn a_client_s_breaker_over_a_dead_upstream_keeps_the_code_and_opens() {
             };
             codes.push(status.unwrap_err().code());
         }
-        let refused = if respond { Code::Unavailable } else { Code::Unknown };
-        assert_eq!(codes, [as_is.code(), as_is.code(), refused]);
+        assert_eq!(codes, [as_is.code(), as_is.code(), Code::Unavailable]);
         assert_eq!((state.state(), state.snapshot().refused), (State::Open, 1));
     }
 }

@@ -22,7 +22,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{Deadline, Outcome, OutcomeKind, Reason, grpc};
+use super::{Deadline, Outcome, OutcomeKind, Reason, deadline::TIMER_MARGIN, grpc};
 
 // ===== How long the upstream has had the request =====
 
@@ -466,12 +466,15 @@ pub(crate) struct Ending {
 pub(crate) fn attribute(outcome: Outcome, ending: Ending) -> Outcome {
     let reason = match (outcome.kind(), outcome.reason()) {
         // The timeout expired during the upload, or in the queue of an inner layer.
-        (OutcomeKind::Failure, Reason::Timeout) if !ending.has_head => {
-            return match ending.waits_for {
-                WaitsFor::Upstream | WaitsFor::Transport => outcome,
-                WaitsFor::Caller => Outcome::cancelled().because(Reason::Caller),
-                WaitsFor::Client => Outcome::cancelled().because(Reason::Timeout),
-            };
+        (OutcomeKind::Failure, Reason::Timeout)
+            if !ending.has_head && ending.waits_for == WaitsFor::Caller =>
+        {
+            return Outcome::cancelled().because(Reason::Caller);
+        }
+        (OutcomeKind::Failure, Reason::Timeout)
+            if !ending.has_head && ending.waits_for == WaitsFor::Client =>
+        {
+            return Outcome::cancelled().because(Reason::Timeout);
         }
         (OutcomeKind::Cancelled, reason @ (Reason::Dropped | Reason::CallerDeadline)) => reason,
         (OutcomeKind::Failure, _) if reports_deadline(outcome, ending) => Reason::CallerDeadline,
@@ -492,8 +495,10 @@ fn reports_deadline(outcome: Outcome, ending: Ending) -> bool {
     match (outcome.reason(), outcome.code()) {
         (Reason::GrpcStatus, Some(grpc::DEADLINE_EXCEEDED))
         | (Reason::Status, Some(GATEWAY_TIMEOUT)) => left <= DEADLINE_MARGIN,
+        // A timer of the client expired at the deadline, such as that of a tonic channel on `grpc-timeout`.
+        (Reason::Timeout, _) => left <= TIMER_MARGIN,
         // The body was cut off at the deadline, by a layer or by the next hop.
-        (Reason::Body | Reason::MissingStatus, _) => left.is_zero(),
+        (Reason::Body | Reason::MissingStatus, _) => left <= TIMER_MARGIN,
         _ => false,
     }
 }

@@ -172,6 +172,18 @@ impl Deadline {
     }
 }
 
+/// The maximum time until a deadline at which an error of the inner service is accepted as its expiry.
+///
+/// A client may set a timer of its own by the time that is left, as a tonic channel does by `grpc-timeout`. It may
+/// expire earlier than the deadline by a fraction of the header's unit, which is below 1 ms for 27 hours, and by a
+/// fraction of a tick of tokio's timers.
+pub(crate) const TIMER_MARGIN: Duration = Duration::from_millis(1);
+
+/// Returns whether a timer that another component has set for the deadline may have expired.
+pub(crate) fn may_have_expired(deadline: Instant) -> bool {
+    deadline.saturating_duration_since(Instant::now()) <= TIMER_MARGIN
+}
+
 /// Returns whether the deadline has passed, so that no response could be in time.
 #[inline]
 pub(crate) fn has_passed(deadline: Option<Instant>) -> bool {

@@ -8,13 +8,13 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use http::Request;
 use http::{HeaderMap, Method, StatusCode, header};
 
-use super::{Outcome, OutcomeKind, Reason, hint};
+use super::{Outcome, OutcomeKind, Reason, RejectedKind, hint};
 
 pub(crate) const STATUS: &str = "grpc-status";
 pub(crate) const MESSAGE: &str = "grpc-message";
 
 pub(crate) const OK: u16 = 0;
-const CANCELLED: u16 = 1;
+pub(crate) const CANCELLED: u16 = 1;
 pub(crate) const UNKNOWN: u16 = 2;
 pub(crate) const DEADLINE_EXCEEDED: u16 = 4;
 const PERMISSION_DENIED: u16 = 7;
@@ -104,9 +104,30 @@ fn strip_prefix<'a>(text: &'a [u8], prefix: &[u8]) -> Option<&'a [u8]> {
     head.eq_ignore_ascii_case(prefix).then_some(rest)
 }
 
+/// Returns the code of a rejection of this kind.
+pub(crate) const fn of_rejected(kind: RejectedKind) -> u16 {
+    match kind {
+        RejectedKind::Quota => RESOURCE_EXHAUSTED,
+        RejectedKind::DeadlinePassed | RejectedKind::TimedOut(_) => DEADLINE_EXCEEDED,
+        _ => UNAVAILABLE,
+    }
+}
+
 /// The outcome that a `grpc-status` in `headers` gives, if there is one.
 pub(crate) fn status(headers: &HeaderMap) -> Option<Outcome> {
-    Some(with_hint(of_code(code(headers)?), headers))
+    let code = match code(headers)? {
+        CANCELLED if is_timeout_of_tonic(headers) => DEADLINE_EXCEEDED,
+        code => code,
+    };
+    Some(with_hint(of_code(code), headers))
+}
+
+/// Returns whether the message is that of a timeout of a tonic server. tonic 0.14 reports a `grpc-timeout` and a
+/// `Server::timeout` that have expired as `CANCELLED`.
+fn is_timeout_of_tonic(headers: &HeaderMap) -> bool {
+    headers.get(MESSAGE).is_some_and(|message| {
+        matches!(message.as_bytes(), b"Timeout%20expired" | b"Timeout expired")
+    })
 }
 
 /// The outcome of a status that a service returned as its error.

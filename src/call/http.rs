@@ -276,6 +276,10 @@ fn cause_of(error: &(dyn Error + 'static), transport: &Transport) -> Option<Caus
         }
         return (error.is_body() || error.is_decode()).then_some(Cause::failure(Reason::Body));
     }
+    #[cfg(any(feature = "tonic", feature = "tonic-health"))]
+    if error.is::<tonic::TimeoutExpired>() {
+        return Some(Cause::failure(Reason::Timeout));
+    }
     // If the status was made from an error, that error is its source.
     #[cfg(feature = "tonic")]
     if let Some(status) = error.downcast_ref::<tonic::Status>() {

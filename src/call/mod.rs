@@ -81,6 +81,8 @@ mod protocol;
 mod recent;
 mod reject;
 mod rejected;
+#[cfg(any(feature = "tonic", feature = "tonic-health"))]
+mod status;
 #[cfg(any(feature = "breaker", feature = "lifecycle", feature = "limit", feature = "retry"))]
 mod striped;
 pub(crate) mod sync;
@@ -121,6 +123,8 @@ pub(crate) use self::lasting::Idle;
 pub(crate) use self::protocol::HttpCall;
 #[cfg(feature = "percentile")]
 pub(crate) use self::recent::Recent;
+#[cfg(any(feature = "tonic", feature = "tonic-health"))]
+pub(crate) use self::status::is_timeout_of_tonic;
 #[cfg(any(feature = "breaker", feature = "lifecycle", feature = "limit", feature = "retry"))]
 pub(crate) use self::striped::{Lease, Striped};
 #[cfg(any(feature = "breaker", feature = "health", feature = "limit"))]
@@ -132,7 +136,7 @@ pub(crate) use self::{
     },
     body::{Eos, OwnAnswer},
     clock::{Clock, Moment, Nanos, nanos, poll_timer},
-    deadline::has_passed,
+    deadline::{has_passed, may_have_expired},
     giver::{AnyGiver, Giver, Shared},
     permit::{Finish, Hold, Measures, Permit, Token},
     protocol::Judge,

@@ -114,6 +114,7 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
 /// | `UNAVAILABLE` | failure | if that is safe, or with [`RetryLayer::grpc`](crate::RetryLayer::grpc) |
 /// | `RESOURCE_EXHAUSTED` | throttled | with `grpc-retry-pushback-ms`, as `UNAVAILABLE` |
 /// | `CANCELLED` | cancelled | no |
+/// | `CANCELLED` with the message of a timeout of a tonic server, `Timeout expired` | as `DEADLINE_EXCEEDED` | no |
 /// | mapped from 429 (`UNAVAILABLE`) | throttled | as `UNAVAILABLE` |
 /// | mapped from 529 (`UNKNOWN`) | throttled | if that is safe |
 /// | none at the end of a 200 gRPC response | failure ([`MissingStatus`](Reason::MissingStatus)) | no |

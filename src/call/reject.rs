@@ -45,6 +45,12 @@ pub trait Refuse<Req, Res, E>: Clone + Send + Sync + 'static {
 
     /// An error of the inner service.
     fn error(error: E) -> Self::Error;
+
+    /// Returns whether the error carries a rejection of an inner layer, which reaches the caller as it is.
+    fn is_rejection(error: &Self::Error) -> bool {
+        let _ = error;
+        false
+    }
 }
 
 /// All that is remembered of a request that is refused.
@@ -61,6 +67,10 @@ pub enum Form {
 }
 
 impl Form {
+    pub(crate) const fn is_grpc(self) -> bool {
+        matches!(self, Self::Grpc | Self::GrpcWeb)
+    }
+
     pub(crate) fn of(method: &Method, headers: &HeaderMap) -> Self {
         if grpc::is_grpc_call(method, headers) {
             if grpc::is_grpc_web(headers) { Self::GrpcWeb } else { Self::Grpc }
@@ -123,6 +133,10 @@ impl<Req, Res, E: Into<BoxError>> Refuse<Req, Res, E> for AsError {
     #[inline]
     fn error(error: E) -> BoxError {
         error.into()
+    }
+
+    fn is_rejection(error: &BoxError) -> bool {
+        Rejected::find(&**error).is_some()
     }
 }
 
@@ -187,11 +201,7 @@ pub(crate) fn response(form: Form, rejected: Rejected) -> Response<Bytes> {
         Form::Grpc | Form::GrpcWeb => {
             let web = form == Form::GrpcWeb;
             let content = if web { "application/grpc-web" } else { "application/grpc" };
-            let code = match rejected.kind() {
-                RejectedKind::Quota => grpc::RESOURCE_EXHAUSTED,
-                RejectedKind::DeadlinePassed | RejectedKind::TimedOut(_) => grpc::DEADLINE_EXCEEDED,
-                _ => grpc::UNAVAILABLE,
-            };
+            let code = grpc::of_rejected(rejected.kind());
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content));
             headers.insert(grpc::STATUS, HeaderValue::from(code));
             headers.insert(grpc::MESSAGE, HeaderValue::from_static(public_reason(rejected.kind())));
@@ -245,7 +255,7 @@ fn problem(status: StatusCode, kind: RejectedKind) -> Bytes {
 }
 
 /// Returns the reason as untrusted clients may see it: without the internal state of the server.
-const fn public_reason(kind: RejectedKind) -> &'static str {
+pub(super) const fn public_reason(kind: RejectedKind) -> &'static str {
     match kind {
         RejectedKind::Misconfigured | RejectedKind::ForcedOpen => "unavailable",
         kind => kind.as_str(),

@@ -8,6 +8,11 @@ use crate::{BoxError, ConfigError, error, event, event::RepeatedEvent};
 /// It says which layer, why, and when to come back. In a stack that fails with boxed errors,
 /// [`Rejected::find`] looks for it anywhere in a chain of sources; in a stack that answers with
 /// responses, it is in the response's extensions.
+///
+/// With the feature `tonic` or `tonic-health`, its source is a `tonic::Status` with the code that a response would have
+/// (`UNAVAILABLE`, `DEADLINE_EXCEEDED`, `RESOURCE_EXHAUSTED`), so that a generated client fails with that code although
+/// no layer responds. The status carries no pushback. The source of [`Misconfigured`](RejectedKind::Misconfigured) is
+/// the [`ConfigError`], which tonic reports as `UNKNOWN`.
 #[derive(Clone)]
 pub struct Rejected {
     kind: RejectedKind,
@@ -433,7 +438,13 @@ impl fmt::Debug for Rejected {
 
 impl Error for Rejected {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
-        self.label.as_deref()?.fault.as_ref().map(|fault| &fault.error as _)
+        if let Some(fault) = self.label.as_deref().and_then(|label| label.fault.as_ref()) {
+            return Some(&fault.error);
+        }
+        #[cfg(any(feature = "tonic", feature = "tonic-health"))]
+        return Some(super::status::of(self.kind));
+        #[cfg(not(any(feature = "tonic", feature = "tonic-health")))]
+        None
     }
 }
 

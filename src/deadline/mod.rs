@@ -79,7 +79,8 @@
 //! | the [default](DeadlineLayer::default_of), [`at_most`](DeadlineLayer::at_most) | `Operator` | is a failure: a timeout |
 //! | the application, with [`Deadline::after`] | `Operator` | is a failure: a timeout |
 //!
-//! The source stays the same when a handler passes the deadline on. The
+//! The source stays the same when a handler passes the deadline on. It also
+//! stays the same where a deadline layer reads the header that another one of the same stack has written. The
 //! [table of causes](crate::call#which-side-caused-it) states how every layer counts a call that ends by either source.
 //!
 //! # In the stack
@@ -109,7 +110,13 @@
 //!
 //! # Beside tonic's
 //!
-//! tonic's server reads `grpc-timeout` and times the response head only, and answers `CANCELLED`; it hands nothing on.
+//! tonic's server and its channel read `grpc-timeout`, too. They time the response head only, report `CANCELLED`, and
+//! forward nothing. Their timers expire at the same time as those of the layers. A call that ends by its deadline is
+//! nevertheless always `DEADLINE_EXCEEDED` for the caller, and the same outcome for every layer: a
+//! [`TimeoutLayer`](crate::TimeoutLayer), a `RetryLayer` and a deadline layer that keeps the deadline treat an error of
+//! the client, and a `CANCELLED` of the server, as the expiry of the deadline if it arrives at that time (1 ms before,
+//! or later). To a generated client this code needs a [`RespondLayer`](crate::RespondLayer), or the feature `tonic` or
+//! `tonic-health`.
 
 mod codec;
 mod layer;

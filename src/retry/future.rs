@@ -21,7 +21,8 @@ use super::{
     weighed::{Head, Weighed, earns_deposit, is_good},
 };
 use crate::call::{
-    DropCause, LayerKind, Lease, Outcome, Phase, Rejected, RejectedKind, WaitsFor, poll_timer,
+    DropCause, LayerKind, Lease, Outcome, Phase, Rejected, RejectedKind, WaitsFor, grpc,
+    may_have_expired, poll_timer,
 };
 
 pin_project! {
@@ -130,6 +131,24 @@ where
     M::TAKES_ERRORS && kept.and_then(M::deadline).is_some_and(|deadline| deadline.at() <= then())
 }
 
+/// Returns whether a failed attempt only reports that the deadline has passed: the client's own timer, such as that of
+/// a tonic channel on `grpc-timeout`, or the server was ahead of the timer of the retry. A rejection stays as it is.
+fn reports_deadline<S, Req, M>(held: &M::Held, kept: Option<&M::Kept>) -> bool
+where
+    S: Service<M::Request>,
+    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+{
+    let Some(deadline) = kept.and_then(M::deadline).filter(|_| M::TAKES_ERRORS) else {
+        return false;
+    };
+    let is_report = match M::answer(held) {
+        Some(Answer::Error(error)) => Rejected::find(error).is_none(),
+        Some(Answer::Head(_, headers)) => grpc::code(headers) == Some(grpc::CANCELLED),
+        _ => false,
+    };
+    is_report && may_have_expired(deadline.at())
+}
+
 /// When the response head has to be here.
 fn until<S, Req, M>(core: &Core<S>, kept: Option<&M::Kept>) -> Option<Instant>
 where
@@ -158,7 +177,13 @@ where
         let mut this = self.as_mut().project();
         let kept = this.kept.as_ref();
         let (held, (mut class, mut outcome)) = match (weight, this.state.as_mut().project()) {
-            (Some(weight), StateProj::Calling { attempt }) => (attempt.take(), weight),
+            (Some(weight), StateProj::Calling { attempt }) => {
+                let held = attempt.take();
+                if reports_deadline::<S, Req, M>(&held, kept) {
+                    return Some(self.too_late());
+                }
+                (held, weight)
+            }
             _ if ends_by::<S, Req, M>(kept, Instant::now) => {
                 return Some(self.too_late());
             }

@@ -12,7 +12,7 @@ use pin_project_lite::pin_project;
 use super::{
     settings::{drop_by, timed_out},
     stall::{Over, Stall},
-    watch::{Rest, Watch},
+    watch::{Rest, Watch, ends_by_deadline},
 };
 use crate::{
     BoxError,
@@ -92,9 +92,24 @@ impl<B: Body> Body for TimedBody<B> {
             Poll::Ready(next) => {
                 rest.begun = true;
                 this.stall.over();
-                // Its last frame is not too late; but one that always has another is no longer read.
-                let more = matches!(next, Some(Ok(frame)) if frame.is_data());
-                if !(more && !this.inner.is_end_stream() && has_passed(rest.end)) {
+                let is_late = match next {
+                    // Its last frame is not too late; but one that always has another is no longer read.
+                    Some(Ok(frame)) if frame.is_data() => {
+                        !this.inner.is_end_stream() && has_passed(rest.end)
+                    }
+                    // The client or the peer has cut it off at the deadline.
+                    Some(Ok(frame)) => {
+                        let is_cancelled = |trailers| grpc::code(trailers) == Some(grpc::CANCELLED);
+                        frame.trailers_ref().is_some_and(is_cancelled)
+                            && ends_by_deadline(rest.end_of, rest.end)
+                    }
+                    Some(Err(error)) => {
+                        ends_by_deadline(rest.end_of, rest.end)
+                            && Rejected::find(&**error).is_none()
+                    }
+                    None => false,
+                };
+                if !is_late {
                     return polled;
                 }
                 rest.end_of.phase()

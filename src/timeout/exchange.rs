@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     BoxError,
-    call::{Deadline, Http, PerResponse},
+    call::{Deadline, Http, PerResponse, grpc},
     drain::{self, Drains},
 };
 
@@ -54,6 +54,13 @@ pub trait Follow<Res> {
 
     /// What the caller gets of it, before anybody has looked at it.
     fn wrap(response: Res) -> Self::Response;
+
+    /// Returns whether the head of the response is the gRPC status `CANCELLED`, with which tonic's servers report that a
+    /// `grpc-timeout` has expired.
+    fn is_cancelled(response: &Self::Response) -> bool {
+        let _ = response;
+        false
+    }
 
     /// Times the rest of it, where it lies: what is moved after a look at it is copied, each time.
     fn time(response: &mut Self::Response, watch: Watch);
@@ -157,6 +164,11 @@ impl<B: Body<Error: Into<BoxError>>> Follow<Response<B>> for Http {
     }
 
     #[inline]
+    fn is_cancelled(response: &Self::Response) -> bool {
+        grpc::code(response.headers()) == Some(grpc::CANCELLED)
+    }
+
+    #[inline]
     fn time(response: &mut Self::Response, watch: Watch) {
         response.body_mut().time(watch);
     }
@@ -168,6 +180,11 @@ impl<B: Body<Error: Into<BoxError>>> Follow<Response<B>> for AsIs {
     #[inline]
     fn wrap(response: Response<B>) -> Self::Response {
         Http::wrap(response)
+    }
+
+    #[inline]
+    fn is_cancelled(response: &Self::Response) -> bool {
+        <Http as Follow<Response<B>>>::is_cancelled(response)
     }
 
     #[inline]

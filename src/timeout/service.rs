@@ -191,24 +191,41 @@ where
                     Poll::Ready(Ok(response)) => {
                         let mut answer = Poll::Ready(Ok(M::wrap(response)));
                         answered(this.sending.as_deref());
-                        // Where it lies, in the form it is given out in: it is large to move.
-                        if let (Poll::Ready(Ok(response)), Some((watch, _))) =
-                            (&mut answer, this.call.take())
-                        {
-                            M::time(response, watch);
+                        // The peer reports the deadline as `CANCELLED`. The clock is read only for such a response.
+                        let is_late = matches!(
+                            (&answer, &*this.call),
+                            (Poll::Ready(Ok(response)), Some((watch, _)))
+                                if watch.has_deadline() && M::is_cancelled(response) && watch.ends_by_deadline()
+                        );
+                        if !is_late {
+                            // Where it lies, in the form it is given out in: it is large to move.
+                            if let (Poll::Ready(Ok(response)), Some((watch, _))) =
+                                (&mut answer, this.call.take())
+                            {
+                                M::time(response, watch);
+                            }
+                            return answer;
                         }
-                        return answer;
+                        Phase::Deadline
                     }
                     Poll::Ready(Err(error)) => {
-                        let is_over =
-                            || this.call.as_ref().is_some_and(|(watch, _)| watch.is_over());
                         match answered(this.sending.as_deref()) {
                             // Of its own body's making: however the service below put it.
                             Some(Stage::Stalled) => Phase::Sending,
                             Some(Stage::TooSlow) => Phase::BodyRate,
-                            // A retry further in ended it for the same deadline: told as it was asked for here.
-                            _ if R::ANSWERS && is_over() => Phase::Deadline,
-                            _ => return Poll::Ready(Err(R::error(error))),
+                            _ => {
+                                let error = R::error(error);
+                                let ends_by_deadline =
+                                    |(watch, _): &(Watch, R)| watch.ends_by_deadline();
+                                // The client, or a retry further in, was ahead with the same deadline. A rejection
+                                // that is an error stays as it is.
+                                let is_late = !R::is_rejection(&error)
+                                    && this.call.as_ref().is_some_and(ends_by_deadline);
+                                if !is_late {
+                                    return Poll::Ready(Err(error));
+                                }
+                                Phase::Deadline
+                            }
                         }
                     }
                     Poll::Pending => {

@@ -6,7 +6,9 @@ use super::{
     sending::{Sending, Stage},
     settings::{Limit, State, Times},
 };
-use crate::call::{Deadline, DeadlineSource, Far, Form, LayerKind, Moment, Phase, has_passed};
+use crate::call::{
+    Deadline, DeadlineSource, Far, Form, LayerKind, Moment, Phase, may_have_expired,
+};
 
 /// The times of one call, and what they count from.
 #[derive(Debug)]
@@ -43,6 +45,12 @@ impl End {
             Self::Total => None,
         }
     }
+}
+
+/// Returns whether a deadline sets the end, and an error at this time is its expiry: a client's own timer, such as that
+/// of a tonic channel on `grpc-timeout`, or the peer, may be ahead of the timer of the layer.
+pub(super) fn ends_by_deadline(end_of: End, end: Option<Instant>) -> bool {
+    matches!(end_of, End::Deadline(_)) && end.is_some_and(may_have_expired)
 }
 
 /// What of it is left once the head is here: no more than the body needs.
@@ -89,14 +97,19 @@ impl Watch {
         self.end_of.source()
     }
 
+    /// Returns whether a deadline sets the end of the call.
+    pub(super) fn has_deadline(&self) -> bool {
+        matches!(self.end_of, End::Deadline(_))
+    }
+
     /// Returns whether anything bounds the call as a whole.
     pub(super) fn has_end(&self) -> bool {
         self.end.is_some() || self.timeouts.get(Phase::Total).is_some()
     }
 
-    /// Returns whether the deadline has passed.
-    pub(super) fn is_over(&self) -> bool {
-        matches!(self.end_of, End::Deadline(_)) && has_passed(self.end)
+    /// Returns whether a deadline sets the end of the call, and an error at this time is its expiry.
+    pub(super) fn ends_by_deadline(&self) -> bool {
+        ends_by_deadline(self.end_of, self.end)
     }
 
     /// The time of the whole runs from here: the first wait, or the head.

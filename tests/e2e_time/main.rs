@@ -3,8 +3,11 @@
 
 #[path = "../net/mod.rs"]
 mod net;
+#[path = "../rpc/mod.rs"]
+mod rpc;
 
 mod body_rate;
 mod deadline;
+mod grpc_deadline;
 mod timeout;
 mod unread;

@@ -14,7 +14,7 @@ use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_server::H
 use crate::net::{Gauge, listener};
 
 /// What it is asked for decides: a code's number fails, anything else is well. In `watch`, `cut 14` fails
-/// after the first message, `late 14` after none, `hold` never ends.
+/// after the first message, `late 14` after none. `hold` never ends, in either method.
 #[derive(Clone, Debug, Default)]
 pub struct Obedient {
     pub inside: Gauge,
@@ -36,7 +36,11 @@ impl Health for Obedient {
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<HealthCheckResponse>, Status> {
         let _inside = self.inside.enter();
-        match fails(&request.into_inner().service) {
+        let service = request.into_inner().service;
+        if service == "hold" {
+            std::future::pending::<()>().await;
+        }
+        match fails(&service) {
             Some(status) => Err(status),
             None => Ok(Response::new(HealthCheckResponse { status: 1 })),
         }
