@@ -70,10 +70,8 @@ pub(crate) fn next<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Erro
 }
 
 /// An error and its causes on one line, without secrets: `could not connect: connection refused`.
-#[cfg(feature = "health")]
 pub(crate) struct Chain<'a>(pub(crate) &'a (dyn Error + 'static));
 
-#[cfg(feature = "health")]
 impl Chain<'_> {
     /// Returns at most `max` bytes of it.
     pub(crate) fn within(&self, max: usize) -> String {
@@ -81,7 +79,6 @@ impl Chain<'_> {
     }
 }
 
-#[cfg(feature = "health")]
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Each error of the chain is redacted by itself, so that no URI continues in the text of the next one.
@@ -221,7 +218,7 @@ impl fmt::Debug for Fault {
     }
 }
 
-#[cfg(all(test, feature = "health"))]
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::call::{LayerKind, Rejected};

@@ -75,6 +75,7 @@
 //!
 //! # Errors and responses
 //!
+//! A ready-made client fails with a [`ClientError`], which converts by `?` into `Box<dyn Error>` and `anyhow::Error`.
 //! A rejected call is a [`Rejected`]: boxed as an error by default, found anywhere in a chain of sources by
 //! [`Rejected::find`]; with `.respond()` a response, the error type left alone; with a [`RespondLayer`] a response
 //! whichever inner layer rejected. A response reaches a client that is still sending its request: the rest of the
@@ -236,6 +237,7 @@
 
 mod admission;
 pub mod call;
+mod client_error;
 #[cfg(feature = "config")]
 #[cfg_attr(docsrs, doc(cfg(feature = "config")))]
 pub mod config;
@@ -305,6 +307,7 @@ pub use self::{
 
 pub use self::{
     call::{Deadline, Outcome, Rejected},
+    client_error::{ClientError, ClientErrorKind},
     error::{BoxError, ConfigError},
     respond::{RespondFuture, RespondLayer, RespondService},
 };

@@ -81,7 +81,8 @@ use crate::{
 ///
 /// The answer is the one of [`Respond`](crate::call::Respond), with the [`Rejected`] in its extensions and, where a
 /// retry gave up, its [`Attempts`](crate::Attempts). Every other error passes as it is, and so does the error type; a
-/// refusal is found in a [`BoxError`](crate::BoxError), or where the error is a [`Rejected`] itself. Bodies pass too:
+/// refusal is found in a [`BoxError`](crate::BoxError) and in the errors of known clients, or where the error is a
+/// [`Rejected`] itself. Bodies pass too:
 /// a timeout after the head is still the body's error.
 ///
 /// # Uploads
@@ -226,9 +227,7 @@ fn deadline_exceeded(form: Form) -> Response<Bytes> {
 /// What a retry did goes along.
 #[cfg(feature = "retry")]
 fn tell_attempts<E: 'static>(error: &E, answer: &mut Response<Bytes>) {
-    let error: &dyn std::any::Any = error;
-    let boxed = error.downcast_ref::<crate::BoxError>();
-    if let Some(attempts) = boxed.and_then(|error| crate::Attempts::find(&**error)) {
+    if let Some(attempts) = crate::call::known(error).and_then(crate::Attempts::find) {
         answer.extensions_mut().insert(attempts);
     }
 }

@@ -14,22 +14,25 @@ use std::{
 
 use axum::{Extension, Router, http::StatusCode, routing::get};
 use buttress::{
-    Attempts, Deadline, Rejected,
+    Attempts, ClientError, ClientErrorKind, Deadline, Outcome, Rejected, RespondLayer,
     breaker::State,
-    call::RejectedKind,
+    call::{Reason, RejectedKind},
     config::{ClientConfig, ServerConfig},
     health::ProbeState,
     stack::{Client, HealthStatus},
 };
+use bytes::Bytes;
+use futures_util::stream;
 use http::Request;
-use http_body_util::{BodyExt, Full};
+use http_body::Frame;
+use http_body_util::{BodyExt, Full, StreamBody};
 use tokio::{
     net::TcpListener,
     time::{Instant, sleep},
 };
-use tower::ServiceExt;
+use tower::{ServiceBuilder, ServiceExt};
 
-type Body = Full<bytes::Bytes>;
+type Body = Full<Bytes>;
 
 async fn upstream(fails: Arc<AtomicUsize>) -> SocketAddr {
     let stack = buttress::server(&ServerConfig::default()).unwrap();
@@ -127,7 +130,7 @@ async fn config_makes_a_client_that_calls_nobody_while_its_probe_says_that_it_is
     well.store(500, SeqCst);
     assert_eq!(net::soon(probe.changed()).await, ProbeState::Down);
     let error = net::soon(client.request(to(at))).await.map(drop).unwrap_err();
-    let refused = Rejected::find(&*error).unwrap();
+    let refused = error.rejected().unwrap();
     assert_eq!((refused.kind(), refused.name()), (RejectedKind::Unhealthy, Some("search")));
     let seen = handle.snapshot();
     assert_eq!((seen.probe, seen.healthy), (Some(ProbeState::Down), false));
@@ -199,7 +202,7 @@ async fn config_makes_a_client_that_stops_calling_and_checks_health() {
     let seen = handle.snapshot();
     assert_eq!((seen.breaker, seen.healthy, seen.failures), (Some(State::Open), false, 2));
     let error = net::soon(client.clone().oneshot(to(at))).await.map(drop).unwrap_err();
-    assert_eq!(Rejected::find(&*error).unwrap().layer(), "circuit_breaker");
+    assert_eq!(Rejected::find(&error).unwrap().layer(), "circuit_breaker");
     assert_eq!(net::soon(client.check_health()).await.status, HealthStatus::Unhealthy);
     net::until(|| handle.snapshot().healthy).await;
     assert_eq!(net::soon(client.check_health()).await.status, HealthStatus::Healthy);
@@ -213,7 +216,7 @@ async fn config_of_nobody_there_fails_in_good_time() {
     drop(listener);
     let client = client(at, "");
     let error = net::soon(client.clone().oneshot(to(at))).await.map(drop).unwrap_err();
-    assert!(Rejected::find(&*error).is_none(), "it was called: {error}");
+    assert!(Rejected::find(&error).is_none(), "it was called: {error}");
     assert_eq!(net::soon(client.check_health()).await.status, HealthStatus::Unhealthy);
 }
 
@@ -285,4 +288,85 @@ async fn config_of_a_deadline_passes_it_on_through_three_services_of_whole_stack
     assert_ne!(ask(slow).await, Some(StatusCode::OK));
     sleep(ms(300)).await;
     assert_eq!(calls.load(SeqCst), 1);
+}
+
+// ===== The error =====
+
+async fn caught_by_anyhow(client: Client<Body>, at: SocketAddr) -> anyhow::Result<StatusCode> {
+    Ok(client.request(to(at)).await?.status())
+}
+
+async fn caught_by_a_box(
+    client: Client<Body>,
+    at: SocketAddr,
+) -> Result<StatusCode, Box<dyn std::error::Error>> {
+    Ok(client.oneshot(to(at)).await?.status())
+}
+
+async fn nobody() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
+}
+
+#[tokio::test]
+async fn error_of_the_client_converts_and_states_what_failed() {
+    let at = nobody().await;
+    let client = client(at, "breaker_failures = 3");
+
+    // Three attempts open the circuit.
+    let error = net::soon(client.request(to(at))).await.unwrap_err();
+    assert_eq!(error.kind(), ClientErrorKind::Connect);
+    assert!(error.rejected().is_none());
+    assert_eq!(error.attempts().unwrap().made, 3);
+    assert_eq!(error.to_string(), "call failed after 3 attempts: connect_refused");
+    assert!(format!("{error:#}").contains("gave up after 3 attempts"), "{error:#}");
+    assert_eq!(Outcome::of_error(&error).reason(), Reason::ConnectRefused);
+
+    let error = net::soon(caught_by_anyhow(client.clone(), at)).await.unwrap_err();
+    assert_eq!(Rejected::find(&*error).unwrap().kind(), RejectedKind::Open);
+    let error: ClientError = error.downcast().unwrap();
+    assert_eq!(error.kind(), ClientErrorKind::Rejected);
+    assert!(error.to_string().starts_with("call rejected: circuit is open"), "{error}");
+    assert_eq!(Rejected::find(&error).unwrap().name(), Some("search"));
+    assert_eq!(Rejected::find(&*error.into_inner()).unwrap().layer(), "circuit_breaker");
+
+    let error = net::soon(caught_by_a_box(client.clone(), at)).await.unwrap_err();
+    assert_eq!(Rejected::find(&*error).unwrap().kind(), RejectedKind::Open);
+    assert!(Attempts::find(&*error).is_some());
+    assert!(error.source().is_some());
+}
+
+#[tokio::test]
+async fn error_of_the_client_distinguishes_deadline_timeout_and_request() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = listener.local_addr().unwrap();
+    let client = client(
+        at,
+        "timeout_head = '50ms'\nretry_attempts = 1\nconnect_timeout = '20ms'\nconnection_wait = '20ms'",
+    );
+    let error = net::soon(client.request(to(at))).await.unwrap_err();
+    assert_eq!(error.kind(), ClientErrorKind::Timeout);
+    assert_eq!(error.to_string(), "call timed out: no response head in time");
+
+    let mut request = to(at);
+    request.extensions_mut().insert(Deadline::after(Duration::from_millis(5)));
+    let error = net::soon(client.request(request)).await.unwrap_err();
+    assert_eq!(error.kind(), ClientErrorKind::DeadlineExceeded);
+
+    let client = buttress::client(&ClientConfig::default()).unwrap();
+    let frames = stream::iter([Err::<Frame<Bytes>, _>("the file is gone")]);
+    let upload = Request::post(format!("http://{at}/")).body(StreamBody::new(frames)).unwrap();
+    let error = net::soon(client.request(upload)).await.unwrap_err();
+    assert_eq!(error.kind(), ClientErrorKind::Request, "{error:#}");
+}
+
+#[tokio::test]
+async fn respond_layer_around_the_client_finds_the_rejection() {
+    let at = nobody().await;
+    let client = client(at, "breaker_failures = 3");
+    net::soon(client.request(to(at))).await.unwrap_err();
+    let gateway = ServiceBuilder::new().layer(RespondLayer::new()).service(client);
+    let response = net::soon(gateway.oneshot(to(at))).await.unwrap();
+    assert_eq!(response.status(), 503);
+    assert!(response.headers().contains_key("retry-after"));
+    assert!(response.extensions().get::<Attempts>().is_some());
 }

@@ -119,6 +119,9 @@ pub(crate) fn known<E: 'static>(error: &E) -> Option<&(dyn Error + 'static)> {
     if let Some(error) = any.downcast_ref::<hyper_util::client::legacy::Error>() {
         return Some(error);
     }
+    if let Some(error) = any.downcast_ref::<crate::ClientError>() {
+        return Some(error);
+    }
     #[cfg(feature = "reqwest")]
     if let Some(error) = any.downcast_ref::<reqwest::Error>() {
         return Some(error);

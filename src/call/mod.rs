@@ -115,7 +115,7 @@ pub(crate) use self::attribution::DropCause;
 pub(crate) use self::attribution::is_mark_requested;
 #[cfg(feature = "connect")]
 pub(crate) use self::connection::ConnectionError;
-#[cfg(feature = "health")]
+#[cfg(any(feature = "health", feature = "retry"))]
 pub(crate) use self::http::known;
 #[cfg(any(feature = "breaker", feature = "limit", feature = "timeout"))]
 pub(crate) use self::lasting::Idle;

@@ -1,7 +1,7 @@
 use std::{error::Error, fmt, sync::Arc, time::Duration};
 
 use super::DeadlineSource;
-use crate::{BoxError, ConfigError, error, event, event::RepeatedEvent};
+use crate::{ConfigError, error, event, event::RepeatedEvent};
 
 /// A call that a layer did not let through: the one error of this crate's own.
 ///
@@ -401,13 +401,9 @@ impl Rejected {
         None
     }
 
-    /// [`find`](Self::find) for an error whose type says nothing: a boxed one, or a `Rejected` itself.
+    /// Looks for a rejection in a value that may not be an error, and in its sources.
     pub(crate) fn find_in_any<E: 'static>(error: &E) -> Option<&Self> {
-        let error: &dyn std::any::Any = error;
-        if let Some(boxed) = error.downcast_ref::<BoxError>() {
-            return Self::find(&**boxed);
-        }
-        error.downcast_ref::<Self>()
+        super::http::known(error).and_then(Self::find)
     }
 }
 
@@ -451,6 +447,7 @@ impl Error for Rejected {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::BoxError;
 
     #[test]
     fn is_small_enough_for_every_future() {

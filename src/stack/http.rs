@@ -1,7 +1,7 @@
 use std::{
     fmt,
-    future::poll_fn,
-    pin::pin,
+    future::{Future, poll_fn},
+    pin::{Pin, pin},
     task::{Context, Poll},
     time::Duration,
 };
@@ -10,6 +10,7 @@ use bytes::Buf;
 use http::{Request, Response, Uri};
 use http_body::Body;
 use hyper_util::client::legacy::connect::HttpConnector;
+use pin_project_lite::pin_project;
 use tokio::time::timeout;
 use tower_layer::Layer;
 use tower_service::Service;
@@ -19,7 +20,7 @@ use super::{
     handle::HealthCheck,
 };
 use crate::{
-    BoxError, ConfigError,
+    BoxError, ClientError, ConfigError,
     config::{ClientConfig, ConfigErrors},
     connect::{self, ConnectLayer},
     health::HealthProbe,
@@ -46,7 +47,7 @@ type Empty = String;
 /// For `http`, and with the feature `rustls` for `https` too. It is a Tower service as well, for layers around it.
 ///
 /// ```no_run
-/// # async fn run() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+/// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
 /// use buttress::config::ClientConfig;
 /// use http_body_util::Empty;
 ///
@@ -134,15 +135,18 @@ where
     ///
     /// # Errors
     ///
-    /// A [`Rejected`](crate::Rejected) or a [`RetryError`](crate::retry::RetryError) somewhere in the chain, as in any
-    /// stack of these layers.
+    /// A [`ClientError`] whose [kind](ClientError::kind) states what failed.
+    ///
+    /// # Cancellation
+    ///
+    /// Dropping the future ends the attempt in flight and makes no further one.
     pub async fn request(
         &self,
         request: Request<B>,
-    ) -> Result<<Self as Service<Request<B>>>::Response, BoxError> {
-        let mut service = self.service.clone();
-        poll_fn(|cx| service.poll_ready(cx)).await?;
-        service.call(request).await
+    ) -> Result<<Self as Service<Request<B>>>::Response, ClientError> {
+        let mut client = self.clone();
+        poll_fn(|cx| client.poll_ready(cx)).await?;
+        client.call(request).await
     }
 }
 
@@ -165,7 +169,7 @@ where
         let probe = async {
             let (head, body) = self.request(request).await?.into_parts();
             let _ = timeout(READ_AWAY_FOR, read_away(body)).await;
-            Ok::<_, BoxError>(Response::from_parts(head, ()))
+            Ok::<_, ClientError>(Response::from_parts(head, ()))
         };
         self.handle.check_health(probe).await
     }
@@ -192,17 +196,44 @@ where
     B::Error: Into<BoxError>,
 {
     type Response = <Inner<B> as Service<Request<B>>>::Response;
-    type Error = BoxError;
-    type Future = <Inner<B> as Service<Request<B>>>::Future;
+    type Error = ClientError;
+    type Future = ClientFuture<<Inner<B> as Service<Request<B>>>::Future>;
 
     #[inline]
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
-        self.service.poll_ready(cx)
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ClientError>> {
+        self.service.poll_ready(cx).map_err(ClientError::new)
     }
 
     #[inline]
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        self.service.call(request)
+        ClientFuture { future: self.service.call(request) }
+    }
+}
+
+pin_project! {
+    /// The future of a [`Client`]'s call.
+    #[must_use = "futures do nothing unless polled"]
+    pub struct ClientFuture<F> {
+        #[pin]
+        future: F,
+    }
+}
+
+impl<F, T> Future for ClientFuture<F>
+where
+    F: Future<Output = Result<T, BoxError>>,
+{
+    type Output = Result<T, ClientError>;
+
+    #[inline]
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.project().future.poll(cx).map_err(ClientError::new)
+    }
+}
+
+impl<F> fmt::Debug for ClientFuture<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClientFuture").finish_non_exhaustive()
     }
 }
 

@@ -56,7 +56,7 @@ mod server;
 
 #[cfg(feature = "connect")]
 #[cfg_attr(docsrs, doc(cfg(feature = "connect")))]
-pub use self::http::{Client, client};
+pub use self::http::{Client, ClientFuture, client};
 pub use self::{
     client::{ClientHandle, ClientStack, ClientStackService},
     handle::{HealthCheck, HealthStatus, StackSnapshot},

@@ -14,8 +14,12 @@ pub type Body = Full<Bytes>;
 
 /// A client for HTTP.
 pub trait HttpClient:
-    Service<Request<Body>, Response = Response<Self::ResponseBody>, Error = BoxError, Future: Send>
-    + Clone
+    Service<
+        Request<Body>,
+        Response = Response<Self::ResponseBody>,
+        Error: Into<BoxError>,
+        Future: Send,
+    > + Clone
     + Send
     + Sync
     + 'static
@@ -25,7 +29,7 @@ pub trait HttpClient:
 
 impl<S, B> HttpClient for S
 where
-    S: Service<Request<Body>, Response = Response<B>, Error = BoxError, Future: Send>,
+    S: Service<Request<Body>, Response = Response<B>, Error: Into<BoxError>, Future: Send>,
     S: Clone + Send + Sync + 'static,
     B: http_body::Body<Data: Send, Error: Into<BoxError>> + Send,
 {
@@ -59,7 +63,8 @@ pub fn hand_built(is_http2: bool) -> (impl HttpClient, CircuitBreakerHandle) {
 
 /// Sends a `GET` and reads the response to its end. Returns an error unless it is `200 ok`.
 pub async fn get(client: impl HttpClient, uri: &str) -> Result<Attempts, BoxError> {
-    let response = client.oneshot(Request::get(uri).body(Body::default())?).await?;
+    let request = Request::get(uri).body(Body::default())?;
+    let response = client.oneshot(request).await.map_err(Into::into)?;
     let attempts = Attempts::of(&response);
     let (head, body) = response.into_parts();
     let body = body.collect().await.map_err(Into::into)?.to_bytes();
