@@ -1,8 +1,8 @@
 //! A Tower service around a [`reqwest::Client`] that speaks `http`'s types.
 //!
-//! reqwest's own service takes its own request type, which no layer for HTTP fits. [`HttpClient`] takes any
-//! [`http::Request`] and gives an [`http::Response`], so that every layer of this crate and of `tower-http`
-//! goes around it as around hyper's client. Bodies stream both ways.
+//! The service of `reqwest::Client` takes reqwest's own request type, which no HTTP layer fits. [`HttpClient`] takes any
+//! [`http::Request`] and returns an [`http::Response`], so every layer of this crate and of `tower-http` can wrap it.
+//! Bodies stream both ways.
 //!
 //! ```no_run
 //! use buttress::{CircuitBreakerLayer, ConcurrencyLimitLayer, reqwest::HttpClient};
@@ -23,7 +23,8 @@
 //! # }
 //! ```
 //!
-//! It takes bodies of any type, request by request. Therefore `ready()` needs to be told which, as in
+//! It takes bodies of any type that is `Send + 'static`, such as `axum::body::Body`, `tonic::body::Body` and
+//! `http_body_util::combinators::UnsyncBoxBody`, request by request. Therefore `ready()` needs to be told which, as in
 //! `ServiceExt::<http::Request<Empty<Bytes>>>::ready(&mut client)`; `oneshot` on a clone does not.
 //!
 //! # Timeouts, redirects, cookies
@@ -32,27 +33,60 @@
 //! around it; one that would need a request body again (307, 308) is followed only if that body was empty,
 //! since a streamed one is gone.
 //!
+//! # Requests made with reqwest
+//!
+//! [`SendThrough`] sends a [`RequestBuilder`] through the layers and returns reqwest's own response:
+//!
+//! ```no_run
+//! use buttress::{CircuitBreakerLayer, RetryLayer, reqwest::{HttpClient, SendThrough}};
+//! use tower::ServiceBuilder;
+//!
+//! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+//! let http = HttpClient::from_builder(reqwest::Client::builder())?;
+//! let layers = ServiceBuilder::new().layer(RetryLayer::http()).layer(CircuitBreakerLayer::http());
+//! let client = layers.service(http.clone());
+//!
+//! let request = http.get_ref().get("http://localhost:8080/").bearer_auth("token");
+//! let text = request.send_through(&client).await?.error_for_status()?.text().await?;
+//! # let _ = text; Ok(()) }
+//! ```
+//!
 //! # Stale connections
 //!
 //! reqwest does not reveal whether a connection was reused. A connection that breaks before the response is
 //! [assumed to be reused](crate::breaker#connection-housekeeping).
+//!
+//! # Retries of reqwest
+//!
+//! A `reqwest::Client` retries by itself a request without a body, or with a body in memory, up to twice if an HTTP/2
+//! server refused the stream or sent a GOAWAY. Behind a [`RetryLayer`](crate::RetryLayer) these retries multiply with its
+//! attempts, and no breaker, limit or budget observes them. [`HttpClient::from_builder`] switches them off. For a client
+//! that you build yourself, call `ClientBuilder::retry(reqwest::retry::never())`.
 
 use std::{
     fmt,
-    future::Future,
+    future::{Future, poll_fn},
     pin::Pin,
     task::{Context, Poll, ready},
 };
 
-use ::reqwest::{Body, Client, Error, Request};
+use ::reqwest::{
+    Body, Client, ClientBuilder, Error, Request, RequestBuilder, Response, ResponseBuilderExt,
+    retry,
+};
 use bytes::Bytes;
+use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
+use sync_wrapper::SyncWrapper;
 use tower_service::Service;
 
-use crate::BoxError;
+use self::sealed::Sealed;
+use crate::{BoxError, ClientError};
 
-/// A [`reqwest::Client`] as a service of `http`'s types. Always ready; clones share the
+/// A [`reqwest::Client`](Client) as a service of `http`'s types. Always ready; clones share the
 /// client's connections.
+///
+/// The extensions of a response contain its URL, so `reqwest::Response::from` restores it.
 ///
 /// # Errors
 ///
@@ -70,12 +104,25 @@ pub struct HttpClient {
 
 impl HttpClient {
     /// Sends requests through this client.
+    ///
+    /// A client with reqwest's default settings [retries by itself](self#retries-of-reqwest).
     #[must_use]
     pub fn new(client: Client) -> Self {
         Self { client }
     }
 
-    /// The client.
+    /// Builds the client with reqwest's [own retries](self#retries-of-reqwest) switched off.
+    ///
+    /// A policy set by [`ClientBuilder::retry`] is replaced.
+    ///
+    /// # Errors
+    ///
+    /// The error of [`ClientBuilder::build`].
+    pub fn from_builder(builder: ClientBuilder) -> Result<Self, Error> {
+        builder.retry(retry::never()).build().map(Self::new)
+    }
+
+    /// Returns the client.
     #[must_use]
     pub fn get_ref(&self) -> &Client {
         &self.client
@@ -97,7 +144,7 @@ impl From<Client> for HttpClient {
 
 impl<B> Service<http::Request<B>> for HttpClient
 where
-    B: http_body::Body + Send + Sync + 'static,
+    B: http_body::Body + Send + 'static,
     B::Data: Into<Bytes>,
     B::Error: Into<BoxError>,
 {
@@ -125,11 +172,55 @@ where
 /// An empty body is one that reqwest can send again, after a redirect.
 fn outgoing<B>(body: B) -> Body
 where
-    B: http_body::Body + Send + Sync + 'static,
+    B: http_body::Body + Send + 'static,
     B::Data: Into<Bytes>,
     B::Error: Into<BoxError>,
 {
-    if body.is_end_stream() { Body::default() } else { Body::wrap(body) }
+    if body.is_end_stream() { Body::default() } else { Body::wrap(Outgoing::new(body)) }
+}
+
+pin_project! {
+    /// A body that is `Sync`, as `reqwest::Body` requires, around one that may not be.
+    ///
+    /// Only `&mut` access reaches the wrapped body. `size_hint` and `is_end_stream` take `&self`, so their values are
+    /// stored after each poll.
+    struct Outgoing<B> {
+        #[pin]
+        body: SyncWrapper<B>,
+        size_hint: SizeHint,
+        is_end_stream: bool,
+    }
+}
+
+impl<B: http_body::Body> Outgoing<B> {
+    fn new(body: B) -> Self {
+        let (size_hint, is_end_stream) = (body.size_hint(), body.is_end_stream());
+        Self { body: SyncWrapper::new(body), size_hint, is_end_stream }
+    }
+}
+
+impl<B: http_body::Body> http_body::Body for Outgoing<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        let this = self.project();
+        let mut body = this.body.get_pin_mut();
+        let polled = body.as_mut().poll_frame(cx);
+        (*this.size_hint, *this.is_end_stream) = (body.size_hint(), body.is_end_stream());
+        polled
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.size_hint.clone()
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.is_end_stream
+    }
 }
 
 pin_project! {
@@ -163,11 +254,86 @@ impl Future for ResponseFuture {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().state.project() {
-            StateProj::Sent { pending } => Poll::Ready(ready!(pending.poll(cx)).map(Into::into)),
+            StateProj::Sent { pending } => Poll::Ready(ready!(pending.poll(cx)).map(with_url)),
             StateProj::Unsendable { error } => match error.take() {
                 Some(error) => Poll::Ready(Err(error)),
                 None => unreachable!("polled after completion"),
             },
         }
+    }
+}
+
+/// Converts the response and stores its URL in the extensions, which reqwest's own conversion drops.
+fn with_url(response: Response) -> http::Response<Body> {
+    let mut builder = http::Response::builder().url(response.url().clone());
+    let mut response = http::Response::<Body>::from(response);
+    if let Some(url) = builder.extensions_mut() {
+        response.extensions_mut().extend(std::mem::take(url));
+    }
+    response
+}
+
+// ===== Requests made with reqwest =====
+
+/// Sends reqwest's own requests through layers.
+///
+/// Implemented for [`RequestBuilder`] and [`Request`]. The settings of the request, such as its timeout, are kept: this
+/// timeout applies to each attempt.
+pub trait SendThrough: Sized + Sealed {
+    /// Sends the request through a service, such as layers around an [`HttpClient`], and returns reqwest's response.
+    ///
+    /// Calls a clone of the service once it is ready.
+    ///
+    /// # Errors
+    ///
+    /// A [`ClientError`]. Its source is the error of the service, or reqwest's builder error if the request cannot be
+    /// built.
+    ///
+    /// # Cancellation
+    ///
+    /// Dropping the future drops the call.
+    fn send_through<S, B>(
+        self,
+        service: &S,
+    ) -> impl Future<Output = Result<Response, ClientError>> + Send
+    where
+        S: Service<http::Request<Body>, Response = http::Response<B>> + Clone + Send,
+        S::Error: Into<BoxError>,
+        S::Future: Send,
+        B: http_body::Body + Send + 'static,
+        B::Data: Into<Bytes>,
+        B::Error: Into<BoxError>,
+    {
+        let (request, mut service) = (self.into_http(), service.clone());
+        async move {
+            let failed = |error: S::Error| ClientError::new(error.into());
+            let request = request.map_err(|error| ClientError::new(error.into()))?;
+            poll_fn(|cx| service.poll_ready(cx)).await.map_err(failed)?;
+            let response = service.call(request).await.map_err(failed)?;
+            Ok(Response::from(response.map(outgoing)))
+        }
+    }
+}
+
+impl SendThrough for RequestBuilder {}
+
+impl SendThrough for Request {}
+
+mod sealed {
+    /// The part of [`SendThrough`](super::SendThrough) that no other crate can implement.
+    pub trait Sealed {
+        fn into_http(self) -> Result<http::Request<super::Body>, super::Error>;
+    }
+}
+
+impl Sealed for RequestBuilder {
+    fn into_http(self) -> Result<http::Request<Body>, Error> {
+        self.build()?.try_into()
+    }
+}
+
+impl Sealed for Request {
+    fn into_http(self) -> Result<http::Request<Body>, Error> {
+        self.try_into()
     }
 }

@@ -1,25 +1,32 @@
 //! reqwest under the stack, through [`HttpClient`], against a real server.
-#![cfg(all(feature = "breaker", feature = "limit", feature = "reqwest"))]
+#![cfg(all(feature = "breaker", feature = "limit", feature = "reqwest", feature = "retry"))]
 
 mod net;
 
-use std::{pin::pin, time::Duration};
+use std::{
+    cell::Cell,
+    pin::pin,
+    sync::atomic::{AtomicUsize, Ordering::SeqCst},
+    time::Duration,
+};
 
 use axum::{
     Router,
     body::Body,
+    extract::RawQuery,
     response::Redirect,
-    routing::{get, post},
+    routing::{get, post, put},
 };
 use buttress::{
-    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Trip,
+    Attempts, Backoff, BoxError, CircuitBreakerLayer, ClientError, ClientErrorKind,
+    ConcurrencyLimitLayer, RetryLayer, Trip,
     breaker::{State, Tripped},
     call::Reason,
-    reqwest::HttpClient,
+    reqwest::{HttpClient, SendThrough},
 };
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
-use http::{Request, StatusCode};
+use http::{HeaderMap, Request, Response, StatusCode};
 use http_body::Frame;
 use http_body_util::{BodyExt, Empty, Full, StreamBody};
 use net::{HALF, Stage, closes_after, never_answers, nobody, serve, soon, until};
@@ -129,6 +136,134 @@ async fn a_redirect_is_followed_if_the_body_can_be_sent_again() {
     let request = Request::post(format!("http://{addr}/moved")).body(Full::new(&b"x"[..])).unwrap();
     let response = soon(client().oneshot(request)).await.unwrap();
     assert_eq!(response.status(), StatusCode::TEMPORARY_REDIRECT);
+}
+
+/// A body that is neither `Sync` nor `Unpin`, as axum's and tonic's may be.
+fn not_sync(texts: [&'static str; 2]) -> impl http_body::Body<Data = Bytes, Error = BoxError> {
+    let frames = stream::unfold(Cell::new(0), move |at| async move {
+        let nth = at.replace(at.get() + 1);
+        let text = texts.get(nth)?;
+        Some((Ok(Frame::data(Bytes::from_static(text.as_bytes()))), at))
+    });
+    StreamBody::new(frames)
+}
+
+#[tokio::test]
+async fn body_that_is_not_sync_is_sent() {
+    let addr = upstream(&Stage::default()).await;
+    let client = ServiceBuilder::new().layer(RetryLayer::http()).service(client());
+    let uri = format!("http://{addr}/echo");
+    let axum = Request::post(&uri).body(Body::from("axum")).unwrap();
+    let tonic = tonic::body::Body::new(Full::new(Bytes::from_static(b"tonic")));
+    let tonic = Request::post(&uri).body(tonic).unwrap();
+    let boxed = not_sync(["un", "sync"]).boxed_unsync();
+    let boxed = Request::post(&uri).body(boxed).unwrap();
+    let raw = Request::post(&uri).body(not_sync(["r", "aw"])).unwrap();
+    async fn text(response: Response<reqwest::Body>) -> Bytes {
+        response.into_body().collect().await.unwrap().to_bytes()
+    }
+    let http = self::client();
+    assert_eq!(text(soon(http.clone().oneshot(axum)).await.unwrap()).await, "axum");
+    assert_eq!(text(soon(http.clone().oneshot(tonic)).await.unwrap()).await, "tonic");
+    assert_eq!(text(soon(http.oneshot(raw)).await.unwrap()).await, "raw");
+    let response = soon(client.oneshot(boxed)).await.unwrap();
+    assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "unsync");
+}
+
+#[tokio::test]
+async fn content_length_and_trailers_of_a_body_that_is_not_sync_are_kept() {
+    let app = Router::new().route(
+        "/",
+        post(|request: Request<Body>| async move {
+            let length = format!("{:?}", request.headers().get("content-length"));
+            let trailers = request.into_body().collect().await.unwrap().trailers().cloned();
+            format!("{length} {:?}", trailers.unwrap_or_default().get("x-sum"))
+        }),
+    );
+    let addr = serve(app).await;
+    let send = async |body: Body| {
+        let request = Request::post(format!("http://{addr}/"))
+            .header("trailer", "x-sum")
+            .header("te", "trailers")
+            .body(body)
+            .unwrap();
+        let response = soon(client().oneshot(request)).await.unwrap();
+        response.into_body().collect().await.unwrap().to_bytes()
+    };
+    assert_eq!(send(Body::from("hello")).await, r#"Some("5") None"#);
+    let mut trailers = HeaderMap::new();
+    trailers.insert("x-sum", "7".parse().unwrap());
+    let frames =
+        [Ok::<_, BoxError>(Frame::data(Bytes::from("hello"))), Ok(Frame::trailers(trailers))];
+    let body = Body::new(StreamBody::new(stream::iter(frames)));
+    assert_eq!(send(body).await, r#"None Some("7")"#);
+}
+
+// ===== Requests made with reqwest =====
+
+#[tokio::test]
+async fn request_builder_is_sent_through_the_layers() {
+    static HITS: AtomicUsize = AtomicUsize::new(0);
+    let app = Router::new()
+        .route(
+            "/json",
+            put(|RawQuery(query): RawQuery, body: String| async move {
+                match HITS.fetch_add(1, SeqCst) {
+                    0 => Err(StatusCode::SERVICE_UNAVAILABLE),
+                    _ => Ok(format!("[{query:?},{body}]", query = query.unwrap_or_default())),
+                }
+            }),
+        )
+        .route("/moved", get(|| async { Redirect::temporary("/") }))
+        .route("/", get(|| async { "home" }));
+    let addr = serve(app).await;
+    let http = HttpClient::from_builder(builder()).unwrap();
+    let breaker = CircuitBreakerLayer::new(Trip::consecutive(2));
+    let circuit = breaker.handle();
+    let client = ServiceBuilder::new()
+        .layer(RetryLayer::http().backoff(Backoff::exponential(Duration::from_millis(1))))
+        .layer(breaker)
+        .service(http.clone());
+
+    let request = http.get_ref().put(format!("http://{addr}/json?q=one"));
+    let response = soon(request.json(&["two"]).send_through(&client)).await.unwrap();
+    let (told, url) = (response.extensions().get::<Attempts>().cloned(), response.url().clone());
+    assert_eq!(response.json::<(String, Vec<String>)>().await.unwrap().1, ["two"]);
+    assert_eq!(told.unwrap().made, 2, "the layers retried it");
+    assert_eq!(url.as_str(), format!("http://{addr}/json?q=one"));
+
+    let moved = http.get_ref().get(format!("http://{addr}/moved")).build().unwrap();
+    let response = soon(moved.send_through(&client)).await.unwrap();
+    assert_eq!(response.url().path(), "/", "the URL after the redirect");
+
+    // In a task, and by `?` into any error.
+    let task = tokio::spawn(async move {
+        circuit.force_open();
+        let text =
+            http.get_ref().get("http://localhost/").send_through(&client).await?.text().await?;
+        Ok::<_, anyhow::Error>(text)
+    });
+    let error: ClientError = soon(task).await.unwrap().unwrap_err().downcast().unwrap();
+    assert_eq!(error.kind(), ClientErrorKind::Rejected);
+}
+
+#[tokio::test]
+async fn request_builder_that_cannot_be_built_is_an_error_of_the_request() {
+    let http = client();
+    let request = http.get_ref().get("not a URL").send_through(&http);
+    let error = soon(request).await.unwrap_err();
+    assert_eq!(error.kind(), ClientErrorKind::Request, "{error:#}");
+    let request = http.get_ref().get("http://localhost/").header("a b", "c").send_through(&http);
+    assert_eq!(soon(request).await.unwrap_err().kind(), ClientErrorKind::Request);
+}
+
+#[tokio::test]
+async fn timeout_of_a_request_builder_is_kept() {
+    let (addr, _held) = never_answers().await;
+    let client = ServiceBuilder::new().layer(RetryLayer::http().attempts(1)).service(client());
+    let request = reqwest::Client::new().get(format!("http://{addr}/"));
+    let request = request.timeout(Duration::from_millis(20)).send_through(&client);
+    assert_eq!(soon(request).await.unwrap_err().kind(), ClientErrorKind::Timeout);
 }
 
 // ===== Under the stack =====

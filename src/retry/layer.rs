@@ -174,7 +174,8 @@ impl RetryLayer {
     /// use tower::{ServiceBuilder, ServiceExt};
     ///
     /// # async fn run() -> Result<(), buttress::BoxError> {
-    /// let client = reqwest::Client::new();
+    /// // Without reqwest's own retries, which would multiply with the attempts.
+    /// let client = reqwest::Client::builder().retry(reqwest::retry::never()).build()?;
     /// let request = client.get("http://localhost:8080/").build()?;
     /// let client = ServiceBuilder::new().layer(RetryLayer::http().reqwest()).service(client);
     /// let text = client.oneshot(request).await?.text().await?;

@@ -3,18 +3,19 @@
 use std::time::Duration;
 
 use buttress::{
-    Attempts, Outcome, RetryBudget,
+    Attempts, Outcome, RetryBudget, RetryLayer,
     breaker::State,
     call::{OutcomeKind, Reason},
+    reqwest::HttpClient,
     retry::Stop,
 };
 use futures_util::future::join;
 use http::Method;
-use tower::{Layer, ServiceExt};
+use tower::{Layer, ServiceBuilder, ServiceExt};
 
 use crate::{
     Kind, fails,
-    net::soon,
+    net::{get, soon},
     opens_at_first_failure,
     peer::{self, ENDS, End, Second},
     request, rpc, stack,
@@ -214,5 +215,23 @@ async fn a_dispatch_task_that_is_gone_is_a_reset_and_is_retried() {
             }
             assert_eq!(peer.ended(), 1, "{case}");
         }
+    }
+}
+
+/// A client of reqwest with its default settings sends each attempt up to three times. The second row proves that the
+/// peer counts this.
+#[tokio::test]
+async fn retries_of_reqwest_do_not_multiply_with_attempts() {
+    let builder = || reqwest::Client::builder().no_proxy().http2_prior_knowledge();
+    for (client, factor) in [
+        (HttpClient::from_builder(builder()).unwrap(), 1),
+        (HttpClient::new(builder().build().unwrap()), 3),
+    ] {
+        let peer = peer::http2_refuses_all().await;
+        let client = ServiceBuilder::new().layer(RetryLayer::http()).service(client);
+        let error = soon(client.oneshot(get(peer.addr, "/"))).await.unwrap_err();
+        let made = Attempts::find(&*error).unwrap().made as usize;
+        assert!(made > 1);
+        assert_eq!(peer.ended(), factor * made);
     }
 }

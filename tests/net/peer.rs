@@ -321,3 +321,16 @@ pub async fn http2_ends_all(end: End) -> Peer {
     })
     .await
 }
+
+/// Refuses every stream, and counts each as ended.
+pub async fn http2_refuses_all() -> Peer {
+    Peer::serve(move |_, tcp, peer| async move {
+        const REFUSED_STREAM: u32 = 7;
+        let Some(mut http2) = Http2::accept(tcp, 100).await else { return };
+        while let Some(stream) = http2.request().await {
+            peer.ended.fetch_add(1, SeqCst);
+            http2.write(reset(stream, REFUSED_STREAM)).await;
+        }
+    })
+    .await
+}
