@@ -215,7 +215,7 @@ impl<B: http_body::Body> http_body::Body for Outgoing<B> {
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.size_hint.clone()
+        SizeHint::clone(&self.size_hint)
     }
 
     fn is_end_stream(&self) -> bool {

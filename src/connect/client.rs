@@ -29,6 +29,8 @@ use super::{
     handle::ConnectHandle,
     layer::{ConnectLayer, Connector, above_zero},
     life,
+    resolve::Resolver,
+    tcp::TcpConnector,
     turn::Turn,
 };
 use crate::{
@@ -320,12 +322,12 @@ impl ClientBuilder {
     }
 
     /// A client for `http` URIs.
-    pub fn build_http<B>(self) -> Client<HttpConnector, B>
+    pub fn build_http<B>(self) -> Client<TcpConnector, B>
     where
         B: Body + Send,
         B::Data: Send,
     {
-        let tcp = self.tcp_connector();
+        let tcp = self.tcp_connector(self.resolver());
         self.build(tcp)
     }
 
@@ -338,7 +340,7 @@ impl ClientBuilder {
     #[cfg_attr(docsrs, doc(cfg(feature = "rustls")))]
     pub fn build_https<B>(
         self,
-    ) -> std::io::Result<Client<hyper_rustls::HttpsConnector<HttpConnector>, B>>
+    ) -> std::io::Result<Client<hyper_rustls::HttpsConnector<TcpConnector>, B>>
     where
         B: Body + Send,
         B::Data: Send,
@@ -352,8 +354,7 @@ impl ClientBuilder {
             .with_provider_and_native_roots(provider)?
             .https_or_http()
             .enable_all_versions();
-        let mut tcp = self.tcp_connector();
-        tcp.enforce_http(false);
+        let tcp = self.tcp_connector(self.resolver()).for_tls();
         Ok(self.build(builder.wrap_connector(tcp)))
     }
 
@@ -377,13 +378,37 @@ impl ClientBuilder {
         Client { inner: Arc::new(self.hyper.build(connector)), connections, is_http2 }
     }
 
-    fn tcp_connector(&self) -> HttpConnector {
-        let mut tcp = HttpConnector::new();
+    /// Returns a TCP connector with the settings of this builder, for a resolver of your own or TLS of your own.
+    ///
+    /// It divides the connect timeout among the addresses of a host. The resolver is a service from
+    /// [`Name`](hyper_util::client::legacy::connect::dns::Name) to socket addresses. Before you wrap a TLS connector
+    /// around it, call [`for_tls`](TcpConnector::for_tls).
+    ///
+    /// ```
+    /// use buttress::connect::{Client, ConnectLayer};
+    /// use hyper_util::client::legacy::connect::dns::Name;
+    /// use std::{io, net::SocketAddr};
+    /// use tower::service_fn;
+    ///
+    /// let addresses = |_: Name| async {
+    ///     Ok::<_, io::Error>([[10, 0, 0, 1], [10, 0, 0, 2]].map(|ip| SocketAddr::from((ip, 0))).into_iter())
+    /// };
+    /// let builder = Client::builder(ConnectLayer::new());
+    /// let connector = builder.tcp_connector(service_fn(addresses));
+    /// let client = builder.build(connector);
+    /// # let _ = client.request(http::Request::new(String::new()));
+    /// ```
+    pub fn tcp_connector<R>(&self, resolver: R) -> TcpConnector<R> {
+        let mut tcp = HttpConnector::new_with_resolver(resolver);
         tcp.set_nodelay(true);
         tcp.set_keepalive(self.tcp.map(|tcp| tcp.after));
         tcp.set_keepalive_interval(self.tcp.map(|tcp| tcp.every));
         tcp.set_keepalive_retries(self.tcp.map(|tcp| tcp.times));
-        tcp
+        TcpConnector::new(tcp, &self.connections.all)
+    }
+
+    fn resolver(&self) -> Resolver {
+        Resolver::new(self.connections.all.lookups.clone())
     }
 
     /// The layer's and the builder's settings, if all of them can work.

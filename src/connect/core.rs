@@ -18,6 +18,7 @@ use super::{
     gate::{Gate, NO_LIMIT},
     host::{Guest, Host, Line, Ticket},
     life::{self, Life, Over},
+    resolve::Lookups,
 };
 use crate::{
     call::{Clock, Label, LayerKind, Nanos, Origin, Rejected, RejectedKind, Shared, nanos},
@@ -28,6 +29,7 @@ pub(super) struct Connections {
     pub(super) clock: Clock,
     pub(super) settings: Settings,
     pub(super) counts: Counts,
+    pub(super) lookups: Arc<Lookups>,
     total: Arc<Gate>,
     /// Calls that need a connection each, of all hosts.
     pub(super) calls: Arc<Gate>,
@@ -119,6 +121,7 @@ impl Connections {
                 jitter: AtomicU32::new(200),
             },
             counts: Counts::default(),
+            lookups: Lookups::new(),
             total: Gate::new(NO_LIMIT),
             calls: Gate::new(NO_LIMIT),
             book: Mutex::default(),

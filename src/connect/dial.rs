@@ -19,6 +19,10 @@ use crate::BoxError;
 /// Of a [`ConnectLayer`] there is the connect timeout, and in its snapshot `connecting`, `created`, `failed` and
 /// `timed_out`. How long a connection lives nobody but reqwest knows, so that there are no caps: limit calls
 /// instead, with a `ConcurrencyLimitLayer`, and see `pool_idle_timeout` and `pool_max_idle_per_host` of reqwest.
+///
+/// The connect timeout is for all addresses of a host together. If the first address does not respond, the timeout ends
+/// the connect before the second one is tried, unless the connector itself divides a timeout that is no longer: reqwest
+/// does, with `ClientBuilder::connect_timeout`.
 #[must_use = "a layer does nothing until it wraps a connector"]
 #[derive(Clone, Debug)]
 pub struct DialLayer {

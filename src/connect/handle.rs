@@ -24,6 +24,9 @@ pub struct ConnectSnapshot {
     pub in_use: usize,
     /// How many are being opened.
     pub connecting: usize,
+    /// The number of DNS lookups in progress, including those whose connects have timed out. Reported by
+    /// [`Resolver`](super::Resolver)s only.
+    pub lookups: usize,
     /// How many wait for a place.
     pub waiting: usize,
     /// How many have been opened.
@@ -61,6 +64,7 @@ impl ConnectHandle {
             open: self.0.count_open(),
             in_use: counts.in_use.load(Ordering::Relaxed),
             connecting: counts.connecting.load(Ordering::Relaxed),
+            lookups: self.0.lookups.count(),
             waiting: counts.waiting.load(Ordering::Relaxed),
             created: counts.created.load(Ordering::Relaxed),
             closed: counts.closed.load(Ordering::Relaxed),

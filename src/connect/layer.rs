@@ -79,8 +79,9 @@ impl ConnectLayer {
         self
     }
 
-    /// How long it may take to connect: 5 s by default. It begins when there is a place, and covers all that the
-    /// wrapped connector does, TLS included.
+    /// Sets the maximum time to connect: 5 s by default. It begins once there is a permit, and covers everything that the
+    /// wrapped connector does, including the DNS lookup and TLS. A [`TcpConnector`](super::TcpConnector) divides it among
+    /// the addresses of a host; other connectors have to do this themselves.
     pub fn connect_timeout(mut self, longest: impl Into<Option<Duration>>) -> Self {
         if let Some(longest) = self.accept(above_zero("connect_timeout", longest.into())) {
             let settings = &self.all.settings;
@@ -136,6 +137,9 @@ impl ConnectLayer {
 
     /// For connectors whose connections cannot be wrapped, such as reqwest's: what there is of this
     /// layer while they connect.
+    ///
+    /// The connect timeout is not divided among the addresses of a host, because the layer observes one connect and not
+    /// its addresses. Set reqwest's `connect_timeout`, which is divided, to at most this timeout.
     pub fn dials(self) -> DialLayer {
         DialLayer { connections: self }
     }

@@ -110,6 +110,13 @@
 //! | [`tcp_keepalive`](ClientBuilder::tcp_keepalive) | after 15 s, every 15 s, 3 times |
 //! | [`http2_keepalive`](ClientBuilder::http2_keepalive) | off |
 //!
+//! # Addresses and lookups
+//!
+//! A [`TcpConnector`], which every [`Client`] made here uses, divides the connect timeout among the addresses of a host
+//! and tries IPv4 and IPv6 side by side (RFC 8305). Any other connector has to do this itself, for example by
+//! `HttpConnector::set_connect_timeout`: a [`ConnectLayer`] observes one connect and not its addresses. A DNS lookup
+//! cannot be cancelled, so a [`Resolver`] bounds the lookups by number.
+//!
 //! # Beside others
 //!
 //! A concurrency limit around a connector bounds attempts to connect: its permit is free again when the connection
@@ -126,6 +133,8 @@ mod host;
 mod io;
 mod layer;
 mod life;
+mod resolve;
+mod tcp;
 mod turn;
 
 pub use self::{
@@ -135,4 +144,6 @@ pub use self::{
     handle::{ConnectHandle, ConnectSnapshot},
     io::Io,
     layer::{ConnectFuture, ConnectLayer, Connector},
+    resolve::{Addresses, Resolver, Resolving},
+    tcp::TcpConnector,
 };

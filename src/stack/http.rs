@@ -9,7 +9,6 @@ use std::{
 use bytes::Buf;
 use http::{Request, Response, Uri};
 use http_body::Body;
-use hyper_util::client::legacy::connect::HttpConnector;
 use pin_project_lite::pin_project;
 use tokio::time::timeout;
 use tower_layer::Layer;
@@ -29,9 +28,9 @@ use crate::{
 };
 
 #[cfg(feature = "rustls")]
-type Connector = hyper_rustls::HttpsConnector<HttpConnector>;
+type Connector = hyper_rustls::HttpsConnector<connect::TcpConnector>;
 #[cfg(not(feature = "rustls"))]
-type Connector = HttpConnector;
+type Connector = connect::TcpConnector;
 
 type Connections<B> = connect::Client<Connector, SendingBody<ReplayBody<ReplayBody<B>>>>;
 type Inner<B> = ClientStackService<HealthProbe<Connections<B>>>;

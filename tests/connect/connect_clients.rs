@@ -6,7 +6,7 @@ use axum::{Router, routing::get};
 use buttress::{
     BoxError,
     call::RejectedKind,
-    connect::{Client, ConnectLayer},
+    connect::{Client, ConnectLayer, TcpConnector},
 };
 use bytes::Bytes;
 use futures_util::future::{join_all, try_join_all};
@@ -169,7 +169,7 @@ async fn no_request_fails_while_connections_are_renewed_all_the_time() {
     renewed_all_the_time(Client::builder(connections()).http2_only().build_http()).await;
 }
 
-async fn renewed_all_the_time(client: Client<HttpConnector, Empty<Bytes>>) {
+async fn renewed_all_the_time(client: Client<TcpConnector, Empty<Bytes>>) {
     let (addr, open) = serve(hello()).await;
     let handle = client.connections();
     let renewing = tokio::spawn(async move {

@@ -1,6 +1,7 @@
 //! Connections: bounded, fresh and visible.
 #![cfg(feature = "connect")]
 
+mod connect_addresses;
 mod connect_caps;
 mod connect_clients;
 mod connect_life;

@@ -9,7 +9,7 @@ use buttress::{
     breaker::CircuitBreakerHandle,
     call::DeadlineSource,
     config::{ClientConfig, ServerConfig},
-    connect::{Client, ConnectLayer},
+    connect::{Client, ConnectLayer, TcpConnector},
     health::{HealthProbeHandle, ProbeState},
     limit::{ConcurrencyLimitHandle, adaptive::Aimd},
     stack::{ClientHandle, ClientStack, ServerHandle},
@@ -18,7 +18,6 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use http::{Request, Response, StatusCode, Uri};
 use http_body_util::BodyExt;
-use hyper_util::client::legacy::connect::HttpConnector;
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, util::BoxCloneSyncService};
 use tower_http::map_request_body::MapRequestBodyLayer;
 
@@ -51,7 +50,7 @@ impl Wire {
         if cause.is_http2() { Self::Http2 } else { Self::Http1 }
     }
 
-    fn client<B>(self) -> Client<HttpConnector, B>
+    fn client<B>(self) -> Client<TcpConnector, B>
     where
         B: http_body::Body<Data: Send, Error: Into<BoxError>> + Send + Unpin + 'static,
     {
