@@ -162,7 +162,7 @@ async fn client_rejects_calls_after_one_probe_response_503() {
         assert!(probe.snapshot().consecutive_failures >= failures);
         assert_eq!(failures == 1, probe.snapshot().probes == 1, "{:?}", probe.snapshot());
         let error = net::soon(client.request(to(at))).await.map(drop).unwrap_err();
-        assert_eq!(Rejected::find(&*error).unwrap().kind(), RejectedKind::Unhealthy);
+        assert_eq!(Rejected::find(&error).unwrap().kind(), RejectedKind::Unhealthy);
     }
 }
 
