@@ -18,7 +18,8 @@ use crate::{
 /// # Display
 ///
 /// One line that states the kind, the number of attempts if there were several, and the reason:
-/// `call failed after 3 attempts: connect_refused`. `{:#}` appends every source, without [secrets](crate#secrets) and
+/// `call failed after 3 attempts: reset`. `call rejected, nothing was sent: concurrency limit is reached` states that
+/// the upstream has not received the call. `{:#}` appends every source, without [secrets](crate#secrets) and
 /// with at most 512 bytes in total.
 pub struct ClientError(BoxError);
 
@@ -124,8 +125,13 @@ impl fmt::Display for ClientError {
             ClientErrorKind::Connect | ClientErrorKind::Transport => "call failed",
         })?;
         #[cfg(feature = "retry")]
-        if let Some(made) = self.attempts().map(|attempts| attempts.made).filter(|made| *made > 1) {
-            write!(f, " after {made} attempts")?;
+        if let Some(Attempts { made, sent, .. }) = self.attempts() {
+            if made > 1 {
+                write!(f, " after {made} attempts")?;
+            }
+            if made > 0 && sent == 0 {
+                f.write_str(", nothing was sent")?;
+            }
         }
         match self.rejected() {
             Some(rejected) => write!(f, ": {}", rejected.kind().phrase())?,

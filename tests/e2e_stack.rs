@@ -317,7 +317,10 @@ async fn error_of_the_client_converts_and_states_what_failed() {
     assert_eq!(error.kind(), ClientErrorKind::Connect);
     assert!(error.rejected().is_none());
     assert_eq!(error.attempts().unwrap().made, 3);
-    assert_eq!(error.to_string(), "call failed after 3 attempts: connect_refused");
+    assert_eq!(
+        error.to_string(),
+        "call failed after 3 attempts, nothing was sent: connect_refused"
+    );
     assert!(format!("{error:#}").contains("gave up after 3 attempts"), "{error:#}");
     assert_eq!(Outcome::of_error(&error).reason(), Reason::ConnectRefused);
 
@@ -325,7 +328,10 @@ async fn error_of_the_client_converts_and_states_what_failed() {
     assert_eq!(Rejected::find(&*error).unwrap().kind(), RejectedKind::Open);
     let error: ClientError = error.downcast().unwrap();
     assert_eq!(error.kind(), ClientErrorKind::Rejected);
-    assert!(error.to_string().starts_with("call rejected: circuit is open"), "{error}");
+    assert!(
+        error.to_string().starts_with("call rejected, nothing was sent: circuit is open"),
+        "{error}"
+    );
     assert_eq!(Rejected::find(&error).unwrap().name(), Some("search"));
     assert_eq!(Rejected::find(&*error.into_inner()).unwrap().layer(), "circuit_breaker");
 
