@@ -17,7 +17,7 @@ use std::{
 use axum::{
     Router,
     body::Body as AxumBody,
-    http::{HeaderMap, StatusCode},
+    http::{HeaderMap, HeaderName, StatusCode},
     routing::any,
 };
 use buttress::{
@@ -49,8 +49,8 @@ struct Upstream {
 }
 
 impl Upstream {
-    /// Serves `/ok`, `/hint/<status>` (fails once with `Retry-After: 1`), `/slow` (1 s), `/hang` and `/stream` (20 chunks in
-    /// 2 s).
+    /// Serves `/ok`, `/hint/<status>` (fails once with `Retry-After: 1`), `/once/<status>/<header>/<value>` (fails once with
+    /// that header), `/slow` (1 s), `/hang` and `/stream` (20 chunks in 2 s).
     async fn start(&self) -> SocketAddr {
         let calls = self.calls.clone();
         let hint = {
@@ -65,6 +65,21 @@ impl Upstream {
                 }
             }
         };
+        let once = {
+            let calls = calls.clone();
+            async move |axum::extract::Path((status, name, value)): axum::extract::Path<(
+                u16,
+                String,
+                String,
+            )>| {
+                let mut headers = HeaderMap::new();
+                if calls.fetch_add(1, SeqCst) > 0 {
+                    return (StatusCode::OK, headers);
+                }
+                headers.insert(HeaderName::try_from(name).unwrap(), value.parse().unwrap());
+                (StatusCode::from_u16(status).unwrap(), headers)
+            }
+        };
         let count = move || calls.fetch_add(1, SeqCst);
         let (ok, slow, hang) = (count.clone(), count.clone(), count);
         let chunks = || {
@@ -77,6 +92,7 @@ impl Upstream {
         let app = Router::new()
             .route("/ok", any(async move || ok().to_string()))
             .route("/hint/{status}", any(hint))
+            .route("/once/{status}/{name}/{value}", any(once))
             .route(
                 "/slow",
                 any(async move || {
@@ -250,6 +266,56 @@ async fn hint_is_followed_where_it_fits_the_deadline() {
             let expected = if preset == "llm" { (200, 2) } else { (status, 1) };
             assert_eq!((status, calls), expected, "{preset} {path}");
         }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn statuses_and_hints_of_proxies_are_followed() {
+    const GET: Method = Method::GET;
+    const POST: Method = Method::POST;
+    // The method, the first response, the number of calls, and the time before the second one.
+    let rows = [
+        (GET, "520/x-a/b", 2, ms(0)),
+        (GET, "522/x-a/b", 2, ms(0)),
+        (GET, "524/x-a/b", 2, ms(0)),
+        (POST, "524/x-a/b", 1, ms(0)),
+        (GET, "525/x-a/b", 1, ms(0)),
+        (GET, "529/x-a/b", 2, ms(0)),
+        (GET, "421/x-a/b", 2, ms(0)),
+        (POST, "425/x-a/b", 2, ms(0)),
+        (GET, "501/x-a/b", 1, ms(0)),
+        (GET, "503/x-envoy-ratelimited/true", 1, ms(0)),
+        (GET, "503/retry-after/0.3", 2, ms(300)),
+        (GET, "429/x-ms-retry-after-ms/300", 2, ms(300)),
+        (GET, "429/x-ratelimit-reset-after/0.3", 2, ms(300)),
+    ];
+    for_each_preset(async |preset| {
+        for (method, first, calls, time) in &rows {
+            let upstream = Upstream::default();
+            let at = upstream.start().await;
+            let client = client(preset, "retry_backoff = '1ms'");
+            let start = Instant::now();
+            let path = format!("/once/{first}");
+            let response = client.request(request(method.clone(), at, &path)).await.unwrap();
+            assert_eq!(upstream.calls(), *calls, "{preset}: {method} {first}");
+            assert_eq!(response.status() == 200, *calls == 2, "{preset}: {method} {first}");
+            assert!(start.elapsed() >= *time, "{preset}: {method} {first}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn host_name_without_an_address_is_retried() {
+    for_each_preset(async |preset| {
+        let client = client(preset, "retry_backoff = '1ms'");
+        let mut post = request(Method::POST, ([127, 0, 0, 1], 1).into(), "/");
+        *post.uri_mut() = "http://nothing.invalid/".parse().unwrap();
+        let error = client.request(post).await.map(drop).unwrap_err();
+        let attempts = Attempts::find(&error).unwrap();
+        assert_eq!((attempts.made, attempts.sent), (3, 0), "{preset}: {error:#}");
+        assert_eq!(attempts.stop, Stop::AttemptsUsedUp, "{preset}");
     })
     .await;
 }
