@@ -32,7 +32,7 @@ async fn tour() -> Result<(), BoxError> {
     // The environment goes before what is said here.
     let config = ClientConfig::load("search")
         .preset(Preset::Internal)
-        .toml(&format!("max_connections = 8\nhealth_uri = 'http://{at}/healthz'"))
+        .toml(&format!("connect_max_total = 8\ncheck_health_uri = 'http://{at}/healthz'"))
         .env()
         .finish()?;
     println!("{}", config.explain());
@@ -62,7 +62,7 @@ async fn tour() -> Result<(), BoxError> {
     // Changed while it runs; what would take a new client is told.
     let mut next = handle.config();
     next.timeout.head = Some(Duration::from_secs(2));
-    next.connections.max_connections = Some(2);
+    next.connect.max_total = Some(2);
     next.breaker.window = Duration::from_secs(60);
     println!("would take a new client: {:?}", handle.update(&next)?);
     Ok(())

@@ -12,7 +12,7 @@ use buttress::config::{ClientConfig, Preset, ServerConfig};
 
 const FILE: &str = "
 preset = 'internal'
-max_connections = 50
+connect_max_total = 50
 
 [retry]
 attempts = 2
@@ -29,7 +29,7 @@ const CONFLICTS: [&str; 9] = [
     "timeout_head = '2s'",
     "deadline_default = '91s' \n deadline_keep_back = '2m'",
     "deadline_default = '91s' \n limit_queue_wait = '2m'",
-    "connection_max_idle = '5s' \n peer_keep_alive = '5s'",
+    "connect_max_idle = '5s' \n connect_peer_keep_alive = '5s'",
     "retry_budget_ratio = 0.00001 \n retry_budget_per_second = 0",
     "streaming = true \n timeout_total = '5m'",
     "retry_atempts = 2",

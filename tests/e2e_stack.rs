@@ -60,7 +60,7 @@ fn to(at: SocketAddr) -> Request<Body> {
 
 fn client(at: SocketAddr, more: &str) -> Client<Body> {
     let settings = format!(
-        "health_uri = 'http://{at}/healthz'\nretry_backoff = '1ms'\nbreaker_open_for = '100ms'\n{more}"
+        "check_health_uri = 'http://{at}/healthz'\nretry_backoff = '1ms'\nbreaker_open_for = '100ms'\n{more}"
     );
     let config = ClientConfig::load("search").toml(&settings).finish().unwrap();
     buttress::client(&config).unwrap()
@@ -70,7 +70,7 @@ fn client(at: SocketAddr, more: &str) -> Client<Body> {
 async fn config_makes_a_client_that_tries_again_and_tells_what_it_did() {
     let fails = Arc::new(AtomicUsize::new(1));
     let at = upstream(fails.clone()).await;
-    let client = client(at, "max_connections = 2");
+    let client = client(at, "connect_max_total = 2");
     let handle = client.handle();
     let caller = client.clone();
     let task = tokio::spawn(async move { caller.request(to(at)).await });
@@ -100,7 +100,7 @@ async fn config_makes_a_client_that_tries_again_and_tells_what_it_did() {
     calls(100).await;
     assert!(handle.snapshot().connections <= 2);
     let mut config = handle.config();
-    config.connections.max_connections = Some(3);
+    config.connect.max_total = Some(3);
     assert_eq!(handle.update(&config).unwrap(), Vec::<&str>::new());
     calls(100).await;
     assert!(handle.snapshot().connections <= 3);
@@ -120,7 +120,7 @@ async fn config_makes_a_client_that_calls_nobody_while_its_probe_says_that_it_is
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let at = listener.local_addr().unwrap();
     tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
-    let settings = format!("[probe]\nuri = 'http://{at}/up'\nevery = '10ms'\nfall = 2");
+    let settings = format!("[health_probe]\nuri = 'http://{at}/up'\nevery = '10ms'\nfall = 2");
     let config = ClientConfig::load("search").toml(&settings).finish().unwrap();
     let client = buttress::client::<Body>(&config).unwrap();
     let (handle, probe) = (client.handle(), client.handle().probe().unwrap());
@@ -152,7 +152,8 @@ async fn client_rejects_calls_after_one_probe_response_503() {
     let at = listener.local_addr().unwrap();
     tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
     for (settings, failures) in [("", 1), ("immediate_failure = false", 3)] {
-        let settings = format!("[probe]\nuri = 'http://{at}/up'\nevery = '10ms'\n{settings}");
+        let settings =
+            format!("[health_probe]\nuri = 'http://{at}/up'\nevery = '10ms'\n{settings}");
         let config = ClientConfig::from_toml(&settings).unwrap();
         let client = buttress::client::<Body>(&config).unwrap();
         let probe = client.handle().probe().unwrap();
@@ -169,7 +170,10 @@ async fn client_rejects_calls_after_one_probe_response_503() {
 #[tokio::test]
 async fn config_makes_a_client_of_http_2_from_the_first_byte() {
     let at = upstream(Arc::default()).await;
-    let client = client(at, "http2_only = true\nhttp2_keepalive = '30s'\ntcp_keepalive = 'off'");
+    let client = client(
+        at,
+        "connect_http2_only = true\nconnect_http2_keepalive = '30s'\nconnect_tcp_keepalive = 'off'",
+    );
     let calls = (0..50).map(|_| tokio::spawn(client.clone().oneshot(to(at))));
     for call in calls.collect::<Vec<_>>() {
         let response = net::soon(call).await.unwrap().unwrap();
@@ -223,7 +227,7 @@ async fn config_of_nobody_there_fails_in_good_time() {
 /// Whole stacks on both sides: its own client to the next, with what its caller's deadline leaves.
 async fn hop(next: SocketAddr, before: Duration) -> SocketAddr {
     let settings = "deadline_header = 'x-left'\ndeadline_keep_back = '40ms'\ndeadline_default = '2s'\ntimeout_head = '1500ms'\n\
-                    retry_attempts = 1\nconnect_timeout = '1s'\nconnection_wait = '1s'\nlimit_queue_wait = '1s'";
+                    retry_attempts = 1\nconnect_timeout = '1s'\nconnect_queue_wait = '1s'\nlimit_queue_wait = '1s'";
     let client = buttress::client::<Body>(&ClientConfig::from_toml(settings).unwrap()).unwrap();
     let handler = async move |Extension(deadline): Extension<Deadline>| {
         let mut request = to(next);

@@ -19,7 +19,7 @@ use buttress::{
     HealthProbeLayer, Rejected, RespondLayer, RetryLayer, Trip,
     call::Origin,
     config::{
-        ClientConfig, ConfigErrors, ConnectionsConfig, DeadlineConfig, HealthProbeConfig, Preset,
+        CheckHealthConfig, ClientConfig, ConfigErrors, DeadlineConfig, HealthProbeConfig, Preset,
         RetryConfig, ServerConfig,
     },
     health::{Check, Get},
@@ -214,8 +214,8 @@ fn error(result: Result<impl Sized, ConfigError>) -> String {
 
 fn config(planted: &Planted) -> ClientConfig {
     let mut config = ClientConfig::default();
-    config.probe.uri = Some(planted.uri.clone());
-    config.connections.health_uri = Some(planted.uri.clone());
+    config.health_probe.uri = Some(planted.uri.clone());
+    config.check_health.uri = Some(planted.uri.clone());
     config.deadline.header = Some(planted.uri.clone());
     config
 }
@@ -421,7 +421,7 @@ const TABLE: &[Row] = table! {
     "ClientConfig::explain": |planted| config(planted).explain(),
     "ClientConfig::check": |planted| errors(config(planted).check()),
     "ClientConfig::changes": |planted| debug(config(planted).changes(&ClientConfig::default())),
-    "ClientConfig::origin": |planted| debug(config(planted).origin("probe_uri")),
+    "ClientConfig::origin": |planted| debug(config(planted).origin("health_probe_uri")),
     "ServerConfig": |planted| {
         let mut config = ServerConfig::preset(Preset::Internal);
         config.deadline.header = Some(planted.uri.clone());
@@ -432,10 +432,10 @@ const TABLE: &[Row] = table! {
         config.uri = Some(planted.uri.clone());
         debug(&config) + &error(config.layer::<Body>())
     },
-    "ConnectionsConfig": |planted| {
-        let mut config = ConnectionsConfig::default();
-        config.health_uri = Some(planted.uri.clone());
-        debug(&config) + &error(config.layer())
+    "CheckHealthConfig": |planted| {
+        let mut config = CheckHealthConfig::default();
+        config.uri = Some(planted.uri.clone());
+        debug(&config)
     },
     "DeadlineConfig": |planted| {
         let mut config = DeadlineConfig::default();
@@ -443,7 +443,7 @@ const TABLE: &[Row] = table! {
         debug(&config) + &error(config.layer())
     },
     "Loader": |planted| {
-        let json = serde_json::json!({ "probe_uri": planted.uri, "retry_attempts": planted.uri, "nothing": "Pl4nted" });
+        let json = serde_json::json!({ "health_probe_uri": planted.uri, "retry_attempts": planted.uri, "nothing": "Pl4nted" });
         let loader = ClientConfig::load("search").json(&json.to_string()).env_from([
             ("HTTP_CLIENT_HEALTH_URI", &*planted.uri),
             ("HTTP_CLIENT_RETRY_BACKOFF", &planted.uri),
@@ -615,8 +615,7 @@ fn error_of_a_value_of_ten_mebibytes_is_short() {
         let errors = text.finish().map(drop).unwrap_err();
         assert_eq!(errors.iter().count(), 4);
         assert_short(&errors);
-        let json =
-            serde_json::json!({ "probe_uri": huge, "health_uri": huge, "deadline_header": huge });
+        let json = serde_json::json!({ "health_probe_uri": huge, "check_health_uri": huge, "deadline_header": huge });
         let config = ClientConfig::from_json(&json.to_string()).unwrap();
         assert!(config.explain().len() < 20_000);
         assert!(format!("{config:?}").len() < 10_000);

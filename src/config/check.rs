@@ -22,7 +22,7 @@ pub(super) const CLIENT: &[Rule<ClientConfig>] = &[
             keyed(&c.breaker, c.breaker.layer().err()),
             keyed(&c.limit, c.limit.layer().err()),
             keyed(&c.timeout, c.timeout.layer().err()),
-            keyed(&c.probe, c.probe.layer::<()>().err()),
+            keyed(&c.health_probe, c.health_probe.layer::<()>().err()),
         ];
         layers.into_iter().flatten().collect()
     },
@@ -75,8 +75,7 @@ fn keyed(group: &dyn Group, error: Option<ConfigError>) -> Option<ConfigError> {
         "queue_longest_wait" => "queue_wait",
         same => same,
     };
-    let row =
-        group.rows().iter().find(|row| row.key.split_once('_').is_some_and(|(_, key)| key == name));
+    let row = group.rows().iter().find(|row| row.key.strip_prefix(group.prefix()) == Some(name));
     if let Some(row) = row {
         error.field = row.key;
     }
@@ -175,7 +174,7 @@ fn attempts_beyond_the_threshold(c: &ClientConfig) -> Vec<ConfigError> {
 }
 
 fn attempt_within_connecting(c: &ClientConfig) -> Option<ConfigError> {
-    let ((each, name), connect) = (attempt(c)?, c.connections.connect_timeout);
+    let ((each, name), connect) = (attempt(c)?, c.connect.timeout);
     if each >= connect {
         return None;
     }
@@ -222,30 +221,30 @@ fn queue_beyond_the_deadline(
 }
 
 fn connection_wait_beyond_the_deadline(c: &ClientConfig) -> Option<ConfigError> {
-    let (wait, deadline) = (c.connections.connection_wait, c.deadline.default?);
-    if c.connections.connection_queue == 0 || wait <= deadline {
+    let (wait, deadline) = (c.connect.queue_wait, c.deadline.default?);
+    if c.connect.queue == 0 || wait <= deadline {
         return None;
     }
     let remedy = format!(
         "a call would wait for a connection longer than the {} that it has in all (`deadline_default`): use less than that",
         show(deadline),
     );
-    conflict("connection_wait", show(wait), remedy)
+    conflict("connect_queue_wait", show(wait), remedy)
 }
 
 fn idle_beyond_the_peers(c: &ClientConfig) -> Option<ConfigError> {
-    let peer = c.connections.peer_keep_alive?;
-    let idle = c.connections.connection_max_idle;
+    let peer = c.connect.peer_keep_alive?;
+    let idle = c.connect.max_idle;
     if idle.is_some_and(|idle| idle < peer) {
         return None;
     }
     let remedy = format!(
-        "the peer closes a connection that was idle for {} (`peer_keep_alive`), and a request that is sent just then is lost: use \
+        "the peer closes a connection that was idle for {} (`connect_peer_keep_alive`), and a request that is sent just then is lost: use \
          less, such as {}",
         show(peer),
         show(peer / 5 * 4),
     );
-    conflict("connection_max_idle", idle.map_or_else(|| "off".to_owned(), show), remedy)
+    conflict("connect_max_idle", idle.map_or_else(|| "off".to_owned(), show), remedy)
 }
 
 fn budget_that_never_pays(c: &ClientConfig) -> Option<ConfigError> {
@@ -298,10 +297,10 @@ fn settings_of_no_body_rate(timeout: &TimeoutConfig) -> Vec<ConfigError> {
 
 fn health_of_nowhere(c: &ClientConfig) -> Vec<ConfigError> {
     let whole = |uri: &str| http::Uri::try_from(uri).is_ok_and(|uri| uri.authority().is_some());
-    let asked = c.connections.health_uri.as_deref().filter(|uri| !whole(uri));
+    let asked = c.check_health.uri.as_deref().filter(|uri| !whole(uri));
     // What else is no URI the layer tells by itself.
-    let probed = c.probe.uri.as_deref().filter(|uri| uri.starts_with('/'));
-    let nowhere = [("health_uri", asked), ("probe_uri", probed)];
+    let probed = c.health_probe.uri.as_deref().filter(|uri| uri.starts_with('/'));
+    let nowhere = [("check_health_uri", asked), ("health_probe_uri", probed)];
     let told = nowhere.into_iter().filter_map(|(key, uri)| {
         let remedy = "use a whole URI, such as http://search:8080/healthz";
         conflict(key, redact::value(uri?), remedy.to_owned())
@@ -310,30 +309,28 @@ fn health_of_nowhere(c: &ClientConfig) -> Vec<ConfigError> {
 }
 
 fn connections_of_none(c: &ClientConfig) -> Vec<ConfigError> {
-    let connections = &c.connections;
-    let numbers = [
-        ("max_connections", connections.max_connections),
-        ("max_connections_per_host", connections.max_connections_per_host),
-    ];
+    let connect = &c.connect;
+    let numbers =
+        [("connect_max_total", connect.max_total), ("connect_max_per_host", connect.max_per_host)];
     let numbers = numbers.into_iter().filter(|(_, number)| *number == Some(0));
     let times = [
-        ("connect_timeout", Some(connections.connect_timeout)),
-        ("connection_max_age", connections.connection_max_age),
-        ("connection_max_idle", connections.connection_max_idle),
-        ("http2_keepalive", connections.http2_keepalive),
-        ("http2_keepalive_timeout", Some(connections.http2_keepalive_timeout)),
+        ("connect_timeout", Some(connect.timeout)),
+        ("connect_max_age", connect.max_age),
+        ("connect_max_idle", connect.max_idle),
+        ("connect_http2_keepalive", connect.http2_keepalive),
+        ("connect_http2_keepalive_timeout", Some(connect.http2_keepalive_timeout)),
     ];
     let times = times.into_iter().filter(|(_, time)| *time == Some(Duration::ZERO));
-    let tcp = connections.tcp_keepalive.filter(|time| *time < Duration::from_secs(1));
-    let tcp =
-        tcp.map(|time| conflict("tcp_keepalive", show(time), "use 1s or more, or off".into()));
-    let jitter = connections.connection_jitter;
+    let tcp = connect.tcp_keepalive.filter(|time| *time < Duration::from_secs(1));
+    let tcp = tcp
+        .map(|time| conflict("connect_tcp_keepalive", show(time), "use 1s or more, or off".into()));
+    let jitter = connect.jitter;
     let odd = !(0.0..=0.9).contains(&jitter);
-    let odd = odd.then(|| conflict("connection_jitter", jitter, "use 0 to 0.9".into()));
-    let wait = connections.connection_wait;
-    let short = connections.connection_queue > 0 && wait < Duration::from_millis(1);
+    let odd = odd.then(|| conflict("connect_jitter", jitter, "use 0 to 0.9".into()));
+    let wait = connect.queue_wait;
+    let short = connect.queue > 0 && wait < Duration::from_millis(1);
     let short = short.then(|| {
-        conflict("connection_wait", show(wait), "use 1ms or more, or a queue of 0".to_owned())
+        conflict("connect_queue_wait", show(wait), "use 1ms or more, or a queue of 0".to_owned())
     });
     let numbers = numbers.filter_map(|(key, _)| conflict(key, 0, "use 1 or more, or off".into()));
     let times = times

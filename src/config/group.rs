@@ -24,6 +24,8 @@ pub struct Row {
 pub trait Group {
     /// The layer, as the documentation has it.
     fn layer(&self) -> &'static str;
+    /// The part of the keys that the settings of this layer have in common.
+    fn prefix(&self) -> &'static str;
     fn rows(&self) -> &'static [Row];
     /// False: the value is not of that row's form.
     fn set(&mut self, row: usize, value: &Scalar) -> bool;
@@ -96,6 +98,10 @@ macro_rules! group {
         impl Group for $Name {
             fn layer(&self) -> &'static str {
                 $layer
+            }
+
+            fn prefix(&self) -> &'static str {
+                $prefix
             }
 
             fn rows(&self) -> &'static [Row] {

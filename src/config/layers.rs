@@ -259,7 +259,7 @@ impl HedgeConfig {
 group! {
     /// The settings of a [`HealthProbeLayer`] that asks by `GET`. In a whole client it is off, unless it is said where
     /// to ask: for a client of one service.
-    HealthProbeConfig for "HealthProbeLayer", prefix "probe_", on |this| this.uri.is_some();
+    HealthProbeConfig for "HealthProbeLayer", prefix "health_probe_", on |this| this.uri.is_some();
     /// What is asked in the background: a whole URI; calls are refused while it is down.
     fixed uri: Option<String> = Some("/healthz".to_owned());
     /// How long to wait from one probe to the next.
@@ -448,24 +448,24 @@ impl LimitConfig {
 // ===== Connections =====
 
 group! {
-    /// How many connections a client has, and how fresh they are.
-    ConnectionsConfig for "connections", prefix "", on |_| true;
+    /// The settings of a client's connections, a `ConnectLayer` and its client.
+    ConnectConfig for "ConnectLayer", prefix "connect_", on |_| true;
     /// How many connections there are at once, in all.
-    live max_connections: Option<u32> = None;
+    live max_total: Option<u32> = None;
     /// How many there are at once to one host.
-    live max_connections_per_host: Option<u32> = Some(64);
+    live max_per_host: Option<u32> = Some(64);
     /// How many calls may wait for one.
-    live connection_queue: u32 = 1024;
+    live queue: u32 = 1024;
     /// How long each of them may wait.
-    live connection_wait: Duration = secs(5);
+    live queue_wait: Duration = secs(5);
     /// How long connecting may take.
-    live connect_timeout: Duration = secs(5);
+    live timeout: Duration = secs(5);
     /// How old a connection may become.
-    live connection_max_age: Option<Duration> = Some(secs(300));
+    live max_age: Option<Duration> = Some(secs(300));
     /// How long it may be idle: less than the peer keeps it.
-    live connection_max_idle: Option<Duration> = Some(secs(4));
+    live max_idle: Option<Duration> = Some(secs(4));
     /// Which part of its age and idle time each connection may lack, by chance.
-    live connection_jitter: f64 = 0.2;
+    live jitter: f64 = 0.2;
     /// How long the peer keeps an idle connection, if that is known: nginx 75 s, Node.js 5 s, AWS's ALB 60 s.
     live peer_keep_alive: Option<Duration> = None;
     /// After which silence TCP asks the peer whether it is there, and again each such time: given up after three.
@@ -476,12 +476,10 @@ group! {
     fixed http2_keepalive: Option<Duration> = None;
     /// How long it may owe the answer.
     fixed http2_keepalive_timeout: Duration = secs(20);
-    /// Where a check of health asks: a whole URI.
-    live health_uri: Option<String> = None;
 }
 
 #[cfg(feature = "connect")]
-impl ConnectionsConfig {
+impl ConnectConfig {
     /// The layer.
     ///
     /// # Errors
@@ -509,17 +507,24 @@ impl ConnectionsConfig {
     pub(crate) fn apply(&self, layer: ConnectLayer) -> ConnectLayer {
         let cap = |most: Option<u32>| most.map_or(usize::MAX, |most| most as usize);
         layer
-            .max_total(cap(self.max_connections))
-            .max_per_host(cap(self.max_connections_per_host))
-            .queue(self.connection_queue as usize, self.connection_wait)
-            .connect_timeout(self.connect_timeout)
-            .max_age(self.connection_max_age)
-            .max_idle(self.connection_max_idle)
-            .jitter(self.connection_jitter)
+            .max_total(cap(self.max_total))
+            .max_per_host(cap(self.max_per_host))
+            .queue(self.queue as usize, self.queue_wait)
+            .connect_timeout(self.timeout)
+            .max_age(self.max_age)
+            .max_idle(self.max_idle)
+            .jitter(self.jitter)
     }
 }
 
 // ===== What is called =====
+
+group! {
+    /// The settings of a client's `check_health`.
+    CheckHealthConfig for "check_health", prefix "check_health_", on |this| this.uri.is_some();
+    /// The URI that `check_health` requests through the whole stack: a whole URI; off: that of the health probe.
+    live uri: Option<String> = None;
+}
 
 group! {
     /// What the calls are like.

@@ -8,7 +8,7 @@
 //!     .toml(
 //!         "
 //!         preset = 'internal'
-//!         max_connections = 50
+//!         connect_max_total = 50
 //!         [retry]
 //!         attempts = 2
 //!         [timeout]
@@ -67,8 +67,8 @@
 //! | an attempt that is due before connecting is | `timeout_head`, `retry_attempt_timeout`, `timeout_total`, `connect_timeout` |
 //! | a time for cancelled calls that ends after the attempt | `breaker_count_cancelled_after`, `timeout_head`, `retry_attempt_timeout`, `timeout_total` |
 //! | a deadline of which nothing is left | `deadline_keep_back`, `deadline_default`, `deadline_at_most` |
-//! | waiting longer than the deadline | `limit_queue_wait`, `connection_wait`, `deadline_default` |
-//! | connections idle for as long as the peer keeps them | `connection_max_idle`, `peer_keep_alive` |
+//! | waiting longer than the deadline | `limit_queue_wait`, `connect_queue_wait`, `deadline_default` |
+//! | connections idle for as long as the peer keeps them | `connect_max_idle`, `connect_peer_keep_alive` |
 //! | a retry budget that can never pay | `retry_budget_ratio`, `retry_budget_per_second` |
 //! | settings of a minimum body rate where there is none | `timeout_body_grace`, `timeout_min_body_rate_for_grpc` |
 //! | a total on a stream | `streaming`, `timeout_total`, `deadline_default` |
@@ -90,7 +90,7 @@
 //!
 //! The fields are public: a program may set them, and `explain` says so. [`changes`](ClientConfig::changes) tells what
 //! differs between two configurations, and which of that can change while the stack runs: all but
-//! `deadline_header`, the retry budget, hedges, probes, a circuit's window and the kinds of its rules, `tcp_keepalive` and `http2_…`,
+//! `deadline_header`, the retry budget, hedges, probes, a circuit's window and the kinds of its rules, `connect_tcp_keepalive` and `connect_http2_…`,
 //! which `explain` marks with a `*`.
 //!
 //! # Layers of one's own stack
@@ -116,8 +116,8 @@ mod value;
 
 pub use self::{
     layers::{
-        BreakerConfig, CallsConfig, ConnectionsConfig, DeadlineConfig, HealthProbeConfig,
-        HedgeConfig, LimitConfig, RetryConfig, TimeoutConfig,
+        BreakerConfig, CallsConfig, CheckHealthConfig, ConnectConfig, DeadlineConfig,
+        HealthProbeConfig, HedgeConfig, LimitConfig, RetryConfig, TimeoutConfig,
     },
     load::{ConfigErrors, Loader, Origin},
     presets::Preset,

@@ -40,7 +40,7 @@ impl Preset {
                 ("timeout_first_frame", "5s"),
                 ("timeout_idle", "10s"),
                 ("timeout_sending", "10s"),
-                ("connection_wait", "1s"),
+                ("connect_queue_wait", "1s"),
                 ("connect_timeout", "1s"),
             ],
             Self::Slow => &[
@@ -54,7 +54,7 @@ impl Preset {
                 ("timeout_first_frame", "60s"),
                 ("timeout_idle", "120s"),
                 ("timeout_sending", "120s"),
-                ("connection_wait", "15s"),
+                ("connect_queue_wait", "15s"),
                 ("connect_timeout", "10s"),
             ],
             Self::Llm => &[
@@ -72,8 +72,8 @@ impl Preset {
                 ("timeout_first_frame", "180s"),
                 ("timeout_idle", "60s"),
                 ("timeout_total", "off"),
-                ("max_connections_per_host", "8"),
-                ("connection_wait", "60s"),
+                ("connect_max_per_host", "8"),
+                ("connect_queue_wait", "60s"),
                 ("connect_timeout", "10s"),
             ],
         }

@@ -7,8 +7,8 @@ use super::{
     check::{self, Rule},
     group::{Group, Row},
     layers::{
-        BreakerConfig, CallsConfig, ConnectionsConfig, DeadlineConfig, HealthProbeConfig,
-        HedgeConfig, LimitConfig, RetryConfig, TimeoutConfig,
+        BreakerConfig, CallsConfig, CheckHealthConfig, ConnectConfig, DeadlineConfig,
+        HealthProbeConfig, HedgeConfig, LimitConfig, RetryConfig, TimeoutConfig,
     },
     load::{ConfigErrors, Loader, Origin, Origins, Stack},
     value::{Scalar, Tree},
@@ -204,9 +204,11 @@ stack! {
     /// How long an attempt may take.
     timeout: TimeoutConfig = TimeoutConfig::default();
     /// Whether what is called is well, where [`client`](crate::stack::client) makes the stack.
-    probe: HealthProbeConfig = HealthProbeConfig::off();
+    health_probe: HealthProbeConfig = HealthProbeConfig::off();
     /// What the calls go over.
-    connections: ConnectionsConfig = ConnectionsConfig::default();
+    connect: ConnectConfig = ConnectConfig::default();
+    /// What `check_health` requests, where [`client`](crate::stack::client) makes the stack.
+    check_health: CheckHealthConfig = CheckHealthConfig::default();
     /// What the calls are like.
     calls: CallsConfig = CallsConfig::default();
 }
@@ -286,7 +288,7 @@ impl<C: Stack> fmt::Display for Explained<'_, C> {
                 };
                 let (value, from) = (value.redacted(), from.to_string());
                 let mark = if row.live { ' ' } else { '*' };
-                writeln!(f, "{mark} {:25} {value:12} {from:wide$} {}", row.key, row.doc.trim())?;
+                writeln!(f, "{mark} {:31} {value:12} {from:wide$} {}", row.key, row.doc.trim())?;
             }
             if let Some(note) = note(group) {
                 writeln!(f, "  note: {note}")?;

@@ -153,7 +153,7 @@ impl ClientHandle {
     }
 
     /// The health probe's own handle: what it found, and to wait for its next change. None unless
-    /// `buttress::client` made the stack, with a `probe_uri`.
+    /// `buttress::client` made the stack, with a `health_probe_uri`.
     #[must_use]
     pub fn probe(&self) -> Option<HealthProbeHandle> {
         self.stack.probe.clone()
@@ -214,7 +214,7 @@ impl ClientHandle {
         next.breaker.update(&stack.breaker).map_err(one)?;
         #[cfg(feature = "connect")]
         if let Some(connections) = &stack.connections {
-            drop(next.connections.apply(connections.clone()));
+            drop(next.connect.apply(connections.clone()));
         }
         Ok(())
     }

@@ -40,7 +40,7 @@ type Empty = String;
 
 /// The recommended client, as this configuration says: a [`ClientStack`] around a [`connect::Client`].
 ///
-/// With a `probe_uri` the service is asked in the background, over a connection of its own, and calls are refused
+/// With a `health_probe_uri` the service is asked in the background, over a connection of its own, and calls are refused
 /// while it is down: from the first call on, where this is not called in a Tokio runtime.
 ///
 /// For `http`, and with the feature `rustls` for `https` too. It is a Tower service as well, for layers around it.
@@ -69,19 +69,19 @@ where
 {
     let one = |error: ConfigError| ConfigErrors(vec![error]);
     let mut stack = ClientStack::new(config)?;
-    let mut connections = config.connections.layer().map_err(one)?;
+    let mut connections = config.connect.layer().map_err(one)?;
     if !config.name.is_empty() {
         connections = connections.name(&config.name);
     }
     stack.connections = Some(connections.clone());
-    let mut probe = config.probe.layer::<Empty>().map_err(one)?;
+    let mut probe = config.health_probe.layer::<Empty>().map_err(one)?;
     if !config.name.is_empty() {
         probe = probe.name(&config.name);
     }
-    if config.probe.uri.is_some() {
+    if config.health_probe.uri.is_some() {
         stack.probe = Some(probe.handle());
         // Over a connection of its own: one that hung calls cannot take.
-        let time = config.connections.connect_timeout;
+        let time = config.connect.timeout;
         let own = ConnectLayer::new().max_per_host(1).connect_timeout(time);
         drop(probe.layer(over::<Empty>(config, own)?));
     }
@@ -99,7 +99,7 @@ where
     B::Data: Send,
     B::Error: Into<BoxError>,
 {
-    let builder = config.connections.client(connections);
+    let builder = config.connect.client(connections);
     #[cfg(feature = "rustls")]
     let client = builder.build_https().map_err(|error| {
         let remedy = "the system's certificates cannot be read: install them";
@@ -155,11 +155,11 @@ where
     B::Data: Send,
     B::Error: Into<BoxError>,
 {
-    /// Asks the service at the `health_uri` of the configuration, or else its `probe_uri`, through the whole stack: a
+    /// Asks the service at the `check_health_uri` of the configuration, or else its `health_probe_uri`, through the whole stack: a
     /// 2xx is well. Without one, tells what the stack knows.
     pub async fn check_health(&self) -> HealthCheck {
         let config = self.handle.config();
-        let uri = config.connections.health_uri.or(config.probe.uri);
+        let uri = config.check_health.uri.or(config.health_probe.uri);
         let Some(uri) = uri.and_then(|uri| Uri::try_from(uri).ok()) else {
             return self.handle.check_health(async { Ok::<_, BoxError>(Response::new(())) }).await;
         };

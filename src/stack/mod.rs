@@ -33,7 +33,7 @@
 //! | [`ConcurrencyLimitLayer`](crate::ConcurrencyLimitLayer) | [`ConcurrencyLimitLayer`](crate::ConcurrencyLimitLayer) |
 //! | [`DeadlineLayer`](crate::DeadlineLayer): tells the next hop what is left | |
 //! | [`TimeoutLayer`](crate::TimeoutLayer): the times of an attempt | [`TimeoutLayer::server`](crate::TimeoutLayer::server) |
-//! | [`HealthProbeLayer`](crate::HealthProbeLayer), in `buttress::client` and with a `probe_uri` | |
+//! | [`HealthProbeLayer`](crate::HealthProbeLayer), in `buttress::client` and with a `health_probe_uri` | |
 //! | the client | the routes |
 //!
 //! A layer that is off lets everything through: the type is the same.

@@ -103,7 +103,7 @@ fn a_deadline_of_which_nothing_is_left() {
 
 #[test]
 fn a_wait_in_the_queue_beyond_the_deadline() {
-    let base = "deadline_default = '90s'\nconnection_wait = '5s'\n";
+    let base = "deadline_default = '90s'\nconnect_queue_wait = '5s'\n";
     one(
         &format!("{base}limit_queue_wait = '2m'"),
         &format!("{base}limit_queue_wait = '2m'\nlimit_queue = 0"),
@@ -111,9 +111,9 @@ fn a_wait_in_the_queue_beyond_the_deadline() {
          (`deadline_default`): use less than that",
     );
     one(
-        "deadline_default = '90s'\nconnection_wait = '2m'",
-        "deadline_default = '3m'\nconnection_wait = '2m'",
-        "`connection_wait` is 2m: a call would wait for a connection longer than the 1m 30s that it has in all \
+        "deadline_default = '90s'\nconnect_queue_wait = '2m'",
+        "deadline_default = '3m'\nconnect_queue_wait = '2m'",
+        "`connect_queue_wait` is 2m: a call would wait for a connection longer than the 1m 30s that it has in all \
          (`deadline_default`): use less than that",
     );
     let server =
@@ -124,12 +124,12 @@ fn a_wait_in_the_queue_beyond_the_deadline() {
 #[test]
 fn an_idle_age_that_is_not_under_the_peers_keep_alive() {
     one(
-        "connection_max_idle = '5s'\npeer_keep_alive = '5s'",
-        "connection_max_idle = '4s'\npeer_keep_alive = '5s'",
-        "`connection_max_idle` is 5s: the peer closes a connection that was idle for 5s (`peer_keep_alive`), and a \
+        "connect_max_idle = '5s'\nconnect_peer_keep_alive = '5s'",
+        "connect_max_idle = '4s'\nconnect_peer_keep_alive = '5s'",
+        "`connect_max_idle` is 5s: the peer closes a connection that was idle for 5s (`connect_peer_keep_alive`), and a \
          request that is sent just then is lost: use less, such as 4s",
     );
-    assert_eq!(told("connection_max_idle = 'off'\npeer_keep_alive = '75s'").len(), 1);
+    assert_eq!(told("connect_max_idle = 'off'\nconnect_peer_keep_alive = '75s'").len(), 1);
 }
 
 #[test]
@@ -189,19 +189,19 @@ fn what_a_layer_itself_refuses_has_its_settings_name() {
         ("breaker_open_for_max = '1s'", "breaker_open_for_max"),
         ("breaker_probe_lease = 0", "breaker_probe_lease"),
         ("breaker_failure_ratio = 0.5\nbreaker_window = '1ms'", "breaker_window"),
-        ("max_connections = 0", "max_connections"),
-        ("connection_max_age = 0", "connection_max_age"),
-        ("connection_wait = 0", "connection_wait"),
-        ("health_uri = '/healthz'", "health_uri"),
-        ("health_uri = 'a b'", "health_uri"),
-        ("probe_uri = '/healthz'", "probe_uri"),
-        ("probe_uri = 'healthz'", "probe_uri"),
-        ("probe_every = '0s'", "probe_every"),
-        ("probe_fall = 0", "probe_fall"),
-        ("connection_jitter = 1", "connection_jitter"),
-        ("tcp_keepalive = '900ms'", "tcp_keepalive"),
-        ("http2_keepalive = 0", "http2_keepalive"),
-        ("http2_keepalive_timeout = 0", "http2_keepalive_timeout"),
+        ("connect_max_total = 0", "connect_max_total"),
+        ("connect_max_age = 0", "connect_max_age"),
+        ("connect_queue_wait = 0", "connect_queue_wait"),
+        ("check_health_uri = '/healthz'", "check_health_uri"),
+        ("check_health_uri = 'a b'", "check_health_uri"),
+        ("health_probe_uri = '/healthz'", "health_probe_uri"),
+        ("health_probe_uri = 'healthz'", "health_probe_uri"),
+        ("health_probe_every = '0s'", "health_probe_every"),
+        ("health_probe_fall = 0", "health_probe_fall"),
+        ("connect_jitter = 1", "connect_jitter"),
+        ("connect_tcp_keepalive = '900ms'", "connect_tcp_keepalive"),
+        ("connect_http2_keepalive = 0", "connect_http2_keepalive"),
+        ("connect_http2_keepalive_timeout = 0", "connect_http2_keepalive_timeout"),
     ] {
         let told = told(toml);
         assert!(

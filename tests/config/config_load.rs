@@ -18,7 +18,7 @@ fn search() -> Loader<ClientConfig> {
 fn the_same_in_toml_json_and_an_environment() {
     let toml = "
         preset = 'internal'
-        max_connections = 50
+        connect_max_total = 50
         [timeout]
         head = 2.5
         idle = 'off'
@@ -26,11 +26,11 @@ fn the_same_in_toml_json_and_an_environment() {
         attempts = 2
         budget.ratio = 0.1
     ";
-    let json = r#"{"preset": "internal", "max_connections": 50, "timeout_idle": null,
+    let json = r#"{"preset": "internal", "connect_max_total": 50, "timeout_idle": null,
         "timeout": {"head": "2s 500ms"}, "retry": {"attempts": 2, "budget_ratio": 0.1}}"#;
     let env = [
         ("HTTP_CLIENT_PRESET", "internal"),
-        ("HTTP_CLIENT_MAX_CONNECTIONS", "50"),
+        ("HTTP_CLIENT_CONNECT_MAX_TOTAL", "50"),
         ("HTTP_CLIENT_TIMEOUT_HEAD", "2500ms"),
         ("HTTP_CLIENT_TIMEOUT_IDLE", "off"),
         ("HTTP_CLIENT_RETRY_ATTEMPTS", "2"),
@@ -40,7 +40,7 @@ fn the_same_in_toml_json_and_an_environment() {
     let all = [search().toml(toml), search().json(json), search().env_from(env)];
     let all = all.map(|loader| loader.finish().unwrap());
     for config in &all {
-        assert_eq!(config.connections.max_connections, Some(50));
+        assert_eq!(config.connect.max_total, Some(50));
         assert_eq!(config.timeout.head, Some(Duration::from_millis(2500)));
         assert_eq!((config.timeout.idle, config.retry.attempts), (None, 2));
         assert_eq!(config.retry.budget_ratio, 0.1);
@@ -54,31 +54,31 @@ fn the_same_in_toml_json_and_an_environment() {
     assert!(read.changes(&all[0]).is_empty(), "{written}");
     let changed = ClientConfig::default().changes(&all[0]);
     let live = |key| changed.iter().find(|change| change.key == key).unwrap().live;
-    assert!(live("timeout_head") && live("max_connections") && !live("retry_budget_ratio"));
+    assert!(live("timeout_head") && live("connect_max_total") && !live("retry_budget_ratio"));
 }
 
 #[test]
 fn a_services_own_variables_go_before_the_common_ones_and_both_before_files() {
     let env = [
-        ("SEARCH_HTTP_CLIENT_MAX_CONNECTIONS", "7"),
-        ("HTTP_CLIENT_MAX_CONNECTIONS", "50"),
+        ("SEARCH_HTTP_CLIENT_CONNECT_MAX_TOTAL", "7"),
+        ("HTTP_CLIENT_CONNECT_MAX_TOTAL", "50"),
         ("HTTP_CLIENT_CONNECT_TIMEOUT", "1s"),
         ("BILLING_HTTP_CLIENT_CONNECT_TIMEOUT", "9s"),
         ("HTTP_SERVER_LIMIT_MAX", "nonsense"),
     ];
-    let file = "max_connections = 99\nconnect_timeout = '8s'\ntimeout_head = '20s'";
+    let file = "connect_max_total = 99\nconnect_timeout = '8s'\ntimeout_head = '20s'";
     let config = search().toml(file).env_from(env).finish().unwrap();
-    assert_eq!(config.connections.max_connections, Some(7));
-    assert_eq!(config.connections.connect_timeout, secs(1));
+    assert_eq!(config.connect.max_total, Some(7));
+    assert_eq!(config.connect.timeout, secs(1));
     let origin = |key| config.origin(key).unwrap().to_string();
-    assert_eq!(origin("max_connections"), "env SEARCH_HTTP_CLIENT_MAX_CONNECTIONS");
+    assert_eq!(origin("connect_max_total"), "env SEARCH_HTTP_CLIENT_CONNECT_MAX_TOTAL");
     assert_eq!(origin("connect_timeout"), "env HTTP_CLIENT_CONNECT_TIMEOUT");
     assert_eq!(origin("timeout_head"), "file TOML");
     assert_eq!(config.origin("timeout_idle"), Some(Origin::Default));
     assert_eq!(config.origin("no_such_key"), None);
     let other = ClientConfig::load("billing").env_from(env).finish().unwrap();
-    assert_eq!(other.connections.max_connections, Some(50));
-    assert_eq!(other.connections.connect_timeout, secs(9));
+    assert_eq!(other.connect.max_total, Some(50));
+    assert_eq!(other.connect.timeout, secs(9));
     // A name of several words, and none at all.
     let named = ClientConfig::load("user-db").env_from([("USER_DB_HTTP_CLIENT_STREAMING", "true")]);
     assert!(named.finish().unwrap().calls.streaming);
@@ -90,7 +90,7 @@ fn a_services_own_variables_go_before_the_common_ones_and_both_before_files() {
 fn a_key_that_nobody_knows_is_refused_with_the_nearest_one() {
     for (key, nearest) in [
         ("retry_atempts", "retry_attempts"),
-        ("max_conections", "max_connections"),
+        ("conect_max_total", "connect_max_total"),
         ("timeout_hed", "timeout_head"),
         ("presett", "preset"),
         ("", "preset"),
@@ -142,7 +142,7 @@ fn what_is_empty_or_no_utf_8_or_said_twice_is_told() {
     for (name, wants) in [
         ("RETRY_ATTEMPTS", "a whole number, 0 or more"),
         ("TIMEOUT_HEAD", "a time such as 250ms, 1m 30s or, in seconds, 2.5"),
-        ("HEALTH_URI", "a text"),
+        ("CHECK_HEALTH_URI", "a text"),
         ("PRESET", "one of internal, slow, llm"),
     ] {
         let (name, key) = (format!("HTTP_CLIENT_{name}"), name.to_lowercase());
@@ -256,7 +256,7 @@ fn presets_work_as_they_are_and_are_told_apart() {
     assert!(llm.timeout.first_frame > Some(secs(100)), "a long first frame");
     assert!(llm.timeout.idle.is_some(), "silences bounded");
     assert_eq!((llm.timeout.total, llm.deadline.default), (None, None), "and no total");
-    assert!(llm.connections.max_connections_per_host < Some(10), "few connections");
+    assert!(llm.connect.max_per_host < Some(10), "few connections");
     // What is loaded goes before what the program said.
     let loaded = search().toml("preset = 'slow'").preset(Preset::Llm).finish().unwrap();
     assert_eq!(loaded.timeout.head, Some(secs(60)));
@@ -310,7 +310,8 @@ fn it_explains_the_stack_outermost_first_with_where_each_value_came_from() {
         "\nConcurrencyLimitLayer (off)",
         "\nTimeoutLayer",
         "\nHealthProbeLayer (off)",
-        "\nconnections",
+        "\nConnectLayer",
+        "\ncheck_health",
         "\ncalls",
     ];
     assert!(order.map(at).is_sorted(), "{told}");
@@ -327,7 +328,9 @@ fn it_explains_the_stack_outermost_first_with_where_each_value_came_from() {
     assert_eq!(line("limit_queue "), "limit_queue 1024 default How");
     // One that no handle can change is marked, and no other.
     let marked: Vec<_> = told.lines().filter_map(|line| line.strip_prefix("* ")).collect();
-    for (key, fixed) in [("deadline_header ", true), ("http2_only ", true), ("limit_max ", false)] {
+    for (key, fixed) in
+        [("deadline_header ", true), ("connect_http2_only ", true), ("limit_max ", false)]
+    {
         assert_eq!(marked.iter().any(|line| line.starts_with(key)), fixed, "{key}");
     }
     // However long a variable's name is, the sentences are below each other.

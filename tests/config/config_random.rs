@@ -60,23 +60,25 @@ fn plausible(key: &str) -> BoxedStrategy<Value> {
             prop::sample::select(vec!["internal", "slow", "llm"]).prop_map(Value::from).boxed()
         }
         "streaming"
-        | "http2_only"
+        | "connect_http2_only"
         | "timeout_min_body_rate_for_grpc"
         | "retry_wait_on_rejection"
-        | "probe_immediate_failure"
+        | "health_probe_immediate_failure"
         | "limit_exempt_grpc_health" => any::<bool>().prop_map(Value::from).boxed(),
         "retry_unprocessed" => {
             prop::sample::select(vec![json!([429, 529]), json!("503"), json!([200]), json!("off")])
                 .boxed()
         }
         "deadline_header" => text("x-left").boxed(),
-        "health_uri" | "probe_uri" => text("http://search:8080/healthz").boxed(),
+        "check_health_uri" | "health_probe_uri" => text("http://search:8080/healthz").boxed(),
         "breaker_failure_ratio"
         | "retry_budget_ratio"
-        | "connection_jitter"
+        | "connect_jitter"
         | "hedge_percentile"
         | "hedge_budget_ratio"
-        | "probe_jitter" => (1u32..1000).prop_map(|part| json!(f64::from(part) / 1000.0)).boxed(),
+        | "health_probe_jitter" => {
+            (1u32..1000).prop_map(|part| json!(f64::from(part) / 1000.0)).boxed()
+        }
         _ => {
             let number = || prop::sample::select(vec![1u32, 2, 3, 5, 10, 20, 50, 100, 300]);
             let millis =
@@ -190,8 +192,8 @@ fn client_works(config: &ClientConfig, keys: &[String]) -> Result<bool, TestCase
     prop_assert!(read.changes(config).is_empty(), "{:?} {}", read.changes(config), written);
     #[cfg(feature = "connect")]
     {
-        let layer = config.connections.layer().expect("what was checked can be built");
-        let _ = config.connections.client(layer).checked().expect("what was checked can be built");
+        let layer = config.connect.layer().expect("what was checked can be built");
+        let _ = config.connect.client(layer).checked().expect("what was checked can be built");
     }
     paused(async {
         let stack = ClientStack::new(config).expect("what was checked can be built");

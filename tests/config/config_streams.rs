@@ -119,7 +119,7 @@ impl Both {
             .route("/ends", get(async || frames(true)))
             .route("/silent", get(async || frames(false)))
             .layer(server.clone());
-        let connections = &self.client.connections;
+        let connections = &self.client.connect;
         let builder = connections.client(connections.layer().unwrap());
         let stack = ClientStack::new(&self.client).unwrap();
         let client = stack.layer(builder.build(connector(app)));
@@ -151,7 +151,7 @@ fn all() -> impl Iterator<Item = Both> {
     let both = presets.into_iter().flat_map(|preset| [(preset, false), (preset, true)]);
     both.map(|(preset, http2)| {
         let mut client = preset.map_or_else(ClientConfig::default, ClientConfig::preset);
-        client.connections.http2_only = http2;
+        client.connect.http2_only = http2;
         let server = preset.map_or_else(ServerConfig::default, ServerConfig::preset);
         Both { client, server }
     })

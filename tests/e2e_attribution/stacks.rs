@@ -283,7 +283,7 @@ fn by_hand(wire: Wire) -> Stack {
 fn config(wire: Wire) -> ClientConfig {
     let mut config = ClientConfig::default();
     config.deadline.header = Some(DEADLINE_HEADER.to_owned());
-    config.connections.http2_only = matches!(wire, Wire::Http2);
+    config.connect.http2_only = matches!(wire, Wire::Http2);
     config
 }
 

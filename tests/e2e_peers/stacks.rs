@@ -46,7 +46,7 @@ pub fn ready_made(is_http2: bool) -> (impl HttpClient, CircuitBreakerHandle) {
 pub fn config(is_http2: bool) -> ClientConfig {
     let mut config = ClientConfig::default();
     config.name = "peer".to_owned();
-    config.connections.http2_only = is_http2;
+    config.connect.http2_only = is_http2;
     config
 }
 
