@@ -113,7 +113,8 @@ impl fmt::Display for Chain<'_> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ConfigError {
-    /// The setting, as the setter is called: `queue.max_wait`.
+    /// The setting, as the setter is called: `queue.max_wait`. It is `unknown setting` if there is no such setting, and
+    /// [`value`](Self::value) is the unknown name.
     pub field: &'static str,
     /// The value that was set, at most 256 bytes of it. Userinfo, query and fragment of URIs are replaced by `***`.
     pub value: String,
@@ -122,6 +123,9 @@ pub struct ConfigError {
 }
 
 impl ConfigError {
+    /// The [`field`](Self::field) of an error of which the value is the name of an unknown setting.
+    pub(crate) const UNKNOWN_SETTING: &'static str = "unknown setting";
+
     pub(crate) fn new(
         field: &'static str,
         value: impl fmt::Debug,
@@ -144,7 +148,10 @@ impl ConfigError {
 
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "`{}` is {}: {}", self.field, self.value, self.remedy)
+        match self.field {
+            Self::UNKNOWN_SETTING => write!(f, "{} `{}`: {}", self.field, self.value, self.remedy),
+            field => write!(f, "`{field}` is {}: {}", self.value, self.remedy),
+        }
     }
 }
 

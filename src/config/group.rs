@@ -3,7 +3,7 @@
 use serde::{Deserialize, Deserializer, de::Error};
 
 use super::{
-    load::nearest,
+    load::near_miss,
     value::{Scalar, Tree},
 };
 use crate::{ConfigError, redact};
@@ -44,10 +44,14 @@ pub(super) fn fill<'de, D: Deserializer<'de>>(
         let rows = group.rows();
         let named = |row: &Row| row.key == key || row.key.strip_prefix(prefix) == Some(&*key);
         let Some(nth) = rows.iter().position(named) else {
-            let nearest = nearest(&format!("{prefix}{key}"), rows.iter());
-            let nearest = nearest.strip_prefix(prefix).unwrap_or(nearest);
-            let remedy = format!("there is no such setting; the nearest is `{nearest}`");
-            let error = ConfigError::new("key", format_args!("{}", redact::value(&key)), remedy);
+            let nearest = near_miss(&format!("{prefix}{key}"), rows.iter());
+            let remedy = match nearest.map(|near| near.strip_prefix(prefix).unwrap_or(near)) {
+                Some(nearest) => format!("use `{nearest}`"),
+                None => "leave it out".to_owned(),
+            };
+            let key = redact::value(&key);
+            let error =
+                ConfigError::new(ConfigError::UNKNOWN_SETTING, format_args!("{key}"), remedy);
             return Err(D::Error::custom(error));
         };
         if !group.set(nth, &value) {

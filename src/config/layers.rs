@@ -156,8 +156,10 @@ group! {
     RetryConfig for "RetryLayer", prefix "retry_", on |this| this.attempts > 1;
     /// How many attempts are made at most, the first one included; 1 is no retry.
     live attempts: u32 = 3;
-    /// The first wait; it doubles with each further one, with full jitter.
+    /// The first wait; it grows with each further one, with full jitter.
     live backoff: Duration = ms(50);
+    /// The factor by which each wait is longer than the one before; 1 or more.
+    live backoff_factor: f64 = 2.0;
     /// The longest wait of the backoff.
     live backoff_max: Duration = secs(5);
     /// The maximum wait that a server may ask for; off: 30 s without a deadline, no maximum with one.
@@ -201,7 +203,11 @@ impl RetryConfig {
     pub(crate) fn apply(&self, layer: RetryLayer) -> RetryLayer {
         layer
             .attempts(self.attempts)
-            .backoff(Backoff::exponential(self.backoff).max(self.backoff_max))
+            .backoff(
+                Backoff::exponential(self.backoff)
+                    .factor(self.backoff_factor)
+                    .max(self.backoff_max),
+            )
             .max_wait(self.max_wait)
             .hint_jitter(self.hint_jitter)
             .wait_on_rejection(self.wait_on_rejection)

@@ -11,6 +11,7 @@ use std::{
 
 use super::{
     Preset,
+    alias::{Alias, Target},
     group::{Group, Row},
     value::{Scalar, Tree},
 };
@@ -92,8 +93,10 @@ impl std::error::Error for ConfigErrors {}
 pub trait Stack: Default {
     /// `client` or `server`.
     const KIND: &'static str;
-    /// What environment variables for every service begin with.
+    /// The default prefix of the environment variables for every service.
     const PREFIX: &'static str;
+    /// The names of environment variables that are not keys.
+    const ALIASES: &'static [Alias];
 
     /// Its layers' settings, outermost first.
     fn groups(&self) -> Vec<&dyn Group>;
@@ -142,6 +145,9 @@ struct Said {
 #[must_use = "nothing is loaded before `finish`"]
 pub struct Loader<C> {
     name: String,
+    /// The prefix of environment variables for every service.
+    env_prefix: String,
+    has_read_env: bool,
     said: Vec<Said>,
     errors: Vec<ConfigError>,
     of: PhantomData<fn() -> C>,
@@ -168,7 +174,14 @@ impl fmt::Debug for Said {
 
 impl<C: Stack> Loader<C> {
     pub(super) fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), said: Vec::new(), errors: Vec::new(), of: PhantomData }
+        Self {
+            name: name.to_owned(),
+            env_prefix: C::PREFIX.to_owned(),
+            has_read_env: false,
+            said: Vec::new(),
+            errors: Vec::new(),
+            of: PhantomData,
+        }
     }
 
     /// What a TOML text says: `retry_attempts = 2`, or `attempts = 2` in a table `retry`.
@@ -225,8 +238,52 @@ impl<C: Stack> Loader<C> {
         self
     }
 
+    /// Sets the prefix of environment variables, instead of `HTTP_CLIENT_` or `HTTP_SERVER_`. Must be called before
+    /// [`env`](Self::env).
+    ///
+    /// With the prefix `ACME_`, `ACME_RETRY_ATTEMPTS` is for every service and `SEARCH_ACME_RETRY_ATTEMPTS` for the one
+    /// called `search`. Each variable with the prefix has to be a setting, so a client and a server need different ones.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use buttress::config::ClientConfig;
+    ///
+    /// let variables = [("ACME_RETRY_ATTEMPTS", "2")];
+    /// let config = ClientConfig::load("search").env_prefix("ACME_").env_from(variables).finish()?;
+    /// assert_eq!(config.retry.attempts, 2);
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// [`finish`](Self::finish) fails for a prefix that is not made of ASCII letters, digits and `_`, or does not end with
+    /// `_`, and for one that comes after the variables have been read.
+    pub fn env_prefix(mut self, prefix: &str) -> Self {
+        let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let remedy = if self.has_read_env {
+            Some("set it before the variables are read by `env`")
+        } else if prefix.trim_matches('_').is_empty()
+            || !prefix.chars().all(is_name)
+            || !prefix.ends_with('_')
+        {
+            Some("use letters, digits and `_`, with `_` at the end, such as ACME_")
+        } else {
+            None
+        };
+        match remedy {
+            None => prefix.clone_into(&mut self.env_prefix),
+            Some(remedy) => {
+                let prefix = if prefix.is_empty() { "empty" } else { prefix };
+                self.wrong("env_prefix", prefix, remedy.to_owned());
+            }
+        }
+        self
+    }
+
     /// What the environment says: `HTTP_CLIENT_RETRY_ATTEMPTS` for every service, then
     /// `SEARCH_HTTP_CLIENT_RETRY_ATTEMPTS` for the one called `search`. A server's begin with `HTTP_SERVER_`.
+    /// [`env_prefix`](Self::env_prefix) sets another prefix.
+    ///
+    /// A client also reads the names that other HTTP clients have for these settings: see the
+    /// [module](crate::config#names-of-other-clients).
     ///
     /// Kubernetes and Docker inject variables for each service that a container can reach. Those of a service called
     /// `http-server`, `http-server-…` or `search-http-client` have the same prefix. They are ignored.
@@ -242,7 +299,8 @@ impl<C: Stack> Loader<C> {
     {
         let own = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' };
         let own: String = self.name.chars().map(own).collect();
-        let own = format!("{own}_{}", C::PREFIX);
+        let own = format!("{own}_{}", self.env_prefix);
+        self.has_read_env = true;
         let defaults = C::default();
         let is_known = |key: &str| {
             let mut rows = defaults.groups().into_iter().flat_map(Group::rows);
@@ -252,7 +310,8 @@ impl<C: Stack> Loader<C> {
         for (name, value) in variables {
             // What is no UTF-8 after a prefix of ours is no key that anybody knows.
             let name = name.into().to_string_lossy().into_owned();
-            let (of_own, key) = match (name.strip_prefix(&own), name.strip_prefix(C::PREFIX)) {
+            let (of_own, key) = match (name.strip_prefix(&own), name.strip_prefix(&self.env_prefix))
+            {
                 (Some(key), _) if !self.name.is_empty() => (true, key),
                 (_, Some(key)) => (false, key),
                 _ => continue,
@@ -263,17 +322,33 @@ impl<C: Stack> Loader<C> {
                 continue;
             }
             match value.into_string() {
-                Ok(value) => found.push((of_own, name, key, value)),
+                Ok(value) => found.push((of_own, alias::<C>(&key).is_none(), name, key, value)),
                 Err(_) => self.wrong("environment", &name, "use UTF-8".to_owned()),
             }
         }
-        // The common ones first; the order of an environment means nothing.
+        // The common ones first, and of each kind the aliases first: a later value replaces an earlier one. The order of
+        // an environment means nothing.
         found.sort();
-        self.said.extend(found.into_iter().map(|(_, name, key, value)| Said {
-            key,
-            value: Scalar::Text(value),
-            origin: Origin::Env(name),
-        }));
+        for (_, _, name, key, value) in found {
+            let (keys, value) = match alias::<C>(&key).map(|alias| &alias.to) {
+                Some(Target::Keys(keys)) => (*keys, Scalar::Text(value)),
+                Some(Target::Attempts(key)) => {
+                    let attempts =
+                        value.trim().parse::<u32>().map(|retries| i64::from(retries) + 1);
+                    (std::slice::from_ref(key), attempts.map_or(Scalar::Text(value), Scalar::Int))
+                }
+                Some(Target::Nothing(_)) | None => {
+                    let origin = Origin::Env(name);
+                    self.said.push(Said { key, value: Scalar::Text(value), origin });
+                    continue;
+                }
+            };
+            self.said.extend(keys.iter().map(|key| Said {
+                key: (*key).to_owned(),
+                value: value.clone(),
+                origin: Origin::Env(name.clone()),
+            }));
+        }
         self
     }
 
@@ -288,7 +363,7 @@ impl<C: Stack> Loader<C> {
     ///
     /// # Errors
     ///
-    /// All that cannot be read: files, values, keys that nobody knows, each with what is nearest to it. Whether
+    /// All that cannot be read: files, values, and unknown keys, each with the one that it is a misspelling of, if any. Whether
     /// the settings fit each other is asked by `check`.
     pub fn finish(mut self) -> Result<C, ConfigErrors> {
         let mut config = C::default();
@@ -340,10 +415,12 @@ impl<C: Stack> Loader<C> {
         }
         const PRESET: &Row = &Row { key: "preset", doc: "", wants: "", live: false };
         let rows = config.groups().into_iter().flat_map(Group::rows);
-        let nearest = nearest(&said.key, rows.chain([PRESET]));
-        let remedy =
-            format!("there is no such setting ({}); the nearest is `{nearest}`", said.origin);
-        self.wrong("key", &said.key, remedy);
+        let near =
+            || near_miss(&said.key, rows.chain([PRESET])).map(|near| format!("use `{near}`"));
+        let remedy = alias::<C>(&said.key).map(|alias| alias.to.remedy()).or_else(near);
+        let remedy = remedy.as_deref().unwrap_or("leave it out");
+        let remedy = format!("{remedy} ({})", said.origin);
+        self.wrong(ConfigError::UNKNOWN_SETTING, &said.key, remedy);
     }
 
     fn not_of_form(&mut self, key: &'static str, said: &Said, wants: &str) {
@@ -394,8 +471,23 @@ fn is_service_link(key: &str, value: &str) -> bool {
 
 // ===== What was meant =====
 
-pub(super) fn nearest<'a>(key: &str, rows: impl Iterator<Item = &'a Row>) -> &'static str {
-    rows.map(|row| row.key).min_by_key(|known| distance(key, known)).unwrap_or("preset")
+/// Returns the key that this one is a misspelling of: the nearest one, if at most a quarter of the letters, and at most
+/// [`MAX_MISSPELT`], have to be changed.
+pub(super) fn near_miss<'a>(
+    key: &str,
+    rows: impl Iterator<Item = &'a Row>,
+) -> Option<&'static str> {
+    let known = rows.map(|row| (distance(key, row.key), row.key));
+    let (distance, known) = known.min_by_key(|(distance, _)| *distance)?;
+    (distance <= (known.len() / 4).min(MAX_MISSPELT)).then_some(known)
+}
+
+/// The maximum number of changed letters of a misspelt key.
+const MAX_MISSPELT: usize = 3;
+
+/// Returns the alias of this name.
+fn alias<C: Stack>(name: &str) -> Option<&'static Alias> {
+    C::ALIASES.iter().find(|alias| alias.name == name)
 }
 
 /// How many letters have to be changed (Levenshtein). No longer part of a key is looked at than any key is long.

@@ -45,9 +45,12 @@
 //! | JSON | `{"retry": {"attempts": 2}}` |
 //! | environment | `HTTP_CLIENT_RETRY_ATTEMPTS=2`, `SEARCH_HTTP_CLIENT_RETRY_ATTEMPTS=2` |
 //!
-//! Times are texts such as `250ms` or `1m 30s`, or seconds; `off` (`false`, `null`) is none. A key that nobody knows is
-//! refused, and told with the nearest one; a value of another form, with the form. So is one that is empty, as
-//! templates leave variables behind, one that is no UTF-8, and a key that one file says twice.
+//! Times are texts such as `250ms` or `1m 30s`, or seconds; `off` (`false`, `null`) is none. An unknown key is
+//! an error, which names the key that it is a misspelling of, if any. A value of another form is an error that states the
+//! form. So is one that is empty, as templates leave variables behind, one that is no UTF-8, and a key that one file says
+//! twice.
+//!
+//! [`env_prefix`](Loader::env_prefix) replaces `HTTP_CLIENT_` and `HTTP_SERVER_`.
 //!
 //! Variables that Kubernetes and Docker inject for services with such names are ignored: those of a service called
 //! `http-server` begin with `HTTP_SERVER_`, too (`HTTP_SERVER_SERVICE_HOST`, `HTTP_SERVER_PORT_80_TCP_ADDR`, …).
@@ -56,6 +59,22 @@
 //! before the common ones. [`explain`](ClientConfig::explain) prints every key with its value, where that came from,
 //! and what it does: the table of all settings. For deadlines it states the maximum that a header of a caller can set:
 //! `deadline_at_most`, or else `deadline_default`.
+//!
+//! # Names of other clients
+//!
+//! A client reads these variables, too, in both forms (`HTTP_CLIENT_MAX_RETRIES`, `SEARCH_HTTP_CLIENT_MAX_RETRIES`). A
+//! variable with the name of a setting precedes them.
+//!
+//! | variable | setting |
+//! |---|---|
+//! | `MAX_CONNECTIONS` | `connect_max_total` |
+//! | `CONNECT_TIMEOUT` | `connect_timeout` |
+//! | `READ_TIMEOUT` | `timeout_head`, `timeout_first_frame` and `timeout_idle` |
+//! | `WRITE_TIMEOUT` | `timeout_taking` |
+//! | `DEFAULT_TIMEOUT` | `timeout_total`, for each attempt |
+//! | `MAX_RETRIES` | `retry_attempts`, which is one more |
+//! | `RETRY_BACKOFF_MULTIPLIER` | `retry_backoff_factor` |
+//! | `MAX_KEEPALIVE_CONNECTIONS` | none: an error, which names `connect_max_idle` |
 //!
 //! # What is checked
 //!
@@ -106,6 +125,7 @@
 //! # let _ = layer; Ok(()) }
 //! ```
 
+mod alias;
 mod check;
 mod group;
 mod layers;

@@ -4,6 +4,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
 use super::{
     Preset,
+    alias::{self, Alias},
     check::{self, Rule},
     group::{Group, Row},
     layers::{
@@ -29,7 +30,7 @@ macro_rules! stack {
     (
         $(#[$doc:meta])*
         $Name:ident, $kind:literal, prefix $prefix:literal, presets $presets:ident, rules $rules:path,
-            off_for_streams $off:expr;
+            off_for_streams $off:expr, aliases $aliases:expr;
         $($(#[$what:meta])+ $field:ident: $Type:ty = $default:expr;)*
     ) => {
         $(#[$doc])*
@@ -58,6 +59,7 @@ macro_rules! stack {
             const KIND: &'static str = $kind;
             const PREFIX: &'static str = $prefix;
             const OFF_FOR_STREAMS: &'static [&'static str] = $off;
+            const ALIASES: &'static [Alias] = $aliases;
 
             fn groups(&self) -> Vec<&dyn Group> {
                 vec![$(&self.$field),*]
@@ -190,7 +192,7 @@ macro_rules! stack {
 stack! {
     /// The settings of a whole client stack. See the [module](crate::config).
     ClientConfig, "client", prefix "HTTP_CLIENT_", presets client, rules check::CLIENT,
-        off_for_streams &[];
+        off_for_streams &[], aliases alias::CLIENT;
     /// How long a call may take in all.
     deadline: DeadlineConfig = DeadlineConfig::default();
     /// What is tried again.
@@ -216,7 +218,7 @@ stack! {
 stack! {
     /// The settings of a whole server stack. See the [module](crate::config).
     ServerConfig, "server", prefix "HTTP_SERVER_", presets server, rules check::SERVER,
-        off_for_streams &["timeout_min_body_rate", "limit_max_unread"];
+        off_for_streams &["timeout_min_body_rate", "limit_max_unread"], aliases &[];
     /// How long a call may take in all.
     deadline: DeadlineConfig = DeadlineConfig::default();
     /// How many calls there are at once.

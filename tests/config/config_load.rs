@@ -87,22 +87,29 @@ fn a_services_own_variables_go_before_the_common_ones_and_both_before_files() {
 }
 
 #[test]
-fn a_key_that_nobody_knows_is_refused_with_the_nearest_one() {
+fn unknown_key_is_an_error_with_a_suggestion_for_a_near_miss() {
     for (key, nearest) in [
         ("retry_atempts", "retry_attempts"),
         ("conect_max_total", "connect_max_total"),
         ("timeout_hed", "timeout_head"),
         ("presett", "preset"),
-        ("", "preset"),
     ] {
         let error = search().json(&format!(r#"{{"{key}": 1}}"#)).finish().unwrap_err();
         assert_eq!(
             error.to_string(),
-            format!(
-                "`key` is {key}: there is no such setting (file JSON); the nearest is `{nearest}`"
-            )
+            format!("unknown setting `{key}`: use `{nearest}` (file JSON)")
         );
     }
+    for key in ["", "retry", "user_agent", "attempts", "retry_attempt_count", "x", "proxy"] {
+        let error = search().json(&format!(r#"{{"{key}": 1}}"#)).finish().unwrap_err();
+        assert_eq!(error.to_string(), format!("unknown setting `{key}`: leave it out (file JSON)"));
+    }
+    let error = search().env_from([("HTTP_CLIENT_USER_AGENT", "x")]).finish().unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "unknown setting `user_agent`: leave it out (env HTTP_CLIENT_USER_AGENT)"
+    );
+    assert!(error.iter().all(|error| error.value == "user_agent"));
     let error = search().env_from([("SEARCH_HTTP_CLIENT_RETRYS", "1")]).finish().unwrap_err();
     assert!(error.to_string().contains("(env SEARCH_HTTP_CLIENT_RETRYS)"), "{error}");
     assert!(ServerConfig::from_toml("retry_attempts = 2").is_err(), "a server has none");
@@ -179,7 +186,7 @@ fn an_environment_that_is_no_utf_8_is_told_and_others_variables_are_let_be() {
         "`environment` is HTTP_CLIENT_LIMIT_MAX: use UTF-8"
     );
     let error = told(b"SEARCH_HTTP_CLIENT_LIMIT_M\xff", b"1").unwrap_err();
-    assert!(error.contains("the nearest is `limit_max`"), "{error}");
+    assert!(error.contains("use `limit_max`"), "{error}");
     for others in [&b"\xff"[..], b"\xffHTTP_CLIENT_LIMIT_MAX", b"OTHER_HTTP_CLIENT_LIMIT_MAX"] {
         assert_eq!(told(others, b"\xff").unwrap().limit.max, Some(256));
     }
@@ -210,7 +217,7 @@ fn a_layers_settings_stand_alone_too() {
     let breaker: BreakerConfig = serde_json::from_str(r#"{"breaker_failures": 9}"#).unwrap();
     assert_eq!(breaker.failures, Some(9));
     let error = toml::from_str::<TimeoutConfig>("haed = 1").unwrap_err();
-    assert!(error.message().contains("the nearest is `head`"), "{error}");
+    assert!(error.message().contains("unknown setting `haed`: use `head`"), "{error}");
     let error = toml::from_str::<TimeoutConfig>("head = true").unwrap_err();
     assert!(error.message().contains("use a time such as"), "{error}");
     let hedge: HedgeConfig = toml::from_str("after = '80ms'\nbudget.ratio = 0.1").unwrap();
@@ -416,7 +423,8 @@ fn misspelt_keys_are_errors_although_service_links_are_ignored() {
         ("HTTP_CLIENT_RETRY_ENV_X", "1"),
     ] {
         let error = search().env_from([(name, value)]).finish().unwrap_err().to_string();
-        assert!(error.contains(&format!("there is no such setting (env {name})")), "{error}");
+        assert!(error.starts_with("unknown setting `"), "{error}");
+        assert!(error.ends_with(&format!(" (env {name})")), "{error}");
     }
 }
 
@@ -454,4 +462,117 @@ fn list_setting_is_read_from_files_and_from_text() {
     assert!(error.to_string().contains("use HTTP statuses such as 429, 529, or off"), "{error}");
     let error = search().toml("retry_unprocessed = [200]").finish().unwrap().check();
     assert!(format!("{error:?}").contains("use statuses of 400 or more"), "{error:?}");
+}
+
+// ===== The prefix of variables =====
+
+#[test]
+fn env_prefix_replaces_the_default_one() {
+    let env = [
+        ("ACME_RETRY_ATTEMPTS", "2"),
+        ("SEARCH_ACME_LIMIT_MAX", "7"),
+        ("ACME_LIMIT_MAX", "9"),
+        ("HTTP_CLIENT_RETRY_ATTEMPTS", "5"),
+        // Kubernetes injects these for a service called `acme`.
+        ("ACME_SERVICE_HOST", "10.0.0.1"),
+        ("ACME_PORT", "tcp://10.0.0.1:80"),
+    ];
+    let config = search().env_prefix("ACME_").env_from(env).finish().unwrap();
+    assert_eq!((config.retry.attempts, config.limit.max), (2, Some(7)));
+    assert_eq!(config.origin("limit_max").unwrap().to_string(), "env SEARCH_ACME_LIMIT_MAX");
+    let error = search().env_prefix("ACME_").env_from([("ACME_USER_AGENT", "x")]).finish();
+    let error = error.unwrap_err().to_string();
+    assert_eq!(error, "unknown setting `user_agent`: leave it out (env ACME_USER_AGENT)");
+    let server = ServerConfig::load("").env_prefix("WEB_").env_from([("WEB_LIMIT_MAX", "3")]);
+    assert_eq!(server.finish().unwrap().limit.max, Some(3));
+    // Without variables of its own, and with those of the platform.
+    search().env_prefix("NO_SUCH_PREFIX_").env().finish().unwrap();
+}
+
+#[test]
+fn env_prefix_without_effect_is_an_error() {
+    for prefix in ["", "_", "ACME", "ACME-", "ACME _", "ÄCME_"] {
+        let errors = search().env_prefix(prefix).env_from([("HOME", "/")]).finish().unwrap_err();
+        let fields: Vec<_> = errors.iter().map(|error| error.field).collect();
+        assert_eq!(fields, ["env_prefix"], "{prefix}");
+    }
+    let late = search().env_from([("HOME", "/")]).env_prefix("ACME_").finish().unwrap_err();
+    assert_eq!(
+        late.to_string(),
+        "`env_prefix` is ACME_: set it before the variables are read by `env`"
+    );
+}
+
+// ===== Names of other clients =====
+
+#[test]
+fn variables_of_other_clients_set_the_settings_that_replace_them() {
+    let names = [
+        ("MAX_CONNECTIONS", "50"),
+        ("DEFAULT_TIMEOUT", "30"),
+        ("CONNECT_TIMEOUT", "2"),
+        ("READ_TIMEOUT", "20"),
+        ("WRITE_TIMEOUT", "15.5"),
+        ("MAX_RETRIES", "3"),
+        ("RETRY_BACKOFF_MULTIPLIER", "1.5"),
+    ];
+    for prefix in ["HTTP_CLIENT_", "SEARCH_HTTP_CLIENT_"] {
+        let env = names.map(|(name, value)| (format!("{prefix}{name}"), value));
+        let config = search().env_from(env).finish().unwrap();
+        assert_eq!(config.connect.max_total, Some(50));
+        assert_eq!((config.timeout.total, config.connect.timeout), (Some(secs(30)), secs(2)));
+        let reads = [config.timeout.head, config.timeout.first_frame, config.timeout.idle];
+        assert_eq!(reads, [Some(secs(20)); 3]);
+        assert_eq!(config.timeout.taking, Some(Duration::from_millis(15_500)));
+        assert_eq!((config.retry.attempts, config.retry.backoff_factor), (4, 1.5));
+        let origin = config.origin("timeout_idle").unwrap().to_string();
+        assert_eq!(origin, format!("env {prefix}READ_TIMEOUT"));
+        config.check().unwrap();
+        buttress::stack::ClientStack::new(&config).unwrap();
+    }
+    let none = search().env_from([("HTTP_CLIENT_MAX_RETRIES", "0")]).finish().unwrap();
+    assert_eq!(none.retry.attempts, 1);
+}
+
+#[test]
+fn variable_with_the_name_of_a_setting_precedes_that_of_another_client() {
+    let both = [("HTTP_CLIENT_TIMEOUT_HEAD", "7s"), ("HTTP_CLIENT_READ_TIMEOUT", "20s")];
+    for env in [both, [both[1], both[0]]] {
+        let config = search().env_from(env).finish().unwrap();
+        assert_eq!((config.timeout.head, config.timeout.idle), (Some(secs(7)), Some(secs(20))));
+    }
+    let own = ("SEARCH_HTTP_CLIENT_READ_TIMEOUT", "9s");
+    let config = search().env_from([own, both[0]]).finish().unwrap();
+    assert_eq!(config.timeout.head, Some(secs(9)), "of this service only");
+}
+
+#[test]
+fn name_of_another_client_without_a_setting_is_an_error_that_names_the_replacement() {
+    let error = |env: (&str, &str)| search().env_from([env]).finish().unwrap_err().to_string();
+    let name = "HTTP_CLIENT_MAX_KEEPALIVE_CONNECTIONS";
+    assert_eq!(
+        error((name, "20")),
+        format!(
+            "unknown setting `max_keepalive_connections`: use `connect_max_idle`, the time for which an idle connection \
+             is kept (env {name})"
+        )
+    );
+    for value in ["many", "-1", "4294967296", ""] {
+        let error = error(("HTTP_CLIENT_MAX_RETRIES", value));
+        assert!(error.starts_with("`retry_attempts` is "), "{error}");
+        assert!(error.ends_with("(env HTTP_CLIENT_MAX_RETRIES)"), "{error}");
+    }
+    let factor = search().env_from([("HTTP_CLIENT_RETRY_BACKOFF_MULTIPLIER", "0.5")]).finish();
+    let error = factor.unwrap().check().unwrap_err().to_string();
+    assert!(error.starts_with("`retry_backoff_factor` is 0.5: "), "{error}");
+    // A file has the names of the settings only.
+    for (name, settings) in [
+        ("max_connections", "`connect_max_total`"),
+        ("read_timeout", "`timeout_head`, `timeout_first_frame`, `timeout_idle`"),
+        ("max_retries", "`retry_attempts`, which is one more than the retries"),
+    ] {
+        let error = search().toml(&format!("{name} = 3")).finish().unwrap_err().to_string();
+        assert_eq!(error, format!("unknown setting `{name}`: use {settings} (file TOML)"));
+    }
+    assert!(ServerConfig::load("").env_from([("HTTP_SERVER_MAX_RETRIES", "3")]).finish().is_err());
 }
