@@ -77,6 +77,7 @@ impl RejectedKind {
             Self::TimedOut(Phase::Sending) => "timeout_sending",
             Self::TimedOut(Phase::Taking) => "timeout_taking",
             Self::TimedOut(Phase::Total) => "timeout_total",
+            Self::TimedOut(Phase::ResponseTotal) => "timeout_response_total",
             Self::TimedOut(Phase::Deadline) => "timeout_deadline",
             Self::TimedOut(Phase::BodyRate) => "timeout_body_rate",
             Self::TimedOut(Phase::Unread) => "timeout_unread",
@@ -105,6 +106,7 @@ impl RejectedKind {
             Self::TimedOut(Phase::Sending) => "request body fell silent",
             Self::TimedOut(Phase::Taking) => "no more of the request was taken",
             Self::TimedOut(Phase::Total) => "took too long in all",
+            Self::TimedOut(Phase::ResponseTotal) => "response took too long in all",
             Self::TimedOut(Phase::Deadline) => "deadline passed with the call under way",
             Self::TimedOut(Phase::BodyRate) => "request body is below the minimum rate",
             Self::TimedOut(Phase::Unread) => "response was not read for too long",
@@ -132,6 +134,8 @@ pub enum Phase {
     Taking,
     /// The whole call, to the end of the response body.
     Total,
+    /// The whole response, from when the request had been sent to the end of the response body.
+    ResponseTotal,
     /// The caller's [`Deadline`](crate::Deadline), with the call under way.
     Deadline,
     /// The request body: it arrived more slowly than the minimum rate.
@@ -142,13 +146,14 @@ pub enum Phase {
 }
 
 impl Phase {
-    pub(crate) const ALL: [Self; 9] = [
+    pub(crate) const ALL: [Self; 10] = [
         Self::Head,
         Self::FirstFrame,
         Self::Idle,
         Self::Sending,
         Self::Taking,
         Self::Total,
+        Self::ResponseTotal,
         Self::Deadline,
         Self::BodyRate,
         Self::Unread,
@@ -164,6 +169,7 @@ impl Phase {
             Self::Sending => "sending",
             Self::Taking => "taking",
             Self::Total => "total",
+            Self::ResponseTotal => "response_total",
             Self::Deadline => "deadline",
             Self::BodyRate => "body_rate",
             Self::Unread => "unread",

@@ -37,6 +37,7 @@ pub(super) const CLIENT: &[Rule<ClientConfig>] = &[
     |c| idle_beyond_the_peers(c).into_iter().collect(),
     |c| budget_that_never_pays(c).into_iter().collect(),
     |c| total_on_a_stream(&c.calls, &c.timeout, &c.deadline),
+    |c| response_total_beyond_the_total(&c.timeout).into_iter().collect(),
     |c| settings_of_no_body_rate(&c.timeout),
     |c| connections_of_none(c),
     health_of_nowhere,
@@ -54,6 +55,7 @@ pub(super) const SERVER: &[Rule<ServerConfig>] = &[
     |c| queue_beyond_the_deadline(&c.limit, &c.deadline).into_iter().collect(),
     |c| nothing_left(&c.deadline),
     |c| total_on_a_stream(&c.calls, &c.timeout, &c.deadline),
+    |c| response_total_beyond_the_total(&c.timeout).into_iter().collect(),
     |c| settings_of_no_body_rate(&c.timeout),
 ];
 
@@ -99,6 +101,7 @@ fn attempt(c: &ClientConfig) -> Option<(Duration, &'static str)> {
         (c.timeout.head, "timeout_head"),
         (c.retry.attempt_timeout, "retry_attempt_timeout"),
         (c.timeout.total, "timeout_total"),
+        (c.timeout.response_total, "timeout_response_total"),
     ];
     bounds.into_iter().filter_map(|(time, name)| Some((time?, name))).min()
 }
@@ -270,7 +273,11 @@ fn total_on_a_stream(
     timeout: &TimeoutConfig,
     deadline: &DeadlineConfig,
 ) -> Vec<ConfigError> {
-    let bounds = [("timeout_total", timeout.total), ("deadline_default", deadline.default)];
+    let bounds = [
+        ("timeout_total", timeout.total),
+        ("timeout_response_total", timeout.response_total),
+        ("deadline_default", deadline.default),
+    ];
     let bounds = bounds.into_iter().filter(|_| calls.streaming);
     bounds
         .filter_map(|(key, time)| {
@@ -279,6 +286,19 @@ fn total_on_a_stream(
             conflict(key, show(time?), remedy.to_owned())
         })
         .collect()
+}
+
+/// Rejects a timeout of the whole response that the timeout of the whole call always precedes.
+fn response_total_beyond_the_total(timeout: &TimeoutConfig) -> Option<ConfigError> {
+    let (total, response) = (timeout.total?, timeout.response_total?);
+    if response < total {
+        return None;
+    }
+    let remedy = format!(
+        "the whole call is over after {} (`timeout_total`), so this has no effect: use less, or off",
+        show(total),
+    );
+    conflict("timeout_response_total", show(response), remedy)
 }
 
 /// Rejects settings of the minimum body rate where there is none.

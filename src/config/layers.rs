@@ -98,8 +98,11 @@ group! {
     live body_grace: Duration = BODY_GRACE;
     /// Whether gRPC requests have to keep the minimum rate, too.
     live min_body_rate_for_grpc: bool = false;
-    /// The whole call, to the end of the response body.
+    /// The whole call, to the end of the response body; in a client each attempt.
     live total: Option<Duration> = None;
+    /// The whole response, from when the request has been sent to the end of the response body; in a client of each
+    /// attempt.
+    live response_total: Option<Duration> = None;
 }
 
 const BODY_GRACE: Duration = secs(5);
@@ -115,6 +118,7 @@ impl TimeoutConfig {
         body_grace: BODY_GRACE,
         min_body_rate_for_grpc: false,
         total: None,
+        response_total: None,
     };
 
     /// A server's: its response streams may be silent, its request bodies have a minimum rate.
@@ -137,6 +141,7 @@ impl TimeoutConfig {
             .body_grace(self.body_grace)
             .min_body_rate_for_grpc(self.min_body_rate_for_grpc)
             .total(self.total)
+            .response_total(self.response_total)
     }
 
     /// The layer.

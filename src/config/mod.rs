@@ -83,14 +83,15 @@
 //! | attempts that take longer than the deadline | `retry_attempts`, `timeout_head`, `deadline_default` |
 //! | more attempts than failures open the circuit | `retry_attempts`, `breaker_failures`, `breaker_min_calls` |
 //! | a second copy that is due after the attempt is over | `hedge_after`, `timeout_head` |
-//! | an attempt that is due before connecting is | `timeout_head`, `retry_attempt_timeout`, `timeout_total`, `connect_timeout` |
-//! | a time for cancelled calls that ends after the attempt | `breaker_count_cancelled_after`, `timeout_head`, `retry_attempt_timeout`, `timeout_total` |
+//! | an attempt that is due before connecting is | `timeout_head`, `retry_attempt_timeout`, `timeout_total`, `timeout_response_total`, `connect_timeout` |
+//! | a time for cancelled calls that ends after the attempt | `breaker_count_cancelled_after`, `timeout_head`, `retry_attempt_timeout`, `timeout_total`, `timeout_response_total` |
 //! | a deadline of which nothing is left | `deadline_keep_back`, `deadline_default`, `deadline_at_most` |
 //! | waiting longer than the deadline | `limit_queue_wait`, `connect_queue_wait`, `deadline_default` |
 //! | connections idle for as long as the peer keeps them | `connect_max_idle`, `connect_peer_keep_alive` |
 //! | a retry budget that can never pay | `retry_budget_ratio`, `retry_budget_per_second` |
 //! | settings of a minimum body rate where there is none | `timeout_body_grace`, `timeout_min_body_rate_for_grpc` |
-//! | a total on a stream | `streaming`, `timeout_total`, `deadline_default` |
+//! | a total on a stream | `streaming`, `timeout_total`, `timeout_response_total`, `deadline_default` |
+//! | a time of the whole response that is not below that of the whole call | `timeout_response_total`, `timeout_total` |
 //! | what a layer itself cannot work with | its own |
 //!
 //! # Presets

@@ -85,6 +85,9 @@ impl<B: Body> Body for TimedBody<B> {
                 return Poll::Ready(Some(rest.end(rejected)));
             }
         }
+        if let Some(rest) = this.rest {
+            rest.begin_response(cx);
+        }
         // In the form it is given out in, and looked at where it lies.
         let polled = this.inner.as_mut().poll_frame(cx).map_err(this.boxed);
         let Some(rest) = this.rest else { return polled };

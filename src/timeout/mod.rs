@@ -47,11 +47,12 @@
 //! | [`first_frame`](TimeoutLayer::first_frame) | the response body being asked for its first frame, and having none | that frame |
 //! | [`idle`](TimeoutLayer::idle) | the same for each later frame | a frame, or the end |
 //! | [`total`](TimeoutLayer::total) | the call | the end of the response body |
+//! | [`response_total`](TimeoutLayer::response_total) | the request has been sent | the end of the response body |
 //! | [`min_body_rate`](TimeoutLayer::min_body_rate) | the request body being polled, and having no frame | a frame; also after the response head |
 //! | [`Deadline`](crate::Deadline) of the request | it is a time of day | the end of the response body |
 //!
 //! A stall is a producer that is silent while its consumer polls it. A client that reads a response slowly does not
-//! poll, and is not timed, unless there is a total: a concurrency limit with
+//! poll, and is not timed, unless there is a total or a response total: a concurrency limit with
 //! [`max_unread`](https://docs.rs/buttress/latest/buttress/struct.ConcurrencyLimitLayer.html#method.max_unread) times
 //! it. A slow reader on the server side is not timed out, but a reader that reads nothing for the time of
 //! [`taking`](TimeoutLayer::taking) is: its kernel still acknowledges TCP's keepalives, and nothing else would ever end
@@ -93,7 +94,10 @@
 //!
 //! | theirs | here |
 //! |---|---|
-//! | reqwest `timeout` | [`total`](TimeoutLayer::total) |
+//! | reqwest `timeout` | the [default](crate::DeadlineLayer::default_of) of a [`DeadlineLayer`](crate::DeadlineLayer) outside of the retry for the whole call, [`total`](TimeoutLayer::total) for each attempt |
+//! | reqwest `RequestBuilder::timeout` | a [`Deadline`](crate::Deadline) in the extensions of the request, under such a layer |
+//! | linkerd `timeout.linkerd.io/request`, Envoy `timeout` of a route | the [default](crate::DeadlineLayer::default_of) of a [`DeadlineLayer`](crate::DeadlineLayer); per attempt: [`total`](TimeoutLayer::total) |
+//! | linkerd `timeout.linkerd.io/response` | [`response_total`](TimeoutLayer::response_total) |
 //! | reqwest `read_timeout` | [`head`](TimeoutLayer::head), [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle) of that time |
 //! | reqwest `connect_timeout`, httpx `connect` | the connector's, such as [`connect_timeout`](https://docs.rs/buttress/latest/buttress/connect/struct.ConnectLayer.html#method.connect_timeout); a call that gets no connection is ended by [`head`](TimeoutLayer::head), one with a body by [`taking`](TimeoutLayer::taking) |
 //! | httpx `read` | [`head`](TimeoutLayer::head), [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle) |
@@ -108,9 +112,13 @@
 //!
 //! # In the stack
 //!
-//! A client: innermost, around the client itself: its times are those of one attempt, the circuit breaker counts
-//! what it ends, and waiting for a turn or for the next attempt is not timed by it but by the deadline. A server:
+//! A client: innermost, around the client itself. The circuit breaker then counts the calls that it ends. A server:
 //! under the concurrency limit.
+//!
+//! In this position every time is that of **one attempt**, [`total`](TimeoutLayer::total) and
+//! [`response_total`](TimeoutLayer::response_total) included: a call with three attempts and a total of 2 s may take 6 s,
+//! and the waits between them. Waits for a permit and for the next attempt are not timed by this layer. A
+//! [`DeadlineLayer`](crate::DeadlineLayer) outside of the retry bounds the whole call.
 //!
 //! The wrapped service gets `http::Request<SendingBody<B>>`. One that takes a single body type needs
 //! [`as_is`](TimeoutLayer::as_is) (and then only axum's and tonic's own bodies are watched, with the features `axum` and
@@ -147,6 +155,7 @@
 //! | [`min_body_rate`](TimeoutLayer::min_body_rate) | none | 240 bytes per second, as Kestrel's `MinRequestBodyDataRate` |
 //! | [`body_grace`](TimeoutLayer::body_grace) | 5 s | 5 s |
 //! | [`total`](TimeoutLayer::total) | none | none |
+//! | [`response_total`](TimeoutLayer::response_total) | none | none |
 //!
 //! # Beside tower's and tower-http's
 //!

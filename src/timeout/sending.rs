@@ -42,8 +42,10 @@ pub(super) enum Stage {
     TooSlow,
     /// The call has timed out before the body was sent.
     TimedOut,
-    /// The answer is here: whatever the body still does is none of its call's business.
+    /// The response head is here, and the body is still being sent. Only a timeout of the whole response depends on it.
     Answered,
+    /// The body has been sent after the response head.
+    AnsweredAndSent,
 }
 
 /// What a call and its request body know of each other. One small allocation for a request that has a body.
@@ -102,7 +104,8 @@ impl Sending {
             2 => Stage::Stalled,
             3 => Stage::TooSlow,
             4 => Stage::TimedOut,
-            _ => Stage::Answered,
+            5 => Stage::Answered,
+            _ => Stage::AnsweredAndSent,
         }
     }
 
@@ -119,7 +122,11 @@ impl Sending {
 
     /// Changes the stage of a body that is still being sent. Returns `false` if the body was at another stage.
     fn leave(&self, stage: Stage) -> bool {
-        let (from, to) = (Stage::Sending as u8, stage as u8);
+        self.change(Stage::Sending, stage)
+    }
+
+    fn change(&self, from: Stage, to: Stage) -> bool {
+        let (from, to) = (from as u8, to as u8);
         self.stage.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
@@ -142,7 +149,9 @@ impl Sending {
 
     /// The first end counts.
     pub(super) fn end(&self, stage: Stage) {
-        if self.leave(stage) {
+        let is_sent_late =
+            || stage == Stage::Sent && self.change(Stage::Answered, Stage::AnsweredAndSent);
+        if self.leave(stage) || is_sent_late() {
             let call = self.call().call.take();
             if let Some(call) = call {
                 call.wake();
@@ -169,14 +178,32 @@ impl Sending {
             waiting.due = due.map(|due| (due, pace));
             drop(waiting);
             if !is_known {
-                // A waker is user code: it is cloned and dropped without the lock.
-                let waker = cx.waker().clone();
-                let before = self.call().call.replace(waker);
-                drop(before);
+                self.wake_by(cx);
             }
         }
         // Looked at only after the waker is in place: an end in between is not missed.
         (self.stage(), due)
+    }
+
+    fn wake_by(&self, cx: &Context<'_>) {
+        // A waker is user code: it is cloned and dropped without the lock.
+        let waker = cx.waker().clone();
+        let before = self.call().call.replace(waker);
+        drop(before);
+    }
+
+    /// Returns whether the body has been sent, for a call that has its response head. If not, the end of the body wakes
+    /// this task.
+    pub(super) fn poll_sent(&self, cx: &Context<'_>) -> bool {
+        if self.stage() == Stage::Answered {
+            let known = |known: &Waker| known.will_wake(cx.waker());
+            let is_known = self.call().call.as_ref().is_some_and(known);
+            if !is_known {
+                self.wake_by(cx);
+            }
+        }
+        // The stage is read after the waker is registered, so that no end is missed.
+        self.stage() != Stage::Answered
     }
 
     /// Returns for how long the body may be silent now, and the phase that ends then.

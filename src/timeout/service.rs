@@ -199,9 +199,12 @@ where
                         );
                         if !is_late {
                             // Where it lies, in the form it is given out in: it is large to move.
-                            if let (Poll::Ready(Ok(response)), Some((watch, _))) =
+                            if let (Poll::Ready(Ok(response)), Some((mut watch, _))) =
                                 (&mut answer, this.call.take())
                             {
+                                if watch.awaits_request() {
+                                    watch.upload = this.sending.take();
+                                }
                                 M::time(response, watch);
                             }
                             return answer;

@@ -54,13 +54,13 @@ enum Zero {
 
 /// The time of each phase, in milliseconds, [`OFF`] or [`UNSAID`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Times([u32; 6]);
+pub(super) struct Times([u32; 7]);
 
 impl Timeouts {
     /// Nothing said.
     #[must_use]
     pub const fn new() -> Self {
-        Self { times: Times([UNSAID; 6]), body_rate: BodyRate::UNSAID, zero: None }
+        Self { times: Times([UNSAID; 7]), body_rate: BodyRate::UNSAID, zero: None }
     }
 
     /// A client's: head 30 s; first frame and idle 60 s, as nginx's `proxy_read_timeout`; sending 60 s, as its
@@ -114,7 +114,15 @@ impl Timeouts {
         self.with(Phase::Taking, time.into())
     }
 
-    /// The whole call, to the end of the response body.
+    /// Sets the timeout of the whole response, from when the request has been sent to the end of the response body, or
+    /// `None`. See [`TimeoutLayer::response_total`](super::TimeoutLayer::response_total).
+    #[must_use]
+    pub fn response_total(self, time: impl Into<Option<Duration>>) -> Self {
+        self.with(Phase::ResponseTotal, time.into())
+    }
+
+    /// Sets the timeout of the whole call, to the end of the response body, or `None`. See
+    /// [`TimeoutLayer::total`](super::TimeoutLayer::total).
     #[must_use]
     pub fn total(self, time: impl Into<Option<Duration>>) -> Self {
         self.with(Phase::Total, time.into())
@@ -235,7 +243,9 @@ impl Times {
 
     /// Returns whether a phase depends on the progress of the request.
     pub(super) fn depend_on_the_request(&self) -> bool {
-        [Phase::Head, Phase::Sending, Phase::Taking].iter().any(|phase| self.get(*phase).is_some())
+        const PHASES: [Phase; 4] =
+            [Phase::Head, Phase::Sending, Phase::Taking, Phase::ResponseTotal];
+        PHASES.iter().any(|phase| self.get(*phase).is_some())
     }
 
     /// Sets the time for taking to the time for the head, if there is none: a handler that never reads its request may
@@ -294,9 +304,9 @@ impl fmt::Debug for Timeouts {
 // ===== What a layer's services share =====
 
 pub(super) struct State {
-    ms: [AtomicU32; 6],
+    ms: [AtomicU32; 7],
     body_rate: SharedBodyRate,
-    timed_out: [AtomicU64; 9],
+    timed_out: [AtomicU64; 10],
     refused: AtomicU64,
     /// Reports of timeouts that a request carries and that cannot work.
     call_faults: OnceLock<Arc<RepeatedEvent>>,
@@ -323,8 +333,9 @@ impl State {
 
     #[inline]
     pub(super) fn timeouts(&self) -> Timeouts {
-        let [head, first, idle, sending, taking, total] = &self.ms;
-        let ms = [head, first, idle, sending, taking, total].map(|ms| ms.load(Relaxed));
+        let [head, first, idle, sending, taking, total, response_total] = &self.ms;
+        let ms = [head, first, idle, sending, taking, total, response_total];
+        let ms = ms.map(|ms| ms.load(Relaxed));
         Timeouts { times: Times(ms), body_rate: self.body_rate.get(), zero: None }
     }
 
@@ -429,7 +440,7 @@ pub struct TimeoutSnapshot {
     pub timeouts: Timeouts,
     /// How many calls were refused because their [`Deadline`](crate::Deadline) had passed before they began.
     pub refused_deadline: u64,
-    timed_out: [u64; 9],
+    timed_out: [u64; 10],
 }
 
 impl TimeoutSnapshot {

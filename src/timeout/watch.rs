@@ -18,6 +18,10 @@ pub struct Watch {
     end: Option<Instant>,
     end_of: End,
     begun: bool,
+    /// The timeout of the whole response has begun.
+    response_begun: bool,
+    /// The request, if it was still being sent when the response head arrived.
+    pub(super) upload: Option<Arc<Sending>>,
     pub(super) by: LayerKind,
     pub(super) form: Form,
     pub(super) far: Far<State>,
@@ -28,6 +32,7 @@ pub struct Watch {
 pub(super) enum End {
     Deadline(DeadlineSource),
     Total,
+    ResponseTotal,
 }
 
 impl End {
@@ -35,6 +40,7 @@ impl End {
         match self {
             Self::Deadline(_) => Phase::Deadline,
             Self::Total => Phase::Total,
+            Self::ResponseTotal => Phase::ResponseTotal,
         }
     }
 
@@ -42,7 +48,7 @@ impl End {
     pub(super) fn source(self) -> Option<DeadlineSource> {
         match self {
             Self::Deadline(source) => Some(source),
-            Self::Total => None,
+            Self::Total | Self::ResponseTotal => None,
         }
     }
 }
@@ -60,6 +66,9 @@ pub(super) struct Rest {
     pub(super) idle: Limit,
     pub(super) end: Option<Instant>,
     pub(super) end_of: End,
+    response_total: Limit,
+    /// The request, while it is still being sent and `response_total` has therefore not begun.
+    upload: Option<Arc<Sending>>,
     /// The first frame is here.
     pub(super) begun: bool,
     pub(super) by: LayerKind,
@@ -82,7 +91,8 @@ impl Watch {
     pub(super) fn new(timeouts: Times, by: LayerKind, form: Form, far: Far<State>) -> Self {
         // Not used while `end` is `None`.
         let end_of = End::Total;
-        Self { timeouts, end: None, end_of, begun: false, by, form, far }
+        let (begun, response_begun, upload) = (false, false, None);
+        Self { timeouts, end: None, end_of, begun, response_begun, upload, by, form, far }
     }
 
     /// Sets the deadline of the call. Returns `false` if it has passed.
@@ -104,7 +114,8 @@ impl Watch {
 
     /// Returns whether anything bounds the call as a whole.
     pub(super) fn has_end(&self) -> bool {
-        self.end.is_some() || self.timeouts.get(Phase::Total).is_some()
+        let is_set = |phase| self.timeouts.get(phase).is_some();
+        self.end.is_some() || is_set(Phase::Total) || is_set(Phase::ResponseTotal)
     }
 
     /// Returns whether a deadline sets the end of the call, and an error at this time is its expiry.
@@ -117,12 +128,21 @@ impl Watch {
         if std::mem::replace(&mut self.begun, true) {
             return;
         }
-        let Some(total) = self.timeouts.get(Phase::Total) else { return };
-        if let Some(at) = Instant::now().checked_add(total) {
-            if self.end.is_none_or(|end| at < end) {
-                (self.end, self.end_of) = (Some(at), End::Total);
-            }
+        let total = self.timeouts.limit(Phase::Total);
+        total.begin(End::Total, &mut self.end, &mut self.end_of);
+    }
+
+    /// The request has been sent, or the head is here: the timeout of the whole response begins.
+    fn begin_response(&mut self) {
+        if !std::mem::replace(&mut self.response_begun, true) {
+            let total = self.timeouts.limit(Phase::ResponseTotal);
+            total.begin(End::ResponseTotal, &mut self.end, &mut self.end_of);
         }
+    }
+
+    /// Returns whether the timeout of the whole response is set and has not begun.
+    pub(super) fn awaits_request(&self) -> bool {
+        !self.response_begun && self.timeouts.get(Phase::ResponseTotal).is_some()
     }
 
     /// The head is here. The body may have ended with it.
@@ -130,11 +150,15 @@ impl Watch {
     pub(super) fn rest(mut self, ended: bool) -> Rest {
         if !ended {
             self.begin();
+            if self.upload.is_none() {
+                self.begin_response();
+            }
         }
-        let Self { timeouts, end, end_of, by, form, far, .. } = self;
+        let Self { timeouts, end, end_of, upload, by, form, far, .. } = self;
         let limit = |phase| timeouts.limit(phase);
         let (first_frame, idle) = (limit(Phase::FirstFrame), limit(Phase::Idle));
-        Rest { first_frame, idle, end, end_of, begun: false, by, form, far }
+        let response_total = limit(Phase::ResponseTotal);
+        Rest { first_frame, idle, end, end_of, response_total, upload, begun: false, by, form, far }
     }
 
     /// The head is not here yet.
@@ -148,7 +172,8 @@ impl Watch {
             Stage::TooSlow => return Next::Stalled(Phase::BodyRate),
             Stage::Sending => (due, Phase::Taking),
             // It has been sent just now: from here on the head is waited for.
-            Stage::Sent | Stage::Answered | Stage::TimedOut => {
+            Stage::Sent | Stage::Answered | Stage::AnsweredAndSent | Stage::TimedOut => {
+                self.begin_response();
                 let head = self.timeouts.get(Phase::Head);
                 (head.and_then(|limit| Instant::now().checked_add(limit)), Phase::Head)
             }
@@ -160,5 +185,29 @@ impl Watch {
             (Some(at), None) => (at, phase),
         };
         Next::Until { at, phase, is_final: stage != Stage::Sending }
+    }
+}
+
+impl Limit {
+    /// Makes this limit, counted from now, the end of a call if no earlier one is set.
+    fn begin(self, end_of: End, end: &mut Option<Instant>, set_by: &mut End) {
+        let Some(time) = self.time() else { return };
+        if let Some(at) = Instant::now().checked_add(time) {
+            if end.is_none_or(|end| at < end) {
+                (*end, *set_by) = (Some(at), end_of);
+            }
+        }
+    }
+}
+
+impl Rest {
+    /// Begins the timeout of the whole response when the request has been sent, if the response head was earlier.
+    #[inline]
+    pub(super) fn begin_response(&mut self, cx: &Context<'_>) {
+        let is_sent = |upload: &Arc<Sending>| upload.poll_sent(cx);
+        if self.upload.as_ref().is_some_and(is_sent) {
+            self.upload = None;
+            self.response_total.begin(End::ResponseTotal, &mut self.end, &mut self.end_of);
+        }
     }
 }

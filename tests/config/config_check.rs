@@ -60,7 +60,7 @@ fn a_read_that_is_shorter_than_connecting() {
         "`timeout_head` is 2s: connecting is part of that time and may take 5s (`connect_timeout`), which would never \
          come to pass: use more than that, or a `connect_timeout` of less than 2s",
     );
-    for key in ["retry_attempt_timeout", "timeout_total"] {
+    for key in ["retry_attempt_timeout", "timeout_total", "timeout_response_total"] {
         let told = told(&format!("{key} = '2s'"));
         assert!(
             told.len() == 1 && told[0].starts_with(&format!("`{key}` is 2s: connecting")),
@@ -159,9 +159,24 @@ fn a_total_on_a_stream() {
         "`timeout_total` is 5m: it cuts every stream (`streaming`) that lasts longer, however healthy: turn it off, and \
          bound silences by `timeout_idle`",
     );
+    let response = told("streaming = true\ntimeout_response_total = '5m'");
+    assert!(
+        response[0].starts_with("`timeout_response_total` is 5m: it cuts every stream"),
+        "{response:?}"
+    );
     let llm = told("preset = 'llm'\ndeadline_default = '1h'");
     assert_eq!(llm.len(), 1);
     assert!(llm[0].starts_with("`deadline_default` is 1h: it cuts every stream"), "{llm:?}");
+}
+
+#[test]
+fn response_total_that_the_total_always_precedes_is_an_error() {
+    one(
+        "timeout_total = '1m'\ntimeout_response_total = '1m'",
+        "timeout_total = '1m'\ntimeout_response_total = '59s'",
+        "`timeout_response_total` is 1m: the whole call is over after 1m (`timeout_total`), so this has no effect: use less, \
+         or off",
+    );
 }
 
 #[test]
@@ -179,6 +194,7 @@ fn what_a_layer_itself_refuses_has_its_settings_name() {
         ("timeout_first_frame = 0", "timeout_first_frame"),
         ("timeout_sending = 0", "timeout_sending"),
         ("timeout_taking = 0", "timeout_taking"),
+        ("timeout_response_total = 0", "timeout_response_total"),
         ("timeout_min_body_rate = 0", "timeout_min_body_rate"),
         ("timeout_min_body_rate = 1\ntimeout_body_grace = 0", "timeout_body_grace"),
         ("timeout_body_grace = '9s'", "timeout_body_grace"),

@@ -115,6 +115,28 @@ async fn default_deadline_of_a_client_stack_with_a_header_is_a_failure() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn response_total_is_a_setting_that_is_explained_and_can_change_while_the_stack_runs() {
+    let mut config =
+        ClientConfig::from_toml("timeout_response_total = '7s'\nretry_attempts = 1").unwrap();
+    let explained = config.explain().to_string();
+    let line = explained.lines().find(|line| line.contains("timeout_response_total")).unwrap();
+    assert!(line.contains("7s") && line.contains("when the request has been sent"), "{line}");
+    let (stack, script) = (ClientStack::new(&config).unwrap(), Script::default());
+    let client = client::<()>(&stack, &script);
+    for after in [7, 9] {
+        config.timeout.response_total = Some(secs(after));
+        assert!(stack.handle().update(&config).unwrap().is_empty());
+        script.lock().unwrap().push_back((200, secs(20)));
+        let started = Instant::now();
+        let error = client.clone().oneshot(request()).await.map(drop).unwrap_err();
+        let kind = Rejected::find(&*error).map(Rejected::kind);
+        assert_eq!(kind, Some(RejectedKind::TimedOut(Phase::ResponseTotal)));
+        assert_eq!(started.elapsed(), secs(after));
+    }
+    assert_eq!((stack.handle().snapshot().timeouts, stack.handle().snapshot().failures), (2, 2));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_client_stack_counts_what_comes_of_its_calls() {
     let config = ClientConfig::load("search")
         .toml("breaker_failures = 3\nbreaker_open_for = '5s'\ntimeout_head = '6s'\nretry_backoff = '1ms'")

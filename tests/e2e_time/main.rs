@@ -9,5 +9,6 @@ mod rpc;
 mod body_rate;
 mod deadline;
 mod grpc_deadline;
+mod reqwest_timeouts;
 mod timeout;
 mod unread;

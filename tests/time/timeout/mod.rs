@@ -5,6 +5,7 @@ mod contract;
 mod forms;
 mod model;
 mod phases;
+mod response_total;
 mod settings;
 mod stacks;
 mod streams;
