@@ -151,6 +151,57 @@ impl<Req, Res, E: Into<BoxError>> Refuse<Req, Res, E> for AsError {
 /// `Cache-Control: no-store`, so that no cache serves it to other clients.
 /// The [`Rejected`] itself is in the response's extensions.
 ///
+/// Every 503 and 429 carries `Retry-After`. It is 1 s where no time is known: for a server's timeout, a circuit that is
+/// held open, a misconfigured layer, and a [`Rejected::new`] without a time. A 504 carries it only with a time. The 503 of
+/// a failed health check is not a rejection and carries none.
+///
+/// [`Rejected::respond_to`] gives the same response to a middleware of your own.
+///
+/// # Browsers
+///
+/// A browser closes an `EventSource` permanently after a 503, and a script of a WebSocket receives neither the status nor
+/// the reason of a failed handshake. [`Rejected::into_event_stream`] and [`Rejected::websocket_close`] let both try again,
+/// in a middleware outside of the layers that reject:
+///
+/// ```
+/// use axum::{
+///     Router,
+///     extract::{FromRequestParts, Request, ws::{CloseFrame, Message, WebSocketUpgrade}},
+///     middleware::{Next, from_fn},
+///     response::Response,
+///     routing::get,
+/// };
+/// use buttress::{ConcurrencyLimitLayer, Rejected};
+///
+/// async fn for_browsers(request: Request, next: Next) -> Response {
+///     let accept = request.headers().get("accept").cloned();
+///     let (parts, body) = request.into_parts();
+///     // Of a clone, because the handler extracts it, too.
+///     let upgrade = WebSocketUpgrade::from_request_parts(&mut parts.clone(), &()).await;
+///     let response = next.run(Request::from_parts(parts, body)).await;
+///     let Some(rejected) = response.extensions().get::<Rejected>().cloned() else { return response };
+///     if let Ok(upgrade) = upgrade {
+///         return upgrade.on_upgrade(async move |mut socket| {
+///             let (code, reason) = rejected.websocket_close();
+///             let close = CloseFrame { code, reason: reason.into() };
+///             let _ = socket.send(Message::Close(Some(close))).await;
+///         });
+///     }
+///     match accept {
+///         Some(accept) if accept == "text/event-stream" => rejected.into_event_stream(),
+///         _ => response,
+///     }
+/// }
+///
+/// let app: Router = Router::new()
+///     .route("/events", get(|| async { "…" }))
+///     .layer(ConcurrencyLimitLayer::new(512).respond())
+///     .layer(from_fn(for_browsers));
+/// # let _ = app;
+/// ```
+///
+/// Such a response has the status 200 or 101, so that layers and metrics outside of the middleware count a success.
+///
 /// # Uploads
 ///
 /// A client that is still sending its request would lose a response after which the server closes the connection: it
@@ -224,7 +275,11 @@ pub(crate) fn response(form: Form, rejected: Rejected) -> Response<Bytes> {
                 }
                 _ => StatusCode::SERVICE_UNAVAILABLE,
             };
-            if let Some(after) = rejected.retry_after() {
+            // Every 503 and 429 carries the header; without a hint it is the minimum.
+            let is_temporary =
+                matches!(status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS);
+            let after = is_temporary.then_some(Duration::ZERO);
+            if let Some(after) = rejected.retry_after().or(after) {
                 headers.insert(header::RETRY_AFTER, HeaderValue::from(whole_seconds(after)));
             }
             if form == Form::Json {
@@ -242,6 +297,75 @@ pub(crate) fn response(form: Form, rejected: Rejected) -> Response<Bytes> {
     *response.headers_mut() = headers;
     response.extensions_mut().insert(rejected);
     response
+}
+
+impl Rejected {
+    /// Converts the rejection into the response that [`Respond`] gives to this request, for a middleware or handler of
+    /// your own.
+    ///
+    /// The request decides the form: gRPC, a problem document, or no body. The rest of its body is
+    /// [drained](Respond#uploads), so that the response reaches a client that is still sending it. For a request whose
+    /// body has been read, pass a request with the same method and headers and the body `()`.
+    ///
+    /// ```
+    /// use axum::{Router, extract::Request, middleware::{Next, from_fn}, response::Response, routing::get};
+    /// use buttress::{Rejected, call::RejectedKind};
+    /// use std::time::Duration;
+    ///
+    /// async fn quota(request: Request, next: Next) -> Response {
+    ///     if request.headers().contains_key("x-over-quota") {
+    ///         // 429 with `Retry-After: 30`; for gRPC `RESOURCE_EXHAUSTED` with a pushback of 30 s.
+    ///         let rejected = Rejected::new(RejectedKind::Quota).with_retry_after(Duration::from_secs(30));
+    ///         return rejected.respond_to(request);
+    ///     }
+    ///     next.run(request).await
+    /// }
+    ///
+    /// let app: Router = Router::new().route("/", get(|| async { "hello" })).layer(from_fn(quota));
+    /// # let _ = app;
+    /// ```
+    #[must_use]
+    pub fn respond_to<ReqB: 'static, B: From<Bytes>>(self, request: Request<ReqB>) -> Response<B> {
+        let form = Form::of(request.method(), request.headers());
+        let rejected = if drain_request(request) { self.draining() } else { self };
+        response(form, rejected).map(B::from)
+    }
+
+    /// Converts the rejection into a response that makes a browser's `EventSource` connect again: 200 with an event
+    /// stream that consists of `retry:` and ends.
+    ///
+    /// The browser waits for the [time to retry](Self::retry_after), at least 1 s. After a 503 it would close the
+    /// `EventSource` permanently (HTML standard, "Server-sent events"). The [`Rejected`] is in the extensions.
+    #[must_use]
+    pub fn into_event_stream<B: From<Bytes>>(self) -> Response<B> {
+        let after = self.retry_after().unwrap_or_default().max(Duration::from_secs(1));
+        let stream = format!("retry: {}\n\n", after.as_nanos().div_ceil(1_000_000));
+        let mut response = Response::new(B::from(Bytes::from(stream)));
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        response.extensions_mut().insert(self);
+        response
+    }
+
+    /// Returns the close code and the reason with which a server that has accepted a WebSocket reports the rejection:
+    /// 1013, "Try Again Later" in IANA's registry of close codes, and the reason that a problem document would contain.
+    ///
+    /// Browsers expose both to scripts, and expose nothing of a handshake that failed with 503.
+    #[must_use]
+    pub const fn websocket_close(&self) -> (u16, &'static str) {
+        (1013, public_reason(self.kind()))
+    }
+}
+
+/// The response of [`Respond`] to a request without headers: `Result<_, Rejected>` is the result of a handler, an
+/// extractor or a middleware. [`Rejected::respond_to`] also has the form for gRPC, and drains the request body.
+#[cfg(feature = "axum")]
+#[cfg_attr(docsrs, doc(cfg(feature = "axum")))]
+impl axum::response::IntoResponse for Rejected {
+    fn into_response(self) -> axum::response::Response {
+        response(Form::Json, self).map(axum::body::Body::from)
+    }
 }
 
 /// RFC 9457. It tells a client when to come back (in the header) and nothing about the inside.
@@ -362,6 +486,43 @@ mod tests {
             for kind in [RejectedKind::Full, RejectedKind::TimedOut(Phase::Head)] {
                 let response = response(form, Rejected::new(kind));
                 assert_eq!(response.headers()["cache-control"], "no-store", "{form:?} {kind:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_503_and_429_carries_retry_after() {
+        let phases = Phase::ALL.into_iter().map(RejectedKind::TimedOut);
+        let kinds = [
+            RejectedKind::Open,
+            RejectedKind::Probing,
+            RejectedKind::Recovering,
+            RejectedKind::ForcedOpen,
+            RejectedKind::Full,
+            RejectedKind::Outranked,
+            RejectedKind::WaitedTooLong,
+            RejectedKind::DeadlinePassed,
+            RejectedKind::Saturated,
+            RejectedKind::Unhealthy,
+            RejectedKind::Quota,
+            RejectedKind::ShuttingDown,
+            RejectedKind::Misconfigured,
+        ];
+        for kind in kinds.into_iter().chain(phases) {
+            let by = [
+                Rejected::new(kind),
+                #[cfg(feature = "timeout")]
+                Rejected::by(super::super::LayerKind::ServerTimeout, kind),
+            ];
+            for (rejected, form) in by.into_iter().zip([Form::Json, Form::Empty]) {
+                let response = response(form, rejected);
+                let after = response.headers().get(header::RETRY_AFTER);
+                let is_temporary = matches!(response.status().as_u16(), 503 | 429);
+                assert_eq!(
+                    after.map(|after| after == "1"),
+                    is_temporary.then_some(true),
+                    "{kind:?}"
+                );
             }
         }
     }

@@ -67,7 +67,7 @@ where
     } else {
         let after = whole_seconds(refused.retry_after().unwrap_or_default());
         let text = format!(
-            "HTTP/1.1 503 Service Unavailable\r\nretry-after: {after}\r\n\
+            "HTTP/1.1 503 Service Unavailable\r\nretry-after: {after}\r\ncache-control: no-store\r\n\
              content-length: 0\r\nconnection: close\r\n\r\n"
         );
         io.write_all(text.as_bytes()).await?;
@@ -103,7 +103,8 @@ mod tests {
         let (http1, _) = told(b"PROPFIND / HTTP/1.1\r\n\r\n").await;
         let http1 = String::from_utf8(http1).unwrap();
         assert!(
-            http1.starts_with("HTTP/1.1 503 ") && http1.contains("retry-after: 2\r\n"),
+            http1.starts_with("HTTP/1.1 503 ")
+                && http1.contains("retry-after: 2\r\ncache-control: no-store\r\n"),
             "{http1}"
         );
         let (http2, _) = told(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
