@@ -135,7 +135,7 @@
 //! | it says | what helps |
 //! |---|---|
 //! | `Infallible: From<Box<dyn Error…>>`, under axum | `.respond()`, on each layer of this crate |
-//! | `Channel: Service<Request<ReplayBody<_>>>` is not satisfied; the same of a client with one body type, or with `SendingBody` | retry, hedge and timeout hand on a body of theirs: leave the client's type open, as `build_http()` does, or put `MapRequestBodyLayer` of tower-http (feature `map-request-body`) right around it: with `tonic::body::Body::new`, or `UnsyncBoxBody::new` of http-body-util |
+//! | `Channel: Service<Request<ReplayBody<_>>>` is not satisfied; the same of a client with one body type, or with `SendingBody` | retry, hedge and timeout hand on a body of theirs: leave the client's type open, as `build_http()` does, use `buttress::grpc` for tonic, or put `MapRequestBodyLayer` of tower-http (feature `map-request-body`) right around it: with `tonic::body::Body::new`, or `UnsyncBoxBody::new` of http-body-util |
 //! | expected closure `fn(Result<&Row, &Box<dyn Error…>>)` | an inner layer rejects with errors, so that those are boxed: see below |
 //! | `Http` cannot judge, repeat or weigh … | `.classify(…)`, for what is not HTTP |
 //! | … cannot be cloned | `derive(Clone)`, or `tower::buffer` in between |
@@ -213,7 +213,7 @@
 //! | `connect` | | [connections](connect) that are bounded, fresh and visible: a layer over connectors, and a client |
 //! | `rustls` | | TLS for that client, and for the server of `serve` |
 //! | `config` | | [settings](config) from TOML, JSON or the environment, checked against each other and explained |
-//! | `stack` | | whole [client and server stacks](stack) from such settings, each in one call; the client with `connect` |
+//! | `stack` | | whole [client and server stacks](stack) from such settings, each in one call; the client with `connect`, the gRPC client with `tonic` |
 //! | `percentile` | | hedges after a percentile of the latency as it is |
 //! | `tower-http` | | any classifier of `tower_http::classify` as it is |
 //! | `tonic` | | classifies the errors of a tonic channel directly inside of a layer; needs Rust 1.88 |
@@ -297,6 +297,8 @@ pub use self::limit::{ConcurrencyLimit, ConcurrencyLimitLayer};
 pub use self::retry::{Attempts, Backoff, Hedge, HedgeLayer, Retry, RetryBudget, RetryLayer};
 #[cfg(all(feature = "stack", feature = "connect"))]
 pub use self::stack::client;
+#[cfg(all(feature = "stack", feature = "tonic"))]
+pub use self::stack::grpc;
 #[cfg(feature = "stack")]
 pub use self::stack::server;
 #[cfg(feature = "timeout")]

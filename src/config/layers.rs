@@ -196,7 +196,12 @@ impl RetryConfig {
     ///
     /// The first setting that cannot work.
     pub fn layer(&self) -> Result<RetryLayer, ConfigError> {
-        let layer = self.apply(RetryLayer::http());
+        self.layer_over(RetryLayer::http())
+    }
+
+    /// Returns the layer with these settings and the rules of `base`.
+    pub(crate) fn layer_over(&self, base: RetryLayer) -> Result<RetryLayer, ConfigError> {
+        let layer = self.apply(base);
         let Self { budget_ratio, budget_per_second, budget_cap, .. } = *self;
         let budget = RetryBudget::with(budget_ratio, budget_per_second, budget_cap);
         // One that is not needed is not asked for; but attempts may become more while it runs.

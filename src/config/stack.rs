@@ -155,6 +155,29 @@ macro_rules! stack {
         }
 
         impl $Name {
+            /// Returns the settings of these groups that are neither defaults nor of the preset, with their values.
+            #[allow(dead_code, reason = "some stacks apply all of their settings")]
+            pub(crate) fn chosen(&self, groups: &[&dyn Group]) -> Vec<(&'static str, Scalar)> {
+                let defaults = Self::default();
+                let mut chosen = Vec::new();
+                for group in groups {
+                    for (nth, row) in group.rows().iter().enumerate() {
+                        let value = group.get(nth);
+                        let is_default = || {
+                            let (default, nth) = find(&defaults, row.key)?;
+                            Some(default.get(nth) == value)
+                        };
+                        let is_chosen = match origin(&self.origins, row, &value) {
+                            Origin::Preset(_) | Origin::Implied(_) => false,
+                            Origin::Default => is_default() == Some(false),
+                            _ => true,
+                        };
+                        chosen.extend(is_chosen.then_some((row.key, value)));
+                    }
+                }
+                chosen
+            }
+
             /// Takes the name and these settings from another one, with where they came from.
             pub(crate) fn keep(&mut self, other: &Self, keys: &[&str]) {
                 self.name.clone_from(&other.name);

@@ -54,6 +54,11 @@ impl ClientStack {
     ///
     /// What [`check`](ClientConfig::check) finds.
     pub fn new(config: &ClientConfig) -> Result<Self, ConfigErrors> {
+        Self::over(config, RetryLayer::http())
+    }
+
+    /// Returns the stack of this configuration. Its retry has the rules of `retry`.
+    pub(super) fn over(config: &ClientConfig, retry: RetryLayer) -> Result<Self, ConfigErrors> {
         config.check()?;
         let one = |error: ConfigError| ConfigErrors(vec![error]);
         let deadline = config.deadline.layer().map_err(one)?;
@@ -62,7 +67,7 @@ impl ClientStack {
             meter: Meter::new(),
             // The retry keeps it, and the timeouts.
             deadline: deadline.propagate_only(),
-            retry: config.retry.layer().map_err(one)?,
+            retry: config.retry.layer_over(retry).map_err(one)?,
             hedge: config.hedge.layer().map_err(one)?,
             breaker: config.breaker.layer().map_err(one)?,
             limit: config.limit.layer().map_err(one)?,

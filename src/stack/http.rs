@@ -1,7 +1,7 @@
 use std::{
     fmt,
-    future::{Future, poll_fn},
-    pin::{Pin, pin},
+    future::poll_fn,
+    pin::pin,
     task::{Context, Poll},
     time::Duration,
 };
@@ -9,13 +9,13 @@ use std::{
 use bytes::Buf;
 use http::{Request, Response, Uri};
 use http_body::Body;
-use pin_project_lite::pin_project;
 use tokio::time::timeout;
 use tower_layer::Layer;
 use tower_service::Service;
 
 use super::{
     client::{ClientHandle, ClientStack, ClientStackService},
+    future::ClientFuture,
     handle::HealthCheck,
 };
 use crate::{
@@ -205,34 +205,7 @@ where
 
     #[inline]
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        ClientFuture { future: self.service.call(request) }
-    }
-}
-
-pin_project! {
-    /// The future of a [`Client`]'s call.
-    #[must_use = "futures do nothing unless polled"]
-    pub struct ClientFuture<F> {
-        #[pin]
-        future: F,
-    }
-}
-
-impl<F, T> Future for ClientFuture<F>
-where
-    F: Future<Output = Result<T, BoxError>>,
-{
-    type Output = Result<T, ClientError>;
-
-    #[inline]
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.project().future.poll(cx).map_err(ClientError::new)
-    }
-}
-
-impl<F> fmt::Debug for ClientFuture<F> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ClientFuture").finish_non_exhaustive()
+        ClientFuture::new(self.service.call(request))
     }
 }
 

@@ -18,7 +18,8 @@
 //! # Ok(()) }
 //! ```
 //!
-//! With the feature `connect`, `buttress::client` puts it around a client with its own connections; a server's
+//! With the feature `connect`, `buttress::client` puts it around a client with its own connections; with the feature
+//! `tonic`, `buttress::grpc` puts it around a tonic channel, for generated clients. A server's
 //! is [`buttress::server`](server()), a layer for an axum router.
 //!
 //! # Which layers
@@ -48,15 +49,25 @@
 //! The counters read the clock twice a call and take one short lock; the rest is what the layers cost.
 
 mod client;
+#[cfg(any(feature = "connect", feature = "tonic"))]
+mod future;
+#[cfg(feature = "tonic")]
+mod grpc;
 mod handle;
 #[cfg(feature = "connect")]
 mod http;
 mod meter;
 mod server;
 
+#[cfg(any(feature = "connect", feature = "tonic"))]
+#[cfg_attr(docsrs, doc(cfg(any(feature = "connect", feature = "tonic"))))]
+pub use self::future::ClientFuture;
+#[cfg(feature = "tonic")]
+#[cfg_attr(docsrs, doc(cfg(feature = "tonic")))]
+pub use self::grpc::{GrpcClient, IntoTonicBody, grpc};
 #[cfg(feature = "connect")]
 #[cfg_attr(docsrs, doc(cfg(feature = "connect")))]
-pub use self::http::{Client, ClientFuture, client};
+pub use self::http::{Client, client};
 pub use self::{
     client::{ClientHandle, ClientStack, ClientStackService},
     handle::{HealthCheck, HealthStatus, StackSnapshot},

@@ -1,0 +1,150 @@
+use std::{
+    fmt,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::Body;
+use tonic::{body::Body as TonicBody, transport::Channel};
+use tower_layer::Layer;
+use tower_service::Service;
+
+use super::{
+    client::{ClientHandle, ClientStack, ClientStackService},
+    future::ClientFuture,
+};
+use crate::{
+    BoxError, ClientError, ConfigError, RespondLayer, RespondService, RetryLayer,
+    config::{ClientConfig, ConfigErrors},
+};
+
+type Inner<S> = RespondService<ClientStackService<IntoTonicBody<S>>>;
+
+/// The recommended client for gRPC, as this configuration says: a [`ClientStack`] around a tonic [`Channel`], or around
+/// any other service that takes the requests of a generated client.
+///
+/// Generated clients accept it unchanged. Around them, [`RespondLayer`] turns rejections into gRPC statuses:
+/// `UNAVAILABLE` for an open circuit or a full limit, `DEADLINE_EXCEEDED` for a deadline or a timeout. Retries follow
+/// [`RetryLayer::grpc`]: a status of `UNAVAILABLE` is retried for every call.
+///
+/// ```no_run
+/// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+/// use buttress::config::ClientConfig;
+/// use tonic::transport::Endpoint;
+/// use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+///
+/// let channel = Endpoint::from_static("http://search:50051").connect_lazy();
+/// let service = buttress::grpc(&ClientConfig::from_env("search")?, channel)?;
+/// let handle = service.handle();
+/// let mut client = HealthClient::new(service);
+/// let status = client.check(HealthCheckRequest::default()).await?;
+/// println!("{status:?} {:?}", handle.snapshot());
+/// # Ok(()) }
+/// ```
+///
+/// # Errors
+///
+/// What [`check`](ClientConfig::check) finds; and each setting of the connections or the health probe that the
+/// configuration sets, because the channel makes its own connections. An exception is `connect_timeout`: it states the
+/// timeout of the channel's `Endpoint`, with which the other timeouts are compared.
+pub fn grpc<S>(config: &ClientConfig, channel: S) -> Result<GrpcClient<S>, ConfigErrors>
+where
+    S: Clone,
+{
+    config.check()?;
+    ConfigErrors::none_of(without_effect(config))?;
+    let stack = ClientStack::over(config, RetryLayer::grpc())?;
+    let service = RespondLayer::new().layer(stack.layer(IntoTonicBody { inner: channel }));
+    Ok(GrpcClient { service, handle: stack.handle() })
+}
+
+/// Returns an error for each setting that has no effect over a channel.
+fn without_effect(config: &ClientConfig) -> Vec<ConfigError> {
+    let remedy = "it has no effect over a channel, which makes its own connections: set it at the channel's `Endpoint`, \
+                  and leave it out here";
+    let chosen = config.chosen(&[&config.connections, &config.probe]).into_iter();
+    let without_effect = chosen.filter(|(key, _)| *key != "connect_timeout");
+    without_effect.map(|(key, value)| ConfigError::new(key, value, remedy)).collect()
+}
+
+/// The recommended client for gRPC: made by [`grpc`]. Clones share its state.
+///
+/// # Errors
+///
+/// A [`ClientError`] for what is not a rejection, such as a connection that broke. tonic turns it into a status by the
+/// errors among its sources.
+///
+/// # Cancellation
+///
+/// Dropping a call's future or its response stream ends the attempt in flight.
+#[derive(Clone)]
+pub struct GrpcClient<S = Channel> {
+    service: Inner<S>,
+    handle: ClientHandle,
+}
+
+impl<S> GrpcClient<S> {
+    /// Returns the handle of the stack.
+    #[must_use]
+    pub fn handle(&self) -> ClientHandle {
+        self.handle.clone()
+    }
+}
+
+impl<S> fmt::Debug for GrpcClient<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GrpcClient").field("handle", &self.handle).finish_non_exhaustive()
+    }
+}
+
+impl<S, B> Service<Request<TonicBody>> for GrpcClient<S>
+where
+    S: Service<Request<TonicBody>, Response = Response<B>> + Clone,
+    S::Error: Into<BoxError> + 'static,
+    B: Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<BoxError>,
+{
+    type Response = <Inner<S> as Service<Request<TonicBody>>>::Response;
+    type Error = ClientError;
+    type Future = ClientFuture<<Inner<S> as Service<Request<TonicBody>>>::Future>;
+
+    #[inline]
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ClientError>> {
+        Service::<Request<TonicBody>>::poll_ready(&mut self.service, cx).map_err(ClientError::new)
+    }
+
+    #[inline]
+    fn call(&mut self, request: Request<TonicBody>) -> Self::Future {
+        ClientFuture::new(self.service.call(request))
+    }
+}
+
+// ===== The body =====
+
+/// Gives a channel the only request body that it takes.
+#[derive(Clone, Debug)]
+pub struct IntoTonicBody<S> {
+    inner: S,
+}
+
+impl<S, B> Service<Request<B>> for IntoTonicBody<S>
+where
+    S: Service<Request<TonicBody>>,
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = S::Future;
+
+    #[inline]
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    #[inline]
+    fn call(&mut self, request: Request<B>) -> S::Future {
+        self.inner.call(request.map(TonicBody::new))
+    }
+}

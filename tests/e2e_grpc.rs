@@ -1,0 +1,161 @@
+//! The recommended gRPC client, made in one call, under a generated client and over real sockets.
+#![cfg(all(feature = "stack", feature = "tonic"))]
+
+mod net;
+mod rpc;
+
+use std::{
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+};
+
+use buttress::{
+    breaker::State,
+    config::{ClientConfig, Preset},
+    stack::{ClientHandle, GrpcClient},
+};
+use futures_util::{Stream, stream};
+use net::{nobody, soon, until};
+use rpc::{Obedient, ask, channel, incoming};
+use tonic::{Code, Request, Response, Status, transport::Server};
+use tonic_health::pb::{
+    HealthCheckRequest, HealthCheckResponse,
+    health_client::HealthClient,
+    health_server::{Health, HealthServer},
+};
+use tower::ServiceExt;
+
+/// Fails the first calls with `UNAVAILABLE`. Never responds to `hang`.
+#[derive(Clone, Default)]
+struct Flaky {
+    calls: Arc<AtomicUsize>,
+    failures_left: Arc<AtomicUsize>,
+}
+
+#[tonic::async_trait]
+impl Health for Flaky {
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<HealthCheckResponse, Status>> + Send>>;
+
+    async fn check(
+        &self,
+        request: Request<HealthCheckRequest>,
+    ) -> Result<Response<HealthCheckResponse>, Status> {
+        self.calls.fetch_add(1, SeqCst);
+        if request.into_inner().service == "hang" {
+            std::future::pending::<()>().await;
+        }
+        match self.failures_left.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)) {
+            Ok(_) => Err(Status::unavailable("starting")),
+            Err(_) => Ok(Response::new(HealthCheckResponse { status: 1 })),
+        }
+    }
+
+    async fn watch(
+        &self,
+        _: Request<HealthCheckRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        Ok(Response::new(Box::pin(stream::empty())))
+    }
+}
+
+async fn serve(service: impl Health) -> SocketAddr {
+    let (incoming, addr) = incoming().await;
+    let server = Server::builder().add_service(HealthServer::new(service));
+    tokio::spawn(async move { server.serve_with_incoming(incoming).await.unwrap() });
+    addr
+}
+
+fn client(addr: SocketAddr, settings: &str) -> (HealthClient<GrpcClient>, ClientHandle) {
+    let settings = format!("retry_backoff = '1ms'\n{settings}");
+    let config = ClientConfig::load("search").toml(&settings).finish().unwrap();
+    let service = buttress::grpc(&config, channel(addr)).unwrap();
+    let handle = service.handle();
+    (HealthClient::new(service), handle)
+}
+
+#[tokio::test]
+async fn generated_client_retries_unavailable() {
+    let service = Flaky::default();
+    service.failures_left.store(2, SeqCst);
+    let (mut client, handle) = client(serve(service.clone()).await, "");
+    let task = tokio::spawn(async move { client.check(ask("")).await });
+    assert_eq!(soon(task).await.unwrap().unwrap().into_inner().status, 1);
+    assert_eq!(service.calls.load(SeqCst), 3);
+    assert_eq!((handle.snapshot().retries, handle.snapshot().successes), (2, 1));
+}
+
+#[tokio::test]
+async fn open_circuit_is_unavailable_and_sends_nothing() {
+    let service = Flaky::default();
+    service.failures_left.store(usize::MAX, SeqCst);
+    let (mut client, handle) = client(serve(service.clone()).await, "breaker_failures = 3");
+    let status = soon(client.check(ask(""))).await.unwrap_err();
+    assert_eq!((status.code(), status.message()), (Code::Unavailable, "starting"));
+    assert_eq!((handle.breaker().state(), service.calls.load(SeqCst)), (State::Open, 3));
+    let status = soon(client.check(ask(""))).await.unwrap_err();
+    assert_eq!((status.code(), status.message()), (Code::Unavailable, "circuit_open"));
+    assert!(status.metadata().contains_key("grpc-retry-pushback-ms"));
+    assert_eq!((handle.snapshot().refused, service.calls.load(SeqCst)), (1, 3));
+}
+
+#[tokio::test]
+async fn stream_holds_its_permit_and_a_full_limit_is_unavailable() {
+    let service = Obedient::default();
+    let addr = serve(service.clone()).await;
+    let (mut client, handle) = client(addr, "limit_max = 1\nlimit_queue = 0\nretry_attempts = 1");
+    let mut watch = soon(client.watch(ask("hold"))).await.unwrap().into_inner();
+    assert_eq!(soon(watch.message()).await.unwrap().unwrap().status, 1);
+    let status = soon(client.check(ask(""))).await.unwrap_err();
+    assert_eq!((status.code(), status.message()), (Code::Unavailable, "limit_reached"));
+    drop(watch);
+    until(|| handle.snapshot().in_flight == 0).await;
+    soon(client.check(ask(""))).await.unwrap();
+}
+
+#[tokio::test]
+async fn timeout_is_deadline_exceeded() {
+    let addr = serve(Flaky::default()).await;
+    let (mut client, handle) = client(addr, "timeout_head = '50ms'\nconnect_timeout = '50ms'");
+    let status = soon(client.check(ask("hang"))).await.unwrap_err();
+    assert_eq!((status.code(), status.message()), (Code::DeadlineExceeded, "timeout_head"));
+    assert_eq!(handle.snapshot().timeouts, 1);
+}
+
+#[tokio::test]
+async fn server_that_is_not_there_is_unavailable() {
+    let (mut client, handle) = client(nobody().await, "");
+    let status = soon(client.check(ask(""))).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+    assert_eq!((handle.snapshot().retries, handle.snapshot().failures), (2, 1));
+}
+
+#[tokio::test]
+async fn service_without_a_generated_client_fails_with_the_error_of_the_client() {
+    let service = buttress::grpc(&ClientConfig::default(), channel(nobody().await)).unwrap();
+    let request = http::Request::post("http://search/").body(tonic::body::Body::empty()).unwrap();
+    let error: anyhow::Error = soon(service.oneshot(request)).await.unwrap_err().into();
+    assert!(error.is::<buttress::ClientError>());
+}
+
+#[tokio::test]
+async fn settings_of_connections_are_errors_and_presets_are_not() {
+    let service = || channel("127.0.0.1:1".parse().unwrap());
+    for preset in [Preset::Internal, Preset::Slow, Preset::Llm] {
+        buttress::grpc(&ClientConfig::preset(preset), service()).unwrap();
+    }
+    let settings = "max_connections = 3\nprobe_uri = 'http://search/healthz'";
+    let config = ClientConfig::load("").preset(Preset::Internal).toml(settings).finish().unwrap();
+    let errors = buttress::grpc(&config, service()).unwrap_err().to_string();
+    for key in ["max_connections", "probe_uri"] {
+        assert!(errors.contains(&format!("`{key}`")), "{errors}");
+    }
+    assert!(!errors.contains("connect_timeout"), "{errors}");
+    let mut config = ClientConfig::default();
+    config.connections.http2_only = true;
+    let errors = buttress::grpc(&config, service()).unwrap_err().to_string();
+    assert!(errors.contains("`http2_only` is true"), "{errors}");
+}
