@@ -147,15 +147,15 @@ async fn settings_of_connections_are_errors_and_presets_are_not() {
     for preset in [Preset::Internal, Preset::Slow, Preset::Llm] {
         buttress::grpc(&ClientConfig::preset(preset), service()).unwrap();
     }
-    let settings = "max_connections = 3\nprobe_uri = 'http://search/healthz'";
+    let settings = "connect_max_total = 3\nhealth_probe_uri = 'http://search/healthz'";
     let config = ClientConfig::load("").preset(Preset::Internal).toml(settings).finish().unwrap();
     let errors = buttress::grpc(&config, service()).unwrap_err().to_string();
-    for key in ["max_connections", "probe_uri"] {
+    for key in ["connect_max_total", "health_probe_uri"] {
         assert!(errors.contains(&format!("`{key}`")), "{errors}");
     }
     assert!(!errors.contains("connect_timeout"), "{errors}");
     let mut config = ClientConfig::default();
-    config.connections.http2_only = true;
+    config.connect.http2_only = true;
     let errors = buttress::grpc(&config, service()).unwrap_err().to_string();
-    assert!(errors.contains("`http2_only` is true"), "{errors}");
+    assert!(errors.contains("`connect_http2_only` is true"), "{errors}");
 }

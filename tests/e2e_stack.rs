@@ -351,7 +351,7 @@ async fn error_of_the_client_distinguishes_deadline_timeout_and_request() {
     let at = listener.local_addr().unwrap();
     let client = client(
         at,
-        "timeout_head = '50ms'\nretry_attempts = 1\nconnect_timeout = '20ms'\nconnection_wait = '20ms'",
+        "timeout_head = '50ms'\nretry_attempts = 1\nconnect_timeout = '20ms'\nconnect_queue_wait = '20ms'",
     );
     let error = net::soon(client.request(to(at))).await.unwrap_err();
     assert_eq!(error.kind(), ClientErrorKind::Timeout);

@@ -63,7 +63,7 @@ where
 fn without_effect(config: &ClientConfig) -> Vec<ConfigError> {
     let remedy = "it has no effect over a channel, which makes its own connections: set it at the channel's `Endpoint`, \
                   and leave it out here";
-    let chosen = config.chosen(&[&config.connections, &config.probe]).into_iter();
+    let chosen = config.chosen(&[&config.connect, &config.health_probe]).into_iter();
     let without_effect = chosen.filter(|(key, _)| *key != "connect_timeout");
     without_effect.map(|(key, value)| ConfigError::new(key, value, remedy)).collect()
 }

@@ -64,7 +64,7 @@ where
 async fn deadline_of_the_application_replaces_the_default_and_the_maximum_of_a_client_stack() {
     for preset in [Preset::Internal, Preset::Slow] {
         let toml = "deadline_default = '10s'\ndeadline_at_most = '20s'\ntimeout_head = 'off'\n\
-                    deadline_header = 'x-request-timeout-ms'\nlimit_queue_wait = '1s'\nconnection_wait = '1s'";
+                    deadline_header = 'x-request-timeout-ms'\nlimit_queue_wait = '1s'\nconnect_queue_wait = '1s'";
         let config = ClientConfig::load("search").preset(preset).toml(toml).finish().unwrap();
         let (stack, script) = (ClientStack::new(&config).unwrap(), Script::default());
         let client = client::<()>(&stack, &script);
@@ -101,7 +101,7 @@ async fn deadline_of_the_application_replaces_the_default_and_the_maximum_of_a_c
 #[tokio::test(start_paused = true)]
 async fn default_deadline_of_a_client_stack_with_a_header_is_a_failure() {
     let toml = "deadline_default = '500ms'\ndeadline_header = 'x-request-timeout-ms'\nretry_attempts = 1\n\
-                limit_queue = 0\nconnection_queue = 0";
+                limit_queue = 0\nconnect_queue = 0";
     let stack = ClientStack::new(&ClientConfig::from_toml(toml).unwrap()).unwrap();
     let script = Script::default();
     let client = client::<()>(&stack, &script);
