@@ -19,6 +19,10 @@ impl ConnectionError {
     }
 }
 
+/// Marks a response whose connection takes no further request, so that another attempt uses another connection.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RetiredConnection;
+
 impl fmt::Debug for ConnectionError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ConnectionError")

@@ -114,7 +114,7 @@ pub(crate) use self::attribution::DropCause;
 #[cfg(feature = "retry")]
 pub(crate) use self::attribution::is_mark_requested;
 #[cfg(feature = "connect")]
-pub(crate) use self::connection::ConnectionError;
+pub(crate) use self::connection::{ConnectionError, RetiredConnection};
 #[cfg(any(feature = "health", feature = "retry"))]
 pub(crate) use self::http::known;
 #[cfg(any(feature = "breaker", feature = "limit", feature = "timeout"))]

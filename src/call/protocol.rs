@@ -90,7 +90,8 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
 /// | response | outcome | a retry repeats it |
 /// |---|---|---|
 /// | 1xx to 4xx, except those below | success | no |
-/// | 408, 421 | success | if that is safe |
+/// | 408 | success | if that is safe |
+/// | 421 | success | if that is safe; over a `connect::Client` yes, on another connection |
 /// | 425 | success | yes, unless the request has `Early-Data: 1` |
 /// | 429, 529 | throttled | if that is safe |
 /// | 501, 505 | success | no |

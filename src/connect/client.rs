@@ -35,7 +35,10 @@ use super::{
 };
 use crate::{
     BoxError, ConfigError,
-    call::{ConnectionError, Eos, Origin, Outcome, Rejected, Shared, TrackedBody, WaitsFor},
+    call::{
+        ConnectionError, Eos, Origin, Outcome, Rejected, RetiredConnection, Shared, TrackedBody,
+        WaitsFor,
+    },
 };
 
 /// hyper-util's client over connections that are bounded, fresh and visible.
@@ -216,7 +219,10 @@ impl Future for ResponseFuture {
             tag.conn.hand_over();
         }
         let permit = tag.serve(turn.take());
-        drop(connection.take());
+        let connection = connection.take();
+        if status == StatusCode::MISDIRECTED_REQUEST && connection.is_some_and(|own| close(&own)) {
+            response.extensions_mut().insert(RetiredConnection);
+        }
         let good = Eos::Plain(Outcome::success());
         Poll::Ready(Ok(response.map(|body| TrackedBody::new(body, permit.erase(), good))))
     }
@@ -233,8 +239,13 @@ fn with_connection(error: legacy::Error) -> BoxError {
 /// Lets a connection that is over serve no call after this one, if it can be spared.
 fn retire(connection: &CaptureConnection) {
     if Tag::of(connection).is_some_and(|tag| tag.conn.is_to_be_left()) {
-        connection.connection_metadata().as_ref().inspect(|connected| connected.poison());
+        close(connection);
     }
+}
+
+/// Lets a connection serve no call after this one. Returns `false` if the connection is unknown.
+fn close(connection: &CaptureConnection) -> bool {
+    connection.connection_metadata().as_ref().inspect(|connected| connected.poison()).is_some()
 }
 
 impl fmt::Debug for ResponseFuture {

@@ -143,7 +143,7 @@ where
     };
     let is_report = match M::answer(held) {
         Some(Answer::Error(error)) => Rejected::find(error).is_none(),
-        Some(Answer::Head(_, headers)) => grpc::code(headers) == Some(grpc::CANCELLED),
+        Some(Answer::Head(_, headers, _)) => grpc::code(headers) == Some(grpc::CANCELLED),
         _ => false,
     };
     is_report && may_have_expired(deadline.at())
@@ -216,10 +216,12 @@ where
         class = policy.classify_rejection(class, outcome);
         // The server declares that it has not processed the request.
         let mut is_unprocessed = false;
-        if let (Some(kept), Some(Answer::Head(status, headers))) = (kept, M::answer(&held)) {
+        if let (Some(kept), Some(answer)) = (kept, M::answer(&held)) {
             (class, is_unprocessed) =
-                weigh_by_request(class, outcome, status, first, |name: &str| M::header(kept, name));
-            if class == Class::Retryable && outcome.is_success() {
+                weigh_by_request(class, outcome, answer, first, |name: &str| M::header(kept, name));
+            if let (Class::Retryable, true, Answer::Head(status, headers, _)) =
+                (class, outcome.is_success(), answer)
+            {
                 outcome = failed_status(status, headers);
             }
         }

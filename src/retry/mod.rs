@@ -52,8 +52,9 @@
 //! begins with its first delay again (gRFC A6).
 //!
 //! 425 is retried for any method without a withdrawal from the budget, unless the request has `Early-Data: 1`: then the
-//! client behind the proxy has to repeat it (RFC 8470 §5.2). 421 is retried if the method is safe, because the retry
-//! cannot ensure that the client uses another connection (RFC 9110 §15.5.20).
+//! client behind the proxy has to repeat it (RFC 8470 §5.2). 421 is retried over another connection and for any method
+//! if a `connect::Client` sends the requests, without a withdrawal as well (RFC 9110 §15.5.20). Other clients may use
+//! the same connection again, so that over them 421 is retried only if the method is safe.
 //!
 //! # Connection housekeeping
 //!

@@ -2,7 +2,7 @@
 
 use std::{cell::OnceCell, error::Error, fmt, sync::Arc};
 
-use http::{HeaderMap, Request, StatusCode};
+use http::{Extensions, HeaderMap, Request, StatusCode};
 
 use super::{policy::Class, stop::Stop};
 use crate::{
@@ -114,7 +114,7 @@ pub struct Seen<'a> {
 
 #[derive(Clone, Copy)]
 pub enum Answer<'a> {
-    Head(StatusCode, &'a HeaderMap),
+    Head(StatusCode, &'a HeaderMap, &'a Extensions),
     Error(&'a (dyn Error + 'static)),
 }
 
@@ -122,7 +122,7 @@ pub enum Answer<'a> {
 impl fmt::Debug for Answer<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Head(status, _) => f.debug_tuple("Head").field(status).finish_non_exhaustive(),
+            Self::Head(status, ..) => f.debug_tuple("Head").field(status).finish_non_exhaustive(),
             Self::Error(error) => f.debug_tuple("Error").field(&Redacted(error)).finish(),
         }
     }
@@ -148,7 +148,7 @@ impl<'a> Seen<'a> {
     #[must_use]
     pub fn status(&self) -> Option<StatusCode> {
         match self.answer {
-            Answer::Head(status, _) => Some(status),
+            Answer::Head(status, ..) => Some(status),
             Answer::Error(_) => None,
         }
     }
@@ -157,7 +157,7 @@ impl<'a> Seen<'a> {
     #[must_use]
     pub fn headers(&self) -> Option<&'a HeaderMap> {
         match self.answer {
-            Answer::Head(_, headers) => Some(headers),
+            Answer::Head(_, headers, _) => Some(headers),
             Answer::Error(_) => None,
         }
     }

@@ -1,24 +1,31 @@
 //! The clients that there are, over real sockets.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
 
 use axum::{Router, routing::get};
 use buttress::{
-    BoxError,
+    Attempts, BoxError, RetryBudget, RetryLayer,
     call::RejectedKind,
     connect::{Client, ConnectLayer, TcpConnector},
 };
 use bytes::Bytes;
 use futures_util::future::{join_all, try_join_all};
-use http::Request;
-use http_body_util::{BodyExt, Empty};
+use http::{Request, StatusCode};
+use http_body_util::{BodyExt, Empty, Full};
 use hyper_util::{
     client::legacy::connect::HttpConnector,
     rt::{TokioExecutor, TokioIo},
     server::conn::auto,
     service::TowerToHyperService,
 };
-use tower::{Layer, Service, ServiceExt};
+use tower::{Layer, Service, ServiceBuilder, ServiceExt};
 
 use crate::{
     kit::refusal,
@@ -383,5 +390,43 @@ mod tls {
         let error = soon(client.request(request(addr, "/"))).await.unwrap_err();
         assert_eq!(Outcome::of_error(&*error).reason(), Reason::ConnectFailed);
         assert_eq!((handle.snapshot().failed, handle.snapshot().open), (1, 0));
+    }
+}
+
+/// Responds 421 to every request of the first connection.
+async fn misdirecting() -> (SocketAddr, Arc<AtomicUsize>) {
+    let ((listener, addr), connections) = (listener().await, Arc::new(AtomicUsize::new(0)));
+    let count = connections.clone();
+    tokio::spawn(async move {
+        loop {
+            let (tcp, _) = listener.accept().await.unwrap();
+            let is_first = count.fetch_add(1, SeqCst) == 0;
+            let status = if is_first { StatusCode::MISDIRECTED_REQUEST } else { StatusCode::OK };
+            let router = Router::new().fallback(move || async move { (status, "text") });
+            tokio::spawn(async move {
+                let server = auto::Builder::new(TokioExecutor::new());
+                let service = TowerToHyperService::new(router);
+                let _ = server.serve_connection(TokioIo::new(tcp), service).await;
+            });
+        }
+    });
+    (addr, connections)
+}
+
+#[tokio::test]
+async fn misdirected_request_is_retried_over_another_connection_for_any_method() {
+    for is_http2 in [false, true] {
+        let (addr, connections) = misdirecting().await;
+        let builder = Client::builder(ConnectLayer::new());
+        let client = if is_http2 { builder.http2_only() } else { builder }.build_http();
+        let budget = RetryBudget::with(1.0, 0, 9);
+        let retry = RetryLayer::http().budget(budget.clone());
+        let client = ServiceBuilder::new().layer(retry).service(client);
+        let post = Request::post(format!("http://{addr}/")).body(Full::<Bytes>::from("x"));
+        let response = soon(client.clone().oneshot(post.unwrap())).await.unwrap();
+        assert_eq!(response.status(), 200, "HTTP/2: {is_http2}");
+        assert_eq!(Attempts::of(&response).made, 2, "HTTP/2: {is_http2}");
+        assert_eq!(connections.load(SeqCst), 2, "HTTP/2: {is_http2}");
+        assert_eq!(budget.balance(), 1.0, "HTTP/2: {is_http2}: no withdrawal");
     }
 }

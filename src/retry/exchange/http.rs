@@ -224,7 +224,9 @@ where
 
     fn answer(held: &HeldResponse<B>) -> Option<Answer<'_>> {
         Some(match &held.result {
-            Ok(response) => Answer::Head(response.status(), response.headers()),
+            Ok(response) => {
+                Answer::Head(response.status(), response.headers(), response.extensions())
+            }
             Err(error) => Answer::Error(&**error),
         })
     }

@@ -161,7 +161,7 @@ impl Weigh<Response, Error> for Reqwest {
     fn answer(held: &Held) -> Option<Answer<'_>> {
         match held {
             Held::Answer(Ok(response), _) => {
-                Some(Answer::Head(response.status(), response.headers()))
+                Some(Answer::Head(response.status(), response.headers(), response.extensions()))
             }
             Held::Answer(Err(error), _) => Some(Answer::Error(&**error)),
             Held::Discarded(..) => None,

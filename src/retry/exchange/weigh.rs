@@ -3,7 +3,7 @@
 use http::{Extensions, HeaderMap, StatusCode};
 
 use super::{
-    super::{policy::Class, stop::Stop},
+    super::{policy::Class, rules::Answer, stop::Stop},
     kept::IDEMPOTENCY_KEY,
 };
 use crate::call::{
@@ -72,15 +72,16 @@ fn classify_status(status: StatusCode, headers: &HeaderMap, outcome: Outcome) ->
     }
 }
 
-/// Refines the class of a status by headers of the request. Returns the class, and whether the server declares that it
+/// Refines the class of a status by headers of the request and by the connection. Returns the class, and whether the server declares that it
 /// has not processed the request, so that a retry is safe for any method and makes no withdrawal.
 pub(in crate::retry) fn weigh_by_request<'a>(
     class: Class,
     outcome: Outcome,
-    status: StatusCode,
+    answer: Answer<'_>,
     is_first: bool,
     header: impl Fn(&str) -> Option<&'a [u8]>,
 ) -> (Class, bool) {
+    let Answer::Head(status, _, extensions) = answer else { return (class, false) };
     let is_grpc = outcome.reason() == Reason::GrpcStatus;
     match (status, class) {
         // The server does not process early data. A proxy must forward 425 to a client that has sent its request as
@@ -89,6 +90,10 @@ pub(in crate::retry) fn weigh_by_request<'a>(
             Some(b"1") => (Class::Final, false),
             _ => (class, true),
         },
+        // Another connection may be one to the right server (RFC 9110 §15.5.20).
+        (StatusCode::MISDIRECTED_REQUEST, Class::Retryable) => {
+            (class, is_connection_retired(extensions))
+        }
         // An earlier attempt with the same key is still being processed
         // (draft-ietf-httpapi-idempotency-key-header §2.6).
         (StatusCode::CONFLICT, Class::Final)
@@ -97,6 +102,17 @@ pub(in crate::retry) fn weigh_by_request<'a>(
             (Class::Retryable, false)
         }
         _ => (class, false),
+    }
+}
+
+/// Returns whether the next attempt uses another connection than this response.
+fn is_connection_retired(extensions: &Extensions) -> bool {
+    #[cfg(feature = "connect")]
+    return extensions.get::<crate::call::RetiredConnection>().is_some();
+    #[cfg(not(feature = "connect"))]
+    {
+        let _ = extensions;
+        false
     }
 }
 
