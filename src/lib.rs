@@ -66,6 +66,16 @@
 //! | on a server: limit, health endpoints | a full server answers its probes with 503, and is taken out or restarted |
 //! | `axum`'s or tower's `Timeout`, anything here | it drops calls in flight, which count as [hang-ups of the caller](call#which-side-caused-it): failures only after `count_cancelled_after` |
 //!
+//! | tower-http's | position on a server | otherwise |
+//! |---|---|---|
+//! | `TraceLayer` | outermost | it does not see rejections |
+//! | `CorsLayer`, with `.expose_headers([RETRY_AFTER])` | outside of every layer that rejects | scripts of a browser cannot read a rejection, and preflights are rejected |
+//! | authorization (`AsyncRequireAuthorizationLayer`, `ValidateRequestHeaderLayer`) | inside of `CorsLayer`, because preflights have no credentials; outside of the limit | callers without credentials take permits |
+//! | `CompressionLayer` | on either side of the limit, which holds the permit to the end of the body; outside of the timeout, which times the frames of the service | |
+//!
+//! Browsers need [more](call::Respond#browsers): they close an `EventSource` after a 503, and expose nothing of a failed
+//! WebSocket handshake.
+//!
 //! # What counts against an upstream
 //!
 //! Only failures that the upstream caused count against it. A caller that hangs up, has a short deadline, sends slowly

@@ -2,6 +2,8 @@
 #![cfg(all(feature = "breaker", feature = "limit"))]
 
 mod breaker;
+#[cfg(feature = "full")]
+mod browsers;
 #[cfg(feature = "axum")]
 mod connections;
 mod ends;
@@ -11,6 +13,8 @@ mod mixed;
 #[path = "../net/mod.rs"]
 mod net;
 mod open_loop;
+#[cfg(feature = "full")]
+mod tower_http_layers;
 
 use std::{
     iter::repeat_n,
