@@ -193,9 +193,9 @@ async fn deadline_keeps_its_source_in_a_second_layer_that_reads_the_same_header(
     const GRPC: (&str, &str) = ("content-type", "application/grpc");
     let millis = || DeadlineLayer::new().header(LEFT);
     let seconds = || DeadlineLayer::new().codec(Seconds);
-    let cases: [(fn() -> DeadlineLayer, &[_]); 4] =
-        [(millis, &[]), (seconds, &[]), (DeadlineLayer::new, &[GRPC]), (millis, &[GRPC])];
-    for (case, (layer, headers)) in cases.into_iter().enumerate() {
+    let layers: [fn() -> DeadlineLayer; 4] = [millis, seconds, DeadlineLayer::new, millis];
+    let headers = [&[][..], &[], &[GRPC], &[GRPC]];
+    for (case, (layer, headers)) in layers.into_iter().zip(headers).enumerate() {
         // The last one is written in seconds to `grpc-timeout`.
         for time in [ms(1), Duration::from_nanos(9_700_000_123), secs(200_000) + ms(999)] {
             let case = format!("case {case}, {time:?}");
