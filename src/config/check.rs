@@ -31,6 +31,7 @@ pub(super) const CLIENT: &[Rule<ClientConfig>] = &[
     |c| attempt_within_connecting(c).into_iter().collect(),
     |c| count_cancelled_beyond_the_attempt(c).into_iter().collect(),
     |c| hedge_beyond_the_attempt(c).into_iter().collect(),
+    |c| hedges_of_no_hedge(c).into_iter().collect(),
     |c| nothing_left(&c.deadline),
     |c| queue_beyond_the_deadline(&c.limit, &c.deadline).into_iter().collect(),
     |c| connection_wait_beyond_the_deadline(c).into_iter().collect(),
@@ -144,11 +145,24 @@ fn count_cancelled_beyond_the_attempt(c: &ClientConfig) -> Option<ConfigError> {
     conflict(KEY, show(after), remedy)
 }
 
-/// A hedge is part of an attempt of the retry, and each copy has the timeouts for itself.
+/// A hedge is part of an attempt of the retry, and each copy has the timeouts for itself. A timeout of the first copy is
+/// a response, after which no further copy is sent.
 fn hedge_beyond_the_attempt(c: &ClientConfig) -> Option<ConfigError> {
     let ((most, name), after) = (attempt(c)?, c.hedge.after?);
-    if after < most {
+    let (hedges, last) = (c.hedge.max_hedges, after.saturating_mul(c.hedge.max_hedges));
+    if after < most && last < most {
         return None;
+    }
+    if after < most {
+        let fit = (most.as_nanos() - 1) / after.as_nanos().max(1);
+        let remedy = format!(
+            "an attempt is over after {} (`{name}`), before the last of the copies, each {} (`hedge_after`) after the one \
+             before, would be sent: use at most {fit}, or a `{name}` of more than {}",
+            show(most),
+            show(after),
+            show(last),
+        );
+        return conflict("hedge_max_hedges", hedges, remedy);
     }
     let remedy = format!(
         "an attempt is over after {} (`{name}`), before a second copy would be sent: use less, or a `{name}` of more than {}",
@@ -156,6 +170,15 @@ fn hedge_beyond_the_attempt(c: &ClientConfig) -> Option<ConfigError> {
         show(after),
     );
     conflict("hedge_after", show(after), remedy)
+}
+
+fn hedges_of_no_hedge(c: &ClientConfig) -> Option<ConfigError> {
+    let hedges = c.hedge.max_hedges;
+    if hedges <= 1 || c.hedge.is_on() {
+        return None;
+    }
+    let remedy = "without a `hedge_after` or a `hedge_percentile` this has no effect: set one, or leave this out";
+    conflict("hedge_max_hedges", hedges, remedy.to_owned())
 }
 
 fn attempts_beyond_the_threshold(c: &ClientConfig) -> Vec<ConfigError> {

@@ -235,6 +235,8 @@ group! {
     fixed after: Option<Duration> = None;
     /// Or after the time within which this share of calls was answered of late; off, as the time: never.
     fixed percentile: Option<f64> = Some(0.95);
+    /// The maximum number of hedge attempts of a call, each sent after the time; 1 to 10.
+    fixed max_hedges: u32 = 1;
     /// How many second copies there may be for one call.
     fixed budget_ratio: f64 = 0.05;
     /// How many a second there may be beside that.
@@ -265,7 +267,8 @@ impl HedgeConfig {
             (None, None) => HedgeLayer::off(),
         };
         let budget = RetryBudget::with(budget_ratio, budget_per_second, budget_cap);
-        let layer = layer.budget(budget).replay_up_to(self.replay_up_to);
+        let layer =
+            layer.max_hedges(self.max_hedges).budget(budget).replay_up_to(self.replay_up_to);
         if self.is_on() { layer } else { layer.without_budget() }.checked()
     }
 }

@@ -82,7 +82,7 @@
 //! |---|---|
 //! | attempts that take longer than the deadline | `retry_attempts`, `timeout_head`, `deadline_default` |
 //! | more attempts than failures open the circuit | `retry_attempts`, `breaker_failures`, `breaker_min_calls` |
-//! | a second copy that is due after the attempt is over | `hedge_after`, `timeout_head` |
+//! | hedge attempts that are due after the attempt is over, or without a time | `hedge_after`, `hedge_max_hedges`, `timeout_head` |
 //! | an attempt that is due before connecting is | `timeout_head`, `retry_attempt_timeout`, `timeout_total`, `timeout_response_total`, `connect_timeout` |
 //! | a time for cancelled calls that ends after the attempt | `breaker_count_cancelled_after`, `timeout_head`, `retry_attempt_timeout`, `timeout_total`, `timeout_response_total` |
 //! | a deadline of which nothing is left | `deadline_keep_back`, `deadline_default`, `deadline_at_most` |

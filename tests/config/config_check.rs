@@ -77,6 +77,22 @@ fn a_second_copy_that_is_due_when_the_attempt_is_over() {
         "`hedge_after` is 30s: an attempt is over after 30s (`timeout_head`), before a second copy would be sent: use less, or \
          a `timeout_head` of more than 30s",
     );
+    one(
+        "hedge_after = '10s'\nhedge_max_hedges = 3",
+        "hedge_after = '10s'\nhedge_max_hedges = 2",
+        "`hedge_max_hedges` is 3: an attempt is over after 30s (`timeout_head`), before the last of the copies, each 10s \
+         (`hedge_after`) after the one before, would be sent: use at most 2, or a `timeout_head` of more than 30s",
+    );
+    one(
+        "hedge_max_hedges = 2",
+        "hedge_max_hedges = 2\nhedge_percentile = 0.95",
+        "`hedge_max_hedges` is 2: without a `hedge_after` or a `hedge_percentile` this has no effect: set one, or leave \
+         this out",
+    );
+    assert_eq!(
+        told("hedge_after = '1s'\nhedge_max_hedges = 11"),
+        ["`hedge_max_hedges` is 11: use 1 to 10 hedge attempts"]
+    );
     assert!(told("hedge_after = '0s'")[0].starts_with("`hedge_after` is 0ns: use more than zero"));
     let budget = told("hedge_budget_ratio = 95");
     assert!(

@@ -528,7 +528,7 @@ fn variables_of_other_clients_set_the_settings_that_replace_them() {
         let origin = config.origin("timeout_idle").unwrap().to_string();
         assert_eq!(origin, format!("env {prefix}READ_TIMEOUT"));
         config.check().unwrap();
-        let _ = buttress::stack::ClientStack::new(&config).unwrap();
+        drop(buttress::stack::ClientStack::new(&config).unwrap());
     }
     let none = search().env_from([("HTTP_CLIENT_MAX_RETRIES", "0")]).finish().unwrap();
     assert_eq!(none.retry.attempts, 1);

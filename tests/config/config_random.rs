@@ -121,6 +121,10 @@ fn said(keys: Vec<String>) -> impl Strategy<Value = Map<String, Value>> {
         {
             said.entry("timeout_min_body_rate").or_insert(json!(240));
         }
+        // More than one is an error without a time.
+        if said.contains_key("hedge_max_hedges") {
+            said.entry("hedge_percentile").or_insert(json!(0.95));
+        }
         said
     })
 }

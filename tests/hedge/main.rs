@@ -9,5 +9,6 @@ mod hedge {
     mod housekeeping;
     #[cfg(feature = "percentile")]
     mod percentile;
+    mod several;
     mod tail;
 }

@@ -160,7 +160,7 @@ async fn retries_and_hedges_are_logged_with_the_name_of_their_layer() {
     call(ServiceBuilder::new().layer(hedge).service(answers!(200, Duration::from_secs(1))))
         .await
         .unwrap();
-    assert_eq!(log.take(), [r#"DEBUG hedging resilience.name="search" delay_ms=80"#]);
+    assert_eq!(log.take(), [r#"DEBUG hedging resilience.name="search" hedge=1 delay_ms=80"#]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -107,12 +107,12 @@ impl<B: Body> Repeat<Request<B>> for Http {
         kept.deadline()
     }
 
-    fn copy(kept: &KeptRequest<B>) -> Self::Request {
-        let copy = kept.marked(HedgeCopy);
+    fn copy(kept: &KeptRequest<B>, number: u32) -> Self::Request {
+        let copy = kept.marked(HedgeCopy(number));
         // A retry further out may have made some.
         let before = copy.headers().get(PREVIOUS_ATTEMPTS);
         let before: u32 = before.and_then(|n| n.to_str().ok()?.parse().ok()).unwrap_or(0);
-        after(before.saturating_add(1), copy)
+        after(before.saturating_add(number), copy)
     }
 
     fn safe(kept: &KeptRequest<B>, by: &Safe) -> bool {

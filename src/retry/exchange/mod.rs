@@ -149,8 +149,8 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
         None
     }
 
-    /// A copy beside the attempt that is under way.
-    fn copy(kept: &Self::Kept) -> Self::Request;
+    /// Returns the hedge attempt of this number. 1 is the first.
+    fn copy(kept: &Self::Kept, number: u32) -> Self::Request;
 
     /// Whether it may be repeated although it may have had an effect.
     fn safe(kept: &Self::Kept, by: &Safe) -> bool;

@@ -2,7 +2,7 @@ use std::{
     fmt,
     sync::{
         Mutex, OnceLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -42,12 +42,16 @@ pub(super) struct Settings {
     delay: Delay,
     body_cap: AtomicU64,
     assume_idempotent: AtomicBool,
+    max_hedges: AtomicU32,
     budget: Mutex<Option<RetryBudget>>,
     pub(super) sent: AtomicU64,
     pub(super) won: AtomicU64,
     pub(super) denied: AtomicU64,
     name: OnceLock<Box<str>>,
 }
+
+/// The upper bound of [`HedgeLayer::max_hedges`].
+const MAX_HEDGES: u32 = 10;
 
 enum Delay {
     /// There is none to be.
@@ -68,6 +72,10 @@ impl Settings {
             #[cfg(feature = "percentile")]
             Delay::Live(live) => live.delay(),
         }
+    }
+
+    pub(super) fn max_hedges(&self) -> u32 {
+        self.max_hedges.load(Ordering::Relaxed)
     }
 
     /// Whether it is to be told how long calls take.
@@ -154,6 +162,7 @@ impl HedgeLayer {
             delay,
             body_cap: AtomicU64::new(64 * 1024),
             assume_idempotent: AtomicBool::new(false),
+            max_hedges: AtomicU32::new(1),
             budget: Mutex::new(Some(RetryBudget::ratio(0.05))),
             sent: AtomicU64::new(0),
             won: AtomicU64::new(0),
@@ -195,6 +204,23 @@ impl<M> HedgeLayer<M> {
     /// No budget: with everything slow, what is called gets twice the load.
     pub fn without_budget(self) -> Self {
         *lock(&self.settings.budget) = None;
+        self
+    }
+
+    /// Sets the maximum number of hedge attempts of a call, from 1 to 10. 1 by default.
+    ///
+    /// Each is sent if no attempt has responded for the delay after the previous attempt was sent, makes a withdrawal from
+    /// the budget, and passes the inner layers as a call of its own. The first good response is returned, and the other
+    /// attempts are dropped. A bad response ends the hedging: the attempts that are in flight then decide.
+    ///
+    /// gRPC's hedging policy (gRFC A6) and Polly's hedging strategy have the same setting.
+    pub fn max_hedges(mut self, hedges: u32) -> Self {
+        match hedges {
+            1..=MAX_HEDGES => self.settings.max_hedges.store(hedges, Ordering::Relaxed),
+            _ => self.fault.get_or_insert_with(|| {
+                ConfigError::new("max_hedges", hedges, "use 1 to 10 hedge attempts")
+            }),
+        }
         self
     }
 
@@ -278,11 +304,11 @@ pub struct HedgeHandle(Shared<Settings>);
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct HedgeSnapshot {
-    /// How many hedges were sent.
+    /// The number of hedge attempts that were sent. A call can have [several](HedgeLayer::max_hedges).
     pub sent: u64,
-    /// How many of them gave the answer, good or bad, that the caller got.
+    /// The number of calls whose caller got the response, good or bad, of a hedge attempt.
     pub won: u64,
-    /// How many hedges of this layer the budget denied.
+    /// The number of hedge attempts of this layer that the budget denied.
     pub budget_denied: u64,
     /// How many hedges the budget would allow now; none: there is no budget.
     pub budget_balance: Option<f64>,

@@ -30,8 +30,8 @@
 //!
 //! Without an answer after the delay, a second copy is sent if the request is safe to repeat (its method,
 //! RFC 9110 §9.2.2, an `Idempotency-Key`, or the user's word), its body can be sent again by then, its
-//! [`Deadline`](crate::Deadline) has not passed, and the budget has a hedge left. There is one hedge for a call at
-//! most.
+//! [`Deadline`](crate::Deadline) has not passed, and the budget has a hedge left. A call has one
+//! hedge attempt, or as many as [`max_hedges`](HedgeLayer::max_hedges) allows, each a delay after the one before.
 //!
 //! An answer is *good* if it is neither a failure nor throttled, nor one that a retry would try again: a
 //! 200 or a 404, not an error, a 429 or a 500. A gRPC call is classified by its gRPC status, in the head, in the
@@ -41,13 +41,13 @@
 //! | an answer comes | and it is good | and it is bad |
 //! |---|---|---|
 //! | before a hedge is sent | given out | given out: hedging is not retrying |
-//! | from either, the other under way | given out, the other dropped | dropped: the other one decides |
-//! | from the second of the two | given out | given out |
+//! | from any, others under way | given out, the others dropped | dropped: the others decide |
+//! | from the last one under way | given out | given out |
 //!
 //! So the last bad answer is the one given out, and an earlier one is dropped at once with the permit and
 //! the connection it holds: the other copy may be waiting for just these. No hedge is sent any more after
 //! any answer, hence none after one that says not to: a 429, a refusal of a layer further in, a negative
-//! pushback.
+//! pushback. gRPC's hedging policy sends the next attempt at once after a failure; this is left to a retry.
 //!
 //! # In the stack
 //!
@@ -55,12 +55,14 @@
 //! a balancer: two copies to one slow server help little. The wrapped service gets
 //! `http::Request<ReplayBody<B>>`, as under a retry. A hedge carries [`HedgeCopy`] in its extensions, and
 //! [`Attempt`](super::Attempt) as the first copy does, and over gRPC `grpc-previous-rpc-attempts` with one more
-//! (gRFC A6); an answer carries [`Hedged`] if a hedge was sent.
+//! for each hedge attempt (gRFC A6); an answer carries [`Hedged`] if a hedge was sent. An inner limit that rejects a hedge
+//! attempt ends the hedging of this call, and the attempts under way decide.
 //!
 //! # Bodies
 //!
 //! A request body is kept while it is sent, up to 64 KiB. One that the first copy still reads when the
-//! delay is over is not hedged, nor is one over the cap; one that is empty can always be. The response
+//! delay is over is not hedged (of several hedges, one that the previous one still reads), nor is one over the cap; one
+//! that is empty can always be. The response
 //! is chosen by its head (gRPC: by its first frame); its body is not raced.
 //!
 //! # Readiness
@@ -71,18 +73,20 @@
 //!
 //! # Cancellation
 //!
-//! Dropping the call drops both copies. A panic in either is a panic of the call.
+//! Dropping the call drops all attempts. A panic in any of them is a panic of the call.
 //!
 //! # Cost
 //!
 //! Without a hedge: a copy of the request's head, two small allocations for a request with a body, and a
-//! timer for a call that is not answered at once. A request that cannot be hedged pays none of these.
+//! timer for a call that is not answered at once. A request that cannot be hedged pays none of these. A hedge attempt is
+//! boxed: two allocations.
 //!
 //! # Defaults
 //!
 //! | setting | default |
 //! |---|---|
 //! | delay | none, or [a percentile](HedgeLayer::after_percentile): near the 95th percentile of the latency is where to begin |
+//! | [`max_hedges`](HedgeLayer::max_hedges) | 1 |
 //! | [`budget`](HedgeLayer::budget) | 5 %, and 1 per second |
 //! | [`replay_up_to`](HedgeLayer::replay_up_to) | 64 KiB |
 //!
@@ -105,16 +109,18 @@ pub use self::{
     service::{Hedge, HedgeFuture},
 };
 
-/// This request is a hedge: in the extensions of the second copy.
+/// Marks the request of a hedge attempt, in its extensions. The number of the attempt: 1 is the first hedge attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HedgeCopy;
+pub struct HedgeCopy(pub u32);
 
-/// A hedge was sent for this call: in the extensions of the response.
+/// States that hedge attempts were sent for this call, in the extensions of the response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Hedged {
-    /// Whether this is the hedge's answer, and not the first copy's.
+    /// Whether the response is that of a hedge attempt, and not that of the first attempt.
     pub won: bool,
+    /// The number of hedge attempts that were sent.
+    pub sent: u32,
 }
 
 impl Hedged {

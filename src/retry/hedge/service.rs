@@ -4,7 +4,7 @@ use std::{
     marker::PhantomData,
     pin::Pin,
     sync::atomic::Ordering,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
 use pin_project_lite::pin_project;
@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     admission::Reusable,
-    call::{DropCause, Http, Lease, Striped, WaitsFor, is_mark_requested},
+    call::{DropCause, Http, Lease, Outcome, Striped, WaitsFor, is_mark_requested},
     event,
 };
 
@@ -98,8 +98,10 @@ where
         let at = delay.and_then(|delay| began.unwrap_or_else(Instant::now).checked_add(delay));
         HedgeFuture {
             first: Some(Weighed::new(self.inner.call(first))),
+            hedges: Vec::new(),
+            next: Next::due(at),
+            sent: 0,
             began,
-            second: at.map_or(Second::Never, |at| Second::Due { at }),
             core: self.core.lease(),
             protocol: self.protocol.clone(),
             is_grpc_call,
@@ -110,15 +112,21 @@ where
 }
 
 pin_project! {
-    /// The future of a [`Hedge`]'s call. Dropped, it drops both copies, and pays back a hedge that was not
-    /// sent yet.
+    /// The future of a [`Hedge`]'s call. Dropping it drops all attempts, and refunds the withdrawal of a hedge attempt
+    /// that has not been sent.
+    #[project = HedgeProj]
     pub struct HedgeFuture<S, Req, F, M, K, H> {
-        // None: it gave a bad answer, and the hedge is under way.
+        // `None` after a bad response, while hedge attempts are in flight.
         #[pin]
         first: Option<Weighed<F, H>>,
+        // The hedge attempts in flight, in the order in which they were sent. They are boxed, so that a call without a
+        // hedge attempt neither holds nor moves space for them.
+        hedges: Vec<Pin<Box<Weighed<F, H>>>>,
         #[pin]
-        second: Second<S, F, H>,
-        // None: nobody wants to know how long it takes.
+        next: Next<S>,
+        // The number of hedge attempts that were sent.
+        sent: u32,
+        // `None` if the delay is not learnt.
         began: Option<Instant>,
         core: Lease<Core<S, Settings>>,
         protocol: M,
@@ -129,24 +137,40 @@ pin_project! {
 }
 
 pin_project! {
-    #[project = SecondProj]
-    enum Second<S, F, H> {
-        // The first copy has not been waited for yet: no timer.
+    /// The hedge attempt that is sent next.
+    #[project = NextProj]
+    enum Next<S> {
+        // The attempts in flight have not been polled since this was set, so there is no timer yet.
         Due { at: Instant },
         Delayed { #[pin] delay: Sleep },
         Readying { service: S, withdrawal: Option<Withdrawal> },
-        Sent { #[pin] hedge: Weighed<F, H> },
-        // It gave a bad answer.
-        Lost,
-        Never,
-        Answered,
+        // No further hedge attempt is sent.
+        Nothing,
+        // The call has returned its response.
+        Returned,
     }
 }
 
-impl<S, F, H> Second<S, F, H> {
-    /// None: there was no hedge.
-    fn hedged(&self, won: bool) -> Option<Hedged> {
-        matches!(self, Self::Sent { .. } | Self::Lost).then_some(Hedged { won })
+impl<S> Next<S> {
+    fn due(at: Option<Instant>) -> Self {
+        at.map_or(Self::Nothing, |at| Self::Due { at })
+    }
+}
+
+impl<S, M, Req> HedgeProj<'_, S, Req, S::Future, M, M::Kept, M::Held>
+where
+    S: Service<M::Request>,
+    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+{
+    /// Returns the response of an attempt, and drops the attempts that are still in flight.
+    fn respond(&mut self, held: M::Held, won: bool) -> Result<M::Response, M::Error> {
+        DropCause::Superseded.during(|| {
+            self.first.set(None);
+            self.hedges.clear();
+        });
+        self.next.set(Next::Returned);
+        *self.kept = None;
+        M::pass(held, (*self.sent > 0).then_some(Hedged { won, sent: *self.sent }))
     }
 }
 
@@ -160,119 +184,137 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
         let is_grpc_call = *this.is_grpc_call;
-        // What the first attempt waits for, while it is in flight.
-        let mut first_waits_for = None;
-        // The first copy before the timer and before the hedge: what is there already is not hedged.
+        let mut waits = Waits(None);
+        // The attempts before the timer: a response that is already available is not hedged.
         if let Some(mut first) = this.first.as_mut().as_pin_mut() {
             WaitsFor::reset();
-            let held = first.as_mut().poll_held(&*this.protocol, is_grpc_call, cx);
-            first_waits_for = Some(WaitsFor::reported());
-            if let Poll::Ready(weight) = held {
-                first_waits_for = None;
+            match first.as_mut().poll_held(&*this.protocol, is_grpc_call, cx) {
+                Poll::Pending => waits.add(WaitsFor::reported()),
+                Poll::Ready(weight) => {
+                    if is_good(weight) {
+                        this.core.well(this.began.take());
+                    }
+                    if is_good(weight) || this.hedges.is_empty() {
+                        let held = first.take();
+                        return Poll::Ready(this.respond(held, false));
+                    }
+                    this.core.settings.report_bad(weight.1, this.hedges.len());
+                    // This releases what a hedge attempt may wait for: a permit, a connection.
+                    this.first.set(None);
+                    this.next.set(Next::Nothing);
+                }
+            }
+        }
+        let mut polled = 0;
+        loop {
+            let is_only = this.first.is_none() && this.hedges.len() == 1;
+            if let Some(hedge) = this.hedges.get_mut(polled) {
+                WaitsFor::reset();
+                let held = hedge.as_mut().poll_held(&*this.protocol, is_grpc_call, cx);
+                let Poll::Ready(weight) = held else {
+                    waits.add(WaitsFor::reported());
+                    polled += 1;
+                    continue;
+                };
                 if is_good(weight) {
                     this.core.well(this.began.take());
                 }
-                // Better than whatever the other copy may bring.
-                if is_good(weight) || !matches!(*this.second, Second::Sent { .. }) {
-                    let held = first.take();
-                    let hedged = this.second.hedged(false);
-                    this.first.set(None);
-                    DropCause::Superseded.during(|| this.second.set(Second::Answered));
-                    *this.kept = None;
-                    return Poll::Ready(M::pass(held, hedged));
+                if is_good(weight) || is_only {
+                    let held = hedge.as_mut().take();
+                    this.core.settings.won.fetch_add(1, Ordering::Relaxed);
+                    return Poll::Ready(this.respond(held, true));
                 }
-                event!(
-                    DEBUG,
-                    resilience.name = this.core.settings.name(),
-                    outcome = ?weight.1,
-                    "waiting for the hedge"
-                );
-                // With it goes what the hedge may be waiting for: a permit, a connection.
-                this.first.set(None);
+                drop(this.hedges.remove(polled));
+                let in_flight = this.hedges.len() + usize::from(this.first.is_some());
+                this.core.settings.report_bad(weight.1, in_flight);
+                this.next.set(Next::Nothing);
+                continue;
             }
-        }
-        loop {
-            match this.second.as_mut().project() {
-                SecondProj::Due { at } => {
+            match this.next.as_mut().project() {
+                NextProj::Due { at } => {
                     let delay = sleep_until(*at);
-                    this.second.set(Second::Delayed { delay });
+                    this.next.set(Next::Delayed { delay });
                 }
-                SecondProj::Delayed { delay } => {
-                    ready!(delay.poll(cx));
-                    let second = prepare::<S, Req, M>(this.core, this.kept.as_ref());
-                    this.second.set(second);
+                NextProj::Delayed { delay } => {
+                    if delay.poll(cx).is_pending() {
+                        break;
+                    }
+                    let next = prepare::<S, Req, M>(this.core, this.kept.as_ref());
+                    this.next.set(next);
                 }
-                SecondProj::Readying { service, withdrawal } => {
+                NextProj::Readying { service, withdrawal } => {
                     let Poll::Ready(ready) = service.poll_ready(cx) else {
-                        report_waits(first_waits_for, Some(WaitsFor::Client));
-                        return Poll::Pending;
+                        waits.add(WaitsFor::Client);
+                        break;
                     };
-                    // The request is needed once more, or never.
-                    let (Ok(()), Some(kept)) = (ready, this.kept.take()) else {
-                        this.second.set(Second::Never);
+                    let (Ok(()), Some(kept)) = (ready, this.kept.as_ref()) else {
+                        this.next.set(Next::Nothing);
                         continue;
                     };
                     if let Some(withdrawal) = withdrawal.take() {
                         withdrawal.spend();
                     }
-                    this.core.settings.sent.fetch_add(1, Ordering::Relaxed);
+                    let settings = &this.core.settings;
+                    *this.sent += 1;
+                    settings.sent.fetch_add(1, Ordering::Relaxed);
                     event!(
                         DEBUG,
-                        resilience.name = this.core.settings.name(),
-                        delay_ms = this.core.settings.delay().map(|delay| delay.as_millis() as u64),
+                        resilience.name = settings.name(),
+                        hedge = *this.sent,
+                        delay_ms = settings.delay().map(|delay| delay.as_millis() as u64),
                         "hedging"
                     );
-                    let hedge = Weighed::new(service.call(M::copy(&kept)));
-                    this.second.set(Second::Sent { hedge });
-                }
-                SecondProj::Sent { mut hedge } => {
-                    WaitsFor::reset();
-                    let held = hedge.as_mut().poll_held(&*this.protocol, is_grpc_call, cx);
-                    let Poll::Ready(weight) = held else {
-                        report_waits(first_waits_for, Some(WaitsFor::reported()));
-                        return Poll::Pending;
-                    };
-                    if !is_good(weight) && this.first.is_some() {
-                        event!(
-                            DEBUG,
-                            resilience.name = this.core.settings.name(),
-                            outcome = ?weight.1,
-                            "the hedge failed"
-                        );
-                        this.second.set(Second::Lost);
-                        continue;
+                    let hedge = service.call(M::copy(kept, *this.sent));
+                    this.hedges.push(Box::pin(Weighed::new(hedge)));
+                    let further = *this.sent < settings.max_hedges();
+                    let delay = if further { settings.delay() } else { None };
+                    let at = delay.and_then(|delay| Instant::now().checked_add(delay));
+                    if at.is_none() {
+                        *this.kept = None;
                     }
-                    if is_good(weight) {
-                        this.core.well(this.began.take());
-                    }
-                    let held = hedge.take();
-                    this.core.settings.won.fetch_add(1, Ordering::Relaxed);
-                    DropCause::Superseded.during(|| this.first.set(None));
-                    this.second.set(Second::Answered);
-                    *this.kept = None;
-                    return Poll::Ready(M::pass(held, Some(Hedged { won: true })));
+                    this.next.set(Next::due(at));
                 }
-                SecondProj::Lost | SecondProj::Never => {
-                    report_waits(first_waits_for, None);
-                    return Poll::Pending;
-                }
-                SecondProj::Answered => unreachable!("polled after completion"),
+                NextProj::Nothing => break,
+                NextProj::Returned => unreachable!("polled after completion"),
             }
+        }
+        waits.report();
+        Poll::Pending
+    }
+}
+
+/// What the attempts of a call wait for, as the outer layers see it. A wait for the upstream takes precedence over a
+/// wait for the caller or the transport. Both take precedence over a wait inside the client, so that a hedge attempt in
+/// a queue does not hide a first attempt that hangs.
+struct Waits(Option<WaitsFor>);
+
+impl Waits {
+    fn add(&mut self, what: WaitsFor) {
+        let rank = |what: &WaitsFor| match what {
+            WaitsFor::Upstream => 0,
+            WaitsFor::Client => 2,
+            _ => 1,
+        };
+        self.0 = self.0.into_iter().chain([what]).min_by_key(rank);
+    }
+
+    fn report(self) {
+        if let Some(what) = self.0 {
+            what.report();
         }
     }
 }
 
-/// Reports to the outer layers what the attempts in flight wait for. A wait for the upstream takes precedence over a
-/// wait for the caller or the transport. Both take precedence over a wait inside the client, so that a hedge attempt in
-/// a queue does not hide a first attempt that hangs.
-fn report_waits(first: Option<WaitsFor>, hedge: Option<WaitsFor>) {
-    let rank = |what: &WaitsFor| match what {
-        WaitsFor::Upstream => 0,
-        WaitsFor::Client => 2,
-        _ => 1,
-    };
-    if let Some(what) = first.into_iter().chain(hedge).min_by_key(rank) {
-        what.report();
+impl Settings {
+    /// Reports a bad response that is dropped because other attempts are in flight.
+    fn report_bad(&self, _outcome: Outcome, _in_flight: usize) {
+        event!(
+            DEBUG,
+            resilience.name = self.name(),
+            outcome = ?_outcome,
+            in_flight = _in_flight,
+            "waiting for another attempt"
+        );
     }
 }
 
@@ -284,18 +326,16 @@ impl<S> Core<S, Settings> {
     }
 }
 
-/// The delay is over. The body first and the budget last: what cannot be sent is not charged.
-fn prepare<S, Req, M>(
-    core: &Core<S, Settings>,
-    kept: Option<&M::Kept>,
-) -> Second<S, S::Future, M::Held>
+/// Prepares a hedge attempt after its delay. The budget is checked last, so that an attempt that cannot be sent makes no
+/// withdrawal.
+fn prepare<S, Req, M>(core: &Core<S, Settings>, kept: Option<&M::Kept>) -> Next<S>
 where
     S: Service<M::Request> + Clone,
     M: Repeat<Req> + Weigh<S::Response, S::Error>,
 {
     if !kept.is_some_and(|kept| M::repeatable(kept) == Repeatable::Yes) {
         event!(DEBUG, resilience.name = core.settings.name(), reason = "body", "not hedged");
-        return Second::Never;
+        return Next::Nothing;
     }
     if kept.and_then(M::deadline).is_some_and(|deadline| deadline.left().is_zero()) {
         event!(
@@ -304,7 +344,7 @@ where
             reason = "deadline_passed",
             "not hedged"
         );
-        return Second::Never;
+        return Next::Nothing;
     }
     let withdrawal = core.budget.as_ref().map(|budget| budget.withdraw());
     if let Some(None) = withdrawal {
@@ -315,19 +355,19 @@ where
             reason = "budget_used_up",
             "not hedged"
         );
-        return Second::Never;
+        return Next::Nothing;
     }
-    Second::Readying { service: core.service(), withdrawal: withdrawal.flatten() }
+    Next::Readying { service: core.service(), withdrawal: withdrawal.flatten() }
 }
 
 impl<S, Req, F, M, K, H> fmt::Debug for HedgeFuture<S, Req, F, M, K, H> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match &self.second {
-            Second::Due { .. } | Second::Delayed { .. } => "HedgeFuture(waiting)",
-            Second::Readying { .. } => "HedgeFuture(readying)",
-            Second::Sent { .. } => "HedgeFuture(hedged)",
-            Second::Lost | Second::Never => "HedgeFuture(unhedged)",
-            Second::Answered => "HedgeFuture(answered)",
+        f.write_str(match &self.next {
+            Next::Returned => "HedgeFuture(returned)",
+            _ if self.sent > 0 => "HedgeFuture(hedged)",
+            Next::Due { .. } | Next::Delayed { .. } => "HedgeFuture(waiting)",
+            Next::Readying { .. } => "HedgeFuture(readying)",
+            Next::Nothing => "HedgeFuture(unhedged)",
         })
     }
 }
