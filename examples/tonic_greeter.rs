@@ -12,9 +12,7 @@ use std::{
 };
 
 use axum::{Router, body::Body, routing::post};
-use buttress::{
-    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, RetryLayer, Trip, breaker::State,
-};
+use buttress::{BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, RetryLayer, breaker::State};
 use bytes::Bytes;
 use futures_util::{
     StreamExt,
@@ -51,7 +49,7 @@ async fn tour() -> Result<(), BoxError> {
 
     // `.respond()`: tonic would make `Unknown` of a refusal that is an error. The retry gives its requests
     // a body that can be sent again; the mapping makes it the one that a tonic channel takes.
-    let breaker = CircuitBreakerLayer::new(Trip::consecutive(5));
+    let breaker = CircuitBreakerLayer::grpc();
     let circuit = breaker.handle();
     let stack = ServiceBuilder::new()
         .layer(RetryLayer::grpc())

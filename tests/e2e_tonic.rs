@@ -232,7 +232,7 @@ async fn a_client_s_refusal_as_a_response_is_unavailable_with_pushback() {
 #[tokio::test]
 async fn a_client_s_whole_stack_refuses_with_its_codes_under_a_layer_that_responds() {
     let addr = serve!(Obedient::default());
-    let breaker = CircuitBreakerLayer::http().name("upstream");
+    let breaker = CircuitBreakerLayer::grpc().name("upstream");
     let state = breaker.handle();
     let stack = ServiceBuilder::new()
         .layer(RespondLayer::new())
@@ -268,6 +268,35 @@ async fn a_client_s_breaker_counts_failures_in_the_head_and_in_the_trailers() {
         assert_eq!(soon(watch.message()).await.unwrap_err().code(), Code::Internal);
     }
     assert_eq!(state.state(), State::Open);
+}
+
+/// The circuit of `grpc()` in a client's stack: five failures in a row open it.
+#[tokio::test]
+async fn grpc_breaker_counts_the_statuses_that_the_server_causes() {
+    let addr = serve!(Obedient::default());
+    for (code, failures) in
+        [("14", 5), ("13", 5), ("2", 5), ("15", 5), ("4", 5), ("5", 0), ("3", 0), ("8", 0)]
+    {
+        let breaker = CircuitBreakerLayer::grpc();
+        let state = breaker.handle();
+        let stack = ServiceBuilder::new()
+            .layer(RetryLayer::grpc().attempts(1))
+            .layer(breaker.respond())
+            .layer(ConcurrencyLimitLayer::new(9).respond())
+            .layer(MapRequestBodyLayer::new(tonic::body::Body::new))
+            .service(channel(addr));
+        let mut client = HealthClient::new(stack);
+        for _ in 0..5 {
+            let status = soon(client.check(ask(code))).await.unwrap_err();
+            assert_eq!((status.code() as i32).to_string(), code);
+        }
+        assert_eq!(state.state() == State::Open, failures == 5, "{code}");
+        if failures == 5 {
+            let rejected = soon(client.check(ask(""))).await.unwrap_err();
+            assert_eq!(rejected.code(), Code::Unavailable);
+            assert!(pushback(&rejected).is_some());
+        }
+    }
 }
 
 #[tokio::test]

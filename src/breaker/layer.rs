@@ -36,6 +36,18 @@ impl CircuitBreakerLayer {
         Self::new(Trip::default())
     }
 
+    /// Returns the circuit of [`http`](Self::http) for a gRPC client, beside
+    /// [`RetryLayer::grpc`](crate::RetryLayer::grpc).
+    ///
+    /// It needs no settings of its own: [`Http`] recognises a gRPC call by its request, and counts it by `grpc-status`, in
+    /// the head or in the trailers, or by the status that an HTTP status is mapped to. `UNAVAILABLE`, `INTERNAL`,
+    /// `UNKNOWN`, `DATA_LOSS` and `DEADLINE_EXCEEDED` are failures, `RESOURCE_EXHAUSTED` is throttled, and statuses that
+    /// the caller causes, such as `NOT_FOUND`, are successes. A stream is counted when it ends. With
+    /// [`respond`](Self::respond) a rejection is an `UNAVAILABLE` with pushback.
+    pub fn grpc() -> Self {
+        Self::http()
+    }
+
     /// Opens by this rule. HTTP and gRPC are recognised; for other types say what failed with
     /// [`classify`](Self::classify).
     pub fn new(trip: Trip) -> Self {
