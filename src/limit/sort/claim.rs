@@ -271,7 +271,8 @@ mod tests {
     fn consecutive_keys_draw_independent_lots() {
         const KEYS: u64 = 10_000;
         const HALF: u16 = 1 << (LOT_BITS - 1);
-        let kinds: [(&str, fn(u64) -> Vec<u8>); 5] = [
+        type Key = fn(u64) -> Vec<u8>;
+        let kinds: [(&str, Key); 5] = [
             ("user", |n| format!("user-{n}").into_bytes()),
             ("trace", |n| format!("{n:032x}").into_bytes()),
             ("uuid", |n| format!("6fa459ea-ee8a-4ca4-894e-{n:012x}").into_bytes()),
