@@ -88,6 +88,61 @@ async fn generated_client_retries_unavailable() {
     assert_eq!((handle.snapshot().retries, handle.snapshot().successes), (2, 1));
 }
 
+/// Always fails, with these values of `grpc-retry-pushback-ms`.
+#[derive(Clone)]
+struct Forbidding {
+    calls: Arc<AtomicUsize>,
+    code: Code,
+    pushbacks: &'static [&'static str],
+}
+
+#[tonic::async_trait]
+impl Health for Forbidding {
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<HealthCheckResponse, Status>> + Send>>;
+
+    async fn check(
+        &self,
+        _: Request<HealthCheckRequest>,
+    ) -> Result<Response<HealthCheckResponse>, Status> {
+        self.calls.fetch_add(1, SeqCst);
+        let mut status = Status::new(self.code, "no");
+        for pushback in self.pushbacks {
+            status.metadata_mut().append("grpc-retry-pushback-ms", pushback.parse().unwrap());
+        }
+        Err(status)
+    }
+
+    async fn watch(
+        &self,
+        _: Request<HealthCheckRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        Ok(Response::new(Box::pin(stream::empty())))
+    }
+}
+
+/// gRFC A6 and grpc-go's `shouldRetry`.
+#[tokio::test]
+async fn pushback_of_a_server_decides_about_retries() {
+    // The status, its pushbacks, and the number of calls.
+    let rows: [(Code, &[&str], usize); 7] = [
+        (Code::Unavailable, &[], 3),
+        (Code::Unavailable, &["1"], 3),
+        (Code::Unavailable, &["-1"], 1),
+        (Code::Unavailable, &["1", "1"], 1),
+        (Code::ResourceExhausted, &["1"], 3),
+        (Code::ResourceExhausted, &[], 1),
+        (Code::InvalidArgument, &["-1"], 1),
+    ];
+    for (code, pushbacks, calls) in rows {
+        let service = Forbidding { calls: Arc::default(), code, pushbacks };
+        let (mut client, handle) = client(serve(service.clone()).await, "");
+        let status = soon(client.check(ask(""))).await.unwrap_err();
+        assert_eq!(status.code(), code, "{pushbacks:?}");
+        assert_eq!(service.calls.load(SeqCst), calls, "{code:?} {pushbacks:?}");
+        assert_eq!(handle.snapshot().retries, calls as u64 - 1, "{code:?} {pushbacks:?}");
+    }
+}
+
 #[tokio::test]
 async fn open_circuit_is_unavailable_and_sends_nothing() {
     let service = Flaky::default();
