@@ -218,7 +218,7 @@
 //! | `lifecycle` | | [`Lifecycle`]: starting, ready, draining, stopping; signals; the pieces for tonic and hyper |
 //! | `serve` | | [`Lifecycle::serve`]: a server for axum that drains and limits the time of every stage of a connection, on hyper-util |
 //! | `reqwest` | | a service between `http` types and a `reqwest::Client`; a retry around that client itself |
-//! | `connections` | | a listener that caps its connections, for `serve` and hyper |
+//! | `listener` | | a listener that caps its connections, for `serve` and hyper |
 //! | `axum` | | and for `axum::serve` |
 //! | `connect` | | [connections](connect) that are bounded, fresh and visible: a layer over connectors, and a client |
 //! | `rustls` | | TLS for that client, and for the server of `serve` |
@@ -273,7 +273,7 @@ pub mod lifecycle;
 #[cfg(feature = "limit")]
 #[cfg_attr(docsrs, doc(cfg(feature = "limit")))]
 pub mod limit;
-#[cfg(any(feature = "connections", feature = "serve"))]
+#[cfg(any(feature = "listener", feature = "serve"))]
 mod listener;
 #[cfg(feature = "reqwest")]
 #[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]

@@ -90,7 +90,7 @@ impl Listener for tokio::net::UnixListener {
     }
 }
 
-#[cfg(feature = "connections")]
+#[cfg(feature = "listener")]
 impl Listener for crate::limit::connections::LimitedListener {
     type Io = crate::limit::connections::Connection;
     type Addr = SocketAddr;

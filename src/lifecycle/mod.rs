@@ -141,7 +141,7 @@
 //! server serves TLS.
 //!
 //! ```no_run
-//! # #[cfg(all(feature = "serve", feature = "connections"))]
+//! # #[cfg(all(feature = "serve", feature = "listener"))]
 //! # async fn start(app: axum::Router) -> Result<(), Box<dyn std::error::Error>> {
 //! use std::time::Duration;
 //! use buttress::{Health, Lifecycle, limit::connections::LimitedListener};

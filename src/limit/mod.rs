@@ -121,7 +121,7 @@
 //!
 //! # Connections
 //!
-//! A limit on calls says nothing to idle sockets: those are for `connections` (a feature), a listener with
+//! A limit on calls says nothing to idle sockets: those are for `listener` (a feature), a listener with
 //! a cap.
 //!
 //! # Cancellation
@@ -161,8 +161,8 @@
 //! at the response head. Both wait without end, in `poll_ready`.
 
 pub mod adaptive;
-#[cfg(feature = "connections")]
-#[cfg_attr(docsrs, doc(cfg(feature = "connections")))]
+#[cfg(feature = "listener")]
+#[cfg_attr(docsrs, doc(cfg(feature = "listener")))]
 pub mod connections;
 mod core;
 mod handle;
