@@ -47,7 +47,7 @@
 //! So the last bad answer is the one given out, and an earlier one is dropped at once with the permit and
 //! the connection it holds: the other copy may be waiting for just these. No hedge is sent any more after
 //! any answer, hence none after one that says not to: a 429, a refusal of a layer further in, a negative
-//! pushback. gRPC's hedging policy sends the next attempt at once after a failure; this is left to a retry.
+//! pushback. gRPC's hedging policy sends the next attempt at once after a failure. Here a retry layer does so.
 //!
 //! # In the stack
 //!
@@ -55,15 +55,14 @@
 //! a balancer: two copies to one slow server help little. The wrapped service gets
 //! `http::Request<ReplayBody<B>>`, as under a retry. A hedge carries [`HedgeCopy`] in its extensions, and
 //! [`Attempt`](super::Attempt) as the first copy does, and over gRPC `grpc-previous-rpc-attempts` with one more
-//! for each hedge attempt (gRFC A6); an answer carries [`Hedged`] if a hedge was sent. An inner limit that rejects a hedge
-//! attempt ends the hedging of this call, and the attempts under way decide.
+//! for each hedge attempt (gRFC A6). The response carries [`Hedged`] if a hedge attempt was sent. A hedge attempt that an
+//! inner limit rejects ends the hedging of this call, and the attempts in flight decide.
 //!
 //! # Bodies
 //!
-//! A request body is kept while it is sent, up to 64 KiB. One that the first copy still reads when the
-//! delay is over is not hedged (of several hedges, one that the previous one still reads), nor is one over the cap; one
-//! that is empty can always be. The response
-//! is chosen by its head (gRPC: by its first frame); its body is not raced.
+//! A request body is saved while it is sent, up to 64 KiB. A request whose body the previous attempt still reads when the
+//! delay is over is not hedged, and neither is one with a larger body. A request without a body can always be hedged.
+//! The response is chosen by its head (gRPC: by its first frame); its body is not raced.
 //!
 //! # Readiness
 //!
