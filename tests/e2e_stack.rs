@@ -14,7 +14,7 @@ use std::{
 
 use axum::{Extension, Router, http::StatusCode, routing::get};
 use buttress::{
-    Attempts, ClientError, ClientErrorKind, Deadline, Outcome, Rejected, RespondLayer,
+    Attempts, BoxError, ClientError, ClientErrorKind, Deadline, Outcome, Rejected, RespondLayer,
     breaker::State,
     call::{Reason, RejectedKind},
     config::{ClientConfig, ServerConfig},
@@ -22,7 +22,7 @@ use buttress::{
     stack::{Client, HealthStatus},
 };
 use bytes::Bytes;
-use futures_util::stream;
+use futures_util::{StreamExt, stream};
 use http::Request;
 use http_body::Frame;
 use http_body_util::{BodyExt, Full, StreamBody};
@@ -367,6 +367,26 @@ async fn error_of_the_client_distinguishes_deadline_timeout_and_request() {
     let upload = Request::post(format!("http://{at}/")).body(StreamBody::new(frames)).unwrap();
     let error = net::soon(client.request(upload)).await.unwrap_err();
     assert_eq!(error.kind(), ClientErrorKind::Request, "{error:#}");
+}
+
+#[tokio::test]
+async fn error_of_a_response_body_converts_and_states_what_failed() {
+    let app = Router::new().route(
+        "/",
+        get(|| async {
+            let first = stream::iter([Ok::<_, BoxError>(Bytes::from("hel"))]);
+            axum::body::Body::from_stream(first.chain(stream::pending()))
+        }),
+    );
+    let at = serve(app).await;
+    let client = client(at, "timeout_idle = '50ms'");
+    async fn read(client: Client<Body>, at: SocketAddr) -> anyhow::Result<Bytes> {
+        Ok(client.request(to(at)).await?.into_body().collect().await?.to_bytes())
+    }
+    let error = net::soon(read(client, at)).await.unwrap_err();
+    let error: ClientError = error.downcast().unwrap();
+    assert_eq!(error.kind(), ClientErrorKind::Timeout);
+    assert_eq!(error.to_string(), "call timed out: body fell silent");
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use tower_service::Service;
 
 use super::{
     client::{ClientHandle, ClientStack, ClientStackService},
-    future::ClientFuture,
+    future::{ClientFuture, ClientResponse},
 };
 use crate::{
     BoxError, ClientError, ConfigError, RespondLayer, RespondService, RetryLayer,
@@ -105,7 +105,7 @@ where
     B: Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<BoxError>,
 {
-    type Response = <Inner<S> as Service<Request<TonicBody>>>::Response;
+    type Response = ClientResponse<<Inner<S> as Service<Request<TonicBody>>>::Response>;
     type Error = ClientError;
     type Future = ClientFuture<<Inner<S> as Service<Request<TonicBody>>>::Future>;
 

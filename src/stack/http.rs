@@ -15,7 +15,7 @@ use tower_service::Service;
 
 use super::{
     client::{ClientHandle, ClientStack, ClientStackService},
-    future::ClientFuture,
+    future::{ClientFuture, ClientResponse},
     handle::HealthCheck,
 };
 use crate::{
@@ -194,7 +194,7 @@ where
     B::Data: Send,
     B::Error: Into<BoxError>,
 {
-    type Response = <Inner<B> as Service<Request<B>>>::Response;
+    type Response = ClientResponse<<Inner<B> as Service<Request<B>>>::Response>;
     type Error = ClientError;
     type Future = ClientFuture<<Inner<B> as Service<Request<B>>>::Future>;
 

@@ -61,7 +61,7 @@ mod server;
 
 #[cfg(any(feature = "connect", feature = "tonic"))]
 #[cfg_attr(docsrs, doc(cfg(any(feature = "connect", feature = "tonic"))))]
-pub use self::future::ClientFuture;
+pub use self::future::{ClientBody, ClientFuture};
 #[cfg(feature = "tonic")]
 #[cfg_attr(docsrs, doc(cfg(feature = "tonic")))]
 pub use self::grpc::{GrpcClient, IntoTonicBody, grpc};
