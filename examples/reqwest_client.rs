@@ -17,7 +17,8 @@ use axum::{
 };
 use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Rejected, RetryLayer,
-    reqwest::HttpClient, retry::Attempts,
+    reqwest::{HttpClient, SendThrough},
+    retry::Attempts,
 };
 use bytes::Bytes;
 use futures_util::stream;
@@ -37,11 +38,12 @@ async fn tour() -> Result<(), BoxError> {
     let url = upstream().await?;
     let limit = ConcurrencyLimitLayer::new(1);
     let places = limit.handle();
+    let http = HttpClient::from_builder(reqwest::Client::builder().no_proxy())?;
     let client = ServiceBuilder::new()
         .layer(RetryLayer::http())
         .layer(CircuitBreakerLayer::http())
         .layer(limit)
-        .service(HttpClient::new(reqwest::Client::builder().no_proxy().build()?));
+        .service(http.clone());
 
     println!("A body that is sent while its echo comes back:");
     let words = stream::unfold(["one ", "two ", "three"].into_iter(), |mut words| async move {
@@ -68,9 +70,15 @@ async fn tour() -> Result<(), BoxError> {
     check(places.in_flight() == 0, "and the place is free again")?;
 
     println!("An upstream that fails twice:");
-    let response = client.oneshot(get("/third-time-lucky")?).await?;
+    let response = client.clone().oneshot(get("/third-time-lucky")?).await?;
     println!("  {} after {} attempts", response.status(), Attempts::of(&response).made);
-    check(response.status() == 200, "the third attempt was answered")
+    check(response.status() == 200, "the third attempt was answered")?;
+
+    println!("A request and a response of reqwest:");
+    let request = http.get_ref().post(format!("{url}/echo")).body("through the layers");
+    let text = request.send_through(&client).await?.error_for_status()?.text().await?;
+    println!("  {text:?}");
+    check(text == "through the layers", "reqwest's own response")
 }
 
 // ===== The upstream =====
