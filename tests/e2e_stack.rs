@@ -145,6 +145,30 @@ async fn config_makes_a_client_that_calls_nobody_while_its_probe_says_that_it_is
     assert!(self::client(at, "").handle().probe().is_none());
 }
 
+/// The server hangs for the first attempt and for the first hedge attempt.
+#[tokio::test]
+async fn client_sends_a_second_hedge_attempt_that_responds() {
+    let requests = Arc::new(AtomicUsize::new(0));
+    let count = requests.clone();
+    let handler = get(async move || {
+        if count.fetch_add(1, SeqCst) < 2 {
+            std::future::pending::<()>().await;
+        }
+        "hello"
+    });
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = listener.local_addr().unwrap();
+    let app = Router::new().route("/", handler);
+    tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+    let client = client(at, "hedge_after = '50ms'\nhedge_max_hedges = 2");
+    let response = net::soon(client.request(to(at))).await.unwrap();
+    let hedged = buttress::retry::Hedged::of(&response).unwrap();
+    assert_eq!((hedged.won, hedged.sent, Attempts::of(&response).made), (true, 2, 1));
+    assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "hello");
+    let snapshot = client.handle().snapshot();
+    assert_eq!((requests.load(SeqCst), snapshot.hedges, snapshot.in_flight), (3, 2, 0));
+}
+
 #[tokio::test]
 async fn client_rejects_calls_after_one_probe_response_503() {
     let app = Router::new().route("/up", get(async || StatusCode::SERVICE_UNAVAILABLE));
