@@ -83,7 +83,7 @@ use tower_service::Service;
 use self::sealed::Sealed;
 use crate::{BoxError, ClientError};
 
-/// A [`reqwest::Client`](Client) as a service of `http`'s types. Always ready; clones share the
+/// A [`reqwest::Client`] as a service of `http`'s types. Always ready; clones share the
 /// client's connections.
 ///
 /// The extensions of a response contain its URL, so `reqwest::Response::from` restores it.

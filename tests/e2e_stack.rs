@@ -26,6 +26,11 @@ use futures_util::{StreamExt, stream};
 use http::Request;
 use http_body::Frame;
 use http_body_util::{BodyExt, Full, StreamBody};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+    service::TowerToHyperService,
+};
 use tokio::{
     net::TcpListener,
     time::{Instant, sleep},
@@ -423,4 +428,55 @@ async fn respond_layer_around_the_client_finds_the_rejection() {
     assert_eq!(response.status(), 503);
     assert!(response.headers().contains_key("retry-after"));
     assert!(response.extensions().get::<Attempts>().is_some());
+}
+
+// ===== HTTP/2 with all streams in use =====
+
+/// Allows one stream per connection. Responds once the gate is open.
+async fn one_stream_each(stage: &net::Stage) -> SocketAddr {
+    let held = stage.clone();
+    let app = Router::new().route("/", get(move || held.plain()));
+    let (listener, at) = net::listener().await;
+    tokio::spawn(async move {
+        loop {
+            let (tcp, _) = listener.accept().await.unwrap();
+            let service = TowerToHyperService::new(app.clone());
+            tokio::spawn(async move {
+                let mut server = auto::Builder::new(TokioExecutor::new());
+                server.http2().max_concurrent_streams(1);
+                let _ = server.serve_connection(TokioIo::new(tcp), service).await;
+            });
+        }
+    });
+    at
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn client_opens_another_connection_for_a_stream_and_names_the_wait_beyond_the_cap() {
+    let stage = net::Stage::default();
+    let at = one_stream_each(&stage).await;
+    let settings = "http2_only = true\nmax_connections_per_host = 8\nconnection_wait = '200ms'\n\
+                    breaker_failures = 3";
+    let client = client(at, settings);
+    let handle = client.handle();
+    let calls = |count| {
+        let calls = (0..count).map(|_| tokio::spawn(client.clone().oneshot(to(at))));
+        calls.collect::<Vec<_>>()
+    };
+    let held = calls(8);
+    net::until(|| stage.inside.now() == 8).await;
+    for call in calls(12) {
+        let error = net::soon(call).await.unwrap().unwrap_err();
+        assert_eq!(error.rejected().unwrap().kind(), RejectedKind::Saturated);
+        assert_eq!(error.kind(), ClientErrorKind::Rejected);
+    }
+    let connections = handle.connections().unwrap().snapshot();
+    assert_eq!((connections.open, connections.waits_for_stream > 0), (8, true), "{connections:?}");
+    assert_eq!((handle.snapshot().breaker, handle.snapshot().refused), (Some(State::Closed), 12));
+    stage.open();
+    for call in held {
+        let response = net::soon(call).await.unwrap().unwrap();
+        response.into_body().collect().await.unwrap();
+    }
+    assert_eq!(handle.snapshot().successes, 8);
 }

@@ -4,12 +4,15 @@ use std::{
     fmt,
     future::Future,
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll, ready},
     time::Duration,
 };
 
-use http::{Method, Request, Response, StatusCode, Uri};
+use http::{Method, Request, Response, StatusCode, Uri, uri::Scheme};
 use http_body::Body;
 use hyper::body::Incoming;
 use hyper_util::{
@@ -30,8 +33,9 @@ use super::{
     layer::{ConnectLayer, Connector, above_zero},
     life,
     resolve::Resolver,
+    streams::{Lane, MAX_LANES},
     tcp::TcpConnector,
-    turn::Turn,
+    turn::{Caller, Turn},
 };
 use crate::{
     BoxError, ConfigError,
@@ -59,10 +63,36 @@ use crate::{
 /// A call that is dropped while it waits or connects gives back its place. One that is dropped later gives up its
 /// connection (HTTP/1), or its stream (HTTP/2).
 pub struct Client<C, B> {
-    inner: Arc<legacy::Client<Connector<C>, B>>,
+    lanes: Arc<Lanes<C, B>>,
     connections: ConnectHandle,
     /// From the first byte: calls share connections.
     is_http2: bool,
+}
+
+type LaneClient<C, B> = Box<legacy::Client<Connector<C>, B>>;
+
+/// Clients of hyper-util, each with one HTTP/2 connection per host. Connections over HTTP/1 are those of the first.
+struct Lanes<C, B> {
+    owner: u64,
+    hyper: legacy::Builder,
+    connector: Connector<C>,
+    clients: [OnceLock<LaneClient<C, B>>; MAX_LANES],
+}
+
+impl<C, B> Lanes<C, B>
+where
+    Connector<C>: Connect + Clone,
+    B: Body + Send,
+    B::Data: Send,
+{
+    fn get(&self, index: usize) -> &legacy::Client<Connector<C>, B> {
+        // Indexes are below `MAX_LANES`.
+        let index = index % MAX_LANES;
+        self.clients[index].get_or_init(|| {
+            let lane = Lane { owner: self.owner, index };
+            Box::new(self.hyper.build(self.connector.clone().in_lane(lane)))
+        })
+    }
 }
 
 impl Client<(), ()> {
@@ -96,15 +126,18 @@ where
 {
     /// Sends a request.
     pub fn request(&self, request: Request<B>) -> ResponseFuture {
-        let (all, shares) = (&self.connections.0, self.is_http2);
-        let now = || Turn::now(all, Origin::of(request.uri()), shares);
-        let turn = (shares || all.has_cap()).then(now).transpose();
+        let all = &self.connections.0;
+        let caller = Caller { owner: self.lanes.owner, shares: self.is_http2 };
+        let now = || Turn::now(all, Origin::of(request.uri()), caller);
+        // TLS may negotiate HTTP/2.
+        let may_share = self.is_http2 || request.uri().scheme() == Some(&Scheme::HTTPS);
+        let turn = (may_share || all.has_cap()).then(now).transpose();
         let state = match turn {
             Ok(turn) => self.send(request, turn),
             Err(host) => {
                 let client = self.clone();
                 let sent = Box::pin(async move {
-                    let turn = Turn::next(host, shares).await?;
+                    let turn = Turn::next(host, caller).await?;
                     Ok(client.send(request, Some(turn)))
                 });
                 State::Waiting { sent }
@@ -116,7 +149,9 @@ where
     fn send(&self, mut request: Request<B>, turn: Option<Turn>) -> State {
         let is_tunnel = request.method() == Method::CONNECT;
         let connection = Some(capture_connection(&mut request));
-        State::Sent { response: self.inner.request(request), connection, is_tunnel, turn }
+        let lane = turn.as_ref().and_then(Turn::lane).map_or(0, |lane| lane.index);
+        let response = self.lanes.get(lane).request(request);
+        State::Sent { response, connection, is_tunnel, turn }
     }
 }
 
@@ -142,8 +177,8 @@ where
 
 impl<C, B> Clone for Client<C, B> {
     fn clone(&self) -> Self {
-        let (inner, connections) = (self.inner.clone(), self.connections.clone());
-        Self { inner, connections, is_http2: self.is_http2 }
+        let (lanes, connections) = (self.lanes.clone(), self.connections.clone());
+        Self { lanes, connections, is_http2: self.is_http2 }
     }
 }
 
@@ -385,8 +420,14 @@ impl ClientBuilder {
         };
         self.hyper.pool_idle_timeout(idle);
         let (connections, is_http2) = (self.connections.handle(), self.is_http2);
-        let connector = self.connections.connector(connector, true);
-        Client { inner: Arc::new(self.hyper.build(connector)), connections, is_http2 }
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let lanes = Lanes {
+            owner: NEXT.fetch_add(1, Ordering::Relaxed),
+            connector: self.connections.connector(connector, None),
+            hyper: self.hyper,
+            clients: [const { OnceLock::new() }; MAX_LANES],
+        };
+        Client { lanes: Arc::new(lanes), connections, is_http2 }
     }
 
     /// Returns a TCP connector with the settings of this builder, for a resolver of your own or TLS of your own.

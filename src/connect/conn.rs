@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
     task::Waker,
 };
@@ -15,6 +15,7 @@ use super::{
     core::Connections,
     host::Host,
     life::{Life, NEVER, Over, Verdict},
+    streams::{Lane, Opening},
     turn::Turn,
 };
 use crate::call::{Finish, Hold, Nanos, Outcome, Permit, Shared, Token};
@@ -23,8 +24,8 @@ pub(super) struct Conn {
     all: Shared<Connections>,
     id: u64,
     host: Arc<Host>,
-    /// Whether each use of it is told: else nobody knows when it is idle.
-    leased: bool,
+    /// The lane of a [`Client`](super::Client). Without one, uses of the connection are not reported.
+    lane: Option<Lane>,
     life: Life,
     leases: AtomicU32,
     idle_since: AtomicU64,
@@ -37,7 +38,18 @@ pub(super) struct Conn {
     is_stale: AtomicBool,
     /// Of the task that reads from it.
     waker: Mutex<Option<Waker>>,
+    is_http2: AtomicBool,
+    /// The HTTP/2 streams that calls hold, and the maximum of the peer.
+    streams: AtomicUsize,
+    max_streams: AtomicUsize,
+    /// One of the streams is for the call that opens this connection.
+    has_reserved: AtomicBool,
+    /// Of the call that opens this connection, until the SETTINGS of the peer arrive.
+    opening: Mutex<Option<Opening>>,
 }
+
+/// The SETTINGS of the peer have not arrived.
+const UNKNOWN: usize = usize::MAX;
 
 /// How long it may take until a connection that is made gets its first call: far longer than it does.
 const GRACE: Nanos = 1_000_000_000;
@@ -47,7 +59,7 @@ impl Conn {
         all: Shared<Connections>,
         id: u64,
         host: Arc<Host>,
-        leased: bool,
+        lane: Option<Lane>,
         life: Life,
         now: Nanos,
     ) -> Self {
@@ -55,7 +67,7 @@ impl Conn {
             all,
             id,
             host,
-            leased,
+            lane,
             life,
             leases: AtomicU32::new(0),
             idle_since: AtomicU64::new(now),
@@ -65,6 +77,11 @@ impl Conn {
             over: OnceLock::new(),
             is_stale: AtomicBool::new(false),
             waker: Mutex::new(None),
+            is_http2: AtomicBool::new(false),
+            streams: AtomicUsize::new(0),
+            max_streams: AtomicUsize::new(UNKNOWN),
+            has_reserved: AtomicBool::new(false),
+            opening: Mutex::new(None),
         }
     }
 
@@ -76,8 +93,12 @@ impl Conn {
         &self.host
     }
 
+    pub(super) fn lane(&self) -> Option<Lane> {
+        self.lane
+    }
+
     pub(super) fn is_leased(&self) -> bool {
-        self.leased
+        self.lane.is_some()
     }
 
     /// Returns whether this connection has delivered a response head.
@@ -137,18 +158,19 @@ impl Conn {
             self.end();
         }
         let why = match self.over.set(Over::Closed) {
-            Ok(()) => {
-                self.host.shares.set_up(false);
-                None
-            }
+            Ok(()) => None,
             Err(_) => self.why_over(),
         };
         self.all.close(self, why);
+        if self.is_http2() {
+            drop(self.take_opening());
+            self.host.streams.unregister(self.id);
+        }
     }
 
     /// Since when nobody uses it, as far as is known.
     pub(super) fn idle_since(&self, now: Nanos) -> Option<Nanos> {
-        let idle = self.leased
+        let idle = self.is_leased()
             && self.leases.load(Ordering::SeqCst) == 0
             && self.new_until.load(Ordering::SeqCst) <= now;
         idle.then(|| self.idle_since.load(Ordering::SeqCst))
@@ -159,8 +181,9 @@ impl Conn {
     /// Whether this is why it is to go: the first reason stays.
     pub(super) fn set_over(&self, why: Over) -> bool {
         let is_first = self.over.set(why).is_ok();
-        if is_first {
-            self.host.shares.set_up(false);
+        if is_first && self.is_http2() {
+            // The first call of the queue may open another connection.
+            self.host.streams.notify();
         }
         self.all.counts.over.fetch_add(usize::from(is_first), Ordering::SeqCst);
         is_first
@@ -189,7 +212,7 @@ impl Conn {
     }
 
     pub(super) fn ask(&self) {
-        if self.leased {
+        if self.is_leased() {
             self.set_over(Over::Asked);
             self.wake();
         }
@@ -223,6 +246,72 @@ impl Conn {
         Verdict::Keep(if new_for > 0 { after.min(new_for) } else { after })
     }
 
+    // ===== HTTP/2 =====
+
+    /// The client has sent the preface of HTTP/2.
+    pub(super) fn set_http2(&self) {
+        self.is_http2.store(true, Ordering::SeqCst);
+        self.host.shares.tell();
+    }
+
+    pub(super) fn is_http2(&self) -> bool {
+        self.is_http2.load(Ordering::SeqCst)
+    }
+
+    /// The SETTINGS of the peer have arrived.
+    pub(super) fn set_max_streams(this: &Shared<Self>, max: usize) {
+        this.max_streams.store(max.min(UNKNOWN - 1), Ordering::SeqCst);
+        this.host.streams.register(this);
+    }
+
+    pub(super) fn try_take_stream(&self) -> bool {
+        let max = self.max_streams.load(Ordering::SeqCst);
+        let take = |streams: usize| (streams < max).then(|| streams.saturating_add(1));
+        self.streams.fetch_update(Ordering::SeqCst, Ordering::SeqCst, take).is_ok()
+    }
+
+    /// Takes a stream for a call that uses this connection already.
+    pub(super) fn seize_stream(&self) {
+        if !self.has_reserved.swap(false, Ordering::SeqCst) {
+            self.streams.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    pub(super) fn reserve_stream(&self) {
+        self.streams.fetch_add(1, Ordering::SeqCst);
+        self.has_reserved.store(true, Ordering::SeqCst);
+    }
+
+    /// Releases the reserved stream, unless the call has taken it.
+    pub(super) fn release_reserved(&self) {
+        if self.has_reserved.swap(false, Ordering::SeqCst) {
+            self.streams.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    pub(super) fn release_stream(&self) {
+        self.streams.fetch_sub(1, Ordering::SeqCst);
+        self.host.streams.notify();
+    }
+
+    /// Keeps other calls from opening a connection until the SETTINGS of the peer have arrived.
+    pub(super) fn hold(&self, opening: Opening) {
+        let before = self.opening().replace(opening);
+        drop(before);
+        // Looked at afterwards: the SETTINGS may have arrived meanwhile.
+        if self.max_streams.load(Ordering::SeqCst) != UNKNOWN || self.why_over().is_some() {
+            drop(self.take_opening());
+        }
+    }
+
+    pub(super) fn take_opening(&self) -> Option<Opening> {
+        self.opening().take()
+    }
+
+    fn opening(&self) -> MutexGuard<'_, Option<Opening>> {
+        self.opening.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     // ===== Waking =====
 
     /// Registers the waker of the task that reads from the connection.
@@ -250,9 +339,13 @@ impl Finish for Conn {
     fn finish(&self, token: Token, _: Outcome) {
         self.end();
         // After: who comes next is to find it idle.
-        if token.tag == HAS_TURN {
-            self.host.calls.leave();
-            self.all.calls.leave();
+        match token.tag {
+            HAS_TURN => {
+                self.host.calls.leave();
+                self.all.calls.leave();
+            }
+            HAS_STREAM => self.release_stream(),
+            _ => {}
         }
     }
 
@@ -262,7 +355,9 @@ impl Finish for Conn {
 }
 
 /// The tag of a call that took a turn, and gives it back at its end.
-const HAS_TURN: u64 = 1;
+pub(super) const HAS_TURN: u64 = 1;
+/// The tag of a call that holds an HTTP/2 stream to its end.
+pub(super) const HAS_STREAM: u64 = 2;
 
 /// What hyper-util's pool keeps with a connection, and clones for each use before a byte is written.
 pub(super) struct Tag {
@@ -296,8 +391,7 @@ impl Tag {
         if conn.has_served.swap(true, Ordering::Relaxed) {
             conn.all.counts.reused.fetch_add(1, Ordering::Relaxed);
         }
-        let has_turn = turn.is_some_and(|turn| turn.keep(&conn.host));
-        let tag = if has_turn { HAS_TURN } else { 0 };
+        let tag = turn.map_or(0, |turn| turn.keep(&conn));
         conn.permit(Token::unmeasured(tag))
     }
 }
@@ -344,7 +438,8 @@ mod tests {
         thread::spawn(move || {
             let all = Shared::new(Connections::new());
             let guest = Guest::register(&all, Origin::of(&"http://search".parse().expect("a URI")));
-            let conn = Connections::open(&all, &guest.host, true);
+            let lane = Some(Lane { owner: 0, index: 0 });
+            let conn = Connections::open(&all, &guest.host, lane);
             conn.watch(&Arc::new(UsesConn(conn.clone())).into());
             conn.watch(Waker::noop());
             let _ = ended.send(());

@@ -15,10 +15,11 @@ use tokio::time::timeout;
 use super::{
     conn::Conn,
     executor::wanted,
-    gate::{Gate, NO_LIMIT},
+    gate::{Gate, NO_LIMIT, Place},
     host::{Guest, Host, Line, Ticket},
     life::{self, Life, Over},
     resolve::Lookups,
+    streams::Lane,
 };
 use crate::{
     call::{Clock, Label, LayerKind, Nanos, Origin, Rejected, RejectedKind, Shared, nanos},
@@ -65,6 +66,7 @@ pub(super) struct Counts {
     pub(super) timed_out: AtomicU64,
     pub(super) reused: AtomicU64,
     pub(super) waits: AtomicU64,
+    pub(super) stream_waits: AtomicU64,
     pub(super) waited: AtomicU64,
     pub(super) saturated: AtomicU64,
 }
@@ -218,6 +220,15 @@ impl Connections {
         host.gate.has_room() && self.total.has_room()
     }
 
+    pub(super) fn count_stream_wait(&self) {
+        self.counts.stream_waits.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Waits for a place among all connections.
+    pub(super) async fn enter_total(&self) -> Place {
+        self.total.enter().await
+    }
+
     /// None: for ever.
     pub(super) fn connect_timeout(&self) -> Option<Duration> {
         let longest = self.settings.connect_timeout.load(Ordering::Relaxed);
@@ -242,7 +253,7 @@ impl Connections {
 
     // ===== The open ones =====
 
-    pub(super) fn open(this: &Shared<Self>, host: &Arc<Host>, leased: bool) -> Shared<Conn> {
+    pub(super) fn open(this: &Shared<Self>, host: &Arc<Host>, lane: Option<Lane>) -> Shared<Conn> {
         let now = this.clock.now();
         let settings = &this.settings;
         let life = Life::new(
@@ -255,7 +266,7 @@ impl Connections {
         this.counts.created.fetch_add(1, Ordering::Relaxed);
         let mut book = this.book();
         let id = book.next_id();
-        let conn = Shared::new(Conn::new(this.clone(), id, host.clone(), leased, life, now));
+        let conn = Shared::new(Conn::new(this.clone(), id, host.clone(), lane, life, now));
         book.open.insert(id, conn.clone());
         conn
     }

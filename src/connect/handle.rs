@@ -27,7 +27,7 @@ pub struct ConnectSnapshot {
     /// The number of DNS lookups in progress, including those whose connects have timed out. Reported by
     /// [`Resolver`](super::Resolver)s only.
     pub lookups: usize,
-    /// How many wait for a place.
+    /// How many wait for a place, or for a stream of an HTTP/2 connection.
     pub waiting: usize,
     /// How many have been opened.
     pub created: u64,
@@ -46,6 +46,9 @@ pub struct ConnectSnapshot {
     pub reused: u64,
     /// How many have had to wait for a place.
     pub waits: u64,
+    /// The number of calls that have had to wait for a stream, because all streams of the HTTP/2 connections were in
+    /// use. `waits` includes them.
+    pub waits_for_stream: u64,
     /// How long they have waited, all together.
     pub waited: Duration,
     /// How many were refused: no room to wait, or waited for too long.
@@ -74,6 +77,7 @@ impl ConnectHandle {
             timed_out: counts.timed_out.load(Ordering::Relaxed),
             reused: counts.reused.load(Ordering::Relaxed),
             waits: counts.waits.load(Ordering::Relaxed),
+            waits_for_stream: counts.stream_waits.load(Ordering::Relaxed),
             waited: Duration::from_nanos(counts.waited.load(Ordering::Relaxed)),
             saturated: counts.saturated.load(Ordering::Relaxed),
         }

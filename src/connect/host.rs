@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use super::{
     core::{Book, Connections},
     gate::{Gate, Place},
+    streams::Streams,
 };
 use crate::call::{Nanos, Origin, Shared};
 
@@ -22,8 +23,9 @@ pub(super) struct Host {
     /// For calls that need a connection each.
     pub(super) calls: Arc<Gate>,
     pub(super) shares: Shares,
-    /// For the one call that makes the connection which others are going to share.
-    pub(super) first: Arc<Gate>,
+    pub(super) streams: Streams,
+    /// For the one call at the head of the queue for a stream.
+    pub(super) head: Arc<Gate>,
     users: AtomicUsize,
     /// Who waits for a place among all.
     pub(super) waiting: AtomicUsize,
@@ -37,7 +39,8 @@ impl Host {
             gate: Gate::new(most),
             calls: Gate::new(most),
             shares: Shares::default(),
-            first: Gate::new(1),
+            streams: Streams::default(),
+            head: Gate::new(1),
             users: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
         })
@@ -60,8 +63,6 @@ impl Host {
 #[derive(Debug, Default)]
 pub(super) struct Shares {
     does: AtomicBool,
-    /// Whether there is one to share, as far as is known: a call that finds this wrong puts it right.
-    is_up: AtomicBool,
     told: Notify,
 }
 
@@ -74,14 +75,6 @@ impl Shares {
         if !self.does.swap(true, Ordering::SeqCst) {
             self.told.notify_waiters();
         }
-    }
-
-    pub(super) fn is_up(&self) -> bool {
-        self.is_up.load(Ordering::SeqCst)
-    }
-
-    pub(super) fn set_up(&self, is_up: bool) {
-        self.is_up.store(is_up, Ordering::SeqCst);
     }
 
     /// For ever if they do not.
@@ -125,6 +118,17 @@ impl Guest {
         host.users.fetch_add(1, Ordering::SeqCst);
         drop(book);
         Self { all: all.clone(), host }
+    }
+}
+
+impl Guest {
+    /// Counts the caller among those that wait for a place among all connections: idle ones of other hosts make room.
+    pub(super) fn wait_elsewhere(&self) -> ForAll<'_> {
+        let Self { all, host } = self;
+        host.waiting.fetch_add(1, Ordering::SeqCst);
+        all.counts.for_all.fetch_add(1, Ordering::SeqCst);
+        all.make_room_for(host);
+        ForAll(self)
     }
 }
 
@@ -172,11 +176,7 @@ impl<'a> Line<'a> {
 
     /// Its host has room, and all together have not: connections that nobody uses make room.
     pub(super) fn for_all(&self) -> ForAll<'a> {
-        let Guest { all, host } = self.guest;
-        host.waiting.fetch_add(1, Ordering::SeqCst);
-        all.counts.for_all.fetch_add(1, Ordering::SeqCst);
-        all.make_room_for(host);
-        ForAll(self.guest)
+        self.guest.wait_elsewhere()
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use hyper::rt::{Read, ReadBufCursor, Write};
+use hyper::rt::{Read, ReadBuf, ReadBufCursor, Write};
 use hyper_util::client::legacy::connect::{Connected, Connection};
 use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -19,6 +19,7 @@ use super::{
     core::Connections,
     host::Ticket,
     life::{NEVER, Verdict},
+    streams::Lane,
 };
 use crate::call::Shared;
 
@@ -38,8 +39,10 @@ struct Seat {
     conn: Shared<Conn>,
     has_written: bool,
     is_http2: bool,
+    /// Of an HTTP/2 connection of a client, until they have arrived.
+    settings: Option<PeerSettings>,
     look: Option<Pin<Box<Sleep>>>,
-    ticket: Ticket,
+    _ticket: Ticket,
 }
 
 impl Drop for Seat {
@@ -49,9 +52,22 @@ impl Drop for Seat {
 }
 
 impl<T> Io<T> {
-    pub(super) fn new(inner: T, all: &Shared<Connections>, ticket: Ticket, leased: bool) -> Self {
-        let conn = Connections::open(all, &ticket.guest.host, leased);
-        Self { inner, seat: Seat { conn, has_written: false, is_http2: false, look: None, ticket } }
+    pub(super) fn new(
+        inner: T,
+        all: &Shared<Connections>,
+        ticket: Ticket,
+        lane: Option<Lane>,
+    ) -> Self {
+        let conn = Connections::open(all, &ticket.guest.host, lane);
+        let seat = Seat {
+            conn,
+            has_written: false,
+            is_http2: false,
+            settings: None,
+            look: None,
+            _ticket: ticket,
+        };
+        Self { inner, seat }
     }
 
     /// What is wrapped.
@@ -95,12 +111,33 @@ impl Seat {
             // The preface of a client (RFC 9113 §3.4).
             self.is_http2 = bytes.starts_with(b"PRI ");
             if self.is_http2 {
-                self.ticket.guest.host.shares.tell();
+                self.conn.set_http2();
+                self.settings = self.conn.is_leased().then(PeerSettings::default);
             }
         }
         if self.conn.is_stale() {
             self.conn.keep_stale();
         }
+    }
+
+    /// Reads through a buffer of its own, because the bytes that hyper's cursor receives cannot be read back.
+    fn read_settings<T: Read>(
+        &mut self,
+        inner: Pin<&mut T>,
+        cx: &mut Context<'_>,
+        mut buf: ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        let mut bytes = [0; 1024];
+        let room = buf.remaining().min(bytes.len());
+        let mut read = ReadBuf::new(&mut bytes[..room]);
+        ready!(inner.poll_read(cx, read.unfilled()))?;
+        buf.put_slice(read.filled());
+        let max = self.settings.as_mut().and_then(|settings| settings.record(read.filled()));
+        if let Some(max) = max {
+            self.settings = None;
+            Conn::set_max_streams(&self.conn, max);
+        }
+        Poll::Ready(Ok(()))
     }
 
     fn look_after(&mut self, time: Duration) -> Pin<&mut Sleep> {
@@ -122,7 +159,11 @@ impl<T: Read> Read for Io<T> {
         buf: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.project();
-        if let Poll::Ready(read) = this.inner.poll_read(cx, buf) {
+        let read = match &this.seat.settings {
+            None => this.inner.poll_read(cx, buf),
+            Some(_) => this.seat.read_settings(this.inner, cx, buf),
+        };
+        if let Poll::Ready(read) = read {
             return Poll::Ready(read);
         }
         ready!(this.seat.poll_over(cx));
@@ -178,5 +219,77 @@ impl<T: Connection> Connection for Io<T> {
 impl<T: fmt::Debug> fmt::Debug for Io<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Io").field("inner", &self.inner).finish_non_exhaustive()
+    }
+}
+
+// ===== SETTINGS =====
+
+/// Reads the maximum number of streams from the first frame of an HTTP/2 peer, which is SETTINGS (RFC 9113 §3.4, §6.5).
+/// Later SETTINGS frames are not read.
+#[derive(Default)]
+struct PeerSettings {
+    head: [u8; 9],
+    entry: [u8; 6],
+    read: usize,
+    max_streams: Option<usize>,
+}
+
+impl PeerSettings {
+    /// Returns the maximum once the frame is complete. No value means no limit (RFC 9113 §6.5.2).
+    fn record(&mut self, bytes: &[u8]) -> Option<usize> {
+        const SETTINGS: u8 = 4;
+        const MAX_CONCURRENT_STREAMS: [u8; 2] = [0, 3];
+        for byte in bytes {
+            match self.read.checked_sub(self.head.len()) {
+                None => self.head[self.read] = *byte,
+                Some(at) => {
+                    let at = at % self.entry.len();
+                    self.entry[at] = *byte;
+                    let [id @ .., a, b, c, d] = self.entry;
+                    if at == self.entry.len() - 1 && id == MAX_CONCURRENT_STREAMS {
+                        self.max_streams = usize::try_from(u32::from_be_bytes([a, b, c, d])).ok();
+                    }
+                }
+            }
+            self.read = self.read.saturating_add(1);
+            let [a, b, c, kind, ..] = self.head;
+            let end = u32::from_be_bytes([0, a, b, c]) as usize + self.head.len();
+            // Another frame is an error of the peer, which h2 reports.
+            if self.read >= self.head.len() && (kind != SETTINGS || self.read >= end) {
+                return Some(self.max_streams.unwrap_or(usize::MAX));
+            }
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+        let length = u8::try_from(payload.len()).expect("short");
+        [&[0, 0, length, kind, 0, 0, 0, 0, 0], payload].concat()
+    }
+
+    #[test]
+    fn maximum_of_streams_is_read_from_the_first_frame_in_any_pieces() {
+        let entry = |id: u8, value: u8| [0, id, 0, 0, 1, value];
+        let some = frame(4, &[entry(1, 0), entry(3, 5), entry(4, 9)].concat());
+        for (bytes, max) in [
+            (&*some, 0x105),
+            (&frame(4, &entry(4, 9)), usize::MAX),
+            (&frame(4, &[]), usize::MAX),
+            (&frame(7, &[0; 8])[..9], usize::MAX),
+        ] {
+            for piece in 1..=bytes.len() {
+                let mut settings = PeerSettings::default();
+                let read: Vec<_> =
+                    bytes.chunks(piece).map(|piece| settings.record(piece)).collect();
+                let (last, before) = read.split_last().expect("not empty");
+                assert_eq!(*last, Some(max));
+                assert!(before.iter().all(Option::is_none));
+            }
+        }
     }
 }

@@ -19,6 +19,7 @@ use super::{
     handle::{ConnectHandle, checked},
     io::Io,
     life,
+    streams::Lane,
 };
 use crate::{
     BoxError, ConfigError,
@@ -63,7 +64,7 @@ impl ConnectLayer {
         self
     }
 
-    /// Where a cap is reached up to `length` wait for a connection, first come, first served, each for
+    /// Where a cap is reached up to `length` wait for a connection or a stream, first come, first served, each for
     /// `longest_wait` (1 ms or more): 1024 and 5 s by default. Who finds no room, or waits for too long, is
     /// refused as [`Saturated`](crate::call::RejectedKind::Saturated).
     pub fn queue(mut self, length: usize, longest_wait: Duration) -> Self {
@@ -169,9 +170,9 @@ impl ConnectLayer {
         }
     }
 
-    /// `leased`: each use of a connection will be told.
-    pub(super) fn connector<C>(&self, inner: C, leased: bool) -> Connector<C> {
-        Connector { inner, layer: self.clone(), leased }
+    /// `lane`: that of a client, which reports each use of a connection.
+    pub(super) fn connector<C>(&self, inner: C, lane: Option<Lane>) -> Connector<C> {
+        Connector { inner, layer: self.clone(), lane }
     }
 }
 
@@ -186,7 +187,7 @@ impl<C> Layer<C> for ConnectLayer {
     type Service = Connector<C>;
 
     fn layer(&self, inner: C) -> Connector<C> {
-        self.connector(inner, false)
+        self.connector(inner, None)
     }
 }
 
@@ -195,7 +196,14 @@ impl<C> Layer<C> for ConnectLayer {
 pub struct Connector<C> {
     inner: C,
     layer: ConnectLayer,
-    leased: bool,
+    lane: Option<Lane>,
+}
+
+impl<C> Connector<C> {
+    /// Returns the connector of another lane.
+    pub(super) fn in_lane(self, lane: Lane) -> Self {
+        Self { lane: Some(lane), ..self }
+    }
 }
 
 /// Omits the wrapped connector: the `Debug` output of a connector for a proxy may contain credentials.
@@ -224,13 +232,13 @@ where
         // The one that is ready goes along: the call may have to wait for its place.
         let other = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, other);
-        let (layer, leased) = (self.layer.clone(), self.leased);
+        let (layer, lane) = (self.layer.clone(), self.lane);
         ConnectFuture(Box::pin(async move {
             layer.sound()?;
             let all = &layer.all;
             let ticket = Connections::admit(all, Origin::of(&uri)).await?;
             let io = dial(all, || inner.call(uri)).await?;
-            Ok(Io::new(io, all, ticket, leased))
+            Ok(Io::new(io, all, ticket, lane))
         }))
     }
 }

@@ -50,8 +50,21 @@
 //! A connection takes a place of its host and one of all before it is made, and holds both until it is closed: the
 //! place is in the connection itself, wherever a pool keeps it. Who finds none waits for one, first come, first
 //! served, if the line has room. With a [`Client`] it is the call that waits, before it asks the pool, and goes when a
-//! connection becomes idle or may be made; calls over HTTP/2, which share connections, do not wait once there is
-//! one. Where the cap of all is reached, a connection that another host leaves idle is closed for who waits.
+//! connection becomes idle or may be made. Where the cap of all is reached, a connection that another host leaves idle is
+//! closed for who waits.
+//!
+//! # Streams of HTTP/2
+//!
+//! Calls over HTTP/2 share connections. A connection has as many streams as the server's SETTINGS allow
+//! (`MAX_CONCURRENT_STREAMS`, RFC 9113 §5.1.2). When all streams are in use, a [`Client`] opens another connection, up to
+//! the caps and to 64 per host. A call beyond that waits in the line for a stream: `waits_for_stream` in the
+//! [`ConnectSnapshot`] counts it, a circuit breaker does not count the wait against the upstream, and the call is
+//! [refused](crate::call::RejectedKind::Saturated) after the maximum wait of the [`queue`](ConnectLayer::queue). A call
+//! holds its stream to the end of the response body. Calls use the oldest connections first, so that the others become
+//! idle and are closed.
+//!
+//! Only the first SETTINGS of a connection are read: if a server lowers the maximum later, requests wait inside hyper.
+//! They wait there, too, if they began before a TLS handshake with their host had negotiated HTTP/2.
 //!
 //! | a connection | is closed |
 //! |---|---|
@@ -93,7 +106,7 @@
 //! # Cancellation
 //!
 //! Dropping a call that waits or connects gives its place back; dropping one just when its turn has come hands the
-//! turn to the next. Over HTTP/2 one call connects for all that wait: when it is dropped the next of them does
+//! turn to the next. Over HTTP/2 one call at a time connects for all that wait: when it is dropped the next of them does
 //! (hyper's pool would fail them). A connection that is nearly made when its caller is served by another one is kept for the
 //! next.
 //!
@@ -134,6 +147,7 @@ mod io;
 mod layer;
 mod life;
 mod resolve;
+mod streams;
 mod tcp;
 mod turn;
 

@@ -41,6 +41,7 @@ pub struct Pipes {
     to: Arc<Mutex<HashMap<String, Gauge>>>,
     gate: Option<Arc<Semaphore>>,
     dawdles: bool,
+    max_streams: Option<u32>,
 }
 
 impl Pipes {
@@ -52,6 +53,11 @@ impl Pipes {
     /// Connecting takes up to 30 ms.
     pub fn dawdling() -> Self {
         Self { dawdles: true, ..Self::default() }
+    }
+
+    /// A connection over HTTP/2 has so many streams.
+    pub fn max_streams(self, max: u32) -> Self {
+        Self { max_streams: Some(max), ..self }
     }
 
     /// Those to one host.
@@ -113,7 +119,10 @@ impl Service<Uri> for Pipes {
             let (ours, theirs) = tokio::io::duplex(64 * 1024);
             let service = TowerToHyperService::new(this.router());
             tokio::spawn(async move {
-                let server = auto::Builder::new(TokioExecutor::new());
+                let mut server = auto::Builder::new(TokioExecutor::new());
+                if let Some(max) = this.max_streams {
+                    server.http2().max_concurrent_streams(max);
+                }
                 let io = TokioIo::new(theirs);
                 let _ = server.serve_connection_with_upgrades(io, service).await;
             });

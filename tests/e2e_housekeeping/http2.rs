@@ -172,50 +172,54 @@ async fn an_http2_handshake_that_fails_is_a_failure() {
 /// hyper classifies this error as one of its user.
 #[tokio::test]
 async fn a_dispatch_task_that_is_gone_is_a_reset_and_is_retried() {
-    for kind in KINDS {
-        for retries in [false, true] {
-            let peer =
-                peer::http2_goes_away_from_a_waiting_request(Duration::from_millis(100)).await;
-            let (bare, breaker) = (kind.http2(), opens_at_first_failure());
-            let circuit = breaker.handle();
-            let client = stack(&RetryBudget::default(), breaker, bare.clone());
-            soon(client.clone().oneshot(request(Method::GET, peer.addr))).await.unwrap();
-            // The second request holds the only stream.
-            let second = bare.clone().oneshot(request(Method::GET, peer.addr));
-            let case = format!("{kind:?}");
-            if retries {
-                let third = async {
-                    tokio::time::sleep(Duration::from_millis(30)).await;
-                    client.oneshot(request(Method::GET, peer.addr)).await
-                };
-                let (_, response) = soon(join(second, third)).await;
-                let attempts = Attempts::of(&response.unwrap());
-                assert_eq!((attempts.made, attempts.stop), (2, Stop::Answered), "{case}");
-                assert!(attempts.each()[0].outcome.is_housekeeping(), "{case}: {attempts:?}");
-                assert_eq!(circuit.state(), State::Closed, "{case}");
-            } else {
-                let third = async {
-                    tokio::time::sleep(Duration::from_millis(30)).await;
-                    fails(&bare, Method::GET, peer.addr).await
-                };
-                let (_, error) = soon(join(second, third)).await;
-                let mut chain = std::iter::successors(error.source(), |error| error.source());
-                let hyper = chain.find_map(|error| error.downcast_ref::<hyper::Error>()).unwrap();
-                assert_eq!(hyper.to_string(), "dispatch task is gone", "{case}");
-                let reason = match kind {
-                    Kind::Connect => Reason::StaleConnection,
-                    _ => Reason::Reset,
-                };
-                let outcome = Outcome::of_error(&*error);
-                assert_eq!(
-                    (outcome.kind(), outcome.reason()),
-                    (OutcomeKind::Cancelled, reason),
-                    "{case}"
-                );
-            }
-            assert_eq!(peer.ended(), 1, "{case}");
+    for retries in [false, true] {
+        let peer = peer::http2_goes_away_from_a_waiting_request(Duration::from_millis(100)).await;
+        let (bare, breaker) = (Kind::HyperUtil.http2(), opens_at_first_failure());
+        let circuit = breaker.handle();
+        let client = stack(&RetryBudget::default(), breaker, bare.clone());
+        soon(client.clone().oneshot(request(Method::GET, peer.addr))).await.unwrap();
+        // The second request holds the only stream.
+        let second = bare.clone().oneshot(request(Method::GET, peer.addr));
+        if retries {
+            let third = async {
+                tokio::time::sleep(Duration::from_millis(30)).await;
+                client.oneshot(request(Method::GET, peer.addr)).await
+            };
+            let (_, response) = soon(join(second, third)).await;
+            let attempts = Attempts::of(&response.unwrap());
+            assert_eq!((attempts.made, attempts.stop), (2, Stop::Answered));
+            assert!(attempts.each()[0].outcome.is_housekeeping(), "{attempts:?}");
+            assert_eq!(circuit.state(), State::Closed);
+        } else {
+            let third = async {
+                tokio::time::sleep(Duration::from_millis(30)).await;
+                fails(&bare, Method::GET, peer.addr).await
+            };
+            let (_, error) = soon(join(second, third)).await;
+            let mut chain = std::iter::successors(error.source(), |error| error.source());
+            let hyper = chain.find_map(|error| error.downcast_ref::<hyper::Error>()).unwrap();
+            assert_eq!(hyper.to_string(), "dispatch task is gone");
+            let outcome = Outcome::of_error(&*error);
+            assert_eq!((outcome.kind(), outcome.reason()), (OutcomeKind::Cancelled, Reason::Reset));
         }
     }
+}
+
+/// [`connect::Client`](buttress::connect::Client) does not let a request wait inside of hyper.
+#[tokio::test]
+async fn a_request_without_a_stream_is_sent_over_another_connection() {
+    let peer = peer::http2_goes_away_from_a_waiting_request(Duration::from_millis(100)).await;
+    let client = Kind::Connect.http2();
+    soon(client.clone().oneshot(request(Method::GET, peer.addr))).await.unwrap();
+    let second = client.clone().oneshot(request(Method::GET, peer.addr));
+    let third = async {
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        client.clone().oneshot(request(Method::GET, peer.addr)).await
+    };
+    let (second, third) = soon(join(second, third)).await;
+    second.unwrap_err();
+    third.unwrap();
+    assert_eq!(peer.connections(), 2);
 }
 
 /// A client of reqwest with its default settings sends each attempt up to three times. The second row proves that the

@@ -1,0 +1,272 @@
+//! The HTTP/2 connections of a host and their streams.
+//!
+//! hyper-util's client shares one HTTP/2 connection per host, and a request beyond the peer's
+//! `SETTINGS_MAX_CONCURRENT_STREAMS` waits inside it, where no layer observes the wait. A [`Client`](super::Client)
+//! therefore has several of hyper-util's clients, its *lanes*, with one connection each, and a call takes a permit for a
+//! stream of one connection before it is sent over the lane of that connection.
+//!
+//! A call that finds no free stream queues at [`Host::head`](super::host::Host::head). Only the first call of the queue
+//! looks for a stream. It is woken by [`Streams::notify`] after each change that may help it: a released stream, a
+//! connection whose SETTINGS arrived, a connection that is over or closed, an attempt to connect that ended. `Notify`
+//! stores one wake-up, so a change between a look and the wait is not lost. A call that arrives takes a stream directly
+//! only while no call is queued, so it does not overtake.
+//!
+//! A permit belongs to a connection and is released at the end of the response body. hyper-util's client may send the
+//! call over another connection of the lane than the one of the permit, if that one has closed meanwhile. The permit is
+//! then released, and the call takes a stream of the connection that it uses, whether or not one is free.
+//!
+//! A connection counts from its SETTINGS on, because its maximum is not known before. While a call opens a connection,
+//! no other call opens one to the same host.
+
+use std::{
+    future::{Future, poll_fn},
+    pin::pin,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::Poll,
+};
+
+use tokio::sync::Notify;
+
+use super::{
+    conn::Conn,
+    core::Connections,
+    host::{Guest, Host},
+};
+use crate::call::Shared;
+
+/// The maximum number of connections of a client to one host over HTTP/2.
+pub(super) const MAX_LANES: usize = 64;
+
+/// One of the clients of hyper-util that a [`Client`](super::Client) has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Lane {
+    /// The number of the [`Client`](super::Client): several may share their connections' layer, but not connections.
+    pub(super) owner: u64,
+    pub(super) index: usize,
+}
+
+#[derive(Default)]
+pub(super) struct Streams {
+    state: Mutex<State>,
+    /// Of the first call of the queue.
+    changed: Notify,
+    /// Of all calls that wait for the first connection.
+    came_up: Notify,
+    /// The number of calls in the queue. While it is zero, a call takes a stream without the head of the queue.
+    queued: AtomicUsize,
+}
+
+#[derive(Default)]
+struct State {
+    /// The connections whose SETTINGS have arrived, until they are closed.
+    open: Vec<Shared<Conn>>,
+    /// The lane in which a call opens a connection.
+    opening: Option<Lane>,
+}
+
+/// What a call is to do.
+pub(super) enum Pick {
+    Send(StreamPermit),
+    Open(Opening),
+    /// Wait for a change. `for_room`: a free place for another connection would help, too.
+    Wait {
+        for_room: bool,
+    },
+}
+
+impl Streams {
+    /// Takes a free stream of the first connection of this client that has one, unless calls queue for it.
+    pub(super) fn try_take(&self, owner: u64) -> Option<StreamPermit> {
+        if self.queued.load(Ordering::SeqCst) > 0 {
+            return None;
+        }
+        self.state().try_take(owner)
+    }
+
+    /// Adds a call to the queue, until the guard is dropped.
+    pub(super) fn queue(&self) -> Queued<'_> {
+        self.queued.fetch_add(1, Ordering::SeqCst);
+        Queued(self)
+    }
+
+    /// Decides what the first call of the queue is to do.
+    pub(super) fn pick(&self, all: &Connections, host: &Arc<Host>, owner: u64) -> Pick {
+        let mut state = self.state();
+        if let Some(permit) = state.try_take(owner) {
+            return Pick::Send(permit);
+        }
+        if state.opening.is_some() {
+            return Pick::Wait { for_room: false };
+        }
+        if state.is_up(owner) && !all.has_room(host) {
+            return Pick::Wait { for_room: true };
+        }
+        let Some(index) = state.free_lane(owner) else { return Pick::Wait { for_room: false } };
+        let lane = Lane { owner, index };
+        state.opening = Some(lane);
+        Pick::Open(Opening { host: host.clone(), lane })
+    }
+
+    /// Returns whether this client has a connection that takes calls.
+    pub(super) fn is_up(&self, owner: u64) -> bool {
+        self.state().is_up(owner)
+    }
+
+    /// Adds a connection whose SETTINGS have arrived.
+    pub(super) fn register(&self, conn: &Shared<Conn>) {
+        let opening = conn.take_opening();
+        {
+            let mut state = self.state();
+            // The call that opens it gets a stream before all others, also if it does not know yet that it is connected.
+            if opening.is_none() && state.opening.is_some() && state.opening == conn.lane() {
+                conn.reserve_stream();
+            }
+            state.open.push(conn.clone());
+        }
+        drop(opening);
+        self.notify();
+        self.came_up.notify_waiters();
+    }
+
+    /// Removes a connection that is closed.
+    pub(super) fn unregister(&self, id: u64) {
+        let removed = {
+            let mut state = self.state();
+            let position = state.open.iter().position(|conn| conn.id() == id);
+            position.map(|position| state.open.remove(position))
+        };
+        // Without the lock: a connection holds a waker, which is user code.
+        drop(removed);
+        self.notify();
+    }
+
+    /// Waits until a connection of any client is added.
+    pub(super) fn came_up(&self) -> impl Future<Output = ()> {
+        self.came_up.notified()
+    }
+
+    /// Wakes the first call of the queue.
+    pub(super) fn notify(&self) {
+        self.changed.notify_one();
+    }
+
+    /// Waits until there may be a stream, or room for another connection.
+    pub(super) async fn changed(&self, guest: &Guest, for_room: bool) {
+        let mut changed = pin!(self.changed.notified());
+        let mut room = pin!(async {
+            let Guest { all, host } = guest;
+            let own = host.gate.enter().await;
+            let _elsewhere = guest.wait_elsewhere();
+            // Released at once: the call enters the gates again when it connects.
+            drop((own, all.enter_total().await));
+        });
+        poll_fn(|cx| match changed.as_mut().poll(cx) {
+            Poll::Pending if for_room => room.as_mut().poll(cx),
+            polled => polled,
+        })
+        .await;
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A call in the queue.
+pub(super) struct Queued<'a>(&'a Streams);
+
+impl Drop for Queued<'_> {
+    fn drop(&mut self) {
+        self.0.queued.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl State {
+    fn of(&self, owner: u64) -> impl Iterator<Item = (&Shared<Conn>, usize)> {
+        self.open.iter().filter_map(move |conn| {
+            let lane = conn.lane().filter(|lane| lane.owner == owner)?;
+            Some((conn, lane.index))
+        })
+    }
+
+    fn try_take(&self, owner: u64) -> Option<StreamPermit> {
+        let free = |conn: &&Shared<Conn>| !conn.is_to_be_left() && conn.try_take_stream();
+        let conn = self.of(owner).map(|(conn, _)| conn).find(free)?;
+        Some(StreamPermit { conn: conn.clone(), is_kept: false })
+    }
+
+    fn is_up(&self, owner: u64) -> bool {
+        self.of(owner).any(|(conn, _)| !conn.is_to_be_left())
+    }
+
+    /// Prefers a lane without a connection to one whose connection is over.
+    fn free_lane(&self, owner: u64) -> Option<usize> {
+        let is_free = |index: &usize| self.of(owner).all(|(_, used)| used != *index);
+        let over = || self.of(owner).find(|(conn, _)| conn.is_to_be_left());
+        (0..MAX_LANES).find(is_free).or_else(|| Some(over()?.1))
+    }
+}
+
+/// The permit to send one call over an HTTP/2 connection.
+pub(super) struct StreamPermit {
+    conn: Shared<Conn>,
+    is_kept: bool,
+}
+
+impl StreamPermit {
+    /// Takes a stream of a connection that a call already uses, whether or not one is free.
+    pub(super) fn seize(conn: &Shared<Conn>) -> Self {
+        conn.seize_stream();
+        Self { conn: conn.clone(), is_kept: false }
+    }
+
+    pub(super) fn lane(&self) -> Option<Lane> {
+        self.conn.lane()
+    }
+
+    pub(super) fn is_of(&self, conn: &Conn) -> bool {
+        self.conn.id() == conn.id()
+    }
+
+    /// Leaves it to the end of the call to release the stream.
+    pub(super) fn keep(mut self) {
+        self.is_kept = true;
+    }
+}
+
+impl Drop for StreamPermit {
+    fn drop(&mut self) {
+        if !self.is_kept {
+            self.conn.release_stream();
+        }
+    }
+}
+
+/// The right to open a connection in this lane. Dropping it ends the attempt: the next call may open one.
+pub(super) struct Opening {
+    host: Arc<Host>,
+    lane: Lane,
+}
+
+impl Opening {
+    pub(super) fn lane(&self) -> Lane {
+        self.lane
+    }
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        let streams = &self.host.streams;
+        {
+            let mut state = streams.state();
+            state.opening = None;
+            for conn in state.open.iter().filter(|conn| conn.lane() == Some(self.lane)) {
+                conn.release_reserved();
+            }
+        }
+        streams.notify();
+    }
+}
