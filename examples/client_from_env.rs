@@ -36,12 +36,12 @@ async fn tour() -> Result<(), BoxError> {
         .env()
         .finish()?;
     println!("{}", config.explain());
-    let client = buttress::client::<Empty<Bytes>>(&config)?;
+    let client = buttress::client(&config)?;
     let handle = client.handle();
 
     let mut calls = JoinSet::new();
     for _ in 0..200 {
-        let request = Request::get(format!("http://{at}/")).body(Empty::new())?;
+        let request = Request::get(format!("http://{at}/")).body(Empty::<Bytes>::new())?;
         let client = client.clone();
         calls.spawn(async move {
             let (head, body) = client.request(request).await?.into_parts();

@@ -399,6 +399,22 @@ async fn error_of_the_client_distinguishes_deadline_timeout_and_request() {
 }
 
 #[tokio::test]
+async fn request_that_cannot_be_sent_does_not_count_against_the_upstream() {
+    let client = client(nobody().await, "breaker_failures = 3");
+    for _ in 0..3 {
+        let relative = Request::get("/no-host").body(Body::default()).unwrap();
+        let mut old = to(nobody().await);
+        *old.version_mut() = http::Version::HTTP_09;
+        for request in [relative, old] {
+            let error = net::soon(client.request(request)).await.unwrap_err();
+            assert_eq!(error.kind(), ClientErrorKind::Request, "{error:#}");
+            assert_eq!(Outcome::of_error(&error).reason(), Reason::Caller);
+        }
+    }
+    assert_eq!(client.handle().snapshot().breaker, Some(State::Closed));
+}
+
+#[tokio::test]
 async fn error_of_a_response_body_converts_and_states_what_failed() {
     let app = Router::new().route(
         "/",

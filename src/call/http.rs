@@ -256,6 +256,9 @@ fn cause_of(error: &(dyn Error + 'static), transport: &Transport) -> Option<Caus
     }
     #[cfg(feature = "hyper")]
     if let Some(error) = error.downcast_ref::<hyper_util::client::legacy::Error>() {
+        if is_unsendable(error) {
+            return Some(Cause::neutral(Reason::Caller));
+        }
         return error.is_connect().then_some(Cause::failure(Reason::ConnectFailed));
     }
     #[cfg(feature = "hyper")]
@@ -289,6 +292,14 @@ fn cause_of(error: &(dyn Error + 'static), transport: &Transport) -> Option<Caus
         return Some(Cause::Known(grpc::of_status(status)));
     }
     None
+}
+
+/// Returns whether the request cannot be sent as it is: its URI is relative, or its method or version is not supported.
+///
+/// Only the text of the error reveals this: `client error (UserAbsoluteUriRequired)`. Such an error has no source.
+#[cfg(feature = "hyper")]
+fn is_unsendable(error: &hyper_util::client::legacy::Error) -> bool {
+    error.source().is_none() && error.to_string().starts_with("client error (User")
 }
 
 fn of_io(kind: io::ErrorKind, transport: &Transport) -> Option<Cause> {

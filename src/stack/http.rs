@@ -51,8 +51,8 @@ type Empty = String;
 /// use http_body_util::Empty;
 ///
 /// let config = ClientConfig::from_env("search")?;
-/// let client = buttress::client::<Empty<bytes::Bytes>>(&config)?;
-/// let request = http::Request::get("http://localhost:8080/").body(Empty::new())?;
+/// let client = buttress::client(&config)?;
+/// let request = http::Request::get("http://localhost:8080/").body(Empty::<bytes::Bytes>::new())?;
 /// let response = client.request(request).await?;
 /// println!("{} {:?}", response.status(), client.handle().snapshot());
 /// # Ok(()) }
