@@ -217,7 +217,7 @@
 //! | `tracing` | yes | one event per decision; events that traffic repeats are summarised once in 10 s |
 //! | `lifecycle` | | [`Lifecycle`]: starting, ready, draining, stopping; signals; the pieces for tonic and hyper |
 //! | `serve` | | [`Lifecycle::serve`]: a server for axum that drains and limits the time of every stage of a connection, on hyper-util |
-//! | `reqwest` | | a service between `http` types and a `reqwest::Client`; a retry around that client itself |
+//! | `reqwest` | | a service between `http` types and a `reqwest::Client`, which sends a `RequestBuilder` through layers, too; a retry around that client itself |
 //! | `listener` | | a listener that caps its connections, for `serve` and hyper |
 //! | `axum` | | and for `axum::serve` |
 //! | `connect` | | [connections](connect) that are bounded, fresh and visible: a layer over connectors, and a client |

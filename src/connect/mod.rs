@@ -77,7 +77,7 @@
 //!
 //! # With what
 //!
-//! | | caps, queue, connect timeout, counters | age, idle, `in_use`, `reused` |
+//! | | caps, queue, connect timeout, counters | age, idle, streams, `in_use`, `reused` |
 //! |---|---|---|
 //! | [`Client`] | yes | yes |
 //! | hyper-util's client, tonic's `connect_with_connector`, with a [`Connector`] | yes | no |

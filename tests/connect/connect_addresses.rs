@@ -57,10 +57,11 @@ impl BlackHole {
         clippy::disallowed_methods,
         reason = "the kernel completes the queued handshakes meanwhile"
     )]
-    fn at(address: SocketAddr) -> Self {
+    /// `None` if another socket has this port.
+    fn at(address: SocketAddr) -> Option<Self> {
         let listener = Socket::new(Domain::for_address(address), Type::STREAM, None).unwrap();
         listener.set_reuse_address(true).unwrap();
-        listener.bind(&address.into()).unwrap();
+        listener.bind(&address.into()).ok()?;
         listener.listen(0).unwrap();
         let mut queued = Vec::new();
         for _ in 0..4 {
@@ -72,16 +73,20 @@ impl BlackHole {
         thread::sleep(ms(50));
         let blocked = StdStream::connect_timeout(&address, ms(100));
         assert!(blocked.is_err(), "the backlog is not full");
-        Self { _listener: listener, _queued: queued }
+        Some(Self { _listener: listener, _queued: queued })
     }
 }
 
 /// Serves at the last address. SYNs to the addresses before it are dropped. Returns the port.
 async fn serve_at_last(addresses: &[IpAddr]) -> (u16, Vec<BlackHole>) {
     let (last, before) = addresses.split_last().unwrap();
-    let listener = StdListener::bind((*last, 0)).unwrap();
-    let port = listener.local_addr().unwrap().port();
-    let black_holes = before.iter().map(|ip| BlackHole::at((*ip, port).into())).collect();
+    let bind = || {
+        let listener = StdListener::bind((*last, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let black_holes = before.iter().map(|ip| BlackHole::at((*ip, port).into()));
+        Some((port, black_holes.collect::<Option<Vec<_>>>()?, listener))
+    };
+    let (port, black_holes, listener) = (0..20).find_map(|_| bind()).expect("a port is free");
     listener.set_nonblocking(true).unwrap();
     let listener = tokio::net::TcpListener::from_std(listener).unwrap();
     let app = Router::new().route("/", get(|| async { "ok" }));
@@ -127,7 +132,7 @@ async fn address_that_drops_syns_takes_only_its_part_of_the_connect_timeout() {
 async fn addresses_that_all_drop_syns_time_out_once_in_total() {
     let addresses = [v4(1), v4(2), v4(3)];
     let (port, mut black_holes) = serve_at_last(&addresses[..2]).await;
-    black_holes.push(BlackHole::at((addresses[2], port).into()));
+    black_holes.push(BlackHole::at((addresses[2], port).into()).unwrap());
     let layer = ConnectLayer::new().connect_timeout(ms(300));
     let handle = layer.handle();
     let client = client_of!(layer, [addresses[0], addresses[2]]);
@@ -140,6 +145,10 @@ async fn addresses_that_all_drop_syns_time_out_once_in_total() {
 
 #[tokio::test]
 async fn other_address_family_is_tried_at_once_also_with_a_short_connect_timeout() {
+    if StdListener::bind((Ipv6Addr::LOCALHOST, 0)).is_err() {
+        println!("skipped: no IPv6");
+        return;
+    }
     let addresses = [Ipv6Addr::LOCALHOST.into(), v4(1)];
     for max in [ms(200), SECOND * 5] {
         let (port, _black_holes) = serve_at_last(&addresses).await;
