@@ -232,8 +232,9 @@ impl<M> RetryLayer<M> {
     /// Sets the maximum random delay above a server's hint, as a share of the hint: 0.5 by default, 0 to 10.
     ///
     /// A hint is a lower bound: with `Retry-After: 10` and the default, an attempt follows after 10 to 15 s. Clients that
-    /// receive the same hint at the same time are spread over that share of it. A deadline cuts the jitter, so that a
-    /// hint that fits the deadline is followed. [`Backoff::without_jitter`] switches this jitter off, too.
+    /// receive the same hint at the same time are spread over that share of it. A deadline cuts the jitter to half of the
+    /// time that it leaves beyond the hint, so that a hint that fits the deadline is followed and its attempt has time.
+    /// [`Backoff::without_jitter`] switches this jitter off, too.
     /// [`hint_reach`](Self::hint_reach) and [presets](Self::preset) replace the setting.
     pub fn hint_jitter(mut self, share: f64) -> Self {
         let checked = match (0.0..=10.0).contains(&share) {

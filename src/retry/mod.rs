@@ -45,7 +45,8 @@
 //!
 //! A server's hint is a lower bound of the delay, unless a [preset](RetryLayer::preset) defines it differently. Up to
 //! [half of the hint](RetryLayer::hint_jitter) is added at random, so that clients with the same hint do not return at
-//! the same time. The deadline cuts this jitter: a hint that fits the deadline is followed. These headers are hints, in
+//! the same time. A hint that fits the deadline is followed: the jitter, and a backoff that is longer than the hint, use at
+//! most half of the time between the hint and the deadline, and the attempt has the rest. These headers are hints, in
 //! this order: `grpc-retry-pushback-ms`, `retry-after-ms`, `x-ms-retry-after-ms`, `x-amz-retry-after`, `Retry-After`,
 //! and if a quota is used up `RateLimit`, `RateLimit-Reset`, `X-RateLimit-Reset-After` and `X-RateLimit-Reset`. Decimals
 //! are rounded up to the next millisecond. A hint of 300 s or more ends the call. After gRPC's pushback the backoff

@@ -115,25 +115,29 @@ impl Policy {
         left: Option<Duration>,
     ) -> Result<Duration, Stop> {
         let max_wait = self.max_wait.or(left.is_none().then_some(DEFAULT_MAX_WAIT));
-        let Some(hint) = hint else { return Ok(max_wait.map_or(own, |max| own.min(max))) };
+        let own = max_wait.map_or(own, |max| own.min(max));
+        let Some(hint) = hint else { return Ok(own) };
         // Clients that receive the same hint at the same time must not return at the same time.
-        let jittered = |jitter: f64| match self.waits.has_jitter() {
-            true => hint.saturating_add(hint.mul_f64(jitter * fastrand::f64())),
-            false => hint,
+        let random = |max: Duration| match self.waits.has_jitter() {
+            true => max.mul_f64(fastrand::f64()),
+            false => Duration::ZERO,
         };
         let is_too_long = hint >= MAX_HINT || max_wait.is_some_and(|max| hint > max);
         match self.hint {
             Hint::Within(reach) => {
-                let delay = jittered(HINT_JITTER).clamp(own, own.saturating_add(reach));
+                let delay = hint.saturating_add(random(hint.mul_f64(HINT_JITTER)));
+                let delay = delay.clamp(own, own.saturating_add(reach));
                 Ok(max_wait.map_or(delay, |max| delay.min(max)))
             }
             _ if is_too_long => Err(Stop::WaitTooLong),
             Hint::Exact => Ok(hint),
             Hint::Above { jitter } => {
-                // The jitter is cut rather than the attempt: a hint that fits the deadline is followed.
-                let latest = left.map(|left| left.saturating_sub(self.least_attempt));
-                let delay = jittered(jitter).max(own);
-                Ok(latest.map_or(delay, |latest| delay.min(latest)).max(hint))
+                // What is added to the hint is cut rather than the attempt. The attempt keeps at least half of the time
+                // between the hint and the deadline: with less, a hint that fits the deadline would end at the deadline.
+                let spare = left.map(|left| left.saturating_sub(self.least_attempt));
+                let max = spare.map_or(Duration::MAX, |spare| spare.saturating_sub(hint) / 2);
+                let added = random(hint.mul_f64(jitter).min(max));
+                Ok(hint.saturating_add(added.max(own.saturating_sub(hint).min(max))))
             }
         }
     }
@@ -462,6 +466,32 @@ mod tests {
         }
         let left = Some(Duration::from_millis(1009));
         assert_eq!(stop(Facts { left, ..hinted(1) }), Some(Stop::DeadlineTooNear));
+    }
+
+    #[test]
+    fn jitter_and_backoff_above_a_hint_leave_the_attempt_half_of_the_time_to_the_deadline() {
+        let long = Backoff::constant(Duration::from_secs(9)).without_jitter();
+        for waits in [Waits::Backoff(Backoff::default()), Waits::Backoff(long)] {
+            let policy = Policy { waits, ..Policy::new() };
+            for (hint, left_ms) in [(0, 1010), (2, 3010), (9, 10_010)] {
+                let left = Some(Duration::from_millis(left_ms));
+                let delays = delays(Facts { left, ..hinted(hint) }, &policy);
+                let max = hint as f64 + 0.5;
+                assert!(
+                    delays.iter().all(|delay| (hint as f64..=max).contains(delay)),
+                    "{delays:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn maximum_wait_cuts_the_backoff_also_where_there_is_a_hint() {
+        let waits = Waits::Backoff(Backoff::constant(Duration::from_secs(60)).without_jitter());
+        let policy = Policy { waits, max_wait: Some(Duration::from_secs(5)), ..Policy::new() };
+        for hint in [0, 1, 5] {
+            assert_eq!(delays(hinted(hint), &policy)[0], 5.0, "{hint}");
+        }
     }
 
     #[test]

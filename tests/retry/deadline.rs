@@ -55,6 +55,27 @@ async fn a_hint_beyond_the_deadline_is_answered_now() {
     assert_eq!((told.made, told.stop, start.elapsed()), (1, Stop::DeadlineTooNear, ms(0)));
 }
 
+/// A hint near the deadline, and a backoff that is longer than the time to the deadline.
+#[tokio::test(start_paused = true)]
+async fn attempt_after_a_hint_that_fits_has_time_before_the_deadline() {
+    let short = || Backoff::exponential(ms(50));
+    let long = || Backoff::exponential(ms(5000)).max(ms(5000));
+    for (hint, backoff) in [("2.5", short()), ("2.5", long()), ("0", long())] {
+        for _ in 0..40 {
+            let inner: Inner = Inner::with(move |n, _| async move {
+                if n == 1 {
+                    return Ok(with_headers(429, &[("retry-after", hint)]));
+                }
+                tokio::time::sleep(ms(200)).await;
+                Ok(status(200))
+            });
+            let service = RetryLayer::http().backoff(backoff).without_budget().layer(inner);
+            let response = send(&service, within(ms(3000), get())).await.unwrap();
+            assert_eq!(response.status(), 200, "{hint}");
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn readying_is_bounded_by_the_deadline() {
     let inner: Inner = Inner::new(|_| Ok(status(503)));
