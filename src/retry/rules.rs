@@ -258,7 +258,7 @@ impl Say {
             seen.status() == Some(status) && Failure::Status(status).is(seen)
         };
         // A rejection in the form of a response is not a statement of the upstream.
-        let is_unprocessed = said.is_none()
+        let is_unprocessed = said != Some(false)
             && !matches!(class, Class::Refused(_))
             && self.unprocessed.iter().any(is_listed);
         let said = said.or(is_unprocessed.then_some(true));

@@ -73,6 +73,19 @@ async fn user_rules_take_precedence_over_unprocessed_statuses() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn listed_status_is_unprocessed_although_a_rule_retries_it() {
+    let limited = || layer().unprocessed([StatusCode::TOO_MANY_REQUESTS]);
+    let post = || request(Method::POST, &[]);
+    for layer in
+        [limited().retry_on(StatusCode::TOO_MANY_REQUESTS), limited().retry_on(Reason::Status)]
+    {
+        assert_eq!(retried(layer, post(), 429, &[]).await, (3, Stop::AttemptsUsedUp, 7.0));
+    }
+    let other = limited().retry_on(Reason::Status);
+    assert_eq!(retried(other, post(), 503, &[]).await, (1, Stop::Unsafe, 9.0));
+}
+
+#[tokio::test(start_paused = true)]
 async fn too_early_is_retried_for_any_method_unless_the_client_sent_early_data() {
     let plain = retried(layer(), request(Method::POST, &[]), 425, &[]).await;
     assert_eq!(plain, (3, Stop::AttemptsUsedUp, 9.0), "no withdrawal");
