@@ -221,8 +221,9 @@ impl<M> RetryLayer<M> {
     where
         C: for<'a> Fn(Result<&'a Res, &'a E>) -> Outcome + Clone + Send + Sync + 'static,
     {
-        if self.settings.says() || self.settings.attempt_timeout().is_some() {
-            let remedy = "leave attempt_timeout, retry_on, never_on and retry_if to HTTP";
+        let has_methods = matches!(self.settings.policy().safe, Safe::Methods(_));
+        if self.settings.says() || self.settings.attempt_timeout().is_some() || has_methods {
+            let remedy = "leave attempt_timeout, methods, retry_on, never_on, unprocessed and retry_if to HTTP";
             let error = ConfigError::new("classify", "a closure", remedy);
             self.fault.get_or_insert(error);
         }

@@ -73,6 +73,10 @@ impl Policy {
             return Err(ConfigError::new("wait_on_rejection", true, remedy));
         }
         let limit = self.limits[FailureKind::Rejected as usize];
+        if self.wait_on_rejection && limit == Some(0) {
+            let remedy = "remove either wait_on_rejection or at_most(FailureKind::Rejected, 0)";
+            return Err(ConfigError::new("wait_on_rejection", true, remedy));
+        }
         if let (Some(limit), true, false) = (limit, self.say.is_empty(), self.wait_on_rejection) {
             let remedy = "set wait_on_rejection, without which a rejection is never retried";
             return Err(ConfigError::new("at_most(FailureKind::Rejected)", limit, remedy));

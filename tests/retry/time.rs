@@ -79,7 +79,11 @@ fn settings_that_a_closure_replaces_are_a_typed_error() {
     let error = RetryLayer::http().attempt_timeout(Duration::ZERO).checked().unwrap_err();
     assert_eq!(error.field, "attempt_timeout");
     let closure = |_: Result<&(), &Oops>| Outcome::success();
-    let layers = [layer(), RetryLayer::http().never_on(Reason::Timeout)];
+    let layers = [
+        layer(),
+        RetryLayer::http().never_on(Reason::Timeout),
+        RetryLayer::http().methods([http::Method::GET]),
+    ];
     for layer in layers {
         assert_eq!(layer.classify(closure).checked().unwrap_err().field, "classify");
     }

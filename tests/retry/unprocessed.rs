@@ -189,4 +189,6 @@ async fn user_rules_decide_about_rejections() {
     let error = layer().at_most(FailureKind::Rejected, 1).checked().unwrap_err();
     assert_eq!(error.field, "at_most(FailureKind::Rejected)");
     assert!(waits().at_most(FailureKind::Rejected, 1).checked().is_ok());
+    let error = waits().at_most(FailureKind::Rejected, 0).checked().unwrap_err();
+    assert_eq!(error.field, "wait_on_rejection");
 }
