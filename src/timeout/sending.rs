@@ -72,6 +72,8 @@ struct Waiting {
     call: Option<Waker>,
     /// When more must have been taken than at that pace.
     due: Option<(Instant, u32)>,
+    /// When the body was sent, if that was after the response head.
+    sent_late_at: Option<Instant>,
 }
 
 impl Sending {
@@ -149,10 +151,14 @@ impl Sending {
 
     /// The first end counts.
     pub(super) fn end(&self, stage: Stage) {
-        let is_sent_late =
-            || stage == Stage::Sent && self.change(Stage::Answered, Stage::AnsweredAndSent);
-        if self.leave(stage) || is_sent_late() {
-            let call = self.call().call.take();
+        let is_late = stage == Stage::Sent && self.change(Stage::Answered, Stage::AnsweredAndSent);
+        if is_late || self.leave(stage) {
+            let mut waiting = self.call();
+            if is_late {
+                waiting.sent_late_at = Some(Instant::now());
+            }
+            let call = waiting.call.take();
+            drop(waiting);
             if let Some(call) = call {
                 call.wake();
             }
@@ -204,6 +210,11 @@ impl Sending {
         }
         // The stage is read after the waker is registered, so that no end is missed.
         self.stage() != Stage::Answered
+    }
+
+    /// Returns when the body was sent, if that was after the response head.
+    pub(super) fn sent_late_at(&self) -> Option<Instant> {
+        self.call().sent_late_at
     }
 
     /// Returns for how long the body may be silent now, and the phase that ends then.

@@ -203,7 +203,10 @@ where
                                 (&mut answer, this.call.take())
                             {
                                 if watch.awaits_request() {
-                                    watch.upload = this.sending.take();
+                                    let is_sending = |sending: &mut Arc<Sending>| {
+                                        sending.stage() == Stage::Answered
+                                    };
+                                    watch.upload = this.sending.take_if(is_sending);
                                 }
                                 M::time(response, watch);
                             }

@@ -129,14 +129,14 @@ impl Watch {
             return;
         }
         let total = self.timeouts.limit(Phase::Total);
-        total.begin(End::Total, &mut self.end, &mut self.end_of);
+        total.begin(Instant::now, End::Total, &mut self.end, &mut self.end_of);
     }
 
     /// The request has been sent, or the head is here: the timeout of the whole response begins.
     fn begin_response(&mut self) {
         if !std::mem::replace(&mut self.response_begun, true) {
             let total = self.timeouts.limit(Phase::ResponseTotal);
-            total.begin(End::ResponseTotal, &mut self.end, &mut self.end_of);
+            total.begin(Instant::now, End::ResponseTotal, &mut self.end, &mut self.end_of);
         }
     }
 
@@ -189,10 +189,16 @@ impl Watch {
 }
 
 impl Limit {
-    /// Makes this limit, counted from now, the end of a call if no earlier one is set.
-    fn begin(self, end_of: End, end: &mut Option<Instant>, set_by: &mut End) {
+    /// Makes this limit, counted from `since`, the end of a call if no earlier one is set.
+    fn begin(
+        self,
+        since: impl FnOnce() -> Instant,
+        end_of: End,
+        end: &mut Option<Instant>,
+        set_by: &mut End,
+    ) {
         let Some(time) = self.time() else { return };
-        if let Some(at) = Instant::now().checked_add(time) {
+        if let Some(at) = since().checked_add(time) {
             if end.is_none_or(|end| at < end) {
                 (*end, *set_by) = (Some(at), end_of);
             }
@@ -204,10 +210,9 @@ impl Rest {
     /// Begins the timeout of the whole response when the request has been sent, if the response head was earlier.
     #[inline]
     pub(super) fn begin_response(&mut self, cx: &Context<'_>) {
-        let is_sent = |upload: &Arc<Sending>| upload.poll_sent(cx);
-        if self.upload.as_ref().is_some_and(is_sent) {
-            self.upload = None;
-            self.response_total.begin(End::ResponseTotal, &mut self.end, &mut self.end_of);
+        if let Some(upload) = self.upload.take_if(|upload| upload.poll_sent(cx)) {
+            let since = || upload.sent_late_at().unwrap_or_else(Instant::now);
+            self.response_total.begin(since, End::ResponseTotal, &mut self.end, &mut self.end_of);
         }
     }
 }

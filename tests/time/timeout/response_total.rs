@@ -105,6 +105,41 @@ async fn response_total_counts_from_the_end_of_a_request_that_outlasts_the_respo
     assert_eq!(ended, (1000, secs(1000), None));
 }
 
+/// The response head is there at the first poll, and the reader is late.
+#[tokio::test(start_paused = true)]
+async fn response_total_of_a_request_sent_before_the_response_head_counts_a_late_reader() {
+    let service = || {
+        layer(secs(5)).layer(serve(|request: Request<SendingBody<Paced>>| async move {
+            drop(request);
+            Ok(Response::new(Paced::at([]).then_silent()))
+        }))
+    };
+    for body in [Paced::every(secs(2), 50), Paced::at([])] {
+        let start = Instant::now();
+        let response = service().oneshot(Request::new(body)).await.unwrap();
+        sleep(secs(3)).await;
+        let (_, result) = drain(response.into_body()).await;
+        let ended = (phase_of(&result.unwrap_err()), start.elapsed());
+        assert_eq!(ended, (Phase::ResponseTotal, secs(5)));
+    }
+}
+
+/// The request is sent completely after 4 s, and the reader is late.
+#[tokio::test(start_paused = true)]
+async fn response_total_of_a_request_sent_after_the_response_head_counts_a_late_reader() {
+    let silent = serve(|request: Request<SendingBody<Paced>>| async move {
+        tokio::spawn(request.into_body().collect());
+        Ok(Response::new(Paced::at([]).then_silent()))
+    });
+    let start = Instant::now();
+    let service = layer(secs(5)).layer(silent);
+    let response = service.oneshot(Request::new(Paced::every(secs(2), 2))).await.unwrap();
+    sleep(secs(7)).await;
+    let (_, result) = drain(response.into_body()).await;
+    let ended = (phase_of(&result.unwrap_err()), start.elapsed());
+    assert_eq!(ended, (Phase::ResponseTotal, secs(9)));
+}
+
 #[tokio::test(start_paused = true)]
 async fn request_that_the_service_has_dropped_has_been_sent() {
     let service = layer(secs(5)).layer(serve(|request: Request<SendingBody<Paced>>| async move {
