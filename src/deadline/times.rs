@@ -69,7 +69,7 @@ impl Times {
         let repeats_carried = told.zip(carried).is_some_and(|((told, resolution), carried)| {
             let left = carried.at().saturating_duration_since(Moment::now());
             // Beyond 27 hours the unit of `grpc-timeout` is coarser: eight digits are written.
-            told <= left && left - told <= resolution + left / 100_000
+            told <= left && left - told <= resolution.saturating_add(left / 100_000)
         });
         let bounded =
             bounded.filter(|(_, source)| !repeats_carried || *source == DeadlineSource::Operator);

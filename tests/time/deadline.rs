@@ -242,6 +242,30 @@ async fn default_of_a_server_that_is_passed_on_keeps_the_default_of_the_client()
     }
 }
 
+/// A codec of the user may return any resolution.
+#[tokio::test(start_paused = true)]
+async fn resolution_without_bound_does_not_panic() {
+    struct Coarse;
+
+    impl Codec for Coarse {
+        fn read(&self, headers: &HeaderMap) -> Option<Duration> {
+            Seconds.read(headers)
+        }
+
+        fn write(&self, left: Duration, headers: &mut HeaderMap) {
+            Seconds.write(left, headers);
+        }
+
+        fn resolution(&self) -> Duration {
+            Duration::MAX
+        }
+    }
+
+    let layer = || DeadlineLayer::new().codec(Coarse).default_of(secs(9));
+    let seen = within_two(layer(), layer(), request()).await;
+    assert_eq!((seen.left(), seen.source()), (secs(9), DeadlineSource::Operator));
+}
+
 #[tokio::test(start_paused = true)]
 async fn bad_settings_are_typed_errors() {
     for (layer, field) in [
