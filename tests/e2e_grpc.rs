@@ -209,6 +209,12 @@ async fn settings_of_connections_are_errors_and_presets_are_not() {
         assert!(errors.contains(&format!("`{key}`")), "{errors}");
     }
     assert!(!errors.contains("connect_timeout"), "{errors}");
+    let settings = "retry_unprocessed = [429]\ncheck_health_uri = 'http://search/healthz'";
+    let config = ClientConfig::load("").preset(Preset::Llm).toml(settings).finish().unwrap();
+    let errors = buttress::grpc(&config, service()).unwrap_err().to_string();
+    for key in ["retry_unprocessed", "check_health_uri"] {
+        assert!(errors.contains(&format!("`{key}`")), "{errors}");
+    }
     let mut config = ClientConfig::default();
     config.connect.http2_only = true;
     let errors = buttress::grpc(&config, service()).unwrap_err().to_string();

@@ -26,7 +26,8 @@ type Inner<S> = RespondService<ClientStackService<IntoTonicBody<S>>>;
 ///
 /// Generated clients accept it unchanged. Around them, [`RespondLayer`] turns rejections into gRPC statuses:
 /// `UNAVAILABLE` for an open circuit or a full limit, `DEADLINE_EXCEEDED` for a deadline or a timeout. Retries follow
-/// [`RetryLayer::grpc`]: a status of `UNAVAILABLE` is retried for every call.
+/// [`RetryLayer::grpc`]: a status of `UNAVAILABLE` is retried for every call. A hedge is sent only for calls with
+/// an `idempotency-key` in their metadata, because every gRPC call is a `POST`.
 ///
 /// ```no_run
 /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
@@ -45,9 +46,10 @@ type Inner<S> = RespondService<ClientStackService<IntoTonicBody<S>>>;
 ///
 /// # Errors
 ///
-/// What [`check`](ClientConfig::check) finds; and each setting of the connections or the health probe that the
-/// configuration sets, because the channel makes its own connections. An exception is `connect_timeout`: it states the
-/// timeout of the channel's `Endpoint`, with which the other timeouts are compared.
+/// What [`check`](ClientConfig::check) finds. Also each setting of the connections, the health probe or `check_health` that
+/// the configuration sets, because the channel makes its own connections, and `retry_unprocessed`, which lists HTTP
+/// statuses. An exception is `connect_timeout`: it states the timeout of the channel's `Endpoint`, with which the other
+/// timeouts are compared.
 pub fn grpc<S>(config: &ClientConfig, channel: S) -> Result<GrpcClient<S>, ConfigErrors>
 where
     S: Clone,
@@ -59,13 +61,22 @@ where
     Ok(GrpcClient { service, handle: stack.handle() })
 }
 
-/// Returns an error for each setting that has no effect over a channel.
+/// Returns an error for each setting that has no effect over a channel, or for gRPC calls.
 fn without_effect(config: &ClientConfig) -> Vec<ConfigError> {
-    let remedy = "it has no effect over a channel, which makes its own connections: set it at the channel's `Endpoint`, \
-                  and leave it out here";
-    let chosen = config.chosen(&[&config.connect, &config.health_probe]).into_iter();
-    let without_effect = chosen.filter(|(key, _)| *key != "connect_timeout");
-    without_effect.map(|(key, value)| ConfigError::new(key, value, remedy)).collect()
+    let of_channel = "it has no effect over a channel, which makes its own connections: set it at the channel's \
+                      `Endpoint`, and leave it out here";
+    let of_http = "it has no effect for gRPC calls, whose gRPC status decides: leave it out here";
+    let of_uri = "it has no effect over a channel: pass a health check to `check_health` of the handle, and leave it out \
+                  here";
+    let error = |(key, value), remedy| ConfigError::new(key, value, remedy);
+    let connections = config.chosen(&[&config.connect, &config.health_probe]).into_iter();
+    let connections = connections.filter(|(key, _)| *key != "connect_timeout");
+    let statuses = config.chosen(&[&config.retry]).into_iter();
+    let statuses = statuses.filter(|(key, _)| *key == "retry_unprocessed");
+    let uris = config.chosen(&[&config.check_health]).into_iter();
+    let connections = connections.map(|chosen| error(chosen, of_channel));
+    let statuses = statuses.map(|chosen| error(chosen, of_http));
+    connections.chain(statuses).chain(uris.map(|chosen| error(chosen, of_uri))).collect()
 }
 
 /// The recommended client for gRPC: made by [`grpc`]. Clones share its state.
