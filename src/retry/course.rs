@@ -63,6 +63,8 @@ pub(super) struct Kept {
     pub(super) deadline: Option<Deadline>,
     /// An inner retry layer has returned the error.
     pub(super) has_inner_attempts: bool,
+    /// An inner hedge layer may have sent another attempt, which the outcome does not report.
+    pub(super) is_sent_before: bool,
 }
 
 impl<S> Default for Course<S> {
@@ -111,6 +113,8 @@ impl<S> Course<S> {
         let transparent = kept.as_ref().is_some_and(|kept| !kept.has_inner_attempts)
             && policy.is_transparent(outcome, self.transparent)
             && core.settings.withdraw_transparent();
+        let is_sent_before = kept.as_ref().is_some_and(|kept| kept.is_sent_before);
+        let may_be_sent = FailureKind::of(outcome).may_be_seen() || is_sent_before;
         let decision = match kept {
             Some(kept) => self.decide(policy, (class, outcome), transparent, &kept, left),
             None if class == Class::Final && is_error => Err(Stop::NotRetryable),
@@ -145,7 +149,7 @@ impl<S> Course<S> {
         match decision {
             Ok(again) => {
                 self.transparent += u32::from(again.transparent);
-                self.record.sent += u32::from(again.kind.may_be_seen());
+                self.record.sent += u32::from(may_be_sent);
                 self.of_kind[again.kind as usize] += 1;
                 self.waited = again.wait;
                 self.record.tried(Tried { outcome, waited: again.wait });
@@ -176,7 +180,7 @@ impl<S> Course<S> {
                     outcome = ?outcome,
                     "not retried"
                 );
-                self.record.sent += u32::from(FailureKind::of(outcome).may_be_seen());
+                self.record.sent += u32::from(may_be_sent);
                 self.record.tried(Tried { outcome, waited: Duration::ZERO });
                 Err(stop)
             }

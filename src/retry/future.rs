@@ -249,6 +249,7 @@ where
             body: M::repeatable(kept),
             deadline: M::deadline(kept),
             has_inner_attempts: M::has_inner_attempts(&held),
+            is_sent_before: M::is_sent_before(&held),
         });
         let claim = || kept.is_some_and(M::claim);
         match course.next(this.core, &policy, (class, outcome, is_error), known, claim) {

@@ -6,9 +6,9 @@ use std::{
 };
 
 use buttress::{
-    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, HedgeLayer, Outcome, RetryBudget,
-    RetryLayer,
-    call::Classify,
+    Attempts, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, HedgeLayer, Outcome, Rejected,
+    RetryBudget, RetryLayer,
+    call::{Classify, RejectedKind},
     retry::{HedgeCopy, Hedged, ReplayBody},
 };
 use bytes::Bytes;
@@ -239,8 +239,43 @@ async fn retry_over_several_hedges_counts_one_attempt() {
         .layer(HedgeLayer::http(ms(10)).max_hedges(2))
         .service(upstream);
     let response = service.oneshot(Request::new(Empty::<Bytes>::new())).await.unwrap();
-    assert_eq!(buttress::Attempts::of(&response).made, 1);
+    assert_eq!(Attempts::of(&response).made, 1);
     assert_eq!(numbers.lock().unwrap().len(), 3);
+}
+
+/// The first attempt fails, which opens the circuit. The hedge attempt waits for a permit, and the circuit rejects it.
+#[tokio::test(start_paused = true)]
+async fn rejected_hedge_attempt_does_not_hide_that_the_first_attempt_was_sent() {
+    for responds in [false, true] {
+        let upstream =
+            service_fn(move |request: Request<ReplayBody<ReplayBody<Empty<Bytes>>>>| async move {
+                let is_hedge = request.extensions().get::<HedgeCopy>().is_some();
+                sleep(ms(if is_hedge { 200 } else { 100 })).await;
+                let rejected = Rejected::new(RejectedKind::Open);
+                let unavailable = Response::builder().status(503).body(Empty::<Bytes>::new());
+                match (is_hedge, responds) {
+                    (false, _) => Ok(unavailable?),
+                    (true, false) => Err::<_, BoxError>(rejected.into()),
+                    (true, true) => {
+                        let mut response = unavailable?;
+                        response.extensions_mut().insert(rejected);
+                        Ok(response)
+                    }
+                }
+            });
+        let hedge = HedgeLayer::http(ms(10)).without_budget();
+        let service = RetryLayer::http().layer(hedge.layer(upstream));
+        let result = service.oneshot(Request::new(Empty::new())).await;
+        let attempts = match &result {
+            Ok(response) => Attempts::of(response),
+            Err(error) => Attempts::find(&**error).unwrap(),
+        };
+        assert_eq!((attempts.made, attempts.sent), (1, 1));
+        if let Err(error) = result {
+            assert_eq!(Rejected::find(&*error).map(Rejected::kind), Some(RejectedKind::Open));
+            assert_eq!(error.to_string(), "gave up after 1 attempt (rejected): circuit is open");
+        }
+    }
 }
 
 #[test]

@@ -14,7 +14,7 @@ use http_body::Body;
 use super::{
     super::{
         attempts::{Attempt, Attempts, RetryError},
-        hedge::{HedgeCopy, Hedged},
+        hedge::{HedgeCopy, Hedged, SentBefore},
         peek::{Peek, PeekedBody},
         policy::{Class, Repeatable, Safe},
         replay::ReplayBody,
@@ -272,6 +272,12 @@ where
         if let Some(hedged) = hedged {
             response.extensions_mut().insert(hedged);
         }
+        Ok(response)
+    }
+
+    fn sent_before(result: Result<Self::Response, BoxError>) -> Result<Self::Response, BoxError> {
+        let mut response = result.map_err(SentBefore)?;
+        response.extensions_mut().insert(SentBefore(()));
         Ok(response)
     }
 

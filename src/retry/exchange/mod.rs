@@ -20,7 +20,7 @@ use ::http::Request;
 
 use super::{
     attempts::Attempts,
-    hedge::Hedged,
+    hedge::{Hedged, SentBefore},
     policy::{Class, Repeatable, Safe},
     rules::Answer,
 };
@@ -232,6 +232,22 @@ pub trait Weigh<Res, E> {
 
     /// Gives it out as it is, told only that there was a hedge.
     fn pass(held: Self::Held, hedged: Option<Hedged>) -> Result<Self::Response, Self::Error>;
+
+    /// Marks the result of a call whose deciding attempt was not sent, although another attempt may have been.
+    fn sent_before(
+        result: Result<Self::Response, Self::Error>,
+    ) -> Result<Self::Response, Self::Error> {
+        result
+    }
+
+    /// Returns whether the result is [marked](Self::sent_before).
+    fn is_sent_before(held: &Self::Held) -> bool {
+        match Self::answer(held) {
+            Some(Answer::Head(_, _, extensions)) => extensions.get::<SentBefore>().is_some(),
+            Some(Answer::Error(error)) => SentBefore::is_in(error),
+            None => false,
+        }
+    }
 
     /// The wrapped service's error as it is.
     fn error(error: E) -> Self::Error;

@@ -12,7 +12,7 @@ use reqwest::{Body, Error, Request, Response};
 use super::{
     super::{
         attempts::{Attempts, RetryError},
-        hedge::Hedged,
+        hedge::{Hedged, SentBefore},
         policy::{Class, Repeatable, Safe},
         rules::Answer,
     },
@@ -215,6 +215,12 @@ impl Weigh<Response, Error> for Reqwest {
         if let Some(hedged) = hedged {
             response.extensions_mut().insert(hedged);
         }
+        Ok(response)
+    }
+
+    fn sent_before(result: Result<Response, BoxError>) -> Result<Response, BoxError> {
+        let mut response = result.map_err(SentBefore)?;
+        response.extensions_mut().insert(SentBefore(()));
         Ok(response)
     }
 

@@ -103,14 +103,55 @@ mod layer;
 mod live;
 mod service;
 
+use std::{error::Error, fmt};
+
 pub use self::{
     layer::{HedgeHandle, HedgeLayer, HedgeSnapshot},
     service::{Hedge, HedgeFuture},
 };
+use crate::{BoxError, error, redact::Redacted};
 
 /// Marks the request of a hedge attempt, in its extensions. The number of the attempt: 1 is the first hedge attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HedgeCopy(pub u32);
+
+/// Marks the result of a call whose deciding attempt was not sent, although an attempt that was dropped before it may have
+/// been: in the extensions of a response, and around an error.
+#[derive(Clone)]
+pub(super) struct SentBefore<T = ()>(pub(super) T);
+
+impl SentBefore {
+    /// Returns whether the error or one of its sources is marked.
+    pub(super) fn is_in(error: &(dyn Error + 'static)) -> bool {
+        let mut next = Some(error);
+        for _ in 0..16 {
+            let Some(error) = next else { break };
+            if error.is::<SentBefore<BoxError>>() {
+                return true;
+            }
+            next = error::next(error);
+        }
+        false
+    }
+}
+
+impl fmt::Debug for SentBefore<BoxError> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("SentBefore").field(&Redacted(&self.0)).finish()
+    }
+}
+
+impl fmt::Display for SentBefore<BoxError> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("another attempt may have been sent")
+    }
+}
+
+impl Error for SentBefore<BoxError> {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        Some(&*self.0)
+    }
+}
 
 /// States that hedge attempts were sent for this call, in the extensions of the response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -17,6 +17,7 @@ use super::{
         core::Core,
         exchange::{Repeat, Weigh},
         policy::Repeatable,
+        rules::FailureKind,
         weighed::{Weighed, is_good},
     },
     Hedged,
@@ -101,6 +102,7 @@ where
             hedges: Vec::new(),
             next: Next::due(at),
             sent: 0,
+            has_dropped_sent: false,
             began,
             core: self.core.lease(),
             protocol: self.protocol.clone(),
@@ -126,6 +128,8 @@ pin_project! {
         next: Next<S>,
         // The number of hedge attempts that were sent.
         sent: u32,
+        // A bad response was dropped, and the upstream may have received its attempt.
+        has_dropped_sent: bool,
         // `None` if the delay is not learnt.
         began: Option<Instant>,
         core: Lease<Core<S, Settings>>,
@@ -163,14 +167,23 @@ where
     M: Repeat<Req> + Weigh<S::Response, S::Error>,
 {
     /// Returns the response of an attempt, and drops the attempts that are still in flight.
-    fn respond(&mut self, held: M::Held, won: bool) -> Result<M::Response, M::Error> {
+    fn respond(
+        &mut self,
+        held: M::Held,
+        outcome: Outcome,
+        won: bool,
+    ) -> Result<M::Response, M::Error> {
         DropCause::Superseded.during(|| {
             self.first.set(None);
             self.hedges.clear();
         });
         self.next.set(Next::Returned);
         *self.kept = None;
-        M::pass(held, (*self.sent > 0).then_some(Hedged { won, sent: *self.sent }))
+        let result = M::pass(held, (*self.sent > 0).then_some(Hedged { won, sent: *self.sent }));
+        match *self.has_dropped_sent && !FailureKind::of(outcome).may_be_seen() {
+            true => M::sent_before(result),
+            false => result,
+        }
     }
 }
 
@@ -196,8 +209,9 @@ where
                     }
                     if is_good(weight) || this.hedges.is_empty() {
                         let held = first.take();
-                        return Poll::Ready(this.respond(held, false));
+                        return Poll::Ready(this.respond(held, weight.1, false));
                     }
+                    *this.has_dropped_sent |= FailureKind::of(weight.1).may_be_seen();
                     this.core.settings.report_bad(weight.1, this.hedges.len());
                     // This releases what a hedge attempt may wait for: a permit, a connection.
                     this.first.set(None);
@@ -222,8 +236,9 @@ where
                 if is_good(weight) || is_only {
                     let held = hedge.as_mut().take();
                     this.core.settings.won.fetch_add(1, Ordering::Relaxed);
-                    return Poll::Ready(this.respond(held, true));
+                    return Poll::Ready(this.respond(held, weight.1, true));
                 }
+                *this.has_dropped_sent |= FailureKind::of(weight.1).may_be_seen();
                 drop(this.hedges.remove(polled));
                 let in_flight = this.hedges.len() + usize::from(this.first.is_some());
                 this.core.settings.report_bad(weight.1, in_flight);
