@@ -17,7 +17,7 @@ use super::{
     weighed::earns_deposit,
 };
 use crate::{
-    call::{Deadline, Outcome, Rejected, http as rule},
+    call::{Deadline, Outcome, Reason, Rejected, http as rule},
     event,
 };
 
@@ -113,6 +113,7 @@ impl<S> Course<S> {
         let transparent = kept.as_ref().is_some_and(|kept| !kept.has_inner_attempts)
             && policy.is_transparent(outcome, self.transparent)
             && core.settings.withdraw_transparent();
+        let is_unprocessed = kept.as_ref().is_some_and(|kept| kept.is_unprocessed);
         let is_sent_before = kept.as_ref().is_some_and(|kept| kept.is_sent_before);
         let may_be_sent = FailureKind::of(outcome).may_be_seen() || is_sent_before;
         let decision = match kept {
@@ -126,6 +127,8 @@ impl<S> Course<S> {
         if let Some(budget) = &core.budget {
             match class {
                 Class::Final if earns_deposit(outcome) => budget.answered(self.cost),
+                // These retries make no withdrawal, also where each failure makes one.
+                Class::Retryable if is_unprocessed || outcome.reason() == Reason::Rejected => {}
                 Class::Retryable | Class::Refused(Stop::Pushback) if !transparent => {
                     budget.failed(FailureKind::of(outcome));
                 }

@@ -167,6 +167,22 @@ async fn grpc_budget_follows_the_status_and_the_pushback() {
     assert_eq!(balance(twice).await, (Stop::Pushback, -1.0));
 }
 
+/// With this budget each failure makes a withdrawal, retried or not.
+#[tokio::test(start_paused = true)]
+async fn grpc_budget_makes_no_withdrawal_for_unprocessed_and_rejected_attempts() {
+    use buttress::{Rejected, call::RejectedKind, retry::RetryBudget};
+
+    let (early, rejected) = (RetryBudget::grpc(20, 0.5), RetryBudget::grpc(20, 0.5));
+    let layer = || layer().wait_on_rejection(true);
+    let service = layer().budget(early.clone()).layer(Inner::new(|_| Ok(with_headers(425, &[]))));
+    let told = told(&send(&service, request(Method::POST, &[])).await);
+    assert_eq!((told.made, told.stop, early.balance()), (3, Stop::AttemptsUsedUp, 20.0));
+    let full = || Rejected::new(RejectedKind::Full).with_retry_after(ms(5));
+    let service = layer().budget(rejected.clone()).layer(Inner::new(move |_| Err(full().into())));
+    let told = crate::kit::told(&send(&service, request(Method::POST, &[])).await);
+    assert_eq!((told.made, told.stop, rejected.balance()), (3, Stop::AttemptsUsedUp, 20.0));
+}
+
 #[tokio::test(start_paused = true)]
 async fn user_rules_decide_about_rejections() {
     use buttress::{Rejected, call::RejectedKind};
