@@ -1,6 +1,7 @@
 use std::{
     fmt,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -8,11 +9,13 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
+use tokio::time::Instant;
 
 use super::{
+    sending::Sending,
     settings::{drop_by, timed_out},
     stall::{Over, Stall},
-    watch::{Rest, Watch, ends_by_deadline},
+    watch::{End, Rest, Watch, ends_by_deadline},
 };
 use crate::{
     BoxError,
@@ -49,8 +52,8 @@ impl<B: Body<Error: Into<BoxError>>> TimedBody<B> {
 
     /// From here on times it.
     #[inline]
-    pub(super) fn time(&mut self, watch: Watch) {
-        self.rest = Some(watch.rest(self.inner.is_end_stream()));
+    pub(super) fn time(&mut self, watch: Watch, request: &mut Option<Arc<Sending>>) {
+        self.rest = Some(watch.rest(self.inner.is_end_stream(), request));
     }
 }
 
@@ -100,17 +103,11 @@ impl<B: Body> Body for TimedBody<B> {
                     Some(Ok(frame)) if frame.is_data() => {
                         !this.inner.is_end_stream() && has_passed(rest.end)
                     }
-                    // The client or the peer has cut it off at the deadline.
-                    Some(Ok(frame)) => {
-                        let is_cancelled = |trailers| grpc::code(trailers) == Some(grpc::CANCELLED);
-                        frame.trailers_ref().is_some_and(is_cancelled)
-                            && ends_by_deadline(rest.end_of, rest.end)
-                    }
-                    Some(Err(error)) => {
-                        ends_by_deadline(rest.end_of, rest.end)
-                            && Rejected::find(&**error).is_none()
-                    }
                     None => false,
+                    Some(last) => {
+                        let has_deadline = rest.end_of.source().is_some();
+                        has_deadline && is_cut_off(last, rest.end_of, rest.end)
+                    }
                 };
                 if !is_late {
                     return polled;
@@ -141,6 +138,19 @@ impl<B: Body> Body for TimedBody<B> {
     fn size_hint(&self) -> SizeHint {
         self.inner.size_hint()
     }
+}
+
+/// Returns whether the client or the peer has cut off the body at the deadline.
+#[cold]
+fn is_cut_off<D>(last: &Result<Frame<D>, BoxError>, end_of: End, end: Option<Instant>) -> bool {
+    let is_cancelled = match last {
+        Ok(frame) => {
+            let code = |trailers| grpc::code(trailers) == Some(grpc::CANCELLED);
+            frame.trailers_ref().is_some_and(code)
+        }
+        Err(error) => Rejected::find(&**error).is_none(),
+    };
+    is_cancelled && ends_by_deadline(end_of, end)
 }
 
 impl Rest {

@@ -63,7 +63,7 @@ pub trait Follow<Res> {
     }
 
     /// Times the rest of it, where it lies: what is moved after a look at it is copied, each time.
-    fn time(response: &mut Self::Response, watch: Watch);
+    fn time(response: &mut Self::Response, watch: Watch, request: &mut Option<Arc<Sending>>);
 }
 
 /// HTTP, with the request handed on as it is: its body is watched only if it is axum's or tonic's, with that
@@ -169,8 +169,8 @@ impl<B: Body<Error: Into<BoxError>>> Follow<Response<B>> for Http {
     }
 
     #[inline]
-    fn time(response: &mut Self::Response, watch: Watch) {
-        response.body_mut().time(watch);
+    fn time(response: &mut Self::Response, watch: Watch, request: &mut Option<Arc<Sending>>) {
+        response.body_mut().time(watch, request);
     }
 }
 
@@ -188,8 +188,8 @@ impl<B: Body<Error: Into<BoxError>>> Follow<Response<B>> for AsIs {
     }
 
     #[inline]
-    fn time(response: &mut Self::Response, watch: Watch) {
-        Http::time(response, watch);
+    fn time(response: &mut Self::Response, watch: Watch, request: &mut Option<Arc<Sending>>) {
+        Http::time(response, watch, request);
     }
 }
 
@@ -201,5 +201,5 @@ impl<Res> Follow<Res> for PerResponse {
         response
     }
 
-    fn time(_: &mut Res, _: Watch) {}
+    fn time(_: &mut Res, _: Watch, _: &mut Option<Arc<Sending>>) {}
 }

@@ -199,16 +199,10 @@ where
                         );
                         if !is_late {
                             // Where it lies, in the form it is given out in: it is large to move.
-                            if let (Poll::Ready(Ok(response)), Some((mut watch, _))) =
+                            if let (Poll::Ready(Ok(response)), Some((watch, _))) =
                                 (&mut answer, this.call.take())
                             {
-                                if watch.awaits_request() {
-                                    let is_sending = |sending: &mut Arc<Sending>| {
-                                        sending.stage() == Stage::Answered
-                                    };
-                                    watch.upload = this.sending.take_if(is_sending);
-                                }
-                                M::time(response, watch);
+                                M::time(response, watch, this.sending);
                             }
                             return answer;
                         }

@@ -267,8 +267,13 @@ impl Limit {
         Self(millis(time))
     }
 
+    #[inline]
+    pub(super) fn is_set(self) -> bool {
+        !matches!(self.0, OFF | UNSAID)
+    }
+
     pub(super) fn time(self) -> Option<Duration> {
-        (!matches!(self.0, OFF | UNSAID)).then(|| Duration::from_millis(self.0.into()))
+        self.is_set().then(|| Duration::from_millis(self.0.into()))
     }
 }
 

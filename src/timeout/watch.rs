@@ -20,8 +20,6 @@ pub struct Watch {
     begun: bool,
     /// The timeout of the whole response has begun.
     response_begun: bool,
-    /// The request, if it was still being sent when the response head arrived.
-    pub(super) upload: Option<Arc<Sending>>,
     pub(super) by: LayerKind,
     pub(super) form: Form,
     pub(super) far: Far<State>,
@@ -66,14 +64,21 @@ pub(super) struct Rest {
     pub(super) idle: Limit,
     pub(super) end: Option<Instant>,
     pub(super) end_of: End,
-    response_total: Limit,
-    /// The request, while it is still being sent and `response_total` has therefore not begun.
-    upload: Option<Arc<Sending>>,
+    /// The request, while it is still being sent and the timeout of the whole response has therefore not begun. Boxed,
+    /// because it is rare and every response carries this struct.
+    upload: Option<Box<Upload>>,
     /// The first frame is here.
     pub(super) begun: bool,
     pub(super) by: LayerKind,
     pub(super) form: Form,
     pub(super) far: Far<State>,
+}
+
+/// A request that is still being sent while its response arrives.
+#[derive(Debug)]
+struct Upload {
+    sending: Arc<Sending>,
+    response_total: Limit,
 }
 
 /// What a call does next while it waits.
@@ -91,8 +96,8 @@ impl Watch {
     pub(super) fn new(timeouts: Times, by: LayerKind, form: Form, far: Far<State>) -> Self {
         // Not used while `end` is `None`.
         let end_of = End::Total;
-        let (begun, response_begun, upload) = (false, false, None);
-        Self { timeouts, end: None, end_of, begun, response_begun, upload, by, form, far }
+        let (begun, response_begun) = (false, false);
+        Self { timeouts, end: None, end_of, begun, response_begun, by, form, far }
     }
 
     /// Sets the deadline of the call. Returns `false` if it has passed.
@@ -114,8 +119,14 @@ impl Watch {
 
     /// Returns whether anything bounds the call as a whole.
     pub(super) fn has_end(&self) -> bool {
-        let is_set = |phase| self.timeouts.get(phase).is_some();
-        self.end.is_some() || is_set(Phase::Total) || is_set(Phase::ResponseTotal)
+        self.end.is_some() || self.has_total()
+    }
+
+    /// Returns whether a timeout of the whole call or of the whole response is set.
+    #[inline]
+    fn has_total(&self) -> bool {
+        let is_set = |phase| self.timeouts.limit(phase).is_set();
+        is_set(Phase::Total) || is_set(Phase::ResponseTotal)
     }
 
     /// Returns whether a deadline sets the end of the call, and an error at this time is its expiry.
@@ -140,25 +151,31 @@ impl Watch {
         }
     }
 
-    /// Returns whether the timeout of the whole response is set and has not begun.
-    pub(super) fn awaits_request(&self) -> bool {
-        !self.response_begun && self.timeouts.get(Phase::ResponseTotal).is_some()
-    }
-
-    /// The head is here. The body may have ended with it.
+    /// The head is here. The body may have ended with it. `request` is taken if the timeout of the whole response depends
+    /// on its end.
     #[inline]
-    pub(super) fn rest(mut self, ended: bool) -> Rest {
-        if !ended {
-            self.begin();
-            if self.upload.is_none() {
-                self.begin_response();
-            }
-        }
-        let Self { timeouts, end, end_of, upload, by, form, far, .. } = self;
+    pub(super) fn rest(mut self, ended: bool, request: &mut Option<Arc<Sending>>) -> Rest {
+        let upload = if !ended && self.has_total() { self.begin_totals(request) } else { None };
+        let Self { timeouts, end, end_of, by, form, far, .. } = self;
         let limit = |phase| timeouts.limit(phase);
         let (first_frame, idle) = (limit(Phase::FirstFrame), limit(Phase::Idle));
-        let response_total = limit(Phase::ResponseTotal);
-        Rest { first_frame, idle, end, end_of, response_total, upload, begun: false, by, form, far }
+        Rest { first_frame, idle, end, end_of, upload, begun: false, by, form, far }
+    }
+
+    /// Begins what begins with the head. Returns the request if it is still being sent, so that the timeout of the whole
+    /// response begins later.
+    #[cold]
+    fn begin_totals(&mut self, request: &mut Option<Arc<Sending>>) -> Option<Box<Upload>> {
+        self.begin();
+        let response_total = self.timeouts.limit(Phase::ResponseTotal);
+        if !self.response_begun && response_total.is_set() {
+            let is_sending = |sending: &mut Arc<Sending>| sending.stage() == Stage::Answered;
+            if let Some(sending) = request.take_if(is_sending) {
+                return Some(Box::new(Upload { sending, response_total }));
+            }
+        }
+        self.begin_response();
+        None
     }
 
     /// The head is not here yet.
@@ -210,9 +227,9 @@ impl Rest {
     /// Begins the timeout of the whole response when the request has been sent, if the response head was earlier.
     #[inline]
     pub(super) fn begin_response(&mut self, cx: &Context<'_>) {
-        if let Some(upload) = self.upload.take_if(|upload| upload.poll_sent(cx)) {
-            let since = || upload.sent_late_at().unwrap_or_else(Instant::now);
-            self.response_total.begin(since, End::ResponseTotal, &mut self.end, &mut self.end_of);
+        if let Some(upload) = self.upload.take_if(|upload| upload.sending.poll_sent(cx)) {
+            let since = || upload.sending.sent_late_at().unwrap_or_else(Instant::now);
+            upload.response_total.begin(since, End::ResponseTotal, &mut self.end, &mut self.end_of);
         }
     }
 }
