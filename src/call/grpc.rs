@@ -113,6 +113,12 @@ pub(crate) const fn of_rejected(kind: RejectedKind) -> u16 {
     }
 }
 
+/// Returns whether the head of a gRPC response has the status `CANCELLED`.
+#[cfg(any(feature = "retry", feature = "timeout"))]
+pub(crate) fn is_cancelled(headers: &HeaderMap) -> bool {
+    code(headers) == Some(CANCELLED) && is_grpc(headers)
+}
+
 /// The outcome that a `grpc-status` in `headers` gives, if there is one.
 pub(crate) fn status(headers: &HeaderMap) -> Option<Outcome> {
     let code = match code(headers)? {

@@ -161,6 +161,9 @@ impl<P: StatusProbe, M, R> HealthProbeLayer<P, M, R> {
     /// failures, such as timeouts, connection errors and other statuses, count towards
     /// [`thresholds`](Self::thresholds). `false` makes all failures count towards it. A status that
     /// [`expect_status`](Self::expect_status) accepts is a success. Envoy calls this immediate failure.
+    ///
+    /// A server that is at its limit must not reject the probe with a 503: exempt the path of the probe from the limit
+    /// ([`exempt_paths`](crate::ConcurrencyLimitLayer::exempt_paths)).
     pub fn immediate_failure(self, on: bool) -> Self {
         self.plan.policy.with(|probing| probing.immediate_failure = on);
         self

@@ -121,8 +121,11 @@ impl<S> Course<S> {
             None if class == Class::Final && is_error => Err(Stop::NotRetryable),
             None if class == Class::Final => Err(Stop::Answered),
             None if core.misconfigured => Err(Stop::Misconfigured),
-            // It said that it cannot be kept.
-            None => Err(Stop::BodyGone),
+            // The request cannot be saved.
+            None => match class {
+                Class::Refused(stop) => Err(stop),
+                _ => Err(Stop::BodyGone),
+            },
         };
         if let Some(budget) = &core.budget {
             match class {

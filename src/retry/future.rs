@@ -143,7 +143,7 @@ where
     };
     let is_report = match M::answer(held) {
         Some(Answer::Error(error)) => Rejected::find(error).is_none(),
-        Some(Answer::Head(_, headers, _)) => grpc::code(headers) == Some(grpc::CANCELLED),
+        Some(Answer::Head(_, headers, _)) => grpc::is_cancelled(headers),
         _ => false,
     };
     is_report && may_have_expired(deadline.at())

@@ -165,7 +165,7 @@ impl<B: Body<Error: Into<BoxError>>> Follow<Response<B>> for Http {
 
     #[inline]
     fn is_cancelled(response: &Self::Response) -> bool {
-        grpc::code(response.headers()) == Some(grpc::CANCELLED)
+        grpc::is_cancelled(response.headers())
     }
 
     #[inline]

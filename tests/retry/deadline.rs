@@ -321,3 +321,13 @@ async fn every_hint_that_fits_the_deadline_is_followed() {
         assert!(start.elapsed() >= ms(1000) && start.elapsed() <= ms(1502));
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn grpc_status_of_a_call_that_is_not_grpc_is_not_the_deadline() {
+    let inner = Inner::<Script>::with(|_, _| async {
+        tokio::time::sleep(ms(50)).await;
+        Ok(with_headers(500, &[("grpc-status", "1")]))
+    });
+    let result = send(&layer(ms(1)).layer(inner), within(ms(50), get())).await;
+    assert_eq!(result.unwrap().status(), 500);
+}
