@@ -1,4 +1,4 @@
-//! Environment variables that other HTTP clients read, under the names that they have there.
+//! The names of environment variables that other HTTP clients use.
 
 /// A name that is not the key of a setting.
 #[derive(Debug)]
@@ -12,20 +12,18 @@ pub struct Alias {
 pub(super) enum Target {
     /// Each of these settings gets the value.
     Keys(&'static [&'static str]),
-    /// The setting of this key counts attempts, and the value counts retries: it gets one more.
+    /// The value is a number of retries. The setting of this key is a number of attempts, which is greater by one.
     Attempts(&'static str),
     /// No setting has this meaning. The remedy names the setting to use instead.
     Nothing(&'static str),
 }
 
-/// The names for a client.
+/// The aliases of a client's settings.
 pub(super) const CLIENT: &[Alias] = &[
     Alias { name: "max_connections", to: Target::Keys(&["connect_max_total"]) },
     Alias {
         name: "max_keepalive_connections",
-        to: Target::Nothing(
-            "use `connect_max_idle`, the time for which an idle connection is kept",
-        ),
+        to: Target::Nothing("use `connect_max_idle`, the maximum idle time of a connection"),
     },
     Alias { name: "default_timeout", to: Target::Keys(&["timeout_total"]) },
     // A read ends with the response head or with a frame of the body.
@@ -39,11 +37,11 @@ pub(super) const CLIENT: &[Alias] = &[
 ];
 
 impl Target {
-    /// Returns the remedy where the name is not accepted.
+    /// Returns the remedy for a source that does not accept the name, such as a file.
     pub(super) fn remedy(&self) -> String {
         match self {
             Self::Keys(keys) => format!("use `{}`", keys.join("`, `")),
-            Self::Attempts(key) => format!("use `{key}`, which is one more than the retries"),
+            Self::Attempts(key) => format!("use `{key}`, the number of retries plus one"),
             Self::Nothing(remedy) => (*remedy).to_owned(),
         }
     }

@@ -31,7 +31,7 @@ pub(super) const CLIENT: &[Rule<ClientConfig>] = &[
     |c| attempt_within_connecting(c).into_iter().collect(),
     |c| count_cancelled_beyond_the_attempt(c).into_iter().collect(),
     |c| hedge_beyond_the_attempt(c).into_iter().collect(),
-    |c| hedges_of_no_hedge(c).into_iter().collect(),
+    |c| max_hedges_without_a_delay(c).into_iter().collect(),
     |c| nothing_left(&c.deadline),
     |c| queue_beyond_the_deadline(&c.limit, &c.deadline).into_iter().collect(),
     |c| connection_wait_beyond_the_deadline(c).into_iter().collect(),
@@ -145,39 +145,40 @@ fn count_cancelled_beyond_the_attempt(c: &ClientConfig) -> Option<ConfigError> {
     conflict(KEY, show(after), remedy)
 }
 
-/// A hedge is part of an attempt of the retry, and each copy has the timeouts for itself. A timeout of the first copy is
-/// a response, after which no further copy is sent.
+/// Rejects hedge attempts that are never sent. Hedging is part of an attempt of the retry, and each hedge attempt has
+/// timeouts of its own. No hedge attempt is sent after the first attempt has timed out.
 fn hedge_beyond_the_attempt(c: &ClientConfig) -> Option<ConfigError> {
-    let ((most, name), after) = (attempt(c)?, c.hedge.after?);
+    let ((max, name), after) = (attempt(c)?, c.hedge.after?);
     let (hedges, last) = (c.hedge.max_hedges, after.saturating_mul(c.hedge.max_hedges));
-    if after < most && last < most {
+    if after < max && last < max {
         return None;
     }
-    if after < most {
-        let fit = (most.as_nanos() - 1) / after.as_nanos().max(1);
+    if after < max {
+        let fit = (max.as_nanos() - 1) / after.as_nanos().max(1);
         let remedy = format!(
-            "an attempt is over after {} (`{name}`), before the last of the copies, each {} (`hedge_after`) after the one \
-             before, would be sent: use at most {fit}, or a `{name}` of more than {}",
-            show(most),
+            "an attempt is over after {} (`{name}`), before the last hedge attempt, each sent {} (`hedge_after`) after the \
+             previous one: use at most {fit}, or a `{name}` of more than {}",
+            show(max),
             show(after),
             show(last),
         );
         return conflict("hedge_max_hedges", hedges, remedy);
     }
     let remedy = format!(
-        "an attempt is over after {} (`{name}`), before a second copy would be sent: use less, or a `{name}` of more than {}",
-        show(most),
+        "an attempt is over after {} (`{name}`), before the hedge attempt is sent: use less, or a `{name}` of more than {}",
+        show(max),
         show(after),
     );
     conflict("hedge_after", show(after), remedy)
 }
 
-fn hedges_of_no_hedge(c: &ClientConfig) -> Option<ConfigError> {
+/// Rejects a number of hedge attempts without a delay.
+fn max_hedges_without_a_delay(c: &ClientConfig) -> Option<ConfigError> {
     let hedges = c.hedge.max_hedges;
     if hedges <= 1 || c.hedge.is_on() {
         return None;
     }
-    let remedy = "without a `hedge_after` or a `hedge_percentile` this has no effect: set one, or leave this out";
+    let remedy = "without `hedge_after` or `hedge_percentile` this has no effect: set one of them, or leave this out";
     conflict("hedge_max_hedges", hedges, remedy.to_owned())
 }
 
@@ -192,7 +193,7 @@ fn attempts_beyond_the_threshold(c: &ClientConfig) -> Vec<ConfigError> {
         .filter_map(|(key, most, of_what)| {
             let remedy = format!(
                 "one call alone would open the circuit, which takes {most} {of_what} (`{key}`), and its attempts after that \
-                 would be refused: use at most {most} attempts, or a `{key}` of at least {attempts}",
+                 would be rejected: use at most {most} attempts, or a `{key}` of at least {attempts}",
             );
             conflict("retry_attempts", attempts, remedy)
         })
@@ -205,8 +206,8 @@ fn attempt_within_connecting(c: &ClientConfig) -> Option<ConfigError> {
         return None;
     }
     let remedy = format!(
-        "connecting is part of that time and may take {} (`connect_timeout`), which would never come to pass: use more than that, \
-         or a `connect_timeout` of less than {}",
+        "an attempt includes the connect, whose timeout of {} (`connect_timeout`) would never expire: use more than that, or a \
+         `connect_timeout` of less than {}",
         show(connect),
         show(each),
     );
@@ -224,7 +225,7 @@ fn nothing_left(deadline: &DeadlineConfig) -> Vec<ConfigError> {
     spent
         .filter_map(|(key, time)| {
             let remedy = format!(
-                "of the {} that a call has (`{key}`) nothing would be left, and each would be refused: keep less back, such as {}",
+                "of the {} that a call has (`{key}`) nothing would be left, and each would be rejected: keep less back, such as {}",
                 show(time),
                 show(time / 10),
             );
@@ -240,7 +241,7 @@ fn queue_beyond_the_deadline(
     let waits = limit.max.is_some() && limit.queue > 0;
     let deadline = deadline.default.filter(|deadline| waits && limit.queue_wait > *deadline)?;
     let remedy = format!(
-        "a call would wait for its turn longer than the {} that it has in all (`deadline_default`): use less than that",
+        "a call would wait for a permit longer than the {} of its deadline (`deadline_default`): use less than that",
         show(deadline),
     );
     conflict("limit_queue_wait", show(limit.queue_wait), remedy)
@@ -252,7 +253,7 @@ fn connection_wait_beyond_the_deadline(c: &ClientConfig) -> Option<ConfigError> 
         return None;
     }
     let remedy = format!(
-        "a call would wait for a connection longer than the {} that it has in all (`deadline_default`): use less than that",
+        "a call would wait for a connection longer than the {} of its deadline (`deadline_default`): use less than that",
         show(deadline),
     );
     conflict("connect_queue_wait", show(wait), remedy)
@@ -265,8 +266,8 @@ fn idle_beyond_the_peers(c: &ClientConfig) -> Option<ConfigError> {
         return None;
     }
     let remedy = format!(
-        "the peer closes a connection that was idle for {} (`connect_peer_keep_alive`), and a request that is sent just then is lost: use \
-         less, such as {}",
+        "the peer closes a connection that was idle for {} (`connect_peer_keep_alive`), and a request that is sent at that \
+         moment is lost: use less, such as {}",
         show(peer),
         show(peer / 5 * 4),
     );
@@ -341,11 +342,11 @@ fn settings_of_no_body_rate(timeout: &TimeoutConfig) -> Vec<ConfigError> {
 fn health_of_nowhere(c: &ClientConfig) -> Vec<ConfigError> {
     let whole = |uri: &str| http::Uri::try_from(uri).is_ok_and(|uri| uri.authority().is_some());
     let asked = c.check_health.uri.as_deref().filter(|uri| !whole(uri));
-    // What else is no URI the layer tells by itself.
+    // The layer reports every other text that is not a URI.
     let probed = c.health_probe.uri.as_deref().filter(|uri| uri.starts_with('/'));
     let nowhere = [("check_health_uri", asked), ("health_probe_uri", probed)];
     let told = nowhere.into_iter().filter_map(|(key, uri)| {
-        let remedy = "use a whole URI, such as http://search:8080/healthz";
+        let remedy = "use an absolute URI, such as http://search:8080/healthz";
         conflict(key, redact::value(uri?), remedy.to_owned())
     });
     told.collect()

@@ -24,7 +24,7 @@ pub struct Row {
 pub trait Group {
     /// The layer, as the documentation has it.
     fn layer(&self) -> &'static str;
-    /// The part of the keys that the settings of this layer have in common.
+    /// The common prefix of the keys of this layer.
     fn prefix(&self) -> &'static str;
     fn rows(&self) -> &'static [Row];
     /// False: the value is not of that row's form.

@@ -30,14 +30,14 @@ const fn ms(ms: u64) -> Duration {
 group! {
     /// The settings of a [`DeadlineLayer`].
     DeadlineConfig for "DeadlineLayer", prefix "deadline_", on |_| true;
-    /// How long a call may take in all if no header sets a time; also the maximum of a header, unless
+    /// The time of a call from its start to its deadline, if no header sets one; also the maximum of a header, unless
     /// `deadline_at_most` is set.
     live default: Option<Duration> = None;
     /// The maximum time that a header can set; off: the default.
     live at_most: Option<Duration> = None;
-    /// What is kept back of the time for the way of the answer.
+    /// The time reserved for sending the response back.
     live keep_back: Option<Duration> = None;
-    /// The header that says what is left, in milliseconds; gRPC's is read and written anyway.
+    /// The header that states the time left in milliseconds; that of gRPC is read and written in any case.
     fixed header: Option<String> = None;
 }
 
@@ -159,33 +159,33 @@ impl TimeoutConfig {
 group! {
     /// The settings of a [`RetryLayer`].
     RetryConfig for "RetryLayer", prefix "retry_", on |this| this.attempts > 1;
-    /// How many attempts are made at most, the first one included; 1 is no retry.
+    /// The maximum number of attempts of a call, the first included; 1: no retry.
     live attempts: u32 = 3;
-    /// The first wait; it grows with each further one, with full jitter.
+    /// The delay before the first retry; it grows with each retry and has full jitter.
     live backoff: Duration = ms(50);
-    /// The factor by which each wait is longer than the one before; 1 or more.
+    /// The factor by which the delay grows with each retry; 1 or more.
     live backoff_factor: f64 = 2.0;
-    /// The longest wait of the backoff.
+    /// The maximum delay of the backoff.
     live backoff_max: Duration = secs(5);
-    /// The maximum wait that a server may ask for; off: 30 s without a deadline, no maximum with one.
+    /// The maximum delay, also for a hint of the server; off: 30 s without a deadline, no maximum with one.
     live max_wait: Option<Duration> = None;
-    /// The maximum random delay above a wait that a server asks for, as a share of it.
+    /// The maximum random delay above a hint of the server, as a share of the hint; 0 to 10.
     live hint_jitter: f64 = 0.5;
-    /// Whether a rejection by an inner layer is waited for and retried if it says for how long.
+    /// Whether a call waits for the time that a rejection by an inner layer states, and is retried then.
     live wait_on_rejection: bool = false;
-    /// HTTP statuses that are retried for any method, since the upstream has not processed such a request.
+    /// HTTP statuses that are retried for any method, because the upstream has not processed the request.
     live unprocessed: Vec<StatusCode> = Vec::new();
-    /// Up to the response head of each attempt, beside the timeouts.
+    /// The maximum time from the start of an attempt to its response head, in addition to the timeouts.
     live attempt_timeout: Option<Duration> = None;
-    /// How many retries there may be for one call.
+    /// The number of retries that each call deposits in the budget.
     fixed budget_ratio: f64 = 0.2;
-    /// How many retries a second there may be beside that.
+    /// The number of retries per second that the budget permits in addition.
     fixed budget_per_second: u32 = 1;
-    /// How many retries can be saved up.
+    /// The maximum number of retries that the budget can hold.
     fixed budget_cap: u32 = 100;
-    /// How many bytes of a request body are kept to be sent again.
+    /// The maximum size in bytes of a request body that can be replayed.
     live replay_up_to: u64 = 64 * 1024;
-    /// How many bytes of a discarded answer are read away, to keep its connection.
+    /// The maximum number of bytes that are drained from a discarded response, so that its connection can be reused.
     live drain_up_to: u64 = 64 * 1024;
 }
 
@@ -229,26 +229,26 @@ impl RetryConfig {
 }
 
 group! {
-    /// The settings of a [`HedgeLayer`]. In a whole stack it is off, unless it is said when a second copy is sent.
+    /// The settings of a [`HedgeLayer`]. In a whole stack it is off unless a delay or a percentile is set.
     HedgeConfig for "HedgeLayer", prefix "hedge_", on |this| this.after.is_some() || this.percentile.is_some();
-    /// After which time a second copy of a call is sent; off: by the percentile.
+    /// The delay before a hedge attempt; off: the percentile determines it.
     fixed after: Option<Duration> = None;
-    /// Or after the time within which this share of calls was answered of late; off, as the time: never.
+    /// The percentile of recent latencies that is the delay if none is set; both off: no hedge attempts.
     fixed percentile: Option<f64> = Some(0.95);
-    /// The maximum number of hedge attempts of a call, each sent after the time; 1 to 10.
+    /// The maximum number of hedge attempts of a call, each sent a delay after the previous attempt; 1 to 10.
     fixed max_hedges: u32 = 1;
-    /// How many second copies there may be for one call.
+    /// The number of hedge attempts that each call deposits in the budget.
     fixed budget_ratio: f64 = 0.05;
-    /// How many a second there may be beside that.
+    /// The number of hedge attempts per second that the budget permits in addition.
     fixed budget_per_second: u32 = 1;
-    /// How many can be saved up.
+    /// The maximum number of hedge attempts that the budget can hold.
     fixed budget_cap: u32 = 100;
-    /// How many bytes of a request body are kept for the second copy.
+    /// The maximum size in bytes of a request body that can be replayed.
     fixed replay_up_to: u64 = 64 * 1024;
 }
 
 impl HedgeConfig {
-    /// No second copies.
+    /// Returns settings without hedge attempts.
     #[must_use]
     pub fn off() -> Self {
         Self { after: None, percentile: None, ..Self::default() }
@@ -276,29 +276,29 @@ impl HedgeConfig {
 // ===== Health =====
 
 group! {
-    /// The settings of a [`HealthProbeLayer`] that asks by `GET`. In a whole client it is off, unless it is said where
-    /// to ask: for a client of one service.
+    /// The settings of a [`HealthProbeLayer`] that sends `GET` requests. In a whole client, which then is for one
+    /// service, it is off unless the URI is set.
     HealthProbeConfig for "HealthProbeLayer", prefix "health_probe_", on |this| this.uri.is_some();
-    /// What is asked in the background: a whole URI; calls are refused while it is down.
+    /// The URI that is probed in the background; in a whole client an absolute one. Calls are rejected while it is down.
     fixed uri: Option<String> = Some("/healthz".to_owned());
-    /// How long to wait from one probe to the next.
+    /// The time from one probe to the next.
     fixed every: Duration = secs(5);
-    /// How long while it is down; off: the same.
+    /// The time from one probe to the next while the upstream is down; off: the same.
     fixed every_while_down: Option<Duration> = None;
-    /// By how much of that a wait may be longer, by chance.
+    /// The maximum random share by which that time is longer.
     fixed jitter: f64 = 0.1;
-    /// How long a probe may take.
+    /// The timeout of a probe.
     fixed timeout: Duration = secs(1);
-    /// How many must pass in a row before it is up again.
+    /// The number of successive probes that must pass before the upstream is up again.
     fixed rise: u32 = 1;
-    /// How many must fail in a row before it is down.
+    /// The number of successive probes that must fail before the upstream is down.
     fixed fall: u32 = 3;
-    /// Whether a response with status 503 takes the upstream down at once; false: it counts towards `fall`.
+    /// Whether a probe response with status 503 takes the upstream down at once; false: it counts towards `fall`.
     fixed immediate_failure: bool = true;
 }
 
 impl HealthProbeConfig {
-    /// No probes.
+    /// Returns settings without probes.
     #[must_use]
     pub fn off() -> Self {
         Self { uri: None, ..Self::default() }
@@ -467,33 +467,33 @@ impl LimitConfig {
 // ===== Connections =====
 
 group! {
-    /// The settings of a client's connections, a `ConnectLayer` and its client.
+    /// The settings of a client's connections: of a `ConnectLayer` and of the client around it.
     ConnectConfig for "ConnectLayer", prefix "connect_", on |_| true;
-    /// How many connections there are at once, in all.
+    /// The maximum number of open connections in total.
     live max_total: Option<u32> = None;
-    /// How many there are at once to one host.
+    /// The maximum number of open connections to one host.
     live max_per_host: Option<u32> = Some(64);
-    /// How many calls may wait for one.
+    /// The maximum number of calls that wait for a connection.
     live queue: u32 = 1024;
-    /// How long each of them may wait.
+    /// The maximum time for which a call waits for a connection.
     live queue_wait: Duration = secs(5);
-    /// How long connecting may take.
+    /// The timeout of a connect, including the DNS lookup and TLS.
     live timeout: Duration = secs(5);
-    /// How old a connection may become.
+    /// The maximum age of a connection.
     live max_age: Option<Duration> = Some(secs(300));
-    /// How long it may be idle: less than the peer keeps it.
+    /// The maximum idle time of a connection; must be less than the keep-alive time of the peer.
     live max_idle: Option<Duration> = Some(secs(4));
-    /// Which part of its age and idle time each connection may lack, by chance.
+    /// The maximum random share by which the maximum age and the maximum idle time of a connection are shorter.
     live jitter: f64 = 0.2;
-    /// How long the peer keeps an idle connection, if that is known: nginx 75 s, Node.js 5 s, AWS's ALB 60 s.
+    /// The keep-alive time of the peer, if it is known: nginx 75 s, Node.js 5 s, AWS's ALB 60 s. Only checked.
     live peer_keep_alive: Option<Duration> = None;
-    /// After which silence TCP asks the peer whether it is there, and again each such time: given up after three.
+    /// The idle time before the first TCP keepalive probe, and the time between probes; the connection ends after three.
     fixed tcp_keepalive: Option<Duration> = Some(secs(15));
-    /// Whether it is HTTP/2 from the first byte, as gRPC without TLS needs it.
+    /// Whether connections are HTTP/2 from the first byte, as gRPC without TLS requires.
     fixed http2_only: bool = false;
-    /// How often an HTTP/2 connection is pinged.
+    /// The time between PING frames of an HTTP/2 connection.
     fixed http2_keepalive: Option<Duration> = None;
-    /// How long it may owe the answer.
+    /// The timeout for the PING acknowledgement.
     fixed http2_keepalive_timeout: Duration = secs(20);
 }
 
@@ -524,7 +524,7 @@ impl ConnectConfig {
 
     /// What can change while it runs.
     pub(crate) fn apply(&self, layer: ConnectLayer) -> ConnectLayer {
-        let cap = |most: Option<u32>| most.map_or(usize::MAX, |most| most as usize);
+        let cap = |max: Option<u32>| max.map_or(usize::MAX, |max| max as usize);
         layer
             .max_total(cap(self.max_total))
             .max_per_host(cap(self.max_per_host))
@@ -536,19 +536,19 @@ impl ConnectConfig {
     }
 }
 
-// ===== What is called =====
+// ===== Health checks and calls =====
 
 group! {
     /// The settings of a client's `check_health`.
     CheckHealthConfig for "check_health", prefix "check_health_", on |this| this.uri.is_some();
-    /// The URI that `check_health` requests through the whole stack: a whole URI; off: that of the health probe.
+    /// The absolute URI that `check_health` requests through the whole stack; off: that of the health probe.
     live uri: Option<String> = None;
 }
 
 group! {
-    /// What the calls are like.
+    /// The properties of the calls.
     CallsConfig for "calls", prefix "", on |_| true;
-    /// Whether answers are streams that may last: then nothing may bound the whole of a call. Loaded as true, it turns
+    /// Whether responses are streams that may last: then no setting may bound the whole of a call. Loaded as true, it turns
     /// off a server's `timeout_min_body_rate` and `limit_max_unread` where these are not set.
     live streaming: bool = false;
 }

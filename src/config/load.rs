@@ -1,4 +1,4 @@
-//! Where settings come from, and what is done about those that nobody knows.
+//! Loads settings from presets, files and the environment, and reports unknown ones.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -127,7 +127,7 @@ struct Said {
     origin: Origin,
 }
 
-/// Gathers settings; what comes later goes before what came earlier.
+/// Loads settings from several sources. A value that is loaded later replaces an earlier one.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -184,17 +184,17 @@ impl<C: Stack> Loader<C> {
         }
     }
 
-    /// What a TOML text says: `retry_attempts = 2`, or `attempts = 2` in a table `retry`.
+    /// Loads a TOML text: `retry_attempts = 2`, or `attempts = 2` in a table `retry`.
     pub fn toml(self, text: &str) -> Self {
         self.parsed("TOML", from_toml(text))
     }
 
-    /// What a JSON text says, in the same form.
+    /// Loads a JSON text of the same form.
     pub fn json(self, text: &str) -> Self {
         self.parsed("JSON", serde_json::from_str(text).map_err(|error| error.to_string()))
     }
 
-    /// What a file says: JSON if it is called so, else TOML.
+    /// Loads a file: JSON if its name ends with `.json`, otherwise TOML.
     pub fn file(mut self, path: impl AsRef<Path>) -> Self {
         let path = path.as_ref();
         let name = path.display().to_string();
@@ -238,11 +238,11 @@ impl<C: Stack> Loader<C> {
         self
     }
 
-    /// Sets the prefix of environment variables, instead of `HTTP_CLIENT_` or `HTTP_SERVER_`. Must be called before
-    /// [`env`](Self::env).
+    /// Sets the prefix of environment variables. `HTTP_CLIENT_` or `HTTP_SERVER_` by default.
     ///
-    /// With the prefix `ACME_`, `ACME_RETRY_ATTEMPTS` is for every service and `SEARCH_ACME_RETRY_ATTEMPTS` for the one
-    /// called `search`. Each variable with the prefix has to be a setting, so a client and a server need different ones.
+    /// With the prefix `ACME_`, `ACME_RETRY_ATTEMPTS` applies to every service and `SEARCH_ACME_RETRY_ATTEMPTS` to the
+    /// service `search`. Each variable with the prefix has to be a setting, so a client and a server need different
+    /// prefixes.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -254,12 +254,14 @@ impl<C: Stack> Loader<C> {
     /// # Ok(()) }
     /// ```
     ///
-    /// [`finish`](Self::finish) fails for a prefix that is not made of ASCII letters, digits and `_`, or does not end with
-    /// `_`, and for one that comes after the variables have been read.
+    /// # Errors
+    ///
+    /// [`finish`](Self::finish) fails if the prefix contains other characters than ASCII letters, digits and `_`, if it
+    /// does not end with `_`, or if it is set after [`env`](Self::env) has read the variables.
     pub fn env_prefix(mut self, prefix: &str) -> Self {
         let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
         let remedy = if self.has_read_env {
-            Some("set it before the variables are read by `env`")
+            Some("set it before `env` reads the variables")
         } else if prefix.trim_matches('_').is_empty()
             || !prefix.chars().all(is_name)
             || !prefix.ends_with('_')
@@ -278,12 +280,11 @@ impl<C: Stack> Loader<C> {
         self
     }
 
-    /// What the environment says: `HTTP_CLIENT_RETRY_ATTEMPTS` for every service, then
-    /// `SEARCH_HTTP_CLIENT_RETRY_ATTEMPTS` for the one called `search`. A server's begin with `HTTP_SERVER_`.
+    /// Loads the environment: `HTTP_CLIENT_RETRY_ATTEMPTS` for every service, then
+    /// `SEARCH_HTTP_CLIENT_RETRY_ATTEMPTS` for the service `search`. The variables of a server begin with `HTTP_SERVER_`.
     /// [`env_prefix`](Self::env_prefix) sets another prefix.
     ///
-    /// A client also reads the names that other HTTP clients have for these settings: see the
-    /// [module](crate::config#names-of-other-clients).
+    /// A client also reads variables with the [names of other clients](crate::config#names-of-other-clients).
     ///
     /// Kubernetes and Docker inject variables for each service that a container can reach. Those of a service called
     /// `http-server`, `http-server-…` or `search-http-client` have the same prefix. They are ignored.
@@ -291,7 +292,7 @@ impl<C: Stack> Loader<C> {
         self.env_from(env::vars_os())
     }
 
-    /// The same of these variables.
+    /// Loads these variables as [`env`](Self::env) does those of the process.
     pub fn env_from<K, V>(mut self, variables: impl IntoIterator<Item = (K, V)>) -> Self
     where
         K: Into<OsString>,
@@ -308,7 +309,7 @@ impl<C: Stack> Loader<C> {
         };
         let mut found = Vec::new();
         for (name, value) in variables {
-            // What is no UTF-8 after a prefix of ours is no key that anybody knows.
+            // A name with the prefix that is not UTF-8 is an unknown setting.
             let name = name.into().to_string_lossy().into_owned();
             let (of_own, key) = match (name.strip_prefix(&own), name.strip_prefix(&self.env_prefix))
             {
@@ -326,8 +327,8 @@ impl<C: Stack> Loader<C> {
                 Err(_) => self.wrong("environment", &name, "use UTF-8".to_owned()),
             }
         }
-        // The common ones first, and of each kind the aliases first: a later value replaces an earlier one. The order of
-        // an environment means nothing.
+        // Variables for every service precede those for one, and aliases precede keys, because a later value replaces an
+        // earlier one. The order of the environment has no meaning.
         found.sort();
         for (_, _, name, key, value) in found {
             let (keys, value) = match alias::<C>(&key).map(|alias| &alias.to) {
@@ -352,19 +353,19 @@ impl<C: Stack> Loader<C> {
         self
     }
 
-    /// Begins with a preset instead of the defaults, unless something that is loaded names another.
+    /// Replaces defaults by those of a preset, unless a source names another preset.
     pub fn preset(mut self, preset: Preset) -> Self {
         let value = Scalar::Text(preset.as_str().to_owned());
         self.said.insert(0, Said { key: "preset".to_owned(), value, origin: Origin::Code });
         self
     }
 
-    /// The configuration.
+    /// Returns the configuration.
     ///
     /// # Errors
     ///
-    /// All that cannot be read: files, values, and unknown keys, each with the one that it is a misspelling of, if any. Whether
-    /// the settings fit each other is asked by `check`.
+    /// All files and values that cannot be read, and all unknown settings. The error of an unknown setting suggests a key
+    /// if the setting is a misspelling of it. Conflicts between settings are errors of `check`.
     pub fn finish(mut self) -> Result<C, ConfigErrors> {
         let mut config = C::default();
         let mut origins = Origins::new();
@@ -469,10 +470,10 @@ fn is_service_link(key: &str, value: &str) -> bool {
     })
 }
 
-// ===== What was meant =====
+// ===== Misspelt keys =====
 
-/// Returns the key that this one is a misspelling of: the nearest one, if at most a quarter of the letters, and at most
-/// [`MAX_MISSPELT`], have to be changed.
+/// Returns the key that this one is a misspelling of: the nearest key, unless more than a quarter of its letters or more
+/// than [`MAX_MISSPELT`] have to be changed.
 pub(super) fn near_miss<'a>(
     key: &str,
     rows: impl Iterator<Item = &'a Row>,

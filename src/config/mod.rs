@@ -1,4 +1,4 @@
-//! A stack's settings on one page: from TOML, JSON or the environment, checked against each other, and explained.
+//! The settings of a whole stack from TOML, JSON or the environment: checked against each other, and explained.
 //!
 //! ```
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -24,7 +24,7 @@
 //! # Ok(()) }
 //! ```
 //!
-//! What does not go together is said with its remedy:
+//! Each conflict between settings is an error that states the remedy:
 //!
 //! ```
 //! # use buttress::config::ClientConfig;
@@ -33,11 +33,11 @@
 //! assert!(errors.to_string().contains("use at most 5 attempts, or a `breaker_failures` of at least 9"));
 //! ```
 //!
-//! # How it decides
+//! # Keys and values
 //!
-//! Every setting has one key. In TOML and JSON it may be split at any `_` into tables; in the environment it is in
-//! capitals, after `HTTP_CLIENT_` (a server's after `HTTP_SERVER_`), and after the service's own name where it is for
-//! that one only:
+//! Every setting has one key. In TOML and JSON, tables can replace any `_` of the key. In the environment, the key is in
+//! capitals after the prefix `HTTP_CLIENT_`, or `HTTP_SERVER_` for a server. A variable for one service begins with the
+//! name of the service:
 //!
 //! | | |
 //! |---|---|
@@ -45,77 +45,86 @@
 //! | JSON | `{"retry": {"attempts": 2}}` |
 //! | environment | `HTTP_CLIENT_RETRY_ATTEMPTS=2`, `SEARCH_HTTP_CLIENT_RETRY_ATTEMPTS=2` |
 //!
-//! Times are texts such as `250ms` or `1m 30s`, or seconds; `off` (`false`, `null`) is none. An unknown key is
-//! an error, which names the key that it is a misspelling of, if any. A value of another form is an error that states the
-//! form. So is one that is empty, as templates leave variables behind, one that is no UTF-8, and a key that one file says
-//! twice.
+//! A time is a text such as `250ms` or `1m 30s`, or a number of seconds. A list of statuses is a list, or a text such as
+//! `429, 529`. `off`, `false` and `null` switch a setting off.
 //!
-//! [`env_prefix`](Loader::env_prefix) replaces `HTTP_CLIENT_` and `HTTP_SERVER_`.
+//! These are errors:
 //!
-//! Variables that Kubernetes and Docker inject for services with such names are ignored: those of a service called
-//! `http-server` begin with `HTTP_SERVER_`, too (`HTTP_SERVER_SERVICE_HOST`, `HTTP_SERVER_PORT_80_TCP_ADDR`, …).
+//! - an unknown key; the error suggests a key if the unknown one is a misspelling of it
+//! - a value of another form; the error states the form
+//! - an empty value, such as templates leave in variables, and a value that is not UTF-8
+//! - a key that one file contains twice
 //!
-//! Later goes before earlier: defaults, the preset, whatever was loaded in its order; a service's own variables go
-//! before the common ones. [`explain`](ClientConfig::explain) prints every key with its value, where that came from,
-//! and what it does: the table of all settings. For deadlines it states the maximum that a header of a caller can set:
-//! `deadline_at_most`, or else `deadline_default`.
+//! [`env_prefix`](Loader::env_prefix) replaces the prefix of variables. Variables that Kubernetes and Docker inject for
+//! services are ignored: those of a service called `http-server` begin with `HTTP_SERVER_`, too
+//! (`HTTP_SERVER_SERVICE_HOST`, `HTTP_SERVER_PORT_80_TCP_ADDR`, …).
+//!
+//! A preset replaces defaults, and loaded settings replace those of the preset. Of two loaded values, the later one
+//! applies. Among variables, those of one service precede those of every service.
+//!
+//! [`explain`](ClientConfig::explain) prints every key with its value, the origin of the value, and its meaning. For
+//! deadlines it states the maximum that a header of a caller can set: `deadline_at_most`, or else `deadline_default`.
 //!
 //! # Names of other clients
 //!
-//! A client reads these variables, too, in both forms (`HTTP_CLIENT_MAX_RETRIES`, `SEARCH_HTTP_CLIENT_MAX_RETRIES`). A
-//! variable with the name of a setting precedes them.
+//! A client also reads variables with the names that other HTTP clients use, for every service
+//! (`HTTP_CLIENT_MAX_RETRIES`) and for one (`SEARCH_HTTP_CLIENT_MAX_RETRIES`). A variable with the key of the setting
+//! precedes one of these, unless only the latter is for one service.
 //!
 //! | variable | setting |
 //! |---|---|
 //! | `MAX_CONNECTIONS` | `connect_max_total` |
-//! | `CONNECT_TIMEOUT` | `connect_timeout` |
+//! | `CONNECT_TIMEOUT` | `connect_timeout`, which is its key |
 //! | `READ_TIMEOUT` | `timeout_head`, `timeout_first_frame` and `timeout_idle` |
 //! | `WRITE_TIMEOUT` | `timeout_taking` |
 //! | `DEFAULT_TIMEOUT` | `timeout_total`, for each attempt |
-//! | `MAX_RETRIES` | `retry_attempts`, which is one more |
+//! | `MAX_RETRIES` | `retry_attempts`, which is greater by one |
 //! | `RETRY_BACKOFF_MULTIPLIER` | `retry_backoff_factor` |
-//! | `MAX_KEEPALIVE_CONNECTIONS` | none: an error, which names `connect_max_idle` |
+//! | `MAX_KEEPALIVE_CONNECTIONS` | none: an error that names `connect_max_idle` |
 //!
 //! # What is checked
 //!
-//! | [`check`](ClientConfig::check) finds | for |
+//! | [`check`](ClientConfig::check) rejects | settings |
 //! |---|---|
-//! | attempts that take longer than the deadline | `retry_attempts`, `timeout_head`, `deadline_default` |
-//! | more attempts than failures open the circuit | `retry_attempts`, `breaker_failures`, `breaker_min_calls` |
-//! | hedge attempts that are due after the attempt is over, or without a time | `hedge_after`, `hedge_max_hedges`, `timeout_head` |
-//! | an attempt that is due before connecting is | `timeout_head`, `retry_attempt_timeout`, `timeout_total`, `timeout_response_total`, `connect_timeout` |
+//! | attempts whose times exceed the deadline in total | `retry_attempts`, `timeout_head`, `deadline_default` |
+//! | more attempts than failures that open the circuit | `retry_attempts`, `breaker_failures`, `breaker_min_calls` |
+//! | hedge attempts that are due after the end of the attempt, and a number of them without a delay | `hedge_after`, `hedge_percentile`, `hedge_max_hedges`, `timeout_head` |
+//! | a timeout of an attempt that is below the connect timeout | `timeout_head`, `retry_attempt_timeout`, `timeout_total`, `timeout_response_total`, `connect_timeout` |
 //! | a time for cancelled calls that ends after the attempt | `breaker_count_cancelled_after`, `timeout_head`, `retry_attempt_timeout`, `timeout_total`, `timeout_response_total` |
-//! | a deadline of which nothing is left | `deadline_keep_back`, `deadline_default`, `deadline_at_most` |
-//! | waiting longer than the deadline | `limit_queue_wait`, `connect_queue_wait`, `deadline_default` |
-//! | connections idle for as long as the peer keeps them | `connect_max_idle`, `connect_peer_keep_alive` |
-//! | a retry budget that can never pay | `retry_budget_ratio`, `retry_budget_per_second` |
-//! | settings of a minimum body rate where there is none | `timeout_body_grace`, `timeout_min_body_rate_for_grpc` |
-//! | a total on a stream | `streaming`, `timeout_total`, `timeout_response_total`, `deadline_default` |
-//! | a time of the whole response that is not below that of the whole call | `timeout_response_total`, `timeout_total` |
-//! | what a layer itself cannot work with | its own |
+//! | a deadline that leaves no time for the call | `deadline_keep_back`, `deadline_default`, `deadline_at_most` |
+//! | a queue in which a call can wait longer than its deadline | `limit_queue_wait`, `connect_queue_wait`, `deadline_default` |
+//! | a maximum idle time that is not below the keep-alive time of the peer | `connect_max_idle`, `connect_peer_keep_alive` |
+//! | a retry budget that practically never permits a retry | `retry_budget_ratio`, `retry_budget_per_second` |
+//! | settings of a minimum body rate without a minimum body rate | `timeout_body_grace`, `timeout_min_body_rate_for_grpc` |
+//! | a timeout of the whole call for streams | `streaming`, `timeout_total`, `timeout_response_total`, `deadline_default` |
+//! | a timeout of the whole response that is not below that of the whole call | `timeout_response_total`, `timeout_total` |
+//! | URIs of health checks that are not absolute | `check_health_uri`, `health_probe_uri` |
+//! | everything that the layers reject | those of the layers |
 //!
 //! # Presets
 //!
-//! | [`Preset`] | |
+//! | [`Preset`] | settings of a client |
 //! |---|---|
-//! | `internal` | head 3 s, connecting 1 s, 10 s in all, short waits, a circuit that opens for 5 s |
-//! | `slow` | head 60 s, connecting 10 s, long waits |
-//! | `llm` | head and first frame 180 s, silences 60 s, no total, 8 connections a host, 32 calls at once |
+//! | `internal` | head 3 s, connect 1 s, deadline 10 s, short backoff and queue waits, a circuit that is open for 5 s |
+//! | `slow` | head 60 s, connect 10 s, long queue waits |
+//! | `llm` | head and first frame 180 s, idle 60 s, neither a total nor a deadline, 8 connections per host, 32 calls in flight, 429 and 529 retried for any method |
 //!
-//! A server's have the same names: how long a head and a turn may take, and what is a stream. With `streaming = true`,
-//! which `llm` sets, a server's `timeout_min_body_rate` and `limit_max_unread` are off unless they are set. A program
-//! that sets the field `streaming` itself sets these two, too.
+//! The presets of a server have the same names. They set the timeout of the head, the maximum time in the queue, the
+//! deadline of `internal`, and whether responses are streams. With `streaming = true`, which `llm` sets, `timeout_min_body_rate` and
+//! `limit_max_unread` of a server are off unless they are set. An application that sets the field `streaming` itself has
+//! to set these two, too.
 //!
-//! # Changing it
+//! # Changes
 //!
-//! The fields are public: a program may set them, and `explain` says so. [`changes`](ClientConfig::changes) tells what
-//! differs between two configurations, and which of that can change while the stack runs: all but
-//! `deadline_header`, the retry budget, hedges, probes, a circuit's window and the kinds of its rules, `connect_tcp_keepalive` and `connect_http2_…`,
-//! which `explain` marks with a `*`.
+//! The fields are public. If the application sets one, `explain` states this as the origin. The method
+//! [`changes`](ClientConfig::changes) returns the settings that differ between two configurations, and whether each can
+//! change while the stack runs. These cannot, and `explain` marks them with a `*`: `deadline_header`, the retry budget,
+//! the settings of hedging and of the health probe, `breaker_window`, `connect_tcp_keepalive` and `connect_http2_…`. The
+//! kinds of the rules of a circuit cannot change either.
 //!
-//! # Layers of one's own stack
+//! # Single layers
 //!
-//! Each layer's settings (`RetryConfig`, …) can be read alone, without the prefix in their keys, and make their layer:
+//! The settings of each layer (`RetryConfig`, …) can be read alone, without the prefix of their keys, and make the layer:
 //!
 //! ```
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {

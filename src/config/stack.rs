@@ -155,7 +155,8 @@ macro_rules! stack {
         }
 
         impl $Name {
-            /// Returns the settings of these groups that are neither defaults nor of the preset, with their values.
+            /// Returns the settings of these groups that the application has set, with their values. Those of defaults and
+            /// presets are left out.
             #[allow(dead_code, reason = "some stacks apply all of their settings")]
             pub(crate) fn chosen(&self, groups: &[&dyn Group]) -> Vec<(&'static str, Scalar)> {
                 let defaults = Self::default();
@@ -216,25 +217,25 @@ stack! {
     /// The settings of a whole client stack. See the [module](crate::config).
     ClientConfig, "client", prefix "HTTP_CLIENT_", presets client, rules check::CLIENT,
         off_for_streams &[], aliases alias::CLIENT;
-    /// How long a call may take in all.
+    /// The deadline of a call.
     deadline: DeadlineConfig = DeadlineConfig::default();
-    /// What is tried again.
+    /// The retries.
     retry: RetryConfig = RetryConfig::default();
-    /// What is sent a second time.
+    /// The hedge attempts.
     hedge: HedgeConfig = HedgeConfig::off();
-    /// When to stop calling.
+    /// The circuit breaker.
     breaker: BreakerConfig = BreakerConfig::default();
-    /// How many calls there are at once.
+    /// The concurrency limit.
     limit: LimitConfig = LimitConfig::client();
-    /// How long an attempt may take.
+    /// The timeouts of an attempt.
     timeout: TimeoutConfig = TimeoutConfig::default();
-    /// Whether what is called is well, where [`client`](crate::stack::client) makes the stack.
+    /// The health probe of the upstream. Has an effect in the stack that [`client`](crate::stack::client) makes.
     health_probe: HealthProbeConfig = HealthProbeConfig::off();
-    /// What the calls go over.
+    /// The connections. Has an effect in the stack that [`client`](crate::stack::client) makes.
     connect: ConnectConfig = ConnectConfig::default();
-    /// What `check_health` requests, where [`client`](crate::stack::client) makes the stack.
+    /// The request of `check_health`. Has an effect in the stack that [`client`](crate::stack::client) makes.
     check_health: CheckHealthConfig = CheckHealthConfig::default();
-    /// What the calls are like.
+    /// The properties of the calls.
     calls: CallsConfig = CallsConfig::default();
 }
 
@@ -242,13 +243,13 @@ stack! {
     /// The settings of a whole server stack. See the [module](crate::config).
     ServerConfig, "server", prefix "HTTP_SERVER_", presets server, rules check::SERVER,
         off_for_streams &["timeout_min_body_rate", "limit_max_unread"], aliases &[];
-    /// How long a call may take in all.
+    /// The deadline of a call.
     deadline: DeadlineConfig = DeadlineConfig::default();
-    /// How many calls there are at once.
+    /// The concurrency limit.
     limit: LimitConfig = LimitConfig::server();
     /// How long an answer may take.
     timeout: TimeoutConfig = TimeoutConfig::server();
-    /// What the calls are like.
+    /// The properties of the calls.
     calls: CallsConfig = CallsConfig::default();
 }
 

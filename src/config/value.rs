@@ -166,7 +166,7 @@ impl Setting for String {
     }
 }
 
-/// A list, in a file or as text such as `429, 529`.
+/// Reads a list of a file, or a text such as `429, 529`.
 impl Setting for Vec<StatusCode> {
     const WANTS: &'static str = "HTTP statuses such as 429, 529, or off";
 

@@ -39,54 +39,54 @@ fn more_attempts_than_the_breakers_threshold() {
         "retry_attempts = 6",
         "retry_attempts = 5",
         "`retry_attempts` is 6: one call alone would open the circuit, which takes 5 failures in a row \
-         (`breaker_failures`), and its attempts after that would be refused: use at most 5 attempts, or a \
+         (`breaker_failures`), and its attempts after that would be rejected: use at most 5 attempts, or a \
          `breaker_failures` of at least 6",
     );
     one(
         "breaker_failures = 'off'\nbreaker_failure_ratio = 0.5\nbreaker_min_calls = 2",
         "breaker_failures = 'off'\nbreaker_failure_ratio = 0.5\nbreaker_min_calls = 3",
         "`retry_attempts` is 3: one call alone would open the circuit, which takes 2 calls, if all of them fail \
-         (`breaker_min_calls`), and its attempts after that would be refused: use at most 2 attempts, or a \
+         (`breaker_min_calls`), and its attempts after that would be rejected: use at most 2 attempts, or a \
          `breaker_min_calls` of at least 3",
     );
     assert!(told("retry_attempts = 6\nbreaker_failures = 'off'").is_empty());
 }
 
 #[test]
-fn a_read_that_is_shorter_than_connecting() {
+fn timeout_of_an_attempt_below_the_connect_timeout_is_an_error() {
     one(
         "timeout_head = '2s'",
         "timeout_head = '2s'\nconnect_timeout = '1s'",
-        "`timeout_head` is 2s: connecting is part of that time and may take 5s (`connect_timeout`), which would never \
-         come to pass: use more than that, or a `connect_timeout` of less than 2s",
+        "`timeout_head` is 2s: an attempt includes the connect, whose timeout of 5s (`connect_timeout`) would never \
+         expire: use more than that, or a `connect_timeout` of less than 2s",
     );
     for key in ["retry_attempt_timeout", "timeout_total", "timeout_response_total"] {
         let told = told(&format!("{key} = '2s'"));
         assert!(
-            told.len() == 1 && told[0].starts_with(&format!("`{key}` is 2s: connecting")),
+            told.len() == 1 && told[0].starts_with(&format!("`{key}` is 2s: an attempt includes")),
             "{told:?}"
         );
     }
 }
 
 #[test]
-fn a_second_copy_that_is_due_when_the_attempt_is_over() {
+fn hedge_attempt_that_is_due_when_the_attempt_is_over_is_an_error() {
     one(
         "hedge_after = '30s'",
         "hedge_after = '29s'",
-        "`hedge_after` is 30s: an attempt is over after 30s (`timeout_head`), before a second copy would be sent: use less, or \
+        "`hedge_after` is 30s: an attempt is over after 30s (`timeout_head`), before the hedge attempt is sent: use less, or \
          a `timeout_head` of more than 30s",
     );
     one(
         "hedge_after = '10s'\nhedge_max_hedges = 3",
         "hedge_after = '10s'\nhedge_max_hedges = 2",
-        "`hedge_max_hedges` is 3: an attempt is over after 30s (`timeout_head`), before the last of the copies, each 10s \
-         (`hedge_after`) after the one before, would be sent: use at most 2, or a `timeout_head` of more than 30s",
+        "`hedge_max_hedges` is 3: an attempt is over after 30s (`timeout_head`), before the last hedge attempt, each sent 10s \
+         (`hedge_after`) after the previous one: use at most 2, or a `timeout_head` of more than 30s",
     );
     one(
         "hedge_max_hedges = 2",
         "hedge_max_hedges = 2\nhedge_percentile = 0.95",
-        "`hedge_max_hedges` is 2: without a `hedge_after` or a `hedge_percentile` this has no effect: set one, or leave \
+        "`hedge_max_hedges` is 2: without `hedge_after` or `hedge_percentile` this has no effect: set one of them, or leave \
          this out",
     );
     assert_eq!(
@@ -110,7 +110,7 @@ fn a_deadline_of_which_nothing_is_left() {
         "deadline_default = '90s'\ndeadline_keep_back = '90s'",
         "deadline_default = '90s'\ndeadline_keep_back = '89s'",
         "`deadline_keep_back` is 1m 30s: of the 1m 30s that a call has (`deadline_default`) nothing would be left, and each \
-         would be refused: keep less back, such as 9s",
+         would be rejected: keep less back, such as 9s",
     );
     let server = "deadline_at_most = '1s'\ndeadline_keep_back = '999500us'";
     let told = ServerConfig::from_toml(server).unwrap().check().unwrap_err();
@@ -123,13 +123,13 @@ fn a_wait_in_the_queue_beyond_the_deadline() {
     one(
         &format!("{base}limit_queue_wait = '2m'"),
         &format!("{base}limit_queue_wait = '2m'\nlimit_queue = 0"),
-        "`limit_queue_wait` is 2m: a call would wait for its turn longer than the 1m 30s that it has in all \
+        "`limit_queue_wait` is 2m: a call would wait for a permit longer than the 1m 30s of its deadline \
          (`deadline_default`): use less than that",
     );
     one(
         "deadline_default = '90s'\nconnect_queue_wait = '2m'",
         "deadline_default = '3m'\nconnect_queue_wait = '2m'",
-        "`connect_queue_wait` is 2m: a call would wait for a connection longer than the 1m 30s that it has in all \
+        "`connect_queue_wait` is 2m: a call would wait for a connection longer than the 1m 30s of its deadline \
          (`deadline_default`): use less than that",
     );
     let server =
@@ -138,12 +138,12 @@ fn a_wait_in_the_queue_beyond_the_deadline() {
 }
 
 #[test]
-fn an_idle_age_that_is_not_under_the_peers_keep_alive() {
+fn maximum_idle_time_that_is_not_below_the_keep_alive_of_the_peer_is_an_error() {
     one(
         "connect_max_idle = '5s'\nconnect_peer_keep_alive = '5s'",
         "connect_max_idle = '4s'\nconnect_peer_keep_alive = '5s'",
         "`connect_max_idle` is 5s: the peer closes a connection that was idle for 5s (`connect_peer_keep_alive`), and a \
-         request that is sent just then is lost: use less, such as 4s",
+         request that is sent at that moment is lost: use less, such as 4s",
     );
     assert_eq!(told("connect_max_idle = 'off'\nconnect_peer_keep_alive = '75s'").len(), 1);
 }

@@ -497,10 +497,7 @@ fn env_prefix_without_effect_is_an_error() {
         assert_eq!(fields, ["env_prefix"], "{prefix}");
     }
     let late = search().env_from([("HOME", "/")]).env_prefix("ACME_").finish().unwrap_err();
-    assert_eq!(
-        late.to_string(),
-        "`env_prefix` is ACME_: set it before the variables are read by `env`"
-    );
+    assert_eq!(late.to_string(), "`env_prefix` is ACME_: set it before `env` reads the variables");
 }
 
 // ===== Names of other clients =====
@@ -553,8 +550,7 @@ fn name_of_another_client_without_a_setting_is_an_error_that_names_the_replaceme
     assert_eq!(
         error((name, "20")),
         format!(
-            "unknown setting `max_keepalive_connections`: use `connect_max_idle`, the time for which an idle connection \
-             is kept (env {name})"
+            "unknown setting `max_keepalive_connections`: use `connect_max_idle`, the maximum idle time of a connection (env {name})"
         )
     );
     for value in ["many", "-1", "4294967296", ""] {
@@ -569,7 +565,7 @@ fn name_of_another_client_without_a_setting_is_an_error_that_names_the_replaceme
     for (name, settings) in [
         ("max_connections", "`connect_max_total`"),
         ("read_timeout", "`timeout_head`, `timeout_first_frame`, `timeout_idle`"),
-        ("max_retries", "`retry_attempts`, which is one more than the retries"),
+        ("max_retries", "`retry_attempts`, the number of retries plus one"),
     ] {
         let error = search().toml(&format!("{name} = 3")).finish().unwrap_err().to_string();
         assert_eq!(error, format!("unknown setting `{name}`: use {settings} (file TOML)"));
