@@ -9,7 +9,7 @@ use crate::{
     redact::{self, Redacted},
 };
 
-/// The error of a call of a ready-made client, such as `buttress::client`.
+/// The error of a call of a ready-made client, such as that of `buttress::client`.
 ///
 /// It converts by `?` into `Box<dyn Error>`, [`BoxError`] and `anyhow::Error`. The [`source`](Error::source) is the error
 /// of the stack itself, so [`Rejected::find`], [`Attempts::find`](crate::Attempts::find) and [`Outcome::of_error`] work
@@ -27,8 +27,8 @@ pub struct ClientError(BoxError);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ClientErrorKind {
-    /// A layer rejected the call: an open circuit, a full limit, no free connection. Nothing was sent by the last
-    /// attempt.
+    /// A layer rejected the call, for example because of an open circuit, a full limit, or no free connection. The last
+    /// attempt sent nothing.
     Rejected,
     /// The deadline of the call passed.
     DeadlineExceeded,

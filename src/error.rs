@@ -9,7 +9,7 @@ use crate::redact;
 /// # Tasks and handlers
 ///
 /// All layers of this crate can be used inside of `tokio::spawn` and of an axum handler. tower's `Buffer` over its p2c
-/// `Balance` cannot, whatever the endpoints are. There, rustc reports one of these errors, which do not name the service
+/// `Balance` cannot, whatever the endpoints are. rustc then reports one of these errors, which do not name the service
 /// that causes them (rust-lang/rust#100013):
 ///
 /// ```text
@@ -19,8 +19,8 @@ use crate::redact;
 ///   `fn(Box<(dyn std::error::Error + Send + Sync + '0)>) -> Box<dyn …>` must implement `FnOnce<(Box<(dyn … + 'static)>,)>`
 /// ```
 ///
-/// There are two remedies. The first is a function that is generic over the service and contains the whole task or the
-/// whole router; it costs nothing. The second is
+/// There are two remedies. One is a function that is generic over the service and contains the whole task or the whole
+/// router, which costs nothing. The other is
 /// [`BoxCloneSyncService`](https://docs.rs/tower/0.5/tower/util/struct.BoxCloneSyncService.html), which boxes the future
 /// of each call.
 ///
@@ -69,7 +69,7 @@ pub(crate) fn next<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Erro
     }
 }
 
-/// An error and its causes on one line, without secrets: `could not connect: connection refused`.
+/// An error and its sources on one line, without secrets: `could not connect: connection refused`.
 pub(crate) struct Chain<'a>(pub(crate) &'a (dyn Error + 'static));
 
 impl Chain<'_> {
@@ -113,8 +113,8 @@ impl fmt::Display for Chain<'_> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ConfigError {
-    /// The setting, as the setter is called: `queue.max_wait`. It is `unknown setting` if there is no such setting, and
-    /// [`value`](Self::value) is the unknown name.
+    /// The setting, by the name of its setter: `queue.longest_wait`. The field of an unknown setting is `unknown setting`, and
+    /// its [`value`](Self::value) is the unknown name.
     pub field: &'static str,
     /// The value that was set, at most 256 bytes of it. Userinfo, query and fragment of URIs are replaced by `***`.
     pub value: String,
@@ -123,7 +123,7 @@ pub struct ConfigError {
 }
 
 impl ConfigError {
-    /// The [`field`](Self::field) of an error of which the value is the name of an unknown setting.
+    /// The [`field`](Self::field) of the error of an unknown setting. Its value is the name of the setting.
     pub(crate) const UNKNOWN_SETTING: &'static str = "unknown setting";
 
     pub(crate) fn new(

@@ -1,4 +1,4 @@
-//! Refusals that come out of a stack as errors, answered as responses.
+//! Converts rejections that a stack returns as errors into responses.
 
 use std::{
     fmt,
@@ -19,15 +19,16 @@ use crate::{
     drain::Loan,
 };
 
-/// Answers refusals that come as errors from whatever it wraps: what `.respond()` is to one layer, for a whole stack.
+/// Converts rejections that the wrapped service returns as errors into responses: the `.respond()` of a whole stack.
 ///
-/// Outermost around a client's layers, so that whoever calls it gets an answer and not an error: of a
-/// [`RetryLayer`](crate::RetryLayer), which has no `.respond()` since it tells of others' refusals and of its
-/// own; of a client whose connections are [capped](crate::connect); and of a service of your own that fails with
-/// [`Rejected::new`]. A tonic client receives `UNAVAILABLE` or `DEADLINE_EXCEEDED` with the pushback. (Without this layer it
-/// receives the code alone with the feature `tonic` or `tonic-health`, and `UNKNOWN` without.) A call that the timer of
-/// a tonic channel ends is `DEADLINE_EXCEEDED` with these features, where tonic reports `CANCELLED`. A gateway has the
-/// response for its own caller.
+/// Put it outermost around the layers of a client. It converts the rejections of a [`RetryLayer`](crate::RetryLayer),
+/// which has no `.respond()`, of a client with a [bounded number of connections](crate::connect), and of a service of your
+/// own that fails with [`Rejected::new`]. A gateway returns such a response to its own caller.
+///
+/// A tonic client receives `UNAVAILABLE`, `RESOURCE_EXHAUSTED` or `DEADLINE_EXCEEDED` with the pushback. Without this layer
+/// it receives the code without the pushback if the feature `tonic` or `tonic-health` is on, and otherwise `UNKNOWN`. With
+/// one of these features, a call that the timer of a tonic channel ends is `DEADLINE_EXCEEDED` instead of tonic's
+/// `CANCELLED`.
 ///
 /// ```
 /// use buttress::{CircuitBreakerLayer, RespondLayer, RetryLayer};
@@ -62,9 +63,9 @@ use crate::{
 ///         return StatusCode::BAD_REQUEST.into_response();
 ///     };
 ///     *request.uri_mut() = uri;
-///     // Refusals are answers: 503 with `Retry-After`. An error is one of the upstream.
-///     let answer = upstream.oneshot(request).await;
-///     answer.unwrap_or_else(|_| StatusCode::BAD_GATEWAY.into_response())
+///     // A rejection is a response: 503 with `Retry-After`. An error is an error of the upstream.
+///     let response = upstream.oneshot(request).await;
+///     response.unwrap_or_else(|_| StatusCode::BAD_GATEWAY.into_response())
 /// }
 ///
 /// let upstream = ServiceBuilder::new()
@@ -79,11 +80,10 @@ use crate::{
 /// # let _ = app;
 /// ```
 ///
-/// The answer is the one of [`Respond`](crate::call::Respond), with the [`Rejected`] in its extensions and, where a
-/// retry gave up, its [`Attempts`](crate::Attempts). Every other error passes as it is, and so does the error type; a
-/// refusal is found in a [`BoxError`](crate::BoxError) and in the errors of known clients, or where the error is a
-/// [`Rejected`] itself. Bodies pass too:
-/// a timeout after the head is still the body's error.
+/// The response is that of [`Respond`](crate::call::Respond). Its extensions contain the [`Rejected`] and, if a retry gave
+/// up, the [`Attempts`](crate::Attempts). The layer finds a rejection if the error is a [`Rejected`], a
+/// [`BoxError`](crate::BoxError), a [`ClientError`](crate::ClientError) or the error of a known client. All other errors and
+/// the error type are unchanged. Response bodies are unchanged, too: a timeout after the head is an error of the body.
 ///
 /// # Uploads
 ///
@@ -203,8 +203,8 @@ where
     }
 }
 
-/// Returns whether the timer of a tonic channel ended the call, on `grpc-timeout` or `Endpoint::timeout`. tonic reports
-/// it as `CANCELLED`.
+/// Returns whether the timer of a tonic channel, which expires by `grpc-timeout` or `Endpoint::timeout`, ended the call.
+/// tonic reports this as `CANCELLED`.
 #[cfg(any(feature = "tonic", feature = "tonic-health"))]
 fn is_timer_of_client<E: 'static>(error: &E) -> bool {
     crate::call::http::known(error).is_some_and(crate::call::is_timeout_of_tonic)
@@ -214,7 +214,7 @@ fn is_timer_of_client<E: 'static>(_: &E) -> bool {
     false
 }
 
-/// Returns the response of a call that the client's own timer ended. No layer has rejected the call, so the response
+/// Returns the response for a call that the timer of the client ended. No layer rejected the call, so the response
 /// carries no [`Rejected`].
 #[cold]
 fn deadline_exceeded(form: Form) -> Response<Bytes> {
@@ -224,7 +224,7 @@ fn deadline_exceeded(form: Form) -> Response<Bytes> {
     response
 }
 
-/// What a retry did goes along.
+/// Stores the record of the attempts in the extensions of the response.
 #[cfg(feature = "retry")]
 fn tell_attempts<E: 'static>(error: &E, answer: &mut Response<Bytes>) {
     if let Some(attempts) = crate::call::known(error).and_then(crate::Attempts::find) {

@@ -278,8 +278,8 @@ impl Circuit {
 
     /// Wakes waiters and emits the events of a change.
     ///
-    /// A change without effect on the reported state wakes waiters, because counts and probes start again, but emits no
-    /// event: forcing a state that the circuit already has, or a transition beneath an isolation.
+    /// A change without effect on the reported state emits no event: forcing a state that the circuit already has, or a
+    /// transition beneath an isolation. It wakes waiters nevertheless, because counts and probes start again.
     #[cold]
     fn tell_of(&self, change: Change) {
         self.changed.notify_waiters();

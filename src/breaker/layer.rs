@@ -36,11 +36,11 @@ impl CircuitBreakerLayer {
         Self::new(Trip::default())
     }
 
-    /// Returns the circuit of [`http`](Self::http) for a gRPC client, beside
+    /// Returns the breaker of [`http`](Self::http) for a gRPC client, the counterpart of
     /// [`RetryLayer::grpc`](crate::RetryLayer::grpc).
     ///
-    /// It needs no settings of its own: [`Http`] recognises a gRPC call by its request, and counts it by `grpc-status`, in
-    /// the head or in the trailers, or by the status that an HTTP status is mapped to. `UNAVAILABLE`, `INTERNAL`,
+    /// It needs no settings of its own: [`Http`] recognises a gRPC call by its request and classifies it by `grpc-status`
+    /// in the head or in the trailers, or else by the status to which the HTTP status maps. `UNAVAILABLE`, `INTERNAL`,
     /// `UNKNOWN`, `DATA_LOSS` and `DEADLINE_EXCEEDED` are failures, `RESOURCE_EXHAUSTED` is throttled, and statuses that
     /// the caller causes, such as `NOT_FOUND`, are successes. A stream is counted when it ends. With
     /// [`respond`](Self::respond) a rejection is an `UNAVAILABLE` with pushback.
@@ -148,14 +148,15 @@ impl<M, R> CircuitBreakerLayer<M, R> {
         self
     }
 
-    /// Is not ready while it would refuse: then a balancer (`tower::balance::p2c`) takes another endpoint.
+    /// Makes the service not ready while the circuit would reject a call, so that a balancer (`tower::balance::p2c`) uses
+    /// another endpoint.
     ///
-    /// Not for a service that callers wait for: they would wait until it is over. On a [`ramp`](Self::ramp) it is
-    /// ready for a growing share of the time, a hundred turns in all, and refuses nobody. It is a fault together
-    /// with keys, for which circuit a call belongs to is known only with the request.
+    /// Use it only under a balancer: any other caller would wait until the circuit admits calls. On a
+    /// [`ramp`](Self::ramp) the service is ready for a growing share of the time, in a hundred steps, and rejects no
+    /// calls. Backpressure together with keys is a fault, because the circuit of a call is known only with its request.
     ///
-    /// Where rustc rejects such a balancer in `tokio::spawn` or in an axum handler ("implementation of `From` is not
-    /// general enough"), [`BoxError`](crate::BoxError#tasks-and-handlers) has the remedies.
+    /// rustc rejects the type of such a balancer in `tokio::spawn` and in an axum handler ("implementation of `From` is
+    /// not general enough"): [`BoxError`](crate::BoxError#tasks-and-handlers) states the remedies.
     pub fn backpressure(self) -> Self {
         self.plan.policy.hold_back();
         self

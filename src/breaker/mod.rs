@@ -146,15 +146,16 @@
 //!
 //! | callers beyond the probes | |
 //! |---|---|
-//! | by default | are refused |
+//! | by default | are rejected |
 //! | [`wait_for_verdict`](CircuitBreakerLayer::wait_for_verdict) | wait, so many and so long |
-//! | [`probes_from_outside`](CircuitBreakerLayer::probes_from_outside) | are all refused: outcomes given to [`record`](CircuitBreakerHandle::record) decide |
+//! | [`probes_from_outside`](CircuitBreakerLayer::probes_from_outside) | are all rejected: outcomes given to [`record`](CircuitBreakerHandle::record) decide |
 //!
-//! The [snapshot](CircuitBreakerSnapshot::half_open) contains the numbers of probes that passed and failed, and the total
-//! number that decide. The events that the circuit closed or opened again have them as fields, too.
+//! The [snapshot](CircuitBreakerSnapshot::half_open) contains the numbers of probes that passed and failed, the number of
+//! successes that close the circuit, and the total number of probes. The events "circuit closed" and "circuit opened
+//! again" have the fields `passed`, `failed` and `probes` (the total).
 //!
-//! After closing, a [ramp](CircuitBreakerLayer::ramp) lets a tenth of the calls go and more and more of them
-//! over its time; the rest is refused as [`Recovering`](crate::call::RejectedKind::Recovering).
+//! After closing, a [ramp](CircuitBreakerLayer::ramp) admits a tenth of the calls and a growing share of them over its
+//! time. The other calls are rejected as [`Recovering`](crate::call::RejectedKind::Recovering).
 //!
 //! # Keys
 //!
@@ -206,8 +207,8 @@
 //! | [`snapshot`](CircuitBreakerHandle::snapshot) [`restore`](CircuitBreakerHandle::restore) | another circuit takes up where this one left off |
 //! | [`changed`](CircuitBreakerHandle::changed) | waits for the next change, also of time alone |
 //!
-//! A change of the reported state emits one event. Forcing the state that a circuit already has, and a change beneath an
-//! isolation, emit none.
+//! A change of the reported state emits one event. Forcing a state that the circuit already has emits none, and neither
+//! does a change of the state beneath an isolation.
 //!
 //! # In the stack
 //!
@@ -217,12 +218,15 @@
 //!
 //! # Balancers
 //!
-//! With [`backpressure`](CircuitBreakerLayer::backpressure) a circuit is not ready while it would refuse,
-//! and `tower::balance::p2c` takes another endpoint: after the trip only probes reach a dead one. It lets go
-//! of what the wrapped service had reserved, and wakes the balancer when the wait is over, without any
-//! traffic. Where rustc rejects such a balancer in a task or in a handler, [`BoxError`](crate::BoxError#tasks-and-handlers)
-//! has the remedies. On a ramp it is ready for a growing share of the time. A balancer asks again right before it calls; so here, and only here, a service that said it was
-//! ready may take it back. The `breaker_balance` example shows it.
+//! With [`backpressure`](CircuitBreakerLayer::backpressure) a circuit is not ready while it would reject a call, and
+//! `tower::balance::p2c` uses another endpoint. After the trip only probes reach an endpoint that is down. The circuit
+//! releases what the wrapped service has reserved, and wakes the balancer when the open time has passed, also without
+//! traffic. On a ramp it is ready for a growing share of the time. A balancer polls `poll_ready` again before each call,
+//! so only with backpressure may a ready service become not ready before `call`. The example `breaker_balance` shows a
+//! balancer.
+//!
+//! rustc rejects the type of such a balancer in a task or in a handler: [`BoxError`](crate::BoxError#tasks-and-handlers)
+//! states the remedies.
 //!
 //! # Streams
 //!

@@ -130,20 +130,20 @@ pub struct HalfOpenProgress {
     pub total: u16,
 }
 
-/// A transition, or several that one operation made.
+/// The combined effect of the transitions of one operation.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Change {
-    /// The reported state before. It equals `to` if a caller forced the state that the circuit already had, or if the
+    /// The state reported before. Equals `to` if the circuit was forced into the state that it already had, or if the
     /// state beneath an isolation changed.
     pub(super) from: State,
     pub(super) to: State,
     pub(super) tripped: Option<Tripped>,
-    /// The results of the half-open state that ended.
+    /// The results of the half-open state that ended, if one did.
     pub(super) probes: Option<HalfOpenProgress>,
 }
 
 impl Change {
-    /// Combines a change with the one that preceded it. The reason for which either opened the circuit is kept.
+    /// Combines this change with the one that preceded it. The reason of the later trip is kept.
     pub(super) fn after(self, before: Option<Self>) -> Self {
         let Some(before) = before else { return self };
         Self {

@@ -19,7 +19,8 @@ impl ConnectionError {
     }
 }
 
-/// Marks a response whose connection takes no further request, so that another attempt uses another connection.
+/// Marks a response whose connection serves no further request, so that the next attempt uses another connection.
+/// Stored in the extensions of the response.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RetiredConnection;
 

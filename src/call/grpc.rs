@@ -104,7 +104,7 @@ fn strip_prefix<'a>(text: &'a [u8], prefix: &[u8]) -> Option<&'a [u8]> {
     head.eq_ignore_ascii_case(prefix).then_some(rest)
 }
 
-/// Returns the code of a rejection of this kind.
+/// Returns the gRPC status code of a rejection of this kind.
 pub(crate) const fn of_rejected(kind: RejectedKind) -> u16 {
     match kind {
         RejectedKind::Quota => RESOURCE_EXHAUSTED,
@@ -119,7 +119,7 @@ pub(crate) fn is_cancelled(headers: &HeaderMap) -> bool {
     code(headers) == Some(CANCELLED) && is_grpc(headers)
 }
 
-/// The outcome that a `grpc-status` in `headers` gives, if there is one.
+/// Returns the outcome of the `grpc-status` in `headers`, if there is one.
 pub(crate) fn status(headers: &HeaderMap) -> Option<Outcome> {
     let code = match code(headers)? {
         CANCELLED if is_timeout_of_tonic(headers) => DEADLINE_EXCEEDED,

@@ -1,24 +1,24 @@
-//! When a server asks to be called again.
+//! Hints: the times to retry that servers state in response headers.
 
 use std::time::{Duration, SystemTime};
 
 use http::{HeaderMap, HeaderValue, header};
 
-/// The maximum of a hint, to which longer ones are cut: 300 s, as in Envoy and linkerd.
+/// The maximum of a hint: 300 s, as in Envoy and linkerd. Longer hints are cut to it.
 pub(crate) const MAX_HINT: Duration = Duration::from_secs(300);
 
-/// gRPC's own hint (gRFC A6): a time in milliseconds; anything else means "do not retry".
+/// The hint of gRPC (gRFC A6): a time in milliseconds. Any other value forbids a retry.
 pub(crate) const PUSHBACK: &str = "grpc-retry-pushback-ms";
 
-/// The hint of a response head. The first that can be read counts, the most exact first:
+/// Returns the hint of a response head: the first that can be parsed, in the order of their precision.
 ///
-/// 1. gRPC's pushback (gRFC A6), and nothing else where it says "not at all"
-/// 2. `retry-after-ms` and `x-ms-retry-after-ms` (Azure), `x-amz-retry-after`: milliseconds
+/// 1. gRPC's pushback (gRFC A6). If it forbids a retry, there is no hint.
+/// 2. `retry-after-ms`, `x-ms-retry-after-ms` (Azure) and `x-amz-retry-after`, in milliseconds
 /// 3. `Retry-After` (RFC 9110 §10.2.3)
-/// 4. of a quota that is used up, when it begins anew: `RateLimit`, `RateLimit-Reset`, `X-RateLimit-Reset-After`
-///    (Discord), `X-RateLimit-Reset` (draft-ietf-httpapi-ratelimit-headers, which gives `Retry-After` precedence)
+/// 4. The reset time of a quota that is used up: `RateLimit`, `RateLimit-Reset`, `X-RateLimit-Reset-After` (Discord) and
+///    `X-RateLimit-Reset` (draft-ietf-httpapi-ratelimit-headers, which gives `Retry-After` precedence)
 ///
-/// Each number may have decimals and is rounded up to the next millisecond. gRPC's pushback is an integer.
+/// Numbers may have decimals and are rounded up to the next millisecond. gRPC's pushback is an integer.
 pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let hint = match pushback(headers) {
         Some(Pushback::After(after)) => after,
@@ -93,17 +93,17 @@ const RESETS: [(&str, &str); 3] = [
     ("x-ratelimit-remaining", "x-ratelimit-reset"),
 ];
 
-/// When a quota that is used up begins anew.
+/// Returns the time until the reset of a quota that is used up.
 fn quota(headers: &HeaderMap) -> Option<Duration> {
     let listed = headers.get("ratelimit").and_then(|value| rate_limit(value.to_str().ok()?));
     let reset = listed.or_else(|| {
         RESETS.iter().find_map(|(remaining, reset)| {
-            // A response without the remaining calls rejects the call, so none remain.
+            // The response rejects the call, so if it does not state the remaining calls, none remain.
             let is_used_up = headers.get(*remaining).is_none_or(|left| count(left) == Some(0));
             time(headers.get(*reset)?, SECOND).filter(|_| is_used_up)
         })
     })?;
-    // Some servers send the time since 1970 at which the quota begins. No quota lasts thirty years.
+    // Some servers send the reset as seconds since 1970. No quota lasts thirty years.
     const EPOCH: Duration = Duration::from_secs(1_000_000_000);
     if reset < EPOCH {
         return Some(reset);
@@ -137,24 +137,24 @@ fn rate_limit(text: &str) -> Option<Duration> {
     longest
 }
 
-/// What a gRPC server says about a retry.
+/// The instruction of a gRPC server about a retry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pushback {
-    /// After this long.
+    /// Retry after this time.
     After(Duration),
-    /// Not at all.
+    /// Do not retry.
     Never,
 }
 
-/// gRFC A6: a negative or unparsable value means that there must be no retry. So do several values, as in grpc-go's
-/// `shouldRetry`.
+/// Returns the pushback. A negative or unparsable value forbids a retry (gRFC A6), and so do several values, as in
+/// grpc-go's `shouldRetry`.
 pub(crate) fn pushback(headers: &HeaderMap) -> Option<Pushback> {
     let mut values = headers.get_all(PUSHBACK).into_iter();
     let value = values.next()?;
     if values.next().is_some() {
         return Some(Pushback::Never);
     }
-    // The number is a signed one of 32 bits.
+    // The value is a signed integer of 32 bits.
     let ms = value.to_str().ok().and_then(|text| text.trim().parse::<i32>().ok());
     let after = ms.and_then(|ms| u64::try_from(ms).ok()).map(Duration::from_millis);
     Some(after.map_or(Pushback::Never, Pushback::After))
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_is_no_hint_and_huge_is_clamped() {
+    fn malformed_value_is_no_hint_and_large_value_is_cut_to_the_maximum() {
         for text in ["-1", "1.", ".5", "1.5.5", "1,5", "1e3", "soon", "", "12s", "١٢"] {
             let mut map = HeaderMap::new();
             map.insert("retry-after", HeaderValue::from_bytes(text.as_bytes()).unwrap());
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn several_pushback_values_are_a_no() {
+    fn several_pushback_values_forbid_a_retry() {
         let pairs = [(PUSHBACK, "10"), (PUSHBACK, "10")];
         let mut both = HeaderMap::new();
         for (name, value) in pairs {
@@ -297,7 +297,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn fuzz_no_hint_panics_or_is_longer_than_is_believed(
+        fn fuzz_hint_neither_panics_nor_exceeds_the_maximum(
             said in prop::collection::vec((
                 prop::sample::select(vec![
                     PUSHBACK, MILLIS, AZURE_MILLIS, AMAZON_MILLIS, "retry-after", "x-ratelimit-reset-after", "date", "ratelimit", "ratelimit-remaining",

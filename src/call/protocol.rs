@@ -91,6 +91,7 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
 /// |---|---|---|
 /// | 1xx to 4xx, except those below | success | no |
 /// | 408 | success | if that is safe |
+/// | 409 | success | if the request is a retry with an `Idempotency-Key` |
 /// | 421 | success | if that is safe; over a `connect::Client` yes, on another connection |
 /// | 425 | success | yes, unless the request has `Early-Data: 1` |
 /// | 429, 529 | throttled | if that is safe |
@@ -98,6 +99,8 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
 /// | 502, 503, 504, 520 to 524 | failure | if that is safe |
 /// | any other 5xx | failure | no |
 /// | a body that fails | failure | no |
+///
+/// A response with `x-envoy-ratelimited` is not retried.
 ///
 /// A gRPC call is classified by its gRPC status, whatever the HTTP status. The status is the first of:
 ///
@@ -115,7 +118,7 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
 /// | `UNAVAILABLE` | failure | if that is safe, or with [`RetryLayer::grpc`](crate::RetryLayer::grpc) |
 /// | `RESOURCE_EXHAUSTED` | throttled | with `grpc-retry-pushback-ms`, as `UNAVAILABLE` |
 /// | `CANCELLED` | cancelled | no |
-/// | `CANCELLED` with the message of a timeout of a tonic server, `Timeout expired` | as `DEADLINE_EXCEEDED` | no |
+/// | `CANCELLED` with the message `Timeout expired`, by which a tonic server reports a timeout | as `DEADLINE_EXCEEDED` | no |
 /// | mapped from 429 (`UNAVAILABLE`) | throttled | as `UNAVAILABLE` |
 /// | mapped from 529 (`UNKNOWN`) | throttled | if that is safe |
 /// | none at the end of a 200 gRPC response | failure ([`MissingStatus`](Reason::MissingStatus)) | no |

@@ -142,26 +142,26 @@ impl<Req, Res, E: Into<BoxError>> Refuse<Req, Res, E> for AsError {
 
 // ===== As a response =====
 
-/// A refusal is a response, and the error type is left alone: for servers, and for tonic's clients.
+/// Rejects with a response and leaves the error type unchanged: for servers, and for tonic's clients.
 ///
-/// HTTP: 503 (429 for [`RejectedKind::Quota`], 504 for [`RejectedKind::DeadlinePassed`] and for a client's
-/// [`RejectedKind::TimedOut`]) with `Retry-After` in whole seconds, at least 1, and an `application/problem+json` body (RFC 9457) where the client accepts
-/// it; `HEAD` gets no body. For a gRPC request (a `POST` with the content type), a trailers-only `UNAVAILABLE`
-/// (`RESOURCE_EXHAUSTED`, `DEADLINE_EXCEEDED`) with `grpc-retry-pushback-ms`, at least 10. Every rejection carries
-/// `Cache-Control: no-store`, so that no cache serves it to other clients.
-/// The [`Rejected`] itself is in the response's extensions.
+/// The response to an HTTP request is a 503. It is a 429 for [`RejectedKind::Quota`], and a 504 for
+/// [`RejectedKind::DeadlinePassed`] and for a client's [`RejectedKind::TimedOut`]. Its body is a problem document (RFC 9457)
+/// if the client accepts `application/problem+json`; a response to `HEAD` has no body. The response to a gRPC request (a
+/// `POST` with the content type) is a trailers-only `UNAVAILABLE`, `RESOURCE_EXHAUSTED` or `DEADLINE_EXCEEDED` with
+/// `grpc-retry-pushback-ms`, at least 10. Every response carries `Cache-Control: no-store`, so that no cache serves it to
+/// other clients, and the [`Rejected`] in its extensions.
 ///
-/// Every 503 and 429 carries `Retry-After`. It is 1 s where no time is known: for a server's timeout, a circuit that is
-/// held open, a misconfigured layer, and a [`Rejected::new`] without a time. A 504 carries it only with a time. The 503 of
-/// a failed health check is not a rejection and carries none.
+/// Every 503 and 429 carries `Retry-After` in whole seconds, at least 1. It is 1 if no time is known: for a server's
+/// timeout, a circuit that is held open, a misconfigured layer, and a [`Rejected::new`] without a time. A 504 carries it
+/// only if a time is known. The 503 of a failed health check is not a rejection and carries none.
 ///
-/// [`Rejected::respond_to`] gives the same response to a middleware of your own.
+/// [`Rejected::respond_to`] returns the same response for a middleware of your own.
 ///
 /// # Browsers
 ///
 /// A browser closes an `EventSource` permanently after a 503, and a script of a WebSocket receives neither the status nor
-/// the reason of a failed handshake. [`Rejected::into_event_stream`] and [`Rejected::websocket_close`] let both try again,
-/// in a middleware outside of the layers that reject:
+/// the reason of a failed handshake. A middleware outside of the layers that reject can use
+/// [`Rejected::into_event_stream`] and [`Rejected::websocket_close`], after which both can connect again:
 ///
 /// ```
 /// use axum::{
@@ -176,7 +176,7 @@ impl<Req, Res, E: Into<BoxError>> Refuse<Req, Res, E> for AsError {
 /// async fn for_browsers(request: Request, next: Next) -> Response {
 ///     let accept = request.headers().get("accept").cloned();
 ///     let (parts, body) = request.into_parts();
-///     // Of a clone, because the handler extracts it, too.
+///     // Extracted from a clone, because the handler extracts it, too.
 ///     let upgrade = WebSocketUpgrade::from_request_parts(&mut parts.clone(), &()).await;
 ///     let response = next.run(Request::from_parts(parts, body)).await;
 ///     let Some(rejected) = response.extensions().get::<Rejected>().cloned() else { return response };
@@ -200,7 +200,7 @@ impl<Req, Res, E: Into<BoxError>> Refuse<Req, Res, E> for AsError {
 /// # let _ = app;
 /// ```
 ///
-/// Such a response has the status 200 or 101, so that layers and metrics outside of the middleware count a success.
+/// Such a response has the status 200 or 101, so layers and metrics outside of the middleware count a success.
 ///
 /// # Uploads
 ///
@@ -275,7 +275,7 @@ pub(crate) fn response(form: Form, rejected: Rejected) -> Response<Bytes> {
                 }
                 _ => StatusCode::SERVICE_UNAVAILABLE,
             };
-            // Every 503 and 429 carries the header; without a hint it is the minimum.
+            // Every 503 and 429 carries the header. Without a known time its value is the minimum.
             let is_temporary =
                 matches!(status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS);
             let after = is_temporary.then_some(Duration::ZERO);
@@ -331,7 +331,7 @@ impl Rejected {
         response(form, rejected).map(B::from)
     }
 
-    /// Converts the rejection into a response that makes a browser's `EventSource` connect again: 200 with an event
+    /// Converts the rejection into a response after which a browser's `EventSource` connects again: a 200 with an event
     /// stream that consists of `retry:` and ends.
     ///
     /// The browser waits for the [time to retry](Self::retry_after), at least 1 s. After a 503 it would close the
@@ -358,8 +358,8 @@ impl Rejected {
     }
 }
 
-/// The response of [`Respond`] to a request without headers: `Result<_, Rejected>` is the result of a handler, an
-/// extractor or a middleware. [`Rejected::respond_to`] also has the form for gRPC, and drains the request body.
+/// Returns the response of [`Respond`] to a request without headers, so that a handler, an extractor or a middleware can
+/// return `Result<_, Rejected>`. [`Rejected::respond_to`] also responds to gRPC requests and drains the request body.
 #[cfg(feature = "axum")]
 #[cfg_attr(docsrs, doc(cfg(feature = "axum")))]
 impl axum::response::IntoResponse for Rejected {
@@ -368,7 +368,7 @@ impl axum::response::IntoResponse for Rejected {
     }
 }
 
-/// RFC 9457. It tells a client when to come back (in the header) and nothing about the inside.
+/// Returns a problem document (RFC 9457), which reveals no internal state. The time to retry is in the header.
 fn problem(status: StatusCode, kind: RejectedKind) -> Bytes {
     Bytes::from(format!(
         r#"{{"type":"about:blank","title":"{}","status":{},"reason":"{}"}}"#,

@@ -3,16 +3,16 @@ use std::{error::Error, fmt, sync::Arc, time::Duration};
 use super::DeadlineSource;
 use crate::{ConfigError, error, event, event::RepeatedEvent};
 
-/// A call that a layer did not let through: the one error of this crate's own.
+/// The rejection or the timeout of a call by a layer.
 ///
-/// It says which layer, why, and when to come back. In a stack that fails with boxed errors,
-/// [`Rejected::find`] looks for it anywhere in a chain of sources; in a stack that answers with
-/// responses, it is in the response's extensions.
+/// It states the layer, the reason and the time to retry. In a stack that fails with boxed errors,
+/// [`Rejected::find`] finds it anywhere in a chain of sources. In a stack that responds, it is in the extensions of the
+/// response.
 ///
 /// With the feature `tonic` or `tonic-health`, its source is a `tonic::Status` with the code that a response would have
-/// (`UNAVAILABLE`, `DEADLINE_EXCEEDED`, `RESOURCE_EXHAUSTED`), so that a generated client fails with that code although
-/// no layer responds. The status carries no pushback. The source of [`Misconfigured`](RejectedKind::Misconfigured) is
-/// the [`ConfigError`], which tonic reports as `UNKNOWN`.
+/// (`UNAVAILABLE`, `DEADLINE_EXCEEDED`, `RESOURCE_EXHAUSTED`). A generated client then fails with that code although no
+/// layer responds. The status carries no pushback. The source of [`Misconfigured`](RejectedKind::Misconfigured) is the
+/// [`ConfigError`], which tonic reports as `UNKNOWN`.
 #[derive(Clone)]
 pub struct Rejected {
     kind: RejectedKind,
@@ -106,7 +106,7 @@ impl RejectedKind {
             Self::TimedOut(Phase::Sending) => "request body fell silent",
             Self::TimedOut(Phase::Taking) => "no more of the request was taken",
             Self::TimedOut(Phase::Total) => "took too long in all",
-            Self::TimedOut(Phase::ResponseTotal) => "response took too long in all",
+            Self::TimedOut(Phase::ResponseTotal) => "response took too long in total",
             Self::TimedOut(Phase::Deadline) => "deadline passed with the call under way",
             Self::TimedOut(Phase::BodyRate) => "request body is below the minimum rate",
             Self::TimedOut(Phase::Unread) => "response was not read for too long",
@@ -407,7 +407,7 @@ impl Rejected {
         None
     }
 
-    /// Looks for a rejection in a value that may not be an error, and in its sources.
+    /// Finds a rejection in a value, if its type is that of a known error, and in its sources.
     pub(crate) fn find_in_any<E: 'static>(error: &E) -> Option<&Self> {
         super::http::known(error).and_then(Self::find)
     }

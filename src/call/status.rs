@@ -1,4 +1,4 @@
-//! The gRPC status of a rejection, which tonic finds in a chain of sources.
+//! The gRPC status of a rejection. tonic finds it among the sources of an error.
 
 use std::{
     collections::HashMap,
@@ -13,8 +13,8 @@ use crate::error;
 
 /// Returns the status of a rejection of this kind, with the code and the message that a response would have.
 ///
-/// A [`Rejected`](super::Rejected) has no room for a status. Each kind therefore has one status for the process, made
-/// when it is first needed. The set of kinds is closed, so the map is bounded.
+/// A [`Rejected`](super::Rejected) is too small to contain a status. The process therefore has one status per kind, made
+/// when it is first needed and never freed. The number of kinds bounds the map.
 pub(super) fn of(kind: RejectedKind) -> &'static Status {
     static STATUSES: LazyLock<Mutex<HashMap<RejectedKind, &'static Status>>> =
         LazyLock::new(Mutex::default);
@@ -26,7 +26,7 @@ pub(super) fn of(kind: RejectedKind) -> &'static Status {
     })
 }
 
-/// Returns whether the error, or one of its sources, is that of tonic's own timer: the timer on `grpc-timeout`, or on
+/// Returns whether the error or one of its sources is that of a timer of tonic, which expires by `grpc-timeout` or
 /// `Endpoint::timeout`.
 pub(crate) fn is_timeout_of_tonic(error: &(dyn Error + 'static)) -> bool {
     let mut next = Some(error);

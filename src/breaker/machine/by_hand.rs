@@ -42,7 +42,7 @@ impl Machine {
         self.enter(phase(to, Duration::ZERO, now), None)
     }
 
-    /// One more, or one less, holds it open. What it was goes on underneath.
+    /// Adds or removes an isolation, which holds the circuit open. The state beneath it continues to change.
     pub(in crate::breaker) fn isolate(&mut self, more: bool) -> Option<Change> {
         let (before, from) = (self.isolations, self.state());
         self.isolations = if more { before.saturating_add(1) } else { before.saturating_sub(1) };
