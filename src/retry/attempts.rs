@@ -10,18 +10,18 @@ use crate::{
     redact::Redacted,
 };
 
-/// What a retry did with one call: in the extensions of the response, and in the error.
+/// The record of a call's attempts, in the extensions of its response and in its error.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Attempts {
-    /// How many attempts were made: none where the service broke, or the deadline passed, before the first.
+    /// The number of attempts. 0 if the service failed in `poll_ready` or the deadline passed before the first attempt.
     pub made: u32,
-    /// The number of attempts that the upstream may have received: all but those that an inner layer rejected, that
-    /// had no connection, or that the upstream returned unprocessed.
+    /// The number of attempts that the upstream may have processed: all except those that an inner layer rejected, that
+    /// got no connection, or whose stream the upstream refused.
     pub sent: u32,
-    /// How long was waited between them, all in all.
+    /// The total of the delays between the attempts.
     pub waited: Duration,
-    /// Why there was no further one.
+    /// The reason for which no further attempt was made.
     pub stop: Stop,
     each: Vec<Tried>,
 }
@@ -41,7 +41,7 @@ const MOST_RECORDED: usize = 32;
 
 impl Attempts {
     pub(super) const FIRST: Self = Self::after(1, Stop::Answered);
-    /// The first attempt is under way and has not been sent.
+    /// The first attempt is in flight and has not been sent.
     pub(super) const UNSENT: Self =
         Self { made: 1, sent: 0, waited: Duration::ZERO, stop: Stop::Answered, each: Vec::new() };
     /// The first attempt ended with an error that is not retryable.
@@ -104,11 +104,13 @@ pub struct Attempt(pub u32);
 /// The error of a call that a [`RetryLayer`](super::RetryLayer) gave up on. Its source is the last
 /// attempt's error.
 ///
-/// `gave up after 3 attempts (attempts_used_up): status 503`: the [`Stop`], and the outcome of the last attempt where
-/// that is known. `gave up after 1 attempt, nothing was sent (rejected): limit full` states that the upstream has not
-/// received the call. All of it is in the [`Attempts`], and a rejection in the
-/// [`Rejected`](crate::Rejected) that is among the sources. `Debug` shows the source without
-/// [secrets](crate#secrets); the source itself is the client's own error, whose text may contain the URI.
+/// The text states the [`Stop`] and the outcome of the last attempt, if it is known: `gave up after 3 attempts
+/// (attempts_used_up): reset`. It states whether the upstream has received the call: `gave up after 1 attempt, nothing was
+/// sent (rejected): concurrency limit is reached`.
+///
+/// [`attempts`](Self::attempts) returns the record. A [`Rejected`](crate::Rejected) of the last attempt is among the
+/// sources. `Debug` shows the source without [secrets](crate#secrets). The source itself is the error of the client, whose
+/// text may contain the URI.
 pub struct RetryError {
     attempts: Attempts,
     source: BoxError,
@@ -119,7 +121,7 @@ impl RetryError {
         Self { attempts, source }
     }
 
-    /// What was done.
+    /// Returns the record of the attempts.
     #[must_use]
     pub fn attempts(&self) -> &Attempts {
         &self.attempts
@@ -142,7 +144,7 @@ impl fmt::Display for RetryError {
         let unsent = if sent == 0 && made > 0 { ", nothing was sent" } else { "" };
         let stop = if stop == Stop::NotRetryable { "not retryable" } else { stop.as_str() };
         write!(f, "gave up after {made} attempt{s}{unsent} ({stop})")?;
-        // In short, for who looks at this error alone: the source says more.
+        // A short reason for readers of this error alone. The source states more.
         let reason =
             || Some(self.attempts.each.last()?.outcome.reason()).filter(|why| why.is_told());
         match Rejected::find(&*self.source) {

@@ -70,7 +70,7 @@ impl Backoff {
         Self::new(Shape::Decorrelated, base)
     }
 
-    /// Multiplies each wait by `factor` for the next one: 1 or more. Turns any other shape into an exponential one.
+    /// Sets the factor by which the delay grows with each retry: 1 or more. Turns any other shape into an exponential one.
     pub const fn factor(mut self, factor: f64) -> Self {
         self.shape = Shape::Powers(factor);
         self
@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn no_wait_stays_no_wait_however_often() {
+    fn delay_of_zero_stays_zero_for_any_number_of_retries() {
         let mut delays = Backoff::exponential(Duration::ZERO).without_jitter().delays();
         delays.made = 2000;
         assert_eq!(delays.draw(false), Duration::ZERO);

@@ -19,7 +19,7 @@ use crate::{
     error::Fault,
 };
 
-/// Tries again what failed, where that is safe, useful and within the budget.
+/// Retries failed calls if a retry is safe, useful and within the budget.
 ///
 /// Its settings and its budget belong to one layer and all its clones, however often the layer is
 /// applied. See the [module](crate::retry).
@@ -31,8 +31,8 @@ pub struct RetryLayer<M = Http> {
     fault: Fault,
 }
 
-/// The protocol of [`RetryLayer::new`]: no request can be retried before [`classify`](RetryLayer::classify) has set
-/// what a failure is.
+/// The protocol of [`RetryLayer::new`]. Its services accept no requests before [`classify`](RetryLayer::classify) has
+/// replaced it.
 #[derive(Clone, Copy, Debug)]
 pub struct Unclassified;
 
@@ -71,7 +71,7 @@ impl<M> RetryLayer<M> {
 }
 
 impl RetryLayer {
-    /// Three attempts, full jitter, 20 % budget, `Retry-After` followed, safe methods only.
+    /// Returns a layer with three attempts, full jitter, a budget of 20 %, and hints such as `Retry-After`, for safe methods.
     pub fn http() -> Self {
         Self::of(Http)
     }
@@ -114,12 +114,13 @@ impl RetryLayer {
         self
     }
 
-    /// Retries these statuses for any method, because the upstream does not process a request to which it responds with
-    /// them: none by default. The preset `llm` uses 429 and 529.
+    /// Retries these statuses for any method. None by default; 429 and 529 in the preset `llm` of the configuration.
     ///
-    /// Attempts, body and budget limit these retries as any other. [`never_on`](Self::never_on) and
-    /// [`retry_if`](Self::retry_if) take precedence, except that a status in both sets is a [`ConfigError`]. The statuses
-    /// of gRPC calls are unaffected: see [`grpc`](Self::grpc).
+    /// Use it for statuses with which the upstream declares that it has not processed the request.
+    ///
+    /// The maximum of attempts, the body and the budget bound these retries as all others. [`retry_if`](Self::retry_if)
+    /// takes precedence. A status that is also in [`never_on`](Self::never_on), or below 400, is a [`ConfigError`]. The
+    /// statuses of gRPC calls are unaffected: see [`grpc`](Self::grpc).
     ///
     /// ```
     /// # use buttress::RetryLayer;
@@ -164,17 +165,17 @@ impl RetryLayer {
         self
     }
 
-    /// Goes around a `reqwest::Client` itself, whose requests and responses are reqwest's own: by the same rules.
+    /// Returns a layer with the same rules for a `reqwest::Client` itself, with reqwest's own requests and responses.
     ///
-    /// A request whose body is a stream is sent once, an answer's trailers are not looked at, and requests carry no
-    /// [`Deadline`](crate::Deadline): around an [`HttpClient`](crate::reqwest::HttpClient) there are no such limits.
+    /// A request whose body is a stream is sent once, the trailers of a response are not read, and requests carry no
+    /// [`Deadline`](crate::Deadline). A layer around an [`HttpClient`](crate::reqwest::HttpClient) has no such limits.
     ///
     /// ```no_run
     /// use buttress::RetryLayer;
     /// use tower::{ServiceBuilder, ServiceExt};
     ///
     /// # async fn run() -> Result<(), buttress::BoxError> {
-    /// // Without reqwest's own retries, which would multiply with the attempts.
+    /// // Switches off reqwest's own retries, which would multiply with the attempts.
     /// let client = reqwest::Client::builder().retry(reqwest::retry::never()).build()?;
     /// let request = client.get("http://localhost:8080/").build()?;
     /// let client = ServiceBuilder::new().layer(RetryLayer::http().reqwest()).service(client);
@@ -187,12 +188,12 @@ impl RetryLayer {
         RetryLayer { settings: self.settings, protocol: super::Reqwest, fault: self.fault }
     }
 
-    /// Sets a closure that decides after every attempt, including successful ones: `Some(true)` retries, whatever the
-    /// method; `Some(false)` returns the result; `None` leaves the decision to the rules.
+    /// Sets a closure that decides after every attempt, including successful ones. `Some(true)` retries for any method,
+    /// `Some(false)` returns the result, and `None` leaves the decision to the other rules.
     ///
-    /// The limits of attempts, time, body and budget apply all the same. The closure cannot overrule
-    /// `grpc-retry-pushback-ms` and a deadline that has passed. A rejection by an inner layer that it retries waits for
-    /// the backoff and the rejection's `retry_after`.
+    /// The bounds of attempts, time, body and budget apply nevertheless. The closure cannot overrule a
+    /// `grpc-retry-pushback-ms` that forbids a retry or a deadline that has passed. If it retries a rejection by an inner
+    /// layer, the delay is at least the rejection's `retry_after`.
     ///
     /// ```
     /// # use buttress::RetryLayer;
@@ -209,21 +210,21 @@ impl RetryLayer {
 }
 
 impl<M> RetryLayer<M> {
-    /// Retries requests of any type that is `Clone` or [`Replay`](super::Replay), by a closure that says what failed.
+    /// Retries requests of any type that is `Clone` or [`Replay`](super::Replay), by a closure that classifies results.
     ///
-    /// It gets exactly what the wrapped service gives, as `Result<&Response, &Error>`; failures and
-    /// throttled calls are tried again. The error type is left alone.
+    /// The closure receives the result of the wrapped service as `Result<&Response, &Error>`. Failures and throttled calls
+    /// are retried. The error type stays the same.
     ///
-    /// What only HTTP has can not be set as well, which [`checked`](Self::checked) tells:
-    /// [`attempt_timeout`](RetryLayer::attempt_timeout), whose error would have no type, and the rules that
-    /// the closure replaces.
+    /// Settings for HTTP are a [`ConfigError`] of [`checked`](Self::checked) together with a closure:
+    /// [`attempt_timeout`](RetryLayer::attempt_timeout), whose error would have no type, and the rules that the closure
+    /// replaces.
     pub fn classify<C, Res, E>(mut self, classify: C) -> RetryLayer<Classify<C>>
     where
         C: for<'a> Fn(Result<&'a Res, &'a E>) -> Outcome + Clone + Send + Sync + 'static,
     {
         let has_methods = matches!(self.settings.policy().safe, Safe::Methods(_));
         if self.settings.says() || self.settings.attempt_timeout().is_some() || has_methods {
-            let remedy = "leave attempt_timeout, methods, retry_on, never_on, unprocessed and retry_if to HTTP";
+            let remedy = "remove attempt_timeout, methods, retry_on, never_on, unprocessed and retry_if, which are for HTTP";
             let error = ConfigError::new("classify", "a closure", remedy);
             self.fault.get_or_insert(error);
         }
@@ -232,9 +233,9 @@ impl<M> RetryLayer<M> {
 
     /// Sets the maximum random delay above a server's hint, as a share of the hint: 0.5 by default, 0 to 10.
     ///
-    /// A hint is a lower bound: with `Retry-After: 10` and the default, an attempt follows after 10 to 15 s. Clients that
-    /// receive the same hint at the same time are spread over that share of it. A deadline cuts the jitter to half of the
-    /// time that it leaves beyond the hint, so that a hint that fits the deadline is followed and its attempt has time.
+    /// A hint is a lower bound: after `Retry-After: 10` the delay is 10 to 15 s by default. The jitter spreads clients that
+    /// receive the same hint at the same time. A deadline cuts the jitter to half of the time between the hint and the
+    /// deadline, so that a hint that fits the deadline is followed and its attempt has time.
     /// [`Backoff::without_jitter`] switches this jitter off, too.
     /// [`hint_reach`](Self::hint_reach) and [presets](Self::preset) replace the setting.
     pub fn hint_jitter(mut self, share: f64) -> Self {
@@ -248,18 +249,18 @@ impl<M> RetryLayer<M> {
         self
     }
 
-    /// Waits for the `retry_after` of a rejection by an inner layer, and retries: off by default.
+    /// Sets whether a rejection by an inner layer is retried after its `retry_after`. Off by default.
     ///
-    /// By default a rejection ends the call at once, because an open circuit or a full limit protects the upstream and
-    /// the caller can use another one. With this setting the call waits if the rejection states a time that fits
+    /// By default a rejection ends the call at once, because an open circuit or a full limit protects the upstream, and the
+    /// caller can use another upstream. With this setting the call waits if the rejection states a time that fits
     /// [`max_wait`](Self::max_wait) and the deadline. Such a retry makes no withdrawal from the budget.
     pub fn wait_on_rejection(self, wait: bool) -> Self {
         self.settings.set(|policy| policy.wait_on_rejection = wait);
         self
     }
 
-    /// How far a server's hint can move a wait beyond what the backoff says: it lengthens the wait by so much at
-    /// most, and never shortens it, instead of [ending the call](Self::max_wait) where it is too long.
+    /// Sets the maximum time by which a server's hint lengthens the delay of the backoff. A longer hint is cut, instead of
+    /// [ending the call](Self::max_wait). A hint never shortens the delay. Replaces [`hint_jitter`](Self::hint_jitter).
     pub fn hint_reach(self, reach: Duration) -> Self {
         self.settings.set(|policy| policy.hint = Hint::Within(reach));
         self
@@ -351,12 +352,13 @@ impl<M> RetryLayer<M> {
     }
 
     /// Sets the maximum delay before an attempt. A longer delay of the backoff is cut. A longer hint of the server ends
-    /// the call at once with the response.
+    /// the call at once with the response, and so does every hint of 300 s or more. With [`hint_reach`](Self::hint_reach) a
+    /// hint is cut instead.
     ///
     /// `None` is the default: 30 s for a call without a [`Deadline`](crate::Deadline), and no maximum for a call with
-    /// one, since the deadline bounds the delay. A hint of 300 s or more ends the call in any case. The
-    /// [jitter](Self::hint_jitter) of a shorter hint may exceed the maximum: cut there, all clients would return at the
-    /// same time.
+    /// one, since the deadline bounds the delay. The
+    /// delay of a shorter hint may exceed the maximum by its [jitter](Self::hint_jitter), because clients whose jitter is
+    /// cut there would return at the same time.
     pub fn max_wait(self, wait: impl Into<Option<Duration>>) -> Self {
         let wait = wait.into();
         self.settings.set(|policy| policy.max_wait = wait);

@@ -1,4 +1,4 @@
-//! A retry that is safe, bounded and explained.
+//! Retries that are safe, bounded and explained.
 //!
 //! ```
 //! # fn client() -> impl Clone { () }
@@ -35,11 +35,11 @@
 //! | Neither the server nor an inner layer forbids a retry: no negative, unparsable or repeated `grpc-retry-pushback-ms`, no rejection by an inner layer, no `x-envoy-ratelimited`. | [`Pushback`](Stop::Pushback), [`Rejected`](Stop::Rejected), [`RateLimited`](Stop::RateLimited) |
 //! | The status or the error is retryable: 408, 421, 425, 429, 502, 503, 504, 520 to 524, 529; 409 for a retry with an `Idempotency-Key`; for a gRPC call `UNAVAILABLE` in head or trailers or mapped from the HTTP status (`RESOURCE_EXHAUSTED` with pushback); a connection that failed. | [`Answered`](Stop::Answered), [`NotRetryable`](Stop::NotRetryable) for an error |
 //! | It is safe: the method (RFC 9110 §9.2.2), an `Idempotency-Key`, proof that nothing was sent, or a status that says so: 425, an [`unprocessed`](RetryLayer::unprocessed) one, with [`grpc`](RetryLayer::grpc) that of a gRPC call. | [`Unsafe`](Stop::Unsafe) |
-//! | can the body be sent again? | [`StillSending`](Stop::StillSending), [`BodyGone`](Stop::BodyGone) |
-//! | is an attempt left, in all and [for this kind of failure](RetryLayer::at_most)? | [`AttemptsUsedUp`](Stop::AttemptsUsedUp), [`KindUsedUp`](Stop::KindUsedUp) |
-//! | does the server ask for a wait that is allowed? | [`WaitTooLong`](Stop::WaitTooLong) |
-//! | do the wait and an attempt of use fit before the [`Deadline`](crate::Deadline)? | [`DeadlineTooNear`](Stop::DeadlineTooNear) |
-//! | does the budget have one? | [`BudgetUsedUp`](Stop::BudgetUsedUp) |
+//! | The body can be replayed. | [`StillSending`](Stop::StillSending), [`BodyGone`](Stop::BodyGone) |
+//! | An attempt is left in total and [for this kind of failure](RetryLayer::at_most). | [`AttemptsUsedUp`](Stop::AttemptsUsedUp), [`KindUsedUp`](Stop::KindUsedUp) |
+//! | The delay that the server requests is within the maximum. | [`WaitTooLong`](Stop::WaitTooLong) |
+//! | The delay and [10 ms](RetryLayer::least_attempt) for an attempt fit before the [`Deadline`](crate::Deadline). | [`DeadlineTooNear`](Stop::DeadlineTooNear) |
+//! | The budget permits a retry. | [`BudgetUsedUp`](Stop::BudgetUsedUp) |
 //!
 //! A `poll_ready` that fails ends the call as [`NotReady`](Stop::NotReady).
 //!
@@ -49,13 +49,15 @@
 //! most half of the time between the hint and the deadline, and the attempt has the rest. These headers are hints, in
 //! this order: `grpc-retry-pushback-ms`, `retry-after-ms`, `x-ms-retry-after-ms`, `x-amz-retry-after`, `Retry-After`,
 //! and if a quota is used up `RateLimit`, `RateLimit-Reset`, `X-RateLimit-Reset-After` and `X-RateLimit-Reset`. Decimals
-//! are rounded up to the next millisecond. A hint of 300 s or more ends the call. After gRPC's pushback the backoff
+//! are rounded up to the next millisecond. A hint of 300 s or more ends the call. After a pushback of gRPC the backoff
 //! begins with its first delay again (gRFC A6).
 //!
-//! 425 is retried for any method without a withdrawal from the budget, unless the request has `Early-Data: 1`: then the
-//! client behind the proxy has to repeat it (RFC 8470 §5.2). 421 is retried over another connection and for any method
-//! if a `connect::Client` sends the requests, without a withdrawal as well (RFC 9110 §15.5.20). Other clients may use
-//! the same connection again, so that over them 421 is retried only if the method is safe.
+//! 425 is retried for any method, without a withdrawal from the budget. If the request has `Early-Data: 1`, it is not
+//! retried, because only the client that sent the early data can repeat it (RFC 8470 §5.2).
+//!
+//! 421 is retried over another connection if a `connect::Client` sends the requests: for any method, without a withdrawal
+//! (RFC 9110 §15.5.20). Other clients may use the same connection again. Over them, 421 is retried only if the method is
+//! safe.
 //!
 //! # Connection housekeeping
 //!
@@ -78,22 +80,22 @@
 //! [assumed to be reused](crate::breaker#connection-housekeeping). The limits of
 //! [`at_most`](RetryLayer::at_most) hold for transparent retries too.
 //!
-//! # What can be changed of it
+//! # Rules
 //!
-//! | rule | by |
+//! | rule | set by |
 //! |---|---|
 //! | which failures | [`retry_on`](RetryLayer::retry_on), [`never_on`](RetryLayer::never_on): an HTTP status, the gRPC status of a gRPC call, a reason |
 //! | which statuses for any method | [`unprocessed`](RetryLayer::unprocessed) |
 //! | what a rejection by an inner layer does | [`wait_on_rejection`](RetryLayer::wait_on_rejection) |
 //! | which methods | [`methods`](RetryLayer::methods), [`assume_idempotent`](RetryLayer::assume_idempotent) |
-//! | both, call by call | [`retry_if`](RetryLayer::retry_if): a closure over the request and what came of it |
-//! | how often each kind | [`at_most`](RetryLayer::at_most) |
-//! | how many in all | [`budget`](RetryLayer::budget), with [costs](RetryBudget::cost) for each kind |
-//! | how long is waited | [`backoff`](RetryLayer::backoff), [`backoff_with`](RetryLayer::backoff_with) |
-//! | as AWS, Envoy, gRPC or Finagle do | [`preset`](RetryLayer::preset) |
+//! | both, for each attempt | [`retry_if`](RetryLayer::retry_if): a closure over the request and the result |
+//! | how many retries of each kind of failure | [`at_most`](RetryLayer::at_most) |
+//! | how many retries in total | [`budget`](RetryLayer::budget), with [costs](RetryBudget::cost) for each kind |
+//! | the delay | [`backoff`](RetryLayer::backoff), [`backoff_with`](RetryLayer::backoff_with) |
+//! | those of AWS, Envoy, gRPC or Finagle | [`preset`](RetryLayer::preset) |
 //!
-//! All of it but the budget also while it runs: setters reach what the layer made before, so that a clone of it is
-//! its remote control.
+//! All rules except the budget can change while the layer runs: the setters of a clone of the layer also change the
+//! services that the layer has made.
 //!
 //! ```
 //! # fn client() -> impl Clone { () }
@@ -110,14 +112,14 @@
 //!
 //! # Deadlines
 //!
-//! A request with a [`Deadline`](crate::Deadline) in its extensions is not sent after it, nor tried again where the
-//! wait and [10 ms](RetryLayer::least_attempt) for the attempt do not fit before it; nor is a service waited for,
-//! beyond it, that does not get ready; and an attempt under way whose response head is not here by then ends with it.
-//! Then the error has a [`Rejected`](crate::Rejected) in it, which says so; a `DeadlineLayer` around it that responds
-//! makes it a 504, or gRPC's `DEADLINE_EXCEEDED`.
+//! If the extensions of a request contain a [`Deadline`](crate::Deadline), the request is not sent after it. It is not
+//! retried if the delay and [10 ms](RetryLayer::least_attempt) for the attempt do not fit before the deadline. A wait for
+//! the readiness of the service, and an attempt that has no response head, end at the deadline. The error then contains a
+//! [`Rejected`](crate::Rejected). A `DeadlineLayer` outside of the retry that responds converts it into a 504, or into
+//! `DEADLINE_EXCEEDED` for gRPC.
 //!
-//! [`attempt_timeout`](RetryLayer::attempt_timeout) bounds each attempt, up to its response head; no timer is made
-//! before the attempt has to be waited for.
+//! [`attempt_timeout`](RetryLayer::attempt_timeout) bounds each attempt, up to its response head. The timer is created only
+//! if the response head is not available at once.
 //!
 //! # gRPC
 //!
@@ -129,25 +131,24 @@
 //!
 //! # In the stack
 //!
-//! Outermost, over the circuit breaker and the limit: each attempt is counted and limited, and a call that
-//! waits for its next attempt holds no permit. A rejection by an inner layer, such as an open circuit or a full limit,
-//! ends the call at once: the error states that nothing was sent. [`wait_on_rejection`](RetryLayer::wait_on_rejection)
-//! waits for the time that the rejection states instead.
+//! Put the retry outermost, outside of the circuit breaker and the limit: each attempt is counted and limited, and a call
+//! that waits for its next attempt holds no permit. A rejection by an inner layer, such as an open circuit or a full limit,
+//! ends the call at once, and the error states that nothing was sent. With
+//! [`wait_on_rejection`](RetryLayer::wait_on_rejection) the call waits for the time that the rejection states instead.
 //!
-//! The wrapped service gets `http::Request<ReplayBody<B>>`. One that takes a single body type, such as a
-//! tonic channel, needs `tower_http::map_request_body::MapRequestBodyLayer::new(tonic::body::Body::new)` (feature
+//! The wrapped service receives `http::Request<ReplayBody<B>>`. A service with a single body type, such as a tonic
+//! channel, needs `tower_http::map_request_body::MapRequestBodyLayer::new(tonic::body::Body::new)` (feature
 //! `map-request-body` of tower-http) in between.
 //!
 //! # Bodies
 //!
-//! A request body is kept while it is sent, up to 64 KiB; a larger one is sent all the same, and loses its
-//! retries. The answer that is not given out is read away first, up to 64 KiB and 50 ms, so that its
-//! connection can be used again. Once the caller has a response head nothing is retried. Response bodies
-//! must be `Unpin`: those of hyper, axum, tonic and reqwest are.
+//! A request body is saved while it is sent, up to 64 KiB. A request with a larger body is sent and not retried. The
+//! discarded response body is drained, up to 64 KiB and 50 ms, so that its connection can be reused. Nothing is retried
+//! once the caller has a response head. Response bodies must be `Unpin`: those of hyper, axum, tonic and reqwest are.
 //!
 //! # Cancellation
 //!
-//! Dropping the call ends it; a retry that was granted and not yet made is paid back to the budget.
+//! Dropping the call drops the attempt in flight. The withdrawal for a retry that has not been made is refunded.
 //!
 //! # Telemetry
 //!
@@ -213,7 +214,7 @@ pub use self::{
     exchange::Replay,
     future::ResponseFuture,
     handle::{RetryHandle, RetrySnapshot},
-    hedge::{Hedge, HedgeCopy, HedgeFuture, HedgeHandle, HedgeLayer, HedgeSnapshot, Hedged},
+    hedge::{Hedge, HedgeAttempt, HedgeFuture, HedgeHandle, HedgeLayer, HedgeSnapshot, Hedged},
     layer::{RetryLayer, Unclassified},
     peek::PeekedBody,
     preset::Preset,

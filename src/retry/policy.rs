@@ -103,7 +103,7 @@ impl Policy {
             && matches!(outcome.code(), Some(grpc::UNAVAILABLE | grpc::RESOURCE_EXHAUSTED))
     }
 
-    /// Returns the class of an outcome whose class is `class` without this policy.
+    /// Returns the class of an outcome. Without `wait_on_rejection` it is `class`.
     pub(super) fn classify_rejection(&self, class: Class, outcome: Outcome) -> Class {
         // Without a hint, the time at which the inner layer admits calls again is unknown.
         let waits = self.wait_on_rejection && outcome.retry_after().is_some();
@@ -121,7 +121,7 @@ impl Policy {
         let max_wait = self.max_wait.or(left.is_none().then_some(DEFAULT_MAX_WAIT));
         let own = max_wait.map_or(own, |max| own.min(max));
         let Some(hint) = hint else { return Ok(own) };
-        // Clients that receive the same hint at the same time must not return at the same time.
+        // Spreads clients that receive the same hint at the same time.
         let random = |max: Duration| match self.waits.has_jitter() {
             true => max.mul_f64(fastrand::f64()),
             false => Duration::ZERO,
@@ -202,9 +202,9 @@ pub enum Repeatable {
 pub(super) struct Facts {
     pub(super) class: Class,
     pub(super) outcome: Outcome,
-    /// By method, by key, by a rule of the user, or because the server did not process the request.
+    /// A retry is safe by the method, by a key, by a rule of the user, or because the server did not process the request.
     pub(super) safe: bool,
-    /// The response proves that the server did not process the request: the retry makes no withdrawal.
+    /// The response proves that the server did not process the request, so that a retry makes no withdrawal.
     pub(super) is_unprocessed: bool,
     /// The attempt ended with an error.
     pub(super) is_error: bool,

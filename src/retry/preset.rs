@@ -1,4 +1,4 @@
-//! As others retry.
+//! Presets that follow other implementations.
 
 use std::time::Duration;
 
@@ -24,14 +24,14 @@ pub enum Preset {
 }
 
 impl<M> RetryLayer<M> {
-    /// Waits, counts and charges as others do; what is safe to repeat stays as it is.
+    /// Sets delays, attempts and budget as another implementation does. The requests that are safe to repeat stay the same.
     ///
     /// | preset | attempts | backoff | budget | a server's hint |
     /// |---|---|---|---|---|
-    /// | `Aws` | 3 | [`Backoff::aws`] | [`RetryBudget::aws`] | moves the wait by 5 s at most |
-    /// | `Envoy` | 2 | [`Backoff::envoy`] | as it is: Envoy's counts what is under way | lower bound with up to 50 % jitter, [`max_wait`](Self::max_wait) 300 s |
-    /// | `Grpc` | 4 | [`Backoff::grpc`] | [`RetryBudget::grpc(10, 0.1)`](RetryBudget::grpc) | the exact wait |
-    /// | `Finagle` | 3 | [`Backoff::finagle`] | [`RetryBudget::finagle`] | as it is |
+    /// | `Aws` | 3 | [`Backoff::aws`] | [`RetryBudget::aws`] | lengthens the delay by at most 5 s |
+    /// | `Envoy` | 2 | [`Backoff::envoy`] | unchanged: Envoy's counts the retries in flight | lower bound with up to 50 % jitter, [`max_wait`](Self::max_wait) 300 s |
+    /// | `Grpc` | 4 | [`Backoff::grpc`] | [`RetryBudget::grpc(10, 0.1)`](RetryBudget::grpc) | is the delay |
+    /// | `Finagle` | 3 | [`Backoff::finagle`] | [`RetryBudget::finagle`] | lower bound with up to 50 % jitter |
     ///
     /// gRPC's numbers, its budget's too, are those of gRFC A6's example: there is no default. `Grpc` makes
     /// at most one [transparent retry](crate::retry#connection-housekeeping) for each call, as gRFC A6 specifies. The

@@ -244,9 +244,9 @@ impl Say {
         self.unprocessed.iter().copied().find(|&status| self.forbids(Failure::Status(status)))
     }
 
-    /// Returns the class by the rules of the user, and whether a retry is safe for any method: the closure or the set
-    /// of unprocessed statuses says so. An instruction of the server not to retry and a passed deadline cannot be
-    /// overruled, a rejection can.
+    /// Returns the class by the rules of the user, and whether the closure or the set of unprocessed statuses declares a
+    /// retry safe for any method. The rules cannot overrule a pushback of the server that forbids a retry or a deadline
+    /// that has passed. They can overrule a rejection.
     pub(super) fn judge(&self, class: Class, seen: &mut Seen<'_>) -> (Class, bool) {
         if matches!(class, Class::Refused(Stop::Pushback | Stop::DeadlinePassed)) {
             return (class, false);
@@ -257,7 +257,7 @@ impl Say {
         let is_listed = |&status: &StatusCode| {
             seen.status() == Some(status) && Failure::Status(status).is(seen)
         };
-        // A rejection in the form of a response is not a statement of the upstream.
+        // A rejection that is a response is not a declaration of the upstream.
         let is_unprocessed = said != Some(false)
             && !matches!(class, Class::Refused(_))
             && self.unprocessed.iter().any(is_listed);
@@ -268,7 +268,7 @@ impl Say {
             && seen.request().headers().contains_key("idempotency-key");
         let class = match said {
             Some(true) if !key_reused && !pushed_back => Class::Retryable,
-            // The reason of the stop stays.
+            // Keep the reason of the stop.
             Some(_) if matches!(class, Class::Refused(_)) => class,
             Some(_) if seen.outcome.reason() == Reason::Rejected => Class::Refused(Stop::Rejected),
             Some(_) => Class::Final,

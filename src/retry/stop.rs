@@ -1,6 +1,6 @@
 use std::fmt;
 
-/// Why there is no further attempt. A closed set, so that it can be a metric's label.
+/// The reason for which no further attempt is made. The set is closed, so that it can be the label of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Stop {

@@ -12,7 +12,7 @@ use super::{exchange::Weigh, policy::Class};
 use crate::call::{Alarm, Outcome, Reason, grpc};
 
 pin_project! {
-    /// One attempt, up to where it is known what its answer is worth.
+    /// One attempt, until its response is classified.
     pub(super) struct Weighed<F, H> {
         #[pin]
         state: State<F, H>,
@@ -133,8 +133,7 @@ impl<F, H> Weighed<F, H> {
     }
 }
 
-/// Returns whether the retry budget makes a deposit for this outcome. A gRPC status other than `OK` earns none, as in
-/// gRFC A6.
+/// Returns whether this outcome makes a deposit in the retry budget. A gRPC status other than `OK` makes none (gRFC A6).
 #[inline]
 pub(super) fn earns_deposit(outcome: Outcome) -> bool {
     let is_grpc_error = outcome.reason() == Reason::GrpcStatus && outcome.code() != Some(grpc::OK);

@@ -12,7 +12,7 @@ use std::{
 use buttress::{
     Attempts, BoxError, ConcurrencyLimitLayer, Deadline, HedgeLayer, Outcome, Rejected,
     RetryBudget, RetryLayer,
-    retry::{Attempt, Hedge, HedgeCopy, HedgeFuture, Hedged, ReplayBody},
+    retry::{Attempt, Hedge, HedgeAttempt, HedgeFuture, Hedged, ReplayBody},
 };
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -171,7 +171,7 @@ where
 
     fn call(&mut self, request: Request<ReplayBody<B>>) -> Self::Future {
         assert!(std::mem::take(&mut self.ready), "called without having been ready");
-        let copy = if request.extensions().get::<HedgeCopy>().is_some() { 2 } else { 1 };
+        let copy = if request.extensions().get::<HedgeAttempt>().is_some() { 2 } else { 1 };
         let (after, last) = self.plan[copy - 1];
         let at = self.began.elapsed().as_millis() as u64;
         let mut seen = self.seen.lock().unwrap();
@@ -519,7 +519,7 @@ async fn a_hedge_under_a_retry_keeps_the_attempts_number() {
             let attempt = extensions.get().map_or(1, |attempt: &Attempt| attempt.0);
             let before = request.headers().get("grpc-previous-rpc-attempts");
             let before = before.map_or(0, |before| before.to_str().unwrap().parse().unwrap());
-            let is_hedge = extensions.get::<HedgeCopy>().is_some();
+            let is_hedge = extensions.get::<HedgeAttempt>().is_some();
             numbers.lock().unwrap().push((attempt, is_hedge, before));
             request
         })

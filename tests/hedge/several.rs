@@ -9,7 +9,7 @@ use buttress::{
     Attempts, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, HedgeLayer, Outcome, Rejected,
     RetryBudget, RetryLayer,
     call::{Classify, RejectedKind},
-    retry::{HedgeCopy, Hedged, ReplayBody},
+    retry::{HedgeAttempt, Hedged, ReplayBody},
 };
 use bytes::Bytes;
 use http::{Request, Response};
@@ -181,7 +181,7 @@ fn slow_upstream(
 + use<> {
     let numbers = numbers.clone();
     service_fn(move |request: Request<ReplayBody<Full<Bytes>>>| {
-        let number = request.extensions().get().map_or(0, |hedge: &HedgeCopy| hedge.0);
+        let number = request.extensions().get().map_or(0, |hedge: &HedgeAttempt| hedge.0);
         let previous = request.headers().get("grpc-previous-rpc-attempts");
         let previous = previous.map_or(0, |value| value.to_str().unwrap().parse().unwrap());
         numbers.lock().unwrap().push((number, previous));
@@ -249,7 +249,7 @@ async fn rejected_hedge_attempt_does_not_hide_that_the_first_attempt_was_sent() 
     for responds in [false, true] {
         let upstream =
             service_fn(move |request: Request<ReplayBody<ReplayBody<Empty<Bytes>>>>| async move {
-                let is_hedge = request.extensions().get::<HedgeCopy>().is_some();
+                let is_hedge = request.extensions().get::<HedgeAttempt>().is_some();
                 sleep(ms(if is_hedge { 200 } else { 100 })).await;
                 let rejected = Rejected::new(RejectedKind::Open);
                 let unavailable = Response::builder().status(503).body(Empty::<Bytes>::new());

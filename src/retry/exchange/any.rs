@@ -39,7 +39,7 @@ where
         Req::again(kept)
     }
 
-    fn copy(kept: &Req::Kept, _: u32) -> Req {
+    fn hedge_attempt(kept: &Req::Kept, _: u32) -> Req {
         Req::again(kept)
     }
 

@@ -14,7 +14,7 @@ use http_body::Body;
 use super::{
     super::{
         attempts::{Attempt, Attempts, RetryError},
-        hedge::{HedgeCopy, Hedged, SentBefore},
+        hedge::{HedgeAttempt, Hedged, SentBefore},
         peek::{Peek, PeekedBody},
         policy::{Class, Repeatable, Safe},
         replay::ReplayBody,
@@ -107,9 +107,9 @@ impl<B: Body> Repeat<Request<B>> for Http {
         kept.deadline()
     }
 
-    fn copy(kept: &KeptRequest<B>, number: u32) -> Self::Request {
-        let copy = kept.marked(HedgeCopy(number));
-        // A retry further out may have made some.
+    fn hedge_attempt(kept: &KeptRequest<B>, number: u32) -> Self::Request {
+        let copy = kept.marked(HedgeAttempt(number));
+        // An outer retry may have made attempts.
         let before = copy.headers().get(PREVIOUS_ATTEMPTS);
         let before: u32 = before.and_then(|n| n.to_str().ok()?.parse().ok()).unwrap_or(0);
         after(before.saturating_add(number), copy)

@@ -139,7 +139,7 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
         Request::default()
     }
 
-    /// Returns a header of the kept request.
+    /// Returns a header of the saved request.
     fn header<'a>(_: &'a Self::Kept, _name: &str) -> Option<&'a [u8]> {
         None
     }
@@ -149,8 +149,8 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
         None
     }
 
-    /// Returns the hedge attempt of this number. 1 is the first.
-    fn copy(kept: &Self::Kept, number: u32) -> Self::Request;
+    /// Returns the request of the hedge attempt of this number. 1 is the first.
+    fn hedge_attempt(kept: &Self::Kept, number: u32) -> Self::Request;
 
     /// Whether it may be repeated although it may have had an effect.
     fn safe(kept: &Self::Kept, by: &Safe) -> bool;

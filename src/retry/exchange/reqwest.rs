@@ -48,7 +48,7 @@ impl Repeat<Request> for Reqwest {
     }
 
     fn again(kept: &Request, _: Numbered) -> Request {
-        Self::copy(kept, 1)
+        Self::hedge_attempt(kept, 1)
     }
 
     fn head(kept: &Request) -> Head<()> {
@@ -63,7 +63,7 @@ impl Repeat<Request> for Reqwest {
         kept.headers().get(name).map(|value| value.as_bytes())
     }
 
-    fn copy(kept: &Request, _: u32) -> Request {
+    fn hedge_attempt(kept: &Request, _: u32) -> Request {
         let Some(copy) = kept.try_clone() else { unreachable!("a stream is not kept") };
         copy
     }

@@ -64,16 +64,16 @@ fn classify_status(status: StatusCode, headers: &HeaderMap, outcome: Outcome) ->
         408 | 421 | 425 | 429 | 500..=599 if hint::pushback(headers) == Some(Pushback::Never) => {
             (Class::Refused(Stop::Pushback), outcome)
         }
-        // Not a failure of the server, but meant to be sent again (RFC 9110 §15.5.9 and §15.5.20, RFC 8470 §5.2).
+        // Not a failure of the server. The client may repeat the request (RFC 9110 §15.5.9 and §15.5.20, RFC 8470 §5.2).
         408 | 421 | 425 => (Class::Retryable, failed_status(status, headers)),
-        // 520 to 524 are Cloudflare's: the proxy has no or no valid response of the origin.
+        // Cloudflare's 520 to 524 state that the proxy has no valid response of the origin.
         429 | 502..=504 | 520..=524 | 529 => (or_rate_limited(Class::Retryable, headers), outcome),
         _ => (Class::Final, outcome),
     }
 }
 
-/// Refines the class of a status by headers of the request and by the connection. Returns the class, and whether the server declares that it
-/// has not processed the request, so that a retry is safe for any method and makes no withdrawal.
+/// Refines the class of a status by the headers of the request and by the connection. Returns the class, and whether the
+/// server declares that it has not processed the request. If so, a retry is safe for any method and makes no withdrawal.
 pub(in crate::retry) fn weigh_by_request<'a>(
     class: Class,
     outcome: Outcome,
@@ -116,7 +116,7 @@ fn is_connection_retired(extensions: &Extensions) -> bool {
     }
 }
 
-/// The outcome for the retry of a status that is a success for the other layers.
+/// Returns the failure as which the retry records a status that is a success for the other layers.
 pub(in crate::retry) fn failed_status(status: StatusCode, headers: &HeaderMap) -> Outcome {
     let outcome = Outcome::failure().because(Reason::Status).with_code(status.as_u16());
     match hint::retry_after(headers) {
@@ -129,6 +129,7 @@ pub(in crate::retry) fn failed_status(status: StatusCode, headers: &HeaderMap) -
 /// response by default (`RetryStateImpl::wouldRetryFromHeaders`).
 const ENVOY_RATE_LIMITED: &str = "x-envoy-ratelimited";
 
+/// Returns `class`, unless a rate limit of Envoy rejected the call.
 fn or_rate_limited(class: Class, headers: &HeaderMap) -> Class {
     if headers.contains_key(ENVOY_RATE_LIMITED) { Class::Refused(Stop::RateLimited) } else { class }
 }
@@ -144,7 +145,8 @@ pub(super) fn weigh_grpc(headers: &HeaderMap, outcome: Outcome) -> (Class, Outco
         _ => false,
     };
     let class = match pushback {
-        // Also for a status that is never retried, since the retry budget makes a withdrawal (grpc-go `shouldRetry`).
+        // This includes a status that is never retried, because the retry budget makes a withdrawal (grpc-go
+        // `shouldRetry`).
         Some(Pushback::Never) if outcome.code() != Some(grpc::OK) => Class::Refused(Stop::Pushback),
         _ if !retryable => Class::Final,
         _ => or_rate_limited(Class::Retryable, headers),

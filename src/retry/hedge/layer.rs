@@ -25,7 +25,7 @@ use crate::{
     error::Fault,
 };
 
-/// Sends a second copy of a call that takes long, and gives out the first good answer.
+/// Sends hedge attempts of a slow call, and returns the first good response.
 ///
 /// Its settings and its budget belong to one layer and all its clones, however often the layer is
 /// applied. See the [module](crate::retry::hedge).
@@ -50,7 +50,7 @@ pub(super) struct Settings {
     name: OnceLock<Box<str>>,
 }
 
-/// The upper bound of [`HedgeLayer::max_hedges`].
+/// The maximum of [`HedgeLayer::max_hedges`].
 const MAX_HEDGES: u32 = 10;
 
 enum Delay {
@@ -121,8 +121,8 @@ impl Settings {
 }
 
 impl HedgeLayer {
-    /// Sends a second copy `delay` after a call that has no answer by then: safe methods only, within 5 %
-    /// of all calls.
+    /// Returns a layer that sends a hedge attempt if a call has no response after `delay`: for safe methods, with a budget
+    /// of 5 % of the calls.
     ///
     /// The delay is measured from the call, to the millisecond, and needs tokio's timer. Near the 95th
     /// percentile of the latency is where to begin. Zero is a fault that [`checked`](Self::checked) tells:
@@ -135,9 +135,10 @@ impl HedgeLayer {
         Self::with(Delay::Fixed(delay), fault)
     }
 
-    /// Sends a second copy of a call that takes longer than this share of all: 0.95, and one call in twenty is
-    /// hedged at most. Of the calls of the last 30 s to a minute, within one in a hundred; not below 1 ms, and no
-    /// hedge before 20 calls are known.
+    /// Returns a layer whose delay is this percentile of the latency: with 0.95, at most one call in twenty is hedged.
+    ///
+    /// The percentile is that of the calls of the last 30 s to 60 s, with an error of at most 1 %. The delay is at least
+    /// 1 ms. No hedge attempt is sent before 20 calls are recorded.
     ///
     /// A call is known when it has a good answer. One whose hedge was faster counts with what it took all the same:
     /// that is beyond the percentile, as its own time would be. Each call costs a clock read and a mutex.
@@ -151,7 +152,7 @@ impl HedgeLayer {
         Self::with(Delay::Live(Box::new(super::live::Live::new(share))), fault)
     }
 
-    /// Never sends a second copy: for stacks whose type has to have this layer.
+    /// Returns a layer that never sends a hedge attempt, for stacks whose type contains this layer.
     #[cfg(feature = "config")]
     pub(crate) fn off() -> Self {
         Self::with(Delay::Off, None).without_budget()
@@ -201,7 +202,7 @@ impl<M> HedgeLayer<M> {
         self
     }
 
-    /// No budget: with everything slow, what is called gets twice the load.
+    /// Removes the budget. If all calls are slow, each hedge attempt that a call may have then adds the load of a call.
     pub fn without_budget(self) -> Self {
         *lock(&self.settings.budget) = None;
         self
@@ -209,9 +210,9 @@ impl<M> HedgeLayer<M> {
 
     /// Sets the maximum number of hedge attempts of a call, from 1 to 10. 1 by default.
     ///
-    /// Each is sent if no attempt has responded for the delay after the previous attempt was sent, makes a withdrawal from
-    /// the budget, and passes the inner layers as a call of its own. The first good response is returned, and the other
-    /// attempts are dropped. A bad response ends the hedging: the attempts that are in flight then decide.
+    /// A hedge attempt is sent if no attempt has a response when the delay has passed since the previous attempt. Each makes
+    /// a withdrawal from the budget and passes the inner layers as a call of its own. The first good response is returned,
+    /// and the other attempts are dropped. No hedge attempt is sent after a bad response: the attempts in flight decide.
     ///
     /// gRPC's hedging policy (gRFC A6) and Polly's hedging strategy have the same setting.
     pub fn max_hedges(mut self, hedges: u32) -> Self {
@@ -306,11 +307,11 @@ pub struct HedgeHandle(Shared<Settings>);
 pub struct HedgeSnapshot {
     /// The number of hedge attempts that were sent. A call can have [several](HedgeLayer::max_hedges).
     pub sent: u64,
-    /// The number of calls whose caller got the response, good or bad, of a hedge attempt.
+    /// The number of calls that returned the response of a hedge attempt, good or bad.
     pub won: u64,
     /// The number of hedge attempts of this layer that the budget denied.
     pub budget_denied: u64,
-    /// How many hedges the budget would allow now; none: there is no budget.
+    /// The number of hedge attempts that the budget permits now. `None` without a budget.
     pub budget_balance: Option<f64>,
 }
 

@@ -1,4 +1,4 @@
-//! A hedge: a second copy of a call that takes long, against the slow one in a hundred.
+//! Hedging: further attempts of a call that is slow, against the tail of the latency.
 //!
 //! ```
 //! # fn client() -> impl Clone { () }
@@ -6,12 +6,12 @@
 //! use buttress::HedgeLayer;
 //! use tower::ServiceBuilder;
 //!
-//! // 95 of 100 calls are answered within 80 ms: the others get a second chance then.
+//! // 95 % of the calls have a response within 80 ms. The others get a hedge attempt.
 //! let hedge = HedgeLayer::http(Duration::from_millis(80));
 //! let client = ServiceBuilder::new().layer(hedge).service(client());
 //! ```
 //!
-//! On one budget with the retries over it, which both pay in for a call:
+//! With a budget that it shares with the retry. Both make a deposit for each call:
 //!
 //! ```
 //! # fn main() -> Result<(), buttress::ConfigError> {
@@ -24,39 +24,45 @@
 //! # let _ = (retry, hedge); Ok(()) }
 //! ```
 //!
-//! With the feature `percentile`, [`HedgeLayer::after_percentile`] takes the delay from what calls take of late.
+//! With the feature `percentile`, [`HedgeLayer::after_percentile`] derives the delay from the latency of recent calls.
 //!
 //! # How it decides
 //!
-//! Without an answer after the delay, a second copy is sent if the request is safe to repeat (its method,
-//! RFC 9110 §9.2.2, an `Idempotency-Key`, or the user's word), its body can be sent again by then, its
-//! [`Deadline`](crate::Deadline) has not passed, and the budget has a hedge left. A call has one
-//! hedge attempt, or as many as [`max_hedges`](HedgeLayer::max_hedges) allows, each a delay after the one before.
+//! If no attempt has a response after the delay, the layer sends a hedge attempt, provided that all of this holds:
 //!
-//! An answer is *good* if it is neither a failure nor throttled, nor one that a retry would try again: a
-//! 200 or a 404, not an error, a 429 or a 500. A gRPC call is classified by its gRPC status, in the head, in the
-//! trailers or mapped from the HTTP status; a stream that begins slowly is good. [`Http`](crate::call::Http) has the
-//! table, which all layers share.
+//! - The request is safe to repeat, by its method (RFC 9110 §9.2.2), an `Idempotency-Key`, or
+//!   [`assume_idempotent`](HedgeLayer::assume_idempotent).
+//! - Its body can be replayed at that time.
+//! - Its [`Deadline`](crate::Deadline) has not passed.
+//! - The budget permits it.
 //!
-//! | an answer comes | and it is good | and it is bad |
+//! A call has at most one hedge attempt by default. [`max_hedges`](HedgeLayer::max_hedges) permits more, each a delay after
+//! the previous one.
+//!
+//! A response is *good* if it is neither a failure nor throttled nor retryable, such as a 200 or a 404. An error, a 429
+//! and a 500 are *bad*. A gRPC call is classified by its gRPC status, in the head, in the trailers or mapped from the HTTP
+//! status; a stream that begins slowly is good. [`Http`](crate::call::Http) has the table, which all layers share.
+//!
+//! | a response arrives | if it is good | if it is bad |
 //! |---|---|---|
-//! | before a hedge is sent | given out | given out: hedging is not retrying |
-//! | from any, others under way | given out, the others dropped | dropped: the others decide |
-//! | from the last one under way | given out | given out |
+//! | before a hedge attempt is sent | returned | returned: hedging does not retry |
+//! | while other attempts are in flight | returned, the others are dropped | dropped: the others decide |
+//! | from the last attempt in flight | returned | returned |
 //!
-//! So the last bad answer is the one given out, and an earlier one is dropped at once with the permit and
-//! the connection it holds: the other copy may be waiting for just these. No hedge is sent any more after
-//! any answer, hence none after one that says not to: a 429, a refusal of a layer further in, a negative
-//! pushback. gRPC's hedging policy sends the next attempt at once after a failure. Here a retry layer does so.
+//! A bad response is dropped at once with its permit and its connection, because another attempt may wait for these. No
+//! hedge attempt is sent after a bad response. It may be a 429, a rejection by an inner layer, or a pushback that forbids a
+//! retry. gRPC's hedging policy sends the next attempt at once after a failure. Here a retry layer does so.
 //!
 //! # In the stack
 //!
-//! Inside of a retry, over the circuit breaker and the limit: each copy is counted and limited. Best over
-//! a balancer: two copies to one slow server help little. The wrapped service gets
-//! `http::Request<ReplayBody<B>>`, as under a retry. A hedge carries [`HedgeCopy`] in its extensions, and
-//! [`Attempt`](super::Attempt) as the first copy does, and over gRPC `grpc-previous-rpc-attempts` with one more
-//! for each hedge attempt (gRFC A6). The response carries [`Hedged`] if a hedge attempt was sent. A hedge attempt that an
-//! inner limit rejects ends the hedging of this call, and the attempts in flight decide.
+//! Put the layer inside of a retry and outside of the circuit breaker and the limit, so that they count and limit each
+//! attempt. It is most useful outside of a balancer: two attempts to one slow server help little. The wrapped service
+//! receives `http::Request<ReplayBody<B>>`, as under a retry.
+//!
+//! The extensions of a hedge attempt contain [`HedgeAttempt`], and the same [`Attempt`](super::Attempt) as the first
+//! attempt. Over gRPC, `grpc-previous-rpc-attempts` is greater by one for each hedge attempt (gRFC A6). The extensions of
+//! the response contain [`Hedged`] if a hedge attempt was sent. If an inner limit rejects a hedge attempt, no further one
+//! is sent for this call, and the attempts in flight decide.
 //!
 //! # Bodies
 //!
@@ -66,9 +72,9 @@
 //!
 //! # Readiness
 //!
-//! `poll_ready` is the wrapped service's. A hedge is made with a clone of its own, which is readied first:
-//! while that one is pending the first copy goes on, and one that fails costs the hedge only. What was
-//! withdrawn for a hedge that is never sent is paid back.
+//! `poll_ready` is that of the wrapped service. A hedge attempt is made with a clone of the service. The other attempts
+//! continue while the clone is not ready. If the readiness of the clone fails, only the hedge attempt is not sent. The
+//! withdrawal for a hedge attempt that is not sent is refunded.
 //!
 //! # Cancellation
 //!
@@ -76,15 +82,15 @@
 //!
 //! # Cost
 //!
-//! Without a hedge: a copy of the request's head, two small allocations for a request with a body, and a
-//! timer for a call that is not answered at once. A request that cannot be hedged pays none of these. A hedge attempt is
+//! A call without a hedge attempt costs a copy of the request's head, two small allocations if it has a body, and a timer
+//! if its response is not available at once. A request that cannot be hedged costs none of these. A hedge attempt is
 //! boxed: two allocations.
 //!
 //! # Defaults
 //!
 //! | setting | default |
 //! |---|---|
-//! | delay | none, or [a percentile](HedgeLayer::after_percentile): near the 95th percentile of the latency is where to begin |
+//! | delay | must be set, or derived from [a percentile](HedgeLayer::after_percentile); begin near the 95th percentile of the latency |
 //! | [`max_hedges`](HedgeLayer::max_hedges) | 1 |
 //! | [`budget`](HedgeLayer::budget) | 5 %, and 1 per second |
 //! | [`replay_up_to`](HedgeLayer::replay_up_to) | 64 KiB |
@@ -111,9 +117,9 @@ pub use self::{
 };
 use crate::{BoxError, error, redact::Redacted};
 
-/// Marks the request of a hedge attempt, in its extensions. The number of the attempt: 1 is the first hedge attempt.
+/// The number of a hedge attempt, in the extensions of its request. 1 is the first hedge attempt of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HedgeCopy(pub u32);
+pub struct HedgeAttempt(pub u32);
 
 /// Marks the result of a call whose deciding attempt was not sent, although an attempt that was dropped before it may have
 /// been: in the extensions of a response, and around an error.
@@ -153,7 +159,7 @@ impl Error for SentBefore<BoxError> {
     }
 }
 
-/// States that hedge attempts were sent for this call, in the extensions of the response.
+/// The hedge attempts of a call, in the extensions of the response. Absent if none was sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Hedged {

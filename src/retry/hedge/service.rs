@@ -130,7 +130,7 @@ pin_project! {
         sent: u32,
         // A bad response was dropped, and the upstream may have received its attempt.
         has_dropped_sent: bool,
-        // `None` if the delay is not learnt.
+        // `None` if the latency of the call is not recorded.
         began: Option<Instant>,
         core: Lease<Core<S, Settings>>,
         protocol: M,
@@ -198,7 +198,7 @@ where
         let mut this = self.project();
         let is_grpc_call = *this.is_grpc_call;
         let mut waits = Waits(None);
-        // The attempts before the timer: a response that is already available is not hedged.
+        // The attempts are polled before the timer, so that a call with an available response is not hedged.
         if let Some(mut first) = this.first.as_mut().as_pin_mut() {
             WaitsFor::reset();
             match first.as_mut().poll_held(&*this.protocol, is_grpc_call, cx) {
@@ -213,7 +213,7 @@ where
                     }
                     *this.has_dropped_sent |= FailureKind::of(weight.1).may_be_seen();
                     this.core.settings.report_bad(weight.1, this.hedges.len());
-                    // This releases what a hedge attempt may wait for: a permit, a connection.
+                    // This releases the permit and the connection, for which a hedge attempt may wait.
                     this.first.set(None);
                     this.next.set(Next::Nothing);
                 }
@@ -279,7 +279,7 @@ where
                         delay_ms = settings.delay().map(|delay| delay.as_millis() as u64),
                         "hedging"
                     );
-                    let hedge = service.call(M::copy(kept, *this.sent));
+                    let hedge = service.call(M::hedge_attempt(kept, *this.sent));
                     this.hedges.push(Box::pin(Weighed::new(hedge)));
                     let further = *this.sent < settings.max_hedges();
                     let delay = if further { settings.delay() } else { None };
