@@ -1,4 +1,5 @@
-//! A client of a large language model, by the preset `llm`: a rate limit, a streamed response, and a stream that stalls.
+//! A client of a large language model, by the preset `llm`: a rate limit, a streamed response, and a stream that
+//! stalls.
 //!
 //! ```text
 //! cargo run --all-features --example llm_client

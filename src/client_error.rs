@@ -11,9 +11,9 @@ use crate::{
 
 /// The error of a call of a ready-made client, such as that of `buttress::client`.
 ///
-/// It converts by `?` into `Box<dyn Error>`, [`BoxError`] and `anyhow::Error`. The [`source`](Error::source) is the error
-/// of the stack itself, so [`Rejected::find`], [`Attempts::find`](crate::Attempts::find) and [`Outcome::of_error`] work
-/// on this error and on everything it is converted into.
+/// It converts by `?` into `Box<dyn Error>`, [`BoxError`] and `anyhow::Error`. The [`source`](Error::source) is the
+/// error of the stack itself, so [`Rejected::find`], [`Attempts::find`](crate::Attempts::find) and
+/// [`Outcome::of_error`] work on this error and on everything it is converted into.
 ///
 /// # Display
 ///

@@ -21,8 +21,8 @@ use crate::redact;
 ///
 /// There are two remedies. One is a function that is generic over the service and contains the whole task or the whole
 /// router, which costs nothing. The other is
-/// [`BoxCloneSyncService`](https://docs.rs/tower/0.5/tower/util/struct.BoxCloneSyncService.html), which boxes the future
-/// of each call.
+/// [`BoxCloneSyncService`](https://docs.rs/tower/0.5/tower/util/struct.BoxCloneSyncService.html), which boxes the
+/// future of each call.
 ///
 /// ```
 /// use buttress::{BoxError, CircuitBreakerLayer};
@@ -113,8 +113,8 @@ impl fmt::Display for Chain<'_> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ConfigError {
-    /// The setting, by the name of its setter: `queue.longest_wait`. The field of an unknown setting is `unknown setting`, and
-    /// its [`value`](Self::value) is the unknown name.
+    /// The setting, by the name of its setter: `queue.longest_wait`. The field of an unknown setting is `unknown
+    /// setting`, and its [`value`](Self::value) is the unknown name.
     pub field: &'static str,
     /// The value that was set, at most 256 bytes of it. Userinfo, query and fragment of URIs are replaced by `***`.
     pub value: String,

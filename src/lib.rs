@@ -73,8 +73,8 @@
 //! | authorization (`AsyncRequireAuthorizationLayer`, `ValidateRequestHeaderLayer`) | inside of `CorsLayer`, because preflights have no credentials; outside of the limit | callers without credentials take permits |
 //! | `CompressionLayer` | on either side of the limit, which holds the permit to the end of the body; outside of the timeout, which times the frames of the service | |
 //!
-//! Browsers need [more](call::Respond#browsers): they close an `EventSource` after a 503, and expose nothing of a failed
-//! WebSocket handshake.
+//! Browsers need [more](call::Respond#browsers): they close an `EventSource` after a 503, and expose nothing of a
+//! failed WebSocket handshake.
 //!
 //! # What counts against an upstream
 //!

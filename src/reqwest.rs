@@ -1,8 +1,8 @@
 //! A Tower service around a [`reqwest::Client`] that speaks `http`'s types.
 //!
-//! The service of `reqwest::Client` takes reqwest's own request type, which no HTTP layer fits. [`HttpClient`] takes any
-//! [`http::Request`] and returns an [`http::Response`], so every layer of this crate and of `tower-http` can wrap it.
-//! Bodies stream both ways.
+//! The service of `reqwest::Client` takes reqwest's own request type, which no HTTP layer fits. [`HttpClient`] takes
+//! any [`http::Request`] and returns an [`http::Response`], so every layer of this crate and of `tower-http` can wrap
+//! it. Bodies stream both ways.
 //!
 //! ```no_run
 //! use buttress::{CircuitBreakerLayer, ConcurrencyLimitLayer, reqwest::HttpClient};
@@ -24,8 +24,8 @@
 //! ```
 //!
 //! It takes bodies of any type that is `Send + 'static`, such as `axum::body::Body`, `tonic::body::Body` and
-//! `http_body_util::combinators::UnsyncBoxBody`, request by request. Therefore `ready()` needs to be told which, as in
-//! `ServiceExt::<http::Request<Empty<Bytes>>>::ready(&mut client)`; `oneshot` on a clone does not.
+//! `http_body_util::combinators::UnsyncBoxBody`, and the type can differ between requests. `ready()` therefore needs a
+//! type, as in `ServiceExt::<http::Request<Empty<Bytes>>>::ready(&mut client)`. `oneshot` on a clone needs none.
 //!
 //! # Timeouts, redirects, cookies
 //!
@@ -58,10 +58,10 @@
 //!
 //! # Retries of reqwest
 //!
-//! A `reqwest::Client` retries by itself a request without a body, or with a body in memory, up to twice if an HTTP/2
-//! server refused the stream or sent a GOAWAY. Behind a [`RetryLayer`](crate::RetryLayer) these retries multiply with its
-//! attempts, and no breaker, limit or budget observes them. [`HttpClient::from_builder`] switches them off. For a client
-//! that you build yourself, call `ClientBuilder::retry(reqwest::retry::never())`.
+//! By default, a `reqwest::Client` retries up to twice if an HTTP/2 server refused the stream or sent a GOAWAY,
+//! provided that the request has no body or a body in memory. Inside of a [`RetryLayer`](crate::RetryLayer) these
+//! retries multiply with its attempts, and no breaker, limit or budget observes them. [`HttpClient::from_builder`]
+//! switches them off. For a client that you build yourself, call `ClientBuilder::retry(reqwest::retry::never())`.
 
 use std::{
     fmt,
@@ -83,8 +83,8 @@ use tower_service::Service;
 use self::sealed::Sealed;
 use crate::{BoxError, ClientError};
 
-/// A [`reqwest::Client`] as a service of `http`'s types. Always ready; clones share the
-/// client's connections.
+/// A [`reqwest::Client`] as a service of `http`'s types. It is always ready. Clones share the connections of the
+/// client.
 ///
 /// The extensions of a response contain its URL, so `reqwest::Response::from` restores it.
 ///
@@ -103,9 +103,9 @@ pub struct HttpClient {
 }
 
 impl HttpClient {
-    /// Sends requests through this client.
+    /// Returns a service that sends requests through this client.
     ///
-    /// A client with reqwest's default settings [retries by itself](self#retries-of-reqwest).
+    /// A client with reqwest's default settings [makes retries of its own](self#retries-of-reqwest).
     #[must_use]
     pub fn new(client: Client) -> Self {
         Self { client }
@@ -117,7 +117,7 @@ impl HttpClient {
     ///
     /// # Errors
     ///
-    /// The error of [`ClientBuilder::build`].
+    /// Returns the error of [`ClientBuilder::build`].
     pub fn from_builder(builder: ClientBuilder) -> Result<Self, Error> {
         builder.retry(retry::never()).build().map(Self::new)
     }
@@ -169,7 +169,7 @@ where
     }
 }
 
-/// An empty body is one that reqwest can send again, after a redirect.
+/// Converts a body. reqwest can send an empty one again, after a redirect.
 fn outgoing<B>(body: B) -> Body
 where
     B: http_body::Body + Send + 'static,
@@ -182,8 +182,8 @@ where
 pin_project! {
     /// A body that is `Sync`, as `reqwest::Body` requires, around one that may not be.
     ///
-    /// Only `&mut` access reaches the wrapped body. `size_hint` and `is_end_stream` take `&self`, so their values are
-    /// stored after each poll.
+    /// [`SyncWrapper`] gives access to the wrapped body by `&mut` only. `size_hint` and `is_end_stream` take `&self`,
+    /// so their values are stored after each poll.
     struct Outgoing<B> {
         #[pin]
         body: SyncWrapper<B>,
@@ -277,12 +277,12 @@ fn with_url(response: Response) -> http::Response<Body> {
 
 /// Sends reqwest's own requests through layers.
 ///
-/// Implemented for [`RequestBuilder`] and [`Request`]. The settings of the request, such as its timeout, are kept: this
-/// timeout applies to each attempt.
+/// Implemented for [`RequestBuilder`] and [`Request`]. The settings of the request, such as its timeout, stay in force.
+/// The timeout applies to each attempt.
 pub trait SendThrough: Sized + Sealed {
     /// Sends the request through a service, such as layers around an [`HttpClient`], and returns reqwest's response.
     ///
-    /// Calls a clone of the service once it is ready.
+    /// It waits until a clone of the service is ready, and calls the clone.
     ///
     /// # Errors
     ///

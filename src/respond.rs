@@ -22,13 +22,13 @@ use crate::{
 /// Converts rejections that the wrapped service returns as errors into responses: the `.respond()` of a whole stack.
 ///
 /// Put it outermost around the layers of a client. It converts the rejections of a [`RetryLayer`](crate::RetryLayer),
-/// which has no `.respond()`, of a client with a [bounded number of connections](crate::connect), and of a service of your
-/// own that fails with [`Rejected::new`]. A gateway returns such a response to its own caller.
+/// which has no `.respond()`, of a client with a [bounded number of connections](crate::connect), and of a service of
+/// your own that fails with [`Rejected::new`]. A gateway returns such a response to its own caller.
 ///
-/// A tonic client receives `UNAVAILABLE`, `RESOURCE_EXHAUSTED` or `DEADLINE_EXCEEDED` with the pushback. Without this layer
-/// it receives the code without the pushback if the feature `tonic` or `tonic-health` is on, and otherwise `UNKNOWN`. With
-/// one of these features, a call that the timer of a tonic channel ends is `DEADLINE_EXCEEDED` instead of tonic's
-/// `CANCELLED`.
+/// A tonic client receives `UNAVAILABLE`, `RESOURCE_EXHAUSTED` or `DEADLINE_EXCEEDED` with the pushback. Without this
+/// layer it receives the code without the pushback if the feature `tonic` or `tonic-health` is on, and otherwise
+/// `UNKNOWN`. With one of these features, a call that the timer of a tonic channel ends is `DEADLINE_EXCEEDED` instead
+/// of tonic's `CANCELLED`.
 ///
 /// ```
 /// use buttress::{CircuitBreakerLayer, RespondLayer, RetryLayer};
@@ -80,10 +80,11 @@ use crate::{
 /// # let _ = app;
 /// ```
 ///
-/// The response is that of [`Respond`](crate::call::Respond). Its extensions contain the [`Rejected`] and, if a retry gave
-/// up, the [`Attempts`](crate::Attempts). The layer finds a rejection if the error is a [`Rejected`], a
-/// [`BoxError`](crate::BoxError), a [`ClientError`](crate::ClientError) or the error of a known client. All other errors and
-/// the error type are unchanged. Response bodies are unchanged, too: a timeout after the head is an error of the body.
+/// The response is that of [`Respond`](crate::call::Respond). Its extensions contain the [`Rejected`] and, if a retry
+/// gave up, the [`Attempts`](crate::Attempts). The layer finds a rejection if the error is a [`Rejected`], a
+/// [`BoxError`](crate::BoxError), a [`ClientError`](crate::ClientError) or the error of a known client. All other
+/// errors and the error type are unchanged. Response bodies are unchanged, too: a timeout after the head is an error of
+/// the body.
 ///
 /// # Uploads
 ///
@@ -203,8 +204,8 @@ where
     }
 }
 
-/// Returns whether the timer of a tonic channel, which expires by `grpc-timeout` or `Endpoint::timeout`, ended the call.
-/// tonic reports this as `CANCELLED`.
+/// Returns whether the timer of a tonic channel, which expires by `grpc-timeout` or `Endpoint::timeout`, ended the
+/// call. tonic reports this as `CANCELLED`.
 #[cfg(any(feature = "tonic", feature = "tonic-health"))]
 fn is_timer_of_client<E: 'static>(error: &E) -> bool {
     crate::call::http::known(error).is_some_and(crate::call::is_timeout_of_tonic)

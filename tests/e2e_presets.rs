@@ -49,8 +49,8 @@ struct Upstream {
 }
 
 impl Upstream {
-    /// Serves `/ok`, `/hint/<status>` (fails once with `Retry-After: 1`), `/once/<status>/<header>/<value>` (fails once with
-    /// that header), `/slow` (1 s), `/hang` and `/stream` (20 chunks in 2 s).
+    /// Serves `/ok`, `/hint/<status>` (fails once with `Retry-After: 1`), `/once/<status>/<header>/<value>` (fails once
+    /// with that header), `/slow` (1 s), `/hang` and `/stream` (20 chunks in 2 s).
     async fn start(&self) -> SocketAddr {
         let calls = self.calls.clone();
         let hint = {

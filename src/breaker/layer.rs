@@ -39,11 +39,11 @@ impl CircuitBreakerLayer {
     /// Returns the breaker of [`http`](Self::http) for a gRPC client, the counterpart of
     /// [`RetryLayer::grpc`](crate::RetryLayer::grpc).
     ///
-    /// It needs no settings of its own: [`Http`] recognises a gRPC call by its request and classifies it by `grpc-status`
-    /// in the head or in the trailers, or else by the status to which the HTTP status maps. `UNAVAILABLE`, `INTERNAL`,
-    /// `UNKNOWN`, `DATA_LOSS` and `DEADLINE_EXCEEDED` are failures, `RESOURCE_EXHAUSTED` is throttled, and statuses that
-    /// the caller causes, such as `NOT_FOUND`, are successes. A stream is counted when it ends. With
-    /// [`respond`](Self::respond) a rejection is an `UNAVAILABLE` with pushback.
+    /// It needs no settings of its own: [`Http`] recognises a gRPC call by its request and classifies it by
+    /// `grpc-status` in the head or in the trailers, or else by the status to which the HTTP status maps.
+    /// `UNAVAILABLE`, `INTERNAL`, `UNKNOWN`, `DATA_LOSS` and `DEADLINE_EXCEEDED` are failures, `RESOURCE_EXHAUSTED` is
+    /// throttled, and statuses that the caller causes, such as `NOT_FOUND`, are successes. A stream is counted when it
+    /// ends. With [`respond`](Self::respond) a rejection is an `UNAVAILABLE` with pushback.
     pub fn grpc() -> Self {
         Self::http()
     }
@@ -148,8 +148,8 @@ impl<M, R> CircuitBreakerLayer<M, R> {
         self
     }
 
-    /// Makes the service not ready while the circuit would reject a call, so that a balancer (`tower::balance::p2c`) uses
-    /// another endpoint.
+    /// Makes the service not ready while the circuit would reject a call, so that a balancer (`tower::balance::p2c`)
+    /// uses another endpoint.
     ///
     /// Use it only under a balancer: any other caller would wait until the circuit admits calls. On a
     /// [`ramp`](Self::ramp) the service is ready for a growing share of the time, in a hundred steps, and rejects no

@@ -150,8 +150,8 @@
 //! | [`wait_for_verdict`](CircuitBreakerLayer::wait_for_verdict) | wait, so many and so long |
 //! | [`probes_from_outside`](CircuitBreakerLayer::probes_from_outside) | are all rejected: outcomes given to [`record`](CircuitBreakerHandle::record) decide |
 //!
-//! The [snapshot](CircuitBreakerSnapshot::half_open) contains the numbers of probes that passed and failed, the number of
-//! successes that close the circuit, and the total number of probes. The events "circuit closed" and "circuit opened
+//! The [snapshot](CircuitBreakerSnapshot::half_open) contains the numbers of probes that passed and failed, the number
+//! of successes that close the circuit, and the total number of probes. The events "circuit closed" and "circuit opened
 //! again" have the fields `passed`, `failed` and `probes` (the total).
 //!
 //! After closing, a [ramp](CircuitBreakerLayer::ramp) admits a tenth of the calls and a growing share of them over its
@@ -221,12 +221,12 @@
 //! With [`backpressure`](CircuitBreakerLayer::backpressure) a circuit is not ready while it would reject a call, and
 //! `tower::balance::p2c` uses another endpoint. After the trip only probes reach an endpoint that is down. The circuit
 //! releases what the wrapped service has reserved, and wakes the balancer when the open time has passed, also without
-//! traffic. On a ramp it is ready for a growing share of the time. A balancer polls `poll_ready` again before each call,
-//! so only with backpressure may a ready service become not ready before `call`. The example `breaker_balance` shows a
-//! balancer.
+//! traffic. On a ramp it is ready for a growing share of the time. A balancer polls `poll_ready` again before each
+//! call, so only with backpressure may a ready service become not ready before `call`. The example `breaker_balance`
+//! shows a balancer.
 //!
-//! rustc rejects the type of such a balancer in a task or in a handler: [`BoxError`](crate::BoxError#tasks-and-handlers)
-//! states the remedies.
+//! rustc rejects the type of such a balancer in a task or in a handler:
+//! [`BoxError`](crate::BoxError#tasks-and-handlers) states the remedies.
 //!
 //! # Streams
 //!

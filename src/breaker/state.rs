@@ -115,8 +115,8 @@ pub(super) enum Refusal {
 
 /// The results of the half-open probes of a circuit.
 ///
-/// The circuit closes at the success that makes [`passed`](Self::passed) sufficient, and opens as soon as too many probes
-/// have [`failed`](Self::failed). See [`half_open_of`](super::CircuitBreakerLayer::half_open_of).
+/// The circuit closes at the success that makes [`passed`](Self::passed) sufficient, and opens as soon as too many
+/// probes have [`failed`](Self::failed). See [`half_open_of`](super::CircuitBreakerLayer::half_open_of).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct HalfOpenProgress {

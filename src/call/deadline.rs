@@ -172,14 +172,14 @@ impl Deadline {
     }
 }
 
-/// The maximum time until a deadline at which an error of the inner service is accepted as its expiry.
+/// The maximum time before a deadline at which an error of the inner service counts as the expiry of the deadline.
 ///
-/// A client may set a timer of its own by the time that is left, as a tonic channel does by `grpc-timeout`. It may
-/// expire earlier than the deadline by a fraction of the header's unit, which is below 1 ms for 27 hours, and by a
-/// fraction of a tick of tokio's timers.
+/// A client may set its own timer by the time left, as a tonic channel does by `grpc-timeout`. This timer may expire
+/// earlier than the deadline: by less than the unit of the header, which is at most 1 ms up to 27 hours, and by less
+/// than a tick of tokio's timers.
 pub(crate) const TIMER_MARGIN: Duration = Duration::from_millis(1);
 
-/// Returns whether a timer that another component has set for the deadline may have expired.
+/// Returns whether a timer that another component has set to the deadline may have expired.
 pub(crate) fn may_have_expired(deadline: Instant) -> bool {
     deadline.saturating_duration_since(Instant::now()) <= TIMER_MARGIN
 }

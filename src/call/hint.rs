@@ -15,8 +15,8 @@ pub(crate) const PUSHBACK: &str = "grpc-retry-pushback-ms";
 /// 1. gRPC's pushback (gRFC A6). If it forbids a retry, there is no hint.
 /// 2. `retry-after-ms`, `x-ms-retry-after-ms` (Azure) and `x-amz-retry-after`, in milliseconds
 /// 3. `Retry-After` (RFC 9110 §10.2.3)
-/// 4. The reset time of a quota that is used up: `RateLimit`, `RateLimit-Reset`, `X-RateLimit-Reset-After` (Discord) and
-///    `X-RateLimit-Reset` (draft-ietf-httpapi-ratelimit-headers, which gives `Retry-After` precedence)
+/// 4. The reset time of a quota that is used up: `RateLimit`, `RateLimit-Reset`, `X-RateLimit-Reset-After` (Discord)
+///    and `X-RateLimit-Reset` (draft-ietf-httpapi-ratelimit-headers, which gives `Retry-After` precedence)
 ///
 /// Numbers may have decimals and are rounded up to the next millisecond. gRPC's pushback is an integer.
 pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {

@@ -145,22 +145,22 @@ impl<Req, Res, E: Into<BoxError>> Refuse<Req, Res, E> for AsError {
 /// Rejects with a response and leaves the error type unchanged: for servers, and for tonic's clients.
 ///
 /// The response to an HTTP request is a 503. It is a 429 for [`RejectedKind::Quota`], and a 504 for
-/// [`RejectedKind::DeadlinePassed`] and for a client's [`RejectedKind::TimedOut`]. Its body is a problem document (RFC 9457)
-/// if the client accepts `application/problem+json`; a response to `HEAD` has no body. The response to a gRPC request (a
-/// `POST` with the content type) is a trailers-only `UNAVAILABLE`, `RESOURCE_EXHAUSTED` or `DEADLINE_EXCEEDED` with
-/// `grpc-retry-pushback-ms`, at least 10. Every response carries `Cache-Control: no-store`, so that no cache serves it to
-/// other clients, and the [`Rejected`] in its extensions.
+/// [`RejectedKind::DeadlinePassed`] and for a client's [`RejectedKind::TimedOut`]. Its body is a problem document (RFC
+/// 9457) if the client accepts `application/problem+json`; a response to `HEAD` has no body. The response to a gRPC
+/// request (a `POST` with the content type) is a trailers-only `UNAVAILABLE`, `RESOURCE_EXHAUSTED` or
+/// `DEADLINE_EXCEEDED` with `grpc-retry-pushback-ms`, at least 10. Every response carries `Cache-Control: no-store`, so
+/// that no cache serves it to other clients, and the [`Rejected`] in its extensions.
 ///
 /// Every 503 and 429 carries `Retry-After` in whole seconds, at least 1. It is 1 if no time is known: for a server's
-/// timeout, a circuit that is held open, a misconfigured layer, and a [`Rejected::new`] without a time. A 504 carries it
-/// only if a time is known. The 503 of a failed health check is not a rejection and carries none.
+/// timeout, a circuit that is held open, a misconfigured layer, and a [`Rejected::new`] without a time. A 504 carries
+/// it only if a time is known. The 503 of a failed health check is not a rejection and carries none.
 ///
 /// [`Rejected::respond_to`] returns the same response for a middleware of your own.
 ///
 /// # Browsers
 ///
-/// A browser closes an `EventSource` permanently after a 503, and a script of a WebSocket receives neither the status nor
-/// the reason of a failed handshake. A middleware outside of the layers that reject can use
+/// A browser closes an `EventSource` permanently after a 503, and a script of a WebSocket receives neither the status
+/// nor the reason of a failed handshake. A middleware outside of the layers that reject can use
 /// [`Rejected::into_event_stream`] and [`Rejected::websocket_close`], after which both can connect again:
 ///
 /// ```
@@ -358,8 +358,9 @@ impl Rejected {
     }
 }
 
-/// Returns the response of [`Respond`] to a request without headers, so that a handler, an extractor or a middleware can
-/// return `Result<_, Rejected>`. [`Rejected::respond_to`] also responds to gRPC requests and drains the request body.
+/// Returns the response of [`Respond`] to a request without headers, so that a handler, an extractor or a middleware
+/// can return `Result<_, Rejected>`. [`Rejected::respond_to`] also responds to gRPC requests and drains the request
+/// body.
 #[cfg(feature = "axum")]
 #[cfg_attr(docsrs, doc(cfg(feature = "axum")))]
 impl axum::response::IntoResponse for Rejected {

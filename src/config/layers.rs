@@ -279,7 +279,8 @@ group! {
     /// The settings of a [`HealthProbeLayer`] that sends `GET` requests. In a whole client, which then is for one
     /// service, it is off unless the URI is set.
     HealthProbeConfig for "HealthProbeLayer", prefix "health_probe_", on |this| this.uri.is_some();
-    /// The URI that is probed in the background; in a whole client an absolute one. Calls are rejected while it is down.
+    /// The URI that is probed in the background; in a whole client an absolute one. Calls are rejected while it is
+    /// down.
     fixed uri: Option<String> = Some("/healthz".to_owned());
     /// The time from one probe to the next.
     fixed every: Duration = secs(5);
@@ -487,7 +488,8 @@ group! {
     live jitter: f64 = 0.2;
     /// The keep-alive time of the peer, if it is known: nginx 75 s, Node.js 5 s, AWS's ALB 60 s. Only checked.
     live peer_keep_alive: Option<Duration> = None;
-    /// The idle time before the first TCP keepalive probe, and the time between probes; the connection ends after three.
+    /// The idle time before the first TCP keepalive probe, and the time between probes; the connection ends after
+    /// three.
     fixed tcp_keepalive: Option<Duration> = Some(secs(15));
     /// Whether connections are HTTP/2 from the first byte, as gRPC without TLS requires.
     fixed http2_only: bool = false;
@@ -548,7 +550,7 @@ group! {
 group! {
     /// The properties of the calls.
     CallsConfig for "calls", prefix "", on |_| true;
-    /// Whether responses are streams that may last: then no setting may bound the whole of a call. Loaded as true, it turns
-    /// off a server's `timeout_min_body_rate` and `limit_max_unread` where these are not set.
+    /// Whether responses are streams that may last: then no setting may bound the whole of a call. Loaded as true, it
+    /// turns off a server's `timeout_min_body_rate` and `limit_max_unread` where these are not set.
     live streaming: bool = false;
 }

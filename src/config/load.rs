@@ -281,8 +281,8 @@ impl<C: Stack> Loader<C> {
     }
 
     /// Loads the environment: `HTTP_CLIENT_RETRY_ATTEMPTS` for every service, then
-    /// `SEARCH_HTTP_CLIENT_RETRY_ATTEMPTS` for the service `search`. The variables of a server begin with `HTTP_SERVER_`.
-    /// [`env_prefix`](Self::env_prefix) sets another prefix.
+    /// `SEARCH_HTTP_CLIENT_RETRY_ATTEMPTS` for the service `search`. The variables of a server begin with
+    /// `HTTP_SERVER_`. [`env_prefix`](Self::env_prefix) sets another prefix.
     ///
     /// A client also reads variables with the [names of other clients](crate::config#names-of-other-clients).
     ///
@@ -327,8 +327,8 @@ impl<C: Stack> Loader<C> {
                 Err(_) => self.wrong("environment", &name, "use UTF-8".to_owned()),
             }
         }
-        // Variables for every service precede those for one, and aliases precede keys, because a later value replaces an
-        // earlier one. The order of the environment has no meaning.
+        // Variables for every service precede those for one, and aliases precede keys, because a later value replaces
+        // an earlier one. The order of the environment has no meaning.
         found.sort();
         for (_, _, name, key, value) in found {
             let (keys, value) = match alias::<C>(&key).map(|alias| &alias.to) {
@@ -364,8 +364,8 @@ impl<C: Stack> Loader<C> {
     ///
     /// # Errors
     ///
-    /// All files and values that cannot be read, and all unknown settings. The error of an unknown setting suggests a key
-    /// if the setting is a misspelling of it. Conflicts between settings are errors of `check`.
+    /// All files and values that cannot be read, and all unknown settings. The error of an unknown setting suggests a
+    /// key if the setting is a misspelling of it. Conflicts between settings are errors of `check`.
     pub fn finish(mut self) -> Result<C, ConfigErrors> {
         let mut config = C::default();
         let mut origins = Origins::new();
@@ -472,8 +472,8 @@ fn is_service_link(key: &str, value: &str) -> bool {
 
 // ===== Misspelt keys =====
 
-/// Returns the key that this one is a misspelling of: the nearest key, unless more than a quarter of its letters or more
-/// than [`MAX_MISSPELT`] have to be changed.
+/// Returns the key that this one is a misspelling of: the nearest key, unless more than a quarter of its letters or
+/// more than [`MAX_MISSPELT`] have to be changed.
 pub(super) fn near_miss<'a>(
     key: &str,
     rows: impl Iterator<Item = &'a Row>,

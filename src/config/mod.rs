@@ -35,9 +35,9 @@
 //!
 //! # Keys and values
 //!
-//! Every setting has one key. In TOML and JSON, tables can replace any `_` of the key. In the environment, the key is in
-//! capitals after the prefix `HTTP_CLIENT_`, or `HTTP_SERVER_` for a server. A variable for one service begins with the
-//! name of the service:
+//! Every setting has one key. In TOML and JSON, tables can replace any `_` of the key. In the environment, the key is
+//! in capitals after the prefix `HTTP_CLIENT_`, or `HTTP_SERVER_` for a server. A variable for one service begins with
+//! the name of the service:
 //!
 //! | | |
 //! |---|---|
@@ -45,8 +45,8 @@
 //! | JSON | `{"retry": {"attempts": 2}}` |
 //! | environment | `HTTP_CLIENT_RETRY_ATTEMPTS=2`, `SEARCH_HTTP_CLIENT_RETRY_ATTEMPTS=2` |
 //!
-//! A time is a text such as `250ms` or `1m 30s`, or a number of seconds. A list of statuses is a list, or a text such as
-//! `429, 529`. `off`, `false` and `null` switch a setting off.
+//! A time is a text such as `250ms` or `1m 30s`, or a number of seconds. A list of statuses is a list, or a text such
+//! as `429, 529`. `off`, `false` and `null` switch a setting off.
 //!
 //! These are errors:
 //!
@@ -110,21 +110,22 @@
 //! | `llm` | head and first frame 180 s, idle 60 s, neither a total nor a deadline, 8 connections per host, 32 calls in flight, 429 and 529 retried for any method |
 //!
 //! The presets of a server have the same names. They set the timeout of the head, the maximum time in the queue, the
-//! deadline of `internal`, and whether responses are streams. With `streaming = true`, which `llm` sets, `timeout_min_body_rate` and
-//! `limit_max_unread` of a server are off unless they are set. An application that sets the field `streaming` itself has
-//! to set these two, too.
+//! deadline of `internal`, and whether responses are streams. With `streaming = true`, which `llm` sets,
+//! `timeout_min_body_rate` and `limit_max_unread` of a server are off unless they are set. An application that sets the
+//! field `streaming` itself has to set these two, too.
 //!
 //! # Changes
 //!
 //! The fields are public. If the application sets one, `explain` states this as the origin. The method
 //! [`changes`](ClientConfig::changes) returns the settings that differ between two configurations, and whether each can
 //! change while the stack runs. These cannot, and `explain` marks them with a `*`: `deadline_header`, the retry budget,
-//! the settings of hedging and of the health probe, `breaker_window`, `connect_tcp_keepalive` and `connect_http2_…`. The
-//! kinds of the rules of a circuit cannot change either.
+//! the settings of hedging and of the health probe, `breaker_window`, `connect_tcp_keepalive` and `connect_http2_…`.
+//! The kinds of the rules of a circuit cannot change either.
 //!
 //! # Single layers
 //!
-//! The settings of each layer (`RetryConfig`, …) can be read alone, without the prefix of their keys, and make the layer:
+//! The settings of each layer (`RetryConfig`, …) can be read alone, without the prefix of their keys, and make the
+//! layer:
 //!
 //! ```
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -155,8 +155,8 @@ macro_rules! stack {
         }
 
         impl $Name {
-            /// Returns the settings of these groups that the application has set, with their values. Those of defaults and
-            /// presets are left out.
+            /// Returns the settings of these groups that the application has set, with their values. Those of defaults
+            /// and presets are left out.
             #[allow(dead_code, reason = "some stacks apply all of their settings")]
             pub(crate) fn chosen(&self, groups: &[&dyn Group]) -> Vec<(&'static str, Scalar)> {
                 let defaults = Self::default();

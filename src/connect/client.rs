@@ -271,14 +271,14 @@ fn with_connection(error: legacy::Error) -> BoxError {
     }
 }
 
-/// Lets a connection that is over serve no call after this one, if it can be spared.
+/// Excludes a connection whose time is over from further calls, unless it is still needed.
 fn retire(connection: &CaptureConnection) {
     if Tag::of(connection).is_some_and(|tag| tag.conn.is_to_be_left()) {
         close(connection);
     }
 }
 
-/// Lets a connection serve no call after this one. Returns `false` if the connection is unknown.
+/// Excludes a connection from further calls. Returns `false` if the connection is unknown.
 fn close(connection: &CaptureConnection) -> bool {
     connection.connection_metadata().as_ref().inspect(|connected| connected.poison()).is_some()
 }
@@ -367,7 +367,7 @@ impl ClientBuilder {
         self
     }
 
-    /// A client for `http` URIs.
+    /// Builds a client for `http` URIs, with a [`TcpConnector`].
     pub fn build_http<B>(self) -> Client<TcpConnector, B>
     where
         B: Body + Send,
@@ -377,11 +377,12 @@ impl ClientBuilder {
         self.build(tcp)
     }
 
-    /// A client for `http` and `https` URIs, HTTP/1 and HTTP/2, that trusts whom the system trusts.
+    /// Builds a client for `http` and `https` URIs and for HTTP/1 and HTTP/2, with a [`TcpConnector`] and the root
+    /// certificates of the system.
     ///
     /// # Errors
     ///
-    /// The system's certificates cannot be read.
+    /// Fails if the certificates of the system cannot be read.
     #[cfg(feature = "rustls")]
     #[cfg_attr(docsrs, doc(cfg(feature = "rustls")))]
     pub fn build_https<B>(
@@ -404,7 +405,7 @@ impl ClientBuilder {
         Ok(self.build(builder.wrap_connector(tcp)))
     }
 
-    /// A client over connections that this connector makes.
+    /// Builds a client over the connections of this connector.
     pub fn build<C, B>(mut self, connector: C) -> Client<C, B>
     where
         Connector<C>: Connect + Clone,
@@ -432,9 +433,9 @@ impl ClientBuilder {
 
     /// Returns a TCP connector with the settings of this builder, for a resolver of your own or TLS of your own.
     ///
-    /// It divides the connect timeout among the addresses of a host. The resolver is a service from
-    /// [`Name`](hyper_util::client::legacy::connect::dns::Name) to socket addresses. Before you wrap a TLS connector
-    /// around it, call [`for_tls`](TcpConnector::for_tls).
+    /// The connector divides the connect timeout among the addresses of a host. The resolver is a service from
+    /// [`Name`](hyper_util::client::legacy::connect::dns::Name) to socket addresses. Call
+    /// [`for_tls`](TcpConnector::for_tls) before you wrap a TLS connector around it.
     ///
     /// ```
     /// use buttress::connect::{Client, ConnectLayer};

@@ -1,4 +1,4 @@
-//! What there is of the layer where connections cannot be wrapped.
+//! The part of the layer for connectors whose connections cannot be wrapped.
 
 use std::{
     fmt,
@@ -16,13 +16,13 @@ use crate::BoxError;
 
 /// Times and counts attempts to connect: for reqwest's `connector_layer`, whose connections cannot be wrapped.
 ///
-/// Of a [`ConnectLayer`] there is the connect timeout, and in its snapshot `connecting`, `created`, `failed` and
-/// `timed_out`. How long a connection lives nobody but reqwest knows, so that there are no caps: limit calls
-/// instead, with a `ConcurrencyLimitLayer`, and see `pool_idle_timeout` and `pool_max_idle_per_host` of reqwest.
+/// It has the connect timeout of a [`ConnectLayer`], and `connecting`, `created`, `failed` and `timed_out` in the
+/// snapshot. It does not bound connections, because reqwest does not reveal their end. Bound the calls with a
+/// `ConcurrencyLimitLayer`, and idle connections with reqwest's `pool_idle_timeout` and `pool_max_idle_per_host`.
 ///
-/// The connect timeout is for all addresses of a host together. If the first address does not respond, the timeout ends
-/// the connect before the second one is tried, unless the connector itself divides a timeout that is no longer: reqwest
-/// does, with `ClientBuilder::connect_timeout`.
+/// The connect timeout is not divided among the addresses of a host. If the first address does not respond, the timeout
+/// ends the connect before the second one is tried. To reach the second one, set reqwest's
+/// `ClientBuilder::connect_timeout`, which is divided, to at most this timeout.
 #[must_use = "a layer does nothing until it wraps a connector"]
 #[derive(Clone, Debug)]
 pub struct DialLayer {

@@ -24,8 +24,8 @@ pub struct ConnectSnapshot {
     pub in_use: usize,
     /// How many are being opened.
     pub connecting: usize,
-    /// The number of DNS lookups in progress, including those whose connects have timed out. Reported by
-    /// [`Resolver`](super::Resolver)s only.
+    /// The number of DNS lookups in progress, including those whose connects have timed out. Only a
+    /// [`Resolver`](super::Resolver) reports lookups.
     pub lookups: usize,
     /// How many wait for a place, or for a stream of an HTTP/2 connection.
     pub waiting: usize,

@@ -80,9 +80,11 @@ impl ConnectLayer {
         self
     }
 
-    /// Sets the maximum time to connect: 5 s by default. It begins once there is a permit, and covers everything that the
-    /// wrapped connector does, including the DNS lookup and TLS. A [`TcpConnector`](super::TcpConnector) divides it among
-    /// the addresses of a host; other connectors have to do this themselves.
+    /// Sets the timeout of a connect, or `None`. 5 s by default.
+    ///
+    /// It begins when the connect has a permit, and includes everything that the wrapped connector does, such as the
+    /// DNS lookup and TLS. A [`TcpConnector`](super::TcpConnector) divides it among the addresses of a host. Any other
+    /// connector has to do this itself.
     pub fn connect_timeout(mut self, longest: impl Into<Option<Duration>>) -> Self {
         if let Some(longest) = self.accept(above_zero("connect_timeout", longest.into())) {
             let settings = &self.all.settings;
@@ -136,11 +138,11 @@ impl ConnectLayer {
         ConnectHandle(self.all.clone())
     }
 
-    /// For connectors whose connections cannot be wrapped, such as reqwest's: what there is of this
-    /// layer while they connect.
+    /// Returns the layer for connectors whose connections cannot be wrapped, such as reqwest's. It times and counts
+    /// connects.
     ///
-    /// The connect timeout is not divided among the addresses of a host, because the layer observes one connect and not
-    /// its addresses. Set reqwest's `connect_timeout`, which is divided, to at most this timeout.
+    /// The layer cannot divide the connect timeout among the addresses of a host, because it observes one connect and
+    /// not its addresses. Set reqwest's `connect_timeout`, which is divided, to at most this timeout.
     pub fn dials(self) -> DialLayer {
         DialLayer { connections: self }
     }

@@ -125,10 +125,12 @@
 //!
 //! # Addresses and lookups
 //!
-//! A [`TcpConnector`], which every [`Client`] made here uses, divides the connect timeout among the addresses of a host
-//! and tries IPv4 and IPv6 side by side (RFC 8305). Any other connector has to do this itself, for example by
-//! `HttpConnector::set_connect_timeout`: a [`ConnectLayer`] observes one connect and not its addresses. A DNS lookup
-//! cannot be cancelled, so a [`Resolver`] bounds the lookups by number.
+//! A [`TcpConnector`] divides the connect timeout among the addresses of a host and tries IPv4 and IPv6 concurrently
+//! (RFC 8305). [`build_http`](ClientBuilder::build_http) and `build_https` use it. Any other connector has to divide
+//! the timeout itself, for example by `HttpConnector::set_connect_timeout`, because a [`ConnectLayer`] observes one
+//! connect and not its addresses.
+//!
+//! A DNS lookup cannot be cancelled. A [`Resolver`] therefore bounds the number of lookups in progress.
 //!
 //! # Beside others
 //!

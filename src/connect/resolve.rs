@@ -1,11 +1,11 @@
-//! DNS lookups of the system's resolver, bounded by number.
+//! A bounded number of DNS lookups with the system's resolver.
 //!
 //! `getaddrinfo` blocks a thread and cannot be cancelled: hyper-util's `GaiResolver` leaves the thread behind when its
 //! future is dropped, because `JoinHandle::abort` does not end a blocking task that runs. A connect that timed out
 //! releases its permit, so its successor would block the next thread, up to all 512 of tokio's blocking pool.
 //!
-//! Here a lookup owns its permit and its entry in the map until `getaddrinfo` returns, whether or not a caller still
-//! waits. Callers of the same host wait for the lookup in progress. Map and threads are bounded by the permits.
+//! Here a lookup owns its permit and its entry in the map until `getaddrinfo` returns, even if no caller waits any
+//! more. Callers for the same host wait for the lookup in progress. The permits bound the map and the threads.
 
 use std::{
     collections::HashMap,
@@ -62,7 +62,7 @@ impl Lookups {
         match found.as_deref() {
             Ok(Some(Ok(addresses))) => Ok(Addresses { addresses: addresses.clone(), next: 0 }),
             Ok(Some(Err(error))) => Err(io::Error::new(error.kind(), SharedError(error.clone()))),
-            // The runtime of the lookup shuts down.
+            // The runtime of the lookup is shutting down.
             Ok(None) | Err(_) => Err(io::ErrorKind::Interrupted.into()),
         }
     }
@@ -83,7 +83,7 @@ impl Lookups {
         }
         let lookups = self.clone();
         let lookup = Lookup { lookups, host, found: None, sender, _permit: permit };
-        // Not awaited: the task runs to its end without a caller, and releases the permit.
+        // The task is not awaited. It runs to its end without a caller, and releases the permit.
         drop(spawn_blocking(move || lookup.run()));
         receiver
     }
@@ -93,8 +93,8 @@ impl Lookups {
     }
 }
 
-/// A lookup in progress. Dropping it, also before it ran, removes it from the map, publishes its result and releases its
-/// permit, in this order: a caller that has the result does not find the lookup in progress.
+/// A lookup in progress. Dropping it, even before it has run, removes it from the map, publishes its result and
+/// releases its permit, in this order: a caller that has the result must not find the lookup in progress.
 struct Lookup {
     lookups: Arc<Lookups>,
     host: Box<str>,
@@ -113,7 +113,7 @@ impl Lookup {
 impl Drop for Lookup {
     fn drop(&mut self) {
         let removed = self.lookups.by_host().remove(&self.host);
-        // Without the lock: this runs the wakers of the callers.
+        // The lock is released: publishing runs the wakers of the callers.
         drop(removed);
         self.sender.send_replace(self.found.take());
     }
@@ -137,13 +137,13 @@ impl Error for SharedError {
 
 // ===== The service =====
 
-/// The system's resolver (`getaddrinfo`) with a bounded number of lookups, for
-/// [`TcpConnector`](super::TcpConnector)s.
+/// The system's resolver (`getaddrinfo`) with a bounded number of lookups, for a
+/// [`TcpConnector`](super::TcpConnector).
 ///
 /// At most one lookup per host and 32 in total are in progress at a time, among all clients of one
 /// [`ConnectLayer`](super::ConnectLayer). A lookup blocks a thread of tokio's blocking pool until the system responds,
-/// also if its caller has timed out. A caller for the same host waits for the lookup in progress and shares its result.
-/// Results are not stored.
+/// even if its caller has timed out. A caller for the same host waits for the lookup in progress and shares its result.
+/// Results are not cached.
 ///
 /// # Cancellation
 ///

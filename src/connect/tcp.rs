@@ -13,12 +13,13 @@ use tower_service::Service;
 use super::{core::Connections, resolve::Resolver};
 use crate::call::Shared;
 
-/// hyper-util's [`HttpConnector`] with a [connect timeout](super::ConnectLayer::connect_timeout) that is divided among
-/// the addresses of a host: made by [`ClientBuilder::tcp_connector`](super::ClientBuilder::tcp_connector).
+/// hyper-util's [`HttpConnector`], which divides the [connect timeout](super::ConnectLayer::connect_timeout) among the
+/// addresses of a host. Made by [`ClientBuilder::tcp_connector`](super::ClientBuilder::tcp_connector).
 ///
-/// If a host has several addresses, an address that does not respond takes only its part of the timeout, and the
-/// connector goes on to the next one. If a host has IPv4 and IPv6 addresses, the family of the first address has a head
-/// start of 300 ms or a quarter of the timeout, whichever is shorter; then both families are tried at once (RFC 8305).
+/// An address that does not respond uses only its part of the timeout. The connector then tries the next address. If a
+/// host has IPv4 and IPv6 addresses, the family of the first address has a head start of 300 ms or a quarter of the
+/// timeout, whichever is shorter. Then the connector tries both families concurrently (RFC 8305).
+///
 /// A change of the connect timeout applies to connects that begin later.
 #[derive(Clone)]
 pub struct TcpConnector<R = Resolver> {
@@ -26,7 +27,7 @@ pub struct TcpConnector<R = Resolver> {
     all: Shared<Connections>,
 }
 
-/// The head start of the first address family: the default of hyper-util.
+/// The maximum head start of the first address family: the default of hyper-util.
 const MAX_HEAD_START: Duration = Duration::from_millis(300);
 
 impl<R> TcpConnector<R> {
@@ -34,19 +35,19 @@ impl<R> TcpConnector<R> {
         Self { http, all: all.clone() }
     }
 
-    /// Connects for `https` URIs too. Only for a TLS connector around this one: by itself it would send requests
-    /// unencrypted.
+    /// Accepts `https` URIs too, for a TLS connector around this one. Without a TLS connector, it sends the requests of
+    /// such URIs unencrypted.
     #[must_use]
     pub fn for_tls(mut self) -> Self {
         self.http.enforce_http(false);
         self
     }
 
-    /// Divides the connect timeout as it is now.
+    /// Applies the current connect timeout.
     fn divide(&mut self) {
         let max = self.all.connect_timeout();
-        // The layer ends the connect after the whole timeout. The parts add up to a little more, so that a connect which
-        // ends by the last part is counted as timed out and not as failed.
+        // The layer ends the connect after the whole timeout. The sum of the parts is slightly greater, so that a
+        // connect whose last address does not respond is counted as timed out and not as failed.
         let divided = max.map(|max| max + max / 16 + Duration::from_millis(5));
         let head_start = max.map_or(MAX_HEAD_START, |max| MAX_HEAD_START.min(max / 4));
         self.http.set_connect_timeout(divided);

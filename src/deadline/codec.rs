@@ -2,7 +2,7 @@ use std::{fmt, time::Duration};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-/// How the time that is left is said in a header, beside gRPC's own way.
+/// The encoding of the time left in a header, in addition to gRPC's.
 ///
 /// ```
 /// use std::time::Duration;
@@ -30,17 +30,17 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 /// # let _ = layer;
 /// ```
 pub trait Codec: Send + Sync + 'static {
-    /// The time that is left, if it is said. What cannot be read is not said.
+    /// Returns the time left. `None` if the header is absent or cannot be parsed.
     fn read(&self, headers: &HeaderMap) -> Option<Duration>;
 
-    /// Says that so much is left. Never rounded up, except from nothing.
+    /// Writes the time left. Must round down, except that it may round zero up.
     fn write(&self, left: Duration, headers: &mut HeaderMap);
 
     /// Returns the unit to which [`write`](Self::write) rounds down. 1 ms by default.
     ///
-    /// Where one deadline layer is inside of another, the inner one reads what the outer one has written. A time that is
-    /// less than one unit below the deadline in the extensions repeats that deadline, whose
-    /// [source](crate::Deadline::source) then stays as it is.
+    /// If two deadline layers of a stack use the same header, the inner layer reads the time that the outer layer has
+    /// written. A time that is at most one unit below the deadline in the extensions repeats that deadline, and the
+    /// deadline keeps its [source](crate::Deadline::source).
     fn resolution(&self) -> Duration {
         Duration::from_millis(1)
     }

@@ -79,9 +79,9 @@
 //! | the [default](DeadlineLayer::default_of), [`at_most`](DeadlineLayer::at_most) | `Operator` | is a failure: a timeout |
 //! | the application, with [`Deadline::after`] | `Operator` | is a failure: a timeout |
 //!
-//! The source stays the same when a handler passes the deadline on. It also
-//! stays the same where a deadline layer reads the header that another one of the same stack has written. The
-//! [table of causes](crate::call#which-side-caused-it) states how every layer counts a call that ends by either source.
+//! The source stays the same when a handler passes the deadline on, and when a deadline layer reads the header that
+//! another layer of the same stack has written. The [table of causes](crate::call#which-side-caused-it) states how
+//! every layer counts a call that ends by either source.
 //!
 //! # In the stack
 //!
@@ -110,13 +110,13 @@
 //!
 //! # Beside tonic's
 //!
-//! tonic's server and its channel read `grpc-timeout`, too. They time the response head only, report `CANCELLED`, and
-//! forward nothing. Their timers expire at the same time as those of the layers. A call that ends by its deadline is
-//! nevertheless always `DEADLINE_EXCEEDED` for the caller, and the same outcome for every layer: a
+//! tonic's server and its channel also read `grpc-timeout`. They time the response head only, report `CANCELLED`, and
+//! forward no deadline. Their timers expire at the same time as those of the layers. A call that ends by its deadline
+//! is nevertheless always `DEADLINE_EXCEEDED` for the caller, and has the same outcome for every layer. A
 //! [`TimeoutLayer`](crate::TimeoutLayer), a `RetryLayer` and a deadline layer that keeps the deadline treat an error of
-//! the client, and a `CANCELLED` of the server, as the expiry of the deadline if it arrives at that time (1 ms before,
-//! or later). To a generated client this code needs a [`RespondLayer`](crate::RespondLayer), or the feature `tonic` or
-//! `tonic-health`.
+//! the client or a `CANCELLED` of the server as the expiry of the deadline, if it arrives at most 1 ms before the
+//! deadline or later. A generated client receives this code with a [`RespondLayer`](crate::RespondLayer), or with the
+//! feature `tonic` or `tonic-health`.
 
 mod codec;
 mod layer;

@@ -64,11 +64,11 @@ impl Times {
         let is_of_caller =
             carried.is_some_and(|deadline| deadline.source() == DeadlineSource::Caller);
         let bound = max.filter(|_| is_of_caller).map(by_operator);
-        // An outer layer of this stack has written the carried deadline to the headers. It is not the caller's because
-        // of that.
+        // If an outer layer of this stack has written the carried deadline to the headers, the header does not make it
+        // a deadline of the caller.
         let repeats_carried = told.zip(carried).is_some_and(|((told, resolution), carried)| {
             let left = carried.at().saturating_duration_since(Moment::now());
-            // Beyond 27 hours the unit of `grpc-timeout` is coarser: eight digits are written.
+            // `grpc-timeout` has at most eight digits, so its unit is coarser beyond 27 hours.
             told <= left && left - told <= resolution.saturating_add(left / 100_000)
         });
         let bounded =

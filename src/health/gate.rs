@@ -62,7 +62,7 @@ const LISTENS: u8 = 0b1_0000;
 pub(super) struct Probing {
     pub(super) schedule: Schedule,
     pub(super) threshold: Threshold,
-    /// Whether a response that states that the upstream is unavailable takes it down at once.
+    /// A response by which the upstream declares itself unavailable takes it down at once.
     pub(super) immediate_failure: bool,
     pub(super) reporters: Vec<Reporter>,
     pub(super) probes: u64,

@@ -155,12 +155,13 @@ impl<P: OverHttp, M, R> HealthProbeLayer<P, M, R> {
 }
 
 impl<P: StatusProbe, M, R> HealthProbeLayer<P, M, R> {
-    /// Sets whether a response with status 503, or gRPC's `NOT_SERVING`, takes the upstream down at once. On by default.
+    /// Sets whether a response with status 503, or gRPC's `NOT_SERVING`, takes the upstream down at once. On by
+    /// default.
     ///
-    /// Such a response states that the upstream is unavailable, so further probes would only delay the result. Other
-    /// failures, such as timeouts, connection errors and other statuses, count towards
-    /// [`thresholds`](Self::thresholds). `false` makes all failures count towards it. A status that
-    /// [`expect_status`](Self::expect_status) accepts is a success. Envoy calls this immediate failure.
+    /// By such a response the upstream declares itself unavailable, so further probes would only delay the result.
+    /// Other failures, such as timeouts, connection errors and other statuses, count towards the
+    /// [threshold](Self::thresholds). With `false`, all failures do. A status that
+    /// [`expect_status`](Self::expect_status) accepts is a success. Envoy's health checks have the same rule.
     ///
     /// A server that is at its limit must not reject the probe with a 503: exempt the path of the probe from the limit
     /// ([`exempt_paths`](crate::ConcurrencyLimitLayer::exempt_paths)).
@@ -211,9 +212,11 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
         self
     }
 
-    /// How many probes in a row must pass before what is down is up again (1 by default), and how many
-    /// must fail before it is down (3 by default), each 1 or more. The very first success is enough, and a response
-    /// with status 503 is an [immediate failure](Self::immediate_failure).
+    /// Sets the number of successive probes that must pass before the upstream is up again (1 by default), and the
+    /// number that must fail before it is down (3 by default), each 1 or more.
+    ///
+    /// The first success after the start takes the upstream up at once. A response with status 503 takes it down at
+    /// once: see [`immediate_failure`](Self::immediate_failure).
     pub fn thresholds(mut self, rise: u32, fall: u32) -> Self {
         if let Some((rise, fall)) = self.plan.accept(checked_thresholds(rise, fall)) {
             self.plan.policy.with(|probing| {

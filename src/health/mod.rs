@@ -65,12 +65,12 @@
 //! |---|---|
 //! | 2xx, or what is [expected](HealthProbeLayer::expect_status); any answer, or what the judge says, for other types | passed |
 //! | gRPC: `SERVING`, or `UNIMPLEMENTED` | passed |
-//! | 503, or gRPC: `NOT_SERVING` | failed, and down at once; or as [`immediate_failure`](HealthProbeLayer::immediate_failure) says |
+//! | 503, or gRPC: `NOT_SERVING` | failed, and down at once; with [`immediate_failure(false)`](HealthProbeLayer::immediate_failure) failed |
 //! | another status (429 too), an error, a body that breaks off or is not the [expected](HealthProbeLayer::expect_body) one | failed |
 //! | no head within `timeout`, readying the service included | failed |
 //! | a panic of the service, of the request's closure or of the judge | failed |
 //! | [connection housekeeping](crate::Outcome::is_housekeeping), such as a stale pooled connection | as the result of a second request, sent at once within the same `timeout` |
-//! | refused by a layer of this crate further in | nothing |
+//! | rejected by an inner layer | nothing |
 //!
 //! | the gate is | calls | its check in the registry |
 //! |---|---|---|
@@ -159,12 +159,12 @@
 //! | [`timeout`](HealthProbeLayer::timeout) | 1 s |
 //! | [`thresholds`](HealthProbeLayer::thresholds) | 1 to rise, 3 to fall |
 //! | [`immediate_failure`](HealthProbeLayer::immediate_failure) | on |
-//! | [`while_down`](HealthProbeLayer::while_down) | calls are refused |
+//! | [`while_down`](HealthProbeLayer::while_down) | calls are rejected |
 //! | [`passive`](HealthProbeLayer::passive), [`panic_guard`](HealthProbeLayer::panic_guard) | off |
-//! | refusals | an error; [`respond`](HealthProbeLayer::respond) for a response |
+//! | rejections | an error; [`respond`](HealthProbeLayer::respond) for a response |
 //!
-//! tower and tower-http have no layer of this kind. The thresholds, the first success that is enough, the
-//! immediate failure and the share below which a set panics are Envoy's.
+//! tower and tower-http have no layer of this kind. The thresholds, the first success that suffices, the immediate
+//! failure and the share below which a set panics follow Envoy.
 
 mod answer;
 mod caught;

@@ -41,7 +41,7 @@ pub enum ProbeFailure {
 }
 
 impl ProbeFailure {
-    /// Returns whether the upstream has stated that it is unavailable: HTTP 503, or `NOT_SERVING`. This is the immediate
+    /// Returns whether the upstream has declared itself unavailable, by HTTP 503 or `NOT_SERVING`: the immediate
     /// failure of Envoy's health checks.
     pub(super) fn is_immediate(self) -> bool {
         matches!(self, Self::Status(StatusCode::SERVICE_UNAVAILABLE) | Self::NotServing)
@@ -120,9 +120,9 @@ pub trait Probe<S>: Clone + Send + 'static {
     fn run(self, service: S, deadline: Instant) -> impl Future<Output = Result<(), Failed>> + Send;
 }
 
-/// A probe whose response can state that the upstream is unavailable: by HTTP 503, or by gRPC's `NOT_SERVING`.
+/// A probe by whose response the upstream can declare itself unavailable: by HTTP 503, or by gRPC's `NOT_SERVING`.
 ///
-/// See [`immediate_failure`](super::HealthProbeLayer::immediate_failure). Not to be implemented outside of this crate.
+/// See [`immediate_failure`](super::HealthProbeLayer::immediate_failure). Do not implement it outside of this crate.
 pub trait StatusProbe {}
 
 // ===== Anything else =====

@@ -121,8 +121,8 @@
 //!
 //! # Connections
 //!
-//! A limit on calls says nothing to idle sockets: those are for `listener` (a feature), a listener with
-//! a cap.
+//! A limit on calls does not bound idle connections. The feature `listener` adds a listener with a maximum number of
+//! connections.
 //!
 //! # Cancellation
 //!

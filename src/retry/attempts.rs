@@ -105,12 +105,12 @@ pub struct Attempt(pub u32);
 /// attempt's error.
 ///
 /// The text states the [`Stop`] and the outcome of the last attempt, if it is known: `gave up after 3 attempts
-/// (attempts_used_up): reset`. It states whether the upstream has received the call: `gave up after 1 attempt, nothing was
-/// sent (rejected): concurrency limit is reached`.
+/// (attempts_used_up): reset`. It states whether the upstream has received the call: `gave up after 1 attempt, nothing
+/// was sent (rejected): concurrency limit is reached`.
 ///
 /// [`attempts`](Self::attempts) returns the record. A [`Rejected`](crate::Rejected) of the last attempt is among the
-/// sources. `Debug` shows the source without [secrets](crate#secrets). The source itself is the error of the client, whose
-/// text may contain the URI.
+/// sources. `Debug` shows the source without [secrets](crate#secrets). The source itself is the error of the client,
+/// whose text may contain the URI.
 pub struct RetryError {
     attempts: Attempts,
     source: BoxError,

@@ -70,7 +70,8 @@ impl Backoff {
         Self::new(Shape::Decorrelated, base)
     }
 
-    /// Sets the factor by which the delay grows with each retry: 1 or more. Turns any other shape into an exponential one.
+    /// Sets the factor by which the delay grows with each retry: 1 or more. Turns any other shape into an exponential
+    /// one.
     pub const fn factor(mut self, factor: f64) -> Self {
         self.shape = Shape::Powers(factor);
         self

@@ -131,8 +131,9 @@ where
     M::TAKES_ERRORS && kept.and_then(M::deadline).is_some_and(|deadline| deadline.at() <= then())
 }
 
-/// Returns whether a failed attempt only reports that the deadline has passed: the client's own timer, such as that of
-/// a tonic channel on `grpc-timeout`, or the server was ahead of the timer of the retry. A rejection stays as it is.
+/// Returns whether a failed attempt only reports that the deadline has passed. The server or a timer of the client,
+/// such as that of a tonic channel on `grpc-timeout`, may expire earlier than the timer of the retry. A rejection stays
+/// as it is.
 fn reports_deadline<S, Req, M>(held: &M::Held, kept: Option<&M::Kept>) -> bool
 where
     S: Service<M::Request>,

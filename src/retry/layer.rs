@@ -71,7 +71,8 @@ impl<M> RetryLayer<M> {
 }
 
 impl RetryLayer {
-    /// Returns a layer with three attempts, full jitter, a budget of 20 %, and hints such as `Retry-After`, for safe methods.
+    /// Returns a layer with three attempts, full jitter, a budget of 20 %, and hints such as `Retry-After`, for safe
+    /// methods.
     pub fn http() -> Self {
         Self::of(Http)
     }
@@ -192,8 +193,8 @@ impl RetryLayer {
     /// `Some(false)` returns the result, and `None` leaves the decision to the other rules.
     ///
     /// The bounds of attempts, time, body and budget apply nevertheless. The closure cannot overrule a
-    /// `grpc-retry-pushback-ms` that forbids a retry or a deadline that has passed. If it retries a rejection by an inner
-    /// layer, the delay is at least the rejection's `retry_after`.
+    /// `grpc-retry-pushback-ms` that forbids a retry or a deadline that has passed. If it retries a rejection by an
+    /// inner layer, the delay is at least the rejection's `retry_after`.
     ///
     /// ```
     /// # use buttress::RetryLayer;
@@ -212,8 +213,8 @@ impl RetryLayer {
 impl<M> RetryLayer<M> {
     /// Retries requests of any type that is `Clone` or [`Replay`](super::Replay), by a closure that classifies results.
     ///
-    /// The closure receives the result of the wrapped service as `Result<&Response, &Error>`. Failures and throttled calls
-    /// are retried. The error type stays the same.
+    /// The closure receives the result of the wrapped service as `Result<&Response, &Error>`. Failures and throttled
+    /// calls are retried. The error type stays the same.
     ///
     /// Settings for HTTP are a [`ConfigError`] of [`checked`](Self::checked) together with a closure:
     /// [`attempt_timeout`](RetryLayer::attempt_timeout), whose error would have no type, and the rules that the closure
@@ -251,16 +252,17 @@ impl<M> RetryLayer<M> {
 
     /// Sets whether a rejection by an inner layer is retried after its `retry_after`. Off by default.
     ///
-    /// By default a rejection ends the call at once, because an open circuit or a full limit protects the upstream, and the
-    /// caller can use another upstream. With this setting the call waits if the rejection states a time that fits
+    /// By default a rejection ends the call at once, because an open circuit or a full limit protects the upstream, and
+    /// the caller can use another upstream. With this setting the call waits if the rejection states a time that fits
     /// [`max_wait`](Self::max_wait) and the deadline. Such a retry makes no withdrawal from the budget.
     pub fn wait_on_rejection(self, wait: bool) -> Self {
         self.settings.set(|policy| policy.wait_on_rejection = wait);
         self
     }
 
-    /// Sets the maximum time by which a server's hint lengthens the delay of the backoff. A longer hint is cut, instead of
-    /// [ending the call](Self::max_wait). A hint never shortens the delay. Replaces [`hint_jitter`](Self::hint_jitter).
+    /// Sets the maximum time by which a server's hint lengthens the delay of the backoff. A longer hint is cut, instead
+    /// of [ending the call](Self::max_wait). A hint never shortens the delay. Replaces
+    /// [`hint_jitter`](Self::hint_jitter).
     pub fn hint_reach(self, reach: Duration) -> Self {
         self.settings.set(|policy| policy.hint = Hint::Within(reach));
         self
@@ -352,13 +354,13 @@ impl<M> RetryLayer<M> {
     }
 
     /// Sets the maximum delay before an attempt. A longer delay of the backoff is cut. A longer hint of the server ends
-    /// the call at once with the response, and so does every hint of 300 s or more. With [`hint_reach`](Self::hint_reach) a
-    /// hint is cut instead.
+    /// the call at once with the response, and so does every hint of 300 s or more. With
+    /// [`hint_reach`](Self::hint_reach) a hint is cut instead.
     ///
     /// `None` is the default: 30 s for a call without a [`Deadline`](crate::Deadline), and no maximum for a call with
     /// one, since the deadline bounds the delay. The
-    /// delay of a shorter hint may exceed the maximum by its [jitter](Self::hint_jitter), because clients whose jitter is
-    /// cut there would return at the same time.
+    /// delay of a shorter hint may exceed the maximum by its [jitter](Self::hint_jitter), because clients whose jitter
+    /// is cut there would return at the same time.
     pub fn max_wait(self, wait: impl Into<Option<Duration>>) -> Self {
         let wait = wait.into();
         self.settings.set(|policy| policy.max_wait = wait);

@@ -55,9 +55,9 @@
 //! 425 is retried for any method, without a withdrawal from the budget. If the request has `Early-Data: 1`, it is not
 //! retried, because only the client that sent the early data can repeat it (RFC 8470 §5.2).
 //!
-//! 421 is retried over another connection if a `connect::Client` sends the requests: for any method, without a withdrawal
-//! (RFC 9110 §15.5.20). Other clients may use the same connection again. Over them, 421 is retried only if the method is
-//! safe.
+//! 421 is retried over another connection if a `connect::Client` sends the requests: for any method, without a
+//! withdrawal (RFC 9110 §15.5.20). Other clients may use the same connection again. Over them, 421 is retried only if
+//! the method is safe.
 //!
 //! # Connection housekeeping
 //!
@@ -113,13 +113,13 @@
 //! # Deadlines
 //!
 //! If the extensions of a request contain a [`Deadline`](crate::Deadline), the request is not sent after it. It is not
-//! retried if the delay and [10 ms](RetryLayer::least_attempt) for the attempt do not fit before the deadline. A wait for
-//! the readiness of the service, and an attempt that has no response head, end at the deadline. The error then contains a
-//! [`Rejected`](crate::Rejected). A `DeadlineLayer` outside of the retry that responds converts it into a 504, or into
-//! `DEADLINE_EXCEEDED` for gRPC.
+//! retried if the delay and [10 ms](RetryLayer::least_attempt) for the attempt do not fit before the deadline. A wait
+//! for the readiness of the service, and an attempt that has no response head, end at the deadline. The error then
+//! contains a [`Rejected`](crate::Rejected). A `DeadlineLayer` outside of the retry that responds converts it into a
+//! 504, or into `DEADLINE_EXCEEDED` for gRPC.
 //!
-//! [`attempt_timeout`](RetryLayer::attempt_timeout) bounds each attempt, up to its response head. The timer is created only
-//! if the response head is not available at once.
+//! [`attempt_timeout`](RetryLayer::attempt_timeout) bounds each attempt, up to its response head. The timer is created
+//! only if the response head is not available at once.
 //!
 //! # gRPC
 //!
@@ -131,9 +131,9 @@
 //!
 //! # In the stack
 //!
-//! Put the retry outermost, outside of the circuit breaker and the limit: each attempt is counted and limited, and a call
-//! that waits for its next attempt holds no permit. A rejection by an inner layer, such as an open circuit or a full limit,
-//! ends the call at once, and the error states that nothing was sent. With
+//! Put the retry outermost, outside of the circuit breaker and the limit: each attempt is counted and limited, and a
+//! call that waits for its next attempt holds no permit. A rejection by an inner layer, such as an open circuit or a
+//! full limit, ends the call at once, and the error states that nothing was sent. With
 //! [`wait_on_rejection`](RetryLayer::wait_on_rejection) the call waits for the time that the rejection states instead.
 //!
 //! The wrapped service receives `http::Request<ReplayBody<B>>`. A service with a single body type, such as a tonic

@@ -202,7 +202,8 @@ pub enum Repeatable {
 pub(super) struct Facts {
     pub(super) class: Class,
     pub(super) outcome: Outcome,
-    /// A retry is safe by the method, by a key, by a rule of the user, or because the server did not process the request.
+    /// A retry is safe by the method, by a key, by a rule of the user, or because the server did not process the
+    /// request.
     pub(super) safe: bool,
     /// The response proves that the server did not process the request, so that a retry makes no withdrawal.
     pub(super) is_unprocessed: bool,

@@ -24,7 +24,8 @@ pub enum Preset {
 }
 
 impl<M> RetryLayer<M> {
-    /// Sets delays, attempts and budget as another implementation does. The requests that are safe to repeat stay the same.
+    /// Sets delays, attempts and budget as another implementation does. The requests that are safe to repeat stay the
+    /// same.
     ///
     /// | preset | attempts | backoff | budget | a server's hint |
     /// |---|---|---|---|---|

@@ -244,9 +244,9 @@ impl Say {
         self.unprocessed.iter().copied().find(|&status| self.forbids(Failure::Status(status)))
     }
 
-    /// Returns the class by the rules of the user, and whether the closure or the set of unprocessed statuses declares a
-    /// retry safe for any method. The rules cannot overrule a pushback of the server that forbids a retry or a deadline
-    /// that has passed. They can overrule a rejection.
+    /// Returns the class by the rules of the user, and whether the closure or the set of unprocessed statuses declares
+    /// a retry safe for any method. The rules cannot overrule a pushback of the server that forbids a retry or a
+    /// deadline that has passed. They can overrule a rejection.
     pub(super) fn judge(&self, class: Class, seen: &mut Seen<'_>) -> (Class, bool) {
         if matches!(class, Class::Refused(Stop::Pushback | Stop::DeadlinePassed)) {
             return (class, false);

@@ -133,7 +133,8 @@ impl<F, H> Weighed<F, H> {
     }
 }
 
-/// Returns whether this outcome makes a deposit in the retry budget. A gRPC status other than `OK` makes none (gRFC A6).
+/// Returns whether this outcome makes a deposit in the retry budget. A gRPC status other than `OK` makes none (gRFC
+/// A6).
 #[inline]
 pub(super) fn earns_deposit(outcome: Outcome) -> bool {
     let is_grpc_error = outcome.reason() == Reason::GrpcStatus && outcome.code() != Some(grpc::OK);

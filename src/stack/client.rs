@@ -19,11 +19,12 @@ use crate::{
     timeout::Timeout,
 };
 
-/// The recommended layers of a client, in their order, around any HTTP client: outermost first counters, deadline,
-/// retry, hedge, circuit breaker, concurrency limit, the deadline once more (to tell the next hop what is left), timeouts.
+/// The recommended layers of a client, in their order, around any HTTP client. Outermost first: counters, deadline,
+/// retry, hedge, circuit breaker, concurrency limit, a second deadline layer that writes the time left for the next
+/// hop, timeouts.
 ///
-/// `buttress::client` puts it around a hyper client with its connections. One stack belongs to one layer and all
-/// its clones.
+/// `buttress::client` puts it around a client with its own connections, and `buttress::grpc` around a tonic channel.
+/// The clones of a stack share its state.
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct ClientStack {
@@ -48,7 +49,7 @@ pub type ClientStackService<S> =
     Metered<Propagated<Retry<Hedge<CircuitBreaker<ConcurrencyLimit<Propagated<Timeout<S>>>>>>>>;
 
 impl ClientStack {
-    /// The stack that this configuration says.
+    /// Returns the stack of this configuration.
     ///
     /// # Errors
     ///
@@ -57,7 +58,7 @@ impl ClientStack {
         Self::over(config, RetryLayer::http())
     }
 
-    /// Returns the stack of this configuration. Its retry has the rules of `retry`.
+    /// Returns the stack of this configuration, with the rules of `retry`.
     pub(super) fn over(config: &ClientConfig, retry: RetryLayer) -> Result<Self, ConfigErrors> {
         config.check()?;
         let one = |error: ConfigError| ConfigErrors(vec![error]);
@@ -157,8 +158,8 @@ impl ClientHandle {
         self.stack.connections.as_ref().map(crate::connect::ConnectLayer::handle)
     }
 
-    /// The health probe's own handle: what it found, and to wait for its next change. None unless
-    /// `buttress::client` made the stack, with a `health_probe_uri`.
+    /// Returns the handle of the health probe. `None` unless `buttress::client` made the stack and `health_probe_uri`
+    /// is set.
     #[must_use]
     pub fn probe(&self) -> Option<HealthProbeHandle> {
         self.stack.probe.clone()

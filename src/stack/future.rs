@@ -60,7 +60,7 @@ impl<B> HasBody for Response<B> {
 }
 
 pin_project! {
-    /// The response body of a ready-made client: a body whose error is a [`ClientError`].
+    /// The response body of a ready-made client. Its error is a [`ClientError`].
     pub struct ClientBody<B> {
         #[pin]
         body: B,

@@ -21,13 +21,13 @@ use crate::{
 
 type Inner<S> = RespondService<ClientStackService<IntoTonicBody<S>>>;
 
-/// The recommended client for gRPC, as this configuration says: a [`ClientStack`] around a tonic [`Channel`], or around
-/// any other service that takes the requests of a generated client.
+/// Returns the recommended client for gRPC with the settings of this configuration: a [`ClientStack`] around a tonic
+/// [`Channel`], or around any other service that accepts the requests of a generated client.
 ///
-/// Generated clients accept it unchanged. Around them, [`RespondLayer`] turns rejections into gRPC statuses:
-/// `UNAVAILABLE` for an open circuit or a full limit, `DEADLINE_EXCEEDED` for a deadline or a timeout. Retries follow
-/// [`RetryLayer::grpc`]: a status of `UNAVAILABLE` is retried for every call. A hedge is sent only for calls with
-/// an `idempotency-key` in their metadata, because every gRPC call is a `POST`.
+/// Generated clients accept the returned service unchanged. Its outermost layer is a [`RespondLayer`], so a rejection
+/// is a gRPC status: `UNAVAILABLE` for an open circuit or a full limit, `DEADLINE_EXCEEDED` for a deadline or a
+/// timeout. Retries follow [`RetryLayer::grpc`]: a status of `UNAVAILABLE` is retried for every call. A hedge
+/// attempt is sent only for a call with an `idempotency-key` in its metadata, because every gRPC call is a `POST`.
 ///
 /// ```no_run
 /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
@@ -46,10 +46,10 @@ type Inner<S> = RespondService<ClientStackService<IntoTonicBody<S>>>;
 ///
 /// # Errors
 ///
-/// What [`check`](ClientConfig::check) finds. Also each setting of the connections, the health probe or `check_health` that
-/// the configuration sets, because the channel makes its own connections, and `retry_unprocessed`, which lists HTTP
-/// statuses. An exception is `connect_timeout`: it states the timeout of the channel's `Endpoint`, with which the other
-/// timeouts are compared.
+/// Returns the errors of [`check`](ClientConfig::check), and an error for each setting that has no effect here and that the
+/// application has set: the settings of the connections, the health probe and `check_health`, because the channel makes
+/// its own connections, and `retry_unprocessed`, which lists HTTP statuses. `connect_timeout` is an exception: it states
+/// the timeout of the channel's `Endpoint`, with which `check` compares the other timeouts.
 pub fn grpc<S>(config: &ClientConfig, channel: S) -> Result<GrpcClient<S>, ConfigErrors>
 where
     S: Clone,
@@ -63,10 +63,10 @@ where
 
 /// Returns an error for each setting that has no effect over a channel, or for gRPC calls.
 fn without_effect(config: &ClientConfig) -> Vec<ConfigError> {
-    let of_channel = "it has no effect over a channel, which makes its own connections: set it at the channel's \
+    let of_channel = "has no effect over a channel, which makes its own connections: set it at the channel's \
                       `Endpoint`, and leave it out here";
-    let of_http = "it has no effect for gRPC calls, whose gRPC status decides: leave it out here";
-    let of_uri = "it has no effect over a channel: pass a health check to `check_health` of the handle, and leave it out \
+    let of_http = "has no effect for gRPC calls, whose gRPC status decides: leave it out here";
+    let of_uri = "has no effect over a channel: pass a health check to `check_health` of the handle, and leave it out \
                   here";
     let error = |(key, value), remedy| ConfigError::new(key, value, remedy);
     let connections = config.chosen(&[&config.connect, &config.health_probe]).into_iter();
@@ -83,8 +83,8 @@ fn without_effect(config: &ClientConfig) -> Vec<ConfigError> {
 ///
 /// # Errors
 ///
-/// A [`ClientError`] for what is not a rejection, such as a connection that broke. tonic turns it into a status by the
-/// errors among its sources.
+/// Fails with a [`ClientError`] for everything that is not a rejection, such as a broken connection. tonic converts it
+/// into a status by its sources.
 ///
 /// # Cancellation
 ///
@@ -133,7 +133,7 @@ where
 
 // ===== The body =====
 
-/// Gives a channel the only request body that it takes.
+/// Converts request bodies into the only body type that a channel accepts.
 #[derive(Clone, Debug)]
 pub struct IntoTonicBody<S> {
     inner: S,

@@ -38,12 +38,14 @@ type Inner<B> = ClientStackService<HealthProbe<Connections<B>>>;
 /// An empty one is an empty body.
 type Empty = String;
 
-/// The recommended client, as this configuration says: a [`ClientStack`] around a [`connect::Client`].
+/// Returns the recommended client with the settings of this configuration: a [`ClientStack`] around a
+/// [`connect::Client`].
 ///
-/// With a `health_probe_uri` the service is asked in the background, over a connection of its own, and calls are refused
-/// while it is down: from the first call on, where this is not called in a Tokio runtime.
+/// If `health_probe_uri` is set, the upstream is probed in the background over a separate connection, and calls are
+/// rejected while it is down. The probes begin at once in a Tokio runtime, and otherwise with the first call.
 ///
-/// For `http`, and with the feature `rustls` for `https` too. It is a Tower service as well, for layers around it.
+/// The client is for `http` URIs, and with the feature `rustls` also for `https`. It is a Tower service, for layers
+/// around it.
 ///
 /// ```no_run
 /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
@@ -60,7 +62,8 @@ type Empty = String;
 ///
 /// # Errors
 ///
-/// What [`check`](ClientConfig::check) finds; with `rustls`, that the system's certificates cannot be read.
+/// Returns the errors of [`check`](ClientConfig::check). With `rustls`, fails if the certificates of the system cannot
+/// be read.
 pub fn client<B>(config: &ClientConfig) -> Result<Client<B>, ConfigErrors>
 where
     B: Body + Send + Unpin + 'static,
@@ -134,11 +137,11 @@ where
     ///
     /// # Errors
     ///
-    /// A [`ClientError`] whose [kind](ClientError::kind) states what failed.
+    /// Fails with a [`ClientError`], whose [kind](ClientError::kind) states what failed.
     ///
     /// # Cancellation
     ///
-    /// Dropping the future ends the attempt in flight and makes no further one.
+    /// Dropping the future drops the attempt in flight. No further attempt is made.
     pub async fn request(
         &self,
         request: Request<B>,
@@ -155,8 +158,8 @@ where
     B::Data: Send,
     B::Error: Into<BoxError>,
 {
-    /// Asks the service at the `check_health_uri` of the configuration, or else its `health_probe_uri`, through the whole stack: a
-    /// 2xx is well. Without one, tells what the stack knows.
+    /// Requests the `check_health_uri` of the configuration, or else its `health_probe_uri`, through the whole stack. A
+    /// 2xx is healthy. If neither is set, returns the result of the state of the stack alone.
     pub async fn check_health(&self) -> HealthCheck {
         let config = self.handle.config();
         let uri = config.check_health.uri.or(config.health_probe.uri);

@@ -18,9 +18,9 @@
 //! # Ok(()) }
 //! ```
 //!
-//! With the feature `connect`, `buttress::client` puts it around a client with its own connections; with the feature
-//! `tonic`, `buttress::grpc` puts it around a tonic channel, for generated clients. A server's
-//! is [`buttress::server`](server()), a layer for an axum router.
+//! With the feature `connect`, `buttress::client` puts the stack of a client around a client with its own connections.
+//! With the feature `tonic`, `buttress::grpc` puts it around a tonic channel, for generated clients. The stack of a
+//! server is [`buttress::server`](server()), a layer for an axum router.
 //!
 //! # Which layers
 //!
@@ -29,12 +29,12 @@
 //! | counters | counters |
 //! | [`DeadlineLayer`](crate::DeadlineLayer): all attempts and waits | [`DeadlineLayer`](crate::DeadlineLayer) |
 //! | [`RetryLayer`](crate::RetryLayer) | |
-//! | [`HedgeLayer`](crate::HedgeLayer), off unless `hedge_after` or `hedge_percentile` is said | |
+//! | [`HedgeLayer`](crate::HedgeLayer), off unless `hedge_after` or `hedge_percentile` is set | |
 //! | [`CircuitBreakerLayer`](crate::CircuitBreakerLayer) | |
 //! | [`ConcurrencyLimitLayer`](crate::ConcurrencyLimitLayer) | [`ConcurrencyLimitLayer`](crate::ConcurrencyLimitLayer) |
 //! | [`DeadlineLayer`](crate::DeadlineLayer): tells the next hop what is left | |
 //! | [`TimeoutLayer`](crate::TimeoutLayer): the times of an attempt | [`TimeoutLayer::server`](crate::TimeoutLayer::server) |
-//! | [`HealthProbeLayer`](crate::HealthProbeLayer), in `buttress::client` and with a `health_probe_uri` | |
+//! | [`HealthProbeLayer`](crate::HealthProbeLayer), in `buttress::client` if `health_probe_uri` is set | |
 //! | the client | the routes |
 //!
 //! A layer that is off lets everything through: the type is the same.

@@ -99,7 +99,7 @@ impl<B: Body> Body for TimedBody<B> {
                 rest.begun = true;
                 this.stall.over();
                 let is_late = match next {
-                    // Its last frame is not too late; but one that always has another is no longer read.
+                    // The last frame is not late. A body that always has a further frame is cut off at the end.
                     Some(Ok(frame)) if frame.is_data() => {
                         !this.inner.is_end_stream() && has_passed(rest.end)
                     }

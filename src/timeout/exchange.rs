@@ -55,8 +55,8 @@ pub trait Follow<Res> {
     /// What the caller gets of it, before anybody has looked at it.
     fn wrap(response: Res) -> Self::Response;
 
-    /// Returns whether the head of the response is the gRPC status `CANCELLED`, with which tonic's servers report that a
-    /// `grpc-timeout` has expired.
+    /// Returns whether the head of the response is the gRPC status `CANCELLED`, with which tonic's servers report that
+    /// a `grpc-timeout` has expired.
     fn is_cancelled(response: &Self::Response) -> bool {
         let _ = response;
         false

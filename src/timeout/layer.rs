@@ -121,11 +121,13 @@ impl<M, R> TimeoutLayer<M, R> {
         self.set(Timeouts::new().min_body_rate_for_grpc(on))
     }
 
-    /// Sets the timeout of the whole call, from its beginning to the end of its response body, or `None`. Off by default.
+    /// Sets the timeout of the whole call, from its beginning to the end of its response body, or `None`. Off by
+    /// default.
     ///
-    /// In the [recommended position](crate::timeout#in-the-stack), inside of the retry, it applies to **each attempt**: a
-    /// call with three attempts may take three times as long, and the waits between them. To bound the whole call, use
-    /// the [default](crate::DeadlineLayer::default_of) of a [`DeadlineLayer`](crate::DeadlineLayer) outside of the retry.
+    /// In the [recommended position](crate::timeout#in-the-stack), inside of the retry, it applies to **each attempt**:
+    /// a call with three attempts may take three times as long, plus the delays between them. To bound the whole call,
+    /// use the [default](crate::DeadlineLayer::default_of) of a [`DeadlineLayer`](crate::DeadlineLayer) outside of the
+    /// retry.
     ///
     /// It counts a slow upload and a slow reader of the response, and cuts healthy streams.
     /// [`response_total`](Self::response_total) does not count the upload.
@@ -133,15 +135,15 @@ impl<M, R> TimeoutLayer<M, R> {
         self.set(Timeouts::new().total(time))
     }
 
-    /// Sets the timeout of the whole response, or `None`: from when the request has been sent to the end of the response
-    /// body. Off by default.
+    /// Sets the timeout of the whole response, or `None`: from when the request has been sent to the end of the
+    /// response body. Off by default.
     ///
     /// Unlike [`total`](Self::total), it does not count the time of an upload. If the response begins while the request
     /// is still being sent, it counts from the end of the request. It counts the time for which the response waits for
-    /// its reader. Like every time of this layer, it applies to each attempt, where the layer is inside of a retry. It is
-    /// the response timeout of linkerd.
+    /// its reader. If the layer is inside of a retry, it applies to each attempt, as every timeout of this layer. It
+    /// corresponds to linkerd's response timeout.
     ///
-    /// Where the request body is not watched ([`as_is`](Self::as_is) with a body of another type than axum's or tonic's,
+    /// If the request body is not watched ([`as_is`](Self::as_is) with a body of another type than axum's or tonic's,
     /// [`per_response`](Self::per_response)), it counts from the call, as [`head`](Self::head) does.
     pub fn response_total(self, time: impl Into<Option<Duration>>) -> Self {
         self.set(Timeouts::new().response_total(time))

@@ -52,11 +52,11 @@
 //! | [`Deadline`](crate::Deadline) of the request | it is a time of day | the end of the response body |
 //!
 //! A stall is a producer that is silent while its consumer polls it. A client that reads a response slowly does not
-//! poll, and is not timed, unless there is a total or a response total: a concurrency limit with
-//! [`max_unread`](https://docs.rs/buttress/latest/buttress/struct.ConcurrencyLimitLayer.html#method.max_unread) times
-//! it. A slow reader on the server side is not timed out, but a reader that reads nothing for the time of
-//! [`taking`](TimeoutLayer::taking) is: its kernel still acknowledges TCP's keepalives, and nothing else would ever end
-//! the call.
+//! poll, and only a total or a response total times it. A concurrency limit with
+//! [`max_unread`](https://docs.rs/buttress/latest/buttress/struct.ConcurrencyLimitLayer.html#method.max_unread) bounds
+//! the time for which it holds a permit. A slow reader on the server side is not timed out, but a reader that reads
+//! nothing for the time of [`taking`](TimeoutLayer::taking) is: its kernel still acknowledges TCP's keepalives, and
+//! nothing else would ever end the call.
 //!
 //! # Slow request bodies
 //!
@@ -112,19 +112,18 @@
 //!
 //! # In the stack
 //!
-//! A client: innermost, around the client itself. The circuit breaker then counts the calls that it ends. A server:
-//! under the concurrency limit.
+//! On a client, put the layer innermost, around the client itself, so that the circuit breaker counts the timeouts. On
+//! a server, put it inside of the concurrency limit.
 //!
-//! In this position every time is that of **one attempt**, [`total`](TimeoutLayer::total) and
-//! [`response_total`](TimeoutLayer::response_total) included: a call with three attempts and a total of 2 s may take 6 s,
-//! and the waits between them. Waits for a permit and for the next attempt are not timed by this layer. A
+//! On a client, every timeout is then that of **one attempt**, including [`total`](TimeoutLayer::total) and
+//! [`response_total`](TimeoutLayer::response_total): a call with three attempts and a total of 2 s may take 6 s, plus
+//! the delays between the attempts. The layer times neither the wait for a permit nor the delay before an attempt. A
 //! [`DeadlineLayer`](crate::DeadlineLayer) outside of the retry bounds the whole call.
 //!
-//! The wrapped service gets `http::Request<SendingBody<B>>`. One that takes a single body type needs
-//! [`as_is`](TimeoutLayer::as_is) (and then only axum's and tonic's own bodies are watched, with the features `axum` and
-//! `tonic-health`; for others the head's time begins with the call), or a
-//! `tower_http::map_request_body::MapRequestBodyLayer` in between. Times are of calls: that a service does not get
-//! ready is not timed.
+//! The wrapped service receives `http::Request<SendingBody<B>>`. A service with a single body type needs a
+//! `tower_http::map_request_body::MapRequestBodyLayer` in between, or [`as_is`](TimeoutLayer::as_is). With `as_is`,
+//! only the bodies of axum and tonic are watched (features `axum` and `tonic-health`). For other bodies, the timeout of
+//! the head begins with the call. The layer does not time the readiness of the service.
 //!
 //! # Cancellation
 //!

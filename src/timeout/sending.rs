@@ -149,7 +149,7 @@ impl Sending {
             }
     }
 
-    /// The first end counts.
+    /// Ends the body. Only the first end has an effect, except that a body that outlasts the response head can be sent.
     pub(super) fn end(&self, stage: Stage) {
         let is_late = stage == Stage::Sent && self.change(Stage::Answered, Stage::AnsweredAndSent);
         if is_late || self.leave(stage) {
@@ -187,7 +187,7 @@ impl Sending {
                 self.wake_by(cx);
             }
         }
-        // Looked at only after the waker is in place: an end in between is not missed.
+        // The stage is read after the waker is registered, so that no end is missed.
         (self.stage(), due)
     }
 

@@ -198,7 +198,7 @@ where
                                 if watch.has_deadline() && M::is_cancelled(response) && watch.ends_by_deadline()
                         );
                         if !is_late {
-                            // Where it lies, in the form it is given out in: it is large to move.
+                            // The response is large, so it is changed in place.
                             if let (Poll::Ready(Ok(response)), Some((watch, _))) =
                                 (&mut answer, this.call.take())
                             {
@@ -210,15 +210,15 @@ where
                     }
                     Poll::Ready(Err(error)) => {
                         match answered(this.sending.as_deref()) {
-                            // Of its own body's making: however the service below put it.
+                            // The error is a consequence of the request body, whatever the inner service returns.
                             Some(Stage::Stalled) => Phase::Sending,
                             Some(Stage::TooSlow) => Phase::BodyRate,
                             _ => {
                                 let error = R::error(error);
                                 let ends_by_deadline =
                                     |(watch, _): &(Watch, R)| watch.ends_by_deadline();
-                                // The client, or a retry further in, was ahead with the same deadline. A rejection
-                                // that is an error stays as it is.
+                                // The client or an inner retry may end the call by the same deadline earlier. A
+                                // rejection that is an error stays as it is.
                                 let is_late = !R::is_rejection(&error)
                                     && this.call.as_ref().is_some_and(ends_by_deadline);
                                 if !is_late {

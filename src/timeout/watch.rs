@@ -51,8 +51,8 @@ impl End {
     }
 }
 
-/// Returns whether a deadline sets the end, and an error at this time is its expiry: a client's own timer, such as that
-/// of a tonic channel on `grpc-timeout`, or the peer, may be ahead of the timer of the layer.
+/// Returns whether an error at this time is the expiry of the deadline that sets the end. The peer or a timer of the
+/// client, such as that of a tonic channel on `grpc-timeout`, may expire earlier than the timer of the layer.
 pub(super) fn ends_by_deadline(end_of: End, end: Option<Instant>) -> bool {
     matches!(end_of, End::Deadline(_)) && end.is_some_and(may_have_expired)
 }
@@ -129,12 +129,12 @@ impl Watch {
         is_set(Phase::Total) || is_set(Phase::ResponseTotal)
     }
 
-    /// Returns whether a deadline sets the end of the call, and an error at this time is its expiry.
+    /// Returns whether an error at this time is the expiry of the deadline that sets the end of the call.
     pub(super) fn ends_by_deadline(&self) -> bool {
         ends_by_deadline(self.end_of, self.end)
     }
 
-    /// The time of the whole runs from here: the first wait, or the head.
+    /// Begins the timeout of the whole call, at the first wait or at the response head.
     fn begin(&mut self) {
         if std::mem::replace(&mut self.begun, true) {
             return;
@@ -143,7 +143,7 @@ impl Watch {
         total.begin(Instant::now, End::Total, &mut self.end, &mut self.end_of);
     }
 
-    /// The request has been sent, or the head is here: the timeout of the whole response begins.
+    /// Begins the timeout of the whole response, when the request has been sent or the response head has arrived.
     fn begin_response(&mut self) {
         if !std::mem::replace(&mut self.response_begun, true) {
             let total = self.timeouts.limit(Phase::ResponseTotal);
@@ -188,7 +188,7 @@ impl Watch {
             Stage::Stalled => return Next::Stalled(Phase::Sending),
             Stage::TooSlow => return Next::Stalled(Phase::BodyRate),
             Stage::Sending => (due, Phase::Taking),
-            // It has been sent just now: from here on the head is waited for.
+            // The request has just been sent. The timeout of the head begins.
             Stage::Sent | Stage::Answered | Stage::AnsweredAndSent | Stage::TimedOut => {
                 self.begin_response();
                 let head = self.timeouts.get(Phase::Head);
@@ -206,7 +206,7 @@ impl Watch {
 }
 
 impl Limit {
-    /// Makes this limit, counted from `since`, the end of a call if no earlier one is set.
+    /// Sets the end of a call to this limit from `since`, unless an earlier end is set.
     fn begin(
         self,
         since: impl FnOnce() -> Instant,
@@ -224,7 +224,7 @@ impl Limit {
 }
 
 impl Rest {
-    /// Begins the timeout of the whole response when the request has been sent, if the response head was earlier.
+    /// Begins the timeout of the whole response once the request has been sent, if the response head arrived before.
     #[inline]
     pub(super) fn begin_response(&mut self, cx: &Context<'_>) {
         if let Some(upload) = self.upload.take_if(|upload| upload.sending.poll_sent(cx)) {

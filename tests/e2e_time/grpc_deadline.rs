@@ -29,8 +29,8 @@ const CALLS: u64 = 200;
 async fn serve() -> SocketAddr {
     let (incoming, addr) = incoming().await;
     let server = Server::builder()
-        // The calls of a test end almost at once. On a busy machine the server has not accepted all of them by then, and
-        // would end the connection for that: its limit is 20.
+        // The calls of a test end almost at once. On a busy machine the server has not accepted all of them by then,
+        // and would end the connection for that: its limit is 20.
         .http2_max_pending_accept_reset_streams(Some(10 * CALLS as usize))
         .add_service(HealthServer::new(Obedient::default()));
     tokio::spawn(async move { server.serve_with_incoming(incoming).await.unwrap() });

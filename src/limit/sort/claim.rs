@@ -72,10 +72,10 @@ impl Priority {
         Self(level << LOT_BITS)
     }
 
-    /// With the lot that this key draws: one of 128, the same in every process.
+    /// Sets the lot of this key: one of 128, equal in every process.
     ///
     /// The lot is the top 7 bits of the 64-bit FNV-1a hash of the key, after the finalizer of MurmurHash3 (`fmix64`).
-    /// Keys that differ in one byte, such as consecutive numbers, draw independent lots.
+    /// Keys that differ in one byte, such as consecutive numbers, have independent lots.
     #[must_use]
     pub fn lot(self, key: impl AsRef<[u8]>) -> Self {
         let mut hash = 0xcbf2_9ce4_8422_2325_u64;
@@ -303,7 +303,7 @@ mod tests {
         }
     }
 
-    /// Whoever computes it elsewhere has to come to the same.
+    /// Other implementations compute the same lots.
     #[test]
     fn limit_lots_are_the_same_everywhere() {
         assert_eq!(

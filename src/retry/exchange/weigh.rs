@@ -64,7 +64,8 @@ fn classify_status(status: StatusCode, headers: &HeaderMap, outcome: Outcome) ->
         408 | 421 | 425 | 429 | 500..=599 if hint::pushback(headers) == Some(Pushback::Never) => {
             (Class::Refused(Stop::Pushback), outcome)
         }
-        // Not a failure of the server. The client may repeat the request (RFC 9110 §15.5.9 and §15.5.20, RFC 8470 §5.2).
+        // Not a failure of the server. The client may repeat the request (RFC 9110 §15.5.9 and §15.5.20, RFC 8470
+        // §5.2).
         408 | 421 | 425 => (Class::Retryable, failed_status(status, headers)),
         // Cloudflare's 520 to 524 state that the proxy has no valid response of the origin.
         429 | 502..=504 | 520..=524 | 529 => (or_rate_limited(Class::Retryable, headers), outcome),
@@ -72,8 +73,9 @@ fn classify_status(status: StatusCode, headers: &HeaderMap, outcome: Outcome) ->
     }
 }
 
-/// Refines the class of a status by the headers of the request and by the connection. Returns the class, and whether the
-/// server declares that it has not processed the request. If so, a retry is safe for any method and makes no withdrawal.
+/// Refines the class of a status by the headers of the request and by the connection. Returns the class, and whether
+/// the server declares that it has not processed the request. If so, a retry is safe for any method and makes no
+/// withdrawal.
 pub(in crate::retry) fn weigh_by_request<'a>(
     class: Class,
     outcome: Outcome,

@@ -121,8 +121,8 @@ impl Settings {
 }
 
 impl HedgeLayer {
-    /// Returns a layer that sends a hedge attempt if a call has no response after `delay`: for safe methods, with a budget
-    /// of 5 % of the calls.
+    /// Returns a layer that sends a hedge attempt if a call has no response after `delay`: for safe methods, with a
+    /// budget of 5 % of the calls.
     ///
     /// The delay is measured from the call, to the millisecond, and needs tokio's timer. Near the 95th
     /// percentile of the latency is where to begin. Zero is a fault that [`checked`](Self::checked) tells:
@@ -137,8 +137,8 @@ impl HedgeLayer {
 
     /// Returns a layer whose delay is this percentile of the latency: with 0.95, at most one call in twenty is hedged.
     ///
-    /// The percentile is that of the calls of the last 30 s to 60 s, with an error of at most 1 %. The delay is at least
-    /// 1 ms. No hedge attempt is sent before 20 calls are recorded.
+    /// The percentile is that of the calls of the last 30 s to 60 s, with an error of at most 1 %. The delay is at
+    /// least 1 ms. No hedge attempt is sent before 20 calls are recorded.
     ///
     /// A call is known when it has a good answer. One whose hedge was faster counts with what it took all the same:
     /// that is beyond the percentile, as its own time would be. Each call costs a clock read and a mutex.
@@ -210,9 +210,10 @@ impl<M> HedgeLayer<M> {
 
     /// Sets the maximum number of hedge attempts of a call, from 1 to 10. 1 by default.
     ///
-    /// A hedge attempt is sent if no attempt has a response when the delay has passed since the previous attempt. Each makes
-    /// a withdrawal from the budget and passes the inner layers as a call of its own. The first good response is returned,
-    /// and the other attempts are dropped. No hedge attempt is sent after a bad response: the attempts in flight decide.
+    /// A hedge attempt is sent if no attempt has a response when the delay has passed since the previous attempt. Each
+    /// makes a withdrawal from the budget and passes the inner layers as a call of its own. The first good response is
+    /// returned, and the other attempts are dropped. No hedge attempt is sent after a bad response: the attempts in
+    /// flight decide.
     ///
     /// gRPC's hedging policy (gRFC A6) and Polly's hedging strategy have the same setting.
     pub fn max_hedges(mut self, hedges: u32) -> Self {

@@ -36,12 +36,12 @@
 //! - Its [`Deadline`](crate::Deadline) has not passed.
 //! - The budget permits it.
 //!
-//! A call has at most one hedge attempt by default. [`max_hedges`](HedgeLayer::max_hedges) permits more, each a delay after
-//! the previous one.
+//! A call has at most one hedge attempt by default. [`max_hedges`](HedgeLayer::max_hedges) permits more, each a delay
+//! after the previous one.
 //!
 //! A response is *good* if it is neither a failure nor throttled nor retryable, such as a 200 or a 404. An error, a 429
-//! and a 500 are *bad*. A gRPC call is classified by its gRPC status, in the head, in the trailers or mapped from the HTTP
-//! status; a stream that begins slowly is good. [`Http`](crate::call::Http) has the table, which all layers share.
+//! and a 500 are *bad*. A gRPC call is classified by its gRPC status, in the head, in the trailers or mapped from the
+//! HTTP status; a stream that begins slowly is good. [`Http`](crate::call::Http) has the table, which all layers share.
 //!
 //! | a response arrives | if it is good | if it is bad |
 //! |---|---|---|
@@ -50,8 +50,8 @@
 //! | from the last attempt in flight | returned | returned |
 //!
 //! A bad response is dropped at once with its permit and its connection, because another attempt may wait for these. No
-//! hedge attempt is sent after a bad response. It may be a 429, a rejection by an inner layer, or a pushback that forbids a
-//! retry. gRPC's hedging policy sends the next attempt at once after a failure. Here a retry layer does so.
+//! hedge attempt is sent after a bad response. It may be a 429, a rejection by an inner layer, or a pushback that
+//! forbids a retry. gRPC's hedging policy sends the next attempt at once after a failure. Here a retry layer does so.
 //!
 //! # In the stack
 //!
@@ -60,15 +60,15 @@
 //! receives `http::Request<ReplayBody<B>>`, as under a retry.
 //!
 //! The extensions of a hedge attempt contain [`HedgeAttempt`], and the same [`Attempt`](super::Attempt) as the first
-//! attempt. Over gRPC, `grpc-previous-rpc-attempts` is greater by one for each hedge attempt (gRFC A6). The extensions of
-//! the response contain [`Hedged`] if a hedge attempt was sent. If an inner limit rejects a hedge attempt, no further one
-//! is sent for this call, and the attempts in flight decide.
+//! attempt. Over gRPC, `grpc-previous-rpc-attempts` is greater by one for each hedge attempt (gRFC A6). The extensions
+//! of the response contain [`Hedged`] if a hedge attempt was sent. If an inner limit rejects a hedge attempt, no
+//! further one is sent for this call, and the attempts in flight decide.
 //!
 //! # Bodies
 //!
-//! A request body is saved while it is sent, up to 64 KiB. A request whose body the previous attempt still reads when the
-//! delay is over is not hedged, and neither is one with a larger body. A request without a body can always be hedged.
-//! The response is chosen by its head (gRPC: by its first frame); its body is not raced.
+//! A request body is saved while it is sent, up to 64 KiB. A request whose body the previous attempt still reads when
+//! the delay is over is not hedged, and neither is one with a larger body. A request without a body can always be
+//! hedged. The response is chosen by its head (gRPC: by its first frame); its body is not raced.
 //!
 //! # Readiness
 //!
@@ -82,9 +82,9 @@
 //!
 //! # Cost
 //!
-//! A call without a hedge attempt costs a copy of the request's head, two small allocations if it has a body, and a timer
-//! if its response is not available at once. A request that cannot be hedged costs none of these. A hedge attempt is
-//! boxed: two allocations.
+//! A call without a hedge attempt costs a copy of the request's head, two small allocations if it has a body, and a
+//! timer if its response is not available at once. A request that cannot be hedged costs none of these. A hedge attempt
+//! is boxed: two allocations.
 //!
 //! # Defaults
 //!

@@ -341,8 +341,8 @@ impl<S> Core<S, Settings> {
     }
 }
 
-/// Prepares a hedge attempt after its delay. The budget is checked last, so that an attempt that cannot be sent makes no
-/// withdrawal.
+/// Prepares a hedge attempt after its delay. The budget is checked last, so that an attempt that cannot be sent makes
+/// no withdrawal.
 fn prepare<S, Req, M>(core: &Core<S, Settings>, kept: Option<&M::Kept>) -> Next<S>
 where
     S: Service<M::Request> + Clone,
