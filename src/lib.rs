@@ -50,31 +50,33 @@
 //!
 //! # Where each goes
 //!
-//! Outermost first. A client: deadline, retry, hedge, circuit breaker, concurrency limit, health probe, timeout,
-//! the client; a second deadline over the timeout, if a [header](deadline) is to tell the next hop what is left; and with
-//! tonic a [`RespondLayer`] over all of it. A server: health endpoints, lifecycle, deadline, concurrency limit, timeout, the routes. (The probe is
-//! innermost but for the timeout, so that a limit full of hung calls does not keep it from looking.)
+//! The order of a client, outermost first: deadline, retry, hedge, circuit breaker, concurrency limit, health probe,
+//! timeout, the client. If a [header](deadline) states the time left for the next hop, a second deadline layer is right
+//! outside of the timeout. With tonic, a [`RespondLayer`] is outermost. The health probe is inside of the limit, so
+//! that a limit full of hung calls does not block probes.
 //!
-//! Any order compiles. What another one costs:
+//! The order of a server: health endpoints, lifecycle, deadline, concurrency limit, timeout, the routes.
 //!
-//! | this outside of that | then |
+//! Any order compiles. Other orders have these effects:
+//!
+//! | this outside of that | effect |
 //! |---|---|
-//! | circuit breaker, retry | it sees calls and not attempts: a failure that a retry hides is none, and an open circuit ends no retries |
-//! | concurrency limit, retry | a call that waits for its next attempt holds a place, and a hedge has none of its own |
+//! | circuit breaker, retry | the breaker counts calls and not attempts: it does not count a failure that a retry hides, and an open circuit does not end retries |
+//! | concurrency limit, retry | a call that waits for its next attempt holds a permit, and a hedge attempt has no permit of its own |
 //! | concurrency limit, circuit breaker | a call that an open circuit rejects has to wait for a permit first |
-//! | timeout, retry | it ends all attempts together, and the circuit never hears of one that was too slow |
-//! | on a server: limit, health endpoints | a full server answers its probes with 503, and is taken out or restarted |
-//! | `axum`'s or tower's `Timeout`, anything here | it drops calls in flight, which count as [hang-ups of the caller](call#which-side-caused-it): failures only after `count_cancelled_after` |
+//! | timeout, retry | the timeout bounds all attempts together, and the breaker does not count a slow attempt as a failure |
+//! | on a server: limit, health endpoints | a full server responds to its probes with 503, and is removed or restarted |
+//! | `axum`'s or tower's `Timeout`, any layer of this crate | the timeout drops calls in flight, which count as [hang-ups of the caller](call#which-side-caused-it): failures only after `count_cancelled_after` |
 //!
-//! | tower-http's | position on a server | otherwise |
+//! | layer of tower-http | position on a server | in any other position |
 //! |---|---|---|
 //! | `TraceLayer` | outermost | it does not see rejections |
 //! | `CorsLayer`, with `.expose_headers([RETRY_AFTER])` | outside of every layer that rejects | scripts of a browser cannot read a rejection, and preflights are rejected |
-//! | authorization (`AsyncRequireAuthorizationLayer`, `ValidateRequestHeaderLayer`) | inside of `CorsLayer`, because preflights have no credentials; outside of the limit | callers without credentials take permits |
-//! | `CompressionLayer` | on either side of the limit, which holds the permit to the end of the body; outside of the timeout, which times the frames of the service | |
+//! | authorization (`AsyncRequireAuthorizationLayer`, `ValidateRequestHeaderLayer`) | inside of `CorsLayer`, because preflights have no credentials; outside of the limit | callers without credentials acquire permits |
+//! | `CompressionLayer` | inside or outside of the limit; outside of the timeout | the timeout times the compressed frames and not those of the service |
 //!
-//! Browsers need [more](call::Respond#browsers): they close an `EventSource` after a 503, and expose nothing of a
-//! failed WebSocket handshake.
+//! A browser closes an `EventSource` permanently after a 503, and exposes nothing of a failed WebSocket handshake:
+//! [`Respond`](call::Respond#browsers) states the remedies.
 //!
 //! # What counts against an upstream
 //!
@@ -86,11 +88,14 @@
 //! # Errors and responses
 //!
 //! A ready-made client fails with a [`ClientError`], which converts by `?` into `Box<dyn Error>` and `anyhow::Error`.
-//! A rejected call is a [`Rejected`]: boxed as an error by default, found anywhere in a chain of sources by
-//! [`Rejected::find`]; with `.respond()` a response, the error type left alone; with a [`RespondLayer`] a response
-//! whichever inner layer rejected. A response reaches a client that is still sending its request: the rest of the
-//! request body is [drained](call::Respond#uploads) within bounds. An invalid setting never panics: each layer's
-//! `checked()` returns it as a [`ConfigError`]. A layer that is used without `checked()` reports it in the log.
+//!
+//! A rejection is a [`Rejected`]. By default it is a boxed error, and [`Rejected::find`] finds it anywhere in a chain
+//! of sources. With `.respond()` it is a response, and the error type stays the same. A [`RespondLayer`] converts the
+//! rejections of all inner layers into responses. A response reaches a client that is still sending its request: the
+//! rest of the request body is [drained](call::Respond#uploads) within bounds.
+//!
+//! An invalid setting never panics: `checked()` of each layer returns it as a [`ConfigError`]. A layer that is used
+//! without `checked()` reports it in the log.
 //!
 //! # Why was this call rejected?
 //!
@@ -145,7 +150,7 @@
 //! | it says | what helps |
 //! |---|---|
 //! | `Infallible: From<Box<dyn Error…>>`, under axum | `.respond()`, on each layer of this crate |
-//! | `Channel: Service<Request<ReplayBody<_>>>` is not satisfied; the same of a client with one body type, or with `SendingBody` | retry, hedge and timeout hand on a body of theirs: leave the client's type open, as `build_http()` does, use `buttress::grpc` for tonic, or put `MapRequestBodyLayer` of tower-http (feature `map-request-body`) right around it: with `tonic::body::Body::new`, or `UnsyncBoxBody::new` of http-body-util |
+//! | `Channel: Service<Request<ReplayBody<_>>>` is not satisfied; the same of a client with one body type, or with `SendingBody` | retry, hedge and timeout send body types of their own: leave the type of the client open, as `build_http()` does; for tonic use `buttress::grpc`; or put `MapRequestBodyLayer` of tower-http (feature `map-request-body`) right around the client, with `tonic::body::Body::new` or with `UnsyncBoxBody::new` of http-body-util |
 //! | expected closure `fn(Result<&Row, &Box<dyn Error…>>)` | an inner layer rejects with errors, so that those are boxed: see below |
 //! | `Http` cannot judge, repeat or weigh … | `.classify(…)`, for what is not HTTP |
 //! | … cannot be cloned | `derive(Clone)`, or `tower::buffer` in between |
@@ -217,17 +222,17 @@
 //! | `tracing` | yes | one event per decision; events that traffic repeats are summarised once in 10 s |
 //! | `lifecycle` | | [`Lifecycle`]: starting, ready, draining, stopping; signals; the pieces for tonic and hyper |
 //! | `serve` | | [`Lifecycle::serve`]: a server for axum that drains and limits the time of every stage of a connection, on hyper-util |
-//! | `reqwest` | | a service between `http` types and a `reqwest::Client`, which sends a `RequestBuilder` through layers, too; a retry around that client itself |
-//! | `listener` | | a listener that caps its connections, for `serve` and hyper |
-//! | `axum` | | and for `axum::serve` |
+//! | `reqwest` | | a service of `http` types around a `reqwest::Client`; reqwest's own requests through layers; a retry around the client itself |
+//! | `listener` | | a listener with a maximum number of connections, for `serve` and hyper |
+//! | `axum` | | this listener for `axum::serve`; `Rejected` as an axum response |
 //! | `connect` | | [connections](connect) that are bounded, fresh and visible: a layer over connectors, and a client |
 //! | `rustls` | | TLS for that client, and for the server of `serve` |
 //! | `config` | | [settings](config) from TOML, JSON or the environment, checked against each other and explained |
-//! | `stack` | | whole [client and server stacks](stack) from such settings, each in one call; the client with `connect`, the gRPC client with `tonic` |
+//! | `stack` | | whole [client and server stacks](stack) from such settings, each in one call; `buttress::client` needs `connect` too, `buttress::grpc` needs `tonic` |
 //! | `percentile` | | hedges after a percentile of the latency as it is |
 //! | `tower-http` | | any classifier of `tower_http::classify` as it is |
-//! | `tonic` | | classifies the errors of a tonic channel directly inside of a layer; needs Rust 1.88 |
-//! | `tonic-health` | | `grpc.health.v1` from the [`Health`] registry; needs Rust 1.88 |
+//! | `tonic` | | classifies the errors of a tonic channel directly inside of a layer; a rejection has a `tonic::Status` as its source; needs Rust 1.88 |
+//! | `tonic-health` | | `grpc.health.v1` from the [`Health`] registry; a rejection has a `tonic::Status` as its source; needs Rust 1.88 |
 //! | `full` | | all of them |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![forbid(unsafe_code)]
