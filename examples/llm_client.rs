@@ -41,7 +41,7 @@ async fn main() -> Result<(), Error> {
 
 async fn tour() -> Result<(), Error> {
     let url = upstream().await?;
-    // The preset allows 60 s of silence within a stream. This example is shorter.
+    // The preset allows 60 s of silence within a stream. This example uses less.
     let config = ClientConfig::load("llm")
         .preset(Preset::Llm)
         .toml("timeout_idle = '300ms'")
@@ -49,12 +49,12 @@ async fn tour() -> Result<(), Error> {
         .finish()?;
     let client = buttress::client(&config)?;
     let ask = |prompt: &'static str| {
-        // The key makes it safe to send the request again.
+        // The key makes retries safe after other failures than 429 and 529, too.
         let request = Request::post(&url).header("idempotency-key", prompt);
         request.body(Full::new(Bytes::from_static(prompt.as_bytes())))
     };
 
-    println!("A provider that answers 429 with `Retry-After: 1` once, then streams:");
+    println!("A provider that responds once with 429 and `Retry-After: 1`, and then streams:");
     let start = Instant::now();
     let mut response = client.request(ask("what is tower?")?).await?;
     let attempts = Attempts::of(&response).made;
@@ -75,7 +75,7 @@ async fn tour() -> Result<(), Error> {
     let error = response.into_body().collect().await.unwrap_err();
     let rejected = Rejected::find(&error).ok_or("not a rejection")?;
     println!("  {rejected}");
-    check(rejected.is_timeout(), "the timeout of the silence ended it")?;
+    check(rejected.is_timeout(), "the timeout for silence ended it")?;
     let snapshot = client.handle().snapshot();
     println!(
         "  {} calls, {} failed, {} retries",

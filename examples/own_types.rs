@@ -24,9 +24,9 @@ struct Rows(usize);
 
 #[derive(Debug)]
 enum DbError {
-    /// The query is at fault.
+    /// The query violates a constraint, which is not a failure of the database.
     Constraint,
-    /// The connection is at fault.
+    /// The connection is closed.
     Gone,
 }
 
@@ -63,7 +63,7 @@ async fn tour() -> Result<(), BoxError> {
     let circuit = breaker.handle();
     let db = ServiceBuilder::new()
         .layer(
-            RetryLayer::http()
+            RetryLayer::new()
                 .backoff(Backoff::exponential(Duration::from_millis(5)))
                 .classify(classify),
         )
@@ -77,7 +77,7 @@ async fn tour() -> Result<(), BoxError> {
     println!("  {rows} rows after {} calls", CALLS.load(SeqCst));
     check(CALLS.load(SeqCst) == 3, "both failures were retried")?;
 
-    println!("A query that is at fault:");
+    println!("A query that violates a constraint:");
     let error = db.clone().oneshot(Query("insert")).await.unwrap_err();
     println!("  {error}");
     check(matches!(error.downcast_ref(), Some(DbError::Constraint)), "the error keeps its type")?;
@@ -92,7 +92,10 @@ async fn tour() -> Result<(), BoxError> {
     let rejected = Rejected::find(&*error).ok_or("not a rejection")?;
     println!("  {rejected}");
     check(CALLS.load(SeqCst) == before, "nothing was sent")?;
-    check(Attempts::find(&*error).is_none_or(|attempts| attempts.made <= 1), "and not retried")
+    check(
+        Attempts::find(&*error).is_none_or(|attempts| attempts.made <= 1),
+        "the rejection was not retried",
+    )
 }
 
 fn check(holds: bool, claim: &str) -> Result<(), BoxError> {

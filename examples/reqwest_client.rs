@@ -72,13 +72,13 @@ async fn tour() -> Result<(), BoxError> {
     println!("An upstream that fails twice:");
     let response = client.clone().oneshot(get("/third-time-lucky")?).await?;
     println!("  {} after {} attempts", response.status(), Attempts::of(&response).made);
-    check(response.status() == 200, "the third attempt was answered")?;
+    check(response.status() == 200, "the third attempt succeeded")?;
 
     println!("A request and a response of reqwest:");
     let request = http.get_ref().post(format!("{url}/echo")).body("through the layers");
     let text = request.send_through(&client).await?.error_for_status()?.text().await?;
     println!("  {text:?}");
-    check(text == "through the layers", "reqwest's own response")
+    check(text == "through the layers", "the response is reqwest's own")
 }
 
 // ===== The upstream =====

@@ -325,24 +325,24 @@ async fn config_of_a_deadline_passes_it_on_through_three_services_of_whole_stack
 
 // ===== The error =====
 
-async fn caught_by_anyhow(client: Client<Body>, at: SocketAddr) -> anyhow::Result<StatusCode> {
+async fn request_with_anyhow(client: Client<Body>, at: SocketAddr) -> anyhow::Result<StatusCode> {
     Ok(client.request(to(at)).await?.status())
 }
 
-async fn caught_by_a_box(
+async fn request_with_a_box(
     client: Client<Body>,
     at: SocketAddr,
 ) -> Result<StatusCode, Box<dyn std::error::Error>> {
     Ok(client.oneshot(to(at)).await?.status())
 }
 
-async fn nobody() -> SocketAddr {
+async fn unused_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
 }
 
 #[tokio::test]
 async fn error_of_the_client_converts_and_states_what_failed() {
-    let at = nobody().await;
+    let at = unused_address().await;
     let client = client(at, "breaker_failures = 3");
 
     // Three attempts open the circuit.
@@ -357,7 +357,7 @@ async fn error_of_the_client_converts_and_states_what_failed() {
     assert!(format!("{error:#}").contains("gave up after 3 attempts"), "{error:#}");
     assert_eq!(Outcome::of_error(&error).reason(), Reason::ConnectRefused);
 
-    let error = net::soon(caught_by_anyhow(client.clone(), at)).await.unwrap_err();
+    let error = net::soon(request_with_anyhow(client.clone(), at)).await.unwrap_err();
     assert_eq!(Rejected::find(&*error).unwrap().kind(), RejectedKind::Open);
     let error: ClientError = error.downcast().unwrap();
     assert_eq!(error.kind(), ClientErrorKind::Rejected);
@@ -368,7 +368,7 @@ async fn error_of_the_client_converts_and_states_what_failed() {
     assert_eq!(Rejected::find(&error).unwrap().name(), Some("search"));
     assert_eq!(Rejected::find(&*error.into_inner()).unwrap().layer(), "circuit_breaker");
 
-    let error = net::soon(caught_by_a_box(client.clone(), at)).await.unwrap_err();
+    let error = net::soon(request_with_a_box(client.clone(), at)).await.unwrap_err();
     assert_eq!(Rejected::find(&*error).unwrap().kind(), RejectedKind::Open);
     assert!(Attempts::find(&*error).is_some());
     assert!(error.source().is_some());
@@ -436,7 +436,7 @@ async fn error_of_a_response_body_converts_and_states_what_failed() {
 
 #[tokio::test]
 async fn respond_layer_around_the_client_finds_the_rejection() {
-    let at = nobody().await;
+    let at = unused_address().await;
     let client = client(at, "breaker_failures = 3");
     net::soon(client.request(to(at))).await.unwrap_err();
     let gateway = ServiceBuilder::new().layer(RespondLayer::new()).service(client);

@@ -190,7 +190,7 @@ async fn breaker_and_limit_stack_under_tonic_with_tracing_between() {
 // ===== Around a client =====
 
 #[tokio::test]
-async fn a_client_s_rejection_as_an_error_is_unavailable_and_found_among_its_sources() {
+async fn rejection_as_an_error_is_unavailable_to_a_generated_client_and_among_the_sources() {
     let addr = serve!(Obedient::default());
     let breaker = CircuitBreakerLayer::http().name("upstream");
     let state = breaker.handle();

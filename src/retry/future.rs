@@ -13,7 +13,7 @@ use tower_service::Service;
 use super::{
     core::Core,
     course::{Course, Kept, Wait},
-    exchange::{Repeat, Weigh, failed_status, weigh_by_request},
+    exchange::{Repeat, Weigh, classify_by_request, failed_status},
     policy::Class,
     rules::{Answer, Seen},
     span::Span,
@@ -219,7 +219,9 @@ where
         let mut is_unprocessed = false;
         if let (Some(kept), Some(answer)) = (kept, M::answer(&held)) {
             (class, is_unprocessed) =
-                weigh_by_request(class, outcome, answer, first, |name: &str| M::header(kept, name));
+                classify_by_request(class, outcome, answer, first, |name: &str| {
+                    M::header(kept, name)
+                });
             if let (Class::Retryable, true, Answer::Head(status, headers, _)) =
                 (class, outcome.is_success(), answer)
             {

@@ -34,7 +34,7 @@
 //! |---|---|
 //! | Neither the server nor an inner layer forbids a retry: no negative, unparsable or repeated `grpc-retry-pushback-ms`, no rejection by an inner layer, no `x-envoy-ratelimited`. | [`Pushback`](Stop::Pushback), [`Rejected`](Stop::Rejected), [`RateLimited`](Stop::RateLimited) |
 //! | The status or the error is retryable: 408, 421, 425, 429, 502, 503, 504, 520 to 524, 529; 409 for a retry with an `Idempotency-Key`; for a gRPC call `UNAVAILABLE` in head or trailers or mapped from the HTTP status (`RESOURCE_EXHAUSTED` with pushback); a connection that failed. | [`Answered`](Stop::Answered), [`NotRetryable`](Stop::NotRetryable) for an error |
-//! | It is safe: the method (RFC 9110 §9.2.2), an `Idempotency-Key`, proof that nothing was sent, or a status that says so: 425, an [`unprocessed`](RetryLayer::unprocessed) one, with [`grpc`](RetryLayer::grpc) that of a gRPC call. | [`Unsafe`](Stop::Unsafe) |
+//! | It is safe: the method (RFC 9110 §9.2.2), an `Idempotency-Key`, proof that nothing was sent, or a status that declares it: 425, an [`unprocessed`](RetryLayer::unprocessed) one, with [`grpc`](RetryLayer::grpc) that of a gRPC call. | [`Unsafe`](Stop::Unsafe) |
 //! | The body can be replayed. | [`StillSending`](Stop::StillSending), [`BodyGone`](Stop::BodyGone) |
 //! | An attempt is left in total and [for this kind of failure](RetryLayer::at_most). | [`AttemptsUsedUp`](Stop::AttemptsUsedUp), [`KindUsedUp`](Stop::KindUsedUp) |
 //! | The delay that the server requests is within the maximum. | [`WaitTooLong`](Stop::WaitTooLong) |

@@ -49,7 +49,7 @@ async fn socket(upgrade: WebSocketUpgrade) -> Response {
 }
 
 #[tokio::test]
-async fn rejected_event_source_and_web_socket_are_told_to_come_back() {
+async fn rejected_event_source_and_web_socket_can_connect_again() {
     let stage = Stage::default();
     let plain = stage.clone();
     let app = Router::new()

@@ -121,7 +121,8 @@ impl<B: Send + 'static> tower_http::auth::AsyncAuthorizeRequest<B> for Token {
 }
 
 #[tokio::test]
-async fn callers_without_credentials_take_permits_unless_authorization_is_outside_of_the_limit() {
+async fn callers_without_credentials_acquire_permits_unless_authorization_is_outside_of_the_limit()
+{
     let auth = || AsyncRequireAuthorizationLayer::new(Token);
     for auth_is_outside in [true, false] {
         let (stage, layer) = (Stage::default(), limit());

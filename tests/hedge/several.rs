@@ -138,7 +138,7 @@ fn paused<T>(future: impl Future<Output = T>) -> T {
 
 proptest! {
     #[test]
-    fn call_with_several_hedges_is_as_in_the_model(
+    fn several_hedge_attempts_match_the_model(
         attempts in prop::collection::vec((0u64..60, prop::bool::weighted(0.6)), 11),
         delay in 1u64..20,
         max_hedges in 1u32..=10,

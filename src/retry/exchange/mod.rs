@@ -9,7 +9,7 @@ mod weigh;
 
 #[cfg(feature = "reqwest")]
 pub use self::reqwest::Reqwest;
-pub(super) use self::weigh::{failed_status, weigh_by_request};
+pub(super) use self::weigh::{classify_by_request, failed_status};
 
 use std::{
     task::{Context, Poll},

@@ -76,7 +76,7 @@ fn classify_status(status: StatusCode, headers: &HeaderMap, outcome: Outcome) ->
 /// Refines the class of a status by the headers of the request and by the connection. Returns the class, and whether
 /// the server declares that it has not processed the request. If so, a retry is safe for any method and makes no
 /// withdrawal.
-pub(in crate::retry) fn weigh_by_request<'a>(
+pub(in crate::retry) fn classify_by_request<'a>(
     class: Class,
     outcome: Outcome,
     answer: Answer<'_>,
