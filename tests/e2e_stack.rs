@@ -400,10 +400,10 @@ async fn error_of_the_client_distinguishes_deadline_timeout_and_request() {
 
 #[tokio::test]
 async fn request_that_cannot_be_sent_does_not_count_against_the_upstream() {
-    let client = client(nobody().await, "breaker_failures = 3");
+    let client = client(net::nobody().await, "breaker_failures = 3");
     for _ in 0..3 {
         let relative = Request::get("/no-host").body(Body::default()).unwrap();
-        let mut old = to(nobody().await);
+        let mut old = to(net::nobody().await);
         *old.version_mut() = http::Version::HTTP_09;
         for request in [relative, old] {
             let error = net::soon(client.request(request)).await.unwrap_err();
