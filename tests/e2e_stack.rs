@@ -471,7 +471,7 @@ async fn one_stream_each(stage: &net::Stage) -> SocketAddr {
 async fn client_opens_another_connection_for_a_stream_and_names_the_wait_beyond_the_cap() {
     let stage = net::Stage::default();
     let at = one_stream_each(&stage).await;
-    let settings = "http2_only = true\nmax_connections_per_host = 8\nconnection_wait = '200ms'\n\
+    let settings = "connect_http2_only = true\nconnect_max_per_host = 8\nconnect_queue_wait = '200ms'\n\
                     breaker_failures = 3";
     let client = client(at, settings);
     let handle = client.handle();
