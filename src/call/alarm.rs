@@ -1,4 +1,36 @@
-//! One timer for a task, however many of its layers wait for the same moment.
+//! One timer for all layers of a task that wait for the same deadline.
+//!
+//! Each layer that enforces a deadline needs a timer while it waits. Without this module every layer would register a
+//! timer of its own for the same instant, and each timer takes a lock of the runtime twice. With it, an outer
+//! layer relies on the timer of an inner layer if that timer is certain to wake the task in time.
+//!
+//! # Mechanism
+//!
+//! The thread-local [`SET`] holds the last alarm that armed a timer in the current poll. A layer with an alarm does the
+//! following in each poll:
+//!
+//! 1. [`Alarm::listen`] clears `SET`.
+//! 2. The layer polls its inner future. An alarm within that future may arm a timer and publish itself in `SET`.
+//! 3. [`Alarm::poll`] reads `SET`. It registers no timer if the published alarm
+//!    - is due no later than this alarm,
+//!    - wakes the same task, which the data and the vtable of the waker identify, and
+//!    - lies within the memory of the inner future that was just polled.
+//!
+//! A published alarm stays in `SET`, so that the next outer layer can rely on it as well.
+//!
+//! # Why this is sound
+//!
+//! The inner alarm is pinned, and it is a part of the inner future. It can be dropped or cleared only while the inner
+//! future is polled or dropped by this layer, and after each poll this layer calls [`Alarm::poll`] again. When the
+//! inner
+//! timer fires, it wakes the same task, which polls this layer.
+//!
+//! A boxed inner future does not qualify, because its memory lies elsewhere: it could be polled once in this task and
+//! then move to another task. An alarm that is cleared or dropped removes itself from `SET`, so the pointer in `SET` is
+//! never that of an alarm without a timer. The pointer is compared and never dereferenced.
+//!
+//! A change must preserve the order of the three steps: no other code may poll or drop the inner future between step 2
+//! and step 3.
 
 use std::{
     cell::Cell,
@@ -15,13 +47,8 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use super::poll_timer;
 
 pin_project! {
-    /// Wakes its task at a time: by a timer of its own, unless what it is around has set one that is due no later.
-    ///
-    /// With a deadline, each layer that keeps it would set its own for the same moment, and a timer is two turns of the
-    /// runtime's lock. Whoever has an alarm [listens](Self::listen) before it polls what is further in, and asks the
-    /// alarm after: what was set in between, for the same task, and lies within what was polled wakes that task, which
-    /// comes by here again. Pinned within it, it goes nowhere else, and is dropped only while that is polled or dropped:
-    /// what is in a box of its own may be polled once here and then go on in another task.
+    /// Wakes its task at an instant: by a timer of its own, or by the timer of an alarm within the inner future that is
+    /// due no later. See the [module](self).
     pub(crate) struct Alarm {
         at: Option<Instant>,
         #[pin]
@@ -35,7 +62,7 @@ pin_project! {
     }
 }
 
-/// An alarm that is set.
+/// An alarm that has armed its timer.
 #[derive(Clone, Copy)]
 struct Set {
     at: Instant,
@@ -43,11 +70,11 @@ struct Set {
     by: *const Alarm,
 }
 
-/// What a waker wakes.
+/// The identity of a task: the data and the vtable of its waker.
 type Task = (*const (), *const RawWakerVTable);
 
 thread_local! {
-    /// The last one that was set in this poll.
+    /// The last alarm that armed its timer since the last [`Alarm::listen`].
     static SET: Cell<Option<Set>> = const { Cell::new(None) };
 }
 
@@ -56,17 +83,20 @@ impl Alarm {
         Self { at: None, timer: None }
     }
 
-    /// From here on it is heard what others set.
+    /// Clears the thread-local, so that [`poll`](Self::poll) finds only alarms of the inner future. Called just before
+    /// the
+    /// inner future is polled.
     #[inline]
     pub(crate) fn listen() {
         SET.set(None);
     }
 
+    /// Sets the instant. The timer is registered by the next [`poll`](Self::poll).
     pub(crate) fn set(self: Pin<&mut Self>, at: Instant) {
         *self.project().at = Some(at);
     }
 
-    /// Nobody is to be woken any more. Nothing to do where nobody has waited.
+    /// Removes the instant and the timer. Does nothing if the alarm is not set.
     #[inline]
     pub(crate) fn clear(self: Pin<&mut Self>) {
         if self.at.is_some() {
@@ -84,7 +114,9 @@ impl Alarm {
         this.timer.set(None);
     }
 
-    /// Ready once it is time; never, if it is not set. Beside what it is around, which has just been polled.
+    /// Returns `Ready` once the instant has passed, and `Pending` for ever if the alarm is not set. `around` is the
+    /// inner
+    /// future, which has just been polled.
     pub(crate) fn poll<F>(self: Pin<&mut Self>, around: &F, cx: &mut Context<'_>) -> Poll<()> {
         let by = ptr::from_ref(&*self);
         let mut this = self.project();
@@ -97,7 +129,7 @@ impl Alarm {
             return Poll::Pending;
         }
         let over = match this.timer.as_mut().as_pin_mut() {
-            // Without a look at the clock: who has just begun to wait has time left.
+            // The clock is not read: the deadline was checked before the call began.
             None => {
                 this.timer.set(Some(sleep_until(at)));
                 this.timer.as_pin_mut().map_or(Poll::Pending, |timer| timer.poll(cx))
@@ -146,7 +178,7 @@ mod tests {
         }
     }
 
-    /// One alarm beside what it is around, which has another, and is polled once or more.
+    /// An outer alarm, and an inner future with another alarm.
     struct Nested {
         around: Pin<Box<Alarm>>,
         further_in: Pin<Box<Inner>>,

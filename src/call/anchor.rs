@@ -2,10 +2,14 @@ use std::time::Duration;
 
 use super::{AnyGiver, Finish, Hold, Lease, Measures, Outcome, Token, WaitsFor};
 
-/// What permits end at whose state is striped, or lasts.
+/// The owner of a permit of a layer whose state is either [sharded](super::Striped) or [leaked](super::lasting).
+///
+/// It forwards each method to the state.
 #[derive(Debug)]
 pub enum Anchor<T, L: 'static = T> {
+    /// A reference to a shard of a reference-counted state.
     Counted(Lease<T>),
+    /// A leaked state.
     Lasting(&'static L),
 }
 

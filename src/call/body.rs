@@ -1,3 +1,5 @@
+//! Response bodies: a body that releases the permit of its call, and the body of a response that a layer made itself.
+
 use std::{
     fmt,
     pin::Pin,
@@ -11,25 +13,28 @@ use pin_project_lite::pin_project;
 
 use super::{Outcome, Reason, grpc, permit::Permit, unread};
 
-// ===== The wrapped service's, or our own =====
+// ===== The body of the inner service, or of a layer =====
 
 pin_project! {
-    /// A body as it is, or the small one of an answer of our own: a variant, so that nothing is asked of the user's
-    /// body type.
+    /// The body of the inner service, or the small body of a response that a layer made itself.
+    ///
+    /// The second variant needs no conversion into the body type of the inner service, so that type needs no further
+    /// bounds.
     #[project = AnswerBodyProj]
     pub(crate) enum AnswerBody<B: Body> {
         Theirs { #[pin] body: B },
-        // Boxed, for its size: who is let through is not to carry it.
+        // Boxed, so that it does not enlarge the responses of the inner service.
         Own { data: Option<Box<B::Data>> },
     }
 }
 
 impl<B: Body> AnswerBody<B> {
-    /// Nothing, and at its end.
+    /// Returns an empty body that has ended.
     pub(crate) const fn ended() -> Self {
         Self::Own { data: None }
     }
 
+    /// Returns the body of a response that a layer made itself.
     pub(crate) fn own(data: Bytes) -> Self
     where
         B::Data: From<Bytes>,
@@ -74,18 +79,19 @@ impl<B: Body> Body for AnswerBody<B> {
     }
 }
 
-/// A body that an answer of our own can have.
+/// A response body that can contain data of a layer.
 pub trait OwnAnswer {
-    /// With this in it.
+    /// Returns a body that contains `data` and ends after it.
     fn answer(data: Bytes) -> Self;
 }
 
-// ===== Followed to its end =====
+// ===== A body that is tracked to its end =====
 
 pin_project! {
-    /// A response body that ends its call's permit: at its end, at an error, or when it is dropped.
+    /// A response body that releases the permit of its call: at its end, at an error, or when it is dropped.
     ///
-    /// Every frame, the trailers, the size hint and the end-of-stream flag pass through.
+    /// It forwards every frame, the trailers, the size hint and the end-of-stream flag of the inner body. `Default`
+    /// returns an empty body, which an outer layer such as `tower_http::timeout` responds with.
     pub struct TrackedBody<B: Body> {
         #[pin]
         inner: AnswerBody<B>,
@@ -94,27 +100,28 @@ pin_project! {
     }
 }
 
-/// Judges an answer by its trailers, if it has any.
+/// Classifies a response by its trailers, if it has any.
 #[cfg(feature = "tower-http")]
 type JudgeTrailers = dyn FnOnce(Option<&HeaderMap>) -> Outcome + Send + Sync;
 
-/// What decides the outcome once the body has come to its end.
+/// The rule that classifies a response at the end of its body.
 pub(crate) enum Eos {
-    /// It has ended already: nobody is asked, or told, any more.
+    /// The permit has been released, or the body is not tracked.
     Told,
     /// The response was not read for too long. Its permit has been released, and a timeout layer within the body ends
     /// it.
     Unread,
-    /// Nothing more: the head has said it all.
+    /// The response head has decided this outcome.
     Plain(Outcome),
     /// The `grpc-status` in the trailers decides, or this outcome if there is none.
     Grpc(Outcome),
-    /// A classifier that wants to see the trailers.
+    /// A classifier of tower-http decides by the trailers.
     #[cfg(feature = "tower-http")]
     Custom(Box<JudgeTrailers>),
 }
 
 impl Eos {
+    /// Returns the outcome of a body that has ended, with these trailers.
     fn end(&mut self, trailers: Option<&HeaderMap>) -> Outcome {
         match std::mem::replace(self, Self::Told) {
             Self::Told | Self::Unread => Outcome::success(),
@@ -172,7 +179,7 @@ fn is_missing(outcome: Outcome) -> bool {
 }
 
 impl<B: Body> TrackedBody<B> {
-    /// Follows `body` to its end, and ends `permit` there.
+    /// Returns a body that releases `permit` at its end.
     #[cfg(feature = "connect")]
     pub(crate) fn new(body: B, permit: Permit, eos: Eos) -> Self {
         let mut tracked = Self::untracked(body);
@@ -180,7 +187,7 @@ impl<B: Body> TrackedBody<B> {
         tracked
     }
 
-    /// From here on follows it to its end, and ends `permit` there.
+    /// Starts to track the body: `permit` is released at its end, or now if the body has ended.
     #[inline]
     pub(crate) fn track(&mut self, mut permit: Permit, mut eos: Eos) {
         if self.inner.is_end_stream() {
@@ -192,7 +199,7 @@ impl<B: Body> TrackedBody<B> {
         (self.permit, self.eos) = (permit, eos);
     }
 
-    /// A body whose call has ended already.
+    /// Returns a body that holds no permit.
     #[inline]
     pub(crate) fn untracked(body: B) -> Self {
         Self::told(AnswerBody::Theirs { body })
@@ -211,7 +218,7 @@ impl<B: Body<Data: From<Bytes>>> OwnAnswer for TrackedBody<B> {
 }
 
 impl<B: Body> Default for TrackedBody<B> {
-    /// Nothing, and at its end: what a layer further out answers with, such as tower-http's timeout.
+    /// Returns an empty body that has ended: the body of a response that an outer layer makes.
     fn default() -> Self {
         Self::told(AnswerBody::ended())
     }
@@ -232,7 +239,7 @@ impl<B: Body> Body for TrackedBody<B> {
             Eos::Unread => return unread::during(|| this.inner.poll_frame(cx)),
             _ => {}
         }
-        // Looked at where it lies.
+        // The frame is inspected in place, because it is large to move.
         let polled = this.permit.guard(|| this.inner.as_mut().poll_frame(cx));
         this.permit.body_polled(polled.is_pending());
         let length = || match &polled {

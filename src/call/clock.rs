@@ -1,3 +1,8 @@
+//! Time: the clock of a layer's state, and one reading of the clock for all layers of a call.
+//!
+//! All time comes from `tokio::time`, so that tests can pause it. State machines take the time as an argument, in
+//! [`Nanos`].
+
 use std::{
     cell::Cell,
     future::Future,
@@ -9,10 +14,10 @@ use std::{
 
 use tokio::time::{Instant, Sleep};
 
-/// Nanoseconds since a state began: what pure state machines are told.
+/// Nanoseconds since the state was created.
 pub(crate) type Nanos = u64;
 
-/// The clock of one layer's state: tokio's, so that tests can pause it.
+/// The clock of one layer's state: tokio's clock, relative to the creation of the state.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Clock {
     began: Instant,
@@ -23,49 +28,56 @@ impl Clock {
         Self { began: Instant::now() }
     }
 
-    /// Never goes back, and never panics: before the beginning is the beginning.
+    /// Returns the time since the state was created. Never panics.
     #[inline]
     pub(crate) fn now(&self) -> Nanos {
         self.at(Instant::now())
     }
 
-    /// Converts an instant that has been read already. An earlier instant than the beginning is the beginning.
+    /// Converts an instant that has been read already. An instant before the creation of the state is 0.
     #[inline]
     pub(crate) fn at(&self, now: Instant) -> Nanos {
         nanos(now.saturating_duration_since(self.began))
     }
 }
 
-/// 584 years fit; what does not is for ever.
+/// Converts a duration. A duration of more than 584 years becomes `u64::MAX`.
 #[inline]
 pub(crate) fn nanos(duration: Duration) -> Nanos {
     let seconds = duration.as_secs().saturating_mul(1_000_000_000);
     seconds.saturating_add(u64::from(duration.subsec_nanos()))
 }
 
-/// Ready once it is time, also beside what uses up its task's budget each time: then no timer ever tells.
+/// Returns `Ready` once the deadline of the timer has passed.
+///
+/// `Sleep::poll` returns `Pending` without a check of the time if the task's coop budget is exhausted. An inner future
+/// that exhausts the budget in every poll would suppress the timer for ever, so the clock is read first.
 pub(crate) fn poll_timer(timer: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<()> {
     if timer.deadline() <= Instant::now() { Poll::Ready(()) } else { timer.poll(cx) }
 }
 
-// ===== One look for a whole stack =====
+// ===== One clock reading per call =====
 
 thread_local! {
-    /// None outside of a call; else its moment, once somebody has asked.
+    /// Outer `None`: the thread is not in a call. Inner `None`: it is in a call, and the clock has not been read yet.
     static MOMENT: Cell<Option<Option<Instant>>> = const { Cell::new(None) };
 }
 
-/// While there is one, this thread is in a `call`, from layer to layer: all that comes too late does so at the same
-/// moment, and one look at the clock tells it. For what layers do in that call alone: what it calls may block in it,
-/// and begins with a [new one](Self::anew) then.
-#[cfg_attr(not(feature = "timeout"), allow(dead_code))] // Nobody begins one.
+/// A guard for the time in which a thread runs `Service::call` of a stack. While it exists, the layers of the stack
+/// share one reading of the clock, so that a stack with several deadlines reads it once.
+///
+/// The reading is valid for `Service::call` only, which does not wait. A service below may run another call within it,
+/// and may block before: it discards the reading by [`anew`](Self::anew) in its `poll_ready`. Without a guard,
+/// [`now`](Self::now) reads the clock each time.
+#[cfg_attr(not(feature = "timeout"), allow(dead_code))] // Only the layers of the feature `timeout` begin a call.
 pub(crate) struct Moment {
     outermost: bool,
-    /// Of this thread.
+    /// Makes the guard `!Send`: it belongs to its thread.
     of: PhantomData<*const ()>,
 }
 
 impl Moment {
+    /// Begins a call on this thread. A guard within another guard changes nothing.
     #[cfg(feature = "timeout")]
     #[inline]
     pub(crate) fn begin() -> Self {
@@ -76,7 +88,8 @@ impl Moment {
         Self { outermost, of: PhantomData }
     }
 
-    /// Who is asked whether it is ready, in the midst of a call, may be called long after that has begun.
+    /// Discards the reading of the current call. Called in `poll_ready`: if that runs within a call, the reading may be
+    /// old, and the call that follows `poll_ready` may come much later.
     #[cfg(feature = "timeout")]
     #[inline]
     pub(crate) fn anew() {
@@ -85,13 +98,13 @@ impl Moment {
         }
     }
 
-    /// Whether an answer to the call that this thread is in would come too late, however quick.
+    /// Returns whether the deadline has passed, so that no response to the current call could be in time.
     #[inline]
     pub(crate) fn is_past(deadline: Option<Instant>) -> bool {
         deadline.is_some_and(|deadline| deadline <= Self::now())
     }
 
-    /// The moment of the call that this thread is in, or now.
+    /// Returns the reading of the current call, or the current time outside of a call.
     #[inline]
     pub(crate) fn now() -> Instant {
         match MOMENT.get() {

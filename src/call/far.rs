@@ -7,30 +7,36 @@ use std::{
 
 use super::Idle;
 
-/// The way back to a layer's state, for calls that hardly ever need it: `Copy`, where a clone of an `Arc` is two
-/// atomic operations a call that all threads do on one word.
+/// A weak reference to the state of a layer, for calls that rarely use it. It is `Copy`: a clone and a drop of an
+/// `Arc` would be two atomic writes per call to a word that all threads share.
 ///
-/// It points to a place that is never freed but used again, by the next layer that is made after this one is
-/// gone; the place's generation tells the two apart.
+/// It refers to a leaked slot ([`Place`]) that the next layer uses after this layer has been dropped. Each use of the
+/// slot has a generation of its own, so a reference finds the state only while the layer that created it exists. The
+/// generation is read and changed under the lock of the slot.
 pub(crate) struct Far<T> {
     place: &'static Place,
     generation: u64,
     of: PhantomData<fn() -> T>,
 }
 
-/// Where a state is found as long as it keeps this. Goes into the state itself.
+/// The registration of a state in a slot. The state itself contains it, so that dropping the state ends the
+/// registration.
 pub(crate) struct Found(&'static Place);
 
+/// A slot.
 #[derive(Default)]
 struct Place(Mutex<Tenant>);
 
+/// The content of a slot.
 #[derive(Default)]
 struct Tenant {
+    /// The number of registrations that have ended.
     generation: u64,
+    /// The registered state. `None` while the slot is on the free list.
     state: Option<Weak<dyn Any + Send + Sync>>,
 }
 
-/// Places that nobody is found at.
+/// Slots without a registered state.
 static FREE: Idle<Place> = Idle::new();
 
 impl Place {
@@ -40,14 +46,14 @@ impl Place {
 }
 
 impl Found {
-    /// Lets `state` be found, which is being made: see [`Arc::new_cyclic`].
+    /// Registers a state that is being constructed by [`Arc::new_cyclic`]. Lookups return `None` until it exists.
     pub(crate) fn at<T: Send + Sync + 'static>(state: &Weak<T>) -> Self {
         let place = FREE.take().unwrap_or_else(|| Box::leak(Box::default()));
         place.lock().state = Some(state.clone());
         Self(place)
     }
 
-    /// The way to it. Only for the state's own type.
+    /// Returns a reference to the state. `T` has to be the type that was registered: [`Far::get`] finds no other.
     pub(crate) fn far<T>(&self) -> Far<T> {
         Far { place: self.0, generation: self.0.lock().generation, of: PhantomData }
     }
@@ -65,11 +71,12 @@ impl Drop for Found {
 }
 
 impl<T: Send + Sync + 'static> Far<T> {
-    /// The state, if the layer is still there. Takes a short lock.
+    /// Returns the state, or `None` if the layer has been dropped. Takes the lock of the slot.
     pub(crate) fn get(&self) -> Option<Arc<T>> {
         let tenant = self.place.lock();
         let state = tenant.state.as_ref().filter(|_| tenant.generation == self.generation);
         let state = state.and_then(Weak::upgrade);
+        // Release the lock first. If this is the last reference, dropping it locks the slot again.
         drop(tenant);
         state?.downcast().ok()
     }
@@ -109,7 +116,7 @@ mod tests {
         assert_eq!(far.get().map(|state| state.number), Some(1));
         drop(one);
         assert!(far.get().is_none());
-        // Whether or not they get its place: other tests take places too.
+        // One of these states may use the slot of the first. Other tests use slots, too.
         let more: Vec<_> = (2..20).map(state).collect();
         assert!(far.get().is_none(), "nobody else answers for it");
         assert!(more.iter().all(|state| state.found.far::<State>().get().is_some()));
@@ -121,7 +128,7 @@ mod tests {
         let far: Far<State> = one.found.far();
         let held = far.get();
         drop(one);
-        // Dropped outside of the place's lock: no deadlock.
+        // The last reference is dropped outside of the lock of the slot, so this does not deadlock.
         drop(held);
         assert!(far.get().is_none());
     }

@@ -1,8 +1,19 @@
-//! How a layer's state is reached: by services and handles, and by the calls under way, whose permits end at it.
+//! References to the state of a layer. Services and handles hold one, and so does the permit of each call in flight.
 //!
-//! A state lives until the last of its calls is over. To count them in one word is plain, and costs two threads that
-//! both write it more than all the rest of a call. So there are three ways: [`Shared`], here, counts in one word;
-//! what is `striped` counts in a word for each of several groups of threads; and for what is `lasting` nobody counts.
+//! A state lives until its last call has ended. A single reference count is simple, but two threads that both write it
+//! spend more time on it than on the rest of the call. There are therefore three kinds of references:
+//!
+//! | kind | reference count | the state is freed |
+//! |---|---|---|
+//! | [`Shared`] | one | with the last reference |
+//! | [`Lease`](super::Lease) of a [`Striped`](super::Striped) state | one per shard; threads use different shards | with the last reference |
+//! | `&'static` to a [leaked](super::lasting) state | none | never: its owner returns it to a free list |
+//!
+//! The third kind needs no count of its own because the state counts its calls anyway, or because a generation in the
+//! token tells a call of an earlier owner from a call of the current one.
+//!
+//! A permit within a generic future has a [`Giver`] of a concrete type. A permit in a response body is type-erased to
+//! an [`AnyGiver`], so that the body's type does not name the layer.
 
 #[cfg(any(feature = "breaker", feature = "health", feature = "lifecycle", feature = "limit"))]
 use std::sync::Weak;
@@ -10,12 +21,12 @@ use std::{fmt, ops::Deref, sync::Arc, time::Duration};
 
 use super::{Finish, Hold, Measures, Outcome, Permit, Token, WaitsFor};
 
-/// Who gave a permit, as the permit has it.
+/// The owner of a permit: a reference to the state that issued it. It can be type-erased.
 pub trait Giver: Finish + Into<AnyGiver> {}
 
 impl<G: Finish + Into<AnyGiver>> Giver for G {}
 
-/// Whatever leads to a state tells it what it is told.
+/// Forwards to the pointee.
 impl<P> Finish for P
 where
     P: Deref<Target: Finish> + Send + Sync + 'static,
@@ -69,9 +80,11 @@ where
     }
 }
 
-/// A giver of which nobody knows any more what it is.
+/// A type-erased owner of a permit.
 pub enum AnyGiver {
+    /// A reference-counted state, or a shard that refers to it.
     Counted(Arc<dyn Finish>),
+    /// A leaked state.
     Lasting(&'static dyn Finish),
 }
 
@@ -93,7 +106,7 @@ impl fmt::Debug for AnyGiver {
     }
 }
 
-/// A state that lives as long as somebody has it.
+/// A state with one reference count.
 pub struct Shared<T>(pub(super) Arc<T>);
 
 impl<T> Shared<T> {
@@ -101,7 +114,7 @@ impl<T> Shared<T> {
         Self(Arc::new(state))
     }
 
-    /// A reference that does not keep the state alive.
+    /// Returns a weak reference to the state.
     #[cfg(any(feature = "breaker", feature = "health", feature = "lifecycle", feature = "limit"))]
     pub(crate) fn downgrade(&self) -> Weak<T> {
         Arc::downgrade(&self.0)
@@ -109,7 +122,7 @@ impl<T> Shared<T> {
 }
 
 impl<T: Finish> Shared<T> {
-    /// The right to make one call, given by this state.
+    /// Returns a permit that this state has issued. The permit keeps the state alive.
     #[cfg(any(feature = "connect", feature = "health", feature = "limit"))]
     pub(crate) fn permit(&self, token: Token) -> Permit<Self> {
         Permit::new(self.clone(), token)

@@ -1,11 +1,19 @@
-//! States whose calls nobody counts: what they end at is never given back.
+//! A free list of leaked allocations.
+//!
+//! A permit has to reach its state for as long as its call lasts. A leaked state is reached by a `&'static` reference,
+//! so that a call writes no reference count. When the owner of a state is dropped, the state is put on a free list and
+//! the next owner uses it again. The memory in use is therefore bounded by the maximum number of states that existed at
+//! one time.
+//!
+//! A call may outlive the owner of its state. The users of this list ensure that such a call does not affect the next
+//! owner: a limit puts its state on the list only when its last call has ended, and a slot with a generation
+//! ([`Far`](super::Far), the front of a circuit breaker) ignores tokens and handles of an earlier generation.
 
 #[cfg(all(test, feature = "breaker"))]
 use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Memory for states that is never given back, and used for another one once it is idle: as much of it as there
-/// ever were such states at once.
+/// A free list of leaked values: see the [module](self).
 pub(crate) struct Idle<T: 'static>(Mutex<Vec<&'static T>>);
 
 impl<T> Idle<T> {
@@ -13,12 +21,12 @@ impl<T> Idle<T> {
         Self(Mutex::new(Vec::new()))
     }
 
-    /// One that nobody uses, if there is one.
+    /// Removes a value from the list and returns it. `None` if the list is empty.
     pub(crate) fn take(&self) -> Option<&'static T> {
         self.list().pop()
     }
 
-    /// This one, if it is idle.
+    /// Removes this value from the list. Returns whether it was on the list.
     #[cfg(all(test, feature = "breaker"))]
     pub(crate) fn take_this(&self, wanted: &'static T) -> bool {
         let mut list = self.list();
@@ -26,7 +34,7 @@ impl<T> Idle<T> {
         at.map(|at| list.remove(at)).is_some()
     }
 
-    /// Nobody uses it any more.
+    /// Adds a value that is no longer in use.
     pub(crate) fn keep(&self, idle: &'static T) {
         self.list().push(idle);
     }

@@ -1,3 +1,28 @@
+//! Permits: the right to make one call, and its release with the outcome of the call.
+//!
+//! # Life of a permit
+//!
+//! 1. A state ([`Finish`]: a circuit, a limit, a registry of calls) admits a call and issues a [`Permit`]. Its
+//!    [`Token`]
+//!    records the admission: the generation of the state, and the clock that measures the upstream.
+//! 2. The permit is moved through the future of the call. [`Permit::pending`] records what the call waits for, and
+//!    [`Permit::head`] reports the response head to the state.
+//! 3. The permit ends at the time that [`Finish::hold`] states. If that is the end of the response body, it is
+//!    type-erased and moved into the [`TrackedBody`](super::TrackedBody).
+//! 4. [`Finish::finish`] receives the token and the attributed outcome.
+//!
+//! # Invariants
+//!
+//! - `finish` is called exactly once per token. The owner of the state is an `Option` that the release takes, so a
+//!   second
+//!   release and the destructor find `None`. Such a permit is *spent*.
+//! - The release happens in `Drop` if it has not happened before: also when the future is dropped before its first
+//!   poll,
+//!   or while the thread unwinds. No `.await` and no lock of this module lies between a permit and its release.
+//! - A token of an earlier generation must not change the current state. The state compares the generations.
+//! - Every outcome other than a success is [attributed](super::attribute) before the state receives it. A state
+//!   therefore sees failures of the upstream only.
+
 use std::{fmt, mem};
 
 use tokio::time::{Duration, Instant};
@@ -36,31 +61,31 @@ pub enum Measures {
     Body,
 }
 
-/// When a permit ends.
+/// The time at which a permit is released.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hold {
-    /// At the response head, whatever it says.
+    /// At the response head, whatever its outcome is.
     Head,
-    /// As soon as the outcome is certain: at a bad head, else at the end of the body.
+    /// As soon as the outcome is certain: at a response head that is not a success, otherwise at the end of the body.
     Verdict,
     /// At the end of the body.
     Body,
 }
 
-/// The state behind a permit: what hears how the call ended.
+/// The state that issues permits and receives the outcomes of their calls.
 ///
-/// Object-safe, so that a body needs to know no policy.
+/// The trait is object-safe, so that the type of a response body does not depend on the layer.
 pub trait Finish: Send + Sync + 'static {
-    /// The call has ended. Said exactly once for every token.
+    /// Releases the permit of this token and records the outcome of its call. Called exactly once for each token.
     fn finish(&self, token: Token, outcome: Outcome);
 
-    /// The response head is here; `so_far` is what the outcome will be if nothing more goes wrong.
-    /// It may mark the token, which comes back with the end.
+    /// Records the response head. `so_far` is the outcome if the response body does not change it. The state may change
+    /// the token, which [`finish`](Self::finish) receives.
     fn head(&self, token: &mut Token, so_far: Outcome) {
         let _ = (token, so_far);
     }
 
-    /// When permits of this state end.
+    /// Returns the time at which permits of this state are released.
     fn hold(&self) -> Hold;
 
     /// Returns the part of a call that this state measures.
@@ -107,12 +132,13 @@ pub trait Finish: Send + Sync + 'static {
     }
 }
 
-/// The right to make one call.
+/// The right to make one call. See the [module](self).
 ///
-/// [`finish`](Self::finish) ends it once; dropping it unfinished ends it as cancelled, or, once a
-/// head has been seen, as [`end_dropped_as`](Self::end_dropped_as) said, or as a failure if the call's
-/// own code panicked under its [`guard`](Self::guard). A spent permit is hollow.
+/// [`finish`](Self::finish) releases it with an outcome. Dropping it releases it with the outcome that
+/// [`end_dropped_as`](Self::end_dropped_as) has set, with a failure if the inner service panicked under
+/// [`guard`](Self::guard), and otherwise with the outcome of a dropped call.
 pub struct Permit<G: Finish = AnyGiver> {
+    /// The state that issued the permit. `None` once the permit is spent.
     giver: Option<G>,
     token: Token,
     context: CallContext,
@@ -162,17 +188,17 @@ impl<G: Finish> Permit<G> {
         Self { giver: None, token: Token::unmeasured(0), context: CallContext::NONE }
     }
 
-    // ===== The end of the call =====
+    // ===== Release =====
 
-    /// Ends the call.
+    /// Releases the permit with this outcome.
     #[inline]
     pub(crate) fn finish(mut self, outcome: Outcome) {
         self.end(outcome);
-        // Hollow by now: there is nothing left to drop.
+        // `end` has taken the state, so the destructor would do nothing.
         mem::forget(self);
     }
 
-    /// Ends the call, if it has not ended yet.
+    /// Releases the permit with this outcome, unless it is spent.
     #[inline]
     pub(crate) fn end(&mut self, outcome: Outcome) {
         if !outcome.is_success() {
@@ -205,8 +231,11 @@ impl<G: Finish> Permit<G> {
         attribute(outcome, ending)
     }
 
-    /// Moves it on, and leaves a spent one behind. Not an `Option`: its niche, in the midst of the permit,
-    /// would cost a stalled load a call.
+    /// Moves the permit out, and leaves a spent permit behind.
+    ///
+    /// The callers store a permit and no `Option<Permit>`. The niche of such an option lies in the middle of the
+    /// permit,
+    /// and reading it costs a stalled load per call.
     #[inline]
     pub(crate) fn take(&mut self) -> Self {
         Self { giver: self.giver.take(), token: self.token, context: self.context }
@@ -216,6 +245,8 @@ impl<G: Finish> Permit<G> {
     /// attributed to the side that caused it; `is_certain` if the body cannot change it.
     #[inline]
     pub(crate) fn head(&mut self, so_far: Outcome, is_certain: bool) -> Outcome {
+        // A head that decides the outcome is attributed as if there were none: a 504 that only reports the caller's
+        // deadline is still a failure after `count_cancelled_after`.
         self.context.has_head = !is_certain;
         let so_far = if so_far.is_success() { so_far } else { self.attributed(so_far) };
         self.context.has_head = true;
@@ -353,15 +384,16 @@ impl<G: Finish> Permit<G> {
         self.token.clock = clock;
     }
 
+    /// Returns the time at which the permit is released. For a spent permit, the response head.
     #[inline]
     pub(crate) fn hold(&self) -> Hold {
         self.giver.as_ref().map_or(Hold::Head, G::hold)
     }
 
-    /// Runs the call's own code: if that panics, the call has failed.
+    /// Runs code of the inner service. If it panics, the permit is released with a failure when it is dropped.
     ///
-    /// Asking the thread on drop would not do: a caller that panics while it holds a good answer
-    /// unwinds through it, too.
+    /// `thread::panicking()` in the destructor would not suffice: a caller that panics while it holds a successful
+    /// response drops the permit during unwinding, too.
     #[inline]
     pub(crate) fn guard<O>(&mut self, run: impl FnOnce() -> O) -> O {
         struct OnUnwind<'a, G: Finish>(&'a mut Permit<G>);
@@ -378,7 +410,7 @@ impl<G: Finish> Permit<G> {
         done
     }
 
-    /// Sets the outcome of a drop from here on.
+    /// Sets the outcome with which a drop releases the permit from now on.
     #[inline]
     pub(crate) fn end_dropped_as(&mut self, outcome: Outcome) {
         self.context.drop_as = Some(outcome);
@@ -386,7 +418,7 @@ impl<G: Finish> Permit<G> {
 }
 
 impl<G: Giver> Permit<G> {
-    /// Forgets which policy gave it.
+    /// Erases the type of the state that issued the permit.
     #[inline]
     pub(crate) fn erase(mut self) -> Permit {
         Permit {
@@ -406,7 +438,7 @@ impl<G: Finish> Drop for Permit<G> {
     }
 }
 
-/// Takes the permit by value, so that it can stay in registers.
+/// Releases a dropped permit. Takes it by value, so that it can stay in registers.
 #[cold]
 #[inline(never)]
 fn dropped<G: Finish>(permit: Permit<G>) {

@@ -1,4 +1,16 @@
-//! States whose calls are counted in several words.
+//! States with several reference counts, one per shard.
+//!
+//! Each call in flight holds a reference to the state of its layer. With one reference count, all threads would write
+//! the same cache line twice per call. Here a call takes a reference to one of up to 16 shards, selected by its thread.
+//! Each shard holds one reference to the state, so the state lives until the last call of every shard has ended and the
+//! [`Striped`] itself is dropped.
+//!
+//! ```text
+//! Striped ─▶ Stripes ─┬─▶ Shared ────────────────▶ state
+//!                     ├─▶ Lease ─▶ Stripe (count) ──▶ state
+//!                     └─▶ Lease ─▶ Stripe (count) ──▶ state
+//! a call ───────────────▶ Lease ─▶ one of these Stripes
+//! ```
 
 use std::{
     fmt,
@@ -10,18 +22,19 @@ use std::{
 
 use super::{AnyGiver, Finish, Shared};
 
-/// A [`Shared`] state whose calls are counted apart, each group of threads by itself: what two threads do does not
-/// meet. Clones of it, of which each service has one, are counted together.
+/// A [`Shared`] state whose calls are counted in shards. Calls on threads with different shards write no common cache
+/// line. Its own clones, one per service, share one count.
 pub(crate) struct Striped<T>(Arc<Stripes<T>>);
 
 struct Stripes<T> {
     state: Shared<T>,
+    /// The first shard. It is a field of its own, so that the choice of a shard cannot fail.
     first: Lease<T>,
-    /// One less than a power of two, so that their number is a mask.
+    /// The other shards. Their number is a power of two less one, so it serves as the mask of a shard's index.
     others: Box<[Lease<T>]>,
 }
 
-/// One of the words that calls are counted in, apart from the next, and where it leads.
+/// A shard: a reference to the state, with a reference count of its own. The alignment prevents false sharing.
 #[repr(align(128))]
 struct Stripe<T>(Shared<T>);
 
@@ -33,15 +46,15 @@ impl<T> Striped<T> {
         Self(Arc::new(Stripes { state, first, others }))
     }
 
-    /// For one call, which keeps the state alive.
+    /// Returns a reference for one call. It keeps the state alive.
     #[inline]
     pub(crate) fn lease(&self) -> Lease<T> {
         let Stripes { first, others, .. } = &*self.0;
-        // Nothing here can panic: a call's future would be moved to be ready for that.
+        // No panic: with an unwind path here, the compiler copies the future of the call once more.
         others.get(own() & others.len()).unwrap_or(first).clone()
     }
 
-    /// The state alone, without a count of its calls.
+    /// Returns the state. A clone of it is counted in the state's own reference count.
     #[cfg(any(feature = "breaker", feature = "lifecycle", feature = "limit"))]
     pub(crate) fn state(&self) -> &Shared<T> {
         &self.0.state
@@ -79,7 +92,7 @@ impl<T> Deref for Stripe<T> {
     }
 }
 
-/// What one call has of a [`Striped`] state.
+/// A reference to a shard of a [`Striped`] state, held by one call.
 pub struct Lease<T>(Arc<Stripe<T>>);
 
 impl<T> Lease<T> {
@@ -90,22 +103,23 @@ impl<T> Lease<T> {
 
 #[cfg(feature = "breaker")]
 impl<T> Lease<T> {
-    /// A state whose calls are all counted in this one word: for what there are many of.
+    /// Returns a state with a single shard, for states that exist in large numbers.
     pub(crate) fn alone(state: T) -> Self {
         Self::of(Shared::new(state))
     }
 
-    /// The state, without a count of its calls.
+    /// Returns the state. A clone of it is counted in the state's own reference count.
     pub(crate) fn state(&self) -> &Shared<T> {
         &self.0.0
     }
 
-    /// Returns whether there is another reference to it or to its state. The result may be outdated at once.
+    /// Returns whether there is another reference to the shard or to its state. The result may be outdated at once.
     pub(crate) fn is_shared(&self) -> bool {
         Arc::strong_count(&self.0) > 1 || Arc::strong_count(&self.0.0.0) > 1
     }
 
-    /// Whether nobody else has it or its state. What those who had it did to the state is seen from here on.
+    /// Returns whether this is the only reference to the shard and to its state, weak references included. If so, all
+    /// writes through dropped references are visible: [`Arc::get_mut`] acquires what their drops released.
     pub(crate) fn is_unshared(&mut self) -> bool {
         Arc::get_mut(&mut self.0).is_some_and(|only| Arc::get_mut(&mut only.0.0).is_some())
     }
@@ -140,13 +154,13 @@ impl<T: Finish> From<Lease<T>> for AnyGiver {
     }
 }
 
-// ===== Which word =====
+// ===== Selection of a shard =====
 
-/// More groups of threads than that are not told apart: each costs 256 bytes, a line of a cache for the count and one
-/// for where it leads.
+/// The maximum number of shards. Each occupies 256 bytes: 128 for the reference counts and 128 for the reference to the
+/// state.
 const MOST: usize = 16;
 
-/// How many words there are: a power of two, for as many threads as run at once.
+/// Returns the number of shards: the available parallelism, rounded up to a power of two, and at most [`MOST`].
 fn count() -> usize {
     static COUNT: OnceLock<usize> = OnceLock::new();
     *COUNT.get_or_init(|| {
@@ -155,10 +169,14 @@ fn count() -> usize {
     })
 }
 
-/// A number that threads mostly differ in, in its lowest bits: where their stacks are, which are 2 MiB each, one beside
-/// the other, unless somebody has asked for others: then more of them meet. It costs an instruction, where a number of the
-/// thread's own would be a lookup, and a branch for the first.
-/// It may change from one call to the next; nothing but time depends on it.
+/// Returns a number whose lowest bits differ between most threads: the address of the stack in units of 2 MiB.
+///
+/// By default Rust gives each thread a stack of 2 MiB, so neighbouring stacks differ in the lowest bit. With other
+/// stack sizes more threads select the same shard. The address costs one instruction. A thread-local number would cost
+/// a lookup, and a branch for its initialisation.
+///
+/// The number may change between two calls of a thread. Only speed depends on it: a call releases the reference that it
+/// holds, whichever shard that is of.
 #[inline]
 fn own() -> usize {
     let here = 0_u8;
