@@ -431,7 +431,7 @@ async fn error_of_a_response_body_converts_and_states_what_failed() {
     let error = net::soon(read(client, at)).await.unwrap_err();
     let error: ClientError = error.downcast().unwrap();
     assert_eq!(error.kind(), ClientErrorKind::Timeout);
-    assert_eq!(error.to_string(), "call timed out: body fell silent");
+    assert_eq!(error.to_string(), "call timed out: no frame of the response body in time");
 }
 
 #[tokio::test]

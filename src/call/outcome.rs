@@ -1,8 +1,8 @@
 use std::{error::Error, fmt, time::Duration};
 
-/// What became of one call.
+/// The outcome of a call: its kind, the reason, a status code and the server's hint when to retry.
 ///
-/// Eight bytes, `Copy`: the kind, the reason, a status code and the server's hint of when to come back.
+/// It is `Copy` and has 8 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Outcome {
     hint_ms: u32,
@@ -11,34 +11,35 @@ pub struct Outcome {
     reason: Reason,
 }
 
-/// The four things that can become of a call.
+/// The kind of an [`Outcome`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum OutcomeKind {
-    /// It was answered.
+    /// The upstream responded.
     Success,
-    /// It failed: what was called, or the way to it, is at fault.
+    /// The call failed because of the upstream or of the network.
     Failure,
     /// The upstream is alive but asks for fewer calls: HTTP 429 and 529, gRPC `RESOURCE_EXHAUSTED`.
     Throttled,
-    /// It says nothing about what was called: the caller went away, or a layer of ours refused.
+    /// The call carries no information about the upstream: the caller ended it, a layer rejected it, or the connection
+    /// ended by [housekeeping](Outcome::is_housekeeping).
     Cancelled,
 }
 
-/// Why a call ended as it did. A closed set, so that it can be a metric's label.
+/// The reason for an [`Outcome`]. The set is closed, so a reason can be the label of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Reason {
-    /// The answer came to its end.
+    /// The response is complete.
     Completed,
-    /// The HTTP status said so; [`Outcome::code`] has it.
+    /// The HTTP status decided. [`Outcome::code`] returns it.
     Status,
     /// The gRPC status decided, which may be mapped from the HTTP status. [`Outcome::code`] returns it.
     GrpcStatus,
-    /// No connection could be made: refused. The request never left.
+    /// The connection was refused. The request was not sent.
     ConnectRefused,
-    /// No connection could be made in time. The request never left.
+    /// No connection could be made in time. The request was not sent.
     ConnectTimeout,
-    /// No connection could be made for another cause. The request never left.
+    /// No connection could be made, for another reason. The request was not sent.
     ConnectFailed,
     /// The client returned the request before it sent a byte of it. This is a failure if the connection broke and is
     /// known to be new, and [housekeeping](Outcome::is_housekeeping) otherwise.
@@ -52,17 +53,18 @@ pub enum Reason {
     StaleConnection,
     /// The connection, or the HTTP/2 stream, was reset before the response head.
     Reset,
-    /// It took too long.
+    /// A timeout or an operator deadline expired.
     Timeout,
     /// Any other error of the service.
     Error,
-    /// The response body failed half-way.
+    /// The response body failed before its end.
     Body,
     /// A gRPC response with HTTP status 200 ended without a gRPC status.
     MissingStatus,
     /// The caller dropped the call.
     Dropped,
-    /// The request was at fault: its body broke off, or it could not be sent as it is.
+    /// The request was at fault: its body failed, stalled or was too slow, its response was not read, or the request
+    /// cannot be sent as it is.
     Caller,
     /// The caller's deadline passed with the call in flight.
     CallerDeadline,
@@ -73,14 +75,14 @@ pub enum Reason {
     Superseded,
     /// The call panicked.
     Panicked,
-    /// A layer of this crate refused it further in: it never reached what was called.
+    /// An inner layer of this crate rejected the call, which did not reach the upstream.
     Rejected,
-    /// A classifier of the user's said so.
+    /// A classifier of the application decided.
     Reported,
 }
 
 impl OutcomeKind {
-    /// The kind in `snake_case`, as a metric's label.
+    /// Returns the kind in `snake_case`, for the label of a metric.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
         match self {
@@ -99,7 +101,7 @@ impl fmt::Display for OutcomeKind {
 }
 
 impl Reason {
-    /// The reason in `snake_case`, as a metric's label.
+    /// Returns the reason in `snake_case`, for the label of a metric.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
         match self {
@@ -129,7 +131,7 @@ impl Reason {
         }
     }
 
-    /// Whether it says more than that something failed.
+    /// Returns whether the reason states more than that the call failed.
     #[cfg(feature = "retry")]
     pub(crate) const fn is_told(self) -> bool {
         !matches!(self, Self::Error | Self::Reported)
@@ -142,6 +144,7 @@ impl fmt::Display for Reason {
     }
 }
 
+/// `hint_ms` of an outcome without a hint.
 const NO_HINT: u32 = u32::MAX;
 
 impl Outcome {
@@ -149,33 +152,34 @@ impl Outcome {
         Self { hint_ms: NO_HINT, code: 0, kind, reason }
     }
 
-    /// The call was answered.
+    /// Returns the outcome of a call that succeeded.
     #[must_use]
     pub const fn success() -> Self {
         Self::new(OutcomeKind::Success, Reason::Completed)
     }
 
-    /// The call failed.
+    /// Returns the outcome of a call that failed because of the upstream.
     #[must_use]
     pub const fn failure() -> Self {
         Self::new(OutcomeKind::Failure, Reason::Reported)
     }
 
-    /// What was called asks for less.
+    /// Returns the outcome of a call by which the upstream asks for fewer calls.
     #[must_use]
     pub const fn throttled() -> Self {
         Self::new(OutcomeKind::Throttled, Reason::Reported)
     }
 
-    /// The call says nothing about what was called.
+    /// Returns the outcome of a call that carries no information about the upstream.
     #[must_use]
     pub const fn cancelled() -> Self {
         Self::new(OutcomeKind::Cancelled, Reason::Dropped)
     }
 
-    /// Classifies an error by the chain of its sources: where the connection failed, a timeout, a rejection by
-    /// an inner layer ([`OutcomeKind::Cancelled`]), [connection housekeeping](Self::is_housekeeping). For
-    /// classifiers of your own.
+    /// Classifies an error by the chain of its sources, for classifiers of your own.
+    ///
+    /// It distinguishes where the connection failed, a timeout, a rejection by an inner layer
+    /// ([`OutcomeKind::Cancelled`]) and [connection housekeeping](Self::is_housekeeping).
     ///
     /// A connection that breaks before the response is housekeeping if it had delivered a response before, and
     /// a failure if it was new. [`connect::Client`](crate::connect::Client) records whether it was new.
@@ -189,40 +193,42 @@ impl Outcome {
         super::http::of_error(error)
     }
 
-    /// The same outcome with this reason.
+    /// Returns the same outcome with this reason.
     #[must_use]
     pub const fn because(mut self, reason: Reason) -> Self {
         self.reason = reason;
         self
     }
 
-    /// The same outcome with a status code: HTTP's or gRPC's, as [`reason`](Self::reason) tells.
+    /// Returns the same outcome with a status code. The [`reason`](Self::reason) states whether it is an HTTP or a gRPC
+    /// status; with any other reason the code is ignored.
     #[must_use]
     pub const fn with_code(mut self, code: u16) -> Self {
         self.code = code;
         self
     }
 
-    /// The same outcome with the server's hint of when to come back: whole milliseconds, at most 49 days.
+    /// Returns the same outcome with the server's hint when to retry, rounded down to whole milliseconds, at most 49
+    /// days.
     #[must_use]
     pub fn with_retry_after(mut self, after: Duration) -> Self {
         self.hint_ms = u32::try_from(after.as_millis()).unwrap_or(NO_HINT).min(NO_HINT - 1);
         self
     }
 
-    /// Which of the four it is.
+    /// Returns the kind.
     #[must_use]
     pub const fn kind(&self) -> OutcomeKind {
         self.kind
     }
 
-    /// Why.
+    /// Returns the reason.
     #[must_use]
     pub const fn reason(&self) -> Reason {
         self.reason
     }
 
-    /// The HTTP or gRPC status code, if one decided.
+    /// Returns the HTTP or gRPC status code, if the status decided.
     #[must_use]
     pub const fn code(&self) -> Option<u16> {
         match self.reason {
@@ -231,7 +237,7 @@ impl Outcome {
         }
     }
 
-    /// When the server asked to be called again, as a time from its answer.
+    /// Returns the server's hint: the time from its response until the earliest retry.
     #[must_use]
     pub const fn retry_after(&self) -> Option<Duration> {
         match self.hint_ms {
@@ -240,13 +246,13 @@ impl Outcome {
         }
     }
 
-    /// Whether it is a success.
+    /// Returns whether the outcome is a success.
     #[must_use]
     pub const fn is_success(&self) -> bool {
         matches!(self.kind, OutcomeKind::Success)
     }
 
-    /// Whether it is a failure.
+    /// Returns whether the outcome is a failure.
     #[must_use]
     pub const fn is_failure(&self) -> bool {
         matches!(self.kind, OutcomeKind::Failure)
@@ -286,7 +292,7 @@ impl Outcome {
     }
 }
 
-/// `failure: status 503, retry after 30s`.
+/// Shows the outcome on one line: `failure: status 503, retry after 30s`.
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.kind, self.reason)?;

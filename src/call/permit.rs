@@ -17,11 +17,10 @@
 //!   second
 //!   release and the destructor find `None`. Such a permit is *spent*.
 //! - The release happens in `Drop` if it has not happened before: also when the future is dropped before its first
-//!   poll,
-//!   or while the thread unwinds. No `.await` and no lock of this module lies between a permit and its release.
+//!   poll, or while the thread unwinds.
 //! - A token of an earlier generation must not change the current state. The state compares the generations.
 //! - Every outcome other than a success is [attributed](super::attribute) before the state receives it. A state
-//!   therefore sees failures of the upstream only.
+//!   can therefore count each failure against the upstream.
 
 use std::{fmt, mem};
 

@@ -1,3 +1,18 @@
+//! Protocols: how a layer classifies the result of a call, and at which point it releases the permit.
+//!
+//! # One call
+//!
+//! 1. `Judge::begin` records what the classification needs of the request, before the inner service consumes it.
+//! 2. `Judge::wrap` converts the response of the inner service into the response of the layer. For HTTP the body
+//!    becomes
+//!    a [`TrackedBody`] that holds no permit yet.
+//! 3. `Judge::judge` classifies the response head or the error. It releases the permit, or moves it into the body,
+//!    which
+//!    releases it at its end ([`Eos`]).
+//!
+//! Steps 2 and 3 are separate because a response is large: the response is converted once, and then inspected and
+//! changed in place.
+
 use std::fmt;
 
 #[cfg(feature = "limit")]
@@ -12,16 +27,17 @@ use super::{
 use http::{HeaderMap, Request, Response, StatusCode};
 use http_body::Body;
 
-/// How a layer learns what became of a call, and what its caller gets back.
+/// Classifies the results of calls, and states the response type of the layer.
 ///
-/// [`Http`] is every layer's default. For other request and response types there are [`Classify`]
-/// (a closure) and [`PerResponse`] (nothing is judged); `tower_http::classify` is taken as it is by
-/// `TowerHttp`. Not to be implemented outside of this crate yet.
+/// [`Http`] is the default of every layer. For other request and response types there are [`Classify`] (a closure) and
+/// [`PerResponse`] (no classification). `TowerHttp` uses a classifier of `tower_http::classify`.
+///
+/// The trait cannot be implemented outside of this crate.
 pub trait Protocol<Req, Res, E>: Judge<Req, Res, E> {}
 
 impl<P, Req, Res, E> Protocol<Req, Res, E> for P where P: Judge<Req, Res, E> {}
 
-/// The working half of [`Protocol`], out of reach so that it may still change.
+/// The methods of [`Protocol`]. The trait is not exported, so that it can change.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot judge calls that give `{Res}` or `{E}`",
     label = "this layer does not fit what it wraps",
@@ -31,9 +47,9 @@ impl<P, Req, Res, E> Protocol<Req, Res, E> for P where P: Judge<Req, Res, E> {}
     note = "a layer below that fails with boxed errors makes the error type `BoxError`"
 )]
 pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
-    /// What the caller gets.
+    /// The response of the layer.
     type Response;
-    /// What is remembered of the request while it is under way.
+    /// The part of the request that the classification needs, recorded when the call begins.
     type Call;
 
     /// Returns the deadline that the request carries.
@@ -55,7 +71,9 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
         None
     }
 
-    /// A call is about to be made, with this permit.
+    /// Records what the classification needs of the request, just before the inner service is called. A protocol may
+    /// call
+    /// `permit` to lend the permit of the admission to the handler, through the extensions of the request.
     fn begin<G: Giver>(&self, request: &mut Req, permit: impl FnOnce() -> Permit<G>) -> Self::Call;
 
     /// Returns the call permit, which measures the call if the protocol has lent the permit of the admission to the
@@ -66,11 +84,12 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
         None
     }
 
-    /// The inner service has answered: what the caller gets of it, before anybody has looked at it.
+    /// Converts the response of the inner service into the response of the layer, before it is classified.
     fn wrap(response: Res) -> Self::Response;
 
-    /// Judges an answer, or an error. Both lie where they are looked at, and so does the permit, which is ended or
-    /// taken along: what is moved after a look at it is copied, each time.
+    /// Classifies a response or an error. Releases the permit, or moves it into the response body.
+    ///
+    /// All three are passed by reference: a value that is moved after it was inspected is copied each time.
     fn judge<G: Giver>(
         call: Self::Call,
         result: Result<&mut Self::Response, &E>,
@@ -80,7 +99,7 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
 
 // ===== HTTP and gRPC =====
 
-/// HTTP and gRPC: classified by the response head, and followed to the end of the body.
+/// HTTP and gRPC: classifies by the response head, and tracks the response body to its end.
 ///
 /// Breaker, adaptive limit, retry and hedge use this one classification, so they agree on every response. A call is
 /// gRPC if its request is a `POST` with `content-type: application/grpc…`, or if its response has such a content type.
@@ -132,7 +151,7 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Http;
 
-/// What is recorded of an HTTP request when its call begins.
+/// The part of an HTTP request that is recorded when its call begins.
 #[derive(Clone, Copy, Debug)]
 pub struct HttpCall {
     is_grpc: bool,
@@ -202,10 +221,10 @@ where
     }
 }
 
-/// A second response type for [`Http`], which nothing answers with.
+/// A second response type for [`Http`], which no service returns.
 ///
-/// With one only, the compiler would take for granted that the wrapped service answers with it, and
-/// blame the service's future instead of printing the notes of [`Protocol`].
+/// If `Http` had one response type only, the compiler would infer that the wrapped service returns it. It would then
+/// report the future of the service as the error, and would not print the notes of [`Protocol`].
 #[derive(Debug)]
 pub enum Never {}
 
@@ -222,7 +241,7 @@ impl<ReqB, E> Judge<Request<ReqB>, Never, E> for Http {
     fn judge<G: Giver>((): (), _: Result<&mut Never, &E>, _: &mut Permit<G>) {}
 }
 
-/// [`Http`] with a closure that classifies the response head. The body is followed as with [`Http`].
+/// [`Http`] with a closure that classifies the response head. The response body is tracked as with [`Http`].
 #[derive(Clone)]
 pub struct ClassifyHead<C>(pub(crate) C);
 
@@ -286,7 +305,7 @@ where
     }
 }
 
-/// Moves the permit into the body, or ends it here if the head decides.
+/// Moves the permit into the body, or releases it here if the head decides.
 #[inline]
 fn follow<B: Body, G: Giver>(
     mut eos: Eos,
@@ -305,9 +324,9 @@ fn follow<B: Body, G: Giver>(
     }
 }
 
-// ===== Anything else =====
+// ===== Any other types =====
 
-/// A closure over `Result<&Response, &Error>`: for services of any types.
+/// Classifies by a closure over `Result<&Response, &Error>`, for services of any types.
 #[derive(Clone)]
 pub struct Classify<C>(pub(crate) C);
 
@@ -334,7 +353,8 @@ where
     }
 }
 
-/// Nothing is judged: a call is over with its response, and an error is a failure.
+/// Classifies no responses: a call ends with its response, which is a success. An error is classified by
+/// [`Outcome::of_error`] if its type is known, and is a failure otherwise.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PerResponse;
 
@@ -361,7 +381,7 @@ impl<Req, Res, E: 'static> Judge<Req, Res, E> for PerResponse {
 
 // ===== tower_http::classify =====
 
-/// Any classifier of `tower_http::classify`, as it is.
+/// Classifies by a classifier of `tower_http::classify`.
 #[cfg(feature = "tower-http")]
 #[derive(Clone)]
 pub struct TowerHttp<M>(pub(crate) M);
@@ -430,7 +450,8 @@ where
                 follow(eos, response, permit);
             }
             Err(error) => {
-                // Its own words on errors cannot tell a refusal of ours from a failure.
+                // The classifier's result for an error does not distinguish a rejection by an inner layer from a
+                // failure.
                 let _ = call.classify_error(error);
                 permit.end(rule::of_any_error(error));
             }

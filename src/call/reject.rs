@@ -6,10 +6,11 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header
 use super::{Phase, Rejected, RejectedKind, body::OwnAnswer, grpc, hint};
 use crate::{BoxError, drain::drain_request};
 
-/// What a refusal becomes: an error, or a response.
+/// Converts a rejection into an error or a response.
 ///
-/// [`AsError`] is every layer's default, [`Respond`] and [`RespondWith`] answer. Not to be implemented
-/// outside of this crate yet.
+/// [`AsError`] is the default of every layer. [`Respond`] and [`RespondWith`] respond.
+///
+/// The trait cannot be implemented outside of this crate.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot turn a refusal into what this service gives (response `{Res}`, error `{E}`)",
     label = "a refusal has no form here",
@@ -21,18 +22,18 @@ pub trait Reject<Req, Res, E>: Refuse<Req, Res, E> {}
 #[diagnostic::do_not_recommend]
 impl<R, Req, Res, E> Reject<Req, Res, E> for R where R: Refuse<Req, Res, E> {}
 
-/// The working half of [`Reject`], out of reach so that it may still change.
+/// The methods of [`Reject`]. The trait is not exported, so that it can change.
 pub trait Refuse<Req, Res, E>: Clone + Send + Sync + 'static {
-    /// The error of the whole: the inner service's, or a box that holds that or the refusal.
+    /// The error of the layer: the error of the inner service, or a box with that error or the rejection.
     type Error;
 
-    /// Whether who is refused gets an answer of the layer's choice, and not an error.
+    /// Whether a rejection becomes a response. `false`: it becomes an error.
     const ANSWERS: bool = true;
 
-    /// How whoever sent this request is to be told.
+    /// Returns the form that a rejection of this request has.
     fn form(&self, request: &Req) -> Form;
 
-    /// Tells them.
+    /// Converts the rejection.
     fn refuse(self, form: Form, rejected: Rejected) -> Result<Res, Self::Error>;
 
     /// Takes over the request that is rejected. A strategy that responds drains its body, so that the response reaches
@@ -43,7 +44,7 @@ pub trait Refuse<Req, Res, E>: Clone + Send + Sync + 'static {
         rejected
     }
 
-    /// An error of the inner service.
+    /// Converts an error of the inner service.
     fn error(error: E) -> Self::Error;
 
     /// Returns whether the error carries a rejection of an inner layer, which reaches the caller as it is.
@@ -53,16 +54,16 @@ pub trait Refuse<Req, Res, E>: Clone + Send + Sync + 'static {
     }
 }
 
-/// All that is remembered of a request that is refused.
+/// The form of a rejection, recorded from the request before the inner service consumes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// A status and headers.
+    /// An HTTP status and headers, without a body.
     Empty,
-    /// And a problem document.
+    /// An HTTP status, headers, and a problem document.
     Json,
-    /// gRPC: a trailers-only answer.
+    /// A trailers-only gRPC response.
     Grpc,
-    /// The same for gRPC-Web, whose clients look at the content type.
+    /// A trailers-only gRPC-Web response. Its clients require the content type of gRPC-Web.
     GrpcWeb,
 }
 
@@ -75,7 +76,7 @@ impl Form {
         if grpc::is_grpc_call(method, headers) {
             if grpc::is_grpc_web(headers) { Self::GrpcWeb } else { Self::Grpc }
         } else if method != Method::HEAD && accepts_json(headers) {
-            // With a body, an answer to `HEAD` would break its HTTP/2 stream.
+            // A response to `HEAD` must not have a body: it would be an error of the HTTP/2 stream.
             Self::Json
         } else {
             Self::Empty
@@ -83,13 +84,15 @@ impl Form {
     }
 }
 
-/// Whether `Accept` lets us answer with a problem document (RFC 9457): by name, or not at all said.
+/// Returns whether `Accept` permits a problem document (RFC 9457). Without the header it is permitted.
 fn accepts_json(headers: &HeaderMap) -> bool {
     accepts(headers, &["*/*", "application/*", "application/json", "application/problem+json"])
         .unwrap_or(true)
 }
 
-/// Whether `Accept` names one of these media ranges; nothing if there is none.
+/// Returns whether `Accept` contains one of these media ranges without `q=0`. `None` if there is no `Accept`.
+///
+/// At most 8 headers and 32 ranges in each are read.
 pub(crate) fn accepts(headers: &HeaderMap, ranges: &[&str]) -> Option<bool> {
     let mut said = None;
     for value in headers.get_all(header::ACCEPT).iter().take(8) {
@@ -112,7 +115,7 @@ pub(crate) fn accepts(headers: &HeaderMap, ranges: &[&str]) -> Option<bool> {
 
 // ===== As an error =====
 
-/// A refusal is an error, boxed: for clients. [`Rejected::find`] tells it from others.
+/// Rejects with a boxed error, for clients. [`Rejected::find`] distinguishes it from other errors.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AsError;
 
@@ -243,7 +246,7 @@ impl<ReqB: 'static, B: OwnAnswer, E> Refuse<Request<ReqB>, Response<B>, E> for R
     }
 }
 
-/// The answer that [`Respond`] gives.
+/// Returns the response of [`Respond`].
 pub(crate) fn response(form: Form, rejected: Rejected) -> Response<Bytes> {
     let mut body = Bytes::new();
     let mut headers = HeaderMap::with_capacity(5);
@@ -264,7 +267,7 @@ pub(crate) fn response(form: Form, rejected: Rejected) -> Response<Bytes> {
         Form::Json | Form::Empty => {
             let status = match rejected.kind() {
                 RejectedKind::Quota => StatusCode::TOO_MANY_REQUESTS,
-                // A deadline is the caller's, whoever kept it.
+                // A deadline that has passed is a 504 on a server, too: the caller does not wait any more.
                 RejectedKind::TimedOut(phase)
                     if rejected.is_by_server() && phase != Phase::Deadline =>
                 {
@@ -396,12 +399,12 @@ fn pushback_millis(after: Duration) -> u64 {
     u64::try_from(ms).unwrap_or(u64::MAX).max(MIN_PUSHBACK_MS)
 }
 
-/// Rounded up, and at least 1: `Retry-After: 0` would ask for a storm.
+/// Rounds up to whole seconds, at least 1: all clients that read `Retry-After: 0` would retry at once.
 pub(crate) fn whole_seconds(after: Duration) -> u64 {
     (after.as_secs() + u64::from(after.subsec_nanos() > 0)).max(1)
 }
 
-/// A closure makes the response: for services of any types, or for a response of the user's own form. The body of a
+/// Rejects with the result of a closure, for services of any types, or for a response of your own form. The body of a
 /// rejected HTTP request is drained as with [`Respond`].
 #[derive(Clone)]
 pub struct RespondWith<F>(pub(crate) F);

@@ -23,42 +23,45 @@ pub struct Rejected {
     label: Option<Arc<Label>>,
 }
 
-/// Why a call was not let through.
+/// The reason for a rejection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum RejectedKind {
     /// The circuit is open.
     Open,
-    /// The circuit is half-open and all its probes are under way.
+    /// The circuit is half-open and all probe slots are in use.
     Probing,
-    /// The circuit has just closed and lets calls through by and by.
+    /// The circuit has closed recently and still admits only a growing share of the calls.
     Recovering,
     /// The circuit is held open by hand.
     ForcedOpen,
-    /// The limit is reached and there is no room to wait.
+    /// The limit is reached, and the queue is full or there is none.
     Full,
-    /// Calls that are worth more take all that there is.
+    /// Calls of higher priority use the limit and its queue.
     Outranked,
-    /// The call waited for its turn as long as it may.
+    /// The call waited for a permit for the maximum time of the queue.
     WaitedTooLong,
-    /// The caller needed its answer before the call could begin: gRPC `DEADLINE_EXCEEDED`.
+    /// The deadline passed before the call began: HTTP 504, gRPC `DEADLINE_EXCEEDED`.
     DeadlinePassed,
-    /// There are as many connections as there may be, and none became free in time.
+    /// The maximum number of connections is in use, and none became free in time.
     Saturated,
-    /// The call was under way and took too long: HTTP 504, on a server 503; gRPC `DEADLINE_EXCEEDED`.
+    /// The call was in flight and this phase took too long: HTTP 504, or 503 from a server's timeout; gRPC
+    /// `DEADLINE_EXCEEDED`.
     TimedOut(Phase),
-    /// The health probe says that what would be called is down.
+    /// The health probe has found the upstream to be down.
     Unhealthy,
-    /// The caller has used up what it is allowed: HTTP 429, gRPC `RESOURCE_EXHAUSTED`.
+    /// The caller has used up its quota: HTTP 429, gRPC `RESOURCE_EXHAUSTED`.
     Quota,
-    /// The process is about to end, and takes no new work.
+    /// The process is shutting down and accepts no new calls.
     ShuttingDown,
-    /// The layer's configuration is wrong; the [`ConfigError`] is the source.
+    /// A setting of the layer cannot work. The [`ConfigError`] is the source of the error.
     Misconfigured,
 }
 
 impl RejectedKind {
-    /// The kind in `snake_case`, as metrics and problem documents have it.
+    /// Returns the kind in `snake_case`, for the label of a metric. Problem documents contain it as `reason`, except
+    /// that
+    /// `misconfigured` and `circuit_forced_open` are `unavailable` there.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
         match self {
@@ -88,29 +91,29 @@ impl RejectedKind {
         }
     }
 
-    /// The kind in words.
+    /// Returns the kind in words, for the text of an error.
     pub(crate) const fn phrase(self) -> &'static str {
         match self {
             Self::Open => "circuit is open",
-            Self::Probing => "circuit is half-open and its probes are under way",
+            Self::Probing => "circuit is half-open and all probe slots are in use",
             Self::Recovering => "circuit is recovering",
             Self::ForcedOpen => "circuit is held open",
             Self::Full => "concurrency limit is reached",
-            Self::Outranked => "calls worth more take all there is",
-            Self::WaitedTooLong => "waited too long for a turn",
+            Self::Outranked => "calls of higher priority use the limit",
+            Self::WaitedTooLong => "waited too long for a permit",
             Self::DeadlinePassed => "deadline passed before the call began",
             Self::Saturated => "no connection became free",
             Self::TimedOut(Phase::Head) => "no response head in time",
             Self::TimedOut(Phase::FirstFrame) => "no first frame of the body in time",
-            Self::TimedOut(Phase::Idle) => "body fell silent",
-            Self::TimedOut(Phase::Sending) => "request body fell silent",
-            Self::TimedOut(Phase::Taking) => "no more of the request was taken",
-            Self::TimedOut(Phase::Total) => "took too long in all",
+            Self::TimedOut(Phase::Idle) => "no frame of the response body in time",
+            Self::TimedOut(Phase::Sending) => "no frame of the request body in time",
+            Self::TimedOut(Phase::Taking) => "request body was not read in time",
+            Self::TimedOut(Phase::Total) => "call took too long in total",
             Self::TimedOut(Phase::ResponseTotal) => "response took too long in total",
-            Self::TimedOut(Phase::Deadline) => "deadline passed with the call under way",
+            Self::TimedOut(Phase::Deadline) => "deadline passed with the call in flight",
             Self::TimedOut(Phase::BodyRate) => "request body is below the minimum rate",
             Self::TimedOut(Phase::Unread) => "response was not read for too long",
-            Self::Unhealthy => "what would be called is unhealthy",
+            Self::Unhealthy => "upstream is unhealthy",
             Self::Quota => "quota is used up",
             Self::ShuttingDown => "shutting down",
             Self::Misconfigured => "layer is misconfigured",
@@ -118,7 +121,7 @@ impl RejectedKind {
     }
 }
 
-/// What a call took too long for.
+/// The part of a call that took too long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Phase {
@@ -128,20 +131,21 @@ pub enum Phase {
     FirstFrame,
     /// The next frame of the response body.
     Idle,
-    /// The next frame of the request body: its own producer was silent.
+    /// The next frame of the request body, which its producer did not provide.
     Sending,
-    /// The next frame of the request body: what was called took no more of it.
+    /// The next frame of the request body, which the upstream did not read.
     Taking,
     /// The whole call, to the end of the response body.
     Total,
     /// The whole response, from when the request had been sent to the end of the response body.
     ResponseTotal,
-    /// The caller's [`Deadline`](crate::Deadline), with the call under way.
+    /// The [`Deadline`](crate::Deadline) of the request, with the call in flight.
+    /// [`deadline_source`](Rejected::deadline_source) returns the side that set it.
     Deadline,
-    /// The request body: it arrived more slowly than the minimum rate.
+    /// The request body, which arrived more slowly than the minimum rate.
     BodyRate,
-    /// The reader of the response, which read none of it for the maximum time of a limit:
-    /// [`max_unread`](crate::ConcurrencyLimitLayer::max_unread).
+    /// The response body, which its reader did not read for the
+    /// [`max_unread`](crate::ConcurrencyLimitLayer::max_unread) of a limit.
     Unread,
 }
 
@@ -159,7 +163,7 @@ impl Phase {
         Self::Unread,
     ];
 
-    /// The phase in `snake_case`.
+    /// Returns the phase in `snake_case`, for the label of a metric.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
         match self {
@@ -177,7 +181,7 @@ impl Phase {
     }
 }
 
-/// The layers that refuse.
+/// The layers that reject calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LayerKind {
     #[cfg(feature = "breaker")]
@@ -194,15 +198,16 @@ pub enum LayerKind {
     Connect,
     #[cfg(feature = "timeout")]
     Timeout,
-    /// On a server: it is not what it calls that was too slow.
+    /// A timeout around a service of this server: the server itself was too slow, and no upstream.
     #[cfg(feature = "timeout")]
     ServerTimeout,
     #[cfg(feature = "timeout")]
     Deadline,
+    /// The application, by [`Rejected::new`].
     User,
-}
+    }
 
-impl LayerKind {
+    impl LayerKind {
     const fn as_str(self) -> &'static str {
         match self {
             #[cfg(feature = "breaker")]
@@ -262,6 +267,7 @@ impl LayerFault {
     }
 }
 
+/// `retry_after_ms` of a rejection without a time to retry.
 const NO_HINT: u32 = u32::MAX;
 
 /// A deadline of the caller ended the call.
@@ -295,15 +301,16 @@ impl Rejected {
         self
     }
 
-    /// A refusal of the user's own, to be answered as this crate's layers answer:
-    /// see [`Respond`](crate::call::Respond).
+    /// Returns a rejection by the application. A stack converts it into the same response as a rejection by one of its
+    /// layers: see [`Respond`](crate::call::Respond).
     #[must_use]
     pub fn new(kind: RejectedKind) -> Self {
         Self::by(LayerKind::User, kind)
     }
 
-    /// The same refusal with a time to come back, rounded up to whole milliseconds: whoever came earlier would be
-    /// refused again.
+    /// Returns the same rejection with a time to retry, in whole milliseconds, at most 49 days. The time is rounded up,
+    /// so
+    /// that no caller retries too early.
     #[must_use]
     pub fn with_retry_after(self, after: Duration) -> Self {
         let begun = u64::from(after.subsec_nanos().div_ceil(1_000_000));
@@ -316,13 +323,13 @@ impl Rejected {
         self
     }
 
-    /// Why the call was not let through.
+    /// Returns the reason for the rejection.
     #[must_use]
     pub const fn kind(&self) -> RejectedKind {
         self.kind
     }
 
-    /// Which layer refused: `circuit_breaker`, `concurrency_limit`, `health_probe`, …
+    /// Returns the layer that rejected the call: `circuit_breaker`, `concurrency_limit`, `health_probe`, …
     #[must_use]
     pub const fn layer(&self) -> &'static str {
         self.layer.as_str()
@@ -363,13 +370,13 @@ impl Rejected {
         }
     }
 
-    /// Whether the call was under way, and ended because it took too long. It may have had its effect.
+    /// Returns whether the call was in flight and ended because it took too long. The upstream may have processed it.
     #[must_use]
     pub const fn is_timeout(&self) -> bool {
         matches!(self.kind, RejectedKind::TimedOut(_))
     }
 
-    /// Whether it says that this very server was too slow, and not what it calls.
+    /// Returns whether this server was too slow, and no upstream.
     pub(crate) const fn is_by_server(&self) -> bool {
         #[cfg(feature = "timeout")]
         return matches!(self.layer, LayerKind::ServerTimeout);
@@ -377,13 +384,13 @@ impl Rejected {
         false
     }
 
-    /// The name that the layer was given, if any.
+    /// Returns the name of the layer, if it has one.
     #[must_use]
     pub fn name(&self) -> Option<&str> {
         self.label.as_deref().map(|label| &*label.name).filter(|name| !name.is_empty())
     }
 
-    /// When it may be worth coming back, if that is known.
+    /// Returns the time from the rejection until a retry may succeed, if it is known.
     #[must_use]
     pub const fn retry_after(&self) -> Option<Duration> {
         match self.retry_after_ms {
@@ -392,11 +399,11 @@ impl Rejected {
         }
     }
 
-    /// Looks for a refusal in `error` and its sources.
+    /// Finds a rejection in `error` and its sources.
     #[must_use]
     pub fn find<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
         let mut next = Some(error);
-        // A chain of sources can be a ring only by malice; sixteen links are more than any stack makes.
+        // The number of sources is bounded, because an error can be its own source. No stack makes a chain of 16.
         for _ in 0..16 {
             let error = next?;
             if let Some(found) = error.downcast_ref::<Self>() {

@@ -301,7 +301,7 @@ async fn what_is_late_is_not_begun_and_what_is_under_way_is_ended() {
     assert_eq!((phase_of(&error), start.elapsed()), (Phase::Deadline, secs(2)));
     assert_eq!(
         error.to_string(),
-        "rejected by deadline `search`: deadline passed with the call under way"
+        "rejected by deadline `search`: deadline passed with the call in flight"
     );
     let refused =
         service.oneshot(with(&[("content-type", "application/grpc"), ("grpc-timeout", "0n")]));
