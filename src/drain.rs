@@ -51,6 +51,7 @@ pub(crate) const TIMEOUT: Duration = Duration::from_secs(1);
 /// The maximum number of drains at one time in the process.
 const MAX_DRAINS: usize = 1024;
 
+/// The number of drains in progress. It orders no other memory, so all its operations are relaxed.
 static DRAINS: AtomicUsize = AtomicUsize::new(0);
 
 /// Drains the body of a request that is answered before its body was polled.
@@ -95,13 +96,16 @@ where
 /// The condition for a drain of the body, according to the head of the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Drains {
+    /// The body comes from a client of this process, so no connection depends on it.
     Never,
     /// The client waits for an invitation to send the body.
     IfPolled,
+    /// The client sends the body without an invitation.
     Always,
 }
 
 impl Drains {
+    /// Returns the condition for this request.
     pub(crate) fn of<B: 'static>(request: &Request<B>) -> Self {
         if is_from_tonic_client(request) {
             Self::Never
@@ -189,7 +193,8 @@ where
     if body.is_end_stream() {
         return false;
     }
-    // The destructor of a body that was drained in vain must not start a second drain.
+    // A body that is lent twice contains a lent body. If the drain of the outer body ends at its bounds, it drops the
+    // inner one, whose destructor must not start a second drain.
     if DROPS_DRAINED.get() {
         return false;
     }
@@ -202,6 +207,7 @@ where
     true
 }
 
+/// Reads frames and discards them, up to [`MAX_BYTES`], the trailers, or an error.
 #[cfg(any(feature = "hyper", feature = "axum", feature = "tonic-health"))]
 async fn discard(body: impl Body + Unpin) {
     let (mut body, mut left) = (Drained(Some(body)), MAX_BYTES);
@@ -218,11 +224,11 @@ async fn discard(body: impl Body + Unpin) {
 }
 
 thread_local! {
-    /// The thread drops a body that has been drained.
+    /// This thread is dropping a body whose drain has ended.
     static DROPS_DRAINED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// A body that is being drained.
+/// A body that is being drained. Its destructor marks the drop of the body, so that it starts no second drain.
 #[cfg(any(feature = "hyper", feature = "axum", feature = "tonic-health"))]
 struct Drained<B>(Option<B>);
 
@@ -239,6 +245,7 @@ impl<B> Drop for Drained<B> {
 struct Slot(&'static AtomicUsize);
 
 impl Slot {
+    /// Returns a slot, or `None` if [`MAX_DRAINS`] are in use.
     fn acquire(drains: &'static AtomicUsize) -> Option<Self> {
         let more = |now| (now < MAX_DRAINS).then_some(now + 1);
         drains.fetch_update(Relaxed, Relaxed, more).ok().map(|_| Self(drains))

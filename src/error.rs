@@ -61,7 +61,8 @@ use crate::redact;
 /// ```
 pub type BoxError = Box<dyn Error + Send + Sync>;
 
-/// The next error in a chain. What an `io::Error` was made of is not its source, but is looked at too.
+/// Returns the next error in a chain. For an `io::Error` that wraps another error, this is the wrapped error, which its
+/// `source()` skips.
 pub(crate) fn next<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'static)> {
     match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
         Some(made_of) => Some(made_of),
@@ -87,7 +88,7 @@ impl fmt::Display for Chain<'_> {
         let mut cause = next(self.0);
         for _ in 0..16 {
             let Some(error) = cause else { break };
-            // What only wraps another says the same.
+            // A wrapper often displays the text of the error that it wraps. Repeated text is omitted.
             let says = redact::display(error, redact::MAX_SCAN);
             if says != said {
                 write!(f, ": {says}")?;
@@ -98,23 +99,26 @@ impl fmt::Display for Chain<'_> {
     }
 }
 
-/// A setting that cannot work: which one, what it was, and what would be right.
+/// A setting that cannot work: its name, its value, and the correction.
 ///
-/// Setters never panic and never accept such a value in silence: a layer remembers the first one.
-/// [`checked`](crate::CircuitBreakerLayer::checked) hands it out when the stack is built. A stack that
-/// was built without asking refuses every call, with it as the [`Rejected`](crate::call::Rejected)'s
-/// source; a retry or a hedge that cannot work lets calls through as they are, and a deadline goes
-/// without that setting. All of them report it in the log: one ERROR event at once, and then at most one
-/// every 10 s, whose field `occurrences` is the number of calls (or, for a layer that lets calls through, of
-/// wrapped services) since the previous one.
+/// A setter never panics and never ignores such a value: the layer records the first one.
+/// [`checked`](crate::CircuitBreakerLayer::checked) returns it when the stack is built.
 ///
-/// Its text is at most 1536 bytes long, whatever the length of the value is, and contains no
+/// A layer that is used without `checked` rejects every call, with this error as the source of the
+/// [`Rejected`](crate::call::Rejected). There are two exceptions: a retry or a hedge passes every call through
+/// unchanged,
+/// and a deadline layer ignores the setting. Every layer reports the error in the log, by one ERROR event at once and
+/// then by at most one event in 10 s. The field `occurrences` of the event is the number of calls since the previous
+/// event, or the number of wrapped services for a layer that passes calls through.
+///
+/// The text of the error has at most 1536 bytes, whatever the length of the value is, and contains no
 /// [secrets](crate#secrets).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ConfigError {
-    /// The setting, by the name of its setter: `queue.longest_wait`. The field of an unknown setting is `unknown
-    /// setting`, and its [`value`](Self::value) is the unknown name.
+    /// The name of the setter, such as `queue.longest_wait`. For an unknown setting the field is `unknown setting`, and
+    /// the
+    /// [`value`](Self::value) is the unknown name.
     pub field: &'static str,
     /// The value that was set, at most 256 bytes of it. Userinfo, query and fragment of URIs are replaced by `***`.
     pub value: String,
@@ -138,6 +142,7 @@ impl ConfigError {
         Self { field, value: redact::debug(&value, redact::MAX_VALUE), remedy }
     }
 
+    /// Returns the value, or an error if it is zero.
     pub(crate) fn above_zero(field: &'static str, value: Duration) -> Result<Duration, Self> {
         if value.is_zero() {
             return Err(Self::new(field, value, "use a time above zero"));

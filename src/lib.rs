@@ -1,16 +1,17 @@
 //! Tower layers that keep services standing: circuit breaker, retry, hedge, concurrency limit, health probe, timeouts
 //! and deadlines.
 //!
-//! They understand HTTP and gRPC **streams**: a call ends with its body, a gRPC call is what its trailers
-//! say. They really limit inside **axum** and tonic: state lives in the layer, however often it is
-//! applied. Every rejection states the layer, the reason and the time to retry.
+//! The layers support HTTP and gRPC **streams**: a call ends with its response body, and the trailers of a gRPC call
+//! decide its outcome. Limits also hold inside **axum** and tonic, which apply a layer once per connection or request:
+//! the state lives in the layer, so all services share it. Every rejection states the layer, the reason and the time to
+//! retry.
 //!
 //! ```
 //! use std::time::Duration;
 //! use axum::{Router, routing::post};
 //! use buttress::ConcurrencyLimitLayer;
 //!
-//! // A server that stays up: one limit for the whole router, held until each stream ends.
+//! // A server: one limit for all routes. A call holds its permit until its response stream ends.
 //! let app: Router = Router::new()
 //!     .route("/chat", post(|| async { "…" }))
 //!     .layer(ConcurrencyLimitLayer::new(512).queue(128, Duration::from_millis(200)).respond());
@@ -23,7 +24,7 @@
 //! use tower::ServiceBuilder;
 //! # type Body = http_body_util::Empty<bytes::Bytes>;
 //!
-//! // A client that does not melt what it calls.
+//! // A client: retries, a circuit breaker, and a limit on calls in flight.
 //! let breaker = CircuitBreakerLayer::http();
 //! let state = breaker.handle();
 //! let client = ServiceBuilder::new()
@@ -39,16 +40,16 @@
 //!
 //! | layer | protects | rejects with |
 //! |---|---|---|
-//! | [`CircuitBreakerLayer`] | callers from waiting for what is down, and it from them | 503, `UNAVAILABLE` |
-//! | [`ConcurrencyLimitLayer`] | a service from more than it can do at once | 503, `UNAVAILABLE` |
-//! | [`HealthProbeLayer`] | callers from what its own probe says is down | 503, `UNAVAILABLE` |
-//! | [`RetryLayer`] | callers from failures that pass | – |
-//! | [`HedgeLayer`] | callers from the slow one in a hundred | – |
-//! | [`ConnectLayer`] | both ends from too many connections, and from stale ones | an error |
-//! | [`TimeoutLayer`] | callers from waiting for what has fallen silent | 504, on a server 503; `DEADLINE_EXCEEDED` |
-//! | [`DeadlineLayer`] | everybody from work that nobody waits for any more | 504, `DEADLINE_EXCEEDED` |
+//! | [`CircuitBreakerLayer`] | callers from waiting for a failing upstream, and the upstream from their calls | 503, `UNAVAILABLE` |
+//! | [`ConcurrencyLimitLayer`] | a service from more concurrent calls than it can process | 503, `UNAVAILABLE` |
+//! | [`HealthProbeLayer`] | callers from an upstream that fails its health probe | 503, `UNAVAILABLE` |
+//! | [`RetryLayer`] | callers from transient failures | – |
+//! | [`HedgeLayer`] | callers from the slowest responses | – |
+//! | [`ConnectLayer`] | client and server from too many connections, and from stale ones | an error |
+//! | [`TimeoutLayer`] | callers from an upstream that does not respond in time | 504, on a server 503; `DEADLINE_EXCEEDED` |
+//! | [`DeadlineLayer`] | all services of a call from work after its deadline | 504, `DEADLINE_EXCEEDED` |
 //!
-//! # Where each goes
+//! # Order of the layers
 //!
 //! The order of a client, outermost first: deadline, retry, hedge, circuit breaker, concurrency limit, health probe,
 //! timeout, the client. If a [header](deadline) states the time left for the next hop, a second deadline layer is right
@@ -75,8 +76,8 @@
 //! | authorization (`AsyncRequireAuthorizationLayer`, `ValidateRequestHeaderLayer`) | inside of `CorsLayer`, because preflights have no credentials; outside of the limit | callers without credentials acquire permits |
 //! | `CompressionLayer` | inside or outside of the limit; outside of the timeout | the timeout times the compressed frames and not those of the service |
 //!
-//! A browser closes an `EventSource` permanently after a 503, and exposes nothing of a failed WebSocket handshake:
-//! [`Respond`](call::Respond#browsers) states the remedies.
+//! A browser closes an `EventSource` permanently after a 503, and does not expose the response to a failed WebSocket
+//! handshake to scripts. [`Respond`](call::Respond#browsers) states the remedies.
 //!
 //! # What counts against an upstream
 //!
@@ -99,23 +100,24 @@
 //!
 //! # Why was this call rejected?
 //!
-//! | ask | and it says |
+//! | source | information |
 //! |---|---|
-//! | the error | [`Rejected::find`]: the layer, its name, the reason and the time to retry; [`Attempts::find`]: what was tried |
-//! | the response | the same, from its extensions: `response.extensions().get::<Rejected>()`, [`Attempts::of`] |
-//! | a server's client | the status, `Retry-After`, and `reason` in the problem document; nothing about the inside |
-//! | the log (`buttress=debug`) | an event for each decision, with `resilience.name` and `reason`; DEBUG for calls, INFO and WARN for what changed, ERROR for what was set wrong |
-//! | a handle's `snapshot()` | counts since the start, and how it is now: for metrics of any kind, to be read when they are scraped: the `metrics` example is such a page |
+//! | the error | [`Rejected::find`]: the layer, its name, the reason and the time to retry; [`Attempts::find`]: the attempts |
+//! | the response | the same, in its extensions: `response.extensions().get::<Rejected>()`, [`Attempts::of`] |
+//! | a server's client | the status, `Retry-After`, and `reason` in the problem document; no internal state |
+//! | the log (`buttress=debug`) | an event for each decision, with `resilience.name` and `reason`; DEBUG for calls, INFO and WARN for state changes, ERROR for invalid settings |
+//! | a handle's `snapshot()` | the counts since the start and the current state, for metrics of any kind: read it when the metrics are scraped, as the `metrics` example does |
 //!
-//! What is a closed set, such as [`RejectedKind`](call::RejectedKind), [`Reason`](call::Reason) and
-//! [`Stop`](retry::Stop), has an `as_str()` that fits a metric's label. Names are those of `.name("search")`.
+//! The enums with a closed set of values, such as [`RejectedKind`](call::RejectedKind), [`Reason`](call::Reason) and
+//! [`Stop`](retry::Stop), have an `as_str()` for the label of a metric. The name of a layer is set by
+//! `.name("search")`.
 //!
 //! ```
 //! use buttress::{Attempts, BoxError, Rejected};
 //!
 //! fn explain(error: &BoxError) {
 //!     if let Some(refused) = Rejected::find(&**error) {
-//!         // `circuit_breaker search circuit_open`, and when to come back.
+//!         // `circuit_breaker search circuit_open`, and the time to retry.
 //!         println!("{} {:?} {}", refused.layer(), refused.name(), refused.kind().as_str());
 //!         println!("{:?}", refused.retry_after());
 //!     }
@@ -135,10 +137,11 @@
 //! the original: the public fields of a configuration, its serialized form, and `source()`, which returns the client's
 //! own error.
 //!
-//! # When it does not compile
+//! # Compile errors
 //!
-//! Of a stack that does not fit together `oneshot` and `ready` say no more than that some bound is not satisfied. A
-//! function that wants to have the service says which, and why:
+//! If the types of a stack do not match, `oneshot` and `ready` only report that a bound is not satisfied. A function
+//! that
+//! requires the service makes the compiler report the bound and the reason:
 //!
 //! ```
 //! fn takes<Request>(_: &impl tower::Service<Request>) {}
@@ -147,15 +150,15 @@
 //! takes::<http::Request<()>>(&client);
 //! ```
 //!
-//! | it says | what helps |
+//! | error | remedy |
 //! |---|---|
 //! | `Infallible: From<Box<dyn Error…>>`, under axum | `.respond()`, on each layer of this crate |
-//! | `Channel: Service<Request<ReplayBody<_>>>` is not satisfied; the same of a client with one body type, or with `SendingBody` | retry, hedge and timeout send body types of their own: leave the type of the client open, as `build_http()` does; for tonic use `buttress::grpc`; or put `MapRequestBodyLayer` of tower-http (feature `map-request-body`) right around the client, with `tonic::body::Body::new` or with `UnsyncBoxBody::new` of http-body-util |
-//! | expected closure `fn(Result<&Row, &Box<dyn Error…>>)` | an inner layer rejects with errors, so that those are boxed: see below |
+//! | `Channel: Service<Request<ReplayBody<_>>>` is not satisfied; the same of a client with one body type, or with `SendingBody` | retry, hedge and timeout send body types of their own: let the compiler infer the body type of the client, as in `build_http()`; for tonic use `buttress::grpc`; or put `MapRequestBodyLayer` of tower-http (feature `map-request-body`) directly around the client, with `tonic::body::Body::new` or with `UnsyncBoxBody::new` of http-body-util |
+//! | expected closure `fn(Result<&Row, &Box<dyn Error…>>)` | an inner layer rejects with errors, so the errors are boxed: see below |
 //! | `Http` cannot judge, repeat or weigh … | `.classify(…)`, for what is not HTTP |
-//! | … cannot be cloned | `derive(Clone)`, or `tower::buffer` in between |
+//! | … cannot be cloned | `derive(Clone)`, or a `tower::buffer` around the service |
 //!
-//! # A client with a type that can be written down
+//! # Naming the type of a client
 //!
 //! ```
 //! use buttress::{BoxError, CircuitBreakerLayer, RetryLayer};
@@ -178,7 +181,7 @@
 //! # let _ = search.client;
 //! ```
 //!
-//! # Several layers around a service of your own types
+//! # Layers around a service of your own types
 //!
 //! A layer that rejects boxes the errors of its inner service, so that the closures of outer layers get a [`BoxError`]:
 //!
@@ -209,36 +212,37 @@
 //! # let _ = tower::ServiceExt::oneshot(db, Query);
 //! ```
 //!
-//! With `.respond_with(|refused| Err(DbError::Refused(refused.clone())))` on each layer that refuses the error type
-//! stays what it is.
+//! With `.respond_with(|refused| Err(DbError::Refused(refused.clone())))` on each layer that rejects, the error type
+//! does
+//! not change.
 //!
 //! # Features
 //!
-//! | feature | default | what it adds |
+//! | feature | default | adds |
 //! |---|---|---|
 //! | `breaker` `retry` `limit` `health` | yes | the layers |
 //! | `timeout` | yes | [`TimeoutLayer`] and [`DeadlineLayer`] |
 //! | `hyper` | yes | distinguishes the errors of hyper, h2 and hyper-util's client: failed connects, stale connections, refused streams, GOAWAY |
 //! | `tracing` | yes | one event per decision; events that traffic repeats are summarised once in 10 s |
-//! | `lifecycle` | | [`Lifecycle`]: starting, ready, draining, stopping; signals; the pieces for tonic and hyper |
+//! | `lifecycle` | | [`Lifecycle`]: starting, ready, draining, stopping; signals; the parts for tonic and hyper |
 //! | `serve` | | [`Lifecycle::serve`]: a server for axum that drains and limits the time of every stage of a connection, on hyper-util |
-//! | `reqwest` | | a service of `http` types around a `reqwest::Client`; reqwest's own requests through layers; a retry around the client itself |
+//! | `reqwest` | | a service of `http` types around a `reqwest::Client`; layers for reqwest's own requests; a retry directly around the client |
 //! | `listener` | | a listener with a maximum number of connections, for `serve` and hyper |
 //! | `axum` | | this listener for `axum::serve`; `Rejected` as an axum response |
 //! | `connect` | | [connections](connect) that are bounded, fresh and visible: a layer over connectors, and a client |
 //! | `rustls` | | TLS for that client, and for the server of `serve` |
 //! | `config` | | [settings](config) from TOML, JSON or the environment, checked against each other and explained |
 //! | `stack` | | whole [client and server stacks](stack) from such settings, each in one call; `buttress::client` needs `connect` too, `buttress::grpc` needs `tonic` |
-//! | `percentile` | | hedges after a percentile of the latency as it is |
-//! | `tower-http` | | any classifier of `tower_http::classify` as it is |
+//! | `percentile` | | hedges after a percentile of the recent latency |
+//! | `tower-http` | | classification by a classifier of `tower_http::classify` |
 //! | `tonic` | | classifies the errors of a tonic channel directly inside of a layer; a rejection has a `tonic::Status` as its source; needs Rust 1.88 |
 //! | `tonic-health` | | `grpc.health.v1` from the [`Health`] registry; a rejection has a `tonic::Status` as its source; needs Rust 1.88 |
 //! | `full` | | all of them |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![forbid(unsafe_code)]
 #![warn(missing_docs, missing_debug_implementations, unreachable_pub, rust_2018_idioms)]
-// One layer alone uses a part of the spine only, and its pages speak of the others: what nobody uses, and links
-// that lead nowhere, show with all of them.
+// With a subset of the features, parts of the common modules are unused, and some links of the docs lead to items that
+// do not exist. A build with all features finds unused code and broken links.
 #![cfg_attr(
     not(feature = "full"),
     allow(

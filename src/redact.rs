@@ -74,7 +74,7 @@ pub(crate) fn debug(shown: &(impl Debug + ?Sized), max: usize) -> String {
     Head::formatted(format_args!("{shown:?}")).redacted(Kind::Text, max)
 }
 
-/// A foreign value inside of this crate's own `Debug` output or event.
+/// A value of another crate, redacted in the `Debug` output or in an event of this crate.
 pub(crate) struct Redacted<'a, T: ?Sized>(pub(crate) &'a T);
 
 impl<T: Debug + ?Sized> Debug for Redacted<'_, T> {
@@ -104,9 +104,11 @@ impl Debug for Value<'_> {
 #[derive(Default)]
 struct Head {
     text: String,
-    /// Of the whole input, as far as it was measured.
+    /// The length of the whole input in bytes, as far as it was measured.
     length: usize,
+    /// The input is longer than the text.
     is_cut: bool,
+    /// The number of pieces that were written after the text was full.
     unseen_pieces: u32,
 }
 
@@ -158,7 +160,7 @@ impl Write for Head {
     }
 }
 
-/// The longest prefix of at most `max` bytes.
+/// Returns the longest prefix that has at most `max` bytes and ends at a character boundary.
 fn prefix(text: &str, max: usize) -> &str {
     let mut end = max.min(text.len());
     while !text.is_char_boundary(end) {
@@ -172,22 +174,23 @@ fn prefix(text: &str, max: usize) -> &str {
 /// The kind of the input.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// A sentence, or several.
+    /// Free text: words are scanned one by one.
     Text,
-    /// One value.
+    /// One value: a space does not end it.
     Value,
 }
 
-/// Ends a word. No URI contains one of these, except for line breaks in wrapped text.
+/// Returns whether the character ends a word. No URI contains such a character, except for line breaks in wrapped text.
 fn is_gap(c: char) -> bool {
     c.is_whitespace() || c.is_control() || matches!(c, '"' | '<' | '>' | '`')
 }
 
-/// The position of the first gap at or after `from`.
+/// Returns the position of the first gap at or after `from`.
 fn word_end(text: &str, from: usize) -> usize {
     text[from..].find(is_gap).map_or(text.len(), |at| from + at)
 }
 
+/// Appends `text` word by word, without the secrets of each word. `is_cut`: the input continues after `text`.
 fn scan(text: &str, is_cut: bool, safe: &mut String) {
     let mut at = 0;
     // The previous word was the name of an authentication scheme.
@@ -225,7 +228,7 @@ fn is_about_authentication(one: &str) -> bool {
         .any(|known| name.eq_ignore_ascii_case(known))
 }
 
-/// The end of the first word. A URI continues after a line break or tab, as it does in wrapped text.
+/// Returns the end of the first word. A URI continues after a line break or tab, as it does in wrapped text.
 fn wrapped_end(words: &str) -> usize {
     let mut end = word_end(words, 0);
     loop {
@@ -235,7 +238,7 @@ fn wrapped_end(words: &str) -> usize {
             || query.is_some_and(|query| one[..query].contains('/') || one[query..].contains('='));
         let gap = words[end..].find(|c| !is_gap(c)).unwrap_or_default();
         let gap = &words[end..end + gap];
-        // As it is, or escaped by `Debug`.
+        // A line break or tab, as a character or as an escape in `Debug` output.
         let is_line_end =
             gap.chars().any(|c| c.is_control() || matches!(c, '\u{2028}' | '\u{2029}'))
                 || ["\\n", "\\r", "\\t"].iter().any(|escape| one.ends_with(escape));
@@ -245,7 +248,7 @@ fn wrapped_end(words: &str) -> usize {
             return end;
         }
         let next = word_end(words, end + gap.len());
-        // Another URI on the next line.
+        // The next line begins another URI.
         let scheme = words[end + gap.len()..next].split_once("://").map(|(scheme, _)| scheme);
         let is_in_scheme = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.');
         if !one.ends_with("//") && scheme.is_some_and(|scheme| scheme.chars().all(is_in_scheme)) {
@@ -255,7 +258,8 @@ fn wrapped_end(words: &str) -> usize {
     }
 }
 
-/// Appends the word that ends at `end`, without its secrets. Returns how much of `words` that was.
+/// Appends the word that ends at `end`, without its secrets. Returns the number of bytes of `words` that were consumed,
+/// which is more than `end` if a secret may continue beyond the word. `is_open`: the input continues after the word.
 fn word(words: &str, end: usize, is_open: bool, kind: Kind, safe: &mut String) -> usize {
     let one = &words[..end];
     let lead = one.len() - one.trim_start_matches(['(', '[', '{', '\'', '=', ',']).len();
@@ -275,7 +279,7 @@ fn word(words: &str, end: usize, is_open: bool, kind: Kind, safe: &mut String) -
         return end;
     }
     match authority.filter(|at| query.is_none_or(|query| *at <= query)) {
-        // The scheme itself is behind credentials: `user:password@http://host`.
+        // Credentials precede the scheme: `user:password@http://host`.
         Some(at) if one[..at].contains('@') => {
             safe.push_str(MARKER);
             end
@@ -288,7 +292,7 @@ fn word(words: &str, end: usize, is_open: bool, kind: Kind, safe: &mut String) -
     }
 }
 
-/// Appends a word whose authority begins at `at`. Returns how much of `words` that was.
+/// Appends a word whose authority begins at `at`. Returns the number of bytes of `words` that were consumed.
 fn with_authority(words: &str, end: usize, at: usize, is_open: bool, safe: &mut String) -> usize {
     let one = &words[..end];
     safe.push_str(&one[..at]);
@@ -325,7 +329,7 @@ fn with_authority(words: &str, end: usize, at: usize, is_open: bool, safe: &mut 
     }
 }
 
-/// Appends a word in which there is no `//`.
+/// Appends a word without `//`.
 fn without_authority(one: &str, is_open: bool, kind: Kind, safe: &mut String) {
     if is_open && (kind == Kind::Value || one.contains(':')) && !one.starts_with('/') {
         safe.push_str(MARKER);
@@ -382,6 +386,7 @@ fn path_and_query(rest: &str, opening: Option<char>, is_uri: bool, safe: &mut St
     }
 }
 
+/// Punctuation that may follow a URI in a sentence.
 const PUNCTUATION: [char; 9] = [')', ',', '.', ';', ':', '\'', '!', '}', '…'];
 
 /// Returns whether this is a valid authority without userinfo. Otherwise it may be the beginning of userinfo.
@@ -411,7 +416,9 @@ fn is_host_and_port(authority: &str) -> bool {
         && host.trim_end_matches(']').chars().all(is_in_host)
 }
 
-/// The position after the `=` of `password=abc`, alone or in a list, unless the other rules hide it.
+/// Returns the position after the `=` of a parameter such as `password=abc`, alone or in a list. `None` if the other
+/// rules
+/// redact it.
 fn secret_parameter(one: &str) -> Option<usize> {
     let plain = one.find(['?', '#', '@']).into_iter().chain(one.find("//")).min();
     let plain = &one[..plain.unwrap_or(one.len())];
@@ -537,7 +544,7 @@ mod tests {
         assert!(display(&Endless, 256).contains("a… (more than "));
     }
 
-    /// Parts of a URI that hold a secret, in every form that is easily misread.
+    /// URIs with secrets in userinfo and query, also in forms that are easily misread.
     fn secret_uri() -> impl Strategy<Value = String> {
         let scheme = prop_oneof![Just("http"), Just("HTTPS"), Just("gRPC+tls"), Just("redis")];
         let userinfo = "[a-zA-Z0-9%.~!$&()*+,;=:@/'{}|-]{0,6}";

@@ -29,9 +29,11 @@
 //!
 //! # Timeouts, redirects, cookies
 //!
-//! Whatever the client was built with holds. A redirect is followed inside, within one call of the layers
-//! around it; one that would need a request body again (307, 308) is followed only if that body was empty,
-//! since a streamed one is gone.
+//! The settings of the client stay in force. The client follows redirects itself, within one call of the outer layers.
+//! It
+//! follows a redirect that repeats the request body (307, 308) only if the body is empty, because a streamed body
+//! cannot
+//! be sent again.
 //!
 //! # Requests made with reqwest
 //!
@@ -90,13 +92,15 @@ use crate::{BoxError, ClientError};
 ///
 /// # Errors
 ///
-/// A request that cannot be sent as it is (its URI has no scheme and host, or is neither `http` nor `https`)
-/// fails with reqwest's builder error, [`Error::is_builder`], whose source says
-/// what is wrong; nothing was sent. All else is what the client gives.
+/// A request that cannot be sent as it is fails with reqwest's builder error ([`Error::is_builder`]), whose source
+/// states
+/// the cause: its URI has no scheme and host, or its scheme is neither `http` nor `https`. Nothing was sent. All other
+/// errors are those of the client.
 ///
 /// # Cancellation
 ///
-/// Dropping the future, or the response body before its end, gives up the exchange and its connection.
+/// Dropping the future, or the response body before its end, cancels the exchange. An HTTP/1 connection is then
+/// usually closed, and an HTTP/2 stream is reset.
 #[derive(Clone)]
 pub struct HttpClient {
     client: Client,
@@ -158,7 +162,8 @@ where
 
     fn call(&mut self, mut request: http::Request<B>) -> ResponseFuture {
         if request.uri().scheme().is_none() {
-            // `http:80`, a host and a port, would be read as a URL. `/` is none, and said to be none.
+            // reqwest would parse `http:80`, a host and a port, as a URL with a scheme. `/` makes it reject the
+            // request.
             *request.uri_mut() = http::Uri::default();
         }
         let state = match Request::try_from(request.map(outgoing)) {
@@ -169,7 +174,7 @@ where
     }
 }
 
-/// Converts a body. reqwest can send an empty one again, after a redirect.
+/// Converts a body. An ended body becomes an empty one, which reqwest can send again after a redirect.
 fn outgoing<B>(body: B) -> Body
 where
     B: http_body::Body + Send + 'static,
@@ -180,7 +185,7 @@ where
 }
 
 pin_project! {
-    /// A body that is `Sync`, as `reqwest::Body` requires, around one that may not be.
+    /// Makes a body `Sync`, as `reqwest::Body` requires.
     ///
     /// [`SyncWrapper`] gives access to the wrapped body by `&mut` only. `size_hint` and `is_end_stream` take `&self`,
     /// so their values are stored after each poll.

@@ -100,7 +100,7 @@ use crate::{
 pub struct RespondLayer(());
 
 impl RespondLayer {
-    /// The layer.
+    /// Returns the layer.
     pub const fn new() -> Self {
         Self(())
     }
@@ -121,7 +121,7 @@ pub struct RespondService<S> {
 }
 
 impl<S> RespondService<S> {
-    /// The wrapped service.
+    /// Returns the wrapped service.
     pub fn get_ref(&self) -> &S {
         &self.inner
     }
@@ -156,7 +156,7 @@ pin_project! {
         #[pin]
         future: F,
         form: Form,
-        // The body of the request.
+        // The lent body of the request, drained if the call is rejected. `None` if there is nothing to drain.
         loan: Option<Loan>,
     }
 }

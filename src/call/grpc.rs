@@ -38,9 +38,9 @@ pub(crate) fn is_grpc_call(method: &Method, headers: &HeaderMap) -> bool {
 #[cfg(feature = "limit")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HealthCall {
-    /// One status.
+    /// Requests one status.
     Check,
-    /// A stream of statuses, which may stay open for as long as its connection.
+    /// Requests a stream of statuses, which may stay open for as long as its connection.
     Watch,
 }
 
@@ -70,24 +70,25 @@ pub(crate) fn health_call<B>(request: &Request<B>) -> Option<HealthCall> {
     is_grpc_call(request.method(), request.headers()).then_some(call)
 }
 
-/// Whether the content type is that of gRPC or gRPC-Web.
+/// Returns whether the content type is that of gRPC or gRPC-Web.
 #[inline]
 pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
     after_grpc(headers).is_some_and(|rest| ends_subtype(after_web(rest).unwrap_or(rest)))
 }
 
-/// Whether the content type is that of gRPC-Web, which carries the trailers in the body. The body is not parsed.
+/// Returns whether the content type is that of gRPC-Web, which carries the trailers in the body. The body is not
+/// parsed.
 pub(crate) fn is_grpc_web(headers: &HeaderMap) -> bool {
     after_grpc(headers).and_then(after_web).is_some_and(ends_subtype)
 }
 
-/// The part of the content type after `application/grpc`. Content types ignore ASCII case (RFC 9110 §8.3.1).
+/// Returns the part of the content type after `application/grpc`. Content types ignore ASCII case (RFC 9110 §8.3.1).
 #[inline]
 fn after_grpc(headers: &HeaderMap) -> Option<&[u8]> {
     strip_prefix(headers.get(header::CONTENT_TYPE)?.as_bytes(), b"application/grpc")
 }
 
-/// The part after `-web` or `-web-text`.
+/// Returns the part after `-web` or `-web-text`.
 fn after_web(subtype: &[u8]) -> Option<&[u8]> {
     let rest = strip_prefix(subtype, b"-web")?;
     Some(strip_prefix(rest, b"-text").unwrap_or(rest))
@@ -136,13 +137,14 @@ fn is_timeout_of_tonic(headers: &HeaderMap) -> bool {
     })
 }
 
-/// The outcome of a status that a service returned as its error.
+/// Returns the outcome of a status that a service returned as its error.
 #[cfg(feature = "tonic")]
 pub(crate) fn of_status(status: &tonic::Status) -> Outcome {
     let code = u16::try_from(i32::from(status.code())).unwrap_or(UNKNOWN);
     with_hint(of_code(code), status.metadata().as_ref())
 }
 
+/// Adds the hint of the headers to a failure or a throttled outcome.
 fn with_hint(outcome: Outcome, headers: &HeaderMap) -> Outcome {
     match outcome.kind() {
         OutcomeKind::Failure | OutcomeKind::Throttled => match hint::retry_after(headers) {
@@ -153,7 +155,7 @@ fn with_hint(outcome: Outcome, headers: &HeaderMap) -> Outcome {
     }
 }
 
-/// The outcome of a response that may carry its `grpc-status` in the trailers, and does not.
+/// Returns the outcome of a response that may carry its `grpc-status` in the trailers, and does not.
 pub(crate) fn missing_status(status: StatusCode, headers: &HeaderMap) -> Outcome {
     if status == StatusCode::OK {
         return Outcome::failure().because(Reason::MissingStatus);
@@ -161,7 +163,7 @@ pub(crate) fn missing_status(status: StatusCode, headers: &HeaderMap) -> Outcome
     of_http_status(status, headers)
 }
 
-/// The outcome of a response without a `grpc-status`: the table of gRPC's `doc/http-grpc-status-mapping.md`.
+/// Returns the outcome of a response without a `grpc-status`, by the table of gRPC's `doc/http-grpc-status-mapping.md`.
 ///
 /// 429 and 529 are throttled, although the table has no code for that.
 pub(crate) fn of_http_status(status: StatusCode, headers: &HeaderMap) -> Outcome {
@@ -180,8 +182,8 @@ pub(crate) fn of_http_status(status: StatusCode, headers: &HeaderMap) -> Outcome
     with_hint(outcome, headers)
 }
 
-/// The `grpc-status` in `headers`, if there is one. A value other than a decimal number from 0 to 16 is `UNKNOWN`, as
-/// the protocol requires and as tonic parses it.
+/// Returns the `grpc-status` in `headers`, if there is one. A value other than a decimal number from 0 to 16 is
+/// `UNKNOWN`, as the protocol requires and as tonic parses it.
 pub(crate) fn code(headers: &HeaderMap) -> Option<u16> {
     let digit = |byte: u8| u16::from(byte - b'0');
     Some(match headers.get(STATUS)?.as_bytes() {
@@ -191,7 +193,8 @@ pub(crate) fn code(headers: &HeaderMap) -> Option<u16> {
     })
 }
 
-/// A code that describes the server is a failure. A code that describes the request is a regular response.
+/// Returns the outcome of a status code. A code that describes the server is a failure. A code that describes the
+/// request is a success.
 fn of_code(code: u16) -> Outcome {
     let outcome = match code {
         CANCELLED => Outcome::cancelled(),

@@ -32,6 +32,7 @@ pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     Some(hint.min(MAX_HINT))
 }
 
+/// Hints in milliseconds.
 const MILLIS: &str = "retry-after-ms";
 const AZURE_MILLIS: &str = "x-ms-retry-after-ms";
 const AMAZON_MILLIS: &str = "x-amz-retry-after";
@@ -67,7 +68,7 @@ fn count(value: &HeaderValue) -> Option<u64> {
     decimal(value.to_str().ok()?, 1)
 }
 
-/// The response's own clock, or ours.
+/// Returns the time of the response's `Date` header, or the system time without one.
 fn now(headers: &HeaderMap) -> SystemTime {
     let date = headers.get(header::DATE).and_then(|date| date.to_str().ok());
     date.and_then(|date| httpdate::parse_http_date(date).ok()).unwrap_or_else(SystemTime::now)
@@ -84,9 +85,10 @@ fn parse(value: &HeaderValue, headers: &HeaderMap) -> Option<Duration> {
 
 // ===== Quotas =====
 
-/// No list of quotas is read further than this.
+/// The maximum number of quotas that are read of a list, and of parameters that are read of a quota.
 const MOST_QUOTAS: usize = 16;
 
+/// Pairs of headers: the remaining calls of a quota, and the seconds until its reset.
 const RESETS: [(&str, &str); 3] = [
     ("ratelimit-remaining", "ratelimit-reset"),
     ("x-ratelimit-remaining", "x-ratelimit-reset-after"),
@@ -112,8 +114,8 @@ fn quota(headers: &HeaderMap) -> Option<Duration> {
     Some(reset.saturating_sub(since))
 }
 
-/// `"name";r=0;t=30, …`, the longest of those that are used up; or, in older drafts, one quota as
-/// `limit=100, remaining=0, reset=30`.
+/// Parses a `RateLimit` header: `"name";r=0;t=30, …`, or a single quota as `limit=100, remaining=0, reset=30` in older
+/// drafts. Returns the longest time to reset of the quotas that are used up.
 fn rate_limit(text: &str) -> Option<Duration> {
     let mut longest = None;
     let (mut left, mut reset) = (None, None);
@@ -129,7 +131,7 @@ fn rate_limit(text: &str) -> Option<Duration> {
         if left == Some(0) && reset.is_some() {
             longest = longest.max(reset);
         }
-        // A name in quotes begins a quota of its own; members of the older form belong together.
+        // A member with a name in quotes is a quota of its own. The members of the older form together are one quota.
         if quota.trim_start().starts_with('"') {
             (left, reset) = (None, None);
         }
@@ -333,7 +335,7 @@ mod tests {
             prop_assert_eq!(of("retry-after", number.to_string()), Some(secs));
             let millis = Duration::from_millis(number).min(MAX_HINT);
             prop_assert_eq!(of(MILLIS, number.to_string()), Some(millis));
-            // And a date as far from the answer's own as it is.
+            // A date is relative to the `Date` of the response.
             let (then, secs) = (SystemTime::UNIX_EPOCH + Duration::from_secs(date.into()), number % 400);
             let dates = [("date", 0), ("retry-after", secs)].map(|(name, secs)| {
                 let text = httpdate::fmt_http_date(then + Duration::from_secs(secs));

@@ -62,7 +62,7 @@ fn of_other_head(
     Eos::Plain(grpc::of_http_status(status, headers))
 }
 
-/// The outcome of an HTTP status, where the call is not gRPC.
+/// Returns the outcome of an HTTP status of a call that is not gRPC.
 fn of_status(status: StatusCode, headers: &HeaderMap) -> Outcome {
     let outcome = match status.as_u16() {
         429 | 529 => Outcome::throttled(),
@@ -78,8 +78,8 @@ fn of_status(status: StatusCode, headers: &HeaderMap) -> Outcome {
     }
 }
 
-/// The outcome of a call that a layer further in refused: neutral, with its hint. One that it ended, because
-/// what was called was too slow, is a failure.
+/// Returns the outcome of a call that an inner layer rejected: cancelled, with the time to retry. A call that an inner
+/// layer timed out is a failure, unless its caller caused it.
 pub(crate) fn of_rejected(refused: &Rejected) -> Outcome {
     let outcome = match refused.kind() {
         RejectedKind::TimedOut(Phase::Sending | Phase::BodyRate | Phase::Unread) => {
@@ -97,12 +97,12 @@ pub(crate) fn of_rejected(refused: &Rejected) -> Outcome {
     }
 }
 
-/// The outcome of an error of a type that is not known here.
+/// Returns the outcome of an error of any type. An error of an unknown type is a failure.
 pub(crate) fn of_any_error<E: 'static>(error: &E) -> Outcome {
     known(error).map_or(Outcome::failure().because(Reason::Error), of_error)
 }
 
-/// The error in a value of which it is not known whether it is one.
+/// Returns the value as an error if its type is that of a known error.
 pub(crate) fn known<E: 'static>(error: &E) -> Option<&(dyn Error + 'static)> {
     let any: &dyn Any = error;
     if let Some(boxed) = any.downcast_ref::<BoxError>() {
@@ -247,6 +247,7 @@ impl Transport {
     }
 }
 
+/// Classifies one error of a chain. `None` if its type or its kind carries no information.
 fn cause_of(error: &(dyn Error + 'static), transport: &Transport) -> Option<Cause> {
     if let Some(error) = error.downcast_ref::<io::Error>() {
         return of_io(error.kind(), transport);
@@ -302,6 +303,7 @@ fn is_unsendable(error: &hyper_util::client::legacy::Error) -> bool {
     error.source().is_none() && error.to_string().starts_with("client error (User")
 }
 
+/// Classifies an I/O error by its kind.
 fn of_io(kind: io::ErrorKind, transport: &Transport) -> Option<Cause> {
     use io::ErrorKind as K;
     Some(match kind {
@@ -322,6 +324,7 @@ fn of_io(kind: io::ErrorKind, transport: &Transport) -> Option<Cause> {
     })
 }
 
+/// Classifies an error of hyper. An error that hyper reports for a request that it still had is `NeverSent`.
 #[cfg(feature = "hyper")]
 fn of_hyper(error: &hyper::Error) -> Option<Cause> {
     if is_dispatch_gone(error) {
@@ -364,6 +367,7 @@ fn is_response_body(error: &hyper::Error) -> bool {
     error.to_string() == "error reading a body from connection"
 }
 
+/// Classifies an error of h2 (RFC 9113 §6.8, §8.7).
 #[cfg(feature = "hyper")]
 fn of_h2(error: &h2::Error, transport: &Transport) -> Option<Cause> {
     if let Some(error) = error.get_io() {

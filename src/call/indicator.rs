@@ -1,11 +1,11 @@
 use std::fmt;
 
-/// Says at once, and without asking anybody, whether something is well: what a breaker's, a limit's or a health
-/// probe's handle is to a [`Health`](crate::Health) registry, and a closure of yours.
+/// Reports the health of a component to a [`Health`](crate::Health) registry, without a request.
 ///
-/// It is asked in the background and must not block.
+/// The handles of circuit breakers, limits and health probes implement it, and so do closures that return a
+/// `Result<(), E>`. The registry calls it in the background, so it must not block.
 pub trait Indicator: Send + 'static {
-    /// Well, or why not.
+    /// Returns `Ok` if the component is healthy, and otherwise the reason why it is not.
     fn indicate(&self) -> Result<(), String>;
 }
 

@@ -1,18 +1,19 @@
-//! The spine: the five words that every layer is made of.
+//! The parts that all layers have in common: outcomes, protocols, permits, tracked bodies and rejections.
 //!
 //! ```text
-//!             peek                 admit                      classify              end of stream
-//!  poll_ready ─────▶ inner ready ──────▶ Permit ─▶ inner call ─▶ Protocol ─▶ Outcome ───▶ Permit::finish
-//!      │                             │                             └─▶ "ask the body" ─▶ TrackedBody ─┘
-//!      └ refused: never touch inner  └ refused: Rejected ─▶ Reject strategy ─▶ an error, or a response
+//!             peek                  admit                      classify              end of stream
+//!  poll_ready ─────▶ inner ready ───────▶ Permit ─▶ inner call ─▶ Protocol ─▶ Outcome ──▶ Permit::finish
+//!      │                             │                             └─▶ body decides ─▶ TrackedBody ─┘
+//!      └ rejected: inner not polled  └ rejected: Rejected ─▶ Reject ─▶ an error, or a response
 //! ```
 //!
-//! 1. [`Outcome`]: what became of a call, and why.
-//! 2. [`Protocol`]: decides the outcome from a head, an error or the end of the body.
-//! 3. *Permit*: the right to make one call. It ends exactly once, also when the call is dropped or
-//!    panics, and one of an older generation never changes a newer state.
-//! 4. [`TrackedBody`]: carries the permit to the end of the response body.
-//! 5. [`Rejected`]: a call that was not let through; a [`Reject`] strategy gives it its form.
+//! 1. [`Outcome`]: the result of a call as classified by a layer, and the reason for it.
+//! 2. [`Protocol`]: classifies a response head, an error, or the end of a response body.
+//! 3. *Permit*: the right to make one call. It is released exactly once, also if the call is dropped or panics. A
+//!    permit
+//!    of an earlier generation never changes the current state.
+//! 4. [`TrackedBody`]: holds the permit until the end of the response body.
+//! 5. [`Rejected`]: the rejection of a call. A [`Reject`] strategy converts it into an error or a response.
 //!
 //! # Which side caused it
 //!

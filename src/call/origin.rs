@@ -8,7 +8,7 @@ use http::{
     uri::{Authority, Scheme},
 };
 
-/// Scheme, host and port of a URI: equal where RFC 6454 says so.
+/// The origin of a URI: its scheme, host and port, compared as in RFC 6454.
 ///
 /// The scheme's default port is equal to no port, the case of hosts is ignored, and the userinfo is ignored.
 ///
@@ -20,7 +20,7 @@ pub struct Origin {
 }
 
 impl Origin {
-    /// Where this URI leads.
+    /// Returns the origin of a URI.
     #[must_use]
     pub fn of(uri: &Uri) -> Self {
         Self { scheme: uri.scheme().cloned(), authority: uri.authority().cloned() }
@@ -44,7 +44,7 @@ impl Origin {
         self.authority.as_ref().map_or("", |authority| authority.host())
     }
 
-    /// Unless it is the scheme's own.
+    /// Returns the port, unless it is the default port of the scheme.
     fn port(&self) -> Option<u16> {
         let own = match self.scheme.as_ref().map(Scheme::as_str) {
             Some("http") => Some(80),
@@ -90,7 +90,7 @@ impl fmt::Display for Origin {
     }
 }
 
-/// Like its text, which tells nobody's password.
+/// Shows the origin as its `Display` does, without userinfo.
 impl fmt::Debug for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Origin({self})")

@@ -1,19 +1,27 @@
+//! Percentiles of the recent latency.
+//!
+//! Two sketches hold the latencies of the current and of the previous interval of 30 s. A percentile is computed over
+//! both, so it covers the last 30 to 60 s.
+
 use std::time::Duration;
 
 use sketches_ddsketch::{Config, DDSketch};
 use tokio::time::Instant;
 
-/// How long calls took of late, as far as percentiles of it need: in the last one to two [`AGE`]s.
+/// The latencies of the last one to two intervals of [`AGE`], as sketches.
 pub(crate) struct Recent {
+    /// The current interval.
     now: DDSketch,
+    /// The previous interval.
     before: DDSketch,
+    /// The start of the current interval.
     since: Instant,
 }
 
-/// A sketch takes its turn for so long.
+/// The duration of an interval.
 const AGE: Duration = Duration::from_secs(30);
 
-/// Within one in a hundred, of at most 2048 sizes.
+/// Returns an empty sketch with a relative error of 1 % and at most 2048 buckets.
 fn sketch() -> DDSketch {
     DDSketch::new(Config::new(0.01, 2048, 1.0e-6))
 }
@@ -23,36 +31,40 @@ impl Recent {
         Self { now: sketch(), before: sketch(), since: Instant::now() }
     }
 
-    /// A call has taken so long. True: another turn has begun.
+    /// Adds the latency of a call. Returns whether a new interval has begun.
     pub(crate) fn add(&mut self, time: Duration) -> bool {
         let turned = self.turn();
         self.now.add(time.as_secs_f64());
         turned
     }
 
+    /// Begins a new interval if the current one is over.
     fn turn(&mut self) -> bool {
         let age = self.since.elapsed();
         if age < AGE {
             return false;
         }
         let full = std::mem::replace(&mut self.now, sketch());
-        // What is older than two turns is forgotten.
+        // Without a call for a whole interval, the previous interval is empty.
         self.before = if age < AGE * 2 { full } else { sketch() };
         self.since = Instant::now();
         true
     }
 
-    /// The time within which this share of them was, in seconds, and of how many; none of none.
+    /// Returns the number of calls, and the latency in seconds that this share of them did not exceed. `None` without
+    /// calls.
     pub(crate) fn quantile(&self, share: f64) -> (usize, Option<f64>) {
         let mut both = self.before.clone();
-        // Both are made alike: they can be merged, and a share within one has an answer.
+        // The sketches have the same configuration, so the merge succeeds. A share from 0 to 1 has a quantile.
         let merged = both.merge(&self.now).is_ok();
         let share = at_least(share, both.count());
         (both.count(), both.quantile(share).ok().flatten().filter(|_| merged))
     }
 }
 
-/// The sketch rounds the place in line down: of two calls, the faster one would be what 99 of 100 do not exceed.
+/// Returns the quantile to request from the sketch, so that at least this share of the calls does not exceed it.
+///
+/// The sketch rounds the rank down. For two calls its 99th percentile would be the faster of them.
 fn at_least(share: f64, of: usize) -> f64 {
     let nth = (share * of as f64).ceil().max(1.0) - 1.0;
     let last = of.saturating_sub(1).max(1) as f64;

@@ -1,4 +1,4 @@
-//! Locks and atomics, exchanged for loom's where every interleaving is tried.
+//! Locks and atomics. Under `cfg(buttress_loom)` they are those of loom, whose models try every interleaving.
 
 #[cfg(not(buttress_loom))]
 pub(crate) use std::sync::{Mutex, MutexGuard, atomic};

@@ -7,6 +7,7 @@
 use std::cell::Cell;
 
 thread_local! {
+    /// The response whose body is being polled was not read for too long.
     static IS_UNREAD: Cell<bool> = const { Cell::new(false) };
 }
 

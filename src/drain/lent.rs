@@ -3,6 +3,20 @@
 //! A [`RespondLayer`](crate::RespondLayer) converts the error of an inner layer into a response. At that time the inner
 //! layer has dropped the request. The lent body therefore moves the original into a [`Loan`] when it is dropped before
 //! its end. The layer drains the original if the call was rejected, and drops it otherwise.
+//!
+//! # States
+//!
+//! The lender (the layer) and the holder (the inner service) share one state. The holder may drop the body before or
+//! after the lender learns of the rejection, so either of them may start the drain:
+//!
+//! | state | the holder drops the body | the lender drains |
+//! |---|---|---|
+//! | lent | returned, or ended if there is nothing to drain | rejected: the holder starts the drain later |
+//! | returned | – | starts the drain |
+//! | ended | – | does nothing |
+//! | rejected | starts the drain | does nothing: the drain has been started once |
+//!
+//! The lock of the state is never held while a body is drained or dropped by `drain`, because a body is user code.
 
 use std::{any::Any, fmt, sync::Arc};
 
@@ -41,11 +55,13 @@ impl fmt::Debug for Loan {
     }
 }
 
+/// The shared state of a loan, without the type of the body.
 trait Reclaim: Send + Sync {
+    /// See [`Loan::drain`].
     fn drain(&self) -> bool;
-}
+    }
 
-#[cfg(any(feature = "axum", feature = "tonic", feature = "tonic-health"))]
+    #[cfg(any(feature = "axum", feature = "tonic", feature = "tonic-health"))]
 mod boxed {
     use std::{
         mem,
@@ -68,6 +84,7 @@ mod boxed {
 
     impl<B: Body<Data: Send, Error: Send> + Default + Send + Unpin + 'static> Lendable for B {}
 
+    /// Replaces the body of the request by a lent body. Returns `None` if the body has ended or must not be drained.
     pub(super) fn lend<B: Lendable>(
         request: &mut Request<B>,
         boxed: impl FnOnce(Lent<B>) -> B,
@@ -84,10 +101,13 @@ mod boxed {
     }
 
     enum State<B> {
+        /// The holder has the body.
         Lent,
+        /// The holder has dropped the body, and the lender has the original.
         Returned(B),
         /// The holder has dropped the body, which had ended or must not be drained.
         Ended,
+        /// The lender has rejected the request. The holder drains the body when it drops it.
         Rejected,
     }
 
@@ -98,7 +118,7 @@ mod boxed {
     impl<B: Lendable> Reclaim for Mutex<State<B>> {
         fn drain(&self) -> bool {
             let before = mem::replace(&mut *lock(self), State::Rejected);
-            // The lock has been released.
+            // The lock has been released, so the body may be user code.
             match before {
                 State::Returned(body) => drain(body),
                 State::Lent => true,
