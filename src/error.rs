@@ -106,10 +106,9 @@ impl fmt::Display for Chain<'_> {
 ///
 /// A layer that is used without `checked` rejects every call, with this error as the source of the
 /// [`Rejected`](crate::call::Rejected). There are two exceptions: a retry or a hedge passes every call through
-/// unchanged,
-/// and a deadline layer ignores the setting. Every layer reports the error in the log, by one ERROR event at once and
-/// then by at most one event in 10 s. The field `occurrences` of the event is the number of calls since the previous
-/// event, or the number of wrapped services for a layer that passes calls through.
+/// unchanged, and a deadline layer ignores the setting. Every layer reports the error in the log, by one ERROR event at
+/// once and then by at most one event in 10 s. The field `occurrences` of the event is the number of calls since the
+/// previous event, or the number of wrapped services for a layer that passes calls through.
 ///
 /// The text of the error has at most 1536 bytes, whatever the length of the value is, and contains no
 /// [secrets](crate#secrets).
@@ -117,8 +116,7 @@ impl fmt::Display for Chain<'_> {
 #[non_exhaustive]
 pub struct ConfigError {
     /// The name of the setter, such as `queue.longest_wait`. For an unknown setting the field is `unknown setting`, and
-    /// the
-    /// [`value`](Self::value) is the unknown name.
+    /// the [`value`](Self::value) is the unknown name.
     pub field: &'static str,
     /// The value that was set, at most 256 bytes of it. Userinfo, query and fragment of URIs are replaced by `***`.
     pub value: String,

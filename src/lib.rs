@@ -1,4 +1,4 @@
-//! Tower layers that keep services standing: circuit breaker, retry, hedge, concurrency limit, health probe, timeouts
+//! Tower layers for resilient services: circuit breaker, retry, hedge, concurrency limit, health probe, timeouts
 //! and deadlines.
 //!
 //! The layers support HTTP and gRPC **streams**: a call ends with its response body, and the trailers of a gRPC call
@@ -140,8 +140,7 @@
 //! # Compile errors
 //!
 //! If the types of a stack do not match, `oneshot` and `ready` only report that a bound is not satisfied. A function
-//! that
-//! requires the service makes the compiler report the bound and the reason:
+//! that requires the service makes the compiler report the bound and the reason:
 //!
 //! ```
 //! fn takes<Request>(_: &impl tower::Service<Request>) {}
@@ -213,8 +212,7 @@
 //! ```
 //!
 //! With `.respond_with(|refused| Err(DbError::Refused(refused.clone())))` on each layer that rejects, the error type
-//! does
-//! not change.
+//! does not change.
 //!
 //! # Features
 //!

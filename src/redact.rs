@@ -417,8 +417,7 @@ fn is_host_and_port(authority: &str) -> bool {
 }
 
 /// Returns the position after the `=` of a parameter such as `password=abc`, alone or in a list. `None` if the other
-/// rules
-/// redact it.
+/// rules redact it.
 fn secret_parameter(one: &str) -> Option<usize> {
     let plain = one.find(['?', '#', '@']).into_iter().chain(one.find("//")).min();
     let plain = &one[..plain.unwrap_or(one.len())];

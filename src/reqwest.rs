@@ -30,10 +30,8 @@
 //! # Timeouts, redirects, cookies
 //!
 //! The settings of the client stay in force. The client follows redirects itself, within one call of the outer layers.
-//! It
-//! follows a redirect that repeats the request body (307, 308) only if the body is empty, because a streamed body
-//! cannot
-//! be sent again.
+//! It follows a redirect that repeats the request body (307, 308) only if the body is empty, because a streamed body
+//! cannot be sent again.
 //!
 //! # Requests made with reqwest
 //!
@@ -93,9 +91,8 @@ use crate::{BoxError, ClientError};
 /// # Errors
 ///
 /// A request that cannot be sent as it is fails with reqwest's builder error ([`Error::is_builder`]), whose source
-/// states
-/// the cause: its URI has no scheme and host, or its scheme is neither `http` nor `https`. Nothing was sent. All other
-/// errors are those of the client.
+/// states the cause: its URI has no scheme and host, or its scheme is neither `http` nor `https`. Nothing was sent. All
+/// other errors are those of the client.
 ///
 /// # Cancellation
 ///

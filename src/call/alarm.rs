@@ -22,8 +22,7 @@
 //!
 //! The inner alarm is pinned, and it is a part of the inner future. It can be dropped or cleared only while the inner
 //! future is polled or dropped by this layer, and after each poll this layer calls [`Alarm::poll`] again. When the
-//! inner
-//! timer fires, it wakes the same task, which polls this layer.
+//! inner timer fires, it wakes the same task, which polls this layer.
 //!
 //! A boxed inner future does not qualify, because its memory lies elsewhere: it could be polled once in this task and
 //! then move to another task. An alarm that is cleared or dropped removes itself from `SET`, so the pointer in `SET` is
@@ -84,8 +83,7 @@ impl Alarm {
     }
 
     /// Clears the thread-local, so that [`poll`](Self::poll) finds only alarms of the inner future. Called just before
-    /// the
-    /// inner future is polled.
+    /// the inner future is polled.
     #[inline]
     pub(crate) fn listen() {
         SET.set(None);
@@ -115,8 +113,7 @@ impl Alarm {
     }
 
     /// Returns `Ready` once the instant has passed, and `Pending` for ever if the alarm is not set. `around` is the
-    /// inner
-    /// future, which has just been polled.
+    /// inner future, which has just been polled.
     pub(crate) fn poll<F>(self: Pin<&mut Self>, around: &F, cx: &mut Context<'_>) -> Poll<()> {
         let by = ptr::from_ref(&*self);
         let mut this = self.project();

@@ -10,8 +10,7 @@
 //! 1. [`Outcome`]: the result of a call as classified by a layer, and the reason for it.
 //! 2. [`Protocol`]: classifies a response head, an error, or the end of a response body.
 //! 3. *Permit*: the right to make one call. It is released exactly once, also if the call is dropped or panics. A
-//!    permit
-//!    of an earlier generation never changes the current state.
+//!    permit of an earlier generation never changes the current state.
 //! 4. [`TrackedBody`]: holds the permit until the end of the response body.
 //! 5. [`Rejected`]: the rejection of a call. A [`Reject`] strategy converts it into an error or a response.
 //!

@@ -3,8 +3,7 @@
 //! # Life of a permit
 //!
 //! 1. A state ([`Finish`]: a circuit, a limit, a registry of calls) admits a call and issues a [`Permit`]. Its
-//!    [`Token`]
-//!    records the admission: the generation of the state, and the clock that measures the upstream.
+//!    [`Token`] records the admission: the generation of the state, and the clock that measures the upstream.
 //! 2. The permit is moved through the future of the call. [`Permit::pending`] records what the call waits for, and
 //!    [`Permit::head`] reports the response head to the state.
 //! 3. The permit ends at the time that [`Finish::hold`] states. If that is the end of the response body, it is
@@ -14,8 +13,7 @@
 //! # Invariants
 //!
 //! - `finish` is called exactly once per token. The owner of the state is an `Option` that the release takes, so a
-//!   second
-//!   release and the destructor find `None`. Such a permit is *spent*.
+//!   second release and the destructor find `None`. Such a permit is *spent*.
 //! - The release happens in `Drop` if it has not happened before: also when the future is dropped before its first
 //!   poll, or while the thread unwinds.
 //! - A token of an earlier generation must not change the current state. The state compares the generations.
@@ -233,8 +231,7 @@ impl<G: Finish> Permit<G> {
     /// Moves the permit out, and leaves a spent permit behind.
     ///
     /// The callers store a permit and no `Option<Permit>`. The niche of such an option lies in the middle of the
-    /// permit,
-    /// and reading it costs a stalled load per call.
+    /// permit, and reading it costs a stalled load per call.
     #[inline]
     pub(crate) fn take(&mut self) -> Self {
         Self { giver: self.giver.take(), token: self.token, context: self.context }

@@ -4,11 +4,9 @@
 //!
 //! 1. `Judge::begin` records what the classification needs of the request, before the inner service consumes it.
 //! 2. `Judge::wrap` converts the response of the inner service into the response of the layer. For HTTP the body
-//!    becomes
-//!    a [`TrackedBody`] that holds no permit yet.
+//!    becomes a [`TrackedBody`] that holds no permit yet.
 //! 3. `Judge::judge` classifies the response head or the error. It releases the permit, or moves it into the body,
-//!    which
-//!    releases it at its end ([`Eos`]).
+//!    which releases it at its end ([`Eos`]).
 //!
 //! Steps 2 and 3 are separate because a response is large: the response is converted once, and then inspected and
 //! changed in place.
@@ -72,8 +70,7 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
     }
 
     /// Records what the classification needs of the request, just before the inner service is called. A protocol may
-    /// call
-    /// `permit` to lend the permit of the admission to the handler, through the extensions of the request.
+    /// call `permit` to lend the permit of the admission to the handler, through the extensions of the request.
     fn begin<G: Giver>(&self, request: &mut Req, permit: impl FnOnce() -> Permit<G>) -> Self::Call;
 
     /// Returns the call permit, which measures the call if the protocol has lent the permit of the admission to the

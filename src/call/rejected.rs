@@ -60,8 +60,7 @@ pub enum RejectedKind {
 
 impl RejectedKind {
     /// Returns the kind in `snake_case`, for the label of a metric. Problem documents contain it as `reason`, except
-    /// that
-    /// `misconfigured` and `circuit_forced_open` are `unavailable` there.
+    /// that `misconfigured` and `circuit_forced_open` are `unavailable` there.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
         match self {
@@ -205,9 +204,9 @@ pub enum LayerKind {
     Deadline,
     /// The application, by [`Rejected::new`].
     User,
-    }
+}
 
-    impl LayerKind {
+impl LayerKind {
     const fn as_str(self) -> &'static str {
         match self {
             #[cfg(feature = "breaker")]
@@ -309,8 +308,7 @@ impl Rejected {
     }
 
     /// Returns the same rejection with a time to retry, in whole milliseconds, at most 49 days. The time is rounded up,
-    /// so
-    /// that no caller retries too early.
+    /// so that no caller retries too early.
     #[must_use]
     pub fn with_retry_after(self, after: Duration) -> Self {
         let begun = u64::from(after.subsec_nanos().div_ceil(1_000_000));

@@ -16,7 +16,7 @@
 //! | ended | – | does nothing |
 //! | rejected | starts the drain | does nothing: the drain has been started once |
 //!
-//! The lock of the state is never held while a body is drained or dropped by `drain`, because a body is user code.
+//! The lock of the state is never held while a body is polled or dropped, because a body is user code.
 
 use std::{any::Any, fmt, sync::Arc};
 
@@ -59,9 +59,9 @@ impl fmt::Debug for Loan {
 trait Reclaim: Send + Sync {
     /// See [`Loan::drain`].
     fn drain(&self) -> bool;
-    }
+}
 
-    #[cfg(any(feature = "axum", feature = "tonic", feature = "tonic-health"))]
+#[cfg(any(feature = "axum", feature = "tonic", feature = "tonic-health"))]
 mod boxed {
     use std::{
         mem,
