@@ -1,4 +1,4 @@
-//! Drains the bodies of requests that a layer has answered before it read them.
+//! Drains the bodies of requests that a layer has responded to before it read them.
 //!
 //! A client that still writes its request when the server closes the connection receives a TCP reset, and the reset
 //! discards the response that the client has not read yet (RFC 9112 §9.6). Over HTTP/2 the server resets the stream
@@ -54,7 +54,7 @@ const MAX_DRAINS: usize = 1024;
 /// The number of drains in progress. It orders no other memory, so all its operations are relaxed.
 static DRAINS: AtomicUsize = AtomicUsize::new(0);
 
-/// Drains the body of a request that is answered before its body was polled.
+/// Drains the body of a request that a layer responds to before the body was polled.
 ///
 /// Drops the request and returns `false` if there is nothing to drain: see the [module](self).
 #[cold]

@@ -47,7 +47,7 @@
 //! | [`HedgeLayer`] | callers from the slowest responses | – |
 //! | [`ConnectLayer`] | client and server from too many connections, and from stale ones | an error |
 //! | [`TimeoutLayer`] | callers from an upstream that does not respond in time | 504, on a server 503; `DEADLINE_EXCEEDED` |
-//! | [`DeadlineLayer`] | all services of a call from work after its deadline | 504, `DEADLINE_EXCEEDED` |
+//! | [`DeadlineLayer`] | services from work whose deadline has passed | 504, `DEADLINE_EXCEEDED` |
 //!
 //! # Order of the layers
 //!

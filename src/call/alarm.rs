@@ -1,8 +1,8 @@
 //! One timer for all layers of a task that wait for the same deadline.
 //!
 //! Each layer that enforces a deadline needs a timer while it waits. Without this module every layer would register a
-//! timer of its own for the same instant, and each timer takes a lock of the runtime twice. With it, an outer
-//! layer relies on the timer of an inner layer if that timer is certain to wake the task in time.
+//! timer of its own for the same instant, and each timer takes a lock of the runtime twice. With it, an outer layer
+//! relies on the timer of an inner layer if that timer is certain to wake the task in time.
 //!
 //! # Mechanism
 //!

@@ -28,7 +28,7 @@
 //! | a timeout that expires during an upload or in the queue of an inner layer, or before the upstream had the request for half of it | cancelled | neutral | releases its slot | neutral | safe methods, before the deadline | a failed attempt |
 //! | a slow upload | as the response | its time is not measured | releases its slot after 100 ms, its outcome still counts | its time is not measured | – | – |
 //! | the request body stalls, is below its minimum rate, or fails | cancelled, [`Caller`](Reason::Caller) | neutral | releases its slot | neutral | not retried | a failed attempt |
-//! | a slow reader of the response | as the response | its time is not measured | passes after 100 ms if the head was good | its time is not measured | – | – |
+//! | a slow reader of the response | as the response | its time is not measured | passes after 100 ms if the head was a success | its time is not measured | – | – |
 //! | a wait inside the client: for a permit, a connection, the next attempt | – | its time is not measured | releases its slot when its timeout expires | its time is not measured | – | – |
 //! | a rejection by an inner layer | cancelled, [`Rejected`](Reason::Rejected) | neutral | releases its slot | neutral | ends the call | a failed attempt |
 //! | never sent, `REFUSED_STREAM`, a stream above the last one of a `GOAWAY` with `NO_ERROR` | [housekeeping](Outcome::is_housekeeping) | neutral | releases its slot | neutral | at once, any method | the other attempt decides |

@@ -142,9 +142,9 @@ pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
 /// The failures are those that linkerd counts. A retry and a hedge pass a 200 gRPC response on as soon as its first
 /// message is there, or after 10 ms without one.
 ///
-/// A response that an inner layer made because it [rejected](Rejected) the call is cancelled, or a failure if that
-/// layer timed out other than by a caller deadline or a stalled request body. A 2xx that is not gRPC is a success in
-/// any case.
+/// A response that an inner layer made because it [rejected](Rejected) the call is cancelled. It is a failure if that
+/// layer timed out for a reason other than the caller: a caller deadline, a stalled or slow request body, or a response
+/// that was not read. A 2xx that is not gRPC is a success in any case.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Http;
 
