@@ -162,7 +162,7 @@ impl CallerDeadline {
 /// the upstream. A client of your own that wraps request bodies can publish a mark, too: insert a clone into the
 /// extensions and report each frame. Without a mark the clocks start at the call.
 ///
-/// Measuring layers ask for the mark in `poll_ready`. Each service between them and the retry or hedge must poll its
+/// Measuring layers request the mark in `poll_ready`. Each service between them and the retry or hedge must poll its
 /// inner service within its own `poll_ready`. `tower::buffer` polls it in another task, and a full concurrency limit
 /// polls it after the call. Then no mark is published, and the clocks start at the call.
 ///
@@ -276,7 +276,7 @@ impl SentMark {
         }
     }
 
-    /// Returns one consistent reading.
+    /// Returns a copy of the progress.
     pub(crate) fn progress(&self) -> Progress {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

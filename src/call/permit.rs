@@ -237,8 +237,9 @@ impl<G: Finish> Permit<G> {
         Self { giver: self.giver.take(), token: self.token, context: self.context }
     }
 
-    /// Records the response head in the state. `so_far` is the outcome unless the body changes it. Returns it
-    /// attributed to the side that caused it; `is_certain` if the body cannot change it.
+    /// Records the response head in the state. Returns `so_far` attributed to the side that caused it.
+    ///
+    /// `so_far` is the outcome unless the response body changes it. `is_certain` states that the body cannot.
     #[inline]
     pub(crate) fn head(&mut self, so_far: Outcome, is_certain: bool) -> Outcome {
         // A head that decides the outcome is attributed as if there were none: a 504 that only reports the caller's
