@@ -1,5 +1,65 @@
-//! The machine behind a lock, and the [front](Front) that lets calls through a closed circuit do without it. Told
-//! the time, like the machine; every interleaving of it is tried by its models.
+//! The state machine of a circuit behind a lock, with lock-free paths for the most frequent operations.
+//!
+//! # Mechanism
+//!
+//! The [`Machine`] is a plain state machine behind a mutex. Before the mutex is released, [`Locked`] publishes a
+//! summary of the machine: one word in the [`Front`] (state, generation and flags) and three times in the [`Cell`]. The
+//! lock-free paths read only this summary:
+//!
+//! | operation | lock-free if |
+//! |---|---|
+//! | admit a call | the circuit is closed without a ramp, or forced closed |
+//! | reject a call | the circuit is open and its open time has not passed, or it is forced open |
+//! | end a call | its generation is not the current one, or its outcome cannot change the machine (see below) |
+//!
+//! Therefore threads do not contend for the mutex while the circuit is closed and its calls succeed, nor while it is
+//! open. All other operations lock the machine. Time is an argument of each operation. Operations read the clock only
+//! if they need it.
+//!
+//! # Generations
+//!
+//! Each transition of the machine, and each admission of a probe, increments the generation. A [`Ticket`] contains the
+//! generation in which its call was admitted. The outcome of a call counts only if that generation is still the current
+//! one, and the outcome of a probe only if the machine still has the probe. An isolation is not a transition: calls
+//! that were admitted before it still count. The first generation of a cell is higher than each generation that earlier
+//! circuits have published in the same front, so the calls of those circuits are late, too.
+//!
+//! # Outcomes that do not change the machine
+//!
+//! The flag *clean* of the word states that a success that is not slow changes nothing in the machine: no run of
+//! failures has begun, a response has been recorded, no housekeeping is counted, and each window of calls is full of
+//! successes. The time windows are not part of the machine. They consist of atomics, so such a success is recorded in
+//! them without the lock (see [`TimeWindow`](super::window::TimeWindow)).
+//!
+//! A lock-free operation takes effect when it loads the word. The machine may change immediately after. So a call may
+//! be admitted while another thread opens the circuit, and a success may be recorded in a time window that another
+//! thread has just cleared. The first is equal to an earlier admission. The second adds at most the calls that end at
+//! that moment, and only successes.
+//!
+//! # Orderings
+//!
+//! - The word is stored last, with `Release` ([`Front::show`]), and loaded first, with `Acquire` ([`Front::read`]).
+//!   `until`, `slow_from` and `count_cancelled_after` are stored before it. A path that has loaded the word therefore
+//!   reads the times that were published with this word, or later ones. If it has read *open*, it cannot read the
+//!   `until` of an earlier state.
+//! - A later `until` is harmless. It is 0 in all other states, which leads to the locked path, or it is the end of a
+//!   later open time, before which a call is rejected anyway.
+//! - Only the holder of the mutex stores the summary. Therefore the summaries are published in the order of the
+//!   operations that they result from.
+//! - [`Cell::measures`] and [`Cell::count_cancelled_after`] load a setting without the word, with `Relaxed`. An old
+//!   value is harmless, because the call then counts as if it had ended before the change.
+//!
+//! # What a change must preserve
+//!
+//! - The machine is mutated only through [`Locked`], whose drop publishes the summary. [`Cell::idle_for`] locks the
+//!   mutex directly and only reads.
+//! - An operation that a lock-free path skips must have no effect on the machine. A new rule or count that a success
+//!   changes must make the machine unclean.
+//! - No user code runs under the lock, except the closures of [`Trip::when`], whose panics are caught. Events and
+//!   wakers follow after the release, by the [`Change`] that each operation returns.
+//! - The work under the lock is bounded: [`Cell::lock_at`] makes many due changes in slices.
+//!
+//! The loom models try all interleavings of calls, probes and manual changes.
 
 use std::{
     sync::{PoisonError, TryLockError},
@@ -24,13 +84,13 @@ use crate::call::{
 
 #[derive(Debug)]
 pub(super) struct Cell {
-    /// All that a call through a closed circuit reads.
+    /// The word that calls read without the lock.
     front: &'static Front,
-    /// Its calls are counted, whatever its rules: whoever has it wants to know whether any is under way.
+    /// The owner must be able to detect whether a call is in flight, so no call may end in the front alone.
     counts_calls: bool,
-    /// When an open circuit's wait is over.
+    /// The time at which an open circuit becomes half-open. 0 in all other states.
     until: AtomicU64,
-    /// From when on a call is slow; the maximum: nobody measures.
+    /// The duration from which a call is slow, in nanoseconds. The maximum: no rule measures calls.
     slow_from: AtomicU64,
     /// The time after which a call that its caller ended counts as a failure, in nanoseconds. The maximum: never.
     count_cancelled_after: AtomicU64,
@@ -45,7 +105,7 @@ impl Cell {
         settings: Settings,
         counts_calls: bool,
     ) -> Self {
-        // A generation of its own: what is still under way in the one that had the front before is late.
+        // The calls of the circuit that had the front before have lower generations, so they are late.
         let (machine, times) = Machine::new(trip, settings, front.read().generation() + 1);
         let cell = Self {
             front,
@@ -64,9 +124,9 @@ impl Cell {
         self.front
     }
 
-    // ===== Looking =====
+    // ===== Queries =====
 
-    /// The state, and how long it lasts if nothing happens.
+    /// Returns the state, the time until it changes without any call, and the change that was due.
     pub(super) fn state(
         &self,
         now: impl FnOnce() -> Nanos,
@@ -87,7 +147,7 @@ impl Cell {
         (state, None, None)
     }
 
-    /// Whether somebody measures how long calls take.
+    /// Returns whether a rule measures the duration of calls.
     #[inline]
     pub(super) fn measures(&self) -> bool {
         self.slow_from.load(Ordering::Relaxed) != u64::MAX
@@ -101,7 +161,9 @@ impl Cell {
         }
     }
 
-    /// Whether a call would go now; the luck of a ramp that gives no turns apart.
+    /// Returns whether a call would be admitted now, and the change that was due.
+    ///
+    /// During a ramp without backpressure the result is `true`, although a random share of the calls is rejected.
     #[inline]
     pub(super) fn has_room(
         &self,
@@ -113,7 +175,7 @@ impl Cell {
             Word::ForcedOpen => (false, None),
             Word::Open | Word::HalfOpen | Word::Ramp => {
                 let now = now();
-                // An open circuit says no without the lock, however many ask.
+                // An open circuit rejects without the lock, so that many callers do not contend for it.
                 if now < self.until.load(Ordering::Acquire) {
                     return (false, None);
                 }
@@ -124,14 +186,14 @@ impl Cell {
         }
     }
 
-    /// Whether a probe that was let through, and has not gone yet, still goes.
+    /// Returns whether a probe that was admitted, and whose inner call has not begun, may still be made.
     pub(super) fn still_probes(&self, generation: u64) -> bool {
         self.lock().still_probes(generation)
     }
 
-    // ===== A call =====
+    // ===== Calls =====
 
-    /// Whether it was open when somebody looked at the machine last.
+    /// Returns whether the published state is open. The open time may have passed since.
     #[inline]
     pub(super) fn is_open(&self) -> bool {
         self.front.read().word() == Word::Open
@@ -143,7 +205,8 @@ impl Cell {
         matches!(self.front.read().word(), Word::Open | Word::HalfOpen)
     }
 
-    /// How long an open circuit still refuses: told without the lock, however many ask.
+    /// Returns for how long an open circuit still rejects calls. `None` if it does not, or if its open time has passed.
+    /// Takes no lock.
     #[inline]
     pub(super) fn refuses_for(&self, now: impl FnOnce() -> Nanos) -> Option<Nanos> {
         if !self.is_open() {
@@ -153,8 +216,8 @@ impl Cell {
         (left > 0).then_some(left)
     }
 
-    /// Counts a good call where that changes nothing but the time windows. False: the machine has to be
-    /// asked.
+    /// Records a success that is not slow, if that changes nothing but the time windows. Returns `false` if the machine
+    /// must record it.
     #[inline]
     pub(super) fn count_good(&self, generation: u64, now: impl FnMut() -> Nanos) -> bool {
         let bits = self.front.read();
@@ -179,7 +242,7 @@ impl Cell {
             Word::Closed | Word::ForcedClosed => {
                 (Ok(Ticket { generation: bits.generation(), probe: false }), None)
             }
-            // An open circuit refuses without the lock, however many ask.
+            // An open circuit rejects without the lock, so that many callers do not contend for it.
             Word::Open => {
                 let now = now();
                 match self.until.load(Ordering::Acquire).saturating_sub(now) {
@@ -248,7 +311,7 @@ impl Cell {
                     _ => {}
                 }
             }
-            // Isolated, it counts on underneath.
+            // Beneath an isolation the machine still counts outcomes.
             Word::Open | Word::HalfOpen | Word::ForcedOpen => {}
         }
         let at = self.at(now(), roll);
@@ -258,7 +321,7 @@ impl Cell {
 
     #[inline]
     fn record_good(&self, mut now: impl FnMut() -> Nanos) {
-        // One reading serves all windows, and none is made where none of them asks.
+        // The clock is read at most once for all windows, and not at all if none of them needs the time.
         let mut read = None;
         let mut now = || *read.get_or_insert_with(&mut now);
         for window in &self.times {
@@ -269,7 +332,7 @@ impl Cell {
         }
     }
 
-    // ===== Anything else =====
+    // ===== Access to the machine =====
 
     /// Returns for how long the circuit has been idle, or `None` if it differs from a new circuit or if another thread
     /// has locked it. Changes nothing and never waits.
@@ -334,11 +397,12 @@ impl Passed {
     }
 }
 
-/// The machine, locked; whatever was done to it is published before the lock is let go.
+/// The locked machine. Publishes the summary of the machine before the lock is released.
 struct Locked<'a> {
     cell: &'a Cell,
     machine: MutexGuard<'a, Machine>,
-    /// Dropped after the guard, because there may be many.
+    /// The probes of a phase that has ended. There may be many, so they are dropped after the guard: fields are dropped
+    /// in the order of their declaration.
     ended: Option<Probes>,
 }
 

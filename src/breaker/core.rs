@@ -1,4 +1,38 @@
-//! One circuit: the cell with its clock, its name and those who are told of changes.
+//! A circuit: the [`Cell`] with its clock, its name, its counters, and the notification of changes.
+//!
+//! # Mechanism
+//!
+//! [`Cell`] decides, without user code and with the time as an argument. [`Circuit`] reads the clock, calls the cell,
+//! and publishes the [`Change`] that the cell returns: it wakes the waiters of `changed` and emits events. Both run
+//! user code (wakers and subscribers), so they run after all locks are released.
+//!
+//! A call follows one of these paths:
+//!
+//! 1. [`Front::enter`] admits it with one load, if the circuit is closed and no rule measures calls.
+//! 2. Otherwise [`Cell::refuses_for`] rejects it without a lock, if the circuit is open.
+//! 3. Otherwise the machine decides under its lock.
+//!
+//! The call carries a [`Token`]. Its tag is the generation in which the call was admitted, with the bit [`PROBE`] for a
+//! half-open probe. A call that is admitted only by shadow mode has the tag [`NO_GENERATION`], which is never the
+//! current generation, so its outcome is not recorded.
+//!
+//! # Unsent probes
+//!
+//! The timeout of a probe starts when its request has been sent. The sent mark of the request reveals this, but it does
+//! not notify the circuit. So the circuit keeps the marks of such probes in `unsent_probes`. It reads them before it
+//! admits a call that may be a probe, ends a call through the machine, or reports its state.
+//!
+//! - Lock order: the lock of `unsent_probes` is held while the lock of the cell is taken, never the other way round.
+//! - A mark is read and its report is recorded under one hold of `unsent_probes`. Otherwise an older reading of a mark
+//!   could follow a newer one of another thread.
+//! - `has_unsent_probes` allows operations to skip the lock. It is stored as `true` after an insertion, and as `false`
+//!   only under the lock, when the map is empty. So an entry is overlooked only between its insertion and the store. A
+//!   `true` that is out of date costs one lock, and is corrected under it.
+//!
+//! # Atomics
+//!
+//! The counters and settings are independent values and use `Relaxed`. `waiting` only bounds the number of waiters and
+//! protects no data.
 
 use std::{
     collections::BTreeMap,
@@ -30,23 +64,23 @@ use crate::{
     event::RepeatedEvent,
 };
 
-/// When to come back while probes are under way: their verdict is near, but has no date.
+/// The `retry_after` of a rejection by a half-open circuit. The end of its probes has no known time.
 const PROBING: Nanos = 1_000_000_000;
 
-/// One circuit.
+/// The state of a circuit breaker, or of one key of a keyed circuit breaker.
 pub struct Circuit {
     cell: Cell,
-    /// Told of every change, and of every slot that comes back.
+    /// Notified of each change and of each probe slot that is taken or released.
     changed: Arc<Notify>,
     clock: Clock,
     label: OnceLock<Arc<Label>>,
     refused: AtomicU64,
-    /// Refuses nobody, and counts whom it would have.
+    /// Shadow mode: admits all calls, and counts those that it would reject.
     shadow: AtomicBool,
     shadowed: AtomicU64,
-    /// Is not ready while it is open.
+    /// Backpressure: the service is not ready while the circuit would reject a call.
     holds_back: AtomicBool,
-    /// Who may wait for the verdict of the probes, and for how long.
+    /// The maximum number of callers that wait for the verdict of the probes, and the maximum duration of the wait.
     most_waiting: AtomicU32,
     longest_wait: AtomicU64,
     waiting: AtomicU32,
@@ -54,26 +88,28 @@ pub struct Circuit {
     unsent_probes: Mutex<BTreeMap<u64, SentMark>>,
     /// Whether `unsent_probes` has entries. Read without the lock.
     has_unsent_probes: AtomicBool,
-    /// Steered by hand since it was made: not to be taken for one like any other.
+    /// The handle has changed a setting of this circuit, so the circuit is not like new and is never evicted.
     steered: AtomicBool,
-    /// Events of an outage that continues: each round of half-open probes repeats them.
+    /// Limits of the events that each round of half-open probes repeats during an outage.
     half_opened: RepeatedEvent,
     reopened: RepeatedEvent,
 }
 
-/// Set in a token's tag beside the generation of a probe.
+/// The bit of a token's tag that marks a probe. The other bits are its generation.
 const PROBE: u64 = 1 << 63;
 
-/// The generation of calls that count for nothing.
+/// The generation of calls whose outcomes are not recorded. No circuit reaches it: the front stores 57 bits.
 const NO_GENERATION: u64 = PROBE - 1;
 
 impl Circuit {
-    /// One whose calls need not be counted, or one of many that come and go, whose are.
+    /// Returns a circuit with a front of its own.
+    ///
+    /// `of_many`: a map owns the circuit and evicts it when it is idle. Therefore each call holds a counted reference.
     pub(super) fn new(trip: Trip, settings: Settings, of_many: bool) -> Self {
         Self::behind(Front::take(), trip, settings, of_many)
     }
 
-    /// The same, behind this front.
+    /// Returns a circuit that publishes its state in this front.
     pub(super) fn behind(
         front: &'static Front,
         trip: Trip,
@@ -100,7 +136,7 @@ impl Circuit {
         }
     }
 
-    /// A new one of many, with the rules and settings of this one.
+    /// Returns a new circuit for the map of a keyed layer, with the rules and settings of this one.
     pub(super) fn like(&self) -> Self {
         let (trip, settings) = self.look(|machine, _, _| machine.shape());
         let new = Self::new(trip, settings, true);
@@ -116,7 +152,7 @@ impl Circuit {
 
     pub(super) fn name(&self, name: &str) {
         if !name.is_empty() {
-            // The first name stays: refusals under way point at it.
+            // The first name stays, because rejections in progress refer to it.
             let _ = self.label.set(Arc::new(Label { name: name.into(), fault: None }));
         }
     }
@@ -125,7 +161,7 @@ impl Circuit {
         self.label.get().map_or("", |label| &*label.name)
     }
 
-    /// Settings may let more go than before: who waits looks again.
+    /// Changes the settings. Wakes waiters, because the new settings may admit them.
     pub(super) fn configure(&self, change: impl FnOnce(&mut Settings)) {
         self.cell.with(|machine, _| change(&mut machine.settings));
         self.changed.notify_waiters();
@@ -155,7 +191,7 @@ impl Circuit {
         self.steered.store(true, Ordering::Relaxed);
     }
 
-    // ===== Looking =====
+    // ===== Queries =====
 
     pub(super) fn front(&self) -> &'static Front {
         self.cell.front()
@@ -187,7 +223,7 @@ impl Circuit {
         self.holds_back.load(Ordering::Relaxed)
     }
 
-    /// The state, and how long it lasts if nothing happens.
+    /// Returns the state, and the time until it changes without any call.
     pub(super) fn state(&self) -> (State, Option<Duration>) {
         self.update_unsent_probes();
         let (state, lasts, change) = self.cell.state(|| self.now(), fastrand::f64);
@@ -195,7 +231,8 @@ impl Circuit {
         (state, lasts)
     }
 
-    /// How long it lasts, if nothing happens, until time alone changes whether a call would go.
+    /// Returns the time until the circuit changes without any call: the end of the open time, of a probe's timeout, or
+    /// of a step of a ramp with backpressure.
     pub(super) fn lasts(&self) -> Option<Duration> {
         self.look(|machine, _, now| {
             let at = machine.next_by_time(now)?;
@@ -203,10 +240,11 @@ impl Circuit {
         })
     }
 
-    /// Whether a call would go now.
+    /// Returns whether a call would be admitted now. In shadow mode, this is always the case.
     ///
-    /// Whether an open circuit's wait is over is left to the call: it has to look at the clock anyhow, and
-    /// one that turns out to be a probe readies the inner service itself. A balancer must know before.
+    /// Without backpressure, an open circuit returns `false` and reads no clock, even if its open time has passed. The
+    /// call reads the clock anyway. If it becomes a probe, it polls the inner service ready itself. A balancer must
+    /// know the exact result before the call.
     #[inline]
     pub(super) fn has_room(&self) -> bool {
         if self.cell.is_open() && !self.holds_back() {
@@ -223,7 +261,7 @@ impl Circuit {
         room || self.shadow.load(Ordering::Relaxed)
     }
 
-    /// Whether a call that was let through, and has not gone yet, would be refused by now.
+    /// Returns whether a call that was admitted, and whose inner call has not begun, would be rejected by now.
     pub(super) fn is_late(&self, token: Token) -> bool {
         if is_probe(token) {
             return !self.cell.still_probes(token.tag & !PROBE);
@@ -231,8 +269,8 @@ impl Circuit {
         is_late(self.front(), token)
     }
 
-    /// Returns for how long the circuit has been idle, or `None` if it is not like new. Emits no event
-    /// and never waits, so that it can run under the lock of a map.
+    /// Returns for how long the circuit has been idle, or `None` if it is not like new. Emits no event and never waits,
+    /// so that it can run under the lock of a map.
     pub(super) fn idle_for(&self, now: Instant) -> Option<Nanos> {
         if self.steered.load(Ordering::Relaxed) {
             return None;
@@ -240,23 +278,23 @@ impl Circuit {
         self.cell.idle_for(self.clock.at(now))
     }
 
-    // ===== Acting =====
+    // ===== Operations =====
 
-    /// Records an outcome from outside of the stack.
+    /// Records an outcome that does not come from a call of this layer, such as that of a health probe.
     pub(super) fn record(&self, outcome: Outcome) {
         let told = |machine: &mut Machine, at: At<'_>| ((), machine.told(outcome, at));
         let ((), change) = self.cell.with_time(self.now(), fastrand::f64, told);
         self.tell(change);
     }
 
-    /// Does something to the machine; whoever waits for a change is told of it.
+    /// Runs an operation on the machine and publishes its change.
     pub(super) fn act(&self, act: impl FnOnce(&mut Machine, At<'_>) -> Option<Change>) {
         let now = self.now();
         let change = self.cell.with(|machine, times| act(machine, at(now, times)));
         self.tell(change);
     }
 
-    /// Looks at the machine as time has made it.
+    /// Reads the machine after the changes that are due by time.
     pub(super) fn look<T>(&self, look: impl FnOnce(&Machine, &TimeWindows, Nanos) -> T) -> T {
         self.update_unsent_probes();
         let now = self.now();
@@ -268,7 +306,7 @@ impl Circuit {
         seen
     }
 
-    /// With no lock held.
+    /// Publishes a change. Must be called without a lock.
     #[inline]
     fn tell(&self, change: Option<Change>) {
         if let Some(change) = change {
@@ -336,9 +374,9 @@ impl Circuit {
         let _ = (name, passed, failed, probes);
     }
 
-    // ===== Who waits for a verdict =====
+    // ===== Waiting for a verdict =====
 
-    /// A place among those who wait, and for how long, if there is one.
+    /// Adds a waiter, and returns the maximum duration of its wait. `None` if there are too many waiters.
     pub(super) fn wait(&self) -> Option<Duration> {
         let most = self.most_waiting.load(Ordering::Relaxed);
         let one_more = |waiting| (waiting < most).then(|| waiting + 1);
@@ -393,7 +431,7 @@ impl Circuit {
                 drop(before);
                 self.has_unsent_probes.store(true, Ordering::Release);
             }
-            // It may have been the last slot: nobody need wait for the inner service any more.
+            // This may have been the last slot. Callers that wait for the inner service may now have to be rejected.
             self.changed.notify_waiters();
         }
         let clock = if self.cell.measures() { UpstreamClock::start() } else { UpstreamClock::OFF };
@@ -493,11 +531,11 @@ impl Circuit {
             Refusal::Ramping { left } => (RejectedKind::Recovering, left.min(PROBING)),
             Refusal::Forced => return self.refuse_as(RejectedKind::ForcedOpen),
         };
-        // Rounded up: who comes back earlier is refused again.
+        // Rounded up, because a caller that returns earlier is rejected again.
         self.refuse_as(kind).with_retry_after_ms(back_after.div_ceil(1_000_000))
     }
 
-    /// A call whose deadline has passed: whatever the circuit says.
+    /// Returns the rejection of a call whose deadline has passed.
     #[cold]
     pub(super) fn refuse_late(&self) -> Rejected {
         self.refuse_as(RejectedKind::DeadlinePassed)
@@ -511,7 +549,8 @@ impl Circuit {
     }
 }
 
-/// Whether a call that was let through, and has not gone yet, would be refused by now; no probe.
+/// Returns whether a call that was admitted, and whose inner call has not begun, would be rejected by now. Requires
+/// that the call is not a probe.
 pub(super) fn is_late(front: &Front, token: Token) -> bool {
     token.tag != NO_GENERATION && !front.still_goes(token.tag)
 }
@@ -592,7 +631,7 @@ impl Circuit {
     #[inline(never)]
     fn finish_slowly(&self, token: Token, outcome: Outcome) {
         self.update_unsent_probes();
-        // The clock is read at most once, and not at all for a clean run of failures.
+        // The clock is read at most once, and not at all if neither a rule nor the machine needs the time.
         let mut read = None;
         let mut now = || *read.get_or_insert_with(Instant::now);
         let took = self.took(token, &mut now);
@@ -600,7 +639,7 @@ impl Circuit {
         let now = || self.clock.at(now());
         let change = self.cell.finish(ticket, Ended { outcome, took }, now, fastrand::f64);
         if ticket.probe && change.is_none() {
-            // A slot may have come back.
+            // The probe may have released a slot.
             self.changed.notify_waiters();
         }
         self.tell(change);

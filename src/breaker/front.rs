@@ -1,9 +1,61 @@
-//! What a circuit shows to calls: one word that says whether they go, and at their end whether their outcome
-//! changes anything. While it does not, a call touches nothing else, and writes nothing at all.
+//! The word that a circuit publishes for calls: it admits them without a lock, and ends those that change nothing.
 //!
-//! The word outlives its circuit, in memory that is never given back, so that a call need not keep the circuit
-//! alive to find it: another circuit may have the word by the time that a late call comes to its end, and tells it by its
-//! generation, which is none of its own.
+//! # Mechanism
+//!
+//! A [`Front`] has one atomic word with the state, the generation and four flags of its circuit (see [`Bits`]). The
+//! circuit publishes the word each time it releases its lock (see [`cell`](super::cell)). While the circuit is closed
+//! and clean, a successful call of a plain circuit only loads this word, once when it begins and once when it ends. It
+//! writes nothing, takes no lock and holds no reference count, so calls on different threads share no cache line that
+//! anything writes.
+//!
+//! # Memory and reuse
+//!
+//! A call must be able to find its front even if the circuit is dropped first. So fronts are leaked, and calls hold
+//! `&'static` references to them. The drop of a circuit puts its front on a free list ([`IDLE`]), and a later circuit
+//! takes it from there. The number of fronts is therefore the maximum number of circuits that existed at once.
+//!
+//! A call that ends late may find a front that has another owner. The generation distinguishes them: each owner starts
+//! at one generation above the last one in the word, so generations in a front never repeat. The token of the call
+//! contains the generation in which the call was admitted.
+//!
+//! # Life of a front
+//!
+//! 1. [`Front::take`] returns an idle front. Only its new owner can reach it, besides late calls.
+//! 2. The owner publishes a word with a higher generation.
+//! 3. [`Front::lead_to`] registers the owner, as a [`Weak`]. The circuits of a keyed layer do not register: their calls
+//!    hold counted references.
+//! 4. The owner publishes a word after each locked operation. Calls begin and end.
+//! 5. [`Front::leave`] removes the registration, publishes *forced closed* (a state in which nothing is counted) with
+//!    the last generation, and puts the front on the free list.
+//!
+//! # The end of a call
+//!
+//! - A success while the word is [well](Front::is_well) ends without further work. This also holds if the word belongs
+//!   to another circuit by now, because the call changes neither circuit.
+//! - Each other outcome locks the registration and compares the generation of the word with that of the token. If they
+//!   are equal, the registered circuit is the one that admitted the call, or there is none any more. The circuit
+//!   compares the generation again before it records the outcome.
+//!
+//! Step 2 precedes step 3, and the comparison runs under the lock of the registration. A call that finds the
+//! registration of another owner therefore also finds the generation of that owner or a later one, and its own is
+//! lower. The comparison precedes the upgrade of the [`Weak`], so a late call never keeps another circuit alive.
+//!
+//! # Orderings
+//!
+//! - [`Front::show`] stores with `Release` and [`Front::read`] loads with `Acquire`: a call that has loaded a word also
+//!   reads the times that were published with it (see [`cell`](super::cell)).
+//! - The lock of `circuit` orders the word of step 2 before a late call's load in [`Front::tell`].
+//! - The lock of the free list orders the last word of the previous owner before the first load of the next one.
+//!
+//! # What a change must preserve
+//!
+//! - Generations in a front only increase. The next owner reads the last one from the word, so `leave` must keep it.
+//! - An owner publishes before it registers, and removes its registration before the front becomes idle.
+//! - Only calls whose owner can end them from the front hold a front instead of the circuit: see `Breaker::permit` in
+//!   `policy`. Probes never do.
+//! - Exactly one thread stores the word at a time: the holder of the circuit's lock, or the drop of the circuit.
+//!
+//! The loom models at the end of the file check late calls against the drop and the reuse of a front.
 
 use std::{
     fmt,
@@ -19,19 +71,20 @@ use crate::call::{
     },
 };
 
-/// In a line of a cache of its own: others' trips are none of its business.
+/// The published state of a circuit. Aligned to a cache line, so that a circuit that changes often does not slow down
+/// the calls of others.
 #[repr(align(64))]
 pub struct Front {
     bits: AtomicU64,
-    /// None: nobody has it.
+    /// The owner of the front. `None` while the front is idle or its owner has not registered yet.
     circuit: Mutex<Option<Weak<dyn Finish>>>,
 }
 
-/// `generation << 7 | attributes << 6 | measured << 5 | plain << 4 | clean << 3 | state`
+/// The value of the word: `generation << 7 | attributes << 6 | measured << 5 | plain << 4 | clean << 3 | state`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Bits(u64);
 
-/// What the word says of the state.
+/// The state in the word.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Word {
     Closed = 0,
@@ -39,7 +92,7 @@ pub(super) enum Word {
     HalfOpen = 2,
     ForcedOpen = 3,
     ForcedClosed = 4,
-    /// Closed, and luck decides: not a state of its own to anybody else.
+    /// Ramping up after closing; reported as `Closed`. The machine admits each call with a probability that grows to 1.
     Ramp = 5,
 }
 
@@ -55,18 +108,18 @@ impl Bits {
         Self(generation << GENERATION | word as u64)
     }
 
-    /// A good call changes nothing but windows of time.
+    /// Sets whether a success that is not slow changes nothing but time windows.
     pub(super) fn clean(self, clean: bool) -> Self {
         if clean { Self(self.0 | CLEAN) } else { self }
     }
 
-    /// Somebody measures how long calls take.
+    /// Sets whether a rule measures the duration of calls.
     pub(super) fn measured(self, measured: bool) -> Self {
         if measured { Self(self.0 | MEASURED) } else { self }
     }
 
-    /// There are no windows of time, nothing is measured, and nobody counts the calls under way: while it is clean, a good
-    /// call can end here. So it is for the whole of a circuit's life.
+    /// Sets whether a success can end in the front while the circuit is clean: the circuit has no time windows and no
+    /// rule that measures calls, and no map needs the number of its calls. Constant for a circuit.
     pub(super) fn plain(self, plain: bool) -> Self {
         if plain { Self(self.0 | PLAIN) } else { self }
     }
@@ -99,7 +152,7 @@ impl Bits {
     }
 }
 
-/// Those whose circuits have gone. The models have no memory that outlives them.
+/// The fronts of circuits that were dropped. The loom models do not use them, because nothing outlives a model.
 static IDLE: Idle<Front> = Idle::new();
 
 impl Front {
@@ -110,12 +163,12 @@ impl Front {
         })
     }
 
-    /// Whose it is from here on.
+    /// Registers the owner. Requires that the owner has published its first word.
     pub(super) fn lead_to(&self, circuit: Weak<dyn Finish>) {
         *self.lock() = Some(circuit);
     }
 
-    /// Its circuit has gone: what is still under way counts for nothing.
+    /// Ends the ownership: the outcomes of calls in flight are no longer recorded.
     pub(super) fn leave(&'static self) {
         *self.lock() = None;
         self.show(Bits::new(self.read().generation(), Word::ForcedClosed));
@@ -135,15 +188,16 @@ impl Front {
         self.bits.store(bits.0, Ordering::Release);
     }
 
-    // ===== A call =====
+    // ===== Calls =====
 
-    /// Whether this alone lets a call go.
+    /// Returns whether the word alone admits a call.
     #[inline]
     pub(super) fn goes(&self) -> bool {
         matches!(self.read().word(), Word::Closed | Word::ForcedClosed)
     }
 
-    /// What a call goes with, where this alone lets it go, it counts, and nobody measures it.
+    /// Returns the token of a call that the word alone admits. `None` if the machine must decide, or if a rule measures
+    /// calls.
     #[inline]
     pub(super) fn enter(&self) -> Option<Token> {
         let bits = self.read();
@@ -151,14 +205,15 @@ impl Front {
         goes.then_some(Token::unmeasured(bits.generation()))
     }
 
-    /// Whether a good call changes nothing, and can end here.
+    /// Returns whether a success changes nothing, so that it can end here.
     #[inline]
     pub(super) fn is_well(&self) -> bool {
         const WELL: u64 = PLAIN | CLEAN | Word::Closed as u64;
         self.read().0 & (PLAIN | CLEAN | STATE) == WELL
     }
 
-    /// Whether what went with this generation, no probe, would still go.
+    /// Returns whether a call with this generation, whose inner call has not begun, is still admitted. Requires that
+    /// the call is not a probe.
     pub(super) fn still_goes(&self, generation: u64) -> bool {
         let bits = self.read();
         bits.generation() == generation && bits.word() != Word::ForcedOpen
@@ -174,7 +229,8 @@ impl Front {
     #[inline(never)]
     fn tell(&self, token: Token, outcome: Outcome) {
         let leads_to = self.lock();
-        // Under the lock: a circuit shows its generation before it is led to, so that it is this call's own, or none.
+        // Compared under the lock. A new owner publishes its generation before it registers, so an equal generation
+        // means that the registered circuit is the one that issued this token.
         if self.read().generation() != token.tag {
             return;
         }
@@ -252,7 +308,7 @@ mod tests {
             for (token, late) in tokens {
                 front.finish(token, late);
             }
-            // Unless another test has been faster.
+            // Another test may have taken the front.
             if !IDLE.take_this(front) {
                 continue;
             }
@@ -272,7 +328,7 @@ mod tests {
         panic!("always somebody else was faster");
     }
 
-    /// To look it up from its front takes a lock.
+    /// A call that changes the machine must not end in the front, because the front finds its circuit by a lock.
     #[test]
     fn call_that_changes_something_has_its_circuit_at_hand() {
         fn ends_in_front(breaker: &Breaker) -> bool {
@@ -322,7 +378,7 @@ mod loom_models {
         circuit
     }
 
-    /// A call ends late, while its circuit goes and another one has the front.
+    /// A call ends late, while its circuit is dropped and another circuit takes the front.
     fn late_call(meanwhile: fn(Shared<Circuit>)) {
         loom::model(move || {
             let front = Front::take();
@@ -352,7 +408,8 @@ mod loom_models {
     fn loom_a_late_call_keeps_no_other_circuit_alive() {
         late_call(|second| {
             let kept = second.downgrade();
-            // What the late call meets, so that the model stops it at each: counts of references it knows nothing of.
+            // The late call accesses this lock and the word. Accesses here let the model switch threads at them. The
+            // model does not see the reference counts of `Shared`.
             drop(second.front().lock());
             second.configure(|_| ());
             drop(second);
@@ -360,7 +417,8 @@ mod loom_models {
         });
     }
 
-    /// A circuit goes while its only call ends: that opens it, or comes too late, and either way it goes once.
+    /// A circuit is dropped while its only call ends. The call opens the circuit or is late. The front becomes idle
+    /// once.
     #[test]
     fn loom_a_circuit_goes_with_the_last_who_has_it() {
         loom::model(|| {

@@ -1,4 +1,46 @@
-//! What the rules look back on: the last so many calls, or the last stretch of time. Both exact.
+//! The windows in which ratio rules count calls: the last calls, or the last stretch of time.
+//!
+//! # Count windows
+//!
+//! A [`CountWindow`] is a ring with one bit per call. It is part of the machine, and the lock of the circuit protects
+//! it.
+//!
+//! # Time windows
+//!
+//! A [`TimeWindow`] divides time into *stretches*, each a tenth of the window. A ring of [`BUCKETS`] counters holds the
+//! last ten stretches: stretch `n` is counted in the bucket `n % BUCKETS`. The window slides by one stretch at a time.
+//! `newest` is the number of the newest stretch that has a bucket. The cost and the size of a window do not depend on
+//! the number of calls.
+//!
+//! A good call is counted without the lock: it loads `newest`, reads the clock, and adds 1 to the bucket of `newest`.
+//! If the clock is already in a later stretch, the caller locks the circuit, calls [`TimeWindow::advance`] and tries
+//! again. All other operations require the lock.
+//!
+//! ## Orderings
+//!
+//! - `advance` stores zeros in the buckets that it reuses, and then `newest` with `Release`. `record_good` loads
+//!   `newest` with `Acquire`. Therefore a call that sees the new stretch sees an empty bucket, and `advance` cannot
+//!   erase the addition of that call.
+//! - The additions are `Relaxed` read-modify-write operations. None is lost, because each of them applies to the latest
+//!   value of the bucket. The count of calls and the count of bad calls share one word, so a reader never sees one
+//!   without the other.
+//! - A thread that is suspended between the load of `newest` and the addition may add to a bucket that has been reused
+//!   or cleared since. Its call is then counted in a later stretch, or after a state change. It is a good call, so it
+//!   cannot open the circuit.
+//!
+//! ## Overflow
+//!
+//! The lower 32 bits of a bucket count calls, the upper 32 bits count bad calls. A carry would corrupt the upper half.
+//! Good calls are no longer counted from [`PLENTY`], and calls under the lock from one and a half times that value. The
+//! rest of the range is a margin for additions that run at the same time.
+//!
+//! ## What a change must preserve
+//!
+//! - Only the holder of the lock stores to a bucket or to `newest`. Only additions run without the lock.
+//! - Only good calls are counted without the lock: a bad call may have to open the circuit.
+//! - `newest` never decreases. If the clock goes back, calls are counted in the newest stretch.
+//!
+//! `loom_window_rotation_loses_nothing` in the models of the cell checks an addition against a rotation.
 
 use std::{array, time::Duration};
 
@@ -7,16 +49,16 @@ use crate::call::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-/// How many calls, and how many of them were bad: failed, or slow.
+/// The number of calls in a window, and the number of these that were bad: failed, or slow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Tally {
     pub(super) calls: u64,
     pub(super) bad: u64,
 }
 
-// ===== The last so many calls =====
+// ===== The last calls =====
 
-/// A ring of bits: one a call, set where it was bad. Kept under the circuit's lock.
+/// A ring of bits, one per call, set if the call was bad. Requires the lock of the circuit.
 #[derive(Clone, Debug)]
 pub(super) struct CountWindow {
     bits: Box<[u64]>,
@@ -34,7 +76,7 @@ impl CountWindow {
     pub(super) fn record(&mut self, bad: bool) {
         let (word, bit) = (self.next as usize / 64, 1 << (self.next % 64));
         if self.tally.calls == u64::from(self.length) {
-            // The oldest leaves.
+            // The ring is full, so this call replaces the oldest.
             self.tally.bad -= u64::from(self.bits[word] & bit != 0);
         } else {
             self.tally.calls += 1;
@@ -52,7 +94,7 @@ impl CountWindow {
         self.tally
     }
 
-    /// Full of good calls: one more changes nothing, for they are all alike.
+    /// Returns whether the window is full of good calls. A further good call does not change it.
     pub(super) fn is_clean(&self) -> bool {
         self.tally.bad == 0 && self.tally.calls == u64::from(self.length)
     }
@@ -62,8 +104,8 @@ impl CountWindow {
         (self.next, self.tally) = (0, Tally::default());
     }
 
-    /// Takes up what was counted elsewhere: as many calls as it holds, as large a share of them bad, and
-    /// those the newest.
+    /// Replaces the contents by a tally of another window. Keeps the share of bad calls if the tally has more calls
+    /// than this window holds. The bad calls count as the newest.
     pub(super) fn restore(&mut self, tally: Tally) {
         self.clear();
         let calls = tally.calls.min(u64::from(self.length));
@@ -77,26 +119,25 @@ impl CountWindow {
 
 // ===== The last stretch of time =====
 
-/// How many buckets a time window is cut into: the oldest tenth leaves at once.
+/// The number of buckets of a time window.
 const BUCKETS: u64 = 10;
 
 const ONE_CALL: u64 = 1;
 const ONE_BAD: u64 = 1 << 32;
-/// Half of what a bucket can count. Beyond, good calls are no longer counted in it.
+/// The count of a bucket from which good calls are no longer counted: half of the maximum.
 const PLENTY: u32 = u32::MAX / 2;
 
-/// Of so many good calls in a bucket, the first looks at the clock where that is coarse; less one.
+/// With a coarse clock, a good call reads the clock if these bits of the bucket's count are zero: one call in 16.
 const COARSE: u32 = 15;
 
-/// Calls of the last `BUCKETS` stretches of time. A good call is one addition, without the lock, as long as
-/// its stretch has begun; everything else happens under the circuit's lock. Its cost and size do not depend
-/// on how many calls are in it.
+/// The calls of the last [`BUCKETS`] stretches of time. Good calls are counted without the lock; all other operations
+/// require the lock of the circuit.
 #[derive(Debug)]
 pub(super) struct TimeWindow {
     stretch: Nanos,
-    /// The bits of a bucket's count that are zero where a good call has to look at the clock.
+    /// The bits of a bucket's count that are zero if a good call must read the clock. 0: each good call reads it.
     skips: u32,
-    /// The number of the newest stretch since the beginning of time.
+    /// The number of the newest stretch, counted from the beginning of the circuit's time.
     newest: AtomicU64,
     /// `bad << 32 | calls` of each stretch.
     buckets: [AtomicU64; BUCKETS as usize],
@@ -116,8 +157,8 @@ impl TimeWindow {
         &self.buckets[(stretch % BUCKETS) as usize]
     }
 
-    /// Counts a good call without the lock. False: a new stretch has begun, and somebody has to take the
-    /// lock and [`advance`](Self::advance) first.
+    /// Counts a good call without the lock. Returns `false` if a new stretch has begun: the caller must lock the
+    /// circuit and [`advance`](Self::advance) the window first.
     #[inline]
     pub(super) fn record_good(&self, now: impl FnOnce() -> Nanos) -> bool {
         let newest = self.newest.load(Ordering::Acquire);
@@ -132,7 +173,7 @@ impl TimeWindow {
         true
     }
 
-    /// Under the lock: counts a call.
+    /// Counts a call. Requires the lock.
     pub(super) fn record(&self, bad: bool, now: Nanos) {
         self.advance(now);
         let bucket = self.bucket(self.newest.load(Ordering::Relaxed));
@@ -142,20 +183,20 @@ impl TimeWindow {
         }
     }
 
-    /// Under the lock: what the window holds.
+    /// Returns the calls in the window. Requires the lock.
     pub(super) fn tally(&self, now: Nanos) -> Tally {
         self.advance(now);
         self.sum()
     }
 
-    /// Under the lock.
+    /// Removes all calls. Requires the lock.
     pub(super) fn clear(&self) {
         for bucket in &self.buckets {
             bucket.store(0, Ordering::Relaxed);
         }
     }
 
-    /// Under the lock: puts what was counted elsewhere into the newest stretch.
+    /// Replaces the contents by a tally of another window, in the newest stretch. Requires the lock.
     pub(super) fn restore(&self, tally: Tally, now: Nanos) {
         self.clear();
         self.advance(now);
@@ -171,7 +212,7 @@ impl TimeWindow {
         })
     }
 
-    /// Under the lock: forgets the stretches that have left the window. Time that goes back stands still.
+    /// Removes the stretches that have left the window. Requires the lock. Does nothing if the clock has gone back.
     pub(super) fn advance(&self, now: Nanos) {
         let newest = self.newest.load(Ordering::Relaxed);
         let stretch = now / self.stretch;
@@ -181,7 +222,7 @@ impl TimeWindow {
         for gone in newest + 1..=stretch.min(newest + BUCKETS) {
             self.bucket(gone).store(0, Ordering::Relaxed);
         }
-        // Only now may others count into it.
+        // After the zeros: from here on other threads add to the bucket.
         self.newest.store(stretch, Ordering::Release);
     }
 }
@@ -200,7 +241,7 @@ mod tests {
     }
 
     proptest! {
-        /// Against the plain list of all calls, cut at the same stretches.
+        /// Compares the window with a list of all calls, cut at the same stretches.
         #[test]
         fn time_holds_what_a_list_of_calls_holds(
             steps in prop::collection::vec((0u64..400, any::<bool>()), 1..300),
@@ -219,8 +260,7 @@ mod tests {
             }
         }
 
-        /// Where the clock is coarse, up to 15 good calls leave early; none stays too long, and no bad one
-        /// goes astray.
+        /// With a coarse clock, up to 15 good calls leave early. No call stays too long, and each bad call is exact.
         #[test]
         fn coarse_time_forgets_few_too_early_and_none_too_late(
             steps in prop::collection::vec((0u64..40, prop::bool::weighted(0.02)), 1..300),
@@ -244,7 +284,7 @@ mod tests {
             }
         }
 
-        /// Against the plain list of the last so many.
+        /// Compares the window with a list of the last calls.
         #[test]
         fn count_holds_what_a_list_of_calls_holds(
             length in 1u32..200,
