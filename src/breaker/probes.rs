@@ -1,8 +1,43 @@
 //! The half-open probes of a circuit: which are in flight, and their results so far.
 //!
-//! The lock of the circuit protects these records, and a half-open circuit can have many probes in flight. Each
-//! operation therefore finds its probe by an index, and a caller that many probes precede makes their changes in slices
-//! of [`MAX_CHANGES`], between which it releases the lock.
+//! # Mechanism
+//!
+//! A half-open circuit admits `probes` probes in total. A probe holds a *slot* from its admission until it passes,
+//! fails, or releases the slot without a result. A slot is free if fewer than `probes` probes have a result or hold
+//! one. The [verdict](Probes::verdict) follows as soon as `needed` successes are reached or have become impossible.
+//!
+//! A probe is identified by its generation, which no other call of the circuit has. So the outcome of a probe that has
+//! been decided, or that belongs to an earlier half-open state, finds no record and changes nothing.
+//!
+//! The timeout and the slot of a probe depend on what it waits for ([`ProbeWait`]):
+//!
+//! | the probe waits | its timeout | at the end of the timeout | its slot |
+//! |---|---|---|---|
+//! | for the upstream | starts when the request has been sent | fails | held |
+//! | inside the client | keeps its end | ends without a result | held |
+//! | for the transport to read the request | keeps its end | ends without a result | released after 100 ms |
+//! | for the caller to send | does not run | | released after 100 ms |
+//! | for the caller to read | keeps its end | fails | released after 100 ms |
+//!
+//! A probe with a good response head passes instead, at the end of its timeout or at the release of its slot.
+//!
+//! A probe that has released its slot is still in flight, and its outcome still counts. It holds a slot again when its
+//! request has been sent or its response head arrives, even if other probes have all slots by then.
+//!
+//! # Bounds
+//!
+//! The lock of the circuit protects these records, and a half-open circuit can have many probes in flight. Therefore no
+//! operation scans all probes: each finds its probe by an index, and time makes at most [`MAX_CHANGES`] changes under
+//! one lock hold. The number of probes in flight exceeds the number of slots by at most [`MAX_BEYOND_SLOTS`].
+//!
+//! # Invariants
+//!
+//! - `by_time` has one entry for each probe in flight with a [next change](Probe::next_change), and no other entry.
+//! - `released` has the generations of the probes in flight whose slot is [released](ProbeSlot::Released), and no
+//!   other.
+//! - All writes go through [`Probes::put`] and [`Probes::remove`], which maintain both indices.
+//! - Results are recorded in the order of their time: each operation of the machine first makes the changes that are
+//!   due.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,11 +54,11 @@ use crate::call::{Nanos, WaitsFor, nanos};
 pub(super) struct Probes {
     passed: u16,
     failed: u16,
-    /// How the last of them failed, with the server's hint.
+    /// The reason of the last failure, with the hint of the upstream.
     failure: Option<(Tripped, Option<Duration>)>,
     /// The probes in flight, by generation. No other call of this circuit ever has the generation of a probe.
     in_flight: BTreeMap<u64, Probe>,
-    /// The times at which probes change without a report. Each probe has at most one entry.
+    /// The times at which probes change without a report.
     by_time: BTreeSet<(Nanos, u64)>,
     /// The probes that have released their slots. The others hold one.
     released: BTreeSet<u64>,
@@ -87,14 +122,14 @@ impl Probe {
 /// which such a call keeps other calls from probing.
 const MAX_CALLER_WAIT: Nanos = 100_000_000;
 
-/// The maximum number of probes in flight beyond the number of slots. A further probe replaces the oldest probe
-/// that has released its slot.
+/// The maximum number of probes in flight beyond the number of slots. A further probe replaces the oldest probe that
+/// has released its slot.
 const MAX_BEYOND_SLOTS: usize = 256;
 
 /// The maximum number of changes that time makes while the lock is held once.
 pub(super) const MAX_CHANGES: usize = 64;
 
-/// A report on what a probe waits for.
+/// A report on the side that a probe waits for.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ProbeReport {
     pub(super) what: WaitsFor,
@@ -103,7 +138,7 @@ pub(super) struct ProbeReport {
     pub(super) is_sent: bool,
 }
 
-/// What the probes say as soon as it is certain.
+/// The decision of the probes.
 pub(super) enum Verdict {
     Close,
     Open(Tripped, Option<Duration>),
@@ -144,7 +179,7 @@ impl Probes {
         self.put(generation, Probe { slot, wait, head: None });
     }
 
-    /// Inserts or replaces a probe and updates the indices.
+    /// Inserts or replaces a probe, and updates the indices.
     fn put(&mut self, generation: u64, probe: Probe) {
         let before = self.in_flight.insert(generation, probe);
         let (before, next) = (before.and_then(|before| before.next_change()), probe.next_change());
@@ -235,7 +270,7 @@ impl Probes {
         self.failure = Some((how, hint));
     }
 
-    /// The time of the next change without a report.
+    /// Returns the time of the next change without a report.
     pub(super) fn next_change(&self) -> Option<Nanos> {
         self.by_time.first().map(|(at, _)| *at)
     }
@@ -324,7 +359,7 @@ mod tests {
             let settings = Settings { lease: Duration::from_nanos(50), probes: 3, ..SETTINGS };
             let (mut probes, mut now, mut last) = (Probes::default(), 0, 0_u64);
             for (step, number, what, flag) in steps {
-                // Recent probes, and some that do not exist.
+                // The last probes, and some that do not exist.
                 let probe = (last + 1).saturating_sub(number % 8);
                 match step {
                     0 => {
