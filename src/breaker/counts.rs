@@ -1,4 +1,4 @@
-//! What the rules of a [`Trip`] have seen since the circuit closed.
+//! The counts on which the rules of a [`Trip`] decide: the run of failures and the windows since the circuit closed.
 
 use std::{fmt, mem, sync::Arc, time::Duration};
 
@@ -8,39 +8,40 @@ use super::{
 };
 use crate::call::{Nanos, Outcome, OutcomeKind, Reason, catch_panic, nanos};
 
-/// How far a ratio looks back.
+/// The extent of a ratio's window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Span {
     Time(Duration),
     Calls(u32),
 }
 
-/// What a circuit has seen since it closed, for [`Trip::when`].
+/// The counts of a circuit since it closed, as the argument of [`Trip::when`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Seen {
-    /// Failures in a row.
+    /// The number of consecutive failures.
     pub consecutive_failures: u32,
-    /// The calls in the fullest window of the rules beside the closure.
+    /// The maximum number of calls in any window of the ratio rules.
     pub window_calls: u64,
-    /// The failures in the window of the failure ratio that has seen most.
+    /// The maximum number of failures in the window of any [failure ratio](Trip::failure_ratio).
     pub window_failures: u64,
-    /// The slow calls in the window of the slow ratio that has seen most.
+    /// The maximum number of slow calls in the window of any [slow ratio](Trip::slow_ratio).
     pub window_slow: u64,
 }
 
-/// How a call ended, as the rules see it.
+/// The end of a call, as the rules count it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ended {
     pub(super) outcome: Outcome,
-    /// How long it took to its head; 0 where nobody measures.
+    /// The time to the response head, in nanoseconds. 0 if no rule measures calls.
     pub(super) took: Nanos,
 }
 
-/// The time windows: apart from the rest, because good calls are counted in them without the lock.
+/// The time windows of all rules. They are not part of [`Counts`], because good calls are counted in them without the
+/// lock of the circuit.
 pub(super) type TimeWindows = Box<[TimeWindow]>;
 
-/// What the window of each ratio held, in the order of the rules.
+/// The tally of each ratio's window, in the order of the rules.
 pub(super) type Windows = Vec<Tally>;
 
 /// The maximum excess of housekeeping outcomes over responses at which housekeeping is neutral. Servers rarely allow
@@ -69,7 +70,7 @@ pub(super) struct Counts {
     housekeeping_since: Nanos,
     housekeeping_last: Nanos,
     rules: Vec<Counted>,
-    /// The shortest time that any rule calls slow.
+    /// The minimum of the durations that the rules call slow. `None`: no rule measures calls.
     slow_from: Option<Nanos>,
     quiet_period: Nanos,
 }
@@ -82,7 +83,7 @@ enum Counted {
 
 enum Window {
     Calls(CountWindow),
-    /// Its place among the [`TimeWindows`].
+    /// The index among the [`TimeWindows`].
     Time(usize),
 }
 
@@ -143,18 +144,19 @@ impl Counts {
         (counts, times.into())
     }
 
-    /// From when on a call is slow to some rule; none: nobody measures.
+    /// Returns the minimum duration that a rule calls slow. `None`: no rule measures calls.
     pub(super) fn slow_from(&self) -> Option<Nanos> {
         self.slow_from
     }
 
     /// Returns the outcome as the rules and the probes count it, and records whether there was a response.
     ///
-    /// Connection housekeeping is neutral, so an upstream that accepts and closes every connection would never
-    /// open the circuit. Housekeeping becomes a failure and keeps its reason in two cases:
+    /// Connection housekeeping is neutral, so an upstream that accepts and closes every connection would never open the
+    /// circuit. Housekeeping becomes a failure and keeps its reason in two cases:
     ///
     /// - Before the first response a connection that broke was new, because none can have been reused. A
-    ///   [stale](Reason::StaleConnection) connection is known to be reused, so another circuit has recorded its response.
+    ///   [stale](Reason::StaleConnection) connection is known to be reused, so another circuit has recorded its
+    ///   response.
     /// - Each reused connection has delivered a response, so housekeeping cannot exceed the responses for long. If it
     ///   does so by more than [`MAX_HOUSEKEEPING`], for at least [`MIN_HOUSEKEEPING_TIME`], the upstream does not work.
     pub(super) fn assess(&mut self, outcome: Outcome, now: Nanos) -> Outcome {
@@ -216,7 +218,7 @@ impl Counts {
                 Bad::Failed => failed.map_or((), |failed| window.record(failed, now, times)),
             }
         }
-        // A good call trips nothing: its window is looked at again when one fails.
+        // A good call trips no rule. Its window is evaluated again at the next bad call.
         let failed = failed == Some(true);
         if !failed && !slow {
             return None;
@@ -239,7 +241,7 @@ impl Counts {
                 .then_some(Tripped::Consecutive { failures: self.run }),
             Counted::When(rule) => {
                 let seen = self.seen(now, times);
-                // A panic must not reach the call that ended: its thread may already unwind.
+                // A panic must not reach the call that ended, because its thread may already unwind.
                 let says = catch_panic(|| rule(&seen)).unwrap_or(false);
                 says.then_some(Tripped::When { seen })
             }
@@ -252,7 +254,7 @@ impl Counts {
                 let over = asked
                     && bad > 0
                     && calls >= u64::from(*min_calls)
-                    // Divided, not multiplied: 7 / 100 is 0.07, but 0.07 * 100 is a little over 7.
+                    // Compares the quotient: 7 / 100 is 0.07, but 0.07 * 100 is slightly more than 7.
                     && bad as f64 / calls as f64 >= *limit;
                 over.then_some(match of {
                     Bad::Failed => Tripped::FailureRatio { failures: bad, calls },
@@ -268,7 +270,7 @@ impl Counts {
         !ended.outcome.is_housekeeping() && self.slow_from.is_some_and(|slow| ended.took >= slow)
     }
 
-    /// Whether a good call would change nothing but the time windows.
+    /// Returns whether a success that is not slow would change nothing but the time windows.
     pub(super) fn is_clean(&self) -> bool {
         self.run == 0
             && self.has_responded
@@ -315,7 +317,7 @@ impl Counts {
         self.has_responded = true;
     }
 
-    /// The run of failures and the windows, for another to take up.
+    /// Returns the run of failures and the windows, to be restored in another circuit.
     pub(super) fn past(&self, now: Nanos, times: &TimeWindows) -> (u32, Windows) {
         let windows = self.rules.iter().filter_map(|rule| match rule {
             Counted::Ratio { window, .. } => Some(window.tally(now, times)),
@@ -324,7 +326,7 @@ impl Counts {
         (self.run, windows.collect())
     }
 
-    /// Takes up what was seen elsewhere, by the same rules.
+    /// Replaces the counts by those of another circuit with the same rules.
     pub(super) fn restore(&mut self, run: u32, from: &Windows, now: Nanos, times: &TimeWindows) {
         self.clear(times);
         self.run = run;
@@ -346,7 +348,7 @@ impl Counts {
         self.quiet_period
     }
 
-    /// Takes the thresholds of rules of the same shape. Returns `false` if they have another shape.
+    /// Replaces the thresholds by those of rules of the same shape. Returns `false` if `trip` has another shape.
     ///
     /// `fresh` is made of `trip`, without the lock. The closures that are replaced are moved into it, so that the
     /// caller drops them without the lock.

@@ -18,6 +18,19 @@
 //! call on that key. Two uses between the same two additions have the same age; of these, the search prefers the
 //! circuit that has been idle for longer.
 //!
+//! # Locks and orderings
+//!
+//! - A thread holds the lock of at most one shard, except in a split. A split locks the shard with the lower index
+//!   first. `splitting` is taken with `try_lock` only, so no thread waits for a split to begin. Therefore there is no
+//!   deadlock.
+//! - `shards` is stored with `Release` and loaded with `Acquire`: a thread that has loaded a number finds the levels of
+//!   all these shards allocated.
+//! - The second load of `shards` in [`KeyMap::read_shard`] and [`KeyMap::write_shard`] detects a split: the thread that
+//!   split this shard stored the new number before it released the lock that the reader holds now.
+//! - `last_use`, `epoch` and `search_at` use `Relaxed`. They only select the entry to evict. The value of `last_use`
+//!   that [`remove`] compares is exact, because uses store it under the read lock and `remove` has the write lock.
+//! - `len` uses `Relaxed`. It is changed by atomic read-modify-write operations and protects no other data.
+//!
 //! # User code
 //!
 //! Keys are a type of the user. `Hash`, `Clone` and `Drop` of a key run without any lock, and so do the creation, the
@@ -33,6 +46,8 @@
 //!   exceeds the maximum at the time of the reservation.
 //! - An entry is removed only under the write lock of its shard, after `Arc::get_mut` and [`Evict::is_unused`] have
 //!   proved that no other thread uses it. Another thread can get a reference only under that lock.
+//! - A search identifies the entry that it has found by its address. An address can be reused, so the removal checks the
+//!   age and the idle state of the entry again.
 
 use std::{
     collections::hash_map::{DefaultHasher, RandomState},
@@ -51,8 +66,8 @@ use crate::call::Nanos;
 /// The maximum number of entries that an operation touches under one lock.
 pub(super) const MAX_SHARD_LEN: usize = 64;
 
-/// The mean number of entries per shard above which the map splits a shard. With hashes that are distributed evenly, a
-/// shard practically never has four times as many.
+/// The mean number of entries per shard above which the map splits a shard. With hashes that are distributed evenly, it
+/// is very unlikely that a shard has four times as many.
 const MEAN_SHARD_LEN: usize = 16;
 
 /// The maximum number of entries that a search for an idle entry reads, unless the last shard exceeds it.
@@ -315,7 +330,7 @@ impl<Q, V> KeyMap<Q, V> {
                 place += 1;
             }
         }
-        // Before the locks are released: see the invariants.
+        // Published before the locks are released: see the invariants.
         self.shards.store(shards + 1, Ordering::Release);
     }
 
@@ -384,7 +399,7 @@ impl<Q: Eq, V: Evict> KeyMap<Q, V> {
         now: Instant,
     ) -> Option<V> {
         let new = Arc::new(Entry { key, value });
-        // Dropped without the lock.
+        // Declared before the guard, so that the evicted entry is dropped without the lock.
         let evicted;
         {
             let mut shard = self.write_shard(hash.hash)?;
@@ -403,7 +418,7 @@ impl<Q: Eq, V: Evict> KeyMap<Q, V> {
             shard.push(Slot { hash: hash.hash, last_use, entry: new.clone() });
         }
         if evicted.is_none() {
-            // The entry keeps its reservation.
+            // The entry keeps its reservation. An insertion that has evicted an entry needs none.
             mem::forget(reservation);
         }
         if self.len() / MEAN_SHARD_LEN >= self.shards.load(Ordering::Relaxed) {
@@ -507,7 +522,7 @@ mod tests {
 
     use super::*;
 
-    /// A value that is idle after a given instant.
+    /// A value that is idle from a given instant.
     #[derive(Clone, Debug)]
     struct Fake(Arc<AtomicU64>, Instant);
 
@@ -550,7 +565,7 @@ mod tests {
 
     #[derive(Clone, Debug)]
     enum Step {
-        /// Use this key, which is not idle for so long, and hold it or not.
+        /// Uses this key, whose value is busy for this time, and holds the value or not.
         Use(u64, u64, bool),
         Release(u64),
         Advance(u64),
@@ -572,7 +587,8 @@ mod tests {
     }
 
     proptest! {
-        /// Against a list of all keys. The map is smaller than one search, so the order of evictions is exact.
+        /// Compares the map with a list of all keys. The map is smaller than one search, so the order of evictions is
+        /// exact.
         #[test]
         fn evicts_what_a_list_of_all_keys_evicts(steps in prop::collection::vec(step(), 1..400), max in 1..40_usize) {
             let (map, began) = (KeyMap::<u64, Fake>::default(), Instant::now());
@@ -605,7 +621,7 @@ mod tests {
                         prop_assert_eq!(value.is_some(), is_known || model.len() < max);
                         if let Some(value) = value {
                             added += usize::from(!is_known);
-                            // An insertion is older than each use after it.
+                            // An insertion counts as older than each use after it.
                             let last_use = if is_known { added } else { added - 1 };
                             value.0.store(time + busy, Ordering::Relaxed);
                             let held = held.then_some(value);
@@ -641,7 +657,7 @@ mod tests {
         }
     }
 
-    /// Growth, use, listing, eviction and the search of a map that has no idle entry.
+    /// Covers growth, use, listing, eviction and the search of a map that has no idle entry.
     #[test]
     fn no_lock_holder_touches_more_than_64_entries() {
         const MAX: usize = 50_000;
@@ -660,7 +676,7 @@ mod tests {
         assert!((MEAN_SHARD_LEN..=MAX_SHARD_LEN).contains(&touched), "{touched}");
     }
 
-    /// A search reads a part of a large map, but the next search continues there.
+    /// A search reads a part of a large map, and the next search continues there.
     #[test]
     fn only_idle_entry_of_a_large_map_is_found() {
         const MAX: usize = 20_000;

@@ -1,4 +1,4 @@
-//! A circuit for each key: one origin, one tenant, one route.
+//! Circuit breakers with a circuit for each key, such as an origin, a tenant or a route.
 
 use std::{
     fmt,
@@ -33,7 +33,7 @@ use crate::{
     note = "`.keyed(|request: &Req| key)` wants exactly the request of the service; `.per_origin()` wants `http::Request<B>`"
 )]
 pub trait Key<Req>: Clone + Send + Sync + 'static {
-    /// The key. Each key has a circuit.
+    /// The type of the keys. Each key has a circuit.
     type Key: Clone + Eq + Hash + Send + Sync + 'static;
 
     /// Returns the key of this request.
@@ -53,7 +53,7 @@ where
     }
 }
 
-/// A circuit for each scheme and authority of a request's URI.
+/// Uses the scheme and the authority of a request's URI as the key.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PerOrigin;
 
@@ -152,7 +152,7 @@ impl<Q: Clone + Eq + Hash> Circuits<Q> {
         inserted
     }
 
-    /// Reserves an entry. Evicts an idle circuit if the map is full.
+    /// Reserves an entry, and evicts idle circuits if the map is full.
     #[cold]
     fn make_room(&self, now: Instant) -> Option<Reservation<'_>> {
         let max_keys = self.max_keys.load(Ordering::Relaxed);
@@ -178,7 +178,7 @@ impl<Q: Clone + Eq + Hash> Circuits<Q> {
     fn new_circuit(&self, key: &Q) -> Lease<Circuit> {
         let circuit = Lease::alone(self.template.like());
         let mut name = ShortName::new(self.template.named());
-        // An error means that the name is long enough.
+        // An error means that the name has reached its maximum.
         let _ = (self.fns.write_name)(key, &mut name);
         circuit.name(&name.finish());
         circuit
@@ -338,7 +338,7 @@ where
         }
     }
 
-    /// The circuit is known once there is a permit.
+    /// The circuit is known once the call has a permit.
     fn shut(&self, permit: Option<&Permit<Giver>>) -> Option<Arc<Notify>> {
         match permit?.giver()? {
             Anchor::Counted(circuit) => Some(circuit.changed().clone()),
@@ -357,7 +357,8 @@ impl Calls for Lease<Circuit> {
 // ===== The layer =====
 
 admission_layer! {
-    /// A circuit breaker with a circuit for each key, made by [`CircuitBreakerLayer::keyed`](super::CircuitBreakerLayer::keyed) or
+    /// A circuit breaker with a circuit for each key, made by
+    /// [`CircuitBreakerLayer::keyed`](super::CircuitBreakerLayer::keyed) or
     /// [`per_origin`](super::CircuitBreakerLayer::per_origin).
     ///
     /// The circuits are in a map that is bounded by [`max_keys`](Self::max_keys) and
@@ -379,7 +380,7 @@ impl<Sel, Id, M, R> KeyedCircuitBreakerLayer<Sel, Id, M, R> {
     pub(super) fn new(key: Sel, plan: Plan<Breaker, M, R>, fns: KeyFns<Id>) -> Self {
         let Plan { policy: template, protocol, reject, mut fault } = plan;
         if Circuit::holds_back(&template) {
-            let remedy = "leave it away: which circuit it is about is known only with the request";
+            let remedy = "the circuit of a call is known only with its request; remove it from keyed layers";
             fault.get_or_insert(ConfigError::new("backpressure", "keyed", remedy));
         }
         let circuits = Arc::new(Circuits {
@@ -400,8 +401,8 @@ impl<Sel, Id, M, R> KeyedCircuitBreakerLayer<Sel, Id, M, R> {
 
     /// Sets the maximum number of circuits. 1024 by default; must be 1 or more.
     ///
-    /// Where the map is full, a new key replaces the least recently used circuit that is
-    /// [like new](crate::breaker#keys). Where there is none, calls of new keys are made without a circuit.
+    /// If the map is full, a new key replaces the least recently used circuit that is [like new](crate::breaker#keys).
+    /// If there is none, calls of new keys are made without a circuit.
     ///
     /// A lower maximum takes effect as new keys arrive: each of them evicts up to 4 circuits.
     pub fn max_keys(mut self, max_keys: usize) -> Self {
@@ -453,7 +454,7 @@ impl<S, Sel: Clone, Id, M: Clone, R: Clone> Layer<S> for KeyedCircuitBreakerLaye
 /// Clones refer to the same circuits, and so do all services that the layer or a clone of it made.
 pub struct KeyedCircuitBreakerHandle<Q>(Arc<Circuits<Q>>);
 
-/// The map of a keyed layer at one moment.
+/// A snapshot of the map of a keyed layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct KeyedCircuitBreakerSnapshot {
