@@ -13,51 +13,52 @@ use crate::{
     call::{Indicator, Outcome, Shared},
 };
 
-/// Looks at a circuit and steers it, from outside of the stack.
+/// Reads and controls a circuit.
 ///
-/// Clones see the same circuit, and so do all services that the layer or a clone of it made.
+/// Clones refer to the same circuit, and so do all services that the layer or a clone of it made.
 #[derive(Clone)]
 pub struct CircuitBreakerHandle(pub(super) Shared<Circuit>);
 
-/// A circuit at one moment.
+/// A snapshot of a circuit.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct CircuitBreakerSnapshot {
-    /// Where it is.
+    /// The state.
     pub state: State,
-    /// How long an open circuit still refuses.
+    /// The time for which an open circuit still rejects calls. `None` in all other states.
     pub open_for: Option<Duration>,
-    /// How many [isolations](CircuitBreakerHandle::isolate) hold it open.
+    /// The number of [isolations](CircuitBreakerHandle::isolate) that hold the circuit open.
     pub isolations: u32,
-    /// What the rules have seen since it closed.
+    /// The counts of the rules since the circuit closed.
     pub seen: Seen,
     /// The number of half-open probes in flight.
     pub probes: usize,
     /// The results of the half-open probes so far. `None` if the circuit is not half-open.
     pub half_open: Option<HalfOpenProgress>,
-    /// How often it opened.
+    /// The number of trips.
     pub opened: u64,
-    /// Which rule opened it last, and what that rule saw.
+    /// The reason of the last trip. `None` before the first one.
     pub last_trip: Option<Tripped>,
-    /// The place of that rule among those that were given, from 0. None where probes have opened it.
+    /// The index of the rule that caused the last trip, in the order in which the rules were given. `None` before the
+    /// first trip, and if half-open probes opened the circuit again.
     pub last_rule: Option<usize>,
-    /// How many calls it refused.
+    /// The number of rejected calls.
     pub refused: u64,
-    /// How many calls it would have refused, had it not been in [shadow mode](CircuitBreakerHandle::shadow).
+    /// The number of calls that would have been rejected without [shadow mode](CircuitBreakerHandle::shadow).
     pub shadowed: u64,
     past: Past,
 }
 
 impl CircuitBreakerHandle {
-    // ===== Looking =====
+    // ===== Queries =====
 
-    /// Where the circuit is: right also when no call has come since its wait ended.
+    /// Returns the state. It is current, even if no call has arrived since the open time passed.
     #[must_use]
     pub fn state(&self) -> State {
         self.0.state().0
     }
 
-    /// All there is to know at this moment.
+    /// Returns the state with all counts and results.
     #[must_use]
     pub fn snapshot(&self) -> CircuitBreakerSnapshot {
         let (refused, shadowed) = (self.0.refused(), self.0.shadowed());
@@ -81,17 +82,17 @@ impl CircuitBreakerHandle {
         })
     }
 
-    /// Waits until the state is another than when this was called, and tells it.
+    /// Waits until the state differs from the state at the time of this call, and returns it.
     ///
-    /// That an open circuit's wait is over counts as a change, also without any traffic. Dropping the
-    /// future is harmless.
+    /// The change from open to half-open by the passage of time counts, too, and needs no traffic. Dropping the future
+    /// cancels the wait and has no other effect.
     pub fn changed(&self) -> impl Future<Output = State> + Send + use<> {
         let circuit = self.0.clone();
         let before = self.state();
         async move {
             loop {
                 let mut notified = pin!(circuit.changed().notified());
-                // From here on no change is missed.
+                // Enabled before the state is read, so that no change in between is missed.
                 notified.as_mut().enable();
                 let (state, lasts) = circuit.state();
                 if state != before {
@@ -107,25 +108,24 @@ impl CircuitBreakerHandle {
         }
     }
 
-    // ===== By hand =====
+    // ===== Manual control =====
 
-    /// Refuses every call until [`reset`](Self::reset) or [`force_closed`](Self::force_closed).
+    /// Rejects all calls until the state is set again, for example by [`reset`](Self::reset).
     pub fn force_open(&self) {
         self.force(State::ForcedOpen);
     }
 
-    /// Lets every call through, uncounted, until [`reset`](Self::reset) or
-    /// [`force_open`](Self::force_open).
+    /// Admits all calls and counts no outcome until the state is set again, for example by [`reset`](Self::reset).
     pub fn force_closed(&self) {
         self.force(State::ForcedClosed);
     }
 
-    /// Asks at once: the next calls are probes.
+    /// Makes the circuit half-open: the next calls are probes.
     pub fn half_open(&self) {
         self.force(State::HalfOpen);
     }
 
-    /// Closes the circuit and starts counting anew. What is under way no longer counts.
+    /// Closes the circuit and clears its counts. The outcomes of calls in flight are not counted.
     pub fn reset(&self) {
         self.force(State::Closed);
     }
@@ -134,34 +134,38 @@ impl CircuitBreakerHandle {
         self.0.act(|machine, at| Some(machine.force(to, at.now, at.times)));
     }
 
-    /// Refuses every call as long as this, or another isolation of the same circuit, is kept. What the
-    /// circuit was goes on underneath.
+    /// Holds the circuit open until the returned guard is dropped. Isolations are counted: calls are rejected while at
+    /// least one guard exists. The state beneath continues to change.
     #[must_use = "dropping it ends the isolation"]
     pub fn isolate(&self) -> Isolation {
         self.0.act(|machine, _| machine.isolate(true));
         Isolation(self.clone())
     }
 
-    /// Shadow mode, on or off: nobody is refused, and [`shadowed`](CircuitBreakerSnapshot::shadowed) counts who
-    /// would have been. Probes and results go on as ever.
+    /// Sets whether the layer is in shadow mode: it rejects no calls, and
+    /// [`shadowed`](CircuitBreakerSnapshot::shadowed) counts those that it would reject. States, probes and counts are
+    /// not affected.
     pub fn shadow(&self, on: bool) {
         self.0.steered();
         self.0.set_shadow(on);
     }
 
-    /// An outcome from outside of the stack: of a health probe, say. It counts like a call's, and, once the
-    /// wait is over, like a half-open probe's.
+    /// Records an outcome that does not come from a call of the layer, for example of a health probe.
+    ///
+    /// A closed circuit counts it like the outcome of a call, and a half-open circuit like that of a probe. In other
+    /// states it has no effect.
     pub fn record(&self, outcome: Outcome) {
         self.0.record(outcome);
     }
 
-    // ===== While it runs =====
+    // ===== Settings at run time =====
 
-    /// Other thresholds for the same rules, in the same order: what was counted stays.
+    /// Sets new thresholds of the same rules, and keeps the counts.
     ///
     /// # Errors
     ///
-    /// What [`Trip::check`] finds; or rules of another kind or with other windows, which take a new layer.
+    /// Returns the error of [`Trip::check`]. Also returns an error if the kinds, the windows or the order of the rules
+    /// differ: they require a new layer.
     pub fn set_trip(&self, trip: &Trip) -> Result<(), ConfigError> {
         trip.check()?;
         let (mut new, mut fits) = (trip.clone(), false);
@@ -178,11 +182,11 @@ impl CircuitBreakerHandle {
         Err(ConfigError::new("trip", trip, remedy))
     }
 
-    /// How long an open circuit refuses, from the next trip on.
+    /// Sets for how long an open circuit rejects calls. Takes effect at the next trip.
     ///
     /// # Errors
     ///
-    /// What [`OpenFor::check`] finds.
+    /// Returns the error of [`OpenFor::check`].
     pub fn set_open_for(&self, wait: impl Into<OpenFor>) -> Result<(), ConfigError> {
         let wait = wait.into();
         wait.check()?;
@@ -191,18 +195,20 @@ impl CircuitBreakerHandle {
         Ok(())
     }
 
-    /// Takes up where the circuit of this snapshot left off: its state beneath all isolations, what is left
-    /// of its wait, how often it opened without a calm, and what its rules had seen (by the same rules: a
-    /// window of calls takes the share of bad ones, where it holds fewer). Probes start anew, a ramp does
-    /// not. Isolations and counts of refusals stay as they are.
+    /// Replaces the state of the circuit by that of a snapshot.
+    ///
+    /// Restored are the state beneath all isolations, the rest of the open time, the number of trips since the circuit
+    /// was last [calm](OpenFor::calm_after), the run of failures and the windows. The circuit of the snapshot must have
+    /// the same rules; a smaller window of calls gets the same share of bad calls. Half-open probes start again, and a
+    /// ramp does not continue. Isolations and the counts of rejections stay as they are.
     pub fn restore(&self, snapshot: &CircuitBreakerSnapshot) {
         self.0.act(|machine, at| Some(machine.restore(&snapshot.past, at.now, at.times)));
     }
 }
 
 impl Indicator for CircuitBreakerHandle {
-    /// Not well while it refuses everybody. Half-open is well: a server that is called no more, because it is not
-    /// ready, would never close it again.
+    /// Returns an error while the circuit rejects all calls. A half-open circuit is healthy: a server that is not ready
+    /// gets no calls, so its circuit would never close again.
     fn indicate(&self) -> Result<(), String> {
         match self.state() {
             State::Open => Err("circuit is open".into()),
@@ -212,7 +218,7 @@ impl Indicator for CircuitBreakerHandle {
     }
 }
 
-/// Holds a circuit open until it is dropped; made by [`CircuitBreakerHandle::isolate`].
+/// A guard that holds a circuit open until it is dropped. Made by [`CircuitBreakerHandle::isolate`].
 #[derive(Debug)]
 pub struct Isolation(CircuitBreakerHandle);
 

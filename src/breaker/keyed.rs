@@ -380,7 +380,7 @@ impl<Sel, Id, M, R> KeyedCircuitBreakerLayer<Sel, Id, M, R> {
     pub(super) fn new(key: Sel, plan: Plan<Breaker, M, R>, fns: KeyFns<Id>) -> Self {
         let Plan { policy: template, protocol, reject, mut fault } = plan;
         if Circuit::holds_back(&template) {
-            let remedy = "the circuit of a call is known only with its request; remove it from keyed layers";
+            let remedy = "remove it, because the circuit of a call is known only with its request";
             fault.get_or_insert(ConfigError::new("backpressure", "keyed", remedy));
         }
         let circuits = Arc::new(Circuits {

@@ -16,14 +16,13 @@ use crate::{
     call::{AsError, Http, Origin},
 };
 
-/// So many probes are no probes any more.
+/// The lower bound of the numbers of half-open probes that are too large: the maximum is 1000.
 const MOST_PROBES_AND_ONE: u16 = 1001;
 
 admission_layer! {
-    /// Stops calling what keeps failing, and asks carefully when it is back.
+    /// Rejects calls while the upstream keeps failing, and probes it before it admits calls again.
     ///
-    /// One circuit belongs to one layer and all its clones, however often the layer is applied. See the
-    /// [module](crate::breaker).
+    /// All clones of a layer and all services that they make share one circuit. See the [module](crate::breaker).
     layer CircuitBreakerLayer {}
     /// The service of a [`CircuitBreakerLayer`].
     service CircuitBreaker []
@@ -31,7 +30,7 @@ admission_layer! {
 }
 
 impl CircuitBreakerLayer {
-    /// Five failures in a row, open for 30 s, one probe; HTTP and gRPC.
+    /// Returns a breaker for HTTP and gRPC: 5 failures in a row open it for 30 s, and one half-open probe decides.
     pub fn http() -> Self {
         Self::new(Trip::default())
     }
@@ -48,8 +47,8 @@ impl CircuitBreakerLayer {
         Self::http()
     }
 
-    /// Opens by this rule. HTTP and gRPC are recognised; for other types say what failed with
-    /// [`classify`](Self::classify).
+    /// Returns a breaker that opens by this rule. HTTP and gRPC responses are classified. For services of other types
+    /// set a classification with [`classify`](Self::classify).
     pub fn new(trip: Trip) -> Self {
         let checked = trip.check();
         let trip = if checked.is_ok() { trip } else { Trip::default() };
@@ -59,8 +58,9 @@ impl CircuitBreakerLayer {
 }
 
 impl<M, R> CircuitBreakerLayer<M, R> {
-    /// How long an open circuit refuses before it lets probes through: 30 s by default, above zero. A
-    /// [`Duration`], or an [`OpenFor`] that grows with each trip or follows the server's hint.
+    /// Sets for how long an open circuit rejects calls before it admits probes. 30 s by default; must be above zero.
+    ///
+    /// Takes a [`Duration`], or an [`OpenFor`] that grows with each trip or follows the hint of the upstream.
     pub fn open_for(mut self, wait: impl Into<OpenFor>) -> Self {
         let wait = wait.into();
         if self.plan.accept(wait.check()).is_some() {
@@ -69,14 +69,17 @@ impl<M, R> CircuitBreakerLayer<M, R> {
         self
     }
 
-    /// How many probes go through a half-open circuit, at most at once and all in all: 1 by default, up
-    /// to 1000. All must succeed to close it; the first that fails opens it again.
+    /// Sets the number of half-open probes: the maximum at the same time, and in total. 1 by default; must be 1 to
+    /// 1000.
+    ///
+    /// The circuit closes if all of them succeed, and opens again at the first failure.
     pub fn half_open(self, probes: u16) -> Self {
         self.half_open_of(probes, probes)
     }
 
-    /// The same with a verdict of `needed` successes of `probes`: it closes or opens as soon as that is
-    /// certain either way.
+    /// Sets the number of half-open probes, and how many of them must succeed. `needed` must be 1 to `probes`.
+    ///
+    /// The circuit closes or opens as soon as the result is certain.
     pub fn half_open_of(mut self, needed: u16, probes: u16) -> Self {
         let checked = match (needed, probes) {
             (_, 0 | MOST_PROBES_AND_ONE..) => {
@@ -96,8 +99,11 @@ impl<M, R> CircuitBreakerLayer<M, R> {
         self
     }
 
-    /// The longest that a probe may take: 30 s by default, above zero. One that has seen a good head by
-    /// then counts as passed, any other as failed: a stream for hours cannot keep a circuit half-open.
+    /// Sets the timeout of a half-open probe. 30 s by default; must be above zero.
+    ///
+    /// At its end a probe with a good response head has passed, and one that still waits for the upstream has failed.
+    /// So a response that streams for hours cannot keep a circuit half-open. The [module](crate::breaker#half-open)
+    /// states when the timeout starts, and what happens to a probe that waits for something else.
     pub fn probe_lease(mut self, longest: Duration) -> Self {
         if let Some(longest) = self.plan.accept(ConfigError::above_zero("probe_lease", longest)) {
             self.plan.policy.configure(|settings| settings.lease = longest);
@@ -109,9 +115,9 @@ impl<M, R> CircuitBreakerLayer<M, R> {
     /// The time starts when the upstream has the complete request, and only a call without a response head counts. 1 s
     /// by default; must be above zero. `None` never counts such a call.
     ///
-    /// Before this time such a call is neutral, so that callers with short deadlines do not open the circuit. After
-    /// it, a hung upstream opens the circuit although every caller ends its call first. Raise the time for upstreams
-    /// that usually take longer: the preset `slow` has 10 s, `llm` 60 s.
+    /// Before this time such a call is neutral, so that callers with short deadlines do not open the circuit. After it,
+    /// a hung upstream opens the circuit although every caller ends its call first. Raise the time for upstreams that
+    /// usually take longer: the preset `slow` has 10 s, `llm` 60 s.
     pub fn count_cancelled_after(mut self, time: impl Into<Option<Duration>>) -> Self {
         let checked = time
             .into()
@@ -123,9 +129,12 @@ impl<M, R> CircuitBreakerLayer<M, R> {
         self
     }
 
-    /// Lets up to `callers` wait for the verdict of the probes, each for `longest` (above zero), instead
-    /// of refusing them. By default nobody waits. Once it is closed, all of them go at once, if it does not
-    /// [ramp](Self::ramp) up.
+    /// Lets callers wait for the verdict of the half-open probes, instead of rejecting them. By default no caller
+    /// waits.
+    ///
+    /// `callers` is the maximum number of waiting callers, and `longest` the maximum duration of each wait (above
+    /// zero). When the circuit closes, all of them are admitted at once, unless it [ramps](Self::ramp) up. A caller
+    /// that leaves (its future is dropped) frees its position.
     pub fn wait_for_verdict(mut self, callers: u32, longest: Duration) -> Self {
         let checked = ConfigError::above_zero("wait_for_verdict.longest", longest);
         if let Some(longest) = self.plan.accept(checked) {
@@ -134,15 +143,17 @@ impl<M, R> CircuitBreakerLayer<M, R> {
         self
     }
 
-    /// No call of the users' is a probe: outcomes given to the handle's
-    /// [`record`](CircuitBreakerHandle::record), a health probe's say, decide a half-open circuit.
+    /// Admits no call as a half-open probe. The outcomes that are passed to the handle's
+    /// [`record`](CircuitBreakerHandle::record), for example by a health probe, decide instead.
     pub fn probes_from_outside(self) -> Self {
         self.plan.policy.configure(|settings| settings.outside_probes = true);
         self
     }
 
-    /// Once closed again, lets a tenth of the calls through at first and more and more of them over this
-    /// time, so that what is back is not thrown down again. Zero, the default: all at once.
+    /// Sets the duration of a ramp after closing. Zero by default: all calls are admitted at once.
+    ///
+    /// A ramp admits a tenth of the calls at first, and a share that grows to all of them over this time. It protects
+    /// an upstream that has just recovered. The other calls are rejected.
     pub fn ramp(self, over: Duration) -> Self {
         self.plan.policy.configure(|settings| settings.ramp = over);
         self
@@ -162,7 +173,8 @@ impl<M, R> CircuitBreakerLayer<M, R> {
         self
     }
 
-    /// Refuses nobody, and counts whom it would have refused: to try a configuration out.
+    /// Enables shadow mode: the layer rejects no calls, and counts those that it would reject. Use it to try out a
+    /// configuration.
     pub fn shadow(self) -> Self {
         self.plan.policy.set_shadow(true);
         self
@@ -190,13 +202,13 @@ impl<M, R> CircuitBreakerLayer<M, R> {
         KeyedCircuitBreakerLayer::new(PerOrigin, self.plan, fns)
     }
 
-    /// A name for refusals, events and snapshots. The first one given stays.
+    /// Sets the name that rejections, events and snapshots contain. The first name stays. An empty name has no effect.
     pub fn name(self, name: &str) -> Self {
         self.plan.policy.name(name);
         self
     }
 
-    /// Looks at the circuit and steers it.
+    /// Returns the handle of the circuit, which reads and controls it.
     #[must_use]
     pub fn handle(&self) -> CircuitBreakerHandle {
         CircuitBreakerHandle(self.plan.policy.circuit().clone())

@@ -1,27 +1,27 @@
-//! The words of the state machine: where a circuit is, what a call is given, what changed.
+//! The types that the state machine of a circuit exchanges with its callers: states, settings, tickets and changes.
 
 use std::time::Duration;
 
 use super::{counts::TimeWindows, trip::Tripped, wait::OpenFor};
 use crate::call::{COUNT_CANCELLED_AFTER, Nanos, nanos};
 
-/// Where a circuit is.
+/// The state of a circuit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum State {
-    /// Calls go, and are counted.
+    /// Calls are admitted, and their outcomes are counted.
     Closed,
-    /// Calls are refused until the wait is over.
+    /// Calls are rejected until the open time has passed.
     Open,
-    /// The wait is over: a few probes decide.
+    /// The open time has passed. A limited number of probes is admitted, and decides.
     HalfOpen,
-    /// Calls are refused until somebody says otherwise.
+    /// Calls are rejected until the state is set again by the handle.
     ForcedOpen,
-    /// Calls go and nothing is counted until somebody says otherwise.
+    /// Calls are admitted, and nothing is counted, until the state is set again by the handle.
     ForcedClosed,
 }
 
 impl State {
-    /// The state in `snake_case`, as metrics have it.
+    /// Returns the state in `snake_case`, as in metrics.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
         match self {
@@ -37,24 +37,25 @@ impl State {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Settings {
     pub(super) open_for: OpenFor,
-    /// How many probes go, at most.
+    /// The maximum number of half-open probes, at the same time and in total.
     pub(super) probes: u16,
-    /// How many of them must succeed.
+    /// The number of successful probes that closes the circuit.
     pub(super) needed: u16,
     pub(super) lease: Duration,
     /// The time after which a call that its caller ended counts as a failure. `None`: never.
     pub(super) count_cancelled_after: Option<Duration>,
-    /// Zero: none.
+    /// The duration of the ramp after closing. Zero: no ramp.
     pub(super) ramp: Duration,
-    /// Probes come through the handle alone.
+    /// Calls are never probes. Outcomes that are recorded by the handle decide.
     pub(super) outside_probes: bool,
-    /// It is asked whether a call would go before there is one: a ramp gives turns then, and refuses nobody.
+    /// Backpressure: the caller polls for readiness before it has a call. A ramp then admits all calls for a part of
+    /// the time, instead of a random part of the calls.
     pub(super) holds_back: bool,
 }
 
-/// The share of calls that goes at the beginning of a ramp.
+/// The share of calls that is admitted at the beginning of a ramp.
 const RAMP_FROM: f64 = 0.1;
-/// How many turns a ramp gives to who is asked before there is a call.
+/// The number of steps of a ramp with backpressure.
 const TURNS: u64 = 100;
 
 impl Settings {
@@ -69,13 +70,15 @@ impl Settings {
         holds_back: false,
     };
 
-    /// The share of calls that goes so long after a ramp has begun.
+    /// Returns the share of calls that is admitted at this time after the beginning of a ramp.
     pub(super) fn ramp_share(&self, gone: Nanos) -> f64 {
         RAMP_FROM + (1.0 - RAMP_FROM) * (gone as f64 / nanos(self.ramp) as f64)
     }
 
-    /// Whether it is a turn in which calls go, and when that changes: of each stretch of the ramp the first
-    /// part, and as large a part as calls are to go.
+    /// Returns whether a ramp with backpressure admits calls now, and when that changes.
+    ///
+    /// The ramp is divided into steps of equal length. In each step calls are admitted during the first part. The share
+    /// of this part in the step is the share of calls that the ramp admits at the beginning of the step.
     pub(super) fn turn(&self, since: Nanos, now: Nanos) -> (bool, Nanos) {
         let length = (nanos(self.ramp) / TURNS).max(1);
         let gone = now.saturating_sub(since);
@@ -86,10 +89,11 @@ impl Settings {
     }
 }
 
-/// Draws from [0, 1).
+/// A function that draws a random number from [0, 1).
 pub(super) type Roll = fn() -> f64;
 
-/// What the machine is told with every event: the time, the luck, and the windows beside it.
+/// The context of an operation on the machine: the time, a source of random numbers, and the time windows, which are
+/// not part of the machine.
 #[derive(Clone, Copy)]
 pub(super) struct At<'a> {
     pub(super) now: Nanos,
@@ -97,14 +101,14 @@ pub(super) struct At<'a> {
     pub(super) times: &'a TimeWindows,
 }
 
-/// What a call was given: the generation that it counts in. A probe has one of its own.
+/// The record of an admission: the generation in which the outcome counts. Each probe has its own generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Ticket {
     pub(super) generation: u64,
     pub(super) probe: bool,
 }
 
-/// Why a call was not let through; and for how long, unless something happens.
+/// The reason for which a call is not admitted, with the time until that changes without other events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Refusal {
     Open { left: Nanos },

@@ -3,10 +3,10 @@ use std::{fmt, sync::Arc, time::Duration};
 use super::counts::{Seen, Span};
 use crate::{ConfigError, call::Outcome};
 
-/// When a circuit opens: one rule, or the first of several.
+/// The rule by which a circuit opens, or several rules of which the first to trip opens it.
 ///
-/// Thresholds are inclusive: `consecutive(5)` opens at the fifth failure, `failure_ratio(0.5)` at half.
-/// Rules are looked at whenever a call fails or is slow.
+/// Thresholds are inclusive: `consecutive(5)` opens at the fifth failure, `failure_ratio(0.5)` at half of the calls.
+/// Rules are evaluated when a call fails or is slow.
 ///
 /// ```
 /// # use std::time::Duration;
@@ -36,22 +36,22 @@ pub(super) struct Ratio {
     pub(super) limit: f64,
     pub(super) span: Span,
     pub(super) min_calls: u32,
-    /// Good calls read the clock only now and then.
+    /// One of 16 good calls reads the clock. The others count as of the last reading.
     pub(super) coarse: bool,
 }
 
-/// A rule of the user's.
+/// A closure of the user that decides whether the circuit opens.
 pub(super) type Closure = dyn Fn(&Seen) -> bool + Send + Sync;
 
-/// What a ratio counts.
+/// The kind of calls that a ratio counts as bad.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Bad {
     Failed,
-    /// At least this long.
+    /// A call of this duration or longer.
     Slow(Duration),
 }
 
-/// As many as fit 125 KiB.
+/// The maximum number of calls of a window. Their bits occupy 125 KB.
 const MOST_CALLS: u32 = 1_000_000;
 
 impl Trip {
@@ -64,34 +64,35 @@ impl Trip {
         Self::of(Rule::Ratio(Ratio { of, limit, span, min_calls: 20, coarse: false }))
     }
 
-    /// After this many failures in a row. A success in between starts the count again; throttled and
-    /// cancelled calls do not touch it.
+    /// Opens the circuit after this number of failures in a row: 1 or more. A success resets the count. Throttled and
+    /// cancelled calls do not change it.
     #[must_use]
     pub fn consecutive(failures: u32) -> Self {
         Self::of(Rule::Consecutive { failures })
     }
 
-    /// When at least this share of the calls in a window failed: above 0, at most 1.
+    /// Opens the circuit when at least this share of the calls in a window has failed: above 0, at most 1.
     ///
-    /// The window is the last 10 s and needs 20 calls, unless [`within`](Self::within) or
-    /// [`over`](Self::over), and [`min_calls`](Self::min_calls), say otherwise. It is exact, and costs the
-    /// same however many calls are in it.
+    /// By default the window is the last 10 s ([`within`](Self::within), [`over`](Self::over)) and must contain 20
+    /// calls ([`min_calls`](Self::min_calls)). The cost of a call does not depend on the number of calls in the window.
     #[must_use]
     pub fn failure_ratio(ratio: f64) -> Self {
         Self::ratio(Bad::Failed, ratio)
     }
 
-    /// When at least this share of the calls in a window took `slow` or longer to their response head
-    /// (without one, to their end). Otherwise like [`failure_ratio`](Self::failure_ratio).
+    /// Opens the circuit when at least this share of the calls in a window was slow. The window and the share are those
+    /// of [`failure_ratio`](Self::failure_ratio).
     ///
-    /// A call that is cancelled after that time counts as slow: a timeout outside of the breaker does not
-    /// hide a hang. Costs two clock reads a call.
+    /// A call is slow if the upstream had it for `slow` or longer before its response head, or before its end if it had
+    /// none. A call that is cancelled after that time counts as slow, so that a timeout outside of the breaker does not
+    /// hide a hung upstream. Each call reads the clock twice.
     #[must_use]
     pub fn slow_ratio(ratio: f64, slow: Duration) -> Self {
         Self::ratio(Bad::Slow(slow), ratio)
     }
 
-    /// When this closure says so, looking at what the circuit has [`Seen`] in a row and in all windows.
+    /// Opens the circuit when this closure returns `true`. Its argument has the failures in a row and the contents of
+    /// all windows.
     ///
     /// It runs under a lock when a call fails or is slow. It must be short and must not use a handle of this breaker,
     /// which would deadlock. A panic is caught, also while the thread unwinds, and means `false`.
@@ -100,29 +101,30 @@ impl Trip {
         Self::of(Rule::When(Arc::new(rule)))
     }
 
-    /// The ratio's window is the last stretch of time: 10 ms or more, in ten buckets.
+    /// Sets the window of the ratio to a duration: 10 ms or more. The window slides by a tenth of the duration.
     #[must_use]
     pub fn within(self, length: Duration) -> Self {
         self.with_ratio(|ratio| ratio.span = Span::Time(length))
     }
 
-    /// The ratio's window is the last so many calls: 1 to 1,000,000. It needs as many of them as
-    /// [`min_calls`](Self::min_calls) says, at most all.
+    /// Sets the window of the ratio to a number of last calls: 1 to 1,000,000. It must not be smaller than
+    /// [`min_calls`](Self::min_calls), which is 20 by default.
     #[must_use]
     pub fn over(self, calls: u32) -> Self {
         self.with_ratio(|ratio| ratio.span = Span::Calls(calls))
     }
 
-    /// How many calls must be in the ratio's window before it can trip: 1 or more, and no more than a
-    /// window of calls holds.
+    /// Sets the minimum number of calls in the window of the ratio. With fewer calls the ratio does not open the
+    /// circuit. 20 by default; must be 1 or more, and not more than a window of calls holds.
     #[must_use]
     pub fn min_calls(self, calls: u32) -> Self {
         self.with_ratio(|ratio| ratio.min_calls = calls)
     }
 
-    /// Reads the clock for one good call in sixteen only, which is most of what the ratio's window of time
-    /// costs. The others count as of the last reading: up to fifteen of them leave the window early. What
-    /// fails, or is slow, always reads it; and a [`slow_ratio`](Self::slow_ratio) times every call.
+    /// Lets only one of 16 good calls read the clock, which is the largest part of the cost of a time window.
+    ///
+    /// The other good calls count as of the last reading, so up to 15 of them leave the window early. Calls that fail
+    /// or are slow always read the clock, and with a [`slow_ratio`](Self::slow_ratio) each call does.
     #[must_use]
     pub fn coarse_clock(self) -> Self {
         self.with_ratio(|ratio| ratio.coarse = true)
@@ -137,19 +139,19 @@ impl Trip {
         self
     }
 
-    /// The first of these rules that trips; where two trip at once, the one named first is told. Which one it was
-    /// is in the snapshot, as [`last_rule`](super::CircuitBreakerSnapshot::last_rule).
+    /// Combines rules: the circuit opens when any of them trips. If several trip at the same call, the first of them is
+    /// reported. [`last_rule`](super::CircuitBreakerSnapshot::last_rule) in the snapshot has its index.
     #[must_use]
     pub fn any(rules: impl IntoIterator<Item = Self>) -> Self {
         Self { rules: rules.into_iter().flat_map(|trip| trip.rules).collect() }
     }
 
-    /// Whether it can work.
+    /// Checks the rules.
     ///
     /// # Errors
     ///
-    /// A count of zero, a ratio that is not within (0, 1], a window under 10 ms or of no or too many calls,
-    /// a minimum of calls that its window cannot hold, a slow time of zero, or no rule at all.
+    /// Returns an error for a count of zero, a ratio outside of (0, 1], a window of less than 10 ms or of no or too
+    /// many calls, a minimum of calls that its window cannot hold, a slow time of zero, or an empty list of rules.
     pub fn check(&self) -> Result<(), ConfigError> {
         const SHORTEST: Duration = Duration::from_millis(10);
         if self.rules.is_empty() {
@@ -206,7 +208,7 @@ impl Trip {
 }
 
 impl Default for Trip {
-    /// Five failures in a row.
+    /// Returns the rule of five failures in a row.
     fn default() -> Self {
         Self::consecutive(5)
     }
@@ -224,42 +226,42 @@ impl fmt::Debug for Rule {
     }
 }
 
-/// Which rule opened the circuit, and what it saw.
+/// The reason for which a circuit opened, with the counts at that time.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Tripped {
-    /// So many failures in a row.
+    /// A rule of failures in a row.
     Consecutive {
-        /// How many.
+        /// The number of failures in a row.
         failures: u32,
     },
-    /// So many of the calls in the window failed.
+    /// A rule of the share of failed calls.
     FailureRatio {
-        /// How many failed.
+        /// The number of failed calls in the window.
         failures: u64,
-        /// Of how many.
+        /// The number of calls in the window.
         calls: u64,
     },
-    /// So many of the calls in the window were slow.
+    /// A rule of the share of slow calls.
     SlowRatio {
-        /// How many were slow.
+        /// The number of slow calls in the window.
         slow: u64,
-        /// Of how many.
+        /// The number of calls in the window.
         calls: u64,
     },
-    /// The closure said so.
+    /// The closure of [`Trip::when`].
     When {
-        /// Looking at this.
+        /// The argument of the closure.
         seen: Seen,
     },
-    /// Half-open probes failed: more than may.
+    /// Half-open probes failed, so that the circuit can no longer close.
     Probe {
-        /// How the last of them ended.
+        /// The outcome of the last one.
         outcome: Outcome,
     },
-    /// Half-open probes failed, the last of them by being slow.
+    /// Half-open probes failed, and the last one was slow.
     SlowProbe,
-    /// Half-open probes failed, the last of them as its lease ended before it had seen a good head in time.
+    /// Half-open probes failed, and the last one had no good response head at the end of its timeout.
     ProbeLease,
 }
 

@@ -2,9 +2,9 @@ use std::time::Duration;
 
 use crate::ConfigError;
 
-/// How long an open circuit refuses: always the same, longer with each trip, or as the server says.
+/// The open time: for how long an open circuit rejects calls.
 ///
-/// A [`Duration`] is one too: that long, each time.
+/// It is fixed, grows with each trip, or follows the hint of the upstream. A [`Duration`] converts to a fixed one.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct OpenFor {
     base: Duration,
@@ -16,7 +16,7 @@ pub struct OpenFor {
 }
 
 impl OpenFor {
-    /// The same each time.
+    /// Returns an open time that is the same at each trip.
     #[must_use]
     pub const fn fixed(wait: Duration) -> Self {
         Self {
@@ -29,37 +29,39 @@ impl OpenFor {
         }
     }
 
-    /// `base` at first, twice as long with each trip, up to `max`; up to a tenth more at random. A circuit
-    /// that stays closed for 60 s ([`calm_after`](Self::calm_after)) begins at `base` again.
+    /// Returns an open time of `base` at the first trip, which doubles with each trip up to `max`. A random part of up
+    /// to a tenth is added ([`jitter`](Self::jitter)). A circuit that stays closed for 60 s
+    /// ([`calm_after`](Self::calm_after)) starts at `base` again.
     #[must_use]
     pub const fn backoff(base: Duration, max: Duration) -> Self {
         Self { factor: 2.0, max, jitter: 0.1, ..Self::fixed(base) }
     }
 
-    /// What the wait is multiplied with at each trip: 1 or more.
+    /// Sets the factor by which the open time grows with each trip. Must be 1 or more.
     #[must_use]
     pub const fn factor(mut self, factor: f64) -> Self {
         self.factor = factor;
         self
     }
 
-    /// How much longer a wait may be at random, as a share of it: 0 to 1. Never beyond the maximum, unless
-    /// the wait is fixed.
+    /// Sets the maximum of the random part that is added, as a share of the open time: 0 to 1. The sum does not exceed
+    /// the maximum, unless the factor is 1.
     #[must_use]
     pub const fn jitter(mut self, share: f64) -> Self {
         self.jitter = share;
         self
     }
 
-    /// At least as long as the server's `Retry-After` (or gRPC pushback) says on the failure that trips,
-    /// but no longer than this because of it.
+    /// Follows the hint of the upstream (`Retry-After` or gRPC pushback) on the failure that trips the circuit: the
+    /// open time is at least the hint. A hint counts as `up_to` if it is longer. It may exceed the maximum of the open
+    /// time.
     #[must_use]
     pub const fn follow_retry_after(mut self, up_to: Duration) -> Self {
         self.hint_up_to = up_to;
         self
     }
 
-    /// How long a circuit must stay closed for its waits to begin anew.
+    /// Sets for how long a circuit must stay closed until the next open time is the base again. 60 s by default.
     #[must_use]
     pub const fn calm_after(mut self, closed_for: Duration) -> Self {
         self.calm = closed_for;
@@ -74,11 +76,11 @@ impl OpenFor {
         self.calm
     }
 
-    /// The wait after `before` earlier trips without a calm in between. `roll` is drawn from [0, 1).
+    /// Returns the open time after `before` earlier trips since the circuit was last calm. `roll` is drawn from [0, 1).
     pub(super) fn wait(&self, before: u32, hint: Option<Duration>, roll: f64) -> Duration {
         let growth = self.factor.powi(i32::try_from(before).unwrap_or(i32::MAX));
         let (base, max) = (self.base.as_secs_f64(), self.max.as_secs_f64());
-        // Not `Duration`'s own arithmetic: that panics where a product leaves its range.
+        // Calculated in floating point, because the arithmetic of `Duration` panics if a product exceeds its range.
         let grown = (base * growth).min(max.max(base));
         let jittered = grown * (1.0 + self.jitter * roll);
         let capped = if self.factor > 1.0 { jittered.min(max.max(base)) } else { jittered };
@@ -86,11 +88,12 @@ impl OpenFor {
         wait.max(hint.unwrap_or_default().min(self.hint_up_to))
     }
 
-    /// Whether it can work.
+    /// Checks the settings.
     ///
     /// # Errors
     ///
-    /// A wait of zero, a factor below 1 or not finite, a maximum below the base, a jitter not within 0 to 1.
+    /// Returns an error for a time of zero, a factor that is below 1 or not finite, a maximum below the base, or a
+    /// jitter outside of 0 to 1.
     pub fn check(&self) -> Result<(), ConfigError> {
         ConfigError::above_zero("open_for", self.base)?;
         if !(self.factor >= 1.0 && self.factor.is_finite()) {
