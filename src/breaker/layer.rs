@@ -69,7 +69,7 @@ impl<M, R> CircuitBreakerLayer<M, R> {
         self
     }
 
-    /// Sets the number of half-open probes: the maximum at the same time, and in total. 1 by default; must be 1 to
+    /// Sets the number of half-open probes, which is also the maximum at the same time. 1 by default; must be 1 to
     /// 1000.
     ///
     /// The circuit closes if all of them succeed, and opens again at the first failure.

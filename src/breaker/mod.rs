@@ -1,4 +1,4 @@
-//! A circuit breaker: stops calling what keeps failing, and asks carefully when it is back.
+//! A circuit breaker: rejects calls while the upstream keeps failing, and probes it before it admits calls again.
 //!
 //! ```
 //! # use std::time::Duration;
@@ -12,7 +12,7 @@
 //! println!("{:?}", handle.snapshot());
 //! ```
 //!
-//! With everything said:
+//! With more settings:
 //!
 //! ```
 //! # fn main() -> Result<(), buttress::ConfigError> {
@@ -35,12 +35,12 @@
 //! # let _ = breaker; Ok(()) }
 //! ```
 //!
-//! # How it decides
+//! # States
 //!
 //! ```text
-//!            a rule trips                  the wait is over
+//!            a rule trips              the open time has passed
 //!  closed ───────────────▶ open ───────────────────────────▶ half-open
-//!    ▲                      ▲   so many probes failed that it is certain  │
+//!    ▲                      ▲         too many probes failed              │
 //!    │                      └─────────────────────────────────────────────┤
 //!    └──────────────────────────────────────── enough probes succeeded ───┘
 //! ```
@@ -59,30 +59,31 @@
 //! The table of [`Http`](crate::call::Http) maps responses to outcomes. The table of
 //! [`call`](crate::call#which-side-caused-it) states which side caused a failure. All layers share both.
 //!
-//! Thresholds are inclusive, and so are the ends of waits and leases. A result that belongs to an earlier
-//! state changes nothing: a straggler admitted before the trip cannot close the circuit, nor open it again.
-//! What time alone changes (a wait, a lease) has changed at that time, whether anybody looked or not.
+//! Thresholds are inclusive, and so are the ends of open times and timeouts. An outcome that belongs to an earlier
+//! state changes nothing: a call that was admitted before the trip can neither close the circuit nor open it again.
+//! Changes by time alone (the end of an open time or of a timeout) take effect at that time, even if no call arrives.
 //!
 //! # Rules
 //!
-//! | rule | opens when | looks back on |
+//! | rule | opens the circuit when | evaluates |
 //! |---|---|---|
-//! | [`consecutive`](Trip::consecutive) | so many calls in a row failed | the run |
-//! | [`failure_ratio`](Trip::failure_ratio) | such a share of calls failed | the last [stretch of time](Trip::within), or so many [calls](Trip::over) |
-//! | [`slow_ratio`](Trip::slow_ratio) | such a share took so long to their head | the same |
-//! | [`when`](Trip::when) | a closure says so | all that the other rules have [`Seen`] |
-//! | [`any`](Trip::any) | the first of several does | |
+//! | [`consecutive`](Trip::consecutive) | a number of calls in a row failed | the run of failures |
+//! | [`failure_ratio`](Trip::failure_ratio) | a share of the calls failed | a window of [time](Trip::within) or of [calls](Trip::over) |
+//! | [`slow_ratio`](Trip::slow_ratio) | a share of the calls were slow | the same |
+//! | [`when`](Trip::when) | a closure returns `true` | the [counts](Seen) of all other rules |
+//! | [`any`](Trip::any) | any of several rules trips | |
 //!
-//! A window of calls is a ring of one bit a call; one of time is ten buckets, and slides by a tenth. Both
-//! are exact and cost the same however many calls are in them. Good calls read the clock for one of time; with
-//! a [coarse clock](Trip::coarse_clock) one in sixteen does. Rules are looked at when a call fails or is
-//! slow: a success never opens a circuit. Closing, and forcing by hand, begins to count anew.
+//! A window of calls stores one bit per call. A window of time has ten counters and slides by a tenth of its duration.
+//! The cost of a call does not depend on the number of calls in the windows. With a window of time each good call reads
+//! the clock, or one in 16 with a [coarse clock](Trip::coarse_clock). Rules are evaluated when a call fails or is slow:
+//! a success that is not slow never opens a circuit. The counts start again when the circuit closes, and when the
+//! handle forces any state except half-open.
 //!
 //! # Connection housekeeping
 //!
 //! Servers and proxies close connections as a matter of routine, and a request that is on its way at that moment is
-//! lost. This carries no information about the health of the upstream. Such an outcome
-//! [is housekeeping](crate::Outcome::is_housekeeping):
+//! lost. This carries no information about the health of the upstream. Such an outcome [is
+//! housekeeping](crate::Outcome::is_housekeeping):
 //!
 //! | cause | counts as |
 //! |---|---|
@@ -98,8 +99,8 @@
 //!
 //! Two causes count as a connection that breaks before the response, because the transport does not distinguish them:
 //!
-//! - A `GOAWAY` with any code and a last stream that is not below the request's, if the connection then ends. h2 reports
-//!   only the end of the connection.
+//! - A `GOAWAY` with any code and a last stream that is not below the request's, if the connection then ends. h2
+//!   reports only the end of the connection.
 //! - An HTTP/1 connection that ends within the response head. hyper reports the same error as before the first byte.
 //!
 //! Not every transport reveals whether a connection was reused:
@@ -121,21 +122,20 @@
 //! - Housekeeping has outnumbered responses by more than 100, for at least 1 s. Each reused connection has delivered a
 //!   response, so this does not happen as long as the upstream works. The count rises by 1 with each housekeeping
 //!   outcome and falls by 1 with each response. It restarts at 0 after 10 s without housekeeping.
-//!
+//! # Open time
 //! # Waits
-//!
+//! | [`OpenFor`] | rejects calls for |
 //! | [`OpenFor`] | refuses for |
-//! |---|---|
-//! | a `Duration`, or [`fixed`](OpenFor::fixed) | that long, each time |
-//! | [`backoff`](OpenFor::backoff) | twice as long with each trip, jittered, up to a maximum; anew after a [calm](OpenFor::calm_after) |
-//! | [`follow_retry_after`](OpenFor::follow_retry_after) | at least as long as the server's `Retry-After` or gRPC pushback says, up to a bound |
+//! | a `Duration`, or [`fixed`](OpenFor::fixed) | the same time at each trip |
+//! | [`backoff`](OpenFor::backoff) | twice as long with each trip, with jitter, up to a maximum; the base again after a [calm](OpenFor::calm_after) |
+//! | [`follow_retry_after`](OpenFor::follow_retry_after) | at least the `Retry-After` or gRPC pushback of the upstream, up to a bound |
 //!
 //! # Half-open
 //!
 //! [`half_open_of(m, n)`](CircuitBreakerLayer::half_open_of) admits `n` probes in total. The circuit closes at the m-th
-//! success, and opens as soon as m successes are impossible. A probe has a
-//! [timeout](CircuitBreakerLayer::probe_lease). When it expires, the probe has passed if its response head was a
-//! success and not slow, and has failed otherwise. Therefore neither a stream of hours nor a hung call keeps a circuit
+//! success, and opens as soon as m successes are impossible. A probe has a [timeout](CircuitBreakerLayer::probe_lease).
+//! When it expires, the probe has passed if its response head was a success and not slow. It has failed if the head was
+//! bad, or if the upstream has not sent one. Therefore neither a stream of hours nor a hung call keeps a circuit
 //! half-open.
 //!
 //! The timeout starts when the request has been sent, as far as a [`SentMark`](crate::call::SentMark) or a timeout
@@ -147,7 +147,7 @@
 //! | callers beyond the probes | |
 //! |---|---|
 //! | by default | are rejected |
-//! | [`wait_for_verdict`](CircuitBreakerLayer::wait_for_verdict) | wait, so many and so long |
+//! | [`wait_for_verdict`](CircuitBreakerLayer::wait_for_verdict) | wait, up to a number of callers and a time |
 //! | [`probes_from_outside`](CircuitBreakerLayer::probes_from_outside) | are all rejected: outcomes given to [`record`](CircuitBreakerHandle::record) decide |
 //!
 //! The [snapshot](CircuitBreakerSnapshot::half_open) contains the numbers of probes that passed and failed, the number
@@ -190,31 +190,32 @@
 //!
 //! If several circuits were last used between the same two new keys, any of them may be evicted first. Beyond 1024
 //! circuits, the circuit to evict is the least recently used of about 1024. If no circuit is like new, the new key has
-//! no circuit: its calls are made as if there were no breaker, and the [snapshot](KeyedCircuitBreakerHandle::snapshot) counts them.
-//! An event reports this at most once in 10 s. Therefore no set of keys, old or invented, keeps new keys out for longer
-//! than an open time and a quiet period after their last call, and no sequence of keys evicts an open circuit.
+//! no circuit: its calls are made as if there were no breaker, and the [snapshot](KeyedCircuitBreakerHandle::snapshot)
+//! counts them. An event reports this at most once in 10 s. Therefore no set of keys, old or invented, keeps new keys
+//! out for longer than an open time and a quiet period after their last call, and no sequence of keys evicts an open
+//! circuit.
 //!
 //! A circuit with a window of calls needs one bit per call of the window in addition to about 1 KiB.
 //!
-//! # By hand
+//! # Manual control
 //!
 //! | the [handle](CircuitBreakerHandle) | |
 //! |---|---|
-//! | [`force_open`](CircuitBreakerHandle::force_open) [`force_closed`](CircuitBreakerHandle::force_closed) [`half_open`](CircuitBreakerHandle::half_open) [`reset`](CircuitBreakerHandle::reset) | the state, until it is said otherwise |
-//! | [`isolate`](CircuitBreakerHandle::isolate) | open as long as a guard is kept, whatever is said; counted |
-//! | [`shadow`](CircuitBreakerHandle::shadow) | goes through its states, refuses nobody, counts whom it would have |
-//! | [`set_trip`](CircuitBreakerHandle::set_trip) [`set_open_for`](CircuitBreakerHandle::set_open_for) | other thresholds and waits; counts stay |
-//! | [`snapshot`](CircuitBreakerHandle::snapshot) [`restore`](CircuitBreakerHandle::restore) | another circuit takes up where this one left off |
-//! | [`changed`](CircuitBreakerHandle::changed) | waits for the next change, also of time alone |
+//! | [`force_open`](CircuitBreakerHandle::force_open) [`force_closed`](CircuitBreakerHandle::force_closed) [`half_open`](CircuitBreakerHandle::half_open) [`reset`](CircuitBreakerHandle::reset) | set the state |
+//! | [`isolate`](CircuitBreakerHandle::isolate) | holds the circuit open as long as a guard exists, in any state |
+//! | [`shadow`](CircuitBreakerHandle::shadow) | rejects no calls, and counts those that it would reject; the states change as usual |
+//! | [`set_trip`](CircuitBreakerHandle::set_trip) [`set_open_for`](CircuitBreakerHandle::set_open_for) | set thresholds and open times; the counts stay |
+//! | [`snapshot`](CircuitBreakerHandle::snapshot) [`restore`](CircuitBreakerHandle::restore) | transfer the state to another circuit |
+//! | [`changed`](CircuitBreakerHandle::changed) | waits for the next change of the state, also by time alone |
 //!
 //! A change of the reported state emits one event. Forcing a state that the circuit already has emits none, and neither
 //! does a change of the state beneath an isolation.
 //!
 //! # In the stack
 //!
-//! For a client: under the retry, over the concurrency limit. What the limit refuses is no failure of
-//! the upstream, and is not counted. An open circuit does not touch the service that it wraps; one
-//! that opens wakes the callers that wait for it.
+//! In a client, the breaker is inside of the retry layer and outside of the concurrency limit. A rejection by the limit
+//! is no failure of the upstream, and is not counted. An open circuit does not use the service that it wraps. A circuit
+//! that opens wakes the callers that wait for that service, and rejects them.
 //!
 //! # Balancers
 //!
@@ -230,20 +231,20 @@
 //!
 //! # Streams
 //!
-//! A bad head counts at once. After a good one the call ends with its body: one that breaks off is a
-//! failure, and so is a gRPC stream whose trailers say so. A good plain answer that nobody reads is a
-//! success; a gRPC stream dropped before its status is cancelled, unless its HTTP status is an error. How long
-//! a call took is the time to its head.
+//! A bad response head counts at once. After a good head the call ends with its body. A body that breaks off is a
+//! failure, and so is a gRPC stream whose trailers state one. A response with a good head whose body is dropped unread
+//! is a success. A gRPC stream that is dropped before its status is cancelled, unless its HTTP status is an error. The
+//! duration of a call ends at the response head.
 //!
 //! # Cancellation
 //!
-//! A call that is dropped before its response head is not counted, and a probe releases its slot. This holds for
-//! a caller that hangs up and for a [`Deadline`](crate::Deadline) of the caller. There is one exception, so that a
-//! hung upstream opens the circuit although every caller ends its call early: the call is a failure if the upstream
-//! had the complete request for [`count_cancelled_after`](CircuitBreakerLayer::count_cancelled_after). A timeout of a
-//! layer of this crate and a deadline that the application sets are failures in any case.
+//! A call that is dropped before its response head is not counted, and a probe releases its slot. This holds for a
+//! caller that hangs up and for a [`Deadline`](crate::Deadline) of the caller. There is one exception, so that a hung
+//! upstream opens the circuit although every caller ends its call early: the call is a failure if the upstream had the
+//! complete request for [`count_cancelled_after`](CircuitBreakerLayer::count_cancelled_after). A timeout of a layer of
+//! this crate and a deadline that the application sets are failures in any case.
 //!
-//! A call that panics is a failure. A caller that waits for a verdict leaves the queue.
+//! A call that panics is a failure. A caller that waits for a verdict leaves the queue when its future is dropped.
 //!
 //! # Defaults
 //!
@@ -255,12 +256,12 @@
 //! | [`half_open`](CircuitBreakerLayer::half_open) | 1 probe |
 //! | [`probe_lease`](CircuitBreakerLayer::probe_lease) | 30 s |
 //! | [`count_cancelled_after`](CircuitBreakerLayer::count_cancelled_after) | 1 s; 10 s with the preset `slow`, 60 s with `llm` |
-//! | [`wait_for_verdict`](CircuitBreakerLayer::wait_for_verdict) | nobody waits |
+//! | [`wait_for_verdict`](CircuitBreakerLayer::wait_for_verdict) | off: callers are rejected |
 //! | [`ramp`](CircuitBreakerLayer::ramp) | none |
 //! | a ratio's window | 10 s, at least 20 calls |
 //! | [`max_keys`](KeyedCircuitBreakerLayer::max_keys) | 1024 |
 //! | [`max_key_bytes`](KeyedCircuitBreakerLayer::max_key_bytes) | 1024 |
-//! | refused calls | an error ([`Rejected`](crate::Rejected), boxed) |
+//! | rejected calls | an error ([`Rejected`](crate::Rejected), boxed) |
 
 mod cell;
 mod core;
