@@ -1,4 +1,4 @@
-//! How a circuit admits calls, and how callers wait for the verdict of its probes.
+//! The admission policy of a circuit, and the wait of callers for the verdict of its probes.
 
 use std::{
     fmt,
@@ -28,18 +28,18 @@ use crate::{
     },
 };
 
-/// What a call's permit ends at.
+/// The state that records the end of a call: the circuit, or its front.
 pub(super) type Giver = Anchor<Circuit, Front>;
 
-/// A circuit, as those have it who make calls.
+/// A reference to a circuit from which permits are made.
 pub trait Calls: Deref<Target = Circuit> + Clone + Send + Sync + 'static {
-    /// The right to make one call.
+    /// Returns the permit of a call that the circuit has admitted.
     fn permit(&self, token: Token) -> Permit<Giver>;
 }
 
 // ===== The circuit of a layer =====
 
-/// The one circuit of a layer, and what it shows.
+/// The circuit of a layer: its front, and references to it whose counts are sharded by thread.
 #[derive(Clone)]
 pub struct Breaker {
     front: &'static Front,
@@ -62,7 +62,8 @@ impl Breaker {
 impl Calls for Breaker {
     #[inline]
     fn permit(&self, token: Token) -> Permit<Giver> {
-        // To find the circuit from its front takes a lock: that is for the few that end as it stops being well.
+        // A call that ends in the front needs no counted reference. It would have to look up its circuit under a lock
+        // if it changed the machine, so this path is only for circuits in which a success changes nothing.
         let ends_in_front = self.front.is_well() && !is_probe(token);
         let anchor = if ends_in_front {
             Anchor::Lasting(self.front)
@@ -139,9 +140,10 @@ impl<Req> Policy<Req> for Breaker {
     }
 }
 
-// ===== Any circuit =====
+// ===== All circuits =====
 
-/// Also the end of a probe's lease: where no call comes, nobody else would notice.
+/// Returns the time of the next change without a call. This includes the ends of probes, which a circuit without
+/// traffic would not notice otherwise.
 fn changes_at(circuit: &Circuit) -> Option<Instant> {
     Instant::now().checked_add(circuit.lasts()?)
 }
@@ -163,7 +165,7 @@ pub(super) fn admit<C: Calls>(
     deadline: Option<Instant>,
     sent_mark: impl Fn() -> Option<SentMark>,
 ) -> Admit<Token, Verdict<C>> {
-    // Nobody waits for it any more: no call, and above all no probe.
+    // A call whose deadline has passed has no caller that waits for it, and must not use a probe slot.
     if Moment::is_past(deadline) && !circuit.is_shadow() {
         return Admit::No(circuit.refuse_late());
     }
@@ -199,10 +201,10 @@ fn probing<C: Calls>(
 }
 
 pin_project! {
-    /// A caller's wait for what the probes say. Dropped at any point, it gives its place back.
+    /// A caller's wait for the verdict of the half-open probes. Dropping it at any point frees its position.
     pub struct Verdict<C: Calls> {
         place: Place<C>,
-        // Boxed with the call that waits: it is never on the way of one that goes.
+        // Boxed, because only calls that wait pay for it.
         told: Pin<Box<OwnedNotified>>,
         longest: Instant,
         deadline: Option<Instant>,
@@ -221,7 +223,7 @@ impl<C: Calls> Drop for Place<C> {
 }
 
 impl<C: Calls> Verdict<C> {
-    /// A place among those who wait, if there is one.
+    /// Begins to wait. `None` if the maximum number of callers waits already.
     fn begin(circuit: &C, deadline: Option<Instant>, sent_mark: Option<SentMark>) -> Option<Self> {
         let longest = circuit.wait()?;
         let place = Place(circuit.clone());
@@ -247,7 +249,7 @@ impl<C: Calls> Future for Verdict<C> {
             if has_passed(*this.deadline) {
                 return Poll::Ready(Err(circuit.refuse_late()));
             }
-            // Looked at only after the waker is in place: a change in between is not missed.
+            // Checked after the waker is registered, so that no change in between is missed.
             match circuit.enter(|| this.sent_mark.clone()) {
                 Ok(token) => return Poll::Ready(Ok(circuit.permit(token))),
                 Err(Refusal::Probing) if told => continue,

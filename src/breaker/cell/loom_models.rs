@@ -1,4 +1,4 @@
-//! Every interleaving of calls, probes and hands.
+//! Models that try all interleavings of calls, probes and manual changes.
 
 use loom::{sync::Arc, thread};
 
@@ -31,7 +31,7 @@ fn finish(cell: &Cell, ticket: Ticket, outcome: Outcome, now: Nanos) -> Option<C
     cell.finish(ticket, ended(outcome), || now, || 0.0)
 }
 
-/// Two failures at once, at a threshold of one: one trip, and the other is late.
+/// Two calls fail at the same time, at a threshold of one. One of them trips the circuit, and the other is late.
 #[test]
 fn loom_trips_exactly_once() {
     loom::model(|| {
@@ -48,7 +48,7 @@ fn loom_trips_exactly_once() {
     });
 }
 
-/// Two ask for the one probe: one goes; it is cancelled, and its slot is there for the next.
+/// Two calls compete for one probe slot. Each probe is cancelled and releases the slot for the next call.
 #[test]
 fn loom_probe_permits_under_cancel() {
     loom::model(|| {
@@ -74,7 +74,7 @@ fn loom_probe_permits_under_cancel() {
     });
 }
 
-/// A straggler fails while the probe succeeds: only the probe counts, in whatever order they land.
+/// A call from before the trip fails while the probe succeeds. Only the probe counts, in any order.
 #[test]
 fn loom_late_results_change_nothing() {
     loom::model(|| {
@@ -94,7 +94,7 @@ fn loom_late_results_change_nothing() {
     });
 }
 
-/// A probe succeeds as its lease ends, while somebody looks: the lease has ended once, whoever is first.
+/// A probe succeeds at the end of its timeout, while another thread reads the state. The timeout ends once.
 #[test]
 fn loom_a_lease_ends_exactly_once() {
     loom::model(|| {
@@ -114,7 +114,7 @@ fn loom_a_lease_ends_exactly_once() {
     });
 }
 
-/// A probe succeeds while somebody holds the circuit open by hand: what was said by hand stays.
+/// A probe succeeds while another thread forces the circuit open. The forced state stays.
 #[test]
 fn loom_a_probe_does_not_undo_what_was_forced() {
     loom::model(|| {
@@ -136,7 +136,7 @@ fn loom_a_probe_does_not_undo_what_was_forced() {
     });
 }
 
-/// Two hold it open for a while, and a call comes: it goes only where nobody holds it, and counts at the end.
+/// Two isolations overlap, and a call arrives. It is admitted only without isolations, and counts at its end.
 #[test]
 fn loom_isolations_are_counted_and_leave_no_trace() {
     loom::model(|| {
@@ -164,7 +164,8 @@ fn loom_isolations_are_counted_and_leave_no_trace() {
     });
 }
 
-/// A good call at a new stretch, without the lock, while somebody rotates under it: none is lost.
+/// A success is recorded without the lock at the beginning of a new stretch, while another thread rotates the window.
+/// No call is lost.
 #[test]
 fn loom_window_rotation_loses_nothing() {
     loom::model(|| {

@@ -1,4 +1,4 @@
-//! What a hand does to the machine: a state, an isolation, a past, other thresholds.
+//! The operations of the handle on the machine: set a state, isolate, restore a snapshot, set thresholds.
 
 use std::{mem, time::Duration};
 
@@ -13,12 +13,12 @@ use super::{
 };
 use crate::call::{Nanos, nanos};
 
-/// All that another circuit takes up.
+/// The part of a snapshot that another circuit restores.
 #[derive(Clone, Debug, PartialEq)]
 pub(in crate::breaker) struct Past {
-    /// Where it is, isolations apart.
+    /// The state beneath all isolations.
     state: State,
-    /// What is left of an open circuit's wait.
+    /// The rest of the open time. Zero unless the circuit is open.
     left: Duration,
     restless: u32,
     run: u32,
@@ -27,7 +27,7 @@ pub(in crate::breaker) struct Past {
 }
 
 impl Machine {
-    /// Somebody says where it is.
+    /// Sets the state. Clears the counts, except for half-open.
     pub(in crate::breaker) fn force(
         &mut self,
         to: State,
@@ -50,7 +50,7 @@ impl Machine {
         turned.then(|| Change { from, to: self.state(), tripped: None, probes: None })
     }
 
-    /// What another is to take up.
+    /// Returns the part of a snapshot that another circuit restores.
     pub(in crate::breaker) fn past(&self, now: Nanos, times: &TimeWindows) -> Past {
         let left = match self.phase {
             Phase::Open { until } => Duration::from_nanos(until.saturating_sub(now)),
@@ -61,7 +61,7 @@ impl Machine {
         Past { state, left, restless: self.restless, run, has_responded, windows }
     }
 
-    /// Takes up where another left off.
+    /// Replaces the state and the counts by those of another circuit.
     pub(in crate::breaker) fn restore(
         &mut self,
         past: &Past,
@@ -90,7 +90,7 @@ impl Machine {
         fits
     }
 
-    /// What another circuit like this one is made of.
+    /// Returns the rules and settings, to make another circuit with them.
     pub(in crate::breaker) fn shape(&self) -> (Trip, Settings) {
         (self.shape.clone(), self.settings)
     }

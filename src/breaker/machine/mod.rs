@@ -1,6 +1,17 @@
-//! The state machine: pure, synchronous, told the time and the luck.
+//! The state machine of a circuit. It is synchronous, and time and random numbers are arguments.
 //!
-//! `rule` has what calls and time do to it, `by_hand` what a hand does, `view` what others see of it.
+//! `rule` contains the transitions by calls and by time, `by_hand` those by the handle, and `view` the queries.
+//!
+//! # Invariants
+//!
+//! - Each transition goes through [`Machine::enter`], which increments the generation. The admission of a probe
+//!   increments it, too. So an outcome with an older generation is late and changes nothing.
+//! - The operations for calls and probes first make the changes that are due by time ([`Machine::pass_time`]). Queries
+//!   require this, unless they state otherwise.
+//! - An isolation is not a phase. It overrides the reported state and rejects calls, while the phase beneath it changes
+//!   by time and by the outcomes of earlier calls.
+//! - The only user code that the machine runs is the closures of [`Trip::when`](super::trip::Trip::when). It does not
+//!   drop them under the lock: [`Machine::adjust`] swaps them with the new ones.
 
 mod by_hand;
 mod rule;
@@ -23,15 +34,15 @@ pub(super) struct Machine {
     shape: Trip,
     counts: Counts,
     phase: Phase,
-    /// One more with every change of phase and with every probe, so that a result can be told to be late.
+    /// Incremented by each transition and by each admission of a probe, so that late outcomes are detected.
     generation: u64,
-    /// How many hold it open.
+    /// The number of isolations that hold the circuit open.
     isolations: u32,
     opened: u64,
-    /// Trips since it was last calm.
+    /// The number of trips since the circuit was last calm.
     restless: u32,
     last: Option<Tripped>,
-    /// The place of the rule that was; none for probes.
+    /// The index of the rule that caused the last trip. `None` if half-open probes caused it.
     last_rule: Option<usize>,
     /// The probes of a phase that has ended, until the owner of the lock [takes](Self::take_ended) them.
     ended: Option<Probes>,
@@ -43,7 +54,7 @@ pub(super) struct Machine {
 
 #[derive(Debug)]
 enum Phase {
-    /// Since when it is closed; ramping up again, or not.
+    /// `since` is the time of closing. `ramps` states whether the ramp after it still runs.
     Closed {
         since: Nanos,
         ramps: bool,
@@ -78,7 +89,7 @@ impl Machine {
         (machine, times)
     }
 
-    /// Closed for so long that its trips are forgotten.
+    /// Returns whether the circuit has been closed for so long that its earlier trips no longer extend the open time.
     fn is_calm(&self, now: Nanos) -> bool {
         let Phase::Closed { since, .. } = self.phase else { return false };
         self.restless == 0 || now.saturating_sub(since) >= nanos(self.settings.open_for.calm())

@@ -1,4 +1,4 @@
-//! What calls and time do to the machine.
+//! The transitions of the machine by calls and by time.
 
 use std::time::Duration;
 
@@ -14,10 +14,10 @@ use super::{
 use crate::call::{Nanos, Outcome, OutcomeKind, Reason, nanos};
 
 impl Machine {
-    // ===== Time passes =====
+    // ===== Changes by time =====
 
-    /// Makes the changes that are due by time alone: the end of a wait, of a probe timeout, of a ramp. Each change
-    /// has the time at which it was due, even if no call arrived then.
+    /// Makes the changes that are due by time alone: the end of an open time, of a probe timeout, of a ramp. Each
+    /// change has the time at which it was due, even if no call arrived then.
     pub(in crate::breaker) fn pass_time(&mut self, at: At<'_>) -> Option<Change> {
         self.pass_time_within(at, usize::MAX)
     }
@@ -27,7 +27,7 @@ impl Machine {
         matches!(&self.phase, Phase::HalfOpen(probes) if probes.has_many_due(now))
     }
 
-    /// [`pass_time`](Self::pass_time), up to as many changes as one lock hold may make.
+    /// Makes the changes that are due by time, up to as many as one lock hold may make.
     pub(in crate::breaker) fn pass_some_time(&mut self, at: At<'_>) -> Option<Change> {
         self.pass_time_within(at, MAX_CHANGES)
     }
@@ -40,7 +40,7 @@ impl Machine {
             }
             changes += 1;
             let next = match &mut self.phase {
-                // The end of the wait is part of what comes after it.
+                // `until` is inclusive: at that time the circuit is half-open.
                 Phase::Open { until } if at.now >= *until => {
                     self.last_event = self.last_event.max(*until);
                     Some(self.enter(Phase::HalfOpen(Probes::default()), None))
@@ -63,7 +63,7 @@ impl Machine {
         }
     }
 
-    // ===== A call comes =====
+    // ===== The admission of a call =====
 
     /// Admits or rejects a call. A half-open circuit admits a call only with a free probe slot.
     ///
@@ -116,9 +116,9 @@ impl Machine {
         (slot_changed, self.pass_time(at))
     }
 
-    // ===== A call ends =====
+    // ===== The end of a call =====
 
-    /// A probe has seen its response head.
+    /// Records the response head of a probe.
     pub(in crate::breaker) fn head(
         &mut self,
         probe: Ticket,
@@ -134,7 +134,7 @@ impl Machine {
         change
     }
 
-    /// A call has ended. One of an older generation changes nothing.
+    /// Records the outcome of a call. The outcome of a call of an older generation changes nothing.
     pub(in crate::breaker) fn finish(
         &mut self,
         ticket: Ticket,
@@ -148,7 +148,7 @@ impl Machine {
                 None
             };
         }
-        // Its lease may be over: then it has been decided by its head.
+        // The timeout of the probe may have passed. Then it has been decided by its response head.
         let by_time = self.pass_time(at);
         if let Phase::HalfOpen(probes) = &mut self.phase {
             self.last_event = at.now;
@@ -159,7 +159,8 @@ impl Machine {
         by_time
     }
 
-    /// An outcome from outside of the stack: counted like a call, or like a probe.
+    /// Records an outcome that does not come from a call of this layer. It counts like the outcome of a call or of a
+    /// probe.
     pub(in crate::breaker) fn told(&mut self, outcome: Outcome, at: At<'_>) -> Option<Change> {
         let by_time = self.pass_time(at);
         self.last_event = at.now;
@@ -187,7 +188,7 @@ impl Machine {
         let Phase::HalfOpen(probes) = &mut self.phase else { return None };
         match outcome.kind() {
             OutcomeKind::Success if !slow => probes.pass(),
-            // It gives its slot back; unless it was given up for being slow.
+            // The slot is already free. A probe that was cancelled after it was slow for a rule has failed.
             OutcomeKind::Cancelled if !slow => return None,
             OutcomeKind::Success | OutcomeKind::Cancelled => probes.fail(Tripped::SlowProbe, None),
             // The caller ended the call after it was slow for a rule.
@@ -201,9 +202,9 @@ impl Machine {
         self.decide(at)
     }
 
-    // ===== It changes =====
+    // ===== Transitions =====
 
-    /// As early as it is certain, both ways.
+    /// Closes or opens a half-open circuit as soon as the verdict of its probes is certain.
     fn decide(&mut self, at: At<'_>) -> Option<Change> {
         let Phase::HalfOpen(probes) = &self.phase else { return None };
         Some(match probes.verdict(&self.settings)? {

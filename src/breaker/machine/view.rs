@@ -1,5 +1,5 @@
-//! What others see of the machine: the path without the lock, snapshots, who waits. Right once time has
-//! [passed](Machine::pass_time).
+//! The queries of the machine: for the lock-free paths, for snapshots and for waiting callers. They require that time
+//! has [passed](Machine::pass_time), unless they state otherwise.
 
 use super::{
     super::{
@@ -16,7 +16,7 @@ impl Machine {
         if self.isolations > 0 { State::ForcedOpen } else { self.beneath() }
     }
 
-    /// Where it is, isolations apart.
+    /// Returns the state beneath all isolations.
     pub(super) fn beneath(&self) -> State {
         match self.phase {
             Phase::Closed { .. } => State::Closed,
@@ -27,7 +27,7 @@ impl Machine {
         }
     }
 
-    /// When time alone changes something that callers wait for.
+    /// Returns the time of the next change that needs no call and that callers wait for.
     pub(in crate::breaker) fn next_by_time(&self, now: Nanos) -> Option<Nanos> {
         match &self.phase {
             _ if self.isolations > 0 => None,
@@ -40,7 +40,8 @@ impl Machine {
         }
     }
 
-    /// Whether a call would go; the luck of a ramp that gives no turns apart.
+    /// Returns whether a call would be admitted. During a ramp without backpressure the result is `true`, although a
+    /// random share of the calls is rejected.
     pub(in crate::breaker) fn has_room(&self, now: Nanos) -> bool {
         match &self.phase {
             _ if self.isolations > 0 => false,
@@ -53,7 +54,7 @@ impl Machine {
         }
     }
 
-    /// Whether this probe still has its slot, and may go.
+    /// Returns whether this probe is still in flight and its inner call may still begin.
     pub(in crate::breaker) fn still_probes(&self, generation: u64) -> bool {
         match &self.phase {
             Phase::HalfOpen(probes) if self.isolations == 0 => probes.has(generation),
@@ -61,13 +62,13 @@ impl Machine {
         }
     }
 
-    // ===== For the path without the lock =====
+    // ===== For the lock-free paths =====
 
     pub(in crate::breaker) fn generation(&self) -> u64 {
         self.generation
     }
 
-    /// When an open circuit's wait is over.
+    /// Returns the time at which an open circuit becomes half-open. 0 in all other states.
     pub(in crate::breaker) fn until(&self) -> Nanos {
         match self.phase {
             Phase::Open { until } => until,
@@ -75,12 +76,12 @@ impl Machine {
         }
     }
 
-    /// Whether luck decides.
+    /// Returns whether the circuit is closed and ramps up.
     pub(in crate::breaker) fn ramps(&self) -> bool {
         matches!(self.phase, Phase::Closed { ramps: true, .. })
     }
 
-    /// Whether a good call would change nothing but the time windows.
+    /// Returns whether a success that is not slow would change nothing but the time windows.
     pub(in crate::breaker) fn is_clean(&self) -> bool {
         self.counts.is_clean()
     }
@@ -141,7 +142,7 @@ impl Machine {
                     && self.is_calm(now)
                     && (!has_counts || idle_for >= self.counts.quiet_period())
             }
-            // The circuit is half-open since `until`, and no call has come.
+            // The circuit is half-open since `until`, and no call has arrived.
             Phase::Open { until } => now >= until.saturating_add(self.open_time),
             Phase::HalfOpen(probes) => probes.under_way() == 0 && idle_for >= self.open_time,
             Phase::ForcedOpen | Phase::ForcedClosed => false,
