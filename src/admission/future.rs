@@ -21,21 +21,21 @@ use crate::call::{
 pin_project! {
     /// The future of an admission layer's call.
     ///
-    /// Dropping it at any point gives back what it holds: the permit, or the place in the queue.
+    /// Dropping it at any point releases the permit, or leaves the queue.
     pub struct ResponseFuture<S, Req, F, C, P, M, R>
     where
         P: Policy<Req>,
     {
         #[pin]
         state: State<S, Req, F, C, P, M>,
-        // How it is refused, once it is.
+        // The form of the response to a rejected call.
         form: Option<Form>,
         reject: Option<R>,
     }
 
     impl<S, Req, F, C, P: Policy<Req>, M, R> PinnedDrop for ResponseFuture<S, Req, F, C, P, M, R> {
         fn drop(this: Pin<&mut Self>) {
-            // Before the inner future drops the request body, because that drop changes the mark.
+            // Before the inner future is dropped, because the drop of the request body changes the mark.
             if let StateProj::Called { permit, mark, .. } = this.project().state.project() {
                 if permit.giver().is_some() {
                     set_clock(permit, mark);
@@ -54,13 +54,13 @@ pin_project! {
     where
         P: Policy<Req>,
     {
-        // The inner future is dropped before the permit is given back.
+        // Before the permit, so that the inner future is dropped before the permit is released.
         Called {
             #[pin]
             future: F,
             permit: Permit<P::Giver>,
             call: Option<C>,
-            // Sets the permit's clock.
+            // Sets the permit's clock at the end of the call.
             mark: Option<SentMark>,
         },
         Parked { parked: Pin<Box<Parked<S, Req, P, M>>> },
@@ -136,7 +136,7 @@ where
                             return Poll::Pending;
                         }
                     };
-                    // Where it lies, in the form it is given out in: it is large to move.
+                    // Classified in place: moving the response once more would copy it.
                     if let Poll::Ready(Ok(response)) = &mut answer {
                         set_clock(permit, mark);
                         M::judge(taken(call), Ok(response), permit);
@@ -252,7 +252,7 @@ impl<Req, M: Judge<Req, Res, E>, Res, E> Terms for RequestTerms<'_, Req, M, Res,
     }
 }
 
-// ===== A call that has to wait: for its turn, or for the inner service =====
+// ===== A call that waits for its permit or for the inner service =====
 
 /// Marks the call of a permit as waiting inside the client: the upstream does not have the request yet.
 fn parked<G: Giver>(mut permit: Permit<G>) -> Permit<G> {
@@ -261,7 +261,10 @@ fn parked<G: Giver>(mut permit: Permit<G>) -> Permit<G> {
 }
 
 pin_project! {
-    /// Boxed, because only a call that waits pays for it.
+    /// A call that waits. It polls its own clone of the service. Boxed, because only calls that wait pay for it.
+    ///
+    /// It first waits for its permit, then for the inner service. If the policy starts to reject calls during the
+    /// second wait, the permit is released and the policy decides again.
     pub(super) struct Parked<S, Req, P, M>
     where
         P: Policy<Req>,
@@ -273,7 +276,8 @@ pin_project! {
         policy: P,
         protocol: M,
         shut: ShutWatch,
-        // Once it waits for the inner service: when its caller needs the answer, if that matters.
+        // The timer of the deadline, while the call waits for the inner service. Outer `None`: not set yet. Inner
+        // `None`: no deadline, or it has passed and the policy does not reject the call.
         late: Option<Option<Pin<Box<Sleep>>>>,
     }
 }
@@ -283,7 +287,7 @@ pub(super) enum Stop<E> {
     Inner(E),
 }
 
-/// The inner call that was made at last, with what goes along; or why it was not.
+/// The inner call with its permit, or the reason for which it is not made.
 type Turn<S, Req, P, M> = Result<Called<S, Req, P, M>, Stop<<S as Service<Req>>::Error>>;
 
 type Called<S, Req, P, M> = (
@@ -349,11 +353,12 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
                     return Poll::Ready(Err(Stop::Rejected(rejected)));
                 }
             }
-            // Not `peek`: to a probe that waits here, its own slot looks taken.
+            // `is_stale`, not `peek`: a probe that waits here occupies a slot itself, so `peek` could be false because
+            // of it.
             let stale = || this.permit.as_ref().is_none_or(|permit| this.policy.is_stale(permit));
             let shut = || this.policy.shut(this.permit.as_ref());
             ready!(this.shut.poll(cx, shut, stale));
-            // Shut while waiting for the inner service: what was given is worth nothing any more.
+            // The permit is no longer valid. The policy decides again.
             *this.permit = None;
             match this.policy.admit(
                 request,

@@ -1,7 +1,7 @@
 use super::Admission;
 use crate::{ConfigError, error::Fault};
 
-/// What every admission layer is made of: its policy, and how calls are judged and refused.
+/// The parts of an admission layer: its policy, the classification of calls, and the form of rejections.
 #[derive(Clone)]
 pub(crate) struct Plan<P, M, R> {
     pub(crate) policy: P,
@@ -11,7 +11,7 @@ pub(crate) struct Plan<P, M, R> {
 }
 
 impl<P, M, R> Plan<P, M, R> {
-    /// Remembers the first setting that cannot work.
+    /// Returns the value of a valid setting. Stores the error of the first setting that cannot work.
     pub(crate) fn accept<T>(&mut self, setting: Result<T, ConfigError>) -> Option<T> {
         match setting {
             Ok(value) => Some(value),
@@ -46,8 +46,8 @@ impl<P, M, R> Plan<P, M, R> {
     }
 }
 
-/// Makes an admission layer's two public types out of a policy: the layer with the setters that all of
-/// them share, and its service.
+/// Defines the two public types of an admission layer: the layer, with the setters that all of them share, and its
+/// service.
 macro_rules! admission_layer {
     (
         $(#[$layer_doc:meta])* layer $Layer:ident { $($field:ident: $G:ident),* }
@@ -63,10 +63,11 @@ macro_rules! admission_layer {
         }
 
         impl<$($K,)* $($G,)* M, R> $Layer<$($K,)* $($G,)* M, R> {
-            /// Judges calls by a closure: for services of any request and response types.
+            /// Sets a closure that classifies calls. It makes the layer work with any request and response types.
             ///
-            /// It gets exactly what the wrapped service gives, as `Result<&Response, &Error>`. A call is
-            /// then over with its response.
+            /// The argument is the result of the wrapped service, as `Result<&Response, &Error>`. The types must be
+            /// exactly those of the wrapped service. The call ends with its response; the body of an HTTP response is
+            /// not observed.
             ///
             /// ```
             /// use buttress::{CircuitBreakerLayer, Outcome};
@@ -89,7 +90,7 @@ macro_rules! admission_layer {
                 $Layer { plan: self.plan.with_protocol($crate::call::Classify(classify)), $($field: self.$field,)* }
             }
 
-            /// Judges HTTP response heads by a closure; bodies are followed to their end all the same.
+            /// Sets a closure that classifies HTTP response heads. Bodies are still observed to their end.
             ///
             /// ```
             /// use buttress::{CircuitBreakerLayer, Outcome, call::Reason};
@@ -113,7 +114,7 @@ macro_rules! admission_layer {
                 $Layer { plan: self.plan.with_protocol($crate::call::ClassifyHead(classify)), $($field: self.$field,)* }
             }
 
-            /// Judges calls by a classifier of `tower_http::classify`, at the head or in the trailers.
+            /// Sets a classifier of `tower_http::classify`. It classifies calls at the head or in the trailers.
             #[cfg(feature = "tower-http")]
             #[cfg_attr(docsrs, doc(cfg(feature = "tower-http")))]
             pub fn classifier<C>(self, classifier: C) -> $Layer<$($K,)* $($G,)* $crate::call::TowerHttp<C>, R>
@@ -123,18 +124,20 @@ macro_rules! admission_layer {
                 $Layer { plan: self.plan.with_protocol($crate::call::TowerHttp(classifier)), $($field: self.$field,)* }
             }
 
-            /// Judges nothing: a call is over with its response, whatever types the service has.
+            /// Counts each response as a success, for services of any types. The call ends with its response. Errors
+            /// are classified by their type, and errors of unknown types are failures.
             pub fn per_response(self) -> $Layer<$($K,)* $($G,)* $crate::call::PerResponse, R> {
                 $Layer { plan: self.plan.with_protocol($crate::call::PerResponse), $($field: self.$field,)* }
             }
 
-            /// Answers refused calls with a response, and leaves the service's error type alone: what a
-            /// server wants, and a tonic client. See [`Respond`]($crate::call::Respond).
+            /// Responds to rejected calls with an HTTP or gRPC response, and keeps the error type of the service.
+            /// Servers and tonic clients need this. See [`Respond`]($crate::call::Respond).
             pub fn respond(self) -> $Layer<$($K,)* $($G,)* M, $crate::call::Respond> {
                 $Layer { plan: self.plan.with_reject($crate::call::Respond), $($field: self.$field,)* }
             }
 
-            /// Answers refused calls with what a closure makes: a response, or an error of the service's own type.
+            /// Responds to rejected calls with the result of a closure: a response, or an error of the service's own
+            /// type.
             ///
             /// ```
             /// use buttress::{ConcurrencyLimitLayer, Rejected};
@@ -152,7 +155,7 @@ macro_rules! admission_layer {
                 $Layer { plan: self.plan.with_reject($crate::call::RespondWith(answer)), $($field: self.$field,)* }
             }
 
-            /// The layer, or the first of its settings that cannot work.
+            /// Returns the layer, or the error of the first setting that cannot work.
             ///
             /// # Errors
             ///
@@ -180,7 +183,7 @@ macro_rules! admission_layer {
         }
 
         impl<S, $($K,)* M, R> $Service<S, $($K,)* M, R> {
-            /// The wrapped service.
+            /// Returns the wrapped service.
             pub fn get_ref(&self) -> &S {
                 self.admission.inner()
             }

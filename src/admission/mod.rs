@@ -1,5 +1,16 @@
-//! The one admission service: where the Tower contract is kept for every layer that decides *whether*
-//! a call goes. A layer contributes a [`Policy`]: synchronous, told what it needs, with no `poll` in it.
+//! The service behind all layers that decide *whether* a call is made. It implements the contract of Tower once.
+//!
+//! A layer provides a [`Policy`]: synchronous decisions, without a `poll` function. [`Admission`] keeps the following
+//! rules for all of them:
+//!
+//! - A call is made on the instance of the inner service that was polled ready. A call that has to wait gets a clone of
+//!   the service and polls it itself ([`future`]).
+//! - While a call would be rejected, the inner service is not polled. An instance that was polled but is not called is
+//!   replaced by a clone, so that it holds no reservation and no queue entry.
+//! - Once ready, the service stays ready until `call`, except with backpressure.
+//! - A caller that waits for the inner service is woken when the policy starts to reject calls ([`shut`]).
+//! - An idle service holds no permit: a policy admits in `call`, and queues in the returned future.
+//! - The inner future is dropped before its permit.
 
 mod future;
 mod layer;
@@ -16,14 +27,15 @@ pub(crate) use self::{layer::Plan, layer::admission_layer, service::Admission};
 use crate::call::grpc::HealthCall;
 use crate::call::{Deadline, Giver, LayerKind, Permit, Rejected, RejectedKind, SentMark};
 
-/// What a policy says to a call.
+/// The decision of a policy on a call.
 #[derive(Debug)]
 pub enum Admit<T, W> {
-    /// Now.
+    /// The call is made now.
     Go(T),
-    /// When this future says so. Dropping it gives the place back. Boxed: only who waits pays for it.
+    /// The call waits for a permit. Dropping the future leaves the queue. Boxed, because only calls that wait pay for
+    /// it.
     Wait(Pin<Box<W>>),
-    /// No.
+    /// The call is rejected.
     No(Rejected),
 }
 
@@ -40,20 +52,22 @@ pub trait Terms {
     fn health_call(&self) -> Option<HealthCall>;
 }
 
-/// Whether a call goes.
+/// Decides whether calls are made.
 pub trait Policy<Req>: Clone + Send + Sync + 'static {
-    /// What its permits end at.
+    /// The state that records the end of a call.
     type Giver: Giver;
-    /// What a call that goes has its permit for. Small: it stays in registers until the inner service has been
-    /// called, where a permit would be written and read again at once, which takes as long as all the rest.
+    /// The record of an admission, from which [`permit`](Self::permit) makes the permit. It must be small, because it
+    /// stays in registers until the inner service has been called. A permit would be written to memory and read again
+    /// at once, which takes as long as the rest of the admission.
     type Pass;
-    /// A place in its queue; [`std::future::Ready`] where nobody waits.
+    /// The wait for a permit. [`std::future::Ready`] for policies without a queue.
     type Wait: Future<Output = Result<Permit<Self::Giver>, Rejected>> + Send;
 
-    /// The layer, as refusals name it.
+    /// The layer that rejections name.
     const LAYER: LayerKind;
 
-    /// Would a call go now? Reserves nothing; a wrong answer costs time, never correctness.
+    /// Returns whether a call would be admitted now. Reserves nothing. A wrong result costs time, but
+    /// [`admit`](Self::admit) decides.
     fn peek(&self) -> bool;
 
     /// Decides whether this call is admitted under the terms of its request.
@@ -64,42 +78,42 @@ pub trait Policy<Req>: Clone + Send + Sync + 'static {
         false
     }
 
-    /// The permit of a call that goes.
+    /// Returns the permit of an admitted call.
     fn permit(&self, pass: Self::Pass) -> Permit<Self::Giver>;
 
-    /// Is this permit, given but not used yet, worth nothing any more?
+    /// Returns whether a permit, whose inner call has not begun, is no longer valid.
     fn is_stale(&self, permit: &Permit<Self::Giver>) -> bool {
         let _ = permit;
         false
     }
 
-    /// The refusal of a call that may go, and waits for the inner service longer than its caller waits for it. None:
-    /// it is not to be refused.
+    /// Returns the rejection of an admitted call that still waits for the inner service at its deadline. `None`: the
+    /// call is not rejected.
     fn too_late(&self, request: &Req) -> Option<Rejected> {
         let _ = request;
         Some(Rejected::by(Self::LAYER, RejectedKind::DeadlinePassed))
     }
 
-    /// What wakes those who wait for the inner service when [`peek`](Self::peek) turns false, or the permit
-    /// that they have already [stale](Self::is_stale).
+    /// Returns the notification for callers that wait for the inner service. It wakes them when [`peek`](Self::peek)
+    /// becomes false, or when their permit becomes [stale](Self::is_stale). `None`: neither happens.
     fn shut(&self, permit: Option<&Permit<Self::Giver>>) -> Option<Arc<Notify>> {
         let _ = permit;
         None
     }
 
-    /// Whether the service is not ready, instead of refusing, while [`peek`](Self::peek) is false: for
-    /// balancers. What [`shut`](Self::shut) gives wakes it.
+    /// Returns whether the policy uses backpressure, for balancers: while [`peek`](Self::peek) is false, the service is
+    /// not ready, instead of rejecting calls. The notification of [`shut`](Self::shut) wakes it.
     fn holds_back(&self) -> bool {
         false
     }
 
-    /// When [`peek`](Self::peek) may change by time alone.
+    /// Returns the next time at which [`peek`](Self::peek) may change by time alone.
     fn changes_at(&self) -> Option<Instant> {
         None
     }
 }
 
-/// A service that can be cloned: an admission layer needs a fresh instance for every call that waits.
+/// A service that can be cloned. An admission layer needs a new instance for each call that waits.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot be cloned, and this layer needs a clone of what it wraps",
     label = "not `Clone`",

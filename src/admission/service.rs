@@ -14,7 +14,7 @@ use crate::call::{
     CallerDeadline, Label, Outcome, Permit, Protocol, Reason, Reject, Rejected, request_mark,
 };
 
-/// The service behind every admission layer.
+/// The service behind all admission layers.
 pub(crate) struct Admission<S, P, M, R> {
     inner: S,
     policy: P,
@@ -22,19 +22,19 @@ pub(crate) struct Admission<S, P, M, R> {
     reject: R,
     fault: Option<Arc<Label>>,
     readiness: Readiness,
-    /// `poll_ready` has said yes, and stays with it until the call, whatever changes in between.
+    /// `poll_ready` has returned ready, and the service stays ready until the call.
     promised: bool,
     shut: ShutWatch,
     hold: HoldBack,
 }
 
-/// What was done to the inner service since the last call.
+/// The use of the inner service since the last call.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Readiness {
     Untouched,
-    /// It may have queued itself somewhere.
+    /// `poll_ready` returned `Pending`. The inner service may have registered a waiter.
     Polled,
-    /// It may hold a reservation.
+    /// `poll_ready` returned ready. The inner service may hold a reservation.
     Ready,
 }
 
@@ -69,7 +69,7 @@ impl<S, P, M, R> Admission<S, P, M, R> {
 }
 
 impl<S: Clone, P, M, R> Admission<S, P, M, R> {
-    /// What this instance reserved, or queued for, must not stay parked in it.
+    /// Replaces an inner service that was polled, so that its reservation or its waiter is released.
     fn let_go(&mut self) {
         if self.readiness != Readiness::Untouched {
             self.inner = self.inner.clone();
@@ -79,7 +79,7 @@ impl<S: Clone, P, M, R> Admission<S, P, M, R> {
 }
 
 impl<S: Clone, P: Clone, M: Clone, R: Clone> Clone for Admission<S, P, M, R> {
-    /// Readiness does not go along: what was reserved belongs to the instance that reserved it.
+    /// Resets the readiness: a reservation belongs to the instance that made it.
     fn clone(&self) -> Self {
         Self::new(
             self.inner.clone(),
@@ -107,7 +107,8 @@ where
         if self.policy.attributes() {
             request_mark();
         }
-        // Only a balancer asks twice, to be told where it must not call any more.
+        // A ready service stays ready until `call`, except with backpressure: a balancer polls again and must observe
+        // the change.
         if self.promised && (!self.policy.holds_back() || self.policy.peek()) {
             return Poll::Ready(Ok(()));
         }
@@ -143,22 +144,22 @@ where
             ),
             Some(fault) => Admit::No(Rejected::misconfigured(P::LAYER, fault.clone())),
         };
-        // Told only of what is refused: to know it takes a look at the headers.
+        // Computed only for rejected calls, because it reads the headers.
         let mut form = None;
         let state = match admit {
             Admit::Go(pass) if self.readiness == Readiness::Ready => {
                 let mut leaving = Leaving::<Req, P>::new(&self.policy, pass);
                 let (mut deadline, mut mark) = (None, None);
                 if self.policy.attributes() {
-                    // Read before the call, because code that may panic after it makes the compiler copy the
-                    // inner future.
+                    // Read before the call, because code that may panic after it makes the compiler copy the inner
+                    // future.
                     deadline = CallerDeadline::of(self.protocol.deadline(&request));
                     mark = measured(self.protocol.sent_mark(&request));
                 }
                 let call = self.protocol.begin(&mut request, || leaving.permit());
                 self.readiness = Readiness::Untouched;
                 leaving.drop_as = Outcome::failure().because(Reason::Panicked);
-                // At once, and not by way of variables: a future is large to move.
+                // Built in place without intermediate variables, because a future is large to move.
                 return ResponseFuture::new(
                     State::called(
                         self.inner.call(request),
@@ -185,8 +186,8 @@ where
     }
 }
 
-/// A call on its way to the inner service: if that panics, the call has failed. What is to judge it may panic
-/// before: then it was never made.
+/// A call between its admission and the return of the inner `call`. Dropping it ends the call, so that a panic releases
+/// the permit: as cancelled if the classifier panics before the inner call, and as failed if the inner call panics.
 struct Leaving<'a, Req, P: Policy<Req>> {
     policy: &'a P,
     pass: Option<P::Pass>,
@@ -199,7 +200,7 @@ impl<'a, Req, P: Policy<Req>> Leaving<'a, Req, P> {
         Self { policy, pass: Some(pass), drop_as: Outcome::cancelled() }
     }
 
-    /// Its permit; a spent one if it was given out already.
+    /// Returns the permit, or a spent one if it has been returned already.
     #[inline]
     fn permit(&mut self) -> Permit<P::Giver> {
         match self.pass.take() {

@@ -12,14 +12,14 @@ use tokio::{
 
 use super::Policy;
 
-/// Wakes who waits for an inner service when its layer will not let the call through any more.
+/// Wakes a caller that waits for an inner service when its layer starts to reject calls.
 ///
-/// Costs nothing until the inner service is pending.
+/// Registers no waiter until the inner service is pending.
 #[derive(Default)]
 pub(super) struct ShutWatch(Option<Pin<Box<OwnedNotified>>>);
 
 impl ShutWatch {
-    /// Ready once `is_shut`; always pending for a policy that never shuts.
+    /// Returns ready when `is_shut` is true. Stays pending for a policy without a notification.
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,
@@ -35,7 +35,7 @@ impl ShutWatch {
             if woken {
                 self.forget();
             }
-            // Looked at only after the waker is in place: a change in between is not missed.
+            // Checked after the waker is registered, so that no change in between is missed.
             if is_shut() {
                 self.forget();
                 return Poll::Ready(());
@@ -52,7 +52,7 @@ impl ShutWatch {
     }
 }
 
-/// Keeps a service from being ready while its layer would refuse: for balancers.
+/// Keeps a service with backpressure from being ready while its layer would reject a call.
 #[derive(Default)]
 pub(super) struct HoldBack {
     reopened: ShutWatch,
@@ -60,7 +60,7 @@ pub(super) struct HoldBack {
 }
 
 impl HoldBack {
-    /// Ready once a call would go.
+    /// Returns ready when a call would be admitted.
     pub(super) fn poll<Req, P: Policy<Req>>(
         &mut self,
         cx: &mut Context<'_>,
@@ -73,7 +73,7 @@ impl HoldBack {
             }
             let Some(at) = policy.changes_at() else { return Poll::Pending };
             let by_time = self.by_time.get_or_insert_with(|| Box::pin(sleep_until(at)));
-            // What it slept for may have given way to something sooner.
+            // The next change may now be earlier than when the timer was set.
             if by_time.deadline() > at {
                 by_time.as_mut().reset(at);
             }
