@@ -2,9 +2,9 @@
 //!
 //! # Mechanism
 //!
-//! [`Cell`] decides, without user code and with the time as an argument. [`Circuit`] reads the clock, calls the cell,
-//! and publishes the [`Change`] that the cell returns: it wakes the waiters of `changed` and emits events. Both run
-//! user code (wakers and subscribers), so they run after all locks are released.
+//! [`Cell`] decides, with the time as an argument. [`Circuit`] reads the clock, calls the cell, and publishes the
+//! [`Change`] that the cell returns: it wakes the waiters of `changed` and emits events. Both run user code (wakers and
+//! subscribers), so they run after all locks are released.
 //!
 //! A call follows one of these paths:
 //!

@@ -322,10 +322,10 @@ mod tests {
             let seen = second.look(|machine, times, now| machine.seen(now, times));
             assert_eq!(seen, Seen::default());
             front.finish(own, Outcome::failure());
-            assert_eq!(second.state().0, State::Open, "its own calls it hears");
+            assert_eq!(second.state().0, State::Open, "its own calls count");
             return;
         }
-        panic!("always somebody else was faster");
+        panic!("another test took the front each time");
     }
 
     /// A call that changes the machine must not end in the front, because the front finds its circuit by a lock.

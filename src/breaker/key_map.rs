@@ -46,8 +46,8 @@
 //!   exceeds the maximum at the time of the reservation.
 //! - An entry is removed only under the write lock of its shard, after `Arc::get_mut` and [`Evict::is_unused`] have
 //!   proved that no other thread uses it. Another thread can get a reference only under that lock.
-//! - A search identifies the entry that it has found by its address. An address can be reused, so the removal checks the
-//!   age and the idle state of the entry again.
+//! - A search identifies the entry that it has found by its address. An address can be reused, so the removal checks
+//!   the age and the idle state of the entry again.
 
 use std::{
     collections::hash_map::{DefaultHasher, RandomState},

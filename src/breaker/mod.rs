@@ -122,10 +122,11 @@
 //! - Housekeeping has outnumbered responses by more than 100, for at least 1 s. Each reused connection has delivered a
 //!   response, so this does not happen as long as the upstream works. The count rises by 1 with each housekeeping
 //!   outcome and falls by 1 with each response. It restarts at 0 after 10 s without housekeeping.
+//!
 //! # Open time
-//! # Waits
+//!
 //! | [`OpenFor`] | rejects calls for |
-//! | [`OpenFor`] | refuses for |
+//! |---|---|
 //! | a `Duration`, or [`fixed`](OpenFor::fixed) | the same time at each trip |
 //! | [`backoff`](OpenFor::backoff) | twice as long with each trip, with jitter, up to a maximum; the base again after a [calm](OpenFor::calm_after) |
 //! | [`follow_retry_after`](OpenFor::follow_retry_after) | at least the `Retry-After` or gRPC pushback of the upstream, up to a bound |
@@ -135,8 +136,8 @@
 //! [`half_open_of(m, n)`](CircuitBreakerLayer::half_open_of) admits `n` probes in total. The circuit closes at the m-th
 //! success, and opens as soon as m successes are impossible. A probe has a [timeout](CircuitBreakerLayer::probe_lease).
 //! When it expires, the probe has passed if its response head was a success and not slow. It has failed if the head was
-//! bad, or if the upstream has not sent one. Therefore neither a stream of hours nor a hung call keeps a circuit
-//! half-open.
+//! bad, or if the probe still waits for it from the upstream. Therefore neither a stream of hours nor a hung call keeps
+//! a circuit half-open.
 //!
 //! The timeout starts when the request has been sent, as far as a [`SentMark`](crate::call::SentMark) or a timeout
 //! layer inside of the breaker reveals it. A probe that waits for its caller (to send more of the request or to read
@@ -154,8 +155,8 @@
 //! of successes that close the circuit, and the total number of probes. The events "circuit closed" and "circuit opened
 //! again" have the fields `passed`, `failed` and `probes` (the total).
 //!
-//! After closing, a [ramp](CircuitBreakerLayer::ramp) admits a tenth of the calls and a growing share of them over its
-//! time. The other calls are rejected as [`Recovering`](crate::call::RejectedKind::Recovering).
+//! After closing, a [ramp](CircuitBreakerLayer::ramp) admits a tenth of the calls at first, and a growing share of them
+//! over its duration. The other calls are rejected as [`Recovering`](crate::call::RejectedKind::Recovering).
 //!
 //! # Keys
 //!

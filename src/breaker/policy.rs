@@ -62,8 +62,8 @@ impl Breaker {
 impl Calls for Breaker {
     #[inline]
     fn permit(&self, token: Token) -> Permit<Giver> {
-        // A call that ends in the front needs no counted reference. It would have to look up its circuit under a lock
-        // if it changed the machine, so this path is only for circuits in which a success changes nothing.
+        // A call that ends in the front holds no counted reference. If its outcome changes the machine, the front has
+        // to look up the circuit under a lock. So only calls of circuits in which a success changes nothing end there.
         let ends_in_front = self.front.is_well() && !is_probe(token);
         let anchor = if ends_in_front {
             Anchor::Lasting(self.front)

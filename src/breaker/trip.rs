@@ -230,26 +230,26 @@ impl fmt::Debug for Rule {
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Tripped {
-    /// A rule of failures in a row.
+    /// The rule [`Trip::consecutive`] tripped.
     Consecutive {
         /// The number of failures in a row.
         failures: u32,
     },
-    /// A rule of the share of failed calls.
+    /// The rule [`Trip::failure_ratio`] tripped.
     FailureRatio {
         /// The number of failed calls in the window.
         failures: u64,
         /// The number of calls in the window.
         calls: u64,
     },
-    /// A rule of the share of slow calls.
+    /// The rule [`Trip::slow_ratio`] tripped.
     SlowRatio {
         /// The number of slow calls in the window.
         slow: u64,
         /// The number of calls in the window.
         calls: u64,
     },
-    /// The closure of [`Trip::when`].
+    /// The closure of [`Trip::when`] returned `true`.
     When {
         /// The argument of the closure.
         seen: Seen,
@@ -287,8 +287,8 @@ impl fmt::Display for Tripped {
                     seen;
                 write!(
                     f,
-                    "the closure said so at {consecutive_failures} failures in a row, and \
-                     {window_failures} failed and {window_slow} slow of {window_calls} in the window"
+                    "the closure returned true at {consecutive_failures} failures in a row, and \
+                     {window_failures} failed and {window_slow} slow of {window_calls} calls in the window"
                 )
             }
             Self::Probe { outcome } => write!(f, "a probe ended as {outcome:?}"),

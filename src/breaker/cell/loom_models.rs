@@ -109,7 +109,7 @@ fn loom_a_lease_ends_exactly_once() {
         let ended = finish(&cell, probe, Outcome::success(), 1100);
         let (state, lasts, seen) = looks.join().unwrap();
         assert_eq!((state, lasts), (State::Open, Some(Duration::from_nanos(100))));
-        assert!(ended.is_some() != seen.is_some(), "told of once");
+        assert!(ended.is_some() != seen.is_some(), "the change is returned once");
         assert_eq!(cell.with(|machine, _| machine.opened()), 2);
     });
 }
@@ -154,7 +154,7 @@ fn loom_isolations_are_counted_and_leave_no_trace() {
         isolate(&cell, false);
         let went = admit(&cell, 0);
         other.join().unwrap();
-        let ticket = admit(&cell, 0).expect("nobody holds it any more");
+        let ticket = admit(&cell, 0).expect("no isolation is left");
         if let Some(went) = went {
             finish(&cell, went, Outcome::failure(), 0);
         }
