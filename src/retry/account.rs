@@ -1,4 +1,17 @@
-//! The balance behind a budget: fixed point, and no lock.
+//! The balance of a retry budget: a token bucket without a lock.
+//!
+//! Amounts are integers in millionths of a retry ([`RETRY`]). The invariant is `balance <= cap`. Each change of the
+//! balance is one atomic read-modify-write operation, so that concurrent deposits and withdrawals are not lost, and a
+//! withdrawal never makes the balance negative.
+//!
+//! `pay_in` first loads the balance and skips the write if it is full. The load may be stale: the deposit is then lost
+//! although another thread has made a withdrawal meanwhile. This makes the budget slightly stricter, never looser.
+//!
+//! The trickle is deposited on demand, by `trickle_in`. `paid_until` is the instant up to which it has been deposited.
+//! The compare-exchange on it decides which thread deposits the trickle of a period, so that each period is deposited
+//! once.
+//!
+//! The atomics publish no other memory, so correctness depends on no pairing of their orderings.
 
 use std::{
     sync::{
@@ -13,7 +26,7 @@ use crate::{
     call::{Clock, Nanos},
 };
 
-/// One retry, in the fixed point that balances are kept in: 60 % is 60 %.
+/// One retry in the unit of a balance. With this fixed point, a ratio such as 0.6 is exact.
 pub(super) const RETRY: u64 = 1_000_000;
 
 pub(super) fn in_retries(amount: u64) -> f64 {
@@ -23,26 +36,27 @@ pub(super) fn in_retries(amount: u64) -> f64 {
 pub(super) struct Account {
     pub(super) deposit: u64,
     pub(super) cap: u64,
-    /// What a second trickles in.
+    /// The amount that is deposited per second.
     pub(super) trickle: u64,
     pub(super) pays: Pays,
     pub(super) balance: AtomicU64,
-    /// Until when the trickle has been paid in.
+    /// The time up to which the trickle has been deposited.
     paid_until: AtomicU64,
     pub(super) denied: AtomicU64,
     clock: Clock,
     pub(super) fault: Option<ConfigError>,
 }
 
-/// What pays in, and what is taken out.
+/// The events that make deposits and withdrawals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pays {
-    /// Each call, as it begins; a retry takes its cost out.
+    /// Each call makes a deposit when it begins. A retry withdraws its cost.
     Calls,
-    /// Each good answer; a retry takes its cost out, and the last one of a call gets it back with a good answer.
+    /// Each good response makes a deposit. A retry withdraws its cost, and a good response refunds the cost of the
+    /// call's last retry.
     Answers,
-    /// Each good answer; each failure takes its cost out, down to nothing, and retries are made while there is
-    /// more than this left.
+    /// Each good response makes a deposit, and each failure withdraws its cost, down to zero. Retries withdraw nothing.
+    /// They are permitted while the balance is above `floor`.
     AnswersOverFailures { floor: u64 },
 }
 
@@ -61,14 +75,14 @@ impl Account {
         }
     }
 
-    /// Full, and nothing trickles in.
+    /// Makes the account start with a full balance.
     pub(super) fn full(mut self, pays: Pays) -> Self {
         self.balance = AtomicU64::new(self.cap);
         self.pays = pays;
         self
     }
 
-    /// One load when it is full.
+    /// Deposits an amount. A full balance costs one load.
     #[inline]
     pub(super) fn pay_in(&self, amount: u64) {
         if self.balance.load(Ordering::Relaxed) < self.cap {
@@ -82,7 +96,7 @@ impl Account {
         });
     }
 
-    /// A failure, where failures are what is charged.
+    /// Withdraws the cost of a failure, if failures make withdrawals.
     pub(super) fn failed(&self, cost: u64) {
         if matches!(self.pays, Pays::AnswersOverFailures { .. }) {
             let _ = self.balance.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |balance| {
@@ -91,7 +105,7 @@ impl Account {
         }
     }
 
-    /// A retry that costs so much: what was taken out for it.
+    /// Withdraws a retry of this cost. Returns `None` and counts a denial if the balance is too low.
     pub(super) fn grant(self: &Arc<Self>, cost: u64) -> Option<Withdrawal> {
         self.trickle_in();
         let granted = match self.pays {
@@ -112,7 +126,7 @@ impl Account {
         granted.map(|amount| Withdrawal(Some((self.clone(), amount))))
     }
 
-    /// Pays in what has trickled since the last time: each stretch of time once, whoever comes first.
+    /// Deposits the trickle since the last deposit.
     pub(super) fn trickle_in(&self) {
         const SECOND: u128 = Duration::from_secs(1).as_nanos();
         if self.trickle == 0 {
@@ -125,8 +139,9 @@ impl Account {
         if amount == 0 {
             return;
         }
-        // Only the time that is paid for is over: what is less than a unit waits for more, or many
-        // questions in a short time would dry the trickle up.
+        // Advance `paid_until` only by the time that the deposited amount represents. The rest, worth less than one
+        // unit, counts for the next deposit. Otherwise frequent calls would each discard a rest, and the trickle would
+        // stop.
         let paid = (amount * SECOND).div_ceil(u128::from(self.trickle));
         let until = before.saturating_add(Nanos::try_from(paid).unwrap_or(Nanos::MAX));
         let exchanged =
@@ -137,18 +152,18 @@ impl Account {
     }
 }
 
-/// A retry taken out of a [`RetryBudget`](super::RetryBudget). Dropped without [`spend`](Self::spend), it is paid
-/// back.
+/// A retry that was withdrawn from a [`RetryBudget`](super::RetryBudget). Dropping it without [`spend`](Self::spend)
+/// refunds it.
 #[must_use = "dropping it pays it back"]
 pub struct Withdrawal(Option<(Arc<Account>, u64)>);
 
 impl Withdrawal {
-    /// The retry is being made.
+    /// Spends the withdrawal, because the retry is made.
     pub fn spend(mut self) {
         self.take();
     }
 
-    /// The retry is being made: what it has cost.
+    /// Spends the withdrawal. Returns the amount.
     pub(super) fn take(&mut self) -> u64 {
         self.0.take().map_or(0, |(_, amount)| amount)
     }

@@ -30,13 +30,13 @@ pub struct Attempts {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Tried {
-    /// What came of it, and why.
+    /// The outcome of the attempt, with its reason.
     pub outcome: Outcome,
-    /// How long was waited after it for the next; zero after the last.
+    /// The delay between this attempt and the next. Zero after the last attempt.
     pub waited: Duration,
 }
 
-/// No more attempts of a call than these are recorded one by one.
+/// The maximum number of attempts of a call that are recorded one by one.
 const MOST_RECORDED: usize = 32;
 
 impl Attempts {
@@ -46,15 +46,15 @@ impl Attempts {
         Self { made: 1, sent: 0, waited: Duration::ZERO, stop: Stop::Answered, each: Vec::new() };
     /// The first attempt ended with an error that is not retryable.
     pub(super) const FIRST_ERROR: Self = Self::after(1, Stop::NotRetryable);
-    /// The service broke before the first attempt.
+    /// `poll_ready` failed before the first attempt.
     pub(super) const NONE: Self = Self::after(0, Stop::NotReady);
 
     const fn after(made: u32, stop: Stop) -> Self {
         Self { made, sent: made, waited: Duration::ZERO, stop, each: Vec::new() }
     }
 
-    /// The attempts one by one, the last one too: the first 32 of them. Empty where the first was the only one
-    /// and what came of it not one to retry.
+    /// Returns the attempts in order, including the last, at most the first 32. Empty if there was no attempt, or if
+    /// the first attempt was the only one and its result was not retryable.
     #[must_use]
     pub fn each(&self) -> &[Tried] {
         &self.each
@@ -67,13 +67,14 @@ impl Attempts {
         }
     }
 
-    /// What is told by a response. One that came at the first attempt carries no record of it.
+    /// Returns the record of a response. A response without a record is that of a first attempt and was not retryable:
+    /// the result is then one attempt with [`Stop::Answered`].
     #[must_use]
     pub fn of<B>(response: &Response<B>) -> Self {
         response.extensions().get().cloned().unwrap_or(Self::FIRST)
     }
 
-    /// Looks for the record in `error` and its sources.
+    /// Returns the record in `error` or its sources, if there is one.
     #[must_use]
     pub fn find(error: &(dyn Error + 'static)) -> Option<Self> {
         Self::find_ref(error).cloned()
@@ -97,12 +98,12 @@ impl Attempts {
     }
 }
 
-/// Which attempt a request is: in the extensions of every request but the first.
+/// The number of an attempt, in the extensions of the requests of all attempts but the first. 2 is the second attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attempt(pub u32);
 
-/// The error of a call that a [`RetryLayer`](super::RetryLayer) gave up on. Its source is the last
-/// attempt's error.
+/// The error of a call that a [`RetryLayer`](super::RetryLayer) gave up on. Its source is the error of the last
+/// attempt.
 ///
 /// The text states the [`Stop`] and the outcome of the last attempt, if it is known: `gave up after 3 attempts
 /// (attempts_used_up): reset`. It states whether the upstream has received the call: `gave up after 1 attempt, nothing
@@ -144,7 +145,7 @@ impl fmt::Display for RetryError {
         let unsent = if sent == 0 && made > 0 { ", nothing was sent" } else { "" };
         let stop = if stop == Stop::NotRetryable { "not retryable" } else { stop.as_str() };
         write!(f, "gave up after {made} attempt{s}{unsent} ({stop})")?;
-        // A short reason for readers of this error alone. The source states more.
+        // A short reason for readers of this error alone. The source has the details.
         let reason =
             || Some(self.attempts.each.last()?.outcome.reason()).filter(|why| why.is_told());
         match Rejected::find(&*self.source) {

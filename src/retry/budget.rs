@@ -11,42 +11,43 @@ use crate::ConfigError;
 
 const MOST_COST: f64 = 1000.0;
 
-/// How many retries there may be for so many first attempts.
+/// A token bucket that bounds retries to a share of the first attempts.
 ///
-/// Every first attempt pays `ratio` of a retry in, every retry takes one out; a small reserve trickles
-/// in, so that a service that is called rarely can retry at all. What is saved up is capped. A shared
-/// value: clones draw on the same balance, so that several layers can keep one.
+/// Each first attempt deposits `ratio` of a retry, and each retry makes a withdrawal of its cost. A small trickle over
+/// time permits retries for a service that is rarely called. The balance is capped. Within any time, the number of
+/// retries is therefore at most `ratio` of the first attempts, plus the trickle, plus the cap.
 ///
-/// The idea is Finagle's `RetryBudget`; that a full balance is not written to is gRPC's retry
-/// throttling (gRFC A6). There deposits are forgotten after a time, here they are worth nothing beyond the cap:
-/// that is what a busy service can save up either way, without a clock read and a write for every call that
-/// is well. So in any stretch of time there is no more than `ratio` retries per first attempt, the trickle, and
-/// the cap.
+/// Clones share the balance, so that several layers can share a budget.
+///
+/// The design follows Finagle's `RetryBudget`, with one difference: Finagle's deposits expire, while these have no
+/// effect beyond the cap. This bounds the savings of a busy service as well, and a call that succeeds needs no clock
+/// read. As in gRPC's retry throttling (gRFC A6), a full balance is not written to.
 #[derive(Clone)]
 pub struct RetryBudget {
     account: Arc<Account>,
-    /// What a retry costs, by what it is for. Each clone's own: set it before handing clones out.
+    /// The cost of a retry for each kind of failure. Each clone has its own costs, so set them before you make clones.
     costs: PerKind<u64>,
 }
 
 impl RetryBudget {
-    /// So many retries per first attempt: 0.2 is one for five. Above 0, at most 10.
+    /// Returns a budget of `ratio` retries per first attempt: with 0.2, one retry for five first attempts. Above 0, at
+    /// most 10.
     ///
-    /// The reserve trickles at 1 per second, up to the cap of 100, and starts with 10.
+    /// The trickle is 1 retry per second and the cap is 100. The balance starts at 10.
     #[must_use]
     pub fn ratio(ratio: f64) -> Self {
         Self::with(ratio, 1, 100)
     }
 
-    /// The same with its own trickle, in retries per second, and its own cap: the most retries that can
-    /// be saved up, 1 or more. It starts with ten seconds of trickle.
+    /// Returns a budget with its own trickle, in retries per second, and its own cap, the maximum balance: 1 retry or
+    /// more. The balance starts with ten seconds of trickle, within the cap.
     #[must_use]
     pub fn with(ratio: f64, per_second: u32, cap: u32) -> Self {
         Self::of(Self::account(ratio, per_second, cap))
     }
 
     fn account(ratio: f64, per_second: u32, cap: u32) -> Account {
-        // A ratio that is no number becomes 0 here; one below half a millionth does, too.
+        // NaN becomes 0 here, and so does a ratio below half a millionth.
         let deposit = (ratio * RETRY as f64).round() as u64;
         let fault = if deposit == 0 || ratio > 10.0 {
             let remedy = "use a share above 0 and at most 10, such as 0.2";
@@ -66,10 +67,11 @@ impl RetryBudget {
         Self { account: Arc::new(account), costs: [RETRY; 8] }
     }
 
-    /// What a retry for this kind of failure takes out, instead of 1: more for what hurts, such as timeouts, less
-    /// for what is cheap. Above 0, at most 1000.
+    /// Sets the cost of a retry for this kind of failure: 1 by default, above 0, at most 1000. Use a higher cost for
+    /// expensive failures such as timeouts.
     ///
-    /// For clones made of this value: the balance is shared with earlier ones, their costs are not.
+    /// The cost applies to this value and to clones that are made of it. Earlier clones share the balance and keep
+    /// their costs.
     #[must_use]
     pub fn cost(mut self, kind: FailureKind, cost: f64) -> Self {
         let cost = if cost <= MOST_COST { cost } else { 0.0 };
@@ -77,10 +79,12 @@ impl RetryBudget {
         self
     }
 
-    // ===== What others allow =====
+    // ===== Budgets of other implementations =====
 
-    /// AWS SDKs, retry behaviour 2.1: a bucket of 500, full at first. A retry costs 14, one for what was
-    /// throttled 5; a good answer pays in what the call's last retry has cost, or 1 where there was none.
+    /// Returns the budget of the AWS SDKs, retry behaviour 2.1: a bucket of 500 that starts full.
+    ///
+    /// A retry costs 14, or 5 after a throttled call. A good response deposits the cost of the call's last retry, or 1
+    /// if there was none.
     #[must_use]
     pub fn aws() -> Self {
         let mut budget = Self::of(Self::account(1.0, 0, 500).full(Pays::Answers));
@@ -88,12 +92,14 @@ impl RetryBudget {
         budget.cost(FailureKind::Throttled, 5.0)
     }
 
-    /// gRPC's retry throttling (gRFC A6): a bucket of `max_tokens`, full at first. Each failure that is one to
-    /// retry takes 1 out, retried or not, each good answer pays `token_ratio` in, and retries are made while
-    /// more than half is left. At most 1000 tokens, and a thousandth is the least that counts.
+    /// Returns the budget of gRPC's retry throttling (gRFC A6): a bucket of `max_tokens` that starts full, at most
+    /// 1000.
+    ///
+    /// Each retryable failure withdraws 1 token, whether it is retried or not. Each good response deposits
+    /// `token_ratio`, in whole thousandths. Retries are made while more than half of the tokens are left.
     #[must_use]
     pub fn grpc(max_tokens: u32, token_ratio: f64) -> Self {
-        // 0.57 is 570 thousandths, and a little less than that in binary.
+        // In binary, 0.57 is slightly less than 570 thousandths. The small addend prevents a result of 569.
         let ratio = (token_ratio * 1000.0 + 1e-6).floor() / 1000.0;
         let mut account = Self::account(ratio, 0, max_tokens);
         if max_tokens > 1000 {
@@ -104,20 +110,21 @@ impl RetryBudget {
         Self::of(account.full(Pays::AnswersOverFailures { floor }))
     }
 
-    /// Finagle's default: a fifth, and 10 per second, saved up for 10 s.
+    /// Returns Finagle's default budget: one retry for five first attempts, a trickle of 10 per second, and a cap of
+    /// 100.
     #[must_use]
     pub fn finagle() -> Self {
         Self::with(0.2, 10, 100)
     }
 
-    // ===== Using it =====
+    // ===== Use =====
 
-    /// Whether it can work.
+    /// Checks the settings of the budget.
     ///
     /// # Errors
     ///
-    /// A ratio that is not within (0, 10] or too small to count (below a millionth), a cap of zero, or a cost
-    /// that is not within (0, 1000].
+    /// The ratio is not within (0, 10] or is below half a millionth, the cap is zero, or a cost is not within (0,
+    /// 1000].
     pub fn check(&self) -> Result<(), ConfigError> {
         if self.costs.contains(&0) {
             let remedy = "use more than 0 and at most 1000, such as 2";
@@ -126,43 +133,46 @@ impl RetryBudget {
         self.account.fault.clone().map_or(Ok(()), Err)
     }
 
-    /// How many retries could be made now, if each costs 1; with [`grpc`](Self::grpc), of its upper half.
+    /// Returns the number of retries of cost 1 that the balance permits now. With [`grpc`](Self::grpc), returns the
+    /// number of tokens, the lower half of which permits no retries.
     #[must_use]
     pub fn balance(&self) -> f64 {
         self.account.trickle_in();
         in_retries(self.account.balance.load(Ordering::Relaxed))
     }
 
-    /// How many retries were denied.
+    /// Returns the number of retries that the budget has denied, in all layers that share it.
     #[must_use]
     pub fn denied(&self) -> u64 {
         self.account.denied.load(Ordering::Relaxed)
     }
 
-    /// A first attempt is made; or, with [`aws`](Self::aws) and [`grpc`](Self::grpc), it was answered well. One
-    /// load when the balance is full.
+    /// Deposits the share of one first attempt, or of one good response with [`aws`](Self::aws) and
+    /// [`grpc`](Self::grpc). A full balance costs one atomic load.
     #[inline]
     pub fn deposit(&self) {
         self.account.pay_in(self.account.deposit);
     }
 
-    /// Takes out one retry at the cost of 1, if there is one. Dropping the withdrawal unspent pays it back.
+    /// Withdraws one retry at the cost of 1. Returns `None` if the balance is too low. Dropping the withdrawal refunds
+    /// it, unless it is [spent](Withdrawal::spend).
     #[must_use]
     pub fn withdraw(&self) -> Option<Withdrawal> {
         self.account.failed(RETRY);
         self.account.grant(RETRY)
     }
 
-    /// Takes out one retry for this kind of failure, at its [`cost`](Self::cost).
+    /// Withdraws one retry for this kind of failure, at its [`cost`](Self::cost). Returns `None` if the balance is too
+    /// low.
     #[must_use]
     pub fn withdraw_for(&self, kind: FailureKind) -> Option<Withdrawal> {
         self.failed(kind);
         self.grant(kind)
     }
 
-    // ===== Used by a layer, which tells it more =====
+    // ===== Use by a layer =====
 
-    /// A call begins.
+    /// Makes the deposit for a call that begins, if calls make deposits.
     #[inline]
     pub(super) fn begun(&self) {
         if self.account.pays == Pays::Calls {
@@ -170,7 +180,8 @@ impl RetryBudget {
         }
     }
 
-    /// A call has a good answer, and its last retry has cost so much.
+    /// Makes the deposit for a good response, if responses make deposits. `last` is the cost of the call's last retry,
+    /// or 0.
     #[inline]
     pub(super) fn answered(&self, last: u64) {
         match self.account.pays {
@@ -180,19 +191,19 @@ impl RetryBudget {
         }
     }
 
-    /// An attempt has failed so that it may be tried again, or was told not to be.
+    /// Records an attempt that failed with a retryable failure, or with one for which the server forbids a retry.
     pub(super) fn failed(&self, kind: FailureKind) {
         self.account.failed(self.costs[kind as usize]);
     }
 
-    /// The retry for a failure that was told before.
+    /// Withdraws a retry for a failure that [`failed`](Self::failed) has recorded.
     pub(super) fn grant(&self, kind: FailureKind) -> Option<Withdrawal> {
         self.account.grant(self.costs[kind as usize])
     }
 }
 
 impl Default for RetryBudget {
-    /// One retry for five first attempts.
+    /// Returns a budget of one retry for five first attempts.
     fn default() -> Self {
         Self::ratio(0.2)
     }

@@ -1,22 +1,22 @@
 use super::core::Settings;
 use crate::call::Shared;
 
-/// Looks at a retry layer, from outside of the stack. A clone of the layer changes it: see the
-/// [module](crate::retry#what-can-be-changed-of-it).
+/// A handle to the counts of a retry layer. To change the settings, use a clone of the layer: see the
+/// [module](crate::retry#rules).
 #[derive(Clone, Debug)]
 pub struct RetryHandle(Shared<Settings>);
 
-/// A retry layer at one moment.
+/// A snapshot of a retry layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct RetrySnapshot {
-    /// How many attempts were made beside first ones.
+    /// The number of attempts that were not the first of their call, including transparent retries.
     pub retries: u64,
-    /// How many calls ended with a failure that would have been tried again, had a rule not said no.
+    /// The number of calls that ended with a [`Stop`](super::Stop) other than `Answered` and `NotRetryable`.
     pub gave_up: u64,
-    /// How many retries of this layer the budget denied.
+    /// The number of retries of this layer that the budget denied.
     pub budget_denied: u64,
-    /// How many retries the budget would allow now; none: there is no budget.
+    /// The number of retries that the budget permits now. `None` without a budget.
     pub budget_balance: Option<f64>,
 }
 
@@ -25,7 +25,7 @@ impl RetryHandle {
         Self(settings)
     }
 
-    /// All there is to know at this moment.
+    /// Returns the current counts.
     #[must_use]
     pub fn snapshot(&self) -> RetrySnapshot {
         let [retries, gave_up, budget_denied] = self.0.counts();

@@ -21,8 +21,8 @@ use crate::{
 
 /// Retries failed calls if a retry is safe, useful and within the budget.
 ///
-/// Its settings and its budget belong to one layer and all its clones, however often the layer is
-/// applied. See the [module](crate::retry).
+/// The layer and all its clones share the settings and the budget, also if the layer is applied several times. See the
+/// [module](crate::retry).
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct RetryLayer<M = Http> {
@@ -31,13 +31,13 @@ pub struct RetryLayer<M = Http> {
     fault: Fault,
 }
 
-/// The protocol of [`RetryLayer::new`]. Its services accept no requests before [`classify`](RetryLayer::classify) has
-/// replaced it.
+/// The protocol of [`RetryLayer::new`], until [`classify`](RetryLayer::classify) replaces it. A service with this
+/// protocol accepts no requests.
 #[derive(Clone, Copy, Debug)]
 pub struct Unclassified;
 
 impl RetryLayer<Unclassified> {
-    /// Returns a layer for requests of any type: the defaults of [`http`](RetryLayer::http) without its rules for
+    /// Returns a layer for requests of any type. It has the defaults of [`http`](RetryLayer::http), but no rules for
     /// statuses, methods and headers. [`classify`](Self::classify) completes it.
     ///
     /// ```
@@ -77,10 +77,12 @@ impl RetryLayer {
         Self::of(Http)
     }
 
-    /// The same for gRPC, whose calls are all `POST`: a status of `UNAVAILABLE`, or `RESOURCE_EXHAUSTED` with pushback,
-    /// is retried for all of them, as gRPC's own retry policy (gRFC A6) has it. This includes an `UNAVAILABLE` that was
-    /// mapped from an HTTP status (429, 502, 503, 504; see [`Http`](crate::call::Http)). A timeout or a connection that
-    /// breaks is not retried: the call may have had its effect.
+    /// Returns a layer like [`http`](Self::http) for gRPC, whose calls are all `POST`.
+    ///
+    /// `UNAVAILABLE`, and `RESOURCE_EXHAUSTED` with pushback, is retried for every call, as gRPC's retry policy (gRFC
+    /// A6) specifies. This includes an `UNAVAILABLE` that was mapped from an HTTP status (429, 502, 503, 504; see
+    /// [`Http`](crate::call::Http)). A timeout or a broken connection is not retried, because the call may have had an
+    /// effect.
     pub fn grpc() -> Self {
         let layer = Self::http();
         layer.settings.set(|policy| policy.trust_grpc = true);
@@ -89,10 +91,11 @@ impl RetryLayer {
 }
 
 impl RetryLayer {
-    /// Tries this failure again too: a status, a gRPC status or a reason. What is not safe to repeat stays so.
+    /// Adds a failure that is retried: an HTTP status, a gRPC status or a reason. A request that is not safe to repeat
+    /// is still not retried.
     ///
-    /// An HTTP status matches calls that are not gRPC. A gRPC call matches by its gRPC status, also where that is
-    /// mapped from the HTTP status: list `Failure::Grpc(14)` for a 503 from a proxy.
+    /// An HTTP status matches calls that are not gRPC. A gRPC call matches by its gRPC status, also if that is mapped
+    /// from the HTTP status: add `Failure::Grpc(14)` for a 503 from a proxy.
     ///
     /// ```
     /// # use buttress::{RetryLayer, call::Reason, retry::Failure};
@@ -109,19 +112,22 @@ impl RetryLayer {
         self
     }
 
-    /// Does not try this failure again.
+    /// Adds a failure that is not retried.
     pub fn never_on(self, failure: impl Into<Failure>) -> Self {
         self.settings.say(|say| say.list(failure.into(), false));
         self
     }
 
-    /// Retries these statuses for any method. None by default; 429 and 529 in the preset `llm` of the configuration.
+    /// Sets the statuses that are retried for any method. None by default; 429 and 529 in the preset `llm` of the
+    /// configuration.
     ///
     /// Use it for statuses with which the upstream declares that it has not processed the request.
     ///
-    /// The maximum of attempts, the body and the budget bound these retries as all others. [`retry_if`](Self::retry_if)
-    /// takes precedence. A status that is also in [`never_on`](Self::never_on), or below 400, is a [`ConfigError`]. The
-    /// statuses of gRPC calls are unaffected: see [`grpc`](Self::grpc).
+    /// The maximum number of attempts, the body and the budget bound these retries like all others.
+    /// [`retry_if`](Self::retry_if) takes precedence. The setting does not affect gRPC calls: see [`grpc`](Self::grpc).
+    ///
+    /// A status below 400, and a status that is also in [`never_on`](Self::never_on), is a [`ConfigError`] of
+    /// [`checked`](Self::checked).
     ///
     /// ```
     /// # use buttress::RetryLayer;
@@ -145,7 +151,7 @@ impl RetryLayer {
         self
     }
 
-    /// These methods are the ones safe to repeat, instead of RFC 9110's. A request with an
+    /// Sets the methods that are safe to repeat, instead of those of RFC 9110 §9.2.2. A request with an
     /// `Idempotency-Key` stays safe.
     pub fn methods(self, methods: impl IntoIterator<Item = Method>) -> Self {
         let methods = methods.into_iter().collect();
@@ -153,11 +159,14 @@ impl RetryLayer {
         self
     }
 
-    /// How long an attempt may take up to its response head, or `None`: no limit, the default. One that takes longer is
-    /// dropped, and fails as [`Timeout`](crate::call::Reason::Timeout): tried again if that is safe, or given out
-    /// as an error. The last attempt has the same limit. To the millisecond.
+    /// Sets the maximum time of an attempt until its response head. `None`, the default, is no maximum.
     ///
-    /// A [`Deadline`](crate::Deadline) or a timeout around this layer bounds the whole call.
+    /// An attempt that takes longer is dropped and fails with the reason [`Timeout`](crate::call::Reason::Timeout). It
+    /// is retried if that is safe. Otherwise the call ends with an error. The timeout applies to the last attempt too.
+    /// It is rounded down to a millisecond, but not below 1 ms. Zero is a [`ConfigError`] of
+    /// [`checked`](Self::checked).
+    ///
+    /// To bound the whole call, use a [`Deadline`](crate::Deadline) or an outer timeout.
     pub fn attempt_timeout(mut self, time: impl Into<Option<Duration>>) -> Self {
         let above_zero = |time| ConfigError::above_zero("attempt_timeout", time);
         if let Some(time) = self.accept(time.into().map(above_zero).transpose()) {
@@ -166,10 +175,11 @@ impl RetryLayer {
         self
     }
 
-    /// Returns a layer with the same rules for a `reqwest::Client` itself, with reqwest's own requests and responses.
+    /// Returns a layer with the same rules for a bare `reqwest::Client`, with the requests and responses of reqwest.
     ///
-    /// A request whose body is a stream is sent once, the trailers of a response are not read, and requests carry no
-    /// [`Deadline`](crate::Deadline). A layer around an [`HttpClient`](crate::reqwest::HttpClient) has no such limits.
+    /// A request whose body is a stream is sent once and not retried. The trailers of a response are not read, and
+    /// requests carry no [`Deadline`](crate::Deadline). A layer around an [`HttpClient`](crate::reqwest::HttpClient)
+    /// does not have these limitations.
     ///
     /// ```no_run
     /// use buttress::RetryLayer;
@@ -189,11 +199,11 @@ impl RetryLayer {
         RetryLayer { settings: self.settings, protocol: super::Reqwest, fault: self.fault }
     }
 
-    /// Sets a closure that decides after every attempt, including successful ones. `Some(true)` retries for any method,
-    /// `Some(false)` returns the result, and `None` leaves the decision to the other rules.
+    /// Sets a closure that decides after every attempt, also after a successful one.
     ///
-    /// The bounds of attempts, time, body and budget apply nevertheless. The closure cannot overrule a
-    /// `grpc-retry-pushback-ms` that forbids a retry or a deadline that has passed. If it retries a rejection by an
+    /// `Some(true)` retries for any method, `Some(false)` returns the result, and `None` leaves the decision to the
+    /// other rules. The maxima of attempts, time and body, and the budget, still apply. The closure cannot overrule a
+    /// `grpc-retry-pushback-ms` that forbids a retry, or a deadline that has passed. If it retries a rejection by an
     /// inner layer, the delay is at least the rejection's `retry_after`.
     ///
     /// ```
@@ -211,12 +221,13 @@ impl RetryLayer {
 }
 
 impl<M> RetryLayer<M> {
-    /// Retries requests of any type that is `Clone` or [`Replay`](super::Replay), by a closure that classifies results.
+    /// Sets a closure that classifies results. The layer then retries requests of any type that is `Clone` or
+    /// [`Replay`](super::Replay).
     ///
     /// The closure receives the result of the wrapped service as `Result<&Response, &Error>`. Failures and throttled
     /// calls are retried. The error type stays the same.
     ///
-    /// Settings for HTTP are a [`ConfigError`] of [`checked`](Self::checked) together with a closure:
+    /// Settings for HTTP cannot be combined with a closure, and are a [`ConfigError`] of [`checked`](Self::checked):
     /// [`attempt_timeout`](RetryLayer::attempt_timeout), whose error would have no type, and the rules that the closure
     /// replaces.
     pub fn classify<C, Res, E>(mut self, classify: C) -> RetryLayer<Classify<C>>
@@ -234,11 +245,12 @@ impl<M> RetryLayer<M> {
 
     /// Sets the maximum random delay above a server's hint, as a share of the hint: 0.5 by default, 0 to 10.
     ///
-    /// A hint is a lower bound: after `Retry-After: 10` the delay is 10 to 15 s by default. The jitter spreads clients that
-    /// receive the same hint at the same time. A deadline cuts the jitter to half of the time between the hint and the
-    /// deadline, so that a hint that fits the deadline is followed and its attempt has time.
-    /// [`Backoff::without_jitter`] switches this jitter off, too.
-    /// [`hint_reach`](Self::hint_reach) and [presets](Self::preset) replace the setting.
+    /// A hint is a lower bound: after `Retry-After: 10` the delay is 10 to 15 s by default. The jitter spreads clients
+    /// that receive the same hint at the same time. A deadline cuts the jitter to half of the time between the hint and
+    /// the deadline, so that a hint that fits the deadline is followed and its attempt has time.
+    ///
+    /// [`Backoff::without_jitter`] switches this jitter off too. [`hint_reach`](Self::hint_reach) and
+    /// [presets](Self::preset) replace the setting.
     pub fn hint_jitter(mut self, share: f64) -> Self {
         let checked = match (0.0..=10.0).contains(&share) {
             true => Ok(share),
@@ -268,7 +280,7 @@ impl<M> RetryLayer<M> {
         self
     }
 
-    /// How many attempts are made at most, the first one included: 3 by default, 1 or more.
+    /// Sets the maximum number of attempts, including the first: 3 by default, 1 or more.
     pub fn attempts(mut self, attempts: u32) -> Self {
         let checked = match attempts {
             0 => Err(ConfigError::new("attempts", attempts, "use 1 or more")),
@@ -280,7 +292,7 @@ impl<M> RetryLayer<M> {
         self
     }
 
-    /// How long is waited between attempts.
+    /// Sets the delays between attempts. [`Backoff::default`] by default.
     pub fn backoff(mut self, backoff: Backoff) -> Self {
         if self.accept(backoff.check()).is_some() {
             self.settings.set(|policy| policy.waits = Waits::Backoff(backoff));
@@ -288,8 +300,8 @@ impl<M> RetryLayer<M> {
         self
     }
 
-    /// Waits as an iterator says that `begin` makes anew for each call that is retried. Where it ends, the
-    /// attempts are used up.
+    /// Sets the delays as an iterator. `begin` creates one for each call that is retried. The attempts are used up when
+    /// the iterator ends.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -307,7 +319,8 @@ impl<M> RetryLayer<M> {
         self
     }
 
-    /// How many retries one kind of failure may have, beside the total: no limit by default, 0 is none.
+    /// Sets the maximum number of retries for one kind of failure, in addition to the total of
+    /// [`attempts`](Self::attempts). No maximum by default. 0 prevents these retries.
     ///
     /// ```
     /// # use buttress::{RetryLayer, retry::FailureKind};
@@ -322,9 +335,10 @@ impl<M> RetryLayer<M> {
         self
     }
 
-    /// How many retries there may be for so many calls. Pass clones of one to several layers to share it.
+    /// Sets the retry budget. [`RetryBudget::default`] by default. Pass clones of one budget to several layers to share
+    /// it.
     ///
-    /// Services that the layer made before keep theirs.
+    /// Services that the layer has already made keep their budget.
     pub fn budget(mut self, budget: RetryBudget) -> Self {
         if self.accept(budget.check()).is_some() {
             self.settings.set_budget(Some(budget));
@@ -332,22 +346,24 @@ impl<M> RetryLayer<M> {
         self
     }
 
-    /// No budget: with everything failing, what is called gets `attempts` times the load.
+    /// Removes the budget. If all calls fail, the upstream then receives as many times the load as there are
+    /// [`attempts`](Self::attempts).
     pub fn without_budget(self) -> Self {
         self.settings.set_budget(None);
         self
     }
 
-    /// How many bytes of a request body are kept to be sent again: 64 KiB by default. A larger one is
-    /// sent all the same, and not retried.
+    /// Sets the maximum number of bytes of a request body that are saved for a replay: 64 KiB by default. A request
+    /// with a larger body is sent and not retried.
     pub fn replay_up_to(self, bytes: u64) -> Self {
         self.settings.set_body_cap(bytes);
         self
     }
 
-    /// How many bytes of an answer that is tried again are read away, within 50 ms, so that its connection
-    /// can be used again: 64 KiB by default. One that is longer is dropped, and over HTTP/1 its connection
-    /// with it. 0 drops every answer that has a body.
+    /// Sets the maximum number of bytes that are drained from a discarded response body: 64 KiB by default.
+    ///
+    /// The connection can be reused after a complete drain. A body that is longer, or takes longer than 50 ms, is
+    /// dropped. Over HTTP/1 this closes its connection. With 0, every response that has a body is dropped.
     pub fn drain_up_to(self, bytes: u64) -> Self {
         self.settings.set(|policy| policy.drain_cap = bytes);
         self
@@ -358,29 +374,28 @@ impl<M> RetryLayer<M> {
     /// [`hint_reach`](Self::hint_reach) a hint is cut instead.
     ///
     /// `None` is the default: 30 s for a call without a [`Deadline`](crate::Deadline), and no maximum for a call with
-    /// one, since the deadline bounds the delay. The
-    /// delay of a shorter hint may exceed the maximum by its [jitter](Self::hint_jitter), because clients whose jitter
-    /// is cut there would return at the same time.
+    /// one, since the deadline bounds the delay. The delay of a shorter hint may exceed the maximum by its
+    /// [jitter](Self::hint_jitter). Clients whose jitter is cut at the maximum would return at the same time.
     pub fn max_wait(self, wait: impl Into<Option<Duration>>) -> Self {
         let wait = wait.into();
         self.settings.set(|policy| policy.max_wait = wait);
         self
     }
 
-    /// Every request may be repeated although it may have had an effect: also `POST` and `PATCH`.
+    /// Declares every request safe to repeat, also `POST` and `PATCH`. A request may then take effect more than once.
     pub fn assume_idempotent(self) -> Self {
         self.settings.set(|policy| policy.safe = Safe::All);
         self
     }
 
-    /// The least time that an attempt needs to be of use: 10 ms by default. Where a [`Deadline`](crate::Deadline)
-    /// in the request's extensions leaves less after the wait, the call ends with the answer that is there.
+    /// Sets the minimum time for an attempt: 10 ms by default. If a [`Deadline`](crate::Deadline) in the extensions of
+    /// the request leaves less after the delay, the call ends with the response or error of the last attempt.
     pub fn least_attempt(self, time: Duration) -> Self {
         self.settings.set(|policy| policy.least_attempt = time);
         self
     }
 
-    /// A name for events. The first one given stays.
+    /// Sets the name of the layer in events. The first name that is set stays.
     pub fn name(self, name: &str) -> Self {
         self.settings.set(|policy| {
             policy.name.get_or_insert_with(|| name.into());
@@ -388,18 +403,18 @@ impl<M> RetryLayer<M> {
         self
     }
 
-    /// Looks at what the layer does.
+    /// Returns a handle to the counts of the layer.
     #[must_use]
     pub fn handle(&self) -> RetryHandle {
         RetryHandle::new(self.settings.clone())
     }
 
-    /// The layer, or the first of its settings that cannot work. A layer with such a setting that is
-    /// used all the same never retries, and says so in [`Attempts`](super::Attempts).
+    /// Returns the layer if its settings can work. A layer with a fault that is used without this check never retries.
+    /// A retryable failure then ends the call as [`Misconfigured`](super::Stop::Misconfigured).
     ///
     /// # Errors
     ///
-    /// The [`ConfigError`] names the field, the value and the remedy.
+    /// The [`ConfigError`] of the first setting that cannot work. It names the field, the value and the remedy.
     pub fn checked(mut self) -> Result<Self, ConfigError> {
         self.accept(self.settings.policy().check());
         self.fault.take().map_or(Ok(self), Err)
