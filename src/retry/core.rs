@@ -1,4 +1,4 @@
-//! What a retry layer shares between all its services.
+//! The state that a retry layer shares between all its services.
 
 use std::{
     fmt, mem,
@@ -20,12 +20,14 @@ const TRANSPARENT_PER_RESPONSE: u32 = 5;
 
 /// The settings and the counts of one retry layer.
 pub(super) struct Settings {
-    /// Apart: asked by every call, the rest only when an attempt has failed.
+    /// The maximum size of a saved request body. Separate from the policy, because every call reads it. The policy is
+    /// read only after an attempt that did not plainly succeed.
     body_cap: AtomicU64,
-    /// 0 is none.
+    /// The timeout of an attempt in milliseconds. 0 is none.
     attempt_ms: AtomicU64,
     policy: Mutex<Arc<Policy>>,
-    /// The user has a say in what an answer is: each is looked at, also a good one.
+    /// Whether the policy has rules of the user. These rules apply to every response, also to a success. It is changed
+    /// under the lock of the policy, and read without the lock by every call.
     says: AtomicBool,
     budget: Mutex<Option<RetryBudget>>,
     /// The number of transparent retries that the layer may make until the next response.
@@ -145,7 +147,7 @@ impl Settings {
         }
     }
 
-    /// Retries made, calls given up, retries that the budget denied.
+    /// Returns the numbers of retries made, calls given up, and retries that the budget denied.
     pub(super) fn counts(&self) -> [u64; 3] {
         [&self.retries, &self.gave_up, &self.denied].map(|count| count.load(Ordering::Relaxed))
     }
@@ -164,7 +166,7 @@ impl fmt::Debug for Settings {
     }
 }
 
-/// One service's share: everything that a call reaches through one pointer.
+/// The state of one service and its clones, which a call reaches through one pointer.
 pub(super) struct Core<S, T = Settings> {
     pub(super) settings: Shared<T>,
     pub(super) budget: Option<RetryBudget>,
@@ -186,7 +188,7 @@ impl<S, T> Core<S, T> {
         Self { settings, budget, template: Mutex::new(template), misconfigured }
     }
 
-    /// A call was answered well at its first attempt.
+    /// Makes the deposit for a call whose first attempt has a good response.
     #[inline]
     pub(super) fn answered(&self) {
         if let Some(budget) = &self.budget {

@@ -1,5 +1,6 @@
-//! What is known of a call whose first attempt has failed. Made then, and not before: a call that is well pays
-//! for none of it.
+//! The state of a call after its first attempt has failed.
+//!
+//! It is allocated only then, so that a call whose first attempt succeeds does not pay for it.
 
 use std::time::Duration;
 
@@ -22,30 +23,31 @@ use crate::{
 };
 
 pub(super) struct Course<S> {
-    /// What later attempts are made with; none until there is one.
+    /// The service of the further attempts. `None` before the first of them.
     service: Option<S>,
     withdrawal: Option<Withdrawal>,
-    /// What the last retry has cost, and how long was waited for it.
+    /// The cost of the last retry, and the delay before it.
     cost: u64,
     waited: Duration,
     record: Attempts,
     transparent: u32,
     of_kind: PerKind<u32>,
-    /// Its waits, once there is one.
+    /// The delays of the call. `None` before the first delay is needed.
     series: Option<Series>,
 }
 
-/// A wait, from when it was decided: reading the answer away is part of it.
+/// The delay before the next attempt. It starts at the decision, so that it includes the drain of the discarded
+/// response.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Wait {
     pub(super) since: Instant,
     pub(super) time: Duration,
-    /// How much of the answer may be read away, and for how long.
+    /// The bounds of the drain in bytes and time.
     pub(super) drain_cap: u64,
     pub(super) drain_time: Duration,
 }
 
-/// How long a discarded answer may take before its connection is given up.
+/// The maximum time for the drain of a discarded response. After it, the connection is given up.
 const DRAIN_TIME: Duration = Duration::from_millis(50);
 
 impl Wait {
@@ -54,7 +56,7 @@ impl Wait {
     }
 }
 
-/// What is known of a request that was kept.
+/// The properties of a saved request and of the attempt that has ended.
 pub(super) struct Kept {
     pub(super) safe: bool,
     pub(super) is_unprocessed: bool,
@@ -98,7 +100,11 @@ impl<S> Course<S> {
         self.record.made
     }
 
-    /// How long until the next attempt; or why there is none.
+    /// Decides about a further attempt after an outcome. Returns the delay before it, or the reason why there is none.
+    ///
+    /// Makes the deposit or the withdrawal that the outcome requires. `kept` is `None` if the request is not saved.
+    /// `claim` reserves the request body for the next attempt, and returns `false` if the body can no longer be
+    /// replayed.
     pub(super) fn next(
         &mut self,
         core: &Core<S>,
@@ -121,7 +127,7 @@ impl<S> Course<S> {
             None if class == Class::Final && is_error => Err(Stop::NotRetryable),
             None if class == Class::Final => Err(Stop::Answered),
             None if core.misconfigured => Err(Stop::Misconfigured),
-            // The request cannot be saved.
+            // The request is not saved.
             None => match class {
                 Class::Refused(stop) => Err(stop),
                 _ => Err(Stop::BodyGone),
@@ -130,7 +136,7 @@ impl<S> Course<S> {
         if let Some(budget) = &core.budget {
             match class {
                 Class::Final if earns_deposit(outcome) => budget.answered(self.cost),
-                // These retries make no withdrawal, also where each failure makes one.
+                // These retries make no withdrawal, not even in a budget where each failure makes one.
                 Class::Retryable if is_unprocessed || outcome.reason() == Reason::Rejected => {}
                 Class::Retryable | Class::Refused(Stop::Pushback) if !transparent => {
                     budget.failed(FailureKind::of(outcome));
@@ -138,7 +144,7 @@ impl<S> Course<S> {
                 _ => {}
             }
         }
-        // The budget last: what another rule refuses is never charged.
+        // Check the budget last, so that a retry that another check prevents makes no withdrawal.
         let decision = decision.and_then(|again| {
             if let (Some(budget), Some(kind)) = (&core.budget, again.charge) {
                 self.withdrawal = Some(budget.grant(kind).ok_or(Stop::BudgetUsedUp)?);
@@ -167,7 +173,7 @@ impl<S> Course<S> {
                     reason = ?outcome,
                     "retrying"
                 );
-                // The next attempt is to be of use.
+                // The drain leaves the next attempt its minimum time before the deadline.
                 let most =
                     left.map_or(DRAIN_TIME, |left| left.saturating_sub(policy.least_attempt));
                 Ok(Wait {
@@ -217,7 +223,7 @@ impl<S> Course<S> {
         decide(&facts, policy, &mut self.series)
     }
 
-    /// The next attempt is made: from here on its retry is spent.
+    /// Begins the next attempt, and spends its withdrawal.
     pub(super) fn begin(&mut self) -> Numbered {
         // A transparent retry makes no withdrawal, so the cost of the retry before it stays.
         if let Some(mut withdrawal) = self.withdrawal.take() {
@@ -227,7 +233,7 @@ impl<S> Course<S> {
         Numbered { number: self.record.made, seen: self.record.sent }
     }
 
-    /// Not even the first attempt is made.
+    /// Records that not even the first attempt is made.
     pub(super) fn not_begun(&mut self) {
         self.record.made = 0;
     }
@@ -240,7 +246,8 @@ impl<S> Course<S> {
         outcome
     }
 
-    /// There is no further attempt: what was done.
+    /// Ends the call without a further attempt. Refunds a withdrawal that is not spent, and returns the record of the
+    /// attempts.
     pub(super) fn end(&mut self, settings: &Settings, stop: Stop) -> Attempts {
         settings.count_stop(stop);
         self.withdrawal = None;

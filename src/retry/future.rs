@@ -26,17 +26,20 @@ use crate::call::{
 };
 
 pin_project! {
-    /// The future of a [`Retry`](super::Retry)'s call. Dropped while it waits, it pays its retry back.
+    /// The future of a [`Retry`](super::Retry)'s call.
+    ///
+    /// Dropping it drops the attempt in flight. If it is dropped during a delay, the withdrawal for the next attempt is
+    /// refunded.
     pub struct ResponseFuture<S, Req, F, M, K, H> {
         #[pin]
         pub(super) state: State<F, H>,
-        // The attempt that is under way.
+        // The span of the attempt in flight.
         pub(super) span: Span,
         pub(super) core: Lease<Core<S>>,
         pub(super) protocol: M,
         pub(super) is_grpc_call: bool,
         pub(super) kept: Option<K>,
-        // None until an attempt has failed.
+        // `None` until an attempt has failed.
         pub(super) course: Option<Box<Course<S>>>,
         pub(super) _request: PhantomData<fn(Req)>,
     }
@@ -48,12 +51,12 @@ pin_project! {
         // The deadline had passed before the call.
         Unbegun,
         Calling { #[pin] attempt: Weighed<F, H> },
-        // The answer is read away, for a short while.
+        // The discarded response is drained for a short time.
         Discarding { held: H, #[pin] longest: Sleep, wait: Wait },
         Waiting { #[pin] backoff: Sleep },
-        // Bounded by the deadline, if there is one.
+        // The service of the next attempt is not ready. `late` is the deadline, if there is one.
         Readying { #[pin] late: Option<Sleep> },
-        // The deadline ended it.
+        // A timeout or the deadline has ended the attempt or the call.
         Over,
     }
 }
@@ -110,7 +113,7 @@ where
             }
             made += 1;
             if made == MOST_AT_ONCE {
-                // A turn for others, such as a timeout around it.
+                // Yields to the runtime, so that for example an outer timeout is polled.
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
@@ -118,10 +121,10 @@ where
     }
 }
 
-/// So many attempts are made in one go, where each fails at once and there is no wait between them.
+/// The maximum number of attempts within one poll. Attempts that fail at once, with no delay between them, reach it.
 const MOST_AT_ONCE: u32 = 16;
 
-/// Whether the deadline has passed by then.
+/// Returns whether the deadline of the call passes by the instant `then`.
 #[inline]
 pub(super) fn ends_by<S, Req, M>(kept: Option<&M::Kept>, then: impl FnOnce() -> Instant) -> bool
 where
@@ -150,7 +153,8 @@ where
     is_report && may_have_expired(deadline.at())
 }
 
-/// When the response head has to be here.
+/// Returns the instant at which the response head is late: the earlier of the attempt timeout, which starts now, and
+/// the deadline.
 fn until<S, Req, M>(core: &Core<S>, kept: Option<&M::Kept>) -> Option<Instant>
 where
     S: Service<M::Request>,
@@ -170,7 +174,9 @@ where
     S: Service<M::Request> + Clone,
     M: Repeat<Req> + Weigh<S::Response, S::Error>,
 {
-    /// An attempt is over, and so is the call; or its answer is to be discarded. None: it did not answer in time.
+    /// Handles the end of an attempt. `weight` is its class and outcome, or `None` if the response head is late.
+    ///
+    /// Returns the result of the call, or `None` if the response is discarded and a further attempt follows.
     fn ended(
         mut self: Pin<&mut Self>,
         weight: Option<(Class, Outcome)>,
@@ -189,7 +195,7 @@ where
                 return Some(self.too_late());
             }
             _ => {
-                // Inner layers count a timeout, not a hang-up.
+                // Marks the drop of the attempt as a timeout. Inner layers would otherwise record it as a hang-up.
                 DropCause::TimedOut(this.core.settings.attempt_timeout())
                     .during(|| this.state.set(State::Over));
                 let late = RejectedKind::TimedOut(Phase::Head);
@@ -264,7 +270,9 @@ where
         }
     }
 
-    /// From an answer that is discarded to the next attempt, or to the end.
+    /// Polls the steps between two attempts: the drain, the delay and the readiness of the service.
+    ///
+    /// Returns `None` when the next attempt is in flight, or the result of the call if it ends here.
     fn poll_between(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -282,9 +290,9 @@ where
                         ready!(poll_timer(longest, cx));
                     }
                     let left = wait.left();
-                    // What is left of the answer is dropped here, before the wait: with it goes whatever
-                    // a layer further in holds for it.
-                    // A timer that is over already would still take a tick.
+                    // The change of the state drops the rest of the response before the delay, and thereby releases the
+                    // permits that inner layers hold for it. A delay that is already over gets no timer, because a
+                    // timer takes at least one tick of the runtime.
                     this.state.set(if left.is_zero() {
                         State::Readying { late: None }
                     } else {
@@ -326,7 +334,7 @@ where
         }
     }
 
-    /// The deadline has passed, with an attempt under way or about to be made: it ends here.
+    /// Ends the call because its deadline has passed. An attempt in flight is dropped.
     fn too_late(self: Pin<&mut Self>) -> Result<M::Response, M::Error> {
         let mut this = self.project();
         let course = this.course.get_or_insert_with(Box::default);

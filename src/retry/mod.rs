@@ -45,12 +45,13 @@
 //!
 //! A server's hint is a lower bound of the delay, unless a [preset](RetryLayer::preset) defines it differently. Up to
 //! [half of the hint](RetryLayer::hint_jitter) is added at random, so that clients with the same hint do not return at
-//! the same time. A hint that fits the deadline is followed: the jitter, and a backoff that is longer than the hint, use at
-//! most half of the time between the hint and the deadline, and the attempt has the rest. These headers are hints, in
-//! this order: `grpc-retry-pushback-ms`, `retry-after-ms`, `x-ms-retry-after-ms`, `x-amz-retry-after`, `Retry-After`,
-//! and if a quota is used up `RateLimit`, `RateLimit-Reset`, `X-RateLimit-Reset-After` and `X-RateLimit-Reset`. Decimals
-//! are rounded up to the next millisecond. A hint of 300 s or more ends the call. After a pushback of gRPC the backoff
-//! begins with its first delay again (gRFC A6).
+//! the same time. A hint that fits the deadline is followed. The jitter, or a backoff that is longer than the hint,
+//! then uses at most half of the time between the hint and the deadline. The attempt has the rest.
+//!
+//! These headers are hints, in this order: `grpc-retry-pushback-ms`, `retry-after-ms`, `x-ms-retry-after-ms`,
+//! `x-amz-retry-after`, `Retry-After`, and if a quota is used up `RateLimit`, `RateLimit-Reset`,
+//! `X-RateLimit-Reset-After` and `X-RateLimit-Reset`. Decimals are rounded up to the next millisecond. A hint of 300 s
+//! or more ends the call. After a pushback of gRPC the backoff begins with its first delay again (gRFC A6).
 //!
 //! 425 is retried for any method, without a withdrawal from the budget. If the request has `Early-Data: 1`, it is not
 //! retried, because only the client that sent the early data can repeat it (RFC 8470 §5.2).
@@ -69,7 +70,7 @@
 //! its maximum of 200. Each transparent retry withdraws 1 and each response deposits 5. An error that an inner retry
 //! layer has returned is not retried transparently, so that nested layers do not multiply these retries.
 //!
-//! | what happened | retried |
+//! | end of the attempt | retry |
 //! |---|---|
 //! | never sent, `REFUSED_STREAM`, above the last stream of a `GOAWAY` with any code | transparently, for any method: the server did not process the request |
 //! | a reused connection broke before the response | transparently, if it is safe: the server may have seen the request |
@@ -84,15 +85,15 @@
 //!
 //! | rule | set by |
 //! |---|---|
-//! | which failures | [`retry_on`](RetryLayer::retry_on), [`never_on`](RetryLayer::never_on): an HTTP status, the gRPC status of a gRPC call, a reason |
-//! | which statuses for any method | [`unprocessed`](RetryLayer::unprocessed) |
-//! | what a rejection by an inner layer does | [`wait_on_rejection`](RetryLayer::wait_on_rejection) |
-//! | which methods | [`methods`](RetryLayer::methods), [`assume_idempotent`](RetryLayer::assume_idempotent) |
+//! | failures that are retried | [`retry_on`](RetryLayer::retry_on), [`never_on`](RetryLayer::never_on): an HTTP status, the gRPC status of a gRPC call, a reason |
+//! | statuses that are retried for any method | [`unprocessed`](RetryLayer::unprocessed) |
+//! | retry after a rejection by an inner layer | [`wait_on_rejection`](RetryLayer::wait_on_rejection) |
+//! | methods that are safe to repeat | [`methods`](RetryLayer::methods), [`assume_idempotent`](RetryLayer::assume_idempotent) |
 //! | both, for each attempt | [`retry_if`](RetryLayer::retry_if): a closure over the request and the result |
-//! | how many retries of each kind of failure | [`at_most`](RetryLayer::at_most) |
-//! | how many retries in total | [`budget`](RetryLayer::budget), with [costs](RetryBudget::cost) for each kind |
-//! | the delay | [`backoff`](RetryLayer::backoff), [`backoff_with`](RetryLayer::backoff_with) |
-//! | those of AWS, Envoy, gRPC or Finagle | [`preset`](RetryLayer::preset) |
+//! | maximum number of retries for each kind of failure | [`at_most`](RetryLayer::at_most) |
+//! | share of retries among the calls | [`budget`](RetryLayer::budget), with [costs](RetryBudget::cost) for each kind |
+//! | delay | [`backoff`](RetryLayer::backoff), [`backoff_with`](RetryLayer::backoff_with) |
+//! | delays, attempts and budget of AWS, Envoy, gRPC or Finagle | [`preset`](RetryLayer::preset) |
 //!
 //! All rules except the budget can change while the layer runs: the setters of a clone of the layer also change the
 //! services that the layer has made.
@@ -126,8 +127,8 @@
 //! The retry classifies a gRPC call as every other layer does, by the table of [`Http`](crate::call::Http): by
 //! `grpc-status` whatever the HTTP status is, and without it by the code that the HTTP status maps to. 503 `text/html`
 //! from a proxy is `UNAVAILABLE`; 503 with `grpc-status: 5` is a regular response. The retry waits at most 10 ms for
-//! the trailers of a response without messages. An attempt that is not the first carries `grpc-previous-rpc-attempts`:
-//! how many before it the server may have seen.
+//! the trailers of a response without messages. Each further attempt carries `grpc-previous-rpc-attempts`, the number
+//! of previous attempts that the server may have seen.
 //!
 //! # In the stack
 //!
@@ -152,25 +153,30 @@
 //!
 //! # Telemetry
 //!
-//! One span for each attempt, `attempt` at DEBUG, up to where its answer is weighed, with the `reason` of one that
-//! is not plainly good; a further one has `http.request.resend_count`, as OpenTelemetry has it, and `delay_ms`, how
-//! long was waited before it. One event for each decision, at DEBUG.
+//! Each attempt has a span `attempt` at DEBUG, which ends when the response is classified. Its field `reason` is the
+//! outcome. A first attempt that succeeds has no `reason`, unless the layer has rules of the user. The span of a
+//! further attempt has `http.request.resend_count`, as OpenTelemetry specifies, and `delay_ms`, the delay before the
+//! attempt.
+//!
+//! Each decision about a retry is an event at DEBUG.
 //!
 //! # Cost
 //!
-//! A call that is not retried costs a copy of its request's head (its headers in one allocation, or two where they
-//! are long), and two small allocations more if it has a body, which is shared and not copied. The wrapped service is
-//! cloned for a second attempt only, and what a retry has to remember is made when an attempt has failed. That is no
-//! more than what tower's `Retry` costs with its budget and a cloned request, without its clock read; with a body it
-//! is no more atomics and allocations, and some instructions more. The crate's benchmark of overhead counts both.
+//! A call that is not retried costs a copy of the request head: its headers take one allocation, or two if they are
+//! long. A request body costs two more small allocations, and is shared, not copied. The wrapped service is cloned only
+//! for a second attempt. The state of the retries is allocated only after a failed attempt.
+//!
+//! The total is at most that of tower's `Retry` with its budget and a cloned request, and there is no clock read. With
+//! a body, there are no more atomic operations and allocations, but some more instructions. The benchmark of overhead
+//! in the repository compares both.
 //!
 //! # Defaults
 //!
 //! | setting | default |
 //! |---|---|
-//! | [`attempts`](RetryLayer::attempts) | 3, the first included |
-//! | [`backoff`](RetryLayer::backoff) | 50 ms doubling up to 5 s, full jitter |
-//! | [`budget`](RetryLayer::budget) | 20 %, and 1 per second |
+//! | [`attempts`](RetryLayer::attempts) | 3, including the first |
+//! | [`backoff`](RetryLayer::backoff) | 50 ms, doubled for each retry, at most 5 s, full jitter |
+//! | [`budget`](RetryLayer::budget) | 20 % of the first attempts, and 1 retry per second |
 //! | [`replay_up_to`](RetryLayer::replay_up_to) | 64 KiB |
 //! | [`drain_up_to`](RetryLayer::drain_up_to) | 64 KiB, within 50 ms |
 //! | [`max_wait`](RetryLayer::max_wait) | 30 s without a deadline, no maximum with one |

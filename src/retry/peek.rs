@@ -10,7 +10,7 @@ use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
 pin_project! {
-    /// A response body whose first frame may have been looked at: it is handed out all the same.
+    /// A response body whose first frame may have been read in advance. It returns that frame first.
     pub struct PeekedBody<B: Body> {
         first: First<B::Data, B::Error>,
         #[pin]
@@ -23,19 +23,19 @@ enum First<D, E> {
     Data(D),
     /// Boxed, because it is rare and large: trailers, or an error.
     Other(Box<Result<Frame<D>, E>>),
-    /// There is none: a body must not be polled beyond its end.
+    /// The body has ended. It must not be polled again.
     End,
 }
 
-/// What the first frame says.
+/// The first frame of a body.
 pub(super) enum Peek<'a> {
-    /// A message: the answer has begun.
+    /// A message: the response has begun.
     Message,
-    /// Trailers, and nothing before them.
+    /// Trailers without a message before them.
     Trailers(&'a HeaderMap),
-    /// It broke off.
+    /// The body failed.
     Error,
-    /// Nothing at all.
+    /// The body is empty.
     End,
 }
 
@@ -44,7 +44,7 @@ impl<B: Body> PeekedBody<B> {
         Self { first: First::None, body }
     }
 
-    /// Waits for the first frame and keeps it.
+    /// Polls the first frame and saves it.
     pub(super) fn poll_peek(&mut self, cx: &mut Context<'_>) -> Poll<Peek<'_>>
     where
         B: Unpin,
@@ -74,7 +74,7 @@ impl<B: Body> PeekedBody<B> {
 }
 
 impl<B: Body + Default> Default for PeekedBody<B> {
-    /// What `tower_http`'s timeout, CORS and auth layers answer with.
+    /// Returns an empty body, as `tower_http`'s timeout, CORS and auth layers require for their responses.
     fn default() -> Self {
         Self::new(B::default())
     }
@@ -118,7 +118,7 @@ impl<B: Body> Body for PeekedBody<B> {
         let First::Data(data) = &self.first else { return rest };
         let first = data.remaining() as u64;
         let mut hint = SizeHint::new();
-        // The upper bound first: a lower one above it would panic.
+        // Set the upper bound first, because `set_lower` panics above it.
         if let Some(upper) = rest.upper() {
             hint.set_upper(upper.saturating_add(first));
         }
@@ -141,7 +141,7 @@ mod tests {
 
     use super::*;
 
-    /// Ends once, and panics when asked again: as a body over a stream that is not fused.
+    /// A body that panics if it is polled after its end, like one over a stream that is not fused.
     struct EndsOnce(bool);
 
     impl Body for EndsOnce {

@@ -1,3 +1,23 @@
+//! Request bodies that can be replayed.
+//!
+//! The [`Reel`] of a request holds the user's body and the data that was read from it. The saved request has it as a
+//! [`Tape`], and the body of each attempt has a [`Reader`] of it. A reader first returns the saved data. Then it polls
+//! the user's body and saves the new data for later attempts.
+//!
+//! Only the newest reader may read. `Reel::turn` is its number, and each reader has its own in `Reader::turn`. A
+//! claim or a replay increases `Reel::turn`, which cuts off all earlier readers: they stay pending, since the transport
+//! may still poll the body of an attempt that has ended.
+//!
+//! The user's body is polled without the lock: a reader takes it out ([`Rest::Polled`]) and puts it back with
+//! [`PolledBody::put_back`]. If a new reader begins meanwhile, the frame of the old reader is saved for the new one.
+//!
+//! Invariants:
+//!
+//! - User code runs without the lock: the polls, the size hint and the drop of the body, and the wakers.
+//! - `PolledBody` puts the body back on every path, also during a panic. A reader that waits for it is always woken.
+//! - If data or an error is lost, `Reel::torn` is set. The body is never replayed then.
+//! - `Reel::in_use` is changed only by the newest reader and by the reel's owner, never by a reader that was cut off.
+
 use std::{
     fmt, mem,
     pin::Pin,
@@ -16,8 +36,8 @@ use crate::call::SentMark;
 pin_project! {
     /// A request body that can be sent again.
     ///
-    /// It copies what it sends, lazily and up to a cap; beyond the cap it goes on streaming and only
-    /// loses its retries. Trailers are sent again too. A body that is empty is not wrapped at all.
+    /// It saves the data that it sends, up to a maximum. A longer body is sent to its end, but is no longer saved and
+    /// cannot be replayed. Trailers are replayed too.
     pub struct ReplayBody<B> {
         #[pin]
         kind: Kind<B>,
@@ -61,11 +81,11 @@ pin_project! {
     }
 }
 
-/// What is kept of a body to send it again.
+/// The saved part of a body, from which later attempts replay it.
 pub(super) enum Tape<B> {
-    /// There is nothing to send.
+    /// The body is empty.
     Empty,
-    /// What has been sent so far, and the rest.
+    /// The data that has been read, and the rest of the body.
     Taped(Arc<Mutex<Reel<B>>>),
 }
 
@@ -77,24 +97,24 @@ pub(super) struct Reel<B> {
     trailers: Option<Box<HeaderMap>>,
     size: u64,
     cap: u64,
-    /// A part has been forgotten.
+    /// Data was read and not saved, or the body failed: the body cannot be replayed.
     torn: bool,
-    /// An attempt is reading.
+    /// The current reader may read more.
     in_use: bool,
-    /// Whose turn it is to read.
+    /// The number of the current reader. Each claim and each replay increases it, which cuts off the readers before.
     turn: u32,
 }
 
 /// The part of a body that has not been read.
 enum Rest<B> {
-    /// Boxed, so that bodies need not be `Unpin`: the body outlives the attempt that polls it.
+    /// Boxed, because it moves in and out of the lock and need not be `Unpin`. It outlives the attempt that polls it.
     Unread(Pin<Box<B>>),
-    /// A reader polls the body. The body is user code, so the reader takes it out and releases the lock. Another
-    /// reader can find this only if it replaces a reader that is inside of `poll_frame` on another thread. Its waker
+    /// A reader polls the body without the lock, because the body is user code. Another reader finds this state only if
+    /// it has replaced that reader, which is inside of `poll_frame` on another thread. It leaves its waker here, which
     /// is woken when the body is back.
     Polled(Option<Waker>),
-    /// The body failed while a reader polled it that was cut off, so the error was dropped. A later reader has no error
-    /// to return, and must not end as if the body were complete, so it stays pending.
+    /// The body failed while a reader polled it that had been cut off, so that no reader returned the error. A later
+    /// reader has no error to return and must not end as if the body were complete. It stays pending.
     Failed,
     Ended,
 }
@@ -103,25 +123,26 @@ struct Reader<B> {
     reel: Arc<Mutex<Reel<B>>>,
     next: usize,
     turn: u32,
-    /// Nothing more will come.
+    /// The reader has returned the end, the trailers, the last data or an error.
     done: bool,
-    /// The first reader before its first poll: its body has not ended, so that `is_end_stream` needs no lock.
+    /// True for the first reader before its first poll. Its body has not ended then, so that `is_end_stream` needs no
+    /// lock.
     is_fresh: bool,
 }
 
 fn lock<B>(reel: &Mutex<Reel<B>>) -> MutexGuard<'_, Reel<B>> {
-    // No user code runs under the lock, so a poisoned lock protects a consistent state.
+    // No user code runs under the lock, so that a poisoned lock still protects a consistent state.
     reel.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<B: Body> ReplayBody<B> {
-    /// The first attempt's body, and what is kept for the next. A `cap` of 0 keeps nothing that has
-    /// been sent: then only a body that was never touched can be sent again.
+    /// Returns the body of the first attempt, and its saved part for the next attempts. With a `cap` of 0 no data is
+    /// saved, and the body can be replayed only if no data has been read.
     pub(super) fn new(body: B, cap: u64) -> (Self, Tape<B>) {
         if body.is_end_stream() {
             return (Self::of(Kind::Empty), Tape::Empty);
         }
-        // One that will not fit is not copied at all, but can be sent as long as it has not begun.
+        // A body that exceeds the cap is not saved at all. It can be replayed as long as no data has been read.
         let rest_hint = body.size_hint();
         let cap = if rest_hint.lower() > cap { 0 } else { cap };
         let reel = Arc::new(Mutex::new(Reel {
@@ -139,7 +160,7 @@ impl<B: Body> ReplayBody<B> {
         (Self::of(Kind::Taped { reader }), Tape::Taped(reel))
     }
 
-    /// A body that is passed through, once.
+    /// Returns a body that is sent once and not saved.
     pub(super) fn once(body: B) -> Self {
         Self::of(Kind::Through { body })
     }
@@ -176,8 +197,10 @@ impl<B> Tape<B> {
         }
     }
 
-    /// Cuts off whoever still reads it: what an attempt that is over read during the wait for the next
-    /// could be more than is kept. False if it has been already.
+    /// Cuts off the current reader. Returns `false` if the body cannot be replayed.
+    ///
+    /// The transport may still poll the body of an attempt that has ended. Without the claim, it could read beyond the
+    /// cap during the delay before the next attempt, and the body could no longer be replayed.
     pub(super) fn claim(&self) -> bool {
         let Self::Taped(reel) = self else { return true };
         let mut reel = lock(reel);
@@ -186,8 +209,8 @@ impl<B> Tape<B> {
         !reel.torn
     }
 
-    /// The next attempt's body. Only asked when it is [`repeatable`](Self::repeatable), or what was reading
-    /// it is known to be dead: that reader is cut off.
+    /// Returns the body of the next attempt, and cuts off the current reader. The body must be
+    /// [`repeatable`](Self::repeatable), or its reader must belong to an attempt that has ended.
     pub(super) fn replay(&self) -> ReplayBody<B> {
         let kind = match self {
             Self::Empty => Kind::Empty,
@@ -226,7 +249,8 @@ impl<B: Body> Reader<B> {
         self.is_fresh = false;
         let mut reel = lock(&self.reel);
         if reel.turn != self.turn {
-            // Cut off. Its end would make half a body look whole, and there is no error to make.
+            // The reader is cut off. An end would make half a body look complete, and there is no error of the body to
+            // return.
             return Poll::Pending;
         }
         if let Some(data) = reel.sent.get(self.next) {
@@ -274,7 +298,7 @@ impl<B: Body> Reader<B> {
                     is_cut_off
                 });
                 self.done = true;
-                // The attempt of a reader that was cut off is over.
+                // A reader that was cut off belongs to an attempt that has ended, so its result is dropped.
                 return if is_cut_off { Poll::Pending } else { Poll::Ready(error.map(Err)) };
             }
         };
@@ -289,7 +313,7 @@ impl<B: Body> Reader<B> {
                 });
                 drop(forgotten);
                 self.next = next;
-                // Read here instead of by one more poll, which would need the lock.
+                // Read here, because one more poll would need the lock again.
                 self.done = is_last;
                 (is_cut_off, Frame::data(data))
             }
@@ -306,7 +330,7 @@ impl<B: Body> Reader<B> {
                     (is_cut_off, Frame::trailers(trailers))
                 }
                 Err(_) => {
-                    // A kind of frame that is unknown today is skipped, and the body is not replayed.
+                    // Skip a frame of a kind that is unknown today. It is not saved, so the body cannot be replayed.
                     polled.put_back(false, |reel, _| reel.torn = true);
                     cx.waker().wake_by_ref();
                     return Poll::Pending;
@@ -316,7 +340,8 @@ impl<B: Body> Reader<B> {
         if is_cut_off { Poll::Pending } else { Poll::Ready(Some(Ok(frame))) }
     }
 
-    /// Waits until the reader that this one replaces has put the body back.
+    /// Waits until the reader that this one replaces has put the body back. The body may come back before the waker is
+    /// registered. Then the task is woken at once.
     #[cold]
     fn wait_for_body(&self, cx: &Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         let waker = cx.waker().clone();
@@ -356,7 +381,7 @@ impl<B: Body> Reader<B> {
         let kept = reel.sent.bytes_from(self.next);
         let rest = if reel.has_ended() { SizeHint::with_exact(0) } else { reel.rest_hint };
         let mut hint = SizeHint::new();
-        // The upper bound first: a lower one above it would panic.
+        // Set the upper bound first, because `set_lower` panics above it.
         if let Some(upper) = rest.upper() {
             hint.set_upper(upper.saturating_add(kept));
         }
@@ -367,10 +392,11 @@ impl<B: Body> Reader<B> {
 
 type PolledFrame<B> = Poll<Option<Result<Frame<<B as Body>::Data>, <B as Body>::Error>>>;
 
-/// A body that a reader polls without the lock. Its drop puts the body back, also during a panic of the body.
+/// A body that a reader polls without the lock. Dropping it puts the body back, also while a panic of the body unwinds.
+/// The body then cannot be replayed.
 struct PolledBody<'a, B> {
     reel: &'a Mutex<Reel<B>>,
-    /// The turn of the reader.
+    /// The number of the reader.
     turn: u32,
     body: Option<Pin<Box<B>>>,
 }
@@ -392,8 +418,9 @@ impl<B: Body> PolledBody<'_, B> {
 }
 
 impl<B> PolledBody<'_, B> {
-    /// Puts the body back, or drops it if it is over. `update` runs under the lock, with whether the reader was cut
-    /// off meanwhile. The body is dropped, and a waiting reader is woken, without the lock.
+    /// Puts the body back, or drops it if it has ended. `update` runs under the lock. Its argument states whether the
+    /// reader was cut off during the poll. The body is dropped and a waiting reader is woken after the lock is
+    /// released.
     fn put_back<T>(mut self, is_over: bool, update: impl FnOnce(&mut Reel<B>, bool) -> T) -> T {
         self.return_body(is_over, update)
     }
@@ -429,10 +456,10 @@ impl<B> Drop for PolledBody<'_, B> {
 }
 
 impl<B> Reel<B> {
-    /// Saves data that has been read. Returns saved data that is dropped because it exceeds the cap.
+    /// Saves data that has been read. Returns the saved data if the cap is exceeded, for a drop without the lock.
     ///
-    /// `is_cut_off`: another reader replaces the reader of this data, and may not miss it. One frame beyond the cap is
-    /// therefore saved.
+    /// With `is_cut_off`, a new reader replaces the reader of this data and must not miss it. The data is therefore
+    /// saved also if it exceeds the cap, which can happen for one frame.
     fn keep(&mut self, data: &Bytes, is_cut_off: bool) -> Option<Sent> {
         if self.torn {
             return None;
@@ -445,7 +472,7 @@ impl<B> Reel<B> {
         if !data.is_empty() {
             self.sent.push(data.clone());
             if is_cut_off {
-                // The next reader has begun, so that no other reader makes the data readable.
+                // Makes the data readable for the new reader, which has already begun: no later replay does it.
                 self.sent.rewind();
             }
         }
@@ -456,13 +483,13 @@ impl<B> Reel<B> {
         matches!(self.rest, Rest::Ended)
     }
 
-    /// Records that nothing more is to be read. Returns `true`.
+    /// Records that the current reader reads no more. Returns `true`.
     fn end(&mut self) -> bool {
         self.in_use = false;
         true
     }
 
-    /// Whether one who has read so many pieces has read all there is; then it is over.
+    /// Returns whether a reader that has read `next` pieces has read the whole body. If so, records the end.
     fn is_over(&mut self, next: usize) -> bool {
         let over = self.has_ended() && self.trailers.is_none() && next >= self.sent.len();
         over && self.end()
@@ -514,7 +541,7 @@ impl<B: Body> Body for ReplayBody<B> {
 }
 
 impl<B> Default for ReplayBody<B> {
-    /// An empty body: what a health probe within a retry sends.
+    /// Returns an empty body, for example for a health probe inside of a retry.
     fn default() -> Self {
         Self::of(Kind::Empty)
     }

@@ -1,4 +1,4 @@
-//! What has been sent of a request body.
+//! The data of a request body that has been sent.
 
 use bytes::{Bytes, BytesMut};
 
@@ -6,19 +6,19 @@ use bytes::{Bytes, BytesMut};
 #[derive(Default)]
 pub(super) struct Sent {
     first: Option<Bytes>,
-    /// Most bodies are of one piece, and need none of it.
+    /// `None` for a body of one piece, as most bodies are.
     more: Option<Box<More>>,
 }
 
 #[derive(Default)]
 struct More {
     pieces: Vec<Bytes>,
-    /// What came after the first few pieces, copied together.
+    /// The data after the first pieces, copied into one buffer. It becomes a piece at the next rewind.
     gathered: BytesMut,
 }
 
-/// So many pieces are kept as they are: shared and not copied. A body that trickles in by the byte would keep
-/// alive a buffer for each, far beyond the cap.
+/// The maximum number of pieces that are saved as they are, shared and not copied. Each piece keeps its whole buffer
+/// alive. Without a maximum, a body of many small pieces would hold far more memory than the cap.
 const APART: usize = 32;
 
 impl Sent {
@@ -35,7 +35,7 @@ impl Sent {
         }
     }
 
-    /// Makes a piece of what was gathered, for whoever reads it anew.
+    /// Turns the gathered data into a piece, so that a new reader can read it.
     pub(super) fn rewind(&mut self) {
         if let Some(more) = self.more.as_mut().filter(|more| !more.gathered.is_empty()) {
             more.pieces.push(more.gathered.split().freeze());
@@ -49,13 +49,13 @@ impl Sent {
         }
     }
 
-    /// How many pieces there are.
+    /// Returns the number of pieces that can be read.
     pub(super) fn len(&self) -> usize {
         let more = self.more.as_ref().map_or(0, |more| more.pieces.len());
         usize::from(self.first.is_some()) + more
     }
 
-    /// How many bytes there are from this piece on.
+    /// Returns the number of bytes that can be read from this piece on.
     pub(super) fn bytes_from(&self, nth: usize) -> u64 {
         (nth..self.len()).filter_map(|nth| self.get(nth)).map(|data| data.len() as u64).sum()
     }
