@@ -2,11 +2,11 @@ use std::time::Duration;
 
 use crate::ConfigError;
 
-/// How long to wait before the next attempt.
+/// The delays between the attempts of a call.
 ///
-/// By default 50 ms, doubling, up to 5 s, with full jitter: each wait is drawn evenly from zero to the
-/// computed one ("Exponential Backoff And Jitter", AWS Architecture Blog, 2015). None is ever longer than
-/// [`max`](Self::max), jitter included.
+/// By default the delay starts at 50 ms and doubles, to a maximum of 5 s, with full jitter: each delay is drawn evenly
+/// from zero to the computed delay ("Exponential Backoff And Jitter", AWS Architecture Blog, 2015). No delay exceeds
+/// [`max`](Self::max), including its jitter.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[must_use]
 pub struct Backoff {
@@ -24,18 +24,18 @@ enum Shape {
     Powers(f64),
     /// `base + step × (n - 1)`.
     Steps(Duration),
-    /// Between the base and three times the wait before.
+    /// Between the base and three times the previous delay.
     Decorrelated,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Jitter {
     None,
-    /// From zero.
+    /// From zero to the computed delay.
     Full,
-    /// From a half.
+    /// From half of the computed delay to all of it.
     Equal,
-    /// So much to either side.
+    /// The computed delay, plus or minus this share of it.
     Around(f64),
 }
 
@@ -49,23 +49,24 @@ impl Backoff {
 
     // ===== The shape =====
 
-    /// The same wait each time.
+    /// Returns a backoff with the same delay each time, before jitter.
     pub const fn constant(wait: Duration) -> Self {
         Self::new(Shape::Powers(1.0), wait).max(wait)
     }
 
-    /// Starts at `base` and grows by `step`, up to 5 s or `base`, whichever is longer.
+    /// Returns a backoff that starts at `base` and grows by `step`. The maximum is 5 s, or `base` if that is longer.
     pub const fn linear(base: Duration, step: Duration) -> Self {
         Self::new(Shape::Steps(step), base)
     }
 
-    /// Starts at `base` and doubles, up to 5 s or `base`, whichever is longer.
+    /// Returns a backoff that starts at `base` and doubles. The maximum is 5 s, or `base` if that is longer.
     pub const fn exponential(base: Duration) -> Self {
         Self::new(Shape::Powers(2.0), base)
     }
 
-    /// Each wait is drawn from `base` to three times the one before, up to 5 s or `base`, whichever is longer
-    /// ("decorrelated jitter" of the article above). It is its own jitter; without jitter it triples.
+    /// Returns a backoff whose delays are drawn from `base` to three times the previous delay ("decorrelated jitter" of
+    /// the article above). The maximum is 5 s, or `base` if that is longer. Other jitter settings have no effect,
+    /// except that [`without_jitter`](Self::without_jitter) triples the delay each time.
     pub const fn decorrelated(base: Duration) -> Self {
         Self::new(Shape::Decorrelated, base)
     }
@@ -77,7 +78,7 @@ impl Backoff {
         self
     }
 
-    /// The longest wait, jitter included. Not below the base.
+    /// Sets the maximum delay, including jitter. Must not be below the base.
     pub const fn max(mut self, max: Duration) -> Self {
         self.max = max;
         self
@@ -91,45 +92,46 @@ impl Backoff {
 
     // ===== The jitter =====
 
-    /// Waits exactly the computed times. All clients that failed together then return together.
+    /// Removes the jitter: the delays are the computed ones. Clients that fail together then retry together.
     pub const fn without_jitter(mut self) -> Self {
         self.jitter = Jitter::None;
         self
     }
 
-    /// Drawn from zero to the computed time: the default.
+    /// Draws each delay from zero to the computed delay. This is the default.
     pub const fn full_jitter(mut self) -> Self {
         self.jitter = Jitter::Full;
         self
     }
 
-    /// Half of the computed time, and up to as much again at random.
+    /// Draws each delay from half of the computed delay to all of it.
     pub const fn equal_jitter(mut self) -> Self {
         self.jitter = Jitter::Equal;
         self
     }
 
-    /// The computed time, and up to this share of it less or more at random: 0 to 1.
+    /// Draws each delay from the computed delay plus or minus this share of it: 0 to 1.
     pub const fn jitter_around(mut self, share: f64) -> Self {
         self.jitter = Jitter::Around(share);
         self
     }
 
-    /// Draws the same waits for every call: for tests.
+    /// Sets the seed of the jitter, for tests. Every call then has the same delays.
     pub const fn seed(mut self, seed: u64) -> Self {
         self.seed = Some(seed);
         self
     }
 
-    // ===== What others wait =====
+    // ===== Backoffs of other implementations =====
 
-    /// AWS SDKs, retry behaviour 2.1: 50 ms (1 s where throttled) doubling up to 20 s, full jitter.
+    /// Returns the backoff of the AWS SDKs, retry behaviour 2.1: 50 ms (1 s for throttled calls), doubled to a maximum
+    /// of 20 s, full jitter.
     pub const fn aws() -> Self {
         let base = Duration::from_millis(50);
         Self::exponential(base).throttled(Duration::from_secs(1)).max(Duration::from_secs(20))
     }
 
-    /// Envoy's default: 25 ms doubling up to 250 ms, with full jitter.
+    /// Returns Envoy's default backoff: 25 ms, doubled to a maximum of 250 ms, full jitter.
     ///
     /// Source: Envoy's `JitteredExponentialBackOffStrategy`. Envoy's documentation of the router filter states an older
     /// formula, `(2ⁿ - 1) × 25 ms`.
@@ -137,21 +139,21 @@ impl Backoff {
         Self::exponential(Duration::from_millis(25)).max(Duration::from_millis(250))
     }
 
-    /// gRFC A6 with the numbers of its example: 100 ms doubling up to 1 s, a fifth to either side. Unlike
-    /// there, the maximum holds for the jitter too.
+    /// Returns the backoff of the example in gRFC A6: 100 ms, doubled to a maximum of 1 s, with a jitter of 20 % to
+    /// either side. Unlike in gRFC A6, the maximum includes the jitter.
     pub const fn grpc() -> Self {
         let backoff = Self::exponential(Duration::from_millis(100)).max(Duration::from_secs(1));
         backoff.jitter_around(0.2)
     }
 
-    /// Finagle's `RetryPolicy.tries`: decorrelated from 5 ms up to 200 ms.
+    /// Returns the backoff of Finagle's `RetryPolicy.tries`: decorrelated, from 5 ms to a maximum of 200 ms.
     pub const fn finagle() -> Self {
         Self::decorrelated(Duration::from_millis(5)).max(Duration::from_millis(200))
     }
 
-    // ===== The waits =====
+    // ===== The delays =====
 
-    /// The waits, first to last, for ever.
+    /// Returns the delays of a call, in order. The iterator does not end.
     pub fn delays(self) -> Delays {
         let rng = self.seed.map_or_else(fastrand::Rng::new, fastrand::Rng::with_seed);
         Delays { backoff: self, made: 0, before: Duration::ZERO, rng }
@@ -161,7 +163,7 @@ impl Backoff {
         self.jitter != Jitter::None
     }
 
-    /// The nth wait without jitter, 1 being the first.
+    /// Returns the delay before a retry, without jitter. The first retry is 1.
     fn computed(&self, base: Duration, retry: u32) -> Duration {
         let n = i32::try_from(retry).unwrap_or(i32::MAX);
         match self.shape {
@@ -171,11 +173,11 @@ impl Backoff {
         }
     }
 
-    /// Whether it can work.
+    /// Checks the settings of the backoff.
     ///
     /// # Errors
     ///
-    /// A factor below 1 or not finite, a jitter that is no share, or a maximum below the base.
+    /// The factor is below 1 or not finite, the jitter is not within 0 to 1, or the maximum is below the base.
     pub fn check(&self) -> Result<(), ConfigError> {
         if let Shape::Powers(factor) = self.shape {
             if !(factor >= 1.0 && factor.is_finite()) {
@@ -197,8 +199,8 @@ impl Backoff {
     }
 }
 
-/// Not `mul_f64`: that one panics where the product leaves a Duration's range. No time stays none: times
-/// infinite growth it would be no number.
+/// Multiplies a duration and saturates, where `mul_f64` panics on overflow. Zero stays zero: zero times infinity would
+/// be NaN.
 fn scaled(time: Duration, by: f64) -> Duration {
     if time.is_zero() {
         return time;
@@ -212,7 +214,7 @@ impl Default for Backoff {
     }
 }
 
-/// The waits of one call, from [`Backoff::delays`]: never at an end.
+/// The delays of one call, from [`Backoff::delays`]. The iterator does not end.
 #[derive(Clone, Debug)]
 pub struct Delays {
     backoff: Backoff,
@@ -222,7 +224,7 @@ pub struct Delays {
 }
 
 impl Delays {
-    /// The next wait, after an answer that was throttled or not.
+    /// Returns the next delay, after a response that was throttled or not.
     pub(super) fn draw(&mut self, throttled: bool) -> Duration {
         let Backoff { base, max, jitter, shape, .. } = self.backoff;
         let base = self.backoff.throttled.filter(|_| throttled).unwrap_or(base);
@@ -231,7 +233,7 @@ impl Delays {
             let most = self.before.saturating_mul(3).max(base).min(max);
             match (jitter, self.made) {
                 (Jitter::None, _) => most,
-                // The first is drawn from what would be three times the base.
+                // The first delay is drawn as if the previous delay had been the base.
                 (_, 1) => self.between(base, base.saturating_mul(3).min(max)),
                 _ => self.between(base, most),
             }

@@ -320,7 +320,7 @@ where
                     if ends_by::<S, Req, M>(this.kept.as_ref(), Instant::now) {
                         return Poll::Ready(Some(self.too_late()));
                     }
-                    let Some(kept) = this.kept else { unreachable!("kept for every retry") };
+                    let Some(kept) = this.kept else { unreachable!("the request of a retry is saved") };
                     let attempt = course.begin();
                     core.settings.count_retry();
                     *this.span = Span::further(attempt.number - 1, course.waited());
@@ -359,7 +359,7 @@ where
         }
         let record = course.end(&this.core.settings, Stop::DeadlinePassed);
         let Some((held, _)) = M::failed(rejected.into()) else {
-            unreachable!("only these errors have a deadline")
+            unreachable!("only a protocol with TAKES_ERRORS has a deadline")
         };
         M::release(held, Some(record))
     }

@@ -1,4 +1,8 @@
-//! The decision after one failed attempt: pure, in the one order that is right.
+//! The decision about a retry after one failed attempt.
+//!
+//! [`decide`] depends only on its arguments, the policy and random jitter. The order of its checks is part of the
+//! contract: the [`Stop`] names the first check that fails. The caller checks the budget afterwards, so that a retry
+//! that another check prevents makes no withdrawal.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,12 +19,12 @@ use crate::{
     call::{Outcome, Reason, grpc, hint::MAX_HINT},
 };
 
-/// What a retry layer is set to, and is asked for only when an attempt has failed.
+/// The settings of a retry layer that are needed only after a failed attempt.
 #[derive(Clone, Debug)]
 pub(super) struct Policy {
     pub(super) name: Option<Arc<str>>,
     pub(super) attempts: u32,
-    /// How many retries one kind of failure may have.
+    /// The maximum number of retries for each kind of failure.
     pub(super) limits: PerKind<Option<u32>>,
     pub(super) waits: Waits,
     /// `None`: [`DEFAULT_MAX_WAIT`] for a call without a deadline, no maximum for a call with one.
@@ -31,12 +35,12 @@ pub(super) struct Policy {
     /// The maximum number of transparent retries of one call. They are immediate, and neither counted as attempts nor
     /// charged to the budget.
     pub(super) max_transparent: u32,
-    /// What is left of a deadline after the wait is at least so much, or there is no attempt.
+    /// The minimum time between the delay and the deadline. With less, there is no attempt.
     pub(super) least_attempt: Duration,
     pub(super) drain_cap: u64,
     pub(super) say: Say,
     pub(super) safe: Safe,
-    /// A gRPC status that says "not done" is believed, whatever the method.
+    /// A gRPC status that declares the call unprocessed makes a retry safe for any method.
     pub(super) trust_grpc: bool,
 }
 
@@ -84,7 +88,7 @@ impl Policy {
         Ok(())
     }
 
-    #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Only events tell it.
+    #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Only events use it.
     pub(super) fn name(&self) -> &str {
         self.name.as_deref().unwrap_or_default()
     }
@@ -96,14 +100,14 @@ impl Policy {
         (unprocessed || outcome.is_housekeeping()) && before < self.max_transparent
     }
 
-    /// Whether an unsafe method may be repeated for what the server said.
+    /// Returns whether the gRPC status of the server makes a retry safe for any method.
     fn trusts(&self, outcome: Outcome) -> bool {
         self.trust_grpc
             && outcome.reason() == Reason::GrpcStatus
             && matches!(outcome.code(), Some(grpc::UNAVAILABLE | grpc::RESOURCE_EXHAUSTED))
     }
 
-    /// Returns the class of an outcome. Without `wait_on_rejection` it is `class`.
+    /// Returns the class of an outcome. A rejection that states a time becomes retryable with `wait_on_rejection`.
     pub(super) fn classify_rejection(&self, class: Class, outcome: Outcome) -> Class {
         // Without a hint, the time at which the inner layer admits calls again is unknown.
         let waits = self.wait_on_rejection && outcome.retry_after().is_some();
@@ -136,8 +140,9 @@ impl Policy {
             _ if is_too_long => Err(Stop::WaitTooLong),
             Hint::Exact => Ok(hint),
             Hint::Above { jitter } => {
-                // What is added to the hint is cut rather than the attempt. The attempt keeps at least half of the time
-                // between the hint and the deadline: with less, a hint that fits the deadline would end at the deadline.
+                // A deadline cuts the addition to the hint, and not the time of the attempt. The attempt keeps at least
+                // half of the time between the hint and the deadline. With less, an attempt after a hint that fits the
+                // deadline would end at the deadline.
                 let spare = left.map(|left| left.saturating_sub(self.least_attempt));
                 let max = spare.map_or(Duration::MAX, |spare| spare.saturating_sub(hint) / 2);
                 let added = random(hint.mul_f64(jitter).min(max));
@@ -164,40 +169,40 @@ pub(super) enum Hint {
     Exact,
 }
 
-/// Which requests may be repeated although they may have had an effect.
+/// The requests that may be repeated although they may have had an effect.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Safe {
-    /// By method (RFC 9110 §9.2.2), or by key.
+    /// By the method (RFC 9110 §9.2.2) or an `Idempotency-Key`.
     Idempotent,
-    /// These methods, or by key.
+    /// By one of these methods or an `Idempotency-Key`.
     Methods(Arc<[Method]>),
-    /// The user's word.
+    /// All requests, as the user declares.
     All,
 }
 
-/// What an attempt's end is to a retry.
+/// The meaning of an attempt's result for a retry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
-    /// It is the answer.
+    /// The result is not retryable and is returned.
     Final,
-    /// It may be tried again.
+    /// The result is retryable.
     Retryable,
-    /// What was called, or a layer further in, said no to a retry.
+    /// The upstream or an inner layer forbids a retry.
     Refused(Stop),
 }
 
-/// Whether a request's body can be sent again.
+/// Whether a request body can be replayed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Repeatable {
-    /// Yes.
+    /// The body can be replayed.
     Yes,
-    /// The attempt before is still reading it, or has not let go of it.
+    /// The previous attempt still reads the body, or has not dropped it yet.
     Streaming,
-    /// It was over the cap, cannot be copied, or broke off.
+    /// The body exceeds the cap, cannot be copied, or has failed.
     No,
 }
 
-/// All that the decision knows.
+/// The input of the decision.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Facts {
     pub(super) class: Class,
@@ -210,31 +215,32 @@ pub(super) struct Facts {
     /// The attempt ended with an error.
     pub(super) is_error: bool,
     pub(super) body: Repeatable,
-    /// Attempts made so far, this one included.
+    /// The number of attempts made, including this one.
     pub(super) made: u32,
     /// A retry for this outcome is transparent.
     pub(super) is_transparent: bool,
-    /// How many of them were followed by a transparent retry.
+    /// The number of them that were followed by a transparent retry.
     pub(super) transparent: u32,
-    /// Retries made so far, by what they were for.
+    /// The number of retries made for each kind of failure.
     pub(super) of_kind: PerKind<u32>,
-    /// How long until the deadline, if there is one.
+    /// The time until the deadline, if there is one.
     pub(super) left: Option<Duration>,
 }
 
-/// Another attempt is right, if the budget says so too.
+/// A retry that all checks except the budget permit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Again {
     pub(super) wait: Duration,
     /// The retry neither counts as an attempt nor is charged to the budget.
     pub(super) transparent: bool,
-    /// As what it is charged to the budget; none: it is not.
+    /// The kind of failure for which the budget is charged. `None` if the retry makes no withdrawal.
     pub(super) charge: Option<FailureKind>,
     pub(super) kind: FailureKind,
 }
 
-/// Whether to try again, and when. The budget is asked after this, so that it is never charged for a
-/// retry that another rule refuses.
+/// Decides whether to retry and after which delay.
+///
+/// `series` has the delays of the call, and is created when the first delay is needed.
 pub(super) fn decide(
     facts: &Facts,
     policy: &Policy,
@@ -250,12 +256,13 @@ pub(super) fn decide(
         Class::Retryable => {}
     }
     let kind = FailureKind::of(facts.outcome);
-    // Never left the client, or never looked at by the server (RFC 9113 §6.8, §8.7): any method.
+    // The request did not leave the client, or the server did not process it (RFC 9113 §6.8, §8.7). A retry is then
+    // safe for any method.
     let unsent = !kind.may_be_seen();
     if !facts.safe && !unsent && !policy.trusts(facts.outcome) {
         return Err(Stop::Unsafe);
     }
-    // Its stream is gone: whoever still holds the body only has not let go of it yet.
+    // The stream of the attempt has ended, so the transport no longer reads the body even if it still owns it.
     let over = unsent || matches!(reason, Reason::Reset | Reason::StaleConnection);
     match facts.body {
         Repeatable::Yes => {}
@@ -277,13 +284,13 @@ pub(super) fn decide(
         let waits = series.get_or_insert_with(|| policy.waits.begin());
         let throttled = kind == FailureKind::Throttled;
         let own = waits.next(throttled).ok_or(Stop::AttemptsUsedUp)?;
-        // gRFC A6: after a pushback the backoff begins anew.
+        // After a pushback the backoff begins with its first delay again (gRFC A6).
         if hint.is_some() && reason == Reason::GrpcStatus {
             waits.begin_anew();
         }
         policy.delay(own, hint, facts.left)?
     };
-    // What is tried is also to be of use.
+    // The next attempt needs its minimum time before the deadline.
     if facts.left.is_some_and(|left| wait.saturating_add(policy.least_attempt) > left) {
         return Err(if rejected { Stop::Rejected } else { Stop::DeadlineTooNear });
     }
@@ -317,7 +324,7 @@ mod tests {
         Outcome::failure().because(reason)
     }
 
-    /// Each case would be stopped by every rule after its own, too: the order is what is shown.
+    /// Each case fails all later checks as well, so that the test shows their order.
     #[test]
     fn the_first_rule_that_says_no_is_the_one_told() {
         let mut facts = Facts { made: 3, ..FACTS };

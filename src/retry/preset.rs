@@ -9,11 +9,11 @@ use super::{
     policy::{HINT_JITTER, Hint, MAX_TRANSPARENT},
 };
 
-/// What [`RetryLayer::preset`] knows.
+/// Another implementation whose settings [`RetryLayer::preset`] follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Preset {
-    /// AWS SDKs, retry behaviour 2.1.
+    /// The AWS SDKs, retry behaviour 2.1.
     Aws,
     /// Envoy's defaults.
     Envoy,
@@ -24,8 +24,8 @@ pub enum Preset {
 }
 
 impl<M> RetryLayer<M> {
-    /// Sets delays, attempts and budget as another implementation does. The requests that are safe to repeat stay the
-    /// same.
+    /// Sets delays, attempts and budget as in another implementation. The rules for requests that are safe to repeat
+    /// stay the same.
     ///
     /// | preset | attempts | backoff | budget | a server's hint |
     /// |---|---|---|---|---|
@@ -34,9 +34,9 @@ impl<M> RetryLayer<M> {
     /// | `Grpc` | 4 | [`Backoff::grpc`] | [`RetryBudget::grpc(10, 0.1)`](RetryBudget::grpc) | is the delay |
     /// | `Finagle` | 3 | [`Backoff::finagle`] | [`RetryBudget::finagle`] | lower bound with up to 50 % jitter |
     ///
-    /// gRPC's numbers, its budget's too, are those of gRFC A6's example: there is no default. `Grpc` makes
-    /// at most one [transparent retry](crate::retry#connection-housekeeping) for each call, as gRFC A6 specifies. The
-    /// other presets make at most five.
+    /// gRPC has no defaults. The numbers of `Grpc`, including its budget, are those of the example in gRFC A6. `Grpc`
+    /// makes at most one [transparent retry](crate::retry#connection-housekeeping) for each call, as gRFC A6 specifies.
+    /// The other presets make at most five.
     pub fn preset(self, preset: Preset) -> Self {
         self.settings.set(|policy| {
             (policy.hint, policy.max_transparent) = match preset {

@@ -1,4 +1,4 @@
-//! What of the rules a user can change: which failures, which of them how often, and a last word.
+//! The rules for retries that a user can set: lists of failures, unprocessed statuses, and a closure.
 
 use std::{cell::OnceCell, error::Error, fmt, sync::Arc};
 
@@ -13,29 +13,30 @@ use crate::{
     redact::{self, MAX_VALUE, Redacted},
 };
 
-/// What failed, as far as limits and costs tell it apart. A closed set, so that it can be a metric's label.
+/// The kind of a failure, for limits and costs. The set is closed, so that it can be the label of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum FailureKind {
     /// No connection could be made.
     Connect,
-    /// Given back unsent or unseen: never left, `REFUSED_STREAM`, above `GOAWAY`'s last stream.
+    /// The server did not process the request: it was never sent, its stream was refused, or the stream id is above the
+    /// last of a `GOAWAY`.
     Unseen,
-    /// The connection broke: reset, stale, or in the middle of the answer.
+    /// The connection broke: it was reset or stale, or it failed within the response.
     Read,
-    /// It took too long.
+    /// A timeout expired.
     Timeout,
-    /// The HTTP or gRPC status said so.
+    /// The HTTP or gRPC status is a failure.
     Status,
-    /// The upstream is alive but asks for fewer calls: 429, 529, `RESOURCE_EXHAUSTED`.
+    /// The upstream is alive but requests fewer calls: 429, 529, `RESOURCE_EXHAUSTED`.
     Throttled,
-    /// A layer of this crate refused it further in.
+    /// An inner layer of this crate rejected the attempt.
     Rejected,
-    /// Anything else: what a classifier reports, an error that is not known.
+    /// Any other failure: one that a classifier reports, or an unknown error.
     Other,
 }
 
-/// Indexed by a kind.
+/// A value for each failure kind, indexed by the kind.
 pub(super) type PerKind<T> = [T; 8];
 
 impl FailureKind {
@@ -56,12 +57,12 @@ impl FailureKind {
         }
     }
 
-    /// Whether a server may have seen what failed so.
+    /// Returns whether the server may have processed a request with this kind of failure.
     pub(super) fn may_be_seen(self) -> bool {
         !matches!(self, Self::Connect | Self::Unseen | Self::Rejected)
     }
 
-    /// The kind in `snake_case`, as metrics have it.
+    /// Returns the kind in `snake_case`, as in metrics.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
         match self {
@@ -77,7 +78,8 @@ impl FailureKind {
     }
 }
 
-/// One failure that is to be tried again, or not: see [`retry_on`](super::RetryLayer::retry_on).
+/// A failure that a rule lists: see [`retry_on`](super::RetryLayer::retry_on) and
+/// [`never_on`](super::RetryLayer::never_on).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Failure {
@@ -86,7 +88,7 @@ pub enum Failure {
     /// A response with this gRPC status, to a gRPC call: in the head, in the trailers, or mapped from the HTTP status.
     /// HTTP 503 without a `grpc-status` is 14, `UNAVAILABLE`. See [`Http`](crate::call::Http).
     Grpc(u16),
-    /// Whatever has this reason.
+    /// Any result with this reason.
     Because(Reason),
 }
 
@@ -102,9 +104,9 @@ impl From<Reason> for Failure {
     }
 }
 
-/// A request and what came of one attempt: see [`retry_if`](super::RetryLayer::retry_if).
+/// The request and the result of one attempt: see [`retry_if`](super::RetryLayer::retry_if).
 pub struct Seen<'a> {
-    /// Made when it is asked for: not all is kept as it was.
+    /// Created on demand, because the saved request has its head in another form.
     request: OnceCell<Request<()>>,
     make: &'a dyn Fn() -> Request<()>,
     pub(super) answer: Answer<'a>,
@@ -138,13 +140,13 @@ impl<'a> Seen<'a> {
         Self { request: OnceCell::new(), make, answer, outcome, attempt }
     }
 
-    /// The request's head.
+    /// Returns the request head.
     #[must_use]
     pub fn request(&self) -> &Request<()> {
         self.request.get_or_init(self.make)
     }
 
-    /// The answer's status; none: there was an error.
+    /// Returns the status of the response. `None` for an error.
     #[must_use]
     pub fn status(&self) -> Option<StatusCode> {
         match self.answer {
@@ -153,7 +155,7 @@ impl<'a> Seen<'a> {
         }
     }
 
-    /// The answer's headers; none: there was an error.
+    /// Returns the headers of the response. `None` for an error.
     #[must_use]
     pub fn headers(&self) -> Option<&'a HeaderMap> {
         match self.answer {
@@ -162,7 +164,7 @@ impl<'a> Seen<'a> {
         }
     }
 
-    /// The error; none: there was an answer.
+    /// Returns the error. `None` for a response.
     #[must_use]
     pub fn error(&self) -> Option<&'a (dyn Error + 'static)> {
         match self.answer {
@@ -178,13 +180,13 @@ impl<'a> Seen<'a> {
         self.headers().is_some_and(grpc::is_grpc) || by_request(self.request())
     }
 
-    /// What was made of it: the reason, a status code, the server's hint.
+    /// Returns the outcome: the reason, the status code and the server's hint.
     #[must_use]
     pub fn outcome(&self) -> Outcome {
         self.outcome
     }
 
-    /// Which attempt it was, 1 being the first.
+    /// Returns the number of the attempt. 1 is the first.
     #[must_use]
     pub fn attempt(&self) -> u32 {
         self.attempt
@@ -207,7 +209,7 @@ impl fmt::Debug for Seen<'_> {
 
 type Ask = dyn Fn(&Seen<'_>) -> Option<bool> + Send + Sync;
 
-/// What the user says of failures: nothing by default.
+/// The rules that the user sets. Empty by default.
 #[derive(Clone, Default)]
 pub(super) struct Say {
     listed: Vec<(Failure, bool)>,
@@ -244,9 +246,11 @@ impl Say {
         self.unprocessed.iter().copied().find(|&status| self.forbids(Failure::Status(status)))
     }
 
-    /// Returns the class by the rules of the user, and whether the closure or the set of unprocessed statuses declares
-    /// a retry safe for any method. The rules cannot overrule a pushback of the server that forbids a retry or a
-    /// deadline that has passed. They can overrule a rejection.
+    /// Applies the user's rules to the class of a result.
+    ///
+    /// Returns the class, and whether the closure or the list of unprocessed statuses declares a retry safe for any
+    /// method. The rules cannot overrule a pushback of the server that forbids a retry, or a deadline that has passed.
+    /// They can overrule a rejection.
     pub(super) fn judge(&self, class: Class, seen: &mut Seen<'_>) -> (Class, bool) {
         if matches!(class, Class::Refused(Stop::Pushback | Stop::DeadlinePassed)) {
             return (class, false);
@@ -263,7 +267,8 @@ impl Say {
             && self.unprocessed.iter().any(is_listed);
         let said = said.or(is_unprocessed.then_some(true));
         let pushed_back = seen.headers().and_then(hint::pushback) == Some(Pushback::Never);
-        // The same key for another request (draft-ietf-httpapi-idempotency-key-header): never.
+        // The server reports that the key was used for another request (draft-ietf-httpapi-idempotency-key-header). A
+        // retry would fail again.
         let key_reused = seen.status() == Some(StatusCode::UNPROCESSABLE_ENTITY)
             && seen.request().headers().contains_key("idempotency-key");
         let class = match said {
@@ -281,7 +286,7 @@ impl Say {
     }
 }
 
-/// The outcome of a response that is a success by itself and is listed as a failure.
+/// Returns the outcome of a response that is a success for other layers and that a rule lists as a failure.
 fn failed(seen: &Seen<'_>) -> Outcome {
     let outcome = match (seen.outcome.reason(), seen.outcome.code(), seen.status()) {
         (reason @ Reason::GrpcStatus, Some(code), _) => {

@@ -1,4 +1,4 @@
-//! The waits of one call, the user's own too.
+//! The delays of one call, from a backoff or from an iterator of the user.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -6,14 +6,14 @@ use super::backoff::{Backoff, Delays};
 
 type Own = dyn Iterator<Item = Duration> + Send;
 
-/// Where each call has its waits from.
+/// The source of the delays of a call.
 #[derive(Clone)]
 pub(super) enum Waits {
     Backoff(Backoff),
     Own(Arc<dyn Fn() -> Box<Own> + Send + Sync>),
 }
 
-/// The waits of one call.
+/// The delays of one call.
 pub(super) enum Series {
     Backoff(Delays),
     Own(Box<Own>),
@@ -36,7 +36,7 @@ impl Waits {
 }
 
 impl Series {
-    /// The next wait; none: there is to be no further attempt.
+    /// Returns the next delay. `None` if there is no further attempt.
     pub(super) fn next(&mut self, throttled: bool) -> Option<Duration> {
         match self {
             Self::Backoff(delays) => Some(delays.draw(throttled)),
@@ -44,7 +44,7 @@ impl Series {
         }
     }
 
-    /// Begins with the first wait again; one of the user's own goes on.
+    /// Restarts a backoff at its first delay. An iterator of the user continues.
     pub(super) fn begin_anew(&mut self) {
         if let Self::Backoff(delays) = self {
             delays.begin_anew();

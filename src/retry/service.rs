@@ -33,7 +33,7 @@ impl<S, M> Retry<S, M> {
         Self { inner, core: Striped::new(core), protocol, marks: false }
     }
 
-    /// The wrapped service.
+    /// Returns the wrapped service.
     pub fn get_ref(&self) -> &S {
         &self.inner
     }
@@ -83,11 +83,11 @@ where
         if let Some(budget) = &self.core.budget {
             budget.begun();
         }
-        // Before the call: what it gives is built where it stays.
+        // Lease before the call, so that the future of the call is built in its final place and not moved.
         let core = self.core.lease();
         let span = Span::first();
         let entered = span.enter();
-        // Not by way of a variable: a request is large to move.
+        // Not through a variable, because a move of a request is expensive.
         let future = self.inner.call(M::first(request, kept.as_mut(), rules));
         drop(entered);
         ResponseFuture {
@@ -104,7 +104,8 @@ where
 }
 
 impl<S: Clone, M: Clone> Retry<S, M> {
-    /// A call that comes after its deadline. What was reserved for it goes with the instance.
+    /// Returns the future of a call whose deadline has already passed. The polled instance is replaced, so that what it
+    /// reserved in `poll_ready` is released.
     #[cold]
     fn unbegun<Req, F, K, H>(&mut self, kept: Option<K>) -> ResponseFuture<S, Req, F, M, K, H> {
         self.inner = self.inner.clone();

@@ -1,4 +1,4 @@
-//! One span for each attempt; nothing at all without the feature.
+//! A span for each attempt. Without the feature `tracing`, there is no span and no cost.
 
 use std::time::Duration;
 
@@ -10,12 +10,13 @@ pub(super) struct Span(Option<tracing::Span>);
 
 #[cfg(feature = "tracing")]
 impl Span {
-    /// No attempt.
+    /// Returns no span, for a call without an attempt.
     pub(super) fn none() -> Self {
         Self(None)
     }
 
-    /// None where nobody listens: even a disabled span is not for nothing to enter.
+    /// Returns the span of a first attempt. There is none if no subscriber records DEBUG, because even entering a
+    /// disabled span has a cost.
     #[inline]
     pub(super) fn first() -> Self {
         if tracing::level_filters::LevelFilter::current() < tracing::Level::DEBUG {
@@ -37,7 +38,8 @@ impl Span {
         }))
     }
 
-    /// A further attempt says which it is, as OpenTelemetry has it, and how long was waited for it.
+    /// Returns the span of a further attempt, with the number of the retry, as OpenTelemetry specifies, and the delay
+    /// before it.
     pub(super) fn further(resent: u32, waited: Duration) -> Self {
         let this = Self::first();
         if let Some(span) = &this.0 {
@@ -47,14 +49,14 @@ impl Span {
         this
     }
 
-    /// What became of it; with that it is over.
+    /// Records the outcome and ends the span.
     pub(super) fn end(&mut self, outcome: Outcome) {
         if let Some(span) = self.0.take() {
             span.record("reason", tracing::field::debug(outcome));
         }
     }
 
-    /// Until what it gives is dropped.
+    /// Enters the span until the guard is dropped.
     #[inline]
     pub(super) fn enter(&self) -> Option<tracing::span::Entered<'_>> {
         self.0.as_ref().map(tracing::Span::enter)

@@ -14,32 +14,32 @@ pub enum Stop {
     RateLimited,
     /// An inner layer rejected the attempt: an open circuit, a full limit.
     Rejected,
-    /// It may have had an effect, and the method is not safe to repeat.
+    /// The request may have had an effect, and is not safe to repeat.
     Unsafe,
     /// The request body is still being sent.
     StillSending,
-    /// The request body cannot be sent again: over the cap, or not to be copied.
+    /// The request body cannot be replayed: it exceeds the maximum, or it cannot be copied.
     BodyGone,
     /// All attempts are used up.
     AttemptsUsedUp,
-    /// All retries that this kind of failure may have are used up.
+    /// All retries for this kind of failure are used up.
     KindUsedUp,
-    /// The server asked for a longer wait than is allowed.
+    /// The server's hint is longer than the maximum delay.
     WaitTooLong,
-    /// The wait and an attempt of use do not fit before the deadline.
+    /// The delay and the minimum time of an attempt do not fit before the deadline.
     DeadlineTooNear,
-    /// The deadline passed: with an attempt under way, with the wrapped service not ready for one, or before the first.
+    /// The deadline passed: during an attempt, while the wrapped service was not ready, or before the first attempt.
     DeadlinePassed,
     /// The retry budget is used up.
     BudgetUsedUp,
-    /// The wrapped service failed before it was called: its `poll_ready` did.
+    /// The `poll_ready` of the wrapped service failed.
     NotReady,
-    /// The layer's configuration is wrong: it never retries.
+    /// The configuration of the layer has a fault, with which the layer never retries.
     Misconfigured,
 }
 
 impl Stop {
-    /// The reason in `snake_case`, as events have it.
+    /// Returns the reason in `snake_case`, as in events.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
         match self {

@@ -12,7 +12,7 @@ use super::{exchange::Weigh, policy::Class};
 use crate::call::{Alarm, Outcome, Reason, grpc};
 
 pin_project! {
-    /// One attempt, until its response is classified.
+    /// An attempt, until its response is classified.
     pub(super) struct Weighed<F, H> {
         #[pin]
         state: State<F, H>,
@@ -25,18 +25,18 @@ pin_project! {
     #[project = StateProj]
     enum State<F, H> {
         Calling { #[pin] future: F, waited_for: bool },
-        // The head is here; a gRPC answer's first frame may have to be waited for.
+        // The response head is available. The first frame of a gRPC response may still be pending.
         Weighing { held: Option<H>, impatient: bool },
     }
 }
 
-/// How far an attempt has come.
+/// The progress of an attempt.
 pub(super) enum Head<T> {
-    /// Its head is here: to be given out, or [held](Weighed::hold).
+    /// The response head is available. It is returned to the caller, or [held](Weighed::hold).
     Here(T),
-    /// It was held before.
+    /// The response is already held.
     Held,
-    /// It did not come in time.
+    /// The response head is late.
     Late,
 }
 
@@ -46,7 +46,10 @@ impl<F, H> Weighed<F, H> {
         Self { state: State::Calling { future, waited_for: false }, alarm: Alarm::new() }
     }
 
-    /// Up to the head. When that has to be here is asked `until`, once it has to be waited for.
+    /// Polls the attempt for its response head.
+    ///
+    /// `until` returns the instant at which the head is late. It is called only if the head is not available at the
+    /// first poll. Otherwise the call needs no timer.
     #[inline]
     pub(super) fn poll_head<T>(
         self: Pin<&mut Self>,
@@ -60,7 +63,7 @@ impl<F, H> Weighed<F, H> {
         let StateProj::Calling { mut future, waited_for } = this.state.project() else {
             return Poll::Ready(Head::Held);
         };
-        // The answer before the timer: one that is here is not too late.
+        // Poll the attempt before the timer: a response that is available takes precedence over a timeout.
         Alarm::listen();
         if let Poll::Ready(result) = future.as_mut().poll(cx) {
             return Poll::Ready(Head::Here(result));
@@ -73,14 +76,14 @@ impl<F, H> Weighed<F, H> {
         this.alarm.poll(&*future, cx).map(|()| Head::Late)
     }
 
-    /// Holds an answer, with what is known of it by its head. What made it is gone with that.
+    /// Holds a response with its class by its head, and drops the future of the attempt.
     pub(super) fn hold(self: Pin<&mut Self>, held: H) {
         let mut this = self.project();
         this.alarm.clear();
         this.state.set(State::Weighing { held: Some(held), impatient: false });
     }
 
-    /// What the answer is that is held.
+    /// Polls for the class and outcome of the held response. If its body does not begin in time, the head decides.
     pub(super) fn poll_weigh<M, Res, E>(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -90,7 +93,7 @@ impl<F, H> Weighed<F, H> {
     {
         let mut this = self.project();
         let StateProj::Weighing { held: Some(held), impatient } = this.state.project() else {
-            unreachable!("held, and not taken")
+            unreachable!("the response is held and not taken")
         };
         Alarm::listen();
         if let Poll::Ready(weight) = M::poll_weigh(held, cx) {
@@ -105,7 +108,7 @@ impl<F, H> Weighed<F, H> {
         Poll::Ready(M::undecided(held))
     }
 
-    /// The same from the beginning, for as long as it takes.
+    /// Polls for the class and outcome of the attempt from its beginning, without a timeout for the response head.
     pub(super) fn poll_held<M, Res, E>(
         mut self: Pin<&mut Self>,
         protocol: &M,
@@ -123,13 +126,13 @@ impl<F, H> Weighed<F, H> {
         self.poll_weigh::<M, Res, E>(cx)
     }
 
-    /// The answer. Only asked when it is held, and once.
+    /// Returns the held response. May be called once, when the response is held.
     pub(super) fn take(self: Pin<&mut Self>) -> H {
         match self.project().state.project() {
             StateProj::Weighing { held, .. } => held.take(),
             StateProj::Calling { .. } => None,
         }
-        .unwrap_or_else(|| unreachable!("taken once, when it is here"))
+        .unwrap_or_else(|| unreachable!("taken once, after it is held"))
     }
 }
 
@@ -141,7 +144,7 @@ pub(super) fn earns_deposit(outcome: Outcome) -> bool {
     outcome.is_success() && !is_grpc_error
 }
 
-/// Neither a failure, nor throttled, nor refused.
+/// Returns whether the outcome is a success and the class is `Final`, so that the response is returned as it is.
 #[inline]
 pub(super) fn is_good((class, outcome): (Class, Outcome)) -> bool {
     class == Class::Final && outcome.is_success()

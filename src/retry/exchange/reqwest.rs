@@ -64,7 +64,7 @@ impl Repeat<Request> for Reqwest {
     }
 
     fn hedge_attempt(kept: &Request, _: u32) -> Request {
-        let Some(copy) = kept.try_clone() else { unreachable!("a stream is not kept") };
+        let Some(copy) = kept.try_clone() else { unreachable!("a request with a stream is not saved") };
         copy
     }
 
@@ -103,7 +103,7 @@ impl Held {
     fn result(self) -> Result<Response, BoxError> {
         match self {
             Self::Answer(result, _) => result,
-            Self::Discarded(..) => unreachable!("what is discarded is not given out"),
+            Self::Discarded(..) => unreachable!("a discarded response is not returned"),
         }
     }
 }
@@ -150,7 +150,7 @@ impl Weigh<Response, Error> for Reqwest {
     fn poll_weigh(held: &mut Held, _: &mut Context<'_>) -> Poll<(Class, Outcome)> {
         Poll::Ready(match held {
             Held::Answer(_, weight) => *weight,
-            Held::Discarded(..) => unreachable!("weighed before"),
+            Held::Discarded(..) => unreachable!("classified before it is discarded"),
         })
     }
 

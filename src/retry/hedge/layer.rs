@@ -110,7 +110,7 @@ impl Settings {
         if self.assume_idempotent.load(Ordering::Relaxed) { Safe::All } else { Safe::Idempotent }
     }
 
-    #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Only events tell it.
+    #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Only events use it.
     pub(super) fn name(&self) -> &str {
         self.name.get().map_or("", |name| name)
     }
