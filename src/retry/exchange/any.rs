@@ -1,4 +1,4 @@
-//! Anything that can be kept.
+//! Requests and responses of any type, with a closure that classifies results.
 
 use std::{
     fmt,
@@ -56,7 +56,7 @@ where
     }
 }
 
-/// An answer of any type, weighed.
+/// A result of any type, and its class.
 pub struct HeldResult<Res, E> {
     result: Result<Res, E>,
     weight: (Class, Outcome),
@@ -69,7 +69,7 @@ impl<Res, E> fmt::Debug for HeldResult<Res, E> {
     }
 }
 
-// It is never pinned into.
+// No code pins the result in place.
 impl<Res, E> Unpin for HeldResult<Res, E> {}
 
 impl<C, Res, E> Weigh<Res, E> for Classify<C>
@@ -85,7 +85,8 @@ where
 
     #[inline]
     fn weigh(&self, _: bool, result: &Result<Res, E>) -> Option<(Class, Outcome)> {
-        // What was under way and took too long was not refused: the closure's to judge.
+        // A rejection by a timeout ended an attempt in flight. The closure classifies it like any other error. Any
+        // other rejection ends the call.
         let refused = result.as_ref().err().and_then(Rejected::find_in_any);
         if let Some(refused) = refused.filter(|refused| !refused.is_timeout()) {
             return Some((Class::Refused(Stop::Rejected), rule::of_rejected(refused)));
@@ -105,7 +106,7 @@ where
     }
 
     fn hold(result: Result<Res, E>, weight: Option<(Class, Outcome)>) -> HeldResult<Res, E> {
-        // It is always told.
+        // `weigh` always returns a class here, so this is never the default.
         let weight = weight.unwrap_or((Class::Final, Outcome::success()));
         HeldResult { result, weight }
     }

@@ -1,4 +1,4 @@
-//! HTTP and gRPC.
+//! Requests and responses of HTTP and gRPC.
 
 use std::{
     fmt,
@@ -36,7 +36,7 @@ use crate::{
 
 const PREVIOUS_ATTEMPTS: &str = "grpc-previous-rpc-attempts";
 
-/// gRFC A6: how many were tried before, of those that a server may have seen.
+/// Adds the number of previous attempts that the server may have seen to a gRPC request (gRFC A6).
 fn after<B>(attempts: u32, mut request: Request<B>) -> Request<B> {
     if attempts > 0 && grpc::is_grpc_call(request.method(), request.headers()) {
         request.headers_mut().insert(PREVIOUS_ATTEMPTS, attempts.into());
@@ -64,7 +64,7 @@ impl<B: Body> Repeat<Request<B>> for Http {
         grpc::is_grpc_call(request.method(), request.headers())
     }
 
-    // Also of an unsafe one: a refused stream's server did not look at it, but its body has gone out.
+    // An unsafe request is saved too. It may be retried after `REFUSED_STREAM`, although its body has been sent.
     #[inline]
     fn keep(request: &Request<B>, rules: Rules<'_>) -> Option<KeptRequest<B>> {
         rules.keeps(request.method(), request.headers()).then(|| KeptRequest::of(request))
@@ -109,7 +109,7 @@ impl<B: Body> Repeat<Request<B>> for Http {
 
     fn hedge_attempt(kept: &KeptRequest<B>, number: u32) -> Self::Request {
         let copy = kept.marked(HedgeAttempt(number));
-        // An outer retry may have made attempts.
+        // The request may be an attempt of an outer retry, with a number of its own.
         let before = copy.headers().get(PREVIOUS_ATTEMPTS);
         let before: u32 = before.and_then(|n| n.to_str().ok()?.parse().ok()).unwrap_or(0);
         after(before.saturating_add(number), copy)
@@ -128,12 +128,12 @@ impl<B: Body> Repeat<Request<B>> for Http {
     }
 }
 
-// ===== The answer =====
+// ===== The response =====
 
-/// So many frames of a discarded answer are read in one go, however fast they come.
+/// The maximum number of frames of a discarded body that one poll reads.
 const MOST_AT_ONCE: u32 = 64;
 
-/// An answer, and what its head says.
+/// A response or an error, and its class if the head decides.
 pub struct HeldResponse<B: Body> {
     result: Result<Response<PeekedBody<B>>, BoxError>,
     weight: Option<(Class, Outcome)>,
@@ -163,7 +163,7 @@ where
     type Error = BoxError;
     type Held = HeldResponse<B>;
 
-    // A failed gRPC call's trailers come on the heels of its head; a stream's first message may not.
+    // The trailers of a failed gRPC call follow its head at once. The first message of a stream may come much later.
     const PATIENCE: Duration = Duration::from_millis(10);
 
     #[inline]
@@ -286,7 +286,8 @@ where
     }
 }
 
-/// Reads a body away, up to so many bytes in all.
+/// Drains a body. Ready at its end, at an error, or if the body exceeds `cap` bytes. `drained` is the number of bytes
+/// so far.
 pub(super) fn poll_drain<B: Body + Unpin>(
     body: &mut B,
     drained: &mut u64,
@@ -294,18 +295,18 @@ pub(super) fn poll_drain<B: Body + Unpin>(
     cx: &mut Context<'_>,
 ) -> Poll<()> {
     let mut at_once = 0;
-    // With no room at all not even the end is waited for of one that does not say how long it is.
+    // With a cap of 0 the body is not polled at all, not even for the end of a body of unknown length.
     let fits =
         |body: &B, drained: u64| cap > 0 && drained.saturating_add(body.size_hint().lower()) <= cap;
     while !body.is_end_stream() && fits(body, *drained) {
         match ready!(Pin::new(&mut *body).poll_frame(cx)) {
             Some(Ok(frame)) => {
-                // A frame of nothing counts too, or a body of such frames would hold us.
+                // A frame counts as at least 64 bytes, so that a body of empty frames reaches the cap.
                 let length = frame.data_ref().map_or(0, |data| data.remaining() as u64);
                 *drained = drained.saturating_add(length.max(64));
                 at_once += 1;
                 if at_once == MOST_AT_ONCE {
-                    // A look at the clock, and a turn for others, before it goes on.
+                    // Yield, so that the timer of the drain and other tasks are polled.
                     cx.waker().wake_by_ref();
                     return Poll::Pending;
                 }

@@ -1,4 +1,4 @@
-//! What is kept of an HTTP request, on the path of every call: as little work as it can be.
+//! The saved request of HTTP. It is made for every call, so its cost is kept low.
 
 use std::fmt;
 
@@ -13,7 +13,7 @@ use super::{
 };
 use crate::call::{Deadline, SentMark};
 
-/// A request's head and the tape of its body.
+/// A saved request: the head, and the saved part of the body.
 pub struct KeptRequest<B> {
     method: Method,
     uri: Uri,
@@ -92,7 +92,7 @@ impl<B> fmt::Debug for KeptRequest<B> {
 
 // ===== Extensions =====
 
-/// Mostly a deadline and nothing else: a copy of the map would be three allocations.
+/// The saved extensions. Most requests have only a deadline, for which a copy of the map would cost three allocations.
 enum Carried {
     Deadline(Deadline),
     All(Extensions),
@@ -119,11 +119,12 @@ impl Carried {
     }
 }
 
-// ===== What is safe =====
+// ===== Safety =====
 
 pub(super) const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
-/// RFC 9110 §9.2.2, or a key that makes the server tell repeats (the same on every attempt).
+/// Returns whether a request is safe to repeat: by its method (RFC 9110 §9.2.2), or by an `Idempotency-Key`. All
+/// attempts carry the same key, by which the server recognises repetitions.
 pub(super) fn is_safe(method: &Method, by: &Safe, keyed: impl FnOnce() -> bool) -> bool {
     let idempotent = match by {
         Safe::All => true,
@@ -154,8 +155,9 @@ pub(super) fn keyed(headers: &HeaderMap) -> bool {
 
 // ===== Headers =====
 
-/// Headers as text, line by line, in one allocation, or two where they are long. A copy as a map would be two, an atomic operation for each
-/// value, and one more allocation for each that has not been shared before; most are never needed again.
+/// The saved headers, one after the other, as text in one allocation, or two if they are long. A copy of the map would
+/// cost two allocations, an atomic operation for each value, and one more allocation for each value that has not been
+/// shared before. Most saved headers are never read.
 struct Lines(Vec<u8>);
 
 struct Line<'a> {
@@ -164,7 +166,8 @@ struct Line<'a> {
     sensitive: bool,
 }
 
-/// The name's length, and the value's with a bit for whether it is sensitive.
+/// The length of the prefix of a header: the length of the name, and the length of the value with a bit for
+/// `sensitive`.
 const PREFIX: usize = 2 + 8;
 
 impl Lines {
@@ -174,12 +177,12 @@ impl Lines {
     }
 
     fn written(headers: &HeaderMap) -> Self {
-        // Mostly enough. To add up what it takes would cost every call a second look at each.
+        // Enough for most requests. Computing the exact size would read every header twice.
         let mut text = Vec::with_capacity(headers.len() * 64);
         for (name, value) in headers {
             let (name, sensitive) = (name.as_str(), value.is_sensitive());
             let mut prefix = [0; PREFIX];
-            // No name is longer than 64 KiB.
+            // The length fits: `HeaderName` permits at most 65,535 bytes.
             prefix[..2].copy_from_slice(&(name.len() as u16).to_ne_bytes());
             let length = (value.len() as u64) << 1 | u64::from(sensitive);
             prefix[2..].copy_from_slice(&length.to_ne_bytes());
@@ -207,7 +210,7 @@ impl Lines {
     fn map(&self) -> HeaderMap {
         let mut headers = HeaderMap::new();
         for Line { name, value, sensitive } in self.iter() {
-            // Both were valid before.
+            // Name and value were valid when they were saved.
             let name = HeaderName::from_bytes(name);
             let (Ok(name), Ok(mut value)) = (name, HeaderValue::from_bytes(value)) else {
                 continue;

@@ -1,4 +1,4 @@
-//! How requests are sent again, and how answers are weighed.
+//! The types and traits by which requests are saved and replayed, and responses classified and discarded.
 
 mod any;
 mod http;
@@ -29,26 +29,28 @@ use crate::{
     call::{Deadline, Outcome},
 };
 
-/// What of the layer's settings a request is split by.
+/// The settings that determine how a request is saved.
 #[derive(Clone, Copy, Debug)]
 pub struct Rules<'a> {
     pub(super) body_cap: u64,
-    /// What is not safe to repeat is not repeated, unseen or not: nothing of it needs to be kept.
+    /// If set, only requests that are safe by it are saved. A hedge layer does not repeat any other request. `None` for
+    /// a retry layer, which may repeat an unsafe request that the server has not processed.
     pub(super) only: Option<&'a Safe>,
-    /// Nothing needs to be kept.
+    /// No request is saved.
     pub(super) never: bool,
     /// An inner layer measures calls: requests carry a mark of their progress.
     pub(super) marks: bool,
 }
 
-/// Requests that can be kept to be sent again: everything that is `Clone`, or says how here.
+/// A request that can be saved and sent again. Implemented for every type that is `Clone`.
 ///
-/// For [`RetryLayer::classify`](super::RetryLayer::classify) and its like; HTTP requests need no such thing.
+/// Implement it for another type to use [`RetryLayer::classify`](super::RetryLayer::classify) or
+/// [`HedgeLayer::classify`](super::HedgeLayer::classify) with it. HTTP requests do not need it.
 ///
 /// ```
 /// use buttress::retry::Replay;
 ///
-/// /// Either a text, or a stream that is there once.
+/// Either a text, or a stream that can be read only once.
 /// enum Upload {
 ///     Text(String),
 ///     Stream(std::net::TcpStream),
@@ -74,13 +76,13 @@ pub struct Rules<'a> {
     note = "derive `Clone` for it, or implement `buttress::retry::Replay`"
 )]
 pub trait Replay: Sized {
-    /// What is kept.
+    /// The saved request.
     type Kept;
 
-    /// What is needed to send it again; none: it cannot be, and is sent once.
+    /// Saves the request. Returns `None` if it cannot be sent again: it is then sent once and not retried.
     fn keep(&self) -> Option<Self::Kept>;
 
-    /// The request once more.
+    /// Returns the request for another attempt.
     fn again(kept: &Self::Kept) -> Self;
 }
 
@@ -96,27 +98,27 @@ impl<T: Clone> Replay for T {
     }
 }
 
-/// A further attempt.
+/// The number of a further attempt.
 #[derive(Clone, Copy, Debug)]
 pub struct Numbered {
-    /// 2 is the second.
+    /// The number of the attempt. 2 is the second.
     pub(super) number: u32,
-    /// How many before it a server may have seen.
+    /// The number of previous attempts that the server may have seen.
     pub(super) seen: u32,
 }
 
-/// Requests that can be sent again.
+/// A protocol whose requests can be saved and sent again.
 ///
-/// `http::Request` of any body is, and with [`classify`](super::RetryLayer::classify) anything that is
-/// [`Replay`]. Not to be implemented outside of this crate yet.
+/// Implemented for `http::Request` with any body, and after [`classify`](super::RetryLayer::classify) for every request
+/// that is [`Replay`]. Do not implement it outside of this crate.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot send `{Req}` again",
     note = "a retry or a hedge takes `http::Request<B>`, or, with `.classify(|result: Result<&Res, &E>| ..)`, any request that is `Clone`"
 )]
 pub trait Repeat<Req>: Clone + Send + Sync + 'static {
-    /// What the wrapped service gets.
+    /// The request that the wrapped service receives.
     type Request;
-    /// What is kept to send it again.
+    /// The saved request.
     type Kept;
 
     /// Returns whether the call is gRPC by its request.
@@ -124,17 +126,17 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
         false
     }
 
-    /// What is kept of a request for the next attempt.
+    /// Saves a request for further attempts. Returns `None` if it cannot or need not be saved.
     fn keep(request: &Req, rules: Rules<'_>) -> Option<Self::Kept>;
 
-    /// The first attempt; what goes away with it is kept from here on.
+    /// Returns the request of the first attempt. Its body is saved from here on, while it is sent.
     fn first(request: Req, kept: Option<&mut Self::Kept>, rules: Rules<'_>) -> Self::Request;
 
-    /// The attempt of this number.
+    /// Returns the request of a further attempt.
     fn again(kept: &Self::Kept, attempt: Numbered) -> Self::Request;
 
-    /// The head, made anew for those who want to look at it. Only asked for where there is an
-    /// [answer](Weigh::answer) of HTTP's.
+    /// Returns the head of the saved request. Called only if the result is a [response or an error of
+    /// HTTP](Weigh::answer).
     fn head(_: &Self::Kept) -> Request<()> {
         Request::default()
     }
@@ -144,7 +146,7 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
         None
     }
 
-    /// When the caller needs its answer, if the request says so.
+    /// Returns the deadline in the request, if there is one.
     fn deadline(_: &Self::Kept) -> Option<Deadline> {
         None
     }
@@ -152,43 +154,44 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
     /// Returns the request of the hedge attempt of this number. 1 is the first.
     fn hedge_attempt(kept: &Self::Kept, number: u32) -> Self::Request;
 
-    /// Whether it may be repeated although it may have had an effect.
+    /// Returns whether the request is safe to repeat.
     fn safe(kept: &Self::Kept, by: &Safe) -> bool;
 
-    /// Whether its body can be sent again by now.
+    /// Returns whether the request body can be replayed now.
     fn repeatable(kept: &Self::Kept) -> Repeatable;
 
-    /// Keeps its body for the next attempt alone. False if it cannot be sent again after all.
+    /// Reserves the request body for the next attempt, by cutting off the previous one. Returns `false` if the body can
+    /// no longer be replayed.
     fn claim(kept: &Self::Kept) -> bool;
 }
 
-/// Answers that can be weighed, given out and discarded.
+/// A protocol whose responses can be classified, returned and discarded.
 #[diagnostic::on_unimplemented(
     message = "a retry or a hedge cannot weigh answers of `{Res}` or `{E}`",
     note = "HTTP bodies must be `Unpin` (box one that is not with `http_body_util::BodyExt::boxed_unsync`), and errors `Into<BoxError>`",
     note = "for other types say what failed with `.classify(|result: Result<&Res, &E>| ..)`, `Res` and `E` being exactly the response and error of the wrapped service"
 )]
 pub trait Weigh<Res, E> {
-    /// What the caller gets.
+    /// The response that the caller receives.
     type Response;
-    /// What the caller gets when there is no answer.
+    /// The error that the caller receives.
     type Error;
-    /// An answer that may still be given out or discarded.
+    /// A response or an error that has not been returned or discarded yet.
     type Held: Unpin;
 
-    /// How long an answer's beginning may be waited for.
+    /// The maximum time for which a response body may take to begin.
     const PATIENCE: Duration;
 
     /// Classifies a response or an error. `None` if the beginning of the response body decides.
     fn weigh(&self, is_grpc_call: bool, result: &Result<Res, E>) -> Option<(Class, Outcome)>;
 
-    /// Gives out what is good as it came.
+    /// Returns a result to the caller without a record.
     fn give(result: Result<Res, E>) -> Result<Self::Response, Self::Error>;
 
-    /// Takes an answer, and what it is by itself.
+    /// Holds a result, with the class that [`weigh`](Self::weigh) has returned.
     fn hold(result: Result<Res, E>, weight: Option<(Class, Outcome)>) -> Self::Held;
 
-    /// What it is. Pending while its beginning is not here.
+    /// Polls for the class and outcome of a held result. Pending until the beginning of its body is available.
     fn poll_weigh(held: &mut Self::Held, cx: &mut Context<'_>) -> Poll<(Class, Outcome)>;
 
     /// Classifies a response whose body has not begun in time.
@@ -199,7 +202,7 @@ pub trait Weigh<Res, E> {
     /// Returns whether the attempt ended with an error.
     fn is_error(held: &Self::Held) -> bool;
 
-    /// What it says, if it is one of HTTP's.
+    /// Returns the head of the held response, or its error. `None` if it is not of HTTP.
     fn answer(_: &Self::Held) -> Option<Answer<'_>> {
         None
     }
@@ -212,25 +215,28 @@ pub trait Weigh<Res, E> {
         }
     }
 
-    /// Reads it away, so that its connection can be used again. Ready when that is done, or when it is
-    /// longer than `cap` bytes.
+    /// Drains the body of a response, so that its connection can be reused. Ready when the body has ended or exceeds
+    /// `cap` bytes.
     fn poll_discard(held: &mut Self::Held, cap: u64, cx: &mut Context<'_>) -> Poll<()>;
 
-    /// Gives it out, with the record if there is something to record.
+    /// Returns a held result to the caller, with the record of the attempts if there is one.
     fn release(held: Self::Held, record: Option<Attempts>) -> Result<Self::Response, Self::Error>;
 
-    /// Whether its errors can be such as this crate makes: for an attempt that is given up, too.
+    /// Whether the error type can carry errors of this crate. Without it, a call has neither a deadline nor an attempt
+    /// timeout.
     const TAKES_ERRORS: bool = false;
 
-    /// An answer of this crate's making. Only asked for where it [can](Self::TAKES_ERRORS) be.
+    /// Returns a held result for an error of this crate. `None` unless the protocol [takes such
+    /// errors](Self::TAKES_ERRORS).
     fn failed(_: BoxError) -> Option<(Self::Held, (Class, Outcome))> {
         None
     }
 
-    /// The wrapped service broke.
+    /// Returns the error of a failed `poll_ready` to the caller.
     fn broken(error: E, record: Attempts) -> Self::Error;
 
-    /// Gives it out as it is, told only that there was a hedge.
+    /// Returns a held result of a hedge layer to the caller. Adds only the record of the hedge attempts, if there is
+    /// one.
     fn pass(held: Self::Held, hedged: Option<Hedged>) -> Result<Self::Response, Self::Error>;
 
     /// Marks the result of a call whose deciding attempt was not sent, although another attempt may have been.
@@ -249,6 +255,6 @@ pub trait Weigh<Res, E> {
         }
     }
 
-    /// The wrapped service's error as it is.
+    /// Returns an error of the wrapped service without a change.
     fn error(error: E) -> Self::Error;
 }

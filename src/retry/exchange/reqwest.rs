@@ -1,4 +1,4 @@
-//! `reqwest::Client` as it is: requests and responses of reqwest's own.
+//! Requests and responses of a bare `reqwest::Client`.
 
 use std::{
     fmt, mem,
@@ -25,8 +25,8 @@ use crate::{
     call::{Outcome, grpc, http as rule},
 };
 
-/// The rules of HTTP for reqwest's own types: see [`RetryLayer::reqwest`](crate::RetryLayer::reqwest).
-// Apart from `Http`: with a second request type there, `ready()` would no longer know which is meant.
+/// The protocol for the types of reqwest: see [`RetryLayer::reqwest`](crate::RetryLayer::reqwest).
+// A type of its own, because with a second request type for `Http` the type of `ready()` would be ambiguous.
 #[derive(Clone, Copy, Debug)]
 pub struct Reqwest;
 
@@ -39,7 +39,7 @@ impl Repeat<Request> for Reqwest {
     }
 
     fn keep(request: &Request, rules: Rules<'_>) -> Option<Request> {
-        // None of a stream: it is there once. Any other body is shared, not copied.
+        // `None` for a stream, which can be read only once. Any other body is shared, not copied.
         if rules.keeps(request.method(), request.headers()) { request.try_clone() } else { None }
     }
 
@@ -64,7 +64,7 @@ impl Repeat<Request> for Reqwest {
     }
 
     fn hedge_attempt(kept: &Request, _: u32) -> Request {
-        let Some(copy) = kept.try_clone() else { unreachable!("a request with a stream is not saved") };
+        let Some(copy) = kept.try_clone() else { unreachable!("a stream is not saved") };
         copy
     }
 
@@ -81,11 +81,11 @@ impl Repeat<Request> for Reqwest {
     }
 }
 
-/// An answer of reqwest's, weighed.
+/// A response of reqwest, and its class.
 pub enum Held {
-    /// To be given out, or not.
+    /// The result, not yet returned or discarded.
     Answer(Result<Response, BoxError>, (Class, Outcome)),
-    /// It is read away: its body, and how much of that has been.
+    /// A discarded body, and the number of bytes drained from it.
     Discarded(Body, u64),
 }
 
@@ -142,7 +142,7 @@ impl Weigh<Response, Error> for Reqwest {
     }
 
     fn hold(result: Result<Response, Error>, weight: Option<(Class, Outcome)>) -> Held {
-        // It is always told.
+        // `weigh` always returns a class here, so this is never the default.
         let weight = weight.unwrap_or((Class::Final, Outcome::success()));
         Held::Answer(result.map_err(BoxError::from), weight)
     }
@@ -176,7 +176,7 @@ impl Weigh<Response, Error> for Reqwest {
                 }
                 Held::Answer(..) => {
                     let nothing = Held::Discarded(Body::default(), 0);
-                    // Its body is only to be had without it.
+                    // The body can only be taken by consuming the response.
                     if let Ok(response) = mem::replace(held, nothing).result() {
                         *held = Held::Discarded(HttpResponse::from(response).into_body(), 0);
                     }

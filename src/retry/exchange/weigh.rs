@@ -73,9 +73,10 @@ fn classify_status(status: StatusCode, headers: &HeaderMap, outcome: Outcome) ->
     }
 }
 
-/// Refines the class of a status by the headers of the request and by the connection. Returns the class, and whether
-/// the server declares that it has not processed the request. If so, a retry is safe for any method and makes no
-/// withdrawal.
+/// Refines the class of a status by the headers of the request and by the connection.
+///
+/// Returns the class, and whether the server declares that it has not processed the request. If so, a retry is safe for
+/// any method and makes no withdrawal.
 pub(in crate::retry) fn classify_by_request<'a>(
     class: Class,
     outcome: Outcome,
@@ -92,7 +93,7 @@ pub(in crate::retry) fn classify_by_request<'a>(
             Some(b"1") => (Class::Final, false),
             _ => (class, true),
         },
-        // Another connection may be one to the right server (RFC 9110 §15.5.20).
+        // Another connection may lead to the right server (RFC 9110 §15.5.20).
         (StatusCode::MISDIRECTED_REQUEST, Class::Retryable) => {
             (class, is_connection_retired(extensions))
         }
@@ -118,7 +119,7 @@ fn is_connection_retired(extensions: &Extensions) -> bool {
     }
 }
 
-/// Returns the failure as which the retry records a status that is a success for the other layers.
+/// Returns the failure that the retry records for a status that is a success for the other layers.
 pub(in crate::retry) fn failed_status(status: StatusCode, headers: &HeaderMap) -> Outcome {
     let outcome = Outcome::failure().because(Reason::Status).with_code(status.as_u16());
     match hint::retry_after(headers) {
@@ -136,8 +137,8 @@ fn or_rate_limited(class: Class, headers: &HeaderMap) -> Class {
     if headers.contains_key(ENVOY_RATE_LIMITED) { Class::Refused(Stop::RateLimited) } else { class }
 }
 
-/// gRFC A6: `UNAVAILABLE` is retried, `RESOURCE_EXHAUSTED` if the server sends a pushback. `UNKNOWN` is retried only if
-/// it was mapped from HTTP 529.
+/// Classifies a gRPC status (gRFC A6): `UNAVAILABLE` is retryable, and `RESOURCE_EXHAUSTED` if the server sends a
+/// pushback. `UNKNOWN` is retryable only if it was mapped from HTTP 529.
 pub(super) fn weigh_grpc(headers: &HeaderMap, outcome: Outcome) -> (Class, Outcome) {
     let pushback = hint::pushback(headers);
     let retryable = match outcome.code() {
@@ -147,7 +148,7 @@ pub(super) fn weigh_grpc(headers: &HeaderMap, outcome: Outcome) -> (Class, Outco
         _ => false,
     };
     let class = match pushback {
-        // This includes a status that is never retried, because the retry budget makes a withdrawal (grpc-go
+        // Also for a status that is never retried, so that the retry budget makes a withdrawal for it (grpc-go
         // `shouldRetry`).
         Some(Pushback::Never) if outcome.code() != Some(grpc::OK) => Class::Refused(Stop::Pushback),
         _ if !retryable => Class::Final,
@@ -156,7 +157,7 @@ pub(super) fn weigh_grpc(headers: &HeaderMap, outcome: Outcome) -> (Class, Outco
     (class, outcome)
 }
 
-/// What an error is to a retry: those of the connection may be tried again.
+/// Classifies an error: failures of the connection and timeouts are retryable.
 pub(super) fn of_reason(outcome: Outcome) -> Class {
     match outcome.reason() {
         Reason::Rejected => Class::Refused(Stop::Rejected),

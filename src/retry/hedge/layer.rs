@@ -27,8 +27,8 @@ use crate::{
 
 /// Sends hedge attempts of a slow call, and returns the first good response.
 ///
-/// Its settings and its budget belong to one layer and all its clones, however often the layer is
-/// applied. See the [module](crate::retry::hedge).
+/// The layer and all its clones share the settings and the budget, also if the layer is applied several times. See the
+/// [module](crate::retry::hedge).
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct HedgeLayer<M = Http> {
@@ -54,7 +54,7 @@ pub(super) struct Settings {
 const MAX_HEDGES: u32 = 10;
 
 enum Delay {
-    /// There is none to be.
+    /// No hedge attempt is sent.
     #[cfg(feature = "config")]
     Off,
     Fixed(Duration),
@@ -63,7 +63,7 @@ enum Delay {
 }
 
 impl Settings {
-    /// None: there is to be no hedge.
+    /// Returns the current delay. `None` if no hedge attempt is sent.
     pub(super) fn delay(&self) -> Option<Duration> {
         match &self.delay {
             #[cfg(feature = "config")]
@@ -78,7 +78,7 @@ impl Settings {
         self.max_hedges.load(Ordering::Relaxed)
     }
 
-    /// Whether it is to be told how long calls take.
+    /// Returns whether the layer records the latency of calls.
     pub(super) fn learns(&self) -> bool {
         #[cfg(feature = "percentile")]
         return matches!(self.delay, Delay::Live(_));
@@ -86,7 +86,7 @@ impl Settings {
         false
     }
 
-    /// Every request passes as it is.
+    /// Returns whether every request passes unchanged.
     fn is_off(&self) -> bool {
         #[cfg(feature = "config")]
         return matches!(self.delay, Delay::Off);
@@ -94,7 +94,8 @@ impl Settings {
         false
     }
 
-    /// A call that began then has a good answer: one that fails fast is no reason to hedge sooner.
+    /// Records the latency of a call that has a good response. A call that fails fast is no reason for a shorter delay,
+    /// and is not recorded.
     pub(super) fn took(&self, _began: Option<Instant>) {
         #[cfg(feature = "percentile")]
         if let (Delay::Live(live), Some(began)) = (&self.delay, _began) {
@@ -124,9 +125,9 @@ impl HedgeLayer {
     /// Returns a layer that sends a hedge attempt if a call has no response after `delay`: for safe methods, with a
     /// budget of 5 % of the calls.
     ///
-    /// The delay is measured from the call, to the millisecond, and needs tokio's timer. Near the 95th
-    /// percentile of the latency is where to begin. Zero is a fault that [`checked`](Self::checked) tells:
-    /// it would double every call. One that is too long for a clock never ends.
+    /// The delay starts at the call, has a precision of 1 ms and needs tokio's timer. Begin near the 95th percentile of
+    /// the latency. Zero would double every call, and is a [`ConfigError`] of [`checked`](Self::checked). After a delay
+    /// beyond the range of the clock, no hedge attempt is sent.
     pub fn http(delay: Duration) -> Self {
         let fault = delay.is_zero().then(|| {
             let remedy = "use more than zero, such as the 95th percentile of the latency";
@@ -135,13 +136,15 @@ impl HedgeLayer {
         Self::with(Delay::Fixed(delay), fault)
     }
 
-    /// Returns a layer whose delay is this percentile of the latency: with 0.95, at most one call in twenty is hedged.
+    /// Returns a layer whose delay is this percentile of the latency: with 0.95, about one call in twenty is hedged.
     ///
     /// The percentile is that of the calls of the last 30 s to 60 s, with an error of at most 1 %. The delay is at
-    /// least 1 ms. No hedge attempt is sent before 20 calls are recorded.
+    /// least 1 ms. No hedge attempt is sent before 20 calls are recorded. A percentile that is not above 0 and below 1
+    /// is a [`ConfigError`] of [`checked`](Self::checked).
     ///
-    /// A call is known when it has a good answer. One whose hedge was faster counts with what it took all the same:
-    /// that is beyond the percentile, as its own time would be. Each call costs a clock read and a mutex.
+    /// A call is recorded when it has a good response. If a hedge attempt has returned that response, the recorded time
+    /// is shorter than that of the first attempt would have been, but both are beyond the percentile. Each call costs a
+    /// clock read and a mutex.
     #[cfg(feature = "percentile")]
     #[cfg_attr(docsrs, doc(cfg(feature = "percentile")))]
     pub fn after_percentile(share: f64) -> Self {
@@ -175,11 +178,11 @@ impl HedgeLayer {
 }
 
 impl<M> HedgeLayer<M> {
-    /// Hedges requests of any type that is `Clone` or [`Replay`](crate::retry::Replay), by a closure that says what failed. All of them count as safe
-    /// to repeat.
+    /// Sets a closure that classifies results. The layer then hedges requests of any type that is `Clone` or
+    /// [`Replay`](crate::retry::Replay). All of them count as safe to repeat.
     ///
-    /// It gets exactly what the wrapped service gives, as `Result<&Response, &Error>`; only a success is a
-    /// good answer. The error type is left alone.
+    /// The closure receives the result of the wrapped service as `Result<&Response, &Error>`. Only a success is a good
+    /// response. The error type stays the same.
     pub fn classify<C, Res, E>(self, classify: C) -> HedgeLayer<Classify<C>>
     where
         C: for<'a> Fn(Result<&'a Res, &'a E>) -> Outcome + Clone + Send + Sync + 'static,
@@ -187,11 +190,11 @@ impl<M> HedgeLayer<M> {
         HedgeLayer { settings: self.settings, protocol: Classify(classify), fault: self.fault }
     }
 
-    /// How many hedges there may be for so many calls: [`RetryBudget::ratio(0.05)`](RetryBudget::ratio) by
-    /// default. Pass clones of one to several layers to share it. A retry over this layer that shares it
-    /// pays in for the same calls: their ratio is then met twice.
+    /// Sets the budget of hedge attempts: [`RetryBudget::ratio(0.05)`](RetryBudget::ratio) by default. Pass clones of
+    /// one budget to several layers to share it. If an outer retry layer shares the budget, both layers make a deposit
+    /// for a call, which permits twice the ratio.
     ///
-    /// Services that the layer made before keep theirs.
+    /// Services that the layer has already made keep their budget.
     pub fn budget(mut self, budget: RetryBudget) -> Self {
         match budget.check() {
             Ok(()) => *lock(&self.settings.budget) = Some(budget),
@@ -226,37 +229,37 @@ impl<M> HedgeLayer<M> {
         self
     }
 
-    /// How many bytes of a request body are kept to be sent again: 64 KiB by default. A larger one is
-    /// sent all the same, and not hedged.
+    /// Sets the maximum number of bytes of a request body that are saved for a replay: 64 KiB by default. A request
+    /// with a larger body is sent and not hedged.
     pub fn replay_up_to(self, bytes: u64) -> Self {
         self.settings.body_cap.store(bytes, Ordering::Relaxed);
         self
     }
 
-    /// Every request may be sent twice at the same time: also `POST` and `PATCH`, so all of gRPC.
+    /// Declares every request safe to be sent more than once at the same time: also `POST` and `PATCH`, and thus all of
+    /// gRPC.
     pub fn assume_idempotent(self) -> Self {
         self.settings.assume_idempotent.store(true, Ordering::Relaxed);
         self
     }
 
-    /// A name for events. The first one given stays.
+    /// Sets the name of the layer in events. The first name that is set stays.
     pub fn name(self, name: &str) -> Self {
         self.settings.name.get_or_init(|| name.into());
         self
     }
 
-    /// Looks at what the layer does.
+    /// Returns a handle to the counts of the layer.
     #[must_use]
     pub fn handle(&self) -> HedgeHandle {
         HedgeHandle(self.settings.clone())
     }
 
-    /// The layer, or the first of its settings that cannot work. A layer with such a setting that is
-    /// used all the same never hedges.
+    /// Returns the layer if its settings can work. A layer with a fault that is used without this check never hedges.
     ///
     /// # Errors
     ///
-    /// The [`ConfigError`] names the field, the value and the remedy.
+    /// The [`ConfigError`] of the first setting that cannot work. It names the field, the value and the remedy.
     pub fn checked(mut self) -> Result<Self, ConfigError> {
         self.fault.take().map_or(Ok(self), Err)
     }
@@ -296,13 +299,13 @@ impl fmt::Debug for Settings {
     }
 }
 
-// ===== From outside =====
+// ===== Handle =====
 
-/// Looks at a hedge layer, from outside of the stack.
+/// A handle to the counts of a hedge layer.
 #[derive(Clone, Debug)]
 pub struct HedgeHandle(Shared<Settings>);
 
-/// A hedge layer at one moment.
+/// A snapshot of a hedge layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct HedgeSnapshot {
@@ -317,7 +320,7 @@ pub struct HedgeSnapshot {
 }
 
 impl HedgeHandle {
-    /// All there is to know at this moment.
+    /// Returns the current counts.
     #[must_use]
     pub fn snapshot(&self) -> HedgeSnapshot {
         HedgeSnapshot {

@@ -1,4 +1,4 @@
-//! How long calls take, as far as a percentile of it needs.
+//! The latency of recent calls, for a delay that is a percentile of it.
 
 use std::{
     sync::{
@@ -11,25 +11,25 @@ use std::{
 use super::super::core::lock;
 use crate::call::Recent;
 
-/// A percentile of the latency of late.
+/// A percentile of the latency of recent calls.
 pub(super) struct Live {
     quantile: f64,
-    /// In microseconds, of the last time it was computed; 0: not enough is known.
+    /// The percentile in microseconds when it was last computed. 0 if too few calls are recorded.
     delay_us: AtomicU64,
     state: Mutex<State>,
 }
 
 struct State {
     recent: Recent,
-    /// Until it is computed again.
+    /// The number of calls until the percentile is computed again.
     due: u32,
 }
 
-/// Fewer say nothing about the slow one in a hundred, nor in twenty.
+/// The minimum number of recorded calls for a delay. Fewer do not determine the 95th percentile.
 const LEAST: usize = 20;
-/// So many calls share one computation.
+/// The number of calls between two computations of the percentile.
 const EVERY: u32 = 16;
-/// No hedge comes sooner (Finagle's least delay for a backup request).
+/// The minimum delay (that of Finagle's backup requests).
 const SHORTEST: Duration = Duration::from_millis(1);
 
 impl Live {
@@ -38,7 +38,7 @@ impl Live {
         Self { quantile, delay_us: AtomicU64::new(0), state: Mutex::new(state) }
     }
 
-    /// None: too little is known.
+    /// Returns the delay. `None` if too few calls are recorded.
     pub(super) fn delay(&self) -> Option<Duration> {
         match self.delay_us.load(Ordering::Relaxed) {
             0 => None,
@@ -46,7 +46,7 @@ impl Live {
         }
     }
 
-    /// A call has taken so long, or at least so long.
+    /// Records the latency of a call, or a lower bound of it.
     pub(super) fn took(&self, time: Duration) {
         let mut state = lock(&self.state);
         if !state.recent.add(time) && state.due > 0 {

@@ -95,14 +95,14 @@
 //! | [`budget`](HedgeLayer::budget) | 5 %, and 1 per second |
 //! | [`replay_up_to`](HedgeLayer::replay_up_to) | 64 KiB |
 //!
-//! 5 % is what a hedge after the 95th percentile adds (Dean and Barroso, "The Tail at Scale", CACM 2013,
-//! which measured 2 %): what would cost more is set too early, or everything is slow, and then more load is
-//! no help. That hedges draw on a budget at all is gRPC's rule too (gRFC A6).
+//! A hedge attempt after the 95th percentile adds 5 % of the calls. Dean and Barroso measured 2 % ("The Tail at Scale",
+//! CACM 2013). If more calls than that need a hedge attempt, the delay is too short, or all calls are slow and more
+//! load does not help. gRPC's throttling bounds hedge attempts too (gRFC A6).
 //!
 //! # Unlike `tower::hedge`
 //!
-//! There the first answer wins, even when it is an error; there is no layer and no `Clone`, nothing bounds
-//! the hedges, and what is safe to repeat is left to the user.
+//! `tower::hedge` returns the first response, even if it is an error. It has no layer and no `Clone`, does not bound
+//! the number of hedge attempts, and leaves it to the user to decide which requests are safe to repeat.
 
 mod layer;
 #[cfg(feature = "percentile")]
@@ -121,8 +121,8 @@ use crate::{BoxError, error, redact::Redacted};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HedgeAttempt(pub u32);
 
-/// Marks the result of a call whose deciding attempt was not sent, although an attempt that was dropped before it may have
-/// been: in the extensions of a response, and around an error.
+/// Marks the result of a call whose deciding attempt was not sent, although an attempt that was dropped before may have
+/// been. It is in the extensions of a response, and around an error.
 #[derive(Clone)]
 pub(super) struct SentBefore<T = ()>(pub(super) T);
 
@@ -170,7 +170,7 @@ pub struct Hedged {
 }
 
 impl Hedged {
-    /// What is told by a response; none: no hedge was sent.
+    /// Returns the record of a response. `None` if no hedge attempt was sent.
     #[must_use]
     pub fn of<B>(response: &http::Response<B>) -> Option<Self> {
         response.extensions().get().copied()

@@ -43,7 +43,7 @@ impl<S, M> Hedge<S, M> {
         Self { inner, core: Striped::new(core), protocol, marks: false }
     }
 
-    /// The wrapped service.
+    /// Returns the wrapped service.
     pub fn get_ref(&self) -> &S {
         &self.inner
     }
@@ -93,7 +93,7 @@ where
         let mut kept = M::keep(&request, rules);
         let first = M::first(request, kept.as_mut(), rules);
         let hedgeable = kept.as_ref().is_some_and(|kept| M::repeatable(kept) != Repeatable::No);
-        // A time that no clock reaches is never.
+        // If the delay exceeds the range of the clock, no hedge attempt is sent.
         let began = settings.learns().then(Instant::now);
         let delay = if hedgeable { settings.delay() } else { None };
         let at = delay.and_then(|delay| began.unwrap_or_else(Instant::now).checked_add(delay));
@@ -334,7 +334,7 @@ impl Settings {
 }
 
 impl<S> Core<S, Settings> {
-    /// A good answer.
+    /// Records a good response: its latency, and the deposit in the budget.
     fn well(&self, began: Option<Instant>) {
         self.settings.took(began);
         self.answered();
