@@ -320,7 +320,7 @@ where
                     if ends_by::<S, Req, M>(this.kept.as_ref(), Instant::now) {
                         return Poll::Ready(Some(self.too_late()));
                     }
-                    let Some(kept) = this.kept else { unreachable!("the request of a retry is saved") };
+                    let Some(kept) = this.kept else { unreachable!("saved for every retry") };
                     let attempt = course.begin();
                     core.settings.count_retry();
                     *this.span = Span::further(attempt.number - 1, course.waited());

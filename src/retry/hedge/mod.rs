@@ -1,4 +1,4 @@
-//! Hedging: further attempts of a call that is slow, against the tail of the latency.
+//! Hedging: further attempts of a slow call, to shorten the tail of the latency.
 //!
 //! ```
 //! # fn client() -> impl Clone { () }
@@ -50,7 +50,7 @@
 //! | from the last attempt in flight | returned | returned |
 //!
 //! A bad response is dropped at once with its permit and its connection, because another attempt may wait for these. No
-//! hedge attempt is sent after a bad response. It may be a 429, a rejection by an inner layer, or a pushback that
+//! hedge attempt is sent after a bad response, which may be a 429, a rejection by an inner layer, or a pushback that
 //! forbids a retry. gRPC's hedging policy sends the next attempt at once after a failure. Here a retry layer does so.
 //!
 //! # In the stack

@@ -298,9 +298,9 @@ where
     }
 }
 
-/// What the attempts of a call wait for, as the outer layers see it. A wait for the upstream takes precedence over a
-/// wait for the caller or the transport. Both take precedence over a wait inside the client, so that a hedge attempt in
-/// a queue does not hide a first attempt that hangs.
+/// The wait of a call with several attempts, as it is reported to the outer layers. A wait for the upstream takes
+/// precedence over a wait for the caller or the transport. Both take precedence over a wait inside the client, so that
+/// a hedge attempt in a queue does not hide a first attempt that hangs.
 struct Waits(Option<WaitsFor>);
 
 impl Waits {
