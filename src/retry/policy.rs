@@ -1,6 +1,6 @@
 //! The decision about a retry after one failed attempt.
 //!
-//! [`decide`] depends only on its arguments, the policy and random jitter. The order of its checks is part of the
+//! [`decide`] depends only on its arguments and on random jitter. The order of its checks is part of the
 //! contract: the [`Stop`] names the first check that fails. The caller checks the budget afterwards, so that a retry
 //! that another check prevents makes no withdrawal.
 
