@@ -27,7 +27,11 @@ use crate::{
     error::Fault,
 };
 
-/// Bounds, times and counts the connections that a connector makes. Clones share them.
+/// Bounds the connections that a connector opens, limits their times and counts them.
+///
+/// Clones share the connections and the settings. A setter takes effect on all of them at once, where its
+/// documentation does not state otherwise. After an invalid setting, every connect fails as
+/// [`Misconfigured`](crate::call::RejectedKind::Misconfigured); [`checked`](Self::checked) returns the error.
 #[must_use = "a layer does nothing until it wraps a connector"]
 #[derive(Clone, Debug)]
 pub struct ConnectLayer {
@@ -42,12 +46,15 @@ impl Default for ConnectLayer {
 }
 
 impl ConnectLayer {
-    /// No caps, 5 s to connect; connections live for 5 minutes at most, and 4 s unused, each up to a fifth less.
+    /// Creates a layer with the [default settings](super#defaults): no caps, a connect timeout of 5 s, a maximum age of
+    /// 5 minutes and a maximum idle time of 4 s, each of these two up to 20 % shorter by jitter.
     pub fn new() -> Self {
         Self { all: Shared::new(Connections::new()), fault: Fault::default() }
     }
 
-    /// At most so many connections to one host (scheme, name and port), 1 or more: open, or being opened.
+    /// Sets the maximum number of connections to one host (scheme, name and port), 1 or more. No limit by default.
+    ///
+    /// Connections that are being opened are included.
     pub fn max_per_host(mut self, most: usize) -> Self {
         if let Some(most) = self.accept(checked("max_per_host", most)) {
             self.all.set_per_host(most);
@@ -55,8 +62,11 @@ impl ConnectLayer {
         self
     }
 
-    /// At most so many connections in total, 1 or more. One that is idle goes if another host needs its place. Over
-    /// HTTP/2 leave a place for each host: a connection that always serves some call makes room for nobody.
+    /// Sets the maximum number of connections to all hosts, 1 or more. No limit by default.
+    ///
+    /// Connections that are being opened are included. At the maximum, an idle connection is closed if a call to
+    /// another host waits. Over HTTP/2 set at least the number of hosts: a connection that always serves a call is
+    /// never idle and is not closed for another host.
     pub fn max_total(mut self, most: usize) -> Self {
         if let Some(most) = self.accept(checked("max_total", most)) {
             self.all.set_total(most);
@@ -64,9 +74,12 @@ impl ConnectLayer {
         self
     }
 
-    /// Where a cap is reached up to `length` wait for a connection or a stream, first come, first served, each for
-    /// `longest_wait` (1 ms or more): 1024 and 5 s by default. Who finds no room, or waits for too long, is
-    /// refused as [`Saturated`](crate::call::RejectedKind::Saturated).
+    /// Sets the maximum number of callers in the queue and the maximum wait of each: 1024 and 5 s by default.
+    ///
+    /// A caller waits for a connection or for an HTTP/2 stream, first come, first served. It is rejected as
+    /// [`Saturated`](crate::call::RejectedKind::Saturated) if the queue is full or its wait is over. A length of 0
+    /// rejects callers without a wait. Otherwise `longest_wait` has to be 1 ms or more. The settings apply to callers
+    /// that queue later.
     pub fn queue(mut self, length: usize, longest_wait: Duration) -> Self {
         let checked = if length > 0 && longest_wait < Duration::from_millis(1) {
             let remedy = "use 1ms or more, or a length of 0";
@@ -93,9 +106,12 @@ impl ConnectLayer {
         self
     }
 
-    /// How old a connection may become: 5 minutes by default, so that changes of DNS arrive. One in use ends its
-    /// calls first; over HTTP/2 it takes new ones only where a cap leaves no room for another connection: leave room
-    /// for one more than you need. For connections made later; kept by [`Client`](super::Client)s only.
+    /// Sets the maximum age of a connection, or `None`. 5 minutes by default, so that changes of DNS take effect.
+    ///
+    /// A connection in use is closed after its calls. Over HTTP/2 it takes new calls only while a cap leaves no room
+    /// for another connection, so set caps that are higher than needed by one connection.
+    ///
+    /// Applies to connections that are opened later. Only a [`Client`](super::Client) enforces it.
     pub fn max_age(mut self, oldest: impl Into<Option<Duration>>) -> Self {
         if let Some(oldest) = self.accept(above_zero("max_age", oldest.into())) {
             self.all.settings.age.store(life::limit(oldest), Ordering::Relaxed);
@@ -103,9 +119,12 @@ impl ConnectLayer {
         self
     }
 
-    /// How long a connection may be unused: 4 s by default, just under the 5 s after which Node.js, uvicorn and
-    /// Apache close theirs without a word. Keep it under your server's keep-alive, or a request may meet a
-    /// connection that is being closed. For connections made later; kept by [`Client`](super::Client)s only.
+    /// Sets the maximum idle time of a connection, or `None`. 4 s by default.
+    ///
+    /// Node.js, uvicorn and Apache close unused connections after 5 s. Set a shorter time than the keep-alive timeout
+    /// of the server. Otherwise a request may be sent over a connection that the server is closing.
+    ///
+    /// Applies to connections that are opened later. Only a [`Client`](super::Client) enforces it.
     pub fn max_idle(mut self, longest: impl Into<Option<Duration>>) -> Self {
         if let Some(longest) = self.accept(above_zero("max_idle", longest.into())) {
             self.all.settings.idle.store(life::limit(longest), Ordering::Relaxed);
@@ -113,8 +132,11 @@ impl ConnectLayer {
         self
     }
 
-    /// Which part of its age and of its idle time a connection may lack, by chance, so that connections made at
-    /// once do not end at once: 0.2 by default, 0 to 0.9.
+    /// Sets the maximum share by which the maximum age and idle time of a connection are shortened at random: 0 to 0.9,
+    /// 0.2 by default.
+    ///
+    /// Connections that were opened at the same time are then closed at different times. Applies to connections that
+    /// are opened later.
     pub fn jitter(mut self, part: f64) -> Self {
         let checked = match part {
             part if (0.0..=0.9).contains(&part) => Ok((part * 1000.0) as u32),
@@ -126,13 +148,13 @@ impl ConnectLayer {
         self
     }
 
-    /// A name for refusals. The first one given stays.
+    /// Sets the name of this layer in rejections. Only the first call has an effect.
     pub fn name(self, name: &str) -> Self {
         self.all.name(name);
         self
     }
 
-    /// Looks at the connections, resizes the caps, and asks connections to go.
+    /// Returns a handle that reads the state of the connections, changes the caps and renews the connections.
     #[must_use]
     pub fn handle(&self) -> ConnectHandle {
         ConnectHandle(self.all.clone())
@@ -142,16 +164,16 @@ impl ConnectLayer {
     /// connects.
     ///
     /// The layer cannot divide the connect timeout among the addresses of a host, because it observes one connect and
-    /// not its addresses. Set reqwest's `connect_timeout`, which is divided, to at most this timeout.
+    /// not its addresses. Set reqwest's `connect_timeout`, which is divided, to this timeout or a shorter one.
     pub fn dials(self) -> DialLayer {
         DialLayer { connections: self }
     }
 
-    /// The layer, if all its settings can work.
+    /// Returns the layer if all its settings are valid.
     ///
     /// # Errors
     ///
-    /// The first setting that cannot.
+    /// Fails for the first invalid setting. The [`ConfigError`] names the field, the value and the remedy.
     pub fn checked(self) -> Result<Self, ConfigError> {
         match self.fault.error() {
             Some(error) => Err(error.clone()),
@@ -159,12 +181,12 @@ impl ConnectLayer {
         }
     }
 
-    /// Remembers the first setting that cannot work.
+    /// Returns the value of a valid setting. Records the error of the first invalid one.
     pub(super) fn accept<T>(&mut self, setting: Result<T, ConfigError>) -> Option<T> {
         setting.map_err(|error| self.fault.get_or_insert(error)).ok()
     }
 
-    /// Refuses, if a setting cannot work.
+    /// Returns a rejection if a setting is invalid.
     pub(super) fn sound(&self) -> Result<(), Rejected> {
         match self.fault.label() {
             Some(fault) => Err(Rejected::misconfigured(LayerKind::Connect, fault.clone())),
@@ -172,7 +194,7 @@ impl ConnectLayer {
         }
     }
 
-    /// `lane`: that of a client, which reports each use of a connection.
+    /// Wraps a connector. `lane` is the lane of a [`Client`](super::Client), which reports each use of a connection.
     pub(super) fn connector<C>(&self, inner: C, lane: Option<Lane>) -> Connector<C> {
         Connector { inner, layer: self.clone(), lane }
     }
@@ -193,7 +215,12 @@ impl<C> Layer<C> for ConnectLayer {
     }
 }
 
-/// A connector whose connections are bounded, timed and counted: made by a [`ConnectLayer`].
+/// The service of a [`ConnectLayer`]: a connector whose connections are bounded and counted.
+///
+/// # Errors
+///
+/// The error of the wrapped connector. An [`io::Error`] of the kind `TimedOut` after the connect timeout. A
+/// [`Rejected`] if no connection became free or a setting is invalid.
 #[derive(Clone)]
 pub struct Connector<C> {
     inner: C,
@@ -231,7 +258,8 @@ where
     }
 
     fn call(&mut self, uri: Uri) -> Self::Future {
-        // The one that is ready goes along: the call may have to wait for its place.
+        // The future owns the instance that was polled ready, because the connect may wait for a permit before its
+        // call.
         let other = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, other);
         let (layer, lane) = (self.layer.clone(), self.lane);
@@ -245,7 +273,7 @@ where
     }
 }
 
-/// Runs a connector's own work, timed and counted.
+/// Runs the connect of the wrapped connector within the connect timeout, and counts it.
 pub(super) async fn dial<F, T, E>(
     all: &Connections,
     connect: impl FnOnce() -> F,
@@ -284,7 +312,7 @@ impl Drop for Connecting<'_> {
     }
 }
 
-/// What a timed out connect fails with, in an `io::Error` of kind `TimedOut`.
+/// The inner error of the `io::Error` of kind `TimedOut` with which a connect fails after the connect timeout.
 #[derive(Debug)]
 struct ConnectTimedOut {
     longest: Duration,
@@ -298,7 +326,7 @@ impl fmt::Display for ConnectTimedOut {
 
 impl std::error::Error for ConnectTimedOut {}
 
-/// The future of a [`Connector`]. Dropped at any point, it gives back its place.
+/// The future of a [`Connector`]. Dropping it releases its permits or its position in the queue.
 #[must_use = "futures do nothing unless polled"]
 pub struct ConnectFuture<T>(Pin<Box<dyn Future<Output = Result<Io<T>, BoxError>> + Send>>);
 

@@ -1,7 +1,7 @@
-//! Connections that are bounded, fresh and visible: a layer over connectors, and a client on top of it.
+//! A layer that bounds, renews and counts the connections of a connector, and a client that uses it.
 //!
-//! A pool that nobody bounds opens a connection for each call that finds none idle, hands out one that the
-//! server is just closing, stays with addresses that DNS has long forgotten, and says nothing of all this.
+//! A pool without bounds opens a connection for each call that finds no idle one. It reuses connections that the server
+//! is about to close, and keeps connections to addresses that DNS no longer returns. It does not report any of this.
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -47,35 +47,39 @@
 //!
 //! # How it decides
 //!
-//! A connection takes a place of its host and one of all before it is made, and holds both until it is closed: the
-//! place is in the connection itself, wherever a pool keeps it. Who finds none waits for one, first come, first
-//! served, if the line has room. With a [`Client`] it is the call that waits, before it asks the pool, and goes when a
-//! connection becomes idle or may be made. Where the cap of all is reached, a connection that another host leaves idle is
-//! closed for who waits.
+//! A connect acquires two permits before it opens the connection: one of its host and one of the total. The connection
+//! itself holds both permits until it is closed, in whichever pool it is. If a permit is not free, the connect waits in
+//! the queue, first come, first served. If the queue is full, the connect is rejected.
+//!
+//! With a [`Client`], the call waits instead, before it asks the pool for a connection. It continues when a connection
+//! becomes idle or when another one may be opened. If the total is at its maximum, an idle connection of another host
+//! is closed for the call that waits.
 //!
 //! # Streams of HTTP/2
 //!
 //! Calls over HTTP/2 share connections. A connection has as many streams as the server's SETTINGS allow
 //! (`MAX_CONCURRENT_STREAMS`, RFC 9113 §5.1.2). When all streams are in use, a [`Client`] opens another connection, up to
-//! the caps and to 64 per host. A call beyond that waits in the line for a stream: `waits_for_stream` in the
-//! [`ConnectSnapshot`] counts it, a circuit breaker does not count the wait against the upstream, and the call is
-//! [refused](crate::call::RejectedKind::Saturated) after the maximum wait of the [`queue`](ConnectLayer::queue). A call
-//! holds its stream to the end of the response body. Calls use the oldest connections first, so that the others become
-//! idle and are closed.
+//! the caps and to 64 per host. A call beyond that waits in the queue for a stream. `waits_for_stream` in the
+//! [`ConnectSnapshot`] counts it, and a circuit breaker does not count the wait against the upstream. The call is
+//! [rejected](crate::call::RejectedKind::Saturated) after the maximum wait of the [`queue`](ConnectLayer::queue). A
+//! call holds its stream to the end of the response body. Calls use the oldest connections first, so that the others
+//! become idle and are closed.
 //!
-//! Only the first SETTINGS of a connection are read: if a server lowers the maximum later, requests wait inside hyper.
-//! They wait there, too, if they began before a TLS handshake with their host had negotiated HTTP/2.
+//! Only the first SETTINGS frame of a connection is read. If a server lowers the maximum later, requests wait inside
+//! hyper. They also wait there if they began before a TLS handshake with their host had negotiated HTTP/2.
+//!
+//! # When a connection is closed
 //!
 //! | a connection | is closed |
 //! |---|---|
-//! | unused for [`max_idle`](ConnectLayer::max_idle) | at once; also if nobody had the time to, when it is to be used |
-//! | as old as [`max_age`](ConnectLayer::max_age), or [renewed](ConnectHandle::renew) | at once if idle, else after its calls; no call begins on it, unless calls share it (HTTP/2) and a cap leaves no room for another |
-//! | idle, while another host waits for the cap of all | at once |
+//! | unused for [`max_idle`](ConnectLayer::max_idle) | at once; if its task has not run in time, before its next use |
+//! | as old as [`max_age`](ConnectLayer::max_age), or [renewed](ConnectHandle::renew) | at once if idle, otherwise after its calls; no call begins on it, except over HTTP/2 while the caps leave no room for another connection |
+//! | idle, while a call to another host waits for a permit of the total | at once |
 //!
-//! A request that meets a connection at the moment when it is closed for one of these is sent over another one:
-//! none of it has been written.
+//! If a request is assigned to a connection just when that connection is closed for one of these reasons, the request
+//! is sent over another connection, because no part of it has been written.
 //!
-//! # With what
+//! # Supported clients
 //!
 //! | | caps, queue, connect timeout, counters | age, idle, streams, `in_use`, `reused` |
 //! |---|---|---|
@@ -83,43 +87,43 @@
 //! | hyper-util's client, tonic's `connect_with_connector`, with a [`Connector`] | yes | no |
 //! | reqwest's `connector_layer`, with [`dials`](ConnectLayer::dials) | connect timeout and counters | no |
 //!
-//! Who wraps a connector alone cannot know which connection is in use. hyper-util's client is to be built with the
-//! [`Executor`] here, or what it leaves behind fills the line. tonic has one connection for each endpoint.
-//! reqwest's connections are of a type that nobody else can make.
+//! A wrapped connector does not observe which of its connections are in use. Build hyper-util's client with the
+//! [`Executor`] of this module: otherwise connects that the client no longer needs occupy the queue. tonic has one
+//! connection for each endpoint. The type of reqwest's connections is private to reqwest, so they cannot be wrapped.
 //!
-//! The client is hyper-util's `legacy` one, not one made of its composable `client::pool`: these parts (0.1.21)
-//! keep connections that have closed, have no idle time, no bound on their map, nothing that is told when a
-//! connection becomes idle, no request that comes back when its connection has closed, and types without
-//! names. What the older client lacks can be had from outside: the caps and the times above.
+//! [`Client`] uses hyper-util's `legacy` client and not its composable `client::pool`. The latter (0.1.21) keeps
+//! connections that have closed. It has no idle timeout, no bound on its map and no notification when a connection
+//! becomes idle. It does not return a request whose connection has closed, and its types cannot be named. The caps and
+//! times that the `legacy` client lacks can be added from outside.
 //!
 //! # In the stack
 //!
-//! At the very bottom. A [`ConcurrencyLimitLayer`](crate::ConcurrencyLimitLayer) bounds calls; this bounds
-//! connections, which over HTTP/2 are not the same, and over HTTP/1 include the idle ones.
+//! At the bottom. A [`ConcurrencyLimitLayer`](crate::ConcurrencyLimitLayer) bounds calls. This layer bounds
+//! connections: over HTTP/2 several calls share one, and over HTTP/1 the idle ones count too.
 //!
-//! # Streams
+//! # Streaming bodies
 //!
-//! A connection is in use until the response body has ended, failed or been dropped. One that was upgraded, or
-//! made a tunnel by `CONNECT`, is in use until it is closed. A response that is kept and not read keeps its
-//! connection: a caller that holds as many of them as the cap allows waits for itself.
+//! A connection is in use until the response body has ended, failed or been dropped. A connection that was upgraded, or
+//! that `CONNECT` made a tunnel, is in use until it is closed. An unread response keeps its connection in use: a caller
+//! that holds as many unread responses as the cap allows blocks its own next call.
 //!
 //! # Cancellation
 //!
-//! Dropping a call that waits or connects gives its place back; dropping one just when its turn has come hands the
-//! turn to the next. Over HTTP/2 one call at a time connects for all that wait: when it is dropped the next of them does
-//! (hyper's pool would fail them). A connection that is nearly made when its caller is served by another one is kept for the
-//! next.
+//! Dropping a call that waits or connects releases its permits. If a call is dropped just when it gets a permit, the
+//! permit passes to the next call in the queue. Over HTTP/2 one call at a time connects for all calls that wait. If
+//! that call is dropped, the next of them connects; hyper's pool would fail them. If a call is served by another
+//! connection while its own connection is still being opened, the new connection is stored for the next call.
 //!
 //! # Defaults
 //!
 //! | setting | default |
 //! |---|---|
 //! | [`max_per_host`](ConnectLayer::max_per_host), [`max_total`](ConnectLayer::max_total) | none |
-//! | [`queue`](ConnectLayer::queue) | 1024 for 5 s each |
+//! | [`queue`](ConnectLayer::queue) | 1024 entries, 5 s each |
 //! | [`connect_timeout`](ConnectLayer::connect_timeout) | 5 s |
 //! | [`max_age`](ConnectLayer::max_age) | 5 minutes |
 //! | [`max_idle`](ConnectLayer::max_idle) | 4 s |
-//! | [`jitter`](ConnectLayer::jitter) | each up to a fifth less |
+//! | [`jitter`](ConnectLayer::jitter) | 0.2: age and idle time are each up to 20 % shorter |
 //! | [`tcp_keepalive`](ClientBuilder::tcp_keepalive) | after 15 s, every 15 s, 3 times |
 //! | [`http2_keepalive`](ClientBuilder::http2_keepalive) | off |
 //!
@@ -132,10 +136,10 @@
 //!
 //! A DNS lookup cannot be cancelled. A [`Resolver`] therefore bounds the number of lookups in progress.
 //!
-//! # Beside others
+//! # Difference from other limits
 //!
-//! A concurrency limit around a connector bounds attempts to connect: its permit is free again when the connection
-//! is there. `pool_max_idle_per_host` of hyper-util and reqwest bounds what is kept idle, not what is open.
+//! A concurrency limit around a connector bounds concurrent connects: it releases its permit when the connection is
+//! open. `pool_max_idle_per_host` of hyper-util and reqwest bounds the idle connections, not the open ones.
 
 mod client;
 mod conn;
