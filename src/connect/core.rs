@@ -1,4 +1,34 @@
-//! What all connections of a layer share: its settings, who is in, who waits, and what has happened.
+//! The state that all connections of a layer share: settings, permits, open connections and counters.
+//!
+//! # Permits
+//!
+//! A connection holds one permit of its host and one of the total. A connect acquires them in this order, and keeps the
+//! first one while it waits for the second one. A [`Client`](super::Client) whose calls need a connection each acquires
+//! two more permits, from gates with the same limits, before it asks its pool; see [`turn`](super::turn).
+//!
+//! # Closing an idle connection for another host
+//!
+//! If the total is at its maximum, a caller may wait while another host has idle connections. Either of two threads
+//! closes one of them:
+//!
+//! - The caller raises `Counts::for_all` and `Host::waiting`, and then searches for the connection that has been idle
+//!   for the longest time ([`Connections::make_room_for`]).
+//! - A call that ends its use of a connection lowers `Conn::leases`, and then reads `for_all`
+//!   ([`Connections::needs_room_of`]).
+//!
+//! Each thread writes one of the two counters and then reads the other. All four accesses are `SeqCst`, so at least one
+//! thread observes the write of the other. A change must preserve this order. Otherwise a caller waits next to an idle
+//! connection until its maximum wait is over.
+//!
+//! `Book::making_room` counts the connections that are closing for this reason. It bounds the number of connections
+//! that close themselves to the number of callers that wait. It changes under the same lock as the decision
+//! `Over::Room`, so `close` always finds this decision counted.
+//!
+//! # The lock
+//!
+//! Each connect and each close locks the [`Book`]. A scan over hosts or connections therefore locks it for [`SLICE`]
+//! entries at a time. User code, such as wakers and their destructors, must not run under this lock: it may call a
+//! handle, which locks the book again.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -26,18 +56,21 @@ use crate::{
     event,
 };
 
+/// The state of a [`ConnectLayer`](super::ConnectLayer).
 pub(super) struct Connections {
     pub(super) clock: Clock,
     pub(super) settings: Settings,
     pub(super) counts: Counts,
     pub(super) lookups: Arc<Lookups>,
+    /// The permits of connections, of all hosts.
     total: Arc<Gate>,
-    /// Calls that need a connection each, of all hosts.
+    /// The permits of calls that need a connection each (HTTP/1), of all hosts. The limit is that of `total`.
     pub(super) calls: Arc<Gate>,
     book: Mutex<Book>,
     label: OnceLock<Arc<Label>>,
 }
 
+/// The settings. Durations are in nanoseconds, and [`life::NEVER`] means that there is no limit.
 pub(super) struct Settings {
     per_host: AtomicUsize,
     total: AtomicUsize,
@@ -46,6 +79,7 @@ pub(super) struct Settings {
     pub(super) connect_timeout: AtomicU64,
     pub(super) age: AtomicU64,
     pub(super) idle: AtomicU64,
+    /// In thousandths.
     pub(super) jitter: AtomicU32,
 }
 
@@ -53,10 +87,10 @@ pub(super) struct Settings {
 pub(super) struct Counts {
     pub(super) connecting: AtomicUsize,
     pub(super) waiting: AtomicUsize,
-    /// Of these, how many for a place among all connections.
+    /// The number of callers that wait for a permit of the total.
     pub(super) for_all: AtomicUsize,
     pub(super) in_use: AtomicUsize,
-    /// Connections that are over and still open.
+    /// The number of open connections that are to be closed.
     pub(super) over: AtomicUsize,
     pub(super) created: AtomicU64,
     pub(super) closed: AtomicU64,
@@ -71,24 +105,24 @@ pub(super) struct Counts {
     pub(super) saturated: AtomicU64,
 }
 
-/// Who is connected, and to whom.
+/// The hosts in use and the open connections.
 #[derive(Default)]
 pub(super) struct Book {
     pub(super) hosts: HashMap<Origin, Arc<Host>>,
     /// The same hosts in an order that a scan in slices can follow.
     pub(super) hosts_by_id: BTreeMap<u64, Arc<Host>>,
-    /// Of these, the one that was asked for last: mostly it is asked for again, and to compare costs less than
-    /// to hash.
+    /// The host of the last call. Most calls are to the same host as the call before, and a comparison costs less than
+    /// a hash.
     pub(super) last: Option<Arc<Host>>,
-    /// Ordered by number, so that a scan in slices can follow them.
+    /// The open connections by id, in an order that a scan in slices can follow.
     open: BTreeMap<u64, Shared<Conn>>,
-    /// The number of the next connection or host.
+    /// The last id of a connection or host.
     next: u64,
-    /// How many were asked to go for another host, and have not gone yet.
+    /// The number of open connections that are closing for another host.
     making_room: usize,
 }
 
-/// The maximum number of hosts or connections that are touched while the book is locked once.
+/// The maximum number of hosts or connections that a scan touches per lock of the book.
 const SLICE: usize = 64;
 
 impl Book {
@@ -134,12 +168,11 @@ impl Connections {
     // ===== Settings =====
 
     pub(super) fn set_per_host(&self, most: usize) {
-        // Set before the hosts are resized: a host that is registered from now on gets the new size.
+        // Store the setting before resizing: a host that is registered from now on reads the new cap.
         self.settings.per_host.store(most, Ordering::SeqCst);
         let mut next = 0;
         loop {
-            // Resizing wakes callers, whose wakers are user code, so the hosts are cloned under the lock in slices and
-            // resized without it.
+            // `resize` wakes callers, and wakers are user code. The lock is therefore held only to clone a slice.
             let slice: Vec<(u64, Arc<Host>)> = {
                 let book = self.book();
                 let hosts = book.hosts_by_id.range(next..).take(SLICE);
@@ -165,7 +198,7 @@ impl Connections {
     }
 
     pub(super) fn name(&self, name: &str) {
-        // The first name stays: refusals under way point at it.
+        // Only the first name is used. Rejections share it.
         let _ = self.label.set(Arc::new(Label { name: name.into(), fault: None }));
     }
 
@@ -181,9 +214,9 @@ impl Connections {
         (cap(&self.settings.per_host), cap(&self.settings.total))
     }
 
-    // ===== Getting in =====
+    // ===== Admission =====
 
-    /// A place for one connection to `origin`: at once, or in turn.
+    /// Acquires the permits for one connection to `origin`. Waits in the queue if one of them is not free.
     pub(super) async fn admit(this: &Shared<Self>, origin: Origin) -> Result<Ticket, Rejected> {
         let guest = Guest::register(this, origin);
         let gate = &guest.host.gate;
@@ -209,13 +242,14 @@ impl Connections {
         drop(line);
         match places {
             Ok(Some(places)) => Ok(Ticket { _places: places, guest }),
-            // Nobody is told: who asked has been served.
+            // Another connection has served the call, and hyper-util runs this connect in the background. Its result is
+            // discarded, so the rejection is not counted.
             Ok(None) => Err(this.rejected()),
             Err(_) => Err(this.refuse()),
         }
     }
 
-    /// Whether one more connection to this host would get in at once.
+    /// Returns whether the permits for one more connection to this host are free.
     pub(super) fn has_room(&self, host: &Host) -> bool {
         host.gate.has_room() && self.total.has_room()
     }
@@ -224,12 +258,12 @@ impl Connections {
         self.counts.stream_waits.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Waits for a place among all connections.
+    /// Waits for a permit of the total.
     pub(super) async fn enter_total(&self) -> Place {
         self.total.enter().await
     }
 
-    /// None: for ever.
+    /// Returns the connect timeout, or `None` if there is none.
     pub(super) fn connect_timeout(&self) -> Option<Duration> {
         let longest = self.settings.connect_timeout.load(Ordering::Relaxed);
         (longest != life::NEVER).then(|| Duration::from_nanos(longest))
@@ -239,9 +273,10 @@ impl Connections {
         Duration::from_nanos(self.settings.longest_wait.load(Ordering::Relaxed))
     }
 
+    /// Counts a rejection and returns it.
     pub(super) fn refuse(&self) -> Rejected {
         self.counts.saturated.fetch_add(1, Ordering::Relaxed);
-        event!(DEBUG, reason = RejectedKind::Saturated.as_str(), "connection refused");
+        event!(DEBUG, reason = RejectedKind::Saturated.as_str(), "connection rejected");
         self.rejected()
     }
 
@@ -251,8 +286,9 @@ impl Connections {
             .labelled(self.label.get().cloned())
     }
 
-    // ===== The open ones =====
+    // ===== Open connections =====
 
+    /// Registers a connection that has been opened.
     pub(super) fn open(this: &Shared<Self>, host: &Arc<Host>, lane: Option<Lane>) -> Shared<Conn> {
         let now = this.clock.now();
         let settings = &this.settings;
@@ -271,13 +307,13 @@ impl Connections {
         conn
     }
 
-    /// `why` it was to go, if it was.
+    /// Removes a connection that has closed. `why` is the reason for which it was to be closed, if there was one.
     pub(super) fn close(&self, conn: &Conn, why: Option<Over>) {
         let mut book = self.book();
         let removed = book.open.remove(&conn.id());
         book.making_room -= usize::from(why == Some(Over::Room));
         drop(book);
-        // A connection holds a waker, which is user code.
+        // Drop the connection without the lock: it contains a waker, whose destructor is user code.
         drop(removed);
         self.counts.closed.fetch_add(1, Ordering::Relaxed);
         self.counts.over.fetch_sub(usize::from(why.is_some()), Ordering::SeqCst);
@@ -286,10 +322,11 @@ impl Connections {
             Some(Over::Idle) => self.counts.closed_for_idleness.fetch_add(1, Ordering::Relaxed),
             _ => return,
         };
-        event!(DEBUG, ?why, "connection is over");
+        event!(DEBUG, ?why, "connection closed");
     }
 
-    /// Whether a connection that has just become idle is to go, since another host waits for its place.
+    /// Decides whether an idle connection closes because a caller of another host waits for a permit of the total.
+    /// Returns whether this call made the decision.
     pub(super) fn needs_room_of(&self, conn: &Conn) -> bool {
         if self.counts.for_all.load(Ordering::SeqCst) == 0 {
             return false;
@@ -303,7 +340,7 @@ impl Connections {
         }
     }
 
-    /// Asks the one that has been idle for longest to go, if it is another host's.
+    /// Closes the connection of another host that has been idle for the longest time, if there is one.
     pub(super) fn make_room_for(&self, host: &Arc<Host>) {
         let now = self.clock.now();
         loop {
@@ -324,12 +361,12 @@ impl Connections {
                 drop(book);
                 return conn.wake();
             }
-            // Another caller was faster. The next scan leaves this connection out.
+            // Another thread has decided to close this connection meanwhile. The next scan skips it.
         }
     }
 
-    /// Visits the open connections in the order in which they were opened, and locks the book for a slice at a time. A
-    /// connection that is opened or closed meanwhile may be left out.
+    /// Visits the open connections in the order in which they were opened, without the lock of the book. A connection
+    /// that is opened or closed meanwhile may be skipped.
     fn each_open(&self, mut visit: impl FnMut(&Shared<Conn>)) {
         let mut next = 0;
         loop {
@@ -341,7 +378,7 @@ impl Connections {
         }
     }
 
-    /// Whether a connection that is over is still open: seldom.
+    /// Returns whether an open connection is to be closed.
     #[inline]
     pub(super) fn any_over(&self) -> bool {
         self.counts.over.load(Ordering::SeqCst) > 0
@@ -351,13 +388,13 @@ impl Connections {
         self.book().open.len()
     }
 
-    /// Asks every connection to go once it is not in use.
+    /// Closes every connection as soon as it is not in use.
     pub(super) fn ask_all(&self) {
         self.each_open(|conn| conn.ask());
     }
 
     pub(super) fn book(&self) -> MutexGuard<'_, Book> {
-        // Nothing of a user's runs under it; were it poisoned, the book is still whole.
+        // A panic under the lock leaves every entry of the book valid.
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

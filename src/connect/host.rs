@@ -1,4 +1,7 @@
-//! What there is of each host, and who waits for it.
+//! The state of each host, and the entries of the callers that wait.
+//!
+//! A host is in the [`Book`] while it has users: calls, connects and open connections, each with a [`Guest`]. The last
+//! user removes it, so that the number of hosts is bounded by the number of users.
 
 use std::sync::{
     Arc,
@@ -14,20 +17,21 @@ use super::{
 };
 use crate::call::{Nanos, Origin, Shared};
 
-/// In the book for as long as somebody connects to it, is connected, or waits: what is as good as new is
-/// forgotten at once, so that hosts never pile up.
+/// The permits, queues and HTTP/2 connections of one host.
 pub(super) struct Host {
     id: u64,
     pub(super) origin: Origin,
+    /// The permits of connections.
     pub(super) gate: Arc<Gate>,
-    /// For calls that need a connection each.
+    /// The permits of calls that need a connection each (HTTP/1). The limit is that of `gate`.
     pub(super) calls: Arc<Gate>,
     pub(super) shares: Shares,
     pub(super) streams: Streams,
-    /// For the one call at the head of the queue for a stream.
+    /// The queue for an HTTP/2 stream. The call with the only permit is the first call of the queue.
     pub(super) head: Arc<Gate>,
+    /// The number of [`Guest`]s.
     users: AtomicUsize,
-    /// Who waits for a place among all.
+    /// The number of callers that wait for a permit of the total.
     pub(super) waiting: AtomicUsize,
 }
 
@@ -46,7 +50,8 @@ impl Host {
         })
     }
 
-    /// Sets the number of permits. Of several threads that resize at once, the last one reads the newest setting.
+    /// Applies the cap per host. If the setting changes meanwhile, the newest value is applied: each thread compares
+    /// the setting again after it has resized.
     pub(super) fn resize(&self, per_host: &AtomicUsize) {
         loop {
             let most = per_host.load(Ordering::SeqCst);
@@ -59,7 +64,7 @@ impl Host {
     }
 }
 
-/// Whether calls to a host share its connections, as over HTTP/2: known once there is one.
+/// Whether calls to a host share its connections. Set with the first HTTP/2 connection, and never reset.
 #[derive(Debug, Default)]
 pub(super) struct Shares {
     does: AtomicBool,
@@ -77,7 +82,8 @@ impl Shares {
         }
     }
 
-    /// For ever if they do not.
+    /// Waits until a connection speaks HTTP/2; forever if none does. `notified` receives a notification from its
+    /// creation on, so creating it before the check cannot lose one.
     pub(super) async fn wait_until_known(&self) {
         let told = self.told.notified();
         if !self.known() {
@@ -86,9 +92,9 @@ impl Shares {
     }
 }
 
-// ===== Who uses it =====
+// ===== Users of a host =====
 
-/// A user of a host. The last one takes it out of the book.
+/// A user of a host. The last one removes the host from the book.
 pub(super) struct Guest {
     pub(super) all: Shared<Connections>,
     pub(super) host: Arc<Host>,
@@ -114,7 +120,7 @@ impl Guest {
         if !last.as_ref().is_some_and(|last| Arc::ptr_eq(last, &host)) {
             *last = Some(host.clone());
         }
-        // Under the lock: who takes it out of the book looks again.
+        // Increment under the lock. `Guest::drop` reads `users` again under the lock before it removes the host.
         host.users.fetch_add(1, Ordering::SeqCst);
         drop(book);
         Self { all: all.clone(), host }
@@ -122,7 +128,10 @@ impl Guest {
 }
 
 impl Guest {
-    /// Counts the caller among those that wait for a place among all connections: idle ones of other hosts make room.
+    /// Counts the caller as waiting for a permit of the total, and closes an idle connection of another host.
+    ///
+    /// The counters are raised before the search for an idle connection. A connection that becomes idle during the
+    /// search then reads them; see [`core`](super::core).
     pub(super) fn wait_elsewhere(&self) -> ForAll<'_> {
         let Self { all, host } = self;
         host.waiting.fetch_add(1, Ordering::SeqCst);
@@ -148,23 +157,24 @@ impl Drop for Guest {
     }
 }
 
-/// What a connection holds for as long as it is open.
+/// The permits and the host that an open connection holds.
 pub(super) struct Ticket {
-    // Before the guest: a place is given back while its gate is still in the book.
+    // Declared before `guest`, so that it is dropped first. If the host left the book before its permits were released,
+    // a new entry of the same host would not count this connection.
     pub(super) _places: (Place, Place),
     pub(super) guest: Guest,
 }
 
-// ===== Who waits =====
+// ===== Queue entries =====
 
-/// One that waits.
+/// The queue entry of a caller that waits for a permit or a stream.
 pub(super) struct Line<'a> {
     guest: &'a Guest,
     since: Nanos,
 }
 
 impl<'a> Line<'a> {
-    /// Unless the line is as long as it may be.
+    /// Adds a queue entry. Returns `None` if the queue is full.
     pub(super) fn join(guest: &'a Guest) -> Option<Self> {
         let all = &*guest.all;
         let longest = all.settings.queue();
@@ -174,7 +184,7 @@ impl<'a> Line<'a> {
         Some(Self { guest, since: all.clock.now() })
     }
 
-    /// Its host has room, and all together have not: connections that nobody uses make room.
+    /// Counts this caller as waiting for a permit of the total.
     pub(super) fn for_all(&self) -> ForAll<'a> {
         self.guest.wait_elsewhere()
     }
@@ -188,7 +198,7 @@ impl Drop for Line<'_> {
     }
 }
 
-/// One that waits for a place among all.
+/// A caller that waits for a permit of the total.
 pub(super) struct ForAll<'a>(&'a Guest);
 
 impl Drop for ForAll<'_> {
