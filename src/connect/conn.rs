@@ -1,4 +1,34 @@
-//! One connection: who uses it, since when nobody does, and whether it is to go.
+//! The state of one connection: its uses, its idle time, and the reason why it is to be closed.
+//!
+//! # Uses
+//!
+//! `leases` counts the uses of a connection that a [`Client`](super::Client) has opened. hyper-util's pool stores a
+//! [`Tag`] with the connection. It clones the tag into the capture of each request that it assigns to the connection,
+//! before it writes the request, and into the response. Each clone is a use. [`Tag::serve`] turns the clone in the
+//! response into a permit that lasts to the end of the response body.
+//!
+//! # Closing
+//!
+//! `over` holds the first reason why the connection is to be closed. From then on no call begins on the connection,
+//! except where [`Conn::is_to_be_left`] and `is_stale` state otherwise. The connection is closed when `leases` is zero.
+//!
+//! Only hyper's connection task can close it: [`Io`](super::Io) then returns the end of the stream to that task. The
+//! task registers its waker ([`Conn::watch`]) before it reads this state. Every other thread changes this state before
+//! it calls [`Conn::wake`]. The lock of `waker` orders both, so either the task reads the change or the other thread
+//! finds the waker.
+//!
+//! A request can be assigned to the connection after its time is over and before its task has run. `begin` detects this
+//! and sets `is_stale`. An HTTP/1 connection then ends before the request is written, and hyper-util sends the request
+//! over another connection. Once bytes of the request have been written, the request is served here.
+//!
+//! # Orderings
+//!
+//! - `end` stores `idle_since` before it lowers `leases` to zero, and [`Conn::idle_since`] reads `leases` first. A
+//!   thread that reads zero therefore reads the end of the latest use.
+//! - `end` lowers `leases` before it reads the number of callers that wait for a permit of the total; see
+//!   [`core`](super::core).
+//! - `set_max_streams` stores the maximum before `register` takes `opening`. `hold` stores `opening` before it reads
+//!   the maximum. At least one of them therefore releases the right to open a connection.
 
 use std::{
     sync::{
@@ -27,31 +57,38 @@ pub(super) struct Conn {
     /// The lane of a [`Client`](super::Client). Without one, uses of the connection are not reported.
     lane: Option<Lane>,
     life: Life,
+    /// The number of uses.
     leases: AtomicU32,
+    /// The time of the end of the last use, or of the connect.
     idle_since: AtomicU64,
-    /// Until when it is new, if nobody has used it yet: it is being given to whom it was made for.
+    /// The time until which an unused connection is not idle, because the call for which it was opened is about to use
+    /// it. 0 after the first use.
     new_until: AtomicU64,
+    /// A response head was delivered over this connection.
     has_served: AtomicBool,
+    /// The connection was upgraded or is a tunnel. It is in use until it is closed.
     is_handed_over: AtomicBool,
+    /// The first reason to close the connection.
     over: OnceLock<Over>,
-    /// It was over when its use began.
+    /// There was a reason to close the connection when its current use began.
     is_stale: AtomicBool,
-    /// Of the task that reads from it.
+    /// Wakes hyper's connection task.
     waker: Mutex<Option<Waker>>,
     is_http2: AtomicBool,
-    /// The HTTP/2 streams that calls hold, and the maximum of the peer.
+    /// The number of HTTP/2 streams that calls hold.
     streams: AtomicUsize,
+    /// The maximum that the peer set, or [`UNKNOWN`].
     max_streams: AtomicUsize,
-    /// One of the streams is for the call that opens this connection.
+    /// One of the streams is reserved for the call that opens this connection.
     has_reserved: AtomicBool,
-    /// Of the call that opens this connection, until the SETTINGS of the peer arrive.
+    /// The right of the call that opens this connection, until the SETTINGS of the peer arrive.
     opening: Mutex<Option<Opening>>,
 }
 
-/// The SETTINGS of the peer have not arrived.
+/// The maximum number of streams before the SETTINGS of the peer arrive.
 const UNKNOWN: usize = usize::MAX;
 
-/// How long it may take until a connection that is made gets its first call: far longer than it does.
+/// The maximum time between the connect and the first call: 1 s, far longer than hyper-util needs.
 const GRACE: Nanos = 1_000_000_000;
 
 impl Conn {
@@ -97,6 +134,7 @@ impl Conn {
         self.lane
     }
 
+    /// Returns whether uses of this connection are reported.
     pub(super) fn is_leased(&self) -> bool {
         self.lane.is_some()
     }
@@ -106,8 +144,9 @@ impl Conn {
         self.has_served.load(Ordering::Relaxed)
     }
 
-    // ===== In use =====
+    // ===== Uses =====
 
+    /// Begins a use. The first of several concurrent uses checks whether the time of the connection is over.
     fn begin(&self) {
         if self.leases.fetch_add(1, Ordering::SeqCst) > 0 {
             return;
@@ -115,7 +154,7 @@ impl Conn {
         self.all.counts.in_use.fetch_add(1, Ordering::Relaxed);
         let now = self.all.clock.now();
         if now < self.new_until.swap(0, Ordering::SeqCst) {
-            // There is no other to send its first request over.
+            // This is the first use of a new connection. The call waited for it, so it is not checked.
             return;
         }
         let idle_since = self.idle_since.load(Ordering::SeqCst);
@@ -125,11 +164,12 @@ impl Conn {
         self.is_stale.store(self.why_over().is_some(), Ordering::SeqCst);
     }
 
+    /// Ends a use. After the last one, a connection that is to be closed is closed.
     fn end(&self) {
         let mut leases = self.leases.load(Ordering::SeqCst);
         loop {
             if leases == 1 {
-                // First: who sees it idle must see since when.
+                // Store the time first: a thread that reads zero leases must read the time of this end.
                 self.idle_since.store(self.all.clock.now(), Ordering::SeqCst);
             }
             let next = leases.saturating_sub(1);
@@ -145,14 +185,14 @@ impl Conn {
         }
     }
 
-    /// It is no longer HTTP's: in use until it is closed.
+    /// Marks a connection that was upgraded or is a tunnel as in use until it is closed.
     pub(super) fn hand_over(&self) {
         if !self.is_handed_over.swap(true, Ordering::SeqCst) {
             self.begin();
         }
     }
 
-    /// It is closed.
+    /// Records that the connection is closed.
     pub(super) fn close(&self) {
         if self.is_handed_over.load(Ordering::SeqCst) {
             self.end();
@@ -168,7 +208,8 @@ impl Conn {
         }
     }
 
-    /// Since when nobody uses it, as far as is known.
+    /// Returns the time since which the connection is idle. `None` if it is in use, if it is new, or if its uses are
+    /// not reported.
     pub(super) fn idle_since(&self, now: Nanos) -> Option<Nanos> {
         let idle = self.is_leased()
             && self.leases.load(Ordering::SeqCst) == 0
@@ -176,41 +217,44 @@ impl Conn {
         idle.then(|| self.idle_since.load(Ordering::SeqCst))
     }
 
-    // ===== Over =====
+    // ===== Reasons to close =====
 
-    /// Whether this is why it is to go: the first reason stays.
+    /// Sets the reason to close the connection. Returns `false` if there was one already, which is kept.
     pub(super) fn set_over(&self, why: Over) -> bool {
         let is_first = self.over.set(why).is_ok();
         if is_first && self.is_http2() {
-            // The first call of the queue may open another connection.
+            // This connection may take no further call, so the first call of the queue may open another one.
             self.host.streams.notify();
         }
         self.all.counts.over.fetch_add(usize::from(is_first), Ordering::SeqCst);
         is_first
     }
 
-    /// Why nobody is to begin to use it any more, if so.
+    /// Returns the reason to close the connection, if there is one.
     pub(super) fn why_over(&self) -> Option<Over> {
         self.over.get().copied()
     }
 
-    /// Whether calls are to be kept from it. Where they share connections, and there is no room for another one, it
-    /// serves on until nobody uses it: else the longest of its streams would keep every other call out.
+    /// Returns whether no further call may begin on this connection.
+    ///
+    /// A connection that is to be closed still takes calls if calls share connections and the caps leave no room for
+    /// another one. Otherwise all calls to the host would wait for the end of its last stream.
     pub(super) fn is_to_be_left(&self) -> bool {
         let is_needed = || self.host.shares.known() && !self.all.has_room(&self.host);
         self.why_over().is_some() && !is_needed()
     }
 
-    /// Whether its time was over before the call that it has been given to: nobody had the time to close it.
+    /// Returns whether the time of the connection was over before its current use began.
     pub(super) fn is_stale(&self) -> bool {
         self.is_stale.load(Ordering::SeqCst)
     }
 
-    /// That call has begun all the same.
+    /// Keeps a stale connection open for its current use, because bytes of the request have been written.
     pub(super) fn keep_stale(&self) {
         self.is_stale.store(false, Ordering::SeqCst);
     }
 
+    /// Closes the connection as soon as it is not in use, if its uses are reported.
     pub(super) fn ask(&self) {
         if self.is_leased() {
             self.set_over(Over::Asked);
@@ -218,7 +262,8 @@ impl Conn {
         }
     }
 
-    /// What is to be done now; when to look again is in how many nanoseconds.
+    /// Decides whether to close the connection now. [`Verdict::Keep`] contains the nanoseconds until the next decision,
+    /// or [`NEVER`].
     pub(super) fn judge(&self) -> Verdict {
         let now = self.all.clock.now();
         let idle_since = self.idle_since(now);
@@ -236,19 +281,19 @@ impl Conn {
                 if idle_since.is_some() {
                     return Verdict::Close(why);
                 }
-                // Who ends its use wakes who closes it.
+                // The connection is in use. `end` wakes the task that closes it.
                 NEVER
             }
             Verdict::Keep(at) => at,
         };
-        // One that is made for nobody becomes idle by that alone.
+        // A new connection without a use becomes idle at `new_until`, where no event wakes the task.
         let after = if at == NEVER { NEVER } else { at.saturating_sub(now) };
         Verdict::Keep(if new_for > 0 { after.min(new_for) } else { after })
     }
 
     // ===== HTTP/2 =====
 
-    /// The client has sent the preface of HTTP/2.
+    /// Records that the client has sent the preface of HTTP/2.
     pub(super) fn set_http2(&self) {
         self.is_http2.store(true, Ordering::SeqCst);
         self.host.shares.tell();
@@ -258,25 +303,28 @@ impl Conn {
         self.is_http2.load(Ordering::SeqCst)
     }
 
-    /// The SETTINGS of the peer have arrived.
+    /// Records the maximum number of streams from the SETTINGS of the peer. Calls can use the connection from then on.
     pub(super) fn set_max_streams(this: &Shared<Self>, max: usize) {
         this.max_streams.store(max.min(UNKNOWN - 1), Ordering::SeqCst);
         this.host.streams.register(this);
     }
 
+    /// Takes a stream if one is free.
     pub(super) fn try_take_stream(&self) -> bool {
         let max = self.max_streams.load(Ordering::SeqCst);
         let take = |streams: usize| (streams < max).then(|| streams.saturating_add(1));
         self.streams.fetch_update(Ordering::SeqCst, Ordering::SeqCst, take).is_ok()
     }
 
-    /// Takes a stream for a call that uses this connection already.
+    /// Takes a stream for a call that uses this connection already: the reserved stream if there is one, and otherwise
+    /// a further one, even above the maximum.
     pub(super) fn seize_stream(&self) {
         if !self.has_reserved.swap(false, Ordering::SeqCst) {
             self.streams.fetch_add(1, Ordering::SeqCst);
         }
     }
 
+    /// Reserves a stream for the call that opens this connection.
     pub(super) fn reserve_stream(&self) {
         self.streams.fetch_add(1, Ordering::SeqCst);
         self.has_reserved.store(true, Ordering::SeqCst);
@@ -298,7 +346,7 @@ impl Conn {
     pub(super) fn hold(&self, opening: Opening) {
         let before = self.opening().replace(opening);
         drop(before);
-        // Looked at afterwards: the SETTINGS may have arrived meanwhile.
+        // Read the maximum after the store: if the SETTINGS arrived in between, `register` did not find `opening`.
         if self.max_streams.load(Ordering::SeqCst) != UNKNOWN || self.why_over().is_some() {
             drop(self.take_opening());
         }
@@ -325,6 +373,7 @@ impl Conn {
         drop(before);
     }
 
+    /// Wakes the task that reads from the connection.
     pub(super) fn wake(&self) {
         let waker = self.watcher().take();
         waker.into_iter().for_each(Waker::wake);
@@ -338,7 +387,7 @@ impl Conn {
 impl Finish for Conn {
     fn finish(&self, token: Token, _: Outcome) {
         self.end();
-        // After: who comes next is to find it idle.
+        // Release the permits after `end`, so that the next call finds this connection idle.
         match token.tag {
             HAS_TURN => {
                 self.host.calls.leave();
@@ -354,24 +403,24 @@ impl Finish for Conn {
     }
 }
 
-/// The tag of a call that took a turn, and gives it back at its end.
+/// The tag of a call that releases its two call permits at its end.
 pub(super) const HAS_TURN: u64 = 1;
-/// The tag of a call that holds an HTTP/2 stream to its end.
+/// The tag of a call that releases an HTTP/2 stream at its end.
 pub(super) const HAS_STREAM: u64 = 2;
 
-/// What hyper-util's pool keeps with a connection, and clones for each use before a byte is written.
+/// A reference to a connection, which hyper-util's pool stores with the connection. A clone is a use of the connection.
 pub(super) struct Tag {
     pub(super) conn: Shared<Conn>,
     is_lease: bool,
 }
 
 impl Tag {
-    /// The one that the pool keeps.
+    /// Returns the tag that the pool stores, which is not a use.
     pub(super) fn new(conn: Shared<Conn>) -> Self {
         Self { conn, is_lease: false }
     }
 
-    /// Of the connection that a call has got, once it has got one.
+    /// Returns the tag of the connection to which the request is assigned, or `None` if there is none yet.
     pub(super) fn of(call: &CaptureConnection) -> Option<Self> {
         Self::of_connected(call.connection_metadata().as_ref()?)
     }
@@ -382,7 +431,7 @@ impl Tag {
         extensions.remove()
     }
 
-    /// The right to use it for one call, to the end of the response body.
+    /// Turns the tag into a permit that uses the connection to the end of the response body.
     pub(super) fn serve(mut self, turn: Option<Turn>) -> Permit<Shared<Conn>> {
         let conn = self.conn.clone();
         if !std::mem::replace(&mut self.is_lease, false) {
@@ -418,7 +467,8 @@ mod tests {
     use super::*;
     use crate::{call::Origin, connect::host::Guest};
 
-    /// A waker that uses the connection when it is dropped, as the last waker of a task does that owns it.
+    /// A waker that uses the connection when it is dropped. The last waker of a task that owns the connection does this
+    /// too.
     struct UsesConn(Shared<Conn>);
 
     impl Wake for UsesConn {

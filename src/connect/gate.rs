@@ -1,13 +1,14 @@
-//! So many places, fairly handed on, and resized while they are taken.
+//! A fair semaphore whose limit can change while permits are in use.
 //!
-//! tokio's semaphore cannot shrink below the permits that are taken. A smaller limit therefore forgets the free permits
-//! at once, and records in `owed` the number of permits that are still to be forgotten. A released permit decreases
-//! `owed` if it is above zero, and becomes free otherwise. Freeing a permit wakes a caller, and wakers are user code,
-//! so no lock may be held there.
+//! tokio's semaphore cannot shrink below the permits that are in use. If the limit is lowered, the free permits are
+//! therefore forgotten at once, and `owed` records the number of permits in use that are still to be forgotten.
+//! Releasing a permit decreases `owed` if it is above zero, and frees the permit otherwise. Freeing a permit wakes a
+//! caller, and wakers are user code, so no lock may be held there.
 //!
-//! `leave` reads `owed`, adds a permit, and reads `owed` again. `resize` and `settle` read the free permits after they
-//! have raised `owed`. A `SeqCst` fence between the write and the read on both sides guarantees that at least one side
-//! observes the write of the other. A change must preserve this: otherwise a permit stays free beyond the limit.
+//! `leave` reads `owed`, adds a permit, and reads `owed` again. `resize` and `settle` raise `owed`, and then read the
+//! number of free permits. On both sides a `SeqCst` fence is between the write and the read, so at least one side
+//! observes the write of the other, and corrects the sum. A change must preserve this order. Otherwise a permit stays
+//! free beyond the limit.
 
 use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError,
@@ -16,10 +17,11 @@ use std::sync::{
 
 use tokio::sync::Semaphore;
 
-/// The number of places that stands for no limit.
+/// The number of permits that means no limit.
 pub(super) const NO_LIMIT: usize = Semaphore::MAX_PERMITS / 2;
 
-/// A semaphore that can shrink: first come, first served, and nobody who goes takes a place along.
+/// A semaphore that can shrink. Callers get permits first come, first served. A caller that stops waiting passes the
+/// permit that it may have been assigned to the next one.
 #[derive(Debug)]
 pub(super) struct Gate {
     places: Semaphore,
@@ -36,34 +38,35 @@ impl Gate {
         Arc::new(Self { places, owed, limit: Mutex::new(limit) })
     }
 
-    /// A place, if one is free and nobody waits for it.
+    /// Acquires a permit if one is free. A released permit goes to a caller in the queue first, so this does not
+    /// overtake.
     pub(super) fn try_enter(self: &Arc<Self>) -> Option<Place> {
         self.places.try_acquire().ok()?.forget();
         Some(Place { gate: self.clone(), is_kept: false })
     }
 
-    /// Whether a place is free.
+    /// Returns whether a permit is free.
     pub(super) fn has_room(&self) -> bool {
         self.places.available_permits() > 0
     }
 
-    /// The next place that is free.
+    /// Waits for a permit.
     pub(super) async fn enter(self: &Arc<Self>) -> Place {
-        // Never closed: with an error there would be no place to give back, which is right as well.
+        // The semaphore is never closed, so `acquire` does not fail.
         if let Ok(permit) = self.places.acquire().await {
             permit.forget();
         }
         Place { gate: self.clone(), is_kept: false }
     }
 
-    /// Gives back a place that was [kept](Place::keep).
+    /// Releases a permit that was [kept](Place::keep).
     pub(super) fn leave(&self) {
         if self.pay(1) == 0 {
             self.add(1);
         }
     }
 
-    /// Decreases `owed` by at most this number of permits. Returns by how many.
+    /// Decreases `owed` by this number of permits, but not below zero. Returns the decrease.
     fn pay(&self, permits: usize) -> usize {
         let pay = |owed: usize| (owed > 0).then(|| owed - owed.min(permits));
         self.owed.fetch_update(SeqCst, SeqCst, pay).map_or(0, |owed| owed.min(permits))
@@ -79,7 +82,7 @@ impl Gate {
         }
     }
 
-    /// Forgets free permits, as many as are owed. The guard serialises this with [`resize`](Self::resize).
+    /// Forgets as many free permits as are owed. The guard serialises this with [`resize`](Self::resize).
     fn settle(&self, _limit: &MutexGuard<'_, usize>) {
         while self.pay(1) == 1 {
             if self.places.forget_permits(1) == 1 {
@@ -98,7 +101,8 @@ impl Gate {
         self.limit.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// More places are there at once; fewer as they become free.
+    /// Changes the limit. A higher limit frees permits at once. A lower limit forgets the free permits at once and the
+    /// ones in use on release.
     pub(super) fn resize(&self, limit: usize) {
         let new = limit.min(NO_LIMIT);
         let mut limit = self.limit();
@@ -121,7 +125,7 @@ impl Gate {
     }
 }
 
-/// A place, given back on drop.
+/// A permit, released on drop.
 #[derive(Debug)]
 pub(super) struct Place {
     gate: Arc<Gate>,
@@ -129,7 +133,7 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// Somebody else will give it back.
+    /// Leaves the release to a later call of [`Gate::leave`].
     pub(super) fn keep(mut self) {
         self.is_kept = true;
     }
@@ -158,7 +162,7 @@ mod tests {
         gate.resize(1);
         taken.pop();
         taken.pop();
-        assert!(gate.try_enter().is_none(), "one is still in, and one is all there may be");
+        assert!(gate.try_enter().is_none(), "one permit is in use, which is the limit");
         gate.resize(2);
         taken.push(gate.try_enter().unwrap());
         assert!(gate.try_enter().is_none());
@@ -188,7 +192,7 @@ mod tests {
         let mut next = spawn(gate.enter());
         assert_pending!(next.poll());
         drop(place);
-        // It is the first one's, who goes without looking.
+        // The permit is assigned to the first caller of the queue, which is dropped without another poll.
         assert!(gate.try_enter().is_none());
         assert_pending!(next.poll());
         drop(gone);

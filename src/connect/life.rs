@@ -1,46 +1,47 @@
-//! When a connection has lived long enough. Pure, and told the time.
+//! The limits of age and idle time of a connection. Pure functions, which take the time as an argument.
 
 use std::time::Duration;
 
 use crate::call::{Nanos, nanos};
 
-/// That there is no such limit.
+/// The value that means no limit.
 pub(super) const NEVER: Nanos = Nanos::MAX;
 
 /// Why a connection is to be closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Over {
-    /// It is as old as it may become.
+    /// It has reached its maximum age.
     Age,
-    /// Nobody has used it for as long as it may stay open unused.
+    /// It has been unused for its maximum idle time.
     Idle,
-    /// Another host needs its place.
+    /// A caller of another host needs its permit of the total.
     Room,
-    /// It was asked to go.
+    /// [`renew`](super::ConnectHandle::renew) was called.
     Asked,
-    /// It is closed already, by whomever.
+    /// It is closed already, for example by the peer.
     Closed,
 }
 
-/// The limits of one connection: those of its layer, each a little shorter by chance.
+/// The limits of one connection: those of its layer, shortened by jitter.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Life {
-    /// When it is too old.
+    /// The time at which the connection reaches its maximum age.
     ends: Nanos,
-    /// How long it may be unused.
+    /// The maximum idle time.
     idle: Nanos,
 }
 
-/// What is to be done with a connection.
+/// The decision whether to close a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     Close(Over),
-    /// Nothing, and not before this time.
+    /// Leave the connection open, and decide again at this time.
     Keep(Nanos),
 }
 
 impl Life {
-    /// `chance` is from 0 to 1; `jitter` the part of a limit that it may take away, in thousandths.
+    /// Returns the limits of a connection that is opened at `born`. `jitter` is the maximum share by which they are
+    /// shortened, in thousandths, and `chance` a random number from 0 to 1.
     pub(super) fn new(born: Nanos, age: Nanos, idle: Nanos, jitter: u32, chance: f64) -> Self {
         let off = f64::from(jitter) / 1000.0 * chance;
         let shorter = |limit: Nanos| match limit {
@@ -50,7 +51,8 @@ impl Life {
         Self { ends: born.saturating_add(shorter(age)), idle: shorter(idle) }
     }
 
-    /// `idle_since` is `None` while it is in use. What is to be closed is closed when it is no longer.
+    /// Applies the limits. `idle_since` is `None` while the connection is in use: the maximum age applies then too, and
+    /// the owner closes the connection at the end of the use.
     pub(super) fn judge(&self, now: Nanos, idle_since: Option<Nanos>) -> Verdict {
         if self.ends <= now {
             return Verdict::Close(Over::Age);
@@ -63,7 +65,7 @@ impl Life {
     }
 }
 
-/// As the settings keep it.
+/// Converts a limit to the form in which the settings store it.
 pub(super) fn limit(time: Option<Duration>) -> Nanos {
     time.map_or(NEVER, nanos)
 }
