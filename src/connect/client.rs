@@ -1,4 +1,4 @@
-//! A ready-made client: hyper-util's, over these connections.
+//! A client: hyper-util's `legacy` client over the connections of a layer.
 
 use std::{
     fmt,
@@ -45,33 +45,32 @@ use crate::{
     },
 };
 
-/// hyper-util's client over connections that are bounded, fresh and visible.
+/// hyper-util's client over the bounded connections of a [`ConnectLayer`].
 ///
-/// A `Service<Request<B>>` for the bottom of a stack; clones share the connections. Each call holds its
-/// connection in use to the end of the response body, so that one is closed for its age, or because nobody uses
-/// it, only when it serves no call.
+/// It is a `Service<Request<B>>` for the bottom of a stack. Clones share the connections. A connection is in use to the
+/// end of the response body. It is closed for its age or idle time only when it serves no call.
 ///
 /// # Errors
 ///
 /// hyper-util's [`legacy::Error`], boxed. If the request was sent over a connection, it is the source of an error that
 /// records whether this connection had delivered a response before:
 /// [`Outcome::of_error`](crate::Outcome::of_error) then distinguishes a stale connection from a reset of a new one. A
-/// [`Rejected`], by itself or among the sources, if no connection became free.
+/// [`Rejected`], directly or among the sources, if no connection became free.
 ///
 /// # Cancellation
 ///
-/// A call that is dropped while it waits or connects gives back its place. One that is dropped later gives up its
-/// connection (HTTP/1), or its stream (HTTP/2).
+/// A call that is dropped while it waits or connects releases its permits. A call that is dropped later closes its
+/// connection (HTTP/1) or resets its stream (HTTP/2).
 pub struct Client<C, B> {
     lanes: Arc<Lanes<C, B>>,
     connections: ConnectHandle,
-    /// From the first byte: calls share connections.
+    /// The client uses HTTP/2 only, so that calls share connections.
     is_http2: bool,
 }
 
 type LaneClient<C, B> = Box<legacy::Client<Connector<C>, B>>;
 
-/// Clients of hyper-util, each with one HTTP/2 connection per host. Connections over HTTP/1 are those of the first.
+/// The clients of hyper-util, each with one HTTP/2 connection per host. The first one has all HTTP/1 connections.
 struct Lanes<C, B> {
     owner: u64,
     hyper: legacy::Builder,
@@ -96,7 +95,7 @@ where
 }
 
 impl Client<(), ()> {
-    /// A client over connections of this layer.
+    /// Returns a builder of a client that uses the connections of this layer.
     pub fn builder(connections: ConnectLayer) -> ClientBuilder {
         let mut hyper = legacy::Client::builder(Executor);
         hyper.timer(TokioTimer::new()).pool_timer(TokioTimer::new());
@@ -110,7 +109,7 @@ impl Client<(), ()> {
 }
 
 impl<C, B> Client<C, B> {
-    /// Looks at the connections and steers them.
+    /// Returns the handle of the connections.
     #[must_use]
     pub fn connections(&self) -> ConnectHandle {
         self.connections.clone()
@@ -124,7 +123,7 @@ where
     B::Data: Send,
     B::Error: Into<BoxError>,
 {
-    /// Sends a request.
+    /// Sends a request. Unlike `call`, it takes `&self`.
     pub fn request(&self, request: Request<B>) -> ResponseFuture {
         let all = &self.connections.0;
         let caller = Caller { owner: self.lanes.owner, shares: self.is_http2 };
@@ -200,7 +199,7 @@ pin_project! {
     }
 }
 
-/// A call that waits for its turn, and is sent then.
+/// Waits for the permission to ask for a connection, and then sends the request.
 type Waiting = Pin<Box<dyn Future<Output = Result<State, Rejected>> + Send>>;
 
 pin_project! {
@@ -210,7 +209,7 @@ pin_project! {
         Sent {
             #[pin]
             response: legacy::ResponseFuture,
-            // Holds what it captured in use, from before the first byte is written.
+            // Contains a clone of the `Tag` of the connection, which is in use from before the first byte is written.
             connection: Option<CaptureConnection>,
             is_tunnel: bool,
             turn: Option<Turn>,
@@ -232,11 +231,11 @@ impl Future for ResponseFuture {
             state.set(sent?);
         }
         let StateProj::Sent { response, connection, is_tunnel, turn } = state.project() else {
-            unreachable!("sent by now")
+            unreachable!("the state is `Sent` after the wait")
         };
         let polled = response.poll(cx);
         if let Some(connection) = connection.as_ref().filter(|_| all.any_over()) {
-            // As soon as one is known: the pool may have it back by the time its answer is here.
+            // As soon as the connection is known: the pool may have it back before the response head is polled.
             retire(connection);
         }
         if let Some(turn) = turn {
@@ -289,7 +288,7 @@ impl fmt::Debug for ResponseFuture {
     }
 }
 
-// ===== Building one =====
+// ===== The builder =====
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -311,9 +310,14 @@ struct TcpKeepalive {
 }
 
 impl ClientBuilder {
-    /// Asks a peer that has been silent for `after`, and then `every` so long, whether it is there, and gives
-    /// the connection up when it has not answered so many `times`: 15 s, 15 s and 3 by default. In whole seconds.
-    /// For the connectors that are made here.
+    /// Sets TCP keepalive: 15 s, 15 s and 3 by default.
+    ///
+    /// If a peer has been silent for `after`, the system sends a probe, and repeats it with the interval `every`. After
+    /// so many `times` without a response it closes the connection. The durations are in whole seconds, 1 s or more,
+    /// and `times` is 1 or more.
+    ///
+    /// Applies to the connectors of [`build_http`](Self::build_http), `build_https` and
+    /// [`tcp_connector`](Self::tcp_connector).
     pub fn tcp_keepalive(mut self, after: Duration, every: Duration, times: u32) -> Self {
         let whole = |field, time: Duration| match time.as_secs() {
             0 => Err(ConfigError::new(field, time, "use 1s or more")),
@@ -332,15 +336,17 @@ impl ClientBuilder {
         self
     }
 
-    /// Leaves TCP's keepalive off.
+    /// Turns TCP keepalive off.
     pub fn no_tcp_keepalive(mut self) -> Self {
         self.tcp = None;
         self
     }
 
-    /// Sends a ping over HTTP/2 connections `every` so long, idle or not, and gives one up that does not answer
-    /// within `timeout`. Off by default: gRPC servers close the connections of clients that ping more often than
-    /// they allow, which is every 5 minutes unless they were told otherwise.
+    /// Sets the interval of pings over HTTP/2 connections and the timeout of their acknowledgement. Off by default.
+    ///
+    /// A ping is also sent over idle connections. A connection without an acknowledgement within `timeout` is closed.
+    /// gRPC servers close the connections of clients that ping more often than they allow: by default once in 5
+    /// minutes.
     pub fn http2_keepalive(mut self, every: Duration, timeout: Duration) -> Self {
         let checked = above_zero("http2_keepalive.every", Some(every))
             .and_then(|_| above_zero("http2_keepalive.timeout", Some(timeout)));
@@ -353,15 +359,16 @@ impl ClientBuilder {
         self
     }
 
-    /// HTTP/2 from the first byte, also without TLS. By default TLS finds out which it is, and all else is HTTP/1.
+    /// Uses HTTP/2 from the first byte on every connection, also without TLS. By default TLS negotiates the protocol,
+    /// and connections without TLS use HTTP/1.
     pub fn http2_only(mut self) -> Self {
         self.hyper.http2_only(true);
         self.is_http2 = true;
         self
     }
 
-    /// All else that hyper-util's builder sets. How long connections stay in its pool follows from
-    /// [`max_idle`](ConnectLayer::max_idle).
+    /// Calls `set` with hyper-util's builder, for its other settings. Its `pool_idle_timeout` is replaced by a value
+    /// that follows from [`max_idle`](ConnectLayer::max_idle).
     pub fn hyper(mut self, set: impl FnOnce(&mut legacy::Builder)) -> Self {
         set(&mut self.hyper);
         self
@@ -394,7 +401,7 @@ impl ClientBuilder {
     {
         use rustls::crypto::{CryptoProvider, ring};
 
-        // The process's own, if it has chosen one.
+        // The provider that the process has installed, if there is one.
         let provider = CryptoProvider::get_default().cloned();
         let provider = provider.unwrap_or_else(|| ring::default_provider().into());
         let builder = hyper_rustls::HttpsConnectorBuilder::new()
@@ -405,7 +412,7 @@ impl ClientBuilder {
         Ok(self.build(builder.wrap_connector(tcp)))
     }
 
-    /// Builds a client over the connections of this connector.
+    /// Builds a client that opens connections with this connector.
     pub fn build<C, B>(mut self, connector: C) -> Client<C, B>
     where
         Connector<C>: Connect + Clone,
@@ -413,8 +420,9 @@ impl ClientBuilder {
         B: Body + Send,
         B::Data: Send,
     {
-        // Connections close themselves; the pool only has to forget those that have. Sooner it must not: to it
-        // an HTTP/2 connection is unused while it serves a long stream.
+        // Connections close themselves at `max_idle`, and the pool only has to remove the closed ones. A short
+        // timeout of the pool would be wrong: the pool regards an HTTP/2 connection as idle while it serves a long
+        // stream.
         let idle = match self.connections.all.settings.idle.load(Ordering::Relaxed) {
             life::NEVER => HOUR,
             idle => Duration::from_nanos(idle).max(HOUR / 12),
@@ -464,11 +472,11 @@ impl ClientBuilder {
         Resolver::new(self.connections.all.lookups.clone())
     }
 
-    /// The layer's and the builder's settings, if all of them can work.
+    /// Returns the builder if all settings of the layer and of the builder are valid.
     ///
     /// # Errors
     ///
-    /// The first setting that cannot.
+    /// Fails for the first invalid setting. The [`ConfigError`] names the field, the value and the remedy.
     pub fn checked(self) -> Result<Self, ConfigError> {
         let Self { connections, hyper, tcp, is_http2 } = self;
         Ok(Self { connections: connections.checked()?, hyper, tcp, is_http2 })

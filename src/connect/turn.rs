@@ -1,11 +1,16 @@
-//! A call's turn: where each call needs a connection for itself, and where calls share the streams of connections.
+//! The permission of a call to ask hyper-util's pool for a connection.
 //!
-//! Over HTTP/1 more calls than connections cannot be under way. Those that are too many wait here, before they ask
-//! the pool: it would ask for a connection for each, and go on asking for those that get an idle one.
+//! Over HTTP/1 each call needs a connection for itself. A call acquires a call permit of its host and one of the total
+//! before it asks the pool. The gates of these permits have the limits of the connections. Without them, the pool would
+//! start a connect for each call, and continue connects whose calls got an idle connection.
 //!
-//! Over HTTP/2 the pool has one connection, lets one call connect, fails all that wait for it when that call is given up,
-//! and queues requests for which the connection has no stream. Calls wait here too, until there is a [stream](super::streams),
-//! or the next of them is to open a connection.
+//! Over HTTP/2 calls share connections. The pool has one connection per host and lets one call open it. It fails all
+//! calls that wait when that call is dropped, and it queues requests for which the connection has no stream. A call
+//! therefore waits here until it has a [stream](super::streams) or is the next one to open a connection.
+//!
+//! Whether calls share connections is unknown before the first connection of a host, if TLS negotiates the protocol.
+//! Calls then acquire call permits. When [`Shares`](super::host::Shares) changes, calls in the queue stop waiting for
+//! call permits and wait for a stream, and calls in flight exchange their permits in [`Turn::watch`].
 
 use std::{
     future::{Future, poll_fn},
@@ -30,21 +35,21 @@ use super::{
 };
 use crate::call::{Origin, Rejected, Shared};
 
-/// The right to ask for a connection.
+/// The permission to ask the pool for a connection.
 pub(super) struct Turn {
     right: Right,
-    /// So that its connection is of the same entry in the book, and knows the same gates.
+    /// Keeps the host in the book, so that the connection of this call has the same gates.
     guest: Guest,
 }
 
 enum Right {
-    /// Without a claim: it is counted once it has a connection.
+    /// No permit. Over HTTP/2 the call takes a stream when it has a connection.
     Free,
-    /// To open a connection that calls are going to share.
+    /// The right to open a connection that calls share.
     First(Opening),
-    /// To a stream of a connection.
+    /// A stream of a connection.
     Stream(StreamPermit),
-    /// To one of its own, until it turns out that they are shared.
+    /// The call permits of the host and of the total, for a connection of its own.
     Own(Place, Place),
 }
 
@@ -52,12 +57,12 @@ enum Right {
 #[derive(Clone, Copy)]
 pub(super) struct Caller {
     pub(super) owner: u64,
-    /// Its calls share connections, also if it is not known of their host yet.
+    /// The client uses HTTP/2 only, so that its calls share connections.
     pub(super) shares: bool,
 }
 
 impl Turn {
-    /// Without waiting, if that can be.
+    /// Acquires the permission if that is possible without waiting.
     pub(super) fn now(
         all: &Shared<Connections>,
         origin: Origin,
@@ -66,7 +71,7 @@ impl Turn {
         let guest = Guest::register(all, origin);
         let host = &guest.host;
         let right = if caller.shares || host.shares.known() {
-            // Whether it is to open a connection is decided once it is polled: an unpolled call makes none.
+            // Only a polled call may become the one that opens a connection: an unpolled one would block the others.
             host.streams.try_take(caller.owner).map(Right::Stream)
         } else {
             let places = host.calls.try_enter().zip(all.calls.try_enter());
@@ -78,7 +83,7 @@ impl Turn {
         }
     }
 
-    /// In turn.
+    /// Waits for the permission.
     pub(super) async fn next(guest: Guest, caller: Caller) -> Result<Self, Rejected> {
         let shares = caller.shares || guest.host.shares.known();
         let own = if shares { None } else { own(&guest).await? };
@@ -89,7 +94,7 @@ impl Turn {
         Ok(Self { right, guest })
     }
 
-    /// The lane that the call is to be sent over: without one, the first.
+    /// Returns the lane over which the call is to be sent. `None` means the first lane.
     pub(super) fn lane(&self) -> Option<Lane> {
         match &self.right {
             Right::First(opening) => Some(opening.lane()),
@@ -98,7 +103,10 @@ impl Turn {
         }
     }
 
-    /// Asked while its call waits for a connection, and once it has one.
+    /// Adapts the permission to the connection of the call. Called with each poll until the response head.
+    ///
+    /// If calls to the host turn out to share connections, the call releases its call permits, and takes a stream of
+    /// the connection to which it is assigned. The call that opens a connection takes its stream here.
     #[inline]
     pub(super) fn watch(&mut self, connection: Option<&CaptureConnection>) {
         match &self.right {
@@ -109,7 +117,7 @@ impl Turn {
         let tag = connection.and_then(Tag::of);
         let conn = tag.as_ref().map(|tag| &tag.conn).filter(|conn| conn.is_http2());
         match (conn, &self.right) {
-            // It has no connection yet.
+            // The connection is not open yet.
             (None, Right::First(_)) if tag.is_none() => {}
             (None, _) => self.right = Right::Free,
             (Some(conn), _) => {
@@ -122,11 +130,12 @@ impl Turn {
         }
     }
 
-    /// Leaves it to the end of the call over this connection to give it back, if there is anything to give. Returns the
-    /// tag of the call.
+    /// Leaves the release of the permits or of the stream to the end of the call over this connection. Returns the tag
+    /// by which [`Conn`] releases them.
     pub(super) fn keep(self, conn: &Shared<Conn>) -> u64 {
         match self.right {
-            // The end of a call over another host's connection gives nothing back: `CONNECT` requests name no scheme.
+            // `Conn` releases call permits to the gate of its own host. A `CONNECT` request names no scheme, so its
+            // connection may belong to another host; its permits are released here.
             Right::Own(own, of_all) if Arc::ptr_eq(conn.host(), &self.guest.host) => {
                 own.keep();
                 of_all.keep();
@@ -146,7 +155,7 @@ impl Turn {
     }
 }
 
-/// None: calls to this host turn out to share connections.
+/// Waits for the call permits. Returns `None` if calls to this host turn out to share connections.
 async fn own(guest: &Guest) -> Result<Option<(Place, Place)>, Rejected> {
     let (all, host) = (&*guest.all, &*guest.host);
     let line = Line::join(guest).ok_or_else(|| all.refuse())?;
@@ -169,10 +178,10 @@ async fn own(guest: &Guest) -> Result<Option<(Place, Place)>, Rejected> {
     turn.map_err(|_| all.refuse())
 }
 
-/// A stream of a connection, or the right to open one.
+/// Waits for a stream of a connection or for the right to open a connection.
 ///
-/// While there is no connection, a call waits no longer than it may take to make one, and is then sent without a claim:
-/// where none can be made, all calls fail at that time, and not each one only after those before it.
+/// While there is no connection, the maximum wait is the connect timeout. Then the call is sent without a permit. If
+/// the host cannot be reached, all calls thus fail at this time, instead of one after the other.
 async fn shared(guest: &Guest, owner: u64) -> Result<Right, Rejected> {
     let (all, streams) = (&*guest.all, &guest.host.streams);
     if let Some(_head) = guest.host.head.try_enter() {
@@ -184,7 +193,7 @@ async fn shared(guest: &Guest, owner: u64) -> Result<Right, Rejected> {
     }
     let _queued = streams.queue();
     let mut is_up = streams.is_up(owner);
-    // Without a cap no call is refused because it waits for the first connection.
+    // Without a cap, a call that waits for the first connection needs no queue entry, so it is not rejected.
     let join = || Line::join(guest).ok_or_else(|| all.refuse());
     let mut line = (is_up || all.has_cap()).then(join).transpose()?;
     let waits_for_stream = AtomicBool::new(false);
@@ -213,7 +222,8 @@ async fn shared(guest: &Guest, owner: u64) -> Result<Right, Rejected> {
     });
     while !is_up {
         let mut came_up = pin!(streams.came_up());
-        // Looked at afterwards, so that a connection that comes up in between is not missed.
+        // `came_up` receives notifications from its creation on, so check after it: a connection that comes up in
+        // between is not missed.
         if streams.is_up(owner) {
             break;
         }
@@ -227,7 +237,7 @@ async fn shared(guest: &Guest, owner: u64) -> Result<Right, Rejected> {
         match timeout(max, right_or_up).await {
             Ok(Some(right)) => return Ok(right),
             Err(_) if !streams.is_up(owner) => return Ok(Right::Free),
-            // It may be that of another client.
+            // The connection may belong to another client.
             Ok(None) | Err(_) => is_up = streams.is_up(owner),
         }
     }
