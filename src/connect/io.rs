@@ -1,4 +1,4 @@
-//! The connection itself, as hyper reads and writes it.
+//! The I/O object of a connection, which hyper reads and writes.
 
 use std::{
     fmt,
@@ -24,23 +24,26 @@ use super::{
 use crate::call::Shared;
 
 pin_project! {
-    /// A connection that holds its place for as long as it is open.
+    /// A connection that holds its permits while it is open.
     ///
-    /// To hyper one that is over, and not in use, looks as if its peer had closed it.
+    /// If the connection is to be closed and is not in use, a read returns the end of the stream, as if the peer had
+    /// closed it. hyper then closes the connection.
     pub struct Io<T> {
         #[pin]
         inner: T,
-        // After `inner`: its place is free once it is closed.
+        // Declared after `inner`, so that the permits are released after the socket is closed.
         seat: Seat,
     }
 }
 
+/// The state of the connection, the timer of its limits, and its permits.
 struct Seat {
     conn: Shared<Conn>,
     has_written: bool,
     is_http2: bool,
-    /// Of an HTTP/2 connection of a client, until they have arrived.
+    /// Reads the SETTINGS of an HTTP/2 connection of a client, until they have arrived.
     settings: Option<PeerSettings>,
+    /// Fires when the limits of the connection are to be checked again.
     look: Option<Pin<Box<Sleep>>>,
     _ticket: Ticket,
 }
@@ -70,7 +73,7 @@ impl<T> Io<T> {
         Self { inner, seat }
     }
 
-    /// What is wrapped.
+    /// Returns the wrapped connection.
     #[must_use]
     pub fn get_ref(&self) -> &T {
         &self.inner
@@ -78,14 +81,15 @@ impl<T> Io<T> {
 }
 
 impl Seat {
-    /// Ready once the connection is to be closed.
+    /// Returns `Ready` if the connection is to be closed now.
     fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if !self.conn.is_leased() {
             return Poll::Pending;
         }
-        // Before looking: who ends a use wakes who is known.
+        // Register the waker before reading the state: the end of a use changes the state and then wakes the waker.
         self.conn.watch(cx.waker());
-        // hyper reads before it writes, and gives a request back whole that finds an HTTP/1 connection closed.
+        // hyper reads before it writes. If an HTTP/1 connection ends here, hyper returns the request unsent, and
+        // hyper-util sends it over another connection.
         if self.conn.is_stale() && !self.is_http2 {
             return Poll::Ready(());
         }
@@ -105,10 +109,10 @@ impl Seat {
         }
     }
 
-    /// Something has been written: what the connection was given to has begun.
+    /// Records a write, which begins the request to which the connection was assigned.
     fn wrote(&mut self, bytes: &[u8]) {
         if !std::mem::replace(&mut self.has_written, true) {
-            // The preface of a client (RFC 9113 §3.4).
+            // The connection preface of HTTP/2 (RFC 9113 §3.4).
             self.is_http2 = bytes.starts_with(b"PRI ");
             if self.is_http2 {
                 self.conn.set_http2();
@@ -120,7 +124,8 @@ impl Seat {
         }
     }
 
-    /// Reads through a buffer of its own, because the bytes that hyper's cursor receives cannot be read back.
+    /// Reads from the connection and passes the bytes to `PeerSettings`. The bytes go through a separate buffer,
+    /// because a `ReadBufCursor` does not permit reading what was written to it.
     fn read_settings<T: Read>(
         &mut self,
         inner: Pin<&mut T>,
@@ -140,6 +145,7 @@ impl Seat {
         Poll::Ready(Ok(()))
     }
 
+    /// Sets the timer of the next check.
     fn look_after(&mut self, time: Duration) -> Pin<&mut Sleep> {
         let at = Instant::now().checked_add(time).unwrap_or_else(Instant::now);
         match &mut self.look {
@@ -167,7 +173,7 @@ impl<T: Read> Read for Io<T> {
             return Poll::Ready(read);
         }
         ready!(this.seat.poll_over(cx));
-        // Nothing is read: the end.
+        // A read of no bytes is the end of the stream.
         Poll::Ready(Ok(()))
     }
 }
@@ -235,7 +241,8 @@ struct PeerSettings {
 }
 
 impl PeerSettings {
-    /// Returns the maximum once the frame is complete. No value means no limit (RFC 9113 §6.5.2).
+    /// Reads the next bytes. Returns the maximum once the frame is complete. Without a value there is no limit (RFC
+    /// 9113 §6.5.2).
     fn record(&mut self, bytes: &[u8]) -> Option<usize> {
         const SETTINGS: u8 = 4;
         const MAX_CONCURRENT_STREAMS: [u8; 2] = [0, 3];
@@ -254,7 +261,7 @@ impl PeerSettings {
             self.read = self.read.saturating_add(1);
             let [a, b, c, kind, ..] = self.head;
             let end = u32::from_be_bytes([0, a, b, c]) as usize + self.head.len();
-            // Another frame is an error of the peer, which h2 reports.
+            // Any other first frame is a protocol error of the peer, which h2 reports.
             if self.read >= self.head.len() && (kind != SETTINGS || self.read >= end) {
                 return Some(self.max_streams.unwrap_or(usize::MAX));
             }

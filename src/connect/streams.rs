@@ -1,22 +1,26 @@
 //! The HTTP/2 connections of a host and their streams.
 //!
-//! hyper-util's client shares one HTTP/2 connection per host, and a request beyond the peer's
-//! `SETTINGS_MAX_CONCURRENT_STREAMS` waits inside it, where no layer observes the wait. A [`Client`](super::Client)
-//! therefore has several of hyper-util's clients, its *lanes*, with one connection each, and a call takes a permit for a
-//! stream of one connection before it is sent over the lane of that connection.
+//! hyper-util's client shares one HTTP/2 connection per host. A request beyond the peer's
+//! `SETTINGS_MAX_CONCURRENT_STREAMS` waits inside the connection, where no layer observes the wait. A
+//! [`Client`](super::Client) therefore has several of hyper-util's clients, its *lanes*, with one HTTP/2 connection per
+//! host each. A call takes a stream permit of one connection, and is then sent over the lane of that connection.
 //!
 //! A call that finds no free stream queues at [`Host::head`](super::host::Host::head). Only the first call of the queue
-//! looks for a stream. It is woken by [`Streams::notify`] after each change that may help it: a released stream, a
-//! connection whose SETTINGS arrived, a connection that is over or closed, an attempt to connect that ended. `Notify`
-//! stores one wake-up, so a change between a look and the wait is not lost. A call that arrives takes a stream directly
-//! only while no call is queued, so it does not overtake.
+//! searches for a stream. [`Streams::notify`] wakes it after each change that may help it: a released stream, a
+//! connection whose SETTINGS arrived, a connection that is to be closed or has closed, a connect that ended. `Notify`
+//! stores one wake-up, so a change between a search and the wait is not lost. A call that arrives takes a stream
+//! directly only while no call is queued, so it does not overtake.
 //!
-//! A permit belongs to a connection and is released at the end of the response body. hyper-util's client may send the
-//! call over another connection of the lane than the one of the permit, if that one has closed meanwhile. The permit is
+//! A stream permit belongs to a connection and is released at the end of the response body. If the connection closes
+//! before the request is assigned to it, hyper-util sends the call over another connection of the lane. The permit is
 //! then released, and the call takes a stream of the connection that it uses, whether or not one is free.
 //!
-//! A connection counts from its SETTINGS on, because its maximum is not known before. While a call opens a connection,
-//! no other call opens one to the same host.
+//! A connection is registered when its SETTINGS arrive, because its maximum is unknown before. While a call opens a
+//! connection ([`Opening`]), no other call opens one to the same host. The right passes from the call to the connection
+//! ([`Conn::hold`]) and ends with the SETTINGS, so that calls which queue meanwhile do not open further connections.
+//!
+//! The SETTINGS may arrive before the call that opened the connection is polled again. [`Streams::register`] then
+//! reserves a stream for this call, so that other calls cannot take all streams.
 
 use std::{
     future::{Future, poll_fn},
@@ -37,23 +41,24 @@ use super::{
 };
 use crate::call::Shared;
 
-/// The maximum number of connections of a client to one host over HTTP/2.
+/// The maximum number of HTTP/2 connections of a client to one host.
 pub(super) const MAX_LANES: usize = 64;
 
-/// One of the clients of hyper-util that a [`Client`](super::Client) has.
+/// One of hyper-util's clients in a [`Client`](super::Client).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Lane {
-    /// The number of the [`Client`](super::Client): several may share their connections' layer, but not connections.
+    /// The id of the [`Client`](super::Client). Several clients may share a layer, but not connections.
     pub(super) owner: u64,
     pub(super) index: usize,
 }
 
+/// The HTTP/2 connections of a host. No user code runs under the lock of `state`.
 #[derive(Default)]
 pub(super) struct Streams {
     state: Mutex<State>,
-    /// Of the first call of the queue.
+    /// Wakes the first call of the queue.
     changed: Notify,
-    /// Of all calls that wait for the first connection.
+    /// Wakes all calls that wait for the first connection.
     came_up: Notify,
     /// The number of calls in the queue. While it is zero, a call takes a stream without the head of the queue.
     queued: AtomicUsize,
@@ -63,15 +68,15 @@ pub(super) struct Streams {
 struct State {
     /// The connections whose SETTINGS have arrived, until they are closed.
     open: Vec<Shared<Conn>>,
-    /// The lane in which a call opens a connection.
+    /// The lane in which a call opens a connection, if one does.
     opening: Option<Lane>,
 }
 
-/// What a call is to do.
+/// The next step of a call.
 pub(super) enum Pick {
     Send(StreamPermit),
     Open(Opening),
-    /// Wait for a change. `for_room`: a free place for another connection would help, too.
+    /// Wait for a change. With `for_room`, a free permit for another connection is a change too.
     Wait {
         for_room: bool,
     },
@@ -92,7 +97,7 @@ impl Streams {
         Queued(self)
     }
 
-    /// Decides what the first call of the queue is to do.
+    /// Decides the next step of the first call of the queue.
     pub(super) fn pick(&self, all: &Connections, host: &Arc<Host>, owner: u64) -> Pick {
         let mut state = self.state();
         if let Some(permit) = state.try_take(owner) {
@@ -120,7 +125,7 @@ impl Streams {
         let opening = conn.take_opening();
         {
             let mut state = self.state();
-            // The call that opens it gets a stream before all others, also if it does not know yet that it is connected.
+            // The call that opens this connection has not been polled since the connect: reserve a stream for it.
             if opening.is_none() && state.opening.is_some() && state.opening == conn.lane() {
                 conn.reserve_stream();
             }
@@ -138,7 +143,7 @@ impl Streams {
             let position = state.open.iter().position(|conn| conn.id() == id);
             position.map(|position| state.open.remove(position))
         };
-        // Without the lock: a connection holds a waker, which is user code.
+        // Drop the connection without the lock: it contains a waker, whose destructor is user code.
         drop(removed);
         self.notify();
     }
@@ -153,14 +158,14 @@ impl Streams {
         self.changed.notify_one();
     }
 
-    /// Waits until there may be a stream, or room for another connection.
+    /// Waits until there may be a free stream or, with `for_room`, free permits for another connection.
     pub(super) async fn changed(&self, guest: &Guest, for_room: bool) {
         let mut changed = pin!(self.changed.notified());
         let mut room = pin!(async {
             let Guest { all, host } = guest;
             let own = host.gate.enter().await;
             let _elsewhere = guest.wait_elsewhere();
-            // Released at once: the call enters the gates again when it connects.
+            // Released at once: the connect acquires the permits again.
             drop((own, all.enter_total().await));
         });
         poll_fn(|cx| match changed.as_mut().poll(cx) {
@@ -185,6 +190,7 @@ impl Drop for Queued<'_> {
 }
 
 impl State {
+    /// Returns the connections of this client with the indexes of their lanes.
     fn of(&self, owner: u64) -> impl Iterator<Item = (&Shared<Conn>, usize)> {
         self.open.iter().filter_map(move |conn| {
             let lane = conn.lane().filter(|lane| lane.owner == owner)?;
@@ -202,7 +208,8 @@ impl State {
         self.of(owner).any(|(conn, _)| !conn.is_to_be_left())
     }
 
-    /// Prefers a lane without a connection to one whose connection is over.
+    /// Returns a lane for a new connection. A lane without a connection is preferred to one whose connection takes no
+    /// further calls.
     fn free_lane(&self, owner: u64) -> Option<usize> {
         let is_free = |index: &usize| self.of(owner).all(|(_, used)| used != *index);
         let over = || self.of(owner).find(|(conn, _)| conn.is_to_be_left());
@@ -231,7 +238,7 @@ impl StreamPermit {
         self.conn.id() == conn.id()
     }
 
-    /// Leaves it to the end of the call to release the stream.
+    /// Leaves the release of the stream to the end of the call.
     pub(super) fn keep(mut self) {
         self.is_kept = true;
     }
@@ -245,7 +252,7 @@ impl Drop for StreamPermit {
     }
 }
 
-/// The right to open a connection in this lane. Dropping it ends the attempt: the next call may open one.
+/// The right to open a connection in this lane. After it is dropped, the next call may open a connection.
 pub(super) struct Opening {
     host: Arc<Host>,
     lane: Lane,
