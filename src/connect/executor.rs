@@ -1,4 +1,8 @@
-//! Tells a connection that somebody waits for from one that was left behind.
+//! Detects connects that hyper-util continues in the background.
+//!
+//! [`Executor`] gives each task that it spawns an id, and stores the id in a thread-local while the task is polled.
+//! [`Wanted`] records the id at its creation. If it is polled under another id, hyper-util has moved the future from
+//! the call to a background task.
 
 use std::{
     cell::Cell,
@@ -11,17 +15,19 @@ use std::{
 
 use pin_project_lite::pin_project;
 
-/// Spawns what hyper-util's client leaves to others, on tokio.
+/// Spawns the background tasks of hyper-util's client on tokio.
 ///
-/// That client asks for a connection and for an idle one at once. If it gets an idle one first, it spawns the
-/// other half to its end: good if the connection is nearly there, and bad if it stands in a line, where it
-/// would take the place of a caller for nobody. On this executor it gives up its place in that line:
-/// give it to `Client::builder` where a [`ConnectLayer`](super::ConnectLayer) has a cap.
-/// [`Client`](super::Client) does.
+/// For each call, that client waits for an idle connection and connects at the same time. If an idle connection comes
+/// first, it continues the connect in a background task. This is useful if the connect has begun. If it is still in the
+/// queue of a [`ConnectLayer`](super::ConnectLayer), it would get a permit that no call needs. On this executor such a
+/// connect leaves the queue instead.
+///
+/// Pass it to hyper-util's `Client::builder` if a [`ConnectLayer`](super::ConnectLayer) has a cap.
+/// [`Client`](super::Client) uses it.
 ///
 /// # Panics
 ///
-/// Outside of a Tokio runtime, as `tokio::spawn`.
+/// Panics outside of a Tokio runtime, as `tokio::spawn` does.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Executor;
 
@@ -39,7 +45,7 @@ where
 type Id = Option<NonZeroU64>;
 
 thread_local! {
-    /// Which of the tasks here this thread is at.
+    /// The id of the executor's task that this thread polls, if it polls one.
     static CURRENT: Cell<Id> = const { Cell::new(None) };
 }
 
@@ -70,8 +76,7 @@ impl<F: Future> Future for Spawned<F> {
 }
 
 pin_project! {
-    /// Runs for as long as it is not left behind: `None` if it is polled by another task of the executor
-    /// than the one it began in.
+    /// The future of [`wanted`].
     pub(super) struct Wanted<F> {
         #[pin]
         future: F,
@@ -79,6 +84,8 @@ pin_project! {
     }
 }
 
+/// Wraps a future, which returns `None` when it is polled in another task of the executor than the one in which it was
+/// created. Polls outside of the executor's tasks do not count as another task.
 pub(super) fn wanted<F>(future: F) -> Wanted<F> {
     Wanted { future, home: CURRENT.get() }
 }

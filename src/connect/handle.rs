@@ -3,60 +3,61 @@ use std::{fmt, sync::atomic::Ordering, time::Duration};
 use super::core::Connections;
 use crate::{ConfigError, call::Shared};
 
-/// Looks at connections, and steers them, from outside of the stack.
+/// Reads the state of the connections of a layer, changes its caps and renews its connections, from outside of the
+/// stack.
 ///
-/// Clones see the same ones, and so do all connectors that the layer or a clone of it made.
+/// Clones refer to the same connections: those of all connectors that the layer or a clone of it made.
 #[derive(Clone)]
 pub struct ConnectHandle(pub(super) Shared<Connections>);
 
-/// All connections of a layer at one moment.
+/// The connections of a layer at one moment, and its counters since it was created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ConnectSnapshot {
-    /// How many there may be to one host, if that is bounded.
+    /// The maximum number of connections to one host, or `None`.
     pub max_per_host: Option<usize>,
-    /// How many there may be in total, if that is bounded.
+    /// The maximum number of connections in total, or `None`.
     pub max_total: Option<usize>,
-    /// How many are open.
+    /// The number of open connections.
     pub open: usize,
-    /// How many of them serve a call, to the end of its response body, or are no longer HTTP's. Told by
-    /// [`Client`](super::Client)s only.
+    /// The number of open connections that serve a call, to the end of its response body, or were upgraded or made a
+    /// tunnel. Only a [`Client`](super::Client) reports uses.
     pub in_use: usize,
-    /// How many are being opened.
+    /// The number of connections that are being opened.
     pub connecting: usize,
     /// The number of DNS lookups in progress, including those whose connects have timed out. Only a
     /// [`Resolver`](super::Resolver) reports lookups.
     pub lookups: usize,
-    /// How many wait for a place, or for a stream of an HTTP/2 connection.
+    /// The number of queue entries: callers that wait for a permit or for a stream of an HTTP/2 connection.
     pub waiting: usize,
-    /// How many have been opened.
+    /// The number of connections that have been opened.
     pub created: u64,
-    /// How many have been closed, by whomever.
+    /// The number of connections that have been closed, by this crate or by the peer.
     pub closed: u64,
-    /// Of these, how many since they were as old as they may become.
+    /// The number of connections that have been closed because of their age. `closed` includes them.
     pub closed_for_age: u64,
-    /// Of these, how many since nobody used them.
+    /// The number of connections that have been closed because they were unused. `closed` includes them.
     pub closed_for_idleness: u64,
-    /// How many attempts to connect have failed, other than by the connect timeout.
+    /// The number of connects that have failed before the connect timeout.
     pub failed: u64,
-    /// How many attempts to connect took too long.
+    /// The number of connects that the connect timeout has ended.
     pub timed_out: u64,
-    /// How many calls were answered over a connection that had answered one before. Told by
-    /// [`Client`](super::Client)s only.
+    /// The number of calls whose response came over a connection that had delivered a response before. Only a
+    /// [`Client`](super::Client) reports uses.
     pub reused: u64,
-    /// How many have had to wait for a place.
+    /// The number of queue entries since the layer was created.
     pub waits: u64,
     /// The number of calls that have had to wait for a stream, because all streams of the HTTP/2 connections were in
     /// use. `waits` includes them.
     pub waits_for_stream: u64,
-    /// How long they have waited, all together.
+    /// The total time of all queue entries that have ended.
     pub waited: Duration,
-    /// How many were refused: no room to wait, or waited for too long.
+    /// The number of rejections, because the queue was full or the maximum wait was over.
     pub saturated: u64,
 }
 
 impl ConnectHandle {
-    /// All there is to know at this moment.
+    /// Returns a copy of the current state and counters. The values are read one after the other.
     #[must_use]
     pub fn snapshot(&self) -> ConnectSnapshot {
         let counts = &self.0.counts;
@@ -83,30 +84,33 @@ impl ConnectHandle {
         }
     }
 
-    /// Changes the cap per host: a higher one lets waiters in at once, a lower one takes effect as connections
-    /// close.
+    /// Changes the maximum number of connections per host.
+    ///
+    /// A higher maximum admits waiting callers at once. A lower one takes effect as connections close.
     ///
     /// # Errors
     ///
-    /// Zero.
+    /// Fails if the maximum is zero. The setting is then unchanged.
     pub fn set_max_per_host(&self, most: usize) -> Result<(), ConfigError> {
         self.0.set_per_host(checked("max_per_host", most)?);
         Ok(())
     }
 
-    /// Changes the cap in total, likewise.
+    /// Changes the maximum number of connections in total, as [`set_max_per_host`](Self::set_max_per_host) does per
+    /// host.
     ///
     /// # Errors
     ///
-    /// Zero.
+    /// Fails if the maximum is zero. The setting is then unchanged.
     pub fn set_max_total(&self, most: usize) -> Result<(), ConfigError> {
         self.0.set_total(checked("max_total", most)?);
         Ok(())
     }
 
-    /// Closes every connection: an idle one at once, one in use after its calls. What comes next connects anew, as
-    /// far as the caps allow.
-    /// Done by [`Client`](super::Client)s only.
+    /// Closes every connection: an idle one at once, and one in use after its calls.
+    ///
+    /// Later calls use new connections as far as the caps allow. Only connections of a [`Client`](super::Client) are
+    /// closed.
     pub fn renew(&self) {
         self.0.ask_all();
     }
