@@ -14,15 +14,15 @@ use tower_service::Service;
 use super::layer::{ConnectLayer, dial};
 use crate::BoxError;
 
-/// Times and counts attempts to connect: for reqwest's `connector_layer`, whose connections cannot be wrapped.
+/// Limits the time of connects and counts them: for reqwest's `connector_layer`, whose connections cannot be wrapped.
 ///
-/// It has the connect timeout of a [`ConnectLayer`], and `connecting`, `created`, `failed` and `timed_out` in the
-/// snapshot. It does not bound connections, because reqwest does not reveal their end. Bound the calls with a
+/// It applies the connect timeout of a [`ConnectLayer`] and maintains `connecting`, `created`, `failed` and `timed_out`
+/// of the snapshot. It does not bound connections, because reqwest does not reveal their end. Bound the calls with a
 /// `ConcurrencyLimitLayer`, and idle connections with reqwest's `pool_idle_timeout` and `pool_max_idle_per_host`.
 ///
 /// The connect timeout is not divided among the addresses of a host. If the first address does not respond, the timeout
 /// ends the connect before the second one is tried. To reach the second one, set reqwest's
-/// `ClientBuilder::connect_timeout`, which is divided, to at most this timeout.
+/// `ClientBuilder::connect_timeout`, which is divided, to this timeout or a shorter one.
 #[must_use = "a layer does nothing until it wraps a connector"]
 #[derive(Clone, Debug)]
 pub struct DialLayer {

@@ -4,8 +4,9 @@
 //! future is dropped, because `JoinHandle::abort` does not end a blocking task that runs. A connect that timed out
 //! releases its permit, so its successor would block the next thread, up to all 512 of tokio's blocking pool.
 //!
-//! Here a lookup owns its permit and its entry in the map until `getaddrinfo` returns, even if no caller waits any
-//! more. Callers for the same host wait for the lookup in progress. The permits bound the map and the threads.
+//! Here a lookup owns its permit and its entry in the map until `getaddrinfo` returns, even if its callers have been
+//! dropped. Callers for the same host wait for the lookup in progress. The number of permits bounds the map and the
+//! threads.
 
 use std::{
     collections::HashMap,
@@ -35,6 +36,7 @@ type Found = Result<Arc<[SocketAddr]>, Arc<io::Error>>;
 /// The lookups of a [`ConnectLayer`](super::ConnectLayer) in progress.
 pub(super) struct Lookups {
     permits: Arc<Semaphore>,
+    /// The results of the lookups in progress, which are published when the lookups end.
     by_host: Mutex<HashMap<Box<str>, watch::Receiver<Option<Found>>>>,
 }
 
@@ -49,6 +51,7 @@ impl Lookups {
         self.by_host().len()
     }
 
+    /// Waits for the lookup of this host that is in progress, or starts one.
     async fn resolve(self: Arc<Self>, host: Box<str>) -> io::Result<Addresses> {
         let in_progress = self.by_host().get(&host).cloned();
         let mut found = match in_progress {
@@ -93,8 +96,9 @@ impl Lookups {
     }
 }
 
-/// A lookup in progress. Dropping it, even before it has run, removes it from the map, publishes its result and
-/// releases its permit, in this order: a caller that has the result must not find the lookup in progress.
+/// A lookup in progress. Dropping it, even before it has run, removes it from the map, publishes its result and then
+/// releases its permit. The removal comes first, so that a caller that has the result no longer finds the lookup in
+/// progress.
 struct Lookup {
     lookups: Arc<Lookups>,
     host: Box<str>,
@@ -113,13 +117,13 @@ impl Lookup {
 impl Drop for Lookup {
     fn drop(&mut self) {
         let removed = self.lookups.by_host().remove(&self.host);
-        // The lock is released: publishing runs the wakers of the callers.
+        // The lock has been released, because publishing runs the wakers of the callers.
         drop(removed);
         self.sender.send_replace(self.found.take());
     }
 }
 
-/// The error of a lookup that several callers waited for.
+/// The error of a lookup, shared by its callers.
 #[derive(Debug)]
 struct SharedError(Arc<io::Error>);
 
@@ -140,14 +144,14 @@ impl Error for SharedError {
 /// The system's resolver (`getaddrinfo`) with a bounded number of lookups, for a
 /// [`TcpConnector`](super::TcpConnector).
 ///
-/// At most one lookup per host and 32 in total are in progress at a time, among all clients of one
-/// [`ConnectLayer`](super::ConnectLayer). A lookup blocks a thread of tokio's blocking pool until the system responds,
-/// even if its caller has timed out. A caller for the same host waits for the lookup in progress and shares its result.
+/// All clients of one [`ConnectLayer`](super::ConnectLayer) together have a maximum of one lookup per host and 32
+/// lookups in total in progress. A lookup blocks a thread of tokio's blocking pool until the system responds, even if
+/// its caller has timed out. Another caller for the same host waits for the lookup in progress and shares its result.
 /// Results are not cached.
 ///
 /// # Cancellation
 ///
-/// Dropping the future ends the wait and not the lookup.
+/// Dropping the future ends the wait of this caller. The lookup continues until the system responds.
 #[derive(Clone)]
 pub struct Resolver {
     lookups: Arc<Lookups>,

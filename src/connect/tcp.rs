@@ -43,7 +43,7 @@ impl<R> TcpConnector<R> {
         self
     }
 
-    /// Applies the current connect timeout.
+    /// Passes the current connect timeout to the wrapped connector.
     fn divide(&mut self) {
         let max = self.all.connect_timeout();
         // The layer ends the connect after the whole timeout. The sum of the parts is slightly greater, so that a
