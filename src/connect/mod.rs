@@ -58,8 +58,8 @@
 //! # Streams of HTTP/2
 //!
 //! Calls over HTTP/2 share connections. A connection has as many streams as the server's SETTINGS allow
-//! (`MAX_CONCURRENT_STREAMS`, RFC 9113 §5.1.2). When all streams are in use, a [`Client`] opens another connection, up to
-//! the caps and to 64 per host. A call beyond that waits in the queue for a stream. `waits_for_stream` in the
+//! (`MAX_CONCURRENT_STREAMS`, RFC 9113 §5.1.2). When all streams are in use, a [`Client`] opens another connection, up
+//! to the caps and to 64 per host. A call beyond that waits in the queue for a stream. `waits_for_stream` in the
 //! [`ConnectSnapshot`] counts it, and a circuit breaker does not count the wait against the upstream. The call is
 //! [rejected](crate::call::RejectedKind::Saturated) after the maximum wait of the [`queue`](ConnectLayer::queue). A
 //! call holds its stream to the end of the response body. Calls use the oldest connections first, so that the others
