@@ -4,14 +4,14 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::{event, event::RepeatedEvent, redact};
 
-/// Time without accepts after an error that is not caused by one connection, such as no free file descriptors. axum
-/// and hyper use the same value.
+/// The pause of the accept loop after an error that is not specific to one connection, such as no free file
+/// descriptors. axum and hyper use the same value.
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// Handles the errors of `accept`, for every listener of the crate.
 ///
-/// An error of one connection (its client closed it before the accept) is skipped. Any other error pauses the accept
-/// loop for one second and is reported at most once in 10 s.
+/// An error of one connection, which its client closed before the accept, is skipped. Any other error pauses the accept
+/// loop for one second. The first such error is reported as a WARN event, and later ones at most once in 10 s.
 #[derive(Debug)]
 pub(crate) struct AcceptErrors {
     paused_until: Option<Instant>,
@@ -23,7 +23,7 @@ impl AcceptErrors {
         Self { paused_until: None, failures: RepeatedEvent::new() }
     }
 
-    /// Waits for the end of the pause, if there is one. Can be cancelled and called again.
+    /// Waits for the end of the pause, if there is one. The future can be dropped and the method called again.
     pub(crate) async fn pause(&mut self) {
         if let Some(until) = self.paused_until {
             sleep_until(until).await;
@@ -31,7 +31,7 @@ impl AcceptErrors {
         }
     }
 
-    /// Records an error. Returns the number of occurrences to report if an event is due.
+    /// Records an error. If an event is due, returns the number of occurrences that it reports.
     fn record(&mut self, error: &io::Error) -> Option<u64> {
         if is_of_one_connection(error) {
             return None;

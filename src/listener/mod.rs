@@ -12,5 +12,5 @@ pub(crate) use self::{
     slot::Slots,
     timer::LazyTimer,
 };
-// Named by the public API of the features `listener` and `serve`.
+// Part of the public API of the features `listener` and `serve`.
 pub use self::slot::Slot;

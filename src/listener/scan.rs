@@ -1,7 +1,7 @@
-//! Scanners that determine whether the bytes from a client so far end between messages or in the middle of a head.
+//! Scanners that determine whether the bytes that a client has sent so far end in the middle of a head.
 //!
-//! hyper does not report how much of a head it has read. These scanners read the bytes before hyper does. They
-//! do not validate: hyper rejects invalid bytes.
+//! hyper does not report how much of a head it has read. These scanners therefore read the bytes before hyper does.
+//! They do not validate the bytes, because hyper rejects invalid ones.
 
 /// The connection preface of HTTP/2 (RFC 9113 §3.4).
 pub(crate) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -22,27 +22,29 @@ const ACK: u8 = 1;
 /// Follows the frames of an HTTP/2 client, from the end of the preface on (RFC 9113 §4.1).
 #[derive(Debug)]
 pub(crate) struct Frames {
-    /// The frame head, as far as it has been read.
+    /// The head of the current frame. The first `head_len` bytes have been read.
     head: [u8; FRAME_HEAD],
     head_len: usize,
-    /// Bytes of the payload that have not been read.
+    /// The number of bytes of the payload that have not been read.
     payload_left: usize,
-    /// Inside a frame whose end must follow soon: any but DATA, whose time the body limits measure.
+    /// The scanner is inside a frame other than DATA, whose end must follow soon. The limits of request bodies cover
+    /// the time of DATA frames.
     in_frame: bool,
-    /// After HEADERS without END_HEADERS. Until the end of the header block only CONTINUATION may follow.
+    /// HEADERS without END_HEADERS was read. Only CONTINUATION may follow until the end of the header block (RFC 9113
+    /// §6.10).
     in_block: bool,
-    /// Before the first frame, which completes the preface.
+    /// The first frame, which completes the preface, has not been read.
     is_first: bool,
 }
 
 /// The contents of a read of HTTP/2 frames.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Scanned {
-    /// A frame of a request. A client can send any other frame on a connection that it does not use.
+    /// The read contains a frame of a request. A client may send any other frame on a connection that it does not use.
     pub(crate) is_in_use: bool,
-    /// The end of a frame, outside of a header block.
+    /// The read contains the end of a frame outside of a header block.
     pub(crate) has_ended_head: bool,
-    /// The head of an acknowledgement of a PING.
+    /// The read contains the frame head of an acknowledgement of a PING.
     pub(crate) has_ping_ack: bool,
 }
 
@@ -92,7 +94,7 @@ impl Frames {
         scanned
     }
 
-    /// Returns whether this is the end of a frame and of its header block.
+    /// Ends the frame if its payload has been read. Returns whether it has ended outside of a header block.
     fn end_frame_if_complete(&mut self) -> bool {
         if self.payload_left > 0 {
             return false;
@@ -102,7 +104,7 @@ impl Frames {
         !self.in_block
     }
 
-    /// Whether the rest of a frame or of a header block is missing.
+    /// Returns whether the rest of a frame or of a header block is missing.
     #[inline]
     pub(crate) fn is_mid_head(&self) -> bool {
         self.in_frame || self.in_block || self.is_first || self.head_len > 0
@@ -111,11 +113,11 @@ impl Frames {
 
 // ===== The first head =====
 
-/// Finds the end of the first request head of a connection: the empty line of HTTP/1, or the preface of HTTP/2 with its
-/// first frame. TLS hides the head, so that its first byte counts as the end.
+/// Finds the end of the first request head of a connection: the empty line of HTTP/1, or the end of the first frame
+/// after the preface of HTTP/2. TLS encrypts the head, so the first byte of a handshake counts as the end.
 #[derive(Debug)]
 pub(crate) enum FirstHead {
-    /// The number of bytes so far, which are equal to the beginning of the HTTP/2 preface.
+    /// The number of bytes read so far, all equal to the beginning of the HTTP/2 preface.
     Preface(usize),
     Http1(Line),
     Http2(Frames),

@@ -12,33 +12,36 @@ use tokio::time::Instant;
 
 use crate::call::{Clock, Nanos, nanos};
 
-/// The slot that a connection occupies in a [`LimitedListener`](crate::limit::connections::LimitedListener). It states
-/// since when the connection is idle, so that a full listener can close the longest idle connection.
+/// The slot that a connection occupies in a [`LimitedListener`](crate::limit::connections::LimitedListener).
 ///
-/// [`Lifecycle::serve`](crate::Lifecycle::serve) maintains it. A [`Listener`](crate::lifecycle::Listener) of your own
-/// that wraps the capped one only has to pass it on.
+/// It records since when the connection is idle, so that a full listener can close the connection that has been idle
+/// for the longest time. [`Lifecycle::serve`](crate::Lifecycle::serve) maintains it. If your own
+/// [`Listener`](crate::lifecycle::Listener) wraps the capped one, return the slot of the wrapped connection.
 #[derive(Clone)]
 pub struct Slot(Arc<State>);
 
 struct State {
     clock: Clock,
-    /// The time since the listener began at which the connection became idle, or [`BUSY`].
+    /// The time at which the connection became idle, as nanoseconds of `clock`, or [`BUSY`].
     idle_since: AtomicU64,
-    /// The listener needs the slot for a new connection.
+    /// The listener needs the slot for a new connection. Set before `waker` is taken. The task registers its waker
+    /// before it reads the flag. The lock of `waker` orders both, so `Relaxed` accesses are sufficient: either the task
+    /// reads the flag or the listener finds the waker.
     is_reclaimed: AtomicBool,
-    /// Wakes the task of the connection, so that it observes `is_reclaimed`.
+    /// Wakes the task of the connection, so that it reads `is_reclaimed`.
     waker: Mutex<Option<Waker>>,
 }
 
+/// The value of `idle_since` of a connection that is not idle.
 const BUSY: Nanos = Nanos::MAX;
 
 impl Slot {
-    /// The connection has been idle since this instant.
+    /// Marks the connection as idle since this instant.
     pub(crate) fn set_idle(&self, since: Instant) {
         self.0.idle_since.store(self.0.clock.at(since), Relaxed);
     }
 
-    /// Sets the waker of the connection's task.
+    /// Registers the waker of the connection's task. Call it before [`is_reclaimed`](Self::is_reclaimed).
     pub(crate) fn wake_on_reclaim(&self, waker: &Waker) {
         let mut registered = self.0.waker.lock().unwrap_or_else(PoisonError::into_inner);
         if registered.as_ref().is_some_and(|registered| registered.will_wake(waker)) {
@@ -50,16 +53,18 @@ impl Slot {
         drop(replaced);
     }
 
-    /// The connection has a call, or carries something that the crate cannot interpret.
+    /// Marks the connection as not idle: it has a call, or carries bytes that this crate does not interpret, such as
+    /// TLS.
     pub(crate) fn set_busy(&self) {
         self.0.idle_since.store(BUSY, Relaxed);
     }
 
-    /// Whether the connection is to close because its slot is needed.
+    /// Returns whether the connection is to close because its slot is needed.
     pub(crate) fn is_reclaimed(&self) -> bool {
         self.0.is_reclaimed.load(Relaxed)
     }
 
+    /// Makes the task of the connection close it.
     fn reclaim(&self) {
         self.0.is_reclaimed.store(true, Relaxed);
         let waker = self.0.waker.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -78,19 +83,21 @@ impl fmt::Debug for Slot {
     }
 }
 
-/// Minimum idle time of a connection that is closed for another. It leaves a new client time for its first request.
+/// The minimum idle time of a connection that is closed for another one: the time that a new client has for its first
+/// request.
 const MIN_IDLE: Duration = Duration::from_secs(1);
-/// Number of slots that one reclaim examines. A longer list is sampled, so that the work per accept stays bounded.
+/// The maximum number of slots that one reclaim examines. A longer list is sampled, so that the work per accept is
+/// bounded.
 const MAX_EXAMINED: usize = 64;
-/// Dropped slots are removed from the list when it has grown by this factor since the last removal.
+/// The growth of the list, as a factor since the last removal, after which dropped slots are removed from it.
 const GROWTH: usize = 2;
 
-/// The slots of one listener. Only its accept loop uses the list, so that no lock is needed.
+/// The slots of one listener. Only its accept loop uses the list, so the list needs no lock.
 #[derive(Debug)]
 pub(crate) struct Slots {
     clock: Clock,
     slots: Vec<Weak<State>>,
-    /// Length of the list at which dropped slots are removed.
+    /// The length of the list at which dropped slots are removed.
     remove_at: usize,
 }
 
@@ -99,7 +106,7 @@ impl Slots {
         Self { clock: Clock::new(), slots: Vec::new(), remove_at: MAX_EXAMINED }
     }
 
-    /// Returns the slot of a new connection, which is idle until it has sent its first head.
+    /// Returns a slot for a new connection. The connection is idle until the client has sent its first head.
     pub(crate) fn occupy(&mut self) -> Slot {
         if self.slots.len() >= self.remove_at {
             self.slots.retain(|slot| slot.strong_count() > 0);
@@ -115,8 +122,8 @@ impl Slots {
         slot
     }
 
-    /// Reclaims the slot of the longest idle connection of a sample. Returns false if none has been idle for one
-    /// second.
+    /// Reclaims the slot of the longest idle connection of a sample. Returns `false` if no connection of the sample has
+    /// been idle for one second.
     pub(crate) fn reclaim(&mut self) -> bool {
         let now = self.clock.now();
         let count = self.slots.len();
@@ -124,7 +131,7 @@ impl Slots {
         let sample = self.slots.iter().cycle().skip(first).take(count.min(MAX_EXAMINED));
         let idle = sample.filter_map(Weak::upgrade).filter_map(|state| {
             let since = state.idle_since.load(Relaxed);
-            // `BUSY` stays beyond every time.
+            // The sum saturates, so that `BUSY` is later than any time.
             let is_idle = since.saturating_add(nanos(MIN_IDLE)) <= now;
             let is_candidate = is_idle && !state.is_reclaimed.load(Relaxed);
             is_candidate.then_some((since, Slot(state)))
@@ -155,7 +162,7 @@ mod tests {
         assert!(!slots.reclaim(), "not before one second");
         advance(MIN_IDLE / 2).await;
         assert!(slots.reclaim() && idle.is_reclaimed());
-        assert!(!slots.reclaim(), "each only once");
+        assert!(!slots.reclaim(), "a slot is reclaimed only once");
         advance(MIN_IDLE / 2).await;
         assert!(slots.reclaim() && newer.is_reclaimed() && !busy.is_reclaimed());
         advance(100 * MIN_IDLE).await;

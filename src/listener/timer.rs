@@ -10,27 +10,29 @@ use tokio::{
     time::{Instant, Sleep, sleep_until},
 };
 
-/// A timer that is created when it is first needed and moved only when a deadline comes before it.
+/// A timer that is created when it is first needed, and reset only for an earlier deadline.
 ///
-/// Deadlines of a connection move later with each request. The timer stays where it is, fires at the old deadline, and
-/// the owner then computes the current one. So a request that meets its limits costs no timer operation.
+/// Each request moves the deadlines of its connection to a later time. The timer is not reset then. It fires at the old
+/// deadline, and its owner computes the current deadline and arms it again. A request within its limits therefore needs
+/// no timer operation.
 ///
-/// It belongs to the runtime in which it is made: a handler can poll an upgraded connection outside of any runtime.
+/// The timer belongs to the runtime in which it is created, because a handler may poll an upgraded connection outside
+/// of any runtime.
 #[derive(Debug)]
 pub(crate) struct LazyTimer {
     runtime: Handle,
     sleep: Option<Pin<Box<Sleep>>>,
-    /// The waker that the timer wakes. A connection moves to another task when it is upgraded.
+    /// The waker that is registered with the timer. It changes when an upgraded connection moves to another task.
     waker: Option<Waker>,
 }
 
 impl LazyTimer {
-    /// Panics outside of a Tokio runtime.
+    /// Creates a timer that is not armed. Panics outside of a Tokio runtime.
     pub(crate) fn new() -> Self {
         Self { runtime: Handle::current(), sleep: None, waker: None }
     }
 
-    /// Makes the task run no later than `deadline`. `now` is the current time.
+    /// Wakes the current task at `deadline` or earlier. `now` is the current time.
     pub(crate) fn arm(&mut self, deadline: Instant, now: Instant, cx: &mut Context<'_>) {
         let sleep = self.sleep.get_or_insert_with(|| {
             let _context = self.runtime.enter();
@@ -49,12 +51,12 @@ impl LazyTimer {
         self.sleep.is_some()
     }
 
-    /// Whether the timer has fired since it was armed. If not, it wakes the current task when it fires.
+    /// Returns whether the timer has fired since it was armed. If not, the timer wakes the current task when it fires.
     pub(crate) fn has_fired(&mut self, cx: &mut Context<'_>) -> bool {
         match &self.sleep {
             None => false,
             Some(sleep) if sleep.is_elapsed() => true,
-            // Not registered: see below.
+            // A timer without a registered waker (see `register`) does not elapse by itself: compare with the clock.
             Some(sleep) if self.waker.is_none() && sleep.deadline() <= Instant::now() => true,
             Some(_) => {
                 self.register(cx);
@@ -63,16 +65,18 @@ impl LazyTimer {
         }
     }
 
+    /// Registers the waker of the current task with the timer.
     fn register(&mut self, cx: &mut Context<'_>) {
         let Some(sleep) = &mut self.sleep else { return };
         if self.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
             return;
         }
         if sleep.as_mut().poll(cx).is_ready() {
-            // The deadline has passed between the two reads of the clock: the next poll observes it.
+            // The deadline has passed since the caller read the clock. The next poll of the task observes it.
             cx.waker().wake_by_ref();
         }
-        // Without budget, the poll has woken the task at once and has not registered it with the timer.
+        // If the coop budget is exhausted, tokio's `Sleep` wakes the task at once and does not register the waker.
+        // `None` makes the next poll register it.
         self.waker = coop::has_budget_remaining().then(|| cx.waker().clone());
     }
 }
