@@ -20,16 +20,16 @@ use crate::{
 pin_project! {
     /// A connection that occupies a slot of its listener until it is dropped.
     ///
-    /// Reads fail with [`TimedOut`](io::ErrorKind::TimedOut) if the first request head is not complete within the
-    /// [time limit](super::LimitedListener::head_timeout) of the listener, or if the listener is full and needs the
-    /// slot before that head is complete.
+    /// Before the first request head is complete, a read fails with [`TimedOut`](io::ErrorKind::TimedOut) after the
+    /// [time limit](super::LimitedListener::head_timeout) of the listener, or if the listener is full and reclaims the
+    /// slot.
     #[derive(Debug)]
     pub struct Connection<Io = TcpStream> {
         #[pin]
         io: Io,
         place: HeldPlace,
         slot: Slot,
-        // Until the first head is complete.
+        // `Some` until the first head is complete.
         first: Option<First>,
     }
 }
@@ -44,13 +44,13 @@ struct First {
 }
 
 impl First {
-    /// Fails if the time is over or the slot is reclaimed. Otherwise one of both wakes the task.
+    /// Fails if the time limit has passed or the slot is reclaimed. Otherwise each of these events wakes the task.
     fn check(&mut self, slot: &Slot, cx: &mut Context<'_>) -> io::Result<()> {
         slot.wake_on_reclaim(cx.waker());
         if slot.is_reclaimed() {
             return Err(io::Error::new(io::ErrorKind::TimedOut, "the listener needs the slot"));
         }
-        // A timeout that the clock cannot represent is none.
+        // A deadline that the clock cannot represent never passes.
         if let Some(deadline) = self.timeout.and_then(|timeout| self.accepted.checked_add(timeout))
         {
             let now = Instant::now();
@@ -70,7 +70,7 @@ impl<Io> Connection<Io> {
         Self { io, place, slot, first: Some(first) }
     }
 
-    /// The connection itself, to set its options.
+    /// Returns the wrapped stream, for example to set its socket options.
     pub fn get_ref(&self) -> &Io {
         &self.io
     }
@@ -80,12 +80,14 @@ impl<Io> Connection<Io> {
         &self.slot
     }
 
-    /// The same slot under another stream, such as TLS over this one. The time limit of the first head continues, and
-    /// includes the handshake only if `wrap` limits it: its reads are those of the wrapped stream.
+    /// Replaces the stream by one that wraps it, such as TLS, in the same slot.
+    ///
+    /// The time limit of the first head continues from the accept. It is not checked while `wrap` runs, because `wrap`
+    /// reads from the stream directly: limit the time of the handshake in `wrap`.
     ///
     /// # Errors
     ///
-    /// As `wrap` fails. The slot is free again.
+    /// Returns the error of `wrap`. The slot is then free.
     pub async fn map<T, E, F>(self, wrap: impl FnOnce(Io) -> F) -> Result<Connection<T>, E>
     where
         F: Future<Output = Result<T, E>>,

@@ -20,35 +20,38 @@ pub struct LimitedListener {
     places: ConcurrencyLimitHandle,
     slots: Slots,
     errors: AcceptErrors,
-    /// Accepted, and waits for a slot. It is a field, so that a cancelled `accept` does not close it.
+    /// An accepted connection that waits for a slot. It is a field, so that dropping the future of `accept` does not
+    /// close it.
     next: Option<(TcpStream, SocketAddr)>,
     refusals: JoinSet<()>,
     waits: bool,
     head_timeout: Option<Duration>,
 }
 
-/// Maximum number of connections that are rejected at the same time.
+/// The maximum number of connections that are rejected at the same time.
 const MOST_REFUSALS: usize = 64;
-/// Default time limit of the first request head.
+/// The default time limit of the first request head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// Maximum time that a reclaimed connection may take to close.
+/// The maximum time for which the listener waits until a reclaimed connection has closed.
 const RECLAIM_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl LimitedListener {
-    /// Listens at `addr` with room for `backlog` connections that are yet to be accepted (the system may have
-    /// a cap of its own), and accepts up to `limit` at once.
+    /// Binds `addr` and listens for connections, `limit` of which may be open at the same time.
+    ///
+    /// `backlog` is the number of connections that the kernel queues before they are accepted. The system may cap it.
     ///
     /// # Errors
     ///
-    /// As the system says; a limit that is none as [`InvalidInput`](io::ErrorKind::InvalidInput), with the
-    /// [`ConfigError`] in it.
+    /// Fails if the system cannot bind the address. A limit of zero or above `u32::MAX` is an error of the kind
+    /// [`InvalidInput`](io::ErrorKind::InvalidInput) that contains the [`ConfigError`].
     ///
     /// # Panics
     ///
-    /// Outside of a Tokio runtime with IO. Connections need its timers as well.
+    /// Panics outside of a Tokio runtime with IO enabled. The connections need its timers as well.
     pub fn bind(addr: SocketAddr, backlog: u32, limit: usize) -> io::Result<Self> {
         let socket = if addr.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-        // A restart must not wait for old connections to be forgotten. Elsewhere it means something else.
+        // On Unix, SO_REUSEADDR lets a restarted server bind the address while old connections are in TIME_WAIT. On
+        // Windows the option would let another process bind it too.
         #[cfg(unix)]
         socket.set_reuseaddr(true)?;
         socket.bind(addr)?;
@@ -56,14 +59,14 @@ impl LimitedListener {
         Self::new(socket.listen(backlog)?, limit).map_err(invalid)
     }
 
-    /// Accepts up to `limit` connections at once from `tcp`.
+    /// Accepts connections from `tcp`, `limit` of which may be open at the same time.
     ///
     /// # Errors
     ///
-    /// A limit of zero, or of more than `u32::MAX`.
+    /// Fails if the limit is zero or above `u32::MAX`.
     pub fn new(tcp: TcpListener, limit: usize) -> Result<Self, ConfigError> {
         let limit = ConcurrencyLimitLayer::new(limit)
-            // The listener alone waits, and it has all the time there is.
+            // Only the accept loop waits for a permit, with one queue entry and in effect without a time limit.
             .queue(1, Duration::from_secs(u32::MAX.into()))
             .name("connections")
             .checked()?;
@@ -80,44 +83,48 @@ impl LimitedListener {
         })
     }
 
-    /// Sets the time limit of the first request head of a connection, from the accept on: 10 s by default. Over TLS the
-    /// first byte ends it. It holds under every server, `axum::serve` included.
+    /// Sets the time limit of the first request head of a connection, from the accept on: 10 s by default.
+    ///
+    /// It applies under every server, including `axum::serve`. Over TLS it covers the time until the first byte.
     ///
     /// # Errors
     ///
-    /// A limit of zero.
+    /// Fails if the time limit is zero.
     pub fn head_timeout(mut self, timeout: Duration) -> Result<Self, ConfigError> {
         self.head_timeout = Some(ConfigError::above_zero("head_timeout", timeout)?);
         Ok(self)
     }
 
-    /// Lets connections wait for their first head without a time limit: for protocols in which the server speaks first.
-    /// A full listener still closes such a connection for another.
+    /// Removes the time limit of the first request head, for protocols in which the server sends first.
+    ///
+    /// A full listener still reclaims such connections.
     #[must_use]
     pub fn without_head_timeout(mut self) -> Self {
         self.head_timeout = None;
         self
     }
 
-    /// Accepts one connection beyond the limit, which waits for a slot, and leaves the others in the backlog, instead
-    /// of rejecting them.
+    /// Lets new connections wait while the listener is full, instead of rejecting them.
+    ///
+    /// The listener accepts one connection beyond the limit, which waits for a slot. Further connections wait in the
+    /// backlog.
     #[must_use]
     pub fn wait_when_full(mut self) -> Self {
         self.waits = true;
         self
     }
 
-    /// Looks at the connections, and resizes the limit.
+    /// Returns a handle that reads the number of connections and changes the limit.
     #[must_use]
     pub fn handle(&self) -> ConcurrencyLimitHandle {
         self.places.clone()
     }
 
-    /// Where it listens.
+    /// Returns the local address of the listener.
     ///
     /// # Errors
     ///
-    /// As the system says.
+    /// Fails if the system cannot return the address.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.tcp.local_addr()
     }
@@ -125,11 +132,12 @@ impl LimitedListener {
     /// Returns the next connection that has a slot. The future can be dropped and the method called again: no accepted
     /// connection is lost.
     ///
-    /// If the listener is full, it closes the longest idle connection that has been idle for one second. Otherwise
-    /// the new connection is rejected, or waits if [`wait_when_full`](Self::wait_when_full) is set.
+    /// If the listener is full, it closes the connection that has been idle for the longest time, if that is one second
+    /// or more. If there is none, the new connection is rejected, or waits if [`wait_when_full`](Self::wait_when_full)
+    /// is set.
     ///
-    /// Errors are not returned. Those of one connection are skipped. After others, such as no free file descriptors,
-    /// the listener waits for a second and emits a WARN event, at most once in 10 s.
+    /// The method does not return errors. It skips errors of one connection. After any other error, such as no free
+    /// file descriptors, it pauses for one second and emits a WARN event, at most once in 10 s.
     pub async fn accept(&mut self) -> (Connection, SocketAddr) {
         loop {
             if self.next.is_none() {
@@ -152,9 +160,10 @@ impl LimitedListener {
         }
     }
 
+    /// Acquires the permit of a new connection. If the listener is full, it reclaims a slot first.
     async fn place(&mut self) -> Result<HeldPlace, Rejected> {
         if self.places.in_flight() >= self.places.0.limit() && self.slots.reclaim() {
-            // Its task closes the reclaimed connection.
+            // The task of the reclaimed connection closes it, and so releases its permit.
             if let Ok(place) = timeout(RECLAIM_TIMEOUT, self.places.acquire()).await {
                 return place;
             }
@@ -162,6 +171,7 @@ impl LimitedListener {
         if self.waits { self.places.acquire().await } else { self.places.try_acquire() }
     }
 
+    /// Accepts a connection from the socket.
     async fn next(&mut self) -> (TcpStream, SocketAddr) {
         loop {
             self.errors.pause().await;

@@ -1,4 +1,4 @@
-//! Rejects a connection above the cap, in the protocol that the client speaks.
+//! Rejects a connection beyond the limit, in the protocol of the client.
 
 use std::{io, time::Duration};
 
@@ -17,19 +17,22 @@ const RESPONSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Size in bytes of the buffer for data that the client sends after the response.
 const BUFFER: usize = 16 * 1024;
 
-/// How HTTP/2 begins, as far as it tells it from HTTP/1's `PROPFIND`.
+/// The beginning of the HTTP/2 preface, long enough to distinguish it from `PROPFIND` of HTTP/1.
 const HTTP2: &[u8] = b"PRI ";
-/// How a TLS handshake begins.
+/// The first byte of a TLS handshake record.
 const TLS: u8 = 22;
 
-/// Empty settings, as HTTP/2 begins; then: going away, last stream looked at 0, no error.
+/// An empty SETTINGS frame, which begins a connection, and a GOAWAY frame with the last stream id 0 and NO_ERROR.
 const GO_AWAY: [u8; 26] = [
     0, 0, 0, 4, 0, 0, 0, 0, 0, //
     0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
 ];
 
-/// Responds, then reads what the client still sends, within the bounds of a [drain]: a connection that is closed before
-/// is reset, and the client loses the response (RFC 9112 §9.6). Returns without a response if there is no time for one.
+/// Sends a response, and then reads and discards what the client still sends, within the bounds of a [drain].
+///
+/// A connection that is closed before the client has sent everything is reset, and the client loses the response (RFC
+/// 9112 §9.6). If the client does not send its first bytes or does not read the response in time, the connection is
+/// closed without a drain.
 pub(super) async fn tell<Io: AsyncRead + AsyncWrite + Unpin>(mut io: Io, refused: Rejected) {
     let answered = timeout(RESPONSE_TIMEOUT, answer(&mut io, &refused)).await;
     if matches!(answered, Ok(Ok(true))) {
@@ -37,6 +40,7 @@ pub(super) async fn tell<Io: AsyncRead + AsyncWrite + Unpin>(mut io: Io, refused
     }
 }
 
+/// Reads and discards up to the end of the stream or the maximum number of bytes.
 async fn discard(mut io: impl AsyncRead + Unpin) {
     let (mut left, mut buffer) = (drain::MAX_BYTES, vec![0; BUFFER]);
     while left > 0 {
@@ -47,7 +51,7 @@ async fn discard(mut io: impl AsyncRead + Unpin) {
     }
 }
 
-/// Returns whether a response has been sent.
+/// Reads the first bytes of the client and responds in its protocol. Returns whether a response has been sent.
 async fn answer<Io>(io: &mut Io, refused: &Rejected) -> io::Result<bool>
 where
     Io: AsyncRead + AsyncWrite + Unpin,
@@ -118,7 +122,7 @@ mod tests {
             let (heard, took) = told(says).await;
             assert_eq!((heard, took), (vec![], RESPONSE_TIMEOUT));
         }
-        // One that never stops talking.
+        // This client does not stop sending.
         const PIECE: usize = 64 * 1024;
         let (mut client, server) = duplex(PIECE);
         let task = tokio::spawn(tell(server, Rejected::new(RejectedKind::Full)));
