@@ -23,7 +23,7 @@
 //!
 //! # Orderings
 //!
-//! - `end` stores `idle_since` before it lowers `leases` to zero, and [`Conn::idle_since`] reads `leases` first. A
+//! - `end` stores `idle_since` before it lowers `leases` to zero, and [`Conn::idle_since()`] reads `leases` first. A
 //!   thread that reads zero therefore reads the end of the latest use.
 //! - `end` lowers `leases` before it reads the number of callers that wait for a permit of the total; see
 //!   [`core`](super::core).
@@ -403,7 +403,7 @@ impl Finish for Conn {
     }
 }
 
-/// The tag of a call that releases its two call permits at its end.
+/// The tag of a call that releases its two checkout permits at its end.
 pub(super) const HAS_TURN: u64 = 1;
 /// The tag of a call that releases an HTTP/2 stream at its end.
 pub(super) const HAS_STREAM: u64 = 2;

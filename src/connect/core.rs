@@ -3,8 +3,8 @@
 //! # Permits
 //!
 //! A connection holds one permit of its host and one of the total. A connect acquires them in this order, and keeps the
-//! first one while it waits for the second one. A [`Client`](super::Client) whose calls need a connection each acquires
-//! two more permits, from gates with the same limits, before it asks its pool; see [`turn`](super::turn).
+//! first one while it waits for the second one. A call of a [`Client`](super::Client) that needs a connection for
+//! itself acquires two checkout permits before that, from gates with the same limits; see [`turn`](super::turn).
 //!
 //! # Closing an idle connection for another host
 //!
@@ -64,7 +64,7 @@ pub(super) struct Connections {
     pub(super) lookups: Arc<Lookups>,
     /// The permits of connections, of all hosts.
     total: Arc<Gate>,
-    /// The permits of calls that need a connection each (HTTP/1), of all hosts. The limit is that of `total`.
+    /// The checkout permits of calls to all hosts. The limit is that of `total`.
     pub(super) calls: Arc<Gate>,
     book: Mutex<Book>,
     label: OnceLock<Arc<Label>>,

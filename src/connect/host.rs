@@ -23,7 +23,7 @@ pub(super) struct Host {
     pub(super) origin: Origin,
     /// The permits of connections.
     pub(super) gate: Arc<Gate>,
-    /// The permits of calls that need a connection each (HTTP/1). The limit is that of `gate`.
+    /// The checkout permits. The limit is that of `gate`.
     pub(super) calls: Arc<Gate>,
     pub(super) shares: Shares,
     pub(super) streams: Streams,
@@ -82,8 +82,8 @@ impl Shares {
         }
     }
 
-    /// Waits until a connection speaks HTTP/2; forever if none does. `notified` receives a notification from its
-    /// creation on, so creating it before the check cannot lose one.
+    /// Waits until a connection uses HTTP/2, and forever if none does. The future of `notified` receives notifications
+    /// from its creation on. It is created before the check, so that no notification is lost.
     pub(super) async fn wait_until_known(&self) {
         let told = self.told.notified();
         if !self.known() {

@@ -1,7 +1,7 @@
 //! The permission of a call to ask hyper-util's pool for a connection.
 //!
-//! Over HTTP/1 each call needs a connection for itself. A call acquires a call permit of its host and one of the total
-//! before it asks the pool. The gates of these permits have the limits of the connections. Without them, the pool would
+//! Over HTTP/1 each call needs a connection for itself. A call acquires two *checkout permits*, one of its host and one
+//! of the total, before it asks the pool. Their gates have the limits of the connections. Without them, the pool would
 //! start a connect for each call, and continue connects whose calls got an idle connection.
 //!
 //! Over HTTP/2 calls share connections. The pool has one connection per host and lets one call open it. It fails all
@@ -9,8 +9,9 @@
 //! therefore waits here until it has a [stream](super::streams) or is the next one to open a connection.
 //!
 //! Whether calls share connections is unknown before the first connection of a host, if TLS negotiates the protocol.
-//! Calls then acquire call permits. When [`Shares`](super::host::Shares) changes, calls in the queue stop waiting for
-//! call permits and wait for a stream, and calls in flight exchange their permits in [`Turn::watch`].
+//! Calls then acquire checkout permits. When [`Shares`](super::host::Shares) changes, calls in the queue stop waiting
+//! for checkout permits and wait for a stream. A call that has been sent exchanges its permits for a stream in
+//! [`Turn::watch`].
 
 use std::{
     future::{Future, poll_fn},
@@ -49,7 +50,7 @@ enum Right {
     First(Opening),
     /// A stream of a connection.
     Stream(StreamPermit),
-    /// The call permits of the host and of the total, for a connection of its own.
+    /// The checkout permits of the host and of the total, for a connection of its own.
     Own(Place, Place),
 }
 
@@ -105,8 +106,8 @@ impl Turn {
 
     /// Adapts the permission to the connection of the call. Called with each poll until the response head.
     ///
-    /// If calls to the host turn out to share connections, the call releases its call permits, and takes a stream of
-    /// the connection to which it is assigned. The call that opens a connection takes its stream here.
+    /// If it becomes known that calls to the host share connections, the call releases its checkout permits, and takes
+    /// a stream of the connection to which it is assigned. The call that opens a connection takes its stream here.
     #[inline]
     pub(super) fn watch(&mut self, connection: Option<&CaptureConnection>) {
         match &self.right {
@@ -134,8 +135,8 @@ impl Turn {
     /// by which [`Conn`] releases them.
     pub(super) fn keep(self, conn: &Shared<Conn>) -> u64 {
         match self.right {
-            // `Conn` releases call permits to the gate of its own host. A `CONNECT` request names no scheme, so its
-            // connection may belong to another host; its permits are released here.
+            // `Conn` releases checkout permits to the gate of its own host. A `CONNECT` request names no scheme, so its
+            // connection may belong to another host. Then the permits of the request are released here.
             Right::Own(own, of_all) if Arc::ptr_eq(conn.host(), &self.guest.host) => {
                 own.keep();
                 of_all.keep();
@@ -155,7 +156,7 @@ impl Turn {
     }
 }
 
-/// Waits for the call permits. Returns `None` if calls to this host turn out to share connections.
+/// Waits for the checkout permits. Returns `None` if it becomes known that calls to this host share connections.
 async fn own(guest: &Guest) -> Result<Option<(Place, Place)>, Rejected> {
     let (all, host) = (&*guest.all, &*guest.host);
     let line = Line::join(guest).ok_or_else(|| all.refuse())?;
