@@ -270,14 +270,14 @@ fn with_connection(error: legacy::Error) -> BoxError {
     }
 }
 
-/// Excludes a connection whose time is over from further calls, unless it is still needed.
+/// Retires a connection whose time is over, unless calls still need it.
 fn retire(connection: &CaptureConnection) {
     if Tag::of(connection).is_some_and(|tag| tag.conn.is_to_be_left()) {
         close(connection);
     }
 }
 
-/// Excludes a connection from further calls. Returns `false` if the connection is unknown.
+/// Retires a connection: excludes it from further calls. Returns `false` if the connection is unknown.
 fn close(connection: &CaptureConnection) -> bool {
     connection.connection_metadata().as_ref().inspect(|connected| connected.poison()).is_some()
 }

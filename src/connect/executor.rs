@@ -17,9 +17,10 @@ use pin_project_lite::pin_project;
 
 /// Spawns the background tasks of hyper-util's client on tokio.
 ///
-/// For each call, that client waits for an idle connection and connects at the same time. If an idle connection comes
-/// first, it continues the connect in a background task. This is useful if the connect has begun. If it is still in the
-/// queue of a [`ConnectLayer`](super::ConnectLayer), it would get a permit that no call needs. On this executor such a
+/// For a call without an idle connection, that client connects, and waits for a connection to become idle at the same
+/// time. If a connection becomes idle first, the client continues the connect in a background task. The pool can use
+/// the resulting connection for the next call. If the connect is still in the queue of a
+/// [`ConnectLayer`](super::ConnectLayer), however, it would get a permit that no call needs. On this executor such a
 /// connect leaves the queue instead.
 ///
 /// Pass it to hyper-util's `Client::builder` if a [`ConnectLayer`](super::ConnectLayer) has a cap.

@@ -109,7 +109,7 @@ impl ConnectLayer {
     /// Sets the maximum age of a connection, or `None`. 5 minutes by default, so that changes of DNS take effect.
     ///
     /// A connection in use is closed after its calls. Over HTTP/2 it takes new calls only while a cap leaves no room
-    /// for another connection, so set caps that are higher than needed by one connection.
+    /// for another connection. Set each cap to one more than the number of connections that you need.
     ///
     /// Applies to connections that are opened later. Only a [`Client`](super::Client) enforces it.
     pub fn max_age(mut self, oldest: impl Into<Option<Duration>>) -> Self {
