@@ -53,8 +53,7 @@ impl Slot {
         drop(replaced);
     }
 
-    /// Marks the connection as not idle: it has a call, or carries bytes that this crate does not interpret, such as
-    /// TLS.
+    /// Marks the connection as not idle: it has a call, or belongs to a protocol that this crate does not interpret.
     pub(crate) fn set_busy(&self) {
         self.0.idle_since.store(BUSY, Relaxed);
     }
