@@ -23,18 +23,19 @@ use crate::{
 };
 
 pin_project! {
-    /// A response body that ends when its producer falls silent, or its time is up.
+    /// A response body that ends when a timeout expires.
     ///
-    /// It fails with a [`Rejected`](crate::Rejected), boxed; a gRPC answer under
-    /// [`respond`](super::TimeoutLayer::respond) ends with a status of `DEADLINE_EXCEEDED` instead. What it
-    /// wraps is dropped at once. Every frame, the trailers, the size hint and the end-of-stream flag pass through.
+    /// It then fails with a boxed [`Rejected`](crate::Rejected). A gRPC response of a layer with
+    /// [`respond`](super::TimeoutLayer::respond) ends with the trailers of `DEADLINE_EXCEEDED` instead. The inner body
+    /// is dropped at once. Every frame, the trailers, the size hint and the end-of-stream flag are forwarded.
     pub struct TimedBody<B: Body> {
         #[pin]
         inner: AnswerBody<B>,
-        // No bound of the body's: one on its error would not hold inside of a task, where that is a `BoxError`.
+        // A function pointer instead of a bound on the struct. A bound `B::Error: Into<BoxError>` on the struct cannot
+        // be proved inside of a spawned task if the error is itself a `BoxError`.
         boxed: fn(B::Error) -> BoxError,
         stall: Stall,
-        // None for an answer of our own.
+        // `None` for a response that this crate made.
         rest: Option<Rest>,
     }
 }
@@ -50,7 +51,7 @@ impl<B: Body<Error: Into<BoxError>>> TimedBody<B> {
         Self { inner, boxed: Into::into, stall: Stall::new(), rest: None }
     }
 
-    /// From here on times it.
+    /// Starts to time the body.
     #[inline]
     pub(super) fn time(&mut self, watch: Watch, request: &mut Option<Arc<Sending>>) {
         self.rest = Some(watch.rest(self.inner.is_end_stream(), request));
@@ -64,7 +65,7 @@ impl<B: Body<Data: From<Bytes>, Error: Into<BoxError>>> OwnAnswer for TimedBody<
 }
 
 impl<B: Body<Error: Into<BoxError>>> Default for TimedBody<B> {
-    /// Nothing, and at its end: what a layer further out answers with, such as tower-http's timeout.
+    /// Returns an empty body, as an outer layer such as tower-http's timeout needs for its own responses.
     fn default() -> Self {
         Self::of(AnswerBody::ended())
     }
@@ -91,7 +92,7 @@ impl<B: Body> Body for TimedBody<B> {
         if let Some(rest) = this.rest {
             rest.begin_response(cx);
         }
-        // In the form it is given out in, and looked at where it lies.
+        // The error is converted first, so that the frame is inspected in place and is not moved afterwards.
         let polled = this.inner.as_mut().poll_frame(cx).map_err(this.boxed);
         let Some(rest) = this.rest else { return polled };
         let phase = match &polled {
@@ -125,7 +126,7 @@ impl<B: Body> Body for TimedBody<B> {
                 }
             }
         };
-        // With it goes whatever a layer further in holds for it.
+        // Dropping the inner body releases what inner layers hold for the call.
         drop_by(phase, None, rest.end_of.source(), || this.inner.set(AnswerBody::ended()));
         let rejected = timed_out(rest.far, rest.by, phase, rest.end_of.source());
         Poll::Ready(Some(rest.end(rejected)))
@@ -154,7 +155,7 @@ fn is_cut_off<D>(last: &Result<Frame<D>, BoxError>, end_of: End, end: Option<Ins
 }
 
 impl Rest {
-    /// Returns the last frame of a body that is ended.
+    /// Returns the last item of a body that has timed out.
     fn end<D>(&self, rejected: Rejected) -> Result<Frame<D>, BoxError> {
         match self.form {
             Form::Grpc => Ok(Frame::trailers(status(rejected.kind()))),

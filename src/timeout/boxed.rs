@@ -1,4 +1,5 @@
-//! Request bodies of axum and tonic. They are boxes, so a watched body has the same type as the original.
+//! Watches the request bodies of axum and tonic. Both types are boxes of any body, so a watched body has the same type
+//! as the original.
 
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
-//! How a request is handed on and a response given back, by protocol.
+//! Adapts the timeout layer to protocols: wraps request and response bodies, and reads the timeouts and the deadline of
+//! a request.
 
 use std::sync::Arc;
 
@@ -19,19 +20,19 @@ use crate::{
     drain::{self, Drains},
 };
 
-/// How a request is handed on. Not to be implemented outside of this crate.
+/// Converts a request for the wrapped service. Not to be implemented outside of this crate.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot hand on a `{Req}`",
     note = "a timeout takes `http::Request<_>`; any other type with `.per_response()`"
 )]
 pub trait Begin<Req>: Clone + Send + Sync + 'static {
-    /// What the wrapped service gets.
+    /// The request type of the wrapped service.
     type Request;
 
-    /// What this request says of its times.
+    /// Returns the timeouts and the deadline in the extensions of the request.
     fn said(request: &Req) -> (Option<Timeouts>, Option<Deadline>);
 
-    /// What is handed on.
+    /// Converts the request. Its body is not watched yet.
     fn pass(request: Req) -> Self::Request;
 
     /// Starts to watch the request body for this call. If `responds`, the body is drained when the call times out.
@@ -43,16 +44,16 @@ pub trait Begin<Req>: Clone + Send + Sync + 'static {
     ) -> Option<Arc<Sending>>;
 }
 
-/// How a response is given back. Not to be implemented outside of this crate.
+/// Converts a response for the caller. Not to be implemented outside of this crate.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot time a `{Res}`",
     note = "a timeout takes `http::Response<B>` where `B: http_body::Body`; any other type with `.per_response()`"
 )]
 pub trait Follow<Res> {
-    /// What the caller gets.
+    /// The response type for the caller.
     type Response;
 
-    /// What the caller gets of it, before anybody has looked at it.
+    /// Converts the response. Its body is not timed yet.
     fn wrap(response: Res) -> Self::Response;
 
     /// Returns whether the head of the response is the gRPC status `CANCELLED`, with which tonic's servers report that
@@ -62,16 +63,16 @@ pub trait Follow<Res> {
         false
     }
 
-    /// Times the rest of it, where it lies: what is moved after a look at it is copied, each time.
+    /// Starts to time the response body. Changes the response in place, because a move of a response copies it.
     fn time(response: &mut Self::Response, watch: Watch, request: &mut Option<Arc<Sending>>);
 }
 
-/// HTTP, with the request handed on as it is: its body is watched only if it is axum's or tonic's, with that
-/// feature.
+/// HTTP with an unchanged request type. The request body is watched only if it is axum's or tonic's (features `axum`,
+/// `tonic-health`).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AsIs;
 
-/// When the body of a request is drained after a timeout.
+/// Returns when the body of a request is drained after a timeout.
 #[inline]
 pub(super) fn drains<B: 'static>(request: &Request<B>, responds: bool) -> Drains {
     if responds && drain::can_drain_pinned::<B>() { Drains::of(request) } else { Drains::Never }

@@ -13,10 +13,10 @@ use crate::{
     error::Fault,
 };
 
-/// Ends calls that take too long, phase by phase: the head, the first frame, silences, all of it.
+/// Ends calls that exceed the timeout of a phase: the response head, the first frame, pauses of a body, or the whole
+/// call.
 ///
-/// Its times belong to one layer and all its clones, however often the layer is applied. See the
-/// [module](crate::timeout).
+/// A layer, its clones and all services that it wraps share the same settings. See the [module](crate::timeout).
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct TimeoutLayer<M = Http, R = AsError> {
@@ -29,7 +29,7 @@ pub struct TimeoutLayer<M = Http, R = AsError> {
 }
 
 impl TimeoutLayer {
-    /// With these times; what they do not say is off.
+    /// Creates a layer with these timeouts. A phase that they do not set has no timeout.
     pub fn new(timeouts: Timeouts) -> Self {
         let state = State::new(timeouts);
         let (far, by) = (state.far(), LayerKind::Timeout);
@@ -37,17 +37,19 @@ impl TimeoutLayer {
         Self { state, far, by, protocol: Http, reject: AsError, fault }
     }
 
-    /// A client's times: [`Timeouts::http`].
+    /// Creates a layer for a client, with the timeouts of [`Timeouts::http`].
     pub fn http() -> Self {
         Self::new(Timeouts::http())
     }
 }
 
 impl TimeoutLayer<AsIs> {
-    /// A server's times: [`Timeouts::server`]. Requests are handed on [as they are](TimeoutLayer::as_is), and
-    /// calls that take too long are answered with 503. The head's time begins when the request is here, if its body
-    /// is axum's or tonic's (features `axum`, `tonic-health`); else with the call, so that long uploads need a
-    /// longer one.
+    /// Creates a layer for a server, with the timeouts of [`Timeouts::server`].
+    ///
+    /// The type of the request body [stays the same](TimeoutLayer::as_is). With [`respond`](TimeoutLayer::respond), the
+    /// response to a call that times out is 503. The timeout of the head begins when the request has been received, if
+    /// its body is axum's or tonic's (features `axum`, `tonic-health`). For other bodies it begins with the call, so
+    /// long uploads need a longer timeout.
     pub fn server() -> Self {
         TimeoutLayer::new(Timeouts::server()).as_is().by(LayerKind::ServerTimeout)
     }
@@ -64,27 +66,29 @@ impl<M, R> TimeoutLayer<M, R> {
         self
     }
 
-    /// How long the response head may take from when the request has been sent, or `None`.
+    /// Sets the timeout of the response head, from when the request has been sent, or `None`.
     pub fn head(self, time: impl Into<Option<Duration>>) -> Self {
         self.set(Timeouts::new().head(time))
     }
 
-    /// How long the first frame of a response body may take, while it is asked for, or `None`.
+    /// Sets the timeout of the first frame of a response body, or `None`. Counts only while the body is polled.
     pub fn first_frame(self, time: impl Into<Option<Duration>>) -> Self {
         self.set(Timeouts::new().first_frame(time))
     }
 
-    /// How long a response body may be silent between two frames, while it is asked for one, or `None`.
+    /// Sets the timeout between two frames of a response body, or `None`. Counts only while the body is polled.
     pub fn idle(self, time: impl Into<Option<Duration>>) -> Self {
         self.set(Timeouts::new().idle(time))
     }
 
-    /// How long a request body may be silent while it is asked for a frame, up to the response head; or `None`.
+    /// Sets the timeout of each frame of a request body, or `None`. Counts only while the body is polled, and until the
+    /// response head.
     pub fn sending(self, time: impl Into<Option<Duration>>) -> Self {
         self.set(Timeouts::new().sending(time))
     }
 
-    /// How long the wrapped service may take no more of a request body, up to the response head; or `None`.
+    /// Sets the time for which the wrapped service may leave a request body unpolled, until the response head, or
+    /// `None`. If another task polls the body, the call may last up to twice as long.
     pub fn taking(self, time: impl Into<Option<Duration>>) -> Self {
         self.set(Timeouts::new().taking(time))
     }
@@ -92,14 +96,15 @@ impl<M, R> TimeoutLayer<M, R> {
     /// Sets the minimum rate of a request body in bytes per second, or `None`. 240 on a server and off on a client by
     /// default; 1 or more.
     ///
-    /// A body may keep its reader waiting for [`body_grace`](Self::body_grace) in all. Each byte adds the time that it
-    /// takes at this rate, up to the time for [`sending`](Self::sending) (60 s without one): a body that was fast so
-    /// far may be silent for that long, but its allowance does not grow beyond it. The defaults are those of Apache's
-    /// `mod_reqtimeout` (`body=5,MinRate=240`) and Kestrel's `MinRequestBodyDataRate`.
+    /// A body may keep its reader waiting for [`body_grace`](Self::body_grace) in total. Each byte adds the time that
+    /// it takes at this rate. The allowance never exceeds the time of [`sending`](Self::sending) (60 s without one), so
+    /// a body that was fast so far may pause for that time. The defaults are those of Apache's `mod_reqtimeout`
+    /// (`body=5,MinRate=240`) and Kestrel's `MinRequestBodyDataRate`.
     ///
     /// Time in which the service does not poll the body does not count. The rate is also enforced after the response
     /// head, for services that respond before they have read their request. A body below the rate fails with a boxed
-    /// [`Rejected`], and a call without a response head is rejected like one whose body was silent.
+    /// [`Rejected`]. If there is no response head yet, the call is rejected, as after the timeout of
+    /// [`sending`](Self::sending).
     ///
     /// Tunnels (`CONNECT`) and gRPC requests over HTTP/2 are exempt. A client can claim to send gRPC: a service that
     /// reads bodies of any content type should also set [`min_body_rate_for_grpc`](Self::min_body_rate_for_grpc).
@@ -129,8 +134,8 @@ impl<M, R> TimeoutLayer<M, R> {
     /// use the [default](crate::DeadlineLayer::default_of) of a [`DeadlineLayer`](crate::DeadlineLayer) outside of the
     /// retry.
     ///
-    /// It counts a slow upload and a slow reader of the response, and cuts healthy streams.
-    /// [`response_total`](Self::response_total) does not count the upload.
+    /// The total includes the time of a slow upload and of a slow reader of the response, and it cuts off healthy
+    /// streams. [`response_total`](Self::response_total) does not include the upload.
     pub fn total(self, time: impl Into<Option<Duration>>) -> Self {
         self.set(Timeouts::new().total(time))
     }
@@ -138,39 +143,41 @@ impl<M, R> TimeoutLayer<M, R> {
     /// Sets the timeout of the whole response, or `None`: from when the request has been sent to the end of the
     /// response body. Off by default.
     ///
-    /// Unlike [`total`](Self::total), it does not count the time of an upload. If the response begins while the request
-    /// is still being sent, it counts from the end of the request. It counts the time for which the response waits for
-    /// its reader. If the layer is inside of a retry, it applies to each attempt, as every timeout of this layer. It
-    /// corresponds to linkerd's response timeout.
+    /// Unlike [`total`](Self::total), it does not include the time of an upload. If the response begins while the
+    /// request is still being sent, it begins at the end of the request. It includes the time for which the response
+    /// waits for its reader. If the layer is inside of a retry, it applies to each attempt, as every timeout of this
+    /// layer. It corresponds to linkerd's response timeout.
     ///
     /// If the request body is not watched ([`as_is`](Self::as_is) with a body of another type than axum's or tonic's,
-    /// [`per_response`](Self::per_response)), it counts from the call, as [`head`](Self::head) does.
+    /// [`per_response`](Self::per_response)), it begins with the call, as [`head`](Self::head) does.
     pub fn response_total(self, time: impl Into<Option<Duration>>) -> Self {
         self.set(Timeouts::new().response_total(time))
     }
 
-    /// Hands requests on as they are: for services that take one body type only, such as axum's routes.
+    /// Leaves the type of requests unchanged, for services that accept a single body type, such as axum's routes.
     ///
-    /// A body that is axum's or tonic's is watched all the same, with the feature `axum` or `tonic-health`, and where
-    /// nothing more of it is taken that may last for as long as [`head`](Self::head). Others are not, and the head's
-    /// time begins with the call.
+    /// A body of axum or tonic is nevertheless watched, with the feature `axum` or `tonic-health`. If
+    /// [`taking`](Self::taking) is not set, it is equal to [`head`](Self::head) for such a body. Bodies of other types
+    /// are not watched, and the timeout of the head begins with the call.
     pub fn as_is(self) -> TimeoutLayer<AsIs, R> {
         self.with_protocol(AsIs)
     }
 
-    /// For services of any types: the response is the whole of it, and [`head`](Self::head) and
-    /// [`total`](Self::total) are what there is. Nothing is looked for in requests.
+    /// Accepts services with any types of requests and responses.
+    ///
+    /// The call ends with the response. Only [`head`](Self::head), [`total`](Self::total) and
+    /// [`response_total`](Self::response_total) have an effect, and all three begin with the call. Extensions of
+    /// requests are not read.
     pub fn per_response(self) -> TimeoutLayer<PerResponse, R> {
         self.with_protocol(PerResponse)
     }
 
-    /// Answers calls that take too long with a response, and leaves the service's error type alone. See
-    /// [`Respond`].
+    /// Responds to calls that time out, and leaves the error type of the service unchanged. See [`Respond`].
     pub fn respond(self) -> TimeoutLayer<M, Respond> {
         self.with_reject(Respond)
     }
 
-    /// Answers them with what a closure makes.
+    /// Responds to calls that time out with the result of a closure.
     pub fn respond_with<F, Res, E>(self, answer: F) -> TimeoutLayer<M, RespondWith<F>>
     where
         F: Fn(&Rejected) -> Result<Res, E> + Clone + Send + Sync + 'static,
@@ -178,19 +185,20 @@ impl<M, R> TimeoutLayer<M, R> {
         self.with_reject(RespondWith(answer))
     }
 
-    /// A name for errors and events. The first one given stays.
+    /// Sets the name of the layer in errors and events. Only the first call has an effect.
     pub fn name(self, name: &str) -> Self {
         self.state.name(name);
         self
     }
 
-    /// Looks at the layer and changes its times.
+    /// Returns the handle of the layer, which reads its state and changes its timeouts.
     #[must_use]
     pub fn handle(&self) -> TimeoutHandle {
         TimeoutHandle(self.state.clone())
     }
 
-    /// The layer, or the first of its settings that cannot work.
+    /// Returns the layer, or the error of its first invalid setting. A layer with an invalid setting that is used
+    /// nevertheless rejects every call.
     ///
     /// # Errors
     ///
@@ -199,13 +207,13 @@ impl<M, R> TimeoutLayer<M, R> {
         self.fault.take().map_or(Ok(self), Err)
     }
 
-    /// The same times for a server.
+    /// Returns the layer for a server, with the same timeouts.
     #[cfg(feature = "stack")]
     pub(crate) fn for_server(self) -> TimeoutLayer<AsIs, R> {
         self.as_is().by(LayerKind::ServerTimeout)
     }
 
-    /// Speaks for another layer.
+    /// Sets the layer that rejections name.
     pub(crate) fn by(mut self, by: LayerKind) -> Self {
         self.by = by;
         self

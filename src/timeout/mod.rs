@@ -1,16 +1,16 @@
-//! Timeouts in phases: a call that has fallen silent is ended, a healthy stream never.
+//! Timeouts for the phases of a call. A call that makes no progress is ended; a healthy stream is not.
 //!
 //! ```
 //! # fn client() -> impl Clone { () }
 //! use buttress::TimeoutLayer;
 //! use tower::ServiceBuilder;
 //!
-//! // Head 30 s; first frame, silences of an answer or a request 60 s; a request of which nothing more is taken
-//! // 5 minutes; no total.
+//! // Response head 30 s; first frame of the response 60 s; gaps between the frames of a response or request 60 s;
+//! // a request body that is no longer polled 5 minutes; no total.
 //! let client = ServiceBuilder::new().layer(TimeoutLayer::http()).service(client());
 //! ```
 //!
-//! For what thinks long and then streams, and for one call of it:
+//! For an upstream that is slow to begin its response and then streams it, and for a single call:
 //!
 //! ```
 //! # fn main() -> Result<(), buttress::ConfigError> {
@@ -31,8 +31,8 @@
 //! use axum::{Router, routing::get};
 //! use buttress::TimeoutLayer;
 //!
-//! // 503 for a call without a response head 30 s after its request, and for a request that is silent for 60 s or slower
-//! // than 240 bytes per second. Response streams may be silent.
+//! // 503 for a call without a response head 30 s after its request, and for a request body that pauses for 60 s or is
+//! // slower than 240 bytes per second. Response streams may pause.
 //! let app: Router =
 //!     Router::new().route("/", get(|| async { "…" })).layer(TimeoutLayer::server().respond());
 //! ```
@@ -41,68 +41,73 @@
 //!
 //! | phase | runs from | to |
 //! |---|---|---|
-//! | [`sending`](TimeoutLayer::sending) | the request body being asked for a frame, and having none | a frame; the response head ends it for good |
-//! | [`taking`](TimeoutLayer::taking) | a frame of the request body being taken, and no other being asked for | one being asked for, or the response head; to twice that, where another task sends it |
-//! | [`head`](TimeoutLayer::head) | the request body's end, or nobody wanting more of it | the response head |
-//! | [`first_frame`](TimeoutLayer::first_frame) | the response body being asked for its first frame, and having none | that frame |
-//! | [`idle`](TimeoutLayer::idle) | the same for each later frame | a frame, or the end |
+//! | [`sending`](TimeoutLayer::sending) | a poll of the request body that is pending | the next frame; not used after the response head |
+//! | [`taking`](TimeoutLayer::taking) | a frame of the request body has been polled | the next poll of the body, or the response head; if another task polls the body, the time can be twice as long |
+//! | [`head`](TimeoutLayer::head) | the request has been sent | the response head |
+//! | [`first_frame`](TimeoutLayer::first_frame) | the first poll of the response body that is pending | the first frame |
+//! | [`idle`](TimeoutLayer::idle) | the same for each later frame | the next frame, or the end of the body |
 //! | [`total`](TimeoutLayer::total) | the call | the end of the response body |
 //! | [`response_total`](TimeoutLayer::response_total) | the request has been sent | the end of the response body |
-//! | [`min_body_rate`](TimeoutLayer::min_body_rate) | the request body being polled, and having no frame | a frame; also after the response head |
-//! | [`Deadline`](crate::Deadline) of the request | it is a time of day | the end of the response body |
+//! | [`min_body_rate`](TimeoutLayer::min_body_rate) | a poll of the request body that is pending | the next frame; also after the response head |
+//! | [`Deadline`](crate::Deadline) of the request | none: it is a point in time | the end of the response body |
 //!
-//! A stall is a producer that is silent while its consumer polls it. A client that reads a response slowly does not
-//! poll, and only a total or a response total times it. A concurrency limit with
+//! A body stalls if it has no frame while its consumer polls it. A client that reads a response slowly does not poll,
+//! so only a total or a response total covers it. A concurrency limit with
 //! [`max_unread`](https://docs.rs/buttress/latest/buttress/struct.ConcurrencyLimitLayer.html#method.max_unread) bounds
-//! the time for which it holds a permit. A slow reader on the server side is not timed out, but a reader that reads
-//! nothing for the time of [`taking`](TimeoutLayer::taking) is: its kernel still acknowledges TCP's keepalives, and
-//! nothing else would ever end the call.
+//! the time for which such a response holds a permit.
+//!
+//! An upstream that reads a request body slowly is not timed out. An upstream that reads nothing for the time of
+//! [`taking`](TimeoutLayer::taking) is: its kernel still acknowledges TCP keepalives, so no other timeout would end the
+//! call.
 //!
 //! # Slow request bodies
 //!
-//! A client that sends one byte every 50 s is never silent for long, and would hold its call and the permits of outer
-//! layers forever. On a server, a request body therefore has a
+//! A client that sends one byte every 50 s never exceeds the timeout for a pause, and would hold its call and the
+//! permits of outer layers forever. On a server, a request body therefore has a
 //! [minimum rate](TimeoutLayer::min_body_rate): 240 bytes per second, after 5 s. Its clock is paused while the service
-//! does not poll the body. The rate is also enforced after the response head, and gRPC over HTTP/2 is exempt. Turn it
+//! does not poll the body. The rate is also enforced after the response head. gRPC over HTTP/2 is exempt. Turn the rate
 //! off for a server that receives live streams.
 //!
 //! # When a request has been sent
 //!
-//! A request is sent when the wrapped service has taken all of it. Long frames of `Bytes` are given to it in pieces
-//! of 64 KiB, so that a body in one piece is not sent before it is.
+//! A request has been sent when the wrapped service has polled its body to the end, or has dropped the body. A frame of
+//! `Bytes` that is longer than 64 KiB is passed on in pieces of that size. Otherwise a body of a single frame would
+//! count as sent as soon as the transport had polled that frame.
 //!
-//! The wrapped service is polled first: an answer that is here is not too late, nor is a body's last frame. A body
-//! that always has another frame is cut at the total all the same.
+//! # Order of the checks
 //!
-//! A call whose deadline has passed is not begun. A request's own [`Timeouts`] go before the layer's, phase by
-//! phase.
+//! The layer polls the wrapped service before the timer, so a response that is available is never too late. Neither is
+//! the last frame of a body. A body that always has a further frame is nevertheless cut off at the total.
 //!
-//! # What comes of it
+//! A call whose deadline has passed before it begins is rejected. [`Timeouts`] in the extensions of a request replace
+//! those of the layer, phase by phase.
+//!
+//! # Effect of a timeout
 //!
 //! | | before the head | in the body |
 //! |---|---|---|
-//! | a client | a [`Rejected`](crate::Rejected), boxed | the same, as the body's error |
+//! | a client | a boxed [`Rejected`](crate::Rejected) | the same, as the error of the body |
 //! | a client with [`respond`](TimeoutLayer::respond) | 504; gRPC: `DEADLINE_EXCEEDED` | the same; gRPC: trailers of `DEADLINE_EXCEEDED` |
 //! | a [`server`](TimeoutLayer::server) with [`respond`](TimeoutLayer::respond) | 503; gRPC: `DEADLINE_EXCEEDED` | the same |
 //!
-//! The layer never responds with 408, because browsers then send the same request again. A circuit breaker outside of it
-//! counts a timeout as a failure. A retry outside of it repeats a [`Timeout`](crate::call::Reason::Timeout) if that is
+//! The layer never responds with 408, because browsers then send the same request again. An outer circuit breaker
+//! counts a timeout as a failure. An outer retry layer retries a [`Timeout`](crate::call::Reason::Timeout) if that is
 //! safe. A request body that stalls or is too slow is attributed to the caller, and so is a
 //! [`Deadline`](crate::Deadline) of the caller: see the [table of causes](crate::call#which-side-caused-it).
 //!
 //! # Other clients' timeouts
 //!
-//! | theirs | here |
+//! | other client | this crate |
 //! |---|---|
-//! | reqwest `timeout` | the [default](crate::DeadlineLayer::default_of) of a [`DeadlineLayer`](crate::DeadlineLayer) outside of the retry for the whole call, [`total`](TimeoutLayer::total) for each attempt |
-//! | reqwest `RequestBuilder::timeout` | a [`Deadline`](crate::Deadline) in the extensions of the request, under such a layer |
+//! | reqwest `timeout` | for the whole call the [default](crate::DeadlineLayer::default_of) of a [`DeadlineLayer`](crate::DeadlineLayer) outside of the retry, for each attempt [`total`](TimeoutLayer::total) |
+//! | reqwest `RequestBuilder::timeout` | a [`Deadline`](crate::Deadline) in the extensions of the request, inside of such a layer |
 //! | linkerd `timeout.linkerd.io/request`, Envoy `timeout` of a route | the [default](crate::DeadlineLayer::default_of) of a [`DeadlineLayer`](crate::DeadlineLayer); per attempt: [`total`](TimeoutLayer::total) |
 //! | linkerd `timeout.linkerd.io/response` | [`response_total`](TimeoutLayer::response_total) |
-//! | reqwest `read_timeout` | [`head`](TimeoutLayer::head), [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle) of that time |
-//! | reqwest `connect_timeout`, httpx `connect` | the connector's, such as [`connect_timeout`](https://docs.rs/buttress/latest/buttress/connect/struct.ConnectLayer.html#method.connect_timeout); a call that gets no connection is ended by [`head`](TimeoutLayer::head), one with a body by [`taking`](TimeoutLayer::taking) |
+//! | reqwest `read_timeout` | [`head`](TimeoutLayer::head), [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle), all of that time |
+//! | reqwest `connect_timeout`, httpx `connect` | the timeout of the connector, such as [`connect_timeout`](https://docs.rs/buttress/latest/buttress/connect/struct.ConnectLayer.html#method.connect_timeout); a call that gets no connection is ended by [`head`](TimeoutLayer::head), or by [`taking`](TimeoutLayer::taking) if it has a body |
 //! | httpx `read` | [`head`](TimeoutLayer::head), [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle) |
-//! | httpx `write` | [`taking`](TimeoutLayer::taking); httpx does not time the caller's own part, which is [`sending`](TimeoutLayer::sending) |
-//! | httpx `pool` | the wait of [`ConnectLayer::queue`](https://docs.rs/buttress/latest/buttress/connect/struct.ConnectLayer.html#method.queue), or of [`ConcurrencyLimitLayer::queue`](https://docs.rs/buttress/latest/buttress/struct.ConcurrencyLimitLayer.html#method.queue) |
+//! | httpx `write` | [`taking`](TimeoutLayer::taking); httpx has no timeout for a request body that stalls, which is [`sending`](TimeoutLayer::sending) |
+//! | httpx `pool` | the maximum wait of [`ConnectLayer::queue`](https://docs.rs/buttress/latest/buttress/connect/struct.ConnectLayer.html#method.queue), or of [`ConcurrencyLimitLayer::queue`](https://docs.rs/buttress/latest/buttress/struct.ConcurrencyLimitLayer.html#method.queue) |
 //! | tower `Timeout`, tower-http `TimeoutLayer` | [`head`](TimeoutLayer::head) |
 //! | tower-http `ResponseBodyTimeoutLayer` | [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle) |
 //! | nginx `proxy_read_timeout` | [`head`](TimeoutLayer::head), [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle) |
@@ -115,7 +120,7 @@
 //! On a client, put the layer innermost, around the client itself, so that the circuit breaker counts the timeouts. On
 //! a server, put it inside of the concurrency limit.
 //!
-//! On a client, every timeout is then that of **one attempt**, including [`total`](TimeoutLayer::total) and
+//! On a client, every timeout then applies to **one attempt**, including [`total`](TimeoutLayer::total) and
 //! [`response_total`](TimeoutLayer::response_total): a call with three attempts and a total of 2 s may take 6 s, plus
 //! the delays between the attempts. The layer times neither the wait for a permit nor the delay before an attempt. A
 //! [`DeadlineLayer`](crate::DeadlineLayer) outside of the retry bounds the whole call.
@@ -127,20 +132,21 @@
 //!
 //! # Cancellation
 //!
-//! What the call holds further in is dropped as its time is up, before the answer is given: permits are free, and
-//! the connection is reset.
+//! When a timeout expires, the layer drops the inner future or response body before it returns the rejection. This
+//! releases the permits of inner layers, and the transport resets the stream or closes the connection.
 //!
-//! On a server, a client may still send its request when the time is up. With [`respond`](TimeoutLayer::respond) the
-//! rest of an axum or tonic body is [drained](crate::call::Respond#uploads), so that the response reaches the client. A
-//! body that the service has moved to another task is drained when that task drops it.
+//! On a server, a client may still send its request when the timeout expires. With [`respond`](TimeoutLayer::respond)
+//! the rest of an axum or tonic body is [drained](crate::call::Respond#uploads), so that the response reaches the
+//! client. A body that the service has moved to another task is drained when that task drops it.
 //!
 //! # Cost
 //!
-//! An answer that is ready costs no timer, no clock, no allocation and no atomic operation. A call that waits makes one
-//! timer, or none, if a timeout, a retry or a deadline further in, no box in between, has set one that is due no later;
-//! a body that makes its reader wait another, in a box. A request that has a body costs a small allocation, on a
-//! server two (with `respond`, also if only a total or a deadline is set: the body has to be drained when it passes).
-//! With a total, each frame reads the clock.
+//! A response that is available at the first poll costs no timer, no reading of the clock, no allocation and no atomic
+//! operation. A call that waits creates one timer. It creates none if an inner timeout, retry or deadline layer has set
+//! a timer that is due no later, unless the future of that layer is in a box. A response body that is pending creates
+//! another timer, in a box. A request with a body costs a small allocation, on a server two. With `respond` this also
+//! applies if only a total or a deadline is set, because the body is drained after the timeout. With a total or a
+//! deadline, each frame reads the clock.
 //!
 //! # Defaults
 //!
@@ -150,16 +156,17 @@
 //! | [`first_frame`](TimeoutLayer::first_frame) | 60 s | none |
 //! | [`idle`](TimeoutLayer::idle) | 60 s, as nginx's `proxy_read_timeout` | none |
 //! | [`sending`](TimeoutLayer::sending) | 60 s, as nginx's `client_body_timeout` | 60 s |
-//! | [`taking`](TimeoutLayer::taking) | 5 minutes, as Envoy's `stream_idle_timeout` | as head |
+//! | [`taking`](TimeoutLayer::taking) | 5 minutes, as Envoy's `stream_idle_timeout` | the time of `head` |
 //! | [`min_body_rate`](TimeoutLayer::min_body_rate) | none | 240 bytes per second, as Kestrel's `MinRequestBodyDataRate` |
 //! | [`body_grace`](TimeoutLayer::body_grace) | 5 s | 5 s |
 //! | [`total`](TimeoutLayer::total) | none | none |
 //! | [`response_total`](TimeoutLayer::response_total) | none | none |
 //!
-//! # Beside tower's and tower-http's
+//! # Comparison with tower and tower-http
 //!
-//! Theirs time the response head only, or a body without its size; tower-http's answers before it looks whether
-//! the response is there, and by default with 408.
+//! The timeout layers of tower and tower-http cover the response head only. tower-http's `TimeoutBody` does not forward
+//! the size hint of its body. The service of tower-http polls its timer before the inner service, so it may discard a
+//! response that is available. It responds with 408 by default.
 
 mod body;
 mod body_rate;

@@ -21,18 +21,19 @@ use crate::{
 pub(super) const UNSAID: u32 = u32::MAX;
 pub(super) const OFF: u32 = 0;
 
-/// How long each phase of a call may take: the settings of a [`TimeoutLayer`](super::TimeoutLayer), or, in a
-/// request's extensions, what one call has instead of them.
+/// The timeouts of the phases of a call: the settings of a [`TimeoutLayer`](super::TimeoutLayer), or, in the extensions
+/// of a request, the timeouts of that call.
 ///
-/// Each phase is a time, off (`None`), or not said: then it is as the layer has it, and off in a layer. In whole
-/// milliseconds, rounded up; 49 days at most. No time at all is a mistake: a call that has it is refused.
+/// A phase has a time, is off (`None`), or is not set. A phase that a request does not set is that of the layer. A
+/// phase that a layer does not set is off. Times are rounded up to whole milliseconds; the maximum is 49 days. A time
+/// of zero is invalid, and a call with it is rejected.
 ///
 /// ```
 /// use std::time::Duration;
 /// use buttress::Timeouts;
 ///
 /// let mut request = http::Request::new(());
-/// // This one answers late, and then streams for as long as it likes.
+/// // The response of this call begins late and then streams without a limit.
 /// let patient = Timeouts::new().head(Duration::from_secs(180)).total(None);
 /// request.extensions_mut().insert(patient);
 /// ```
@@ -57,15 +58,15 @@ enum Zero {
 pub(super) struct Times([u32; 7]);
 
 impl Timeouts {
-    /// Nothing said.
+    /// Returns timeouts of which none is set.
     #[must_use]
     pub const fn new() -> Self {
         Self { times: Times([UNSAID; 7]), body_rate: BodyRate::UNSAID, zero: None }
     }
 
-    /// A client's: head 30 s; first frame and idle 60 s, as nginx's `proxy_read_timeout`; sending 60 s, as its
-    /// `client_body_timeout`; taking 5 minutes, as Envoy's `stream_idle_timeout`; no total, which would cut a
-    /// healthy stream.
+    /// Returns the timeouts of a client: head 30 s; first frame and idle 60 s, as nginx's `proxy_read_timeout`; sending
+    /// 60 s, as nginx's `client_body_timeout`; taking 5 minutes, as Envoy's `stream_idle_timeout`. There is no total,
+    /// because it would cut off healthy streams.
     #[must_use]
     pub fn http() -> Self {
         let secs = Duration::from_secs;
@@ -73,8 +74,9 @@ impl Timeouts {
         answer.sending(secs(60)).taking(secs(300)).total(None)
     }
 
-    /// A server's: head 30 s; sending 60 s, as nginx's `client_body_timeout`; taking as head; request bodies of at
-    /// least 240 bytes per second after 5 s, as Kestrel's `MinRequestBodyDataRate`. Its response streams may be silent.
+    /// Returns the timeouts of a server: head 30 s; sending 60 s, as nginx's `client_body_timeout`; taking as head; a
+    /// minimum rate of request bodies of 240 bytes per second after 5 s, as Kestrel's `MinRequestBodyDataRate`. The
+    /// bodies of responses have no timeout, because a stream may pause.
     #[must_use]
     pub fn server() -> Self {
         let secs = Duration::from_secs;
@@ -83,32 +85,33 @@ impl Timeouts {
         request.first_frame(None).idle(None).total(None)
     }
 
-    /// Up to the response head, from when the request has been sent.
+    /// Sets the timeout of the response head, from when the request has been sent, or `None`.
     #[must_use]
     pub fn head(self, time: impl Into<Option<Duration>>) -> Self {
         self.with(Phase::Head, time.into())
     }
 
-    /// From the response head to the first frame of its body, while it is asked for.
+    /// Sets the timeout of the first frame of the response body, or `None`. Counts only while the body is polled.
     #[must_use]
     pub fn first_frame(self, time: impl Into<Option<Duration>>) -> Self {
         self.with(Phase::FirstFrame, time.into())
     }
 
-    /// From one frame of the response body to the next, while it is asked for.
+    /// Sets the timeout between two frames of the response body, or `None`. Counts only while the body is polled.
     #[must_use]
     pub fn idle(self, time: impl Into<Option<Duration>>) -> Self {
         self.with(Phase::Idle, time.into())
     }
 
-    /// From one frame of the request body to the next, while it is asked for, up to the response head.
+    /// Sets the timeout of each frame of the request body, or `None`. Counts only while the body is polled, and until
+    /// the response head.
     #[must_use]
     pub fn sending(self, time: impl Into<Option<Duration>>) -> Self {
         self.with(Phase::Sending, time.into())
     }
 
-    /// From one frame of the request body being taken to the next being asked for, up to the response head: what
-    /// is called so slowly is not slow but stands still. To twice that.
+    /// Sets the time for which the wrapped service may leave the request body unpolled, until the response head, or
+    /// `None`. If another task polls the body, the call may last up to twice as long.
     #[must_use]
     pub fn taking(self, time: impl Into<Option<Duration>>) -> Self {
         self.with(Phase::Taking, time.into())
@@ -177,7 +180,8 @@ impl Timeouts {
         self
     }
 
-    /// What is said of a phase, if it is a time. There is none for [`Phase::Deadline`].
+    /// Returns the timeout of a phase. `None` if it is off or not set, and for [`Phase::Deadline`],
+    /// [`Phase::BodyRate`] and [`Phase::Unread`].
     #[must_use]
     pub fn get(&self, phase: Phase) -> Option<Duration> {
         self.times.get(phase)
@@ -189,11 +193,11 @@ impl Timeouts {
         self.body_rate.min()
     }
 
-    /// Whether they can work.
+    /// Checks the settings.
     ///
     /// # Errors
     ///
-    /// A time or a rate of zero.
+    /// Fails if a time or a rate is zero.
     pub fn check(&self) -> Result<(), ConfigError> {
         let (field, value, remedy) = match self.zero {
             None => return Ok(()),
@@ -208,7 +212,7 @@ impl Timeouts {
         Err(ConfigError::new(field, format_args!("{value}"), remedy))
     }
 
-    /// These, and for what they do not say those.
+    /// Returns these settings, with those of `those` where these are not set.
     pub(super) fn or(mut self, those: Self) -> Self {
         for (this, that) in self.times.0.iter_mut().zip(those.times.0) {
             if *this == UNSAID {
@@ -248,8 +252,8 @@ impl Times {
         PHASES.iter().any(|phase| self.get(*phase).is_some())
     }
 
-    /// Sets the time for taking to the time for the head, if there is none: a handler that never reads its request may
-    /// hang as well as another.
+    /// Sets the timeout of taking to that of the head, if there is none. Without it, a handler that never reads its
+    /// request would have no timeout, because the timeout of the head begins when the request has been sent.
     pub(super) fn or_head_for_taking(&mut self) {
         if self.get(Phase::Taking).is_none() {
             self.0[Phase::Taking as usize] = self.0[Phase::Head as usize];
@@ -257,7 +261,8 @@ impl Times {
     }
 }
 
-/// What is said of one phase. Small: a body has it with it.
+/// The timeout of one phase: a time in milliseconds, [`OFF`] or [`UNSAID`]. Four bytes, because every timed body
+/// contains two of them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limit(u32);
 
@@ -306,8 +311,12 @@ impl fmt::Debug for Timeouts {
     }
 }
 
-// ===== What a layer's services share =====
+// ===== The shared state =====
 
+/// The state that a layer shares with its clones and services.
+///
+/// Each field is independent of the others, so `Relaxed` is sufficient for the atomics. A call that begins during
+/// [`State::set`] may use some of the new timeouts and some of the old.
 pub(super) struct State {
     ms: [AtomicU32; 7],
     body_rate: SharedBodyRate,
@@ -365,7 +374,7 @@ impl State {
         Arc::new(Label { name: Box::default(), fault: Some(LayerFault { error, reports }) })
     }
 
-    /// A call whose deadline had passed before it began.
+    /// Counts a call whose deadline has passed before it begins, and returns its rejection.
     pub(super) fn refuse(&self, by: LayerKind) -> Rejected {
         self.refused.fetch_add(1, Relaxed);
         event!(
@@ -376,13 +385,13 @@ impl State {
         Rejected::by(by, RejectedKind::DeadlinePassed).labelled(self.label.get().cloned())
     }
 
-    #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Only events tell it.
+    #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Used by events only.
     fn name_or_empty(&self) -> &str {
         self.label.get().map_or("", |label| &label.name)
     }
 }
 
-/// A call that took too long.
+/// Counts a call that has timed out in this phase, and returns its rejection.
 pub(super) fn timed_out(
     far: Far<State>,
     by: LayerKind,
@@ -391,7 +400,7 @@ pub(super) fn timed_out(
 ) -> Rejected {
     let source = source.filter(|_| phase == Phase::Deadline);
     let rejected = Rejected::by(by, RejectedKind::TimedOut(phase)).with_deadline_source(source);
-    // Without a layer nobody can ask it any more.
+    // The layer, its services and its handles have been dropped, so nothing can read the counters.
     let Some(state) = far.get() else { return rejected };
     state.timed_out[phase as usize].fetch_add(1, Relaxed);
     event!(DEBUG, resilience.name = state.name_or_empty(), reason = phase.as_str(), "timed out");
@@ -431,31 +440,31 @@ impl fmt::Debug for State {
     }
 }
 
-// ===== Looking, and changing it while it runs =====
+// ===== The handle =====
 
-/// Looks at a timeout layer and changes its times, from outside of the stack.
+/// Reads the state of a timeout layer and changes its timeouts, from outside of the stack.
 #[derive(Clone, Debug)]
 pub struct TimeoutHandle(pub(super) Arc<State>);
 
-/// A timeout layer at one moment.
+/// A snapshot of a timeout layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TimeoutSnapshot {
-    /// Its times.
+    /// The timeouts of the layer.
     pub timeouts: Timeouts,
-    /// How many calls were refused because their [`Deadline`](crate::Deadline) had passed before they began.
+    /// The number of calls that were rejected because their [`Deadline`](crate::Deadline) had passed before they began.
     pub refused_deadline: u64,
     timed_out: [u64; 10],
 }
 
 impl TimeoutSnapshot {
-    /// How many calls took too long, in all.
+    /// Returns the number of calls that have timed out, in any phase.
     #[must_use]
     pub fn timed_out(&self) -> u64 {
         self.timed_out.iter().sum()
     }
 
-    /// How many took too long for this.
+    /// Returns the number of calls that have timed out in this phase.
     #[must_use]
     pub fn timed_out_by(&self, phase: Phase) -> u64 {
         self.timed_out[phase as usize]
@@ -463,7 +472,7 @@ impl TimeoutSnapshot {
 }
 
 impl TimeoutHandle {
-    /// All there is to know at this moment.
+    /// Returns a snapshot of the layer.
     #[must_use]
     pub fn snapshot(&self) -> TimeoutSnapshot {
         TimeoutSnapshot {
@@ -473,11 +482,11 @@ impl TimeoutHandle {
         }
     }
 
-    /// Other times, for the calls that begin from now on; what is not said stays.
+    /// Sets timeouts for the calls that begin from now on. Phases that `timeouts` does not set stay the same.
     ///
     /// # Errors
     ///
-    /// What [`Timeouts::check`] finds: then nothing is changed.
+    /// Fails if [`Timeouts::check`] fails, and then changes nothing.
     pub fn set(&self, timeouts: Timeouts) -> Result<(), ConfigError> {
         timeouts.check()?;
         self.0.set(timeouts);

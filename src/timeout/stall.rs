@@ -8,10 +8,12 @@ use std::{
 use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// Times a producer's silence: from when it is asked and has nothing. Whoever does not ask is not timed.
+/// Measures the time for which a body is pending. The time begins with a poll that finds no frame, so a consumer that
+/// does not poll is not timed.
 ///
-/// Boxed timer, made at the first silence: a body that is always ahead of its reader never pays for it. A frame
-/// does not touch the timer; one that is due for an earlier silence is found to be too early, and set anew.
+/// The timer is in a box that is created at the first such poll. A body that always has a frame needs none. A frame
+/// does not reset the timer, because a reset takes a lock of the runtime. A timer that fires for an earlier wait is
+/// therefore too early for the current one, and is set again.
 #[derive(Default)]
 pub(super) struct Stall(Option<Pin<Box<Silence>>>);
 
@@ -23,12 +25,12 @@ pin_project! {
     }
 }
 
-/// What is over.
+/// The limit that was reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Over {
-    /// The silence has lasted as long as it may.
+    /// The body was pending for the maximum time.
     Silence,
-    /// The time of the whole.
+    /// The end of the whole call has come.
     End,
 }
 
@@ -37,13 +39,14 @@ impl Stall {
         Self(None)
     }
 
-    /// Ends the silence, and returns when it began.
+    /// Ends the current wait after a frame. Returns when the wait began.
     #[inline]
     pub(super) fn over(&mut self) -> Option<Instant> {
         self.0.as_mut().and_then(|silence| silence.as_mut().project().since.take())
     }
 
-    /// It is asked and silent.
+    /// Checks the limits after a poll that found no frame: `limit` is the maximum time of this wait, `end` the end of
+    /// the whole call. If neither has been reached, registers the task with the timer.
     pub(super) fn poll(
         &mut self,
         limit: Option<Duration>,
@@ -73,7 +76,8 @@ impl Stall {
             }
             this.timer.as_mut().reset(at);
         }
-        // A producer may use up its task's budget each time: then no timer ever tells.
+        // The producer can exhaust the coop budget of the task in each poll. A tokio timer is then always pending, so
+        // the clock is read from the second poll on.
         if again && at <= Instant::now() {
             return Poll::Ready(over);
         }

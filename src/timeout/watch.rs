@@ -151,8 +151,8 @@ impl Watch {
         }
     }
 
-    /// The head is here. The body may have ended with it. `request` is taken if the timeout of the whole response depends
-    /// on its end.
+    /// The head is here. The body may have ended with it. `request` is taken if the timeout of the whole response
+    /// depends on its end.
     #[inline]
     pub(super) fn rest(mut self, ended: bool, request: &mut Option<Arc<Sending>>) -> Rest {
         let upload = if !ended && self.has_total() { self.begin_totals(request) } else { None };
@@ -162,8 +162,8 @@ impl Watch {
         Rest { first_frame, idle, end, end_of, upload, begun: false, by, form, far }
     }
 
-    /// Begins what begins with the head. Returns the request if it is still being sent, so that the timeout of the whole
-    /// response begins later.
+    /// Begins what begins with the head. Returns the request if it is still being sent, so that the timeout of the
+    /// whole response begins later.
     #[cold]
     fn begin_totals(&mut self, request: &mut Option<Arc<Sending>>) -> Option<Box<Upload>> {
         self.begin();
