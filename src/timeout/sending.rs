@@ -1,4 +1,36 @@
-//! How a request body tells its call that it has been sent.
+//! The request body of a call, and the progress that the body and the call share.
+//!
+//! # Mechanism
+//!
+//! A [`SendingBody`] wraps the request body. The transport may poll and drop it in another task than that of the call.
+//! The body and the call share a [`Sending`]:
+//!
+//! - `stage` states how far the request is. The body changes it from `Sending` to `Sent`, `Stalled` or `TooSlow`. The
+//!   call changes it from `Sending` to `TimedOut` or `Answered`. The body changes `Answered` to `AnsweredAndSent`. No
+//!   other change exists.
+//! - `pace` states whether the transport polls the body. Only the task that polls the body writes it.
+//! - `call` contains the waker of the call and what the call has computed from the pace.
+//!
+//! # Invariants
+//!
+//! Each change of the stage is a compare-and-exchange. If the body and the call end the stage `Sending` at the same
+//! time, exactly one of them succeeds, and both then see the same stage.
+//!
+//! The call does not miss the end of the body. It registers its waker under the lock and *then* reads the stage. The
+//! body changes the stage and *then* takes the waker under the lock. If the body takes the lock last, it finds the
+//! waker. If the call takes the lock last, the unlock by the body happens before its read of the stage, so it sees the
+//! change. A change of this file must preserve both orders.
+//!
+//! `sent_late_at` is written after the stage has become `AnsweredAndSent`. A reader that sees this stage may find
+//! `None` and then uses the current time.
+//!
+//! A waker is user code. It is cloned, dropped and woken without the lock. `will_wake` only compares pointers.
+//!
+//! # Memory orderings
+//!
+//! The compare-and-exchange of the stage (`AcqRel`) pairs with the load in [`Sending::stage`] (`Acquire`): a task that
+//! sees a stage also sees the pace that the other task stored before. Loads and stores of the pace are `Relaxed`: it
+//! has a single writer, and the call needs only an estimate of it.
 
 use std::{
     any::Any,
@@ -29,30 +61,32 @@ use crate::{
     drain::{Drains, drain_pinned},
 };
 
-/// Where a request body is.
+/// The progress of a request body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Stage {
     Sending,
-    /// To its end, or as far as anybody wanted it.
+    /// The body was polled to its end or was dropped.
     Sent,
-    /// Its producer fell silent.
+    /// The body was pending for the timeout of [`Phase::Sending`].
     Stalled,
-    /// Its producer was slower than the minimum rate.
+    /// The body was slower than the minimum rate.
     TooSlow,
     /// The call has timed out before the body was sent.
     TimedOut,
-    /// The response head is here, and the body is still being sent. Only a timeout of the whole response depends on it.
+    /// The response head has arrived, and the body is still being sent. Only a timeout of the whole response depends on
+    /// it.
     Answered,
     /// The body has been sent after the response head.
     AnsweredAndSent,
 }
 
-/// What a call and its request body know of each other. One small allocation for a request that has a body.
+/// The state that a call and its request body share. See the head of this file.
 pub struct Sending {
     stage: AtomicU8,
-    /// Of the body alone, for the call to see: twice the frames that were taken, and one more while the next is
-    /// asked for and not there.
+    /// Twice the number of polls that returned a frame or the end; plus one after a poll that was pending. The value is
+    /// therefore odd while the transport waits for the body, and even while the body waits for the transport. Wraps
+    /// around.
     pace: AtomicU32,
     call: Mutex<Waiting>,
     /// The maximum silence, until the response head.
@@ -70,7 +104,7 @@ pub struct Sending {
 #[derive(Default)]
 struct Waiting {
     call: Option<Waker>,
-    /// When more must have been taken than at that pace.
+    /// When the timeout of [`Phase::Taking`] expires, if the pace is still the one in this pair.
     due: Option<(Instant, u32)>,
     /// When the body was sent, if that was after the response head.
     sent_late_at: Option<Instant>,
@@ -165,8 +199,13 @@ impl Sending {
         }
     }
 
-    /// Wakes the call when it is no longer being sent. Until when a next frame must have been taken, where that is
-    /// bounded: seen anew at every look at which there was one since, or one is being made.
+    /// Registers the task of the call, which is woken when the body leaves the stage `Sending`. Returns the stage, and
+    /// when the timeout `taking` expires.
+    ///
+    /// That time begins anew with each call of this method before which the pace has changed, or while the transport
+    /// waits for the body (odd pace). It keeps running while the pace is even and unchanged: the transport has polled a
+    /// frame and has not polled the body since. A poll of the body in another task does not wake the call, so the call
+    /// notices it only when its timer expires. The time can therefore be up to twice `taking`.
     pub(super) fn poll(
         &self,
         taking: Option<Duration>,
@@ -232,7 +271,7 @@ impl Sending {
         }
     }
 
-    /// A frame was given, or one is asked for that is not there.
+    /// Records a poll of the body in the pace. `given` states whether the poll was ready.
     fn step(&self, given: bool) {
         let pace = self.pace.load(Ordering::Relaxed);
         let next = if given { (pace | 1).wrapping_add(1) } else { pace | 1 };
@@ -246,7 +285,8 @@ impl fmt::Debug for Sending {
     }
 }
 
-/// Says that the body was sent when it is dropped, wherever it had got to.
+/// Reports on drop that the body has been sent. A body that is dropped before its end counts as sent, because the
+/// transport needs no more of it.
 struct Tells(Option<Arc<Sending>>);
 
 impl Drop for Tells {
@@ -258,17 +298,17 @@ impl Drop for Tells {
 }
 
 pin_project! {
-    /// A request body whose end, and whose silence, its call hears of.
+    /// A request body that reports its progress to the call, and that fails if it stalls or is too slow.
     ///
-    /// Every frame, the trailers, the size hint and the end-of-stream flag pass through. Long frames of
-    /// [`Bytes`] are given in pieces of 64 KiB, without a copy: who has taken the whole of one at once still has
-    /// it to send.
+    /// Every frame, the trailers, the size hint and the end-of-stream flag are forwarded. Frames of [`Bytes`] longer
+    /// than 64 KiB are split into pieces of that size, without a copy. A transport that polls a whole long frame at
+    /// once still has to send it, but the body would count as sent.
     pub struct SendingBody<B: Body> {
         #[pin]
         inner: B,
-        // One pointer for both hooks.
+        // One function pointer for both hooks, to keep the body small.
         hooks: fn() -> Hooks<B>,
-        // Of a frame that is given in pieces.
+        // The rest of a frame that is split into pieces.
         rest: Bytes,
         tells: Tells,
         stall: Stall,
@@ -323,7 +363,8 @@ impl<B: Body<Error: Into<BoxError>> + 'static> SendingBody<B> {
 
 const PIECE: usize = 64 * 1024;
 
-/// The first piece of long `data`, and what is left of it; all of it if it is not [`Bytes`].
+/// Returns the first piece of long `data`, and stores the remainder in `rest`. Returns the whole of data that is not
+/// [`Bytes`].
 fn cut<D: Buf + 'static>(mut data: D, rest: &mut Bytes) -> D {
     if let Some(bytes) = (&mut data as &mut dyn Any).downcast_mut::<Bytes>() {
         *rest = bytes.split_off(PIECE);
@@ -331,7 +372,7 @@ fn cut<D: Buf + 'static>(mut data: D, rest: &mut Bytes) -> D {
     data
 }
 
-/// The next piece.
+/// Returns the next piece of a frame that is split. `None` if the data type is not [`Bytes`].
 fn next<D: 'static>(rest: &mut Bytes) -> Option<D> {
     let piece = rest.split_to(rest.len().min(PIECE));
     let mut data: Option<D> = None;
@@ -394,7 +435,7 @@ impl<B: Body + 'static> Body for SendingBody<B> {
 
     fn size_hint(&self) -> SizeHint {
         let (mut hint, rest) = (self.inner.size_hint(), self.rest.len() as u64);
-        // Upwards first: the lower bound may not be above.
+        // The upper bound is set first: `set_lower` panics if the lower bound exceeds the upper bound.
         if let Some(upper) = hint.upper() {
             hint.set_upper(upper.saturating_add(rest));
         }

@@ -47,7 +47,7 @@ impl<S, M, R> Timeout<S, M, R> {
         Self { inner, state, far, by, protocol, reject, fault }
     }
 
-    /// The wrapped service.
+    /// Returns a reference to the wrapped service.
     pub fn get_ref(&self) -> &S {
         &self.inner
     }
@@ -90,7 +90,7 @@ where
 }
 
 impl<S, M, R> Timeout<S, M, R> {
-    /// Begins a call: `said` tells of it whether it has times of its own, and by when it is to be over.
+    /// Begins a call. `said` returns the timeouts and the deadline of the request, and may change the request.
     #[inline]
     pub(crate) fn begin<Req>(
         &mut self,
@@ -124,7 +124,7 @@ impl<S, M, R> Timeout<S, M, R> {
         }
         let mut request = M::pass(request);
         let sending = M::watch(&mut request, &mut watch, body_rate, R::ANSWERS);
-        // Not by way of variables: a future is large to move.
+        // The inner future is constructed in place, because it is large and a variable would add a copy.
         ResponseFuture {
             state: Stand::Called { future: self.inner.call(request), alarm: Alarm::new() },
             waits_for: None,
@@ -140,7 +140,7 @@ impl<S, M, R> Timeout<S, M, R> {
         S: Clone,
         R: Clone,
     {
-        // What this instance reserved must not stay parked in it.
+        // This instance was polled ready and is not called, so it may hold a reservation. A clone replaces it.
         self.inner = self.inner.clone();
         ResponseFuture {
             state: Stand::Refused { rejected: Some(rejected) },
@@ -152,12 +152,13 @@ impl<S, M, R> Timeout<S, M, R> {
     }
 }
 pin_project! {
-    /// The future of a [`Timeout`]'s call. Whatever the call holds further in is given back as soon as its time is
-    /// up, before the answer.
+    /// The future of a call through a [`Timeout`]. When a timeout expires, it drops the inner future before it returns,
+    /// which releases what inner layers hold for the call.
     pub struct ResponseFuture<F, Req, M, R> {
         #[pin]
         state: Stand<F>,
-        // What the alarm is for, once nothing can change that.
+        // The phase whose end the alarm is set to, once it can no longer change. Until then each poll determines it
+        // anew.
         waits_for: Option<Phase>,
         sending: Option<Arc<Sending>>,
         call: Option<(Watch, R)>,
@@ -185,6 +186,8 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
         loop {
+            // From here on, alarms that inner layers set in this poll are recorded. If one of them is due no later,
+            // this layer needs no timer of its own.
             Alarm::listen();
             let phase = match this.state.as_mut().project() {
                 StandProj::Called { mut future, mut alarm } => match future.as_mut().poll(cx) {
@@ -290,7 +293,7 @@ fn report_wait(sending: Option<&Sending>) {
     }
 }
 
-/// The answer is here. Where its request was.
+/// Records that the response head or an error has arrived. Returns the stage of the request body after that.
 #[inline]
 fn answered(sending: Option<&Sending>) -> Option<Stage> {
     let sending = sending?;

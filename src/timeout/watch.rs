@@ -10,13 +10,15 @@ use crate::call::{
     Deadline, DeadlineSource, Far, Form, LayerKind, Moment, Phase, may_have_expired,
 };
 
-/// The times of one call, and what they count from.
+/// The timeouts of one call, and which of them have begun. Used until the response head; then [`Rest`] replaces it.
 #[derive(Debug)]
 pub struct Watch {
     pub(super) timeouts: Times,
-    /// When all of it has to be over.
+    /// When the whole call has to end.
     end: Option<Instant>,
+    /// Which setting determines `end`. Without meaning while `end` is `None`.
     end_of: End,
+    /// The timeout of the whole call has begun.
     begun: bool,
     /// The timeout of the whole response has begun.
     response_begun: bool,
@@ -25,7 +27,7 @@ pub struct Watch {
     pub(super) far: Far<State>,
 }
 
-/// What sets the end of a call.
+/// The setting that determines the end of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
     Deadline(DeadlineSource),
@@ -57,7 +59,7 @@ pub(super) fn ends_by_deadline(end_of: End, end: Option<Instant>) -> bool {
     matches!(end_of, End::Deadline(_)) && end.is_some_and(may_have_expired)
 }
 
-/// What of it is left once the head is here: no more than the body needs.
+/// The timeouts of a response body. Contains only what the body needs, because every response carries this struct.
 #[derive(Debug)]
 pub(super) struct Rest {
     pub(super) first_frame: Limit,
@@ -67,7 +69,7 @@ pub(super) struct Rest {
     /// The request, while it is still being sent and the timeout of the whole response has therefore not begun. Boxed,
     /// because it is rare and every response carries this struct.
     upload: Option<Box<Upload>>,
-    /// The first frame is here.
+    /// The first frame has arrived.
     pub(super) begun: bool,
     pub(super) by: LayerKind,
     pub(super) form: Form,
@@ -81,20 +83,20 @@ struct Upload {
     response_total: Limit,
 }
 
-/// What a call does next while it waits.
+/// What a call that has no response head yet does next.
 pub(super) enum Next {
-    /// It goes on waiting, up to here. Final: nothing that happens will change that.
+    /// The call waits until `at`, when the timeout of `phase` expires. If `is_final`, later polls give the same result,
+    /// because the request has been sent.
     Until { at: Instant, phase: Phase, is_final: bool },
-    /// For ever.
+    /// The call waits without a limit.
     Forever,
-    /// Its request body was silent or too slow; the phase states which.
+    /// The request body has stalled or was too slow; the phase states which.
     Stalled(Phase),
 }
 
 impl Watch {
     #[inline]
     pub(super) fn new(timeouts: Times, by: LayerKind, form: Form, far: Far<State>) -> Self {
-        // Not used while `end` is `None`.
         let end_of = End::Total;
         let (begun, response_begun) = (false, false);
         Self { timeouts, end: None, end_of, begun, response_begun, by, form, far }
@@ -151,8 +153,8 @@ impl Watch {
         }
     }
 
-    /// The head is here. The body may have ended with it. `request` is taken if the timeout of the whole response
-    /// depends on its end.
+    /// Returns the timeouts of the response body after the response head. `ended` states whether the body has ended
+    /// with the head. `request` is taken if the timeout of the whole response depends on the end of the request.
     #[inline]
     pub(super) fn rest(mut self, ended: bool, request: &mut Option<Arc<Sending>>) -> Rest {
         let upload = if !ended && self.has_total() { self.begin_totals(request) } else { None };
@@ -162,8 +164,8 @@ impl Watch {
         Rest { first_frame, idle, end, end_of, upload, begun: false, by, form, far }
     }
 
-    /// Begins what begins with the head. Returns the request if it is still being sent, so that the timeout of the
-    /// whole response begins later.
+    /// Begins the timeouts of the whole call and of the whole response at the response head. Returns the request if it
+    /// is still being sent; the timeout of the whole response then begins at its end.
     #[cold]
     fn begin_totals(&mut self, request: &mut Option<Arc<Sending>>) -> Option<Box<Upload>> {
         self.begin();
@@ -178,7 +180,8 @@ impl Watch {
         None
     }
 
-    /// The head is not here yet.
+    /// Returns what a call without a response head does next. Registers its task with the request body while that is
+    /// being sent.
     #[inline]
     pub(super) fn wait(&mut self, sending: Option<&Arc<Sending>>, cx: &mut Context<'_>) -> Next {
         self.begin();
@@ -228,6 +231,7 @@ impl Rest {
     #[inline]
     pub(super) fn begin_response(&mut self, cx: &Context<'_>) {
         if let Some(upload) = self.upload.take_if(|upload| upload.sending.poll_sent(cx)) {
+            // The body stores the time after it changes the stage, so the time may not be there yet.
             let since = || upload.sending.sent_late_at().unwrap_or_else(Instant::now);
             upload.response_total.begin(since, End::ResponseTotal, &mut self.end, &mut self.end_of);
         }
