@@ -57,7 +57,7 @@ impl Codec for Millis {
     }
 
     fn write(&self, left: Duration, headers: &mut HeaderMap) {
-        // To some servers, Envoy among them, 0 is "no limit".
+        // Some servers, such as Envoy, interpret 0 as "no limit".
         let ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1);
         headers.insert(self.0.clone(), HeaderValue::from(ms));
     }
@@ -70,7 +70,7 @@ fn digits(text: &str) -> Option<u64> {
 
 const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 
-/// gRPC's: up to eight digits and a unit (PROTOCOL-HTTP2, "Timeout").
+/// The encoding of `grpc-timeout`: up to eight digits and a unit (PROTOCOL-HTTP2, "Timeout").
 pub(super) struct Grpc;
 
 const UNITS: [(char, u64); 6] = [
@@ -90,7 +90,7 @@ impl Codec for Grpc {
         let (_, nanos) = UNITS.iter().find(|(letter, _)| unit.starts_with(*letter))?;
         let number = digits(number).filter(|_| number.len() <= 8)?;
         let (secs, nanos) = (nanos / 1_000_000_000, nanos % 1_000_000_000);
-        // Eight digits: nothing here can overflow.
+        // Cannot overflow: 99,999,999 hours are fewer seconds than `u64::MAX`, and `nanos` is below 10^9.
         Some(Duration::from_secs(number * secs) + Duration::from_nanos(number * nanos))
     }
 

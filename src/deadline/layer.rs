@@ -24,10 +24,9 @@ use crate::{
     timeout::{AsIs, ResponseFuture, TimedBody, Timeout, TimeoutLayer, Timeouts},
 };
 
-/// Gives every call one absolute deadline, keeps it, and tells the next hop what is left of it.
+/// Sets one absolute deadline for every call, enforces it, and sends the time left to the next hop.
 ///
-/// Its times belong to one layer and all its clones, however often the layer is applied. See the
-/// [module](crate::deadline).
+/// A layer, its clones and all services that it wraps share the same settings. See the [module](crate::deadline).
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct DeadlineLayer<R = AsError> {
@@ -38,7 +37,8 @@ pub struct DeadlineLayer<R = AsError> {
 }
 
 impl DeadlineLayer {
-    /// Uses the deadline in a request's extensions or the `grpc-timeout` of a gRPC request, whichever is earlier.
+    /// Creates a layer that uses the deadline in the extensions of a request or the `grpc-timeout` of a gRPC request,
+    /// whichever is earlier.
     pub fn new() -> Self {
         let timeout = TimeoutLayer::new(Timeouts::new()).as_is().by(LayerKind::Deadline);
         Self { times: Arc::default(), codec: None, timeout, fault: Fault::default() }
@@ -72,15 +72,16 @@ impl<R> DeadlineLayer<R> {
         self
     }
 
-    /// What is kept back of the time, for the way of the answer: the wrapped service and the next hop have that
-    /// much less. None by default.
+    /// Sets the time reserved for sending the response back. The deadline of the wrapped service and of the next hop is
+    /// earlier by this time. Default: none.
     pub fn keep_back(self, time: Duration) -> Self {
         set(&self.times.keep_back, Some(time));
         self
     }
 
-    /// Reads and writes the time that is left in this header too, in whole milliseconds:
-    /// `x-request-timeout-ms`, or Envoy's `x-envoy-expected-rq-timeout-ms`.
+    /// Sets a header in which the time left is read and written in whole milliseconds, in addition to `grpc-timeout`.
+    /// Examples are `x-request-timeout-ms` and Envoy's `x-envoy-expected-rq-timeout-ms`. Replaces an earlier header or
+    /// [codec](Self::codec). Default: none.
     pub fn header(mut self, name: &str) -> Self {
         match HeaderName::try_from(name) {
             Ok(name) => self.codec(Millis(name)),
@@ -93,20 +94,21 @@ impl<R> DeadlineLayer<R> {
         }
     }
 
-    /// Reads and writes the time that is left in a way of your own, too.
+    /// Sets a codec that reads and writes the time left in another form, in addition to `grpc-timeout`. Replaces an
+    /// earlier codec or [header](Self::header).
     pub fn codec(mut self, codec: impl Codec) -> Self {
         self.codec = Some(Arc::new(codec));
         self
     }
 
-    /// Answers calls that are too late with a response, and leaves the service's error type alone: 504, or
-    /// `DEADLINE_EXCEEDED`. See [`Respond`].
+    /// Responds to calls that are too late with 504 or `DEADLINE_EXCEEDED`, and leaves the error type of the service
+    /// unchanged. See [`Respond`].
     pub fn respond(self) -> DeadlineLayer<Respond> {
         let Self { times, codec, timeout, fault } = self;
         DeadlineLayer { times, codec, timeout: timeout.respond(), fault }
     }
 
-    /// Answers them with what a closure makes.
+    /// Responds to calls that are too late with the result of a closure.
     pub fn respond_with<F, Res, E>(self, answer: F) -> DeadlineLayer<RespondWith<F>>
     where
         F: Fn(&Rejected) -> Result<Res, E> + Clone + Send + Sync + 'static,
@@ -115,12 +117,13 @@ impl<R> DeadlineLayer<R> {
         DeadlineLayer { times, codec, timeout: timeout.respond_with(answer), fault }
     }
 
-    /// Only says the deadline, and leaves it to the layers further in to keep it: without a timer, an error, an answer
-    /// or a body of its own, around services of any response.
+    /// Returns a layer that only sets the deadline and writes the headers. Inner layers enforce the deadline. The
+    /// returned layer has no timer, rejects no call, does not wrap bodies, and accepts services with any response.
     ///
-    /// A [`TimeoutLayer`](crate::TimeoutLayer) further in keeps it to the last byte of the answer; a
-    /// [`RetryLayer`](crate::RetryLayer) keeps it up to the head, over all attempts and waits; a limit and a breaker refuse
-    /// what is late, unless they are in shadow mode. Where there is none of the first two, nobody keeps it.
+    /// An inner [`TimeoutLayer`](crate::TimeoutLayer) enforces the deadline up to the end of the response body. An
+    /// inner [`RetryLayer`](crate::RetryLayer) enforces it up to the response head, over all attempts and delays. A
+    /// limit and a circuit breaker reject calls whose deadline has passed, unless they are in shadow mode. Without a
+    /// timeout or a retry layer, a call in flight is not ended at the deadline.
     ///
     /// ```
     /// use std::time::Duration;
@@ -139,20 +142,20 @@ impl<R> DeadlineLayer<R> {
         PropagateLayer { handle: self.handle(), codec: self.codec, fault: self.fault }
     }
 
-    /// A name for errors and events. The first one given stays.
+    /// Sets the name of the layer in errors and events. Only the first call has an effect.
     pub fn name(mut self, name: &str) -> Self {
         self.timeout = self.timeout.name(name);
         self
     }
 
-    /// Looks at the layer and changes its times.
+    /// Returns the handle of the layer, which reads its state and changes its times.
     #[must_use]
     pub fn handle(&self) -> DeadlineHandle {
         DeadlineHandle { times: self.times.clone(), inner: self.timeout.handle() }
     }
 
-    /// The layer, or the first of its settings that cannot work. A layer with such a setting that is used all the
-    /// same goes without that setting.
+    /// Returns the layer, or the error of its first invalid setting. A layer with an invalid setting that is used
+    /// nevertheless ignores that setting and reports it in an event.
     ///
     /// # Errors
     ///
@@ -176,7 +179,7 @@ impl<R> DeadlineLayer<R> {
     }
 }
 
-/// Reports a setting that cannot work. No rejection reports it, because the layer lets calls through.
+/// Reports an invalid setting in an event. No rejection reports it, because the layer lets calls through.
 pub(super) fn report(fault: &Fault) {
     fault.report("deadline", "goes without that setting");
 }
@@ -212,7 +215,7 @@ pub struct Deadlined<S, R = AsError> {
 }
 
 impl<S, R> Deadlined<S, R> {
-    /// The wrapped service.
+    /// Returns a reference to the wrapped service.
     pub fn get_ref(&self) -> &S {
         self.timeout.get_ref()
     }

@@ -1,4 +1,5 @@
-//! One absolute deadline for a call and for all that is called because of it: no work that nobody waits for.
+//! One absolute deadline for a call and for the calls that it causes, so that no service works on a request whose
+//! caller no longer waits.
 //!
 //! ```
 //! # fn client() -> impl Clone { () }
@@ -6,8 +7,8 @@
 //! use buttress::{DeadlineLayer, RetryLayer, TimeoutLayer};
 //! use tower::ServiceBuilder;
 //!
-//! // A client: 2 s for all attempts and waits, which the retry and the timeout keep; each attempt tells the server
-//! // what is left.
+//! // A client: 2 s for all attempts and delays, enforced by the retry and the timeout layer. Each attempt sends the
+//! // time left to the server.
 //! let client = ServiceBuilder::new()
 //!     .layer(DeadlineLayer::new().default_of(Duration::from_secs(2)).propagate_only())
 //!     .layer(RetryLayer::http())
@@ -16,7 +17,7 @@
 //!     .service(client());
 //! ```
 //!
-//! A server that is called with a deadline, and calls on:
+//! A server that receives a deadline and passes it on:
 //!
 //! ```
 //! use std::time::Duration;
@@ -26,13 +27,13 @@
 //! async fn handler(Extension(deadline): Extension<Deadline>) {
 //!     let mut request = http::Request::new(());
 //!     request.extensions_mut().insert(deadline);
-//!     // … and the client does the rest.
+//!     // … the layers of the client use it.
 //! }
 //!
 //! let deadline = DeadlineLayer::new()
-//!     .header("x-request-timeout-ms")             // gRPC's `grpc-timeout` is read and written anyway
+//!     .header("x-request-timeout-ms")             // gRPC's `grpc-timeout` is read and written in any case
 //!     .default_of(Duration::from_secs(10))
-//!     .at_most(Duration::from_secs(30))           // whatever strangers say
+//!     .at_most(Duration::from_secs(30))           // the maximum that a header can set
 //!     .respond();
 //! let app: Router = Router::new().route("/", get(handler)).layer(deadline);
 //! ```
@@ -51,23 +52,24 @@
 //! | a deadline that another layer has set by its default or maximum | applies without a header | the same |
 //! | a deadline that the application has made itself | is replaced, also by a later one | the deadline of the application |
 //!
-//! The deadline is inserted in the extensions, less the time that is [kept back](DeadlineLayer::keep_back). The time
-//! that is left is written to the requested headers (for gRPC requests always `grpc-timeout`).
+//! The deadline is inserted in the extensions, less the time that is [reserved](DeadlineLayer::keep_back) for sending
+//! the response back. The time that is left is written to the requested headers (for gRPC requests always
+//! `grpc-timeout`).
 //!
-//! A call that is too late is not begun, and one under way is ended, to the last byte of its answer: a stream that
-//! may last needs no deadline, or a distant one.
+//! A call whose deadline has passed before it begins is rejected. A call in flight is ended at the deadline, up to the
+//! end of its response body. A call with a long stream therefore needs a late deadline, or none.
 //!
-//! # Who sees it
+//! # Layers that use the deadline
 //!
-//! | layer | |
+//! | layer | effect |
 //! |---|---|
-//! | `RetryLayer` | makes no attempt, and begins no wait, that would end too late |
-//! | `CircuitBreakerLayer` | admits no probe after the deadline, and lets no call wait for a verdict beyond it |
-//! | `ConcurrencyLimitLayer` | queues no longer, and begins nothing that is late |
+//! | `RetryLayer` | makes no attempt after the deadline, begins no delay that would exceed it, and ends an attempt without a response head at the deadline |
+//! | `CircuitBreakerLayer` | rejects calls after the deadline, also half-open probes; a call waits for the result of a probe only until the deadline |
+//! | `ConcurrencyLimitLayer` | rejects calls after the deadline; a call is queued only until the deadline |
 //! | [`TimeoutLayer`](crate::TimeoutLayer) | ends the attempt |
 //!
-//! Where a timeout is further in, a deadline layer need not keep the deadline itself:
-//! [`propagate_only`](DeadlineLayer::propagate_only) saves a timer and two wrappers a call.
+//! If there is an inner timeout layer, a deadline layer need not enforce the deadline itself:
+//! [`propagate_only`](DeadlineLayer::propagate_only) saves a timer and two wrappers for each call.
 //!
 //! # Source
 //!
@@ -85,12 +87,14 @@
 //!
 //! # In the stack
 //!
-//! Outermost, so that it counts for everything. Once more innermost where a header is to be said, so that it says what
-//! is left after waits and earlier attempts. On a server: outside of the concurrency limit.
+//! Put the layer outermost, so that it covers all other layers. If the time left is to be sent in a header, put a
+//! second one around the timeout layer, so that the header states the time left after earlier attempts and delays. On a
+//! server, put the layer outside of the concurrency limit.
 //!
 //! # Cancellation
 //!
-//! As a [timeout](crate::timeout)'s: what the call holds is given back as it ends.
+//! A call that ends at its deadline is dropped, as after a [timeout](crate::timeout#cancellation), and releases what
+//! inner layers hold for it.
 //!
 //! # Uploads
 //!
@@ -103,18 +107,18 @@
 //! | setting | default |
 //! |---|---|
 //! | [`default_of`](DeadlineLayer::default_of) | none |
-//! | [`at_most`](DeadlineLayer::at_most) | as `default_of` |
+//! | [`at_most`](DeadlineLayer::at_most) | the time of `default_of` |
 //! | [`keep_back`](DeadlineLayer::keep_back) | none |
 //! | [`header`](DeadlineLayer::header) | none; there is no standard |
-//! | late calls | an error ([`Rejected`](crate::Rejected), boxed) |
+//! | calls that are too late | fail with a boxed [`Rejected`](crate::Rejected) |
 //!
-//! # Beside tonic's
+//! # Comparison with tonic
 //!
-//! tonic's server and its channel also read `grpc-timeout`. They time the response head only, report `CANCELLED`, and
-//! forward no deadline. Their timers expire at the same time as those of the layers. A call that ends by its deadline
-//! is nevertheless always `DEADLINE_EXCEEDED` for the caller, and has the same outcome for every layer. A
-//! [`TimeoutLayer`](crate::TimeoutLayer), a `RetryLayer` and a deadline layer that keeps the deadline treat an error of
-//! the client or a `CANCELLED` of the server as the expiry of the deadline, if it arrives at most 1 ms before the
+//! The server and the channel of tonic also read `grpc-timeout`. They time the response head only, report `CANCELLED`,
+//! and forward no deadline. Their timers expire at the same time as those of the layers. A call that ends by its
+//! deadline is nevertheless always `DEADLINE_EXCEEDED` for the caller, and has the same outcome for every layer: a
+//! [`TimeoutLayer`](crate::TimeoutLayer), a `RetryLayer` and a deadline layer that enforces the deadline treat an error
+//! of the client or a `CANCELLED` of the server as the expiry of the deadline, if it arrives at most 1 ms before the
 //! deadline or later. A generated client receives this code with a [`RespondLayer`](crate::RespondLayer), or with the
 //! feature `tonic` or `tonic-health`.
 

@@ -1,4 +1,4 @@
-//! A deadline that is said, and left to others to keep.
+//! The deadline layer that does not enforce the deadline.
 
 use std::{
     fmt,
@@ -17,8 +17,8 @@ use super::{
 };
 use crate::{ConfigError, call::Moment, error::Fault};
 
-/// Gives every call one absolute deadline and tells the next hop what is left of it, and leaves it to the layers
-/// further in to keep it; made by [`DeadlineLayer::propagate_only`](super::DeadlineLayer::propagate_only).
+/// Sets one absolute deadline for every call and sends the time left to the next hop. Inner layers enforce the
+/// deadline. Made by [`DeadlineLayer::propagate_only`](super::DeadlineLayer::propagate_only).
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct PropagateLayer {
@@ -28,13 +28,15 @@ pub struct PropagateLayer {
 }
 
 impl PropagateLayer {
-    /// Changes the layer's times. It ends and refuses nothing, so that its snapshot is all zeroes.
+    /// Returns the handle of the layer, which changes its times. The layer rejects and ends no calls, so all counts of
+    /// its snapshot are zero.
     #[must_use]
     pub fn handle(&self) -> DeadlineHandle {
         self.handle.clone()
     }
 
-    /// As [`DeadlineLayer::checked`](super::DeadlineLayer::checked).
+    /// Returns the layer, or the error of its first invalid setting, as
+    /// [`DeadlineLayer::checked`](super::DeadlineLayer::checked) does.
     ///
     /// # Errors
     ///
@@ -62,7 +64,7 @@ impl fmt::Debug for PropagateLayer {
     }
 }
 
-/// The service of a [`PropagateLayer`]: its answers, errors and futures are those of what it wraps.
+/// The service of a [`PropagateLayer`]. Its response, error and future types are those of the wrapped service.
 #[derive(Clone)]
 pub struct Propagated<S> {
     inner: S,
@@ -71,7 +73,7 @@ pub struct Propagated<S> {
 }
 
 impl<S> Propagated<S> {
-    /// The wrapped service.
+    /// Returns a reference to the wrapped service.
     pub fn get_ref(&self) -> &S {
         &self.inner
     }

@@ -16,7 +16,7 @@ use crate::{
     timeout::{Phase, TimeoutHandle},
 };
 
-/// The times of a layer, in milliseconds; 0 is none.
+/// The settings of a layer in milliseconds, rounded up; 0 means none.
 #[derive(Debug, Default)]
 pub(super) struct Times {
     pub(super) default: AtomicU64,
@@ -98,25 +98,25 @@ impl Times {
     }
 }
 
-/// Looks at a deadline layer and changes its times, from outside of the stack.
+/// Reads the state of a deadline layer and changes its times, from outside of the stack.
 #[derive(Clone)]
 pub struct DeadlineHandle {
     pub(super) times: Arc<Times>,
     pub(super) inner: TimeoutHandle,
 }
 
-/// A deadline layer at one moment.
+/// A snapshot of a deadline layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DeadlineSnapshot {
-    /// How many calls were refused because their deadline had passed before they began.
+    /// The number of calls that were rejected because their deadline had passed before they began.
     pub refused: u64,
-    /// How many were ended because it passed with them under way.
+    /// The number of calls in flight that were ended at their deadline.
     pub ended: u64,
 }
 
 impl DeadlineHandle {
-    /// All there is to know at this moment.
+    /// Returns a snapshot of the layer.
     #[must_use]
     pub fn snapshot(&self) -> DeadlineSnapshot {
         let inner = self.inner.snapshot();
@@ -126,27 +126,29 @@ impl DeadlineHandle {
         }
     }
 
-    /// Another [default](super::DeadlineLayer::default_of) for the calls that begin from now on, or none.
+    /// Sets the [default](super::DeadlineLayer::default_of) for the calls that begin from now on, or none.
     ///
     /// # Errors
     ///
-    /// No time at all.
+    /// Fails if the time is zero.
     pub fn set_default(&self, time: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
         set(&self.times.default, above_zero("default_of", time.into())?);
         Ok(())
     }
 
-    /// Another [longest time](super::DeadlineLayer::at_most) that a header can give, likewise.
+    /// Sets the [maximum time](super::DeadlineLayer::at_most) of a header for the calls that begin from now on. With
+    /// `None`, the default is the maximum.
     ///
     /// # Errors
     ///
-    /// No time at all.
+    /// Fails if the time is zero.
     pub fn set_at_most(&self, time: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
         set(&self.times.longest, above_zero("at_most", time.into())?);
         Ok(())
     }
 
-    /// Another time that is [kept back](super::DeadlineLayer::keep_back), likewise.
+    /// Sets the time that is [reserved](super::DeadlineLayer::keep_back) for sending the response back, for the calls
+    /// that begin from now on.
     pub fn set_keep_back(&self, time: impl Into<Option<Duration>>) {
         set(&self.times.keep_back, time.into());
     }

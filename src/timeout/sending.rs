@@ -18,8 +18,8 @@
 //!
 //! The call does not miss the end of the body. It registers its waker under the lock and *then* reads the stage. The
 //! body changes the stage and *then* takes the waker under the lock. If the body takes the lock last, it finds the
-//! waker. If the call takes the lock last, the unlock by the body happens before its read of the stage, so it sees the
-//! change. A change of this file must preserve both orders.
+//! waker. If the call takes the lock last, the body's unlock happens before the call reads the stage, so the call sees
+//! the change. A change of this file must preserve both orders.
 //!
 //! `sent_late_at` is written after the stage has become `AnsweredAndSent`. A reader that sees this stage may find
 //! `None` and then uses the current time.
