@@ -19,12 +19,11 @@ use crate::{
     timeout::Timeout,
 };
 
-/// The recommended layers of a client, in their order, around any HTTP client. Outermost first: counters, deadline,
-/// retry, hedge, circuit breaker, concurrency limit, a second deadline layer that writes the time left for the next
-/// hop, timeouts.
+/// The recommended layers of a client, for any HTTP client. Outermost first: counters, deadline, retry, hedge, circuit
+/// breaker, concurrency limit, a second deadline layer that writes the time left for the next hop, timeouts.
 ///
-/// `buttress::client` puts it around a client with its own connections, and `buttress::grpc` around a tonic channel.
-/// The clones of a stack share its state.
+/// `buttress::client` puts the stack around a client with its own connections, and `buttress::grpc` puts it around a
+/// tonic channel. The clones of a stack share its state.
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct ClientStack {
@@ -37,14 +36,14 @@ pub struct ClientStack {
     forward: PropagateLayer,
     timeout: TimeoutLayer,
     now: Arc<Now<ClientConfig>>,
-    /// Of the one that [`client`](super::client) makes.
+    /// Only set in the stack that [`client`](super::client) makes.
     #[cfg(feature = "connect")]
     pub(super) connections: Option<crate::connect::ConnectLayer>,
-    /// The same, if it is to be probed.
+    /// Only set in the stack that [`client`](super::client) makes, and if `health_probe_uri` is set.
     pub(super) probe: Option<HealthProbeHandle>,
 }
 
-/// What a [`ClientStack`] makes of a client.
+/// The service of a [`ClientStack`].
 pub type ClientStackService<S> =
     Metered<Propagated<Retry<Hedge<CircuitBreaker<ConcurrencyLimit<Propagated<Timeout<S>>>>>>>>;
 
@@ -53,7 +52,7 @@ impl ClientStack {
     ///
     /// # Errors
     ///
-    /// What [`check`](ClientConfig::check) finds.
+    /// Returns the errors of [`check`](ClientConfig::check).
     pub fn new(config: &ClientConfig) -> Result<Self, ConfigErrors> {
         Self::over(config, RetryLayer::http())
     }
@@ -66,7 +65,7 @@ impl ClientStack {
         let forward = config.deadline.forward().checked().map_err(one)?;
         let mut stack = Self {
             meter: Meter::new(),
-            // The retry keeps it, and the timeouts.
+            // The retry and the timeout layer enforce the deadline.
             deadline: deadline.propagate_only(),
             retry: config.retry.layer_over(retry).map_err(one)?,
             hedge: config.hedge.layer().map_err(one)?,
@@ -89,7 +88,7 @@ impl ClientStack {
         Ok(stack)
     }
 
-    /// Looks at the stack and changes its settings.
+    /// Returns the handle of the stack, which reads its state and changes its settings.
     #[must_use]
     pub fn handle(&self) -> ClientHandle {
         ClientHandle { stack: self.clone() }
@@ -114,14 +113,14 @@ impl fmt::Debug for ClientStack {
     }
 }
 
-/// Looks at a client stack, and changes what can be changed while it runs.
+/// Reads the state of a client stack, and changes its settings while it is in use.
 #[derive(Clone, Debug)]
 pub struct ClientHandle {
     stack: ClientStack,
 }
 
 impl ClientHandle {
-    /// All there is to know at this moment.
+    /// Returns a snapshot of the stack.
     #[must_use]
     pub fn snapshot(&self) -> StackSnapshot {
         let stack = &self.stack;
@@ -149,7 +148,7 @@ impl ClientHandle {
         0
     }
 
-    /// The connections' own handle: all their figures, and to renew them. None unless
+    /// Returns the handle of the connections, which reads all their numbers and renews them. `None` unless
     /// [`client`](super::client) made the stack.
     #[cfg(feature = "connect")]
     #[cfg_attr(docsrs, doc(cfg(feature = "connect")))]
@@ -165,27 +164,27 @@ impl ClientHandle {
         self.stack.probe.clone()
     }
 
-    /// The circuit's own handle: to hold it open, or to wait for its next change.
+    /// Returns the handle of the circuit breaker, for example to hold the circuit open or to wait for its next change.
     #[must_use]
     pub fn breaker(&self) -> crate::breaker::CircuitBreakerHandle {
         self.stack.breaker.handle()
     }
 
-    /// The configuration as it is in force.
+    /// Returns the configuration in force.
     #[must_use]
     pub fn config(&self) -> ClientConfig {
         self.stack.now.config()
     }
 
-    /// Puts another configuration in force, for the calls that begin from now on, as far as the stack need not be
-    /// built anew for it. Gives back the keys that it would have to be built anew for: those stay as they are.
+    /// Applies another configuration to the calls that begin from now on. Returns the keys of the changed settings that
+    /// need a new stack. Those settings keep their values.
     ///
     /// No lock is held while the layers change, so wakers and event subscribers may use this handle. If another thread
     /// is in an update, that thread applies this one after its own, possibly after this method has returned.
     ///
     /// # Errors
     ///
-    /// What [`check`](ClientConfig::check) finds: then nothing is changed.
+    /// Returns the errors of [`check`](ClientConfig::check), and then changes nothing.
     pub fn update(&self, config: &ClientConfig) -> Result<Vec<&'static str>, ConfigErrors> {
         config.check()?;
         let next = |now: &ClientConfig| {
@@ -225,8 +224,12 @@ impl ClientHandle {
         Ok(())
     }
 
-    /// Checks the service's health by a request of yours, sent through this stack or beside it: a 2xx is well. What
-    /// was found is in the [snapshot](Self::snapshot) too.
+    /// Checks the health of the service by a request of the application, sent through this stack or not. A 2xx is
+    /// healthy. The [snapshot](Self::snapshot) also contains the result.
+    ///
+    /// # Cancellation
+    ///
+    /// Dropping the future drops the request. No result is recorded.
     pub async fn check_health<B, E>(
         &self,
         probe: impl Future<Output = Result<Response<B>, E>>,

@@ -46,10 +46,10 @@ type Inner<S> = RespondService<ClientStackService<IntoTonicBody<S>>>;
 ///
 /// # Errors
 ///
-/// Returns the errors of [`check`](ClientConfig::check), and an error for each setting that has no effect here and that the
-/// application has set: the settings of the connections, the health probe and `check_health`, because the channel makes
-/// its own connections, and `retry_unprocessed`, which lists HTTP statuses. `connect_timeout` is an exception: it states
-/// the timeout of the channel's `Endpoint`, with which `check` compares the other timeouts.
+/// Returns the errors of [`check`](ClientConfig::check), and an error for each setting that has no effect here and that
+/// the application has set: the settings of the connections, the health probe and `check_health`, because the channel
+/// makes its own connections, and `retry_unprocessed`, which lists HTTP statuses. `connect_timeout` is an exception: it
+/// states the timeout of the channel's `Endpoint`, with which `check` compares the other timeouts.
 pub fn grpc<S>(config: &ClientConfig, channel: S) -> Result<GrpcClient<S>, ConfigErrors>
 where
     S: Clone,

@@ -16,73 +16,73 @@ use crate::{
     limit::ConcurrencyLimitSnapshot,
 };
 
-/// A stack at one moment. What it does not have is none, or 0.
+/// A snapshot of a stack. Values of layers that the stack does not contain are `None` or 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StackSnapshot {
-    /// How many calls were begun.
+    /// The number of calls that have begun.
     pub total: u64,
-    /// How many are under way, each to the end of its response body.
+    /// The number of calls in flight. A call ends with its response body.
     pub in_flight: u64,
-    /// How many were answered.
+    /// The number of calls that have succeeded.
     pub successes: u64,
-    /// How many failed, after all their attempts.
+    /// The number of calls that have failed, after all their attempts.
     pub failures: u64,
     /// The number of throttled calls: 429, 529, `RESOURCE_EXHAUSTED`.
     pub throttled: u64,
-    /// How many their caller gave up.
+    /// The number of calls that their caller has cancelled.
     pub cancelled: u64,
-    /// How many a layer refused: an open circuit, a limit, a deadline that had passed.
+    /// The number of calls that a layer has rejected: an open circuit, a limit, or a deadline that had passed.
     pub refused: u64,
-    /// How many attempts took too long, in whatever phase, and how many calls their deadline ended.
+    /// The number of attempts that have timed out, in any phase, or that were ended by a deadline.
     pub timeouts: u64,
     /// The number of responses that released their permit because their client did not read them.
     pub unread: u64,
-    /// How many attempts were made beside first ones.
+    /// The number of retries.
     pub retries: u64,
-    /// How many second copies of slow calls were sent.
+    /// The number of hedge attempts.
     pub hedges: u64,
-    /// How often the circuit opened.
+    /// The number of times that the circuit has opened.
     pub breaker_opened: u64,
-    /// Where the circuit is.
+    /// The state of the circuit.
     pub breaker: Option<State>,
-    /// How many calls wait for their turn.
+    /// The number of calls that wait for a permit.
     pub waiting: u32,
-    /// How long a call took to its response head, or to its end without one, on average since the beginning;
-    /// refused ones apart.
+    /// The average latency of all calls so far, without rejected ones. A latency ends at the response head, or without
+    /// one at the end of the call. `None` before the first latency.
     pub average: Option<Duration>,
-    /// Within which time 99 of 100 calls had theirs, in the last minute or so.
+    /// The 99th percentile of the latencies of the last 30 to 60 s.
     pub p99: Option<Duration>,
-    /// How many connections are open.
+    /// The number of open connections.
     pub connections: usize,
-    /// What the health probe says.
+    /// The state of the health probe.
     pub probe: Option<ProbeState>,
-    /// Whether a call would be made now: no circuit is open, no probe says that the service is down.
+    /// Whether a call is admitted now: the circuit is not open, and the health probe is not down.
     pub healthy: bool,
-    /// The last check of its health, if there was one.
+    /// The result of the last health check. `None` before the first one.
     pub last_check: Option<HealthCheck>,
 }
 
-/// What a check of health found.
+/// The result of a health check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct HealthCheck {
-    /// What it found.
+    /// The health of the service.
     pub status: HealthStatus,
-    /// How long it took.
+    /// The duration of the check.
     pub took: Duration,
-    /// When it was over.
+    /// The end of the check.
     pub at: SystemTime,
 }
 
-/// How well a service is.
+/// The health of a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HealthStatus {
-    /// It answers.
+    /// The service responds with a 2xx.
     Healthy,
-    /// It answers; its circuit is not closed, or calls wait for their turn.
+    /// The service responds with a 2xx, but its circuit is half-open, or calls wait for a permit.
     Degraded,
-    /// It does not answer, its probe says that it is down, or its circuit is open.
+    /// The service does not respond with a 2xx, its health probe is down, or its circuit is open.
     Unhealthy,
 }
 
@@ -128,7 +128,7 @@ impl StackSnapshot {
         self
     }
 
-    /// What a service is that answers, or does not.
+    /// Returns the health of a service. `answers` states whether the health check succeeded.
     pub(super) fn status(&self, answers: bool) -> HealthStatus {
         match self.breaker {
             _ if !(answers && self.healthy) => HealthStatus::Unhealthy,
@@ -139,8 +139,9 @@ impl StackSnapshot {
     }
 }
 
-// ===== What a stack was told, and found out =====
+// ===== The shared state of a stack =====
 
+/// The configuration in force and the last health check.
 pub(super) struct Now<C> {
     config: Mutex<InForce<C>>,
     last_check: Mutex<Option<HealthCheck>>,
@@ -156,7 +157,8 @@ struct InForce<C> {
     is_applying: bool,
 }
 
-/// Ends the application of a configuration when a waker or a subscriber panics. Otherwise `update` forgets it.
+/// Clears `is_applying` when a waker or a subscriber panics in `apply`. `update` forgets the guard when it ends without
+/// a panic, because it then clears the flag itself, in the same lock as the check for a newer version.
 struct Applying<'a, C>(&'a Mutex<InForce<C>>);
 
 impl<C> Drop for Applying<'_, C> {
@@ -238,7 +240,7 @@ impl<C> Now<C> {
         *lock(&self.last_check)
     }
 
-    /// Runs a probe and notes what it found.
+    /// Awaits a health check and records its result.
     pub(super) async fn check<B, E>(
         &self,
         probe: impl Future<Output = Result<Response<B>, E>>,

@@ -35,7 +35,7 @@ type Connector = connect::TcpConnector;
 type Connections<B> = connect::Client<Connector, SendingBody<ReplayBody<ReplayBody<B>>>>;
 type Inner<B> = ClientStackService<HealthProbe<Connections<B>>>;
 
-/// An empty one is an empty body.
+/// The body type of health probes. An empty string is an empty body.
 type Empty = String;
 
 /// Returns the recommended client with the settings of this configuration: a [`ClientStack`] around a
@@ -83,7 +83,7 @@ where
     }
     if config.health_probe.uri.is_some() {
         stack.probe = Some(probe.handle());
-        // Over a connection of its own: one that hung calls cannot take.
+        // A probe has a separate connection, because calls that hang could occupy all others.
         let time = config.connect.timeout;
         let own = ConnectLayer::new().max_per_host(1).connect_timeout(time);
         drop(probe.layer(over::<Empty>(config, own)?));
@@ -92,7 +92,7 @@ where
     Ok(Client { service: stack.layer(inner), handle: stack.handle() })
 }
 
-/// hyper-util's client over these connections.
+/// Returns a client over these connections.
 fn over<B>(
     config: &ClientConfig,
     connections: ConnectLayer,
@@ -113,14 +113,14 @@ where
     Ok(client)
 }
 
-/// The recommended client: made by [`client`]. Clones share all of it.
+/// The recommended client, made by [`client`]. Clones share its connections and its state.
 pub struct Client<B: Body> {
     service: Inner<B>,
     handle: ClientHandle,
 }
 
 impl<B: Body> Client<B> {
-    /// Looks at the client and changes its settings.
+    /// Returns the handle of the client, which reads its state and changes its settings.
     #[must_use]
     pub fn handle(&self) -> ClientHandle {
         self.handle.clone()
@@ -177,7 +177,8 @@ where
     }
 }
 
-/// As much of a body, and for as long, as a connection is worth that is to stay.
+/// The bounds within which the body of a health check is drained, so that its connection can be reused: 64 KiB and 50
+/// ms.
 const READ_AWAY: usize = 64 * 1024;
 const READ_AWAY_FOR: Duration = Duration::from_millis(50);
 

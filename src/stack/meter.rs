@@ -1,4 +1,5 @@
-//! Counts what comes of whole calls, outermost: a layer of the one admission service that lets everything go.
+//! Counts the outcomes of whole calls. The meter is the outermost layer of a stack: an admission policy that admits
+//! every call.
 
 use std::{
     fmt,
@@ -24,20 +25,23 @@ use crate::{
     error::Fault,
 };
 
-/// What became of a stack's calls.
+/// The counters of the calls of a stack.
 pub struct Meter {
     clock: Clock,
     begun: AtomicU64,
-    /// By [`OutcomeKind`], and those that a layer refused.
+    /// The number of calls that have ended, by [`OutcomeKind`], without those that a layer has rejected.
     ended: [AtomicU64; 4],
+    /// The number of calls that a layer has rejected.
     refused: AtomicU64,
-    /// Up to the response head, or without one to the end.
+    /// The sum of the latencies in nanoseconds. A latency ends at the response head, or without one at the end of the
+    /// call.
     took: AtomicU64,
+    /// The number of latencies in the sum.
     timed: AtomicU64,
     recent: Mutex<Recent>,
 }
 
-/// What a [`Meter`] has counted.
+/// A snapshot of a [`Meter`].
 pub(super) struct Counted {
     pub(super) begun: u64,
     pub(super) successes: u64,
@@ -71,7 +75,8 @@ impl Meter {
     }
 
     pub(super) fn counted(&self) -> Counted {
-        // What ended before what began: never more of the former.
+        // The ended calls are read before the begun ones, because each call begins before it ends. In the other order,
+        // a call that begins and ends between the two reads would appear as ended only.
         let [successes, failures, throttled, cancelled] =
             [0, 1, 2, 3].map(|kind: usize| self.ended[kind].load(Relaxed));
         let refused = self.refused.load(Relaxed);
@@ -95,7 +100,7 @@ impl Meter {
 impl Finish for Meter {
     fn finish(&self, token: Token, outcome: Outcome) {
         if (outcome.kind(), outcome.reason()) == (OutcomeKind::Cancelled, Reason::Rejected) {
-            // It says nothing of how long calls take.
+            // A rejection is not a latency of the upstream, so it is not timed.
             self.refused.fetch_add(1, Relaxed);
             return;
         }
@@ -147,7 +152,7 @@ impl fmt::Debug for Meter {
     }
 }
 
-/// A service whose calls are counted: the outside of a [`ClientStack`](super::ClientStack) or a
+/// A service that counts its calls, the outermost service of a [`ClientStack`](super::ClientStack) or a
 /// [`ServerStack`](super::ServerStack).
 pub struct Metered<S, R = AsError> {
     admission: Admission<S, Shared<Meter>, Http, R>,

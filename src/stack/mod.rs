@@ -1,5 +1,5 @@
-//! The recommended stacks, each in one call: the public layers of this crate in the order that is right, out of one
-//! page of [settings](crate::config), with one handle.
+//! The recommended stacks: the public layers of this crate in the recommended order, made from one
+//! [configuration](crate::config), with one handle.
 //!
 //! ```
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -22,31 +22,33 @@
 //! With the feature `tonic`, `buttress::grpc` puts it around a tonic channel, for generated clients. The stack of a
 //! server is [`buttress::server`](server()), a layer for an axum router.
 //!
-//! # Which layers
+//! # The layers
 //!
 //! | a client, outermost first | a server |
 //! |---|---|
 //! | counters | counters |
-//! | [`DeadlineLayer`](crate::DeadlineLayer): all attempts and waits | [`DeadlineLayer`](crate::DeadlineLayer) |
+//! | [`DeadlineLayer`](crate::DeadlineLayer): the deadline of all attempts and delays | [`DeadlineLayer`](crate::DeadlineLayer) |
 //! | [`RetryLayer`](crate::RetryLayer) | |
 //! | [`HedgeLayer`](crate::HedgeLayer), off unless `hedge_after` or `hedge_percentile` is set | |
 //! | [`CircuitBreakerLayer`](crate::CircuitBreakerLayer) | |
 //! | [`ConcurrencyLimitLayer`](crate::ConcurrencyLimitLayer) | [`ConcurrencyLimitLayer`](crate::ConcurrencyLimitLayer) |
-//! | [`DeadlineLayer`](crate::DeadlineLayer): tells the next hop what is left | |
-//! | [`TimeoutLayer`](crate::TimeoutLayer): the times of an attempt | [`TimeoutLayer::server`](crate::TimeoutLayer::server) |
+//! | [`DeadlineLayer`](crate::DeadlineLayer): sends the time left to the next hop | |
+//! | [`TimeoutLayer`](crate::TimeoutLayer): the timeouts of an attempt | [`TimeoutLayer::server`](crate::TimeoutLayer::server) |
 //! | [`HealthProbeLayer`](crate::HealthProbeLayer), in `buttress::client` if `health_probe_uri` is set | |
 //! | the client | the routes |
 //!
-//! A layer that is off lets everything through: the type is the same.
+//! A layer that is off forwards every call. It stays in the stack, so the type of the stack does not depend on the
+//! configuration.
 //!
-//! # Changing it
+//! # Changes at runtime
 //!
-//! [`update`](ClientHandle::update) puts another configuration in force as far as that goes without building the stack
-//! anew, and gives back the keys of what does not.
+//! [`update`](ClientHandle::update) applies another configuration to a stack in use. It returns the keys of the
+//! settings that cannot change without a new stack.
 //!
 //! # Cost
 //!
-//! The counters read the clock twice a call and take one short lock; the rest is what the layers cost.
+//! The counters read the clock twice for each call and take one lock for a short time. Everything else is the cost of
+//! the layers.
 
 mod client;
 #[cfg(any(feature = "connect", feature = "tonic"))]

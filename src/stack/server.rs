@@ -15,8 +15,8 @@ use crate::{
     timeout::{AsIs, Timeout},
 };
 
-/// The recommended layers of a server, in their order, around its routes: outermost first counters, deadline,
-/// concurrency limit, timeouts. All of them answer with responses: the error type is left alone.
+/// The recommended layers of a server, for its routes. Outermost first: counters, deadline, concurrency limit,
+/// timeouts. All of them reject calls with responses, so the error type of the routes stays the same.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -30,24 +30,24 @@ use crate::{
 /// # Ok(()) }
 /// ```
 ///
-/// With the feature `axum` (tonic: `tonic-health`) the time of an answer begins when its request is here; else with
-/// the call, and long uploads need a longer `timeout_head`.
+/// With the feature `axum` (for tonic `tonic-health`), the timeout of the response head begins when the request has
+/// been received. Without it, the timeout begins with the call, and long uploads need a longer `timeout_head`.
 ///
 /// # Slow clients
 ///
 /// The call of a client that stops sending or reading releases its permit. A request body below `timeout_min_body_rate`
 /// (240 bytes per second after `timeout_body_grace`, 5 s) is ended. A response that its client does not read for
-/// `limit_max_unread` (60 s, or a quarter more) releases its permit, and fails if the client reads on; under
+/// `limit_max_unread` (60 s, or a quarter more) releases its permit. If the client reads on, the response fails; under
 /// `axum::serve` its connection remains. Both are off if the configuration is loaded with `streaming = true`, unless
-/// they are set. Event streams and WebSockets that the client reads stay open in any case. The stack watches only bodies
-/// of axum (feature `axum`) and of tonic (feature `tonic-health`) for the minimum rate.
+/// they are set. Event streams and WebSockets that the client reads stay open in any case. The minimum rate applies
+/// only to bodies of axum (feature `axum`) and of tonic (feature `tonic-health`).
 ///
 /// gRPC requests over HTTP/2 are exempt from the minimum rate, because their streams may be silent, and any client can
 /// send their content type. A server without a gRPC service should set `timeout_min_body_rate_for_grpc`; any other can
 /// bound every call with `deadline_default`.
 ///
-/// Health endpoints (`Health::endpoints`) belong outside of it. gRPC health calls need no permit where a
-/// [health registry](crate::Health) of the process serves them. One stack belongs to one layer and all its clones.
+/// Put health endpoints (`Health::endpoints`) outside of the stack. gRPC health calls need no permit if a
+/// [health registry](crate::Health) of the process serves them. The clones of a stack share its state.
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct ServerStack {
@@ -58,15 +58,15 @@ pub struct ServerStack {
     now: Arc<Now<ServerConfig>>,
 }
 
-/// What a [`ServerStack`] makes of a service.
+/// The service of a [`ServerStack`].
 pub type ServerStackService<S> =
     Metered<Propagated<ConcurrencyLimit<Timeout<S, AsIs, Respond>, Http, Respond>>, Respond>;
 
-/// The stack that this configuration says: a layer for an axum router, or any other HTTP service.
+/// Returns the stack of this configuration, a layer for an axum router or any other HTTP service.
 ///
 /// # Errors
 ///
-/// What [`check`](ServerConfig::check) finds.
+/// Returns the errors of [`check`](ServerConfig::check).
 pub fn server(config: &ServerConfig) -> Result<ServerStack, ConfigErrors> {
     config.check()?;
     let one = |error: ConfigError| ConfigErrors(vec![error]);
@@ -81,7 +81,7 @@ pub fn server(config: &ServerConfig) -> Result<ServerStack, ConfigErrors> {
     }
     Ok(ServerStack {
         meter: Meter::new(),
-        // The limit keeps it, and the timeouts.
+        // The limit and the timeout layer enforce the deadline.
         deadline: deadline.propagate_only(),
         limit: limit.respond(),
         timeout: timeout.respond(),
@@ -90,7 +90,7 @@ pub fn server(config: &ServerConfig) -> Result<ServerStack, ConfigErrors> {
 }
 
 impl ServerStack {
-    /// Looks at the stack and changes its settings.
+    /// Returns the handle of the stack, which reads its state and changes its settings.
     #[must_use]
     pub fn handle(&self) -> ServerHandle {
         ServerHandle { stack: self.clone() }
@@ -112,14 +112,14 @@ impl fmt::Debug for ServerStack {
     }
 }
 
-/// Looks at a server stack.
+/// Reads the state of a server stack, and changes its settings while it is in use.
 #[derive(Clone, Debug)]
 pub struct ServerHandle {
     stack: ServerStack,
 }
 
 impl ServerHandle {
-    /// All there is to know at this moment.
+    /// Returns a snapshot of the stack.
     #[must_use]
     pub fn snapshot(&self) -> StackSnapshot {
         let stack = &self.stack;
@@ -127,21 +127,21 @@ impl ServerHandle {
         StackSnapshot::of(stack.meter.counted(), stack.limit.handle().snapshot(), timeouts)
     }
 
-    /// The configuration as it is in force.
+    /// Returns the configuration in force.
     #[must_use]
     pub fn config(&self) -> ServerConfig {
         self.stack.now.config()
     }
 
-    /// Puts another configuration in force, for the calls that begin from now on, as far as the stack need not be
-    /// built anew for it. Gives back the keys that it would have to be built anew for: those stay as they are.
+    /// Applies another configuration to the calls that begin from now on. Returns the keys of the changed settings that
+    /// need a new stack. Those settings keep their values.
     ///
     /// No lock is held while the layers change, so wakers and event subscribers may use this handle. If another thread
     /// is in an update, that thread applies this one after its own, possibly after this method has returned.
     ///
     /// # Errors
     ///
-    /// What [`check`](ServerConfig::check) finds: then nothing is changed.
+    /// Returns the errors of [`check`](ServerConfig::check), and then changes nothing.
     pub fn update(&self, config: &ServerConfig) -> Result<Vec<&'static str>, ConfigErrors> {
         config.check()?;
         let next = |now: &ServerConfig| {
