@@ -1,4 +1,4 @@
-//! Which settings do not go together, and what to do about it.
+//! Checks each setting, and the settings against each other. Each error states the remedy.
 
 use std::{fmt::Display, time::Duration};
 
@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{ConfigError, redact};
 
-/// What is wrong, if anything is.
+/// A check of a configuration, which returns the errors that it finds.
 pub(super) type Rule<C> = fn(&C) -> Vec<ConfigError>;
 
 pub(super) const CLIENT: &[Rule<ClientConfig>] = &[
@@ -60,7 +60,7 @@ pub(super) const SERVER: &[Rule<ServerConfig>] = &[
     |c| settings_of_no_body_rate(&c.timeout),
 ];
 
-/// A layer's own error, which names its setter, under the name that the setting has here.
+/// Replaces the name of the setter in an error of a layer by the key of the setting.
 fn keyed(group: &dyn Group, error: Option<ConfigError>) -> Option<ConfigError> {
     let mut error = error?;
     let setter = error.field.strip_prefix("trip.").unwrap_or(error.field).replace('.', "_");
@@ -85,7 +85,7 @@ fn keyed(group: &dyn Group, error: Option<ConfigError>) -> Option<ConfigError> {
     Some(error)
 }
 
-/// Nobody sets parts of a millisecond.
+/// Returns a time as a text. Fractions of a millisecond are left out, except for a time below 1 ms.
 fn show(time: Duration) -> String {
     let whole = u64::try_from(time.as_millis()).map_or(time, Duration::from_millis);
     let time = if whole.is_zero() { time } else { whole };
@@ -96,7 +96,7 @@ fn conflict(field: &'static str, value: impl Display, remedy: String) -> Option<
     Some(ConfigError::new(field, format_args!("{value}"), remedy))
 }
 
-/// How long an attempt may take up to its head, and what says so.
+/// Returns the maximum time of an attempt up to its response head, and the key of the setting that determines it.
 fn attempt(c: &ClientConfig) -> Option<(Duration, &'static str)> {
     let bounds = [
         (c.timeout.head, "timeout_head"),
@@ -107,6 +107,7 @@ fn attempt(c: &ClientConfig) -> Option<(Duration, &'static str)> {
     bounds.into_iter().filter_map(|(time, name)| Some((time?, name))).min()
 }
 
+/// Rejects attempts whose timeouts exceed the deadline in total.
 fn attempts_beyond_the_deadline(c: &ClientConfig) -> Option<ConfigError> {
     let ((each, name), deadline) = (attempt(c)?, c.deadline.default?);
     let attempts = c.retry.attempts.max(1);
@@ -182,6 +183,7 @@ fn max_hedges_without_a_delay(c: &ClientConfig) -> Option<ConfigError> {
     conflict("hedge_max_hedges", hedges, remedy.to_owned())
 }
 
+/// Rejects a number of attempts with which a single call can open the circuit.
 fn attempts_beyond_the_threshold(c: &ClientConfig) -> Vec<ConfigError> {
     let attempts = c.retry.attempts;
     let share = c.breaker.failure_ratio.map(|_| c.breaker.min_calls);
@@ -200,6 +202,7 @@ fn attempts_beyond_the_threshold(c: &ClientConfig) -> Vec<ConfigError> {
         .collect()
 }
 
+/// Rejects a timeout of an attempt that is below the timeout of the connect, which is a part of the attempt.
 fn attempt_within_connecting(c: &ClientConfig) -> Option<ConfigError> {
     let ((each, name), connect) = (attempt(c)?, c.connect.timeout);
     if each >= connect {
@@ -214,18 +217,19 @@ fn attempt_within_connecting(c: &ClientConfig) -> Option<ConfigError> {
     conflict(name, show(each), remedy)
 }
 
+/// Rejects a reserved time that leaves a call no time before its deadline.
 fn nothing_left(deadline: &DeadlineConfig) -> Vec<ConfigError> {
-    // As the layer keeps them.
+    // The layer rounds times up to whole milliseconds.
     let whole = |time: Duration| time.as_nanos().div_ceil(1_000_000);
     let kept = deadline.keep_back.unwrap_or_default();
     let bounds = [("deadline_default", deadline.default), ("deadline_at_most", deadline.at_most)];
     let spent = bounds.into_iter().filter_map(|(key, time)| Some((key, time?)));
-    // A bound of nothing its own check has found.
+    // The check of the layer reports a bound of zero.
     let spent = spent.filter(|(_, time)| whole(*time) <= whole(kept) && !time.is_zero());
     spent
         .filter_map(|(key, time)| {
             let remedy = format!(
-                "of the {} that a call has (`{key}`) nothing would be left, and each would be rejected: keep less back, such as {}",
+                "it leaves a call nothing of its {} (`{key}`), so every call would be rejected: use less, such as {}",
                 show(time),
                 show(time / 10),
             );
@@ -234,6 +238,7 @@ fn nothing_left(deadline: &DeadlineConfig) -> Vec<ConfigError> {
         .collect()
 }
 
+/// Rejects a maximum wait for a permit that exceeds the deadline.
 fn queue_beyond_the_deadline(
     limit: &LimitConfig,
     deadline: &DeadlineConfig,
@@ -247,6 +252,7 @@ fn queue_beyond_the_deadline(
     conflict("limit_queue_wait", show(limit.queue_wait), remedy)
 }
 
+/// Rejects a maximum wait for a connection that exceeds the deadline.
 fn connection_wait_beyond_the_deadline(c: &ClientConfig) -> Option<ConfigError> {
     let (wait, deadline) = (c.connect.queue_wait, c.deadline.default?);
     if c.connect.queue == 0 || wait <= deadline {
@@ -259,6 +265,7 @@ fn connection_wait_beyond_the_deadline(c: &ClientConfig) -> Option<ConfigError> 
     conflict("connect_queue_wait", show(wait), remedy)
 }
 
+/// Rejects a maximum idle time that is not below the keep-alive time of the peer.
 fn idle_beyond_the_peers(c: &ClientConfig) -> Option<ConfigError> {
     let peer = c.connect.peer_keep_alive?;
     let idle = c.connect.max_idle;
@@ -274,8 +281,9 @@ fn idle_beyond_the_peers(c: &ClientConfig) -> Option<ConfigError> {
     conflict("connect_max_idle", idle.map_or_else(|| "off".to_owned(), show), remedy)
 }
 
+/// Rejects a retry budget that permits fewer than one retry in 10,000 calls.
 fn budget_that_never_pays(c: &ClientConfig) -> Option<ConfigError> {
-    // What is no budget at all its own check has found.
+    // The check of the layer reports an invalid budget.
     let retry = &c.retry;
     let valid = retry.budget_ratio > 0.0 && retry.budget_cap > 0;
     if retry.attempts <= 1 || !valid || retry.budget_per_second > 0 {
@@ -286,12 +294,13 @@ fn budget_that_never_pays(c: &ClientConfig) -> Option<ConfigError> {
         return None;
     }
     let remedy = format!(
-        "with nothing per second (`retry_budget_per_second`) the first retry is paid for after {calls} calls: use a ratio such as \
-         0.2, or 1 per second, or a `retry_attempts` of 1",
+        "without retries per second (`retry_budget_per_second`), the budget permits the first retry only after {calls} calls: \
+         use a ratio such as 0.2, or 1 per second, or a `retry_attempts` of 1",
     );
     conflict("retry_budget_ratio", retry.budget_ratio, remedy)
 }
 
+/// Rejects a timeout of a whole call if responses are long streams.
 fn total_on_a_stream(
     calls: &CallsConfig,
     timeout: &TimeoutConfig,
@@ -339,6 +348,7 @@ fn settings_of_no_body_rate(timeout: &TimeoutConfig) -> Vec<ConfigError> {
     settings.filter_map(|(_, key, value)| conflict(key, value, remedy.to_owned())).collect()
 }
 
+/// Rejects URIs of health checks that are not absolute.
 fn health_of_nowhere(c: &ClientConfig) -> Vec<ConfigError> {
     let whole = |uri: &str| http::Uri::try_from(uri).is_ok_and(|uri| uri.authority().is_some());
     let asked = c.check_health.uri.as_deref().filter(|uri| !whole(uri));
@@ -352,6 +362,8 @@ fn health_of_nowhere(c: &ClientConfig) -> Vec<ConfigError> {
     told.collect()
 }
 
+/// Rejects invalid settings of the connections. They are checked here, because `ConnectLayer` needs the feature
+/// `connect`.
 fn connections_of_none(c: &ClientConfig) -> Vec<ConfigError> {
     let connect = &c.connect;
     let numbers =

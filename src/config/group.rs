@@ -1,4 +1,5 @@
-//! A table of settings: one row has a name, a form, a default and a sentence. All else is made of these.
+//! The table of the settings of a layer. Each row has a name, a type, a default and a description. The struct, its
+//! serialization, its `Debug` output and the rows of `explain` are generated from the table.
 
 use serde::{Deserialize, Deserializer, de::Error};
 
@@ -8,13 +9,14 @@ use super::{
 };
 use crate::{ConfigError, redact};
 
-/// What is known of a setting beside its value.
+/// The description of a setting, without its value.
 #[derive(Debug)]
 pub struct Row {
-    /// Its one name: in files, in environments (there in capitals), in errors.
+    /// The name of the setting in files, in the environment (in capitals) and in errors.
     pub key: &'static str,
-    /// What it does.
+    /// The meaning of the setting, as `explain` prints it.
     pub doc: &'static str,
+    /// The form of the value, as errors state it.
     pub(super) wants: &'static str,
     /// Whether it can change while the stack runs.
     pub live: bool,
@@ -22,19 +24,19 @@ pub struct Row {
 
 /// The settings of one layer.
 pub trait Group {
-    /// The layer, as the documentation has it.
+    /// Returns the name of the layer in the output of `explain`.
     fn layer(&self) -> &'static str;
-    /// The common prefix of the keys of this layer.
+    /// Returns the common prefix of the keys of this layer.
     fn prefix(&self) -> &'static str;
     fn rows(&self) -> &'static [Row];
-    /// False: the value is not of that row's form.
+    /// Sets the setting of a row. Returns `false` if the value does not have the form of that setting.
     fn set(&mut self, row: usize, value: &Scalar) -> bool;
     fn get(&self, row: usize) -> Scalar;
-    /// Whether the layer does anything.
+    /// Returns whether the layer is on.
     fn is_on(&self) -> bool;
 }
 
-/// Reads a group that stands alone: its keys need no prefix.
+/// Reads the settings of a single layer. Their keys need no prefix.
 pub(super) fn fill<'de, D: Deserializer<'de>>(
     group: &mut dyn Group,
     prefix: &str,
@@ -63,14 +65,15 @@ pub(super) fn fill<'de, D: Deserializer<'de>>(
     Ok(())
 }
 
-/// Every setting without the prefix, and its value.
+/// Returns the key of every setting, without the prefix, and its value.
 pub(super) fn shown(group: &dyn Group, prefix: &str) -> Vec<(&'static str, Scalar)> {
     let rows = group.rows().iter().enumerate();
     rows.map(|(nth, row)| (row.key.strip_prefix(prefix).unwrap_or(row.key), group.get(nth)))
         .collect()
 }
 
-/// Makes a layer's settings out of a table. `live` ones can change while the stack runs, `fixed` ones cannot.
+/// Defines the settings of a layer by a table. Settings that are `live` can change while the stack is in use. Settings
+/// that are `fixed` cannot.
 macro_rules! group {
     (
         $(#[$doc:meta])*
@@ -84,7 +87,8 @@ macro_rules! group {
             $($(#[doc = $what])+ pub $field: $Type,)*
         }
 
-        /// As [`explain`](crate::config::ClientConfig::explain) shows the values: without [secrets](crate#secrets).
+        /// Prints the values as [`explain`](crate::config::ClientConfig::explain) does, without
+        /// [secrets](crate#secrets).
         impl ::std::fmt::Debug for $Name {
             fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
                 let mut all = f.debug_struct(stringify!($Name));

@@ -1,4 +1,4 @@
-//! The settings of each layer, and the layer they make.
+//! The settings of each layer, and the conversion into the layer.
 
 use std::time::Duration;
 
@@ -30,8 +30,8 @@ const fn ms(ms: u64) -> Duration {
 group! {
     /// The settings of a [`DeadlineLayer`].
     DeadlineConfig for "DeadlineLayer", prefix "deadline_", on |_| true;
-    /// The time of a call from its start to its deadline, if no header sets one; also the maximum of a header, unless
-    /// `deadline_at_most` is set.
+    /// The time of a call from its start to its deadline, if no header sets one; it is also the maximum of a header,
+    /// unless `deadline_at_most` is set.
     live default: Option<Duration> = None;
     /// The maximum time that a header can set; off: the default.
     live at_most: Option<Duration> = None;
@@ -42,11 +42,11 @@ group! {
 }
 
 impl DeadlineConfig {
-    /// The layer.
+    /// Returns the layer.
     ///
     /// # Errors
     ///
-    /// The first setting that cannot work.
+    /// Returns the error of the first invalid setting.
     pub fn layer(&self) -> Result<DeadlineLayer, ConfigError> {
         let mut layer = self.forward();
         if let Some(time) = self.default {
@@ -61,7 +61,7 @@ impl DeadlineConfig {
         layer.checked()
     }
 
-    /// What can change while it runs.
+    /// Applies the settings that can change while the layer is in use.
     pub(crate) fn update(&self, handle: &DeadlineHandle) -> Result<(), ConfigError> {
         handle.set_default(self.default)?;
         handle.set_at_most(self.at_most)?;
@@ -69,7 +69,7 @@ impl DeadlineConfig {
         Ok(())
     }
 
-    /// The one that only tells the next hop what is left.
+    /// Returns the layer with the header only, which writes the time left for the next hop.
     pub(crate) fn forward(&self) -> DeadlineLayer {
         let layer = DeadlineLayer::new();
         match &self.header {
@@ -82,26 +82,26 @@ impl DeadlineConfig {
 group! {
     /// The settings of a [`TimeoutLayer`].
     TimeoutConfig for "TimeoutLayer", prefix "timeout_", on |this| *this != Self::OFF;
-    /// Up to the response head, from when the request has been sent.
+    /// The timeout of the response head, from when the request has been sent.
     live head: Option<Duration> = Some(secs(30));
-    /// Up to the first frame of the response body, while it is asked for.
+    /// The timeout of the first frame of the response body, while the body is polled.
     live first_frame: Option<Duration> = Some(secs(60));
-    /// From one frame of the response body to the next, while it is asked for.
+    /// The timeout from one frame of the response body to the next, while the body is polled.
     live idle: Option<Duration> = Some(secs(60));
-    /// From one frame of the request body to the next, while it is asked for.
+    /// The timeout of each frame of the request body, while the body is polled.
     live sending: Option<Duration> = Some(secs(60));
-    /// From one frame of the request body being taken to the next being asked for; off: a server has its head's time.
+    /// The maximum time for which a request body is not polled; off: a server uses `timeout_head`.
     live taking: Option<Duration> = Some(secs(300));
     /// The minimum rate of a request body, in bytes per second.
     live min_body_rate: Option<u32> = None;
-    /// For how long a request body may keep its reader waiting before the minimum rate counts.
+    /// The time for which a request body may keep its reader waiting before the minimum rate counts.
     live body_grace: Duration = BODY_GRACE;
     /// Whether gRPC requests have to keep the minimum rate, too.
     live min_body_rate_for_grpc: bool = false;
-    /// The whole call, to the end of the response body; in a client each attempt.
+    /// The timeout of the whole call, to the end of the response body; in a client it applies to each attempt.
     live total: Option<Duration> = None;
-    /// The whole response, from when the request has been sent to the end of the response body; in a client of each
-    /// attempt.
+    /// The timeout of the whole response, from when the request has been sent to the end of the response body; in a
+    /// client it applies to each attempt.
     live response_total: Option<Duration> = None;
 }
 
@@ -121,14 +121,15 @@ impl TimeoutConfig {
         response_total: None,
     };
 
-    /// A server's: its response streams may be silent, its request bodies have a minimum rate.
+    /// Returns the settings of a server: request bodies have a minimum rate, and response bodies have no timeout,
+    /// because a stream may pause.
     #[must_use]
     pub fn server() -> Self {
         let (head, sending) = (Some(secs(30)), Some(secs(60)));
         Self { head, sending, min_body_rate: Some(240), ..Self::OFF }
     }
 
-    /// The times.
+    /// Returns the timeouts.
     #[must_use]
     pub fn timeouts(&self) -> Timeouts {
         Timeouts::new()
@@ -144,11 +145,11 @@ impl TimeoutConfig {
             .response_total(self.response_total)
     }
 
-    /// The layer.
+    /// Returns the layer.
     ///
     /// # Errors
     ///
-    /// The first setting that cannot work.
+    /// Returns the error of the first invalid setting.
     pub fn layer(&self) -> Result<TimeoutLayer, ConfigError> {
         TimeoutLayer::new(self.timeouts()).checked()
     }
@@ -190,11 +191,11 @@ group! {
 }
 
 impl RetryConfig {
-    /// The layer.
+    /// Returns the layer.
     ///
     /// # Errors
     ///
-    /// The first setting that cannot work.
+    /// Returns the error of the first invalid setting.
     pub fn layer(&self) -> Result<RetryLayer, ConfigError> {
         self.layer_over(RetryLayer::http())
     }
@@ -204,12 +205,13 @@ impl RetryConfig {
         let layer = self.apply(base);
         let Self { budget_ratio, budget_per_second, budget_cap, .. } = *self;
         let budget = RetryBudget::with(budget_ratio, budget_per_second, budget_cap);
-        // One that is not needed is not asked for; but attempts may become more while it runs.
+        // Without retries, an invalid budget is not an error. A valid budget is set nevertheless, because the number of
+        // attempts can increase while the layer is in use.
         let idle = self.attempts <= 1 && budget.check().is_err();
         if idle { layer } else { layer.budget(budget) }.checked()
     }
 
-    /// What can change while it runs.
+    /// Applies the settings that can change while the layer is in use.
     pub(crate) fn apply(&self, layer: RetryLayer) -> RetryLayer {
         layer
             .attempts(self.attempts)
@@ -229,7 +231,7 @@ impl RetryConfig {
 }
 
 group! {
-    /// The settings of a [`HedgeLayer`]. In a whole stack it is off unless a delay or a percentile is set.
+    /// The settings of a [`HedgeLayer`]. In a whole stack the layer is off unless a delay or a percentile is set.
     HedgeConfig for "HedgeLayer", prefix "hedge_", on |this| this.after.is_some() || this.percentile.is_some();
     /// The delay before a hedge attempt; off: the percentile determines it.
     fixed after: Option<Duration> = None;
@@ -254,11 +256,11 @@ impl HedgeConfig {
         Self { after: None, percentile: None, ..Self::default() }
     }
 
-    /// The layer; without a time or a percentile it lets everything through.
+    /// Returns the layer. Without a delay or a percentile it sends no hedge attempts.
     ///
     /// # Errors
     ///
-    /// The first setting that cannot work.
+    /// Returns the error of the first invalid setting.
     pub fn layer(&self) -> Result<HedgeLayer, ConfigError> {
         let Self { budget_ratio, budget_per_second, budget_cap, .. } = *self;
         let layer = match (self.after, self.percentile) {
@@ -276,10 +278,10 @@ impl HedgeConfig {
 // ===== Health =====
 
 group! {
-    /// The settings of a [`HealthProbeLayer`] that sends `GET` requests. In a whole client, which then is for one
-    /// service, it is off unless the URI is set.
+    /// The settings of a [`HealthProbeLayer`] that sends `GET` requests. In a whole client the layer is off unless the
+    /// URI is set; such a client is for a single service.
     HealthProbeConfig for "HealthProbeLayer", prefix "health_probe_", on |this| this.uri.is_some();
-    /// The URI that is probed in the background; in a whole client an absolute one. Calls are rejected while it is
+    /// The URI that is probed in the background, in a whole client an absolute one; calls are rejected while it is
     /// down.
     fixed uri: Option<String> = Some("/healthz".to_owned());
     /// The time from one probe to the next.
@@ -305,11 +307,11 @@ impl HealthProbeConfig {
         Self { uri: None, ..Self::default() }
     }
 
-    /// The layer, for services that take this body. Without a URI it asks for `/healthz`.
+    /// Returns the layer for services with this request body. Without a URI it probes `/healthz`.
     ///
     /// # Errors
     ///
-    /// The first setting that cannot work.
+    /// Returns the error of the first invalid setting.
     pub fn layer<B>(&self) -> Result<HealthProbeLayer<Get<B>>, ConfigError> {
         let layer = HealthProbeLayer::get(self.uri.as_deref().unwrap_or("/healthz"))
             .every(self.every)
@@ -331,35 +333,35 @@ group! {
     /// The settings of a [`CircuitBreakerLayer`].
     BreakerConfig for "CircuitBreakerLayer", prefix "breaker_",
         on |this| this.failures.is_some() || this.failure_ratio.is_some();
-    /// Opens after so many failures in a row.
+    /// The number of consecutive failures that opens the circuit.
     live failures: Option<u32> = Some(5);
-    /// Opens when such a share of the calls in the window failed.
+    /// The share of failed calls in the window that opens the circuit.
     live failure_ratio: Option<f64> = None;
-    /// The window of the ratio.
+    /// The time window of the failure ratio.
     fixed window: Duration = secs(10);
-    /// How many calls must be in the window.
+    /// The minimum number of calls in the window for the failure ratio to open the circuit.
     live min_calls: u32 = 20;
-    /// How long an open circuit refuses.
+    /// The time for which the circuit stays open before it is half-open.
     live open_for: Duration = secs(30);
-    /// If set, each trip in a row doubles that up to here.
+    /// The maximum of that time, which doubles with each consecutive trip; off: the time does not grow.
     live open_for_max: Option<Duration> = None;
-    /// How many probes a half-open circuit lets through.
+    /// The number of half-open probes; the circuit closes if all of them succeed.
     live half_open: u16 = 1;
-    /// The longest that a probe may take.
+    /// The maximum time of a half-open probe.
     live probe_lease: Duration = secs(30);
     /// The time after which a call that its caller ended counts as a failure, measured from when the request has been
     /// sent; off: never.
     live count_cancelled_after: Option<Duration> = Some(secs(1));
-    /// Over how long a circuit that has closed lets more and more calls through.
+    /// The time after the circuit has closed in which the share of admitted calls grows to 1.
     live ramp: Duration = Duration::ZERO;
 }
 
 impl BreakerConfig {
-    /// The layer; with neither rule it lets everything through.
+    /// Returns the layer. With neither a number nor a ratio of failures, its circuit is forced closed.
     ///
     /// # Errors
     ///
-    /// The first setting that cannot work.
+    /// Returns the error of the first invalid setting.
     pub fn layer(&self) -> Result<CircuitBreakerLayer, ConfigError> {
         if !self.is_on() {
             let layer = CircuitBreakerLayer::http();
@@ -377,18 +379,19 @@ impl BreakerConfig {
         Trip::any(run.into_iter().chain(share))
     }
 
-    /// Whether the rules are of the same kinds and windows, so that one's numbers can become the other's.
+    /// Returns whether the rules have the same kinds and windows, so that the thresholds of one can replace those of
+    /// the other.
     pub(crate) fn is_like(&self, other: &Self) -> bool {
         let window = |this: &Self| this.failure_ratio.map(|_| this.window);
         let kinds = |this: &Self| (this.failures.is_some(), window(this));
         kinds(self) == kinds(other)
     }
 
-    /// What can change while it runs.
+    /// Applies the settings that can change while the layer is in use.
     ///
     /// # Errors
     ///
-    /// Rules of another kind, which take a new layer.
+    /// Fails if the rules are of another kind, because they need a new layer.
     pub(crate) fn update(&self, layer: &CircuitBreakerLayer) -> Result<(), ConfigError> {
         drop(self.apply(layer.clone()));
         if self.is_on() { layer.handle().set_trip(&self.trip()) } else { Ok(()) }
@@ -413,36 +416,36 @@ impl BreakerConfig {
 group! {
     /// The settings of a [`ConcurrencyLimitLayer`].
     LimitConfig for "ConcurrencyLimitLayer", prefix "limit_", on |this| this.max.is_some();
-    /// How many calls there are at once.
+    /// The maximum number of calls in flight.
     live max: Option<u32> = Some(256);
-    /// How many more may wait for their turn.
+    /// The maximum number of calls that wait for a permit.
     live queue: u32 = 1024;
-    /// How long each of them may wait.
+    /// The maximum time for which a call waits for a permit.
     live queue_wait: Duration = secs(5);
-    /// After which time a response that its client does not read releases its permit.
+    /// The time after which a response that its client does not read releases its permit.
     live max_unread: Option<Duration> = None;
-    /// Whether gRPC health calls need no permit, where a health registry of the process serves them.
+    /// Whether gRPC health calls need no permit, if a health registry of the process serves them.
     live exempt_grpc_health: bool = true;
 }
 
 impl LimitConfig {
-    /// A client's: its calls of other servers' health take permits as any call does.
+    /// Returns the settings of a client: health calls need permits, because they are calls to another server.
     #[must_use]
     pub fn client() -> Self {
         Self { exempt_grpc_health: false, ..Self::default() }
     }
 
-    /// A server's: a response that is not read for 60 s releases its permit.
+    /// Returns the settings of a server: a response that is not read for 60 s releases its permit.
     #[must_use]
     pub fn server() -> Self {
         Self { max_unread: Some(secs(60)), ..Self::default() }
     }
 
-    /// The layer; without a number it lets everything through.
+    /// Returns the layer. Without a maximum it admits every call.
     ///
     /// # Errors
     ///
-    /// The first setting that cannot work.
+    /// Returns the error of the first invalid setting.
     pub fn layer(&self) -> Result<ConcurrencyLimitLayer, ConfigError> {
         self.apply(ConcurrencyLimitLayer::new(self.most())).checked()
     }
@@ -451,7 +454,7 @@ impl LimitConfig {
         self.max.unwrap_or(u32::MAX) as usize
     }
 
-    /// What can change while it runs, beside the number.
+    /// Applies the settings that can change while the layer is in use, except the maximum.
     pub(crate) fn apply<R>(
         &self,
         layer: ConcurrencyLimitLayer<Http, R>,
@@ -501,16 +504,17 @@ group! {
 
 #[cfg(feature = "connect")]
 impl ConnectConfig {
-    /// The layer.
+    /// Returns the layer.
     ///
     /// # Errors
     ///
-    /// The first setting that cannot work.
+    /// Returns the error of the first invalid setting.
     pub fn layer(&self) -> Result<ConnectLayer, ConfigError> {
         self.apply(ConnectLayer::new()).checked()
     }
 
-    /// The client over connections of such a layer, for hyper-util's or any other connector.
+    /// Returns the builder of a client over the connections of this layer, for the connector of hyper-util or another
+    /// one.
     pub fn client(&self, layer: ConnectLayer) -> ClientBuilder {
         let builder = connect::Client::builder(layer);
         let builder = match self.tcp_keepalive {
@@ -524,7 +528,7 @@ impl ConnectConfig {
         if self.http2_only { builder.http2_only() } else { builder }
     }
 
-    /// What can change while it runs.
+    /// Applies the settings that can change while the layer is in use.
     pub(crate) fn apply(&self, layer: ConnectLayer) -> ConnectLayer {
         let cap = |max: Option<u32>| max.map_or(usize::MAX, |max| max as usize);
         layer
@@ -550,7 +554,7 @@ group! {
 group! {
     /// The properties of the calls.
     CallsConfig for "calls", prefix "", on |_| true;
-    /// Whether responses are streams that may last: then no setting may bound the whole of a call. Loaded as true, it
-    /// turns off a server's `timeout_min_body_rate` and `limit_max_unread` where these are not set.
+    /// Whether responses are long streams, so that no setting may bound a whole call; if it is loaded as true,
+    /// `timeout_min_body_rate` and `limit_max_unread` of a server are off unless they are set.
     live streaming: bool = false;
 }

@@ -17,21 +17,21 @@ use super::{
 };
 use crate::{ConfigError, redact};
 
-/// Where a value came from.
+/// The origin of a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Origin {
-    /// Nobody said anything.
+    /// The default of the setting.
     Default,
-    /// A preset of this name.
+    /// The preset of this name.
     Preset(&'static str),
-    /// A file, or a text that was given as `TOML` or `JSON`.
+    /// The file of this name, or a text; then the name is `TOML` or `JSON`.
     File(String),
-    /// An environment variable of this name.
+    /// The environment variable of this name.
     Env(String),
-    /// The program itself.
+    /// The code of the application.
     Code,
-    /// The default where the setting of this key is on.
+    /// The default while the setting of this key is on.
     Implied(&'static str),
 }
 
@@ -48,7 +48,7 @@ impl fmt::Display for Origin {
     }
 }
 
-/// Everything that is wrong with a configuration.
+/// All errors of a configuration.
 ///
 /// `Debug` is equal to `Display`, because a `main` that returns this error prints its `Debug` output. The text lists
 /// the first 64 errors, and states how many more there are; [`iter`](Self::iter) returns all.
@@ -60,7 +60,7 @@ impl ConfigErrors {
         if errors.is_empty() { Ok(()) } else { Err(Self(errors)) }
     }
 
-    /// Each of them.
+    /// Returns an iterator over the errors.
     pub fn iter(&self) -> impl Iterator<Item = &ConfigError> {
         self.0.iter()
     }
@@ -89,7 +89,7 @@ impl fmt::Debug for ConfigErrors {
 
 impl std::error::Error for ConfigErrors {}
 
-/// The settings of a whole stack: what the loader fills.
+/// The settings of a whole stack, as the loader sets them.
 pub trait Stack: Default {
     /// `client` or `server`.
     const KIND: &'static str;
@@ -98,7 +98,7 @@ pub trait Stack: Default {
     /// The names of environment variables that are not keys.
     const ALIASES: &'static [Alias];
 
-    /// Its layers' settings, outermost first.
+    /// Returns the settings of the layers, outermost first.
     fn groups(&self) -> Vec<&dyn Group>;
     fn groups_mut(&mut self) -> Vec<&mut dyn Group>;
     fn named(&mut self, name: String, preset: Option<Preset>, origins: Origins);
@@ -107,7 +107,8 @@ pub trait Stack: Default {
     const OFF_FOR_STREAMS: &'static [&'static str];
 }
 
-/// What was said by whom, and how it looked then: a value that looks otherwise was changed by the program.
+/// The loaded values by key, with their origins. If the current value of a setting differs from the value here, the
+/// application has changed it.
 pub(super) type Origins = BTreeMap<&'static str, (Scalar, Origin)>;
 
 /// The key of [`CallsConfig`](super::CallsConfig)'s setting.
@@ -121,6 +122,7 @@ fn get(config: &impl Stack, key: &str) -> Option<Scalar> {
     })
 }
 
+/// A value that was loaded, before it is applied to the configuration.
 struct Said {
     key: String,
     value: Scalar,
@@ -141,7 +143,7 @@ struct Said {
 /// # Ok(()) }
 /// ```
 ///
-/// Its `Debug` output contains the names of settings and variables, and no values.
+/// The `Debug` output contains the names of settings and variables, and no values.
 #[must_use = "nothing is loaded before `finish`"]
 pub struct Loader<C> {
     name: String,
@@ -153,7 +155,7 @@ pub struct Loader<C> {
     of: PhantomData<fn() -> C>,
 }
 
-/// Without values: a variable with the prefix need not be a setting, and may be a password.
+/// Prints no values, because a variable with the prefix may be a password instead of a setting.
 impl<C> fmt::Debug for Loader<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Loader")
@@ -223,12 +225,8 @@ impl<C: Stack> Loader<C> {
                 let (origin, mut keys) = (Origin::File(name.to_owned()), BTreeSet::new());
                 for (key, value) in tree.flat() {
                     if !keys.insert(key.clone()) {
-                        // Of two forms of one key, such as a table's, none goes before the other.
-                        self.wrong(
-                            "key",
-                            &key,
-                            format!("is said twice: once is enough ({origin})"),
-                        );
+                        // Neither form of a key (in a table or not) precedes the other, so two forms are an error.
+                        self.wrong("key", &key, format!("set twice; set it only once ({origin})"));
                     }
                     self.said.push(Said { key, value, origin: origin.clone() });
                 }
@@ -364,8 +362,9 @@ impl<C: Stack> Loader<C> {
     ///
     /// # Errors
     ///
-    /// All files and values that cannot be read, and all unknown settings. The error of an unknown setting suggests a
-    /// key if the setting is a misspelling of it. Conflicts between settings are errors of `check`.
+    /// Returns an error for each file and value that cannot be read, and for each unknown setting. The error of an
+    /// unknown setting suggests a key if the setting is a misspelling of it. Conflicts between settings are errors of
+    /// `check`.
     pub fn finish(mut self) -> Result<C, ConfigErrors> {
         let mut config = C::default();
         let mut origins = Origins::new();
@@ -491,7 +490,8 @@ fn alias<C: Stack>(name: &str) -> Option<&'static Alias> {
     C::ALIASES.iter().find(|alias| alias.name == name)
 }
 
-/// How many letters have to be changed (Levenshtein). No longer part of a key is looked at than any key is long.
+/// Returns the number of letters that have to be changed (Levenshtein distance). Only the first 64 letters of `one` are
+/// used, to bound the work for long keys; every known key is shorter.
 fn distance(one: &str, other: &str) -> usize {
     let one: Vec<char> = one.chars().take(64).collect();
     let mut row: Vec<usize> = (0..=one.len()).collect();

@@ -1,4 +1,5 @@
-//! The settings of a whole stack from TOML, JSON or the environment: checked against each other, and explained.
+//! Loads the settings of a whole stack from TOML, JSON or the environment, checks them against each other and explains
+//! them.
 //!
 //! ```
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -1,14 +1,14 @@
 use std::fmt;
 
-/// Settings for a kind of service, in place of the defaults.
+/// Settings for a kind of service, which replace the defaults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Preset {
-    /// A service of one's own, near by: it answers in a second or not at all.
+    /// A service of the same operator in the same network, which responds within a second.
     Internal,
-    /// A slow or distant network.
+    /// A service with slow responses, or behind a slow network.
     Slow,
-    /// A provider of large language models: long until the first frame, then a stream.
+    /// A provider of large language models, whose first frame takes long and is followed by a stream.
     Llm,
 }
 
@@ -17,7 +17,7 @@ type Table = &'static [(&'static str, &'static str)];
 impl Preset {
     pub(crate) const ALL: [Self; 3] = [Self::Internal, Self::Slow, Self::Llm];
 
-    /// The preset's name: `internal`, `slow`, `llm`.
+    /// Returns the name of the preset: `internal`, `slow`, `llm`.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
         match self {

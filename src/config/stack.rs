@@ -15,17 +15,17 @@ use super::{
     value::{Scalar, Tree},
 };
 
-/// A setting that two configurations have different values of.
+/// A setting whose values differ between two configurations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Change {
-    /// Its key.
+    /// The key of the setting.
     pub key: &'static str,
     /// Whether it can change while the stack runs.
     pub live: bool,
 }
 
-/// Makes the settings of a whole stack out of those of its layers, outermost first.
+/// Defines the settings of a whole stack by those of its layers, outermost first.
 macro_rules! stack {
     (
         $(#[$doc:meta])*
@@ -37,7 +37,7 @@ macro_rules! stack {
         #[derive(Clone, Debug)]
         #[non_exhaustive]
         pub struct $Name {
-            /// What is called, as errors, events and the names of environment variables have it.
+            /// The name of the service in errors, events and the names of environment variables.
             pub name: String,
             $($(#[$what])+ pub $field: $Type,)*
             preset: Option<Preset>,
@@ -79,12 +79,12 @@ macro_rules! stack {
         }
 
         impl $Name {
-            /// Begins to load the settings of the service of this name.
+            /// Returns a loader of the settings of the service of this name.
             pub fn load(name: &str) -> Loader<Self> {
                 Loader::new(name)
             }
 
-            /// The settings that a TOML text says.
+            /// Loads the settings from a TOML text.
             ///
             /// # Errors
             ///
@@ -93,7 +93,7 @@ macro_rules! stack {
                 Self::load("").toml(text).finish()
             }
 
-            /// The settings that a JSON text says.
+            /// Loads the settings from a JSON text.
             ///
             /// # Errors
             ///
@@ -102,7 +102,7 @@ macro_rules! stack {
                 Self::load("").json(text).finish()
             }
 
-            /// The settings that the environment says for the service of this name.
+            /// Loads the settings of the service of this name from the environment.
             ///
             /// # Errors
             ///
@@ -111,37 +111,38 @@ macro_rules! stack {
                 Self::load(name).env().finish()
             }
 
-            /// A preset as it is.
+            /// Returns the configuration of a preset.
             #[must_use]
             pub fn preset(preset: Preset) -> Self {
                 Self::load("").preset(preset).finish().unwrap_or_default()
             }
 
-            /// Whether the settings can work, each by itself and all together.
+            /// Checks each setting, and the settings against each other.
             ///
             /// # Errors
             ///
-            /// Every one that cannot, and every two that do not go together, with what would be right.
+            /// Returns an error for each invalid setting and for each conflict between settings, with the remedy.
             pub fn check(&self) -> Result<(), ConfigErrors> {
                 let rules: &[Rule<Self>] = $rules;
                 ConfigErrors::none_of(rules.iter().flat_map(|rule| rule(self)).collect())
             }
 
-            /// The stack as it will be, outermost first, where each value came from, and which of them cannot
-            /// change while it runs. It contains no [secrets](crate#secrets): userinfo and queries of URIs are `***`.
+            /// Returns a text with every key, its value, the origin of the value and its meaning. The layers are in
+            /// their order, outermost first. The settings that cannot change while the stack is in use are marked. The
+            /// text contains no [secrets](crate#secrets): userinfo and queries of URIs are `***`.
             #[must_use]
             pub fn explain(&self) -> String {
                 Explained(self, &self.name, self.preset, &self.origins).to_string()
             }
 
-            /// Where the value of this key came from, if there is such a setting.
+            /// Returns the origin of the value of this key. `None` if there is no such setting.
             #[must_use]
             pub fn origin(&self, key: &str) -> Option<Origin> {
                 let (group, nth) = find(self, key)?;
                 Some(origin(&self.origins, &group.rows()[nth], &group.get(nth)))
             }
 
-            /// The settings whose values differ.
+            /// Returns the settings whose values differ in `other`.
             #[must_use]
             pub fn changes(&self, other: &Self) -> Vec<Change> {
                 let mut changed = Vec::new();
@@ -179,7 +180,7 @@ macro_rules! stack {
                 chosen
             }
 
-            /// Takes the name and these settings from another one, with where they came from.
+            /// Copies the name and the settings of these keys from another configuration, with their origins.
             pub(crate) fn keep(&mut self, other: &Self, keys: &[&str]) {
                 self.name.clone_from(&other.name);
                 self.origins.retain(|key, _| !keys.contains(key));
@@ -200,7 +201,7 @@ macro_rules! stack {
             }
         }
 
-        /// The values as they can be read again: a URI includes its userinfo and query.
+        /// Serializes the values in a form that can be loaded again. A URI includes its userinfo and query.
         impl Serialize for $Name {
             fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
                 let groups = self.groups().into_iter();
@@ -247,7 +248,7 @@ stack! {
     deadline: DeadlineConfig = DeadlineConfig::default();
     /// The concurrency limit.
     limit: LimitConfig = LimitConfig::server();
-    /// How long an answer may take.
+    /// The timeouts of a call.
     timeout: TimeoutConfig = TimeoutConfig::server();
     /// The properties of the calls.
     calls: CallsConfig = CallsConfig::default();
@@ -260,7 +261,8 @@ fn find<'a>(stack: &'a impl Stack, key: &str) -> Option<(&'a dyn Group, usize)> 
     })
 }
 
-/// As it was said, unless the program has changed it since.
+/// Returns the origin of the value `now` of a setting. It is the loaded origin, unless the application has changed the
+/// value since.
 fn origin(origins: &Origins, row: &Row, now: &Scalar) -> Origin {
     match origins.get(row.key) {
         Some((then, origin)) if then == now => origin.clone(),
@@ -299,7 +301,7 @@ impl<C: Stack> fmt::Display for Explained<'_, C> {
         if let Some(preset) = preset {
             write!(f, ", preset {preset}")?;
         }
-        writeln!(f, ", outermost first; what is marked * stays as it is while the stack runs")?;
+        writeln!(f, ", outermost first; settings marked * cannot change while the stack runs")?;
         let defaults = C::default();
         let widest = origins.values().map(|(_, origin)| origin.to_string().len()).max();
         let wide = widest.unwrap_or_default().max(16);

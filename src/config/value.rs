@@ -1,4 +1,4 @@
-//! Values as files and environments have them.
+//! The values of settings in files and in the environment.
 
 use std::{fmt, time::Duration};
 
@@ -10,8 +10,8 @@ use serde::{
 
 use crate::redact;
 
-/// One value, of whatever form it was written in. `Display` is the value itself, which may contain secrets.
-/// [`Scalar::redacted`] returns the text to show, and `Debug` is made of it.
+/// A single value in the form in which it was written. `Display` prints the value itself, which may contain secrets.
+/// `Debug` prints the text of [`Scalar::redacted`].
 #[derive(Clone, PartialEq)]
 pub enum Scalar {
     Bool(bool),
@@ -68,9 +68,9 @@ impl Serialize for Scalar {
     }
 }
 
-/// What a setting can be read from, and shown as.
+/// The conversion between the type of a setting and a [`Scalar`].
 pub(super) trait Setting: Sized {
-    /// What would be right.
+    /// The form of a valid value, as errors state it after "use".
     const WANTS: &'static str;
 
     fn read(value: &Scalar) -> Option<Self>;
@@ -204,9 +204,9 @@ macro_rules! whole_numbers {
 }
 whole_numbers!(u16, u32, u64, usize);
 
-// ===== Trees of them =====
+// ===== Tables of values =====
 
-/// A file's content: tables, and what is in them.
+/// The content of a file: a table of values and tables.
 #[derive(Clone, PartialEq)]
 pub(super) enum Tree {
     Leaf(Scalar),
@@ -214,7 +214,7 @@ pub(super) enum Tree {
 }
 
 impl Tree {
-    /// Every value with the path to it: `retry_attempts` for `attempts` in the table `retry`.
+    /// Returns every value with its path, such as `retry_attempts` for `attempts` in the table `retry`.
     pub(super) fn flat(self) -> Vec<(String, Scalar)> {
         let (mut open, mut flat) = (vec![(String::new(), self)], Vec::new());
         while let Some((path, tree)) = open.pop() {
@@ -274,7 +274,7 @@ impl<'de> Deserialize<'de> for Tree {
                 Ok(Tree::Leaf(Scalar::List(texts.join(", "))))
             }
 
-            /// JSON's `null`.
+            /// Reads the `null` of JSON as `off`.
             fn visit_unit<E>(self) -> Result<Tree, E> {
                 Ok(Tree::Leaf(Scalar::Text(OFF.to_owned())))
             }

@@ -181,7 +181,7 @@ impl<R> DeadlineLayer<R> {
 
 /// Reports an invalid setting in an event. No rejection reports it, because the layer lets calls through.
 pub(super) fn report(fault: &Fault) {
-    fault.report("deadline", "goes without that setting");
+    fault.report("deadline", "the setting is ignored");
 }
 
 impl<S, R: Clone> Layer<S> for DeadlineLayer<R> {

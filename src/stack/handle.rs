@@ -209,6 +209,8 @@ impl<C> Now<C> {
             now.is_applying = true;
             (before, result)
         };
+        // Applies the newest configuration until no further one has arrived meanwhile. `before` is the last
+        // configuration that the layers have accepted.
         let applying = Applying(&self.config);
         loop {
             let (config, version) = {

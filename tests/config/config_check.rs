@@ -109,8 +109,8 @@ fn a_deadline_of_which_nothing_is_left() {
     one(
         "deadline_default = '90s'\ndeadline_keep_back = '90s'",
         "deadline_default = '90s'\ndeadline_keep_back = '89s'",
-        "`deadline_keep_back` is 1m 30s: of the 1m 30s that a call has (`deadline_default`) nothing would be left, and each \
-         would be rejected: keep less back, such as 9s",
+        "`deadline_keep_back` is 1m 30s: it leaves a call nothing of its 1m 30s (`deadline_default`), so every call would be \
+         rejected: use less, such as 9s",
     );
     let server = "deadline_at_most = '1s'\ndeadline_keep_back = '999500us'";
     let told = ServerConfig::from_toml(server).unwrap().check().unwrap_err();
@@ -153,8 +153,8 @@ fn a_retry_budget_that_can_never_pay() {
     one(
         "retry_budget_ratio = 0.00001\nretry_budget_per_second = 0",
         "retry_budget_ratio = 0.00001\nretry_budget_per_second = 1",
-        "`retry_budget_ratio` is 0.00001: with nothing per second (`retry_budget_per_second`) the first retry is paid for \
-         after 100000 calls: use a ratio such as 0.2, or 1 per second, or a `retry_attempts` of 1",
+        "`retry_budget_ratio` is 0.00001: without retries per second (`retry_budget_per_second`), the budget permits the \
+         first retry only after 100000 calls: use a ratio such as 0.2, or 1 per second, or a `retry_attempts` of 1",
     );
     one(
         "retry_budget_cap = 0",

@@ -163,7 +163,7 @@ fn what_is_empty_or_no_utf_8_or_said_twice_is_told() {
         ("[retry]\nbudget_cap = 2\nbudget.cap = 2", "retry_budget_cap"),
     ] {
         let error = told(search().toml(twice));
-        assert_eq!(error, format!("`key` is {key}: is said twice: once is enough (file TOML)"));
+        assert_eq!(error, format!("`key` is {key}: set twice; set it only once (file TOML)"));
     }
     assert!(search().json(r#"{"limit_max": 1, "limit_max": 2}"#).finish().is_err());
     // In two files it is the later one's.
@@ -305,7 +305,7 @@ fn it_explains_the_stack_outermost_first_with_where_each_value_came_from() {
     config.breaker.open_for = secs(7);
     let told = config.explain();
     assert!(
-        told.starts_with("client `search`, preset llm, outermost first; what is marked * "),
+        told.starts_with("client `search`, preset llm, outermost first; settings marked * "),
         "{told}"
     );
     let at = |what: &str| told.find(what).unwrap_or_else(|| panic!("no {what} in\n{told}"));
@@ -329,10 +329,10 @@ fn it_explains_the_stack_outermost_first_with_where_each_value_came_from() {
     };
     assert_eq!(line("retry_attempts "), "retry_attempts 2 file TOML");
     assert_eq!(line("timeout_head "), "timeout_head 3m preset llm");
-    assert_eq!(line("timeout_idle "), "timeout_idle 45s code From");
-    assert_eq!(line("breaker_open_for "), "breaker_open_for 7s code How");
+    assert_eq!(line("timeout_idle "), "timeout_idle 45s code The");
+    assert_eq!(line("breaker_open_for "), "breaker_open_for 7s code The");
     assert_eq!(line("limit_max "), "limit_max off env SEARCH_HTTP_CLIENT_LIMIT_MAX");
-    assert_eq!(line("limit_queue "), "limit_queue 1024 default How");
+    assert_eq!(line("limit_queue "), "limit_queue 1024 default The");
     // One that no handle can change is marked, and no other.
     let marked: Vec<_> = told.lines().filter_map(|line| line.strip_prefix("* ")).collect();
     for (key, fixed) in
@@ -342,7 +342,10 @@ fn it_explains_the_stack_outermost_first_with_where_each_value_came_from() {
     }
     // However long a variable's name is, the sentences are below each other.
     let column = |what: &str| told.lines().find_map(|line| line.find(what)).unwrap();
-    assert_eq!(column("How many calls there are at once."), column("How many more may wait for"));
+    assert_eq!(
+        column("The maximum number of calls in"),
+        column("The maximum number of calls that wait")
+    );
     let server = ServerConfig::default().explain();
     assert!(server.starts_with("server, outermost first; ") && !server.contains("retry_"));
 }

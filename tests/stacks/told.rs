@@ -212,7 +212,7 @@ async fn a_layer_that_cannot_work_says_in_the_log_what_was_set_wrong() {
     let lenient = ServiceBuilder::new().layer(said).service(answers!(200, AT_ONCE));
     assert_eq!(call(lenient).await.unwrap().status(), 200);
     assert!(log.take()[0].starts_with(
-        "ERROR misconfigured: goes without that setting layer=\"deadline\" error=`header` is"
+        "ERROR misconfigured: the setting is ignored layer=\"deadline\" error=`header` is"
     ));
 }
 
