@@ -76,7 +76,8 @@ impl Meter {
 
     pub(super) fn counted(&self) -> Counted {
         // The ended calls are read before the begun ones, because each call begins before it ends. In the other order,
-        // a call that begins and ends between the two reads would appear as ended only.
+        // a call that begins and ends between the two reads would appear as ended only. The loads are `Relaxed`, so
+        // this order is not guaranteed; the snapshot therefore subtracts with saturation.
         let [successes, failures, throttled, cancelled] =
             [0, 1, 2, 3].map(|kind: usize| self.ended[kind].load(Relaxed));
         let refused = self.refused.load(Relaxed);

@@ -42,7 +42,7 @@ use crate::{
 /// they are set. Event streams and WebSockets that the client reads stay open in any case. The minimum rate applies
 /// only to bodies of axum (feature `axum`) and of tonic (feature `tonic-health`).
 ///
-/// gRPC requests over HTTP/2 are exempt from the minimum rate, because their streams may be silent, and any client can
+/// gRPC requests over HTTP/2 are exempt from the minimum rate, because their streams may pause, and any client can
 /// send their content type. A server without a gRPC service should set `timeout_min_body_rate_for_grpc`; any other can
 /// bound every call with `deadline_default`.
 ///

@@ -53,7 +53,7 @@ impl BodyRate {
     }
 
     /// Returns the rate that the body of this request has to keep. gRPC requests over HTTP/2 are exempt, because a
-    /// client stream may be silent for any time; so are tunnels. An upgraded connection of HTTP/1 is not a request
+    /// client stream may pause for any time; so are tunnels. An upgraded connection of HTTP/1 is not a request
     /// body.
     pub(super) fn of<B>(self, request: &Request<B>) -> Self {
         let is_exempt = || {
@@ -102,13 +102,13 @@ pub(super) struct Allowance {
     left_us: AtomicU64,
 }
 
-/// The maximum of an allowance where the silence of the body is not limited otherwise.
+/// The maximum of an allowance if there is no timeout for a body that is pending.
 const MAX_ALLOWANCE: Duration = Duration::from_secs(60);
 
 impl Allowance {
-    /// Returns the allowance of one body. `None` if its rate is not limited. `silence` is the maximum silence of the
-    /// body, and also the maximum of the allowance: a body that was fast so far may be silent for that long, but its
-    /// allowance does not grow beyond it.
+    /// Returns the allowance of one body. `None` if its rate is not limited. `silence` is the maximum time for which
+    /// the body may be pending, and also the maximum of the allowance: a body that was fast so far may pause for that
+    /// time, but not longer.
     pub(super) fn new(rate: BodyRate, silence: Limit) -> Option<Self> {
         let (min, grace) = (rate.min()?, rate.grace());
         let max = silence.time().unwrap_or(MAX_ALLOWANCE).max(grace);

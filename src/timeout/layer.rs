@@ -121,7 +121,7 @@ impl<M, R> TimeoutLayer<M, R> {
     }
 
     /// Sets whether gRPC requests have to keep the [minimum rate](Self::min_body_rate), too. Off by default, because a
-    /// client stream may be silent.
+    /// client stream may pause.
     pub fn min_body_rate_for_grpc(self, on: bool) -> Self {
         self.set(Timeouts::new().min_body_rate_for_grpc(on))
     }

@@ -42,7 +42,7 @@
 //! | phase | runs from | to |
 //! |---|---|---|
 //! | [`sending`](TimeoutLayer::sending) | a poll of the request body that is pending | the next frame; not used after the response head |
-//! | [`taking`](TimeoutLayer::taking) | a frame of the request body has been polled | the next poll of the body, or the response head; if another task polls the body, the time can be twice as long |
+//! | [`taking`](TimeoutLayer::taking) | the call, or a poll that returned a frame of the request body | the next poll of the body, or the response head; if another task polls the body, the time can be twice as long |
 //! | [`head`](TimeoutLayer::head) | the request has been sent | the response head |
 //! | [`first_frame`](TimeoutLayer::first_frame) | the first poll of the response body that is pending | the first frame |
 //! | [`idle`](TimeoutLayer::idle) | the same for each later frame | the next frame, or the end of the body |

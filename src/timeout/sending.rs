@@ -89,7 +89,7 @@ pub struct Sending {
     /// around.
     pace: AtomicU32,
     call: Mutex<Waiting>,
-    /// The maximum silence, until the response head.
+    /// The timeout of [`Phase::Sending`], used until the response head.
     limit: Limit,
     /// The allowance of the minimum rate, also after the response head.
     allowance: Option<Allowance>,
@@ -203,9 +203,9 @@ impl Sending {
     /// when the timeout `taking` expires.
     ///
     /// That time begins anew with each call of this method before which the pace has changed, or while the transport
-    /// waits for the body (odd pace). It keeps running while the pace is even and unchanged: the transport has polled a
-    /// frame and has not polled the body since. A poll of the body in another task does not wake the call, so the call
-    /// notices it only when its timer expires. The time can therefore be up to twice `taking`.
+    /// waits for the body (odd pace). It keeps running while the pace is even and unchanged: the transport has not
+    /// polled the body since the last frame, or not at all. A poll of the body in another task does not wake the call,
+    /// so the call notices it only when its timer expires. The time can therefore be up to twice `taking`.
     pub(super) fn poll(
         &self,
         taking: Option<Duration>,
@@ -256,7 +256,7 @@ impl Sending {
         self.call().sent_late_at
     }
 
-    /// Returns for how long the body may be silent now, and the phase that ends then.
+    /// Returns for how long the body may be pending now, and the phase whose timeout this is.
     fn max_silence(&self) -> (Option<Duration>, Phase) {
         if matches!(self.stage(), Stage::Stalled | Stage::TooSlow | Stage::TimedOut) {
             return (None, Phase::Sending);
@@ -389,7 +389,7 @@ impl<B: Body + 'static> Body for SendingBody<B> {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, BoxError>>> {
         let mut this = self.project();
-        // The bytes of a frame that is given in pieces are recorded with the first piece.
+        // The bytes of a frame that is split into pieces are recorded with the first piece.
         let is_new = this.rest.is_empty();
         let polled = match is_new {
             true => this.inner.as_mut().poll_frame(cx),

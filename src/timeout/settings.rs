@@ -160,7 +160,7 @@ impl Timeouts {
     }
 
     /// Sets whether gRPC requests have to keep the minimum rate, too. They are exempt by default, because a client
-    /// stream may be silent.
+    /// stream may pause.
     #[must_use]
     pub fn min_body_rate_for_grpc(mut self, on: bool) -> Self {
         self.body_rate.grpc = on.into();
@@ -428,7 +428,7 @@ pub(super) fn drop_by(
     }
 }
 
-/// Returns the rejection of a call whose request body was silent or too slow. The body has counted it.
+/// Returns the rejection of a call whose request body has stalled or was too slow. The body has counted it.
 pub(super) fn stalled(far: Far<State>, by: LayerKind, phase: Phase) -> Rejected {
     let label = far.get().and_then(|state| state.label.get().cloned());
     Rejected::by(by, RejectedKind::TimedOut(phase)).labelled(label)
