@@ -14,48 +14,49 @@ use crate::{
     call::{Indicator, Rejected, RejectedKind},
 };
 
-/// Looks at a concurrency limit and resizes it, from outside of the stack.
+/// A handle that observes and changes a concurrency limit.
 ///
-/// Clones see the same limit, and so do all services that the layer or a clone of it made.
+/// Clones refer to the same limit, as do all services that the layer or a clone of it made.
 #[derive(Clone)]
 pub struct ConcurrencyLimitHandle(pub(super) Limit);
 
-/// A concurrency limit at one moment.
+/// A snapshot of a concurrency limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ConcurrencyLimitSnapshot {
-    /// How many calls may be in flight at once.
+    /// The maximum number of calls in flight.
     pub limit: u32,
-    /// The last change of an adaptive limit, and why.
+    /// The last change of an adaptive limit, with its reason. `None` for a fixed limit, and before the first change.
     pub last_change: Option<Change>,
-    /// How many are, each to the end of its response body.
+    /// The number of calls in flight. By default a call is in flight to the end of its response body.
     pub in_flight: u32,
-    /// How many wait for their turn.
+    /// The number of calls in the queue.
     pub waiting: u32,
-    /// How many were refused because the limit was reached and there was no room to wait.
+    /// The number of calls rejected because the limit was reached and the queue was full or absent.
     pub refused_full: u64,
-    /// How many were refused after they had waited as long as they may.
+    /// The number of calls rejected because they had waited in the queue for the maximum time.
     pub refused_waited: u64,
-    /// How many were refused because their [deadline](crate::Deadline) had passed, waiting or not.
+    /// The number of calls rejected because their [deadline](crate::Deadline) had passed, in the queue or before it.
     pub refused_deadline: u64,
-    /// How many were refused because calls worth more took all there was.
+    /// The number of calls rejected because of their priority.
     pub refused_outranked: u64,
-    /// How many were let through in [shadow mode](ConcurrencyLimitHandle::shadow) that would have been refused.
+    /// The number of calls admitted in [shadow mode](ConcurrencyLimitHandle::shadow) that would have been rejected.
     pub shadowed: u64,
-    /// What half of those who waited in the last 30 to 60 s did not exceed, an eighth too much at most.
+    /// The median of the waiting times in the queue in the last 30 to 60 s, too high by an eighth or less. `None` if no
+    /// call waited.
     pub wait_p50: Option<Duration>,
-    /// What 99 of a hundred did not exceed.
+    /// The 99th percentile of the same waiting times.
     pub wait_p99: Option<Duration>,
-    /// How many exempt calls are in flight, beside the others.
+    /// The number of exempt calls in flight; [`in_flight`](Self::in_flight) does not contain them.
     pub exempt_in_flight: u32,
-    /// How many exempt calls there were.
+    /// The number of exempt calls since the limit was made.
     pub exempt: u64,
     /// The number of responses that released their permit because their client did not read them.
     pub unread: u64,
 }
 
 impl ConcurrencyLimitSnapshot {
-    /// How many were refused in all.
+    /// Returns the number of all rejected calls.
     #[must_use]
     pub const fn refused(&self) -> u64 {
         self.refused_full
@@ -66,7 +67,8 @@ impl ConcurrencyLimitSnapshot {
 }
 
 impl ConcurrencyLimitHandle {
-    /// All there is to know at this moment.
+    /// Returns a snapshot of the limit. Its numbers are read one after the other, so they may differ by concurrent
+    /// calls.
     #[must_use]
     pub fn snapshot(&self) -> ConcurrencyLimitSnapshot {
         let (exempt, exempt_in_flight) = self.0.exempt();
@@ -88,34 +90,35 @@ impl ConcurrencyLimitHandle {
         }
     }
 
-    /// How many calls are in flight, each to the end of its response body.
+    /// Returns the number of calls in flight. By default a call is in flight to the end of its response body.
     #[must_use]
     pub fn in_flight(&self) -> u32 {
         self.0.in_flight()
     }
 
-    /// A place for something that is not a call under the layer, if there is room and nobody waits: for a
-    /// WebSocket that is to be closed with code 1013 rather than refused, for work in the background.
+    /// Acquires a permit for work that is not a call of the layer, if a permit is free and the queue is empty. Use it
+    /// for a WebSocket that is to be closed with code 1013 instead of rejected, or for background work.
     ///
     /// # Errors
     ///
-    /// There is none: told, and counted, as a call's refusal is.
+    /// Returns a [`Rejected`] if no permit can be acquired at once. The rejection is counted like that of a call.
     pub fn try_acquire(&self) -> Result<HeldPlace, Rejected> {
         let entered = self.0.try_enter();
         let token = entered.map_or_else(|| self.0.turn_away(RejectedKind::Full), Ok)?;
         Ok(HeldPlace::own(self.0.permit(token)))
     }
 
-    /// A place, at once or in its turn: it waits in the queue as a call does. Dropping the future gives the
-    /// turn back.
+    /// Acquires a permit, at once or after waiting in the queue like a call. Dropping the future removes its queue
+    /// entry.
     ///
     /// # Errors
     ///
-    /// There is none, and there is no room to wait; or the wait was too long.
+    /// Returns a [`Rejected`] if the limit is reached and the queue is full or absent, or if the maximum waiting time
+    /// has passed.
     ///
     /// # Panics
     ///
-    /// As a call that has to wait does: outside of a Tokio runtime with timers.
+    /// Panics outside of a Tokio runtime with timers, if it has to wait.
     pub async fn acquire(&self) -> Result<HeldPlace, Rejected> {
         let token = match self.0.enter_as(Claim::default()) {
             Ok(Entry::In(token)) => token,
@@ -128,32 +131,35 @@ impl ConcurrencyLimitHandle {
         Ok(HeldPlace::own(self.0.permit(token)))
     }
 
-    /// What this share, of 0 to 1, of those who waited in the last 30 to 60 s did not exceed, an eighth too
-    /// much at most; both those whose turn came and those who waited in vain. None if nobody waited.
+    /// Returns a percentile of the waiting times in the queue in the last 30 to 60 s. `share` is from 0 to 1: with
+    /// 0.99, 99 % of the waits were not longer than the result. The result is too high by an eighth or less. It
+    /// includes the calls that were rejected after waiting for the maximum time or to their deadline. `None` if no call
+    /// waited.
     #[must_use]
     pub fn wait_percentile(&self, share: f64) -> Option<Duration> {
         self.0.wait(share)
     }
 
-    // ===== Changing it while calls are under way =====
+    // ===== Changes at run time =====
 
-    /// Resizes the limit: a higher one lets waiters in at once, a lower one takes effect as calls end.
-    /// An adaptive one goes on from there, within its bounds.
+    /// Sets the limit. A higher limit admits queued calls at once; a lower one takes effect as calls end. An adaptive
+    /// limit continues from this value, within its bounds.
     ///
     /// # Errors
     ///
-    /// Zero, or more than `u32::MAX`; or the algorithm of an adaptive limit panicked, and the limit keeps its value.
+    /// Returns an error if the limit is zero or more than `u32::MAX`, or if the algorithm of an adaptive limit
+    /// panicked; then the limit keeps its value.
     pub fn set_limit(&self, limit: usize) -> Result<(), ConfigError> {
         let panicked = || ConfigError::new("limit", limit, ALGORITHM_PANICKED);
         self.0.set_limit(checked(limit)?).ok_or_else(panicked)
     }
 
-    /// Gives an adaptive limit other bounds; what it has learnt it keeps.
+    /// Sets the bounds of an adaptive limit. The algorithm keeps the state that it has learnt.
     ///
     /// # Errors
     ///
-    /// Invalid bounds; a fixed limit, or an algorithm without bounds; or the algorithm panicked, and the limit keeps
-    /// its value.
+    /// Returns an error if the bounds are invalid, if the limit is fixed or its algorithm has no bounds, or if the
+    /// algorithm panicked; then the limit keeps its value.
     pub fn set_bounds(&self, bounds: RangeInclusive<usize>) -> Result<(), ConfigError> {
         let within = checked_bounds(bounds.clone())?;
         let remedy = match self.0.set_bounds(within) {
@@ -164,59 +170,62 @@ impl ConcurrencyLimitHandle {
         Err(ConfigError::new("adaptive.bounds", bounds, remedy))
     }
 
-    /// Changes the queue as [`queue`](crate::ConcurrencyLimitLayer::queue) does. Who waits already stays, also
-    /// in a queue that is too long now, for as long as it was told then.
+    /// Sets the length of the queue and the maximum wait, as [`queue`](crate::ConcurrencyLimitLayer::queue) does. Calls
+    /// that wait already keep their queue entries, even if the queue is longer than the new length, and the maximum
+    /// wait with which they joined.
     ///
     /// # Errors
     ///
-    /// As there.
+    /// Returns an error for the values that [`queue`](crate::ConcurrencyLimitLayer::queue) rejects.
     pub fn set_queue(&self, length: usize, longest_wait: Duration) -> Result<(), ConfigError> {
         self.0.set_queue(checked_queue(length, longest_wait)?, longest_wait);
         Ok(())
     }
 
-    /// Changes whose turn it is next, also of those who wait already.
+    /// Sets the queue order. It also applies to the calls that wait already.
     ///
     /// # Errors
     ///
-    /// An adaptive order with a time of zero.
+    /// Returns an error for an adaptive order with a time of zero.
     pub fn set_queue_order(&self, order: QueueOrder) -> Result<(), ConfigError> {
         self.0.set_order(checked_order(order)?);
         Ok(())
     }
 
-    /// Changes what a refused call is told of when to come back.
+    /// Sets the `Retry-After` hint of rejections, as [`retry_after`](crate::ConcurrencyLimitLayer::retry_after) does.
     pub fn set_retry_after(&self, after: Duration) {
         self.0.set_retry_after(after);
     }
 
-    /// Changes the time after which a response that its client does not read releases its permit, as
-    /// [`max_unread`](crate::ConcurrencyLimitLayer::max_unread) does, for responses that begin from now on.
+    /// Sets the time after which a response that its client does not read releases its permit, as
+    /// [`max_unread`](crate::ConcurrencyLimitLayer::max_unread) does. It applies to responses that begin after this
+    /// call.
     ///
     /// # Errors
     ///
-    /// A time of zero.
+    /// Returns an error for a time of zero.
     pub fn set_max_unread(&self, time: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
         self.0.set_max_unread(checked_max_unread(time.into())?);
         Ok(())
     }
 
-    /// Changes whether health calls need no permit, as
+    /// Sets whether health calls need no permit, as
     /// [`exempt_grpc_health`](crate::ConcurrencyLimitLayer::exempt_grpc_health) does.
     pub fn set_exempt_grpc_health(&self, on: bool) {
         self.0.set_exempts_health(on);
     }
 
-    /// Shadow mode, on or off: nobody is refused and nobody waits, and
-    /// [`shadowed`](ConcurrencyLimitSnapshot::shadowed) counts who would have been refused, were there no
-    /// queue. Those are not counted as in flight, so that the others are who the limit would have let in.
+    /// Turns shadow mode on or off. In shadow mode no call is rejected and no call waits.
+    /// [`shadowed`](ConcurrencyLimitSnapshot::shadowed) counts the calls that a limit without a queue would have
+    /// rejected. These calls are not counted as in flight, so that the other calls are those that the limit would have
+    /// admitted.
     pub fn shadow(&self, on: bool) {
         self.0.set_shadow(on);
     }
 }
 
 impl Indicator for ConcurrencyLimitHandle {
-    /// Not well while as many calls are in flight as may be.
+    /// Reports the limit as unhealthy while it is reached.
     fn indicate(&self) -> Result<(), String> {
         let limit = self.0.limit();
         match self.in_flight() {
@@ -228,7 +237,7 @@ impl Indicator for ConcurrencyLimitHandle {
 
 const ALGORITHM_PANICKED: &str = "the adaptive algorithm panicked: use one that does not";
 
-// ===== What can be right =====
+// ===== Validation =====
 
 pub(super) fn checked(limit: usize) -> Result<u32, ConfigError> {
     match u32::try_from(limit) {

@@ -16,10 +16,9 @@ use crate::{
 };
 
 admission_layer! {
-    /// Lets so many calls be in flight at once, each to the end of its response body.
+    /// Limits the number of calls in flight. Each call holds its permit to the end of its response body.
     ///
-    /// One limit belongs to one layer and all its clones, however often the layer is applied. See the
-    /// [module](crate::limit).
+    /// A layer and all its clones share one limit, however often the layer is applied. See the [module](crate::limit).
     layer ConcurrencyLimitLayer {}
     /// The service of a [`ConcurrencyLimitLayer`].
     service ConcurrencyLimit []
@@ -27,15 +26,15 @@ admission_layer! {
 }
 
 impl ConcurrencyLimitLayer {
-    /// At most `limit` calls at once, 1 or more. What comes beyond is refused at once, unless
-    /// [`queue`](Self::queue) lets it wait.
+    /// Creates a layer with a fixed limit: the maximum number of calls in flight, 1 or more. Further calls are rejected
+    /// at once, unless there is a [`queue`](Self::queue).
     pub fn new(limit: usize) -> Self {
         let checked = checked(limit);
         let policy = Limit::fixed(*checked.as_ref().unwrap_or(&0));
         Self { plan: Plan { policy, protocol: Http, reject: AsError, fault: checked.err().into() } }
     }
 
-    /// As many calls at once as `algorithm` finds right: [`Knee`](super::adaptive::Knee), if in doubt.
+    /// Creates a layer whose limit is determined by `algorithm`. [`Knee`](super::adaptive::Knee) is recommended.
     ///
     /// An admitted call reads the clock twice and takes a short lock once.
     ///
@@ -53,10 +52,11 @@ impl ConcurrencyLimitLayer {
 }
 
 impl<M, R> ConcurrencyLimitLayer<M, R> {
-    /// Lets up to `length` calls wait for their turn, first come first served unless
-    /// [`queue_order`](Self::queue_order) says otherwise, each for `longest_wait`
-    /// (1 ms or more, in whole milliseconds) and no longer. A length of 0 is the default: nobody waits. More than
-    /// 2147483647 cannot.
+    /// Sets the maximum number of calls in the queue and the maximum time that each of them waits. The queue is first
+    /// in, first out, unless [`queue_order`](Self::queue_order) sets another order.
+    ///
+    /// `length` is 0 to 2147483647; 0, the default, means no queue. With a queue, `longest_wait` must be 1 ms or more;
+    /// it is rounded down to whole milliseconds.
     ///
     /// # Panics
     ///
@@ -69,8 +69,8 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
         self
     }
 
-    /// Whose turn it is, of those who wait: who came first by default. The time of an adaptive order is
-    /// above zero.
+    /// Sets the order in which queued calls acquire permits: first in, first out by default. The time of an adaptive
+    /// order must be above zero.
     pub fn queue_order(mut self, order: QueueOrder) -> Self {
         if let Some(order) = self.plan.accept(checked_order(order)) {
             self.plan.policy.set_order(order);
@@ -78,21 +78,21 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
         self
     }
 
-    /// What a refused call is told of when to come back: 1 s by default.
+    /// Sets the `Retry-After` hint of rejections; 1 s by default. A rejection for a passed deadline carries no hint.
     pub fn retry_after(self, after: Duration) -> Self {
         self.plan.policy.set_retry_after(after);
         self
     }
 
-    /// Frees a call's place when its response head is here, instead of at the end of the body.
+    /// Releases the permit of a call at its response head, instead of at the end of the body.
     pub fn release_at_head(self) -> Self {
         self.plan.policy.release_at_head();
         self
     }
 
-    /// Lets an adaptive limit measure calls to the end of the response body, instead of to its head: where
-    /// the body is the work, and for streams that go on for much longer than their heads take. A fixed limit
-    /// measures nothing.
+    /// Lets an adaptive limit measure calls to the end of the response body, instead of to the response head. Use it
+    /// where the body is the main work, and for streams that last much longer than their heads take. It has no effect
+    /// on a fixed limit, which measures nothing.
     pub fn until_body_end(self) -> Self {
         if let Some(adaptive) = self.plan.policy.adaptive() {
             adaptive.until_body_end();
@@ -102,8 +102,8 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
 
     /// Sets the time after which a call that its caller ended, by a hang-up or by its deadline, counts as a drop for an
     /// adaptive limit. The time starts when the upstream has the complete request, and only a call without a response
-    /// head counts. Before this time such a call is neutral. 1 s by default; must be above zero. `None` never counts
-    /// such a call.
+    /// head counts. Before this time such a call is neutral. 1 s by default; must be above zero. With `None`, such a
+    /// call never counts.
     ///
     /// A fixed limit does not use outcomes, so a time is a [`ConfigError`](crate::ConfigError) there.
     pub fn count_cancelled_after(mut self, time: impl Into<Option<Duration>>) -> Self {
@@ -124,22 +124,23 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
         self
     }
 
-    /// Sets the time after which a response that its client does not read releases its permit; above zero, in whole
-    /// milliseconds. `None`, which is the default: a response holds its permit for as long as it is not read.
+    /// Sets the time after which a response that its client does not read releases its permit. The time must be above
+    /// zero and is rounded down to whole milliseconds, to 1 ms or more. With `None`, the default, an unread response
+    /// holds its permit.
     ///
-    /// The time runs while the transport does not poll a response body that has more to give: its buffers are full. It
-    /// may be exceeded by a quarter. A body without a frame for its reader waits for its producer, so that an idle
-    /// stream that the client reads stays open. A frame of more than 1 MiB has the time once more for each MiB. For a
-    /// client that reads slowly, the time must be longer than it takes to read the buffers of the transport: up to a
-    /// few megabytes for HTTP/1, and a stream's window for HTTP/2.
+    /// The time runs while the response body has not ended and the transport does not poll it, because its buffers are
+    /// full. It may be exceeded by a quarter. While the body has no frame ready, it waits for its producer and the time
+    /// does not run, so an idle stream that the client reads keeps its permit. A frame of more than 1 MiB has the time
+    /// once more for each MiB. For a client that reads slowly, the time must be longer than it takes to read the
+    /// buffers of the transport: up to a few megabytes for HTTP/1, and a stream's window for HTTP/2.
     ///
-    /// The call then counts in [`unread`](super::ConcurrencyLimitSnapshot::unread). The connection remains open, and
-    /// with it the response: only the server can close it, as `Lifecycle::serve` does. If the client reads on, an
+    /// The call is then counted in [`unread`](super::ConcurrencyLimitSnapshot::unread). The connection and the response
+    /// remain open: only the server can close the connection, as `Lifecycle::serve` does. If the client reads on, an
     /// inner [`TimeoutLayer`](crate::TimeoutLayer) fails the body; without one the response continues without a permit.
     ///
-    /// The setting holds for responses that begin from now on, up to about a million at once. It has no effect with
-    /// [`release_at_head`](Self::release_at_head), [`upgrades`](Self::upgrades) and services whose responses have no
-    /// body. A task on the runtime of the calls watches the responses. It ends when there are none.
+    /// The setting applies to responses that begin after it is set, to about a million at a time. It has no effect with
+    /// [`release_at_head`](Self::release_at_head), with [`upgrades`](Self::upgrades), and for services whose responses
+    /// have no body. A task on the runtime of the calls watches the responses; the task ends when there are none.
     pub fn max_unread(mut self, time: impl Into<Option<Duration>>) -> Self {
         if let Some(time) = self.plan.accept(checked_max_unread(time.into())) {
             self.plan.policy.set_max_unread(time);
@@ -147,8 +148,8 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
         self
     }
 
-    /// Sets whether health calls of `grpc.health.v1.Health` need no permit: at most 1024 `Check` calls and 64 `Watch`
-    /// streams at a time. Further ones take permits as any call does. On by default, and without effect until a
+    /// Sets whether health calls of `grpc.health.v1.Health` need no permit: up to 1024 `Check` calls and 64 `Watch`
+    /// streams at a time. Further ones acquire permits like any other call. On by default, and without effect until a
     /// [health registry](crate::Health) of this process serves the protocol.
     ///
     /// An exempt call is counted in [`exempt`](super::ConcurrencyLimitSnapshot::exempt). The layer recognises it by
@@ -159,15 +160,18 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
         self
     }
 
-    /// Begins in [shadow mode](ConcurrencyLimitHandle::shadow): refuses nobody, and counts who would be.
+    /// Starts the limit in [shadow mode](ConcurrencyLimitHandle::shadow): it rejects no call, and counts the calls that
+    /// it would have rejected.
     pub fn shadow(self) -> Self {
         self.plan.policy.set_shadow(true);
         self
     }
 
-    /// Lets handlers take their call's place along, as a [`Held`](super::Held) in the request's extensions,
-    /// and hold it as long as what the call was upgraded to: a WebSocket, a tunnel. Costs an allocation a
-    /// call, and what the extensions take. How calls are judged is said before.
+    /// Puts the permit of each call into the extensions of its request, as a [`Held`](super::Held). A handler can take
+    /// the permit and hold it for as long as the upgraded connection lives, such as a WebSocket or a tunnel.
+    ///
+    /// This costs each call an allocation and an entry in the extensions. Call the methods that set how calls are
+    /// classified before this one.
     pub fn upgrades(self) -> ConcurrencyLimitLayer<Upgrades<M>, R> {
         let Plan { policy, protocol, reject, fault } = self.plan;
         ConcurrencyLimitLayer { plan: Plan { policy, protocol: Upgrades(protocol), reject, fault } }
@@ -177,13 +181,13 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
         self.plan
     }
 
-    /// A name for refusals and events. The first one given stays.
+    /// Sets the name of the limit in rejections and events. Only the first name takes effect.
     pub fn name(self, name: &str) -> Self {
         self.plan.policy.name(name);
         self
     }
 
-    /// Looks at the limit and resizes it.
+    /// Returns a handle that observes and changes the limit.
     #[must_use]
     pub fn handle(&self) -> ConcurrencyLimitHandle {
         ConcurrencyLimitHandle(self.plan.policy.clone())

@@ -1,4 +1,4 @@
-//! A concurrency limit that really limits: over all connections, and to the end of each stream.
+//! A concurrency limit that covers all connections and holds each permit to the end of the response body.
 //!
 //! ```
 //! use std::time::Duration;
@@ -12,7 +12,7 @@
 //!     .layer(ConcurrencyLimitLayer::new(512).queue(128, Duration::from_millis(200)).respond());
 //! ```
 //!
-//! For a client, and resized while it runs:
+//! A limit for a client, resized at run time:
 //!
 //! ```
 //! # fn client() -> impl Clone { () }
@@ -30,17 +30,19 @@
 //!
 //! # How it decides
 //!
-//! A call goes at once if there is room and nobody waits. Else it waits for its turn, first come first
-//! served unless [another order](QueueOrder) is chosen, if the queue has room; else it is refused at once, without a timer. It waits in the future
-//! that the call returned, so that an idle clone of the service never holds a place.
+//! A call acquires a permit at once if one is free and the queue is empty. Otherwise the call joins the queue; without
+//! a queue, or if the queue is full, the layer rejects the call at once, without a timer. The queue is first in, first
+//! out by default; [`QueueOrder`] selects another order. The call waits in the future that `Service::call` returned, so
+//! an idle clone of the service never holds a permit or a queue entry.
 //!
 //! # Deadlines
 //!
-//! A request that carries a [`Deadline`](crate::Deadline) in its extensions waits until then at most, and
-//! is refused before it begins if that has passed: 504, `DEADLINE_EXCEEDED`. Work that nobody waits for any
-//! more is what keeps a server down that was overloaded for a moment.
+//! If a request carries a [`Deadline`](crate::Deadline) in its extensions, its call waits in the queue until the
+//! deadline and no longer. A call whose deadline has passed is rejected with 504 or `DEADLINE_EXCEEDED` before it
+//! reaches the inner service. Without this check, a short overload can last: the server spends its capacity on
+//! responses that arrive too late to be used.
 //!
-//! # A limit that finds its own number
+//! # Adaptive limits
 //!
 //! [`ConcurrencyLimitLayer::adaptive`] takes an [algorithm](adaptive) instead of a number:
 //!
@@ -54,50 +56,53 @@
 //! uploads, slow readers and callers that end their calls early do not change the limit: see the [table of
 //! causes](crate::call#which-side-caused-it).
 //!
-//! # Calls that are told apart
+//! # Exemptions, partitions and priorities
 //!
-//! Exempt paths, partitions with a share each, and priorities: see [`sort`].
+//! The module [`sort`] exempts paths from the limit, divides the limit into partitions with a share each, and rejects
+//! calls by priority.
 //!
 //! # Health checks
 //!
-//! A server whose limit is reached still answers health checks. As soon as a [health registry](crate::Health) of the
-//! process serves `grpc.health.v1`, every limit exempts 1024 `Check` calls and 64 `Watch` streams at once; further
-//! ones take permits. An HTTP endpoint such as `/livez` belongs outside of the limit, or in
+//! A server whose limit is reached still responds to health checks. As soon as a [health registry](crate::Health) of
+//! the process serves `grpc.health.v1`, every limit exempts 1024 `Check` calls and 64 `Watch` streams at a time;
+//! further ones acquire permits. Place an HTTP endpoint such as `/livez` outside of the limit, or list it in
 //! [`exempt_paths`](ConcurrencyLimitLayer::exempt_paths).
 //!
 //! A client cannot use this to evade the limit: the registry responds at these two paths, and does no work of the
-//! application. A server in the same process that serves something else there, such as a proxy for all paths, has
-//! to turn [`exempt_grpc_health`](ConcurrencyLimitLayer::exempt_grpc_health) off.
+//! application. If a server in the same process serves something else at these paths, such as a proxy for all paths,
+//! turn [`exempt_grpc_health`](ConcurrencyLimitLayer::exempt_grpc_health) off.
 //!
-//! # Before it is trusted
+//! # Shadow mode and handle
 //!
-//! In [shadow mode](ConcurrencyLimitLayer::shadow) it refuses nobody and counts who would have been. The
-//! [handle](ConcurrencyLimitHandle) tells how full it is, how long calls wait and why they were refused, and
-//! changes everything while calls are under way: limit, bounds, queue and its order.
+//! In [shadow mode](ConcurrencyLimitLayer::shadow) the limit rejects no call; it counts the calls that it would have
+//! rejected. The [handle](ConcurrencyLimitHandle) returns the calls in flight, the waiting times and the rejections by
+//! reason. It also changes the settings at run time: limit, bounds, queue and queue order.
 //!
-//! # In the stack
+//! # Position in the stack
 //!
-//! For a server: outside of the routes, inside of the health endpoints. For a client: under the retry and
-//! the circuit breaker, next to the client itself, so that a call that waits for its next attempt holds no
-//! place.
+//! On a server, place the limit outside of the routes and inside of the health endpoints. In a client, place it inside
+//! of retry and circuit breaker, next to the client itself, so that a call holds no permit during the delay before its
+//! next attempt.
 //!
 //! # Streams
 //!
-//! A place is held until the response body has ended, failed or been dropped, unless
-//! [`release_at_head`](ConcurrencyLimitLayer::release_at_head) says otherwise. A response that is kept and
-//! not read keeps its place: a caller that holds as many of them as the limit allows waits for itself.
+//! A call holds its permit until the response body has ended, failed or been dropped. With
+//! [`release_at_head`](ConcurrencyLimitLayer::release_at_head) it releases the permit at the response head. A response
+//! that its caller neither reads nor drops holds its permit: a caller that keeps as many such responses as the limit
+//! allows blocks its own next call.
 //!
 //! On a server, [`max_unread`](ConcurrencyLimitLayer::max_unread) releases the permit of a response whose client has
 //! stopped reading; [`buttress::server`](https://docs.rs/buttress/latest/buttress/stack/fn.server.html) sets it to 60
 //! s, as nginx's `send_timeout`. The connection is not closed: under `axum::serve` the response, its buffers and its
 //! connection remain until the client closes it, so limit the number of connections, too. If the client
-//! reads on, a [`TimeoutLayer`](crate::TimeoutLayer) further in fails the body. An idle stream that the client reads is
-//! not affected: its body waits for its producer.
+//! reads on, an inner [`TimeoutLayer`](crate::TimeoutLayer) fails the body. An idle stream that the client reads is not
+//! affected: its body waits for its producer.
 //!
 //! # Upgrades
 //!
-//! An upgraded connection, such as a WebSocket, lives on after its call: the 101 has no body that could hold
-//! a place. With [`upgrades`](ConcurrencyLimitLayer::upgrades) the handler takes the place along:
+//! An upgraded connection, such as a WebSocket, outlives its call: the 101 response has no body that could hold a
+//! permit. With [`upgrades`](ConcurrencyLimitLayer::upgrades) the handler can take the permit and hold it for the life
+//! of the connection:
 //!
 //! ```
 //! use axum::{Extension, Router, extract::ws::WebSocketUpgrade, response::Response, routing::any};
@@ -115,9 +120,9 @@
 //! let app: Router = Router::new().route("/chat", any(chat)).layer(limit);
 //! ```
 //!
-//! A full server refuses that with 503 before the upgrade, which a browser tells nobody. To close with
-//! code 1013 after it instead, leave the route out of the layer, and let its handler ask the
-//! [handle](ConcurrencyLimitHandle::try_acquire) for a place.
+//! A full server rejects the request with 503 before the upgrade, a status which browsers do not expose to scripts. To
+//! close the WebSocket with code 1013 after the upgrade instead, leave the route out of the layer and let its handler
+//! acquire a permit through the [handle](ConcurrencyLimitHandle::try_acquire).
 //!
 //! # Connections
 //!
@@ -126,15 +131,15 @@
 //!
 //! # Cancellation
 //!
-//! Dropping a call frees its place or its turn; dropping it just when its turn has come hands the turn to
-//! the next.
+//! Dropping the future of a call releases its permit or removes its queue entry. If the queue entry has just received a
+//! permit, the drop passes the permit to the next entry.
 //!
 //! # Cost
 //!
-//! A call that finds room costs two atomic operations on one word, and no allocation, lock or clock read; with an
-//! [adaptive](ConcurrencyLimitLayer::adaptive) limit two clock reads and four more, with
-//! [partitions or priorities](sort) a short lock. The memory of a fixed limit, a few hundred bytes, is used again for another
-//! one instead of being given back.
+//! A call that does not queue costs two atomic operations on one word, and no allocation, lock or clock read. An
+//! [adaptive](ConcurrencyLimitLayer::adaptive) limit adds two clock reads and four atomic operations; [partitions and
+//! priorities](sort) add a short lock. The memory of a fixed limit, a few hundred bytes, is never deallocated: after
+//! the last use of the limit, a new limit reuses it.
 //!
 //! With [`max_unread`](ConcurrencyLimitLayer::max_unread), a response whose body has not ended with its head costs two
 //! more atomic operations on a word of its own and two stores per poll, and one task per limit watches all of them.
@@ -144,21 +149,21 @@
 //!
 //! | setting | default |
 //! |---|---|
-//! | [`queue`](ConcurrencyLimitLayer::queue) | none: what finds no room is refused |
-//! | [`queue_order`](ConcurrencyLimitLayer::queue_order) | first come, first served |
+//! | [`queue`](ConcurrencyLimitLayer::queue) | none: a call without a free permit is rejected at once |
+//! | [`queue_order`](ConcurrencyLimitLayer::queue_order) | first in, first out |
 //! | [`retry_after`](ConcurrencyLimitLayer::retry_after) | 1 s |
 //! | [`max_unread`](ConcurrencyLimitLayer::max_unread) | none: an unread response holds its permit |
 //! | [`exempt_grpc_health`](ConcurrencyLimitLayer::exempt_grpc_health) | on, where a registry serves `grpc.health.v1` |
 //! | [`adaptive`](ConcurrencyLimitLayer::adaptive) measures | to the response head |
 //! | [`count_cancelled_after`](ConcurrencyLimitLayer::count_cancelled_after), adaptive | 1 s |
-//! | place held | to the end of the body |
-//! | refused calls | an error ([`Rejected`](crate::Rejected), boxed) |
+//! | permit held | to the end of the body |
+//! | rejected calls | an error ([`Rejected`](crate::Rejected), boxed) |
 //!
-//! # Beside tower's
+//! # Comparison with tower
 //!
-//! `tower::limit::ConcurrencyLimitLayer` makes its state when it is applied, so that under axum each
-//! connection or request has a limit of its own; `GlobalConcurrencyLimitLayer` shares it, and frees a place
-//! at the response head. Both wait without end, in `poll_ready`.
+//! `tower::limit::ConcurrencyLimitLayer` creates its state when the layer is applied, so under axum each connection or
+//! request has a limit of its own. `GlobalConcurrencyLimitLayer` shares its state, and releases a permit at the
+//! response head. Both wait without a bound, in `poll_ready`.
 
 pub mod adaptive;
 #[cfg(feature = "listener")]

@@ -1,4 +1,4 @@
-//! Places that outlive their call: for upgraded connections.
+//! Permits that outlive their call, for upgraded connections.
 
 use std::{
     fmt, mem,
@@ -13,20 +13,20 @@ use crate::call::{
 };
 use http::Request;
 
-/// The place that a call holds, in its request's extensions: see
-/// [`upgrades`](crate::ConcurrencyLimitLayer::upgrades).
+/// The permit of a call, in the extensions of its request. See [`upgrades`](crate::ConcurrencyLimitLayer::upgrades).
 ///
-/// Clones are of the same place, which one at a time can [take](Self::take). Who does not take it leaves it
-/// with the response, as without.
+/// Clones refer to the same permit; only one [`HeldPlace`] exists at a time. If no handler [takes](Self::take) the
+/// permit, the call releases it at its end, as without this type.
 #[derive(Clone)]
 pub struct Held(Shared<Slot>);
 
 impl Held {
-    /// Takes the place along: it becomes free when both the call is over, to the end of its body, and what
-    /// this gives is dropped.
+    /// Takes the permit. It is released when both the call has ended, to the end of its body, and the returned
+    /// [`HeldPlace`] has been dropped.
     ///
-    /// None while somebody else has it, or if the call is over already: for an upgrade, take it before you answer.
-    /// Of several limits around the handler, the places of all of them.
+    /// Returns `None` while another [`HeldPlace`] of this call exists, and after the call has ended. For an upgrade,
+    /// take the permit before the response is returned. If several limits are around the handler, this takes the
+    /// permits of all of them.
     #[must_use = "a place that is dropped at once is held by nobody"]
     pub fn take(&self) -> Option<HeldPlace> {
         let mut state = self.0.lock();
@@ -48,9 +48,9 @@ impl fmt::Debug for Held {
     }
 }
 
-/// A place that somebody holds until this is dropped.
+/// A permit that is held until this value is dropped.
 ///
-/// It says nothing to an adaptive limit: how long a socket lives is no latency.
+/// The time for which it is held is not a latency, so an adaptive limit does not use it as a sample.
 #[must_use = "a place that is dropped at once is held by nobody"]
 pub struct HeldPlace {
     of: Of,
@@ -87,12 +87,16 @@ impl fmt::Debug for HeldPlace {
     }
 }
 
-// ===== Between the call and its handler =====
+// ===== The permit shared by a call and its handler =====
 
-/// Holds a call's permit for both of them. To the call it is what its own permit ends at.
+/// The owner of a permit that a call and its handler share. It is the state behind the [call permit](CallPermit): when
+/// the call permit is released, the call gives up its part.
+///
+/// The lock is never held while the permit is released or its state is called with user code behind it: an algorithm, a
+/// waker or a subscriber may use this limit, and so this slot, again.
 pub(super) struct Slot {
     state: Mutex<State>,
-    /// Of a limit further out.
+    /// The permit of an outer limit, which had put its own `Held` into the extensions.
     outer: Option<Held>,
 }
 
@@ -101,6 +105,10 @@ struct State {
     holder: Holder,
 }
 
+/// The holders of the permit. The last of them releases it.
+///
+/// `Call` becomes `Both` when the handler takes the permit, and `Both` becomes `Call` or `Handler` when one of the two
+/// gives up its part. `Nobody` is final.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Holder {
     Call,
@@ -123,7 +131,8 @@ impl Slot {
         Token { clock: token.clock, ..lent.token() }
     }
 
-    /// One of the two has gone, and `rest` would hold it on.
+    /// Gives up the part of the call or of the handler. If both held the permit, `rest` is the remaining holder.
+    /// Otherwise the permit is released, with this outcome and clock.
     fn leave(&self, rest: Holder, outcome: Outcome, clock: UpstreamClock) {
         let mut state = self.lock();
         if state.holder == Holder::Both {
@@ -132,7 +141,7 @@ impl Slot {
         }
         state.holder = Holder::Nobody;
         let mut permit = state.permit.take();
-        // Whoever gets in by it is woken outside of the lock.
+        // The release wakes queued callers, which must happen without the lock.
         drop(state);
         permit.replace_clock(clock);
         permit.finish(outcome);
@@ -145,8 +154,9 @@ impl Finish for Slot {
     }
 
     fn head(&self, token: &mut Token, so_far: Outcome) {
-        // Algorithms, wakers and subscribers run in `Permit::head`, so the permit is taken out of the lock. Only the
-        // call releases it before the end of the call, and the call is in here.
+        // `Permit::head` runs user code: algorithms, wakers and subscribers. So the permit is taken out of the slot
+        // first, and `LentPermit` puts it back. Before the end of the call only the call itself can release the permit,
+        // and the call is in this function, so no other code misses the permit meanwhile.
         let permit = self.lock().permit.take();
         let mut lent = LentPermit { slot: self, permit };
         lent.permit.replace_clock(token.clock);
@@ -180,7 +190,7 @@ impl Finish for Slot {
     }
 }
 
-/// The permit of a slot, out of its lock. Drop puts it back into the slot, also during a panic.
+/// The permit of a slot, taken out of its lock. Its drop puts the permit back into the slot, also during a panic.
 struct LentPermit<'a> {
     slot: &'a Slot,
     permit: Permit,
@@ -201,22 +211,22 @@ impl fmt::Debug for Slot {
     }
 }
 
-// ===== Beside how calls are judged =====
+// ===== The protocol =====
 
-/// A protocol that lends each call's place to its handler, made by
-/// [`upgrades`](crate::ConcurrencyLimitLayer::upgrades).
+/// A protocol that lends the permit of each call to its handler, made by
+/// [`upgrades`](crate::ConcurrencyLimitLayer::upgrades). `M` classifies the calls.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Upgrades<M>(pub(super) M);
 
-/// What is remembered of a call that may be upgraded.
+/// The state of a call that may be upgraded.
 #[derive(Debug)]
 pub struct Lent<C> {
     call: C,
     call_permit: CallPermit,
 }
 
-/// The permit that measures the call while the handler may hold the lent permit. It releases the lent permit at its
-/// end.
+/// The permit that measures the call while the handler may hold the lent permit. At its end it gives up the call's part
+/// of the lent permit.
 #[derive(Debug)]
 struct CallPermit {
     permit: Permit,
@@ -262,7 +272,7 @@ where
         permit: impl FnOnce() -> Permit<G>,
     ) -> Lent<M::Call> {
         let deadline = CallerDeadline::of(self.deadline(request));
-        // Only one of the two has use for it.
+        // The slot takes the permit of the admission, so the inner protocol gets a spent one.
         let call = self.0.begin(request, Permit::<G>::hollow);
         let mark = self.sent_mark(request);
         let permit = permit().observing(deadline, mark.is_some()).erase();
