@@ -1,7 +1,22 @@
-//! How a limit is reached by what has it, and by its calls.
+//! How layers, services, handles and calls refer to a limit, and how the memory of fixed limits is reused.
 //!
-//! What a call ends at has to live as long as the call. But a limit counts its calls anyhow: a fixed one lives in memory
-//! that is never given back, and used for another limit once nobody has this one and its last call is over.
+//! A permit refers to the [`Limiter`] that it is released to, and may outlive the layer and all services. A reference
+//! count per call would ensure that, but two threads that update one counter cost more than the rest of a call. So
+//! there are two kinds of reference:
+//!
+//! - A fixed limit is a leaked allocation, and its calls hold a `&'static Limiter`. The limiter counts its calls in
+//!   flight anyway. When the last [`Limit`] has been dropped and the last call has ended, the limiter returns to the
+//!   free list [`IDLE`], and the next fixed limit reuses it (see `core/life.rs`). The memory in use is bounded by the
+//!   maximum number of fixed limits that existed at the same time.
+//! - An adaptive limit is reference-counted in shards ([`Striped`]): each call clones one of several `Arc`s, selected
+//!   by thread. Its calls take a lock in any case, and an algorithm cannot be reset for another limit.
+//!
+//! # Invariants
+//!
+//! - All clones of a [`Limit`] share one [`Own`], so `Own::drop` runs when no layer, service, handle or waiting call is
+//!   left. After it no call can be admitted and no queue entry exists.
+//! - A `&'static Limiter` is used only by a [`Limit`], by a call that the limiter counts, or by a call or sweeper that
+//!   may find the limiter renewed for another owner. The last kind is listed in `core/life.rs`.
 
 use std::{
     fmt,
@@ -12,33 +27,36 @@ use std::{
 use super::{adaptive::Teller, core::Limiter};
 use crate::call::{Anchor, Idle, Label, Permit, Rejected, RejectedKind, Striped, Token};
 
-/// A limit: what its layers, services, handles and waiters have.
+/// A reference to a limit, held by its layers, services, handles and waiting calls.
 #[derive(Clone)]
 pub struct Limit {
     limiter: Way,
     own: Arc<Own>,
 }
 
-/// How it is reached.
+/// The reference to the limiter, by the kind of limit.
 #[derive(Clone)]
 enum Way {
     Striped(Striped<Limiter>),
     Lasting(&'static Limiter),
 }
 
+/// The state that all clones of a [`Limit`] share. Its drop abandons a fixed limit.
 struct Own {
-    /// The one that nobody else can find.
+    /// The limiter of a fixed limit. No other `Own` has it.
     lasting: Option<&'static Limiter>,
     label: OnceLock<Arc<Label>>,
 }
 
+/// The limiters that no limit and no call uses.
 static IDLE: Idle<Limiter> = Idle::new();
 
-/// It is idle, for good.
+/// Returns a limiter to the free list. No reference to it may be used for a call after that.
 pub(super) fn keep(limiter: &'static Limiter) {
     IDLE.keep(limiter);
 }
 
+/// Returns a limiter for a new fixed limit: a renewed one from the free list, or a new allocation.
 fn lasting(limit: u32) -> &'static Limiter {
     if let Some(limiter) = IDLE.take() {
         limiter.renew(limit);
@@ -56,7 +74,8 @@ impl Limit {
         Self { limiter: Way::Lasting(limiter), own: Arc::new(own) }
     }
 
-    /// What it learns goes with it: its calls are counted.
+    /// Makes an adaptive limit. Its memory is deallocated with its last reference, because the algorithm keeps what it
+    /// has learnt and cannot be reset for another limit.
     pub(super) fn adaptive(limit: u32, teller: Teller) -> Self {
         let limiter = Striped::new(Limiter::new(limit, Some(teller)));
         limiter.set_owner(limiter.state().downgrade());
@@ -66,7 +85,7 @@ impl Limit {
         }
     }
 
-    /// The right to make one call.
+    /// Returns the permit of an admitted call.
     #[inline]
     pub(super) fn permit(&self, token: Token) -> Permit<Anchor<Limiter>> {
         let anchor = match &self.limiter {
@@ -81,7 +100,7 @@ impl Limit {
     }
 
     pub(super) fn name(&self, name: &str) {
-        // The first name stays: refusals under way point at it.
+        // Only the first name takes effect, because the label is read without a lock.
         let label = Arc::new(Label { name: name.into(), fault: None });
         if self.own.label.set(label.clone()).is_ok() {
             self.set_label(label);

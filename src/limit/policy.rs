@@ -1,4 +1,4 @@
-//! How the limit admits calls, and when they end.
+//! The admission [`Policy`] of a limit, and the [`Finish`] of its permits.
 
 use std::time::Duration;
 
@@ -101,14 +101,18 @@ impl<Req, K: Sort<Req>> Policy<Req> for Sorted<K> {
     }
 }
 
+/// The entry of a call whose deadline has passed.
 const LATE: Result<Entry, RejectedKind> = Err(RejectedKind::DeadlinePassed);
 
+/// Converts the result of an attempt to enter into the decision of the admission.
 fn entered(
     limiter: &Limit,
     entry: Result<Entry, RejectedKind>,
     deadline: Option<Instant>,
 ) -> Admit<Token, Wait> {
     if !matches!(entry, Ok(Entry::In(_))) {
+        // If every permit is held by an unread response, only the sweeper can release one, and it ends with the runtime
+        // that it was spawned on. So each call that does not acquire a permit makes sure that there is a sweeper.
         limiter.ensure_sweeper();
     }
     match entry {

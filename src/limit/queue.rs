@@ -1,4 +1,37 @@
-//! Who waits for a turn, in order. Pure; kept under the limit's lock.
+//! The queue of callers that wait for a permit. The module does no I/O and takes the time as an argument; the lock of
+//! the limit protects it.
+//!
+//! # Structure
+//!
+//! There is one queue for the calls without a share and one for each partition, indexed by [`Line`]. A queue is a
+//! `BTreeMap` from entry number to [`Waiter`]. Numbers increase with each entry and are never reused, so the map is
+//! ordered by arrival: the first key has waited longest, the last key came last. Removal of any entry costs O(log n),
+//! which matters because a waiting call can be dropped at any time, and because [`QueueOrder::Lifo`] and priorities
+//! take entries from other places than the front.
+//!
+//! With priorities, `ranks` contains each entry again, ordered by queue, priority and arrival, so that the entry to
+//! displace is found in O(log n).
+//!
+//! # The state of an entry
+//!
+//! A queue entry is identified by its [`Place`], which a waiting call owns until it calls [`leave`](Queue::leave). The
+//! entry is in one of three states, and its position states which:
+//!
+//! - in its queue: it waits ([`Turn::Waits`]).
+//! - in `lost`: a call of higher priority has displaced it ([`Turn::Lost`]).
+//! - in neither: it has received a permit ([`Turn::Come`]). The permit is already counted as in flight, and the owner
+//!   of the `Place` is responsible for it.
+//!
+//! The owner may observe the state late, or never if it is dropped first. So `leave` returns the state, and the limit
+//! then corrects its counts: it removes a waiting caller, releases the permit that was received, or does nothing.
+//!
+//! # Invariants
+//!
+//! - `len` is the number of entries in all queues. While the lock is free it equals the waiting count in the word of
+//!   the limit: each change updates both under one lock hold.
+//! - `ranks` contains an entry exactly while its queue does, if priorities were on when it joined.
+//! - Wakers are returned to the caller and never woken, cloned or dropped here, because they are user code and the lock
+//!   is held.
 
 use std::{
     cmp::Reverse,
@@ -14,26 +47,26 @@ use super::{
     waits::Waits,
 };
 
-/// A place in the queue: its line, and its number. Numbers count as they come and are never used twice.
+/// A queue entry: the index of its queue and its number. Numbers increase with each entry and are never reused.
 pub(super) type Place = (Line, u64);
 
-/// Whose turn it is, of those who wait.
+/// The order in which queued calls acquire permits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum QueueOrder {
-    /// Who came first: fair, and right as long as the queue is short.
+    /// First in, first out. Fair, and suitable as long as the queue is short.
     #[default]
     Fifo,
-    /// Who came last. Under overload some are served in time and the others not at all, instead of all
-    /// too late.
+    /// Last in, first out. Under overload some calls are served in time and others not at all, whereas first in, first
+    /// out serves all of them too late.
     Lifo,
-    /// Who came first, until whoever stands at the head has stood for this long or longer; then who came
-    /// last, until the head has gone. A time of 100 ms is a good one where callers wait for seconds: the
-    /// target within an interval of CoDel (RFC 8289), as Facebook's servers have it (Maurer, "Fail at
-    /// Scale", ACM Queue 2015).
+    /// First in, first out, until the oldest entry has waited for this time or longer; then last in, first out, until
+    /// the oldest entry has left. 100 ms is suitable for callers that wait for seconds. The rule is the target within
+    /// an interval of CoDel (RFC 8289), as used in the servers of Facebook (Maurer, "Fail at Scale", ACM Queue 2015).
     Adaptive(Duration),
 }
 
+/// A queue entry that waits.
 #[derive(Debug)]
 struct Waiter {
     waker: Option<Waker>,
@@ -41,34 +74,38 @@ struct Waiter {
     priority: Priority,
 }
 
-/// What has become of a place in the queue.
+/// The state of a queue entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Turn {
+    /// It is in the queue.
     Waits,
+    /// It has received a permit.
     Come,
-    /// Given to a call that is worth more.
+    /// It has been removed for a call of higher priority.
     Lost,
 }
 
 /// Whether a waker is registered for a queue entry.
 pub(super) enum Registered {
-    /// It is, or none is needed. The caller drops this waker without the lock.
+    /// A waker is registered, or none is needed. The caller drops this waker without the lock.
     Done(Option<Waker>),
-    /// The caller clones its waker without the lock and tries again.
+    /// No suitable waker is registered. The caller clones its waker without the lock and tries again.
     NeedsWaker,
 }
 
-/// Any waiter may leave at any time.
+/// The queues of one limit. See the module for the invariants.
 #[derive(Debug)]
 pub(super) struct Queue {
-    /// One for those without a share, and one for each partition.
+    /// The queues, indexed by [`Line`]: the calls without a share, then one queue for each partition.
     lines: Vec<BTreeMap<u64, Waiter>>,
+    /// The number of entries in all queues.
     len: usize,
+    /// The number of the next entry.
     next: u64,
     order: QueueOrder,
-    /// Who waits, by worth and then by who came last; where priorities are told apart.
+    /// The entries by queue, priority and arrival, the latest arrival first. Empty without priorities.
     ranks: BTreeSet<(Line, Priority, Reverse<u64>)>,
-    /// Who has lost a place and has yet to hear of it.
+    /// The numbers of displaced entries whose owner has not called [`leave`](Self::leave) yet.
     lost: BTreeSet<u64>,
     pub(super) shares: Shares,
     pub(super) cutoff: Option<Cutoff>,
@@ -104,6 +141,7 @@ impl Queue {
         self.lines.resize_with(lines, BTreeMap::new);
     }
 
+    /// Adds an entry at the end of a queue.
     pub(super) fn join(&mut self, line: Line, priority: Priority, now: Instant) -> Place {
         let number = self.next;
         self.next += 1;
@@ -115,7 +153,8 @@ impl Queue {
         (line, number)
     }
 
-    /// The place of whoever is worth least in this line, if that is less than this; and who is to be told.
+    /// Displaces the entry of the lowest priority in this queue, of several the latest, if its priority is lower than
+    /// `priority`. Returns the waker of the displaced entry, if it has registered one; `None` if no entry is displaced.
     pub(super) fn displace(&mut self, line: Line, priority: Priority) -> Option<Option<Waker>> {
         let least = (line, Priority::new(0), Reverse(u64::MAX));
         let (found, worth, Reverse(number)) = *self.ranks.range(least..).next()?;
@@ -127,6 +166,7 @@ impl Queue {
         Some(waiter.waker)
     }
 
+    /// Removes an entry that waits.
     fn remove(&mut self, (line, number): Place) -> Option<Waiter> {
         let waiter = self.line(line).remove(&number)?;
         self.ranks.remove(&(line, waiter.priority, Reverse(number)));
@@ -134,6 +174,7 @@ impl Queue {
         Some(waiter)
     }
 
+    /// Returns the queue of this index.
     fn line(&mut self, line: Line) -> &mut BTreeMap<u64, Waiter> {
         &mut self.lines[usize::from(line)]
     }
@@ -159,7 +200,7 @@ impl Queue {
         (Turn::Waits, registered)
     }
 
-    /// Gives the place up. What it was, and who would have been told.
+    /// Ends the ownership of an entry. Returns its last state, and the waker of an entry that waited.
     pub(super) fn leave(&mut self, place: Place) -> (Turn, Option<Waker>) {
         if let Some(waiter) = self.remove(place) {
             return (Turn::Waits, waiter.waker);
@@ -167,8 +208,12 @@ impl Queue {
         (if self.lost.remove(&place.1) { Turn::Lost } else { Turn::Come }, None)
     }
 
-    /// The line whose turn it is, with so many inside: of those that are within their share the one that
-    /// has the least of it, else whoever has waited longest of those that may borrow. None if nobody may.
+    /// Returns the queue that receives the next permit, if a permit is free and a queue may have it. `inside` is the
+    /// number of calls in flight.
+    ///
+    /// Partitions that use less than their share come first, of several the one that uses the smallest part of it.
+    /// Otherwise it is the queue with the oldest entry, of those that may borrow. `now` is called only if borrowing has
+    /// to be decided.
     pub(super) fn turn(
         &self,
         limit: u32,
@@ -195,7 +240,8 @@ impl Queue {
             .map(|(line, _)| line)
     }
 
-    /// The next of this line goes in.
+    /// Removes the next entry of this queue, by the queue order, and counts it as admitted. Returns its waker. The
+    /// caller has counted its permit as in flight already.
     pub(super) fn next(&mut self, line: Line, now: Instant) -> Option<Waker> {
         let order = self.order;
         let waiting = &self.lines[usize::from(line)];
@@ -214,7 +260,7 @@ impl Queue {
         waiter.waker
     }
 
-    /// A call of this line is in.
+    /// Counts an admitted call of this queue.
     pub(super) fn entered(&mut self, line: Line) {
         self.shares.enter(line);
         if let Some(cutoff) = &mut self.cutoff {
@@ -222,7 +268,7 @@ impl Queue {
         }
     }
 
-    /// Whoever has this place has waited for as long as he may.
+    /// Records the waiting time of an entry that is rejected because its maximum wait or its deadline has passed.
     pub(super) fn gives_up(&mut self, (line, number): Place, now: Instant) {
         if let Some(waiter) = self.line(line).get(&number) {
             let waited = now.saturating_duration_since(waiter.since);
@@ -230,7 +276,7 @@ impl Queue {
         }
     }
 
-    /// A call of this line is not.
+    /// Counts a call of this queue that was rejected because no permit was free.
     pub(super) fn refused(&mut self, line: Line, limit: u32, now: Instant) {
         self.shares.refuse(line, limit, now);
         if let Some(cutoff) = &mut self.cutoff {

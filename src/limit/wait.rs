@@ -16,12 +16,17 @@ use super::{
 use crate::call::{Anchor, Permit, Rejected, RejectedKind, has_passed};
 
 pin_project! {
-    /// A call's wait for its turn. Dropped at any point, it gives back what it has.
+    /// A call that waits in the queue. It completes with the permit or with the rejection.
+    ///
+    /// Dropping it at any point removes the queue entry, or passes on a permit that the entry has just received.
     pub struct Wait {
         place: Seat,
         deadline: Option<Instant>,
+        // The end of the wait: the maximum wait or the deadline, whichever is earlier.
         until: Instant,
+        /// No waker has been registered for the queue entry yet.
         is_new: bool,
+        // Fires at `until`. With partitions it also fires each time that a reservation may have expired.
         #[pin]
         timer: Sleep,
     }
@@ -30,8 +35,10 @@ pin_project! {
 impl Wait {
     pub(super) fn new(limiter: Limit, place: Place, deadline: Option<Instant>) -> Self {
         let longest = limiter.longest_wait();
-        // The seat first: without a runtime `sleep` panics, and the place must not outlive that.
+        // The `Seat` is made first: outside of a runtime `sleep` panics, and then the drop of the `Seat` removes the
+        // queue entry.
         let place = Seat { taken: Some((limiter.clone(), place)) };
+        // `sleep` accepts any duration, while an addition to the current time could overflow.
         let longest = sleep(longest).deadline();
         let until = deadline.map_or(longest, |deadline| deadline.min(longest));
         let timer = sleep_until(limiter.look_by(until));
@@ -39,7 +46,7 @@ impl Wait {
     }
 }
 
-/// The place, given up on drop.
+/// A queue entry. Its drop removes the entry, or passes on the permit that the entry has received.
 struct Seat {
     taken: Option<(Limit, Place)>,
 }
@@ -61,7 +68,8 @@ impl Future for Wait {
             unreachable!("polled after completion")
         };
         let kind = loop {
-            // A turn that has come beats the longest wait, but nobody works for a caller who is gone.
+            // A permit takes precedence over the end of the maximum wait, but not over the deadline: after the deadline
+            // the response is of no use.
             match limiter.look(*place, mem::take(this.is_new), cx) {
                 Turn::Come if !has_passed(*this.deadline) => {
                     let permit = limiter.permit(limiter.begin_in(place.0, limiter.in_flight()));
@@ -81,12 +89,15 @@ impl Future for Wait {
                     RejectedKind::WaitedTooLong
                 };
             }
+            // The timer fired before `until`: a reservation of another partition may have expired. That makes permits
+            // available without a release that would hand them over.
             limiter.hand_over();
             this.timer.as_mut().reset(limiter.look_by(*this.until));
         };
         limiter.waited_in_vain(*place);
         let away = limiter.turn_away(kind).map(|token| limiter.permit(token));
-        // Also right if the turn came just now: then the place is handed to the next.
+        // The entry may receive a permit before it is removed here. In that case the drop of the `Seat` passes the
+        // permit to the next entry.
         drop(this.place.taken.take().map(|taken| Seat { taken: Some(taken) }));
         Poll::Ready(away)
     }

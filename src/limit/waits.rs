@@ -1,26 +1,33 @@
-//! How long calls waited of late, as far as percentiles need: two histograms of a fixed size. Pure; kept
-//! under the limit's lock.
+//! The waiting times of recent calls, for percentiles: two histograms of a fixed size. The module does no I/O and takes
+//! the time as an argument; the lock of the limit protects it.
 
 use std::{mem, time::Duration};
 
 use tokio::time::Instant;
 
-/// The waits of the last one to two [`AGE`]s.
+/// The waiting times of the last 30 to 60 s.
+///
+/// `now` collects for one [`AGE`]; then it becomes `before`, and the old `before` is cleared and reused. Percentiles
+/// are computed over both.
 #[derive(Debug, Default)]
 pub(super) struct Waits {
     now: Counts,
     before: Counts,
+    /// The start of `now`.
     since: Option<Instant>,
 }
 
+/// The time for which a histogram collects.
 const AGE: Duration = Duration::from_secs(30);
-/// Eight to each doubling of a microsecond, up to an hour: within an eighth.
+/// The number of buckets: eight for each doubling of the time in microseconds, up to `u32::MAX` microseconds, which is
+/// 71 minutes. A bucket is 1 µs wide, or an eighth of the power of two at which its doubling starts.
 const SIZES: usize = 240;
 
 #[derive(Debug, Default)]
 struct Counts {
-    /// Made when somebody waits.
+    /// The buckets. They are allocated when the first call has waited.
     of: Option<Box<[u32; SIZES]>>,
+    /// The sum of all buckets.
     all: u64,
 }
 
@@ -45,10 +52,12 @@ impl Waits {
         }
     }
 
-    /// What this share of the waits did not exceed, by an eighth too much at most. None if nobody waited.
+    /// Returns the time that this share of the waits did not exceed, too high by an eighth or less. `None` if no call
+    /// waited.
     pub(super) fn percentile(&mut self, share: f64, now: Instant) -> Option<Duration> {
         self.age(now);
         let all = self.now.all + self.before.all;
+        // The number of waits that the result must cover. It is at least 1, so that a share of 0 returns the minimum.
         let mut left = ((all as f64 * share.clamp(0.0, 1.0)).ceil() as u64).max(1);
         let both = |size: usize| self.now.get(size) + self.before.get(size);
         for size in 0..SIZES {
@@ -74,6 +83,7 @@ impl Counts {
     }
 }
 
+/// Returns the bucket of a waiting time.
 fn size(wait: Duration) -> usize {
     let us = u32::try_from(wait.as_micros()).unwrap_or(u32::MAX);
     if us < 8 {
@@ -83,7 +93,7 @@ fn size(wait: Duration) -> usize {
     ((doubling - 2) * 8 + ((us >> (doubling - 3)) & 7)) as usize
 }
 
-/// The longest wait that counts as of this size.
+/// Returns the maximum waiting time of a bucket.
 fn longest(size: usize) -> Duration {
     let size = size as u64;
     Duration::from_micros(match size {
