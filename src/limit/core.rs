@@ -1,4 +1,63 @@
-//! The limit itself: one word for who is in and who waits, and a lock only for those who wait.
+//! The limiter: one atomic word for the calls in flight and the waiting calls, and a locked queue.
+//!
+//! # Mechanism
+//!
+//! [`Limiter::word`] is a `u64`:
+//!
+//! ```text
+//! bit 63        ABANDONED: the last `Limit` has been dropped
+//! bits 62..32   waiting: the number of queue entries
+//! bits 31..0    in flight: the number of permits in use
+//! ```
+//!
+//! A call that finds `waiting == 0` and `in flight < limit` acquires its permit by one compare-exchange that adds 1
+//! ([`Limiter::enter`]). It releases the permit by one `fetch_sub` of 1 ([`Limiter::exit`]). No lock, no allocation and
+//! no clock read is involved.
+//!
+//! Otherwise the call joins the queue ([`Limiter::join`]): under the lock of the queue, a compare-exchange adds 1 to
+//! `waiting`, and the entry is inserted under the same lock hold. As long as `waiting` is not zero, `enter` fails, so a
+//! new call cannot overtake the queue. A release that finds `waiting > 0` passes its permit on
+//! ([`Limiter::hand_over`]): under the lock, one compare-exchange subtracts 1 from `waiting` and adds 1 to `in flight`,
+//! the entry is removed from the queue, and its waker is woken without the lock. The permit belongs to the entry from
+//! then on, before its future has been polled. If the future is dropped instead, [`Limiter::leave`] finds that the
+//! entry has received a permit and releases it, which passes it to the next entry.
+//!
+//! `hand_over` repeats until no entry may have a permit, so one release also fills a limit that has been raised.
+//!
+//! # Invariants
+//!
+//! - `in flight` is never raised above the limit that the thread has read. The check and the addition are one
+//!   compare-exchange. Adding first and subtracting on failure would be faster under contention, but other calls would
+//!   observe too many calls in flight and be rejected. After the limit has been lowered, `in flight` may exceed it
+//!   until calls end.
+//! - No permit is lost while a call waits. Both counts are in one word, so its modifications have one order. Either a
+//!   release comes before the compare-exchange of `join`: then that compare-exchange fails or observes the free permit,
+//!   and the call acquires it. Or it comes after: then the value that `fetch_sub` returns has `waiting > 0`, and the
+//!   releasing thread calls `hand_over`. `hand_over` has to take the lock, so the entry is in the queue by then. Two
+//!   separate atomics would need a fence between them; do not split the word.
+//! - While the lock is free, `waiting` equals the number of entries in the queue: each change of `waiting` happens
+//!   under the lock, together with the change of the queue.
+//! - `hand_over` moves a caller from `waiting` to `in flight` in one step. In two steps, a new call could acquire the
+//!   permit in between, or `in flight` would exceed the limit.
+//! - A change of the limit calls `hand_over` after the store. A concurrent `join` either comes first in the order of
+//!   the lock, so that `hand_over` finds its entry, or comes later and observes the new limit. `enter` reads the limit
+//!   without the lock and may use the old value for a moment: then it fails and `join` decides, or it admits a call by
+//!   a limit that has just been lowered.
+//! - With partitions or priorities every admission takes the lock (`core/sorted.rs`), because the counts of the
+//!   partitions are in the queue. The word is changed by the same operations, and their calls do not use `enter`.
+//! - No user code runs under the lock: wakers are woken, cloned and dropped without it.
+//!
+//! # Memory orderings
+//!
+//! - The Acquire of `enter`, `join` and `hand_over` pairs with the Release of `exit` (both are AcqRel where they do two
+//!   things): the writes of a call happen before the next call that uses its permit. All changes of the word are
+//!   read-modify-writes, so the release sequence of each exit extends to every later acquire.
+//! - The AcqRel of `exit` and of [`abandon`](Limiter::abandon) also orders the last use of the limiter before its
+//!   renewal; see `core/life.rs`.
+//! - Loads before a compare-exchange are Relaxed: a stale value makes the compare-exchange fail. A stale `waiting > 0`
+//!   or `in flight == limit` in `enter` leads to `join`, which decides by a compare-exchange of its own.
+//! - The limit is ordered by the lock where it matters, as stated above. The other settings are independent values and
+//!   are Relaxed.
 
 use std::{
     fmt,
@@ -26,16 +85,20 @@ use crate::{
     event,
 };
 
-/// One concurrency limit.
+/// One concurrency limit: its permits, queue, settings and counters.
 pub struct Limiter {
-    /// `waiting << 32 | in flight`. With anybody waiting, nobody gets in but through the queue.
+    /// `waiting << 32 | in flight`; see the module. While `waiting` is not zero, permits are acquired through the queue
+    /// only.
     word: AtomicU64,
     limit: AtomicU32,
     adaptive: Option<Teller>,
     queue: Mutex<Queue>,
+    /// The maximum length of the queue; 0 is no queue.
     longest_queue: AtomicU32,
+    /// The maximum wait of a queue entry.
     longest_wait_ms: AtomicU64,
     retry_after_ms: AtomicU64,
+    /// Whether a permit is released at the response head.
     to_the_head_only: AtomicBool,
     shadow: AtomicBool,
     /// Whether health calls are exempt.
@@ -46,16 +109,18 @@ pub struct Limiter {
     health_watches: AtomicU32,
     unread: Unread,
     counts: Counts,
-    /// Whether partitions or priorities are told apart.
+    /// Whether the limit has partitions or priorities, so that each admission takes the lock.
     sorts: AtomicBool,
-    /// What of it is still in use, once it is [abandoned](Self::abandon): the calls it counts, and each that is
-    /// exempt.
+    /// The number of uses that keep a fixed limit from being renewed: each exempt call in flight is one, and the owners
+    /// and the calls in flight are one together. See `core/life.rs`.
     uses: AtomicU32,
-    /// Where to find it once it is idle, if it is [used again](super::lasting::Limit).
+    /// The reference by which the limiter returns to the [free list](super::lasting::Limit). Not set for an adaptive
+    /// limit.
     home: OnceLock<&'static Self>,
 }
 
-/// Out of the way of calls that find room: a refused one writes nothing that they read.
+/// The counters of rejections and of calls without a permit. On a cache line of its own, so that a rejection does not
+/// invalidate the line that admitted calls read.
 #[derive(Default)]
 #[repr(align(128))]
 struct Counts {
@@ -67,38 +132,55 @@ struct Counts {
     exempt: AtomicU64,
 }
 
-/// What comes of an attempt to wait.
+/// The result of an attempt to acquire a permit or to join the queue.
 pub(super) enum Entry {
-    /// A place has become free instead.
+    /// A permit has been acquired.
     In(Token),
+    /// The call has joined the queue.
     Waits(Place),
 }
 
-/// What refused calls are told of when to come back.
+/// The default of the `Retry-After` hint of rejections.
 const RETRY_AFTER_MS: u64 = 1000;
 
 const ONE_IN: u64 = 1;
 const ONE_WAITING: u64 = 1 << 32;
-/// Nobody has it any more but calls under way: in the place of those who wait, as nobody can.
+/// Set when the last [`Limit`](super::lasting::Limit) has been dropped. It is the highest bit of the waiting count,
+/// which is zero by then: a waiting call has a `Limit`. So `exit` detects a waiting call and an abandoned limit by one
+/// comparison.
 const ABANDONED: u64 = 1 << 63;
-/// What is left of the word for them.
+/// The maximum of the waiting count, which does not use the bit of [`ABANDONED`].
 pub(super) const MOST_WAITING: u32 = (1 << 31) - 1;
 
-/// Marks of a token, above the number in flight that an algorithm hears of: its line, and whether it is
-/// counted apart.
+/// The bits of a [`Token`]'s tag that are not for the algorithm. The layout of a tag:
+///
+/// ```text
+/// bit 63        EXEMPT
+/// bit 62        SHADOW
+/// bit 61        HEALTH_WATCH
+/// bit 60        HEALTH_CHECK
+/// bits 59..40   the slot of a watched body, counted from 1 (`core/unread.rs`); 0 is none
+/// bits 39..32   the index of the queue ([`Line`]); 0 is the calls without a share
+/// bits 31..0    the number of calls in flight at the admission, for the algorithm of an adaptive limit; else 0
+/// ```
+///
+/// A call of a fixed limit without any of these has the tag 0, so that [`Limiter::end`] tests a single value.
 const MARKS: u64 = !0 << 32;
+/// A call that needs no permit.
 const EXEMPT: u64 = 1 << 63;
-/// Let through in shadow mode.
+/// A call that was admitted in shadow mode instead of being rejected. It has no permit.
 const SHADOW: u64 = 1 << 62;
 /// An exempt `Watch` stream of `grpc.health.v1`.
 const HEALTH_WATCH: u64 = 1 << 61;
 /// An exempt `Check` of `grpc.health.v1`.
 const HEALTH_CHECK: u64 = 1 << 60;
-/// The maximum number of exempt checks of one limit at a time. A server of health checks responds at once.
+/// The maximum number of exempt checks of one limit at a time. They end fast, because a health registry responds at
+/// once.
 const MAX_HEALTH_CHECKS: u32 = 1024;
 /// The maximum number of exempt `Watch` streams of one limit.
 const MAX_HEALTH_WATCHES: u32 = 64;
 
+/// Returns the bits of a tag for the index of a queue.
 fn mark(line: Line) -> u64 {
     u64::from(line) << 32
 }
@@ -134,7 +216,7 @@ impl Limiter {
         }
     }
 
-    // ===== Getting in =====
+    // ===== Acquiring a permit =====
 
     #[inline]
     pub(super) fn limit(&self) -> u32 {
@@ -149,24 +231,24 @@ impl Limiter {
         self.shadow.load(Ordering::Relaxed)
     }
 
-    /// In shadow mode nobody waits either.
+    /// Returns the maximum length of the queue. It is 0 in shadow mode, in which no call waits.
     fn longest_queue(&self) -> u32 {
         if self.is_shadow() { 0 } else { self.longest_queue.load(Ordering::Relaxed) }
     }
 
-    /// Whether a call would get in now.
+    /// Returns whether a call would be admitted at once. The result may be outdated at once.
     #[inline]
     pub(super) fn has_room(&self) -> bool {
         let word = self.word.load(Ordering::Relaxed);
         (waiting(word) == 0 && in_flight(word) < self.limit()) || self.is_shadow()
     }
 
-    /// Gets in if there is room and nobody waits.
+    /// Acquires a permit, if one is free and no call waits. For calls without partitions and priorities.
     #[inline]
     pub(super) fn enter(&self) -> Option<Token> {
         let mut word = self.word.load(Ordering::Relaxed);
-        // Not added first and taken back where somebody was faster, though that is quicker where two meet: more would
-        // seem to be in than may be.
+        // A compare-exchange instead of an addition that is undone on failure, although the latter is faster under
+        // contention: other calls would observe more calls in flight than there are, and be rejected.
         while waiting(word) == 0 && in_flight(word) < self.limit() {
             match self.word.compare_exchange_weak(
                 word,
@@ -181,13 +263,14 @@ impl Limiter {
         None
     }
 
-    /// What a call remembers that is let in as one of so many: nothing, where nobody learns from it.
+    /// Returns the token of an admitted call. `in_flight` includes the call. The token of a fixed limit is empty: only
+    /// an algorithm uses the number.
     #[inline]
     pub(super) fn begin(&self, in_flight: u32) -> Token {
         self.adaptive.as_ref().map_or(Token::default(), |adaptive| adaptive.started(in_flight))
     }
 
-    /// Takes a place in the queue, if there is one to wait in.
+    /// Joins the queue, or acquires a permit that has become free. For calls without partitions and priorities.
     pub(super) fn join(&self) -> Result<Entry, RejectedKind> {
         let longest = self.longest_queue();
         if longest == 0 || self.limit() == 0 {
@@ -209,7 +292,7 @@ impl Limiter {
         }
     }
 
-    /// Returns whether this queue entry is next. If not, the waker of `cx` is woken when it is.
+    /// Returns the state of this queue entry. If it waits, the waker of `cx` is woken when the state changes.
     ///
     /// `is_new`: no waker has been registered for the entry yet.
     pub(super) fn look(&self, place: Place, is_new: bool, cx: &Context<'_>) -> Turn {
@@ -230,7 +313,7 @@ impl Limiter {
         }
     }
 
-    /// Gives a place up, also if its turn has just come.
+    /// Removes a queue entry, or releases the permit that it has received.
     pub(super) fn leave(&self, place: Place) {
         let mut queue = self.lock();
         let (turn, waker) = queue.leave(place);
@@ -248,9 +331,9 @@ impl Limiter {
         drop(waker);
     }
 
-    // ===== Getting out =====
+    // ===== Releasing a permit =====
 
-    /// A call has ended.
+    /// Releases the permit of a call that has ended.
     #[inline]
     pub(super) fn end(&self, token: Token) {
         if token.tag & MARKS == 0 {
@@ -260,6 +343,7 @@ impl Limiter {
         }
     }
 
+    /// Releases a permit of the word, and passes it on if a call waits.
     #[inline]
     fn exit(&self) {
         let before = self.word.fetch_sub(ONE_IN, Ordering::AcqRel);
@@ -268,6 +352,8 @@ impl Limiter {
         }
     }
 
+    /// Handles a release after which there is more to do. `before` is the word before it. An abandoned limit has no
+    /// waiting calls, and its last call ends the use of it.
     #[cold]
     fn exited(&self, before: u64) {
         if before & ABANDONED == 0 {
@@ -277,13 +363,14 @@ impl Limiter {
         }
     }
 
-    // ===== Learning =====
+    // ===== Adaptive limits =====
 
-    /// The head of a call's response is here.
+    /// Records the response head of a call with the algorithm, and admits waiting calls if the limit was raised.
     #[inline]
     pub(super) fn heard_head(&self, token: &mut Token, so_far: Outcome) {
         let Some(adaptive) = &self.adaptive else { return };
-        // Not the call's own: an algorithm may panic, and the call ends by its marks all the same.
+        // The algorithm gets a token without the marks, which only the release needs. The token of the call keeps its
+        // marks even if the algorithm panics, so that the release stays correct.
         let mut unmarked = Token { tag: token.tag & !MARKS, ..*token };
         let changed = adaptive.head(&mut unmarked, so_far, |limit| self.store(limit));
         *token = Token { tag: token.tag & MARKS | unmarked.tag, ..unmarked };
@@ -292,7 +379,7 @@ impl Limiter {
         }
     }
 
-    /// A call has ended.
+    /// Records the end of a call with the algorithm, and admits waiting calls if the limit was raised.
     #[inline]
     pub(super) fn heard_end(&self, mut token: Token, outcome: Outcome) {
         if let Some(adaptive) = &self.adaptive {
@@ -303,9 +390,9 @@ impl Limiter {
         }
     }
 
-    // ===== Handing over =====
+    // ===== Passing permits to waiting calls =====
 
-    /// Lets in whoever waits while there is room. Each is woken once, outside of the lock.
+    /// Passes permits to queue entries while there are free permits. Each waker is woken without the lock.
     pub(super) fn hand_over(&self) {
         loop {
             let mut queue = self.lock();
@@ -313,7 +400,7 @@ impl Limiter {
             let turn = loop {
                 let turn = queue.turn(self.limit(), in_flight(word), Instant::now);
                 let Some(line) = turn else { break None };
-                // One fewer waits, one more is in: in one step, so that nobody slips in between.
+                // Both counts change in one step; see the invariants of the module.
                 match self.word.compare_exchange_weak(
                     word,
                     word - ONE_WAITING + ONE_IN,
@@ -333,11 +420,11 @@ impl Limiter {
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
-        // No user code runs under the lock, so a poisoned lock protects a consistent state.
+        // No user code runs under the lock, so the state is consistent even if the lock is poisoned.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// No, except in shadow mode: then it goes, and is not counted among the others.
+    /// Rejects a call. In shadow mode, admits it without a permit instead, and counts it.
     pub(super) fn turn_away(
         &self,
         kind: RejectedKind,
@@ -346,11 +433,11 @@ impl Limiter {
         let label = label();
         let _name = label.as_deref().map_or("", |label| &*label.name);
         if !self.is_shadow() {
-            event!(DEBUG, resilience.name = _name, reason = kind.as_str(), "call shed");
+            event!(DEBUG, resilience.name = _name, reason = kind.as_str(), "call rejected");
             return Err(self.refuse(kind).labelled(label));
         }
         self.counts.shadowed.fetch_add(1, Ordering::Relaxed);
-        event!(DEBUG, resilience.name = _name, reason = kind.as_str(), "call would be shed");
+        event!(DEBUG, resilience.name = _name, reason = kind.as_str(), "call would be rejected");
         Ok(Token::unmeasured(SHADOW))
     }
 
@@ -363,11 +450,12 @@ impl Limiter {
         }
     }
 
+    /// Counts a rejection and returns it, with the hint of the limit.
     fn refuse(&self, kind: RejectedKind) -> Rejected {
         self.counter(kind).fetch_add(1, Ordering::Relaxed);
         let rejected = Rejected::by(LayerKind::ConcurrencyLimit, kind);
         if kind == RejectedKind::DeadlinePassed {
-            // Coming back helps nobody: the answer was needed by now.
+            // A call whose deadline has passed has no use for a later response, so there is no hint.
             return rejected;
         }
         rejected

@@ -353,7 +353,7 @@ fn event_subscriber_may_use_every_handle() {
             "circuit changed",
             "circuit closed",
             "call refused",
-            "call shed",
+            "call rejected",
             "limit changed",
             "hedging",
             "timed out",
