@@ -1,4 +1,47 @@
-//! The end of a limit, and its next life.
+//! The end of a fixed limit, and its renewal for another owner.
+//!
+//! # Mechanism
+//!
+//! A fixed limiter is a leaked allocation; see `lasting.rs`. Its calls hold `&'static` references without a reference
+//! count, so the limiter itself has to detect when it is idle: when no [`Limit`](crate::limit::lasting::Limit) is left
+//! and every call that it counts has ended. Then [`Limiter::leave_use`] pushes it to the free list, once, and
+//! [`Limiter::renew`] resets it for the next owner.
+//!
+//! [`Limiter::uses`] counts what has to end before that:
+//!
+//! - One use stands for the owners and all calls in flight together, so that calls do not write this counter.
+//!   [`Limiter::abandon`] sets the bit `ABANDONED` in the word when the last `Limit` is dropped. If the word has no
+//!   call in flight at that moment, `abandon` ends the use. Otherwise the release that takes the in-flight count from 1
+//!   to 0 with the bit set ends it. Both are read-modify-writes of one word, so exactly one of them observes
+//!   "abandoned, and no call in flight".
+//! - Each exempt call is one use of its own, because it is not in the word.
+//!
+//! The use that takes the counter from 1 to 0 returns the limiter to the free list.
+//!
+//! No call is admitted after `abandon`, as every admission needs a `Limit`. So the in-flight count only falls, and the
+//! counter cannot rise from 0.
+//!
+//! # References that outlive the use
+//!
+//! Code that still refers to the limiter when it is renewed must not change the counts of the new owner:
+//!
+//! - A call that was admitted in shadow mode is not counted. Its end returns at once, because its token has `SHADOW`.
+//! - A response body whose permit the sweeper has released still owns its slot. Its end only frees the slot
+//!   (`core/unread.rs`), and slots are not reset by a renewal.
+//! - The sweeper keeps running, and works for the new owner.
+//! - A release that found a waiting call calls `hand_over` after its `fetch_sub`. The waiting call and the last `Limit`
+//!   may be dropped in between, so `hand_over` may run for the new owner. This has no effect there beyond that of a
+//!   repeated call, because `hand_over` passes on only permits that are free.
+//! - After its release a call reads `adaptive`, which is `None` for every fixed limiter.
+//!
+//! A call without a permit may read settings of the new owner, such as when permits are released. They have no effect
+//! on it.
+//!
+//! # Memory orderings
+//!
+//! `fetch_or` in `abandon`, `fetch_sub` in `exit` and `fetch_sub` in `leave_use` are AcqRel. The thread that ends the
+//! last use has therefore acquired the writes of all other uses. It publishes them to the next owner by the mutex of
+//! the free list, so `renew` can store with Relaxed.
 
 use std::mem;
 
@@ -6,9 +49,9 @@ use super::*;
 use crate::limit::lasting::keep;
 
 impl Limiter {
-    /// As it is made, but for what it learns: the same memory, for somebody else.
+    /// Resets the limiter for a new owner. Only the slots of watched bodies and a running sweeper remain.
     pub(in crate::limit) fn renew(&self, limit: u32) {
-        // Field by field, so that none is forgotten.
+        // The pattern names each field, so that a new field cannot be forgotten here.
         let Self {
             word,
             limit: most,
@@ -28,6 +71,7 @@ impl Limiter {
             uses,
             home: _,
         } = self;
+        // The queue is dropped without its lock.
         let before = mem::take(&mut *self.lock());
         drop(before);
         unread.renew();
@@ -47,19 +91,20 @@ impl Limiter {
         }
     }
 
-    /// That it is used again when it is idle.
+    /// Records the reference by which the limiter returns to the free list. Called once, for a fixed limit.
     pub(in crate::limit) fn settle(&'static self) {
         let _ = self.home.set(self);
     }
 
-    /// Nobody can call through it any more. The last call under way, if any, ends it.
+    /// Called when the last [`Limit`](crate::limit::lasting::Limit) has been dropped. The limiter becomes idle now, or
+    /// with the end of its last call.
     pub(in crate::limit) fn abandon(&self) {
         if in_flight(self.word.fetch_or(ABANDONED, Ordering::AcqRel)) == 0 {
             self.leave_use();
         }
     }
 
-    /// One of its uses is over.
+    /// Ends one of the uses. The last one returns the limiter to the free list.
     #[cold]
     pub(super) fn leave_use(&self) {
         if self.uses.fetch_sub(1, Ordering::AcqRel) == 1 {
@@ -88,7 +133,7 @@ mod tests {
             assert_eq!(uses(&limiter), 2);
             limiter.end(call);
         }
-        assert_eq!(uses(&limiter), 1, "the exempt one goes on");
+        assert_eq!(uses(&limiter), 1, "the exempt call is still in flight");
         limiter.end(exempt);
         assert_eq!(uses(&limiter), 0);
     }

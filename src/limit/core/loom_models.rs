@@ -1,4 +1,4 @@
-//! Every interleaving of handing a place over.
+//! Loom models of acquiring, releasing and passing on permits: they check every interleaving.
 
 use std::{sync::atomic::AtomicUsize, task::Wake};
 
@@ -7,7 +7,7 @@ use loom::{sync::Arc as Both, thread};
 use super::*;
 use crate::limit::sort::Claim;
 
-/// Counts how often somebody was told.
+/// Counts how often the waker was woken.
 #[derive(Default)]
 struct Told(AtomicUsize);
 
@@ -39,7 +39,7 @@ impl Waiter {
     }
 }
 
-/// Everything is taken, and so many wait.
+/// Returns a limiter whose only permit is in use, with `N` calls in the queue.
 fn full<const N: usize>() -> (Both<Limiter>, [Waiter; N]) {
     let limiter = Both::new(Limiter::new(1, None));
     limiter.set_queue(8, Duration::from_secs(1));
@@ -51,7 +51,7 @@ fn full<const N: usize>() -> (Both<Limiter>, [Waiter; N]) {
     (limiter, waiters)
 }
 
-/// One leaves while another comes: that one is in at once, or waits and is told.
+/// A permit is released while a new call arrives: the call is admitted at once, or it waits and is woken.
 #[test]
 fn loom_a_newcomer_never_waits_for_a_place_that_is_free() {
     loom::model(|| {
@@ -75,7 +75,7 @@ fn loom_a_newcomer_never_waits_for_a_place_that_is_free() {
     });
 }
 
-/// Two ask for one place: one has it, never both, and it is free once that one has left.
+/// Two calls compete for one permit: exactly one acquires it, and it is free again after its release.
 #[test]
 fn loom_a_place_is_never_given_twice() {
     loom::model(|| {
@@ -90,7 +90,7 @@ fn loom_a_place_is_never_given_twice() {
     });
 }
 
-/// No more come at once than may be in: nobody is refused, whoever comes and goes meanwhile.
+/// There are never more calls at once than permits: no call is rejected, whatever other calls do meanwhile.
 #[test]
 fn loom_who_is_one_of_few_enough_is_never_refused() {
     loom::model(|| {
@@ -109,7 +109,7 @@ fn loom_who_is_one_of_few_enough_is_never_refused() {
     });
 }
 
-/// The next in line gives up just when its turn comes: it goes to the one after.
+/// The first queue entry is dropped while it receives a permit: the permit passes to the next entry.
 #[test]
 fn loom_a_turn_is_never_lost_with_its_waiter() {
     loom::model(|| {
@@ -124,7 +124,7 @@ fn loom_a_turn_is_never_lost_with_its_waiter() {
     });
 }
 
-/// A higher limit and a free place at once: each waiter gets one of them, told once.
+/// The limit is raised while a permit is released: each of the two permits goes to one waiting call, which is woken once.
 #[test]
 fn loom_resizing_and_leaving_let_in_as_many_as_may() {
     loom::model(|| {
@@ -140,7 +140,7 @@ fn loom_resizing_and_leaving_let_in_as_many_as_may() {
     });
 }
 
-/// The same where calls are told apart, and the limit is lowered meanwhile.
+/// The same as the first model with partitions, while the limit is lowered.
 #[test]
 fn loom_a_newcomer_of_a_partition_never_waits_for_a_place_that_is_free() {
     loom::model(|| {
@@ -175,7 +175,7 @@ fn loom_a_newcomer_of_a_partition_never_waits_for_a_place_that_is_free() {
     });
 }
 
-/// The last call ends while the limit is given up: one of the two finds it idle, and only one.
+/// The last calls end while the limit is abandoned: exactly one of the threads finds it idle.
 #[test]
 fn loom_a_limit_that_is_given_up_is_idle_once() {
     loom::model(|| {

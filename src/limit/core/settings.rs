@@ -1,12 +1,12 @@
-//! What is set, and what can be seen.
+//! The settings of a limiter, and what its handle reads.
 
 use super::*;
 
 impl Limiter {
     // ===== Settings =====
 
-    /// A higher limit admits waiting calls at once; a lower one takes effect as calls end. Returns `None` if the
-    /// algorithm of an adaptive limit panicked: then the limit keeps its value.
+    /// Sets the limit. A higher limit admits waiting calls at once; a lower one takes effect as calls end. Returns
+    /// `None` if the algorithm of an adaptive limit panicked: then the limit keeps its value.
     pub(in crate::limit) fn set_limit(&self, limit: u32) -> Option<()> {
         let set = match &self.adaptive {
             None => {
@@ -19,7 +19,8 @@ impl Limiter {
         set
     }
 
-    /// Returns whether there are bounds, or `None` if the algorithm panicked: then the limit keeps its value.
+    /// Sets the bounds of an adaptive limit. Returns whether there are bounds, or `None` if the algorithm panicked:
+    /// then the limit keeps its value.
     pub(in crate::limit) fn set_bounds(&self, bounds: RangeInclusive<u32>) -> Option<bool> {
         let Some(adaptive) = &self.adaptive else { return Some(false) };
         let has_any = adaptive.set_bounds(bounds, |limit| self.store(limit));
@@ -67,7 +68,7 @@ impl Limiter {
         self.to_the_head_only.load(Ordering::Relaxed)
     }
 
-    // ===== Looking =====
+    // ===== Snapshots =====
 
     pub(in crate::limit) fn in_flight(&self) -> u32 {
         in_flight(self.word.load(Ordering::Acquire))
@@ -77,17 +78,17 @@ impl Limiter {
         waiting(self.word.load(Ordering::Acquire))
     }
 
-    /// How many were let through that would have been refused.
+    /// Returns the number of calls admitted in shadow mode that would have been rejected.
     pub(in crate::limit) fn shadowed(&self) -> u64 {
         self.counts.shadowed.load(Ordering::Relaxed)
     }
 
-    /// What this share of those who waited of late did not exceed.
+    /// Returns the time that this share of the recent waits did not exceed. `None` if no call waited.
     pub(in crate::limit) fn wait(&self, share: f64) -> Option<Duration> {
         self.lock().waits.percentile(share, Instant::now())
     }
 
-    /// How many were refused as this kind.
+    /// Returns the number of rejections of this kind.
     pub(in crate::limit) fn refused(&self, kind: RejectedKind) -> u64 {
         self.counter(kind).load(Ordering::Relaxed)
     }

@@ -1,4 +1,12 @@
-//! How calls get in that are told apart: under the lock, by partition and priority.
+//! Admission by exemption, partition and priority.
+//!
+//! A limit with partitions or priorities admits each call under the lock of the queue, because the counts of the
+//! partitions ([`Shares`](crate::limit::sort::Shares)) and the priorities of recent calls ([`Cutoff`]) are protected by
+//! it. The word remains the authority for the total: its counts are changed by the same compare-exchanges as in
+//! `core.rs`, so that a call without a partition is released as there.
+//!
+//! A call of a partition has the index of its queue in its token. Its release takes the lock: it subtracts the call
+//! from the partition before the word.
 
 use super::*;
 use crate::{
@@ -9,38 +17,39 @@ use crate::{
 impl Limiter {
     // ===== Settings =====
 
-    /// Those who wait may have more of a share now.
+    /// Sets the shares of the partitions. Waiting calls whose share has grown are admitted.
     pub(in crate::limit) fn set_shares(&self, ratios: &[f64]) {
         self.lock().set_shares(ratios);
         self.sorts.store(true, Ordering::Relaxed);
         self.hand_over();
     }
 
+    /// Turns on rejection by priority.
     pub(in crate::limit) fn shed_by_priority(&self) {
         self.lock().cutoff = Some(Cutoff::new());
         self.sorts.store(true, Ordering::Relaxed);
     }
 
-    // ===== Looking =====
+    // ===== Snapshots =====
 
-    /// How many exempt calls there were, and are.
+    /// Returns the number of exempt calls so far, and in flight.
     pub(in crate::limit) fn exempt(&self) -> (u64, u32) {
         (self.counts.exempt.load(Ordering::Relaxed), self.uses.load(Ordering::Relaxed) - 1)
     }
 
-    /// Share, inside and refused of each partition.
+    /// Returns the share, the calls in flight and the rejections of each partition.
     pub(in crate::limit) fn partitions(&self) -> Vec<(u32, u32, u64)> {
         self.lock().shares.each(self.limit())
     }
 
-    /// What is refused for being worth too little: all below.
+    /// Returns the priority below which calls are rejected, if there is one.
     pub(in crate::limit) fn shed_below(&self) -> Option<Priority> {
         self.lock().cutoff.as_ref().and_then(Cutoff::below)
     }
 
-    // ===== Getting in =====
+    // ===== Admission =====
 
-    /// Never refused, and not counted among the others.
+    /// Admits an exempt call. It is never rejected, and is not counted in the word.
     pub(in crate::limit) fn enter_exempt(&self) -> Token {
         self.counts.exempt.fetch_add(1, Ordering::Relaxed);
         self.uses.fetch_add(1, Ordering::Relaxed);
@@ -64,7 +73,7 @@ impl Limiter {
         Some(Token::unmeasured(exempt.tag | tag))
     }
 
-    /// [`enter`](Self::enter) and [`join`](Self::join), by partition and priority.
+    /// Acquires a permit or joins the queue, by partition and priority if the limit has any.
     pub(in crate::limit) fn enter_as(&self, claim: Claim) -> Result<Entry, RejectedKind> {
         if self.sorts.load(Ordering::Relaxed) {
             return self.sort_in(claim, self.longest_queue());
@@ -72,7 +81,7 @@ impl Limiter {
         self.enter().map_or_else(|| self.join(), |token| Ok(Entry::In(token)))
     }
 
-    /// [`enter`](Self::enter), for what asks nothing in particular.
+    /// Acquires a permit without waiting, for a caller without partition and with normal priority.
     pub(in crate::limit) fn try_enter(&self) -> Option<Token> {
         if !self.sorts.load(Ordering::Relaxed) {
             return self.enter();
@@ -83,7 +92,13 @@ impl Limiter {
         }
     }
 
-    /// With so many waiting, nobody waits any more.
+    /// Acquires a permit or joins the queue, by partition and priority. `longest` is the maximum length of the queue;
+    /// with 0 the call does not wait.
+    ///
+    /// In this order: a priority below the cutoff is rejected. Queue entries that may have a permit receive it first,
+    /// so that a new call does not overtake them. The call acquires a permit if its partition may have one. Otherwise
+    /// it joins the queue; if the queue is full, it displaces an entry of lower priority of its partition or is
+    /// rejected.
     fn sort_in(&self, claim: Claim, longest: u32) -> Result<Entry, RejectedKind> {
         let now = Instant::now();
         let mut queue = self.lock();
@@ -94,7 +109,7 @@ impl Limiter {
         let mut word = self.word.load(Ordering::Relaxed);
         loop {
             let limit = self.limit();
-            // Who waits and may go goes first.
+            // The wakers are woken without the lock, and then everything is read again.
             if queue.turn(limit, in_flight(word), || now).is_some() {
                 drop(queue);
                 self.hand_over();
@@ -107,7 +122,7 @@ impl Limiter {
                 let displaced =
                     if longest > 0 { queue.displace(line, claim.priority) } else { None };
                 if let Some(waker) = displaced {
-                    // One waits instead of another: as many as before.
+                    // One entry replaces another, so the waiting count of the word stays as it is.
                     let place = queue.join(line, claim.priority, now);
                     drop(queue);
                     waker.into_iter().for_each(Waker::wake);
@@ -129,15 +144,16 @@ impl Limiter {
         }
     }
 
-    /// [`begin`](Self::begin), in a line.
+    /// Returns the token of a call that was admitted through this queue.
     pub(in crate::limit) fn begin_in(&self, line: Line, in_flight: u32) -> Token {
         let mut token = self.begin(in_flight);
         token.tag |= mark(line);
         token
     }
 
-    /// When one that waits until then has to look for himself: what is kept for others comes free by time
-    /// alone.
+    /// Returns when a call that waits until `until` has to try again by itself. With partitions this is one [`KEPT`]
+    /// from now: the reservation of another partition expires by time alone, without a release that would pass a permit
+    /// on.
     pub(in crate::limit) fn look_by(&self, until: Instant) -> Instant {
         if !self.sorts.load(Ordering::Relaxed) {
             return until;
@@ -145,15 +161,16 @@ impl Limiter {
         Instant::now().checked_add(KEPT).map_or(until, |soon| soon.min(until))
     }
 
-    /// One that waits is refused after all.
+    /// Records that a call is rejected after waiting.
     pub(in crate::limit) fn waited_in_vain(&self, place: Place) {
         let (mut queue, now) = (self.lock(), Instant::now());
         queue.gives_up(place, now);
         queue.refused(place.0, self.limit(), now);
     }
 
-    // ===== Getting out =====
+    // ===== Release =====
 
+    /// Releases the permit of a call whose token has marks.
     #[cold]
     pub(super) fn end_marked(&self, token: Token) {
         if token.tag & SHADOW != 0 {

@@ -1,24 +1,32 @@
-//! The watchdog over responses that are not read.
+//! Detection of unread responses: responses whose client does not read them.
 //!
 //! A transport polls a response body only when it can write. If the client stops reading, the buffers fill up and the
-//! body is not polled again. Over HTTP/2 without window it is never polled. No code of this crate runs then, so only
-//! another task can release the permit.
+//! body is not polled again. Over HTTP/2 without a window it is never polled. No code of this crate runs on the call
+//! then, so only another task can release the permit.
 //!
 //! # Mechanism
 //!
 //! A watched body claims a [`Slot`] at its response head and frees it at its end. Each poll of the body increases the
 //! slot's `polls` by two; the lowest bit is set if the last poll returned `Pending`. The sweeper, one task for each
-//! limit, reads all slots every eighth of the maximum (at most every [`MAX_PERIOD`]). If neither `state` nor `polls`
-//! changed for the maximum, and the last poll was not `Pending`, the response waits for its reader for that long: the
-//! sweeper releases the permit. A body whose last poll was `Pending` waits for its producer and keeps its permit.
+//! limit, reads all slots every eighth of the maximum time, and every [`MAX_PERIOD`] if that is shorter. If `state` and
+//! `polls` have not changed for the maximum time, and the last poll was not `Pending`, the response has waited for its
+//! reader for that time: the sweeper releases the permit. A body whose last poll was `Pending` waits for its producer
+//! and keeps its permit.
 //!
-//! A transport takes a frame as a whole and polls again when it is nearly written, so a long frame has the maximum once
-//! more for each [`LONG_FRAME`] bytes.
+//! A transport takes a frame as a whole and polls again when it is nearly written, so a long frame has the maximum time
+//! once more for each [`LONG_FRAME`] bytes.
 //!
 //! A watched call costs two atomic read-modify-write operations on its own slot and two plain stores per poll. It
 //! allocates nothing, takes no lock and reads no clock; only the sweeper reads the clock. A call of a limit without the
-//! setting costs one relaxed load. Two exceptions: the sweeper is spawned by the first watched call after it has ended,
-//! and the slots grow by a chunk when the last one is about to be full.
+//! setting costs one relaxed load. Two rare events cost more: if no sweeper runs, the next watched call spawns one, and
+//! a claim that finds no free slot allocates a chunk.
+//!
+//! # Claiming a slot
+//!
+//! Slots are in chunks, each twice as long as the one before. A claim tries [`PROBES`] random slots of the last chunk;
+//! if none of them is free, it adds a chunk. So the claims of different threads rarely meet in one cache line, no free
+//! list is needed, and a chunk is added only when the last one is nearly full. A token refers to its slot by number, in
+//! the bits [`SLOT`] of its tag.
 //!
 //! # Invariants
 //!
@@ -26,14 +34,30 @@
 //!   increase the generation. Only the sweeper changes held to released, by compare-exchange with the whole word that
 //!   it has observed, so it never releases the permit of a later body in the same slot. The body frees the slot by one
 //!   read-modify-write, whose old stage states whether the body still has the permit. So a permit is released once.
-//! - A claim stores `tag`, and a poll stores `times`, before it stores `polls` (release); the sweeper loads `polls`
-//!   (acquire) before them. It only uses those whose `polls` it has observed twice, so they belong to the generation.
-//! - Slots are never deallocated while the limit is. A fixed limit lives forever and may be
-//!   [renewed](super::Limiter::renew) while a body of its former life still owns a released slot: the body frees the
+//! - `tag`, `polls` and `times` are written only by the owner of the slot: the thread that claims it, then the body.
+//! - The sweeper uses `polls` and `times` only after it has observed the same `state` and `polls` for the maximum time.
+//!   A claim changes `state` before `polls`, so an observation in between has the new generation with the old `polls`;
+//!   the next one replaces it.
+//! - The tag that the sweeper reads belongs to the body, unless a thread is suspended in one of two places: a claim
+//!   between its writes of `state` and `polls`, for the maximum time; or the sweeper between its compare-exchange and
+//!   its read of `tag`, while the body ends and another body claims the slot. In these cases the permit is released
+//!   with the tag of another body. The total of the calls in flight is still right; with partitions, the call is
+//!   subtracted from the partition of the other tag.
+//! - Slots are not deallocated while the limit exists. A fixed limit lives forever and may be
+//!   [renewed](super::Limiter::renew) while a body of its former use still owns a released slot: the body frees the
 //!   slot at its end and touches nothing else.
-//! - The sweeper ends when no slot is held. It clears `is_sweeping` and then reads the slots again; a claim writes its
-//!   slot and then reads `is_sweeping`. All four are sequentially consistent, so at least one of the two observes the
-//!   write of the other.
+//! - There is at most one sweeper. `is_sweeping` is set by the thread that spawns it, and cleared by the sweeper when
+//!   it ends.
+//!
+//! # Memory orderings
+//!
+//! - A claim stores `tag`, and a poll stores `times`, before it stores `polls` with Release. The sweeper loads `polls`
+//!   with Acquire before it reads them.
+//! - The Release of the body in [`Slot::free`] pairs with the compare-exchange of the next claim.
+//! - The end of the sweeper and a claim are a store-buffering pair. The sweeper clears `is_sweeping` and then reads all
+//!   slots; a claim writes its slot and then reads `is_sweeping`. All four operations are SeqCst, so at least one of
+//!   the two observes the write of the other: the sweeper continues, or the claim spawns a new one. Weaker orderings
+//!   would allow that neither does, and the body would not be watched.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -57,40 +81,48 @@ use crate::{
     event,
 };
 
-/// The maximum time between two sweeps: a maximum that changes takes effect within it.
+/// The maximum time between two sweeps. A changed setting takes effect within it.
 const MAX_PERIOD: Duration = Duration::from_secs(5);
 
-/// The length of a frame that a client has to read within the maximum.
+/// The frame length in bytes that a client has to read within the maximum time.
 const LONG_FRAME: usize = 1024 * 1024;
 
 const FIRST_CHUNK: usize = 256;
-/// Chunks double: 1,048,320 slots in all. Further bodies are not watched.
+/// The maximum number of chunks. They double in length, which gives 1,048,320 slots; further bodies are not watched.
 const MAX_CHUNKS: usize = 12;
 /// The number of slots that a claim tries in a chunk.
 const PROBES: usize = 16;
-/// The number of slots that the sweeper reads at a stretch.
+/// The number of slots that the sweeper reads without yielding.
 const SLICE: usize = 4096;
 
 const STAGE: u64 = 0b11;
+/// The slot has no body.
 const FREE: u64 = 0;
+/// The slot has a body, and the body has its permit.
 const HELD: u64 = 1;
+/// The slot has a body whose permit the sweeper has released.
 const RELEASED: u64 = 2;
+/// The step of the generation in `state`.
 const GENERATION: u64 = 0b100;
 
+/// The last poll returned `Pending`; a bit of `polls`.
 const PENDING: u32 = 1;
+/// The step of the count in `polls`.
 const POLL: u32 = 2;
 
 /// The bits of a token's tag that contain the number of its slot, counted from 1.
 pub(super) const SLOT: u64 = (1 << 60) - (1 << SLOT_SHIFT);
 const SLOT_SHIFT: u32 = 40;
 
-/// A watched body.
+/// The state of a watched body; see the module.
 struct Slot {
+    /// `generation << 2 | stage`.
     state: AtomicU64,
+    /// The number of polls, times two, and [`PENDING`].
     polls: AtomicU32,
-    /// The number of maximum times that the last frame has.
+    /// The multiple of the maximum time that the client has for the last frame.
     times: AtomicU32,
-    /// The tag of the token to release the permit with.
+    /// The tag of the token with which the sweeper releases the permit.
     tag: AtomicU64,
 }
 
@@ -104,6 +136,7 @@ impl Slot {
         }
     }
 
+    /// Claims the slot. Returns `false` if it is not free.
     fn claim(&self, tag: u64) -> bool {
         let state = self.state.load(Ordering::Relaxed);
         let claimed = (state & !STAGE).wrapping_add(GENERATION) | HELD;
@@ -120,7 +153,8 @@ impl Slot {
         true
     }
 
-    /// Only the owner of the slot calls this.
+    /// Records a poll of the body, with the length of the frame, or `None` if the body was pending. Only the owner of
+    /// the slot calls this, so the load and the store of `polls` need no read-modify-write.
     fn record_poll(&self, frame: Option<usize>) {
         let times = 1 + frame.unwrap_or(0) / LONG_FRAME;
         self.times.store(u32::try_from(times).unwrap_or(u32::MAX), Ordering::Relaxed);
@@ -138,7 +172,7 @@ impl Slot {
         self.state.fetch_and(!STAGE, Ordering::AcqRel) & STAGE == HELD
     }
 
-    /// Marks the permit as released, if the slot is as it was observed.
+    /// Marks the permit as released, if `state` is still the observed one. Returns the token to release it with.
     fn release(&self, observed: u64) -> Option<Token> {
         let released = observed & !STAGE | RELEASED;
         self.state
@@ -156,11 +190,13 @@ pub(super) struct Unread {
     chunks: [OnceLock<Box<[Slot]>>; MAX_CHUNKS],
     /// The chunk in which slots are claimed: the last one.
     last: AtomicUsize,
+    /// A sweeper runs, or is about to be spawned.
     is_sweeping: AtomicBool,
     /// The number of permits that the sweeper has released.
     released: AtomicU64,
+    /// The name of the limit, for events.
     label: Mutex<Option<Arc<Label>>>,
-    /// The limit, if it does not live forever.
+    /// The reference by which the sweeper finds an adaptive limit. A fixed limit has `home`.
     owner: OnceLock<Weak<Limiter>>,
 }
 
@@ -185,6 +221,7 @@ impl Unread {
         std::mem::replace(&mut current, label)
     }
 
+    /// Returns a chunk, and allocates it if needed.
     fn chunk(&self, number: usize) -> &[Slot] {
         let slots = || (0..FIRST_CHUNK << number).map(|_| Slot::new()).collect();
         self.chunks[number].get_or_init(slots)
@@ -218,6 +255,7 @@ impl Unread {
         }
     }
 
+    /// Returns whether a body in any slot has its permit.
     fn has_held(&self) -> bool {
         let mut slots = self.chunks.iter().filter_map(OnceLock::get).flatten();
         slots.any(|slot| slot.state.load(Ordering::SeqCst) & STAGE == HELD)
@@ -280,8 +318,9 @@ impl Limiter {
 
     // ===== The sweeper =====
 
-    /// Spawns the sweeper if it does not run and has something to do. The sweeper ends with the runtime that it was
-    /// spawned on, so rejected calls check it, too: there may be no other calls.
+    /// Spawns the sweeper if there is none and `max_unread` is set. The sweeper ends with the runtime that it was
+    /// spawned on, so calls that queue or are rejected check it, too: if all permits are held by unread responses,
+    /// there are no other calls.
     pub(in crate::limit) fn ensure_sweeper(&self) {
         if self.unread.max().is_none() || self.unread.is_sweeping.load(Ordering::SeqCst) {
             return;
@@ -296,7 +335,7 @@ impl Limiter {
             (None, Some(owner)) => Reference::Weak(owner.clone()),
             (None, None) => return,
         };
-        // Outside of a runtime no body is watched; the next call may be inside of one.
+        // Outside of a runtime no sweeper is spawned; a later call may be inside of one.
         let Ok(runtime) = Handle::try_current() else { return };
         if !self.unread.is_sweeping.swap(true, Ordering::SeqCst) {
             runtime.spawn(Sweeper { limiter, observed: Vec::new(), is_done: false }.run());
@@ -338,11 +377,12 @@ struct Sweeper {
     limiter: Reference,
     /// The last observation of each slot, and the instant since which it has not changed.
     observed: Vec<(u64, u32, Instant)>,
-    /// The mark of a running sweeper is no longer that of this one.
+    /// This sweeper has cleared `is_sweeping`, which may belong to another sweeper by now.
     is_done: bool,
 }
 
 impl Sweeper {
+    /// Sweeps until the setting is off, the limit has been dropped, or no slot is held.
     async fn run(mut self) {
         while let Some(Some(max)) = self.limiter.with(|limiter| limiter.unread.max()) {
             sleep((max / 8).clamp(Duration::from_millis(1), MAX_PERIOD)).await;
@@ -395,12 +435,13 @@ impl Sweeper {
         })
     }
 
-    /// Clears the mark of a running sweeper. Returns `false` if a slot is held after all.
+    /// Clears `is_sweeping`. Returns whether this sweeper ends; `false` if a slot is held after all.
     fn try_end(&mut self) -> bool {
         let is_done = |limiter: &Limiter| {
             let unread = &limiter.unread;
             unread.is_sweeping.store(false, Ordering::SeqCst);
-            // Either this reads the slot of a concurrent claim, or the claim spawns a sweeper.
+            // Either this reads the slot of a concurrent claim, or the claim spawns a sweeper. If a slot is held, this
+            // sweeper sets `is_sweeping` again and continues, unless a new sweeper has set it meanwhile.
             !unread.has_held() || unread.is_sweeping.swap(true, Ordering::SeqCst)
         };
         self.is_done = self.limiter.with(is_done).unwrap_or(true);
@@ -410,7 +451,8 @@ impl Sweeper {
 
 impl Drop for Sweeper {
     fn drop(&mut self) {
-        // Without a timer in the runtime, the sweeper panics: another one would panic, too.
+        // The setting is off, or the runtime has dropped the task: a later call may spawn a sweeper. A sweeper that
+        // panics leaves `is_sweeping` set: the runtime has no timer, so the next one would panic, too.
         if !self.is_done && !thread::panicking() {
             self.limiter.with(|limiter| limiter.unread.is_sweeping.store(false, Ordering::SeqCst));
         }
@@ -434,7 +476,7 @@ mod tests {
             assert!(unread.slot(*tag).unwrap().free());
         }
         assert!(!unread.has_held());
-        // Neither no slot nor one that was never claimed is a slot.
+        // A tag without a slot, and the number of a slot that was never claimed, have no slot.
         assert!(unread.slot(7).is_none() && unread.slot(SLOT).is_none());
         // The largest number fits.
         let slots = FIRST_CHUNK * ((1 << MAX_CHUNKS) - 1);
