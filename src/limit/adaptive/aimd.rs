@@ -3,41 +3,44 @@ use std::{ops::RangeInclusive, time::Duration};
 use super::{Algorithm, Bounds, Change, Reason, Sample};
 use crate::ConfigError;
 
-/// One more for a call that was answered while the limit was in use, a tenth less for one that was
-/// dropped or took too long.
+/// Additive increase, multiplicative decrease: adds 1 for each response while at least half of the limit is in use, and
+/// subtracts a tenth for a call that was dropped or took longer than the timeout.
 ///
-/// After Netflix's `AIMDLimit`, with at most one cut per round trip: with one per call, a single
-/// congested round trip costs a third of the throughput. It needs a timeout that means something: below
-/// it a queue may stand for ever.
+/// Modelled on `AIMDLimit` of Netflix, but with one decrease per round trip: with one per call, a single congested
+/// round trip costs a third of the throughput. The timeout has to be close to the latency that is acceptable, because a
+/// queue whose latency stays below it is never detected.
 #[derive(Clone, Debug)]
 pub struct Aimd {
     limit: Bounds,
     timeout: Duration,
+    /// The time of the last decrease. Calls that began before it do not decrease the limit again.
     cut_at: Option<Duration>,
 }
 
 const BACKOFF: f64 = 0.9;
 
 impl Default for Aimd {
-    /// From 20 within 20 to 200, with a timeout of 5 s: Netflix's.
+    /// Starts at 20, within 20 to 200, with a timeout of 5 s, as in Netflix.
     fn default() -> Self {
         Self { limit: Bounds::constant(20, 20, 200), timeout: Duration::from_secs(5), cut_at: None }
     }
 }
 
 impl Aimd {
+    /// Returns an algorithm that starts at `initial` and keeps the limit within `bounds`.
+    ///
     /// # Errors
     ///
-    /// Bounds that are no bounds, or a beginning out of them.
+    /// Returns an error if the bounds are invalid, or if `initial` is outside of them.
     pub fn new(initial: usize, bounds: RangeInclusive<usize>) -> Result<Self, ConfigError> {
         Ok(Self { limit: Bounds::new(initial, bounds)?, ..Self::default() })
     }
 
-    /// A call that takes longer than this counts as dropped: 5 s by default.
+    /// Sets the latency above which a call counts as dropped. 5 s by default.
     ///
     /// # Errors
     ///
-    /// Zero.
+    /// Returns an error for zero.
     pub fn timeout(mut self, timeout: Duration) -> Result<Self, ConfigError> {
         self.timeout = ConfigError::above_zero("adaptive.timeout", timeout)?;
         Ok(self)

@@ -6,7 +6,7 @@ use crate::{
     limit::handle::{checked, checked_bounds},
 };
 
-/// A limit with fractions, kept within its bounds.
+/// A limit with a fractional part, kept within its bounds.
 #[derive(Clone, Debug)]
 pub(super) struct Bounds {
     limit: f64,
@@ -27,7 +27,7 @@ impl Bounds {
         Ok(Self::constant(checked(initial)?, min, max))
     }
 
-    /// What calls are held to: whole.
+    /// Returns the limit that is applied to calls, without the fractional part.
     pub(super) fn whole(&self) -> u32 {
         self.limit as u32
     }
@@ -44,14 +44,15 @@ impl Bounds {
         self.limit = limit.clamp(self.min, self.max);
     }
 
-    /// Those that are none, which only an algorithm's owner can set, as nearly as can be.
+    /// Sets the bounds. Invalid bounds, which only a direct call of
+    /// [`Algorithm::set_bounds`](super::Algorithm::set_bounds) can contain, are corrected to valid ones.
     pub(super) fn set_bounds(&mut self, bounds: RangeInclusive<u32>) {
         let min = (*bounds.start()).max(1);
         (self.min, self.max) = (min.into(), (*bounds.end()).max(min).into());
         self.set(self.limit);
     }
 
-    /// A change that callers will notice, or none.
+    /// Sets the limit. Returns the change if the whole limit differs.
     pub(super) fn change(&mut self, limit: f64, reason: Reason) -> Option<Change> {
         let before = self.whole();
         self.set(limit);

@@ -3,22 +3,25 @@ use std::{ops::RangeInclusive, time::Duration};
 use super::{Algorithm, Bounds, Change, Reason, Sample};
 use crate::ConfigError;
 
-/// Follows the ratio between the latency of long and of now.
+/// Adjusts the limit by the ratio of the long-term latency to the current latency.
 ///
-/// After Netflix's `Gradient2Limit` over its `WindowedLimit`: windows of 1 s with 10 calls or more,
-/// smoothing 0.2, room for a queue of 4, tolerance 1.5, a long average of 600 windows. It hears no drops,
-/// and its long average learns a queue that stands: after some twenty minutes of overload it is at its
-/// upper bound.
+/// Modelled on `Gradient2Limit` of Netflix over its `WindowedLimit`: windows of 1 s and 10 calls or more, smoothing
+/// 0.2, a queue allowance of 4, tolerance 1.5, a long-term average over 600 windows. It does not use drops. Under
+/// lasting overload its long-term average adapts to the latency of the queue: after about 20 minutes the limit is at
+/// its upper bound.
 #[derive(Clone, Debug)]
 pub struct Gradient2 {
     limit: Bounds,
+    /// The long-term average of the latency, in seconds.
     long: f64,
+    /// The number of windows in `long`, up to [`WARM_UP`].
     windows: f64,
     window: Window,
 }
 
 #[derive(Clone, Debug, Default)]
 struct Window {
+    /// The earliest end of the window.
     ends: Option<Duration>,
     total: f64,
     calls: f64,
@@ -26,12 +29,15 @@ struct Window {
 }
 
 const WINDOW: Duration = Duration::from_secs(1);
+/// The minimum number of calls in a window.
 const CALLS: f64 = 10.0;
+/// The number of windows of the long-term average.
 const LONG: f64 = 600.0;
+/// The number of windows for which `long` is the mean of all windows.
 const WARM_UP: f64 = 10.0;
 
 impl Default for Gradient2 {
-    /// From 20 within 20 to 200: Netflix's.
+    /// Starts at 20, within 20 to 200, as in Netflix.
     fn default() -> Self {
         Self {
             limit: Bounds::constant(20, 20, 200),
@@ -43,9 +49,11 @@ impl Default for Gradient2 {
 }
 
 impl Gradient2 {
+    /// Returns an algorithm that starts at `initial` and keeps the limit within `bounds`.
+    ///
     /// # Errors
     ///
-    /// Bounds that are no bounds, or a beginning out of them.
+    /// Returns an error if the bounds are invalid, or if `initial` is outside of them.
     pub fn new(initial: usize, bounds: RangeInclusive<usize>) -> Result<Self, ConfigError> {
         Ok(Self { limit: Bounds::new(initial, bounds)?, ..Self::default() })
     }

@@ -1,4 +1,4 @@
-//! What stands between the limit and its algorithm: the clock, the lock, and what is worth hearing.
+//! The connection between a limit and its algorithm: the clock, the lock, and the choice of the calls that are samples.
 
 use std::{
     fmt, mem,
@@ -25,12 +25,18 @@ use crate::{
 /// The value of `count_cancelled_after` with which no call that its caller ended counts.
 const NEVER: u64 = u64::MAX;
 
+/// The algorithm of an adaptive limit, with its clock and settings.
+///
+/// The tag of a token contains the number of calls in flight at the admission, until the call has been recorded; then
+/// [`HEARD`]. So a call is recorded once, at its head or at its end.
 pub(in crate::limit) struct Teller {
     clock: Clock,
+    /// Whether latency is measured to the end of the response body.
     to_the_end: AtomicBool,
     /// In nanoseconds, or [`NEVER`].
     count_cancelled_after: AtomicU64,
-    /// The algorithm is user code and runs under this lock, which cannot be avoided. Its panics are caught.
+    /// The algorithm is user code and runs under this lock. This cannot be avoided, because it needs `&mut self`. Its
+    /// panics are caught.
     state: Mutex<State>,
     panics: RepeatedEvent,
 }
@@ -40,7 +46,7 @@ struct State {
     last: Option<Change>,
 }
 
-/// A call that has been heard, or that nobody listens to.
+/// The tag of a call that has been recorded, or that is not to be recorded.
 const HEARD: u64 = 0;
 
 impl Teller {
@@ -130,7 +136,7 @@ impl Teller {
         }
     }
 
-    /// A call is let in, as one of so many.
+    /// Returns the token of an admitted call. `in_flight` includes the call.
     #[inline]
     pub(in crate::limit) fn started(&self, in_flight: u32) -> Token {
         Token { tag: in_flight.into(), clock: UpstreamClock::start() }
@@ -212,7 +218,7 @@ impl fmt::Debug for Teller {
     }
 }
 
-/// Whether the outcome is a drop; None if it says nothing about how much is too much.
+/// Returns whether the outcome is a drop. `None`: it contains no information about the load, so it is not a sample.
 fn is_drop(outcome: Outcome) -> Option<bool> {
     match outcome.kind() {
         OutcomeKind::Success => Some(false),

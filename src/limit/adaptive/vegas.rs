@@ -3,24 +3,28 @@ use std::{ops::RangeInclusive, time::Duration};
 use super::{Algorithm, Bounds, Change, Reason, Sample};
 use crate::ConfigError;
 
-/// Reckons how many calls stand in a queue from the quickest call seen, and keeps it small.
+/// Estimates the number of calls that queue in the upstream from the minimum latency, and keeps it small.
 ///
-/// After Netflix's `VegasLimit`. Now and then it takes the latency of the moment for that of the
-/// quickest call: under lasting overload that is the queue's, and the limit drifts up.
+/// Modelled on `VegasLimit` of Netflix. From time to time it replaces the minimum latency by the current latency. Under
+/// lasting overload that includes the time in the queue, so the limit drifts up.
 #[derive(Clone, Debug)]
 pub struct Vegas {
     limit: Bounds,
+    /// The minimum latency since the last probe.
     quickest: Option<Duration>,
+    /// The number of calls since the last probe.
     since_probe: f64,
+    /// The factor by which the interval of the next probe is shortened, so that clients do not probe at the same time.
     jitter: f64,
     dice: fastrand::Rng,
 }
 
-/// The quickest call is forgotten after so many times the limit of calls.
+/// The interval of probes in calls, as a multiple of the limit. A probe replaces the minimum latency by that of the
+/// current call.
 const PROBE: f64 = 30.0;
 
 impl Default for Vegas {
-    /// From 20 within 1 to 1000: Netflix's.
+    /// Starts at 20, within 1 to 1000, as in Netflix.
     fn default() -> Self {
         Self {
             limit: Bounds::constant(20, 1, 1000),
@@ -33,9 +37,11 @@ impl Default for Vegas {
 }
 
 impl Vegas {
+    /// Returns an algorithm that starts at `initial` and keeps the limit within `bounds`.
+    ///
     /// # Errors
     ///
-    /// Bounds that are no bounds, or a beginning out of them.
+    /// Returns an error if the bounds are invalid, or if `initial` is outside of them.
     pub fn new(initial: usize, bounds: RangeInclusive<usize>) -> Result<Self, ConfigError> {
         Ok(Self { limit: Bounds::new(initial, bounds)?, ..Self::default() })
     }

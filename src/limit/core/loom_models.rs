@@ -124,7 +124,7 @@ fn loom_a_turn_is_never_lost_with_its_waiter() {
     });
 }
 
-/// The limit is raised while a permit is released: each of the two permits goes to one waiting call, which is woken once.
+/// The limit is raised while a permit is released: each of the two permits goes to one waiting call.
 #[test]
 fn loom_resizing_and_leaving_let_in_as_many_as_may() {
     loom::model(|| {
