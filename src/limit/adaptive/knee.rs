@@ -3,74 +3,99 @@ use std::{ops::RangeInclusive, time::Duration};
 use super::{Algorithm, Bounds, Change, Reason, Sample};
 use crate::ConfigError;
 
-/// Keeps the limit at the knee: where more calls at once begin to wait for each other.
+/// Keeps the limit at the knee of the latency curve: the number of calls in flight above which calls begin to queue in
+/// the upstream.
 ///
-/// It looks at rounds: a round trip long at least, and 32 calls, or more until the mean of them is known within
-/// a tenth; begun when those of the limit before are over, or nearly all. In this order, once a round:
+/// # Rounds
 ///
-/// 1. A twentieth of the calls or more were dropped: a tenth less, and small steps up for 10 s.
-/// 2. Less than three quarters of the limit were in use: nothing is learnt and nothing changes.
-/// 3. Else it follows what calls take without a queue, over what they take now, with room for 40 % more:
-///    up to that much more, down to half.
+/// The algorithm decides once per round. A round lasts for at least one mean latency and for 8 samples per unit of the
+/// limit, with a minimum of 32 and a maximum of 256 samples. It lasts longer, for up to 4096 samples, until the
+/// standard error of the mean latency is 8 % or less. After a change of the limit, the next round begins when the calls
+/// that were admitted under the previous limit have ended, or nearly all of them.
 ///
-/// What calls take without a queue is what the quickest rounds have shown. It cannot learn the queue: after
-/// 10 s, or 20 rounds, in which none was about as quick as that (1 s at first), the limit is lowered by a third, again
-/// and again until less gets done, nearly in proportion. Then no queue stands: what calls take there
-/// replaces it, and the limit goes to where the same gets done as before. The same is done when following
-/// has lowered the limit and less got done: then calls have become slower, and nobody waits. No phase
-/// pins the limit to a constant, and all of it costs a hundredth of the throughput, or three where calls differ much.
+/// At the end of a round, in this order:
 ///
-/// The baseline and the drain are the idea of BBR (Cardwell et al., ACM Queue 2016) with a proportional
-/// drain, the ratio Netflix's gradient, the test of throughput a hill climber's.
+/// 1. If a twentieth of the calls or more were dropped, the limit is lowered by a tenth. For the next 10 s it rises by
+///    1 per round only.
+/// 2. If less than three quarters of the limit were in use, the limit does not change and nothing is learnt.
+/// 3. Otherwise the limit is multiplied by 1.4 × baseline / latency, within 0.5 and 1.4. The baseline is the latency
+///    without a queue; the factor 1.4 is headroom. Changes of less than 5 % are left out.
+///
+/// # The baseline
+///
+/// The baseline follows the rounds that are faster than it, or slower by 10 % or less. The other rounds do not change
+/// it, so it cannot adapt to the latency of a queue.
+///
+/// If there was no such round for 10 s or 20 rounds, whichever is longer (1 s for the first baseline), the limit is
+/// lowered to 0.65 of its value (a *drain*). As long as the throughput falls by less than half of what a proportional
+/// change would be, there was a queue, and the drain is repeated. Otherwise the queue is gone: the latency of this
+/// round becomes the baseline, and the limit is set to the number of calls that gives the previous throughput, with
+/// headroom.
+///
+/// A drain also begins if step 3 has lowered the limit and the throughput has fallen nearly in proportion: then calls
+/// have become slower, and there was no queue.
+///
+/// The limit is never held at a constant for a measurement. Drains cost about 1 % of the throughput, or 3 % if
+/// latencies vary much.
+///
+/// # Sources
+///
+/// The baseline and the drain are from BBR (Cardwell et al., ACM Queue 2016), with a proportional drain; the ratio is
+/// from the gradient algorithm of Netflix; the comparison of throughputs is from hill climbing.
 #[derive(Clone, Debug)]
 pub struct Knee {
     limit: Bounds,
     round: Round,
-    /// What a call takes without a queue, in seconds; 0 while that is unknown.
+    /// The latency without a queue in seconds; 0 while it is unknown.
     baseline: f64,
-    /// What it took in the last round.
+    /// The mean latency of the last round in seconds.
     latency: f64,
-    /// When the baseline has to be looked for.
+    /// When the baseline has to be measured by a drain.
     stale_at: Duration,
-    /// The round before a change, whose effect is awaited.
+    /// The round before the last decrease, to compare its throughput with.
     before: Option<Before>,
-    /// Small steps until then.
+    /// Until then the limit rises by 1 per round.
     careful_until: Duration,
 }
 
-/// What is measured between two changes.
+/// The measurements of the current round.
 #[derive(Clone, Debug, Default)]
 struct Round {
-    /// What ends before may be of another limit.
+    /// Samples before this time are ignored, because they may belong to the previous limit.
     since: Duration,
-    /// When the last call ended.
+    /// The time of the last sample.
     last: Option<Duration>,
-    /// Seconds in which there was work.
+    /// The time in which calls were in flight, in seconds.
     busy: f64,
+    /// The number of calls that received a response.
     answered: f64,
+    /// The number of calls that were dropped.
     dropped: f64,
-    /// Seconds that the answered calls took, and the squares of them.
+    /// The sum of the latencies of the calls with a response, in seconds. `squares` is the sum of their squares.
     latency: f64,
     squares: f64,
+    /// The maximum latency, in seconds.
     longest: f64,
+    /// The sum of the calls in flight that the samples contain.
     in_flight: f64,
 }
 
-/// A round that is over.
+/// The results of a finished round.
 #[derive(Clone, Copy, Debug)]
 struct Seen {
-    /// Seconds.
+    /// The time in which calls were in flight, in seconds.
     busy: f64,
-    /// Seconds a call took on average; none if all were dropped.
+    /// The mean latency in seconds; `None` if all calls were dropped.
     latency: Option<f64>,
-    /// Answers per second.
+    /// The throughput in responses per second.
     rate: f64,
-    /// Calls at once, as those let in saw it.
+    /// The mean number of calls in flight, as observed at the admissions.
     at_once: f64,
-    /// The share of calls that were dropped.
+    /// The share of the calls that were dropped.
     dropped: f64,
 }
 
+/// The round before a decrease, and the kind of decrease.
 #[derive(Clone, Copy, Debug)]
 struct Before {
     seen: Seen,
@@ -79,51 +104,58 @@ struct Before {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
+    /// By step 3.
     Down,
+    /// To measure the baseline.
     Drain,
 }
 
-/// The limit over the knee: calls that find room must not wait for the next to end.
+/// The factor of the limit over the knee. Without it, calls would wait for the end of other calls although the upstream
+/// has capacity.
 const HEADROOM: f64 = 1.4;
-/// So much is left by a step of a drain. Below 1 / `HEADROOM`, so that a baseline learnt from a queue
-/// shrinks from one drain to the next.
+/// The factor of the limit in a drain. It is below 1 / `HEADROOM`, so that a baseline that includes a queue shrinks
+/// from one drain to the next.
 const DRAIN: f64 = 0.65;
-/// The share of the limit that must be in use for it to be raised.
+/// The minimum share of the limit that must be in use for a decision.
 const IN_USE: f64 = 0.75;
-/// A baseline that was not seen for so long is looked for.
+/// The minimum time after which a baseline that was not confirmed is measured again.
 const STALE: Duration = Duration::from_secs(10);
-/// And not before so many rounds, of which each drain costs one.
+/// The minimum number of rounds for the same. Each drain costs one round.
 const ROUNDS: f64 = 20.0;
-/// The first one soon: the calls it is from may have stood in a queue.
+/// The same time for the first baseline, which may have been measured with a queue.
 const UNPROVEN: Duration = Duration::from_secs(1);
-/// Rounds as quick as this over the baseline confirm it.
+/// The maximum ratio of latency to baseline with which a round confirms the baseline.
 const AS_QUICK: f64 = 1.1;
-/// From so large a share of drops on, there are too many calls at once.
+/// The minimum share of drops with which the limit is lowered.
 const DROPS: f64 = 0.05;
 const DROP_CUT: f64 = 0.9;
-/// A round is over when the mean of its calls is known as well as this (one standard error), or after so many.
+/// The maximum standard error of the mean latency, relative to the mean, with which a round ends.
 const UNCERTAIN: f64 = 0.08;
+/// The number of samples with which a round ends in any case.
 const MOST: f64 = 4096.0;
-/// Drops among so few calls say enough.
+/// The minimum number of samples for a decision because of drops, if the round lasts for 1 s.
 const FEW: f64 = 16.0;
-/// After a change it is waited for the longest call, and not for longer than so many times what they take.
+/// After a change, samples are ignored for the maximum latency of the last round, but not for more than this multiple
+/// of its mean.
 const SETTLED: f64 = 3.0;
-/// A call that took longer than so many times what they take counts as that: one that hangs is no queue.
+/// A latency counts as this multiple of the usual one if it is longer: a single call that hangs is not a queue.
 const LONGEST: f64 = 16.0;
-/// A change of the calls at once that is large enough to tell something from.
+/// The minimum ratio between two numbers of calls in flight for a comparison of their throughputs.
 const TELLING: f64 = 1.15;
 
 impl Default for Knee {
-    /// From 20 within 1 to 1000.
+    /// Starts at 20, within 1 to 1000.
     fn default() -> Self {
         Self::within(Bounds::constant(20, 1, 1000))
     }
 }
 
 impl Knee {
+    /// Returns an algorithm that starts at `initial` and keeps the limit within `bounds`.
+    ///
     /// # Errors
     ///
-    /// Bounds that are no bounds, or a beginning out of them.
+    /// Returns an error if the bounds are invalid, or if `initial` is outside of them.
     pub fn new(initial: usize, bounds: RangeInclusive<usize>) -> Result<Self, ConfigError> {
         Ok(Self::within(Bounds::new(initial, bounds)?))
     }
@@ -140,13 +172,13 @@ impl Knee {
         }
     }
 
-    /// What was measured was of another limit.
+    /// Discards the measurements, which belong to another limit.
     fn begin_anew(&mut self) {
         self.round = Round::default();
         self.before = None;
     }
 
-    // ===== Once a round =====
+    // ===== The end of a round =====
 
     fn decide(&mut self, seen: Seen, now: Duration) -> Option<Change> {
         let limit = self.limit.get();
@@ -162,14 +194,15 @@ impl Knee {
         }
         if let Some(before) = self.before.take() {
             match (before.step, effect(before.seen, seen)) {
-                // A queue stood there, and may still.
+                // The throughput has fallen by less than half of the change: there was a queue, and there may still be
+                // one.
                 (Step::Drain, Some(effect)) if effect < 0.5 => {
                     return self.drain(seen, Reason::Queued);
                 }
                 (Step::Drain, Some(_)) => return self.learn(before.seen, seen, now),
-                // The bounds have kept it from showing anything.
+                // The bounds have prevented a change that is large enough to compare.
                 (Step::Drain, None) => self.stale_at = seen.stale_at(now),
-                // No queue stood there, or what was called changed just then: a second look tells.
+                // Either there was no queue, or the upstream changed at the same time: a drain finds out.
                 (Step::Down, Some(effect)) if effect > 0.75 => {
                     return self.drain(seen, Reason::Slower);
                 }
@@ -181,11 +214,13 @@ impl Knee {
             self.baseline = latency;
             self.stale_at = now.saturating_add(UNPROVEN);
         } else if quick {
-            // The least of many noisy rounds would be too little, so it follows all that are about as quick.
+            // The minimum of many noisy rounds would be too low, so the baseline follows all rounds that are about as
+            // fast.
             let share = if latency < self.baseline / AS_QUICK { 0.5 } else { 0.25 };
             self.baseline += share * (latency - self.baseline);
         }
-        // At its highest a limit does not grow into a queue, which would show.
+        // At its upper bound the limit cannot grow until a queue shows, so there a fast round does not confirm the
+        // baseline.
         if quick && !self.limit.is_highest() {
             self.stale_at = self.stale_at.max(seen.stale_at(now));
         } else if now >= self.stale_at {
@@ -194,6 +229,7 @@ impl Knee {
         self.follow(seen, latency, now)
     }
 
+    /// Adjusts the limit by the ratio of baseline to latency.
     fn follow(&mut self, seen: Seen, latency: f64, now: Duration) -> Option<Change> {
         let limit = self.limit.get();
         let ratio = (HEADROOM * self.baseline / latency).clamp(0.5, HEADROOM);
@@ -209,37 +245,39 @@ impl Knee {
         }
     }
 
+    /// Lowers the limit for a measurement without a queue.
     fn drain(&mut self, seen: Seen, reason: Reason) -> Option<Change> {
         self.before = Some(Before { seen, step: Step::Drain });
         self.limit.change((self.limit.get() * DRAIN).floor(), reason)
     }
 
-    /// No queue stood in this round: what it shows is the truth.
+    /// Sets the baseline after a drain. There was no queue in this round, so its latency is the baseline.
     fn learn(&mut self, before: Seen, seen: Seen, now: Duration) -> Option<Change> {
         self.baseline = seen.latency.unwrap_or(self.baseline);
         self.stale_at = seen.stale_at(now);
-        // As many calls at once as would get done what got done before, and not more than it took then.
+        // The number of calls in flight that gives the throughput before the drain, and not more than there were before
+        // it.
         let knee = seen.at_once * (before.rate / seen.rate.max(1e-9)).max(1.0);
         self.limit.change(knee.min(before.at_once) * HEADROOM, Reason::Drained)
     }
 }
 
-/// How much of a change in calls at once has arrived in what gets done: 0 none, 1 all of it. None if
-/// too little changed to tell.
+/// Returns how much of a change in the calls in flight is visible in the throughput: 0 is nothing, 1 is a proportional
+/// change. `None` if the change is too small for a comparison.
 fn effect(before: Seen, after: Seen) -> Option<f64> {
     let change = (after.at_once / before.at_once).ln();
     (change.abs() > TELLING.ln()).then(|| (after.rate / before.rate).ln() / change)
 }
 
 impl Seen {
-    /// So long from now, or so many rounds where each takes long.
+    /// Returns when a baseline that is confirmed now becomes stale.
     fn stale_at(&self, now: Duration) -> Duration {
         now.saturating_add(STALE.max(seconds(self.busy * ROUNDS)))
     }
 }
 
 impl Round {
-    /// None counts for longer than `most` seconds.
+    /// Records a sample. A latency of more than `most` seconds counts as `most`.
     fn hear(&mut self, sample: &Sample, most: f64) {
         let took = sample.latency.as_secs_f64().min(most);
         self.longest = self.longest.max(took);
@@ -252,7 +290,8 @@ impl Round {
             self.squares += took * took;
         }
         let since = sample.now.saturating_sub(*self.last.get_or_insert(sample.now)).as_secs_f64();
-        // A pause longer than a call takes is one in which nobody called.
+        // In a pause of more than one mean latency between two samples, no call was in flight. Only one latency of it
+        // counts as busy.
         let is_work = self.answered > 0.0 && since * self.answered <= self.latency;
         self.busy += if is_work { since } else { since.min(self.mean().unwrap_or(took)) };
         self.last = Some(sample.now);
@@ -262,18 +301,19 @@ impl Round {
         (self.answered > 0.0).then(|| self.latency / self.answered)
     }
 
-    /// Whether its mean can be trusted: where calls differ much it takes more of them.
+    /// Returns whether the standard error of the mean latency is small enough.
     fn is_certain(&self) -> bool {
         let square = self.latency * self.latency;
         let variance = self.answered * self.squares - square;
         variance <= UNCERTAIN * UNCERTAIN * self.answered * square
     }
 
+    /// Returns the results if the round is over.
     fn over(&self, limit: u32) -> Option<Seen> {
         let calls = self.answered + self.dropped;
         let enough = f64::from(limit.saturating_mul(8).clamp(32, 256));
         let is_enough = if self.dropped >= DROPS * calls {
-            // Nothing is gained by waiting.
+            // With this share of drops the limit is too high, so a more certain latency is not needed.
             calls >= enough || (calls >= FEW && self.busy >= 1.0)
         } else {
             calls >= enough && (calls >= MOST || self.is_certain())
@@ -288,14 +328,14 @@ impl Round {
         Some(Seen {
             busy: self.busy,
             latency,
-            // The first call only began the measuring.
+            // The first sample is the start of the measurement, so its call is not counted.
             rate: (self.answered - 1.0).max(0.0) / self.busy,
             at_once: self.in_flight / calls,
             dropped: self.dropped / calls,
         })
     }
 
-    /// The next one, after a change at this moment.
+    /// Returns the round after a change of the limit.
     fn after_change(&self, now: Duration) -> Self {
         let longest = self.mean().map_or(self.longest, |mean| self.longest.min(mean * SETTLED));
         Self { since: now.saturating_add(seconds(longest)), ..Self::default() }
