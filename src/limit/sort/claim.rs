@@ -4,7 +4,7 @@ use http::{HeaderMap, Request};
 
 use crate::{ConfigError, redact};
 
-/// What a request asks of a limit: read off it by a [`Sort`].
+/// The class of a request: exempt, or a partition and a priority. A [`Sort`] returns it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Claim {
     pub(in crate::limit) exempt: bool,
@@ -13,21 +13,21 @@ pub struct Claim {
 }
 
 impl Claim {
-    /// Never refused, never waiting, and not counted among the calls in flight.
+    /// Returns the claim of an exempt call: it is never rejected, never waits, and is not counted as in flight.
     #[must_use]
     pub const fn exempt() -> Self {
         Self { exempt: true, partition: None, priority: Priority::NORMAL }
     }
 
-    /// In the partition of this number, as [`partitions`](super::SortedLimitLayer::partitions) counts them
-    /// from 0. Without one, or with one that is not there, a call has no share and only borrows.
+    /// Sets the number of the partition, in the order of [`partitions`](super::SortedLimitLayer::partitions), from 0. A
+    /// call without a partition, or with a number that does not exist, has no share and only borrows.
     #[must_use]
     pub const fn partition(mut self, number: u8) -> Self {
         self.partition = Some(number);
         self
     }
 
-    /// Worth this much: [`Priority::NORMAL`] by default.
+    /// Sets the priority. [`Priority::NORMAL`] by default.
     #[must_use]
     pub const fn priority(mut self, priority: Priority) -> Self {
         self.priority = priority;
@@ -41,31 +41,33 @@ impl From<Priority> for Claim {
     }
 }
 
-/// What a call is worth when not all can be served: a level, and within it a lot.
+/// The priority of a call: a level, and a lot within the level.
 ///
-/// The lot is drawn from a key that stays the same along the request's path, such as a user, a session or a
-/// trace: then every server sheds the same requests. Where each draws its own, a request that needs four
-/// calls at half of the capacity is served in one of sixteen cases, instead of in one of two (Zhou et al.,
-/// "Overload Control for Scaling WeChat Microservices", SoCC 2018).
+/// The lot is derived from a key that is the same in all services on the path of a request, such as a user, a session
+/// or a trace. So every service rejects the same requests. With independent random lots, a request that needs four
+/// calls from services at half of the required capacity would succeed in one of sixteen cases, instead of in one of two
+/// (Zhou et al., "Overload Control for Scaling WeChat Microservices", SoCC 2018).
 ///
-/// Whoever chooses the key chooses the lot: at the edge, take one that clients cannot choose.
+/// A client that can choose the key can choose its lot. At the edge, use a key that clients cannot choose.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Priority(u16);
 
+/// The number of bits of the lot.
 pub(super) const LOT_BITS: u32 = 7;
+/// The number of levels.
 const LEVELS: u16 = 8;
-/// How many there are.
+/// The number of priorities.
 pub(super) const PRIORITIES: usize = (LEVELS as usize) << LOT_BITS;
 
 impl Priority {
-    /// Shed first: level 1.
+    /// Level 1, which is rejected first.
     pub const SHEDDABLE: Self = Self::new(1);
     /// Level 4.
     pub const NORMAL: Self = Self::new(4);
-    /// Shed last: level 7.
+    /// Level 7, which is rejected last.
     pub const CRITICAL: Self = Self::new(7);
 
-    /// Of this level: 0 to 7, more is worth more. What is above counts as 7.
+    /// Returns a priority of this level, 0 to 7; 7 is the highest. Higher values count as 7.
     #[must_use]
     pub const fn new(level: u8) -> Self {
         let level = if (level as u16) < LEVELS { level as u16 } else { LEVELS - 1 };
@@ -91,19 +93,20 @@ impl Priority {
         Self(self.0 >> LOT_BITS << LOT_BITS | lot)
     }
 
-    /// With the lot that the request's trace draws: the trace id of its `traceparent` (W3C), which all calls
-    /// on its path carry. Without one the lot stays as it is. At the edge, only where a client's own is replaced.
+    /// Sets the lot of the trace id in the `traceparent` header (W3C Trace Context), which all calls on the path of a
+    /// request carry. Without a trace id the lot stays as it is. At the edge, use it only if the `traceparent` of
+    /// clients is replaced.
     #[must_use]
     pub fn lot_of_trace(self, headers: &HeaderMap) -> Self {
         let parent = headers.get("traceparent").map(|value| value.as_bytes());
-        // `00-`, 32 digits, `-` and what changes from hop to hop.
+        // The format is `00-`, 32 digits of the trace id, `-`, and a part that changes with each hop.
         match parent.and_then(|parent| parent.get(3..35)) {
             Some(trace) => self.lot(trace),
             None => self,
         }
     }
 
-    /// The level: 0 to 7.
+    /// Returns the level, 0 to 7.
     #[must_use]
     pub const fn level(self) -> u8 {
         (self.0 >> LOT_BITS) as u8
@@ -131,15 +134,16 @@ impl fmt::Debug for Priority {
     }
 }
 
-// ===== Who reads it off a request =====
+// ===== Classifying requests =====
 
 /// What of a request tells what it asks of a limit. Any closure over the request is one.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` does not sort requests of `{Req}`",
     note = "`.sorted_by(|request: &Req| Claim::default())` wants exactly the request of the service; `.exempt_paths(..)` wants `http::Request<B>`"
 )]
+/// Returns the [`Claim`] of each request. Implemented for closures over the request.
 pub trait Sort<Req>: Clone + Send + Sync + 'static {
-    /// What this request asks.
+    /// Returns the claim of this request.
     fn claim(&self, request: &Req) -> Claim;
 }
 
@@ -153,7 +157,7 @@ where
     }
 }
 
-/// Paths whose calls are [exempt](Claim::exempt), made by
+/// Exempts the calls of some paths ([`Claim::exempt`]). Made by
 /// [`exempt_paths`](crate::ConcurrencyLimitLayer::exempt_paths).
 #[derive(Clone, Debug)]
 pub struct ExemptPaths(Arc<[String]>);
@@ -163,7 +167,7 @@ impl ExemptPaths {
         Self(paths.into_iter().map(Into::into).collect())
     }
 
-    /// A path that is never exempt is an error.
+    /// Rejects a path that can never be exempt, because it is ambiguous.
     pub(super) fn check(&self) -> Result<(), ConfigError> {
         const REMEDY: &str = "use a path without dot segments, backslashes and encoded dots, slashes or percent signs";
         match self.0.iter().find(|path| is_ambiguous(path)) {
@@ -172,6 +176,7 @@ impl ExemptPaths {
         }
     }
 
+    /// Returns whether the path is exempt.
     fn has(&self, path: &str) -> bool {
         let matches = self.0.iter().any(|one| match one.strip_suffix("/*") {
             Some(above) => path.strip_prefix(above).is_some_and(|rest| rest.starts_with('/')),

@@ -1,4 +1,5 @@
-//! Which priorities are shed. Pure; kept under the limit's lock.
+//! The cutoff of priorities. The module does no I/O and takes the time as an argument; the lock of the limit protects
+//! it.
 
 use std::time::Duration;
 
@@ -6,28 +7,36 @@ use tokio::time::Instant;
 
 use super::claim::{PRIORITIES, Priority};
 
-/// A priority below which calls are refused, moved once a window so that those above it just find room.
+/// A priority below which calls are rejected. It moves once per window, so that the calls above it just find permits.
 ///
-/// The windows and the histogram are DAGOR's (Zhou et al., SoCC 2018). What it steers by is what the limit
-/// let in, instead of steps: the calls worth most that would have come to as many.
+/// The windows and the histogram are those of DAGOR (Zhou et al., SoCC 2018). Unlike there, the cutoff does not move in
+/// steps: it is computed from the number of calls that the limit admitted, as the priority above which as many calls
+/// arrived.
 pub(in crate::limit) struct Cutoff {
+    /// The calls of this window by priority.
     arrived: Box<[u32; PRIORITIES]>,
+    /// The number of calls of this window.
     total: u32,
+    /// The number of admitted calls of this window.
     entered: u32,
-    /// Worth enough, and yet there was no room.
+    /// The number of calls of this window above the cutoff that were rejected because no permit was free.
     crowded: u32,
+    /// The cutoff; 0 is none.
     cut: u16,
-    /// How much more is tried in a window in which nobody was crowded out.
+    /// The share of additional calls to admit after a window in which the calls above the cutoff found permits.
     more: f64,
+    /// The start of the window.
     since: Option<Instant>,
 }
 
 const WINDOW: Duration = Duration::from_secs(1);
+/// The number of calls with which a window ends early.
 const ENOUGH: u32 = 2000;
-/// Too few calls to say anything: everybody may come.
+/// The minimum number of calls in a window; with fewer there is no cutoff.
 const FEW: u32 = 20;
-/// The share of those worth enough that may find no room by chance.
+/// The share of the calls above the cutoff that may find no permit without raising the cutoff.
 const BY_CHANCE: f64 = 0.05;
+/// The initial value of `more`.
 const MORE: f64 = 0.02;
 
 impl Cutoff {
@@ -43,7 +52,7 @@ impl Cutoff {
         }
     }
 
-    /// A call has come: whether it is worth enough.
+    /// Records the arrival of a call. Returns whether its priority is above the cutoff.
     pub(in crate::limit) fn hear(&mut self, priority: Priority, now: Instant) -> bool {
         let since = *self.since.get_or_insert(now);
         if self.total >= ENOUGH || now.saturating_duration_since(since) >= WINDOW {
@@ -55,18 +64,22 @@ impl Cutoff {
         priority.number() >= self.cut
     }
 
+    /// Records an admitted call.
     pub(in crate::limit) fn entered(&mut self) {
         self.entered += 1;
     }
 
+    /// Records a call above the cutoff that was rejected.
     pub(in crate::limit) fn crowded(&mut self) {
         self.crowded += 1;
     }
 
+    /// Returns the cutoff, if there is one.
     pub(in crate::limit) fn below(&self) -> Option<Priority> {
         (self.cut > 0).then_some(Priority::numbered(self.cut))
     }
 
+    /// Ends the window and computes the cutoff of the next one.
     fn turn(&mut self) {
         let entered = f64::from(self.entered);
         self.cut = if self.total < FEW {
@@ -86,7 +99,7 @@ impl Cutoff {
         (self.total, self.entered, self.crowded) = (0, 0, 0);
     }
 
-    /// From where on so many would have come, or the first to be more.
+    /// Returns the highest priority at or above which this number of calls arrived in the window; 0 if fewer arrived.
     fn worth(&self, wanted: f64) -> u16 {
         let mut above = 0.0;
         for priority in (0..PRIORITIES).rev() {

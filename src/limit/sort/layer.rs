@@ -9,7 +9,7 @@ use crate::{
     limit::{handle::ConcurrencyLimitHandle, lasting::Limit},
 };
 
-/// The policy of a limit that tells calls apart.
+/// The policy of a limit that distinguishes calls.
 #[derive(Clone)]
 pub struct Sorted<K> {
     pub(in crate::limit) sort: K,
@@ -23,7 +23,7 @@ impl<K> fmt::Debug for Sorted<K> {
 }
 
 admission_layer! {
-    /// A concurrency limit that tells calls apart, made by
+    /// A concurrency limit that distinguishes calls, made by
     /// [`ConcurrencyLimitLayer::sorted_by`](crate::ConcurrencyLimitLayer::sorted_by) or
     /// [`exempt_paths`](crate::ConcurrencyLimitLayer::exempt_paths). See the [module](crate::limit::sort).
     layer SortedLimitLayer {}
@@ -33,8 +33,8 @@ admission_layer! {
 }
 
 impl<M, R> ConcurrencyLimitLayer<M, R> {
-    /// Tells calls apart by what a closure over the request says they ask: a
-    /// [`Claim`](super::Claim). The limit itself, its queue and the rest are said before.
+    /// Classifies calls by a closure over the request that returns a [`Claim`](super::Claim). Call the methods that set
+    /// the limit, its queue and the other settings before this one.
     pub fn sorted_by<K>(self, sort: K) -> SortedLimitLayer<K, M, R> {
         let Plan { policy: limiter, protocol, reject, fault } = self.into_plan();
         SortedLimitLayer {
@@ -42,10 +42,11 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
         }
     }
 
-    /// Lets calls of these paths through in any case, and counts them apart: exact paths, or all below one
-    /// that ends in `/*`, such as `/grpc.health.v1.Health/*`. As the layer sees them: in a router that axum nests,
-    /// without what is above it. A path with dot segments or with encoded dots, slashes or percent signs is never exempt,
-    /// because a server behind the layer may read it as another path.
+    /// Exempts the calls of these paths from the limit, and counts them separately. A path matches exactly; a path that
+    /// ends in `/*`, such as `/grpc.health.v1.Health/*`, matches all paths below it. Paths are compared as the layer
+    /// receives them: inside of a router that axum nests, without the prefix of the nest. A path with dot segments or
+    /// with encoded dots, slashes or percent signs is never exempt, because a server behind the layer may read it as
+    /// another path.
     pub fn exempt_paths(
         self,
         paths: impl IntoIterator<Item = impl Into<String>>,
@@ -59,7 +60,8 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
 }
 
 impl<K, M, R> SortedLimitLayer<K, M, R> {
-    /// Partitions 0, 1, … with these shares of the limit: each above 0, all together 1 at most; at most 64.
+    /// Sets the shares of the limit for the partitions 0, 1 and so on. Each share is above 0, their sum is 1 or less,
+    /// and there are 64 or fewer.
     pub fn partitions(mut self, shares: &[f64]) -> Self {
         if self.plan.accept(Shares::check(shares)).is_some() {
             self.plan.policy.limiter.set_shares(shares);
@@ -67,14 +69,14 @@ impl<K, M, R> SortedLimitLayer<K, M, R> {
         self
     }
 
-    /// When not all can be served, refuses those that are worth least, the same on every server: see
-    /// [`Priority`](super::Priority).
+    /// Turns on rejection by priority: under overload, the calls of the lowest priority are rejected, and every server
+    /// rejects the same ones. See [`Priority`](super::Priority).
     pub fn shed_by_priority(self) -> Self {
         self.plan.policy.limiter.shed_by_priority();
         self
     }
 
-    /// Looks at the limit and resizes it.
+    /// Returns a handle that observes and changes the limit.
     #[must_use]
     pub fn handle(&self) -> SortedLimitHandle {
         SortedLimitHandle(ConcurrencyLimitHandle(self.plan.policy.limiter.clone()))
@@ -89,42 +91,42 @@ impl<S, K: Clone, M: Clone, R: Clone> Layer<S> for SortedLimitLayer<K, M, R> {
     }
 }
 
-/// A [`ConcurrencyLimitHandle`] that knows of partitions.
+/// A [`ConcurrencyLimitHandle`] with the partitions and the cutoff of priorities.
 #[derive(Clone, Debug)]
 pub struct SortedLimitHandle(ConcurrencyLimitHandle);
 
-/// A partition at one moment.
+/// A snapshot of a partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Partition {
-    /// How many places are its own.
+    /// The number of permits of its share.
     pub share: u32,
-    /// How many calls of it are in flight, borrowed places included.
+    /// The number of its calls in flight, including those with borrowed permits.
     pub in_flight: u32,
-    /// How many were refused for want of room, at once or after a wait.
+    /// The number of its calls that were rejected because no permit was free, at once or after waiting.
     pub refused: u64,
 }
 
 impl SortedLimitHandle {
-    /// The partitions, in the order of their numbers.
+    /// Returns a snapshot of each partition, in the order of their numbers.
     #[must_use]
     pub fn partitions(&self) -> Vec<Partition> {
         let each = self.0.0.partitions().into_iter();
         each.map(|(share, in_flight, refused)| Partition { share, in_flight, refused }).collect()
     }
 
-    /// The least that is let in now, where [priorities](SortedLimitLayer::shed_by_priority) are shed; None
-    /// while nothing is.
+    /// Returns the priority below which calls are rejected now, with
+    /// [`shed_by_priority`](SortedLimitLayer::shed_by_priority). `None` while no priority is rejected.
     #[must_use]
     pub fn shed_below(&self) -> Option<Priority> {
         self.0.0.shed_below()
     }
 
-    /// Gives the partitions other shares, as [`SortedLimitLayer::partitions`] does, while calls are under way.
+    /// Sets the shares of the partitions at run time, as [`SortedLimitLayer::partitions`] does.
     ///
     /// # Errors
     ///
-    /// Shares that are none.
+    /// Returns an error for the shares that [`SortedLimitLayer::partitions`] rejects.
     pub fn set_partitions(&self, shares: &[f64]) -> Result<(), ConfigError> {
         Shares::check(shares)?;
         self.0.0.set_shares(shares);

@@ -1,4 +1,4 @@
-//! Calls that are told apart: exempt ones, partitions with a share each, priorities.
+//! A limit that distinguishes calls: exempt calls, partitions with a share of the limit each, and priorities.
 //!
 //! ```
 //! use axum::{Router, extract::Request, routing::get};
@@ -24,7 +24,7 @@
 //! let app: Router = Router::new().route("/search", get(|| async { "…" })).layer(limit);
 //! ```
 //!
-//! Where only a few paths are to be let through in any case:
+//! To exempt a few paths from the limit:
 //!
 //! ```
 //! use buttress::ConcurrencyLimitLayer;
@@ -34,27 +34,36 @@
 //!
 //! # Partitions
 //!
-//! Each has a share of the limit, whole places, rounded down. There are never more calls in flight than the
-//! limit allows:
+//! Each partition has a share of the limit, in whole permits, rounded down. The calls in flight of all partitions
+//! together never exceed the limit:
 //!
-//! | a call | gets in |
+//! | a call | acquires a permit |
 //! |---|---|
-//! | of a partition within its share | if any place is free |
-//! | of one beyond it, or without a share | if more are free than are owed to others |
+//! | of a partition that uses less than its share | if any permit is free |
+//! | of another partition, or without a share | if more permits are free than are reserved for other partitions |
 //!
-//! So what a partition does not use is lent to the others. One that comes back and finds its share lent is
-//! owed as many places as it was refused, for a second, and gets the next that become free; of those who wait,
-//! who has least of his share goes first.
+//! So the other partitions borrow the part of a share that is not in use. If a call of a partition is rejected although
+//! the partition uses less than its share, a permit is reserved for this partition for 1 s: it acquires the next
+//! permits that are released, up to the number of such rejections. Of the partitions with waiting calls, the one that
+//! uses the smallest part of its share acquires the next permit.
 //!
 //! # Priorities
 //!
-//! With [`shed_by_priority`](SortedLimitLayer::shed_by_priority) there is a priority below which calls are
-//! refused, before they could wait. Once a second, or after 2000 calls, it moves: up to where the calls above
-//! it are as many as got in, if more than a twentieth of those worth enough found no room; else down, by 2 % at
-//! first, twice as much each time. With less than 20 calls there is none. Meanwhile, where the queue is full, a
-//! call takes the place of whoever is worth least of its partition, if that is less: of those the one that came last.
+//! [`shed_by_priority`](SortedLimitLayer::shed_by_priority) maintains a cutoff: calls whose priority is below it are
+//! rejected before they can queue. The cutoff is recomputed once per second, or after 2000 calls if that is earlier:
 //!
-//! Partitions and priorities take a lock and read the clock once a call; exempt paths do not.
+//! - If more than a twentieth of the calls above the cutoff found no permit, the cutoff is set so that the number of
+//!   calls above it equals the number of calls that were admitted.
+//! - Otherwise it is lowered, so that 2 % more calls than were admitted are above it. The percentage doubles each time
+//!   that this case repeats.
+//! - With fewer than 20 calls, there is no cutoff.
+//!
+//! Between the recomputations, a call that finds the queue full displaces the queue entry of the lowest priority of its
+//! partition, of several the latest, if that priority is lower than its own.
+//!
+//! # Cost
+//!
+//! With partitions or priorities each call takes a lock and reads the clock once. Exempt paths cost neither.
 
 mod claim;
 mod cutoff;

@@ -1,4 +1,5 @@
-//! Shares of a limit, and who may borrow of them. Pure; kept under the limit's lock.
+//! The shares of the partitions, and the rules for borrowing. The module does no I/O and takes the time as an argument;
+//! the lock of the limit protects it.
 
 use std::time::Duration;
 
@@ -6,40 +7,52 @@ use tokio::time::Instant;
 
 use crate::ConfigError;
 
-/// 0 for calls without a share, else one more than the partition's number.
+/// The index of a queue and of its share: 0 for the calls without a share, else the number of the partition plus 1.
 pub(in crate::limit) type Line = u8;
 
+/// The shares of all partitions, by number.
 #[derive(Debug, Default)]
 pub(in crate::limit) struct Shares(Vec<Share>);
 
+/// The share of a partition, and its calls.
 #[derive(Debug, Default)]
 struct Share {
+    /// The share of the limit, 0 to 1.
     ratio: f64,
+    /// The number of calls in flight.
     inside: u32,
+    /// The number of calls that were rejected because no permit was free.
     refused: u64,
-    /// So many were refused of late although they were within their share: it was lent.
+    /// The number of calls that were rejected recently although the partition used less than its share, because the
+    /// permits were borrowed. That many permits are reserved, for [`KEPT`] after the last of these rejections.
     wanted: u32,
+    /// The time of the last of these rejections.
     last: Option<Instant>,
 }
 
-/// For so long places are kept for a partition that was refused within its share.
+/// The time for which a permit stays reserved for a partition after a rejection within its share.
 pub(in crate::limit) const KEPT: Duration = Duration::from_secs(1);
+/// The maximum number of partitions.
 const MOST: usize = 64;
 
 impl Share {
+    /// Returns the number of permits of the share.
     fn own(&self, limit: u32) -> u32 {
-        // A hair more, so that 0.7 of 10 is 7.
+        // The addition makes up for the rounding of floating-point numbers: 0.7 of 10 is 7.
         (self.ratio * f64::from(limit) + 1e-6) as u32
     }
 
+    /// Returns whether the partition uses less than its share.
     fn is_within(&self, limit: u32) -> bool {
         self.inside < self.own(limit)
     }
 
+    /// Returns whether there was such a rejection within [`KEPT`].
     fn is_wanted(&self, now: Instant) -> bool {
         self.last.is_some_and(|last| now.saturating_duration_since(last) < KEPT)
     }
 
+    /// Returns the number of permits that are reserved for the partition.
     fn kept(&self, limit: u32, now: Instant) -> u32 {
         if !self.is_wanted(now) {
             return 0;
@@ -49,6 +62,7 @@ impl Share {
 }
 
 impl Shares {
+    /// Rejects invalid shares.
     pub(in crate::limit) fn check(ratios: &[f64]) -> Result<(), ConfigError> {
         let wrong = |remedy: &'static str| Err(ConfigError::new("partitions", ratios, remedy));
         if ratios.len() > MOST {
@@ -63,7 +77,7 @@ impl Shares {
         Ok(())
     }
 
-    /// Those inside stay counted, also of a partition that has lost its share.
+    /// Sets the shares. Calls in flight stay counted, also those of a partition that has no share any more.
     pub(in crate::limit) fn set(&mut self, ratios: &[f64]) {
         let lines = self.0.len().max(ratios.len());
         self.0.resize_with(lines, Share::default);
@@ -73,6 +87,7 @@ impl Shares {
         }
     }
 
+    /// Returns the index of a partition.
     pub(in crate::limit) fn line_of(&self, partition: Option<u8>) -> Line {
         match partition {
             Some(number) if usize::from(number) < self.0.len() => number + 1,
@@ -80,11 +95,12 @@ impl Shares {
         }
     }
 
+    /// Returns the number of indices.
     pub(in crate::limit) fn lines(&self) -> usize {
         self.0.len() + 1
     }
 
-    /// Share, inside and refused of each partition.
+    /// Returns the share, the calls in flight and the rejections of each partition.
     pub(in crate::limit) fn each(&self, limit: u32) -> Vec<(u32, u32, u64)> {
         self.0.iter().map(|share| (share.own(limit), share.inside, share.refused)).collect()
     }
@@ -93,6 +109,7 @@ impl Shares {
         self.0.get_mut(usize::from(line).checked_sub(1)?)
     }
 
+    /// Counts an admitted call, which also uses up a reservation.
     pub(in crate::limit) fn enter(&mut self, line: Line) {
         if let Some(share) = self.of(line) {
             share.inside += 1;
@@ -100,12 +117,14 @@ impl Shares {
         }
     }
 
+    /// Counts the end of a call.
     pub(in crate::limit) fn exit(&mut self, line: Line) {
         if let Some(share) = self.of(line) {
             share.inside = share.inside.saturating_sub(1);
         }
     }
 
+    /// Counts a rejected call. Within the share of its partition, it also reserves a permit.
     pub(in crate::limit) fn refuse(&mut self, line: Line, limit: u32, now: Instant) {
         let Some(share) = self.of(line) else { return };
         share.refused += 1;
@@ -118,8 +137,9 @@ impl Shares {
         }
     }
 
-    /// Whether one more of this line may be inside, of so many that are: within its share always, beyond it
-    /// with what nobody else is owed.
+    /// Returns whether a call of this index may acquire a permit, with `inside` calls in flight in total. A partition
+    /// that uses less than its share may acquire any free permit; other calls only those that are not reserved for
+    /// other partitions.
     pub(in crate::limit) fn may(&self, line: Line, limit: u32, inside: u32, now: Instant) -> bool {
         if inside >= limit {
             return false;
@@ -133,7 +153,8 @@ impl Shares {
         u64::from(limit - inside) > kept
     }
 
-    /// How full the line's share is, if there is still room in it: who has least goes first.
+    /// Returns the used part of the share, 0 to 1, if the partition uses less than its share. The partition with the
+    /// smallest part acquires the next permit.
     pub(in crate::limit) fn fullness(&self, line: Line, limit: u32) -> Option<f64> {
         let share = self.0.get(usize::from(line).checked_sub(1)?)?;
         share.is_within(limit).then(|| f64::from(share.inside) / f64::from(share.own(limit)))
