@@ -114,7 +114,8 @@ impl ConcurrencyLimitHandle {
     /// # Errors
     ///
     /// Returns a [`Rejected`] if the limit is reached and the queue is full or absent, or if the maximum waiting time
-    /// has passed.
+    /// has passed. A limit that [rejects by priority](super::sort::SortedLimitLayer::shed_by_priority) may also reject
+    /// it in favour of calls above the normal priority.
     ///
     /// # Panics
     ///
@@ -215,7 +216,7 @@ impl ConcurrencyLimitHandle {
         self.0.set_exempts_health(on);
     }
 
-    /// Turns shadow mode on or off. In shadow mode no call is rejected and no call waits.
+    /// Turns shadow mode on or off. In shadow mode no call is rejected, and no further call joins the queue.
     /// [`shadowed`](ConcurrencyLimitSnapshot::shadowed) counts the calls that a limit without a queue would have
     /// rejected. These calls are not counted as in flight, so that the other calls are those that the limit would have
     /// admitted.

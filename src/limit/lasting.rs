@@ -1,4 +1,4 @@
-//! How layers, services, handles and calls refer to a limit, and how the memory of fixed limits is reused.
+//! The references of layers, services, handles and calls to a limit, and the reuse of the memory of fixed limits.
 //!
 //! A permit refers to the [`Limiter`] that it is released to, and may outlive the layer and all services. A reference
 //! count per call would ensure that, but two threads that update one counter cost more than the rest of a call. So
@@ -9,7 +9,7 @@
 //!   free list [`IDLE`], and the next fixed limit reuses it (see `core/life.rs`). The memory in use is bounded by the
 //!   maximum number of fixed limits that existed at the same time.
 //! - An adaptive limit is reference-counted in shards ([`Striped`]): each call clones one of several `Arc`s, selected
-//!   by thread. Its calls take a lock in any case, and an algorithm cannot be reset for another limit.
+//!   by thread. Its calls take a lock anyway, and an algorithm cannot be reset for another limit.
 //!
 //! # Invariants
 //!

@@ -38,9 +38,9 @@
 //! # Deadlines
 //!
 //! If a request carries a [`Deadline`](crate::Deadline) in its extensions, its call waits in the queue until the
-//! deadline and no longer. A call whose deadline has passed is rejected with 504 or `DEADLINE_EXCEEDED` before it
-//! reaches the inner service. Without this check, a short overload can last: the server spends its capacity on
-//! responses that arrive too late to be used.
+//! deadline and no longer. A call whose deadline has passed is rejected (504, `DEADLINE_EXCEEDED`) before it reaches
+//! the inner service. Without this check, a short overload can last: the server spends its capacity on responses that
+//! arrive too late to be used.
 //!
 //! # Adaptive limits
 //!
@@ -92,9 +92,9 @@
 //! allows blocks its own next call.
 //!
 //! On a server, [`max_unread`](ConcurrencyLimitLayer::max_unread) releases the permit of a response whose client has
-//! stopped reading; [`buttress::server`](https://docs.rs/buttress/latest/buttress/stack/fn.server.html) sets it to 60
-//! s, as nginx's `send_timeout`. The connection is not closed: under `axum::serve` the response, its buffers and its
-//! connection remain until the client closes it, so limit the number of connections, too. If the client
+//! stopped reading. [`buttress::server`](https://docs.rs/buttress/latest/buttress/stack/fn.server.html) sets it to 60
+//! s, the default of `send_timeout` in nginx. The connection is not closed: under `axum::serve` the response, its
+//! buffers and its connection remain until the client closes it, so limit the number of connections, too. If the client
 //! reads on, an inner [`TimeoutLayer`](crate::TimeoutLayer) fails the body. An idle stream that the client reads is not
 //! affected: its body waits for its producer.
 //!
@@ -136,10 +136,10 @@
 //!
 //! # Cost
 //!
-//! A call that does not queue costs two atomic operations on one word, and no allocation, lock or clock read. An
-//! [adaptive](ConcurrencyLimitLayer::adaptive) limit adds two clock reads and four atomic operations; [partitions and
-//! priorities](sort) add a short lock. The memory of a fixed limit, a few hundred bytes, is never deallocated: after
-//! the last use of the limit, a new limit reuses it.
+//! A call that acquires its permit at once costs two atomic operations on one word, and no allocation, lock or clock
+//! read. An [adaptive](ConcurrencyLimitLayer::adaptive) limit adds two clock reads and four atomic operations;
+//! [partitions and priorities](sort) add a short lock. The memory of a fixed limit, a few hundred bytes, is never
+//! deallocated: after the last use of the limit, a new limit reuses it.
 //!
 //! With [`max_unread`](ConcurrencyLimitLayer::max_unread), a response whose body has not ended with its head costs two
 //! more atomic operations on a word of its own and two stores per poll, and one task per limit watches all of them.

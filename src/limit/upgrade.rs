@@ -160,7 +160,7 @@ impl Finish for Slot {
         let permit = self.lock().permit.take();
         let mut lent = LentPermit { slot: self, permit };
         lent.permit.replace_clock(token.clock);
-        // The permit of the call has already attributed a certain outcome.
+        // The call permit has already attributed the outcome, if it is certain.
         lent.permit.head(so_far, false);
         token.clock = lent.permit.token().clock;
     }

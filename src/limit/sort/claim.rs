@@ -136,12 +136,11 @@ impl fmt::Debug for Priority {
 
 // ===== Classifying requests =====
 
-/// What of a request tells what it asks of a limit. Any closure over the request is one.
+/// Classifies requests: returns the [`Claim`] of each request. Implemented for closures over the request.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` does not sort requests of `{Req}`",
     note = "`.sorted_by(|request: &Req| Claim::default())` wants exactly the request of the service; `.exempt_paths(..)` wants `http::Request<B>`"
 )]
-/// Returns the [`Claim`] of each request. Implemented for closures over the request.
 pub trait Sort<Req>: Clone + Send + Sync + 'static {
     /// Returns the claim of this request.
     fn claim(&self, request: &Req) -> Claim;
