@@ -1,8 +1,8 @@
 //! The references of layers, services, handles and calls to a limit, and the reuse of the memory of fixed limits.
 //!
-//! A permit refers to the [`Limiter`] that it is released to, and may outlive the layer and all services. A reference
-//! count per call would ensure that, but two threads that update one counter cost more than the rest of a call. So
-//! there are two kinds of reference:
+//! A permit refers to the [`Limiter`] that it is released to, and may outlive the layer and all services. One reference
+//! count for all calls would keep the limiter alive, but its updates by two threads would cost more than the rest of a
+//! call. So there are two kinds of reference:
 //!
 //! - A fixed limit is a leaked allocation, and its calls hold a `&'static Limiter`. The limiter counts its calls in
 //!   flight anyway. When the last [`Limit`] has been dropped and the last call has ended, the limiter returns to the

@@ -14,8 +14,8 @@
 //!
 //! # The state of an entry
 //!
-//! A queue entry is identified by its [`Place`], which a waiting call owns until it calls [`leave`](Queue::leave). The
-//! entry is in one of three states, and its position states which:
+//! A queue entry is identified by its [`Place`]. A waiting call owns it until the call takes over the permit or calls
+//! [`leave`](Queue::leave). The entry is in one of three states, which follow from where it is:
 //!
 //! - in its queue: it waits ([`Turn::Waits`]).
 //! - in `lost`: a call of higher priority has displaced it ([`Turn::Lost`]).

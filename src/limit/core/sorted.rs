@@ -151,9 +151,9 @@ impl Limiter {
         token
     }
 
-    /// Returns when a call that waits until `until` has to try again by itself. With partitions this is one [`KEPT`]
-    /// from now: the reservation of another partition expires by time alone, without a release that would pass a permit
-    /// on.
+    /// Returns when a call that waits until `until` has to try again by itself. With partitions or priorities this is
+    /// one [`KEPT`] from now, or `until` if that is earlier: the reservation of another partition expires by time
+    /// alone, without a release that would pass a permit on.
     pub(in crate::limit) fn look_by(&self, until: Instant) -> Instant {
         if !self.sorts.load(Ordering::Relaxed) {
             return until;

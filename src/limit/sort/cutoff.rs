@@ -7,11 +7,10 @@ use tokio::time::Instant;
 
 use super::claim::{PRIORITIES, Priority};
 
-/// A priority below which calls are rejected. It moves once per window, so that the calls above it just find permits.
+/// A priority below which calls are rejected. It moves once per window, so that the other calls just find permits.
 ///
 /// The windows and the histogram are those of DAGOR (Zhou et al., SoCC 2018). Unlike there, the cutoff does not move in
-/// steps: it is computed from the number of calls that the limit admitted, as the priority above which as many calls
-/// arrived.
+/// steps: it is the priority at or above which as many calls arrived as the limit admitted.
 pub(in crate::limit) struct Cutoff {
     /// The calls of this window by priority.
     arrived: Box<[u32; PRIORITIES]>,
@@ -19,11 +18,13 @@ pub(in crate::limit) struct Cutoff {
     total: u32,
     /// The number of admitted calls of this window.
     entered: u32,
-    /// The number of calls of this window above the cutoff that were rejected because no permit was free.
+    /// The number of calls of this window that were rejected because no permit was free, although the cutoff let them
+    /// pass.
     crowded: u32,
     /// The cutoff; 0 is none.
     cut: u16,
-    /// The share of additional calls to admit after a window in which the calls above the cutoff found permits.
+    /// The share of additional calls to admit after a window in which nearly all calls at or above the cutoff found
+    /// permits.
     more: f64,
     /// The start of the window.
     since: Option<Instant>,
@@ -34,7 +35,7 @@ const WINDOW: Duration = Duration::from_secs(1);
 const ENOUGH: u32 = 2000;
 /// The minimum number of calls in a window; with fewer there is no cutoff.
 const FEW: u32 = 20;
-/// The share of the calls above the cutoff that may find no permit without raising the cutoff.
+/// The share of the calls at or above the cutoff that may find no permit without raising the cutoff.
 const BY_CHANCE: f64 = 0.05;
 /// The initial value of `more`.
 const MORE: f64 = 0.02;
@@ -52,7 +53,7 @@ impl Cutoff {
         }
     }
 
-    /// Records the arrival of a call. Returns whether its priority is above the cutoff.
+    /// Records the arrival of a call. Returns whether its priority is at or above the cutoff.
     pub(in crate::limit) fn hear(&mut self, priority: Priority, now: Instant) -> bool {
         let since = *self.since.get_or_insert(now);
         if self.total >= ENOUGH || now.saturating_duration_since(since) >= WINDOW {
@@ -69,7 +70,7 @@ impl Cutoff {
         self.entered += 1;
     }
 
-    /// Records a call above the cutoff that was rejected.
+    /// Records a call that was rejected because no permit was free, although the cutoff let it pass.
     pub(in crate::limit) fn crowded(&mut self) {
         self.crowded += 1;
     }
