@@ -1,14 +1,14 @@
 //! One HTTP connection and its graceful shutdown.
 //!
-//! hyper offers one operation for this, `graceful_shutdown`. Its effect depends on the connection, and only the first
-//! of the three effects is safe at any time:
+//! hyper has one operation for this, `graceful_shutdown`. Its effect depends on the connection, and only the first of
+//! the three effects is safe at any time:
 //!
 //! - HTTP/2: sends GOAWAY with the last stream id 2³¹−1 and a PING. h2 serves the streams that arrive before the
 //!   acknowledgement of the PING, then sends GOAWAY with the last stream that it has served, and ignores later
 //!   streams: the client can safely send these again on another connection (RFC 9113 §6.8). No call is lost.
 //! - HTTP/1 with a call: adds `close` to the `Connection` header of the response. This breaks an upgrade.
-//! - HTTP/1 without a call, and before the protocol is known: closes the connection. A request that is on its way is
-//!   lost.
+//! - HTTP/1 without a call, or a connection whose protocol is not known yet: closes the connection. A request that is
+//!   on its way is lost.
 //!
 //! Therefore:
 //!
@@ -18,16 +18,16 @@
 //! | *stopping* | GOAWAY, on every other connection | the same | as soon as the protocol is known: as that protocol |
 //! | *stopping*, idle for the grace | closed | closed | closed |
 //!
-//! A connection that is accepted while the process is *draining* receives no GOAWAY before *stopping*: the client has
-//! just been routed here, and a client that connects again at once would be routed here again.
+//! A connection that is accepted while the process is *draining* receives no GOAWAY before *stopping*. The router still
+//! selects this process, so a client that connects again at once would be routed here again.
 //!
 //! A connection is idle if it has no call and nothing has been written to it for the grace. A call ends at the end of
 //! its response body. Then a part of the body can still be in the buffers of hyper and h2, so the end of the last call
-//! alone does not permit closing the connection:
+//! alone does not permit closing the connection. Two conditions prevent the close:
 //!
-//! - A pending write means that hyper has a part of a response in its buffer.
-//! - A client of HTTP/2 that has acknowledged the PING is alive, and h2 closes the connection after its last stream.
-//!   Only h2 has the information whether a part of a response waits for the window of its stream.
+//! - A write is pending: hyper has a part of a response in its buffer.
+//! - An HTTP/2 client has acknowledged the PING: it is alive, and h2 closes the connection after its last stream. Only
+//!   h2 has the information whether a part of a response waits for the window of its stream.
 
 use std::{
     future::poll_fn,
@@ -63,7 +63,7 @@ const MAX_IDLE_ROUNDS: u32 = 5;
 
 /// Serves one connection to its end, and shuts it down when the process drains.
 ///
-/// The IO object and the service record in `stages` what happens on the connection. An error of the connection concerns
+/// The IO object and the service record the activity of the connection in `stages`. An error of the connection concerns
 /// its client only and is discarded. Dropping the future closes the connection.
 pub(super) async fn serve_connection<I, S, B, E>(
     server: &Builder<E>,
@@ -83,7 +83,8 @@ pub(super) async fn serve_connection<I, S, B, E>(
     let is_old = state.phase() < Phase::Draining;
     let mut connection = pin!(server.serve_connection_with_upgrades(io, service));
     let mut is_announced = false;
-    // Polls the connection. If `announces` is set, sends GOAWAY first, or as soon as the protocol is known to be HTTP/2.
+    // Polls the connection. If `announces` is set, a poll sends GOAWAY first if the protocol is known to be HTTP/2,
+    // else as soon as it is.
     let mut poll = |cx: &mut Context<'_>, announces: bool| loop {
         if announces && !is_announced && stages.is_http2() {
             connection.as_mut().graceful_shutdown();
@@ -115,7 +116,8 @@ pub(super) async fn serve_connection<I, S, B, E>(
         () = state.reached(Phase::Stopping) => {}
     }
     let idle_time = state.times(|times| times.grace).max(MIN_IDLE_TIME);
-    // Set by the first poll, which writes the GOAWAY, so that the GOAWAY does not count as activity.
+    // The first poll sets the number of writes, after it has written the GOAWAY, so that the GOAWAY does not count as
+    // activity.
     let mut writes = None;
     let (mut idle_rounds, mut waited) = (0, Duration::ZERO);
     loop {
@@ -130,7 +132,7 @@ pub(super) async fn serve_connection<I, S, B, E>(
         waited = waited.saturating_add(idle_time);
         idle_rounds = if stages.has_calls() { 0 } else { idle_rounds + 1 };
         let is_silent = writes == Some(stages.writes()) || idle_rounds >= MAX_IDLE_ROUNDS;
-        // The rest of a rejected upload is drained within its own time limit.
+        // The rest of a rejected upload can still arrive. It is drained within its own time limit.
         if stages.may_close() && is_silent && (!stages.has_late_body() || waited >= drain::TIMEOUT)
         {
             break;

@@ -1,9 +1,23 @@
-//! Who is inside, and whether anybody else may come in: one word.
+//! The number of calls in flight and the flag that stops their admission, in one atomic word.
+//!
+//! The word is `calls << 1 | closed`. [`enter`](Door::enter) adds a call and reads the flag by one atomic operation, so
+//! each `enter` is ordered either before or after [`close`](Door::close):
+//!
+//! - before: the call is admitted, and every read of the count after `close` includes it until it leaves;
+//! - after: the call is not admitted. It is counted for the short time until its permit is dropped.
+//!
+//! A guard ([`Drain::guard`](super::Drain::guard)) ignores the result of `enter`: it counts in every phase.
+//!
+//! So after a read that finds the word closed and empty, no call is in flight and no further call will be admitted. A
+//! separate counter and flag do not have this property: a call could read the flag as open, and increment the counter
+//! only after the drain has read it as zero.
+//!
+//! The drain compares this word with the phase, which is another atomic. All accesses are `SeqCst`, so that there is
+//! one order of all of them. `State::go_to` closes the door before it publishes a phase in which calls are rejected.
 
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
-/// `inside << 1 | closed`: who comes in is counted, and told whether that was too late, in one step. So whoever finds
-/// it closed and empty is right for ever.
+/// A count of calls that can be closed once, and never opens again.
 pub(super) struct Door(AtomicUsize);
 
 const CLOSED: usize = 1;
@@ -14,7 +28,8 @@ impl Door {
         Self(AtomicUsize::new(0))
     }
 
-    /// One more is inside, to [`leave`](Self::leave) in any case. False: it came too late.
+    /// Counts one call, and returns whether the door is open, so that the call is admitted. The caller must call
+    /// [`leave`](Self::leave) once in either case.
     pub(super) fn enter(&self) -> bool {
         self.0.fetch_add(ONE, SeqCst) & CLOSED == 0
     }
@@ -57,7 +72,7 @@ mod tests {
         assert_eq!((door.inside(), door.is_open()), (0, false));
     }
 
-    /// Whoever finds it closed and empty may throw everything away.
+    /// After the door is seen closed and empty, no call is admitted.
     #[test]
     fn nobody_is_inside_after_it_was_closed_and_empty() {
         const THREADS: usize = 4;

@@ -10,9 +10,9 @@ use super::{
 };
 use crate::{ConfigError, Health, call::Striped};
 
-/// A process from its start to its end: what it says of itself, and how it leaves without losing a request.
+/// The lifecycle of a process: its [phase](Phase), its readiness, and the drain that ends it without losing a call.
 ///
-/// Clones are the same lifecycle. See the [module](crate::lifecycle).
+/// Clones share one lifecycle. See the [module](crate::lifecycle).
 #[derive(Clone)]
 pub struct Lifecycle(pub(super) Striped<State>);
 
@@ -20,43 +20,50 @@ pub struct Lifecycle(pub(super) Striped<State>);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Drained {
-    /// Calls that were still in flight after the longest time, and were cut.
+    /// Number of calls that were still in flight when the drain timeout expired, and were cut.
     pub cut_calls: usize,
-    /// Connections of `serve` that were still open after the longest time, and were cut.
+    /// Number of connections of `serve` that were still open when the drain timeout expired, and were cut.
     pub cut_connections: usize,
-    /// Calls that arrived after the grace, and were rejected.
+    /// Number of calls that arrived after the grace, and were rejected.
     pub refused: u64,
 }
 
 impl Lifecycle {
-    /// Starting, and armed: from here on `SIGTERM` and `SIGINT` (Ctrl-C, on Windows also a closed console) drain
-    /// the process, also while it is still starting, and no longer end it by themselves: a start that takes long
-    /// should ask for [`stopping`](Self::stopping), too. Each further signal is in a [hurry](Self::hurry).
+    /// Creates a lifecycle in the phase [`Starting`](Phase::Starting), and installs its signal handlers.
     ///
-    /// `health` gets a critical check of the name `lifecycle`, which passes while the process is ready.
+    /// From this call on, the first `SIGTERM` or `SIGINT` (on Windows Ctrl-C or the close of the console) begins the
+    /// [drain](Self::drain), also while the process is still starting, and no longer terminates the process. Each
+    /// further signal has the effect of [`hurry`](Self::hurry). A start that takes long should therefore also wait for
+    /// [`stopping`](Self::stopping).
     ///
-    /// It lives in the runtime that it is made in, and has [stopped](Phase::Stopped) when that ends.
+    /// Adds a critical check with the name `lifecycle` to `health`. The check passes while the process is ready.
     ///
-    /// tokio keeps hold of a signal that it was once told to listen to: should the last handle, layer and token of
-    /// this lifecycle go before the process does, nothing listens any more.
+    /// The lifecycle runs as a task on the current runtime, and changes to [`Stopped`](Phase::Stopped) if that runtime
+    /// ends.
+    ///
+    /// tokio never restores the default action of a signal. If the last handle, layer and token of this lifecycle are
+    /// dropped before the process ends, these signals have no effect any more.
     ///
     /// # Errors
     ///
-    /// No Tokio runtime, or one without timers or without IO; signals that cannot be listened to; or a registry that
-    /// has a check of this name.
+    /// Returns an error if there is no Tokio runtime, if the runtime has no timers or no IO, if the signal handlers
+    /// cannot be installed, or if the registry already has a check named `lifecycle`.
     pub fn new(health: &Health) -> Result<Self, ConfigError> {
         Self::build(health, || {
-            // That a runtime has no IO is told by a panic.
+            // tokio panics if the runtime has no IO.
             let armed = catch_unwind(Signals::arm);
             armed.unwrap_or_else(|_| Err(io::Error::other("the runtime has no IO"))).map(Some)
         })
     }
 
-    /// The same without signals: [`drain`](Self::drain) is called by whoever hears of the end.
+    /// Creates a lifecycle without signal handlers. The application calls [`drain`](Self::drain).
+    ///
+    /// Otherwise as [`new`](Self::new).
     ///
     /// # Errors
     ///
-    /// No Tokio runtime, or one without timers; or a registry that has a check named `lifecycle`.
+    /// Returns an error if there is no Tokio runtime, if the runtime has no timers, or if the registry already has a
+    /// check named `lifecycle`.
     pub fn without_signals(health: &Health) -> Result<Self, ConfigError> {
         Self::build(health, || Ok(None))
     }
@@ -68,7 +75,7 @@ impl Lifecycle {
         let runtime = Handle::try_current().map_err(|error| {
             ConfigError::new("lifecycle", error, "build it inside a Tokio runtime")
         })?;
-        // This too is told by a panic.
+        // tokio panics if the runtime has no timers.
         if catch_unwind(|| drop(sleep(Duration::ZERO))).is_err() {
             let remedy = "enable the runtime's timers";
             return Err(ConfigError::new("lifecycle", "a runtime without timers", remedy));
@@ -87,7 +94,7 @@ impl Lifecycle {
             match signals {
                 None => drive.await,
                 Some(signals) => {
-                    // Both are asked in one task: one thing to end.
+                    // One task for both, so that one abort handle ends both.
                     tokio::join!(drive, signals.pass_on(weak));
                 }
             }
@@ -98,27 +105,28 @@ impl Lifecycle {
 
     /// Sets the time in *draining*: 5 s by default.
     ///
-    /// In this time the process is not ready, and traffic goes on. It should be as long as routers and load balancers
-    /// need to notice, and zero where there is none.
+    /// In this time the process is not ready and continues to serve calls. The delay should be as long as routers and
+    /// load balancers need to stop routing calls to this process. Without a router it can be zero.
     #[must_use]
     pub fn delay(self, delay: Duration) -> Self {
         self.0.times(|times| times.delay = delay);
         self
     }
 
-    /// Sets the time after the begin of *stopping* in which calls that arrive are still served: 1 s by default.
+    /// Sets the time from the begin of *stopping* in which calls that arrive are still served: 1 s by default.
     ///
-    /// A server announces the end of a connection when *stopping* begins; until the clients have noticed, their calls
-    /// arrive. After the grace the [layer](Self::layer) rejects calls, and `serve` closes connections that have been
-    /// idle for the grace, at least for 100 ms. A grace that is not shorter than [`longest`](Self::longest) ends with
-    /// it.
+    /// A server announces the end of its connections when *stopping* begins. Calls that clients send before they
+    /// receive this announcement arrive in the grace. After the grace the [layer](Self::layer) rejects calls, and
+    /// `serve` closes connections that have been idle for the grace, with a minimum of 100 ms. A grace that is not
+    /// shorter than the drain timeout ([`longest`](Self::longest)) ends with it.
     #[must_use]
     pub fn grace(self, grace: Duration) -> Self {
         self.0.times(|times| times.grace = grace);
         self
     }
 
-    /// Sets the maximum time in *stopping*: 20 s by default. Calls that are still in flight then are cut.
+    /// Sets the drain timeout, the maximum time in *stopping*: 20 s by default. Calls that are still in flight when it
+    /// expires are cut.
     ///
     /// The sum of this time and the [`delay`](Self::delay) should be less than the time after which the process is
     /// killed: Kubernetes' `terminationGracePeriodSeconds`, 30 s by default. The [`grace`](Self::grace) is a part of
@@ -129,34 +137,37 @@ impl Lifecycle {
         self
     }
 
-    // ===== Going on =====
+    // ===== Changes of the phase =====
 
-    /// The start is over. Without effect once the drain has begun.
+    /// Changes the phase from [`Starting`](Phase::Starting) to [`Ready`](Phase::Ready). Has no effect after the drain
+    /// has begun.
     pub fn ready(&self) {
         self.0.go_to(Step::Ready);
     }
 
-    /// Begins to drain, as a first signal does. Without effect once the drain has begun: what calls a `preStop` hook may
-    /// call it twice, and sends a `SIGTERM` after it.
+    /// Begins the drain, as the first signal does. Has no effect after the drain has begun.
+    ///
+    /// Repeated calls are therefore harmless: Kubernetes may run a `preStop` hook twice, and sends `SIGTERM` after it.
     pub fn drain(&self) {
         self.0.drain();
     }
 
-    /// Ends the wait that is on, as each further signal does: first the delay, then the time for the rest. Without
-    /// effect before the drain.
+    /// Ends the current phase of the drain, as each signal after the first does: *draining* changes to *stopping*, and
+    /// *stopping* to *stopped*. Has no effect before the drain.
     pub fn hurry(&self) {
         self.0.hurry();
     }
 
-    // ===== Looking =====
+    // ===== State =====
 
-    /// Where the process is.
+    /// Returns the current phase.
     #[must_use]
     pub fn phase(&self) -> Phase {
         self.0.phase()
     }
 
-    /// Calls under way, each to the end of its body, as the [layer](Self::layer) counts them.
+    /// Returns the number of calls in flight. The [layer](Self::layer) counts each call until its response body ends.
+    /// Each [guard](Drain::guard) counts as one call.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.0.in_flight()
@@ -168,43 +179,48 @@ impl Lifecycle {
         self.0.refused()
     }
 
-    /// Waits until the phase is another than now, and tells it. Dropping the future is harmless.
+    /// Waits until the phase differs from the phase at the first poll, and returns the new phase. Cancel safe.
     pub async fn changed(&self) -> Phase {
         self.0.changed().await
     }
 
-    // ===== The pieces =====
+    // ===== Parts of a server =====
 
     /// Returns a layer that counts calls, and rejects them after the [grace](Self::grace): see [`LifecycleLayer`].
     pub fn layer(&self) -> LifecycleLayer {
         LifecycleLayer::new(self.0.clone())
     }
 
-    /// A token that tells work other than calls when to end.
+    /// Returns a token for work that is not a call, such as a background task: see [`Drain`].
     #[must_use]
     pub fn token(&self) -> Drain {
         Drain::new(self.0.lease())
     }
 
-    /// Returns a future that resolves when *stopping* begins: the signal for a server's own graceful shutdown.
+    /// Returns a future that resolves when *stopping* begins: the shutdown signal for a server that has a graceful
+    /// shutdown of its own.
     pub fn stopping(&self) -> impl Future<Output = ()> + Send + use<> {
         self.token().stopping()
     }
 
-    /// Runs a server with a graceful shutdown of its own. The server receives [`stopping`](Self::stopping) as its
-    /// signal, and the [layer](Self::layer) around its service.
+    /// Runs a server that has a graceful shutdown of its own, and bounds the time of that shutdown.
     ///
-    /// The order is: the process becomes unready; after the delay the server announces the end to its clients (GOAWAY)
-    /// and closes idle connections; calls that arrive in the [grace](Self::grace) are served, later ones are rejected;
-    /// the future resolves when the server has ended and the work of all [guards](Drain::guard) is done, after the
-    /// [longest](Self::longest) time at the latest.
+    /// The server must use [`stopping`](Self::stopping) as its shutdown signal, and its service must be wrapped in the
+    /// [layer](Self::layer). The drain then takes place in this order:
     ///
-    /// Then the server is dropped. tonic and axum leave the tasks of their connections running; these are cut when the
-    /// runtime ends, so return from `main`.
+    /// 1. The process becomes unready.
+    /// 2. After the [delay](Self::delay) the server announces the end to its clients (GOAWAY) and closes idle
+    ///    connections.
+    /// 3. Calls that arrive in the [grace](Self::grace) are served. Later calls are rejected.
+    /// 4. The future resolves when the server has ended and all [guards](Drain::guard) are dropped, or when the drain
+    ///    timeout ([`longest`](Self::longest)) expires.
+    ///
+    /// At the drain timeout the server is dropped. tonic and axum leave the tasks of their connections running. These
+    /// tasks are cut when the runtime ends, so return from `main`.
     ///
     /// # Errors
     ///
-    /// The server's.
+    /// Returns the error of the server.
     pub async fn run<T, E>(
         &self,
         server: impl Future<Output = Result<T, E>>,

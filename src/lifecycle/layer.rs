@@ -21,14 +21,17 @@ use crate::{
     call::{Http, HttpCall, Lease, Rejected, Respond, Striped, TrackedBody},
 };
 
-/// Counts calls to the end of their response bodies, puts a [`Drain`] into the extensions of every request, and rejects
-/// calls with 503 (gRPC `UNAVAILABLE`) when the process is *stopping* and the [grace](super::Lifecycle::grace) is over.
-/// From the beginning of the drain, responses over HTTP/1 carry `Connection: close`, unless they upgrade the
-/// connection or are rejections whose request body is still [drained](crate::call::Respond#uploads): such a connection
-/// ends with the body.
+/// Counts the calls in flight, and rejects calls after the [grace](super::Lifecycle::grace) of a drain.
 ///
-/// Made by [`Lifecycle::layer`](super::Lifecycle::layer). It belongs outermost, but inside the health endpoints, which
-/// respond until the process ends. `serve` adds it.
+/// - A call is in flight until its response body ends.
+/// - Every request carries a [`Drain`] token in its extensions.
+/// - When the process is *stopping* and the grace is over, calls are rejected with 503 (gRPC `UNAVAILABLE`).
+/// - From the begin of the drain, responses over HTTP/1 carry `Connection: close`, with two exceptions: a response that
+///   upgrades the connection, and a rejection whose request body is still [drained](crate::call::Respond#uploads). The
+///   connection of such a rejection ends when the body ends.
+///
+/// Made by [`Lifecycle::layer`](super::Lifecycle::layer). `serve` adds it. It is the outermost layer, except for the
+/// health endpoints: they wrap it, so that they respond until the process ends.
 ///
 /// The token needs one allocation for each call, and two more if the request has no extensions yet.
 #[derive(Clone)]
@@ -59,7 +62,7 @@ pub struct WithLifecycle<S> {
 }
 
 impl<S> WithLifecycle<S> {
-    /// The wrapped service.
+    /// Returns the wrapped service.
     pub fn get_ref(&self) -> &S {
         self.admission.inner()
     }
@@ -128,8 +131,8 @@ fn is_draining(extensions: &Extensions) -> bool {
     extensions.get::<Rejected>().is_some_and(Rejected::is_draining)
 }
 
-/// Adds `close` to the options of the service. The `Connection` header of an upgrade is not changed: with `close`,
-/// clients consider the upgrade as failed.
+/// Adds the option `close` to the `Connection` header. The header of an upgrade is not changed, because clients
+/// consider an upgrade with `close` as failed.
 fn close(headers: &mut HeaderMap) {
     let said = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
     let mut options = said.flat_map(|value| value.split(',')).map(str::trim);

@@ -10,7 +10,7 @@ pub use crate::listener::Slot;
 /// A source of connections for [`Lifecycle::serve`](crate::Lifecycle::serve).
 ///
 /// Implemented for tokio's `TcpListener` and `UnixListener`, and for the capped
-/// [`LimitedListener`](crate::limit::connections::LimitedListener). An implementation of your own needs `accept` only:
+/// [`LimitedListener`](crate::limit::connections::LimitedListener). Other implementations need `accept` only:
 ///
 /// ```
 /// use std::{io, net::SocketAddr};
@@ -44,17 +44,18 @@ pub trait Listener: Send {
     /// The address of a peer, which `serve_each` passes on.
     type Addr: Send;
 
-    /// Accepts the next connection. The server drops the future and calls the method again: the implementation
-    /// must not lose a connection then.
+    /// Accepts the next connection. Must be cancel safe: the server drops the future and calls the method again, and no
+    /// connection may be lost in between.
     ///
     /// # Errors
     ///
-    /// After `ConnectionRefused`, `ConnectionAborted` and `ConnectionReset` the server calls the method again at once,
-    /// and after any other error in one second. It reports the latter as a WARN event, at most once in 10 s.
+    /// After `ConnectionRefused`, `ConnectionAborted` and `ConnectionReset` the server calls the method again at once.
+    /// After any other error it waits one second, and reports the error in a WARN event, at most once in 10 s.
     fn accept(&mut self) -> impl Future<Output = io::Result<(Self::Io, Self::Addr)>> + Send;
 
-    /// Returns the TCP socket under a connection. The server sets its options and resets it when its peer has stopped
-    /// reading. `None` by default, for connections without one.
+    /// Returns the TCP socket of a connection, or `None` if the connection has none. `None` by default.
+    ///
+    /// The server sets the options of this socket, and resets it when the peer has stopped reading.
     fn tcp(io: &Self::Io) -> Option<&TcpStream> {
         let _ = io;
         None

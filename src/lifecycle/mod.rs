@@ -1,4 +1,8 @@
-//! A process that leaves politely: no request that came before the end was announced is lost, and the end comes.
+//! Graceful shutdown of a process: signals, readiness, a drain within a time limit, and an HTTP server that loses no
+//! call.
+//!
+//! A [`Lifecycle`] holds the phase of the process. It handles the signals, reports readiness to a
+//! [`Health`](crate::Health) registry, counts the calls in flight, and bounds the time of the drain.
 //!
 //! ```no_run
 //! # #[cfg(feature = "serve")]
@@ -7,7 +11,7 @@
 //! use buttress::{Health, Lifecycle};
 //!
 //! let health = Health::new();
-//! let lifecycle = Lifecycle::new(&health)?;               // armed: SIGTERM is heard while it still starts
+//! let lifecycle = Lifecycle::new(&health)?;               // handles SIGTERM from here on
 //! let app: Router = Router::new().route("/", get(|| async { "found" })).layer(health.endpoints());
 //! let listener = tokio::net::TcpListener::bind("0.0.0.0:8080").await?;
 //! lifecycle.ready();
@@ -16,7 +20,7 @@
 //! # Ok(()) }
 //! ```
 //!
-//! The pieces alone, for tonic, and with times of one's own:
+//! With tonic's own server, and with other times:
 //!
 //! ```no_run
 //! # async fn start(greeter: tonic::service::Routes) -> Result<(), Box<dyn std::error::Error>> {
@@ -39,7 +43,7 @@
 //! # Phases
 //!
 //! ```text
-//!            ready()         SIGTERM, drain()          after the delay         after the longest time
+//!            ready()         SIGTERM, drain()          after the delay         after the drain timeout
 //!  starting ────────▶ ready ─────────────────▶ draining ────────────▶ stopping ────────────────────▶ stopped
 //!      └──────────────────────────────────────────┘
 //! ```
@@ -49,15 +53,16 @@
 //! | starting | 503 | served | accepted |
 //! | ready | 200, if all other checks pass | served | accepted |
 //! | draining | 503 | served; responses over HTTP/1 carry `Connection: close` | accepted; open connections of HTTP/2 receive GOAWAY |
-//! | stopping, [grace](Lifecycle::grace) | 503 | served as before; streams are told to end | accepted from the backlog for 50 ms, then not accepted; the other connections of HTTP/2 receive GOAWAY |
+//! | stopping, [grace](Lifecycle::grace) | 503 | served as before; the tokens of streams resolve | accepted from the backlog for 50 ms, then not accepted; the other connections of HTTP/2 receive GOAWAY |
 //! | stopping, after the grace | 503 | calls in flight are served to their end, new ones are rejected: 503, gRPC `UNAVAILABLE` | closed when idle |
 //! | stopped | – | cut, and counted | cut, and counted |
 //!
-//! A second signal, or [`hurry`](Lifecycle::hurry), ends the delay, and a third one ends *stopping*. A `preStop` hook
-//! that calls [`drain`](Lifecycle::drain) does not count as a signal.
+//! The drain timeout is the setting [`longest`](Lifecycle::longest): the maximum time in *stopping*. A second signal,
+//! or [`hurry`](Lifecycle::hurry), ends the delay, and a third one ends *stopping*. A `preStop` hook that calls
+//! [`drain`](Lifecycle::drain) does not count as a signal.
 //!
-//! The delay is needed because load balancers and kube-proxy continue to route calls here for some seconds after the
-//! process has become unready. A process that closes its listener earlier loses these calls. Liveness does not change.
+//! The delay is needed because load balancers and kube-proxy continue to route calls to this process for some seconds
+//! after it has become unready. A process that closes its listener earlier loses these calls. `/livez` does not change.
 //!
 //! # No call is lost
 //!
@@ -66,31 +71,36 @@
 //!
 //! - **HTTP/1**: a response carries `Connection: close`, and the connection is closed after it. A connection that
 //!   carries no call from the beginning of the drain to the end of the grace is closed without an announcement, and a
-//!   call that is sent in this moment is lost: the delay and the grace should be longer than the pauses between calls.
+//!   call that is sent at this moment is lost. Therefore the sum of the delay and the grace should be longer than the
+//!   pauses between calls.
 //! - **HTTP/2** (RFC 9113 §6.8): GOAWAY with the last stream id 2³¹−1 announces the end. The streams that arrive before
 //!   the client has acknowledged a PING are served. Then a second GOAWAY states the last stream that was served. A
-//!   client can send later streams again on another connection: they have certainly not been served. GOAWAY is sent
-//!   when the drain begins, and at *stopping* to clients that connected during the delay: a client that connects
-//!   again at once after a GOAWAY would otherwise do so throughout the delay.
-//! - **Upgrades**: a WebSocket handshake in progress completes. Its response does not carry `Connection: close`.
+//!   client can send later streams again on another connection, because the server has not processed them. The server
+//!   sends GOAWAY when the drain begins, and at *stopping* to clients that connected during the delay: a client that
+//!   connects again at once after a GOAWAY would otherwise do so throughout the delay.
+//! - **Upgrades**: a WebSocket handshake in progress completes. Its response does not carry
+//!   `Connection: close`.
 //! - **Idle connections**: after the grace, a connection is closed if it has no call and nothing has been written to it
-//!   for the grace: an idle connection, an incomplete request head or preface, a client of HTTP/2 that does not
-//!   acknowledge PING. A response that the client reads slowly is not cut off before the end of *stopping*.
+//!   for the grace. This includes a connection with an incomplete request head or preface, and an HTTP/2 connection
+//!   whose client does not acknowledge PING. A response that the client reads slowly is not cut off before the end of
+//!   *stopping*.
 //!
-//! Under tonic's own server and `axum::serve` these servers manage the connections. They send GOAWAY and close
-//! idle connections of HTTP/1 when [`stopping`](Lifecycle::stopping) resolves. The layer continues to serve calls for
-//! the grace, so that calls that were on their way are not rejected. During the delay `Connection: close` is
-//! the only announcement, and `axum::serve` adds `close` to the response of an upgrade that completes at *stopping*.
+//! tonic's own server and `axum::serve` manage their connections themselves. They send GOAWAY and close idle HTTP/1
+//! connections when [`stopping`](Lifecycle::stopping) resolves. The layer continues to serve calls for the grace, so
+//! that calls that were on their way are not rejected. Two things differ from `serve`: during the delay `Connection:
+//! close` is the only announcement, and `axum::serve` adds `close` to the response of an upgrade that completes at
+//! *stopping*.
 //!
 //! # In the stack
 //!
-//! The [layer](LifecycleLayer) belongs outermost, inside the health endpoints, so that these respond to the end.
-//! `serve` adds it around the whole service: after the grace it also rejects calls of the health endpoints.
+//! The [layer](LifecycleLayer) is the outermost layer, except for the health endpoints: they wrap it, so that they
+//! respond until the process ends. `serve` adds the layer around the whole service, so after the grace it also rejects
+//! calls of the health endpoints.
 //!
 //! # Streams
 //!
-//! A call lasts to the end of its body. Streams that would not end by themselves, as server-sent events do not,
-//! ask the [`Drain`] token in their request's extensions:
+//! A call lasts until its response body ends. A stream that does not end by itself, such as server-sent events, ends
+//! when the [`Drain`] token in the extensions of its request resolves:
 //!
 //! ```
 //! use axum::{Extension, body::Body};
@@ -103,7 +113,8 @@
 //! }
 //! ```
 //!
-//! What goes on beside its answer, as a WebSocket does, is waited for as long as there is a [guard](Drain::guard):
+//! Work that outlasts its response, such as a WebSocket, holds a [guard](Drain::guard). The drain waits until the guard
+//! is dropped:
 //!
 //! ```
 //! use axum::{
@@ -116,7 +127,7 @@
 //! async fn socket(upgrade: WebSocketUpgrade, Extension(drain): Extension<Drain>) -> Response {
 //!     let guard = drain.guard();
 //!     upgrade.on_upgrade(async move |mut socket| {
-//!         // Talks, until
+//!         // Exchanges messages until the process stops.
 //!         drain.stopping().await;
 //!         let _ = socket.send(Message::Close(None)).await;
 //!         drop(guard);
@@ -125,20 +136,21 @@
 //! # let _: axum::Router = axum::Router::new().route("/", axum::routing::any(socket));
 //! ```
 //!
-//! A handler that blocks its thread, instead of a thread of `spawn_blocking`, can hold up the runtime's timers and
-//! signals, and with them the drain and its longest time.
+//! A handler that blocks a thread of the runtime can delay the runtime's timers and signals, and with them the drain
+//! and its timeout. Blocking work belongs on a thread of `spawn_blocking`.
 //!
 //! # Cancellation
 //!
-//! A call that is dropped is counted no more. Dropping what [`run`](Lifecycle::run) or `serve` gave drops the server.
+//! A call that is dropped is no longer in flight. Dropping the future of [`run`](Lifecycle::run) or of `serve` drops
+//! the server with all its connections.
 //!
 //! # Stages of a connection
 //!
 //! `serve` limits the time of every stage of a connection, so that a client that is silent, slow or gone holds neither
 //! a connection nor a permit. [`Server`] has the table of the limits and their setters. The listener is any
 //! [`Listener`]: a `TcpListener`, a `UnixListener`, the capped
-//! [`LimitedListener`](crate::limit::connections::LimitedListener), or one of your own. With the feature `rustls` the
-//! server serves TLS.
+//! [`LimitedListener`](crate::limit::connections::LimitedListener), or another implementation. With the feature
+//! `rustls` the server serves TLS.
 //!
 //! ```no_run
 //! # #[cfg(all(feature = "serve", feature = "listener"))]
@@ -159,13 +171,13 @@
 //! |---|---|
 //! | [`delay`](Lifecycle::delay) | 5 s |
 //! | [`grace`](Lifecycle::grace) | 1 s |
-//! | [`longest`](Lifecycle::longest) | 20 s, the grace included: with the delay 5 s less than Kubernetes waits |
+//! | [`longest`](Lifecycle::longest) | 20 s, including the grace; with the delay 25 s, which is 5 s less than the default `terminationGracePeriodSeconds` of Kubernetes |
 //! | limits of a connection | see [`Server`] |
 //!
 //! `axum::serve(..).with_graceful_shutdown(..)` and tonic's `serve_with_shutdown` wait for calls without a time limit,
-//! do not tell streams to end, and stop accepting connections at once. hyper-util's `GracefulShutdown` closes idle
-//! connections of HTTP/1 and breaks upgrades in progress, and leaves times and signals to its user. tonic's server
-//! keeps its listener open while it shuts down, so clients that connect hang until it has ended; `serve` with tonic's
+//! do not notify streams, and stop accepting connections at once. hyper-util's `GracefulShutdown` closes idle
+//! connections of HTTP/1, breaks upgrades in progress, and has neither time limits nor signal handling. tonic's server
+//! keeps its listener open while it shuts down, so clients that connect hang until it has ended. `serve` with tonic's
 //! prepared `Routes` as the service closes the listener.
 
 #[cfg(feature = "serve")]

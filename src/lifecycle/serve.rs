@@ -23,28 +23,31 @@ use super::{
 };
 use crate::{BoxError, listener::AcceptErrors};
 
-/// Time from the begin of *stopping* to the close of the listener. In this time the connections are accepted that the
-/// kernel has established already: closing the listener would reset them, with the requests that they carry.
+/// Time from the begin of *stopping* to the close of the listener.
+///
+/// In this time the server accepts the connections that the kernel has already established. Closing the listener at
+/// once would reset them, with the requests that they carry.
 const BACKLOG_TIME: Duration = Duration::from_millis(50);
 
-/// Maximum time that cut connections may take to end.
+/// Maximum time for which the server waits for the tasks of cut connections to end.
 const GONE: Duration = Duration::from_millis(100);
 
 impl Lifecycle {
-    /// Serves HTTP/1 and HTTP/2 until the process has drained: an axum `Router`, or any other service of hyper's
-    /// requests, with a [`layer`](Self::layer) of this lifecycle around it. It does not say that the process is
-    /// [ready](Self::ready).
+    /// Serves HTTP/1 and HTTP/2 until the process has drained.
     ///
-    /// How the connections end is described in the [module](crate::lifecycle#no-call-is-lost). Calls and connections
-    /// that are left after the [longest](Self::longest) time are cut and counted. A connection that was upgraded (a
-    /// WebSocket) belongs to the handler: `serve` waits for it if the handler holds a
+    /// The service is an axum `Router`, or any other service of hyper's requests. `serve` wraps it in the
+    /// [`layer`](Self::layer) of this lifecycle. It does not report the process as [ready](Self::ready).
+    ///
+    /// The [module](crate::lifecycle#no-call-is-lost) describes the end of the connections. Calls and connections that
+    /// remain when the drain timeout ([`longest`](Self::longest)) expires are cut and counted. A connection that was
+    /// upgraded (a WebSocket) belongs to its handler: `serve` waits for it if the handler holds a
     /// [guard](crate::lifecycle::Drain::guard).
     ///
     /// The listener is any [`Listener`]: tokio's, the capped
-    /// [`LimitedListener`](crate::limit::connections::LimitedListener), or one of your own. Every stage of a connection
-    /// has a time limit: see [`Server`] for the limits, and [`server`](Self::server) to change them.
+    /// [`LimitedListener`](crate::limit::connections::LimitedListener), or another implementation. Every stage of a
+    /// connection has a time limit: [`Server`] lists the limits, and [`server`](Self::server) changes them.
     ///
-    /// Dropping the future cuts everything at once.
+    /// Dropping the future cuts all connections at once.
     ///
     /// ```no_run
     /// # async fn start() -> Result<(), Box<dyn std::error::Error>> {
@@ -52,7 +55,7 @@ impl Lifecycle {
     /// use buttress::{Health, Lifecycle};
     ///
     /// let health = Health::new();
-    /// let lifecycle = Lifecycle::new(&health)?;                   // first of all: signals are listened to
+    /// let lifecycle = Lifecycle::new(&health)?;                   // first, so that signals are handled
     /// let app: Router = Router::new().route("/", get(|| async { "found" })).layer(health.endpoints());
     /// let listener = tokio::net::TcpListener::bind("0.0.0.0:8080").await?;
     /// lifecycle.ready();
@@ -70,8 +73,10 @@ impl Lifecycle {
         self.serve_each(listener, move |_| service.clone()).await
     }
 
-    /// Serves as [`serve`](Self::serve) does, with a service made for each connection. The closure receives the address
-    /// of the peer: `|peer| app.clone().layer(Extension(ConnectInfo(peer)))`.
+    /// Serves as [`serve`](Self::serve) does, with one service for each connection.
+    ///
+    /// The closure makes the service. It receives the address of the peer: `|peer|
+    /// app.clone().layer(Extension(ConnectInfo(peer)))`.
     pub async fn serve_each<L, F, S, B>(&self, listener: L, make: F) -> Drained
     where
         L: Listener,
@@ -131,7 +136,7 @@ impl Server {
             let service = StagedService::new(service, stages.clone());
             let (server, tls, state) = (server.clone(), tls.clone(), lifecycle.0.lease());
             connections.spawn(async move {
-                // A deadline that the clock cannot represent is none.
+                // `None`: the clock cannot represent the deadline, so the handshake has none.
                 let deadline = accepted.checked_add(limits.head);
                 let handshake = async {
                     match deadline {
@@ -172,7 +177,7 @@ impl Server {
             refused: lifecycle.refused(),
         };
         connections.abort_all();
-        // A handler that blocks its thread cannot be aborted, and must not delay the end of the process.
+        // The task of a handler that blocks its thread cannot be aborted, and must not delay the end of the process.
         let _ = timeout(GONE, async { while connections.join_next().await.is_some() {} }).await;
         drained
     }

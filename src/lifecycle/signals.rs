@@ -2,7 +2,9 @@ use std::{io, sync::Weak};
 
 use super::state::State;
 
-/// The signals that ask a process to end. From here on they do no more than that.
+/// The installed handlers of the signals that request the end of the process.
+///
+/// After [`arm`](Self::arm) these signals no longer terminate the process.
 pub(super) struct Signals {
     #[cfg(unix)]
     terminate: tokio::signal::unix::Signal,
@@ -56,7 +58,8 @@ impl Signals {
         None
     }
 
-    /// Passes them on for as long as there is somebody to pass them on to: the first begins the drain.
+    /// Applies the signals to the state until the state is dropped. The first signal begins the drain, and each later
+    /// signal calls [`State::hurry`].
     pub(super) async fn pass_on(mut self, state: Weak<State>) {
         let mut tell: fn(&State) = State::drain;
         while self.next().await.is_some() {

@@ -11,19 +11,20 @@ pub(super) struct SocketOptions {
     pub(super) user_timeout: Option<Duration>,
 }
 
-/// Number of bytes that the kernel holds beyond those on their way (`TCP_NOTSENT_LOWAT`). A blocked write continues
-/// when it holds fewer. Without this limit, a send buffer of several MiB has to drain by a third first, and a slow but
-/// steady reader looks like one that has stopped.
+/// Number of unsent bytes in the kernel below which a blocked write continues (`TCP_NOTSENT_LOWAT`).
+///
+/// Without this limit, a third of the send buffer of several MiB has to be sent before a blocked write continues. In
+/// this time a slow but steady reader is indistinguishable from a client that has stopped reading.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 const MAX_UNSENT: u32 = 128 * 1024;
 
-/// The kernel counts keepalive times in seconds, up to this value (Linux `MAX_TCP_KEEPIDLE`).
+/// Maximum keepalive time of the kernel, which counts it in seconds (Linux `MAX_TCP_KEEPIDLE`).
 const MAX_KEEPALIVE: Duration = Duration::from_secs(32_767);
 
 impl SocketOptions {
-    /// Sets the options. A socket that rejects one is served without it.
+    /// Sets the options of a socket. Errors are ignored: the connection is served without the failed option.
     pub(super) fn set(self, tcp: &TcpStream) {
-        // Small responses and events are sent at once.
+        // Without Nagle's algorithm, small responses and server-sent events are sent at once.
         let _ = tcp.set_nodelay(true);
         let socket = SockRef::from(tcp);
         #[cfg(any(target_os = "linux", target_os = "android"))]
@@ -32,12 +33,12 @@ impl SocketOptions {
         }
         let Some(timeout) = self.user_timeout else { return };
         let keepalive = TcpKeepalive::new().with_time(seconds(timeout / 3));
-        // With a user timeout, it decides about unanswered probes, and not their number.
+        // If TCP_USER_TIMEOUT is set, it limits the time of unacknowledged probes, and the kernel ignores their number.
         #[cfg(any(target_os = "linux", target_os = "android"))]
         let keepalive = keepalive.with_interval(seconds(timeout / 6)).with_retries(6);
         let _ = socket.set_tcp_keepalive(&keepalive);
-        // It also ends a connection whose client acknowledges probes and does not read. So it must not be set where
-        // such clients are welcome.
+        // TCP_USER_TIMEOUT also ends a connection whose client acknowledges probes but does not read. So it must not be
+        // set if the write timeout is off, which permits such clients.
         #[cfg(any(target_os = "linux", target_os = "android"))]
         if self.observes_writes {
             let _ = socket.set_tcp_user_timeout(Some(timeout.min(MAX_KEEPALIVE)));
@@ -45,13 +46,13 @@ impl SocketOptions {
     }
 }
 
-/// Whole seconds, at least one.
+/// Returns the duration in whole seconds, from 1 s to [`MAX_KEEPALIVE`].
 fn seconds(time: Duration) -> Duration {
     Duration::from_secs(time.as_secs()).clamp(Duration::from_secs(1), MAX_KEEPALIVE)
 }
 
-/// Makes the close of a socket a reset: the kernel discards unsent data instead of keeping it for a peer that does not
-/// read.
+/// Sets `SO_LINGER` to zero, so that closing the socket resets the connection. The kernel then discards the unsent
+/// data, which a peer that does not read would otherwise occupy.
 pub(super) fn reset_on_close(tcp: &TcpStream) {
     let _ = SockRef::from(tcp).set_linger(Some(Duration::ZERO));
 }

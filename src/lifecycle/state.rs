@@ -31,17 +31,18 @@ pub enum Phase {
     Starting,
     /// Ready.
     Ready,
-    /// No longer ready. Calls are served until the routers have noticed.
+    /// No longer ready. Calls are served for the [delay](super::Lifecycle::delay), in which routers stop routing calls
+    /// to this process.
     Draining,
-    /// New connections are not accepted, and streams are told to end. Calls that arrive are served for the
-    /// [grace](super::Lifecycle::grace), and rejected after it.
+    /// New connections are not accepted, and the [tokens](super::Drain) of streams resolve. Calls that arrive are
+    /// served for the [grace](super::Lifecycle::grace), and rejected after it.
     Stopping,
-    /// The drain timeout has expired. Calls and connections that are left are cut.
+    /// The drain timeout has expired. The remaining calls and connections are cut.
     Stopped,
 }
 
 impl Phase {
-    /// `starting`, `ready`, `draining`, `stopping` or `stopped`.
+    /// Returns the name of the phase: `starting`, `ready`, `draining`, `stopping` or `stopped`.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -86,10 +87,11 @@ impl Step {
     }
 }
 
-/// What a lifecycle's handles, layers and tokens share.
+/// The state that the handles, layers and tokens of a lifecycle share.
 pub struct State {
-    /// The step as a number.
+    /// The step as a number, for reads without a lock. Written under the lock of `step`.
     now: AtomicU8,
+    /// The step, for the tasks that wait for a change. Steps only advance.
     step: watch::Sender<Step>,
     door: Door,
     refused: AtomicU64,
@@ -97,6 +99,7 @@ pub struct State {
     reporter: Reporter,
     /// Wakes calls that wait for an inner service when calls begin to be rejected.
     shut: Arc<Notify>,
+    /// The task that runs [`drive`]. It ends with the state.
     driver: OnceLock<AbortHandle>,
 }
 
@@ -133,7 +136,7 @@ impl State {
         with(&mut self.times.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    // ===== Looking =====
+    // ===== Reads =====
 
     fn step(&self) -> Step {
         match self.now.load(SeqCst) {
@@ -187,16 +190,18 @@ impl State {
         }
     }
 
-    /// Waits until nothing is under way. It looks time and again: a call's end need not tell.
+    /// Waits until no call is in flight.
+    ///
+    /// Polls the count every 10 ms, so that the end of a call does not have to notify a waiter.
     pub(super) async fn emptied(&self) {
         while self.in_flight() > 0 {
             sleep(Duration::from_millis(10)).await;
         }
     }
 
-    // ===== Going on =====
+    // ===== Changes =====
 
-    /// Advances to a step. Without effect if the step has been reached.
+    /// Advances to a step. Has no effect if the state is already at this step or at a later one.
     pub(super) fn go_to(&self, next: Step) {
         let mut is_new_phase = false;
         let went = self.step.send_if_modified(|now| {
@@ -205,13 +210,14 @@ impl State {
             }
             is_new_phase = next.phase() != now.phase();
             *now = next;
-            // Closed before the step changes: if no call is in flight after the change, none will be.
+            // The door closes before the step changes: if no call is in flight after the change, no call will be.
             if next >= Step::Rejecting {
                 self.door.close();
             }
             self.now.store(next as u8, SeqCst);
-            // Under the lock of the channel, so that two threads that change the step report in the same order. The
-            // watchers of the registry are notified below, because wakers are user code.
+            // The report is made under the lock of the channel, so that the reports of two threads have the order of
+            // their steps. The watchers of the registry are notified after the lock is released, because wakers are
+            // user code.
             match next.phase() {
                 Phase::Starting => {}
                 Phase::Ready => self.reporter.set(Ok(())),
@@ -234,7 +240,7 @@ impl State {
             }
             event!(INFO, phase = phase.as_str(), in_flight = self.in_flight(), "lifecycle");
         }
-        // Steps that take no time are over when this returns.
+        // A step with a duration of zero is over before this function returns, without the driver task.
         match next {
             Step::Draining if self.times(|times| times.delay.is_zero()) => {
                 self.go_to(Step::Stopping);
@@ -267,10 +273,12 @@ impl State {
     }
 }
 
-/// From the beginning of the drain, goes to each further step when its time has come, unless it has been reached
-/// already.
+/// Waits for the begin of the drain, then advances to each further step when the time of the current step is over.
+///
+/// The step can advance earlier, for example by [`State::hurry`]. Then the next step begins its time at once. The
+/// future ends when the state is dropped.
 pub(super) async fn drive(state: Weak<State>, mut step: watch::Receiver<Step>) {
-    // An error is the end of the state.
+    // `wait_for` fails when the state, which owns the sender, is dropped.
     if step.wait_for(|now| *now >= Step::Draining).await.is_err() {
         return;
     }
@@ -293,11 +301,12 @@ pub(super) async fn drive(state: Weak<State>, mut step: watch::Receiver<Step>) {
     }
 }
 
-/// Goes with what drives the state.
+/// A guard that the driver task owns. It detects the end of the task's runtime.
 pub(super) struct Driven(pub(super) Weak<State>);
 
 impl Drop for Driven {
-    /// With the state still there, and not at its end, this is the end of the runtime: no signal is heard any more.
+    /// Stops the lifecycle if the runtime has ended: if the state still exists and is not stopped, the runtime has
+    /// dropped the task, and no signal or timer is handled any more.
     fn drop(&mut self) {
         let Some(state) = self.0.upgrade() else { return };
         if state.phase() < Phase::Stopped {
@@ -318,14 +327,14 @@ impl Drop for State {
 // ===== Calls =====
 
 impl Lease<State> {
-    /// One more under way, whatever the phase.
+    /// Counts one more call in flight, in any phase.
     pub(super) fn enter(&self) -> Permit<Lease<State>> {
         self.door.enter();
         Permit::new(self.clone(), Token::default())
     }
 }
 
-/// What a layer asks whether calls go.
+/// The policy of a [`LifecycleLayer`](super::LifecycleLayer): admits calls until the grace is over.
 #[derive(Clone, Debug)]
 pub struct Entrance(pub(super) Striped<State>);
 
@@ -349,7 +358,7 @@ impl<Req> Policy<Req> for Entrance {
         self.0.refused.fetch_add(1, SeqCst);
         event!(DEBUG, "call rejected: shutting down");
         let rejected = Rejected::by(LayerKind::Lifecycle, RejectedKind::ShuttingDown);
-        // Another instance can take it at once.
+        // Another instance can serve the call at once.
         Admit::No(rejected.with_retry_after(Duration::ZERO))
     }
 
@@ -358,7 +367,7 @@ impl<Req> Policy<Req> for Entrance {
     }
 
     fn shut(&self, permit: Option<&Permit<Lease<State>>>) -> Option<Arc<Notify>> {
-        // What was accepted goes on, though it may have to wait.
+        // A call with a permit continues to wait for the inner service. Only a call without one is woken and rejected.
         permit.is_none().then(|| self.0.shut.clone())
     }
 }

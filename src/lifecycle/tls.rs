@@ -11,7 +11,7 @@ use std::sync::Arc;
 #[cfg(feature = "rustls")]
 use tokio_rustls::{TlsAcceptor, rustls::ServerConfig, server::TlsStream};
 
-/// TLS, if it is set.
+/// The TLS settings of a server. Without an acceptor, connections are plain TCP.
 #[derive(Clone, Default)]
 pub(super) struct Tls {
     #[cfg(feature = "rustls")]
@@ -27,7 +27,7 @@ impl Tls {
         Self { acceptor: Some(TlsAcceptor::from(config)) }
     }
 
-    /// Makes the handshake, if there is TLS.
+    /// Performs the TLS handshake, if TLS is configured.
     pub(super) async fn accept<Io>(&self, io: Io) -> io::Result<MaybeTls<Io>>
     where
         Io: AsyncRead + AsyncWrite + Unpin,
@@ -40,7 +40,7 @@ impl Tls {
     }
 }
 
-/// A connection, with TLS or without.
+/// A connection with or without TLS.
 pub(super) enum MaybeTls<Io> {
     Plain {
         io: Io,
@@ -52,7 +52,7 @@ pub(super) enum MaybeTls<Io> {
 }
 
 impl<Io> MaybeTls<Io> {
-    /// The connection itself, under TLS.
+    /// Returns the underlying connection.
     pub(super) fn get_ref(&self) -> &Io {
         match self {
             Self::Plain { io } => io,
@@ -62,7 +62,7 @@ impl<Io> MaybeTls<Io> {
     }
 }
 
-/// Calls a method of the stream.
+/// Calls a method of the plain or the TLS stream.
 macro_rules! stream {
     ($self:expr, $io:ident => $call:expr) => {
         match $self.get_mut() {

@@ -5,10 +5,10 @@ use http::Extensions;
 use super::state::{Phase, State};
 use crate::call::{Lease, Permit};
 
-/// Tells a call that the process ends: for streams, and for whatever else would not end by itself.
+/// A token that notifies a call of the drain, for streams and other work that does not end by itself.
 ///
-/// A [`LifecycleLayer`](super::LifecycleLayer) puts one into the extensions of every request; axum's
-/// `Extension<Drain>` takes it out.
+/// A [`LifecycleLayer`](super::LifecycleLayer) inserts a token into the extensions of every request. axum's
+/// `Extension<Drain>` extracts it. [`Lifecycle::token`](super::Lifecycle::token) returns a token for other work.
 #[derive(Clone)]
 pub struct Drain(Lease<State>);
 
@@ -17,33 +17,37 @@ impl Drain {
         Self(state)
     }
 
-    /// What a request carries.
+    /// Returns the token in the extensions of a request, if there is one.
     #[must_use]
     pub fn of(extensions: &Extensions) -> Option<&Self> {
         extensions.get()
     }
 
-    /// Whether what is under way should come to its end now.
+    /// Returns whether the phase is [`Stopping`](Phase::Stopping) or later, so that streams should end.
     #[must_use]
     pub fn is_stopping(&self) -> bool {
         self.0.phase() >= Phase::Stopping
     }
 
-    /// Waits until what is under way should come to its end: at once, if that is so already. Fits
-    /// `futures::StreamExt::take_until`.
+    /// Returns a future that resolves when the phase is [`Stopping`](Phase::Stopping) or later, at once if it already
+    /// is.
+    ///
+    /// A stream ends at this time by `futures::StreamExt::take_until`.
     pub fn stopping(&self) -> impl Future<Output = ()> + Send + use<> {
         let state = self.0.clone();
         async move { state.reached(Phase::Stopping).await }
     }
 
-    /// Counts as one more call until it is dropped, so that the process waits for it, up to the longest time: for
-    /// work that no answer waits for, as a WebSocket's, or a task of its own.
+    /// Returns a guard that counts as one call in flight until it is dropped. The drain waits for it until the drain
+    /// timeout ([`longest`](super::Lifecycle::longest)) expires.
+    ///
+    /// For work that outlasts its response, such as a WebSocket or a spawned task.
     pub fn guard(&self) -> DrainGuard {
         DrainGuard { _permit: self.0.enter() }
     }
 }
 
-/// Work under way; made by [`Drain::guard`].
+/// A guard that counts as one call in flight until it is dropped. Made by [`Drain::guard`].
 #[must_use = "dropping it says that the work has ended"]
 pub struct DrainGuard {
     _permit: Permit<Lease<State>>,
