@@ -13,25 +13,25 @@ use super::{
 };
 use crate::{BoxError, ConfigError};
 
-/// The server of a [`Lifecycle`], with settings: made by [`Lifecycle::server`].
+/// The server of a [`Lifecycle`], with settings. Made by [`Lifecycle::server`].
 ///
-/// Every stage of a connection has a time limit, so that a client that is silent, slow or gone holds neither a connection
-/// nor a permit.
+/// Every stage of a connection has a time limit, so that a client that is silent, slow or gone holds neither a
+/// connection nor a permit.
 ///
-/// | setting | default | ends |
+/// | setting | default | limits |
 /// |---|---|---|
-/// | [`head_timeout`](Self::head_timeout) | 30 s | the wait for the first byte, the TLS handshake, the HTTP/2 preface and the first request head together; an incomplete head of a later request |
+/// | [`head_timeout`](Self::head_timeout) | 30 s | the sum of the first byte, the TLS handshake, the HTTP/2 preface and the first request head; the head of each later request |
 /// | [`idle_timeout`](Self::idle_timeout) | 11 min | a connection without calls |
 /// | [`write_timeout`](Self::write_timeout) | 60 s (on Linux 45 s, by `tcp_user_timeout`) | a connection, or an HTTP/2 stream, whose client does not read |
-/// | [`http2_ping`](Self::http2_ping) | every 20 s, answered within 20 s | an HTTP/2 connection whose client has vanished |
+/// | [`http2_ping`](Self::http2_ping) | every 20 s, acknowledged within 20 s | an HTTP/2 connection whose client has vanished |
 /// | [`tcp_user_timeout`](Self::tcp_user_timeout) | 45 s | a TCP connection whose client has vanished |
-/// | [`max_concurrent_streams`](Self::max_concurrent_streams) | 200 | – |
+/// | [`max_concurrent_streams`](Self::max_concurrent_streams) | 200 | the streams of an HTTP/2 connection |
 /// | [`configure`](Self::configure) | – | hyper's other settings |
 ///
-/// A call has no time limit of its own: see [`TimeoutLayer`](crate::TimeoutLayer) and
-/// [`DeadlineLayer`](crate::DeadlineLayer). The limits do not end streams whose handler is silent, as server-sent
-/// events are, and upgraded connections whose client reads. The handler of an upgraded connection (a WebSocket) has to
-/// limit its reads.
+/// A call has no time limit here: see [`TimeoutLayer`](crate::TimeoutLayer) and
+/// [`DeadlineLayer`](crate::DeadlineLayer). The limits do not end a stream whose handler is silent, such as server-sent
+/// events, or an upgraded connection whose client reads. The handler of an upgraded connection (a WebSocket) has to
+/// limit its reads itself.
 ///
 /// ```no_run
 /// # async fn start(app: axum::Router) -> Result<(), Box<dyn std::error::Error>> {
@@ -70,14 +70,15 @@ pub struct Server {
 type Builder = auto::Builder<StreamExecutor>;
 type Configure = Box<dyn FnOnce(&mut Builder) + Send>;
 
-/// Longer than load balancers keep idle connections (Google's: 10 minutes). So the load balancer closes them, and no
-/// request of it can be on its way then.
+/// The default idle timeout. It is longer than load balancers keep idle connections (Google's: 10 minutes), so that the
+/// load balancer closes them. A close by the server could cross with a request of the load balancer.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(11 * 60);
-/// Longer durations are reduced to it, so that hyper's arithmetic cannot overflow.
+/// Maximum of every duration setting. Longer durations are reduced to it, so that hyper's arithmetic cannot overflow.
 const MAX_DURATION: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
 
 impl Lifecycle {
-    /// Returns the server of this lifecycle, to change its settings. [`serve`](Self::serve) uses the defaults.
+    /// Returns a server of this lifecycle with the default settings, to change them. [`serve`](Self::serve) uses the
+    /// defaults.
     pub fn server(&self) -> Server {
         Server {
             lifecycle: self.clone(),
@@ -103,31 +104,31 @@ impl Lifecycle {
 impl Server {
     /// Sets the time limit of a request head: 30 s by default.
     ///
-    /// For the first head it starts at the accept, and includes the TLS handshake, the first byte and the preface of
-    /// HTTP/2 with its SETTINGS. For a later head it starts at the first byte, and over HTTP/2 ends with the header
-    /// block.
+    /// For the first head the time starts at the accept, and includes the TLS handshake, the first byte and the preface
+    /// of HTTP/2 with its SETTINGS. For a later head it starts at the first byte. Over HTTP/2 a head ends with its
+    /// header block.
     pub fn head_timeout(mut self, timeout: Duration) -> Self {
         self.limits.head = self.above_zero("head_timeout", timeout);
         self
     }
 
-    /// Sets how long a connection without calls is kept: 11 minutes by default. HTTP/2 connections then receive a
-    /// GOAWAY. Only frames of requests (DATA, HEADERS, CONTINUATION) count as use.
+    /// Sets the time after which a connection without calls is closed: 11 minutes by default. An HTTP/2 connection then
+    /// receives a GOAWAY. Only the frames of requests (DATA, HEADERS, CONTINUATION) count as use.
     pub fn idle_timeout(mut self, timeout: Duration) -> Self {
         self.limits.idle = self.above_zero("idle_timeout", timeout);
         self
     }
 
-    /// Sets how long the client may read nothing while a response waits for it: 60 s by default.
+    /// Sets the maximum time for which the client reads nothing while a response waits for it: 60 s by default.
     ///
-    /// Then the connection is reset, and its calls release their permits. Over HTTP/2 the limit also holds for each
-    /// stream: a stream whose client does not open its flow-control window is reset, and the connection continues. A
-    /// response of which the kernel or h2 holds the last byte has left the server: its permit is released already.
+    /// When it is over, the connection is reset, and its calls release their permits. Over HTTP/2 the limit also holds
+    /// for each stream: a stream whose client does not open its flow-control window is reset, and the connection
+    /// continues. Once the kernel or h2 holds the last byte of a response, its permit has been released.
     ///
     /// On Linux the [`tcp_user_timeout`](Self::tcp_user_timeout), 45 s by default, also ends a connection whose client
-    /// does not read: raise it, too, for a time above it.
+    /// does not read. A longer write timeout requires a longer `tcp_user_timeout`.
     ///
-    /// Any progress restarts the time. A stream gets one more write timeout for each 256 KiB of a large frame of its
+    /// Any progress restarts the time. A stream has one more write timeout for each 256 KiB of a large frame of its
     /// body.
     pub fn write_timeout(mut self, timeout: Duration) -> Self {
         self.limits.write = Some(self.above_zero("write_timeout", timeout));
@@ -136,16 +137,18 @@ impl Server {
         self
     }
 
-    /// Lets clients stop reading for as long as their host acknowledges packets. Each of them then holds a permit. The
-    /// server sets no `TCP_USER_TIMEOUT` then, and detects clients that have vanished by keepalive probes and PING.
+    /// Turns the write timeout off: a client can stop reading for as long as its host acknowledges packets.
+    ///
+    /// The call of such a client holds its permit for this time. The server does not set `TCP_USER_TIMEOUT` then, and
+    /// detects vanished clients by keepalive probes and PING.
     pub fn without_write_timeout(mut self) -> Self {
         self.limits.write = None;
         self.socket.observes_writes = false;
         self
     }
 
-    /// Sets the time between HTTP/2 PING frames on a connection that receives nothing, and the time for their
-    /// acknowledgement: 20 s each by default. A client that has vanished is detected within the sum of both.
+    /// Sets the interval of HTTP/2 PING frames on a connection that receives nothing, and the timeout of their
+    /// acknowledgement: 20 s each by default. A vanished client is detected within the sum of both.
     pub fn http2_ping(mut self, interval: Duration, timeout: Duration) -> Self {
         let interval = self.above_zero("http2_ping.interval", interval);
         self.ping = Some((interval, self.above_zero("http2_ping.timeout", timeout)));
@@ -158,7 +161,7 @@ impl Server {
         self
     }
 
-    /// Sets how many streams an HTTP/2 connection may have at once: 200 by default.
+    /// Sets the maximum number of concurrent streams of an HTTP/2 connection: 200 by default, 1 or more.
     pub fn max_concurrent_streams(mut self, max: u32) -> Self {
         if max == 0 {
             self.fail(ConfigError::new("max_concurrent_streams", max, "use 1 or more"));
@@ -167,13 +170,14 @@ impl Server {
         self
     }
 
-    /// Sets how long sent data, or a TCP keepalive probe, may stay without acknowledgement: 45 s by default. Then the
-    /// kernel closes the connection. It detects a client that has vanished from a silent connection within a third more
-    /// than this time. The minimum is 3 s.
+    /// Sets the time after which the kernel closes a connection whose data, or whose TCP keepalive probes, are not
+    /// acknowledged: 45 s by default, 3 s or more.
     ///
-    /// The probes start after a third of this time. On Linux they are repeated after a sixth of it, and the option is
-    /// `TCP_USER_TIMEOUT` (RFC 5482). Other systems have the probes only, at their own interval. It has no effect on
-    /// connections for which [`Listener::tcp`] is `None`.
+    /// A client that has vanished from a silent connection is detected within 4/3 of this time.
+    ///
+    /// The probes start after a third of this time. On Linux they are repeated after a sixth of it, and
+    /// `TCP_USER_TIMEOUT` (RFC 5482) is set. Other systems have only the probes, at an interval of their own. The
+    /// setting has no effect on connections for which [`Listener::tcp`] is `None`.
     pub fn tcp_user_timeout(mut self, timeout: Duration) -> Self {
         if timeout < Duration::from_secs(3) {
             self.fail(ConfigError::new("tcp_user_timeout", timeout, "use 3 s or more"));
@@ -182,14 +186,17 @@ impl Server {
         self
     }
 
-    /// Sends no TCP keepalive probes. A client that vanishes from a silent HTTP/1 connection is not detected.
+    /// Turns TCP keepalive probes and `TCP_USER_TIMEOUT` off. A client that vanishes while the handler of its HTTP/1
+    /// call is silent is then not detected.
     pub fn without_tcp_user_timeout(mut self) -> Self {
         self.socket.user_timeout = None;
         self
     }
 
-    /// Changes settings of hyper-util's builder that have no method here. The closure runs after the settings of this
-    /// server have been made, and overrides them. It may be called several times.
+    /// Changes settings of hyper-util's builder that have no method here.
+    ///
+    /// The closure runs once, after the settings of this server have been applied, and can override them. Several
+    /// closures run in the order of these calls.
     pub fn configure(
         mut self,
         configure: impl FnOnce(&mut auto::Builder<StreamExecutor>) + Send + 'static,
@@ -198,10 +205,9 @@ impl Server {
         self
     }
 
-    /// Serves TLS. The handshake takes place in the task of its connection, within the
-    /// [`head_timeout`](Self::head_timeout).
+    /// Serves TLS with this configuration. Without ALPN protocols in it, the server offers `h2` and `http/1.1`.
     ///
-    /// If the configuration names no ALPN protocols, the server offers `h2` and `http/1.1`.
+    /// The handshake takes place in the task of its connection, within the [`head_timeout`](Self::head_timeout).
     #[cfg(feature = "rustls")]
     #[cfg_attr(docsrs, doc(cfg(feature = "rustls")))]
     pub fn tls(mut self, config: std::sync::Arc<tokio_rustls::rustls::ServerConfig>) -> Self {
@@ -224,7 +230,7 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// The first invalid setting.
+    /// Returns the first invalid setting.
     pub fn checked(mut self) -> Result<Self, ConfigError> {
         if let (true, Some(write), Some(user)) =
             (self.has_write_timeout, self.limits.write, self.socket.user_timeout)
@@ -246,7 +252,7 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// The first invalid setting, before the first connection is accepted.
+    /// Returns the first invalid setting, before the first connection is accepted.
     pub async fn serve<L, S, B>(self, listener: L, service: S) -> Result<Drained, ConfigError>
     where
         L: Listener,
@@ -262,7 +268,7 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// The first invalid setting, before the first connection is accepted.
+    /// Returns the first invalid setting, before the first connection is accepted.
     pub async fn serve_each<L, F, S, B>(self, listener: L, make: F) -> Result<Drained, ConfigError>
     where
         L: Listener,
@@ -275,10 +281,10 @@ impl Server {
         Ok(self.checked()?.run(listener, make).await)
     }
 
-    /// Returns hyper-util's builder with all settings made.
+    /// Returns hyper-util's builder with all settings applied.
     pub(super) fn builder(&mut self) -> Builder {
         let mut builder = auto::Builder::new(StreamExecutor::new(self.limits.write));
-        // The IO object limits the time of a head. hyper's timer would measure idle connections as well.
+        // The IO object limits the time of a head. hyper's header timer would also end idle connections.
         builder.http1().timer(TokioTimer::new()).header_read_timeout(None);
         let mut http2 = builder.http2();
         // WebSockets over HTTP/2 (RFC 8441), as under `axum::serve`.

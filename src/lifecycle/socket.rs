@@ -51,8 +51,8 @@ fn seconds(time: Duration) -> Duration {
     Duration::from_secs(time.as_secs()).clamp(Duration::from_secs(1), MAX_KEEPALIVE)
 }
 
-/// Sets `SO_LINGER` to zero, so that closing the socket resets the connection. The kernel then discards the unsent
-/// data, which a peer that does not read would otherwise occupy.
+/// Sets `SO_LINGER` to zero, so that closing the socket resets the connection: the kernel discards the unsent data
+/// instead of holding it for a peer that does not read.
 pub(super) fn reset_on_close(tcp: &TcpStream) {
     let _ = SockRef::from(tcp).set_linger(Some(Duration::ZERO));
 }

@@ -5,19 +5,26 @@
 //!                      └ write blocked, again and again      write side, beside it
 //! ```
 //!
-//! hyper has one clock for an idle HTTP/1 connection and for an incomplete head, and none for an incomplete HTTP/2
-//! preface or header block, and for a client that does not read. Three parts replace it:
+//! hyper has one timer for both an idle HTTP/1 connection and an incomplete head. It has no timer for an incomplete
+//! HTTP/2 preface or header block, and none for a client that does not read. Three parts replace hyper's timer:
 //!
-//! - [`StagedIo`] is the IO object under hyper. It observes every read and write, and ends a blocked write itself.
-//! - [`CallGuard`] exists once for each call.
-//! - The connection's task checks [`StageClock`] each time that hyper waits. The records of the other two in the
-//!   [`ConnectionState`] determine the stage, and the stage determines the limit.
+//! - [`StagedIo`] is the IO object under hyper. It records every read and write in the [`ConnectionState`], and ends a
+//!   blocked write itself.
+//! - [`CallGuard`] exists once for each call. It records the begin and the end of the call.
+//! - [`StageClock`] belongs to the connection's task, which checks it each time that hyper waits. The records determine
+//!   the stage, and the stage determines the limit.
 //!
 //! A request that meets the limits costs one read of the clock (when the connection becomes idle) and no timer
 //! operation: see [`LazyTimer`]. hyper's own header timer, which is off, costs a boxed timer per request.
 //!
-//! Only the task of the connection uses the flags of the state, and the count of calls publishes no other data. So all
-//! accesses are relaxed.
+//! # Memory orderings
+//!
+//! All accesses are relaxed. Only the task of the connection uses the flags of the state, because the IO object, the
+//! service and the clock belong to this task. (After an upgrade, the handler's task owns the IO object, and the clock
+//! no longer exists.) Only the count of calls is also changed by other tasks: the tasks of HTTP/2 streams drop their
+//! [`CallGuard`]s. The count publishes no other data, and a drop does not have to wake the connection's task, because
+//! the timer of the stage wakes it. A change that makes another task write a flag, or read data that the count
+//! protects, needs stronger orderings.
 
 use std::{
     io::{self, IoSlice},
@@ -42,7 +49,7 @@ use crate::{
 
 /// Maximum time for the graceful shutdown of a connection without calls.
 const RETIRE_TIMEOUT: Duration = Duration::from_secs(1);
-/// The same for a connection whose slot a new one waits for.
+/// Maximum time for the graceful shutdown of a connection whose slot a new connection waits for.
 const RECLAIM_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// The time limits of the stages.
@@ -50,15 +57,15 @@ const RECLAIM_TIMEOUT: Duration = Duration::from_millis(100);
 pub(super) struct StageLimits {
     /// From the accept to the end of the first head, and from the first byte of a later head to its end.
     pub(super) head: Duration,
-    /// Between calls.
+    /// From the end of the last call to the next request.
     pub(super) idle: Duration,
-    /// For a write that makes no progress.
+    /// For a write that makes no progress. `None`: no limit.
     pub(super) write: Option<Duration>,
 }
 
 // ===== The shared state of a connection =====
 
-/// Shared by the IO object, the service, the calls and the clock of one connection.
+/// The state that the IO object, the service, the calls and the clock of one connection share.
 #[derive(Debug)]
 pub(super) struct ConnectionState {
     calls: AtomicUsize,
@@ -66,7 +73,8 @@ pub(super) struct ConnectionState {
     has_unparsed: AtomicBool,
     /// HTTP/1: the last request has a body, of which a part may still arrive after the end of its call.
     has_late_body: AtomicBool,
-    /// Before the protocol is known; HTTP/2: inside of the preface, a frame or a header block.
+    /// The protocol is not known yet; HTTP/2: the next byte belongs to the preface, or to an incomplete frame or header
+    /// block.
     is_mid_frame: AtomicBool,
     /// A head has ended since the last check.
     has_ended_head: AtomicBool,
@@ -106,49 +114,49 @@ impl ConnectionState {
         self.calls.load(Relaxed) > 0
     }
 
-    /// Whether the protocol is known to be HTTP/1.
+    /// Returns whether the protocol is known to be HTTP/1.
     pub(super) fn is_http1(&self) -> bool {
         self.is_http1.load(Relaxed)
     }
 
-    /// Whether the protocol is known to be HTTP/2.
+    /// Returns whether the protocol is known to be HTTP/2.
     pub(super) fn is_http2(&self) -> bool {
         self.is_http2.load(Relaxed)
     }
 
-    /// Forgets earlier acknowledgements: a PING is sent now.
+    /// Clears earlier acknowledgements. Called when a PING is sent.
     pub(super) fn await_acknowledgement(&self) {
         self.has_acknowledged.store(false, Relaxed);
     }
 
-    /// Number of writes that made progress.
+    /// Returns the number of writes that made progress.
     pub(super) fn writes(&self) -> usize {
         self.writes.load(Relaxed)
     }
 
-    /// Whether closing the connection cuts off neither a call nor the rest of a response, provided that nothing has
-    /// been written for some time.
+    /// Returns whether the connection can be closed without cutting a call or the rest of a response, provided that
+    /// nothing has been written for some time.
     pub(super) fn may_close(&self) -> bool {
         !self.has_calls()
             && !self.is_write_pending.load(Relaxed)
             && !self.has_acknowledged.load(Relaxed)
     }
 
-    /// Whether the body of the last HTTP/1 request may still arrive.
+    /// Returns whether a part of the body of the last HTTP/1 request may still arrive.
     pub(super) fn has_late_body(&self) -> bool {
         self.has_late_body.load(Relaxed) && self.has_unparsed.load(Relaxed)
     }
 
     fn record_write<T>(&self, polled: &Poll<io::Result<T>>, op: WriteOp) {
         self.is_write_pending.store(polled.is_pending(), Relaxed);
-        // hyper flushes without anything to write, too.
+        // Only writes count: hyper also flushes when it has no data.
         if polled.is_ready() && matches!(op, WriteOp::Write) {
-            // Only one task writes, so no atomic increment is needed.
+            // Only the connection's task writes, so no atomic increment is needed.
             self.writes.store(self.writes().wrapping_add(1), Relaxed);
         }
     }
 
-    /// The connection belongs to a handler from now on.
+    /// Records that the connection now belongs to a handler: its slot stays busy and is not reclaimed.
     pub(super) fn upgrade(&self) {
         if let Some(slot) = &self.slot {
             slot.set_busy();
@@ -202,17 +210,20 @@ impl Drop for CallGuard {
 enum Stage {
     /// The rest of a head is missing.
     Head(Instant),
-    /// A call is in flight, or the stage is to be determined anew.
+    /// A call is in flight, or the next check has to determine the stage.
     Call,
+    /// No call since this instant.
     Idle(Instant),
-    /// Idle for too long: hyper shuts the connection down gracefully.
+    /// The idle time is over, or the slot is reclaimed: hyper shuts the connection down gracefully since this instant.
     Retired(Instant),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Awaits {
+    /// The rest of a head.
     Head,
     CallEnd,
+    /// The next request.
     Request,
 }
 
@@ -221,9 +232,9 @@ enum Awaits {
 pub(super) enum Verdict {
     /// Wait. The task is woken when the time of the stage is over.
     Wait,
-    /// Shut the connection down gracefully: it was idle for too long, or its slot is needed.
+    /// Shut the connection down gracefully: its idle time is over, or its slot is reclaimed.
     ShutDown,
-    /// Drop the connection: a head is incomplete, or the client has not closed its side.
+    /// Drop the connection: a head is incomplete after its time, or a graceful shutdown has not ended in time.
     Close,
 }
 
@@ -252,7 +263,12 @@ impl StageClock {
         }
     }
 
-    /// Determines the stage. To be called each time that hyper's connection returns `Pending`.
+    /// Determines the stage, and returns the next action. The task calls it each time that hyper's connection returns
+    /// `Pending`.
+    ///
+    /// It does not read the clock while the stage is unchanged, or when a call begins. The timer then remains armed for
+    /// the end of an earlier stage. When it fires, [`determine_stage`](Self::determine_stage) arms it for the stage of
+    /// that moment.
     #[inline]
     pub(super) fn check(&mut self, cx: &mut Context<'_>) -> Verdict {
         if take(&self.state.has_ended_head) && matches!(self.stage, Stage::Head(_)) {
@@ -271,7 +287,7 @@ impl StageClock {
             return Verdict::Wait;
         }
         if awaits == Awaits::CallEnd && self.timer.is_armed() && !self.timer.has_fired(cx) {
-            // The timer is armed for no later than the end of the idle time.
+            // The timer remains armed for the end of an earlier stage, and wakes the task then.
             self.stage = Stage::Call;
             return Verdict::Wait;
         }
@@ -307,10 +323,11 @@ impl StageClock {
             Stage::Head(since) => (since, self.limits.head),
             Stage::Idle(since) => (since, self.limits.idle),
             Stage::Retired(since) => (since, retire_timeout),
-            // HTTP/2: the last call can end without a wake of this task. The timer then determines the stage.
+            // HTTP/2: the last call can end without a wake of this task. The timer wakes the task instead, which then
+            // determines the stage.
             Stage::Call => (now, self.limits.idle),
         };
-        // A deadline that the clock cannot represent is none.
+        // `None`: the clock cannot represent the deadline, so the stage has no limit.
         let deadline = since.checked_add(limit);
         let is_over = deadline.is_some_and(|deadline| now >= deadline);
         match self.stage {
@@ -338,7 +355,7 @@ impl StageClock {
 /// The protocol, as far as the bytes from the client determine it.
 #[derive(Debug)]
 enum Protocol {
-    /// The number of bytes so far, which are equal to the beginning of the HTTP/2 preface.
+    /// Not known yet: all bytes so far, of this number, are equal to the begin of the HTTP/2 preface.
     Preface(usize),
     Http1,
     Http2(Frames),
@@ -347,11 +364,11 @@ enum Protocol {
 #[derive(Clone, Copy, Debug)]
 enum WriteOp {
     Write,
-    /// Also a shutdown.
+    /// A flush or a shutdown.
     Flush,
 }
 
-/// The IO object of a connection. It records what its client sends, and limits blocked writes.
+/// The IO object of a connection. It records the reads and writes, and limits the time of a blocked write.
 #[derive(Debug)]
 pub(super) struct StagedIo<Io> {
     io: Io,
@@ -361,7 +378,7 @@ pub(super) struct StagedIo<Io> {
     /// The write that makes no progress, and the instant since which the client has read nothing.
     blocked: Option<(Instant, WriteOp)>,
     timer: LazyTimer,
-    /// Makes the end of the connection a reset, so that the kernel discards what the client does not read.
+    /// Makes the close of the connection a reset, so that the kernel discards the data that the client does not read.
     reset: fn(&Io),
 }
 
@@ -383,8 +400,9 @@ impl<Io> StagedIo<Io> {
         let state = &*self.state;
         match &mut self.protocol {
             Protocol::Http1 => {
-                // Bytes that arrive with their call in flight belong to its body. (They may end with a part of the next
-                // head: then the idle limit holds for it until its next byte.)
+                // Bytes that arrive while a call is in flight belong to the body of its request. They can also contain
+                // a part of the next head (pipelining). The idle limit holds for such a head until its next byte
+                // arrives.
                 if !state.has_calls() {
                     state.has_unparsed.store(true, Relaxed);
                 }
@@ -406,7 +424,7 @@ impl<Io> StagedIo<Io> {
         }
     }
 
-    /// As hyper-util does: HTTP/1 from the first byte on that differs from the preface.
+    /// Determines the protocol as hyper-util does: HTTP/1 as soon as one byte differs from the HTTP/2 preface.
     #[cold]
     fn recognize_protocol(&mut self, bytes: &[u8]) {
         let Protocol::Preface(matched) = &mut self.protocol else { return };
@@ -439,7 +457,7 @@ impl<Io> StagedIo<Io> {
         match polled {
             Poll::Ready(result) => {
                 if let Some((_, blocked)) = self.blocked {
-                    // A flush can return without any progress of a blocked write.
+                    // A completed flush is not progress of a blocked write. A completed write ends both.
                     if matches!(op, WriteOp::Write) || matches!(blocked, WriteOp::Flush) {
                         self.blocked = None;
                         self.state.is_used.store(true, Relaxed);

@@ -1,18 +1,19 @@
-//! The calls of a connection, and the end of a response that its client does not read.
+//! The calls of a connection, and the time limit of a response that its client does not read.
 //!
-//! Over HTTP/1 the IO object observes a client that does not read. Over HTTP/2 the other streams of a connection
-//! continue, and only the flow-control window of the stream is closed. hyper runs each stream as a task, polls the
-//! response body in it, and does not poll the body again before the stream has capacity. The state of the body at the
-//! end of a poll of the task therefore distinguishes both cases:
+//! Over HTTP/1 the IO object detects a client that does not read: its writes are blocked. Over HTTP/2 the connection
+//! continues for the other streams, and only the flow-control window of the stream is closed. hyper runs each stream as
+//! a task, polls the response body in this task, and does not poll the body again before the stream has capacity. The
+//! result of the last poll of the body therefore determines what the stream waits for:
 //!
-//! | the body's last poll in it | the stream waits for | limit |
+//! | last poll of the body in a poll of the task | the stream waits for | limit |
 //! |---|---|---|
 //! | a frame | its client | the write timeout |
 //! | `Pending` | the handler (server-sent events) | none |
-//! | none | the same as after the previous poll | as before |
+//! | no poll of the body | the same as after the previous poll of the task | unchanged |
 //!
-//! A thread-local cell passes the state from [`StagedBody`] to [`StreamTask`], because the body is deep inside of a
-//! future of hyper. Both run in the same poll.
+//! A thread-local cell passes the result from [`StagedBody`] to [`StreamTask`], because hyper's future between them has
+//! no interface for it. Both run in the same poll, so the cell is read before another task can run on the thread.
+//! [`StreamTask`] saves and restores the cell around its poll, because a body can itself run a runtime on this thread.
 
 use std::{
     cell::Cell,
@@ -32,8 +33,10 @@ use tokio::time::Instant;
 use super::stages::{CallGuard, ConnectionState};
 use crate::{event, listener::LazyTimer};
 
-/// h2 sends a whole frame of the body before hyper polls the body again. A large frame extends the time: each
-/// block of this many bytes has one write timeout, so that a slow but steady client is not ended.
+/// Number of bytes of a frame for which the time limit is extended by one write timeout.
+///
+/// h2 sends a whole frame of the body before hyper polls the body again, so progress within a frame is not visible. The
+/// extension prevents the reset of a slow but steady client in the middle of a large frame.
 const BYTES_PER_TIMEOUT: u64 = 256 * 1024;
 
 /// The last poll of a response body in the current poll of its stream.
@@ -41,19 +44,21 @@ const BYTES_PER_TIMEOUT: u64 = 256 * 1024;
 enum BodyPoll {
     None,
     Pending,
-    /// A frame, with the number of bytes that can be unsent.
+    /// A frame, with the maximum number of bytes that are still unsent.
     Frame(u64),
 }
 
 thread_local! {
+    /// The last poll of a response body, passed from [`StagedBody`] to the [`StreamTask`] around it.
     static BODY_POLL: Cell<BodyPoll> = const { Cell::new(BodyPoll::None) };
-    /// The guard of a call that becomes a tunnel over HTTP/2. hyper spawns the tunnel's task next.
+    /// The guard of a call that becomes a tunnel over HTTP/2. hyper spawns the tunnel's task in the same poll, and
+    /// [`StreamExecutor`] moves the guard into that task.
     static TUNNEL: Cell<Option<CallGuard>> = const { Cell::new(None) };
 }
 
 // ===== The service =====
 
-/// Counts the calls of a connection, each to the end of its response body.
+/// A service that counts the calls of a connection. A call ends with its response body.
 #[derive(Debug)]
 pub(super) struct StagedService<S> {
     inner: S,
@@ -117,12 +122,12 @@ where
                     TUNNEL.set(call.take());
                 }
             }
-            // Without capacity of its stream, hyper does not poll the body at all.
+            // If the stream has no capacity, hyper does not poll the body. The stream then waits for its client.
             if !*this.is_http1 && !is_tunnel && !response.body().is_end_stream() {
                 BODY_POLL.set(BodyPoll::Frame(0));
             }
             response.map(|body| {
-                // The end of a call is to be visible when hyper sends the end of its stream.
+                // An empty body ends its call here, so that the call has ended when hyper sends the end of the stream.
                 let call = call.filter(|_| !body.is_end_stream());
                 StagedBody { body, call, previous: 0 }
             })
@@ -136,7 +141,7 @@ pin_project! {
         #[pin]
         body: B,
         call: Option<CallGuard>,
-        // Length of the previous frame, of which h2 can still hold a part.
+        // Length of the previous frame in bytes. h2 can still hold a part of it.
         previous: u64,
     }
 }
@@ -180,9 +185,10 @@ impl<B: Body> Body for StagedBody<B> {
 
 // ===== The tasks of HTTP/2 streams =====
 
-/// Spawns the tasks of HTTP/2 streams on tokio, and ends a stream whose client does not read its response for the
-/// [write timeout](super::Server::write_timeout). hyper-util's builder has this executor under
-/// [`Server::configure`](super::Server::configure).
+/// Spawns the tasks of HTTP/2 streams on tokio, and resets a stream whose client does not read its response for the
+/// [write timeout](super::Server::write_timeout).
+///
+/// It is the executor of the builder that [`Server::configure`](super::Server::configure) changes.
 #[derive(Clone, Debug)]
 pub struct StreamExecutor {
     write_timeout: Option<Duration>,
@@ -202,7 +208,8 @@ where
     #[inline]
     fn execute(&self, future: F) {
         tokio::spawn(StreamTask {
-            // tokio moves the future of a task four times. hyper's has 2 KiB: the box costs fewer instructions.
+            // tokio moves the future of a task four times, and hyper's future has 2 KiB, so the box costs fewer
+            // instructions than the moves.
             future: Box::pin(future),
             limit: self.write_timeout,
             deadline: None,
@@ -215,11 +222,11 @@ where
 struct StreamTask<F> {
     future: Pin<Box<F>>,
     limit: Option<Duration>,
-    /// While the stream waits for its client.
+    /// The end of the time limit, while the stream waits for its client.
     deadline: Option<Instant>,
-    /// Since the first wait for the client.
+    /// Made at the first wait for the client.
     timer: Option<LazyTimer>,
-    /// The call of a tunnel, which ends with the task.
+    /// The call of a tunnel. It ends with the task.
     _tunnel: Option<CallGuard>,
 }
 
@@ -229,11 +236,11 @@ impl<F: Future> Future for StreamTask<F> {
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = self.get_mut();
-        // A poll can run another one inside of it, on a runtime of its own.
+        // The future can run another runtime on this thread, and so poll another stream within this poll.
         let outer = BODY_POLL.replace(BodyPoll::None);
         let polled = this.future.as_mut().poll(cx);
         let body = BODY_POLL.replace(outer);
-        // A response that hyper has rejected does not become a tunnel.
+        // If hyper has rejected the response, no tunnel task has taken the guard.
         drop(TUNNEL.take());
         if polled.is_ready() {
             return Poll::Ready(());
