@@ -6,13 +6,13 @@ use std::{
 
 use crate::call::catch_panic;
 
-/// The user's code panicked: while it was made, while it ran, or while it was dropped.
+/// A future of the user panicked: when it was made, polled or dropped.
 #[derive(Debug)]
 pub(super) struct Panicked;
 
-/// Runs a future of the user's; a panic of it is an answer, wherever it comes from.
+/// Runs a future of the user, and returns its panics as [`Panicked`].
 ///
-/// What the future owns is gone when this is done.
+/// The inner future is dropped before this one resolves, so that a panic of its destructor is also returned.
 pub(super) struct Caught<F>(Option<Pin<Box<F>>>);
 
 impl<F: Future> Caught<F> {

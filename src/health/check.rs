@@ -1,4 +1,4 @@
-//! Checks that the registry asks by itself: one task each, one look at a time.
+//! Checks that the registry runs in the background: one task for each check, one run at a time.
 
 use std::{
     fmt,
@@ -29,10 +29,10 @@ use crate::{
 
 type Look = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
 
-/// A check that a [`Health`] registry asks in the background: what it found last is what probes are told.
+/// A check that a [`Health`] registry runs in the background. The endpoints report its last result.
 ///
-/// The first look is made at once, the next one `every` after the end of the last: never two at a time. One
-/// that takes longer than `timeout`, or panics, has failed.
+/// The first run begins at once, and each later one `every` after the end of the previous one. Runs never overlap. A
+/// run that takes longer than `timeout`, or panics, fails.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), buttress::ConfigError> {
@@ -57,12 +57,12 @@ pub struct Check {
 }
 
 impl Check {
-    /// Returns a check by a closure that returns a future for each health check. The text of an error is the reason, at
-    /// most 256 bytes of it and without [secrets](crate#secrets).
+    /// Returns a check by a closure that makes a future for each run. The text of its error becomes the reason, with a
+    /// maximum of 256 bytes and without [secrets](crate#secrets).
     ///
-    /// A look that is not done in time is dropped where it waits. It must not block: one that blocks its thread
-    /// cannot be ended, and has failed once its result is overdue (`every`, at least a second, after the
-    /// `timeout`).
+    /// A run that exceeds the timeout is dropped. A run must not block its thread, because it could not be dropped
+    /// then. Such a check fails when its result is overdue: after the sum of `timeout` and `every` (1 s if `every` is
+    /// shorter).
     pub fn new<F, Fut, E>(name: &str, mut ask: F) -> Self
     where
         F: FnMut() -> Fut + Send + 'static,
@@ -83,8 +83,10 @@ impl Check {
         }
     }
 
-    /// Watches something that says at once how it is: the handle of a circuit breaker (well unless it is open),
-    /// of a concurrency limit (well unless it is full) or of a health probe (well while it is up), or a closure.
+    /// Returns a check of an indicator, which reports its state without waiting.
+    ///
+    /// An indicator is a closure, or the handle of a layer. The handle of a circuit breaker passes unless the circuit
+    /// is open, that of a concurrency limit unless the limit is full, and that of a health probe while its gate is up.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), buttress::ConfigError> {
@@ -104,13 +106,14 @@ impl Check {
         Self::new(name, move || ready(what.indicate()))
     }
 
-    /// Lets this check degrade the process and no more: it stays ready while this fails. By default it is not.
+    /// Makes the check degrading: while it fails, the process is degraded but remains ready. By default a check is
+    /// critical.
     pub fn degrading(mut self) -> Self {
         self.degrading = true;
         self
     }
 
-    /// How long to wait from the end of one look to the beginning of the next: 5 s by default, above zero.
+    /// Sets the delay from the end of one run to the begin of the next: 5 s by default, above zero.
     pub fn every(mut self, wait: Duration) -> Self {
         if let Some(wait) = self.accept(ConfigError::above_zero("every", wait)) {
             self.schedule.every = wait;
@@ -118,8 +121,8 @@ impl Check {
         self
     }
 
-    /// Another [`every`](Self::every) from the first failed look to the one that makes all well again. Above
-    /// zero; the same by default.
+    /// Sets another [`every`](Self::every) from the first failed run until the check passes and a run has passed: equal
+    /// to `every` by default, above zero.
     pub fn every_while_down(mut self, wait: Duration) -> Self {
         if let Some(wait) = self.accept(ConfigError::above_zero("every_while_down", wait)) {
             self.schedule.every_while_down = Some(wait);
@@ -127,7 +130,7 @@ impl Check {
         self
     }
 
-    /// By how much of its time a wait may be longer, at random: 0.1 by default, from 0 to 1.
+    /// Sets the maximum random extension of a delay, as a share of the delay: 0.1 by default, from 0 to 1.
     pub fn jitter(mut self, ratio: f64) -> Self {
         if let Some(ratio) = self.accept(checked_jitter(ratio)) {
             self.schedule.jitter = ratio;
@@ -135,7 +138,7 @@ impl Check {
         self
     }
 
-    /// How long a look may take: 1 s by default, above zero.
+    /// Sets the timeout of a run: 1 s by default, above zero.
     pub fn timeout(mut self, longest: Duration) -> Self {
         if let Some(longest) = self.accept(ConfigError::above_zero("timeout", longest)) {
             self.schedule.timeout = longest;
@@ -143,8 +146,10 @@ impl Check {
         self
     }
 
-    /// How many looks in a row must pass before a failed check passes again (1 by default), and how many must
-    /// fail before it fails (3 by default), each 1 or more. The very first success is enough.
+    /// Sets the number of consecutive runs that must pass before a failed check passes again (1 by default), and the
+    /// number that must fail before it fails (3 by default), each 1 or more.
+    ///
+    /// While the state is unknown, one success is sufficient.
     pub fn thresholds(mut self, rise: u32, fall: u32) -> Self {
         if let Some(thresholds) = self.accept(checked_thresholds(rise, fall)) {
             self.thresholds = thresholds;
@@ -152,7 +157,7 @@ impl Check {
         self
     }
 
-    /// Remembers the first setting that cannot work.
+    /// Returns a valid setting, and stores the first fault.
     fn accept<T>(&mut self, setting: Result<T, ConfigError>) -> Option<T> {
         setting.map_err(|fault| self.fault.get_or_insert(fault).clone()).ok()
     }
@@ -162,7 +167,7 @@ impl Check {
             return Err(fault);
         }
         let Ok(runtime) = Handle::try_current() else {
-            let remedy = "add it inside a Tokio runtime, which asks it";
+            let remedy = "add it inside a Tokio runtime, which runs it";
             return Err(ConfigError::new("check", redact::Value(&self.name), remedy));
         };
         let registry = health.registry();
@@ -184,7 +189,7 @@ impl Check {
     }
 }
 
-/// Keeps no registry alive: the registry's end is its own.
+/// The task of a check. It owns no reference to the registry, so that it ends with the registry.
 struct Runner {
     registry: Weak<Registry>,
     entry: Arc<Entry>,
@@ -243,7 +248,7 @@ impl Runner {
 }
 
 impl Drop for Runner {
-    /// If the check is still listed, its runtime has ended, or has no timers.
+    /// Makes the check fail if it is still in the registry: its runtime has ended, or has no timers.
     fn drop(&mut self) {
         self.entry.looked(Err("is not asked any more".into()), None);
         self.entry.looks(Nanos::MAX);

@@ -1,4 +1,14 @@
-//! One check, as the registry has it: what it says, and what was seen last.
+//! One check of the registry: its state, and the result of its last run.
+//!
+//! The state, the flags and the overdue time are separate atomics, and the result is behind a lock. Readers load them
+//! one by one, so a snapshot is not atomic.
+//!
+//! # Overdue runs
+//!
+//! A run that blocks its thread cannot report a failure. Therefore each run stores the time by which its result is due
+//! ([`Entry::looks`]), and readers compare it with the clock. After that time the check fails, whatever its stored
+//! state. Watchers do not read the clock by themselves, so the first of them that observes the overdue check notifies
+//! the others ([`Entry::turns_overdue`]), and the end of the run notifies them of the change back ([`Entry::rests`]).
 
 use std::{
     fmt,
@@ -20,20 +30,20 @@ use crate::{
 /// Maximum length of a reason in bytes.
 pub(super) const MAX_REASON: usize = 256;
 
-/// What a check says.
+/// The state of a check.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum CheckState {
-    /// Nothing yet: not ready.
+    /// No result yet. The process is not ready, unless the check is degrading.
     #[default]
     Unknown,
-    /// All is well.
+    /// The check passes.
     Pass,
-    /// Not well: not ready, unless the check only degrades.
+    /// The check fails. The process is not ready, unless the check is degrading.
     Fail,
 }
 
 impl CheckState {
-    /// `unknown`, `pass` or `fail`.
+    /// Returns the name of the state: `unknown`, `pass` or `fail`.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -58,19 +68,19 @@ impl fmt::Display for CheckState {
     }
 }
 
-/// What all checks, or one, come to: the words of `application/health+json`.
+/// The health of the process, or the effect of one check on it, in the terms of `application/health+json`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum HealthStatus {
-    /// All is well.
+    /// Ready, and all checks pass.
     Pass,
-    /// Ready, but not all that degrades passes.
+    /// Ready, but a degrading check does not pass.
     Warn,
     /// Not ready.
     Fail,
 }
 
 impl HealthStatus {
-    /// `pass`, `warn` or `fail`.
+    /// Returns the name of the status: `pass`, `warn` or `fail`.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -87,29 +97,29 @@ impl fmt::Display for HealthStatus {
     }
 }
 
-/// One check at one moment.
+/// A snapshot of a check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CheckSnapshot {
-    /// Its name.
+    /// The name of the check.
     pub name: String,
-    /// What it says, by its thresholds.
+    /// The state, which follows from the results and the thresholds.
     pub state: CheckState,
-    /// Whether the process is not ready without it.
+    /// `true`: the process is not ready unless this check passes. `false`: the check is degrading.
     pub critical: bool,
-    /// How the last look ended.
+    /// Whether the last run passed. `None` before the end of the first run.
     pub healthy: Option<bool>,
-    /// The reason for which the last run of the check failed, if there is one: one line of at most 256 bytes, without
+    /// The reason for which the last run failed, if there is one: one line of 256 bytes or less, without
     /// [secrets](crate#secrets).
     pub reason: Option<String>,
-    /// How long ago the last look ended.
+    /// The time since the end of the last run.
     pub age: Option<Duration>,
-    /// How long the last look took, where that is known.
+    /// The duration of the last run, if it is known.
     pub took: Option<Duration>,
 }
 
 impl CheckSnapshot {
-    /// What it does to the whole.
+    /// Returns the effect of the check on the status of the process.
     #[must_use]
     pub const fn status(&self) -> HealthStatus {
         match (self.state, self.critical) {
@@ -125,16 +135,17 @@ pub(super) struct Entry {
     name: Box<str>,
     state: AtomicU8,
     degrading: AtomicBool,
-    /// A look whose result is not there by then hangs, and takes its runtime along.
+    /// The time by which the current run must have ended. `Nanos::MAX`: no task runs the check, so it is never overdue.
     overdue_at: AtomicU64,
-    /// Who watches the registry was told that it is overdue.
+    /// The watchers of the registry have been notified that the check is overdue.
     told_overdue: AtomicBool,
     seen: Mutex<Option<Seen>>,
+    /// The task that runs the check. A reporter's check has none.
     runner: OnceLock<AbortHandle>,
     clock: Clock,
 }
 
-/// The last look.
+/// The result of the last run.
 #[derive(Clone, Debug)]
 struct Seen {
     result: Result<(), Option<Arc<str>>>,
@@ -156,7 +167,7 @@ impl Entry {
         }
     }
 
-    /// Whether the registry asks it by itself.
+    /// Returns whether a task of the registry runs this check.
     pub(super) fn runs(&self) -> bool {
         self.runner.get().is_some()
     }
@@ -179,31 +190,35 @@ impl Entry {
         }
     }
 
-    // ===== Being told =====
+    // ===== Writes =====
 
-    /// A look begins, and must be done after so long at the latest.
+    /// Records the begin of a run, which must end within `patience`.
     pub(super) fn looks(&self, patience: Nanos) {
         self.overdue_at.store(self.clock.now().saturating_add(patience), Ordering::Release);
     }
 
-    /// A look has ended.
+    /// Records the result of a run.
     pub(super) fn looked(&self, result: Result<(), String>, took: Option<Duration>) {
         let result = result.map_err(reason);
         *self.seen() = Some(Seen { result, at: self.clock.now(), took });
     }
 
-    /// When the next look is due, nothing is overdue before. Whether that takes back what was told.
+    /// Records the end of a run: the next one must end within the delay and `patience`.
+    ///
+    /// Returns whether the watchers had been notified that the check is overdue. The caller then notifies them again,
+    /// because it no longer is.
     pub(super) fn rests(&self, wait: Duration, patience: Nanos) -> bool {
         self.looks(nanos(wait).saturating_add(patience));
         self.told_overdue.swap(false, Ordering::AcqRel)
     }
 
-    /// Whether it is overdue, and nobody was told yet.
+    /// Returns whether the check is overdue and the watchers have not been notified of it yet. The caller then notifies
+    /// them.
     pub(super) fn turns_overdue(&self) -> bool {
         self.is_overdue() && !self.told_overdue.swap(true, Ordering::AcqRel)
     }
 
-    /// Whether that changed anything.
+    /// Sets the state. Returns whether it has changed.
     pub(super) fn publish(&self, state: CheckState) -> bool {
         self.state.swap(state as u8, Ordering::AcqRel) != state as u8
     }
@@ -212,7 +227,7 @@ impl Entry {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    // ===== Being asked =====
+    // ===== Reads =====
 
     pub(super) fn state(&self) -> CheckState {
         if self.is_overdue() {
@@ -225,7 +240,7 @@ impl Entry {
         }
     }
 
-    /// In what time it will be overdue, unless it is so already or never will be.
+    /// Returns the time until the check becomes overdue. `None` if it already is, or if it never will be.
     pub(super) fn overdue_in(&self) -> Option<Duration> {
         let due = self.overdue_at.load(Ordering::Acquire);
         let left = (due != Nanos::MAX).then(|| due.checked_sub(self.clock.now())).flatten()?;
@@ -234,7 +249,7 @@ impl Entry {
 
     fn is_overdue(&self) -> bool {
         let due = self.overdue_at.load(Ordering::Acquire);
-        // Most are not asked in the background: they cost no look at the clock.
+        // A check without a task, which is the usual case, does not cost a read of the clock.
         due != Nanos::MAX && self.clock.now() > due
     }
 
@@ -275,7 +290,7 @@ impl Entry {
 
 /// Returns one line of at most [`MAX_REASON`] bytes of printable characters, without secrets.
 fn reason(said: String) -> Option<Arc<str>> {
-    // Before the line breaks are replaced, because a URI may continue after a line break.
+    // Secrets are redacted before the line breaks are replaced, because a URI may continue after a line break.
     let safe = redact::text(&said, MAX_REASON);
     let line: String = safe.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     let line = line.trim();

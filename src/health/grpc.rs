@@ -1,4 +1,4 @@
-//! `grpc.health.v1` from the same registry.
+//! The service `grpc.health.v1.Health`, from the checks of the registry.
 
 use std::{
     fmt,
@@ -20,14 +20,14 @@ use super::{
 };
 use crate::call::grpc;
 
-/// `grpc.health.v1.Health`, Check and Watch, for a tonic server: made by [`Health::grpc`].
+/// The service `grpc.health.v1.Health` with `Check` and `Watch`, for a tonic server. Made by [`Health::grpc`].
 ///
-/// | asked for | serving |
+/// | requested service | `SERVING` |
 /// |---|---|
-/// | nothing, `readiness`, or a name given to [`service`](Self::service) | while the process is ready |
+/// | the empty name, `readiness`, or a name of [`service`](Self::service) | while the process is ready |
 /// | `liveness` | always |
 /// | the name of a check | while that check passes |
-/// | anything else | `NOT_FOUND`; `SERVICE_UNKNOWN` where it is watched, until there is such a check |
+/// | another name | `Check` returns `NOT_FOUND`; `Watch` reports `SERVICE_UNKNOWN` until such a check is added |
 #[derive(Clone, Debug)]
 pub struct GrpcHealth {
     health: Health,
@@ -35,7 +35,7 @@ pub struct GrpcHealth {
 }
 
 impl Health {
-    /// A tonic service that answers `grpc.health.v1` from this registry.
+    /// Returns a tonic service that serves `grpc.health.v1` from this registry.
     ///
     /// ```
     /// # use buttress::Health;
@@ -51,7 +51,8 @@ impl Health {
 }
 
 impl GrpcHealth {
-    /// One more name for the whole: what clients ask who check the service that they call.
+    /// Adds a service name whose status is the readiness of the process. Clients request the name of the service that
+    /// they call.
     #[must_use]
     pub fn service(mut self, name: impl Into<String>) -> Self {
         self.services.push(name.into());
@@ -98,7 +99,7 @@ impl health_server::Health for GrpcHealth {
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<HealthWatch>, Status> {
         let mut service = request.into_inner().service;
-        // What can be no name never will be one: a stream need not remember it.
+        // An invalid name never becomes a check, so the stream does not store it. Its length is not limited.
         if !service.is_empty() && !is_name(&service) && !self.services.contains(&service) {
             service = "?".to_owned();
         }
@@ -106,7 +107,7 @@ impl health_server::Health for GrpcHealth {
     }
 }
 
-/// A Watch: the status at once, and again whenever it is another. It ends when the process stops.
+/// The stream of a `Watch` call: the current status, then each change of it. It ends when the process stops.
 pub struct HealthWatch {
     of: GrpcHealth,
     service: String,
@@ -123,7 +124,7 @@ impl Stream for HealthWatch {
                 ready!(wait.as_mut().poll(cx));
                 self.wait = None;
             }
-            // Before the look: what changes after it is not missed.
+            // The version is read before the status, so that no later change is missed.
             let version = self.of.health.version();
             let now = self.of.status(&self.service).unwrap_or(ServingStatus::ServiceUnknown);
             if self.told != Some(now) {

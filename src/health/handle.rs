@@ -3,56 +3,56 @@ use std::{fmt, pin::pin, time::Duration};
 use super::{gate::Gate, probe::ProbeFailure, threshold::ProbeState};
 use crate::call::{Indicator, Shared};
 
-/// Looks at a health gate from outside of the stack.
+/// A handle to the gate of a [`HealthProbeLayer`](super::HealthProbeLayer).
 ///
-/// Clones see the same gate, and so do all services that the layer or a clone of it made. A handle keeps
-/// the probes going: they end with the last layer, service and handle.
+/// Clones refer to the same gate, which all services of the layer and its clones share. The probes end when the last
+/// layer, service and handle are dropped, so a handle keeps them running.
 #[derive(Clone)]
 pub struct HealthProbeHandle(pub(super) Shared<Gate>);
 
-/// A health gate at one moment.
+/// A snapshot of a health gate.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct HealthProbeSnapshot {
-    /// Where it is.
+    /// The state of the gate.
     pub state: ProbeState,
-    /// The last probe that came to its end.
+    /// The last probe that has ended.
     pub last: Option<LastProbe>,
-    /// The text of the error that the last probe ended with, and of its causes: of a boxed error, and of hyper's,
-    /// reqwest's and `io`'s. At most 512 bytes, without [secrets](crate#secrets).
+    /// The text of the error of the last probe and of its sources, 512 bytes or less, without [secrets](crate#secrets).
+    /// `None` if there was no error, or if its type is not a boxed error or an error of hyper, reqwest or `io`.
     pub last_error: Option<Box<str>>,
-    /// Probes passed in a row.
+    /// Number of consecutive probes that passed.
     pub consecutive_successes: u32,
-    /// Probes failed in a row.
+    /// Number of consecutive probes that failed.
     pub consecutive_failures: u32,
-    /// Probes begun, all in all.
+    /// Number of probes that have begun.
     pub probes: u64,
-    /// Probes that were [spared](super::HealthProbeLayer::passive), because calls had proved health.
+    /// Number of probes that were [skipped](super::HealthProbeLayer::passive) because calls had proved health.
     pub spared: u64,
-    /// How many calls it refused.
+    /// Number of calls that the gate has rejected.
     pub refused: u64,
 }
 
-/// The last probe that came to its end.
+/// The last probe that has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LastProbe {
-    /// How it ended.
+    /// The result of the probe.
     pub result: Result<(), ProbeFailure>,
-    /// How long ago.
+    /// The time since its end.
     pub age: Duration,
-    /// How long it took.
+    /// The duration of the probe.
     pub took: Duration,
 }
 
 impl HealthProbeHandle {
-    /// Where the gate is.
+    /// Returns the state of the gate.
     #[must_use]
     pub fn state(&self) -> ProbeState {
         self.0.state()
     }
 
-    /// All there is to know at this moment.
+    /// Returns a snapshot of the gate.
     #[must_use]
     pub fn snapshot(&self) -> HealthProbeSnapshot {
         let now = self.0.now();
@@ -76,12 +76,12 @@ impl HealthProbeHandle {
         })
     }
 
-    /// Waits until the state is another than now, and tells it. Dropping the future is harmless.
+    /// Waits until the state differs from the state at the first poll, and returns the new state. Cancel safe.
     pub async fn changed(&self) -> ProbeState {
         let before = self.state();
         loop {
             let mut notified = pin!(self.0.changed().notified());
-            // From here on no change is missed.
+            // Registered before the state is read, so that no later change is missed.
             notified.as_mut().enable();
             let state = self.state();
             if state != before {
@@ -93,7 +93,7 @@ impl HealthProbeHandle {
 }
 
 impl Indicator for HealthProbeHandle {
-    /// Well while it is up.
+    /// Returns `Ok` while the gate is up.
     fn indicate(&self) -> Result<(), String> {
         match self.state() {
             ProbeState::Up => Ok(()),

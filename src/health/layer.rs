@@ -22,11 +22,10 @@ use crate::{
 };
 
 admission_layer! {
-    /// Asks what it wraps, in the background, whether it is well, and refuses calls while it is not.
+    /// Probes the health of the wrapped service in the background, and rejects calls while the service is down.
     ///
-    /// One gate with one prober belongs to one layer and all its clones, however often the layer is
-    /// applied: the service that it wraps first is the one that is probed. For two upstreams use two
-    /// layers. See the [module](crate::health).
+    /// A layer and its clones share one gate and one prober, even if the layer is applied several times. The prober
+    /// probes the service that the layer wraps first. Two upstreams need two layers. See the [module](crate::health).
     layer HealthProbeLayer { probe: P }
     /// The service of a [`HealthProbeLayer`].
     service HealthProbe []
@@ -34,21 +33,21 @@ admission_layer! {
 }
 
 impl HealthProbeLayer<()> {
-    /// Sends `GET` to this path, with an empty body; any 2xx passes, unless
-    /// [`expect_status`](HealthProbeLayer::expect_status) says more.
+    /// Returns a layer whose probes send `GET` to this URI with an empty body. A 2xx status passes, unless
+    /// [`expect_status`](HealthProbeLayer::expect_status) sets another rule.
     ///
-    /// `hyper-util`'s client wants to be told where to: give it a full URI, `http://search:8080/healthz`.
-    /// Anything else than a path that begins with `/` or an `http` or `https` URI is a [`ConfigError`].
+    /// The URI is a path that begins with `/`, or a full `http` or `https` URI. Other values are a [`ConfigError`].
+    /// `hyper-util`'s client needs a full URI: `http://search:8080/healthz`.
     ///
-    /// The body type `B` is the one that the wrapped service takes. Where that takes any, as axum's
-    /// `Router` does, say it: `HealthProbeLayer::get::<Body>("/healthz")`.
+    /// `B` is the type of the request body of the wrapped service. A service that accepts any body, such as axum's
+    /// `Router`, needs it stated: `HealthProbeLayer::get::<Body>("/healthz")`.
     pub fn get<B>(uri: &str) -> HealthProbeLayer<Get<B>> {
         let (probe, fault) = Get::new(uri);
         HealthProbeLayer::with(probe, Http, fault)
     }
 
-    /// Sends the HTTP request that this closure makes, anew for every probe; any 2xx passes, unless
-    /// [`expect_status`](HealthProbeLayer::expect_status) says more.
+    /// Returns a layer whose probes send the HTTP request that this closure makes. The closure runs for every probe. A
+    /// 2xx status passes, unless [`expect_status`](HealthProbeLayer::expect_status) sets another rule.
     ///
     /// ```
     /// # type Body = http_body_util::Full<bytes::Bytes>;
@@ -70,12 +69,12 @@ impl HealthProbeLayer<()> {
         HealthProbeLayer::with(SendRequest::new(make), Http, None)
     }
 
-    /// Asks the gRPC health service, `grpc.health.v1.Health/Check`, whether `service` is serving; empty for the
-    /// whole server. One that does not know this method is taken for healthy, as gRFC A17 has it.
+    /// Returns a layer whose probes call the gRPC health service: `grpc.health.v1.Health/Check` for `service`. An empty
+    /// `service` stands for the whole server. An upstream that responds `UNIMPLEMENTED` is healthy (gRFC A17).
     ///
-    /// `origin` is `/` for tonic's `Channel`, which knows where to, and `http://search:50051` for `hyper-util`'s
-    /// client, which has to speak HTTP/2. `body` makes the body that the wrapped service takes: `Full::new`, or, for
-    /// tonic, `|bytes| tonic::body::Body::new(Full::new(bytes))`.
+    /// `origin` is `/` for tonic's `Channel`, which has an address already, and `http://search:50051` for
+    /// `hyper-util`'s client, which must use HTTP/2. `body` makes the request body of the wrapped service: `Full::new`,
+    /// or for tonic `|bytes| tonic::body::Body::new(Full::new(bytes))`.
     ///
     /// ```
     /// use buttress::HealthProbeLayer;
@@ -97,8 +96,8 @@ impl HealthProbeLayer<()> {
         HealthProbeLayer::with(probe, Http, fault)
     }
 
-    /// Asks this closure, and not the wrapped service. For services that are not HTTP, go on with
-    /// [`per_response`](HealthProbeLayer::per_response).
+    /// Returns a layer whose probes run this closure and do not call the wrapped service. A service that is not HTTP
+    /// also needs [`per_response`](HealthProbeLayer::per_response).
     ///
     /// ```
     /// use buttress::HealthProbeLayer;
@@ -119,8 +118,8 @@ impl HealthProbeLayer<()> {
         HealthProbeLayer::with(Run(check), Http, None)
     }
 
-    /// Sends what this closure makes, anew for every probe: for services of any types. Every answer that
-    /// is no error passes, unless [`judge`](HealthProbeLayer::judge) says more.
+    /// Returns a layer for services of any types. Its probes send the request that this closure makes for every probe.
+    /// Every response passes and every error fails, unless [`judge`](HealthProbeLayer::judge) sets another rule.
     pub fn new<F, Req>(make: F) -> HealthProbeLayer<Ask<F>, PerResponse>
     where
         F: Fn() -> Req + Clone + Send + 'static,
@@ -137,7 +136,7 @@ impl<P, M> HealthProbeLayer<P, M> {
 }
 
 impl<P: OverHttp, M, R> HealthProbeLayer<P, M, R> {
-    /// Which statuses pass: 200 to 299 by default.
+    /// Sets the HTTP statuses that pass: 200 to 299 by default.
     pub fn expect_status(
         mut self,
         fits: impl Fn(StatusCode) -> bool + Send + Sync + 'static,
@@ -146,8 +145,10 @@ impl<P: OverHttp, M, R> HealthProbeLayer<P, M, R> {
         self
     }
 
-    /// What the body has to be like, beside the status. It is read to its end for that; one of more than 64 KiB has
-    /// failed, and so has one that is not there in time.
+    /// Sets a rule for the response body, in addition to the status. By default the body does not matter.
+    ///
+    /// The closure receives the whole body. A probe fails if the body has more than 64 KiB, or does not end within the
+    /// [`timeout`](Self::timeout).
     pub fn expect_body(mut self, fits: impl Fn(&[u8]) -> bool + Send + Sync + 'static) -> Self {
         self.probe.expected().set_body(fits);
         self
@@ -172,7 +173,8 @@ impl<P: StatusProbe, M, R> HealthProbeLayer<P, M, R> {
 }
 
 impl<F, M, R> HealthProbeLayer<Ask<F>, M, R> {
-    /// Judges probes by a closure over exactly what the wrapped service gives: `true` passes.
+    /// Classifies the results of probes by a closure. It receives the response or the error of the wrapped service, and
+    /// returns `true` if the probe passes.
     pub fn judge<J, Res, E>(self, judge: J) -> HealthProbeLayer<Ask<F, Judged<J>>, M, R>
     where
         J: for<'a> Fn(Result<&'a Res, &'a E>) -> bool + Clone + Send + 'static,
@@ -185,8 +187,8 @@ impl<F, M, R> HealthProbeLayer<Ask<F>, M, R> {
 }
 
 impl<P, M, R> HealthProbeLayer<P, M, R> {
-    /// How long to wait from the end of one probe to the beginning of the next: 5 s by default, above
-    /// zero. The first probe is sent at once.
+    /// Sets the delay from the end of one probe to the begin of the next: 5 s by default, above zero. The first probe
+    /// is sent at once.
     pub fn every(mut self, wait: Duration) -> Self {
         if let Some(wait) = self.plan.accept(ConfigError::above_zero("every", wait)) {
             self.plan.policy.with(|probing| probing.schedule.every = wait);
@@ -194,8 +196,8 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
         self
     }
 
-    /// By how much of [`every`](Self::every) a wait may be longer, at random, so that many clients do
-    /// not probe in step: 0.1 by default, from 0 to 1.
+    /// Sets the maximum random extension of a delay, as a share of [`every`](Self::every): 0.1 by default, from 0 to 1.
+    /// It prevents many clients from probing at the same time.
     pub fn jitter(mut self, ratio: f64) -> Self {
         if let Some(ratio) = self.plan.accept(checked_jitter(ratio)) {
             self.plan.policy.with(|probing| probing.schedule.jitter = ratio);
@@ -203,8 +205,10 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
         self
     }
 
-    /// How long a probe may take, from readying the service to the response head: 1 s by default, above
-    /// zero. One that takes longer has failed. What is left of the time goes to reading the body.
+    /// Sets the timeout of a probe: 1 s by default, above zero.
+    ///
+    /// A probe fails if the service is not ready, or the response head does not arrive, within this time. The body is
+    /// read in the rest of it.
     pub fn timeout(mut self, longest: Duration) -> Self {
         if let Some(longest) = self.plan.accept(ConfigError::above_zero("timeout", longest)) {
             self.plan.policy.with(|probing| probing.schedule.timeout = longest);
@@ -226,12 +230,12 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
         self
     }
 
-    /// Adds a check of this name to a registry: it passes while the probe says up, and is unknown until
-    /// the first verdict. It goes when the last layer, service and handle of this gate are gone.
+    /// Adds a check with this name to a registry. The check has the state of the gate: it passes while the gate is up.
+    /// It is removed when the last layer, service and handle of this gate are dropped.
     ///
-    /// The name, 1 to 64 of `A`–`Z`, `a`–`z`, `0`–`9`, `.`, `_` and `-`, is the layer's
-    /// [`name`](Self::name) too, unless it has one. One that the registry has already is a
-    /// [`ConfigError`].
+    /// The name consists of 1 to 64 of the characters `A`–`Z`, `a`–`z`, `0`–`9`, `.`, `_` and `-`. A name that the
+    /// registry already has is a [`ConfigError`]. It also becomes the [`name`](Self::name) of the layer, unless the
+    /// layer has one.
     pub fn report_to(mut self, health: &Health, name: &str) -> Self {
         match self.plan.accept(health.reporter(name)) {
             Some(reporter) => self.report_by(reporter),
@@ -239,16 +243,18 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
         }
     }
 
-    /// [`report_to`](Self::report_to) for a check that has been added already: as
-    /// `.report_by(health.reporter("search")?.degrading())`.
+    /// Reports the state of the gate by this reporter, as [`report_to`](Self::report_to) does by a new one. For example
+    /// with a degrading check: `.report_by(health.reporter("search")?.degrading())`.
     pub fn report_by(self, reporter: Reporter) -> Self {
         self.plan.policy.name(reporter.name());
         self.plan.policy.report_to(reporter);
         self
     }
 
-    /// Another [`every`](Self::every) from the first failed probe to the one that makes all well again: a
-    /// short one finds out sooner, and spares nobody who is well. Above zero; the same by default.
+    /// Sets another [`every`](Self::every) from the first failed probe until the gate is up and a probe has passed:
+    /// equal to `every` by default, above zero.
+    ///
+    /// A short time detects an outage and its end sooner, without more probes of a healthy upstream.
     pub fn every_while_down(mut self, wait: Duration) -> Self {
         if let Some(wait) = self.plan.accept(ConfigError::above_zero("every_while_down", wait)) {
             self.plan.policy.with(|probing| probing.schedule.every_while_down = Some(wait));
@@ -256,31 +262,32 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
         self
     }
 
-    /// Spares the probe while calls prove health: if since the last look some passed and none failed, that is as
-    /// good as a probe that passed. By default each probe is sent.
+    /// Skips a probe if calls have proved health since the previous one: at least one succeeded and none failed. This
+    /// counts as a probe that passed. By default every probe is sent.
     ///
-    /// What is up stays so by calls alone; only a probe finds it down, and up again.
+    /// Only a gate that is up skips probes. Only probes take it down, and up again.
     pub fn passive(self) -> Self {
         self.plan.policy.listen();
         self
     }
 
-    /// What becomes of calls while the gate is down: they are refused, by default.
+    /// Sets the treatment of calls while the gate is down: they are rejected by default.
     pub fn while_down(self, how: WhileDown) -> Self {
         self.plan.policy.set_while_down(how);
         self
     }
 
-    /// Lets calls through, though this gate is down, when too much of the set that shares `guard` is. The first one
-    /// given stays.
+    /// Adds the gate to the set of `guard`: while too many gates of the set are down, this gate admits calls although
+    /// it is down. A gate keeps its first guard.
     pub fn panic_guard(self, guard: &PanicGuard) -> Self {
         self.plan.policy.join(guard);
         self
     }
 
-    /// Tells how each probe ended, from the probing task: to drive something else by it.
+    /// Adds a listener that receives the result of each probe. It runs in the task of the prober. Its panics are
+    /// caught.
     ///
-    /// So a circuit breaker's half-open is tried by probes, and by no call of the users':
+    /// For example, health probes replace the half-open probes of a circuit breaker, so that no call of a user is one:
     ///
     /// ```
     /// use buttress::{
@@ -296,7 +303,7 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
     ///         Err(ProbeFailure::Refused) => return,
     ///         Err(_) => Outcome::failure(),
     ///     };
-    ///     // Closed, it goes by calls alone.
+    ///     // A closed circuit is decided by calls only.
     ///     if circuit.state() == State::HalfOpen {
     ///         circuit.record(outcome);
     ///     }
@@ -311,13 +318,13 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
         self
     }
 
-    /// A name for refusals and events. The first one given stays.
+    /// Sets the name in rejections and events. The first name that is set remains.
     pub fn name(self, name: &str) -> Self {
         self.plan.policy.name(name);
         self
     }
 
-    /// Looks at the gate.
+    /// Returns a handle to the gate.
     #[must_use]
     pub fn handle(&self) -> HealthProbeHandle {
         HealthProbeHandle(self.plan.policy.clone())
@@ -325,7 +332,7 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
 }
 
 impl<P, M: Clone, R: Clone> HealthProbeLayer<P, M, R> {
-    /// The gate around a service that is not the one that is probed.
+    /// Wraps a service with this gate. The prober does not probe this service.
     pub(crate) fn gate<S>(&self, inner: S) -> HealthProbe<S, M, R> {
         HealthProbe { admission: self.plan.service(inner) }
     }

@@ -1,8 +1,9 @@
-//! Health: asks what is called whether it is well, before callers find out, and answers for this process.
+//! Health probes of upstreams, and the health endpoints of this process.
 //!
-//! [`HealthProbeLayer`] probes the service that it wraps, in the background, and refuses calls while it is
-//! down. A [`Health`] registry collects what such probes say, asks [`Check`]s of your own in the background,
-//! takes what you say yourself, and answers Kubernetes' questions: `/livez`, `/readyz`, `/healthz`.
+//! [`HealthProbeLayer`] probes the service that it wraps in the background, and rejects calls while the service is
+//! down. A [`Health`] registry contains named checks: the results of such probes, [`Check`]s that the registry runs in
+//! the background, and states that the application sets by a [`Reporter`]. It serves them at the endpoints that
+//! Kubernetes probes: `/livez`, `/readyz`, `/healthz`.
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")] async fn main() {
@@ -22,7 +23,7 @@
 //! # let _ = (search, app); }
 //! ```
 //!
-//! With everything said, for a service of any types, and with a check of one's own:
+//! With all settings, for a service of any types, and with a reporter and a check of the application:
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), buttress::ConfigError> {
@@ -61,110 +62,116 @@
 //!     └───────────────────────── `fall` probes in a row fail ─────────────────────┘
 //! ```
 //!
-//! | a probe ends as | counts as |
+//! The gate of a layer holds this state and decides whether calls are admitted.
+//!
+//! | result of a probe | counts as |
 //! |---|---|
-//! | 2xx, or what is [expected](HealthProbeLayer::expect_status); any answer, or what the judge says, for other types | passed |
+//! | HTTP: 2xx, or an [expected](HealthProbeLayer::expect_status) status | passed |
+//! | other types: any response, or a result that the closure of [`judge`](HealthProbeLayer::judge) accepts | passed |
 //! | gRPC: `SERVING`, or `UNIMPLEMENTED` | passed |
 //! | 503, or gRPC: `NOT_SERVING` | failed, and down at once; with [`immediate_failure(false)`](HealthProbeLayer::immediate_failure) failed |
-//! | another status (429 too), an error, a body that breaks off or is not the [expected](HealthProbeLayer::expect_body) one | failed |
-//! | no head within `timeout`, readying the service included | failed |
-//! | a panic of the service, of the request's closure or of the judge | failed |
+//! | another status (including 429), an error, a body that ends with an error or is not the [expected](HealthProbeLayer::expect_body) one | failed |
+//! | no response head within `timeout`, which includes the time until the service is ready | failed |
+//! | a panic of the service or of a closure of the probe | failed |
 //! | [connection housekeeping](crate::Outcome::is_housekeeping), such as a stale pooled connection | as the result of a second request, sent at once within the same `timeout` |
 //! | rejected by an inner layer | nothing |
 //!
-//! | the gate is | calls | its check in the registry |
+//! | gate | calls | its check in the registry |
 //! |---|---|---|
-//! | unknown | go through | unknown: not ready |
-//! | up | go through | pass |
-//! | down | refused: [`Unhealthy`](crate::call::RejectedKind::Unhealthy), come back at the next probe; or as [`while_down`](HealthProbeLayer::while_down) says | fail |
-//! | down, and too much of its [set](PanicGuard) with it | go through | fail |
+//! | unknown | admitted | unknown: not ready |
+//! | up | admitted | pass |
+//! | down | rejected: [`Unhealthy`](crate::call::RejectedKind::Unhealthy), `retry_after` is the time until the next probe, or until the timeout of the current one; [`while_down`](HealthProbeLayer::while_down) changes this | fail |
+//! | down, and too many gates of its [set](PanicGuard) are down | admitted | fail |
 //!
-//! What user traffic meets opens no gate: that is what a circuit breaker is for, and [`on_probe`](HealthProbeLayer::on_probe)
-//! lets probes try that instead of calls. A [`passive`](HealthProbeLayer::passive) gate sends no probe while calls
-//! prove health.
+//! The outcomes of calls never take a gate down or up. A circuit breaker does that, and
+//! [`on_probe`](HealthProbeLayer::on_probe) lets health probes replace its half-open probes. A
+//! [`passive`](HealthProbeLayer::passive) gate skips probes while calls succeed.
 //!
-//! A [`Check`] of the registry goes by the same thresholds: `up` is pass, `down` is fail. Readiness is what the
-//! *critical* checks say; one that is *degrading* turns the whole from `pass` to `warn`, and no more.
+//! A [`Check`] of the registry has the same thresholds: `up` is pass, `down` is fail. The process is ready if all
+//! *critical* checks pass. A *degrading* check that does not pass changes the status of the process from `pass` to
+//! `warn`.
 //!
 //! # The probes
 //!
-//! One task for each layer, however often it is applied, one probe at a time: the next one is due `every`
-//! after the end of the last, the first at once. A probe is a call on a clone of the wrapped service, so
-//! that it takes the way that calls take. It begins with the first [`layer`](tower_layer::Layer::layer)
-//! inside a Tokio runtime with timers, or else with the first call inside one. It ends with the last
-//! layer, service and handle, also in the midst of a probe. If its runtime ends before, the state is
-//! unknown again, and the next call starts it in its own.
+//! Each layer has one task, even if the layer is applied several times. The task sends one probe at a time: the first
+//! at once, each later one `every` after the end of the previous one. A probe is a call of a clone of the wrapped
+//! service, so it passes the same inner layers as calls.
 //!
-//! One task for each check of the registry, too, which ends with the registry's last clone, endpoint and
-//! reporter. Whoever asks the registry is told what was found last: no request waits for a check.
+//! The task starts at the first [`layer`](tower_layer::Layer::layer) inside a Tokio runtime with timers, else at the
+//! first call inside such a runtime. It ends when the last layer, service and handle are dropped, also during a probe.
+//! If its runtime ends earlier, the state becomes unknown, and the next call starts the task on the runtime of that
+//! call.
+//!
+//! Each check of the registry has one task, too. It ends when the last clone of the registry, its last endpoint and its
+//! last reporter are dropped. The endpoints report the last result: no request waits for a check.
 //!
 //! # The endpoints
 //!
-//! | path | answers 200 | else |
+//! | path | 200 | otherwise |
 //! |---|---|---|
-//! | `/livez` | always: liveness never asks a dependency | – |
+//! | `/livez` | always: liveness does not depend on checks | – |
 //! | `/readyz` | if every critical check passes | 503 |
 //! | `/healthz` | as `/readyz`: for load balancers, not for liveness | 503 |
-//! | `/readyz/<check>`, `/healthz/<check>` | if this check passes | 503; 404 if there is none |
+//! | `/readyz/<check>`, `/healthz/<check>` | if this check passes | 503; 404 if there is no such check |
 //!
-//! `GET` and `HEAD`, plain text, `Cache-Control: no-store`. `?verbose` lists the checks in Kubernetes'
-//! form, `[+]name ok`, `[-]name failed: reason withheld`, or `[-]name degraded: …`, and so does a failed answer;
-//! `?exclude=name` leaves one out, and may be repeated. A query of more than 4096 bytes is not looked at, nor is
-//! what follows its 64th parameter. The response contains reasons, times and durations only
+//! The endpoints respond to `GET` and `HEAD` in plain text, with `Cache-Control: no-store`. `?verbose` lists the checks
+//! in Kubernetes' form: `[+]name ok`, `[-]name failed: reason withheld`, or `[-]name degraded: …`. A response with 503
+//! lists them, too. `?exclude=name` excludes a check, and may be repeated. A query of more than 4096 bytes is ignored,
+//! and so are all parameters after the 64th. The response contains reasons, times and durations only
 //! [`with_reasons`](HealthEndpointsLayer::with_reasons). A reason is the text of an error without
-//! [secrets](crate#secrets), and may still name hosts and paths.
+//! [secrets](crate#secrets), and may still contain names of hosts and paths.
 //!
-//! Who accepts `application/health+json` or `application/json`, by name, gets that (after
-//! draft-inadarei-api-health-check-06): `status` is `pass`, `warn` or `fail`, and of each check there are
-//! `status`, `critical`, `healthy` (the result of the last run) and, unless it passes, `output`. With reasons there are
-//! also `response_time_ms` (where it is known) and `last_check` (RFC 3339).
+//! A client whose `Accept` header names `application/health+json` or `application/json` receives JSON (after
+//! draft-inadarei-api-health-check-06). `status` is `pass`, `warn` or `fail`. Each check has `status`, `critical`,
+//! `healthy` (the result of the last run) and, unless it passes, `output`. With reasons it also has `response_time_ms`
+//! (if known) and `last_check` (RFC 3339).
 //!
-//! [`Health::endpoints`] answers before what it wraps is asked, so that a saturated server still tells how it
-//! is; other paths and methods pass through. [`Health::service`] is the same for a port of its own, and for
-//! axum's `route_service` and `nest_service`.
+//! [`Health::endpoints`] responds without a call of the wrapped service, so that a saturated server still reports its
+//! health. Other paths and methods pass through. [`Health::service`] serves the same endpoints on a separate port, or
+//! in axum's `route_service` and `nest_service`.
 //!
-//! With the feature `tonic-health`, `Health::grpc` answers `grpc.health.v1` from the same checks, Check and Watch. A
-//! [concurrency limit](crate::limit#health-checks) around the server exempts these calls, so that watchers take no
-//! permits and a server whose limit is reached still responds.
+//! With the feature `tonic-health`, `Health::grpc` serves `Check` and `Watch` of `grpc.health.v1` from the same checks.
+//! A [concurrency limit](crate::limit#health-checks) around the server exempts these calls, so that watchers hold no
+//! permits, and a server whose limit is reached still responds.
 //!
 //! # In the stack
 //!
-//! The endpoints go outermost. The gate goes right around the client, under the retry, the circuit breaker
-//! and the concurrency limit. Over a limit a probe would need a place like any call: refused there it says
-//! nothing, so that a limit full of hung calls would keep it from looking.
+//! The endpoints are the outermost layer of a server. The probe layer is the innermost layer of a client: the retry,
+//! the circuit breaker and the concurrency limit are outside it. If a limit were inside it, a probe would need a permit
+//! like any call. A limit full of hung calls would then reject every probe, and a rejected probe has no result.
 //!
-//! It is made for what you call. In front of a server, wrap the whole router with it: under axum's
-//! `Router::layer` it would probe the one route that axum happens to wrap first, which may be a fallback.
+//! The layer is made for clients. In a server it has to wrap the whole router: under axum's `Router::layer` it would
+//! probe the route that axum wraps first, which may be a fallback.
 //!
-//! A gate that is down does not touch the service that it wraps; one that goes down wakes the callers
-//! that wait for it.
+//! A gate that is down does not touch the inner service. A gate that goes down wakes the callers that wait for the
+//! inner service.
 //!
 //! # Streams
 //!
-//! Response bodies of calls pass through as they are; a stream that is open goes on when the gate goes
-//! down. The body of a probe's answer is read, up to 64 KiB and within the `timeout`, so that the
-//! connection can be used again; what is longer is dropped, and the head counts.
+//! Response bodies of calls pass through unchanged, and an open stream continues when the gate goes down. The body of a
+//! probe's response is read within the `timeout`, with a maximum of 64 KiB, so that the connection can be reused. A
+//! longer body is dropped, and the head determines the result.
 //!
 //! # Cancellation
 //!
-//! A call holds nothing of the gate: dropping it changes nothing.
+//! A call holds no permit of the gate, so dropping it has no effect on the gate.
 //!
 //! # Defaults
 //!
 //! | setting | default |
 //! |---|---|
-//! | [`every`](HealthProbeLayer::every), of a check too | 5 s |
+//! | [`every`](HealthProbeLayer::every), also of a [`Check`] | 5 s |
 //! | [`every_while_down`](HealthProbeLayer::every_while_down) | as `every` |
-//! | [`jitter`](HealthProbeLayer::jitter) | 0.1 (up to 10 % longer) |
+//! | [`jitter`](HealthProbeLayer::jitter) | 0.1: a random 0 to 10 % is added to `every` |
 //! | [`timeout`](HealthProbeLayer::timeout) | 1 s |
-//! | [`thresholds`](HealthProbeLayer::thresholds) | 1 to rise, 3 to fall |
+//! | [`thresholds`](HealthProbeLayer::thresholds) | `rise` 1, `fall` 3 |
 //! | [`immediate_failure`](HealthProbeLayer::immediate_failure) | on |
 //! | [`while_down`](HealthProbeLayer::while_down) | calls are rejected |
 //! | [`passive`](HealthProbeLayer::passive), [`panic_guard`](HealthProbeLayer::panic_guard) | off |
 //! | rejections | an error; [`respond`](HealthProbeLayer::respond) for a response |
 //!
-//! tower and tower-http have no layer of this kind. The thresholds, the first success that suffices, the immediate
-//! failure and the share below which a set panics follow Envoy.
+//! tower and tower-http have no layer of this kind. Four rules follow Envoy: the thresholds, the first success that
+//! takes a gate up, the immediate failure, and the panic threshold of a set.
 
 mod answer;
 mod caught;

@@ -1,4 +1,4 @@
-//! The probe that is a gRPC health check.
+//! Health probes by the gRPC health service.
 
 use std::fmt;
 
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{ConfigError, call::grpc, redact};
 
-/// Asks `grpc.health.v1.Health/Check`. Made by [`HealthProbeLayer::grpc`](super::HealthProbeLayer::grpc).
+/// Calls `grpc.health.v1.Health/Check`. Made by [`HealthProbeLayer::grpc`](super::HealthProbeLayer::grpc).
 #[derive(Clone)]
 pub struct Grpc<F> {
     uri: Uri,
@@ -28,7 +28,7 @@ impl<F> Grpc<F> {
         let (uri, fault) = match parse(&uri) {
             Ok(uri) => (uri, None),
             Err(_) => {
-                let remedy = "use `/`, or where it is: `http://host:port`";
+                let remedy = "use `/`, or the origin of the server: `http://host:port`";
                 (
                     Uri::default(),
                     Some(ConfigError::new("grpc.origin", redact::Value(origin), remedy)),
@@ -39,7 +39,7 @@ impl<F> Grpc<F> {
     }
 }
 
-/// `HealthCheckRequest { service }` in a gRPC frame. Field 1 is a string; none is the empty one.
+/// Returns `HealthCheckRequest { service }` in a gRPC frame. Field 1 is a string. An absent field is the empty string.
 fn check_request(service: &str) -> Bytes {
     let mut message = BytesMut::new();
     if !service.is_empty() {
@@ -59,8 +59,8 @@ fn check_request(service: &str) -> Bytes {
     frame.freeze()
 }
 
-/// Whether a frame holds `HealthCheckResponse { status: SERVING }`. Other fields are not there, or of no concern
-/// as long as they come after.
+/// Returns whether a frame contains `HealthCheckResponse { status: SERVING }`. The status must be the first field, and
+/// later fields are ignored.
 fn is_serving(frame: &[u8]) -> bool {
     matches!(frame, [0, 0, 0, 0, 2..=u8::MAX, 0x08, 0x01, ..])
 }
@@ -93,7 +93,7 @@ where
             None => Err(ProbeFailure::Body.into()),
             Some(0) if is_serving(&read.data) => Ok(()),
             Some(0) => Err(ProbeFailure::NotServing.into()),
-            // It lives, and knows nothing of health: gRFC A17 takes it for healthy.
+            // A server without the health service is healthy (gRFC A17).
             Some(grpc::UNIMPLEMENTED) => Ok(()),
             Some(code) => Err(ProbeFailure::GrpcStatus(code).into()),
         }

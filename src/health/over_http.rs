@@ -1,4 +1,4 @@
-//! Probes that are HTTP requests.
+//! Health probes by HTTP requests.
 
 use std::{
     fmt,
@@ -20,10 +20,10 @@ use super::probe::{
 };
 use crate::{ConfigError, call::Rejected, redact};
 
-/// More of an answer than this is not read.
+/// Maximum number of bytes that are read of a response body.
 const MOST_BODY: usize = 64 * 1024;
 
-/// What an answer has to be like.
+/// The rules for the status and the body of a response.
 #[derive(Clone, Default)]
 pub struct Expected {
     status: Option<Arc<FitsStatus>>,
@@ -33,7 +33,7 @@ pub struct Expected {
 type FitsStatus = dyn Fn(StatusCode) -> bool + Send + Sync;
 type FitsBody = dyn Fn(&[u8]) -> bool + Send + Sync;
 
-/// A probe over HTTP that can be told what to expect.
+/// A probe over HTTP, which has rules for its response.
 pub trait OverHttp: Sized {
     #[doc(hidden)]
     fn expected(&mut self) -> &mut Expected;
@@ -76,7 +76,7 @@ impl<B> OverHttp for Get<B> {
     }
 }
 
-/// Origin form, `/healthz`, or absolute, `http://search:8080/healthz`.
+/// Parses a URI in origin form (`/healthz`) or in absolute form (`http://search:8080/healthz`).
 pub(super) fn parse(uri: &str) -> Result<Uri, ConfigError> {
     let fault = || {
         let remedy = "use a path like `/healthz`, or a full `http://host/healthz`";
@@ -159,13 +159,13 @@ where
         status if expected.has(status) => Ok(()),
         status => Err(ProbeFailure::Status(status)),
     };
-    // Read to its end, so that the connection can be used again.
+    // The body is read to its end, so that the connection can be reused.
     let read = timeout_at(deadline, read(body, expected.body.is_some())).await;
     let verdict = match (read, expected.body) {
         (Ok(Err(broken)), _) => verdict.and(Err(broken)),
-        // One that takes too long is dropped, and what the head said counts,
+        // Without a rule for the body, the head determines the result, even if the body does not end in time.
         (_, None) => verdict,
-        // unless the body is what matters.
+        // With a rule, a body that does not end in time is a failure.
         (Err(_), Some(_)) => verdict.and(Err(ProbeFailure::TimedOut)),
         (Ok(Ok(read)), Some(fits)) => {
             let fits = read.whole && fits(&read.data);
@@ -175,7 +175,7 @@ where
     verdict.map_err(Failed::from)
 }
 
-/// The head and the body, unless the probe came to nothing.
+/// Calls the service, and returns the head and the body of the response. A rejection by an inner layer is a failure.
 pub(super) async fn answer<S, B, RB>(
     service: S,
     request: Request<B>,
@@ -197,10 +197,11 @@ where
 pub(super) struct Read {
     pub(super) data: BytesMut,
     pub(super) trailers: Option<HeaderMap>,
-    /// To the end, and not only to the cap.
+    /// The body was read to its end, and not only to the maximum.
     whole: bool,
 }
 
+/// Reads a body to its end or to [`MOST_BODY`] bytes. Stores its data if `keep` is set.
 pub(super) async fn read<B: Body>(body: B, keep: bool) -> Result<Read, ProbeFailure> {
     let mut body = pin!(body);
     let mut read = Read { data: BytesMut::new(), trailers: None, whole: false };
@@ -214,7 +215,7 @@ pub(super) async fn read<B: Body>(body: B, keep: bool) -> Result<Read, ProbeFail
                 }
                 Some(Err(_)) => return Poll::Ready(Err(ProbeFailure::Body)),
                 Some(Ok(frame)) => {
-                    // An empty frame counts too: there may be no end to them.
+                    // An empty frame counts as one byte, because an upstream can send them without end.
                     let size = frame.data_ref().map_or(0, Buf::remaining);
                     seen = seen.saturating_add(size.max(1));
                     if seen > MOST_BODY {

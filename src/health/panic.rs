@@ -10,25 +10,26 @@ use tokio::sync::Notify;
 
 use crate::ConfigError;
 
-/// Believes no longer that what is down is down, when too much of a set is: several health gates, say one for each
-/// replica behind a balancer, share one and let calls through all the same.
+/// A set of health gates that admit calls although they are down, while too many gates of the set are down.
 ///
-/// Probes can be wrong all at once: the network between here and there, a bad release of the health endpoint. Then
-/// sending calls to who may be well is better than refusing all of them. Envoy calls it the panic threshold.
+/// The gates of a set usually belong to the replicas behind one balancer. All probes can fail for a reason that does
+/// not affect calls, such as a fault of the network or a bad release of the health endpoint. Then it is better to send
+/// calls to upstreams that may be healthy than to reject all calls. Envoy calls this the panic threshold.
 ///
-/// A set of one would let everything through that its gate is there to refuse: give it more.
+/// A set needs two gates or more: a single gate would admit calls whenever it is down.
 #[derive(Clone)]
 pub struct PanicGuard(Arc<Set>);
 
 struct Set {
-    /// Below this share of members that are not down, in millionths; 0 is when all are down.
+    /// The set panics below this share of gates that are not down, in millionths. 0: only when all gates are down.
     share: usize,
     members: AtomicUsize,
     down: AtomicUsize,
-    /// Who waits for a gate to let calls through, of each.
+    /// The `Notify` of each gate. It wakes the callers that wait for the gate to admit calls.
     waiting: Mutex<Vec<Arc<Notify>>>,
 }
 
+/// A share of 1, in millionths.
 const WHOLE: usize = 1_000_000;
 
 impl Default for PanicGuard {
@@ -38,17 +39,18 @@ impl Default for PanicGuard {
 }
 
 impl PanicGuard {
-    /// Lets calls through when all of the set are down.
+    /// Returns a guard that admits calls while all gates of the set are down.
     #[must_use]
     pub fn new() -> Self {
         Self::at(0)
     }
 
-    /// Lets calls through when less than this share of the set is not down: Envoy's default is 0.5.
+    /// Returns a guard that admits calls while the share of gates that are not down is below this ratio. Envoy's
+    /// default is 0.5.
     ///
     /// # Errors
     ///
-    /// A ratio that is not from 0 to 1.
+    /// Returns an error if the ratio is not from 0 to 1.
     pub fn below(ratio: f64) -> Result<Self, ConfigError> {
         match ratio {
             0.0..=1.0 => Ok(Self::at((ratio * WHOLE as f64) as usize)),
@@ -65,7 +67,7 @@ impl PanicGuard {
         }))
     }
 
-    /// Whether what is down is let through.
+    /// Returns whether the gates of the set admit calls although they are down.
     #[must_use]
     pub fn panics(&self) -> bool {
         let members = self.0.members.load(Ordering::Acquire);
@@ -81,7 +83,7 @@ impl PanicGuard {
 
     /// Wakes the callers of all gates of the set.
     pub(super) fn tell(&self) {
-        // Out of the lock: who is woken may leave.
+        // The lock is released first: a waker is user code, and may drop a gate, which locks the list.
         let waiting = self.waiting().clone();
         for notify in waiting {
             notify.notify_waiters();
@@ -89,7 +91,7 @@ impl PanicGuard {
     }
 }
 
-/// One gate's place in a set, until it goes.
+/// The membership of a gate in a set. It ends when the gate is dropped.
 pub(super) struct Member {
     guard: PanicGuard,
     down: bool,
@@ -126,7 +128,7 @@ impl Member {
 impl Drop for Member {
     fn drop(&mut self) {
         self.guard.waiting().retain(|other| !Arc::ptr_eq(other, &self.changed));
-        // All gates are notified below.
+        // The guard is not used: all gates are notified below.
         let _ = self.is_now(false);
         self.guard.0.members.fetch_sub(1, Ordering::AcqRel);
         self.guard.tell();

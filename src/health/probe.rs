@@ -1,4 +1,4 @@
-//! What a probe sends, and how its answer is judged.
+//! The requests of health probes, and the classification of their results.
 
 use std::{
     fmt,
@@ -15,27 +15,28 @@ use crate::{
     redact::MAX_ERROR,
 };
 
-/// Why a probe did not pass.
+/// The reason for which a probe did not pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ProbeFailure {
-    /// The HTTP status was none that is expected: of 200 to 299, unless something else was said.
+    /// The HTTP status was not expected: not from 200 to 299, or rejected by
+    /// [`expect_status`](super::HealthProbeLayer::expect_status).
     Status(StatusCode),
     /// The gRPC status was not `OK`.
     GrpcStatus(u16),
-    /// The gRPC health service said that it is not serving.
+    /// The gRPC health service reported another status than `SERVING`.
     NotServing,
-    /// The service failed, becoming ready or answering.
+    /// The service returned an error, in `poll_ready` or as the result of the call.
     Error,
-    /// The answer's body broke off.
+    /// The response body ended with an error, or a gRPC response had no status.
     Body,
-    /// The judging closure said no, or the body is not the one expected.
+    /// The closure of [`judge`](super::HealthProbeLayer::judge) returned `false`, or the body was not the expected one.
     Judged,
-    /// There was no answer in time.
+    /// The probe exceeded its timeout.
     TimedOut,
-    /// The service, the request's closure or the judge panicked.
+    /// The service or a closure of the probe panicked.
     Panicked,
-    /// A layer of this crate further in refused the probe. That says nothing about what is probed, and
+    /// An inner layer of this crate rejected the probe. The rejection contains no information about the upstream, so it
     /// counts neither as a failure nor as a success.
     Refused,
 }
@@ -47,7 +48,7 @@ impl ProbeFailure {
         matches!(self, Self::Status(StatusCode::SERVICE_UNAVAILABLE) | Self::NotServing)
     }
 
-    /// The failure in `snake_case`.
+    /// Returns the name of the failure in `snake_case`.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
         match self {
@@ -75,17 +76,18 @@ impl fmt::Display for ProbeFailure {
             Self::Judged => f.write_str("judged unhealthy"),
             Self::TimedOut => f.write_str("timed out"),
             Self::Panicked => f.write_str("panicked"),
-            Self::Refused => f.write_str("refused by a layer further in"),
+            Self::Refused => f.write_str("rejected by an inner layer"),
         }
     }
 }
 
 impl std::error::Error for ProbeFailure {}
 
-/// A probe that did not pass: why, and, of an error that is known for one, what it says.
+/// A probe that did not pass, with its reason and the text of its error.
 #[derive(Debug)]
 pub struct Failed {
     pub(super) why: ProbeFailure,
+    /// `None` if there was no error, or if its type is not known to this crate.
     pub(super) error: Option<Box<str>>,
     /// The probe ended by connection housekeeping, which carries no information about the upstream.
     pub(super) is_housekeeping: bool,
@@ -104,10 +106,10 @@ impl fmt::Display for Failed {
     }
 }
 
-/// How a service is probed.
+/// A kind of health probe, for a service `S`.
 ///
-/// Not to be implemented outside of this crate yet: [`HealthProbeLayer`](super::HealthProbeLayer) has a
-/// constructor for each kind.
+/// Do not implement it outside of this crate. [`HealthProbeLayer`](super::HealthProbeLayer) has a constructor for each
+/// kind.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot probe `{S}`",
     label = "this probe does not fit the wrapped service",
@@ -116,18 +118,18 @@ impl fmt::Display for Failed {
     note = "the service, its future and its answers must be `Send`"
 )]
 pub trait Probe<S>: Clone + Send + 'static {
-    /// Probes once. Whatever is not done by `deadline` has failed.
+    /// Sends one probe. It fails if it has not ended at `deadline`.
     fn run(self, service: S, deadline: Instant) -> impl Future<Output = Result<(), Failed>> + Send;
 }
 
-/// A probe by whose response the upstream can declare itself unavailable: by HTTP 503, or by gRPC's `NOT_SERVING`.
+/// A probe with responses by which the upstream declares itself unavailable: HTTP 503, or `NOT_SERVING` of gRPC.
 ///
 /// See [`immediate_failure`](super::HealthProbeLayer::immediate_failure). Do not implement it outside of this crate.
 pub trait StatusProbe {}
 
-// ===== Anything else =====
+// ===== Services of any types =====
 
-/// Sends what a closure makes, judged by another. Made by
+/// Sends the request that a closure makes, and classifies the result by `judge`. Made by
 /// [`HealthProbeLayer::new`](super::HealthProbeLayer::new).
 #[derive(Clone)]
 pub struct Ask<F, J = AnyAnswer> {
@@ -135,7 +137,7 @@ pub struct Ask<F, J = AnyAnswer> {
     pub(super) judge: J,
 }
 
-/// Every answer that is no error passes.
+/// The default classification: every response passes, and every error fails.
 #[derive(Clone, Copy, Debug)]
 pub struct AnyAnswer;
 
@@ -157,7 +159,7 @@ where
     }
 }
 
-/// The judge of the user's own.
+/// A classification by a closure of the user.
 #[derive(Clone)]
 pub struct Judged<J>(pub(super) J);
 
@@ -182,9 +184,9 @@ where
     }
 }
 
-// ===== Anything else that can tell =====
+// ===== Closures =====
 
-/// Asks a closure, and not the wrapped service. Made by
+/// Runs a closure and does not call the wrapped service. Made by
 /// [`HealthProbeLayer::check`](super::HealthProbeLayer::check).
 #[derive(Clone)]
 pub struct Run<F>(pub(super) F);
@@ -209,9 +211,9 @@ where
     }
 }
 
-// ===== All of them =====
+// ===== All kinds =====
 
-/// Readies the service and calls it.
+/// Waits until the service is ready, and calls it. Fails with [`ProbeFailure::TimedOut`] at `deadline`.
 pub(super) async fn ask<S: Service<Req>, Req>(
     mut service: S,
     request: Req,
@@ -224,6 +226,7 @@ pub(super) async fn ask<S: Service<Req>, Req>(
     timeout_at(deadline, call).await.map_err(|_| ProbeFailure::TimedOut)
 }
 
+/// Returns the failure of a probe that ended with this error.
 pub(super) fn blame<E: 'static>(error: &E) -> Failed {
     let known = known(error);
     match known.and_then(Rejected::find) {
@@ -237,7 +240,7 @@ pub(super) fn blame<E: 'static>(error: &E) -> Failed {
     }
 }
 
-/// By a layer further in.
+/// Returns the failure of a probe that an inner layer rejected. A rejection by a timeout layer is a timeout.
 pub(super) fn of_refused(refused: &Rejected) -> ProbeFailure {
     if refused.is_timeout() { ProbeFailure::TimedOut } else { ProbeFailure::Refused }
 }

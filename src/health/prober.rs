@@ -1,4 +1,4 @@
-//! The background task: one probe after the other, until the gate is gone.
+//! The background task of a gate. It sends one probe at a time until the gate is dropped.
 
 use std::{sync::Weak, thread};
 
@@ -12,7 +12,7 @@ use super::{
 };
 use crate::event;
 
-/// Keeps no gate alive: the gate's end is its own.
+/// The parts of the task. It owns no strong reference to the gate, so that the task ends with the gate.
 pub(super) struct Prober<S, P>
 where
     P: Probe<S>,
@@ -32,18 +32,18 @@ where
         Box::new(move |runtime| runtime.spawn(Running(self).run()).abort_handle())
     }
 
-    /// A panic of the user's is a failed probe, wherever it comes from.
+    /// Sends one probe. A panic of user code is a failed probe.
     fn probe_once(
         &self,
         deadline: Instant,
     ) -> impl Future<Output = Result<(), Failed>> + Send + use<S, P> {
-        // A fresh instance each time: nothing that a probe reserved stays behind.
+        // Each probe uses its own clone, so that a cancelled probe leaves no reservation in the service.
         let attempt = Caught::new(|| self.probe.clone().run(self.service.clone(), deadline));
         async move { attempt.await.unwrap_or(Err(ProbeFailure::Panicked.into())) }
     }
 }
 
-/// A prober given to a runtime.
+/// A prober that runs on a runtime.
 struct Running<S, P>(Prober<S, P>)
 where
     P: Probe<S>,
@@ -70,7 +70,7 @@ where
             let deadline = Schedule::deadline(timeout);
             let mut result = self.0.probe_once(deadline).await;
             if result.as_ref().is_err_and(|failed| failed.is_housekeeping) {
-                // The next connection may work.
+                // Connection housekeeping ended the first probe. A second one is sent at once on another connection.
                 result = self.0.probe_once(deadline).await;
             }
             let took = Instant::now().saturating_duration_since(began);
@@ -87,11 +87,12 @@ where
     P: Probe<S>,
     S: Clone + Send + 'static,
 {
-    /// With the gate still there, this is the end of the runtime.
+    /// Hands the prober back to the gate if the gate still exists: then the runtime has ended, or the task has panicked
+    /// because the runtime has no timers.
     fn drop(&mut self) {
         let Some(gate) = self.0.gate.upgrade() else { return };
         if thread::panicking() {
-            event!(ERROR, "health probe: the prober panicked; is the runtime's timer enabled?");
+            event!(ERROR, "health probe: the prober panicked: enable the timers of the runtime");
             gate.stopped(None);
         } else {
             let next = Prober {

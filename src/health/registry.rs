@@ -18,52 +18,53 @@ use super::{
 };
 use crate::{ConfigError, redact};
 
-/// Names longer than this are no names any more.
+/// Maximum length of the name of a check in bytes.
 const LONGEST_NAME: usize = 64;
-/// Checks are made by code, not by requests; still, there is an end to them.
+/// Maximum number of checks of a registry. Code adds checks, not requests, so the limit only stops a faulty loop.
 const MOST_CHECKS: usize = 1000;
 
-/// What this process can do now: named checks, and the endpoints that tell of them.
+/// The health registry of a process: named checks, and the endpoints that report them.
 ///
-/// Clones share the checks. It is ready while no critical check fails or is still unknown (and so without
-/// any), and it is alive as long as it answers: liveness never asks a dependency.
+/// Clones share the checks. The process is ready while no critical check fails or is unknown, so it is also ready
+/// without checks. Liveness does not depend on the checks.
 #[derive(Clone, Default)]
 pub struct Health(Arc<Registry>);
 
 #[derive(Default)]
 pub(super) struct Registry {
-    /// In the order they were added.
+    /// In the order in which they were added.
     checks: Mutex<Vec<Arc<Entry>>>,
-    /// Counts the changes.
+    /// The number of changes.
     version: AtomicU64,
+    /// Notifies the watchers after each change of the version.
     changed: Notify,
-    /// The process stops: who watches is told no more.
+    /// The process stops, so `Watch` streams end.
     ended: AtomicBool,
 }
 
 impl Health {
-    /// A registry without any checks: ready.
+    /// Returns a registry without checks. It is ready.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds a check that is asked in the background, on its own schedule, from now on: see [`Check`].
+    /// Adds a check, and runs it in the background on its own schedule from now on: see [`Check`].
     ///
-    /// It goes with the last clone of this registry, its endpoints and its reporters, or when it is
-    /// [removed](Self::remove). What the check itself holds must not be a clone of this registry: neither would
-    /// ever go.
+    /// The check ends when it is [removed](Self::remove), or when the last clone of this registry, its last endpoint
+    /// and its last reporter are dropped. The check must not own a clone of this registry: then neither is ever
+    /// dropped.
     ///
     /// # Errors
     ///
-    /// A setting of the check's that cannot work, a name as for [`reporter`](Self::reporter), or no Tokio runtime
-    /// to ask it in.
+    /// Returns an error if a setting of the check is invalid, if its name is rejected as by
+    /// [`reporter`](Self::reporter), or if there is no Tokio runtime.
     pub fn add(&self, check: Check) -> Result<(), ConfigError> {
         check.start(self)
     }
 
-    /// Takes out a check that was [added](Self::add), and ends its asking at once; `false` if there is none of
-    /// this name. A reporter's check stays.
+    /// Removes a check that was [added](Self::add), and aborts its task at once. Returns `false` if there is no such
+    /// check. The check of a [reporter](Self::reporter) is not removed.
     pub fn remove(&self, name: &str) -> bool {
         let found = {
             let checks = self.0.lock();
@@ -76,52 +77,52 @@ impl Health {
         found.is_some()
     }
 
-    /// Adds a check, unknown until its reporter says more.
+    /// Adds a check, and returns the reporter that sets its state. The state is unknown until then.
     ///
-    /// It is there until the last clone of its reporter is dropped. One that is dropped by a panic
-    /// leaves its check behind as failed, until a new reporter of that name takes it over.
+    /// The check is removed when the last clone of its reporter is dropped. If a panic drops this clone, the check
+    /// remains and fails, until a new check with this name replaces it.
     ///
     /// # Errors
     ///
-    /// A name that is not 1 to 64 of `A`–`Z`, `a`–`z`, `0`–`9`, `.`, `_` and `-`, or that another
-    /// reporter has, or more than 1000 checks.
+    /// Returns an error if the name does not consist of 1 to 64 of the characters `A`–`Z`, `a`–`z`, `0`–`9`, `.`, `_`
+    /// and `-`, if another check has this name, or if the registry has 1000 checks.
     pub fn reporter(&self, name: &str) -> Result<Reporter, ConfigError> {
         Ok(Reporter::new(self.0.clone(), self.0.enter(name)?))
     }
 
-    /// Whether no critical check fails or is still unknown.
+    /// Returns whether the process is ready: no critical check fails or is unknown.
     #[must_use]
     pub fn is_ready(&self) -> bool {
         self.status() != HealthStatus::Fail
     }
 
-    /// What all checks come to.
+    /// Returns the status of the process: the worst [status](CheckSnapshot::status) of its checks, `Pass` without
+    /// checks.
     #[must_use]
     pub fn status(&self) -> HealthStatus {
         let worst = self.0.lock().iter().map(|entry| entry.status()).max();
         worst.unwrap_or(HealthStatus::Pass)
     }
 
-    /// All checks, in the order they were added.
+    /// Returns the names and states of all checks, in the order in which they were added.
     #[must_use]
     pub fn checks(&self) -> Vec<(String, CheckState)> {
         self.0.lock().iter().map(|entry| (entry.name().to_owned(), entry.state())).collect()
     }
 
-    /// The state of one check, if there is one of this name.
+    /// Returns the state of the check with this name, if there is one.
     #[must_use]
     pub fn check(&self, name: &str) -> Option<CheckState> {
         self.find(name, Entry::state)
     }
 
-    /// All there is to know at this moment, in the order the checks were added.
+    /// Returns snapshots of all checks, in the order in which they were added.
     #[must_use]
     pub fn snapshot(&self) -> Vec<CheckSnapshot> {
         self.0.lock().iter().map(|entry| entry.snapshot()).collect()
     }
 
-    /// Waits until a check changes, comes or goes, and tells whether the process is ready then. Dropping the
-    /// future is harmless.
+    /// Waits until a check changes, is added or is removed, and returns whether the process is then ready. Cancel safe.
     pub async fn changed(&self) -> bool {
         let before = self.version();
         self.changed_since(before).await;
@@ -136,10 +137,11 @@ impl Health {
         self.0.version.load(Ordering::Acquire)
     }
 
+    /// Waits until the version differs from `before`.
     pub(super) async fn changed_since(&self, before: u64) {
         loop {
             let mut notified = pin!(self.0.changed.notified());
-            // From here on no change is missed.
+            // Registered before the version is read, so that no later change is missed.
             notified.as_mut().enable();
             let overdue_in = self.0.look_at_the_clock();
             if self.version() != before {
@@ -147,7 +149,7 @@ impl Health {
             }
             match overdue_in {
                 None => notified.await,
-                // Who hangs says nothing: whoever watches has to look.
+                // A check that hangs does not report a change, so the watcher reads the clock when it becomes overdue.
                 Some(left) => {
                     let _ = timeout(left, notified).await;
                 }
@@ -155,14 +157,14 @@ impl Health {
         }
     }
 
-    /// A layer that answers `/livez`, `/readyz` and `/healthz` before anything behind it is asked: put
-    /// it outermost. See the [module](crate::health).
+    /// Returns a layer that serves `/livez`, `/readyz` and `/healthz` without a call of the wrapped service. It should
+    /// be the outermost layer. See the [module](crate::health).
     pub fn endpoints(&self) -> HealthEndpointsLayer {
         HealthEndpointsLayer::new(self.clone())
     }
 
-    /// A service that answers `/livez`, `/readyz` and `/healthz`, and 404 anywhere else: for a port of
-    /// its own, or for routes.
+    /// Returns a service that serves `/livez`, `/readyz` and `/healthz`, and responds with 404 to other paths. For a
+    /// separate port, or for routes.
     #[must_use]
     pub fn service(&self) -> HealthService {
         HealthService::new(self.clone())
@@ -176,7 +178,10 @@ impl Health {
         &self.0
     }
 
-    /// Under the lock: who has a clone seems to report.
+    /// Applies a closure to the check with this name, under the lock.
+    ///
+    /// The closure borrows the entry. A clone of its `Arc` would make the entry look as if its reporter were alive: see
+    /// [`Registry::enter`].
     fn find<T>(&self, name: &str, see: impl FnOnce(&Entry) -> T) -> Option<T> {
         self.0.lock().iter().find(|entry| entry.name() == name).map(|entry| see(entry))
     }
@@ -189,16 +194,18 @@ pub(super) fn is_name(name: &str) -> bool {
 
 impl Registry {
     fn lock(&self) -> MutexGuard<'_, Vec<Arc<Entry>>> {
-        // Nothing of a user's runs under it; were it poisoned, the list is still whole.
+        // No user code runs under this lock. A poisoned lock is used as it is: the list is never left half changed.
         self.checks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Increments the version and notifies the watchers. It runs wakers, so no lock may be held.
     pub(super) fn tell(&self) {
         self.version.fetch_add(1, Ordering::AcqRel);
         self.changed.notify_waiters();
     }
 
-    /// Tells of what has become overdue. In what time more will be, if it may.
+    /// Notifies the watchers if a check has become overdue. Returns the time until the next check becomes overdue, or
+    /// `None` if no check can.
     fn look_at_the_clock(&self) -> Option<Duration> {
         let checks = self.lock();
         let turned = checks.iter().filter(|entry| entry.turns_overdue()).count() > 0;
@@ -210,21 +217,26 @@ impl Registry {
         next
     }
 
+    /// Ends all `Watch` streams, because the process stops.
     pub(super) fn end(&self) {
         self.ended.store(true, Ordering::Release);
         self.tell();
     }
 
+    /// Adds an entry with this name, in place of an abandoned entry with the same name.
+    ///
+    /// An entry is abandoned if only this list owns it: its reporter or its task is gone. Therefore only reporters and
+    /// tasks may own a clone of an entry's `Arc` ([`Health::remove`] does for the moment of the removal).
     pub(super) fn enter(&self, name: &str) -> Result<Arc<Entry>, ConfigError> {
         if !is_name(name) {
             let remedy = "use 1 to 64 of `A`-`Z`, `a`-`z`, `0`-`9`, `.`, `_` and `-`";
             return Err(ConfigError::new("check.name", redact::Value(name), remedy));
         }
-        // Declared before the guard: an entry is dropped without the lock.
+        // Declared before the lock guard, so that the removed entry is dropped after the lock is released.
         let _removed;
         let mut checks = self.lock();
         if let Some(at) = checks.iter().position(|entry| entry.name() == name) {
-            // Only this list has it: its reporter is gone.
+            // A count of 1 is this list: the entry is abandoned.
             if Arc::strong_count(&checks[at]) > 1 {
                 let remedy = "another check has this name: give this one a name of its own";
                 return Err(ConfigError::new("check.name", name, remedy));
@@ -249,7 +261,7 @@ impl Registry {
 }
 
 impl Drop for Registry {
-    /// Nobody is left who could ask.
+    /// Aborts the tasks of all checks, because no handle is left that could read their results.
     fn drop(&mut self) {
         let checks = mem::take(&mut *self.lock());
         for entry in checks {
@@ -298,7 +310,7 @@ mod tests {
         let seen = health.snapshot().remove(0);
         assert_eq!((seen.state, seen.healthy), (CheckState::Fail, Some(false)));
         assert_eq!(seen.reason.as_deref(), Some("gives no result any more"));
-        // It came back after all.
+        // The run ends after all.
         entry.looked(Ok(()), Some(7 * second));
         assert!(entry.rests(5 * second, nanos(6 * second)), "who watches is told");
         assert!(!entry.rests(5 * second, nanos(6 * second)));

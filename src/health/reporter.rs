@@ -5,8 +5,9 @@ use super::{
     registry::Registry,
 };
 
-/// Says how one check of a [`Health`](super::Health) is. Clones speak for the same check; it goes with the
-/// last of them.
+/// Sets the state of one check of a [`Health`](super::Health) registry.
+///
+/// Clones refer to the same check, which is removed when the last of them is dropped.
 #[derive(Clone)]
 pub struct Reporter(Arc<Reporting>);
 
@@ -20,7 +21,7 @@ impl Reporter {
         Self(Arc::new(Reporting { registry, entry }))
     }
 
-    /// Lets this check degrade the process and no more: it stays ready while this fails.
+    /// Makes the check degrading: while it fails, the process is degraded but remains ready.
     #[must_use]
     pub fn degrading(self) -> Self {
         self.0.entry.degrades();
@@ -28,19 +29,19 @@ impl Reporter {
         self
     }
 
-    /// The check's name.
+    /// Returns the name of the check.
     #[must_use]
     pub fn name(&self) -> &str {
         self.0.entry.name()
     }
 
-    /// What was said last.
+    /// Returns the state of the check.
     #[must_use]
     pub fn state(&self) -> CheckState {
         self.0.entry.state()
     }
 
-    /// From now on the check says this.
+    /// Sets the state of the check.
     pub fn report(&self, state: CheckState) {
         match state {
             CheckState::Unknown => {}
@@ -50,19 +51,19 @@ impl Reporter {
         self.publish(state);
     }
 
-    /// All is well.
+    /// Sets the state to passed.
     pub fn pass(&self) {
         self.report(CheckState::Pass);
     }
 
-    /// Not well.
+    /// Sets the state to failed, without a reason.
     pub fn fail(&self) {
         self.report(CheckState::Fail);
     }
 
     /// Sets the state to failed, with a reason for responses that [include
-    /// reasons](super::HealthService::with_reasons). At most 256 bytes of the reason are stored, without
-    /// [secrets](crate#secrets).
+    /// reasons](super::HealthService::with_reasons). The reason is stored without [secrets](crate#secrets), with a
+    /// maximum of 256 bytes.
     pub fn fail_because(&self, reason: impl Into<String>) {
         self.looked(Err(reason.into()), None);
         self.publish(CheckState::Fail);
@@ -82,17 +83,18 @@ impl Reporter {
         self.0.registry.tell();
     }
 
-    /// The process stops: streams that tell of its health come to their end.
+    /// Ends all `Watch` streams of the registry, because the process stops.
     #[cfg(feature = "lifecycle")]
     pub(crate) fn end(&self) {
         self.0.registry.end();
     }
 
-    /// A single look, which need not change what the check says.
+    /// Records the result of one run, without a change of the state.
     pub(super) fn looked(&self, result: Result<(), String>, took: Option<Duration>) {
         self.0.entry.looked(result, took);
     }
 
+    /// Sets the state, and notifies the watchers of the registry if it has changed.
     pub(super) fn publish(&self, state: CheckState) {
         self.0.publish(state);
     }
@@ -107,6 +109,7 @@ impl Reporting {
 }
 
 impl Drop for Reporting {
+    /// Removes the check. If a panic drops the reporter, the check remains and fails instead.
     fn drop(&mut self) {
         if thread::panicking() {
             self.entry.looked(Err("its reporter panicked".into()), None);

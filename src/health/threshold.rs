@@ -1,19 +1,19 @@
 use std::fmt;
 
-/// Where a gate is.
+/// The state of a health gate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum ProbeState {
-    /// No verdict yet: calls go through, readiness waits.
+    /// No result yet. Calls are admitted, but the check in the registry is not ready.
     #[default]
     Unknown,
-    /// Calls go through.
+    /// Calls are admitted.
     Up,
-    /// Calls are refused.
+    /// Calls are rejected.
     Down,
 }
 
 impl ProbeState {
-    /// `unknown`, `up` or `down`.
+    /// Returns the name of the state: `unknown`, `up` or `down`.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -30,7 +30,7 @@ impl fmt::Display for ProbeState {
     }
 }
 
-/// Turns single results into a state that does not flap.
+/// Derives a state from single results. The thresholds prevent it from changing with every result.
 #[derive(Debug)]
 pub(super) struct Threshold {
     pub(super) rise: u32,
@@ -45,7 +45,7 @@ impl Threshold {
         Self { rise, fall, state: ProbeState::Unknown, successes: 0, failures: 0 }
     }
 
-    /// Takes a result in; the state, if that changed it.
+    /// Records a result. Returns the new state if it has changed.
     pub(super) fn told(&mut self, passed: bool) -> Option<ProbeState> {
         (self.successes, self.failures) = if passed {
             (self.successes.saturating_add(1), 0)
@@ -53,7 +53,7 @@ impl Threshold {
             (0, self.failures.saturating_add(1))
         };
         let next = match self.state {
-            // The first success of all is enough: there is nothing to be careful about yet.
+            // The first success is sufficient: no failure has taken the upstream down before it.
             ProbeState::Unknown if passed => ProbeState::Up,
             ProbeState::Unknown | ProbeState::Up if self.failures >= self.fall => ProbeState::Down,
             ProbeState::Down if self.successes >= self.rise => ProbeState::Up,
@@ -64,14 +64,15 @@ impl Threshold {
         changed.then_some(next)
     }
 
-    /// Records a failure that does not depend on `fall`. Returns [`ProbeState::Down`] if that is a change.
+    /// Records a failure that takes the state down regardless of `fall`. Returns [`ProbeState::Down`] if the state has
+    /// changed.
     pub(super) fn fail_at_once(&mut self) -> Option<ProbeState> {
         (self.successes, self.failures) = (0, self.failures.saturating_add(1));
         let before = std::mem::replace(&mut self.state, ProbeState::Down);
         (before != ProbeState::Down).then_some(ProbeState::Down)
     }
 
-    /// As if nothing had been told yet.
+    /// Discards all results, so that the state is unknown.
     pub(super) fn reset(&mut self) {
         *self = Self::new(self.rise, self.fall);
     }
@@ -80,7 +81,7 @@ impl Threshold {
         self.state
     }
 
-    /// Successes and failures in a row; one of them is 0.
+    /// Returns the numbers of consecutive successes and failures. One of them is 0.
     pub(super) fn in_a_row(&self) -> (u32, u32) {
         (self.successes, self.failures)
     }
@@ -105,8 +106,8 @@ mod tests {
             .collect()
     }
 
-    /// The whole history, looked at anew for every state: the last run of `rise` passes or `fall`
-    /// failures that meant something decides, and before the first failed run any pass does.
+    /// Computes the state from the whole history. The last sequence of `fall` failures takes it down, unless `rise`
+    /// successes in a row follow. Before the first such sequence, one success takes it up.
     fn model(rise: u32, fall: u32, results: &[bool]) -> ProbeState {
         let ends_with = |upto: usize, value: bool, n: u32| {
             let n = n as usize;
