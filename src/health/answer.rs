@@ -1,4 +1,4 @@
-//! What the endpoints say, in Kubernetes' form or as JSON. Paths, queries and headers come from strangers.
+//! The responses of the endpoints, in Kubernetes' form or as JSON. Paths, queries and headers are untrusted input.
 
 use std::slice;
 
@@ -12,20 +12,21 @@ use super::{
 };
 use crate::call::accepts;
 
-/// Parameters and bytes of a query beyond these are not looked at.
+/// Maximum number of parameters of a query. Later parameters are ignored.
 const MOST_PARAMETERS: usize = 64;
+/// Maximum length of a query in bytes. A longer query is ignored.
 const LONGEST_QUERY: usize = 4096;
 
-/// One of our paths.
+/// A path of the endpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Endpoint<'a> {
     Live,
-    /// `/readyz` or `/healthz`, as it is called, and the one check that is asked for.
+    /// `readyz` or `healthz`, with the requested check, if there is one.
     Ready(&'static str, Option<&'a str>),
 }
 
 impl<'a> Endpoint<'a> {
-    /// One look at the second byte is all that most other paths cost.
+    /// Returns the endpoint of a path, if there is one. Reads only the first two bytes of most other paths.
     #[inline]
     pub(super) fn of(path: &'a str) -> Option<Self> {
         match path.as_bytes() {
@@ -49,7 +50,7 @@ impl<'a> Endpoint<'a> {
     }
 }
 
-/// What was asked for beside the path.
+/// The parameters of a request.
 #[derive(Debug, Default)]
 struct Query<'a> {
     verbose: bool,
@@ -84,7 +85,7 @@ impl<'a> Query<'a> {
     }
 }
 
-/// Who is asked, and what may be told.
+/// Makes the responses of the endpoints.
 #[derive(Clone, Debug)]
 pub(super) struct Teller {
     pub(super) health: Health,
@@ -103,7 +104,7 @@ impl Teller {
         let wants_json = accepts(headers, &["application/health+json", "application/json"]);
         let form = if wants_json == Some(true) { Form::Json } else { Form::Plain };
         let (endpoint, check) = match endpoint {
-            // That it answers is all that is asked.
+            // Liveness does not depend on the checks.
             Endpoint::Live => return self.live(form, &query),
             Endpoint::Ready(endpoint, check) => (endpoint, check),
         };
@@ -220,7 +221,7 @@ pub(super) fn typed(content: &'static str, status: StatusCode, body: Bytes) -> R
     response
 }
 
-/// `HEAD` is told the headers of `GET`.
+/// Removes the body of a response to `HEAD`. The headers remain those of `GET`.
 pub(super) fn without_body_for(method: &Method, response: Response<Bytes>) -> Response<Bytes> {
     if method == Method::HEAD { response.map(|_| Bytes::new()) } else { response }
 }

@@ -25,10 +25,10 @@ use crate::{
 
 // ===== In front of a server =====
 
-/// Answers `GET` and `HEAD` for `/livez`, `/readyz` and `/healthz`, and lets everything else through.
+/// Serves `GET` and `HEAD` of `/livez`, `/readyz` and `/healthz`. Other requests pass through.
 ///
-/// Made by [`Health::endpoints`]. What it wraps is not asked for a probe: a server that is saturated, or
-/// whose `poll_ready` hangs, still tells how it is.
+/// Made by [`Health::endpoints`]. A request for an endpoint does not touch the wrapped service, so a server that is
+/// saturated, or whose `poll_ready` hangs, still reports its health.
 #[derive(Clone, Debug)]
 #[must_use = "a layer does nothing until it wraps a service"]
 pub struct HealthEndpointsLayer {
@@ -40,9 +40,10 @@ impl HealthEndpointsLayer {
         Self { teller: Teller { health, with_reasons: false } }
     }
 
-    /// Includes the reason of each failed check, the time and the duration of its last run. By default the response
-    /// contains `reason withheld` instead, and no times: the text of an error names hosts and paths, also without
-    /// [secrets](crate#secrets), and times reveal the network behind the process.
+    /// Includes the reason of each failed check, and the time and the duration of its last run.
+    ///
+    /// By default the response contains `reason withheld` and no times. The text of an error can contain names of hosts
+    /// and paths, also without [secrets](crate#secrets), and times reveal the network behind the process.
     pub fn with_reasons(mut self) -> Self {
         self.teller.with_reasons = true;
         self
@@ -59,24 +60,24 @@ impl<S> Layer<S> for HealthEndpointsLayer {
 
 /// The service of a [`HealthEndpointsLayer`].
 ///
-/// It is ready also while the wrapped service is not: whether that matters is known only with the
-/// request. A call that is no probe then waits for the wrapped service in its future.
+/// It is ready even if the wrapped service is not, because only the request determines whether the wrapped service is
+/// needed. Other calls then wait for the wrapped service in their future.
 pub struct HealthEndpoints<S> {
     inner: S,
     teller: Teller,
-    /// `inner` may hold a reservation.
+    /// `inner` was polled ready, and may hold a reservation.
     ready: bool,
 }
 
 impl<S> HealthEndpoints<S> {
-    /// The wrapped service.
+    /// Returns the wrapped service.
     pub fn get_ref(&self) -> &S {
         &self.inner
     }
 }
 
 impl<S: Clone> Clone for HealthEndpoints<S> {
-    /// Readiness does not go along: what was reserved belongs to the instance that reserved it.
+    /// Resets readiness: a reservation belongs to the instance that made it.
     fn clone(&self) -> Self {
         Self { inner: self.inner.clone(), teller: self.teller.clone(), ready: false }
     }
@@ -100,7 +101,8 @@ where
                     result?;
                     self.ready = true;
                 }
-                // It may have queued itself somewhere: that place must not stay parked here.
+                // The inner service may have registered a waiter. A fresh clone replaces the instance, so that the
+                // waiter does not stay registered without a call.
                 Poll::Pending => self.inner = self.inner.clone(),
             }
         }
@@ -112,7 +114,7 @@ where
         let state = match Endpoint::of(request.uri().path()) {
             Some(endpoint) if is_asking(request.method()) => {
                 if was_ready {
-                    // What this instance reserved is not needed.
+                    // The reservation of this instance is not needed. A fresh clone releases it.
                     self.inner = self.inner.clone();
                 }
                 let answer = self.teller.answer(endpoint, request.uri().query(), request.headers());
@@ -120,7 +122,7 @@ where
                 drain_request(request);
                 State::Answer { answer: Some(Box::new(answer)) }
             }
-            // At once: a future is large to move.
+            // Returned at once, because the future is large to move.
             _ if was_ready => {
                 let state = State::Called { future: self.inner.call(request) };
                 return HealthEndpointsFuture { state };
@@ -202,10 +204,10 @@ impl<S, Req, F> fmt::Debug for HealthEndpointsFuture<S, Req, F> {
     }
 }
 
-// ===== On a port of its own =====
+// ===== On a separate port =====
 
-/// Answers `/livez`, `/readyz` and `/healthz`; 404 for other paths, 405 for methods other than `GET` and
-/// `HEAD`. Made by [`Health::service`].
+/// Serves `/livez`, `/readyz` and `/healthz`. Responds with 404 to other paths, and with 405 to methods other than
+/// `GET` and `HEAD`. Made by [`Health::service`].
 #[derive(Clone, Debug)]
 pub struct HealthService {
     teller: Teller,
@@ -216,7 +218,7 @@ impl HealthService {
         Self { teller: Teller { health, with_reasons: false } }
     }
 
-    /// Includes the reason of each failed check, the time and the duration of its last run, as
+    /// Includes the reason of each failed check, and the time and the duration of its last run, as
     /// [`HealthEndpointsLayer::with_reasons`] does. By default the response contains none of them.
     #[must_use]
     pub fn with_reasons(mut self) -> Self {
@@ -252,7 +254,7 @@ impl<ReqB: 'static> Service<Request<ReqB>> for HealthService {
     }
 }
 
-/// The body of a [`HealthService`]'s answer: at most one piece.
+/// The body of a [`HealthService`]'s response. It consists of no frame or one frame.
 #[derive(Debug)]
 pub struct HealthBody(Bytes);
 

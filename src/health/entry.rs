@@ -5,10 +5,11 @@
 //!
 //! # Overdue runs
 //!
-//! A run that blocks its thread cannot report a failure. Therefore each run stores the time by which its result is due
-//! ([`Entry::looks`]), and readers compare it with the clock. After that time the check fails, whatever its stored
-//! state. Watchers do not read the clock by themselves, so the first of them that observes the overdue check notifies
-//! the others ([`Entry::turns_overdue`]), and the end of the run notifies them of the change back ([`Entry::rests`]).
+//! A run that blocks its thread cannot report a failure. Therefore the check stores the time by which the current run
+//! must have ended ([`Entry::looks`], [`Entry::rests`]), and readers compare it with the clock. After that time the
+//! check fails, whatever its stored state. Watchers wake at that time. The first watcher that observes the overdue
+//! check notifies the others ([`Entry::turns_overdue`]), and the end of the run notifies all of them again
+//! ([`Entry::rests`]).
 
 use std::{
     fmt,

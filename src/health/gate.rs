@@ -1,4 +1,24 @@
-//! The gate: one word that calls read, and behind a lock what only the prober touches.
+//! The gate of a health probe layer: one word that calls read, and a lock around the state that only the prober and
+//! handles use.
+//!
+//! # The word
+//!
+//! A call reads `word` once. The word contains the state of the gate and three flags: [`ARMED`], [`TAKEN`] and
+//! [`LISTENS`]. The state is a copy of the one in [`Probing::threshold`], which the lock `probing` protects.
+//! [`Gate::publish`] writes the copy while it holds this lock, so the word receives the states in their order. The
+//! flags have other writers, so every write of the word is an atomic read-modify-write that leaves the other bits
+//! unchanged. Writes are `AcqRel` and reads are `Acquire`: a thread that reads a state also observes the writes that
+//! precede it.
+//!
+//! # User code
+//!
+//! Reporters, listeners, events and wakers can run user code, which may call a handle of this gate. [`Gate::publish`]
+//! and [`Gate::probe_ended`] therefore copy these objects under the lock, release the lock, and call them after that. A
+//! change must preserve this order: first the word, then the release of the lock, then the notifications. A waiter
+//! registers before it reads the word, so it observes either the new state or the notification.
+//!
+//! Only the prober publishes, and [`Gate::stopped`] publishes before it arms the next prober. So the notifications of
+//! two changes, which are made without a lock, do not overtake each other.
 
 mod calls;
 mod start;
@@ -30,39 +50,41 @@ use crate::{
     event,
 };
 
-/// One gate, with its prober.
+/// The gate of a layer, with its prober.
 pub struct Gate {
-    /// `listens << 4 | started << 3 | armed << 2 | state`: all that a call that goes through reads.
+    /// `listens << 4 | taken << 3 | armed << 2 | state`. An admitted call reads only this word.
     word: AtomicU8,
-    /// When the next verdict may come.
+    /// The time at which the next result is expected, for `retry_after`. Only advisory, so its accesses are relaxed.
     next: AtomicU64,
     refused: AtomicU64,
-    /// What calls met since the last look, where that counts: those that passed, and those that failed.
+    /// With `LISTENS`: the number of calls that succeeded since the previous probe.
     passed: AtomicU64,
+    /// With `LISTENS`: the number of calls that failed since the previous probe.
     failed: AtomicU64,
     while_down: AtomicU8,
     guard: OnceLock<PanicGuard>,
     probing: Mutex<Probing>,
     start: Mutex<Start>,
-    /// Told of every change.
+    /// Notified of every change of the state, of `while_down`, and of the set of the guard.
     changed: Arc<Notify>,
     clock: Clock,
     label: OnceLock<Arc<Label>>,
 }
 
+/// The bits of the [`ProbeState`].
 const STATE: u8 = 0b0011;
-/// A prober waits for a runtime to start in.
+/// A prober waits for a runtime on which it can start. The next call starts it.
 const ARMED: u8 = 0b0100;
-/// There is a prober, started or armed.
+/// The gate has a prober, started or armed. Never cleared.
 const TAKEN: u8 = 0b1000;
-/// What calls meet counts.
+/// The gate is passive: the outcomes of calls are counted.
 const LISTENS: u8 = 0b1_0000;
 
-/// What the prober goes by, and what it saw.
+/// The settings of the prober, and the results of its probes.
 pub(super) struct Probing {
     pub(super) schedule: Schedule,
     pub(super) threshold: Threshold,
-    /// A response by which the upstream declares itself unavailable takes it down at once.
+    /// Whether a response by which the upstream declares itself unavailable takes it down at once.
     pub(super) immediate_failure: bool,
     pub(super) reporters: Vec<Reporter>,
     pub(super) probes: u64,
@@ -73,16 +95,18 @@ pub(super) struct Probing {
     pub(super) member: Option<Member>,
 }
 
-/// Wants to hear how each probe ended.
+/// A function of the user that receives the result of each probe.
 pub(super) type Listener = Arc<dyn Fn(Result<(), ProbeFailure>) + Send + Sync>;
 
-/// What a prober has to do.
+/// The next action of a prober.
 pub(super) enum Due {
+    /// Send a probe with this timeout.
     Probe(Duration),
+    /// Send no probe, and wait for this time.
     Wait(Duration),
 }
 
-/// The last probe that came to its end.
+/// The last probe that has ended.
 #[derive(Clone, Copy)]
 pub(super) struct Last {
     pub(super) result: Result<(), ProbeFailure>,
@@ -120,7 +144,7 @@ impl Gate {
     }
 
     pub(super) fn name(&self, name: &str) {
-        // The first name stays: refusals under way point at it.
+        // The first name remains, because rejections already refer to it.
         let _ = self.label.set(Arc::new(Label { name: name.into(), fault: None }));
     }
 
@@ -128,17 +152,20 @@ impl Gate {
         self.label.get().map_or("", |label| &*label.name)
     }
 
-    /// Looks at what the prober goes by, or changes it: that is seen from the next probe on.
+    /// Reads or changes the settings and results of the prober, under the lock. A changed setting applies to the next
+    /// probe.
     pub(super) fn with<T>(&self, change: impl FnOnce(&mut Probing) -> T) -> T {
         change(&mut self.probing())
     }
 
+    /// Adds a reporter, and sets its check to the current state.
     pub(super) fn report_to(&self, reporter: Reporter) {
         self.with(|probing| probing.reporters.push(reporter.clone()));
         loop {
             let state = self.state();
             reporter.publish(CheckState::of(state));
-            // The prober may have changed it meanwhile, and have told so before this did.
+            // If the prober has changed the state in the meantime, its report can precede this one, which would
+            // overwrite it. Then report again.
             if self.state() == state {
                 return;
             }
@@ -154,7 +181,7 @@ impl Gate {
         self.changed.notify_waiters();
     }
 
-    /// The first guard stays.
+    /// Joins the set of a guard. The first guard remains.
     pub(super) fn join(&self, guard: &PanicGuard) {
         let changed = {
             let mut probing = self.probing();
@@ -172,7 +199,7 @@ impl Gate {
         }
     }
 
-    // ===== Looking =====
+    // ===== Reads =====
 
     #[inline]
     pub(super) fn state(&self) -> ProbeState {
@@ -192,13 +219,13 @@ impl Gate {
     }
 
     fn probing(&self) -> MutexGuard<'_, Probing> {
-        // Nothing of a user's runs under it; were it poisoned, it is still whole.
+        // No user code runs under this lock, so a poisoned lock is used as it is.
         self.probing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    // ===== What the prober tells =====
+    // ===== The prober =====
 
-    /// What is due now: a probe, and how long it may take; or a wait, because calls have proved health.
+    /// Returns the next action of the prober: a probe, or a wait if calls have proved health since the previous probe.
     pub(super) fn due(&self) -> Due {
         let (passed, failed) =
             (self.passed.swap(0, Ordering::AcqRel), self.failed.swap(0, Ordering::AcqRel));
@@ -209,11 +236,11 @@ impl Gate {
         Due::Probe(self.probe_begins())
     }
 
-    /// A look at calls is as good as a probe, and does not have to be paid for.
+    /// Records a skipped probe as one that passed. Returns the time until the next one.
     fn spare(&self) -> Duration {
         let mut probing = self.probing();
         probing.spared += 1;
-        // It is up already: nothing can change.
+        // The state is up, so a success does not change it.
         let _ = probing.threshold.told(true);
         for reporter in &probing.reporters {
             reporter.looked(Ok(()), None);
@@ -223,6 +250,7 @@ impl Gate {
         wait
     }
 
+    /// Records the begin of a probe. Returns its timeout.
     fn probe_begins(&self) -> Duration {
         let mut probing = self.probing();
         probing.probes += 1;
@@ -230,7 +258,8 @@ impl Gate {
         probing.schedule.timeout
     }
 
-    /// A probe has ended; how long to wait before the next.
+    /// Records the result of a probe, and notifies reporters, listeners and callers. Returns the time until the next
+    /// probe.
     pub(super) fn probe_ended(&self, ended: Result<(), Failed>, took: Duration) -> Duration {
         let result = ended.as_ref().map_err(|failed| failed.why).copied();
         let mut probing = self.probing();
@@ -241,7 +270,7 @@ impl Gate {
         probing.last_error = ended.err().and_then(|failed| failed.error);
         let _error = probing.last_error.clone();
         let change = match result {
-            // A refusal by one of our own layers says nothing about what is probed.
+            // A rejection by an inner layer of this crate contains no information about the upstream.
             Err(ProbeFailure::Refused) => None,
             Err(why) if probing.immediate_failure && why.is_immediate() => {
                 probing.threshold.fail_at_once()
@@ -278,11 +307,12 @@ impl Gate {
         wait
     }
 
+    /// Sets the time at which the next result is expected.
     fn expect_verdict_in(&self, wait: Duration) {
         self.next.store(self.now().saturating_add(nanos(wait)), Ordering::Relaxed);
     }
 
-    /// Publishes, lets go of the lock, and only then tells anybody.
+    /// Writes the state to the word, releases the lock, and then notifies the set, the reporters and the callers.
     fn publish(&self, mut probing: MutexGuard<'_, Probing>) {
         let to = probing.threshold.state();
         let reporters = probing.reporters.clone();
@@ -311,7 +341,7 @@ fn state_of(word: u8) -> ProbeState {
 }
 
 impl Drop for Gate {
-    /// The prober dies with the last who could ask.
+    /// Aborts the prober, because no layer, service or handle is left.
     fn drop(&mut self) {
         self.stop();
     }

@@ -99,7 +99,7 @@ impl health_server::Health for GrpcHealth {
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<HealthWatch>, Status> {
         let mut service = request.into_inner().service;
-        // An invalid name never becomes a check, so the stream does not store it. Its length is not limited.
+        // An invalid name never becomes a check, so the stream does not store it: its length has no limit.
         if !service.is_empty() && !is_name(&service) && !self.services.contains(&service) {
             service = "?".to_owned();
         }

@@ -30,7 +30,7 @@ pub(super) fn answer(
 }
 
 fn object(body: &mut String, check: &CheckSnapshot, with_reasons: bool, now: SystemTime) {
-    // A name has nothing in it that JSON would want escaped.
+    // The characters that a name may contain need no escapes in JSON.
     let CheckSnapshot { name, critical, .. } = check;
     let status = check.status();
     let mut put = |what: std::fmt::Arguments<'_>| {
@@ -67,7 +67,7 @@ fn escaped(text: &str) -> String {
     for c in text.chars() {
         match c {
             '"' | '\\' => safe.extend(['\\', c]),
-            // The registry keeps none of these; whoever changes that is safe here.
+            // A reason contains no control characters. They are replaced here, too, because JSON forbids them.
             c if c.is_control() => safe.push(' '),
             c => safe.push(c),
         }
@@ -75,7 +75,7 @@ fn escaped(text: &str) -> String {
     safe
 }
 
-/// Milliseconds, in UTC. Before 1970 is 1970.
+/// Formats a time in UTC with milliseconds. Times before 1970 become 1970.
 fn rfc3339(at: SystemTime) -> String {
     let since = at.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
     let (days, rest) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
@@ -85,8 +85,8 @@ fn rfc3339(at: SystemTime) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hours:02}:{minutes:02}:{seconds:02}.{millis:03}Z")
 }
 
-/// The Gregorian date of a day since 1970, counted in years that begin in March, so that the leap day is their
-/// last (Hinnant, "chrono-compatible low-level date algorithms").
+/// Returns the Gregorian date of a day since 1970. The years of the computation begin in March, so that the leap day is
+/// their last day (Hinnant, "chrono-compatible low-level date algorithms").
 fn date(days: u64) -> (u64, u64, u64) {
     let days = days + 719_468;
     let (era, day) = (days / 146_097, days % 146_097);

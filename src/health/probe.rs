@@ -19,8 +19,8 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ProbeFailure {
-    /// The HTTP status was not expected: not from 200 to 299, or rejected by
-    /// [`expect_status`](super::HealthProbeLayer::expect_status).
+    /// The HTTP status was not accepted: by default outside 200 to 299, else by the rule of
+    /// [`expect_status`](super::HealthProbeLayer::expect_status), for gRPC other than 200.
     Status(StatusCode),
     /// The gRPC status was not `OK`.
     GrpcStatus(u16),

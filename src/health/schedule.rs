@@ -8,11 +8,11 @@ use crate::{
     call::{Nanos, nanos},
 };
 
-/// When to look, and how long a look may take: of probes and of checks.
+/// The times of the runs of a probe or a check.
 #[derive(Clone, Debug)]
 pub(super) struct Schedule {
     pub(super) every: Duration,
-    /// Instead of `every`, from the first failure to the first success that makes all well again.
+    /// Replaces `every` from the first failure until the state is up and a run has passed.
     pub(super) every_while_down: Option<Duration>,
     pub(super) timeout: Duration,
     pub(super) jitter: f64,
@@ -26,28 +26,29 @@ impl Schedule {
         jitter: 0.1,
     };
 
-    /// How long to wait after a look that left things so.
+    /// Returns the delay before the next run, after a run that ended in this state. `failing`: the last result was a
+    /// failure.
     pub(super) fn wait(&self, state: ProbeState, failing: bool) -> Duration {
         let suspect = failing || state == ProbeState::Down;
         let every = self.every_while_down.filter(|_| suspect).unwrap_or(self.every);
         jittered(every, self.jitter)
     }
 
-    /// When a look that begins now has taken too long. Beyond what a clock can tell there is no deadline to
-    /// miss.
+    /// Returns the deadline of a run that begins now. Timeouts above one year are reduced to it, because the clock may
+    /// not represent a later instant.
     pub(super) fn deadline(timeout: Duration) -> Instant {
         let far = Duration::from_secs(86_400 * 365);
         let now = Instant::now();
         now.checked_add(timeout.min(far)).unwrap_or(now)
     }
 
-    /// How long after the beginning of a look its result must be there, if its runtime works at all.
+    /// Returns the time from the begin of a run after which its result is overdue, so that its runtime must be blocked.
     pub(super) fn patience(&self) -> Nanos {
         nanos(self.timeout.saturating_add(self.every.max(Duration::from_secs(1))))
     }
 }
 
-/// `every`, or up to `jitter` of it longer. Never panics, whatever the two are.
+/// Returns `every` plus a random share of it from 0 to `jitter`. Does not panic for any values.
 fn jittered(every: Duration, jitter: f64) -> Duration {
     let most = (nanos(every) as f64 * jitter) as u64;
     every.saturating_add(Duration::from_nanos(fastrand::u64(..=most)))

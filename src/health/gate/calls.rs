@@ -1,4 +1,4 @@
-//! What a gate says to calls, and what it hears of them.
+//! The admission of calls by a gate, and the outcomes that it counts.
 
 use std::{
     future::Ready,
@@ -19,21 +19,21 @@ use crate::{
     health::{PanicGuard, ProbeState},
 };
 
-/// What becomes of calls while a gate is down.
+/// The treatment of calls while a gate is down.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum WhileDown {
-    /// They are refused.
+    /// Calls are rejected.
     #[default]
     Refuse,
-    /// They go: for a gate whose word is wanted by a registry, and not by callers.
+    /// Calls are admitted, so that the gate affects only the check in its registry.
     LetThrough,
-    /// The service is not ready, so that a balancer picks another endpoint. A call that comes all the same is
-    /// refused.
+    /// `poll_ready` returns `Pending`, so that a balancer selects another endpoint. A call that is made nevertheless is
+    /// rejected.
     Wait,
 }
 
 impl Gate {
-    /// The word that lets a call through, if it does.
+    /// Returns the word if it admits a call. Starts the prober if it is armed.
     #[inline]
     fn lets_through(&self) -> Option<u8> {
         let word = self.word.load(Ordering::Acquire);
@@ -52,7 +52,7 @@ impl Gate {
     #[cold]
     fn refuse(&self) -> Rejected {
         self.refused.fetch_add(1, Ordering::Relaxed);
-        event!(DEBUG, resilience.name = self.named(), "call refused: unhealthy");
+        event!(DEBUG, resilience.name = self.named(), "call rejected: unhealthy");
         let left = self.next.load(Ordering::Relaxed).saturating_sub(self.now());
         Rejected::by(LayerKind::HealthProbe, RejectedKind::Unhealthy)
             .with_retry_after(Duration::from_nanos(left))
@@ -62,7 +62,7 @@ impl Gate {
 
 impl<Req> Policy<Req> for Shared<Gate> {
     type Giver = Self;
-    /// Whether anybody wants to hear how it ends.
+    /// Whether the outcome of the call is counted.
     type Pass = bool;
     type Wait = Ready<Result<Permit<Self>, Rejected>>;
 
@@ -87,7 +87,7 @@ impl<Req> Policy<Req> for Shared<Gate> {
 
     #[inline]
     fn permit(&self, listens: bool) -> Permit<Self> {
-        // Else nobody wants to hear how it ends.
+        // A gate that is not passive does not count outcomes, so its calls need no permit.
         if listens { Shared::permit(self, Token::default()) } else { Permit::hollow() }
     }
 
@@ -101,7 +101,7 @@ impl Finish for Gate {
         match outcome.kind() {
             OutcomeKind::Success => self.passed.fetch_add(1, Ordering::Relaxed),
             OutcomeKind::Failure => self.failed.fetch_add(1, Ordering::Relaxed),
-            // Neither proves anything.
+            // Neither outcome proves health or its absence.
             OutcomeKind::Throttled | OutcomeKind::Cancelled => return,
         };
     }

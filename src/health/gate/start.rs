@@ -1,4 +1,19 @@
-//! Starting the prober, once, where there is a runtime to start it in.
+//! The start of the prober, on the first runtime that is available.
+//!
+//! A layer is often built outside a runtime. [`Gate::arm`] then stores a [`Starter`], and the first call inside a
+//! runtime runs it. The lock `start` protects the [`Start`]; the flag [`ARMED`] tells calls, without the lock, that a
+//! starter is stored. `ARMED` is set and cleared under the lock, so it always agrees with `Start::Armed` there. Outside
+//! the lock the flag can be outdated: [`Gate::start_if_possible`] checks the state again under the lock.
+//!
+//! ```text
+//!  Idle ──arm──▶ Armed ──start──▶ Starting ──spawned──▶ Running
+//!                  ▲                  │                    │
+//!                  └──────────────────┴───runtime ended────┘──timers missing──▶ Dead
+//! ```
+//!
+//! A starter owns the service and the probe of the user, so it runs, and is dropped, outside the lock. A runtime that
+//! shuts down drops the prober during the spawn, and this drop changes the state from `Starting` to `Armed` before the
+//! spawning thread locks again. That thread therefore sets `Running` only if the state is still `Starting`.
 
 use std::{
     mem,
@@ -13,14 +28,14 @@ use super::{ARMED, Gate, TAKEN};
 pub(in crate::health) type Starter = Box<dyn FnOnce(&Handle) -> AbortHandle + Send>;
 
 pub(super) enum Start {
-    /// Nothing is wrapped yet.
+    /// The layer has not wrapped a service yet.
     Idle,
-    /// Waits for a runtime.
+    /// The prober waits for a runtime.
     Armed(Starter),
-    /// Being spawned at this moment, outside of the lock.
+    /// A thread spawns the prober at this moment, outside the lock.
     Starting,
     Running(AbortHandle),
-    /// It panicked, which takes a runtime without timers.
+    /// The prober has panicked, because its runtime has no timers. It is not started again.
     Dead,
 }
 
@@ -29,10 +44,10 @@ impl Gate {
         self.start.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a prober, unless there is one, and starts it if there is a runtime to start it in.
+    /// Stores a prober, unless the gate has one, and starts it if the current thread is inside a runtime.
     pub(in crate::health) fn arm(&self, prober: impl FnOnce() -> Starter) {
         if self.word.load(Ordering::Acquire) & TAKEN == 0 {
-            // A user's clone runs in it: outside of the lock.
+            // Outside the lock, because it clones the service of the user.
             let starter = prober();
             let mut start = self.start();
             if matches!(*start, Start::Idle) {
@@ -45,6 +60,7 @@ impl Gate {
         }
     }
 
+    /// Starts an armed prober, if the current thread is inside a runtime.
     #[cold]
     pub(super) fn start_if_possible(&self) {
         let Ok(runtime) = Handle::try_current() else { return };
@@ -59,7 +75,7 @@ impl Gate {
                 _ => return,
             }
         };
-        // Outside of the lock: a runtime that shuts down drops the prober at once, which arms again.
+        // Outside the lock: a runtime that shuts down drops the prober at once, which locks and arms again.
         let running = starter(&runtime);
         let mut start = self.start();
         if matches!(*start, Start::Starting) {
@@ -67,13 +83,13 @@ impl Gate {
         }
     }
 
-    /// The prober's runtime has ended before the gate: from here on nothing is known any more. With a
-    /// starter, the next call starts it in its own runtime.
+    /// Makes the state unknown, because the runtime of the prober has ended before the gate. With a starter, the next
+    /// call starts the prober on its own runtime.
     pub(in crate::health) fn stopped(&self, starter: Option<Starter>) {
         let mut probing = self.probing();
         probing.threshold.reset();
         self.publish(probing);
-        // Only now: the next prober's verdict must not be overwritten.
+        // Armed after the state is published, so that this change cannot overwrite a result of the next prober.
         let mut start = self.start();
         let next = match starter {
             Some(starter) => {
@@ -84,12 +100,13 @@ impl Gate {
         };
         let before = mem::replace(&mut *start, next);
         drop(start);
-        // A starter owns the service and the probe of the user.
+        // Dropped outside the lock: a starter owns the service and the probe of the user.
         drop(before);
     }
 
+    /// Aborts the prober.
     pub(super) fn stop(&self) {
-        // The abort may drop the prober, which owns the service and the probe of the user.
+        // The abort is outside the lock: it may drop the prober, which owns the service and the probe of the user.
         let running = match &*self.start() {
             Start::Running(prober) => Some(prober.clone()),
             _ => None,
