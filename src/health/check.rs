@@ -113,7 +113,7 @@ impl Check {
         self
     }
 
-    /// Sets the delay from the end of one run to the begin of the next: 5 s by default, above zero.
+    /// Sets the delay from the end of one run to the start of the next: 5 s by default, above zero.
     pub fn every(mut self, wait: Duration) -> Self {
         if let Some(wait) = self.accept(ConfigError::above_zero("every", wait)) {
             self.schedule.every = wait;

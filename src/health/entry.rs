@@ -193,7 +193,7 @@ impl Entry {
 
     // ===== Writes =====
 
-    /// Records the begin of a run, which must end within `patience`.
+    /// Records the start of a run, which must end within `patience`.
     pub(super) fn looks(&self, patience: Nanos) {
         self.overdue_at.store(self.clock.now().saturating_add(patience), Ordering::Release);
     }

@@ -250,7 +250,7 @@ impl Gate {
         wait
     }
 
-    /// Records the begin of a probe. Returns its timeout.
+    /// Records the start of a probe. Returns its timeout.
     fn probe_begins(&self) -> Duration {
         let mut probing = self.probing();
         probing.probes += 1;

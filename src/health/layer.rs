@@ -187,7 +187,7 @@ impl<F, M, R> HealthProbeLayer<Ask<F>, M, R> {
 }
 
 impl<P, M, R> HealthProbeLayer<P, M, R> {
-    /// Sets the delay from the end of one probe to the begin of the next: 5 s by default, above zero. The first probe
+    /// Sets the delay from the end of one probe to the start of the next: 5 s by default, above zero. The first probe
     /// is sent at once.
     pub fn every(mut self, wait: Duration) -> Self {
         if let Some(wait) = self.plan.accept(ConfigError::above_zero("every", wait)) {

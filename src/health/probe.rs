@@ -15,7 +15,7 @@ use crate::{
     redact::MAX_ERROR,
 };
 
-/// The reason for which a probe did not pass.
+/// The reason why a probe did not pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ProbeFailure {
@@ -24,7 +24,7 @@ pub enum ProbeFailure {
     Status(StatusCode),
     /// The gRPC status was not `OK`.
     GrpcStatus(u16),
-    /// The gRPC health service reported another status than `SERVING`.
+    /// The gRPC health service reported a status other than `SERVING`.
     NotServing,
     /// The service returned an error, in `poll_ready` or as the result of the call.
     Error,

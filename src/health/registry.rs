@@ -312,7 +312,7 @@ mod tests {
         assert_eq!(seen.reason.as_deref(), Some("gives no result any more"));
         // The run ends after all.
         entry.looked(Ok(()), Some(7 * second));
-        assert!(entry.rests(5 * second, nanos(6 * second)), "who watches is told");
+        assert!(entry.rests(5 * second, nanos(6 * second)), "watchers are notified");
         assert!(!entry.rests(5 * second, nanos(6 * second)));
         tokio::time::advance(11 * second).await;
         assert!(health.is_ready());

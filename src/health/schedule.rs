@@ -42,7 +42,7 @@ impl Schedule {
         now.checked_add(timeout.min(far)).unwrap_or(now)
     }
 
-    /// Returns the time from the begin of a run after which its result is overdue, so that its runtime must be blocked.
+    /// Returns the time from the start of a run after which its result is overdue, so that its runtime must be blocked.
     pub(super) fn patience(&self) -> Nanos {
         nanos(self.timeout.saturating_add(self.every.max(Duration::from_secs(1))))
     }

@@ -12,7 +12,7 @@
 //! separate counter and flag do not have this property: a call could read the flag as open, and increment the counter
 //! only after the drain has read it as zero.
 //!
-//! The drain compares this word with the phase, which is another atomic. All accesses are `SeqCst`, so that there is
+//! The drain reads this word and the phase, which is another atomic. All accesses are `SeqCst`, so that there is
 //! one order of all of them. `State::go_to` closes the door before it publishes a phase in which calls are rejected.
 
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
@@ -83,7 +83,7 @@ mod tests {
             let comes_until_told = || {
                 begin.wait();
                 while door.enter() {
-                    assert!(!gone.load(SeqCst), "let in after the end");
+                    assert!(!gone.load(SeqCst), "admitted after the end");
                     came.fetch_add(1, SeqCst);
                     door.leave();
                 }

@@ -113,7 +113,7 @@ impl Lifecycle {
         self
     }
 
-    /// Sets the time from the begin of *stopping* in which calls that arrive are still served: 1 s by default.
+    /// Sets the time from the start of *stopping* in which calls that arrive are still served: 1 s by default.
     ///
     /// A server announces the end of its connections when *stopping* begins. Calls that clients send before they
     /// receive this announcement arrive in the grace. After the grace the [layer](Self::layer) rejects calls, and

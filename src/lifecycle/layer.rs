@@ -26,7 +26,7 @@ use crate::{
 /// - A call is in flight until its response body ends.
 /// - Every request carries a [`Drain`] token in its extensions.
 /// - When the process is *stopping* and the grace is over, calls are rejected with 503 (gRPC `UNAVAILABLE`).
-/// - From the begin of the drain, responses over HTTP/1 carry `Connection: close`, with two exceptions: a response that
+/// - From the start of the drain, responses over HTTP/1 carry `Connection: close`, with two exceptions: a response that
 ///   upgrades the connection, and a rejection whose request body is still [drained](crate::call::Respond#uploads). The
 ///   connection of such a rejection ends when the body ends.
 ///

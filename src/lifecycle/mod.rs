@@ -78,8 +78,7 @@
 //!   client can send later streams again on another connection, because the server has not processed them. The server
 //!   sends GOAWAY when the drain begins, and at *stopping* to clients that connected during the delay: a client that
 //!   connects again at once after a GOAWAY would otherwise do so throughout the delay.
-//! - **Upgrades**: a WebSocket handshake in progress completes. Its response does not carry
-//!   `Connection: close`.
+//! - **Upgrades**: a WebSocket handshake in progress completes. Its response does not carry `Connection: close`.
 //! - **Idle connections**: after the grace, a connection is closed if it has no call and nothing has been written to it
 //!   for the grace. This includes a connection with an incomplete request head or preface, and an HTTP/2 connection
 //!   whose client does not acknowledge PING. A response that the client reads slowly is not cut off before the end of
@@ -87,9 +86,9 @@
 //!
 //! tonic's own server and `axum::serve` manage their connections themselves. They send GOAWAY and close idle HTTP/1
 //! connections when [`stopping`](Lifecycle::stopping) resolves. The layer continues to serve calls for the grace, so
-//! that calls that were on their way are not rejected. Two things differ from `serve`: during the delay `Connection:
-//! close` is the only announcement, and `axum::serve` adds `close` to the response of an upgrade that completes at
-//! *stopping*.
+//! that calls that were on their way are not rejected. Two things differ from `serve`: during the delay
+//! `Connection: close` is the only announcement, and `axum::serve` adds `close` to the response of an upgrade that
+//! completes at *stopping*.
 //!
 //! # In the stack
 //!

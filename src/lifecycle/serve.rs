@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{BoxError, listener::AcceptErrors};
 
-/// Time from the begin of *stopping* to the close of the listener.
+/// Time from the start of *stopping* to the close of the listener.
 ///
 /// In this time the server accepts the connections that the kernel has already established. Closing the listener at
 /// once would reset them, with the requests that they carry.
@@ -75,8 +75,8 @@ impl Lifecycle {
 
     /// Serves as [`serve`](Self::serve) does, with one service for each connection.
     ///
-    /// The closure makes the service. It receives the address of the peer: `|peer|
-    /// app.clone().layer(Extension(ConnectInfo(peer)))`.
+    /// The closure makes the service from the address of the peer:
+    /// `|peer| app.clone().layer(Extension(ConnectInfo(peer)))`.
     pub async fn serve_each<L, F, S, B>(&self, listener: L, make: F) -> Drained
     where
         L: Listener,

@@ -10,7 +10,7 @@
 //!
 //! - [`StagedIo`] is the IO object under hyper. It records every read and write in the [`ConnectionState`], and ends a
 //!   blocked write itself.
-//! - [`CallGuard`] exists once for each call. It records the begin and the end of the call.
+//! - [`CallGuard`] exists once for each call. It records the start and the end of the call.
 //! - [`StageClock`] belongs to the connection's task, which checks it each time that hyper waits. The records determine
 //!   the stage, and the stage determines the limit.
 //!
@@ -214,7 +214,8 @@ enum Stage {
     Call,
     /// No call since this instant.
     Idle(Instant),
-    /// The idle time is over, or the slot is reclaimed: hyper shuts the connection down gracefully since this instant.
+    /// The idle time is over, or the slot is reclaimed: hyper has been shutting the connection down since
+    /// this instant.
     Retired(Instant),
 }
 
@@ -355,7 +356,7 @@ impl StageClock {
 /// The protocol, as far as the bytes from the client determine it.
 #[derive(Debug)]
 enum Protocol {
-    /// Not known yet: all bytes so far, of this number, are equal to the begin of the HTTP/2 preface.
+    /// Not known yet. The number of bytes so far, which are equal to the start of the HTTP/2 preface.
     Preface(usize),
     Http1,
     Http2(Frames),
@@ -457,7 +458,7 @@ impl<Io> StagedIo<Io> {
         match polled {
             Poll::Ready(result) => {
                 if let Some((_, blocked)) = self.blocked {
-                    // A completed flush is not progress of a blocked write. A completed write ends both.
+                    // A completed flush is not progress of a blocked write. A completed write is progress of either.
                     if matches!(op, WriteOp::Write) || matches!(blocked, WriteOp::Flush) {
                         self.blocked = None;
                         self.state.is_used.store(true, Relaxed);

@@ -273,7 +273,7 @@ impl State {
     }
 }
 
-/// Waits for the begin of the drain, then advances to each further step when the time of the current step is over.
+/// Waits for the start of the drain, then advances to each further step when the time of the current step is over.
 ///
 /// The step can advance earlier, for example by [`State::hurry`]. Then the next step begins its time at once. The
 /// future ends when the state is dropped.

@@ -1,7 +1,7 @@
 //! The start of the prober, on the first runtime that is available.
 //!
 //! A layer is often built outside a runtime. [`Gate::arm`] then stores a [`Starter`], and the first call inside a
-//! runtime runs it. The lock `start` protects the [`Start`]; the flag [`ARMED`] tells calls, without the lock, that a
+//! runtime runs it. The lock `start` protects the [`Start`]; the flag [`ARMED`] shows calls, without the lock, that a
 //! starter is stored. `ARMED` is set and cleared under the lock, so it always agrees with `Start::Armed` there. Outside
 //! the lock the flag can be outdated: [`Gate::start_if_possible`] checks the state again under the lock.
 //!
