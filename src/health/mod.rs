@@ -150,11 +150,12 @@
 //!
 //! Response bodies of calls pass through unchanged, and an open stream continues when the gate goes down. The body of a
 //! probe's response is read within the `timeout`, with a maximum of 64 KiB, so that the connection can be reused. A
-//! longer body is dropped, and the head determines the result.
+//! longer body is dropped. Then the head determines the result, unless
+//! [`expect_body`](HealthProbeLayer::expect_body) is set.
 //!
 //! # Cancellation
 //!
-//! A call holds no permit of the gate, so dropping it has no effect on the gate.
+//! Dropping a call has no effect on the gate: a cancelled call is not counted.
 //!
 //! # Defaults
 //!
