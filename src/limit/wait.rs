@@ -24,7 +24,7 @@ pin_project! {
         deadline: Option<Instant>,
         // The end of the wait: the maximum wait or the deadline, whichever is earlier.
         until: Instant,
-        /// No waker has been registered for the queue entry yet.
+        // No waker has been registered for the queue entry yet.
         is_new: bool,
         // Fires at `until`. With partitions it also fires each time that a reservation may have expired.
         #[pin]

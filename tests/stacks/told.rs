@@ -123,7 +123,10 @@ async fn every_refusal_is_logged_with_the_name_of_its_layer() {
     let held = limit.handle().try_acquire().unwrap();
     call(ServiceBuilder::new().layer(limit).service(answers!(200, AT_ONCE))).await.unwrap_err();
     drop(held);
-    assert_eq!(log.take(), [r#"DEBUG call rejected resilience.name="front" reason="limit_reached""#]);
+    assert_eq!(
+        log.take(),
+        [r#"DEBUG call rejected resilience.name="front" reason="limit_reached""#]
+    );
 
     let breaker = CircuitBreakerLayer::http().name("search");
     breaker.handle().force_open();

@@ -30,19 +30,15 @@
 //!
 //! # Invariants
 //!
-//! - `state` is `generation << 2 | stage`. The stages are free → held → free, or free → held → released → free. Claims
-//!   increase the generation. Only the sweeper changes held to released, by compare-exchange with the whole word that
+//! - `state` is `generation << 2 | stage`. The stages are free → claimed → held → free, or free → claimed → held →
+//!   released → free. Claims increase the generation. A claim writes the other fields while the stage is claimed, in
+//!   which the sweeper ignores the slot. Only the sweeper changes held to released, by compare-exchange with the whole word that
 //!   it has observed, so it never releases the permit of a later body in the same slot. The body frees the slot by one
 //!   read-modify-write, whose old stage states whether the body still has the permit. So a permit is released once.
 //! - `tag`, `polls` and `times` are written only by the owner of the slot: the thread that claims it, then the body.
 //! - The sweeper uses `polls` and `times` only after it has observed the same `state` and `polls` for the maximum time.
-//!   A claim changes `state` before `polls`, so an observation in between has the new generation with the old `polls`;
-//!   the next one replaces it.
-//! - The tag that the sweeper reads belongs to the body, unless a thread is suspended in one of two places: a claim
-//!   between its writes of `state` and `polls`, for the maximum time; or the sweeper between its compare-exchange and
-//!   its read of `tag`, while the body ends and another body claims the slot. In these cases the permit is released
-//!   with the tag of another body. The total of the calls in flight is still right; with partitions, the call is
-//!   subtracted from the partition of the other tag.
+//! - The sweeper reads `tag` after it has observed the stage held and before its compare-exchange. A later claim writes
+//!   `tag` only after it has changed `state`, so if the compare-exchange succeeds, the tag is that of the body.
 //! - Slots are not deallocated while the limit exists. A fixed limit lives forever and may be
 //!   [renewed](super::Limiter::renew) while a body of its former use still owns a released slot: the body frees the
 //!   slot at its end and touches nothing else.
@@ -51,8 +47,10 @@
 //!
 //! # Memory orderings
 //!
-//! - A claim stores `tag`, and a poll stores `times`, before it stores `polls` with Release. The sweeper loads `polls`
-//!   with Acquire before it reads them.
+//! - A claim stores `tag` before it stores the stage held with Release. The sweeper loads `state` with Acquire before it
+//!   reads `tag`. Its compare-exchange has Release as well, so that it stays behind the read of `tag`.
+//! - A poll stores `times` before it stores `polls` with Release. The sweeper loads `polls` with Acquire before it reads
+//!   `times`.
 //! - The Release of the body in [`Slot::free`] pairs with the compare-exchange of the next claim.
 //! - The end of the sweeper and a claim are a store-buffering pair. The sweeper clears `is_sweeping` and then reads all
 //!   slots; a claim writes its slot and then reads `is_sweeping`. All four operations are SeqCst, so at least one of
@@ -102,6 +100,8 @@ const FREE: u64 = 0;
 const HELD: u64 = 1;
 /// The slot has a body whose permit the sweeper has released.
 const RELEASED: u64 = 2;
+/// A claim writes the slot; the body has its permit.
+const CLAIMED: u64 = 3;
 /// The step of the generation in `state`.
 const GENERATION: u64 = 0b100;
 
@@ -139,7 +139,8 @@ impl Slot {
     /// Claims the slot. Returns `false` if it is not free.
     fn claim(&self, tag: u64) -> bool {
         let state = self.state.load(Ordering::Relaxed);
-        let claimed = (state & !STAGE).wrapping_add(GENERATION) | HELD;
+        let generation = (state & !STAGE).wrapping_add(GENERATION);
+        let claimed = generation | CLAIMED;
         if state & STAGE != FREE
             || self
                 .state
@@ -150,6 +151,7 @@ impl Slot {
         }
         self.tag.store(tag, Ordering::Relaxed);
         self.record_poll(Some(0));
+        self.state.store(generation | HELD, Ordering::Release);
         true
     }
 
@@ -175,10 +177,12 @@ impl Slot {
     /// Marks the permit as released, if `state` is still the observed one. Returns the token to release it with.
     fn release(&self, observed: u64) -> Option<Token> {
         let released = observed & !STAGE | RELEASED;
+        // Before the exchange: after it, the body may free the slot, and another claim overwrite the tag.
+        let tag = self.tag.load(Ordering::Relaxed);
         self.state
             .compare_exchange(observed, released, Ordering::AcqRel, Ordering::Relaxed)
             .ok()
-            .map(|_| Token::unmeasured(self.tag.load(Ordering::Relaxed)))
+            .map(|_| Token::unmeasured(tag))
     }
 }
 
@@ -258,7 +262,7 @@ impl Unread {
     /// Returns whether a body in any slot has its permit.
     fn has_held(&self) -> bool {
         let mut slots = self.chunks.iter().filter_map(OnceLock::get).flatten();
-        slots.any(|slot| slot.state.load(Ordering::SeqCst) & STAGE == HELD)
+        slots.any(|slot| matches!(slot.state.load(Ordering::SeqCst) & STAGE, HELD | CLAIMED))
     }
 }
 
@@ -495,6 +499,40 @@ mod tests {
         assert!(slot.is_released() && !slot.claim(4));
         assert!(!slot.free(), "the sweeper has released the permit");
         assert!(slot.claim(5));
+    }
+
+    #[test]
+    fn sweeper_releases_the_permit_of_the_body_that_loses_it() {
+        const ROUNDS: u64 = 20_000;
+        let (slot, is_done) = (Slot::new(), AtomicBool::new(false));
+        let (lost, released) = scope(|scope| {
+            let body = scope.spawn(|| {
+                let mut lost = Vec::new();
+                for tag in 1..=ROUNDS {
+                    assert!(slot.claim(tag));
+                    for _ in 0..fastrand::u8(..32) {
+                        std::hint::spin_loop();
+                    }
+                    if !slot.free() {
+                        lost.push(tag);
+                    }
+                }
+                is_done.store(true, Ordering::Release);
+                lost
+            });
+            let sweeper = scope.spawn(|| {
+                let mut released = Vec::new();
+                while !is_done.load(Ordering::Acquire) {
+                    let observed = slot.state.load(Ordering::Acquire);
+                    if observed & STAGE == HELD {
+                        released.extend(slot.release(observed).map(|token| token.tag));
+                    }
+                }
+                released
+            });
+            (body.join().unwrap(), sweeper.join().unwrap())
+        });
+        assert_eq!(lost, released);
     }
 
     #[test]
