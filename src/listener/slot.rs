@@ -43,13 +43,13 @@ impl Slot {
 
     /// Registers the waker of the connection's task. Call it before [`is_reclaimed`](Self::is_reclaimed).
     pub(crate) fn wake_on_reclaim(&self, waker: &Waker) {
-        let mut registered = self.0.waker.lock().unwrap_or_else(PoisonError::into_inner);
-        if registered.as_ref().is_some_and(|registered| registered.will_wake(waker)) {
+        let registered = || self.0.waker.lock().unwrap_or_else(PoisonError::into_inner);
+        if registered().as_ref().is_some_and(|registered| registered.will_wake(waker)) {
             return;
         }
-        // The old waker is dropped after the lock is released.
-        let replaced = registered.replace(waker.clone());
-        drop(registered);
+        // A waker is user code: it is cloned and dropped without the lock. Only the task of the connection registers.
+        let waker = waker.clone();
+        let replaced = registered().replace(waker);
         drop(replaced);
     }
 
