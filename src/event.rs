@@ -4,12 +4,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::call::{Clock, Nanos};
 
-/// Emits one `tracing` event. Without the feature `tracing` it expands to no code.
+/// Emits one `tracing` event with the target `buttress::<layer>`. Without the feature `tracing` it expands to no code.
+///
+/// The target is explicit, so that a filter of an application does not depend on the modules of this crate.
 ///
 /// A subscriber is user code and may call any handle, so no lock of this crate may be held here.
 #[cfg(feature = "tracing")]
 macro_rules! event {
-    ($level:ident, $($what:tt)*) => { ::tracing::event!(::tracing::Level::$level, $($what)*) };
+    ($layer:ident, $level:ident, $($what:tt)*) => {
+        ::tracing::event!(
+            target: concat!("buttress::", stringify!($layer)),
+            ::tracing::Level::$level,
+            $($what)*
+        )
+    };
 }
 #[cfg(not(feature = "tracing"))]
 macro_rules! event {

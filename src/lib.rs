@@ -105,8 +105,12 @@
 //! | the error | [`Rejected::find`]: the layer, its name, the reason and the time to retry; [`Attempts::find`]: the attempts |
 //! | the response | the same, in its extensions: `response.extensions().get::<Rejected>()`, [`Attempts::of`] |
 //! | a server's client | the status, `Retry-After`, and `reason` in the problem document; no internal state |
-//! | the log (`buttress=debug`) | an event for each decision, with `resilience.name` and `reason`; DEBUG for calls, INFO and WARN for state changes, ERROR for invalid settings |
+//! | the log (`buttress=debug`, or one of the targets below) | an event for each decision, with `resilience.name` and `reason`; DEBUG for calls, INFO and WARN for state changes, ERROR for invalid settings |
 //! | a handle's `snapshot()` | the counts since the start and the current state, for metrics of any kind: read it when the metrics are scraped, as the `metrics` example does |
+//!
+//! The targets of the events are `buttress::breaker`, `buttress::retry`, `buttress::hedge`, `buttress::limit`,
+//! `buttress::health`, `buttress::timeout`, `buttress::connect`, `buttress::listener` and `buttress::lifecycle`;
+//! invalid settings of every layer are reported under `buttress::config`.
 //!
 //! The enums with a closed set of values, such as [`RejectedKind`](call::RejectedKind), [`Reason`](call::Reason) and
 //! [`Stop`](retry::Stop), have an `as_str()` for the label of a metric. The name of a layer is set by

@@ -329,6 +329,7 @@ impl Circuit {
             Some(why) if why.is_of_probes() => {
                 if let Some(occurrences) = self.reopened.record() {
                     event!(
+                        breaker,
                         WARN,
                         resilience.name = name,
                         reason = %why,
@@ -342,7 +343,7 @@ impl Circuit {
                 }
             }
             Some(why) => {
-                event!(WARN, resilience.name = name, reason = %why, "circuit opened");
+                event!(breaker, WARN, resilience.name = name, reason = %why, "circuit opened");
                 let _ = why;
             }
             None => {}
@@ -353,6 +354,7 @@ impl Circuit {
             State::HalfOpen if change.from != change.to || change.tripped.is_some() => {
                 if let Some(occurrences) = self.half_opened.record() {
                     event!(
+                        breaker,
                         INFO,
                         resilience.name = name,
                         state = State::HalfOpen.as_str(),
@@ -364,10 +366,24 @@ impl Circuit {
             }
             _ if change.from == change.to => {}
             State::Closed => {
-                event!(INFO, resilience.name = name, passed, failed, probes, "circuit closed");
+                event!(
+                    breaker,
+                    INFO,
+                    resilience.name = name,
+                    passed,
+                    failed,
+                    probes,
+                    "circuit closed"
+                );
             }
             to => {
-                event!(INFO, resilience.name = name, state = to.as_str(), "circuit changed");
+                event!(
+                    breaker,
+                    INFO,
+                    resilience.name = name,
+                    state = to.as_str(),
+                    "circuit changed"
+                );
                 let _ = to;
             }
         }
@@ -544,7 +560,13 @@ impl Circuit {
     #[inline]
     fn refuse_as(&self, kind: RejectedKind) -> Rejected {
         self.refused.fetch_add(1, Ordering::Relaxed);
-        event!(DEBUG, resilience.name = self.named(), reason = kind.as_str(), "call refused");
+        event!(
+            breaker,
+            DEBUG,
+            resilience.name = self.named(),
+            reason = kind.as_str(),
+            "call rejected"
+        );
         Rejected::by(LayerKind::CircuitBreaker, kind).labelled(self.label.get().cloned())
     }
 }

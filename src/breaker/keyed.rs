@@ -193,6 +193,7 @@ impl<Q: Clone + Eq + Hash> Circuits<Q> {
         }
         if let Some(_occurrences) = self.uncovered_event.record() {
             event!(
+                breaker,
                 WARN,
                 resilience.name = self.template.named(),
                 reason = reason.setting(),

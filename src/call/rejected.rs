@@ -255,6 +255,7 @@ impl LayerFault {
     pub(crate) fn report(&self, layer: &'static str, effect: &'static str) {
         if let Some(_occurrences) = self.reports.record() {
             event!(
+                config,
                 ERROR,
                 layer,
                 error = %self.error,

@@ -276,7 +276,7 @@ impl Connections {
     /// Counts a rejection and returns it.
     pub(super) fn refuse(&self) -> Rejected {
         self.counts.saturated.fetch_add(1, Ordering::Relaxed);
-        event!(DEBUG, reason = RejectedKind::Saturated.as_str(), "connection rejected");
+        event!(connect, DEBUG, reason = RejectedKind::Saturated.as_str(), "connection rejected");
         self.rejected()
     }
 
@@ -322,7 +322,7 @@ impl Connections {
             Some(Over::Idle) => self.counts.closed_for_idleness.fetch_add(1, Ordering::Relaxed),
             _ => return,
         };
-        event!(DEBUG, ?why, "connection closed");
+        event!(connect, DEBUG, ?why, "connection closed");
     }
 
     /// Decides whether an idle connection closes because a caller of another host waits for a permit of the total.

@@ -209,10 +209,10 @@ impl Runner {
             let failed = result.is_err();
             let change = self.threshold.told(!failed);
             if let (Some(_), Err(why)) = (change, &result) {
-                event!(WARN, check = self.entry.name(), reason = &**why, "check failed");
+                event!(health, WARN, check = self.entry.name(), reason = &**why, "check failed");
                 let _ = why;
             } else if change.is_some() {
-                event!(INFO, check = self.entry.name(), "check passed");
+                event!(health, INFO, check = self.entry.name(), "check passed");
             }
             let wait = self.schedule.wait(self.threshold.state(), failed);
             self.entry.looked(result, Some(took));

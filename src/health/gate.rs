@@ -286,6 +286,7 @@ impl Gate {
             let name = self.named();
             if let (ProbeState::Down, Err(why)) = (to, result) {
                 event!(
+                    health,
                     WARN,
                     resilience.name = name,
                     reason = why.as_str(),
@@ -294,7 +295,7 @@ impl Gate {
                 );
                 let _ = why;
             } else {
-                event!(INFO, resilience.name = name, "health probe: up");
+                event!(health, INFO, resilience.name = name, "health probe: up");
             }
             let _ = name;
         } else {

@@ -92,7 +92,11 @@ where
     fn drop(&mut self) {
         let Some(gate) = self.0.gate.upgrade() else { return };
         if thread::panicking() {
-            event!(ERROR, "health probe: the prober panicked: enable the timers of the runtime");
+            event!(
+                health,
+                ERROR,
+                "health probe: the prober panicked: enable the timers of the runtime"
+            );
             gate.stopped(None);
         } else {
             let next = Prober {

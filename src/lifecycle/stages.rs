@@ -333,7 +333,7 @@ impl StageClock {
         let is_over = deadline.is_some_and(|deadline| now >= deadline);
         match self.stage {
             Stage::Head(_) if is_over || is_reclaimed => {
-                event!(DEBUG, "connection closed: incomplete request head");
+                event!(lifecycle, DEBUG, "connection closed: incomplete request head");
                 return Verdict::Close;
             }
             Stage::Retired(_) if is_over => return Verdict::Close,
@@ -484,7 +484,7 @@ impl<Io> StagedIo<Io> {
         let (since, _) = *self.blocked.get_or_insert((now, op));
         let Some(deadline) = since.checked_add(limit) else { return Ok(()) };
         if now >= deadline {
-            event!(DEBUG, "connection closed: the client does not read");
+            event!(lifecycle, DEBUG, "connection closed: the client does not read");
             (self.reset)(&self.io);
             return Err(io::Error::new(io::ErrorKind::TimedOut, "the client does not read"));
         }

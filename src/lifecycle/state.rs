@@ -238,7 +238,13 @@ impl State {
             if phase >= Phase::Stopping {
                 self.reporter.end();
             }
-            event!(INFO, phase = phase.as_str(), in_flight = self.in_flight(), "lifecycle");
+            event!(
+                lifecycle,
+                INFO,
+                phase = phase.as_str(),
+                in_flight = self.in_flight(),
+                "lifecycle"
+            );
         }
         // A step with a duration of zero is over before this function returns, without the driver task.
         match next {
@@ -310,7 +316,7 @@ impl Drop for Driven {
     fn drop(&mut self) {
         let Some(state) = self.0.upgrade() else { return };
         if state.phase() < Phase::Stopped {
-            event!(WARN, "lifecycle: the runtime that it was made in has ended");
+            event!(lifecycle, WARN, "lifecycle: the runtime that it was made in has ended");
             state.go_to(Step::Stopped);
         }
     }
@@ -356,7 +362,7 @@ impl<Req> Policy<Req> for Entrance {
             return Admit::Go(permit);
         }
         self.0.refused.fetch_add(1, SeqCst);
-        event!(DEBUG, "call rejected: shutting down");
+        event!(lifecycle, DEBUG, "call rejected: shutting down");
         let rejected = Rejected::by(LayerKind::Lifecycle, RejectedKind::ShuttingDown);
         // Another instance can serve the call at once.
         Admit::No(rejected.with_retry_after(Duration::ZERO))

@@ -262,7 +262,7 @@ impl<F: Future> Future for StreamTask<F> {
                     if timer.has_fired(cx) {
                         let now = Instant::now();
                         if now >= deadline {
-                            event!(DEBUG, "stream reset: the client does not read");
+                            event!(lifecycle, DEBUG, "stream reset: the client does not read");
                             return Poll::Ready(());
                         }
                         timer.arm(deadline, now, cx);

@@ -433,11 +433,17 @@ impl Limiter {
         let label = label();
         let _name = label.as_deref().map_or("", |label| &*label.name);
         if !self.is_shadow() {
-            event!(DEBUG, resilience.name = _name, reason = kind.as_str(), "call rejected");
+            event!(limit, DEBUG, resilience.name = _name, reason = kind.as_str(), "call rejected");
             return Err(self.refuse(kind).labelled(label));
         }
         self.counts.shadowed.fetch_add(1, Ordering::Relaxed);
-        event!(DEBUG, resilience.name = _name, reason = kind.as_str(), "call would be rejected");
+        event!(
+            limit,
+            DEBUG,
+            resilience.name = _name,
+            reason = kind.as_str(),
+            "call would be rejected"
+        );
         Ok(Token::unmeasured(SHADOW))
     }
 

@@ -44,6 +44,7 @@ impl AcceptErrors {
     pub(crate) fn report(&mut self, error: &io::Error) {
         if let Some(_occurrences) = self.record(error) {
             event!(
+                listener,
                 WARN,
                 error = %redact::Redacted(error),
                 occurrences = _occurrences,

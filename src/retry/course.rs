@@ -166,6 +166,7 @@ impl<S> Course<S> {
                 self.waited = again.wait;
                 self.record.tried(Tried { outcome, waited: again.wait });
                 event!(
+                    retry,
                     DEBUG,
                     resilience.name = policy.name(),
                     attempt = self.record.made,
@@ -185,6 +186,7 @@ impl<S> Course<S> {
             }
             Err(stop) => {
                 event!(
+                    retry,
                     DEBUG,
                     resilience.name = policy.name(),
                     attempt = self.record.made,

@@ -5,6 +5,9 @@ use std::time::Duration;
 use crate::call::Outcome;
 
 #[cfg(feature = "tracing")]
+const TARGET: &str = "buttress::retry";
+
+#[cfg(feature = "tracing")]
 #[derive(Debug)]
 pub(super) struct Span(Option<tracing::Span>);
 
@@ -27,9 +30,10 @@ impl Span {
 
     #[cold]
     fn begun() -> Self {
-        Self(tracing::enabled!(tracing::Level::DEBUG).then(|| {
+        Self(tracing::enabled!(target: TARGET, tracing::Level::DEBUG).then(|| {
             use tracing::field::Empty;
             tracing::debug_span!(
+                target: TARGET,
                 "attempt",
                 "http.request.resend_count" = Empty,
                 delay_ms = Empty,

@@ -378,6 +378,7 @@ impl State {
     pub(super) fn refuse(&self, by: LayerKind) -> Rejected {
         self.refused.fetch_add(1, Relaxed);
         event!(
+            timeout,
             DEBUG,
             resilience.name = self.name_or_empty(),
             "deadline passed before the call began"
@@ -403,7 +404,13 @@ pub(super) fn timed_out(
     // The layer, its services and its handles have been dropped, so nothing can read the counters.
     let Some(state) = far.get() else { return rejected };
     state.timed_out[phase as usize].fetch_add(1, Relaxed);
-    event!(DEBUG, resilience.name = state.name_or_empty(), reason = phase.as_str(), "timed out");
+    event!(
+        timeout,
+        DEBUG,
+        resilience.name = state.name_or_empty(),
+        reason = phase.as_str(),
+        "timed out"
+    );
     rejected.labelled(state.label.get().cloned())
 }
 

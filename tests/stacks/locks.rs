@@ -352,7 +352,6 @@ fn event_subscriber_may_use_every_handle() {
             "circuit opened again",
             "circuit changed",
             "circuit closed",
-            "call refused",
             "call rejected",
             "limit changed",
             "hedging",

@@ -59,6 +59,20 @@ impl Visit for Line {
     }
 }
 
+/// The targets of the crate's documentation, which filters of applications contain.
+const TARGETS: [&str; 10] = [
+    "breaker",
+    "config",
+    "connect",
+    "health",
+    "hedge",
+    "lifecycle",
+    "limit",
+    "listener",
+    "retry",
+    "timeout",
+];
+
 impl Subscriber for Log {
     fn enabled(&self, _: &Metadata<'_>) -> bool {
         true
@@ -73,9 +87,8 @@ impl Subscriber for Log {
     fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
 
     fn event(&self, event: &Event<'_>) {
-        if !event.metadata().target().starts_with("buttress") {
-            return;
-        }
+        let Some(target) = event.metadata().target().strip_prefix("buttress::") else { return };
+        assert!(TARGETS.contains(&target), "{target} is not a documented target");
         let mut line = Line::default();
         event.record(&mut line);
         self.0.lock().unwrap().push(format!(
@@ -134,7 +147,7 @@ async fn every_refusal_is_logged_with_the_name_of_its_layer() {
     call(ServiceBuilder::new().layer(breaker).service(answers!(200, AT_ONCE))).await.unwrap_err();
     assert_eq!(
         log.take(),
-        [r#"DEBUG call refused resilience.name="search" reason="circuit_forced_open""#]
+        [r#"DEBUG call rejected resilience.name="search" reason="circuit_forced_open""#]
     );
 
     let timeout = TimeoutLayer::http().head(Duration::from_secs(1)).name("search");

@@ -52,7 +52,7 @@ impl Gate {
     #[cold]
     fn refuse(&self) -> Rejected {
         self.refused.fetch_add(1, Ordering::Relaxed);
-        event!(DEBUG, resilience.name = self.named(), "call rejected: unhealthy");
+        event!(health, DEBUG, resilience.name = self.named(), "call rejected: unhealthy");
         let left = self.next.load(Ordering::Relaxed).saturating_sub(self.now());
         Rejected::by(LayerKind::HealthProbe, RejectedKind::Unhealthy)
             .with_retry_after(Duration::from_nanos(left))

@@ -129,6 +129,7 @@ impl Teller {
     fn report_panic(&self, has_panicked: bool) {
         if let Some(_occurrences) = has_panicked.then(|| self.panics.record()).flatten() {
             event!(
+                limit,
                 ERROR,
                 occurrences = _occurrences,
                 "adaptive algorithm panicked: the limit keeps its value"
@@ -202,7 +203,13 @@ impl Teller {
         drop(state);
         self.report_panic(heard.is_none());
         let Some(Some(_change)) = heard else { return false };
-        event!(DEBUG, limit = _change.limit, reason = _change.reason.as_str(), "limit changed");
+        event!(
+            limit,
+            DEBUG,
+            limit = _change.limit,
+            reason = _change.reason.as_str(),
+            "limit changed"
+        );
         true
     }
 

@@ -352,6 +352,7 @@ impl Limiter {
         let label = self.unread.label.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let _name = label.as_deref().map_or("", |label| &*label.name);
         event!(
+            limit,
             DEBUG,
             resilience.name = _name,
             reason = "unread",

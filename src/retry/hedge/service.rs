@@ -273,6 +273,7 @@ where
                     *this.sent += 1;
                     settings.sent.fetch_add(1, Ordering::Relaxed);
                     event!(
+                        hedge,
                         DEBUG,
                         resilience.name = settings.name(),
                         hedge = *this.sent,
@@ -324,6 +325,7 @@ impl Settings {
     /// Reports a bad response that is dropped because other attempts are in flight.
     fn report_bad(&self, _outcome: Outcome, _in_flight: usize) {
         event!(
+            hedge,
             DEBUG,
             resilience.name = self.name(),
             outcome = ?_outcome,
@@ -349,11 +351,12 @@ where
     M: Repeat<Req> + Weigh<S::Response, S::Error>,
 {
     if !kept.is_some_and(|kept| M::repeatable(kept) == Repeatable::Yes) {
-        event!(DEBUG, resilience.name = core.settings.name(), reason = "body", "not hedged");
+        event!(hedge, DEBUG, resilience.name = core.settings.name(), reason = "body", "not hedged");
         return Next::Nothing;
     }
     if kept.and_then(M::deadline).is_some_and(|deadline| deadline.left().is_zero()) {
         event!(
+            hedge,
             DEBUG,
             resilience.name = core.settings.name(),
             reason = "deadline_passed",
@@ -365,6 +368,7 @@ where
     if let Some(None) = withdrawal {
         core.settings.denied.fetch_add(1, Ordering::Relaxed);
         event!(
+            hedge,
             DEBUG,
             resilience.name = core.settings.name(),
             reason = "budget_used_up",
