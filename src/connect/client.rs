@@ -26,7 +26,7 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use super::{
-    conn::Tag,
+    conn::{Conn, Tag},
     core::Connections,
     executor::Executor,
     handle::ConnectHandle,
@@ -254,7 +254,9 @@ impl Future for ResponseFuture {
         }
         let permit = tag.serve(turn.take());
         let connection = connection.take();
-        if status == StatusCode::MISDIRECTED_REQUEST && connection.is_some_and(|own| close(&own)) {
+        if status == StatusCode::MISDIRECTED_REQUEST
+            && connection.is_some_and(|own| misdirected(&own))
+        {
             response.extensions_mut().insert(RetiredConnection);
         }
         let good = Eos::Plain(Outcome::success());
@@ -272,14 +274,25 @@ fn with_connection(error: legacy::Error) -> BoxError {
 
 /// Retires a connection whose time is over, unless calls still need it.
 fn retire(connection: &CaptureConnection) {
-    if Tag::of(connection).is_some_and(|tag| tag.conn.is_to_be_left()) {
-        close(connection);
+    if let Some(tag) = Tag::of(connection).filter(|tag| tag.conn.is_to_be_left()) {
+        close(connection, &tag.conn);
     }
 }
 
-/// Retires a connection: excludes it from further calls. Returns `false` if the connection is unknown.
-fn close(connection: &CaptureConnection) -> bool {
-    connection.connection_metadata().as_ref().inspect(|connected| connected.poison()).is_some()
+/// Lets a connection serve no call after this one, and closes it after its calls. Returns `false` if it is unknown.
+fn misdirected(connection: &CaptureConnection) -> bool {
+    Tag::of(connection)
+        .inspect(|tag| {
+            close(connection, &tag.conn);
+            tag.conn.ask();
+        })
+        .is_some()
+}
+
+/// Lets a connection serve no call after this one.
+fn close(connection: &CaptureConnection, conn: &Conn) {
+    connection.connection_metadata().as_ref().inspect(|connected| connected.poison());
+    conn.leave();
 }
 
 impl fmt::Debug for ResponseFuture {

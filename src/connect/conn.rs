@@ -79,7 +79,9 @@ pub(super) struct Conn {
     streams: AtomicUsize,
     /// The maximum that the peer set, or [`UNKNOWN`].
     max_streams: AtomicUsize,
-    /// One of the streams is reserved for the call that opens this connection.
+    /// No call is sent over it any more: it is closed, or its lane does not use it.
+    is_left: AtomicBool,
+    /// One of the streams is for the call that opens this connection.
     has_reserved: AtomicBool,
     /// The right of the call that opens this connection, until the SETTINGS of the peer arrive.
     opening: Mutex<Option<Opening>>,
@@ -117,6 +119,7 @@ impl Conn {
             is_http2: AtomicBool::new(false),
             streams: AtomicUsize::new(0),
             max_streams: AtomicUsize::new(UNKNOWN),
+            is_left: AtomicBool::new(false),
             has_reserved: AtomicBool::new(false),
             opening: Mutex::new(None),
         }
@@ -202,6 +205,7 @@ impl Conn {
             Err(_) => self.why_over(),
         };
         self.all.close(self, why);
+        self.set_left();
         if self.is_http2() {
             drop(self.take_opening());
             self.host.streams.unregister(self.id);
@@ -296,6 +300,7 @@ impl Conn {
     /// Records that the client has sent the preface of HTTP/2.
     pub(super) fn set_http2(&self) {
         self.is_http2.store(true, Ordering::SeqCst);
+        self.host.streams.leave_lane(self.lane);
         self.host.shares.tell();
     }
 
@@ -305,8 +310,27 @@ impl Conn {
 
     /// Records the maximum number of streams from the SETTINGS of the peer. Calls can use the connection from then on.
     pub(super) fn set_max_streams(this: &Shared<Self>, max: usize) {
-        this.max_streams.store(max.min(UNKNOWN - 1), Ordering::SeqCst);
-        this.host.streams.register(this);
+        match this.max_streams.swap(max.min(UNKNOWN - 1), Ordering::SeqCst) {
+            UNKNOWN => this.host.streams.register(this),
+            _ => this.host.streams.notify(),
+        }
+    }
+
+    /// Lets no call take a stream any more: the peer has sent GOAWAY, or the lane does not use this connection any more.
+    pub(super) fn leave(&self) {
+        if self.set_left() && self.is_http2() {
+            // The first call of the queue may open another connection.
+            self.host.streams.notify();
+        }
+    }
+
+    /// Returns whether it was not left before.
+    pub(super) fn set_left(&self) -> bool {
+        !self.is_left.swap(true, Ordering::SeqCst)
+    }
+
+    pub(super) fn is_left(&self) -> bool {
+        self.is_left.load(Ordering::SeqCst)
     }
 
     /// Takes a stream if one is free.

@@ -41,9 +41,8 @@ struct Seat {
     conn: Shared<Conn>,
     has_written: bool,
     is_http2: bool,
-    /// Reads the SETTINGS of an HTTP/2 connection of a client, until they have arrived.
-    settings: Option<PeerSettings>,
-    /// Fires when the limits of the connection are to be checked again.
+    /// Of an HTTP/2 connection of a client.
+    frames: Option<Box<PeerFrames>>,
     look: Option<Pin<Box<Sleep>>>,
     _ticket: Ticket,
 }
@@ -66,7 +65,7 @@ impl<T> Io<T> {
             conn,
             has_written: false,
             is_http2: false,
-            settings: None,
+            frames: None,
             look: None,
             _ticket: ticket,
         };
@@ -116,7 +115,7 @@ impl Seat {
             self.is_http2 = bytes.starts_with(b"PRI ");
             if self.is_http2 {
                 self.conn.set_http2();
-                self.settings = self.conn.is_leased().then(PeerSettings::default);
+                self.frames = self.conn.is_leased().then(Box::default);
             }
         }
         if self.conn.is_stale() {
@@ -124,28 +123,6 @@ impl Seat {
         }
     }
 
-    /// Reads from the connection and passes the bytes to `PeerSettings`. The bytes go through a separate buffer,
-    /// because a `ReadBufCursor` does not permit reading what was written to it.
-    fn read_settings<T: Read>(
-        &mut self,
-        inner: Pin<&mut T>,
-        cx: &mut Context<'_>,
-        mut buf: ReadBufCursor<'_>,
-    ) -> Poll<io::Result<()>> {
-        let mut bytes = [0; 1024];
-        let room = buf.remaining().min(bytes.len());
-        let mut read = ReadBuf::new(&mut bytes[..room]);
-        ready!(inner.poll_read(cx, read.unfilled()))?;
-        buf.put_slice(read.filled());
-        let max = self.settings.as_mut().and_then(|settings| settings.record(read.filled()));
-        if let Some(max) = max {
-            self.settings = None;
-            Conn::set_max_streams(&self.conn, max);
-        }
-        Poll::Ready(Ok(()))
-    }
-
-    /// Sets the timer of the next check.
     fn look_after(&mut self, time: Duration) -> Pin<&mut Sleep> {
         let at = Instant::now().checked_add(time).unwrap_or_else(Instant::now);
         match &mut self.look {
@@ -165,9 +142,13 @@ impl<T: Read> Read for Io<T> {
         buf: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.project();
-        let read = match &this.seat.settings {
+        let Seat { frames, conn, .. } = this.seat;
+        let read = match frames {
             None => this.inner.poll_read(cx, buf),
-            Some(_) => this.seat.read_settings(this.inner, cx, buf),
+            Some(frames) => frames.read(this.inner, cx, buf, |change| match change {
+                PeerChange::MaxStreams(max) => Conn::set_max_streams(conn, max),
+                PeerChange::GoAway => conn.leave(),
+            }),
         };
         if let Poll::Ready(read) = read {
             return Poll::Ready(read);
@@ -228,45 +209,125 @@ impl<T: fmt::Debug> fmt::Debug for Io<T> {
     }
 }
 
-// ===== SETTINGS =====
+// ===== What the peer announces =====
 
-/// Reads the maximum number of streams from the first frame of an HTTP/2 peer, which is SETTINGS (RFC 9113 §3.4, §6.5).
-/// Later SETTINGS frames are not read.
-#[derive(Default)]
-struct PeerSettings {
+/// The frames of an HTTP/2 peer: reads the maximum number of streams from SETTINGS (RFC 9113 §6.5), and recognises
+/// GOAWAY (§6.8). The other payloads are skipped.
+struct PeerFrames {
     head: [u8; 9],
-    entry: [u8; 6],
-    read: usize,
+    /// The number of bytes of the head that have arrived.
+    head_read: usize,
+    /// The number of bytes of the payload that have not arrived.
+    left: usize,
+    setting: [u8; 6],
+    setting_read: usize,
     max_streams: Option<usize>,
+    has_settings: bool,
+    /// The bytes that hyper's cursor receives cannot be read back. Sized for a DATA frame and a TLS record.
+    buffer: [u8; 16 * 1024],
 }
 
-impl PeerSettings {
-    /// Reads the next bytes. Returns the maximum once the frame is complete. Without a value there is no limit (RFC
-    /// 9113 §6.5.2).
-    fn record(&mut self, bytes: &[u8]) -> Option<usize> {
+/// A change of an HTTP/2 connection that its peer announces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum PeerChange {
+    MaxStreams(usize),
+    GoAway,
+}
+
+impl Default for PeerFrames {
+    fn default() -> Self {
+        Self {
+            head: [0; 9],
+            head_read: 0,
+            left: 0,
+            setting: [0; 6],
+            setting_read: 0,
+            max_streams: None,
+            has_settings: false,
+            buffer: [0; 16 * 1024],
+        }
+    }
+}
+
+impl PeerFrames {
+    fn read<T: Read>(
+        &mut self,
+        inner: Pin<&mut T>,
+        cx: &mut Context<'_>,
+        mut buf: ReadBufCursor<'_>,
+        mut report: impl FnMut(PeerChange),
+    ) -> Poll<io::Result<()>> {
+        let room = buf.remaining().min(self.buffer.len());
+        let mut read = ReadBuf::new(&mut self.buffer[..room]);
+        ready!(inner.poll_read(cx, read.unfilled()))?;
+        let length = read.filled().len();
+        buf.put_slice(read.filled());
+        let mut start = 0;
+        while start < length {
+            let (used, change) = self.record(start, length);
+            start += used;
+            change.into_iter().for_each(&mut report);
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Records bytes of the buffer up to the end of a head or payload. Returns their number, and what the frame changes
+    /// if it is complete.
+    fn record(&mut self, start: usize, end: usize) -> (usize, Option<PeerChange>) {
         const SETTINGS: u8 = 4;
-        const MAX_CONCURRENT_STREAMS: [u8; 2] = [0, 3];
-        for byte in bytes {
-            match self.read.checked_sub(self.head.len()) {
-                None => self.head[self.read] = *byte,
-                Some(at) => {
-                    let at = at % self.entry.len();
-                    self.entry[at] = *byte;
-                    let [id @ .., a, b, c, d] = self.entry;
-                    if at == self.entry.len() - 1 && id == MAX_CONCURRENT_STREAMS {
-                        self.max_streams = usize::try_from(u32::from_be_bytes([a, b, c, d])).ok();
+        let bytes = &self.buffer[start..end];
+        let used = if self.head_read < self.head.len() {
+            let head = &mut self.head[self.head_read..];
+            let used = head.len().min(bytes.len());
+            head[..used].copy_from_slice(&bytes[..used]);
+            self.head_read += used;
+            if self.head_read < self.head.len() {
+                return (used, None);
+            }
+            let [a, b, c, ..] = self.head;
+            self.left = u32::from_be_bytes([0, a, b, c]) as usize;
+            (self.setting_read, self.max_streams) = (0, None);
+            used
+        } else {
+            let used = self.left.min(bytes.len());
+            self.left -= used;
+            if self.head[3] == SETTINGS {
+                for byte in &bytes[..used] {
+                    self.setting[self.setting_read] = *byte;
+                    self.setting_read += 1;
+                    if self.setting_read == self.setting.len() {
+                        self.setting_read = 0;
+                        // MAX_CONCURRENT_STREAMS. The last value of a frame holds (§6.5.3).
+                        if let [0, 3, a, b, c, d] = self.setting {
+                            let max = u32::from_be_bytes([a, b, c, d]);
+                            self.max_streams = Some(max as usize);
+                        }
                     }
                 }
             }
-            self.read = self.read.saturating_add(1);
-            let [a, b, c, kind, ..] = self.head;
-            let end = u32::from_be_bytes([0, a, b, c]) as usize + self.head.len();
-            // Any other first frame is a protocol error of the peer, which h2 reports.
-            if self.read >= self.head.len() && (kind != SETTINGS || self.read >= end) {
-                return Some(self.max_streams.unwrap_or(usize::MAX));
-            }
+            used
+        };
+        if self.left > 0 {
+            return (used, None);
         }
-        None
+        self.head_read = 0;
+        (used, self.end_frame())
+    }
+
+    fn end_frame(&mut self) -> Option<PeerChange> {
+        const SETTINGS: u8 = 4;
+        const ACK: u8 = 1;
+        const GOAWAY: u8 = 7;
+        match (self.head[3], self.head[4]) {
+            (GOAWAY, _) => Some(PeerChange::GoAway),
+            (SETTINGS, flags) if flags & ACK == 0 => {
+                // Without a value the first SETTINGS set no limit, and later ones leave it (§6.5.2).
+                let is_first = !std::mem::replace(&mut self.has_settings, true);
+                let max = self.max_streams.or(is_first.then_some(usize::MAX))?;
+                Some(PeerChange::MaxStreams(max))
+            }
+            _ => None,
+        }
     }
 }
 
@@ -274,28 +335,40 @@ impl PeerSettings {
 mod tests {
     use super::*;
 
-    fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+    fn frame(kind: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
         let length = u8::try_from(payload.len()).expect("short");
-        [&[0, 0, length, kind, 0, 0, 0, 0, 0], payload].concat()
+        [&[0, 0, length, kind, flags, 0, 0, 0, 0], payload].concat()
     }
 
     #[test]
-    fn maximum_of_streams_is_read_from_the_first_frame_in_any_pieces() {
+    fn changes_are_read_from_frames_in_any_pieces() {
         let entry = |id: u8, value: u8| [0, id, 0, 0, 1, value];
-        let some = frame(4, &[entry(1, 0), entry(3, 5), entry(4, 9)].concat());
-        for (bytes, max) in [
-            (&*some, 0x105),
-            (&frame(4, &entry(4, 9)), usize::MAX),
-            (&frame(4, &[]), usize::MAX),
-            (&frame(7, &[0; 8])[..9], usize::MAX),
+        let max = |max| PeerChange::MaxStreams(max);
+        let data = frame(0, 1, &[4; 60]);
+        let first = frame(4, 0, &[entry(1, 0), entry(3, 5), entry(4, 9)].concat());
+        let other = frame(4, 0, &entry(4, 9));
+        let later = frame(4, 0, &[entry(3, 1), entry(3, 2)].concat());
+        let (ack, goaway) = (frame(4, 1, &[]), frame(7, 0, &[0; 8]));
+        let all = [&*first, &ack, &data, &other, &later, &data, &goaway, &data].concat();
+        for (bytes, changes) in [
+            (&all, &[max(0x105), max(0x102), PeerChange::GoAway][..]),
+            (&other, &[max(usize::MAX)]),
+            (&frame(4, 0, &[]), &[max(usize::MAX)]),
         ] {
             for piece in 1..=bytes.len() {
-                let mut settings = PeerSettings::default();
-                let read: Vec<_> =
-                    bytes.chunks(piece).map(|piece| settings.record(piece)).collect();
-                let (last, before) = read.split_last().expect("not empty");
-                assert_eq!(*last, Some(max));
-                assert!(before.iter().all(Option::is_none));
+                let mut frames = PeerFrames::default();
+                let mut seen = Vec::new();
+                for piece in bytes.chunks(piece) {
+                    frames.buffer[..piece.len()].copy_from_slice(piece);
+                    let mut start = 0;
+                    while start < piece.len() {
+                        let (used, change) = frames.record(start, piece.len());
+                        assert!(used > 0);
+                        start += used;
+                        seen.extend(change);
+                    }
+                }
+                assert_eq!(seen, changes);
             }
         }
     }

@@ -65,8 +65,8 @@
 //! call holds its stream to the end of the response body. Calls use the oldest connections first, so that the others
 //! become idle and are closed.
 //!
-//! Only the first SETTINGS frame of a connection is read. If a server lowers the maximum later, requests wait inside
-//! hyper. They also wait there if they began before a TLS handshake with their host had negotiated HTTP/2.
+//! If a server changes the maximum later, calls follow it. After a GOAWAY (RFC 9113 §6.8) calls use another connection.
+//! Requests wait inside hyper if they began before a TLS handshake with their host had negotiated HTTP/2.
 //!
 //! # When a connection is closed
 //!

@@ -109,7 +109,13 @@ impl Streams {
         if state.is_up(owner) && !all.has_room(host) {
             return Pick::Wait { for_room: true };
         }
-        let Some(index) = state.free_lane(owner) else { return Pick::Wait { for_room: false } };
+        let Some(index) = state.free_lane(owner) else {
+            // A connection that is over serves on. The first call over it leaves it, and its lane is free.
+            return match state.take(owner, |_| true) {
+                Some(permit) => Pick::Send(permit),
+                None => Pick::Wait { for_room: false },
+            };
+        };
         let lane = Lane { owner, index };
         state.opening = Some(lane);
         Pick::Open(Opening { host: host.clone(), lane })
@@ -146,6 +152,18 @@ impl Streams {
         // Drop the connection without the lock: it contains a waker, whose destructor is user code.
         drop(removed);
         self.notify();
+    }
+
+    /// Leaves the connections of a lane that has another one now.
+    pub(super) fn leave_lane(&self, lane: Option<Lane>) {
+        let any_left = {
+            let state = self.state();
+            let of_lane = state.open.iter().filter(|conn| lane.is_some() && conn.lane() == lane);
+            of_lane.filter(|conn| conn.set_left()).count() > 0
+        };
+        if any_left {
+            self.notify();
+        }
     }
 
     /// Waits until a connection of any client is added.
@@ -192,28 +210,41 @@ impl Drop for Queued<'_> {
 impl State {
     /// Returns the connections of this client with the indexes of their lanes.
     fn of(&self, owner: u64) -> impl Iterator<Item = (&Shared<Conn>, usize)> {
-        self.open.iter().filter_map(move |conn| {
+        self.open.iter().filter(|conn| !conn.is_left()).filter_map(move |conn| {
             let lane = conn.lane().filter(|lane| lane.owner == owner)?;
             Some((conn, lane.index))
         })
     }
 
+    /// Prefers a connection that is not over, so that one that is over becomes idle and is closed.
     fn try_take(&self, owner: u64) -> Option<StreamPermit> {
-        let free = |conn: &&Shared<Conn>| !conn.is_to_be_left() && conn.try_take_stream();
-        let conn = self.of(owner).map(|(conn, _)| conn).find(free)?;
+        self.take(owner, |conn| conn.why_over().is_none())
+            .or_else(|| self.take(owner, |conn| !conn.is_to_be_left()))
+    }
+
+    fn take(&self, owner: u64, may_take: impl Fn(&Conn) -> bool) -> Option<StreamPermit> {
+        let conn = self.of(owner).find(|(conn, _)| may_take(conn) && conn.try_take_stream())?.0;
         Some(StreamPermit { conn: conn.clone(), is_kept: false })
     }
 
+    /// If every lane has a connection, no other can be opened, and calls wait for these although they are over.
     fn is_up(&self, owner: u64) -> bool {
-        self.of(owner).any(|(conn, _)| !conn.is_to_be_left())
+        self.of(owner).any(|(conn, _)| !conn.is_to_be_left()) || self.free_lane(owner).is_none()
     }
 
     /// Returns a lane for a new connection. A lane without a connection is preferred to one whose connection takes no
     /// further calls.
     fn free_lane(&self, owner: u64) -> Option<usize> {
-        let is_free = |index: &usize| self.of(owner).all(|(_, used)| used != *index);
-        let over = || self.of(owner).find(|(conn, _)| conn.is_to_be_left());
-        (0..MAX_LANES).find(is_free).or_else(|| Some(over()?.1))
+        let (mut has_any, mut is_used) = ([false; MAX_LANES], [false; MAX_LANES]);
+        for conn in &self.open {
+            if let Some(lane) = conn.lane().filter(|lane| lane.owner == owner) {
+                let index = lane.index % MAX_LANES;
+                has_any[index] = true;
+                is_used[index] |= !conn.is_left();
+            }
+        }
+        let free = |lanes: &[bool]| lanes.iter().position(|is_used| !is_used);
+        free(&has_any).or_else(|| free(&is_used))
     }
 }
 
@@ -238,7 +269,12 @@ impl StreamPermit {
         self.conn.id() == conn.id()
     }
 
-    /// Leaves the release of the stream to the end of the call.
+    /// Returns whether the call may be sent over another connection.
+    pub(super) fn is_left(&self) -> bool {
+        self.conn.is_left()
+    }
+
+    /// Leaves it to the end of the call to release the stream.
     pub(super) fn keep(mut self) {
         self.is_kept = true;
     }

@@ -113,13 +113,16 @@ impl Turn {
         match &self.right {
             Right::Own(..) if self.guest.host.shares.known() => {}
             Right::First(_) => {}
+            // hyper-util's client sends the call over another connection, or has sent it before.
+            Right::Stream(permit) if permit.is_left() => {}
             _ => return,
         }
         let tag = connection.and_then(Tag::of);
         let conn = tag.as_ref().map(|tag| &tag.conn).filter(|conn| conn.is_http2());
         match (conn, &self.right) {
-            // The connection is not open yet.
-            (None, Right::First(_)) if tag.is_none() => {}
+            // It has no connection yet.
+            (None, Right::First(_) | Right::Stream(_)) if tag.is_none() => {}
+            (Some(conn), Right::Stream(permit)) if permit.is_of(conn) => {}
             (None, _) => self.right = Right::Free,
             (Some(conn), _) => {
                 let permit = StreamPermit::seize(conn);

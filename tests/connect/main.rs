@@ -7,6 +7,7 @@ mod connect_clients;
 mod connect_life;
 mod connect_line;
 mod connect_random;
+mod connect_settings;
 mod connect_streams;
 mod kit;
 #[path = "../net/mod.rs"]

@@ -1,0 +1,545 @@
+//! HTTP/2 connections that the server changes while they are open: later SETTINGS, GOAWAY, 421.
+
+use std::{
+    future::Future,
+    io,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use axum::{
+    Router,
+    routing::{any, get},
+};
+use buttress::connect::{Client, ConnectLayer};
+use bytes::Bytes;
+use http::{StatusCode, Uri};
+use http_body_util::{BodyExt, Empty};
+use hyper::rt::{Read, ReadBufCursor, Write};
+use hyper_util::{
+    client::legacy::connect::{Connected, Connection},
+    rt::{TokioExecutor, TokioIo},
+    service::TowerToHyperService,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
+    sync::{Notify, mpsc, watch},
+    time::{Instant, sleep},
+};
+use tower::Service;
+
+use crate::{
+    kit::{request, settle},
+    net::{Stage, soon},
+};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+// ===== A server whose frames the test controls =====
+
+/// Connects to a server of its own, whose SETTINGS the test replaces.
+#[derive(Clone)]
+struct Wires {
+    stage: Stage,
+    /// The maximum in the first SETTINGS.
+    max_streams: u32,
+    /// The first SETTINGS arrive once this is true.
+    sends_settings: watch::Sender<bool>,
+    /// Bytes arrive in pieces of this size.
+    piece: usize,
+    /// Negotiated by ALPN, for `https`.
+    is_http2: Arc<Mutex<bool>>,
+    alpn: bool,
+    fails: Arc<Mutex<bool>>,
+    dawdles: Duration,
+    wires: Arc<Mutex<Vec<WireHandle>>>,
+}
+
+#[derive(Clone)]
+struct WireHandle {
+    frames: mpsc::UnboundedSender<Vec<u8>>,
+    goaway: Arc<Notify>,
+    /// Cuts the connection.
+    #[expect(dead_code)]
+    cut: Arc<Notify>,
+}
+
+impl Wires {
+    fn new(max_streams: u32) -> Self {
+        Self {
+            stage: Stage::default(),
+            max_streams,
+            sends_settings: watch::Sender::new(true),
+            piece: usize::MAX,
+            is_http2: Arc::new(Mutex::new(true)),
+            alpn: false,
+            fails: Arc::default(),
+            dawdles: Duration::ZERO,
+            wires: Arc::default(),
+        }
+    }
+
+    fn wire(&self, nth: usize) -> WireHandle {
+        self.wires.lock().unwrap()[nth].clone()
+    }
+
+    fn count(&self) -> usize {
+        self.wires.lock().unwrap().len()
+    }
+
+    fn client(&self, layer: &ConnectLayer) -> Wired {
+        let builder = Client::builder(layer.clone());
+        if self.alpn {
+            builder.build(self.clone())
+        } else {
+            builder.http2_only().build(self.clone())
+        }
+    }
+
+    fn router(&self) -> Router {
+        let (plain, streaming) = (self.stage.clone(), self.stage.clone());
+        Router::new()
+            .route("/", get(|| async { "hello" }))
+            .route("/second", get(|| sleep(SECOND)))
+            .route("/slow", any(move || plain.plain()))
+            .route("/stream", any(move || streaming.streaming()))
+            .route("/misdirected", any(|| async { StatusCode::MISDIRECTED_REQUEST }))
+    }
+}
+
+impl WireHandle {
+    fn set_max_streams(&self, max: u32) {
+        self.frames.send(settings(max)).unwrap();
+    }
+}
+
+fn settings(max: u32) -> Vec<u8> {
+    [&[0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 3][..], &max.to_be_bytes()].concat()
+}
+
+type Wired = Client<Wires, Empty<Bytes>>;
+
+async fn frame(from: &mut (impl AsyncReadExt + Unpin)) -> io::Result<Vec<u8>> {
+    let mut frame = vec![0; 9];
+    from.read_exact(&mut frame).await?;
+    let length = u32::from_be_bytes([0, frame[0], frame[1], frame[2]]) as usize;
+    frame.resize(9 + length, 0);
+    from.read_exact(&mut frame[9..]).await?;
+    Ok(frame)
+}
+
+const SETTINGS: u8 = 4;
+
+impl Service<Uri> for Wires {
+    type Response = WireIo;
+    type Error = io::Error;
+    type Future = Pin<Box<dyn Future<Output = io::Result<WireIo>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Uri) -> Self::Future {
+        let this = self.clone();
+        Box::pin(async move {
+            if !this.dawdles.is_zero() {
+                sleep(this.dawdles).await;
+            }
+            if *this.fails.lock().unwrap() {
+                return Err(io::ErrorKind::ConnectionRefused.into());
+            }
+            let (ours, theirs) = tokio::io::duplex(64 * 1024);
+            let (near, far) = tokio::io::duplex(64 * 1024);
+            let (frames, mut injected) = mpsc::unbounded_channel::<Vec<u8>>();
+            let (goaway, cut) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+            let handle = WireHandle { frames, goaway: goaway.clone(), cut: cut.clone() };
+            this.wires.lock().unwrap().push(handle);
+            let service = TowerToHyperService::new(this.router());
+            let is_http2 = *this.is_http2.lock().unwrap();
+            tokio::spawn(async move {
+                let io = TokioIo::new(far);
+                if !is_http2 {
+                    let server = hyper::server::conn::http1::Builder::new();
+                    let _ = server.serve_connection(io, service).await;
+                    return;
+                }
+                let mut server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+                server.max_concurrent_streams(1000);
+                let mut serving = std::pin::pin!(server.serve_connection(io, service));
+                tokio::select! {
+                    _ = serving.as_mut() => return,
+                    () = goaway.notified() => serving.as_mut().graceful_shutdown(),
+                }
+                let _ = serving.await;
+            });
+            let (mut from_client, mut to_client) = tokio::io::split(theirs);
+            let (mut from_server, mut to_server) = tokio::io::split(near);
+            let alpn = this.alpn && is_http2;
+            if !is_http2 {
+                tokio::spawn(async move {
+                    let up = tokio::io::copy(&mut from_client, &mut to_server);
+                    let down = tokio::io::copy(&mut from_server, &mut to_client);
+                    tokio::select! { _ = up => {}, _ = down => {}, () = cut.notified() => {} }
+                });
+                return Ok(WireIo { io: TokioIo::new(ours), alpn });
+            }
+            tokio::spawn(async move {
+                // The server has not sent the injected SETTINGS, so their acknowledgements are left out.
+                let up = async {
+                    let mut preface = [0; 24];
+                    from_client.read_exact(&mut preface).await?;
+                    to_server.write_all(&preface).await?;
+                    let mut acks = 0;
+                    loop {
+                        let frame = frame(&mut from_client).await?;
+                        if frame[3] == SETTINGS && frame[4] & 1 == 1 {
+                            acks += 1;
+                            if acks > 1 {
+                                continue;
+                            }
+                        }
+                        to_server.write_all(&frame).await?;
+                    }
+                    #[expect(unreachable_code)]
+                    io::Result::Ok(())
+                };
+                let down = async {
+                    let mut is_first = true;
+                    let (sender, mut server_frames) = mpsc::channel(16);
+                    tokio::spawn(async move {
+                        while let Ok(frame) = frame(&mut from_server).await {
+                            if sender.send(frame).await.is_err() {
+                                return;
+                            }
+                        }
+                    });
+                    loop {
+                        let mut next = tokio::select! {
+                            biased;
+                            Some(frame) = injected.recv(), if !is_first => frame,
+                            frame = server_frames.recv() => match frame {
+                                Some(frame) => frame,
+                                None => return io::Result::Ok(()),
+                            },
+                        };
+                        if std::mem::take(&mut is_first) {
+                            assert_eq!(next[3], SETTINGS);
+                            next = settings(this.max_streams);
+                            let mut sends = this.sends_settings.subscribe();
+                            sends.wait_for(|sends| *sends).await.unwrap();
+                        }
+                        for piece in next.chunks(this.piece) {
+                            to_client.write_all(piece).await?;
+                            if this.piece < 100 {
+                                tokio::task::yield_now().await;
+                            }
+                        }
+                    }
+                };
+                tokio::select! { _ = up => {}, _ = down => {}, () = cut.notified() => {} }
+            });
+            Ok(WireIo { io: TokioIo::new(ours), alpn })
+        })
+    }
+}
+
+struct WireIo {
+    io: TokioIo<DuplexStream>,
+    alpn: bool,
+}
+
+impl Connection for WireIo {
+    fn connected(&self) -> Connected {
+        if self.alpn { Connected::new().negotiated_h2() } else { Connected::new() }
+    }
+}
+
+impl Read for WireIo {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buf)
+    }
+}
+
+impl Write for WireIo {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+async fn ask(client: &Wired, uri: &str) -> Result<Bytes, buttress::BoxError> {
+    let response = client.request(request(uri)).await?;
+    Ok(response.into_body().collect().await?.to_bytes())
+}
+
+async fn pause() {
+    for _ in 0..10 {
+        settle().await;
+    }
+    sleep(Duration::from_millis(1)).await;
+}
+
+// ===== Later SETTINGS =====
+
+/// APNs allows 1 stream until the first request is authenticated, and 1000 afterwards.
+#[tokio::test(start_paused = true)]
+async fn maximum_that_the_server_raises_later_is_used() {
+    for first in [0, 1] {
+        let wires = Wires::new(first);
+        let layer = ConnectLayer::new();
+        let client = wires.client(&layer);
+        let warm = tokio::spawn(client.request(request("http://a/")));
+        pause().await;
+        wires.wire(0).set_max_streams(100);
+        soon(warm).await.unwrap().unwrap().into_body().collect().await.unwrap();
+        pause().await;
+        let calls: Vec<_> =
+            (0..50).map(|_| tokio::spawn(client.request(request("http://a/slow")))).collect();
+        pause().await;
+        assert_eq!(wires.stage.inside.now(), 50, "{:?}", layer.handle().snapshot());
+        assert_eq!(wires.count(), 1, "first {first}");
+        wires.stage.open();
+        for call in calls {
+            call.await.unwrap().unwrap();
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn raised_maximum_lets_queued_calls_through() {
+    let wires = Wires::new(1);
+    let layer = ConnectLayer::new().max_per_host(1);
+    let client = wires.client(&layer);
+    let _held = client.request(request("http://a/stream")).await.unwrap();
+    let waits = tokio::spawn(client.request(request("http://a/")));
+    pause().await;
+    assert_eq!(layer.handle().snapshot().waiting, 1);
+    wires.wire(0).set_max_streams(2);
+    let start = Instant::now();
+    soon(waits).await.unwrap().unwrap();
+    assert!(start.elapsed() < SECOND);
+}
+
+#[tokio::test(start_paused = true)]
+async fn maximum_that_the_server_lowers_later_opens_another_connection() {
+    for lowered in [1, 0] {
+        let wires = Wires::new(100);
+        let layer = ConnectLayer::new();
+        let client = wires.client(&layer);
+        let _held = client.request(request("http://a/stream")).await.unwrap();
+        wires.wire(0).set_max_streams(lowered);
+        pause().await;
+        let start = Instant::now();
+        soon(ask(&client, "http://a/")).await.unwrap();
+        assert!(start.elapsed() < SECOND);
+        assert_eq!(wires.count(), 2);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn settings_in_pieces_or_late_are_read() {
+    let mut wires = Wires::new(3);
+    wires.piece = 1;
+    let (sends, layer) = (wires.sends_settings.clone(), ConnectLayer::new().max_per_host(4));
+    sends.send_replace(false);
+    let client = wires.client(&layer);
+    let calls: Vec<_> =
+        (0..12).map(|_| tokio::spawn(client.request(request("http://a/slow")))).collect();
+    sleep(SECOND).await;
+    assert_eq!(wires.count(), 1);
+    sends.send_replace(true);
+    sleep(SECOND).await;
+    assert_eq!((wires.stage.inside.now(), wires.count()), (12, 4));
+    wires.stage.open();
+    for call in calls {
+        call.await.unwrap().unwrap();
+    }
+}
+
+/// Without SETTINGS the peer has no limit, and calls are sent.
+#[tokio::test(start_paused = true)]
+async fn settings_that_never_arrive() {
+    let wires = Wires::new(3);
+    wires.sends_settings.send_replace(false);
+    let layer = ConnectLayer::new().max_per_host(4).connect_timeout(SECOND);
+    let client = wires.client(&layer);
+    let calls: Vec<_> =
+        (0..12).map(|_| tokio::spawn(client.request(request("http://a/slow")))).collect();
+    sleep(2 * SECOND).await;
+    calls.iter().for_each(|call| call.abort());
+    sleep(20 * SECOND).await;
+    let seen = layer.handle().snapshot();
+    assert_eq!((seen.open, seen.waiting, seen.in_use), (0, 0, 0), "{seen:?}");
+}
+
+// ===== Connections that take no more calls =====
+
+#[tokio::test(start_paused = true)]
+async fn connection_that_drains_after_goaway_takes_no_calls_and_no_permits() {
+    for per_host in [2, 8] {
+        let wires = Wires::new(3);
+        let layer = ConnectLayer::new().max_per_host(per_host).connect_timeout(SECOND);
+        let client = wires.client(&layer);
+        let _held = client.request(request("http://a/stream")).await.unwrap();
+        wires.wire(0).goaway.notify_one();
+        pause().await;
+        let calls: Vec<_> =
+            (0..6).map(|_| tokio::spawn(client.request(request("http://a/slow")))).collect();
+        sleep(SECOND / 2).await;
+        let seen = layer.handle().snapshot();
+        // One connection drains; the others have three streams each.
+        let expected = 3 * (per_host - 1).min(2);
+        assert_eq!(
+            (wires.stage.inside.now() - 1, seen.waiting),
+            (expected, 6 - expected),
+            "{seen:?} {}",
+            wires.count()
+        );
+        wires.stage.open();
+        for call in calls {
+            soon(call).await.unwrap().unwrap();
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn calls_use_a_new_connection_and_not_the_old_one_that_is_renewed() {
+    let wires = Wires::new(100);
+    let layer = ConnectLayer::new().max_per_host(2);
+    let (client, handle) = (wires.client(&layer), layer.handle());
+    ask(&client, "http://a/").await.unwrap();
+    // At each time some call is in flight.
+    let load = tokio::spawn({
+        let client = client.clone();
+        async move {
+            let mut before = tokio::spawn(client.request(request("http://a/second")));
+            loop {
+                sleep(SECOND / 2).await;
+                let next = tokio::spawn(client.request(request("http://a/second")));
+                std::mem::replace(&mut before, next).await.unwrap().unwrap();
+            }
+        }
+    });
+    sleep(3 * SECOND).await;
+    assert_eq!(wires.count(), 1);
+    handle.renew();
+    sleep(10 * SECOND).await;
+    assert!(!load.is_finished());
+    let seen = handle.snapshot();
+    assert_eq!((seen.created, seen.open), (2, 1), "the old connection is closed: {seen:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn connection_that_was_left_takes_no_permits_when_there_is_no_room() {
+    let wires = Wires::new(100);
+    let layer = ConnectLayer::new().max_per_host(2);
+    let (client, handle) = (wires.client(&layer), layer.handle());
+    let held = client.request(request("http://a/stream")).await.unwrap();
+    let in_flight = tokio::spawn(client.request(request("http://a/second")));
+    pause().await;
+    handle.renew();
+    in_flight.await.unwrap().unwrap();
+    let start = Instant::now();
+    for nth in 0..3 {
+        ask(&client, "http://a/")
+            .await
+            .unwrap_or_else(|e| panic!("{nth} {:?}: {e}", start.elapsed()));
+    }
+    assert!(start.elapsed() < SECOND);
+    drop(held);
+    pause().await;
+    assert_eq!(handle.snapshot().open, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn misdirected_connection_makes_room_at_once() {
+    for per_host in [1, 2] {
+        let wires = Wires::new(100);
+        let layer = ConnectLayer::new().max_per_host(per_host);
+        let (client, handle) = (wires.client(&layer), layer.handle());
+        ask(&client, "http://a/").await.unwrap();
+        let start = Instant::now();
+        ask(&client, "http://a/misdirected").await.unwrap();
+        ask(&client, "http://a/").await.unwrap();
+        ask(&client, "http://a/").await.unwrap();
+        assert!(start.elapsed() < SECOND / 10, "{:?}", start.elapsed());
+        assert_eq!((wires.count(), handle.snapshot().open), (2, 1));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn misdirected_connection_with_a_held_stream_takes_no_more_calls() {
+    let wires = Wires::new(2);
+    let layer = ConnectLayer::new().max_per_host(2);
+    let (client, handle) = (wires.client(&layer), layer.handle());
+    let _held = client.request(request("http://a/stream")).await.unwrap();
+    ask(&client, "http://a/misdirected").await.unwrap();
+    let calls: Vec<_> =
+        (0..3).map(|_| tokio::spawn(client.request(request("http://a/slow")))).collect();
+    sleep(SECOND).await;
+    let seen = handle.snapshot();
+    assert_eq!((wires.stage.inside.now() - 1, seen.waiting), (2, 1), "{seen:?}");
+    wires.stage.open();
+    for call in calls {
+        soon(call).await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn call_does_not_wait_unnamed_in_a_connection_that_is_over() {
+    let wires = Wires::new(1);
+    let layer = ConnectLayer::new();
+    let (client, handle) = (wires.client(&layer), layer.handle());
+    let mut held = Vec::new();
+    for _ in 0..64 {
+        held.push(client.request(request("http://a/stream")).await.unwrap());
+    }
+    handle.renew();
+    pause().await;
+    let call = tokio::spawn(client.request(request("http://a/")));
+    sleep(SECOND).await;
+    let seen = handle.snapshot();
+    assert!(call.is_finished() || seen.waiting == 1, "{seen:?}");
+    held.pop();
+    soon(call).await.unwrap().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn calls_prefer_a_connection_that_is_not_over() {
+    let wires = Wires::new(100);
+    let layer = ConnectLayer::new().max_per_host(2);
+    let (client, handle) = (wires.client(&layer), layer.handle());
+    let held = client.request(request("http://a/stream")).await.unwrap();
+    handle.renew();
+    pause().await;
+    ask(&client, "http://a/").await.unwrap();
+    assert_eq!(wires.count(), 2);
+    // At each time some call is in flight.
+    let mut before = tokio::spawn(client.request(request("http://a/second")));
+    sleep(SECOND / 2).await;
+    drop(held);
+    for _ in 0..9 {
+        let next = tokio::spawn(client.request(request("http://a/second")));
+        std::mem::replace(&mut before, next).await.unwrap().unwrap();
+        sleep(SECOND / 2).await;
+    }
+    let seen = handle.snapshot();
+    assert_eq!((seen.created, seen.open), (2, 1), "the old connection is closed: {seen:?}");
+}
