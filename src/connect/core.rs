@@ -49,7 +49,7 @@ use super::{
     host::{Guest, Host, Line, Ticket},
     life::{self, Life, Over},
     resolve::Lookups,
-    streams::Lane,
+    streams::{Lane, Room},
 };
 use crate::{
     call::{Clock, Label, LayerKind, Nanos, Origin, Rejected, RejectedKind, Shared, nanos},
@@ -216,9 +216,16 @@ impl Connections {
 
     // ===== Admission =====
 
-    /// Acquires the permits for one connection to `origin`. Waits in the queue if one of them is not free.
-    pub(super) async fn admit(this: &Shared<Self>, origin: Origin) -> Result<Ticket, Rejected> {
+    /// A place for one connection to `origin`: at once, or in turn.
+    pub(super) async fn admit(
+        this: &Shared<Self>,
+        origin: Origin,
+        lane: Option<Lane>,
+    ) -> Result<Ticket, Rejected> {
         let guest = Guest::register(this, origin);
+        if let Some(room) = lane.and_then(|lane| guest.host.streams.take_room(lane)) {
+            return Ok(Ticket { _places: room, guest });
+        }
         let gate = &guest.host.gate;
         let own = gate.try_enter();
         let own = match own.map(|own| (own, this.total.try_enter())) {
@@ -258,7 +265,16 @@ impl Connections {
         self.counts.stream_waits.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Waits for a permit of the total.
+    /// A place for one more connection to this host, if there is one.
+    pub(super) fn try_room(&self, host: &Host) -> Option<Room> {
+        host.gate.try_enter().zip(self.total.try_enter())
+    }
+
+    pub(super) fn try_enter_total(&self) -> Option<Place> {
+        self.total.try_enter()
+    }
+
+    /// Waits for a place among all connections.
     pub(super) async fn enter_total(&self) -> Place {
         self.total.enter().await
     }

@@ -266,7 +266,7 @@ where
         ConnectFuture(Box::pin(async move {
             layer.sound()?;
             let all = &layer.all;
-            let ticket = Connections::admit(all, Origin::of(&uri)).await?;
+            let ticket = Connections::admit(all, Origin::of(&uri), lane).await?;
             let io = dial(all, || inner.call(uri)).await?;
             Ok(Io::new(io, all, ticket, lane))
         }))

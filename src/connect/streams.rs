@@ -36,7 +36,7 @@ use tokio::sync::Notify;
 
 use super::{
     conn::Conn,
-    core::Connections,
+    gate::Place,
     host::{Guest, Host},
 };
 use crate::call::Shared;
@@ -70,9 +70,14 @@ struct State {
     open: Vec<Shared<Conn>>,
     /// The lane in which a call opens a connection, if one does.
     opening: Option<Lane>,
+    /// Reserved for the connection that it opens.
+    room: Option<Room>,
 }
 
-/// The next step of a call.
+/// A place of the host and one of all, for one connection.
+pub(super) type Room = (Place, Place);
+
+/// What a call is to do.
 pub(super) enum Pick {
     Send(StreamPermit),
     Open(Opening),
@@ -97,8 +102,8 @@ impl Streams {
         Queued(self)
     }
 
-    /// Decides the next step of the first call of the queue.
-    pub(super) fn pick(&self, all: &Connections, host: &Arc<Host>, owner: u64) -> Pick {
+    /// Decides what the first call of the queue is to do. It opens an additional connection only with `room` for it.
+    pub(super) fn pick(&self, host: &Arc<Host>, owner: u64, room: &mut Option<Room>) -> Pick {
         let mut state = self.state();
         if let Some(permit) = state.try_take(owner) {
             return Pick::Send(permit);
@@ -106,7 +111,7 @@ impl Streams {
         if state.opening.is_some() {
             return Pick::Wait { for_room: false };
         }
-        if state.is_up(owner) && !all.has_room(host) {
+        if state.is_up(owner) && room.is_none() {
             return Pick::Wait { for_room: true };
         }
         let Some(index) = state.free_lane(owner) else {
@@ -118,6 +123,7 @@ impl Streams {
         };
         let lane = Lane { owner, index };
         state.opening = Some(lane);
+        state.room = room.take();
         Pick::Open(Opening { host: host.clone(), lane })
     }
 
@@ -176,21 +182,32 @@ impl Streams {
         self.changed.notify_one();
     }
 
-    /// Waits until there may be a free stream or, with `for_room`, free permits for another connection.
-    pub(super) async fn changed(&self, guest: &Guest, for_room: bool) {
+    /// Takes the room for the connection that is opened in this lane, if the call has reserved it.
+    pub(super) fn take_room(&self, lane: Lane) -> Option<Room> {
+        let mut state = self.state();
+        if state.opening == Some(lane) { state.room.take() } else { None }
+    }
+
+    /// Waits until there may be a stream, or until there is room for another connection.
+    ///
+    /// The room is kept for the connection. If it were released, two hosts that wait for it would hand it to and fro, and
+    /// neither would open a connection.
+    pub(super) async fn changed(&self, guest: &Guest, for_room: bool) -> Option<Room> {
         let mut changed = pin!(self.changed.notified());
         let mut room = pin!(async {
             let Guest { all, host } = guest;
             let own = host.gate.enter().await;
+            if let Some(total) = all.try_enter_total() {
+                return (own, total);
+            }
             let _elsewhere = guest.wait_elsewhere();
-            // Released at once: the connect acquires the permits again.
-            drop((own, all.enter_total().await));
+            (own, all.enter_total().await)
         });
         poll_fn(|cx| match changed.as_mut().poll(cx) {
-            Poll::Pending if for_room => room.as_mut().poll(cx),
-            polled => polled,
+            Poll::Pending if for_room => room.as_mut().poll(cx).map(Some),
+            polled => polled.map(|()| None),
         })
-        .await;
+        .await
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -303,13 +320,16 @@ impl Opening {
 impl Drop for Opening {
     fn drop(&mut self) {
         let streams = &self.host.streams;
-        {
+        let unused = {
             let mut state = streams.state();
             state.opening = None;
             for conn in state.open.iter().filter(|conn| conn.lane() == Some(self.lane)) {
                 conn.release_reserved();
             }
-        }
+            state.room.take()
+        };
+        // Without the lock: this runs the wakers of other calls.
+        drop(unused);
         streams.notify();
     }
 }

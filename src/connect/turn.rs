@@ -189,10 +189,18 @@ async fn own(guest: &Guest) -> Result<Option<(Place, Place)>, Rejected> {
 async fn shared(guest: &Guest, owner: u64) -> Result<Right, Rejected> {
     let (all, streams) = (&*guest.all, &guest.host.streams);
     if let Some(_head) = guest.host.head.try_enter() {
-        match streams.pick(all, &guest.host, owner) {
-            Pick::Send(permit) => return Ok(Right::Stream(permit)),
-            Pick::Open(opening) => return Ok(Right::First(opening)),
-            Pick::Wait { .. } => {}
+        let mut room = None;
+        loop {
+            match streams.pick(&guest.host, owner, &mut room) {
+                Pick::Send(permit) => return Ok(Right::Stream(permit)),
+                Pick::Open(opening) => return Ok(Right::First(opening)),
+                Pick::Wait { for_room } => {
+                    room = if for_room { all.try_room(&guest.host) } else { None };
+                    if room.is_none() {
+                        break;
+                    }
+                }
+            }
         }
     }
     let _queued = streams.queue();
@@ -211,15 +219,17 @@ async fn shared(guest: &Guest, owner: u64) -> Result<Right, Rejected> {
     }
     let mut right = pin!(async {
         let _head = guest.host.head.enter().await;
+        let mut room = None;
         loop {
-            match streams.pick(all, &guest.host, owner) {
+            match streams.pick(&guest.host, owner, &mut room) {
                 Pick::Send(permit) => return Right::Stream(permit),
                 Pick::Open(opening) => return Right::First(opening),
                 Pick::Wait { for_room } => {
                     if streams.is_up(owner) {
                         count();
                     }
-                    streams.changed(guest, for_room).await;
+                    drop(room.take());
+                    room = streams.changed(guest, for_room).await;
                 }
             }
         }

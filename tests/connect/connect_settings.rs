@@ -62,7 +62,6 @@ struct WireHandle {
     frames: mpsc::UnboundedSender<Vec<u8>>,
     goaway: Arc<Notify>,
     /// Cuts the connection.
-    #[expect(dead_code)]
     cut: Arc<Notify>,
 }
 
@@ -542,4 +541,86 @@ async fn calls_prefer_a_connection_that_is_not_over() {
     }
     let seen = handle.snapshot();
     assert_eq!((seen.created, seen.open), (2, 1), "the old connection is closed: {seen:?}");
+}
+
+/// Two hosts want the one free place of all: it is not handed to and fro.
+#[tokio::test(start_paused = true)]
+async fn calls_of_two_hosts_that_wait_for_room_get_it_in_turn() {
+    let wires = Wires::new(1);
+    let layer = ConnectLayer::new().max_total(3).max_idle(60 * SECOND);
+    let client = wires.client(&layer);
+    let stream =
+        |host: &str| tokio::spawn(client.request(request(&format!("http://{host}/stream"))));
+    let _held = (stream("a").await.unwrap().unwrap(), stream("b").await.unwrap().unwrap());
+    let last = stream("c").await.unwrap().unwrap();
+    let waits = [stream("a"), stream("b")];
+    pause().await;
+    assert_eq!(layer.handle().snapshot().waiting, 2);
+    drop(last);
+    let [one, other] = waits;
+    let one = soon(one).await.unwrap().unwrap();
+    drop((_held, one));
+    soon(other).await.unwrap().unwrap();
+}
+
+/// Whatever happens to connections and calls, each call ends, and nothing stays behind.
+#[tokio::test(start_paused = true)]
+async fn no_call_is_stuck_and_no_stream_is_lost_when_anything_happens() {
+    for seed in 0..60 {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let mut wires = Wires::new(random.u32(1..4));
+        wires.dawdles = Duration::from_millis(random.u64(..20));
+        let mut layer = ConnectLayer::new().max_idle(2 * SECOND).queue(100, 2 * SECOND);
+        if random.bool() {
+            layer = layer.max_per_host(random.usize(1..4));
+        }
+        if random.bool() {
+            layer = layer.max_total(random.usize(2..6));
+        }
+        let (client, handle) = (wires.client(&layer), layer.handle());
+        wires.stage.open();
+        let calls: Vec<_> = (0..150)
+            .map(|_| {
+                let (client, mut random) = (client.clone(), random.fork());
+                let host = random.choice(["a", "a", "a", "b", "c"]).unwrap();
+                let path = random.choice(["", "second", "stream", "slow", "misdirected"]).unwrap();
+                tokio::spawn(async move {
+                    sleep(Duration::from_millis(random.u64(..4000))).await;
+                    let uri = format!("http://{host}/{path}");
+                    let call = ask(&client, &uri);
+                    let max = if random.bool() { random.u64(..1500) } else { 30_000 };
+                    let max = Duration::from_millis(max);
+                    let ended = tokio::time::timeout(max, call).await;
+                    assert!(ended.is_ok() || max < 2 * SECOND, "stuck");
+                })
+            })
+            .collect();
+        for _ in 0..40 {
+            sleep(Duration::from_millis(random.u64(..200))).await;
+            let nth = match wires.count() {
+                0 => continue,
+                made => wires.wire(random.usize(made.saturating_sub(5)..made)),
+            };
+            match random.u8(..8) {
+                0 => nth.cut.notify_one(),
+                1 => nth.goaway.notify_one(),
+                2 => handle.renew(),
+                3 => *wires.fails.lock().unwrap() = random.bool(),
+                _ => drop(nth.frames.send(settings(random.u32(1..4)))),
+            }
+        }
+        *wires.fails.lock().unwrap() = false;
+        for call in calls {
+            call.await.unwrap_or_else(|e| panic!("seed {seed}: {e} {:?}", handle.snapshot()));
+        }
+        for _ in 0..20 {
+            let start = Instant::now();
+            ask(&client, "http://a/").await.unwrap();
+            assert!(start.elapsed() < SECOND, "seed {seed}: {:?}", start.elapsed());
+        }
+        sleep(20 * SECOND).await;
+        let seen = handle.snapshot();
+        let left = (seen.open, seen.in_use, seen.waiting, seen.connecting);
+        assert_eq!(left, (0, 0, 0, 0), "seed {seed}: {seen:?}");
+    }
 }
