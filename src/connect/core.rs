@@ -33,6 +33,8 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fmt,
+    future::{Future, poll_fn},
+    pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering},
@@ -52,7 +54,9 @@ use super::{
     streams::{Lane, Room},
 };
 use crate::{
-    call::{Clock, Label, LayerKind, Nanos, Origin, Rejected, RejectedKind, Shared, nanos},
+    call::{
+        Clock, Label, LayerKind, Nanos, Origin, Rejected, RejectedKind, Shared, WaitsFor, nanos,
+    },
     event,
 };
 
@@ -245,7 +249,7 @@ impl Connections {
             let _elsewhere = line.for_all();
             (own, this.total.enter().await)
         });
-        let places = timeout(this.longest_wait(), places).await;
+        let places = timeout(this.longest_wait(), reported(places)).await;
         drop(line);
         match places {
             Ok(Some(places)) => Ok(Ticket { _places: places, guest }),
@@ -413,6 +417,19 @@ impl Connections {
         // A panic under the lock leaves every entry of the book valid.
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Reports each wait to the layers of the call, which polls this through hyper-util's client.
+async fn reported<T>(wait: impl Future<Output = T>) -> T {
+    let mut wait = pin!(wait);
+    poll_fn(|cx| {
+        let polled = wait.as_mut().poll(cx);
+        if polled.is_pending() {
+            WaitsFor::Client.report();
+        }
+        polled
+    })
+    .await
 }
 
 impl fmt::Debug for Connections {

@@ -624,3 +624,21 @@ async fn no_call_is_stuck_and_no_stream_is_lost_when_anything_happens() {
         assert_eq!(left, (0, 0, 0, 0), "seed {seed}: {seen:?}");
     }
 }
+
+/// A call that is to open the first connection of its host, and waits for a place among all.
+#[tokio::test(start_paused = true)]
+async fn wait_for_the_place_of_a_first_connection_does_not_open_a_circuit() {
+    use buttress::{CircuitBreakerLayer, Trip, breaker::State};
+    use tower::{ServiceBuilder, ServiceExt};
+    let wires = Wires::new(1);
+    let layer = ConnectLayer::new().max_total(1).queue(100, 60 * SECOND);
+    let client = wires.client(&layer);
+    let _held = client.request(request("http://b/stream")).await.unwrap();
+    let breaker = CircuitBreakerLayer::new(Trip::consecutive(1));
+    let circuit = breaker.handle();
+    let client = ServiceBuilder::new().layer(breaker).service(client);
+    let call = client.clone().oneshot(request("http://a/"));
+    tokio::time::timeout(3 * SECOND, call).await.unwrap_err();
+    assert_eq!(layer.handle().snapshot().waiting, 0);
+    assert_eq!(circuit.state(), State::Closed);
+}
