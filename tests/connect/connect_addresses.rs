@@ -1,4 +1,4 @@
-//! Hosts with several addresses, some of which do not respond, and lookups that do not end: over real sockets.
+//! Hosts with several addresses, some of which do not respond, and lookups that never end: over real sockets.
 
 use std::{
     net::{
@@ -247,7 +247,7 @@ fn lookups_that_do_not_end_are_bounded() {
     in_namespace("lookups_that_do_not_end_are_bounded_inner", &files);
 }
 
-/// A DNS server that never responds. Counts the names that it is asked for, with repetitions.
+/// Starts a DNS server that never responds. Records the names of all queries, with repetitions.
 fn silent_dns() -> Arc<Mutex<Vec<Vec<u8>>>> {
     let queries = Arc::<Mutex<Vec<Vec<u8>>>>::default();
     let socket = UdpSocket::bind("127.0.0.1:53").unwrap();
@@ -277,7 +277,7 @@ async fn lookups_that_do_not_end_are_bounded_inner() {
     let queries = silent_dns();
     let layer = || ConnectLayer::new().max_per_host(2).connect_timeout(ms(20));
 
-    // The control: with hyper-util's resolver each connect that timed out leaves a blocked thread behind.
+    // The control: with hyper-util's resolver, each connect that times out leaves a blocked thread behind.
     let before = threads();
     let connector = layer().layer(HttpConnector::new());
     let control = legacy::Client::builder(TokioExecutor::new()).build(connector);
@@ -301,7 +301,7 @@ async fn lookups_that_do_not_end_are_bounded_inner() {
     assert_eq!(queries.lock().unwrap().len(), 1);
     assert!(threads() <= before + 1, "{} threads after {before}", threads());
 
-    // And so many in total.
+    // At most `MAX_LOOKUPS` lookups are in progress in total.
     let calls =
         (0..MAX_LOOKUPS + 20).map(|n| client.request(get_from(&format!("host{n}.test"), 80)));
     for call in futures_util::future::join_all(calls).await {
@@ -310,7 +310,7 @@ async fn lookups_that_do_not_end_are_bounded_inner() {
     assert_eq!(handle.snapshot().lookups, MAX_LOOKUPS);
     assert_eq!(queries.lock().unwrap().len(), MAX_LOOKUPS);
 
-    // A lookup that ends makes room for the next.
+    // A lookup that has ended allows another one.
     let ended = AtomicUsize::new(0);
     while handle.snapshot().lookups > 0 {
         assert!(ended.fetch_add(1, SeqCst) < 500, "{:?}", handle.snapshot());
@@ -318,5 +318,5 @@ async fn lookups_that_do_not_end_are_bounded_inner() {
     }
     soon(client.request(get_from("localhost", 1))).await.unwrap_err();
     assert_eq!(handle.snapshot().lookups, 0);
-    assert_eq!(handle.snapshot().failed, 1, "refused after a lookup that worked");
+    assert_eq!(handle.snapshot().failed, 1, "connection refused after a lookup that succeeded");
 }

@@ -1,4 +1,4 @@
-//! How many connections there are at most, and for how long each counts.
+//! The maximum number of connections, and the time for which each connection counts.
 
 use std::time::Duration;
 
@@ -41,9 +41,9 @@ async fn a_connection_counts_for_as_long_as_it_is_open_not_while_it_is_made() {
     let error = ask(&client, "http://a/").await.unwrap_err();
     assert_eq!(refusal(&error).kind(), RejectedKind::Saturated);
     assert_eq!(refusal(&error).layer(), "connect");
-    // Another host has a cap of its own.
+    // Each host has its own cap.
     ask(&client, "http://b/").await.unwrap();
-    // The head is here, the body is not read: still one.
+    // The head has arrived, but the body has not been read: the connection is still in use.
     pipes.stage.open();
     let held = held.await.unwrap().unwrap();
     assert_eq!((handle.snapshot().open, handle.snapshot().in_use), (2, 1));
@@ -80,8 +80,8 @@ async fn an_idle_connection_makes_room_for_another_host_that_waits() {
     ask(&client, "http://b/").await.unwrap();
     ask(&client, "http://c/").await.unwrap();
     ask(&client, "http://b/").await.unwrap();
-    assert_eq!(handle.snapshot().created, 3, "the one idle for longest went, and no other");
-    // Also one that becomes idle only later.
+    assert_eq!(handle.snapshot().created, 3, "not only the longest idle connection was closed");
+    // Also a connection that becomes idle only after the other host has begun to wait.
     let held: Vec<_> = ["http://b/slow", "http://c/slow"]
         .map(|uri| tokio::spawn(client.request(request(uri))))
         .into();
@@ -123,7 +123,8 @@ async fn a_connection_that_was_made_for_nobody_makes_room_as_well() {
     let (client, handle) = (client(&layer, &pipes), layer.handle());
     pipes.let_in(1);
     let first = client.request(request("http://a/tenth"));
-    // It asks for a connection of its own, and is served by the first one before that is made.
+    // The second call starts a connection of its own. Before that connection is established, the pool serves the call
+    // by the connection of the first call.
     let second = client.request(request("http://a/slow"));
     let (first, second) = (tokio::spawn(first), tokio::spawn(second));
     drop(first.await.unwrap().unwrap());
@@ -197,13 +198,13 @@ async fn over_http2_many_calls_share_the_one_connection_there_may_be() {
     assert_eq!((seen.created, seen.reused, seen.in_use), (1, 20, 0));
 }
 
-/// Until there is a connection nobody knows that calls will share it.
+/// Before the first connection is established, the layer does not know that calls will share it.
 #[tokio::test(start_paused = true)]
 async fn calls_that_wait_go_as_soon_as_a_connection_turns_out_to_be_http2() {
     let layer = ConnectLayer::new().max_per_host(2).max_total(2);
     let (pipes, down) = (Pipes::gated(), Pipes::default());
     let (http1, handle) = (client(&layer, &down), layer.handle());
-    // As where TLS finds it out.
+    // As with ALPN, only the established connection reveals the protocol to the layer.
     let http2: Piped = Client::builder(layer)
         .hyper(|hyper| {
             hyper.http2_only(true);
@@ -217,7 +218,7 @@ async fn calls_that_wait_go_as_soon_as_a_connection_turns_out_to_be_http2() {
     settle().await;
     assert_eq!((pipes.stage.inside.now(), handle.snapshot().waiting), (20, 0));
     assert_eq!(handle.snapshot().open, 1);
-    // None of them holds what another host's calls need.
+    // No waiting call holds a permit that a call to another host needs.
     ask(&http1, "http://b/").await.unwrap();
     pipes.stage.open();
     for held in held {

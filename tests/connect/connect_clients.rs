@@ -1,4 +1,4 @@
-//! The clients that there are, over real sockets.
+//! The clients of this crate, hyper-util, tonic and reqwest over the layer, over real sockets.
 
 use std::{
     net::SocketAddr,
@@ -36,7 +36,7 @@ use crate::{
 const CALLERS: usize = 200;
 const CAP: usize = 50;
 
-/// A server that knows how many connections it has open.
+/// Starts a server that counts its open connections.
 async fn serve(router: Router) -> (SocketAddr, Gauge) {
     let ((listener, addr), open) = (listener().await, Gauge::default());
     let gauge = open.clone();
@@ -89,7 +89,7 @@ fn auto_traits() {
     sent(layer.layer(HttpConnector::new()).oneshot(http::Uri::from_static("http://a/")));
 }
 
-// ===== hyper-util's =====
+// ===== hyper-util =====
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn two_hundred_callers_never_open_more_than_fifty_connections() {
@@ -110,8 +110,8 @@ async fn two_hundred_callers_never_open_more_than_fifty_connections() {
     }
     until(|| handle.snapshot().in_use == 0 && handle.snapshot().waiting == 0).await;
     let seen = handle.snapshot();
-    // hyper-util's pool drops a connection that comes free for a caller who has got another just then; the
-    // server hears of its end a moment after its place was taken.
+    // hyper-util's pool drops a connection that is returned for a caller which has just received another one. The
+    // server observes this close shortly after the layer has released the permit, so its own count may exceed the cap.
     let dropped = seen.closed as usize;
     assert!(dropped <= CAP / 10 && seen.open <= CAP, "{seen:?}");
     assert!(open.total() <= CAP + dropped, "{seen:?}");
@@ -200,7 +200,7 @@ async fn renewed_all_the_time(client: Client<TcpConnector, Empty<Bytes>>) {
     assert!(open.total() >= 100);
 }
 
-/// As a layer of its own under a client that somebody else builds.
+/// The layer alone, under a client that another crate builds.
 #[tokio::test]
 async fn the_client_of_somebody_else_is_bounded_as_well() {
     let (addr, open) = serve(hello()).await;
@@ -215,7 +215,7 @@ async fn the_client_of_somebody_else_is_bounded_as_well() {
     until(|| layer.handle().snapshot().waiting == 0).await;
 }
 
-// ===== tonic's =====
+// ===== tonic =====
 
 #[tokio::test]
 async fn tonic_channels_over_the_layer_share_its_cap() {
@@ -239,7 +239,7 @@ async fn tonic_channels_over_the_layer_share_its_cap() {
     let seen = layer.handle().snapshot();
     assert_eq!((seen.created, seen.open, seen.in_use), (1, 1, 0));
 
-    // Another channel finds the place taken, and is told why.
+    // Another channel is rejected, because the first channel holds the only permit. The error states the cause.
     let error = soon(endpoint().connect_with_connector(connector.clone())).await.unwrap_err();
     let error: BoxError = error.into();
     assert_eq!(refusal(&error).kind(), RejectedKind::Saturated);
@@ -249,7 +249,7 @@ async fn tonic_channels_over_the_layer_share_its_cap() {
     soon(HealthClient::new(channel).check(rpc::ask(""))).await.unwrap();
 }
 
-// ===== reqwest's =====
+// ===== reqwest =====
 
 #[cfg(feature = "reqwest")]
 #[tokio::test]
@@ -264,7 +264,7 @@ async fn reqwest_connects_under_the_layer_timed_and_counted() {
     }
     let seen = layer.handle().snapshot();
     assert_eq!((seen.created, seen.failed, open.total()), (1, 0, 1));
-    // How long it lives nobody tells.
+    // The layer observes connects only. reqwest does not report when a connection ends.
     assert_eq!((seen.open, seen.connecting), (0, 0));
 
     let nobody = net::nobody().await;
@@ -299,7 +299,7 @@ mod tls {
     use super::*;
     use crate::net::Stage;
 
-    /// One that speaks these protocols, and who trusts it.
+    /// Starts a server that speaks these protocols. Returns a client configuration that trusts it.
     async fn serve(alpn: &[&[u8]], stage: Stage) -> (SocketAddr, Gauge, ClientConfig) {
         let own = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
         let provider: Arc<CryptoProvider> = ring::default_provider().into();
@@ -385,7 +385,7 @@ mod tls {
         let (addr, _, _) = serve(&[b"h2"], Stage::default()).await;
         let layer = ConnectLayer::new();
         let handle = layer.handle();
-        // A machine without any roots says so at once, and trusts nobody either.
+        // On a machine without root certificates the client cannot be built, so it trusts no server either.
         let Ok(client) = Client::builder(layer).build_https() else { return };
         let error = soon(client.request(request(addr, "/"))).await.unwrap_err();
         assert_eq!(Outcome::of_error(&*error).reason(), Reason::ConnectFailed);

@@ -1,4 +1,4 @@
-//! How old connections become, and what ends them.
+//! The age and the idle time of connections, and the events that end them.
 
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ async fn an_idle_connection_is_closed_in_time() {
         let pipes = Pipes::default();
         let (client, handle) = (connect(&layer, &pipes), layer.handle());
         ask(&client, "http://a/").await.unwrap();
-        // Used before its time, it stays; the time begins anew.
+        // A call before the end of the idle time restarts the idle time.
         for _ in 0..10 {
             sleep(SECOND * 9 / 10).await;
             ask(&client, "http://a/").await.unwrap();
@@ -72,7 +72,7 @@ async fn a_connection_in_use_is_never_cut_for_its_age() {
         assert_eq!(slow.into_body().collect().await.unwrap().to_bytes(), "hello");
         settle().await;
         assert_eq!((handle.snapshot().closed_for_age, pipes.open.now()), (1, 0));
-        // A stream that is half read.
+        // A stream that has been read by half.
         let mut stream = client.request(request("http://a/stream")).await.unwrap().into_body();
         assert_eq!(stream.frame().await.unwrap().unwrap().into_data().unwrap(), "hel");
         sleep(100 * SECOND).await;
@@ -90,7 +90,7 @@ async fn an_old_connection_that_is_never_idle_is_not_used_again() {
         let pipes = Pipes::default();
         let (client, handle) = (connect(&layer, &pipes), layer.handle());
         let start = Instant::now();
-        // More callers than connections, without a pause.
+        // There are more callers than connections, and each caller calls without a pause.
         let caller = || async {
             while start.elapsed() < 35 * SECOND {
                 ask(&client, "http://a/tenth").await.unwrap();
@@ -103,7 +103,7 @@ async fn an_old_connection_that_is_never_idle_is_not_used_again() {
     }
 }
 
-/// Else a stream of hours would keep every other call out.
+/// Otherwise one long stream would lock out every other call.
 #[tokio::test(start_paused = true)]
 async fn an_old_connection_serves_on_where_there_is_no_room_for_another() {
     for caps in [(1, 9), (9, 1)] {
@@ -117,7 +117,7 @@ async fn an_old_connection_serves_on_where_there_is_no_room_for_another() {
             ask(&client, "http://a/").await.unwrap();
         }
         assert_eq!((handle.snapshot().created, start.elapsed()), (1, Duration::ZERO));
-        // Once nobody uses it, it goes.
+        // The connection is closed after its last call.
         pipes.stage.open();
         stream.await.unwrap().unwrap().into_body().collect().await.unwrap();
         settle().await;
@@ -232,7 +232,7 @@ async fn a_long_stream_keeps_its_http2_connection_in_the_pool() {
     drop(stream);
 }
 
-/// As after a stall: the connection's own task did not get to close it.
+/// As after a stall: the task of the connection has not run, so the connection is not closed yet.
 #[tokio::test(start_paused = true)]
 async fn a_connection_whose_time_was_over_unnoticed_is_not_used() {
     let layer = exact().max_idle(SECOND);
@@ -242,13 +242,13 @@ async fn a_connection_whose_time_was_over_unnoticed_is_not_used() {
         ask(&client, "http://a/").await.unwrap();
         settle().await;
         assert_eq!(handle.snapshot().created, n);
-        // The clock goes on, and nobody else does.
+        // The clock advances, but no other task runs.
         assert!(tokio_test::task::spawn(tokio::time::advance(2 * SECOND)).poll().is_pending());
     }
     assert_eq!((handle.snapshot().reused, handle.snapshot().closed_for_idleness), (0, 3));
 }
 
-/// As behind a NAT that forgets: no end is seen, and no answer comes.
+/// As behind a NAT that has dropped its mapping: the client observes no end of the connection and receives no response.
 #[tokio::test(start_paused = true)]
 async fn no_request_hangs_on_a_connection_that_died_without_a_word() {
     const FORGOTTEN: Duration = Duration::from_secs(5);
@@ -280,11 +280,11 @@ async fn no_request_hangs_on_a_connection_that_died_without_a_word() {
 
     let client = connect(Some(4 * SECOND));
     for silence in [1, 3, 4, 5, 6, 60, 1, 4, 5] {
-        let response = ask(&client).await.expect("no request hangs").unwrap();
+        let response = ask(&client).await.expect("the request hangs").unwrap();
         assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "hello");
         sleep(silence * SECOND).await;
     }
-    // That such a connection does hang, where none is closed in time.
+    // The control: without an idle time, a request on such a connection hangs.
     let client = connect(None);
     drop(ask(&client).await.unwrap().unwrap().into_body().collect().await.unwrap());
     sleep(2 * FORGOTTEN).await;

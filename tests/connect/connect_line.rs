@@ -1,4 +1,4 @@
-//! Who waits for a connection, and who goes while waiting or connecting.
+//! Callers that wait for a connection, and callers that are cancelled while they wait or connect.
 
 use std::{sync::Arc, time::Duration};
 
@@ -67,7 +67,7 @@ async fn who_goes_while_waiting_or_connecting_takes_nothing_along() {
             (0..5).map(|_| tokio::spawn(client.request(request("http://a/")))).collect();
         settle().await;
         assert_eq!((handle.snapshot().connecting, handle.snapshot().waiting), (2, 3));
-        // Those that wait, those that connect, and with a turn that has just come.
+        // Cancels calls that wait, calls that connect, and a call that has just acquired a permit.
         for n in [3, 0, 2, 4, 1] {
             calls[n].abort();
             if n % 2 == 0 {
@@ -83,7 +83,7 @@ async fn who_goes_while_waiting_or_connecting_takes_nothing_along() {
     let both = both.map(|request| tokio::spawn(client.request(request)));
     settle().await;
     assert_eq!(handle.snapshot().in_use, 2);
-    // Dropped before the head: the connection goes with the call.
+    // The calls are cancelled before their response heads, which closes their connections.
     both.iter().for_each(tokio::task::JoinHandle::abort);
     settle().await;
     let seen = handle.snapshot();
@@ -95,8 +95,8 @@ async fn nobody_stands_in_line_for_a_caller_who_was_served() {
     let layer = ConnectLayer::new().max_per_host(1).queue(8, 3600 * SECOND);
     let pipes = Pipes::default();
     let (client, handle) = (client(&layer, &pipes), layer.handle());
-    // Each call but the first finds the connection taken, waits for one of its own, and gets the old one:
-    // what it leaves behind must not fill the line.
+    // Each call but the first finds the connection in use, queues for a connection of its own, and is then served by
+    // the connection of an earlier call. The queue entry that it leaves behind must not fill the queue.
     for _ in 0..100 {
         let calls = (0..8).map(|_| ask(&client, "http://a/"));
         for answer in futures_util::future::join_all(calls).await {
@@ -108,7 +108,7 @@ async fn nobody_stands_in_line_for_a_caller_who_was_served() {
     assert_eq!((handle.snapshot().created, handle.snapshot().saturated), (1, 0));
 }
 
-/// The same where each stands in line for a connection of its own, under a client that somebody else builds.
+/// The same under a client that another crate builds, where each call queues for a connection of its own.
 #[tokio::test(start_paused = true)]
 async fn what_hyper_leaves_behind_gives_up_its_place_in_line() {
     let layer = ConnectLayer::new().max_per_host(1).queue(7, 3600 * SECOND);
@@ -128,7 +128,8 @@ async fn what_hyper_leaves_behind_gives_up_its_place_in_line() {
     assert!(seen.waits >= 100, "{seen:?}");
 }
 
-/// hyper's pool fails everybody who waits for an HTTP/2 connection when the one goes who was making it.
+/// hyper-util's pool fails every caller that waits for an HTTP/2 connection when the caller that makes the connection
+/// is cancelled.
 #[tokio::test(start_paused = true)]
 async fn who_goes_while_connecting_takes_nobody_along() {
     for layer in [ConnectLayer::new(), ConnectLayer::new().max_per_host(1).queue(22, SECOND)] {
@@ -151,7 +152,8 @@ async fn who_goes_while_connecting_takes_nobody_along() {
                 one.abort();
             }
             settle().await;
-            // The line has room for all but the one that connects, and for no more.
+            // One of the remaining calls connects. Under a cap, the other 19 wait in the queue, which the cancelled
+            // calls had filled.
             let has_cap = layer.handle().snapshot().max_per_host.is_some();
             assert_eq!(layer.handle().snapshot().waiting, if has_cap { 19 } else { 0 });
             pipes.let_in(1);
@@ -159,7 +161,7 @@ async fn who_goes_while_connecting_takes_nobody_along() {
                 one.await.unwrap().unwrap();
             }
             assert_eq!(layer.handle().snapshot().open, 1);
-            // And the same when that connection has gone.
+            // The second round begins after this connection has been closed.
             layer.handle().renew();
             settle().await;
             assert_eq!(layer.handle().snapshot().created, 1 + u64::from(goes_again));
@@ -178,7 +180,7 @@ async fn a_call_that_is_not_polled_keeps_nobody_from_connecting() {
     assert_eq!(layer.handle().snapshot().created, 1);
 }
 
-/// Nobody waits behind others for a connection that cannot be made for longer than it may take to make one.
+/// If a connection cannot be made, all waiting calls fail within the time of one connect, not one after another.
 #[tokio::test(start_paused = true)]
 async fn where_nothing_answers_nobody_waits_for_those_before_them() {
     let (layer, pipes) = (ConnectLayer::new().connect_timeout(SECOND), Pipes::gated());
@@ -242,7 +244,7 @@ async fn a_connector_that_panics_frees_its_place() {
     connect("").await.unwrap();
 }
 
-/// Counts its own readiness: a call to one that was never asked is a fault.
+/// A connector that panics if an instance is called that was not polled ready.
 #[tokio::test(start_paused = true)]
 async fn the_connector_that_was_ready_is_the_one_that_is_called() {
     #[derive(Default)]
@@ -268,14 +270,14 @@ async fn the_connector_that_was_ready_is_the_one_that_is_called() {
         }
 
         fn call(&mut self, _: http::Uri) -> Self::Future {
-            assert!(std::mem::take(&mut self.ready), "called without being ready");
+            assert!(std::mem::take(&mut self.ready), "called without being polled ready");
             std::future::ready(Ok(Arc::default()))
         }
     }
     let mut connector = ConnectLayer::new().max_per_host(1).layer(Strict::default());
     let uri: http::Uri = "http://a/".parse().unwrap();
     let first = connector.ready().await.unwrap().call(uri.clone()).await.unwrap();
-    // In line as well: the wait is in the future, and what was ready went along.
+    // Also for a queued call: the wait is part of the future, which owns the instance that was polled ready.
     let second = tokio::spawn(connector.ready().await.unwrap().call(uri.clone()));
     settle().await;
     drop(first);

@@ -1,4 +1,5 @@
-//! Anything, in any order: the caps hold at every moment, who stays is served, and nothing is left behind.
+//! Random calls, cancellations and changes of the caps: the caps hold at every moment, each call that is not cancelled
+//! is served, and no permit or connection is left behind.
 
 use std::{pin::pin, time::Duration};
 
@@ -20,12 +21,12 @@ const HOUR: Duration = Duration::from_secs(3600);
 #[tokio::test(start_paused = true)]
 async fn whatever_callers_do_the_caps_hold_and_who_stays_is_served() {
     for seed in 0..12 {
-        // What connecting takes is drawn elsewhere.
+        // The kit draws the times of connects from the generator of the thread.
         fastrand::seed(seed);
         let mut random = Rng::with_seed(seed);
         let total = random.usize(1..10);
         round(&mut random, client, total).await;
-        // Calls that share a connection leave it never idle: each host is to have one.
+        // A connection that calls share is never idle, so it is not closed for another host: each host needs one.
         round(&mut random, http2, total.max(HOSTS.len())).await;
     }
 }
@@ -49,12 +50,12 @@ async fn round(random: &mut Rng, connect: fn(&ConnectLayer, &Pipes) -> Piped, to
     }
     shaker.abort();
 
-    assert!(pipes.open.peak() <= total, "{} open, at most {total}", pipes.open.peak());
+    assert!(pipes.open.peak() <= total, "{} open, more than {total}", pipes.open.peak());
     for host in HOSTS {
         let peak = pipes.open_to(host).peak();
-        assert!(peak <= per_host, "{peak} open to {host}, at most {per_host}");
+        assert!(peak <= per_host, "{peak} open to {host}, more than {per_host}");
     }
-    // What callers have left behind comes to its end.
+    // The connections that cancelled calls have left behind end.
     sleep(Duration::from_secs(2)).await;
     settle().await;
     let seen = handle.snapshot();
@@ -71,7 +72,7 @@ async fn call_on(client: Piped, mut random: Rng) {
         match random.u8(..10) {
             0 => drop(client.request(request(&uri))),
             1 => drop(pin!(client.request(request(&uri))).now_or_never()),
-            // The head, perhaps, and never the body.
+            // Reads the response head if it arrives in time, and never the body.
             2 => {
                 let longest = Duration::from_millis(random.u64(..200));
                 drop(timeout(longest, client.request(request(&uri))).await);
@@ -80,17 +81,17 @@ async fn call_on(client: Piped, mut random: Rng) {
                 let longest = Duration::from_millis(random.u64(..200));
                 drop(timeout(longest, ask(&client, &uri)).await);
             }
-            // Whoever stays is not kept waiting by those who do not.
+            // Cancelled calls do not delay calls that are not cancelled.
             _ => {
                 let answer = timeout(Duration::from_secs(10), ask(&client, &uri)).await;
-                answer.expect("served in time").expect("served");
+                answer.expect("not served in time").expect("not served");
             }
         }
         sleep(Duration::from_millis(random.u64(..50))).await;
     }
 }
 
-/// Within the caps that are checked.
+/// Renews the connections and changes the caps, never beyond the caps that are checked.
 async fn shake(handle: ConnectHandle, mut random: Rng, (per_host, total): (usize, usize)) {
     loop {
         sleep(Duration::from_millis(random.u64(..100))).await;

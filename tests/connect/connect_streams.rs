@@ -31,7 +31,7 @@ async fn another_connection_is_opened_when_all_streams_are_in_use() {
             (0..calls).map(|_| tokio::spawn(client.request(request("http://a/slow")))).collect();
         settle().await;
         settle().await;
-        assert_eq!(pipes.stage.inside.now(), calls, "all are at the server");
+        assert_eq!(pipes.stage.inside.now(), calls, "some calls have not arrived at the server");
         let seen = handle.snapshot();
         assert_eq!((seen.open, seen.in_use, seen.waiting), (8, 8, 0));
         pipes.stage.open();
@@ -67,13 +67,13 @@ async fn call_beyond_the_cap_waits_for_a_stream_and_is_counted() {
     let error = call("/").await.unwrap().unwrap_err();
     assert_eq!(refusal(&error).kind(), RejectedKind::Saturated);
 
-    // A stream that ends lets the waiting call through, whichever connection it was of.
+    // The end of a stream admits the waiting call, regardless of the connection that the stream belonged to.
     drop(streams.pop());
     waits.await.unwrap().unwrap().into_body().collect().await.unwrap();
     drop(streams.remove(0));
     ask(&client, "http://a/").await.unwrap();
 
-    // Or its time ends.
+    // The maximum wait rejects a call that gets no stream.
     streams.push(call("/stream").await.unwrap().unwrap());
     streams.push(call("/stream").await.unwrap().unwrap());
     let start = Instant::now();
@@ -115,7 +115,8 @@ async fn calls_wait_for_a_stream_in_order_and_a_cancelled_one_takes_none_along()
     assert_eq!(handle.snapshot().created, 1);
 }
 
-/// The first call opens the connection. Its stream is its own, whatever the order of the events is.
+/// The first call opens the connection and gets its first stream. When the call is cancelled, before or after the
+/// connection is established, other calls get this stream.
 #[tokio::test(start_paused = true)]
 async fn cancelled_first_call_leaves_its_stream_to_others() {
     for before_the_connection in [true, false] {
@@ -145,7 +146,8 @@ async fn second_connection_that_cannot_be_made_does_not_fail_calls_that_get_a_st
     pipes.let_in(1);
     ask(&client, "http://a/").await.unwrap();
     let held = client.request(request("http://a/stream")).await.unwrap();
-    // The next call opens another connection, which fails. The calls after it wait, and get the stream of the first.
+    // The next call opens another connection, which fails. Later calls wait, and get the stream of the first
+    // connection.
     let opens = tokio::spawn(client.request(request("http://a/")));
     settle().await;
     let waits = tokio::spawn(client.request(request("http://a/")));
@@ -171,11 +173,11 @@ async fn connections_without_calls_are_closed_when_they_are_idle() {
         ask(&client, "http://a/").await.unwrap();
         tokio::time::sleep(SECOND / 2).await;
     }
-    assert_eq!(handle.snapshot().open, 1, "one is enough for calls in a row");
+    assert_eq!(handle.snapshot().open, 1, "sequential calls need one connection only");
     assert_eq!(pipes.open.now(), 1);
 }
 
-/// Idle connections of another host make room for a connection whose calls wait for a stream.
+/// An idle connection of another host is closed for a connection whose calls wait for a stream.
 #[tokio::test(start_paused = true)]
 async fn idle_connection_of_another_host_makes_room_for_another_connection() {
     let layer = ConnectLayer::new().max_total(2).max_idle(60 * SECOND);
@@ -207,7 +209,7 @@ async fn clients_over_one_layer_do_not_mix_their_connections() {
     }
 }
 
-/// Over real sockets, through a breaker: a wait for a stream is not the upstream's.
+/// Over real sockets, through a circuit breaker: the wait for a stream is not attributed to the upstream.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn wait_for_a_stream_does_not_open_a_circuit() {
     let stage = net::Stage::default();
@@ -239,7 +241,7 @@ async fn wait_for_a_stream_does_not_open_a_circuit() {
         (0..20).map(|_| tokio::spawn(client.clone().oneshot(net::get(addr, "/")))).collect();
     until(|| stage.inside.now() == 8 && handle.snapshot().waiting == 12).await;
     until(|| handle.snapshot().saturated == 12).await;
-    assert!(start.elapsed() < 2 * SECOND, "the time of the queue and not that of connecting");
+    assert!(start.elapsed() < 2 * SECOND, "the calls waited for longer than the queue allows");
     stage.open();
     let mut answered = 0;
     for call in calls {
@@ -254,7 +256,7 @@ async fn wait_for_a_stream_does_not_open_a_circuit() {
     assert_eq!((answered, circuit.state()), (8, State::Closed));
     assert!(handle.snapshot().waits_for_stream >= 12, "{:?}", handle.snapshot());
 
-    // And under load each call is served, by no more connections than there may be.
+    // Under load each call is served or rejected by the queue, over no more connections than the cap.
     let calls = (0..400).map(|_| {
         let client = client.clone();
         tokio::spawn(async move {

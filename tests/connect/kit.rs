@@ -1,4 +1,4 @@
-//! A server at the other end of a pipe: no sockets, so that the clock can be paused.
+//! A server at the other end of an in-memory pipe. Without sockets the clock can be paused.
 
 use std::{
     collections::HashMap,
@@ -33,7 +33,7 @@ use tower::Service;
 
 use crate::net::{Gauge, Inside, Stage};
 
-/// Connects to a server of its own, through a gate if told so. Knows how many of its connections are open.
+/// A connector. Each connection leads to a server of its own. Counts the open connections.
 #[derive(Clone, Debug, Default)]
 pub struct Pipes {
     pub stage: Stage,
@@ -45,22 +45,22 @@ pub struct Pipes {
 }
 
 impl Pipes {
-    /// Connecting takes a permit of the gate.
+    /// Each connect takes a permit of the gate, which has none at first.
     pub fn gated() -> Self {
         Self { gate: Some(Arc::new(Semaphore::new(0))), ..Self::default() }
     }
 
-    /// Connecting takes up to 30 ms.
+    /// Each connect takes up to 30 ms.
     pub fn dawdling() -> Self {
         Self { dawdles: true, ..Self::default() }
     }
 
-    /// A connection over HTTP/2 has so many streams.
+    /// Sets the maximum number of streams of an HTTP/2 connection.
     pub fn max_streams(self, max: u32) -> Self {
         Self { max_streams: Some(max), ..self }
     }
 
-    /// Those to one host.
+    /// Returns the gauge of the open connections to one host.
     pub fn open_to(&self, host: &str) -> Gauge {
         self.to.lock().unwrap().entry(host.into()).or_default().clone()
     }
@@ -80,7 +80,7 @@ impl Pipes {
     }
 }
 
-/// Speaks back what it is told.
+/// Upgrades the connection and echoes all bytes.
 async fn upgrade(request: axum::extract::Request) -> http::Response<axum::body::Body> {
     tokio::spawn(async move {
         let io = TokioIo::new(hyper::upgrade::on(request).await.unwrap());
@@ -195,7 +195,7 @@ pub fn request(uri: &str) -> Request<Empty<Bytes>> {
     Request::get(uri).body(Empty::new()).unwrap()
 }
 
-/// Asks, and reads the answer to its end.
+/// Sends a request and reads the response to its end.
 pub async fn ask(client: &Piped, uri: &str) -> Result<Bytes, BoxError> {
     let response = client.request(request(uri)).await?;
     assert!(response.status().is_success(), "{}", response.status());
@@ -203,10 +203,10 @@ pub async fn ask(client: &Piped, uri: &str) -> Result<Bytes, BoxError> {
 }
 
 pub fn refusal(error: &BoxError) -> &Rejected {
-    Rejected::find(&**error).unwrap_or_else(|| panic!("not a refusal: {error:?}"))
+    Rejected::find(&**error).unwrap_or_else(|| panic!("not a rejection: {error:?}"))
 }
 
-/// Lets every task do all it can without the clock.
+/// Yields 64 times, so that every task makes the progress that it can make without the clock.
 pub async fn settle() {
     for _ in 0..64 {
         tokio::task::yield_now().await;

@@ -1,4 +1,4 @@
-//! Connections: bounded, fresh and visible.
+//! The connection layer and its clients: caps, queues, lifetimes and snapshots.
 #![cfg(feature = "connect")]
 
 mod connect_addresses;
