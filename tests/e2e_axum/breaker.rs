@@ -1,8 +1,8 @@
-//! What opens and closes a breaker in a server.
+//! Circuits of a server: how they open and close, and their half-open probes.
 
 use super::*;
 
-// ===== The breaker =====
+// ===== Circuits =====
 
 #[tokio::test]
 async fn a_handler_that_always_answers_500_opens_the_breaker() {
@@ -23,7 +23,7 @@ async fn a_handler_that_always_answers_500_opens_the_breaker() {
         let addr = serve(app).await;
         let mut statuses = Vec::new();
         for _ in 0..5 {
-            // Each over a connection of its own: the state must not be theirs.
+            // Each call has a connection of its own: the state must not be per connection.
             let answer = answers(&mut send_all(addr, ["/"]), 1).await.remove(0);
             if answer.status == StatusCode::SERVICE_UNAVAILABLE {
                 assert_eq!(answer.headers["retry-after"], "30");
@@ -62,7 +62,7 @@ async fn a_handler_that_recovers_closes_the_breaker() {
     assert_eq!(state.snapshot().probes, 0);
 }
 
-/// A route that fails once, then is a [`Stage`], behind a breaker that is half-open by now.
+/// Serves a route that fails once and is a [`Stage`] afterwards, behind a circuit that is half-open.
 async fn half_open() -> (std::net::SocketAddr, Stage, CircuitBreakerHandle) {
     let (stage, failed) = (Stage::default(), Arc::new(AtomicUsize::new(0)));
     let inner = stage.clone();
@@ -129,7 +129,7 @@ async fn an_open_breaker_refuses_many_callers_at_once_and_nobody_hangs() {
 
 // ===== Panics =====
 
-/// Where a panic is caught before it ends the task, the call is dropped after it, not by it.
+/// If a layer catches the panic, the call is dropped after the unwinding and not during it.
 #[tokio::test]
 async fn a_panic_counts_as_failure_whether_or_not_a_layer_catches_it() {
     for caught in [false, true] {

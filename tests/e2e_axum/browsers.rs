@@ -1,4 +1,4 @@
-//! Rejections of a middleware of the user, and what browsers make of rejections, over a real server on TCP.
+//! Rejections of a user's middleware, and the effect of rejections on browsers, over a real server on TCP.
 
 use std::time::Duration;
 
@@ -59,7 +59,7 @@ async fn rejected_event_source_and_web_socket_can_connect_again() {
         .layer(from_fn(for_browsers));
     let at = serve(app).await;
 
-    // With a permit, the handshake is the handler's.
+    // A call with a permit reaches the handler, which completes the handshake.
     let (mut web_socket, _) = soon(connect_async(format!("ws://{at}/socket"))).await.unwrap();
     assert_eq!(soon(web_socket.next()).await.unwrap().unwrap().to_text().unwrap(), "hello");
     drop(web_socket);
@@ -74,7 +74,7 @@ async fn rejected_event_source_and_web_socket_can_connect_again() {
     assert_eq!(events.status(), StatusCode::OK);
     assert_eq!(events.headers()["content-type"], "text/event-stream");
     assert_eq!(events.headers()["cache-control"], "no-store");
-    // The stream ends, so that the browser connects again after this time.
+    // The body ends after this line. The browser connects again after the stated milliseconds.
     assert_eq!(soon(events.into_body().collect()).await.unwrap().to_bytes(), "retry: 2500\n\n");
     assert_eq!(soon(get("text/html")).await.unwrap().status(), StatusCode::SERVICE_UNAVAILABLE);
 
@@ -89,7 +89,7 @@ async fn rejected_event_source_and_web_socket_can_connect_again() {
     assert_eq!(soon(first).await.unwrap().unwrap().status(), StatusCode::OK);
 }
 
-// ===== A middleware and a handler of the user =====
+// ===== Middleware and handler of a user =====
 
 fn over_quota() -> Rejected {
     Rejected::new(RejectedKind::Quota).with_retry_after(Duration::from_secs(30))
@@ -144,7 +144,7 @@ async fn handler_returns_a_rejection_as_its_error() {
     assert_eq!(head.status(), StatusCode::TOO_MANY_REQUESTS);
 }
 
-/// The client still sends its request, of which the middleware reads nothing.
+/// The client is still sending its request, and the middleware reads nothing of it.
 #[tokio::test]
 async fn rejection_of_a_middleware_reaches_a_client_that_still_uploads() {
     let at = serve(app()).await;

@@ -1,4 +1,4 @@
-//! A listener with so many connections at once, over TCP.
+//! A listener with a maximum number of connections, over TCP.
 
 use std::net::SocketAddr;
 
@@ -30,7 +30,7 @@ async fn open(addr: SocketAddr) -> TcpStream {
     soon(TcpStream::connect(addr)).await.unwrap()
 }
 
-/// One request over a connection that stays open; what comes back, as text.
+/// Sends one request over a connection that stays open. Returns the response as text.
 async fn ask(tcp: &mut TcpStream) -> String {
     soon(tcp.write_all(b"GET / HTTP/1.1\r\nhost: here\r\n\r\n")).await.unwrap();
     let mut heard = Vec::new();
@@ -53,13 +53,13 @@ async fn beyond_the_limit_a_connection_is_told_and_closed() {
     let mut third = open(addr).await;
     let told = ask(&mut third).await;
     assert!(told.starts_with("HTTP/1.1 503") && told.contains("retry-after: 1\r\n"), "{told}");
-    assert_eq!(soon(third.read(&mut [0])).await.unwrap(), 0, "closed");
+    assert_eq!(soon(third.read(&mut [0])).await.unwrap(), 0, "not closed");
     assert_eq!((connections.snapshot().refused_full, connections.in_flight()), (1, 2));
-    // An idle one goes, and the next is served.
+    // The end of a connection releases its slot for the next one.
     drop(first);
     until(|| connections.in_flight() == 1).await;
     assert!(ask(&mut open(addr).await).await.starts_with("HTTP/1.1 200"));
-    // A higher limit is for the next one.
+    // A raised limit admits further connections.
     until(|| connections.in_flight() == 1).await;
     connections.set_limit(3).unwrap();
     let mut more = [open(addr).await, open(addr).await];
@@ -68,7 +68,7 @@ async fn beyond_the_limit_a_connection_is_told_and_closed() {
     }
 }
 
-/// It learns that nothing of its request was looked at, and so that it may try again.
+/// GOAWAY states that the request has not been processed, so the client may retry it.
 #[tokio::test]
 async fn beyond_the_limit_an_http2_connection_hears_of_a_going_away() {
     let (listener, addr, connections) = listener(1);
@@ -95,13 +95,13 @@ async fn a_limit_that_waits_leaves_what_comes_in_the_backlog() {
     let asks = tokio::spawn(async move { ask(&mut second).await });
     until(|| connections.snapshot().waiting == 1).await;
     assert!(!asks.is_finished());
-    assert!(ask(&mut first).await.starts_with("HTTP/1.1 200"), "who is in stays");
+    assert!(ask(&mut first).await.starts_with("HTTP/1.1 200"), "the open connection was closed");
     drop(first);
     assert!(soon(asks).await.unwrap().starts_with("HTTP/1.1 200"));
     assert_eq!(connections.snapshot().refused_full, 0);
 }
 
-/// What the listener itself waits with is no connection: one below the limit is not full.
+/// A pending `accept` is not a connection: with one connection less than the limit the listener is not full.
 #[tokio::test]
 async fn a_limit_that_waits_counts_connections_only() {
     let (listener, addr, connections) = listener(2);
@@ -115,7 +115,7 @@ async fn a_limit_that_waits_counts_connections_only() {
     assert_eq!((connections.in_flight(), connections.indicate()), (1, Ok(())));
 }
 
-/// Three hundred that connect and say nothing keep nobody out, and are gone soon.
+/// 300 connections that send nothing do not disturb the open one, and are closed soon.
 #[tokio::test]
 async fn connections_that_say_nothing_beyond_the_limit_are_closed_soon() {
     let (listener, addr, connections) = listener(1);
@@ -127,7 +127,7 @@ async fn connections_that_say_nothing_beyond_the_limit_are_closed_soon() {
         silent.push(open(addr).await);
     }
     for tcp in &mut silent {
-        // The end, or a reset: both are a close.
+        // The client observes the close as the end of the stream or as a reset.
         assert!(matches!(soon(tcp.read(&mut [0])).await, Ok(0) | Err(_)));
     }
     assert_eq!(connections.snapshot().refused_full, 300);

@@ -1,10 +1,10 @@
-//! One limit, two at once, however the server is built.
+//! A limit of two calls holds for the whole server, regardless of how the server is built.
 
 use super::*;
 
-// ===== Two at once =====
+// ===== Limit of two =====
 
-/// The others are worth something only if twenty really come at once.
+/// The control for the other tests: without a limit, all twenty calls are in flight at once.
 #[tokio::test]
 async fn without_a_limit_all_twenty_are_in_flight() {
     let stage = Stage::default();
@@ -105,7 +105,7 @@ async fn into_make_service_does_not_make_a_limit_per_connection() {
     two_of_twenty(addr, stage, handle, &["/a", "/stream"]).await;
 }
 
-// ===== Shedding =====
+// ===== Rejections =====
 
 #[tokio::test]
 async fn shedding_refuses_eighteen_and_says_when_to_come_back() {
@@ -139,13 +139,13 @@ async fn an_idle_handle_does_not_swallow_the_freed_place() {
     let limit = ConcurrencyLimitLayer::new(1);
     let handle = limit.handle();
     let addr = serve(routes(&stage).layer(limit.respond())).await;
-    // Connections that were refused stay open and idle; each has polled its service ready.
+    // The connections of the rejected calls stay open and idle. Each of them has polled its service ready.
     let mut calls = send_all(addr, repeat_n("/a", CALLERS));
     answers(&mut calls, CALLERS - 1).await;
     stage.open();
     answers(&mut calls, 1).await;
     all_free(&stage, &handle).await;
-    // Nothing is in flight now, so nobody has a reason to be refused.
+    // No call is in flight, so no call may be rejected.
     for _ in 0..CALLERS {
         let answer = answers(&mut send_all(addr, ["/a"]), 1).await.remove(0);
         assert_eq!(answer.status, StatusCode::OK);

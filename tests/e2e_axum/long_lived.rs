@@ -1,4 +1,4 @@
-//! What lives long over real sockets: server-sent events and WebSockets.
+//! Server-sent events and WebSockets, over real sockets.
 
 use axum::{
     Extension,
@@ -27,7 +27,7 @@ async fn echo(mut socket: WebSocket, inside: net::Inside, _place: Option<HeldPla
     drop(inside);
 }
 
-/// Sockets and streams under one limit of two; `/polite` asks for its place by hand.
+/// Serves WebSockets and streams under one limit of two. The handler of `/polite` acquires its permit itself.
 async fn sockets() -> (std::net::SocketAddr, Stage, ConcurrencyLimitHandle) {
     let stage = Stage::default();
     let limit = ConcurrencyLimitLayer::new(2);
@@ -76,7 +76,7 @@ async fn a_socket_holds_its_place_under_the_limit_to_its_end() {
     echoes(&mut second).await;
     assert_eq!((places.in_flight(), stage.inside.now()), (2, 2));
 
-    // One that is closed, and one that breaks off.
+    // The first socket is closed, the second one breaks off.
     soon(first.close(None)).await.unwrap();
     drop(second);
     all_free(&stage, &places).await;
@@ -94,7 +94,7 @@ async fn a_full_limit_refuses_a_socket_before_its_upgrade_or_closes_it_after() {
     let Some(Ok(Said::Close(Some(frame)))) = soon(closed.next()).await else { panic!("open") };
     assert_eq!((u16::from(frame.code), frame.reason.as_str()), (1013, "limit_reached"));
     assert_eq!((places.snapshot().refused_full, stage.inside.total()), (2, 2));
-    // A stream finds it as full as a socket does.
+    // The limit is full for streams as well.
     let answer = answers(&mut send_all(addr, ["/stream"]), 1).await.remove(0);
     assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
 }
@@ -103,7 +103,7 @@ async fn a_full_limit_refuses_a_socket_before_its_upgrade_or_closes_it_after() {
 async fn a_failed_upgrade_leaves_no_place_taken_under_the_limit() {
     let (addr, stage, places) = sockets().await;
     stage.open();
-    // No handshake: the extractor answers, and nobody takes the place.
+    // The requests are not handshakes: the extractor responds, and no handler takes the permit.
     for path in ["/socket", "/polite"] {
         let answer = answers(&mut send_all(addr, [path]), 1).await.remove(0);
         assert!(answer.status.is_client_error(), "{}", answer.status);

@@ -1,4 +1,4 @@
-//! What today's crates get wrong under axum, over a real server on TCP.
+//! The layers under axum, over a real server on TCP.
 #![cfg(all(feature = "breaker", feature = "limit"))]
 
 mod breaker;
@@ -50,14 +50,14 @@ use tower_http::{
 
 const CALLERS: usize = 20;
 
-/// Two at once; everybody else waits.
+/// Returns a limit of two calls, in whose queue all further calls wait.
 fn two() -> (ConcurrencyLimitLayer<buttress::call::Http, Respond>, ConcurrencyLimitHandle) {
     let limit = ConcurrencyLimitLayer::new(2).queue(64, Duration::from_secs(10));
     let handle = limit.handle();
     (limit.respond(), handle)
 }
 
-/// Twenty callers: two get in and eighteen wait until somebody leaves, however the server is built.
+/// Sends twenty calls. Asserts that two are in flight while eighteen wait, and that all of them are served.
 async fn two_of_twenty(
     addr: std::net::SocketAddr,
     stage: Stage,
@@ -76,7 +76,7 @@ async fn two_of_twenty(
     assert_eq!(limit.snapshot().refused_full + limit.snapshot().refused_waited, 0);
 }
 
-/// The client has its last byte a moment before the server lets go of the body.
+/// Waits until all permits are released: the client has received the last byte before the server drops the body.
 async fn all_free(stage: &Stage, limit: &ConcurrencyLimitHandle) {
     until(|| stage.inside.now() == 0).await;
     until(|| limit.in_flight() == 0 && limit.snapshot().waiting == 0).await;

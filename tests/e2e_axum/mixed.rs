@@ -1,4 +1,4 @@
-//! Layers of others in the same stack.
+//! Layers of other crates in the same stack.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! Open-loop load over TCP: callers come when they come, whatever became of the earlier ones.
+//! Open-loop load over TCP: calls start at a fixed rate, regardless of the results of earlier calls.
 
 use std::{collections::BTreeMap, net::SocketAddr};
 
@@ -11,7 +11,7 @@ use tokio::{
 
 use super::*;
 
-/// What takes a while: half of it before the head, half of it while the body goes on.
+/// Responds within `ms`: half of the time passes before the head, the other half between the chunks of the body.
 async fn works(inside: net::Gauge, ms: u64, chunks: u32) -> axum::body::Body {
     let inside = inside.enter();
     let pause = Duration::from_millis(ms / 2) / chunks.max(1);
@@ -26,7 +26,7 @@ async fn works(inside: net::Gauge, ms: u64, chunks: u32) -> axum::body::Body {
     ))
 }
 
-/// Answers of 2 to 10 ms: short, long, streamed, failing of themselves.
+/// Serves responses that take 2 to 10 ms: short ones, streams and failures.
 fn server(inside: &net::Gauge) -> Router {
     let (a, b, c) = (inside.clone(), inside.clone(), inside.clone());
     let own = StatusCode::INTERNAL_SERVER_ERROR;
@@ -36,7 +36,7 @@ fn server(inside: &net::Gauge) -> Router {
         .route("/fails", get(move || async move { (own, works(c, 2, 1).await) }))
 }
 
-/// What became of a load.
+/// The results of a load.
 #[derive(Debug, Default)]
 struct Told {
     statuses: BTreeMap<u16, usize>,
@@ -44,13 +44,13 @@ struct Told {
     errors: Vec<String>,
 }
 
-/// So many calls, two each millisecond. Every seventh caller leaves after 3 ms, wherever the answer is.
+/// Starts two calls each millisecond. Every seventh caller hangs up after 3 ms, regardless of the progress of its call.
 async fn load(addr: SocketAddr, calls: usize) -> Told {
     const PATHS: [&str; 4] = ["/short", "/stream", "/short", "/fails"];
     let client = client::<http_body_util::Empty<bytes::Bytes>>();
     let mut callers = JoinSet::new();
     let mut ticks = interval(Duration::from_millis(1));
-    // Late is late: the load is made up for, and comes in a burst.
+    // Missed ticks are made up for in a burst, which keeps the mean rate.
     ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
     for nth in 0..calls {
         if nth % 2 == 0 {
@@ -83,7 +83,8 @@ async fn load(addr: SocketAddr, calls: usize) -> Told {
     told
 }
 
-/// Never more than the limit at once, as the handlers count; nothing but answers and our own refusals.
+/// Asserts that no more calls than the limit reached the handlers at once, and that each call got a response of a
+/// handler, was rejected by the limit, or was cancelled by its caller.
 fn holds(told: &Told, inside: &net::Gauge, limit: usize, calls: usize) {
     assert!(inside.peak() <= limit, "{} of {limit}", inside.peak());
     assert!(told.errors.is_empty(), "{:?}", told.errors);
@@ -102,11 +103,11 @@ async fn under_open_loop_load_never_more_than_the_limit_is_in_flight() {
     let addr = serve(server(&inside).layer(limit.respond())).await;
     let told = load(addr, CALLS).await;
     holds(&told, &inside, 4, CALLS);
-    assert_eq!(inside.peak(), 4, "the load was too little");
+    assert_eq!(inside.peak(), 4, "the load was too low");
     let shed = told.statuses[&503];
     assert!(shed > 0 && told.statuses[&200] > 0, "{told:?}");
     until(|| inside.now() == 0 && handle.in_flight() == 0).await;
-    // Those who left may have been refused, too.
+    // Some of the calls that their callers cancelled may have been rejected, too.
     let refused = handle.snapshot().refused_full as usize;
     assert!((shed..=shed + told.gone).contains(&refused), "{refused}: {told:?}");
 }

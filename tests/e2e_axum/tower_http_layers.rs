@@ -32,7 +32,7 @@ async fn send(at: SocketAddr, method: Method, headers: &[(&str, &str)]) -> Answe
     Answer { status: head.status, headers: head.headers, body }
 }
 
-/// Sends a request of a script of another origin.
+/// Sends a request as a script of another origin does.
 async fn cross_origin(at: SocketAddr) -> Answer {
     send(at, Method::GET, &[("origin", ORIGIN)]).await
 }
@@ -54,12 +54,12 @@ fn app(stage: &Stage) -> Router {
     Router::new().route("/", get(|| stage.plain()))
 }
 
-/// A limit of one call.
+/// Returns a limit of one call.
 fn limit() -> ConcurrencyLimitLayer<buttress::call::Http, buttress::call::Respond> {
     ConcurrencyLimitLayer::new(1).respond()
 }
 
-/// Makes the one call of a limit.
+/// Occupies the only permit of a limit.
 async fn fill(at: SocketAddr, stage: &Stage, headers: &'static [(&str, &str)]) {
     tokio::spawn(send(at, Method::GET, headers));
     until(|| stage.inside.now() == 1).await;
@@ -96,7 +96,7 @@ async fn rejection_inside_of_cors_is_readable_by_scripts_and_preflights_need_no_
     assert_eq!(allowed.status, StatusCode::OK);
     assert!(allows_origin(&allowed.headers));
     assert_eq!(allowed.headers["access-control-allow-methods"], "PUT");
-    assert_eq!(handle.snapshot().refused_full, 1, "the preflight took no permit");
+    assert_eq!(handle.snapshot().refused_full, 1, "the preflight was rejected");
 }
 
 /// Accepts requests with a token.
