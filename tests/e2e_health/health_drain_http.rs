@@ -1,5 +1,5 @@
-//! A server that drains, over HTTP/1 and HTTP/2: what came before the signal is answered, what comes after the
-//! delay is not, and the end comes.
+//! A server that drains, over HTTP/1 and HTTP/2. Calls that arrive before the end of the delay are served, later calls
+//! are not accepted, and the server ends.
 
 use std::{
     net::SocketAddr,
@@ -53,7 +53,7 @@ pub(crate) async fn ask(
     Ok((status, body.to_bytes()))
 }
 
-/// One event, then one more when it is told to end.
+/// Streams one event at once, and one more at *stopping*.
 fn events(open: Gauge, drain: &Drain) -> Body {
     let inside = open.enter();
     let ticks = stream::once(async { "tick " }).chain(stream::pending());
@@ -105,7 +105,7 @@ async fn server(delay: Duration, longest: Duration) -> Server {
     Server { addr, health, lifecycle, stage, streams, quick, task }
 }
 
-/// A connection that has been used once, and is idle now.
+/// Opens a connection and sends one request over it. The connection is idle afterwards.
 async fn idle(addr: SocketAddr) -> TcpStream {
     let mut tcp = TcpStream::connect(addr).await.unwrap();
     tcp.write_all(b"GET /quick HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
@@ -121,7 +121,7 @@ async fn idle(addr: SocketAddr) -> TcpStream {
 
 async fn is_closed(mut tcp: TcpStream) {
     let read = soon(tcp.read(&mut [0; 16])).await;
-    assert!(matches!(read, Ok(0) | Err(_)), "an idle connection was told something");
+    assert!(matches!(read, Ok(0) | Err(_)), "the server wrote to an idle connection");
 }
 
 async fn nothing_is_lost(client: impl Fn() -> Get) {
@@ -130,7 +130,7 @@ async fn nothing_is_lost(client: impl Fn() -> Get) {
         server(delay, longest).await;
 
     let mut calls = JoinSet::new();
-    // Some share a connection, where the protocol lets them.
+    // Several calls share a connection if the protocol allows it.
     let clients: Vec<_> = (0..20).map(|_| client()).collect();
     for n in 0..200 {
         let client = clients[n % clients.len()].clone();
@@ -145,7 +145,7 @@ async fn nothing_is_lost(client: impl Fn() -> Get) {
     for _ in 0..10 {
         idles.push(idle(addr).await);
     }
-    // And some that have never said a word.
+    // Connections without any request.
     for _ in 0..3 {
         idles.push(TcpStream::connect(addr).await.unwrap());
     }
@@ -159,7 +159,7 @@ async fn nothing_is_lost(client: impl Fn() -> Get) {
     assert!(!health.is_ready());
     assert_eq!(soon(ask(&client(), addr, "/readyz")).await.unwrap().0, 503);
     assert_eq!(soon(ask(&client(), addr, "/livez")).await.unwrap().0, 200);
-    // Traffic goes on, over new connections and old ones.
+    // Calls are still served, over new connections and over existing ones.
     let new = soon(http1().request(request(addr, "/quick"))).await.unwrap();
     assert_eq!(
         (new.status().as_u16(), &new.headers()["connection"]),
@@ -168,7 +168,7 @@ async fn nothing_is_lost(client: impl Fn() -> Get) {
     assert_eq!(soon(ask(&clients[0], addr, "/quick")).await.unwrap().1, "quick");
     assert!(soon(ask(&http1(), addr, "/peer")).await.unwrap().1.starts_with(b"127.0.0.1:"));
 
-    // More and more calls, each of which is answered if it got in.
+    // Clients that call without a pause. Each call is served until the delay ends.
     let mut load = JoinSet::new();
     for n in 0..8 {
         let (client, lifecycle) = (if n < 4 { http1() } else { http2() }, lifecycle.clone());
@@ -180,7 +180,7 @@ async fn nothing_is_lost(client: impl Fn() -> Get) {
                         assert_eq!(status, 503);
                         assert!(
                             lifecycle.phase() >= Phase::Stopping,
-                            "refused before the delay was over"
+                            "rejected before the delay was over"
                         );
                         return answered;
                     }
@@ -197,7 +197,7 @@ async fn nothing_is_lost(client: impl Fn() -> Get) {
         });
     }
     let before = quick.load(SeqCst);
-    // Half of what is under way ends within the delay, the other half after it.
+    // Half of the calls in flight end within the delay, the other half after it.
     stage.gate.add_permits(100);
     let mut answered = 0;
     while answered < 100 {
@@ -215,7 +215,7 @@ async fn nothing_is_lost(client: impl Fn() -> Get) {
     }
     assert!(load_answered > 0 && quick.load(SeqCst) >= before);
 
-    // Streams get their end, not a cut; idle connections are closed.
+    // Streams end with their last event instead of being cut. Idle connections are closed.
     while let Some(stream) = soon(open.join_next()).await {
         assert_eq!(stream.unwrap().unwrap(), (StatusCode::OK, "tick bye".into()));
     }
@@ -224,11 +224,11 @@ async fn nothing_is_lost(client: impl Fn() -> Get) {
     }
     let served = quick.load(SeqCst);
     for _ in 0..20 {
-        assert!(soon(ask(&client(), addr, "/quick")).await.is_err(), "nobody listens");
+        assert!(soon(ask(&client(), addr, "/quick")).await.is_err(), "accepted after the delay");
     }
     assert_eq!(quick.load(SeqCst), served, "accepted after the delay");
 
-    assert!(!task.is_finished(), "it waits for who is still inside");
+    assert!(!task.is_finished(), "the server ended before its calls");
     stage.gate.add_permits(100);
     while let Some(call) = soon(calls.join_next()).await {
         assert_eq!(call.unwrap().unwrap(), (StatusCode::OK, "hello".into()));
@@ -266,7 +266,7 @@ async fn what_never_ends_is_cut_after_the_longest_time_and_counted() {
         assert_eq!((drained.cut_calls, drained.cut_connections), (5, 5));
         assert!(began.elapsed() >= longest);
         while let Some(call) = soon(calls.join_next()).await {
-            assert!(call.unwrap().is_err(), "cut, and the client sees it");
+            assert!(call.unwrap().is_err(), "the client did not see the cut");
         }
         until(|| lifecycle.in_flight() == 0 && stage.inside.now() == 0).await;
     }
@@ -313,7 +313,7 @@ async fn a_server_that_is_dropped_cuts_everything_at_once() {
     until(|| lifecycle.in_flight() == 0).await;
 }
 
-/// A service that says `keep-alive` is not asked.
+/// A `Connection` header of the service does not prevent the close.
 #[tokio::test]
 async fn a_drain_closes_connections_after_their_answer_whatever_that_says() {
     let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
@@ -338,7 +338,7 @@ async fn a_handler_that_panics_costs_its_own_connection_and_no_more() {
     let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap().delay(Duration::ZERO);
     let app = Router::new()
         .route("/", get(async || "well"))
-        .route("/panic", get(async || -> &str { panic!("as it is told") }));
+        .route("/panic", get(async || -> &str { panic!("on request") }));
     let ((listener, addr), server) = (listener().await, lifecycle.clone());
     let task = tokio::spawn(async move { server.serve(listener, app).await });
     for client in [http1(), http2()] {
@@ -368,8 +368,8 @@ async fn a_handler_that_blocks_its_thread_keeps_no_process() {
     let ((listener, addr), server) = (listener().await, lifecycle.clone());
     let task = tokio::spawn(async move { server.serve(listener, app).await });
     let call = tokio::spawn(async move { ask(&http1(), addr, "/").await });
-    // Without a timer: the thread that blocks may be the one that looked after them, and tokio has nobody else do so
-    // before something comes from outside of its threads, such as the drain.
+    // Not within `soon`, because a timer may not fire here: the handler may block the thread that drives tokio's
+    // timers. Another thread takes over only after an event from outside of the runtime's threads, such as the drain.
     blocking.recv().await.unwrap();
     assert_eq!(lifecycle.in_flight(), 1);
     lifecycle.drain();
@@ -377,11 +377,11 @@ async fn a_handler_that_blocks_its_thread_keeps_no_process() {
     drop(go);
     let drained = drained.unwrap();
     assert_eq!((drained.cut_calls, drained.cut_connections), (1, 1));
-    // It may still write its answer, once it is let go.
+    // The handler may still write its response after it has been unblocked.
     let _ = soon(call).await.unwrap();
 }
 
-/// An upgraded connection is no longer the server's; a guard is what it waits for.
+/// The server does not track an upgraded connection. It waits for the guard instead.
 #[tokio::test]
 async fn a_websocket_with_a_guard_says_its_goodbye() {
     use axum::extract::ws::{CloseFrame, Message, WebSocketUpgrade};
@@ -408,10 +408,10 @@ async fn a_websocket_with_a_guard_says_its_goodbye() {
     let began = Instant::now();
     lifecycle.drain();
     sleep(Duration::from_millis(50)).await;
-    assert!(!task.is_finished(), "it waits for the socket");
+    assert!(!task.is_finished(), "the server ended before the socket");
     soon(futures_util::SinkExt::send(&mut socket, Said::text("the last word"))).await.unwrap();
     let Said::Close(Some(bye)) = soon(socket.next()).await.unwrap().unwrap() else {
-        panic!("cut without a word")
+        panic!("no close frame")
     };
     assert_eq!(bye.reason, "going away");
     let drained = soon(task).await.unwrap();
@@ -419,7 +419,7 @@ async fn a_websocket_with_a_guard_says_its_goodbye() {
     assert!(began.elapsed() < longest);
 }
 
-/// With a paused clock: time goes by while nobody says anything.
+/// On a paused clock, which advances while no data is received.
 #[tokio::test(start_paused = true)]
 async fn connections_on_which_nothing_is_said_are_closed() {
     let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
@@ -429,13 +429,13 @@ async fn connections_on_which_nothing_is_said_are_closed() {
     {
         let mut tcp = TcpStream::connect(addr).await.unwrap();
         tcp.write_all(word.as_bytes()).await.unwrap();
-        // The clock goes on whenever nobody runs: the server has to have taken it by then.
+        // A paused clock advances whenever all tasks are idle, so the server has to accept the connection before that.
         for _ in 0..500 {
             tokio::task::yield_now().await;
         }
         let (began, mut said) = (Instant::now(), Vec::new());
         let read = timeout(Duration::from_secs(3600), tcp.read_to_end(&mut said)).await;
-        assert!(read.is_ok(), "{word:?} keeps it open");
+        assert!(read.is_ok(), "the connection is open after {word:?}");
         assert_eq!(began.elapsed().as_secs(), closed_after, "{word:?}");
         assert_eq!(said.starts_with(b"HTTP/1.1 404"), word.len() > 3);
     }
@@ -468,7 +468,7 @@ async fn layer_rejects_calls_under_a_server_without_graceful_shutdown() {
     );
 }
 
-/// The pieces alone: hyper's connection under our signal and our layer.
+/// The parts alone: a connection of hyper under the stop signal and the layer of a `Lifecycle`.
 #[tokio::test]
 async fn bare_hyper_drains_with_the_pieces() {
     use hyper_util::{

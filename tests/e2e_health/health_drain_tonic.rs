@@ -1,4 +1,4 @@
-//! The same for tonic: with its own server and the pieces, and as a service of ours.
+//! A tonic service that drains: under tonic's own server with the parts of a `Lifecycle`, and under `Lifecycle::serve`.
 
 use std::{net::SocketAddr, pin::Pin, time::Duration};
 
@@ -24,10 +24,9 @@ use tonic_health::pb::{
 
 use crate::net::{Gauge, Stage, listener, soon, until};
 
-// ===== A service of messages that are at hand =====
+// ===== The service =====
 
-/// `check` answers once the gate lets it, or at once when it is asked for `quick`; `watch` ends when the process
-/// does, or never when it is asked for `deaf`.
+/// `check` responds when the gate opens, and at once for `quick`. `watch` ends at *stopping*, and never for `deaf`.
 #[derive(Clone, Default)]
 struct Slow {
     stage: Stage,
@@ -52,7 +51,7 @@ impl health_server::Health for Slow {
         &self,
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        let drain = Drain::of(request.extensions()).expect("the layer put it there").clone();
+        let drain = Drain::of(request.extensions()).expect("the layer inserts the drain").clone();
         let deaf = request.get_ref().service == "deaf";
         let inside = self.streams.enter();
         let first = stream::iter([Ok(HealthCheckResponse { status: 1 })]);
@@ -88,7 +87,7 @@ async fn check_again(mut client: HealthClient<Channel>) {
     }
 }
 
-// ===== Two ways to serve it =====
+// ===== The servers =====
 
 type Serving = JoinHandle<Drained>;
 
@@ -126,7 +125,7 @@ async fn nothing_is_lost(lifecycle: &Lifecycle, service: Slow, addr: SocketAddr,
             told.into_iter().collect::<Result<Vec<_>, Status>>()
         });
     }
-    // And some whose connections are idle by then.
+    // Clients whose connections are idle during the drain.
     let idles: Vec<_> = (0..10).map(|_| client(addr)).collect();
     for idle in &idles {
         soon(idle.clone().check(asking("quick"))).await.unwrap();
@@ -159,7 +158,7 @@ async fn nothing_is_lost(lifecycle: &Lifecycle, service: Slow, addr: SocketAddr,
     }
     soon(lifecycle.stopping()).await;
     while let Some(told) = soon(open.join_next()).await {
-        assert_eq!(told.unwrap().unwrap(), [1, 2], "streams get their end");
+        assert_eq!(told.unwrap().unwrap(), [1, 2], "a stream was cut");
     }
     // The server has accepted the connections of its backlog and closed its listener; tonic's own server keeps the
     // listener open until it has ended, without accepting connections.
@@ -171,7 +170,7 @@ async fn nothing_is_lost(lifecycle: &Lifecycle, service: Slow, addr: SocketAddr,
     while let Some(call) = soon(calls.join_next()).await {
         assert!(call.unwrap().is_ok());
     }
-    // It ends though nobody else closes a connection.
+    // The server ends although no client closes its connection.
     let drained = soon(task).await.unwrap();
     drop((clients, idles));
     assert_eq!((drained.cut_calls, drained.cut_connections), (0, 0));

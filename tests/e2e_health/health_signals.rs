@@ -1,4 +1,4 @@
-//! Real signals: each test is its own child process too, which serves and is told to end.
+//! Real signals. Each test runs itself again in a child process, which serves and receives the signals.
 
 use std::{net::SocketAddr, process::Stdio, time::Duration};
 
@@ -20,14 +20,14 @@ use crate::{
 // ===== The child =====
 
 const CHILD: &str = "BUTTRESS_TEST_CHILD";
-/// Far more than a test takes.
+/// Longer than any test.
 const AGES: Duration = Duration::from_secs(600);
 
 fn is_child() -> bool {
     std::env::var_os(CHILD).is_some()
 }
 
-/// Serves once it is told to by a line; what it says is on lines of their own.
+/// Waits for a line on the standard input, then serves. Prints each report on a line of its own.
 async fn serve(delay: Duration, longest: Duration) {
     let health = Health::new();
     let lifecycle = Lifecycle::new(&health).unwrap().delay(delay).longest(longest);
@@ -55,7 +55,7 @@ async fn serve(delay: Duration, longest: Duration) {
     println!("\ncut {}", drained.cut_calls);
 }
 
-// ===== Its parent =====
+// ===== The parent =====
 
 struct Process {
     child: Child,
@@ -80,10 +80,10 @@ impl Process {
         started
     }
 
-    /// What comes after this on a line of its own.
+    /// Waits for a line with this prefix. Returns the rest of the line.
     async fn says(&mut self, what: &str) -> String {
         loop {
-            let line = soon(self.lines.next_line()).await.unwrap().expect("the child says more");
+            let line = soon(self.lines.next_line()).await.unwrap().expect("the child ended early");
             if let Some(more) = line.strip_prefix(what) {
                 return more.trim().to_owned();
             }
@@ -101,7 +101,7 @@ impl Process {
         assert!(soon(sent).await.unwrap().success());
     }
 
-    /// How many calls were cut.
+    /// Waits for the end of the process. Returns the number of calls that were cut.
     async fn ends(mut self) -> String {
         let cut = self.says("cut ").await;
         assert!(soon(self.child.wait()).await.unwrap().success());
@@ -115,7 +115,7 @@ async fn until_ready_is(addr: SocketAddr, status: u16) {
             match ask(&http1(), addr, "/readyz").await {
                 Ok((now, _)) if now == status => return,
                 Ok(_) => {}
-                Err(error) => panic!("gone before it was told to be: {error}"),
+                Err(error) => panic!("the server ended early: {error}"),
             }
         }
     })
@@ -132,13 +132,13 @@ async fn a_real_sigterm_drains_the_process() {
     let slow = tokio::spawn(async move { ask(&http1(), addr, "/slow").await });
     while soon(ask(&http1(), addr, "/inside")).await.unwrap().1 != "2" {}
     process.signal("-TERM").await;
-    // Not ready at once, and yet here.
+    // The process is not ready at once, but still serves.
     until_ready_is(addr, 503).await;
     assert_eq!(soon(slow).await.unwrap().unwrap(), (StatusCode::OK, "done".into()));
     assert_eq!(process.ends().await, "0");
 }
 
-/// Armed by its constructor: what else would have killed it before it served.
+/// The constructor installs the signal handlers. Without them the signal would kill the process before it serves.
 #[tokio::test]
 async fn a_signal_that_comes_while_it_starts_is_heard() {
     if is_child() {
@@ -148,7 +148,7 @@ async fn a_signal_that_comes_while_it_starts_is_heard() {
         let mut process = Process::start("a_signal_that_comes_while_it_starts_is_heard").await;
         process.signal(signal).await;
         let addr = process.serves().await;
-        // It says that it is ready, which is too late, and serves for what is left of the delay.
+        // `ready` comes after the signal, so the process does not become ready. It serves for the rest of the delay.
         assert_eq!(soon(ask(&http1(), addr, "/readyz")).await.unwrap().0, 503);
         assert_eq!(process.ends().await, "0");
     }
@@ -166,7 +166,7 @@ async fn each_further_signal_ends_the_wait_that_is_on() {
     while soon(ask(&http1(), addr, "/inside")).await.unwrap().1 != "3" {}
     process.signal("-TERM").await;
     until_ready_is(addr, 503).await;
-    assert!(!slow.is_finished(), "the delay is on");
+    assert!(!slow.is_finished(), "the delay has ended");
     process.signal("-TERM").await;
     assert_eq!(soon(slow).await.unwrap().unwrap().1, "done");
     assert!(!deaf.is_finished());
@@ -175,7 +175,7 @@ async fn each_further_signal_ends_the_wait_that_is_on() {
     assert_eq!(process.ends().await, "1");
 }
 
-/// As Kubernetes does it, if a `preStop` hook asks the process to drain.
+/// As Kubernetes does, with a `preStop` hook that asks the process to drain.
 #[tokio::test]
 async fn a_drain_by_hand_and_the_signal_that_follows_are_one() {
     if is_child() {
@@ -186,15 +186,15 @@ async fn a_drain_by_hand_and_the_signal_that_follows_are_one() {
     let slow = tokio::spawn(async move { ask(&http1(), addr, "/slow").await });
     let deaf = tokio::spawn(async move { ask(&http1(), addr, "/deaf").await });
     while soon(ask(&http1(), addr, "/inside")).await.unwrap().1 != "3" {}
-    // At least once, says Kubernetes.
+    // Kubernetes calls a hook at least once, possibly twice.
     for _ in 0..2 {
         assert_eq!(soon(ask(&http1(), addr, "/hook")).await.unwrap().0, 200);
     }
-    // Of these two only the second is in a hurry.
+    // The first signal after the hook only confirms the drain. The second one ends the delay.
     process.signal("-TERM").await;
     process.signal("-INT").await;
     assert_eq!(soon(slow).await.unwrap().unwrap().1, "done");
-    // That was the end of the delay, and not of all.
+    // The third signal ends the time for the remaining calls.
     process.signal("-TERM").await;
     assert!(soon(deaf).await.unwrap().is_err());
     assert_eq!(process.ends().await, "1");

@@ -1,5 +1,5 @@
-//! Health over real sockets: a saturated server that still tells how it is, and a client that follows an
-//! upstream that dies and returns.
+//! Health over real sockets: a saturated server that still responds to probes, and a client that follows an upstream
+//! which dies and returns.
 
 use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -20,7 +20,7 @@ use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet, time::timeout};
 use tower::{Layer, ServiceBuilder, ServiceExt};
 
 async fn within<T>(future: impl Future<Output = T>) -> T {
-    timeout(Duration::from_secs(20), future).await.expect("in time")
+    timeout(Duration::from_secs(20), future).await.expect("took too long")
 }
 
 fn client() -> Client<HttpConnector, Empty<Bytes>> {
@@ -39,7 +39,7 @@ async fn ask(method: Method, addr: SocketAddr, path: &str) -> (u16, http::Header
     (head.status.as_u16(), head.headers, String::from_utf8(body.to_vec()).unwrap())
 }
 
-/// A server that can die: with its runtime go its listener and all its connections.
+/// A server that can die: dropping it ends its runtime, with its listener and all its connections.
 struct Mortal(Option<tokio::runtime::Runtime>);
 
 impl Mortal {
@@ -140,7 +140,7 @@ async fn probes_are_answered_while_the_server_is_full() {
     assert_eq!(full.in_flight(), 0);
 }
 
-/// The time that `/readyz` takes over a connection that is kept.
+/// Measures the time of a call of `/readyz`, over a connection that is reused.
 async fn readyz(client: &Client<HttpConnector, Empty<Bytes>>, addr: SocketAddr) -> Duration {
     let began = tokio::time::Instant::now();
     let request = Request::get(format!("http://{addr}/readyz")).body(Empty::new()).unwrap();
@@ -149,13 +149,13 @@ async fn readyz(client: &Client<HttpConnector, Empty<Bytes>>, addr: SocketAddr) 
     began.elapsed()
 }
 
-/// The median, and what all but the slowest hundredth keep within.
+/// Returns the median and the 99th percentile.
 fn spread(mut times: Vec<Duration>) -> (Duration, Duration) {
     times.sort_unstable();
     (times[times.len() / 2], times[times.len() * 99 / 100])
 }
 
-/// As fast as that of a server where nobody is, asked by turns: what a probe takes is the way there and back.
+/// Sends probes in turn to a full and to an idle server, and compares their times.
 #[tokio::test]
 async fn a_probe_of_a_full_server_takes_no_longer_than_one_of_an_empty_one() {
     let app = |limit: ConcurrencyLimitLayer| {
@@ -190,7 +190,7 @@ async fn a_probe_of_a_full_server_takes_no_longer_than_one_of_an_empty_one() {
     }
     let ((of_full, most_full), (of_empty, most_empty)) = (spread(of_full), spread(of_empty));
     println!("a probe of a full server: median {of_full:?}, 99 of 100 within {most_full:?}");
-    println!("of one where nobody is:   median {of_empty:?}, 99 of 100 within {most_empty:?}");
+    println!("a probe of an idle server: median {of_empty:?}, 99 of 100 within {most_empty:?}");
     assert!(of_full < 3 * of_empty, "{of_full:?} and {of_empty:?}");
     assert_eq!(inside.snapshot().waiting, 98);
 }
@@ -205,7 +205,7 @@ async fn a_port_of_its_own() {
 }
 
 fn failing_self_test() -> HealthProbeLayer<Get<Body>, Http, Respond> {
-    // A router takes any body, so that it is said which.
+    // A router accepts any body, so the type has to be stated.
     HealthProbeLayer::get::<Body>("/self-test")
         .every(Duration::from_secs(3600))
         .thresholds(1, 1)
@@ -237,9 +237,9 @@ async fn in_front_of_a_whole_router() {
 async fn one_gate_for_all_routes_however_axum_applies_it() {
     let probe = failing_self_test();
     let state = probe.handle();
-    // Which of them is probed is axum's choice, and fails all the same.
+    // axum decides which of the wrapped services is probed. The probe fails in either case.
     let app = sick().route("/more", get(async || "well").layer(probe.clone())).layer(probe);
-    // A raw router is a service: its routes may be made anew for every request.
+    // A raw router is a service, which may create its routes anew for each request.
     let request = Request::get("/more").body(Body::empty()).unwrap();
     within(app.clone().oneshot(request)).await.unwrap();
     if state.state() == ProbeState::Unknown {
