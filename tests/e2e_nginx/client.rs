@@ -1,4 +1,4 @@
-//! Lanes of requests through the retry, over hyper-util's client, and how each of them ended.
+//! Requests in lanes through the retry layer over hyper-util's client, and the result of each request.
 
 use std::{
     cell::{Cell, RefCell},
@@ -22,7 +22,7 @@ use hyper_util::{
 };
 use tower::{Layer, Service, ServiceExt};
 
-/// How many requests are under way at once.
+/// Number of lanes. A lane sends one request after another.
 pub const LANES: usize = 32;
 
 type Hyper = Client<HttpConnector, ReplayBody<Full<Bytes>>>;
@@ -34,7 +34,7 @@ pub struct Clients<S = Retry<Hyper>> {
     endings: RefCell<Vec<Ending>>,
 }
 
-/// How a request ended.
+/// The result of a request.
 #[derive(Clone, Debug)]
 pub struct Ending {
     pub id: String,
@@ -87,7 +87,7 @@ where
             Ok(response) => {
                 ending.made = Attempts::of(&response).made;
                 let status = response.status().as_u16();
-                // To its end, or its connection is not used again.
+                // The body is read to its end, so that the connection returns to the pool.
                 match response.into_body().collect().await {
                     Ok(_) => ending.status = Some(status),
                     Err(error) => ending.error = Some(format!("{error:?}")),
@@ -105,7 +105,8 @@ where
         self.send(Method::GET, "/").await;
     }
 
-    /// So many `GET`s in lanes, and a `POST` for every ten of them, some of which are cut off.
+    /// Sends this many `GET`s in lanes, and a `POST` after every tenth of them. The upstream cuts off one `POST` in
+    /// ten.
     pub async fn round(&self, gets: usize) {
         let left = Cell::new(gets);
         let lane = || async {
@@ -121,12 +122,13 @@ where
             }
         };
         join_all((0..LANES).map(|_| lane())).await;
-        // What the witness has to see three times: it can tell.
+        // The upstream cuts off every attempt of this request, so its log has to contain several of them. This proves
+        // that the log reveals a request that is sent repeatedly.
         self.send(Method::PUT, "/cut").await;
     }
 
-    /// Every lane asks, is silent for about `time`, and asks again: some just before the connection is
-    /// closed, some just after, some in that very moment.
+    /// Each lane sends a request, pauses for about `time`, and sends another one. Some of the later requests are sent
+    /// just before the upstream closes their connection, some just after, and some at the same moment.
     pub async fn after_silences(&self, time: Duration) {
         let lane = |n: usize| async move {
             self.get().await;
@@ -140,14 +142,14 @@ where
         join_all((0..LANES).map(lane)).await;
     }
 
-    /// Leaves a pool of idle connections behind.
+    /// Fills the pool with idle connections.
     pub async fn fill_pool(&self) {
         join_all((0..LANES).map(|_| self.get())).await;
-        // The connections go back to the pool by tasks of their own.
+        // Tasks of hyper-util return the connections to the pool.
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 
-    /// As many requests as there are connections in the pool, at once: a `POST` among any four.
+    /// Sends as many requests at once as the pool has connections. Every fourth one is a `POST`.
     pub fn burst(&self) -> impl Future<Output = ()> + '_ {
         let one = |n: usize| async move {
             match n % 4 {

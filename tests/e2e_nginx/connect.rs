@@ -1,4 +1,4 @@
-//! The same upstreams, over connections that end before their server ends them.
+//! The same upstreams with a client that closes idle connections before the upstream does.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use super::{
     witness::Witness,
 };
 
-/// Fewer than there are lanes: they share.
+/// Fewer connections than lanes, so that lanes share them.
 const CAP: usize = 24;
 
 fn play(upstream: Box<dyn Upstream>, gaps: &[Gap]) -> (Vec<Ending>, Witness, ConnectSnapshot) {
@@ -33,7 +33,7 @@ fn play(upstream: Box<dyn Upstream>, gaps: &[Gap]) -> (Vec<Ending>, Witness, Con
         runtime.block_on(async {
             let round = between(*gap, &*upstream, &clients, 500);
             tokio::time::timeout(3 * MAX_WAIT, round).await.expect("no request hangs");
-            // As the server's, but to be sure.
+            // Time for the connections of the last responses to become idle.
             tokio::time::sleep(Duration::from_millis(20)).await;
             let seen = handle.snapshot();
             assert!(seen.open <= CAP, "{seen:?}");
@@ -48,12 +48,12 @@ fn play(upstream: Box<dyn Upstream>, gaps: &[Gap]) -> (Vec<Ending>, Witness, Con
     (endings, witness, seen)
 }
 
-/// Who was sent again, or failed, though the upstream cut nothing off on purpose.
+/// Returns the requests that were retried or failed although the upstream did not cut them off.
 fn met_a_stale_connection<'a>(endings: &'a [Ending], witness: &Witness) -> Vec<&'a Ending> {
     let stale = |ending: &&Ending| match ending.method {
         "GET" => ending.made > 1,
         "POST" => ending.status.is_none() && witness.times(&ending.id) == 0,
-        // Each is cut off three times: one that met a stale connection was seen less often.
+        // The upstream cuts off three attempts. If one of them met a stale connection, the log contains fewer.
         _ => witness.times(&ending.id) < 3,
     };
     endings.iter().filter(stale).collect()
@@ -63,8 +63,8 @@ fn judge(upstream: Box<dyn Upstream>) {
     let gaps = [Silence, Stall, Silence, Stall];
     let (endings, witness, seen) = play(upstream, &gaps);
     let stale = met_a_stale_connection(&endings, &witness);
-    assert!(stale.is_empty(), "{} met one, such as {:?}", stale.len(), stale[0]);
-    // That it was put to the test: each gap was long enough for the server to close them all.
+    assert!(stale.is_empty(), "{} were stale, such as {:?}", stale.len(), stale[0]);
+    // The scenario took place: each gap was so long that the server would have closed the idle connections.
     assert!(seen.closed_for_idleness >= (gaps.len() * LANES / 4) as u64, "{seen:?}");
     println!("{} requests, none met a stale connection; {seen:?}", endings.len());
 }

@@ -1,4 +1,4 @@
-//! The stand-in for nginx: closes what is idle after a time and on a reload, and keeps a log.
+//! The upstream that replaces nginx. It closes idle connections after a time and on a reload, and keeps a log.
 
 use std::{
     io,
@@ -24,20 +24,20 @@ use super::{KEEPALIVE, Upstream};
 struct Shared {
     log: Mutex<String>,
     connections: AtomicUsize,
-    /// Up to which generation all others are over.
+    /// The latest generation whose reload is complete: no connection of an earlier generation is open.
     reloaded: AtomicUsize,
 }
 
 pub struct Embedded {
     addr: SocketAddr,
     shared: Arc<Shared>,
-    /// Which generation serves; closed: nobody.
+    /// The current generation. Dropping the sender ends the upstream.
     generation: watch::Sender<usize>,
     thread: thread::JoinHandle<()>,
 }
 
 impl Embedded {
-    /// On a thread of its own: it goes on while the client is held up.
+    /// Starts the upstream on a thread of its own, so that it runs while the thread of the client is blocked.
     pub fn start() -> Self {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
@@ -115,7 +115,7 @@ async fn serve(
     open.join_all().await;
 }
 
-/// Until the client closes it, it is idle for too long, or its generation is over.
+/// Serves a connection until the client closes it, it has been idle for [`KEEPALIVE`], or its generation ends.
 async fn connection(
     mut tcp: TcpStream,
     number: usize,
@@ -147,7 +147,7 @@ async fn connection(
     }
 }
 
-/// The next request's head; its body is read too.
+/// Reads the next request with its body. Returns the head.
 async fn read(tcp: &mut TcpStream) -> io::Result<String> {
     let mut bytes = Vec::new();
     loop {

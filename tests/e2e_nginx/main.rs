@@ -1,7 +1,7 @@
-//! Keep-alives that run out and reloads, against a real nginx: no `GET` is lost, no `POST` is sent twice.
+//! Keep-alive times that end and reloads, against a real nginx: no `GET` is lost, and no `POST` is sent twice.
 //!
-//! The access log is the witness. Where there is no nginx an upstream of our own stands in for it, unless
-//! `BUTTRESS_REQUIRE_REAL` is set.
+//! The access log states which requests the upstream received. If nginx is not installed, an embedded upstream replaces
+//! it, unless `BUTTRESS_REQUIRE_REAL` is set.
 #![cfg(all(feature = "retry", feature = "hyper"))]
 
 mod client;
@@ -28,16 +28,16 @@ use tokio::runtime::{self, Runtime};
 use tower::Service;
 use witness::Witness;
 
-/// When the upstream closes a connection on which nothing was asked.
+/// Time after which the upstream closes an idle connection.
 const KEEPALIVE: Duration = Duration::from_secs(1);
 
 trait Upstream {
     fn port(&self) -> u16;
-    /// Starts anew as `nginx -s reload` does: idle connections are closed, calls under way end first.
+    /// Reloads as `nginx -s reload` does: idle connections are closed, and calls in flight end first.
     fn reload(&self);
-    /// Whether every reload is over: nobody of before serves any more.
+    /// Returns whether every reload is complete: no connection of an earlier configuration is served any more.
     fn is_reloaded(&self) -> bool;
-    /// The log, one line a request, once all of them are in it.
+    /// Ends the upstream. Returns its log, with one line for each request.
     fn log(self: Box<Self>) -> String;
 }
 
@@ -59,7 +59,7 @@ fn no_get_is_lost_and_no_post_is_doubled_through_expiry_and_reloads() {
     play(nginx(), 10_000);
 }
 
-/// The stand-in is held to the same, so that it can be relied on where it is needed.
+/// The embedded upstream has to cause the same results as nginx, because it replaces nginx.
 #[test]
 fn the_stand_in_tells_the_same() {
     play(Box::new(Embedded::start()), 2_000);
@@ -70,13 +70,14 @@ fn the_stand_in_tells_the_same() {
 /// What happens between two rounds of requests.
 #[derive(Clone, Copy)]
 enum Gap {
-    /// The upstream starts anew under load.
+    /// The upstream reloads under load.
     ReloadUnderLoad,
-    /// Each lane is silent for about as long as a connection is kept.
+    /// Each lane pauses for about the keep-alive time.
     Silence,
-    /// The client's only thread is held up until all its connections are closed: it cannot know yet.
+    /// The client's only thread is blocked until the upstream has closed all connections, so the client does not know
+    /// this.
     Stall,
-    /// The same, by a reload.
+    /// The same, but by a reload.
     StallOverReload,
 }
 use Gap::*;
@@ -104,12 +105,13 @@ fn play(upstream: Box<dyn Upstream>, gets: usize) {
     judge(&clients.endings(), &Witness::read(&upstream.log()), gets);
 }
 
-/// One thread for the client: while it is held up, nobody sees what the upstream closes.
+/// Creates a runtime with one thread. While this thread is blocked, the client does not see that the upstream closes
+/// connections.
 fn runtime() -> Runtime {
     runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// A round of so many `GET`s, and the gap.
+/// Runs a round of this many `GET`s, and then the gap. A reload under load runs within the round.
 async fn between<S, B>(gap: Gap, upstream: &dyn Upstream, clients: &Clients<S>, gets: usize)
 where
     S: Service<Request<Full<Bytes>>, Response = Response<B>, Error = BoxError> + Clone,
@@ -145,7 +147,7 @@ where
     }
 }
 
-// ===== The verdict =====
+// ===== The checks =====
 
 fn judge(endings: &[Ending], witness: &Witness, least_gets: usize) {
     let of = |method: &'static str| endings.iter().filter(move |ending| ending.method == method);
@@ -154,23 +156,23 @@ fn judge(endings: &[Ending], witness: &Witness, least_gets: usize) {
     let gets = of("GET").count();
     assert!(gets >= least_gets, "{gets} GETs");
 
-    // That all this was put to the test: connections did go stale under requests of both kinds ...
+    // The scenario took place: requests of both kinds met stale connections, ...
     let stale_gets = of("GET").filter(|get| get.made > 1).count();
     let stale_posts =
         of("POST").filter(|post| post.status.is_none() && witness.times(&post.id) == 0).count();
     assert!(stale_gets >= LANES, "{stale_gets} GETs met a stale connection");
     assert!(stale_posts >= LANES / 4, "{stale_posts} POSTs met a stale connection");
-    // ... POSTs were taken in and never answered, and those that asked for a doubling tell one from two.
+    // ... some POSTs were received and got no response, and the log reveals requests that were sent repeatedly.
     let cut =
         of("POST").filter(|post| post.status.is_none() && witness.times(&post.id) == 1).count();
-    assert!(cut >= 10, "{cut} POSTs were cut off after they had been taken in");
+    assert!(cut >= 10, "{cut} POSTs were cut off after they had been received");
     // Five transparent retries and three attempts, because the client does not reveal that the connection was
     // new. Some of these requests may have been lost on a stale connection.
     assert!(of("PUT").all(|put| put.made == 8 && (2..=8).contains(&witness.times(&put.id))));
     assert!(of("PUT").count() >= 5);
     let connections = witness.connections();
     assert!(connections > 4 * LANES, "{connections} connections");
-    // Ids are the client's own: none may have been made up twice.
+    // The client creates the ids, so it has to be checked that they are unique.
     let ids: HashSet<_> = endings.iter().map(|ending| &ending.id).collect();
     assert_eq!(ids.len(), endings.len());
 
@@ -185,12 +187,12 @@ fn judge(endings: &[Ending], witness: &Witness, least_gets: usize) {
 fn none_is_lost_and_none_doubled(endings: &[Ending], witness: &Witness) {
     let of = |method: &'static str| endings.iter().filter(move |ending| ending.method == method);
 
-    // Every GET has its answer, and nginx knows of it.
+    // Every GET got its response, and the log contains it.
     let lost: Vec<&Ending> = of("GET").filter(|get| get.status != Some(200)).collect();
     assert!(lost.is_empty(), "{} GETs lost, such as {:?}", lost.len(), lost[0]);
     assert!(of("GET").all(|get| witness.times(&get.id) >= 1));
 
-    // No POST came twice; who has an answer came once.
+    // The log contains no POST twice, and contains each POST that got a response.
     let doubled: Vec<_> = of("POST").filter(|post| witness.times(&post.id) > 1).collect();
     assert!(doubled.is_empty(), "{} POSTs doubled, such as {:?}", doubled.len(), doubled[0]);
     assert!(of("POST").filter(|post| post.status.is_some()).all(|p| witness.times(&p.id) == 1));

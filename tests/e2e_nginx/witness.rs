@@ -1,4 +1,4 @@
-//! What the upstream's log says.
+//! The log of the upstream.
 
 use std::collections::{HashMap, HashSet};
 
@@ -9,13 +9,13 @@ pub struct Witness {
 }
 
 impl Witness {
-    /// Lines of `method id status process connection requests-on-it`.
+    /// Parses lines of the form `method id status process connection requests-on-it`.
     pub fn read(log: &str) -> Self {
         let mut this = Self { times: HashMap::new(), connections: HashSet::new(), most_on_one: 0 };
         for line in log.lines() {
             let fields: Vec<&str> = line.split(' ').collect();
             let [_method, id, _status, process, connection, requests] = fields[..] else {
-                panic!("a torn line: {line:?}");
+                panic!("incomplete line: {line:?}");
             };
             *this.times.entry(id.to_owned()).or_default() += 1;
             this.connections.insert((process.to_owned(), connection.to_owned()));
@@ -24,7 +24,7 @@ impl Witness {
         this
     }
 
-    /// How often the request of this id was taken in.
+    /// Returns how many times the upstream received the request with this id.
     pub fn times(&self, id: &str) -> usize {
         self.times.get(id).copied().unwrap_or(0)
     }
