@@ -1,4 +1,4 @@
-//! The same over reqwest and tonic.
+//! Retries over reqwest and tonic.
 
 use super::*;
 
@@ -31,13 +31,13 @@ async fn the_same_over_reqwest() {
     assert_eq!(Attempts::find(&*error).unwrap().made, 3);
 }
 
-/// Around the client itself: what is discarded is read away here, too.
+/// The retry layer wraps `reqwest::Client` itself. Discarded response bodies are drained here, too.
 #[cfg(feature = "reqwest")]
 #[tokio::test]
 async fn reqwests_own_answers_are_read_away() {
     for (layer, expected) in [
         (retry(), 1..=1),
-        // What happens otherwise.
+        // The control: without a drain.
         (retry().drain_up_to(0), 2..=20),
     ] {
         let (addr, heard, connections) = upstream().await;
@@ -54,7 +54,7 @@ async fn reqwests_own_answers_are_read_away() {
 
 // ===== tonic =====
 
-/// Serves [`Obedient`]; what comes back is where, and who is inside.
+/// Serves [`Obedient`]. Returns its address and the gauge of its calls.
 async fn grpc() -> (SocketAddr, net::Gauge) {
     let service = Obedient::default();
     let inside = service.inside.clone();
@@ -84,11 +84,11 @@ async fn retry_works_under_tonic_and_repeats_unavailable_in_the_head_and_in_the_
     assert_eq!((head.code(), inside.total()), (Code::Unavailable, 3));
     let other = soon(client.check(ask("13"))).await.unwrap_err();
     assert_eq!((other.code(), inside.total()), (Code::Internal, 4));
-    // The trailers, with nothing before them.
+    // A status in the trailers, without a message before them.
     let mut watch = soon(client.watch(ask("late 14"))).await.unwrap().into_inner();
     let trailers = soon(watch.message()).await.unwrap_err();
     assert_eq!((trailers.code(), inside.total()), (Code::Unavailable, 7));
-    // A message has been seen: what follows is the caller's.
+    // The caller has received a message, so the call is not retried.
     let mut watch = soon(client.watch(ask("cut 14"))).await.unwrap().into_inner();
     soon(watch.message()).await.unwrap().unwrap();
     let trailers = soon(watch.message()).await.unwrap_err();

@@ -3,7 +3,7 @@
 
 #[path = "../net/mod.rs"]
 mod net;
-/// So that `cargo test retry` finds them all.
+/// Named so that `cargo test retry` runs all tests.
 #[path = "upstream.rs"]
 mod retry;
 #[path = "../rpc/mod.rs"]

@@ -1,8 +1,8 @@
-//! How often, how soon, and what is sent again.
+//! The number of attempts, their delays, and the requests that are retried.
 
 use super::*;
 
-// ===== How often, how soon, and what =====
+// ===== Attempts, delays and requests =====
 
 #[tokio::test]
 async fn three_attempts_over_one_connection_then_the_last_answer() {
@@ -85,14 +85,15 @@ async fn a_streamed_body_is_replayed_under_the_cap_and_passes_whole_above_it() {
     }
 }
 
-// ===== What a discarded answer costs =====
+// ===== Discarded responses =====
 
 #[tokio::test]
 async fn a_discarded_503_of_256_kib_does_not_cost_a_connection_each_when_drained() {
     for (size, layer, expected) in [
         (60 * KIB, retry(), 1..=1),
         (256 * KIB, retry().drain_up_to(256 * KIB as u64), 1..=1),
-        // What happens otherwise; and that the two above can fail.
+        // The control: this body exceeds the default bound of a drain, so each discarded response closes its
+        // connection.
         (256 * KIB, retry(), 2..=20),
     ] {
         let (addr, heard, connections) = upstream().await;
@@ -105,7 +106,7 @@ async fn a_discarded_503_of_256_kib_does_not_cost_a_connection_each_when_drained
     }
 }
 
-// ===== What ends it =====
+// ===== Ends of a call =====
 
 #[tokio::test]
 async fn an_open_circuit_ends_the_loop() {
@@ -119,7 +120,7 @@ async fn an_open_circuit_ends_the_loop() {
     let attempts = Attempts::find(&*refused).unwrap();
     assert_eq!((attempts.made, attempts.stop), (3, Stop::Rejected));
     assert_eq!((heard.attempts(), state.state()), (2, State::Open));
-    // And the next does not even begin.
+    // The next call ends with its first attempt.
     let refused = soon(client.oneshot(get())).await.unwrap_err();
     assert_eq!(Attempts::find(&*refused).unwrap().made, 1);
     assert_eq!(heard.attempts(), 2);
@@ -153,7 +154,7 @@ async fn a_caller_that_goes_away_during_the_wait_leaves_nothing_behind() {
     assert_eq!((heard.attempts(), handle.in_flight()), (1, 0));
 }
 
-// ===== A body type of the user's =====
+// ===== Body types of the user =====
 
 #[tokio::test]
 async fn request_bodies_that_are_neither_unpin_nor_sync_go_too() {

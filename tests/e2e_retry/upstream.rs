@@ -1,4 +1,4 @@
-//! What all of them need: an upstream that fails as it is asked to.
+//! The upstream of these tests, which fails on request.
 
 mod clients;
 mod rules;
@@ -41,14 +41,14 @@ use tower_http::map_request_body::MapRequestBodyLayer;
 
 const KIB: usize = 1024;
 
-/// A retry that does not keep the tests waiting.
+/// Returns a retry layer with short delays and without a retry budget.
 fn retry() -> RetryLayer {
     RetryLayer::http().backoff(Backoff::constant(Duration::from_millis(1))).without_budget()
 }
 
-// ===== An upstream that fails as it is asked to =====
+// ===== The upstream =====
 
-/// What it has heard: the body of every attempt.
+/// The request bodies of all attempts that the upstream has received.
 #[derive(Clone, Default)]
 struct Heard(Arc<std::sync::Mutex<Vec<Bytes>>>);
 
@@ -62,7 +62,8 @@ impl Heard {
     }
 }
 
-/// `/status/failures/size`: answers so many times with that status and a body of that size, then echoes.
+/// `/{status}/{failures}/{size}` responds to the first `failures` attempts with this status and a body of this size,
+/// and echoes the bodies of later ones. Returns the address, the received bodies, and the gauge of the connections.
 async fn upstream() -> (SocketAddr, Heard, net::Gauge) {
     let heard = Heard::default();
     let answer = |Shared(heard): Shared<Heard>,

@@ -1,8 +1,8 @@
-//! Errors and answers on the wire: what never left, refused streams, GOAWAY, early answers.
+//! Errors and responses on the wire: requests that were never sent, refused streams, GOAWAY, early responses.
 
 use super::*;
 
-// ===== Errors on the way =====
+// ===== Errors =====
 
 #[tokio::test]
 async fn what_never_left_is_retried_for_any_method_and_what_may_have_is_not() {
@@ -10,7 +10,7 @@ async fn what_never_left_is_retried_for_any_method_and_what_may_have_is_not() {
         (nobody().await, 3, 3),
         // The connection is assumed to be stale: five transparent retries, then the ordinary rules.
         (closes_after(b"").await, 8, 1),
-        // A head has been seen: what follows is the caller's.
+        // The caller has received the response head, so the call is not retried.
         (closes_after(HALF).await, 0, 0),
     ] {
         for (method, made) in [(Method::GET, get), (Method::POST, post)] {
@@ -33,7 +33,7 @@ async fn what_never_left_is_retried_for_any_method_and_what_may_have_is_not() {
     }
 }
 
-/// Nothing has been read of a body whose request never left, however long it is.
+/// If the connect fails, nothing of the body has been read, regardless of its size.
 #[tokio::test]
 async fn a_body_over_the_cap_that_never_left_is_retried() {
     let addr = nobody().await;
@@ -46,7 +46,7 @@ async fn a_body_over_the_cap_that_never_left_is_retried() {
     }
 }
 
-/// RFC 9113 §8.7: the server has not looked at it, so a POST may go again, and its body with it.
+/// RFC 9113 §8.7: the server has not processed the request, so it can be retried for any method, with its body.
 #[cfg(feature = "hyper")]
 #[tokio::test]
 async fn a_refused_stream_is_sent_again_for_any_method_and_at_once() {
@@ -79,7 +79,7 @@ async fn a_refused_stream_is_sent_again_for_any_method_and_at_once() {
     assert_eq!(seen.load(Ordering::SeqCst), 2);
 }
 
-/// RFC 9113 §6.8: a server that goes away names the last stream it looked at; ours is above it.
+/// RFC 9113 §6.8: GOAWAY states the last stream that the server may have processed. The request has a later stream.
 #[cfg(feature = "hyper")]
 #[tokio::test]
 async fn a_stream_above_goaway_s_last_is_sent_again_for_any_method() {
@@ -89,7 +89,7 @@ async fn a_stream_above_goaway_s_last_is_sent_again_for_any_method() {
     const HEADERS: u8 = 1;
     let (listener, addr) = net::listener().await;
     tokio::spawn(async move {
-        // The first connection goes away at the first request.
+        // The first connection receives GOAWAY after its first request.
         let (mut tcp, _) = listener.accept().await.unwrap();
         tcp.write_all(SETTINGS).await.unwrap();
         tcp.read_exact(&mut [0; b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".len()]).await.unwrap();
@@ -100,7 +100,7 @@ async fn a_stream_above_goaway_s_last_is_sent_again_for_any_method() {
             tcp.read_exact(&mut vec![0; length]).await.unwrap();
         }
         tcp.write_all(GOAWAY_LAST_0_NO_ERROR).await.unwrap();
-        // The second one answers.
+        // The second connection gets responses.
         let (second, _) = listener.accept().await.unwrap();
         let mut connection = h2::server::handshake(second).await.unwrap();
         while let Some(Ok((_, mut respond))) = connection.accept().await {
@@ -116,9 +116,9 @@ async fn a_stream_above_goaway_s_last_is_sent_again_for_any_method() {
     assert_eq!((response.status(), Attempts::of(&response).made), (StatusCode::OK, 2));
 }
 
-// ===== Servers that answer before they have read =====
+// ===== Responses before the end of the request =====
 
-/// A refusal of our own layer comes back while the request's body is still on its way.
+/// The server responds with 503 while the client is still sending the body of the request.
 #[tokio::test]
 async fn a_server_that_sheds_without_reading_the_body_is_tried_again() {
     let hits = net::Gauge::default();
