@@ -247,7 +247,7 @@ fn hedge(wire: Wire) -> Stack {
     Stack::under_deadline(service).circuit(&breaker)
 }
 
-/// The probes of the layer itself end by the same housekeeping.
+/// The connections of the layer's own health probes end by the same housekeeping.
 async fn health_probe(wire: Wire) -> Stack {
     let probed = match wire {
         Wire::Http1 => peer::responds_once(End::Fin).await,

@@ -82,7 +82,7 @@ async fn connection_without_a_call_is_closed_after_the_grace() {
         }
         clients.push(client);
     }
-    // The server has read all of it.
+    // Time in which the server reads all bytes.
     sleep(WHILE).await;
     let drained_at = Instant::now();
     lifecycle.drain();

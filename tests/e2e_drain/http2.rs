@@ -147,12 +147,12 @@ async fn http2_response_that_waits_for_the_window_is_not_cut_off() {
             Event::Data(_, bytes) => {
                 length += bytes;
                 client.update_window(stream, u32::try_from(bytes).unwrap()).await;
-                // A transfer that takes several times the grace.
+                // Slows the transfer down, so that it takes several times the grace.
                 if began.elapsed() < 4 * GRACE {
                     sleep(Duration::from_millis(10)).await;
                 }
             }
-            // Not acknowledged.
+            // The PING is not acknowledged.
             Event::GoAway(MAX_STREAM) | Event::Ping => {}
             other => panic!("{other:?} after {length}"),
         }

@@ -1,4 +1,4 @@
-//! HTTP/1.1: stale keep-alive connections, and servers that do not work.
+//! HTTP/1.1: stale keep-alive connections, and servers that fail.
 
 use std::time::Duration;
 
@@ -43,13 +43,13 @@ async fn five_stale_connections_in_a_row_lose_no_request() {
             assert_eq!((response.status().as_u16(), peer.ended()), (200, STALE), "{case}");
             assert_eq!((attempts.made, attempts.waited), (6, Duration::ZERO), "{case}");
             assert_eq!(circuit.state(), State::Closed, "{case}");
-            // No retry was charged: each of the six calls has deposited a tenth.
+            // No retry made a withdrawal from the budget: each of the six calls has deposited a tenth.
             assert!((0.599..0.601).contains(&budget.balance()), "{case}: {}", budget.balance());
         }
     }
 }
 
-/// The server may have seen the request.
+/// The server may have processed the request.
 #[tokio::test]
 async fn a_stale_connection_loses_a_post_and_is_neutral() {
     for kind in KINDS {

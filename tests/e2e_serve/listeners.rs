@@ -1,4 +1,4 @@
-//! Any listener; and the capped one, whose silent and idle connections do not lock out others.
+//! Custom listeners, and the capped listener, whose silent and idle connections do not lock out other clients.
 
 use std::{io, sync::Mutex};
 
@@ -8,7 +8,7 @@ use tokio::{io::DuplexStream, sync::mpsc};
 use super::*;
 use crate::net::until;
 
-/// The cap of the issue.
+/// The maximum number of connections.
 const CAP: usize = 4;
 
 fn capped() -> (LimitedListener, SocketAddr) {
@@ -27,7 +27,7 @@ async fn connect_and_send(addr: SocketAddr, bytes: &[u8]) -> Vec<TcpStream> {
     sockets
 }
 
-/// Connects again and again until a response arrives. Returns the time.
+/// Connects repeatedly until a response arrives. Returns the time.
 async fn time_to_be_served(addr: SocketAddr) -> Duration {
     let began = Instant::now();
     loop {
@@ -130,7 +130,7 @@ async fn idle_connections_do_not_lock_out_others_under_serve() {
         }
         assert_eq!(connections.in_flight() as usize, CAP);
         sleep(ms(1100)).await;
-        // At once, and the longest idle connection closes.
+        // A new client is served at once, because the longest idle connection is closed.
         let mut visitor = connect(addr).await;
         ask(&mut visitor).await;
         let mut longest = idle.remove(0);

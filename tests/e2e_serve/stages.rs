@@ -1,4 +1,4 @@
-//! First byte, preface, head, idle, ping.
+//! The time limits of the stages of a connection: first byte, preface, head, idle time, ping.
 
 use futures_util::SinkExt;
 
@@ -12,7 +12,7 @@ fn limits(server: Server) -> Server {
     server.head_timeout(HEAD).idle_timeout(LONG)
 }
 
-/// The limit, and not much more.
+/// Asserts that a time is about the limit.
 fn assert_about(time: Duration, limit: Duration, what: &str) {
     assert!(time + ms(50) >= limit && time < limit + ms(1500), "{what}: {time:?}, not {limit:?}");
 }
@@ -73,7 +73,7 @@ async fn connection_ends_if_a_later_http1_head_is_not_complete_in_time() {
     assert_about(time_to_close(&mut tcp).await, HEAD, "half a head after a body");
 }
 
-/// Also while another stream of the connection has a call.
+/// The limit also holds while another stream of the connection has a call.
 #[tokio::test]
 async fn connection_ends_if_a_later_http2_header_block_is_not_complete_in_time() {
     let served = serve(limits).await;
@@ -106,7 +106,7 @@ async fn idle_http2_connection_receives_goaway_and_ends() {
     let served = serve(|server| server.head_timeout(HEAD).idle_timeout(idle)).await;
     let (mut send, mut connection) =
         soon(h2::client::handshake(connect(served.addr).await)).await.unwrap();
-    // The client sends a PING each 100 ms, which is no use of the connection.
+    // The client sends a PING each 100 ms, which does not count as use of the connection.
     let mut pings = connection.ping_pong().unwrap();
     let pinging = tokio::spawn(async move {
         while pings.ping(h2::Ping::opaque()).await.is_ok() {
@@ -114,7 +114,7 @@ async fn idle_http2_connection_receives_goaway_and_ends() {
         }
     });
     let driven = tokio::spawn(connection);
-    // Longer than the idle time, because a call is in flight.
+    // A call in flight keeps the connection open for longer than the idle time.
     let request = net::get(served.addr, "/rare").map(drop);
     let (response, _) = send.send_request(request, true).unwrap();
     let mut body = soon(response).await.unwrap().into_body();
@@ -141,7 +141,7 @@ async fn idle_http2_connection_receives_goaway_and_ends() {
     pinging.abort();
 }
 
-/// As gRPC channels do, which connect before their first call.
+/// gRPC channels do this: they connect before their first call.
 #[tokio::test]
 async fn http2_connection_may_wait_for_its_first_call_for_the_idle_time() {
     let served = serve(|server| server.head_timeout(ms(200)).idle_timeout(ms(900))).await;
@@ -196,7 +196,7 @@ async fn event_streams_and_websockets_outlast_all_limits() {
     }
 }
 
-/// A tunnel has no call any more, and is in use all the same (RFC 9113 §8.5).
+/// A tunnel is in use although its call has ended (RFC 9113 §8.5).
 #[tokio::test]
 async fn http2_tunnel_outlasts_the_idle_time_of_its_connection() {
     use http::{Method, Request, Response};

@@ -1,4 +1,4 @@
-//! Responses that their client does not read, and those that it reads slowly.
+//! Responses that their client does not read, or reads slowly.
 
 use super::*;
 use crate::net::until;
@@ -55,7 +55,7 @@ async fn http2_stream_whose_client_does_not_read_is_reset_and_other_streams_cont
     assert_eq!(served.calls.in_flight(), 2);
     let began = Instant::now();
     while served.calls.in_flight() == 2 {
-        // The connection window is open: data of other streams is released.
+        // The data of other streams is released, so that the window of the connection stays open.
         let (response, _) = send.send_request(net::get(served.addr, "/").map(drop), true).unwrap();
         let mut body = soon(response).await.unwrap().into_body();
         let data = soon(body.data()).await.unwrap().unwrap();

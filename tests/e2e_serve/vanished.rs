@@ -1,5 +1,5 @@
-//! A client that vanishes: its host stops answering, and no FIN or RST arrives. The client runs in a network namespace,
-//! whose address is then removed.
+//! A client that vanishes: its host no longer responds, and no FIN or RST arrives. The client runs in a network
+//! namespace, whose address is then removed.
 
 use std::{
     net::Ipv4Addr,

@@ -1,4 +1,4 @@
-//! A chain of three real servers passes its caller's deadline on.
+//! A chain of three real servers that passes the caller's deadline on.
 
 use std::{
     net::SocketAddr,
@@ -36,7 +36,7 @@ async fn serve(app: Router) -> SocketAddr {
     at
 }
 
-/// Calls on, and hands its deadline on with it.
+/// Calls the next server, and passes the deadline on.
 async fn call(next: SocketAddr, deadline: Deadline) -> StatusCode {
     let client = Client::builder(TokioExecutor::new()).build_http::<Body>();
     let client = DeadlineLayer::new().header(LEFT).keep_back(ms(30)).respond().layer(client);
@@ -45,7 +45,8 @@ async fn call(next: SocketAddr, deadline: Deadline) -> StatusCode {
     client.oneshot(request).await.map_or(StatusCode::BAD_GATEWAY, |response| response.status())
 }
 
-/// A server that calls the next in a task of its own, after `before`: that its own caller hangs up does not end it.
+/// Starts a server that calls the next one after `before`. The call is made by a task of its own, which continues when
+/// the caller hangs up.
 async fn hop(next: SocketAddr, before: Duration) -> SocketAddr {
     let handler = move |Extension(deadline): Extension<Deadline>| async move {
         let task = tokio::spawn(async move {
@@ -66,7 +67,7 @@ async fn passes_through_three_servers_and_the_last_stops_before_the_first_gives_
             "/",
             get(move || async move {
                 calls.fetch_add(1, Ordering::SeqCst);
-                // Two seconds of work, if nobody stops it.
+                // Two seconds of work, unless the deadline ends the call.
                 for _ in 0..400 {
                     *worked.lock().unwrap() = Some(Instant::now());
                     sleep(ms(5)).await;
@@ -81,12 +82,12 @@ async fn passes_through_three_servers_and_the_last_stops_before_the_first_gives_
     let gave_up = Instant::now();
     assert_eq!((status, calls.load(Ordering::SeqCst)), (StatusCode::GATEWAY_TIMEOUT, 1));
     assert!(start.elapsed() >= ms(250) && start.elapsed() < ms(1900), "{:?}", start.elapsed());
-    // Long enough for a task that nobody stopped to show.
+    // Work that the deadline did not end would continue in this time.
     sleep(ms(100)).await;
     let worked = worked.lock().unwrap().unwrap();
-    assert!(worked <= gave_up, "{:?} after the first had given up", worked - gave_up);
+    assert!(worked <= gave_up, "worked {:?} after the response", worked - gave_up);
 
-    // Time that was spent on the way is time that the last does not have: it is not even asked.
+    // The time on the way is subtracted from the deadline, so nothing remains and the last server is not called.
     let slow = hop(hop(last, ms(300)).await, ms(0)).await;
     net::soon(call(slow, Deadline::after(ms(300)))).await;
     sleep(ms(350)).await;

@@ -1,4 +1,4 @@
-//! Requests that take their time on the way.
+//! Timeouts of requests that are sent slowly, over real sockets.
 
 use std::{convert::Infallible, net::SocketAddr, time::Duration};
 
@@ -27,10 +27,10 @@ const fn ms(ms: u64) -> Duration {
 
 const LENGTH: usize = 16 * 1024 * 1024;
 
-/// A server of one connection that takes so many pieces of a request, with a pause before each, and answers at its
-/// end.
+/// Starts a server for one connection. It reads the request in at most this many pieces, with a pause before each, and
+/// responds at the end of the request.
 async fn takes(pieces: usize, pause: Duration) -> SocketAddr {
-    // As little as may be is left to the kernels.
+    // Small socket buffers, so that the kernels hold as little of the request as possible.
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_recv_buffer_size(32 * 1024).unwrap();
     socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
@@ -50,7 +50,7 @@ async fn takes(pieces: usize, pause: Duration) -> SocketAddr {
                 break;
             }
         }
-        // As one that hangs: the connection stays, and its kernel answers for it.
+        // The server hangs: the connection stays open, and the kernel acknowledges its segments.
         std::future::pending::<()>().await;
     });
     at
@@ -85,7 +85,7 @@ async fn of_the_head_begins_when_a_body_in_one_piece_has_been_sent() {
     let at = takes(usize::MAX, ms(3)).await;
     let start = Instant::now();
     let status = upload(at, Timeouts::new().head(ms(500)).taking(ms(500)), whole()).await;
-    assert!(start.elapsed() > ms(700), "too soon to show anything: {:?}", start.elapsed());
+    assert!(start.elapsed() > ms(700), "sent too fast for this test: {:?}", start.elapsed());
     assert_eq!(status.unwrap(), StatusCode::OK);
 }
 
