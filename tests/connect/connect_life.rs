@@ -72,7 +72,7 @@ async fn a_connection_in_use_is_never_cut_for_its_age() {
         assert_eq!(slow.into_body().collect().await.unwrap().to_bytes(), "hello");
         settle().await;
         assert_eq!((handle.snapshot().closed_for_age, pipes.open.now()), (1, 0));
-        // A stream that has been read by half.
+        // Half of this stream has been read.
         let mut stream = client.request(request("http://a/stream")).await.unwrap().into_body();
         assert_eq!(stream.frame().await.unwrap().unwrap().into_data().unwrap(), "hel");
         sleep(100 * SECOND).await;

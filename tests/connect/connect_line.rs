@@ -152,8 +152,8 @@ async fn who_goes_while_connecting_takes_nobody_along() {
                 one.abort();
             }
             settle().await;
-            // One of the remaining calls connects. Under a cap, the other 19 wait in the queue, which the cancelled
-            // calls had filled.
+            // One of the remaining calls connects. Under a cap, the other 19 are in the queue, which was full before
+            // the others were cancelled.
             let has_cap = layer.handle().snapshot().max_per_host.is_some();
             assert_eq!(layer.handle().snapshot().waiting, if has_cap { 19 } else { 0 });
             pipes.let_in(1);

@@ -26,7 +26,8 @@ async fn whatever_callers_do_the_caps_hold_and_who_stays_is_served() {
         let mut random = Rng::with_seed(seed);
         let total = random.usize(1..10);
         round(&mut random, client, total).await;
-        // A connection that calls share is never idle, so it is not closed for another host: each host needs one.
+        // A connection that calls share is never idle, so it is not closed for another host: the total has to allow a
+        // connection for each host.
         round(&mut random, http2, total.max(HOSTS.len())).await;
     }
 }

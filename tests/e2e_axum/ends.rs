@@ -86,7 +86,7 @@ async fn a_handler_whose_body_breaks_off_frees_its_place_and_counts_as_failure()
 
 // ===== Many calls, on several threads =====
 
-/// Ten waves of 30 clients, of which a third disconnects at a moment that differs between the waves.
+/// Sends ten waves of 30 calls. A third of each wave is cancelled, at a moment that differs between the waves.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn with_clients_that_come_and_go_on_many_threads_nothing_is_lost() {
     let stage = Stage::default();

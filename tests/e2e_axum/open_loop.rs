@@ -44,7 +44,8 @@ struct Told {
     errors: Vec<String>,
 }
 
-/// Starts two calls each millisecond. Every seventh caller hangs up after 3 ms, regardless of the progress of its call.
+/// Starts `calls` calls, two each millisecond. Every seventh caller hangs up after 3 ms, regardless of the progress of
+/// its call.
 async fn load(addr: SocketAddr, calls: usize) -> Told {
     const PATHS: [&str; 4] = ["/short", "/stream", "/short", "/fails"];
     let client = client::<http_body_util::Empty<bytes::Bytes>>();

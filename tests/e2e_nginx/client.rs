@@ -22,7 +22,7 @@ use hyper_util::{
 };
 use tower::{Layer, Service, ServiceExt};
 
-/// Number of lanes. A lane sends one request after another.
+/// Number of lanes. Each lane sends one request after another.
 pub const LANES: usize = 32;
 
 type Hyper = Client<HttpConnector, ReplayBody<Full<Bytes>>>;

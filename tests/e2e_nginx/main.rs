@@ -192,7 +192,7 @@ fn none_is_lost_and_none_doubled(endings: &[Ending], witness: &Witness) {
     assert!(lost.is_empty(), "{} GETs lost, such as {:?}", lost.len(), lost[0]);
     assert!(of("GET").all(|get| witness.times(&get.id) >= 1));
 
-    // The log contains no POST twice, and contains each POST that got a response.
+    // The log contains no POST twice, and each POST that got a response exactly once.
     let doubled: Vec<_> = of("POST").filter(|post| witness.times(&post.id) > 1).collect();
     assert!(doubled.is_empty(), "{} POSTs doubled, such as {:?}", doubled.len(), doubled[0]);
     assert!(of("POST").filter(|post| post.status.is_some()).all(|p| witness.times(&p.id) == 1));

@@ -118,7 +118,7 @@ async fn a_stream_above_goaway_s_last_is_sent_again_for_any_method() {
 
 // ===== Responses before the end of the request =====
 
-/// The server responds with 503 while the client is still sending the body of the request.
+/// The server responds with 503 without reading the body of the request.
 #[tokio::test]
 async fn a_server_that_sheds_without_reading_the_body_is_tried_again() {
     let hits = net::Gauge::default();

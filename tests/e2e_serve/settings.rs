@@ -1,3 +1,5 @@
+//! The settings of a server: defaults, invalid values, and values without a bound.
+
 use std::sync::{
     Arc,
     atomic::{AtomicBool, Ordering::SeqCst},

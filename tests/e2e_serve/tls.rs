@@ -1,3 +1,5 @@
+//! Connections over TLS: ALPN, the time limit of the handshake, and the other limits.
+
 use std::sync::Arc;
 
 use rustls::{
