@@ -1,4 +1,4 @@
-//! The settings of a server: defaults, invalid values, and values without a bound.
+//! The settings of a server: defaults, invalid values, durations without end, and the hook for settings of hyper.
 
 use std::sync::{
     Arc,
