@@ -223,15 +223,28 @@ impl Conn {
 
     // ===== Reasons to close =====
 
-    /// Sets the reason to close the connection. Returns `false` if there was one already, which is kept.
-    pub(super) fn set_over(&self, why: Over) -> bool {
-        let is_first = self.over.set(why).is_ok();
-        if is_first && self.is_http2() {
-            // This connection may take no further call, so the first call of the queue may open another one.
-            self.host.streams.notify();
+    /// Sets the reason to close the connection, unless there is one already.
+    fn set_over(&self, why: Over) {
+        if self.mark_over(why) {
+            self.announce_over();
         }
+    }
+
+    /// Sets the reason to close the connection. Returns `false` if there was one already, which is kept. Otherwise call
+    /// [`announce_over`](Self::announce_over) without any lock.
+    #[must_use]
+    pub(super) fn mark_over(&self, why: Over) -> bool {
+        let is_first = self.over.set(why).is_ok();
         self.all.counts.over.fetch_add(usize::from(is_first), Ordering::SeqCst);
         is_first
+    }
+
+    /// Wakes the first call of the queue: this connection may take no further call, so the call may open another one. A
+    /// waker is user code, so no lock may be held.
+    pub(super) fn announce_over(&self) {
+        if self.is_http2() {
+            self.host.streams.notify();
+        }
     }
 
     /// Returns the reason to close the connection, if there is one.

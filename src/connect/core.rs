@@ -351,13 +351,18 @@ impl Connections {
         if self.counts.for_all.load(Ordering::SeqCst) == 0 {
             return false;
         }
-        let mut book = self.book();
-        let of_its_own = conn.host().waiting.load(Ordering::SeqCst);
-        let others = self.counts.for_all.load(Ordering::SeqCst).saturating_sub(of_its_own);
-        book.making_room < others && conn.set_over(Over::Room) && {
-            book.making_room += 1;
-            true
+        let is_needed = {
+            let mut book = self.book();
+            let of_its_own = conn.host().waiting.load(Ordering::SeqCst);
+            let others = self.counts.for_all.load(Ordering::SeqCst).saturating_sub(of_its_own);
+            let is_needed = book.making_room < others && conn.mark_over(Over::Room);
+            book.making_room += usize::from(is_needed);
+            is_needed
+        };
+        if is_needed {
+            conn.announce_over();
         }
+        is_needed
     }
 
     /// Closes the connection of another host that has been idle for the longest time, if there is one.
@@ -376,9 +381,10 @@ impl Connections {
             });
             let Some((_, conn)) = longest_idle else { return };
             let mut book = self.book();
-            if conn.set_over(Over::Room) {
+            if conn.mark_over(Over::Room) {
                 book.making_room += 1;
                 drop(book);
+                conn.announce_over();
                 return conn.wake();
             }
             // Another thread has decided to close this connection meanwhile. The next scan skips it.
