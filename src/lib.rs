@@ -158,7 +158,7 @@
 //! | `Infallible: From<Box<dyn Error…>>`, under axum | `.respond()`, on each layer of this crate |
 //! | `Channel: Service<Request<ReplayBody<_>>>` is not satisfied; the same of a client with one body type, or with `SendingBody` | retry, hedge and timeout send body types of their own: let the compiler infer the body type of the client, as in `build_http()`; for tonic use `buttress::grpc`; or put `MapRequestBodyLayer` of tower-http (feature `map-request-body`) directly around the client, with `tonic::body::Body::new` or with `UnsyncBoxBody::new` of http-body-util |
 //! | expected closure `fn(Result<&Row, &Box<dyn Error…>>)` | an inner layer rejects with errors, so the errors are boxed: see below |
-//! | `Http` cannot judge, repeat or weigh … | `.classify(…)`, for what is not HTTP |
+//! | `Http` cannot classify or replay … | `.classify(…)`, for what is not HTTP |
 //! | … cannot be cloned | `derive(Clone)`, or a `tower::buffer` around the service |
 //!
 //! # Naming the type of a client

@@ -10,14 +10,14 @@ const MISTAKES: [(&str, &[&str]); 5] = [
     (
         "respond_without_http",
         &[
-            "`Respond` cannot turn a refusal into",
-            "leave the layer's protocol at `Http`",
+            "`Respond` cannot convert a rejection into",
+            "do not change the protocol of the layer from `Http`",
             ".respond_with(",
         ],
     ),
     (
         "http_over_other_types",
-        &["`Http` cannot judge calls that give `u32`", ".classify(", ".per_response()"],
+        &["`Http` cannot classify calls with the results `u32`", ".classify(", ".per_response()"],
     ),
     // The compiler has words of its own for a closure that does not fit: both signatures.
     ("closure_for_other_types", &["type mismatch in function arguments", "&'a std::io::Error"]),

@@ -115,9 +115,9 @@ pub trait Policy<Req>: Clone + Send + Sync + 'static {
 
 /// A service that can be cloned. An admission layer needs a new instance for each call that waits.
 #[diagnostic::on_unimplemented(
-    message = "`{Self}` cannot be cloned, and this layer needs a clone of what it wraps",
+    message = "`{Self}` cannot be cloned, and this layer needs a clone of the wrapped service",
     label = "not `Clone`",
-    note = "derive `Clone` for it (a cheap one, its state behind an `Arc`), or put `tower::buffer::BufferLayer` between this layer and it"
+    note = "derive `Clone` for it, with its state behind an `Arc` so that a clone is cheap, or put `tower::buffer::BufferLayer` between this layer and it"
 )]
 pub trait Reusable: Clone {}
 

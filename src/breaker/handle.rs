@@ -136,7 +136,7 @@ impl CircuitBreakerHandle {
 
     /// Holds the circuit open until the returned guard is dropped. Isolations are counted: calls are rejected while at
     /// least one guard exists. The state beneath continues to change.
-    #[must_use = "dropping it ends the isolation"]
+    #[must_use = "the isolation ends when this is dropped"]
     pub fn isolate(&self) -> Isolation {
         self.0.act(|machine, _| machine.isolate(true));
         Isolation(self.clone())

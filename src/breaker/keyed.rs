@@ -29,8 +29,8 @@ use crate::{
 
 /// Derives the key of a circuit from a request. Closures over the request implement this trait.
 #[diagnostic::on_unimplemented(
-    message = "`{Self}` gives no key for requests of `{Req}`",
-    note = "`.keyed(|request: &Req| key)` wants exactly the request of the service; `.per_origin()` wants `http::Request<B>`"
+    message = "`{Self}` returns no key for requests of type `{Req}`",
+    note = "`.keyed(|request: &Req| key)` needs exactly the request type of the service; `.per_origin()` needs `http::Request<B>`"
 )]
 pub trait Key<Req>: Clone + Send + Sync + 'static {
     /// The type of the keys. Each key has a circuit.

@@ -37,12 +37,12 @@ impl<P, Req, Res, E> Protocol<Req, Res, E> for P where P: Judge<Req, Res, E> {}
 
 /// The methods of [`Protocol`]. The trait is not exported, so that it can change.
 #[diagnostic::on_unimplemented(
-    message = "`{Self}` cannot judge calls that give `{Res}` or `{E}`",
-    label = "this layer does not fit what it wraps",
-    note = "for HTTP, the wrapped service must take `http::Request<_>` and answer with `http::Response<B>` where `B: http_body::Body`",
-    note = "for any other types, say what failed with `.classify(|result: Result<&Res, &E>| ..)`, `Res` and `E` being exactly the response and error of the wrapped service",
-    note = "where nothing has to be judged, `.per_response()` takes any types",
-    note = "a layer below that fails with boxed errors makes the error type `BoxError`"
+    message = "`{Self}` cannot classify calls with the results `{Res}` and `{E}`",
+    label = "this layer does not fit the wrapped service",
+    note = "for HTTP, the wrapped service must accept `http::Request<_>` and return `http::Response<B>` where `B: http_body::Body`",
+    note = "for other types, classify the results with `.classify(|result: Result<&Res, &E>| ..)`, where `Res` and `E` are exactly the response and error of the wrapped service",
+    note = "without classification, `.per_response()` accepts any types",
+    note = "an inner layer that returns boxed errors changes the error type to `BoxError`"
 )]
 pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
     /// The response of the layer.

@@ -12,10 +12,10 @@ use crate::{BoxError, drain::drain_request};
 ///
 /// The trait cannot be implemented outside of this crate.
 #[diagnostic::on_unimplemented(
-    message = "`{Self}` cannot turn a refusal into what this service gives (response `{Res}`, error `{E}`)",
-    label = "a refusal has no form here",
-    note = "`.respond()` needs requests of `http::Request<_>` and responses of `http::Response<TrackedBody<B>>` with `B::Data: From<Bytes>`: leave the layer's protocol at `Http`",
-    note = "for other types use `.respond_with(|refused: &Rejected| ..)`, or leave it out and get a `BoxError` (then the wrapped service's error must be `Into<BoxError>`)"
+    message = "`{Self}` cannot convert a rejection into a result of this service (response `{Res}`, error `{E}`)",
+    label = "no conversion of a rejection",
+    note = "`.respond()` needs requests of `http::Request<_>` and responses of `http::Response<TrackedBody<B>>` with `B::Data: From<Bytes>`: do not change the protocol of the layer from `Http`",
+    note = "for other types, use `.respond_with(|rejected: &Rejected| ..)`, or remove it: then a rejection is a `BoxError`, and the error of the wrapped service must be `Into<BoxError>`"
 )]
 pub trait Reject<Req, Res, E>: Refuse<Req, Res, E> {}
 

@@ -144,7 +144,7 @@ struct Said {
 /// ```
 ///
 /// The `Debug` output contains the names of settings and variables, and no values.
-#[must_use = "nothing is loaded before `finish`"]
+#[must_use = "a loader loads nothing until `finish`"]
 pub struct Loader<C> {
     name: String,
     /// The prefix of environment variables for every service.

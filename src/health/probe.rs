@@ -113,9 +113,9 @@ impl fmt::Display for Failed {
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot probe `{S}`",
     label = "this probe does not fit the wrapped service",
-    note = "`HealthProbeLayer::get` needs a `Service<http::Request<B>>` with `B: Default` that answers with `http::Response<_>`",
-    note = "for other types use `HealthProbeLayer::new(|| request)`, the closure making exactly the service's request",
-    note = "the service, its future and its answers must be `Send`"
+    note = "`HealthProbeLayer::get` needs a `Service<http::Request<B>>` with `B: Default` and the response `http::Response<_>`",
+    note = "for other types, use `HealthProbeLayer::new(|| request)` with a closure that returns exactly the request type of the service",
+    note = "the service, its future and its responses must be `Send`"
 )]
 pub trait Probe<S>: Clone + Send + 'static {
     /// Sends one probe. It fails if it has not ended at `deadline`.

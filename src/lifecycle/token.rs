@@ -48,7 +48,7 @@ impl Drain {
 }
 
 /// A guard that counts as one call in flight until it is dropped. Made by [`Drain::guard`].
-#[must_use = "dropping it says that the work has ended"]
+#[must_use = "the end of the work is reported when this is dropped"]
 pub struct DrainGuard {
     _permit: Permit<Lease<State>>,
 }

@@ -27,7 +27,7 @@ impl Held {
     /// Returns `None` while another [`HeldPlace`] of this call exists, and after the call has ended. For an upgrade,
     /// take the permit before the response is returned. If several limits are around the handler, this takes the
     /// permits of all of them.
-    #[must_use = "a place that is dropped at once is held by nobody"]
+    #[must_use = "the permit is released when this is dropped"]
     pub fn take(&self) -> Option<HeldPlace> {
         let mut state = self.0.lock();
         let holder = match state.holder {
@@ -51,7 +51,7 @@ impl fmt::Debug for Held {
 /// A permit that is held until this value is dropped.
 ///
 /// The time for which it is held is not a latency, so an adaptive limit does not use it as a sample.
-#[must_use = "a place that is dropped at once is held by nobody"]
+#[must_use = "the permit is released when this is dropped"]
 pub struct HeldPlace {
     of: Of,
     _outer: Option<Box<HeldPlace>>,

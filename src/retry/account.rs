@@ -154,7 +154,7 @@ impl Account {
 
 /// A retry that was withdrawn from a [`RetryBudget`](super::RetryBudget). Dropping it without [`spend`](Self::spend)
 /// refunds it.
-#[must_use = "dropping it pays it back"]
+#[must_use = "the withdrawal is refunded when this is dropped"]
 pub struct Withdrawal(Option<(Arc<Account>, u64)>);
 
 impl Withdrawal {

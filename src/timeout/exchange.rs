@@ -22,8 +22,8 @@ use crate::{
 
 /// Converts a request for the wrapped service. Not to be implemented outside of this crate.
 #[diagnostic::on_unimplemented(
-    message = "`{Self}` cannot hand on a `{Req}`",
-    note = "a timeout takes `http::Request<_>`; any other type with `.per_response()`"
+    message = "`{Self}` cannot forward a `{Req}`",
+    note = "a timeout accepts `http::Request<_>`, and any other type with `.per_response()`"
 )]
 pub trait Begin<Req>: Clone + Send + Sync + 'static {
     /// The request type of the wrapped service.
@@ -47,7 +47,7 @@ pub trait Begin<Req>: Clone + Send + Sync + 'static {
 /// Converts a response for the caller. Not to be implemented outside of this crate.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot time a `{Res}`",
-    note = "a timeout takes `http::Response<B>` where `B: http_body::Body`; any other type with `.per_response()`"
+    note = "a timeout accepts `http::Response<B>` where `B: http_body::Body`, and any other type with `.per_response()`"
 )]
 pub trait Follow<Res> {
     /// The response type for the caller.

@@ -138,8 +138,8 @@ impl fmt::Debug for Priority {
 
 /// Classifies requests: returns the [`Claim`] of each request. Implemented for closures over the request.
 #[diagnostic::on_unimplemented(
-    message = "`{Self}` does not sort requests of `{Req}`",
-    note = "`.sorted_by(|request: &Req| Claim::default())` wants exactly the request of the service; `.exempt_paths(..)` wants `http::Request<B>`"
+    message = "`{Self}` returns no claim for requests of type `{Req}`",
+    note = "`.sorted_by(|request: &Req| Claim::default())` needs exactly the request type of the service; `.exempt_paths(..)` needs `http::Request<B>`"
 )]
 pub trait Sort<Req>: Clone + Send + Sync + 'static {
     /// Returns the claim of this request.

@@ -72,7 +72,7 @@ pub struct Rules<'a> {
 /// }
 /// ```
 #[diagnostic::on_unimplemented(
-    message = "`{Self}` cannot be kept to be sent again",
+    message = "`{Self}` cannot be replayed",
     note = "derive `Clone` for it, or implement `buttress::retry::Replay`"
 )]
 pub trait Replay: Sized {
@@ -112,8 +112,8 @@ pub struct Numbered {
 /// Implemented for `http::Request` with any body, and after [`classify`](super::RetryLayer::classify) for every request
 /// that is [`Replay`]. Do not implement it outside of this crate.
 #[diagnostic::on_unimplemented(
-    message = "`{Self}` cannot send `{Req}` again",
-    note = "a retry or a hedge takes `http::Request<B>`, or, with `.classify(|result: Result<&Res, &E>| ..)`, any request that is `Clone`"
+    message = "`{Self}` cannot replay `{Req}`",
+    note = "a retry or a hedge accepts `http::Request<B>` or, with `.classify(|result: Result<&Res, &E>| ..)`, any request that is `Clone`"
 )]
 pub trait Repeat<Req>: Clone + Send + Sync + 'static {
     /// The request that the wrapped service receives.
@@ -167,9 +167,9 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
 
 /// A protocol whose responses can be classified, returned and discarded.
 #[diagnostic::on_unimplemented(
-    message = "a retry or a hedge cannot weigh answers of `{Res}` or `{E}`",
-    note = "HTTP bodies must be `Unpin` (box one that is not with `http_body_util::BodyExt::boxed_unsync`), and errors `Into<BoxError>`",
-    note = "for other types say what failed with `.classify(|result: Result<&Res, &E>| ..)`, `Res` and `E` being exactly the response and error of the wrapped service"
+    message = "a retry or a hedge cannot classify the results `{Res}` and `{E}`",
+    note = "for HTTP, bodies must be `Unpin` (`http_body_util::BodyExt::boxed_unsync` boxes a body) and errors `Into<BoxError>`",
+    note = "for other types, classify the results with `.classify(|result: Result<&Res, &E>| ..)`, where `Res` and `E` are exactly the response and error of the wrapped service"
 )]
 pub trait Weigh<Res, E> {
     /// The response that the caller receives.
