@@ -1,4 +1,4 @@
-//! Not ready while open: what a balancer and a buffer see.
+//! `poll_ready` is pending while the circuit is open: the view of a balancer and of a buffer.
 
 use http::Request;
 use tokio::time::advance;
@@ -21,9 +21,9 @@ async fn it_is_not_ready_while_it_is_open_and_woken_when_the_wait_is_over() {
     assert_pending!(held_back.poll_ready::<Request<()>>());
     advance(WAIT - ms(1)).await;
     assert_pending!(held_back.poll_ready::<Request<()>>());
-    assert_eq!(rig.watch.seen().polls, polls, "what is wrapped is left alone");
+    assert_eq!(rig.watch.seen().polls, polls, "the inner service is not polled");
     advance(ms(1)).await;
-    assert!(held_back.is_woken(), "without any traffic");
+    assert!(held_back.is_woken(), "woken by the timer");
     assert_ready_ok!(held_back.poll_ready::<Request<()>>());
 }
 
@@ -43,7 +43,7 @@ async fn it_is_woken_by_reset_and_by_the_end_of_an_isolation() {
     assert_ready_ok!(held_back.poll_ready::<Request<()>>());
 }
 
-/// Its slots are taken: the next one waits for one to come back.
+/// When all probe slots are in use, the next caller waits until a slot is released.
 #[tokio::test(start_paused = true)]
 async fn a_half_open_one_is_ready_for_its_probes_only() {
     let rig = Rig::half_open(touchy().backpressure()).await;
@@ -80,7 +80,8 @@ async fn a_buffer_over_it_lives_on() {
     assert_eq!(rig.state(), State::Closed);
 }
 
-/// Many calls at once over p2c: once one has failed, the rest goes elsewhere, and nobody is refused.
+/// Many calls in flight over p2c: once one of them has failed, later calls go to the other endpoint, and no call is
+/// rejected.
 #[tokio::test(start_paused = true)]
 async fn a_balancer_goes_elsewhere_and_comes_back_for_a_probe() {
     let endpoint = || {
@@ -91,7 +92,7 @@ async fn a_balancer_goes_elsewhere_and_comes_back_for_a_probe() {
     let (dead, dead_watch, dead_handle) = endpoint();
     let (good, good_watch, _) = endpoint();
     let mut balance = Balance::new(ServiceList::new::<Request<()>>([dead, good]));
-    // Calls end later: when the first one fails, others of the dead endpoint are under way.
+    // The calls end later: when the first one fails, others are in flight to the dead endpoint.
     let (mut under_way, end) = (Vec::new(), |watch: &Watch, answer: fn() -> _| {
         (0..watch.seen().calls).filter(|n| watch.end(*n, answer())).count()
     });
@@ -101,24 +102,24 @@ async fn a_balancer_goes_elsewhere_and_comes_back_for_a_probe() {
         under_way.push(call);
     }
     let before = dead_watch.seen().calls;
-    assert!((1..40).contains(&before), "{before} of 40 went to it");
+    assert!((1..40).contains(&before), "{before} of 40 calls reached the dead endpoint");
     end(&dead_watch, || Err(Oops("dead")));
     end(&good_watch, || Ok(empty()));
     under_way.iter_mut().for_each(|call| assert!(call.poll().is_ready()));
     assert_eq!(dead_handle.state(), State::Open);
     for _ in 0..100 {
-        // Else tokio's budget is used up: nothing here ever waits.
+        // Yields, because no call in this loop waits, and tokio's coop budget would be used up.
         tokio::task::yield_now().await;
         let mut call = task::spawn(balance.ready().await.expect("ready").call(request()));
         assert_pending!(call.poll());
         end(&good_watch, || Ok(empty()));
-        assert_ready_ok!(call.poll(), "nobody is refused");
+        assert_ready_ok!(call.poll(), "no call is rejected");
     }
-    assert_eq!(dead_watch.seen().calls, before, "nothing has reached it");
-    // The wait is over: one probe, and the next only after the next wait.
+    assert_eq!(dead_watch.seen().calls, before, "no call reaches the dead endpoint");
+    // The circuit is half-open: one probe is sent, and the next one only after the circuit has been open again.
     advance(WAIT).await;
     for _ in 0..100 {
-        // Else tokio's budget is used up: nothing here ever waits.
+        // Yields, because no call in this loop waits, and tokio's coop budget would be used up.
         tokio::task::yield_now().await;
         let mut call = task::spawn(balance.ready().await.expect("ready").call(request()));
         assert_pending!(call.poll());
@@ -126,13 +127,14 @@ async fn a_balancer_goes_elsewhere_and_comes_back_for_a_probe() {
         end(&dead_watch, || Err(Oops("dead")));
         assert!(call.poll().is_ready());
     }
-    assert_eq!(dead_watch.seen().calls, before + 1, "but the probe");
+    assert_eq!(dead_watch.seen().calls, before + 1, "only the probe");
     assert_eq!(dead_handle.snapshot().refused, 0);
 }
 
-// ===== What could leave it asleep, or parked =====
+// ===== Missed wake-ups and leaked reservations =====
 
-/// It opens while the service waits for its inner one, or after it has said yes: nothing stays reserved.
+/// The circuit opens after `poll_ready` has returned `Ready`: the next poll is pending, and the reservation of the
+/// inner service is released.
 #[tokio::test(start_paused = true)]
 async fn a_balancer_that_asks_again_is_told_that_it_opened() {
     let rig = Rig::new(touchy().backpressure());
@@ -160,7 +162,7 @@ async fn who_is_held_back_by_a_hung_probe_is_woken_at_the_end_of_its_lease_and_o
     assert_ready_ok!(held_back.poll_ready::<Request<()>>());
 }
 
-/// It was to sleep for 30 s, and then the wait is over sooner.
+/// The waker was registered for the end of an open state of 30 s. The open state that follows a reset ends sooner.
 #[tokio::test(start_paused = true)]
 async fn who_is_held_back_is_woken_when_a_shorter_wait_took_the_place_of_its_own() {
     let rig = Rig::new(touchy().backpressure());
@@ -189,8 +191,8 @@ async fn shadow_mode_wakes_who_is_held_back() {
 
 // ===== The ramp =====
 
-/// A refusal would be an answer at once, and the least loaded endpoint the one that refuses most: it gives turns
-/// instead, more and more of the time.
+/// A rejection arrives at once, so a balancer would take an endpoint that rejects for the least loaded one. During the
+/// ramp `poll_ready` is therefore pending for a part of each second, which shrinks, instead of rejecting calls.
 #[tokio::test(start_paused = true)]
 async fn on_a_ramp_it_is_ready_for_a_growing_share_of_the_time_and_refuses_nobody() {
     let rig = Rig::half_open(touchy().ramp(secs(100)).backpressure()).await;
@@ -203,13 +205,16 @@ async fn on_a_ramp_it_is_ready_for_a_growing_share_of_the_time_and_refuses_nobod
             if service.poll_ready::<Request<()>>().is_ready() {
                 times += 1;
                 rig.watch.script([Then::Answer(empty())]);
-                assert_ready_ok!(task::spawn(service.call(request())).poll(), "nobody is refused");
+                assert_ready_ok!(
+                    task::spawn(service.call(request())).poll(),
+                    "no call is rejected"
+                );
             }
             advance(ms(10)).await;
         }
         ready.push(times);
     }
-    // In thousandths of the time: 10 % of the first second, 99.1 % of the last.
+    // The number of ready polls of 1000. The ready share of a second is 10 % in the first one and 99.1 % in the last.
     assert!(ready.windows(2).all(|pair| pair[0] < pair[1]), "{ready:?}");
     assert!((120..170).contains(&ready[0]) && ready[9] > 900, "{ready:?}");
     let all: usize = ready.iter().sum();
@@ -224,13 +229,16 @@ async fn who_is_held_back_on_a_ramp_is_woken_for_the_next_turn() {
     let mut held_back = Spawn::new(rig.service.clone());
     assert_ready_ok!(held_back.poll_ready::<Request<()>>());
     advance(ms(100)).await;
-    assert_pending!(held_back.poll_ready::<Request<()>>(), "a tenth of a second is over");
+    assert_pending!(
+        held_back.poll_ready::<Request<()>>(),
+        "the ready tenth of the second has ended"
+    );
     advance(ms(899)).await;
     assert!(!held_back.is_woken());
     advance(ms(1)).await;
-    assert!(held_back.is_woken(), "without any traffic");
+    assert!(held_back.is_woken(), "woken by the timer");
     assert_ready_ok!(held_back.poll_ready::<Request<()>>());
-    // Its turn is over by the time of the call: what was promised is kept.
+    // The ready part of the second has ended before the call: the readiness that was reported still holds.
     advance(ms(500)).await;
     rig.watch.script([Then::Answer(empty())]);
     assert_ready_ok!(task::spawn(held_back.call(request())).poll());

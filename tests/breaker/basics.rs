@@ -1,4 +1,4 @@
-//! What every layer must hold, and what a breaker is for.
+//! The contract of every layer, and the basic behaviour of a circuit breaker.
 
 use std::time::Duration;
 
@@ -24,9 +24,9 @@ const WAIT: Duration = Duration::from_secs(30);
 type Breaker = CircuitBreaker<Strict>;
 type Call = task::Spawn<Oneshot<Breaker, Request<()>>>;
 
-// ===== What holds for every layer =====
+// ===== The contract of every layer =====
 
-/// Half-open with one probe.
+/// A half-open circuit with one probe slot.
 struct HalfOpen {
     layer: CircuitBreakerLayer,
     handle: CircuitBreakerHandle,
@@ -66,7 +66,7 @@ async fn waiting_caller_woken_on_open() {
     let (service, watch, handle) = closed(breaker(1));
     let mut under_way = hold(&service);
     watch.set_ready(false);
-    // One caller waits in `poll_ready`, another in the future of a call that came too early.
+    // One caller waits in `poll_ready`, another in the future of a call that was made before `poll_ready` was ready.
     let mut ready = tower_test::mock::Spawn::new(service.clone());
     assert_pending!(ready.poll_ready::<Request<()>>());
     let mut early = task::spawn(service.clone().call(request()));
@@ -89,7 +89,7 @@ async fn unread_good_body_is_a_success() {
     drop(service.clone().oneshot(request()).await.unwrap());
     assert_eq!(handle.state(), State::Closed);
 
-    // A gRPC answer is nothing before its status: the slot comes back, and that is all.
+    // The outcome of a gRPC call is unknown before its status: the probe only releases its slot.
     let (service, watch, handle) = half_open(breaker(1)).await;
     watch.script([Then::Answer(grpc([Piece::data("a"), Piece::Stuck]))]);
     drop(service.clone().oneshot(request()).await.unwrap());
@@ -119,15 +119,16 @@ async fn bad_config_is_a_typed_error() {
         (good().half_open(1001), "half_open", "1001", "1 to 1000"),
         (good().probe_lease(Duration::ZERO), "probe_lease", "0ns", "above zero"),
     ] {
-        // A stack that was built without asking lets nothing through, and says why.
+        // A misconfigured layer rejects every call with the error of its configuration.
         let (inner, watch) = Strict::new();
         let error = layer.layer(inner).oneshot(request()).await.unwrap_err();
         let refused = Rejected::find(&*error).expect("a refusal");
         assert_eq!(refused.kind(), RejectedKind::Misconfigured);
         let source = std::error::Error::source(refused).expect("a source");
-        let told: &ConfigError = source.downcast_ref().expect("the error of the configuration");
+        let told: &ConfigError =
+            source.downcast_ref().expect("the source is the configuration error");
         assert_eq!((watch.seen().polls, watch.seen().calls), (0, 0));
-        // The first fault is the one that is told.
+        // A layer reports its first fault.
         let fault = layer.half_open(0).checked().unwrap_err();
         assert_eq!(&fault, told);
         assert_eq!((fault.field, fault.value.as_str()), (field, value));
@@ -157,13 +158,13 @@ fn breaker(failures: u32) -> CircuitBreakerLayer {
     CircuitBreakerLayer::new(Trip::consecutive(failures)).open_for(WAIT)
 }
 
-/// Over a service that holds every call, unless it is scripted.
+/// A closed circuit over a service that holds every call, unless it is scripted.
 fn closed(layer: CircuitBreakerLayer) -> (Breaker, Watch, CircuitBreakerHandle) {
     let (inner, watch) = Strict::holding();
     (layer.layer(inner), watch, layer.handle())
 }
 
-/// [`closed`], then tripped by its first failures, then the wait is over.
+/// [`closed`], then tripped by its first failures, and half-open after [`WAIT`].
 async fn half_open(layer: CircuitBreakerLayer) -> (Breaker, Watch, CircuitBreakerHandle) {
     let (service, watch, handle) = closed(layer);
     while handle.state() == State::Closed {
@@ -174,7 +175,7 @@ async fn half_open(layer: CircuitBreakerLayer) -> (Breaker, Watch, CircuitBreake
     (service, watch, handle)
 }
 
-/// One call that is answered like this, read to its end.
+/// Makes a call with this scripted end, and reads the response to its end.
 async fn call(service: &Breaker, watch: &Watch, then: Then) -> Result<(), BoxError> {
     watch.script([then]);
     let response = service.clone().oneshot(request()).await?;
@@ -191,7 +192,7 @@ async fn succeed(service: &Breaker, watch: &Watch) {
     call(service, watch, Then::Answer(hello())).await.unwrap();
 }
 
-/// A call that is under way.
+/// A call in flight.
 fn hold(service: &Breaker) -> Call {
     let mut call = task::spawn(service.clone().oneshot(request()));
     assert_pending!(call.poll());
@@ -222,8 +223,8 @@ async fn opens_at_the_nth_failure_in_a_row() {
     let error = service.clone().oneshot(request()).await.unwrap_err();
     let told = Rejected::find(&*error).unwrap();
     assert_eq!((told.kind(), told.layer()), (RejectedKind::Open, "circuit_breaker"));
-    assert_eq!(told.retry_after(), Some(Duration::from_secs(20)), "what is left of the wait");
-    // Nobody is told to come back before it is over.
+    assert_eq!(told.retry_after(), Some(Duration::from_secs(20)), "the rest of the open time");
+    // The hint is rounded up, so that a caller does not retry while the circuit is still open.
     advance(Duration::from_nanos(1)).await;
     let error = service.clone().oneshot(request()).await.unwrap_err();
     let told = Rejected::find(&*error).unwrap().retry_after().unwrap();
@@ -277,7 +278,7 @@ async fn a_body_that_breaks_off_is_a_failure() {
     let broken = || Response::new(ScriptBody::new([Piece::data("a"), Piece::Error]));
     call(&service, &watch, Then::Answer(broken())).await.unwrap_err();
     assert_eq!(handle.state(), State::Open);
-    // A 404 that breaks off, as well.
+    // The same for the body of a 404.
     let (service, watch, handle) = closed(breaker(1));
     let mut broken = broken();
     *broken.status_mut() = http::StatusCode::NOT_FOUND;
@@ -309,7 +310,7 @@ async fn grpc_status_in_the_head_or_in_the_trailers() {
             assert_eq!(handle.state(), state, "{code}");
         }
     }
-    // It never said.
+    // The stream ends without a status.
     for response in [grpc([Piece::data("a")]), grpc([])] {
         let (service, watch, handle) = closed(breaker(1));
         call(&service, &watch, Then::Answer(response)).await.unwrap();
@@ -317,7 +318,7 @@ async fn grpc_status_in_the_head_or_in_the_trailers() {
     }
 }
 
-/// gRPC-Web writes its trailers into the body: no status outside of it is no failure.
+/// gRPC-Web carries its trailers in the body, so a missing status in the trailers is not a failure.
 #[tokio::test(start_paused = true)]
 async fn grpc_web_is_told_by_its_head_only() {
     for (in_head, state) in [(None, State::Closed), (Some("14"), State::Open)] {
@@ -339,7 +340,7 @@ async fn a_classifier_of_the_users_decides() {
         Ok(0) => Outcome::failure(),
         _ => Outcome::success(),
     });
-    let (inner, watch) = Strict::<u8>::of(|| Then::Fail(Oops("of no concern")));
+    let (inner, watch) = Strict::<u8>::of(|| Then::Fail(Oops("not a failure")));
     let service = layer.layer(inner);
     service.clone().oneshot(request()).await.unwrap_err();
     assert_eq!(layer.handle().state(), State::Closed);
@@ -362,7 +363,7 @@ async fn a_classifier_of_the_users_decides() {
 
 #[tokio::test(start_paused = true)]
 async fn a_refusal_by_an_inner_limit_is_not_a_failure() {
-    // As an error.
+    // A rejection as an error.
     let (outer, limit) = (breaker(1), ConcurrencyLimitLayer::new(1));
     let (inner, _watch) = Strict::holding();
     let service = outer.layer(limit.layer(inner));
@@ -371,7 +372,7 @@ async fn a_refusal_by_an_inner_limit_is_not_a_failure() {
     assert_eq!(refused_as(service.clone().oneshot(request()).await), RejectedKind::Full);
     assert_eq!(outer.handle().state(), State::Closed);
 
-    // As a response, HTTP and gRPC.
+    // A rejection as a response: HTTP and gRPC.
     let (outer, limit) = (breaker(1).respond(), ConcurrencyLimitLayer::new(1).respond());
     let (inner, _watch) = Strict::holding();
     let service = outer.layer(limit.layer(inner));
@@ -386,7 +387,7 @@ async fn a_refusal_by_an_inner_limit_is_not_a_failure() {
     assert_eq!(response.headers()["grpc-status"], "14");
     assert_eq!(outer.handle().state(), State::Closed);
 
-    // And no verdict of a probe.
+    // A half-open probe that an inner layer rejects decides nothing.
     let outer = breaker(1);
     half_open(outer.clone()).await;
     let limit = ConcurrencyLimitLayer::new(1);
@@ -408,11 +409,11 @@ async fn a_ratio_opens_at_its_share_and_not_before_enough_calls() {
     for _ in 0..3 {
         fail(&service, &watch).await;
     }
-    assert_eq!(handle.state(), State::Closed, "3 of 3, and 4 are needed");
+    assert_eq!(handle.state(), State::Closed, "3 of 3 calls failed, and min_calls is 4");
     for _ in 0..4 {
         succeed(&service, &watch).await;
     }
-    assert_eq!(handle.state(), State::Closed, "3 of 7");
+    assert_eq!(handle.state(), State::Closed, "3 of 7 calls failed");
     fail(&service, &watch).await;
     let seen = handle.snapshot();
     assert_eq!(
@@ -422,7 +423,7 @@ async fn a_ratio_opens_at_its_share_and_not_before_enough_calls() {
     assert_eq!(seen.last_trip, Some(Tripped::FailureRatio { failures: 4, calls: 8 }));
 }
 
-/// 7 of 100 is 7 %, also where 0.07 × 100 is 7.000000000000001.
+/// 7 of 100 calls are 7 %, although 0.07 × 100 is 7.000000000000001 in floating point.
 #[tokio::test(start_paused = true)]
 async fn a_ratio_is_inclusive_whatever_its_binary_fraction() {
     for (percent, calls) in
@@ -460,7 +461,7 @@ async fn a_ratio_forgets_what_has_left_its_window() {
     for _ in 0..3 {
         fail(&service, &watch).await;
     }
-    assert_eq!(handle.state(), State::Closed, "3 of 3 in the window, not 6 of 6");
+    assert_eq!(handle.state(), State::Closed, "3 of 3 calls in the window, not 6 of 6");
 }
 
 // ===== Half-open =====
@@ -486,14 +487,18 @@ async fn half_open_lets_exactly_n_probes_through() {
     assert_eq!(refused(&service).await, RejectedKind::Probing);
     for (n, probe) in probes.iter_mut().enumerate() {
         assert_eq!(handle.state(), State::HalfOpen);
-        assert_eq!(refused(&service).await, RejectedKind::Probing, "all in all, not at once");
+        assert_eq!(
+            refused(&service).await,
+            RejectedKind::Probing,
+            "the number of probes bounds all probes, not only those in flight"
+        );
         assert!(watch.end(n + 1, Ok(empty())));
         assert_ready_ok!(probe.poll());
     }
     assert_eq!((handle.state(), handle.snapshot().probes), (State::Closed, 0));
 }
 
-/// One of two probes has passed and the other is under way: there is no slot left.
+/// One of two probes has passed and the other one is in flight, so no probe slot is left.
 #[tokio::test(start_paused = true)]
 async fn refusing_never_polls_inner_between_probes() {
     let (service, watch, _handle) = half_open(breaker(1).half_open(2)).await;
@@ -534,7 +539,7 @@ async fn a_cancelled_probe_does_not_wedge_the_circuit() {
     assert_eq!(handle.state(), State::Closed);
 }
 
-/// The probe holds the only slot itself; that must not look to it like a full circuit.
+/// The probe itself holds the only slot. It must not be rejected for the lack of a slot.
 #[tokio::test(start_paused = true)]
 async fn a_probe_waits_for_its_inner_service() {
     let (service, watch, handle) = half_open(breaker(1)).await;
@@ -549,7 +554,7 @@ async fn a_probe_waits_for_its_inner_service() {
     assert_eq!(handle.state(), State::Closed);
 }
 
-/// Who waits for a hung service in half-open is refused when the last probe has gone, as who comes later.
+/// A caller waits for a hung service in half-open. When the last probe slot is taken, it is rejected like a later call.
 #[tokio::test(start_paused = true)]
 async fn waiting_caller_woken_when_the_last_probe_goes() {
     for probes in [1, 2, 3] {
@@ -567,7 +572,7 @@ async fn waiting_caller_woken_when_the_last_probe_goes() {
         assert_ready_ok!(waiting.poll_ready::<Request<()>>());
         assert_eq!(refused_as(waiting.call(request()).await), RejectedKind::Probing);
         for probe in &mut under_way {
-            assert_pending!(probe.poll(), "its own slot is not the last of anything to it");
+            assert_pending!(probe.poll(), "a probe is not rejected for the slot it holds");
         }
     }
 }
@@ -596,7 +601,7 @@ async fn stragglers_admitted_before_the_trip_never_count() {
 #[tokio::test(start_paused = true)]
 async fn a_probe_that_never_ends_is_decided_by_its_head() {
     let lease = Duration::from_secs(7);
-    // A good head: it has passed.
+    // A good head: the probe has passed.
     let (service, watch, handle) = half_open(breaker(1).probe_lease(lease)).await;
     watch.script([Then::Answer(Response::new(ScriptBody::new([Piece::Stuck])))]);
     let mut stream = service.clone().oneshot(request()).await.unwrap().into_body();
@@ -609,7 +614,7 @@ async fn a_probe_that_never_ends_is_decided_by_its_head() {
     drop(stream);
     assert_eq!(handle.state(), State::Closed);
 
-    // A good gRPC head has not said it all, but is good enough here.
+    // A good gRPC head without a status is sufficient when the probe times out.
     let (service, watch, handle) = half_open(breaker(1).probe_lease(lease)).await;
     watch.script([Then::Answer(grpc([Piece::Stuck]))]);
     let mut stream = service.clone().oneshot(request()).await.unwrap().into_body();
@@ -618,7 +623,7 @@ async fn a_probe_that_never_ends_is_decided_by_its_head() {
     succeed(&service, &watch).await;
     assert_eq!(handle.state(), State::Closed);
 
-    // No head: it has failed, and what it does later is of no account.
+    // No head: the probe has failed, and its late response is ignored.
     let (service, watch, handle) = half_open(breaker(1).probe_lease(lease)).await;
     let mut probe = hold(&service);
     advance(lease).await;
@@ -683,7 +688,7 @@ async fn changed_tells_of_calls_and_of_time() {
     assert!(changed.is_woken());
     assert_ready_eq!(changed.poll(), State::Open);
 
-    // Nobody calls: that the wait is over is a change all the same.
+    // Without a call, the end of the open time is reported as well.
     let mut changed = task::spawn(handle.changed());
     assert_pending!(changed.poll());
     advance(WAIT - Duration::from_millis(1)).await;
@@ -710,7 +715,7 @@ async fn the_longest_wait_and_lease_are_no_trouble() {
     assert_eq!(refused(&service).await, RejectedKind::Open);
 }
 
-/// A caller that panics while it holds a good answer says nothing about the service.
+/// A caller that panics while it holds a good response is not a failure of the service.
 #[tokio::test(start_paused = true)]
 async fn a_callers_own_panic_is_not_the_services_failure() {
     let (service, watch, handle) = closed(breaker(1));
@@ -718,14 +723,14 @@ async fn a_callers_own_panic_is_not_the_services_failure() {
     let before_head = service.clone();
     let task = tokio::spawn(async move {
         let _response = service.oneshot(request()).await.unwrap();
-        panic!("the caller's");
+        panic!("a panic of the caller");
     });
     assert!(task.await.unwrap_err().is_panic());
     assert_eq!(handle.state(), State::Closed);
     let task = tokio::spawn(async move {
         let mut under_way = task::spawn(before_head.oneshot(request()));
         assert_pending!(under_way.poll());
-        panic!("the caller's");
+        panic!("a panic of the caller");
     });
     assert!(task.await.unwrap_err().is_panic());
     assert_eq!(handle.state(), State::Closed);
@@ -749,7 +754,8 @@ async fn a_panic_of_the_service_is_a_failure() {
     }
 }
 
-/// What a service queued for behind itself is another's while the circuit is open.
+/// The inner service has a queue. A circuit that opens gives up its position or permit there, so that other callers can
+/// acquire it.
 #[tokio::test(start_paused = true)]
 async fn an_opened_circuit_leaves_the_queue_of_its_inner_service() {
     for layer in [breaker(1), breaker(1).backpressure()] {
@@ -768,6 +774,6 @@ async fn an_opened_circuit_leaves_the_queue_of_its_inner_service() {
         drop(first);
         let mut second = limited.clone();
         let ready = task::spawn(ServiceExt::<Request<()>>::ready(&mut second)).poll().is_ready();
-        assert!(ready, "the only place is parked in a service that will not use it");
+        assert!(ready, "an open circuit holds the only permit");
     }
 }

@@ -1,4 +1,4 @@
-//! What a handle does, probes from outside, and the ramp after closing.
+//! The operations of a handle, outcomes of health probes, and the ramp after closing.
 
 use buttress::Outcome;
 use tokio::time::advance;
@@ -18,14 +18,14 @@ async fn isolations_are_counted_and_what_is_underneath_goes_on() {
     assert_eq!((rig.state(), rig.handle.snapshot().isolations), (State::ForcedOpen, 2));
     drop(one);
     assert_eq!(rig.refused().await, RejectedKind::ForcedOpen);
-    // What was under way still counts.
+    // A call that was in flight still counts.
     rig.watch.end(number, Err(Oops("down")));
     assert!(call.poll().is_ready());
     assert_eq!((rig.state(), rig.handle.snapshot().opened), (State::ForcedOpen, 1));
     advance(secs(10)).await;
     drop(two);
     assert_eq!(rig.handle.snapshot().open_for, Some(secs(20)));
-    // Neither force nor reset ends an isolation.
+    // Neither `force_closed` nor `reset` ends an isolation.
     let held = rig.handle.isolate();
     rig.handle.reset();
     rig.handle.force_closed();
@@ -60,8 +60,8 @@ async fn shadow_mode_refuses_nobody_and_counts_whom_it_would_have() {
     }
     let seen = rig.handle.snapshot();
     assert_eq!((seen.opened, seen.shadowed, seen.refused), (1, 3, 0));
-    assert_eq!(seen.open_for, Some(WAIT), "what it would have refused counts for nothing");
-    // Probes decide as ever; what goes beside them does not.
+    assert_eq!(seen.open_for, Some(WAIT), "calls that would have been rejected are not counted");
+    // Half-open probes decide as usual. The calls beside them decide nothing.
     advance(WAIT).await;
     let (probe, _) = rig.hold();
     rig.fail().await;
@@ -77,7 +77,7 @@ async fn shadow_mode_refuses_nobody_and_counts_whom_it_would_have() {
     assert_eq!(rig.refused().await, RejectedKind::ForcedOpen);
 }
 
-// ===== While it runs =====
+// ===== Changed settings =====
 
 #[tokio::test(start_paused = true)]
 async fn new_thresholds_keep_what_was_counted() {
@@ -94,12 +94,12 @@ async fn new_thresholds_keep_what_was_counted() {
     rig.handle.set_trip(&trip(5, 1.0, 10)).unwrap();
     let seen = rig.handle.snapshot();
     assert_eq!((seen.seen.consecutive_failures, seen.seen.window_failures), (4, 4));
-    assert_eq!(seen.state, State::Closed, "looked at when the next call fails");
+    assert_eq!(seen.state, State::Closed, "rules are evaluated when the next call fails");
     rig.handle.set_open_for(secs(7)).unwrap();
     rig.fail().await;
     let seen = rig.handle.snapshot();
     assert_eq!((seen.state, seen.open_for), (State::Open, Some(secs(7))));
-    // From the next trip on: this wait stays what it is.
+    // The setting applies from the next trip on. The current open time does not change.
     rig.handle.set_open_for(OpenFor::backoff(secs(1), secs(2))).unwrap();
     assert_eq!(rig.handle.snapshot().open_for, Some(secs(7)));
 
@@ -128,7 +128,7 @@ async fn another_circuit_takes_up_where_one_left_off() {
     to.handle.restore(&open);
     to.watch.end(straggler.1, Ok(empty()));
     assert!(straggler.0.poll().is_ready());
-    assert_eq!(to.state(), State::Open, "what was under way belongs to the past");
+    assert_eq!(to.state(), State::Open, "the call of an earlier generation is ignored");
     advance(secs(20)).await;
     to.ok().await;
     assert_eq!(to.state(), State::Closed);
@@ -143,7 +143,7 @@ async fn another_circuit_takes_up_where_one_left_off() {
     assert_eq!(to.state(), State::Open);
 }
 
-// ===== Probes from outside =====
+// ===== Outcomes of health probes =====
 
 #[tokio::test(start_paused = true)]
 async fn only_outcomes_from_outside_decide_where_it_was_said_so() {
@@ -157,7 +157,7 @@ async fn only_outcomes_from_outside_decide_where_it_was_said_so() {
     assert_eq!(rig.state(), State::HalfOpen);
     rig.handle.record(Outcome::failure());
     assert_eq!(rig.state(), State::Open);
-    // While it waits, nobody is asked.
+    // While the circuit is open, recorded outcomes are ignored.
     rig.handle.record(Outcome::success());
     rig.handle.record(Outcome::failure());
     assert_eq!((rig.state(), rig.handle.snapshot().opened), (State::Open, 2));
@@ -167,10 +167,10 @@ async fn only_outcomes_from_outside_decide_where_it_was_said_so() {
     }
     assert_eq!(rig.state(), State::Closed);
     rig.handle.record(Outcome::failure());
-    assert_eq!(rig.state(), State::Open, "closed, it counts like a call");
+    assert_eq!(rig.state(), State::Open, "a closed circuit counts the outcome like that of a call");
 }
 
-/// Half-open, nobody is let in to ask: a caller that comes does not touch the inner service.
+/// In half-open no caller gets a probe slot, and a rejected call does not touch the inner service.
 #[tokio::test(start_paused = true)]
 async fn probes_from_outside_leave_the_service_alone() {
     let rig = Rig::half_open(touchy().probes_from_outside()).await;
@@ -181,7 +181,7 @@ async fn probes_from_outside_leave_the_service_alone() {
 
 // ===== The ramp =====
 
-/// How many of so many calls go.
+/// Returns how many of `calls` calls are admitted.
 async fn share(rig: &Rig, calls: usize) -> usize {
     let mut went = 0;
     for _ in 0..calls {
@@ -195,7 +195,7 @@ async fn the_share_that_goes_grows_from_a_tenth_to_all() {
     let rig = Rig::half_open(touchy().ramp(secs(60))).await;
     rig.ok().await;
     assert_eq!(rig.state(), State::Closed);
-    // Five and more standard deviations to either side of 10, 55 and 91 %.
+    // At least five standard deviations on either side of 10, 55 and 91 %.
     for (least, most) in [(130, 280), (990, 1210), (1740, 1890)] {
         let went = share(&rig, 2000).await;
         assert!((least..most).contains(&went), "{went} of 2000");
@@ -203,7 +203,7 @@ async fn the_share_that_goes_grows_from_a_tenth_to_all() {
         advance(secs(forward)).await;
     }
     advance(secs(6)).await;
-    assert_eq!(share(&rig, 2000).await, 2000, "the end of the ramp is past it");
+    assert_eq!(share(&rig, 2000).await, 2000, "the ramp has ended");
 }
 
 #[tokio::test(start_paused = true)]
@@ -213,7 +213,7 @@ async fn a_failure_on_the_ramp_opens_it_and_reset_skips_it() {
     let mut refused = 0;
     while !rig.call(Then::Fail(Oops("down"))).await {
         refused += 1;
-        assert!(refused < 1000, "a tenth goes");
+        assert!(refused < 1000, "a tenth of the calls is admitted");
     }
     assert_eq!(rig.state(), State::Open);
     advance(WAIT).await;
@@ -227,7 +227,7 @@ async fn a_failure_on_the_ramp_opens_it_and_reset_skips_it() {
         }
         kinds
     };
-    assert_eq!(kinds, [State::Closed; 3], "ramping up is closed to everybody else");
+    assert_eq!(kinds, [State::Closed; 3], "ramping up is reported as closed");
     rig.handle.reset();
     assert_eq!(share(&rig, 100).await, 100);
 }

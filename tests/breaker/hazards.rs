@@ -1,4 +1,4 @@
-//! What could wedge a circuit, or make it lie: one test for each way that was looked for.
+//! Cases in which a circuit could get stuck or report a wrong state, with one test for each.
 
 use buttress::breaker::Origin;
 use http::{Request, Response};
@@ -31,16 +31,16 @@ async fn an_isolation_is_not_restored_for_ever() {
     let to = Rig::new(touchy());
     to.handle.restore(&taken);
     assert_eq!(to.state(), State::Closed);
-    // And what was forced stays forced, isolated or not.
+    // A forced state is restored, whether the circuit is isolated or not.
     from.handle.force_open();
     drop(isolation);
     to.handle.restore(&from.handle.snapshot());
     assert_eq!(to.state(), State::ForcedOpen);
 }
 
-// ===== Time alone =====
+// ===== Changes by time alone =====
 
-/// A probe hangs, and no call comes: its lease ends all the same, and so does the wait after it.
+/// A probe hangs and no further call is made: the probe times out, and the open time after it ends as well.
 #[tokio::test(start_paused = true)]
 async fn a_lease_ends_without_traffic() {
     let rig = Rig::half_open(touchy().probe_lease(secs(7))).await;
@@ -58,7 +58,7 @@ async fn a_lease_ends_without_traffic() {
     assert_eq!(seen.last_trip, Some(Tripped::ProbeLease));
 }
 
-/// Looked at late, the lease ended when it ended, not when somebody looked.
+/// A probe timeout that is observed late takes effect at the time at which it expired.
 #[tokio::test(start_paused = true)]
 async fn the_wait_after_a_lease_begins_at_its_end() {
     let rig = Rig::half_open(touchy().probe_lease(secs(7))).await;
@@ -83,7 +83,7 @@ async fn a_probe_that_ends_after_its_lease_is_too_late() {
     assert_eq!(rig.state(), State::Open);
 }
 
-/// One hung probe of three is one failure, where one success is enough.
+/// One hung probe of three is one failure, and one success is enough to close the circuit.
 #[tokio::test(start_paused = true)]
 async fn a_lease_that_ends_is_one_failed_probe() {
     let rig = Rig::half_open(touchy().half_open_of(1, 3).probe_lease(secs(7))).await;
@@ -94,7 +94,8 @@ async fn a_lease_that_ends_is_one_failed_probe() {
     assert_eq!(rig.state(), State::Closed);
 }
 
-/// A hung probe answers at last, after more probes than sixteen bits can tell apart: none of them is ended.
+/// A hung probe responds after so many other probes that a 16-bit probe number has wrapped around. The response
+/// must not end another probe.
 #[tokio::test(start_paused = true)]
 async fn a_late_probe_is_taken_for_no_other_however_many_there_were() {
     let rig = Rig::half_open(touchy().half_open_of(1, 2).probe_lease(secs(7))).await;
@@ -109,7 +110,7 @@ async fn a_late_probe_is_taken_for_no_other_however_many_there_were() {
     assert_eq!((rig.state(), rig.handle.snapshot().probes), (State::HalfOpen, 1));
 }
 
-/// Of two that wait for their inner service, the lease of one ends: the other is as good as before.
+/// Of two probes that wait for their inner service, one times out. The other one keeps its slot.
 #[tokio::test(start_paused = true)]
 async fn a_probe_that_waits_has_its_own_slot_and_no_other() {
     let rig = Rig::half_open(touchy().half_open_of(1, 3).probe_lease(secs(7))).await;
@@ -142,7 +143,7 @@ async fn a_slow_head_is_no_good_head_at_the_end_of_a_lease() {
     assert_eq!(rig.state(), State::Open);
 }
 
-/// The clock of a circuit begins at 0, and so may a call.
+/// The clock of a circuit starts at 0, so a call may start at 0.
 #[tokio::test(start_paused = true)]
 async fn a_call_at_the_first_instant_is_measured() {
     let trip = Trip::slow_ratio(1.0, secs(1)).over(1).min_calls(1);
@@ -151,9 +152,9 @@ async fn a_call_at_the_first_instant_is_measured() {
     assert_eq!(rig.state(), State::Open);
 }
 
-// ===== Settings while it runs =====
+// ===== Changed settings =====
 
-/// Three of five have failed; two probes are no more than have been, and it is decided already.
+/// Three of five probes have failed. A change to two probes decides at once, because more than two have ended.
 #[tokio::test(start_paused = true)]
 async fn fewer_probes_than_have_been_do_not_wedge() {
     let rig = Rig::half_open(touchy().half_open_of(1, 5)).await;
@@ -187,7 +188,7 @@ async fn a_cancelled_call_is_slow_only_to_the_rules_that_it_outlasted() {
 
 // ===== Snapshots =====
 
-/// Windows of different lengths: each takes its own back.
+/// Each window restores its own counts, although the windows differ in length.
 #[tokio::test(start_paused = true)]
 async fn each_window_is_restored_for_itself() {
     let layer = || {
@@ -249,7 +250,7 @@ async fn a_key_takes_all_settings_along() {
     let (inner, watch) = Strict::holding();
     let service = layer.layer(inner);
     ask(&service, &watch, "a", Then::Fail(Oops("down"))).await;
-    assert!(ask(&service, &watch, "a", Then::Answer(empty())).await, "shadow mode");
+    assert!(ask(&service, &watch, "a", Then::Answer(empty())).await, "shadow mode never rejects");
 
     let layer = touchy().wait_for_verdict(1, secs(5)).per_origin();
     let (inner, watch) = Strict::holding();
@@ -266,7 +267,7 @@ async fn a_key_takes_all_settings_along() {
     assert_ready_ok!(waits.poll());
 }
 
-/// Closed and nothing counted, but it has not forgotten its trips, or is ramping up: not as good as new.
+/// A closed circuit without counts is not like new while it remembers its trips or ramps up.
 #[tokio::test(start_paused = true)]
 async fn a_circuit_that_remembers_its_trips_is_not_evicted() {
     for layer in [
@@ -302,7 +303,7 @@ async fn a_circuit_with_settings_of_its_own_is_not_evicted() {
     assert!(handle.get(&key).is_some());
 }
 
-/// Its circuit opens while it waits for a hung service: there is no use in waiting on.
+/// The circuit of the key opens while the caller waits for a hung service: waiting longer has no use.
 #[tokio::test(start_paused = true)]
 async fn who_waits_for_a_hung_service_is_woken_by_the_circuit_of_its_key() {
     let layer = touchy().per_origin();

@@ -1,4 +1,4 @@
-//! What users' code and settings can do to a circuit: panics, extremes, strange snapshots, many threads.
+//! User code and settings that could damage a circuit: panics, extreme values, foreign snapshots, many threads.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -19,7 +19,7 @@ use crate::support::{empty, request};
 
 // ===== Panics =====
 
-/// A rule that panics has not said so: neither its caller pays for it, nor one that is unwinding already.
+/// A rule that panics does not trip the circuit. Its panic neither fails the call nor aborts a caller that unwinds.
 #[tokio::test(start_paused = true)]
 async fn a_rule_that_panics_harms_nobody() {
     let trip = Trip::any([Trip::when(|_| panic!("a rule")), Trip::consecutive(4)]);
@@ -39,7 +39,7 @@ async fn a_rule_that_panics_harms_nobody() {
     assert_eq!(rig.state(), State::Closed);
 }
 
-/// A probe whose classifier panics has said nothing: its slot is free.
+/// A probe whose classifier panics has no outcome: it releases its slot.
 #[tokio::test(start_paused = true)]
 async fn a_classifier_that_panics_costs_no_slot() {
     let layer = touchy().classify(|result: Result<&u8, &Oops>| match result {
@@ -59,7 +59,8 @@ async fn a_classifier_that_panics_costs_no_slot() {
     assert_eq!(handle.state(), State::Closed);
 }
 
-/// What is made to judge a call says nothing about the service if that panics, ready or not: the call was never made.
+/// The classifier of a call panics in its `Clone`, when the inner service is ready or not. The call was never made, so
+/// the panic is not a failure.
 #[tokio::test(start_paused = true)]
 async fn a_classifier_that_panics_as_it_is_made_is_no_failure() {
     struct Touchy(Arc<AtomicBool>);
@@ -98,7 +99,7 @@ async fn a_classifier_that_panics_as_it_is_made_is_no_failure() {
         panics.store(false, SeqCst);
         let seen = handle.snapshot();
         assert_eq!((handle.state(), watch.seen().calls), (State::Closed, 0), "{seen:?}");
-        // And what it had reserved is not left behind where nobody calls.
+        // The reservation of the inner service is released as well.
         handle.force_open();
         assert!(service.call(request()).await.is_err());
         assert_eq!(watch.seen().reserved, 0, "ready: {ready}");
@@ -143,15 +144,15 @@ async fn the_largest_settings_are_no_trouble() {
     let rig = Rig::new(layer.checked().unwrap());
     rig.ok().await;
     rig.fail().await;
-    assert_eq!(rig.state(), State::Open, "the smallest share of two calls");
+    assert_eq!(rig.state(), State::Open, "the minimum ratio of two calls");
     assert_eq!(rig.refused().await, RejectedKind::Open);
-    // A hundred years later.
+    // After a hundred years.
     advance(secs(100 * 365 * 24 * 3600)).await;
     assert_eq!(rig.refused().await, RejectedKind::Open);
     rig.handle.half_open();
     let probes: Vec<_> = (0..1000).map(|_| rig.hold()).collect();
     let mut late = rig.ask();
-    assert_pending!(late.poll(), "who waits for the verdict");
+    assert_pending!(late.poll(), "the call waits for the outcome of the probes");
     assert_eq!(rig.handle.snapshot().probes, 1000);
     drop(probes);
     assert!(late.is_woken());
@@ -164,7 +165,7 @@ async fn the_largest_settings_are_no_trouble() {
     assert_eq!(rig.state(), State::Closed);
 }
 
-/// However many come, and however long the service has not been ready: each is told so at once.
+/// An open circuit rejects at once, for any number of calls and whatever the time for which the service is not ready.
 #[tokio::test(start_paused = true)]
 async fn an_open_circuit_over_a_service_that_is_never_ready_answers_at_once() {
     for layer in [touchy(), touchy().wait_for_verdict(10, secs(5))] {
@@ -177,7 +178,7 @@ async fn an_open_circuit_over_a_service_that_is_never_ready_answers_at_once() {
             assert!(call.poll().is_ready());
         }
         assert_eq!((rig.watch.seen().polls, rig.handle.snapshot().refused), (polls, 5000));
-        // The wait is over: who asks waits for the service, and all others are told so at once.
+        // In half-open, the probe waits for the service. The change to another state ends the wait.
         advance(WAIT).await;
         let mut probe = rig.ask();
         assert_pending!(probe.poll());
@@ -188,9 +189,9 @@ async fn an_open_circuit_over_a_service_that_is_never_ready_answers_at_once() {
     }
 }
 
-// ===== Snapshots of others =====
+// ===== Foreign snapshots =====
 
-/// Of any rules, in any state, into any rules: it works as a circuit does.
+/// A snapshot of any state under any rules is restored under any other rules, and the circuit works as usual.
 #[tokio::test(start_paused = true)]
 async fn a_snapshot_of_other_rules_does_no_harm() {
     let trips = || {
@@ -261,7 +262,7 @@ async fn guards_and_futures_outlive_all_that_made_them() {
     assert_ready_eq!(changed.poll(), State::Closed);
 }
 
-/// Not since it was polled first: what happens in between is no secret.
+/// `changed` reports changes from its call on, not from the first poll on.
 #[tokio::test(start_paused = true)]
 async fn changed_is_since_it_was_called() {
     let rig = Rig::new(touchy());
@@ -272,8 +273,8 @@ async fn changed_is_since_it_was_called() {
 
 // ===== Many threads =====
 
-/// Calls that end in every way on four threads, while a fifth turns all there is to turn: no more probes than
-/// may be at any time, no slot is lost, and the circuit works as ever.
+/// Four threads make calls that end in every way, while a fifth one uses every operation of the handle. The number of
+/// probes never exceeds the maximum, no slot is lost, and the circuit still works afterwards.
 #[test]
 fn threads_lose_nothing() {
     const PROBES: usize = 3;
@@ -333,7 +334,7 @@ fn threads_lose_nothing() {
     assert_eq!((handle.state(), handle.snapshot().isolations), (State::Closed, 0));
 }
 
-/// The same luck in every run.
+/// Pseudo-random numbers, the same in every run.
 fn dice(seed: u64) -> impl FnMut() -> u64 {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     move || {
@@ -346,7 +347,7 @@ fn dice(seed: u64) -> impl FnMut() -> u64 {
 
 // ===== Names =====
 
-/// A refusal, and the event of a trip, say whose circuit it is; and nobody's password.
+/// A rejection and the event of a trip name the circuit without the userinfo of the URI.
 #[tokio::test(start_paused = true)]
 async fn circuits_of_keys_are_named() {
     let named = |layer: CircuitBreakerLayer| {
@@ -375,7 +376,7 @@ async fn circuits_of_keys_are_named() {
 
 // ===== Probes =====
 
-/// One slot, thousands who want it, and every probe is given up: each time one of them has it, and only one.
+/// One slot, thousands of waiting callers, and each probe is cancelled: each time exactly one caller gets the slot.
 #[tokio::test(start_paused = true)]
 async fn a_slot_that_comes_back_goes_to_one_of_thousands() {
     let rig = Rig::half_open(touchy().wait_for_verdict(2000, secs(60))).await;

@@ -1,4 +1,4 @@
-//! A circuit for each key.
+//! Circuits per key.
 
 use std::collections::BTreeSet;
 
@@ -19,7 +19,7 @@ fn to(uri: &str) -> Request<()> {
     Request::get(uri).body(()).unwrap()
 }
 
-/// Whether it went.
+/// Makes a call. Returns whether the circuit admitted it.
 async fn ask<S>(service: &S, watch: &Watch, uri: &str, good: bool) -> bool
 where
     S: Service<Request<()>> + Clone,
@@ -41,7 +41,7 @@ async fn one_origin_down_is_no_matter_of_the_others() {
     let (inner, watch) = Strict::holding();
     let (service, handle) = (layer.layer(inner), layer.handle());
     assert!(ask(&service, &watch, "http://a/x", false).await);
-    assert!(!ask(&service, &watch, "http://a/y", true).await, "the path is no part of it");
+    assert!(!ask(&service, &watch, "http://a/y", true).await, "the path is not part of the key");
     assert_eq!(refused_as(service.clone().oneshot(to("http://a/")).await), RejectedKind::Open);
     for other in ["https://a/", "http://a:81/", "http://b/", "/"] {
         assert!(ask(&service, &watch, other, true).await, "{other}");
@@ -51,7 +51,7 @@ async fn one_origin_down_is_no_matter_of_the_others() {
     let (key, circuit) =
         handle.all().into_iter().find(|(_, circuit)| circuit.state() == State::Open).unwrap();
     assert_eq!((key.to_string().as_str(), circuit.snapshot().refused), ("http://a", 2));
-    // Steered by key.
+    // `get` returns the handle of one key.
     handle.get(&key).unwrap().reset();
     assert!(ask(&service, &watch, "http://a/", true).await);
 }
@@ -92,7 +92,7 @@ async fn full_map_evicts_only_circuits_that_are_like_new() {
     assert_eq!((snapshot.circuits, snapshot.evicted, snapshot.uncovered), (2, 1, 3));
 }
 
-/// Requests choose the keys, so the keys must not determine the memory.
+/// The keys come from requests, so their number must not determine the memory.
 #[tokio::test(start_paused = true)]
 async fn keys_from_requests_never_grow_memory() {
     let layer = touchy().per_origin().max_keys(16);
@@ -105,7 +105,7 @@ async fn keys_from_requests_never_grow_memory() {
     }
 }
 
-/// One whose call is under way, or whom somebody holds, is not taken away under them.
+/// A circuit is not evicted while a call is in flight or a handle, future or isolation refers to it.
 #[tokio::test(start_paused = true)]
 async fn a_circuit_in_use_is_not_evicted() {
     let layer = touchy().per_origin().max_keys(1);
@@ -140,7 +140,7 @@ async fn a_circuit_that_somebody_looks_at_is_not_evicted() {
     assert_eq!(names(&handle), [String::from("http://b")].into());
 }
 
-/// Over boxed errors, inside a task: no projection in a future's fields, and all of it is `Send`.
+/// With boxed errors and inside a task: the future is `Send`, and no field of it has a projected type.
 #[tokio::test(start_paused = true)]
 async fn works_inside_tokio_spawn() {
     async fn hello(_: Request<()>) -> Result<Response<Full<Bytes>>, BoxError> {

@@ -1,4 +1,4 @@
-//! What these tests share: a breaker over a service that does as it is told, and a call at each stage.
+//! Shared helpers: a breaker over a scripted service, and calls at each stage.
 
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ pub fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
-/// Opens at the first failure, for [`WAIT`].
+/// Returns a layer that opens at the first failure, for [`WAIT`].
 pub fn touchy() -> CircuitBreakerLayer {
     CircuitBreakerLayer::new(Trip::consecutive(1)).open_for(WAIT)
 }
@@ -45,7 +45,7 @@ impl Rig {
         Self { service: layer.layer(inner), handle: layer.handle(), watch, layer }
     }
 
-    /// Tripped, and its wait is over.
+    /// Returns a circuit that has been tripped and is half-open after [`WAIT`].
     pub async fn half_open(layer: CircuitBreakerLayer) -> Self {
         let rig = Self::new(layer);
         while rig.state() == State::Closed {
@@ -62,7 +62,7 @@ impl Rig {
 
     // ===== Whole calls =====
 
-    /// A call that is answered like this, read to its end. False: refused.
+    /// Makes a call with this scripted end, and reads the response to its end. Returns `false` if it was rejected.
     pub async fn call(&self, then: Then) -> bool {
         let before = self.watch.seen().calls;
         self.watch.script([then]);
@@ -77,18 +77,18 @@ impl Rig {
     }
 
     pub async fn ok(&self) {
-        assert!(self.call(Then::Answer(empty())).await, "refused");
+        assert!(self.call(Then::Answer(empty())).await, "rejected");
     }
 
     pub async fn fail(&self) {
-        assert!(self.call(Then::Fail(Oops("down"))).await, "refused");
+        assert!(self.call(Then::Fail(Oops("down"))).await, "rejected");
     }
 
     pub async fn refused(&self) -> RejectedKind {
         refused_as(self.service.clone().oneshot(request()).await)
     }
 
-    /// A call whose head takes so long.
+    /// Makes a call whose outcome arrives after `long`.
     pub async fn takes(&self, long: Duration, then: Result<(), Oops>) {
         let (mut call, number) = self.hold();
         advance(long).await;
@@ -96,18 +96,18 @@ impl Rig {
         let _ = assert_ready!(call.poll());
     }
 
-    // ===== Calls under way =====
+    // ===== Calls in flight =====
 
-    /// A call that is under way, and its number.
+    /// A call in flight, and its number.
     pub fn hold(&self) -> (Call, usize) {
         let number = self.watch.seen().calls;
         let mut call = self.ask();
         assert_pending!(call.poll());
-        assert_eq!(self.watch.seen().calls, number + 1, "it is not under way");
+        assert_eq!(self.watch.seen().calls, number + 1, "the call did not reach the service");
         (call, number)
     }
 
-    /// A call that nobody has polled yet.
+    /// A call that has not been polled yet.
     pub fn ask(&self) -> Call {
         task::spawn(self.service.clone().oneshot(request()))
     }

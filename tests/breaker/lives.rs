@@ -1,4 +1,4 @@
-//! Circuits come and go, and their calls outlive them.
+//! Circuits are dropped and created, and calls outlive their circuits.
 
 use std::{future::poll_fn, mem, sync::mpsc, task::Poll, thread};
 
@@ -10,7 +10,7 @@ use tower::{Layer, ServiceExt, service_fn};
 use super::kit::*;
 use crate::support::empty;
 
-/// Calls under way of circuits that are gone: of each kind, and in each state.
+/// Calls in flight whose circuits have been dropped: circuits of each kind and in each state.
 async fn gone() -> Vec<(Call, usize, Watch)> {
     let forced = Rig::new(touchy());
     forced.handle.force_closed();
@@ -39,7 +39,7 @@ async fn gone() -> Vec<(Call, usize, Watch)> {
     calls.into()
 }
 
-/// What they still do is nothing to circuits that are made meanwhile, and these hear their own calls.
+/// The ends of these calls do not change circuits that are created in the meantime and count their own calls.
 #[tokio::test(start_paused = true)]
 async fn circuit_is_not_touched_by_calls_of_one_that_is_gone() {
     let mut dice = fastrand::Rng::with_seed(7);
@@ -74,12 +74,12 @@ async fn circuit_is_not_touched_by_calls_of_one_that_is_gone() {
     }
 }
 
-/// The same where they end in another thread, just as their circuit goes and the next is made.
+/// The calls end in another thread while their circuit is dropped and the next one is created.
 #[test]
 fn circuit_goes_while_its_call_ends_and_the_next_is_as_new() {
     type Late = BoxFuture<'static, Result<(), BoxError>>;
 
-    /// A service whose calls are pending, and then fail.
+    /// A service whose calls are pending at the first poll and fail at the second one.
     async fn fails(_: ()) -> Result<(), BoxError> {
         let mut asked = false;
         poll_fn(|_| if mem::replace(&mut asked, true) { Poll::Ready(()) } else { Poll::Pending })

@@ -4,7 +4,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
-// Beneath one name, so that `cargo test breaker` finds all of them.
+// One parent module, so that `cargo test breaker` selects all tests of this directory.
 #[path = "."]
 mod breaker {
     mod balancers;

@@ -1,4 +1,4 @@
-//! A circuit as one would write it down on paper: lists of calls, and every event at its own time.
+//! A naive model of a circuit: it keeps lists of calls and applies every change at its own time.
 
 use std::{mem, time::Duration};
 
@@ -17,14 +17,14 @@ pub enum End {
     /// Cancelled after the upstream had had the request for `count_cancelled_after`. The model derives it from
     /// `Cancel`.
     NoResponse,
-    /// Not an end: a good head, and a body that never comes to one.
+    /// Not an end: a good head, followed by a body that does not end.
     GoodHead,
 }
 
 #[derive(Clone, Copy, Debug)]
 pub enum Rule {
     Consecutive(u32),
-    /// So many tenths of the last calls failed.
+    /// Trips if this many tenths of the last `over` calls failed.
     Failed {
         tenths: u32,
         over: u32,
@@ -35,7 +35,7 @@ pub enum Rule {
         over: u32,
         ms: u64,
     },
-    /// So many tenths of the calls failed in ten stretches, of so many milliseconds each.
+    /// Trips if this many tenths of the calls in ten stretches of `stretch` milliseconds failed.
     Within {
         tenths: u32,
         stretch: u64,
@@ -44,7 +44,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    /// The same with another threshold.
+    /// The same rule with other thresholds.
     fn adjusted(self, by: u32) -> Self {
         let tenths = 1 + by % 10;
         match self {
@@ -63,9 +63,9 @@ pub struct Config {
     pub probes: u16,
     pub open_ms: u64,
     pub lease_ms: u64,
-    /// Twice as long with each trip, up to four times, until it has been closed for 100 ms.
+    /// The open time doubles with each trip, up to four times `open_ms`, until the circuit has been closed for 100 ms.
     pub backs_off: bool,
-    /// No call is a probe.
+    /// Only recorded outcomes decide in half-open: no call is a probe.
     pub outside: bool,
     pub ramp_ms: u64,
     pub count_cancelled_ms: Option<u64>,
@@ -109,10 +109,10 @@ impl Config {
             .probe_lease(Duration::from_millis(self.lease_ms))
             .count_cancelled_after(self.count_cancelled_ms.map(Duration::from_millis));
         let layer = if self.outside { layer.probes_from_outside() } else { layer };
-        layer.checked().expect("it can work")
+        layer.checked().expect("a valid configuration")
     }
 
-    /// From when on a call is slow to some rule.
+    /// The duration from which on a call is slow for at least one rule.
     fn slow(&self) -> u64 {
         let slow = self.rules.iter().filter_map(|rule| match rule {
             Rule::Slow { ms, .. } => Some(*ms),
@@ -122,25 +122,25 @@ impl Config {
     }
 }
 
-/// How many stretches a window of time is cut into.
+/// The number of stretches in a window of time.
 const STRETCHES: u64 = 10;
 
-/// What becomes of a call that comes.
+/// The decision about a new call.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Goes {
-    /// And counts, in this stay.
+    /// Admitted and counted in this stay.
     In(usize),
-    /// In shadow mode: it counts for nothing.
+    /// Admitted in shadow mode and not counted.
     Shadowed,
     Refused,
-    /// As luck will have it; if it goes, in this stay.
+    /// Admitted at random during a ramp, and then counted in this stay.
     Perhaps(usize),
 }
 
-/// One call that a rule looks back on: was it bad, and in which stretch of time?
+/// A call in a window: whether it was bad, and the number of its stretch of time.
 type Past = (bool, u64);
 
-/// What was taken of a circuit, for another time.
+/// A snapshot of the model.
 #[derive(Clone, Debug)]
 pub struct Taken {
     state: State,
@@ -154,26 +154,26 @@ pub struct Taken {
 pub struct Model {
     pub config: Config,
     pub shadow: bool,
-    /// How many it would have refused.
+    /// The number of calls that would have been rejected without shadow mode.
     pub shadowed: u64,
     pub refused: u64,
     pub now: u64,
     state: State,
-    /// Which stay in a state this is.
+    /// The number of the current stay in a state, like the generation of a circuit.
     pub stay: usize,
     pub isolations: u32,
     pub opened: u64,
     pub run: u32,
-    /// The last calls, for each rule.
+    /// The last calls of each rule.
     lists: Vec<Vec<Past>>,
     since: u64,
-    /// Closed by its probes, and not by hand.
+    /// Whether probes closed the circuit, which starts a ramp. A change by hand starts none.
     ramps: bool,
     open_until: u64,
     trips: u32,
     passed: u16,
     failed: u16,
-    /// Number of the call, end of its lease, whether it has seen a good head.
+    /// For each probe: the number of the call, the time at which it times out, whether its head was good.
     pub probes: Vec<(usize, u64, bool)>,
 }
 
@@ -212,7 +212,7 @@ impl Model {
         (self.passed, self.failed)
     }
 
-    /// Calls, failures, slow ones: in the fullest window of each kind.
+    /// The maximum number of calls, failures and slow calls over the windows of that kind.
     pub fn windows(&mut self) -> [u64; 3] {
         self.forget();
         let mut most = [0; 3];
@@ -228,7 +228,7 @@ impl Model {
         most
     }
 
-    /// What has left its window by now.
+    /// Removes the calls that have left their window.
     fn forget(&mut self) {
         for (rule, list) in self.config.rules.iter().zip(&mut self.lists) {
             if let Rule::Within { stretch, .. } = rule {
@@ -284,7 +284,7 @@ impl Model {
         }
     }
 
-    /// How many there were of each kind is known, and not in which order: the bad ones are the newest.
+    /// A snapshot has the number of calls of each kind and not their order, so the bad calls are the newest ones.
     pub fn restore(&mut self, taken: &Taken) {
         self.to(taken.state, self.now);
         (self.open_until, self.trips) = (self.now + taken.left, taken.trips);
@@ -324,7 +324,7 @@ impl Model {
 
     // ===== Calls =====
 
-    /// Whether the call of this number goes.
+    /// Decides about the call with this number.
     pub fn call(&mut self, number: usize) -> Goes {
         let state = self.state();
         let ramping = mem::take(&mut self.ramps) && self.now - self.since < self.config.ramp_ms;

@@ -1,4 +1,4 @@
-//! Windows, slow calls, closures: what opens a circuit.
+//! The rules that open a circuit: windows, slow calls, closures.
 
 use http::Response;
 use tokio::time::advance;
@@ -13,7 +13,7 @@ fn rig(trip: Trip) -> Rig {
 
 // ===== Windows =====
 
-/// A true ring: the oldest call leaves, whenever that was.
+/// The window is an exact ring: a new call replaces the oldest one, whatever its age.
 #[tokio::test(start_paused = true)]
 async fn a_window_of_calls_holds_exactly_the_last_ones() {
     let rig = rig(Trip::failure_ratio(0.5).over(4).min_calls(4));
@@ -23,9 +23,13 @@ async fn a_window_of_calls_holds_exactly_the_last_ones() {
     }
     rig.fail().await;
     let seen = rig.handle.snapshot().seen;
-    assert_eq!((seen.window_calls, seen.window_failures), (4, 1), "the first has left");
+    assert_eq!(
+        (seen.window_calls, seen.window_failures),
+        (4, 1),
+        "the first call has left the window"
+    );
     advance(secs(1_000_000)).await;
-    assert_eq!(rig.handle.snapshot().seen.window_failures, 1, "time does not matter");
+    assert_eq!(rig.handle.snapshot().seen.window_failures, 1, "the age of a call does not matter");
     rig.fail().await;
     assert_eq!(rig.state(), State::Open);
     let tripped = rig.handle.snapshot().last_trip;
@@ -46,7 +50,7 @@ async fn a_window_of_calls_opens_after_any_number_of_successes() {
     assert_eq!(rig.state(), State::Open);
 }
 
-/// Ten buckets, each of its own time: the window slides by a tenth.
+/// A window has ten buckets, so it slides by a tenth of its length.
 #[tokio::test(start_paused = true)]
 async fn a_window_of_time_forgets_a_tenth_at_a_time() {
     let rig = rig(Trip::failure_ratio(1.0).within(secs(10)).min_calls(100));
@@ -60,7 +64,7 @@ async fn a_window_of_time_forgets_a_tenth_at_a_time() {
     }
 }
 
-/// Good calls count as of the last reading of the clock; a bad one looks.
+/// With the coarse clock a success is recorded at the last reading of the clock. A failure reads the clock.
 #[tokio::test(start_paused = true)]
 async fn a_coarse_clock_forgets_a_few_good_calls_early_and_no_bad_one() {
     let trip = Trip::failure_ratio(0.5).within(secs(10)).min_calls(3).coarse_clock();
@@ -69,7 +73,11 @@ async fn a_coarse_clock_forgets_a_few_good_calls_early_and_no_bad_one() {
         rig.ok().await;
         advance(secs(1)).await;
     }
-    assert_eq!(rig.handle.snapshot().seen.window_calls, 0, "fifteen are as old as the first");
+    assert_eq!(
+        rig.handle.snapshot().seen.window_calls,
+        0,
+        "fifteen calls were recorded at the time of the first one"
+    );
     rig.ok().await;
     rig.fail().await;
     advance(secs(9)).await;
@@ -78,7 +86,7 @@ async fn a_coarse_clock_forgets_a_few_good_calls_early_and_no_bad_one() {
     assert_eq!(rig.state(), State::Open);
 }
 
-/// Two of a kind say alike: which it was is told by its place.
+/// Rules of the same kind report the same trip, so the index of the rule tells them apart.
 #[tokio::test(start_paused = true)]
 async fn which_of_many_rules_it_was_is_told_by_its_place() {
     let ratio = |over| Trip::failure_ratio(1.0).over(over).min_calls(over);
@@ -131,7 +139,7 @@ async fn slow_calls_open_it_good_or_bad() {
         rig.takes(secs(2) - ms(1), then).await;
         assert_eq!((rig.state(), rig.handle.snapshot().seen.window_slow), (State::Closed, 0));
         rig.takes(secs(2), then).await;
-        assert_eq!(rig.state(), State::Closed, "1 of 3");
+        assert_eq!(rig.state(), State::Closed, "1 of 3 calls was slow");
         rig.takes(secs(3), then).await;
         assert_eq!(rig.state(), State::Open);
         let tripped = rig.handle.snapshot().last_trip;
@@ -139,7 +147,7 @@ async fn slow_calls_open_it_good_or_bad() {
     }
 }
 
-/// A timeout outside of the breaker does not hide a hang.
+/// A timeout outside of the breaker cancels the calls, and the circuit opens on a hung service all the same.
 #[tokio::test(start_paused = true)]
 async fn a_cancelled_call_that_had_been_slow_counts_as_slow() {
     let rig = rig(slow());
@@ -148,7 +156,11 @@ async fn a_cancelled_call_that_had_been_slow_counts_as_slow() {
         advance(secs(2) - ms(1)).await;
         drop(call);
     }
-    assert_eq!(rig.handle.snapshot().seen.window_calls, 0, "given up too early to tell");
+    assert_eq!(
+        rig.handle.snapshot().seen.window_calls,
+        0,
+        "cancelled before the threshold of a slow call"
+    );
     for _ in 0..2 {
         assert_eq!(rig.state(), State::Closed);
         let (call, _) = rig.hold();
@@ -158,7 +170,7 @@ async fn a_cancelled_call_that_had_been_slow_counts_as_slow() {
     assert_eq!(rig.state(), State::Open);
 }
 
-/// A stream may take as long as it likes: its head counts.
+/// The duration of a call ends at its head, so that a long stream is not slow.
 #[tokio::test(start_paused = true)]
 async fn a_quick_head_over_a_long_body_is_not_slow() {
     let rig = rig(slow());
@@ -176,8 +188,12 @@ async fn a_quick_head_over_a_long_body_is_not_slow() {
         drop(stream);
     }
     let seen = rig.handle.snapshot().seen;
-    assert_eq!((seen.window_calls, seen.window_slow), (2, 0), "gRPC without a status is cancelled");
-    // And a slow head over a short body is.
+    assert_eq!(
+        (seen.window_calls, seen.window_slow),
+        (2, 0),
+        "a gRPC call without a status is cancelled"
+    );
+    // A slow head with a short body is slow.
     for _ in 0..2 {
         let (mut call, number) = rig.hold();
         advance(secs(2)).await;
@@ -204,7 +220,7 @@ async fn a_slow_probe_fails() {
     }
 }
 
-// ===== A rule of the user's =====
+// ===== Closures as rules =====
 
 #[tokio::test(start_paused = true)]
 async fn a_closure_sees_what_was_counted_and_decides() {
@@ -217,7 +233,7 @@ async fn a_closure_sees_what_was_counted_and_decides() {
     }
     rig.ok().await;
     rig.fail().await;
-    assert_eq!(rig.state(), State::Closed, "3 failures, 1 in a row");
+    assert_eq!(rig.state(), State::Closed, "3 failures, only the last one in a row");
     rig.fail().await;
     assert_eq!(rig.state(), State::Open);
     let seen = rig.handle.snapshot();

@@ -1,4 +1,4 @@
-//! The circuit breaker against a naive model: any schedule of calls, ends, pauses and orders by hand.
+//! The circuit breaker against a naive model: any schedule of calls, ends, pauses and handle operations.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -22,19 +22,19 @@ enum Step {
     Call,
     /// A call that panics.
     Panic,
-    /// How the n-th of the calls under way ends; a streaming one ends as its body is dropped.
+    /// Ends the n-th call in flight. The end of a streaming call is the drop of its body.
     End(usize, End),
     Advance(u64),
     Force(State),
     Isolate,
-    /// The oldest isolation ends.
+    /// Ends the oldest isolation.
     Release,
     Record(End),
     Shadow(bool),
-    /// A snapshot is taken, or the last one is taken up again.
+    /// `Take` takes a snapshot, `Restore` restores the last one.
     Take,
     Restore,
-    /// Other thresholds, another wait.
+    /// `Adjust` changes the thresholds, `Wait` the open time.
     Adjust(u32),
     Wait(u64),
 }
@@ -49,7 +49,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => Just(Step::Panic),
         32 => (0..4usize, prop::sample::select(ends)).prop_map(|(n, end)| Step::End(n, end)),
         16 => (1..60u64).prop_map(Step::Advance),
-        // A clock that jumps: an hour, a year.
+        // The clock jumps by an hour or by a year.
         1 => prop::sample::select(vec![3_600_000, 31_536_000_000]).prop_map(Step::Advance),
         2 => prop::sample::select(forced).prop_map(Step::Force),
         1 => Just(Step::Isolate),
@@ -113,7 +113,7 @@ fn configs(rules: impl Strategy<Value = Vec<Rule>>) -> impl Strategy<Value = Con
 
 struct Call {
     number: usize,
-    /// None: it counts for nothing.
+    /// The stay in which the call counts, or `None` if it does not count.
     stay: Option<usize>,
     began: u64,
     head_took: Option<u64>,
@@ -126,7 +126,8 @@ enum Doing {
 }
 
 impl Goes {
-    /// Whether it may have gone as it has; and in which stay it counts. So many would have been refused by now.
+    /// Checks that the call was admitted or rejected as the model allows, and returns the stay in which it counts.
+    /// `shadowed` is the number of calls that would have been rejected by now.
     fn went(
         self,
         model: &mut Model,
@@ -188,7 +189,7 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
                 let mut call = calls.remove(n % calls.len());
                 let took = call.head_took.unwrap_or(model.now - call.began);
                 let Doing::Asking(asking) = &mut call.doing else {
-                    // A good answer that was not read to its end.
+                    // A good response whose body is dropped before its end.
                     model.end(call.number, call.stay, End::Success, took);
                     continue;
                 };
@@ -289,7 +290,7 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
         }
     }
 
-    // Whatever happened: nothing is lost, and good probes close the circuit.
+    // After any schedule: no slot is lost, and good probes close the circuit.
     calls.clear();
     isolations.clear();
     handle.shadow(false);
@@ -297,7 +298,7 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
     if matches!(handle.state(), State::ForcedOpen | State::ForcedClosed) {
         handle.reset();
     }
-    // The longest wait and the longest ramp are over.
+    // Longer than the maximum open time and the maximum ramp.
     tokio::time::advance(Duration::from_millis(400)).await;
     for _ in 0..config.probes {
         let probes = handle.state() == State::HalfOpen;
@@ -308,7 +309,7 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
             prop_assert!(service.clone().oneshot(request()).await.is_ok());
         }
         if probes && handle.state() == State::Closed {
-            // A new ramp has begun.
+            // The circuit has closed and begun a new ramp.
             break;
         }
     }
@@ -323,7 +324,7 @@ fn paused(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
     runtime.unwrap().block_on(run(config, steps))
 }
 
-// 10,000 in all, cut so that they run beside each other.
+// 10,000 cases in total, divided into tests that run in parallel.
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(2000) })]
 

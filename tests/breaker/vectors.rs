@@ -1,8 +1,8 @@
-//! Sequences that the tests and documents of other breakers give, replayed against ours.
+//! Sequences from the tests and documents of other circuit breakers, replayed against this one.
 //!
-//! Choices of ours that some of them do not share: thresholds and deadlines are inclusive; a cancelled or
-//! ignored call is neutral; probes decide as early as it is certain; rules are looked at when a call fails or
-//! is slow; 429 is not counted; a wait is above zero.
+//! Behaviour that some of them do not share: thresholds and deadlines are inclusive; a cancelled or ignored call is
+//! neutral; probes decide as soon as the result is certain; rules are evaluated when a call fails or is slow; 429 is
+//! not a failure; the open time is above zero.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -17,30 +17,27 @@ const NOT_OURS: [(&str, &str); 21] = [
     ("envoy-admission-01", "a client throttle, not a breaker"),
     ("finagle-nack-01", "a client throttle, not a breaker"),
     ("sre-throttle-01", "a client throttle, not a breaker"),
-    ("finagle-accrual-05", "a default of theirs: 80 % over an EWMA of 30 s; our windows are exact"),
-    ("linkerd-breaker-unified-04", "429 counts as a failure there; here it asks for less"),
-    ("linkerd-breaker-unified-02", "429 counts as a failure there; here it asks for less"),
-    ("r4j-cb-01", "a success trips there; here rules are looked at when a call fails or is slow"),
-    ("r4j-cb-09", "decides when all probes are in; ours as soon as it is certain"),
-    ("r4j-cb-14", "decides when all probes are in; ours as soon as it is certain"),
-    ("r4j-cb-20", "leaves half-open where no call comes; here only a probe that went has a lease"),
-    ("gobreaker-04", "its counts are cleared every 30 s; our windows slide"),
-    ("r4j-cb-07", "opens by hand until a date; here by hand is until it is said otherwise"),
-    ("r4j-cb-18", "never changes state in metrics-only; our shadow mode does, and refuses nobody"),
-    ("r4j-cb-19", "events for exceeded rates in metrics-only; our shadow mode has transitions"),
-    (
-        "fsgo-cb-19",
-        "a number of failures in a time and a wait of zero; ours are ratios and above zero",
-    ),
-    ("opossum-05", "warm-up by time; here the minimum of calls serves"),
-    ("fsgo-compose-04", "about a retry within; see the tests of stacks"),
-    ("fsgo-compose-02", "about a retry outside; see the tests of stacks"),
-    ("fsgo-cb-16", "half-open has a window of its own there; ours counts probes"),
+    ("finagle-accrual-05", "a default: 80 % over an EWMA of 30 s; windows are exact here"),
+    ("linkerd-breaker-unified-04", "429 is a failure there; here it is `Throttled`"),
+    ("linkerd-breaker-unified-02", "429 is a failure there; here it is `Throttled`"),
+    ("r4j-cb-01", "a success trips there; rules are evaluated on failures and slow calls here"),
+    ("r4j-cb-09", "decides when all probes have ended; here as soon as the result is certain"),
+    ("r4j-cb-14", "decides when all probes have ended; here as soon as the result is certain"),
+    ("r4j-cb-20", "leaves half-open without a call; here only a probe in flight times out"),
+    ("gobreaker-04", "its counts are cleared every 30 s; windows slide here"),
+    ("r4j-cb-07", "forced open until a date; here until the next operation of the handle"),
+    ("r4j-cb-18", "never changes state in metrics-only mode; shadow mode does, and never rejects"),
+    ("r4j-cb-19", "events for exceeded rates in metrics-only mode; shadow mode has transitions"),
+    ("fsgo-cb-19", "a number of failures in a time, and no open time; here ratios, and above zero"),
+    ("opossum-05", "warm-up by time; `min_calls` has this purpose here"),
+    ("fsgo-compose-04", "an inner retry; see the tests of stacks"),
+    ("fsgo-compose-02", "an outer retry; see the tests of stacks"),
+    ("fsgo-cb-16", "half-open has its own window there; probes are counted here"),
     ("fsgo-win-04", "a coefficient of variation: for limits"),
     ("fsgo-win-03", "a moving maximum: for limits"),
 ];
 
-/// The layer that a vector's configuration means.
+/// Returns the layer for the configuration of a vector.
 fn layer(id: &str) -> CircuitBreakerLayer {
     let new = CircuitBreakerLayer::new;
     let run = |failures, open_ms| new(Trip::consecutive(failures)).open_for(ms(open_ms));
@@ -87,7 +84,7 @@ fn layer(id: &str) -> CircuitBreakerLayer {
         "failsafe-rs-05" => only_counts(secs(3)),
         "fsgo-win-01" => only_counts(secs(4)),
         "polly-win-01" | "polly-win-02" => only_counts(secs(10)),
-        _ => panic!("{id}: neither replayed nor listed"),
+        _ => panic!("{id}: neither replayed nor listed in NOT_OURS"),
     }
 }
 
@@ -97,13 +94,13 @@ struct Replay {
     id: String,
     rig: Rig,
     began: Instant,
-    /// By the name that the vector gives them, if any.
+    /// The calls in flight, each with the name that the vector gives it, if any.
     under_way: Vec<(Value, Call, usize)>,
     isolations: Vec<(Value, Isolation)>,
     straggler: Option<(Call, usize)>,
 }
 
-/// Many of these name their events by an operation, some by what one would say.
+/// Normalises the event names of the vectors: some name operations, others use phrases.
 fn op(event: &Value) -> (String, u64) {
     let n = event["n"].as_u64().unwrap_or(1);
     let Some(said) = event.as_str() else {
@@ -136,7 +133,7 @@ fn pattern(event: &Value, i: u64) -> bool {
 impl Replay {
     fn new(id: &str) -> Self {
         let rig = Rig::new(layer(id));
-        // One that was admitted before all else, for the vector that wants it.
+        // A call that is admitted before the first step. Only one vector uses it.
         let straggler = (id == "linkerd-breaker-consec-01").then(|| rig.hold());
         let (under_way, isolations) = (Vec::new(), Vec::new());
         Self { id: id.into(), rig, began: Instant::now(), under_way, isolations, straggler }
@@ -146,7 +143,7 @@ impl Replay {
         advance(at.saturating_sub(self.began.elapsed())).await;
     }
 
-    /// Asks for a call that is not answered yet.
+    /// Makes a call and leaves it in flight. Returns whether it was admitted.
     fn begin(&mut self, name: &Value) -> Option<bool> {
         let number = self.rig.watch.seen().calls;
         let mut call = self.rig.ask();
@@ -190,10 +187,10 @@ impl Replay {
                     }
                 }
                 "acquire" | "begin" => permitted = self.begin(&event["id"]),
-                "release" => drop(self.under_way.pop().expect("one under way")),
+                "release" => drop(self.under_way.pop().expect("a call in flight")),
                 "end" => {
                     let at = self.under_way.iter().position(|(id, ..)| *id == event["id"]);
-                    self.end(at.expect("under way"), event["outcome"] == "success");
+                    self.end(at.expect("in flight"), event["outcome"] == "success");
                 }
                 "end_last_ok" | "end_last_fail" => {
                     if self.under_way.is_empty() {
@@ -280,7 +277,7 @@ impl Replay {
     }
 }
 
-/// The steps of some vectors are cases, each for itself.
+/// Runs a step of a vector whose steps are independent cases.
 async fn case(id: &str, step: &Value) -> bool {
     let replay = || Replay::new(id);
     let (event, number) = (&step["event"], |name: &str| step["event"][name].as_f64().unwrap());
@@ -346,6 +343,6 @@ async fn every_vector_is_replayed_or_listed() {
             }
         }
     }
-    assert!(listed.is_empty(), "listed, and not there: {listed:?}");
+    assert!(listed.is_empty(), "listed, but not in the vectors: {listed:?}");
     assert_eq!(replayed + NOT_OURS.len(), vectors.len());
 }

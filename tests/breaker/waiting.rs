@@ -1,4 +1,4 @@
-//! How long it stays open, what its probes decide, and who waits for them.
+//! The open time, the decision of the half-open probes, and the callers that wait for it.
 
 use buttress::Deadline;
 use tokio::time::advance;
@@ -8,10 +8,10 @@ use tower::Service;
 use super::kit::*;
 use crate::support::{empty, refused_as, request, status};
 
-// ===== The wait =====
+// ===== The open time =====
 
 impl Rig {
-    /// How long each of the next trips keeps it open; every probe fails.
+    /// Returns the open time after each of the next trips, in milliseconds. Every probe fails.
     async fn waits(&self, trips: usize) -> Vec<u64> {
         let mut waits = Vec::new();
         for _ in 0..trips {
@@ -36,12 +36,12 @@ async fn backing_off_doubles_up_to_the_maximum_and_begins_anew_after_a_calm() {
     assert_eq!(rig.waits(4).await, [1000, 2000, 4000, 5000]);
     rig.ok().await;
     advance(secs(10) - ms(1)).await;
-    assert_eq!(rig.waits(1).await, [5000], "not calm for long enough");
+    assert_eq!(rig.waits(1).await, [5000], "closed for less than calm_after");
     rig.ok().await;
     advance(secs(10)).await;
     assert_eq!(rig.waits(2).await, [1000, 2000]);
     rig.handle.reset();
-    assert_eq!(rig.waits(1).await, [1000], "by hand it is calm at once");
+    assert_eq!(rig.waits(1).await, [1000], "a reset forgets the trips at once");
     let rig = Rig::new(touchy().open_for(wait.factor(3.0)));
     assert_eq!(rig.waits(3).await, [1000, 3000, 5000]);
 }
@@ -64,7 +64,7 @@ async fn it_follows_the_server_up_to_a_bound() {
         rig.call(Then::Answer(busy)).await;
         assert_eq!(rig.handle.snapshot().open_for, Some(secs(waits)), "{says}");
     }
-    // Not unless it is asked to; and a throttled probe says it as well.
+    // A hint is ignored by default. With `follow_retry_after`, the hint of a throttled probe counts as well.
     let busy = || {
         let mut busy = status(429);
         busy.headers_mut().insert("retry-after", "42".parse().unwrap());
@@ -81,7 +81,8 @@ async fn it_follows_the_server_up_to_a_bound() {
 
 #[tokio::test(start_paused = true)]
 async fn the_verdict_falls_as_soon_as_it_is_certain_both_ways() {
-    // Two of three, by every order of answers, and after how many it is certain.
+    // Two of three probes must pass. Each row: the outcomes, the number of probes that make the result certain, the
+    // result.
     for (answers, certain, state) in [
         ([true, true, false], 2, State::Closed),
         ([true, false, true], 3, State::Closed),
@@ -117,7 +118,7 @@ async fn cancelled_probes_give_their_slots_back_and_failed_ones_do_not() {
     assert_eq!(rig.state(), State::Closed);
 }
 
-// ===== Waiting for the verdict =====
+// ===== Callers that wait for the decision =====
 
 fn patient(callers: u32) -> CircuitBreakerLayer {
     touchy().wait_for_verdict(callers, secs(5))
@@ -132,7 +133,11 @@ async fn who_waits_goes_when_it_closes_and_is_refused_when_it_opens() {
         for call in &mut waiting {
             assert_pending!(call.poll());
         }
-        assert_eq!(rig.refused().await, RejectedKind::Probing, "no more than two");
+        assert_eq!(
+            rig.refused().await,
+            RejectedKind::Probing,
+            "the maximum of waiting callers is two"
+        );
         rig.watch.end(number, if good { Ok(empty()) } else { Err(Oops("down")) });
         let _ = assert_ready!(probe.poll());
         for (n, call) in waiting.iter_mut().enumerate() {
@@ -158,7 +163,7 @@ async fn who_waits_is_refused_in_time_and_gives_its_place_back() {
     advance(secs(5)).await;
     assert!(waits.is_woken());
     assert_eq!(refused_as(assert_ready!(waits.poll())), RejectedKind::Probing);
-    // Cancelled at any point, it gives its place back as well.
+    // A caller that is cancelled at any point releases its position as well.
     for polls in [0, 1, 2] {
         let mut waits = rig.ask();
         for _ in 0..polls {
@@ -167,11 +172,11 @@ async fn who_waits_is_refused_in_time_and_gives_its_place_back() {
         drop(waits);
     }
     let mut waits = rig.ask();
-    assert_pending!(waits.poll(), "the place is free");
+    assert_pending!(waits.poll(), "the position is free");
     assert_eq!(rig.refused().await, RejectedKind::Probing);
 }
 
-/// The probe's caller goes away: who waits takes its slot, and is not refused.
+/// The caller of the probe hangs up: a waiting caller takes the probe slot and is not rejected.
 #[tokio::test(start_paused = true)]
 async fn who_waits_takes_the_slot_of_a_cancelled_probe() {
     let rig = Rig::half_open(patient(2)).await;
@@ -193,7 +198,8 @@ async fn who_waits_takes_the_slot_of_a_cancelled_probe() {
     assert_eq!(rig.state(), State::Closed);
 }
 
-/// An inner service that is not ready in time: counted and named as any refusal is, and by nobody in shadow mode.
+/// The inner service is not ready before the deadline: the call is rejected, counted and named. Shadow mode does not
+/// reject it.
 #[tokio::test(start_paused = true)]
 async fn who_waits_for_the_inner_service_is_refused_at_its_deadline() {
     for shadow in [false, true] {
