@@ -1,5 +1,5 @@
-//! Adaptive limits in virtual time: a server of 20 workers, 10 ms a call, open loop at twice of what it
-//! can do, unless a test says otherwise.
+//! Adaptive limits in virtual time. Unless a test states otherwise, the server has 20 workers and needs 10 ms per call,
+//! and calls arrive at twice the rate that it can serve, independent of its responses.
 
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ fn holds_up(seconds: &[Second]) {
     assert!(p99 <= 30.0, "p99 {p99} ms");
 }
 
-/// The share of the calls that were refused.
+/// The share of the calls that were rejected.
 fn refused(seconds: &[Second]) -> f64 {
     let (all, refused) = seconds.iter().fold((0, 0), |(all, refused), second| {
         (all + second.good + second.refused, refused + second.refused)
@@ -32,7 +32,8 @@ fn refused(seconds: &[Second]) -> f64 {
     f64::from(refused) / f64::from(all)
 }
 
-/// At the end of a second, a drain apart: one in ten seconds, for a fraction of it.
+/// Checks the limit at the end of each second: it is between `low` and `high`, except that a drain may lower it to 5 in
+/// one of ten seconds.
 #[track_caller]
 fn within(seconds: &[Second], low: u32, high: u32) {
     let out: Vec<_> = seconds
@@ -58,7 +59,7 @@ fn from_any_start_the_knee_is_found_in_ten_seconds() {
     }
 }
 
-/// Also where the bounds leave room for a queue many times as long.
+/// The same where the bounds allow a queue many times as long.
 #[test]
 fn a_start_in_a_queue_does_not_grow_into_a_longer_one() {
     for initial in [100, 1000] {
@@ -69,7 +70,7 @@ fn a_start_in_a_queue_does_not_grow_into_a_longer_one() {
     }
 }
 
-/// Single calls say little then: some take ten times as long as others.
+/// Single calls are poor samples here: some take ten times as long as others.
 #[test]
 fn the_knee_is_found_also_where_calls_differ_much() {
     for initial in [1, 10, 1000] {
@@ -82,7 +83,7 @@ fn the_knee_is_found_also_where_calls_differ_much() {
     assert!(goodput(&seconds[30..]) >= 0.94 * FULL, "{}", goodput(&seconds[30..]));
 }
 
-/// What ends soon after a change are the quick calls: they are not what a call takes.
+/// The calls that end soon after a change are the quick ones, so they underestimate the duration of a call.
 #[test]
 fn calls_that_differ_much_are_not_a_queue() {
     let endless = Phase { from: 0.0, workers: 100_000, service: 100.0, offered: 2000.0 };
@@ -93,7 +94,7 @@ fn calls_that_differ_much_are_not_a_queue() {
     }
 }
 
-/// Where all of the limit is not in use, its calls do not wait for each other.
+/// While a part of the limit is unused, calls do not wait for each other.
 #[test]
 fn with_capacity_to_spare_hardly_anybody_is_refused() {
     for (offered, most) in [(1000.0, 0.003), (1400.0, 0.003), (1800.0, 0.03)] {
@@ -104,7 +105,7 @@ fn with_capacity_to_spare_hardly_anybody_is_refused() {
     }
 }
 
-/// A round of slow calls is long, and a drain is one round of many.
+/// A round lasts as long as a call, and only one of many rounds is a drain.
 #[test]
 fn calls_of_a_second_each_are_served_as_well() {
     let slow = Phase { service: 1000.0, offered: 40.0, ..STEADY };
@@ -112,7 +113,7 @@ fn calls_of_a_second_each_are_served_as_well() {
     assert!(goodput(&seconds[60..]) >= 19.0, "{}", goodput(&seconds[60..]));
 }
 
-/// A pause in the midst of a drain does not look as if less got done.
+/// A pause in the traffic during a drain must not look like a lower throughput.
 #[test]
 fn bursts_with_pauses_between_them_do_not_raise_the_limit() {
     for (every, long) in [(1, 0.2), (2, 1.0)] {
@@ -152,7 +153,7 @@ fn the_limit_follows_when_capacity_halves_or_doubles() {
     }
 }
 
-/// Slower calls look like a queue; less work got done with fewer of them tells that they are not.
+/// Slower calls look like a queue. A lower limit then lowers the throughput, which shows that there is none.
 #[test]
 fn calls_that_become_slower_are_not_a_queue() {
     let change = Phase { from: 20.0, service: 20.0, ..STEADY };
@@ -166,7 +167,7 @@ fn an_hour_of_idling_is_not_forgotten() {
     let idle = Phase { from: 20.0, offered: 5.0, ..STEADY };
     let back = Phase { from: 3620.0, ..STEADY };
     let seconds = run(&world(&[STEADY, idle, back]), knee(20), 3640);
-    assert_eq!(seconds[3619].limit, seconds[21].limit, "nothing is learnt from idling");
+    assert_eq!(seconds[3619].limit, seconds[21].limit, "an idle limit does not change");
     within(&seconds[3620..], 15, 40);
     holds_up(&seconds[3620..]);
 }
@@ -178,8 +179,8 @@ fn what_is_not_in_use_does_not_grow() {
     assert!(seconds.iter().all(|second| second.limit == 20 && second.refused == 0));
 }
 
-/// 280 of 300 a second, ten seconds in which nothing is done, callers who try again: without a limit the
-/// server works for ever on what nobody waits for any more.
+/// 280 of 300 possible calls per second, an outage of ten seconds, and callers that retry. Without a limit the server
+/// keeps working on calls whose callers have given up.
 #[test]
 fn an_outage_is_over_when_it_is_over() {
     let before = Phase { from: 0.0, workers: 30, service: 100.0, offered: 280.0 };
@@ -215,12 +216,12 @@ fn drops_cut_once_a_round_trip_and_growth_is_careful_for_a_while() {
     let cuts = calls(&mut knee, 0, |number| number % 10 == 0);
     assert!(cuts.iter().all(|reason| *reason == Reason::Dropped), "{cuts:?}");
     assert!((3..40).contains(&cuts.len()), "{}", cuts.len());
-    // The round under way has drops in it still.
+    // The round in progress still contains drops.
     let _ = calls(&mut knee, 2000, |_| false);
     let limit = knee.limit();
     let grown = calls(&mut knee, 4000, |_| false);
     assert!(grown.iter().all(|reason| *reason == Reason::Room), "{grown:?}");
-    assert_eq!(knee.limit() as usize, limit as usize + grown.len(), "one at a time");
+    assert_eq!(knee.limit() as usize, limit as usize + grown.len(), "each change adds one");
 }
 
 #[test]
@@ -230,7 +231,7 @@ fn a_stray_drop_is_not_a_sign() {
     assert!(!changes.contains(&Reason::Dropped), "{changes:?}");
 }
 
-// ===== Those known from elsewhere =====
+// ===== All algorithms =====
 
 #[test]
 fn all_keep_to_their_bounds() {
@@ -247,7 +248,7 @@ fn all_keep_to_their_bounds() {
     }
 }
 
-/// Whatever they are told: their traits are open to everybody, and clocks jump.
+/// Any samples, because the traits are public and clocks jump.
 #[test]
 fn nothing_that_is_told_breaks_a_limit() {
     let wild = [0, 1, 999, 10_000_000, 20_000_000, 3_600_000_000_000, u64::MAX];
@@ -285,7 +286,7 @@ fn nothing_that_is_told_breaks_a_limit() {
     }
 }
 
-/// One that takes an hour, such as a long poll, among many that do not.
+/// A single call takes an hour, such as a long poll, among many short ones.
 #[test]
 fn a_call_that_hangs_is_not_a_queue() {
     let mut knee = Knee::new(20, 1..=1000).unwrap();
@@ -304,7 +305,7 @@ fn a_fixed_limit_stays() {
     holds_up(&seconds);
 }
 
-/// Why neither is the default.
+/// The reason why this algorithm is not the default.
 #[test]
 fn gradient2_learns_the_queue() {
     let world = World { spread: Spread::Exponential, ..world(&[STEADY]) };
@@ -319,7 +320,7 @@ fn bad_bounds_are_typed_errors() {
         (Knee::new(0, 1..=2).map(drop), "adaptive.initial"),
         (Knee::new(3, 1..=2).map(drop), "adaptive.initial"),
         (Aimd::new(1, 0..=2).map(drop), "limit"),
-        #[allow(clippy::reversed_empty_ranges)] // Which is what is tested.
+        #[allow(clippy::reversed_empty_ranges)] // The empty range is the subject of the test.
         (Vegas::new(1, 2..=1).map(drop), "adaptive.bounds"),
         (Gradient2::new(1, 2..=9).map(drop), "adaptive.initial"),
         (Aimd::default().timeout(Duration::ZERO).map(drop), "adaptive.timeout"),

@@ -1,4 +1,4 @@
-//! A hundred thousand callers that wait and go at random: no place is lost, nobody is woken twice.
+//! A hundred thousand callers wait and are dropped at random: no permit is lost, and no caller is woken twice.
 
 use std::{
     future::Future,
@@ -31,7 +31,7 @@ impl Wake for Wakes {
 struct Caller {
     call: Pin<Box<Oneshot<ConcurrencyLimit<Strict>, Request<()>>>>,
     wakes: Arc<Wakes>,
-    /// Its number as the inner service counts, once it is in.
+    /// The number of the call at the inner service, once it has the permit.
     number: Option<usize>,
 }
 
@@ -40,7 +40,7 @@ impl Caller {
         self.wakes.0.load(Ordering::Relaxed)
     }
 
-    /// Looks, whether it was told to or not. False if it was refused.
+    /// Polls the call, whether it was woken or not. Returns whether it is still pending.
     fn look(&mut self, calls: impl Fn() -> usize) -> bool {
         let waker = Waker::from(self.wakes.clone());
         let before = calls();
@@ -76,7 +76,7 @@ async fn a_hundred_thousand_cancelled_waiters_lose_no_place_and_wake_nobody_twic
                 0..=3 => {
                     let call = Box::pin(service.clone().oneshot(request()));
                     let mut caller = Caller { call, wakes: Arc::default(), number: None };
-                    // Some are dropped before they were polled once.
+                    // Some callers are dropped before their first poll.
                     if dice.u8(..10) > 0 && caller.look(calls) {
                         waited += usize::from(caller.number.is_none());
                         callers.push(caller);
@@ -97,10 +97,7 @@ async fn a_hundred_thousand_cancelled_waiters_lose_no_place_and_wake_nobody_twic
                 }
                 6 if !callers.is_empty() => {
                     let at = dice.usize(..callers.len());
-                    assert!(
-                        callers[at].look(calls),
-                        "nobody is refused after it has begun to wait"
-                    );
+                    assert!(callers[at].look(calls), "a queued call is not rejected");
                 }
                 7 => tokio::time::advance(Duration::from_millis(1)).await,
                 _ => {}
@@ -109,7 +106,7 @@ async fn a_hundred_thousand_cancelled_waiters_lose_no_place_and_wake_nobody_twic
             assert!(seen.in_flight as usize <= LIMIT);
             assert!(
                 seen.waiting == 0 || seen.in_flight as usize == LIMIT,
-                "room, and somebody waits"
+                "a call waits beside a free permit"
             );
             assert_eq!((seen.in_flight + seen.waiting) as usize, callers.len());
             for caller in &callers {
@@ -123,7 +120,7 @@ async fn a_hundred_thousand_cancelled_waiters_lose_no_place_and_wake_nobody_twic
     }
 }
 
-/// A task that is woken no more goes with its last waker, and what it holds may look at the limit.
+/// A queued task ends when its last waker is dropped, and its destructor may take a snapshot of the limit.
 #[test]
 fn a_waker_that_looks_at_the_limit_as_it_goes_does_not_stand_still() {
     struct Looks(ConcurrencyLimitHandle);
@@ -153,7 +150,7 @@ fn a_waker_that_looks_at_the_limit_as_it_goes_does_not_stand_still() {
                 call.as_mut().poll(&mut Context::from_waker(&waker)).is_pending()
             };
             assert!(look());
-            // The timer has let its waker go: only the queue has it still, until there is another.
+            // The timer has dropped its clone of the waker. The queue holds the last one until the next poll.
             tokio::time::sleep(2 * longest).await;
             assert!(!look());
         });

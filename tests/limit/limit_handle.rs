@@ -1,4 +1,4 @@
-//! What the handle tells, and what it changes while calls are under way.
+//! The snapshot of the handle, and settings that change while calls are in flight.
 
 use std::time::Duration;
 
@@ -47,12 +47,12 @@ async fn shadow_mode_refuses_nobody_and_counts_who_would_be() {
     late.extensions_mut().insert(Deadline::after(Duration::ZERO));
     let mut late = task::spawn(service.clone().oneshot(late));
     assert_pending!(late.poll());
-    let place = handle.try_acquire().expect("nobody is refused");
+    let place = handle.try_acquire().expect("shadow mode never rejects");
     let told = handle.snapshot();
     assert_eq!((watch.seen().calls, told.in_flight, told.waiting, told.shadowed), (6, 2, 0, 5));
     assert_eq!((told.refused_full, told.refused_deadline), (0, 0));
 
-    // One beyond the limit goes, and the limit is as full as before; then one of the two.
+    // A call beyond the limit ends without a change of `in_flight`; then a call with a permit ends.
     watch.end(4, Ok(hello()));
     drop(assert_ready_ok!(calls[4].poll()));
     assert_eq!(handle.in_flight(), 2);
@@ -70,7 +70,7 @@ async fn shadow_mode_refuses_nobody_and_counts_who_would_be() {
     assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
 }
 
-/// Who waits already when it begins is let through when his time is over.
+/// A call that waits when shadow mode starts is admitted at the end of its maximum wait.
 #[tokio::test(start_paused = true)]
 async fn shadow_mode_lets_through_who_has_waited_in_vain() {
     let (service, watch, handle) = over(&ConcurrencyLimitLayer::new(1).queue(5, 100 * MS));
@@ -85,7 +85,7 @@ async fn shadow_mode_lets_through_who_has_waited_in_vain() {
     assert_eq!(handle.in_flight(), 1);
 }
 
-/// What runs beyond the limit teaches it nothing.
+/// Calls beyond the limit are not samples of the algorithm.
 #[tokio::test(start_paused = true)]
 async fn shadow_mode_hides_what_is_beyond_from_the_algorithm() {
     let (service, watch, handle) =
@@ -99,7 +99,7 @@ async fn shadow_mode_hides_what_is_beyond_from_the_algorithm() {
     assert_eq!((told.shadowed, told.last_change.map(|change| change.limit)), (2, Some(1)));
 }
 
-/// A limit of one, that says as its change how many calls it has heard of.
+/// A limit of one. Each change reports the number of samples so far as its limit.
 #[derive(Debug, Default)]
 struct Heard(u32);
 
@@ -132,13 +132,13 @@ async fn waits_are_told_as_percentiles() {
         assert_pending!(now.poll());
     }
     let about = |wait: Option<Duration>, ms: u32| {
-        let wait = wait.expect("somebody waited");
+        let wait = wait.expect("a recorded wait");
         wait >= ms * MS && wait <= ms * MS * 9 / 8
     };
-    // Only the last 30 to 60 seconds, all of which fit.
+    // The percentiles cover the last 30 to 60 s, which contain all of these waits.
     assert!(about(handle.snapshot().wait_p50, 50), "{:?}", handle.snapshot().wait_p50);
     assert!(about(handle.snapshot().wait_p99, 99), "{:?}", handle.snapshot().wait_p99);
-    // Who waited in vain has waited, too; who went away has not been told how long.
+    // A rejected wait is recorded. The wait of a dropped call is not.
     let mut vain = hold(&service);
     drop(hold(&service));
     advance(150 * MS).await;
@@ -181,7 +181,7 @@ async fn the_queue_changes_while_calls_wait() {
     handle.set_queue(2, 100 * MS).unwrap();
     let (mut early, mut late) = (hold(&service), hold(&service));
     assert_eq!(refused(&service).await, RejectedKind::Full);
-    // Who waits stays, in a queue that is too long now, and as long as he was told.
+    // Calls that wait stay in the queue above its new length, with their own maximum wait.
     handle.set_queue(1, 10 * MS).unwrap();
     handle.set_queue_order(QueueOrder::Lifo).unwrap();
     advance(50 * MS).await;
@@ -245,7 +245,7 @@ async fn an_algorithm_gets_other_bounds_while_it_runs() {
     }
 }
 
-/// More room by wider bounds is for those who wait, too.
+/// Wider bounds raise the limit, which admits queued callers.
 #[tokio::test(start_paused = true)]
 async fn wider_bounds_let_waiters_in_under_the_limit() {
     let layer = ConcurrencyLimitLayer::adaptive(Knee::new(1, 1..=1).unwrap()).queue(5, 100 * MS);

@@ -1,4 +1,4 @@
-//! The concurrency limit through its public API: first the list that holds for every layer.
+//! The concurrency limit through its public API, first with the contract of every layer.
 
 use std::{
     pin::pin,
@@ -32,9 +32,9 @@ type Limit = ConcurrencyLimit<Strict>;
 type Waiting = task::Spawn<Oneshot<Limit, Request<()>>>;
 type Call = <Limit as Service<Request<()>>>::Future;
 
-// ===== What holds for every layer =====
+// ===== The contract of every layer =====
 
-/// One at a time.
+/// A limit of one.
 struct One {
     layer: ConcurrencyLimitLayer,
     handle: ConcurrencyLimitHandle,
@@ -70,7 +70,7 @@ impl Subject for One {
 
 contract_tests!(One);
 
-/// A limit opens when a place becomes free: then its first waiter is told, and no other.
+/// A permit that is released wakes the first queued caller and no other one.
 #[tokio::test(start_paused = true)]
 async fn waiting_caller_woken_on_open() {
     let (service, watch, _handle) = limit(1, 8);
@@ -115,13 +115,14 @@ async fn bad_config_is_a_typed_error() {
     for (layer, field, value, remedy) in bad {
         let (inner, watch) = Strict::new();
         let error = layer.layer(inner).oneshot(request()).await.unwrap_err();
-        let refused = Rejected::find(&*error).expect("a refusal");
+        let refused = Rejected::find(&*error).expect("a rejection");
         assert_eq!(
             (refused.kind(), refused.layer()),
             (RejectedKind::Misconfigured, "concurrency_limit")
         );
         let source = std::error::Error::source(refused).expect("a source");
-        let told: &ConfigError = source.downcast_ref().expect("the error of the configuration");
+        let told: &ConfigError =
+            source.downcast_ref().expect("the source is the configuration error");
         assert_eq!((watch.seen().polls, watch.seen().calls), (0, 0));
         let fault = layer.checked().unwrap_err();
         assert_eq!(&fault, told);
@@ -132,7 +133,10 @@ async fn bad_config_is_a_typed_error() {
     assert!(good().queue(longest, second).checked().is_ok());
     let beyond = good().handle().set_queue(longest + 1, second).unwrap_err();
     assert_eq!((beyond.field, &*beyond.remedy), ("queue.length", "use at most 2147483647"));
-    assert!(good().queue(0, Duration::ZERO).checked().is_ok(), "nobody waits");
+    assert!(
+        good().queue(0, Duration::ZERO).checked().is_ok(),
+        "without a queue, the maximum wait does not matter"
+    );
     assert_eq!(good().handle().set_limit(0).unwrap_err().field, "limit");
 }
 
@@ -162,14 +166,14 @@ async fn setters_after_handle_are_seen() {
 
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Over a service that holds every call, unless it is scripted.
+/// A limit over a service that holds every call, unless it is scripted.
 fn limit(limit: usize, queue: usize) -> (Limit, Watch, ConcurrencyLimitHandle) {
     let layer = ConcurrencyLimitLayer::new(limit).queue(queue, PATIENCE);
     let (inner, watch) = Strict::holding();
     (layer.layer(inner), watch, layer.handle())
 }
 
-/// A call that is under way, or waits.
+/// A call that is in flight or waits.
 fn hold(service: &Limit) -> Waiting {
     let mut call = task::spawn(service.clone().oneshot(request()));
     assert_pending!(call.poll());
@@ -180,7 +184,7 @@ async fn refused(service: &Limit) -> RejectedKind {
     refused_as(service.clone().oneshot(request()).await)
 }
 
-/// Ends a call that is under way, and reads its answer.
+/// Ends a call in flight, and reads its response.
 #[track_caller]
 fn end(watch: &Watch, number: usize, call: &mut Waiting) {
     assert!(watch.end(number, Ok(empty())));
@@ -252,7 +256,7 @@ async fn the_permit_is_held_to_the_end_of_the_body() {
     assert_eq!(refused(&service).await, RejectedKind::Full);
     read(response.into_body()).await.unwrap();
     assert_eq!(handle.in_flight(), 0);
-    // Also after a bad head.
+    // The same after a head that is a failure.
     let mut bad = hello();
     *bad.status_mut() = http::StatusCode::SERVICE_UNAVAILABLE;
     watch.script([Then::Answer(bad)]);
@@ -303,7 +307,7 @@ async fn first_come_first_served() {
     assert_eq!(handle.snapshot().waiting, 5);
     end(&watch, 0, &mut first);
     for number in 0..5 {
-        // Who comes just now goes to the end, also before the next has been polled.
+        // A new caller joins the end of the queue, also before the woken caller has been polled.
         assert_eq!(handle.snapshot().waiting as usize + number, 4);
         for (other, call) in waiting.iter_mut().enumerate() {
             assert_eq!(call.is_woken(), other == number, "{other} at {number}");
@@ -360,7 +364,7 @@ async fn nobody_waits_longer_than_the_longest_wait() {
     assert_eq!(watch.seen().calls, 2);
 }
 
-/// A turn that has come beats a deadline that has just passed.
+/// A permit that is granted takes precedence over a maximum wait that has just passed.
 #[tokio::test(start_paused = true)]
 async fn a_turn_beats_a_deadline() {
     let (service, watch, handle) = limit(1, 8);
@@ -414,7 +418,7 @@ async fn last_come_first_served_if_asked() {
     );
 }
 
-/// Newest first only while whoever stands at the head has stood for too long.
+/// The newest caller is first only while the oldest one has waited for too long.
 #[tokio::test(start_paused = true)]
 async fn the_order_turns_when_the_queue_stands() {
     let (service, watch, _handle) = ordered(QueueOrder::Adaptive(Duration::from_millis(100)));
@@ -434,14 +438,14 @@ async fn the_order_turns_when_the_queue_stands() {
     assert!(old.is_woken());
 }
 
-/// One place, and room for eight to wait.
+/// One permit, and a queue of eight.
 fn ordered(order: QueueOrder) -> (Limit, Watch, ConcurrencyLimitHandle) {
     let layer = ConcurrencyLimitLayer::new(1).queue(8, PATIENCE).queue_order(order);
     let (inner, watch) = Strict::holding();
     (layer.layer(inner), watch, layer.handle())
 }
 
-/// A waiter that was never polled has no waker; its turn comes all the same.
+/// A caller that was never polled has no waker, and gets the permit all the same.
 #[tokio::test(start_paused = true)]
 async fn a_turn_comes_to_a_future_that_was_never_polled() {
     let (mut service, watch, handle) = limit(1, 8);
@@ -456,7 +460,7 @@ async fn a_turn_comes_to_a_future_that_was_never_polled() {
     assert_eq!(handle.in_flight(), 0);
 }
 
-/// A waiter's reservation of the inner service is not taken before its turn.
+/// A queued caller does not poll the inner service before it has a permit.
 #[tokio::test(start_paused = true)]
 async fn a_waiter_keeps_off_the_inner_service_until_its_turn() {
     let (service, watch, _handle) = limit(1, 8);
@@ -499,7 +503,8 @@ async fn a_lower_limit_drains() {
 
 // ===== Under real threads =====
 
-/// Some end, some go away while they wait or run, one resizes: nobody hangs, nothing is lost.
+/// Some callers end, some are dropped while they wait or run, and one changes the limit: no caller hangs, and no permit
+/// is lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 8)]
 async fn many_threads_lose_nothing() {
     let layer = ConcurrencyLimitLayer::new(4).queue(1000, Duration::from_secs(60)).per_response();
@@ -525,7 +530,7 @@ async fn many_threads_lose_nothing() {
             for round in 0..100 {
                 let mut call = pin!(service.clone().oneshot(0));
                 if (n + round) % 3 == 0 {
-                    // Goes away, whether its turn has come or not, before it has run.
+                    // Dropped after one poll, with or without a permit.
                     let _ = call.as_mut().now_or_never();
                 } else {
                     service.clone().oneshot(round % 4).await.unwrap();
@@ -536,12 +541,12 @@ async fn many_threads_lose_nothing() {
             }
         });
     }
-    timeout(Duration::from_secs(60), callers.join_all()).await.expect("somebody hangs");
+    timeout(Duration::from_secs(60), callers.join_all()).await.expect("a caller hangs");
     assert!(seen.1.load(Ordering::SeqCst) <= 4);
     assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
 }
 
-/// A queue needs a timer, and so a runtime; the panic without one costs no place.
+/// A queue needs a timer, and thus a runtime. The panic without one leaks no permit.
 #[test]
 fn a_wait_without_a_runtime_leaves_nothing_behind() {
     let layer = ConcurrencyLimitLayer::new(1).queue(1, Duration::from_secs(1));
@@ -560,7 +565,7 @@ fn a_wait_without_a_runtime_leaves_nothing_behind() {
 
 // ===== Deadlines =====
 
-/// A call whose caller needs the answer so soon.
+/// A call with a deadline.
 fn due(service: &Limit, after: Duration) -> task::Spawn<Oneshot<Limit, Request<()>>> {
     let mut request = request();
     request.extensions_mut().insert(Deadline::after(after));
@@ -596,7 +601,7 @@ async fn a_waiter_is_dropped_at_its_deadline() {
     assert_eq!(handle.in_flight(), 0);
 }
 
-/// Its turn has come, and what it would call is not ready: it waits no longer than its caller does.
+/// The call has a permit, and the inner service is not ready: the call waits until its deadline and no longer.
 #[tokio::test(start_paused = true)]
 async fn who_waits_for_the_inner_service_is_refused_at_its_deadline() {
     let (service, watch, handle) = limit(1, 8);
@@ -611,10 +616,10 @@ async fn who_waits_for_the_inner_service_is_refused_at_its_deadline() {
     assert!(next.is_woken());
     assert_eq!(refused_as(assert_ready!(next.poll())), RejectedKind::DeadlinePassed);
     assert_eq!((handle.in_flight(), watch.seen().calls), (0, 1));
-    assert_eq!(handle.snapshot().refused_deadline, 1, "and counted");
+    assert_eq!(handle.snapshot().refused_deadline, 1, "the rejection is counted");
 }
 
-/// In shadow mode nobody is refused, and neither is who is exempt.
+/// Neither shadow mode nor an exemption rejects a call.
 #[tokio::test(start_paused = true)]
 async fn who_is_never_refused_waits_on_for_the_inner_service() {
     for shadow in [true, false] {
@@ -643,7 +648,7 @@ async fn who_is_never_refused_waits_on_for_the_inner_service() {
     }
 }
 
-/// Its place goes to the next, who may still be in time.
+/// The permit of the late caller passes to the next caller, which may still be in time.
 #[tokio::test(start_paused = true)]
 async fn a_turn_does_not_beat_the_callers_deadline() {
     let (service, watch, handle) = limit(1, 8);

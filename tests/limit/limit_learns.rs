@@ -1,4 +1,4 @@
-//! What an adaptive limit's algorithm hears of calls, and what becomes of its answer.
+//! The samples that an adaptive limit records, and the application of the changes of its algorithm.
 
 use std::{
     sync::{Arc, Mutex},
@@ -18,7 +18,7 @@ use tokio::time::advance;
 use tokio_test::{assert_pending, assert_ready_ok, task};
 use tower::{Layer, ServiceExt, util::Oneshot};
 
-/// Notes what it hears, and answers with what it is told to.
+/// Records its samples, and returns prepared changes.
 #[derive(Clone, Debug, Default)]
 struct Spy(Arc<Mutex<Notes>>);
 
@@ -30,7 +30,8 @@ struct Notes {
 }
 
 impl Spy {
-    /// Milliseconds, in flight and whether dropped, of all calls since the last look.
+    /// Takes the samples since the last call, each as its latency in milliseconds, the number in flight and whether
+    /// it is a drop.
     fn heard(&self) -> Vec<(u128, u32, bool)> {
         let heard = std::mem::take(&mut self.0.lock().unwrap().heard);
         heard.iter().map(|call| (call.latency.as_millis(), call.in_flight, call.dropped)).collect()
@@ -81,7 +82,7 @@ async fn latency_is_to_the_head_and_without_the_wait() {
     assert_eq!(spy.heard(), [(30, 1, false)]);
     advance(100 * MS).await;
     read(response.into_body()).await.unwrap();
-    assert_eq!(spy.heard(), [], "heard once");
+    assert_eq!(spy.heard(), [], "recorded once");
     assert_pending!(third.poll());
     advance(5 * MS).await;
     for (number, call) in [(1, &mut second), (2, &mut third)] {
@@ -199,7 +200,7 @@ async fn a_limit_set_by_hand_is_where_it_goes_on() {
     handle.set_limit(5).unwrap();
     assert_eq!(handle.snapshot().last_change, Some(Change { limit: 5, reason: Reason::ByHand }));
     handle.set_limit(100).unwrap();
-    assert_eq!(handle.snapshot().limit, 8, "as far as the algorithm goes");
+    assert_eq!(handle.snapshot().limit, 8, "the algorithm bounds the limit");
     assert_eq!(spy.0.lock().unwrap().by_hand, [5, 100]);
 }
 

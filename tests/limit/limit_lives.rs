@@ -1,4 +1,4 @@
-//! Limits come and go, and their calls outlive them.
+//! Limits are dropped and created, and calls outlive their limits.
 
 use std::{
     collections::VecDeque,
@@ -39,7 +39,7 @@ fn limit_of_its_own_for_each_layer_while_calls_of_those_gone_go_on() {
         calls.truncate(2);
         drop((layer, handle));
         under_way.extend(calls);
-        // Those of an older one, whose memory may be somebody else's soon.
+        // The oldest call of a dropped limit, whose memory may be reused soon.
         if under_way.len() > 14 {
             under_way.pop_front();
         }
@@ -49,16 +49,16 @@ fn limit_of_its_own_for_each_layer_while_calls_of_those_gone_go_on() {
     }
 }
 
-/// What calls of one that is gone still do is nothing to whoever has its memory now, or will.
+/// The ends of these calls do not change a limit that reuses the memory of theirs, now or later.
 #[tokio::test(start_paused = true)]
 async fn limit_is_not_touched_by_calls_of_one_that_is_gone() {
     type Gone = Vec<Box<dyn std::any::Any>>;
 
-    /// One of each kind of what outlives a limit.
+    /// Everything that can outlive its limit: calls, bodies and permits of each kind.
     async fn gone() -> Gone {
         let mut gone = Gone::new();
         let layer = || ConcurrencyLimitLayer::new(2).queue(4, Duration::from_secs(9));
-        // A call, one let through in shadow mode, and the body of another.
+        // Calls within the limit, a call admitted in shadow mode, and a response body.
         let shadow = layer().shadow();
         let calls = (0..3).map(|_| {
             let mut call = task::spawn(shadow.layer(Strict::holding().0).oneshot(request()));
@@ -69,7 +69,7 @@ async fn limit_is_not_touched_by_calls_of_one_that_is_gone() {
         let (inner, watch) = Strict::new();
         watch.script([Then::Answer(Response::new(ScriptBody::new([Piece::Stuck])))]);
         let streams = shadow.layer(inner).oneshot(request()).await.unwrap();
-        // Exempt, of a partition, and a place by hand.
+        // A call with a partition, exempt calls, and a permit that was acquired with the handle.
         let sorted = layer()
             .sorted_by(|request: &Request<()>| match request.uri().path() {
                 "/exempt" => Claim::exempt(),
@@ -84,7 +84,7 @@ async fn limit_is_not_touched_by_calls_of_one_that_is_gone() {
             call
         });
         let by_hand = sorted.handle().acquire().await.unwrap();
-        // An upgrade, further in than another.
+        // A permit for an upgrade, with one limit inside of another.
         let (inner, outer) = (layer().upgrades(), layer().upgrades());
         let held = Arc::new(Mutex::new(None));
         let place = held.clone();
@@ -125,7 +125,8 @@ async fn limit_is_not_touched_by_calls_of_one_that_is_gone() {
     }
 }
 
-/// A call ends, and hands its place over, while the last who waits and all who have the limit go.
+/// One thread releases a permit, which passes to a queued caller, while another one drops this caller and all owners of
+/// the limit.
 #[test]
 fn limit_that_is_handed_over_as_it_goes_is_as_new_for_the_next() {
     let pairs: Vec<_> = (0..4)
@@ -155,10 +156,10 @@ fn limit_that_is_handed_over_as_it_goes_is_as_new_for_the_next() {
     pairs.into_iter().for_each(|pair| pair.join().unwrap());
 }
 
-/// What panics between the moment a call is let in and its end: no place is lost, no turn either.
+/// User code panics between the admission of a call and its end: neither a permit nor a queue position is lost.
 #[tokio::test(start_paused = true)]
 async fn limit_loses_no_place_to_what_panics_around_a_call() {
-    /// Panics as it is cloned, and its response as it is dropped.
+    /// Panics when it is cloned. Its response panics when it is dropped.
     struct Touchy;
     impl Clone for Touchy {
         fn clone(&self) -> Self {

@@ -1,5 +1,5 @@
-//! The concurrency limit against a naive model: any schedule of arrivals, ends, departures, pauses
-//! and resizes, whatever the order of the queue.
+//! The concurrency limit against a naive model: any schedule of arrivals, ends, hang-ups, pauses and changes of the
+//! limit, in each order of the queue.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -13,11 +13,11 @@ use tower::{Layer, ServiceExt, util::Oneshot};
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Arrive,
-    /// The n-th of those that are in comes to its end.
+    /// Ends the n-th of the calls with a permit.
     End(usize),
-    /// The same, and the next waiter leaves before it has heard that it is its turn.
+    /// The same, and the next queued caller is dropped before it has observed its permit.
     EndAndNextLeaves(usize),
-    /// The n-th of all leaves, in or waiting.
+    /// Drops the n-th of all callers, with a permit or queued.
     Leave(usize),
     Advance(u64),
     Resize(usize),
@@ -47,7 +47,7 @@ fn orders() -> impl Strategy<Value = QueueOrder> {
 struct Model {
     limit: usize,
     inside: Vec<usize>,
-    /// Who waits, and until when.
+    /// The queued callers, each with the end of its maximum wait.
     waiting: VecDeque<(usize, u64)>,
     full: u64,
     waited: u64,
@@ -56,7 +56,7 @@ struct Model {
 }
 
 impl Model {
-    /// Whose turn would be next.
+    /// The caller that would get the next permit.
     fn next(&self) -> Option<usize> {
         let newest_first = match self.order {
             QueueOrder::Lifo => true,
@@ -86,7 +86,7 @@ impl Model {
 
 struct Caller {
     who: usize,
-    /// Its number as the inner service counts.
+    /// The number of the call at the inner service.
     number: Option<usize>,
     call: task::Spawn<Oneshot<ConcurrencyLimit<Strict>, Request<()>>>,
 }
@@ -123,7 +123,7 @@ async fn run(
                 } else {
                     model.full += 1;
                     let std::task::Poll::Ready(answer) = answer else {
-                        return Err(TestCaseError::fail("waits where there is no room"));
+                        return Err(TestCaseError::fail("waits although the queue is full"));
                     };
                     prop_assert_eq!(refused_as(answer), RejectedKind::Full);
                     continue;
@@ -136,7 +136,7 @@ async fn run(
                 let who = model.inside[n % model.inside.len()];
                 let at = callers.iter().position(|caller| caller.who == who).unwrap();
                 let mut caller = callers.remove(at);
-                prop_assert!(watch.end(caller.number.expect("is in"), Ok(empty())));
+                prop_assert!(watch.end(caller.number.expect("in flight"), Ok(empty())));
                 assert_ready_ok!(caller.call.poll());
                 let second = model.next();
                 model.leave(who);
@@ -161,19 +161,19 @@ async fn run(
             }
         }
 
-        // Everybody looks, in the order in which they came. What has news was told so.
+        // Polls all callers in the order of their arrival. Each caller whose state has changed was woken.
         let mut stay = Vec::new();
         for mut caller in callers.drain(..) {
             let woken = caller.call.is_woken();
             let before = watch.seen().calls;
             let answer = caller.call.poll();
             if watch.seen().calls > before {
-                prop_assert!(woken, "its turn came, and nobody told it");
-                prop_assert!(model.inside.contains(&caller.who), "out of its turn");
+                prop_assert!(woken, "got a permit without a wake-up");
+                prop_assert!(model.inside.contains(&caller.who), "got a permit out of order");
                 caller.number = Some(before);
             }
             if let std::task::Poll::Ready(answer) = answer {
-                prop_assert!(woken, "it waited too long, and nobody told it");
+                prop_assert!(woken, "its maximum wait passed without a wake-up");
                 prop_assert_eq!(refused_as(answer), RejectedKind::WaitedTooLong);
                 let at = model.waiting.iter().position(|(who, _)| *who == caller.who);
                 let (_, until) = model.waiting.remove(at.expect("waits")).unwrap();
@@ -187,7 +187,7 @@ async fn run(
         callers = stay;
         prop_assert!(
             model.waiting.iter().all(|(_, until)| *until > model.now),
-            "waits for too long"
+            "waits longer than the maximum"
         );
 
         let seen = handle.snapshot();

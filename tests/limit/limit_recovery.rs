@@ -1,4 +1,4 @@
-//! What lets a server come back by itself: it begins no work that nobody waits for any more.
+//! A server recovers by itself, because it does not start work whose caller has given up.
 
 use std::{
     sync::{
@@ -20,13 +20,13 @@ use crate::support::{Oops, ScriptBody, empty, refused_as, request};
 
 const MS: Duration = Duration::from_millis(1);
 
-/// Five hundred at once, each with 100 ms to go, at a server that does one in 10 ms: ten are worked on, the
-/// others are gone when their time is over, and who comes then is served at once.
+/// 500 calls arrive at once, each with a deadline of 100 ms, at a server that serves one call in 10 ms. Ten are served,
+/// the others are rejected at their deadline, and a later call is served at once.
 #[tokio::test(start_paused = true)]
 async fn a_burst_under_the_limit_leaves_no_dead_work_behind() {
     let limit = || ConcurrencyLimitLayer::new(1).queue(1000, Duration::from_secs(10));
     burst(limit()).await;
-    // The same where calls are told apart.
+    // The same with partitions and priorities.
     let sorted = limit().sorted_by(|_: &Request<()>| Claim::default().partition(0));
     let layer = sorted.partitions(&[1.0]).shed_by_priority();
     burst(layer).await;
@@ -65,7 +65,7 @@ where
     assert!(next.elapsed() <= 11 * MS);
 }
 
-/// 10 ms a call.
+/// A service that needs 10 ms per call.
 #[derive(Clone)]
 struct Inner(Arc<AtomicUsize>);
 
@@ -87,7 +87,7 @@ impl tower::Service<Request<()>> for Inner {
     }
 }
 
-/// Without a queue, too, and before anything is said about room.
+/// The deadline is checked before the limit, so the rejection names the deadline also when the limit is reached.
 #[tokio::test(start_paused = true)]
 async fn a_late_call_is_refused_as_late_also_where_the_limit_is_reached() {
     let layer = ConcurrencyLimitLayer::new(1);

@@ -38,7 +38,7 @@ type ByRequest = fn(&Request<()>) -> Claim;
 type Limit = SortedLimit<Strict, ByRequest>;
 type Call = task::Spawn<Oneshot<Limit, Request<()>>>;
 
-/// What a test's request asks is in its extensions.
+/// Returns the claim in the extensions of the request.
 fn asked(request: &Request<()>) -> Claim {
     request.extensions().get().copied().unwrap_or_default()
 }
@@ -49,7 +49,7 @@ fn asking(claim: Claim) -> Request<()> {
     request
 }
 
-/// One at a time, in a partition that has all of it.
+/// A limit of one, with a partition that has all of it.
 struct One {
     layer: SortedLimitLayer<ByRequest>,
     handle: SortedLimitHandle,
@@ -87,9 +87,9 @@ impl Subject for One {
 
 contract_tests!(One);
 
-// ===== Sorters that are not to be trusted =====
+// ===== Faulty sorters =====
 
-/// Before anything is taken: what it was given to sort is lost, and nothing else.
+/// The sorter runs before the call acquires a permit, so its panic loses the request and nothing else.
 #[tokio::test(start_paused = true)]
 async fn a_sorter_that_panics_takes_no_place() {
     let sort: ByRequest = |request| match request.extensions().get() {
@@ -103,7 +103,7 @@ async fn a_sorter_that_panics_takes_no_place() {
     let call = AssertUnwindSafe(|| drop(service.call(request())));
     assert!(catch_unwind(call).is_err());
     assert_eq!((handle.in_flight(), handle.partitions()[0].in_flight), (0, 0));
-    // The same instance goes on, by the rules.
+    // The same instance serves the next call.
     let asked = asking(Claim::default().partition(0));
     service.ready().await.unwrap().call(asked).await.unwrap();
     drop(service);
@@ -134,7 +134,7 @@ async fn algorithm_that_panics_neither_fails_a_call_nor_holds_a_permit() {
     assert_eq!(handle.snapshot().limit, 2);
 }
 
-/// Partitions that are not there, levels above the highest, and all of it at once.
+/// Claims of partitions that do not exist and of priorities above the maximum, alone and combined.
 #[tokio::test(start_paused = true)]
 async fn a_claim_of_anything_is_kept_to_what_there_is() {
     let (service, watch, handle) = sorted(4, 0, &[f64::MIN_POSITIVE, 1e-9, 0.5]);
@@ -148,7 +148,7 @@ async fn a_claim_of_anything_is_kept_to_what_there_is() {
         calls.push(call);
     }
     assert_eq!((watch.seen().calls, handle.in_flight(), inside(&handle)), (4, 4, vec![0, 0, 0]));
-    // An exempt one is exempt, whatever else it asks.
+    // An exempt call is exempt, whatever its other claims.
     let claim = Claim::exempt().partition(2).priority(Priority::SHEDDABLE);
     let mut exempt = task::spawn(service.clone().oneshot(asking(claim)));
     assert_pending!(exempt.poll());
@@ -183,7 +183,7 @@ async fn an_exempt_path_is_never_refused_and_counted_apart() {
         (told.in_flight, told.exempt_in_flight, told.exempt, told.refused_full),
         (1, 6, 6, 1)
     );
-    // Held to the end of the body, as any other.
+    // An exempt call lasts to the end of the response body, like every call.
     assert!(watch.end(5, Ok(hello())));
     let response = assert_ready_ok!(exempt[4].0.poll());
     assert_eq!(handle.snapshot().exempt_in_flight, 6);
@@ -254,9 +254,9 @@ async fn bad_partitions_are_a_typed_error() {
 async fn a_share_that_is_not_used_is_lent_and_given_back() {
     let (service, watch, handle) = sorted(10, 0, &[0.7, 0.3]);
     let mut batch: Vec<_> = (0..10).map(|_| start(&service, 1)).collect();
-    assert!(batch.iter().all(|(_, goes)| *goes), "an idle share is lent");
+    assert!(batch.iter().all(|(_, goes)| *goes), "other calls may use an idle share");
     assert!(!start(&service, 1).1 && !start(&service, 9).1);
-    // The owner is back and owed two places: the next that become free, whoever asks first.
+    // The owner of the share is owed two permits: it gets the next two that are released, whichever call asks first.
     assert!(!start(&service, 0).1 && !start(&service, 0).1);
     for (number, (call, _)) in batch.iter_mut().enumerate().take(2) {
         watch.end(number, Ok(empty()));
@@ -275,25 +275,25 @@ async fn a_share_that_is_not_used_is_lent_and_given_back() {
 async fn what_is_owed_is_kept_for_a_second() {
     let (service, watch, handle) = sorted(2, 0, &[0.5]);
     let mut others = [start(&service, 9), start(&service, 9)];
-    assert!(!start(&service, 0).1, "lent");
+    assert!(!start(&service, 0).1, "its share is in use by others");
     watch.end(0, Ok(empty()));
     assert_ready_ok!(others[0].0.poll());
-    assert!(!start(&service, 9).1, "owed");
-    assert!(handle.try_acquire().is_err(), "owed");
+    assert!(!start(&service, 9).1, "the permit is reserved for the partition");
+    assert!(handle.try_acquire().is_err(), "the permit is reserved for the partition");
     advance(Duration::from_secs(1)).await;
     assert!(handle.try_acquire().is_ok());
     assert!(start(&service, 9).1);
     assert_eq!(inside(&handle), [0]);
 }
 
-/// Nothing else happens that would let it in.
+/// A queued caller gets a reserved permit at the end of the reservation, although nothing else wakes it.
 #[tokio::test(start_paused = true)]
 async fn who_waits_gets_what_is_kept_when_that_time_is_over() {
     let (service, watch, handle) = sorted(2, 9, &[0.5]);
     let mut others = [start(&service, 9), start(&service, 9)];
     let (owner, _) = start(&service, 0);
     advance(Duration::from_millis(4900)).await;
-    // Waits for 100 ms more, and is owed a place for a second from then on.
+    // The owner waits for another 100 ms and is then rejected, which reserves a permit for its partition for 1 s.
     let mut waiting = start(&service, 9).0;
     let mut owner = owner;
     advance(Duration::from_millis(100)).await;
@@ -344,7 +344,7 @@ async fn shares_change_while_calls_are_under_way() {
     assert_eq!((inside(&handle), handle.in_flight()), (vec![0, 0, 0], 0));
 }
 
-/// A socket counts in its partition as long as it is open.
+/// A permit that a handler has taken for a socket counts in its partition until the socket is closed.
 #[tokio::test(start_paused = true)]
 async fn a_place_that_is_taken_along_stays_in_its_partition() {
     let layer = ConcurrencyLimitLayer::new(4)
@@ -375,7 +375,7 @@ async fn a_place_that_is_taken_along_stays_in_its_partition() {
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Arrive(u8),
-    /// The n-th of those that are in or wait goes.
+    /// Drops the n-th of the calls, with a permit or queued.
     Leave(usize),
     Advance(u64),
     Resize(usize),
@@ -393,7 +393,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 const SHARES: [f64; 3] = [0.5, 0.3, 0.1];
 
-/// What the documentation says, as naively as can be.
+/// A naive model of the documented behaviour.
 #[derive(Default)]
 struct Model {
     limit: u32,
@@ -471,7 +471,7 @@ async fn without_a_queue(limit: usize, steps: Vec<Step>) -> Result<(), TestCaseE
     Ok(())
 }
 
-/// However long they wait: never more than may, nobody within his share waits beside a free place.
+/// With a queue: the limit is never exceeded, and no call waits beside a free permit within the share of its partition.
 async fn with_a_queue(limit: usize, steps: Vec<Step>) -> Result<(), TestCaseError> {
     let (service, watch, handle) = sorted(limit, 6, &SHARES);
     let mut calls: Vec<(Call, u8)> = Vec::new();
@@ -490,7 +490,7 @@ async fn with_a_queue(limit: usize, steps: Vec<Step>) -> Result<(), TestCaseErro
                 limit = to as u32;
             }
         }
-        // One may let another in.
+        // A caller that ends may admit another one.
         while calls.iter().any(|(call, _)| call.is_woken()) {
             calls.retain_mut(|(call, _)| !call.is_woken() || call.poll().is_pending());
         }
@@ -500,7 +500,7 @@ async fn with_a_queue(limit: usize, steps: Vec<Step>) -> Result<(), TestCaseErro
         let shared: u32 = each.iter().map(|one| one.in_flight).sum();
         prop_assert!(shared <= told.in_flight);
         if told.in_flight < limit {
-            // Who is not in waits; within his share he must not.
+            // A call without a permit waits. Within the share of its partition it must not wait.
             for (partition, one) in each.iter().enumerate() {
                 let present =
                     calls.iter().filter(|(_, of)| usize::from(*of) == partition).count() as u32;
@@ -543,7 +543,7 @@ proptest! {
 
 // ===== Priorities =====
 
-/// Asks for the priority that it is.
+/// A sorter of requests that are priorities: each claims itself.
 #[derive(Clone)]
 struct Itself;
 
@@ -553,9 +553,9 @@ impl Sort<Priority> for Itself {
     }
 }
 
-/// A server of 20 places and 10 ms a call: 2000 calls a second; 4000 are offered. Each request needs so many
-/// calls, one after the other, each of the priority that `draw` gives. The share of the requests that were
-/// served: of the users with high lots, of those with low ones.
+/// Offers 4000 calls per second to a server that serves 2000: 20 permits and 10 ms per call. Each request makes `calls`
+/// calls one after the other, each with the priority that `draw` returns. Returns the shares of the requests that
+/// succeeded: those of users with high lots, and those of users with low ones.
 async fn served(calls: usize, draw: fn(u64, usize) -> Priority) -> [f64; 2] {
     let layer = ConcurrencyLimitLayer::new(20).queue(20, Duration::from_millis(50)).per_response();
     let layer = layer.sorted_by(Itself).shed_by_priority();
@@ -599,7 +599,7 @@ fn by_call(user: u64, call: usize) -> Priority {
     Priority::NORMAL.lot([user.to_le_bytes(), call.to_le_bytes()].concat())
 }
 
-/// The lower half of the lots.
+/// Whether the lot of the user is in the lower half.
 fn is_low(user: u64) -> bool {
     let lot = format!("{:?}", by_user(user, 0));
     lot.trim_end_matches(" }").rsplit(' ').next().unwrap().parse::<u32>().unwrap() < 64
@@ -611,13 +611,13 @@ async fn at_twice_the_capacity_the_limit_sheds_the_same_half() {
     assert!(high > 0.9 && low < 0.1, "{high:.2} {low:.2}");
 }
 
-/// Four calls a request, at twice what the limit can do.
+/// Four calls per request, at twice the load that the limit can serve.
 #[tokio::test(start_paused = true)]
 async fn a_priority_that_stays_the_same_serves_whole_requests() {
     let consistent = served(4, by_user).await;
     let drawn_anew = served(4, by_call).await;
     let whole = |[high, low]: [f64; 2]| f64::midpoint(high, low);
-    assert!(whole(consistent) > 0.45, "of the 0.5 that are possible: {consistent:?}");
+    assert!(whole(consistent) > 0.45, "of a maximum of 0.5: {consistent:?}");
     assert!(whole(drawn_anew) < 0.35, "{drawn_anew:?}");
     assert!(consistent[0] > 4.0 * consistent[1], "{consistent:?}");
 }
@@ -651,26 +651,26 @@ async fn in_a_full_queue_who_is_worth_least_gives_way() {
     let mut first = worth(&service, Priority::SHEDDABLE);
     let (low, mut later) =
         (worth(&service, Priority::SHEDDABLE), worth(&service, Priority::SHEDDABLE));
-    // Who is worth no more does not get in, and for who asks by hand nobody gives way.
+    // A call of an equal priority is rejected, and `try_acquire` displaces no call.
     let sheddable = service.clone().oneshot(asking(Priority::SHEDDABLE.into()));
     assert_eq!(refused_as(sheddable.await), RejectedKind::Full);
     assert!(handle.try_acquire().is_err());
     assert_eq!((handle.snapshot().waiting, later.is_woken()), (2, false));
 
-    // Of two that are worth the same, who came last goes first.
+    // Of two calls of the same priority, the later one is displaced first.
     let mut normal = worth(&service, Priority::NORMAL);
     assert!(later.is_woken() && !low.is_woken());
     assert_eq!(refused_as(assert_ready!(later.poll())), RejectedKind::Outranked);
     let critical = worth(&service, Priority::CRITICAL);
     assert!(low.is_woken() && !normal.is_woken());
-    // Gone before it has heard of it: nothing is lost.
+    // The displaced call is dropped before it has observed its rejection: nothing is lost.
     drop(low);
     let no_more = service.clone().oneshot(asking(Priority::NORMAL.into()));
     assert_eq!(refused_as(no_more.await), RejectedKind::Full);
     let told = handle.snapshot();
     assert_eq!((told.waiting, told.in_flight, told.refused_outranked), (2, 1, 1));
 
-    // It is no other order: who came first is first.
+    // Priorities do not change the order of the queue: the oldest caller is first.
     watch.end(0, Ok(empty()));
     assert_ready_ok!(first.poll());
     assert!(normal.is_woken() && !critical.is_woken());
@@ -679,13 +679,13 @@ async fn in_a_full_queue_who_is_worth_least_gives_way() {
     assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
 }
 
-/// Who is refused for want of room is worth no more than anybody who waits beside it.
+/// Any queued call has at least the priority of a call that is rejected because the queue is full.
 async fn by_worth(limit: usize, steps: Vec<Step>) -> Result<(), TestCaseError> {
     let layer = ConcurrencyLimitLayer::new(limit).queue(4, Duration::from_secs(5));
     let layer = layer.sorted_by(asked as ByRequest).shed_by_priority();
     let (inner, watch) = Strict::holding();
     let (service, handle) = (layer.layer(inner), layer.handle());
-    // Each with the number that the inner service has for it, once it is in.
+    // Each call with its priority, and whether it has a permit.
     let mut calls: Vec<(Call, Priority, bool)> = Vec::new();
     for step in steps {
         let before = watch.seen().calls;
@@ -730,7 +730,7 @@ async fn by_worth(limit: usize, steps: Vec<Step>) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-/// From a full server to an empty one: the cut does not stay.
+/// After the load has fallen, the threshold of the priorities falls as well.
 #[tokio::test(start_paused = true)]
 async fn a_cut_goes_when_the_load_goes() {
     let (service, watch, handle) = {
@@ -772,7 +772,7 @@ async fn a_cut_goes_when_the_load_goes() {
 
 // ===== Under real threads =====
 
-/// How many are inside, and were at most.
+/// Counts the calls in the service, now and at the maximum.
 struct Inside(Arc<(AtomicU32, AtomicU32)>);
 
 impl Drop for Inside {
@@ -781,7 +781,8 @@ impl Drop for Inside {
     }
 }
 
-/// Some are displaced, some go away while they wait or run, shares and limit change: nobody hangs, nothing is lost.
+/// Some calls are displaced, some are dropped while they wait or run, shares and limit change: no call hangs, and no
+/// permit is lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 8)]
 async fn many_threads_of_all_kinds_lose_nothing() {
     let layer = ConcurrencyLimitLayer::new(4).queue(16, Duration::from_secs(60)).per_response();
@@ -807,10 +808,11 @@ async fn many_threads_of_all_kinds_lose_nothing() {
             for round in 0..100_u8 {
                 let claim = Claim::from(Priority::new(round % 8)).partition(n % 3);
                 if (n + round) % 3 == 0 {
-                    // Goes away, whether its turn has come or not, before it has run.
+                    // Dropped after one poll, with or without a permit.
                     let _ = service.clone().oneshot(claim).now_or_never();
                 } else if let Err(refused) = service.clone().oneshot(claim).await {
-                    let refused = buttress::Rejected::find(&*refused).expect("nothing else fails");
+                    let refused = buttress::Rejected::find(&*refused)
+                        .expect("a rejection, because the service does not fail");
                     let kinds = [RejectedKind::Full, RejectedKind::Outranked];
                     assert!(kinds.contains(&refused.kind()), "{refused}");
                 }
@@ -823,7 +825,7 @@ async fn many_threads_of_all_kinds_lose_nothing() {
         });
     }
     let all = tokio::time::timeout(Duration::from_secs(60), callers.join_all());
-    all.await.expect("somebody hangs");
+    all.await.expect("a caller hangs");
     assert!(seen.1.load(Ordering::SeqCst) <= 4);
     assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
     assert!(handle.partitions().iter().all(|partition| partition.in_flight == 0));

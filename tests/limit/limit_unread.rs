@@ -26,7 +26,7 @@ const MAX: Duration = Duration::from_secs(60);
 /// The sweeper may be late by a quarter.
 const LATE: Duration = Duration::from_secs(75);
 
-/// Always has another frame, unless it is silent.
+/// A body that has a frame at each poll, or never if it is silent.
 struct Endless {
     is_silent: bool,
 }
@@ -153,7 +153,7 @@ async fn timeout_layer_within_fails_an_unread_response_that_is_read_on() {
     body.frame().await.unwrap().unwrap();
     sleep(LATE).await;
     assert_eq!((permits.in_flight(), permits.snapshot().unread), (0, 1));
-    // The first poll finds out.
+    // This poll detects the time without polls and still returns a frame. The next poll fails.
     body.frame().await.unwrap().unwrap();
     let error = body.frame().await.unwrap().unwrap_err();
     let kind = Rejected::find(&*error).unwrap().kind();
@@ -237,7 +237,7 @@ async fn many_responses_are_watched_at_once() {
     for n in 0..10_000 {
         bodies.push(call(&layer, n % 2 == 0).await.unwrap());
     }
-    // Those that are silent are polled once.
+    // After this poll the silent bodies wait for the upstream, so they are not unread.
     for body in &mut bodies {
         let _ = body.frame().now_or_never();
     }

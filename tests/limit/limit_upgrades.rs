@@ -1,4 +1,4 @@
-//! Places that outlive their call.
+//! Permits that outlive their call.
 
 use std::sync::{Arc, Mutex};
 
@@ -19,7 +19,7 @@ use crate::support::{
 
 type Limit = ConcurrencyLimit<Strict, Upgrades<Http>>;
 
-/// One at a time, whoever takes the place along.
+/// A limit of one whose permit a handler may take.
 struct One {
     layer: ConcurrencyLimitLayer<Upgrades<Http>>,
     handle: ConcurrencyLimitHandle,
@@ -55,7 +55,7 @@ impl Subject for One {
 
 contract_tests!(One);
 
-// ===== Who takes it along =====
+// ===== Permits taken by the handler =====
 
 type Server = BoxCloneService<
     Request<()>,
@@ -63,14 +63,14 @@ type Server = BoxCloneService<
     buttress::BoxError,
 >;
 
-/// What the handler found in its request.
+/// The handle that the handler found in the extensions of its request.
 type Found = Arc<Mutex<Option<Held>>>;
 
 fn found(found: &Found) -> Held {
-    found.lock().unwrap().clone().expect("in the extensions")
+    found.lock().unwrap().clone().expect("a handle in the extensions")
 }
 
-/// A limit over a service that holds every call and keeps what is in the request.
+/// A limit over a service that holds every call and stores the handle from the request.
 fn server(
     layer: ConcurrencyLimitLayer<Upgrades<Http>>,
 ) -> (Server, Watch, Found, ConcurrencyLimitHandle) {
@@ -93,8 +93,8 @@ async fn a_taken_place_outlives_the_call() {
     let (service, watch, slot, handle) = one();
     let mut call = task::spawn(service.clone().oneshot(request()));
     assert_pending!(call.poll());
-    let place = found(&slot).take().expect("nobody has taken it");
-    assert!(found(&slot).take().is_none(), "one at a time");
+    let place = found(&slot).take().expect("the permit has not been taken");
+    assert!(found(&slot).take().is_none(), "the permit can be taken only once");
     assert!(watch.end(0, Ok(empty())));
     drop(assert_ready_ok!(call.poll()));
     drop(call);
@@ -102,7 +102,7 @@ async fn a_taken_place_outlives_the_call() {
     assert_eq!(refused_as(service.clone().oneshot(request()).await), RejectedKind::Full);
     drop(place);
     assert_eq!(handle.in_flight(), 0);
-    assert!(found(&slot).take().is_none(), "over");
+    assert!(found(&slot).take().is_none(), "the call has ended");
 }
 
 #[tokio::test(start_paused = true)]
@@ -115,7 +115,7 @@ async fn a_place_that_nobody_takes_goes_with_the_body() {
     assert_eq!(handle.in_flight(), 1);
     assert_eq!(read(response.into_body()).await.unwrap().0, b"hello");
     assert_eq!(handle.in_flight(), 0);
-    assert!(found(&slot).take().is_none(), "the handle that was kept holds nothing");
+    assert!(found(&slot).take().is_none(), "the stored handle holds no permit");
 }
 
 #[tokio::test(start_paused = true)]
@@ -132,7 +132,7 @@ async fn a_place_that_is_dropped_early_stays_with_the_call() {
     assert_eq!(handle.in_flight(), 0);
 }
 
-/// The connection broke while the handler was at work; its task lives on.
+/// The connection breaks while the handler runs, and the task of the handler lives on with the permit.
 #[tokio::test(start_paused = true)]
 async fn a_taken_place_outlives_a_dropped_call() {
     let (service, _watch, slot, handle) = one();
@@ -146,7 +146,7 @@ async fn a_taken_place_outlives_a_dropped_call() {
     let mut call = task::spawn(service.oneshot(request()));
     assert_pending!(call.poll());
     drop(call);
-    assert_eq!(handle.in_flight(), 0, "a handle alone holds nothing");
+    assert_eq!(handle.in_flight(), 0, "a handle alone holds no permit");
     assert!(found(&slot).take().is_none());
 }
 
@@ -158,7 +158,7 @@ async fn a_place_may_be_taken_while_the_body_goes_on() {
     let stuck = http::Response::new(ScriptBody::new([Piece::data("a"), Piece::Stuck]));
     assert!(watch.end(0, Ok(stuck)));
     let response = assert_ready_ok!(call.poll());
-    let place = found(&slot).take().expect("the body goes on");
+    let place = found(&slot).take().expect("the permit is available while the body lasts");
     drop(response);
     assert_eq!(handle.in_flight(), 1);
     drop(place);
@@ -225,7 +225,7 @@ async fn without_upgrades_nothing_is_in_the_request() {
     ConcurrencyLimitLayer::new(1).layer(inner).oneshot(request()).await.unwrap();
 }
 
-/// How long a socket lives is no latency.
+/// The lifetime of a socket is not a latency.
 #[tokio::test(start_paused = true)]
 async fn an_adaptive_limit_does_not_hear_how_long_a_place_was_held() {
     let layer = ConcurrencyLimitLayer::adaptive(Knee::new(4, 1..=100).unwrap()).until_body_end();
@@ -242,7 +242,7 @@ async fn an_adaptive_limit_does_not_hear_how_long_a_place_was_held() {
     assert_eq!((handle.in_flight(), handle.snapshot().last_change), (0, None));
 }
 
-// ===== Places that belong to no call =====
+// ===== Permits without a call =====
 
 #[tokio::test(start_paused = true)]
 async fn a_place_is_acquired_by_hand_under_the_same_limit() {
@@ -297,7 +297,7 @@ async fn a_place_acquired_by_hand_may_wait_for_its_turn() {
     assert_eq!((handle.in_flight(), handle.snapshot().waiting), (0, 0));
 }
 
-/// What is kept for a partition that was refused within its share is kept from those, too.
+/// A permit that is reserved for a partition cannot be acquired with the handle either.
 #[tokio::test(start_paused = true)]
 async fn a_place_acquired_by_hand_is_not_what_is_kept_for_others() {
     let layer = ConcurrencyLimitLayer::new(2)

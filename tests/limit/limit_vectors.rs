@@ -1,4 +1,4 @@
-//! What other limits' own tests say, replayed against ours; what does not apply says why.
+//! Sequences from the tests of other limits, replayed against this one. Each exception states its reason.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -16,29 +16,29 @@ use serde_json::Value;
 use tokio_test::{assert_ready_ok, task};
 use tower::{Layer, ServiceExt, util::Oneshot};
 
-/// Each with its reason.
+/// The vectors that are not replayed, each with its reason.
 const EXCEPTIONS: &[(&str, &str)] = &[
-    ("slok-aimd-01", "another AIMD, with a slow start; ours is Netflix's"),
-    ("nflx-fn-01", "helpers that are not public here; the logarithm is within Vegas"),
+    ("slok-aimd-01", "another AIMD with a slow start; this one follows Netflix"),
+    ("nflx-fn-01", "helpers that are private here; the logarithm is part of Vegas"),
     ("fsgo-adapt-02", "another algorithm: Vegas over windows that the test sets one by one"),
     ("fsgo-adapt-03", "the same"),
-    ("fsgo-adapt-05", "the same, and a ceiling over the demand that ours has not"),
+    ("fsgo-adapt-05", "the same, with a ceiling above the demand, which does not exist here"),
     ("fsgo-throttle-01", "a client-side throttle, not a limit"),
     ("fsgo-throttle-02", "a client-side throttle, not a limit"),
     ("fsgo-throttle-03", "a client-side throttle, not a limit"),
-    ("nflx-vegas-05", "a decrease and a smoothing of the user's own, which are not settings here"),
-    ("nflx-vegas-06", "a decrease of the user's own, which is not a setting here"),
-    ("envoy-gradient-epoch-01", "no measuring phase here; calls of an older limit are not heard"),
+    ("nflx-vegas-05", "a custom decrease and smoothing, which are not settings here"),
+    ("nflx-vegas-06", "a custom decrease, which is not a setting here"),
     (
-        "envoy-gradient-fixpoint-01",
-        "Envoy's gradient is not among ours: it pins the limit to measure",
+        "envoy-gradient-epoch-01",
+        "no measuring phase here; calls of an older limit are not recorded",
     ),
+    ("envoy-gradient-fixpoint-01", "no gradient like Envoy's here: it pins the limit to measure"),
     ("envoy-gradient-fixpoint-05", "the same"),
     ("envoy-gradient-minrtt-01", "the same"),
     ("envoy-gradient-reset-01", "the same"),
     ("envoy-outlier-sr-02", "outlier detection over endpoints, not a limit"),
     ("grpc-a50-02", "outlier detection over endpoints, not a limit"),
-    ("fsgo-adapt-09", "refuses at random before the queue is full; ours is full or not"),
+    ("fsgo-adapt-09", "rejects at random before the queue is full; only a full queue rejects here"),
     ("smithy-adaptive-cubic-01", "a rate limit"),
     ("fsgo-rl-04", "a rate limit"),
     ("r4j-rl-06", "a rate limit"),
@@ -123,7 +123,7 @@ async fn all_are_replayed_or_excepted() {
         }
         replayed += 1;
     }
-    assert_eq!(excepted, BTreeSet::new(), "excepted, but not there");
+    assert_eq!(excepted, BTreeSet::new(), "excepted, but not in the vectors");
     assert_eq!(replayed, 10);
 }
 
@@ -136,7 +136,7 @@ fn algorithm(vector: &Value) -> Box<dyn Algorithm> {
         "adaptive_vegas" => {
             Box::new(Vegas::new(initial, 1..=number(config, "max").unwrap()).unwrap())
         }
-        // Netflix's own lowest is its initial limit.
+        // Netflix's minimum is the initial limit.
         "concurrency.aimd" => Box::new(Aimd::new(initial, initial..=200).unwrap()),
         _ => Box::new(Aimd::new(initial, 1..=200).unwrap()),
     }
@@ -176,7 +176,7 @@ fn adaptive(vector: &Value) {
 
 struct Caller {
     id: usize,
-    /// Its number as the inner service counts.
+    /// The number of the call at the inner service.
     number: Option<usize>,
     call: task::Spawn<Oneshot<ConcurrencyLimit<Strict>, Request<()>>>,
 }
@@ -189,7 +189,7 @@ struct Rig {
     limit: usize,
     queue: usize,
     callers: Vec<Caller>,
-    /// Who got in, in order.
+    /// The callers that got a permit, in this order.
     started: Vec<usize>,
 }
 
@@ -211,7 +211,7 @@ impl Rig {
         Self { layer, service, watch, handle, limit, queue, callers: vec![], started: vec![] }
     }
 
-    /// Whether the call was let in or may wait.
+    /// Makes a call. Returns whether it got a permit or may wait.
     fn enter(&mut self, id: usize) -> bool {
         let before = self.watch.seen().calls;
         let mut call = task::spawn(self.service.clone().oneshot(request()));
@@ -231,13 +231,13 @@ impl Rig {
             .callers
             .iter()
             .position(|caller| caller.number.is_some() && id.is_none_or(|id| id == caller.id))
-            .expect("somebody is in");
+            .expect("a call in flight");
         let mut gone = self.callers.remove(at);
         assert!(self.watch.end(gone.number.unwrap(), Ok(empty())));
         assert_ready_ok!(gone.call.poll());
     }
 
-    /// Whoever was woken looks. Who is in since.
+    /// Polls a caller that was woken. Returns its id.
     fn look(&mut self) -> Option<usize> {
         let before = self.watch.seen().calls;
         let woken = self.callers.iter_mut().find(|caller| caller.call.is_woken())?;
@@ -305,7 +305,7 @@ async fn queue(vector: &Value) {
                         rig.started.iter().filter(|id| **id < 100).map(|id| *id as u64).collect();
                     assert_eq!(started, order, "{name}, {at}");
                 }
-                // That they were refused is in `admitted`, and that it was at once in how `enter` asks.
+                // `admitted` shows the rejection, and `enter` shows that it was immediate.
                 "error" | "waited_max_ms" => {}
                 other => panic!("{name}: {other}"),
             }
