@@ -1,4 +1,4 @@
-//! No allocation on an admitted call: breaker, limit, alone and stacked.
+//! An admitted call through a breaker or a limit, alone or in a stack, allocates nothing.
 #![cfg(all(feature = "breaker", feature = "limit"))]
 
 use std::{
@@ -27,7 +27,7 @@ use tower::{Layer, Service, ServiceBuilder, service_fn};
 fn now<F: Future>(future: F) -> F::Output {
     match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(output) => output,
-        Poll::Pending => panic!("has to wait"),
+        Poll::Pending => panic!("the future is pending"),
     }
 }
 
@@ -37,13 +37,13 @@ fn ready_now<S: Service<Req>, Req>(service: &mut S) {
     };
 }
 
-/// How often 100 calls allocate. The first call is not counted: what is made once may be made.
+/// Counts the allocations of 100 calls, after a first call, which may allocate once for all.
 fn allocations(mut call: impl FnMut()) -> u64 {
     call();
     allocation_counter::measure(|| (0..100).for_each(|_| call())).count_total
 }
 
-/// A `service_fn`, called with a number.
+/// Counts the allocations of 100 calls of a `service_fn` whose request is a number.
 fn generic<L>(layer: L) -> u64
 where
     L: Layer<Echo>,
@@ -69,7 +69,7 @@ fn hello(_: Request<()>) -> std::future::Ready<Answer> {
     ready(Ok(Response::new(Full::new(Bytes::from_static(b"hello")))))
 }
 
-/// An HTTP service, each answer read to its end.
+/// Counts the allocations of 100 calls of an HTTP service. Each response is read to its end.
 fn http<L, B>(layer: L) -> u64
 where
     L: Layer<Hello>,
@@ -89,7 +89,7 @@ where
     })
 }
 
-/// Runs where a timer could be made: a limit that made one for every call would be found out.
+/// Runs a test within a runtime with timers, so that a limit that creates a timer for each call is detected.
 fn in_runtime<T>(test: impl FnOnce() -> T) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     let _guard = runtime.enter();
@@ -133,7 +133,7 @@ fn an_admitted_call_allocates_nothing() {
     });
 }
 
-/// A breaker of every kind, closed: windows clean and not, and everything switched on.
+/// A closed breaker with each kind of rule, with and without failures in its window, and with all options.
 #[test]
 fn a_closed_breaker_allocates_nothing_however_it_is_set() {
     let slow = Trip::slow_ratio(0.5, Duration::from_secs(9));
@@ -151,7 +151,7 @@ fn a_closed_breaker_allocates_nothing_however_it_is_set() {
             assert_eq!(http(layer()), 0, "{trip:?}");
             let failed = layer().classify(judge);
             failed.handle().record(Outcome::failure());
-            assert_eq!(generic(failed), 0, "{trip:?} that has seen a failure");
+            assert_eq!(generic(failed), 0, "{trip:?} with a failure");
             let all = layer()
                 .ramp(Duration::from_secs(9))
                 .wait_for_verdict(9, Duration::from_secs(9))
@@ -168,7 +168,7 @@ fn a_closed_breaker_allocates_nothing_however_it_is_set() {
     });
 }
 
-/// A limit of every kind with room in it, and everything switched on but what has to allocate.
+/// A limit of each kind below its maximum, with all options that do not need to allocate.
 #[test]
 fn a_limit_with_room_allocates_nothing_however_it_is_set() {
     let by_number = |n: &u64| Claim::from(Priority::NORMAL.lot(n.to_le_bytes())).partition(0);
@@ -192,12 +192,12 @@ fn a_limit_with_room_allocates_nothing_however_it_is_set() {
         let sorted = limit().sorted_by(by_number).partitions(&[0.5, 0.5]).shed_by_priority();
         assert_eq!(generic(sorted.per_response()), 0);
         assert_eq!(http(limit().sorted_by(by_path).partitions(&[0.5, 0.5]).respond()), 0);
-        // The place that both may hold, and its way into the request's extensions.
+        // The permit that the call and the handler share, and its entry in the extensions of the request.
         assert!((1..=400).contains(&http(limit().upgrades())));
     });
 }
 
-/// The box of the error; and nothing at all where the refusal is a value of the user's.
+/// A rejection allocates the box of its error, or nothing if `respond_with` returns another value.
 #[test]
 fn a_refused_call_allocates_at_most_once() {
     fn refused<L>(layer: L, most: u64)
@@ -234,13 +234,13 @@ fn a_refused_call_allocates_at_most_once() {
 #[test]
 fn an_admitted_http_call_allocates_nothing_to_the_end_of_its_body() {
     in_runtime(|| {
-        assert_eq!(http(tower::layer::util::Identity::new()), 0, "what is wrapped");
+        assert_eq!(http(tower::layer::util::Identity::new()), 0, "the inner service alone");
         assert_eq!(http(CircuitBreakerLayer::http()), 0);
         assert_eq!(http(CircuitBreakerLayer::new(ratio()).respond()), 0);
         assert_eq!(http(limit()), 0);
         assert_eq!(http(limit().respond()), 0);
         assert_eq!(http(ConcurrencyLimitLayer::adaptive(Knee::default())), 0);
-        assert_eq!(http(Health::new().endpoints()), 0, "a request that is no probe");
+        assert_eq!(http(Health::new().endpoints()), 0, "a request that is not a health check");
         assert_eq!(http(HealthProbeLayer::get("/healthz")), 0);
         assert_eq!(http(HealthProbeLayer::get("/healthz").passive()), 0);
         let client = ServiceBuilder::new().layer(CircuitBreakerLayer::http()).layer(limit());
@@ -252,7 +252,7 @@ fn an_admitted_http_call_allocates_nothing_to_the_end_of_its_body() {
     });
 }
 
-/// The token in the request's extensions, and these themselves where a server has put nothing there before.
+/// The token in the extensions of the request, and the map of the extensions, which a server has usually filled before.
 #[cfg(feature = "lifecycle")]
 #[test]
 fn a_call_that_may_be_told_to_end_costs_its_extension() {
@@ -273,7 +273,7 @@ fn a_timeout_on_an_answer_that_is_ready_allocates_nothing() {
     assert_eq!(http(TimeoutLayer::server().respond()), 0);
 }
 
-/// The memory that 1024 keys of 60 KB leave behind: in the host, in the userinfo and in the path of a URI.
+/// The memory that stays in use after 1024 keys of 60 KB: in the host, in the userinfo and in the path of a URI.
 #[test]
 fn large_keys_leave_little_memory_behind() {
     const LIMIT: i64 = 4 * 1024 * 1024;

@@ -1,11 +1,11 @@
-//! The likeliest mistakes do not compile, and the compiler names the remedy where the language lets a
-//! library say so. Only words are looked for: the messages around them differ between compilers.
+//! The most likely mistakes do not compile. Where the language allows it, the message of the compiler names the
+//! remedy. The test compares parts of the messages, because compilers differ in the rest.
 
 use std::{env, fs, path::Path, process::Command};
 
-/// A file in `compile_fail/`, and what the compiler has to say to it.
+/// The files in `compile_fail/`, each with the parts that the message of the compiler has to contain.
 const MISTAKES: [(&str, &[&str]); 5] = [
-    // The missing bound is axum's own, between types that are not ours: no library can add to it.
+    // A bound of axum on types of other crates is missing, so this crate cannot add to the message.
     ("server_without_respond", &["Infallible", "Box<dyn std::error::Error"]),
     (
         "respond_without_http",
@@ -19,7 +19,7 @@ const MISTAKES: [(&str, &[&str]); 5] = [
         "http_over_other_types",
         &["`Http` cannot classify calls with the results `u32`", ".classify(", ".per_response()"],
     ),
-    // The compiler has words of its own for a closure that does not fit: both signatures.
+    // The compiler has its own message for a closure of another signature: it states both signatures.
     ("closure_for_other_types", &["type mismatch in function arguments", "&'a std::io::Error"]),
     ("service_not_clone", &["`Once` cannot be cloned", "tower::buffer::BufferLayer"]),
 ];
@@ -52,7 +52,7 @@ tower = "0.5"
     fs::write(project.join("Cargo.toml"), manifest).unwrap();
 
     for (name, remedy) in MISTAKES {
-        // All that it needs has been fetched for this crate's own tests.
+        // The dependencies have been fetched for the tests of this crate.
         let told = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
             .args(["check", "--offline", "--quiet", "--color", "never", "--bin", name])
             .current_dir(&project)

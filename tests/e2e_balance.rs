@@ -37,7 +37,7 @@ use tower::{
     util::{BoxCloneService, BoxCloneSyncService},
 };
 
-/// Long enough that all calls of a test's stretch fit in it on a slow machine.
+/// The open time. All calls of one phase of the test fit into it, also on a slow machine.
 const WAIT: Duration = Duration::from_secs(2);
 
 struct Upstream {
@@ -154,7 +154,7 @@ async fn upstreams(layer: impl Fn() -> CircuitBreakerLayer) -> (Balanced, Vec<Up
     (BoxCloneService::new(service), upstreams)
 }
 
-/// So many requests, sixteen at a time; the status of each.
+/// Sends this many requests, 16 at a time, and returns the status of each.
 async fn send(service: &Balanced, requests: usize) -> Vec<StatusCode> {
     let mut senders = JoinSet::new();
     for _ in 0..16 {
@@ -165,7 +165,7 @@ async fn send(service: &Balanced, requests: usize) -> Vec<StatusCode> {
                 match service.clone().oneshot(Request::new(Empty::new())).await {
                     Ok(status) => answers.push(status),
                     Err(error) => match Rejected::find(&*error) {
-                        Some(refused) => panic!("a caller was refused: {refused}"),
+                        Some(refused) => panic!("a call was rejected: {refused}"),
                         None => panic!("{error}"),
                     },
                 }
@@ -184,8 +184,8 @@ fn counts(upstreams: &[Upstream]) -> Vec<usize> {
     upstreams.iter().map(|upstream| upstream.requests.swap(0, SeqCst)).collect()
 }
 
-/// Many callers at once: after the trip nothing but probes reaches the dead upstream, no caller is refused,
-/// and a good probe brings it back.
+/// Many callers at once: after the trip only probes reach the dead upstream, no call is rejected, and a good probe
+/// closes the circuit.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn after_the_trip_only_the_breakers_probes_reach_the_dead_upstream() {
     let layer = || CircuitBreakerLayer::new(Trip::consecutive(3)).open_for(WAIT).backpressure();
@@ -205,7 +205,7 @@ async fn after_the_trip_only_the_breakers_probes_reach_the_dead_upstream() {
             sleep(WAIT).await;
         }
         let failed = failures(&send(&service, 160).await);
-        // A probe for each wait that was over, and no more; each has failed and opened it again.
+        // One probe for each open time that has ended. Each probe has failed and opened the circuit again.
         let now = dead.circuit.snapshot().opened;
         let probes = (now - opened) as usize;
         assert_eq!((counts(&upstreams)[0], failed), (probes, probes), "at {}", dead.addr);

@@ -1,4 +1,4 @@
-//! hyper-util's client under the stack, against a real server: what is in flight is counted over there.
+//! hyper-util's client under the stack, against a real server that counts the calls in flight.
 #![cfg(all(feature = "breaker", feature = "limit", feature = "hyper"))]
 
 mod net;
@@ -35,7 +35,7 @@ async fn upstream(stage: &Stage) -> std::net::SocketAddr {
     serve(app).await
 }
 
-/// Two get in; the others wait here, and nothing of them is seen over there.
+/// Two calls reach the server. The others wait in the client, and the server does not see them.
 async fn two_of_twenty(stage: &Stage, limit: &ConcurrencyLimitHandle, mut calls: JoinSet<Bytes>) {
     until(|| limit.snapshot().waiting as usize == CALLERS - 2).await;
     until(|| stage.inside.now() == 2).await;
@@ -49,7 +49,7 @@ async fn two_of_twenty(stage: &Stage, limit: &ConcurrencyLimitHandle, mut calls:
     assert_eq!((limit.in_flight(), limit.snapshot().waiting), (0, 0));
 }
 
-/// How a half-open circuit's probe ended.
+/// Returns the reason for which the last half-open probe failed.
 fn probe(state: &CircuitBreakerHandle) -> Reason {
     match state.snapshot().last_trip {
         Some(Tripped::Probe { outcome }) => outcome.reason(),
@@ -57,7 +57,7 @@ fn probe(state: &CircuitBreakerHandle) -> Reason {
     }
 }
 
-/// A breaker that trips at once and probes a moment later, so that a second failure is seen with its reason.
+/// A breaker that trips at the first failure and probes 20 ms later. The failure of the probe states its reason.
 fn touchy() -> (CircuitBreakerLayer, CircuitBreakerHandle) {
     let breaker =
         CircuitBreakerLayer::new(Trip::consecutive(1)).open_for(Duration::from_millis(20));
@@ -72,7 +72,7 @@ async fn admits(state: &CircuitBreakerHandle) {
     }
 }
 
-// ===== Two at once =====
+// ===== Two calls at once =====
 
 #[tokio::test]
 async fn oneshot_in_spawned_tasks_never_has_more_than_two_at_the_server() {
@@ -204,7 +204,7 @@ async fn a_500_counts_at_its_head_and_holds_its_place_to_the_end() {
     assert_eq!(handle.in_flight(), 0);
 }
 
-// ===== What goes wrong on the way =====
+// ===== Failures of the transport =====
 
 #[tokio::test]
 async fn an_upstream_that_closes_mid_stream_is_a_failure_and_frees_its_place() {
@@ -303,7 +303,7 @@ async fn an_open_breaker_answers_without_the_upstream() {
 
 // ===== Request bodies =====
 
-/// Or clients that break off their uploads could open a gateway's circuit for everybody.
+/// Otherwise clients that break off their uploads could open the circuit of a gateway for all clients.
 #[tokio::test]
 async fn a_request_body_that_breaks_off_says_nothing_about_the_upstream() {
     let app = Router::new().route("/", axum::routing::put(|body: Bytes| async { body }));
@@ -344,7 +344,7 @@ async fn request_bodies_of_any_type_pass_through() {
 
 // ===== Upgrades =====
 
-/// WebSockets and the like: the bytes go past the layers on both sides, and the call is over with its head.
+/// An upgrade, such as to WebSocket: the bytes bypass the layers on both sides, and the call ends at its head.
 #[tokio::test]
 async fn an_upgraded_connection_passes_through_and_holds_no_place() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -380,7 +380,7 @@ async fn an_upgraded_connection_passes_through_and_holds_no_place() {
     assert_eq!(&word, b"hello");
 }
 
-/// With a body, an answer to `HEAD` is a protocol error over HTTP/2: hyper's server sends what it is given.
+/// hyper's server sends every body that it is given. Over HTTP/2, a response to `HEAD` with a body is a protocol error.
 #[tokio::test]
 async fn a_refused_head_request_gets_no_body() {
     let layer = ConcurrencyLimitLayer::new(1).respond();

@@ -256,7 +256,7 @@ async fn hint_is_followed_where_it_fits_the_deadline() {
         let (status, calls, time) = try_one(Method::GET, "/hint/503", ms(3000)).await;
         assert_eq!((status, calls), (200, 2), "{preset}");
         assert!(time >= ms(1000) && time < ms(1900), "{preset}: {time:?}");
-        // A hint that does not fit: the response of the upstream, at once.
+        // The hint exceeds the deadline, so the response of the upstream is returned at once.
         let (status, calls, time) = try_one(Method::GET, "/hint/503", ms(900)).await;
         assert_eq!((status, calls), (503, 1), "{preset}");
         assert!(time < ms(500), "{preset}: {time:?}");

@@ -39,7 +39,7 @@ fn client() -> HttpClient {
     HttpClient::new(builder().build().unwrap())
 }
 
-/// Never over a proxy that the environment of the test names.
+/// Without a proxy, because the environment of the test may name one.
 fn builder() -> reqwest::ClientBuilder {
     reqwest::Client::builder().no_proxy()
 }
@@ -80,7 +80,7 @@ async fn bodies_stream_both_ways_at_the_same_time() {
     let request = Request::post(format!("http://{addr}/echo"));
     let request = request.body(StreamBody::new(body.map(|chunk| chunk.map(Frame::data)))).unwrap();
     let mut call = pin!(client().oneshot(request));
-    // The head comes back before the body is at its end, and every chunk before the next is sent.
+    // The response head arrives before the request body ends, and each chunk arrives before the next one is sent.
     let mut response = None;
     for chunk in ["one", "two", "three"] {
         soon(chunks.send(chunk)).await.unwrap();
@@ -123,7 +123,7 @@ async fn a_request_without_a_host_is_an_error_and_never_a_panic() {
         let request = Request::get(uri.clone()).body(Empty::<Bytes>::new()).unwrap();
         let error = soon(client().oneshot(request)).await.unwrap_err();
         assert!(error.is_builder(), "{uri}: {error:?}");
-        let why = std::error::Error::source(&error).expect("the source says why").to_string();
+        let why = std::error::Error::source(&error).expect("a source with the reason").to_string();
         assert_eq!(why, said, "{uri}");
     }
 }
@@ -236,7 +236,7 @@ async fn request_builder_is_sent_through_the_layers() {
     let response = soon(moved.send_through(&client)).await.unwrap();
     assert_eq!(response.url().path(), "/", "the URL after the redirect");
 
-    // In a task, and by `?` into any error.
+    // In a task, with `?` into `anyhow::Error`.
     let task = tokio::spawn(async move {
         circuit.force_open();
         let text =

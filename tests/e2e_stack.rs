@@ -88,10 +88,10 @@ async fn config_makes_a_client_that_tries_again_and_tells_what_it_did() {
     }
     let seen = handle.snapshot();
     assert_eq!((seen.total, seen.successes, seen.retries, seen.in_flight), (21, 21, 1, 0));
-    assert_eq!((seen.connections, seen.healthy), (1, true), "one connection does for all");
+    assert_eq!((seen.connections, seen.healthy), (1, true), "all calls share one connection");
     assert!(seen.average.unwrap() <= Duration::from_secs(5) && seen.p99.is_some());
 
-    // A hundred at once over two connections, which a live setting makes three.
+    // 100 calls at once over two connections, and then over three after a live update.
     let calls = |count| {
         let tasks = (0..count).map(|_| tokio::spawn(client.clone().oneshot(to(at))));
         let tasks: Vec<_> = tasks.collect();
@@ -139,14 +139,14 @@ async fn config_makes_a_client_that_calls_nobody_while_its_probe_says_that_it_is
     assert_eq!((refused.kind(), refused.name()), (RejectedKind::Unhealthy, Some("search")));
     let seen = handle.snapshot();
     assert_eq!((seen.probe, seen.healthy), (Some(ProbeState::Down), false));
-    assert_eq!((seen.refused, calls.load(SeqCst)), (1, 1), "nobody was called");
+    assert_eq!((seen.refused, calls.load(SeqCst)), (1, 1), "no call reached the upstream");
     assert_eq!(seen.breaker_opened, 0);
 
     well.store(200, SeqCst);
     assert_eq!(net::soon(probe.changed()).await, ProbeState::Up);
     assert_eq!(net::soon(client.request(to(at))).await.unwrap().status(), 200);
     assert_eq!(net::soon(client.check_health()).await.status, HealthStatus::Healthy);
-    // Without one nothing is asked, and nothing refused.
+    // Without the settings of a health probe there is none.
     assert!(self::client(at, "").handle().probe().is_none());
 }
 
@@ -212,7 +212,7 @@ async fn config_makes_a_client_of_http_2_from_the_first_byte() {
         );
         response.into_body().collect().await.unwrap();
     }
-    assert_eq!(client.handle().snapshot().connections, 1, "one for all of them");
+    assert_eq!(client.handle().snapshot().connections, 1, "all calls share one connection");
 }
 
 #[tokio::test]
@@ -227,7 +227,10 @@ async fn config_makes_a_client_that_stops_calling_and_checks_health() {
         assert_eq!(handle.snapshot().last_check, Some(check));
     }
     let connections = handle.connections().unwrap().snapshot();
-    assert_eq!(connections.created, 1, "what it answers is read, so that its connection stays");
+    assert_eq!(
+        connections.created, 1,
+        "the response of a check is read, so its connection is reused"
+    );
     for _ in 0..2 {
         let response = net::soon(client.clone().oneshot(to(at))).await.unwrap();
         assert_eq!(response.status(), 503, "after three attempts");
@@ -239,7 +242,7 @@ async fn config_makes_a_client_that_stops_calling_and_checks_health() {
     assert_eq!(net::soon(client.check_health()).await.status, HealthStatus::Unhealthy);
     net::until(|| handle.snapshot().healthy).await;
     assert_eq!(net::soon(client.check_health()).await.status, HealthStatus::Healthy);
-    assert_eq!(handle.snapshot().breaker, Some(State::Closed), "a check is a probe, too");
+    assert_eq!(handle.snapshot().breaker, Some(State::Closed), "a check is a half-open probe");
 }
 
 #[tokio::test]
@@ -249,11 +252,12 @@ async fn config_of_nobody_there_fails_in_good_time() {
     drop(listener);
     let client = client(at, "");
     let error = net::soon(client.clone().oneshot(to(at))).await.map(drop).unwrap_err();
-    assert!(Rejected::find(&error).is_none(), "it was called: {error}");
+    assert!(Rejected::find(&error).is_none(), "not a rejection: {error}");
     assert_eq!(net::soon(client.check_health()).await.status, HealthStatus::Unhealthy);
 }
 
-/// Whole stacks on both sides: its own client to the next, with what its caller's deadline leaves.
+/// Serves a whole stack on both sides: the handler waits for `before` and then calls `next` with the rest of the
+/// deadline of its caller.
 async fn hop(next: SocketAddr, before: Duration) -> SocketAddr {
     let settings = "deadline_header = 'x-left'\ndeadline_keep_back = '40ms'\ndeadline_default = '2s'\ntimeout_head = '1500ms'\n\
                     retry_attempts = 1\nconnect_timeout = '1s'\nconnect_queue_wait = '1s'\nlimit_queue_wait = '1s'";
@@ -261,7 +265,7 @@ async fn hop(next: SocketAddr, before: Duration) -> SocketAddr {
     let handler = async move |Extension(deadline): Extension<Deadline>| {
         let mut request = to(next);
         request.extensions_mut().insert(deadline);
-        // In a task: that its caller hangs up does not end it.
+        // In a task, so that the work continues after the caller has hung up.
         let task = tokio::spawn(async move {
             sleep(before).await;
             client.oneshot(request).await.map(|response| response.status())
@@ -311,12 +315,12 @@ async fn config_of_a_deadline_passes_it_on_through_three_services_of_whole_stack
     let first = hop(hop(last, ms(0)).await, ms(0)).await;
     assert_ne!(ask(first).await, Some(StatusCode::OK));
     let then = ticks.load(SeqCst);
-    assert!(then > 10, "it had begun: {then}");
+    assert!(then > 10, "the handler has started: {then}");
     sleep(ms(100)).await;
-    // The one that was under way as the first gave up, at most.
-    assert!(ticks.load(SeqCst) <= then + 1, "works on for nobody");
+    // At most the tick that was in progress when the first service gave up.
+    assert!(ticks.load(SeqCst) <= then + 1, "the handler continued without a caller");
 
-    // What has no time left is not asked at all.
+    // The second service waits beyond the deadline, so the last one is not called.
     let slow = hop(hop(last, ms(450)).await, ms(0)).await;
     assert_ne!(ask(slow).await, Some(StatusCode::OK));
     sleep(ms(300)).await;

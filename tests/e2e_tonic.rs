@@ -75,7 +75,7 @@ async fn limit_works_under_tonic_and_a_stream_holds_its_place_until_dropped() {
     assert_eq!(soon(watch.message()).await.unwrap().unwrap().status, 1);
     assert_eq!(handle.in_flight(), 1);
 
-    // Over a connection of its own: the limit is not a connection's.
+    // Another connection, because all connections share the limit.
     let refused = soon(bare(addr).check(ask(""))).await.unwrap_err();
     assert_eq!((refused.code(), refused.message()), (Code::Unavailable, "limit_reached"));
     assert_eq!(pushback(&refused), Some(1000));
@@ -179,7 +179,7 @@ async fn breaker_and_limit_stack_under_tonic_with_tracing_between() {
     for _ in 0..10 {
         assert_eq!(soon(client.check(ask(""))).await.unwrap_err().message(), "limit_reached");
     }
-    // A refusal further in says nothing about the service: the circuit does not open over it.
+    // A rejection by an inner layer is not a failure of the service, so the circuit stays closed.
     assert_eq!((state.state(), handle.snapshot().refused_full), (State::Closed, 10));
     drop(watch);
     until(|| handle.in_flight() == 0).await;
@@ -200,7 +200,7 @@ async fn rejection_as_an_error_is_unavailable_to_a_generated_client_and_among_th
     state.force_open();
     let refused = soon(client.check(ask(""))).await.unwrap_err();
     assert_eq!((refused.code(), refused.message()), (Code::Unavailable, "unavailable"));
-    let rejected = Rejected::find(&refused).expect("in the chain of sources");
+    let rejected = Rejected::find(&refused).expect("a rejection among the sources");
     assert_eq!(rejected.kind(), RejectedKind::ForcedOpen);
     assert_eq!((rejected.layer(), rejected.name()), ("circuit_breaker", Some("upstream")));
 }
@@ -224,7 +224,7 @@ async fn a_client_s_refusal_as_a_response_is_unavailable_with_pushback() {
     assert_eq!((refused.code(), refused.message()), (Code::Unavailable, "limit_reached"));
     assert_eq!(pushback(&refused), Some(1000));
     drop(watch);
-    assert_eq!(handle.in_flight(), 0, "freed by the drop itself");
+    assert_eq!(handle.in_flight(), 0, "released by the drop");
     soon(client.check(ask(""))).await.unwrap();
     assert_eq!((handle.in_flight(), state.state()), (0, State::Closed));
 }
@@ -262,7 +262,7 @@ async fn a_client_s_breaker_counts_failures_in_the_head_and_in_the_trailers() {
         assert_eq!(
             state.snapshot().seen.consecutive_failures,
             failures - 1,
-            "a good head is no verdict"
+            "a good head alone decides nothing"
         );
         soon(watch.message()).await.unwrap().unwrap();
         assert_eq!(soon(watch.message()).await.unwrap_err().code(), Code::Internal);

@@ -1,5 +1,5 @@
-//! What is measured to go wrong elsewhere, and does not here: the rows of the README's table that need
-//! no server.
+//! Failures that were measured with other libraries and do not occur here: the rows of the table in the README that
+//! need no server.
 #![cfg(all(feature = "breaker", feature = "limit"))]
 
 mod support;
@@ -25,7 +25,7 @@ use tokio_test::{assert_pending, assert_ready_ok, task};
 use tower::{Layer, Service, ServiceExt, load_shed::LoadShed, service_fn};
 use tower_test::mock::Spawn;
 
-/// Far more than any of these tests takes: a hang becomes a failure.
+/// Much longer than any of these tests, so that a hang becomes a failure.
 const HANGS: Duration = Duration::from_secs(60);
 
 // ===== Half-open =====
@@ -34,7 +34,7 @@ const HANGS: Duration = Duration::from_secs(60);
 async fn a_thousand_callers_in_half_open_are_no_more_than_its_probes() {
     const CALLERS: usize = 1000;
     for probes in [1, 2] {
-        // The wait is over at once.
+        // The open time ends at once.
         let layer = CircuitBreakerLayer::new(Trip::consecutive(1))
             .open_for(Duration::from_nanos(1))
             .half_open(probes);
@@ -79,9 +79,9 @@ async fn a_probe_cancelled_by_its_caller_leaves_the_gate_ajar() {
     service.clone().oneshot(request()).await.unwrap_err();
     advance(wait).await;
     let probe = timeout(Duration::from_millis(500), service.clone().oneshot(request())).await;
-    assert!(probe.is_err(), "its caller had no more time");
+    assert!(probe.is_err(), "the timeout of the caller has expired");
     watch.script([Then::Answer(empty())]);
-    service.clone().oneshot(request()).await.expect("the next one probes");
+    service.clone().oneshot(request()).await.expect("the next call is the probe");
     assert_eq!(handle.state(), State::Closed);
 }
 
@@ -89,7 +89,7 @@ async fn a_probe_cancelled_by_its_caller_leaves_the_gate_ajar() {
 
 type Answer = Result<(), Oops>;
 
-/// Answers what it is asked.
+/// A service that responds with its request.
 fn echo() -> impl Service<Answer, Response = (), Error = Oops, Future = Ready<Answer>> + Clone {
     service_fn(ready)
 }
@@ -100,7 +100,7 @@ fn judge(result: Result<&(), &Oops>) -> Outcome {
 
 fn ask<S: Service<Answer, Error = BoxError>>(service: &mut S, answer: Answer) {
     let answered = async { service.ready().await?.call(answer).await.map(drop) };
-    let _ = answered.now_or_never().expect("answers at once");
+    let _ = answered.now_or_never().expect("the service responds at once");
 }
 
 #[tokio::test(start_paused = true)]
@@ -116,7 +116,7 @@ async fn after_a_million_successes_it_opens_as_soon_as_on_the_first_day() {
             }
             advance(Duration::from_millis(10)).await;
         }
-        // The last ten seconds have been quiet.
+        // No call for the length of the window.
         advance(window).await;
         for _ in 0..failures {
             assert_eq!(handle.state(), State::Closed);
@@ -126,7 +126,7 @@ async fn after_a_million_successes_it_opens_as_soon_as_on_the_first_day() {
     }
 }
 
-/// As a ratio within one run: elsewhere it is a hundred and more.
+/// Compares the times within one run by their ratio. Other libraries reach a ratio of a hundred and more.
 #[tokio::test]
 async fn a_time_window_with_100_000_calls_in_it_is_as_cheap_as_an_empty_one() {
     let trip = || Trip::failure_ratio(1.0).within(Duration::from_secs(3600)).min_calls(1);
@@ -150,10 +150,10 @@ async fn a_time_window_with_100_000_calls_in_it_is_as_cheap_as_an_empty_one() {
         quickest[1] = quickest[1].min(began.elapsed());
     }
     let ratio = quickest[1].as_secs_f64() / quickest[0].as_secs_f64();
-    assert!(ratio < 5.0, "{ratio:.1} times as dear: {quickest:?}");
+    assert!(ratio < 5.0, "{ratio:.1} times the duration: {quickest:?}");
 }
 
-/// Calls in a clean window, and in one with a failure in it, which takes the lock.
+/// Calls in a window without failures, and in a window with one failure, in which each call takes the lock.
 #[tokio::test]
 async fn a_window_of_a_million_is_as_cheap_as_one_of_a_hundred() {
     const MANY: u32 = 1_000_000;
@@ -174,7 +174,7 @@ async fn a_window_of_a_million_is_as_cheap_as_one_of_a_hundred() {
             }
             let mut services = layers.map(|layer| layer.layer(echo()));
             let mut quickest = [Duration::MAX; 2];
-            // In turns, and fewer calls in all than push the failure out of the smaller window.
+            // The services alternate. The calls are too few to push the failure out of the smaller window.
             for _ in 0..if failure { 9 } else { 40 } {
                 for (service, quickest) in services.iter_mut().zip(&mut quickest) {
                     let began = Instant::now();
@@ -183,14 +183,17 @@ async fn a_window_of_a_million_is_as_cheap_as_one_of_a_hundred() {
                 }
             }
             let ratio = quickest[1].as_secs_f64() / quickest[0].as_secs_f64();
-            assert!(ratio < 5.0, "{ratio:.1} times as dear: {small:?}, {failure}, {quickest:?}");
+            assert!(
+                ratio < 5.0,
+                "{ratio:.1} times the duration: {small:?}, {failure}, {quickest:?}"
+            );
         }
     }
 }
 
 // ===== An open circuit =====
 
-/// More workers than cores, and nobody hangs.
+/// More worker threads than cores, and no caller hangs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 16)]
 async fn an_open_circuit_refuses_many_callers_on_few_cores_at_once() {
     let layer = CircuitBreakerLayer::http();
@@ -207,11 +210,11 @@ async fn an_open_circuit_refuses_many_callers_on_few_cores_at_once() {
             }
         });
     }
-    timeout(HANGS, callers.join_all()).await.expect("somebody hangs");
+    timeout(HANGS, callers.join_all()).await.expect("a caller hangs");
     assert_eq!((watch.seen().polls, layer.handle().snapshot().refused), (0, 10_000));
 }
 
-/// The wake-up is not lost, whenever it opens while callers come to wait for a hung service.
+/// No wake-up is lost if the circuit opens at any moment while callers start to wait for a hung service.
 #[tokio::test(flavor = "multi_thread", worker_threads = 16)]
 async fn a_circuit_that_opens_wakes_all_who_wait_for_a_hung_service() {
     for _ in 0..100 {
@@ -234,14 +237,14 @@ async fn a_circuit_that_opens_wakes_all_who_wait_for_a_hung_service() {
                 assert_eq!(refused_as(refused), RejectedKind::ForcedOpen);
             });
         }
-        timeout(HANGS, callers.join_all()).await.expect("somebody hangs");
+        timeout(HANGS, callers.join_all()).await.expect("a caller hangs");
         assert_eq!(watch.seen().calls, 0);
     }
 }
 
 // ===== A limit =====
 
-/// An idle clone that has been polled ready holds no place, queues for none, and is handed none.
+/// An idle clone that was polled ready holds no permit and no queue entry, and is granted none.
 #[tokio::test(start_paused = true)]
 async fn an_idle_clone_never_swallows_a_freed_place() {
     for queue in [0, 8] {
@@ -250,7 +253,7 @@ async fn an_idle_clone_never_swallows_a_freed_place() {
         let service = layer.layer(inner);
         let mut under_way = task::spawn(LoadShed::new(service.clone()).oneshot(request()));
         assert_pending!(under_way.poll());
-        // One waits for its chance since before, one since now; neither is going to call.
+        // Both clones are polled ready before and after the release of the permit, and neither is called.
         let mut idle = [Spawn::new(service.clone()), Spawn::new(service.clone())];
         for idle in &mut idle {
             assert_ready_ok!(idle.poll_ready::<http::Request<()>>());

@@ -37,7 +37,7 @@ async fn double(n: u32) -> Result<u32, BoxError> {
     n.checked_mul(2).ok_or_else(|| "too much".into())
 }
 
-/// One stack, made anew for every service it goes around.
+/// A stack, built anew for each service.
 macro_rules! http_stack {
     ($service:expr) => {
         ServiceBuilder::new()
@@ -132,7 +132,7 @@ async fn a_stack_that_responds() {
     is_hello(spawned_ready!(service, call())).await;
 }
 
-/// Below a retry, requests have a body that can be sent again.
+/// The inner service of a retry receives requests whose body can be replayed.
 async fn hello_again(_: Request<ReplayBody<Empty<Bytes>>>) -> Result<Answer, BoxError> {
     Ok(Response::new(Full::new(Bytes::from_static(b"hello"))))
 }
@@ -178,7 +178,7 @@ async fn tower_http_s_timeout_around_each_of_ours() {
     is_hello(spawned_ready!(service, call())).await;
 }
 
-// ===== Types of one's own =====
+// ===== Custom types =====
 
 #[tokio::test]
 async fn own_types_with_boxed_errors() {
@@ -228,9 +228,9 @@ async fn a_function_over_boxed_errors() {
     assert_eq!(spawned_oneshot!(service, 21).unwrap(), 42);
 }
 
-// ===== `oneshot`, where rustc lets it =====
+// ===== `oneshot`, where rustc accepts it =====
 
-/// Over an error type that is no box.
+/// The error type is not a box.
 #[tokio::test]
 async fn oneshot_over_a_typed_error() {
     async fn typed(_: Call) -> Result<Answer, std::io::Error> {
@@ -251,9 +251,9 @@ async fn oneshot_whose_future_is_made_before_the_task() {
     is_hello(tokio::spawn(http_stack!(service_fn(hello)).oneshot(call())).await.unwrap()).await;
 }
 
-// ===== Bodies that are read inside of the task =====
+// ===== Bodies that are read in a task =====
 
-/// `BoxError` is named in the body's type: no bound on its error may be asked for again in there.
+/// The type of the body names `BoxError`, so reading it in a task must not require another bound on its error.
 #[cfg(feature = "timeout")]
 #[tokio::test]
 async fn a_boxed_body_is_read_inside_of_a_task() {

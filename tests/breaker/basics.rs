@@ -122,7 +122,7 @@ async fn bad_config_is_a_typed_error() {
         // A misconfigured layer rejects every call with the error of its configuration.
         let (inner, watch) = Strict::new();
         let error = layer.layer(inner).oneshot(request()).await.unwrap_err();
-        let refused = Rejected::find(&*error).expect("a refusal");
+        let refused = Rejected::find(&*error).expect("a rejection");
         assert_eq!(refused.kind(), RejectedKind::Misconfigured);
         let source = std::error::Error::source(refused).expect("a source");
         let told: &ConfigError =

@@ -269,7 +269,7 @@ impl Replay {
         }
         if !expect["started"].is_null() {
             let before = self.rig.watch.seen().calls;
-            let (name, call, _) = self.under_way.last_mut().expect("who waits");
+            let (name, call, _) = self.under_way.last_mut().expect("a waiting call");
             assert_eq!(*name, expect["started"], "{id}");
             assert!(call.poll().is_pending());
             assert_eq!(self.rig.watch.seen().calls, before + 1, "{id}");

@@ -1,4 +1,4 @@
-//! Every conflict, with the sentence that its user needs.
+//! Each conflict between settings, with the text of its error.
 
 use buttress::config::{ClientConfig, ServerConfig};
 

@@ -1,4 +1,4 @@
-//! From TOML, JSON and environments; what nobody knows; where a value came from.
+//! Configurations from TOML, JSON and the environment: unknown settings, and the source of each value.
 
 use std::time::Duration;
 
@@ -44,11 +44,11 @@ fn the_same_in_toml_json_and_an_environment() {
         assert_eq!(config.timeout.head, Some(Duration::from_millis(2500)));
         assert_eq!((config.timeout.idle, config.retry.attempts), (None, 2));
         assert_eq!(config.retry.budget_ratio, 0.1);
-        assert_eq!(config.deadline.default, Some(secs(10)), "the preset's");
+        assert_eq!(config.deadline.default, Some(secs(10)), "the value of the preset");
         assert!(config.changes(&all[0]).is_empty());
         config.check().unwrap();
     }
-    // As serde has it: written out and read again.
+    // Written with serde and read again.
     let written = serde_json::to_string(&all[0]).unwrap();
     let read: ClientConfig = serde_json::from_str(&written).unwrap();
     assert!(read.changes(&all[0]).is_empty(), "{written}");
@@ -79,7 +79,7 @@ fn a_services_own_variables_go_before_the_common_ones_and_both_before_files() {
     let other = ClientConfig::load("billing").env_from(env).finish().unwrap();
     assert_eq!(other.connect.max_total, Some(50));
     assert_eq!(other.connect.timeout, secs(9));
-    // A name of several words, and none at all.
+    // A name of several words, and an empty name.
     let named = ClientConfig::load("user-db").env_from([("USER_DB_HTTP_CLIENT_STREAMING", "true")]);
     assert!(named.finish().unwrap().calls.streaming);
     let none = ClientConfig::load("").env_from([("_HTTP_CLIENT_STREAMING", "x")]);
@@ -166,7 +166,7 @@ fn what_is_empty_or_no_utf_8_or_said_twice_is_told() {
         assert_eq!(error, format!("`key` is {key}: set twice; set it only once (file TOML)"));
     }
     assert!(search().json(r#"{"limit_max": 1, "limit_max": 2}"#).finish().is_err());
-    // In two files it is the later one's.
+    // Of two files, the later one takes precedence.
     let two = search().toml("limit_max = 1").toml("limit.max = 2").finish().unwrap();
     assert_eq!(two.limit.max, Some(2));
 }
@@ -261,10 +261,10 @@ fn presets_work_as_they_are_and_are_told_apart() {
     ServerConfig::default().check().unwrap();
     let llm = search().preset(Preset::Llm).finish().unwrap();
     assert!(llm.timeout.first_frame > Some(secs(100)), "a long first frame");
-    assert!(llm.timeout.idle.is_some(), "silences bounded");
-    assert_eq!((llm.timeout.total, llm.deadline.default), (None, None), "and no total");
+    assert!(llm.timeout.idle.is_some(), "silence is bounded");
+    assert_eq!((llm.timeout.total, llm.deadline.default), (None, None), "no total timeout");
     assert!(llm.connect.max_per_host < Some(10), "few connections");
-    // What is loaded goes before what the program said.
+    // A loaded preset takes precedence over the preset of the program.
     let loaded = search().toml("preset = 'slow'").preset(Preset::Llm).finish().unwrap();
     assert_eq!(loaded.timeout.head, Some(secs(60)));
 }
@@ -333,14 +333,14 @@ fn it_explains_the_stack_outermost_first_with_where_each_value_came_from() {
     assert_eq!(line("breaker_open_for "), "breaker_open_for 7s code The");
     assert_eq!(line("limit_max "), "limit_max off env SEARCH_HTTP_CLIENT_LIMIT_MAX");
     assert_eq!(line("limit_queue "), "limit_queue 1024 default The");
-    // One that no handle can change is marked, and no other.
+    // The mark is for a setting that no handle can change.
     let marked: Vec<_> = told.lines().filter_map(|line| line.strip_prefix("* ")).collect();
     for (key, fixed) in
         [("deadline_header ", true), ("connect_http2_only ", true), ("limit_max ", false)]
     {
         assert_eq!(marked.iter().any(|line| line.starts_with(key)), fixed, "{key}");
     }
-    // However long a variable's name is, the sentences are below each other.
+    // The descriptions are aligned, whatever the length of a variable's name.
     let column = |what: &str| told.lines().find_map(|line| line.find(what)).unwrap();
     assert_eq!(
         column("The maximum number of calls in"),
@@ -388,7 +388,7 @@ fn service_links_of_kubernetes_and_docker_are_ignored() {
         "http-client",
         "search-http-client",
         "search-http-server",
-        // The prefix is a part of the name only.
+        // Names that continue after the prefix of the settings.
         "http-server-api",
         "http-client-breaker-failures",
     ];
@@ -488,7 +488,7 @@ fn env_prefix_replaces_the_default_one() {
     assert_eq!(error, "unknown setting `user_agent`: leave it out (env ACME_USER_AGENT)");
     let server = ServerConfig::load("").env_prefix("WEB_").env_from([("WEB_LIMIT_MAX", "3")]);
     assert_eq!(server.finish().unwrap().limit.max, Some(3));
-    // Without variables of its own, and with those of the platform.
+    // Variables of the platform without one of this prefix.
     search().env_prefix("NO_SUCH_PREFIX_").env().finish().unwrap();
 }
 

@@ -1,4 +1,4 @@
-//! Whatever a configuration says, it builds a working stack or says why not.
+//! Every configuration is either an error or builds a stack that works.
 
 use std::{
     cell::RefCell, collections::BTreeSet, convert::Infallible, future::Future, time::Duration,
@@ -19,7 +19,7 @@ use crate::fuzz::cases;
 
 type Nothing = Empty<bytes::Bytes>;
 
-/// What nobody would write, or only by mistake.
+/// Invalid and extreme values.
 const HOSTILE: &[&str] = &[
     "0",
     "-1",
@@ -44,10 +44,10 @@ const HOSTILE: &[&str] = &[
     "{}",
 ];
 
-/// So many that each key gets into a stack that can be built.
+/// The number of cases that puts each key into a valid configuration.
 const MANY: u32 = 1200;
 
-/// Every key there is: none is forgotten here.
+/// Returns all keys of the configuration.
 fn keys<C: serde::Serialize>(config: &C) -> Vec<String> {
     let all = serde_json::to_value(config).unwrap();
     all.as_object().unwrap().keys().cloned().chain(["preset".to_owned()]).collect()
@@ -106,7 +106,7 @@ fn hostile() -> impl Strategy<Value = Value> {
     ]
 }
 
-/// Some settings, mostly of a form that could work.
+/// A few settings, most of them with a plausible value.
 fn said(keys: Vec<String>) -> impl Strategy<Value = Map<String, Value>> {
     let one = prop::sample::select(keys).prop_flat_map(|key| {
         let value = prop_oneof![6 => plausible(&key), 1 => hostile()];
@@ -114,14 +114,14 @@ fn said(keys: Vec<String>) -> impl Strategy<Value = Map<String, Value>> {
     });
     prop::collection::vec(one, 0..6).prop_map(|said| {
         let mut said: Map<String, Value> = said.into_iter().collect();
-        // These are errors without a rate.
+        // These settings are errors without a rate.
         if ["timeout_body_grace", "timeout_min_body_rate_for_grpc"]
             .iter()
             .any(|key| said.contains_key(*key))
         {
             said.entry("timeout_min_body_rate").or_insert(json!(240));
         }
-        // More than one is an error without a time.
+        // More than one hedge attempt is an error without a delay or a percentile.
         if said.contains_key("hedge_max_hedges") {
             said.entry("hedge_percentile").or_insert(json!(0.95));
         }
@@ -129,7 +129,7 @@ fn said(keys: Vec<String>) -> impl Strategy<Value = Map<String, Value>> {
     })
 }
 
-/// The same as an environment has it.
+/// Returns the settings as variables of an environment.
 fn variables(prefix: &str, said: &Map<String, Value>) -> Vec<(String, String)> {
     let text = |value: &Value| match value {
         Value::String(text) => text.clone(),
@@ -146,7 +146,7 @@ fn paused<T>(future: impl Future<Output = T>) -> T {
     builder.enable_time().start_paused(true).build().unwrap().block_on(future)
 }
 
-/// What a user is told: of which setting, and what to do.
+/// Checks that each error names a setting, its value and a remedy.
 fn is_told(errors: &ConfigErrors, keys: &[String]) -> Result<(), TestCaseError> {
     prop_assert!(errors.iter().count() > 0);
     for error in errors.iter() {
@@ -183,10 +183,10 @@ fn fuzz_a_random_client_works_or_says_why_not() {
     });
     result.unwrap();
     let never: Vec<_> = keys.iter().filter(|key| !built.borrow().contains(*key)).collect();
-    assert!(never.is_empty() || !enough, "in no stack that was built: {never:?}");
+    assert!(never.is_empty() || !enough, "in no valid configuration: {never:?}");
 }
 
-/// Whether there was anything to try.
+/// Checks that the stack of a valid configuration works. Returns `false` if the configuration is invalid.
 fn client_works(config: &ClientConfig, keys: &[String]) -> Result<bool, TestCaseError> {
     let explained = config.explain();
     prop_assert!(keys.iter().filter(|key| *key != "preset").all(|key| explained.contains(key)));
@@ -199,11 +199,12 @@ fn client_works(config: &ClientConfig, keys: &[String]) -> Result<bool, TestCase
     prop_assert!(read.changes(config).is_empty(), "{:?} {}", read.changes(config), written);
     #[cfg(feature = "connect")]
     {
-        let layer = config.connect.layer().expect("what was checked can be built");
-        let _ = config.connect.client(layer).checked().expect("what was checked can be built");
+        let layer = config.connect.layer().expect("a checked configuration can be built");
+        let _ =
+            config.connect.client(layer).checked().expect("a checked configuration can be built");
     }
     paused(async {
-        let stack = ClientStack::new(config).expect("what was checked can be built");
+        let stack = ClientStack::new(config).expect("a checked configuration can be built");
         let handle = stack.handle();
         let client = stack.layer(service_fn(|request: Request<_>| async move {
             match request.uri().path() {
@@ -222,15 +223,18 @@ fn client_works(config: &ClientConfig, keys: &[String]) -> Result<bool, TestCase
         prop_assert!(ask("/fails").await.map_or(true, |answer| answer.status() == 503));
         let long = Duration::from_secs(100 * 365 * 24 * 3600);
         let hangs = tokio::time::timeout(long, ask("/hangs")).await;
-        prop_assert!(hangs.is_err() || hangs.is_ok_and(|ended| ended.is_err()), "nobody answered");
+        prop_assert!(
+            hangs.is_err() || hangs.is_ok_and(|ended| ended.is_err()),
+            "a hung upstream does not respond"
+        );
         let seen = handle.snapshot();
         prop_assert_eq!((seen.total, seen.in_flight, seen.successes), (3, 0, 1));
-        // And back to where it began, as far as that goes.
+        // Restores the default settings, except those that cannot change.
         let fixed = handle.update(&ClientConfig::default()).unwrap();
         for change in handle.config().changes(&ClientConfig::default()) {
             prop_assert!(
                 fixed.contains(&change.key),
-                "{} was neither changed nor told",
+                "{} was neither changed nor returned",
                 change.key
             );
         }
@@ -261,7 +265,7 @@ fn fuzz_a_random_server_works_or_says_why_not() {
                 is_told(&errors, &keys)?;
                 continue;
             }
-            let stack = buttress::server(&config).expect("what was checked can be built");
+            let stack = buttress::server(&config).expect("a checked configuration can be built");
             let app = stack.layer(service_fn(|_: Request<Nothing>| async {
                 Ok::<_, Infallible>(Response::new(Full::<bytes::Bytes>::from("hello")))
             }));
@@ -273,7 +277,7 @@ fn fuzz_a_random_server_works_or_says_why_not() {
     });
     result.unwrap();
     let never: Vec<_> = keys.iter().filter(|key| !built.borrow().contains(*key)).collect();
-    assert!(never.is_empty() || !enough, "in no stack that was built: {never:?}");
+    assert!(never.is_empty() || !enough, "in no valid configuration: {never:?}");
 }
 
 proptest! {
@@ -291,11 +295,11 @@ proptest! {
     fn fuzz_any_variable_is_read_or_refused(name in "(A_)?(HTTP_CLIENT_)?[A-Z_]{0,9}.{0,9}", value in ".{0,40}") {
         let ours = name.starts_with("HTTP_CLIENT_") || name.starts_with("A_HTTP_CLIENT_");
         let read = ClientConfig::load("a").env_from([(name, value)]).finish();
-        prop_assert!(ours || read.is_ok(), "others' variables are none of ours");
+        prop_assert!(ours || read.is_ok(), "foreign variables are ignored");
     }
 }
 
-/// What no file can say, a program can.
+/// Values that only a program can set, because no file can contain them.
 #[test]
 fn numbers_that_only_a_program_can_set_are_refused_too() {
     for bad in [f64::NAN, f64::INFINITY, -1.0, 1e308] {
@@ -312,5 +316,5 @@ fn numbers_that_only_a_program_can_set_are_refused_too() {
     config.timeout.head = Some(far);
     config.breaker.open_for = far;
     config.limit.queue_wait = far;
-    assert!(client_works(&config, &keys(&config)).unwrap(), "for ever is a time, too");
+    assert!(client_works(&config, &keys(&config)).unwrap(), "the maximum duration is valid");
 }

@@ -1,4 +1,4 @@
-//! Whole stacks from settings: what they do, what they tell, and what changes while they run.
+//! Whole stacks from a configuration: their behaviour, their snapshots, and settings that change at run time.
 
 use std::{
     collections::VecDeque,
@@ -31,7 +31,7 @@ fn request() -> Request<Nothing> {
     Request::new(Nothing::new())
 }
 
-/// What the service does next, call by call: a status after a time. Then 200, at once.
+/// The next responses of the service: a status after a time. After the last one it responds 200 at once.
 type Script = Arc<Mutex<VecDeque<(u16, Duration)>>>;
 
 fn client<B: 'static>(
@@ -148,7 +148,7 @@ async fn a_client_stack_counts_what_comes_of_its_calls() {
     let fresh = handle.snapshot();
     assert_eq!((fresh.total, fresh.average, fresh.p99, fresh.healthy), (0, None, None, true));
 
-    // One good call in 100 ms, and its body to its end.
+    // A successful call of 100 ms, whose body is read to its end.
     script.lock().unwrap().push_back((200, Duration::from_millis(100)));
     let response = client.clone().oneshot(request()).await.unwrap();
     assert_eq!((handle.snapshot().in_flight, handle.snapshot().successes), (1, 0));
@@ -159,13 +159,13 @@ async fn a_client_stack_counts_what_comes_of_its_calls() {
     let p99 = seen.p99.unwrap();
     assert!(p99 > Duration::from_millis(98) && p99 < Duration::from_millis(102), "{p99:?}");
 
-    // One that is tried again.
+    // A call that is retried.
     script.lock().unwrap().push_back((503, Duration::ZERO));
     drop(client.clone().oneshot(request()).await.unwrap());
     let seen = handle.snapshot();
     assert_eq!((seen.retries, seen.successes, seen.failures), (1, 2, 0));
 
-    // One that hangs in all its attempts: the circuit opens, and says so.
+    // A call that hangs in all its attempts: the circuit opens, and the snapshot reports it.
     script.lock().unwrap().extend([(200, secs(60)); 3]);
     let error = client.clone().oneshot(request()).await.map(drop).unwrap_err();
     assert!(
@@ -178,9 +178,13 @@ async fn a_client_stack_counts_what_comes_of_its_calls() {
     let error = client.clone().oneshot(request()).await.map(drop).unwrap_err();
     assert_eq!(Rejected::find(&*error).unwrap().name(), Some("search"));
     assert_eq!((handle.snapshot().refused, handle.snapshot().total), (1, 4));
-    assert_eq!(handle.snapshot().average, seen.average, "that is not how long calls take");
+    assert_eq!(
+        handle.snapshot().average,
+        seen.average,
+        "a rejection is not a sample of the latency"
+    );
 
-    // A check says so too, whatever is answered; later all is well again.
+    // The check reports the open circuit, whatever the response. It succeeds after the open time.
     let check = handle.check_health(async { Ok::<_, BoxError>(Response::new(())) }).await;
     assert_eq!(check.status, HealthStatus::Unhealthy);
     sleep(secs(5)).await;
@@ -190,13 +194,13 @@ async fn a_client_stack_counts_what_comes_of_its_calls() {
     let check = handle.check_health(client.clone().oneshot(request())).await;
     assert_eq!((check.status, check.took), (HealthStatus::Unhealthy, secs(2)));
 
-    // One that its caller gives up.
+    // A call that its caller cancels.
     script.lock().unwrap().push_back((200, secs(60)));
     assert!(tokio::time::timeout(secs(1), client.oneshot(request())).await.is_err());
     assert_eq!((handle.snapshot().cancelled, handle.snapshot().in_flight), (1, 0));
 }
 
-/// What a service and its caller do, call by call.
+/// The behaviour of the service and of the caller in one call.
 #[derive(Clone, Copy, Debug)]
 enum Fate {
     Answered(u16),
@@ -268,11 +272,12 @@ async fn whatever_becomes_of_calls_the_figures_add_up() {
     let seen = handle.snapshot();
     assert_eq!((seen.total, seen.in_flight, seen.waiting), (500, 0, 0), "{seen:?}");
     let each = [seen.successes, seen.failures, seen.throttled, seen.cancelled, seen.refused];
-    assert!(each.iter().all(|count| *count > 0), "of each there is one: {seen:?}");
+    assert!(each.iter().all(|count| *count > 0), "each outcome occurs: {seen:?}");
     assert!(seen.timeouts > 0 && seen.breaker_opened > 0 && seen.retries > 0, "{seen:?}");
 }
 
-/// The layers further in keep it, whatever a call waits for, and it is told and counted as what it was.
+/// Inner layers enforce the deadline in every phase of a call: at the service, in the body, in the queue and before its
+/// start. The error and the counters state the phase.
 #[tokio::test(start_paused = true)]
 async fn a_deadline_is_kept_in_whatever_phase_a_call_is() {
     let off = "timeout_head = 'off'\ntimeout_sending = 'off'\ntimeout_taking = 'off'\n\
@@ -302,8 +307,12 @@ async fn a_deadline_is_kept_in_whatever_phase_a_call_is() {
             }
         };
         let under_way = RejectedKind::TimedOut(Phase::Deadline);
-        assert_eq!(call("/hangs", secs(9)).await, (under_way, secs(9)), "it replaces the default");
-        assert_eq!(call("/silent", secs(1)).await, (under_way, secs(1)), "its body");
+        assert_eq!(
+            call("/hangs", secs(9)).await,
+            (under_way, secs(9)),
+            "the deadline replaces the default"
+        );
+        assert_eq!(call("/silent", secs(1)).await, (under_way, secs(1)), "in the response body");
         let seen = handle.snapshot();
         assert_eq!((seen.timeouts, seen.failures, seen.refused), (2, 2, 0));
         let (first, second) = tokio::join!(call("/hangs", secs(2)), call("/hangs", secs(1)));
@@ -335,10 +344,10 @@ async fn settings_change_while_it_runs_and_what_cannot_is_told() {
     assert_eq!(fixed, Vec::<&str>::new());
     script.lock().unwrap().extend([(503, Duration::ZERO); 2]);
     drop(client.clone().oneshot(request()).await.unwrap());
-    assert_eq!(handle.snapshot().retries, 2, "three attempts by now");
+    assert_eq!(handle.snapshot().retries, 2, "the update allows three attempts");
     assert_eq!(handle.config().limit.max, Some(256));
 
-    // Another deadline, another limit; other rules need another circuit.
+    // The deadline and the limit change. Settings that need a new stack do not, and the update returns their keys.
     let other = "deadline_default = '5s'\nretry_attempts = 1\nbreaker_failure_ratio = 0.5\n\
                  deadline_header = 'x-left'\nretry_budget_ratio = 0.5\nbreaker_failures = 9\nlimit_queue_wait = '1s'";
     let fixed = handle.update(&ClientConfig::from_toml(other).unwrap()).unwrap();
@@ -347,9 +356,13 @@ async fn settings_change_while_it_runs_and_what_cannot_is_told() {
         ["deadline_header", "retry_budget_ratio", "breaker_failures", "breaker_failure_ratio"]
     );
     let now = handle.config();
-    assert_eq!((now.deadline.header, now.breaker.failures), (None, Some(5)), "as it is in force");
+    assert_eq!(
+        (now.deadline.header, now.breaker.failures),
+        (None, Some(5)),
+        "the settings in force"
+    );
     took(5).await;
-    // Of the deadline itself all but its header.
+    // All settings of the deadline change, except the header.
     let kept = "deadline_default = '50s'\ndeadline_at_most = '9s'\ndeadline_keep_back = '2s'\nretry_attempts = 1";
     assert!(
         !handle
@@ -378,7 +391,7 @@ async fn settings_change_while_it_runs_and_what_cannot_is_told() {
         ("file TOML".into(), "default".into())
     );
 
-    // What does not fit changes nothing.
+    // An invalid update changes nothing.
     let bad = ClientConfig::from_toml("retry_attempts = 9").unwrap();
     assert!(handle.update(&bad).unwrap_err().to_string().contains("use at most 5 attempts"));
     assert_eq!(handle.config().retry.attempts, 3);
@@ -393,7 +406,7 @@ async fn a_slow_call_gets_a_second_copy_where_that_is_said_and_nowhere_else() {
         let stack = ClientStack::new(&config).unwrap();
         let script = Script::default();
         let client = client::<()>(&stack, &script);
-        // A percentile wants to know some calls.
+        // The percentile needs some samples.
         for _ in 0..50 {
             client.clone().oneshot(request()).await.unwrap();
         }
@@ -405,8 +418,8 @@ async fn a_slow_call_gets_a_second_copy_where_that_is_said_and_nowhere_else() {
             (slow, hedges),
             "{toml}"
         );
-        assert_eq!(stack.handle().snapshot().total, 51, "a call is one, however often it was sent");
-        // Not what may have an effect.
+        assert_eq!(stack.handle().snapshot().total, 51, "hedge attempts are not counted as calls");
+        // A call that is not safe to repeat has no hedge.
         script.lock().unwrap().push_back((200, secs(9)));
         let mut post = request();
         *post.method_mut() = http::Method::POST;
@@ -492,7 +505,7 @@ async fn a_server_stack_under_axum() {
     assert_eq!(
         send("/late", "2000").await.unwrap().unwrap().status(),
         504,
-        "its caller's deadline"
+        "the deadline of the caller"
     );
     let late = send("/late", "9000");
     sleep(secs(1)).await;
@@ -527,7 +540,7 @@ async fn a_server_tells_a_passed_deadline_alike_wherever_it_passes() {
     };
     let deadline_exceeded = Some(String::from("4"));
     for (request, late, status, after) in [
-        // Under way; in the queue; over before it begins.
+        // In flight; in the queue; before its start.
         (left("2000"), left("1000"), (504, None), 1),
         (grpc("2S"), grpc("1S"), (200, deadline_exceeded.clone()), 1),
         (left("2000"), left("0"), (504, None), 0),

@@ -1,4 +1,4 @@
-//! Streams through whole stacks as they are, client and server, with their connections, under a paused clock.
+//! Streams through whole default stacks, client and server, with their connections, on a paused clock.
 
 use std::{
     io,
@@ -36,7 +36,7 @@ const fn secs(secs: u64) -> Duration {
     Duration::from_secs(secs)
 }
 
-/// No socket: a clock that is paused would run on while one is waited for.
+/// A connection in memory. With a socket, the paused clock would advance while the test waits for the socket.
 struct Pipe(TokioIo<DuplexStream>);
 
 impl Read for Pipe {
@@ -73,7 +73,7 @@ impl Connection for Pipe {
     }
 }
 
-/// A frame every 20 s: fifteen of them, and then the end, or nothing more.
+/// A body of 15 frames, one every 20 s, and then its end or silence.
 fn frames(ends: bool) -> Body {
     Body::from_stream(stream::unfold(0, move |nth| async move {
         match nth {
@@ -112,7 +112,7 @@ struct Both {
 }
 
 impl Both {
-    /// Reads a stream through both: how many frames came, when it was over, and why.
+    /// Reads a stream through both stacks. Returns the number of frames, the duration, and the rejection that ended it.
     async fn read(&self, path: &str, pause: Duration) -> (Ended, ClientHandle, ServerHandle) {
         let server = buttress::server(&self.server).unwrap();
         let app = Router::new()
@@ -130,7 +130,7 @@ impl Both {
         let (mut frames, mut why) = (0, None);
         while let Some(frame) = body.frame().await {
             match frame {
-                // HTTP/2 ends some streams with an empty one.
+                // HTTP/2 may end a stream with an empty frame.
                 Ok(frame) => {
                     frames += usize::from(frame.data_ref().is_some_and(|data| !data.is_empty()))
                 }
@@ -140,7 +140,7 @@ impl Both {
         }
         let took = start.elapsed();
         drop(body);
-        // The server hears of it.
+        // Time for the server to observe the end.
         sleep(secs(1)).await;
         ((frames, took, why), stack.handle(), server.handle())
     }
@@ -189,7 +189,7 @@ async fn a_stream_that_falls_silent_is_a_failure_after_the_idle_time_of_whole_st
         assert_eq!(took.as_secs(), 300 + idle.as_secs());
         let seen = client.snapshot();
         assert_eq!((seen.successes, seen.failures, seen.timeouts, seen.in_flight), (0, 1, 1, 0));
-        assert_eq!(server.snapshot().in_flight, 0, "nor does the server work on");
+        assert_eq!(server.snapshot().in_flight, 0, "the call of the server has ended");
     }
 }
 
@@ -198,5 +198,9 @@ async fn a_stream_through_the_preset_of_services_near_by_is_cut_at_its_deadline(
     let both =
         Both { client: ClientConfig::preset(Preset::Internal), server: ServerConfig::default() };
     let ((frames, took, why), ..) = both.read("/ends", Duration::ZERO).await;
-    assert_eq!((frames, took.as_secs()), (0, 5), "its first frame comes too late already: {why:?}");
+    assert_eq!(
+        (frames, took.as_secs()),
+        (0, 5),
+        "the deadline passes before the first frame: {why:?}"
+    );
 }

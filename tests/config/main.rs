@@ -1,4 +1,4 @@
-//! Settings: where they come from, what does not go together, and what is told about them.
+//! Configurations: their sources, conflicts between settings, errors and explanations.
 #![cfg(feature = "config")]
 
 #[path = "../support/fuzz.rs"]

@@ -325,7 +325,11 @@ async fn a_newcomer_never_overtakes() {
     let mut next = hold(&service);
     end(&watch, 0, &mut first);
     let mut newcomer = hold(&service);
-    assert_eq!(watch.seen().calls, 1, "the turn is taken, though its holder has not been polled");
+    assert_eq!(
+        watch.seen().calls,
+        1,
+        "the permit is granted, although its caller has not been polled"
+    );
     assert_pending!(next.poll());
     assert_eq!(watch.seen().calls, 2);
     end(&watch, 1, &mut next);

@@ -1,4 +1,4 @@
-//! A whole stack's refusals as responses.
+//! The rejections of a whole stack as responses.
 
 use std::{convert::Infallible, time::Duration};
 

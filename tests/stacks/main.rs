@@ -82,7 +82,7 @@ async fn an_axum_handler_and_a_route() {
         .route("/two", get(async || "two"))
         .route_layer(CircuitBreakerLayer::http().respond());
     assert_eq!(app.oneshot(for_root()).await.unwrap().status(), 200);
-    assert_eq!(limit.handle().in_flight(), 0, "an axum body that is dropped is over");
+    assert_eq!(limit.handle().in_flight(), 0, "the drop of an axum body ends the call");
 }
 
 #[tokio::test(start_paused = true)]
@@ -129,7 +129,7 @@ async fn both_layers_over_a_service_of_its_own_types() {
         .layer(ConcurrencyLimitLayer::new(2).per_response())
         .service(service_fn(query));
     tokio::spawn(db.clone().oneshot(true)).await.unwrap().unwrap();
-    // What fails with a `BoxError` already is not boxed once more.
+    // An error that already is a `BoxError` is not boxed again.
     let mut boxed = ServiceBuilder::new()
         .layer(ConcurrencyLimitLayer::new(9).per_response())
         .service(BoxCloneSyncService::new(db));

@@ -1,4 +1,4 @@
-//! What the log says of a refusal: who, and why.
+//! The events for rejections, faults and changes of state: their texts, fields and frequency.
 
 use std::{
     fmt::{Debug, Write},
@@ -26,7 +26,7 @@ type Body = Full<Bytes>;
 
 // ===== The log =====
 
-/// Every event of this thread, each as `LEVEL message field=value …`.
+/// Records every event of this thread as `LEVEL message field=value …`.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<String>>>);
 
@@ -34,7 +34,7 @@ impl Log {
     fn listen() -> (Self, DefaultGuard) {
         let log = Self::default();
         let guard = set_default(log.clone());
-        // Another test's thread, which has no subscriber, may have been the first to ask, and its answer is kept.
+        // A thread without a subscriber may have reached a callsite first, and tracing caches that it is disabled.
         tracing::callsite::rebuild_interest_cache();
         (log, guard)
     }
@@ -104,9 +104,9 @@ impl Subscriber for Log {
     fn exit(&self, _: &span::Id) {}
 }
 
-// ===== What is called =====
+// ===== The service =====
 
-/// Answers with this status after so long.
+/// A service that responds with this status after this time.
 macro_rules! answers {
     ($status:expr, $after:expr) => {
         service_fn(|_: Request<_>| async {
@@ -127,7 +127,7 @@ where
     service.oneshot(Request::new(Body::default())).await
 }
 
-// ===== Who refused =====
+// ===== Rejections, retries, hedges and health probes =====
 
 #[tokio::test(start_paused = true)]
 async fn every_refusal_is_logged_with_the_name_of_its_layer() {
@@ -193,7 +193,7 @@ async fn a_probe_that_fails_is_logged_with_all_that_caused_it() {
     assert_eq!(handle.snapshot().last_error.as_deref(), Some("no route to host"));
 }
 
-// ===== What was set wrong =====
+// ===== Misconfigured layers =====
 
 #[tokio::test(start_paused = true)]
 async fn a_layer_that_cannot_work_says_in_the_log_what_was_set_wrong() {
@@ -211,7 +211,7 @@ async fn a_layer_that_cannot_work_says_in_the_log_what_was_set_wrong() {
         "ERROR misconfigured: every call is rejected layer=\"timeout\" error=`head` is"
     ));
 
-    // These let calls through, and nothing else would tell.
+    // These layers let calls through, so the event is the only report of the fault.
     let lenient = ServiceBuilder::new()
         .layer(DeadlineLayer::new().default_of(AT_ONCE))
         .layer(RetryLayer::http().attempts(0))
@@ -232,7 +232,7 @@ async fn a_layer_that_cannot_work_says_in_the_log_what_was_set_wrong() {
     ));
 }
 
-// ===== How often it is logged =====
+// ===== Frequency =====
 
 /// Returns the events of this level.
 fn at(level: &str, lines: &[String]) -> Vec<String> {
