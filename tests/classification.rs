@@ -1,7 +1,7 @@
 //! One classification per response: the breaker, the adaptive limit, the retry and the hedge agree on it.
 //!
-//! Each row of the table is one response to one kind of request. It is sent through each layer alone, and what the
-//! layer does with it is compared with the outcome that `call::Http` documents.
+//! Each row of the table is one response to one kind of request. Each layer alone receives this response, and the test
+//! compares the behaviour of the layer with the outcome that `call::Http` documents.
 #![cfg(all(feature = "breaker", feature = "limit", feature = "retry"))]
 
 use std::{
@@ -38,7 +38,7 @@ enum Kind {
     Get,
     Post,
     Grpc,
-    /// The content type of gRPC with another method is not a gRPC call.
+    /// A request with the content type of gRPC and another method, which is not a gRPC call.
     GrpcGet,
 }
 
@@ -148,7 +148,7 @@ struct Expected {
     kind: OutcomeKind,
     reason: Reason,
     code: Option<u16>,
-    /// Whether a retry repeats it where that is safe.
+    /// Whether a retry repeats the call if this is safe.
     retryable: bool,
 }
 
@@ -165,7 +165,7 @@ fn grpc_code(code: u16) -> Expected {
     Expected { kind, reason: Reason::GrpcStatus, code: Some(code), retryable: code == 14 }
 }
 
-/// `doc/http-grpc-status-mapping.md` of gRPC.
+/// The table in `doc/http-grpc-status-mapping.md` of gRPC.
 fn mapped(status: u16) -> Expected {
     let code = match status {
         400 => 13,
@@ -600,7 +600,7 @@ async fn an_attempt_records_the_listed_grpc_status() {
     assert_eq!((first.reason(), first.code()), (Reason::GrpcStatus, Some(10)));
 }
 
-/// The head is a failure by the table, trailers may still bring a status, and the caller does not wait for them.
+/// The head is a failure by the table. Trailers may still bring a status, and the caller does not wait for them.
 #[tokio::test(start_paused = true)]
 async fn an_error_response_dropped_before_its_trailers_counts_as_its_http_status() {
     let layer = CircuitBreakerLayer::new(Trip::consecutive(1));
@@ -615,7 +615,7 @@ async fn an_error_response_dropped_before_its_trailers_counts_as_its_http_status
     }
 }
 
-/// The stream's first frame does not come while the retry waits for it.
+/// The first frame of the stream does not arrive while the retry waits for it.
 #[tokio::test(start_paused = true)]
 async fn an_error_response_whose_trailers_are_late_is_retried_by_its_http_status() {
     let pending = || StreamBody::new(stream::pending::<Result<Frame<Bytes>, Infallible>>());
@@ -656,7 +656,7 @@ async fn a_head_classifier_replaces_the_mapped_status_and_not_the_trailers() {
     }
 }
 
-// ===== reqwest's own types =====
+// ===== Types of reqwest =====
 
 #[cfg(feature = "reqwest")]
 mod reqwest_types {

@@ -120,7 +120,7 @@ impl Health for Forbidding {
     }
 }
 
-/// gRFC A6 and grpc-go's `shouldRetry`.
+/// The rules of gRFC A6 and of grpc-go's `shouldRetry`.
 #[tokio::test]
 async fn pushback_of_a_server_decides_about_retries() {
     // The status, its pushbacks, and the number of calls.

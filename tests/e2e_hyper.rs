@@ -303,7 +303,7 @@ async fn an_open_breaker_answers_without_the_upstream() {
 
 // ===== Request bodies =====
 
-/// Otherwise clients that break off their uploads could open the circuit of a gateway for all clients.
+/// A failed upload is neutral: clients that break off their uploads cannot open the circuit of a gateway.
 #[tokio::test]
 async fn a_request_body_that_breaks_off_says_nothing_about_the_upstream() {
     let app = Router::new().route("/", axum::routing::put(|body: Bytes| async { body }));

@@ -41,7 +41,7 @@ use tower_http::trace::TraceLayer;
 
 const PUSHBACK: &str = "grpc-retry-pushback-ms";
 
-/// Serves [`Obedient`] under a layer. A macro, because the bounds on tonic's layers fill a page.
+/// Serves [`Obedient`] under a layer. A macro, because the bounds on tonic's layers are long.
 macro_rules! serve {
     ($service:expr $(, $layer:expr)*) => {{
         let (incoming, addr) = incoming().await;

@@ -1,7 +1,7 @@
 //! No text that a person reads contains a secret: userinfo, query, token, header value or the value of a variable.
 //!
-//! [`TABLE`] lists everything that shows text. To add a type, add a row that builds it from a [`Planted`] and returns
-//! what it shows.
+//! [`TABLE`] lists every type that shows text. To add a type, add a row that builds it from a [`Planted`] and returns
+//! its text.
 #![cfg(feature = "full")]
 
 mod net;
@@ -43,7 +43,7 @@ type Body = Full<Bytes>;
 /// Occurs in every secret, and nowhere else.
 const SECRET: &str = "Pl4nted";
 
-/// A URI whose userinfo, query and fragment are secrets, and other secrets.
+/// A URI with secrets in its userinfo, query and fragment, and other secrets.
 #[derive(Clone, Debug)]
 struct Planted {
     uri: String,
@@ -71,7 +71,7 @@ impl Planted {
         ))
     }
 
-    /// Whether the URI can be sent: not every client reads every form.
+    /// Whether clients can send the URI: not every client accepts every form.
     fn parsed(&self) -> Option<http::Uri> {
         self.uri.parse().ok()
     }
@@ -130,7 +130,7 @@ impl Display for Leak {
 
 impl Error for Leak {}
 
-/// Fails unless a text shows no secret, also none that a line break divides.
+/// Fails if a text shows a secret, also one that is divided by a line break.
 #[track_caller]
 fn assert_no_secret(what: &str, planted: &Planted, text: &str) {
     let joined: String = text.chars().filter(|c| !c.is_whitespace()).collect();
@@ -187,7 +187,7 @@ impl Subscriber for Log {
     fn exit(&self, _: &span::Id) {}
 }
 
-// ===== What shows text =====
+// ===== Types that show text =====
 
 fn debug(shown: impl Debug) -> String {
     format!("{shown:?} {shown:#?}")
@@ -220,7 +220,7 @@ fn config(planted: &Planted) -> ClientConfig {
     config
 }
 
-/// A call that a layer with a wrong setting rejects.
+/// A call that a misconfigured layer rejects.
 async fn misconfigured(planted: &Planted) -> String {
     let wrong = planted.uri.replacen("://", ":/", 1);
     let layer = HealthProbeLayer::get::<Body>(&wrong);
@@ -415,7 +415,7 @@ macro_rules! table {
     };
 }
 
-/// Everything that shows text, with a name for the failure.
+/// Each type that shows text, with its name for the message of a failure.
 const TABLE: &[Row] = table! {
     "ClientConfig": |planted| debug(config(planted)),
     "ClientConfig::explain": |planted| config(planted).explain(),
@@ -627,7 +627,7 @@ fn error_of_a_value_of_ten_mebibytes_is_short() {
         let reporter = health.reporter("db").unwrap();
         reporter.fail_because(huge.clone());
         assert!(health.snapshot()[0].reason.as_ref().is_none_or(|reason| reason.len() <= 256));
-        // Far more than it takes, and far less than an algorithm that is not linear would.
+        // Far above the time of a linear algorithm, and far below the time of any other.
         assert!(began.elapsed() < Duration::from_secs(60), "{unit:?}: {:?}", began.elapsed());
     }
 }

@@ -1,5 +1,5 @@
 //! Stacks over services that mention `BoxError` must compile inside `tokio::spawn`: a where-clause in a
-//! future's fields makes rustc say "implementation of `From` is not general enough" (rust-lang#100013).
+//! future's fields makes rustc report "implementation of `From` is not general enough" (rust-lang#100013).
 #![cfg(all(feature = "breaker", feature = "limit", feature = "retry"))]
 
 use std::time::Duration;

@@ -192,7 +192,7 @@ async fn shadow_mode_wakes_who_is_held_back() {
 // ===== The ramp =====
 
 /// A rejection arrives at once, so a balancer would take an endpoint that rejects for the least loaded one. During the
-/// ramp `poll_ready` is therefore pending for a part of each second, which shrinks, instead of rejecting calls.
+/// ramp the layer therefore rejects no call: `poll_ready` is pending for a part of each second, and this part shrinks.
 #[tokio::test(start_paused = true)]
 async fn on_a_ramp_it_is_ready_for_a_growing_share_of_the_time_and_refuses_nobody() {
     let rig = Rig::half_open(touchy().ramp(secs(100)).backpressure()).await;
@@ -238,7 +238,7 @@ async fn who_is_held_back_on_a_ramp_is_woken_for_the_next_turn() {
     advance(ms(1)).await;
     assert!(held_back.is_woken(), "woken by the timer");
     assert_ready_ok!(held_back.poll_ready::<Request<()>>());
-    // The ready part of the second has ended before the call: the readiness that was reported still holds.
+    // The ready part of the second has ended before the call: `poll_ready` stays ready until the call.
     advance(ms(500)).await;
     rig.watch.script([Then::Answer(empty())]);
     assert_ready_ok!(task::spawn(held_back.call(request())).poll());

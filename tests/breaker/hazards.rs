@@ -303,7 +303,7 @@ async fn a_circuit_with_settings_of_its_own_is_not_evicted() {
     assert!(handle.get(&key).is_some());
 }
 
-/// The circuit of the key opens while the caller waits for a hung service: waiting longer has no use.
+/// The circuit of the key opens while the caller waits for a hung service, so the caller is woken and rejected.
 #[tokio::test(start_paused = true)]
 async fn who_waits_for_a_hung_service_is_woken_by_the_circuit_of_its_key() {
     let layer = touchy().per_origin();
@@ -320,7 +320,7 @@ async fn who_waits_for_a_hung_service_is_woken_by_the_circuit_of_its_key() {
     assert_eq!(refused_as(assert_ready!(early.poll())), RejectedKind::Open);
 }
 
-// ===== Waiting for a verdict =====
+// ===== Callers that wait for the decision =====
 
 #[tokio::test(start_paused = true)]
 async fn who_waits_for_a_verdict_is_told_when_the_lease_of_the_probe_ends() {

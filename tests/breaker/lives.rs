@@ -39,7 +39,7 @@ async fn gone() -> Vec<(Call, usize, Watch)> {
     calls.into()
 }
 
-/// The ends of these calls do not change circuits that are created in the meantime and count their own calls.
+/// The ends of these calls do not change circuits that are created later. Those count their own calls.
 #[tokio::test(start_paused = true)]
 async fn circuit_is_not_touched_by_calls_of_one_that_is_gone() {
     let mut dice = fastrand::Rng::with_seed(7);

@@ -28,7 +28,7 @@ const NOT_OURS: [(&str, &str); 21] = [
     ("r4j-cb-07", "forced open until a date; here until the next operation of the handle"),
     ("r4j-cb-18", "never changes state in metrics-only mode; shadow mode does, and never rejects"),
     ("r4j-cb-19", "events for exceeded rates in metrics-only mode; shadow mode has transitions"),
-    ("fsgo-cb-19", "a number of failures in a time, and no open time; here ratios, and above zero"),
+    ("fsgo-cb-19", "failures per time, and an open time of zero; here ratios, and above zero"),
     ("opossum-05", "warm-up by time; `min_calls` has this purpose here"),
     ("fsgo-compose-04", "an inner retry; see the tests of stacks"),
     ("fsgo-compose-02", "an outer retry; see the tests of stacks"),

@@ -287,7 +287,7 @@ fn streaming_turns_off_limits_for_slow_clients_of_a_server_unless_they_are_set()
     let explained = streaming.explain();
     let line = explained.lines().find(|line| line.contains("limit_max_unread")).unwrap();
     assert!(line.contains("off          default if streaming"), "{line}");
-    // A client has neither.
+    // A client has neither of these defaults.
     let client = ClientConfig::from_toml("streaming = true").unwrap();
     assert_eq!((client.timeout.min_body_rate, client.limit.max_unread), (None, None));
     assert!(!client.limit.exempt_grpc_health && streaming.limit.exempt_grpc_health);

@@ -120,7 +120,7 @@ async fn a_hundred_thousand_cancelled_waiters_lose_no_place_and_wake_nobody_twic
     }
 }
 
-/// A queued task ends when its last waker is dropped, and its destructor may take a snapshot of the limit.
+/// The last clone of a waker may own the task, whose destructor may take a snapshot of the limit.
 #[test]
 fn a_waker_that_looks_at_the_limit_as_it_goes_does_not_stand_still() {
     struct Looks(ConcurrencyLimitHandle);

@@ -52,7 +52,7 @@ async fn shadow_mode_refuses_nobody_and_counts_who_would_be() {
     assert_eq!((watch.seen().calls, told.in_flight, told.waiting, told.shadowed), (6, 2, 0, 5));
     assert_eq!((told.refused_full, told.refused_deadline), (0, 0));
 
-    // A call beyond the limit ends without a change of `in_flight`; then a call with a permit ends.
+    // A call beyond the limit ends and does not change `in_flight`. Then a call with a permit ends.
     watch.end(4, Ok(hello()));
     drop(assert_ready_ok!(calls[4].poll()));
     assert_eq!(handle.in_flight(), 2);

@@ -94,7 +94,7 @@ contract_tests!(One);
 async fn a_sorter_that_panics_takes_no_place() {
     let sort: ByRequest = |request| match request.extensions().get() {
         Some(claim) => *claim,
-        None => panic!("asks for nothing"),
+        None => panic!("a request without a claim"),
     };
     let layer = ConcurrencyLimitLayer::new(1).sorted_by(sort).partitions(&[1.0]).shed_by_priority();
     let (inner, watch) = Strict::new();

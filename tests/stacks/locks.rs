@@ -227,7 +227,7 @@ fn event_subscriber_may_use_every_handle() {
         call(&mut service).await.unwrap();
         call(&mut service).await.unwrap_err();
 
-        // A limit that rejects, queues and learns.
+        // A limit that rejects, queues and adapts.
         let limit = ConcurrencyLimitLayer::adaptive(Aimd::new(4, 1..=8).unwrap()).upgrades();
         let held = Arc::new(Mutex::new(None::<Held>));
         let (handle, seen) = (limit.handle(), held.clone());
@@ -435,7 +435,7 @@ fn waker_may_use_the_health_gate_that_wakes_it() {
         while first.handle().state() != ProbeState::Down {
             sleep(ms(100)).await;
         }
-        // All gates of the set are down, so let another one join that is not.
+        // All gates of the set are down. Another gate joins, which is not down.
         let _second = second.clone().layer(inner);
         let waker = UsingWaker::new(&uses);
         let mut ready = pin!(poll_fn(|cx| waits.poll_ready(cx)));
@@ -496,7 +496,7 @@ fn waker_may_use_the_stack_that_an_update_wakes_it_from() {
         assert_eq!(handle.snapshot().waiting, 2);
         handle.update(&ClientConfig::from_toml("limit_max = 2").unwrap()).unwrap();
         assert!(waker.woken() > 0);
-        // The update from within the update was applied after it.
+        // The nested update is applied after the outer one.
         assert_eq!((handle.config().limit.max, handle.snapshot().waiting), (Some(5), 0));
         uses.lock().unwrap().clear();
     });

@@ -352,7 +352,7 @@ async fn circuit_emits_one_event_per_change_of_the_reported_state() {
     }
     assert_eq!(log.take(), [changed("forced_open")]);
 
-    // An isolation is reported as the same state, and so are the states beneath it.
+    // An isolation is reported as the same state and hides the changes of the circuit.
     let isolation = handle.isolate();
     let second = handle.isolate();
     handle.force_closed();
