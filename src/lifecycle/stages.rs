@@ -272,10 +272,15 @@ impl StageClock {
     /// that moment.
     #[inline]
     pub(super) fn check(&mut self, cx: &mut Context<'_>) -> Verdict {
+        let awaits = self.awaits();
         if take(&self.state.has_ended_head) && matches!(self.stage, Stage::Head(_)) {
             self.stage = Stage::Call;
+            if self.limits.idle < self.limits.head {
+                // The timer is armed for the end of the head, which may be later than the end of the idle time.
+                let is_reclaimed = self.state.slot.as_ref().is_some_and(Slot::is_reclaimed);
+                return self.determine_stage(awaits, is_reclaimed, cx);
+            }
         }
-        let awaits = self.awaits();
         let is_same = match (awaits, self.stage) {
             (Awaits::Head, Stage::Head(_)) | (Awaits::CallEnd, Stage::Call) => true,
             (Awaits::Request, Stage::Idle(_) | Stage::Retired(_)) => {
@@ -550,5 +555,52 @@ impl<Io: AsyncWrite + Unpin> AsyncWrite for StagedIo<Io> {
         let this = self.get_mut();
         let shut = Pin::new(&mut this.io).poll_shutdown(cx);
         this.check_write(shut, WriteOp::Flush, cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use tokio::time::advance;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// HTTP/2: the last call ends without a wake of the connection's task, so only the timer of the clock wakes it.
+    #[tokio::test(start_paused = true)]
+    async fn connection_is_idle_no_longer_than_its_timeout_if_a_head_may_take_longer() {
+        for (head, idle) in [(30, 2), (2, 30), (5, 5)] {
+            let limits = StageLimits { head: SECOND * head, idle: SECOND * idle, write: None };
+            let state = ConnectionState::new(None);
+            state.is_http2.store(true, Relaxed);
+            let mut clock = StageClock::new(state.clone(), limits, Instant::now());
+            let mut check = tokio_test::task::spawn(poll_fn(|cx| match clock.check(cx) {
+                Verdict::Wait => Poll::Pending,
+                verdict => Poll::Ready(verdict),
+            }));
+            assert!(check.poll().is_pending());
+            state.is_mid_frame.store(false, Relaxed);
+            let call = CallGuard::new(&state, false);
+            assert!(check.poll().is_pending());
+            advance(SECOND).await;
+            drop(call);
+            let since = Instant::now();
+            // The end of the call is detected when the timer fires, after at most one idle time.
+            let verdict = loop {
+                advance(SECOND).await;
+                assert!(
+                    since.elapsed() <= 2 * limits.idle + SECOND,
+                    "head {head} s, idle {idle} s"
+                );
+                if check.is_woken() {
+                    if let Poll::Ready(verdict) = check.poll() {
+                        break verdict;
+                    }
+                }
+            };
+            assert_eq!(verdict, Verdict::ShutDown);
+        }
     }
 }
