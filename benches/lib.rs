@@ -1,1 +1,1 @@
-//! Nothing: see the benches.
+//! Empty. The benches are in `overhead`, `goodput` and `keys`.

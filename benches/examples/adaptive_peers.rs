@@ -1,13 +1,13 @@
-//! The table of the example `adaptive_limit` of the crate itself, with other crates' limits in it, in the same rig.
+//! Prints the table of the example `adaptive_limit` with the adaptive limits of other crates.
 //!
 //! ```text
 //! cargo run -p buttress-benches --example adaptive_peers
 //! ```
 //!
-//! tower-resilience (0.13) has an AIMD and a Vegas, which are asked themselves; it has no Gradient2, and its
-//! AIMD is never told of the clock, nor how many calls there are. little-loadshedder (0.2) reads the
-//! system's clock, so that it cannot run in virtual time: what decides in it is written again here, without
-//! its queue, in which calls wait before they count.
+//! tower-resilience (0.13) has an AIMD and a Vegas, which run here unchanged, and no Gradient2. The inputs of its AIMD
+//! do not include the time or the number of calls in flight. little-loadshedder (0.2) reads the system clock, so it
+//! cannot run in virtual time. This example contains a copy of its algorithm without its queue, in which calls wait
+//! before it counts them.
 
 #[path = "../../tests/rig/mod.rs"]
 mod rig;
@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 // ===== tower-resilience =====
 
-/// As it is, told of each call that was answered.
+/// An algorithm of tower-resilience, which records each call that has ended.
 struct Peer<A>(A);
 
 fn aimd(from: usize, ms: u64) -> tr::Aimd {
@@ -53,7 +53,7 @@ impl<A: ConcurrencyAlgorithm + 'static> Algorithm for Peer<A> {
         self.0.limit() as u32
     }
 
-    /// It cannot be set.
+    /// Does nothing: these algorithms have no setter.
     fn set_limit(&mut self, _: u32) {}
 
     fn hear(&mut self, sample: &Sample) -> Option<Change> {
@@ -76,8 +76,8 @@ impl<A> fmt::Debug for Peer<A> {
 
 // ===== little-loadshedder =====
 
-/// Its `stop`, with the time told: one step up or down, by whether throughput and concurrency went the same way,
-/// and down while calls take longer than the target on average.
+/// A copy of its `stop` with the time as an argument. The limit goes up by one if throughput and concurrency changed in
+/// the same direction, and down by one otherwise or while the mean latency exceeds the target.
 #[derive(Debug)]
 struct Shedder {
     concurrency: f64,
@@ -86,13 +86,13 @@ struct Shedder {
     changed: Duration,
 }
 
-/// Of its README.
+/// The value in its README.
 const EWMA: f64 = 0.01;
-/// Three times what a call takes here.
+/// Three times the mean time of a call.
 const TARGET: f64 = 0.030;
 
 impl Shedder {
-    /// It begins with 1, always; here with what it is asked to, as the others.
+    /// Creates the algorithm with an initial limit, as for the others. little-loadshedder always begins with 1.
     fn new(from: usize) -> Self {
         let concurrency = from as f64;
         Self { concurrency, latency: TARGET, before: (0.0, 0.0), changed: Duration::ZERO }

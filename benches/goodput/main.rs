@@ -1,17 +1,17 @@
-//! What a layer does for a service: with ours, with each peer that has the part, and without anything.
+//! The effect of a layer on a service: with the layers of this crate, with those of each peer, and without a layer.
 //!
 //! ```sh
 //! cargo bench -p buttress-benches --bench goodput                 # all cases
-//! cargo bench -p buttress-benches --bench goodput -- hedge        # those whose name has "hedge" in it
-//! cargo bench -p buttress-benches --bench goodput -- --quick      # the same within a minute
+//! cargo bench -p buttress-benches --bench goodput -- hedge        # cases with "hedge" in their name
+//! cargo bench -p buttress-benches --bench goodput -- --quick      # shorter runs, within a minute
 //! cargo bench -p buttress-benches --bench goodput -- --ours       # without the peers
-//! cargo bench -p buttress-benches --bench goodput -- --markdown   # tables for a page
+//! cargo bench -p buttress-benches --bench goodput -- --markdown   # tables in Markdown
 //! ```
 //!
-//! Time is virtual and luck is seeded: minutes of traffic take seconds, and every run gives the same figures.
-//! Some peers read the clock of the system, which cannot be paused; theirs are played on the wall's clock,
-//! beside everything else, and have a star. The bench fails if ours do not hold what they promise. Tables are
-//! printed; pictures and `figures.json` are written to `target/goodput/`.
+//! Time is virtual and random numbers are seeded: minutes of traffic take seconds, and every run has the same figures.
+//! Some peers read the system clock, which cannot be paused. Their runs use the wall clock, on separate threads, and
+//! have a star in the tables. The bench fails if this crate misses one of its bounds. The bench prints tables, and
+//! writes pictures and `figures.json` to `target/goodput/`.
 
 mod cases;
 mod ours;
@@ -41,7 +41,7 @@ fn options() -> Options {
             "--quick" => options.quick = true,
             "--ours" => options.ours = true,
             "--markdown" => options.markdown = true,
-            // What cargo itself passes on.
+            // `cargo bench` passes this argument.
             "--bench" => {}
             name => name.clone_into(&mut options.filter),
         }
@@ -70,14 +70,14 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         broken.extend(case.broken());
     }
     if played.iter().any(|case| case.rows.iter().any(|row| row.clock == Clock::Wall)) {
-        println!("* by the clock on the wall: it reads the system's own, which cannot be paused\n");
+        println!("* on the wall clock: the crate reads the system clock, which cannot be paused\n");
     }
     let path = write(&played)?;
     if !options.markdown {
         println!("pictures and figures: {}", path.display());
     }
     for line in &broken {
-        eprintln!("not held: {line}");
+        eprintln!("bound missed: {line}");
     }
     Ok(if broken.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -88,7 +88,8 @@ enum Part {
     Done(Seen),
 }
 
-/// What goes by the wall's clock is played beside the rest, each on a thread of its own: it mostly sleeps.
+/// Runs all candidates. Those on the wall clock run on a thread each, at the same time as the others, because they
+/// mostly sleep.
 fn play(cases: Vec<Case<Play>>) -> Vec<Case<Seen>> {
     let begin = |clock, play| match clock {
         Clock::Wall => Part::Under(thread::spawn(play)),
@@ -102,14 +103,14 @@ fn play(cases: Vec<Case<Play>>) -> Vec<Case<Seen>> {
     let half: Vec<_> = under.into_iter().map(|case| case.map(virtually)).collect();
     let end = |_, part| match part {
         Part::Later(play) => play(),
-        Part::Under(thread) => thread.join().expect("nobody panics"),
+        Part::Under(thread) => thread.join().expect("no panic"),
         Part::Done(seen) => seen,
     };
     half.into_iter().map(|case| case.map(end)).collect()
 }
 
 fn write(played: &[Case<Seen>]) -> Result<PathBuf, Box<dyn Error>> {
-    // Beside what was built: target/release/deps is where this runs from.
+    // The program is in target/release/deps.
     let exe = env::current_exe()?;
     let target = exe.ancestors().nth(3).ok_or("this program is in no target directory")?;
     let path = target.join("goodput");
@@ -132,7 +133,7 @@ fn write(played: &[Case<Seen>]) -> Result<PathBuf, Box<dyn Error>> {
     Ok(path)
 }
 
-/// As a date of HTTP has it, which is at hand.
+/// Returns the date in the format of HTTP, for which a dependency exists.
 fn today() -> String {
     httpdate::fmt_http_date(std::time::SystemTime::now())
 }

@@ -1,4 +1,4 @@
-//! Our layers around an upstream.
+//! The layers of this crate around an upstream.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::world::{Call, Upstream, called, ms, secs};
 
 // ===== Retries: three attempts =====
 
-/// A tenth of the calls, and no reserve.
+/// A retry budget of 10 % of the calls, without a reserve.
 pub fn ours_retry() -> RetryLayer {
     RetryLayer::http().budget(RetryBudget::with(0.1, 0, 100))
 }
@@ -21,7 +21,7 @@ pub fn retry(upstream: Upstream) -> Call {
     called(ours_retry().layer(upstream))
 }
 
-/// As it comes: a fifth of the calls, and one a second.
+/// The default: a retry budget of 20 % of the calls, and one retry per second.
 pub fn retry_default(upstream: Upstream) -> Call {
     called(RetryLayer::http().layer(upstream))
 }
@@ -43,14 +43,14 @@ pub fn breaker(upstream: Upstream) -> Call {
     called(ours_breaker().layer(upstream))
 }
 
-/// Also when half of the calls take half a second.
+/// Opens also if half of the calls take at least 500 ms.
 pub fn slow_breaker(upstream: Upstream) -> Call {
     let slow = Trip::slow_ratio(0.5, ms(500)).over(10).min_calls(5);
     let layer = CircuitBreakerLayer::new(Trip::any([Trip::consecutive(5), slow])).open_for(WAIT);
     called(layer.layer(upstream))
 }
 
-/// When half of the last so many calls failed.
+/// The number of calls in the window of a breaker that opens when half of them failed.
 pub const RING: u32 = 20;
 
 pub fn ratio_breaker(upstream: Upstream) -> Call {
@@ -70,10 +70,10 @@ pub fn client(upstream: Upstream) -> Call {
     called(stack.service(upstream))
 }
 
-// ===== A limit that finds its own number =====
+// ===== Adaptive limit =====
 
 pub fn adaptive(upstream: Upstream) -> Call {
-    let knee = Knee::new(20, 1..=1000).expect("it can work");
+    let knee = Knee::new(20, 1..=1000).expect("valid settings");
     called(ConcurrencyLimitLayer::adaptive(knee).layer(upstream))
 }
 

@@ -1,4 +1,5 @@
-//! The peers' layers around an upstream, each as its documentation sets it up, and as near to ours as it can be.
+//! The layers of the peers around an upstream, set up as in their documentation, with settings as close as possible to
+//! those in `ours`.
 
 use std::{
     future::Future,
@@ -32,7 +33,7 @@ fn failed<E>(answer: &Answer<E>) -> bool {
 
 // ===== Retries: three attempts =====
 
-/// Tower's, with the policy that its documentation shows: a success pays in, a retry draws.
+/// The policy from the documentation of tower's retry: a success makes a deposit, a retry makes a withdrawal.
 #[derive(Clone)]
 pub struct Policy {
     left: u32,
@@ -64,7 +65,7 @@ impl<E> tower::retry::Policy<Request<Body>, Response<Body>, E> for Policy {
             return None;
         }
         self.left -= 1;
-        // Full jitter, as ours.
+        // Full jitter, as in this crate.
         let backoff = ms(100) * 2u32.pow(1 - self.left.min(1));
         Some(sleep(backoff.mul_f64(fastrand::f64())))
     }
@@ -78,7 +79,7 @@ pub fn tower_retry(upstream: Upstream) -> Call {
     called(tower::retry::Retry::new(Policy::with_budget(), upstream))
 }
 
-/// Without a budget: what is written when nobody thinks of one.
+/// A retry without a budget.
 pub fn naive_retry(upstream: Upstream) -> Call {
     called(tower::retry::Retry::new(Policy::without(), upstream))
 }
@@ -95,7 +96,7 @@ mod resilience {
 use resilience as tr;
 
 fn tr_retry_layer<E: Send + 'static>() -> tr::RetryLayer<Request<Body>, Response<Body>, E> {
-    let budget = tr::RetryBudgetBuilder::new().token_bucket().build().expect("its defaults");
+    let budget = tr::RetryBudgetBuilder::new().token_bucket().build().expect("valid defaults");
     tr::RetryLayer::builder()
         .max_attempts(3)
         .exponential_backoff(ms(100))
@@ -117,7 +118,7 @@ macro_rules! tr_breaker {
             .wait_duration_in_open(WAIT)
             .failure_classifier(failed)
             .build()
-            .expect("it can work")
+            .expect("valid settings")
     };
 }
 
@@ -125,7 +126,7 @@ pub fn tr_breaker(upstream: Upstream) -> Call {
     called(tr_breaker!(consecutive_failures(5)).layer(upstream))
 }
 
-/// Its slow calls are of its sliding window.
+/// A breaker for slow calls over a sliding window. tower-resilience has no other.
 pub fn tr_slow_breaker(upstream: Upstream) -> Call {
     let layer = tr_breaker!(
         sliding_window_size(10),
@@ -141,13 +142,13 @@ pub fn tr_ratio_breaker(upstream: Upstream) -> Call {
     called(layer.layer(upstream))
 }
 
-/// A response, good or bad, as the breakers that know nothing of HTTP want it.
+/// Turns a server error into an error, for breakers that do not classify HTTP responses.
 async fn judged(upstream: Upstream) -> Result<Response<Body>, StatusCode> {
     let response = (upstream.0)().await.map_err(|Refused| StatusCode::SERVICE_UNAVAILABLE)?;
     if response.status().is_server_error() { Err(response.status()) } else { Ok(response) }
 }
 
-/// And what they say, back again; no status: refused.
+/// Turns the result of such a breaker into a response. `None` is a rejection by the breaker.
 fn told(answer: Result<Response<Body>, Option<StatusCode>>) -> Result<Response<Body>, Refused> {
     answer.or_else(|code| code.map(status).ok_or(Refused))
 }
@@ -174,7 +175,8 @@ pub fn failsafe_breaker(upstream: Upstream) -> Call {
     failsafe(upstream, consecutive_failures(5, constant(WAIT)))
 }
 
-/// It knows rates over a time only, an average that fades; and says nothing before it has seen as long a time.
+/// failsafe has failure rates only over a time window, as a decaying average. The breaker stays closed until this time
+/// has passed.
 pub fn failsafe_ratio_breaker(upstream: Upstream) -> Call {
     use failsafe::{backoff::constant, failure_policy::success_rate_over_time_window};
     failsafe(upstream, success_rate_over_time_window(0.5, RING, secs(5), constant(WAIT)))
@@ -195,7 +197,7 @@ fn recloser(upstream: Upstream, ring: usize) -> Call {
     })
 }
 
-/// It knows rates over a ring only: half of ten.
+/// recloser has only failure rates over a ring of calls: half of ten.
 pub fn recloser_breaker(upstream: Upstream) -> Call {
     recloser(upstream, 10)
 }
@@ -204,7 +206,7 @@ pub fn recloser_ratio_breaker(upstream: Upstream) -> Call {
     recloser(upstream, RING as usize)
 }
 
-// ===== Whole clients: what each has of retry, breaker and limit =====
+// ===== Whole clients: the retry, breaker and limit of each crate =====
 
 pub fn tower_client(upstream: Upstream) -> Call {
     let limited = tower::limit::GlobalConcurrencyLimitLayer::new(IN_FLIGHT).layer(upstream);
@@ -214,20 +216,20 @@ pub fn tower_client(upstream: Upstream) -> Call {
 
 pub fn tr_client(upstream: Upstream) -> Call {
     let limited = tr::BulkheadLayer::builder().max_concurrent_calls(IN_FLIGHT).reject_when_full();
-    let limited = limited.build().expect("it can work").layer(upstream);
+    let limited = limited.build().expect("valid settings").layer(upstream);
     let breaker = tr_breaker!(consecutive_failures(5));
     called(tr_retry_layer().layer(breaker.layer(limited)))
 }
 
-// ===== Limits that find their own number =====
+// ===== Adaptive limits =====
 
-/// Ten to begin with and a hundred at most, as it comes; it has to be told what is slow.
+/// An initial limit of 10 and a maximum of 100, the defaults. The latency threshold must be configured.
 pub fn tr_adaptive(upstream: Upstream) -> Call {
-    let aimd = tr::Aimd::builder().latency_threshold(ms(100)).build().expect("it can work");
+    let aimd = tr::Aimd::builder().latency_threshold(ms(100)).build().expect("valid settings");
     called(tower::load_shed::LoadShed::new(tr::AdaptiveLimiterLayer::new(aimd).layer(upstream)))
 }
 
-/// It has to be told what latency to aim for.
+/// The target latency must be configured.
 pub fn shedder(upstream: Upstream) -> Call {
     use little_loadshedder::{LoadShed, LoadShedResponse};
     let shed = LoadShed::new(upstream, 0.01, ms(100));
@@ -252,16 +254,16 @@ impl tower::hedge::Policy<Request<Body>> for Always {
     }
 }
 
-/// After the 98th percentile, which is 10 ms. It cannot be cloned.
+/// Hedges after the 98th percentile, which is 10 ms here. `Hedge` is not `Clone`, so the calls share it behind a lock.
 pub fn tower_hedge(upstream: Upstream) -> Call {
     let service = Arc::new(Mutex::new(Hedge::new(upstream, Always, 100, 0.98, secs(10))));
     Arc::new(move || {
         let service = service.clone();
         Box::pin(async move {
-            std::future::poll_fn(|cx| service.lock().expect("nobody panics").poll_ready(cx))
+            std::future::poll_fn(|cx| service.lock().expect("not poisoned").poll_ready(cx))
                 .await
                 .map_err(|_| Refused)?;
-            let answer = service.lock().expect("nobody panics").call(Request::new(Body::new()));
+            let answer = service.lock().expect("not poisoned").call(Request::new(Body::new()));
             let answer: Pin<Box<dyn Future<Output = _> + Send>> = Box::pin(answer);
             answer.await.map_err(|_| Refused)
         })

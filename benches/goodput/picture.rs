@@ -1,4 +1,4 @@
-//! Lines over an axis, as SVG, written by hand.
+//! Line charts as SVG.
 
 use std::fmt::{self, Write};
 
@@ -7,7 +7,7 @@ pub struct Chart {
     pub title: &'static str,
     pub subtitle: String,
     pub x: &'static str,
-    /// The top of the vertical axis; what is beyond is drawn at the edge.
+    /// The maximum of the vertical axis. Greater values are drawn at the edge.
     pub most: f64,
 }
 
@@ -17,7 +17,7 @@ const RIGHT: f64 = 880.0;
 const TOP: f64 = 100.0;
 const BOTTOM: f64 = 340.0;
 
-/// The same in every picture.
+/// Returns the color of a candidate, which is the same in every picture.
 fn color(who: &str) -> &'static str {
     match who {
         "buttress" => "#1864ab",
@@ -32,7 +32,7 @@ fn color(who: &str) -> &'static str {
     }
 }
 
-/// A round number, so that about ten of them fit.
+/// Returns a round step for an axis of this length: at most ten steps fit.
 fn step(length: f64) -> f64 {
     let rough = length / 10.0;
     let power = 10f64.powf(rough.log10().floor());
@@ -43,10 +43,10 @@ fn step(length: f64) -> f64 {
         .unwrap_or(10.0 * power)
 }
 
-/// One line a candidate.
+/// The name and the points of a candidate.
 pub type Line<'a> = (&'a str, &'a [(f64, f64)]);
 
-/// Charts of the same candidates, one beneath the other.
+/// Draws charts of the same candidates, one below the other.
 pub fn draw(charts: &[(&Chart, Vec<Line<'_>>)]) -> String {
     let mut svg = String::new();
     // Writing to a string cannot fail.
@@ -122,7 +122,7 @@ fn panel(svg: &mut String, chart: &Chart, lines: &[Line<'_>]) -> fmt::Result {
         BOTTOM + 34.0,
         chart.x
     )?;
-    // Ours last, on top of all others.
+    // The first candidate is drawn last, above the others.
     for (name, points) in lines.iter().rev() {
         let known = points.iter().filter(|(_, value)| !value.is_nan());
         let points: Vec<_> =

@@ -1,15 +1,15 @@
-//! What was found: a table a case, its figures, and whether ours hold what they promise.
+//! The report: a table per case, the figures, and the bounds that this crate must meet.
 
 use std::fmt::Write;
 
 use crate::{picture::Chart, world::Clock};
 
-/// Which of two values is the better one.
+/// Whether the smaller or the greater of two values is better.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Better {
     Less,
     More,
-    /// It depends.
+    /// Neither is better in itself.
     Neither,
 }
 
@@ -18,7 +18,7 @@ pub struct Column {
     pub name: &'static str,
     pub unit: &'static str,
     pub better: Better,
-    /// What ours must not be worse than.
+    /// The bound that this crate must meet.
     pub must: Option<f64>,
 }
 
@@ -49,17 +49,17 @@ impl Column {
     }
 }
 
-/// What a candidate did: one value a column (NaN: it says nothing), and lines to draw.
+/// The result of a candidate: one value per column (NaN if there is none), and the lines of the charts.
 #[derive(Clone, Debug, Default)]
 pub struct Seen {
     pub values: Vec<f64>,
     pub lines: Vec<Vec<(f64, f64)>>,
 }
 
-/// Ours as the bounds are about; its variants and its peers have other names.
+/// The candidate to which the bounds apply. The names of its variants begin with this name.
 pub const OURS: &str = "buttress";
 
-/// What is to be done with a candidate.
+/// Runs a candidate.
 pub type Play = Box<dyn FnOnce() -> Seen + Send>;
 
 pub struct Row<T> {
@@ -76,20 +76,20 @@ pub fn row(
     Row { who, clock, part: Box::new(play) }
 }
 
-/// A case: to be played, or played.
+/// A case: before its run (`Case<Play>`) or after it (`Case<Seen>`).
 pub struct Case<T> {
     pub name: &'static str,
     pub about: String,
-    /// Why a peer does better, where that wants a word.
+    /// The explanation of the table, for example why a peer is better. May be empty.
     pub note: &'static str,
     pub columns: Vec<Column>,
     pub rows: Vec<Row<T>>,
-    /// One for each of the lines of what is seen.
+    /// One chart for each entry of [`Seen::lines`].
     pub charts: Vec<Chart>,
 }
 
 impl<T> Case<T> {
-    /// The same with something else in its rows.
+    /// Maps the part of each row.
     pub fn map<U>(self, mut turn: impl FnMut(Clock, T) -> U) -> Case<U> {
         let Self { name, about, note, columns, rows, charts } = self;
         let turn = |Row { who, clock, part }| Row { who, clock, part: turn(clock, part) };
@@ -98,7 +98,7 @@ impl<T> Case<T> {
 }
 
 impl Case<Seen> {
-    /// Name, value and unit of every figure.
+    /// Returns the name, value and unit of every figure.
     pub fn figures(&self) -> impl Iterator<Item = (String, f64, &'static str)> + '_ {
         self.rows.iter().flat_map(move |Row { who, part: seen, .. }| {
             let known = self.columns.iter().zip(&seen.values).filter(|(_, value)| !value.is_nan());
@@ -113,7 +113,7 @@ impl Case<Seen> {
         self.rows.iter().find(|row| row.who == OURS).map(|row| &row.part)
     }
 
-    /// What ours do not hold.
+    /// Returns the bounds that this crate missed.
     pub fn broken(&self) -> Vec<String> {
         let values = self.ours().map_or(&[][..], |seen| &seen.values);
         let broken = |(column, value): (&Column, &f64)| {
@@ -130,7 +130,7 @@ impl Case<Seen> {
         self.columns.iter().zip(values).filter_map(broken).collect()
     }
 
-    /// Where a peer does better than any of ours.
+    /// Returns the values in which a peer is better than all variants of this crate.
     fn beaten(&self) -> Vec<String> {
         let best = |at: usize, column: &Column| {
             let ours = self.rows.iter().filter(|row| row.who.starts_with(OURS));
@@ -144,7 +144,7 @@ impl Case<Seen> {
             }
             for (at, (column, theirs)) in self.columns.iter().zip(&part.values).enumerate() {
                 let Some(ours) = best(at, column) else { continue };
-                // Less than a hundredth is no difference.
+                // A difference of 1 % or less is not reported.
                 if (theirs - ours).abs() > 0.01 * ours.abs() && column.is_better(*theirs, ours) {
                     let (theirs, ours) = (number(*theirs), number(ours));
                     lines.push(format!(
@@ -157,7 +157,7 @@ impl Case<Seen> {
         lines
     }
 
-    /// As text; in Markdown if wanted.
+    /// Returns the table as plain text or as Markdown.
     pub fn table(&self, markdown: bool) -> String {
         let mut text = if markdown {
             format!("### {}\n\n{}.\n\n", self.name, self.about)
@@ -222,7 +222,7 @@ fn number(value: f64) -> String {
     }
 }
 
-/// All figures, as one JSON document.
+/// Returns all figures as a JSON document.
 pub fn json(played: &[Case<Seen>], command: &str, date: &str) -> String {
     let mut text =
         format!("{{\n  \"command\": {command:?},\n  \"date\": {date:?},\n  \"figures\": {{\n");

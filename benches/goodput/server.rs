@@ -1,4 +1,4 @@
-//! A server that has its limits.
+//! A simulated server with a fixed number of workers.
 
 use std::{
     collections::VecDeque,
@@ -11,16 +11,16 @@ use tokio::{sync::oneshot, time::sleep};
 
 use crate::world::{Upstream, status};
 
-/// How long a piece of work takes, around its mean.
+/// The distribution of the service time around its mean.
 #[derive(Clone, Copy, Debug)]
 pub enum Spread {
-    /// From half of it to one and a half.
+    /// Uniform, from half of the mean to one and a half times the mean.
     Even,
     Exponential,
 }
 
-/// So many workers, each with one call at a time; what finds none of them free stands in one line. What was
-/// begun, or stands in the line, is worked on, whether its caller has left or not.
+/// Workers that handle one call at a time, and one unbounded queue in front of them. The server works on every call
+/// that has arrived, even after its caller has given up.
 #[derive(Clone)]
 pub struct Server(Arc<Mutex<Room>>);
 
@@ -44,7 +44,7 @@ impl Server {
         let server = self.clone();
         Upstream::new(move || {
             let (done, served) = oneshot::channel();
-            server.0.lock().expect("nobody panics").line.push_back(done);
+            server.0.lock().expect("not poisoned").line.push_back(done);
             server.work();
             async {
                 let _ = served.await;
@@ -54,12 +54,12 @@ impl Server {
     }
 
     pub fn set_workers(&self, workers: usize) {
-        self.0.lock().expect("nobody panics").workers = workers;
+        self.0.lock().expect("not poisoned").workers = workers;
         self.work();
     }
 
     fn work(&self) {
-        let mut room = self.0.lock().expect("nobody panics");
+        let mut room = self.0.lock().expect("not poisoned");
         while room.busy < room.workers {
             let Some(done) = room.line.pop_front() else { return };
             room.busy += 1;
@@ -72,7 +72,7 @@ impl Server {
             tokio::spawn(async move {
                 sleep(takes).await;
                 let _ = done.send(());
-                server.0.lock().expect("nobody panics").busy -= 1;
+                server.0.lock().expect("not poisoned").busy -= 1;
                 server.work();
             });
         }

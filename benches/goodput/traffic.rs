@@ -1,4 +1,4 @@
-//! Callers who do not wait for each other, and what became of them.
+//! An open loop of calls, and their results.
 
 use std::time::Duration;
 
@@ -17,10 +17,10 @@ pub enum How {
     GaveUp,
 }
 
-/// What became of one caller.
+/// The result of one call.
 #[derive(Clone, Copy, Debug)]
 pub struct Ended {
-    /// Seconds since the first.
+    /// Seconds since the first call.
     pub began: f64,
     pub took: f64,
     pub how: How,
@@ -36,13 +36,13 @@ impl Ended {
 pub struct Traffic {
     pub per_second: f64,
     pub length: Duration,
-    /// How long a caller waits.
+    /// The time after which a caller gives up.
     pub patience: Duration,
-    /// They come at random, else evenly.
+    /// Whether the calls arrive at random times (a Poisson process) or at even intervals.
     pub random: bool,
 }
 
-/// Calls as they come, whatever becomes of the earlier ones.
+/// Makes calls at their times, whether or not the earlier ones have ended, and returns the results.
 pub async fn offer(call: &Call, traffic: Traffic) -> Vec<Ended> {
     let mut dice = fastrand::Rng::with_seed(1);
     let (tell, mut told) = mpsc::unbounded_channel();
@@ -64,7 +64,7 @@ pub async fn offer(call: &Call, traffic: Traffic) -> Vec<Ended> {
             };
             let took = began.elapsed().as_secs_f64();
             let began = began.duration_since(start).as_secs_f64();
-            // Nobody is left to hear it at the end of a run that was cut short.
+            // The receiver is gone if the run has been cut short.
             let _ = tell.send(Ended { began, took, how });
         });
         let pause = if traffic.random { -(1.0 - dice.f64()).ln() } else { 1.0 };
@@ -80,18 +80,18 @@ pub async fn offer(call: &Call, traffic: Traffic) -> Vec<Ended> {
 
 // ===== Reading a run =====
 
-/// Good answers a second, from then to then.
+/// Returns the successful responses per second between two times.
 pub fn goodput(ended: &[Ended], from: f64, to: f64) -> f64 {
     let good = |one: &&Ended| one.how == How::Good && (from..to).contains(&one.at());
     ended.iter().filter(good).count() as f64 / (to - from)
 }
 
-/// What `value` gives of each second.
+/// Returns `value` for each second.
 pub fn by_second(seconds: usize, value: impl Fn(f64, f64) -> f64) -> Vec<(f64, f64)> {
     (0..seconds).map(|s| s as f64).map(|from| (from + 0.5, value(from, from + 1.0))).collect()
 }
 
-/// The time that this share of the good answers of that stretch did not exceed.
+/// Returns a quantile of the latencies of the successful responses between two times.
 pub fn quantile(ended: &[Ended], share: f64, from: f64, to: f64) -> f64 {
     let good = ended.iter().filter(|one| one.how == How::Good && (from..to).contains(&one.at()));
     let mut took: Vec<f64> = good.map(|one| one.took).collect();

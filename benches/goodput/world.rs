@@ -1,4 +1,4 @@
-//! What every case is made of: time that is virtual or the wall's, and calls.
+//! The parts of every case: virtual time or the wall clock, and calls.
 
 use std::{
     convert::Infallible,
@@ -27,16 +27,16 @@ pub const fn secs(secs: u64) -> Duration {
 
 // ===== Time =====
 
-/// Whose clock a candidate goes by.
+/// The clock that a candidate reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Clock {
-    /// Tokio's, paused: minutes in an instant, and the same in every run.
+    /// The paused clock of tokio: minutes pass in an instant, and every run is the same.
     Virtual,
-    /// It reads the clock of the system itself, which cannot be paused: played as long as it lasts.
+    /// The system clock, which cannot be paused. The run takes its real time.
     Wall,
 }
 
-/// Plays this to its end, from the same seed each time.
+/// Runs a future to its end, always with the same seed.
 pub fn play<T>(clock: Clock, scene: impl Future<Output = T>) -> T {
     fastrand::seed(7);
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -48,16 +48,16 @@ pub fn play<T>(clock: Clock, scene: impl Future<Output = T>) -> T {
 
 // ===== Calls =====
 
-/// A layer did not let it through.
+/// The rejection of a call by a layer.
 #[derive(Debug)]
 pub struct Refused;
 
 pub type Asked = Pin<Box<dyn Future<Output = Result<Response<Body>, Refused>> + Send>>;
 
-/// One call of a service, whatever layers are around it.
+/// Makes one call of a service with its layers.
 pub type Call = Arc<dyn Fn() -> Asked + Send + Sync>;
 
-/// A candidate: its layers around an upstream.
+/// A candidate: puts its layers around an upstream.
 pub type Client = fn(Upstream) -> Call;
 
 pub fn status(status: StatusCode) -> Response<Body> {
@@ -66,7 +66,7 @@ pub fn status(status: StatusCode) -> Response<Body> {
     response
 }
 
-/// Each call is one of a fresh clone.
+/// Makes each call on a new clone of the service.
 pub fn called<S, B>(service: S) -> Call
 where
     S: Service<Request<Body>, Response = Response<B>> + Clone + Send + 'static,
@@ -75,7 +75,7 @@ where
 {
     let service = Mutex::new(service);
     Arc::new(move || {
-        let service = service.lock().expect("nobody panics").clone();
+        let service = service.lock().expect("not poisoned").clone();
         Box::pin(async move {
             let response = service.oneshot(Request::new(Body::new())).await;
             response.map(|response| response.map(|_| Body::new())).map_err(|_| Refused)
@@ -83,7 +83,7 @@ where
     })
 }
 
-/// A call as what layers are put around.
+/// The innermost service, around which the layers are put.
 #[derive(Clone)]
 pub struct Upstream(pub Call);
 
@@ -98,7 +98,7 @@ impl Upstream {
         }))
     }
 
-    /// One that gives up after so long, and says so as a gateway does.
+    /// Returns this upstream with a timeout, after which it responds with 504 as a gateway does.
     pub fn within(self, longest: Duration) -> Self {
         Self::new(move || {
             let call = self.0();
@@ -126,7 +126,7 @@ impl<B> Service<Request<B>> for Upstream {
     }
 }
 
-/// The answer of a tier; what is refused beneath is this tier's 503.
+/// The response of a tier. A rejection in a lower tier is a 503 of this tier.
 pub struct Answering(Asked);
 
 impl Future for Answering {

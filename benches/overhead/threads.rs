@@ -92,6 +92,6 @@ fn on<const N: usize>(calls: u64, runs: [(CoreId, &mut Run); N]) -> [f64; N] {
     };
     thread::scope(|scope| {
         let threads = runs.map(|(core, run)| scope.spawn(move || timed(core, run)));
-        threads.map(|thread| thread.join().expect("nobody panics"))
+        threads.map(|thread| thread.join().expect("no panic"))
     })
 }

@@ -1,4 +1,4 @@
-//! Limits that find their own number, in front of a server that is asked for twice of what it can do.
+//! Adaptive limits in front of a server that receives twice the load of its capacity.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use crate::{
     world::{Client, Clock, ms, play, secs},
 };
 
-/// What a call takes, and how many are done at once: 400/s.
+/// The mean time of a call, and the number of calls that the server handles at a time. Together: 400 calls/s.
 const SERVICE: Duration = ms(50);
 const WORKERS: usize = 20;
 
@@ -29,7 +29,7 @@ const CANDIDATES: [(&str, Clock, Client); 4] = [
     ("none", Clock::Virtual, none),
 ];
 
-/// Workers from each of these seconds on.
+/// Runs a server whose number of workers changes at the seconds of `steps`.
 async fn run(client: Client, steps: &[(u64, usize)], per_second: f64, length: u64) -> Vec<Ended> {
     let server = Server::new(WORKERS, SERVICE, Spread::Even);
     let call = client(server.upstream());
@@ -41,7 +41,7 @@ async fn run(client: Client, steps: &[(u64, usize)], per_second: f64, length: u6
             server.set_workers(*workers);
         }
     };
-    // Nobody waits longer than twenty times what it takes.
+    // Callers give up after twenty times the mean time of a call.
     let traffic =
         Traffic { per_second, length: secs(length), patience: 20 * SERVICE, random: true };
     tokio::join!(offer(&call, traffic), script).0
@@ -51,7 +51,7 @@ fn percent_of(ended: &[Ended], workers: usize, from: u64, to: u64) -> f64 {
     100.0 * goodput(ended, from as f64, to as f64) / capacity(workers)
 }
 
-/// In services.
+/// The 99th percentile of the latency of the successful calls, in multiples of the mean time of a call.
 fn p99(ended: &[Ended], from: u64, to: u64) -> f64 {
     quantile(ended, 0.99, from as f64, to as f64) / SERVICE.as_secs_f64()
 }
@@ -66,13 +66,13 @@ fn lines(ended: &[Ended], length: u64) -> Vec<Vec<(f64, f64)>> {
 fn charts(subtitle: &str, most: f64) -> Vec<Chart> {
     let chart = |title, most| Chart { title, subtitle: subtitle.to_owned(), x: "seconds", most };
     vec![
-        chart("Good answers per second", most),
-        chart("99th percentile of what they took, ms", 400.0),
+        chart("Successful responses per second", most),
+        chart("99th percentile of their latency, ms", 400.0),
     ]
 }
 
 pub fn overload(quick: bool) -> Case<Play> {
-    // Ours also for twenty minutes.
+    // `buttress_long` runs for twenty minutes.
     let length = if quick { 25 } else { 60 };
     let long = if quick { 120 } else { 1200 };
     let offered = 2.0 * capacity(WORKERS);
@@ -106,7 +106,7 @@ pub fn overload(quick: bool) -> Case<Play> {
         }),
     );
     let about = format!(
-        "{offered} calls/s at a server of {}/s; callers leave after {} ms; the first 10 s apart. The long run: its last minute of {}",
+        "{offered} calls/s at a server of {}/s; callers give up after {} ms. Without the first 10 s; buttress_long: the last of {} minutes",
         capacity(WORKERS),
         20 * SERVICE.as_millis(),
         long / 60
@@ -126,7 +126,7 @@ pub fn overload(quick: bool) -> Case<Play> {
 }
 
 pub fn step(quick: bool) -> Case<Play> {
-    // By the wall's clock, too: it must end in time.
+    // Some candidates use the wall clock, so the run must be short.
     let each: u64 = if quick { 12 } else { 30 };
     let offered = 1.2 * capacity(2 * WORKERS);
     let rows = CANDIDATES.map(|(who, clock, client)| {
@@ -146,7 +146,7 @@ pub fn step(quick: bool) -> Case<Play> {
         })
     });
     let about = format!(
-        "{offered} calls/s at a server of {}/s, after {each} s of half of it, after {each} s of twice of it; 5 s after each step",
+        "{offered} calls/s at a server of {}/s; after {each} s at half of its capacity, after {each} s more at twice. Measured from 5 s after each step",
         capacity(WORKERS)
     );
     Case {

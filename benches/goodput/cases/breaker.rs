@@ -1,4 +1,4 @@
-//! Breakers over an upstream that is dead, half dead, or slow, and comes back.
+//! Circuit breakers around an upstream that fails all calls, fails some calls or is slow, and then recovers.
 
 use std::{
     sync::{
@@ -24,23 +24,23 @@ use crate::{
 };
 
 const PER_SECOND: f64 = 100.0;
-/// Seconds at which it goes, comes back, and all is over.
+/// The seconds at which the outage begins, the outage ends and the run ends.
 const GOES: f64 = 5.0;
 const BACK: f64 = 15.0;
 const END: f64 = 25.0;
 
-/// What the upstream saw: when each call began, and when it was answered well.
+/// The seconds at which calls reached the upstream, and at which it sent a successful response.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<(Vec<f64>, Vec<f64>)>>);
 
 impl Log {
     fn began(&self, from: f64, to: f64) -> usize {
-        let log = self.0.lock().expect("nobody panics");
+        let log = self.0.lock().expect("not poisoned");
         log.0.iter().filter(|at| (from..to).contains(*at)).count()
     }
 
     fn well(&self, from: f64, to: f64) -> usize {
-        let log = self.0.lock().expect("nobody panics");
+        let log = self.0.lock().expect("not poisoned");
         log.1.iter().filter(|at| (from..to).contains(*at)).count()
     }
 }
@@ -50,11 +50,11 @@ struct Run {
     log: Log,
 }
 
-/// Well, it takes 5 ms; gone, it is like that.
+/// The behaviour of the upstream in the outage. Outside of it, a call takes 5 ms and succeeds.
 #[derive(Clone, Copy)]
 struct Gone {
     takes: Duration,
-    /// The share of its calls that fail.
+    /// The share of the calls that fail.
     failing: f64,
 }
 
@@ -64,15 +64,15 @@ async fn run(client: Client, gone: Gone, patience: Duration) -> Run {
     let dice = Mutex::new(fastrand::Rng::with_seed(5));
     let upstream = Upstream::new(move || {
         let now = start.elapsed().as_secs_f64();
-        seen.0.lock().expect("nobody panics").0.push(now);
+        seen.0.lock().expect("not poisoned").0.push(now);
         let (seen, is_gone) = (seen.clone(), reads.load(Relaxed));
-        let fails = is_gone && dice.lock().expect("nobody panics").f64() < gone.failing;
+        let fails = is_gone && dice.lock().expect("not poisoned").f64() < gone.failing;
         async move {
             sleep(if is_gone { gone.takes } else { ms(5) }).await;
             if fails {
                 return status(StatusCode::SERVICE_UNAVAILABLE);
             }
-            seen.0.lock().expect("nobody panics").1.push(start.elapsed().as_secs_f64());
+            seen.0.lock().expect("not poisoned").1.push(start.elapsed().as_secs_f64());
             status(StatusCode::OK)
         }
     });
@@ -95,7 +95,8 @@ impl Run {
         refused.map(|one| one.began).filter(move |at| (from..to).contains(at))
     }
 
-    /// Calls that were sent to it until the first was refused; all, if none was.
+    /// Returns the number of calls that the upstream received before the first rejection in the outage. If the client
+    /// rejects no call, these are all calls of the outage.
     fn to_open(&self) -> f64 {
         let first = self.refusals(GOES, BACK).fold(BACK, f64::min);
         self.log.began(GOES, first) as f64
@@ -105,13 +106,14 @@ impl Run {
         self.log.began(GOES, BACK) as f64
     }
 
-    /// Calls it answered well until no other was refused, that one counted.
+    /// Returns the number of successful responses after the outage up to the last rejection, plus the one that closes
+    /// the circuit.
     fn to_close(&self) -> f64 {
         let last = self.refusals(BACK, END).fold(f64::NAN, f64::max);
         if last.is_nan() { f64::NAN } else { 1.0 + self.log.well(BACK, last) as f64 }
     }
 
-    /// From its return on, until answers are good and stay so.
+    /// Returns the seconds from the end of the outage to the beginning of the last call that did not succeed.
     fn back_after(&self) -> f64 {
         let bad = self.ended.iter().filter(|one| one.how != How::Good && one.began > GOES);
         (bad.map(|one| one.began).fold(BACK, f64::max) - BACK).max(0.0)
@@ -127,7 +129,7 @@ fn charts(subtitle: &str) -> Vec<Chart> {
     let chart = |title, most| Chart { title, subtitle: subtitle.to_owned(), x: "seconds", most };
     vec![
         chart("Calls sent to the upstream, per second", 120.0),
-        chart("Good answers per second", 120.0),
+        chart("Successful responses per second", 120.0),
     ]
 }
 
@@ -158,7 +160,7 @@ pub fn dead_upstream() -> Case<Play> {
     ];
     let gone = Gone { takes: ms(5), failing: 1.0 };
     let about = format!(
-        "{PER_SECOND} calls/s; from {GOES} s to {BACK} s all fail; breakers of five failures, open for {} s",
+        "{PER_SECOND} calls/s; from {GOES} s to {BACK} s all fail. Breakers: five failures in a row, open for {} s",
         WAIT.as_secs()
     );
     Case {
@@ -189,7 +191,7 @@ pub fn half_dead_upstream() -> Case<Play> {
     ];
     let gone = Gone { takes: ms(5), failing: FAILING };
     let about = format!(
-        "{PER_SECOND} calls/s; from {GOES} s to {BACK} s {} % fail; breakers of half of {RING} calls, open for {} s",
+        "{PER_SECOND} calls/s; from {GOES} s to {BACK} s {} % fail. Breakers: failure ratio of 50 % over {RING} calls, open for {} s",
         100.0 * FAILING,
         WAIT.as_secs()
     );
@@ -206,12 +208,12 @@ pub fn half_dead_upstream() -> Case<Play> {
             vec![run.to_open(), run.sent(), good, run.back_after()]
         }),
         charts: charts(&about),
-        note: "Who never opens gets the good answers that there are. tower-resilience counts all calls since it was made: its window does not slide. failsafe's average fades slowly.",
+        note: "A client whose circuit stays closed receives every successful response of the upstream. The window of tower-resilience does not slide: it contains all calls since the start. The average of failsafe decays slowly.",
         about,
     }
 }
 
-/// It hangs, and callers leave: to a breaker their calls are cancelled.
+/// The upstream is slow, and callers give up, so the breakers see cancelled calls.
 pub fn slow_upstream() -> Case<Play> {
     let candidates: [Candidate; 5] = [
         ("buttress", Clock::Virtual, slow_breaker),
@@ -223,7 +225,7 @@ pub fn slow_upstream() -> Case<Play> {
     let gone = Gone { takes: secs(3), failing: 0.0 };
     let patience = secs(1);
     let about = format!(
-        "{PER_SECOND} calls/s; from {GOES} s to {BACK} s a call takes 3 s, and callers leave after 1 s"
+        "{PER_SECOND} calls/s; from {GOES} s to {BACK} s a call takes 3 s, and callers give up after 1 s"
     );
     Case {
         name: "slow_upstream",
@@ -240,7 +242,7 @@ pub fn slow_upstream() -> Case<Play> {
             vec![run.sent(), waited, run.back_after(), goodput(&run.ended, BACK, END)]
         }),
         charts: charts(&about),
-        note: "Those that see no failure in a call that was given up never open, and have nothing to come back from.",
+        note: "The peers do not count a cancelled call as a failure. Their circuits stay closed, so they have nothing to recover from.",
         about,
     }
 }

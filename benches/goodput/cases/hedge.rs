@@ -1,4 +1,4 @@
-//! A second copy of what is slow, against a heavy tail.
+//! Hedge attempts against an upstream whose latency has a heavy tail.
 
 #[path = "../../../tests/rig/tail.rs"]
 mod measured;
@@ -24,17 +24,17 @@ use crate::{
 };
 
 const FAN_OUT: u64 = 100;
-/// So many first queries are not looked at: some have to learn what is slow.
+/// The number of first queries that are not measured. The percentiles of some candidates need them as samples.
 const WARM: u64 = 1000;
 
-/// What each query took, in milliseconds, in order; and calls for each call that was asked for.
+/// Returns the latencies of the queries in milliseconds, sorted, and the number of attempts per call.
 async fn tail(client: Client, queries: u64) -> (Vec<f64>, f64) {
     let calls = Arc::new(AtomicU64::new(0));
     let (count, dice) = (calls.clone(), Mutex::new(fastrand::Rng::with_seed(2)));
     let call = client(Upstream::new(move || {
         count.fetch_add(1, Relaxed);
-        // Never 0: that one would take for ever.
-        let random = 1.0 - dice.lock().expect("nobody panics").f64();
+        // The latency for 0 is infinite.
+        let random = 1.0 - dice.lock().expect("not poisoned").f64();
         async move {
             sleep(Duration::from_secs_f64(latency(random) / 1000.0)).await;
             status(StatusCode::OK)
@@ -48,7 +48,7 @@ async fn tail(client: Client, queries: u64) -> (Vec<f64>, f64) {
         let start = Instant::now();
         let answers: Vec<_> = (0..FAN_OUT).map(|_| tokio::spawn(call())).collect();
         for answer in answers {
-            answer.await.expect("nobody panics").expect("nobody refuses");
+            answer.await.expect("no panic").expect("no rejection");
         }
         took.push(1e3 * start.elapsed().as_secs_f64());
     }
@@ -91,7 +91,9 @@ pub fn hedge(quick: bool) -> Case<Play> {
             }
         })
     });
-    let about = format!("{queries} queries of {FAN_OUT} calls each, whose slowest decides");
+    let about = format!(
+        "{queries} queries of {FAN_OUT} calls each. The slowest call determines the latency of the query"
+    );
     Case {
         name: "hedge",
         columns: vec![
@@ -103,7 +105,7 @@ pub fn hedge(quick: bool) -> Case<Play> {
         ],
         rows: rows.into(),
         charts: vec![Chart {
-            title: "What a query takes, ms",
+            title: "Latency of a query, ms",
             subtitle: about.clone(),
             x: "percentile",
             most: 500.0,

@@ -1,4 +1,4 @@
-//! Everybody is told to come back at the same time.
+//! Clients that all receive the same `Retry-After` at the same time.
 
 use std::sync::{
     Arc, Mutex,
@@ -18,7 +18,7 @@ use crate::{
 
 const HINT: u64 = 2;
 
-/// Tries again exactly when it was told to.
+/// Retries exactly at the time of the hint.
 fn obedient(upstream: Upstream) -> Call {
     Arc::new(move || {
         let upstream = upstream.clone();
@@ -30,7 +30,7 @@ fn obedient(upstream: Upstream) -> Call {
     })
 }
 
-/// Seconds after the outage at which each of so many comes back.
+/// Returns the seconds after the rejection at which each client retries, sorted.
 async fn arrivals(client: Client, clients: usize) -> Vec<f64> {
     let arrivals = Arc::new(Mutex::new(Vec::new()));
     let start = Instant::now();
@@ -39,21 +39,21 @@ async fn arrivals(client: Client, clients: usize) -> Vec<f64> {
         let upstream = Upstream::new(move || {
             let mut response = status(StatusCode::OK);
             if told.swap(true, Relaxed) {
-                arrivals.lock().expect("nobody panics").push(start.elapsed().as_secs_f64());
+                arrivals.lock().expect("not poisoned").push(start.elapsed().as_secs_f64());
             } else {
                 response = status(StatusCode::SERVICE_UNAVAILABLE);
                 response.headers_mut().insert(RETRY_AFTER, HINT.into());
             }
             async { response }
         });
-        // Each with a layer of its own: they know nothing of each other.
+        // Each client has its own layer. Clients share no state.
         let call = client(upstream);
         tokio::spawn(async move { call().await.map(|_| ()) })
     });
     for call in calls.collect::<Vec<_>>() {
         let _ = call.await;
     }
-    let mut arrivals = std::mem::take(&mut *arrivals.lock().expect("nobody panics"));
+    let mut arrivals = std::mem::take(&mut *arrivals.lock().expect("not poisoned"));
     arrivals.sort_by(f64::total_cmp);
     arrivals
 }
@@ -87,14 +87,14 @@ pub fn retry_after_herd(quick: bool) -> Case<Play> {
     Case {
         name: "retry_after_herd",
         about: format!(
-            "{clients} clients are told to come back after {HINT} s: the most within 100 ms, those who come before, and the last"
+            "{clients} clients receive `Retry-After: {HINT}`. peak: the maximum share that retries within 100 ms. early: retries before the hint. last: the last retry"
         ),
-        note: "buttress_wide is `hint_jitter(5.0)`: the jitter is up to five times the hint instead of half of it. tower's retry leaves the waiting to its user's policy, which does not read the hint here; tower-resilience's sees no response when it waits.",
+        note: "buttress_wide is `hint_jitter(5.0)`: the maximum jitter is five times the hint instead of half of it. With tower's retry the policy of the user sets the delay, and the policy here does not read the hint. tower-resilience's retry does not pass the response to its backoff.",
         columns: vec![less("peak", "%"), less("early", "%"), plain("last", "s")],
         rows: rows.into(),
         charts: vec![Chart {
-            title: "Clients that come back, % of all within 50 ms",
-            subtitle: format!("all told to come after {HINT} s"),
+            title: "Clients that retry, % of all within 50 ms",
+            subtitle: format!("all receive Retry-After: {HINT}"),
             x: "seconds",
             most: 10.0,
         }],

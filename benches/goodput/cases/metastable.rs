@@ -1,5 +1,5 @@
-//! An outage that is long over, and still goes on: what was left behind, and what is tried again, keeps the
-//! server from ever catching up.
+//! A metastable outage: its cause is over, but the server stays overloaded, because it works on abandoned calls while
+//! clients retry.
 
 use std::time::Duration;
 
@@ -17,24 +17,25 @@ use crate::{
 
 const WORKERS: usize = 30;
 const OFFERED: f64 = 280.0;
-/// Seconds before it, and of it. Where a breaker is in its wait when it is over is chance: so several, each half a
-/// second longer.
+/// The seconds before the outage, and the seconds of the first outage. The result depends on the time that a breaker
+/// has spent in *open* when the outage ends. The case therefore runs several outages, each half a second longer.
 const BEFORE: f64 = 8.0;
 const OUTAGE: f64 = 10.0;
 const OUTAGES: u32 = 6;
 
 struct Run {
-    /// Seconds from its end to the first five that are nearly as good as before.
+    /// The seconds from the end of the outage to the first five seconds with 95 % of the goodput before it.
     recovered: f64,
-    /// Shares of what was good before: from five seconds after it, and from its end.
+    /// The goodput from five seconds after the outage on, as a share of the goodput before it.
     later: f64,
+    /// The goodput from the end of the outage on, as a share of the goodput before it.
     all: f64,
     line: Vec<(f64, f64)>,
 }
 
 async fn run([before_it, client]: [Client; 2], outage: f64, after: f64) -> Run {
     let server = Server::new(WORKERS, ms(100), Spread::Exponential);
-    // The server does not notice that they leave.
+    // The server continues to work on a call after its caller has given up.
     let call = client(Upstream(before_it(server.upstream())).within(secs(1)));
     let (over, end) = (BEFORE + outage, BEFORE + outage + after);
     let script = async {
@@ -59,13 +60,13 @@ async fn run([before_it, client]: [Client; 2], outage: f64, after: f64) -> Run {
     }
 }
 
-/// With this before the server, and that at the client.
+/// Runs all outages. The first layer is around the server, the second is in the client.
 async fn runs(layers: [Client; 2], after: f64) -> Seen {
     let outages = (0..OUTAGES).map(|nth| OUTAGE + f64::from(nth) / 2.0);
     let runs: Vec<_> = outages.map(|outage| tokio::spawn(run(layers, outage, after))).collect();
     let mut seen = Vec::new();
     for run in runs {
-        seen.push(run.await.expect("nobody panics"));
+        seen.push(run.await.expect("no panic"));
     }
     let mean = |value: fn(&Run) -> f64| seen.iter().map(value).sum::<f64>() / f64::from(OUTAGES);
     Seen {
@@ -80,7 +81,7 @@ async fn runs(layers: [Client; 2], after: f64) -> Seen {
 }
 
 pub fn metastable(quick: bool) -> Case<Play> {
-    // What goes by the wall's clock must end in time.
+    // Some candidates use the wall clock, so the run must be short.
     let after = if quick { 18.0 } else { 90.0 };
     let rows: [(_, _, [Client; 2]); 8] = [
         ("buttress", Clock::Virtual, [none, client]),
@@ -95,12 +96,12 @@ pub fn metastable(quick: bool) -> Case<Play> {
     let rows =
         rows.map(|(who, clock, layers)| row(who, clock, move || play(clock, runs(layers, after))));
     let about = format!(
-        "{OFFERED} calls/s at a server of {}/s, which stands still for {OUTAGE} s; it works on what callers leave after 1 s",
+        "{OFFERED} calls/s at a server of {}/s, which stops for {OUTAGE} s. Callers give up after 1 s, and the server still works on their calls",
         WORKERS * 10
     );
     Case {
         name: "metastable",
-        note: "Six outages, each half a second longer, and the worst of them; breakers ask every two seconds. buttress_server: an adaptive limit before the server alone, and the clients as in naive.",
+        note: "Six outages, each half a second longer. recovered and after_5_s are those of the worst outage. Breakers are open for two seconds. buttress_server has an adaptive limit around the server, and the clients of naive.",
         columns: vec![
             less("recovered", "s").must(5.0),
             less("recovered_mean", "s"),
@@ -109,7 +110,7 @@ pub fn metastable(quick: bool) -> Case<Play> {
         ],
         rows: rows.into(),
         charts: vec![Chart {
-            title: "Good answers per second, before, in and after an outage",
+            title: "Successful responses per second, before, in and after an outage",
             subtitle: about.clone(),
             x: "seconds",
             most: 400.0,

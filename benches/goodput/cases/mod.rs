@@ -8,7 +8,7 @@ mod shedding;
 
 use crate::report::{Case, Play};
 
-/// In the order in which they are printed.
+/// Returns all cases in the order in which they are printed.
 pub fn all(quick: bool) -> Vec<Case<Play>> {
     vec![
         retry::total_failure(quick),

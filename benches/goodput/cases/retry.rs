@@ -1,4 +1,4 @@
-//! Retries against what fails: how much they add, and what they make good.
+//! Retries against an upstream that fails: the load that they add, and the calls that succeed because of them.
 
 use std::{
     sync::{
@@ -29,7 +29,7 @@ const CLIENTS: [(&str, Clock, Client); 6] = [
     ("none", Clock::Virtual, none),
 ];
 
-/// Attempts for each call, and the share of calls that succeed, where that share of the attempts fails.
+/// Returns the attempts per call and the share of calls that succeed, if the share `failing` of the attempts fails.
 async fn load(client: Client, failing: f64, per_second: f64, length: Duration) -> (f64, f64) {
     let attempts = Arc::new(AtomicU32::new(0));
     let count = attempts.clone();
@@ -63,15 +63,17 @@ pub fn total_failure(quick: bool) -> Case<Play> {
     });
     Case {
         name: "total_failure",
-        about: format!("Every attempt fails; {PER_SECOND} calls/s, three attempts each at most"),
-        note: "buttress is held to a budget of a tenth without a reserve. Into tower's and tower-resilience's only successes pay: with none, there are but the 10/s of their reserves.",
+        about: format!(
+            "Every attempt fails; {PER_SECOND} calls/s, at most three attempts per call"
+        ),
+        note: "buttress has a retry budget of 10 % of the calls without a reserve. In tower and tower-resilience only successes make deposits. Without successes, their budgets contain only the reserve of 10 retries/s.",
         columns: vec![less("attempts", "per_call").must(1.1)],
         rows: rows.into(),
         charts: Vec::new(),
     }
 }
 
-/// What a table shows of the shares that are drawn.
+/// The shares of failures that the table contains. The charts contain more.
 const SHOWN: [f64; 3] = [0.1, 0.3, 0.6];
 
 pub fn partial_failure(quick: bool) -> Case<Play> {
@@ -79,13 +81,13 @@ pub fn partial_failure(quick: bool) -> Case<Play> {
         row(who, clock, move || {
             let shares: Vec<f64> = (0..=10).map(|tenth| f64::from(tenth) / 10.0).collect();
             let seen: Vec<(f64, f64)> = play(clock, async {
-                // All of them at once: on the wall's clock they take their time.
+                // The runs are concurrent, because some candidates use the wall clock.
                 let runs = shares
                     .iter()
                     .map(|share| tokio::spawn(load(client, *share, PER_SECOND, length(quick))));
                 let mut seen = Vec::new();
                 for run in runs.collect::<Vec<_>>() {
-                    seen.push(run.await.expect("nobody panics"));
+                    seen.push(run.await.expect("no panic"));
                 }
                 seen
             });
@@ -102,14 +104,14 @@ pub fn partial_failure(quick: bool) -> Case<Play> {
     });
     let chart = |title, most| Chart {
         title,
-        subtitle: format!("{PER_SECOND} calls/s, three attempts each at most"),
+        subtitle: format!("{PER_SECOND} calls/s, at most three attempts per call"),
         x: "% of the attempts that fail",
         most,
     };
     Case {
         name: "partial_failure",
-        about: "A share of the attempts fails: calls that succeed, and attempts a call".to_owned(),
-        note: "A larger budget makes more good, and adds more load: ours are a tenth and, by default, a fifth of the calls. Into tower-resilience's each success pays a whole retry: it is no bound until most fail.",
+        about: "10, 30 and 60 % of the attempts fail: the share of calls that succeed, and the attempts per call".to_owned(),
+        note: "With a larger retry budget more calls succeed, and the upstream receives more load. buttress has 10 % of the calls, buttress_default 20 %. In tower-resilience each success deposits a whole retry, so its budget is no bound until most calls fail.",
         columns: vec![
             more("success_10", "%"),
             less("attempts_10", "per_call"),
@@ -119,7 +121,7 @@ pub fn partial_failure(quick: bool) -> Case<Play> {
             less("attempts_60", "per_call"),
         ],
         rows: rows.into(),
-        charts: vec![chart("Attempts a call", 3.0), chart("Calls that succeed, %", 100.0)],
+        charts: vec![chart("Attempts per call", 3.0), chart("Calls that succeed, %", 100.0)],
     }
 }
 
@@ -127,7 +129,7 @@ pub fn partial_failure(quick: bool) -> Case<Play> {
 
 const TIERS: usize = 5;
 
-/// Each tier calls the next, and tries again for itself; the last one is down.
+/// Each tier calls the next one and retries by itself. The last tier is down.
 pub fn tiers(quick: bool) -> Case<Play> {
     let rows = CLIENTS.map(|(who, clock, client)| tiered(who, clock, client, quick));
     let with_breaker = tiered("buttress_breaker", Clock::Virtual, ours::client, quick);
@@ -135,7 +137,9 @@ pub fn tiers(quick: bool) -> Case<Play> {
     rows.insert(1, with_breaker);
     Case {
         name: "tiers",
-        about: format!("{TIERS} tiers that each try again, the last one down: calls that reach it"),
+        about: format!(
+            "{TIERS} tiers, each with a retry; the last one is down: calls that reach the last tier"
+        ),
         note: "",
         columns: vec![less("attempts", "per_call")],
         rows,

@@ -1,4 +1,4 @@
-//! Work of several calls, at a server that is asked for twice of what it can do: whose calls are refused?
+//! Tasks of several calls at a server that receives twice the load of its capacity, with a limit per call or per task.
 
 use std::time::Duration;
 
@@ -16,14 +16,14 @@ use crate::{
 
 const SERVICE: Duration = ms(50);
 const WORKERS: usize = 20;
-/// Calls that a task makes, with a pause between them; refused one, it has failed.
+/// The number of calls of a task, with pauses between them. A task fails if one of its calls is rejected.
 const CALLS: usize = 5;
 const PAUSE: Duration = ms(100);
-/// Tasks a second.
+/// Tasks per second.
 const CAPACITY: f64 = 80.0;
 const OFFERED: f64 = 2.0 * CAPACITY;
 
-/// What a task takes where nothing is in its way.
+/// Returns the mean time of a task without contention.
 fn shortest() -> Duration {
     SERVICE * CALLS as u32 + PAUSE * (CALLS as u32 - 1)
 }
@@ -46,7 +46,7 @@ fn task(call: Call) -> Upstream {
     })
 }
 
-/// By the user's number, for one in so many: told beforehand how many are too many.
+/// Admits every second user, by the number of the user. The share is configured, not measured.
 fn half_of_the_users(upstream: Upstream) -> Call {
     let users = std::sync::atomic::AtomicU64::new(0);
     Upstream::new(move || {
@@ -66,7 +66,7 @@ fn half_of_the_users(upstream: Upstream) -> Call {
 
 pub fn shedding(quick: bool) -> Case<Play> {
     let length = if quick { 30 } else { 120 };
-    // Around each call, and around the whole of a task.
+    // The client around each call, and the client around the whole task.
     let rows: [(_, Client, Client); 4] = [
         ("buttress", none, adaptive),
         ("buttress_call", adaptive, none),
@@ -91,9 +91,9 @@ pub fn shedding(quick: bool) -> Case<Play> {
     Case {
         name: "shedding",
         about: format!(
-            "{OFFERED} tasks/s of {CALLS} calls each, with pauses, at a server of {CAPACITY}/s; a task that is refused one of its calls has failed"
+            "{OFFERED} tasks/s of {CALLS} calls each, with pauses, at a server of {CAPACITY}/s. A task fails if one of its calls is rejected"
         ),
-        note: "The same adaptive limit around the whole of a task, and around each of its calls: refused at random in the middle, what was done before is lost. half_of_users is told how many are too many.",
+        note: "buttress has the adaptive limit around the whole task, buttress_call around each call. A rejection in the middle of a task wastes the earlier calls of the task. half_of_users admits half of the users, a share that is configured.",
         columns: vec![more("capacity", "%"), less("p99", "tasks")],
         rows: rows.into(),
         charts: Vec::new(),
