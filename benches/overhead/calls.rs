@@ -1,4 +1,4 @@
-//! The services that layers are put around, and how they are called.
+//! The innermost services, and the functions that call them.
 
 use std::{
     convert::Infallible,
@@ -15,14 +15,14 @@ use http_body::Body;
 use http_body_util::{Empty, Full};
 use tower::{Service, ServiceExt};
 
-/// Makes so many calls.
+/// Makes the given number of calls.
 pub type Run = Box<dyn FnMut(u64) + Send>;
 
 pub struct Made {
     pub run: Run,
-    /// The same on a clone of the service, for a second thread.
+    /// The calls on a clone of the service, for a second thread.
     pub clone: Option<Run>,
-    /// Bytes of the service and of its future; none of what is called by itself.
+    /// The sizes of the service and of its future in bytes. `None` if the candidate is not a service.
     pub sizes: Option<(usize, usize)>,
 }
 
@@ -39,7 +39,7 @@ impl fmt::Display for Oops {
 
 impl std::error::Error for Oops {}
 
-/// Answers at once.
+/// Responds at once.
 #[derive(Clone)]
 pub struct Bare;
 
@@ -59,7 +59,7 @@ impl Service<u64> for Bare {
     }
 }
 
-/// Answers at once, over HTTP's types.
+/// Responds at once, with the types of HTTP.
 #[derive(Clone)]
 pub struct BareHttp;
 
@@ -77,7 +77,7 @@ impl<B> Service<Request<B>> for BareHttp {
     }
 }
 
-/// Never answers.
+/// Never responds.
 #[derive(Clone)]
 pub struct Stuck;
 
@@ -95,7 +95,7 @@ impl Service<u64> for Stuck {
     }
 }
 
-/// Answers at the second look.
+/// Responds at the second poll.
 #[derive(Clone)]
 pub struct Later;
 
@@ -128,7 +128,7 @@ impl Service<u64> for Later {
 
 // ===== Calls =====
 
-/// Readies, calls and polls, as an executor would.
+/// Polls the service ready, calls it and polls the future, like an executor.
 pub fn drive<S>(mut service: S) -> impl FnMut(u64) + Send
 where
     S: Service<u64> + Send,
@@ -168,7 +168,7 @@ where
     }
 }
 
-/// Fills a limit of one for good.
+/// Acquires the only permit of a limit for the rest of the process.
 pub fn filled<S: Service<u64> + Clone>(service: S) -> S
 where
     S::Future: Send + 'static,
@@ -178,7 +178,7 @@ where
     while first.poll_ready(&mut cx).is_pending() {}
     let mut call = Box::pin(first.call(0));
     assert!(call.as_mut().poll(&mut cx).is_pending());
-    // Held to the end of the process: the place never comes back.
+    // The forgotten call never releases its permit.
     std::mem::forget(call);
     service
 }
@@ -206,7 +206,7 @@ where
     }
 }
 
-/// One that needs a runtime that turns.
+/// A candidate that needs a running runtime.
 pub fn made_driven<S>(mut service: S) -> Made
 where
     S: Service<u64> + Clone + Send + 'static,
@@ -216,7 +216,9 @@ where
     let run = move |calls| {
         runtime.block_on(async {
             for request in 0..calls {
-                let Ok(ready) = service.ready().await else { unreachable!("it is never broken") };
+                let Ok(ready) = service.ready().await else {
+                    unreachable!("poll_ready never fails")
+                };
                 black_box(ready.call(black_box(request)).await.is_ok());
             }
         });
@@ -224,7 +226,7 @@ where
     Made { sizes: Some((size_of::<S>(), size_of::<S::Future>())), clone: None, run: Box::new(run) }
 }
 
-/// Not a service.
+/// A candidate that is not a service.
 pub fn called(run: impl FnMut(u64) + Send + 'static) -> Made {
     Made { sizes: None, clone: None, run: Box::new(run) }
 }

@@ -1,4 +1,4 @@
-//! Who is measured: bare services, the peers, and ours.
+//! The candidates: bare services, the peers and this crate.
 
 use buttress::{
     CircuitBreakerLayer, ConcurrencyLimitLayer, Health, RetryLayer, TimeoutLayer, Trip,
@@ -11,15 +11,15 @@ use crate::{
 };
 
 pub struct Candidate {
-    /// `peer/what`, or `buttress/what`.
+    /// `crate/layer`.
     pub name: &'static str,
-    /// The figure's name, for ours.
+    /// The name of the figure, for candidates of this crate.
     pub case: Option<&'static str>,
-    /// What the cost is added to.
+    /// The candidate without the layer, whose time is subtracted.
     pub over: &'static str,
-    /// What it is compared with, in the same run.
+    /// The candidates with which it is compared.
     pub peers: &'static [&'static str],
-    /// Makes it, warm.
+    /// Creates the candidate, warmed up.
     pub make: fn() -> Made,
 }
 
@@ -37,7 +37,7 @@ fn ours(
 }
 
 impl Candidate {
-    /// The same around another service.
+    /// Sets the candidate without the layer.
     fn over(self, over: &'static str) -> Self {
         Self { over, ..self }
     }
@@ -47,7 +47,7 @@ fn boxed() -> BoxCloneSyncService<u64, u64, crate::calls::Oops> {
     BoxCloneSyncService::new(Bare)
 }
 
-/// Everybody.
+/// Returns all candidates.
 pub fn all() -> Vec<Candidate> {
     [breakers(), limits(), retries(), stacks(), refusing(), timeouts(), http(), uploads()]
         .into_iter()
@@ -123,7 +123,7 @@ fn refusing() -> Vec<Candidate> {
         &["tower-resilience/refused_open", "recloser/refused_open", "failsafe/refused_open"];
     const FULL: &[&str] = &["tower-resilience/refused_full", "tower/refused_full"];
     vec![
-        // Refused on two threads at once, some of its callers are never woken.
+        // Rejections on two threads at once leave some callers without a wake-up.
         peer("tower-resilience/refused_open", || Made { clone: None, ..made(peers::tr_open()) }),
         peer("recloser/refused_open", || called(peers::recloser_open())),
         peer("failsafe/refused_open", || called(peers::failsafe_open())),
@@ -155,7 +155,7 @@ fn http() -> Vec<Candidate> {
         ours("buttress/http_limit", "http_limit", &[], || {
             made_http(ConcurrencyLimitLayer::new(100).respond().layer(BareHttp))
         }),
-        // A request that is no probe.
+        // A request to another path than the health routes.
         ours("buttress/http_endpoints", "http_endpoints", &[], || {
             made_http(Health::new().endpoints().layer(BareHttp))
         }),

@@ -1,6 +1,6 @@
-//! Counts what noise cannot blur: instructions, atomic operations and clock reads per call, under
-//! valgrind's callgrind. Addresses of instructions with a `lock` prefix (and of `xchg` with memory, which
-//! needs none) come from `objdump`.
+//! Counts instructions, atomic operations and clock reads per call with valgrind's callgrind. Unlike times, the counts
+//! have no noise. `objdump` provides the addresses of the atomic instructions: those with a `lock` prefix, and `xchg`
+//! with memory, which is atomic without the prefix.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -8,7 +8,7 @@ use std::{
     process::Command,
 };
 
-/// What one call of a candidate takes.
+/// The counts of one call of a candidate.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Count {
     pub instructions: f64,
@@ -16,10 +16,10 @@ pub struct Count {
     pub clock_reads: f64,
 }
 
-/// So many calls are counted.
+/// The number of calls that are counted.
 pub const CALLS: u64 = 1000;
 
-/// The function that callgrind watches; the parent asks a child to run just one candidate in it.
+/// The function that callgrind observes. The parent process starts a child for each candidate, which calls it once.
 #[inline(never)]
 pub fn watched(run: &mut dyn FnMut(u64), calls: u64) {
     run(calls);
@@ -49,10 +49,10 @@ pub fn count(name: &str, locked: &Locked) -> Result<Count, String> {
     Ok(parse(&text, locked))
 }
 
-/// The addresses of this program's atomic instructions, as linked.
+/// The addresses of the atomic instructions of this program, as linked.
 pub struct Locked {
     at: HashSet<u64>,
-    /// Where the watched function begins.
+    /// The address of [`watched`].
     watched: u64,
 }
 
@@ -81,7 +81,7 @@ impl Locked {
     }
 }
 
-/// Reads callgrind's own format: `fn=`, `calls=` and lines of `0xaddress line cost`.
+/// Parses the output of callgrind: `fn=`, `calls=` and lines of `0xaddress line cost`.
 fn parse(text: &str, locked: &Locked) -> Count {
     let mut names: HashMap<String, String> = HashMap::new();
     let mut name_of = |spec: &str| -> String {
@@ -94,7 +94,7 @@ fn parse(text: &str, locked: &Locked) -> Count {
         }
     };
     let mut function = String::new();
-    // Addresses count anew in each object: libc's are not to be taken for ours.
+    // Each object has its own addresses. Those of libc are excluded.
     let (mut object, mut ours) = ("", "");
     let mut costs: Vec<(&str, u64, u64)> = Vec::new();
     let (mut first_watched, mut entry, mut after_calls) = (None::<u64>, None::<(u64, u64)>, false);
@@ -105,7 +105,7 @@ fn parse(text: &str, locked: &Locked) -> Count {
         } else if let Some(spec) = line.strip_prefix("fn=") {
             function = name_of(spec);
         } else if let Some(spec) = line.strip_prefix("cfn=") {
-            // Only to learn the name.
+            // The call stores the name for later lines that contain only the id.
             name_of(spec);
         } else if line.starts_with("calls=") {
             after_calls = true;
@@ -123,10 +123,10 @@ fn parse(text: &str, locked: &Locked) -> Count {
                 _ => hex(spot),
             };
             let cost = parts.nth(1).and_then(|cost| cost.parse().ok()).unwrap_or(0);
-            // The line after `calls=` is the callee's cost, told there too.
+            // The line after `calls=` is the cost of the callee, which its own lines contain, too.
             if !std::mem::take(&mut after_calls) {
                 costs.push((object, address, cost));
-                // Its entry is its lowest address, and is run once a call.
+                // The lowest address of the function is its entry, which runs once per call of it.
                 if function.starts_with("clock_gettime") {
                     entry = entry.filter(|(at, _)| *at < address).or(Some((address, cost)));
                 }
@@ -137,7 +137,7 @@ fn parse(text: &str, locked: &Locked) -> Count {
             }
         }
     }
-    // The program is loaded somewhere else than it is linked to.
+    // The load address of the program differs from the linked address.
     let moved = first_watched.unwrap_or(locked.watched).wrapping_sub(locked.watched);
     let per_call = |sum: u64| sum as f64 / CALLS as f64;
     let atomics: u64 = costs

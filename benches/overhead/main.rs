@@ -1,16 +1,16 @@
-//! What a layer adds to a call: ours beside the peers', in one process, in one run.
+//! The cost of a layer per call: the layers of this crate and those of the peers, in one process and one run.
 //!
 //! ```sh
-//! cargo bench -p buttress-benches --bench overhead               # times, sizes, two threads, counts
-//! cargo bench -p buttress-benches --bench overhead -- breaker    # those whose name has "breaker" in it
-//! cargo bench -p buttress-benches --bench overhead -- --quick    # within a minute; only ours are counted
-//! cargo bench -p buttress-benches --bench overhead -- --count    # only counts, and compares them
+//! cargo bench -p buttress-benches --bench overhead               # times, sizes, scaling on two threads, counts
+//! cargo bench -p buttress-benches --bench overhead -- breaker    # candidates with "breaker" in their name
+//! cargo bench -p buttress-benches --bench overhead -- --quick    # within a minute; counts only for this crate
+//! cargo bench -p buttress-benches --bench overhead -- --count    # only counts, compared with the baseline
 //! ```
 //!
-//! Times are of interleaved rounds over all candidates; a candidate's added time is the median over the
-//! rounds of its time less the bare service's in the same round. Counting needs valgrind and objdump. `--count`
-//! compares with `benches/overhead/baseline.txt`: atomics, clock reads and allocations exactly,
-//! instructions within 20 %. `--save` writes what was counted into that file.
+//! The rounds of all candidates are interleaved. The added time of a candidate is its time minus the time of the bare
+//! service in the same round, as the median over the rounds. Counts need valgrind and objdump. `--count` compares the
+//! counts with `benches/overhead/baseline.txt`: atomics, clock reads and allocations exactly, instructions within 20 %.
+//! `--save` writes the counts to that file.
 
 mod calls;
 mod candidates;
@@ -42,7 +42,7 @@ fn options() -> Options {
             "--count" => options.count = true,
             "--save" => options.save = true,
             "--one" => options.one = args.next(),
-            // What cargo itself passes on.
+            // `cargo bench` passes this argument.
             "--bench" => {}
             name => options.filter = Some(name.to_owned()),
         }
@@ -52,7 +52,7 @@ fn options() -> Options {
 
 fn main() -> ExitCode {
     let options = options();
-    // Some peers make timers as they are called.
+    // Some peers create timers in a call.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.expect("a runtime can be built");
     let _guard = runtime.enter();
@@ -78,7 +78,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// The child's part: one candidate, warm, under the counter.
+/// Runs one candidate in the child process that callgrind observes, after a warm-up.
 fn one(name: &str) -> ExitCode {
     let Some(candidate) = candidates::all().into_iter().find(|found| found.name == name) else {
         eprintln!("no candidate is called {name}");
@@ -92,7 +92,7 @@ fn one(name: &str) -> ExitCode {
 
 // ===== Times =====
 
-/// One batch takes about this long.
+/// The approximate duration of a batch.
 const BATCH_NANOS: f64 = 200_000.0;
 
 fn time(made: &mut Made, calls: u64) -> f64 {
@@ -106,7 +106,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// Allocations per call.
+/// Returns the allocations per call.
 fn allocs(made: &mut Made) -> f64 {
     (made.run)(100);
     let info = allocation_counter::measure(|| (made.run)(count::CALLS));
@@ -173,7 +173,7 @@ fn times(candidates: &[Candidate], quick: bool) -> ExitCode {
     println!("\n{}\n", figures.join("\n"));
     for (nth, candidate) in candidates.iter().enumerate() {
         for (peer, place) in candidate.peers.iter().filter_map(|peer| Some((peer, place(peer)?))) {
-            // Less than a tenth is no difference.
+            // A difference of 10 % or less is not reported.
             if added(nth) > 1.1 * added(place) {
                 let (ours, theirs) = (added(nth), added(place));
                 println!(
@@ -187,7 +187,7 @@ fn times(candidates: &[Candidate], quick: bool) -> ExitCode {
     threads::table(candidates, quick);
     println!();
     if let Err(why) = counted(candidates.iter().filter(|one| !quick || one.case.is_some())) {
-        println!("neither instructions nor atomics nor clock reads are counted: {why}");
+        println!("no counts of instructions, atomics and clock reads: {why}");
     }
     ExitCode::SUCCESS
 }
@@ -196,7 +196,7 @@ fn times(candidates: &[Candidate], quick: bool) -> ExitCode {
 
 const BASELINE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/overhead/baseline.txt");
 
-/// What a call of each takes, told as it is known.
+/// Counts each candidate and prints its counts at once.
 fn counted<'a>(
     candidates: impl Iterator<Item = &'a Candidate>,
 ) -> Result<BTreeMap<&'static str, [f64; 4]>, String> {
@@ -261,7 +261,7 @@ fn counts(candidates: &[Candidate], save: bool) -> ExitCode {
     if holds { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// All that is known, so that a part can be counted anew.
+/// Writes the baseline with all known cases, so that `--save` with a filter keeps the others.
 fn write(cases: &BTreeMap<String, [f64; 4]>) -> ExitCode {
     let mut text = String::from(
         "# case instructions atomics clock_reads allocs, per call; written by --count --save\n",
@@ -299,7 +299,7 @@ fn baseline() -> BTreeMap<String, [f64; 4]> {
         .collect()
 }
 
-/// What is worse: instructions by over a fifth, anything else at all.
+/// Returns the counts that are worse: instructions by more than 20 %, other counts by any amount.
 fn worse(case: &str, then: &[f64; 4], now: &[f64; 4]) -> Vec<String> {
     let slack = [then[0] * 0.2, 0.01, 0.01, 0.01];
     ["instructions", "atomics", "clock reads", "allocations"]

@@ -1,4 +1,4 @@
-//! Ours, as their documentation sets them up, and warm.
+//! The layers of this crate, set up as in their documentation and warmed up.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use tower::{Layer, Service};
 
 use crate::calls::{Bare, Oops, Stuck, drive, filled};
 
-/// What is measured: our services of plain numbers.
+/// A service of plain numbers.
 pub trait Numbers: Service<u64> + Clone + Send + 'static {}
 
 impl<S: Service<u64> + Clone + Send + 'static> Numbers for S {}
@@ -32,7 +32,7 @@ pub fn breaker(trip: Trip) -> impl Numbers {
     service
 }
 
-/// Half of so many, and the window is full, as in a service that has been up for a while.
+/// A breaker with a failure ratio of 50 % over a full window, as in a service that has run for a while.
 pub fn count_breaker(calls: u32) -> impl Numbers {
     let service = breaker(count_rule(calls));
     drive(service.clone())(u64::from(calls));
@@ -58,7 +58,7 @@ pub fn retry() -> impl Numbers {
             Err(_) => Outcome::failure(),
         })
         .layer(Bare);
-    // The budget is full, as in a service that has been up for a minute.
+    // The retry budget is full, as in a service that has run for a minute.
     drive(service.clone())(10_000);
     service
 }
@@ -91,7 +91,7 @@ where
     TimeoutLayer::http().per_response().layer(inner)
 }
 
-// ===== Refusing =====
+// ===== Rejections =====
 
 pub fn open() -> impl Numbers {
     let layer = judged(CircuitBreakerLayer::http().open_for(Duration::from_secs(3600)));

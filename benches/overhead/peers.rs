@@ -1,4 +1,4 @@
-//! The peers, as their documentation sets them up, and as near to ours as they can be.
+//! The layers of the peers, set up as in their documentation, with settings as close as possible to those in `ours`.
 
 use std::{
     convert::Infallible,
@@ -94,7 +94,7 @@ pub fn tower_timeout<S: Clone + Send>(inner: S) -> tower::timeout::Timeout<S> {
     tower::timeout::Timeout::new(inner, Duration::from_secs(30))
 }
 
-/// Three: it has no breaker.
+/// Three layers, because tower has no circuit breaker.
 pub fn tower_stack() -> impl Numbers {
     let retried = tower::retry::Retry::new(Budgeted(Arc::default()), Bare);
     tower_timeout(tower::limit::GlobalConcurrencyLimitLayer::new(100).layer(retried))
@@ -140,11 +140,11 @@ pub fn tr_open() -> impl Numbers {
     let layer = tr::CircuitBreakerLayer::builder().wait_duration_in_open(HOUR).build().unwrap();
     let service = layer.layer(Bare);
     let mut cx = Context::from_waker(Waker::noop());
-    assert!(pin!(service.force_open()).poll(&mut cx).is_ready(), "nobody else has its lock");
+    assert!(pin!(service.force_open()).poll(&mut cx).is_ready(), "no other user of the lock");
     service
 }
 
-/// Its refusals wait for the next tick of a timer.
+/// A full bulkhead, whose rejections wait for the next tick of a timer.
 pub fn tr_full() -> impl Numbers {
     let one = tr::BulkheadLayer::builder().max_concurrent_calls(1).reject_when_full();
     filled(one.build().unwrap().layer(Stuck))
@@ -165,7 +165,7 @@ pub fn tr_adaptive() -> impl Numbers {
 }
 
 pub fn tr_stack() -> impl Numbers {
-    // Its errors are not `Clone`, nor is its own retry's bound met over them: retry goes innermost here.
+    // The errors of its layers are not `Clone`, which its retry requires. So the retry is innermost.
     let retried = tr_retry();
     let limited = tr::BulkheadLayer::builder()
         .max_concurrent_calls(100)
@@ -181,7 +181,7 @@ pub fn tr_stack() -> impl Numbers {
         .layer(breaker.layer(Erase(limited)))
 }
 
-/// Gives any service our error type, so that layers can be stacked whatever they ask of it.
+/// Replaces the error type of a service by [`Oops`], which meets the bounds of every layer.
 #[derive(Clone)]
 struct Erase<S>(S);
 
@@ -228,7 +228,7 @@ pub fn shedder() -> impl Numbers {
     little_loadshedder::LoadShed::new(Bare, 0.01, Duration::from_secs(1))
 }
 
-/// One cell a nanosecond: it never says no.
+/// A rate limit of one call per nanosecond, which never rejects.
 pub fn governor() -> impl FnMut(u64) + Send {
     let quota = governor::Quota::with_period(Duration::from_nanos(1)).expect("above zero");
     let limiter = governor::RateLimiter::direct(quota.allow_burst(std::num::NonZeroU32::MAX));
@@ -239,7 +239,7 @@ pub fn governor() -> impl FnMut(u64) + Send {
     }
 }
 
-/// Breakers that are called with a closure.
+/// Calls a breaker that wraps a closure.
 fn called<B>(breaker: B, call: impl Fn(&B, u64) -> bool + Send) -> impl FnMut(u64) + Send
 where
     B: Send,

@@ -1,4 +1,4 @@
-//! Two threads on clones of one service against one alone, each on a processor of its own.
+//! The scaling from one thread to two that call clones of one service. Each thread is pinned to a processor.
 
 use std::{hint::black_box, sync::Barrier, thread, time::Instant};
 
@@ -7,26 +7,26 @@ use tokio::runtime::Handle;
 
 use crate::{calls::Run, candidates::Candidate};
 
-/// Calls of each thread in one round: as many as fit this long, and a few.
+/// The duration of a round in nanoseconds, and the minimum number of calls of each thread in it.
 const ROUND_NANOS: f64 = 5e6;
 const FEW: u64 = 200;
 
-/// Below that, two threads are no two threads.
+/// The minimum scaling of the machine with which the results are valid.
 const TWO: f64 = 1.6;
 
 pub fn table(candidates: &[Candidate], quick: bool) {
     let rounds = if quick { 3 } else { 15 };
     let Some(cores) = cores() else {
-        println!("two threads: this machine has one processor, and says nothing about them\n");
+        println!("two threads: not measured, because this machine has one processor\n");
         return;
     };
-    // What shares nothing at all.
+    // Two threads that share nothing.
     let machine = scaling(cores, &mut spin(), &mut spin(), rounds).2;
     println!("figure overhead/machine/scaling {machine:.2} of_2");
     if machine < TWO {
         println!(
-            "two threads: this machine gives them {machine:.2} times what one has, busy as it is: read what follows \
-             against that, or not at all"
+            "two threads: this machine is busy and scales to {machine:.2} only, so the following results are not \
+             reliable"
         );
     }
     println!(
@@ -35,7 +35,7 @@ pub fn table(candidates: &[Candidate], quick: bool) {
     );
     println!("{:34} {:>10} {:>10} {machine:>8.2} {:>12.2}", "(sharing nothing)", "", "", 1.0);
     for candidate in candidates {
-        // Its window makes no difference once it is full.
+        // The size of the window makes no difference.
         if candidate.name.contains("1000000") {
             continue;
         }
@@ -65,7 +65,7 @@ fn spin() -> Run {
     })
 }
 
-/// The best of one's time and of two's, and how much more two do.
+/// Returns the best times per call with one thread and with two, and the scaling.
 fn scaling(cores: [CoreId; 2], first: &mut Run, second: &mut Run, rounds: u32) -> (f64, f64, f64) {
     let (mut one, mut two) = (f64::INFINITY, f64::INFINITY);
     let calls = ROUND_NANOS / on(FEW, [(cores[0], &mut *first)])[0].max(1.0);
@@ -78,11 +78,11 @@ fn scaling(cores: [CoreId; 2], first: &mut Run, second: &mut Run, rounds: u32) -
     (one, two, 2.0 * one / two)
 }
 
-/// Each on its processor, all at once: nanoseconds a call.
+/// Runs all at once, each on its processor, and returns the nanoseconds per call.
 fn on<const N: usize>(calls: u64, runs: [(CoreId, &mut Run); N]) -> [f64; N] {
     let (start, runtime) = (Barrier::new(N), Handle::current());
     let timed = |core: CoreId, run: &mut Run| {
-        // Where it is not allowed, the scheduler decides.
+        // If pinning is not permitted, the scheduler selects the processor.
         core_affinity::set_for_current(core);
         let _guard = runtime.enter();
         start.wait();

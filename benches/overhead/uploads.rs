@@ -1,4 +1,4 @@
-//! A request as clients send them, headers and a body in it, under a retry.
+//! A typical request of a client, with headers and a body, through a retry.
 
 use std::{
     convert::Infallible,
@@ -27,7 +27,7 @@ use crate::calls::Made;
 type Call = Request<Full<Bytes>>;
 type Answer = Response<Empty<Bytes>>;
 
-/// Reads the request to its end, as a client does, and answers.
+/// Reads the request to its end, like a client, and responds.
 #[derive(Clone)]
 struct Reads;
 
@@ -52,7 +52,7 @@ impl<B: Body> Service<Request<B>> for Reads {
     }
 }
 
-/// As tower's documentation has it.
+/// The policy from the documentation of tower.
 #[derive(Clone, Default)]
 struct Budgeted(Arc<TpsBudget>);
 
@@ -86,7 +86,7 @@ fn request(body: &Bytes, id: u64) -> Call {
     headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     headers.insert(header::USER_AGENT, HeaderValue::from_static("orders/1.0"));
-    // Made for this request alone, as most have one or two.
+    // Most requests have one or two headers of their own.
     headers.insert("x-request-id", HeaderValue::from(id));
     request
 }
