@@ -1,5 +1,5 @@
-//! A server that stays up: one limit for all routes, held to the end of each stream, and a breaker around the
-//! route that keeps failing.
+//! An axum server with one concurrency limit for all routes, whose permits are held until the end of each stream, and a
+//! circuit breaker around a route that fails.
 //!
 //! ```text
 //! cargo run --example axum_server
@@ -21,7 +21,7 @@ use tokio::{net::TcpListener, task::JoinSet, time::sleep};
 
 #[tokio::main]
 async fn main() -> Result<(), BoxError> {
-    // It ends by itself, whatever goes wrong.
+    // Ends the example also if a call hangs.
     tokio::time::timeout(Duration::from_secs(20), tour()).await?
 }
 
@@ -39,9 +39,7 @@ async fn tour() -> Result<(), BoxError> {
     let url = format!("http://{}", listener.local_addr()?);
     tokio::spawn(async move { axum::serve(listener, app).await });
 
-    println!(
-        "A limit of 2 with room for 4 to wait, and 20 clients that come at once for a stream:"
-    );
+    println!("A limit of 2 with a queue of 4, and 20 clients that request a stream at once:");
     let mut clients = JoinSet::new();
     for _ in 0..20 {
         clients.spawn(fetch(format!("{url}/stream")));
@@ -56,18 +54,18 @@ async fn tour() -> Result<(), BoxError> {
     }
     let most = MOST_STREAMS.load(SeqCst);
     println!(
-        "  {whole} streams to their end, {shed} answered 503 with Retry-After, {most} at once"
+        "  {whole} complete streams, {shed} responses 503 with Retry-After, at most {most} at once"
     );
     check(most == 2, "never more than 2 streams at once")?;
-    check(whole >= 6 && whole + shed == 20, "2 got in, 4 waited, the rest was shed")?;
-    check(places.in_flight() == 0, "all places are free again")?;
+    check(whole >= 6 && whole + shed == 20, "2 got a permit, 4 waited, the others were rejected")?;
+    check(places.in_flight() == 0, "all permits have been released")?;
 
     println!("A breaker that opens after 3 failures, around a route that fails:");
     let mut statuses = Vec::new();
     for _ in 0..6 {
         statuses.push(fetch(format!("{url}/shaky")).await?.0.as_u16());
     }
-    println!("  answers: {statuses:?}, circuit: {:?}", circuit.state());
+    println!("  responses: {statuses:?}, circuit: {:?}", circuit.state());
     check(statuses == [500, 500, 500, 503, 503, 503], "the last 3 never reached the handler")?;
 
     SHAKY_IS_WELL.store(true, SeqCst);
@@ -75,11 +73,11 @@ async fn tour() -> Result<(), BoxError> {
         circuit.changed().await;
     }
     let (status, _) = fetch(format!("{url}/shaky")).await?;
-    println!("  later, as a probe: {status}, circuit: {:?}", circuit.state());
-    check(circuit.state() == State::Closed, "the circuit closed over a good probe")
+    println!("  later, as a half-open probe: {status}, circuit: {:?}", circuit.state());
+    check(circuit.state() == State::Closed, "a successful probe closed the circuit")
 }
 
-// ===== The routes =====
+// ===== Routes =====
 
 static STREAMS: AtomicUsize = AtomicUsize::new(0);
 static MOST_STREAMS: AtomicUsize = AtomicUsize::new(0);
@@ -103,7 +101,7 @@ async fn shaky() -> StatusCode {
     if SHAKY_IS_WELL.load(SeqCst) { StatusCode::OK } else { StatusCode::INTERNAL_SERVER_ERROR }
 }
 
-// ===== A client =====
+// ===== Client =====
 
 async fn fetch(url: String) -> Result<(StatusCode, Bytes), BoxError> {
     let client = Client::builder(TokioExecutor::new()).build_http();
@@ -111,7 +109,7 @@ async fn fetch(url: String) -> Result<(StatusCode, Bytes), BoxError> {
     let status = response.status();
     if status == StatusCode::SERVICE_UNAVAILABLE && !response.headers().contains_key("retry-after")
     {
-        return Err("a refusal without Retry-After".into());
+        return Err("a rejection without Retry-After".into());
     }
     Ok((status, response.into_body().collect().await?.to_bytes()))
 }

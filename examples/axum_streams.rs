@@ -1,5 +1,5 @@
-//! Limits for what lives long: server-sent events and WebSockets. A full server refuses a socket with 503
-//! before the upgrade, or closes it with code 1013 after it; who goes away gives the place back.
+//! A concurrency limit for server-sent events and WebSockets. A full server rejects a WebSocket with 503 before the
+//! upgrade, or closes it with code 1013 after the upgrade. A client that disconnects releases its permit.
 //!
 //! ```text
 //! cargo run --example axum_streams
@@ -40,11 +40,11 @@ use tokio_tungstenite::{
 
 #[tokio::main]
 async fn main() -> Result<(), BoxError> {
-    // It ends by itself, whatever goes wrong.
+    // Ends the example also if a call hangs.
     tokio::time::timeout(Duration::from_secs(20), tour()).await?
 }
 
-// ===== The server =====
+// ===== Server =====
 
 fn server(limit: ConcurrencyLimitLayer) -> Router {
     let places = limit.handle();
@@ -52,28 +52,30 @@ fn server(limit: ConcurrencyLimitLayer) -> Router {
         .route("/events", get(events))
         .route("/socket", any(socket))
         .layer(limit.upgrades().respond());
-    // The same places, asked for by hand: out of the layer, which would refuse before the upgrade.
+    // This route acquires permits of the same limit by hand. It is outside of the layer, which rejects before the
+    // upgrade.
     let polite = Router::new().route("/polite", any(polite_socket)).with_state(places);
     limited.merge(polite)
 }
 
-/// Nothing to be done for the limit: the stream is the response's body.
+/// The limit needs no code here: the permit is held until the end of the response body, which is the stream.
 async fn events() -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
     let ticks = stream::unfold(0_u32, |n| async move {
         sleep(Duration::from_millis(20)).await;
         Some((Ok(Event::default().data(format!("tick {n}"))), n + 1))
     });
-    // The comments of `KeepAlive` are what finds out that a browser has gone from a quiet stream.
+    // Without the comments of `KeepAlive`, the server does not notice that a browser has left a stream without events.
     Sse::new(ticks).keep_alive(KeepAlive::default())
 }
 
-/// Takes the call's place along. Refused before the upgrade when there is none.
+/// Keeps the permit of the call for the WebSocket. The layer rejects the call before the upgrade if the limit is full.
 async fn socket(upgrade: WebSocketUpgrade, Extension(held): Extension<Held>) -> Response {
     let place = held.take();
     upgrade.on_upgrade(move |socket| echo(socket, place))
 }
 
-/// Upgrades in any case, and tells a browser what a status could not: 1013, try again later.
+/// Always upgrades. If the limit is full, it closes the WebSocket with 1013 (try again later), because browsers do not
+/// expose the status of a failed handshake to scripts.
 async fn polite_socket(
     upgrade: WebSocketUpgrade,
     State(places): State<ConcurrencyLimitHandle>,
@@ -88,7 +90,7 @@ async fn polite_socket(
     .into_response()
 }
 
-/// The place goes with the socket.
+/// Holds the permit as long as the WebSocket is open.
 async fn echo(mut socket: WebSocket, _place: Option<HeldPlace>) {
     while let Some(Ok(message)) = socket.recv().await {
         if let Message::Text(_) = message {
@@ -99,7 +101,7 @@ async fn echo(mut socket: WebSocket, _place: Option<HeldPlace>) {
     }
 }
 
-// ===== Its clients =====
+// ===== Clients =====
 
 async fn tour() -> Result<(), BoxError> {
     let limit = ConcurrencyLimitLayer::new(3);
@@ -109,16 +111,16 @@ async fn tour() -> Result<(), BoxError> {
     let app = server(limit);
     tokio::spawn(async move { axum::serve(listener, app).await });
 
-    println!("Three places; a browser takes one for events and two for sockets:");
+    println!("Three permits; a browser acquires one for events and two for WebSockets:");
     let mut events = listen(addr).await?;
     check(events.status() == StatusCode::OK, "the events flow")?;
     let heard = events.frame().await.ok_or("no event")??;
     let heard = heard.into_data().map_err(|_| "no data")?;
-    check(heard.starts_with(b"data: tick 0"), "and the first one is here")?;
+    check(heard.starts_with(b"data: tick 0"), "the first event has arrived")?;
     let mut first = dial(addr, "socket").await?;
     let mut second = dial(addr, "polite").await?;
     check(says(&mut first).await? && says(&mut second).await?, "both sockets echo")?;
-    check(places.in_flight() == 3, "3 places are held")?;
+    check(places.in_flight() == 3, "3 permits are held")?;
 
     println!("Full:");
     let refused = listen(addr).await?;
@@ -131,26 +133,26 @@ async fn tour() -> Result<(), BoxError> {
         Err(WsError::Http(answer)) => answer.status() == StatusCode::SERVICE_UNAVAILABLE,
         _ => false,
     };
-    check(told, "a socket: 503 before the upgrade")?;
+    check(told, "a WebSocket: 503 before the upgrade")?;
     let mut polite = dial(addr, "polite").await?;
     let code = match polite.next().await {
         Some(Ok(Said::Close(Some(frame)))) => u16::from(frame.code),
         _ => 0,
     };
-    check(code == 1013, "or close code 1013 after it")?;
-    check(places.snapshot().refused_full == 3, "3 were refused, and counted")?;
+    check(code == 1013, "or close code 1013 after the upgrade")?;
+    check(places.snapshot().refused_full == 3, "3 rejections were counted")?;
 
-    println!("The browser leaves the events:");
+    println!("The browser closes the events:");
     drop(events);
     free(&places, 1).await?;
     let mut third = dial(addr, "socket").await?;
-    check(says(&mut third).await?, "its place went to a socket")?;
+    check(says(&mut third).await?, "a WebSocket acquired the permit")?;
 
-    println!("One socket says goodbye, the others just break off:");
+    println!("One WebSocket is closed properly, the connections of the others break:");
     first.send(Said::Close(None)).await?;
     drop((second, third));
     free(&places, 3).await?;
-    check(places.in_flight() == 0, "all places are free again")
+    check(places.in_flight() == 0, "all permits have been released")
 }
 
 async fn listen(addr: SocketAddr) -> Result<http::Response<Incoming>, BoxError> {
@@ -164,21 +166,21 @@ async fn dial(addr: SocketAddr, path: &str) -> Result<Socket, WsError> {
     Ok(connect_async(format!("ws://{addr}/{path}")).await?.0)
 }
 
-/// Whether what is said comes back.
+/// Returns whether the server echoes a message.
 async fn says(socket: &mut Socket) -> Result<bool, BoxError> {
     socket.send(Said::text("hello")).await?;
     Ok(socket.next().await.ok_or("closed")?? == Said::text("hello"))
 }
 
-/// Waits until so many of the three are free: the server hears of it a moment later.
+/// Waits until this number of the three permits is available. The server notices a disconnected client with a delay.
 async fn free(places: &ConcurrencyLimitHandle, wanted: u32) -> Result<(), BoxError> {
     for _ in 0..500 {
         if places.in_flight() + wanted <= 3 {
-            return check(true, "its place is free");
+            return check(true, "the permit was released");
         }
         sleep(Duration::from_millis(10)).await;
     }
-    check(false, "its place is free")
+    check(false, "the permit was released")
 }
 
 fn check(holds: bool, claim: &str) -> Result<(), BoxError> {

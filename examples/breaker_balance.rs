@@ -1,4 +1,4 @@
-//! A balancer that goes elsewhere: three upstreams under p2c, each with a breaker, one of them failing.
+//! A p2c balancer over three upstreams, each with a circuit breaker. The balancer avoids the upstream that fails.
 //!
 //! ```text
 //! cargo run --example breaker_balance
@@ -31,7 +31,7 @@ const WAIT: Duration = Duration::from_secs(1);
 
 #[tokio::main]
 async fn main() -> Result<(), BoxError> {
-    // It ends by itself, whatever goes wrong.
+    // Ends the example also if a call hangs.
     tokio::time::timeout(Duration::from_secs(20), tour()).await?
 }
 
@@ -41,7 +41,8 @@ async fn tour() -> Result<(), BoxError> {
     let mut circuits = Vec::new();
     let endpoints = upstreams.each_ref().map(|upstream| {
         let addr = upstream.addr;
-        // One circuit for each endpoint: not ready while it is open, so that the balancer takes another.
+        // Each endpoint has a circuit. With backpressure it is not ready while the circuit is open, so that the
+        // balancer selects another endpoint.
         let breaker = CircuitBreakerLayer::new(Trip::consecutive(3)).open_for(WAIT).backpressure();
         circuits.push(breaker.handle());
         let endpoint = ServiceBuilder::new()
@@ -56,36 +57,39 @@ async fn tour() -> Result<(), BoxError> {
 
     println!("Requests to each of three upstreams:");
     let failed = send(&mut balance, 60).await?;
-    println!("  all are well:                 {:?}, {failed} failed", counts());
+    println!("  all succeed:                  {:?}, {failed} failed", counts());
 
     dead.failing.store(true, SeqCst);
     let mut failed = 0;
     while circuits[0].state() != breaker::State::Open {
         failed += send(&mut balance, 1).await?;
     }
-    println!("  the first fails, to the trip: {:?}, {failed} failed", counts());
-    check(failed == 3, "three failures in a row open it")?;
+    println!("  first fails, until it trips:  {:?}, {failed} failed", counts());
+    check(failed == 3, "three failures in a row open the circuit")?;
 
     let failed = send(&mut balance, 100).await?;
     let after = counts();
     println!("  after the trip:               {after:?}, {failed} failed");
-    check((after[0], failed) == (0, 0), "nothing reaches the dead one, and no caller notices")?;
+    check(
+        (after[0], failed) == (0, 0),
+        "no request reaches the failing upstream, and no call fails",
+    )?;
 
     sleep(WAIT).await;
     let failed = send(&mut balance, 100).await?;
     let after = counts();
-    println!("  once the wait is over:        {after:?}, {failed} failed");
-    check((after[0], failed) == (1, 1), "but one probe")?;
+    println!("  half-open:                    {after:?}, {failed} failed");
+    check((after[0], failed) == (1, 1), "one half-open probe reaches it")?;
 
     dead.failing.store(false, SeqCst);
     sleep(WAIT).await;
     let failed = send(&mut balance, 100).await?;
     let after = counts();
-    println!("  well again:                   {after:?}, {failed} failed");
-    check(after[0] > 10 && failed == 0, "a good probe brings it back")
+    println!("  recovered:                    {after:?}, {failed} failed");
+    check(after[0] > 10 && failed == 0, "a successful probe closes the circuit")
 }
 
-/// Sends so many, one after the other; tells how many failed.
+/// Sends requests one after the other. Returns the number of failed calls.
 async fn send<S>(balance: &mut S, requests: usize) -> Result<usize, BoxError>
 where
     S: Service<
@@ -107,7 +111,7 @@ fn check(holds: bool, what: &str) -> Result<(), BoxError> {
     if holds { Ok(()) } else { Err(format!("not so: {what}").into()) }
 }
 
-/// The same request, sent there.
+/// Returns the request with this address in its URI.
 fn at<B>(addr: SocketAddr, mut request: Request<B>) -> Request<B> {
     *request.uri_mut() = Uri::builder()
         .scheme("http")
@@ -118,7 +122,7 @@ fn at<B>(addr: SocketAddr, mut request: Request<B>) -> Request<B> {
     request
 }
 
-// ===== An upstream that fails when it is told to =====
+// ===== Upstream =====
 
 #[derive(Clone)]
 struct Upstream {

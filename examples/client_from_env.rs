@@ -1,4 +1,4 @@
-//! The recommended client in one call, as its environment says, against a server that fails now and then.
+//! The recommended client, built in one call with settings from the environment, against a server that sometimes fails.
 //!
 //! ```text
 //! cargo run --all-features --example client_from_env
@@ -23,13 +23,13 @@ use tokio::{net::TcpListener, task::JoinSet};
 
 #[tokio::main]
 async fn main() -> Result<(), BoxError> {
-    // It ends by itself, whatever goes wrong.
+    // Ends the example also if a call hangs.
     tokio::time::timeout(Duration::from_secs(20), tour()).await?
 }
 
 async fn tour() -> Result<(), BoxError> {
     let at = upstream().await?;
-    // The environment goes before what is said here.
+    // The environment takes precedence over the values here.
     let config = ClientConfig::load("search")
         .preset(Preset::Internal)
         .toml(&format!("connect_max_total = 8\ncheck_health_uri = 'http://{at}/healthz'"))
@@ -53,22 +53,22 @@ async fn tour() -> Result<(), BoxError> {
     let is_good =
         |answer: &&Result<StatusCode, _>| answer.as_ref().is_ok_and(StatusCode::is_success);
     let good = answers.iter().filter(is_good).count();
-    println!("{good} of {} calls answered well", answers.len());
+    println!("{good} of {} calls succeeded", answers.len());
     println!("{:#?}", handle.snapshot());
 
     let check = client.check_health().await;
     println!("health: {:?} in {:?}", check.status, check.took);
 
-    // Changed while it runs; what would take a new client is told.
+    // Changes settings of the client in use. `update` returns the settings that need a new client.
     let mut next = handle.config();
     next.timeout.head = Some(Duration::from_secs(2));
     next.connect.max_total = Some(2);
     next.breaker.window = Duration::from_secs(60);
-    println!("would take a new client: {:?}", handle.update(&next)?);
+    println!("needs a new client: {:?}", handle.update(&next)?);
     Ok(())
 }
 
-/// Every tenth answer is a 503.
+/// Starts a server whose every tenth response is a 503.
 async fn upstream() -> Result<SocketAddr, BoxError> {
     static CALLS: AtomicUsize = AtomicUsize::new(0);
     let answer = async || {

@@ -1,13 +1,13 @@
-//! 200 callers through at most 50 connections, beside the same callers without a cap, in turn.
+//! 200 callers that share at most 50 connections, compared with the same callers without a maximum.
 //!
 //! ```text
 //! cargo run --release --all-features --example connection_cap
 //! ```
 //!
-//! Each pair of runs is one without a cap (hyper-util's client as it is) and one with; which comes first changes. Once
-//! the upstream answers at once: then all that is measured is what a call costs, and three callers in four wait in a line, which
-//! the bare client spares them. Once each answer takes it some work, as answers do: there the cap is held to its word. It
-//! ends by itself, after some 20 s.
+//! Each pair of runs has one run with hyper-util's client alone and one with a maximum. The order alternates. In the
+//! first series the upstream responds at once, so the runs measure the cost of a call. Three of four callers wait in
+//! the queue for a connection. In the second series a response takes the upstream some work. The example asserts the
+//! ratio of the second series. It ends after about 20 s.
 
 use std::{
     convert::Infallible,
@@ -40,15 +40,15 @@ const CALLERS: usize = 200;
 const CAP: usize = 50;
 const PAIRS: usize = 30;
 const RUN: Duration = Duration::from_millis(200);
-/// Of the upstream's one processor, for each answer.
+/// The processor time of the upstream per response. The upstream has one thread.
 const WORK: Duration = Duration::from_micros(100);
 
 fn main() -> Result<(), BoxError> {
-    // One for each client, so that each can tell how many connections it saw.
+    // Each client has its own upstream, which counts the connections of this client.
     let (open, bounded) = (Upstream::start(), Upstream::start());
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
-        // It ends by itself, whatever goes wrong.
+        // Ends the example also if a call hangs.
         tokio::time::timeout(Duration::from_secs(60), compare(&open, &bounded)).await?
     })
 }
@@ -59,16 +59,16 @@ async fn compare(open: &Upstream, bounded: &Upstream) -> Result<(), BoxError> {
     let handle = layer.handle();
     let capped = Client::builder(layer).build_http();
 
-    println!("{CALLERS} callers, {PAIRS} pairs of runs of {RUN:?} each; requests a second:");
-    // Neither is to pay for what is done once.
+    println!("{CALLERS} callers, {PAIRS} pairs of runs of {RUN:?} each; requests per second:");
+    // The first runs include one-time costs and are not measured.
     run(&uncapped, open.addr, "").await?;
     run(&capped, bounded.addr, "").await?;
     let (mut ratio, mut error) = (0.0, 0.0);
     for (path, what) in
-        [("", "answers at once".to_owned()), ("work", format!("works for {WORK:?}"))]
+        [("", "responds at once".to_owned()), ("work", format!("works for {WORK:?}"))]
     {
         println!("an upstream that {what}:");
-        println!("{:>12} {:>12} {:>8}", "no cap", format!("cap {CAP}"), "ratio");
+        println!("{:>12} {:>12} {:>8}", "no max", format!("max {CAP}"), "ratio");
         let mut ratios = Vec::new();
         for pair in 0..PAIRS {
             let (without, with);
@@ -83,18 +83,21 @@ async fn compare(open: &Upstream, bounded: &Upstream) -> Result<(), BoxError> {
             println!("{without:>12.0} {with:>12.0} {:>8.3}", with / without);
         }
         (ratio, error) = mean(&ratios);
-        println!("mean ratio {ratio:.3}, give or take {error:.3}");
+        println!("mean ratio {ratio:.3}, standard error {error:.3}");
     }
     let most = bounded.most.load(SeqCst);
     summary(&handle, most, open.most.load(SeqCst));
 
-    check(most <= CAP, "never more than the cap")?;
-    check(handle.snapshot().saturated == 0, "nobody was refused")?;
-    // What else this machine does falls on one of the two by chance.
-    check(ratio + 2.0 * error >= 0.95, "within 5 % of no cap at all, where answers take work")
+    check(most <= CAP, "never more connections than the maximum")?;
+    check(handle.snapshot().saturated == 0, "no call was rejected")?;
+    // Other load on the machine affects one of the two runs at random, hence the standard error.
+    check(
+        ratio + 2.0 * error >= 0.95,
+        "within 5 % of the throughput without a maximum, if responses take work",
+    )
 }
 
-/// The geometric mean of ratios, and its standard error.
+/// Returns the geometric mean of the ratios, and its standard error.
 fn mean(ratios: &[f64]) -> (f64, f64) {
     let n = ratios.len() as f64;
     let mean = ratios.iter().map(|ratio| ratio.ln()).sum::<f64>() / n;
@@ -106,20 +109,20 @@ fn summary(handle: &ConnectHandle, most: usize, uncapped: usize) {
     let seen = handle.snapshot();
     let calls = seen.created + seen.reused;
     println!(
-        "connections open at once: {uncapped} without a cap; {most} with, and {} made",
+        "connections open at once: {uncapped} without a maximum; {most} with, and {} opened",
         seen.created
     );
     println!("reused by {:.2} % of {calls} calls", 100.0 * seen.reused as f64 / calls as f64);
     let each = seen.waited.checked_div(u32::try_from(seen.waits).unwrap_or(u32::MAX));
     println!(
-        "{} waited for a connection, {:.1?} each; {} refused",
+        "{} waited for a connection, {:.1?} each; {} rejected",
         seen.waits,
         each.unwrap_or_default(),
         seen.saturated
     );
 }
 
-/// Requests a second.
+/// Returns the requests per second.
 async fn run<S, B>(client: &S, addr: SocketAddr, path: &str) -> Result<f64, BoxError>
 where
     S: Service<Request<Empty<Bytes>>, Response = Response<B>> + Clone + Send + Sync + 'static,
@@ -148,9 +151,9 @@ where
     Ok(done.load(SeqCst) as f64 / start.elapsed().as_secs_f64())
 }
 
-// ===== The upstream =====
+// ===== Upstream =====
 
-/// On a thread of its own. Knows how many connections it has had open at most.
+/// An upstream on its own thread. Counts the maximum number of open connections.
 struct Upstream {
     addr: SocketAddr,
     most: Arc<AtomicUsize>,

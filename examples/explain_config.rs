@@ -1,4 +1,4 @@
-//! What a configuration comes to, where each value came from, and what does not go together.
+//! Prints the values of a configuration with their sources, and the conflicts between settings.
 //!
 //! ```text
 //! cargo run --all-features --example explain_config
@@ -22,7 +22,7 @@ backoff = '10ms'
 max = 128
 ";
 
-/// One for each conflict that is looked for.
+/// A configuration for each conflict that `check` detects.
 const CONFLICTS: [&str; 9] = [
     "deadline_default = '10s' \n timeout_head = '5s'",
     "retry_attempts = 6",
@@ -44,13 +44,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let config = loader.env().finish()?;
     println!("{}", config.explain());
     match config.check() {
-        Ok(()) => println!("nothing is wrong with it\n"),
-        Err(errors) => println!("what is wrong with it:\n{errors}\n"),
+        Ok(()) => println!("no conflicts\n"),
+        Err(errors) => println!("conflicts:\n{errors}\n"),
     }
 
     println!("{}", ServerConfig::preset(Preset::Internal).explain());
 
-    println!("what does not go together, and what to do about it:\n");
+    println!("possible conflicts and their remedies:\n");
     for toml in CONFLICTS {
         let told = match ClientConfig::from_toml(toml) {
             Ok(config) => config.check().err().map(|errors| errors.to_string()),

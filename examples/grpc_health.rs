@@ -1,5 +1,5 @@
-//! `grpc.health.v1` from the same registry that answers `/readyz`: two dependencies, one of which fails and comes
-//! back, seen by a client that watches, and a drain at the end.
+//! `grpc.health.v1` from the health registry that also serves `/readyz`. A client watches two dependencies fail and
+//! recover, and the server drains at the end.
 //!
 //! cargo run --example grpc_health --features limit,tonic-health,lifecycle
 
@@ -21,7 +21,7 @@ fn asking(service: &str) -> HealthCheckRequest {
     HealthCheckRequest { service: service.to_owned() }
 }
 
-/// Prints what a watcher is told, to the end of the stream.
+/// Prints the messages of a watch until its end, and returns their number.
 async fn watch(
     mut client: HealthClient<Channel>,
     service: &'static str,
@@ -90,9 +90,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
     }
 
     for (what, dependency, down) in [
-        ("the cache dies: that only degrades", &cache, true),
-        ("the database dies", &db, true),
-        ("both come back", &db, false),
+        ("the cache fails, which only degrades the service", &cache, true),
+        ("the database fails", &db, true),
+        ("both recover", &db, false),
     ] {
         println!("{what}");
         dependency.store(down, SeqCst);
@@ -103,7 +103,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         check(&mut client, "").await;
     }
 
-    println!("drains");
+    println!("draining");
     lifecycle.drain();
     tokio::time::sleep(Duration::from_millis(50)).await;
     check(&mut client, "").await;

@@ -1,4 +1,4 @@
-//! A client that does not melt what it calls: retry over breaker over limit over hyper-util's client.
+//! hyper-util's client with a retry, a circuit breaker and a concurrency limit.
 //!
 //! ```text
 //! cargo run --example hyper_client
@@ -23,7 +23,7 @@ use tower::{Service, ServiceBuilder, ServiceExt};
 
 #[tokio::main]
 async fn main() -> Result<(), BoxError> {
-    // It ends by itself, whatever goes wrong.
+    // Ends the example also if a call hangs.
     tokio::time::timeout(Duration::from_secs(20), tour()).await?
 }
 
@@ -41,22 +41,22 @@ async fn tour() -> Result<(), BoxError> {
         Request::builder().method(method).uri(&url).body(Full::new(Bytes::from_static(b"hello")))
     };
 
-    println!("An upstream that answers 503 with `Retry-After: 1` once, then is well:");
+    println!("An upstream that responds with 503 and `Retry-After: 1` once, and then succeeds:");
     fail_next(1);
     let start = Instant::now();
     let response = client.ready().await?.call(request(Method::PUT)?).await?;
     let (attempts, took) = (Attempts::of(&response), start.elapsed());
     println!("  PUT: {} after {} attempts and {took:.1?}", response.status(), attempts.made);
-    check(response.status() == 200 && attempts.made == 2, "PUT was sent again")?;
-    check(took >= Duration::from_secs(1), "no sooner than the server asked for")?;
+    check(response.status() == 200 && attempts.made == 2, "PUT was retried")?;
+    check(took >= Duration::from_secs(1), "not before the time of the hint")?;
     let body = response.into_body().collect().await?.to_bytes();
-    check(body == "hello", "with its whole body")?;
+    check(body == "hello", "with the whole body")?;
 
     println!("The same for a POST, which may have had an effect:");
     fail_next(1);
     let response = client.ready().await?.call(request(Method::POST)?).await?;
     println!("  POST: {} ({})", response.status(), Attempts::of(&response).stop);
-    check(response.status() == 503, "it was not sent again")?;
+    check(response.status() == 503, "POST was not retried")?;
 
     println!("An upstream that keeps failing:");
     fail_next(usize::MAX);
@@ -66,7 +66,7 @@ async fn tour() -> Result<(), BoxError> {
     let (before, start) = (HITS.load(SeqCst), Instant::now());
     let refused = client.ready().await?.call(request(Method::GET)?).await.unwrap_err();
     println!("  GET: {refused}, in {:.0?}", start.elapsed());
-    let rejected = Rejected::find(&*refused).ok_or("not a refusal of ours")?;
+    let rejected = Rejected::find(&*refused).ok_or("not a rejection by a layer")?;
     println!("  because: {rejected}");
     check(HITS.load(SeqCst) == before, "an open circuit ends the retries, and nothing was sent")?;
 
@@ -78,10 +78,10 @@ async fn tour() -> Result<(), BoxError> {
     let response = client.ready().await?.call(request(Method::GET)?).await?;
     println!("  GET: {}", response.status());
     response.into_body().collect().await?;
-    check(circuit.state() == State::Closed, "the circuit closed over a good probe")
+    check(circuit.state() == State::Closed, "a successful probe closed the circuit")
 }
 
-// ===== The upstream =====
+// ===== Upstream =====
 
 static HITS: AtomicUsize = AtomicUsize::new(0);
 static FAILURES_LEFT: AtomicUsize = AtomicUsize::new(0);
@@ -90,7 +90,7 @@ fn fail_next(calls: usize) {
     FAILURES_LEFT.store(calls, SeqCst);
 }
 
-/// Echoes, or answers 503 as often as it was told to.
+/// Starts an upstream that echoes, or responds with 503 while `FAILURES_LEFT` is not zero.
 async fn upstream() -> Result<String, BoxError> {
     let echo = any(|body: Bytes| async move {
         HITS.fetch_add(1, SeqCst);

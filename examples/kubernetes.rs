@@ -1,7 +1,7 @@
-//! A server as Kubernetes sees it: two dependencies, one of which dies and returns, and a drain at the end.
+//! A server from the view of Kubernetes: its start, failures of its two dependencies, and its drain.
 //!
-//! The search is critical and probed through the client that calls it; the cache only degrades, and is a check of the
-//! registry's own. What `curl` would see is printed as time goes by. It ends by itself.
+//! The dependency "search" is critical. A health probe in its client reports its state. The dependency "cache" is
+//! degrading, and a health check of the registry calls it. The example prints the responses that `curl` would receive.
 //!
 //! cargo run --example kubernetes --all-features
 
@@ -38,9 +38,9 @@ fn http() -> Get {
     Client::builder(TokioExecutor::new()).build_http()
 }
 
-// ===== The dependencies =====
+// ===== Dependencies =====
 
-/// Serves until it is aborted, with all its connections.
+/// Starts a dependency. Aborting its task closes its listener and all its connections.
 async fn dependency(at: Option<SocketAddr>) -> io::Result<(SocketAddr, JoinHandle<()>)> {
     let listener = TcpListener::bind(at.unwrap_or_else(|| ([127, 0, 0, 1], 0).into())).await?;
     let addr = listener.local_addr()?;
@@ -54,7 +54,7 @@ async fn dependency(at: Option<SocketAddr>) -> io::Result<(SocketAddr, JoinHandl
     ))
 }
 
-// ===== The server =====
+// ===== Server =====
 
 struct Server {
     addr: SocketAddr,
@@ -64,7 +64,7 @@ struct Server {
 
 async fn server(search: SocketAddr, cache: SocketAddr) -> Result<Server, Fails> {
     let health = Health::new();
-    // First of all: a SIGTERM while it still starts is heard.
+    // Comes first, so that a SIGTERM during the start is not lost.
     let lifecycle =
         Lifecycle::new(&health)?.delay(Duration::from_millis(500)).longest(Duration::from_secs(5));
     health.add(
@@ -97,7 +97,7 @@ async fn server(search: SocketAddr, cache: SocketAddr) -> Result<Server, Fails> 
         .layer(health.endpoints().with_reasons());
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let addr = listener.local_addr()?;
-    // Behind a proxy that closes its idle connections after 60 s: `serve` alone has the defaults.
+    // For a proxy that closes its idle connections after 60 s. `Lifecycle::serve` would use the defaults.
     let running = lifecycle.server().idle_timeout(Duration::from_secs(75)).checked()?;
     let task = tokio::spawn(async move { running.serve(listener, app).await.unwrap_or_default() });
     Ok(Server { addr, lifecycle, task })
@@ -107,7 +107,7 @@ fn fails(error: impl Into<Fails>) -> (StatusCode, String) {
     (StatusCode::BAD_GATEWAY, error.into().to_string())
 }
 
-// ===== What curl would see =====
+// ===== Requests =====
 
 struct Curl {
     addr: SocketAddr,
@@ -123,7 +123,7 @@ impl Curl {
         Ok((status, String::from_utf8(body.to_bytes().to_vec())?))
     }
 
-    /// Prints what three of them see, and tells whether that is what it should be.
+    /// Requests three paths and prints the responses. Returns an error if a status is not the expected one.
     async fn sees(&self, what: &str, ready: u16, found: u16) -> Result<(), Fails> {
         println!("\n{:5.1} s  {what}", self.began.elapsed().as_secs_f64());
         let mut seen = Vec::new();
@@ -136,7 +136,7 @@ impl Curl {
             seen.push(status);
         }
         if seen != [200, ready, found] {
-            return Err(format!("{what}: {seen:?} and not {:?}", [200, ready, found]).into());
+            return Err(format!("{what}: {seen:?}, expected {:?}", [200, ready, found]).into());
         }
         Ok(())
     }
@@ -150,33 +150,33 @@ async fn main() -> Result<(), Fails> {
     let curl = Curl { addr, began: Instant::now() };
 
     sleep(2 * EVERY).await;
-    curl.sees("starting: alive, and not ready", 503, 200).await?;
+    curl.sees("starting: live, but not ready", 503, 200).await?;
     lifecycle.ready();
     curl.sees("ready", 200, 200).await?;
 
     search.abort();
     sleep(8 * EVERY).await;
-    curl.sees("the search has died: calls to it are refused at once", 503, 502).await?;
+    curl.sees("the search has failed: calls to it are rejected at once", 503, 502).await?;
     let (_, search) = dependency(Some(search_at)).await?;
     sleep(6 * EVERY).await;
-    curl.sees("the search has returned", 200, 200).await?;
+    curl.sees("the search has recovered", 200, 200).await?;
 
     cache.abort();
     sleep(6 * EVERY).await;
-    curl.sees("the cache has died: that only degrades", 200, 200).await?;
+    curl.sees("the cache has failed, which only degrades the service", 200, 200).await?;
 
     let began = Instant::now();
     let events = tokio::spawn(async move { Curl { addr, began }.get("/events").await });
     while lifecycle.in_flight() == 0 {
         sleep(Duration::from_millis(1)).await;
     }
-    // What a SIGTERM does.
+    // A SIGTERM has the same effect.
     lifecycle.drain();
     sleep(EVERY).await;
-    curl.sees("draining: not ready, and still answering", 503, 200).await?;
+    curl.sees("draining: not ready, but still serving", 503, 200).await?;
     let (_, told) = events.await??;
     println!(
-        "\n{:5.1} s  stopping: an open stream was told `{told}`",
+        "\n{:5.1} s  stopping: an open stream ended with `{told}`",
         curl.began.elapsed().as_secs_f64()
     );
     // The server accepts the connections that are in its backlog, and then closes its listener.
@@ -190,6 +190,6 @@ async fn main() -> Result<(), Fails> {
     search.abort();
     match (drained.cut_calls, &*told) {
         (0, "hello, bye") => Ok(()),
-        _ => Err("something was cut".into()),
+        _ => Err("a call was cut".into()),
     }
 }

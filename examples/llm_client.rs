@@ -89,7 +89,7 @@ fn check(holds: bool, claim: &str) -> Result<(), Error> {
     if holds { Ok(()) } else { Err(claim.into()) }
 }
 
-// ===== The provider =====
+// ===== Provider =====
 
 async fn upstream() -> Result<String, Error> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;

@@ -1,5 +1,5 @@
-//! What the layers know, as metrics: a page for Prometheus, made of snapshots whenever it is asked for. Nothing is
-//! counted twice, and no call pays for it.
+//! A page of metrics for Prometheus. The handler makes it from the snapshots of the layers, so that calls pay no cost
+//! for it.
 //!
 //! ```text
 //! cargo run --example metrics
@@ -23,11 +23,11 @@ use tower::{ServiceBuilder, ServiceExt};
 
 #[tokio::main]
 async fn main() -> Result<(), BoxError> {
-    // It ends by itself, whatever goes wrong.
+    // Ends the example also if a call hangs.
     tokio::time::timeout(Duration::from_secs(20), tour()).await?
 }
 
-/// The handles of what is looked at: cheap to clone, and good for as long as anybody wants to look.
+/// The handles of the layers. A handle is cheap to clone, and keeps the state of its layer alive.
 #[derive(Clone)]
 struct Watched {
     front: ConcurrencyLimitHandle,
@@ -62,7 +62,7 @@ impl Watched {
             ],
         );
 
-        // One of these is 1: a number for each state would have to be looked up.
+        // A series per state, of which one is 1, is easier to query than a number that encodes the state.
         let search = self.search.snapshot();
         let states =
             [State::Closed, State::HalfOpen, State::Open, State::ForcedOpen, State::ForcedClosed];
@@ -93,7 +93,7 @@ async fn tour() -> Result<(), BoxError> {
     let app = Router::new()
         .route("/search", get(async || StatusCode::SERVICE_UNAVAILABLE))
         .layer(front.respond())
-        // Outside of the limit: it is wanted most when that is full.
+        // Outside of the limit, because the metrics are needed most when the limit is full.
         .route("/metrics", get(async move || pages.page()));
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let url = format!("http://{}", listener.local_addr()?);
@@ -107,7 +107,7 @@ async fn tour() -> Result<(), BoxError> {
         .service(Client::builder(TokioExecutor::new()).build_http());
     for _ in 0..5 {
         let request = Request::get(format!("{url}/search")).body(Empty::<Bytes>::new())?;
-        println!("search answers {}", client.clone().oneshot(request).await?.status());
+        println!("search responds with {}", client.clone().oneshot(request).await?.status());
     }
     let page = bare.get(format!("{url}/metrics").parse()?).await?.into_body().collect().await?;
     let page = String::from_utf8(page.to_bytes().to_vec())?;

@@ -103,7 +103,7 @@ fn check(holds: bool, claim: &str) -> Result<(), BoxError> {
     if holds { Ok(()) } else { Err(claim.into()) }
 }
 
-// ===== The database =====
+// ===== Database =====
 
 static CALLS: AtomicUsize = AtomicUsize::new(0);
 static FAILURES_LEFT: AtomicUsize = AtomicUsize::new(0);

@@ -1,4 +1,4 @@
-//! reqwest under the layers, bodies streaming both ways.
+//! reqwest's client with layers around it, and bodies that stream in both directions.
 //!
 //! ```text
 //! cargo run --example reqwest_client --features reqwest
@@ -30,7 +30,7 @@ use tower::{ServiceBuilder, ServiceExt};
 
 #[tokio::main]
 async fn main() -> Result<(), BoxError> {
-    // It ends by itself, whatever goes wrong.
+    // Ends the example also if a call hangs.
     tokio::time::timeout(Duration::from_secs(20), tour()).await?
 }
 
@@ -45,7 +45,7 @@ async fn tour() -> Result<(), BoxError> {
         .layer(limit)
         .service(http.clone());
 
-    println!("A body that is sent while its echo comes back:");
+    println!("A request body that is sent while the response body arrives:");
     let words = stream::unfold(["one ", "two ", "three"].into_iter(), |mut words| async move {
         sleep(Duration::from_millis(50)).await;
         Some((Ok::<_, BoxError>(Frame::data(Bytes::from(words.next()?))), words))
@@ -53,21 +53,21 @@ async fn tour() -> Result<(), BoxError> {
     let upload = Request::post(format!("{url}/echo")).body(StreamBody::new(words))?;
     let mut echo = client.clone().oneshot(upload).await?;
     println!("  {} is here, {} call in flight", echo.status(), places.in_flight());
-    check(places.in_flight() == 1, "the place is held while the answer streams")?;
+    check(places.in_flight() == 1, "the permit is held while the response streams")?;
 
     let get = |path| Request::get(format!("{url}{path}")).body(Empty::<Bytes>::new());
     let refused = client.clone().oneshot(get("/")?).await.unwrap_err();
-    println!("  another call meanwhile: {}", Rejected::find(&*refused).ok_or("not a refusal")?);
+    println!("  another call meanwhile: {}", Rejected::find(&*refused).ok_or("not a rejection")?);
 
     let mut heard = Vec::new();
     while let Some(frame) = echo.body_mut().frame().await {
         if let Ok(data) = frame?.into_data() {
-            println!("  heard {:?}", String::from_utf8_lossy(&data));
+            println!("  received {:?}", String::from_utf8_lossy(&data));
             heard.extend_from_slice(&data);
         }
     }
-    check(heard == b"one two three", "every word came back")?;
-    check(places.in_flight() == 0, "and the place is free again")?;
+    check(heard == b"one two three", "every word was echoed")?;
+    check(places.in_flight() == 0, "the permit was released")?;
 
     println!("An upstream that fails twice:");
     let response = client.clone().oneshot(get("/third-time-lucky")?).await?;
@@ -81,7 +81,7 @@ async fn tour() -> Result<(), BoxError> {
     check(text == "through the layers", "the response is reqwest's own")
 }
 
-// ===== The upstream =====
+// ===== Upstream =====
 
 async fn upstream() -> Result<String, BoxError> {
     static HITS: AtomicUsize = AtomicUsize::new(0);

@@ -1,7 +1,7 @@
-//! What a retry does about which failure: the real layer, real connections, and a table.
+//! Prints a table of the decisions of the retry layer for many kinds of failures, over real connections.
 //!
-//! Every row is one call that fails once, as a server of its own is told to fail. It ends by itself, with
-//! exit code 1 if a row is not what the documentation says.
+//! Each row is one call to a server of its own, which fails the first attempt. The exit code is 1 if a decision differs
+//! from the documentation.
 
 use std::{
     io,
@@ -30,26 +30,26 @@ use hyper_util::{
 use tokio::net::{TcpListener, TcpStream};
 use tower::{Layer, ServiceBuilder, ServiceExt};
 
-// ===== The rows =====
+// ===== Rows =====
 
 #[derive(Clone, Copy, PartialEq)]
 enum Failure {
-    /// Nobody listens.
+    /// No listener on the port.
     Refused,
-    /// HTTP/2: the server has not looked at it.
+    /// HTTP/2: the server refuses the stream before it processes the request.
     RefusedStream,
-    /// The request is read, and the connection closed.
+    /// The server reads the request and closes the connection.
     Cut,
-    /// No answer within the 200 ms that an attempt may take.
+    /// No response within the timeout of an attempt, 200 ms.
     Silent,
     Status(u16),
     /// 503, with a `Retry-After` in seconds.
     RetryAfter(&'static str),
-    /// The same 503, 5 s before the caller's deadline.
+    /// The same 503, for a call with a deadline in 5 s.
     Late(&'static str),
-    /// 503, and nothing left in the budget.
+    /// 503, with an empty retry budget.
     Broke,
-    /// gRPC's `UNAVAILABLE`, for a layer that knows it is gRPC's.
+    /// `UNAVAILABLE`, for `RetryLayer::grpc`.
     Unavailable,
     /// The same, with a pushback.
     Pushback(&'static str),
@@ -77,7 +77,7 @@ enum How {
     PostWithKey,
 }
 
-/// What is documented: `Ok` is another attempt, charged to the budget or not.
+/// The documented decision: a retry with or without a withdrawal from the retry budget, or the reason of the stop.
 type Decision = Result<Charged, Stop>;
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Charged {
@@ -86,7 +86,7 @@ enum Charged {
 }
 
 const SHORT: usize = 5;
-/// More than is kept to be sent again.
+/// Larger than the maximum that is saved for a replay.
 const LONG: usize = 100 * 1024;
 
 fn rows() -> Vec<(Failure, How, usize, Decision)> {
@@ -152,12 +152,12 @@ impl Failure {
         match self {
             Self::Refused => "connection refused".into(),
             Self::RefusedStream => "REFUSED_STREAM".into(),
-            Self::Cut => "closed without an answer".into(),
-            Self::Silent => "no answer in time".into(),
+            Self::Cut => "closed without a response".into(),
+            Self::Silent => "no response in time".into(),
             Self::Status(status) => status.to_string(),
             Self::RetryAfter(seconds) => format!("503, Retry-After: {seconds}"),
             Self::Late(seconds) => format!("503, Retry-After: {seconds}, 5 s left"),
-            Self::Broke => "503, budget used up".into(),
+            Self::Broke => "503, budget empty".into(),
             Self::Unavailable => "gRPC UNAVAILABLE".into(),
             Self::Pushback(ms) => format!("gRPC UNAVAILABLE, pushback {ms}"),
             Self::Header(status, name, value) => format!("{status}, {name}: {value}"),
@@ -165,8 +165,8 @@ impl Failure {
             Self::Forbidden(code) => format!("gRPC status {code}, pushback -1"),
             Self::TwoPushbacks => "gRPC UNAVAILABLE, two pushbacks".into(),
             Self::NoAddress => "host name without an address".into(),
-            Self::OpenCircuit => "our own open circuit".into(),
-            Self::FullLimit => "our own full limit".into(),
+            Self::OpenCircuit => "rejected by an open circuit".into(),
+            Self::FullLimit => "rejected by a full limit".into(),
         }
     }
 
@@ -176,7 +176,7 @@ impl Failure {
         self == Self::Unavailable || with_pushback
     }
 
-    /// None: no answer at all.
+    /// Returns the response to the first attempt. `None` if there is no response.
     fn answer(self) -> Option<Response<Full<Bytes>>> {
         let answer = Response::builder();
         let grpc = || Response::builder().header("content-type", "application/grpc");
@@ -236,7 +236,7 @@ impl How {
     }
 }
 
-// ===== One call =====
+// ===== Call =====
 
 struct Told {
     attempts: Attempts,
@@ -264,11 +264,11 @@ async fn call(failure: Failure, method: How, body: usize) -> Result<Told, BoxErr
         _ => None,
     };
     let budget = RetryBudget::with(0.2, 0, 100);
-    // Enough for a few retries.
+    // The deposits allow a few retries.
     let deposits = if failure == Failure::Broke { 0 } else { 50 };
     (0..deposits).for_each(|_| budget.deposit());
     let retry = if failure.is_grpc() { RetryLayer::grpc() } else { RetryLayer::http() };
-    // The waits are told as they are asked for: without jitter they are always the same.
+    // Without jitter the delays are the same in every run.
     let backoff = Backoff::exponential(Duration::from_millis(10)).without_jitter();
     let mut retry = retry.backoff(backoff).budget(budget.clone());
     if failure == Failure::Silent {
@@ -293,11 +293,11 @@ async fn call(failure: Failure, method: How, body: usize) -> Result<Told, BoxErr
         Err(error) => Attempts::find(&*error).ok_or(error)?,
     };
     drop(permit);
-    // The call itself has paid a fifth of a retry in.
+    // The deposit of the call itself is a fifth of a withdrawal.
     Ok(Told { attempts, charged: budget.balance() < before })
 }
 
-/// Fails once, then answers 200.
+/// Fails the first request, and responds with 200 to the others.
 async fn serve(listener: TcpListener, failure: Failure) {
     let failed = Arc::new(AtomicBool::new(false));
     while let Ok((tcp, _)) = listener.accept().await {
@@ -314,7 +314,7 @@ async fn serve(listener: TcpListener, failure: Failure) {
                     std::future::pending::<()>().await;
                 }
                 let answer = if first { failure.answer() } else { Some(Response::default()) };
-                answer.ok_or_else(|| io::Error::other("no answer"))
+                answer.ok_or_else(|| io::Error::other("no response"))
             }
         });
         let connection = hyper::server::conn::http1::Builder::new();
@@ -336,7 +336,7 @@ async fn refuse_first_stream(tcp: TcpStream) -> Result<(), h2::Error> {
     Ok(())
 }
 
-// ===== The table =====
+// ===== Table =====
 
 fn size(body: usize) -> String {
     match body {
@@ -352,7 +352,7 @@ async fn main() -> ExitCode {
         let [failure, method, body, decision, reason] = cells;
         println!("{failure:<32} {method:<14} {body:<8} {decision:<8} {reason}");
     };
-    line(["failure", "method", "body", "again?", "reason"]);
+    line(["failure", "method", "body", "retry?", "reason"]);
     let calls = rows().into_iter().map(|row| async move { (row, call(row.0, row.1, row.2).await) });
     let mut wrong = 0;
     for ((failure, method, body, documented), told) in join_all(calls).await {
@@ -360,7 +360,7 @@ async fn main() -> ExitCode {
             Ok(Told { attempts, charged }) if attempts.made > 1 => {
                 let by = if charged { Charged::Yes } else { Charged::No };
                 let budget = if charged { "charged" } else { "not charged" };
-                // What the layer took the first attempt's end for, and what it did about it.
+                // The outcome of the first attempt, and the delay after it.
                 let told = attempts.each().first().map_or("not recorded".into(), |first| {
                     format!("{:?}: after {} ms", first.outcome.reason(), first.waited.as_millis())
                 });
@@ -376,6 +376,6 @@ async fn main() -> ExitCode {
         let again = if let Some(Ok(_)) = decision { "yes" } else { "no" };
         line([&failure.name(), method.name(), &size(body), again, &reason]);
     }
-    println!("{wrong} rows differ from what is documented");
+    println!("{wrong} rows differ from the documentation");
     if wrong == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -82,7 +82,7 @@ fn check(holds: bool, claim: &str) -> Result<(), BoxError> {
     if holds { Ok(()) } else { Err(claim.into()) }
 }
 
-// ===== The server =====
+// ===== Server =====
 
 static CALLS: AtomicUsize = AtomicUsize::new(0);
 

@@ -1,6 +1,6 @@
-//! A greeter over gRPC, layered on both sides: retry and breaker around the client, a limit around the
-//! server. Client and service are written by hand, so that no `protoc` is needed; generated ones take the
-//! same layers.
+//! A gRPC greeter with a retry and a circuit breaker around the client, and a concurrency limit around the server.
+//! Client and service are written by hand, so that the example needs no `protoc`. Generated code works with the same
+//! layers.
 //!
 //! ```text
 //! cargo run --example tonic_greeter
@@ -35,7 +35,7 @@ use tower_http::map_request_body::MapRequestBodyLayer;
 
 #[tokio::main]
 async fn main() -> Result<(), BoxError> {
-    // It ends by itself, whatever goes wrong.
+    // Ends the example also if a call hangs.
     tokio::time::timeout(Duration::from_secs(20), tour()).await?
 }
 
@@ -47,8 +47,8 @@ async fn tour() -> Result<(), BoxError> {
     let server = Server::builder().layer(limit.respond()).add_routes(service());
     tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
 
-    // `.respond()`: tonic would make `Unknown` of a refusal that is an error. The retry gives its requests
-    // a body that can be sent again; the mapping makes it the one that a tonic channel takes.
+    // `.respond()` makes a rejection a response, because tonic would map an error to `Unknown`. The retry replaces the
+    // request body by one that it can replay, and `MapRequestBodyLayer` converts that to the body type of the channel.
     let breaker = CircuitBreakerLayer::grpc();
     let circuit = breaker.handle();
     let stack = ServiceBuilder::new()
@@ -61,12 +61,12 @@ async fn tour() -> Result<(), BoxError> {
     println!("A server that is UNAVAILABLE twice:");
     let answer = greeter.hello("third time lucky").await?;
     println!("  {:?} after {} calls", answer.text, CALLS.load(SeqCst));
-    check(CALLS.load(SeqCst) == 3, "both were retried")?;
+    check(CALLS.load(SeqCst) == 3, "both failures were retried")?;
 
-    println!("A server whose only place is taken by a stream:");
+    println!("A server whose only permit is held by a stream:");
     let mut count = greeter.count().await?;
-    println!("  heard {:?}, {} call in flight", next(&mut count).await?, places.in_flight());
-    check(places.in_flight() == 1, "the stream holds its place")?;
+    println!("  received {:?}, {} call in flight", next(&mut count).await?, places.in_flight());
+    check(places.in_flight() == 1, "the stream holds its permit")?;
     let start = Instant::now();
     let mut patient = greeter.clone();
     let waiting = tokio::spawn(async move { patient.hello("me too").await });
@@ -76,10 +76,7 @@ async fn tour() -> Result<(), BoxError> {
     drop(count);
     let answer = waiting.await??;
     println!("  the stream is dropped; {:?} after {:.1?}", answer.text, start.elapsed());
-    check(
-        start.elapsed() >= Duration::from_secs(1),
-        "sent again when the server had asked for it",
-    )?;
+    check(start.elapsed() >= Duration::from_secs(1), "the retry followed the hint of the server")?;
 
     println!("A server that keeps failing:");
     while circuit.state() == State::Closed {
@@ -89,7 +86,7 @@ async fn tour() -> Result<(), BoxError> {
     let refused = greeter.hello("anybody there?").await.unwrap_err();
     println!("  {:?}: {}", refused.code(), refused.message());
     check(refused.code() == Code::Unavailable, "an open circuit is UNAVAILABLE")?;
-    check(CALLS.load(SeqCst) == before, "and nothing was sent")
+    check(CALLS.load(SeqCst) == before, "nothing was sent")
 }
 
 fn check(holds: bool, claim: &str) -> Result<(), BoxError> {
@@ -97,7 +94,7 @@ fn check(holds: bool, claim: &str) -> Result<(), BoxError> {
     if holds { Ok(()) } else { Err(claim.into()) }
 }
 
-// ===== What `protoc` would have written =====
+// ===== Generated code, written by hand =====
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct Hello {
@@ -152,7 +149,7 @@ fn service() -> Routes {
     )
 }
 
-// ===== The service =====
+// ===== Service =====
 
 static CALLS: AtomicUsize = AtomicUsize::new(0);
 
@@ -165,7 +162,7 @@ async fn hello(request: tonic::Request<Hello>) -> Result<tonic::Response<Hello>,
     }
 }
 
-/// Counts for ever.
+/// Streams numbers without end.
 async fn count(
     _: tonic::Request<Hello>,
 ) -> Result<tonic::Response<BoxStream<'static, Result<Hello, Status>>>, Status> {

@@ -281,8 +281,8 @@ fn write(cases: &BTreeMap<String, [f64; 4]>) -> ExitCode {
     }
 }
 
-/// Pairs of cases: the first must not cost more than the second. Uploads are not among them: the retry polls the body of
-/// the application without its lock, which costs one more lock per frame.
+/// Pairs of cases: the first must not cost more than the second. Uploads are not among them: the retry polls the body
+/// of the application without its lock, which costs one more lock per frame.
 const NO_MORE_THAN: [(&str, &str); 2] =
     [("buttress/retry", "tower/retry"), ("buttress/http_retry", "tower/http_retry")];
 

@@ -1,11 +1,11 @@
-//! Limits that find their own number, at twice of what a server can do: ours and those known from
-//! elsewhere, in virtual time. Prints a table and draws limit and latency over time.
+//! Adaptive limits at twice the capacity of a server, in virtual time: `Knee` of this crate and known algorithms.
+//! Prints a table and draws limit and latency over time.
 //!
 //! ```text
 //! cargo run --example adaptive_limit
 //! ```
 //!
-//! The same table with other crates' limits in it: `cargo run -p buttress-benches --example adaptive_peers`.
+//! The same table with the limits of other crates: `cargo run -p buttress-benches --example adaptive_peers`.
 
 mod picture;
 #[path = "../../tests/rig/mod.rs"]
@@ -17,7 +17,7 @@ use std::{error::Error, fs, path::PathBuf, time::Duration};
 use buttress::limit::adaptive::{Aimd, Fixed, Gradient2, Knee, Vegas};
 use table::Kind;
 
-/// Each from a limit of its choice, within 1 to 1000.
+/// The name of each algorithm, and its constructor from an initial limit. The bounds are 1 and 1000.
 const KINDS: [Kind; 6] = [
     ("no limit", |_| Ok(None)),
     ("fixed 28", |_| Ok(Some(Box::new(Fixed::new(28)?)))),
@@ -37,7 +37,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Beside what was built.
+/// Returns the target directory.
 fn target() -> PathBuf {
     std::env::current_exe()
         .ok()

@@ -45,7 +45,7 @@ fn write(svg: &mut String, runs: &[(&str, Vec<Second>)]) -> fmt::Result {
     Ok(())
 }
 
-/// One line a run; what is beyond `most` is drawn at the edge.
+/// Draws a line for each run. Values above `most` are drawn at the edge.
 fn panel(
     svg: &mut String,
     runs: &[(&str, Vec<Second>)],

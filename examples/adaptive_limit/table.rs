@@ -1,5 +1,5 @@
-//! One row for each limit: where it comes to from anywhere, what it does under lasting overload, how it follows,
-//! and whether it comes out of an outage.
+//! A table with a row for each limit: its convergence from several initial limits, its behaviour under lasting overload
+//! and after changes of the capacity, and its recovery from an outage.
 
 use std::error::Error;
 
@@ -8,15 +8,15 @@ use buttress::{ConfigError, limit::adaptive::Algorithm};
 use crate::rig::{Phase, STEADY, Second, Spread, World, goodput, mean_limit, quantile, run};
 
 type Made = Option<Box<dyn Algorithm>>;
-/// A name, and how it is made with a limit to begin with.
+/// A name, and the constructor of the algorithm from an initial limit.
 pub type Kind = (&'static str, fn(usize) -> Result<Made, ConfigError>);
 
-/// A name, and a run second by second.
+/// A name, and the seconds of a run.
 pub type Drawn = (&'static str, Vec<Second>);
 
 const WIDTH: usize = 22;
 
-/// Prints it. Gives of each but `no limit` the minute in which the capacity halves and doubles.
+/// Prints the table. Returns for each limit but `no limit` the minute in which the capacity halves and doubles.
 pub fn print(kinds: &[Kind]) -> Result<Vec<Drawn>, Box<dyn Error>> {
     let heavy = Phase { offered: 8000.0, ..STEADY };
     let half = Phase { from: 20.0, workers: 10, ..heavy };
@@ -32,17 +32,17 @@ pub fn print(kinds: &[Kind]) -> Result<Vec<Drawn>, Box<dyn Error>> {
     };
 
     println!(
-        "20 workers, 10 ms a call: 2000/s; 4000/s offered. Limit after 10 s from 1, 10 and 1000;"
-    );
-    println!("goodput, p99 and mean limit of the second minute, and of the twentieth, from 20.");
-    println!(
-        "Then 8000/s: after 5 s with 10 workers, after 5 s with 40. Last, the share of what was"
+        "20 workers, 10 ms a call: 2000/s; 4000/s offered. The limit after 10 s from 1, 10 and 1000."
     );
     println!(
-        "answered before an outage of 10 s that is 20 s after it (280 of 300/s, callers try again);"
+        "From 20: goodput, p99 and mean limit of the second minute and of the twentieth minute."
     );
     println!(
-        "and what is answered a second where one call in ten takes 91 times as long as the others."
+        "At 8000/s: the limit after 5 s with 10 workers, and after 5 s with 40. outage: the goodput"
+    );
+    println!("20 s after an outage of 10 s, relative to before (280 of 300/s, callers retry).");
+    println!(
+        "uneven: the goodput per second if one call in ten takes 91 times as long as the others."
     );
     println!();
     println!(
@@ -62,7 +62,7 @@ pub fn print(kinds: &[Kind]) -> Result<Vec<Drawn>, Box<dyn Error>> {
         for from in [1, 10, 1000] {
             starts.push(limit_of(&run(&even(&[STEADY]), make(from)?, 10)[9]));
         }
-        // Without a limit the line of calls grows for ever, and so would the memory.
+        // Without a limit the queue of calls and the memory grow without bound.
         let minutes = if *name == "no limit" { 2 } else { 20 };
         let long = run(&even(&[STEADY]), make(20)?, minutes * 60);
         let follows = run(&even(&[heavy, half, double]), make(20)?, 60);

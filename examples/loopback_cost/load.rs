@@ -1,4 +1,4 @@
-//! One run: as many callers as connections, each of whom asks again as soon as it has its answer.
+//! One run: as many callers as connections. Each caller makes its next call as soon as it has its response.
 
 use std::{fs, io, time::Duration};
 
@@ -15,10 +15,10 @@ use crate::{
 
 pub struct Run {
     pub per_second: f64,
-    /// In µs, to the end of the answer.
+    /// In µs, to the end of the response.
     pub p50: f64,
     pub p99: f64,
-    /// In µs a request; not a number where nobody tells it.
+    /// In µs per request. NaN if the system does not report it.
     pub cpu: f64,
 }
 
@@ -44,7 +44,7 @@ pub async fn run<S: Calls>(side: &Side<S>) -> Result<Run, BoxError> {
     })
 }
 
-/// How long each call took.
+/// Returns the duration of each call.
 async fn call_on(client: impl Calls, uri: Uri, start: Instant) -> Result<Vec<Duration>, BoxError> {
     let mut took = Vec::with_capacity(1024);
     while start.elapsed() < RUN {
@@ -60,7 +60,7 @@ async fn call_on(client: impl Calls, uri: Uri, start: Instant) -> Result<Vec<Dur
     Ok(took)
 }
 
-/// What all threads of this process have used, in ns: known on Linux.
+/// Returns the CPU time of all threads of this process in ns. NaN except on Linux.
 fn cpu_time() -> f64 {
     let read = || -> io::Result<f64> {
         let mut nanos = 0.0;

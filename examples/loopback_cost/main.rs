@@ -1,16 +1,16 @@
-//! What the recommended layers cost a real call: axum and hyper over loopback, 64 connections, with and without
-//! them on both sides.
+//! The cost of the recommended layers for a real call: axum and hyper over loopback with 64 connections, with and
+//! without the layers on both sides.
 //!
 //! ```text
 //! cargo run --release --example loopback_cost
 //! ```
 //!
-//! Each pair of short runs is one without layers and one with; which comes first changes. What else the machine does
-//! falls on both, so that only ratios within a pair are trusted, and of these the median. CPU time is what the whole
-//! process used, both sides of the call together.
+//! Each pair of short runs has one run without layers and one with layers. The order alternates. Other load on the
+//! machine affects both runs of a pair, so the result is the median of the ratios within the pairs. The CPU time is
+//! that of the whole process, which contains both sides of the call.
 //!
-//! Two handlers: one that answers at once, where the processor is all there is to run out of and every instruction
-//! shows, and one that first waits, as for a database. It ends by itself, after some 30 s.
+//! There are two handlers. One responds at once, so that the processor is the bottleneck and every instruction counts.
+//! The other first waits, as for a database. The example ends after about 30 s.
 
 mod load;
 mod report;
@@ -26,12 +26,12 @@ use report::Report;
 
 const CONNECTIONS: usize = 64;
 const RUN: Duration = Duration::from_millis(100);
-/// For the pairs of one handler.
+/// The time for the pairs of one handler.
 const TIME: Duration = Duration::from_secs(13);
 
 fn main() -> Result<(), BoxError> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    // It ends by itself, whatever goes wrong.
+    // Ends the example also if a call hangs.
     runtime.block_on(async { timeout(TIME * 4, compare()).await? })
 }
 
@@ -40,19 +40,19 @@ async fn compare() -> Result<(), BoxError> {
     println!("  a server: {}", sides::SERVER);
     println!("  a client: {}", sides::CLIENT);
     let at_once = pairs("/").await?;
-    at_once.print("A handler that answers at once", "at_once");
+    at_once.print("A handler that responds at once", "at_once");
     let waits = pairs("/waits").await?;
     waits.print(&format!("A handler that waits for {:?}", sides::WAIT), "waits");
 
-    // What else this machine does falls on one of the two by chance.
+    // Other load on the machine affects one of the two runs at random, hence the standard error.
     let throughput = &waits.throughput;
-    check(throughput.value + 2.0 * throughput.error >= 0.98, "98 % of the throughput and more")?;
+    check(throughput.value + 2.0 * throughput.error >= 0.98, "at least 98 % of the throughput")?;
     check(waits.p99.value - 2.0 * waits.p99.error <= 1.05, "p99 within 5 %")
 }
 
 async fn pairs(path: &str) -> Result<Report, BoxError> {
     let (plain, layered) = (sides::plain(path).await?, sides::layered(path).await?);
-    // Neither is to pay for what is done once.
+    // The first runs include one-time costs and are not measured.
     for _ in 0..5 {
         run(&plain).await?;
         run(&layered).await?;
@@ -71,6 +71,6 @@ async fn pairs(path: &str) -> Result<Report, BoxError> {
 }
 
 fn check(holds: bool, claim: &str) -> Result<(), BoxError> {
-    println!("{} {claim}, where the handler waits", if holds { "ok:" } else { "NOT SO:" });
+    println!("{} {claim}, if the handler waits", if holds { "ok:" } else { "NOT SO:" });
     if holds { Ok(()) } else { Err(claim.into()) }
 }

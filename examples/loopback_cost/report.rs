@@ -1,14 +1,14 @@
-//! What came of pairs of runs.
+//! The results of the pairs of runs.
 
 use crate::load::Run;
 
 pub struct Report {
-    /// Without layers, and with.
+    /// The runs without layers, and with layers.
     pairs: Vec<(Run, Run)>,
-    /// With, as a part of without.
+    /// With layers, as a share of without.
     pub throughput: Median,
     pub p99: Median,
-    /// In µs a request.
+    /// The added CPU time in µs per request.
     added: Median,
 }
 
@@ -37,13 +37,13 @@ impl Report {
         line("requests/s", |run| run.per_second);
         line("p50, µs", |run| run.p50);
         line("p99, µs", |run| run.p99);
-        line("CPU a request, µs", |run| run.cpu);
-        println!("added CPU a request: {:.2} µs, ± {:.2}", added.value, added.error);
+        line("CPU per request, µs", |run| run.cpu);
+        println!("added CPU per request: {:.2} µs, ± {:.2}", added.value, added.error);
         println!(
-            "throughput with, of that without: {:.3}, ± {:.3}",
+            "throughput with layers / without: {:.3}, ± {:.3}",
             throughput.value, throughput.error
         );
-        println!("p99 with, of that without: {:.3}, ± {:.3}", p99.value, p99.error);
+        println!("p99 with layers / without: {:.3}, ± {:.3}", p99.value, p99.error);
         println!("figure loopback/{name}/added_cpu {:.2} us", added.value);
         println!("figure loopback/{name}/throughput_ratio {:.4} ratio", throughput.value);
         println!("figure loopback/{name}/p99_ratio {:.4} ratio", p99.value);
@@ -61,7 +61,7 @@ impl Median {
         let mut values: Vec<_> = values.collect();
         values.sort_by(f64::total_cmp);
         let at = |share: f64| values[(share * (values.len() - 1) as f64) as usize];
-        // A normal distribution's, from its quartiles.
+        // The standard deviation of a normal distribution with these quartiles.
         let deviation = (at(0.75) - at(0.25)) / 1.349;
         Self { value: at(0.5), error: 1.253 * deviation / (values.len() as f64).sqrt() }
     }

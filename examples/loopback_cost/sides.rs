@@ -1,4 +1,4 @@
-//! A client and its server: as they come, and under the layers.
+//! A client and its server, without layers and with layers.
 
 use std::time::Duration;
 
@@ -19,21 +19,21 @@ use tower::{Service, ServiceBuilder};
 
 use crate::CONNECTIONS;
 
-pub const SERVER: &str = "health endpoints, lifecycle, deadline, concurrency limit, timeout";
+pub const SERVER: &str = "health routes, lifecycle, deadline, concurrency limit, timeout";
 pub const CLIENT: &str = "deadline, retry, circuit breaker, concurrency limit, timeout";
 
 pub type Body = Empty<Bytes>;
 
-/// How long the handler waits that does.
+/// The time that the waiting handler waits.
 pub const WAIT: Duration = Duration::from_millis(10);
 
-/// A client, and what it asks its server for.
+/// A client, and the URI that it calls.
 pub struct Side<S> {
     pub client: S,
     pub uri: Uri,
 }
 
-/// What both sides' clients are.
+/// The service type of both clients.
 pub trait Calls:
     Service<Request<Body>, Response = Response<Self::Answer>, Error: Into<BoxError>, Future: Send>
     + Clone

@@ -65,7 +65,7 @@ fn main() -> Result<ExitCode, BoxError> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let mut verdict = Verdict::default();
     runtime.block_on(async {
-        // It ends by itself, whatever goes wrong.
+        // Ends the example also if a call hangs.
         timeout(time + Duration::from_secs(60), soak(time, seed, &mut verdict)).await?
     })?;
 
