@@ -1,4 +1,4 @@
-//! What the protected side claims to do better, each with what was measured.
+//! The claims about the protected client, and the values measured for both clients.
 
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ pub fn claims(run: &Run) -> Vec<Claim> {
     ]
 }
 
-/// One request in so many fails also on a good day.
+/// Retries hide the occasional failures of a healthy upstream.
 fn covered_blips(bare: &Side, protected: &Side) -> Claim {
     let seen = |side: &Side| {
         let stray = |call: &&Call| {
@@ -40,18 +40,18 @@ fn covered_blips(bare: &Side, protected: &Side) -> Claim {
     };
     let (bare, protected) = (seen(bare), seen(protected));
     Claim {
-        says: "healthy: retries keep at least three in four of the upstream's stray 503s from the callers",
+        says: "healthy: retries hide at least three of four occasional 503s from the callers",
         measured: format!("{protected} seen against {bare}"),
         holds: bare > 0 && protected * 4 <= bare,
     }
 }
 
-/// What capacity is left goes to calls that somebody still waits for.
+/// The remaining capacity of the upstream serves calls whose callers still wait.
 fn slow_goodput(bare: &Side, protected: &Side) -> Claim {
     let good = |side: &Side| tally::good(&tally::made_in(&side.calls, Phase::Slow));
     let (bare, protected) = (good(bare), good(protected));
     Claim {
-        says: "slow: at least twice as many calls get a good answer",
+        says: "slow: at least twice as many calls succeed",
         measured: format!("{protected} against {bare}"),
         holds: protected > 0 && protected >= bare * 2,
     }
@@ -61,18 +61,18 @@ fn slow_answers(bare: &Side, protected: &Side) -> Claim {
     let p50 = |side: &Side| tally::percentile(&tally::made_in(&side.calls, Phase::Slow), 0.5);
     let (bare, protected) = (p50(bare), p50(protected));
     Claim {
-        says: "slow: callers get an answer, good or bad, in half the time or less (p50)",
+        says: "slow: calls end, with success or failure, within half of the time (p50)",
         measured: format!("{} against {}", Ms(protected), Ms(bare)),
         holds: protected * 2 <= bare,
     }
 }
 
 fn bounded_upstream(bare: &Side, protected: &Side) -> Claim {
-    // A caller who gives up frees a place here, while the upstream still works on the request.
+    // A call whose caller gives up releases its permit, while the upstream still works on the request.
     let gave_up = protected.calls.iter().filter(|call| call.answer == Answer::TimedOut).count();
     let (bare, protected) = (bare.meter.most_held(), protected.meter.most_held());
     Claim {
-        says: "over all: the upstream holds no more than the limit allows, and a tenth of the bare side's or less",
+        says: "whole run: the upstream holds no more requests than the limit allows, and at most a tenth of the bare side",
         measured: format!(
             "{protected} at most, limit {LIMIT} and {gave_up} given up, against {bare}"
         ),
@@ -86,17 +86,17 @@ fn spared_upstream(bare: &Side, protected: &Side) -> Claim {
     };
     let (bare, protected) = (sent(bare), sent(protected));
     Claim {
-        says: "503 and refusing: an eighth of the attempts or less, probes and retries included",
+        says: "503 and refusing: at most an eighth of the attempts, including probes and retries",
         measured: format!("{protected} against {bare}"),
         holds: protected * 8 <= bare,
     }
 }
 
-/// A breaker alone finds out with calls of its callers whether the upstream is back.
+/// A circuit breaker alone would use calls as half-open probes. With the health probe no call is used.
 fn nobody_sacrificed(bare: &Side, protected: &Side) -> Claim {
     let [bare, protected] = [bare, protected].map(|side| side.tally.attempts(Phase::Refusing));
     Claim {
-        says: "refusing: the health probe asks, and no call is spent on it",
+        says: "refusing: only the health probe calls the upstream, and no call is used as a probe",
         measured: format!("{protected} attempts at calls against {bare}"),
         holds: protected == 0 && bare > 0,
     }
@@ -108,7 +108,7 @@ fn waited_in_vain(bare: &Side, protected: &Side) -> Claim {
     };
     let (bare, protected) = (vain(bare), vain(protected));
     Claim {
-        says: "over all: callers wait a third of the time or less for answers that are none",
+        says: "whole run: callers wait at most a third of the time for calls that fail",
         measured: format!(
             "{:.0} s against {:.0} s, summed over all callers",
             protected.as_secs_f64(),
@@ -124,7 +124,7 @@ fn recovery(bare: &Side, protected: &Side) -> Claim {
         time.map_or("never".into(), |t| format!("{:.2} s", t.as_secs_f64()))
     };
     Claim {
-        says: "healthy again: recovered within 2 s, and in half the time or less",
+        says: "healthy again: recovered within 2 s, and within half of the time",
         measured: format!("{} against {}", told(protected), told(bare)),
         holds: protected.is_some_and(|protected| {
             protected <= Duration::from_secs(2) && bare.is_none_or(|bare| protected * 2 <= bare)

@@ -1,4 +1,4 @@
-//! The two sides: the same client, bare and protected.
+//! The clients of the two sides: the same client without layers and with layers.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -14,10 +14,10 @@ use tower::{Service, ServiceBuilder};
 
 use crate::{load::Body, script::Clock, tally::Tally};
 
-/// How many requests the protected side has at the upstream at once.
+/// The maximum number of requests that the protected client has in flight.
 pub const LIMIT: usize = 12;
 
-/// hyper-util's client as it comes, and a count of what it is asked to send.
+/// hyper-util's client, with a count of the requests.
 pub fn bare_client<B>(
     clock: Clock,
     tally: Arc<Tally>,
@@ -41,7 +41,7 @@ where
         .service(Client::builder(TokioExecutor::new()).build_http())
 }
 
-/// What can be seen of the protected side from outside.
+/// The handles of the layers of the protected client.
 #[derive(Clone, Debug)]
 pub struct Guards {
     pub retry: RetryHandle,
@@ -55,7 +55,7 @@ impl Guards {
         self.retry.snapshot().retries
     }
 
-    /// Calls that any layer did not let through.
+    /// Returns the number of calls that a layer rejected.
     pub fn refused(&self) -> u64 {
         let limit = self.limit.snapshot();
         self.breaker.snapshot().refused
@@ -65,7 +65,7 @@ impl Guards {
     }
 }
 
-/// The same client under the full stack.
+/// The same client with all layers.
 pub fn protected_client(
     clock: Clock,
     upstream: SocketAddr,

@@ -1,4 +1,4 @@
-//! What is to be seen while it runs: a line every half second.
+//! The output during the run: a line every half second.
 
 use std::{fmt, time::Duration};
 
@@ -14,18 +14,18 @@ use crate::{
 const STEP: Duration = Duration::from_millis(50);
 const STEPS_PER_LINE: u32 = 10;
 
-/// What only a look at the right moment can tell.
+/// The values that must be sampled during the run.
 #[derive(Debug, Default)]
 pub struct History {
-    /// The breaker's states, each from when it was first seen.
+    /// The states of the circuit, each with the time at which it was first observed.
     pub breaker: Vec<(Duration, State)>,
-    /// The health probe's.
+    /// The states of the health probe, likewise.
     pub probe: Vec<(Duration, ProbeState)>,
     /// The requests that the two upstreams held.
     pub held: Vec<(Duration, [usize; 2])>,
 }
 
-/// Prints until the script is over.
+/// Samples and prints until the end of the script.
 pub async fn watch(bare: &Side, protected: &Side, guards: &Guards, clock: Clock) -> History {
     let mut history = History::default();
     let mut known = [0, 0];
@@ -57,10 +57,10 @@ pub async fn watch(bare: &Side, protected: &Side, guards: &Guards, clock: Clock)
                 "breaker",
                 "probe",
                 "retries",
-                "refused",
+                "reject",
             );
         } else if step % STEPS_PER_LINE == 0 {
-            // The half second that has just passed, named after its beginning.
+            // The line describes the last half second, with the phase at its beginning.
             let phase = Phase::at(planned.saturating_sub(STEP));
             println!(
                 "{:>5.1}s  {:<13} │ {} │ {}  {:<9} {:<7} {:>7} {:>7}",
@@ -96,7 +96,7 @@ fn half_second(side: &Side, known: &mut usize) -> String {
     )
 }
 
-/// A duration in the three digits that matter.
+/// Formats a duration with three significant digits.
 pub struct Ms(pub Duration);
 
 impl fmt::Display for Ms {

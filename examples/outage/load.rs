@@ -1,4 +1,4 @@
-//! The load: arrivals that do not wait for answers.
+//! The load: an open loop of calls.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,7 +17,7 @@ use crate::{
 
 pub type Body = Empty<Bytes>;
 
-/// When calls arrive: at random, and the same for both sides.
+/// Returns the times of the calls, which are random, but the same for both sides.
 pub fn arrivals() -> Vec<Duration> {
     let mut rng = fastrand::Rng::with_seed(42);
     let mut at = 0.0;
@@ -28,7 +28,7 @@ pub fn arrivals() -> Vec<Duration> {
     gaps.take_while(|at| *at < script::length()).collect()
 }
 
-/// Makes every call at its time, however many are still unanswered; ends when the last one is.
+/// Makes every call at its time, whether or not earlier calls have ended. Returns when the last call has ended.
 pub async fn drive<S, B>(client: S, url: String, clock: Clock, tally: Arc<Tally>)
 where
     S: Service<Request<Body>, Response = Response<B>> + Clone + Send + 'static,
@@ -49,7 +49,7 @@ where
                 Ok(Err(error)) => failure(&*error),
                 Err(_) => Answer::TimedOut,
             };
-            // From when it should have been made: a late generator flatters nobody.
+            // The duration counts from the planned time of the call, so that a late generator does not shorten it.
             let ended = clock.now();
             tally.end(Call { at, ended, answer });
         });

@@ -1,12 +1,12 @@
-//! An outage, lived through twice at the same time: by a bare client and by a protected one.
+//! One outage with two clients at the same time: a bare client and a client with layers.
 //!
 //! ```sh
 //! cargo run --example outage
 //! ```
 //!
-//! Two upstreams on loopback follow one script: healthy, slow, answering 503, refusing connections,
-//! healthy again. The same open-loop load is driven at both. At the end: a table, the claims with what
-//! was measured, and the path of a picture of the run. Exits with 0 only if every claim holds.
+//! Two upstreams on loopback follow one script: healthy, slow, responding with 503, refusing connections, healthy
+//! again. Both receive the same open-loop load. At the end the example prints a table, the claims with the measured
+//! values, and the path of a picture of the run. The exit code is 0 only if every claim holds.
 
 mod claims;
 mod clients;
@@ -27,13 +27,13 @@ use tokio::time::timeout;
 #[tokio::main]
 async fn main() -> io::Result<ExitCode> {
     println!(
-        "{} calls/s for {} s at each of two upstreams of {} requests/s; callers wait {} s.\n",
+        "{} calls/s for {} s at each of two upstreams of {} requests/s; callers give up after {} s.\n",
         script::CALLS_PER_SECOND,
         script::length().as_secs(),
         (script::WORKERS as f64 / script::FAST.as_secs_f64()) as u32,
         script::PATIENCE.as_secs(),
     );
-    // Whatever goes wrong, it ends.
+    // Ends the example also if a call hangs.
     let run = timeout(script::length() + Duration::from_secs(5), run::run()).await??;
     println!();
     table::print(&run);
@@ -43,7 +43,7 @@ async fn main() -> io::Result<ExitCode> {
         let verdict = if claim.holds { "ok    " } else { "FAILED" };
         println!("{verdict} {}\n       {}", claim.says, claim.measured);
     }
-    // Beside the program, in the target directory.
+    // The picture is next to the program in the target directory.
     let path = std::env::current_exe()?.with_extension("svg");
     std::fs::write(&path, picture::draw(&run))?;
     println!("\nA picture of the run: {}", path.display());

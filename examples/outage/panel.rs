@@ -1,4 +1,4 @@
-//! What the picture is drawn with: a time axis, panels with lines, bands of states.
+//! The parts of the picture: a time axis, panels with lines, bands of states.
 
 use std::{
     fmt::{self, Write},
@@ -16,7 +16,7 @@ pub const BAD: &str = "#e0533d";
 pub const INK: &str = "#212529";
 pub const FAINT: &str = "#868e96";
 
-/// Where a moment is.
+/// Returns the position of a moment on the time axis.
 pub fn x(at: Duration) -> f64 {
     LEFT + (RIGHT - LEFT) * (at.as_secs_f64() / script::length().as_secs_f64()).min(1.0)
 }
@@ -24,7 +24,7 @@ pub fn x(at: Duration) -> f64 {
 pub struct Panel {
     pub top: f64,
     pub bottom: f64,
-    /// The value at the top; the bottom is zero.
+    /// The value at the top. The value at the bottom is zero.
     pub most: f64,
 }
 
@@ -55,7 +55,7 @@ impl Panel {
         Ok(())
     }
 
-    /// A dashed line across, with its name to the left of this moment.
+    /// Draws a dashed horizontal line, with its name to the left of this moment.
     pub fn mark(&self, svg: &mut String, value: f64, name: &str, until: Duration) -> fmt::Result {
         let y = self.y(value);
         writeln!(
@@ -66,7 +66,7 @@ impl Panel {
         )
     }
 
-    /// A line with gaps where there is no value.
+    /// Draws a line, with gaps where there is no value.
     pub fn line(
         &self,
         svg: &mut String,
@@ -91,7 +91,7 @@ impl Panel {
     }
 }
 
-/// What state something was in, as a band with its own legend.
+/// Draws the states over time as a band with a legend.
 pub fn band<T: PartialEq>(
     svg: &mut String,
     top: f64,

@@ -1,4 +1,4 @@
-//! The run as a picture: SVG, written by hand.
+//! The picture of the run, as SVG.
 
 use std::{
     fmt::{self, Write},
@@ -17,10 +17,10 @@ use crate::{
 
 const WIDTH: f64 = 1000.0;
 const HEIGHT: f64 = 808.0;
-/// Where the stripes of the phases begin, and where they end.
+/// The vertical bounds of the stripes of the phases.
 const TOP: f64 = 92.0;
 const BOTTOM: f64 = 772.0;
-/// How much time one point of a line stands for.
+/// The time that a point of a line represents.
 const BIN: Duration = Duration::from_millis(500);
 
 const BARE: &str = "#d9480f";
@@ -58,7 +58,7 @@ fn header(svg: &mut String) -> fmt::Result {
     writeln!(
         svg,
         r#"<text x="{LEFT}" y="30" font-size="18" font-weight="600">One outage, two clients</text>
-<text x="{LEFT}" y="52" fill="{FAINT}">{CALLS_PER_SECOND} calls/s at each, whatever becomes of them; callers give up after {} s</text>"#,
+<text x="{LEFT}" y="52" fill="{FAINT}">{CALLS_PER_SECOND} calls/s at each, as an open loop; callers give up after {} s</text>"#,
         PATIENCE.as_secs()
     )?;
     for (x, color, name) in
@@ -118,7 +118,7 @@ fn goodput(svg: &mut String, run: &Run) -> fmt::Result {
     let most = lines.iter().flat_map(|(_, points)| points).filter_map(|(_, value)| *value);
     let most = most.fold(CALLS_PER_SECOND, f64::max);
     let panel = Panel { top: 122.0, bottom: 290.0, most: (most / 50.0).ceil() * 50.0 };
-    panel.frame(svg, "Good answers per second", 50.0, "/s")?;
+    panel.frame(svg, "Successful responses per second", 50.0, "/s")?;
     panel.mark(svg, CALLS_PER_SECOND, "calls made", Phase::Refusing.ends())?;
     for (color, points) in lines {
         panel.line(svg, color, points)?;
@@ -128,7 +128,7 @@ fn goodput(svg: &mut String, run: &Run) -> fmt::Result {
 
 fn latency(svg: &mut String, run: &Run) -> fmt::Result {
     let panel = Panel { top: 336.0, bottom: 486.0, most: 2.4 };
-    panel.frame(svg, "Time to an answer of any kind, p99", 0.5, " s")?;
+    panel.frame(svg, "Duration of a call with any result, p99", 0.5, " s")?;
     panel.mark(svg, PATIENCE.as_secs_f64(), "callers give up", script::length())?;
     for (side, color) in sides(run) {
         panel.line(
@@ -146,7 +146,7 @@ fn held(svg: &mut String, run: &Run) -> fmt::Result {
     let most = sides(run).map(|(side, _)| side.meter.most_held()).into_iter().max().unwrap_or(0);
     let step = (most as f64 / 4.0 / 20.0).ceil().max(1.0) * 20.0;
     let panel = Panel { top: 532.0, bottom: 662.0, most: step * 4.4 };
-    panel.frame(svg, "Requests that the upstream holds, queued or in work", step, "")?;
+    panel.frame(svg, "Requests that the upstream holds, in its queue or in work", step, "")?;
     for (index, (_, color)) in sides(run).into_iter().enumerate() {
         let held = run.history.held.iter().map(|(at, held)| (*at, Some(held[index] as f64)));
         panel.line(svg, color, held)?;
@@ -172,13 +172,13 @@ fn probe(svg: &mut String, run: &Run) -> fmt::Result {
     band(svg, 746.0, "Health probe", &run.history.probe, &states)
 }
 
-// ===== What the lines are made of =====
+// ===== Data of the lines =====
 
 fn sides(run: &Run) -> [(&Side, &'static str); 2] {
     [(&run.bare, BARE), (&run.protected, PROTECTED)]
 }
 
-/// One point for the calls that ended within each bin, at the middle of it.
+/// Returns a point for the calls that ended within each bin, at the middle of the bin.
 fn binned(
     side: &Side,
     value: impl Fn(&[Call]) -> Option<f64>,

@@ -1,4 +1,4 @@
-//! One run: both sides at the same time, by the same clock, each with an upstream of its own.
+//! One run of both sides at the same time, with the same clock. Each side has an upstream of its own.
 
 use std::{io, sync::Arc, time::Duration};
 
@@ -11,12 +11,12 @@ use crate::{
     upstream::{Meter, Upstream},
 };
 
-/// One side while it runs.
+/// One of the two sides.
 #[derive(Debug)]
 pub struct Side {
     pub tally: Arc<Tally>,
     pub meter: Arc<Meter>,
-    /// All its calls, once it has run.
+    /// All calls of the side. Empty until the run has ended.
     pub calls: Vec<Call>,
 }
 

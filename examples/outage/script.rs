@@ -1,21 +1,21 @@
-//! What happens to the upstream, when, and what is sent at it meanwhile.
+//! The phases of the upstream and the load.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// What each side is sent, whatever becomes of it: an open loop, as real users are one.
+/// The load of each side. It is an open loop: calls do not wait for earlier calls.
 pub const CALLS_PER_SECOND: f64 = 100.0;
-/// How long a user waits.
+/// The time after which a caller gives up.
 pub const PATIENCE: Duration = Duration::from_secs(2);
 
-/// How many requests the upstream works on at once; what comes beyond queues up in it.
+/// The number of requests that the upstream works on at once. Further requests wait in its queue.
 pub const WORKERS: usize = 10;
-/// How long one request takes: 250 requests/s in all.
+/// The time of a request. The capacity is 250 requests/s.
 pub const FAST: Duration = Duration::from_millis(40);
-/// The same while capacity is lost: 20 requests/s in all.
+/// The time of a request in the slow phase. The capacity is 20 requests/s.
 pub const SLOW: Duration = Duration::from_millis(500);
-/// Even a healthy upstream answers one request in so many with a 503.
+/// A healthy upstream responds to one of this many requests with 503.
 pub const BLIPS: u32 = 50;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +50,7 @@ impl Phase {
         })
     }
 
-    /// When it begins, from the beginning of the script.
+    /// Returns the beginning of the phase, from the start of the script.
     pub fn begins(self) -> Duration {
         Self::ALL.into_iter().take_while(|phase| *phase != self).map(Self::lasts).sum()
     }
@@ -67,18 +67,18 @@ impl Phase {
         matches!(self, Self::Healthy | Self::Recovered)
     }
 
-    /// Whether the upstream answers nothing but errors, or nothing at all.
+    /// Returns whether no request can succeed in this phase.
     pub const fn is_outage(self) -> bool {
         matches!(self, Self::Unavailable | Self::Refusing)
     }
 }
 
-/// How long the whole script lasts.
+/// Returns the duration of the script.
 pub fn length() -> Duration {
     Phase::Recovered.ends()
 }
 
-/// The one clock that both sides follow.
+/// The clock of both sides.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock(Instant);
 
@@ -87,7 +87,7 @@ impl Clock {
         Self(Instant::now() + pause)
     }
 
-    /// Zero until the script begins.
+    /// Returns the time since the start of the script, or zero before it.
     pub fn now(self) -> Duration {
         Instant::now().saturating_duration_since(self.0)
     }
@@ -96,7 +96,7 @@ impl Clock {
         Phase::at(self.now())
     }
 
-    /// Returns at once for a moment that has passed.
+    /// Waits until a moment of the script. Returns at once if it has passed.
     pub async fn wait_until(self, since_start: Duration) {
         tokio::time::sleep_until(self.0 + since_start).await;
     }

@@ -1,4 +1,4 @@
-//! The two sides next to each other.
+//! The table that compares the two sides.
 
 use std::{collections::BTreeSet, fmt::Display};
 
@@ -23,14 +23,14 @@ pub fn print(run: &Run) {
     row("goodput, the whole run", sides.map(|side| goodput(&side.calls, seconds)));
     for phase in Phase::ALL {
         row(
-            &format!("p99 to an answer, {}", phase.name()),
+            &format!("p99 of all calls, {}", phase.name()),
             sides.map(|side| Ms(tally::percentile(&tally::made_in(&side.calls, phase), 0.99))),
         );
     }
     row("calls made", sides.map(|side| side.calls.len()));
     row("sent, per call made", sides.map(|side| per_call(side, sent(side))));
     row("reached the upstream, per call made", sides.map(|side| per_call(side, reached(side))));
-    row("most requests held by the upstream", sides.map(|side| side.meter.most_held()));
+    row("maximum of requests at the upstream", sides.map(|side| side.meter.most_held()));
     row(
         "time to recover",
         sides.map(|side| match tally::time_to_recover(&side.calls) {
@@ -48,7 +48,7 @@ pub fn print(run: &Run) {
     row("retries denied by the budget", ["-".into(), retry.budget_denied.to_string()]);
     row("times the circuit opened", ["-".into(), circuit.opened.to_string()]);
     if let Some(why) = circuit.last_trip {
-        println!("  the last time because {why}");
+        println!("  the last time: {why}");
     }
 }
 

@@ -1,4 +1,4 @@
-//! What became of the calls of one side.
+//! The results of the calls of one side.
 
 use std::{
     collections::BTreeMap,
@@ -13,10 +13,10 @@ use crate::script::{self, Phase};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// A 200, to the end of its body.
+    /// A 200 with its whole body.
     Good,
     Status(u16),
-    /// A layer did not let it through.
+    /// A layer rejected the call.
     Refused(&'static str),
     NoConnection,
     ConnectionLost,
@@ -28,7 +28,7 @@ impl Answer {
         match self {
             Self::Good => "good".into(),
             Self::Status(status) => format!("HTTP {status}"),
-            Self::Refused(kind) => format!("refused: {}", kind.replace('_', " ")),
+            Self::Refused(kind) => format!("rejected: {}", kind.replace('_', " ")),
             Self::NoConnection => "connection refused".into(),
             Self::ConnectionLost => "connection lost".into(),
             Self::TimedOut => "timed out".into(),
@@ -38,7 +38,7 @@ impl Answer {
 
 #[derive(Clone, Copy, Debug)]
 pub struct Call {
-    /// When it was made.
+    /// The planned time of the call.
     pub at: Duration,
     pub ended: Duration,
     pub answer: Answer,
@@ -59,9 +59,9 @@ impl Call {
 pub struct Tally {
     begun: AtomicUsize,
     ended: Mutex<Vec<Call>>,
-    /// What left the client in each phase, whether or not it reached anybody: attempts at calls.
+    /// The attempts that the client sent in each phase, whether or not they reached the upstream.
     attempts: [AtomicUsize; Phase::ALL.len()],
-    /// The same: health probes.
+    /// The health probes that the client sent in each phase.
     probes: [AtomicUsize; Phase::ALL.len()],
 }
 
@@ -83,7 +83,7 @@ impl Tally {
         self.attempts[phase as usize].load(Ordering::Relaxed)
     }
 
-    /// Attempts and probes.
+    /// Returns the number of attempts and health probes.
     pub fn sent(&self, phase: Phase) -> usize {
         self.attempts(phase) + self.probes[phase as usize].load(Ordering::Relaxed)
     }
@@ -93,7 +93,7 @@ impl Tally {
         self.begun.load(Ordering::Relaxed).saturating_sub(ended)
     }
 
-    /// The calls that ended after the first `known`.
+    /// Returns the calls except the first `known` that ended.
     pub fn since(&self, known: usize) -> Vec<Call> {
         self.lock()[known..].to_vec()
     }
@@ -107,9 +107,9 @@ impl Tally {
     }
 }
 
-// ===== Looking at calls =====
+// ===== Statistics =====
 
-/// The calls that were made in a phase.
+/// Returns the calls that were made in a phase.
 pub fn made_in(calls: &[Call], phase: Phase) -> Vec<Call> {
     calls.iter().filter(|call| Phase::at(call.at) == phase).copied().collect()
 }
@@ -118,7 +118,7 @@ pub fn good(calls: &[Call]) -> usize {
     calls.iter().filter(|call| call.is_good()).count()
 }
 
-/// The time to an answer, of whatever kind, that this share of the calls did not exceed.
+/// Returns a percentile of the durations of the calls, with any result.
 pub fn percentile(calls: &[Call], share: f64) -> Duration {
     let mut took: Vec<_> = calls.iter().map(Call::took).collect();
     took.sort_unstable();
@@ -134,8 +134,8 @@ pub fn errors(calls: &[Call]) -> BTreeMap<String, usize> {
     errors
 }
 
-/// How long after the upstream is healthy again a second begins in which nine calls in ten get a good
-/// answer within 300 ms.
+/// Returns the time from the recovery of the upstream to the first second in which nine of ten calls succeed within
+/// 300 ms.
 pub fn time_to_recover(calls: &[Call]) -> Option<Duration> {
     const SECOND: Duration = Duration::from_secs(1);
     const SOON: Duration = Duration::from_millis(300);

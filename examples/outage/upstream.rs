@@ -1,7 +1,7 @@
-//! A small upstream that follows the script: one queue without a bound, a few workers behind it.
+//! A small upstream that follows the script: one unbounded queue with a few workers.
 //!
-//! It does not notice that a caller has given up: what is queued will be worked off, as thread pools
-//! and databases do. The queue outlives the listener: it stands for what is behind the server.
+//! Like a thread pool or a database, it works on a queued request even if the caller has given up. The queue outlives
+//! the listener, because it represents the systems behind the server.
 
 use std::{
     io,
@@ -32,11 +32,11 @@ use crate::script::{self, BLIPS, Clock, FAST, Phase, SLOW, WORKERS};
 pub struct Upstream {
     pub addr: SocketAddr,
     pub meter: Arc<Meter>,
-    /// Aborted when the upstream is dropped.
+    /// The tasks of the upstream, aborted on drop.
     tasks: JoinSet<io::Result<()>>,
 }
 
-/// What the upstream sees of the world.
+/// The counts of the upstream.
 #[derive(Debug, Default)]
 pub struct Meter {
     reached: [AtomicUsize; Phase::ALL.len()],
@@ -45,12 +45,12 @@ pub struct Meter {
 }
 
 impl Meter {
-    /// Requests that reached it in this phase, health probes apart.
+    /// Returns the number of requests that arrived in a phase, without health probes.
     pub fn reached(&self, phase: Phase) -> usize {
         self.reached[phase as usize].load(Ordering::Relaxed)
     }
 
-    /// Requests queued or being worked on.
+    /// Returns the number of requests in the queue or in work.
     pub fn held(&self) -> usize {
         self.held.load(Ordering::Relaxed)
     }
@@ -60,7 +60,7 @@ impl Meter {
     }
 }
 
-/// A request that waits for a worker.
+/// A request in the queue.
 type Job = oneshot::Sender<()>;
 
 #[derive(Clone)]
@@ -89,7 +89,7 @@ impl Upstream {
         Ok(Self { addr, meter, tasks })
     }
 
-    /// Stops it, and tells what went wrong with it, if anything did.
+    /// Stops the upstream. Returns an error if one of its tasks failed.
     pub async fn stop(mut self) -> io::Result<()> {
         while let Some(ended) = self.tasks.try_join_next() {
             ended.map_err(io::Error::other)??;
@@ -99,7 +99,7 @@ impl Upstream {
     }
 }
 
-// ===== Answers =====
+// ===== Responses =====
 
 async fn answer(State(server): State<Server>) -> Response {
     let phase = server.clock.phase();
@@ -145,7 +145,7 @@ async fn work(
                 workers.spawn(async move {
                     tokio::time::sleep(takes).await;
                     meter.held.fetch_sub(1, Ordering::Relaxed);
-                    // The caller may be gone; the work was done all the same.
+                    // The caller may have given up.
                     let _ = job.send(());
                 });
             }
@@ -167,12 +167,12 @@ async fn serve(
     let closed = reserve(addr).await?;
     clock.wait_until(Phase::Refusing.ends()).await;
     let listener = closed.listen(1024)?;
-    // Until it is stopped: the last calls may end after the script.
+    // Accepts until it is stopped, because the last calls may end after the script.
     accept(listener, &app, clock, script::length() * 2).await;
     Ok(())
 }
 
-/// Serves connections until then; drops the listener and every connection.
+/// Serves connections until a moment of the script, and then drops the listener and every connection.
 async fn accept(listener: TcpListener, app: &Router, clock: Clock, until: Duration) {
     let mut connections = JoinSet::new();
     let end = clock.wait_until(until);
@@ -195,8 +195,8 @@ async fn accept(listener: TcpListener, app: &Router, clock: Clock, until: Durati
     connections.shutdown().await;
 }
 
-/// Keeps the port without listening on it: connections are refused, and nobody else gets it. (Left
-/// free, a port of the ephemeral range could be taken by a client that happens to connect from it.)
+/// Binds the port without listening on it, so that connections are refused. If the port were free, a client could
+/// connect from it, because it is in the ephemeral range.
 async fn reserve(addr: SocketAddr) -> io::Result<TcpSocket> {
     let mut tries = 0;
     loop {

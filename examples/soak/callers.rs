@@ -1,4 +1,4 @@
-//! Callers who send anything, and go away at any point.
+//! Callers that send any kind of request, and hang up at any point.
 
 use std::{
     future::Future,
@@ -27,7 +27,7 @@ use crate::{
     verdict::panics,
 };
 
-/// Far longer than any call's deadline.
+/// The time after which a call counts as hung. Far longer than the deadline of any call.
 const HANGS: Duration = Duration::from_secs(10);
 
 pub async fn call_on(
@@ -59,7 +59,7 @@ pub async fn call_on(
     }
 }
 
-/// What a call came to. An answer is read to its end, in part, or not at all.
+/// Returns the result of a call. Reads the response to its end, in part, or not at all.
 async fn read<B>(
     call: impl Future<Output = Result<http::Response<B>, BoxError>>,
     how: u8,
@@ -84,7 +84,7 @@ where
     Ok(status)
 }
 
-/// A call that is to be answered.
+/// Makes a call that must succeed.
 pub async fn get(client: impl Calls, server: SocketAddr) -> Result<(), BoxError> {
     let request = Request::get(format!("http://{server}/slow/3")).body(Body::default())?;
     let response = client.oneshot(request).await?;
@@ -118,7 +118,7 @@ fn request(server: SocketAddr, random: &mut Rng) -> Request<Body> {
     request
 }
 
-/// Of any size; now and then one that breaks off, falls silent or panics.
+/// Returns a body of any size. Some bodies fail, stall or panic.
 fn body(random: &mut Rng) -> Body {
     let chunk = Bytes::from(vec![b'x'; random.usize(..20_000)]);
     let end = random.u8(..30);

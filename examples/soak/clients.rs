@@ -1,4 +1,4 @@
-//! A client under all layers, and what can be seen of it from outside.
+//! A client with all layers, and the handles of the layers.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -20,15 +20,15 @@ use tower::{Service, ServiceBuilder};
 
 use crate::verdict::Verdict;
 
-/// Calls at once, as on the first day.
+/// The initial limit of calls in flight.
 pub const LIMIT: usize = 16;
-/// Connections at once: fewer than calls.
+/// The initial maximum number of connections, which is less than the limit of calls.
 pub const CAP: usize = 12;
 const QUEUE: (usize, Duration) = (32, Duration::from_millis(50));
 
 pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 
-/// What a client is.
+/// The service type of a client.
 pub trait Calls:
     Service<Request<Body>, Response = Response<Self::Answer>, Error = BoxError, Future: Send>
     + Clone
@@ -112,7 +112,7 @@ pub fn timeouts() -> Timeouts {
 }
 
 impl Guards {
-    /// Everything as on the first day.
+    /// Restores the initial settings.
     pub fn restore(&self) -> Result<(), BoxError> {
         self.limit.set_limit(LIMIT)?;
         self.limit.set_queue(QUEUE.0, QUEUE.1)?;
@@ -125,7 +125,7 @@ impl Guards {
         Ok(())
     }
 
-    /// And with times that a busy machine keeps.
+    /// Restores the initial settings, with longer times that also a busy machine meets.
     pub fn calm_down(&self) -> Result<(), BoxError> {
         self.restore()?;
         self.deadline.set_default(Duration::from_secs(10))?;
@@ -140,14 +140,14 @@ impl Guards {
         let (limit, breaker) = (self.limit.snapshot(), self.breaker.snapshot());
         let connections = self.connections.snapshot();
         [
-            ("places of the limit in use", limit.in_flight as usize),
-            ("places in use beside the limit", limit.exempt_in_flight as usize),
-            ("waiting for the limit", limit.waiting as usize),
-            ("probes of the breaker", breaker.probes),
+            ("permits of the limit held", limit.in_flight as usize),
+            ("exempt calls in flight", limit.exempt_in_flight as usize),
+            ("callers in the queue of the limit", limit.waiting as usize),
+            ("probe slots held", breaker.probes),
             ("breaker isolations", breaker.isolations as usize),
             ("connections in use", connections.in_use),
             ("connections being made", connections.connecting),
-            ("waiting for a connection", connections.waiting),
+            ("callers that wait for a connection", connections.waiting),
         ]
     }
 
@@ -164,7 +164,7 @@ impl Guards {
         let happened = [
             ("retries", self.retry.snapshot().retries),
             ("openings of the breaker", breaker.opened),
-            ("calls that the breaker refused", breaker.refused),
+            ("calls that the breaker rejected", breaker.refused),
             ("timeouts", self.timeout.snapshot().timed_out()),
             ("probes", self.probe.snapshot().probes),
             ("connections made", connections.created),

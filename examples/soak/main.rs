@@ -1,20 +1,20 @@
-//! Everything that goes wrong, at once and for as long as you like; then: is all of it given back?
+//! A soak test: many kinds of failures at once, and then a check for leaks.
 //!
 //! ```text
 //! cargo run --release --example soak -- --seconds 60 --seed 1
 //! ```
 //!
-//! A server and two clients (HTTP/1 and HTTP/2) under all layers, over real sockets. Callers go away at any point,
-//! bodies break off and panic, handlers panic, hang and cut the connection, strangers send half of what they
-//! announced and reset, and somebody resizes limits and caps, forces circuits and renews connections all the while.
+//! The example runs a server and two clients (HTTP/1 and HTTP/2) with all layers over real sockets. Callers hang up at
+//! any point. Bodies fail and panic. Handlers panic, hang and end responses early. Vandals send incomplete requests and
+//! reset their connections. A task changes limits and maximums, forces circuits and renews connections.
 //!
-//! Beside that, untrusted clients call a gateway in front of a healthy upstream: they hang up, set short deadlines,
-//! send slowly and read slowly, send nothing, half a head or a trickled body, do not read, and send strange keys. The
-//! upstream closes connections while calls arrive. The gateway must
-//! serve the visitors between them, and its circuit must stay closed.
+//! At the same time untrusted clients call a gateway in front of a healthy upstream. They hang up, set short deadlines,
+//! send slowly, read slowly or not at all, send nothing, half a head or a trickled body, and send strange keys. The
+//! upstream closes connections while calls arrive. The gateway must serve the visitors that call it meanwhile, and its
+//! circuit must stay closed.
 //!
-//! At the end every permit, slot, gauge and task has to be back, and memory as it was once warm. The exit code says
-//! whether that is so.
+//! At the end every permit, probe slot, gauge and task must be released, and the memory must not have grown since the
+//! warm-up. The exit code states the result.
 
 mod callers;
 mod clients;
@@ -49,7 +49,7 @@ use tally::Tally;
 use untrusted::Kind;
 use verdict::{Memory, Verdict, back_to};
 
-/// Of each protocol.
+/// The number of callers of each protocol.
 const CALLERS: usize = 64;
 const VANDALS: usize = 16;
 /// Number of untrusted clients of each kind, and of visitors, at each gateway.
@@ -58,9 +58,7 @@ const VISITORS: usize = 4;
 
 fn main() -> Result<ExitCode, BoxError> {
     let (time, seed) = arguments()?;
-    println!(
-        "{time:?} of it, seed {seed}: {CALLERS} callers over each protocol, {VANDALS} vandals"
-    );
+    println!("{time:?}, seed {seed}: {CALLERS} callers over each protocol, {VANDALS} vandals");
     let surprises = verdict::expect_panics();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let mut verdict = Verdict::default();
@@ -71,8 +69,8 @@ fn main() -> Result<ExitCode, BoxError> {
 
     let tasks = runtime.metrics();
     runtime.block_on(back_to(|| tasks.num_alive_tasks() == 0));
-    verdict.zero("tasks that are alive", tasks.num_alive_tasks());
-    verdict.zero("panics that nobody had asked for", surprises.load(SeqCst));
+    verdict.zero("tasks still alive", tasks.num_alive_tasks());
+    verdict.zero("unexpected panics", surprises.load(SeqCst));
     Ok(verdict.tell())
 }
 
@@ -114,12 +112,12 @@ async fn soak(time: Duration, seed: u64, verdict: &mut Verdict) -> Result<(), Bo
         }
         Ok::<_, BoxError>(())
     };
-    timeout(Duration::from_secs(20), storm).await.map_err(|_| "somebody hangs")??;
+    timeout(Duration::from_secs(20), storm).await.map_err(|_| "a task hangs")??;
     println!("\n{tally}");
     tally.judge(verdict);
     memory.judge(verdict);
 
-    // Late ones may have opened a circuit. What is under way at the other end has its own times.
+    // Late calls may have opened a circuit. Calls in flight at the server end by the times of the server.
     server.restore()?;
     guards.iter().try_for_each(|guards| guards.calm_down())?;
     back_to(|| server.is_quiet() && guards.iter().all(|guards| guards.are_quiet())).await;
@@ -135,7 +133,7 @@ async fn soak(time: Duration, seed: u64, verdict: &mut Verdict) -> Result<(), Bo
         back_to(|| connections.snapshot().open == 0).await;
         verdict.zero("connections of a gateway open at its end", connections.snapshot().open);
     }
-    // And it all works as on the first day.
+    // Everything must work as at the beginning.
     let most = calm(&http1, &guards[0], &server, verdict).await?;
     verdict.that(most == clients::CAP, format!("{most} connections of {}", clients::CAP));
     calm(&http2, &guards[1], &server, verdict).await?;
@@ -144,14 +142,14 @@ async fn soak(time: Duration, seed: u64, verdict: &mut Verdict) -> Result<(), Bo
     drop((http1, http2, guards));
     let open = || connections.iter().map(|all| all.snapshot().open).sum::<usize>();
     back_to(|| open() == 0).await;
-    verdict.zero("connections open when the clients are gone", open());
+    verdict.zero("connections open after the end of the clients", open());
     let drained = server.end().await?;
     verdict.zero("calls cut by the drain", drained.cut_calls);
     verdict.zero("connections cut by the drain", drained.cut_connections);
     Ok(())
 }
 
-/// As many calls at once as may be, and every one of them is answered. Gives back how many connections there were.
+/// Makes as many calls at once as the limit allows. Each must succeed. Returns the maximum number of connections.
 async fn calm(
     client: &impl clients::Calls,
     guards: &clients::Guards,

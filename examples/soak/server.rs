@@ -1,4 +1,4 @@
-//! A server under all layers, whose handlers do what handlers should not.
+//! A server with all layers, whose handlers fail in many ways.
 
 use std::{
     future::pending,
@@ -30,7 +30,7 @@ use tower::ServiceBuilder;
 
 use crate::verdict::{Verdict, panics};
 
-/// Calls at once, as on the first day, and at most whatever is done to it.
+/// The initial limit of calls in flight, and the maximum limit that the example sets.
 pub const LIMIT: usize = 24;
 pub const LARGEST: usize = 48;
 
@@ -38,14 +38,14 @@ pub const LARGEST: usize = 48;
 pub struct Server {
     pub addr: SocketAddr,
     pub limit: ConcurrencyLimitHandle,
-    /// While it is set every answer is 503.
+    /// While set, every response is a 503.
     pub is_sick: Arc<AtomicBool>,
     inside: Arc<Inside>,
     lifecycle: Lifecycle,
     task: Arc<JoinHandle<Drained>>,
 }
 
-/// An own eye on how many handlers run.
+/// A count of the running handlers, independent of the limit.
 #[derive(Default)]
 struct Inside {
     now: AtomicUsize,
@@ -74,7 +74,7 @@ impl Server {
         Ok(Self { addr, limit: handle, is_sick, inside, lifecycle, task })
     }
 
-    /// Everything as on the first day.
+    /// Restores the initial settings.
     pub fn restore(&self) -> Result<(), BoxError> {
         self.is_sick.store(false, SeqCst);
         Ok(self.limit.set_limit(LIMIT)?)
@@ -83,10 +83,10 @@ impl Server {
     fn gauges(&self) -> [(&'static str, usize); 4] {
         let limit = self.limit.snapshot();
         [
-            ("handlers that run", self.inside.now.load(SeqCst)),
-            ("places of the limit in use", limit.in_flight as usize),
-            ("waiting for the limit", limit.waiting as usize),
-            ("calls under way, as the lifecycle counts them", self.lifecycle.in_flight()),
+            ("running handlers", self.inside.now.load(SeqCst)),
+            ("permits of the limit held", limit.in_flight as usize),
+            ("callers in the queue of the limit", limit.waiting as usize),
+            ("calls in flight by the count of the lifecycle", self.lifecycle.in_flight()),
         ]
     }
 
@@ -101,14 +101,14 @@ impl Server {
         verdict.places("server", &self.limit, LIMIT);
         let most = self.inside.most.load(SeqCst);
         verdict
-            .that(most <= LARGEST, format!("server: {most} handlers at once, at most {LARGEST}"));
+            .that(most <= LARGEST, format!("server: {most} handlers at once, maximum {LARGEST}"));
         let refused = self.limit.snapshot();
-        verdict.happened("server: refusals", refused.refused_full + refused.refused_waited);
+        verdict.happened("server: rejections", refused.refused_full + refused.refused_waited);
     }
 
     pub async fn end(self) -> Result<Drained, BoxError> {
         self.lifecycle.drain();
-        let task = Arc::into_inner(self.task).ok_or("somebody has the server still")?;
+        let task = Arc::into_inner(self.task).ok_or("the task of the server is still shared")?;
         Ok(task.await?)
     }
 }
@@ -132,7 +132,7 @@ async fn look(
     }
 }
 
-// ===== The routes =====
+// ===== Routes =====
 
 fn routes() -> Router {
     let slow = async |Path(ms): Path<u64>| sleep(Duration::from_millis(ms)).await;
@@ -154,7 +154,7 @@ fn routes() -> Router {
 
 type Frame = Result<&'static [u8], &'static str>;
 
-/// With a pause before each; then the end, such as it is.
+/// Returns a body of `n` frames, with a pause before each, followed by the given end.
 fn frames(n: u8, end: impl Stream<Item = Frame> + Send + 'static) -> Body {
     let frames = stream::iter(0..n).then(|_| async {
         sleep(Duration::from_millis(1)).await;

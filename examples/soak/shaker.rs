@@ -1,4 +1,4 @@
-//! Changes everything that can be changed, all the time.
+//! A task that changes settings and states all the time.
 
 use std::{
     sync::{
@@ -21,7 +21,7 @@ pub async fn shake(server: Server, clients: Vec<Guards>, mut random: Rng, over: 
     while !over.load(SeqCst) {
         let pause = Duration::from_millis(random.u64(1..20));
         let client = &clients[random.usize(..clients.len())];
-        // Kept for as long as the pause lasts.
+        // Held until the end of the pause.
         let mut held = Vec::new();
         let mut isolation = None;
         let changed: Result<(), BoxError> = match random.u8(..14) {
@@ -68,7 +68,7 @@ pub async fn shake(server: Server, clients: Vec<Guards>, mut random: Rng, over: 
                 Ok(())
             }
         };
-        changed.expect("a setting that can work");
+        changed.expect("valid settings");
         sleep(pause).await;
         drop((held, isolation));
         server.is_sick.store(false, SeqCst);
@@ -76,7 +76,7 @@ pub async fn shake(server: Server, clients: Vec<Guards>, mut random: Rng, over: 
             client.breaker.reset();
         }
         if random.u8(..8) == 0 {
-            client.restore().expect("as on the first day");
+            client.restore().expect("the initial settings are valid");
         }
     }
 }

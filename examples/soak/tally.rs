@@ -1,4 +1,4 @@
-//! What became of the calls.
+//! The results of the calls.
 
 use std::{
     collections::BTreeMap,
@@ -69,7 +69,7 @@ impl Tally {
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        writeln!(f, "What became of {} calls:", counts.values().sum::<u64>())?;
+        writeln!(f, "Results of {} calls:", counts.values().sum::<u64>())?;
         counts.iter().try_for_each(|(what, count)| writeln!(f, "{count:>10} {what}"))
     }
 }

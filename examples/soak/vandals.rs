@@ -1,4 +1,4 @@
-//! Strangers who speak half of HTTP and hang up.
+//! Vandals: clients that send incomplete or invalid HTTP and disconnect.
 
 use std::{
     io,
@@ -45,7 +45,7 @@ pub async fn rage(server: SocketAddr, mut random: Rng, tally: Arc<Tally>, over: 
 async fn once(server: SocketAddr, what: &[u8], random: &mut Rng) -> io::Result<()> {
     let mut tcp = TcpStream::connect(server).await?;
     tcp.write_all(what).await?;
-    // An answer that is there and was not read makes the end a reset.
+    // If a response has arrived and is not read, closing the socket sends a reset.
     if random.bool() {
         let readable = tcp.ready(Interest::READABLE);
         let _ = timeout(Duration::from_millis(random.u64(..50)), readable).await;

@@ -1,4 +1,4 @@
-//! Whether all is as it was.
+//! The checks at the end.
 
 use std::{
     fs, panic,
@@ -17,12 +17,12 @@ use tokio::time::{Instant, sleep};
 
 const PANIC: &str = "as was asked for";
 
-/// The panics that are part of it.
+/// Panics as a part of the test.
 pub fn panics() -> ! {
     panic::panic_any(PANIC.to_owned())
 }
 
-/// Keeps them off the screen. Counts all others.
+/// Hides the panics of [`panics`], and counts all others.
 pub fn expect_panics() -> Arc<AtomicUsize> {
     let surprises = Arc::new(AtomicUsize::new(0));
     let (counts, tell) = (surprises.clone(), panic::take_hook());
@@ -57,15 +57,15 @@ impl Verdict {
         self.that(value == 0, format!("{what}: {value}"));
     }
 
-    /// What did not happen has not been tried.
+    /// Requires that something has happened at least once, so that the run has tested it.
     pub fn happened(&mut self, what: &str, times: u64) {
         self.that(times > 0, format!("{what}: never"));
     }
 
-    /// All of them are free: none was lost, and none was made.
+    /// Requires that all permits can be acquired, and no more: none was lost, and none was released twice.
     pub fn places(&mut self, whose: &str, limit: &ConcurrencyLimitHandle, all: usize) {
         let taken: Vec<_> = (0..2 * all).map_while(|_| limit.try_acquire().ok()).collect();
-        self.that(taken.len() == all, format!("{whose}: {} places of {all}", taken.len()));
+        self.that(taken.len() == all, format!("{whose}: {} permits of {all}", taken.len()));
     }
 
     pub fn tell(self) -> ExitCode {
@@ -75,7 +75,7 @@ impl Verdict {
     }
 }
 
-/// Waits until it holds, but not for ever: what does not is told by who judges.
+/// Waits until the condition holds, at most 10 s. The caller checks the result.
 pub async fn back_to(holds: impl Fn() -> bool) {
     let start = Instant::now();
     while !holds() && start.elapsed() < Duration::from_secs(10) {
@@ -85,7 +85,7 @@ pub async fn back_to(holds: impl Fn() -> bool) {
 
 // ===== Memory =====
 
-/// What the process has of it, in KiB, as time goes by. None where nobody tells.
+/// The resident memory of the process in KiB over time. Empty if the system does not report it.
 pub struct Memory(Vec<u64>);
 
 impl Memory {
@@ -93,7 +93,7 @@ impl Memory {
     /// memory varies between 48 and 53 MiB without a trend, since the number of unread responses varies.
     const MAX_GROWTH: u64 = 8 * 1024;
 
-    /// Warm after a third of the time.
+    /// Samples the memory. The warm-up is the first third of the time.
     pub async fn watch(time: Duration) -> Self {
         let (start, mut seen) = (Instant::now(), Vec::new());
         while start.elapsed() < time {
@@ -114,10 +114,10 @@ impl Memory {
         };
         let (warm, end) = self.0.split_at(self.0.len() - tenth);
         let Some((warm, end)) = median(&warm[..tenth.min(warm.len())]).zip(median(end)) else {
-            println!("nobody tells here how much memory there is in use");
+            println!("this system does not report the memory in use");
             return;
         };
-        println!("memory: {warm} KiB once warm, {end} KiB at the end");
+        println!("memory: {warm} KiB after the warm-up, {end} KiB at the end");
         let flat = end <= warm + Self::MAX_GROWTH;
         verdict.that(flat, format!("memory grew by {} KiB", end.saturating_sub(warm)));
     }
