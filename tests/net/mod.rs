@@ -1,5 +1,6 @@
-//! What the end-to-end tests share: servers on loopback, and eyes of their own on what is in flight.
-#![allow(dead_code)] // Every test file takes what it needs.
+//! Shared by the end-to-end tests: servers on loopback, and gauges of the calls in flight that do not depend on the
+//! gauges of the layers.
+#![allow(dead_code)] // Each test uses a part of this module.
 
 pub mod balancer;
 
@@ -24,32 +25,32 @@ use hyper_util::{
 };
 use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
 
-/// How long anything here may take before the test has failed.
+/// Maximum time of a wait. A longer wait fails the test.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-// ===== Waiting, with an end =====
+// ===== Bounded waits =====
 
-/// `future`, which must be done soon.
+/// Waits for a future, for at most [`PATIENCE`].
 pub async fn soon<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, future).await.expect("took too long")
 }
 
-/// Waits until `holds`: for what another task or the other side of a connection does.
+/// Waits until a condition holds that another task or the peer fulfils, for at most [`PATIENCE`].
 #[track_caller]
 pub fn until(mut holds: impl FnMut() -> bool) -> impl Future<Output = ()> {
     let at = std::panic::Location::caller();
     async move {
         let deadline = tokio::time::Instant::now() + PATIENCE;
         while !holds() {
-            assert!(tokio::time::Instant::now() < deadline, "never held: {at}");
+            assert!(tokio::time::Instant::now() < deadline, "did not hold in time: {at}");
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
 }
 
-// ===== What is in flight =====
+// ===== Calls in flight =====
 
-/// Counts what is inside, and the most there ever was. Knows nothing of the layers' own gauges.
+/// Counts the entries that are inside, their peak, and their total. Independent of the gauges of the layers.
 #[derive(Clone, Debug, Default)]
 pub struct Gauge(Arc<(AtomicUsize, AtomicUsize, AtomicUsize)>);
 
@@ -69,7 +70,7 @@ impl Gauge {
         self.0.1.load(Ordering::SeqCst)
     }
 
-    /// How many have ever come in.
+    /// Returns the number of all entries since the start.
     pub fn total(&self) -> usize {
         self.0.2.load(Ordering::SeqCst)
     }
@@ -84,9 +85,10 @@ impl Drop for Inside {
     }
 }
 
-// ===== Handlers that end when they are told to =====
+// ===== Handlers with a gate =====
 
-/// What every handler of a test shares: who is inside, and a gate that lets calls come to their end.
+/// State shared by the handlers of a test: a gauge of the calls in them, and a gate that each call passes before it
+/// ends. A call takes one permit of the gate.
 #[derive(Clone, Debug)]
 pub struct Stage {
     pub inside: Gauge,
@@ -100,7 +102,7 @@ impl Default for Stage {
 }
 
 impl Stage {
-    /// Lets every call end, now and later.
+    /// Opens the gate for all current and later calls.
     pub fn open(&self) {
         self.gate.add_permits(1_000_000);
     }
@@ -109,24 +111,25 @@ impl Stage {
         self.gate.acquire().await.expect("the gate is never closed").forget();
     }
 
-    /// Answers `hello` once the gate lets it.
+    /// Responds with `hello` after the gate.
     pub async fn plain(self) -> &'static str {
         let _inside = self.inside.enter();
         self.pass().await;
         "hello"
     }
 
-    /// A head and one chunk at once, the second chunk once the gate lets it; inside to the end.
+    /// Sends the head and one chunk immediately, and the second chunk after the gate. The call is inside until its body
+    /// ends.
     pub async fn streaming(self) -> Body {
         self.chunks([Ok("hel"), Ok("lo")])
     }
 
-    /// One chunk, then an error: the connection is cut under the answer.
+    /// Sends one chunk, and an error after the gate: the connection closes before the end of the response.
     pub async fn breaking_off(self) -> Body {
         self.chunks([Ok("hel"), Err("cut off")])
     }
 
-    /// The first at once, every other once the gate lets it.
+    /// Sends the first chunk immediately. Each other chunk passes the gate.
     fn chunks<const N: usize>(self, chunks: [Result<&'static str, &'static str>; N]) -> Body {
         let start = (self.inside.enter(), chunks.into_iter(), true);
         let chunks = stream::unfold(start, move |(inside, mut chunks, first)| {
@@ -142,12 +145,12 @@ impl Stage {
                 ))
             }
         });
-        // Compression polls once more after the end.
+        // The compression layer polls once more after the end.
         Body::from_stream(chunks.fuse())
     }
 }
 
-// ===== Both ends =====
+// ===== Servers and clients =====
 
 pub async fn listener() -> (TcpListener, SocketAddr) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -155,12 +158,12 @@ pub async fn listener() -> (TcpListener, SocketAddr) {
     (listener, addr)
 }
 
-/// An address where nobody listens.
+/// Returns a loopback address without a listener.
 pub async fn nobody() -> SocketAddr {
     listener().await.1
 }
 
-/// Serves `router` with `axum::serve` for as long as the test's runtime lives.
+/// Serves `router` with `axum::serve` until the runtime of the test ends.
 pub async fn serve(router: Router) -> SocketAddr {
     let (listener, addr) = listener().await;
     tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
@@ -181,7 +184,7 @@ pub fn get(addr: SocketAddr, path: &str) -> Request<Empty<Bytes>> {
     Request::get(format!("http://{addr}{path}")).body(Empty::new()).unwrap()
 }
 
-/// An answer that has been read to its end.
+/// A response whose body has been read to its end.
 #[derive(Clone, Debug)]
 pub struct Answer {
     pub status: StatusCode,
@@ -189,7 +192,7 @@ pub struct Answer {
     pub body: Bytes,
 }
 
-/// Starts one request for each path, all at once, each read to its end.
+/// Sends one request for each path at the same time, and reads each response to its end.
 pub fn send_all(
     addr: SocketAddr,
     paths: impl IntoIterator<Item = &'static str>,
@@ -207,18 +210,18 @@ pub fn send_all(
     calls
 }
 
-/// The next `n` answers.
+/// Returns the next `n` responses.
 pub async fn answers(calls: &mut JoinSet<Answer>, n: usize) -> Vec<Answer> {
     let mut answers = Vec::with_capacity(n);
     for _ in 0..n {
-        answers.push(soon(calls.join_next()).await.expect("another answer").unwrap());
+        answers.push(soon(calls.join_next()).await.expect("another response").unwrap());
     }
     answers
 }
 
 // ===== Upstreams that misbehave below HTTP =====
 
-/// Takes connections, reads the start of a request, writes `answer`, and closes.
+/// Accepts connections, reads the start of a request, writes `answer`, and closes the connection.
 pub async fn closes_after(answer: &'static [u8]) -> SocketAddr {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let (listener, addr) = listener().await;
@@ -234,10 +237,10 @@ pub async fn closes_after(answer: &'static [u8]) -> SocketAddr {
     addr
 }
 
-/// Half of an answer: the length says ten bytes, five come.
+/// Half of a response: `content-length` is 10, and the body has 5 bytes.
 pub const HALF: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhello";
 
-/// Takes connections and says nothing, ever.
+/// Accepts connections and never responds. The gauge counts the open connections.
 pub async fn never_answers() -> (SocketAddr, Gauge) {
     use tokio::io::AsyncReadExt;
     let ((listener, addr), connected) = (listener().await, Gauge::default());
@@ -255,7 +258,7 @@ pub async fn never_answers() -> (SocketAddr, Gauge) {
     (addr, connected)
 }
 
-/// Serves `router` and counts the connections it is called over.
+/// Serves `router`. The total of the gauge is the number of accepted connections.
 pub async fn serve_counting(router: Router) -> (SocketAddr, Gauge) {
     use axum::serve::ListenerExt;
     let ((listener, addr), connections) = (listener().await, Gauge::default());

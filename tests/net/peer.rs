@@ -322,7 +322,7 @@ pub async fn http2_ends_all(end: End) -> Peer {
     .await
 }
 
-/// Refuses every stream, and counts each as ended.
+/// Resets every stream with `REFUSED_STREAM`, and counts each as ended.
 pub async fn http2_refuses_all() -> Peer {
     Peer::serve(move |_, tcp, peer| async move {
         const REFUSED_STREAM: u32 = 7;

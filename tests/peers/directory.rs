@@ -1,4 +1,4 @@
-//! A directory of its own for each server.
+//! Temporary directories of servers.
 
 use std::{
     env, fs, io,

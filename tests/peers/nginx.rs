@@ -1,4 +1,4 @@
-//! nginx with a configuration of its own, in a directory of its own.
+//! nginx with a configuration of the test, in a temporary directory.
 
 use std::{
     fs,
@@ -54,7 +54,7 @@ impl Nginx {
             return None;
         }
         let dir = Directory::create("nginx").unwrap();
-        // Another process may bind the port between this probe and nginx. Then the next one is tried.
+        // Another process may bind the port before nginx does. The test then tries another port.
         let start = |_| {
             let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
             fs::write(dir.0.join("conf"), configuration(&dir.0, port, listen, server)).unwrap();

@@ -1,8 +1,8 @@
 //! A server in virtual time, behind an adaptive limit: a discrete-event simulation, exact and repeatable.
 //!
-//! So many workers, each with one call at a time; what finds none of them free stands in one line. Calls
-//! come at random, whatever becomes of the earlier ones (open loop). What finds the limit reached is
-//! refused.
+//! The server has a number of workers. Each worker serves one call at a time, and calls without a free worker wait in
+//! one queue. Calls arrive at random, independently of the earlier ones (open loop). The limit rejects a call that
+//! arrives when it is reached.
 
 use std::{
     cmp::Reverse,
@@ -12,24 +12,24 @@ use std::{
 
 use buttress::limit::adaptive::{Algorithm, Sample};
 
-/// How long a call takes to serve, around its mean.
+/// The distribution of the service time around its mean.
 #[derive(Clone, Copy, Debug)]
 pub enum Spread {
-    /// From half of it to one and a half.
+    /// Uniform between 50 % and 150 % of the mean.
     Even,
     Exponential,
-    /// One in ten 91 times as long as the others: what is not in a cache.
+    /// One call in ten takes 91 times as long as the others, like a cache miss.
     Misses,
 }
 
-/// From a moment on, in seconds.
+/// The conditions of a run, from the time `from` in seconds.
 #[derive(Clone, Copy, Debug)]
 pub struct Phase {
     pub from: f64,
     pub workers: usize,
-    /// Milliseconds a call takes.
+    /// Mean service time in milliseconds.
     pub service: f64,
-    /// Calls a second.
+    /// Calls per second.
     pub offered: f64,
 }
 
@@ -39,8 +39,8 @@ pub const STEADY: Phase = Phase { from: 0.0, workers: 20, service: 10.0, offered
 pub struct World {
     pub phases: Vec<Phase>,
     pub spread: Spread,
-    /// Callers wait for so many seconds and try once more, at once or 100 ms after a refusal. What they
-    /// have left is worked on all the same.
+    /// Seconds for which a caller waits for its response. It then calls once more: immediately, or 100 ms after a
+    /// rejection. The server still works on abandoned calls.
     pub patience: Option<f64>,
     pub seed: u64,
 }
@@ -48,14 +48,14 @@ pub struct World {
 /// One second of the run.
 #[derive(Clone, Debug, Default)]
 pub struct Second {
-    /// At its end.
+    /// The limit at the end of the second.
     pub limit: u32,
     pub lowest: u32,
     pub highest: u32,
-    /// Answers that somebody still waited for.
+    /// Responses whose caller still waited.
     pub good: u32,
     pub refused: u32,
-    /// Milliseconds each answered call took, from when it was let in.
+    /// Milliseconds from the admission of each call to its response.
     pub latencies: Vec<f32>,
 }
 
@@ -84,7 +84,7 @@ struct Run<'a> {
     events: BinaryHeap<Reverse<(u64, u64, Event)>>,
     number: u64,
     callers: u64,
-    /// Who has not been answered yet, and may try again; only kept where callers give up.
+    /// The callers without a response, and whether each may call again. Empty if `patience` is not set.
     waits: HashMap<u64, bool>,
     in_flight: u32,
     busy: usize,
@@ -93,7 +93,7 @@ struct Run<'a> {
     second: Second,
 }
 
-/// Each second of a run; without an algorithm there is no limit.
+/// Returns the seconds of a run. Without an algorithm there is no limit.
 pub fn run(world: &World, algorithm: Option<Box<dyn Algorithm>>, seconds: usize) -> Vec<Second> {
     let mut run = Run {
         world,
@@ -126,7 +126,7 @@ pub fn run(world: &World, algorithm: Option<Box<dyn Algorithm>>, seconds: usize)
         }
         run.step(now, event);
     }
-    unreachable!("calls keep coming")
+    unreachable!("each arrival schedules the next one")
 }
 
 impl Run<'_> {
@@ -229,9 +229,9 @@ impl Run<'_> {
     }
 }
 
-// ===== Reading a run =====
+// ===== Evaluation of a run =====
 
-/// Answers a second.
+/// Returns the number of good responses per second.
 pub fn goodput(seconds: &[Second]) -> f64 {
     seconds.iter().map(|second| f64::from(second.good)).sum::<f64>() / seconds.len() as f64
 }
@@ -240,7 +240,7 @@ pub fn mean_limit(seconds: &[Second]) -> f64 {
     seconds.iter().map(|second| f64::from(second.limit)).sum::<f64>() / seconds.len() as f64
 }
 
-/// Milliseconds that this share of the calls did not exceed.
+/// Returns the latency in milliseconds that this share of the calls did not exceed.
 pub fn quantile(seconds: &[Second], share: f64) -> f32 {
     let mut all: Vec<f32> = seconds.iter().flat_map(|second| &second.latencies).copied().collect();
     if all.is_empty() {

@@ -1,9 +1,10 @@
-//! A heavy tail, as it was measured.
+//! A measured distribution of latencies with a heavy tail.
 
-/// Of one server among many, in milliseconds: 98 of 100 answers within 10 ms, 999 of 1000 within 125 ms,
-/// and one of a thousand queries that need 100 of them waits for about 1.7 s.
+/// Returns the latency of one server among many, in milliseconds, for a random number above 0 and up to 1.
 ///
-/// Fitted to what Dean and Barroso measured ("The Tail at Scale", CACM 2013): a Pareto of two segments.
+/// 98 of 100 responses arrive within 10 ms, and 999 of 1000 within 125 ms. Of a thousand queries that each need 100
+/// responses, one takes about 1.7 s. The distribution is a Pareto distribution with two segments, fitted to the
+/// measurements of Dean and Barroso ("The Tail at Scale", CACM 2013).
 pub fn latency(random: f64) -> f64 {
     let knee = 10f64.powf(-2.5);
     if random < knee {

@@ -1,6 +1,6 @@
-//! A gRPC service that does as its requests say, and an address to serve it on. Needs no `protoc`: the messages are
-//! those of `grpc.health.v1`.
-#![allow(dead_code)] // Every test file takes what it needs.
+//! A gRPC service whose requests select its responses, and an address to serve it on. Needs no `protoc`: the messages
+//! are those of `grpc.health.v1`.
+#![allow(dead_code)] // Each test uses a part of this module.
 
 use std::{net::SocketAddr, pin::Pin};
 
@@ -13,8 +13,9 @@ use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_server::H
 
 use crate::net::{Gauge, listener};
 
-/// What it is asked for decides: a code's number fails, anything else is well. In `watch`, `cut 14` fails
-/// after the first message, `late 14` after none. `hold` never ends, in either method.
+/// The service name in the request selects the response. The number of a status code fails with this code, and any
+/// other name succeeds. In `watch`, `cut 14` fails after the first message, and `late 14` fails without a message.
+/// `hold` never ends, in either method.
 #[derive(Clone, Debug, Default)]
 pub struct Obedient {
     pub inside: Gauge,
@@ -74,13 +75,13 @@ pub fn ask(service: &str) -> HealthCheckRequest {
     HealthCheckRequest { service: service.to_owned() }
 }
 
-/// An address to serve on.
+/// Returns a listener on a loopback port, and its address.
 pub async fn incoming() -> (TcpIncoming, SocketAddr) {
     let (listener, addr) = listener().await;
     (TcpIncoming::from(listener), addr)
 }
 
-/// One connection, made when it is first needed.
+/// Returns a channel that connects at its first call.
 pub fn channel(addr: SocketAddr) -> Channel {
     Endpoint::from_shared(format!("http://{addr}")).unwrap().connect_lazy()
 }

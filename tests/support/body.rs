@@ -10,13 +10,13 @@ use http_body::{Body, Frame, SizeHint};
 
 use super::Oops;
 
-/// What a scripted body does when it is polled.
+/// The result of one poll of a scripted body.
 #[derive(Clone, Debug)]
 pub enum Piece {
     Data(Bytes),
     Trailers(HeaderMap),
     Error,
-    /// Pending for ever.
+    /// Pending without end.
     Stuck,
     Panic,
 }
@@ -27,7 +27,7 @@ impl Piece {
     }
 }
 
-/// A body that does as it is told, and knows its end and its size unless it is told not to.
+/// A body that plays a script. It reports its end and its exact size, unless [`untold`](Self::untold) disables this.
 #[derive(Clone, Debug)]
 pub struct ScriptBody {
     pieces: VecDeque<Piece>,
@@ -39,7 +39,7 @@ impl ScriptBody {
         Self { pieces: pieces.into_iter().collect(), tells: true }
     }
 
-    /// Never says that it is at its end, nor how long it is.
+    /// Disables `is_end_stream` and the exact size hint.
     pub fn untold(mut self) -> Self {
         self.tells = false;
         self

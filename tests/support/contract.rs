@@ -1,5 +1,4 @@
-//! The test list that holds for every layer, as functions over a [`Subject`]; [`contract_tests!`]
-//! makes them the tests of one file.
+//! The test list for every layer, as functions over a [`Subject`]. [`contract_tests!`] makes them the tests of a file.
 
 use std::{error::Error, future::Future};
 
@@ -14,7 +13,7 @@ use super::{
     Oops, Piece, ScriptBody, Strict, Then, Watch, empty, hello, is_refusal, read, request, trailers,
 };
 
-/// A layer that is about to let exactly one call through.
+/// A layer under test, in a state in which it admits the next call.
 pub trait Subject: Sized {
     type Layer: Layer<Strict, Service = Self::Service> + Clone + Send + Sync + 'static;
     type Service: Service<
@@ -27,20 +26,21 @@ pub trait Subject: Sized {
         + Sync
         + 'static;
 
-    /// While its one call is under way, another is refused. False for who refuses for other reasons only.
+    /// Whether the layer rejects a second call while the first one is in flight. `false` for a layer that rejects calls
+    /// for other reasons only.
     const EXCLUSIVE: bool = true;
 
     async fn new() -> Self;
 
     fn layer(&self) -> &Self::Layer;
 
-    /// What calls hold of the layer's state: permits, probes.
+    /// Returns the number of permits and probe slots that calls hold.
     fn taken(&self) -> usize;
 
-    /// From now on it refuses.
+    /// Makes the layer reject calls.
     fn shut(&mut self);
 
-    /// From now on a call goes again.
+    /// Makes the layer admit calls again.
     fn unshut(&mut self);
 }
 
@@ -98,12 +98,12 @@ fn oops(error: &BoxError) -> bool {
 #[track_caller]
 fn assert_refused(answer: Answer) {
     match answer {
-        Ok(_) => panic!("let through"),
+        Ok(_) => panic!("the call was not rejected"),
         Err(error) => assert!(is_refusal(&*error), "{error}"),
     }
 }
 
-// ===== Passing through, and readiness =====
+// ===== Pass-through and readiness =====
 
 pub async fn passes_through<T: Subject>() {
     let (subject, mut service, watch) = begin::<T>(Strict::new()).await;
@@ -116,7 +116,7 @@ pub async fn passes_through<T: Subject>() {
     watch.script([Then::Fail(Oops("of its own"))]);
     assert_ready_ok!(service.poll_ready());
     let error = service.call(request()).await.unwrap_err();
-    assert_eq!(error.downcast_ref(), Some(&Oops("of its own")), "the inner error, not wrapped");
+    assert_eq!(error.downcast_ref(), Some(&Oops("of its own")), "the inner error is not wrapped");
     assert_eq!((watch.seen().calls, watch.seen().without_ready), (2, 0));
 }
 
@@ -125,7 +125,7 @@ pub async fn clone_resets_readiness<T: Subject>() {
     assert_ready_ok!(service.poll_ready());
     watch.set_ready(false);
     let mut clone = service.clone();
-    assert_pending!(clone.poll_ready(), "readiness went along");
+    assert_pending!(clone.poll_ready(), "a clone starts without readiness");
     assert_eq!(watch.seen().reserved, 1);
     watch.set_ready(true);
     assert!(clone.is_woken());
@@ -152,7 +152,7 @@ pub async fn ready_is_sticky_when_the_answer_will_be_no<T: Subject>() {
     assert_ready_ok!(service.poll_ready());
     subject.unshut();
     assert_ready_ok!(service.poll_ready());
-    // And the call that comes after all is a good one.
+    // The next call waits for the inner service and succeeds.
     let mut future = task::spawn(service.call(request()));
     assert_pending!(future.poll());
     watch.set_ready(true);
@@ -161,7 +161,7 @@ pub async fn ready_is_sticky_when_the_answer_will_be_no<T: Subject>() {
 }
 
 pub async fn no_call_without_ready<T: Subject>() {
-    // Never polled ready.
+    // A call without `poll_ready`.
     let (subject, mut service, watch) = begin::<T>(Strict::new()).await;
     watch.set_ready(false);
     let mut future = task::spawn(service.call(request()));
@@ -173,25 +173,25 @@ pub async fn no_call_without_ready<T: Subject>() {
     read(response.into_body()).await.unwrap();
     assert_eq!(subject.taken(), 0);
 
-    // Polled, and not ready.
+    // A call after `poll_ready` has returned `Pending`.
     watch.set_ready(false);
     assert_pending!(service.poll_ready());
     watch.set_ready(true);
     service.call(request()).await.unwrap();
 
-    // Called a second time on one readiness.
+    // Two calls after one `poll_ready`.
     assert_ready_ok!(service.poll_ready());
     service.call(request()).await.unwrap();
     service.call(request()).await.unwrap();
     assert_eq!((watch.seen().calls, watch.seen().without_ready), (4, 0));
 }
 
-// ===== Giving back =====
+// ===== Release =====
 
 pub async fn service_drop_releases<T: Subject>() {
     let (subject, mut service, watch) = begin::<T>(Strict::new()).await;
     assert_ready_ok!(service.poll_ready());
-    assert_eq!((subject.taken(), watch.seen().reserved), (0, 1), "nothing of ours is reserved");
+    assert_eq!((subject.taken(), watch.seen().reserved), (0, 1), "an idle handle holds no permit");
     drop(service);
     assert_eq!((subject.taken(), watch.seen().reserved), (0, 0));
 }
@@ -209,7 +209,7 @@ pub async fn unpolled_future_drop_releases<T: Subject>() {
         }
         drop(future);
         assert_eq!((subject.taken(), watch.seen().in_flight, watch.seen().reserved), (0, 0, 0));
-        assert_pending!(task::spawn(service.call(request())).poll(), "there is room again");
+        assert_pending!(task::spawn(service.call(request())).poll(), "the next call is admitted");
     }
 }
 
@@ -221,7 +221,7 @@ pub async fn pending_future_drop_releases<T: Subject>() {
     assert_eq!((subject.taken(), watch.seen().in_flight), (1, 1));
     drop(future);
     assert_eq!((subject.taken(), watch.seen().in_flight, watch.seen().cancelled), (0, 0, 1));
-    assert_pending!(task::spawn(service.call(request())).poll(), "there is room again");
+    assert_pending!(task::spawn(service.call(request())).poll(), "the next call is admitted");
 }
 
 pub async fn waiting_for_inner_drop_releases<T: Subject>() {
@@ -252,7 +252,7 @@ pub async fn inner_panic_releases<T: Subject>() {
 
 pub async fn body_end_releases<T: Subject>() {
     let two = || ScriptBody::new([Piece::data("a"), Piece::data("b")]);
-    // A body that tells is at its end with its last frame, any other when it says so.
+    // A body that reports its end ends with its last frame, and any other body with `None`.
     for (body, frames) in [(two(), 2), (two().untold(), 3)] {
         let (subject, service, watch) = begin::<T>(Strict::new()).await;
         watch.script([Then::Answer(Response::new(body))]);
@@ -262,9 +262,9 @@ pub async fn body_end_releases<T: Subject>() {
             assert_eq!(subject.taken(), 1);
             let _ = assert_ready!(body.enter(|cx, body| body.poll_frame(cx)));
         }
-        assert_eq!(subject.taken(), 0, "the body is still alive, but over");
+        assert_eq!(subject.taken(), 0, "the body has ended, although it is not dropped");
     }
-    // Trailers are the end, too.
+    // Trailers end a body, too.
     let (subject, service, watch) = begin::<T>(Strict::new()).await;
     let body = ScriptBody::new([Piece::Trailers(trailers("0"))]).untold();
     watch.script([Then::Answer(Response::new(body))]);
@@ -309,27 +309,27 @@ pub async fn trailers_and_size_hint_forwarded<T: Subject>() {
     let pieces = [Piece::data("ab"), Piece::data("cde"), Piece::Trailers(trailers("7"))];
     watch.script([Then::Answer(Response::new(ScriptBody::new(pieces)))]);
     let body = service.into_inner().oneshot(request()).await.unwrap().into_body();
-    assert_eq!(body.size_hint().exact(), Some(5), "a 5-byte answer keeps its content-length");
+    assert_eq!(body.size_hint().exact(), Some(5), "a response of 5 bytes keeps its content-length");
     assert!(!body.is_end_stream());
     let (bytes, told) = read(body).await.unwrap();
     assert_eq!((bytes.as_slice(), told), (b"abcde".as_slice(), Some(trailers("7"))));
 }
 
-// ===== Errors and refusals =====
+// ===== Errors and rejections =====
 
 pub async fn inner_poll_ready_error_propagates<T: Subject>() {
     let (subject, mut service, watch) = begin::<T>(Strict::new()).await;
     watch.break_readiness();
     let error = assert_ready_err!(service.poll_ready());
-    assert!(oops(&error), "the inner error, not wrapped");
+    assert!(oops(&error), "the inner error is not wrapped");
     assert_eq!(subject.taken(), 0);
-    // What is called all the same is not called.
+    // A call after the error does not reach the inner service.
     let error = service.call(request()).await.unwrap_err();
     assert!(oops(&error));
     assert_eq!((watch.seen().calls, subject.taken()), (0, 0));
 }
 
-/// Also while the future that has told the error is still there.
+/// The permit is released although the future that returned the error is not dropped.
 pub async fn inner_poll_ready_error_releases<T: Subject>() {
     let (subject, mut service, watch) = begin::<T>(Strict::new()).await;
     watch.set_ready(false);
@@ -357,11 +357,11 @@ pub async fn rejected_while_inner_reserved_releases<T: Subject>() {
     assert_eq!(watch.seen().reserved, 1);
     subject.shut();
     let future = service.call(request());
-    assert_eq!(watch.seen().reserved, 0, "parked in an idle handle");
+    assert_eq!(watch.seen().reserved, 0, "the idle handle keeps no reservation");
     assert_refused(future.await);
 }
 
-// ===== The whole =====
+// ===== Shared state, traits, tasks =====
 
 pub async fn state_shared_across_layer_calls<T: Subject>() {
     let mut subject = T::new().await;
@@ -373,7 +373,7 @@ pub async fn state_shared_across_layer_calls<T: Subject>() {
     if !T::EXCLUSIVE {
         subject.shut();
     }
-    // As axum and tonic do it: `layer()` again for every route, connection or request.
+    // axum and tonic call `layer()` for each route, connection or request.
     assert_refused(subject.layer().layer(two).oneshot(request()).await);
     assert_refused(subject.layer().clone().layer(three).oneshot(request()).await);
     assert!(watch.end(0, Ok(empty())));

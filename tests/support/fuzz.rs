@@ -1,8 +1,8 @@
-//! How long property tests try.
+//! The number of cases of property tests.
 //!
-//! Those of everything that reads what others wrote have `fuzz` in their names: `Retry-After` and its kin, `Accept`,
-//! gRPC's and other deadlines, health queries, settings. Each tries its usual number of cases, which takes a
-//! moment; `PROPTEST_CASES` says another one, for all of them:
+//! Tests of parsers of external input have `fuzz` in their names: `Retry-After` and the other hints, `Accept`,
+//! deadlines in headers, health queries, settings. By default each test runs a small number of cases. `PROPTEST_CASES`
+//! sets the number for all of them:
 //!
 //! ```text
 //! PROPTEST_CASES=100000 cargo test --all-features fuzz
@@ -10,7 +10,7 @@
 
 use proptest::test_runner::Config;
 
-/// So many cases, unless the environment says otherwise.
+/// Returns a configuration with `usual` cases, or with the number in `PROPTEST_CASES`.
 pub fn cases(usual: u32) -> Config {
     let said = std::env::var("PROPTEST_CASES").ok();
     let cases = said.and_then(|said| said.parse().ok()).unwrap_or(usual);

@@ -1,6 +1,6 @@
-//! What all layer tests share: a strict inner service, a scripted body, and the test list of the
-//! Tower contract, generic over layers. Everything is polled by hand or under a paused clock.
-#![allow(dead_code, unused_imports, unused_macros)] // Every test file uses its own part of it.
+//! Shared by the tests of all layers: a strict inner service, a scripted body, and the test list of the Tower contract,
+//! generic over layers. The tests poll by hand or run on a paused clock.
+#![allow(dead_code, unused_imports, unused_macros)] // Each test uses a part of this module.
 
 mod body;
 pub mod contract;
@@ -16,7 +16,7 @@ use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
 use std::{error::Error, fmt};
 
-/// The one error of inner services and bodies.
+/// The error of inner services and bodies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Oops(pub &'static str);
 
@@ -28,37 +28,37 @@ impl fmt::Display for Oops {
 
 impl Error for Oops {}
 
-// ===== Requests and answers =====
+// ===== Requests and responses =====
 
 pub fn request() -> Request<()> {
     Request::new(())
 }
 
-/// 200 with nothing in it, and it says so at once.
+/// A 200 response with an empty body, whose `is_end_stream` is `true`.
 pub fn empty() -> Response<ScriptBody> {
     Response::new(ScriptBody::new([]))
 }
 
-/// 200 with one frame.
+/// A 200 response with one frame.
 pub fn hello() -> Response<ScriptBody> {
     Response::new(ScriptBody::new([Piece::data("hello")]))
 }
 
-/// An empty answer of this status.
+/// A response with this status and an empty body.
 pub fn status(status: u16) -> Response<ScriptBody> {
     let mut response = empty();
     *response.status_mut() = status.try_into().unwrap();
     response
 }
 
-/// A gRPC answer whose status is still to come.
+/// A gRPC response without a status in its head.
 pub fn grpc(pieces: impl IntoIterator<Item = Piece>) -> Response<ScriptBody> {
     let mut response = Response::new(ScriptBody::new(pieces));
     response.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
     response
 }
 
-/// A gRPC answer that is over with its head.
+/// A gRPC response with its status in the head and an empty body (`Trailers-Only`).
 pub fn trailers_only(code: &'static str) -> Response<ScriptBody> {
     let mut response = grpc([]);
     response.headers_mut().insert("grpc-status", code.parse().unwrap());
@@ -69,17 +69,17 @@ pub fn trailers(code: &'static str) -> HeaderMap {
     HeaderMap::from_iter([("grpc-status".parse().unwrap(), code.parse().unwrap())])
 }
 
-// ===== What came of it =====
+// ===== Results =====
 
-/// The kind of refusal in an error that ought to be one.
+/// Returns the kind of the rejection. Panics if the result is not a rejection.
 #[track_caller]
 pub fn refused_as<T>(
     result: Result<T, impl AsRef<dyn Error + Send + Sync + 'static>>,
 ) -> RejectedKind {
-    let Err(error) = result else { panic!("the call was let through") };
+    let Err(error) = result else { panic!("the call was not rejected") };
     match Rejected::find(error.as_ref()) {
         Some(refused) => refused.kind(),
-        None => panic!("not a refusal: {}", error.as_ref()),
+        None => panic!("not a rejection: {}", error.as_ref()),
     }
 }
 
@@ -87,7 +87,7 @@ pub fn is_refusal(error: &(dyn Error + 'static)) -> bool {
     Rejected::find(error).is_some()
 }
 
-/// Everything that a body gives: its bytes, and its trailers.
+/// Reads a body to its end. Returns its bytes and its trailers.
 pub async fn read<B>(mut body: B) -> Result<(Vec<u8>, Option<HeaderMap>), B::Error>
 where
     B: http_body::Body<Data = Bytes> + Unpin,

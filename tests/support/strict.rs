@@ -12,26 +12,26 @@ use tower::Service;
 
 use super::{Oops, ScriptBody, hello};
 
-/// What the next call gets.
+/// The result of a call.
 #[derive(Debug)]
 pub enum Then<Res = Response<ScriptBody>> {
     Answer(Res),
     Fail(Oops),
-    /// Nothing, until [`Watch::end`] says what.
+    /// Pending until [`Watch::end`] sets the result.
     Hold,
     PanicInCall,
     PanicInPoll,
 }
 
-/// An inner service that holds its callers to the contract: it panics when it is called without having
-/// been ready, a clone is never ready, and readiness is a reservation that shows in a gauge.
+/// An inner service that enforces the Tower contract. It panics if it is called without readiness. A clone is never
+/// ready. Readiness is a reservation, which [`Seen::reserved`] counts.
 #[derive(Debug)]
 pub struct Strict<Res = Response<ScriptBody>> {
     shared: Arc<Mutex<Shared<Res>>>,
     reserved: bool,
 }
 
-/// Looks at a [`Strict`] and all its clones, and tells them what to do.
+/// Observes a [`Strict`] and all its clones, and scripts their results.
 #[derive(Debug)]
 pub struct Watch<Res = Response<ScriptBody>>(Arc<Mutex<Shared<Res>>>);
 
@@ -44,7 +44,7 @@ struct Shared<Res> {
     seen: Seen,
 }
 
-/// What was done to the service so far.
+/// Counts the polls and calls of the service.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Seen {
     pub polls: usize,
@@ -68,17 +68,17 @@ fn lock<Res>(shared: &Mutex<Shared<Res>>) -> MutexGuard<'_, Shared<Res>> {
 }
 
 impl Strict {
-    /// Ready at once; answers [`hello`] unless it is told otherwise.
+    /// Returns a service that is ready immediately. Calls without a scripted result receive [`hello`].
     pub fn new() -> (Self, Watch) {
         Self::answering(|| Then::Answer(hello()))
     }
 
-    /// Ready at once; every call is held until it is told what to give.
+    /// Returns a service that is ready immediately. Calls without a scripted result are held.
     pub fn holding() -> (Self, Watch) {
         Self::answering(|| Then::Hold)
     }
 
-    /// Ready at once; gives what the closure says.
+    /// Returns a service that is ready immediately. Calls without a scripted result receive the result of the closure.
     pub fn answering(then: impl FnMut() -> Then + Send + 'static) -> (Self, Watch) {
         Self::of(then)
     }
@@ -128,28 +128,29 @@ impl<Res> Watch<Res> {
         lock(&self.0).seen
     }
 
-    /// What the next calls get, before the closure is asked again.
+    /// Sets the results of the next calls. Calls after these receive results of the closure.
     pub fn script(&self, then: impl IntoIterator<Item = Then<Res>>) {
         lock(&self.0).script.extend(then);
     }
 
-    /// Forgets what was scripted and has not been given.
+    /// Discards the scripted results that no call has received.
     pub fn unscript(&self) {
         lock(&self.0).script.clear();
     }
 
-    /// Ends the held call of this number; calls count from 0. False if it is no longer there.
+    /// Ends the held call with this number. The first call has the number 0. Returns `false` if the call is no longer
+    /// held.
     pub fn end(&self, call: usize, with: Result<Res, Oops>) -> bool {
         let held = lock(&self.0).held.remove(&call);
         held.is_some_and(|held| held.send(with).is_ok())
     }
 
-    /// From now on it is ready, or pending.
+    /// Sets whether `poll_ready` is ready or pending, and wakes the waiters.
     pub fn set_ready(&self, ready: bool) {
         self.readiness(Ok(ready));
     }
 
-    /// From now on `poll_ready` fails.
+    /// Makes `poll_ready` fail, and wakes the waiters.
     pub fn break_readiness(&self) {
         self.readiness(Err(Oops("not ready, for ever")));
     }
@@ -242,7 +243,7 @@ impl<Res> Future for Flight<Res> {
             Doing::Panic => panic!("scripted panic in a future"),
             Doing::Wait(held) => match Pin::new(held).poll(cx) {
                 Poll::Pending => return Poll::Pending,
-                Poll::Ready(given) => given.unwrap_or(Err(Oops("its watch is gone"))),
+                Poll::Ready(given) => given.unwrap_or(Err(Oops("the watch was dropped"))),
             },
         };
         if let Some(shared) = self.shared.take() {
