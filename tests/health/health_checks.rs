@@ -1,4 +1,4 @@
-//! Checks that the registry asks by itself.
+//! Checks that the registry runs periodically.
 
 use std::{
     future::{Future, pending},
@@ -20,7 +20,7 @@ use proptest::prelude::*;
 use tokio::time::{Instant, sleep, timeout};
 use tower::{Layer, Service, ServiceExt, service_fn};
 
-// ===== A dependency that does as it is told =====
+// ===== A scripted dependency =====
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Mode {
@@ -48,7 +48,7 @@ impl Drop for Asked {
     fn drop(&mut self) {
         self.0.0.now.fetch_sub(1, SeqCst);
         let panics = *self.0.0.mode.lock().unwrap() == Mode::PanicsWhenDropped;
-        assert!(!panics, "as it is told");
+        assert!(!panics, "scripted panic");
     }
 }
 
@@ -80,7 +80,7 @@ impl Dependency {
             Mode::Well | Mode::PanicsWhenDropped => Ok(()),
             Mode::Fails => Err("connection refused".to_owned()),
             Mode::Hangs => pending().await,
-            Mode::Panics => panic!("as it is told"),
+            Mode::Panics => panic!("scripted panic"),
             Mode::Slow(time) => {
                 sleep(time).await;
                 Ok(())
@@ -88,7 +88,7 @@ impl Dependency {
         }
     }
 
-    /// Asked at 0 s, 5 s, 10 s, …, and one failure is enough.
+    /// Returns a check that runs at 0 s, 5 s, 10 s, …, with thresholds of 1.
     fn check(&self, name: &str) -> Check {
         let dependency = self.clone();
         Check::new(name, move || dependency.clone().ask()).jitter(0.0).thresholds(1, 1)
@@ -104,14 +104,14 @@ async fn settle() {
 }
 
 async fn within<T>(future: impl Future<Output = T>) -> T {
-    timeout(Duration::from_secs(3600), future).await.expect("in time")
+    timeout(Duration::from_secs(3600), future).await.expect("no result within an hour")
 }
 
 fn alive_tasks() -> usize {
     tokio::runtime::Handle::current().metrics().num_alive_tasks()
 }
 
-// ===== Looking =====
+// ===== Runs of a check =====
 
 #[tokio::test(start_paused = true)]
 async fn the_first_look_is_at_once_and_the_next_on_its_own_schedule() {
@@ -121,7 +121,7 @@ async fn the_first_look_is_at_once_and_the_next_on_its_own_schedule() {
     let began = Instant::now();
     assert!(within(health.changed()).await);
     assert_eq!(began.elapsed(), Duration::ZERO);
-    // However often the registry is asked, the dependency is not.
+    // Queries of the registry do not run the check.
     for _ in 0..100 {
         assert!(health.is_ready());
     }
@@ -148,8 +148,8 @@ async fn a_failed_look_has_its_reason_its_age_and_its_time() {
         assert_eq!(seen.reason.as_deref(), Some(reason), "{mode:?}");
         assert_eq!(seen.age, Some(Duration::from_secs(2)), "{mode:?}");
         assert_eq!(seen.took, Some(Duration::from_millis(took)), "{mode:?}");
-        assert_eq!(db.0.now.load(SeqCst), 0, "what hangs is dropped: {mode:?}");
-        // It goes on, whatever that was.
+        assert_eq!(db.0.now.load(SeqCst), 0, "a hanging run is dropped: {mode:?}");
+        // The check continues after each kind of failure.
         db.will(Mode::Slow(Duration::from_millis(20)));
         assert!(within(health.changed()).await, "{mode:?}");
         let seen = health.snapshot().remove(0);
@@ -163,7 +163,7 @@ async fn a_closure_that_panics_before_it_asks_is_a_failed_look() {
     let calm = Arc::new(AtomicBool::new(false));
     let when = calm.clone();
     let ask = move || {
-        assert!(when.load(SeqCst), "not yet");
+        assert!(when.load(SeqCst), "scripted panic");
         async { Ok::<(), String>(()) }
     };
     health.add(Check::new("db", ask).thresholds(1, 1)).unwrap();
@@ -181,7 +181,7 @@ async fn looks_never_pile_up_when_slower_than_their_interval() {
     sleep(Duration::from_millis(10_500)).await;
     assert_eq!((db.0.peak.load(SeqCst), db.asked()), (1, 10));
     assert!(health.is_ready());
-    // A hanging one is dropped before the next begins.
+    // A hanging run is dropped before the next one begins.
     db.will(Mode::Hangs);
     sleep(Duration::from_secs(60)).await;
     assert_eq!(db.0.peak.load(SeqCst), 1);
@@ -194,7 +194,7 @@ async fn faster_while_down() {
     let began = Instant::now();
     assert!(within(health.changed()).await);
     db.will(Mode::Fails);
-    // At 5 s, 6 s and 7 s.
+    // The check fails at 5 s, 6 s and 7 s.
     assert!(!within(health.changed()).await);
     assert_eq!(began.elapsed(), Duration::from_secs(7));
     db.will(Mode::Well);
@@ -218,7 +218,7 @@ async fn checks_wait_for_each_other_in_nothing() {
     assert_eq!(health.check("hung"), Some(CheckState::Unknown));
 }
 
-// ===== What it means =====
+// ===== Effect on readiness =====
 
 #[tokio::test(start_paused = true)]
 async fn what_degrades_leaves_the_process_ready() {
@@ -276,7 +276,7 @@ async fn handles_of_breakers_limits_and_probes_are_checks() {
     a_while().await;
     assert_eq!(says("breaker"), (CheckState::Fail, Some("circuit is open".into())));
     sleep(Duration::from_secs(30)).await;
-    // Half-open: without traffic it would never close again.
+    // A half-open circuit passes the check. Without traffic it would never close again.
     assert_eq!(says("breaker").0, CheckState::Pass);
 
     let call = tokio::spawn(busy.ready().await.unwrap().call(()));
@@ -293,12 +293,12 @@ async fn handles_of_breakers_limits_and_probes_are_checks() {
     assert_eq!(says("own"), (CheckState::Fail, Some("12 are waiting".into())));
 }
 
-// ===== Beginning and end =====
+// ===== Lifetime =====
 
 #[tokio::test(start_paused = true)]
 async fn checks_end_with_the_last_handle_and_leak_no_task() {
     for mode in [Mode::Well, Mode::Hangs] {
-        // Asleep in the first case, in the midst of a look in the second.
+        // In the first case the tasks sleep. In the second case a run is in progress.
         let (health, db) = (Health::new(), Dependency::new());
         db.will(mode);
         let timeout = Duration::from_secs(3600);
@@ -309,7 +309,7 @@ async fn checks_end_with_the_last_handle_and_leak_no_task() {
         assert_eq!(alive_tasks(), 2);
         drop((health, endpoints));
         settle().await;
-        assert_eq!(alive_tasks(), 2, "the service keeps them: {mode:?}");
+        assert_eq!(alive_tasks(), 2, "the service keeps the tasks: {mode:?}");
         drop(service);
         settle().await;
         assert_eq!((alive_tasks(), Arc::strong_count(&db.0)), (0, 1), "{mode:?}");
@@ -323,7 +323,7 @@ async fn a_check_that_is_removed_is_not_asked_any_more() {
     health.add(db.check("db")).unwrap();
     settle().await;
     assert!(health.remove("db") && !health.remove("db"));
-    assert!(within(health.changed()).await, "without it");
+    assert!(within(health.changed()).await, "the registry is ready without the check");
     settle().await;
     assert_eq!((alive_tasks(), Arc::strong_count(&db.0)), (0, 1));
     health.add(db.check("db")).unwrap();
@@ -348,13 +348,13 @@ fn a_check_whose_runtime_has_ended_has_failed() {
         let reason = health.snapshot().remove(0).reason;
         assert_eq!(reason.as_deref(), Some("is not asked any more"));
     });
-    // Its name can be taken over in the next one.
+    // A check in the next runtime can have the same name.
     runtime().block_on(async {
         health.add(db.check("db")).unwrap();
         settle().await;
         assert!(health.is_ready());
     });
-    // No timers: an answer, and no panic that anybody sees.
+    // In a runtime without timers the check fails, and no panic reaches the caller.
     let without_timers = tokio::runtime::Builder::new_current_thread().build().unwrap();
     without_timers.block_on(async {
         health.add(db.check("other")).unwrap();
@@ -393,8 +393,8 @@ async fn bad_config_is_a_typed_error() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
-    /// A look fails three times of ten, at random: between two flips of readiness there are as many looks in a
-    /// row as the threshold that flipped it asks for.
+    /// A run of the check fails with a probability of 30 %. Before each change of readiness, the number of equal
+    /// results in a row is at least the threshold of this change.
     #[test]
     fn a_flapping_dependency_flips_no_more_often_than_the_thresholds_allow(
         rise in 1u32..5,
@@ -424,7 +424,7 @@ proptest! {
                     ready = !ready;
                     let least = if ready { rise } else { fall } as usize;
                     let run = &looks[looked.saturating_sub(least)..looked];
-                    // The first success of all is enough.
+                    // Before any result the first success suffices.
                     assert!(flips.is_empty() && ready || run.len() == least && looked - since >= least);
                     assert!(flips.is_empty() || run.iter().all(|passed| *passed == ready));
                     flips.push(looked);
@@ -432,7 +432,7 @@ proptest! {
                 }
                 sleep(EVERY).await;
             }
-            // What no threshold at all would have done.
+            // The number of changes without thresholds.
             let bare = looks.windows(2).filter(|two| two[0] != two[1]).count() + 1;
             assert!(flips.len() <= bare.max(2));
             if rise > 1 || fall > 1 {

@@ -1,4 +1,4 @@
-//! The list that holds for every layer, for those of this room.
+//! The test list for every layer, for the layers of `health` and `lifecycle`.
 
 use std::{future::Future, pin::Pin, task::Poll, time::Duration};
 
@@ -15,7 +15,7 @@ use crate::support::{self, ScriptBody, Strict, contract::Subject};
 
 type Answer = Response<TrackedBody<ScriptBody>>;
 
-/// Makes errors of the refusals that a layer answers with, as the list wants them.
+/// Turns the rejections that a layer sends as responses into errors, which the test list expects.
 #[derive(Clone)]
 struct AsErrors<T>(T);
 
@@ -55,7 +55,7 @@ mod lifecycle {
     use super::*;
     use support::contract::contract_tests;
 
-    /// A process that has begun to work.
+    /// A lifecycle in the phase *ready*.
     struct Ready {
         lifecycle: Lifecycle,
         layer: AsErrors<LifecycleLayer>,
@@ -87,7 +87,7 @@ mod lifecycle {
         }
 
         fn unshut(&mut self) {
-            unreachable!("a process that stops does not come back");
+            unreachable!("the drain of a process cannot be revoked");
         }
     }
 
@@ -100,7 +100,7 @@ mod probe {
 
     type Asks = Run<fn() -> std::future::Ready<Result<(), &'static str>>>;
 
-    /// A gate that is down, and refuses once it is told to. Its calls hold nothing of it.
+    /// A probe layer in the state *down*, which rejects calls only after `shut`. Its calls hold no permit.
     struct Down(HealthProbeLayer<Asks>);
 
     impl Subject for Down {
@@ -110,7 +110,7 @@ mod probe {
         const EXCLUSIVE: bool = false;
 
         async fn new() -> Self {
-            let fails: fn() -> _ = || std::future::ready(Err("as it is told"));
+            let fails: fn() -> _ = || std::future::ready(Err("scripted failure"));
             let layer = HealthProbeLayer::check(fails).thresholds(1, 1).passive();
             let handle = layer.handle();
             drop(layer.layer(Strict::new().0));
@@ -157,7 +157,7 @@ mod endpoints {
     use super::*;
     use support::contract::contract_tests;
 
-    /// Refuses nobody, holds nothing, and is ready though what it wraps is not.
+    /// Endpoints, which reject no call, hold no permit, and are ready even if the inner service is not.
     struct InFront(AsErrors<HealthEndpointsLayer>);
 
     impl Subject for InFront {
@@ -179,11 +179,11 @@ mod endpoints {
         }
 
         fn shut(&mut self) {
-            unreachable!("it refuses nobody");
+            unreachable!("the endpoints reject no call");
         }
 
         fn unshut(&mut self) {
-            unreachable!("it refuses nobody");
+            unreachable!("the endpoints reject no call");
         }
     }
 

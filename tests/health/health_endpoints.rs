@@ -49,7 +49,7 @@ async fn text<B: Body<Error: std::fmt::Debug>>(response: Response<B>) -> (u16, S
 }
 
 async fn within<T>(future: impl Future<Output = T>) -> T {
-    timeout(Duration::from_secs(3600), future).await.expect("in time")
+    timeout(Duration::from_secs(3600), future).await.expect("no result within an hour")
 }
 
 #[tokio::test(start_paused = true)]
@@ -120,7 +120,7 @@ async fn a_probe_never_waits_for_the_inner_service() {
         let response = within(service.clone().oneshot(get("/readyz"))).await.unwrap();
         assert_eq!(text(response).await, (200, "ok".into()));
     }
-    // A call that is no probe waits for its turn, and gets it.
+    // Any other call waits for the inner service.
     let waiting = tokio::spawn(service.clone().oneshot(get("/")));
     tokio::task::yield_now().await;
     assert!(!waiting.is_finished());
@@ -129,7 +129,8 @@ async fn a_probe_never_waits_for_the_inner_service() {
     assert_eq!(calls.load(SeqCst), 1);
 }
 
-/// Counted and not timed: the answer is there at the first look, and what is behind is not looked at.
+/// The test counts polls instead of measuring time: the response is available at the first poll, and the inner service
+/// is not polled for it.
 #[tokio::test(start_paused = true)]
 async fn a_probe_is_answered_at_the_first_poll_however_full_the_server_is() {
     let polls = Arc::new(AtomicUsize::new(0));
@@ -163,22 +164,22 @@ async fn nothing_of_the_inner_service_stays_parked_in_an_idle_handle() {
     let (health, calls) = (Health::new(), Arc::default());
     let limited = GlobalConcurrencyLimitLayer::new(1).layer(app(&calls));
     let mut service = health.endpoints().layer(limited.clone());
-    // Reserved for a call that turns out to be a probe.
+    // The service has reserved the permit, and the call is a health request.
     service.ready().await.unwrap();
     service.call(get("/livez")).await.unwrap();
     let mut holder = limited.clone();
     within(holder.ready()).await.unwrap();
-    // Queued behind `holder`, and then idle: the permit must go to whoever calls.
+    // The service was polled ready behind `holder` and is idle. Another caller must receive the permit.
     service.ready().await.unwrap();
     drop(holder);
     within(limited.clone().oneshot(get("/"))).await.unwrap();
-    // Reserved, and then dropped.
+    // The service has reserved the permit and is dropped.
     service.ready().await.unwrap();
     drop(service);
     within(limited.oneshot(get("/"))).await.unwrap();
 }
 
-/// Strict: a call without readiness panics.
+/// Panics if it is called without readiness. `poll_ready` fails after more than 100 polls.
 struct Strict {
     ready: bool,
     polls: Arc<AtomicUsize>,
@@ -215,12 +216,12 @@ async fn calls_only_what_it_readied() {
     let mut service =
         Health::new().endpoints().layer(Strict { ready: false, polls: Arc::clone(&polls) });
     for _ in 0..5 {
-        // Ready is sticky,
+        // A ready service stays ready.
         poll_fn(|cx| service.poll_ready(cx)).await.unwrap();
         poll_fn(|cx| service.poll_ready(cx)).await.unwrap();
-        // a clone has to become ready itself,
+        // A clone needs its own readiness.
         service.clone().oneshot(get("/")).await.unwrap();
-        // and after a probe the service has to anew.
+        // After a health request the service needs a new readiness.
         service.call(get("/livez")).await.unwrap();
         poll_fn(|cx| service.poll_ready(cx)).await.unwrap();
         service.call(get("/")).await.unwrap();
@@ -250,7 +251,7 @@ async fn the_plain_service_answers_everything() {
     assert!(ask(to(Method::HEAD, "/livez")).await.body().is_end_stream());
 }
 
-// ===== As JSON =====
+// ===== JSON =====
 
 fn wants(uri: &str, accept: &str) -> Req {
     let mut request = get(uri);
@@ -311,7 +312,7 @@ async fn tells_a_machine_all_it_knows_as_health_json() {
     let (status, _, told) = ask("/livez", "application/json").await;
     assert_eq!((status, told), (200, serde_json::json!({ "status": "pass" })));
 
-    // To friends alone.
+    // Reasons and times are sent only by a service with `with_reasons`.
     let friends = health.service().with_reasons();
     let response = friends.clone().oneshot(wants("/readyz", "application/json")).await.unwrap();
     let told: serde_json::Value = serde_json::from_str(&text(response).await.1).unwrap();

@@ -1,4 +1,4 @@
-//! `grpc.health.v1` from the registry.
+//! The service `grpc.health.v1.Health` of the registry.
 
 use std::{future::Future, time::Duration};
 
@@ -20,7 +20,7 @@ fn asking(service: &str) -> Request<HealthCheckRequest> {
 }
 
 async fn within<T>(future: impl Future<Output = T>) -> T {
-    timeout(Duration::from_secs(3600), future).await.expect("in time")
+    timeout(Duration::from_secs(3600), future).await.expect("no result within an hour")
 }
 
 async fn check(of: &GrpcHealth, service: &str) -> Result<ServingStatus, Code> {
@@ -43,7 +43,7 @@ async fn check_answers_for_the_whole_for_liveness_and_for_each_check() {
         (health.reporter("db").unwrap(), health.reporter("cache").unwrap().degrading());
     let of = health.grpc().service("shop.Orders");
     for service in ["", "readiness", "shop.Orders", "db", "cache"] {
-        assert_eq!(check(&of, service).await, Ok(NotServing), "no verdict yet: {service}");
+        assert_eq!(check(&of, service).await, Ok(NotServing), "no result yet: {service}");
     }
     assert_eq!(check(&of, "liveness").await, Ok(Serving));
     assert_eq!(check(&of, "shop.Carts").await, Err(Code::NotFound));
@@ -65,11 +65,11 @@ async fn watch_tells_every_change_and_only_changes() {
     says_no_more(&mut whole).await;
     db.pass();
     assert_eq!(next(&mut whole).await, Some(Serving));
-    // A change that leaves the whole as it was.
+    // A change that does not change the overall status.
     let other = health.reporter("other").unwrap().degrading();
     other.fail();
     says_no_more(&mut whole).await;
-    // Between two looks: what it was meanwhile is not told.
+    // Two changes between two polls, which restore the status.
     db.fail();
     db.pass();
     says_no_more(&mut whole).await;
@@ -118,8 +118,8 @@ async fn watch_ends_when_the_process_stops() {
     assert_eq!(next(&mut watch).await, Some(NotServing));
     let began = tokio::time::Instant::now();
     assert_eq!(next(&mut watch).await, None);
-    assert_eq!(began.elapsed(), Duration::from_secs(5), "not before the delay is over");
-    // One that begins later is told all the same, and then that it is over.
+    assert_eq!(began.elapsed(), Duration::from_secs(5), "the watch ends after the delay");
+    // A watch that begins later receives one status and ends.
     let mut late = of.watch(asking("liveness")).await.unwrap().into_inner();
     assert_eq!((next(&mut late).await, next(&mut late).await), (Some(Serving), None));
 }

@@ -30,14 +30,14 @@ fn call() -> Req {
     Request::new(Full::default())
 }
 
-/// A lifecycle whose layer rejects from the begin of *stopping* on, because the grace is zero.
+/// Returns a lifecycle whose layer rejects calls from the beginning of *stopping*, because the grace is zero.
 fn lifecycle(health: &Health) -> Lifecycle {
     let lifecycle = Lifecycle::without_signals(health).unwrap().grace(Duration::ZERO);
     lifecycle.delay(Duration::from_secs(5)).longest(Duration::from_secs(20))
 }
 
 async fn within<T>(future: impl Future<Output = T>) -> T {
-    timeout(Duration::from_secs(3600), future).await.expect("in time")
+    timeout(Duration::from_secs(3600), future).await.expect("no result within an hour")
 }
 
 fn alive_tasks() -> usize {
@@ -83,7 +83,7 @@ async fn goes_through_its_phases_in_time_and_readiness_goes_along() {
     settle().await;
     assert_eq!((lifecycle.phase(), health.is_ready()), (Phase::Draining, false));
     assert_eq!(health.snapshot().remove(0).reason.as_deref(), Some("draining"));
-    // Too late to say so.
+    // `ready` has no effect after the beginning of the drain.
     lifecycle.ready();
     assert!(!health.is_ready());
     let seen = within(seen).await.unwrap();
@@ -102,7 +102,7 @@ async fn drains_also_while_it_is_still_starting() {
 #[tokio::test(start_paused = true)]
 async fn a_hurry_ends_the_wait_that_is_on_and_no_other() {
     let second = Duration::from_secs(1);
-    // When it is in a hurry, when it stops, and when it has stopped.
+    // The times of the calls of `hurry`, of *stopping* and of *stopped*, in seconds.
     for (hurries, stopping, stopped) in
         [(&[][..], 5, 25), (&[1], 1, 21), (&[1, 3], 1, 3), (&[0, 0], 0, 0), (&[7], 5, 7)]
     {
@@ -119,13 +119,13 @@ async fn a_hurry_ends_the_wait_that_is_on_and_no_other() {
         };
         let (stops, ends) = (reached(Phase::Stopping), reached(Phase::Stopped));
         settle().await;
-        // Before the drain there is nothing to hurry.
+        // `hurry` has no effect before the drain.
         lifecycle.hurry();
         lifecycle.drain();
         for at in hurries {
             sleep((*at * second).saturating_sub(began.elapsed())).await;
             lifecycle.hurry();
-            // However often it is asked to drain.
+            // A repeated `drain` has no effect.
             lifecycle.drain();
         }
         assert_eq!(within(stops).await.unwrap(), stopping * second, "{hurries:?}");
@@ -155,7 +155,7 @@ async fn without_a_delay_it_stops_before_the_drain_returns() {
     assert_eq!(within(lifecycle.changed()).await, Phase::Stopped);
 }
 
-/// A machine that slept through the whole of it, and more.
+/// The clock jumps by a day, as after the suspension of the machine.
 #[tokio::test(start_paused = true)]
 async fn a_clock_that_jumps_leaves_no_phase_out() {
     let lifecycle = lifecycle(&Health::new());
@@ -163,7 +163,11 @@ async fn a_clock_that_jumps_leaves_no_phase_out() {
     settle().await;
     advance(Duration::from_secs(86_400)).await;
     settle().await;
-    assert_eq!(lifecycle.phase(), Phase::Stopping, "what is under way has all its time");
+    assert_eq!(
+        lifecycle.phase(),
+        Phase::Stopping,
+        "calls in flight have the full time of stopping"
+    );
     advance(Duration::from_secs(20)).await;
     settle().await;
     assert_eq!(lifecycle.phase(), Phase::Stopped);
@@ -188,7 +192,7 @@ async fn leaks_no_task_and_its_check_goes_with_it() {
     for drained in [false, true] {
         let lifecycle = lifecycle(&health);
         let error = Lifecycle::without_signals(&health).unwrap_err();
-        assert_eq!(error.field, "check.name", "there is one already");
+        assert_eq!(error.field, "check.name", "the registry already has a lifecycle");
         let (layer, token) = (lifecycle.layer(), lifecycle.token());
         if drained {
             lifecycle.drain();
@@ -196,14 +200,15 @@ async fn leaks_no_task_and_its_check_goes_with_it() {
         settle().await;
         drop((lifecycle, layer));
         settle().await;
-        assert_eq!(alive_tasks(), 1, "the token keeps it");
+        assert_eq!(alive_tasks(), 1, "the token keeps the task");
         drop(token);
         settle().await;
         assert_eq!((alive_tasks(), health.checks()), (0, vec![]));
     }
 }
 
-/// Nobody would hear a signal: what serves elsewhere must not go on as if there were one to come.
+/// The task that receives signals ends with its runtime. Servers in other runtimes must stop instead of waiting for a
+/// signal.
 #[test]
 fn it_has_stopped_when_its_runtime_ends() {
     let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -301,7 +306,8 @@ async fn calls_go_until_the_delay_is_over_and_are_refused_then() {
     assert_eq!((lifecycle.refused(), lifecycle.in_flight()), (2, 0));
 }
 
-/// Told in time or too late, and nothing in between: who runs the server may throw everything away.
+/// Each call is either served completely or rejected. After `run` has returned, no call reaches the service, so that
+/// the application may drop its state.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_call_that_comes_as_the_drain_begins_is_served_or_refused_and_never_lost() {
     for _ in 0..50 {
@@ -310,7 +316,7 @@ async fn a_call_that_comes_as_the_drain_begins_is_served_or_refused_and_never_lo
         let over = Arc::new(AtomicBool::new(false));
         let gone = over.clone();
         let service = lifecycle.layer().layer(service_fn(move |_: Req| {
-            assert!(!gone.load(SeqCst), "called after the end");
+            assert!(!gone.load(SeqCst), "called after `run` has returned");
             async { Ok::<_, Infallible>(Response::new(Full::<Bytes>::from("app"))) }
         }));
         let (told, mut some) = tokio::sync::mpsc::channel(1);
@@ -373,11 +379,11 @@ async fn http_1_is_told_to_close_from_the_drain_on() {
         assert_eq!(says("/", Version::HTTP_2).await, None);
         if !stopping {
             for (itself, all) in [
-                // An upgrade is no connection of ours any more,
+                // The value contains `upgrade` or `close`: the layer adds nothing.
                 ("Upgrade", "Upgrade"),
                 ("te,UPGRADE", "te,UPGRADE"),
                 ("Close", "Close"),
-                // and whatever else a service says does not keep it open.
+                // Other values do not keep the connection open: the layer adds `close`.
                 ("keep-alive", "keep-alive|close"),
                 ("x-hop", "x-hop|close"),
             ] {
@@ -421,7 +427,7 @@ async fn a_call_counts_to_its_end_however_it_ends() {
                 Box::pin(async { Ok(Response::new(body)) })
             }),
             End::FutureDropped | End::Unpolled => Box::new(|| Box::pin(pending())),
-            End::Panics => Box::new(|| Box::pin(async { panic!("as it is told") })),
+            End::Panics => Box::new(|| Box::pin(async { panic!("scripted panic") })),
             End::Fails => Box::new(|| Box::pin(async { Err("failed") })),
         };
         let does = std::sync::Arc::new(std::sync::Mutex::new(does));
@@ -488,7 +494,7 @@ async fn a_server_that_does_not_end_is_given_up_on_and_what_is_left_is_counted()
     lifecycle.drain();
     let drained = within(lifecycle.run(pending::<Result<(), Infallible>>())).await.unwrap();
     assert_eq!((drained.cut_calls, began.elapsed()), (2, Duration::from_secs(25)));
-    // One that ends is believed, and so is its error.
+    // If the server ends by itself, no call counts as cut, and `run` returns its error.
     let ended = lifecycle.run(async { Ok::<_, Infallible>(()) }).await.unwrap();
     assert_eq!(ended.cut_calls, 0);
     assert_eq!(
@@ -506,7 +512,7 @@ async fn what_a_guard_stands_for_is_waited_for_and_given_up_on() {
             sleep(Duration::from_secs(takes)).await;
             drop(guard);
         });
-        // Not drained, a server that ends is all that there is.
+        // Without a drain, `run` does not wait for the guard.
         let ended = lifecycle.run(async { Ok::<_, Infallible>(()) });
         assert_eq!(within(ended).await.unwrap().cut_calls, 0);
         let began = Instant::now();
@@ -516,7 +522,7 @@ async fn what_a_guard_stands_for_is_waited_for_and_given_up_on() {
     }
 }
 
-/// Ready when the gate says so.
+/// A service that is ready while the value of the channel is `true`.
 #[derive(Clone)]
 struct Gated(tokio::sync::watch::Receiver<bool>);
 
@@ -550,7 +556,7 @@ async fn who_waits_for_the_service_when_the_stop_comes_is_told_at_once() {
     let began = Instant::now();
     assert_eq!(within(waiting).await.unwrap().unwrap().status(), 503);
     assert_eq!(began.elapsed(), Duration::from_secs(5));
-    // And who comes after that does not wait either.
+    // A later call does not wait either.
     assert_eq!(service.ready().await.unwrap().call(call()).await.unwrap().status(), 503);
     assert_eq!(lifecycle.in_flight(), 0);
 }

@@ -24,7 +24,7 @@ use http_body_util::{BodyExt, Empty, Full};
 use tokio::time::{Instant, advance, sleep, timeout};
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
 
-// ===== An upstream that does as it is told =====
+// ===== A scripted upstream =====
 
 type Req = Request<Full<Bytes>>;
 
@@ -54,7 +54,7 @@ struct Seen {
     not_ready: AtomicBool,
 }
 
-/// Counts calls without readiness as a panic, and keeps the readiness of each clone apart.
+/// Panics if it is called without readiness. Each clone has its own readiness.
 struct Upstream {
     probe: Arc<Mutex<Mode>>,
     seen: Arc<Seen>,
@@ -137,7 +137,7 @@ impl Service<Req> for Upstream {
                 Mode::Status(told) => status = told,
                 Mode::Slow(time) => sleep(time).await,
                 Mode::Hang => std::future::pending().await,
-                Mode::Panic => panic!("the probe panics, as it is told"),
+                Mode::Panic => panic!("scripted panic of a probe"),
                 Mode::Fail => return Err("failed".into()),
                 Mode::Refuse => return Err(Rejected::new(RejectedKind::Full).into()),
                 _ => {}
@@ -149,7 +149,7 @@ impl Service<Req> for Upstream {
     }
 }
 
-/// Five bytes and a trailer, or what the mode says.
+/// A body of five bytes and a trailer, or the body that the mode selects.
 struct Scripted {
     mode: Mode,
     sent: usize,
@@ -197,11 +197,11 @@ impl Body for Scripted {
     }
 }
 
-// ===== Pieces =====
+// ===== Helpers =====
 
 const EVERY: Duration = Duration::from_secs(5);
 
-/// Probes at 0 s, 5 s, 10 s, … and one failure is enough.
+/// Returns a layer that probes at 0 s, 5 s, 10 s, …, with thresholds of 1.
 fn exact() -> HealthProbeLayer<buttress::health::Get<Full<Bytes>>> {
     HealthProbeLayer::get("/healthz").jitter(0.0).every(EVERY).thresholds(1, 1)
 }
@@ -211,14 +211,14 @@ fn call() -> Req {
 }
 
 fn kind(error: &BoxError) -> RejectedKind {
-    Rejected::find(&**error).expect("a refusal").kind()
+    Rejected::find(&**error).expect("a rejection").kind()
 }
 
 fn alive_tasks() -> usize {
     tokio::runtime::Handle::current().metrics().num_alive_tasks()
 }
 
-/// Lets every task that can run do so, without a step of the clock.
+/// Runs all tasks that are ready, without advancing the clock.
 async fn settle() {
     for _ in 0..50 {
         tokio::task::yield_now().await;
@@ -226,10 +226,10 @@ async fn settle() {
 }
 
 async fn within<T>(future: impl Future<Output = T>) -> T {
-    timeout(Duration::from_secs(3600), future).await.expect("in time")
+    timeout(Duration::from_secs(3600), future).await.expect("no result within an hour")
 }
 
-// ===== Verdicts =====
+// ===== Probe results =====
 
 #[tokio::test(start_paused = true)]
 async fn the_first_probe_is_sent_at_once_and_is_enough() {
@@ -298,12 +298,12 @@ async fn probe_response_503_takes_the_upstream_down_at_once() {
         assert_eq!((snapshot.probes, snapshot.consecutive_failures), (probes, probes as u32 - 1));
         assert_eq!(kind(&service.oneshot(call()).await.unwrap_err()), RejectedKind::Unhealthy);
 
-        // It rises by its threshold.
+        // The rise threshold still applies.
         *upstream.probe.lock().unwrap() = Mode::Status(200);
         assert_eq!(within(handle.changed()).await, ProbeState::Up);
         assert_eq!(handle.snapshot().probes, probes + 2);
     }
-    // Also before the first result.
+    // A first response of 503 takes it down, too.
     let layer = exact().thresholds(1, 3);
     let handle = layer.handle();
     let _service = layer.layer(Upstream::new().will(Mode::Status(503)));
@@ -381,7 +381,7 @@ async fn a_failed_probe_says_why() {
         assert_eq!(within(handle.changed()).await, ProbeState::Down, "{mode:?}");
         assert_eq!(handle.snapshot().last.unwrap().result, Err(why), "{mode:?}");
         assert_eq!(upstream.seen.under_way.load(SeqCst), 0, "{mode:?}");
-        // It goes on, whatever that was.
+        // Probing continues after each kind of failure.
         *upstream.probe.lock().unwrap() = Mode::Status(200);
         assert_eq!(within(handle.changed()).await, ProbeState::Up, "{mode:?}");
     }
@@ -490,7 +490,7 @@ async fn setters_after_handle_are_seen() {
 #[tokio::test(start_paused = true)]
 async fn the_prober_ends_with_its_last_owner_and_leaks_nothing() {
     for mode in [Mode::Status(200), Mode::Hang] {
-        // Asleep in the first case, in the midst of a probe in the second.
+        // In the first case the prober sleeps. In the second case a probe is in flight.
         let upstream = Upstream::new().will(mode);
         let layer = exact().timeout(Duration::from_secs(3600));
         let (service, handle) = (layer.layer(upstream.clone()), layer.handle());
@@ -499,7 +499,7 @@ async fn the_prober_ends_with_its_last_owner_and_leaks_nothing() {
         drop(layer);
         drop(service);
         settle().await;
-        assert_eq!(alive_tasks(), 1, "the handle keeps it: {mode:?}");
+        assert_eq!(alive_tasks(), 1, "the handle keeps the prober: {mode:?}");
         let before = Instant::now();
         drop(handle);
         settle().await;
@@ -525,7 +525,7 @@ async fn calls_under_way_keep_no_prober() {
     assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "xxxxx");
 }
 
-/// Its first four clones wait for each other.
+/// A service whose first four clones are made at the same time.
 struct Meeting {
     upstream: Upstream,
     at_once: Arc<(std::sync::Barrier, AtomicUsize)>,
@@ -560,7 +560,7 @@ async fn one_prober_however_many_threads_apply_the_layer() {
         let layer = exact();
         let handle = layer.handle();
         let upstream = Upstream::new();
-        // All four find that there is no prober yet, and make one.
+        // All four threads find no prober, and each creates one.
         let at_once = Arc::new((std::sync::Barrier::new(4), AtomicUsize::new(0)));
         let runtime = tokio::runtime::Handle::current();
         std::thread::scope(|threads| {
@@ -603,7 +603,7 @@ fn a_layer_applied_outside_of_a_runtime_probes_from_its_first_call_on() {
         assert_eq!(within(handle.changed()).await, ProbeState::Up);
         assert_eq!((upstream.probes(), alive_tasks()), (1, 1));
     });
-    // Its runtime is gone: nothing is known any more, and the next one starts anew.
+    // After the end of the runtime the state is unknown. The next runtime starts a new prober.
     assert_eq!(handle.state(), ProbeState::Unknown);
     *upstream.probe.lock().unwrap() = Mode::Fail;
     runtime().block_on(async {
@@ -632,7 +632,7 @@ fn a_runtime_without_timers_probes_nothing_and_refuses_nothing() {
     assert!(handle.snapshot().probes <= 1);
 }
 
-// ===== The Tower contract, beside the list for every layer =====
+// ===== The Tower contract, in addition to the test list for every layer =====
 
 #[tokio::test(start_paused = true)]
 async fn waiting_caller_woken_on_down() {
@@ -658,7 +658,7 @@ async fn rejected_while_inner_reserved_releases() {
     let mut service = layer.layer(limited.clone());
     assert_eq!(within(handle.changed()).await, ProbeState::Up);
     service.ready().await.unwrap();
-    // The only permit is reserved by `service`, so that the next probe cannot get it.
+    // `service` has reserved the only permit, so the next probe cannot acquire it.
     assert_eq!(within(handle.changed()).await, ProbeState::Down);
     let refused = service.call(call()).await.unwrap_err();
     assert_eq!(kind(&refused), RejectedKind::Unhealthy);
@@ -697,7 +697,7 @@ fn auto_traits() {
     fits(&health.reporter("a").unwrap());
 }
 
-/// Readies a service whose inner one is ready at once.
+/// Polls a service ready whose inner service is ready immediately.
 trait SeenReady {
     fn seen_ready(&mut self);
 }
@@ -742,7 +742,7 @@ async fn bad_config_is_a_typed_error() {
     assert!(exact().checked().is_ok());
 }
 
-// ===== Own types =====
+// ===== Custom types =====
 
 #[derive(Clone, Debug)]
 struct Pong(u32);
@@ -794,9 +794,9 @@ async fn closures_that_panic_are_failed_probes() {
     let calm = Arc::new(AtomicBool::new(false));
     let (make, judge) = (calm.clone(), calm.clone());
     let service = service_fn(|_: ()| async { Ok::<_, BoxError>(()) });
-    let makes = HealthProbeLayer::new(move || assert!(make.load(SeqCst), "no request"));
+    let makes = HealthProbeLayer::new(move || assert!(make.load(SeqCst), "scripted panic"));
     let judges = HealthProbeLayer::new(|| ()).judge(move |_: Result<&(), &BoxError>| {
-        assert!(judge.load(SeqCst), "no verdict");
+        assert!(judge.load(SeqCst), "scripted panic");
         true
     });
     let (makes, judges) = (makes.thresholds(1, 1), judges.thresholds(1, 1));
@@ -819,7 +819,7 @@ async fn reports_to_a_registry_until_it_is_gone() {
     let health = Health::new();
     let layer = exact().report_to(&health, "search");
     assert_eq!(health.checks(), [("search".to_owned(), CheckState::Unknown)]);
-    assert!(!health.is_ready(), "not before the first verdict");
+    assert!(!health.is_ready(), "not ready before the first result");
     let upstream = Upstream::new();
     let service = layer.layer(upstream.clone());
     assert!(within(health.changed()).await);
@@ -833,7 +833,7 @@ async fn reports_to_a_registry_until_it_is_gone() {
     assert!(exact().report_to(&health, "search").checked().is_ok());
 }
 
-// ===== It compiles as it should be written =====
+// ===== Type inference =====
 
 #[tokio::test]
 async fn the_snippet_needs_no_annotation() {
@@ -850,7 +850,7 @@ async fn the_snippet_needs_no_annotation() {
         )
         .service(client);
     let request = Request::get("/").body(Empty::<Bytes>::new()).unwrap();
-    assert!(upstream.oneshot(request).await.is_err(), "hyper's client wants a full URI");
+    assert!(upstream.oneshot(request).await.is_err(), "hyper's client requires an absolute URI");
 
     let client = Client::builder(TokioExecutor::new()).build_http();
     let probe = HealthProbeLayer::request(|| {
@@ -864,7 +864,7 @@ async fn the_snippet_needs_no_annotation() {
         ServiceBuilder::new().layer(HealthProbeLayer::get("/healthz").respond()).service(channel);
     poll_fn(|cx| upstream.poll_ready(cx)).await.unwrap();
 
-    // A service that takes any body has to be told which.
+    // A service for any body needs the type of the body.
     let router = axum::Router::<()>::new();
     let mut routed = HealthProbeLayer::get::<Empty<Bytes>>("/healthz").layer(router);
     poll_fn(|cx| Service::<Request<Full<Bytes>>>::poll_ready(&mut routed, cx)).await.unwrap();

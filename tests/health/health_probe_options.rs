@@ -1,4 +1,4 @@
-//! What a `HealthProbeLayer` can be told beyond its defaults.
+//! The options of a `HealthProbeLayer`.
 
 use std::{
     convert::Infallible,
@@ -31,7 +31,7 @@ type Answer = Response<BoxBody<Bytes, Infallible>>;
 
 const EVERY: Duration = Duration::from_secs(5);
 
-/// Probes at 0 s, 5 s, 10 s, … and one failure is enough.
+/// Returns a layer that probes at 0 s, 5 s, 10 s, …, with thresholds of 1.
 fn exact() -> HealthProbeLayer<Get<Full<Bytes>>> {
     HealthProbeLayer::get("/healthz").jitter(0.0).every(EVERY).thresholds(1, 1)
 }
@@ -41,7 +41,7 @@ fn call() -> Req {
 }
 
 async fn within<T>(future: impl Future<Output = T>) -> T {
-    timeout(Duration::from_secs(3600), future).await.expect("in time")
+    timeout(Duration::from_secs(3600), future).await.expect("no result within an hour")
 }
 
 async fn settle() {
@@ -51,10 +51,10 @@ async fn settle() {
 }
 
 fn kind(error: &BoxError) -> RejectedKind {
-    Rejected::find(&**error).expect("a refusal").kind()
+    Rejected::find(&**error).expect("a rejection").kind()
 }
 
-/// An upstream that can be turned off, and counts probes and calls apart.
+/// An upstream that can be switched off. It counts probes and calls separately.
 #[derive(Clone, Default)]
 struct Upstream {
     down: Arc<AtomicBool>,
@@ -88,7 +88,7 @@ impl Upstream {
     }
 }
 
-// ===== What passes =====
+// ===== Expected responses =====
 
 #[tokio::test(start_paused = true)]
 async fn statuses_and_bodies_as_expected() {
@@ -127,7 +127,7 @@ async fn statuses_and_bodies_as_expected() {
         (exact(), answer(200, hangs()), Ok(())),
         (well(exact()), answer(200, hangs()), Err(ProbeFailure::TimedOut)),
         (
-            exact().expect_body(|_| panic!("as it is told")),
+            exact().expect_body(|_| panic!("scripted panic")),
             answer(200, text("")),
             Err(ProbeFailure::Panicked),
         ),
@@ -157,7 +157,7 @@ async fn asks_the_grpc_health_service() {
         (Says::Status(3), Err(ProbeFailure::NotServing)),
         (Says::Code(5), Err(ProbeFailure::GrpcStatus(5))),
         (Says::CodeInHead(14), Err(ProbeFailure::GrpcStatus(14))),
-        // gRFC A17: it knows nothing of health, and is alive.
+        // gRFC A17: a server without the health service (UNIMPLEMENTED) counts as healthy.
         (Says::CodeInHead(12), Ok(())),
         (Says::Nothing, Err(ProbeFailure::Body)),
         (Says::Http(502), Err(ProbeFailure::Status(StatusCode::BAD_GATEWAY))),
@@ -239,13 +239,13 @@ async fn asks_a_closure_instead_of_the_service() {
         RejectedKind::Unhealthy
     );
     assert_eq!((upstream.probes(), upstream.calls.load(SeqCst)), (0, 0));
-    // For any types.
+    // The layer works for any request and response types.
     let layer = HealthProbeLayer::check(|| async { Ok::<(), ()>(()) }).per_response();
     let doubles = layer.layer(service_fn(|n: u32| async move { Ok::<_, Infallible>(2 * n) }));
     assert_eq!(doubles.oneshot(21).await.unwrap(), 42);
 }
 
-// ===== When =====
+// ===== Schedule =====
 
 #[tokio::test(start_paused = true)]
 async fn faster_while_down() {
@@ -257,7 +257,7 @@ async fn faster_while_down() {
     let began = Instant::now();
     assert_eq!(within(handle.changed()).await, ProbeState::Up);
     upstream.down.store(true, SeqCst);
-    // At 5 s, 6 s and 7 s.
+    // The probes fail at 5 s, 6 s and 7 s.
     assert_eq!(within(handle.changed()).await, ProbeState::Down);
     assert_eq!(began.elapsed(), Duration::from_secs(7));
     let refused = service.oneshot(call()).await.map(drop).unwrap_err();
@@ -285,7 +285,7 @@ async fn no_probe_while_calls_prove_health() {
             response.into_body().collect().await.unwrap();
         }
     };
-    // Between two looks.
+    // The calls are made between two probes.
     sleep(Duration::from_secs(1)).await;
     for _ in 0..10 {
         traffic(3).await;
@@ -293,21 +293,21 @@ async fn no_probe_while_calls_prove_health() {
     }
     assert_eq!((upstream.probes(), handle.snapshot().spared), (1, 10));
     assert!(health.snapshot()[0].age.unwrap() <= EVERY);
-    // Nobody calls: it is asked again.
+    // Without calls, the layer probes again.
     sleep(3 * EVERY).await;
     assert_eq!((upstream.probes(), handle.snapshot().spared), (4, 10));
-    // What passes beside what fails proves nothing,
+    // A success does not replace a probe if another call has failed.
     traffic(1).await;
     upstream.calls_fail.store(true, SeqCst);
     traffic(1).await;
     sleep(EVERY).await;
     assert_eq!((upstream.probes(), handle.state()), (5, ProbeState::Up));
-    // nor does a call that nobody waited for.
+    // A cancelled call does not replace a probe.
     upstream.calls_fail.store(false, SeqCst);
     drop(service.clone().ready().await.unwrap().call(call()));
     sleep(EVERY).await;
     assert_eq!(upstream.probes(), 6);
-    // Down is down until a probe has passed.
+    // While the upstream is down, no probe is skipped.
     upstream.down.store(true, SeqCst);
     assert_eq!(within(handle.changed()).await, ProbeState::Down);
     let probes = upstream.probes();
@@ -328,7 +328,7 @@ async fn traffic_does_not_count_unless_it_is_asked_to() {
     assert_eq!((upstream.probes(), handle.snapshot().spared), (10, 0));
 }
 
-// ===== What becomes of calls while it is down =====
+// ===== Calls while the upstream is down =====
 
 #[tokio::test(start_paused = true)]
 async fn lets_calls_through_where_only_the_registry_is_to_know() {
@@ -353,11 +353,11 @@ async fn is_not_ready_where_a_balancer_is_to_pick_another() {
     service.ready().await.unwrap();
     upstream.down.store(true, SeqCst);
     assert_eq!(within(handle.changed()).await, ProbeState::Down);
-    // Asked again, it takes its word back.
+    // A second poll is pending, although the first one was ready.
     let again =
         poll_fn(|cx| Poll::Ready(Service::<Req>::poll_ready(&mut service, cx).is_pending()));
     assert!(again.await);
-    // Who calls all the same is refused.
+    // A call after `Pending` is rejected.
     assert_eq!(kind(&service.call(call()).await.map(drop).unwrap_err()), RejectedKind::Unhealthy);
 
     let waiting = tokio::spawn(service.clone().oneshot(call()));
@@ -392,7 +392,7 @@ async fn lets_calls_through_when_a_whole_set_is_down() {
     replicas[2].down.store(true, SeqCst);
     assert_eq!(within(handles[2].changed()).await, ProbeState::Down);
     assert!(guard.panics());
-    // Who waited is woken, although his own gate is as it was.
+    // The waiting caller is woken, although the state of its own upstream has not changed.
     assert_eq!(within(waiting).await.unwrap().unwrap().status(), 503);
     for service in &mut services {
         assert_eq!(
@@ -403,7 +403,7 @@ async fn lets_calls_through_when_a_whole_set_is_down() {
     replicas[1].down.store(false, SeqCst);
     assert_eq!(within(handles[1].changed()).await, ProbeState::Up);
     assert!(!guard.panics());
-    // A member that is gone is no part of the set.
+    // A dropped member is not part of the set.
     drop((services, layers));
     let [first, second, third] = handles;
     drop(second);
@@ -414,9 +414,9 @@ async fn lets_calls_through_when_a_whole_set_is_down() {
     assert!(!guard.panics());
 }
 
-// ===== What is driven by it =====
+// ===== `on_probe` =====
 
-/// Opens after three failures for 12 s, and closes after three probes that passed.
+/// The circuit opens for 12 s after three failures, and closes after three passed probes.
 #[tokio::test(start_paused = true)]
 async fn drives_a_breakers_half_open_instead_of_users_calls() {
     let upstream = Upstream::default();
@@ -439,7 +439,7 @@ async fn drives_a_breakers_half_open_instead_of_users_calls() {
     let service = breaker.layer(layer.layer(upstream.service()));
     let began = Instant::now();
     upstream.down.store(true, SeqCst);
-    // The probe at 0 s.
+    // The probe at 0 s fails.
     assert_eq!(within(probe.changed()).await, ProbeState::Down);
     for _ in 0..3 {
         assert_eq!(service.clone().oneshot(call()).await.unwrap().status(), 503);
@@ -450,10 +450,10 @@ async fn drives_a_breakers_half_open_instead_of_users_calls() {
         assert_eq!(within(circuit.changed()).await, state);
         assert_eq!(began.elapsed().as_secs(), at);
         let refused = service.clone().oneshot(call()).await.map(drop).unwrap_err();
-        assert!(Rejected::find(&*refused).is_some(), "no call is risked");
+        assert!(Rejected::find(&*refused).is_some(), "no call serves as a half-open probe");
     }
     upstream.down.store(false, SeqCst);
-    // Three pass, at 30 s, 35 s and 40 s.
+    // The probes at 30 s, 35 s and 40 s pass.
     assert_eq!(within(circuit.changed()).await, State::Closed);
     assert_eq!((began.elapsed().as_secs(), upstream.calls.load(SeqCst)), (40, 3));
     assert_eq!(service.oneshot(call()).await.unwrap().status(), 200);
@@ -463,7 +463,7 @@ async fn drives_a_breakers_half_open_instead_of_users_calls() {
 async fn a_listener_that_panics_ends_nothing() {
     let (heard, upstream) = (Arc::new(AtomicUsize::new(0)), Upstream::default());
     let here = heard.clone();
-    let layer = exact().on_probe(|_| panic!("as it is told")).on_probe(move |result| {
+    let layer = exact().on_probe(|_| panic!("scripted panic")).on_probe(move |result| {
         assert_eq!(result, Ok(()));
         here.fetch_add(1, Relaxed);
     });

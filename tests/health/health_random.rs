@@ -1,4 +1,4 @@
-//! Layers, services, handles and registries, made, cloned and dropped in any order while probes run.
+//! Layers, services and handles, created, cloned and dropped in random order while probes run.
 
 use std::{
     future::pending,
@@ -53,7 +53,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// Counts the probes under way; calls are sent as 1, probes as 0.
+/// Counts the probes in flight. The request 1 is a call, and the request 0 is a probe.
 #[derive(Clone)]
 struct Upstream {
     mode: Arc<Mutex<Mode>>,
@@ -93,7 +93,7 @@ impl Service<u8> for Upstream {
                 Mode::Well => Ok(()),
                 Mode::Fails => Err("fails".into()),
                 Mode::Hangs => pending().await,
-                Mode::Panics => panic!("as it is told"),
+                Mode::Panics => panic!("scripted panic"),
                 Mode::Slow => {
                     sleep(Duration::from_millis(700)).await;
                     Ok(())
@@ -105,7 +105,7 @@ impl Service<u8> for Upstream {
 
 type Probe = HealthProbeLayer<Ask<fn() -> u8>, PerResponse>;
 
-/// Whatever keeps a gate.
+/// An owner of the state of the probe.
 enum Owner {
     Layer(Probe),
     Service(HealthProbe<Upstream, PerResponse>),
@@ -159,7 +159,10 @@ async fn live(steps: Vec<Step>) {
                 let down = health.check("upstream") == Some(buttress::health::CheckState::Fail);
                 let answer = service.oneshot(1).await;
                 let refused = answer.is_err_and(|error| Rejected::find(&*error).is_some());
-                assert_eq!(refused, down, "traffic and the registry say the same");
+                assert_eq!(
+                    refused, down,
+                    "calls are rejected exactly while the registry reports a failure"
+                );
             }
             Step::Wait(millis) => sleep(Duration::from_millis(millis)).await,
         }
@@ -167,7 +170,7 @@ async fn live(steps: Vec<Step>) {
         let owned = !owners.is_empty();
         assert_eq!(alive_tasks(), usize::from(owned && wrapped));
         assert_eq!(health.check("upstream").is_some(), owned);
-        assert!(owned || upstream.now.load(SeqCst) == 0, "a probe that nobody waits for");
+        assert!(owned || upstream.now.load(SeqCst) == 0, "a probe is in flight without an owner");
         for owner in &owners {
             let Owner::Handle(handle) = owner else { continue };
             let seen = handle.snapshot();
@@ -178,7 +181,7 @@ async fn live(steps: Vec<Step>) {
     drop(owners);
     settle().await;
     assert_eq!((alive_tasks(), upstream.now.load(SeqCst), health.checks().len()), (0, 0, 0));
-    assert_eq!(Arc::strong_count(&upstream.now), 1, "nothing of it is left");
+    assert_eq!(Arc::strong_count(&upstream.now), 1, "a clone of the upstream is left");
 }
 
 proptest! {

@@ -1,6 +1,6 @@
-//! What other systems' tests and specifications say of fleets: of health and panic here.
+//! Vectors from the tests and specifications of other systems, for health and panic in fleets.
 //!
-//! `vectors/fleet.json` has the facts, each with its source. Every one of them is replayed here, or is in
+//! `vectors/fleet.json` contains the vectors, each with its source. Each vector is replayed here, or is listed in
 //! [`NOT_HERE`] with the reason.
 
 use std::{collections::BTreeSet, time::Duration};
@@ -17,33 +17,32 @@ use tokio::{
 use tower::{Layer, service_fn};
 
 const NOT_HERE: &[(&str, &str)] = &[
-    ("linkerd-ewma-01", "a balancer's load; no gate has one"),
-    ("envoy-outlier-ejecttime-01", "ejection by what traffic meets; a gate goes by probes"),
+    ("linkerd-ewma-01", "the load of a balancer; a health probe has none"),
+    (
+        "envoy-outlier-ejecttime-01",
+        "ejection by the results of traffic; a health probe ejects by probes",
+    ),
     ("grpc-a50-01", "as envoy-outlier-ejecttime-01"),
     ("envoy-outlier-fp-01", "as envoy-outlier-ejecttime-01"),
     ("grpc-a50-03", "as envoy-outlier-ejecttime-01"),
-    ("grpc-a50-04", "a share that may be ejected: a panic guard lets through instead"),
+    ("grpc-a50-04", "a maximum share of ejected hosts; a panic guard admits calls instead"),
     ("sim-chain-01", "retries, not health"),
     ("sim-metastable-01", "retries and queues, not health"),
     ("smithy-stall-02", "throughput of an upload, not health"),
 ];
 
-/// Steps, or parts of them, that are not ours though their vector is.
+/// Steps of replayed vectors, or parts of them, that do not apply.
 const STEPS_NOT_HERE: &[(&str, &str, &str)] = &[
-    (
-        "envoy-panic-01",
-        "expect_traffic_p0",
-        "shares of traffic between priorities are a balancer's",
-    ),
+    ("envoy-panic-01", "expect_traffic_p0", "a balancer divides traffic between priorities"),
     (
         "hc-interval-01",
         "never had traffic",
-        "a gate that nobody calls is asked like any other: it costs one request",
+        "an upstream without traffic is probed like any other, with one request per interval",
     ),
     (
         "hc-interval-01",
         "just became healthy",
-        "healthy_edge_interval: from the first look that is well on, `every`",
+        "healthy_edge_interval: `every` applies from the first passed probe",
     ),
 ];
 
@@ -69,7 +68,7 @@ fn every_vector_is_replayed_or_listed() {
     }
 }
 
-/// A gate of its own, and what its probes are told.
+/// A host with its own probe layer. The test sets the results of the probes and reads their times.
 struct Host {
     well: watch::Sender<bool>,
     asked: watch::Receiver<Vec<Duration>>,
@@ -107,7 +106,7 @@ fn gate(guard: Option<&PanicGuard>, every: Duration, while_down: Duration) -> Ho
     })
 }
 
-/// Of a hundred hosts each, so that a percentage is a number of hosts.
+/// Each priority has a hundred hosts, so that a percentage is a number of hosts.
 #[tokio::test(start_paused = true)]
 async fn envoy_panics_below_half() {
     let vector = vector("envoy-panic-01");
@@ -140,7 +139,7 @@ async fn envoys_intervals() {
     let interval = |expected: &str| match expected {
         "unhealthy_edge" | "unhealthy" => while_down,
         "interval + jitter" => every,
-        other => panic!("an interval that we do not know: {other}"),
+        other => panic!("unknown interval: {other}"),
     };
     for step in vector("hc-interval-01")["steps"].as_array().unwrap() {
         let event = step["event"].as_str().unwrap();
@@ -156,7 +155,7 @@ async fn envoys_intervals() {
                 host.handle.changed().await;
                 host.asked.borrow().len() + usize::from(event == "still unhealthy") * 3
             }
-            other => panic!("an event that we do not know: {other}"),
+            other => panic!("unknown event: {other}"),
         };
         sleep(6 * every).await;
         let asked = host.asked.borrow();

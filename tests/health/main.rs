@@ -1,5 +1,5 @@
-//! The health room through its public API, with a paused clock. Modules are named so that `cargo test health`
-//! finds them.
+//! The modules `health` and `lifecycle` through their public API, with a paused clock. The names of the modules begin
+//! with `health`, so that `cargo test health` selects them.
 
 #[path = "../support/mod.rs"]
 mod support;
