@@ -1,4 +1,4 @@
-//! What is hedged and when, and which answer is given out.
+//! Which calls are hedged, when, and which response the caller receives.
 
 use std::{
     future::Future,
@@ -28,14 +28,14 @@ fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
-// ===== What is called: strict, scripted, counted =====
+// ===== A strict, scripted upstream with counters =====
 
 #[derive(Clone, Copy, Debug)]
 enum Answer {
     Status(u16),
-    /// A gRPC answer whose status is in the trailers.
+    /// A gRPC response whose status is in the trailers.
     Grpc(&'static str),
-    /// A gRPC stream whose first message does not come.
+    /// A gRPC stream whose first message never arrives.
     GrpcSilent,
     Fails,
     Panics,
@@ -44,7 +44,8 @@ use Answer::*;
 
 #[derive(Default)]
 struct Seen {
-    /// Which copy, when in milliseconds since the beginning, and its body.
+    /// For each attempt: 1 for the first attempt or 2 for the hedge attempt, its time in milliseconds since the start,
+    /// and its body.
     calls: Vec<(usize, u64, Bytes)>,
     in_flight: usize,
     clones_ready: usize,
@@ -52,7 +53,7 @@ struct Seen {
     waker: Option<Waker>,
 }
 
-/// Answers each of a call's two copies after its time. Panics when called without having been ready.
+/// Ends the two attempts of a call as planned, each after its time. Panics if it is called without readiness.
 struct Upstream {
     plan: [(u64, Answer); 2],
     began: Instant,
@@ -94,7 +95,7 @@ impl Upstream {
         self.seen.lock().unwrap().in_flight
     }
 
-    /// From now on no instance becomes ready: pending, or failing with these words.
+    /// Prevents further readiness: `poll_ready` is pending, or fails with this text.
     fn shut(&self, how: &'static str) {
         self.seen.lock().unwrap().shut = Some(how);
     }
@@ -108,7 +109,7 @@ impl Upstream {
     }
 }
 
-/// A body that says nothing until its frames come, if they do.
+/// A body that yields its frames from the last to the first, or stays pending if it is silent.
 struct Frames {
     frames: Vec<Frame<Bytes>>,
     silent: bool,
@@ -134,7 +135,7 @@ fn answer(answer: Answer) -> Result<Response<Frames>, BoxError> {
     let grpc = Response::builder().header("content-type", "application/grpc");
     let (head, frames, silent) = match answer {
         Fails => return Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset).into()),
-        Panics => panic!("the upstream's own"),
+        Panics => panic!("scripted panic"),
         Status(status) => (Response::builder().status(status), vec![], false),
         Grpc(status) => {
             let mut trailers = HeaderMap::new();
@@ -170,7 +171,7 @@ where
     }
 
     fn call(&mut self, request: Request<ReplayBody<B>>) -> Self::Future {
-        assert!(std::mem::take(&mut self.ready), "called without having been ready");
+        assert!(std::mem::take(&mut self.ready), "called without readiness");
         let copy = if request.extensions().get::<HedgeAttempt>().is_some() { 2 } else { 1 };
         let (after, last) = self.plan[copy - 1];
         let at = self.began.elapsed().as_millis() as u64;
@@ -192,7 +193,7 @@ where
     }
 }
 
-/// As hyper does: asked no more once it says that it has ended.
+/// Reads a body as hyper does: a body whose `is_end_stream` is `true` is not polled.
 async fn read<B: Body<Data = Bytes, Error: std::fmt::Debug>>(body: B) -> Bytes {
     let (mut body, mut read) = (pin!(body), Vec::new());
     while !body.is_end_stream() {
@@ -217,7 +218,7 @@ fn hedged(upstream: &Upstream) -> Hedge<Upstream> {
     HedgeLayer::http(DELAY).layer(upstream.clone())
 }
 
-/// What came back and when, and whether the hedge's answer it was.
+/// Returns the status or the error, its time, and whether the response is that of the hedge attempt.
 async fn run(first: (u64, Answer), second: (u64, Answer)) -> (String, u64, Option<bool>) {
     let upstream = Upstream::new(first, second);
     let response = call(&hedged(&upstream), get()).await;
@@ -232,16 +233,16 @@ async fn run(first: (u64, Answer), second: (u64, Answer)) -> (String, u64, Optio
     }
 }
 
-// ===== Which answer =====
+// ===== Selection of the response =====
 
-/// tower's `hedge` gives out the first answer, even when it is an error.
+/// In contrast, `hedge` of tower returns the first result, even an error.
 #[tokio::test(start_paused = true)]
 async fn the_first_good_answer_wins_though_an_error_came_first() {
     for bad in [Fails, Status(429), Status(500), Status(503), Status(408)] {
-        // The hedge fails at 15 ms; the first copy is good at 100.
+        // The hedge attempt fails at 15 ms, and the first attempt succeeds at 100 ms.
         let (answer, at, won) = run((100, Status(200)), (5, bad)).await;
         assert_eq!((&*answer, at, won), ("200", 100, Some(false)), "{bad:?}");
-        // The first copy fails at 15 ms; the hedge is good at 50.
+        // The first attempt fails at 15 ms, and the hedge attempt succeeds at 50 ms.
         let (answer, at, won) = run((15, bad), (40, Status(200))).await;
         assert_eq!((&*answer, at, won), ("200", 50, Some(true)), "{bad:?}");
     }
@@ -293,10 +294,10 @@ async fn a_grpc_answer_is_what_its_trailers_say() {
         (Grpc("14"), Grpc("0"), true, 50),
         (Grpc("13"), Grpc("0"), true, 50),
         (Grpc("8"), Grpc("0"), true, 50),
-        // The call's own fault: another copy would say the same.
+        // INVALID_ARGUMENT is caused by the call, so another attempt would have the same result.
         (Grpc("3"), Grpc("0"), false, 15),
         (Grpc("0"), Grpc("14"), false, 15),
-        // A stream that begins slowly is waited for 10 ms, and is good.
+        // The layer waits 10 ms for the first message of a stream. After that the response is good.
         (GrpcSilent, Grpc("0"), false, 25),
     ] {
         let upstream = Upstream::new((15, first), (40, second));
@@ -312,7 +313,7 @@ async fn a_grpc_answer_is_what_its_trailers_say() {
     }
 }
 
-// ===== When a hedge is sent =====
+// ===== Hedge attempts =====
 
 #[tokio::test(start_paused = true)]
 async fn no_hedge_before_the_delay() {
@@ -334,7 +335,7 @@ async fn the_delay_is_measured_from_the_call() {
     assert_eq!(upstream.calls(), [(1, 0), (2, 10)]);
 }
 
-/// Outside of a runtime a timer panics: so there is none before the first pending.
+/// A timer panics outside of a runtime. The layer creates its timer only after the first attempt is pending.
 #[test]
 fn an_answer_that_is_there_at_once_needs_no_timer() {
     let upstream = Upstream::new((0, Status(200)), (0, Status(500)));
@@ -357,14 +358,14 @@ async fn a_post_is_never_hedged() {
     let layer = HedgeLayer::http(DELAY);
     call(&layer.layer(upstream.clone()), post()).await.unwrap();
     assert_eq!(upstream.calls(), [(1, 0)]);
-    assert_eq!(layer.handle().snapshot().budget_denied, 0, "it is not even asked for");
-    // An empty one neither: it is the method that counts.
+    assert_eq!(layer.handle().snapshot().budget_denied, 0, "the budget is not used");
+    // A POST without a body is not hedged either, because the method decides.
     let upstream = slow();
     let empty = Request::post("/").body(Empty::<Bytes>::new()).unwrap();
     call(&hedged(&upstream), empty).await.unwrap();
     assert_eq!(upstream.calls().len(), 1);
 
-    // Unless a key lets the server tell, or the user says so.
+    // An idempotency key or `assume_idempotent` permits a hedge.
     let upstream = slow();
     let mut request = post();
     request.headers_mut().insert("idempotency-key", "1".parse().unwrap());
@@ -437,7 +438,7 @@ async fn nothing_is_hedged_after_the_deadline() {
 
 #[tokio::test(start_paused = true)]
 async fn the_budget_denies() {
-    // A tenth of a hedge for a call, nothing to begin with.
+    // Each call deposits a tenth of a hedge attempt. The initial balance is 0.
     let budget = RetryBudget::with(0.1, 0, 10);
     let layer = HedgeLayer::http(DELAY).budget(budget.clone());
     let upstream = Upstream::new((100, Status(200)), (0, Status(200)));
@@ -465,15 +466,15 @@ async fn by_default_five_in_a_hundred() {
     let layer = HedgeLayer::http(DELAY);
     let service = layer.layer(upstream.clone());
     let began = Instant::now();
-    // All at the same moment, so that nothing trickles in beside.
+    // All calls begin at the same instant, so that the budget gains nothing by time.
     let calls = (0..1000).map(|_| call(&service, get()));
     futures_util::future::join_all(calls).await;
     assert_eq!(began.elapsed(), ms(100));
-    // The ten it starts with, and 5 % of a thousand.
+    // The initial balance of 10, and 5 % of 1000 calls.
     assert_eq!(layer.handle().snapshot().sent, 60);
 }
 
-// ===== Letting go =====
+// ===== Release =====
 
 #[tokio::test(start_paused = true)]
 async fn the_loser_is_dropped_at_once() {
@@ -484,13 +485,13 @@ async fn the_loser_is_dropped_at_once() {
         let mut future = pin!(service.call(get()));
         assert!(timeout(ms(12), &mut future).await.is_err());
         assert_eq!(upstream.in_flight(), 2);
-        // The future stays; what it held does not.
+        // The future is not dropped, but its attempts are.
         let _response = future.as_mut().await.unwrap();
         assert_eq!(upstream.in_flight(), 0);
     }
 }
 
-/// It may hold what the other one waits for.
+/// The failed response may hold the permit that the hedge attempt waits for.
 #[tokio::test(start_paused = true)]
 async fn a_bad_answer_gives_its_permit_to_the_hedge() {
     let upstream = Upstream::new((15, Grpc("14")), (5, Status(200)));
@@ -502,7 +503,7 @@ async fn a_bad_answer_gives_its_permit_to_the_hedge() {
     assert_eq!(
         upstream.calls(),
         [(1, 0), (2, 15)],
-        "the hedge was queued until the first gave way"
+        "the hedge attempt was queued until the first attempt released its permit"
     );
 }
 
@@ -554,7 +555,7 @@ async fn a_refused_hedge_harms_nobody() {
     let response = call(&service, get()).await.unwrap();
     assert_eq!((response.status().as_u16(), Hedged::of(&response).unwrap().won), (200, false));
     assert_eq!((upstream.calls().len(), layer.handle().snapshot().sent), (1, 1));
-    // A refusal of the first copy is given out: nothing is sent after it.
+    // A rejection of the first attempt ends the call without a hedge attempt.
     let other = tokio::spawn(service.clone().oneshot(get()));
     tokio::task::yield_now().await;
     let error = call(&service, get()).await.err().unwrap();
@@ -573,7 +574,7 @@ async fn a_cancelled_call_drops_both_and_pays_back_what_was_not_sent() {
     let snapshot = layer.handle().snapshot();
     assert_eq!((snapshot.sent, snapshot.won), (1, 0));
 
-    // A hedge that waits to be sent: the call itself pays one in, and nothing else does.
+    // The hedge attempt waits for readiness. The call makes the only deposit, one hedge attempt.
     let budget = RetryBudget::with(1.0, 0, 1);
     let layer = HedgeLayer::http(DELAY).budget(budget.clone());
     let mut service = layer.layer(upstream.clone());
@@ -582,9 +583,9 @@ async fn a_cancelled_call_drops_both_and_pays_back_what_was_not_sent() {
     {
         let mut future = pin!(service.call(get()));
         assert!(timeout(ms(50), &mut future).await.is_err());
-        assert_eq!(budget.balance(), 0.0, "withdrawn before it is sent");
+        assert_eq!(budget.balance(), 0.0, "the withdrawal precedes the hedge attempt");
     }
-    assert_eq!(budget.balance(), 1.0, "and paid back");
+    assert_eq!(budget.balance(), 1.0, "the withdrawal is refunded");
     assert_eq!((layer.handle().snapshot().sent, upstream.in_flight()), (0, 0));
     assert_eq!(upstream.seen.lock().unwrap().clones_ready, 0);
 }
@@ -612,7 +613,7 @@ async fn a_hedge_that_is_not_ready_does_not_block_the_first() {
         let mut service = layer.layer(upstream.clone());
         ServiceExt::<Request<Empty<Bytes>>>::ready(&mut service).await.unwrap();
         upstream.shut(how);
-        // Bad as it is: the hedge was not under way.
+        // The failure ends the call, because no hedge attempt is in flight.
         let response = service.call(get()).await.unwrap();
         assert_eq!((response.status().as_u16(), Hedged::of(&response)), (503, None));
         assert_eq!((upstream.calls(), upstream.began.elapsed()), (vec![(1, 0)], ms(100)));
@@ -646,7 +647,7 @@ async fn ready_is_sticky_and_is_not_cloned() {
     let unready = std::panic::catch_unwind(AssertUnwindSafe(|| {
         drop(clone.call(get()));
     }));
-    assert!(unready.is_err(), "a clone has to be readied itself");
+    assert!(unready.is_err(), "a clone needs its own readiness");
     assert_eq!(service.call(get()).await.unwrap().status(), 200);
 }
 
@@ -658,7 +659,7 @@ async fn inner_poll_ready_error_propagates() {
     assert_eq!(error.to_string(), "broken");
 }
 
-/// The upstream panics when called unready: here over one that gives out one place at a time.
+/// The upstream panics if it is called without readiness. The limit of tower reserves its permits in `poll_ready`.
 #[tokio::test(start_paused = true)]
 async fn no_call_without_ready() {
     let upstream = Upstream::new((100, Status(200)), (20, Status(200)));
@@ -679,7 +680,7 @@ async fn a_panic_is_the_calls_and_releases_everything() {
         assert!(panicked.is_err_and(|error| error.is_panic()));
         assert_eq!((upstream.calls().len(), upstream.in_flight()), (2, 0));
         assert_eq!(upstream.seen.lock().unwrap().clones_ready, 0);
-        // And the service still works.
+        // The service still works.
         let again = tokio::spawn(service.clone().oneshot(get())).await;
         assert!(again.is_err_and(|error| error.is_panic()));
         assert_eq!((upstream.calls().len(), upstream.in_flight()), (4, 0));
@@ -699,7 +700,7 @@ enum DbError {
 
 #[tokio::test(start_paused = true)]
 async fn works_for_any_types() {
-    // The first call fails after 15 ms, the second succeeds after 40.
+    // The first attempt fails after 15 ms, and the second succeeds after 40 ms.
     let n = Arc::new(Mutex::new(0));
     let db = tower::service_fn(move |row: Row| {
         let mut n = n.lock().unwrap();
@@ -721,7 +722,7 @@ async fn works_for_any_types() {
     let mut service = layer.layer(db);
     assert_eq!(service.ready().await.unwrap().call(Row(1)).await, Ok(Row(2)));
     let began = Instant::now();
-    // An error that the closure calls a success is an answer.
+    // An error that the closure classifies as a success ends the call.
     assert_eq!(service.ready().await.unwrap().call(Row(0)).await, Err(DbError::Constraint));
     assert_eq!(began.elapsed(), ms(15));
     let snapshot = layer.handle().snapshot();
@@ -735,7 +736,7 @@ async fn works_inside_tokio_spawn() {
     let response = tokio::spawn(async move { service.oneshot(get()).await.unwrap() }).await;
     assert_eq!(response.unwrap().status(), 200);
 
-    // Over an inner that mentions `BoxError`.
+    // Over an inner service whose error is `BoxError`.
     let inner = tower::service_fn(|n: u32| async move {
         sleep(ms(20)).await;
         if n > 0 { Ok(n) } else { Err(BoxError::from("zero")) }
@@ -759,7 +760,7 @@ async fn state_shared_across_layer_calls() {
         call(&layer.clone().layer(upstream.clone()), get()).await.unwrap();
     }
     assert_eq!(handle.snapshot().sent, 6);
-    // Set after the handle was taken: seen all the same.
+    // The handle observes a setting that is made after its creation.
     let _layer = layer.without_budget();
     assert_eq!(handle.snapshot().budget_balance, None);
 }
@@ -776,11 +777,11 @@ async fn bad_config_is_a_typed_error() {
     assert_eq!(error.field, "budget.cap");
     assert!(HedgeLayer::http(DELAY).checked().is_ok());
 
-    // Used all the same, it never hedges.
+    // A misconfigured layer never hedges.
     let upstream = Upstream::new((100, Status(200)), (0, Status(200)));
     call(&HedgeLayer::http(Duration::ZERO).layer(upstream.clone()), get()).await.unwrap();
     assert_eq!(upstream.calls().len(), 1);
-    // A delay that no clock reaches neither.
+    // A layer whose delay exceeds the range of the clock never hedges.
     let upstream = Upstream::new((100, Status(200)), (0, Status(200)));
     call(&HedgeLayer::http(Duration::MAX).layer(upstream.clone()), get()).await.unwrap();
     assert_eq!(upstream.calls().len(), 1);

@@ -9,7 +9,7 @@ use http::{Method, Request, Response};
 use http_body_util::Empty;
 use tower::{Layer, Service, ServiceExt, service_fn};
 
-/// What ten calls of this method allocate, when they are answered at once or only at their second poll.
+/// Counts the allocations of ten calls with this method, whose responses are ready at the first poll or at the second.
 fn allocations(method: &Method, at_once: bool) -> u64 {
     let inner = service_fn(move |_: Request<_>| async move {
         if !at_once {
@@ -31,7 +31,7 @@ fn allocations(method: &Method, at_once: bool) -> u64 {
             }
         });
     };
-    // The runtime's own, at the first timer.
+    // The runtime allocates at its first timer.
     calls();
     measure(calls).count_total
 }
@@ -44,5 +44,5 @@ fn no_allocation_without_a_hedge() {
         }
     }
     let one = || drop(std::hint::black_box(Box::new(1)));
-    assert_eq!(measure(one).count_total, 1, "they are counted");
+    assert_eq!(measure(one).count_total, 1, "the counter works");
 }

@@ -1,7 +1,7 @@
-//! The hedge, through its public API and on a paused clock.
+//! The hedge layer, through its public API and on a paused clock.
 #![cfg(all(feature = "retry", feature = "limit"))]
 
-/// So that `cargo test hedge` finds them all.
+/// The path of each test begins with `hedge`, so that `cargo test hedge` selects all of them.
 #[path = "."]
 mod hedge {
     mod calls;

@@ -1,4 +1,4 @@
-//! The delay of a hedge, learnt from what calls take.
+//! The delay of a hedge, derived from the latencies of calls.
 
 use std::{
     sync::{
@@ -40,23 +40,23 @@ async fn the_delay_is_the_percentile_of_late() {
             Ok::<(), ()>(())
         }
     }));
-    // Nothing is known: nothing is hedged, however long it takes.
+    // Without enough samples no call is hedged, whatever its duration.
     for _ in 0..19 {
         takes(&service, 1000).await;
     }
     assert_eq!(handle.snapshot().sent, 0);
-    // What is older than a minute is forgotten.
+    // Samples expire after a minute.
     advance(Duration::from_secs(61)).await;
     for n in 0..200 {
         takes(&service, 10 + n % 10).await;
     }
     let before = handle.snapshot().sent;
-    assert!(before <= 200 / 8, "{before}: about one in ten");
+    assert!(before <= 200 / 8, "{before} of 200 calls were hedged, not about one in ten");
     takes(&service, 500).await;
-    assert_eq!(handle.snapshot().sent, before + 1, "this one is late");
+    assert_eq!(handle.snapshot().sent, before + 1, "a slow call is hedged");
     takes(&service, 12).await;
     assert_eq!(handle.snapshot().sent, before + 1);
-    // Slower days: it follows, and does not double all calls.
+    // When latencies rise, the delay follows, and typical calls are not hedged.
     for _ in 0..40 {
         advance(Duration::from_secs(2)).await;
         takes(&service, 100).await;
@@ -65,7 +65,7 @@ async fn the_delay_is_the_percentile_of_late() {
     for _ in 0..40 {
         takes(&service, 95).await;
     }
-    assert_eq!(handle.snapshot().sent, then, "as fast as most");
+    assert_eq!(handle.snapshot().sent, then, "a typical call is not hedged");
     assert_eq!(calls.load(SeqCst), 19 + 200 + 2 + 80 + then);
 }
 

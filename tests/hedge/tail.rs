@@ -1,4 +1,4 @@
-//! What a hedge does to a heavy tail, and what it costs.
+//! The effect of a hedge on a heavy tail, and its cost.
 
 #[path = "../rig/tail.rs"]
 mod rig;
@@ -21,12 +21,12 @@ use tower::{Layer, ServiceExt, service_fn};
 const FAN_OUT: u64 = 100;
 const QUERIES: usize = 3000;
 
-/// The slowest of a thousand queries of [`FAN_OUT`] calls each, and calls for each call that was asked for.
+/// Returns the 99.9th percentile of the time of queries with [`FAN_OUT`] calls each, and the attempts per call.
 async fn slowest(hedge_after: Duration) -> (Duration, f64) {
     let (random, calls) = (RefCell::new(fastrand::Rng::with_seed(2)), Cell::new(0));
     let upstream = service_fn(|_: Request<ReplayBody<Empty<Bytes>>>| async {
         calls.set(calls.get() + 1u64);
-        // Never 0: that one would take for ever.
+        // Never 0, whose latency is infinite.
         let random = 1.0 - random.borrow_mut().f64();
         sleep(Duration::from_secs_f64(latency(random) / 1000.0)).await;
         Ok::<_, Infallible>(Response::new(Empty::<Bytes>::new()))
@@ -52,7 +52,7 @@ async fn hedge_makes_the_slowest_of_a_thousand_ten_times_faster_for_3_percent_mo
     println!(
         "p99.9 of {FAN_OUT} calls: {without:?} without, {with:?} with a hedge, {load:.4} times the load"
     );
-    assert!((one - 1.0).abs() < f64::EPSILON, "nothing is hedged after for ever");
+    assert!((one - 1.0).abs() < f64::EPSILON, "an infinite delay hedges no call");
     assert!(without >= 10 * with, "{without:?} without, {with:?} with");
     assert!(load > 1.0 && load <= 1.03, "{load} times the load");
 }
