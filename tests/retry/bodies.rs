@@ -1,4 +1,4 @@
-//! Request bodies: sent again bit by bit, or let through and not repeated.
+//! Request bodies: replayed, or passed through without a replay.
 
 use std::{
     marker::PhantomPinned,
@@ -25,9 +25,9 @@ fn layer() -> RetryLayer {
     RetryLayer::http().backoff(Backoff::constant(ms(1))).without_budget()
 }
 
-// ===== Any frames, any cap, any place to stop =====
+// ===== Random frames, caps and ends of attempts =====
 
-/// What one attempt read before it failed.
+/// The part of the body that an attempt read before it failed.
 #[derive(Debug, Default)]
 struct Read {
     data: Vec<u8>,
@@ -35,7 +35,7 @@ struct Read {
     ended: bool,
 }
 
-/// Reads as many frames as it is told, and checks what the body says of itself on the way.
+/// Reads this number of frames, and checks the size hint and `is_end_stream` of the body before each frame.
 async fn read_some(body: ReplayBody<Script>, frames: usize, whole: u64, tells: bool) -> Read {
     let mut body = std::pin::pin!(body);
     let mut read = Read::default();
@@ -53,7 +53,7 @@ async fn read_some(body: ReplayBody<Script>, frames: usize, whole: u64, tells: b
                 break;
             }
             Some(frame) => {
-                assert!(!claims_end, "there was more");
+                assert!(!claims_end, "a frame followed the reported end");
                 let frame = frame.unwrap();
                 match frame.into_data() {
                     Ok(data) => read.data.extend_from_slice(&data),
@@ -70,7 +70,7 @@ proptest! {
 
     #[test]
     fn what_is_sent_again_is_what_was_sent(
-        // Few pieces, or so many that they are gathered.
+        // Few pieces, or so many that the saved request gathers them.
         sizes in prop_oneof![
             proptest::collection::vec(0usize..40, 0..7),
             proptest::collection::vec(0usize..40, 30..70),
@@ -117,7 +117,7 @@ proptest! {
                 prop_assert_eq!(&read.trailers, &end);
             }
             most = most.max(read.data.len() as u64);
-            // One that is known not to fit is sent again as long as nobody has read of it.
+            // A body whose known size exceeds the cap is replayed only if no attempt has read data of it.
             let again = (tells && nothing) || most <= if known_over { 0 } else { cap };
             let last = n + 1 == stops.len();
             prop_assert_eq!(reads.len() > n + 1, again && !last, "attempt {}", n);
@@ -129,7 +129,7 @@ proptest! {
     }
 }
 
-// ===== Over the cap =====
+// ===== Bodies above the cap =====
 
 #[tokio::test(start_paused = true)]
 async fn over_the_cap_it_keeps_streaming_and_loses_its_retries() {
@@ -148,7 +148,7 @@ async fn over_the_cap_it_keeps_streaming_and_loses_its_retries() {
         let stop = if answer == 503 { Stop::BodyGone } else { Stop::Answered };
         assert_eq!((Attempts::of(&response).made, Attempts::of(&response).stop), (1, stop));
     }
-    // Up to the cap it is kept.
+    // A body of the size of the cap is saved.
     let inner: Inner = Inner::new(|n| Ok(status(if n == 1 { 503 } else { 200 })));
     let body = Script::new((0..64).map(|_| kib())).untold();
     let response = send(&layer().layer(inner), put(body)).await.unwrap();
@@ -169,7 +169,7 @@ async fn known_to_be_over_the_cap_it_is_not_copied() {
     assert_eq!(Attempts::of(&response).stop, Stop::BodyGone);
 }
 
-/// Nothing of it is kept, and nothing has to be while nobody has read it.
+/// A body above the cap is not saved. It can be sent again until an attempt reads data of it.
 #[tokio::test(start_paused = true)]
 async fn an_untouched_post_is_repeated_whatever_its_size() {
     for touched in [false, true] {
@@ -193,11 +193,11 @@ async fn an_untouched_post_is_repeated_whatever_its_size() {
     }
 }
 
-// ===== Not whole, or not yet =====
+// ===== Incomplete bodies =====
 
 #[tokio::test(start_paused = true)]
 async fn a_body_still_streaming_is_not_sent_twice() {
-    // The server answers early; the connection goes on sending.
+    // The server responds early, and the connection continues to send the body.
     let held = Arc::new(Mutex::new(Vec::new()));
     let keep = held.clone();
     let inner = Inner::<Script>::with(move |_, request| {
@@ -212,19 +212,19 @@ async fn a_body_still_streaming_is_not_sent_twice() {
     let body = Script::new([data("one"), data("two")]).untold();
     let response = send(&layer().layer(inner), put(body)).await.unwrap();
     assert_eq!(Attempts::of(&response).stop, Stop::StillSending);
-    // And what it goes on sending is whole.
+    // The connection receives the rest of the body.
     let body = held.lock().unwrap().pop().unwrap();
     assert_eq!(read(body).await.0, "two");
 }
 
-/// A connection tells of its end before it lets go of the body: that one is cut off.
+/// A connection reports its end before it drops the body. The reader of the old attempt is then cut off.
 #[tokio::test(start_paused = true)]
 async fn a_body_whose_stream_is_gone_is_taken_from_it() {
     type Error = fn() -> BoxError;
     let cases: [(Error, bool); 3] = [
         (|| io(std::io::ErrorKind::ConnectionReset), true),
         (|| io(std::io::ErrorKind::ConnectionRefused), true),
-        // Whatever timed out may go on sending.
+        // After a timeout the connection may continue to send the body.
         (|| io(std::io::ErrorKind::TimedOut), false),
     ];
     for (error, again) in cases {
@@ -243,7 +243,10 @@ async fn a_body_whose_stream_is_gone_is_taken_from_it() {
                 if let Some(old) = keep.lock().unwrap().take() {
                     let mut old = task::spawn(old);
                     let next = old.enter(|cx, body| body.poll_frame(cx).is_pending());
-                    assert!(next && !old.is_end_stream(), "neither more nor an end");
+                    assert!(
+                        next && !old.is_end_stream(),
+                        "the old reader has neither a frame nor an end"
+                    );
                 }
                 assert_eq!(read(body).await.0, "two");
                 Ok(status(if n == 2 { 503 } else { 200 }))
@@ -279,7 +282,7 @@ async fn a_body_read_to_its_end_is_sent_again_though_it_is_held() {
     let response = send(&layer().layer(inner), put(body)).await.unwrap();
     assert_eq!(Attempts::of(&response).made, 3);
     let mut held = std::mem::take(&mut *held.lock().unwrap());
-    assert!(held[0].frame().await.is_none(), "an old one has nothing to say any more");
+    assert!(held[0].frame().await.is_none(), "the old reader is cut off");
 }
 
 #[tokio::test(start_paused = true)]
@@ -296,14 +299,14 @@ async fn a_body_that_errors_is_not_sent_again() {
     assert_eq!((told(&result).made, told(&result).stop), (1, Stop::BodyGone));
 }
 
-/// A slow body is read further by the second attempt from where the first one stopped.
+/// The second attempt continues to read a slow body where the first one stopped.
 #[tokio::test(start_paused = true)]
 async fn a_pending_body_is_handed_on_with_its_waker() {
     let inner = Inner::<Script>::with(|n, request| async move {
         let mut body = request.into_body();
         if n == 1 {
             body.frame().await.unwrap().unwrap();
-            // Gives up while the body is pending.
+            // The attempt ends while the body is pending.
             tokio::time::timeout(ms(10), body.frame()).await.unwrap_err();
             return Err(io(std::io::ErrorKind::ConnectionReset));
         }
@@ -314,10 +317,10 @@ async fn a_pending_body_is_handed_on_with_its_waker() {
     let watch = body.watch();
     let response = send(&layer().layer(inner), put(body)).await.unwrap();
     assert_eq!(Attempts::of(&response).made, 2);
-    assert_eq!(watch.frames.load(SeqCst), 2, "read once");
+    assert_eq!(watch.frames.load(SeqCst), 2, "each frame is read once");
 }
 
-/// All that is kept goes with the call.
+/// The saved request is dropped with the call.
 #[tokio::test(start_paused = true)]
 async fn nothing_is_kept_after_the_call() {
     let inner: Inner = Inner::new(|_| Ok(status(503)));
@@ -328,7 +331,7 @@ async fn nothing_is_kept_after_the_call() {
     assert_eq!(Arc::strong_count(&watch), 1);
 }
 
-// ===== Bodies of other kinds =====
+// ===== Other types of bodies =====
 
 pin_project_lite::pin_project! {
     struct Pinned {
@@ -381,8 +384,8 @@ async fn data_of_other_types_is_copied_once() {
     assert_eq!(Attempts::of(&response).made, 2);
 }
 
-/// The connection is reset, and whoever sends the body has not noticed yet: what it takes during the wait
-/// would be missing in the next attempt.
+/// The connection is reset, but the task that sends the body still reads it. The frames that this task reads during the
+/// delay must not be missing in the next attempt.
 #[tokio::test(start_paused = true)]
 async fn what_is_read_during_the_wait_is_not_lost() {
     let sent = Arc::new(Mutex::new(None));

@@ -1,4 +1,4 @@
-//! The budget: how many retries there may be for so many calls.
+//! The retry budget: the number of retries for a number of calls.
 
 use std::{
     sync::{
@@ -20,7 +20,7 @@ use tower::Layer;
 
 use crate::kit::*;
 
-/// A row of what today's crates get wrong: there 0.6, 0.7 and 0.9 give 100 %, and 0.4 gives 50 %.
+/// In other crates the ratios 0.6, 0.7 and 0.9 result in 100 %, and 0.4 results in 50 %.
 #[tokio::test(start_paused = true)]
 async fn a_budget_of_60_70_or_90_percent_gives_60_70_or_90_and_not_100() {
     for percent in [1, 10, 20, 33, 40, 60, 70, 90, 99, 100, 150, 1000] {
@@ -35,7 +35,7 @@ async fn a_budget_of_60_70_or_90_percent_gives_60_70_or_90_and_not_100() {
         }
         assert_eq!(granted, percent * 10, "{percent} %");
     }
-    // And through the layer, with everything failing.
+    // The same through the layer, when all attempts fail.
     for percent in [60, 70, 90] {
         let budget = RetryBudget::with(f64::from(percent) / 100.0, 0, 100);
         let layer = RetryLayer::http().backoff(Backoff::constant(ms(0))).budget(budget);
@@ -49,7 +49,7 @@ async fn a_budget_of_60_70_or_90_percent_gives_60_70_or_90_and_not_100() {
     }
 }
 
-/// With everything failing: 1.2 times the load, and what is in reserve.
+/// When all attempts fail, the load is 1.2 times the number of calls, plus the reserve.
 #[tokio::test(start_paused = true)]
 async fn the_default_budget_amplifies_an_outage_by_a_fifth_at_most() {
     for gap in [0, 10] {
@@ -63,7 +63,7 @@ async fn the_default_budget_amplifies_an_outage_by_a_fifth_at_most() {
         }
         let reserve = 10 + u32::try_from(start.elapsed().as_secs()).unwrap();
         assert!(log.calls() <= 6000 + reserve, "{}", log.calls());
-        assert!(log.calls() + 2 >= 6000 + reserve, "and it is used: {}", log.calls());
+        assert!(log.calls() + 2 >= 6000 + reserve, "the budget is not used up: {}", log.calls());
         let seen = handle.snapshot();
         assert_eq!(seen.retries, u64::from(log.calls()) - 5000);
         assert_eq!(seen.gave_up, 5000);
@@ -84,16 +84,20 @@ async fn one_budget_for_two_layers() {
     }
     let response = send(&bad, get()).await.unwrap();
     let told = Attempts::of(&response);
-    assert_eq!((told.made, told.stop), (3, Stop::AttemptsUsedUp), "paid for by the other's calls");
+    assert_eq!(
+        (told.made, told.stop),
+        (3, Stop::AttemptsUsedUp),
+        "the calls of the other layer made the deposits"
+    );
     assert_eq!(Attempts::of(&send(&bad, get()).await.unwrap()).stop, Stop::BudgetUsedUp);
     assert_eq!((budget.denied(), budget.balance()), (1, 0.5));
-    assert_eq!(denied(), [0, 1], "each counts its own");
+    assert_eq!(denied(), [0, 1], "each layer counts its own denials");
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_reserve_trickles_and_is_capped() {
     let budget = RetryBudget::with(0.2, 2, 30);
-    assert_eq!(budget.balance(), 20.0, "ten seconds of it");
+    assert_eq!(budget.balance(), 20.0, "the initial balance is the reserve of ten seconds");
     advance(Duration::from_secs(4)).await;
     assert_eq!(budget.balance(), 28.0);
     advance(Duration::from_secs(3600)).await;
@@ -103,11 +107,11 @@ async fn the_reserve_trickles_and_is_capped() {
     advance(ms(500)).await;
     budget.withdraw().unwrap().spend();
     assert!(budget.withdraw().is_none());
-    assert_eq!(RetryBudget::with(0.2, 100, 3).balance(), 3.0, "the cap holds from the start");
+    assert_eq!(RetryBudget::with(0.2, 100, 3).balance(), 3.0, "the cap limits the initial balance");
     assert_eq!(RetryBudget::with(0.2, u32::MAX, u32::MAX).balance(), f64::from(u32::MAX));
 }
 
-/// However often it is asked in between: what is less than a millionth of a retry is not lost.
+/// Frequent withdrawals do not lose the fractions below a millionth of a retry.
 #[tokio::test(start_paused = true)]
 async fn the_trickle_does_not_dry_up_under_many_questions() {
     for (step, count) in [(999, 10_000), (1_500, 10_000), (1, 20_000)] {
@@ -134,7 +138,7 @@ fn many_threads_never_take_more_than_there_is() {
                     start.wait();
                     for m in 0..400 {
                         let Some(retry) = budget.withdraw() else { continue };
-                        // Some of them are cancelled: those do not count.
+                        // Some withdrawals are cancelled and do not count.
                         if (n + m + round) % 5 == 0 {
                             drop(retry);
                         } else {
@@ -147,7 +151,7 @@ fn many_threads_never_take_more_than_there_is() {
         });
         assert_eq!(granted.load(SeqCst) as f64 + budget.balance(), 500.0);
     }
-    // With deposits at the same time.
+    // The same with concurrent deposits.
     let budget = RetryBudget::with(0.3, 0, 1_000_000);
     let granted = AtomicU64::new(0);
     thread::scope(|scope| {
@@ -164,10 +168,10 @@ fn many_threads_never_take_more_than_there_is() {
         }
     });
     let sum = granted.load(SeqCst) as f64 + budget.balance();
-    assert!((sum - 12_000.0).abs() < 1e-6, "{sum}: none is lost, none is made");
+    assert!((sum - 12_000.0).abs() < 1e-6, "{sum}: no deposit is lost or counted twice");
 }
 
-// ===== Any schedule =====
+// ===== Random schedules =====
 
 #[derive(Clone, Copy, Debug)]
 enum Step {
@@ -189,7 +193,8 @@ fn step() -> impl Strategy<Value = Step> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..Default::default() })]
 
-    /// Held against the plain sum: never more, and no less than the cap and the rounding allow.
+    /// Compares the budget with a plain sum: it permits no more retries, and no fewer than the cap and the rounding
+    /// allow.
     #[test]
     fn retries_never_exceed_what_was_paid_in(
         ratio in 0.001f64..10.0,
@@ -205,14 +210,14 @@ proptest! {
         runtime.block_on(async {
             let budget = RetryBudget::with(ratio, per_second, cap);
             let start = f64::from(per_second * 10).min(f64::from(cap));
-            // The same in floating point.
+            // The model of the budget, in floating point.
             let (mut plain, mut paid, mut granted) = (start, start, 0.0);
             let mut slack = 1e-6;
             for step in steps {
                 let income = match step {
                     Step::Call => {
                         budget.deposit();
-                        // Half a millionth is rounded.
+                        // A deposit is rounded by up to half a millionth.
                         slack += 1e-6;
                         ratio
                     }
@@ -240,7 +245,7 @@ proptest! {
                 paid += income;
                 plain = (plain + income).min(f64::from(cap));
                 prop_assert!(granted <= paid + slack);
-                // Asked here too, so that the trickle is capped when ours is.
+                // Reading the balance caps the reserve at the same instants as the model.
                 prop_assert!((budget.balance() - plain).abs() <= slack);
             }
             Ok(())
@@ -256,7 +261,7 @@ fn each_kind_of_failure_has_its_cost() {
     (0..10).for_each(|_| budget.deposit());
     budget.withdraw_for(FailureKind::Timeout).unwrap().spend();
     assert_eq!(budget.balance(), 7.5);
-    // Given back as it was taken.
+    // A refund has the cost of its withdrawal.
     drop(budget.withdraw_for(FailureKind::Timeout).unwrap());
     assert_eq!(budget.balance(), 7.5);
     budget.withdraw_for(FailureKind::Status).unwrap().spend();
@@ -277,7 +282,7 @@ async fn the_preset_of_aws_costs_14_and_5_and_gives_the_last_one_back() {
     let layer = || RetryLayer::http().preset(Preset::Aws).budget(budget.clone());
     let outage: Inner = Inner::new(|_| Ok(status(503)));
     send(&layer().layer(outage), get()).await.unwrap();
-    assert_eq!(budget.balance(), 500.0 - 28.0, "no answer, nothing back");
+    assert_eq!(budget.balance(), 500.0 - 28.0, "without a success nothing is refunded");
     let throttled: Inner = Inner::new(|n| Ok(status(if n == 1 { 429 } else { 200 })));
     let backoff = Backoff::aws().without_jitter();
     let start = Instant::now();
@@ -287,8 +292,8 @@ async fn the_preset_of_aws_costs_14_and_5_and_gives_the_last_one_back() {
     let up_and_down: Inner =
         Inner::new(|n| Ok(status(if n < 3 { [503, 429][n as usize - 1] } else { 200 })));
     send(&layer().layer(up_and_down), get()).await.unwrap();
-    assert_eq!(budget.balance(), 472.0 - 14.0, "the last one's 5 alone");
-    // A call that needs none pays 1 in, whatever way its answer takes.
+    assert_eq!(budget.balance(), 472.0 - 14.0, "a success refunds the cost of the last retry only");
+    // A call without a retry and without a failure deposits 1.
     let fine: Inner = Inner::new(|_| Ok(status(200)));
     send(&layer().layer(fine.clone()), get()).await.unwrap();
     send(&layer().retry_if(|_| None).layer(fine), get()).await.unwrap();
@@ -304,9 +309,17 @@ async fn the_preset_of_aws_costs_14_and_5_and_gives_the_last_one_back() {
 fn the_preset_of_grpc_uses_the_upper_half() {
     let budget = RetryBudget::grpc(10, 0.5);
     let spent = std::iter::from_fn(|| budget.withdraw().map(|retry| retry.spend())).count();
-    assert_eq!((spent, budget.balance()), (4, 5.0), "more than half has to be left");
+    assert_eq!(
+        (spent, budget.balance()),
+        (4, 5.0),
+        "a retry requires more than half of the tokens"
+    );
     assert!(budget.withdraw().is_none());
-    assert_eq!((budget.balance(), budget.denied()), (4.0, 2), "failures are charged all the same");
+    assert_eq!(
+        (budget.balance(), budget.denied()),
+        (4.0, 2),
+        "a failure without a retry is charged, too"
+    );
     (0..9).for_each(|_| drop(budget.withdraw()));
     assert_eq!(budget.balance(), 0.0);
     (0..99).for_each(|_| budget.deposit());
@@ -320,8 +333,8 @@ fn the_preset_of_grpc_uses_the_upper_half() {
     }
 }
 
-/// gRFC A6 charges what failed so that it may be tried again, and a server's no; not what it answered, and not what
-/// nobody has seen.
+/// gRFC A6: the budget is charged for retryable failures and for a pushback that forbids a retry. It is not charged for
+/// other responses and for requests that no server has received.
 #[tokio::test(start_paused = true)]
 async fn the_preset_of_grpc_charges_failures_and_not_retries() {
     let balance_after = async |answer: fn(u32) -> Answer, request| {
@@ -331,8 +344,12 @@ async fn the_preset_of_grpc_charges_failures_and_not_retries() {
         budget.balance()
     };
     let fails = |_| Ok(status(503));
-    assert_eq!(balance_after(fails, get()).await, 96.0, "the last one too");
-    assert_eq!(balance_after(fails, post(Script::empty())).await, 99.0, "though it is unsafe");
+    assert_eq!(balance_after(fails, get()).await, 96.0, "the last failure is charged, too");
+    assert_eq!(
+        balance_after(fails, post(Script::empty())).await,
+        99.0,
+        "a failure is charged although a retry is unsafe"
+    );
     let never = |_| Ok(with_headers(503, &[("grpc-retry-pushback-ms", "-1")]));
     assert_eq!(balance_after(never, get()).await, 99.0);
     assert_eq!(balance_after(|_| Ok(status(500)), get()).await, 100.0);
@@ -364,7 +381,7 @@ fn fail(how: u8) -> Answer {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..Default::default() })]
 
-    /// Never more than `1 + ratio` attempts per request and the reserve, whatever fails, however it is set.
+    /// With any failures and settings, there are at most `1 + ratio` attempts per request, plus the reserve.
     #[test]
     fn attempts_never_exceed_the_ratio_and_the_reserve(
         failures in prop::collection::vec(failure(), 1..200),

@@ -1,4 +1,4 @@
-//! What every layer must get right, as far as a retry is concerned.
+//! The test list for every layer, for the retry layer.
 
 use std::{
     error::Error,
@@ -24,7 +24,7 @@ use tower_test::mock::Spawn;
 
 use crate::kit::*;
 
-/// Waits of exactly 100 ms, and `budget`.
+/// Returns a layer with delays of exactly 100 ms and this budget.
 fn steady(budget: &RetryBudget) -> RetryLayer {
     RetryLayer::http().backoff(Backoff::constant(ms(100)).without_jitter()).budget(budget.clone())
 }
@@ -53,7 +53,7 @@ async fn passes_through() {
         (response.status().as_u16(), &response.headers()["x-yours"]),
         (200, &"2".parse().unwrap())
     );
-    assert!(response.extensions().is_empty(), "nothing to tell");
+    assert!(response.extensions().is_empty(), "a call without a retry has no record");
     assert_eq!(read(response.into_body()).await.0, "pong");
 
     let error = send(&service, ask()).await.unwrap_err();
@@ -74,7 +74,7 @@ async fn clone_resets_readiness() {
     assert_ready_ok!(service.poll_ready());
     log.gate(Gate::Shut);
     let mut clone = service.clone();
-    assert_pending!(clone.poll_ready(), "readiness went along");
+    assert_pending!(clone.poll_ready(), "a clone starts without readiness");
     assert_eq!(log.taken(), (1, 0));
     log.gate(Gate::Open);
     assert!(clone.is_woken());
@@ -92,9 +92,9 @@ async fn no_call_without_ready_at_every_attempt() {
     let service = RetryLayer::http().attempts(5).without_budget().layer(inner);
     let response = send(&service, get()).await.unwrap();
     assert_eq!(Attempts::of(&response).made, 5);
-    assert_eq!((log.calls(), log.readied()), (5, 5), "readied anew each time");
+    assert_eq!((log.calls(), log.readied()), (5, 5), "each attempt has its own readiness");
     log.assert_strict();
-    // The first of the next call as well, on the same instance.
+    // Calls on the same instance also have their own readiness.
     let mut service = service;
     for _ in 0..2 {
         service.ready().await.unwrap().call(get()).await.unwrap();
@@ -113,7 +113,7 @@ async fn inner_poll_ready_error_propagates() {
     let error: BoxError = assert_ready_err!(service.poll_ready());
     assert_eq!(error.source().unwrap().downcast_ref(), Some(&Oops("not ready")));
     let told = Attempts::find(&*error).unwrap();
-    assert_eq!((told.made, told.stop), (0, Stop::NotReady), "there was none yet");
+    assert_eq!((told.made, told.stop), (0, Stop::NotReady), "no attempt was made");
 
     log.gate(Gate::Open);
     assert_ready_ok!(service.poll_ready());
@@ -124,12 +124,12 @@ async fn inner_poll_ready_error_propagates() {
     let error = assert_ready_err!(future.poll());
     assert_eq!(error.source().unwrap().downcast_ref(), Some(&Oops("not ready")));
     let told = Attempts::find(&*error).unwrap();
-    assert_eq!((told.made, told.stop), (1, Stop::NotReady), "the second was not made");
+    assert_eq!((told.made, told.stop), (1, Stop::NotReady), "the second attempt was not made");
     drop(future);
-    assert_eq!((log.calls(), budget.balance()), (1, 3.0), "nor charged");
+    assert_eq!((log.calls(), budget.balance()), (1, 3.0), "the second attempt is not charged");
 }
 
-// ===== Giving back =====
+// ===== Release =====
 
 #[tokio::test(start_paused = true)]
 async fn service_drop_releases() {
@@ -153,8 +153,8 @@ async fn unpolled_future_drop_releases() {
     assert_eq!((log.taken(), budget.balance()), ((0, 0), 3.0));
 }
 
-/// Dropped while it calls, drains, waits, readies or calls again: what was withdrawn and not used comes
-/// back, what was used does not.
+/// The future is dropped during the first attempt, the drain, the delay, the wait for readiness, or the second attempt.
+/// An unused withdrawal is refunded, and a used one is not.
 #[tokio::test(start_paused = true)]
 async fn pending_future_drop_releases() {
     let hanging = Inner::<Script>::with(|_, _| std::future::pending::<Answer>());
@@ -163,7 +163,7 @@ async fn pending_future_drop_releases() {
     let then_hanging = Inner::<Script>::with(|n, _| async move {
         if n > 1 { std::future::pending().await } else { Ok(status(503)) }
     });
-    // The inner service, how far the clock goes, whether it is not ready by then, what is left.
+    // The inner service, the milliseconds until the drop, whether the inner service is not ready then, and the balance.
     let cases = [
         ("calling", hanging, 0, false, 5.0),
         ("draining", Inner::new(failing), 49, false, 5.0),
@@ -197,7 +197,7 @@ async fn pending_future_drop_releases() {
 
 #[tokio::test(start_paused = true)]
 async fn inner_panic_releases() {
-    // A call that panics, and one that panics when it is made ready again.
+    // The second attempt panics in its future, or in `poll_ready`.
     for panics_in_ready in [false, true] {
         let inner = Inner::<Script>::with(|n, _| async move {
             assert!(n != 2, "scripted panic");
@@ -216,12 +216,16 @@ async fn inner_panic_releases() {
         let left = if panics_in_ready { 5.0 } else { 4.0 };
         assert_eq!((log.taken(), budget.balance()), ((0, 0), left));
         if !panics_in_ready {
-            assert_eq!(send(&service, get()).await.unwrap().status(), 200, "and goes on");
+            assert_eq!(
+                send(&service, get()).await.unwrap().status(),
+                200,
+                "the service still works"
+            );
         }
     }
 }
 
-/// What a user hands in is called on the way of a call: its panic is that call's, and nobody else's.
+/// A call runs the closures of the user. The panic of a closure ends this call only.
 #[tokio::test(start_paused = true)]
 async fn a_panic_in_a_users_closure_is_the_calls_alone() {
     let budget = purse(5);
@@ -259,7 +263,7 @@ async fn a_panic_in_a_users_closure_is_the_calls_alone() {
     }
 }
 
-/// A body that panics under the lock of what is kept of it.
+/// The body panics while the lock of the saved request is held.
 #[tokio::test(start_paused = true)]
 async fn a_panicking_request_body_is_not_sent_again_and_breaks_nothing() {
     let inner = Inner::<Script>::with(|_, request| async move {
@@ -273,7 +277,7 @@ async fn a_panicking_request_body_is_not_sent_again_and_breaks_nothing() {
     assert_eq!(Attempts::of(&response).stop, Stop::BodyGone);
 }
 
-// ===== Both directions =====
+// ===== Request and response bodies =====
 
 #[tokio::test(start_paused = true)]
 async fn trailers_and_size_hint_forwarded() {

@@ -1,6 +1,6 @@
-//! What a call that is not retried allocates, alone and beside tower's own retry.
+//! The allocations of a call that is not retried, alone and compared with the retry of tower.
 //!
-//! What else it costs, instructions and atomic operations, the benchmark of overhead counts.
+//! The benchmark of overhead counts the other costs: instructions and atomic operations.
 
 use std::{
     convert::Infallible,
@@ -25,7 +25,7 @@ use tower::{
     },
 };
 
-/// How many allocations one call makes, in a second call on the same service.
+/// Counts the allocations of the second call on a service.
 fn allocations<S, Req>(service: &mut S, request: impl Fn() -> Req) -> u64
 where
     S: Service<Req>,
@@ -84,8 +84,8 @@ fn nor_does_one_that_a_user_has_a_say_in() {
     assert_eq!(allocations(&mut service, get), 0);
 }
 
-/// A URI out of a `String`, as most clients have it. One of a path alone is an unshared buffer, which is
-/// made a shared one when it is copied for the first time.
+/// A URI made from a `String`, as in most clients. A URI without an authority has an unshared buffer, which its first
+/// clone converts to a shared one.
 #[test]
 fn a_uri_made_at_run_time_costs_what_its_first_copy_costs() {
     let mut service = RetryLayer::http().layer(Plain(200));
@@ -97,7 +97,7 @@ fn a_uri_made_at_run_time_costs_what_its_first_copy_costs() {
     }
 }
 
-/// They have to be kept, because the call takes them away.
+/// The layer saves the headers, because the call consumes the request.
 #[test]
 fn headers_cost_one_allocation_half_of_what_a_copy_of_them_costs() {
     let mut service = RetryLayer::http().layer(Plain(200));
@@ -113,10 +113,10 @@ fn headers_cost_one_allocation_half_of_what_a_copy_of_them_costs() {
         request
     };
     assert_eq!((allocations(&mut service, request), copy), (1, 2));
-    // One attempt alone may be repeated too, where no server has seen it.
+    // A layer with one attempt saves them, too, for a transparent retry.
     let mut service = RetryLayer::http().attempts(1).layer(Plain(200));
     assert_eq!(allocations(&mut service, request), 1);
-    // With nothing to be repeated there is nothing to keep.
+    // A layer that never repeats a request saves nothing.
     let mut service = RetryLayer::http().attempts(0).layer(Plain(200));
     assert_eq!(allocations(&mut service, request), 0);
     let put = || Request::put("/").body(Full::new(Bytes::from_static(b"hello"))).unwrap();
@@ -147,11 +147,11 @@ fn nor_does_one_of_any_clone_type() {
     assert_eq!(allocations(&mut service, || 7), 0);
 }
 
-// ===== Tower's =====
+// ===== The retry of tower =====
 
 type Call = Request<Full<Bytes>>;
 
-/// What tower's documentation shows: retry while the budget says so, pay in what was good.
+/// The policy in the documentation of tower: it retries while the budget permits it, and deposits for each success.
 #[derive(Clone, Default)]
 struct Theirs(Arc<TpsBudget>);
 
@@ -177,7 +177,7 @@ impl Policy<Call, Response<Full<Bytes>>, Infallible> for Theirs {
     }
 }
 
-/// Reads the body, as a client does.
+/// A service that reads the request body, as a client does.
 #[derive(Clone)]
 struct Reads;
 
@@ -208,7 +208,7 @@ fn a_call_that_is_not_retried_allocates_no_more_than_under_towers_retry() {
             let body = if body.is_empty() { Bytes::new() } else { shared.clone() };
             let mut request = Request::put("/").body(Full::new(body)).unwrap();
             for n in 0..headers {
-                // Made for this request alone, as most requests have some.
+                // A header name that is allocated for this request, as in most requests.
                 let name = HeaderName::try_from(format!("x-header-{n}")).unwrap();
                 request.headers_mut().insert(name, HeaderValue::from(n));
             }
@@ -220,6 +220,6 @@ fn a_call_that_is_not_retried_allocates_no_more_than_under_towers_retry() {
             "{headers} headers, {} bytes: {ours}, tower's {theirs}",
             request().body().size_hint().lower()
         );
-        assert!(ours <= theirs, "{headers} headers: {ours} allocations, tower's makes {theirs}");
+        assert!(ours <= theirs, "{headers} headers: {ours} allocations, tower makes {theirs}");
     }
 }

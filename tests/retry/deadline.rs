@@ -1,4 +1,4 @@
-//! The caller's deadline: nothing is begun that would not end before it.
+//! The deadline of a call: no attempt and no delay begins that would not end before it.
 
 use std::time::Duration;
 
@@ -38,12 +38,12 @@ async fn a_wait_that_leaves_no_time_for_an_attempt_is_not_begun() {
         let budget = purse(9);
         let told = failing(layer(ms(100)).budget(budget.clone()), within(ms(time), get())).await;
         assert_eq!((told.made, told.stop), (made, stop), "{time} ms");
-        assert_eq!(budget.balance(), 9.0 - f64::from(made - 1), "asked last");
+        assert_eq!(budget.balance(), 9.0 - f64::from(made - 1), "the budget is checked last");
     }
     assert!(start.elapsed() < ms(310));
     let told = failing(layer(ms(100)).least_attempt(ms(50)), within(ms(149), get())).await;
     assert_eq!(told.made, 1);
-    assert_eq!(failing(layer(ms(100)), get()).await.made, 3, "without one");
+    assert_eq!(failing(layer(ms(100)), get()).await.made, 3, "without a deadline");
 }
 
 #[tokio::test(start_paused = true)]
@@ -95,7 +95,7 @@ async fn readying_is_bounded_by_the_deadline() {
     let error = result.err().unwrap();
     let refused = Rejected::find(&*error).unwrap();
     assert_eq!((refused.layer(), refused.kind()), ("retry", RejectedKind::DeadlinePassed));
-    assert_eq!(budget.balance(), 9.0, "paid back");
+    assert_eq!(budget.balance(), 9.0, "the withdrawal is refunded");
 }
 
 #[tokio::test(start_paused = true)]
@@ -118,7 +118,7 @@ async fn an_attempt_under_way_ends_with_the_deadline() {
         let told = told(&result);
         assert_eq!((told.made, told.stop, log.calls()), (made, Stop::DeadlinePassed, made));
         assert_eq!(told.each().last().unwrap().outcome.reason(), Reason::Timeout);
-        assert_eq!(log.taken(), (0, 0), "it is dropped");
+        assert_eq!(log.taken(), (0, 0), "the attempt is dropped");
         assert_eq!(budget.balance(), 9.0 - f64::from(made - 1));
         let error = result.err().unwrap();
         let late = Rejected::find(&*error).unwrap();
@@ -127,12 +127,12 @@ async fn an_attempt_under_way_ends_with_the_deadline() {
         assert_eq!(
             Outcome::of_error(&*error).reason(),
             Reason::Timeout,
-            "also for who is around it"
+            "outer layers see a timeout, too"
         );
     }
 }
 
-/// Both know the same deadline, and this layer is the first to see it pass.
+/// The retry layer and the outer deadline layer have the same deadline. The retry layer ends the call first.
 #[tokio::test(start_paused = true)]
 async fn who_set_the_deadline_says_how_it_is_told() {
     let outer = || DeadlineLayer::new().default_of(ms(100));
@@ -167,7 +167,7 @@ async fn who_set_the_deadline_says_how_it_is_told() {
             assert!(told.is_some() || answer.status() == 504);
             assert_eq!(handle.snapshot().ended, 1);
         }
-        // As an error it is the retry's, which tells more.
+        // Without `respond`, the caller receives the error of the retry layer, which has the record of the attempts.
         let (log, retry) = inner();
         let service = outer().layer(retry);
         let (error, ()) = tokio::join!(send(&service, get()), shut_later(log));
@@ -198,7 +198,7 @@ async fn reading_an_answer_away_leaves_time_for_the_next_attempt() {
     assert!(start.elapsed() >= ms(10) && start.elapsed() <= ms(12), "{:?}", start.elapsed());
 }
 
-/// Somebody further out may have queued it for too long.
+/// An outer layer may have queued the call for too long.
 #[tokio::test(start_paused = true)]
 async fn a_call_that_comes_after_its_deadline_is_not_begun() {
     let inner: Inner = Inner::new(|_| Ok(status(200)));
@@ -210,7 +210,7 @@ async fn a_call_that_comes_after_its_deadline_is_not_begun() {
     assert_eq!(log.taken(), (1, 0));
     tokio::time::sleep(ms(20)).await;
     let call = service.call(request);
-    assert_eq!(log.taken(), (0, 0), "what was reserved for it is free");
+    assert_eq!(log.taken(), (0, 0), "the reservation is released");
     let result = call.await;
     assert_eq!((told(&result).made, told(&result).stop), (0, Stop::DeadlinePassed));
     assert_eq!((log.calls(), told(&result).each().len()), (0, 0));
@@ -230,7 +230,7 @@ async fn no_attempt_begins_at_the_deadline() {
     assert_eq!((log.calls(), told(&result).stop), (1, Stop::DeadlinePassed));
 }
 
-// ===== A refusal of our own =====
+// ===== Rejections by inner layers =====
 
 fn refusing(after: Option<Duration>) -> impl Fn(u32) -> Answer + Send + Sync + 'static {
     move |n| match (n, after) {
@@ -261,7 +261,7 @@ async fn inner_rejection_ends_the_call_at_once_with_or_without_a_deadline() {
             text,
             "gave up after 1 attempt, nothing was sent (rejected): concurrency limit is reached"
         );
-        assert_eq!(budget.balance(), 9.0, "the upstream has not failed");
+        assert_eq!(budget.balance(), 9.0, "a rejection makes no withdrawal");
     }
 }
 
@@ -277,7 +277,7 @@ async fn wait_on_rejection_waits_if_the_rejection_states_a_time_that_fits() {
         let budget = purse(9);
         let layer = layer(ms(1)).budget(budget.clone()).wait_on_rejection(true);
         let service = layer.layer(Inner::new(refusing(after)));
-        // The upstream has not received the request: any method.
+        // The upstream has not received the request, so any method is safe.
         let mut request = post(Script::empty());
         if let Some(deadline) = deadline {
             request = within(deadline, request);
@@ -291,7 +291,7 @@ async fn wait_on_rejection_waits_if_the_rejection_states_a_time_that_fits() {
         } else {
             assert_eq!((told.stop, start.elapsed()), (Stop::Rejected, ms(0)));
         }
-        assert_eq!(budget.balance(), 9.0, "the upstream has not failed");
+        assert_eq!(budget.balance(), 9.0, "a rejection makes no withdrawal");
     }
 }
 

@@ -1,4 +1,4 @@
-//! What becomes of an answer that is not given out.
+//! Discarded responses: drained or dropped.
 
 use std::sync::{Arc, Mutex, atomic::Ordering::SeqCst};
 
@@ -9,7 +9,8 @@ use tower::{Layer, ServiceBuilder};
 
 use crate::kit::*;
 
-/// How long one retry takes over this body, what of it was read, and whether it was gone by then.
+/// Makes a call whose first response has this body and is discarded. Returns the time in milliseconds, and the frames
+/// and bytes that were read of the body. Asserts that the body is dropped before the second attempt.
 async fn discard(pieces: Vec<Piece>, tells: bool) -> (u128, u32, u32) {
     let watched = Arc::new(Mutex::new(None));
     let seen = watched.clone();
@@ -17,7 +18,7 @@ async fn discard(pieces: Vec<Piece>, tells: bool) -> (u128, u32, u32) {
         let mut last = seen.lock().unwrap();
         if n == 2 {
             let last: &Arc<Watched> = last.as_ref().unwrap();
-            assert_eq!(Arc::strong_count(last), 1, "gone before the next attempt");
+            assert_eq!(Arc::strong_count(last), 1, "the body is dropped before the next attempt");
             return Ok(status(200));
         }
         let body = Script::new(pieces.clone());
@@ -44,19 +45,23 @@ async fn a_small_answer_is_read_to_its_end() {
         let pieces = vec![chunk(1), Piece::Pause(ms(20)), chunk(30), end.clone()];
         assert_eq!(discard(pieces, tells).await, (20, 3, 31 * 1024), "{tells}");
     }
-    assert_eq!(discard(vec![chunk(64)], true).await, (0, 1, 64 * 1024), "64 KiB is not too much");
+    assert_eq!(discard(vec![chunk(64)], true).await, (0, 1, 64 * 1024), "64 KiB are drained");
     assert_eq!(discard(Vec::new(), false).await, (0, 0, 0));
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_large_answer_is_dropped() {
-    assert_eq!(discard(vec![chunk(65)], true).await, (0, 0, 0), "known to be too large: unread");
+    assert_eq!(
+        discard(vec![chunk(65)], true).await,
+        (0, 0, 0),
+        "a body that is known to be too large is not read"
+    );
     let (took, _, bytes) = discard(vec![Piece::Endless(Bytes::from(vec![7; 1000]))], false).await;
     assert_eq!(took, 0);
     assert!((64_000..=67_000).contains(&bytes), "{bytes}");
 }
 
-/// Also one that does not say how long it is.
+/// This applies to a body of unknown length, too.
 #[tokio::test(start_paused = true)]
 async fn with_nothing_to_be_read_away_every_answer_is_dropped_at_once() {
     for tells in [true, false] {
@@ -84,7 +89,7 @@ async fn a_stuck_body_is_waited_for_50_ms() {
     let (took, frames, _) = discard(vec![chunk(1), Piece::Stuck], false).await;
     assert!((50..=51).contains(&took), "{took}");
     assert_eq!(frames, 1);
-    // A slow one as well: the time is for all of it.
+    // The time bounds the whole drain of a slow body.
     let slow = [Piece::Pause(ms(20)), chunk(1)];
     let (took, frames, _) = discard(slow.iter().cloned().cycle().take(20).collect(), true).await;
     assert!((50..=51).contains(&took), "{took}");
@@ -96,7 +101,7 @@ async fn an_erroring_body_is_dropped() {
     assert_eq!(discard(vec![chunk(1), Piece::Error], true).await, (0, 1, 1024));
 }
 
-/// The time of reading is part of the wait, not added to it.
+/// The time of the drain is part of the delay, not added to it.
 #[tokio::test(start_paused = true)]
 async fn draining_is_not_added_to_the_wait() {
     let inner: Inner = Inner::new(|n| {
@@ -108,8 +113,8 @@ async fn draining_is_not_added_to_the_wait() {
     assert!(start.elapsed() >= ms(80) && start.elapsed() <= ms(82), "{:?}", start.elapsed());
 }
 
-/// With one permit below a retry, others go while it waits: whether the answer ends, sticks, is too
-/// large, or is an error.
+/// The inner limit has one permit. Another call can acquire it during the delay, whether the discarded response is
+/// empty, stuck, too large, or an error.
 #[tokio::test(start_paused = true)]
 async fn the_limits_permit_is_free_during_the_backoff() {
     type First = fn() -> Answer;
@@ -135,7 +140,7 @@ async fn the_limits_permit_is_free_during_the_backoff() {
     }
 }
 
-/// However much may be read, it is not read in one go: the time is looked at, and others have their turn.
+/// The drain yields regularly, whatever its bound, so that its timer and other tasks run.
 #[tokio::test]
 async fn a_body_that_is_always_ready_lets_others_run() {
     let watched = Arc::new(Mutex::new(None));

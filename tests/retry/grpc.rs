@@ -1,4 +1,4 @@
-//! gRPC: the status in the head or in the trailers, pushback, and streams that begin late.
+//! gRPC: the status in the head or in the trailers, pushback, and streams whose first frame is late.
 
 use std::time::Duration;
 
@@ -27,14 +27,14 @@ fn body(pieces: impl IntoIterator<Item = Piece>) -> Response<Script> {
     head(&[]).map(|_| Script::new(pieces).untold())
 }
 
-/// What came of a call that gets this answer at every attempt.
+/// Returns the record of a call whose attempts all receive this response.
 async fn outcome(answer: impl Fn() -> Response<Script> + Send + Sync + 'static) -> Attempts {
     let inner: Inner = Inner::new(move |_| Ok(answer()));
     let log = inner.log.clone();
     let response = send(&layer().layer(inner), post(Script::text("ask"))).await.unwrap();
     let told = Attempts::of(&response);
     assert_eq!(told.made, log.calls());
-    // And what is given out is whole.
+    // The caller receives a complete response.
     read(response.into_body()).await;
     told
 }
@@ -79,7 +79,7 @@ async fn pushback_is_a_lower_bound_or_a_no() {
         assert_eq!((told.made, told.stop), (1, Stop::Pushback), "{text:?}");
         let told = outcome(move || body([trailers(&unavailable)])).await;
         assert_eq!((told.made, told.stop), (1, Stop::Pushback), "{text:?}");
-        // A status of the HTTP kind does not make the no unsaid.
+        // An HTTP status does not override the pushback.
         let told = outcome(move || {
             let mut response = head(&unavailable);
             *response.status_mut() = http::StatusCode::SERVICE_UNAVAILABLE;
@@ -122,7 +122,7 @@ async fn no_frame_is_lost_by_looking_at_the_first() {
     }
 }
 
-/// The end was seen already when the answer is given out; a body need not be asked twice for it.
+/// The layer has seen the end of the body before it returns the response. A body must not be polled after its end.
 #[tokio::test(start_paused = true)]
 async fn a_body_is_not_polled_after_its_end() {
     let inner: Inner = Inner::new(|_| Ok(body([])));
@@ -150,12 +150,12 @@ async fn a_stream_that_begins_late_is_not_held_back() {
     let (all, end) = read(response.into_body()).await;
     assert_eq!((&all[..], end), (&b"late"[..], Some(map(&[("grpc-status", "0")]))));
     assert!(start.elapsed() >= Duration::from_secs(60));
-    // Within the patience a failure is still seen.
+    // A failure within 10 ms is still recognised.
     let late = || body([Piece::Pause(ms(5)), trailers(&[("grpc-status", "14")])]);
     assert_eq!(outcome(late).await.made, 3);
 }
 
-/// The trailers of gRPC-Web are in its body: it is not waited for.
+/// gRPC-Web sends its trailers in the body. The layer does not wait for them.
 #[tokio::test(start_paused = true)]
 async fn grpc_web_is_not_looked_into() {
     let inner: Inner = Inner::new(|_| {
@@ -169,7 +169,7 @@ async fn grpc_web_is_not_looked_into() {
     assert_eq!(start.elapsed(), Duration::ZERO);
 }
 
-/// What the server may have done already is not done twice: only its word that it has not counts.
+/// The server may have processed the call. The layer repeats a call only if the server declares that it has not.
 #[tokio::test(start_paused = true)]
 async fn a_call_that_broke_off_is_not_repeated() {
     use std::io::ErrorKind as K;
@@ -180,7 +180,7 @@ async fn a_call_that_broke_off_is_not_repeated() {
     }
 }
 
-/// Without `grpc()` a call is a `POST`: not repeated, unless it has a key.
+/// Without `grpc()` a call is a `POST`, which is repeated only if it has an idempotency key.
 #[tokio::test(start_paused = true)]
 async fn the_http_layer_does_not_repeat_grpc_calls() {
     let inner: Inner = Inner::new(|_| Ok(head(&[("grpc-status", "14")])));
@@ -192,7 +192,7 @@ async fn the_http_layer_does_not_repeat_grpc_calls() {
     assert_eq!(Attempts::of(&send(&service, keyed).await.unwrap()).made, 3);
 }
 
-/// gRFC A6: how many attempts were made before, of those that a server may have seen.
+/// gRFC A6: the header counts the earlier attempts that a server may have received.
 #[tokio::test(start_paused = true)]
 async fn repeated_attempts_say_how_many_there_were() {
     let told = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
@@ -218,6 +218,6 @@ async fn repeated_attempts_say_how_many_there_were() {
     assert_eq!(
         *told.lock().unwrap(),
         [None, None, said("1"), said("1"), said("2")],
-        "not what nobody saw"
+        "attempts that no server has received do not count"
     );
 }

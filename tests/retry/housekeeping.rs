@@ -1,4 +1,4 @@
-//! Connection housekeeping: retried at once, without counting an attempt or charging the budget.
+//! Connection housekeeping: an immediate retry, without counting an attempt and without a withdrawal.
 
 use std::sync::{
     Arc,
@@ -63,7 +63,7 @@ async fn housekeeping_beyond_five_retries_follows_the_ordinary_rules() {
         let (budget, start) = (purse(9), Instant::now());
         let outcomes = vec![housekeeping(reason)];
         assert_eq!(call(layer(&budget), outcomes).await, (false, 5 + 3), "{reason}");
-        assert!((ms(200)..ms(203)).contains(&start.elapsed()), "{reason}: two waits");
+        assert!((ms(200)..ms(203)).contains(&start.elapsed()), "{reason}: two delays");
         assert_eq!(budget.balance(), 7.0, "{reason}: two retries");
     }
 }
@@ -73,7 +73,7 @@ async fn the_maximum_of_five_transparent_retries_holds_for_the_whole_call() {
     let (stale, failed) = (housekeeping(Reason::StaleConnection), Outcome::failure());
     let mut outcomes = vec![stale, stale, stale, failed, stale, stale, failed];
     outcomes.push(Outcome::success());
-    // The retries of the two failures are charged, and the five others are transparent.
+    // The retries of the two failures make withdrawals, and the five others are transparent.
     assert_eq!(call(layer(&purse(9)), outcomes).await, (true, 8));
     let outcomes = vec![stale, stale, stale, failed, stale, stale, failed, stale];
     assert_eq!(call(layer(&purse(9)), outcomes).await, (false, 8));
@@ -91,7 +91,7 @@ async fn transparent_retries_without_responses_end_after_two_hundred() {
     // Attempts and backoff apply.
     let (layer, start) = (layer.attempts(3), Instant::now());
     assert_eq!(call(layer.clone(), vec![stale]).await, (false, 3));
-    assert!((ms(200)..ms(203)).contains(&start.elapsed()), "two waits");
+    assert!((ms(200)..ms(203)).contains(&start.elapsed()), "two delays");
     // One response deposits five transparent retries.
     let layer = layer.attempts(1);
     for response in [Outcome::success(), Outcome::failure().because(Reason::Status)] {

@@ -1,4 +1,4 @@
-//! A strict inner service, and short names for what every test needs.
+//! A strict inner service, and helpers for the tests of the retry layer.
 
 use std::{
     error::Error,
@@ -36,7 +36,7 @@ impl fmt::Display for Oops {
 
 impl Error for Oops {}
 
-// ===== An inner service that counts =====
+// ===== An inner service with counters =====
 
 pub type Answer = Result<Response<Script>, BoxError>;
 type Answering = Pin<Box<dyn Future<Output = Answer> + Send>>;
@@ -47,7 +47,7 @@ pub enum Gate {
     Open,
     Shut,
     Broken,
-    /// Each readiness takes a second poll.
+    /// Each readiness takes two polls.
     Slow,
     Panics,
 }
@@ -71,7 +71,7 @@ impl Log {
         self.readied.load(SeqCst)
     }
 
-    /// Readied instances that were not called yet, and calls under way.
+    /// Returns the number of ready instances that were not called, and the number of calls in flight.
     pub fn taken(&self) -> (i64, i64) {
         (self.reserved.load(SeqCst), self.in_flight.load(SeqCst))
     }
@@ -85,7 +85,7 @@ impl Log {
         wakers.into_iter().for_each(Waker::wake);
     }
 
-    /// No call was made on an instance that had not said it was ready.
+    /// Asserts that no call was made without readiness.
     #[track_caller]
     pub fn assert_strict(&self) {
         assert_eq!(self.without_ready.load(SeqCst), 0, "called without readiness");
@@ -103,7 +103,7 @@ impl<B: Body + Send + 'static> Inner<B>
 where
     B::Error: Into<BoxError> + fmt::Debug + Send,
 {
-    /// Answers the nth call (1 is the first) when its body has been read.
+    /// Responds to the nth call after its request body has been read. The first call has the number 1.
     pub fn new(answer: impl Fn(u32) -> Answer + Send + Sync + 'static) -> Self {
         let answer = Arc::new(answer);
         Self::with(move |n, request| {
@@ -197,7 +197,7 @@ impl<B: 'static> Service<Request<ReplayBody<B>>> for Inner<B> {
     }
 }
 
-/// A call under way, counted until it is dropped.
+/// A call in flight, counted until it is dropped.
 pub struct Flight {
     answering: Answering,
     log: Arc<Log>,
@@ -217,7 +217,7 @@ impl Drop for Flight {
     }
 }
 
-// ===== Short names =====
+// ===== Helpers =====
 
 pub fn request(method: Method, body: Script) -> Request<Script> {
     Request::builder().method(method).uri("/").body(body).unwrap()
@@ -256,7 +256,7 @@ where
     service.clone().oneshot(request).await
 }
 
-/// What the retry did, however the call ended.
+/// Returns the record of the retry layer, from the response or from the error.
 pub fn told<B>(result: &Result<Response<B>, BoxError>) -> Attempts {
     match result {
         Ok(response) => Attempts::of(response),
@@ -264,7 +264,7 @@ pub fn told<B>(result: &Result<Response<B>, BoxError>) -> Attempts {
     }
 }
 
-/// A budget with `retries` in it, to which nothing is added by time.
+/// Returns a budget with this balance, which gains nothing over time.
 pub fn purse(retries: u32) -> RetryBudget {
     let budget = RetryBudget::with(1.0, 0, retries);
     (0..retries).for_each(|_| budget.deposit());

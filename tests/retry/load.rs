@@ -1,4 +1,4 @@
-//! What many callers with a retry do to what they call: herds, amplification, and what is gained.
+//! The effects of many clients with a retry layer: herds, amplification, and the share of calls that succeed.
 
 use std::{
     cell::{Cell, RefCell},
@@ -24,7 +24,7 @@ fn answer(status: u16) -> Response<Body> {
     Response::builder().status(status).body(Empty::new()).unwrap()
 }
 
-/// The status of what comes back in the end.
+/// Returns the status of the final response.
 async fn get<S, B>(service: &S) -> u16
 where
     S: Service<Request<Body>, Response = Response<B>, Error: Debug> + Clone,
@@ -34,7 +34,7 @@ where
 
 // ===== Herds =====
 
-/// How many of `clients`, all told at once to come back after `hint`, come within the same 100 ms.
+/// Sends the hint to all clients at the same time. Returns the maximum number of clients that return within 100 ms.
 async fn peak(clients: usize, hint: u64, jitter: f64) -> usize {
     fastrand::seed(7);
     let (arrivals, start) = (RefCell::new(Vec::new()), Instant::now());
@@ -56,7 +56,7 @@ async fn peak(clients: usize, hint: u64, jitter: f64) -> usize {
     let mut arrivals = arrivals.into_inner();
     arrivals.sort();
     assert_eq!(arrivals.len(), clients);
-    assert!(arrivals[0] >= Duration::from_secs(hint), "before the time that was asked for");
+    assert!(arrivals[0] >= Duration::from_secs(hint), "a client returns before the hint");
     let within = |at: Duration| arrivals.partition_point(|other| *other < at);
     let window = Duration::from_millis(100);
     arrivals.iter().map(|&at| within(at + window) - within(at)).max().unwrap()
@@ -83,7 +83,7 @@ struct Load {
     seconds: f64,
 }
 
-/// 10,000 calls, 1000 a second, of an upstream of which that share of the attempts fails.
+/// Makes 10,000 calls, 1000 per second, to an upstream in which this share of the attempts fails.
 async fn load(failing: f64, layer: RetryLayer) -> Load {
     const CALLS: u32 = 10_000;
     fastrand::seed(7);
@@ -110,7 +110,7 @@ async fn retry_adds_a_tenth_at_most_to_an_outage_with_a_budget_of_a_tenth() {
         load(1.0, RetryLayer::http().budget(RetryBudget::with(0.1, 0, 100))).await;
     println!("all failing: {:.4} attempts a call", f64::from(attempts) / f64::from(calls));
     assert!(attempts * 10 <= calls * 11, "{attempts} attempts for {calls} calls");
-    // It is the budget that bounds them, and it is used.
+    // The budget bounds the attempts, and it is used up.
     assert!(attempts * 100 >= calls * 109, "{attempts} attempts for {calls} calls");
     assert_eq!(succeeded, 0);
 }
@@ -120,7 +120,7 @@ async fn retry_adds_its_budget_and_its_reserve_at_most_whatever_share_fails() {
     for (ratio, failing) in [(0.1, 1.0), (0.1, 0.6), (0.1, 0.2), (0.2, 1.0), (0.2, 0.5)] {
         let Load { calls, attempts, seconds, .. } =
             load(failing, RetryLayer::http().budget(RetryBudget::ratio(ratio))).await;
-        // Ten to begin with, and one a second.
+        // The initial balance of 10, and one per second.
         let most = f64::from(calls) * (1.0 + ratio) + 10.0 + seconds;
         assert!(f64::from(attempts) <= most, "{failing}: {attempts} attempts, at most {most}");
         let unbounded = load(failing, RetryLayer::http().without_budget()).await.attempts;
@@ -142,10 +142,10 @@ async fn retry_makes_98_of_100_calls_succeed_when_10_of_100_attempts_fail() {
         assert!(load <= 1.12, "{name}: {load}");
     }
     let without = load(0.1, RetryLayer::http().attempts(1)).await;
-    assert!(without.succeeded * 100 < without.calls * 92, "what the retry makes good");
+    assert!(without.succeeded * 100 < without.calls * 92, "fewer calls succeed without retries");
 }
 
-/// Backing off is what the whole of it rests on: waits are drawn, and not all the same.
+/// The random delays spread the retries of calls that failed at the same time.
 #[tokio::test(start_paused = true)]
 async fn retry_spreads_those_who_failed_together() {
     fastrand::seed(7);

@@ -8,7 +8,7 @@
     feature = "tracing"
 ))]
 
-/// So that `cargo test retry` finds them all.
+/// The path of each test begins with `retry`, so that `cargo test retry` selects all of them.
 #[path = "."]
 mod retry {
     mod bodies;

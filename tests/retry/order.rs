@@ -1,4 +1,4 @@
-//! What is retried and what is not, in the order in which it is decided.
+//! Which failures are retried, in the order of the checks.
 
 use std::{io::ErrorKind, time::Duration};
 
@@ -14,12 +14,12 @@ use tower::{Layer, ServiceBuilder, ServiceExt, service_fn};
 
 use crate::kit::*;
 
-/// Five attempts, no time lost, and a budget that tells what was charged.
+/// Returns a layer with five attempts, short delays, and this budget.
 fn quick(budget: &RetryBudget) -> RetryLayer {
     RetryLayer::http().attempts(5).backoff(Backoff::constant(ms(1))).budget(budget.clone())
 }
 
-/// What came of one call whose every attempt ends with `answer`; and what it was charged.
+/// Returns the record of a call whose attempts all end with `answer`.
 async fn outcome(
     layer: RetryLayer,
     request: http::Request<Script>,
@@ -63,7 +63,7 @@ async fn safe_methods_and_keyed_requests_are_repeated() {
     }
 }
 
-/// The same key, headers and extensions at each attempt, which is told its number.
+/// Each attempt has the same key, headers and extensions, and its own number.
 #[tokio::test(start_paused = true)]
 async fn each_attempt_is_the_same_request_with_its_number() {
     let inner = Inner::with(|n, request: http::Request<_>| async move {
@@ -107,7 +107,7 @@ async fn a_body_that_breaks_off_after_a_good_head_is_the_callers() {
     assert_eq!(log.calls(), 1);
 }
 
-// ===== 2. An explicit no =====
+// ===== 2. An explicit instruction not to retry =====
 
 #[tokio::test(start_paused = true)]
 async fn a_refusal_of_our_own_ends_it() {
@@ -116,7 +116,7 @@ async fn a_refusal_of_our_own_ends_it() {
         let budget = purse(9);
         let told = outcome(quick(&budget), get(), move || Err(Box::new(rejected()))).await;
         assert_eq!((told.made, told.stop), (1, Stop::Rejected));
-        // Deep in a chain of sources.
+        // The rejection is in a chain of sources.
         let wrapped = move || Err(std::io::Error::other(rejected()).into());
         assert_eq!(outcome(quick(&budget), get(), wrapped).await.stop, Stop::Rejected);
         let answered = move || {
@@ -125,7 +125,7 @@ async fn a_refusal_of_our_own_ends_it() {
             Ok(response)
         };
         assert_eq!(outcome(quick(&budget), get(), answered).await.stop, Stop::Rejected);
-        // As gRPC has it: a status of the head, and one that would be retried.
+        // A rejection in gRPC form: its status in the head would be retried.
         let answered = move || {
             let mut response = with_headers(200, &[("grpc-status", "14")]);
             response.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
@@ -158,7 +158,7 @@ async fn a_circuit_that_opens_ends_the_loop_at_once() {
             told(&result)
         };
         assert_eq!((told.made, told.stop, log.calls()), (3, Stop::Rejected, 2));
-        assert!(start.elapsed() <= ms(10), "it is not waited for");
+        assert!(start.elapsed() <= ms(10), "the layer does not wait for the circuit");
     }
 }
 
@@ -177,7 +177,7 @@ async fn a_full_limit_ends_the_loop() {
     first.abort();
 }
 
-// ===== 3. Never seen by a server =====
+// ===== 3. Never received by a server =====
 
 #[tokio::test(start_paused = true)]
 async fn what_was_never_seen_is_repeated_uncharged_and_bounded() {
@@ -194,7 +194,7 @@ async fn what_was_never_seen_is_repeated_uncharged_and_bounded() {
             "five transparent retries, then four ordinary ones"
         );
         assert_eq!(budget.balance(), 5.0);
-        // With an empty budget only the free ones are left.
+        // With an empty budget, only the transparent retries are made.
         let empty = RetryBudget::with(0.1, 0, 1);
         let layer =
             quick(&empty).classify(move |_: Result<&(), &Oops>| Outcome::failure().because(reason));
@@ -205,7 +205,7 @@ async fn what_was_never_seen_is_repeated_uncharged_and_bounded() {
     }
 }
 
-/// What no server has seen is no second attempt of what a server has.
+/// A transparent retry does not count as an attempt, because no server has received the request.
 #[tokio::test(start_paused = true)]
 async fn one_attempt_alone_is_still_repeated_when_it_was_never_seen() {
     let unseen = |_: Result<&(), &Oops>| Outcome::failure().because(Reason::RefusedStream);
@@ -233,8 +233,8 @@ async fn a_post_is_repeated_when_no_connection_could_be_made() {
     }
 }
 
-/// These are also what a connection that was made dies of, with the request on it: a `POST` may have
-/// been seen.
+/// An established connection can also end with these errors while it carries a request. A server may have received the
+/// `POST`.
 #[tokio::test(start_paused = true)]
 async fn an_io_error_of_an_established_connection_is_not_safe_for_post() {
     for kind in [
@@ -264,7 +264,7 @@ async fn error_that_is_not_of_the_connection_is_not_retryable() {
     assert_eq!((told.made, told.stop), (1, Stop::NotRetryable));
 }
 
-/// A timeout layer further in: repeated where that is safe.
+/// An inner timeout layer ends the attempt. The request is repeated if this is safe.
 #[tokio::test(start_paused = true)]
 async fn an_attempt_that_timed_out_is_repeated_if_safe() {
     let inner = Inner::<Script>::with(|n, _| async move {
@@ -281,7 +281,7 @@ async fn an_attempt_that_timed_out_is_repeated_if_safe() {
     assert_eq!(inner.log.taken(), (0, 0));
 }
 
-// ===== 9. The budget, asked last =====
+// ===== 9. The budget, checked last =====
 
 type Case = (Stop, RetryLayer, http::Request<Script>, fn() -> Answer);
 
@@ -341,7 +341,7 @@ async fn what_comes_back_says_what_happened() {
     let other = || Oops("own").into();
     assert_eq!(said(other).await, "gave up after 1 attempt (not retryable)");
 
-    // The last answer is the caller's whole: its head, its body.
+    // The caller receives the last response with its head and its body.
     let inner: Inner = Inner::new(|n| {
         let answer = with_headers(503, &[("x-mine", "1")]);
         Ok(answer.map(|_| if n == 3 { Script::text("the last") } else { Script::text("other") }))

@@ -1,4 +1,4 @@
-//! What a user can change of the rules: which failures, which methods, how often each kind, a last word.
+//! Settings that change the rules: failures, methods, limits of failure kinds, and a closure with the final decision.
 
 use std::{io::ErrorKind, sync::Arc, time::Duration};
 
@@ -34,15 +34,15 @@ async fn failures_are_added_and_taken_away() {
     assert_eq!(made(also(), get(), || Ok(status(500))).await, UP);
     assert_eq!(made(also(), get(), || Err(Oops("x").into())).await, UP);
     assert_eq!(made(also(), post(Script::empty()), || Ok(status(500))).await, (1, Stop::Unsafe));
-    assert_eq!(made(also(), get(), || Ok(status(503))).await, UP, "as before");
+    assert_eq!(made(also(), get(), || Ok(status(503))).await, UP, "the other rules are unchanged");
     let less = quick().never_on(StatusCode::SERVICE_UNAVAILABLE).never_on(Reason::Reset);
     assert_eq!(made(less.clone(), get(), || Ok(status(503))).await, ANSWERED);
     let reset = || Err(io(ErrorKind::ConnectionReset));
     assert_eq!(made(less.clone(), get(), reset).await, (1, Stop::NotRetryable));
-    // The last word on one counts.
+    // The last setting for a failure applies.
     let again = less.retry_on(StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(made(again, get(), || Ok(status(503))).await, UP);
-    // An answer that is well by itself, and its hint.
+    // A status that is not retried by default, with a hint.
     let layer = quick().retry_on(StatusCode::CONFLICT);
     let inner: Inner = Inner::new(|n| {
         Ok(if n == 1 { with_headers(409, &[("retry-after", "2")]) } else { status(200) })
@@ -70,13 +70,13 @@ async fn each_attempt_is_told_with_its_reason_and_the_wait_after_it() {
     );
     assert_eq!((told.made, told.waited), (3, ms(800)));
     assert_eq!(told.each()[1].outcome.code(), Some(503));
-    // In the error as well, and of many only the first.
+    // The error has the attempts, too, but only the first of many.
     let reset = |_| Err(io(ErrorKind::ConnectionReset));
     let service = layer.attempts(99).without_budget().layer(Inner::new(reset));
     let error = send(&service, get()).await.unwrap_err();
     let told = Attempts::find(&*error).unwrap();
     assert_eq!((told.made, told.each().len()), (99, 32));
-    // One that went well has none.
+    // A call whose first attempt succeeds has none.
     let response = send(&quick().layer(Inner::new(|_| Ok(status(200)))), get()).await.unwrap();
     assert_eq!(Attempts::of(&response).each(), []);
 }
@@ -110,7 +110,7 @@ async fn an_explicit_no_is_not_overruled() {
         let answer = move || Ok(with_headers(500, &no));
         assert_eq!(made(layer, get(), answer).await, (1, Stop::Pushback));
     }
-    // The same key for another request.
+    // 422: the server has received the same key with another request.
     let mut keyed = get();
     keyed.headers_mut().insert("idempotency-key", "k".parse().unwrap());
     let layer = quick().retry_on(StatusCode::UNPROCESSABLE_ENTITY);
@@ -141,17 +141,25 @@ async fn a_closure_has_the_last_word() {
         seen.headers()?.get("again").map(|_| true)
     });
     let again = || Ok(with_headers(200, &[("again", "1")]));
-    assert_eq!(made(layer.clone(), post(Script::text("x")), again).await, UP, "good, and unsafe");
+    assert_eq!(
+        made(layer.clone(), post(Script::text("x")), again).await,
+        UP,
+        "the closure permits a retry of a good response to an unsafe request"
+    );
     let ok = Some(StatusCode::OK);
     assert_eq!(*seen.lock().unwrap(), [(1, ok, false), (2, ok, false), (3, ok, false)]);
     let delete = request(Method::DELETE, Script::empty());
     assert_eq!(made(layer.clone(), delete, || Ok(status(503))).await, ANSWERED);
-    assert_eq!(made(layer.clone(), get(), || Ok(status(503))).await, UP, "as the rules have it");
+    assert_eq!(
+        made(layer.clone(), get(), || Ok(status(503))).await,
+        UP,
+        "without a decision of the closure the rules apply"
+    );
     seen.lock().unwrap().clear();
     let reset = || Err(io(ErrorKind::ConnectionReset));
     assert_eq!(made(layer.clone(), post(Script::empty()), reset).await, (1, Stop::Unsafe));
     assert_eq!(*seen.lock().unwrap(), [(1, None, true)]);
-    // A good answer carries no record.
+    // A good response has no record.
     let response = send(&layer.layer(Inner::new(|_| Ok(status(200)))), get()).await.unwrap();
     assert!(response.extensions().is_empty());
 }
@@ -169,7 +177,7 @@ async fn each_kind_of_failure_has_its_own_limit() {
     assert_eq!(made(layer.clone(), get(), || Ok(status(429))).await, (1, Stop::KindUsedUp));
     let reset = || Err(io(ErrorKind::ConnectionReset));
     assert_eq!(made(layer.clone(), get(), reset).await, (10, Stop::AttemptsUsedUp));
-    // Each is counted for itself.
+    // Each failure kind has its own count.
     let inner: Inner = Inner::new(|n| match n {
         1 | 3 | 5 => Err(io(ErrorKind::ConnectionRefused)),
         2 => Ok(status(503)),
@@ -180,7 +188,7 @@ async fn each_kind_of_failure_has_its_own_limit() {
     assert_eq!((response.status().as_u16(), Attempts::of(&response).made), (200, 6));
 }
 
-/// Also those that cost nothing.
+/// The limit also applies to transparent retries.
 #[tokio::test(start_paused = true)]
 async fn a_limit_holds_for_what_nobody_has_seen_too() {
     for (most, made) in [(0, 1), (1, 2), (3, 4)] {

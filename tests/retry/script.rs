@@ -1,4 +1,4 @@
-//! A body that does as it is told.
+//! A scripted body.
 
 use std::{
     collections::VecDeque,
@@ -27,11 +27,11 @@ pub enum Piece {
     Trailers(HeaderMap),
     Error,
     Panic,
-    /// Pending for ever.
+    /// Pending without end.
     Stuck,
-    /// Pending for so long.
+    /// Pending for this time.
     Pause(Duration),
-    /// Data for ever.
+    /// Data without end.
     Endless(Bytes),
 }
 
@@ -47,14 +47,14 @@ pub fn map(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
     pairs.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect()
 }
 
-/// How far a body was read. Alone in its `Arc` once the body is dropped.
+/// Counts the frames and bytes that were read of a body. The `Arc` has no other owner after the body is dropped.
 #[derive(Debug, Default)]
 pub struct Watched {
     pub frames: AtomicU32,
     pub bytes: AtomicU32,
 }
 
-/// Panics when it is polled after its end.
+/// A body that plays a script. Panics if it is polled after its end.
 #[derive(Debug)]
 pub struct Script {
     pieces: VecDeque<Piece>,
@@ -83,7 +83,7 @@ impl Script {
         Self::new([data(text)])
     }
 
-    /// Never says that it is at its end, nor how long it is.
+    /// Disables `is_end_stream` and the exact size hint.
     pub fn untold(mut self) -> Self {
         self.tells = false;
         self
@@ -161,7 +161,7 @@ impl Body for Script {
     }
 }
 
-/// All data of a body, and its trailers.
+/// Reads a body to its end. Returns its data and its trailers.
 pub async fn read<B: Body<Error: fmt::Debug>>(body: B) -> (Bytes, Option<HeaderMap>) {
     let body = body.collect().await.unwrap();
     let trailers = body.trailers().cloned();

@@ -1,4 +1,4 @@
-//! One state for all services of a layer, and its configuration.
+//! The state that all services of a layer share, and its configuration.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use tower::Layer;
 
 use crate::kit::*;
 
-// ===== One state =====
+// ===== Shared state =====
 
 #[tokio::test(start_paused = true)]
 async fn state_shared_across_layer_calls() {
@@ -17,7 +17,7 @@ async fn state_shared_across_layer_calls() {
     let handle = layer.handle();
     let mut attempts = 0;
     for n in 0..40 {
-        // As axum does it: the layer is applied anew, and cloned, for each call.
+        // The layer is cloned and applied again for each call, as axum does.
         let inner: Inner = Inner::new(|_| Ok(status(503)));
         let log = inner.log.clone();
         let layer = if n % 2 == 0 { layer.clone() } else { layer.clone().clone() };
@@ -42,13 +42,17 @@ async fn setters_after_handle_are_seen() {
         layer.attempts(5).backoff(Backoff::constant(ms(7)).without_jitter()).budget(purse(9));
     let response = send(&service, get()).await.unwrap();
     let told = Attempts::of(&response);
-    assert_eq!((told.made, told.waited), (5, ms(28)), "by a service made before");
+    assert_eq!((told.made, told.waited), (5, ms(28)), "an existing service uses the new settings");
     let seen = handle.snapshot();
     assert_eq!((seen.retries, seen.budget_balance), (4, Some(9.0)));
     let _layer = _layer.assume_idempotent().max_wait(Duration::ZERO).replay_up_to(0);
     let start = Instant::now();
     let response = send(&service, post(Script::text("x"))).await.unwrap();
-    assert_eq!(Attempts::of(&response).stop, Stop::BodyGone, "idempotent, and over the cap");
+    assert_eq!(
+        Attempts::of(&response).stop,
+        Stop::BodyGone,
+        "the request is idempotent, but its body exceeds the cap"
+    );
     send(&service, post(Script::empty())).await.unwrap();
     assert_eq!(start.elapsed(), Duration::ZERO);
 }
@@ -68,7 +72,7 @@ async fn bad_config_is_a_typed_error() {
         (RetryLayer::http().budget(RetryBudget::ratio(-0.2)), "budget.ratio", "-0.2"),
         (RetryLayer::http().budget(RetryBudget::ratio(f64::NAN)), "budget.ratio", "NaN"),
         (RetryLayer::http().budget(RetryBudget::ratio(50.0)), "budget.ratio", "50.0"),
-        // As good as zero: it would never pay anything in.
+        // The ratio is so small that its deposits round to zero.
         (RetryLayer::http().budget(RetryBudget::ratio(1e-9)), "budget.ratio", "1e-9"),
         (RetryLayer::http().budget(RetryBudget::with(0.2, 1, 0)), "budget.cap", "0"),
     ];
@@ -84,7 +88,7 @@ async fn bad_config_is_a_typed_error() {
         assert_eq!(Attempts::find(&*error).unwrap().stop, Stop::Misconfigured, "{field} {value}");
         assert_eq!(log.calls(), 1);
     }
-    // The first of several is told, and a good value afterwards does not hide it.
+    // The error states the first of several faults, and a later valid value does not hide it.
     let layer = RetryLayer::http().attempts(0).backoff(backoff.factor(0.0)).attempts(3);
     assert_eq!(layer.checked().unwrap_err().field, "attempts");
     let layer = RetryLayer::http().attempts(1).backoff(Backoff::constant(ms(0)));

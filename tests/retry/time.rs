@@ -1,4 +1,4 @@
-//! The time of one attempt, and its span.
+//! The timeout of an attempt, and its span.
 
 use std::{
     future::pending,
@@ -21,7 +21,7 @@ fn layer() -> RetryLayer {
     RetryLayer::http().backoff(Backoff::constant(ms(0))).attempt_timeout(ms(100)).without_budget()
 }
 
-/// Answers with 200 after so long, the first time.
+/// Responds with 200. The first response takes this time.
 fn slow_once(first: Duration) -> Inner {
     Inner::with(move |n, _| async move {
         if n == 1 {
@@ -39,8 +39,8 @@ async fn an_attempt_that_takes_too_long_is_tried_again() {
     let response = send(&layer().layer(inner), get()).await.unwrap();
     assert_eq!((Attempts::of(&response).made, log.calls()), (2, 2));
     assert!(start.elapsed() >= ms(100) && start.elapsed() <= ms(103), "{:?}", start.elapsed());
-    assert_eq!(log.taken(), (0, 0), "the slow one is dropped");
-    // In time.
+    assert_eq!(log.taken(), (0, 0), "the slow attempt is dropped");
+    // A response before the timeout.
     let response = send(&layer().layer(slow_once(ms(99))), get()).await.unwrap();
     assert_eq!(Attempts::of(&response).made, 1);
 }
@@ -54,7 +54,7 @@ async fn the_last_attempt_has_the_same_limit_and_its_error_says_so() {
     assert!(start.elapsed() >= ms(300) && start.elapsed() <= ms(309), "{:?}", start.elapsed());
     let error = result.err().unwrap();
     assert_eq!(error.source().unwrap().to_string(), "rejected by retry: no response head in time");
-    // Nobody knows what it has done.
+    // The server may have processed the request.
     let unsafe_one = layer().layer(Inner::<Script>::with(|_, _| pending()));
     let result = send(&unsafe_one, post(Script::empty())).await;
     assert_eq!(told(&result).stop, Stop::Unsafe);
@@ -63,7 +63,7 @@ async fn the_last_attempt_has_the_same_limit_and_its_error_says_so() {
     assert_eq!(told(&result).made, 1);
 }
 
-/// It ends at the head: a stream may take as long as it likes.
+/// The timeout ends at the head, so it does not limit a stream.
 #[tokio::test(start_paused = true)]
 async fn a_body_has_no_limit() {
     let inner: Inner = Inner::new(|_| {
@@ -100,7 +100,7 @@ struct Seen {
     over: bool,
 }
 
-/// The spans of attempts, and whether one is entered.
+/// Records the spans of attempts, and whether one is entered.
 #[derive(Clone, Default)]
 struct Watch(Arc<Mutex<(Vec<Seen>, bool)>>);
 
@@ -170,20 +170,20 @@ impl Subscriber for Watch {
 async fn each_attempt_has_a_span_that_ends_with_it() {
     let watch = Watch::default();
     let _guard = tracing::subscriber::set_default(watch.clone());
-    // Another test's thread, which has no subscriber, may be the first to ask for a span, and its answer is kept.
+    // The thread of another test, which has no subscriber, may register the callsite first. Its interest is cached.
     send(&layer().layer(Inner::<Script>::new(|_| Ok(status(503)))), get()).await.unwrap();
     tracing::callsite::rebuild_interest_cache();
     watch.0.lock().unwrap().0.clear();
     let inside = watch.clone();
     let inner = Inner::<Script>::with(move |n, _| {
         let watch = inside.clone();
-        assert!(watch.0.lock().unwrap().1, "within call");
+        assert!(watch.0.lock().unwrap().1, "the span is entered in `call`");
         async move {
             sleep(ms(1)).await;
             let (spans, entered) = &*watch.0.lock().unwrap();
-            assert!(entered, "and within poll");
+            assert!(entered, "the span is entered in `poll`");
             let open = spans.iter().filter(|span| !span.over).count();
-            assert_eq!(open, 1, "attempt {n}: those before are over");
+            assert_eq!(open, 1, "attempt {n}: the earlier spans are closed");
             Ok(status(503))
         }
     });

@@ -1,4 +1,4 @@
-//! What the types promise: bounds, inference, services that are no HTTP.
+//! Bounds and inference of the types, and services that are not HTTP.
 
 use std::{
     sync::{
@@ -34,7 +34,7 @@ fn auto_traits() {
     service::<Retry<Inner>>();
     type Future = <Retry<Inner> as Service<Request<Script>>>::Future;
     send::<Future>();
-    // A client over bodies that are `Send` only, and not `Unpin`.
+    // A client for bodies that are `Send`, but neither `Sync` nor `Unpin`.
     type Client = hyper_util::client::legacy::Client<
         hyper_util::client::legacy::connect::HttpConnector,
         ReplayBody<OnlySend>,
@@ -51,7 +51,7 @@ type OnlySend = http_body_util::combinators::UnsyncBoxBody<Bytes, BoxError>;
 
 #[tokio::test(start_paused = true)]
 async fn works_inside_tokio_spawn() {
-    // Over an inner that mentions `BoxError`, which is where the compiler gives up.
+    // Over an inner service that mentions `BoxError`, a case in which type inference can fail.
     let boxed = BoxCloneSyncService::new(service_fn(|_: Request<ReplayBody<Full<Bytes>>>| async {
         Err::<Response<Full<Bytes>>, BoxError>(Oops("boxed").into())
     }));
@@ -73,7 +73,7 @@ async fn works_inside_tokio_spawn() {
     assert!(result.await.unwrap().is_err());
 }
 
-/// The client stack of the first page, without a type annotation, with `oneshot`.
+/// The client stack of the crate's first page, without a type annotation and with `oneshot`.
 #[tokio::test]
 async fn the_client_stack_compiles_inside_tokio_spawn() {
     let breaker = CircuitBreakerLayer::http();
@@ -110,7 +110,7 @@ async fn refused<B>(_: Request<B>) -> Result<Response<Empty<Bytes>>, std::io::Er
     Err(std::io::ErrorKind::ConnectionRefused.into())
 }
 
-/// A service of any types, with a closure: `Clone` requests, and an error type that is left alone.
+/// A service of any types with a closure. Its requests are `Clone`, and its error type is unchanged.
 #[tokio::test(start_paused = true)]
 async fn any_clone_type_is_retried_by_a_closure() {
     let calls = Arc::new(AtomicU32::new(0));
@@ -138,7 +138,7 @@ async fn any_clone_type_is_retried_by_a_closure() {
     assert_eq!(assert_ready!(future.poll()), Ok(3));
 }
 
-/// What says itself how it is kept, and that it cannot be.
+/// A request type that implements how it is saved, and when it cannot be saved.
 #[tokio::test(start_paused = true)]
 async fn a_type_that_is_not_clone_says_how_it_is_kept() {
     struct Upload(Option<&'static str>);
@@ -166,7 +166,7 @@ async fn a_type_that_is_not_clone_says_how_it_is_kept() {
     assert_eq!((handle.snapshot().retries, handle.snapshot().gave_up), (2, 2));
 }
 
-/// A `reqwest::Client` without anything in between: its requests are retried by the rules of HTTP.
+/// A `reqwest::Client` without an adapter. Its requests are retried by the rules of HTTP.
 #[cfg(feature = "reqwest")]
 #[tokio::test(start_paused = true)]
 async fn reqwests_own_requests_are_retried_as_http() {
@@ -208,7 +208,7 @@ async fn reqwests_own_requests_are_retried_as_http() {
         assert_eq!(calls.load(SeqCst), made);
         assert_eq!(response.text().await.unwrap(), "body");
     }
-    // The real client, a port where nobody listens: any method.
+    // The real client and a port without a listener: any method is retried.
     let gone = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let mut request = ask(Method::POST, Some("text".into()));
     request.url_mut().set_port(Some(gone.port())).unwrap();

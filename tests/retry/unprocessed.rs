@@ -126,7 +126,7 @@ async fn response_of_a_proxys_rate_limit_is_not_retried() {
         let found = retried(layer(), get, code, headers).await;
         assert_eq!(found, (1, Stop::RateLimited, 9.0), "{code}");
     }
-    // As Envoy's retry policy `envoy-ratelimited`.
+    // This corresponds to Envoy's retry policy `envoy-ratelimited`.
     let listed = layer().retry_on(StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(retried(listed, request(Method::GET, &[]), 503, LIMITED).await.0, 3);
 }

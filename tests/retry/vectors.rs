@@ -1,6 +1,6 @@
-//! What other systems' tests and specifications say about backoffs, budgets, hints and hedges.
+//! Vectors from the tests and specifications of other systems, for backoffs, budgets, hints and hedges.
 //!
-//! `vectors/retry.json` has the facts, each with its source. Every one of them is replayed here, or is in
+//! `vectors/retry.json` contains the vectors, each with its source. Each vector is replayed here, or is listed in
 //! [`NOT_OURS`] with the reason.
 
 use std::{
@@ -25,24 +25,27 @@ use tower::{Layer, Service, ServiceExt, service_fn};
 
 // ===== The vectors =====
 
-/// Where we mean something else.
+/// The vectors that do not apply, each with the reason.
 const NOT_OURS: &[(&str, &str)] = &[
-    ("backon-02", "jitter on top of the wait, and of its cap: no wait of ours is over its maximum"),
-    ("urllib3-03", "jitter on top of the wait, as backon-02"),
+    ("backon-02", "jitter above the delay and its cap; here no delay exceeds its maximum"),
+    ("urllib3-03", "jitter above the delay, as backon-02"),
     ("envoy-backoff-01", "documentation drift: Envoy's code doubles, 25, 50, 100, 200 ms"),
-    ("envoy-backoff-02", "how Envoy cuts a given random number, not which waits may come"),
+    ("envoy-backoff-02", "how Envoy reduces a random number, not which delays are possible"),
     ("envoy-backoff-05", "as envoy-backoff-02"),
-    ("grpc-a6-hedge-03", "one hedge at most, and none after an answer"),
-    ("grpc-a6-hedge-05", "one hedge at most"),
-    ("tower-budget-03", "a reserve of 100: ours is 10, and 1 a second"),
-    ("fsgo-budget-01", "a share of what is active: see what envoy-retrybudget-03 says of that"),
-    ("linkerd-peektrailers-01", "one frame is waited for; a message that was seen is the caller's"),
-    ("smithy-v21-longpoll-01", "an answer is never held back"),
+    ("grpc-a6-hedge-03", "here no hedge attempt is sent after a response"),
+    ("grpc-a6-hedge-05", "a hedge delay of 0 is a configuration error here"),
+    ("tower-budget-03", "a reserve of 100; here it is 10, and 1 per second"),
+    ("fsgo-budget-01", "a share of the active calls; see envoy-retrybudget-03"),
+    (
+        "linkerd-peektrailers-01",
+        "the layer waits for one frame; after a message the caller has the response",
+    ),
+    ("smithy-v21-longpoll-01", "a response is never delayed"),
     ("urllib3-05", "hints are clamped at 300 s; the three dates are tested where they are parsed"),
     ("envoy-resetheader-07", "decimals are accepted and rounded up to the next millisecond"),
     ("envoy-resetheader-06", "a reset below 10⁹ is a number of seconds here, not a time"),
-    ("tenacity-02", "rules that stop are joined by or, never by and"),
-    ("sim-hedge-01", "held where the tail is heavy"),
+    ("tenacity-02", "stop rules are combined by or, never by and"),
+    ("sim-hedge-01", "tested with a heavy tail, in the tests of the hedge layer"),
 ];
 
 fn vectors() -> Vec<Value> {
@@ -54,13 +57,16 @@ async fn retry_vectors_hold_or_are_known_not_to_be_ours() {
     let (mut ours, mut ids) = (0, BTreeSet::new());
     for vector in vectors() {
         let id = vector["id"].as_str().unwrap().to_owned();
-        assert!(vector["source"].as_str().is_some_and(|source| !source.is_empty()), "{id}: a fact");
+        assert!(
+            vector["source"].as_str().is_some_and(|source| !source.is_empty()),
+            "{id} has no source"
+        );
         let known = NOT_OURS.iter().any(|(not_ours, _)| *not_ours == id);
         if !known {
             replay(&id, &vector).await;
             ours += 1;
         }
-        assert!(ids.insert(id), "an id comes once");
+        assert!(ids.insert(id), "ids are unique");
     }
     for (id, _) in NOT_OURS {
         assert!(ids.contains(*id), "{id} is not among the vectors");
@@ -130,7 +136,7 @@ async fn replay(id: &str, vector: &Value) {
         }
         "urllib3-07" => connect_errors(steps).await,
         "urllib3-08" => predicate(steps).await,
-        other => panic!("{other} is neither replayed nor known not to be ours"),
+        other => panic!("{other} is neither replayed nor listed"),
     }
 }
 
@@ -139,7 +145,7 @@ async fn replay(id: &str, vector: &Value) {
 type Answer = Result<Response<Empty<Bytes>>, BoxError>;
 
 struct Ran {
-    /// When each call came, in milliseconds since the first.
+    /// The time of each attempt, in milliseconds since the start.
     at: Vec<u64>,
     told: Attempts,
 }
@@ -197,7 +203,7 @@ where
     Ran { at: at.into_inner(), told }
 }
 
-/// A layer that waits exactly, and as often as it is told.
+/// Returns a layer without jitter, with this number of retries.
 fn exact(backoff: Backoff, retries: u64) -> RetryLayer {
     let attempts = u32::try_from(retries).unwrap() + 1;
     let backoff = backoff.without_jitter();
@@ -205,7 +211,7 @@ fn exact(backoff: Backoff, retries: u64) -> RetryLayer {
     layer.backoff(backoff).without_budget().checked().unwrap()
 }
 
-/// A budget with so many retries in it, and nothing more to come.
+/// Returns a budget with this balance, which gains nothing over time.
 fn purse(retries: u64) -> RetryBudget {
     let budget = RetryBudget::with(0.001, 0, u32::try_from(retries).unwrap());
     (0..retries * 1000).for_each(|_| budget.deposit());
@@ -216,7 +222,7 @@ fn ms(value: &Value) -> Duration {
     Duration::from_millis(value.as_u64().unwrap())
 }
 
-/// The first of these fields that there is.
+/// Returns the first of these fields that exists.
 fn field<'a>(config: &'a Value, names: &[&str]) -> &'a Value {
     names.iter().map(|name| &config[name]).find(|value| !value.is_null()).unwrap_or(&Value::Null)
 }
@@ -244,7 +250,7 @@ fn exact_waits(config: &Value, steps: &[Value]) {
     let mut most = config["max_times"].as_u64().unwrap_or(u64::MAX);
     for step in steps {
         if most == 0 {
-            // The attempts end it here, and not the waits.
+            // In this crate the number of attempts ends the retries, and the series of delays does not.
             assert!(step["expect"]["delay"].is_null());
             return;
         }
@@ -277,7 +283,7 @@ fn full_jitter(steps: &[Value]) {
     }
 }
 
-/// The numbers at random are the share of the range that a wait is drawn from.
+/// The random number of a step is a share of the range from which the delay is drawn.
 fn jitter_around(config: &Value, steps: &[Value]) {
     let (base, share) = match config["jitter"].as_str() {
         Some("+-25%") => (ms(&config["base_ms"]), 0.25),
@@ -290,7 +296,7 @@ fn jitter_around(config: &Value, steps: &[Value]) {
     let backoff = shape.max(Duration::from_secs(3600)).jitter_around(share);
     for step in steps {
         let event = &step["event"];
-        // Those that count from 0 count retries that were made before.
+        // A count from 0 is the number of earlier retries.
         let origin = config["attempt_origin"].as_u64().map_or(1, |origin| origin);
         let nth = usize::try_from(event["attempt"].as_u64().unwrap() - origin).unwrap();
         let draw = |seed| backoff.seed(seed).delays().nth(nth).unwrap();
@@ -310,7 +316,7 @@ fn jitter_around(config: &Value, steps: &[Value]) {
     }
 }
 
-/// What a `Backoff` is not, an iterator over one is.
+/// Backoffs that `Backoff` does not support are iterators that adapt its delays.
 async fn own_waits(id: &str, config: &Value, steps: &[Value]) {
     let longest = Duration::from_secs(10_000_000);
     let waits: Vec<Duration> = if id == "tenacity-06" {
@@ -331,7 +337,7 @@ async fn own_waits(id: &str, config: &Value, steps: &[Value]) {
             .await;
     for step in steps {
         let attempt = usize::try_from(step["event"]["attempt"].as_u64().unwrap()).unwrap();
-        // No failure yet, no wait.
+        // Before the first failure there is no delay.
         let Some(nth) = attempt.checked_sub(1) else { continue };
         assert_eq!(ran.waits()[nth], step["expect"]["delay_ms"].as_u64().unwrap(), "{id} {step}");
     }
@@ -390,7 +396,7 @@ fn budget(id: &str, config: &Value, step: &Value) {
     assert!(expected.abs_diff(retries) <= step["tolerance"].as_u64().unwrap(), "{id}: {retries}");
 }
 
-/// In units of what a retry costs.
+/// The vectors count tokens. The budget counts retries.
 async fn bucket(id: &str, config: &Value, steps: &[Value]) {
     let cost = config["retry_cost"].as_u64().unwrap();
     let purse = purse(config["capacity"].as_u64().unwrap() / cost);
@@ -401,7 +407,7 @@ async fn bucket(id: &str, config: &Value, steps: &[Value]) {
     let waits: Vec<_> = steps.iter().filter_map(|step| step["expect_delay_ms"].as_u64()).collect();
     assert_eq!(ran.waits(), waits, "{id}");
     let left = steps.last().unwrap()["expect_tokens"].as_u64().unwrap();
-    // The call has paid a thousandth in where there was room.
+    // The call has deposited a thousandth of a retry, unless the budget was full.
     assert_eq!((purse.balance() * cost as f64) as u64, left, "{id}");
 }
 
@@ -447,7 +453,7 @@ async fn throttle(config: &Value, steps: &[Value]) {
     }
 }
 
-/// Attempts have no such limits here: five at most there, and no policy with one alone.
+/// The vectors permit two to five attempts. This crate does not have these bounds.
 fn limits_of_a_throttle(steps: &[Value]) {
     for step in steps {
         let (value, expect) = (&step["value"], &step["expect"]);
@@ -469,8 +475,8 @@ fn limits_of_a_throttle(steps: &[Value]) {
     }
 }
 
-/// A defect that is known there, and that a share of calls does not have: those that fail together do not lose
-/// their retries by it.
+/// A known defect of budgets that are a share of the active calls: calls that fail together lose their retries. A
+/// budget with deposits does not have this defect.
 fn failing_together(config: &Value) {
     let ratio = config["budget_percent"].as_f64().unwrap() / 100.0;
     let budget = RetryBudget::with(ratio, 0, 100);
@@ -482,13 +488,14 @@ fn failing_together(config: &Value) {
 fn throttle_recovers(config: &Value, steps: &[Value]) {
     let most = u32::try_from(config["max_tokens"].as_u64().unwrap()).unwrap();
     let budget = RetryBudget::grpc(most, config["token_ratio"].as_f64().unwrap());
-    // Down to nothing, and not below it.
+    // The balance falls to 0, but not below.
     (0..=most).for_each(|_| drop(budget.withdraw()));
     assert_eq!(budget.balance(), config["start_tokens"].as_f64().unwrap());
     for step in steps {
         (0..step["count"].as_u64().unwrap()).for_each(|_| budget.deposit());
         assert_eq!(budget.balance(), step["expect_tokens"].as_f64().unwrap());
-        // Asked without a failure of its own, which would be taken out first: of a copy.
+        // A withdrawal charges a token for its failure first. The test uses a copy of the budget that has one token
+        // more.
         let ask = RetryBudget::grpc(most, 0.1);
         let tokens = (budget.balance() * 10.0).round();
         (0..=most).for_each(|_| drop(ask.withdraw()));
@@ -511,7 +518,7 @@ async fn retry_after(id: &str, step: &Value) {
     assert_eq!(ran.waits(), [step["expect_ms"].as_u64().unwrap()], "{id}");
 }
 
-/// A quota that is used up, and begins anew at a Unix time; null: that is not to be read.
+/// The quota is used up and resets at a Unix time. `null` means that the value is invalid.
 async fn reset_at(id: &str, step: &Value) {
     let answer = |n| {
         let answer = Response::builder()
@@ -555,7 +562,7 @@ async fn pushback_exact(steps: &[Value]) {
         for (step, wait) in steps.iter().zip(ran.waits()) {
             match step["expect_delay_ms"].as_u64() {
                 Some(exact) => assert_eq!(wait, exact),
-                // To the millisecond of tokio's timers.
+                // The timers of tokio have a resolution of one millisecond.
                 None => assert!(
                     step["expect_delay_min_ms"].as_u64().unwrap() <= wait
                         && wait <= step["expect_delay_max_ms"].as_u64().unwrap() + 1,
@@ -585,11 +592,12 @@ async fn transparent(config: &Value, steps: &[Value]) {
         assert!(at[nth + 1].abs_diff(due) <= nth as u128, "{step}: {at:?}");
         charged += step["expect_attempts_charged"].as_u64().unwrap();
     }
-    // Those that were charged, and the first.
+    // One attempt for each step, after the first attempt. All attempts but the first are charged, except for
+    // transparent retries.
     assert_eq!((at.len(), charged), (steps.len() + 1, u64::from(attempts) - 1));
 }
 
-/// Within its half: the numbers at random are cut to it there.
+/// The jitter is up to half of the hint. Envoy reduces its random numbers to this range.
 async fn envoy_hint(config: &Value, steps: &[Value]) {
     let hint = config["reset_header_ms"].as_u64().unwrap();
     for _ in 0..100 {
@@ -602,12 +610,12 @@ async fn envoy_hint(config: &Value, steps: &[Value]) {
         .await;
         let told = steps.iter().map(|step| step["expect_ms"].as_u64().unwrap());
         let (least, most) = (hint, told.max().unwrap());
-        // To the millisecond of tokio's timers.
+        // The timers of tokio have a resolution of one millisecond.
         assert!(least <= ran.waits()[0] && ran.waits()[0] <= most + 2, "{:?}", ran.waits());
     }
 }
 
-/// How many of so many clients come back within the same stretch of time.
+/// Checks the number of clients that return within the same interval.
 async fn herd(config: &Value, steps: &[Value]) {
     let (clients, stretch) = (config["clients"].as_u64().unwrap(), &config["bucket_ms"]);
     let hint = config["retry_after_s"].as_u64().unwrap();
@@ -623,7 +631,7 @@ async fn herd(config: &Value, steps: &[Value]) {
                 Ok(answer)
             })
             .await;
-            assert!(ran.waits()[0] >= hint * 1000, "a lower bound");
+            assert!(ran.waits()[0] >= hint * 1000, "the hint is a lower bound");
             *buckets.entry(ran.waits()[0] / stretch.as_u64().unwrap()).or_default() += 1;
         }
         let peak = *buckets.values().max().unwrap();
@@ -634,7 +642,7 @@ async fn herd(config: &Value, steps: &[Value]) {
     }
 }
 
-/// The longest time is the deadline, which says so where theirs speaks of retries.
+/// The maximum duration of the vector is a deadline here, and the stop reason is the deadline.
 async fn too_long(config: &Value, step: &Value) {
     let took: Vec<_> = step["event"]["outcome_ms"].as_array().unwrap().iter().map(ms).collect();
     let calls = Cell::new(0);
@@ -652,8 +660,8 @@ async fn too_long(config: &Value, step: &Value) {
     assert_eq!(Attempts::find(&*error).unwrap().stop, Stop::DeadlinePassed);
 }
 
-/// A second there is a thousand here, since timers are told to the millisecond: the attempt has taken so long, and
-/// is there a further one, after that wait?
+/// A second of the vectors is 1000 seconds here, because timers have a resolution of one millisecond. Each step gives
+/// the time of the first attempt and the delay, and whether the retries stop.
 async fn before_the_deadline(steps: &[Value]) {
     for step in steps {
         let seconds =
@@ -671,13 +679,13 @@ async fn before_the_deadline(steps: &[Value]) {
         let mut request = Request::new(Empty::new());
         request.extensions_mut().insert(Deadline::after(Duration::from_secs(1000)));
         let retry = exact(Backoff::constant(wait), 1).least_attempt(Duration::ZERO);
-        // An answer or an error: what counts is whether it was called again.
+        // Only the number of attempts matters, not the result.
         let _ = retry.layer(upstream).oneshot(request).await;
         assert_eq!(calls.get() == 1, step["expect"]["stop"].as_bool().unwrap(), "{step}");
     }
 }
 
-/// What a server reads, and its clients are told: null is no deadline.
+/// The deadline that a server reads from `grpc-timeout`. `null` means no deadline.
 async fn grpc_timeout(id: &str, step: &Value) {
     let upstream = service_fn(async |request: Request<Empty<Bytes>>| {
         let left = Deadline::of(request.extensions()).map(|deadline| deadline.left());
@@ -752,7 +760,7 @@ async fn cap_of_bodies(config: &Value) {
         send(layer(), Method::PUT, over, fails).await,
         send(layer(), Method::PUT, untold(cap + 1), fails).await,
     ] {
-        // The request itself came whole, or there would be another reason.
+        // The upstream has received the complete request. Otherwise the stop reason would be a different one.
         assert_eq!((ran.calls(), ran.told.stop), (1, Stop::BodyGone));
     }
 }
@@ -792,7 +800,7 @@ async fn no_hedge_after_an_error() {
     assert_eq!((error.to_string().as_str(), handle.snapshot().sent), ("unhandled", 0));
 }
 
-/// What speaks of the request is an answer, whoever gives it.
+/// INVALID_ARGUMENT is caused by the request, so the response of the hedge attempt ends the call.
 async fn a_hedges_answer_ends_it(config: &Value, steps: &[Value]) {
     let delay = ms(&config["hedging_delay_ms"]);
     let (calls, under_way, start) = (Cell::new(0), Cell::new(0_i32), Instant::now());
@@ -821,7 +829,11 @@ async fn a_hedges_answer_ends_it(config: &Value, steps: &[Value]) {
     assert_eq!(answer.headers()["grpc-status"], "3");
     assert!(start.elapsed().abs_diff(ms(&answered["at_ms"])) < Duration::from_millis(3));
     sleep(delay * 9).await;
-    assert_eq!((calls.get(), under_way.get()), (2, 0), "the first is gone, and there is no third");
+    assert_eq!(
+        (calls.get(), under_way.get()),
+        (2, 0),
+        "the first attempt is dropped, and no third one is sent"
+    );
 }
 
 async fn live_percentile(config: &Value, steps: &[Value]) {

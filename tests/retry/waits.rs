@@ -1,4 +1,4 @@
-//! How long is waited: the backoff, and what a server asks for.
+//! Delays: the backoff and the hints of servers.
 
 use std::time::{Duration, SystemTime};
 
@@ -8,7 +8,7 @@ use tower::Layer;
 
 use crate::kit::*;
 
-/// The time between two attempts, and what was told of it.
+/// Returns the time between two attempts, and the record of the call.
 async fn wait_for(layer: RetryLayer, code: u16, headers: http::HeaderMap) -> (Duration, Attempts) {
     let inner: Inner = Inner::new(move |n| {
         let mut response = status(if n == 1 { code } else { 200 });
@@ -31,11 +31,12 @@ async fn full_jitter_is_drawn_from_zero_to_the_cap() {
         let backoff = Backoff::exponential(ms(1000));
         let (took, told) = wait_for(layer().backoff(backoff), 503, map(&[])).await;
         assert!(told.waited <= ms(1000), "{told:?}");
-        // A timer's tick is a millisecond.
+        // Timers have a resolution of one millisecond.
         assert!(took >= told.waited && took <= told.waited + ms(2), "{took:?} {told:?}");
         waits.push(told.waited);
     }
-    // Even: each quarter has about a hundred of 400 (far from it by chance: below 1 in 10⁹).
+    // The distribution is uniform: each quarter has about 100 of 400 delays. The probability of a count outside the
+    // bounds is below 10⁻⁹.
     for quarter in 0..4 {
         let range = ms(250 * quarter)..ms(250 * (quarter + 1));
         let count = waits.iter().filter(|wait| range.contains(wait)).count();
@@ -55,7 +56,7 @@ async fn the_nth_wait_grows_up_to_its_maximum() {
     assert!(start.elapsed() >= expected && start.elapsed() < expected + ms(8));
 }
 
-// ===== What a server asks for =====
+// ===== Hints =====
 
 #[tokio::test(start_paused = true)]
 async fn retry_after_is_a_lower_bound_with_jitter_upward() {
@@ -67,9 +68,9 @@ async fn retry_after_is_a_lower_bound_with_jitter_upward() {
             assert!(took >= ms(4000), "{code} {took:?}");
             beyond += u32::from(told.waited > ms(4100));
         }
-        assert!(beyond > 20, "{code}: jitter is drawn");
+        assert!(beyond > 20, "{code}: the jitter is random");
     }
-    // Nothing, or less than the backoff would have: spread as the backoff is.
+    // A hint below the backoff: the delay has the jitter of the backoff.
     let backoff = Backoff::exponential(ms(800));
     for _ in 0..40 {
         let (_, told) = wait_for(layer().backoff(backoff), 503, map(&[("retry-after", "0")])).await;
@@ -88,13 +89,13 @@ async fn retry_after_as_a_date_counts_from_the_answers_own() {
         let (_, told) = wait_for(layer(), 503, map(&headers)).await;
         assert!(told.waited >= ms(10_000) && told.waited <= ms(15_000), "{date} {told:?}");
     }
-    // Without one, from ours.
+    // Without a `date` header, the clock of the client applies.
     let mut headers = map(&[]);
     let soon = httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(20));
     headers.insert("retry-after", soon.parse().unwrap());
     let (_, told) = wait_for(layer(), 503, headers).await;
     assert!(told.waited >= ms(18_000) && told.waited <= ms(30_000), "{told:?}");
-    // One that is past is no wait at all.
+    // A date in the past requires no delay.
     let past = [("retry-after", "Sun, 06 Nov 1994 08:49:37 GMT")];
     let (_, told) = wait_for(layer(), 503, map(&past)).await;
     assert!(told.waited <= ms(50));
@@ -111,7 +112,7 @@ async fn a_malformed_retry_after_is_ignored() {
         let (_, told) = wait_for(layer(), 503, headers).await;
         assert!(told.made == 2 && told.waited <= ms(50), "{text:?} {told:?}");
     }
-    // A number, if an absurd one: a long time.
+    // An absurdly large number is a long delay.
     let mut headers = map(&[]);
     headers.insert("retry-after", long.parse().unwrap());
     let (took, told) = wait_for(layer(), 503, headers).await;
@@ -128,18 +129,21 @@ async fn hint_above_the_maximum_wait_ends_the_call() {
     let short = layer().max_wait(ms(2500));
     for _ in 0..20 {
         let (_, told) = wait_for(short.clone(), 503, hint("2")).await;
-        assert!(told.waited >= ms(2000) && told.waited <= ms(3000), "jitter on top: {told:?}");
+        assert!(
+            told.waited >= ms(2000) && told.waited <= ms(3000),
+            "jitter above the hint: {told:?}"
+        );
     }
     let (_, told) = wait_for(short.clone(), 503, hint("3")).await;
     assert_eq!(told.stop, Stop::WaitTooLong);
-    // The backoff is cut to it.
+    // The backoff is cut to the maximum.
     let backoff = Backoff::constant(Duration::from_secs(60)).without_jitter();
     let (took, told) = wait_for(short.backoff(backoff), 503, map(&[])).await;
     assert_eq!(told.waited, ms(2500));
     assert!(took >= ms(2500) && took < ms(2503));
 }
 
-/// smithy-v21-retryafter-01 to -03: within `[t, t + 5 s]`.
+/// smithy-v21-retryafter-01 to -03: the delay is within `[t, t + 5 s]`.
 #[tokio::test(start_paused = true)]
 async fn a_hint_can_be_held_near_the_backoff() {
     let base = Backoff::constant(ms(50)).without_jitter();
@@ -150,7 +154,7 @@ async fn a_hint_can_be_held_near_the_backoff() {
     }
 }
 
-/// Nothing that can be configured makes the arithmetic of times panic.
+/// No setting makes the arithmetic of times panic.
 #[tokio::test(start_paused = true)]
 async fn extreme_settings_do_not_panic() {
     for backoff in
@@ -167,13 +171,14 @@ async fn extreme_settings_do_not_panic() {
                 });
                 let service = layer.layer(inner);
                 let waiting = tokio::time::timeout(Duration::from_secs(400), send(&service, get()));
-                assert!(waiting.await.is_err(), "it waits for ever");
+                assert!(waiting.await.is_err(), "the delay does not end");
             }
         }
     }
 }
 
-/// Who waits for nothing and fails at once would otherwise hold its thread, and a timeout around it with it.
+/// Retries without a delay of attempts that fail immediately would otherwise block the thread, and with it an outer
+/// timeout.
 #[test]
 fn retries_without_a_wait_let_others_run() {
     let inner: Inner = Inner::new(|_| Ok(status(503)));
@@ -184,9 +189,9 @@ fn retries_without_a_wait_let_others_run() {
     let _inside = runtime.enter();
     let mut call = tokio_test::task::spawn(send(&service, get()));
     tokio_test::assert_pending!(call.poll());
-    assert!(call.is_woken() && log.calls() < 100, "{} calls in one go", log.calls());
+    assert!(call.is_woken() && log.calls() < 100, "{} calls in one poll", log.calls());
     while call.poll().is_pending() {
-        assert!(call.is_woken(), "it goes on by itself");
+        assert!(call.is_woken(), "the call wakes itself");
     }
     assert_eq!(log.calls(), 10_000);
 }

@@ -1,4 +1,4 @@
-//! HTTP/1: stale, refused and broken connections, and ones that are used again.
+//! HTTP/1: stale, refused, broken and reused connections.
 
 use buttress::{
     Attempts, RetryBudget,
@@ -14,7 +14,7 @@ use tower::{Layer, service_fn};
 use super::{Seen, client, connector, layer, request};
 use crate::kit::*;
 
-/// Reads one HTTP/1 request of at most a few hundred bytes; none at the end of the connection.
+/// Reads an HTTP/1 request of a few hundred bytes. Returns `None` at the end of the connection.
 async fn read_request(io: &mut DuplexStream) -> Option<String> {
     let mut text = String::new();
     loop {
@@ -37,7 +37,7 @@ async fn read_request(io: &mut DuplexStream) -> Option<String> {
 
 const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 
-/// Answers once, takes a second request and hangs up: what a server does whose idle time is over.
+/// Responds once, reads a second request and closes the connection, like a server whose idle timeout has passed.
 async fn hangs_up_on_the_second(mut io: DuplexStream, seen: Seen) {
     while let Some(_request) = read_request(&mut io).await {
         seen.request();
@@ -65,7 +65,11 @@ async fn a_stale_connection_is_not_safe_for_post_and_is_for_get() {
             assert_eq!(budget.balance(), 9.0);
         } else {
             assert_eq!((told.made, told.stop), (1, Stop::Unsafe), "{method}");
-            assert_eq!((seen.connections(), seen.requests()), (1, 2), "{method}: sent once");
+            assert_eq!(
+                (seen.connections(), seen.requests()),
+                (1, 2),
+                "{method}: the request is sent once"
+            );
             let error = result.unwrap_err();
             let mut chain = std::iter::successors(error.source(), |error| error.source());
             assert!(chain.any(|error| {
@@ -96,7 +100,7 @@ async fn a_refused_connection_is_tried_again_by_any_method() {
     }
 }
 
-/// The connection's task is gone: hyper gives the request back as it is.
+/// The task of the connection has ended. hyper returns the request unchanged.
 #[tokio::test(start_paused = true)]
 async fn a_request_that_was_never_sent_is_repeated_uncharged() {
     let budget = RetryBudget::with(0.1, 0, 1);
@@ -122,7 +126,7 @@ async fn a_request_that_was_never_sent_is_repeated_uncharged() {
     assert_eq!((start.elapsed(), budget.balance(), budget.denied()), (ms(0), 0.1, 0));
 }
 
-/// A discarded answer that is small is read away, and its connection used again; a large one costs it.
+/// A small discarded response is drained, and its connection is reused. A large one closes its connection.
 #[tokio::test(start_paused = true)]
 async fn a_drained_answer_keeps_its_connection() {
     for (kib, connections) in [(0, 1), (40, 1), (256, 3)] {

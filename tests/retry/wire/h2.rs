@@ -11,11 +11,11 @@ use tower::Layer;
 use super::{Seen, client, connector, layer, request};
 use crate::kit::*;
 
-/// What an h2 server does with its first stream, all others being answered with 200.
+/// How an h2 server ends its first stream. It responds to all others with 200.
 #[derive(Clone, Copy, Debug)]
 enum First {
     Reset(h2::Reason),
-    /// It has read the whole request by then.
+    /// The server resets the stream after it has read the whole request.
     ResetLate(h2::Reason),
 }
 
@@ -76,14 +76,18 @@ async fn a_refused_stream_is_repeated_by_any_method_uncharged() {
                 let (told, answer, balance) = over_h2(method.clone(), body, first).await;
                 let case = format!("{method} {body:?} {first:?}");
                 assert_eq!((told.made, told.stop), (2, Stop::Answered), "{case}");
-                assert_eq!(answer.as_deref(), Some(length.as_bytes()), "{case}: the body again");
+                assert_eq!(
+                    answer.as_deref(),
+                    Some(length.as_bytes()),
+                    "{case}: the body is replayed"
+                );
                 assert_eq!((told.waited, balance), (ms(0), 9.0), "{case}");
             }
         }
     }
 }
 
-/// The connection lets go of a body that it was sending when the attempt is over.
+/// The connection drops the body that it sends when the attempt ends.
 #[tokio::test(start_paused = true)]
 async fn a_refused_upload_is_begun_anew() {
     let (seen, budget) = (Seen::default(), purse(9));
@@ -119,13 +123,13 @@ fn go_away(last: u32, reason: u32) -> Vec<u8> {
     frame
 }
 
-/// A server of raw frames: takes the preface and the first request, and goes away.
+/// A server of raw frames. Reads the preface and the first request, and sends GOAWAY.
 async fn goes_away(mut io: DuplexStream, seen: Seen, last: u32, reason: u32) {
     let mut read = Vec::new();
-    // SETTINGS, empty.
+    // An empty SETTINGS frame.
     io.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
     let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".len();
-    // Until the first HEADERS.
+    // Reads until the first HEADERS frame.
     loop {
         let mut rest = read.get(preface..).unwrap_or_default();
         let mut headers = false;
@@ -143,7 +147,7 @@ async fn goes_away(mut io: DuplexStream, seen: Seen, last: u32, reason: u32) {
     }
     seen.request();
     io.write_all(&go_away(last, reason)).await.unwrap();
-    // Until the client hangs up; or, with the stream accepted, by hanging up.
+    // The client closes the connection. If the stream was accepted, the server closes it.
     if last == 0 {
         while io.read_buf(&mut read).await.is_ok_and(|n| n > 0) {}
     }
@@ -151,7 +155,7 @@ async fn goes_away(mut io: DuplexStream, seen: Seen, last: u32, reason: u32) {
 
 #[tokio::test(start_paused = true)]
 async fn a_stream_above_goaways_last_is_repeated_uncharged() {
-    // Last stream, reason (whichever it is), whether it was not looked at.
+    // The last stream, the error code (it does not matter), and whether the request was not processed.
     for (last, reason, unseen) in [(0, 0, true), (1, 0, false), (0, 11, true), (1, 2, false)] {
         for method in [Method::POST, Method::GET] {
             let (seen, budget) = (Seen::default(), purse(9));
@@ -181,7 +185,7 @@ async fn a_stream_above_goaways_last_is_repeated_uncharged() {
     }
 }
 
-/// A server that refuses every stream is not asked for ever.
+/// The transparent retries against a server that refuses every stream are bounded.
 #[tokio::test(start_paused = true)]
 async fn a_server_that_refuses_every_stream_is_left_alone_in_the_end() {
     let (seen, budget) = (Seen::default(), purse(9));

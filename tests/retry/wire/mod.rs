@@ -1,4 +1,4 @@
-//! Errors as hyper and h2 really make them, over pipes in memory.
+//! Errors of the real hyper and h2, over pipes in memory.
 
 mod h1;
 mod h2;
@@ -66,7 +66,7 @@ impl AsyncWrite for Pipe {
     }
 }
 
-/// How many connections were made, and requests seen.
+/// Counts the connections and the requests.
 #[derive(Clone, Debug, Default)]
 struct Seen(Arc<(AtomicU32, AtomicU32)>);
 
@@ -84,7 +84,7 @@ impl Seen {
     }
 }
 
-/// Every connection is served by `server`, which is told its number; none: it is refused.
+/// Returns a connector. `server` serves each connection, by its number. `None` refuses the connection.
 fn connector<F>(
     seen: &Seen,
     server: impl Fn(u32, DuplexStream, Seen) -> Option<F> + Clone + Send + Sync + 'static,
@@ -116,7 +116,7 @@ where
 
 fn client() -> hyper_util::client::legacy::Builder {
     let mut builder = Client::builder(TokioExecutor::new());
-    // It would repeat by itself what is ours to repeat.
+    // Otherwise hyper repeats requests that the retry layer should repeat.
     builder.retry_canceled_requests(false);
     builder
 }
