@@ -1,4 +1,4 @@
-//! One deadline: who sets it, who keeps it, and what the next hop is told.
+//! Deadlines: their sources, their enforcement, and their propagation to the next hop.
 
 use std::{
     future::{Future, Ready, pending, poll_fn, ready},
@@ -27,7 +27,7 @@ use crate::{
 
 const LEFT: &str = "x-request-timeout-ms";
 
-/// What reached the service: the deadline as time from now, and the headers.
+/// The requests that reached the service: the time to the deadline, and the headers.
 type Seen = Arc<Mutex<Vec<(Option<Duration>, HeaderMap)>>>;
 
 fn recording<B: 'static>(
@@ -64,7 +64,7 @@ async fn seen_of(layer: DeadlineLayer, request: Request<Nothing>) -> (Option<Dur
     seen.lock().unwrap().remove(0)
 }
 
-// ===== Setting it, and saying it =====
+// ===== Sources and propagation =====
 
 #[tokio::test(start_paused = true)]
 async fn the_soonest_of_all_that_is_said() {
@@ -94,14 +94,14 @@ async fn the_soonest_of_all_that_is_said() {
         }
         let (seen, said) = seen_of(layer(), request).await;
         assert_eq!(seen, Some(ms(left)), "{headers:?} {extension:?}");
-        assert_eq!(said[LEFT], left.to_string(), "the next hop is told");
+        assert_eq!(said[LEFT], left.to_string(), "the header has the remaining time");
         let grpc = headers.contains(&grpc).then(|| format!("{}u", left * 1000));
         if let Some(grpc) = grpc {
             assert_eq!(said["grpc-timeout"], grpc);
         }
     }
     let (seen, said) = seen_of(DeadlineLayer::new().header(LEFT), request()).await;
-    assert_eq!((seen, said.len()), (None, 0), "without any it has none");
+    assert_eq!((seen, said.len()), (None, 0), "a request without a deadline is unchanged");
 }
 
 #[tokio::test(start_paused = true)]
@@ -114,7 +114,7 @@ async fn strangers_get_no_more_than_is_allowed_and_the_answer_its_way() {
     let (seen, service) = recording(200);
     let refused = layer().layer(service).oneshot(with(&[(LEFT, "20")])).await;
     assert_eq!(refused_as(refused.map(drop)), RejectedKind::DeadlinePassed);
-    assert!(seen.lock().unwrap().is_empty(), "no time of use is left for it");
+    assert!(seen.lock().unwrap().is_empty(), "no useful time is left for the call");
 }
 
 #[tokio::test(start_paused = true)]
@@ -127,7 +127,7 @@ async fn deadline_of_the_application_replaces_the_default_and_the_maximum() {
     };
     let own = Deadline::after(secs(60));
     assert_eq!(seen_of(layer(), set(&[], own)).await.0, Some(secs(60)));
-    // The header of a caller neither extends it nor turns it into a shorter time of the operator.
+    // The header of a caller does not extend it. A shorter time in the header applies.
     assert_eq!(seen_of(layer(), set(&[(LEFT, "90000")], own)).await.0, Some(secs(60)));
     assert_eq!(seen_of(layer(), set(&[(LEFT, "30000")], own)).await.0, Some(secs(30)));
     let kept = layer().keep_back(secs(1));
@@ -152,7 +152,7 @@ async fn deadline_of_a_caller_that_is_passed_on_keeps_its_bound() {
     assert_eq!(seen_of(max(), set(secs(3))).await.0, Some(secs(3)));
 }
 
-/// Whole seconds.
+/// A codec with whole seconds.
 #[derive(Clone, Copy)]
 struct Seconds;
 
@@ -203,7 +203,7 @@ async fn deadline_keeps_its_source_in_a_second_layer_that_reads_the_same_header(
             let seen = within_two(layer().default_of(time), layer(), with(headers)).await;
             assert_eq!(seen.source(), DeadlineSource::Operator, "{case}");
             assert_eq!(seen.left(), ms(time.as_nanos().div_ceil(1_000_000) as u64), "{case}");
-            // Of the application.
+            // A deadline of the application.
             let mut request = with(headers);
             request.extensions_mut().insert(expected);
             let seen = within_two(layer(), layer(), request).await;
@@ -279,7 +279,7 @@ async fn bad_settings_are_typed_errors() {
     let handle = layer.handle();
     assert_eq!(handle.set_default(ms(0)).unwrap_err().field, "default_of");
     handle.set_default(secs(3)).unwrap();
-    assert_eq!(seen_of(layer.clone(), request()).await.0, Some(secs(3)), "live");
+    assert_eq!(seen_of(layer.clone(), request()).await.0, Some(secs(3)), "the new default applies");
     assert_eq!(handle.set_at_most(ms(0)).unwrap_err().field, "at_most");
     handle.set_at_most(secs(2)).unwrap();
     handle.set_keep_back(ms(100));
@@ -289,7 +289,7 @@ async fn bad_settings_are_typed_errors() {
     assert_eq!(seen_of(layer, request()).await.0, None);
 }
 
-// ===== Keeping it =====
+// ===== Enforcement =====
 
 #[tokio::test(start_paused = true)]
 async fn what_is_late_is_not_begun_and_what_is_under_way_is_ended() {
@@ -339,7 +339,7 @@ async fn it_is_kept_also_when_a_call_further_in_is_dropped_that_would_have_woken
         let mut call = Some(Box::pin(timed.clone().oneshot(request)));
         poll_fn(move |cx| {
             if let Some(mut call) = call.take() {
-                assert!(call.as_mut().poll(cx).is_pending(), "it has set its timer");
+                assert!(call.as_mut().poll(cx).is_pending(), "the call has registered its timer");
             }
             Poll::<Result<Response<Nothing>, BoxError>>::Pending
         })
@@ -350,7 +350,8 @@ async fn it_is_kept_also_when_a_call_further_in_is_dropped_that_would_have_woken
     assert_eq!((phase_of(&error), start.elapsed()), (Phase::Deadline, secs(2)));
 }
 
-/// A call that is polled once and then goes on in a task of its own wakes that one, and nobody here.
+/// After its first poll the inner call moves to another task. Its timer wakes that task, so the outer deadline layer
+/// needs its own timer.
 #[tokio::test(start_paused = true)]
 async fn it_is_kept_also_when_a_call_further_in_goes_on_in_another_task() {
     let timed = TimeoutLayer::http()
@@ -367,7 +368,8 @@ async fn it_is_kept_also_when_a_call_further_in_goes_on_in_another_task() {
     });
     let start = Instant::now();
     let call = DeadlineLayer::new().default_of(secs(2)).layer(detaching).oneshot(request());
-    let error = tokio::time::timeout(secs(60), call).await.expect("it is kept").unwrap_err();
+    let error =
+        tokio::time::timeout(secs(60), call).await.expect("the deadline is enforced").unwrap_err();
     assert_eq!((phase_of(&error), start.elapsed()), (Phase::Deadline, secs(2)));
 }
 
@@ -394,7 +396,7 @@ async fn what_is_kept_back_of_a_time_beyond_any_clock_leaves_the_rest() {
     assert_eq!(seen_of(layer, with(&[])).await.0, Some(secs(5)));
 }
 
-/// Waits within its call, as who blocks there does, and then does this.
+/// A service that blocks for this time in its `call`, and then runs the closure.
 #[derive(Clone)]
 struct Blocks<F>(Duration, F);
 
@@ -468,7 +470,7 @@ async fn and_the_bodies_that_are_read_there() {
     let streams = DeadlineLayer::new().default_of(secs(2)).layer(streams);
     let inner = Blocks(secs(3), move |_: Request<_>| {
         let answer = task::spawn(streams.clone().oneshot(request())).poll();
-        let Poll::Ready(Ok(response)) = answer else { panic!("at once") };
+        let Poll::Ready(Ok(response)) = answer else { panic!("the response is not ready") };
         blocked(secs(3));
         let end = task::spawn(drain(response.into_body())).poll();
         let Poll::Ready((0, Err(late))) = end else { panic!("{end:?}") };
@@ -477,7 +479,7 @@ async fn and_the_bodies_that_are_read_there() {
     DeadlineLayer::new().default_of(secs(9)).layer(inner).oneshot(request()).await.unwrap();
 }
 
-// ===== Leaving it to others =====
+// ===== Propagation only =====
 
 #[tokio::test(start_paused = true)]
 async fn one_that_is_only_said_is_said_alike_and_kept_by_nobody() {
@@ -516,7 +518,7 @@ async fn the_retry_and_the_timeout_keep_what_is_only_said() {
     };
     let (first, second) = tokio::join!(service.clone().oneshot(request()), queued);
     assert_eq!((phase_of(&first.unwrap_err()), start.elapsed()), (Phase::Deadline, ms(2001)));
-    assert!(second.is_err(), "it had its turn, with 1 ms left");
+    assert!(second.is_err(), "the queued call had a permit, with 1 ms left");
     assert_eq!((watch.seen().calls, places.in_flight()), (2, 0));
     assert_eq!(watch.seen().in_flight, 0);
 }
@@ -532,7 +534,7 @@ async fn a_stream_is_cut_at_what_is_only_said() {
     assert_eq!((frames, phase_of(&end.unwrap_err())), (2, Phase::Deadline));
 }
 
-// ===== Everybody sees what remains =====
+// ===== The remaining time in other layers =====
 
 #[tokio::test(start_paused = true)]
 async fn each_attempt_is_told_what_is_left_and_none_is_made_that_is_late() {
@@ -551,7 +553,7 @@ async fn each_attempt_is_told_what_is_left_and_none_is_made_that_is_late() {
         .iter()
         .map(|(_, said)| said[LEFT].to_str().unwrap().to_owned())
         .collect();
-    assert!(start.elapsed() <= ms(803), "no wait that ends too late: {:?}", start.elapsed());
+    assert!(start.elapsed() <= ms(803), "no delay ends after the deadline: {:?}", start.elapsed());
     assert_eq!(told.len(), 3, "{told:?}");
     assert_eq!(told[0], "1000");
     assert!((598..=600).contains(&told[1].parse::<u32>().unwrap()), "{told:?}");
@@ -576,8 +578,12 @@ async fn the_queue_waits_no_longer_and_the_timeout_ends_it() {
     let second = tokio::spawn(service.oneshot(request()));
     let error = first.await.unwrap().unwrap_err();
     assert_eq!((phase_of(&error), start.elapsed()), (Phase::Deadline, secs(2)));
-    assert_eq!(circuit.state(), State::Open, "a hang shows, although its deadline is outside");
-    // The second had its turn when the first was over, and a second left.
+    assert_eq!(
+        circuit.state(),
+        State::Open,
+        "the breaker counts a hang that an outer deadline ends"
+    );
+    // The second call received its permit at the end of the first one, with one second left.
     let error = second.await.unwrap().unwrap_err();
     assert_eq!((phase_of(&error), start.elapsed()), (Phase::Deadline, secs(3)));
     assert_eq!((watch.seen().calls, places.in_flight()), (2, 0));
@@ -601,7 +607,7 @@ async fn a_circuit_makes_no_probe_of_what_is_late_nor_lets_it_wait() {
     let late = service.clone().oneshot(within(ms(0))).await;
     assert_eq!(refused_as(late.map(drop)), RejectedKind::DeadlinePassed);
     assert_eq!((circuit.snapshot().probes, watch.seen().calls), (0, 0));
-    // One probe, and one who waits for its verdict as long as it may.
+    // One half-open probe, and one call that waits for its outcome until its own deadline.
     let probe = tokio::spawn(service.clone().oneshot(request()));
     sleep(ms(1)).await;
     let start = Instant::now();

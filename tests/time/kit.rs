@@ -1,4 +1,4 @@
-//! Bodies that take their time, and short names.
+//! Bodies with timed frames, and helpers.
 
 use std::{
     collections::VecDeque,
@@ -28,7 +28,7 @@ pub const fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
-/// Gives a frame at each of these times, counted from when it was made, and then ends or is silent.
+/// A body that yields a frame at each of these times after its creation. Then it ends or stays pending.
 #[derive(Debug)]
 pub struct Paced {
     frames: VecDeque<Instant>,
@@ -45,18 +45,18 @@ impl Paced {
         Self { frames, ends: true, timer, dropped: Arc::default() }
     }
 
-    /// So many, one each `gap`, the first after one.
+    /// Returns a body with this number of frames, one after each `gap`.
     pub fn every(gap: Duration, frames: u32) -> Self {
         Self::at((1..=frames).map(|nth| gap * nth))
     }
 
-    /// Silent for ever after its last frame.
+    /// Keeps the body pending after its last frame.
     pub fn then_silent(mut self) -> Self {
         self.ends = false;
         self
     }
 
-    /// Counts it when it is dropped.
+    /// Returns a counter that increases when the body is dropped.
     pub fn dropped(&self) -> Arc<AtomicUsize> {
         self.dropped.clone()
     }
@@ -103,7 +103,7 @@ pub fn request() -> Request<Nothing> {
     Request::new(Nothing::new())
 }
 
-// ===== What came of it =====
+// ===== Results =====
 
 #[track_caller]
 pub fn phase_of(error: &BoxError) -> Phase {
@@ -113,7 +113,7 @@ pub fn phase_of(error: &BoxError) -> Phase {
     }
 }
 
-/// Reads all of it: how many frames came, and how it ended.
+/// Reads a body to its end. Returns the number of frames and the result.
 pub async fn drain<B>(mut body: B) -> (usize, Result<(), B::Error>)
 where
     B: Body + Unpin,
@@ -128,7 +128,7 @@ where
     }
 }
 
-/// A service of a closure over requests of any body.
+/// Returns the service of a closure, for requests with any body.
 pub fn serve<B, RB, F>(
     answer: impl Fn(Request<B>) -> F + Clone + Send + Sync + 'static,
 ) -> impl tower::Service<Request<B>, Response = Response<RB>, Error = BoxError, Future = F>

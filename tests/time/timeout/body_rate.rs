@@ -37,7 +37,7 @@ async fn trickled_request_body_is_ended_and_its_permit_released() {
     let (handle, permits) = (layer.handle(), limit.handle());
     let service = limit.layer(layer.layer(reader()));
     let start = Instant::now();
-    // One byte's worth of time per 50 s: the grace ends first.
+    // A frame every 50 s: the grace is used up before the first one.
     let error = service.oneshot(Request::new(Paced::every(secs(50), 100))).await.unwrap_err();
     assert_eq!((phase_of(&error), start.elapsed()), (Phase::BodyRate, secs(5)));
     assert_eq!(error.to_string(), "rejected by timeout: request body is below the minimum rate");
@@ -48,16 +48,16 @@ async fn trickled_request_body_is_ended_and_its_permit_released() {
 
 #[tokio::test(start_paused = true)]
 async fn each_byte_adds_the_time_that_it_takes_at_the_minimum_rate() {
-    // Three frames at once are worth 3 s beside the grace.
+    // Three frames at once add 3 s to the grace.
     let body = Paced::at([0, 0, 0].map(secs)).then_silent();
     let start = Instant::now();
     let error = layer().layer(reader()).oneshot(Request::new(body)).await.unwrap_err();
     assert_eq!((phase_of(&error), start.elapsed()), (Phase::BodyRate, secs(8)));
 
-    // A steady client just above the rate is not ended, however long it takes.
+    // An upload just above the rate is not ended, whatever its duration.
     let body = Paced::every(ms(999), 10_000);
     layer().layer(reader()).oneshot(Request::new(body)).await.unwrap();
-    // Just below the rate it is, once the grace is used up.
+    // An upload just below the rate is ended when the grace is used up.
     let (body, start) = (Paced::every(ms(1010), 10_000), Instant::now());
     let error = layer().layer(reader()).oneshot(Request::new(body)).await.unwrap_err();
     assert_eq!(phase_of(&error), Phase::BodyRate);
@@ -66,7 +66,7 @@ async fn each_byte_adds_the_time_that_it_takes_at_the_minimum_rate() {
 
 #[tokio::test(start_paused = true)]
 async fn allowance_of_a_fast_body_is_bounded() {
-    // 100,000 bytes at once would be worth more than 5 hours.
+    // Without the bound, 100,000 bytes at once would add more than 5 hours.
     let burst = vec![std::time::Duration::ZERO; 20_000];
     let trickle = (1..400).map(|nth| secs(50) * nth);
     let body = Paced::at(burst.into_iter().chain(trickle));
@@ -84,16 +84,16 @@ async fn time_in_which_the_service_does_not_poll_the_body_is_not_charged() {
             sleep(secs(100)).await;
             body.frame().await.unwrap()?;
         }
-        // The reader gives up a first wait, and polls again much later.
         Ok(Response::new(Full::<bytes::Bytes>::default()))
     }));
     service.oneshot(Request::new(Paced::every(secs(90), 20))).await.unwrap();
 
+    // The reader ends its first wait, and polls again much later.
     let service = layer().layer(serve(|request: Request<SendingBody<Paced>>| async move {
         let mut body = request.into_body();
         for _ in 0..3 {
             let wait = tokio::time::timeout(ms(10), body.frame()).await;
-            assert!(wait.is_err(), "nothing is there yet");
+            assert!(wait.is_err(), "no frame has arrived");
             sleep(secs(60)).await;
             body.frame().await.unwrap()?;
         }
@@ -112,7 +112,8 @@ async fn rate_is_enforced_after_the_response_head() {
     let start = Instant::now();
     let response = service.oneshot(Request::new(Paced::every(secs(4), 100))).await.unwrap();
     let (frames, end) = drain(response.into_body()).await;
-    // 5 s and one second per frame: the second frame is 3 s later than what is left.
+    // The allowance is 5 s and one second per frame. The first frame leaves 2 s of it, and the second frame arrives 4 s
+    // later.
     assert_eq!((frames, phase_of(&end.unwrap_err())), (1, Phase::BodyRate));
     assert_eq!(start.elapsed(), secs(6));
     assert_eq!(handle.snapshot().timed_out_by(Phase::BodyRate), 1);

@@ -1,4 +1,4 @@
-//! The test list of the Tower contract, as far as a layer is asked that holds nothing itself.
+//! The test list of the Tower contract, for a layer that holds no permits.
 
 use buttress::TimeoutLayer;
 use http::Request;
@@ -21,7 +21,7 @@ async fn readiness_is_the_inner_services_and_does_not_go_along_with_a_clone() {
     let (mut service, watch) = service();
     assert_ready_ok!(service.poll_ready::<Request<Nothing>>());
     watch.set_ready(false);
-    assert_ready_ok!(service.poll_ready::<Request<Nothing>>(), "sticky");
+    assert_ready_ok!(service.poll_ready::<Request<Nothing>>(), "a ready service stays ready");
     let mut clone = service.clone();
     assert_pending!(clone.poll_ready::<Request<Nothing>>());
     assert_eq!(watch.seen().reserved, 1);

@@ -1,4 +1,4 @@
-//! What a timeout is to whoever hears of it: errors, responses, gRPC; and never a 408.
+//! The forms of a timeout: errors, responses and gRPC statuses, but never a 408.
 
 use buttress::{Rejected, TimeoutLayer, Timeouts, call::Outcome, timeout::Phase};
 use http::{Request, Response, StatusCode};
@@ -57,7 +57,7 @@ async fn grpc_gets_deadline_exceeded_at_the_head_and_in_the_trailers() {
     );
     assert!(body.frame().await.is_none());
 
-    // Not gRPC: there is no other way to say it than to break off.
+    // Without gRPC the body can only end with an error.
     watch.script([Then::Answer(grpc([Piece::data("a"), Piece::Stuck]))]);
     let body = service.oneshot(request()).await.unwrap().into_body();
     assert_eq!(phase_of(&drain(body).await.1.unwrap_err()), Phase::Idle);

@@ -1,4 +1,4 @@
-//! The layer, phase by phase.
+//! The timeout layer, phase by phase.
 
 mod body_rate;
 mod contract;

@@ -1,4 +1,4 @@
-//! Any stream, any reader, any times: cut when the rules say so, and never else.
+//! Random streams, readers and timeouts: the layer cuts a stream exactly when the model does.
 
 use std::sync::{Arc, Mutex};
 
@@ -11,13 +11,13 @@ use tower::{Layer, ServiceExt};
 
 use crate::{fuzz::cases, kit::*};
 
-/// A stream and its reader, all in milliseconds from the head.
+/// A stream, its reader and the timeouts. All times are in milliseconds.
 #[derive(Clone, Debug)]
 struct Case {
-    /// When each frame is there.
+    /// The time at which each frame is available, from the head.
     frames: Vec<u64>,
     ends: bool,
-    /// How long the reader does something else before it asks for each, and for the end.
+    /// The pauses of the reader before it polls for each frame and for the end.
     pauses: Vec<u64>,
     first: Option<u64>,
     idle: Option<u64>,
@@ -41,7 +41,7 @@ fn case() -> impl Strategy<Value = Case> {
     )
 }
 
-/// How many frames come, when it is over, and by what. None: never.
+/// The number of frames, the time of the end, and the phase that ended the stream. `None` if it does not end.
 type End = Option<(usize, u64, Option<Phase>)>;
 
 fn expected(case: &Case) -> End {

@@ -1,4 +1,4 @@
-//! Each phase by itself: what it counts from, what ends it, and what goes with it.
+//! Each phase of the timeout layer: its start, its end, and what it releases.
 
 use std::{
     future::{Future, Ready, poll_fn, ready},
@@ -43,7 +43,7 @@ async fn a_head_that_is_late_ends_the_call_and_all_that_it_held() {
     assert_eq!((handle.in_flight(), watch.seen().in_flight), (1, 1));
     let error = poll_fn(|cx| call.enter(|_, call| call.poll(cx))).await.unwrap_err();
     assert_eq!((phase_of(&error), start.elapsed()), (Phase::Head, secs(3)));
-    // The future is still there, and holds nothing.
+    // The future is not dropped, but holds no permit.
     assert_eq!((handle.in_flight(), watch.seen().in_flight), (0, 0));
     drop(call);
 }
@@ -57,12 +57,16 @@ async fn an_answer_already_there_beats_the_timer() {
     advance(secs(100)).await;
     assert!(watch.end(0, Ok(hello())));
     let response = assert_ready_ok!(call.poll());
-    assert_eq!(read(response.into_body()).await.unwrap().0, b"hello", "nor is its last frame late");
+    assert_eq!(
+        read(response.into_body()).await.unwrap().0,
+        b"hello",
+        "the last frame is not late either"
+    );
 }
 
 #[test]
 fn what_is_ready_makes_no_timer() {
-    // There is no runtime here: a timer would panic.
+    // A timer would panic, because there is no runtime.
     let (inner, _watch) = Strict::new();
     let service = TimeoutLayer::http().layer(inner);
     let response = assert_ready_ok!(task::spawn(service.oneshot(request())).poll());
@@ -75,7 +79,7 @@ fn what_is_ready_makes_no_timer() {
 
 #[tokio::test(start_paused = true)]
 async fn the_heads_time_begins_when_the_request_has_been_sent() {
-    // It takes 100 s to send, 2 s at a time.
+    // The upload takes 100 s, with a frame every 2 s.
     for (thinking, late) in [(29, false), (31, true)] {
         let service = TimeoutLayer::http().layer(serve(
             move |request: Request<SendingBody<Paced>>| async move {
@@ -114,7 +118,7 @@ async fn a_request_that_falls_silent_while_it_is_asked_for_is_ended() {
     let layer = TimeoutLayer::http();
     let handle = layer.handle();
     let service = layer.layer(serve(|request: Request<SendingBody<Paced>>| async move {
-        // What a client says that was hindered from sending.
+        // A client reports this error when the request body has failed.
         let sent = request.into_body().collect().await;
         sent.map_err(|_| Oops("the request broke off"))?;
         Ok(Response::new(Full::<bytes::Bytes>::default()))
@@ -133,7 +137,7 @@ async fn a_request_that_is_taken_slowly_is_not() {
         TimeoutLayer::http().layer(serve(|request: Request<SendingBody<Paced>>| async move {
             let mut body = request.into_body();
             while !body.is_end_stream() {
-                // A slow reader: no stall of the request's.
+                // A slow reader is not a stall of the request body.
                 sleep(secs(299)).await;
                 assert!(body.frame().await.unwrap().is_ok());
             }
@@ -152,7 +156,8 @@ async fn one_that_nobody_takes_more_of_is_ended_and_a_failure() {
             for _ in 0..frames {
                 assert!(body.frame().await.unwrap().is_ok());
             }
-            // It holds what it was given, and does nothing more: connecting for ever, or hung.
+            // The upstream holds the body without reading it, like a client that is still connecting or an upstream
+            // that hangs.
             std::future::pending::<()>().await;
             drop(body);
             Ok(Response::new(Full::<bytes::Bytes>::default()))
@@ -162,7 +167,7 @@ async fn one_that_nobody_takes_more_of_is_ended_and_a_failure() {
         let error = service.oneshot(Request::new(body)).await.unwrap_err();
         assert_eq!(phase_of(&error), Phase::Taking);
         assert_eq!(handle.snapshot().timed_out_by(Phase::Taking), 1);
-        assert!(Outcome::of_error(&*error).is_failure(), "of what was called");
+        assert!(Outcome::of_error(&*error).is_failure(), "the upstream caused the failure");
         start.elapsed()
     };
     assert_eq!(take(0).await, secs(300));
@@ -220,7 +225,7 @@ async fn a_long_frame_is_taken_in_pieces_and_is_the_same() {
 
 #[tokio::test(start_paused = true)]
 async fn once_the_answer_is_here_the_request_may_be_silent() {
-    // As in a gRPC stream both ways, whose client only listens.
+    // As in a bidirectional gRPC stream whose client only receives.
     let (told, mut read) = tokio::sync::mpsc::unbounded_channel();
     let service = TimeoutLayer::http().layer(serve(move |request: Request<SendingBody<Paced>>| {
         let told = told.clone();
@@ -235,7 +240,10 @@ async fn once_the_answer_is_here_the_request_may_be_silent() {
     let (frames, end) = drain(response.into_body()).await;
     assert!(end.is_ok());
     assert_eq!(frames, 30);
-    assert!(read.try_recv().is_err(), "still being read, after ten minutes of silence");
+    assert!(
+        read.try_recv().is_err(),
+        "the request body is still read after ten minutes of silence"
+    );
 }
 
 // ===== The response body =====
@@ -252,7 +260,7 @@ async fn streaming(layer: TimeoutLayer, body: Paced) -> (usize, Duration, Option
     let mut body = response.unwrap().into_body();
     let (frames, end) = drain(&mut body).await;
     if end.is_err() {
-        assert_eq!(dropped.load(SeqCst), 1, "what it wraps is dropped with the error, not after");
+        assert_eq!(dropped.load(SeqCst), 1, "the inner body is dropped with the error");
         assert!(body.is_end_stream() && body.size_hint().exact() == Some(0));
         assert!(body.frame().await.is_none());
     }
@@ -271,14 +279,14 @@ async fn each_phase_of_a_body_is_on_or_off_by_itself() {
     assert_eq!(with(none.total(secs(10))).await, (2, secs(10), Some(Phase::Total)));
     let all = both.total(secs(39)).head(secs(1));
     assert_eq!(with(all).await, (3, secs(39), Some(Phase::Total)));
-    // None of them: it would wait for ever.
+    // If none of these timeouts is set, the call does not end.
     let waiting = tokio::time::timeout(secs(100_000), with(none.head(secs(1)))).await;
     assert!(waiting.is_err());
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_frame_does_not_lengthen_a_silence_that_was_over() {
-    // Twenty silences, each just within the time, with one timer.
+    // Twenty gaps, each just below the timeout, with one timer.
     let (frames, _, end) = streaming(
         TimeoutLayer::new(Timeouts::new().first_frame(secs(3)).idle(secs(3))),
         Paced::every(ms(2999), 20),
@@ -299,7 +307,7 @@ async fn a_slow_reader_is_never_punished() {
         assert!(body.frame().await.unwrap().is_ok());
     }
 
-    // Nor one that has to wait for a moment whenever it comes back.
+    // A reader that waits for a moment after each of its pauses is not cut either.
     let body = Paced::at([0, 3601, 7202].map(secs));
     let body = Arc::new(Mutex::new(Some(body)));
     let service = TimeoutLayer::http().layer(serve(move |_: Request<_>| {
@@ -338,14 +346,14 @@ async fn trailers_and_size_hint_go_through() {
     watch.script([Then::Answer(Response::new(ScriptBody::new(pieces)))]);
     let service = TimeoutLayer::http().layer(inner);
     let body = service.oneshot(request()).await.unwrap().into_body();
-    assert_eq!(body.size_hint().exact(), Some(5), "a 5-byte answer keeps its content-length");
+    assert_eq!(body.size_hint().exact(), Some(5), "a response of 5 bytes keeps its content-length");
     assert!(!body.is_end_stream());
     assert_eq!(
         read(body.map_err(|_| Oops("")).boxed_unsync()).await.unwrap(),
         (b"abcde".to_vec(), Some(trailers("7")))
     );
 
-    // And a request's.
+    // The same for a request body.
     let service =
         TimeoutLayer::http().layer(serve(|request: Request<SendingBody<ScriptBody>>| async move {
             let body = request.into_body();
@@ -394,13 +402,13 @@ async fn what_is_past_its_deadline_is_not_begun() {
     let refused = service.call(within(ms(0))).await;
     assert_eq!(refused_as(refused.map(drop)), RejectedKind::DeadlinePassed);
     let seen = watch.seen();
-    assert_eq!((seen.calls, seen.reserved), (0, 0), "and what was reserved for it is free");
+    assert_eq!((seen.calls, seen.reserved), (0, 0), "the reservation is released");
     assert_eq!(handle.snapshot().refused_deadline, 1);
 }
 
-// ===== What never rests =====
+// ===== Futures that exhaust the coop budget =====
 
-/// Uses up what its task may do in one go, each time.
+/// Exhausts the coop budget of its task at each poll.
 async fn busy<T>() -> T {
     loop {
         tokio::task::consume_budget().await;
@@ -421,7 +429,7 @@ impl Body for Busy {
     }
 }
 
-/// How a call ends that is begun while the time goes on beside it, in steps.
+/// Runs a call in a task while the clock advances in steps. Returns its result.
 async fn beside<T: Send + 'static>(call: impl Future<Output = T> + Send + 'static) -> T {
     let call = tokio::spawn(call);
     for _ in 0..100 {
@@ -458,7 +466,7 @@ async fn nor_is_an_answer_read_away_for_longer_that_leaves_none() {
     assert_eq!(answered, 200);
 }
 
-/// Never ready, and never at rest.
+/// A service that is ready if the flag is set. Otherwise its `poll_ready` exhausts the coop budget.
 #[derive(Clone)]
 struct Unready(Arc<AtomicBool>);
 
@@ -483,7 +491,7 @@ impl<B> Service<Request<B>> for Unready {
 #[tokio::test(start_paused = true)]
 async fn nor_is_anything_waited_for_longer_that_gets_ready_without_rest() {
     let inner = |is| Unready(Arc::new(AtomicBool::new(is)));
-    // The limit is full when it is asked, so that the call waits for what is in it by itself.
+    // The limit is full when it is polled ready, so the call itself waits for the inner service.
     let limit = ConcurrencyLimitLayer::new(1).queue(1, secs(60));
     let first = limit.handle().try_acquire().unwrap();
     let mut parked = limit.layer(inner(false));

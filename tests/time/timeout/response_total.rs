@@ -1,4 +1,4 @@
-//! The timeout of the whole response, and what it does not count: the upload.
+//! The timeout of the whole response, which does not count the upload.
 
 use std::{future::pending, time::Duration};
 
@@ -34,7 +34,7 @@ where
     })
 }
 
-/// Responds at once, with a frame each second, and reads the request meanwhile.
+/// Responds immediately, with a frame each second, and reads the request at the same time.
 fn responds_first<B>(
     frames: u32,
 ) -> impl Service<Request<B>, Response = Response<Paced>, Error = BoxError, Future: Send> + Clone
@@ -79,11 +79,11 @@ async fn response_total_bounds_the_head_and_the_body_from_the_end_of_the_request
     ] {
         let service = layer(secs(5)).layer(reads_first(secs(thinking), frames));
         let ended = end(service, upload()).await;
-        // A frame that is there at the same time is not late.
+        // A frame at the instant of the timeout is not late.
         let allowed = [expected, (expected.0 + 1, expected.1, expected.2)];
         assert!(allowed.contains(&ended), "{thinking} {frames}: {ended:?}");
     }
-    // Without a body it counts from the call.
+    // Without a request body it counts from the call.
     let service = layer(secs(5)).layer(reads_first(secs(6), 0));
     assert_eq!(end(service, Nothing::new()).await, (0, secs(5), CUT));
 }
@@ -210,7 +210,7 @@ async fn response_total_of_a_server_does_not_count_the_upload_of_an_axum_body() 
 
 // ===== Each attempt, or the whole call =====
 
-/// Three attempts with waits of at most 1 s.
+/// Returns a stack with three attempts and delays of up to 1 s.
 fn retried<S>(
     deadline: DeadlineLayer,
     timeouts: Timeouts,

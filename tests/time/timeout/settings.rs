@@ -1,4 +1,4 @@
-//! What can be set, by whom, and when.
+//! The settings of the timeout layer, in the layer, in the request and through the handle.
 
 use std::time::Duration;
 
@@ -71,7 +71,7 @@ async fn times_change_while_it_runs_and_are_seen_by_all() {
         let refused = Rejected::find(&*error).unwrap();
         assert_eq!((refused.layer(), refused.name()), ("timeout", Some("search")));
         assert_eq!(error.to_string(), "rejected by timeout `search`: no response head in time");
-        assert_eq!(start.elapsed(), secs(7), "set later, and seen by the service made before");
+        assert_eq!(start.elapsed(), secs(7), "an existing service uses the new setting");
     }
     handle.set(Timeouts::new().head(secs(2))).unwrap();
     let start = Instant::now();
@@ -80,7 +80,11 @@ async fn times_change_while_it_runs_and_are_seen_by_all() {
     let error = handle.set(Timeouts::new().idle(secs(9)).head(Duration::ZERO)).unwrap_err();
     assert_eq!(error.to_string(), "`head` is 0ns: use a time above zero, or none for no limit");
     let snapshot = handle.snapshot();
-    assert_eq!(snapshot.timeouts.get(Phase::Head), Some(secs(2)), "nothing was changed");
+    assert_eq!(
+        snapshot.timeouts.get(Phase::Head),
+        Some(secs(2)),
+        "a rejected setting changes nothing"
+    );
     assert_eq!(snapshot.timeouts.get(Phase::Idle), Some(secs(60)));
     assert_eq!((snapshot.timed_out(), snapshot.timed_out_by(Phase::Head)), (3, 3));
 }

@@ -1,4 +1,4 @@
-//! Where it goes without a type annotation: axum's routers, tonic's servers and clients, tasks.
+//! Stacks without a type annotation: axum's routers, tonic's servers and clients, tasks.
 
 use std::convert::Infallible;
 
@@ -31,7 +31,7 @@ async fn under_axum() {
     }
 }
 
-/// A server of uploads, and how it answers one.
+/// Makes a call to a server with this upload. Returns the status and the time.
 async fn answers<B>(
     layer: TimeoutLayer<buttress::timeout::AsIs, buttress::call::Respond>,
     upload: B,
@@ -47,7 +47,7 @@ where
                 sleep(time).await;
                 Ok("hello")
             }
-            // It holds a request that it never looks at.
+            // The handler holds the request and never reads it.
             None => {
                 std::future::pending::<()>().await;
                 drop(request);
@@ -69,10 +69,10 @@ async fn a_servers_time_begins_when_the_request_is_here() {
     let slow = || Paced::every(secs(2), 50);
     assert_eq!(answers(layer(), slow(), Some(secs(29))).await, (200, secs(129)));
     assert_eq!(answers(layer(), slow(), Some(secs(31))).await, (503, secs(130)));
-    // What falls silent on its way is its client's fault, and told to who reads it.
+    // The client causes the timeout of an upload that stalls, and the reader of the body receives the error.
     let silent = Paced::every(secs(2), 5).then_silent();
     assert_eq!(answers(layer(), silent, Some(secs(1))).await, (400, secs(70)));
-    // A handler that hangs without a look at it has no more time than any other.
+    // A handler that never reads the request has no more time than any other.
     assert_eq!(answers(layer(), slow(), None).await, (503, secs(30)));
     assert_eq!(answers(layer().head(secs(180)), slow(), None).await, (503, secs(180)));
     assert_eq!(answers(layer().head(None).total(secs(7)), slow(), None).await, (503, secs(7)));
@@ -104,7 +104,7 @@ async fn under_axum_with_its_uploads_watched() {
     let start = Instant::now();
     let response = app.oneshot(Request::get("/").body(body).unwrap()).await.unwrap();
     assert_eq!(start.elapsed(), secs(62));
-    // The route's own answer to a body that breaks off.
+    // The response of the route to a body that ends with an error.
     assert_eq!(response.status(), 400);
 }
 
@@ -118,7 +118,7 @@ async fn around_a_tonic_client() {
     let mut client = tonic_health::pb::health_client::HealthClient::new(channel);
     let check = tonic_health::pb::HealthCheckRequest::default();
     let status = tokio::spawn(async move { client.check(check).await }).await.unwrap().unwrap_err();
-    assert_eq!(status.code(), tonic::Code::Unavailable, "nobody listens there: {status}");
+    assert_eq!(status.code(), tonic::Code::Unavailable, "the port has no listener: {status}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -128,7 +128,7 @@ async fn under_a_tonic_server() {
         .layer(TimeoutLayer::server().respond())
         .layer(DeadlineLayer::new().default_of(secs(9)).respond())
         .add_service(health);
-    // It has nothing to do, and is shut down at once: what is asked is whether its types fit.
+    // The server is shut down immediately, because the test only checks the types.
     let at = "127.0.0.1:0".parse().unwrap();
     router.serve_with_shutdown(at, std::future::ready(())).await.unwrap();
 }

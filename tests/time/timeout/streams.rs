@@ -1,4 +1,4 @@
-//! Streams under all defaults of the whole stack.
+//! Streams through a whole stack with its defaults.
 
 use std::{
     sync::{Arc, Mutex},
@@ -15,7 +15,7 @@ use tower::{Layer, Service, ServiceBuilder, ServiceExt};
 
 use crate::kit::*;
 
-/// Answers with these bodies, one after the other.
+/// Responds with these bodies, one after the other.
 fn answering<B: 'static>(
     bodies: impl IntoIterator<Item = Paced>,
 ) -> impl Service<Request<B>, Response = Response<Paced>, Error = BoxError, Future: Send> + Clone {
@@ -41,7 +41,7 @@ async fn five_minutes_with_a_frame_every_20_seconds_pass_all_defaults() {
     end.unwrap();
     assert_eq!((frames, start.elapsed()), (15, secs(300)));
 
-    // A server's, too: it answers with the stream.
+    // A server that responds with the stream.
     let service = TimeoutLayer::server().respond().layer(answering([Paced::every(secs(20), 15)]));
     let response = service.oneshot(Request::new(Nothing::new())).await.unwrap();
     assert_eq!(drain(response.into_body()).await.0, 15);
@@ -91,5 +91,5 @@ async fn a_late_head_is_tried_again_where_that_is_safe() {
     *calls.lock().unwrap() = 0;
     let post = Request::post("/").body(Nothing::new()).unwrap();
     assert!(service.oneshot(post).await.is_err());
-    assert_eq!(*calls.lock().unwrap(), 1, "it may have had its effect");
+    assert_eq!(*calls.lock().unwrap(), 1, "the server may have processed the request");
 }
