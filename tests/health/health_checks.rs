@@ -276,7 +276,7 @@ async fn handles_of_breakers_limits_and_probes_are_checks() {
     a_while().await;
     assert_eq!(says("breaker"), (CheckState::Fail, Some("circuit is open".into())));
     sleep(Duration::from_secs(30)).await;
-    // A half-open circuit passes the check. Without traffic it would never close again.
+    // The check of a half-open circuit passes, because the circuit cannot close without traffic.
     assert_eq!(says("breaker").0, CheckState::Pass);
 
     let call = tokio::spawn(busy.ready().await.unwrap().call(()));
@@ -424,7 +424,7 @@ proptest! {
                     ready = !ready;
                     let least = if ready { rise } else { fall } as usize;
                     let run = &looks[looked.saturating_sub(least)..looked];
-                    // Before any result the first success suffices.
+                    // Without an earlier result, one success suffices.
                     assert!(flips.is_empty() && ready || run.len() == least && looked - since >= least);
                     assert!(flips.is_empty() || run.iter().all(|passed| *passed == ready));
                     flips.push(looked);

@@ -157,7 +157,7 @@ fn budget_bounds_the_hedges_of_a_call() {
             // The call deposits a millionth of a hedge attempt.
             let budget = RetryBudget::with(1e-6, 10, 10);
             (allowed..10).for_each(|_| budget.withdraw().unwrap().spend());
-            // Nothing is added in the time of this call.
+            // While hedge attempts are due, the reserve gains less than one of them.
             run(attempts, 10, 4, Some(budget)).await
         });
         assert_eq!(result, expected, "{allowed}");
@@ -186,7 +186,7 @@ fn slow_upstream(
         let previous = previous.map_or(0, |value| value.to_str().unwrap().parse().unwrap());
         numbers.lock().unwrap().push((number, previous));
         async move {
-            // As a transport does, so that the body can be sent again.
+            // Reads the body as a transport does, so that it can be replayed.
             http_body_util::BodyExt::collect(request.into_body()).await.map_err(drop).unwrap();
             sleep(ms(1000 / u64::from(number + 1))).await;
             Ok(Response::builder().header("grpc-status", "0").body(Full::default())?)

@@ -257,7 +257,7 @@ impl Http2 {
     }
 }
 
-/// What an HTTP/2 server does with the second request of its first connection.
+/// The action of an HTTP/2 server on the second request of its first connection.
 #[derive(Clone, Copy, Debug)]
 pub enum Second {
     GoAway(u32),
@@ -292,7 +292,7 @@ pub async fn http2(second: Second) -> Peer {
     .await
 }
 
-/// Allows one stream at once. The first connection responds once, leaves the second request without a response, and
+/// Allows one stream at a time. The first connection responds once, leaves the second request without a response, and
 /// sends GOAWAY with `PROTOCOL_ERROR` while a third one waits for a stream.
 pub async fn http2_goes_away_from_a_waiting_request(after: Duration) -> Peer {
     Peer::serve(move |number, tcp, peer| async move {

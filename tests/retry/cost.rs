@@ -113,7 +113,7 @@ fn headers_cost_one_allocation_half_of_what_a_copy_of_them_costs() {
         request
     };
     assert_eq!((allocations(&mut service, request), copy), (1, 2));
-    // A layer with one attempt saves them, too, for a transparent retry.
+    // A layer with one attempt saves the headers, too, for a transparent retry.
     let mut service = RetryLayer::http().attempts(1).layer(Plain(200));
     assert_eq!(allocations(&mut service, request), 1);
     // A layer that never repeats a request saves nothing.
@@ -217,7 +217,7 @@ fn a_call_that_is_not_retried_allocates_no_more_than_under_towers_retry() {
         let ours = allocations(&mut RetryLayer::http().layer(Reads), request);
         let theirs = allocations(&mut Retry::new(Theirs::default(), Reads), request);
         println!(
-            "{headers} headers, {} bytes: {ours}, tower's {theirs}",
+            "{headers} headers, {} bytes: {ours} allocations, tower makes {theirs}",
             request().body().size_hint().lower()
         );
         assert!(ours <= theirs, "{headers} headers: {ours} allocations, tower makes {theirs}");

@@ -76,7 +76,7 @@ async fn each_attempt_is_told_with_its_reason_and_the_wait_after_it() {
     let error = send(&service, get()).await.unwrap_err();
     let told = Attempts::find(&*error).unwrap();
     assert_eq!((told.made, told.each().len()), (99, 32));
-    // A call whose first attempt succeeds has none.
+    // A call whose first attempt succeeds has no record of its attempts.
     let response = send(&quick().layer(Inner::new(|_| Ok(status(200)))), get()).await.unwrap();
     assert_eq!(Attempts::of(&response).each(), []);
 }

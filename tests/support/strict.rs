@@ -152,7 +152,7 @@ impl<Res> Watch<Res> {
 
     /// Makes `poll_ready` fail, and wakes the waiters.
     pub fn break_readiness(&self) {
-        self.readiness(Err(Oops("not ready, for ever")));
+        self.readiness(Err(Oops("never ready again")));
     }
 
     fn readiness(&self, ready: Result<bool, Oops>) {
