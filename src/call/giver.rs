@@ -10,7 +10,7 @@
 //! | `&'static` to a [leaked](super::lasting) state | none | never: its owner returns it to a free list |
 //!
 //! The third kind needs no count of its own because the state counts its calls anyway, or because a generation in the
-//! token tells a call of an earlier owner from a call of the current one.
+//! token distinguishes a call of an earlier owner from a call of the current one.
 //!
 //! A permit within a generic future has a [`Giver`] of a concrete type. A permit in a response body is type-erased to
 //! an [`AnyGiver`], so that the body's type does not name the layer.

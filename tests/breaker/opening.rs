@@ -86,7 +86,7 @@ async fn a_coarse_clock_forgets_a_few_good_calls_early_and_no_bad_one() {
     assert_eq!(rig.state(), State::Open);
 }
 
-/// Rules of the same kind report the same trip, so the index of the rule tells them apart.
+/// Rules of the same kind report the same trip, so the index of the rule distinguishes them.
 #[tokio::test(start_paused = true)]
 async fn which_of_many_rules_it_was_is_told_by_its_place() {
     let ratio = |over| Trip::failure_ratio(1.0).over(over).min_calls(over);

@@ -1,4 +1,4 @@
-//! A server's services never fail; a refusal as an error does not fit in.
+//! The services of a server never fail, so a rejection cannot be an error there.
 
 fn main() {
     let _: axum::Router = axum::Router::new()

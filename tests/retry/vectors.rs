@@ -823,7 +823,9 @@ async fn a_hedges_answer_ends_it(config: &Value, steps: &[Value]) {
         assert_eq!(answered["code"], "INVALID_ARGUMENT");
         grpc("3", None)
     });
-    let mut service = HedgeLayer::http(delay).without_budget().layer(upstream);
+    let hedges = u32::try_from(config["max_attempts"].as_u64().unwrap()).unwrap() - 1;
+    let hedge = HedgeLayer::http(delay).max_hedges(hedges);
+    let mut service = hedge.without_budget().layer(upstream);
     let request = Request::new(Empty::new());
     let answer = service.ready().await.unwrap().call(request).await.unwrap();
     assert_eq!(answer.headers()["grpc-status"], "3");
