@@ -50,7 +50,7 @@ pub struct Rules<'a> {
 /// ```
 /// use buttress::retry::Replay;
 ///
-/// Either a text, or a stream that can be read only once.
+/// /// Either a text, or a stream that can be read only once.
 /// enum Upload {
 ///     Text(String),
 ///     Stream(std::net::TcpStream),
