@@ -30,6 +30,7 @@ use super::{
     core::Connections,
     executor::Executor,
     handle::ConnectHandle,
+    host::HttpVersion,
     layer::{ConnectLayer, Connector, above_zero},
     life,
     resolve::Resolver,
@@ -126,10 +127,16 @@ where
     /// Sends a request. Unlike `call`, it takes `&self`.
     pub fn request(&self, request: Request<B>) -> ResponseFuture {
         let all = &self.connections.0;
-        let caller = Caller { owner: self.lanes.owner, shares: self.is_http2 };
-        let now = || Turn::now(all, Origin::of(request.uri()), caller);
         // TLS may negotiate HTTP/2.
-        let may_share = self.is_http2 || request.uri().scheme() == Some(&Scheme::HTTPS);
+        let is_https = request.uri().scheme() == Some(&Scheme::HTTPS);
+        let version = match is_https {
+            _ if self.is_http2 => HttpVersion::Http2,
+            true => HttpVersion::Unknown,
+            false => HttpVersion::Http1,
+        };
+        let caller = Caller { owner: self.lanes.owner, version };
+        let now = || Turn::now(all, Origin::of(request.uri()), caller);
+        let may_share = version != HttpVersion::Http1;
         let turn = (may_share || all.has_cap()).then(now).transpose();
         let state = match turn {
             Ok(turn) => self.send(request, turn),

@@ -257,7 +257,7 @@ impl Conn {
     /// A connection that is to be closed still takes calls if calls share connections and the caps leave no room for
     /// another one. Otherwise all calls to the host would wait for the end of its last stream.
     pub(super) fn is_to_be_left(&self) -> bool {
-        let is_needed = || self.host.shares.known() && !self.all.has_room(&self.host);
+        let is_needed = || self.host.version.is_http2() && !self.all.has_room(&self.host);
         self.why_over().is_some() && !is_needed()
     }
 
@@ -314,7 +314,12 @@ impl Conn {
     pub(super) fn set_http2(&self) {
         self.is_http2.store(true, Ordering::SeqCst);
         self.host.streams.leave_lane(self.lane);
-        self.host.shares.tell();
+        self.host.version.set_http2();
+    }
+
+    /// Records that the client has begun a request of HTTP/1.
+    pub(super) fn set_http1(&self) {
+        self.host.version.set_http1();
     }
 
     pub(super) fn is_http2(&self) -> bool {

@@ -5,7 +5,7 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, AtomicUsize, Ordering},
+    atomic::{AtomicU8, AtomicUsize, Ordering},
 };
 
 use tokio::sync::Notify;
@@ -25,7 +25,7 @@ pub(super) struct Host {
     pub(super) gate: Arc<Gate>,
     /// The checkout permits. The limit is that of `gate`.
     pub(super) calls: Arc<Gate>,
-    pub(super) shares: Shares,
+    pub(super) version: HostVersion,
     pub(super) streams: Streams,
     /// The queue for an HTTP/2 stream. The call with the only permit is the first call of the queue.
     pub(super) head: Arc<Gate>,
@@ -42,7 +42,7 @@ impl Host {
             origin,
             gate: Gate::new(most),
             calls: Gate::new(most),
-            shares: Shares::default(),
+            version: HostVersion::default(),
             streams: Streams::default(),
             head: Gate::new(1),
             users: AtomicUsize::new(0),
@@ -64,30 +64,61 @@ impl Host {
     }
 }
 
-/// Whether calls to a host share its connections. Set with the first HTTP/2 connection, and never reset.
-#[derive(Debug, Default)]
-pub(super) struct Shares {
-    does: AtomicBool,
-    told: Notify,
+/// The version of HTTP that a host uses, as far as it is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum HttpVersion {
+    Unknown,
+    Http1,
+    /// Calls share connections.
+    Http2,
 }
 
-impl Shares {
-    pub(super) fn known(&self) -> bool {
-        self.does.load(Ordering::SeqCst)
-    }
+/// The [`HttpVersion`] of a host. A connection sets it with its first write. HTTP/1 does not replace HTTP/2.
+#[derive(Debug, Default)]
+pub(super) struct HostVersion {
+    version: AtomicU8,
+    changed: Notify,
+}
 
-    pub(super) fn tell(&self) {
-        if !self.does.swap(true, Ordering::SeqCst) {
-            self.told.notify_waiters();
+impl HostVersion {
+    const HTTP1: u8 = 1;
+    const HTTP2: u8 = 2;
+
+    pub(super) fn get(&self) -> HttpVersion {
+        match self.version.load(Ordering::SeqCst) {
+            Self::HTTP1 => HttpVersion::Http1,
+            Self::HTTP2 => HttpVersion::Http2,
+            _ => HttpVersion::Unknown,
         }
     }
 
-    /// Waits until a connection uses HTTP/2, and forever if none does. The future of `notified` receives notifications
-    /// from its creation on. It is created before the check, so that no notification is lost.
-    pub(super) async fn wait_until_known(&self) {
-        let told = self.told.notified();
-        if !self.known() {
-            told.await;
+    pub(super) fn is_http2(&self) -> bool {
+        self.get() == HttpVersion::Http2
+    }
+
+    pub(super) fn set_http1(&self) {
+        self.raise(Self::HTTP1);
+    }
+
+    pub(super) fn set_http2(&self) {
+        self.raise(Self::HTTP2);
+    }
+
+    fn raise(&self, version: u8) {
+        if self.version.fetch_max(version, Ordering::SeqCst) < version {
+            self.changed.notify_waiters();
+        }
+    }
+
+    /// Waits until the version meets the condition. The future of `notified` receives notifications from its creation
+    /// on. It is created before the check, so that no notification is lost.
+    pub(super) async fn wait_until(&self, condition: impl Fn(HttpVersion) -> bool) {
+        loop {
+            let changed = self.changed.notified();
+            if condition(self.get()) {
+                return;
+            }
+            changed.await;
         }
     }
 }

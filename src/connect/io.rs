@@ -116,6 +116,8 @@ impl Seat {
             if self.is_http2 {
                 self.conn.set_http2();
                 self.frames = self.conn.is_leased().then(Box::default);
+            } else {
+                self.conn.set_http1();
             }
         }
         if self.conn.is_stale() {

@@ -66,7 +66,11 @@
 //! become idle and are closed.
 //!
 //! If a server changes the maximum later, calls follow it. After a GOAWAY (RFC 9113 §6.8) calls use another connection.
-//! Requests wait inside hyper if they began before a TLS handshake with their host had negotiated HTTP/2.
+//!
+//! For `https`, TLS negotiates the version of HTTP. While it is unknown, one call connects, and the other calls to this
+//! host wait for its connection, but not longer than the connect timeout. Then they connect concurrently over HTTP/1,
+//! and over HTTP/2 they are distributed over the streams. The version is known while the host has a call or a
+//! connection.
 //!
 //! # When a connection is closed
 //!

@@ -127,6 +127,17 @@ impl Streams {
         Pick::Open(Opening { host: host.clone(), lane })
     }
 
+    /// Returns the right to open the first connection, unless another call has it.
+    pub(super) fn try_open(&self, host: &Arc<Host>, owner: u64) -> Option<Opening> {
+        let mut state = self.state();
+        if state.opening.is_some() {
+            return None;
+        }
+        let lane = Lane { owner, index: state.free_lane(owner)? };
+        state.opening = Some(lane);
+        Some(Opening { host: host.clone(), lane })
+    }
+
     /// Returns whether this client has a connection that takes calls.
     pub(super) fn is_up(&self, owner: u64) -> bool {
         self.state().is_up(owner)

@@ -8,10 +8,12 @@
 //! calls that wait when that call is dropped, and it queues requests for which the connection has no stream. A call
 //! therefore waits here until it has a [stream](super::streams) or is the next one to open a connection.
 //!
-//! Whether calls share connections is unknown before the first connection of a host, if TLS negotiates the protocol.
-//! Calls then acquire checkout permits. When [`Shares`](super::host::Shares) changes, calls in the queue stop waiting
-//! for checkout permits and wait for a stream. A call that has been sent exchanges its permits for a stream in
-//! [`Turn::watch`].
+//! For `https`, TLS negotiates the version of HTTP, so it is unknown before the first connection of a host. Calls then
+//! acquire checkout permits, and one of them connects. The others wait until the [version](super::host::HostVersion) is
+//! known, and for the connect timeout at most. Over HTTP/1 they then connect concurrently. Over HTTP/2 they release
+//! their checkout permits and wait for a stream. If all of them connected before that, the pool would send them over
+//! the first HTTP/2 connection, whether or not it has enough streams. A call that has been sent exchanges its permits
+//! for a stream in [`Turn::watch`].
 
 use std::{
     future::{Future, poll_fn},
@@ -31,7 +33,7 @@ use super::{
     conn::{Conn, HAS_STREAM, HAS_TURN, Tag},
     core::Connections,
     gate::Place,
-    host::{Guest, Line},
+    host::{Guest, Host, HttpVersion, Line},
     streams::{Lane, Opening, Pick, StreamPermit},
 };
 use crate::call::{Origin, Rejected, Shared};
@@ -52,14 +54,28 @@ enum Right {
     Stream(StreamPermit),
     /// The checkout permits of the host and of the total, for a connection of its own.
     Own(Place, Place),
+    /// The checkout permits, and the right to open the first connection, whose version of HTTP is unknown.
+    FirstOwn(Place, Place, Opening),
 }
 
 /// The client that makes a call.
 #[derive(Clone, Copy)]
 pub(super) struct Caller {
     pub(super) owner: u64,
-    /// The client uses HTTP/2 only, so that its calls share connections.
-    pub(super) shares: bool,
+    /// The version that the client uses for this call. `Unknown` if TLS negotiates it.
+    pub(super) version: HttpVersion,
+}
+
+impl Caller {
+    /// Returns the version of HTTP for this call. The settings of hyper-util's builder may make an `http` client use
+    /// HTTP/2, so the version of a connection takes precedence.
+    fn version(self, host: &Host) -> HttpVersion {
+        match host.version.get() {
+            HttpVersion::Http2 => HttpVersion::Http2,
+            known if self.version == HttpVersion::Unknown => known,
+            _ => self.version,
+        }
+    }
 }
 
 impl Turn {
@@ -71,12 +87,11 @@ impl Turn {
     ) -> Result<Self, Guest> {
         let guest = Guest::register(all, origin);
         let host = &guest.host;
-        let right = if caller.shares || host.shares.known() {
+        let right = match caller.version(host) {
             // Only a polled call may become the one that opens a connection: an unpolled one would block the others.
-            host.streams.try_take(caller.owner).map(Right::Stream)
-        } else {
-            let places = host.calls.try_enter().zip(all.calls.try_enter());
-            places.map(|(own, of_all)| Right::Own(own, of_all))
+            HttpVersion::Unknown => None,
+            HttpVersion::Http1 => try_places(&guest).map(|(own, of_all)| Right::Own(own, of_all)),
+            HttpVersion::Http2 => host.streams.try_take(caller.owner).map(Right::Stream),
         };
         match right {
             Some(right) => Ok(Self { right, guest }),
@@ -86,11 +101,13 @@ impl Turn {
 
     /// Waits for the permission.
     pub(super) async fn next(guest: Guest, caller: Caller) -> Result<Self, Rejected> {
-        let shares = caller.shares || guest.host.shares.known();
-        let own = if shares { None } else { own(&guest).await? };
-        let right = match own {
-            Some((own, of_all)) => Right::Own(own, of_all),
-            None => shared(&guest, caller.owner).await?,
+        let right = loop {
+            if caller.version(&guest.host) == HttpVersion::Http2 {
+                break shared(&guest, caller.owner).await?;
+            }
+            if let Some(right) = own(&guest, caller).await? {
+                break right;
+            }
         };
         Ok(Self { right, guest })
     }
@@ -98,7 +115,7 @@ impl Turn {
     /// Returns the lane over which the call is to be sent. `None` means the first lane.
     pub(super) fn lane(&self) -> Option<Lane> {
         match &self.right {
-            Right::First(opening) => Some(opening.lane()),
+            Right::First(opening) | Right::FirstOwn(_, _, opening) => Some(opening.lane()),
             Right::Stream(permit) => permit.lane(),
             Right::Free | Right::Own(..) => None,
         }
@@ -111,8 +128,8 @@ impl Turn {
     #[inline]
     pub(super) fn watch(&mut self, connection: Option<&CaptureConnection>) {
         match &self.right {
-            Right::Own(..) if self.guest.host.shares.known() => {}
-            Right::First(_) => {}
+            Right::Own(..) if self.guest.host.version.is_http2() => {}
+            Right::First(_) | Right::FirstOwn(..) => {}
             // hyper-util's client sends the call over another connection, or has sent it before.
             Right::Stream(permit) if permit.is_left() => {}
             _ => return,
@@ -121,13 +138,18 @@ impl Turn {
         let conn = tag.as_ref().map(|tag| &tag.conn).filter(|conn| conn.is_http2());
         match (conn, &self.right) {
             // It has no connection yet.
-            (None, Right::First(_) | Right::Stream(_)) if tag.is_none() => {}
+            (None, Right::First(_) | Right::FirstOwn(..) | Right::Stream(_)) if tag.is_none() => {}
             (Some(conn), Right::Stream(permit)) if permit.is_of(conn) => {}
-            (None, _) => self.right = Right::Free,
+            (None, _) => {
+                self.right = match std::mem::replace(&mut self.right, Right::Free) {
+                    Right::FirstOwn(own, of_all, _) => Right::Own(own, of_all),
+                    _ => Right::Free,
+                };
+            }
             (Some(conn), _) => {
                 let permit = StreamPermit::seize(conn);
                 let right = std::mem::replace(&mut self.right, Right::Stream(permit));
-                if let Right::First(opening) = right {
+                if let Right::First(opening) | Right::FirstOwn(_, _, opening) = right {
                     conn.hold(opening);
                 }
             }
@@ -159,12 +181,34 @@ impl Turn {
     }
 }
 
-/// Waits for the checkout permits. Returns `None` if it becomes known that calls to this host share connections.
-async fn own(guest: &Guest) -> Result<Option<(Place, Place)>, Rejected> {
+fn try_places(guest: &Guest) -> Option<(Place, Place)> {
+    guest.host.calls.try_enter().zip(guest.all.calls.try_enter())
+}
+
+/// Waits for the checkout permits, and then until the version of HTTP is known. Returns `None` if calls to this host
+/// share connections.
+async fn own(guest: &Guest, caller: Caller) -> Result<Option<Right>, Rejected> {
+    let places = match try_places(guest) {
+        Some(places) => places,
+        None => match places(guest).await? {
+            Some(places) => places,
+            None => return Ok(None),
+        },
+    };
+    Ok(match caller.version(&guest.host) {
+        HttpVersion::Http2 => None,
+        HttpVersion::Http1 => Some(Right::Own(places.0, places.1)),
+        HttpVersion::Unknown => first_own(guest, caller.owner, places).await,
+    })
+}
+
+/// Waits in the queue for the checkout permits. Returns `None` if it becomes known that calls to this host share
+/// connections.
+async fn places(guest: &Guest) -> Result<Option<(Place, Place)>, Rejected> {
     let (all, host) = (&*guest.all, &*guest.host);
     let line = Line::join(guest).ok_or_else(|| all.refuse())?;
-    let turn = async {
-        let mut shares = pin!(host.shares.wait_until_known());
+    let places = async {
+        let mut is_http2 = pin!(host.version.wait_until(|version| version == HttpVersion::Http2));
         let mut places = pin!(async {
             let own = host.calls.enter().await;
             (own, all.calls.enter().await)
@@ -173,13 +217,46 @@ async fn own(guest: &Guest) -> Result<Option<(Place, Place)>, Rejected> {
             if let Poll::Ready(places) = places.as_mut().poll(cx) {
                 return Poll::Ready(Some(places));
             }
-            shares.as_mut().poll(cx).map(|()| None)
+            is_http2.as_mut().poll(cx).map(|()| None)
         })
         .await
     };
-    let turn = timeout(all.longest_wait(), turn).await;
+    let places = timeout(all.longest_wait(), places).await;
     drop(line);
-    turn.map_err(|_| all.refuse())
+    places.map_err(|_| all.refuse())
+}
+
+/// Waits for the right to open the first connection, or until another call has opened it. Returns `None` if calls to
+/// this host share connections.
+///
+/// The maximum wait is the connect timeout. Then the call connects, although another call connects too. The call has no
+/// queue entry: over HTTP/1 its checkout permits would admit it.
+async fn first_own(guest: &Guest, owner: u64, places: (Place, Place)) -> Option<Right> {
+    let (all, host) = (&*guest.all, &*guest.host);
+    let right = {
+        let mut is_known = pin!(host.version.wait_until(|version| version != HttpVersion::Unknown));
+        let mut opening = pin!(async {
+            let _head = host.head.enter().await;
+            loop {
+                if let Some(opening) = host.streams.try_open(&guest.host, owner) {
+                    return opening;
+                }
+                host.streams.changed(guest, false).await;
+            }
+        });
+        let right = poll_fn(|cx| {
+            if is_known.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(None);
+            }
+            opening.as_mut().poll(cx).map(Some)
+        });
+        timeout(all.connect_timeout().unwrap_or(Duration::MAX), right).await
+    };
+    match right {
+        Ok(Some(opening)) => Some(Right::FirstOwn(places.0, places.1, opening)),
+        Ok(None) if host.version.is_http2() => None,
+        Ok(None) | Err(_) => Some(Right::Own(places.0, places.1)),
+    }
 }
 
 /// Waits for a stream of a connection or for the right to open a connection.

@@ -569,6 +569,9 @@ async fn no_call_is_stuck_and_no_stream_is_lost_when_anything_happens() {
     for seed in 0..60 {
         let mut random = fastrand::Rng::with_seed(seed);
         let mut wires = Wires::new(random.u32(1..4));
+        wires.alpn = random.bool();
+        *wires.is_http2.lock().unwrap() = !wires.alpn || random.bool();
+        let scheme = if wires.alpn { "https" } else { "http" };
         wires.dawdles = Duration::from_millis(random.u64(..20));
         let mut layer = ConnectLayer::new().max_idle(2 * SECOND).queue(100, 2 * SECOND);
         if random.bool() {
@@ -586,7 +589,7 @@ async fn no_call_is_stuck_and_no_stream_is_lost_when_anything_happens() {
                 let path = random.choice(["", "second", "stream", "slow", "misdirected"]).unwrap();
                 tokio::spawn(async move {
                     sleep(Duration::from_millis(random.u64(..4000))).await;
-                    let uri = format!("http://{host}/{path}");
+                    let uri = format!("{scheme}://{host}/{path}");
                     let call = ask(&client, &uri);
                     let max = if random.bool() { random.u64(..1500) } else { 30_000 };
                     let max = Duration::from_millis(max);
@@ -615,7 +618,7 @@ async fn no_call_is_stuck_and_no_stream_is_lost_when_anything_happens() {
         }
         for _ in 0..20 {
             let start = Instant::now();
-            ask(&client, "http://a/").await.unwrap();
+            ask(&client, &format!("{scheme}://a/")).await.unwrap();
             assert!(start.elapsed() < SECOND, "seed {seed}: {:?}", start.elapsed());
         }
         sleep(20 * SECOND).await;
@@ -641,4 +644,124 @@ async fn wait_for_the_place_of_a_first_connection_does_not_open_a_circuit() {
     tokio::time::timeout(3 * SECOND, call).await.unwrap_err();
     assert_eq!(layer.handle().snapshot().waiting, 0);
     assert_eq!(circuit.state(), State::Closed);
+}
+
+// ===== Versions of HTTP that TLS negotiates =====
+
+#[tokio::test(start_paused = true)]
+async fn negotiated_http2_opens_more_connections_from_the_first_calls_on() {
+    for cap in [8, 1000] {
+        let mut wires = Wires::new(1);
+        wires.alpn = true;
+        wires.dawdles = SECOND / 10;
+        let layer = ConnectLayer::new().max_per_host(cap);
+        let (client, handle) = (wires.client(&layer), layer.handle());
+        let calls: Vec<_> =
+            (0..8).map(|_| tokio::spawn(client.request(request("https://a/slow")))).collect();
+        sleep(3 * SECOND).await;
+        let seen = handle.snapshot();
+        assert_eq!(
+            wires.stage.inside.now() + seen.waiting,
+            8,
+            "none waits unnamed: {} {seen:?}",
+            wires.stage.inside.now()
+        );
+        wires.stage.open();
+        for call in calls {
+            soon(call).await.unwrap().unwrap();
+        }
+    }
+}
+
+/// The first call connects, and then the others do concurrently.
+#[tokio::test(start_paused = true)]
+async fn negotiated_http1_connects_concurrently_after_the_first_connect() {
+    for cap in [8, 1000] {
+        let mut wires = Wires::new(1);
+        (wires.alpn, wires.dawdles) = (true, SECOND / 10);
+        *wires.is_http2.lock().unwrap() = false;
+        let layer = ConnectLayer::new().max_per_host(cap).queue(0, SECOND);
+        let (client, handle) = (wires.client(&layer), layer.handle());
+        let calls: Vec<_> =
+            (0..8).map(|_| tokio::spawn(client.request(request("https://a/slow")))).collect();
+        sleep(SECOND / 20).await;
+        assert_eq!((handle.snapshot().connecting, handle.snapshot().waiting), (1, 0));
+        sleep(SECOND / 5).await;
+        assert_eq!((wires.stage.inside.now(), wires.count()), (8, 8));
+        wires.stage.open();
+        for call in calls {
+            soon(call).await.unwrap().unwrap().into_body().collect().await.unwrap();
+        }
+        // The version is known: the next calls use the idle connections at once.
+        ask(&client, "https://a/").await.unwrap();
+        assert_eq!(wires.count(), 8);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn call_that_stops_connecting_or_fails_is_replaced_by_the_next() {
+    for (fails, http2) in [(true, true), (true, false), (false, true), (false, false)] {
+        let mut wires = Wires::new(1);
+        (wires.alpn, wires.dawdles) = (true, SECOND / 10);
+        *wires.is_http2.lock().unwrap() = http2;
+        let layer = ConnectLayer::new().max_per_host(8);
+        let (client, handle) = (wires.client(&layer), layer.handle());
+        *wires.fails.lock().unwrap() = fails;
+        let first = tokio::spawn(client.request(request("https://a/slow")));
+        pause().await;
+        let calls: Vec<_> =
+            (0..8).map(|_| tokio::spawn(client.request(request("https://a/slow")))).collect();
+        sleep(SECOND / 20).await;
+        if fails {
+            first.await.unwrap().unwrap_err();
+            *wires.fails.lock().unwrap() = false;
+        } else {
+            first.abort();
+        }
+        sleep(3 * SECOND).await;
+        let seen = handle.snapshot();
+        assert_eq!((wires.stage.inside.now(), seen.open, seen.waiting), (8, 8, 0), "{seen:?}");
+        wires.stage.open();
+        for call in calls {
+            soon(call).await.unwrap().unwrap();
+        }
+    }
+}
+
+/// Each waits for the first connect, and then connects itself.
+#[tokio::test(start_paused = true)]
+async fn calls_to_a_host_that_does_not_respond_fail_after_two_connect_timeouts() {
+    let mut wires = Wires::new(1);
+    (wires.alpn, wires.dawdles) = (true, 60 * SECOND);
+    let layer = ConnectLayer::new().max_per_host(8).connect_timeout(SECOND);
+    let (client, handle) = (wires.client(&layer), layer.handle());
+    let start = Instant::now();
+    let calls: Vec<_> =
+        (0..8).map(|_| tokio::spawn(client.request(request("https://a/")))).collect();
+    for call in calls {
+        call.await.unwrap().unwrap_err();
+        assert!(start.elapsed() <= 2 * SECOND + SECOND / 10, "{:?}", start.elapsed());
+    }
+    assert_eq!((handle.snapshot().timed_out, handle.snapshot().connecting), (8, 0));
+}
+
+/// A call that waits for the connect of another call counts against the upstream if its timeout is over.
+#[tokio::test(start_paused = true)]
+async fn connect_that_hangs_opens_a_circuit_for_every_call() {
+    use buttress::{CircuitBreakerLayer, TimeoutLayer, Trip, breaker::State};
+    use tower::{ServiceBuilder, ServiceExt};
+    let mut wires = Wires::new(1);
+    (wires.alpn, wires.dawdles) = (true, 60 * SECOND);
+    let breaker = CircuitBreakerLayer::new(Trip::consecutive(8));
+    let circuit = breaker.handle();
+    let client = ServiceBuilder::new()
+        .layer(breaker)
+        .layer(TimeoutLayer::http().as_is().head(SECOND))
+        .service(wires.client(&ConnectLayer::new()));
+    let calls: Vec<_> =
+        (0..8).map(|_| tokio::spawn(client.clone().oneshot(request("https://a/")))).collect();
+    for call in calls {
+        assert!(call.await.unwrap().is_err());
+    }
+    assert_eq!(circuit.state(), State::Open);
 }
