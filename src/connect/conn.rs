@@ -45,7 +45,7 @@ use super::{
     core::Connections,
     host::Host,
     life::{Life, NEVER, Over, Verdict},
-    streams::{Lane, Opening},
+    streams::{Lane, Opening, Streams},
     turn::Turn,
 };
 use crate::call::{Finish, Hold, Nanos, Outcome, Permit, Shared, Token};
@@ -53,7 +53,8 @@ use crate::call::{Finish, Hold, Nanos, Outcome, Permit, Shared, Token};
 pub(super) struct Conn {
     all: Shared<Connections>,
     id: u64,
-    host: Arc<Host>,
+    /// Of the client and the host of this connection.
+    client: Arc<Streams>,
     /// The lane of a [`Client`](super::Client). Without one, uses of the connection are not reported.
     lane: Option<Lane>,
     life: Life,
@@ -97,7 +98,7 @@ impl Conn {
     pub(super) fn new(
         all: Shared<Connections>,
         id: u64,
-        host: Arc<Host>,
+        client: Arc<Streams>,
         lane: Option<Lane>,
         life: Life,
         now: Nanos,
@@ -105,7 +106,7 @@ impl Conn {
         Self {
             all,
             id,
-            host,
+            client,
             lane,
             life,
             leases: AtomicU32::new(0),
@@ -130,7 +131,7 @@ impl Conn {
     }
 
     pub(super) fn host(&self) -> &Arc<Host> {
-        &self.host
+        &self.client.host
     }
 
     pub(super) fn lane(&self) -> Option<Lane> {
@@ -208,7 +209,7 @@ impl Conn {
         self.set_left();
         if self.is_http2() {
             drop(self.take_opening());
-            self.host.streams.unregister(self.id);
+            self.client.unregister(self.id);
         }
     }
 
@@ -243,7 +244,7 @@ impl Conn {
     /// waker is user code, so no lock may be held.
     pub(super) fn announce_over(&self) {
         if self.is_http2() {
-            self.host.streams.notify();
+            self.client.notify();
         }
     }
 
@@ -257,7 +258,7 @@ impl Conn {
     /// A connection that is to be closed still takes calls if calls share connections and the caps leave no room for
     /// another one. Otherwise all calls to the host would wait for the end of its last stream.
     pub(super) fn is_to_be_left(&self) -> bool {
-        let is_needed = || self.host.version.is_http2() && !self.all.has_room(&self.host);
+        let is_needed = || self.client.version.is_http2() && !self.all.has_room(self.host());
         self.why_over().is_some() && !is_needed()
     }
 
@@ -313,13 +314,13 @@ impl Conn {
     /// Records that the client has sent the preface of HTTP/2.
     pub(super) fn set_http2(&self) {
         self.is_http2.store(true, Ordering::SeqCst);
-        self.host.streams.leave_lane(self.lane);
-        self.host.version.set_http2();
+        self.client.leave_lane(self.lane);
+        self.client.version.set_http2();
     }
 
     /// Records that the client has begun a request of HTTP/1.
     pub(super) fn set_http1(&self) {
-        self.host.version.set_http1();
+        self.client.version.set_http1();
     }
 
     pub(super) fn is_http2(&self) -> bool {
@@ -329,8 +330,8 @@ impl Conn {
     /// Records the maximum number of streams from the SETTINGS of the peer. Calls can use the connection from then on.
     pub(super) fn set_max_streams(this: &Shared<Self>, max: usize) {
         match this.max_streams.swap(max.min(UNKNOWN - 1), Ordering::SeqCst) {
-            UNKNOWN => this.host.streams.register(this),
-            _ => this.host.streams.notify(),
+            UNKNOWN => this.client.register(this),
+            _ => this.client.notify(),
         }
     }
 
@@ -338,7 +339,7 @@ impl Conn {
     pub(super) fn leave(&self) {
         if self.set_left() && self.is_http2() {
             // The first call of the queue may open another connection.
-            self.host.streams.notify();
+            self.client.notify();
         }
     }
 
@@ -381,7 +382,7 @@ impl Conn {
 
     pub(super) fn release_stream(&self) {
         self.streams.fetch_sub(1, Ordering::SeqCst);
-        self.host.streams.notify();
+        self.client.notify();
     }
 
     /// Keeps other calls from opening a connection until the SETTINGS of the peer have arrived.
@@ -432,7 +433,7 @@ impl Finish for Conn {
         // Release the permits after `end`, so that the next call finds this connection idle.
         match token.tag {
             HAS_TURN => {
-                self.host.calls.leave();
+                self.host().calls.leave();
                 self.all.calls.leave();
             }
             HAS_STREAM => self.release_stream(),
@@ -529,9 +530,10 @@ mod tests {
         let (ended, end) = mpsc::channel();
         thread::spawn(move || {
             let all = Shared::new(Connections::new());
-            let guest = Guest::register(&all, Origin::of(&"http://search".parse().expect("a URI")));
-            let lane = Some(Lane { owner: 0, index: 0 });
-            let conn = Connections::open(&all, &guest.host, lane);
+            let origin = Origin::of(&"http://search".parse().expect("a URI"));
+            let guest = Guest::register(&all, origin, 1);
+            let lane = Some(Lane { owner: 1, index: 0 });
+            let conn = Connections::open(&all, &guest.streams, lane);
             conn.watch(&Arc::new(UsesConn(conn.clone())).into());
             conn.watch(Waker::noop());
             let _ = ended.send(());

@@ -48,10 +48,10 @@ use super::{
     conn::Conn,
     executor::wanted,
     gate::{Gate, NO_LIMIT, Place},
-    host::{Guest, Host, Line, Ticket},
+    host::{Guest, Host, Line, NO_CLIENT, Ticket},
     life::{self, Life, Over},
     resolve::Lookups,
-    streams::{Lane, Room},
+    streams::{Lane, Room, Streams},
 };
 use crate::{
     call::{
@@ -115,9 +115,11 @@ pub(super) struct Book {
     pub(super) hosts: HashMap<Origin, Arc<Host>>,
     /// The same hosts in an order that a scan in slices can follow.
     pub(super) hosts_by_id: BTreeMap<u64, Arc<Host>>,
-    /// The host of the last call. Most calls are to the same host as the call before, and a comparison costs less than
+    /// The connections of each client to each host in use, by the ids of the host and of the client.
+    pub(super) clients: BTreeMap<(u64, u64), Arc<Streams>>,
+    /// The entry of the last call. Most calls are to the same host as the call before, and a comparison costs less than
     /// a hash.
-    pub(super) last: Option<Arc<Host>>,
+    pub(super) last: Option<Arc<Streams>>,
     /// The open connections by id, in an order that a scan in slices can follow.
     open: BTreeMap<u64, Shared<Conn>>,
     /// The last id of a connection or host.
@@ -226,11 +228,11 @@ impl Connections {
         origin: Origin,
         lane: Option<Lane>,
     ) -> Result<Ticket, Rejected> {
-        let guest = Guest::register(this, origin);
-        if let Some(room) = lane.and_then(|lane| guest.host.streams.take_room(lane)) {
+        let guest = Guest::register(this, origin, lane.map_or(NO_CLIENT, |lane| lane.owner));
+        if let Some(room) = lane.and_then(|lane| guest.streams.take_room(lane)) {
             return Ok(Ticket { _places: room, guest });
         }
-        let gate = &guest.host.gate;
+        let gate = guest.host().gate.clone();
         let own = gate.try_enter();
         let own = match own.map(|own| (own, this.total.try_enter())) {
             Some((own, Some(total))) => return Ok(Ticket { _places: (own, total), guest }),
@@ -309,7 +311,11 @@ impl Connections {
     // ===== Open connections =====
 
     /// Registers a connection that has been opened.
-    pub(super) fn open(this: &Shared<Self>, host: &Arc<Host>, lane: Option<Lane>) -> Shared<Conn> {
+    pub(super) fn open(
+        this: &Shared<Self>,
+        client: &Arc<Streams>,
+        lane: Option<Lane>,
+    ) -> Shared<Conn> {
         let now = this.clock.now();
         let settings = &this.settings;
         let life = Life::new(
@@ -322,7 +328,7 @@ impl Connections {
         this.counts.created.fetch_add(1, Ordering::Relaxed);
         let mut book = this.book();
         let id = book.next_id();
-        let conn = Shared::new(Conn::new(this.clone(), id, host.clone(), lane, life, now));
+        let conn = Shared::new(Conn::new(this.clone(), id, client.clone(), lane, life, now));
         book.open.insert(id, conn.clone());
         conn
     }

@@ -1,7 +1,8 @@
 //! The state of each host, and the entries of the callers that wait.
 //!
-//! A host is in the [`Book`] while it has users: calls, connects and open connections, each with a [`Guest`]. The last
-//! user removes it, so that the number of hosts is bounded by the number of users.
+//! A host is in the [`Book`](super::core::Book) while it has users: calls, connects and open connections, each with a [`Guest`]. Users of
+//! one client share the [`Streams`] of this client. The last user removes the entries, so that their number is bounded by
+//! the number of users.
 
 use std::sync::{
     Arc,
@@ -11,13 +12,13 @@ use std::sync::{
 use tokio::sync::Notify;
 
 use super::{
-    core::{Book, Connections},
+    core::Connections,
     gate::{Gate, Place},
     streams::Streams,
 };
 use crate::call::{Nanos, Origin, Shared};
 
-/// The permits, queues and HTTP/2 connections of one host.
+/// The permits and queues of one host.
 pub(super) struct Host {
     id: u64,
     pub(super) origin: Origin,
@@ -25,12 +26,8 @@ pub(super) struct Host {
     pub(super) gate: Arc<Gate>,
     /// The checkout permits. The limit is that of `gate`.
     pub(super) calls: Arc<Gate>,
-    pub(super) version: HostVersion,
-    pub(super) streams: Streams,
-    /// The queue for an HTTP/2 stream. The call with the only permit is the first call of the queue.
-    pub(super) head: Arc<Gate>,
-    /// The number of [`Guest`]s.
-    users: AtomicUsize,
+    /// The number of clients with an entry of this host in the book. Changes under its lock.
+    clients: AtomicUsize,
     /// The number of callers that wait for a permit of the total.
     pub(super) waiting: AtomicUsize,
 }
@@ -42,10 +39,7 @@ impl Host {
             origin,
             gate: Gate::new(most),
             calls: Gate::new(most),
-            version: HostVersion::default(),
-            streams: Streams::default(),
-            head: Gate::new(1),
-            users: AtomicUsize::new(0),
+            clients: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
         })
     }
@@ -64,7 +58,7 @@ impl Host {
     }
 }
 
-/// The version of HTTP that a host uses, as far as it is known.
+/// The version of HTTP between a client and a host, as far as it is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum HttpVersion {
     Unknown,
@@ -73,7 +67,7 @@ pub(super) enum HttpVersion {
     Http2,
 }
 
-/// The [`HttpVersion`] of a host. A connection sets it with its first write. HTTP/1 does not replace HTTP/2.
+/// The [`HttpVersion`] of a client and a host. A connection sets it with its first write. HTTP/1 does not replace HTTP/2.
 #[derive(Debug, Default)]
 pub(super) struct HostVersion {
     version: AtomicU8,
@@ -125,68 +119,85 @@ impl HostVersion {
 
 // ===== Users of a host =====
 
-/// A user of a host. The last one removes the host from the book.
+/// A user of a host. The last one of a client removes the entry of the client, and the last one of all clients removes
+/// the host.
 pub(super) struct Guest {
     pub(super) all: Shared<Connections>,
-    pub(super) host: Arc<Host>,
+    pub(super) streams: Arc<Streams>,
 }
 
 impl Guest {
-    pub(super) fn register(all: &Shared<Connections>, origin: Origin) -> Self {
+    /// `owner` is the id of a [`Client`](super::Client), or [`NO_CLIENT`].
+    pub(super) fn register(all: &Shared<Connections>, origin: Origin, owner: u64) -> Self {
         let mut book = all.book();
-        let host = match book.last.as_ref().filter(|last| last.origin == origin) {
+        let is_last = |last: &&Arc<Streams>| last.owner == owner && last.host.origin == origin;
+        let streams = match book.last.as_ref().filter(is_last) {
             Some(last) => last.clone(),
-            None => match book.hosts.get(&origin) {
-                Some(known) => known.clone(),
-                None => {
-                    let id = book.next_id();
-                    let host = Host::new(id, origin.clone(), all.settings.per_host());
-                    book.hosts.insert(origin, host.clone());
-                    book.hosts_by_id.insert(id, host.clone());
-                    host
-                }
-            },
+            None => {
+                let host = match book.hosts.get(&origin) {
+                    Some(known) => known.clone(),
+                    None => {
+                        let id = book.next_id();
+                        let host = Host::new(id, origin.clone(), all.settings.per_host());
+                        book.hosts.insert(origin, host.clone());
+                        book.hosts_by_id.insert(id, host.clone());
+                        host
+                    }
+                };
+                let streams = book.clients.entry((host.id, owner)).or_insert_with(|| {
+                    host.clients.fetch_add(1, Ordering::Relaxed);
+                    Arc::new(Streams::new(host, owner))
+                });
+                let streams = streams.clone();
+                book.last = Some(streams.clone());
+                streams
+            }
         };
-        let Book { last, .. } = &mut *book;
-        if !last.as_ref().is_some_and(|last| Arc::ptr_eq(last, &host)) {
-            *last = Some(host.clone());
-        }
-        // Increment under the lock. `Guest::drop` reads `users` again under the lock before it removes the host.
-        host.users.fetch_add(1, Ordering::SeqCst);
+        // Increment under the lock. `Guest::drop` reads `users` again under the lock before it removes the entry.
+        streams.users.fetch_add(1, Ordering::SeqCst);
         drop(book);
-        Self { all: all.clone(), host }
+        Self { all: all.clone(), streams }
     }
-}
 
-impl Guest {
+    pub(super) fn host(&self) -> &Arc<Host> {
+        &self.streams.host
+    }
+
     /// Counts the caller as waiting for a permit of the total, and closes an idle connection of another host.
     ///
     /// The counters are raised before the search for an idle connection. A connection that becomes idle during the
     /// search then reads them; see [`core`](super::core).
     pub(super) fn wait_elsewhere(&self) -> ForAll<'_> {
-        let Self { all, host } = self;
-        host.waiting.fetch_add(1, Ordering::SeqCst);
-        all.counts.for_all.fetch_add(1, Ordering::SeqCst);
-        all.make_room_for(host);
+        self.host().waiting.fetch_add(1, Ordering::SeqCst);
+        self.all.counts.for_all.fetch_add(1, Ordering::SeqCst);
+        self.all.make_room_for(self.host());
         ForAll(self)
     }
 }
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        if self.host.users.fetch_sub(1, Ordering::SeqCst) > 1 {
+        let streams = &self.streams;
+        if streams.users.fetch_sub(1, Ordering::SeqCst) > 1 {
             return;
         }
         let mut book = self.all.book();
-        let known = book.hosts.get(&self.host.origin);
-        let is_this = known.is_some_and(|known| Arc::ptr_eq(known, &self.host));
-        if is_this && self.host.users.load(Ordering::SeqCst) == 0 {
-            book.hosts.remove(&self.host.origin);
-            book.hosts_by_id.remove(&self.host.id);
-            book.last.take_if(|last| Arc::ptr_eq(last, &self.host));
+        let key = (streams.host.id, streams.owner);
+        let is_this = book.clients.get(&key).is_some_and(|known| Arc::ptr_eq(known, streams));
+        if !is_this || streams.users.load(Ordering::SeqCst) > 0 {
+            return;
+        }
+        book.clients.remove(&key);
+        book.last.take_if(|last| Arc::ptr_eq(last, streams));
+        if streams.host.clients.fetch_sub(1, Ordering::Relaxed) == 1 {
+            book.hosts.remove(&streams.host.origin);
+            book.hosts_by_id.remove(&streams.host.id);
         }
     }
 }
+
+/// The owner of connections that do not belong to a [`Client`](super::Client).
+pub(super) const NO_CLIENT: u64 = 0;
 
 /// The permits and the host that an open connection holds.
 pub(super) struct Ticket {
@@ -235,6 +246,38 @@ pub(super) struct ForAll<'a>(&'a Guest);
 impl Drop for ForAll<'_> {
     fn drop(&mut self) {
         self.0.all.counts.for_all.fetch_sub(1, Ordering::SeqCst);
-        self.0.host.waiting.fetch_sub(1, Ordering::SeqCst);
+        self.0.host().waiting.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn last_user_of_a_client_and_of_a_host_removes_their_entries() {
+        let all = Shared::new(Connections::new());
+        let guest = |uri: &str, owner| {
+            Guest::register(&all, Origin::of(&uri.parse().expect("a URI")), owner)
+        };
+        let sizes = || {
+            let book = all.book();
+            (book.hosts.len(), book.hosts_by_id.len(), book.clients.len(), book.last.is_some())
+        };
+        let one = guest("http://a", 1);
+        let (again, other) = (guest("http://a", 1), guest("http://a", 2));
+        assert!(Arc::ptr_eq(&one.streams, &again.streams));
+        assert!(!Arc::ptr_eq(&one.streams, &other.streams));
+        assert!(Arc::ptr_eq(one.host(), other.host()), "clients share the caps");
+        let elsewhere = guest("http://b", 1);
+        assert_eq!(sizes(), (2, 2, 3, true));
+        drop(one);
+        assert_eq!(sizes(), (2, 2, 3, true));
+        drop(again);
+        assert_eq!(sizes(), (2, 2, 2, true));
+        drop(elsewhere);
+        assert_eq!(sizes(), (1, 1, 1, false));
+        drop(other);
+        assert_eq!(sizes(), (0, 0, 0, false));
     }
 }

@@ -60,7 +60,7 @@ impl<T> Io<T> {
         ticket: Ticket,
         lane: Option<Lane>,
     ) -> Self {
-        let conn = Connections::open(all, &ticket.guest.host, lane);
+        let conn = Connections::open(all, &ticket.guest.streams, lane);
         let seat = Seat {
             conn,
             has_written: false,

@@ -65,12 +65,14 @@
 //! call holds its stream to the end of the response body. Calls use the oldest connections first, so that the others
 //! become idle and are closed.
 //!
+//! Clients of one layer share the caps, but not connections. Each has a queue of its own for the streams of a host.
+//!
 //! If a server changes the maximum later, calls follow it. After a GOAWAY (RFC 9113 §6.8) calls use another connection.
 //!
 //! For `https`, TLS negotiates the version of HTTP. While it is unknown, one call connects, and the other calls to this
 //! host wait for its connection, but not longer than the connect timeout. Then they connect concurrently over HTTP/1,
-//! and over HTTP/2 they are distributed over the streams. The version is known while the host has a call or a
-//! connection.
+//! and over HTTP/2 they are distributed over the streams. The version is known while the client has a call or a connection
+//! to the host.
 //!
 //! # When a connection is closed
 //!

@@ -1,11 +1,11 @@
-//! The HTTP/2 connections of a host and their streams.
+//! The HTTP/2 connections of a client to a host, and their streams.
 //!
 //! hyper-util's client shares one HTTP/2 connection per host. A request beyond the peer's
 //! `SETTINGS_MAX_CONCURRENT_STREAMS` waits inside the connection, where no layer observes the wait. A
 //! [`Client`](super::Client) therefore has several of hyper-util's clients, its *lanes*, with one HTTP/2 connection per
 //! host each. A call takes a stream permit of one connection, and is then sent over the lane of that connection.
 //!
-//! A call that finds no free stream queues at [`Host::head`](super::host::Host::head). Only the first call of the queue
+//! A call that finds no free stream queues at [`Streams::head`], behind the calls of the same client to the same host. Only the first call of the queue
 //! searches for a stream. [`Streams::notify`] wakes it after each change that may help it: a released stream, a
 //! connection whose SETTINGS arrived, a connection that is to be closed or has closed, a connect that ended. `Notify`
 //! stores one wake-up, so a change between a search and the wait is not lost. A call that arrives takes a stream
@@ -36,8 +36,8 @@ use tokio::sync::Notify;
 
 use super::{
     conn::Conn,
-    gate::Place,
-    host::{Guest, Host},
+    gate::{Gate, Place},
+    host::{Guest, Host, HostVersion},
 };
 use crate::call::Shared;
 
@@ -47,14 +47,22 @@ pub(super) const MAX_LANES: usize = 64;
 /// One of hyper-util's clients in a [`Client`](super::Client).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Lane {
-    /// The id of the [`Client`](super::Client). Several clients may share a layer, but not connections.
+    /// The id of the [`Client`](super::Client).
     pub(super) owner: u64,
     pub(super) index: usize,
 }
 
-/// The HTTP/2 connections of a host. No user code runs under the lock of `state`.
-#[derive(Default)]
+/// The HTTP/2 connections of a client to a host. Several clients may share a layer, but not connections, so each has a
+/// queue of its own. No user code runs under the lock of `state`.
 pub(super) struct Streams {
+    pub(super) host: Arc<Host>,
+    /// The id of the [`Client`](super::Client).
+    pub(super) owner: u64,
+    pub(super) version: HostVersion,
+    /// The queue for a stream. The call with the only permit is the first call of the queue.
+    pub(super) head: Arc<Gate>,
+    /// The number of [`Guest`]s.
+    pub(super) users: AtomicUsize,
     state: Mutex<State>,
     /// Wakes the first call of the queue.
     changed: Notify,
@@ -88,12 +96,26 @@ pub(super) enum Pick {
 }
 
 impl Streams {
-    /// Takes a free stream of the first connection of this client that has one, unless calls queue for it.
-    pub(super) fn try_take(&self, owner: u64) -> Option<StreamPermit> {
+    pub(super) fn new(host: Arc<Host>, owner: u64) -> Self {
+        Self {
+            host,
+            owner,
+            version: HostVersion::default(),
+            head: Gate::new(1),
+            users: AtomicUsize::new(0),
+            state: Mutex::default(),
+            changed: Notify::new(),
+            came_up: Notify::new(),
+            queued: AtomicUsize::new(0),
+        }
+    }
+
+    /// Takes a free stream of the first connection that has one, unless calls queue for it.
+    pub(super) fn try_take(&self) -> Option<StreamPermit> {
         if self.queued.load(Ordering::SeqCst) > 0 {
             return None;
         }
-        self.state().try_take(owner)
+        self.state().try_take()
     }
 
     /// Adds a call to the queue, until the guard is dropped.
@@ -103,44 +125,44 @@ impl Streams {
     }
 
     /// Decides what the first call of the queue is to do. It opens an additional connection only with `room` for it.
-    pub(super) fn pick(&self, host: &Arc<Host>, owner: u64, room: &mut Option<Room>) -> Pick {
+    pub(super) fn pick(self: &Arc<Self>, room: &mut Option<Room>) -> Pick {
         let mut state = self.state();
-        if let Some(permit) = state.try_take(owner) {
+        if let Some(permit) = state.try_take() {
             return Pick::Send(permit);
         }
         if state.opening.is_some() {
             return Pick::Wait { for_room: false };
         }
-        if state.is_up(owner) && room.is_none() {
+        if state.is_up() && room.is_none() {
             return Pick::Wait { for_room: true };
         }
-        let Some(index) = state.free_lane(owner) else {
+        let Some(index) = state.free_lane() else {
             // A connection that is over serves on. The first call over it leaves it, and its lane is free.
-            return match state.take(owner, |_| true) {
+            return match state.take(|_| true) {
                 Some(permit) => Pick::Send(permit),
                 None => Pick::Wait { for_room: false },
             };
         };
-        let lane = Lane { owner, index };
+        let lane = Lane { owner: self.owner, index };
         state.opening = Some(lane);
         state.room = room.take();
-        Pick::Open(Opening { host: host.clone(), lane })
+        Pick::Open(Opening { client: self.clone(), lane })
     }
 
     /// Returns the right to open the first connection, unless another call has it.
-    pub(super) fn try_open(&self, host: &Arc<Host>, owner: u64) -> Option<Opening> {
+    pub(super) fn try_open(self: &Arc<Self>) -> Option<Opening> {
         let mut state = self.state();
         if state.opening.is_some() {
             return None;
         }
-        let lane = Lane { owner, index: state.free_lane(owner)? };
+        let lane = Lane { owner: self.owner, index: state.free_lane()? };
         state.opening = Some(lane);
-        Some(Opening { host: host.clone(), lane })
+        Some(Opening { client: self.clone(), lane })
     }
 
-    /// Returns whether this client has a connection that takes calls.
-    pub(super) fn is_up(&self, owner: u64) -> bool {
-        self.state().is_up(owner)
+    /// Returns whether there is a connection that takes calls.
+    pub(super) fn is_up(&self) -> bool {
+        self.state().is_up()
     }
 
     /// Adds a connection whose SETTINGS have arrived.
@@ -183,7 +205,7 @@ impl Streams {
         }
     }
 
-    /// Waits until a connection of any client is added.
+    /// Waits until a connection is added.
     pub(super) fn came_up(&self) -> impl Future<Output = ()> {
         self.came_up.notified()
     }
@@ -206,8 +228,8 @@ impl Streams {
     pub(super) async fn changed(&self, guest: &Guest, for_room: bool) -> Option<Room> {
         let mut changed = pin!(self.changed.notified());
         let mut room = pin!(async {
-            let Guest { all, host } = guest;
-            let own = host.gate.enter().await;
+            let all = &guest.all;
+            let own = self.host.gate.enter().await;
             if let Some(total) = all.try_enter_total() {
                 return (own, total);
             }
@@ -236,36 +258,33 @@ impl Drop for Queued<'_> {
 }
 
 impl State {
-    /// Returns the connections of this client with the indexes of their lanes.
-    fn of(&self, owner: u64) -> impl Iterator<Item = (&Shared<Conn>, usize)> {
-        self.open.iter().filter(|conn| !conn.is_left()).filter_map(move |conn| {
-            let lane = conn.lane().filter(|lane| lane.owner == owner)?;
-            Some((conn, lane.index))
-        })
+    /// Returns the connections that take calls.
+    fn in_use(&self) -> impl Iterator<Item = &Shared<Conn>> {
+        self.open.iter().filter(|conn| !conn.is_left())
     }
 
     /// Prefers a connection that is not over, so that one that is over becomes idle and is closed.
-    fn try_take(&self, owner: u64) -> Option<StreamPermit> {
-        self.take(owner, |conn| conn.why_over().is_none())
-            .or_else(|| self.take(owner, |conn| !conn.is_to_be_left()))
+    fn try_take(&self) -> Option<StreamPermit> {
+        self.take(|conn| conn.why_over().is_none())
+            .or_else(|| self.take(|conn| !conn.is_to_be_left()))
     }
 
-    fn take(&self, owner: u64, may_take: impl Fn(&Conn) -> bool) -> Option<StreamPermit> {
-        let conn = self.of(owner).find(|(conn, _)| may_take(conn) && conn.try_take_stream())?.0;
+    fn take(&self, may_take: impl Fn(&Conn) -> bool) -> Option<StreamPermit> {
+        let conn = self.in_use().find(|conn| may_take(conn) && conn.try_take_stream())?;
         Some(StreamPermit { conn: conn.clone(), is_kept: false })
     }
 
     /// If every lane has a connection, no other can be opened, and calls wait for these although they are over.
-    fn is_up(&self, owner: u64) -> bool {
-        self.of(owner).any(|(conn, _)| !conn.is_to_be_left()) || self.free_lane(owner).is_none()
+    fn is_up(&self) -> bool {
+        self.in_use().any(|conn| !conn.is_to_be_left()) || self.free_lane().is_none()
     }
 
     /// Returns a lane for a new connection. A lane without a connection is preferred to one whose connection takes no
     /// further calls.
-    fn free_lane(&self, owner: u64) -> Option<usize> {
+    fn free_lane(&self) -> Option<usize> {
         let (mut has_any, mut is_used) = ([false; MAX_LANES], [false; MAX_LANES]);
         for conn in &self.open {
-            if let Some(lane) = conn.lane().filter(|lane| lane.owner == owner) {
+            if let Some(lane) = conn.lane() {
                 let index = lane.index % MAX_LANES;
                 has_any[index] = true;
                 is_used[index] |= !conn.is_left();
@@ -318,7 +337,7 @@ impl Drop for StreamPermit {
 
 /// The right to open a connection in this lane. After it is dropped, the next call may open a connection.
 pub(super) struct Opening {
-    host: Arc<Host>,
+    client: Arc<Streams>,
     lane: Lane,
 }
 
@@ -330,7 +349,7 @@ impl Opening {
 
 impl Drop for Opening {
     fn drop(&mut self) {
-        let streams = &self.host.streams;
+        let streams = &self.client;
         let unused = {
             let mut state = streams.state();
             state.opening = None;

@@ -33,8 +33,8 @@ use super::{
     conn::{Conn, HAS_STREAM, HAS_TURN, Tag},
     core::Connections,
     gate::Place,
-    host::{Guest, Host, HttpVersion, Line},
-    streams::{Lane, Opening, Pick, StreamPermit},
+    host::{Guest, HttpVersion, Line},
+    streams::{Lane, Opening, Pick, StreamPermit, Streams},
 };
 use crate::call::{Origin, Rejected, Shared};
 
@@ -69,8 +69,8 @@ pub(super) struct Caller {
 impl Caller {
     /// Returns the version of HTTP for this call. The settings of hyper-util's builder may make an `http` client use
     /// HTTP/2, so the version of a connection takes precedence.
-    fn version(self, host: &Host) -> HttpVersion {
-        match host.version.get() {
+    fn version(self, streams: &Streams) -> HttpVersion {
+        match streams.version.get() {
             HttpVersion::Http2 => HttpVersion::Http2,
             known if self.version == HttpVersion::Unknown => known,
             _ => self.version,
@@ -85,13 +85,12 @@ impl Turn {
         origin: Origin,
         caller: Caller,
     ) -> Result<Self, Guest> {
-        let guest = Guest::register(all, origin);
-        let host = &guest.host;
-        let right = match caller.version(host) {
+        let guest = Guest::register(all, origin, caller.owner);
+        let right = match caller.version(&guest.streams) {
             // Only a polled call may become the one that opens a connection: an unpolled one would block the others.
             HttpVersion::Unknown => None,
             HttpVersion::Http1 => try_places(&guest).map(|(own, of_all)| Right::Own(own, of_all)),
-            HttpVersion::Http2 => host.streams.try_take(caller.owner).map(Right::Stream),
+            HttpVersion::Http2 => guest.streams.try_take().map(Right::Stream),
         };
         match right {
             Some(right) => Ok(Self { right, guest }),
@@ -102,8 +101,8 @@ impl Turn {
     /// Waits for the permission.
     pub(super) async fn next(guest: Guest, caller: Caller) -> Result<Self, Rejected> {
         let right = loop {
-            if caller.version(&guest.host) == HttpVersion::Http2 {
-                break shared(&guest, caller.owner).await?;
+            if caller.version(&guest.streams) == HttpVersion::Http2 {
+                break shared(&guest).await?;
             }
             if let Some(right) = own(&guest, caller).await? {
                 break right;
@@ -128,7 +127,7 @@ impl Turn {
     #[inline]
     pub(super) fn watch(&mut self, connection: Option<&CaptureConnection>) {
         match &self.right {
-            Right::Own(..) if self.guest.host.version.is_http2() => {}
+            Right::Own(..) if self.guest.streams.version.is_http2() => {}
             Right::First(_) | Right::FirstOwn(..) => {}
             // hyper-util's client sends the call over another connection, or has sent it before.
             Right::Stream(permit) if permit.is_left() => {}
@@ -162,7 +161,7 @@ impl Turn {
         match self.right {
             // `Conn` releases checkout permits to the gate of its own host. A `CONNECT` request names no scheme, so its
             // connection may belong to another host. Then the permits of the request are released here.
-            Right::Own(own, of_all) if Arc::ptr_eq(conn.host(), &self.guest.host) => {
+            Right::Own(own, of_all) if Arc::ptr_eq(conn.host(), self.guest.host()) => {
                 own.keep();
                 of_all.keep();
                 return HAS_TURN;
@@ -182,7 +181,7 @@ impl Turn {
 }
 
 fn try_places(guest: &Guest) -> Option<(Place, Place)> {
-    guest.host.calls.try_enter().zip(guest.all.calls.try_enter())
+    guest.host().calls.try_enter().zip(guest.all.calls.try_enter())
 }
 
 /// Waits for the checkout permits, and then until the version of HTTP is known. Returns `None` if calls to this host
@@ -195,20 +194,20 @@ async fn own(guest: &Guest, caller: Caller) -> Result<Option<Right>, Rejected> {
             None => return Ok(None),
         },
     };
-    Ok(match caller.version(&guest.host) {
+    Ok(match caller.version(&guest.streams) {
         HttpVersion::Http2 => None,
         HttpVersion::Http1 => Some(Right::Own(places.0, places.1)),
-        HttpVersion::Unknown => first_own(guest, caller.owner, places).await,
+        HttpVersion::Unknown => first_own(guest, places).await,
     })
 }
 
 /// Waits in the queue for the checkout permits. Returns `None` if it becomes known that calls to this host share
 /// connections.
 async fn places(guest: &Guest) -> Result<Option<(Place, Place)>, Rejected> {
-    let (all, host) = (&*guest.all, &*guest.host);
+    let (all, host, version) = (&*guest.all, guest.host(), &guest.streams.version);
     let line = Line::join(guest).ok_or_else(|| all.refuse())?;
     let places = async {
-        let mut is_http2 = pin!(host.version.wait_until(|version| version == HttpVersion::Http2));
+        let mut is_http2 = pin!(version.wait_until(|version| version == HttpVersion::Http2));
         let mut places = pin!(async {
             let own = host.calls.enter().await;
             (own, all.calls.enter().await)
@@ -231,17 +230,18 @@ async fn places(guest: &Guest) -> Result<Option<(Place, Place)>, Rejected> {
 ///
 /// The maximum wait is the connect timeout. Then the call connects, although another call connects too. The call has no
 /// queue entry: over HTTP/1 its checkout permits would admit it.
-async fn first_own(guest: &Guest, owner: u64, places: (Place, Place)) -> Option<Right> {
-    let (all, host) = (&*guest.all, &*guest.host);
+async fn first_own(guest: &Guest, places: (Place, Place)) -> Option<Right> {
+    let (all, streams) = (&*guest.all, &guest.streams);
     let right = {
-        let mut is_known = pin!(host.version.wait_until(|version| version != HttpVersion::Unknown));
+        let mut is_known =
+            pin!(streams.version.wait_until(|version| version != HttpVersion::Unknown));
         let mut opening = pin!(async {
-            let _head = host.head.enter().await;
+            let _head = streams.head.enter().await;
             loop {
-                if let Some(opening) = host.streams.try_open(&guest.host, owner) {
+                if let Some(opening) = streams.try_open() {
                     return opening;
                 }
-                host.streams.changed(guest, false).await;
+                streams.changed(guest, false).await;
             }
         });
         let right = poll_fn(|cx| {
@@ -254,7 +254,7 @@ async fn first_own(guest: &Guest, owner: u64, places: (Place, Place)) -> Option<
     };
     match right {
         Ok(Some(opening)) => Some(Right::FirstOwn(places.0, places.1, opening)),
-        Ok(None) if host.version.is_http2() => None,
+        Ok(None) if streams.version.is_http2() => None,
         Ok(None) | Err(_) => Some(Right::Own(places.0, places.1)),
     }
 }
@@ -263,16 +263,16 @@ async fn first_own(guest: &Guest, owner: u64, places: (Place, Place)) -> Option<
 ///
 /// While there is no connection, the maximum wait is the connect timeout. Then the call is sent without a permit. If
 /// the host cannot be reached, all calls thus fail at this time, instead of one after the other.
-async fn shared(guest: &Guest, owner: u64) -> Result<Right, Rejected> {
-    let (all, streams) = (&*guest.all, &guest.host.streams);
-    if let Some(_head) = guest.host.head.try_enter() {
+async fn shared(guest: &Guest) -> Result<Right, Rejected> {
+    let (all, streams) = (&*guest.all, &guest.streams);
+    if let Some(_head) = streams.head.try_enter() {
         let mut room = None;
         loop {
-            match streams.pick(&guest.host, owner, &mut room) {
+            match streams.pick(&mut room) {
                 Pick::Send(permit) => return Ok(Right::Stream(permit)),
                 Pick::Open(opening) => return Ok(Right::First(opening)),
                 Pick::Wait { for_room } => {
-                    room = if for_room { all.try_room(&guest.host) } else { None };
+                    room = if for_room { all.try_room(guest.host()) } else { None };
                     if room.is_none() {
                         break;
                     }
@@ -281,7 +281,7 @@ async fn shared(guest: &Guest, owner: u64) -> Result<Right, Rejected> {
         }
     }
     let _queued = streams.queue();
-    let mut is_up = streams.is_up(owner);
+    let mut is_up = streams.is_up();
     // Without a cap, a call that waits for the first connection needs no queue entry, so it is not rejected.
     let join = || Line::join(guest).ok_or_else(|| all.refuse());
     let mut line = (is_up || all.has_cap()).then(join).transpose()?;
@@ -295,14 +295,14 @@ async fn shared(guest: &Guest, owner: u64) -> Result<Right, Rejected> {
         count();
     }
     let mut right = pin!(async {
-        let _head = guest.host.head.enter().await;
+        let _head = streams.head.enter().await;
         let mut room = None;
         loop {
-            match streams.pick(&guest.host, owner, &mut room) {
+            match streams.pick(&mut room) {
                 Pick::Send(permit) => return Right::Stream(permit),
                 Pick::Open(opening) => return Right::First(opening),
                 Pick::Wait { for_room } => {
-                    if streams.is_up(owner) {
+                    if streams.is_up() {
                         count();
                     }
                     drop(room.take());
@@ -315,7 +315,7 @@ async fn shared(guest: &Guest, owner: u64) -> Result<Right, Rejected> {
         let mut came_up = pin!(streams.came_up());
         // `came_up` receives notifications from its creation on, so check after it: a connection that comes up in
         // between is not missed.
-        if streams.is_up(owner) {
+        if streams.is_up() {
             break;
         }
         let right_or_up = poll_fn(|cx| {
@@ -327,9 +327,9 @@ async fn shared(guest: &Guest, owner: u64) -> Result<Right, Rejected> {
         let max = all.connect_timeout().unwrap_or(Duration::MAX);
         match timeout(max, right_or_up).await {
             Ok(Some(right)) => return Ok(right),
-            Err(_) if !streams.is_up(owner) => return Ok(Right::Free),
-            // The connection may belong to another client.
-            Ok(None) | Err(_) => is_up = streams.is_up(owner),
+            Err(_) if !streams.is_up() => return Ok(Right::Free),
+            // The connection may have closed since.
+            Ok(None) | Err(_) => is_up = streams.is_up(),
         }
     }
     if line.is_none() {

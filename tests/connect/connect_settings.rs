@@ -646,6 +646,24 @@ async fn wait_for_the_place_of_a_first_connection_does_not_open_a_circuit() {
     assert_eq!(circuit.state(), State::Closed);
 }
 
+// ===== Several clients of one layer =====
+
+#[tokio::test(start_paused = true)]
+async fn queue_of_one_client_does_not_keep_out_calls_of_another() {
+    let wires = Wires::new(1);
+    let layer = ConnectLayer::new().max_per_host(2).max_idle(60 * SECOND);
+    let (one, other) = (wires.client(&layer), wires.client(&layer));
+    ask(&other, "http://a/").await.unwrap();
+    let _held = one.request(request("http://a/stream")).await.unwrap();
+    let waits = tokio::spawn(one.request(request("http://a/")));
+    pause().await;
+    assert_eq!(layer.handle().snapshot().waiting, 1);
+    let start = Instant::now();
+    ask(&other, "http://a/").await.unwrap();
+    assert!(start.elapsed() < SECOND, "{:?}", start.elapsed());
+    waits.abort();
+}
+
 // ===== Versions of HTTP that TLS negotiates =====
 
 #[tokio::test(start_paused = true)]
