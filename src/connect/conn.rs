@@ -76,7 +76,7 @@ pub(super) struct Conn {
     /// Wakes hyper's connection task.
     waker: Mutex<Option<Waker>>,
     is_http2: AtomicBool,
-    /// The number of HTTP/2 streams that calls hold.
+    /// The number of streams that calls hold.
     streams: AtomicUsize,
     /// The maximum that the peer set, or [`UNKNOWN`].
     max_streams: AtomicUsize,
@@ -207,8 +207,8 @@ impl Conn {
         };
         self.all.close(self, why);
         self.set_left();
-        if self.is_http2() {
-            drop(self.take_opening());
+        drop(self.take_opening());
+        if self.has_streams() {
             self.client.unregister(self.id);
         }
     }
@@ -243,7 +243,7 @@ impl Conn {
     /// Wakes the first call of the queue: this connection may take no further call, so the call may open another one. A
     /// waker is user code, so no lock may be held.
     pub(super) fn announce_over(&self) {
-        if self.is_http2() {
+        if self.has_streams() {
             self.client.notify();
         }
     }
@@ -318,9 +318,20 @@ impl Conn {
         self.client.version.set_http2();
     }
 
-    /// Records that the client has begun a request of HTTP/1.
-    pub(super) fn set_http1(&self) {
-        self.client.version.set_http1();
+    /// Records that the client has begun a request of HTTP/1. If calls of this client share connections, they wait for
+    /// streams and not for checkout permits, so the connection is registered with one stream.
+    pub(super) fn set_http1(this: &Shared<Self>) {
+        this.client.version.set_http1();
+        if this.is_leased() && this.has_streams() {
+            Self::set_max_streams(this, 1);
+        } else {
+            this.max_streams.store(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Returns whether calls take a stream of this connection. Over HTTP/1 they do if the host has used HTTP/2 before.
+    fn has_streams(&self) -> bool {
+        self.is_http2() || self.client.version.is_http2()
     }
 
     pub(super) fn is_http2(&self) -> bool {
@@ -337,7 +348,7 @@ impl Conn {
 
     /// Lets no call take a stream any more: the peer has sent GOAWAY, or the lane does not use this connection any more.
     pub(super) fn leave(&self) {
-        if self.set_left() && self.is_http2() {
+        if self.set_left() && self.has_streams() {
             // The first call of the queue may open another connection.
             self.client.notify();
         }

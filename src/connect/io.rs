@@ -117,7 +117,7 @@ impl Seat {
                 self.conn.set_http2();
                 self.frames = self.conn.is_leased().then(Box::default);
             } else {
-                self.conn.set_http1();
+                Conn::set_http1(&self.conn);
             }
         }
         if self.conn.is_stale() {

@@ -72,7 +72,8 @@
 //! For `https`, TLS negotiates the version of HTTP. While it is unknown, one call connects, and the other calls to this
 //! host wait for its connection, but not longer than the connect timeout. Then they connect concurrently over HTTP/1,
 //! and over HTTP/2 they are distributed over the streams. The version is known while the client has a call or a connection
-//! to the host.
+//! to the host. If the host negotiates HTTP/1 later, an HTTP/1 connection counts as one with a single stream, so there are
+//! at most 64 of them.
 //!
 //! # When a connection is closed
 //!

@@ -21,6 +21,9 @@
 //!
 //! The SETTINGS may arrive before the call that opened the connection is polled again. [`Streams::register`] then
 //! reserves a stream for this call, so that other calls cannot take all streams.
+//!
+//! A host that has used HTTP/2 may negotiate HTTP/1 for a later connection. Its calls still wait for streams. The
+//! connection is therefore registered with one stream at its first write, so that the end of a call wakes the queue.
 
 use std::{
     future::{Future, poll_fn},

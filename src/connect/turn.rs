@@ -134,7 +134,10 @@ impl Turn {
             _ => return,
         }
         let tag = connection.and_then(Tag::of);
-        let conn = tag.as_ref().map(|tag| &tag.conn).filter(|conn| conn.is_http2());
+        // A call that waited for a stream also takes one of an HTTP/1 connection, to which the host may have changed.
+        let has_stream = matches!(self.right, Right::First(_) | Right::Stream(_));
+        let conn = tag.as_ref().map(|tag| &tag.conn);
+        let conn = conn.filter(|conn| has_stream || conn.is_http2());
         match (conn, &self.right) {
             // It has no connection yet.
             (None, Right::First(_) | Right::FirstOwn(..) | Right::Stream(_)) if tag.is_none() => {}

@@ -604,6 +604,10 @@ async fn no_call_is_stuck_and_no_stream_is_lost_when_anything_happens() {
                 0 => continue,
                 made => wires.wire(random.usize(made.saturating_sub(5)..made)),
             };
+            if wires.alpn && random.u8(..8) == 0 {
+                let mut is_http2 = wires.is_http2.lock().unwrap();
+                *is_http2 = !*is_http2;
+            }
             match random.u8(..8) {
                 0 => nth.cut.notify_one(),
                 1 => nth.goaway.notify_one(),
@@ -782,4 +786,55 @@ async fn connect_that_hangs_opens_a_circuit_for_every_call() {
         assert!(call.await.unwrap().is_err());
     }
     assert_eq!(circuit.state(), State::Open);
+}
+
+#[tokio::test(start_paused = true)]
+async fn server_that_negotiates_http1_after_http2_is_served() {
+    let mut wires = Wires::new(1);
+    wires.alpn = true;
+    let layer = ConnectLayer::new().max_per_host(4);
+    let (client, handle) = (wires.client(&layer), layer.handle());
+    ask(&client, "https://a/").await.unwrap();
+    *wires.is_http2.lock().unwrap() = false;
+    let held = client.request(request("https://a/stream")).await.unwrap();
+    let calls: Vec<_> =
+        (0..9).map(|_| tokio::spawn(client.request(request("https://a/slow")))).collect();
+    sleep(SECOND / 2).await;
+    // The HTTP/2 connection is in use. The other permits are for HTTP/1.
+    let seen = handle.snapshot();
+    assert_eq!((wires.stage.inside.now() - 1, seen.waiting), (3, 6), "{seen:?}");
+    wires.stage.open();
+    for call in calls {
+        soon(call).await.unwrap().unwrap().into_body().collect().await.unwrap();
+    }
+    drop(held);
+    sleep(20 * SECOND).await;
+    let seen = handle.snapshot();
+    assert_eq!((seen.open, seen.waiting, seen.in_use), (0, 0, 0), "{seen:?}");
+}
+
+/// The calls use as many HTTP/1 connections as the cap allows, and reuse them.
+#[tokio::test(start_paused = true)]
+async fn connections_of_a_host_that_changed_to_http1_are_reused() {
+    let mut wires = Wires::new(1);
+    wires.alpn = true;
+    let layer = ConnectLayer::new().max_per_host(4);
+    let (client, handle) = (wires.client(&layer), layer.handle());
+    ask(&client, "https://a/").await.unwrap();
+    *wires.is_http2.lock().unwrap() = false;
+    wires.wire(0).goaway.notify_one();
+    wires.wire(0).cut.notify_one();
+    for _ in 0..3 {
+        let start = Instant::now();
+        let calls = (0..12).map(|_| {
+            let client = client.clone();
+            tokio::spawn(async move { ask(&client, "https://a/second").await })
+        });
+        for call in calls.collect::<Vec<_>>() {
+            soon(call).await.unwrap().unwrap();
+        }
+        assert!(start.elapsed() < 3 * SECOND + SECOND / 10, "{:?}", start.elapsed());
+    }
+    let seen = handle.snapshot();
+    assert_eq!((seen.created, seen.open, seen.waiting), (5, 4, 0), "{seen:?}");
 }
