@@ -5,7 +5,7 @@ use std::{
     future::Future,
     pin::Pin,
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
@@ -13,7 +13,7 @@ use std::{
 };
 
 use http::{Method, Request, Response, StatusCode, Uri, uri::Scheme};
-use http_body::Body;
+use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper_util::{
     client::legacy::{
@@ -30,7 +30,7 @@ use super::{
     core::Connections,
     executor::Executor,
     handle::ConnectHandle,
-    host::HttpVersion,
+    host::{Guest, HttpVersion},
     layer::{ConnectLayer, Connector, above_zero},
     life,
     resolve::Resolver,
@@ -69,7 +69,7 @@ pub struct Client<C, B> {
     is_http2: bool,
 }
 
-type LaneClient<C, B> = Box<legacy::Client<Connector<C>, B>>;
+type LaneClient<C, B> = Box<legacy::Client<Connector<C>, SpareBody<B>>>;
 
 /// The clients of hyper-util, each with one HTTP/2 connection per host. The first one has all HTTP/1 connections.
 struct Lanes<C, B> {
@@ -82,10 +82,10 @@ struct Lanes<C, B> {
 impl<C, B> Lanes<C, B>
 where
     Connector<C>: Connect + Clone,
-    B: Body + Send,
+    B: Body + Send + Unpin,
     B::Data: Send,
 {
-    fn get(&self, index: usize) -> &legacy::Client<Connector<C>, B> {
+    fn get(&self, index: usize) -> &legacy::Client<Connector<C>, SpareBody<B>> {
         // Indexes are below `MAX_LANES`.
         let index = index % MAX_LANES;
         self.clients[index].get_or_init(|| {
@@ -134,30 +134,59 @@ where
             true => HttpVersion::Unknown,
             false => HttpVersion::Http1,
         };
-        let caller = Caller { owner: self.lanes.owner, version };
+        let caller = Caller { owner: self.lanes.owner, version, may_add: true };
         let now = || Turn::now(all, Origin::of(request.uri()), caller);
         let may_share = version != HttpVersion::Http1;
         let turn = (may_share || all.has_cap()).then(now).transpose();
         let state = match turn {
-            Ok(turn) => self.send(request, turn),
-            Err(host) => {
-                let client = self.clone();
-                let sent = Box::pin(async move {
-                    let turn = Turn::next(host, caller).await?;
-                    Ok(client.send(request, Some(turn)))
-                });
-                State::Waiting { sent }
-            }
+            Ok(turn) => self.send(request, turn, caller),
+            Err(guest) => State::Waiting { sent: self.wait(request, guest, caller) },
         };
         ResponseFuture { state, all: all.clone() }
     }
 
-    fn send(&self, mut request: Request<B>, turn: Option<Turn>) -> State {
+    fn wait(&self, request: Request<B>, guest: Guest, caller: Caller) -> Waiting {
+        let client = self.clone();
+        Box::pin(async move {
+            let turn = Turn::next(guest, caller).await?;
+            Ok(client.send(request, Some(turn), caller))
+        })
+    }
+
+    fn send(&self, request: Request<B>, turn: Option<Turn>, caller: Caller) -> State {
         let is_tunnel = request.method() == Method::CONNECT;
+        let is_additional = turn.as_ref().is_some_and(Turn::is_additional);
+        let (mut request, fallback) = if is_additional {
+            let (request, fallback) = self.with_fallback(request, caller);
+            (request, Some(fallback))
+        } else {
+            (request.map(SpareBody::new), None)
+        };
         let connection = Some(capture_connection(&mut request));
         let lane = turn.as_ref().and_then(Turn::lane).map_or(0, |lane| lane.index);
         let response = self.lanes.get(lane).request(request);
-        State::Sent { response, connection, is_tunnel, turn }
+        State::Sent { response, connection, is_tunnel, turn, fallback }
+    }
+
+    /// Saves a copy of the request that shares its body. If the additional connection fails, the call waits for a stream
+    /// of another connection, because hyper-util's error does not return the request.
+    fn with_fallback(
+        &self,
+        request: Request<B>,
+        caller: Caller,
+    ) -> (Request<SpareBody<B>>, Fallback) {
+        let (parts, body) = request.into_parts();
+        let spare = Arc::new(Mutex::new(None));
+        let body = SpareBody { body: Some(body), spare: Some(spare.clone()) };
+        let (client, saved) = (self.clone(), parts.clone());
+        let fallback = Box::new(move || {
+            let body = spare.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+            let origin = Origin::of(&saved.uri);
+            let guest = Guest::register(&client.connections.0, origin, caller.owner);
+            let request = Request::from_parts(saved, body);
+            Some(client.wait(request, guest, Caller { may_add: false, ..caller }))
+        });
+        (Request::from_parts(parts, body), fallback)
     }
 }
 
@@ -209,6 +238,9 @@ pin_project! {
 /// Waits for the permission to ask for a connection, and then sends the request.
 type Waiting = Pin<Box<dyn Future<Output = Result<State, Rejected>> + Send>>;
 
+/// Sends the request again after a failed connect, unless its body has been used.
+type Fallback = Box<dyn FnOnce() -> Option<Waiting> + Send>;
+
 pin_project! {
     #[project = StateProj]
     enum State {
@@ -220,6 +252,7 @@ pin_project! {
             connection: Option<CaptureConnection>,
             is_tunnel: bool,
             turn: Option<Turn>,
+            fallback: Option<Fallback>,
         },
     }
 }
@@ -230,45 +263,65 @@ impl Future for ResponseFuture {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let (mut state, all) = (this.state, &**this.all);
-        if let StateProj::Waiting { sent } = state.as_mut().project() {
-            let Poll::Ready(sent) = sent.as_mut().poll(cx) else {
-                WaitsFor::Client.report();
-                return Poll::Pending;
+        loop {
+            if let StateProj::Waiting { sent } = state.as_mut().project() {
+                let Poll::Ready(sent) = sent.as_mut().poll(cx) else {
+                    WaitsFor::Client.report();
+                    return Poll::Pending;
+                };
+                state.set(sent?);
+            }
+            let StateProj::Sent { response, connection, is_tunnel, turn, fallback } =
+                state.as_mut().project()
+            else {
+                unreachable!("the state is `Sent` after the wait")
             };
-            state.set(sent?);
+            let polled = response.poll(cx);
+            if let Some(connection) = connection.as_ref().filter(|_| all.any_over()) {
+                // As soon as the connection is known: the pool may have it back before the response head is polled.
+                retire(connection);
+            }
+            if let Some(turn) = turn {
+                turn.watch(connection.as_ref());
+            }
+            let error = match ready!(polled) {
+                Ok(response) => {
+                    let response = tracked(response, connection.take(), *is_tunnel, turn.take());
+                    return Poll::Ready(Ok(response));
+                }
+                Err(error) => error,
+            };
+            let is_unsent = error.is_connect() && Rejected::find(&error).is_none();
+            match fallback.take().filter(|_| is_unsent).and_then(|fallback| fallback()) {
+                // Drops the right to open a connection, so that another call may open one.
+                Some(sent) => state.set(State::Waiting { sent }),
+                None => return Poll::Ready(Err(with_connection(error))),
+            }
         }
-        let StateProj::Sent { response, connection, is_tunnel, turn } = state.project() else {
-            unreachable!("the state is `Sent` after the wait")
-        };
-        let polled = response.poll(cx);
-        if let Some(connection) = connection.as_ref().filter(|_| all.any_over()) {
-            // As soon as the connection is known: the pool may have it back before the response head is polled.
-            retire(connection);
-        }
-        if let Some(turn) = turn {
-            turn.watch(connection.as_ref());
-        }
-        let mut response = match ready!(polled) {
-            Ok(response) => response,
-            Err(error) => return Poll::Ready(Err(with_connection(error))),
-        };
-        let Some(tag) = response.extensions_mut().remove::<Tag>() else {
-            return Poll::Ready(Ok(response.map(TrackedBody::untracked)));
-        };
-        let status = response.status();
-        if status == StatusCode::SWITCHING_PROTOCOLS || (*is_tunnel && status.is_success()) {
-            tag.conn.hand_over();
-        }
-        let permit = tag.serve(turn.take());
-        let connection = connection.take();
-        if status == StatusCode::MISDIRECTED_REQUEST
-            && connection.is_some_and(|own| misdirected(&own))
-        {
-            response.extensions_mut().insert(RetiredConnection);
-        }
-        let good = Eos::Plain(Outcome::success());
-        Poll::Ready(Ok(response.map(|body| TrackedBody::new(body, permit.erase(), good))))
     }
+}
+
+/// Returns the response with a body that ends the use of its connection.
+fn tracked(
+    mut response: Response<Incoming>,
+    connection: Option<CaptureConnection>,
+    is_tunnel: bool,
+    turn: Option<Turn>,
+) -> Response<TrackedBody<Incoming>> {
+    let Some(tag) = response.extensions_mut().remove::<Tag>() else {
+        return response.map(TrackedBody::untracked);
+    };
+    let status = response.status();
+    if status == StatusCode::SWITCHING_PROTOCOLS || (is_tunnel && status.is_success()) {
+        tag.conn.hand_over();
+    }
+    let permit = tag.serve(turn);
+    if status == StatusCode::MISDIRECTED_REQUEST && connection.is_some_and(|own| misdirected(&own))
+    {
+        response.extensions_mut().insert(RetiredConnection);
+    }
+    let good = Eos::Plain(Outcome::success());
+    response.map(|body| TrackedBody::new(body, permit.erase(), good))
 }
 
 /// Records in the error whether the connection of the request was reused, if the request was sent over one.
@@ -305,6 +358,53 @@ fn close(connection: &CaptureConnection, conn: &Conn) {
 impl fmt::Debug for ResponseFuture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ResponseFuture").finish_non_exhaustive()
+    }
+}
+
+// ===== The request body =====
+
+/// A request body that returns to `spare` if it is dropped before it was polled.
+struct SpareBody<B> {
+    body: Option<B>,
+    spare: Option<Arc<Mutex<Option<B>>>>,
+}
+
+impl<B> SpareBody<B> {
+    fn new(body: B) -> Self {
+        Self { body: Some(body), spare: None }
+    }
+}
+
+impl<B> Drop for SpareBody<B> {
+    fn drop(&mut self) {
+        if let Some(spare) = self.spare.take() {
+            // `spare` is empty, so no body is dropped under the lock.
+            *spare.lock().unwrap_or_else(PoisonError::into_inner) = self.body.take();
+        }
+    }
+}
+
+impl<B: Body + Unpin> Body for SpareBody<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        self.spare = None;
+        match &mut self.body {
+            Some(body) => Pin::new(body).poll_frame(cx),
+            None => Poll::Ready(None),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.as_ref().is_none_or(Body::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.as_ref().map_or_else(|| SizeHint::with_exact(0), Body::size_hint)
     }
 }
 

@@ -63,7 +63,8 @@
 //! [`ConnectSnapshot`] counts it, and a circuit breaker does not count the wait against the upstream. The call is
 //! [rejected](crate::call::RejectedKind::Saturated) after the maximum wait of the [`queue`](ConnectLayer::queue). A
 //! call holds its stream to the end of the response body. Calls use the oldest connections first, so that the others
-//! become idle and are closed.
+//! become idle and are closed. If an additional connection cannot be opened, its call waits for a stream of the others,
+//! and does not fail with the error of the connect. `failed` and `timed_out` in the snapshot count the connect.
 //!
 //! Clients of one layer share the caps, but not connections. Each has a queue of its own for the streams of a host.
 //!

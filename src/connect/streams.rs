@@ -11,6 +11,9 @@
 //! stores one wake-up, so a change between a search and the wait is not lost. A call that arrives takes a stream
 //! directly only while no call is queued, so it does not overtake.
 //!
+//! If the connect of an additional connection fails, its call queues again, and only waits for a stream. At the head of
+//! the queue it makes way for calls that may still open a connection.
+//!
 //! A stream permit belongs to a connection and is released at the end of the response body. If the connection closes
 //! before the request is assigned to it, hyper-util sends the call over another connection of the lane. The permit is
 //! then released, and the call takes a stream of the connection that it uses, whether or not one is free.
@@ -73,6 +76,8 @@ pub(super) struct Streams {
     came_up: Notify,
     /// The number of calls in the queue. While it is zero, a call takes a stream without the head of the queue.
     queued: AtomicUsize,
+    /// The number of calls in the queue that may open an additional connection.
+    queued_may_add: AtomicUsize,
 }
 
 #[derive(Default)]
@@ -110,6 +115,7 @@ impl Streams {
             changed: Notify::new(),
             came_up: Notify::new(),
             queued: AtomicUsize::new(0),
+            queued_may_add: AtomicUsize::new(0),
         }
     }
 
@@ -122,13 +128,23 @@ impl Streams {
     }
 
     /// Adds a call to the queue, until the guard is dropped.
-    pub(super) fn queue(&self) -> Queued<'_> {
-        self.queued.fetch_add(1, Ordering::SeqCst);
-        Queued(self)
+    pub(super) fn queue(&self, may_add: bool) -> Queued<'_> {
+        let before = self.queued.fetch_add(1, Ordering::SeqCst);
+        if may_add && self.queued_may_add.fetch_add(1, Ordering::SeqCst) < before {
+            // The first call may have to make way for this one.
+            self.notify();
+        }
+        Queued { streams: self, may_add }
     }
 
-    /// Decides what the first call of the queue is to do. It opens an additional connection only with `room` for it.
-    pub(super) fn pick(self: &Arc<Self>, room: &mut Option<Room>) -> Pick {
+    /// Returns whether a call in the queue may open an additional connection.
+    pub(super) fn may_any_add(&self) -> bool {
+        self.queued_may_add.load(Ordering::SeqCst) > 0
+    }
+
+    /// Decides what the first call of the queue is to do. It opens an additional connection only with `room` for it, and
+    /// only if `may_add`.
+    pub(super) fn pick(self: &Arc<Self>, room: &mut Option<Room>, may_add: bool) -> Pick {
         let mut state = self.state();
         if let Some(permit) = state.try_take() {
             return Pick::Send(permit);
@@ -136,8 +152,9 @@ impl Streams {
         if state.opening.is_some() {
             return Pick::Wait { for_room: false };
         }
-        if state.is_up() && room.is_none() {
-            return Pick::Wait { for_room: true };
+        let is_additional = state.is_up();
+        if is_additional && (room.is_none() || !may_add) {
+            return Pick::Wait { for_room: may_add };
         }
         let Some(index) = state.free_lane() else {
             // A connection that is over serves on. The first call over it leaves it, and its lane is free.
@@ -149,7 +166,7 @@ impl Streams {
         let lane = Lane { owner: self.owner, index };
         state.opening = Some(lane);
         state.room = room.take();
-        Pick::Open(Opening { client: self.clone(), lane })
+        Pick::Open(Opening { client: self.clone(), lane, is_additional })
     }
 
     /// Returns the right to open the first connection, unless another call has it.
@@ -160,7 +177,7 @@ impl Streams {
         }
         let lane = Lane { owner: self.owner, index: state.free_lane()? };
         state.opening = Some(lane);
-        Some(Opening { client: self.clone(), lane })
+        Some(Opening { client: self.clone(), lane, is_additional: false })
     }
 
     /// Returns whether there is a connection that takes calls.
@@ -252,11 +269,15 @@ impl Streams {
 }
 
 /// A call in the queue.
-pub(super) struct Queued<'a>(&'a Streams);
+pub(super) struct Queued<'a> {
+    streams: &'a Streams,
+    may_add: bool,
+}
 
 impl Drop for Queued<'_> {
     fn drop(&mut self) {
-        self.0.queued.fetch_sub(1, Ordering::SeqCst);
+        self.streams.queued_may_add.fetch_sub(usize::from(self.may_add), Ordering::SeqCst);
+        self.streams.queued.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -342,11 +363,17 @@ impl Drop for StreamPermit {
 pub(super) struct Opening {
     client: Arc<Streams>,
     lane: Lane,
+    /// Another connection takes calls.
+    is_additional: bool,
 }
 
 impl Opening {
     pub(super) fn lane(&self) -> Lane {
         self.lane
+    }
+
+    pub(super) fn is_additional(&self) -> bool {
+        self.is_additional
     }
 }
 

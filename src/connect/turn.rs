@@ -64,6 +64,8 @@ pub(super) struct Caller {
     pub(super) owner: u64,
     /// The version that the client uses for this call. `Unknown` if TLS negotiates it.
     pub(super) version: HttpVersion,
+    /// The call may open an additional connection. Otherwise it waits for a stream of those that there are.
+    pub(super) may_add: bool,
 }
 
 impl Caller {
@@ -102,13 +104,18 @@ impl Turn {
     pub(super) async fn next(guest: Guest, caller: Caller) -> Result<Self, Rejected> {
         let right = loop {
             if caller.version(&guest.streams) == HttpVersion::Http2 {
-                break shared(&guest).await?;
+                break shared(&guest, caller.may_add).await?;
             }
             if let Some(right) = own(&guest, caller).await? {
                 break right;
             }
         };
         Ok(Self { right, guest })
+    }
+
+    /// Returns whether the call is to open an additional connection, so that it may wait for a stream if that fails.
+    pub(super) fn is_additional(&self) -> bool {
+        matches!(&self.right, Right::First(opening) if opening.is_additional())
     }
 
     /// Returns the lane over which the call is to be sent. `None` means the first lane.
@@ -266,12 +273,12 @@ async fn first_own(guest: &Guest, places: (Place, Place)) -> Option<Right> {
 ///
 /// While there is no connection, the maximum wait is the connect timeout. Then the call is sent without a permit. If
 /// the host cannot be reached, all calls thus fail at this time, instead of one after the other.
-async fn shared(guest: &Guest) -> Result<Right, Rejected> {
+async fn shared(guest: &Guest, may_add: bool) -> Result<Right, Rejected> {
     let (all, streams) = (&*guest.all, &guest.streams);
     if let Some(_head) = streams.head.try_enter() {
         let mut room = None;
         loop {
-            match streams.pick(&mut room) {
+            match streams.pick(&mut room, may_add) {
                 Pick::Send(permit) => return Ok(Right::Stream(permit)),
                 Pick::Open(opening) => return Ok(Right::First(opening)),
                 Pick::Wait { for_room } => {
@@ -283,7 +290,7 @@ async fn shared(guest: &Guest) -> Result<Right, Rejected> {
             }
         }
     }
-    let _queued = streams.queue();
+    let _queued = streams.queue(may_add);
     let mut is_up = streams.is_up();
     // Without a cap, a call that waits for the first connection needs no queue entry, so it is not rejected.
     let join = || Line::join(guest).ok_or_else(|| all.refuse());
@@ -298,10 +305,10 @@ async fn shared(guest: &Guest) -> Result<Right, Rejected> {
         count();
     }
     let mut right = pin!(async {
-        let _head = streams.head.enter().await;
+        let mut head = streams.head.enter().await;
         let mut room = None;
         loop {
-            match streams.pick(&mut room) {
+            match streams.pick(&mut room, may_add) {
                 Pick::Send(permit) => return Right::Stream(permit),
                 Pick::Open(opening) => return Right::First(opening),
                 Pick::Wait { for_room } => {
@@ -309,7 +316,12 @@ async fn shared(guest: &Guest) -> Result<Right, Rejected> {
                         count();
                     }
                     drop(room.take());
-                    room = streams.changed(guest, for_room).await;
+                    if !may_add && streams.may_any_add() {
+                        drop(head);
+                        head = streams.head.enter().await;
+                    } else {
+                        room = streams.changed(guest, for_room).await;
+                    }
                 }
             }
         }

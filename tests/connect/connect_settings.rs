@@ -11,7 +11,7 @@ use std::{
 
 use axum::{
     Router,
-    routing::{any, get},
+    routing::{any, get, post},
 };
 use buttress::connect::{Client, ConnectLayer};
 use bytes::Bytes;
@@ -102,6 +102,7 @@ impl Wires {
         Router::new()
             .route("/", get(|| async { "hello" }))
             .route("/second", get(|| sleep(SECOND)))
+            .route("/echo", post(|body: Bytes| async { body }))
             .route("/slow", any(move || plain.plain()))
             .route("/stream", any(move || streaming.streaming()))
             .route("/misdirected", any(|| async { StatusCode::MISDIRECTED_REQUEST }))
@@ -837,4 +838,59 @@ async fn connections_of_a_host_that_changed_to_http1_are_reused() {
     }
     let seen = handle.snapshot();
     assert_eq!((seen.created, seen.open, seen.waiting), (5, 4, 0), "{seen:?}");
+}
+
+// ===== Additional connections that fail =====
+
+#[tokio::test(start_paused = true)]
+async fn failed_additional_connection_does_not_fail_a_call_that_a_stream_could_serve() {
+    let wires = Wires::new(1);
+    let layer = ConnectLayer::new().max_per_host(4);
+    let client = wires.client(&layer);
+    let held = client.request(request("http://a/stream")).await.unwrap();
+    *wires.fails.lock().unwrap() = true;
+    let call = tokio::spawn(client.request(request("http://a/")));
+    pause().await;
+    drop(held);
+    soon(call).await.unwrap().unwrap();
+}
+
+/// The request is sent unchanged, and a connect that failed is not repeated by the same call.
+#[tokio::test(start_paused = true)]
+async fn call_whose_additional_connection_failed_keeps_its_request() {
+    use buttress::{CircuitBreakerLayer, Trip, breaker::State};
+    use http_body_util::Full;
+    use tower::{ServiceBuilder, ServiceExt};
+    let wires = Wires::new(1);
+    let layer = ConnectLayer::new().max_per_host(4);
+    let handle = layer.handle();
+    let client = Client::builder(layer).http2_only().build::<_, Full<Bytes>>(wires.clone());
+    let breaker = CircuitBreakerLayer::new(Trip::consecutive(1));
+    let circuit = breaker.handle();
+    let stack = ServiceBuilder::new().layer(breaker).service(client.clone());
+    let post = |body: &'static str| {
+        http::Request::post("http://a/echo").header("kept", "1").body(Full::from(body)).unwrap()
+    };
+    for closes in [false, true] {
+        let held = http::Request::get("http://a/stream").body(Full::default()).unwrap();
+        let held = client.request(held).await.unwrap();
+        *wires.fails.lock().unwrap() = true;
+        let failed = handle.snapshot().failed;
+        let calls = ["one", "other"].map(|body| tokio::spawn(stack.clone().oneshot(post(body))));
+        pause().await;
+        sleep(SECOND).await;
+        let seen = handle.snapshot();
+        assert_eq!((seen.failed - failed, seen.waiting, seen.connecting), (2, 2, 0), "{seen:?}");
+        *wires.fails.lock().unwrap() = false;
+        if closes {
+            // Without a connection that takes calls, the call opens one.
+            wires.wire(0).cut.notify_one();
+        }
+        drop(held);
+        for (call, body) in calls.into_iter().zip(["one", "other"]) {
+            let response = soon(call).await.unwrap().unwrap();
+            assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), body);
+        }
+    }
+    assert_eq!(circuit.state(), State::Closed);
 }
