@@ -98,6 +98,9 @@ impl ConnectLayer {
     /// It begins when the connect has a permit, and includes everything that the wrapped connector does, such as the
     /// DNS lookup and TLS. A [`TcpConnector`](super::TcpConnector) divides it among the addresses of a host. Any other
     /// connector has to do this itself.
+    ///
+    /// It also limits the wait of calls while [another call connects](super#streams-of-http2) to the same host. Without
+    /// it these calls wait until that connect ends.
     pub fn connect_timeout(mut self, longest: impl Into<Option<Duration>>) -> Self {
         if let Some(longest) = self.accept(above_zero("connect_timeout", longest.into())) {
             let settings = &self.all.settings;

@@ -72,9 +72,12 @@
 //!
 //! For `https`, TLS negotiates the version of HTTP. While it is unknown, one call connects, and the other calls to this
 //! host wait for its connection, but not longer than the connect timeout. Then they connect concurrently over HTTP/1,
-//! and over HTTP/2 they are distributed over the streams. The version is known while the client has a call or a connection
-//! to the host. If the host negotiates HTTP/1 later, an HTTP/1 connection counts as one with a single stream, so there are
-//! at most 64 of them.
+//! and over HTTP/2 they are distributed over the streams. If the host does not respond, a call therefore fails after at
+//! most two connect timeouts: one for the connect of the other call, and one for its own.
+//!
+//! The version is known while the client has a call or a connection to the host. If the host negotiates HTTP/1 after
+//! HTTP/2, an HTTP/1 connection counts as one with a single stream, so there are at most 64 of them. If it negotiates
+//! HTTP/2 after HTTP/1, requests wait inside hyper if they connected before the first HTTP/2 connection was open.
 //!
 //! # When a connection is closed
 //!
