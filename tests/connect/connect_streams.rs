@@ -1,8 +1,9 @@
 //! HTTP/2 with all streams of a connection in use: another connection is opened, up to the cap, and calls beyond that
 //! wait inside the client.
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
+use axum::{Router, routing::get};
 use buttress::{
     CircuitBreakerLayer, Trip,
     breaker::State,
@@ -11,7 +12,15 @@ use buttress::{
 };
 use futures_util::future::join_all;
 use http_body_util::BodyExt;
-use tokio::time::Instant;
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+    service::TowerToHyperService,
+};
+use tokio::{
+    runtime::{Builder, Runtime},
+    time::Instant,
+};
 use tower::{ServiceBuilder, ServiceExt};
 
 use crate::{
@@ -272,4 +281,73 @@ async fn wait_for_a_stream_does_not_open_a_circuit() {
     }
     assert!(handle.snapshot().open <= 8 && stage.inside.peak() <= 8);
     until(|| handle.snapshot().in_use == 0).await;
+}
+
+/// A server in a runtime of its own that allows one stream per connection. `/slow` responds when the stage is open.
+fn serve_one_stream_each(stage: &net::Stage) -> (SocketAddr, Runtime) {
+    let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let (listener, addr) = runtime.block_on(net::listener());
+    let stage = stage.clone();
+    runtime.spawn(async move {
+        loop {
+            let (tcp, _) = listener.accept().await.unwrap();
+            let stage = stage.clone();
+            let router = Router::new()
+                .route("/", get(|| async { "text" }))
+                .route("/slow", get(move || stage.clone().plain()));
+            tokio::spawn(async move {
+                let mut server = auto::Builder::new(TokioExecutor::new());
+                server.http2().max_concurrent_streams(1);
+                let service = TowerToHyperService::new(router);
+                let _ = server.serve_connection(TokioIo::new(tcp), service).await;
+            });
+        }
+    });
+    (addr, runtime)
+}
+
+#[test]
+fn client_serves_calls_in_a_second_runtime_after_the_first_has_ended() {
+    let (addr, _server) = serve_one_stream_each(&net::Stage::default());
+    let layer = ConnectLayer::new().max_per_host(2);
+    let client = Client::builder(layer.clone()).http2_only().build_http();
+    for _ in 0..3 {
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            for _ in 0..5 {
+                let calls = (0..2).map(|_| client.request(request(&format!("http://{addr}/"))));
+                for response in soon(join_all(calls)).await {
+                    response.unwrap().into_body().collect().await.unwrap();
+                }
+            }
+        });
+        // The connections belong to this runtime and end with it.
+        drop(runtime);
+        assert_eq!(layer.handle().snapshot().in_use, 0);
+    }
+}
+
+#[test]
+fn dropped_client_and_runtime_release_streams_and_permits_of_calls_in_flight() {
+    let (addr, _server) = serve_one_stream_each(&net::Stage::default());
+    let layer = ConnectLayer::new().max_per_host(2);
+    for drops_runtime in [false, true] {
+        let client = Client::builder(layer.clone()).http2_only().build_http();
+        let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let handle = layer.handle();
+        runtime.block_on(async {
+            let uri = format!("http://{addr}/slow");
+            let calls: Vec<_> =
+                (0..4).map(|_| tokio::spawn(client.request(request(&uri)))).collect();
+            until(|| handle.snapshot().in_use == 2 && handle.snapshot().waiting == 2).await;
+            drop(client);
+            if !drops_runtime {
+                calls.iter().for_each(|call| call.abort());
+                until(|| handle.snapshot().open == 0).await;
+            }
+        });
+        drop(runtime);
+        let seen = layer.handle().snapshot();
+        assert_eq!((seen.open, seen.in_use, seen.waiting), (0, 0, 0), "{drops_runtime}: {seen:?}");
+    }
 }
