@@ -270,6 +270,24 @@ async fn hint_is_followed_where_it_fits_the_deadline() {
     .await;
 }
 
+/// 40 clients for each preset, each with a budget of its own.
+#[tokio::test]
+async fn every_hint_that_fits_the_deadline_is_followed() {
+    for_each_preset(async |preset| {
+        let calls = (0..40).map(|_| async {
+            let upstream = Upstream::default();
+            let at = upstream.start().await;
+            let mut request = request(Method::GET, at, "/hint/503");
+            request.extensions_mut().insert(Deadline::after(ms(3000)));
+            let response = client(preset, "").request(request).await;
+            (response.map(|response| response.status().as_u16()).ok(), upstream.calls())
+        });
+        let calls = futures_util::future::join_all(calls).await;
+        assert_eq!(calls, [(Some(200), 2); 40], "{preset}");
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn statuses_and_hints_of_proxies_are_followed() {
     const GET: Method = Method::GET;
