@@ -180,6 +180,20 @@ async fn timeout_is_deadline_exceeded() {
     assert_eq!(handle.snapshot().timeouts, 1);
 }
 
+/// The connections are the channel's own, so their settings cannot conflict with the deadline.
+#[tokio::test]
+async fn short_default_deadline_is_deadline_exceeded_and_can_be_updated() {
+    let addr = serve(Flaky::default()).await;
+    let settings = "deadline_default = '200ms'\ntimeout_head = '150ms'\nconnect_timeout = '50ms'\n\
+                    retry_attempts = 1\nlimit_queue_wait = '100ms'";
+    for preset in ["", "preset = 'internal'\n", "preset = 'slow'\n"] {
+        let (mut client, handle) = client(addr, &format!("{preset}{settings}"));
+        let status = soon(client.check(ask("hang"))).await.unwrap_err();
+        assert_eq!(status.code(), Code::DeadlineExceeded, "{preset}");
+        handle.update(&handle.config()).unwrap();
+    }
+}
+
 #[tokio::test]
 async fn server_that_is_not_there_is_unavailable() {
     let (mut client, handle) = client(nobody().await, "");

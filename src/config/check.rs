@@ -252,12 +252,15 @@ fn queue_beyond_the_deadline(
     conflict("limit_queue_wait", show(limit.queue_wait), remedy)
 }
 
-/// Rejects a maximum wait for a connection that exceeds the deadline.
+/// Rejects a maximum wait for a connection that exceeds the deadline, if the application has set it. The deadline ends
+/// the wait of a default or a preset, which has no effect at all for a stack around a client of the application.
 fn connection_wait_beyond_the_deadline(c: &ClientConfig) -> Option<ConfigError> {
     let (wait, deadline) = (c.connect.queue_wait, c.deadline.default?);
     if c.connect.queue == 0 || wait <= deadline {
         return None;
     }
+    let chosen = c.chosen(&[&c.connect]);
+    chosen.iter().find(|(key, _)| *key == "connect_queue_wait")?;
     let remedy = format!(
         "a call would wait for a connection longer than the {} of its deadline (`deadline_default`): use less than that",
         show(deadline),

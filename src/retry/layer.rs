@@ -203,7 +203,8 @@ impl RetryLayer {
     ///
     /// `Some(true)` retries for any method, `Some(false)` returns the result, and `None` leaves the decision to the
     /// other rules. The maxima of attempts, time and body, and the budget, still apply. The closure cannot overrule a
-    /// `grpc-retry-pushback-ms` that forbids a retry, or a deadline that has passed. If it retries a rejection by an
+    /// `grpc-retry-pushback-ms` that forbids a retry, a 422 for a request with an `Idempotency-Key` (the key was used for
+    /// another request), or a deadline that has passed. If it retries a rejection by an
     /// inner layer, the delay is at least the rejection's `retry_after`.
     ///
     /// ```

@@ -46,7 +46,8 @@
 //! A server's hint is a lower bound of the delay, unless a [preset](RetryLayer::preset) defines it differently. Up to
 //! [half of the hint](RetryLayer::hint_jitter) is added at random, so that clients with the same hint do not return at
 //! the same time. A hint that fits the deadline is followed. The jitter, or a backoff that is longer than the hint,
-//! then uses at most half of the time between the hint and the deadline. The attempt has the rest.
+//! then uses at most half of the time between the hint and the deadline. The attempt has the rest. The budget and an
+//! open circuit still end the call: of many calls that fail at the same time, only a part is retried.
 //!
 //! These headers are hints, in this order: `grpc-retry-pushback-ms`, `retry-after-ms`, `x-ms-retry-after-ms`,
 //! `x-amz-retry-after`, `Retry-After`, and if a quota is used up `RateLimit`, `RateLimit-Reset`,

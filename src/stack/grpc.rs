@@ -44,6 +44,12 @@ type Inner<S> = RespondService<ClientStackService<IntoTonicBody<S>>>;
 /// # Ok(()) }
 /// ```
 ///
+/// # Deadlines
+///
+/// `deadline_default` applies to calls without a deadline. tonic's `Request::set_timeout` sends `grpc-timeout`, which is a
+/// deadline of the caller: the default is also its maximum, unless `deadline_at_most` states another one. To give a call,
+/// such as a watch, more time than the default, insert a [`Deadline`](crate::Deadline) into the extensions of its request.
+///
 /// # Errors
 ///
 /// Returns the errors of [`check`](ClientConfig::check), and an error for each setting that has no effect here and that
