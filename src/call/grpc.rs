@@ -137,10 +137,17 @@ fn is_timeout_of_tonic(headers: &HeaderMap) -> bool {
     })
 }
 
+/// The message of that status.
+#[cfg(feature = "tonic")]
+const TIMEOUT_OF_TONIC: &str = "Timeout expired";
+
 /// Returns the outcome of a status that a service returned as its error.
 #[cfg(feature = "tonic")]
 pub(crate) fn of_status(status: &tonic::Status) -> Outcome {
-    let code = u16::try_from(i32::from(status.code())).unwrap_or(UNKNOWN);
+    let code = match u16::try_from(i32::from(status.code())).unwrap_or(UNKNOWN) {
+        CANCELLED if status.message() == TIMEOUT_OF_TONIC => DEADLINE_EXCEEDED,
+        code => code,
+    };
     with_hint(of_code(code), status.metadata().as_ref())
 }
 

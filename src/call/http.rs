@@ -467,6 +467,9 @@ mod tests {
         assert!(outcome(Code::Unavailable).is_failure());
         assert_eq!(outcome(Code::ResourceExhausted).kind(), OutcomeKind::Throttled);
         assert_eq!(outcome(Code::Cancelled).kind(), OutcomeKind::Cancelled);
+        // The timeout of a tonic server, as in the headers of a response.
+        let timeout = of_any_error(&Status::cancelled("Timeout expired"));
+        assert_eq!((timeout.is_failure(), timeout.code()), (true, Some(4)));
         let boxed: BoxError = Box::new(Status::not_found(""));
         assert!(of_any_error(&boxed).is_success());
         let refused = io::Error::from(io::ErrorKind::ConnectionRefused);
