@@ -116,9 +116,10 @@ impl<S> Course<S> {
         let now = Instant::now();
         let deadline = kept.as_ref().and_then(|kept| kept.deadline);
         let left = deadline.map(|deadline| deadline.at().saturating_duration_since(now));
-        let transparent = kept.as_ref().is_some_and(|kept| !kept.has_inner_attempts)
-            && policy.is_transparent(outcome, self.transparent)
-            && core.settings.withdraw_transparent();
+        let transparent =
+            kept.as_ref().is_some_and(|kept| !kept.has_inner_attempts && !kept.is_sent_before)
+                && policy.is_transparent(outcome, self.transparent)
+                && core.settings.withdraw_transparent();
         let is_unprocessed = kept.as_ref().is_some_and(|kept| kept.is_unprocessed);
         let is_sent_before = kept.as_ref().is_some_and(|kept| kept.is_sent_before);
         let may_be_sent = FailureKind::of(outcome).may_be_seen() || is_sent_before;
@@ -215,6 +216,7 @@ impl<S> Course<S> {
             safe: kept.safe,
             is_unprocessed: kept.is_unprocessed,
             is_error: kept.is_error,
+            is_sent_before: kept.is_sent_before,
             body: kept.body,
             made: self.record.made,
             is_transparent,

@@ -82,7 +82,10 @@ impl Policy {
             return Err(ConfigError::new("wait_on_rejection", true, remedy));
         }
         if let (Some(limit), true, false) = (limit, self.say.is_empty(), self.wait_on_rejection) {
-            let remedy = "set wait_on_rejection, without which a rejection is never retried";
+            let remedy = match limit {
+                0 => "remove it: a rejection is retried only with wait_on_rejection",
+                _ => "set wait_on_rejection, without which a rejection is never retried",
+            };
             return Err(ConfigError::new("at_most(FailureKind::Rejected)", limit, remedy));
         }
         Ok(())
@@ -214,6 +217,8 @@ pub(super) struct Facts {
     pub(super) is_unprocessed: bool,
     /// The attempt ended with an error.
     pub(super) is_error: bool,
+    /// An earlier attempt of an inner hedge may have been sent, although this outcome is that of an unsent attempt.
+    pub(super) is_sent_before: bool,
     pub(super) body: Repeatable,
     /// The number of attempts made, including this one.
     pub(super) made: u32,
@@ -259,7 +264,7 @@ pub(super) fn decide(
     // The request did not leave the client, or the server did not process it (RFC 9113 §6.8, §8.7). A retry is then
     // safe for any method.
     let unsent = !kind.may_be_seen();
-    if !facts.safe && !unsent && !policy.trusts(facts.outcome) {
+    if !facts.safe && (!unsent || facts.is_sent_before) && !policy.trusts(facts.outcome) {
         return Err(Stop::Unsafe);
     }
     // The stream of the attempt has ended, so the transport no longer reads the body even if it still owns it.
@@ -308,6 +313,7 @@ mod tests {
         safe: true,
         is_unprocessed: false,
         is_error: false,
+        is_sent_before: false,
         body: Repeatable::Yes,
         made: 1,
         is_transparent: false,
@@ -361,6 +367,14 @@ mod tests {
         ] {
             assert_eq!(stop(Facts { outcome: because(reason), ..unsafe_one }), None, "{reason:?}");
         }
+    }
+
+    #[test]
+    fn unsent_attempt_is_not_safe_if_an_earlier_hedge_attempt_may_have_been_sent() {
+        let outcome = because(Reason::NeverSent);
+        let post = Facts { safe: false, outcome, is_sent_before: true, ..FACTS };
+        assert_eq!(stop(post), Some(Stop::Unsafe));
+        assert_eq!(stop(Facts { safe: true, ..post }), None);
     }
 
     #[test]
