@@ -317,7 +317,10 @@ pin_project! {
     impl<B: Body> PinnedDrop for SendingBody<B> {
         fn drop(this: Pin<&mut Self>) {
             let this = this.project();
-            if this.tells.0.as_ref().is_some_and(|sending| sending.is_drained()) {
+            let Some(sending) = &this.tells.0 else { return };
+            // The stage ends first: if the call times out at the same time, both see the same stage.
+            sending.end(Stage::Sent);
+            if sending.is_drained() {
                 ((this.hooks)().drain)(this.inner);
             }
         }
