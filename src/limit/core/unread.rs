@@ -58,7 +58,6 @@
 //!   would allow that neither does, and the body would not be watched.
 
 use std::{
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, OnceLock, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
@@ -75,7 +74,7 @@ use tokio::{
 
 use super::{EXEMPT, Limiter, SHADOW};
 use crate::{
-    call::{Label, Token},
+    call::{Label, Token, catch_panic},
     event,
 };
 
@@ -91,7 +90,7 @@ const MAX_CHUNKS: usize = 12;
 /// The number of slots that a claim tries in a chunk.
 const PROBES: usize = 16;
 /// The number of slots that the sweeper reads without yielding.
-const SLICE: usize = 4096;
+const MAX_SLOTS_PER_YIELD: usize = 4096;
 
 const STAGE: u64 = 0b11;
 /// The slot has no body.
@@ -393,13 +392,11 @@ impl Sweeper {
             sleep((max / 8).clamp(Duration::from_millis(1), MAX_PERIOD)).await;
             let mut number_held = 0;
             for number in 0..MAX_CHUNKS {
-                for slice in 0..(FIRST_CHUNK << number).div_ceil(SLICE) {
-                    let held = self.sweep(number, slice * SLICE, max);
+                for slice in 0..(FIRST_CHUNK << number).div_ceil(MAX_SLOTS_PER_YIELD) {
+                    let held = self.sweep(number, slice * MAX_SLOTS_PER_YIELD, max);
                     let Some(Some(held)) = held else { break };
                     number_held += held;
-                    if slice > 0 {
-                        yield_now().await;
-                    }
+                    yield_now().await;
                 }
             }
             if number_held == 0 && self.try_end() {
@@ -416,7 +413,7 @@ impl Sweeper {
             let first = FIRST_CHUNK * ((1 << number) - 1);
             observed.resize(observed.len().max(first + slots.len()), (FREE, 0, now));
             let mut held = 0;
-            for at in from..slots.len().min(from + SLICE) {
+            for at in from..slots.len().min(from + MAX_SLOTS_PER_YIELD) {
                 let slot = &slots[at];
                 let state = slot.state.load(Ordering::Acquire);
                 if state & STAGE != HELD {
@@ -431,8 +428,7 @@ impl Sweeper {
                 } else if polls & PENDING == 0 && now.saturating_duration_since(before.2) >= max {
                     if let Some(token) = slot.release(state) {
                         // The release wakes queued callers. If a waker panics, the sweeper continues.
-                        let release = AssertUnwindSafe(|| limiter.release_unread(token));
-                        let _ = catch_unwind(release);
+                        let _ = catch_panic(|| limiter.release_unread(token));
                     }
                 }
             }
