@@ -17,22 +17,20 @@ use buttress::connect::{Client, ConnectLayer};
 use bytes::Bytes;
 use http::{StatusCode, Uri};
 use http_body_util::{BodyExt, Empty};
-use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::{
-    client::legacy::connect::{Connected, Connection},
     rt::{TokioExecutor, TokioIo},
     service::TowerToHyperService,
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
+    io::{AsyncReadExt, AsyncWriteExt},
     sync::{Notify, mpsc, watch},
     time::{Instant, sleep},
 };
 use tower::Service;
 
 use crate::{
-    kit::{request, settle},
-    net::{Stage, soon},
+    kit::{Pipe, request, settle},
+    net::{Gauge, Stage, soon},
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -133,9 +131,9 @@ async fn frame(from: &mut (impl AsyncReadExt + Unpin)) -> io::Result<Vec<u8>> {
 const SETTINGS: u8 = 4;
 
 impl Service<Uri> for Wires {
-    type Response = WireIo;
+    type Response = Pipe;
     type Error = io::Error;
-    type Future = Pin<Box<dyn Future<Output = io::Result<WireIo>> + Send>>;
+    type Future = Pin<Box<dyn Future<Output = io::Result<Pipe>> + Send>>;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
@@ -183,7 +181,7 @@ impl Service<Uri> for Wires {
                     let down = tokio::io::copy(&mut from_server, &mut to_client);
                     tokio::select! { _ = up => {}, _ = down => {}, () = cut.notified() => {} }
                 });
-                return Ok(WireIo { io: TokioIo::new(ours), alpn });
+                return Ok(Pipe::new(ours, &Gauge::default()).negotiated_http2(alpn));
             }
             tokio::spawn(async move {
                 // The server has not sent the injected SETTINGS, so their acknowledgements are left out.
@@ -240,47 +238,8 @@ impl Service<Uri> for Wires {
                 };
                 tokio::select! { _ = up => {}, _ = down => {}, () = cut.notified() => {} }
             });
-            Ok(WireIo { io: TokioIo::new(ours), alpn })
+            Ok(Pipe::new(ours, &Gauge::default()).negotiated_http2(alpn))
         })
-    }
-}
-
-struct WireIo {
-    io: TokioIo<DuplexStream>,
-    alpn: bool,
-}
-
-impl Connection for WireIo {
-    fn connected(&self) -> Connected {
-        if self.alpn { Connected::new().negotiated_h2() } else { Connected::new() }
-    }
-}
-
-impl Read for WireIo {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: ReadBufCursor<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_read(cx, buf)
-    }
-}
-
-impl Write for WireIo {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }
 

@@ -135,19 +135,27 @@ impl Service<Uri> for Pipes {
 #[derive(Debug)]
 pub struct Pipe {
     io: TokioIo<DuplexStream>,
+    /// TLS has negotiated HTTP/2.
+    negotiated_http2: bool,
     _open: Inside,
     _to: Option<Inside>,
 }
 
 impl Pipe {
     pub fn new(io: DuplexStream, open: &Gauge) -> Self {
-        Self { io: TokioIo::new(io), _open: open.enter(), _to: None }
+        Self { io: TokioIo::new(io), negotiated_http2: false, _open: open.enter(), _to: None }
+    }
+
+    pub fn negotiated_http2(mut self, negotiated: bool) -> Self {
+        self.negotiated_http2 = negotiated;
+        self
     }
 }
 
 impl Connection for Pipe {
     fn connected(&self) -> Connected {
-        Connected::new()
+        let connected = Connected::new();
+        if self.negotiated_http2 { connected.negotiated_h2() } else { connected }
     }
 }
 

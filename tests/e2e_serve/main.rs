@@ -5,7 +5,7 @@
 mod net;
 #[path = "../peers/mod.rs"]
 #[cfg(target_os = "linux")]
-#[allow(dead_code)]
+#[allow(dead_code, reason = "these tests start no nginx")]
 mod peers;
 
 mod listeners;
