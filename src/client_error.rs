@@ -19,8 +19,8 @@ use crate::{
 ///
 /// One line that states the kind, the number of attempts if there were several, and the reason:
 /// `call failed after 3 attempts: reset`. `call rejected, nothing was sent: concurrency limit is reached` states that
-/// the upstream has not received the call. `{:#}` appends every source, without [secrets](crate#secrets) and
-/// with at most 512 bytes in total.
+/// the upstream has not received the call. `{:#}` appends the chain of sources, shortened to 512 bytes and without
+/// [secrets](crate#secrets).
 pub struct ClientError(BoxError);
 
 /// The kind of a [`ClientError`].
@@ -121,7 +121,7 @@ impl fmt::Display for ClientError {
             ClientErrorKind::Rejected => "call rejected",
             ClientErrorKind::DeadlineExceeded => "deadline exceeded",
             ClientErrorKind::Timeout => "call timed out",
-            ClientErrorKind::Request => "request not sent",
+            ClientErrorKind::Request => "invalid request or failed request body",
             ClientErrorKind::Connect | ClientErrorKind::Transport => "call failed",
         })?;
         #[cfg(feature = "retry")]

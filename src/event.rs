@@ -59,7 +59,8 @@ impl RepeatedEvent {
             return None;
         }
         let after = now.saturating_add(SUMMARY_INTERVAL);
-        // If the exchange fails, another thread emits the event and its count includes this occurrence.
+        // If the exchange fails, another thread emits the event. This occurrence is in its count, or in that of the
+        // next event.
         self.next.compare_exchange(next, after, Ordering::Relaxed, Ordering::Relaxed).ok()?;
         Some(self.unreported.swap(0, Ordering::Relaxed))
     }

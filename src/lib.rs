@@ -74,7 +74,7 @@
 //! | `TraceLayer` | outermost | it does not see rejections |
 //! | `CorsLayer`, with `.expose_headers([RETRY_AFTER])` | outside of every layer that rejects | scripts of a browser cannot read a rejection, and preflights are rejected |
 //! | authorization (`AsyncRequireAuthorizationLayer`, `ValidateRequestHeaderLayer`) | inside of `CorsLayer`, because preflights have no credentials; outside of the limit | callers without credentials acquire permits |
-//! | `CompressionLayer` | inside or outside of the limit; outside of the timeout | the timeout times the compressed frames and not those of the service |
+//! | `CompressionLayer` | inside or outside of the limit; outside of the timeout | the timeout measures the compressed frames instead of the frames of the service |
 //!
 //! A browser closes an `EventSource` permanently after a 503, and does not expose the response to a failed WebSocket
 //! handshake to scripts. [`Respond`](call::Respond#browsers) states the remedies.
@@ -120,13 +120,13 @@
 //! use buttress::{Attempts, BoxError, Rejected};
 //!
 //! fn explain(error: &BoxError) {
-//!     if let Some(refused) = Rejected::find(&**error) {
+//!     if let Some(rejected) = Rejected::find(&**error) {
 //!         // `circuit_breaker search circuit_open`, and the time to retry.
-//!         println!("{} {:?} {}", refused.layer(), refused.name(), refused.kind().as_str());
-//!         println!("{:?}", refused.retry_after());
+//!         println!("{} {:?} {}", rejected.layer(), rejected.name(), rejected.kind().as_str());
+//!         println!("{:?}", rejected.retry_after());
 //!     }
-//!     for tried in Attempts::find(&**error).iter().flat_map(|attempts| attempts.each()) {
-//!         println!("{}, then {:?} of waiting", tried.outcome, tried.waited);
+//!     for attempt in Attempts::find(&**error).iter().flat_map(|attempts| attempts.each()) {
+//!         println!("{}, then a delay of {:?}", attempt.outcome, attempt.waited);
 //!     }
 //! }
 //! # explain(&Rejected::new(buttress::call::RejectedKind::Open).into());
@@ -197,7 +197,7 @@
 //! # impl std::fmt::Display for DbError { fn fmt(&self, _: &mut std::fmt::Formatter<'_>) -> std::fmt::Result { Ok(()) } }
 //! # impl std::error::Error for DbError {}
 //!
-//! fn verdict(result: Result<&Row, &BoxError>) -> Outcome {
+//! fn classify(result: Result<&Row, &BoxError>) -> Outcome {
 //!     match result.map_err(|error| error.downcast_ref()) {
 //!         Ok(_) | Err(Some(DbError::Constraint)) => Outcome::success(),
 //!         Err(Some(DbError::Gone)) => Outcome::failure(),
@@ -208,14 +208,14 @@
 //!
 //! # let db = tower::service_fn(|_: Query| async { Err::<Row, _>(DbError::Gone) });
 //! let db = ServiceBuilder::new()
-//!     .layer(RetryLayer::new().classify(verdict))
-//!     .layer(CircuitBreakerLayer::new(Trip::consecutive(5)).classify(verdict))
+//!     .layer(RetryLayer::new().classify(classify))
+//!     .layer(CircuitBreakerLayer::new(Trip::consecutive(5)).classify(classify))
 //!     .layer(ConcurrencyLimitLayer::new(20).per_response())
 //!     .service(db);
 //! # let _ = tower::ServiceExt::oneshot(db, Query);
 //! ```
 //!
-//! With `.respond_with(|refused| Err(DbError::Refused(refused.clone())))` on each layer that rejects, the error type
+//! With `.respond_with(|rejected| Err(DbError::Rejected(rejected.clone())))` on each layer that rejects, the error type
 //! does not change.
 //!
 //! # Features

@@ -175,8 +175,8 @@ impl Deadline {
 /// The maximum time before a deadline at which an error of the inner service counts as the expiry of the deadline.
 ///
 /// A client may set its own timer by the time left, as a tonic channel does by `grpc-timeout`. This timer may expire
-/// earlier than the deadline: by less than the unit of the header, which is at most 1 ms up to 27 hours, and by less
-/// than a tick of tokio's timers.
+/// earlier than the deadline: by less than the unit of the header, which is at most 1 ms up to 27 hours. Timers of
+/// tokio round up to the next millisecond, so they add nothing to it.
 pub(crate) const TIMER_MARGIN: Duration = Duration::from_millis(1);
 
 /// Returns whether a timer that another component has set to the deadline may have expired.

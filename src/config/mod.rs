@@ -87,9 +87,9 @@
 //!
 //! | [`check`](ClientConfig::check) rejects | settings |
 //! |---|---|
-//! | attempts whose times exceed the deadline in total | `retry_attempts`, `timeout_head`, `deadline_default` |
+//! | attempts whose times exceed the deadline in total | `retry_attempts`, `timeout_head`, `retry_attempt_timeout`, `timeout_total`, `timeout_response_total`, `deadline_default` |
 //! | more attempts than failures that open the circuit | `retry_attempts`, `breaker_failures`, `breaker_min_calls` |
-//! | hedge attempts that are due after the end of the attempt, and a number of them without a delay | `hedge_after`, `hedge_percentile`, `hedge_max_hedges`, `timeout_head` |
+//! | hedge attempts that are due after the end of the attempt, and a number of them without a delay | `hedge_after`, `hedge_percentile`, `hedge_max_hedges`, `timeout_head`, `retry_attempt_timeout`, `timeout_total`, `timeout_response_total` |
 //! | a timeout of an attempt that is below the connect timeout | `timeout_head`, `retry_attempt_timeout`, `timeout_total`, `timeout_response_total`, `connect_timeout` |
 //! | a time for cancelled calls that ends after the attempt | `breaker_count_cancelled_after`, `timeout_head`, `retry_attempt_timeout`, `timeout_total`, `timeout_response_total` |
 //! | a deadline that leaves no time for the call | `deadline_keep_back`, `deadline_default`, `deadline_at_most` |

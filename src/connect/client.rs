@@ -129,10 +129,12 @@ where
         let all = &self.connections.0;
         // TLS may negotiate HTTP/2.
         let is_https = request.uri().scheme() == Some(&Scheme::HTTPS);
-        let version = match is_https {
-            _ if self.is_http2 => HttpVersion::Http2,
-            true => HttpVersion::Unknown,
-            false => HttpVersion::Http1,
+        let version = if self.is_http2 {
+            HttpVersion::Http2
+        } else if is_https {
+            HttpVersion::Unknown
+        } else {
+            HttpVersion::Http1
         };
         let caller = Caller { owner: self.lanes.owner, version, may_add: true };
         let now = || Turn::now(all, Origin::of(request.uri()), caller);
@@ -316,7 +318,8 @@ fn tracked(
         tag.conn.hand_over();
     }
     let permit = tag.serve(turn);
-    if status == StatusCode::MISDIRECTED_REQUEST && connection.is_some_and(|own| misdirected(&own))
+    if status == StatusCode::MISDIRECTED_REQUEST
+        && connection.is_some_and(|own| retire_misdirected(&own))
     {
         response.extensions_mut().insert(RetiredConnection);
     }
@@ -335,22 +338,23 @@ fn with_connection(error: legacy::Error) -> BoxError {
 /// Retires a connection whose time is over, unless calls still need it.
 fn retire(connection: &CaptureConnection) {
     if let Some(tag) = Tag::of(connection).filter(|tag| tag.conn.is_to_be_left()) {
-        close(connection, &tag.conn);
+        exclude(connection, &tag.conn);
     }
 }
 
-/// Lets a connection serve no call after this one, and closes it after its calls. Returns `false` if it is unknown.
-fn misdirected(connection: &CaptureConnection) -> bool {
+/// Lets a connection serve no call after this one, and closes it after its calls. Returns `false` if the
+/// connection of the call is unknown.
+fn retire_misdirected(connection: &CaptureConnection) -> bool {
     Tag::of(connection)
         .inspect(|tag| {
-            close(connection, &tag.conn);
+            exclude(connection, &tag.conn);
             tag.conn.ask();
         })
         .is_some()
 }
 
 /// Lets a connection serve no call after this one.
-fn close(connection: &CaptureConnection, conn: &Conn) {
+fn exclude(connection: &CaptureConnection, conn: &Conn) {
     connection.connection_metadata().as_ref().inspect(|connected| connected.poison());
     conn.leave();
 }

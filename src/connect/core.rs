@@ -222,7 +222,8 @@ impl Connections {
 
     // ===== Admission =====
 
-    /// A place for one connection to `origin`: at once, or in turn.
+    /// Acquires the permits of one connection to `origin`, or waits for them in the queue. Dropping the future releases
+    /// them.
     pub(super) async fn admit(
         this: &Shared<Self>,
         origin: Origin,
@@ -271,7 +272,7 @@ impl Connections {
         self.counts.stream_waits.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// A place for one more connection to this host, if there is one.
+    /// Acquires the permits of one more connection to this host, if both are free.
     pub(super) fn try_room(&self, host: &Host) -> Option<Room> {
         host.gate.try_enter().zip(self.total.try_enter())
     }
@@ -280,7 +281,7 @@ impl Connections {
         self.total.try_enter()
     }
 
-    /// Waits for a place among all connections.
+    /// Waits for a permit of the total.
     pub(super) async fn enter_total(&self) -> Place {
         self.total.enter().await
     }

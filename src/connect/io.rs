@@ -213,6 +213,11 @@ impl<T: fmt::Debug> fmt::Debug for Io<T> {
 
 // ===== What the peer announces =====
 
+/// Frame types and the ACK flag of RFC 9113 §6.
+const SETTINGS: u8 = 4;
+const GOAWAY: u8 = 7;
+const ACK: u8 = 1;
+
 /// The frames of an HTTP/2 peer: reads the maximum number of streams from SETTINGS (RFC 9113 §6.5), and recognises
 /// GOAWAY (§6.8). The other payloads are skipped.
 struct PeerFrames {
@@ -276,7 +281,6 @@ impl PeerFrames {
     /// Records bytes of the buffer up to the end of a head or payload. Returns their number, and what the frame changes
     /// if it is complete.
     fn record(&mut self, start: usize, end: usize) -> (usize, Option<PeerChange>) {
-        const SETTINGS: u8 = 4;
         let bytes = &self.buffer[start..end];
         let used = if self.head_read < self.head.len() {
             let head = &mut self.head[self.head_read..];
@@ -317,9 +321,6 @@ impl PeerFrames {
     }
 
     fn end_frame(&mut self) -> Option<PeerChange> {
-        const SETTINGS: u8 = 4;
-        const ACK: u8 = 1;
-        const GOAWAY: u8 = 7;
         match (self.head[3], self.head[4]) {
             (GOAWAY, _) => Some(PeerChange::GoAway),
             (SETTINGS, flags) if flags & ACK == 0 => {

@@ -16,7 +16,7 @@ pub(super) enum Over {
     Idle,
     /// A caller of another host needs its permit of the total.
     Room,
-    /// [`renew`](super::ConnectHandle::renew) was called.
+    /// [`renew`](super::ConnectHandle::renew) was called, or a response was a 421 (Misdirected Request).
     Asked,
     /// It is closed already, for example by the peer.
     Closed,

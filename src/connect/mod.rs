@@ -84,7 +84,7 @@
 //! | a connection | is closed |
 //! |---|---|
 //! | unused for [`max_idle`](ConnectLayer::max_idle) | at once; if its task has not run in time, before its next use |
-//! | as old as [`max_age`](ConnectLayer::max_age), or [renewed](ConnectHandle::renew) | at once if idle, otherwise after its calls; no call begins on it, except over HTTP/2 while the caps leave no room for another connection |
+//! | as old as [`max_age`](ConnectLayer::max_age), [renewed](ConnectHandle::renew), or used by a call with a 421 response | at once if idle, otherwise after its calls; no call begins on it, except over HTTP/2 while the caps leave no room for another connection |
 //! | idle, while a call to another host waits for a permit of the total | at once |
 //!
 //! If a request is assigned to a connection just when that connection is closed for one of these reasons, the request

@@ -90,7 +90,7 @@ struct State {
     room: Option<Room>,
 }
 
-/// A place of the host and one of all, for one connection.
+/// The permits of the host and of the total for one connection.
 pub(super) type Room = (Place, Place);
 
 /// What a call is to do.

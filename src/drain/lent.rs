@@ -22,7 +22,8 @@ use std::{any::Any, fmt, sync::Arc};
 
 use http::Request;
 
-/// The lender's reference to a lent body. Dropping it ends the loan: the body is dropped by its holder.
+/// The lender's reference to a lent body. Dropping it drops a body that has been returned. A body that its holder still
+/// has is dropped when the holder returns it.
 #[derive(Clone)]
 pub(crate) struct Loan(Arc<dyn Reclaim>);
 

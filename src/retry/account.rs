@@ -11,7 +11,8 @@
 //! The compare-exchange on it decides which thread deposits the trickle of a period, so that each period is deposited
 //! once.
 //!
-//! The atomics publish no other memory, so correctness depends on no pairing of their orderings.
+//! The atomics publish no other memory, so correctness depends on no pairing of their orderings. `Relaxed` would suffice
+//! where the code has `Acquire` and `Release`.
 
 use std::{
     sync::{

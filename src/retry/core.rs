@@ -173,7 +173,7 @@ pub(super) struct Core<S, T = Settings> {
     /// Later attempts are clones of this service, so that a call with one attempt does not clone it.
     ///
     /// `S::clone` is user code that runs under this lock, which a service that is not `Sync` requires. Nothing else
-    /// runs under it, no handle uses it, and a panic does not poison it.
+    /// runs under it, and no handle uses it. [`lock`] ignores the poison that a panic leaves.
     template: Mutex<S>,
     pub(super) misconfigured: bool,
 }

@@ -167,9 +167,9 @@
 //! long. A request body costs two more small allocations, and is shared, not copied. The wrapped service is cloned only
 //! for a second attempt. The state of the retries is allocated only after a failed attempt.
 //!
-//! The total is at most that of tower's `Retry` with its budget and a cloned request, and there is no clock read. With
-//! a body, there are no more atomic operations and allocations, but some more instructions. The benchmark of overhead
-//! in the repository compares both.
+//! Compared with tower's `Retry`, its budget and a cloned request, there is no clock read and there are no more
+//! allocations. There are fewer atomic operations for a request without a body, and slightly more for one with a body,
+//! and more instructions for HTTP requests. The benchmark of overhead in the repository compares both.
 //!
 //! # Defaults
 //!

@@ -4,7 +4,7 @@ use std::{cell::OnceCell, error::Error, fmt, sync::Arc};
 
 use http::{Extensions, HeaderMap, Request, StatusCode};
 
-use super::{policy::Class, stop::Stop};
+use super::{exchange::keyed, policy::Class, stop::Stop};
 use crate::{
     call::{
         Outcome, OutcomeKind, Reason, grpc,
@@ -270,7 +270,7 @@ impl Say {
         // The server reports that the key was used for another request (draft-ietf-httpapi-idempotency-key-header). A
         // retry would fail again.
         let key_reused = seen.status() == Some(StatusCode::UNPROCESSABLE_ENTITY)
-            && seen.request().headers().contains_key("idempotency-key");
+            && keyed(seen.request().headers());
         let class = match said {
             Some(true) if !key_reused && !pushed_back => Class::Retryable,
             // Keep the reason of the stop.

@@ -57,7 +57,7 @@ pub struct StackSnapshot {
     pub connections: usize,
     /// The state of the health probe.
     pub probe: Option<ProbeState>,
-    /// Whether a call is admitted now: the circuit is not open, and the health probe is not down.
+    /// Whether the circuit is not open and the health probe is not down. A full limit does not count.
     pub healthy: bool,
     /// The result of the last health check. `None` before the first one.
     pub last_check: Option<HealthCheck>,

@@ -170,7 +170,7 @@ where
         *request.uri_mut() = uri;
         let probe = async {
             let (head, body) = self.request(request).await?.into_parts();
-            let _ = timeout(READ_AWAY_FOR, read_away(body)).await;
+            let _ = timeout(DRAIN_TIMEOUT, drain(body)).await;
             Ok::<_, ClientError>(Response::from_parts(head, ()))
         };
         self.handle.check_health(probe).await
@@ -179,14 +179,14 @@ where
 
 /// The bounds within which the body of a health check is drained, so that its connection can be reused: 64 KiB and 50
 /// ms.
-const READ_AWAY: usize = 64 * 1024;
-const READ_AWAY_FOR: Duration = Duration::from_millis(50);
+const MAX_DRAIN_BYTES: usize = 64 * 1024;
+const DRAIN_TIMEOUT: Duration = Duration::from_millis(50);
 
-async fn read_away(body: impl Body) {
+async fn drain(body: impl Body) {
     let (mut body, mut read) = (pin!(body), 0);
     while let Some(Ok(frame)) = poll_fn(|cx| body.as_mut().poll_frame(cx)).await {
         read += frame.data_ref().map_or(0, Buf::remaining);
-        if read > READ_AWAY {
+        if read > MAX_DRAIN_BYTES {
             return;
         }
     }

@@ -137,7 +137,8 @@ impl ServerHandle {
     /// need a new stack. Those settings keep their values.
     ///
     /// No lock is held while the layers change, so wakers and event subscribers may use this handle. If another thread
-    /// is in an update, that thread applies this one after its own, possibly after this method has returned.
+    /// is in an update, that thread applies this one after its own, possibly after this method has returned. If that
+    /// thread fails, this configuration may not be applied, although this method returns `Ok`.
     ///
     /// # Errors
     ///

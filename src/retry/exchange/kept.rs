@@ -149,7 +149,7 @@ impl Rules<'_> {
     }
 }
 
-pub(super) fn keyed(headers: &HeaderMap) -> bool {
+pub(in crate::retry) fn keyed(headers: &HeaderMap) -> bool {
     headers.contains_key(IDEMPOTENCY_KEY)
 }
 

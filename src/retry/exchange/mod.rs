@@ -7,6 +7,7 @@ mod kept;
 mod reqwest;
 mod weigh;
 
+pub(super) use self::kept::keyed;
 #[cfg(feature = "reqwest")]
 pub use self::reqwest::Reqwest;
 pub(super) use self::weigh::{classify_by_request, failed_status};

@@ -149,7 +149,9 @@ impl fmt::Debug for SentBefore<BoxError> {
 
 impl fmt::Display for SentBefore<BoxError> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("another attempt may have been sent")
+        f.write_str(
+            "the last attempt was not sent, but an earlier attempt of the call may have been",
+        )
     }
 }
 
