@@ -94,7 +94,7 @@ async fn send<S>(balance: &mut S, requests: usize) -> Result<usize, BoxError>
 where
     S: Service<
             Request<Empty<Bytes>>,
-            Response = http::Response<buttress::call::TrackedBody<hyper::body::Incoming>>,
+            Response = http::Response<buttress::permit::TrackedBody<hyper::body::Incoming>>,
             Error = BoxError,
         >,
 {

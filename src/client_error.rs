@@ -1,18 +1,17 @@
 use std::{error::Error, fmt};
 
 #[cfg(feature = "retry")]
-use crate::retry::Attempts;
+use crate::attempt::Attempts;
 use crate::{
-    BoxError, Rejected,
-    call::{Outcome, Phase, Reason, RejectedKind},
-    error::Chain,
+    error::{BoxError, Chain},
+    outcome::{Outcome, Phase, Reason, Rejected, RejectedKind},
     redact::{self, Redacted},
 };
 
 /// The error of a call of a ready-made client, such as that of `buttress::client`.
 ///
 /// It converts by `?` into `Box<dyn Error>`, [`BoxError`] and `anyhow::Error`. The [`source`](Error::source) is the
-/// error of the stack itself, so [`Rejected::find`], [`Attempts::find`](crate::Attempts::find) and
+/// error of the stack itself, so [`Rejected::find`], [`Attempts::find`](crate::attempt::Attempts::find) and
 /// [`Outcome::of_error`] work on this error and on everything it is converted into.
 ///
 /// # Display

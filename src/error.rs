@@ -1,8 +1,9 @@
 use std::{borrow::Cow, error::Error, fmt, io, sync::Arc, time::Duration};
 
-use crate::call::{Label, LayerFault};
-
-use crate::redact;
+use crate::{
+    outcome::{Label, LayerFault},
+    redact,
+};
 
 /// A boxed error: the error type of a client stack.
 ///
@@ -102,10 +103,10 @@ impl fmt::Display for Chain<'_> {
 /// A setting that cannot work: its name, its value, and the correction.
 ///
 /// A setter never panics and never ignores such a value: the layer records the first one.
-/// [`checked`](crate::CircuitBreakerLayer::checked) returns it when the stack is built.
+/// [`checked`](crate::breaker::CircuitBreakerLayer::checked) returns it when the stack is built.
 ///
 /// A layer that is used without `checked` rejects every call, with this error as the source of the
-/// [`Rejected`](crate::call::Rejected). There are two exceptions: a retry or a hedge passes every call through
+/// [`Rejected`](crate::outcome::Rejected). There are two exceptions: a retry or a hedge passes every call through
 /// unchanged, and a deadline layer ignores the setting. Every layer reports the error in the log, by one ERROR event at
 /// once and then by at most one event in 10 s. The field `occurrences` of the event is the number of calls since the
 /// previous event, or the number of wrapped services for a layer that passes calls through.
@@ -231,7 +232,7 @@ impl fmt::Debug for Fault {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::call::{LayerKind, Rejected};
+    use crate::outcome::{LayerKind, Rejected};
 
     #[test]
     fn a_chain_is_one_line_and_no_longer_than_it_may_be() {

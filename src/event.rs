@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::call::{Clock, Nanos};
+use crate::time::{Clock, Nanos};
 
 /// Emits one `tracing` event with the target `buttress::<layer>`. Without the feature `tracing` it expands to no code.
 ///

@@ -129,7 +129,7 @@
 //!         println!("{}, then a delay of {:?}", attempt.outcome, attempt.waited);
 //!     }
 //! }
-//! # explain(&Rejected::new(buttress::call::RejectedKind::Open).into());
+//! # explain(&Rejected::new(buttress::outcome::RejectedKind::Open).into());
 //! ```
 //!
 //! # Secrets
@@ -257,27 +257,31 @@
 )]
 
 mod admission;
-pub mod call;
+mod attempt;
+#[cfg(feature = "breaker")]
+#[cfg_attr(docsrs, doc(cfg(feature = "breaker")))]
+pub mod breaker;
+pub mod classify;
 mod client_error;
 #[cfg(feature = "config")]
 #[cfg_attr(docsrs, doc(cfg(feature = "config")))]
 pub mod config;
-mod drain;
-mod error;
-mod event;
-
-#[cfg(feature = "breaker")]
-#[cfg_attr(docsrs, doc(cfg(feature = "breaker")))]
-pub mod breaker;
 #[cfg(feature = "connect")]
 #[cfg_attr(docsrs, doc(cfg(feature = "connect")))]
 pub mod connect;
 #[cfg(feature = "timeout")]
 #[cfg_attr(docsrs, doc(cfg(feature = "timeout")))]
 pub mod deadline;
+mod drain;
+mod error;
+mod event;
 #[cfg(feature = "health")]
 #[cfg_attr(docsrs, doc(cfg(feature = "health")))]
 pub mod health;
+#[cfg(feature = "retry")]
+#[cfg_attr(docsrs, doc(cfg(feature = "retry")))]
+pub mod hedge;
+mod indicator;
 #[cfg(feature = "lifecycle")]
 #[cfg_attr(docsrs, doc(cfg(feature = "lifecycle")))]
 pub mod lifecycle;
@@ -285,52 +289,64 @@ pub mod lifecycle;
 #[cfg_attr(docsrs, doc(cfg(feature = "limit")))]
 pub mod limit;
 #[cfg(any(feature = "listener", feature = "serve"))]
-mod listener;
+#[cfg_attr(docsrs, doc(cfg(feature = "listener")))]
+pub mod listener;
+mod origin;
+pub mod outcome;
+pub mod permit;
+mod redact;
 #[cfg(feature = "reqwest")]
 #[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
 pub mod reqwest;
-
-mod redact;
-mod respond;
+pub mod respond;
 #[cfg(feature = "retry")]
 #[cfg_attr(docsrs, doc(cfg(feature = "retry")))]
 pub mod retry;
 #[cfg(feature = "stack")]
 #[cfg_attr(docsrs, doc(cfg(feature = "stack")))]
 pub mod stack;
+mod sync;
+mod time;
 #[cfg(feature = "timeout")]
 #[cfg_attr(docsrs, doc(cfg(feature = "timeout")))]
 pub mod timeout;
+mod user_code;
 
 #[cfg(feature = "breaker")]
-pub use self::breaker::{CircuitBreaker, CircuitBreakerLayer, Trip};
+pub use crate::breaker::{CircuitBreaker, CircuitBreakerLayer, Trip};
 
 #[cfg(feature = "connect")]
-pub use self::connect::ConnectLayer;
-use self::event::event;
+pub use crate::connect::ConnectLayer;
 #[cfg(feature = "health")]
-pub use self::health::{Health, HealthProbe, HealthProbeLayer};
+pub use crate::health::{Health, HealthProbe, HealthProbeLayer};
 #[cfg(feature = "lifecycle")]
-pub use self::lifecycle::Lifecycle;
+pub use crate::lifecycle::Lifecycle;
 #[cfg(feature = "limit")]
-pub use self::limit::{ConcurrencyLimit, ConcurrencyLimitLayer};
-#[cfg(feature = "retry")]
-pub use self::retry::{Attempts, Backoff, Hedge, HedgeLayer, Retry, RetryBudget, RetryLayer};
+pub use crate::limit::{ConcurrencyLimit, ConcurrencyLimitLayer};
 #[cfg(all(feature = "stack", feature = "connect"))]
-pub use self::stack::client;
+pub use crate::stack::client;
 #[cfg(all(feature = "stack", feature = "tonic"))]
-pub use self::stack::grpc;
+pub use crate::stack::grpc;
 #[cfg(feature = "stack")]
-pub use self::stack::server;
+pub use crate::stack::server;
+#[cfg(feature = "retry")]
+pub use crate::{
+    attempt::{Attempts, Backoff, RetryBudget},
+    hedge::{Hedge, HedgeLayer},
+    retry::{Retry, RetryLayer},
+};
 #[cfg(feature = "timeout")]
-pub use self::{
+pub use crate::{
     deadline::DeadlineLayer,
     timeout::{Timeout, TimeoutLayer, Timeouts},
 };
 
-pub use self::{
-    call::{Deadline, Outcome, Rejected},
+pub use crate::{
     client_error::{ClientError, ClientErrorKind},
     error::{BoxError, ConfigError},
+    indicator::Indicator,
+    origin::Origin,
+    outcome::{Outcome, Rejected},
     respond::{RespondFuture, RespondLayer, RespondService},
+    time::{Deadline, DeadlineSource},
 };

@@ -1,7 +1,7 @@
 //! Removes secrets from text before it is shown, and shortens it. No other module decides which text is a secret.
 //!
 //! Every text of this crate that contains input passes through this module: values in a
-//! [`ConfigError`](crate::ConfigError), the output of `explain()`, `Debug` output, fields of events, reasons of health
+//! [`ConfigError`](crate::error::ConfigError), the output of `explain()`, `Debug` output, fields of events, reasons of health
 //! checks and the texts of other crates' errors. Scheme, host, port and path of a URI are shown; userinfo, query and
 //! fragment become [`MARKER`].
 //!
@@ -38,7 +38,7 @@ const MARKER: &str = "***";
 /// Maximum length in bytes of a value in an error, in `explain()` and in `Debug` output.
 pub(crate) const MAX_VALUE: usize = 256;
 
-/// Maximum length in bytes of the remedy of a [`ConfigError`](crate::ConfigError) that contains input.
+/// Maximum length in bytes of the remedy of a [`ConfigError`](crate::error::ConfigError) that contains input.
 pub(crate) const MAX_REMEDY: usize = 1024;
 
 /// Maximum length in bytes of an error's text in `Debug` output and in events.

@@ -59,7 +59,7 @@
 //! # Retries of reqwest
 //!
 //! By default, a `reqwest::Client` retries up to twice if an HTTP/2 server refused the stream or sent a GOAWAY,
-//! provided that the request has no body or a body in memory. Inside of a [`RetryLayer`](crate::RetryLayer) these
+//! provided that the request has no body or a body in memory. Inside of a [`RetryLayer`](crate::retry::RetryLayer) these
 //! retries multiply with its attempts, and no breaker, limit or budget observes them. [`HttpClient::from_builder`]
 //! switches them off. For a client that you build yourself, call `ClientBuilder::retry(reqwest::retry::never())`.
 
@@ -81,7 +81,7 @@ use sync_wrapper::SyncWrapper;
 use tower_service::Service;
 
 use self::sealed::Sealed;
-use crate::{BoxError, ClientError};
+use crate::{client_error::ClientError, error::BoxError};
 
 /// A [`reqwest::Client`] as a service of `http`'s types. It is always ready. Clones share the connections of the
 /// client.

@@ -15,7 +15,7 @@ use buttress::{
     breaker::CircuitBreakerHandle,
     limit::{
         adaptive::{Aimd, Gradient2, Knee, Vegas},
-        sort::{Claim, Priority},
+        partition::{Claim, Priority},
     },
 };
 use bytes::Bytes;

@@ -15,8 +15,8 @@ use buttress::{
     Attempts, Backoff, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, HedgeLayer,
     RetryLayer, Trip,
     breaker::State,
-    call::{Outcome, OutcomeKind, Reason},
     limit::adaptive::{Algorithm, Change, Sample},
+    outcome::{Outcome, OutcomeKind, Reason},
     retry::{Failure, Hedged, Stop},
 };
 use bytes::Bytes;

@@ -20,7 +20,7 @@ use axum::{
 use buttress::{
     BoxError, CircuitBreakerLayer, Rejected, Trip,
     breaker::{CircuitBreakerHandle, State},
-    call::TrackedBody,
+    permit::TrackedBody,
 };
 use bytes::Bytes;
 use http::{Request, Response, Uri};

@@ -9,8 +9,8 @@ use axum::{Router, body::Body, routing::get};
 use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Rejected, Trip,
     breaker::{CircuitBreakerHandle, State, Tripped},
-    call::{Reason, RejectedKind},
     limit::ConcurrencyLimitHandle,
+    outcome::{Reason, RejectedKind},
 };
 use bytes::Bytes;
 use http::{Request, StatusCode};

@@ -21,7 +21,7 @@ use axum::{
     routing::any,
 };
 use buttress::{
-    Attempts, Deadline, Rejected, call::RejectedKind, config::ClientConfig, retry::Stop,
+    Attempts, Deadline, Rejected, config::ClientConfig, outcome::RejectedKind, retry::Stop,
     stack::Client,
 };
 use bytes::Bytes;

@@ -21,7 +21,7 @@ use buttress::{
     Attempts, Backoff, BoxError, CircuitBreakerLayer, ClientError, ClientErrorKind,
     ConcurrencyLimitLayer, RetryLayer, Trip,
     breaker::{State, Tripped},
-    call::Reason,
+    outcome::Reason,
     reqwest::{HttpClient, SendThrough},
 };
 use bytes::Bytes;

@@ -16,9 +16,9 @@ use axum::{Extension, Router, http::StatusCode, routing::get};
 use buttress::{
     Attempts, BoxError, ClientError, ClientErrorKind, Deadline, Outcome, Rejected, RespondLayer,
     breaker::State,
-    call::{Reason, RejectedKind},
     config::{ClientConfig, ServerConfig},
     health::ProbeState,
+    outcome::{Reason, RejectedKind},
     stack::{Client, HealthStatus},
 };
 use bytes::Bytes;

@@ -16,7 +16,7 @@ use std::{
 
 use buttress::{
     Backoff, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Rejected, RespondLayer,
-    RetryLayer, Trip, breaker::State, call::RejectedKind,
+    RetryLayer, Trip, breaker::State, outcome::RejectedKind,
 };
 use bytes::Bytes;
 use futures_util::stream;

@@ -12,7 +12,7 @@ use std::{
 
 use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, Trip, breaker::State,
-    call::RejectedKind,
+    outcome::RejectedKind,
 };
 use futures_util::FutureExt;
 use support::{Oops, Strict, Then, empty, refused_as, request};

@@ -16,8 +16,7 @@ use std::{
 
 use buttress::{
     BoxError, CircuitBreakerLayer, ConfigError, ConnectLayer, DeadlineLayer, Health,
-    HealthProbeLayer, Rejected, RespondLayer, RetryLayer, Trip,
-    call::Origin,
+    HealthProbeLayer, Origin, Rejected, RespondLayer, RetryLayer, Trip,
     config::{
         CheckHealthConfig, ClientConfig, ConfigErrors, DeadlineConfig, HealthProbeConfig, Preset,
         RetryConfig, ServerConfig,

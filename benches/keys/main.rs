@@ -34,7 +34,7 @@ use std::{
 use buttress::{
     CircuitBreaker, CircuitBreakerLayer,
     breaker::{KeyedCircuitBreaker, KeyedCircuitBreakerHandle},
-    call::PerResponse,
+    classify::PerResponse,
 };
 use tower::{Layer, Service};
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, HealthProbeLayer, Outcome, RetryLayer,
     TimeoutLayer, Trip,
-    call::{PerResponse, Protocol},
+    classify::{PerResponse, Protocol},
     limit::adaptive::Knee,
 };
 use tower::{Layer, Service};

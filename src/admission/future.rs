@@ -10,12 +10,15 @@ use pin_project_lite::pin_project;
 use tokio::time::{Sleep, sleep_until};
 use tower_service::Service;
 
-use super::{Admit, Policy, Terms, shut::ShutWatch};
+use super::{Admit, Policy, Terms, closed::ShutWatch};
 #[cfg(feature = "limit")]
-use crate::call::grpc::HealthCall;
-use crate::call::{
-    CallerDeadline, Deadline, Form, Giver, Judge, Permit, Protocol, Reject, Rejected, SentMark,
-    WaitsFor, poll_timer,
+use crate::outcome::HealthCall;
+use crate::{
+    classify::{Judge, Protocol},
+    outcome::{CallerDeadline, Rejected, SentMark, WaitsFor},
+    permit::{Giver, Permit},
+    respond::{Form, Reject},
+    time::{Deadline, poll_timer},
 };
 
 pin_project! {

@@ -1,5 +1,5 @@
-use super::Admission;
-use crate::{ConfigError, error::Fault};
+use super::service::Admission;
+use crate::error::{ConfigError, Fault};
 
 /// The parts of an admission layer: its policy, the classification of calls, and the form of rejections.
 #[derive(Clone)]
@@ -57,7 +57,7 @@ macro_rules! admission_layer {
         $(#[$layer_doc])*
         #[must_use = "a layer does nothing until it wraps a service"]
         #[derive(Clone)]
-        pub struct $Layer<$($K,)* $($G,)* M = $crate::call::Http, R = $crate::call::AsError> {
+        pub struct $Layer<$($K,)* $($G,)* M = $crate::classify::Http, R = $crate::respond::AsError> {
             plan: $crate::admission::Plan<$Policy, M, R>,
             $($field: $G,)*
         }
@@ -79,21 +79,21 @@ macro_rules! admission_layer {
             /// });
             /// # let _ = layer;
             /// ```
-            pub fn classify<C, Res, E>(self, classify: C) -> $Layer<$($K,)* $($G,)* $crate::call::Classify<C>, R>
+            pub fn classify<C, Res, E>(self, classify: C) -> $Layer<$($K,)* $($G,)* $crate::classify::Classify<C>, R>
             where
-                C: for<'a> Fn(Result<&'a Res, &'a E>) -> $crate::call::Outcome
+                C: for<'a> Fn(Result<&'a Res, &'a E>) -> $crate::outcome::Outcome
                     + Clone
                     + Send
                     + Sync
                     + 'static,
             {
-                $Layer { plan: self.plan.with_protocol($crate::call::Classify(classify)), $($field: self.$field,)* }
+                $Layer { plan: self.plan.with_protocol($crate::classify::Classify(classify)), $($field: self.$field,)* }
             }
 
             /// Sets a closure that classifies HTTP response heads. Bodies are still observed to their end.
             ///
             /// ```
-            /// use buttress::{CircuitBreakerLayer, Outcome, call::Reason};
+            /// use buttress::{outcome::Reason, CircuitBreakerLayer, Outcome};
             ///
             /// let layer = CircuitBreakerLayer::http().classify_head(|status, headers| match status.as_u16() {
             ///     429 => Outcome::throttled(),
@@ -103,37 +103,37 @@ macro_rules! admission_layer {
             /// });
             /// # let _ = layer;
             /// ```
-            pub fn classify_head<C>(self, classify: C) -> $Layer<$($K,)* $($G,)* $crate::call::ClassifyHead<C>, R>
+            pub fn classify_head<C>(self, classify: C) -> $Layer<$($K,)* $($G,)* $crate::classify::ClassifyHead<C>, R>
             where
-                C: Fn(::http::StatusCode, &::http::HeaderMap) -> $crate::call::Outcome
+                C: Fn(::http::StatusCode, &::http::HeaderMap) -> $crate::outcome::Outcome
                     + Clone
                     + Send
                     + Sync
                     + 'static,
             {
-                $Layer { plan: self.plan.with_protocol($crate::call::ClassifyHead(classify)), $($field: self.$field,)* }
+                $Layer { plan: self.plan.with_protocol($crate::classify::ClassifyHead(classify)), $($field: self.$field,)* }
             }
 
             /// Sets a classifier of `tower_http::classify`. It classifies calls at the head or in the trailers.
             #[cfg(feature = "tower-http")]
             #[cfg_attr(docsrs, doc(cfg(feature = "tower-http")))]
-            pub fn classifier<C>(self, classifier: C) -> $Layer<$($K,)* $($G,)* $crate::call::TowerHttp<C>, R>
+            pub fn classifier<C>(self, classifier: C) -> $Layer<$($K,)* $($G,)* $crate::classify::TowerHttp<C>, R>
             where
                 C: tower_http::classify::MakeClassifier + Clone + Send + Sync + 'static,
             {
-                $Layer { plan: self.plan.with_protocol($crate::call::TowerHttp(classifier)), $($field: self.$field,)* }
+                $Layer { plan: self.plan.with_protocol($crate::classify::TowerHttp(classifier)), $($field: self.$field,)* }
             }
 
             /// Counts each response as a success, for services of any types. The call ends with its response. Errors
             /// are classified by their type, and errors of unknown types are failures.
-            pub fn per_response(self) -> $Layer<$($K,)* $($G,)* $crate::call::PerResponse, R> {
-                $Layer { plan: self.plan.with_protocol($crate::call::PerResponse), $($field: self.$field,)* }
+            pub fn per_response(self) -> $Layer<$($K,)* $($G,)* $crate::classify::PerResponse, R> {
+                $Layer { plan: self.plan.with_protocol($crate::classify::PerResponse), $($field: self.$field,)* }
             }
 
             /// Responds to rejected calls with an HTTP or gRPC response, and keeps the error type of the service.
-            /// Servers and tonic clients need this. See [`Respond`]($crate::call::Respond).
-            pub fn respond(self) -> $Layer<$($K,)* $($G,)* M, $crate::call::Respond> {
-                $Layer { plan: self.plan.with_reject($crate::call::Respond), $($field: self.$field,)* }
+            /// Servers and tonic clients need this. See [`Respond`]($crate::respond::Respond).
+            pub fn respond(self) -> $Layer<$($K,)* $($G,)* M, $crate::respond::Respond> {
+                $Layer { plan: self.plan.with_reject($crate::respond::Respond), $($field: self.$field,)* }
             }
 
             /// Responds to rejected calls with the result of a closure: a response, or an error of the service's own
@@ -148,11 +148,11 @@ macro_rules! admission_layer {
             ///     .respond_with(|refused| Err::<Row, _>(DbError::Refused(refused.clone())));
             /// # let _ = layer;
             /// ```
-            pub fn respond_with<F, Res, E>(self, answer: F) -> $Layer<$($K,)* $($G,)* M, $crate::call::RespondWith<F>>
+            pub fn respond_with<F, Res, E>(self, answer: F) -> $Layer<$($K,)* $($G,)* M, $crate::respond::RespondWith<F>>
             where
-                F: Fn(&$crate::call::Rejected) -> Result<Res, E> + Clone + Send + Sync + 'static,
+                F: Fn(&$crate::outcome::Rejected) -> Result<Res, E> + Clone + Send + Sync + 'static,
             {
-                $Layer { plan: self.plan.with_reject($crate::call::RespondWith(answer)), $($field: self.$field,)* }
+                $Layer { plan: self.plan.with_reject($crate::respond::RespondWith(answer)), $($field: self.$field,)* }
             }
 
             /// Returns the layer, or the error of the first setting that cannot work.
@@ -178,7 +178,7 @@ macro_rules! admission_layer {
         }
 
         $(#[$service_doc])*
-        pub struct $Service<S, $($K,)* M = $crate::call::Http, R = $crate::call::AsError> {
+        pub struct $Service<S, $($K,)* M = $crate::classify::Http, R = $crate::respond::AsError> {
             admission: $crate::admission::Admission<S, $Policy, M, R>,
         }
 
@@ -210,8 +210,8 @@ macro_rules! admission_layer {
         where
             $Policy: $crate::admission::Policy<Req>,
             S: ::tower_service::Service<Req> + $crate::admission::Reusable,
-            M: $crate::call::Protocol<Req, S::Response, S::Error>,
-            R: $crate::call::Reject<Req, M::Response, S::Error>,
+            M: $crate::classify::Protocol<Req, S::Response, S::Error>,
+            R: $crate::respond::Reject<Req, M::Response, S::Error>,
         {
             type Response = M::Response;
             type Error = R::Error;

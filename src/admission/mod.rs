@@ -12,20 +12,27 @@
 //! - An idle service holds no permit: a policy admits in `call`, and queues in the returned future.
 //! - The inner future is dropped before its permit.
 
+mod closed;
 mod future;
 mod layer;
 mod service;
-mod shut;
 
 use std::{future::Future, pin::Pin, sync::Arc};
 
 use tokio::{sync::Notify, time::Instant};
 
 pub use self::future::ResponseFuture;
-pub(crate) use self::{layer::Plan, layer::admission_layer, service::Admission};
+pub(crate) use self::{
+    layer::{Plan, admission_layer},
+    service::Admission,
+};
 #[cfg(feature = "limit")]
-use crate::call::grpc::HealthCall;
-use crate::call::{Deadline, Giver, LayerKind, Permit, Rejected, RejectedKind, SentMark};
+use crate::outcome::HealthCall;
+use crate::{
+    outcome::{LayerKind, Rejected, RejectedKind, SentMark},
+    permit::{Giver, Permit},
+    time::Deadline,
+};
 
 /// The decision of a policy on a call.
 #[derive(Debug)]

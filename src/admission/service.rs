@@ -6,12 +6,15 @@ use std::{
 use tower_service::Service;
 
 use super::{
-    Admit, Policy, ResponseFuture,
-    future::{Parked, RequestTerms, State, measured},
-    shut::{HoldBack, ShutWatch},
+    Admit, Policy,
+    closed::{HoldBack, ShutWatch},
+    future::{Parked, RequestTerms, ResponseFuture, State, measured},
 };
-use crate::call::{
-    CallerDeadline, Label, Outcome, Permit, Protocol, Reason, Reject, Rejected, request_mark,
+use crate::{
+    classify::Protocol,
+    outcome::{CallerDeadline, Label, Outcome, Reason, Rejected, request_mark},
+    permit::Permit,
+    respond::Reject,
 };
 
 /// The service behind all admission layers.

@@ -1,17 +1,13 @@
 use std::{fmt, pin::pin, time::Duration};
 
 use super::{
-    core::Circuit,
-    counts::{Counts, Seen},
-    machine::Past,
+    circuit::Circuit,
+    machine::{Counts, Past, Seen},
+    open_duration::OpenFor,
     state::{HalfOpenProgress, State},
     trip::{Trip, Tripped},
-    wait::OpenFor,
 };
-use crate::{
-    ConfigError,
-    call::{Indicator, Outcome, Shared},
-};
+use crate::{error::ConfigError, indicator::Indicator, outcome::Outcome, permit::Shared};
 
 /// Reads and controls a circuit.
 ///

@@ -61,7 +61,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use crate::call::Nanos;
+use crate::time::Nanos;
 
 /// The maximum number of entries that an operation touches under one lock.
 pub(super) const MAX_SHARD_LEN: usize = 64;

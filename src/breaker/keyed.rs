@@ -14,17 +14,19 @@ use tokio::{sync::Notify, time::Instant};
 use tower_layer::Layer;
 
 use super::{
-    core::Circuit,
+    circuit::Circuit,
     handle::CircuitBreakerHandle,
     key_map::{Evict, KeyMap, Reservation},
     policy::{self, Breaker, Calls, Giver, Verdict},
 };
 use crate::{
-    ConfigError,
     admission::{Admit, Plan, Policy, Terms, admission_layer},
-    call::{Anchor, LayerKind, Lease, Moment, Nanos, Origin, Permit, Rejected, Token},
-    event,
-    event::RepeatedEvent,
+    error::ConfigError,
+    event::{RepeatedEvent, event},
+    origin::Origin,
+    outcome::{LayerKind, Rejected},
+    permit::{Anchor, Lease, Permit, Token},
+    time::{Moment, Nanos},
 };
 
 /// Derives the key of a circuit from a request. Closures over the request implement this trait.
@@ -359,13 +361,13 @@ impl Calls for Lease<Circuit> {
 
 admission_layer! {
     /// A circuit breaker with a circuit for each key, made by
-    /// [`CircuitBreakerLayer::keyed`](super::CircuitBreakerLayer::keyed) or
-    /// [`per_origin`](super::CircuitBreakerLayer::per_origin).
+    /// [`CircuitBreakerLayer::keyed`](super::layer::CircuitBreakerLayer::keyed) or
+    /// [`per_origin`](super::layer::CircuitBreakerLayer::per_origin).
     ///
     /// The circuits are in a map that is bounded by [`max_keys`](Self::max_keys) and
     /// [`max_key_bytes`](Self::max_key_bytes). A call beyond these bounds is made without a circuit: it is not rejected
     /// (except after its deadline), its outcome is not recorded, and the
-    /// [snapshot](KeyedCircuitBreakerHandle::snapshot) counts it. The [module](crate::breaker#keys) states which
+    /// [snapshot](KeyedCircuitBreakerHandle::snapshot) counts it. The [module](super#keys) states which
     /// circuits are evicted for new keys.
     ///
     /// The circuit of a call is known only with its request. Therefore the inner service is polled ready also for a
@@ -402,7 +404,7 @@ impl<Sel, Id, M, R> KeyedCircuitBreakerLayer<Sel, Id, M, R> {
 
     /// Sets the maximum number of circuits. 1024 by default; must be 1 or more.
     ///
-    /// If the map is full, a new key replaces the least recently used circuit that is [like new](crate::breaker#keys).
+    /// If the map is full, a new key replaces the least recently used circuit that is [like new](super#keys).
     /// If there is none, calls of new keys are made without a circuit.
     ///
     /// A lower maximum takes effect as new keys arrive: each of them evicts up to 4 circuits.

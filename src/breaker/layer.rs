@@ -5,15 +5,17 @@ use tower_layer::Layer;
 use super::{
     handle::CircuitBreakerHandle,
     keyed::{KeyFns, KeyedCircuitBreakerLayer, PerOrigin, ShortName},
+    open_duration::OpenFor,
     policy::Breaker,
     state::Settings,
     trip::Trip,
-    wait::OpenFor,
 };
 use crate::{
-    ConfigError,
     admission::{Plan, admission_layer},
-    call::{AsError, Http, Origin},
+    classify::Http,
+    error::ConfigError,
+    origin::Origin,
+    respond::AsError,
 };
 
 /// The lower bound of the numbers of half-open probes that are too large: the maximum is 1000.
@@ -22,7 +24,7 @@ const MOST_PROBES_AND_ONE: u16 = 1001;
 admission_layer! {
     /// Rejects calls while the upstream keeps failing, and probes it before it admits calls again.
     ///
-    /// All clones of a layer and all services that they make share one circuit. See the [module](crate::breaker).
+    /// All clones of a layer and all services that they make share one circuit. See the [module](super).
     layer CircuitBreakerLayer {}
     /// The service of a [`CircuitBreakerLayer`].
     service CircuitBreaker []
@@ -36,7 +38,7 @@ impl CircuitBreakerLayer {
     }
 
     /// Returns the breaker of [`http`](Self::http) for a gRPC client, the counterpart of
-    /// [`RetryLayer::grpc`](crate::RetryLayer::grpc).
+    /// [`RetryLayer::grpc`](crate::retry::RetryLayer::grpc).
     ///
     /// It needs no settings of its own: [`Http`] recognises a gRPC call by its request and classifies it by
     /// `grpc-status` in the head or in the trailers, or else by the status to which the HTTP status maps.
@@ -102,7 +104,7 @@ impl<M, R> CircuitBreakerLayer<M, R> {
     /// Sets the timeout of a half-open probe. 30 s by default; must be above zero.
     ///
     /// At its end a probe with a good response head has passed, and one that still waits for the upstream has failed.
-    /// So a response that streams for hours cannot keep a circuit half-open. The [module](crate::breaker#half-open)
+    /// So a response that streams for hours cannot keep a circuit half-open. The [module](super#half-open)
     /// states when the timeout starts, and what happens to a probe that waits for something else.
     pub fn probe_lease(mut self, longest: Duration) -> Self {
         if let Some(longest) = self.plan.accept(ConfigError::above_zero("probe_lease", longest)) {
@@ -167,7 +169,7 @@ impl<M, R> CircuitBreakerLayer<M, R> {
     /// calls. Backpressure together with keys is a fault, because the circuit of a call is known only with its request.
     ///
     /// rustc rejects the type of such a balancer in `tokio::spawn` and in an axum handler ("implementation of `From` is
-    /// not general enough"): [`BoxError`](crate::BoxError#tasks-and-handlers) states the remedies.
+    /// not general enough"): [`BoxError`](crate::error::BoxError#tasks-and-handlers) states the remedies.
     pub fn backpressure(self) -> Self {
         self.plan.policy.hold_back();
         self

@@ -56,8 +56,8 @@
 //! | cancelled, after the upstream had the request for [`count_cancelled_after`](CircuitBreakerLayer::count_cancelled_after) | counted as a failure | one probe failed |
 //! | [connection housekeeping](#connection-housekeeping) | not counted | releases its slot |
 //!
-//! The table of [`Http`](crate::call::Http) maps responses to outcomes. The table of
-//! [`call`](crate::call#which-side-caused-it) states which side caused a failure. All layers share both.
+//! The table of [`Http`](crate::classify::Http) maps responses to outcomes. The table of
+//! [`call`](crate::outcome#which-side-caused-it) states which side caused a failure. All layers share both.
 //!
 //! Thresholds are inclusive, and so are the ends of open times and timeouts. An outcome that belongs to an earlier
 //! state changes nothing: a call that was admitted before the trip can neither close the circuit nor open it again.
@@ -83,7 +83,7 @@
 //!
 //! Servers and proxies close connections as a matter of routine, and a request that is on its way at that moment is
 //! lost. This carries no information about the health of the upstream. Such an outcome [is
-//! housekeeping](crate::Outcome::is_housekeeping):
+//! housekeeping](crate::outcome::Outcome::is_housekeeping):
 //!
 //! | cause | counts as |
 //! |---|---|
@@ -115,7 +115,7 @@
 //! error is a failure.
 //!
 //! An upstream that accepts and closes every connection opens the circuit nevertheless. Housekeeping counts as a
-//! failure, and keeps its [`Reason`](crate::call::Reason), in two cases, also for half-open probes:
+//! failure, and keeps its [`Reason`](crate::outcome::Reason), in two cases, also for half-open probes:
 //!
 //! - The circuit has not recorded a response since it was made, and the request was not sent or its connection broke.
 //!   No connection can have been reused by then. A connection that is known to be reused is exempt.
@@ -139,7 +139,7 @@
 //! bad, or if the probe still waits for it from the upstream. Therefore neither a stream of hours nor a hung call keeps
 //! a circuit half-open.
 //!
-//! The timeout starts when the request has been sent, as far as a [`SentMark`](crate::call::SentMark) or a timeout
+//! The timeout starts when the request has been sent, as far as a [`SentMark`](crate::outcome::SentMark) or a timeout
 //! layer inside of the breaker reveals it. A probe that waits for its caller (to send more of the request or to read
 //! the response) releases its slot after 100 ms, so that slow callers do not keep other calls from probing. Its outcome
 //! still counts. If its response head was good, it passes at that time. A probe that still waits inside the client (for
@@ -156,7 +156,7 @@
 //! again" have the fields `passed`, `failed` and `probes` (the total).
 //!
 //! After closing, a [ramp](CircuitBreakerLayer::ramp) admits a tenth of the calls at first, and a growing share of them
-//! over its duration. The other calls are rejected as [`Recovering`](crate::call::RejectedKind::Recovering).
+//! over its duration. The other calls are rejected as [`Recovering`](crate::outcome::RejectedKind::Recovering).
 //!
 //! # Keys
 //!
@@ -228,7 +228,7 @@
 //! shows a balancer.
 //!
 //! rustc rejects the type of such a balancer in a task or in a handler:
-//! [`BoxError`](crate::BoxError#tasks-and-handlers) states the remedies.
+//! [`BoxError`](crate::error::BoxError#tasks-and-handlers) states the remedies.
 //!
 //! # Streams
 //!
@@ -240,7 +240,7 @@
 //! # Cancellation
 //!
 //! A call that is dropped before its response head is not counted, and a probe releases its slot. This holds for a
-//! caller that hangs up and for a [`Deadline`](crate::Deadline) of the caller. There is one exception, so that a hung
+//! caller that hangs up and for a [`Deadline`](crate::time::Deadline) of the caller. There is one exception, so that a hung
 //! upstream opens the circuit although every caller ends its call early: the call is a failure if the upstream had the
 //! complete request for [`count_cancelled_after`](CircuitBreakerLayer::count_cancelled_after). A timeout of a layer of
 //! this crate and a deadline that the application sets are failures in any case.
@@ -262,34 +262,31 @@
 //! | a ratio's window | 10 s, at least 20 calls |
 //! | [`max_keys`](KeyedCircuitBreakerLayer::max_keys) | 1024 |
 //! | [`max_key_bytes`](KeyedCircuitBreakerLayer::max_key_bytes) | 1024 |
-//! | rejected calls | an error ([`Rejected`](crate::Rejected), boxed) |
+//! | rejected calls | an error ([`Rejected`](crate::outcome::Rejected), boxed) |
 
-mod cell;
-mod core;
-mod counts;
-mod front;
+mod circuit;
 mod handle;
 mod key_map;
 mod keyed;
 mod layer;
 mod machine;
+mod open_duration;
 mod policy;
-mod probes;
+mod published;
 mod state;
+mod sync_machine;
 mod trip;
-mod wait;
-mod window;
 
 pub use self::{
-    counts::Seen,
     handle::{CircuitBreakerHandle, CircuitBreakerSnapshot, Isolation},
     keyed::{
         Key, KeyedCircuitBreaker, KeyedCircuitBreakerHandle, KeyedCircuitBreakerLayer,
         KeyedCircuitBreakerSnapshot, PerOrigin,
     },
     layer::{CircuitBreaker, CircuitBreakerLayer},
+    machine::Seen,
+    open_duration::OpenFor,
     state::{HalfOpenProgress, State},
     trip::{Trip, Tripped},
-    wait::OpenFor,
 };
-pub use crate::{admission::ResponseFuture, call::Origin};
+pub use crate::{admission::ResponseFuture, origin::Origin};

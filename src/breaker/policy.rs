@@ -16,16 +16,16 @@ use tokio::{
 };
 
 use super::{
-    core::{Circuit, is_late, is_probe},
-    front::Front,
+    circuit::{Circuit, is_late, is_probe},
+    published::Front,
     state::{Refusal, Settings},
     trip::Trip,
 };
 use crate::{
     admission::{Admit, Policy, Terms},
-    call::{
-        Anchor, LayerKind, Moment, Permit, Rejected, SentMark, Shared, Striped, Token, has_passed,
-    },
+    outcome::{LayerKind, Rejected, SentMark},
+    permit::{Anchor, Permit, Shared, Striped, Token},
+    time::{Moment, has_passed},
 };
 
 /// The state that records the end of a call: the circuit, or its front.

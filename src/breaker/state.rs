@@ -2,8 +2,11 @@
 
 use std::time::Duration;
 
-use super::{counts::TimeWindows, trip::Tripped, wait::OpenFor};
-use crate::call::{COUNT_CANCELLED_AFTER, Nanos, nanos};
+use super::{machine::TimeWindows, open_duration::OpenFor, trip::Tripped};
+use crate::{
+    outcome::COUNT_CANCELLED_AFTER,
+    time::{Nanos, nanos},
+};
 
 /// The state of a circuit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -120,7 +123,7 @@ pub(super) enum Refusal {
 /// The results of the half-open probes of a circuit.
 ///
 /// The circuit closes at the success that makes [`passed`](Self::passed) sufficient, and opens as soon as too many
-/// probes have [`failed`](Self::failed). See [`half_open_of`](super::CircuitBreakerLayer::half_open_of).
+/// probes have [`failed`](Self::failed). See [`half_open_of`](super::layer::CircuitBreakerLayer::half_open_of).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct HalfOpenProgress {

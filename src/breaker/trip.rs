@@ -1,7 +1,7 @@
 use std::{fmt, sync::Arc, time::Duration};
 
-use super::counts::{Seen, Span};
-use crate::{ConfigError, call::Outcome};
+use super::machine::{Seen, Span};
+use crate::{error::ConfigError, outcome::Outcome};
 
 /// The rule by which a circuit opens, or several rules of which the first to trip opens it.
 ///
@@ -140,7 +140,7 @@ impl Trip {
     }
 
     /// Combines rules: the circuit opens when any of them trips. If several trip at the same call, the first of them is
-    /// reported. [`last_rule`](super::CircuitBreakerSnapshot::last_rule) in the snapshot has its index.
+    /// reported. [`last_rule`](super::handle::CircuitBreakerSnapshot::last_rule) in the snapshot has its index.
     #[must_use]
     pub fn any(rules: impl IntoIterator<Item = Self>) -> Self {
         Self { rules: rules.into_iter().flat_map(|trip| trip.rules).collect() }

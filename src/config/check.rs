@@ -8,7 +8,7 @@ use super::{
     load::Origin,
     stack::{ClientConfig, ServerConfig},
 };
-use crate::{ConfigError, redact};
+use crate::{error::ConfigError, redact};
 
 /// A check of a configuration, which returns the errors that it finds.
 pub(super) type Rule<C> = fn(&C) -> Vec<ConfigError>;

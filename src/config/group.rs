@@ -7,7 +7,7 @@ use super::{
     load::near_miss,
     value::{Scalar, Tree},
 };
-use crate::{ConfigError, redact};
+use crate::{error::ConfigError, redact};
 
 /// The description of a setting, without its value.
 #[derive(Debug)]
@@ -87,7 +87,7 @@ macro_rules! group {
             $($(#[doc = $what])+ pub $field: $Type,)*
         }
 
-        /// Prints the values as [`explain`](crate::config::ClientConfig::explain) does, without
+        /// Prints the values as [`explain`](super::stack::ClientConfig::explain) does, without
         /// [secrets](crate#secrets).
         impl ::std::fmt::Debug for $Name {
             fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {

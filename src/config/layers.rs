@@ -10,11 +10,17 @@ use super::{
 };
 #[cfg(feature = "connect")]
 use crate::connect::{self, ClientBuilder, ConnectLayer};
-use crate::health::{Get, HealthProbeLayer};
 use crate::{
-    Backoff, CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, DeadlineLayer, HedgeLayer,
-    RetryBudget, RetryLayer, TimeoutLayer, Timeouts, Trip, breaker::OpenFor, call::Http,
-    deadline::DeadlineHandle,
+    attempt::{Backoff, RetryBudget},
+    breaker::{CircuitBreakerLayer, OpenFor, Trip},
+    classify::Http,
+    deadline::{DeadlineHandle, DeadlineLayer},
+    error::ConfigError,
+    health::{Get, HealthProbeLayer},
+    hedge::HedgeLayer,
+    limit::ConcurrencyLimitLayer,
+    retry::RetryLayer,
+    timeout::{TimeoutLayer, Timeouts},
 };
 
 const fn secs(secs: u64) -> Duration {

@@ -10,12 +10,12 @@ use std::{
 };
 
 use super::{
-    Preset,
     alias::{Alias, Target},
     group::{Group, Row},
+    presets::Preset,
     value::{Scalar, Tree},
 };
-use crate::{ConfigError, redact};
+use crate::{error::ConfigError, redact};
 
 /// The origin of a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,7 +111,7 @@ pub trait Stack: Default {
 /// application has changed it.
 pub(super) type Origins = BTreeMap<&'static str, (Scalar, Origin)>;
 
-/// The key of [`CallsConfig`](super::CallsConfig)'s setting.
+/// The key of [`CallsConfig`](super::layers::CallsConfig)'s setting.
 const STREAMING: &str = "streaming";
 
 /// Returns the value of a key.
@@ -282,7 +282,7 @@ impl<C: Stack> Loader<C> {
     /// `SEARCH_HTTP_CLIENT_RETRY_ATTEMPTS` for the service `search`. The variables of a server begin with
     /// `HTTP_SERVER_`. [`env_prefix`](Self::env_prefix) sets another prefix.
     ///
-    /// A client also reads variables with the [names of other clients](crate::config#names-of-other-clients).
+    /// A client also reads variables with the [names of other clients](super#names-of-other-clients).
     ///
     /// Kubernetes and Docker inject variables for each service that a container can reach. Those of a service called
     /// `http-server`, `http-server-…` or `search-http-client` have the same prefix. They are ignored.

@@ -3,7 +3,6 @@ use std::fmt;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
 use super::{
-    Preset,
     alias::{self, Alias},
     check::{self, Rule},
     group::{Group, Row},
@@ -12,6 +11,7 @@ use super::{
         HealthProbeConfig, HedgeConfig, LimitConfig, RetryConfig, TimeoutConfig,
     },
     load::{ConfigErrors, Loader, Origin, Origins, Stack},
+    presets::Preset,
     value::{Scalar, Tree},
 };
 
@@ -215,7 +215,7 @@ macro_rules! stack {
 }
 
 stack! {
-    /// The settings of a whole client stack. See the [module](crate::config).
+    /// The settings of a whole client stack. See the [module](super).
     ClientConfig, "client", prefix "HTTP_CLIENT_", presets client, rules check::CLIENT,
         off_for_streams &[], aliases alias::CLIENT;
     /// The deadline of a call.
@@ -241,7 +241,7 @@ stack! {
 }
 
 stack! {
-    /// The settings of a whole server stack. See the [module](crate::config).
+    /// The settings of a whole server stack. See the [module](super).
     ServerConfig, "server", prefix "HTTP_SERVER_", presets server, rules check::SERVER,
         off_for_streams &["timeout_min_body_rate", "limit_max_unread"], aliases &[];
     /// The deadline of a call.

@@ -26,24 +26,23 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use super::{
+    checkout::{Caller, Turn},
     conn::{Conn, Tag},
-    core::Connections,
+    connections::Connections,
     executor::Executor,
     handle::ConnectHandle,
-    host::{Guest, HttpVersion},
+    hosts::{Guest, HttpVersion},
     layer::{ConnectLayer, Connector, above_zero},
-    life,
+    lifetime,
     resolve::Resolver,
     streams::{Lane, MAX_LANES},
     tcp::TcpConnector,
-    turn::{Caller, Turn},
 };
 use crate::{
-    BoxError, ConfigError,
-    call::{
-        ConnectionError, Eos, Origin, Outcome, Rejected, RetiredConnection, Shared, TrackedBody,
-        WaitsFor,
-    },
+    error::{BoxError, ConfigError},
+    origin::Origin,
+    outcome::{ConnectionError, Outcome, Rejected, RetiredConnection, WaitsFor},
+    permit::{Eos, Shared, TrackedBody},
 };
 
 /// hyper-util's client over the bounded connections of a [`ConnectLayer`].
@@ -55,7 +54,7 @@ use crate::{
 ///
 /// hyper-util's [`legacy::Error`], boxed. If the request was sent over a connection, it is the source of an error that
 /// records whether this connection had delivered a response before:
-/// [`Outcome::of_error`](crate::Outcome::of_error) then distinguishes a stale connection from a reset of a new one. A
+/// [`Outcome::of_error`](crate::outcome::Outcome::of_error) then distinguishes a stale connection from a reset of a new one. A
 /// [`Rejected`], directly or among the sources, if no connection became free.
 ///
 /// # Cancellation
@@ -548,7 +547,7 @@ impl ClientBuilder {
         // timeout of the pool would be wrong: the pool regards an HTTP/2 connection as idle while it serves a long
         // stream.
         let idle = match self.connections.all.settings.idle.load(Ordering::Relaxed) {
-            life::NEVER => HOUR,
+            lifetime::NEVER => HOUR,
             idle => Duration::from_nanos(idle).max(HOUR / 12),
         };
         self.hyper.pool_idle_timeout(idle);

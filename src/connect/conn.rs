@@ -2,7 +2,7 @@
 //!
 //! # Uses
 //!
-//! `leases` counts the uses of a connection that a [`Client`](super::Client) has opened. hyper-util's pool stores a
+//! `leases` counts the uses of a connection that a [`Client`](super::client::Client) has opened. hyper-util's pool stores a
 //! [`Tag`] with the connection. It clones the tag into the capture of each request that it assigns to the connection,
 //! before it writes the request, and into the response. Each clone is a use. [`Tag::serve`] turns the clone in the
 //! response into a permit that lasts to the end of the response body.
@@ -12,7 +12,7 @@
 //! `over` holds the first reason why the connection is to be closed. From then on no call begins on the connection,
 //! except where [`Conn::is_to_be_left`] and `is_stale` state otherwise. The connection is closed when `leases` is zero.
 //!
-//! Only hyper's connection task can close it: [`Io`](super::Io) then returns the end of the stream to that task. The
+//! Only hyper's connection task can close it: [`Io`](super::io::Io) then returns the end of the stream to that task. The
 //! task registers its waker ([`Conn::watch`]) before it reads this state. Every other thread changes this state before
 //! it calls [`Conn::wake`]. The lock of `waker` orders both, so either the task reads the change or the other thread
 //! finds the waker.
@@ -26,7 +26,7 @@
 //! - `end` stores `idle_since` before it lowers `leases` to zero, and [`Conn::idle_since()`] reads `leases` first. A
 //!   thread that reads zero therefore reads the end of the latest use.
 //! - `end` lowers `leases` before it reads the number of callers that wait for a permit of the total; see
-//!   [`core`](super::core).
+//!   [`core`](super::connections).
 //! - `set_max_streams` stores the maximum before `register` takes `opening`. `hold` stores `opening` before it reads
 //!   the maximum. At least one of them therefore releases the right to open a connection.
 
@@ -42,20 +42,24 @@ use http::Extensions;
 use hyper_util::client::legacy::connect::{CaptureConnection, Connected};
 
 use super::{
-    core::Connections,
-    host::Host,
-    life::{Life, NEVER, Over, Verdict},
+    checkout::Turn,
+    connections::Connections,
+    hosts::Host,
+    lifetime::{Life, NEVER, Over, Verdict},
     streams::{Lane, Opening, Streams},
-    turn::Turn,
 };
-use crate::call::{Finish, Hold, Nanos, Outcome, Permit, Shared, Token};
+use crate::{
+    outcome::Outcome,
+    permit::{Finish, Hold, Permit, Shared, Token},
+    time::Nanos,
+};
 
 pub(super) struct Conn {
     all: Shared<Connections>,
     id: u64,
     /// Of the client and the host of this connection.
     client: Arc<Streams>,
-    /// The lane of a [`Client`](super::Client). Without one, uses of the connection are not reported.
+    /// The lane of a [`Client`](super::client::Client). Without one, uses of the connection are not reported.
     lane: Option<Lane>,
     life: Life,
     /// The number of uses.
@@ -518,8 +522,9 @@ impl Drop for Tag {
 mod tests {
     use std::{sync::mpsc, task::Wake, thread, time::Duration};
 
+    use super::super::hosts::Guest;
     use super::*;
-    use crate::{call::Origin, connect::host::Guest};
+    use crate::origin::Origin;
 
     /// A waker that uses the connection when it is dropped. The last waker of a task that owns the connection does this
     /// too.

@@ -12,7 +12,7 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::layer::{ConnectLayer, dial};
-use crate::BoxError;
+use crate::error::BoxError;
 
 /// Limits the time of connects and counts them: for reqwest's `connector_layer`, whose connections cannot be wrapped.
 ///

@@ -20,11 +20,11 @@ use pin_project_lite::pin_project;
 /// For a call without an idle connection, that client connects, and waits for a connection to become idle at the same
 /// time. If a connection becomes idle first, the client continues the connect in a background task. The pool can use
 /// the resulting connection for the next call. If the connect is still in the queue of a
-/// [`ConnectLayer`](super::ConnectLayer), however, it would get a permit that no call needs. On this executor such a
+/// [`ConnectLayer`](super::layer::ConnectLayer), however, it would get a permit that no call needs. On this executor such a
 /// connect leaves the queue instead.
 ///
-/// Pass it to hyper-util's `Client::builder` if a [`ConnectLayer`](super::ConnectLayer) has a cap.
-/// [`Client`](super::Client) uses it.
+/// Pass it to hyper-util's `Client::builder` if a [`ConnectLayer`](super::layer::ConnectLayer) has a cap.
+/// [`Client`](super::client::Client) uses it.
 ///
 /// # Panics
 ///

@@ -1,7 +1,7 @@
 use std::{fmt, sync::atomic::Ordering, time::Duration};
 
-use super::core::Connections;
-use crate::{ConfigError, call::Shared};
+use super::connections::Connections;
+use crate::{error::ConfigError, permit::Shared};
 
 /// Reads the state of the connections of a layer, changes its caps and renews its connections, from outside of the
 /// stack.
@@ -21,12 +21,12 @@ pub struct ConnectSnapshot {
     /// The number of open connections.
     pub open: usize,
     /// The number of open connections that serve a call, to the end of its response body, or were upgraded or made a
-    /// tunnel. Only a [`Client`](super::Client) reports uses.
+    /// tunnel. Only a [`Client`](super::client::Client) reports uses.
     pub in_use: usize,
     /// The number of connections that are being opened.
     pub connecting: usize,
     /// The number of DNS lookups in progress, including those whose connects have timed out. Only a
-    /// [`Resolver`](super::Resolver) reports lookups.
+    /// [`Resolver`](super::resolve::Resolver) reports lookups.
     pub lookups: usize,
     /// The number of queue entries: callers that wait for a permit or for a stream of an HTTP/2 connection.
     pub waiting: usize,
@@ -43,7 +43,7 @@ pub struct ConnectSnapshot {
     /// The number of connects that the connect timeout has ended.
     pub timed_out: u64,
     /// The number of calls whose response came over a connection that had delivered a response before. Only a
-    /// [`Client`](super::Client) reports uses.
+    /// [`Client`](super::client::Client) reports uses.
     pub reused: u64,
     /// The number of queue entries since the layer was created.
     pub waits: u64,
@@ -109,7 +109,7 @@ impl ConnectHandle {
 
     /// Closes every connection: an idle one at once, and one in use after its calls.
     ///
-    /// Later calls use new connections as far as the caps allow. Only connections of a [`Client`](super::Client) are
+    /// Later calls use new connections as far as the caps allow. Only connections of a [`Client`](super::client::Client) are
     /// closed.
     pub fn renew(&self) {
         self.0.ask_all();

@@ -16,12 +16,12 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::{
     conn::{Conn, Tag},
-    core::Connections,
-    host::Ticket,
-    life::{NEVER, Verdict},
+    connections::Connections,
+    hosts::Ticket,
+    lifetime::{NEVER, Verdict},
     streams::Lane,
 };
-use crate::call::Shared;
+use crate::permit::Shared;
 
 pin_project! {
     /// A connection that holds its permits while it is open.

@@ -14,24 +14,25 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::{
-    core::{Connections, Counts},
+    connections::{Connections, Counts},
     dial::DialLayer,
     handle::{ConnectHandle, checked},
     io::Io,
-    life,
+    lifetime,
     streams::Lane,
 };
 use crate::{
-    BoxError, ConfigError,
-    call::{LayerKind, Origin, Rejected, Shared},
-    error::Fault,
+    error::{BoxError, ConfigError, Fault},
+    origin::Origin,
+    outcome::{LayerKind, Rejected},
+    permit::Shared,
 };
 
 /// Bounds the connections that a connector opens, limits their times and counts them.
 ///
 /// Clones share the connections and the settings. A setter takes effect on all of them at once, where its
 /// documentation does not state otherwise. After an invalid setting, every connect fails as
-/// [`Misconfigured`](crate::call::RejectedKind::Misconfigured); [`checked`](Self::checked) returns the error.
+/// [`Misconfigured`](crate::outcome::RejectedKind::Misconfigured); [`checked`](Self::checked) returns the error.
 #[must_use = "a layer does nothing until it wraps a connector"]
 #[derive(Clone, Debug)]
 pub struct ConnectLayer {
@@ -77,7 +78,7 @@ impl ConnectLayer {
     /// Sets the maximum number of callers in the queue and the maximum wait of each: 1024 and 5 s by default.
     ///
     /// A caller waits for a connection or for an HTTP/2 stream, first come, first served. It is rejected as
-    /// [`Saturated`](crate::call::RejectedKind::Saturated) if the queue is full or its wait is over. A length of 0
+    /// [`Saturated`](crate::outcome::RejectedKind::Saturated) if the queue is full or its wait is over. A length of 0
     /// rejects callers without a wait. Otherwise `longest_wait` has to be 1 ms or more. The settings apply to callers
     /// that queue later.
     pub fn queue(mut self, length: usize, longest_wait: Duration) -> Self {
@@ -96,7 +97,7 @@ impl ConnectLayer {
     /// Sets the timeout of a connect, or `None`. 5 s by default.
     ///
     /// It begins when the connect has a permit, and includes everything that the wrapped connector does, such as the
-    /// DNS lookup and TLS. A [`TcpConnector`](super::TcpConnector) divides it among the addresses of a host. Any other
+    /// DNS lookup and TLS. A [`TcpConnector`](super::tcp::TcpConnector) divides it among the addresses of a host. Any other
     /// connector has to do this itself.
     ///
     /// It also limits the wait of calls while [another call connects](super#streams-of-http2) to the same host. Without
@@ -104,7 +105,7 @@ impl ConnectLayer {
     pub fn connect_timeout(mut self, longest: impl Into<Option<Duration>>) -> Self {
         if let Some(longest) = self.accept(above_zero("connect_timeout", longest.into())) {
             let settings = &self.all.settings;
-            settings.connect_timeout.store(life::limit(longest), Ordering::Relaxed);
+            settings.connect_timeout.store(lifetime::limit(longest), Ordering::Relaxed);
         }
         self
     }
@@ -114,10 +115,10 @@ impl ConnectLayer {
     /// A connection in use is closed after its calls. Over HTTP/2 it takes new calls only while a cap leaves no room
     /// for another connection. Set each cap to one more than the number of connections that you need.
     ///
-    /// Applies to connections that are opened later. Only a [`Client`](super::Client) enforces it.
+    /// Applies to connections that are opened later. Only a [`Client`](super::client::Client) enforces it.
     pub fn max_age(mut self, oldest: impl Into<Option<Duration>>) -> Self {
         if let Some(oldest) = self.accept(above_zero("max_age", oldest.into())) {
-            self.all.settings.age.store(life::limit(oldest), Ordering::Relaxed);
+            self.all.settings.age.store(lifetime::limit(oldest), Ordering::Relaxed);
         }
         self
     }
@@ -127,10 +128,10 @@ impl ConnectLayer {
     /// Node.js, uvicorn and Apache close unused connections after 5 s. Set a shorter time than the keep-alive timeout
     /// of the server. Otherwise a request may be sent over a connection that the server is closing.
     ///
-    /// Applies to connections that are opened later. Only a [`Client`](super::Client) enforces it.
+    /// Applies to connections that are opened later. Only a [`Client`](super::client::Client) enforces it.
     pub fn max_idle(mut self, longest: impl Into<Option<Duration>>) -> Self {
         if let Some(longest) = self.accept(above_zero("max_idle", longest.into())) {
-            self.all.settings.idle.store(life::limit(longest), Ordering::Relaxed);
+            self.all.settings.idle.store(lifetime::limit(longest), Ordering::Relaxed);
         }
         self
     }
@@ -197,7 +198,7 @@ impl ConnectLayer {
         }
     }
 
-    /// Wraps a connector. `lane` is the lane of a [`Client`](super::Client), which reports each use of a connection.
+    /// Wraps a connector. `lane` is the lane of a [`Client`](super::client::Client), which reports each use of a connection.
     pub(super) fn connector<C>(&self, inner: C, lane: Option<Lane>) -> Connector<C> {
         Connector { inner, layer: self.clone(), lane }
     }

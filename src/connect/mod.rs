@@ -61,7 +61,7 @@
 //! (`MAX_CONCURRENT_STREAMS`, RFC 9113 §5.1.2). When all streams are in use, a [`Client`] opens another connection, up
 //! to the caps and to 64 per host. A call beyond that waits in the queue for a stream. `waits_for_stream` in the
 //! [`ConnectSnapshot`] counts it, and a circuit breaker does not count the wait against the upstream. The call is
-//! [rejected](crate::call::RejectedKind::Saturated) after the maximum wait of the [`queue`](ConnectLayer::queue). A
+//! [rejected](crate::outcome::RejectedKind::Saturated) after the maximum wait of the [`queue`](ConnectLayer::queue). A
 //! call holds its stream to the end of the response body. Calls use the oldest connections first, so that the others
 //! become idle and are closed. If an additional connection cannot be opened, its call waits for a stream of the others,
 //! and does not fail with the error of the connect. `failed` and `timed_out` in the snapshot count the connect.
@@ -109,7 +109,7 @@
 //!
 //! # In the stack
 //!
-//! At the bottom. A [`ConcurrencyLimitLayer`](crate::ConcurrencyLimitLayer) bounds calls. This layer bounds
+//! At the bottom. A [`ConcurrencyLimitLayer`](crate::limit::ConcurrencyLimitLayer) bounds calls. This layer bounds
 //! connections: over HTTP/2 several calls share one, and over HTTP/1 the idle ones count too.
 //!
 //! # Streaming bodies
@@ -152,21 +152,21 @@
 //! A concurrency limit around a connector bounds concurrent connects: it releases its permit when the connection is
 //! open. `pool_max_idle_per_host` of hyper-util and reqwest bounds the idle connections, not the open ones.
 
+mod checkout;
 mod client;
 mod conn;
-mod core;
+mod connections;
 mod dial;
 mod executor;
-mod gate;
 mod handle;
-mod host;
+mod hosts;
 mod io;
 mod layer;
-mod life;
+mod lifetime;
 mod resolve;
+mod semaphore;
 mod streams;
 mod tcp;
-mod turn;
 
 pub use self::{
     client::{Client, ClientBuilder, ResponseFuture},

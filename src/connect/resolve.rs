@@ -33,7 +33,7 @@ const MAX_LOOKUPS: usize = 32;
 /// The result of a lookup, which several callers share.
 type Found = Result<Arc<[SocketAddr]>, Arc<io::Error>>;
 
-/// The lookups of a [`ConnectLayer`](super::ConnectLayer) in progress.
+/// The lookups of a [`ConnectLayer`](super::layer::ConnectLayer) in progress.
 pub(super) struct Lookups {
     permits: Arc<Semaphore>,
     /// The results of the lookups in progress, which are published when the lookups end.
@@ -142,9 +142,9 @@ impl Error for SharedError {
 // ===== The service =====
 
 /// The system's resolver (`getaddrinfo`) with a bounded number of lookups, for a
-/// [`TcpConnector`](super::TcpConnector).
+/// [`TcpConnector`](super::tcp::TcpConnector).
 ///
-/// All clients of one [`ConnectLayer`](super::ConnectLayer) together have a maximum of one lookup per host and 32
+/// All clients of one [`ConnectLayer`](super::layer::ConnectLayer) together have a maximum of one lookup per host and 32
 /// lookups in total in progress. A lookup blocks a thread of tokio's blocking pool until the system responds, even if
 /// its caller has timed out. Another caller for the same host waits for the lookup in progress and shares its result.
 /// Results are not cached.

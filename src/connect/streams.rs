@@ -2,7 +2,7 @@
 //!
 //! hyper-util's client shares one HTTP/2 connection per host. A request beyond the peer's
 //! `SETTINGS_MAX_CONCURRENT_STREAMS` waits inside the connection, where no layer observes the wait. A
-//! [`Client`](super::Client) therefore has several of hyper-util's clients, its *lanes*, with one HTTP/2 connection per
+//! [`Client`](super::client::Client) therefore has several of hyper-util's clients, its *lanes*, with one HTTP/2 connection per
 //! host each. A call takes a stream permit of one connection, and is then sent over the lane of that connection.
 //!
 //! A call that finds no free stream queues at [`Streams::head`], behind the calls of the same client to the same host. Only the first call of the queue
@@ -42,18 +42,18 @@ use tokio::sync::Notify;
 
 use super::{
     conn::Conn,
-    gate::{Gate, Place},
-    host::{Guest, Host, HostVersion},
+    hosts::{Guest, Host, HostVersion},
+    semaphore::{Gate, Place},
 };
-use crate::call::Shared;
+use crate::permit::Shared;
 
 /// The maximum number of HTTP/2 connections of a client to one host.
 pub(super) const MAX_LANES: usize = 64;
 
-/// One of hyper-util's clients in a [`Client`](super::Client).
+/// One of hyper-util's clients in a [`Client`](super::client::Client).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Lane {
-    /// The id of the [`Client`](super::Client).
+    /// The id of the [`Client`](super::client::Client).
     pub(super) owner: u64,
     pub(super) index: usize,
 }
@@ -62,7 +62,7 @@ pub(super) struct Lane {
 /// queue of its own. No user code runs under the lock of `state`.
 pub(super) struct Streams {
     pub(super) host: Arc<Host>,
-    /// The id of the [`Client`](super::Client).
+    /// The id of the [`Client`](super::client::Client).
     pub(super) owner: u64,
     pub(super) version: HostVersion,
     /// The queue for a stream. The call with the only permit is the first call of the queue.

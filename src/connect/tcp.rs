@@ -10,11 +10,11 @@ use http::Uri;
 use hyper_util::client::legacy::connect::HttpConnector;
 use tower_service::Service;
 
-use super::{core::Connections, resolve::Resolver};
-use crate::call::Shared;
+use super::{connections::Connections, resolve::Resolver};
+use crate::permit::Shared;
 
-/// hyper-util's [`HttpConnector`], which divides the [connect timeout](super::ConnectLayer::connect_timeout) among the
-/// addresses of a host. Made by [`ClientBuilder::tcp_connector`](super::ClientBuilder::tcp_connector).
+/// hyper-util's [`HttpConnector`], which divides the [connect timeout](super::layer::ConnectLayer::connect_timeout) among the
+/// addresses of a host. Made by [`ClientBuilder::tcp_connector`](super::client::ClientBuilder::tcp_connector).
 ///
 /// An address that does not respond uses only its part of the timeout. The connector then tries the next address. If a
 /// host has IPv4 and IPv6 addresses, the family of the first address has a head start of 300 ms or a quarter of the

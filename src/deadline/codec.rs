@@ -40,7 +40,7 @@ pub trait Codec: Send + Sync + 'static {
     ///
     /// If two deadline layers of a stack use the same header, the inner layer reads the time that the outer layer has
     /// written. A time that is at most one unit below the deadline in the extensions repeats that deadline, and the
-    /// deadline keeps its [source](crate::Deadline::source).
+    /// deadline keeps its [source](crate::time::Deadline::source).
     fn resolution(&self) -> Duration {
         Duration::from_millis(1)
     }

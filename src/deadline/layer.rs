@@ -12,21 +12,22 @@ use tower_service::Service;
 
 use super::{
     codec::{Codec, Millis},
+    handle::{DeadlineHandle, Times, set},
     propagate::PropagateLayer,
-    times::{DeadlineHandle, Times, set},
 };
 use crate::{
-    BoxError, ConfigError,
     admission::Reusable,
-    call::{AsError, LayerKind, Moment, Reject, Rejected, Respond, RespondWith},
-    error::Fault,
+    error::{BoxError, ConfigError, Fault},
+    outcome::{LayerKind, Rejected},
     redact,
+    respond::{AsError, Reject, Respond, RespondWith},
+    time::Moment,
     timeout::{AsIs, ResponseFuture, TimedBody, Timeout, TimeoutLayer, Timeouts},
 };
 
 /// Sets one absolute deadline for every call, enforces it, and sends the time left to the next hop.
 ///
-/// A layer, its clones and all services that it wraps share the same settings. See the [module](crate::deadline).
+/// A layer, its clones and all services that it wraps share the same settings. See the [module](super).
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct DeadlineLayer<R = AsError> {
@@ -56,7 +57,7 @@ impl<R> DeadlineLayer<R> {
     /// [`at_most`](Self::at_most) sets another: a caller never extends the bound of the operator. Default: none, so
     /// calls without a header have no deadline, and headers have no maximum.
     ///
-    /// A [`Deadline`](crate::Deadline) that the application has made itself and inserted in the extensions replaces the
+    /// A [`Deadline`](crate::time::Deadline) that the application has made itself and inserted in the extensions replaces the
     /// default, also if it is later, and is then the maximum of a header. Any other deadline in the extensions (of a
     /// caller, or of another layer) applies if it is earlier.
     pub fn default_of(mut self, time: Duration) -> Self {
@@ -120,8 +121,8 @@ impl<R> DeadlineLayer<R> {
     /// Returns a layer that only sets the deadline and writes the headers. Inner layers enforce the deadline. The
     /// returned layer has no timer, rejects no call, does not wrap bodies, and accepts services with any response.
     ///
-    /// An inner [`TimeoutLayer`](crate::TimeoutLayer) enforces the deadline up to the end of the response body. An
-    /// inner [`RetryLayer`](crate::RetryLayer) enforces it up to the response head, over all attempts and delays. A
+    /// An inner [`TimeoutLayer`](crate::timeout::TimeoutLayer) enforces the deadline up to the end of the response body. An
+    /// inner [`RetryLayer`](crate::retry::RetryLayer) enforces it up to the response head, over all attempts and delays. A
     /// limit and a circuit breaker reject calls whose deadline has passed, unless they are in shadow mode. Without a
     /// timeout or a retry layer, a call in flight is not ended at the deadline.
     ///

@@ -66,7 +66,7 @@
 //! | `RetryLayer` | makes no attempt after the deadline, begins no delay that would exceed it, and ends an attempt without a response head at the deadline |
 //! | `CircuitBreakerLayer` | rejects calls after the deadline, also half-open probes; a call waits for the result of a probe only until the deadline |
 //! | `ConcurrencyLimitLayer` | rejects calls after the deadline; a call is queued only until the deadline |
-//! | [`TimeoutLayer`](crate::TimeoutLayer) | ends the attempt |
+//! | [`TimeoutLayer`](crate::timeout::TimeoutLayer) | ends the attempt |
 //!
 //! If there is an inner timeout layer, a deadline layer need not enforce the deadline itself:
 //! [`propagate_only`](DeadlineLayer::propagate_only) saves a timer and two wrappers for each call.
@@ -82,7 +82,7 @@
 //! | the application, with [`Deadline::after`] | `Operator` | is a failure: a timeout |
 //!
 //! The source stays the same when a handler passes the deadline on, and when a deadline layer reads the header that
-//! another layer of the same stack has written. The [table of causes](crate::call#which-side-caused-it) states how
+//! another layer of the same stack has written. The [table of causes](crate::outcome#which-side-caused-it) states how
 //! every layer counts a call that ends by either source.
 //!
 //! # In the stack
@@ -99,7 +99,7 @@
 //! # Uploads
 //!
 //! With [`respond`](DeadlineLayer::respond), the body of a request that is still being sent when its deadline passes is
-//! [drained](crate::call::Respond#uploads) if it is axum's or tonic's. This costs two small allocations for each
+//! [drained](crate::respond::Respond#uploads) if it is axum's or tonic's. This costs two small allocations for each
 //! request that has such a body and a deadline.
 //!
 //! # Defaults
@@ -110,27 +110,27 @@
 //! | [`at_most`](DeadlineLayer::at_most) | the time of `default_of` |
 //! | [`keep_back`](DeadlineLayer::keep_back) | none |
 //! | [`header`](DeadlineLayer::header) | none; there is no standard |
-//! | calls that are too late | fail with a boxed [`Rejected`](crate::Rejected) |
+//! | calls that are too late | fail with a boxed [`Rejected`](crate::outcome::Rejected) |
 //!
 //! # Comparison with tonic
 //!
 //! The server and the channel of tonic also read `grpc-timeout`. They time the response head only, report `CANCELLED`,
 //! and forward no deadline. Their timers expire at the same time as those of the layers. A call that ends by its
 //! deadline is nevertheless always `DEADLINE_EXCEEDED` for the caller, and has the same outcome for every layer: a
-//! [`TimeoutLayer`](crate::TimeoutLayer), a `RetryLayer` and a deadline layer that enforces the deadline treat an error
+//! [`TimeoutLayer`](crate::timeout::TimeoutLayer), a `RetryLayer` and a deadline layer that enforces the deadline treat an error
 //! of the client or a `CANCELLED` of the server as the expiry of the deadline, if it arrives at most 1 ms before the
-//! deadline or later. A generated client receives this code with a [`RespondLayer`](crate::RespondLayer), or with the
+//! deadline or later. A generated client receives this code with a [`RespondLayer`](crate::respond::RespondLayer), or with the
 //! feature `tonic` or `tonic-health`.
 
 mod codec;
+mod handle;
 mod layer;
 mod propagate;
-mod times;
 
 pub use self::{
     codec::Codec,
+    handle::{DeadlineHandle, DeadlineSnapshot},
     layer::{DeadlineLayer, Deadlined},
     propagate::{PropagateLayer, Propagated},
-    times::{DeadlineHandle, DeadlineSnapshot},
 };
-pub use crate::{call::Deadline, timeout::ResponseFuture};
+pub use crate::{time::Deadline, timeout::ResponseFuture};

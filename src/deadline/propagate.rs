@@ -12,13 +12,16 @@ use tower_service::Service;
 
 use super::{
     codec::Codec,
+    handle::{DeadlineHandle, Times},
     layer::report,
-    times::{DeadlineHandle, Times},
 };
-use crate::{ConfigError, call::Moment, error::Fault};
+use crate::{
+    error::{ConfigError, Fault},
+    time::Moment,
+};
 
 /// Sets one absolute deadline for every call and sends the time left to the next hop. Inner layers enforce the
-/// deadline. Made by [`DeadlineLayer::propagate_only`](super::DeadlineLayer::propagate_only).
+/// deadline. Made by [`DeadlineLayer::propagate_only`](super::layer::DeadlineLayer::propagate_only).
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct PropagateLayer {
@@ -36,7 +39,7 @@ impl PropagateLayer {
     }
 
     /// Returns the layer, or the error of its first invalid setting, as
-    /// [`DeadlineLayer::checked`](super::DeadlineLayer::checked) does.
+    /// [`DeadlineLayer::checked`](super::layer::DeadlineLayer::checked) does.
     ///
     /// # Errors
     ///

@@ -14,18 +14,13 @@ use tokio::{
 };
 
 use super::{
-    Health,
-    caught::Caught,
+    catch_panic::Caught,
     entry::{CheckState, Entry, MAX_REASON},
-    registry::Registry,
+    registry::{Health, Registry},
     schedule::{Schedule, checked_jitter, checked_thresholds},
     threshold::Threshold,
 };
-use crate::{
-    ConfigError,
-    call::{Indicator, Nanos},
-    event, redact,
-};
+use crate::{error::ConfigError, event::event, indicator::Indicator, redact, time::Nanos};
 
 type Look = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
 

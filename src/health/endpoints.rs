@@ -14,13 +14,13 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::{
-    answer::{Endpoint, Teller, is_asking, plain, without_body_for},
     registry::Health,
+    response::{Endpoint, Teller, is_asking, plain, without_body_for},
 };
 use crate::{
     admission::Reusable,
-    call::{OwnAnswer, TrackedBody},
     drain::drain_request,
+    permit::{OwnAnswer, TrackedBody},
 };
 
 // ===== In front of a server =====

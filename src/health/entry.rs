@@ -24,8 +24,8 @@ use tokio::task::AbortHandle;
 
 use super::threshold::ProbeState;
 use crate::{
-    call::{Clock, Nanos, nanos},
     redact,
+    time::{Clock, Nanos, nanos},
 };
 
 /// Maximum length of a reason in bytes.

@@ -18,7 +18,7 @@ use super::{
     entry::CheckState,
     registry::{Health, is_name},
 };
-use crate::call::grpc;
+use crate::outcome::grpc;
 
 /// The service `grpc.health.v1.Health` with `Check` and `Watch`, for a tonic server. Made by [`Health::grpc`].
 ///
@@ -62,7 +62,7 @@ impl GrpcHealth {
     /// Returns the service for a tonic server.
     ///
     /// After this call the concurrency limits of this process exempt health calls: 1024 `Check` calls and 64 `Watch`
-    /// streams for each limit. [`exempt_grpc_health`](crate::ConcurrencyLimitLayer::exempt_grpc_health) turns this off.
+    /// streams for each limit. [`exempt_grpc_health`](crate::limit::ConcurrencyLimitLayer::exempt_grpc_health) turns this off.
     #[must_use]
     pub fn into_server(self) -> HealthServer<Self> {
         grpc::set_serves_health();

@@ -1,9 +1,9 @@
 use std::{fmt, pin::pin, time::Duration};
 
 use super::{gate::Gate, probe::ProbeFailure, threshold::ProbeState};
-use crate::call::{Indicator, Shared};
+use crate::{indicator::Indicator, permit::Shared};
 
-/// A handle to the gate of a [`HealthProbeLayer`](super::HealthProbeLayer).
+/// A handle to the gate of a [`HealthProbeLayer`](super::layer::HealthProbeLayer).
 ///
 /// Clones refer to the same gate, which all services of the layer and its clones share. The probes end when the last
 /// layer, service and handle are dropped, so a handle keeps them running.
@@ -27,7 +27,7 @@ pub struct HealthProbeSnapshot {
     pub consecutive_failures: u32,
     /// Number of probes that have begun.
     pub probes: u64,
-    /// Number of probes that were [skipped](super::HealthProbeLayer::passive) because calls had proved health.
+    /// Number of probes that were [skipped](super::layer::HealthProbeLayer::passive) because calls had proved health.
     pub spared: u64,
     /// Number of calls that the gate has rejected.
     pub refused: u64,

@@ -10,8 +10,8 @@ use bytes::Bytes;
 use http::Response;
 
 use super::{
-    answer::{status, typed},
     entry::{CheckSnapshot, CheckState, HealthStatus},
+    response::{status, typed},
 };
 
 pub(super) fn answer(

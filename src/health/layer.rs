@@ -4,28 +4,30 @@ use http::StatusCode;
 use tower_layer::Layer;
 
 use super::{
+    fail_open::PanicGuard,
     gate::{Gate, WhileDown},
     handle::HealthProbeHandle,
-    over_grpc::Grpc,
-    over_http::{Get, OverHttp, SendRequest},
-    panic::PanicGuard,
-    probe::{AnyAnswer, Ask, Judged, Probe, ProbeFailure, Run, StatusProbe},
-    prober::Prober,
+    probe::{
+        AnyAnswer, Ask, Get, Grpc, Judged, OverHttp, Probe, ProbeFailure, Prober, Run, SendRequest,
+        StatusProbe,
+    },
     registry::Health,
     reporter::Reporter,
     schedule::{checked_jitter, checked_thresholds},
 };
 use crate::{
-    ConfigError,
     admission::{Plan, Reusable, admission_layer},
-    call::{AsError, Http, PerResponse, Shared},
+    classify::{Http, PerResponse},
+    error::ConfigError,
+    permit::Shared,
+    respond::AsError,
 };
 
 admission_layer! {
     /// Probes the health of the wrapped service in the background, and rejects calls while the service is down.
     ///
     /// A layer and its clones share one gate and one prober, even if the layer is applied several times. The prober
-    /// probes the service that the layer wraps first. Two upstreams need two layers. See the [module](crate::health).
+    /// probes the service that the layer wraps first. Two upstreams need two layers. See the [module](super).
     layer HealthProbeLayer { probe: P }
     /// The service of a [`HealthProbeLayer`].
     service HealthProbe []
@@ -165,7 +167,7 @@ impl<P: StatusProbe, M, R> HealthProbeLayer<P, M, R> {
     /// [`expect_status`](Self::expect_status) accepts is a success. Envoy's health checks have the same rule.
     ///
     /// A server that is at its limit must not reject the probe with a 503: exempt the path of the probe from the limit
-    /// ([`exempt_paths`](crate::ConcurrencyLimitLayer::exempt_paths)).
+    /// ([`exempt_paths`](crate::limit::ConcurrencyLimitLayer::exempt_paths)).
     pub fn immediate_failure(self, on: bool) -> Self {
         self.plan.policy.with(|probing| probing.immediate_failure = on);
         self

@@ -73,14 +73,14 @@
 //! | another status (including 429), an error, a body that ends with an error or is not the [expected](HealthProbeLayer::expect_body) one | failed |
 //! | no response head within `timeout`, which includes the time until the service is ready | failed |
 //! | a panic of the service or of a closure of the probe | failed |
-//! | [connection housekeeping](crate::Outcome::is_housekeeping), such as a stale pooled connection | as the result of a second request, sent at once within the same `timeout` |
+//! | [connection housekeeping](crate::outcome::Outcome::is_housekeeping), such as a stale pooled connection | as the result of a second request, sent at once within the same `timeout` |
 //! | rejected by an inner layer | nothing |
 //!
 //! | gate | calls | its check in the registry |
 //! |---|---|---|
 //! | unknown | admitted | unknown: not ready |
 //! | up | admitted | pass |
-//! | down | rejected: [`Unhealthy`](crate::call::RejectedKind::Unhealthy), `retry_after` is the time until the next probe, or until the timeout of the current one; [`while_down`](HealthProbeLayer::while_down) changes this | fail |
+//! | down | rejected: [`Unhealthy`](crate::outcome::RejectedKind::Unhealthy), `retry_after` is the time until the next probe, or until the timeout of the current one; [`while_down`](HealthProbeLayer::while_down) changes this | fail |
 //! | down, and too many gates of its [set](PanicGuard) are down | admitted | fail |
 //!
 //! The outcomes of calls never take a gate down or up. A circuit breaker does that, and
@@ -174,24 +174,21 @@
 //! tower and tower-http have no layer of this kind. Four rules follow Envoy: the thresholds, the first success that
 //! takes a gate up, the immediate failure, and the panic threshold of a set.
 
-mod answer;
-mod caught;
+mod catch_panic;
 mod check;
 mod endpoints;
 mod entry;
+mod fail_open;
 mod gate;
 #[cfg(feature = "tonic-health")]
 mod grpc;
 mod handle;
 mod json;
 mod layer;
-mod over_grpc;
-mod over_http;
-mod panic;
 mod probe;
-mod prober;
 mod registry;
 mod reporter;
+mod response;
 mod schedule;
 mod threshold;
 
@@ -204,15 +201,16 @@ pub use self::{
         HealthBody, HealthEndpoints, HealthEndpointsFuture, HealthEndpointsLayer, HealthService,
     },
     entry::{CheckSnapshot, CheckState, HealthStatus},
+    fail_open::PanicGuard,
     gate::WhileDown,
     handle::{HealthProbeHandle, HealthProbeSnapshot, LastProbe},
     layer::{HealthProbe, HealthProbeLayer},
-    over_grpc::Grpc,
-    over_http::{Get, OverHttp, SendRequest},
-    panic::PanicGuard,
-    probe::{AnyAnswer, Ask, Judged, Probe, ProbeFailure, Run, StatusProbe},
+    probe::{
+        AnyAnswer, Ask, Get, Grpc, Judged, OverHttp, Probe, ProbeFailure, Run, SendRequest,
+        StatusProbe,
+    },
     registry::Health,
     reporter::Reporter,
     threshold::ProbeState,
 };
-pub use crate::{admission::ResponseFuture, call::Indicator};
+pub use crate::{admission::ResponseFuture, indicator::Indicator};

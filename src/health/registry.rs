@@ -16,7 +16,7 @@ use super::{
     entry::{CheckSnapshot, CheckState, Entry, HealthStatus},
     reporter::Reporter,
 };
-use crate::{ConfigError, redact};
+use crate::{error::ConfigError, redact};
 
 /// Maximum length of the name of a check in bytes.
 const LONGEST_NAME: usize = 64;
@@ -158,7 +158,7 @@ impl Health {
     }
 
     /// Returns a layer that serves `/livez`, `/readyz` and `/healthz` without a call of the wrapped service. It should
-    /// be the outermost layer. See the [module](crate::health).
+    /// be the outermost layer. See the [module](super).
     pub fn endpoints(&self) -> HealthEndpointsLayer {
         HealthEndpointsLayer::new(self.clone())
     }
@@ -282,7 +282,7 @@ mod tests {
     use std::{task::Poll, thread};
 
     use super::*;
-    use crate::call::nanos;
+    use crate::time::nanos;
 
     #[test]
     fn names() {

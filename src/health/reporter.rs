@@ -5,7 +5,7 @@ use super::{
     registry::Registry,
 };
 
-/// Sets the state of one check of a [`Health`](super::Health) registry.
+/// Sets the state of one check of a [`Health`](super::registry::Health) registry.
 ///
 /// Clones refer to the same check, which is removed when the last of them is dropped.
 #[derive(Clone)]
@@ -62,7 +62,7 @@ impl Reporter {
     }
 
     /// Sets the state to failed, with a reason for responses that [include
-    /// reasons](super::HealthService::with_reasons). The reason is stored without [secrets](crate#secrets), with a
+    /// reasons](super::endpoints::HealthService::with_reasons). The reason is stored without [secrets](crate#secrets), with a
     /// maximum of 256 bytes.
     pub fn fail_because(&self, reason: impl Into<String>) {
         self.looked(Err(reason.into()), None);

@@ -4,8 +4,8 @@ use tokio::time::Instant;
 
 use super::threshold::ProbeState;
 use crate::{
-    ConfigError,
-    call::{Nanos, nanos},
+    error::ConfigError,
+    time::{Nanos, nanos},
 };
 
 /// The times of the runs of a probe or a check.

@@ -51,7 +51,7 @@ use super::{
     stages::{ConnectionState, StageClock, Verdict},
     state::{Phase, State},
 };
-use crate::{BoxError, call::Lease, drain};
+use crate::{drain, error::BoxError, permit::Lease};
 
 /// Minimum time for which an idle connection stays open at *stopping*, so that a client of HTTP/2 can acknowledge the
 /// GOAWAY even if the grace is zero.

@@ -8,11 +8,11 @@ use super::{
     state::{Driven, Phase, State, Step, drive},
     token::Drain,
 };
-use crate::{ConfigError, Health, call::Striped};
+use crate::{error::ConfigError, health::Health, permit::Striped};
 
 /// The lifecycle of a process: its [phase](Phase), its readiness, and the drain that ends it without losing a call.
 ///
-/// Clones share one lifecycle. See the [module](crate::lifecycle).
+/// Clones share one lifecycle. See the [module](super).
 #[derive(Clone)]
 pub struct Lifecycle(pub(super) Striped<State>);
 

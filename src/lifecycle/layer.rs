@@ -18,19 +18,22 @@ use super::{
 };
 use crate::{
     admission::{Admission, ResponseFuture, Reusable},
-    call::{Http, HttpCall, Lease, Rejected, Respond, Striped, TrackedBody},
+    classify::{Http, HttpCall},
+    outcome::Rejected,
+    permit::{Lease, Striped, TrackedBody},
+    respond::Respond,
 };
 
-/// Counts the calls in flight, and rejects calls after the [grace](super::Lifecycle::grace) of a drain.
+/// Counts the calls in flight, and rejects calls after the [grace](super::handle::Lifecycle::grace) of a drain.
 ///
 /// - A call is in flight until its response body ends.
 /// - Every request carries a [`Drain`] token in its extensions.
 /// - When the process is *stopping* and the grace is over, calls are rejected with 503 (gRPC `UNAVAILABLE`).
 /// - From the start of the drain, responses over HTTP/1 carry `Connection: close`, with two exceptions: a response that
-///   upgrades the connection, and a rejection whose request body is still [drained](crate::call::Respond#uploads). The
+///   upgrades the connection, and a rejection whose request body is still [drained](crate::respond::Respond#uploads). The
 ///   connection of such a rejection ends when the body ends.
 ///
-/// Made by [`Lifecycle::layer`](super::Lifecycle::layer). `serve` adds it. It is the outermost layer, except for the
+/// Made by [`Lifecycle::layer`](super::handle::Lifecycle::layer). `serve` adds it. It is the outermost layer, except for the
 /// health endpoints: they wrap it, so that they respond until the process ends.
 ///
 /// The token needs one allocation for each call, and two more if the request has no extensions yet.

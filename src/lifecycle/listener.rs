@@ -5,12 +5,12 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-pub use crate::listener::Slot;
+use crate::listener::Slot;
 
-/// A source of connections for [`Lifecycle::serve`](crate::Lifecycle::serve).
+/// A source of connections for [`Lifecycle::serve`](super::handle::Lifecycle::serve).
 ///
 /// Implemented for tokio's `TcpListener` and `UnixListener`, and for the capped
-/// [`LimitedListener`](crate::limit::connections::LimitedListener). Other implementations need `accept` only:
+/// [`LimitedListener`](crate::listener::LimitedListener). Other implementations need `accept` only:
 ///
 /// ```
 /// use std::{io, net::SocketAddr};
@@ -92,8 +92,8 @@ impl Listener for tokio::net::UnixListener {
 }
 
 #[cfg(feature = "listener")]
-impl Listener for crate::limit::connections::LimitedListener {
-    type Io = crate::limit::connections::Connection;
+impl Listener for crate::listener::LimitedListener {
+    type Io = crate::listener::Connection;
     type Addr = SocketAddr;
 
     async fn accept(&mut self) -> io::Result<(Self::Io, SocketAddr)> {

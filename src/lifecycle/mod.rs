@@ -2,7 +2,7 @@
 //! call.
 //!
 //! A [`Lifecycle`] holds the phase of the process. It handles the signals, reports readiness to a
-//! [`Health`](crate::Health) registry, counts the calls in flight, and bounds the time of the drain.
+//! [`Health`](crate::health::Health) registry, counts the calls in flight, and bounds the time of the drain.
 //!
 //! ```no_run
 //! # #[cfg(feature = "serve")]
@@ -148,14 +148,14 @@
 //! `serve` limits the time of every stage of a connection, so that a client that is silent, slow or gone holds neither
 //! a connection nor a permit. [`Server`] has the table of the limits and their setters. The listener is any
 //! [`Listener`]: a `TcpListener`, a `UnixListener`, the capped
-//! [`LimitedListener`](crate::limit::connections::LimitedListener), or another implementation. With the feature
+//! [`LimitedListener`](crate::listener::LimitedListener), or another implementation. With the feature
 //! `rustls` the server serves TLS.
 //!
 //! ```no_run
 //! # #[cfg(all(feature = "serve", feature = "listener"))]
 //! # async fn start(app: axum::Router) -> Result<(), Box<dyn std::error::Error>> {
 //! use std::time::Duration;
-//! use buttress::{Health, Lifecycle, limit::connections::LimitedListener};
+//! use buttress::{Health, Lifecycle, listener::LimitedListener};
 //!
 //! let lifecycle = Lifecycle::new(&Health::new())?;
 //! let listener = LimitedListener::bind("0.0.0.0:8080".parse()?, 1024, 10_000)?;
@@ -181,8 +181,8 @@
 
 #[cfg(feature = "serve")]
 mod connection;
-mod door;
 mod handle;
+mod in_flight;
 mod layer;
 #[cfg(feature = "serve")]
 mod listener;
@@ -210,8 +210,7 @@ pub use self::{
 };
 #[cfg(feature = "serve")]
 #[cfg_attr(docsrs, doc(cfg(feature = "serve")))]
-pub use self::{
-    listener::{Listener, Slot},
-    server::Server,
-    streams::StreamExecutor,
-};
+pub use self::{listener::Listener, server::Server, streams::StreamExecutor};
+#[cfg(feature = "serve")]
+#[cfg_attr(docsrs, doc(cfg(feature = "serve")))]
+pub use crate::listener::Slot;

@@ -13,15 +13,17 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::{
-    Drained, Lifecycle, Phase, Server,
     connection::serve_connection,
+    handle::{Drained, Lifecycle},
     listener::Listener,
+    server::Server,
     socket::reset_on_close,
     stages::{ConnectionState, StageClock, StagedIo},
+    state::Phase,
     streams::StagedService,
     tls::MaybeTls,
 };
-use crate::{BoxError, listener::AcceptErrors};
+use crate::{error::BoxError, listener::AcceptErrors};
 
 /// Time from the start of *stopping* to the close of the listener.
 ///
@@ -38,13 +40,13 @@ impl Lifecycle {
     /// The service is an axum `Router`, or any other service of hyper's requests. `serve` wraps it in the
     /// [`layer`](Self::layer) of this lifecycle. It does not report the process as [ready](Self::ready).
     ///
-    /// The [module](crate::lifecycle#no-call-is-lost) describes the end of the connections. Calls and connections that
+    /// The [module](super#no-call-is-lost) describes the end of the connections. Calls and connections that
     /// remain when the drain timeout ([`longest`](Self::longest)) expires are cut and counted. A connection that was
     /// upgraded (a WebSocket) belongs to its handler: `serve` waits for it if the handler holds a
-    /// [guard](crate::lifecycle::Drain::guard).
+    /// [guard](super::token::Drain::guard).
     ///
     /// The listener is any [`Listener`]: tokio's, the capped
-    /// [`LimitedListener`](crate::limit::connections::LimitedListener), or another implementation. Every stage of a
+    /// [`LimitedListener`](crate::listener::LimitedListener), or another implementation. Every stage of a
     /// connection has a time limit: [`Server`] lists the limits, and [`server`](Self::server) changes them.
     ///
     /// Dropping the future cuts all connections at once.

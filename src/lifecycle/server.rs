@@ -8,10 +8,14 @@ use hyper_util::{rt::TokioTimer, server::conn::auto};
 use tower_service::Service;
 
 use super::{
-    Drained, Lifecycle, listener::Listener, socket::SocketOptions, stages::StageLimits,
-    streams::StreamExecutor, tls::Tls,
+    handle::{Drained, Lifecycle},
+    listener::Listener,
+    socket::SocketOptions,
+    stages::StageLimits,
+    streams::StreamExecutor,
+    tls::Tls,
 };
-use crate::{BoxError, ConfigError};
+use crate::error::{BoxError, ConfigError};
 
 /// The server of a [`Lifecycle`], with settings. Made by [`Lifecycle::server`].
 ///
@@ -28,8 +32,8 @@ use crate::{BoxError, ConfigError};
 /// | [`max_concurrent_streams`](Self::max_concurrent_streams) | 200 | the streams of an HTTP/2 connection |
 /// | [`configure`](Self::configure) | – | hyper's other settings |
 ///
-/// A call has no time limit here: see [`TimeoutLayer`](crate::TimeoutLayer) and
-/// [`DeadlineLayer`](crate::DeadlineLayer). The limits do not end a stream whose handler is silent, such as server-sent
+/// A call has no time limit here: see [`TimeoutLayer`](crate::timeout::TimeoutLayer) and
+/// [`DeadlineLayer`](crate::deadline::DeadlineLayer). The limits do not end a stream whose handler is silent, such as server-sent
 /// events, or an upgraded connection whose client reads. The handler of an upgraded connection (a WebSocket) has to
 /// limit its reads itself.
 ///

@@ -43,7 +43,7 @@ use tokio::{
 };
 
 use crate::{
-    event,
+    event::event,
     listener::{Frames, LazyTimer, PREFACE, Slot},
 };
 

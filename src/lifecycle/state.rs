@@ -14,14 +14,13 @@ use tokio::{
     time::sleep,
 };
 
-use super::door::Door;
+use super::in_flight::Door;
 use crate::{
     admission::{Admit, Policy, Terms},
-    call::{
-        Finish, Hold, LayerKind, Lease, Outcome, Permit, Rejected, RejectedKind, Striped, Token,
-    },
-    event,
+    event::event,
     health::Reporter,
+    outcome::{LayerKind, Outcome, Rejected, RejectedKind},
+    permit::{Finish, Hold, Lease, Permit, Striped, Token},
 };
 
 /// The phase of a process between its start and its end.
@@ -31,11 +30,11 @@ pub enum Phase {
     Starting,
     /// Ready.
     Ready,
-    /// No longer ready. Calls are served for the [delay](super::Lifecycle::delay), in which routers stop routing calls
+    /// No longer ready. Calls are served for the [delay](super::handle::Lifecycle::delay), in which routers stop routing calls
     /// to this process.
     Draining,
-    /// New connections are not accepted, and the [tokens](super::Drain) of streams resolve. Calls that arrive are
-    /// served for the [grace](super::Lifecycle::grace), and rejected after it.
+    /// New connections are not accepted, and the [tokens](super::token::Drain) of streams resolve. Calls that arrive are
+    /// served for the [grace](super::handle::Lifecycle::grace), and rejected after it.
     Stopping,
     /// The drain timeout has expired. The remaining calls and connections are cut.
     Stopped,
@@ -340,7 +339,7 @@ impl Lease<State> {
     }
 }
 
-/// The policy of a [`LifecycleLayer`](super::LifecycleLayer): admits calls until the grace is over.
+/// The policy of a [`LifecycleLayer`](super::layer::LifecycleLayer): admits calls until the grace is over.
 #[derive(Clone, Debug)]
 pub struct Entrance(pub(super) Striped<State>);
 

@@ -31,7 +31,7 @@ use pin_project_lite::pin_project;
 use tokio::time::Instant;
 
 use super::stages::{CallGuard, ConnectionState};
-use crate::{event, listener::LazyTimer};
+use crate::{event::event, listener::LazyTimer};
 
 /// Number of bytes of a frame for which the time limit is extended by one write timeout.
 ///
@@ -186,9 +186,9 @@ impl<B: Body> Body for StagedBody<B> {
 // ===== The tasks of HTTP/2 streams =====
 
 /// Spawns the tasks of HTTP/2 streams on tokio, and resets a stream whose client does not read its response for the
-/// [write timeout](super::Server::write_timeout).
+/// [write timeout](super::server::Server::write_timeout).
 ///
-/// It is the executor of the builder that [`Server::configure`](super::Server::configure) changes.
+/// It is the executor of the builder that [`Server::configure`](super::server::Server::configure) changes.
 #[derive(Clone, Debug)]
 pub struct StreamExecutor {
     write_timeout: Option<Duration>,

@@ -3,12 +3,12 @@ use std::{fmt, future::Future};
 use http::Extensions;
 
 use super::state::{Phase, State};
-use crate::call::{Lease, Permit};
+use crate::permit::{Lease, Permit};
 
 /// A token that notifies a call of the drain, for streams and other work that does not end by itself.
 ///
-/// A [`LifecycleLayer`](super::LifecycleLayer) inserts a token into the extensions of every request. axum's
-/// `Extension<Drain>` extracts it. [`Lifecycle::token`](super::Lifecycle::token) returns a token for other work.
+/// A [`LifecycleLayer`](super::layer::LifecycleLayer) inserts a token into the extensions of every request. axum's
+/// `Extension<Drain>` extracts it. [`Lifecycle::token`](super::handle::Lifecycle::token) returns a token for other work.
 #[derive(Clone)]
 pub struct Drain(Lease<State>);
 
@@ -39,7 +39,7 @@ impl Drain {
     }
 
     /// Returns a guard that counts as one call in flight until it is dropped. The drain waits for it until the drain
-    /// timeout ([`longest`](super::Lifecycle::longest)) expires.
+    /// timeout ([`longest`](super::handle::Lifecycle::longest)) expires.
     ///
     /// For work that outlasts its response, such as a WebSocket or a spawned task.
     pub fn guard(&self) -> DrainGuard {

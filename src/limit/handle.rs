@@ -2,23 +2,24 @@ use std::{fmt, ops::RangeInclusive, time::Duration};
 
 use super::{
     adaptive::{Change, Teller},
-    core::{Entry, MOST_WAITING},
-    lasting::Limit,
+    limiter::{Entry, MOST_WAITING},
+    partition::Claim,
     queue::QueueOrder,
-    sort::Claim,
+    reuse::Limit,
     upgrade::HeldPlace,
     wait::Wait,
 };
 use crate::{
-    ConfigError,
-    call::{Indicator, Rejected, RejectedKind},
+    error::ConfigError,
+    indicator::Indicator,
+    outcome::{Rejected, RejectedKind},
 };
 
 /// A handle that observes and changes a concurrency limit.
 ///
 /// Clones refer to the same limit, as do all services that the layer or a clone of it made.
 #[derive(Clone)]
-pub struct ConcurrencyLimitHandle(pub(super) Limit);
+pub struct ConcurrencyLimitHandle(pub(crate) Limit);
 
 /// A snapshot of a concurrency limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +37,7 @@ pub struct ConcurrencyLimitSnapshot {
     pub refused_full: u64,
     /// The number of calls rejected because they had waited in the queue for the maximum time.
     pub refused_waited: u64,
-    /// The number of calls rejected because their [deadline](crate::Deadline) had passed, in the queue or before it.
+    /// The number of calls rejected because their [deadline](crate::time::Deadline) had passed, in the queue or before it.
     pub refused_deadline: u64,
     /// The number of calls rejected because of their priority.
     pub refused_outranked: u64,
@@ -114,7 +115,7 @@ impl ConcurrencyLimitHandle {
     /// # Errors
     ///
     /// Returns a [`Rejected`] if the limit is reached and the queue is full or absent, or if the maximum waiting time
-    /// has passed. A limit that [rejects by priority](super::sort::SortedLimitLayer::shed_by_priority) may also reject
+    /// has passed. A limit that [rejects by priority](super::partition::SortedLimitLayer::shed_by_priority) may also reject
     /// it in favour of calls above the normal priority.
     ///
     /// # Panics
@@ -171,13 +172,13 @@ impl ConcurrencyLimitHandle {
         Err(ConfigError::new("adaptive.bounds", bounds, remedy))
     }
 
-    /// Sets the length of the queue and the maximum wait, as [`queue`](crate::ConcurrencyLimitLayer::queue) does. Calls
+    /// Sets the length of the queue and the maximum wait, as [`queue`](super::layer::ConcurrencyLimitLayer::queue) does. Calls
     /// that wait already keep their queue entries, even if the queue is longer than the new length, and the maximum
     /// wait with which they joined.
     ///
     /// # Errors
     ///
-    /// Returns an error for the values that [`queue`](crate::ConcurrencyLimitLayer::queue) rejects.
+    /// Returns an error for the values that [`queue`](super::layer::ConcurrencyLimitLayer::queue) rejects.
     pub fn set_queue(&self, length: usize, longest_wait: Duration) -> Result<(), ConfigError> {
         self.0.set_queue(checked_queue(length, longest_wait)?, longest_wait);
         Ok(())
@@ -193,13 +194,13 @@ impl ConcurrencyLimitHandle {
         Ok(())
     }
 
-    /// Sets the `Retry-After` hint of rejections, as [`retry_after`](crate::ConcurrencyLimitLayer::retry_after) does.
+    /// Sets the `Retry-After` hint of rejections, as [`retry_after`](super::layer::ConcurrencyLimitLayer::retry_after) does.
     pub fn set_retry_after(&self, after: Duration) {
         self.0.set_retry_after(after);
     }
 
     /// Sets the time after which a response that its client does not read releases its permit, as
-    /// [`max_unread`](crate::ConcurrencyLimitLayer::max_unread) does. It applies to responses that begin after this
+    /// [`max_unread`](super::layer::ConcurrencyLimitLayer::max_unread) does. It applies to responses that begin after this
     /// call.
     ///
     /// # Errors
@@ -211,7 +212,7 @@ impl ConcurrencyLimitHandle {
     }
 
     /// Sets whether health calls need no permit, as
-    /// [`exempt_grpc_health`](crate::ConcurrencyLimitLayer::exempt_grpc_health) does.
+    /// [`exempt_grpc_health`](super::layer::ConcurrencyLimitLayer::exempt_grpc_health) does.
     pub fn set_exempt_grpc_health(&self, on: bool) {
         self.0.set_exempts_health(on);
     }
@@ -240,14 +241,14 @@ const ALGORITHM_PANICKED: &str = "the adaptive algorithm panicked: use one that 
 
 // ===== Validation =====
 
-pub(super) fn checked(limit: usize) -> Result<u32, ConfigError> {
+pub(crate) fn checked(limit: usize) -> Result<u32, ConfigError> {
     match u32::try_from(limit) {
         Ok(limit) if limit > 0 => Ok(limit),
         _ => Err(ConfigError::new("limit", limit, "use 1 to 4294967295 calls")),
     }
 }
 
-pub(super) fn checked_bounds(
+pub(crate) fn checked_bounds(
     bounds: RangeInclusive<usize>,
 ) -> Result<RangeInclusive<u32>, ConfigError> {
     let (min, max) = (checked(*bounds.start())?, checked(*bounds.end())?);
@@ -257,7 +258,7 @@ pub(super) fn checked_bounds(
     Ok(min..=max)
 }
 
-pub(super) fn checked_queue(length: usize, longest_wait: Duration) -> Result<u32, ConfigError> {
+pub(crate) fn checked_queue(length: usize, longest_wait: Duration) -> Result<u32, ConfigError> {
     match u32::try_from(length) {
         Ok(0..=MOST_WAITING) if length > 0 && longest_wait < Duration::from_millis(1) => {
             let remedy = "use 1ms or more, or a length of 0";
@@ -268,11 +269,11 @@ pub(super) fn checked_queue(length: usize, longest_wait: Duration) -> Result<u32
     }
 }
 
-pub(super) fn checked_max_unread(time: Option<Duration>) -> Result<Option<Duration>, ConfigError> {
+pub(crate) fn checked_max_unread(time: Option<Duration>) -> Result<Option<Duration>, ConfigError> {
     time.map(|time| ConfigError::above_zero("max_unread", time)).transpose()
 }
 
-pub(super) fn checked_order(order: QueueOrder) -> Result<QueueOrder, ConfigError> {
+pub(crate) fn checked_order(order: QueueOrder) -> Result<QueueOrder, ConfigError> {
     match order {
         QueueOrder::Adaptive(longest) => {
             ConfigError::above_zero("queue_order", longest).map(QueueOrder::Adaptive)

@@ -5,20 +5,22 @@ use tower_layer::Layer;
 use super::{
     adaptive::{Algorithm, Teller},
     handle::{ConcurrencyLimitHandle, checked, checked_max_unread, checked_order, checked_queue},
-    lasting::Limit,
     queue::QueueOrder,
+    reuse::Limit,
     upgrade::Upgrades,
 };
 use crate::{
-    ConfigError,
     admission::{Plan, admission_layer},
-    call::{AsError, Http, catch_panic},
+    classify::Http,
+    error::ConfigError,
+    respond::AsError,
+    user_code::catch_panic,
 };
 
 admission_layer! {
     /// Limits the number of calls in flight. Each call holds its permit to the end of its response body.
     ///
-    /// A layer and all its clones share one limit, however often the layer is applied. See the [module](crate::limit).
+    /// A layer and all its clones share one limit, however often the layer is applied. See the [module](super).
     layer ConcurrencyLimitLayer {}
     /// The service of a [`ConcurrencyLimitLayer`].
     service ConcurrencyLimit []
@@ -105,7 +107,7 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
     /// head counts. Before this time such a call is neutral. 1 s by default; must be above zero. With `None`, such a
     /// call never counts.
     ///
-    /// A fixed limit does not use outcomes, so a time is a [`ConfigError`](crate::ConfigError) there.
+    /// A fixed limit does not use outcomes, so a time is a [`ConfigError`](crate::error::ConfigError) there.
     pub fn count_cancelled_after(mut self, time: impl Into<Option<Duration>>) -> Self {
         let time = time.into();
         let checked = match (time, self.plan.policy.adaptive()) {
@@ -134,9 +136,9 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
     /// once more for each MiB. For a client that reads slowly, the time must be longer than it takes to read the
     /// buffers of the transport: up to a few megabytes for HTTP/1, and a stream's window for HTTP/2.
     ///
-    /// The call is then counted in [`unread`](super::ConcurrencyLimitSnapshot::unread). The connection and the response
+    /// The call is then counted in [`unread`](super::handle::ConcurrencyLimitSnapshot::unread). The connection and the response
     /// remain open: only the server can close the connection, as `Lifecycle::serve` does. If the client reads on, an
-    /// inner [`TimeoutLayer`](crate::TimeoutLayer) fails the body; without one the response continues without a permit.
+    /// inner [`TimeoutLayer`](crate::timeout::TimeoutLayer) fails the body; without one the response continues without a permit.
     ///
     /// The setting applies to responses that begin after it is set, to about a million at a time. It has no effect with
     /// [`release_at_head`](Self::release_at_head), with [`upgrades`](Self::upgrades), and for services whose responses
@@ -150,9 +152,9 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
 
     /// Sets whether health calls of `grpc.health.v1.Health` need no permit: up to 1024 `Check` calls and 64 `Watch`
     /// streams at a time. Further ones acquire permits like any other call. On by default, and without effect until a
-    /// [health registry](crate::Health) of this process serves the protocol.
+    /// [health registry](crate::health::Health) of this process serves the protocol.
     ///
-    /// An exempt call is counted in [`exempt`](super::ConcurrencyLimitSnapshot::exempt). The layer recognises it by
+    /// An exempt call is counted in [`exempt`](super::handle::ConcurrencyLimitSnapshot::exempt). The layer recognises it by
     /// method, content type and path, as it recognises [exempt paths](Self::exempt_paths). Turn it off for a client,
     /// and for a server that serves something else at these paths.
     pub fn exempt_grpc_health(self, on: bool) -> Self {
@@ -167,7 +169,7 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
         self
     }
 
-    /// Puts the permit of each call into the extensions of its request, as a [`Held`](super::Held). A handler can take
+    /// Puts the permit of each call into the extensions of its request, as a [`Held`](super::upgrade::Held). A handler can take
     /// the permit and hold it for as long as the upgraded connection lives, such as a WebSocket or a tunnel.
     ///
     /// This costs each call an allocation and an entry in the extensions. Call the methods that set how calls are

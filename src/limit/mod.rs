@@ -37,7 +37,7 @@
 //!
 //! # Deadlines
 //!
-//! If a request carries a [`Deadline`](crate::Deadline) in its extensions, its call waits in the queue until the
+//! If a request carries a [`Deadline`](crate::time::Deadline) in its extensions, its call waits in the queue until the
 //! deadline and no longer. A call whose deadline has passed is rejected (504, `DEADLINE_EXCEEDED`) before it reaches
 //! the inner service. Without this check, a short overload can last: the server spends its capacity on responses that
 //! arrive too late to be used.
@@ -54,7 +54,7 @@
 //!
 //! An adaptive limit uses only the time that the upstream takes and the failures that the upstream causes. Slow
 //! uploads, slow readers and callers that end their calls early do not change the limit: see the [table of
-//! causes](crate::call#which-side-caused-it).
+//! causes](crate::outcome#which-side-caused-it).
 //!
 //! # Exemptions, partitions and priorities
 //!
@@ -63,7 +63,7 @@
 //!
 //! # Health checks
 //!
-//! A server whose limit is reached still responds to health checks. As soon as a [health registry](crate::Health) of
+//! A server whose limit is reached still responds to health checks. As soon as a [health registry](crate::health::Health) of
 //! the process serves `grpc.health.v1`, every limit exempts 1024 `Check` calls and 64 `Watch` streams at a time;
 //! further ones acquire permits. Place an HTTP endpoint such as `/livez` outside of the limit, or list it in
 //! [`exempt_paths`](ConcurrencyLimitLayer::exempt_paths).
@@ -95,7 +95,7 @@
 //! stopped reading. [`buttress::server`](https://docs.rs/buttress/latest/buttress/stack/fn.server.html) sets it to 60
 //! s, the default of `send_timeout` in nginx. The connection is not closed: under `axum::serve` the response, its
 //! buffers and its connection remain until the client closes it, so limit the number of connections, too. If the client
-//! reads on, an inner [`TimeoutLayer`](crate::TimeoutLayer) fails the body. An idle stream that the client reads is not
+//! reads on, an inner [`TimeoutLayer`](crate::timeout::TimeoutLayer) fails the body. An idle stream that the client reads is not
 //! affected: its body waits for its producer.
 //!
 //! # Upgrades
@@ -157,7 +157,7 @@
 //! | [`adaptive`](ConcurrencyLimitLayer::adaptive) measures | to the response head |
 //! | [`count_cancelled_after`](ConcurrencyLimitLayer::count_cancelled_after), adaptive | 1 s |
 //! | permit held | to the end of the body |
-//! | rejected calls | an error ([`Rejected`](crate::Rejected), boxed) |
+//! | rejected calls | an error ([`Rejected`](crate::outcome::Rejected), boxed) |
 //!
 //! # Comparison with tower
 //!
@@ -166,19 +166,16 @@
 //! response head. Both wait without a bound, in `poll_ready`.
 
 pub mod adaptive;
-#[cfg(feature = "listener")]
-#[cfg_attr(docsrs, doc(cfg(feature = "listener")))]
-pub mod connections;
-mod core;
 mod handle;
-mod lasting;
+mod latency;
 mod layer;
+mod limiter;
+pub mod partition;
 mod policy;
 mod queue;
-pub mod sort;
+mod reuse;
 mod upgrade;
 mod wait;
-mod waits;
 
 pub use self::{
     handle::{ConcurrencyLimitHandle, ConcurrencyLimitSnapshot},

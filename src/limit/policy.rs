@@ -6,17 +6,16 @@ use tokio::time::Instant;
 
 use super::{
     adaptive::Teller,
-    core::{Entry, Limiter},
-    lasting::Limit,
-    sort::{Sort, Sorted},
+    limiter::{Entry, Limiter},
+    partition::{Sort, Sorted},
+    reuse::Limit,
     wait::Wait,
 };
 use crate::{
     admission::{Admit, Policy, Terms},
-    call::{
-        Anchor, Finish, Hold, LayerKind, Measures, Moment, Outcome, Permit, Rejected, RejectedKind,
-        Token,
-    },
+    outcome::{LayerKind, Outcome, Rejected, RejectedKind},
+    permit::{Anchor, Finish, Hold, Measures, Permit, Token},
+    time::Moment,
 };
 
 impl<Req> Policy<Req> for Limit {

@@ -43,8 +43,8 @@ use std::{
 use tokio::time::Instant;
 
 use super::{
-    sort::{Cutoff, Line, Priority, Shares},
-    waits::Waits,
+    latency::Waits,
+    partition::{Cutoff, Line, Priority, Shares},
 };
 
 /// A queue entry: the index of its queue and its number. Numbers increase with each entry and are never reused.

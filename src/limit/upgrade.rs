@@ -6,14 +6,16 @@ use std::{
     time::Duration,
 };
 
-use super::core::Limiter;
-use crate::call::{
-    Anchor, CallerDeadline, Deadline, Finish, Giver, Hold, Judge, Measures, Outcome, Permit,
-    SentMark, Shared, Token, UpstreamClock, WaitsFor, grpc::HealthCall,
+use super::limiter::Limiter;
+use crate::{
+    classify::Judge,
+    outcome::{CallerDeadline, HealthCall, Outcome, SentMark, UpstreamClock, WaitsFor},
+    permit::{Anchor, Finish, Giver, Hold, Measures, Permit, Shared, Token},
+    time::Deadline,
 };
 use http::Request;
 
-/// The permit of a call, in the extensions of its request. See [`upgrades`](crate::ConcurrencyLimitLayer::upgrades).
+/// The permit of a call, in the extensions of its request. See [`upgrades`](super::layer::ConcurrencyLimitLayer::upgrades).
 ///
 /// Clones refer to the same permit; only one [`HeldPlace`] exists at a time. If no handler [takes](Self::take) the
 /// permit, the call releases it at its end, as without this type.
@@ -214,7 +216,7 @@ impl fmt::Debug for Slot {
 // ===== The protocol =====
 
 /// A protocol that lends the permit of each call to its handler, made by
-/// [`upgrades`](crate::ConcurrencyLimitLayer::upgrades). `M` classifies the calls.
+/// [`upgrades`](super::layer::ConcurrencyLimitLayer::upgrades). `M` classifies the calls.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Upgrades<M>(pub(super) M);
 

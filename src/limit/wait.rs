@@ -9,11 +9,15 @@ use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
 use super::{
-    core::Limiter,
-    lasting::Limit,
+    limiter::Limiter,
     queue::{Place, Turn},
+    reuse::Limit,
 };
-use crate::call::{Anchor, Permit, Rejected, RejectedKind, has_passed};
+use crate::{
+    outcome::{Rejected, RejectedKind},
+    permit::{Anchor, Permit},
+    time::has_passed,
+};
 
 pin_project! {
     /// A call that waits in the queue. It completes with the permit or with the rejection.

@@ -2,7 +2,10 @@ use std::{io, time::Duration};
 
 use tokio::time::{Instant, sleep_until};
 
-use crate::{event, event::RepeatedEvent, redact};
+use crate::{
+    event::{RepeatedEvent, event},
+    redact,
+};
 
 /// The pause of the accept loop after an error that is not specific to one connection, such as no free file
 /// descriptors. axum and hyper use the same value.

@@ -10,12 +10,12 @@ use std::{
 
 use tokio::time::Instant;
 
-use crate::call::{Clock, Nanos, nanos};
+use crate::time::{Clock, Nanos, nanos};
 
-/// The slot that a connection occupies in a [`LimitedListener`](crate::limit::connections::LimitedListener).
+/// The slot that a connection occupies in a [`LimitedListener`](super::LimitedListener).
 ///
 /// It records since when the connection is idle, so that a full listener can close the connection that has been idle
-/// for the longest time. [`Lifecycle::serve`](crate::Lifecycle::serve) maintains it. If your own
+/// for the longest time. [`Lifecycle::serve`](crate::lifecycle::Lifecycle::serve) maintains it. If your own
 /// [`Listener`](crate::lifecycle::Listener) wraps the capped one, return the slot of the wrapped connection.
 #[derive(Clone)]
 pub struct Slot(Arc<State>);

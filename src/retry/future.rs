@@ -11,22 +11,23 @@ use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use tower_service::Service;
 
 use super::{
-    core::Core,
-    course::{Course, Kept, Wait},
-    exchange::{Repeat, Weigh, classify_by_request, failed_status},
-    policy::Class,
-    rules::{Answer, Seen},
+    overrides::Seen,
+    settings::Settings,
     span::Span,
-    stop::Stop,
-    weighed::{Head, Weighed, earns_deposit, is_good},
+    state::{Course, Kept, Wait},
 };
-use crate::call::{
-    DropCause, LayerKind, Lease, Outcome, Phase, Rejected, RejectedKind, WaitsFor, grpc,
-    may_have_expired, poll_timer,
+use crate::{
+    attempt::{
+        Answer, Class, Core, Head, Repeat, Stop, Weigh, Weighed, classify_by_request,
+        earns_deposit, failed_status, is_good,
+    },
+    outcome::{DropCause, LayerKind, Outcome, Phase, Rejected, RejectedKind, WaitsFor, grpc},
+    permit::Lease,
+    time::{may_have_expired, poll_timer},
 };
 
 pin_project! {
-    /// The future of a [`Retry`](super::Retry)'s call.
+    /// The future of a [`Retry`](super::service::Retry)'s call.
     ///
     /// Dropping it drops the attempt in flight. If it is dropped during a delay, the withdrawal for the next attempt is
     /// refunded.
@@ -35,7 +36,7 @@ pin_project! {
         pub(super) state: State<F, H>,
         // The span of the attempt in flight.
         pub(super) span: Span,
-        pub(super) core: Lease<Core<S>>,
+        pub(super) core: Lease<Core<S, Settings>>,
         pub(super) protocol: M,
         pub(super) is_grpc_call: bool,
         pub(super) kept: Option<K>,
@@ -155,7 +156,7 @@ where
 
 /// Returns the instant at which the response head is late: the earlier of the attempt timeout, which starts now, and
 /// the deadline.
-fn until<S, Req, M>(core: &Core<S>, kept: Option<&M::Kept>) -> Option<Instant>
+fn until<S, Req, M>(core: &Core<S, Settings>, kept: Option<&M::Kept>) -> Option<Instant>
 where
     S: Service<M::Request>,
     M: Repeat<Req> + Weigh<S::Response, S::Error>,

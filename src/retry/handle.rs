@@ -1,8 +1,8 @@
-use super::core::Settings;
-use crate::call::Shared;
+use super::settings::Settings;
+use crate::permit::Shared;
 
 /// A handle to the counts of a retry layer. To change the settings, use a clone of the layer: see the
-/// [module](crate::retry#rules).
+/// [module](super#rules).
 #[derive(Clone, Debug)]
 pub struct RetryHandle(Shared<Settings>);
 
@@ -12,7 +12,7 @@ pub struct RetryHandle(Shared<Settings>);
 pub struct RetrySnapshot {
     /// The number of attempts that were not the first of their call, including transparent retries.
     pub retries: u64,
-    /// The number of calls that ended with a [`Stop`](super::Stop) other than `Answered` and `NotRetryable`.
+    /// The number of calls that ended with a [`Stop`](crate::attempt::Stop) other than `Answered` and `NotRetryable`.
     pub gave_up: u64,
     /// The number of retries of this layer that the budget denied.
     pub budget_denied: u64,

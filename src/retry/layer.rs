@@ -4,25 +4,24 @@ use http::{Method, StatusCode};
 use tower_layer::Layer;
 
 use super::{
-    backoff::Backoff,
-    budget::RetryBudget,
-    core::{Core, Settings},
     handle::RetryHandle,
-    policy::{Hint, Safe},
-    rules::{Failure, FailureKind, Seen},
-    series::Waits,
+    overrides::{Failure, Seen},
+    policy::Hint,
     service::Retry,
+    settings::Settings,
 };
 use crate::{
-    ConfigError,
-    call::{Classify, Http, Outcome, Shared},
-    error::Fault,
+    attempt::{Backoff, Core, FailureKind, RetryBudget, Safe, Waits},
+    classify::{Classify, Http},
+    error::{ConfigError, Fault},
+    outcome::Outcome,
+    permit::Shared,
 };
 
 /// Retries failed calls if a retry is safe, useful and within the budget.
 ///
 /// The layer and all its clones share the settings and the budget, also if the layer is applied several times. See the
-/// [module](crate::retry).
+/// [module](super).
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct RetryLayer<M = Http> {
@@ -81,7 +80,7 @@ impl RetryLayer {
     ///
     /// `UNAVAILABLE`, and `RESOURCE_EXHAUSTED` with pushback, is retried for every call, as gRPC's retry policy (gRFC
     /// A6) specifies. This includes an `UNAVAILABLE` that was mapped from an HTTP status (429, 502, 503, 504; see
-    /// [`Http`](crate::call::Http)). A timeout or a broken connection is not retried, because the call may have had an
+    /// [`Http`](crate::classify::Http)). A timeout or a broken connection is not retried, because the call may have had an
     /// effect.
     pub fn grpc() -> Self {
         let layer = Self::http();
@@ -98,7 +97,7 @@ impl RetryLayer {
     /// from the HTTP status: add `Failure::Grpc(14)` for a 503 from a proxy.
     ///
     /// ```
-    /// # use buttress::{RetryLayer, call::Reason, retry::Failure};
+    /// # use buttress::{outcome::Reason, retry::Failure, RetryLayer};
     /// use http::StatusCode;
     ///
     /// let retry = RetryLayer::http()
@@ -161,12 +160,12 @@ impl RetryLayer {
 
     /// Sets the maximum time of an attempt until its response head. `None`, the default, is no maximum.
     ///
-    /// An attempt that takes longer is dropped and fails with the reason [`Timeout`](crate::call::Reason::Timeout). It
+    /// An attempt that takes longer is dropped and fails with the reason [`Timeout`](crate::outcome::Reason::Timeout). It
     /// is retried if that is safe. Otherwise the call ends with an error. The timeout applies to the last attempt too.
     /// It is rounded down to a millisecond, but not below 1 ms. Zero is a [`ConfigError`] of
     /// [`checked`](Self::checked).
     ///
-    /// To bound the whole call, use a [`Deadline`](crate::Deadline) or an outer timeout.
+    /// To bound the whole call, use a [`Deadline`](crate::time::Deadline) or an outer timeout.
     pub fn attempt_timeout(mut self, time: impl Into<Option<Duration>>) -> Self {
         let above_zero = |time| ConfigError::above_zero("attempt_timeout", time);
         if let Some(time) = self.accept(time.into().map(above_zero).transpose()) {
@@ -178,7 +177,7 @@ impl RetryLayer {
     /// Returns a layer with the same rules for a bare `reqwest::Client`, with the requests and responses of reqwest.
     ///
     /// A request whose body is a stream is sent once and not retried. The trailers of a response are not read, and
-    /// requests carry no [`Deadline`](crate::Deadline). A layer around an [`HttpClient`](crate::reqwest::HttpClient)
+    /// requests carry no [`Deadline`](crate::time::Deadline). A layer around an [`HttpClient`](crate::reqwest::HttpClient)
     /// does not have these limitations.
     ///
     /// ```no_run
@@ -195,8 +194,8 @@ impl RetryLayer {
     /// ```
     #[cfg(feature = "reqwest")]
     #[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
-    pub fn reqwest(self) -> RetryLayer<super::Reqwest> {
-        RetryLayer { settings: self.settings, protocol: super::Reqwest, fault: self.fault }
+    pub fn reqwest(self) -> RetryLayer<crate::attempt::Reqwest> {
+        RetryLayer { settings: self.settings, protocol: crate::attempt::Reqwest, fault: self.fault }
     }
 
     /// Sets a closure that decides after every attempt, also after a successful one.
@@ -223,7 +222,7 @@ impl RetryLayer {
 
 impl<M> RetryLayer<M> {
     /// Sets a closure that classifies results. The layer then retries requests of any type that is `Clone` or
-    /// [`Replay`](super::Replay).
+    /// [`Replay`](crate::attempt::Replay).
     ///
     /// The closure receives the result of the wrapped service as `Result<&Response, &Error>`. Failures and throttled
     /// calls are retried. The error type stays the same.
@@ -374,7 +373,7 @@ impl<M> RetryLayer<M> {
     /// the call at once with the response, and so does every hint of 300 s or more. With
     /// [`hint_reach`](Self::hint_reach) a hint is cut instead.
     ///
-    /// `None` is the default: 30 s for a call without a [`Deadline`](crate::Deadline), and no maximum for a call with
+    /// `None` is the default: 30 s for a call without a [`Deadline`](crate::time::Deadline), and no maximum for a call with
     /// one, since the deadline bounds the delay. The delay of a shorter hint may exceed the maximum by its
     /// [jitter](Self::hint_jitter). Clients whose jitter is cut at the maximum would return at the same time.
     pub fn max_wait(self, wait: impl Into<Option<Duration>>) -> Self {
@@ -389,7 +388,7 @@ impl<M> RetryLayer<M> {
         self
     }
 
-    /// Sets the minimum time for an attempt: 10 ms by default. If a [`Deadline`](crate::Deadline) in the extensions of
+    /// Sets the minimum time for an attempt: 10 ms by default. If a [`Deadline`](crate::time::Deadline) in the extensions of
     /// the request leaves less after the delay, the call ends with the response or error of the last attempt.
     pub fn least_attempt(self, time: Duration) -> Self {
         self.settings.set(|policy| policy.least_attempt = time);
@@ -411,7 +410,7 @@ impl<M> RetryLayer<M> {
     }
 
     /// Returns the layer if its settings can work. A layer with a fault that is used without this check never retries.
-    /// A retryable failure then ends the call as [`Misconfigured`](super::Stop::Misconfigured).
+    /// A retryable failure then ends the call as [`Misconfigured`](crate::attempt::Stop::Misconfigured).
     ///
     /// # Errors
     ///

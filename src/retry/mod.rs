@@ -38,7 +38,7 @@
 //! | The body can be replayed. | [`StillSending`](Stop::StillSending), [`BodyGone`](Stop::BodyGone) |
 //! | An attempt is left in total and [for this kind of failure](RetryLayer::at_most). | [`AttemptsUsedUp`](Stop::AttemptsUsedUp), [`KindUsedUp`](Stop::KindUsedUp) |
 //! | The delay that the server requests is within the maximum. | [`WaitTooLong`](Stop::WaitTooLong) |
-//! | The delay and [10 ms](RetryLayer::least_attempt) for an attempt fit before the [`Deadline`](crate::Deadline). | [`DeadlineTooNear`](Stop::DeadlineTooNear) |
+//! | The delay and [10 ms](RetryLayer::least_attempt) for an attempt fit before the [`Deadline`](crate::time::Deadline). | [`DeadlineTooNear`](Stop::DeadlineTooNear) |
 //! | The budget permits a retry. | [`BudgetUsedUp`](Stop::BudgetUsedUp) |
 //!
 //! A `poll_ready` that fails ends the call as [`NotReady`](Stop::NotReady).
@@ -63,7 +63,7 @@
 //!
 //! # Connection housekeeping
 //!
-//! A call that ends by [connection housekeeping](crate::Outcome::is_housekeeping) is retried transparently: at once,
+//! A call that ends by [connection housekeeping](crate::outcome::Outcome::is_housekeeping) is retried transparently: at once,
 //! without counting an attempt, and without a deposit to or a withdrawal from the budget. A call makes at most 5
 //! transparent retries in total. Beyond these, attempts, backoff and budget apply as to any other failure.
 //!
@@ -114,10 +114,10 @@
 //!
 //! # Deadlines
 //!
-//! If the extensions of a request contain a [`Deadline`](crate::Deadline), the request is not sent after it. It is not
+//! If the extensions of a request contain a [`Deadline`](crate::time::Deadline), the request is not sent after it. It is not
 //! retried if the delay and [10 ms](RetryLayer::least_attempt) for the attempt do not fit before the deadline. A wait
 //! for the readiness of the service, and an attempt that has no response head, end at the deadline. The error then
-//! contains a [`Rejected`](crate::Rejected). A `DeadlineLayer` outside of the retry that responds converts it into a
+//! contains a [`Rejected`](crate::outcome::Rejected). A `DeadlineLayer` outside of the retry that responds converts it into a
 //! 504, or into `DEADLINE_EXCEEDED` for gRPC.
 //!
 //! [`attempt_timeout`](RetryLayer::attempt_timeout) bounds each attempt, up to its response head. The timer is created
@@ -125,7 +125,7 @@
 //!
 //! # gRPC
 //!
-//! The retry classifies a gRPC call as every other layer does, by the table of [`Http`](crate::call::Http): by
+//! The retry classifies a gRPC call as every other layer does, by the table of [`Http`](crate::classify::Http): by
 //! `grpc-status` whatever the HTTP status is, and without it by the code that the HTTP status maps to. 503 `text/html`
 //! from a proxy is `UNAVAILABLE`; 503 with `grpc-status: 5` is a regular response. The retry waits at most 10 ms for
 //! the trailers of a response without messages. Each further attempt carries `grpc-previous-rpc-attempts`, the number
@@ -187,46 +187,33 @@
 //! | [`attempt_timeout`](RetryLayer::attempt_timeout) | none |
 //! | [`least_attempt`](RetryLayer::least_attempt) | 10 ms |
 
-mod account;
-mod attempts;
-mod backoff;
-mod budget;
-mod core;
-mod course;
-mod exchange;
 mod future;
 mod handle;
-pub mod hedge;
 mod layer;
-mod peek;
+mod overrides;
 mod policy;
 mod preset;
-mod replay;
-mod rules;
-mod sent;
-mod series;
 mod service;
+mod settings;
 mod span;
-mod stop;
-mod weighed;
+mod state;
 
-#[cfg(feature = "reqwest")]
-#[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
-pub use self::exchange::Reqwest;
 pub use self::{
-    account::Withdrawal,
-    attempts::{Attempt, Attempts, RetryError, Tried},
-    backoff::{Backoff, Delays},
-    budget::RetryBudget,
-    exchange::Replay,
     future::ResponseFuture,
     handle::{RetryHandle, RetrySnapshot},
-    hedge::{Hedge, HedgeAttempt, HedgeFuture, HedgeHandle, HedgeLayer, HedgeSnapshot, Hedged},
     layer::{RetryLayer, Unclassified},
-    peek::PeekedBody,
+    overrides::{Failure, Seen},
     preset::Preset,
-    replay::ReplayBody,
-    rules::{Failure, FailureKind, Seen},
     service::Retry,
-    stop::Stop,
+};
+#[cfg(feature = "reqwest")]
+#[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
+pub use crate::attempt::Reqwest;
+pub use crate::{
+    attempt::FailureKind,
+    attempt::{
+        Attempt, Attempts, Backoff, Delays, PeekedBody, Replay, ReplayBody, RetryBudget,
+        RetryError, Stop, Tried, Withdrawal,
+    },
+    hedge::{Hedge, HedgeAttempt, HedgeFuture, HedgeHandle, HedgeLayer, HedgeSnapshot, Hedged},
 };

@@ -6,49 +6,43 @@
 
 use std::{sync::Arc, time::Duration};
 
-use http::Method;
-
-use super::{
-    backoff::Backoff,
-    rules::{Failure, FailureKind, PerKind, Say},
-    series::{Series, Waits},
-    stop::Stop,
-};
+use super::overrides::{Failure, Say};
 use crate::{
-    ConfigError,
-    call::{Outcome, Reason, grpc, hint::MAX_HINT},
+    attempt::{Backoff, Class, FailureKind, PerKind, Repeatable, Safe, Series, Stop, Waits},
+    error::ConfigError,
+    outcome::{MAX_HINT, Outcome, Reason, grpc},
 };
 
 /// The settings of a retry layer that are needed only after a failed attempt.
 #[derive(Clone, Debug)]
-pub(super) struct Policy {
-    pub(super) name: Option<Arc<str>>,
-    pub(super) attempts: u32,
+pub(crate) struct Policy {
+    pub(crate) name: Option<Arc<str>>,
+    pub(crate) attempts: u32,
     /// The maximum number of retries for each kind of failure.
-    pub(super) limits: PerKind<Option<u32>>,
-    pub(super) waits: Waits,
+    pub(crate) limits: PerKind<Option<u32>>,
+    pub(crate) waits: Waits,
     /// `None`: [`DEFAULT_MAX_WAIT`] for a call without a deadline, no maximum for a call with one.
-    pub(super) max_wait: Option<Duration>,
-    pub(super) hint: Hint,
+    pub(crate) max_wait: Option<Duration>,
+    pub(crate) hint: Hint,
     /// A rejection by an inner layer that carries `retry_after` is retried after that time.
-    pub(super) wait_on_rejection: bool,
+    pub(crate) wait_on_rejection: bool,
     /// The maximum number of transparent retries of one call. They are immediate, and neither counted as attempts nor
     /// charged to the budget.
-    pub(super) max_transparent: u32,
+    pub(crate) max_transparent: u32,
     /// The minimum time between the delay and the deadline. With less, there is no attempt.
-    pub(super) least_attempt: Duration,
-    pub(super) drain_cap: u64,
-    pub(super) say: Say,
-    pub(super) safe: Safe,
+    pub(crate) least_attempt: Duration,
+    pub(crate) drain_cap: u64,
+    pub(crate) say: Say,
+    pub(crate) safe: Safe,
     /// A gRPC status that declares the call unprocessed makes a retry safe for any method.
-    pub(super) trust_grpc: bool,
+    pub(crate) trust_grpc: bool,
 }
 
 /// The default of `max_transparent`, enough to pass every stale connection of a small pool.
-pub(super) const MAX_TRANSPARENT: u32 = 5;
+pub(crate) const MAX_TRANSPARENT: u32 = 5;
 
 impl Policy {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             name: None,
             attempts: 3,
@@ -67,7 +61,7 @@ impl Policy {
     }
 
     /// Returns an error for settings that contradict each other or have no effect.
-    pub(super) fn check(&self) -> Result<(), ConfigError> {
+    pub(crate) fn check(&self) -> Result<(), ConfigError> {
         if let Some(status) = self.say.contradiction() {
             let remedy = "list the status in either unprocessed or never_on";
             return Err(ConfigError::new("unprocessed", status.as_u16(), remedy));
@@ -92,13 +86,13 @@ impl Policy {
     }
 
     #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Only events use it.
-    pub(super) fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         self.name.as_deref().unwrap_or_default()
     }
 
     /// Returns whether a retry for this outcome is transparent. `before` is the number of transparent retries that the
     /// call has had.
-    pub(super) fn is_transparent(&self, outcome: Outcome, before: u32) -> bool {
+    pub(crate) fn is_transparent(&self, outcome: Outcome, before: u32) -> bool {
         let unprocessed = FailureKind::of(outcome) == FailureKind::Unseen;
         (unprocessed || outcome.is_housekeeping()) && before < self.max_transparent
     }
@@ -111,7 +105,7 @@ impl Policy {
     }
 
     /// Returns the class of an outcome. A rejection that states a time becomes retryable with `wait_on_rejection`.
-    pub(super) fn classify_rejection(&self, class: Class, outcome: Outcome) -> Class {
+    pub(crate) fn classify_rejection(&self, class: Class, outcome: Outcome) -> Class {
         // Without a hint, the time at which the inner layer admits calls again is unknown.
         let waits = self.wait_on_rejection && outcome.retry_after().is_some();
         if class == Class::Refused(Stop::Rejected) && waits { Class::Retryable } else { class }
@@ -159,11 +153,11 @@ impl Policy {
 const DEFAULT_MAX_WAIT: Duration = Duration::from_secs(30);
 
 /// The default of `hint_jitter`: half of the hint, as in Envoy's rate-limited backoff.
-pub(super) const HINT_JITTER: f64 = 0.5;
+pub(crate) const HINT_JITTER: f64 = 0.5;
 
 /// How a server's hint changes the delay before an attempt.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Hint {
+pub(crate) enum Hint {
     /// The hint is a lower bound. The delay is at most `hint × (1 + jitter)`, or the backoff if that is longer.
     Above { jitter: f64 },
     /// The hint lengthens the delay of the backoff by at most this time.
@@ -172,81 +166,48 @@ pub(super) enum Hint {
     Exact,
 }
 
-/// The requests that may be repeated although they may have had an effect.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Safe {
-    /// By the method (RFC 9110 §9.2.2) or an `Idempotency-Key`.
-    Idempotent,
-    /// By one of these methods or an `Idempotency-Key`.
-    Methods(Arc<[Method]>),
-    /// All requests, as the user declares.
-    All,
-}
-
-/// The meaning of an attempt's result for a retry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Class {
-    /// The result is not retryable and is returned.
-    Final,
-    /// The result is retryable.
-    Retryable,
-    /// The upstream or an inner layer forbids a retry.
-    Refused(Stop),
-}
-
-/// Whether a request body can be replayed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Repeatable {
-    /// The body can be replayed.
-    Yes,
-    /// The previous attempt still reads the body, or has not dropped it yet.
-    Streaming,
-    /// The body exceeds the cap, cannot be copied, or has failed.
-    No,
-}
-
 /// The input of the decision.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Facts {
-    pub(super) class: Class,
-    pub(super) outcome: Outcome,
+pub(crate) struct Facts {
+    pub(crate) class: Class,
+    pub(crate) outcome: Outcome,
     /// A retry is safe by the method, by a key, by a rule of the user, or because the server did not process the
     /// request.
-    pub(super) safe: bool,
+    pub(crate) safe: bool,
     /// The response proves that the server did not process the request, so that a retry makes no withdrawal.
-    pub(super) is_unprocessed: bool,
+    pub(crate) is_unprocessed: bool,
     /// The attempt ended with an error.
-    pub(super) is_error: bool,
+    pub(crate) is_error: bool,
     /// An earlier attempt of an inner hedge may have been sent, although this outcome is that of an unsent attempt.
-    pub(super) is_sent_before: bool,
-    pub(super) body: Repeatable,
+    pub(crate) is_sent_before: bool,
+    pub(crate) body: Repeatable,
     /// The number of attempts made, including this one.
-    pub(super) made: u32,
+    pub(crate) made: u32,
     /// A retry for this outcome is transparent.
-    pub(super) is_transparent: bool,
+    pub(crate) is_transparent: bool,
     /// The number of them that were followed by a transparent retry.
-    pub(super) transparent: u32,
+    pub(crate) transparent: u32,
     /// The number of retries made for each kind of failure.
-    pub(super) of_kind: PerKind<u32>,
+    pub(crate) of_kind: PerKind<u32>,
     /// The time until the deadline, if there is one.
-    pub(super) left: Option<Duration>,
+    pub(crate) left: Option<Duration>,
 }
 
 /// A retry that all checks except the budget permit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Again {
-    pub(super) wait: Duration,
+pub(crate) struct Again {
+    pub(crate) wait: Duration,
     /// The retry neither counts as an attempt nor is charged to the budget.
-    pub(super) transparent: bool,
+    pub(crate) transparent: bool,
     /// The kind of failure for which the budget is charged. `None` if the retry makes no withdrawal.
-    pub(super) charge: Option<FailureKind>,
-    pub(super) kind: FailureKind,
+    pub(crate) charge: Option<FailureKind>,
+    pub(crate) kind: FailureKind,
 }
 
 /// Decides whether to retry and after which delay.
 ///
 /// `series` has the delays of the call, and is created when the first delay is needed.
-pub(super) fn decide(
+pub(crate) fn decide(
     facts: &Facts,
     policy: &Policy,
     series: &mut Option<Series>,

@@ -3,11 +3,10 @@
 use std::time::Duration;
 
 use super::{
-    backoff::Backoff,
-    budget::RetryBudget,
     layer::RetryLayer,
     policy::{HINT_JITTER, Hint, MAX_TRANSPARENT},
 };
+use crate::attempt::{Backoff, RetryBudget};
 
 /// Another implementation whose settings [`RetryLayer::preset`] follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +34,7 @@ impl<M> RetryLayer<M> {
     /// | `Finagle` | 3 | [`Backoff::finagle`] | [`RetryBudget::finagle`] | lower bound with up to 50 % jitter |
     ///
     /// gRPC has no defaults. The numbers of `Grpc`, including its budget, are those of the example in gRFC A6. `Grpc`
-    /// makes at most one [transparent retry](crate::retry#connection-housekeeping) for each call, as gRFC A6 specifies.
+    /// makes at most one [transparent retry](super#connection-housekeeping) for each call, as gRFC A6 specifies.
     /// The other presets make at most five.
     pub fn preset(self, preset: Preset) -> Self {
         self.settings.set(|policy| {

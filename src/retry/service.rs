@@ -7,29 +7,30 @@ use std::{
 use tower_service::Service;
 
 use super::{
-    attempts::Attempts,
-    core::Core,
-    exchange::{Repeat, Weigh},
     future::{ResponseFuture, State, ends_by},
+    settings::Settings,
     span::Span,
-    weighed::Weighed,
 };
 use crate::{
     admission::Reusable,
-    call::{Http, Moment, Striped, is_mark_requested},
+    attempt::{Attempts, Core, Repeat, Weigh, Weighed},
+    classify::Http,
+    outcome::is_mark_requested,
+    permit::Striped,
+    time::Moment,
 };
 
-/// The service of a [`RetryLayer`](super::RetryLayer).
+/// The service of a [`RetryLayer`](super::layer::RetryLayer).
 pub struct Retry<S, M = Http> {
     inner: S,
-    core: Striped<Core<S>>,
+    core: Striped<Core<S, Settings>>,
     protocol: M,
     /// An inner layer measures calls: requests carry a mark of their progress.
     marks: bool,
 }
 
 impl<S, M> Retry<S, M> {
-    pub(super) fn new(inner: S, core: Core<S>, protocol: M) -> Self {
+    pub(super) fn new(inner: S, core: Core<S, Settings>, protocol: M) -> Self {
         Self { inner, core: Striped::new(core), protocol, marks: false }
     }
 

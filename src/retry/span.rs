@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::call::Outcome;
+use crate::outcome::Outcome;
 
 #[cfg(feature = "tracing")]
 const TARGET: &str = "buttress::retry";

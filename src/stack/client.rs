@@ -8,15 +8,17 @@ use super::{
     meter::{Meter, Metered},
 };
 use crate::{
-    CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, HedgeLayer, RetryLayer, TimeoutLayer,
-    breaker::CircuitBreaker,
-    call::{AsError, Shared},
+    breaker::{CircuitBreaker, CircuitBreakerLayer},
     config::{ClientConfig, ConfigErrors},
     deadline::{PropagateLayer, Propagated},
+    error::ConfigError,
     health::HealthProbeHandle,
-    limit::ConcurrencyLimit,
-    retry::{Hedge, Retry},
-    timeout::Timeout,
+    hedge::{Hedge, HedgeLayer},
+    limit::{ConcurrencyLimit, ConcurrencyLimitLayer},
+    permit::Shared,
+    respond::AsError,
+    retry::{Retry, RetryLayer},
+    timeout::{Timeout, TimeoutLayer},
 };
 
 /// The recommended layers of a client, for any HTTP client. Outermost first: counters, deadline, retry, hedge, circuit

@@ -9,7 +9,7 @@ use http::Response;
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
-use crate::{BoxError, ClientError};
+use crate::{client_error::ClientError, error::BoxError};
 
 pin_project! {
     /// The future of a call of a ready-made client.

@@ -15,8 +15,11 @@ use super::{
     future::{ClientFuture, ClientResponse},
 };
 use crate::{
-    BoxError, ClientError, ConfigError, RespondLayer, RespondService, RetryLayer,
+    client_error::ClientError,
     config::{ClientConfig, ConfigErrors},
+    error::{BoxError, ConfigError},
+    respond::{RespondLayer, RespondService},
+    retry::RetryLayer,
 };
 
 type Inner<S> = RespondService<ClientStackService<IntoTonicBody<S>>>;
@@ -48,7 +51,7 @@ type Inner<S> = RespondService<ClientStackService<IntoTonicBody<S>>>;
 ///
 /// `deadline_default` applies to calls without a deadline. tonic's `Request::set_timeout` sends `grpc-timeout`, which is a
 /// deadline of the caller: the default is also its maximum, unless `deadline_at_most` states another one. To give a call,
-/// such as a watch, more time than the default, insert a [`Deadline`](crate::Deadline) into the extensions of its request.
+/// such as a watch, more time than the default, insert a [`Deadline`](crate::time::Deadline) into the extensions of its request.
 ///
 /// # Errors
 ///

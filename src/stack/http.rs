@@ -19,11 +19,12 @@ use super::{
     handle::HealthCheck,
 };
 use crate::{
-    BoxError, ClientError, ConfigError,
+    attempt::ReplayBody,
+    client_error::ClientError,
     config::{ClientConfig, ConfigErrors},
     connect::{self, ConnectLayer},
+    error::{BoxError, ConfigError},
     health::HealthProbe,
-    retry::ReplayBody,
     timeout::SendingBody,
 };
 

@@ -18,11 +18,12 @@ use tower_service::Service;
 
 use crate::{
     admission::{Admission, Admit, Plan, Policy, ResponseFuture, Reusable, Terms},
-    call::{
-        AsError, Clock, Finish, Hold, Http, HttpCall, LayerKind, Nanos, Outcome, OutcomeKind,
-        Permit, Reason, Recent, Reject, Rejected, Shared, Token, TrackedBody,
-    },
+    classify::{Http, HttpCall},
     error::Fault,
+    outcome::{LayerKind, Outcome, OutcomeKind, Reason, Rejected},
+    permit::{Finish, Hold, Permit, Shared, Token, TrackedBody},
+    respond::{AsError, Reject},
+    time::{Clock, Nanos, Recent},
 };
 
 /// The counters of the calls of a stack.
@@ -153,8 +154,8 @@ impl fmt::Debug for Meter {
     }
 }
 
-/// A service that counts its calls, the outermost service of a [`ClientStack`](super::ClientStack) or a
-/// [`ServerStack`](super::ServerStack).
+/// A service that counts its calls, the outermost service of a [`ClientStack`](super::client::ClientStack) or a
+/// [`ServerStack`](super::server::ServerStack).
 pub struct Metered<S, R = AsError> {
     admission: Admission<S, Shared<Meter>, Http, R>,
 }

@@ -27,14 +27,14 @@
 //! | a client, outermost first | a server |
 //! |---|---|
 //! | counters | counters |
-//! | [`DeadlineLayer`](crate::DeadlineLayer): the deadline of all attempts and delays | [`DeadlineLayer`](crate::DeadlineLayer) |
-//! | [`RetryLayer`](crate::RetryLayer) | |
-//! | [`HedgeLayer`](crate::HedgeLayer), off unless `hedge_after` or `hedge_percentile` is set | |
-//! | [`CircuitBreakerLayer`](crate::CircuitBreakerLayer) | |
-//! | [`ConcurrencyLimitLayer`](crate::ConcurrencyLimitLayer) | [`ConcurrencyLimitLayer`](crate::ConcurrencyLimitLayer) |
-//! | [`DeadlineLayer`](crate::DeadlineLayer): sends the time left to the next hop | |
-//! | [`TimeoutLayer`](crate::TimeoutLayer): the timeouts of an attempt | [`TimeoutLayer::server`](crate::TimeoutLayer::server) |
-//! | [`HealthProbeLayer`](crate::HealthProbeLayer), in `buttress::client` if `health_probe_uri` is set | |
+//! | [`DeadlineLayer`](crate::deadline::DeadlineLayer): the deadline of all attempts and delays | [`DeadlineLayer`](crate::deadline::DeadlineLayer) |
+//! | [`RetryLayer`](crate::retry::RetryLayer) | |
+//! | [`HedgeLayer`](crate::hedge::HedgeLayer), off unless `hedge_after` or `hedge_percentile` is set | |
+//! | [`CircuitBreakerLayer`](crate::breaker::CircuitBreakerLayer) | |
+//! | [`ConcurrencyLimitLayer`](crate::limit::ConcurrencyLimitLayer) | [`ConcurrencyLimitLayer`](crate::limit::ConcurrencyLimitLayer) |
+//! | [`DeadlineLayer`](crate::deadline::DeadlineLayer): sends the time left to the next hop | |
+//! | [`TimeoutLayer`](crate::timeout::TimeoutLayer): the timeouts of an attempt | [`TimeoutLayer::server`](crate::timeout::TimeoutLayer::server) |
+//! | [`HealthProbeLayer`](crate::health::HealthProbeLayer), in `buttress::client` if `health_probe_uri` is set | |
 //! | the client | the routes |
 //!
 //! A layer that is off forwards every call. It stays in the stack, so the type of the stack does not depend on the
@@ -50,16 +50,16 @@
 //! The counters read the clock twice for each call and take one lock for a short time. Everything else is the cost of
 //! the layers.
 
-mod client;
+pub(crate) mod client;
 #[cfg(any(feature = "connect", feature = "tonic"))]
 mod future;
 #[cfg(feature = "tonic")]
-mod grpc;
+pub(crate) mod grpc;
 mod handle;
 #[cfg(feature = "connect")]
 mod http;
 mod meter;
-mod server;
+pub(crate) mod server;
 
 #[cfg(any(feature = "connect", feature = "tonic"))]
 #[cfg_attr(docsrs, doc(cfg(any(feature = "connect", feature = "tonic"))))]

@@ -7,12 +7,14 @@ use super::{
     meter::{Meter, Metered},
 };
 use crate::{
-    ConcurrencyLimitLayer, ConfigError, TimeoutLayer,
-    call::{Http, Respond, Shared},
+    classify::Http,
     config::{ConfigErrors, ServerConfig},
     deadline::{PropagateLayer, Propagated},
-    limit::ConcurrencyLimit,
-    timeout::{AsIs, Timeout},
+    error::ConfigError,
+    limit::{ConcurrencyLimit, ConcurrencyLimitLayer},
+    permit::Shared,
+    respond::Respond,
+    timeout::{AsIs, Timeout, TimeoutLayer},
 };
 
 /// The recommended layers of a server, for its routes. Outermost first: counters, deadline, concurrency limit,
@@ -47,7 +49,7 @@ use crate::{
 /// bound every call with `deadline_default`.
 ///
 /// Put health endpoints (`Health::endpoints`) outside of the stack. gRPC health calls need no permit if a
-/// [health registry](crate::Health) of the process serves them. The clones of a stack share its state.
+/// [health registry](crate::health::Health) of the process serves them. The clones of a stack share its state.
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct ServerStack {

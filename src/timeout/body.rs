@@ -12,21 +12,24 @@ use pin_project_lite::pin_project;
 use tokio::time::Instant;
 
 use super::{
-    sending::Sending,
+    idle::{Over, Stall},
     settings::{drop_by, timed_out},
-    stall::{Over, Stall},
-    watch::{End, Rest, Watch, ends_by_deadline},
+    timers::{End, Rest, Watch, ends_by_deadline},
+    upload::Sending,
 };
 use crate::{
-    BoxError,
-    call::{AnswerBody, Form, OwnAnswer, Phase, Rejected, RejectedKind, grpc, has_passed, unread},
+    error::BoxError,
+    outcome::{Phase, Rejected, RejectedKind, grpc},
+    permit::{AnswerBody, OwnAnswer, unread},
+    respond::Form,
+    time::has_passed,
 };
 
 pin_project! {
     /// A response body that ends when a timeout expires.
     ///
-    /// It then fails with a boxed [`Rejected`](crate::Rejected). A gRPC response of a layer with
-    /// [`respond`](super::TimeoutLayer::respond) ends with the trailers of `DEADLINE_EXCEEDED` instead. The inner body
+    /// It then fails with a boxed [`Rejected`](crate::outcome::Rejected). A gRPC response of a layer with
+    /// [`respond`](super::layer::TimeoutLayer::respond) ends with the trailers of `DEADLINE_EXCEEDED` instead. The inner body
     /// is dropped at once. Every frame, the trailers, the size hint and the end-of-stream flag are forwarded.
     pub struct TimedBody<B: Body> {
         #[pin]

@@ -9,7 +9,7 @@ use http::{Method, Request, Version};
 use tokio::time::Instant;
 
 use super::settings::{Limit, OFF, UNSAID};
-use crate::call::grpc;
+use crate::outcome::grpc;
 
 /// The settings of the minimum rate. Each is [`UNSAID`] until it is set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

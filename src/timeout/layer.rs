@@ -3,20 +3,22 @@ use std::{fmt, sync::Arc, time::Duration};
 use tower_layer::Layer;
 
 use super::{
-    exchange::AsIs,
+    protocol::AsIs,
     service::Timeout,
     settings::{State, TimeoutHandle, Timeouts},
 };
 use crate::{
-    ConfigError,
-    call::{AsError, Far, Http, LayerKind, PerResponse, Rejected, Respond, RespondWith},
-    error::Fault,
+    classify::{Http, PerResponse},
+    error::{ConfigError, Fault},
+    outcome::{LayerKind, Rejected},
+    permit::Far,
+    respond::{AsError, Respond, RespondWith},
 };
 
 /// Ends calls that exceed the timeout of a phase: the response head, the first frame, pauses of a body, or the whole
 /// call.
 ///
-/// A layer, its clones and all services that it wraps share the same settings. See the [module](crate::timeout).
+/// A layer, its clones and all services that it wraps share the same settings. See the [module](super).
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct TimeoutLayer<M = Http, R = AsError> {
@@ -129,9 +131,9 @@ impl<M, R> TimeoutLayer<M, R> {
     /// Sets the timeout of the whole call, from its beginning to the end of its response body, or `None`. Off by
     /// default.
     ///
-    /// In the [recommended position](crate::timeout#in-the-stack), inside of the retry, it applies to **each attempt**:
+    /// In the [recommended position](super#in-the-stack), inside of the retry, it applies to **each attempt**:
     /// a call with three attempts may take three times as long, plus the delays between them. To bound the whole call,
-    /// use the [default](crate::DeadlineLayer::default_of) of a [`DeadlineLayer`](crate::DeadlineLayer) outside of the
+    /// use the [default](crate::deadline::DeadlineLayer::default_of) of a [`DeadlineLayer`](crate::deadline::DeadlineLayer) outside of the
     /// retry.
     ///
     /// The total includes the time of a slow upload and of a slow reader of the response, and it cuts off healthy

@@ -49,7 +49,7 @@
 //! | [`total`](TimeoutLayer::total) | the call | the end of the response body |
 //! | [`response_total`](TimeoutLayer::response_total) | the request has been sent | the end of the response body |
 //! | [`min_body_rate`](TimeoutLayer::min_body_rate) | a poll of the request body that is pending | the next frame; also after the response head |
-//! | [`Deadline`](crate::Deadline) of the request | none: it is a point in time | the end of the response body |
+//! | [`Deadline`](crate::time::Deadline) of the request | none: it is a point in time | the end of the response body |
 //!
 //! A body stalls if it has no frame while its consumer polls it. A client that reads a response slowly does not poll,
 //! so only a total or a response total covers it. A concurrency limit with
@@ -86,22 +86,22 @@
 //!
 //! | | before the head | in the body |
 //! |---|---|---|
-//! | a client | a boxed [`Rejected`](crate::Rejected) | the same, as the error of the body |
+//! | a client | a boxed [`Rejected`](crate::outcome::Rejected) | the same, as the error of the body |
 //! | a client with [`respond`](TimeoutLayer::respond) | 504; gRPC: `DEADLINE_EXCEEDED` | the same; gRPC: trailers of `DEADLINE_EXCEEDED` |
 //! | a [`server`](TimeoutLayer::server) with [`respond`](TimeoutLayer::respond) | 503; gRPC: `DEADLINE_EXCEEDED` | the same |
 //!
 //! The layer never responds with 408, because browsers then send the same request again. An outer circuit breaker
-//! counts a timeout as a failure. An outer retry layer retries a [`Timeout`](crate::call::Reason::Timeout) if that is
+//! counts a timeout as a failure. An outer retry layer retries a [`Timeout`](crate::outcome::Reason::Timeout) if that is
 //! safe. A request body that stalls or is too slow is attributed to the caller, and so is a
-//! [`Deadline`](crate::Deadline) of the caller: see the [table of causes](crate::call#which-side-caused-it).
+//! [`Deadline`](crate::time::Deadline) of the caller: see the [table of causes](crate::outcome#which-side-caused-it).
 //!
 //! # Other clients' timeouts
 //!
 //! | other client | this crate |
 //! |---|---|
-//! | reqwest `timeout` | for the whole call the [default](crate::DeadlineLayer::default_of) of a [`DeadlineLayer`](crate::DeadlineLayer) outside of the retry, for each attempt [`total`](TimeoutLayer::total) |
-//! | reqwest `RequestBuilder::timeout` | a [`Deadline`](crate::Deadline) in the extensions of the request, inside of such a layer |
-//! | linkerd `timeout.linkerd.io/request`, Envoy `timeout` of a route | the [default](crate::DeadlineLayer::default_of) of a [`DeadlineLayer`](crate::DeadlineLayer); per attempt: [`total`](TimeoutLayer::total) |
+//! | reqwest `timeout` | for the whole call the [default](crate::deadline::DeadlineLayer::default_of) of a [`DeadlineLayer`](crate::deadline::DeadlineLayer) outside of the retry, for each attempt [`total`](TimeoutLayer::total) |
+//! | reqwest `RequestBuilder::timeout` | a [`Deadline`](crate::time::Deadline) in the extensions of the request, inside of such a layer |
+//! | linkerd `timeout.linkerd.io/request`, Envoy `timeout` of a route | the [default](crate::deadline::DeadlineLayer::default_of) of a [`DeadlineLayer`](crate::deadline::DeadlineLayer); per attempt: [`total`](TimeoutLayer::total) |
 //! | linkerd `timeout.linkerd.io/response` | [`response_total`](TimeoutLayer::response_total) |
 //! | reqwest `read_timeout` | [`head`](TimeoutLayer::head), [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle), all of that time |
 //! | reqwest `connect_timeout`, httpx `connect` | the timeout of the connector, such as [`connect_timeout`](https://docs.rs/buttress/latest/buttress/connect/struct.ConnectLayer.html#method.connect_timeout); a call that gets no connection is ended by [`head`](TimeoutLayer::head), or by [`taking`](TimeoutLayer::taking) if it has a body |
@@ -123,7 +123,7 @@
 //! On a client, every timeout then applies to **one attempt**, including [`total`](TimeoutLayer::total) and
 //! [`response_total`](TimeoutLayer::response_total): a call with three attempts and a total of 2 s may take 6 s, plus
 //! the delays between the attempts. The layer times neither the wait for a permit nor the delay before an attempt. A
-//! [`DeadlineLayer`](crate::DeadlineLayer) outside of the retry bounds the whole call.
+//! [`DeadlineLayer`](crate::deadline::DeadlineLayer) outside of the retry bounds the whole call.
 //!
 //! The wrapped service receives `http::Request<SendingBody<B>>`. A service with a single body type needs a
 //! `tower_http::map_request_body::MapRequestBodyLayer` in between, or [`as_is`](TimeoutLayer::as_is). With `as_is`,
@@ -136,7 +136,7 @@
 //! releases the permits of inner layers, and the transport resets the stream or closes the connection.
 //!
 //! On a server, a client may still send its request when the timeout expires. With [`respond`](TimeoutLayer::respond)
-//! the rest of an axum or tonic body is [drained](crate::call::Respond#uploads), so that the response reaches the
+//! the rest of an axum or tonic body is [drained](crate::respond::Respond#uploads), so that the response reaches the
 //! client. A body that the service has moved to another task is drained when that task drops it.
 //!
 //! # Cost
@@ -170,21 +170,21 @@
 
 mod body;
 mod body_rate;
-mod boxed;
-mod exchange;
+mod idle;
+mod known_bodies;
 mod layer;
-mod sending;
+mod protocol;
 mod service;
 mod settings;
-mod stall;
-mod watch;
+mod timers;
+mod upload;
 
 pub use self::{
     body::TimedBody,
-    exchange::AsIs,
     layer::TimeoutLayer,
-    sending::SendingBody,
+    protocol::AsIs,
     service::{ResponseFuture, Timeout},
     settings::{TimeoutHandle, TimeoutSnapshot, Timeouts},
+    upload::SendingBody,
 };
-pub use crate::call::Phase;
+pub use crate::outcome::Phase;

@@ -11,20 +11,21 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use super::{
-    exchange::{Begin, Follow},
-    sending::{Sending, Stage},
+    protocol::{Begin, Follow},
     settings::{State, Timeouts, drop_by, stalled, timed_out},
-    watch::{Next, Watch},
+    timers::{Next, Watch},
+    upload::{Sending, Stage},
 };
 use crate::{
     admission::Reusable,
-    call::{
-        Alarm, AsError, Deadline, Far, Http, Label, LayerKind, Moment, Phase, Reject, Rejected,
-        WaitsFor,
-    },
+    classify::Http,
+    outcome::{Label, LayerKind, Phase, Rejected, WaitsFor},
+    permit::Far,
+    respond::{AsError, Reject},
+    time::{Alarm, Deadline, Moment},
 };
 
-/// The service of a [`TimeoutLayer`](super::TimeoutLayer).
+/// The service of a [`TimeoutLayer`](super::layer::TimeoutLayer).
 pub struct Timeout<S, M = Http, R = AsError> {
     inner: S,
     state: Arc<State>,

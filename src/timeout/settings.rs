@@ -9,19 +9,17 @@ use std::{
 
 use super::body_rate::{BodyRate, SharedBodyRate};
 use crate::{
-    ConfigError,
-    call::{
-        DeadlineSource, DropCause, Far, Found, Label, LayerFault, LayerKind, Phase, Rejected,
-        RejectedKind,
-    },
-    event,
-    event::RepeatedEvent,
+    error::ConfigError,
+    event::{RepeatedEvent, event},
+    outcome::{DropCause, Label, LayerFault, LayerKind, Phase, Rejected, RejectedKind},
+    permit::{Far, Found},
+    time::DeadlineSource,
 };
 
 pub(super) const UNSAID: u32 = u32::MAX;
 pub(super) const OFF: u32 = 0;
 
-/// The timeouts of the phases of a call: the settings of a [`TimeoutLayer`](super::TimeoutLayer), or, in the extensions
+/// The timeouts of the phases of a call: the settings of a [`TimeoutLayer`](super::layer::TimeoutLayer), or, in the extensions
 /// of a request, the timeouts of that call.
 ///
 /// A phase has a time, is off (`None`), or is not set. A phase that a request does not set is that of the layer. A
@@ -118,14 +116,14 @@ impl Timeouts {
     }
 
     /// Sets the timeout of the whole response, from when the request has been sent to the end of the response body, or
-    /// `None`. See [`TimeoutLayer::response_total`](super::TimeoutLayer::response_total).
+    /// `None`. See [`TimeoutLayer::response_total`](super::layer::TimeoutLayer::response_total).
     #[must_use]
     pub fn response_total(self, time: impl Into<Option<Duration>>) -> Self {
         self.with(Phase::ResponseTotal, time.into())
     }
 
     /// Sets the timeout of the whole call, to the end of the response body, or `None`. See
-    /// [`TimeoutLayer::total`](super::TimeoutLayer::total).
+    /// [`TimeoutLayer::total`](super::layer::TimeoutLayer::total).
     #[must_use]
     pub fn total(self, time: impl Into<Option<Duration>>) -> Self {
         self.with(Phase::Total, time.into())
@@ -134,7 +132,7 @@ impl Timeouts {
     /// Sets the minimum rate of a request body in bytes per second, or `None`.
     ///
     /// Only the time for which the body is polled and has no frame counts, also after the response head. See
-    /// [`TimeoutLayer::min_body_rate`](super::TimeoutLayer::min_body_rate).
+    /// [`TimeoutLayer::min_body_rate`](super::layer::TimeoutLayer::min_body_rate).
     #[must_use]
     pub fn min_body_rate(mut self, bytes_per_second: impl Into<Option<u32>>) -> Self {
         self.body_rate.min = match bytes_per_second.into() {
@@ -459,7 +457,7 @@ pub struct TimeoutHandle(pub(super) Arc<State>);
 pub struct TimeoutSnapshot {
     /// The timeouts of the layer.
     pub timeouts: Timeouts,
-    /// The number of calls that were rejected because their [`Deadline`](crate::Deadline) had passed before they began.
+    /// The number of calls that were rejected because their [`Deadline`](crate::time::Deadline) had passed before they began.
     pub refused_deadline: u64,
     timed_out: [u64; 10],
 }

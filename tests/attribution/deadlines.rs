@@ -4,11 +4,11 @@ use std::{sync::Arc, time::Duration};
 
 use axum::{Extension, Router, body::Body, routing::any};
 use buttress::{
-    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Deadline, DeadlineLayer, HedgeLayer,
-    RetryLayer, TimeoutLayer, Timeouts,
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Deadline, DeadlineLayer, DeadlineSource,
+    HedgeLayer, RetryLayer, TimeoutLayer, Timeouts,
     breaker::{State, Tripped},
-    call::{DeadlineSource, Reason},
     config::{ClientConfig, ServerConfig},
+    outcome::Reason,
     stack::ClientStack,
     timeout::SendingBody,
 };

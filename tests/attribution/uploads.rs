@@ -6,13 +6,13 @@ use buttress::{
     CircuitBreakerLayer, ConcurrencyLimitLayer, HedgeLayer, RetryLayer, TimeoutLayer, Timeouts,
     Trip,
     breaker::State,
-    call::SentMark,
     config::{ClientConfig, ServerConfig},
     connect::{Client, ConnectLayer},
     limit::{
         Held,
         adaptive::{Algorithm, Change, Sample},
     },
+    outcome::SentMark,
     stack::ClientStack,
 };
 use futures_util::FutureExt;

@@ -11,7 +11,7 @@ use buttress::{
     BoxError, CircuitBreaker, CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, Outcome,
     Rejected, Trip,
     breaker::{CircuitBreakerHandle, State, Tripped},
-    call::{Reason, RejectedKind},
+    outcome::{Reason, RejectedKind},
 };
 use http::{Request, Response};
 use http_body_util::BodyExt;

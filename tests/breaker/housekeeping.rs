@@ -2,10 +2,7 @@
 
 use std::fmt;
 
-use buttress::{
-    Outcome,
-    call::{Classify, Reason},
-};
+use buttress::{Outcome, classify::Classify, outcome::Reason};
 use tokio::time::advance;
 use tower::{Layer, ServiceExt, service_fn};
 

@@ -7,7 +7,7 @@ use crate::support::{empty, read, refused_as, request};
 pub use buttress::{
     CircuitBreaker, CircuitBreakerLayer, Trip,
     breaker::{CircuitBreakerHandle, OpenFor, State, Tripped},
-    call::RejectedKind,
+    outcome::RejectedKind,
 };
 use http::Request;
 use tokio::time::advance;

@@ -10,7 +10,7 @@ use crate::support::{Oops, Piece, ScriptBody, Strict, Then, empty, request, stat
 use buttress::{
     CircuitBreaker, CircuitBreakerLayer, Outcome,
     breaker::{Isolation, State},
-    call::TrackedBody,
+    permit::TrackedBody,
 };
 use http::{Request, Response};
 use proptest::prelude::*;

@@ -9,10 +9,10 @@ use std::{
 
 use axum::{Router, body::Body, routing::get};
 use buttress::{
-    BoxError, Deadline, Rejected,
+    BoxError, Deadline, DeadlineSource, Rejected,
     breaker::State,
-    call::{DeadlineSource, RejectedKind},
     config::{ClientConfig, Preset, ServerConfig},
+    outcome::RejectedKind,
     stack::{ClientStack, HealthStatus},
     timeout::Phase,
 };

@@ -10,8 +10,8 @@ use std::{
 use axum::{Router, body::Body, routing::get};
 use buttress::{
     BoxError, Rejected,
-    call::RejectedKind,
     config::{ClientConfig, Preset, ServerConfig},
+    outcome::RejectedKind,
     stack::{ClientHandle, ClientStack, ServerHandle},
     timeout::Phase,
 };

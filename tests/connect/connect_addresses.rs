@@ -17,8 +17,8 @@ use std::{
 use axum::{Router, routing::get};
 use buttress::{
     Outcome,
-    call::Reason,
     connect::{Client, ConnectLayer, TcpConnector},
+    outcome::Reason,
 };
 use bytes::Bytes;
 use http::Request;

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use buttress::{
-    call::RejectedKind,
     connect::{Client, ConnectLayer},
+    outcome::RejectedKind,
 };
 use futures_util::future::join_all;
 use http_body_util::BodyExt;

@@ -12,8 +12,8 @@ use std::{
 use axum::{Router, routing::get};
 use buttress::{
     Attempts, BoxError, RetryBudget, RetryLayer,
-    call::RejectedKind,
     connect::{Client, ConnectLayer, TcpConnector},
+    outcome::RejectedKind,
 };
 use bytes::Bytes;
 use futures_util::future::{join_all, try_join_all};
@@ -294,7 +294,7 @@ mod tls {
     };
     use tokio_rustls::TlsAcceptor;
 
-    use buttress::{Outcome, call::Reason};
+    use buttress::{Outcome, outcome::Reason};
 
     use super::*;
     use crate::net::Stage;

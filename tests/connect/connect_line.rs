@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use buttress::{BoxError, Outcome, call::Reason, connect::ConnectLayer};
+use buttress::{BoxError, Outcome, connect::ConnectLayer, outcome::Reason};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty};
 use tokio::time::Instant;

@@ -7,8 +7,8 @@ use axum::{Router, routing::get};
 use buttress::{
     CircuitBreakerLayer, Trip,
     breaker::State,
-    call::RejectedKind,
     connect::{Client, ConnectLayer},
+    outcome::RejectedKind,
 };
 use futures_util::future::join_all;
 use http_body_util::BodyExt;

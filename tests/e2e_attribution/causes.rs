@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use axum::{Router, body::Body, routing::any};
-use buttress::{Attempts, BoxError, Deadline, call::DeadlineSource};
+use buttress::{Attempts, BoxError, Deadline, DeadlineSource};
 use bytes::Bytes;
 use futures_util::stream;
 use http::{Method, Request, Response, request::Builder};

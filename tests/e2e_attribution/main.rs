@@ -2,7 +2,7 @@
 //!
 //! Each pair of a [stack](stacks::STACKS) and a [cause](causes::CAUSES) is a case. After it the circuit is closed and
 //! has counted no failure, an adaptive limit is unchanged, all permits are released, and the caller got what the table
-//! of `buttress::call` states. The same cause then ends a half-open probe, which must not open the circuit.
+//! of `buttress::outcome` states. The same cause then ends a half-open probe, which must not open the circuit.
 #![cfg(all(feature = "full", feature = "connect", feature = "stack"))]
 
 mod causes;

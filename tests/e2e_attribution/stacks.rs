@@ -4,10 +4,9 @@ use std::time::Duration;
 
 use axum::{Router, body::Body, extract::State, middleware::from_fn, routing::any};
 use buttress::{
-    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Deadline, DeadlineLayer,
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Deadline, DeadlineLayer, DeadlineSource,
     HealthProbeLayer, HedgeLayer, RetryLayer, TimeoutLayer, Trip,
     breaker::CircuitBreakerHandle,
-    call::DeadlineSource,
     config::{ClientConfig, ServerConfig},
     connect::{Client, ConnectLayer, TcpConnector},
     health::{HealthProbeHandle, ProbeState},

@@ -13,7 +13,7 @@ use axum::{
     response::Response,
     routing::{get, post},
 };
-use buttress::{ConcurrencyLimitLayer, Rejected, call::RejectedKind};
+use buttress::{ConcurrencyLimitLayer, Rejected, outcome::RejectedKind};
 use futures_util::StreamExt;
 use http::StatusCode;
 use http_body_util::BodyExt;

@@ -3,9 +3,8 @@
 use std::net::SocketAddr;
 
 use buttress::{
-    ConfigError, Outcome,
-    call::{Indicator, Reason},
-    limit::{ConcurrencyLimitHandle, connections::LimitedListener},
+    ConfigError, Indicator, Outcome, limit::ConcurrencyLimitHandle, listener::LimitedListener,
+    outcome::Reason,
 };
 use hyper_util::client::legacy::Client;
 use tokio::{

@@ -31,8 +31,8 @@ use axum::{
 use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Rejected, Trip,
     breaker::{CircuitBreakerHandle, State},
-    call::Respond,
     limit::ConcurrencyLimitHandle,
+    respond::Respond,
 };
 use http::StatusCode;
 use http_body_util::BodyExt;
@@ -51,7 +51,7 @@ use tower_http::{
 const CALLERS: usize = 20;
 
 /// Returns a limit of two calls, in whose queue all further calls wait.
-fn two() -> (ConcurrencyLimitLayer<buttress::call::Http, Respond>, ConcurrencyLimitHandle) {
+fn two() -> (ConcurrencyLimitLayer<buttress::classify::Http, Respond>, ConcurrencyLimitHandle) {
     let limit = ConcurrencyLimitLayer::new(2).queue(64, Duration::from_secs(10));
     let handle = limit.handle();
     (limit.respond(), handle)

@@ -55,7 +55,7 @@ fn app(stage: &Stage) -> Router {
 }
 
 /// Returns a limit of one call.
-fn limit() -> ConcurrencyLimitLayer<buttress::call::Http, buttress::call::Respond> {
+fn limit() -> ConcurrencyLimitLayer<buttress::classify::Http, buttress::respond::Respond> {
     ConcurrencyLimitLayer::new(1).respond()
 }
 

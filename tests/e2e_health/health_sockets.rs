@@ -6,8 +6,10 @@ use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 use axum::{Router, body::Body, routing::get};
 use buttress::{
     ConcurrencyLimitLayer, Health, HealthProbeLayer, Rejected,
-    call::{Http, RejectedKind, Respond},
+    classify::Http,
     health::{CheckState, Get, ProbeFailure, ProbeState},
+    outcome::RejectedKind,
+    respond::Respond,
 };
 use bytes::Bytes;
 use http::{Method, Request, StatusCode};

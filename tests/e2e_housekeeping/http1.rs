@@ -5,7 +5,7 @@ use std::time::Duration;
 use buttress::{
     Attempts, CircuitBreakerLayer, Outcome, RetryBudget, RetryLayer,
     breaker::State,
-    call::{OutcomeKind, Reason},
+    outcome::{OutcomeKind, Reason},
     retry::Stop,
 };
 use bytes::Bytes;

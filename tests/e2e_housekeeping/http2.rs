@@ -5,7 +5,7 @@ use std::time::Duration;
 use buttress::{
     Attempts, Outcome, RetryBudget, RetryLayer,
     breaker::State,
-    call::{OutcomeKind, Reason},
+    outcome::{OutcomeKind, Reason},
     reqwest::HttpClient,
     retry::Stop,
 };

@@ -22,10 +22,10 @@ use axum::{
 use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, DeadlineLayer, Health, HealthProbeLayer,
     Lifecycle, Rejected, RespondLayer, TimeoutLayer, Timeouts, Trip,
-    call::{Phase, RejectedKind},
     config::ServerConfig,
     health::ProbeState,
     limit::HeldPlace,
+    outcome::{Phase, RejectedKind},
 };
 use http_body_util::BodyExt;
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};

@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use buttress::{breaker::CircuitBreakerHandle, call::Reason};
+use buttress::{breaker::CircuitBreakerHandle, outcome::Reason};
 use tokio::task::JoinSet;
 
 use crate::{

@@ -9,7 +9,7 @@ use std::{
 use buttress::{
     Attempts, BoxError, Rejected,
     breaker::{CircuitBreakerHandle, State},
-    call::Reason,
+    outcome::Reason,
 };
 
 /// The results of the calls of one test. Clones share the counters.

@@ -25,7 +25,7 @@ use axum::{
 use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Rejected, RetryLayer, Trip,
     breaker::State,
-    call::RejectedKind,
+    outcome::RejectedKind,
     retry::{Attempts, Backoff, Stop},
 };
 use bytes::Bytes;

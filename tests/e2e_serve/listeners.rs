@@ -2,7 +2,7 @@
 
 use std::{io, sync::Mutex};
 
-use buttress::{lifecycle::Listener, limit::connections::LimitedListener};
+use buttress::{lifecycle::Listener, listener::LimitedListener};
 use tokio::{io::DuplexStream, sync::mpsc};
 
 use super::*;

@@ -5,7 +5,7 @@ use std::{convert::Infallible, net::SocketAddr, time::Duration};
 use axum::{Router, body::Body, routing::post};
 use buttress::{
     BoxError, Deadline, DeadlineLayer, Rejected, RetryLayer, TimeoutLayer, Timeouts,
-    call::RejectedKind, reqwest::HttpClient, timeout::Phase,
+    outcome::RejectedKind, reqwest::HttpClient, timeout::Phase,
 };
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};

@@ -2,7 +2,7 @@
 
 use std::{convert::Infallible, net::SocketAddr, time::Duration};
 
-use buttress::{BoxError, Rejected, TimeoutLayer, Timeouts, call::RejectedKind, timeout::Phase};
+use buttress::{BoxError, Rejected, TimeoutLayer, Timeouts, outcome::RejectedKind, timeout::Phase};
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use http::{Request, StatusCode};

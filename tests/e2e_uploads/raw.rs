@@ -7,7 +7,7 @@ use std::{
 };
 
 use axum::Router;
-use buttress::limit::connections::LimitedListener;
+use buttress::listener::LimitedListener;
 use tokio::{task::spawn_blocking, time::Instant};
 
 use crate::{

@@ -4,9 +4,9 @@ use std::{future::Future, pin::Pin, task::Poll, time::Duration};
 
 use buttress::{
     BoxError, Health, HealthProbe, HealthProbeLayer, Lifecycle, Rejected,
-    call::TrackedBody,
     health::{HealthEndpointsLayer, ProbeState, Run, WhileDown},
     lifecycle::LifecycleLayer,
+    permit::TrackedBody,
 };
 use http::{Request, Response};
 use tower::{Layer, Service};

@@ -13,9 +13,9 @@ use std::{
 
 use buttress::{
     Health, Lifecycle, Rejected,
-    call::RejectedKind,
     health::CheckState,
     lifecycle::{Drain, Phase},
+    outcome::RejectedKind,
 };
 use bytes::Bytes;
 use http::{Request, Response, Version};

@@ -14,8 +14,8 @@ use std::{
 
 use buttress::{
     BoxError, Health, HealthProbe, HealthProbeLayer, Rejected,
-    call::RejectedKind,
     health::{CheckState, ProbeFailure, ProbeState},
+    outcome::RejectedKind,
 };
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};

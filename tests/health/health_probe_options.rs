@@ -17,8 +17,8 @@ use std::{
 use buttress::{
     BoxError, CircuitBreakerLayer, Health, HealthProbeLayer, Outcome, Rejected, Trip,
     breaker::State,
-    call::RejectedKind,
     health::{Get, PanicGuard, ProbeFailure, ProbeState, WhileDown},
+    outcome::RejectedKind,
 };
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response, StatusCode, Version};

@@ -11,7 +11,7 @@ use std::{
 
 use buttress::{
     BoxError, Health, HealthProbe, HealthProbeLayer, Rejected,
-    call::PerResponse,
+    classify::PerResponse,
     health::{Ask, HealthProbeHandle, ProbeState},
 };
 use proptest::prelude::*;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use buttress::{HedgeLayer, Outcome, RetryBudget, call::Classify, call::Reason};
+use buttress::{HedgeLayer, Outcome, RetryBudget, classify::Classify, outcome::Reason};
 use tokio::time::{Instant, sleep};
 use tower::{Layer, Service, ServiceExt, service_fn};
 

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use buttress::{HedgeLayer, Outcome, call::Classify};
+use buttress::{HedgeLayer, Outcome, classify::Classify};
 use tokio::time::{Instant, advance, sleep};
 use tower::{Layer, Service, ServiceExt, service_fn};
 

@@ -8,7 +8,8 @@ use std::{
 use buttress::{
     Attempts, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, HedgeLayer, Outcome, Rejected,
     RetryBudget, RetryLayer,
-    call::{Classify, RejectedKind},
+    classify::Classify,
+    outcome::RejectedKind,
     retry::{HedgeAttempt, Hedged, ReplayBody},
 };
 use bytes::Bytes;

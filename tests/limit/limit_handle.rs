@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use buttress::{
     ConcurrencyLimit, ConcurrencyLimitLayer, Deadline,
-    call::RejectedKind,
     limit::{
         ConcurrencyLimitHandle, QueueOrder,
         adaptive::{Aimd, Algorithm, Change, Fixed, Gradient2, Knee, Reason, Sample, Vegas},
     },
+    outcome::RejectedKind,
 };
 use http::Request;
 use tokio::time::advance;

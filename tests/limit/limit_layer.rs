@@ -16,8 +16,8 @@ use crate::support::{
 };
 use buttress::{
     BoxError, ConcurrencyLimit, ConcurrencyLimitLayer, ConfigError, Deadline, Rejected,
-    call::RejectedKind,
     limit::{ConcurrencyLimitHandle, QueueOrder},
+    outcome::RejectedKind,
 };
 use futures_util::FutureExt;
 use http::{Method, Request, Response};

@@ -223,7 +223,7 @@ async fn services_of_any_types_are_measured_to_their_response() {
 
 #[tokio::test(start_paused = true)]
 async fn connection_housekeeping_is_not_recorded() {
-    use buttress::call::Reason as Why;
+    use buttress::outcome::Reason as Why;
 
     let spy = Spy::default();
     let layer = ConcurrencyLimitLayer::adaptive(spy.clone());

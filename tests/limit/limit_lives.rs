@@ -13,7 +13,7 @@ use std::{
 
 use buttress::{
     BoxError, ConcurrencyLimitLayer,
-    limit::{Held, HeldPlace, sort::Claim},
+    limit::{Held, HeldPlace, partition::Claim},
 };
 use bytes::Bytes;
 use futures_util::FutureExt;

@@ -4,7 +4,7 @@
 use std::{collections::VecDeque, time::Duration};
 
 use crate::support::{Strict, empty, refused_as, request};
-use buttress::{ConcurrencyLimit, ConcurrencyLimitLayer, call::RejectedKind, limit::QueueOrder};
+use buttress::{ConcurrencyLimit, ConcurrencyLimitLayer, limit::QueueOrder, outcome::RejectedKind};
 use http::Request;
 use proptest::prelude::*;
 use tokio_test::{assert_ready_ok, task};

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use buttress::{ConcurrencyLimitLayer, Deadline, call::RejectedKind, limit::sort::Claim};
+use buttress::{ConcurrencyLimitLayer, Deadline, limit::partition::Claim, outcome::RejectedKind};
 use http::{Request, Response};
 use tokio::{
     task::JoinSet,

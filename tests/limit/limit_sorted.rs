@@ -12,14 +12,14 @@ use std::{
 
 use buttress::{
     ConcurrencyLimitLayer, Deadline,
-    call::RejectedKind,
     limit::{
         Held,
         adaptive::{Algorithm, Change, Sample},
-        sort::{
+        partition::{
             Claim, Partition, Priority, Sort, SortedLimit, SortedLimitHandle, SortedLimitLayer,
         },
     },
+    outcome::RejectedKind,
 };
 use futures_util::FutureExt;
 use http::Request;

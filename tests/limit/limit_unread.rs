@@ -8,8 +8,8 @@ use std::{
 
 use buttress::{
     BoxError, ConcurrencyLimitLayer, Rejected, TimeoutLayer, Timeouts,
-    call::{Phase, RejectedKind},
-    limit::{adaptive::Vegas, sort::Claim},
+    limit::{adaptive::Vegas, partition::Claim},
+    outcome::{Phase, RejectedKind},
 };
 use bytes::Bytes;
 use futures_util::FutureExt;

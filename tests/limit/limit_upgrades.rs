@@ -4,8 +4,9 @@ use std::sync::{Arc, Mutex};
 
 use buttress::{
     ConcurrencyLimit, ConcurrencyLimitLayer, Rejected,
-    call::{Http, RejectedKind},
-    limit::{ConcurrencyLimitHandle, Held, HeldPlace, Upgrades, adaptive::Knee, sort::Claim},
+    classify::Http,
+    limit::{ConcurrencyLimitHandle, Held, HeldPlace, Upgrades, adaptive::Knee, partition::Claim},
+    outcome::RejectedKind,
 };
 use http::Request;
 use tokio_test::{assert_pending, assert_ready_ok, task};
@@ -59,7 +60,7 @@ contract_tests!(One);
 
 type Server = BoxCloneService<
     Request<()>,
-    http::Response<buttress::call::TrackedBody<ScriptBody>>,
+    http::Response<buttress::permit::TrackedBody<ScriptBody>>,
     buttress::BoxError,
 >;
 

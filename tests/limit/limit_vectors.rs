@@ -8,7 +8,7 @@ use buttress::{
     limit::{
         ConcurrencyLimitHandle, QueueOrder,
         adaptive::{Aimd, Algorithm, Sample, Vegas},
-        sort::Claim,
+        partition::Claim,
     },
 };
 use http::Request;

@@ -11,7 +11,7 @@ use std::{
 
 use buttress::{
     Attempts, Backoff, Rejected, RetryBudget, RetryLayer,
-    call::RejectedKind,
+    outcome::RejectedKind,
     retry::{FailureKind, Preset, Stop},
 };
 use proptest::prelude::*;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use buttress::{
     Attempts, Backoff, Deadline, DeadlineLayer, Outcome, Rejected, RetryLayer,
-    call::{Phase, Reason, RejectedKind},
+    outcome::{Phase, Reason, RejectedKind},
     retry::Stop,
 };
 use http::Request;

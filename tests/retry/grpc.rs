@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use buttress::{
-    Attempts, Backoff, Deadline, Rejected, RetryLayer, call::RejectedKind, retry::Stop,
+    Attempts, Backoff, Deadline, Rejected, RetryLayer, outcome::RejectedKind, retry::Stop,
 };
 use http::Response;
 use http_body::Body;

@@ -7,7 +7,7 @@ use std::sync::{
 
 use buttress::{
     Backoff, Outcome, RetryBudget, RetryLayer,
-    call::Reason,
+    outcome::Reason,
     retry::{FailureKind, Preset},
 };
 use tokio::time::Instant;

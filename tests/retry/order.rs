@@ -5,7 +5,7 @@ use std::{io::ErrorKind, time::Duration};
 use buttress::{
     Attempts, Backoff, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, Rejected,
     RetryBudget, RetryLayer, Trip,
-    call::{Reason, RejectedKind},
+    outcome::{Reason, RejectedKind},
     retry::{Attempt, Stop},
 };
 use http::{Method, Response};

@@ -4,7 +4,7 @@ use std::{io::ErrorKind, sync::Arc, time::Duration};
 
 use buttress::{
     Attempts, Backoff, Outcome, RetryLayer,
-    call::Reason,
+    outcome::Reason,
     retry::{Failure, FailureKind, Stop},
 };
 use http::{Method, StatusCode};

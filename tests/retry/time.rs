@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use buttress::{Attempts, Backoff, Outcome, RetryLayer, call::Reason, retry::Stop};
+use buttress::{Attempts, Backoff, Outcome, RetryLayer, outcome::Reason, retry::Stop};
 use tokio::time::{Instant, sleep};
 use tower::Layer;
 use tracing::{

@@ -11,7 +11,7 @@ use std::{
 use buttress::{
     Attempts, Backoff, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, Retry,
     RetryBudget, RetryLayer,
-    call::Http,
+    classify::Http,
     retry::{PeekedBody, Replay, ReplayBody, ResponseFuture, RetryHandle, Stop},
 };
 use bytes::Bytes;

@@ -2,7 +2,7 @@
 
 use buttress::{
     Backoff, RetryLayer,
-    call::Reason,
+    outcome::Reason,
     retry::{FailureKind, Stop},
 };
 use http::{HeaderName, Method, Request, StatusCode};
@@ -170,7 +170,7 @@ async fn grpc_budget_follows_the_status_and_the_pushback() {
 /// With this budget each failure makes a withdrawal, retried or not.
 #[tokio::test(start_paused = true)]
 async fn grpc_budget_makes_no_withdrawal_for_unprocessed_and_rejected_attempts() {
-    use buttress::{Rejected, call::RejectedKind, retry::RetryBudget};
+    use buttress::{Rejected, outcome::RejectedKind, retry::RetryBudget};
 
     let (early, rejected) = (RetryBudget::grpc(20, 0.5), RetryBudget::grpc(20, 0.5));
     let layer = || layer().wait_on_rejection(true);
@@ -185,7 +185,7 @@ async fn grpc_budget_makes_no_withdrawal_for_unprocessed_and_rejected_attempts()
 
 #[tokio::test(start_paused = true)]
 async fn user_rules_decide_about_rejections() {
-    use buttress::{Rejected, call::RejectedKind};
+    use buttress::{Rejected, outcome::RejectedKind};
 
     let made = async |layer: RetryLayer| {
         let full = || Rejected::new(RejectedKind::Full).with_retry_after(ms(5));

@@ -12,7 +12,7 @@ use std::{
 
 use buttress::{
     BoxError, Deadline, DeadlineLayer, HedgeLayer, Outcome, RetryLayer,
-    call::Reason,
+    outcome::Reason,
     retry::{Attempts, Backoff, FailureKind, Preset, ReplayBody, RetryBudget, Stop},
 };
 use bytes::Bytes;

@@ -4,7 +4,7 @@ use std::{convert::Infallible, time::Duration};
 
 use buttress::{
     Attempts, BoxError, CircuitBreakerLayer, Deadline, DeadlineLayer, Rejected, RespondLayer,
-    RetryLayer, call::RejectedKind, retry::Stop,
+    RetryLayer, outcome::RejectedKind, retry::Stop,
 };
 use bytes::Bytes;
 use http::{Request, Response};

@@ -2,7 +2,7 @@
 
 use std::{error::Error, future::Future};
 
-use buttress::{BoxError, call::TrackedBody};
+use buttress::{BoxError, permit::TrackedBody};
 use http::{Request, Response};
 use http_body::Body;
 use tokio_test::{assert_pending, assert_ready, assert_ready_err, assert_ready_ok, task};

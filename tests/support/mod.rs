@@ -11,7 +11,7 @@ pub use self::{
     strict::{Strict, Then, Watch},
 };
 
-use buttress::{Rejected, call::RejectedKind};
+use buttress::{Rejected, outcome::RejectedKind};
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
 use std::{error::Error, fmt};

@@ -9,11 +9,8 @@ use std::{
 
 use buttress::{
     Backoff, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Deadline, DeadlineLayer,
-    Outcome, RetryLayer, TimeoutLayer, Timeouts, Trip,
-    breaker::State,
-    call::{DeadlineSource, RejectedKind},
-    deadline::Codec,
-    timeout::Phase,
+    DeadlineSource, Outcome, RetryLayer, TimeoutLayer, Timeouts, Trip, breaker::State,
+    deadline::Codec, outcome::RejectedKind, timeout::Phase,
 };
 use http::{HeaderMap, Method, Request, Response};
 use tokio::time::{Instant, advance, sleep};

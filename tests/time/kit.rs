@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use buttress::{BoxError, Rejected, call::RejectedKind, timeout::Phase};
+use buttress::{BoxError, Rejected, outcome::RejectedKind, timeout::Phase};
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body::{Body, Frame, SizeHint};

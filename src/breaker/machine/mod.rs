@@ -13,20 +13,26 @@
 //! - The only user code that the machine runs is the closures of [`Trip::when`](super::trip::Trip::when). It does not
 //!   drop them under the lock: [`Machine::adjust`] swaps them with the new ones.
 
-mod by_hand;
-mod rule;
+mod manual;
+mod probes;
+mod stats;
+mod transitions;
 mod view;
+mod window;
 
+pub use self::stats::Seen;
 use std::mem;
 
-pub(super) use self::by_hand::Past;
+pub(super) use self::{
+    manual::Past,
+    probes::{MAX_CHANGES, ProbeReport, Probes},
+    stats::{Counts, Ended, Span, TimeWindows},
+};
 use super::{
-    counts::{Counts, TimeWindows},
-    probes::Probes,
     state::{Change, Settings},
     trip::{Trip, Tripped},
 };
-use crate::call::{Nanos, nanos};
+use crate::time::{Nanos, nanos};
 
 #[derive(Debug)]
 pub(super) struct Machine {

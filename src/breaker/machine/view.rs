@@ -1,18 +1,18 @@
 //! The queries of the machine: for the lock-free paths, for snapshots and for waiting callers. They require that time
 //! has [passed](Machine::pass_time), unless they state otherwise.
 
-use super::{
-    super::{
-        counts::{Seen, TimeWindows},
-        state::{HalfOpenProgress, State},
-        trip::Tripped,
-    },
-    Machine, Phase,
+use super::super::{
+    state::{HalfOpenProgress, State},
+    trip::Tripped,
 };
-use crate::call::{Nanos, nanos};
+use super::{
+    Machine, Phase,
+    stats::{Seen, TimeWindows},
+};
+use crate::time::{Nanos, nanos};
 
 impl Machine {
-    pub(in crate::breaker) fn state(&self) -> State {
+    pub(in super::super) fn state(&self) -> State {
         if self.isolations > 0 { State::ForcedOpen } else { self.beneath() }
     }
 
@@ -28,7 +28,7 @@ impl Machine {
     }
 
     /// Returns the time of the next change that needs no call and that callers wait for.
-    pub(in crate::breaker) fn next_by_time(&self, now: Nanos) -> Option<Nanos> {
+    pub(in super::super) fn next_by_time(&self, now: Nanos) -> Option<Nanos> {
         match &self.phase {
             _ if self.isolations > 0 => None,
             Phase::Closed { since, ramps: true } if self.settings.holds_back => {
@@ -42,7 +42,7 @@ impl Machine {
 
     /// Returns whether a call would be admitted. During a ramp without backpressure the result is `true`, although a
     /// random share of the calls is rejected.
-    pub(in crate::breaker) fn has_room(&self, now: Nanos) -> bool {
+    pub(in super::super) fn has_room(&self, now: Nanos) -> bool {
         match &self.phase {
             _ if self.isolations > 0 => false,
             Phase::Closed { since, ramps: true } if self.settings.holds_back => {
@@ -55,7 +55,7 @@ impl Machine {
     }
 
     /// Returns whether this probe is still in flight and its inner call may still begin.
-    pub(in crate::breaker) fn still_probes(&self, generation: u64) -> bool {
+    pub(in super::super) fn still_probes(&self, generation: u64) -> bool {
         match &self.phase {
             Phase::HalfOpen(probes) if self.isolations == 0 => probes.has(generation),
             _ => false,
@@ -64,12 +64,12 @@ impl Machine {
 
     // ===== For the lock-free paths =====
 
-    pub(in crate::breaker) fn generation(&self) -> u64 {
+    pub(in super::super) fn generation(&self) -> u64 {
         self.generation
     }
 
     /// Returns the time at which an open circuit becomes half-open. 0 in all other states.
-    pub(in crate::breaker) fn until(&self) -> Nanos {
+    pub(in super::super) fn until(&self) -> Nanos {
         match self.phase {
             Phase::Open { until } => until,
             _ => 0,
@@ -77,52 +77,52 @@ impl Machine {
     }
 
     /// Returns whether the circuit is closed and ramps up.
-    pub(in crate::breaker) fn ramps(&self) -> bool {
+    pub(in super::super) fn ramps(&self) -> bool {
         matches!(self.phase, Phase::Closed { ramps: true, .. })
     }
 
     /// Returns whether a success that is not slow would change nothing but the time windows.
-    pub(in crate::breaker) fn is_clean(&self) -> bool {
+    pub(in super::super) fn is_clean(&self) -> bool {
         self.counts.is_clean()
     }
 
-    pub(in crate::breaker) fn slow_from(&self) -> Option<Nanos> {
+    pub(in super::super) fn slow_from(&self) -> Option<Nanos> {
         self.counts.slow_from()
     }
 
     // ===== For snapshots =====
 
-    pub(in crate::breaker) fn isolations(&self) -> u32 {
+    pub(in super::super) fn isolations(&self) -> u32 {
         self.isolations
     }
 
-    pub(in crate::breaker) fn opened(&self) -> u64 {
+    pub(in super::super) fn opened(&self) -> u64 {
         self.opened
     }
 
-    pub(in crate::breaker) fn last_trip(&self) -> Option<Tripped> {
+    pub(in super::super) fn last_trip(&self) -> Option<Tripped> {
         self.last
     }
 
-    pub(in crate::breaker) fn last_rule(&self) -> Option<usize> {
+    pub(in super::super) fn last_rule(&self) -> Option<usize> {
         self.last_rule
     }
 
-    pub(in crate::breaker) fn probes_under_way(&self) -> usize {
+    pub(in super::super) fn probes_under_way(&self) -> usize {
         match &self.phase {
             Phase::HalfOpen(probes) => probes.under_way(),
             _ => 0,
         }
     }
 
-    pub(in crate::breaker) fn half_open_progress(&self) -> Option<HalfOpenProgress> {
+    pub(in super::super) fn half_open_progress(&self) -> Option<HalfOpenProgress> {
         match &self.phase {
             Phase::HalfOpen(probes) => Some(probes.progress(&self.settings)),
             _ => None,
         }
     }
 
-    pub(in crate::breaker) fn seen(&self, now: Nanos, times: &TimeWindows) -> Seen {
+    pub(in super::super) fn seen(&self, now: Nanos, times: &TimeWindows) -> Seen {
         self.counts.seen(now, times)
     }
 
@@ -131,7 +131,7 @@ impl Machine {
     /// Returns for how long the circuit has been idle, or `None` if it differs from a new circuit.
     ///
     /// Does not require that time has [passed](Self::pass_time), because the passage of time can cause an event.
-    pub(in crate::breaker) fn idle_for(&self, now: Nanos, times: &TimeWindows) -> Option<Nanos> {
+    pub(in super::super) fn idle_for(&self, now: Nanos, times: &TimeWindows) -> Option<Nanos> {
         let idle_for = now.saturating_sub(self.last_event);
         let is_like_new = match &self.phase {
             _ if self.isolations > 0 => false,

@@ -8,15 +8,13 @@ use std::{
 
 use tokio::sync::Notify;
 
+use super::super::{fail_open::PanicGuard, threshold::ProbeState};
 use super::{ARMED, Gate, LISTENS, state_of};
 use crate::{
     admission::{Admit, Policy, Terms},
-    call::{
-        Finish, Hold, LayerKind, Outcome, OutcomeKind, Permit, Rejected, RejectedKind, Shared,
-        Token,
-    },
-    event,
-    health::{PanicGuard, ProbeState},
+    event::event,
+    outcome::{LayerKind, Outcome, OutcomeKind, Rejected, RejectedKind},
+    permit::{Finish, Hold, Permit, Shared, Token},
 };
 
 /// The treatment of calls while a gate is down.

@@ -25,7 +25,7 @@ use tokio::{runtime::Handle, task::AbortHandle};
 use super::{ARMED, Gate, TAKEN};
 
 /// Spawns the prober.
-pub(in crate::health) type Starter = Box<dyn FnOnce(&Handle) -> AbortHandle + Send>;
+pub(in super::super) type Starter = Box<dyn FnOnce(&Handle) -> AbortHandle + Send>;
 
 pub(super) enum Start {
     /// The layer has not wrapped a service yet.
@@ -45,7 +45,7 @@ impl Gate {
     }
 
     /// Stores a prober, unless the gate has one, and starts it if the current thread is inside a runtime.
-    pub(in crate::health) fn arm(&self, prober: impl FnOnce() -> Starter) {
+    pub(in super::super) fn arm(&self, prober: impl FnOnce() -> Starter) {
         if self.word.load(Ordering::Acquire) & TAKEN == 0 {
             // Outside the lock, because it clones the service of the user.
             let starter = prober();
@@ -85,7 +85,7 @@ impl Gate {
 
     /// Makes the state unknown, because the runtime of the prober has ended before the gate. With a starter, the next
     /// call starts the prober on its own runtime.
-    pub(in crate::health) fn stopped(&self, starter: Option<Starter>) {
+    pub(in super::super) fn stopped(&self, starter: Option<Starter>) {
         let mut probing = self.probing();
         probing.threshold.reset();
         self.publish(probing);

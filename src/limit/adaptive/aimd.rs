@@ -1,7 +1,7 @@
 use std::{ops::RangeInclusive, time::Duration};
 
 use super::{Algorithm, Bounds, Change, Reason, Sample};
-use crate::ConfigError;
+use crate::error::ConfigError;
 
 /// Additive increase, multiplicative decrease: adds 1 for each response while at least half of the limit is in use, and
 /// subtracts a tenth for a call that was dropped or took longer than the timeout.

@@ -1,10 +1,8 @@
 use std::ops::RangeInclusive;
 
+use super::super::handle::{checked, checked_bounds};
 use super::{Change, Reason};
-use crate::{
-    ConfigError,
-    limit::handle::{checked, checked_bounds},
-};
+use crate::error::ConfigError;
 
 /// A limit with a fractional part, kept within its bounds.
 #[derive(Clone, Debug)]

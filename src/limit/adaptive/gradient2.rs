@@ -1,7 +1,7 @@
 use std::{ops::RangeInclusive, time::Duration};
 
 use super::{Algorithm, Bounds, Change, Reason, Sample};
-use crate::ConfigError;
+use crate::error::ConfigError;
 
 /// Adjusts the limit by the ratio of the long-term latency to the current latency.
 ///

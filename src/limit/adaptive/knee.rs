@@ -1,7 +1,7 @@
 use std::{ops::RangeInclusive, time::Duration};
 
 use super::{Algorithm, Bounds, Change, Reason, Sample};
-use crate::ConfigError;
+use crate::error::ConfigError;
 
 /// Keeps the limit at the knee of the latency curve: the number of calls in flight above which calls begin to queue in
 /// the upstream.

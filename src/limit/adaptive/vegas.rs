@@ -1,7 +1,7 @@
 use std::{ops::RangeInclusive, time::Duration};
 
 use super::{Algorithm, Bounds, Change, Reason, Sample};
-use crate::ConfigError;
+use crate::error::ConfigError;
 
 /// Estimates the number of calls that queue in the upstream from the minimum latency, and keeps it small.
 ///

@@ -1,6 +1,6 @@
 //! The forms of a timeout: errors, responses and gRPC statuses, but never a 408.
 
-use buttress::{Rejected, TimeoutLayer, Timeouts, call::Outcome, timeout::Phase};
+use buttress::{Rejected, TimeoutLayer, Timeouts, outcome::Outcome, timeout::Phase};
 use http::{Request, Response, StatusCode};
 use http_body_util::BodyExt;
 use tower::{Layer, ServiceExt};

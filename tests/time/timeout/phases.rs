@@ -14,7 +14,7 @@ use std::{
 use buttress::{
     Backoff, BoxError, ConcurrencyLimitLayer, Deadline, Outcome, RetryLayer, TimeoutLayer,
     Timeouts,
-    call::RejectedKind,
+    outcome::RejectedKind,
     retry::Attempt,
     timeout::{Phase, SendingBody},
 };

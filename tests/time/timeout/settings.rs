@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use buttress::{Rejected, TimeoutLayer, Timeouts, call::RejectedKind, timeout::Phase};
+use buttress::{Rejected, TimeoutLayer, Timeouts, outcome::RejectedKind, timeout::Phase};
 use tokio::time::Instant;
 use tower::{Layer, ServiceExt};
 

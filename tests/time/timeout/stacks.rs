@@ -33,7 +33,7 @@ async fn under_axum() {
 
 /// Makes a call to a server with this upload. Returns the status and the time.
 async fn answers<B>(
-    layer: TimeoutLayer<buttress::timeout::AsIs, buttress::call::Respond>,
+    layer: TimeoutLayer<buttress::timeout::AsIs, buttress::respond::Respond>,
     upload: B,
     thinks: Option<std::time::Duration>,
 ) -> (u16, std::time::Duration)

@@ -1,0 +1,48 @@
+//! The state of one service of an attempt layer.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::budget::RetryBudget;
+use crate::permit::Shared;
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The state of one service and its clones, which a call reaches through one pointer.
+pub(crate) struct Core<S, T> {
+    pub(crate) settings: Shared<T>,
+    pub(crate) budget: Option<RetryBudget>,
+    /// Later attempts are clones of this service, so that a call with one attempt does not clone it.
+    ///
+    /// `S::clone` is user code that runs under this lock, which a service that is not `Sync` requires. Nothing else
+    /// runs under it, and no handle uses it. [`lock`] ignores the poison that a panic leaves.
+    template: Mutex<S>,
+    pub(crate) misconfigured: bool,
+}
+
+impl<S, T> Core<S, T> {
+    pub(crate) fn new(
+        settings: Shared<T>,
+        budget: Option<RetryBudget>,
+        template: S,
+        misconfigured: bool,
+    ) -> Self {
+        Self { settings, budget, template: Mutex::new(template), misconfigured }
+    }
+
+    /// Makes the deposit for a call whose first attempt has a good response.
+    #[inline]
+    pub(crate) fn answered(&self) {
+        if let Some(budget) = &self.budget {
+            budget.answered(0);
+        }
+    }
+
+    pub(crate) fn service(&self) -> S
+    where
+        S: Clone,
+    {
+        lock(&self.template).clone()
+    }
+}

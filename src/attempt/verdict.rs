@@ -1,0 +1,41 @@
+//! The words in which an attempt is decided about: whether its request may be sent again, and whether its result
+//! should be.
+
+use std::sync::Arc;
+
+use http::Method;
+
+use super::give_up::Stop;
+
+/// The requests that may be repeated although they may have had an effect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Safe {
+    /// By the method (RFC 9110 §9.2.2) or an `Idempotency-Key`.
+    Idempotent,
+    /// By one of these methods or an `Idempotency-Key`.
+    Methods(Arc<[Method]>),
+    /// All requests, as the user declares.
+    All,
+}
+
+/// The meaning of an attempt's result for a retry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// The result is not retryable and is returned.
+    Final,
+    /// The result is retryable.
+    Retryable,
+    /// The upstream or an inner layer forbids a retry.
+    Refused(Stop),
+}
+
+/// Whether a request body can be replayed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Repeatable {
+    /// The body can be replayed.
+    Yes,
+    /// The previous attempt still reads the body, or has not dropped it yet.
+    Streaming,
+    /// The body exceeds the cap, cannot be copied, or has failed.
+    No,
+}

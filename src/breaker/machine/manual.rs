@@ -1,0 +1,102 @@
+//! The operations of the handle on the machine: set a state, isolate, restore a snapshot, set thresholds.
+
+use std::{mem, time::Duration};
+
+use super::super::{
+    state::{Change, Settings, State},
+    trip::Trip,
+};
+use super::{
+    Machine, Phase,
+    probes::Probes,
+    stats::{Counts, TimeWindows, Windows},
+};
+use crate::time::{Nanos, nanos};
+
+/// The part of a snapshot that another circuit restores.
+#[derive(Clone, Debug, PartialEq)]
+pub(in super::super) struct Past {
+    /// The state beneath all isolations.
+    state: State,
+    /// The rest of the open time. Zero unless the circuit is open.
+    left: Duration,
+    restless: u32,
+    run: u32,
+    has_responded: bool,
+    windows: Windows,
+}
+
+impl Machine {
+    /// Sets the state. Clears the counts, except for half-open.
+    pub(in super::super) fn force(&mut self, to: State, now: Nanos, times: &TimeWindows) -> Change {
+        if to != State::HalfOpen {
+            self.counts.clear(times);
+            self.restless = 0;
+        }
+        self.last_event = now;
+        self.enter(phase(to, Duration::ZERO, now), None)
+    }
+
+    /// Adds or removes an isolation, which holds the circuit open. The state beneath it continues to change.
+    pub(in super::super) fn isolate(&mut self, more: bool) -> Option<Change> {
+        let (before, from) = (self.isolations, self.state());
+        self.isolations = if more { before.saturating_add(1) } else { before.saturating_sub(1) };
+        let turned = (before == 0) != (self.isolations == 0);
+        turned.then(|| Change { from, to: self.state(), tripped: None, probes: None })
+    }
+
+    /// Returns the part of a snapshot that another circuit restores.
+    pub(in super::super) fn past(&self, now: Nanos, times: &TimeWindows) -> Past {
+        let left = match self.phase {
+            Phase::Open { until } => Duration::from_nanos(until.saturating_sub(now)),
+            _ => Duration::ZERO,
+        };
+        let (run, windows) = self.counts.past(now, times);
+        let (state, has_responded) = (self.beneath(), self.counts.has_responded());
+        Past { state, left, restless: self.restless, run, has_responded, windows }
+    }
+
+    /// Replaces the state and the counts by those of another circuit.
+    pub(in super::super) fn restore(
+        &mut self,
+        past: &Past,
+        now: Nanos,
+        times: &TimeWindows,
+    ) -> Change {
+        self.counts.restore(past.run, &past.windows, now, times);
+        if past.has_responded {
+            self.counts.set_responded();
+        }
+        self.restless = past.restless;
+        self.last_event = now;
+        self.open_time = self.open_time.max(nanos(past.left));
+        self.enter(phase(past.state, past.left, now), None)
+    }
+
+    /// Sets new thresholds of the same rules, and keeps the counts. Returns `false` if they are other rules.
+    ///
+    /// `new` and its counts are made without the lock, and contain the replaced rules after this call: rules contain
+    /// closures, whose destructors are user code.
+    pub(in super::super) fn adjust(&mut self, new: &mut Trip, counts: &mut Counts) -> bool {
+        let fits = self.counts.adjust(new, &self.shape, counts);
+        if fits {
+            mem::swap(&mut self.shape, new);
+        }
+        fits
+    }
+
+    /// Returns the rules and settings, to make another circuit with them.
+    pub(in super::super) fn shape(&self) -> (Trip, Settings) {
+        (self.shape.clone(), self.settings)
+    }
+}
+
+fn phase(state: State, left: Duration, now: Nanos) -> Phase {
+    match state {
+        State::Closed => Phase::Closed { since: now, ramps: false },
+        State::Open => Phase::Open { until: now.saturating_add(nanos(left)) },
+        State::HalfOpen => Phase::HalfOpen(Probes::default()),
+        State::ForcedOpen => Phase::ForcedOpen,
+        State::ForcedClosed => Phase::ForcedClosed,
+    }
+}

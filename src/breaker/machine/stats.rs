@@ -1,0 +1,393 @@
+//! The counts on which the rules of a [`Trip`] decide: the run of failures and the windows since the circuit closed.
+
+use std::{fmt, mem, sync::Arc, time::Duration};
+
+use super::super::trip::{Bad, Closure, Ratio, Rule, Trip, Tripped};
+use super::window::{CountWindow, Tally, TimeWindow};
+use crate::{
+    outcome::{Outcome, OutcomeKind, Reason},
+    time::{Nanos, nanos},
+    user_code::catch_panic,
+};
+
+/// The extent of a ratio's window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Span {
+    Time(Duration),
+    Calls(u32),
+}
+
+/// The counts of a circuit since it closed, as the argument of [`Trip::when`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Seen {
+    /// The number of consecutive failures.
+    pub consecutive_failures: u32,
+    /// The maximum number of calls in any window of the ratio rules.
+    pub window_calls: u64,
+    /// The maximum number of failures in the window of any [failure ratio](Trip::failure_ratio).
+    pub window_failures: u64,
+    /// The maximum number of slow calls in the window of any [slow ratio](Trip::slow_ratio).
+    pub window_slow: u64,
+}
+
+/// The end of a call, as the rules count it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ended {
+    pub(crate) outcome: Outcome,
+    /// The time to the response head, in nanoseconds. 0 if no rule measures calls.
+    pub(crate) took: Nanos,
+}
+
+/// The time windows of all rules. They are not part of [`Counts`], because good calls are counted in them without the
+/// lock of the circuit.
+pub(crate) type TimeWindows = Box<[TimeWindow]>;
+
+/// The tally of each ratio's window, in the order of the rules.
+pub(crate) type Windows = Vec<Tally>;
+
+/// The maximum excess of housekeeping outcomes over responses at which housekeeping is neutral. Servers rarely allow
+/// more streams on one HTTP/2 connection, and all of its streams end with the connection.
+const MAX_HOUSEKEEPING: u32 = 100;
+
+/// The minimum time for which housekeeping exceeds responses before it counts as failures. One moment of housekeeping
+/// can end any number of calls.
+const MIN_HOUSEKEEPING_TIME: Nanos = 1_000_000_000;
+
+/// The time without housekeeping after which its count restarts at 0.
+const HOUSEKEEPING_GAP: Nanos = 10_000_000_000;
+
+/// The minimum time without a recorded call after which a run of failures and a window of calls no longer matter. Equal
+/// to the default time after which a circuit forgets its trips.
+const MIN_QUIET_PERIOD: Nanos = 60_000_000_000;
+
+#[derive(Debug)]
+pub(crate) struct Counts {
+    run: u32,
+    /// The circuit has recorded a response since it was made.
+    has_responded: bool,
+    /// The excess of housekeeping outcomes over responses. Its maximum is [`MAX_HOUSEKEEPING`] + 1.
+    housekeeping: u32,
+    /// The time at which the excess rose above 0, and the time of the last housekeeping outcome.
+    housekeeping_since: Nanos,
+    housekeeping_last: Nanos,
+    rules: Vec<Counted>,
+    /// The minimum of the durations that the rules call slow. `None`: no rule measures calls.
+    slow_from: Option<Nanos>,
+    quiet_period: Nanos,
+}
+
+enum Counted {
+    Consecutive { limit: u32 },
+    Ratio { of: Bad, limit: f64, min_calls: u32, window: Window },
+    When(Arc<Closure>),
+}
+
+enum Window {
+    Calls(CountWindow),
+    /// The index among the [`TimeWindows`].
+    Time(usize),
+}
+
+impl Window {
+    fn record(&mut self, bad: bool, now: Nanos, times: &TimeWindows) {
+        match self {
+            Self::Calls(window) => window.record(bad),
+            Self::Time(at) => times[*at].record(bad, now),
+        }
+    }
+
+    fn tally(&self, now: Nanos, times: &TimeWindows) -> Tally {
+        match self {
+            Self::Calls(window) => window.tally(),
+            Self::Time(at) => times[*at].tally(now),
+        }
+    }
+}
+
+impl Counts {
+    pub(crate) fn new(trip: &Trip) -> (Self, TimeWindows) {
+        let mut times = Vec::new();
+        let mut slow_from = None;
+        let mut quiet_period = MIN_QUIET_PERIOD;
+        let rules = trip
+            .rules
+            .iter()
+            .map(|rule| match rule {
+                Rule::Consecutive { failures } => Counted::Consecutive { limit: *failures },
+                Rule::When(rule) => Counted::When(rule.clone()),
+                Rule::Ratio(Ratio { of, limit, span, min_calls, coarse }) => {
+                    if let Bad::Slow(slow) = of {
+                        let slow = nanos(*slow);
+                        slow_from = Some(slow_from.map_or(slow, |least: Nanos| least.min(slow)));
+                    }
+                    let window = match span {
+                        Span::Calls(calls) => Window::Calls(CountWindow::new(*calls)),
+                        Span::Time(length) => {
+                            quiet_period = quiet_period.max(nanos(*length));
+                            times.push(TimeWindow::new(*length, *coarse));
+                            Window::Time(times.len() - 1)
+                        }
+                    };
+                    Counted::Ratio { of: *of, limit: *limit, min_calls: *min_calls, window }
+                }
+            })
+            .collect();
+        let counts = Self {
+            run: 0,
+            has_responded: false,
+            housekeeping: 0,
+            housekeeping_since: 0,
+            housekeeping_last: 0,
+            rules,
+            slow_from,
+            quiet_period,
+        };
+        (counts, times.into())
+    }
+
+    /// Returns the minimum duration that a rule calls slow. `None`: no rule measures calls.
+    pub(crate) fn slow_from(&self) -> Option<Nanos> {
+        self.slow_from
+    }
+
+    /// Returns the outcome as the rules and the probes count it, and records whether there was a response.
+    ///
+    /// Connection housekeeping is neutral, so an upstream that accepts and closes every connection would never open the
+    /// circuit. Housekeeping becomes a failure and keeps its reason in two cases:
+    ///
+    /// - Before the first response a connection that broke was new, because none can have been reused. A
+    ///   [stale](Reason::StaleConnection) connection is known to be reused, so another circuit has recorded its
+    ///   response.
+    /// - Each reused connection has delivered a response, so housekeeping cannot exceed the responses for long. If it
+    ///   does so by more than [`MAX_HOUSEKEEPING`], for at least [`MIN_HOUSEKEEPING_TIME`], the upstream does not work.
+    pub(crate) fn assess(&mut self, outcome: Outcome, now: Nanos) -> Outcome {
+        if now.saturating_sub(self.housekeeping_last) >= HOUSEKEEPING_GAP {
+            self.housekeeping = 0;
+        }
+        if outcome.has_response() {
+            self.has_responded = true;
+            self.housekeeping = self.housekeeping.saturating_sub(1);
+        }
+        if !outcome.is_housekeeping() {
+            return outcome;
+        }
+        if self.housekeeping == 0 {
+            self.housekeeping_since = now;
+        }
+        self.housekeeping_last = now;
+        self.housekeeping = (self.housekeeping + 1).min(MAX_HOUSEKEEPING + 1);
+        let is_persistent = self.housekeeping > MAX_HOUSEKEEPING
+            && now.saturating_sub(self.housekeeping_since) >= MIN_HOUSEKEEPING_TIME;
+        let may_be_new = matches!(outcome.reason(), Reason::NeverSent | Reason::Reset);
+        if may_be_new && !self.has_responded || is_persistent {
+            return Outcome::failure().because(outcome.reason());
+        }
+        outcome
+    }
+
+    /// Counts one call whose outcome has been [assessed](Self::assess). Returns the index of the first rule that it
+    /// trips.
+    ///
+    /// Throttled calls are not counted. A cancelled call counts for a slow-call rule if it was slow already.
+    pub(crate) fn record(
+        &mut self,
+        ended: Ended,
+        now: Nanos,
+        times: &TimeWindows,
+    ) -> Option<(usize, Tripped)> {
+        let slow = self.was_slow(ended);
+        let failed = match ended.outcome.kind() {
+            OutcomeKind::Success => Some(false),
+            OutcomeKind::Failure => Some(true),
+            OutcomeKind::Cancelled if slow => None,
+            OutcomeKind::Throttled | OutcomeKind::Cancelled => return None,
+        };
+        if let Some(failed) = failed {
+            self.run = if failed { self.run.saturating_add(1) } else { 0 };
+        }
+        for rule in &mut self.rules {
+            let Counted::Ratio { of, window, .. } = rule else { continue };
+            match of {
+                Bad::Slow(slow) => {
+                    let slow = ended.took >= nanos(*slow);
+                    // A call that its caller ended before it was slow for this rule is not counted.
+                    let given_up = ended.outcome.reason() == Reason::NoResponse;
+                    if failed.is_some() && !given_up || slow {
+                        window.record(slow, now, times);
+                    }
+                }
+                Bad::Failed => failed.map_or((), |failed| window.record(failed, now, times)),
+            }
+        }
+        // A good call trips no rule. Its window is evaluated again at the next bad call.
+        let failed = failed == Some(true);
+        if !failed && !slow {
+            return None;
+        }
+        self.rules.iter().enumerate().find_map(|(place, rule)| {
+            Some((place, self.tripped(rule, failed, ended.took, now, times)?))
+        })
+    }
+
+    fn tripped(
+        &self,
+        rule: &Counted,
+        failed: bool,
+        took: Nanos,
+        now: Nanos,
+        times: &TimeWindows,
+    ) -> Option<Tripped> {
+        match rule {
+            Counted::Consecutive { limit } => (failed && self.run >= *limit)
+                .then_some(Tripped::Consecutive { failures: self.run }),
+            Counted::When(rule) => {
+                let seen = self.seen(now, times);
+                // A panic must not reach the call that ended, because its thread may already unwind.
+                let says = catch_panic(|| rule(&seen)).unwrap_or(false);
+                says.then_some(Tripped::When { seen })
+            }
+            Counted::Ratio { of, limit, min_calls, window } => {
+                let Tally { calls, bad } = window.tally(now, times);
+                let asked = match of {
+                    Bad::Failed => failed,
+                    Bad::Slow(slow) => took >= nanos(*slow),
+                };
+                let over = asked
+                    && bad > 0
+                    && calls >= u64::from(*min_calls)
+                    // Compares the quotient: 7 / 100 is 0.07, but 0.07 * 100 is slightly more than 7.
+                    && bad as f64 / calls as f64 >= *limit;
+                over.then_some(match of {
+                    Bad::Failed => Tripped::FailureRatio { failures: bad, calls },
+                    Bad::Slow(_) => Tripped::SlowRatio { slow: bad, calls },
+                })
+            }
+        }
+    }
+
+    /// Returns whether the call was slow. The caller may have ended a slow call because of its duration. Connection
+    /// housekeeping is not slow, because it carries no information about the upstream.
+    pub(crate) fn was_slow(&self, ended: Ended) -> bool {
+        !ended.outcome.is_housekeeping() && self.slow_from.is_some_and(|slow| ended.took >= slow)
+    }
+
+    /// Returns whether a success that is not slow would change nothing but the time windows.
+    pub(crate) fn is_clean(&self) -> bool {
+        self.run == 0
+            && self.has_responded
+            && self.housekeeping == 0
+            && self.rules.iter().all(|rule| match rule {
+                Counted::Ratio { window: Window::Calls(window), .. } => window.is_clean(),
+                _ => true,
+            })
+    }
+
+    pub(crate) fn clear(&mut self, times: &TimeWindows) {
+        (self.run, self.housekeeping) = (0, 0);
+        for rule in &mut self.rules {
+            if let Counted::Ratio { window: Window::Calls(window), .. } = rule {
+                window.clear();
+            }
+        }
+        for window in times {
+            window.clear();
+        }
+    }
+
+    pub(crate) fn seen(&self, now: Nanos, times: &TimeWindows) -> Seen {
+        let mut seen = Seen { consecutive_failures: self.run, ..Seen::default() };
+        for rule in &self.rules {
+            let Counted::Ratio { of, window, .. } = rule else { continue };
+            let tally = window.tally(now, times);
+            seen.window_calls = seen.window_calls.max(tally.calls);
+            let bad = match of {
+                Bad::Failed => &mut seen.window_failures,
+                Bad::Slow(_) => &mut seen.window_slow,
+            };
+            *bad = tally.bad.max(*bad);
+        }
+        seen
+    }
+
+    pub(crate) fn has_responded(&self) -> bool {
+        self.has_responded
+    }
+
+    /// Records that another circuit for the same upstream has recorded a response.
+    pub(crate) fn set_responded(&mut self) {
+        self.has_responded = true;
+    }
+
+    /// Returns the run of failures and the windows, to be restored in another circuit.
+    pub(crate) fn past(&self, now: Nanos, times: &TimeWindows) -> (u32, Windows) {
+        let windows = self.rules.iter().filter_map(|rule| match rule {
+            Counted::Ratio { window, .. } => Some(window.tally(now, times)),
+            _ => None,
+        });
+        (self.run, windows.collect())
+    }
+
+    /// Replaces the counts by those of another circuit with the same rules.
+    pub(crate) fn restore(&mut self, run: u32, from: &Windows, now: Nanos, times: &TimeWindows) {
+        self.clear(times);
+        self.run = run;
+        let windows = self.rules.iter_mut().filter_map(|rule| match rule {
+            Counted::Ratio { window, .. } => Some(window),
+            _ => None,
+        });
+        for (window, tally) in windows.zip(from) {
+            match window {
+                Window::Time(at) => times[*at].restore(*tally, now),
+                Window::Calls(window) => window.restore(*tally),
+            }
+        }
+    }
+
+    /// Returns the time without a recorded call after which the counts no longer matter: the longest time window, and
+    /// at least [`MIN_QUIET_PERIOD`].
+    pub(crate) fn quiet_period(&self) -> Nanos {
+        self.quiet_period
+    }
+
+    /// Replaces the thresholds by those of rules of the same shape. Returns `false` if `trip` has another shape.
+    ///
+    /// `fresh` is made of `trip`, without the lock. The closures that are replaced are moved into it, so that the
+    /// caller drops them without the lock.
+    pub(crate) fn adjust(&mut self, trip: &Trip, shape: &Trip, fresh: &mut Self) -> bool {
+        let same = trip.rules.len() == shape.rules.len()
+            && trip.rules.iter().zip(&shape.rules).all(|pair| match pair {
+                (Rule::Consecutive { .. }, Rule::Consecutive { .. })
+                | (Rule::When(_), Rule::When(_)) => true,
+                (Rule::Ratio(a), Rule::Ratio(b)) => {
+                    mem::discriminant(&a.of) == mem::discriminant(&b.of)
+                        && (a.span, a.coarse) == (b.span, b.coarse)
+                }
+                _ => false,
+            });
+        if !same {
+            return false;
+        }
+        self.slow_from = fresh.slow_from;
+        for (rule, new) in self.rules.iter_mut().zip(&mut fresh.rules) {
+            match (rule, new) {
+                (
+                    Counted::Ratio { of, limit, min_calls, .. },
+                    Counted::Ratio { of: to, limit: ratio, min_calls: least, .. },
+                ) => (*of, *limit, *min_calls) = (*to, *ratio, *least),
+                (rule, new) => mem::swap(rule, new),
+            }
+        }
+        true
+    }
+}
+
+impl fmt::Debug for Counted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Consecutive { .. } => "consecutive",
+            Self::Ratio { .. } => "ratio",
+            Self::When(_) => "when",
+        })
+    }
+}

@@ -1,0 +1,169 @@
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use http::Request;
+
+use super::codec::{Codec, Grpc};
+use crate::{
+    error::ConfigError,
+    outcome::{Phase, grpc},
+    time::{Deadline, DeadlineSource, Moment},
+    timeout::TimeoutHandle,
+};
+
+/// The settings of a layer in milliseconds, rounded up; 0 means none.
+#[derive(Debug, Default)]
+pub(super) struct Times {
+    pub(super) default: AtomicU64,
+    pub(super) longest: AtomicU64,
+    pub(super) keep_back: AtomicU64,
+}
+
+fn get(ms: &AtomicU64) -> Option<Duration> {
+    Some(ms.load(Relaxed)).filter(|ms| *ms > 0).map(Duration::from_millis)
+}
+
+pub(super) fn set(ms: &AtomicU64, time: Option<Duration>) {
+    let whole = time.map(|time| time.as_nanos().div_ceil(1_000_000));
+    ms.store(whole.map_or(0, |ms| u64::try_from(ms).unwrap_or(u64::MAX)), Relaxed);
+}
+
+impl Times {
+    /// Sets the deadline of a call in the extensions of its request, and writes the time that is left to the headers
+    /// for the next hop.
+    pub(super) fn apply<B>(
+        &self,
+        codec: Option<&dyn Codec>,
+        request: &mut Request<B>,
+    ) -> Option<Deadline> {
+        let grpc = grpc::is_grpc_call(request.method(), request.headers());
+        let read = |codec: &dyn Codec| Some((codec.read(request.headers())?, codec.resolution()));
+        let own = codec.and_then(read);
+        let told = if grpc { own.into_iter().chain(read(&Grpc)).min() } else { own };
+        let by_caller = told.map(|(time, _)| (time, DeadlineSource::Caller));
+        let by_operator = |time| (time, DeadlineSource::Operator);
+        let carried = Deadline::of(request.extensions());
+        // A deadline of the application replaces the default and the maximum. The earlier of it and a header applies.
+        let is_of_application = carried.is_some_and(|deadline| deadline.is_of_application());
+        let default = get(&self.default).filter(|_| !is_of_application);
+        // A header never extends the default, unless the operator sets a maximum.
+        let max = get(&self.longest).filter(|_| !is_of_application).or(default);
+        let bounded = match (by_caller, max) {
+            (Some((told, _)), Some(max)) if max < told => Some(by_operator(max)),
+            (Some(told), _) => Some(told),
+            (None, max) => {
+                default.map(|default| by_operator(max.map_or(default, |max| default.min(max))))
+            }
+        };
+        // A deadline of the caller that the application has passed on has the maximum of a header.
+        let is_of_caller =
+            carried.is_some_and(|deadline| deadline.source() == DeadlineSource::Caller);
+        let bound = max.filter(|_| is_of_caller).map(by_operator);
+        // If an outer layer of this stack has written the carried deadline to the headers, the header does not make it
+        // a deadline of the caller.
+        let repeats_carried = told.zip(carried).is_some_and(|((told, resolution), carried)| {
+            let left = carried.at().saturating_duration_since(Moment::now());
+            // `grpc-timeout` has at most eight digits, so its unit is coarser beyond 27 hours.
+            told <= left && left - told <= resolution.saturating_add(left / 100_000)
+        });
+        let bounded =
+            bounded.filter(|(_, source)| !repeats_carried || *source == DeadlineSource::Operator);
+        let kept = get(&self.keep_back).unwrap_or_default();
+        // Subtracted while it is a duration, because an `Instant` can represent only a limited range.
+        let set = |(time, source): (Duration, DeadlineSource)| {
+            let deadline = Deadline::after_from(time.saturating_sub(kept), Moment::now());
+            deadline.with_source(source).by_layer()
+        };
+        let less = carried.map(|deadline| deadline.earlier_by(kept));
+        let deadline = less.into_iter().chain(bounded.map(set)).chain(bound.map(set)).min()?;
+        if carried != Some(deadline) {
+            request.extensions_mut().insert(deadline);
+        }
+        let mut tell = |codec: &dyn Codec| {
+            let left = deadline.at().saturating_duration_since(Moment::now());
+            codec.write(left, request.headers_mut());
+        };
+        if grpc {
+            tell(&Grpc);
+        }
+        if let Some(codec) = codec {
+            tell(codec);
+        }
+        Some(deadline)
+    }
+}
+
+/// Reads the state of a deadline layer and changes its times, from outside of the stack.
+#[derive(Clone)]
+pub struct DeadlineHandle {
+    pub(super) times: Arc<Times>,
+    pub(super) inner: TimeoutHandle,
+}
+
+/// A snapshot of a deadline layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DeadlineSnapshot {
+    /// The number of calls that were rejected because their deadline had passed before they began.
+    pub refused: u64,
+    /// The number of calls in flight that were ended at their deadline.
+    pub ended: u64,
+}
+
+impl DeadlineHandle {
+    /// Returns a snapshot of the layer.
+    #[must_use]
+    pub fn snapshot(&self) -> DeadlineSnapshot {
+        let inner = self.inner.snapshot();
+        DeadlineSnapshot {
+            refused: inner.refused_deadline,
+            ended: inner.timed_out_by(Phase::Deadline),
+        }
+    }
+
+    /// Sets the [default](super::layer::DeadlineLayer::default_of) for the calls that begin from now on, or none.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the time is zero.
+    pub fn set_default(&self, time: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
+        set(&self.times.default, above_zero("default_of", time.into())?);
+        Ok(())
+    }
+
+    /// Sets the [maximum time](super::layer::DeadlineLayer::at_most) of a header for the calls that begin from now on. With
+    /// `None`, the default is the maximum.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the time is zero.
+    pub fn set_at_most(&self, time: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
+        set(&self.times.longest, above_zero("at_most", time.into())?);
+        Ok(())
+    }
+
+    /// Sets the time that is [reserved](super::layer::DeadlineLayer::keep_back) for sending the response back, for the calls
+    /// that begin from now on.
+    pub fn set_keep_back(&self, time: impl Into<Option<Duration>>) {
+        set(&self.times.keep_back, time.into());
+    }
+}
+
+fn above_zero(
+    field: &'static str,
+    time: Option<Duration>,
+) -> Result<Option<Duration>, ConfigError> {
+    time.map(|time| ConfigError::above_zero(field, time)).transpose()
+}
+
+impl fmt::Debug for DeadlineHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("DeadlineHandle").field(&self.times).finish()
+    }
+}

@@ -1,0 +1,267 @@
+//! The requests of health probes, and the classification of their results.
+
+mod grpc;
+mod http;
+mod task;
+
+pub(crate) use self::task::Prober;
+pub use self::{
+    grpc::Grpc,
+    http::{Get, OverHttp, SendRequest},
+};
+use std::{
+    fmt,
+    future::{Future, poll_fn},
+};
+
+use ::http::StatusCode;
+use tokio::time::{Instant, timeout_at};
+use tower_service::Service;
+
+use crate::{
+    error::Chain,
+    outcome::{Outcome, Rejected, known},
+    redact::MAX_ERROR,
+};
+
+/// The reason why a probe did not pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ProbeFailure {
+    /// The HTTP status was not accepted: by default outside 200 to 299, else by the rule of
+    /// [`expect_status`](super::layer::HealthProbeLayer::expect_status), for gRPC other than 200.
+    Status(StatusCode),
+    /// The gRPC status was not `OK`.
+    GrpcStatus(u16),
+    /// The gRPC health service reported a status other than `SERVING`.
+    NotServing,
+    /// The service returned an error, in `poll_ready` or as the result of the call.
+    Error,
+    /// The response body ended with an error, or a gRPC response had no status.
+    Body,
+    /// The closure of [`judge`](super::layer::HealthProbeLayer::judge) returned `false`, or the body was not the expected one.
+    Judged,
+    /// The probe exceeded its timeout.
+    TimedOut,
+    /// The service or a closure of the probe panicked.
+    Panicked,
+    /// An inner layer of this crate rejected the probe. The rejection contains no information about the upstream, so it
+    /// counts neither as a failure nor as a success.
+    Refused,
+}
+
+impl ProbeFailure {
+    /// Returns whether the upstream has declared itself unavailable, by HTTP 503 or `NOT_SERVING`: the immediate
+    /// failure of Envoy's health checks.
+    pub(super) fn is_immediate(self) -> bool {
+        matches!(self, Self::Status(StatusCode::SERVICE_UNAVAILABLE) | Self::NotServing)
+    }
+
+    /// Returns the name of the failure in `snake_case`.
+    #[must_use]
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Status(_) => "status",
+            Self::GrpcStatus(_) => "grpc_status",
+            Self::NotServing => "not_serving",
+            Self::Error => "error",
+            Self::Body => "body",
+            Self::Judged => "judged",
+            Self::TimedOut => "timed_out",
+            Self::Panicked => "panicked",
+            Self::Refused => "refused",
+        }
+    }
+}
+
+impl fmt::Display for ProbeFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Status(status) => write!(f, "status {}", status.as_u16()),
+            Self::GrpcStatus(code) => write!(f, "gRPC status {code}"),
+            Self::NotServing => f.write_str("not serving"),
+            Self::Error => f.write_str("the service failed"),
+            Self::Body => f.write_str("the body broke off"),
+            Self::Judged => f.write_str("judged unhealthy"),
+            Self::TimedOut => f.write_str("timed out"),
+            Self::Panicked => f.write_str("panicked"),
+            Self::Refused => f.write_str("rejected by an inner layer"),
+        }
+    }
+}
+
+impl std::error::Error for ProbeFailure {}
+
+/// A probe that did not pass, with its reason and the text of its error.
+#[derive(Debug)]
+pub struct Failed {
+    pub(super) why: ProbeFailure,
+    /// `None` if there was no error, or if its type is not known to this crate.
+    pub(super) error: Option<Box<str>>,
+    /// The probe ended by connection housekeeping, which carries no information about the upstream.
+    pub(super) is_housekeeping: bool,
+}
+
+impl From<ProbeFailure> for Failed {
+    fn from(why: ProbeFailure) -> Self {
+        Self { why, error: None, is_housekeeping: false }
+    }
+}
+
+impl fmt::Display for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.why.fmt(f)?;
+        self.error.iter().try_for_each(|error| write!(f, ": {error}"))
+    }
+}
+
+/// A kind of health probe, for a service `S`.
+///
+/// Do not implement it outside of this crate. [`HealthProbeLayer`](super::layer::HealthProbeLayer) has a constructor for each
+/// kind.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot probe `{S}`",
+    label = "this probe does not fit the wrapped service",
+    note = "`HealthProbeLayer::get` needs a `Service<http::Request<B>>` with `B: Default` and the response `http::Response<_>`",
+    note = "for other types, use `HealthProbeLayer::new(|| request)` with a closure that returns exactly the request type of the service",
+    note = "the service, its future and its responses must be `Send`"
+)]
+pub trait Probe<S>: Clone + Send + 'static {
+    /// Sends one probe. It fails if it has not ended at `deadline`.
+    fn run(self, service: S, deadline: Instant) -> impl Future<Output = Result<(), Failed>> + Send;
+}
+
+/// A probe with responses by which the upstream declares itself unavailable: HTTP 503, or `NOT_SERVING` of gRPC.
+///
+/// See [`immediate_failure`](super::layer::HealthProbeLayer::immediate_failure). Do not implement it outside of this crate.
+pub trait StatusProbe {}
+
+// ===== Services of any types =====
+
+/// Sends the request that a closure makes, and classifies the result by `judge`. Made by
+/// [`HealthProbeLayer::new`](super::layer::HealthProbeLayer::new).
+#[derive(Clone)]
+pub struct Ask<F, J = AnyAnswer> {
+    pub(super) make: F,
+    pub(super) judge: J,
+}
+
+/// The default classification: every response passes, and every error fails.
+#[derive(Clone, Copy, Debug)]
+pub struct AnyAnswer;
+
+impl<S, F, Req> Probe<S> for Ask<F>
+where
+    F: Fn() -> Req + Clone + Send + 'static,
+    S: Service<Req> + Send + 'static,
+    S::Future: Send,
+    S::Response: Send,
+    S::Error: Send + 'static,
+    Req: Send + 'static,
+{
+    async fn run(self, service: S, deadline: Instant) -> Result<(), Failed> {
+        let request = (self.make)();
+        match ask(service, request, deadline).await? {
+            Ok(_) => Ok(()),
+            Err(error) => Err(blame(&error)),
+        }
+    }
+}
+
+/// A classification by a closure of the user.
+#[derive(Clone)]
+pub struct Judged<J>(pub(super) J);
+
+impl<S, F, J, Req> Probe<S> for Ask<F, Judged<J>>
+where
+    F: Fn() -> Req + Clone + Send + 'static,
+    J: for<'a> Fn(Result<&'a S::Response, &'a S::Error>) -> bool + Clone + Send + 'static,
+    S: Service<Req> + Send + 'static,
+    S::Future: Send,
+    S::Response: Send,
+    S::Error: Send + 'static,
+    Req: Send + 'static,
+{
+    async fn run(self, service: S, deadline: Instant) -> Result<(), Failed> {
+        let request = (self.make)();
+        let result = ask(service, request, deadline).await?;
+        match (self.judge.0(result.as_ref()), result) {
+            (true, _) => Ok(()),
+            (false, Ok(_)) => Err(ProbeFailure::Judged.into()),
+            (false, Err(error)) => Err(blame(&error)),
+        }
+    }
+}
+
+// ===== Closures =====
+
+/// Runs a closure and does not call the wrapped service. Made by
+/// [`HealthProbeLayer::check`](super::layer::HealthProbeLayer::check).
+#[derive(Clone)]
+pub struct Run<F>(pub(super) F);
+
+impl<S, F, Fut, E> Probe<S> for Run<F>
+where
+    F: Fn() -> Fut + Clone + Send + 'static,
+    Fut: Future<Output = Result<(), E>> + Send,
+    E: 'static,
+    S: Send,
+{
+    fn run(self, service: S, deadline: Instant) -> impl Future<Output = Result<(), Failed>> + Send {
+        drop(service);
+        let asked = (self.0)();
+        async move {
+            match timeout_at(deadline, asked).await {
+                Ok(Ok(())) => Ok(()),
+                Ok(Err(error)) => Err(blame(&error)),
+                Err(_) => Err(ProbeFailure::TimedOut.into()),
+            }
+        }
+    }
+}
+
+// ===== All kinds =====
+
+/// Waits until the service is ready, and calls it. Fails with [`ProbeFailure::TimedOut`] at `deadline`.
+pub(super) async fn ask<S: Service<Req>, Req>(
+    mut service: S,
+    request: Req,
+    deadline: Instant,
+) -> Result<Result<S::Response, S::Error>, ProbeFailure> {
+    let call = async {
+        poll_fn(|cx| service.poll_ready(cx)).await?;
+        service.call(request).await
+    };
+    timeout_at(deadline, call).await.map_err(|_| ProbeFailure::TimedOut)
+}
+
+/// Returns the failure of a probe that ended with this error.
+pub(super) fn blame<E: 'static>(error: &E) -> Failed {
+    let known = known(error);
+    match known.and_then(Rejected::find) {
+        Some(refused) => of_refused(refused).into(),
+        None => {
+            let text = known.map(|error| Chain(error).within(MAX_ERROR).into_boxed_str());
+            let is_housekeeping =
+                known.is_some_and(|error| Outcome::of_error(error).is_housekeeping());
+            Failed { why: ProbeFailure::Error, error: text, is_housekeeping }
+        }
+    }
+}
+
+/// Returns the failure of a probe that an inner layer rejected. A rejection by a timeout layer is a timeout.
+pub(super) fn of_refused(refused: &Rejected) -> ProbeFailure {
+    if refused.is_timeout() { ProbeFailure::TimedOut } else { ProbeFailure::Refused }
+}
+
+macro_rules! opaque_debug {
+    ($($name:ident<$($p:ident),*>),*) => {$(
+        impl<$($p),*> fmt::Debug for $name<$($p),*> {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(stringify!($name))
+            }
+        }
+    )*};
+}
+pub(super) use opaque_debug;
+opaque_debug!(Ask<F, J>, Judged<J>, Run<F>);

@@ -1,0 +1,240 @@
+//! The connection between a limit and its algorithm: the clock, the lock, and the choice of the calls that are samples.
+
+use std::{
+    fmt, mem,
+    ops::RangeInclusive,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use super::{Algorithm, Change, Reason, Sample};
+use crate::{
+    event::{RepeatedEvent, event},
+    outcome::{COUNT_CANCELLED_AFTER, Outcome, OutcomeKind, Reason as Why, UpstreamClock},
+    permit::{Measures, Token},
+    time::{Clock, nanos},
+    user_code::catch_panic,
+};
+
+/// The value of `count_cancelled_after` with which no call that its caller ended counts.
+const NEVER: u64 = u64::MAX;
+
+/// The algorithm of an adaptive limit, with its clock and settings.
+///
+/// The tag of a token contains the number of calls in flight at the admission, until the call has been recorded; then
+/// [`HEARD`]. So a call is recorded once, at its head or at its end.
+pub(crate) struct Teller {
+    clock: Clock,
+    /// Whether latency is measured to the end of the response body.
+    to_the_end: AtomicBool,
+    /// In nanoseconds, or [`NEVER`].
+    count_cancelled_after: AtomicU64,
+    /// The algorithm is user code and runs under this lock. This cannot be avoided, because it needs `&mut self`. Its
+    /// panics are caught.
+    state: Mutex<State>,
+    panics: RepeatedEvent,
+}
+
+struct State {
+    algorithm: Box<dyn Algorithm>,
+    last: Option<Change>,
+}
+
+/// The tag of a call that has been recorded, or that is not to be recorded.
+const HEARD: u64 = 0;
+
+impl Teller {
+    pub(in super::super) fn new(algorithm: impl Algorithm) -> Self {
+        let state = State { algorithm: Box::new(algorithm), last: None };
+        Self {
+            clock: Clock::new(),
+            to_the_end: AtomicBool::new(false),
+            count_cancelled_after: AtomicU64::new(nanos(COUNT_CANCELLED_AFTER)),
+            state: Mutex::new(state),
+            panics: RepeatedEvent::new(),
+        }
+    }
+
+    pub(in super::super) fn set_count_cancelled_after(&self, time: Option<Duration>) {
+        self.count_cancelled_after.store(time.map_or(NEVER, nanos), Ordering::Relaxed);
+    }
+
+    pub(in super::super) fn count_cancelled_after(&self) -> Option<Duration> {
+        match self.count_cancelled_after.load(Ordering::Relaxed) {
+            NEVER => None,
+            time => Some(Duration::from_nanos(time)),
+        }
+    }
+
+    pub(in super::super) fn measures(&self) -> Measures {
+        if self.to_the_end.load(Ordering::Relaxed) { Measures::Body } else { Measures::Head }
+    }
+
+    pub(in super::super) fn until_body_end(&self) {
+        self.to_the_end.store(true, Ordering::Relaxed);
+    }
+
+    pub(in super::super) fn last(&self) -> Option<Change> {
+        self.lock().last
+    }
+
+    /// Sets the limit, or the nearest one that the algorithm allows. `apply` runs before another thread can change the
+    /// limit. Returns `None` if the algorithm panicked: then the limit keeps its value.
+    pub(in super::super) fn set_limit(&self, limit: u32, apply: impl FnOnce(u32)) -> Option<()> {
+        let mut state = self.lock();
+        let algorithm = &mut state.algorithm;
+        let set = catch_panic(|| {
+            algorithm.set_limit(limit);
+            algorithm.limit().max(1)
+        });
+        if let Some(limit) = set {
+            state.last = Some(Change { limit, reason: Reason::ByHand });
+            apply(limit);
+        }
+        drop(state);
+        self.report_panic(set.is_none());
+        set.map(|_| ())
+    }
+
+    /// Sets the bounds of the limit. Returns whether the algorithm has bounds, or `None` if it panicked: then the
+    /// limit keeps its value.
+    pub(in super::super) fn set_bounds(
+        &self,
+        bounds: RangeInclusive<u32>,
+        apply: impl FnOnce(u32),
+    ) -> Option<bool> {
+        let mut state = self.lock();
+        let algorithm = &mut state.algorithm;
+        let set = catch_panic(|| {
+            let before = algorithm.limit();
+            let has_any = algorithm.set_bounds(bounds);
+            let limit = algorithm.limit().max(1);
+            (has_any, (limit != before).then_some(limit))
+        });
+        if let Some((_, Some(limit))) = set {
+            state.last = Some(Change { limit, reason: Reason::ByHand });
+            apply(limit);
+        }
+        drop(state);
+        self.report_panic(set.is_none());
+        set.map(|(has_any, _)| has_any)
+    }
+
+    fn report_panic(&self, has_panicked: bool) {
+        if let Some(_occurrences) = has_panicked.then(|| self.panics.record()).flatten() {
+            event!(
+                limit,
+                ERROR,
+                occurrences = _occurrences,
+                "adaptive algorithm panicked: the limit keeps its value"
+            );
+        }
+    }
+
+    /// Returns the token of an admitted call. `in_flight` includes the call.
+    #[inline]
+    pub(in super::super) fn started(&self, in_flight: u32) -> Token {
+        Token { tag: in_flight.into(), clock: UpstreamClock::start() }
+    }
+
+    /// Records a call at its response head, unless latency is measured to the end of the body.
+    ///
+    /// If the trailers decide the outcome, the call is recorded at its end, with the latency to its head.
+    pub(in super::super) fn head(
+        &self,
+        token: &mut Token,
+        so_far: Outcome,
+        apply: impl FnOnce(u32),
+    ) -> bool {
+        if self.to_the_end.load(Ordering::Relaxed) {
+            return false;
+        }
+        if so_far.kind() == OutcomeKind::Cancelled {
+            if token.tag != HEARD && !token.clock.is_off() {
+                token.clock.stop(Instant::now());
+            }
+            return false;
+        }
+        let heard = mem::replace(&mut token.tag, HEARD);
+        self.hear(Token { tag: heard, ..*token }, so_far, apply)
+    }
+
+    /// Records a call that has reached the measured point, and returns whether the limit changed. `apply` runs before
+    /// another call can change the limit. A call whose request has not been sent is not a sample, unless connecting
+    /// timed out.
+    pub(in super::super) fn hear(
+        &self,
+        token: Token,
+        outcome: Outcome,
+        apply: impl FnOnce(u32),
+    ) -> bool {
+        if token.tag == HEARD {
+            return false;
+        }
+        let Some(dropped) = is_drop(outcome) else { return false };
+        let now = Instant::now();
+        let latency = match token.clock.elapsed(now) {
+            Some(latency) => latency,
+            None if outcome.reason() == Why::ConnectTimeout => Duration::ZERO,
+            // The clock starts at the admission. If it is off, the request has not been sent, so the time is attributed
+            // to the caller.
+            None => return false,
+        };
+        let sample = Sample {
+            now: Duration::from_nanos(self.clock.at(now)),
+            latency,
+            in_flight: u32::try_from(token.tag).unwrap_or(u32::MAX),
+            dropped,
+        };
+        let mut state = self.lock();
+        let algorithm = &mut state.algorithm;
+        // The call may end while its thread unwinds, where a panic that is not caught aborts the process.
+        let heard = catch_panic(|| algorithm.hear(&sample));
+        if let Some(Some(change)) = heard {
+            state.last = Some(change);
+            apply(change.limit.max(1));
+        }
+        drop(state);
+        self.report_panic(heard.is_none());
+        let Some(Some(_change)) = heard else { return false };
+        event!(
+            limit,
+            DEBUG,
+            limit = _change.limit,
+            reason = _change.reason.as_str(),
+            "limit changed"
+        );
+        true
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Teller {
+    /// Without the algorithm: its `Debug` is user code and would run under the lock.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Teller").field("last", &self.last()).finish_non_exhaustive()
+    }
+}
+
+/// Returns whether the outcome is a drop. `None`: it contains no information about the load, so it is not a sample.
+fn is_drop(outcome: Outcome) -> Option<bool> {
+    match outcome.kind() {
+        OutcomeKind::Success => Some(false),
+        OutcomeKind::Throttled => Some(true),
+        OutcomeKind::Cancelled => None,
+        OutcomeKind::Failure => match (outcome.reason(), outcome.code()) {
+            (Why::Timeout | Why::NoResponse | Why::ConnectTimeout, _)
+            | (Why::Status, Some(503 | 504 | 520..=524))
+            | (Why::GrpcStatus, Some(4 | 14)) => Some(true),
+            _ => None,
+        },
+    }
+}

@@ -1,0 +1,81 @@
+//! A limit that distinguishes calls: exempt calls, partitions with a share of the limit each, and priorities.
+//!
+//! ```
+//! use axum::{Router, extract::Request, routing::get};
+//! use buttress::{limit::partition::{Claim, Priority}, ConcurrencyLimitLayer};
+//!
+//! const LIVE: u8 = 0;
+//! const BATCH: u8 = 1;
+//!
+//! let limit = ConcurrencyLimitLayer::new(512)
+//!     .sorted_by(|request: &Request| {
+//!         let priority = Priority::NORMAL.lot_of_trace(request.headers());
+//!         match request.uri().path() {
+//!             "/livez" | "/metrics" => Claim::exempt(),
+//!             path if path.starts_with("/batch") => {
+//!                 Claim::from(Priority::SHEDDABLE).partition(BATCH)
+//!             }
+//!             _ => Claim::from(priority).partition(LIVE),
+//!         }
+//!     })
+//!     .partitions(&[0.7, 0.3])
+//!     .shed_by_priority()
+//!     .respond();
+//! let app: Router = Router::new().route("/search", get(|| async { "…" })).layer(limit);
+//! ```
+//!
+//! To exempt a few paths from the limit:
+//!
+//! ```
+//! use buttress::ConcurrencyLimitLayer;
+//!
+//! let limit = ConcurrencyLimitLayer::new(512).exempt_paths(["/livez", "/metrics"]).respond();
+//! ```
+//!
+//! # Partitions
+//!
+//! Each partition has a share of the limit, in whole permits, rounded down. The calls in flight of all partitions
+//! together never exceed the limit:
+//!
+//! | a call | acquires a permit |
+//! |---|---|
+//! | of a partition that uses less than its share | if any permit is free |
+//! | of another partition, or without a share | if more permits are free than are reserved for other partitions |
+//!
+//! So the other partitions borrow the part of a share that is not in use. If a call of a partition is rejected although
+//! the partition uses less than its share, a permit is reserved for this partition for 1 s: it acquires the next
+//! permits that are released, up to the number of such rejections. Of the partitions with waiting calls, the one that
+//! uses the smallest part of its share acquires the next permit.
+//!
+//! # Priorities
+//!
+//! [`shed_by_priority`](SortedLimitLayer::shed_by_priority) maintains a cutoff: calls whose priority is below it are
+//! rejected before they can queue. The cutoff is recomputed once per second, or after 2000 calls if that is earlier:
+//!
+//! - If more than a twentieth of the calls above the cutoff found no permit, the cutoff is set so that the number of
+//!   calls above it equals the number of calls that were admitted.
+//! - Otherwise it is lowered, so that 2 % more calls than were admitted are above it. The percentage doubles each time
+//!   that this case repeats.
+//! - With fewer than 20 calls, there is no cutoff.
+//!
+//! Between the recomputations, a call that finds the queue full displaces the queue entry of the lowest priority of its
+//! partition, of several the latest, if that priority is lower than its own.
+//!
+//! # Cost
+//!
+//! With partitions or priorities each call takes a lock and reads the clock once. Exempt paths cost neither.
+
+mod class;
+mod layer;
+mod shares;
+mod threshold;
+
+pub use self::{
+    class::{Claim, ExemptPaths, Priority, Sort},
+    layer::{Partition, SortedLimit, SortedLimitHandle, SortedLimitLayer},
+};
+pub(super) use self::{
+    layer::Sorted,
+    shares::{KEPT, Line, Shares},
+    threshold::Cutoff,
+};

@@ -1,0 +1,518 @@
+use std::{error::Error, fmt, sync::Arc, time::Duration};
+
+use crate::{
+    error::{self, ConfigError},
+    event::{RepeatedEvent, event},
+    time::DeadlineSource,
+};
+
+/// The rejection or the timeout of a call by a layer.
+///
+/// It states the layer, the reason and the time to retry. In a stack that fails with boxed errors,
+/// [`Rejected::find`] finds it anywhere in a chain of sources. In a stack that responds, it is in the extensions of the
+/// response.
+///
+/// With the feature `tonic` or `tonic-health`, its source is a `tonic::Status` with the code that a response would have
+/// (`UNAVAILABLE`, `DEADLINE_EXCEEDED`, `RESOURCE_EXHAUSTED`). A generated client then fails with that code although no
+/// layer responds. The status carries no pushback. The source of [`Misconfigured`](RejectedKind::Misconfigured) is the
+/// [`ConfigError`], which tonic reports as `UNKNOWN`.
+#[derive(Clone)]
+pub struct Rejected {
+    kind: RejectedKind,
+    layer: LayerKind,
+    /// A set of bits: the source of the deadline that ended the call, if a deadline did, and [`DRAINS`].
+    marks: u8,
+    retry_after_ms: u32,
+    label: Option<Arc<Label>>,
+}
+
+/// The reason for a rejection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum RejectedKind {
+    /// The circuit is open.
+    Open,
+    /// The circuit is half-open and all probe slots are in use.
+    Probing,
+    /// The circuit has closed recently and still admits only a growing share of the calls.
+    Recovering,
+    /// The circuit is held open by hand.
+    ForcedOpen,
+    /// The limit is reached, and the queue is full or there is none.
+    Full,
+    /// Calls of higher priority use the limit and its queue.
+    Outranked,
+    /// The call waited for a permit for the maximum time of the queue.
+    WaitedTooLong,
+    /// The deadline passed before the call began: HTTP 504, gRPC `DEADLINE_EXCEEDED`.
+    DeadlinePassed,
+    /// The maximum number of connections is in use, and none became free in time.
+    Saturated,
+    /// The call was in flight and this phase took too long: HTTP 504, or 503 from a server's timeout; gRPC
+    /// `DEADLINE_EXCEEDED`.
+    TimedOut(Phase),
+    /// The health probe has found the upstream to be down.
+    Unhealthy,
+    /// The caller has used up its quota: HTTP 429, gRPC `RESOURCE_EXHAUSTED`.
+    Quota,
+    /// The process is shutting down and accepts no new calls.
+    ShuttingDown,
+    /// A setting of the layer cannot work. The [`ConfigError`] is the source of the error.
+    Misconfigured,
+}
+
+impl RejectedKind {
+    /// Returns the kind in `snake_case`, for the label of a metric. Problem documents contain it as `reason`, except
+    /// that `misconfigured` and `circuit_forced_open` are `unavailable` there.
+    #[must_use]
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Open => "circuit_open",
+            Self::Probing => "circuit_half_open",
+            Self::Recovering => "circuit_recovering",
+            Self::ForcedOpen => "circuit_forced_open",
+            Self::Full => "limit_reached",
+            Self::Outranked => "outranked",
+            Self::WaitedTooLong => "queue_timeout",
+            Self::DeadlinePassed => "deadline_passed",
+            Self::Saturated => "connections_saturated",
+            Self::TimedOut(Phase::Head) => "timeout_head",
+            Self::TimedOut(Phase::FirstFrame) => "timeout_first_frame",
+            Self::TimedOut(Phase::Idle) => "timeout_idle",
+            Self::TimedOut(Phase::Sending) => "timeout_sending",
+            Self::TimedOut(Phase::Taking) => "timeout_taking",
+            Self::TimedOut(Phase::Total) => "timeout_total",
+            Self::TimedOut(Phase::ResponseTotal) => "timeout_response_total",
+            Self::TimedOut(Phase::Deadline) => "timeout_deadline",
+            Self::TimedOut(Phase::BodyRate) => "timeout_body_rate",
+            Self::TimedOut(Phase::Unread) => "timeout_unread",
+            Self::Unhealthy => "unhealthy",
+            Self::Quota => "quota_exceeded",
+            Self::ShuttingDown => "shutting_down",
+            Self::Misconfigured => "misconfigured",
+        }
+    }
+
+    /// Returns the kind in words, for the text of an error.
+    pub(crate) const fn phrase(self) -> &'static str {
+        match self {
+            Self::Open => "circuit is open",
+            Self::Probing => "circuit is half-open and all probe slots are in use",
+            Self::Recovering => "circuit is recovering",
+            Self::ForcedOpen => "circuit is held open",
+            Self::Full => "concurrency limit is reached",
+            Self::Outranked => "calls of higher priority use the limit",
+            Self::WaitedTooLong => "waited too long for a permit",
+            Self::DeadlinePassed => "deadline passed before the call began",
+            Self::Saturated => "no connection became free",
+            Self::TimedOut(Phase::Head) => "no response head in time",
+            Self::TimedOut(Phase::FirstFrame) => "no first frame of the body in time",
+            Self::TimedOut(Phase::Idle) => "no frame of the response body in time",
+            Self::TimedOut(Phase::Sending) => "no frame of the request body in time",
+            Self::TimedOut(Phase::Taking) => "request body was not read in time",
+            Self::TimedOut(Phase::Total) => "call took too long in total",
+            Self::TimedOut(Phase::ResponseTotal) => "response took too long in total",
+            Self::TimedOut(Phase::Deadline) => "deadline passed with the call in flight",
+            Self::TimedOut(Phase::BodyRate) => "request body is below the minimum rate",
+            Self::TimedOut(Phase::Unread) => "response was not read for too long",
+            Self::Unhealthy => "upstream is unhealthy",
+            Self::Quota => "quota is used up",
+            Self::ShuttingDown => "shutting down",
+            Self::Misconfigured => "layer is misconfigured",
+        }
+    }
+}
+
+/// The part of a call that took too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Phase {
+    /// The response head, from when the request had been sent.
+    Head,
+    /// The first frame of the response body.
+    FirstFrame,
+    /// The next frame of the response body.
+    Idle,
+    /// The next frame of the request body, which its producer did not provide.
+    Sending,
+    /// The next frame of the request body, which the upstream did not read.
+    Taking,
+    /// The whole call, to the end of the response body.
+    Total,
+    /// The whole response, from when the request had been sent to the end of the response body.
+    ResponseTotal,
+    /// The [`Deadline`](crate::time::Deadline) of the request, with the call in flight.
+    /// [`deadline_source`](Rejected::deadline_source) returns the side that set it.
+    Deadline,
+    /// The request body, which arrived more slowly than the minimum rate.
+    BodyRate,
+    /// The response body, which its reader did not read for the
+    /// [`max_unread`](crate::limit::ConcurrencyLimitLayer::max_unread) of a limit.
+    Unread,
+}
+
+impl Phase {
+    pub(crate) const ALL: [Self; 10] = [
+        Self::Head,
+        Self::FirstFrame,
+        Self::Idle,
+        Self::Sending,
+        Self::Taking,
+        Self::Total,
+        Self::ResponseTotal,
+        Self::Deadline,
+        Self::BodyRate,
+        Self::Unread,
+    ];
+
+    /// Returns the phase in `snake_case`, for the label of a metric.
+    #[must_use]
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Head => "head",
+            Self::FirstFrame => "first_frame",
+            Self::Idle => "idle",
+            Self::Sending => "sending",
+            Self::Taking => "taking",
+            Self::Total => "total",
+            Self::ResponseTotal => "response_total",
+            Self::Deadline => "deadline",
+            Self::BodyRate => "body_rate",
+            Self::Unread => "unread",
+        }
+    }
+}
+
+/// The layers that reject calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LayerKind {
+    #[cfg(feature = "breaker")]
+    CircuitBreaker,
+    #[cfg(feature = "limit")]
+    ConcurrencyLimit,
+    #[cfg(feature = "health")]
+    HealthProbe,
+    #[cfg(feature = "lifecycle")]
+    Lifecycle,
+    #[cfg(feature = "retry")]
+    Retry,
+    #[cfg(feature = "connect")]
+    Connect,
+    #[cfg(feature = "timeout")]
+    Timeout,
+    /// A timeout around a service of this server: the server itself was too slow, and no upstream.
+    #[cfg(feature = "timeout")]
+    ServerTimeout,
+    #[cfg(feature = "timeout")]
+    Deadline,
+    /// The application, by [`Rejected::new`].
+    User,
+}
+
+impl LayerKind {
+    const fn as_str(self) -> &'static str {
+        match self {
+            #[cfg(feature = "breaker")]
+            Self::CircuitBreaker => "circuit_breaker",
+            #[cfg(feature = "limit")]
+            Self::ConcurrencyLimit => "concurrency_limit",
+            #[cfg(feature = "health")]
+            Self::HealthProbe => "health_probe",
+            #[cfg(feature = "lifecycle")]
+            Self::Lifecycle => "lifecycle",
+            #[cfg(feature = "retry")]
+            Self::Retry => "retry",
+            #[cfg(feature = "connect")]
+            Self::Connect => "connect",
+            #[cfg(feature = "timeout")]
+            Self::Timeout => "timeout",
+            #[cfg(feature = "timeout")]
+            Self::ServerTimeout => "server_timeout",
+            #[cfg(feature = "timeout")]
+            Self::Deadline => "deadline",
+            Self::User => "user",
+        }
+    }
+}
+
+/// The part that the rejections of one layer share: its name, or the setting that cannot work.
+#[derive(Debug)]
+pub(crate) struct Label {
+    pub(crate) name: Box<str>,
+    pub(crate) fault: Option<LayerFault>,
+}
+
+/// A setting that cannot work, and the events that report it.
+#[derive(Clone, Debug)]
+pub(crate) struct LayerFault {
+    pub(crate) error: ConfigError,
+    pub(crate) reports: Arc<RepeatedEvent>,
+}
+
+impl LayerFault {
+    pub(crate) fn new(error: ConfigError) -> Self {
+        Self { error, reports: Arc::new(RepeatedEvent::new()) }
+    }
+
+    /// Reports the fault. `effect` states what the layer does because of it.
+    pub(crate) fn report(&self, layer: &'static str, effect: &'static str) {
+        if let Some(_occurrences) = self.reports.record() {
+            event!(
+                config,
+                ERROR,
+                layer,
+                error = %self.error,
+                occurrences = _occurrences,
+                "misconfigured: {effect}"
+            );
+        }
+        let _ = (layer, effect);
+    }
+}
+
+/// `retry_after_ms` of a rejection without a time to retry.
+const NO_HINT: u32 = u32::MAX;
+
+/// A deadline of the caller ended the call.
+const CALLER_DEADLINE: u8 = 1;
+/// A deadline of the operator ended the call.
+const OPERATOR_DEADLINE: u8 = 2;
+/// The body of the request is drained.
+const DRAINS: u8 = 4;
+
+impl Rejected {
+    pub(crate) fn by(layer: LayerKind, kind: RejectedKind) -> Self {
+        Self { kind, layer, marks: 0, retry_after_ms: NO_HINT, label: None }
+    }
+
+    pub(crate) fn misconfigured(layer: LayerKind, label: Arc<Label>) -> Self {
+        // The response of a rejected call does not contain the error, so the log is the only place that does.
+        if let Some(fault) = &label.fault {
+            fault.report(layer.as_str(), "every call is rejected");
+        }
+        Self {
+            kind: RejectedKind::Misconfigured,
+            layer,
+            marks: 0,
+            retry_after_ms: NO_HINT,
+            label: Some(label),
+        }
+    }
+
+    pub(crate) fn labelled(mut self, label: Option<Arc<Label>>) -> Self {
+        self.label = label;
+        self
+    }
+
+    /// Returns a rejection by the application. A stack converts it into the same response as a rejection by one of its
+    /// layers: see [`Respond`](crate::respond::Respond).
+    #[must_use]
+    pub fn new(kind: RejectedKind) -> Self {
+        Self::by(LayerKind::User, kind)
+    }
+
+    /// Returns the same rejection with a time to retry, in whole milliseconds, at most 49 days. The time is rounded up,
+    /// so that no caller retries too early.
+    #[must_use]
+    pub fn with_retry_after(self, after: Duration) -> Self {
+        let begun = u64::from(after.subsec_nanos().div_ceil(1_000_000));
+        self.with_retry_after_ms(after.as_secs().saturating_mul(1000).saturating_add(begun))
+    }
+
+    #[inline]
+    pub(crate) fn with_retry_after_ms(mut self, ms: u64) -> Self {
+        self.retry_after_ms = ms.min(u64::from(NO_HINT - 1)) as u32;
+        self
+    }
+
+    /// Returns the reason for the rejection.
+    #[must_use]
+    pub const fn kind(&self) -> RejectedKind {
+        self.kind
+    }
+
+    /// Returns the layer that rejected the call: `circuit_breaker`, `concurrency_limit`, `health_probe`, …
+    #[must_use]
+    pub const fn layer(&self) -> &'static str {
+        self.layer.as_str()
+    }
+
+    #[cfg(any(feature = "retry", feature = "timeout"))]
+    pub(crate) fn with_deadline_source(mut self, source: Option<DeadlineSource>) -> Self {
+        self.marks |= match source {
+            None => 0,
+            Some(DeadlineSource::Caller) => CALLER_DEADLINE,
+            Some(DeadlineSource::Operator) => OPERATOR_DEADLINE,
+        };
+        self
+    }
+
+    /// Marks a rejection whose request body is drained.
+    pub(crate) fn draining(mut self) -> Self {
+        self.marks |= DRAINS;
+        self
+    }
+
+    /// Returns whether the body of the rejected request is drained.
+    #[cfg(feature = "lifecycle")]
+    pub(crate) const fn is_draining(&self) -> bool {
+        self.marks & DRAINS != 0
+    }
+
+    /// Returns the source of the deadline that ended the call in flight, if a deadline did. A call that ended by a
+    /// deadline of the [caller](DeadlineSource::Caller) carries no information about the upstream.
+    #[must_use]
+    pub const fn deadline_source(&self) -> Option<DeadlineSource> {
+        if self.marks & CALLER_DEADLINE != 0 {
+            Some(DeadlineSource::Caller)
+        } else if self.marks & OPERATOR_DEADLINE != 0 {
+            Some(DeadlineSource::Operator)
+        } else {
+            None
+        }
+    }
+
+    /// Returns whether the call was in flight and ended because it took too long. The upstream may have processed it.
+    #[must_use]
+    pub const fn is_timeout(&self) -> bool {
+        matches!(self.kind, RejectedKind::TimedOut(_))
+    }
+
+    /// Returns whether this server was too slow, and no upstream.
+    pub(crate) const fn is_by_server(&self) -> bool {
+        #[cfg(feature = "timeout")]
+        return matches!(self.layer, LayerKind::ServerTimeout);
+        #[cfg(not(feature = "timeout"))]
+        false
+    }
+
+    /// Returns the name of the layer, if it has one.
+    #[must_use]
+    pub fn name(&self) -> Option<&str> {
+        self.label.as_deref().map(|label| &*label.name).filter(|name| !name.is_empty())
+    }
+
+    /// Returns the time from the rejection until a retry may succeed, if it is known.
+    #[must_use]
+    pub const fn retry_after(&self) -> Option<Duration> {
+        match self.retry_after_ms {
+            NO_HINT => None,
+            ms => Some(Duration::from_millis(ms as u64)),
+        }
+    }
+
+    /// Finds a rejection in `error` and its sources.
+    #[must_use]
+    pub fn find<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
+        let mut next = Some(error);
+        // The number of sources is bounded, because an error can be its own source. No stack makes a chain of 16.
+        for _ in 0..16 {
+            let error = next?;
+            if let Some(found) = error.downcast_ref::<Self>() {
+                return Some(found);
+            }
+            next = error::next(error);
+        }
+        None
+    }
+
+    /// Finds a rejection in a value, if its type is that of a known error, and in its sources.
+    pub(crate) fn find_in_any<E: 'static>(error: &E) -> Option<&Self> {
+        super::http::known(error).and_then(Self::find)
+    }
+}
+
+impl fmt::Display for Rejected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rejected by {}", self.layer())?;
+        if let Some(name) = self.name() {
+            write!(f, " `{name}`")?;
+        }
+        write!(f, ": {}", self.kind.phrase())?;
+        if let Some(after) = self.retry_after() {
+            write!(f, ", retry after {after:?}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Rejected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rejected")
+            .field("kind", &self.kind)
+            .field("layer", &self.layer())
+            .field("name", &self.name())
+            .field("retry_after", &self.retry_after())
+            .finish()
+    }
+}
+
+impl Error for Rejected {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        if let Some(fault) = self.label.as_deref().and_then(|label| label.fault.as_ref()) {
+            return Some(&fault.error);
+        }
+        #[cfg(any(feature = "tonic", feature = "tonic-health"))]
+        return Some(super::tonic_status::of(self.kind));
+        #[cfg(not(any(feature = "tonic", feature = "tonic-health")))]
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::BoxError;
+
+    #[test]
+    fn is_small_enough_for_every_future() {
+        assert_eq!(size_of::<Rejected>(), 16);
+    }
+
+    #[test]
+    fn whoever_comes_back_when_told_is_not_too_early() {
+        let told = |after| Rejected::new(RejectedKind::Open).with_retry_after(after).retry_after();
+        let ms = Duration::from_millis;
+        assert_eq!(told(Duration::from_nanos(1)), Some(ms(1)));
+        assert_eq!(told(ms(1500) + Duration::from_nanos(1)), Some(ms(1501)));
+        assert_eq!((told(ms(1500)), told(Duration::ZERO)), (Some(ms(1500)), Some(ms(0))));
+        assert_eq!(told(Duration::MAX), Some(ms(u64::from(u32::MAX - 1))));
+    }
+
+    #[test]
+    fn is_found_under_boxes_and_sources() {
+        #[derive(Debug)]
+        struct Outer(BoxError);
+        impl fmt::Display for Outer {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("outer")
+            }
+        }
+        impl Error for Outer {
+            fn source(&self) -> Option<&(dyn Error + 'static)> {
+                Some(&*self.0)
+            }
+        }
+        let boxed: BoxError =
+            Box::new(Outer(Box::new(Outer(Box::new(Rejected::new(RejectedKind::Full))))));
+        assert_eq!(Rejected::find_in_any(&boxed).map(Rejected::kind), Some(RejectedKind::Full));
+        assert!(Rejected::find_in_any(&"no error at all").is_none());
+    }
+
+    #[test]
+    fn a_ring_of_sources_ends() {
+        #[derive(Debug)]
+        struct Ring;
+        impl fmt::Display for Ring {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("ring")
+            }
+        }
+        impl Error for Ring {
+            fn source(&self) -> Option<&(dyn Error + 'static)> {
+                Some(&Ring)
+            }
+        }
+        assert!(Rejected::find(&Ring).is_none());
+    }
+}

@@ -1,0 +1,284 @@
+//! Response bodies: a body that releases the permit of its call, and the body of a response that a layer made itself.
+
+use std::{
+    fmt,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use bytes::{Buf, Bytes};
+use http::HeaderMap;
+use http_body::{Body, Frame, SizeHint};
+use pin_project_lite::pin_project;
+
+use super::{permit::Permit, unread};
+use crate::outcome::{Outcome, Reason, grpc};
+
+// ===== The body of the inner service, or of a layer =====
+
+pin_project! {
+    /// The body of the inner service, or the small body of a response that a layer made itself.
+    ///
+    /// The second variant needs no conversion into the body type of the inner service, so that type needs no further
+    /// bounds.
+    #[project = AnswerBodyProj]
+    pub(crate) enum AnswerBody<B: Body> {
+        Theirs { #[pin] body: B },
+        // Boxed, so that it does not enlarge the responses of the inner service.
+        Own { data: Option<Box<B::Data>> },
+    }
+}
+
+impl<B: Body> AnswerBody<B> {
+    /// Returns an empty body that has ended.
+    pub(crate) const fn ended() -> Self {
+        Self::Own { data: None }
+    }
+
+    /// Returns the body of a response that a layer made itself.
+    pub(crate) fn own(data: Bytes) -> Self
+    where
+        B::Data: From<Bytes>,
+    {
+        Self::Own { data: (!data.is_empty()).then(|| Box::new(B::Data::from(data))) }
+    }
+}
+
+impl<B: Body> Body for AnswerBody<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    #[inline]
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        match self.project() {
+            AnswerBodyProj::Theirs { body } => body.poll_frame(cx),
+            AnswerBodyProj::Own { data } => {
+                Poll::Ready(data.take().map(|data| Ok(Frame::data(*data))))
+            }
+        }
+    }
+
+    #[inline]
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Theirs { body } => body.is_end_stream(),
+            Self::Own { data } => data.is_none(),
+        }
+    }
+
+    #[inline]
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Theirs { body } => body.size_hint(),
+            Self::Own { data } => {
+                SizeHint::with_exact(data.as_ref().map_or(0, |data| data.remaining() as u64))
+            }
+        }
+    }
+}
+
+/// A response body that can contain data of a layer.
+pub trait OwnAnswer {
+    /// Returns a body that contains `data` and ends after it.
+    fn answer(data: Bytes) -> Self;
+}
+
+// ===== A body that is tracked to its end =====
+
+pin_project! {
+    /// A response body that releases the permit of its call: at its end, at an error, or when it is dropped.
+    ///
+    /// It forwards every frame, the trailers, the size hint and the end-of-stream flag of the inner body. `Default`
+    /// returns an empty body, which an outer layer such as `tower_http::timeout` responds with.
+    pub struct TrackedBody<B: Body> {
+        #[pin]
+        inner: AnswerBody<B>,
+        permit: Permit,
+        eos: Eos,
+    }
+}
+
+/// Classifies a response by its trailers, if it has any.
+#[cfg(feature = "tower-http")]
+type JudgeTrailers = dyn FnOnce(Option<&HeaderMap>) -> Outcome + Send + Sync;
+
+/// The rule that classifies a response at the end of its body.
+pub(crate) enum Eos {
+    /// The permit has been released, or the body is not tracked.
+    Told,
+    /// The response was not read for too long. Its permit has been released, and a timeout layer within the body ends
+    /// it.
+    Unread,
+    /// The response head has decided this outcome.
+    Plain(Outcome),
+    /// The `grpc-status` in the trailers decides, or this outcome if there is none.
+    Grpc(Outcome),
+    /// A classifier of tower-http decides by the trailers.
+    #[cfg(feature = "tower-http")]
+    Custom(Box<JudgeTrailers>),
+}
+
+impl Eos {
+    /// Returns the outcome of a body that has ended, with these trailers.
+    fn end(&mut self, trailers: Option<&HeaderMap>) -> Outcome {
+        match std::mem::replace(self, Self::Told) {
+            Self::Told | Self::Unread => Outcome::success(),
+            Self::Plain(outcome) => outcome,
+            Self::Grpc(missing) => trailers.and_then(grpc::status).unwrap_or(missing),
+            #[cfg(feature = "tower-http")]
+            Self::Custom(judge) => judge(trailers),
+        }
+    }
+
+    /// Returns the outcome of a body that fails.
+    pub(crate) fn error(&mut self) -> Outcome {
+        match std::mem::replace(self, Self::Told) {
+            Self::Plain(outcome) if !outcome.is_success() => outcome,
+            // The HTTP status in the head is already an error.
+            Self::Grpc(mapped) if !mapped.is_success() && !is_missing(mapped) => mapped,
+            _ => Outcome::failure().because(Reason::Body),
+        }
+    }
+
+    /// Returns the outcome that the head decides, or a cancelled one if the end of the body decides.
+    pub(crate) fn so_far(&self) -> Outcome {
+        match self {
+            Self::Plain(outcome) => *outcome,
+            _ => Outcome::cancelled(),
+        }
+    }
+
+    /// Returns the outcome for a permit that is released at the head. A response that has begun is a success.
+    pub(crate) fn begun(&self) -> Outcome {
+        match self {
+            Self::Plain(outcome) => *outcome,
+            Self::Grpc(mapped) if !is_missing(*mapped) => *mapped,
+            _ => Outcome::success(),
+        }
+    }
+
+    /// Returns the outcome of a body that is dropped before its end.
+    ///
+    /// A plain success that is not read stays a success. A gRPC response with HTTP status 200 is cancelled, because its
+    /// gRPC status is not known. With another HTTP status its outcome is the mapped one, because such responses rarely
+    /// have trailers.
+    pub(crate) fn dropped(&self) -> Outcome {
+        match self {
+            Self::Plain(outcome) => *outcome,
+            Self::Grpc(mapped) if !is_missing(*mapped) => *mapped,
+            _ => Outcome::cancelled(),
+        }
+    }
+}
+
+/// Returns whether only the trailers decide the outcome of a gRPC response.
+fn is_missing(outcome: Outcome) -> bool {
+    outcome.reason() == Reason::MissingStatus
+}
+
+impl<B: Body> TrackedBody<B> {
+    /// Returns a body that releases `permit` at its end.
+    #[cfg(feature = "connect")]
+    pub(crate) fn new(body: B, permit: Permit, eos: Eos) -> Self {
+        let mut tracked = Self::untracked(body);
+        tracked.track(permit, eos);
+        tracked
+    }
+
+    /// Starts to track the body: `permit` is released at its end, or now if the body has ended.
+    #[inline]
+    pub(crate) fn track(&mut self, mut permit: Permit, mut eos: Eos) {
+        if self.inner.is_end_stream() {
+            permit.end(eos.end(None));
+        } else {
+            permit.end_dropped_as(eos.dropped());
+            permit.watch_reader();
+        }
+        (self.permit, self.eos) = (permit, eos);
+    }
+
+    /// Returns a body that holds no permit.
+    #[inline]
+    pub(crate) fn untracked(body: B) -> Self {
+        Self::told(AnswerBody::Theirs { body })
+    }
+
+    #[inline]
+    fn told(inner: AnswerBody<B>) -> Self {
+        Self { inner, permit: Permit::hollow(), eos: Eos::Told }
+    }
+}
+
+impl<B: Body<Data: From<Bytes>>> OwnAnswer for TrackedBody<B> {
+    fn answer(data: Bytes) -> Self {
+        Self::told(AnswerBody::own(data))
+    }
+}
+
+impl<B: Body> Default for TrackedBody<B> {
+    /// Returns an empty body that has ended: the body of a response that an outer layer makes.
+    fn default() -> Self {
+        Self::told(AnswerBody::ended())
+    }
+}
+
+impl<B: Body> Body for TrackedBody<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    #[inline]
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        let mut this = self.project();
+        match this.eos {
+            Eos::Told => return this.inner.poll_frame(cx),
+            Eos::Unread => return unread::during(|| this.inner.poll_frame(cx)),
+            _ => {}
+        }
+        // The frame is inspected in place, because it is large to move.
+        let polled = this.permit.guard(|| this.inner.as_mut().poll_frame(cx));
+        this.permit.body_polled(polled.is_pending());
+        let length = || match &polled {
+            Poll::Ready(Some(Ok(frame))) => Some(frame.data_ref().map_or(0, Buf::remaining)),
+            Poll::Ready(_) => Some(0),
+            Poll::Pending => None,
+        };
+        if this.permit.is_unread(length) {
+            this.permit.end(Outcome::cancelled());
+            *this.eos = Eos::Unread;
+            return polled;
+        }
+        match &polled {
+            Poll::Ready(Some(Ok(frame))) => {
+                if let Some(trailers) = frame.trailers_ref() {
+                    this.permit.end(this.eos.end(Some(trailers)));
+                } else if this.inner.is_end_stream() {
+                    this.permit.end(this.eos.end(None));
+                }
+            }
+            Poll::Ready(Some(Err(_))) => this.permit.end(this.eos.error()),
+            Poll::Ready(None) => this.permit.end(this.eos.end(None)),
+            Poll::Pending => {}
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+impl<B: Body> fmt::Debug for TrackedBody<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TrackedBody").field("permit", &self.permit).finish_non_exhaustive()
+    }
+}

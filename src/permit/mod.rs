@@ -1,0 +1,24 @@
+//! TODO page
+
+mod anchor;
+mod body;
+mod free_list;
+mod permit;
+mod sharded;
+mod slot;
+mod state_ref;
+pub(crate) mod unread;
+
+pub(crate) use self::anchor::Anchor;
+pub use self::body::TrackedBody;
+pub(crate) use self::free_list::Idle;
+pub(crate) use self::sharded::{Lease, Striped};
+pub(crate) use self::{
+    body::AnswerBody,
+    slot::{Far, Found},
+};
+pub(crate) use self::{
+    body::{Eos, OwnAnswer},
+    permit::{Finish, Hold, Measures, Permit, Token},
+    state_ref::{Giver, Shared},
+};

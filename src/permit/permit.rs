@@ -1,0 +1,455 @@
+//! Permits: the right to make one call, and its release with the outcome of the call.
+//!
+//! # Life of a permit
+//!
+//! 1. A state ([`Finish`]: a circuit, a limit, a registry of calls) admits a call and issues a [`Permit`]. Its
+//!    [`Token`] records the admission: the generation of the state, and the clock that measures the upstream.
+//! 2. The permit is moved through the future of the call. [`Permit::pending`] records what the call waits for, and
+//!    [`Permit::head`] reports the response head to the state.
+//! 3. The permit ends at the time that [`Finish::hold`] states. If that is the end of the response body, it is
+//!    type-erased and moved into the [`TrackedBody`](super::body::TrackedBody).
+//! 4. [`Finish::finish`] receives the token and the attributed outcome.
+//!
+//! # Invariants
+//!
+//! - `finish` is called exactly once per token. The owner of the state is an `Option` that the release takes, so a
+//!   second release and the destructor find `None`. Such a permit is *spent*.
+//! - The release happens in `Drop` if it has not happened before: also when the future is dropped before its first
+//!   poll, or while the thread unwinds.
+//! - A token of an earlier generation must not change the current state. The state compares the generations.
+//! - Every outcome other than a success is [attributed](crate::outcome::attribute) before the state receives it. A state
+//!   can therefore count each failure against the upstream.
+
+use std::{fmt, mem};
+
+use tokio::time::{Duration, Instant};
+
+use super::state_ref::{AnyGiver, Giver};
+use crate::outcome::{
+    CallerDeadline, Ending, Outcome, Reason, SentMark, UpstreamClock, WaitsFor, attribute,
+    dropped as outcome_of_drop,
+};
+
+/// The record of its admission that a permit carries.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Token {
+    /// The generation of the state that issued it, with the flags that this state needs at the release.
+    pub(crate) tag: u64,
+    /// How long the upstream has had the request, as far as the state [measures](Finish::measures) it.
+    pub(crate) clock: UpstreamClock,
+}
+
+impl Token {
+    /// Returns the token of a call that is not measured, or not yet.
+    pub(crate) const fn unmeasured(tag: u64) -> Self {
+        Self { tag, clock: UpstreamClock::OFF }
+    }
+}
+
+/// The part of a call that a state measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Measures {
+    /// No call is measured.
+    Nothing,
+    /// The time to the response head. A state that needs the exact time starts the clock in the token that it
+    /// issues. For the others the permit starts it at the first wait for the upstream, so that a call that never waits
+    /// reads no clock.
+    Head,
+    /// The time to the end of the response body, without the time for which the response waits for its reader.
+    Body,
+}
+
+/// The time at which a permit is released.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hold {
+    /// At the response head, whatever its outcome is.
+    Head,
+    /// As soon as the outcome is certain: at a response head that is not a success, otherwise at the end of the body.
+    Verdict,
+    /// At the end of the body.
+    Body,
+}
+
+/// The state that issues permits and receives the outcomes of their calls.
+///
+/// The trait is object-safe, so that the type of a response body does not depend on the layer.
+pub trait Finish: Send + Sync + 'static {
+    /// Releases the permit of this token and records the outcome of its call. Called exactly once for each token.
+    fn finish(&self, token: Token, outcome: Outcome);
+
+    /// Records the response head. `so_far` is the outcome if the response body does not change it. The state may change
+    /// the token, which [`finish`](Self::finish) receives.
+    fn head(&self, token: &mut Token, so_far: Outcome) {
+        let _ = (token, so_far);
+    }
+
+    /// Returns the time at which permits of this state are released.
+    fn hold(&self) -> Hold;
+
+    /// Returns the part of a call that this state measures.
+    fn measures(&self) -> Measures {
+        Measures::Nothing
+    }
+
+    /// Returns the time after which a call that its caller ended counts as a failure. `None`: never.
+    fn count_cancelled_after(&self) -> Option<Duration> {
+        None
+    }
+
+    /// Returns whether [`waits_for`](Self::waits_for) is also called when the response starts or stops waiting for its
+    /// reader. The permit calls this at the response head.
+    fn follows_reader(&self, token: Token) -> bool {
+        let _ = token;
+        false
+    }
+
+    /// Returns whether a response body that has not ended at the head is [watched](Self::watch_reader). The permit
+    /// calls this at the response head.
+    fn watches_reader(&self, token: Token) -> bool {
+        let _ = token;
+        false
+    }
+
+    /// Starts to watch whether the response body is read. Returns whether it is watched; then the permit reports each
+    /// poll.
+    fn watch_reader(&self, token: &mut Token) -> bool {
+        let _ = token;
+        false
+    }
+
+    /// Records a poll of a watched response body, with the length of the frame, or `None` if the body was pending.
+    /// Returns whether the state has released the permit, because the response was not read.
+    fn body_polled(&self, token: Token, frame: Option<usize>) -> bool {
+        let _ = (token, frame);
+        false
+    }
+
+    /// Records what the call of this token waits for, each time it changes.
+    fn waits_for(&self, token: Token, what: WaitsFor) {
+        let _ = (token, what);
+    }
+}
+
+/// The right to make one call. See the [module](self).
+///
+/// [`finish`](Self::finish) releases it with an outcome. Dropping it releases it with the outcome that
+/// [`end_dropped_as`](Self::end_dropped_as) has set, with a failure if the inner service panicked under
+/// [`guard`](Self::guard), and otherwise with the outcome of a dropped call.
+pub struct Permit<G: Finish = AnyGiver> {
+    /// The state that issued the permit. `None` once the permit is spent.
+    giver: Option<G>,
+    token: Token,
+    context: CallContext,
+}
+
+/// What a permit records about its call besides the admission. The type has no destructor, because permits are moved
+/// often.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CallContext {
+    /// The outcome of a drop. `None`: the [`DropCause`](crate::outcome::DropCause) decides, and without one it is a hang-up.
+    drop_as: Option<Outcome>,
+    caller_deadline: Option<CallerDeadline>,
+    /// A mark of the request's progress [sets](Permit::set_clock) the clock.
+    has_mark: bool,
+    /// The response head has arrived.
+    has_head: bool,
+    /// The response body is measured, too.
+    measures_body: bool,
+    /// The state records what the response body waits for.
+    follows_reader: bool,
+    /// The state watches whether the response body is read. Before the body is tracked: the state requests it.
+    is_watched: bool,
+    waits_for: WaitsFor,
+}
+
+impl CallContext {
+    const NONE: Self = Self {
+        drop_as: None,
+        caller_deadline: None,
+        has_mark: false,
+        has_head: false,
+        measures_body: false,
+        follows_reader: false,
+        is_watched: false,
+        waits_for: WaitsFor::Upstream,
+    };
+}
+
+impl<G: Finish> Permit<G> {
+    #[inline]
+    pub(crate) fn new(giver: G, token: Token) -> Self {
+        Self { giver: Some(giver), token, context: CallContext::NONE }
+    }
+
+    /// Returns a spent permit, for a call that has ended or that no state counts.
+    pub(crate) const fn hollow() -> Self {
+        Self { giver: None, token: Token::unmeasured(0), context: CallContext::NONE }
+    }
+
+    // ===== Release =====
+
+    /// Releases the permit with this outcome.
+    #[inline]
+    pub(crate) fn finish(mut self, outcome: Outcome) {
+        self.end(outcome);
+        // `end` has taken the state, so the destructor would do nothing.
+        mem::forget(self);
+    }
+
+    /// Releases the permit with this outcome, unless it is spent.
+    #[inline]
+    pub(crate) fn end(&mut self, outcome: Outcome) {
+        if !outcome.is_success() {
+            return self.end_attributed(outcome);
+        }
+        if let Some(giver) = self.giver.take() {
+            giver.finish(self.token, outcome);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn end_attributed(&mut self, outcome: Outcome) {
+        let outcome = self.attributed(outcome);
+        if let Some(giver) = self.giver.take() {
+            giver.finish(self.token, outcome);
+        }
+    }
+
+    /// Returns the outcome attributed to the side that caused it.
+    fn attributed(&self, outcome: Outcome) -> Outcome {
+        let Some(giver) = &self.giver else { return outcome };
+        let ending = Ending {
+            clock: self.token.clock,
+            has_head: self.context.has_head,
+            caller_deadline: self.context.caller_deadline,
+            count_cancelled_after: giver.count_cancelled_after(),
+            waits_for: self.context.waits_for,
+        };
+        attribute(outcome, ending)
+    }
+
+    /// Moves the permit out, and leaves a spent permit behind.
+    ///
+    /// The callers store a permit and no `Option<Permit>`. The niche of such an option lies in the middle of the
+    /// permit, and reading it costs a stalled load per call.
+    #[inline]
+    pub(crate) fn take(&mut self) -> Self {
+        Self { giver: self.giver.take(), token: self.token, context: self.context }
+    }
+
+    /// Records the response head in the state. Returns `so_far` attributed to the side that caused it.
+    ///
+    /// `so_far` is the outcome unless the response body changes it. `is_certain` states that the body cannot.
+    #[inline]
+    pub(crate) fn head(&mut self, so_far: Outcome, is_certain: bool) -> Outcome {
+        // A head that decides the outcome is attributed as if there were none: a 504 that only reports the caller's
+        // deadline is still a failure after `count_cancelled_after`.
+        self.context.has_head = !is_certain;
+        let so_far = if so_far.is_success() { so_far } else { self.attributed(so_far) };
+        self.context.has_head = true;
+        if let Some(giver) = &self.giver {
+            giver.head(&mut self.token, so_far);
+            if giver.measures() == Measures::Body {
+                self.context.measures_body = true;
+                self.token.clock.stop(Instant::now());
+            }
+            self.context.is_watched = giver.watches_reader(self.token);
+            if giver.follows_reader(self.token) {
+                self.context.follows_reader = true;
+                self.body_waits_for(WaitsFor::Caller);
+            }
+        }
+        so_far
+    }
+
+    // ===== Attribution =====
+
+    /// Records the caller deadline of the request, and whether a mark sets the clock.
+    #[inline]
+    pub(crate) fn observing(mut self, deadline: Option<CallerDeadline>, has_mark: bool) -> Self {
+        (self.context.caller_deadline, self.context.has_mark) = (deadline, has_mark);
+        self
+    }
+
+    /// Sets the clock by the mark of the request's progress.
+    pub(crate) fn set_clock(&mut self, mark: &SentMark) {
+        let progress = mark.progress();
+        self.token.clock = progress.clock();
+        let waits_for = &mut self.context.waits_for;
+        if *waits_for != WaitsFor::Client {
+            *waits_for = progress.waits_for;
+        }
+    }
+
+    /// Records what the call waits for, after the inner future has returned `Pending`. The clock runs while the call
+    /// waits for the upstream, stops while the call waits inside the client, and is off while the caller delays the
+    /// request.
+    #[inline]
+    pub(crate) fn pending(&mut self, what: WaitsFor) {
+        let Some(giver) = &self.giver else { return };
+        let context = &mut self.context;
+        let runs = !self.token.clock.is_off() || context.has_mark;
+        if what == context.waits_for && (runs || what != WaitsFor::Upstream) {
+            return;
+        }
+        if giver.measures() == Measures::Nothing {
+            return;
+        }
+        match what {
+            // The mark sets the clock at the end of the call.
+            _ if context.has_mark => self.token.clock = UpstreamClock::OFF,
+            WaitsFor::Upstream => self.token.clock.resume(),
+            WaitsFor::Client => self.token.clock.pause(),
+            WaitsFor::Caller | WaitsFor::Transport => self.token.clock = UpstreamClock::OFF,
+        }
+        if mem::replace(&mut context.waits_for, what) != what {
+            giver.waits_for(self.token, what);
+        }
+    }
+
+    /// Records what the call waited for when the inner future failed. The outcome of an inner timeout depends on it.
+    #[inline]
+    pub(crate) fn record_wait(&mut self, what: WaitsFor) {
+        self.context.waits_for = what;
+    }
+
+    /// Starts to watch whether the response body is read, if the state requests it.
+    #[inline]
+    pub(crate) fn watch_reader(&mut self) {
+        if let (true, Some(giver)) = (self.context.is_watched, &self.giver) {
+            self.context.is_watched = giver.watch_reader(&mut self.token);
+        }
+    }
+
+    /// Runs the clock while the response body has no frame for its reader, and stops it otherwise.
+    #[inline]
+    pub(crate) fn body_polled(&mut self, is_pending: bool) {
+        if self.context.measures_body {
+            self.token.clock.body_polled(is_pending);
+        }
+        if self.context.follows_reader {
+            let what = if is_pending { WaitsFor::Upstream } else { WaitsFor::Caller };
+            if self.context.waits_for != what {
+                self.body_waits_for(what);
+            }
+        }
+    }
+
+    /// Reports a poll of the response body if it is watched, with the length of the frame, or `None` if the body was
+    /// pending. Returns whether the state has released the permit, because the response was not read.
+    #[inline]
+    pub(crate) fn is_unread(&self, frame: impl FnOnce() -> Option<usize>) -> bool {
+        match &self.giver {
+            Some(giver) if self.context.is_watched => giver.body_polled(self.token, frame()),
+            _ => false,
+        }
+    }
+
+    #[cold]
+    fn body_waits_for(&mut self, what: WaitsFor) {
+        if let Some(giver) = &self.giver {
+            self.context.waits_for = what;
+            giver.waits_for(self.token, what);
+        }
+    }
+
+    // ===== Accessors =====
+
+    /// Returns the state that issued the permit, unless the permit is spent.
+    pub(crate) fn giver(&self) -> Option<&G> {
+        self.giver.as_ref()
+    }
+
+    /// Returns the record of the admission.
+    #[cfg(any(feature = "breaker", feature = "limit"))]
+    #[inline]
+    pub(crate) fn token(&self) -> Token {
+        self.token
+    }
+
+    /// Copies the clock and the record of the call from the lent permit.
+    #[cfg(feature = "limit")]
+    pub(crate) fn with_record_of<L: Finish>(mut self, lent: &Permit<L>) -> Self {
+        self.token.clock = lent.token.clock;
+        self.context = lent.context;
+        self
+    }
+
+    /// Replaces the clock of a lent permit by the clock of its call permit.
+    #[cfg(feature = "limit")]
+    pub(crate) fn replace_clock(&mut self, clock: UpstreamClock) {
+        self.token.clock = clock;
+    }
+
+    /// Returns the time at which the permit is released. For a spent permit, the response head.
+    #[inline]
+    pub(crate) fn hold(&self) -> Hold {
+        self.giver.as_ref().map_or(Hold::Head, G::hold)
+    }
+
+    /// Runs code of the inner service. If it panics, the permit is released with a failure when it is dropped.
+    ///
+    /// `thread::panicking()` in the destructor would not suffice: a caller that panics while it holds a successful
+    /// response drops the permit during unwinding, too.
+    #[inline]
+    pub(crate) fn guard<O>(&mut self, run: impl FnOnce() -> O) -> O {
+        struct OnUnwind<'a, G: Finish>(&'a mut Permit<G>);
+
+        impl<G: Finish> Drop for OnUnwind<'_, G> {
+            fn drop(&mut self) {
+                self.0.end_dropped_as(Outcome::failure().because(Reason::Panicked));
+            }
+        }
+
+        let unwinding = OnUnwind(self);
+        let done = run();
+        mem::forget(unwinding);
+        done
+    }
+
+    /// Sets the outcome with which a drop releases the permit from now on.
+    #[inline]
+    pub(crate) fn end_dropped_as(&mut self, outcome: Outcome) {
+        self.context.drop_as = Some(outcome);
+    }
+}
+
+impl<G: Giver> Permit<G> {
+    /// Erases the type of the state that issued the permit.
+    #[inline]
+    pub(crate) fn erase(mut self) -> Permit {
+        Permit {
+            giver: self.giver.take().map(Into::into),
+            token: self.token,
+            context: self.context,
+        }
+    }
+}
+
+impl<G: Finish> Drop for Permit<G> {
+    #[inline]
+    fn drop(&mut self) {
+        if self.giver.is_some() {
+            dropped(self.take());
+        }
+    }
+}
+
+/// Releases a dropped permit. Takes it by value, so that it can stay in registers.
+#[cold]
+#[inline(never)]
+fn dropped<G: Finish>(permit: Permit<G>) {
+    let outcome = permit.context.drop_as.unwrap_or_else(|| outcome_of_drop(permit.token.clock));
+    permit.finish(outcome);
+}
+
+impl<G: Finish> fmt::Debug for Permit<G> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Permit")
+            .field("spent", &self.giver.is_none())
+            .field("token", &self.token)
+            .field("context", &self.context)
+            .finish()
+    }
+}

@@ -1,0 +1,9 @@
+//! TODO page
+
+mod layer;
+mod reject;
+
+pub use self::layer::{RespondFuture, RespondLayer, RespondService};
+pub(crate) use self::reject::public_reason;
+pub use self::reject::{AsError, Reject, Respond, RespondWith};
+pub(crate) use self::reject::{Form, accepts, whole_seconds};

@@ -1,0 +1,163 @@
+//! The state that a retry layer shares between all its services.
+
+use std::{
+    fmt, mem,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use super::{overrides::Say, policy::Policy};
+use crate::attempt::{RetryBudget, Rules, Stop, lock};
+
+/// The maximum number of transparent retries that a layer makes without a response in between.
+const MAX_TRANSPARENT_BALANCE: u32 = 200;
+
+/// The number of transparent retries that each response adds to the balance.
+const TRANSPARENT_PER_RESPONSE: u32 = 5;
+
+/// The settings and the counts of one retry layer.
+pub(crate) struct Settings {
+    /// The maximum size of a saved request body. Separate from the policy, because every call reads it. The policy is
+    /// read only after an attempt that did not plainly succeed.
+    body_cap: AtomicU64,
+    /// The timeout of an attempt in milliseconds. 0 is none.
+    attempt_ms: AtomicU64,
+    policy: Mutex<Arc<Policy>>,
+    /// Whether the policy has rules of the user. These rules apply to every response, also to a success. It is changed
+    /// under the lock of the policy, and read without the lock by every call.
+    says: AtomicBool,
+    budget: Mutex<Option<RetryBudget>>,
+    /// The number of transparent retries that the layer may make until the next response.
+    transparent_balance: AtomicU32,
+    retries: AtomicU64,
+    gave_up: AtomicU64,
+    denied: AtomicU64,
+}
+
+impl Settings {
+    pub(crate) fn new() -> Self {
+        Self {
+            body_cap: AtomicU64::new(64 * 1024),
+            attempt_ms: AtomicU64::new(0),
+            policy: Mutex::new(Arc::new(Policy::new())),
+            says: AtomicBool::new(false),
+            budget: Mutex::new(Some(RetryBudget::default())),
+            transparent_balance: AtomicU32::new(MAX_TRANSPARENT_BALANCE),
+            retries: AtomicU64::new(0),
+            gave_up: AtomicU64::new(0),
+            denied: AtomicU64::new(0),
+        }
+    }
+
+    pub(crate) fn set(&self, set: impl FnOnce(&mut Policy)) {
+        let mut policy = lock(&self.policy);
+        // A closure that `set` replaces is dropped with this policy, without the lock.
+        let before = policy.clone();
+        set(Arc::make_mut(&mut policy));
+        drop(policy);
+        drop(before);
+    }
+
+    pub(crate) fn say(&self, say: impl FnOnce(&mut Say)) {
+        self.set(|policy| {
+            say(&mut policy.say);
+            self.says.store(!policy.say.is_empty(), Ordering::Relaxed);
+        });
+    }
+
+    #[inline]
+    pub(crate) fn says(&self) -> bool {
+        self.says.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn policy(&self) -> Arc<Policy> {
+        lock(&self.policy).clone()
+    }
+
+    pub(crate) fn set_body_cap(&self, bytes: u64) {
+        self.body_cap.store(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn set_attempt_timeout(&self, time: Option<Duration>) {
+        let ms = time.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1));
+        self.attempt_ms.store(ms.unwrap_or(0), Ordering::Relaxed);
+    }
+
+    pub(crate) fn attempt_timeout(&self) -> Option<Duration> {
+        match self.attempt_ms.load(Ordering::Relaxed) {
+            0 => None,
+            ms => Some(Duration::from_millis(ms)),
+        }
+    }
+
+    pub(crate) fn set_budget(&self, budget: Option<RetryBudget>) {
+        let before = mem::replace(&mut *lock(&self.budget), budget);
+        drop(before);
+    }
+
+    pub(crate) fn budget(&self) -> Option<RetryBudget> {
+        lock(&self.budget).clone()
+    }
+
+    #[inline]
+    pub(crate) fn rules(&self, never: bool, marks: bool) -> Rules<'static> {
+        Rules { body_cap: self.body_cap.load(Ordering::Relaxed), only: None, never, marks }
+    }
+
+    /// Deposits transparent retries for a response. This is one load if the balance is at its maximum.
+    #[inline]
+    pub(crate) fn deposit_transparent(&self) {
+        if self.transparent_balance.load(Ordering::Relaxed) < MAX_TRANSPARENT_BALANCE {
+            self.add_transparent(TRANSPARENT_PER_RESPONSE);
+        }
+    }
+
+    /// Withdraws one transparent retry. Returns `false` if none is left.
+    pub(crate) fn withdraw_transparent(&self) -> bool {
+        let one_less = |balance: u32| balance.checked_sub(1);
+        self.transparent_balance
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less)
+            .is_ok()
+    }
+
+    /// Refunds a transparent retry that was withdrawn and is not made.
+    pub(crate) fn refund_transparent(&self) {
+        self.add_transparent(1);
+    }
+
+    #[cold]
+    fn add_transparent(&self, retries: u32) {
+        let more = |balance: u32| Some((balance + retries).min(MAX_TRANSPARENT_BALANCE));
+        let _ = self.transparent_balance.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+    }
+
+    pub(crate) fn count_retry(&self) {
+        self.retries.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn count_stop(&self, stop: Stop) {
+        if !matches!(stop, Stop::Answered | Stop::NotRetryable) {
+            self.gave_up.fetch_add(1, Ordering::Relaxed);
+        }
+        if stop == Stop::BudgetUsedUp {
+            self.denied.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Returns the numbers of retries made, calls given up, and retries that the budget denied.
+    pub(crate) fn counts(&self) -> [u64; 3] {
+        [&self.retries, &self.gave_up, &self.denied].map(|count| count.load(Ordering::Relaxed))
+    }
+}
+
+impl fmt::Debug for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Settings")
+            .field("policy", &self.policy())
+            .field("budget", &self.budget())
+            .finish_non_exhaustive()
+    }
+}
