@@ -11,7 +11,7 @@ use std::{
 };
 
 use axum::{Router, body::Body, http::StatusCode, routing::get};
-use buttress::{BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Trip, breaker::State};
+use buttress::{BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Trip, breaker::CircuitState};
 use bytes::Bytes;
 use futures_util::stream;
 use http::Request;
@@ -69,12 +69,12 @@ async fn tour() -> Result<(), BoxError> {
     check(statuses == [500, 500, 500, 503, 503, 503], "the last 3 never reached the handler")?;
 
     SHAKY_IS_WELL.store(true, SeqCst);
-    while circuit.state() == State::Open {
+    while circuit.state() == CircuitState::Open {
         circuit.changed().await;
     }
     let (status, _) = fetch(format!("{url}/shaky")).await?;
     println!("  later, as a half-open probe: {status}, circuit: {:?}", circuit.state());
-    check(circuit.state() == State::Closed, "a successful probe closed the circuit")
+    check(circuit.state() == CircuitState::Closed, "a successful probe closed the circuit")
 }
 
 // ===== Routes =====

@@ -21,7 +21,7 @@ use axum::{
 };
 use buttress::{
     BoxError, ConcurrencyLimitLayer,
-    limit::{ConcurrencyLimitHandle, Held, HeldPlace},
+    limit::{CallPermit, ConcurrencyLimitHandle, OwnedPermit},
 };
 use bytes::Bytes;
 use futures_util::{SinkExt, Stream, StreamExt, stream};
@@ -69,7 +69,7 @@ async fn events() -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
 }
 
 /// Keeps the permit of the call for the WebSocket. The layer rejects the call before the upgrade if the limit is full.
-async fn socket(upgrade: WebSocketUpgrade, Extension(held): Extension<Held>) -> Response {
+async fn socket(upgrade: WebSocketUpgrade, Extension(held): Extension<CallPermit>) -> Response {
     let place = held.take();
     upgrade.on_upgrade(move |socket| echo(socket, place))
 }
@@ -91,7 +91,7 @@ async fn polite_socket(
 }
 
 /// Holds the permit as long as the WebSocket is open.
-async fn echo(mut socket: WebSocket, _place: Option<HeldPlace>) {
+async fn echo(mut socket: WebSocket, _place: Option<OwnedPermit>) {
     while let Some(Ok(message)) = socket.recv().await {
         if let Message::Text(_) = message {
             if socket.send(message).await.is_err() {
@@ -140,7 +140,7 @@ async fn tour() -> Result<(), BoxError> {
         _ => 0,
     };
     check(code == 1013, "or close code 1013 after the upgrade")?;
-    check(places.snapshot().refused_full == 3, "3 rejections were counted")?;
+    check(places.snapshot().rejected_full == 3, "3 rejections were counted")?;
 
     println!("The browser closes the events:");
     drop(events);

@@ -61,7 +61,7 @@ async fn tour() -> Result<(), BoxError> {
 
     dead.failing.store(true, SeqCst);
     let mut failed = 0;
-    while circuits[0].state() != breaker::State::Open {
+    while circuits[0].state() != breaker::CircuitState::Open {
         failed += send(&mut balance, 1).await?;
     }
     println!("  first fails, until it trips:  {:?}, {failed} failed", counts());

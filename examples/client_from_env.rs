@@ -14,7 +14,7 @@ use std::{
 use axum::{Router, http::StatusCode, routing::get};
 use buttress::{
     BoxError,
-    config::{ClientConfig, Preset, ServerConfig},
+    config::{ClientConfig, ConfigPreset, ServerConfig},
 };
 use bytes::Bytes;
 use http::Request;
@@ -31,7 +31,7 @@ async fn tour() -> Result<(), BoxError> {
     let at = upstream().await?;
     // The environment takes precedence over the values here.
     let config = ClientConfig::load("search")
-        .preset(Preset::Internal)
+        .preset(ConfigPreset::Internal)
         .toml(&format!("connect_max_total = 8\ncheck_health_uri = 'http://{at}/healthz'"))
         .env()
         .finish()?;

@@ -8,7 +8,7 @@
 
 use std::env;
 
-use buttress::config::{ClientConfig, Preset, ServerConfig};
+use buttress::config::{ClientConfig, ConfigPreset, ServerConfig};
 
 const FILE: &str = "
 preset = 'internal'
@@ -48,7 +48,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Err(errors) => println!("conflicts:\n{errors}\n"),
     }
 
-    println!("{}", ServerConfig::preset(Preset::Internal).explain());
+    println!("{}", ServerConfig::preset(ConfigPreset::Internal).explain());
 
     println!("possible conflicts and their remedies:\n");
     for toml in CONFLICTS {

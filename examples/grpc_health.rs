@@ -56,8 +56,9 @@ fn failing_when(down: &Arc<AtomicBool>, name: &str) -> Check {
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Box<dyn Error>> {
     let health = Health::new();
-    let lifecycle =
-        Lifecycle::new(&health)?.delay(Duration::from_millis(300)).longest(Duration::from_secs(5));
+    let lifecycle = Lifecycle::new(&health)?
+        .drain_delay(Duration::from_millis(300))
+        .drain_timeout(Duration::from_secs(5));
     let (db, cache) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     health.add(failing_when(&db, "db"))?;
     health.add(failing_when(&cache, "cache").degrading())?;

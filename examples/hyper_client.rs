@@ -12,7 +12,7 @@ use std::{
 use axum::{Router, http::StatusCode, response::IntoResponse, routing::any};
 use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Rejected, RetryLayer, Trip,
-    breaker::State, retry::Attempts,
+    breaker::CircuitState, retry::Attempts,
 };
 use bytes::Bytes;
 use http::{Method, Request};
@@ -60,7 +60,7 @@ async fn tour() -> Result<(), BoxError> {
 
     println!("An upstream that keeps failing:");
     fail_next(usize::MAX);
-    while circuit.state() == State::Closed {
+    while circuit.state() == CircuitState::Closed {
         client.ready().await?.call(request(Method::POST)?).await?;
     }
     let (before, start) = (HITS.load(SeqCst), Instant::now());
@@ -72,13 +72,13 @@ async fn tour() -> Result<(), BoxError> {
 
     println!("The upstream recovers:");
     fail_next(0);
-    while circuit.state() == State::Open {
+    while circuit.state() == CircuitState::Open {
         circuit.changed().await;
     }
     let response = client.ready().await?.call(request(Method::GET)?).await?;
     println!("  GET: {}", response.status());
     response.into_body().collect().await?;
-    check(circuit.state() == State::Closed, "a successful probe closed the circuit")
+    check(circuit.state() == CircuitState::Closed, "a successful probe closed the circuit")
 }
 
 // ===== Upstream =====

@@ -65,8 +65,9 @@ struct Server {
 async fn server(search: SocketAddr, cache: SocketAddr) -> Result<Server, Fails> {
     let health = Health::new();
     // Comes first, so that a SIGTERM during the start is not lost.
-    let lifecycle =
-        Lifecycle::new(&health)?.delay(Duration::from_millis(500)).longest(Duration::from_secs(5));
+    let lifecycle = Lifecycle::new(&health)?
+        .drain_delay(Duration::from_millis(500))
+        .drain_timeout(Duration::from_secs(5));
     health.add(
         Check::new("cache", move || async move { TcpStream::connect(cache).await.map(drop) })
             .degrading()

@@ -20,7 +20,7 @@ use axum::{
 };
 use buttress::{
     Attempts, Rejected,
-    config::{ClientConfig, Preset},
+    config::{ClientConfig, ConfigPreset},
 };
 use bytes::Bytes;
 use futures_util::stream;
@@ -43,7 +43,7 @@ async fn tour() -> Result<(), Error> {
     let url = upstream().await?;
     // The preset allows 60 s of silence within a stream. This example uses less.
     let config = ClientConfig::load("llm")
-        .preset(Preset::Llm)
+        .preset(ConfigPreset::Llm)
         .toml("timeout_idle = '300ms'")
         .env()
         .finish()?;

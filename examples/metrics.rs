@@ -10,7 +10,7 @@ use std::{fmt::Write, time::Duration};
 use axum::{Router, routing::get};
 use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, RespondLayer, RetryLayer,
-    breaker::{CircuitBreakerHandle, State},
+    breaker::{CircuitBreakerHandle, CircuitState},
     limit::ConcurrencyLimitHandle,
     retry::RetryHandle,
 };
@@ -56,16 +56,21 @@ impl Watched {
             "shed_total",
             "counter",
             &[
-                (&full, front.refused_full as f64),
-                (&waited, front.refused_waited as f64),
-                (&late, front.refused_deadline as f64),
+                (&full, front.rejected_full as f64),
+                (&waited, front.rejected_waited as f64),
+                (&late, front.rejected_deadline as f64),
             ],
         );
 
         // A series per state, of which one is 1, is easier to query than a number that encodes the state.
         let search = self.search.snapshot();
-        let states =
-            [State::Closed, State::HalfOpen, State::Open, State::ForcedOpen, State::ForcedClosed];
+        let states = [
+            CircuitState::Closed,
+            CircuitState::HalfOpen,
+            CircuitState::Open,
+            CircuitState::ForcedOpen,
+            CircuitState::ForcedClosed,
+        ];
         let rows = states.map(|state| {
             let labels = format!("name=\"search\",state=\"{}\"", state.as_str());
             (labels, f64::from(u8::from(state == search.state)))

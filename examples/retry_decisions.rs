@@ -17,7 +17,7 @@ use std::{
 use buttress::{
     Attempts, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Deadline, RetryBudget,
     RetryLayer,
-    retry::{Backoff, ReplayBody, Stop},
+    retry::{Backoff, GiveUpReason, ReplayBody},
 };
 use bytes::Bytes;
 use futures_util::future::join_all;
@@ -78,7 +78,7 @@ enum How {
 }
 
 /// The documented decision: a retry with or without a withdrawal from the retry budget, or the reason of the stop.
-type Decision = Result<Charged, Stop>;
+type Decision = Result<Charged, GiveUpReason>;
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Charged {
     Yes,
@@ -101,49 +101,49 @@ fn rows() -> Vec<(Failure, How, usize, Decision)> {
         (RefusedStream, Post, SHORT, Ok(No)),
         (Cut, Get, 0, Ok(No)),
         (Cut, Put, SHORT, Ok(No)),
-        (Cut, Put, LONG, Err(Stop::BodyGone)),
-        (Cut, Post, 0, Err(Stop::Unsafe)),
-        (Cut, Post, SHORT, Err(Stop::Unsafe)),
+        (Cut, Put, LONG, Err(GiveUpReason::BodyGone)),
+        (Cut, Post, 0, Err(GiveUpReason::Unsafe)),
+        (Cut, Post, SHORT, Err(GiveUpReason::Unsafe)),
         (Cut, PostWithKey, SHORT, Ok(No)),
         (Silent, Get, 0, Ok(Yes)),
-        (Silent, Post, SHORT, Err(Stop::Unsafe)),
+        (Silent, Post, SHORT, Err(GiveUpReason::Unsafe)),
         (Status(503), Get, 0, Ok(Yes)),
         (Status(503), Put, SHORT, Ok(Yes)),
-        (Status(503), Put, LONG, Err(Stop::BodyGone)),
-        (Status(503), Post, SHORT, Err(Stop::Unsafe)),
+        (Status(503), Put, LONG, Err(GiveUpReason::BodyGone)),
+        (Status(503), Post, SHORT, Err(GiveUpReason::Unsafe)),
         (Status(503), PostWithKey, SHORT, Ok(Yes)),
         (Status(429), Get, 0, Ok(Yes)),
         (Status(408), Get, 0, Ok(Yes)),
-        (Status(500), Get, 0, Err(Stop::Answered)),
-        (Status(501), Get, 0, Err(Stop::Answered)),
-        (Status(404), Get, 0, Err(Stop::Answered)),
+        (Status(500), Get, 0, Err(GiveUpReason::Answered)),
+        (Status(501), Get, 0, Err(GiveUpReason::Answered)),
+        (Status(404), Get, 0, Err(GiveUpReason::Answered)),
         (RetryAfter("1"), Get, 0, Ok(Yes)),
-        (RetryAfter("1"), Post, 0, Err(Stop::Unsafe)),
-        (RetryAfter("60"), Get, 0, Err(Stop::WaitTooLong)),
-        (Late("10"), Get, 0, Err(Stop::DeadlineTooNear)),
+        (RetryAfter("1"), Post, 0, Err(GiveUpReason::Unsafe)),
+        (RetryAfter("60"), Get, 0, Err(GiveUpReason::WaitTooLong)),
+        (Late("10"), Get, 0, Err(GiveUpReason::DeadlineTooNear)),
         (Late("0"), Get, 0, Ok(Yes)),
-        (Broke, Get, 0, Err(Stop::BudgetUsedUp)),
+        (Broke, Get, 0, Err(GiveUpReason::BudgetUsedUp)),
         (Unavailable, Post, SHORT, Ok(Yes)),
         (Pushback("20"), Post, SHORT, Ok(Yes)),
-        (Pushback("-1"), Post, SHORT, Err(Stop::Pushback)),
-        (OpenCircuit, Get, 0, Err(Stop::Rejected)),
-        (FullLimit, Get, 0, Err(Stop::Rejected)),
+        (Pushback("-1"), Post, SHORT, Err(GiveUpReason::Pushback)),
+        (OpenCircuit, Get, 0, Err(GiveUpReason::Rejected)),
+        (FullLimit, Get, 0, Err(GiveUpReason::Rejected)),
         (Header(503, "retry-after", "0.02"), Get, 0, Ok(Yes)),
         (Header(429, "x-ms-retry-after-ms", "20"), Get, 0, Ok(Yes)),
         (Header(429, "x-ratelimit-reset-after", "0.02"), Get, 0, Ok(Yes)),
-        (Header(503, "x-envoy-ratelimited", "true"), Get, 0, Err(Stop::RateLimited)),
+        (Header(503, "x-envoy-ratelimited", "true"), Get, 0, Err(GiveUpReason::RateLimited)),
         (Unprocessed(429), Post, SHORT, Ok(Yes)),
         (Unprocessed(529), Post, SHORT, Ok(Yes)),
-        (Status(429), Post, SHORT, Err(Stop::Unsafe)),
+        (Status(429), Post, SHORT, Err(GiveUpReason::Unsafe)),
         (Status(529), Get, 0, Ok(Yes)),
         (Status(522), Get, 0, Ok(Yes)),
-        (Status(522), Post, SHORT, Err(Stop::Unsafe)),
+        (Status(522), Post, SHORT, Err(GiveUpReason::Unsafe)),
         (Status(425), Post, SHORT, Ok(No)),
         (Status(421), Get, 0, Ok(Yes)),
-        (Status(421), Post, SHORT, Err(Stop::Unsafe)),
+        (Status(421), Post, SHORT, Err(GiveUpReason::Unsafe)),
         (NoAddress, Post, SHORT, Ok(Yes)),
-        (TwoPushbacks, Post, SHORT, Err(Stop::Pushback)),
-        (Forbidden("3"), Post, SHORT, Err(Stop::Pushback)),
+        (TwoPushbacks, Post, SHORT, Err(GiveUpReason::Pushback)),
+        (Forbidden("3"), Post, SHORT, Err(GiveUpReason::Pushback)),
     ]
 }
 
@@ -361,7 +361,7 @@ async fn main() -> ExitCode {
                 let by = if charged { Charged::Yes } else { Charged::No };
                 let budget = if charged { "charged" } else { "not charged" };
                 // The outcome of the first attempt, and the delay after it.
-                let told = attempts.each().first().map_or("not recorded".into(), |first| {
+                let told = attempts.records().first().map_or("not recorded".into(), |first| {
                     format!("{:?}: after {} ms", first.outcome.reason(), first.waited.as_millis())
                 });
                 (Some(Ok(by)), format!("{told}, {budget}"))

@@ -12,7 +12,9 @@ use std::{
 };
 
 use axum::{Router, body::Body, routing::post};
-use buttress::{BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, RetryLayer, breaker::State};
+use buttress::{
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, RetryLayer, breaker::CircuitState,
+};
 use bytes::Bytes;
 use futures_util::{
     StreamExt,
@@ -70,7 +72,7 @@ async fn tour() -> Result<(), BoxError> {
     let start = Instant::now();
     let mut patient = greeter.clone();
     let waiting = tokio::spawn(async move { patient.hello("me too").await });
-    while places.snapshot().refused_full == 0 {
+    while places.snapshot().rejected_full == 0 {
         sleep(Duration::from_millis(5)).await;
     }
     drop(count);
@@ -79,7 +81,7 @@ async fn tour() -> Result<(), BoxError> {
     check(start.elapsed() >= Duration::from_secs(1), "the retry followed the hint of the server")?;
 
     println!("A server that keeps failing:");
-    while circuit.state() == State::Closed {
+    while circuit.state() == CircuitState::Closed {
         greeter.hello("fail").await.unwrap_err();
     }
     let before = CALLS.load(SeqCst);

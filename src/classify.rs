@@ -2,10 +2,10 @@
 //!
 //! # One call
 //!
-//! 1. `Judge::begin` records what the classification needs of the request, before the inner service consumes it.
-//! 2. `Judge::wrap` converts the response of the inner service into the response of the layer. For HTTP the body
+//! 1. `Classifier::begin` records what the classification needs of the request, before the inner service consumes it.
+//! 2. `Classifier::wrap` converts the response of the inner service into the response of the layer. For HTTP the body
 //!    becomes a [`TrackedBody`] that holds no permit yet.
-//! 3. `Judge::judge` classifies the response head or the error. It releases the permit, or moves it into the body,
+//! 3. `Classifier::judge` classifies the response head or the error. It releases the permit, or moves it into the body,
 //!    which releases it at its end ([`Eos`]).
 //!
 //! Steps 2 and 3 are separate because a response is large: the response is converted once, and then inspected and
@@ -17,7 +17,7 @@ use std::fmt;
 use crate::outcome::HealthCall;
 use crate::{
     outcome::{Outcome, Reason, Rejected, SentMark, grpc, http as rule},
-    permit::{Eos, Giver, Hold, Permit, TrackedBody},
+    permit::{Eos, Giver, Permit, ReleaseAt, TrackedBody},
     time::Deadline,
 };
 use http::{HeaderMap, Request, Response, StatusCode};
@@ -29,9 +29,9 @@ use http_body::Body;
 /// [`PerResponse`] (no classification). `TowerHttp` uses a classifier of `tower_http::classify`.
 ///
 /// The trait cannot be implemented outside of this crate.
-pub trait Protocol<Req, Res, E>: Judge<Req, Res, E> {}
+pub trait Protocol<Req, Res, E>: Classifier<Req, Res, E> {}
 
-impl<P, Req, Res, E> Protocol<Req, Res, E> for P where P: Judge<Req, Res, E> {}
+impl<P, Req, Res, E> Protocol<Req, Res, E> for P where P: Classifier<Req, Res, E> {}
 
 /// The methods of [`Protocol`]. The trait is not exported, so that it can change.
 #[diagnostic::on_unimplemented(
@@ -42,7 +42,7 @@ impl<P, Req, Res, E> Protocol<Req, Res, E> for P where P: Judge<Req, Res, E> {}
     note = "without classification, `.per_response()` accepts any types",
     note = "an inner layer that returns boxed errors changes the error type to `BoxError`"
 )]
-pub trait Judge<Req, Res, E>: Clone + Send + Sync + 'static {
+pub trait Classifier<Req, Res, E>: Clone + Send + Sync + 'static {
     /// The response of the layer.
     type Response;
     /// The part of the request that the classification needs, recorded when the call begins.
@@ -165,7 +165,7 @@ impl HttpCall {
     }
 }
 
-impl<ReqB, B, E> Judge<Request<ReqB>, Response<B>, E> for Http
+impl<ReqB, B, E> Classifier<Request<ReqB>, Response<B>, E> for Http
 where
     B: Body,
     E: 'static,
@@ -223,7 +223,7 @@ where
 #[derive(Debug)]
 pub enum Never {}
 
-impl<ReqB, E> Judge<Request<ReqB>, Never, E> for Http {
+impl<ReqB, E> Classifier<Request<ReqB>, Never, E> for Http {
     type Response = Never;
     type Call = ();
 
@@ -240,7 +240,7 @@ impl<ReqB, E> Judge<Request<ReqB>, Never, E> for Http {
 #[derive(Clone)]
 pub struct ClassifyHead<C>(pub(crate) C);
 
-impl<C, ReqB, B, E> Judge<Request<ReqB>, Response<B>, E> for ClassifyHead<C>
+impl<C, ReqB, B, E> Classifier<Request<ReqB>, Response<B>, E> for ClassifyHead<C>
 where
     C: Fn(StatusCode, &HeaderMap) -> Outcome + Clone + Send + Sync + 'static,
     B: Body,
@@ -313,9 +313,11 @@ fn follow<B: Body, G: Giver>(
         eos = Eos::Plain(so_far);
     }
     match permit.hold() {
-        Hold::Head => permit.end(eos.begun()),
-        Hold::Verdict if certain => permit.end(so_far),
-        Hold::Verdict | Hold::Body => response.body_mut().track(permit.take().erase(), eos),
+        ReleaseAt::Head => permit.end(eos.begun()),
+        ReleaseAt::Verdict if certain => permit.end(so_far),
+        ReleaseAt::Verdict | ReleaseAt::Body => {
+            response.body_mut().track(permit.take().erase(), eos)
+        }
     }
 }
 
@@ -325,7 +327,7 @@ fn follow<B: Body, G: Giver>(
 #[derive(Clone)]
 pub struct Classify<C>(pub(crate) C);
 
-impl<C, Req, Res, E> Judge<Req, Res, E> for Classify<C>
+impl<C, Req, Res, E> Classifier<Req, Res, E> for Classify<C>
 where
     C: for<'a> Fn(Result<&'a Res, &'a E>) -> Outcome + Clone + Send + Sync + 'static,
 {
@@ -353,7 +355,7 @@ where
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PerResponse;
 
-impl<Req, Res, E: 'static> Judge<Req, Res, E> for PerResponse {
+impl<Req, Res, E: 'static> Classifier<Req, Res, E> for PerResponse {
     type Response = Res;
     type Call = ();
 
@@ -382,7 +384,7 @@ impl<Req, Res, E: 'static> Judge<Req, Res, E> for PerResponse {
 pub struct TowerHttp<M>(pub(crate) M);
 
 #[cfg(feature = "tower-http")]
-impl<M, ReqB, B, E> Judge<Request<ReqB>, Response<B>, E> for TowerHttp<M>
+impl<M, ReqB, B, E> Classifier<Request<ReqB>, Response<B>, E> for TowerHttp<M>
 where
     M: tower_http::classify::MakeClassifier + Clone + Send + Sync + 'static,
     M::ClassifyEos: Send + Sync + 'static,

@@ -4,7 +4,7 @@ use std::{error::Error, fmt};
 use crate::attempt::Attempts;
 use crate::{
     error::{BoxError, Chain},
-    outcome::{Outcome, Phase, Reason, Rejected, RejectedKind},
+    outcome::{Outcome, Reason, Rejected, RejectedKind, TimeoutPhase},
     redact::{self, Redacted},
 };
 
@@ -72,7 +72,7 @@ impl ClientError {
     pub fn kind(&self) -> ClientErrorKind {
         if let Some(rejected) = self.rejected() {
             return match rejected.kind() {
-                RejectedKind::DeadlinePassed | RejectedKind::TimedOut(Phase::Deadline) => {
+                RejectedKind::DeadlinePassed | RejectedKind::TimedOut(TimeoutPhase::Deadline) => {
                     ClientErrorKind::DeadlineExceeded
                 }
                 RejectedKind::TimedOut(_) => ClientErrorKind::Timeout,

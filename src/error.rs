@@ -1,7 +1,7 @@
 use std::{borrow::Cow, error::Error, fmt, io, sync::Arc, time::Duration};
 
 use crate::{
-    outcome::{Label, LayerFault},
+    outcome::{LayerFault, LayerName},
     redact,
 };
 
@@ -166,7 +166,7 @@ impl Error for ConfigError {}
 /// The clones of the layer and all of its services share it, so that its report is limited however often the layer is
 /// applied: axum applies a layer once per connection or request.
 #[derive(Clone, Default)]
-pub(crate) struct Fault(Option<Arc<Label>>);
+pub(crate) struct Fault(Option<Arc<LayerName>>);
 
 impl Fault {
     /// Records the error, unless there is an earlier one.
@@ -177,7 +177,7 @@ impl Fault {
     pub(crate) fn get_or_insert_with(&mut self, error: impl FnOnce() -> ConfigError) {
         self.0.get_or_insert_with(|| {
             let fault = Some(LayerFault::new(error()));
-            Arc::new(Label { name: Box::default(), fault })
+            Arc::new(LayerName { name: Box::default(), fault })
         });
     }
 
@@ -201,7 +201,7 @@ impl Fault {
     }
 
     /// Returns the label of the rejections because of this error.
-    pub(crate) fn label(&self) -> Option<&Arc<Label>> {
+    pub(crate) fn label(&self) -> Option<&Arc<LayerName>> {
         self.0.as_ref()
     }
 

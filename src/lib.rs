@@ -113,7 +113,7 @@
 //! invalid settings of every layer are reported under `buttress::config`.
 //!
 //! The enums with a closed set of values, such as [`RejectedKind`](call::RejectedKind), [`Reason`](call::Reason) and
-//! [`Stop`](retry::Stop), have an `as_str()` for the label of a metric. The name of a layer is set by
+//! [`GiveUpReason`](retry::GiveUpReason), have an `as_str()` for the label of a metric. The name of a layer is set by
 //! `.name("search")`.
 //!
 //! ```
@@ -125,7 +125,7 @@
 //!         println!("{} {:?} {}", rejected.layer(), rejected.name(), rejected.kind().as_str());
 //!         println!("{:?}", rejected.retry_after());
 //!     }
-//!     for attempt in Attempts::find(&**error).iter().flat_map(|attempts| attempts.each()) {
+//!     for attempt in Attempts::find(&**error).iter().flat_map(|attempts| attempts.records()) {
 //!         println!("{}, then a delay of {:?}", attempt.outcome, attempt.waited);
 //!     }
 //! }

@@ -151,23 +151,23 @@ where
 {
     type Response = http::Response<Body>;
     type Error = Error;
-    type Future = ResponseFuture;
+    type Future = SendFuture;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Error>> {
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, mut request: http::Request<B>) -> ResponseFuture {
+    fn call(&mut self, mut request: http::Request<B>) -> SendFuture {
         if request.uri().scheme().is_none() {
             // reqwest would parse `http:80`, a host and a port, as a URL with a scheme. `/` makes it reject the
             // request.
             *request.uri_mut() = http::Uri::default();
         }
         let state = match Request::try_from(request.map(outgoing)) {
-            Ok(request) => State::Sent { pending: self.client.call(request) },
-            Err(error) => State::Unsendable { error: Some(error) },
+            Ok(request) => SendState::Sent { pending: self.client.call(request) },
+            Err(error) => SendState::Unsendable { error: Some(error) },
         };
-        ResponseFuture { state }
+        SendFuture { state }
     }
 }
 
@@ -227,31 +227,31 @@ impl<B: http_body::Body> http_body::Body for Outgoing<B> {
 
 pin_project! {
     /// The future of an [`HttpClient`]'s call.
-    pub struct ResponseFuture {
+    pub struct SendFuture {
         #[pin]
-        state: State,
+        state: SendState,
     }
 }
 
 pin_project! {
     #[project = StateProj]
-    enum State {
+    enum SendState {
         Sent { #[pin] pending: <Client as Service<Request>>::Future },
         Unsendable { error: Option<Error> },
     }
 }
 
 /// Omits the request: reqwest's own `Debug` shows its URL and headers.
-impl fmt::Debug for ResponseFuture {
+impl fmt::Debug for SendFuture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.state {
-            State::Sent { .. } => "ResponseFuture(sent)",
-            State::Unsendable { .. } => "ResponseFuture(unsendable)",
+            SendState::Sent { .. } => "ResponseFuture(sent)",
+            SendState::Unsendable { .. } => "ResponseFuture(unsendable)",
         })
     }
 }
 
-impl Future for ResponseFuture {
+impl Future for SendFuture {
     type Output = Result<http::Response<Body>, Error>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {

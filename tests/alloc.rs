@@ -15,7 +15,7 @@ use buttress::{
     breaker::CircuitBreakerHandle,
     limit::{
         adaptive::{Aimd, Gradient2, Knee, Vegas},
-        partition::{Claim, Priority},
+        partition::{CallClass, Priority},
     },
 };
 use bytes::Bytes;
@@ -154,7 +154,7 @@ fn a_closed_breaker_allocates_nothing_however_it_is_set() {
             assert_eq!(generic(failed), 0, "{trip:?} with a failure");
             let all = layer()
                 .ramp(Duration::from_secs(9))
-                .wait_for_verdict(9, Duration::from_secs(9))
+                .half_open_queue(9, Duration::from_secs(9))
                 .backpressure()
                 .shadow()
                 .name("all");
@@ -171,10 +171,11 @@ fn a_closed_breaker_allocates_nothing_however_it_is_set() {
 /// A limit of each kind below its maximum, with all options that do not need to allocate.
 #[test]
 fn a_limit_with_room_allocates_nothing_however_it_is_set() {
-    let by_number = |n: &u64| Claim::from(Priority::NORMAL.lot(n.to_le_bytes())).partition(0);
+    let by_number =
+        |n: &u64| CallClass::from(Priority::NORMAL.with_key(n.to_le_bytes())).partition(0);
     let by_path = |request: &Request<()>| match request.uri().path() {
-        "/livez" => Claim::exempt(),
-        _ => Claim::default().partition(1),
+        "/livez" => CallClass::exempt(),
+        _ => CallClass::default().partition(1),
     };
     let adaptive = |algorithm: &str| match algorithm {
         "aimd" => ConcurrencyLimitLayer::adaptive(Aimd::default()),
@@ -188,10 +189,10 @@ fn a_limit_with_room_allocates_nothing_however_it_is_set() {
         }
         assert_eq!(http(limit().release_at_head().name("all").shadow()), 0);
         assert_eq!(http(limit().exempt_paths(["/", "/livez"])), 0);
-        assert_eq!(generic(limit().sorted_by(by_number).per_response()), 0);
-        let sorted = limit().sorted_by(by_number).partitions(&[0.5, 0.5]).shed_by_priority();
+        assert_eq!(generic(limit().classify_by(by_number).per_response()), 0);
+        let sorted = limit().classify_by(by_number).partitions(&[0.5, 0.5]).shed_by_priority();
         assert_eq!(generic(sorted.per_response()), 0);
-        assert_eq!(http(limit().sorted_by(by_path).partitions(&[0.5, 0.5]).respond()), 0);
+        assert_eq!(http(limit().classify_by(by_path).partitions(&[0.5, 0.5]).respond()), 0);
         // The permit that the call and the handler share, and its entry in the extensions of the request.
         assert!((1..=400).contains(&http(limit().upgrades())));
     });
@@ -225,7 +226,7 @@ fn a_refused_call_allocates_at_most_once() {
             force(&own.handle());
             refused(own, 0);
         }
-        let half_open = CircuitBreakerLayer::http().probes_from_outside().classify(judge);
+        let half_open = CircuitBreakerLayer::http().external_probes().classify(judge);
         half_open.handle().half_open();
         refused(half_open, 1);
     });

@@ -14,10 +14,10 @@ use std::{
 use buttress::{
     Attempts, Backoff, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, HedgeLayer,
     RetryLayer, Trip,
-    breaker::State,
-    limit::adaptive::{Algorithm, Change, Sample},
+    breaker::CircuitState,
+    limit::adaptive::{Algorithm, LimitChange, Sample},
     outcome::{Outcome, OutcomeKind, Reason},
-    retry::{Failure, Hedged, Stop},
+    retry::{Failure, GiveUpReason, Hedged},
 };
 use bytes::Bytes;
 use futures_util::stream;
@@ -248,7 +248,7 @@ fn table() -> Vec<Row> {
 
 /// Sends a row through a breaker and reads the response: the state afterwards of a circuit that was closed, and of one
 /// that was half-open. Together the two states distinguish the four kinds of outcomes.
-async fn breaker(row: &Row) -> (State, State) {
+async fn breaker(row: &Row) -> (CircuitState, CircuitState) {
     let mut states = Vec::new();
     for half_open in [false, true] {
         let wait = Duration::from_secs(30);
@@ -257,7 +257,7 @@ async fn breaker(row: &Row) -> (State, State) {
         if half_open {
             handle.record(Outcome::failure());
             advance(wait).await;
-            assert_eq!(handle.state(), State::HalfOpen);
+            assert_eq!(handle.state(), CircuitState::HalfOpen);
         }
         let call = row.call();
         let service = ServiceBuilder::new().layer(layer);
@@ -269,12 +269,12 @@ async fn breaker(row: &Row) -> (State, State) {
     (states[0], states[1])
 }
 
-fn breaker_expects(kind: OutcomeKind) -> (State, State) {
+fn breaker_expects(kind: OutcomeKind) -> (CircuitState, CircuitState) {
     match kind {
-        OutcomeKind::Success => (State::Closed, State::Closed),
-        OutcomeKind::Failure => (State::Open, State::Open),
-        OutcomeKind::Throttled => (State::Closed, State::Open),
-        OutcomeKind::Cancelled => (State::Closed, State::HalfOpen),
+        OutcomeKind::Success => (CircuitState::Closed, CircuitState::Closed),
+        OutcomeKind::Failure => (CircuitState::Open, CircuitState::Open),
+        OutcomeKind::Throttled => (CircuitState::Closed, CircuitState::Open),
+        OutcomeKind::Cancelled => (CircuitState::Closed, CircuitState::HalfOpen),
     }
 }
 
@@ -293,7 +293,7 @@ impl Algorithm for Recorder {
         false
     }
 
-    fn hear(&mut self, sample: &Sample) -> Option<Change> {
+    fn on_sample(&mut self, sample: &Sample) -> Option<LimitChange> {
         self.0.lock().unwrap().push(sample.dropped);
         None
     }
@@ -326,7 +326,7 @@ fn adaptive_expects(expected: Expected) -> Vec<bool> {
 }
 
 /// Sends a row through a retry: the outcome of the first attempt, the number of attempts, and the reason to stop.
-async fn retry(layer: RetryLayer, row: &Row) -> (Outcome, u32, Stop) {
+async fn retry(layer: RetryLayer, row: &Row) -> (Outcome, u32, GiveUpReason) {
     let outcomes = Arc::new(Mutex::new(Vec::new()));
     let log = outcomes.clone();
     let layer = layer.attempts(2).backoff(Backoff::constant(Duration::ZERO)).without_budget();
@@ -342,19 +342,19 @@ async fn retry(layer: RetryLayer, row: &Row) -> (Outcome, u32, Stop) {
     response.into_body().collect().await.unwrap();
     let outcomes = outcomes.lock().unwrap();
     // The closure does not see a response that forbids the retry.
-    let outcome = outcomes.first().copied().unwrap_or_else(|| told.each()[0].outcome);
+    let outcome = outcomes.first().copied().unwrap_or_else(|| told.records()[0].outcome);
     (outcome, told.made, told.stop)
 }
 
-fn retry_expects(row: &Row, expected: Expected) -> (u32, Stop) {
+fn retry_expects(row: &Row, expected: Expected) -> (u32, GiveUpReason) {
     let is_safe = matches!(row.kind, Kind::Get | Kind::GrpcGet);
     let is_trusted = expected.reason == Reason::GrpcStatus && expected.code == Some(14);
     // 425 states that the server has not processed the request.
     let is_trusted = is_trusted || (expected.reason == Reason::Completed && row.status == 425);
     match expected.retryable {
-        false => (1, Stop::Answered),
-        true if is_safe || is_trusted => (2, Stop::AttemptsUsedUp),
-        true => (1, Stop::Unsafe),
+        false => (1, GiveUpReason::Answered),
+        true if is_safe || is_trusted => (2, GiveUpReason::AttemptsUsedUp),
+        true => (1, GiveUpReason::Unsafe),
     }
 }
 
@@ -437,7 +437,7 @@ async fn http_503_with_html_for_a_grpc_call_is_unavailable_and_retried() {
     every_layer_agrees(&row, unavailable).await;
     assert_eq!(retry(RetryLayer::grpc(), &row).await.1, 2, "retried by `RetryLayer::grpc()`");
     let (_, made, stop) = retry(RetryLayer::http(), &row).await;
-    assert_eq!((made, stop), (1, Stop::Unsafe), "a POST for `RetryLayer::http()`");
+    assert_eq!((made, stop), (1, GiveUpReason::Unsafe), "a POST for `RetryLayer::http()`");
 }
 
 /// Sends a call whose response has this `grpc-status`. Returns whether a circuit counts it as a failure, and the code
@@ -452,7 +452,7 @@ async fn record_grpc_status(grpc_status: &'static str) -> (bool, tonic::Code) {
     }));
     let response = service.oneshot(row(Kind::Grpc, 200, None).request()).await.unwrap();
     let status = tonic::Status::from_header_map(response.headers()).unwrap();
-    (handle.state() == State::Open, status.code())
+    (handle.state() == CircuitState::Open, status.code())
 }
 
 #[tokio::test(start_paused = true)]
@@ -525,13 +525,13 @@ async fn http_429_without_a_grpc_status_is_throttled_and_unavailable_to_its_call
 async fn http_529_is_throttled_and_retried_where_that_is_safe() {
     for kind in [Kind::Get, Kind::Post, Kind::Grpc] {
         let row = row(kind, 529, Some(HTML));
-        assert_eq!(breaker(&row).await, (State::Closed, State::Open), "{kind:?}");
+        assert_eq!(breaker(&row).await, (CircuitState::Closed, CircuitState::Open), "{kind:?}");
         assert_eq!(adaptive(&row, false).await, [true], "{kind:?}");
         let (outcome, made, stop) = retry(RetryLayer::http(), &row).await;
         assert_eq!(outcome.kind(), OutcomeKind::Throttled, "{kind:?}");
         let expected = match kind {
-            Kind::Get => (2, Stop::AttemptsUsedUp),
-            _ => (1, Stop::Unsafe),
+            Kind::Get => (2, GiveUpReason::AttemptsUsedUp),
+            _ => (1, GiveUpReason::Unsafe),
         };
         assert_eq!((made, stop), expected, "{kind:?}");
         assert!(!hedge_accepts(&row).await, "{kind:?}");
@@ -543,7 +543,7 @@ async fn pushback_forbids_a_retry_of_a_mapped_status() {
     for pushback in ["-1", "soon", ""] {
         let row = row(Kind::Grpc, 503, Some(HTML)).header("grpc-retry-pushback-ms", pushback);
         let (_, made, stop) = retry(RetryLayer::grpc(), &row).await;
-        assert_eq!((made, stop), (1, Stop::Pushback), "{pushback:?}");
+        assert_eq!((made, stop), (1, GiveUpReason::Pushback), "{pushback:?}");
     }
 }
 
@@ -596,7 +596,7 @@ async fn an_attempt_records_the_listed_grpc_status() {
     let response = service.oneshot(aborted.request()).await.unwrap();
     let told = Attempts::of(&response);
     assert_eq!(told.made, 2);
-    let first = told.each()[0].outcome;
+    let first = told.records()[0].outcome;
     assert_eq!((first.reason(), first.code()), (Reason::GrpcStatus, Some(10)));
 }
 
@@ -605,7 +605,9 @@ async fn an_attempt_records_the_listed_grpc_status() {
 async fn an_error_response_dropped_before_its_trailers_counts_as_its_http_status() {
     let layer = CircuitBreakerLayer::new(Trip::consecutive(1));
     let handle = layer.handle();
-    for (status, state) in [(200, State::Closed), (404, State::Closed), (503, State::Open)] {
+    for (status, state) in
+        [(200, CircuitState::Closed), (404, CircuitState::Closed), (503, CircuitState::Open)]
+    {
         let row = row(Kind::Grpc, status, Some(GRPC)).with_status(0, Place::Trailers);
         let call = row.call();
         let service = ServiceBuilder::new().layer(layer.clone());
@@ -639,11 +641,11 @@ async fn a_head_classifier_replaces_the_mapped_status_and_not_the_trailers() {
         layer.classify_head(|_, _| Outcome::success())
     };
     let rows = [
-        (row(Kind::Grpc, 503, Some(HTML)), State::Closed),
-        (row(Kind::Grpc, 200, Some(HTML)), State::Closed),
-        (row(Kind::Grpc, 503, Some(GRPC)), State::Closed),
-        (row(Kind::Grpc, 503, Some(GRPC)).with_status(14, Place::Trailers), State::Open),
-        (row(Kind::Grpc, 200, Some(GRPC)), State::Open),
+        (row(Kind::Grpc, 503, Some(HTML)), CircuitState::Closed),
+        (row(Kind::Grpc, 200, Some(HTML)), CircuitState::Closed),
+        (row(Kind::Grpc, 503, Some(GRPC)), CircuitState::Closed),
+        (row(Kind::Grpc, 503, Some(GRPC)).with_status(14, Place::Trailers), CircuitState::Open),
+        (row(Kind::Grpc, 200, Some(GRPC)), CircuitState::Open),
     ];
     for (row, state) in rows {
         let (layer, call) = (good(), row.call());
@@ -662,7 +664,7 @@ async fn a_head_classifier_replaces_the_mapped_status_and_not_the_trailers() {
 mod reqwest_types {
     use super::*;
 
-    async fn made(row: &Row) -> (u32, Stop) {
+    async fn made(row: &Row) -> (u32, GiveUpReason) {
         let layer = RetryLayer::grpc().attempts(2).backoff(Backoff::constant(Duration::ZERO));
         let row_of = row.clone();
         let service = service_fn(move |_: reqwest::Request| {
@@ -677,23 +679,26 @@ mod reqwest_types {
         let service = ServiceBuilder::new().layer(layer.reqwest()).service(service);
         let response = service.oneshot(request).await.unwrap();
         let told = response.extensions().get::<Attempts>();
-        told.map_or((1, Stop::Answered), |told| (told.made, told.stop))
+        told.map_or((1, GiveUpReason::Answered), |told| (told.made, told.stop))
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_retry_around_a_reqwest_client_classifies_grpc_calls_by_the_same_table() {
         for (row, expected) in [
-            (row(Kind::Grpc, 503, Some(HTML)), (2, Stop::AttemptsUsedUp)),
-            (row(Kind::Grpc, 429, Some(HTML)), (2, Stop::AttemptsUsedUp)),
-            (row(Kind::Grpc, 503, Some(GRPC)), (2, Stop::AttemptsUsedUp)),
-            (row(Kind::Grpc, 503, Some(GRPC)).with_status(5, Place::Head), (1, Stop::Answered)),
+            (row(Kind::Grpc, 503, Some(HTML)), (2, GiveUpReason::AttemptsUsedUp)),
+            (row(Kind::Grpc, 429, Some(HTML)), (2, GiveUpReason::AttemptsUsedUp)),
+            (row(Kind::Grpc, 503, Some(GRPC)), (2, GiveUpReason::AttemptsUsedUp)),
+            (
+                row(Kind::Grpc, 503, Some(GRPC)).with_status(5, Place::Head),
+                (1, GiveUpReason::Answered),
+            ),
             (
                 row(Kind::Grpc, 403, Some(GRPC)).with_status(14, Place::Head),
-                (2, Stop::AttemptsUsedUp),
+                (2, GiveUpReason::AttemptsUsedUp),
             ),
-            (row(Kind::Grpc, 200, Some(HTML)), (1, Stop::Answered)),
-            (row(Kind::Post, 503, Some(HTML)), (1, Stop::Unsafe)),
-            (row(Kind::Get, 529, Some(HTML)), (2, Stop::AttemptsUsedUp)),
+            (row(Kind::Grpc, 200, Some(HTML)), (1, GiveUpReason::Answered)),
+            (row(Kind::Post, 503, Some(HTML)), (1, GiveUpReason::Unsafe)),
+            (row(Kind::Get, 529, Some(HTML)), (2, GiveUpReason::AttemptsUsedUp)),
         ] {
             assert_eq!(made(&row).await, expected, "{row:?}");
         }

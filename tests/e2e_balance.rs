@@ -19,7 +19,7 @@ use axum::{
 };
 use buttress::{
     BoxError, CircuitBreakerLayer, Rejected, Trip,
-    breaker::{CircuitBreakerHandle, State},
+    breaker::{CircuitBreakerHandle, CircuitState},
     permit::TrackedBody,
 };
 use bytes::Bytes;
@@ -195,7 +195,7 @@ async fn after_the_trip_only_the_breakers_probes_reach_the_dead_upstream() {
 
     let dead = &upstreams[0];
     dead.failing.store(true, SeqCst);
-    while dead.circuit.state() != State::Open {
+    while dead.circuit.state() != CircuitState::Open {
         send(&service, 16).await;
     }
     counts(&upstreams);
@@ -216,7 +216,7 @@ async fn after_the_trip_only_the_breakers_probes_reach_the_dead_upstream() {
     dead.failing.store(false, SeqCst);
     sleep(WAIT).await;
     assert_eq!(failures(&send(&service, 320).await), 0);
-    assert_eq!(dead.circuit.state(), State::Closed);
+    assert_eq!(dead.circuit.state(), CircuitState::Closed);
     assert!(counts(&upstreams)[0] > 1);
     assert!(upstreams.iter().all(|upstream| upstream.circuit.snapshot().refused == 0));
 }

@@ -14,8 +14,8 @@ use std::{
 };
 
 use buttress::{
-    breaker::State,
-    config::{ClientConfig, Preset},
+    breaker::CircuitState,
+    config::{ClientConfig, ConfigPreset},
     stack::{ClientHandle, GrpcClient},
 };
 use futures_util::{Stream, stream};
@@ -150,7 +150,7 @@ async fn open_circuit_is_unavailable_and_sends_nothing() {
     let (mut client, handle) = client(serve(service.clone()).await, "breaker_failures = 3");
     let status = soon(client.check(ask(""))).await.unwrap_err();
     assert_eq!((status.code(), status.message()), (Code::Unavailable, "starting"));
-    assert_eq!((handle.breaker().state(), service.calls.load(SeqCst)), (State::Open, 3));
+    assert_eq!((handle.breaker().state(), service.calls.load(SeqCst)), (CircuitState::Open, 3));
     let status = soon(client.check(ask(""))).await.unwrap_err();
     assert_eq!((status.code(), status.message()), (Code::Unavailable, "circuit_open"));
     assert!(status.metadata().contains_key("grpc-retry-pushback-ms"));
@@ -213,18 +213,19 @@ async fn service_without_a_generated_client_fails_with_the_error_of_the_client()
 #[tokio::test]
 async fn settings_of_connections_are_errors_and_presets_are_not() {
     let service = || channel("127.0.0.1:1".parse().unwrap());
-    for preset in [Preset::Internal, Preset::Slow, Preset::Llm] {
+    for preset in [ConfigPreset::Internal, ConfigPreset::Slow, ConfigPreset::Llm] {
         buttress::grpc(&ClientConfig::preset(preset), service()).unwrap();
     }
     let settings = "connect_max_total = 3\nhealth_probe_uri = 'http://search/healthz'";
-    let config = ClientConfig::load("").preset(Preset::Internal).toml(settings).finish().unwrap();
+    let config =
+        ClientConfig::load("").preset(ConfigPreset::Internal).toml(settings).finish().unwrap();
     let errors = buttress::grpc(&config, service()).unwrap_err().to_string();
     for key in ["connect_max_total", "health_probe_uri"] {
         assert!(errors.contains(&format!("`{key}`")), "{errors}");
     }
     assert!(!errors.contains("connect_timeout"), "{errors}");
     let settings = "retry_unprocessed = [429]\ncheck_health_uri = 'http://search/healthz'";
-    let config = ClientConfig::load("").preset(Preset::Llm).toml(settings).finish().unwrap();
+    let config = ClientConfig::load("").preset(ConfigPreset::Llm).toml(settings).finish().unwrap();
     let errors = buttress::grpc(&config, service()).unwrap_err().to_string();
     for key in ["retry_unprocessed", "check_health_uri"] {
         assert!(errors.contains(&format!("`{key}`")), "{errors}");

@@ -8,7 +8,7 @@ use std::time::Duration;
 use axum::{Router, body::Body, routing::get};
 use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Rejected, Trip,
-    breaker::{CircuitBreakerHandle, State, Tripped},
+    breaker::{CircuitBreakerHandle, CircuitState, TripReason},
     limit::ConcurrencyLimitHandle,
     outcome::{Reason, RejectedKind},
 };
@@ -52,7 +52,7 @@ async fn two_of_twenty(stage: &Stage, limit: &ConcurrencyLimitHandle, mut calls:
 /// Returns the reason for which the last half-open probe failed.
 fn probe(state: &CircuitBreakerHandle) -> Reason {
     match state.snapshot().last_trip {
-        Some(Tripped::Probe { outcome }) => outcome.reason(),
+        Some(TripReason::Probe { outcome }) => outcome.reason(),
         other => panic!("no probe failed: {other:?}"),
     }
 }
@@ -67,7 +67,7 @@ fn touchy() -> (CircuitBreakerLayer, CircuitBreakerHandle) {
 
 /// Waits until the circuit is not open any more.
 async fn admits(state: &CircuitBreakerHandle) {
-    while state.state() == State::Open {
+    while state.state() == CircuitState::Open {
         soon(state.changed()).await;
     }
 }
@@ -185,10 +185,10 @@ async fn good_bodies_dropped_unread_close_a_half_open_circuit() {
     let (breaker, state) = touchy();
     let mut client = ServiceBuilder::new().layer(breaker).service(client());
     soon(client.ready().await.unwrap().call(net::get(addr, "/500"))).await.unwrap();
-    assert_eq!(state.state(), State::Open);
-    assert_eq!(soon(state.changed()).await, State::HalfOpen);
+    assert_eq!(state.state(), CircuitState::Open);
+    assert_eq!(soon(state.changed()).await, CircuitState::HalfOpen);
     drop(soon(client.ready().await.unwrap().call(net::get(addr, "/stream"))).await.unwrap());
-    assert_eq!((state.state(), state.snapshot().probes), (State::Closed, 0));
+    assert_eq!((state.state(), state.snapshot().probes), (CircuitState::Closed, 0));
 }
 
 #[tokio::test]
@@ -199,7 +199,7 @@ async fn a_500_counts_at_its_head_and_holds_its_place_to_the_end() {
     let handle = limit.handle();
     let client = ServiceBuilder::new().layer(breaker).layer(limit).service(client());
     let response = soon(client.oneshot(net::get(addr, "/500"))).await.unwrap();
-    assert_eq!((state.state(), handle.in_flight()), (State::Open, 1));
+    assert_eq!((state.state(), handle.in_flight()), (CircuitState::Open, 1));
     assert_eq!(soon(response.into_body().collect()).await.unwrap().to_bytes().len(), 256 * 1024);
     assert_eq!(handle.in_flight(), 0);
 }
@@ -226,7 +226,7 @@ async fn an_upstream_that_closes_mid_stream_is_a_failure_and_frees_its_place() {
             stage.open();
         }
         soon(response.into_body().collect()).await.unwrap_err();
-        assert_eq!((state.state(), handle.in_flight()), (State::Open, 0));
+        assert_eq!((state.state(), handle.in_flight()), (CircuitState::Open, 0));
     }
     assert_eq!(probe(&state), Reason::Body);
     until(|| stage.inside.now() == 0).await;
@@ -266,7 +266,7 @@ async fn a_call_that_its_caller_gives_up_frees_its_place_and_counts_as_nothing()
     assert_eq!(handle.in_flight(), 1);
     call.abort();
     assert!(soon(call).await.unwrap_err().is_cancelled());
-    assert_eq!((handle.in_flight(), state.state()), (0, State::Closed));
+    assert_eq!((handle.in_flight(), state.state()), (0, CircuitState::Closed));
     until(|| connected.now() == 0).await;
 }
 
@@ -284,7 +284,7 @@ async fn a_full_limit_does_not_open_the_breaker_around_it() {
         let refused = soon(call).await.unwrap_err();
         assert_eq!(Rejected::find(&*refused).unwrap().kind(), RejectedKind::Full);
     }
-    assert_eq!(state.state(), State::Closed);
+    assert_eq!(state.state(), CircuitState::Closed);
     drop(first);
     assert_eq!((handle.in_flight(), stage.inside.total()), (0, 1));
 }
@@ -318,7 +318,7 @@ async fn a_request_body_that_breaks_off_says_nothing_about_the_upstream() {
         let chunks = futures_util::stream::iter([Ok(Bytes::from_static(b"hel")), Err(gone())]);
         let put = Request::put(format!("http://{addr}/")).body(Body::from_stream(chunks)).unwrap();
         let error = soon(client.oneshot(put)).await.unwrap_err();
-        assert_eq!((state.state(), handle.in_flight()), (State::Closed, 0), "{error:?}");
+        assert_eq!((state.state(), handle.in_flight()), (CircuitState::Closed, 0), "{error:?}");
     }
 }
 

@@ -21,7 +21,7 @@ use axum::{
     routing::any,
 };
 use buttress::{
-    Attempts, Deadline, Rejected, config::ClientConfig, outcome::RejectedKind, retry::Stop,
+    Attempts, Deadline, Rejected, config::ClientConfig, outcome::RejectedKind, retry::GiveUpReason,
     stack::Client,
 };
 use bytes::Bytes;
@@ -174,7 +174,10 @@ async fn open_circuit_rejects_at_once() {
         for method in [Method::GET, Method::POST] {
             let (attempts, rejected) =
                 rejected(&client, || request(method.clone(), at, "/ok")).await;
-            assert_eq!((attempts.made, attempts.sent, attempts.stop), (1, 0, Stop::Rejected));
+            assert_eq!(
+                (attempts.made, attempts.sent, attempts.stop),
+                (1, 0, GiveUpReason::Rejected)
+            );
             assert_eq!(rejected.kind(), RejectedKind::ForcedOpen, "{preset}");
         }
         assert_eq!(upstream.calls(), 0, "{preset}");
@@ -213,7 +216,7 @@ async fn full_limit_rejects_at_once() {
         });
         net::until(|| upstream.calls() == 1).await;
         let (attempts, rejected) = rejected(&client, || request(Method::POST, at, "/ok")).await;
-        assert_eq!((attempts.made, attempts.sent, attempts.stop), (1, 0, Stop::Rejected));
+        assert_eq!((attempts.made, attempts.sent, attempts.stop), (1, 0, GiveUpReason::Rejected));
         assert_eq!((rejected.kind(), upstream.calls()), (RejectedKind::Full, 1), "{preset}");
         held.abort();
     }
@@ -333,7 +336,7 @@ async fn host_name_without_an_address_is_retried() {
         let error = client.request(post).await.map(drop).unwrap_err();
         let attempts = Attempts::find(&error).unwrap();
         assert_eq!((attempts.made, attempts.sent), (3, 0), "{preset}: {error:#}");
-        assert_eq!(attempts.stop, Stop::AttemptsUsedUp, "{preset}");
+        assert_eq!(attempts.stop, GiveUpReason::AttemptsUsedUp, "{preset}");
     })
     .await;
 }
@@ -369,10 +372,10 @@ async fn hang_ends_by_the_timeout_of_each_attempt() {
         let start = Instant::now();
         let post = client.request(request(Method::POST, at, "/hang")).await.map(drop);
         let attempts = Attempts::find(&post.unwrap_err()).unwrap();
-        assert_eq!((attempts.made, attempts.stop), (1, Stop::Unsafe), "{preset}");
+        assert_eq!((attempts.made, attempts.stop), (1, GiveUpReason::Unsafe), "{preset}");
         let get = client.request(request(Method::GET, at, "/hang")).await.map(drop).unwrap_err();
         let attempts = Attempts::find(&get).unwrap();
-        assert_eq!((attempts.made, attempts.stop), (3, Stop::AttemptsUsedUp), "{preset}");
+        assert_eq!((attempts.made, attempts.stop), (3, GiveUpReason::AttemptsUsedUp), "{preset}");
         let kind = Rejected::find(&get).unwrap().kind();
         assert!(matches!(kind, RejectedKind::TimedOut(_)), "{preset}: {kind:?}");
         assert!(start.elapsed() >= ms(800) && start.elapsed() < ms(2500), "{preset}");

@@ -20,7 +20,7 @@ use axum::{
 use buttress::{
     Attempts, Backoff, BoxError, CircuitBreakerLayer, ClientError, ClientErrorKind,
     ConcurrencyLimitLayer, RetryLayer, Trip,
-    breaker::{State, Tripped},
+    breaker::{CircuitState, TripReason},
     outcome::Reason,
     reqwest::{HttpClient, SendThrough},
 };
@@ -329,7 +329,7 @@ async fn errors_on_the_way_are_told_apart() {
         let handle = limit.handle();
         let client = ServiceBuilder::new().layer(breaker).layer(limit).service(client);
         for _ in 0..2 {
-            while state.state() == State::Open {
+            while state.state() == CircuitState::Open {
                 soon(state.changed()).await;
             }
             match soon(client.clone().oneshot(net::get(addr, "/"))).await {
@@ -339,7 +339,7 @@ async fn errors_on_the_way_are_told_apart() {
             assert_eq!(handle.in_flight(), 0);
         }
         match state.snapshot().last_trip {
-            Some(Tripped::Probe { outcome }) => assert_eq!(outcome.reason(), expected),
+            Some(TripReason::Probe { outcome }) => assert_eq!(outcome.reason(), expected),
             other => panic!("{expected:?}: no probe failed, {other:?}"),
         }
     }
@@ -360,5 +360,5 @@ async fn a_request_that_is_at_fault_says_nothing_about_the_upstream() {
         Err(error) => assert!(error.is::<reqwest::Error>(), "{error}"),
         Ok(response) => drop(soon(response.into_body().collect()).await.unwrap_err()),
     }
-    assert_eq!(state.state(), State::Closed);
+    assert_eq!(state.state(), CircuitState::Closed);
 }

@@ -15,11 +15,11 @@ use std::{
 use axum::{Extension, Router, http::StatusCode, routing::get};
 use buttress::{
     Attempts, BoxError, ClientError, ClientErrorKind, Deadline, Outcome, Rejected, RespondLayer,
-    breaker::State,
+    breaker::CircuitState,
     config::{ClientConfig, ServerConfig},
     health::ProbeState,
     outcome::{Reason, RejectedKind},
-    stack::{Client, HealthStatus},
+    stack::{Client, UpstreamHealth},
 };
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
@@ -145,7 +145,7 @@ async fn config_makes_a_client_that_calls_nobody_while_its_probe_says_that_it_is
     well.store(200, SeqCst);
     assert_eq!(net::soon(probe.changed()).await, ProbeState::Up);
     assert_eq!(net::soon(client.request(to(at))).await.unwrap().status(), 200);
-    assert_eq!(net::soon(client.check_health()).await.status, HealthStatus::Healthy);
+    assert_eq!(net::soon(client.check_health()).await.status, UpstreamHealth::Healthy);
     // Without the settings of a health probe there is none.
     assert!(self::client(at, "").handle().probe().is_none());
 }
@@ -223,7 +223,7 @@ async fn config_makes_a_client_that_stops_calling_and_checks_health() {
     let handle = client.handle();
     for _ in 0..20 {
         let check = net::soon(client.check_health()).await;
-        assert_eq!(check.status, HealthStatus::Healthy);
+        assert_eq!(check.status, UpstreamHealth::Healthy);
         assert_eq!(handle.snapshot().last_check, Some(check));
     }
     let connections = handle.connections().unwrap().snapshot();
@@ -236,13 +236,17 @@ async fn config_makes_a_client_that_stops_calling_and_checks_health() {
         assert_eq!(response.status(), 503, "after three attempts");
     }
     let seen = handle.snapshot();
-    assert_eq!((seen.breaker, seen.healthy, seen.failures), (Some(State::Open), false, 2));
+    assert_eq!((seen.breaker, seen.healthy, seen.failures), (Some(CircuitState::Open), false, 2));
     let error = net::soon(client.clone().oneshot(to(at))).await.map(drop).unwrap_err();
     assert_eq!(Rejected::find(&error).unwrap().layer(), "circuit_breaker");
-    assert_eq!(net::soon(client.check_health()).await.status, HealthStatus::Unhealthy);
+    assert_eq!(net::soon(client.check_health()).await.status, UpstreamHealth::Unhealthy);
     net::until(|| handle.snapshot().healthy).await;
-    assert_eq!(net::soon(client.check_health()).await.status, HealthStatus::Healthy);
-    assert_eq!(handle.snapshot().breaker, Some(State::Closed), "a check is a half-open probe");
+    assert_eq!(net::soon(client.check_health()).await.status, UpstreamHealth::Healthy);
+    assert_eq!(
+        handle.snapshot().breaker,
+        Some(CircuitState::Closed),
+        "a check is a half-open probe"
+    );
 }
 
 #[tokio::test]
@@ -253,7 +257,7 @@ async fn config_of_nobody_there_fails_in_good_time() {
     let client = client(at, "");
     let error = net::soon(client.clone().oneshot(to(at))).await.map(drop).unwrap_err();
     assert!(Rejected::find(&error).is_none(), "not a rejection: {error}");
-    assert_eq!(net::soon(client.check_health()).await.status, HealthStatus::Unhealthy);
+    assert_eq!(net::soon(client.check_health()).await.status, UpstreamHealth::Unhealthy);
 }
 
 /// Serves a whole stack on both sides: the handler waits for `before` and then calls `next` with the rest of the
@@ -415,7 +419,7 @@ async fn request_that_cannot_be_sent_does_not_count_against_the_upstream() {
             assert_eq!(Outcome::of_error(&error).reason(), Reason::Caller);
         }
     }
-    assert_eq!(client.handle().snapshot().breaker, Some(State::Closed));
+    assert_eq!(client.handle().snapshot().breaker, Some(CircuitState::Closed));
 }
 
 #[tokio::test]
@@ -492,7 +496,10 @@ async fn client_opens_another_connection_for_a_stream_and_names_the_wait_beyond_
     }
     let connections = handle.connections().unwrap().snapshot();
     assert_eq!((connections.open, connections.waits_for_stream > 0), (8, true), "{connections:?}");
-    assert_eq!((handle.snapshot().breaker, handle.snapshot().refused), (Some(State::Closed), 12));
+    assert_eq!(
+        (handle.snapshot().breaker, handle.snapshot().refused),
+        (Some(CircuitState::Closed), 12)
+    );
     stage.open();
     for call in held {
         let response = net::soon(call).await.unwrap().unwrap();

@@ -16,7 +16,7 @@ use std::{
 
 use buttress::{
     Backoff, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Rejected, RespondLayer,
-    RetryLayer, Trip, breaker::State, outcome::RejectedKind,
+    RetryLayer, Trip, breaker::CircuitState, outcome::RejectedKind,
 };
 use bytes::Bytes;
 use futures_util::stream;
@@ -126,7 +126,7 @@ async fn breaker_works_under_tonic_and_counts_failures_in_the_head() {
     let refused = soon(bare(addr).check(ask(""))).await.unwrap_err();
     assert_eq!((refused.code(), refused.message()), (Code::Unavailable, "circuit_open"));
     assert!(matches!(pushback(&refused), Some(29_000..=30_000)));
-    assert_eq!((state.state(), service.inside.total()), (State::Open, 3));
+    assert_eq!((state.state(), service.inside.total()), (CircuitState::Open, 3));
 }
 
 #[tokio::test]
@@ -139,11 +139,12 @@ async fn breaker_under_tonic_counts_failures_in_the_trailers() {
         assert_eq!(soon(watch.message()).await.unwrap().unwrap().status, 1);
         assert_eq!(soon(watch.message()).await.unwrap_err().code(), Code::Unavailable);
         until(|| {
-            state.snapshot().seen.consecutive_failures == round || state.state() == State::Open
+            state.snapshot().seen.consecutive_failures == round
+                || state.state() == CircuitState::Open
         })
         .await;
     }
-    assert_eq!(state.state(), State::Open);
+    assert_eq!(state.state(), CircuitState::Open);
 }
 
 #[tokio::test]
@@ -163,7 +164,7 @@ async fn breaker_under_tonic_does_not_count_answers_to_bad_requests_nor_dropped_
     drop(watch);
     until(|| service.inside.now() == 0).await;
     let snapshot = state.snapshot();
-    assert_eq!((snapshot.state, snapshot.seen.consecutive_failures), (State::Closed, 0));
+    assert_eq!((snapshot.state, snapshot.seen.consecutive_failures), (CircuitState::Closed, 0));
 }
 
 #[tokio::test]
@@ -180,7 +181,7 @@ async fn breaker_and_limit_stack_under_tonic_with_tracing_between() {
         assert_eq!(soon(client.check(ask(""))).await.unwrap_err().message(), "limit_reached");
     }
     // A rejection by an inner layer is not a failure of the service, so the circuit stays closed.
-    assert_eq!((state.state(), handle.snapshot().refused_full), (State::Closed, 10));
+    assert_eq!((state.state(), handle.snapshot().rejected_full), (CircuitState::Closed, 10));
     drop(watch);
     until(|| handle.in_flight() == 0).await;
     soon(client.check(ask(""))).await.unwrap();
@@ -226,7 +227,7 @@ async fn a_client_s_refusal_as_a_response_is_unavailable_with_pushback() {
     drop(watch);
     assert_eq!(handle.in_flight(), 0, "released by the drop");
     soon(client.check(ask(""))).await.unwrap();
-    assert_eq!((handle.in_flight(), state.state()), (0, State::Closed));
+    assert_eq!((handle.in_flight(), state.state()), (0, CircuitState::Closed));
 }
 
 #[tokio::test]
@@ -267,7 +268,7 @@ async fn a_client_s_breaker_counts_failures_in_the_head_and_in_the_trailers() {
         soon(watch.message()).await.unwrap().unwrap();
         assert_eq!(soon(watch.message()).await.unwrap_err().code(), Code::Internal);
     }
-    assert_eq!(state.state(), State::Open);
+    assert_eq!(state.state(), CircuitState::Open);
 }
 
 /// The circuit of `grpc()` in a client's stack: five failures in a row open it.
@@ -290,7 +291,7 @@ async fn grpc_breaker_counts_the_statuses_that_the_server_causes() {
             let status = soon(client.check(ask(code))).await.unwrap_err();
             assert_eq!((status.code() as i32).to_string(), code);
         }
-        assert_eq!(state.state() == State::Open, failures == 5, "{code}");
+        assert_eq!(state.state() == CircuitState::Open, failures == 5, "{code}");
         if failures == 5 {
             let rejected = soon(client.check(ask(""))).await.unwrap_err();
             assert_eq!(rejected.code(), Code::Unavailable);
@@ -318,7 +319,7 @@ async fn a_client_s_breaker_over_a_dead_upstream_keeps_the_code_and_opens() {
             codes.push(status.unwrap_err().code());
         }
         assert_eq!(codes, [as_is.code(), as_is.code(), Code::Unavailable]);
-        assert_eq!((state.state(), state.snapshot().refused), (State::Open, 1));
+        assert_eq!((state.state(), state.snapshot().refused), (CircuitState::Open, 1));
     }
 }
 
@@ -443,7 +444,7 @@ async fn http_503_with_html_for_a_tonic_call_is_unavailable_and_retried() {
     let response = soon(retrying_client!(addr, breaker).check(ask(""))).await.unwrap();
     assert_eq!((response.into_inner().status, calls.load(Ordering::SeqCst)), (1, 3));
     until(|| state.snapshot().seen.consecutive_failures == 0).await;
-    assert_eq!(state.state(), State::Closed);
+    assert_eq!(state.state(), CircuitState::Closed);
 
     let (addr, calls) = proxy(usize::MAX, 503, HTML).await;
     let breaker = CircuitBreakerLayer::http();

@@ -11,7 +11,7 @@ use std::{
 };
 
 use buttress::{
-    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, Trip, breaker::State,
+    BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, Trip, breaker::CircuitState,
     outcome::RejectedKind,
 };
 use futures_util::FutureExt;
@@ -82,7 +82,7 @@ async fn a_probe_cancelled_by_its_caller_leaves_the_gate_ajar() {
     assert!(probe.is_err(), "the timeout of the caller has expired");
     watch.script([Then::Answer(empty())]);
     service.clone().oneshot(request()).await.expect("the next call is the probe");
-    assert_eq!(handle.state(), State::Closed);
+    assert_eq!(handle.state(), CircuitState::Closed);
 }
 
 // ===== Windows =====
@@ -119,10 +119,10 @@ async fn after_a_million_successes_it_opens_as_soon_as_on_the_first_day() {
         // No call for the length of the window.
         advance(window).await;
         for _ in 0..failures {
-            assert_eq!(handle.state(), State::Closed);
+            assert_eq!(handle.state(), CircuitState::Closed);
             ask(&mut service, Err(Oops("down")));
         }
-        assert_eq!(handle.state(), State::Open);
+        assert_eq!(handle.state(), CircuitState::Open);
     }
 }
 

@@ -18,8 +18,8 @@ use buttress::{
     BoxError, CircuitBreakerLayer, ConfigError, ConnectLayer, DeadlineLayer, Health,
     HealthProbeLayer, Origin, Rejected, RespondLayer, RetryLayer, Trip,
     config::{
-        CheckHealthConfig, ClientConfig, ConfigErrors, DeadlineConfig, HealthProbeConfig, Preset,
-        RetryConfig, ServerConfig,
+        CheckHealthConfig, ClientConfig, ConfigErrors, ConfigPreset, DeadlineConfig,
+        HealthProbeConfig, RetryConfig, ServerConfig,
     },
     health::{Check, Get},
     reqwest::HttpClient,
@@ -422,7 +422,7 @@ const TABLE: &[Row] = table! {
     "ClientConfig::changes": |planted| debug(config(planted).changes(&ClientConfig::default())),
     "ClientConfig::origin": |planted| debug(config(planted).origin("health_probe_uri")),
     "ServerConfig": |planted| {
-        let mut config = ServerConfig::preset(Preset::Internal);
+        let mut config = ServerConfig::preset(ConfigPreset::Internal);
         config.deadline.header = Some(planted.uri.clone());
         debug(&config) + &config.explain() + &errors(config.check()) + &errors(buttress::server(&config).map(|stack| assert_no_secret("ServerStack", planted, &(debug(&stack) + &debug(stack.handle())))))
     },

@@ -16,7 +16,7 @@ mod table;
 
 use std::{error::Error, fmt, time::Duration};
 
-use buttress::limit::adaptive::{Algorithm, Change, Knee, Reason, Sample};
+use buttress::limit::adaptive::{Algorithm, ChangeReason, Knee, LimitChange, Sample};
 use table::Kind;
 use tower_resilience::adaptive::{self as tr, ConcurrencyAlgorithm};
 
@@ -56,7 +56,7 @@ impl<A: ConcurrencyAlgorithm + 'static> Algorithm for Peer<A> {
     /// Does nothing: these algorithms have no setter.
     fn set_limit(&mut self, _: u32) {}
 
-    fn hear(&mut self, sample: &Sample) -> Option<Change> {
+    fn on_sample(&mut self, sample: &Sample) -> Option<LimitChange> {
         let before = self.limit();
         if sample.dropped {
             self.0.record_failure();
@@ -64,7 +64,7 @@ impl<A: ConcurrencyAlgorithm + 'static> Algorithm for Peer<A> {
             self.0.record_success(sample.latency);
         }
         let limit = self.limit();
-        (limit != before).then_some(Change { limit, reason: Reason::Other("its own") })
+        (limit != before).then_some(LimitChange { limit, reason: ChangeReason::Other("its own") })
     }
 }
 
@@ -108,7 +108,7 @@ impl Algorithm for Shedder {
         self.concurrency = limit.into();
     }
 
-    fn hear(&mut self, sample: &Sample) -> Option<Change> {
+    fn on_sample(&mut self, sample: &Sample) -> Option<LimitChange> {
         let free = (self.concurrency - f64::from(sample.in_flight)).max(0.0);
         let is_full = free <= (self.concurrency / 10.0).floor().max(1.0);
         self.latency += EWMA * (sample.latency.as_secs_f64() - self.latency);
@@ -128,7 +128,7 @@ impl Algorithm for Shedder {
         self.latency *= self.concurrency / before;
         self.before = (rate, at_once);
         self.changed = sample.now;
-        let change = Change { limit: self.limit(), reason: Reason::Other("its own") };
+        let change = LimitChange { limit: self.limit(), reason: ChangeReason::Other("its own") };
         (self.concurrency != before).then_some(change)
     }
 }

@@ -63,7 +63,7 @@ pub fn retry() -> impl Numbers {
     service
 }
 
-fn probe() -> HealthProbeLayer<buttress::health::Ask<impl Fn() -> u64 + Clone>, PerResponse> {
+fn probe() -> HealthProbeLayer<buttress::health::CallProbe<impl Fn() -> u64 + Clone>, PerResponse> {
     HealthProbeLayer::new(|| 0)
 }
 

@@ -59,8 +59,8 @@ impl Guards {
     pub fn refused(&self) -> u64 {
         let limit = self.limit.snapshot();
         self.breaker.snapshot().refused
-            + limit.refused_full
-            + limit.refused_waited
+            + limit.rejected_full
+            + limit.rejected_waited
             + self.probe.snapshot().refused
     }
 }

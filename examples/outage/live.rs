@@ -2,7 +2,7 @@
 
 use std::{fmt, time::Duration};
 
-use buttress::{breaker::State, health::ProbeState};
+use buttress::{breaker::CircuitState, health::ProbeState};
 
 use crate::{
     clients::Guards,
@@ -18,7 +18,7 @@ const STEPS_PER_LINE: u32 = 10;
 #[derive(Debug, Default)]
 pub struct History {
     /// The states of the circuit, each with the time at which it was first observed.
-    pub breaker: Vec<(Duration, State)>,
+    pub breaker: Vec<(Duration, CircuitState)>,
     /// The states of the health probe, likewise.
     pub probe: Vec<(Duration, ProbeState)>,
     /// The requests that the two upstreams held.

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use buttress::{breaker::State, health::ProbeState};
+use buttress::{breaker::CircuitState, health::ProbeState};
 
 use crate::{
     clients::LIMIT,
@@ -156,9 +156,9 @@ fn held(svg: &mut String, run: &Run) -> fmt::Result {
 
 fn breaker(svg: &mut String, run: &Run) -> fmt::Result {
     let states = [
-        (State::Closed, GOOD, "closed"),
-        (State::HalfOpen, UNSURE, "half-open"),
-        (State::Open, BAD, "open"),
+        (CircuitState::Closed, GOOD, "closed"),
+        (CircuitState::HalfOpen, UNSURE, "half-open"),
+        (CircuitState::Open, BAD, "open"),
     ];
     band(svg, 700.0, "Circuit breaker", &run.history.breaker, &states)
 }

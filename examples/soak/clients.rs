@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, ConnectLayer, DeadlineLayer, Health,
     HealthProbeLayer, HedgeLayer, RetryLayer, TimeoutLayer, Timeouts, Trip,
-    breaker::{CircuitBreakerHandle, State},
+    breaker::{CircuitBreakerHandle, CircuitState},
     connect::{Client, ConnectHandle},
     deadline::DeadlineHandle,
     health::{HealthProbeHandle, ProbeState},
@@ -108,7 +108,7 @@ pub fn client(addr: SocketAddr, http2: bool) -> Result<(impl Calls, Guards), Box
 
 pub fn timeouts() -> Timeouts {
     let longest = Duration::from_millis(100);
-    Timeouts::new().head(longest).first_frame(longest).idle(longest).sending(longest)
+    Timeouts::new().head(longest).first_frame(longest).response_idle(longest).request_idle(longest)
 }
 
 impl Guards {
@@ -133,7 +133,7 @@ impl Guards {
     }
 
     pub fn is_well(&self) -> bool {
-        self.breaker.state() == State::Closed && self.probe.state() == ProbeState::Up
+        self.breaker.state() == CircuitState::Closed && self.probe.state() == ProbeState::Up
     }
 
     fn gauges(&self) -> [(&'static str, usize); 8] {

@@ -14,7 +14,7 @@ use axum::{
 use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, ConnectLayer, Deadline,
     DeadlineLayer, Health, Lifecycle, RetryLayer, TimeoutLayer,
-    breaker::{CircuitBreakerHandle, KeyedCircuitBreakerHandle, State},
+    breaker::{CircuitBreakerHandle, CircuitState, KeyedCircuitBreakerHandle},
     connect::{Client, ConnectHandle},
     lifecycle::Drained,
     limit::ConcurrencyLimitHandle,
@@ -83,7 +83,8 @@ impl Gateway {
         };
 
         let health = Health::new();
-        let lifecycle = Lifecycle::without_signals(&health)?.delay(Duration::ZERO).longest(QUEUE.1);
+        let lifecycle =
+            Lifecycle::without_signals(&health)?.drain_delay(Duration::ZERO).drain_timeout(QUEUE.1);
         let stack = ServiceBuilder::new()
             .layer(DeadlineLayer::new().header(DEADLINE_HEADER).respond())
             .layer(server_limit.checked()?.respond())
@@ -138,7 +139,7 @@ impl Gateway {
         verdict.places(&format!("{name}'s client"), &self.client_limit, LIMIT);
         // The upstream is healthy all the time.
         let breaker = self.breaker.snapshot();
-        let is_closed = breaker.state == State::Closed;
+        let is_closed = breaker.state == CircuitState::Closed;
         verdict.that(is_closed, format!("{name}: circuit is {:?}", breaker.state));
         verdict.that(
             breaker.opened == 0,

@@ -55,7 +55,8 @@ struct Inside {
 impl Server {
     pub async fn start() -> Result<Self, BoxError> {
         let (health, ms) = (Health::new(), Duration::from_millis);
-        let lifecycle = Lifecycle::without_signals(&health)?.delay(ms(0)).longest(ms(5000));
+        let lifecycle =
+            Lifecycle::without_signals(&health)?.drain_delay(ms(0)).drain_timeout(ms(5000));
         let limit = ConcurrencyLimitLayer::new(LIMIT).queue(LIMIT, ms(30));
         let handle = limit.handle();
         let (inside, is_sick) = (Arc::new(Inside::default()), Arc::new(AtomicBool::new(false)));
@@ -63,7 +64,7 @@ impl Server {
             .layer(health.endpoints())
             .layer(DeadlineLayer::new().default_of(ms(300)).respond().checked()?)
             .layer(limit.checked()?.respond())
-            .layer(TimeoutLayer::server().head(ms(200)).idle(ms(200)).respond().checked()?);
+            .layer(TimeoutLayer::server().head(ms(200)).response_idle(ms(200)).respond().checked()?);
         let eye = from_fn_with_state((inside.clone(), is_sick.clone()), look);
         let app = routes().layer(eye).layer(stack);
         let listener = TcpListener::bind("127.0.0.1:0").await?;
@@ -103,7 +104,7 @@ impl Server {
         verdict
             .that(most <= LARGEST, format!("server: {most} handlers at once, maximum {LARGEST}"));
         let refused = self.limit.snapshot();
-        verdict.happened("server: rejections", refused.refused_full + refused.refused_waited);
+        verdict.happened("server: rejections", refused.rejected_full + refused.rejected_waited);
     }
 
     pub async fn end(self) -> Result<Drained, BoxError> {

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use buttress::{BoxError, Timeouts, breaker::State};
+use buttress::{BoxError, Timeouts, breaker::CircuitState};
 use fastrand::Rng;
 use tokio::time::sleep;
 
@@ -55,7 +55,7 @@ pub async fn shake(server: Server, clients: Vec<Guards>, mut random: Rng, over: 
                 Ok(())
             }
             11 => {
-                client.connections.renew();
+                client.connections.recycle();
                 Ok(())
             }
             12 => {
@@ -72,7 +72,7 @@ pub async fn shake(server: Server, clients: Vec<Guards>, mut random: Rng, over: 
         sleep(pause).await;
         drop((held, isolation));
         server.is_sick.store(false, SeqCst);
-        if client.breaker.state() == State::ForcedOpen {
+        if client.breaker.state() == CircuitState::ForcedOpen {
             client.breaker.reset();
         }
         if random.u8(..8) == 0 {
@@ -83,5 +83,5 @@ pub async fn shake(server: Server, clients: Vec<Guards>, mut random: Rng, over: 
 
 fn short(random: &mut Rng) -> Timeouts {
     let mut some = || Duration::from_millis(random.u64(1..100));
-    clients::timeouts().head(some()).idle(some()).first_frame(some())
+    clients::timeouts().head(some()).response_idle(some()).first_frame(some())
 }

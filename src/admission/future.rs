@@ -14,10 +14,10 @@ use super::{Admit, Policy, Terms, closed::ShutWatch};
 #[cfg(feature = "limit")]
 use crate::outcome::HealthCall;
 use crate::{
-    classify::{Judge, Protocol},
+    classify::{Classifier, Protocol},
     outcome::{CallerDeadline, Rejected, SentMark, WaitsFor},
     permit::{Giver, Permit},
-    respond::{Form, Reject},
+    respond::{Reject, ResponseFormat},
     time::{Deadline, poll_timer},
 };
 
@@ -25,18 +25,18 @@ pin_project! {
     /// The future of an admission layer's call.
     ///
     /// Dropping it at any point releases the permit, or leaves the queue.
-    pub struct ResponseFuture<S, Req, F, C, P, M, R>
+    pub struct AdmissionFuture<S, Req, F, C, P, M, R>
     where
         P: Policy<Req>,
     {
         #[pin]
-        state: State<S, Req, F, C, P, M>,
+        state: CallState<S, Req, F, C, P, M>,
         // The form of the response to a rejected call.
-        form: Option<Form>,
+        form: Option<ResponseFormat>,
         reject: Option<R>,
     }
 
-    impl<S, Req, F, C, P: Policy<Req>, M, R> PinnedDrop for ResponseFuture<S, Req, F, C, P, M, R> {
+    impl<S, Req, F, C, P: Policy<Req>, M, R> PinnedDrop for AdmissionFuture<S, Req, F, C, P, M, R> {
         fn drop(this: Pin<&mut Self>) {
             // Before the inner future is dropped, because the drop of the request body changes the mark.
             if let StateProj::Called { permit, mark, .. } = this.project().state.project() {
@@ -53,7 +53,7 @@ pin_project! {
 
 pin_project! {
     #[project = StateProj]
-    pub(super) enum State<S, Req, F, C, P, M>
+    pub(super) enum CallState<S, Req, F, C, P, M>
     where
         P: Policy<Req>,
     {
@@ -71,7 +71,7 @@ pin_project! {
     }
 }
 
-impl<S, Req, F, C, P: Policy<Req>, M> State<S, Req, F, C, P, M> {
+impl<S, Req, F, C, P: Policy<Req>, M> CallState<S, Req, F, C, P, M> {
     #[inline]
     pub(super) fn called(
         future: F,
@@ -91,14 +91,18 @@ impl<S, Req, F, C, P: Policy<Req>, M> State<S, Req, F, C, P, M> {
     }
 }
 
-impl<S, Req, F, C, P: Policy<Req>, M, R> ResponseFuture<S, Req, F, C, P, M, R> {
+impl<S, Req, F, C, P: Policy<Req>, M, R> AdmissionFuture<S, Req, F, C, P, M, R> {
     #[inline]
-    pub(super) fn new(state: State<S, Req, F, C, P, M>, form: Option<Form>, reject: R) -> Self {
+    pub(super) fn new(
+        state: CallState<S, Req, F, C, P, M>,
+        form: Option<ResponseFormat>,
+        reject: R,
+    ) -> Self {
         Self { state, form, reject: Some(reject) }
     }
 }
 
-impl<S, Req, P, M, R> Future for ResponseFuture<S, Req, S::Future, M::Call, P, M, R>
+impl<S, Req, P, M, R> Future for AdmissionFuture<S, Req, S::Future, M::Call, P, M, R>
 where
     S: Service<Req>,
     P: Policy<Req>,
@@ -153,17 +157,17 @@ where
                     };
                     let next = match turn {
                         Ok((future, permit, call, mark)) => {
-                            State::called(future, permit, call, mark)
+                            CallState::called(future, permit, call, mark)
                         }
-                        Err(Stop::Rejected(mut rejected)) => {
+                        Err(StepEnd::Rejected(mut rejected)) => {
                             let request = parked.as_mut().project().request.take();
                             if let Some((request, reject)) = request.zip(this.reject.as_ref()) {
                                 *this.form = Some(reject.form(&request));
                                 rejected = reject.discard(request, rejected);
                             }
-                            State::refused(rejected)
+                            CallState::refused(rejected)
                         }
-                        Err(Stop::Inner(error)) => return Poll::Ready(Err(R::error(error))),
+                        Err(StepEnd::Inner(error)) => return Poll::Ready(Err(R::error(error))),
                     };
                     this.state.set(next);
                 }
@@ -185,7 +189,7 @@ where
 fn call_permit<S, Req, M>(call: &mut Option<M::Call>) -> Option<&mut Permit>
 where
     S: Service<Req>,
-    M: Judge<Req, S::Response, S::Error>,
+    M: Classifier<Req, S::Response, S::Error>,
 {
     call.as_mut().and_then(M::call_permit)
 }
@@ -211,12 +215,12 @@ fn taken<C>(call: &mut Option<C>) -> C {
     call.take().unwrap_or_else(|| unreachable!("polled after completion"))
 }
 
-impl<S, Req, F, C, P: Policy<Req>, M, R> fmt::Debug for ResponseFuture<S, Req, F, C, P, M, R> {
+impl<S, Req, F, C, P: Policy<Req>, M, R> fmt::Debug for AdmissionFuture<S, Req, F, C, P, M, R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.state {
-            State::Called { .. } => "ResponseFuture(called)",
-            State::Parked { .. } => "ResponseFuture(parked)",
-            State::Refused { .. } => "ResponseFuture(refused)",
+            CallState::Called { .. } => "ResponseFuture(called)",
+            CallState::Parked { .. } => "ResponseFuture(parked)",
+            CallState::Refused { .. } => "ResponseFuture(refused)",
         })
     }
 }
@@ -237,7 +241,7 @@ impl<'a, Req, M, Res, E> RequestTerms<'a, Req, M, Res, E> {
     }
 }
 
-impl<Req, M: Judge<Req, Res, E>, Res, E> Terms for RequestTerms<'_, Req, M, Res, E> {
+impl<Req, M: Classifier<Req, Res, E>, Res, E> Terms for RequestTerms<'_, Req, M, Res, E> {
     #[inline]
     fn deadline(&self) -> Option<Deadline> {
         self.protocol.deadline(self.request)
@@ -285,18 +289,18 @@ pin_project! {
     }
 }
 
-pub(super) enum Stop<E> {
+pub(super) enum StepEnd<E> {
     Rejected(Rejected),
     Inner(E),
 }
 
 /// The inner call with its permit, or the reason for which it is not made.
-type Turn<S, Req, P, M> = Result<Called<S, Req, P, M>, Stop<<S as Service<Req>>::Error>>;
+type CallStep<S, Req, P, M> = Result<Called<S, Req, P, M>, StepEnd<<S as Service<Req>>::Error>>;
 
 type Called<S, Req, P, M> = (
     <S as Service<Req>>::Future,
     Permit<<P as Policy<Req>>::Giver>,
-    <M as Judge<Req, <S as Service<Req>>::Response, <S as Service<Req>>::Error>>::Call,
+    <M as Classifier<Req, <S as Service<Req>>::Response, <S as Service<Req>>::Error>>::Call,
     Option<SentMark>,
 );
 
@@ -324,7 +328,7 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
         self
     }
 
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Turn<S, Req, P, M>>
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<CallStep<S, Req, P, M>>
     where
         S: Service<Req>,
         M: Protocol<Req, S::Response, S::Error>,
@@ -334,12 +338,12 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
             if let Some(wait) = this.wait {
                 let turn = ready!(wait.as_mut().poll(cx));
                 *this.wait = None;
-                *this.permit = Some(parked(turn.map_err(Stop::Rejected)?));
+                *this.permit = Some(parked(turn.map_err(StepEnd::Rejected)?));
             }
             if let Poll::Ready(result) = this.service.poll_ready(cx) {
                 if let Err(error) = result {
                     *this.permit = None;
-                    return Poll::Ready(Err(Stop::Inner(error)));
+                    return Poll::Ready(Err(StepEnd::Inner(error)));
                 }
                 break;
             }
@@ -353,7 +357,7 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
                 *late = None;
                 if let Some(rejected) = this.policy.too_late(request) {
                     *this.permit = None;
-                    return Poll::Ready(Err(Stop::Rejected(rejected)));
+                    return Poll::Ready(Err(StepEnd::Rejected(rejected)));
                 }
             }
             // `is_stale`, not `peek`: a probe that waits here occupies a slot itself, so `peek` could be false because
@@ -369,7 +373,7 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
             ) {
                 Admit::Go(pass) => *this.permit = Some(parked(this.policy.permit(pass))),
                 Admit::Wait(wait) => *this.wait = Some(wait),
-                Admit::No(rejected) => return Poll::Ready(Err(Stop::Rejected(rejected))),
+                Admit::No(rejected) => return Poll::Ready(Err(StepEnd::Rejected(rejected))),
             }
         }
         let (Some(mut permit), Some(mut request)) = (this.permit.take(), this.request.take())

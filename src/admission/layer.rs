@@ -216,7 +216,7 @@ macro_rules! admission_layer {
             type Response = M::Response;
             type Error = R::Error;
             type Future =
-                $crate::admission::ResponseFuture<S, Req, S::Future, M::Call, $Policy, M, R>;
+                $crate::admission::AdmissionFuture<S, Req, S::Future, M::Call, $Policy, M, R>;
 
             #[inline]
             fn poll_ready(

@@ -21,7 +21,7 @@ use std::{future::Future, pin::Pin, sync::Arc};
 
 use tokio::{sync::Notify, time::Instant};
 
-pub use self::future::ResponseFuture;
+pub use self::future::AdmissionFuture;
 pub(crate) use self::{
     layer::{Plan, admission_layer},
     service::Admission,

@@ -8,11 +8,11 @@ use tower_service::Service;
 use super::{
     Admit, Policy,
     closed::{HoldBack, ShutWatch},
-    future::{Parked, RequestTerms, ResponseFuture, State, measured},
+    future::{AdmissionFuture, CallState, Parked, RequestTerms, measured},
 };
 use crate::{
     classify::Protocol,
-    outcome::{CallerDeadline, Label, Outcome, Reason, Rejected, request_mark},
+    outcome::{CallerDeadline, LayerName, Outcome, Reason, Rejected, request_mark},
     permit::Permit,
     respond::Reject,
 };
@@ -23,7 +23,7 @@ pub(crate) struct Admission<S, P, M, R> {
     policy: P,
     protocol: M,
     reject: R,
-    fault: Option<Arc<Label>>,
+    fault: Option<Arc<LayerName>>,
     readiness: Readiness,
     /// `poll_ready` has returned ready, and the service stays ready until the call.
     promised: bool,
@@ -47,7 +47,7 @@ impl<S, P, M, R> Admission<S, P, M, R> {
         policy: P,
         protocol: M,
         reject: R,
-        fault: Option<Arc<Label>>,
+        fault: Option<Arc<LayerName>>,
     ) -> Self {
         Self {
             inner,
@@ -103,7 +103,7 @@ where
 {
     type Response = M::Response;
     type Error = R::Error;
-    type Future = ResponseFuture<S, Req, S::Future, M::Call, P, M, R>;
+    type Future = AdmissionFuture<S, Req, S::Future, M::Call, P, M, R>;
 
     #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), R::Error>> {
@@ -163,8 +163,8 @@ where
                 self.readiness = Readiness::Untouched;
                 leaving.drop_as = Outcome::failure().because(Reason::Panicked);
                 // Built in place without intermediate variables, because a future is large to move.
-                return ResponseFuture::new(
-                    State::called(
+                return AdmissionFuture::new(
+                    CallState::called(
                         self.inner.call(request),
                         leaving.permit().observing(deadline, mark.is_some()),
                         call,
@@ -176,16 +176,16 @@ where
             }
             Admit::Go(pass) => {
                 let permit = self.policy.permit(pass);
-                State::parked(self.park(request).with_permit(permit))
+                CallState::parked(self.park(request).with_permit(permit))
             }
-            Admit::Wait(wait) => State::parked(self.park(request).with_wait(wait)),
+            Admit::Wait(wait) => CallState::parked(self.park(request).with_wait(wait)),
             Admit::No(rejected) => {
                 self.let_go();
                 form = Some(self.reject.form(&request));
-                State::refused(self.reject.discard(request, rejected))
+                CallState::refused(self.reject.discard(request, rejected))
             }
         };
-        ResponseFuture::new(state, form, self.reject.clone())
+        AdmissionFuture::new(state, form, self.reject.clone())
     }
 }
 

@@ -8,25 +8,25 @@ use std::{
 use pin_project_lite::pin_project;
 use tokio::time::Instant;
 
-use super::{protocol::Weigh, verdict::Class};
+use super::{protocol::ClassifyAttempt, verdict::RetryAction};
 use crate::{
     outcome::{Outcome, Reason, grpc},
-    time::Alarm,
+    time::SharedTimer,
 };
 
 pin_project! {
     /// An attempt, until its response is classified.
-    pub(crate) struct Weighed<F, H> {
+    pub(crate) struct AttemptFuture<F, H> {
         #[pin]
-        state: State<F, H>,
+        state: AttemptState<F, H>,
         #[pin]
-        alarm: Alarm,
+        alarm: SharedTimer,
     }
 }
 
 pin_project! {
-    #[project = StateProj]
-    enum State<F, H> {
+    #[project = AttemptStateProj]
+    enum AttemptState<F, H> {
         Calling { #[pin] future: F, waited_for: bool },
         // The response head is available. The first frame of a gRPC response may still be pending.
         Weighing { held: Option<H>, impatient: bool },
@@ -35,7 +35,7 @@ pin_project! {
 
 /// The progress of an attempt.
 pub(crate) enum Head<T> {
-    /// The response head is available. It is returned to the caller, or [held](Weighed::hold).
+    /// The response head is available. It is returned to the caller, or [held](AttemptFuture::hold).
     Here(T),
     /// The response is already held.
     Held,
@@ -43,10 +43,13 @@ pub(crate) enum Head<T> {
     Late,
 }
 
-impl<F, H> Weighed<F, H> {
+impl<F, H> AttemptFuture<F, H> {
     #[inline]
     pub(crate) fn new(future: F) -> Self {
-        Self { state: State::Calling { future, waited_for: false }, alarm: Alarm::new() }
+        Self {
+            state: AttemptState::Calling { future, waited_for: false },
+            alarm: SharedTimer::new(),
+        }
     }
 
     /// Polls the attempt for its response head.
@@ -63,11 +66,11 @@ impl<F, H> Weighed<F, H> {
         F: Future<Output = T>,
     {
         let mut this = self.project();
-        let StateProj::Calling { mut future, waited_for } = this.state.project() else {
+        let AttemptStateProj::Calling { mut future, waited_for } = this.state.project() else {
             return Poll::Ready(Head::Held);
         };
         // Poll the attempt before the timer: a response that is available takes precedence over a timeout.
-        Alarm::listen();
+        SharedTimer::listen();
         if let Poll::Ready(result) = future.as_mut().poll(cx) {
             return Poll::Ready(Head::Here(result));
         }
@@ -83,22 +86,23 @@ impl<F, H> Weighed<F, H> {
     pub(crate) fn hold(self: Pin<&mut Self>, held: H) {
         let mut this = self.project();
         this.alarm.clear();
-        this.state.set(State::Weighing { held: Some(held), impatient: false });
+        this.state.set(AttemptState::Weighing { held: Some(held), impatient: false });
     }
 
     /// Polls for the class and outcome of the held response. If its body does not begin in time, the head decides.
     pub(crate) fn poll_weigh<M, Res, E>(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<(Class, Outcome)>
+    ) -> Poll<(RetryAction, Outcome)>
     where
-        M: Weigh<Res, E, Held = H>,
+        M: ClassifyAttempt<Res, E, Held = H>,
     {
         let mut this = self.project();
-        let StateProj::Weighing { held: Some(held), impatient } = this.state.project() else {
+        let AttemptStateProj::Weighing { held: Some(held), impatient } = this.state.project()
+        else {
             unreachable!("the response is held and not taken")
         };
-        Alarm::listen();
+        SharedTimer::listen();
         if let Poll::Ready(weight) = M::poll_weigh(held, cx) {
             return Poll::Ready(weight);
         }
@@ -117,10 +121,10 @@ impl<F, H> Weighed<F, H> {
         protocol: &M,
         is_grpc_call: bool,
         cx: &mut Context<'_>,
-    ) -> Poll<(Class, Outcome)>
+    ) -> Poll<(RetryAction, Outcome)>
     where
         F: Future<Output = Result<Res, E>>,
-        M: Weigh<Res, E, Held = H>,
+        M: ClassifyAttempt<Res, E, Held = H>,
     {
         if let Head::Here(result) = ready!(self.as_mut().poll_head(|| None, cx)) {
             let weight = protocol.weigh(is_grpc_call, &result);
@@ -132,8 +136,8 @@ impl<F, H> Weighed<F, H> {
     /// Returns the held response. May be called once, when the response is held.
     pub(crate) fn take(self: Pin<&mut Self>) -> H {
         match self.project().state.project() {
-            StateProj::Weighing { held, .. } => held.take(),
-            StateProj::Calling { .. } => None,
+            AttemptStateProj::Weighing { held, .. } => held.take(),
+            AttemptStateProj::Calling { .. } => None,
         }
         .unwrap_or_else(|| unreachable!("taken once, after it is held"))
     }
@@ -149,6 +153,6 @@ pub(crate) fn earns_deposit(outcome: Outcome) -> bool {
 
 /// Returns whether the outcome is a success and the class is `Final`, so that the response is returned as it is.
 #[inline]
-pub(crate) fn is_good((class, outcome): (Class, Outcome)) -> bool {
-    class == Class::Final && outcome.is_success()
+pub(crate) fn is_good((class, outcome): (RetryAction, Outcome)) -> bool {
+    class == RetryAction::Final && outcome.is_success()
 }

@@ -8,22 +8,22 @@ type Own = dyn Iterator<Item = Duration> + Send;
 
 /// The source of the delays of a call.
 #[derive(Clone)]
-pub(crate) enum Waits {
+pub(crate) enum DelaySource {
     Backoff(Backoff),
     Own(Arc<dyn Fn() -> Box<Own> + Send + Sync>),
 }
 
 /// The delays of one call.
-pub(crate) enum Series {
+pub(crate) enum CallDelays {
     Backoff(Delays),
     Own(Box<Own>),
 }
 
-impl Waits {
-    pub(crate) fn begin(&self) -> Series {
+impl DelaySource {
+    pub(crate) fn begin(&self) -> CallDelays {
         match self {
-            Self::Backoff(backoff) => Series::Backoff(backoff.delays()),
-            Self::Own(begin) => Series::Own(begin()),
+            Self::Backoff(backoff) => CallDelays::Backoff(backoff.delays()),
+            Self::Own(begin) => CallDelays::Own(begin()),
         }
     }
 
@@ -35,7 +35,7 @@ impl Waits {
     }
 }
 
-impl Series {
+impl CallDelays {
     /// Returns the next delay. `None` if there is no further attempt.
     pub(crate) fn next(&mut self, throttled: bool) -> Option<Duration> {
         match self {
@@ -52,7 +52,7 @@ impl Series {
     }
 }
 
-impl fmt::Debug for Waits {
+impl fmt::Debug for DelaySource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Backoff(backoff) => backoff.fmt(f),

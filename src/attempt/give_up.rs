@@ -3,7 +3,7 @@ use std::fmt;
 /// The reason for which no further attempt is made. The set is closed, so that it can be the label of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Stop {
+pub enum GiveUpReason {
     /// The response is not retryable.
     Answered,
     /// The error is not retryable.
@@ -38,7 +38,7 @@ pub enum Stop {
     Misconfigured,
 }
 
-impl Stop {
+impl GiveUpReason {
     /// Returns the reason in `snake_case`, as in events.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
@@ -63,7 +63,7 @@ impl Stop {
     }
 }
 
-impl fmt::Display for Stop {
+impl fmt::Display for GiveUpReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }

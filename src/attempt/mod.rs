@@ -16,22 +16,25 @@ mod token_bucket;
 mod verdict;
 
 pub(crate) use self::{
-    attempt::{Head, Weighed, earns_deposit, is_good},
+    attempt::{AttemptFuture, Head, earns_deposit, is_good},
     core::{Core, lock},
-    delays::{Series, Waits},
+    delays::{CallDelays, DelaySource},
     failure::PerKind,
-    protocol::{Answer, Numbered, Repeat, Rules, Weigh, classify_by_request, failed_status, keyed},
-    verdict::{Class, Repeatable, Safe},
+    protocol::{
+        AttemptResponse, ClassifyAttempt, Numbered, ReplayRequest, Rules, classify_by_request,
+        failed_status, keyed,
+    },
+    verdict::{BodyReplay, RetryAction, SafeRequests},
 };
 pub use self::{
     backoff::{Backoff, Delays},
     budget::RetryBudget,
     failure::FailureKind,
-    give_up::Stop,
+    give_up::GiveUpReason,
     hedged::{HedgeAttempt, Hedged},
     peeked_body::PeekedBody,
     protocol::{Replay, Reqwest},
-    record::{Attempt, Attempts, RetryError, Tried},
+    record::{Attempt, AttemptRecord, Attempts, RetryError},
     replay::ReplayBody,
     token_bucket::Withdrawal,
 };

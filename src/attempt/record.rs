@@ -2,7 +2,7 @@ use std::{error::Error, fmt, time::Duration};
 
 use http::Response;
 
-use super::give_up::Stop;
+use super::give_up::GiveUpReason;
 use crate::{
     error::{self, BoxError},
     outcome::{Outcome, Rejected},
@@ -21,14 +21,14 @@ pub struct Attempts {
     /// The total of the delays between the attempts.
     pub waited: Duration,
     /// The reason for which no further attempt was made.
-    pub stop: Stop,
-    each: Vec<Tried>,
+    pub stop: GiveUpReason,
+    each: Vec<AttemptRecord>,
 }
 
 /// One attempt of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Tried {
+pub struct AttemptRecord {
     /// The outcome of the attempt, with its reason.
     pub outcome: Outcome,
     /// The delay between this attempt and the next. Zero after the last attempt.
@@ -39,27 +39,32 @@ pub struct Tried {
 const MOST_RECORDED: usize = 32;
 
 impl Attempts {
-    pub(crate) const FIRST: Self = Self::after(1, Stop::Answered);
+    pub(crate) const FIRST: Self = Self::after(1, GiveUpReason::Answered);
     /// The first attempt is in flight and has not been sent.
-    pub(crate) const UNSENT: Self =
-        Self { made: 1, sent: 0, waited: Duration::ZERO, stop: Stop::Answered, each: Vec::new() };
+    pub(crate) const UNSENT: Self = Self {
+        made: 1,
+        sent: 0,
+        waited: Duration::ZERO,
+        stop: GiveUpReason::Answered,
+        each: Vec::new(),
+    };
     /// The first attempt ended with an error that is not retryable.
-    pub(crate) const FIRST_ERROR: Self = Self::after(1, Stop::NotRetryable);
+    pub(crate) const FIRST_ERROR: Self = Self::after(1, GiveUpReason::NotRetryable);
     /// `poll_ready` failed before the first attempt.
-    pub(crate) const NONE: Self = Self::after(0, Stop::NotReady);
+    pub(crate) const NONE: Self = Self::after(0, GiveUpReason::NotReady);
 
-    const fn after(made: u32, stop: Stop) -> Self {
+    const fn after(made: u32, stop: GiveUpReason) -> Self {
         Self { made, sent: made, waited: Duration::ZERO, stop, each: Vec::new() }
     }
 
     /// Returns the attempts in order, including the last, at most the first 32. Empty if there was no attempt, or if
     /// the first attempt was the only one and its result was not retryable.
     #[must_use]
-    pub fn each(&self) -> &[Tried] {
+    pub fn records(&self) -> &[AttemptRecord] {
         &self.each
     }
 
-    pub(crate) fn tried(&mut self, tried: Tried) {
+    pub(crate) fn tried(&mut self, tried: AttemptRecord) {
         self.waited = self.waited.saturating_add(tried.waited);
         if self.each.len() < MOST_RECORDED {
             self.each.push(tried);
@@ -67,7 +72,7 @@ impl Attempts {
     }
 
     /// Returns the record of a response. A response without a record is that of a first attempt and was not retryable:
-    /// the result is then one attempt with [`Stop::Answered`].
+    /// the result is then one attempt with [`GiveUpReason::Answered`].
     #[must_use]
     pub fn of<B>(response: &Response<B>) -> Self {
         response.extensions().get().cloned().unwrap_or(Self::FIRST)
@@ -104,7 +109,7 @@ pub struct Attempt(pub u32);
 /// The error of a call that a [`RetryLayer`](crate::retry::RetryLayer) gave up on. Its source is the error of the last
 /// attempt.
 ///
-/// The text states the [`Stop`] and the outcome of the last attempt, if it is known: `gave up after 3 attempts
+/// The text states the [`GiveUpReason`] and the outcome of the last attempt, if it is known: `gave up after 3 attempts
 /// (attempts_used_up): reset`. It states whether the upstream has received the call: `gave up after 1 attempt, nothing
 /// was sent (rejected): concurrency limit is reached`.
 ///
@@ -142,7 +147,7 @@ impl fmt::Display for RetryError {
         let Attempts { made, sent, stop, .. } = self.attempts;
         let s = if made == 1 { "" } else { "s" };
         let unsent = if sent == 0 && made > 0 { ", nothing was sent" } else { "" };
-        let stop = if stop == Stop::NotRetryable { "not retryable" } else { stop.as_str() };
+        let stop = if stop == GiveUpReason::NotRetryable { "not retryable" } else { stop.as_str() };
         write!(f, "gave up after {made} attempt{s}{unsent} ({stop})")?;
         // A short reason for readers of this error alone. The source has the details.
         let reason =

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use http::Method;
 
-use super::give_up::Stop;
+use super::give_up::GiveUpReason;
 
 /// The requests that may be repeated although they may have had an effect.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Safe {
+pub enum SafeRequests {
     /// By the method (RFC 9110 §9.2.2) or an `Idempotency-Key`.
     Idempotent,
     /// By one of these methods or an `Idempotency-Key`.
@@ -20,18 +20,18 @@ pub enum Safe {
 
 /// The meaning of an attempt's result for a retry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Class {
+pub enum RetryAction {
     /// The result is not retryable and is returned.
     Final,
     /// The result is retryable.
     Retryable,
     /// The upstream or an inner layer forbids a retry.
-    Refused(Stop),
+    Refused(GiveUpReason),
 }
 
 /// Whether a request body can be replayed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Repeatable {
+pub enum BodyReplay {
     /// The body can be replayed.
     Yes,
     /// The previous attempt still reads the body, or has not dropped it yet.

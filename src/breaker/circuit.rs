@@ -3,7 +3,7 @@
 //! # Mechanism
 //!
 //! [`Cell`] decides, with the time as an argument. [`Circuit`] reads the clock, calls the cell, and publishes the
-//! [`Change`] that the cell returns: it wakes the waiters of `changed` and emits events. Both run user code (wakers and
+//! [`Transition`] that the cell returns: it wakes the waiters of `changed` and emits events. Both run user code (wakers and
 //! subscribers), so they run after all locks are released.
 //!
 //! A call follows one of these paths:
@@ -49,16 +49,16 @@ use tokio::{sync::Notify, time::Instant};
 use super::{
     machine::{Ended, MAX_CHANGES, Machine, ProbeReport, TimeWindows},
     published::Front,
-    state::{At, Change, Refusal, Settings, State, Ticket},
+    state::{At, CircuitSettings, CircuitState, Refusal, Ticket, Transition},
     sync_machine::Cell,
     trip::Trip,
 };
 use crate::{
     event::{RepeatedEvent, event},
     outcome::{
-        Label, LayerKind, Outcome, Rejected, RejectedKind, SentMark, UpstreamClock, WaitsFor,
+        LayerKind, LayerName, Outcome, Rejected, RejectedKind, SentMark, UpstreamClock, WaitsFor,
     },
-    permit::{Finish, Hold, Measures, Token},
+    permit::{Measures, Release, ReleaseAt, Token},
     time::{Clock, Nanos, nanos},
 };
 
@@ -71,7 +71,7 @@ pub struct Circuit {
     /// Notified of each change and of each probe slot that is taken or released.
     changed: Arc<Notify>,
     clock: Clock,
-    label: OnceLock<Arc<Label>>,
+    label: OnceLock<Arc<LayerName>>,
     refused: AtomicU64,
     /// Shadow mode: admits all calls, and counts those that it would reject.
     shadow: AtomicBool,
@@ -103,7 +103,7 @@ impl Circuit {
     /// Returns a circuit with a front of its own.
     ///
     /// `of_many`: a map owns the circuit and evicts it when it is idle. Therefore each call holds a counted reference.
-    pub(super) fn new(trip: Trip, settings: Settings, of_many: bool) -> Self {
+    pub(super) fn new(trip: Trip, settings: CircuitSettings, of_many: bool) -> Self {
         Self::behind(Front::take(), trip, settings, of_many)
     }
 
@@ -111,7 +111,7 @@ impl Circuit {
     pub(super) fn behind(
         front: &'static Front,
         trip: Trip,
-        settings: Settings,
+        settings: CircuitSettings,
         of_many: bool,
     ) -> Self {
         Self {
@@ -151,7 +151,7 @@ impl Circuit {
     pub(super) fn name(&self, name: &str) {
         if !name.is_empty() {
             // The first name stays, because rejections in progress refer to it.
-            let _ = self.label.set(Arc::new(Label { name: name.into(), fault: None }));
+            let _ = self.label.set(Arc::new(LayerName { name: name.into(), fault: None }));
         }
     }
 
@@ -160,7 +160,7 @@ impl Circuit {
     }
 
     /// Changes the settings. Wakes waiters, because the new settings may admit them.
-    pub(super) fn configure(&self, change: impl FnOnce(&mut Settings)) {
+    pub(super) fn configure(&self, change: impl FnOnce(&mut CircuitSettings)) {
         self.cell.with(|machine, _| change(&mut machine.settings));
         self.changed.notify_waiters();
     }
@@ -222,7 +222,7 @@ impl Circuit {
     }
 
     /// Returns the state, and the time until it changes without any call.
-    pub(super) fn state(&self) -> (State, Option<Duration>) {
+    pub(super) fn state(&self) -> (CircuitState, Option<Duration>) {
         self.update_unsent_probes();
         let (state, lasts, change) = self.cell.state(|| self.now(), fastrand::f64);
         self.tell(change);
@@ -286,7 +286,7 @@ impl Circuit {
     }
 
     /// Runs an operation on the machine and publishes its change.
-    pub(super) fn act(&self, act: impl FnOnce(&mut Machine, At<'_>) -> Option<Change>) {
+    pub(super) fn act(&self, act: impl FnOnce(&mut Machine, At<'_>) -> Option<Transition>) {
         let now = self.now();
         let change = self.cell.with(|machine, times| act(machine, at(now, times)));
         self.tell(change);
@@ -306,7 +306,7 @@ impl Circuit {
 
     /// Publishes a change. Must be called without a lock.
     #[inline]
-    fn tell(&self, change: Option<Change>) {
+    fn tell(&self, change: Option<Transition>) {
         if let Some(change) = change {
             self.tell_of(change);
         }
@@ -317,7 +317,7 @@ impl Circuit {
     /// A change without effect on the reported state emits no event: forcing a state that the circuit already has, or a
     /// transition beneath an isolation. It wakes waiters nevertheless, because counts and probes start again.
     #[cold]
-    fn tell_of(&self, change: Change) {
+    fn tell_of(&self, change: Transition) {
         self.changed.notify_waiters();
         let name = self.named();
         let passed = change.probes.map(|probes| probes.passed);
@@ -347,15 +347,15 @@ impl Circuit {
             None => {}
         }
         match change.to {
-            State::Open if change.tripped.is_some() => {}
+            CircuitState::Open if change.tripped.is_some() => {}
             // A combined change can lead from half-open to half-open by way of a trip.
-            State::HalfOpen if change.from != change.to || change.tripped.is_some() => {
+            CircuitState::HalfOpen if change.from != change.to || change.tripped.is_some() => {
                 if let Some(occurrences) = self.half_opened.record() {
                     event!(
                         breaker,
                         INFO,
                         resilience.name = name,
-                        state = State::HalfOpen.as_str(),
+                        state = CircuitState::HalfOpen.as_str(),
                         occurrences,
                         "circuit changed"
                     );
@@ -363,7 +363,7 @@ impl Circuit {
                 }
             }
             _ if change.from == change.to => {}
-            State::Closed => {
+            CircuitState::Closed => {
                 event!(
                     breaker,
                     INFO,
@@ -508,13 +508,17 @@ impl Circuit {
         self.publish_probe_changes(slot_changed, changes);
     }
 
-    fn record_probe_report(&self, probe: u64, report: ProbeReport) -> (bool, Option<Change>) {
+    fn record_probe_report(&self, probe: u64, report: ProbeReport) -> (bool, Option<Transition>) {
         self.cell.with_time(self.now(), fastrand::f64, |machine, at| {
             machine.record_probe_report(probe, report, at)
         })
     }
 
-    fn publish_probe_changes(&self, slot_changed: bool, changes: impl IntoIterator<Item = Change>) {
+    fn publish_probe_changes(
+        &self,
+        slot_changed: bool,
+        changes: impl IntoIterator<Item = Transition>,
+    ) {
         for change in changes {
             self.tell_of(change);
         }
@@ -588,7 +592,7 @@ fn ticket(token: Token) -> Ticket {
     Ticket { generation: token.tag & !PROBE, probe: is_probe(token) }
 }
 
-impl Finish for Circuit {
+impl Release for Circuit {
     #[inline]
     fn head(&self, token: &mut Token, so_far: Outcome) {
         if self.cell.measures() || is_probe(*token) {
@@ -605,8 +609,8 @@ impl Finish for Circuit {
     }
 
     #[inline]
-    fn hold(&self) -> Hold {
-        Hold::Verdict
+    fn hold(&self) -> ReleaseAt {
+        ReleaseAt::Verdict
     }
 
     fn measures(&self) -> Measures {

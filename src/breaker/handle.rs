@@ -2,10 +2,10 @@ use std::{fmt, pin::pin, time::Duration};
 
 use super::{
     circuit::Circuit,
-    machine::{Counts, Past, Seen},
-    open_duration::OpenFor,
-    state::{HalfOpenProgress, State},
-    trip::{Trip, Tripped},
+    machine::{CallCounts, CallStats, Past},
+    open_duration::OpenDuration,
+    state::{CircuitState, HalfOpenProgress},
+    trip::{Trip, TripReason},
 };
 use crate::{error::ConfigError, indicator::Indicator, outcome::Outcome, permit::Shared};
 
@@ -20,13 +20,13 @@ pub struct CircuitBreakerHandle(pub(super) Shared<Circuit>);
 #[non_exhaustive]
 pub struct CircuitBreakerSnapshot {
     /// The state.
-    pub state: State,
+    pub state: CircuitState,
     /// The time for which an open circuit still rejects calls. `None` in all other states.
     pub open_for: Option<Duration>,
     /// The number of [isolations](CircuitBreakerHandle::isolate) that hold the circuit open.
     pub isolations: u32,
     /// The counts of the rules since the circuit closed.
-    pub seen: Seen,
+    pub seen: CallStats,
     /// The number of half-open probes in flight.
     pub probes: usize,
     /// The results of the half-open probes so far. `None` if the circuit is not half-open.
@@ -34,7 +34,7 @@ pub struct CircuitBreakerSnapshot {
     /// The number of trips.
     pub opened: u64,
     /// The reason of the last trip. `None` before the first one.
-    pub last_trip: Option<Tripped>,
+    pub last_trip: Option<TripReason>,
     /// The index of the rule that caused the last trip, in the order in which the rules were given. `None` before the
     /// first trip, and if half-open probes opened the circuit again.
     pub last_rule: Option<usize>,
@@ -50,7 +50,7 @@ impl CircuitBreakerHandle {
 
     /// Returns the state. It is current, even if no call has arrived since the open time passed.
     #[must_use]
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> CircuitState {
         self.0.state().0
     }
 
@@ -63,7 +63,7 @@ impl CircuitBreakerHandle {
             let left = Duration::from_nanos(machine.until().saturating_sub(now));
             CircuitBreakerSnapshot {
                 state,
-                open_for: (state == State::Open).then_some(left),
+                open_for: (state == CircuitState::Open).then_some(left),
                 isolations: machine.isolations(),
                 seen: machine.seen(now, times),
                 probes: machine.probes_under_way(),
@@ -82,7 +82,7 @@ impl CircuitBreakerHandle {
     ///
     /// The change from open to half-open by the passage of time counts, too, and needs no traffic. Dropping the future
     /// cancels the wait and has no other effect.
-    pub fn changed(&self) -> impl Future<Output = State> + Send + use<> {
+    pub fn changed(&self) -> impl Future<Output = CircuitState> + Send + use<> {
         let circuit = self.0.clone();
         let before = self.state();
         async move {
@@ -108,25 +108,25 @@ impl CircuitBreakerHandle {
 
     /// Rejects all calls until the state is set again, for example by [`reset`](Self::reset).
     pub fn force_open(&self) {
-        self.force(State::ForcedOpen);
+        self.force(CircuitState::ForcedOpen);
     }
 
     /// Admits all calls and counts no outcome until the state is set again, for example by [`reset`](Self::reset).
     pub fn force_closed(&self) {
-        self.force(State::ForcedClosed);
+        self.force(CircuitState::ForcedClosed);
     }
 
     /// Makes the circuit half-open: the next calls are probes.
     pub fn half_open(&self) {
-        self.force(State::HalfOpen);
+        self.force(CircuitState::HalfOpen);
     }
 
     /// Closes the circuit and clears its counts. The outcomes of calls in flight are not counted.
     pub fn reset(&self) {
-        self.force(State::Closed);
+        self.force(CircuitState::Closed);
     }
 
-    fn force(&self, to: State) {
+    fn force(&self, to: CircuitState) {
         self.0.act(|machine, at| Some(machine.force(to, at.now, at.times)));
     }
 
@@ -165,7 +165,7 @@ impl CircuitBreakerHandle {
     pub fn set_trip(&self, trip: &Trip) -> Result<(), ConfigError> {
         trip.check()?;
         let (mut new, mut fits) = (trip.clone(), false);
-        let (mut counts, _) = Counts::new(trip);
+        let (mut counts, _) = CallCounts::new(trip);
         self.0.act(|machine, _| {
             fits = machine.adjust(&mut new, &mut counts);
             None
@@ -182,8 +182,8 @@ impl CircuitBreakerHandle {
     ///
     /// # Errors
     ///
-    /// Returns the error of [`OpenFor::check`].
-    pub fn set_open_for(&self, wait: impl Into<OpenFor>) -> Result<(), ConfigError> {
+    /// Returns the error of [`OpenDuration::check`].
+    pub fn set_open_for(&self, wait: impl Into<OpenDuration>) -> Result<(), ConfigError> {
         let wait = wait.into();
         wait.check()?;
         self.0.steered();
@@ -194,7 +194,7 @@ impl CircuitBreakerHandle {
     /// Replaces the state of the circuit by that of a snapshot.
     ///
     /// Restored are the state beneath all isolations, the rest of the open time, the number of trips since the circuit
-    /// was last [calm](OpenFor::calm_after), the run of failures and the windows. The circuit of the snapshot must have
+    /// was last [calm](OpenDuration::calm_after), the run of failures and the windows. The circuit of the snapshot must have
     /// the same rules; a smaller window of calls gets the same share of bad calls. Half-open probes start again, and a
     /// ramp does not continue. Isolations and the counts of rejections stay as they are.
     pub fn restore(&self, snapshot: &CircuitBreakerSnapshot) {
@@ -207,9 +207,9 @@ impl Indicator for CircuitBreakerHandle {
     /// gets no calls, so its circuit would never close again.
     fn indicate(&self) -> Result<(), String> {
         match self.state() {
-            State::Open => Err("circuit is open".into()),
-            State::ForcedOpen => Err("circuit is held open".into()),
-            State::Closed | State::HalfOpen | State::ForcedClosed => Ok(()),
+            CircuitState::Open => Err("circuit is open".into()),
+            CircuitState::ForcedOpen => Err("circuit is held open".into()),
+            CircuitState::Closed | CircuitState::HalfOpen | CircuitState::ForcedClosed => Ok(()),
         }
     }
 }

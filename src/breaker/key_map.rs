@@ -92,50 +92,50 @@ pub(super) trait Evict: Clone {
 }
 
 /// A key and its value.
-pub(super) struct Entry<Q, V> {
+pub(super) struct MapEntry<Q, V> {
     pub(super) key: Q,
     pub(super) value: V,
 }
 
 /// An entry in a shard, with the fields that a search reads.
-struct Slot<Q, V> {
+struct MapSlot<Q, V> {
     hash: u64,
     /// The epoch of the last use.
     last_use: AtomicU64,
-    entry: Arc<Entry<Q, V>>,
+    entry: Arc<MapEntry<Q, V>>,
 }
 
 /// The entries of a shard, in no order.
-struct Slots<Q, V> {
+struct MapSlots<Q, V> {
     /// The highest byte of the hash of each slot. A lookup reads these bytes instead of all slots, which are in several
     /// cache lines.
     tags: [u8; MAX_SHARD_LEN],
-    list: Vec<Slot<Q, V>>,
+    list: Vec<MapSlot<Q, V>>,
 }
 
-impl<Q, V> Slots<Q, V> {
+impl<Q, V> MapSlots<Q, V> {
     fn tag(hash: u64) -> u8 {
         (hash >> 56) as u8
     }
 
     /// Adds a slot. Requires that there are fewer than [`MAX_SHARD_LEN`].
-    fn push(&mut self, slot: Slot<Q, V>) {
+    fn push(&mut self, slot: MapSlot<Q, V>) {
         if let Some(tag) = self.tags.get_mut(self.list.len()) {
             *tag = Self::tag(slot.hash);
             self.list.push(slot);
         }
     }
 
-    fn swap_remove(&mut self, place: usize) -> Slot<Q, V> {
+    fn swap_remove(&mut self, place: usize) -> MapSlot<Q, V> {
         let slot = self.list.swap_remove(place);
         self.tags[place] = self.tags[self.list.len()];
         slot
     }
 }
 
-impl<Q: Eq, V> Slots<Q, V> {
+impl<Q: Eq, V> MapSlots<Q, V> {
     #[inline]
-    fn find(&self, hash: u64, key: &Q) -> Option<&Slot<Q, V>> {
+    fn find(&self, hash: u64, key: &Q) -> Option<&MapSlot<Q, V>> {
         let tag = Self::tag(hash);
         let mut tagged = self.tags.iter().zip(&self.list).filter(|(other, _)| **other == tag);
         tagged.find_map(|(_, slot)| (slot.hash == hash && slot.entry.key == *key).then_some(slot))
@@ -144,27 +144,27 @@ impl<Q: Eq, V> Slots<Q, V> {
 
 /// The lock of a part of the entries, in cache lines of its own.
 #[repr(align(64))]
-struct Shard<Q, V>(RwLock<Slots<Q, V>>);
+struct MapShard<Q, V>(RwLock<MapSlots<Q, V>>);
 
-impl<Q, V> Shard<Q, V> {
-    fn read(&self) -> RwLockReadGuard<'_, Slots<Q, V>> {
+impl<Q, V> MapShard<Q, V> {
+    fn read(&self) -> RwLockReadGuard<'_, MapSlots<Q, V>> {
         // A panic of a key's `Eq` poisons the lock before the shard is changed.
         self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self) -> RwLockWriteGuard<'_, Slots<Q, V>> {
+    fn write(&self) -> RwLockWriteGuard<'_, MapSlots<Q, V>> {
         self.0.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl<Q, V> Default for Shard<Q, V> {
+impl<Q, V> Default for MapShard<Q, V> {
     fn default() -> Self {
-        Self(RwLock::new(Slots { tags: [0; MAX_SHARD_LEN], list: Vec::new() }))
+        Self(RwLock::new(MapSlots { tags: [0; MAX_SHARD_LEN], list: Vec::new() }))
     }
 }
 
 /// The shards of one level.
-type Level<Q, V> = Box<[Shard<Q, V>]>;
+type Level<Q, V> = Box<[MapShard<Q, V>]>;
 
 pub(super) struct KeyMap<Q, V> {
     /// Level 0 has the first [`FIRST_LEVEL`] shards, and each further level as many as all levels before it.
@@ -263,19 +263,19 @@ impl<Q, V> KeyMap<Q, V> {
     fn add_level(&self, level: usize) -> bool {
         let Some(cell) = self.levels.get(level) else { return false };
         let len = if level == 0 { FIRST_LEVEL } else { FIRST_LEVEL << (level - 1) };
-        cell.get_or_init(|| (0..len).map(|_| Shard::default()).collect());
+        cell.get_or_init(|| (0..len).map(|_| MapShard::default()).collect());
         true
     }
 
     /// Returns the shard of this index. `None` only beyond the number of shards.
     #[inline]
-    fn shard(&self, index: usize) -> Option<&Shard<Q, V>> {
+    fn shard(&self, index: usize) -> Option<&MapShard<Q, V>> {
         let (level, place) = level(index);
         self.levels.get(level)?.get()?.get(place)
     }
 
     #[inline]
-    fn read_shard(&self, hash: u64) -> Option<RwLockReadGuard<'_, Slots<Q, V>>> {
+    fn read_shard(&self, hash: u64) -> Option<RwLockReadGuard<'_, MapSlots<Q, V>>> {
         loop {
             let shards = self.shards.load(Ordering::Acquire);
             let index = shard_index(hash, shards);
@@ -286,7 +286,7 @@ impl<Q, V> KeyMap<Q, V> {
         }
     }
 
-    fn write_shard(&self, hash: u64) -> Option<RwLockWriteGuard<'_, Slots<Q, V>>> {
+    fn write_shard(&self, hash: u64) -> Option<RwLockWriteGuard<'_, MapSlots<Q, V>>> {
         loop {
             let index = shard_index(hash, self.shards.load(Ordering::Acquire));
             let shard = self.shard(index)?.write();
@@ -339,7 +339,7 @@ impl<Q, V> KeyMap<Q, V> {
     /// A split during this call moves entries to a shard that is read later. An entry has been returned already if it
     /// was in an ancestor of its shard (a shard that was split into it) when that ancestor was read. So the function
     /// records the number of shards at which it has read each shard.
-    pub(super) fn entries(&self) -> Vec<Arc<Entry<Q, V>>> {
+    pub(super) fn entries(&self) -> Vec<Arc<MapEntry<Q, V>>> {
         let (mut entries, mut read_at) = (Vec::with_capacity(self.len()), Vec::new());
         let mut found = Vec::with_capacity(MAX_SHARD_LEN);
         while let Some(shard) = self.shard(read_at.len()) {
@@ -398,7 +398,7 @@ impl<Q: Eq, V: Evict> KeyMap<Q, V> {
         value: V,
         now: Instant,
     ) -> Option<V> {
-        let new = Arc::new(Entry { key, value });
+        let new = Arc::new(MapEntry { key, value });
         // Declared before the guard, so that the evicted entry is dropped without the lock.
         let evicted;
         {
@@ -415,7 +415,7 @@ impl<Q: Eq, V: Evict> KeyMap<Q, V> {
                 None
             };
             let last_use = AtomicU64::new(self.epoch.fetch_add(1, Ordering::Relaxed));
-            shard.push(Slot { hash: hash.hash, last_use, entry: new.clone() });
+            shard.push(MapSlot { hash: hash.hash, last_use, entry: new.clone() });
         }
         if evicted.is_none() {
             // The entry keeps its reservation. An insertion that has evicted an entry needs none.
@@ -428,7 +428,7 @@ impl<Q: Eq, V: Evict> KeyMap<Q, V> {
     }
 
     /// Removes the least recently used entry that is idle, of those that the search reads. The caller drops it.
-    pub(super) fn evict(&self, now: Instant) -> Option<Arc<Entry<Q, V>>> {
+    pub(super) fn evict(&self, now: Instant) -> Option<Arc<MapEntry<Q, V>>> {
         for _ in 0..MAX_SEARCHES {
             let oldest = self.search(now)?;
             let mut shard = self.write_shard(oldest.hash)?;
@@ -461,7 +461,7 @@ impl<Q: Eq, V: Evict> KeyMap<Q, V> {
     }
 }
 
-impl<Q, V: Evict> Slot<Q, V> {
+impl<Q, V: Evict> MapSlot<Q, V> {
     /// Replaces the candidate if this entry is idle and its last use is earlier.
     fn compare(&self, oldest: &mut Option<Candidate>, now: Instant) {
         let last_use = self.last_use.load(Ordering::Relaxed);
@@ -480,11 +480,11 @@ impl<Q, V: Evict> Slot<Q, V> {
 
 /// Removes an entry from its shard unless it has been used since the search.
 fn remove<Q, V: Evict>(
-    shard: &mut Slots<Q, V>,
+    shard: &mut MapSlots<Q, V>,
     found: &Candidate,
     now: Instant,
-) -> Option<Arc<Entry<Q, V>>> {
-    let is_found = |slot: &Slot<Q, V>| address(&slot.entry) == found.address;
+) -> Option<Arc<MapEntry<Q, V>>> {
+    let is_found = |slot: &MapSlot<Q, V>| address(&slot.entry) == found.address;
     let place = shard.list.iter().position(is_found)?;
     let slot = shard.list.get_mut(place)?;
     let is_same_age = *slot.last_use.get_mut() == found.last_use;

@@ -17,7 +17,7 @@ use super::{
     circuit::Circuit,
     handle::CircuitBreakerHandle,
     key_map::{Evict, KeyMap, Reservation},
-    policy::{self, Breaker, Calls, Giver, Verdict},
+    policy::{self, Breaker, Calls, Giver, VerdictWait},
 };
 use crate::{
     admission::{Admit, Plan, Policy, Terms, admission_layer},
@@ -25,8 +25,8 @@ use crate::{
     event::{RepeatedEvent, event},
     origin::Origin,
     outcome::{LayerKind, Rejected},
-    permit::{Anchor, Lease, Permit, Token},
-    time::{Moment, Nanos},
+    permit::{Anchor, Permit, ShardedRef, Token},
+    time::{CallClock, Nanos},
 };
 
 /// Derives the key of a circuit from a request. Closures over the request implement this trait.
@@ -34,7 +34,7 @@ use crate::{
     message = "`{Self}` returns no key for requests of type `{Req}`",
     note = "`.keyed(|request: &Req| key)` needs exactly the request type of the service; `.per_origin()` needs `http::Request<B>`"
 )]
-pub trait Key<Req>: Clone + Send + Sync + 'static {
+pub trait KeyExtractor<Req>: Clone + Send + Sync + 'static {
     /// The type of the keys. Each key has a circuit.
     type Key: Clone + Eq + Hash + Send + Sync + 'static;
 
@@ -42,7 +42,7 @@ pub trait Key<Req>: Clone + Send + Sync + 'static {
     fn key(&self, request: &Req) -> Self::Key;
 }
 
-impl<F, Req, K> Key<Req> for F
+impl<F, Req, K> KeyExtractor<Req> for F
 where
     F: Fn(&Req) -> K + Clone + Send + Sync + 'static,
     K: Clone + Eq + Hash + Send + Sync + 'static,
@@ -59,7 +59,7 @@ where
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PerOrigin;
 
-impl<B> Key<Request<B>> for PerOrigin {
+impl<B> KeyExtractor<Request<B>> for PerOrigin {
     type Key = Origin;
 
     fn key(&self, request: &Request<B>) -> Origin {
@@ -81,7 +81,7 @@ const MAX_EVICTIONS: usize = 4;
 /// The minimum time between a search that has found no idle circuit and the next search.
 const SEARCH_INTERVAL: Nanos = 100_000_000;
 
-impl Evict for Lease<Circuit> {
+impl Evict for ShardedRef<Circuit> {
     fn idle_for(&self, now: Instant) -> Option<Nanos> {
         if self.is_shared() { None } else { Circuit::idle_for(self, now) }
     }
@@ -101,7 +101,7 @@ pub(super) struct KeyFns<Q> {
 
 /// The circuits of a keyed layer.
 pub(super) struct Circuits<Q> {
-    map: KeyMap<Q, Lease<Circuit>>,
+    map: KeyMap<Q, ShardedRef<Circuit>>,
     max_keys: AtomicUsize,
     max_key_bytes: AtomicUsize,
     /// The time of the last search that has found no idle circuit. 0: never.
@@ -125,7 +125,7 @@ enum Uncovered {
 
 impl<Q: Clone + Eq + Hash> Circuits<Q> {
     /// Returns the circuit of a key, if there is one.
-    fn get(&self, key: &Q) -> Option<Lease<Circuit>> {
+    fn get(&self, key: &Q) -> Option<ShardedRef<Circuit>> {
         let max_bytes = self.max_key_bytes.load(Ordering::Relaxed);
         let hash = self.map.hash(key, max_bytes);
         if hash.bytes > max_bytes { None } else { self.map.get(hash, key) }
@@ -133,7 +133,7 @@ impl<Q: Clone + Eq + Hash> Circuits<Q> {
 
     /// Returns the circuit of a key, and adds one if there is none. `None`: the call is made without a circuit.
     #[inline]
-    fn get_or_add(&self, key: &Q) -> Option<Lease<Circuit>> {
+    fn get_or_add(&self, key: &Q) -> Option<ShardedRef<Circuit>> {
         let max_bytes = self.max_key_bytes.load(Ordering::Relaxed);
         let hash = self.map.hash(key, max_bytes);
         if hash.bytes > max_bytes {
@@ -177,8 +177,8 @@ impl<Q: Clone + Eq + Hash> Circuits<Q> {
         self.map.reserve(max_keys)
     }
 
-    fn new_circuit(&self, key: &Q) -> Lease<Circuit> {
-        let circuit = Lease::alone(self.template.like());
+    fn new_circuit(&self, key: &Q) -> ShardedRef<Circuit> {
+        let circuit = ShardedRef::alone(self.template.like());
         let mut name = ShortName::new(self.template.named());
         // An error means that the name has reached its maximum.
         let _ = (self.fns.write_name)(key, &mut name);
@@ -188,7 +188,7 @@ impl<Q: Clone + Eq + Hash> Circuits<Q> {
 
     /// Counts a call without a circuit.
     #[cold]
-    fn pass_uncovered(&self, reason: Uncovered) -> Option<Lease<Circuit>> {
+    fn pass_uncovered(&self, reason: Uncovered) -> Option<ShardedRef<Circuit>> {
         self.uncovered.fetch_add(1, Ordering::Relaxed);
         if reason == Uncovered::MaxKeyBytes {
             self.oversized.fetch_add(1, Ordering::Relaxed);
@@ -286,13 +286,13 @@ impl<F, Q> fmt::Debug for Keyed<F, Q> {
 
 impl<F, Q, Req> Policy<Req> for Keyed<F, Q>
 where
-    F: Key<Req, Key = Q>,
+    F: KeyExtractor<Req, Key = Q>,
     Q: Clone + Eq + Hash + Send + Sync + 'static,
 {
     type Giver = Giver;
     /// `None`: the call is made without a circuit.
-    type Pass = Option<(Lease<Circuit>, Token)>;
-    type Wait = Verdict<Lease<Circuit>>;
+    type Pass = Option<(ShardedRef<Circuit>, Token)>;
+    type Wait = VerdictWait<ShardedRef<Circuit>>;
 
     const LAYER: LayerKind = LayerKind::CircuitBreaker;
 
@@ -309,7 +309,7 @@ where
         let circuit = self.circuits.get_or_add(&self.key.key(request));
         let deadline = terms.deadline().map(|deadline| deadline.at());
         let Some(circuit) = circuit else {
-            let rejected = if Moment::is_past(deadline) {
+            let rejected = if CallClock::is_past(deadline) {
                 policy::too_late(&self.circuits.template)
             } else {
                 None
@@ -351,7 +351,7 @@ where
 }
 
 /// The permit keeps the circuit in use, so that it is not evicted.
-impl Calls for Lease<Circuit> {
+impl Calls for ShardedRef<Circuit> {
     fn permit(&self, token: Token) -> Permit<Giver> {
         Permit::new(Anchor::Counted(self.clone()), token)
     }
@@ -508,7 +508,7 @@ impl<Q: Clone + Eq + Hash> KeyedCircuitBreakerHandle<Q> {
     }
 }
 
-fn handle(circuit: &Lease<Circuit>) -> CircuitBreakerHandle {
+fn handle(circuit: &ShardedRef<Circuit>) -> CircuitBreakerHandle {
     CircuitBreakerHandle(circuit.state().clone())
 }
 

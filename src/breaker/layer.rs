@@ -5,9 +5,9 @@ use tower_layer::Layer;
 use super::{
     handle::CircuitBreakerHandle,
     keyed::{KeyFns, KeyedCircuitBreakerLayer, PerOrigin, ShortName},
-    open_duration::OpenFor,
+    open_duration::OpenDuration,
     policy::Breaker,
-    state::Settings,
+    state::CircuitSettings,
     trip::Trip,
 };
 use crate::{
@@ -54,7 +54,7 @@ impl CircuitBreakerLayer {
     pub fn new(trip: Trip) -> Self {
         let checked = trip.check();
         let trip = if checked.is_ok() { trip } else { Trip::default() };
-        let policy = Breaker::new(trip, Settings::DEFAULT);
+        let policy = Breaker::new(trip, CircuitSettings::DEFAULT);
         Self { plan: Plan { policy, protocol: Http, reject: AsError, fault: checked.err().into() } }
     }
 }
@@ -62,8 +62,8 @@ impl CircuitBreakerLayer {
 impl<M, R> CircuitBreakerLayer<M, R> {
     /// Sets for how long an open circuit rejects calls before it admits probes. 30 s by default; must be above zero.
     ///
-    /// Takes a [`Duration`], or an [`OpenFor`] that grows with each trip or follows the hint of the upstream.
-    pub fn open_for(mut self, wait: impl Into<OpenFor>) -> Self {
+    /// Takes a [`Duration`], or an [`OpenDuration`] that grows with each trip or follows the hint of the upstream.
+    pub fn open_for(mut self, wait: impl Into<OpenDuration>) -> Self {
         let wait = wait.into();
         if self.plan.accept(wait.check()).is_some() {
             self.plan.policy.configure(|settings| settings.open_for = wait);
@@ -106,8 +106,8 @@ impl<M, R> CircuitBreakerLayer<M, R> {
     /// At its end a probe with a good response head has passed, and one that still waits for the upstream has failed.
     /// So a response that streams for hours cannot keep a circuit half-open. The [module](super#half-open)
     /// states when the timeout starts, and what happens to a probe that waits for something else.
-    pub fn probe_lease(mut self, longest: Duration) -> Self {
-        if let Some(longest) = self.plan.accept(ConfigError::above_zero("probe_lease", longest)) {
+    pub fn probe_timeout(mut self, longest: Duration) -> Self {
+        if let Some(longest) = self.plan.accept(ConfigError::above_zero("probe_timeout", longest)) {
             self.plan.policy.configure(|settings| settings.lease = longest);
         }
         self
@@ -137,7 +137,7 @@ impl<M, R> CircuitBreakerLayer<M, R> {
     /// `callers` is the maximum number of waiting callers, and `longest` the maximum duration of each wait (above
     /// zero). When the circuit closes, all of them are admitted at once, unless it [ramps](Self::ramp) up. A caller
     /// that leaves (its future is dropped) frees its position.
-    pub fn wait_for_verdict(mut self, callers: u32, longest: Duration) -> Self {
+    pub fn half_open_queue(mut self, callers: u32, longest: Duration) -> Self {
         let checked = ConfigError::above_zero("wait_for_verdict.longest", longest);
         if let Some(longest) = self.plan.accept(checked) {
             self.plan.policy.let_wait(callers, longest);
@@ -147,7 +147,7 @@ impl<M, R> CircuitBreakerLayer<M, R> {
 
     /// Admits no call as a half-open probe. The outcomes that are passed to the handle's
     /// [`record`](CircuitBreakerHandle::record), for example by a health probe, decide instead.
-    pub fn probes_from_outside(self) -> Self {
+    pub fn external_probes(self) -> Self {
         self.plan.policy.configure(|settings| settings.outside_probes = true);
         self
     }

@@ -17,7 +17,7 @@
 //! ```
 //! # fn main() -> Result<(), buttress::ConfigError> {
 //! use std::time::Duration;
-//! use buttress::{CircuitBreakerLayer, Trip, breaker::OpenFor};
+//! use buttress::{CircuitBreakerLayer, Trip, breaker::OpenDuration};
 //!
 //! let secs = Duration::from_secs;
 //! let breaker = CircuitBreakerLayer::new(Trip::any([
@@ -26,9 +26,9 @@
 //!     Trip::slow_ratio(0.8, secs(2)).over(100),
 //! ]))
 //! .name("search")
-//! .open_for(OpenFor::backoff(secs(1), secs(60)).follow_retry_after(secs(300)))
+//! .open_for(OpenDuration::backoff(secs(1), secs(60)).follow_retry_after(secs(300)))
 //! .half_open_of(2, 3)
-//! .probe_lease(secs(10))
+//! .probe_timeout(secs(10))
 //! .ramp(secs(30))
 //! .respond()
 //! .checked()?;
@@ -70,7 +70,7 @@
 //! | [`consecutive`](Trip::consecutive) | a number of calls in a row failed | the run of failures |
 //! | [`failure_ratio`](Trip::failure_ratio) | a share of the calls failed | a window of [time](Trip::within) or of [calls](Trip::over) |
 //! | [`slow_ratio`](Trip::slow_ratio) | a share of the calls were slow | the same |
-//! | [`when`](Trip::when) | a closure returns `true` | the [counts](Seen) of all other rules |
+//! | [`when`](Trip::when) | a closure returns `true` | the [counts](CallStats) of all other rules |
 //! | [`any`](Trip::any) | any of several rules trips | |
 //!
 //! A window of calls stores one bit per call. A window of time has ten counters and slides by a tenth of its duration.
@@ -125,16 +125,16 @@
 //!
 //! # Open time
 //!
-//! | [`OpenFor`] | rejects calls for |
+//! | [`OpenDuration`] | rejects calls for |
 //! |---|---|
-//! | a `Duration`, or [`fixed`](OpenFor::fixed) | the same time at each trip |
-//! | [`backoff`](OpenFor::backoff) | twice as long with each trip, with jitter, up to a maximum; the base again after a [calm](OpenFor::calm_after) |
-//! | [`follow_retry_after`](OpenFor::follow_retry_after) | at least the `Retry-After` or gRPC pushback of the upstream, up to a bound |
+//! | a `Duration`, or [`fixed`](OpenDuration::fixed) | the same time at each trip |
+//! | [`backoff`](OpenDuration::backoff) | twice as long with each trip, with jitter, up to a maximum; the base again after a [calm](OpenDuration::calm_after) |
+//! | [`follow_retry_after`](OpenDuration::follow_retry_after) | at least the `Retry-After` or gRPC pushback of the upstream, up to a bound |
 //!
 //! # Half-open
 //!
 //! [`half_open_of(m, n)`](CircuitBreakerLayer::half_open_of) admits `n` probes in total. The circuit closes at the m-th
-//! success, and opens as soon as m successes are impossible. A probe has a [timeout](CircuitBreakerLayer::probe_lease).
+//! success, and opens as soon as m successes are impossible. A probe has a [timeout](CircuitBreakerLayer::probe_timeout).
 //! When it expires, the probe has passed if its response head was a success and not slow. It has failed if the head was
 //! bad, or if the probe still waits for it from the upstream. Therefore neither a stream of hours nor a hung call keeps
 //! a circuit half-open.
@@ -148,8 +148,8 @@
 //! | callers beyond the probes | |
 //! |---|---|
 //! | by default | are rejected |
-//! | [`wait_for_verdict`](CircuitBreakerLayer::wait_for_verdict) | wait, up to a number of callers and a time |
-//! | [`probes_from_outside`](CircuitBreakerLayer::probes_from_outside) | are all rejected: outcomes given to [`record`](CircuitBreakerHandle::record) decide |
+//! | [`half_open_queue`](CircuitBreakerLayer::half_open_queue) | wait, up to a number of callers and a time |
+//! | [`external_probes`](CircuitBreakerLayer::external_probes) | are all rejected: outcomes given to [`record`](CircuitBreakerHandle::record) decide |
 //!
 //! The [snapshot](CircuitBreakerSnapshot::half_open) contains the numbers of probes that passed and failed, the number
 //! of successes that close the circuit, and the total number of probes. The events "circuit closed" and "circuit opened
@@ -182,7 +182,7 @@
 //!
 //! | a circuit is | like new |
 //! |---|---|
-//! | closed, and has counted nothing | at once, or when its trips are forgotten ([`calm_after`](OpenFor::calm_after)) or its ramp has ended |
+//! | closed, and has counted nothing | at once, or when its trips are forgotten ([`calm_after`](OpenDuration::calm_after)) or its ramp has ended |
 //! | closed, and has counted calls | in addition after its quiet period: no call was counted for 60 s, or for its longest [time window](Trip::within) if that is longer |
 //! | open | never |
 //! | half-open | after it received no call for as long as it was open |
@@ -253,11 +253,11 @@
 //! |---|---|
 //! | rule | 5 failures in a row |
 //! | [`open_for`](CircuitBreakerLayer::open_for) | 30 s, fixed |
-//! | [`OpenFor::backoff`] | × 2, up to a tenth of jitter, calm after 60 s |
+//! | [`OpenDuration::backoff`] | × 2, up to a tenth of jitter, calm after 60 s |
 //! | [`half_open`](CircuitBreakerLayer::half_open) | 1 probe |
-//! | [`probe_lease`](CircuitBreakerLayer::probe_lease) | 30 s |
+//! | [`probe_timeout`](CircuitBreakerLayer::probe_timeout) | 30 s |
 //! | [`count_cancelled_after`](CircuitBreakerLayer::count_cancelled_after) | 1 s; 10 s with the preset `slow`, 60 s with `llm` |
-//! | [`wait_for_verdict`](CircuitBreakerLayer::wait_for_verdict) | off: callers are rejected |
+//! | [`half_open_queue`](CircuitBreakerLayer::half_open_queue) | off: callers are rejected |
 //! | [`ramp`](CircuitBreakerLayer::ramp) | none |
 //! | a ratio's window | 10 s, at least 20 calls |
 //! | [`max_keys`](KeyedCircuitBreakerLayer::max_keys) | 1024 |
@@ -280,13 +280,13 @@ mod trip;
 pub use self::{
     handle::{CircuitBreakerHandle, CircuitBreakerSnapshot, Isolation},
     keyed::{
-        Key, KeyedCircuitBreaker, KeyedCircuitBreakerHandle, KeyedCircuitBreakerLayer,
+        KeyExtractor, KeyedCircuitBreaker, KeyedCircuitBreakerHandle, KeyedCircuitBreakerLayer,
         KeyedCircuitBreakerSnapshot, PerOrigin,
     },
     layer::{CircuitBreaker, CircuitBreakerLayer},
-    machine::Seen,
-    open_duration::OpenFor,
-    state::{HalfOpenProgress, State},
-    trip::{Trip, Tripped},
+    machine::CallStats,
+    open_duration::OpenDuration,
+    state::{CircuitState, HalfOpenProgress},
+    trip::{Trip, TripReason},
 };
-pub use crate::{admission::ResponseFuture, origin::Origin};
+pub use crate::{admission::AdmissionFuture, origin::Origin};

@@ -6,7 +6,7 @@ use crate::error::ConfigError;
 ///
 /// It is fixed, grows with each trip, or follows the hint of the upstream. A [`Duration`] converts to a fixed one.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct OpenFor {
+pub struct OpenDuration {
     base: Duration,
     factor: f64,
     max: Duration,
@@ -15,7 +15,7 @@ pub struct OpenFor {
     calm: Duration,
 }
 
-impl OpenFor {
+impl OpenDuration {
     /// Returns an open time that is the same at each trip.
     #[must_use]
     pub const fn fixed(wait: Duration) -> Self {
@@ -112,7 +112,7 @@ impl OpenFor {
     }
 }
 
-impl From<Duration> for OpenFor {
+impl From<Duration> for OpenDuration {
     fn from(wait: Duration) -> Self {
         Self::fixed(wait)
     }
@@ -127,13 +127,13 @@ mod tests {
     #[test]
     fn doubles_up_to_the_maximum_and_follows_the_server_up_to_a_bound() {
         let secs = Duration::from_secs;
-        let wait = OpenFor::backoff(secs(1), secs(5)).follow_retry_after(secs(60));
+        let wait = OpenDuration::backoff(secs(1), secs(5)).follow_retry_after(secs(60));
         let waits: Vec<_> = (0..5).map(|before| wait.wait(before, None, 0.0).as_secs()).collect();
         assert_eq!(waits, [1, 2, 4, 5, 5]);
         assert_eq!(wait.wait(0, Some(secs(30)), 0.0), secs(30));
         assert_eq!(wait.wait(0, Some(secs(300)), 0.0), secs(60));
         assert_eq!(wait.wait(9, None, 0.999), secs(5), "jitter stays below the maximum");
-        assert_eq!(OpenFor::fixed(secs(2)).wait(9, Some(secs(30)), 0.5), secs(2));
+        assert_eq!(OpenDuration::fixed(secs(2)).wait(9, Some(secs(30)), 0.5), secs(2));
     }
 
     proptest! {
@@ -143,7 +143,7 @@ mod tests {
             jitter in 0.0f64..=1.0, before in any::<u32>(), roll in 0.0f64..1.0,
         ) {
             let (base, max) = (Duration::from_nanos(base), Duration::from_nanos(base.saturating_add(more)));
-            let wait = OpenFor::backoff(base, max).factor(factor).jitter(jitter);
+            let wait = OpenDuration::backoff(base, max).factor(factor).jitter(jitter);
             prop_assert!(wait.check().is_ok());
             let most = max.as_secs_f64() * if factor > 1.0 { 1.0 } else { 1.0 + jitter };
             prop_assert!(wait.wait(before, None, roll).as_secs_f64() <= most * 1.000_001);

@@ -18,14 +18,14 @@ use tokio::{
 use super::{
     circuit::{Circuit, is_late, is_probe},
     published::Front,
-    state::{Refusal, Settings},
+    state::{CircuitSettings, Refusal},
     trip::Trip,
 };
 use crate::{
     admission::{Admit, Policy, Terms},
     outcome::{LayerKind, Rejected, SentMark},
-    permit::{Anchor, Permit, Shared, Striped, Token},
-    time::{Moment, has_passed},
+    permit::{Anchor, Permit, ShardedArc, Shared, Token},
+    time::{CallClock, has_passed},
 };
 
 /// The state that records the end of a call: the circuit, or its front.
@@ -43,12 +43,12 @@ pub trait Calls: Deref<Target = Circuit> + Clone + Send + Sync + 'static {
 #[derive(Clone)]
 pub struct Breaker {
     front: &'static Front,
-    circuit: Striped<Circuit>,
+    circuit: ShardedArc<Circuit>,
 }
 
 impl Breaker {
-    pub(super) fn new(trip: Trip, settings: Settings) -> Self {
-        let circuit = Striped::new(Circuit::new(trip, settings, false));
+    pub(super) fn new(trip: Trip, settings: CircuitSettings) -> Self {
+        let circuit = ShardedArc::new(Circuit::new(trip, settings, false));
         let front = circuit.front();
         front.lead_to(circuit.state().downgrade());
         Self { front, circuit }
@@ -91,7 +91,7 @@ impl fmt::Debug for Breaker {
 impl<Req> Policy<Req> for Breaker {
     type Giver = Giver;
     type Pass = Token;
-    type Wait = Verdict<Self>;
+    type Wait = VerdictWait<Self>;
 
     const LAYER: LayerKind = LayerKind::CircuitBreaker;
 
@@ -104,7 +104,7 @@ impl<Req> Policy<Req> for Breaker {
     fn admit(&self, _: &Req, terms: impl Terms) -> Admit<Token, Self::Wait> {
         let deadline = terms.deadline().map(|deadline| deadline.at());
         match self.front.enter() {
-            Some(token) if !Moment::is_past(deadline) => Admit::Go(token),
+            Some(token) if !CallClock::is_past(deadline) => Admit::Go(token),
             _ => admit(self, deadline, || terms.sent_mark()),
         }
     }
@@ -164,9 +164,9 @@ pub(super) fn admit<C: Calls>(
     circuit: &C,
     deadline: Option<Instant>,
     sent_mark: impl Fn() -> Option<SentMark>,
-) -> Admit<Token, Verdict<C>> {
+) -> Admit<Token, VerdictWait<C>> {
     // A call whose deadline has passed has no caller that waits for it, and must not use a probe slot.
-    if Moment::is_past(deadline) && !circuit.is_shadow() {
+    if CallClock::is_past(deadline) && !circuit.is_shadow() {
         return Admit::No(circuit.refuse_late());
     }
     match circuit.enter(&sent_mark) {
@@ -181,7 +181,7 @@ fn refused<C: Calls>(
     refusal: Refusal,
     deadline: Option<Instant>,
     sent_mark: impl FnOnce() -> Option<SentMark>,
-) -> Admit<Token, Verdict<C>> {
+) -> Admit<Token, VerdictWait<C>> {
     match refusal {
         Refusal::Probing => probing(circuit, deadline, sent_mark()),
         refusal => Admit::No(circuit.refuse(refusal)),
@@ -193,8 +193,8 @@ fn probing<C: Calls>(
     circuit: &C,
     deadline: Option<Instant>,
     sent_mark: Option<SentMark>,
-) -> Admit<Token, Verdict<C>> {
-    match Verdict::begin(circuit, deadline, sent_mark) {
+) -> Admit<Token, VerdictWait<C>> {
+    match VerdictWait::begin(circuit, deadline, sent_mark) {
         Some(wait) => Admit::Wait(Box::pin(wait)),
         None => Admit::No(circuit.refuse(Refusal::Probing)),
     }
@@ -202,7 +202,7 @@ fn probing<C: Calls>(
 
 pin_project! {
     /// A caller's wait for the verdict of the half-open probes. Dropping it at any point frees its position.
-    pub struct Verdict<C: Calls> {
+    pub struct VerdictWait<C: Calls> {
         place: Place<C>,
         // Boxed, because only calls that wait pay for it.
         told: Pin<Box<OwnedNotified>>,
@@ -222,7 +222,7 @@ impl<C: Calls> Drop for Place<C> {
     }
 }
 
-impl<C: Calls> Verdict<C> {
+impl<C: Calls> VerdictWait<C> {
     /// Begins to wait. `None` if the maximum number of callers waits already.
     fn begin(circuit: &C, deadline: Option<Instant>, sent_mark: Option<SentMark>) -> Option<Self> {
         let longest = circuit.wait()?;
@@ -235,7 +235,7 @@ impl<C: Calls> Verdict<C> {
     }
 }
 
-impl<C: Calls> Future for Verdict<C> {
+impl<C: Calls> Future for VerdictWait<C> {
     type Output = Result<Permit<Giver>, Rejected>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {

@@ -65,7 +65,7 @@ use std::{
 
 use crate::{
     outcome::Outcome,
-    permit::{Finish, Hold, Idle, Measures, Token},
+    permit::{Idle, Measures, Release, ReleaseAt, Token},
     sync::{
         Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering},
@@ -78,7 +78,7 @@ use crate::{
 pub struct Front {
     bits: AtomicU64,
     /// The owner of the front. `None` while the front is idle or its owner has not registered yet.
-    circuit: Mutex<Option<Weak<dyn Finish>>>,
+    circuit: Mutex<Option<Weak<dyn Release>>>,
 }
 
 /// The value of the word: `generation << 7 | attributes << 6 | measured << 5 | plain << 4 | clean << 3 | state`.
@@ -165,7 +165,7 @@ impl Front {
     }
 
     /// Registers the owner. Requires that the owner has published its first word.
-    pub(super) fn lead_to(&self, circuit: Weak<dyn Finish>) {
+    pub(super) fn lead_to(&self, circuit: Weak<dyn Release>) {
         *self.lock() = Some(circuit);
     }
 
@@ -176,7 +176,7 @@ impl Front {
         IDLE.keep(self);
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Weak<dyn Finish>>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Weak<dyn Release>>> {
         self.circuit.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -243,7 +243,7 @@ impl Front {
     }
 }
 
-impl Finish for Front {
+impl Release for Front {
     #[inline]
     fn finish(&self, token: Token, outcome: Outcome) {
         if !(self.is_well() && outcome.is_success()) {
@@ -252,8 +252,8 @@ impl Finish for Front {
     }
 
     #[inline]
-    fn hold(&self) -> Hold {
-        Hold::Verdict
+    fn hold(&self) -> ReleaseAt {
+        ReleaseAt::Verdict
     }
 
     #[inline]
@@ -281,17 +281,21 @@ impl fmt::Debug for Front {
 mod tests {
     use super::super::{
         circuit::Circuit,
-        machine::Seen,
+        machine::CallStats,
         policy::{Breaker, Calls},
-        state::{Settings, State},
+        state::{CircuitSettings, CircuitState},
         trip::Trip,
     };
     use super::*;
     use crate::permit::{Anchor, Shared};
 
     fn circuit(front: &'static Front) -> Shared<Circuit> {
-        let circuit =
-            Shared::new(Circuit::behind(front, Trip::consecutive(1), Settings::DEFAULT, false));
+        let circuit = Shared::new(Circuit::behind(
+            front,
+            Trip::consecutive(1),
+            CircuitSettings::DEFAULT,
+            false,
+        ));
         front.lead_to(circuit.downgrade());
         circuit
     }
@@ -317,11 +321,11 @@ mod tests {
                 assert_ne!(token.tag, own.tag);
                 front.finish(token, late);
             }
-            assert_eq!(second.state().0, State::Closed);
+            assert_eq!(second.state().0, CircuitState::Closed);
             let seen = second.look(|machine, times, now| machine.seen(now, times));
-            assert_eq!(seen, Seen::default());
+            assert_eq!(seen, CallStats::default());
             front.finish(own, Outcome::failure());
-            assert_eq!(second.state().0, State::Open, "its own calls count");
+            assert_eq!(second.state().0, CircuitState::Open, "its own calls count");
             return;
         }
         panic!("another test took the front each time");
@@ -335,12 +339,13 @@ mod tests {
             matches!(permit.giver(), Some(Anchor::Lasting(_)))
         }
         let breaker =
-            Breaker::new(Trip::failure_ratio(0.5).over(2).min_calls(1), Settings::DEFAULT);
+            Breaker::new(Trip::failure_ratio(0.5).over(2).min_calls(1), CircuitSettings::DEFAULT);
         for well in [false, false, true, true] {
             assert_eq!(ends_in_front(&breaker), well);
             breaker.permit(breaker.enter(|| None).expect("closed")).finish(Outcome::success());
         }
-        breaker.act(|machine, at| Some(machine.force(State::ForcedClosed, at.now, at.times)));
+        breaker
+            .act(|machine, at| Some(machine.force(CircuitState::ForcedClosed, at.now, at.times)));
         assert!(!ends_in_front(&breaker));
     }
 
@@ -362,15 +367,19 @@ mod loom_models {
 
     use super::super::{
         circuit::Circuit,
-        state::{Settings, State},
+        state::{CircuitSettings, CircuitState},
         trip::Trip,
     };
     use super::*;
     use crate::permit::Shared;
 
     fn circuit(front: &'static Front) -> Shared<Circuit> {
-        let circuit =
-            Shared::new(Circuit::behind(front, Trip::consecutive(1), Settings::DEFAULT, false));
+        let circuit = Shared::new(Circuit::behind(
+            front,
+            Trip::consecutive(1),
+            CircuitSettings::DEFAULT,
+            false,
+        ));
         front.lead_to(circuit.downgrade());
         circuit
     }
@@ -395,9 +404,9 @@ mod loom_models {
     fn loom_a_late_call_says_nothing_to_another_circuit() {
         late_call(|second| {
             let own = second.enter(|| None).expect("closed");
-            assert_eq!(second.state().0, State::Closed);
+            assert_eq!(second.state().0, CircuitState::Closed);
             second.front().finish(own, Outcome::failure());
-            assert_eq!(second.state().0, State::Open);
+            assert_eq!(second.state().0, CircuitState::Open);
         });
     }
 
@@ -428,7 +437,7 @@ mod loom_models {
             let seen = handle.state().0;
             drop(handle);
             ends.join().expect("no panic");
-            assert!(matches!(seen, State::Closed | State::Open));
+            assert!(matches!(seen, CircuitState::Closed | CircuitState::Open));
             assert!(front.read().word() == Word::ForcedClosed);
             assert!(IDLE.take_this(front) && !IDLE.take_this(front));
         });

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{machine::TimeWindows, open_duration::OpenFor, trip::Tripped};
+use super::{machine::TimeWindows, open_duration::OpenDuration, trip::TripReason};
 use crate::{
     outcome::COUNT_CANCELLED_AFTER,
     time::{Nanos, nanos},
@@ -10,7 +10,7 @@ use crate::{
 
 /// The state of a circuit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum State {
+pub enum CircuitState {
     /// Calls are admitted, and their outcomes are counted.
     Closed,
     /// Calls are rejected until the open time has passed.
@@ -23,7 +23,7 @@ pub enum State {
     ForcedClosed,
 }
 
-impl State {
+impl CircuitState {
     /// Returns the state in `snake_case`, as in metrics.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
@@ -38,8 +38,8 @@ impl State {
 }
 
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Settings {
-    pub(super) open_for: OpenFor,
+pub(super) struct CircuitSettings {
+    pub(super) open_for: OpenDuration,
     /// The maximum number of half-open probes, at the same time and in total.
     pub(super) probes: u16,
     /// The number of successful probes that closes the circuit.
@@ -61,9 +61,9 @@ const RAMP_FROM: f64 = 0.1;
 /// The number of steps of a ramp with backpressure.
 const TURNS: u64 = 100;
 
-impl Settings {
+impl CircuitSettings {
     pub(super) const DEFAULT: Self = Self {
-        open_for: OpenFor::fixed(Duration::from_secs(30)),
+        open_for: OpenDuration::fixed(Duration::from_secs(30)),
         probes: 1,
         needed: 1,
         lease: Duration::from_secs(30),
@@ -139,17 +139,17 @@ pub struct HalfOpenProgress {
 
 /// The combined effect of the transitions of one operation.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Change {
+pub(super) struct Transition {
     /// The state reported before. Equals `to` if the circuit was forced into the state that it already had, or if the
     /// state beneath an isolation changed.
-    pub(super) from: State,
-    pub(super) to: State,
-    pub(super) tripped: Option<Tripped>,
+    pub(super) from: CircuitState,
+    pub(super) to: CircuitState,
+    pub(super) tripped: Option<TripReason>,
     /// The results of the half-open state that ended, if one did.
     pub(super) probes: Option<HalfOpenProgress>,
 }
 
-impl Change {
+impl Transition {
     /// Combines this change with the one that preceded it. The reason of the later trip is kept.
     pub(super) fn after(self, before: Option<Self>) -> Self {
         let Some(before) = before else { return self };

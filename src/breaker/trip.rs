@@ -1,6 +1,6 @@
 use std::{fmt, sync::Arc, time::Duration};
 
-use super::machine::{Seen, Span};
+use super::machine::{CallStats, WindowSpan};
 use crate::{error::ConfigError, outcome::Outcome};
 
 /// The rule by which a circuit opens, or several rules of which the first to trip opens it.
@@ -34,14 +34,14 @@ pub(super) enum Rule {
 pub(super) struct Ratio {
     pub(super) of: Bad,
     pub(super) limit: f64,
-    pub(super) span: Span,
+    pub(super) span: WindowSpan,
     pub(super) min_calls: u32,
     /// One of 16 good calls reads the clock. The others count as of the last reading.
     pub(super) coarse: bool,
 }
 
 /// A closure of the user that decides whether the circuit opens.
-pub(super) type Closure = dyn Fn(&Seen) -> bool + Send + Sync;
+pub(super) type Closure = dyn Fn(&CallStats) -> bool + Send + Sync;
 
 /// The kind of calls that a ratio counts as bad.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -60,7 +60,7 @@ impl Trip {
     }
 
     fn ratio(of: Bad, limit: f64) -> Self {
-        let span = Span::Time(Duration::from_secs(10));
+        let span = WindowSpan::Time(Duration::from_secs(10));
         Self::of(Rule::Ratio(Ratio { of, limit, span, min_calls: 20, coarse: false }))
     }
 
@@ -97,21 +97,21 @@ impl Trip {
     /// It runs under a lock when a call fails or is slow. It must be short and must not use a handle of this breaker,
     /// which would deadlock. A panic is caught, also while the thread unwinds, and means `false`.
     #[must_use]
-    pub fn when(rule: impl Fn(&Seen) -> bool + Send + Sync + 'static) -> Self {
+    pub fn when(rule: impl Fn(&CallStats) -> bool + Send + Sync + 'static) -> Self {
         Self::of(Rule::When(Arc::new(rule)))
     }
 
     /// Sets the window of the ratio to a duration: 10 ms or more. The window slides by a tenth of the duration.
     #[must_use]
     pub fn within(self, length: Duration) -> Self {
-        self.with_ratio(|ratio| ratio.span = Span::Time(length))
+        self.with_ratio(|ratio| ratio.span = WindowSpan::Time(length))
     }
 
     /// Sets the window of the ratio to a number of last calls: 1 to 1,000,000. It must not be smaller than
     /// [`min_calls`](Self::min_calls), which is 20 by default.
     #[must_use]
     pub fn over(self, calls: u32) -> Self {
-        self.with_ratio(|ratio| ratio.span = Span::Calls(calls))
+        self.with_ratio(|ratio| ratio.span = WindowSpan::Calls(calls))
     }
 
     /// Sets the minimum number of calls in the window of the ratio. With fewer calls the ratio does not open the
@@ -184,21 +184,21 @@ impl Trip {
                         return Err(ConfigError::new("trip.min_calls", 0, "use 1 or more"));
                     }
                     match span {
-                        Span::Time(window) if window < SHORTEST => {
+                        WindowSpan::Time(window) if window < SHORTEST => {
                             return Err(ConfigError::new(
                                 "trip.within",
                                 window,
                                 "use 10ms or more",
                             ));
                         }
-                        Span::Calls(calls) if !(1..=MOST_CALLS).contains(&calls) => {
+                        WindowSpan::Calls(calls) if !(1..=MOST_CALLS).contains(&calls) => {
                             return Err(ConfigError::new("trip.over", calls, "use 1 to 1000000"));
                         }
-                        Span::Calls(calls) if min_calls > calls => {
+                        WindowSpan::Calls(calls) if min_calls > calls => {
                             let remedy = format!("use at most the window's {calls} calls");
                             return Err(ConfigError::new("trip.min_calls", min_calls, remedy));
                         }
-                        Span::Time(_) | Span::Calls(_) => {}
+                        WindowSpan::Time(_) | WindowSpan::Calls(_) => {}
                     }
                 }
             }
@@ -229,7 +229,7 @@ impl fmt::Debug for Rule {
 /// The reason for which a circuit opened, with the counts at that time.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
-pub enum Tripped {
+pub enum TripReason {
     /// The rule [`Trip::consecutive`] tripped.
     Consecutive {
         /// The number of failures in a row.
@@ -252,7 +252,7 @@ pub enum Tripped {
     /// The closure of [`Trip::when`] returned `true`.
     When {
         /// The argument of the closure.
-        seen: Seen,
+        seen: CallStats,
     },
     /// Half-open probes failed, so that the circuit can no longer close.
     Probe {
@@ -265,14 +265,14 @@ pub enum Tripped {
     ProbeLease,
 }
 
-impl Tripped {
+impl TripReason {
     /// Returns whether half-open probes opened the circuit again.
     pub(super) const fn is_of_probes(&self) -> bool {
         matches!(self, Self::Probe { .. } | Self::SlowProbe | Self::ProbeLease)
     }
 }
 
-impl fmt::Display for Tripped {
+impl fmt::Display for TripReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Consecutive { failures } => write!(f, "{failures} failures in a row"),
@@ -283,7 +283,7 @@ impl fmt::Display for Tripped {
                 write!(f, "{slow} of {calls} calls in the window were slow")
             }
             Self::When { seen } => {
-                let Seen { consecutive_failures, window_calls, window_failures, window_slow } =
+                let CallStats { consecutive_failures, window_calls, window_failures, window_slow } =
                     seen;
                 write!(
                     f,

@@ -29,9 +29,9 @@ pub(super) const CLIENT: &[Alias] = &[
     // A read ends with the response head or with a frame of the body.
     Alias {
         name: "read_timeout",
-        to: Target::Keys(&["timeout_head", "timeout_first_frame", "timeout_idle"]),
+        to: Target::Keys(&["timeout_head", "timeout_first_frame", "timeout_response_idle"]),
     },
-    Alias { name: "write_timeout", to: Target::Keys(&["timeout_taking"]) },
+    Alias { name: "write_timeout", to: Target::Keys(&["timeout_request_stall"]) },
     Alias { name: "max_retries", to: Target::Attempts("retry_attempts") },
     Alias { name: "retry_backoff_multiplier", to: Target::Keys(&["retry_backoff_factor"]) },
 ];
@@ -45,4 +45,23 @@ impl Target {
             Self::Nothing(remedy) => (*remedy).to_owned(),
         }
     }
+}
+
+/// Keys of earlier versions, and the keys that replace them.
+const RENAMED: &[(&str, &str)] = &[
+    ("breaker_probe_lease", "breaker_probe_timeout"),
+    ("deadline_at_most", "deadline_max"),
+    ("deadline_keep_back", "deadline_reserve"),
+    ("hedge_replay_up_to", "hedge_max_replay_bytes"),
+    ("retry_drain_up_to", "retry_max_drain_bytes"),
+    ("retry_longest_wait", "retry_max_wait"),
+    ("retry_replay_up_to", "retry_max_replay_bytes"),
+    ("timeout_idle", "timeout_response_idle"),
+    ("timeout_sending", "timeout_request_idle"),
+    ("timeout_taking", "timeout_request_stall"),
+];
+
+/// Returns the key that replaces this key of an earlier version.
+pub(super) fn renamed(key: &str) -> Option<&'static str> {
+    RENAMED.iter().find(|(old, _)| *old == key).map(|(_, new)| *new)
 }

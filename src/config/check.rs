@@ -5,7 +5,7 @@ use std::{fmt::Display, time::Duration};
 use super::{
     group::Group,
     layers::{BreakerConfig, CallsConfig, DeadlineConfig, LimitConfig, TimeoutConfig},
-    load::Origin,
+    load::Source,
     stack::{ClientConfig, ServerConfig},
 };
 use crate::{error::ConfigError, redact};
@@ -133,9 +133,9 @@ fn attempts_beyond_the_deadline(c: &ClientConfig) -> Option<ConfigError> {
 fn count_cancelled_beyond_the_attempt(c: &ClientConfig) -> Option<ConfigError> {
     const KEY: &str = "breaker_count_cancelled_after";
     let ((max, name), after) = (attempt(c)?, c.breaker.count_cancelled_after?);
-    let is_chosen = !matches!(c.origin(KEY), Some(Origin::Default | Origin::Preset(_)) | None)
+    let is_chosen = !matches!(c.origin(KEY), Some(Source::Default | Source::Preset(_)) | None)
         || c.breaker.count_cancelled_after != BreakerConfig::default().count_cancelled_after
-            && c.origin(KEY) == Some(Origin::Default);
+            && c.origin(KEY) == Some(Source::Default);
     if !c.breaker.is_on() || after < max || !is_chosen {
         return None;
     }
@@ -221,8 +221,8 @@ fn attempt_within_connecting(c: &ClientConfig) -> Option<ConfigError> {
 fn nothing_left(deadline: &DeadlineConfig) -> Vec<ConfigError> {
     // The layer rounds times up to whole milliseconds.
     let whole = |time: Duration| time.as_nanos().div_ceil(1_000_000);
-    let kept = deadline.keep_back.unwrap_or_default();
-    let bounds = [("deadline_default", deadline.default), ("deadline_at_most", deadline.at_most)];
+    let kept = deadline.reserve.unwrap_or_default();
+    let bounds = [("deadline_default", deadline.default), ("deadline_max", deadline.max)];
     let spent = bounds.into_iter().filter_map(|(key, time)| Some((key, time?)));
     // The check of the layer reports a bound of zero.
     let spent = spent.filter(|(_, time)| whole(*time) <= whole(kept) && !time.is_zero());
@@ -233,7 +233,7 @@ fn nothing_left(deadline: &DeadlineConfig) -> Vec<ConfigError> {
                 show(time),
                 show(time / 10),
             );
-            conflict("deadline_keep_back", show(kept), remedy)
+            conflict("deadline_reserve", show(kept), remedy)
         })
         .collect()
 }
@@ -318,7 +318,7 @@ fn total_on_a_stream(
     bounds
         .filter_map(|(key, time)| {
             let remedy = "it cuts every stream (`streaming`) that lasts longer, however healthy: turn it off, and bound \
-                          silences by `timeout_idle`";
+                          silences by `timeout_response_idle`";
             conflict(key, show(time?), remedy.to_owned())
         })
         .collect()

@@ -12,7 +12,7 @@ use super::{
 use crate::connect::{self, ClientBuilder, ConnectLayer};
 use crate::{
     attempt::{Backoff, RetryBudget},
-    breaker::{CircuitBreakerLayer, OpenFor, Trip},
+    breaker::{CircuitBreakerLayer, OpenDuration, Trip},
     classify::Http,
     deadline::{DeadlineHandle, DeadlineLayer},
     error::ConfigError,
@@ -37,12 +37,12 @@ group! {
     /// The settings of a [`DeadlineLayer`].
     DeadlineConfig for "DeadlineLayer", prefix "deadline_", on |_| true;
     /// The time of a call from its start to its deadline, if no header sets one; it is also the maximum of a header,
-    /// unless `deadline_at_most` is set.
+    /// unless `deadline_max` is set.
     live default: Option<Duration> = None;
     /// The maximum time that a header can set; off: the default.
-    live at_most: Option<Duration> = None;
+    live max: Option<Duration> = None;
     /// The time reserved for sending the response back.
-    live keep_back: Option<Duration> = None;
+    live reserve: Option<Duration> = None;
     /// The header that states the time left in milliseconds; that of gRPC is read and written in any case.
     fixed header: Option<String> = None;
 }
@@ -58,11 +58,11 @@ impl DeadlineConfig {
         if let Some(time) = self.default {
             layer = layer.default_of(time);
         }
-        if let Some(time) = self.at_most {
-            layer = layer.at_most(time);
+        if let Some(time) = self.max {
+            layer = layer.max(time);
         }
-        if let Some(time) = self.keep_back {
-            layer = layer.keep_back(time);
+        if let Some(time) = self.reserve {
+            layer = layer.reserve(time);
         }
         layer.checked()
     }
@@ -70,8 +70,8 @@ impl DeadlineConfig {
     /// Applies the settings that can change while the layer is in use.
     pub(crate) fn update(&self, handle: &DeadlineHandle) -> Result<(), ConfigError> {
         handle.set_default(self.default)?;
-        handle.set_at_most(self.at_most)?;
-        handle.set_keep_back(self.keep_back);
+        handle.set_max(self.max)?;
+        handle.set_reserve(self.reserve);
         Ok(())
     }
 
@@ -93,11 +93,11 @@ group! {
     /// The timeout of the first frame of the response body, while the body is polled.
     live first_frame: Option<Duration> = Some(secs(60));
     /// The timeout from one frame of the response body to the next, while the body is polled.
-    live idle: Option<Duration> = Some(secs(60));
+    live response_idle: Option<Duration> = Some(secs(60));
     /// The timeout of each frame of the request body, while the body is polled.
-    live sending: Option<Duration> = Some(secs(60));
+    live request_idle: Option<Duration> = Some(secs(60));
     /// The maximum time for which a request body is not polled; off: a server uses `timeout_head`.
-    live taking: Option<Duration> = Some(secs(300));
+    live request_stall: Option<Duration> = Some(secs(300));
     /// The minimum rate of a request body, in bytes per second.
     live min_body_rate: Option<u32> = None;
     /// The time for which a request body may keep its reader waiting before the minimum rate counts.
@@ -117,9 +117,9 @@ impl TimeoutConfig {
     const OFF: Self = Self {
         head: None,
         first_frame: None,
-        idle: None,
-        sending: None,
-        taking: None,
+        response_idle: None,
+        request_idle: None,
+        request_stall: None,
         min_body_rate: None,
         body_grace: BODY_GRACE,
         min_body_rate_for_grpc: false,
@@ -131,8 +131,8 @@ impl TimeoutConfig {
     /// because a stream may pause.
     #[must_use]
     pub fn server() -> Self {
-        let (head, sending) = (Some(secs(30)), Some(secs(60)));
-        Self { head, sending, min_body_rate: Some(240), ..Self::OFF }
+        let (head, request_idle) = (Some(secs(30)), Some(secs(60)));
+        Self { head, request_idle, min_body_rate: Some(240), ..Self::OFF }
     }
 
     /// Returns the timeouts.
@@ -141,9 +141,9 @@ impl TimeoutConfig {
         Timeouts::new()
             .head(self.head)
             .first_frame(self.first_frame)
-            .idle(self.idle)
-            .sending(self.sending)
-            .taking(self.taking)
+            .response_idle(self.response_idle)
+            .request_idle(self.request_idle)
+            .request_stall(self.request_stall)
             .min_body_rate(self.min_body_rate)
             .body_grace(self.body_grace)
             .min_body_rate_for_grpc(self.min_body_rate_for_grpc)
@@ -191,9 +191,9 @@ group! {
     /// The maximum number of retries that the budget can hold.
     fixed budget_cap: u32 = 100;
     /// The maximum size in bytes of a request body that can be replayed.
-    live replay_up_to: u64 = 64 * 1024;
+    live max_replay_bytes: u64 = 64 * 1024;
     /// The maximum number of bytes that are drained from a discarded response, so that its connection can be reused.
-    live drain_up_to: u64 = 64 * 1024;
+    live max_drain_bytes: u64 = 64 * 1024;
 }
 
 impl RetryConfig {
@@ -231,8 +231,8 @@ impl RetryConfig {
             .wait_on_rejection(self.wait_on_rejection)
             .unprocessed(self.unprocessed.iter().copied())
             .attempt_timeout(self.attempt_timeout)
-            .replay_up_to(self.replay_up_to)
-            .drain_up_to(self.drain_up_to)
+            .max_replay_bytes(self.max_replay_bytes)
+            .max_drain_bytes(self.max_drain_bytes)
     }
 }
 
@@ -252,7 +252,7 @@ group! {
     /// The maximum number of hedge attempts that the budget can hold.
     fixed budget_cap: u32 = 100;
     /// The maximum size in bytes of a request body that can be replayed.
-    fixed replay_up_to: u64 = 64 * 1024;
+    fixed max_replay_bytes: u64 = 64 * 1024;
 }
 
 impl HedgeConfig {
@@ -275,8 +275,10 @@ impl HedgeConfig {
             (None, None) => HedgeLayer::off(),
         };
         let budget = RetryBudget::with(budget_ratio, budget_per_second, budget_cap);
-        let layer =
-            layer.max_hedges(self.max_hedges).budget(budget).replay_up_to(self.replay_up_to);
+        let layer = layer
+            .max_hedges(self.max_hedges)
+            .budget(budget)
+            .max_replay_bytes(self.max_replay_bytes);
         if self.is_on() { layer } else { layer.without_budget() }.checked()
     }
 }
@@ -354,7 +356,7 @@ group! {
     /// The number of half-open probes; the circuit closes if all of them succeed.
     live half_open: u16 = 1;
     /// The maximum time of a half-open probe.
-    live probe_lease: Duration = secs(30);
+    live probe_timeout: Duration = secs(30);
     /// The time after which a call that its caller ended counts as a failure, measured from when the request has been
     /// sent; off: never.
     live count_cancelled_after: Option<Duration> = Some(secs(1));
@@ -405,13 +407,13 @@ impl BreakerConfig {
 
     fn apply(&self, layer: CircuitBreakerLayer) -> CircuitBreakerLayer {
         let open_for = match self.open_for_max {
-            Some(max) => OpenFor::backoff(self.open_for, max),
-            None => OpenFor::fixed(self.open_for),
+            Some(max) => OpenDuration::backoff(self.open_for, max),
+            None => OpenDuration::fixed(self.open_for),
         };
         layer
             .open_for(open_for)
             .half_open(self.half_open)
-            .probe_lease(self.probe_lease)
+            .probe_timeout(self.probe_timeout)
             .count_cancelled_after(self.count_cancelled_after)
             .ramp(self.ramp)
     }

@@ -10,9 +10,9 @@ use std::{
 };
 
 use super::{
-    alias::{Alias, Target},
+    alias::{Alias, Target, renamed},
     group::{Group, Row},
-    presets::Preset,
+    presets::ConfigPreset,
     value::{Scalar, Tree},
 };
 use crate::{error::ConfigError, redact};
@@ -20,7 +20,7 @@ use crate::{error::ConfigError, redact};
 /// The origin of a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Origin {
+pub enum Source {
     /// The default of the setting.
     Default,
     /// The preset of this name.
@@ -35,7 +35,7 @@ pub enum Origin {
     Implied(&'static str),
 }
 
-impl fmt::Display for Origin {
+impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Default => f.write_str("default"),
@@ -101,15 +101,15 @@ pub trait Stack: Default {
     /// Returns the settings of the layers, outermost first.
     fn groups(&self) -> Vec<&dyn Group>;
     fn groups_mut(&mut self) -> Vec<&mut dyn Group>;
-    fn named(&mut self, name: String, preset: Option<Preset>, origins: Origins);
-    fn presets(preset: Preset) -> &'static [(&'static str, &'static str)];
+    fn named(&mut self, name: String, preset: Option<ConfigPreset>, origins: Origins);
+    fn presets(preset: ConfigPreset) -> &'static [(&'static str, &'static str)];
     /// The settings that are off by default where [`STREAMING`] is on.
     const OFF_FOR_STREAMS: &'static [&'static str];
 }
 
 /// The loaded values by key, with their origins. If the current value of a setting differs from the value here, the
 /// application has changed it.
-pub(super) type Origins = BTreeMap<&'static str, (Scalar, Origin)>;
+pub(super) type Origins = BTreeMap<&'static str, (Scalar, Source)>;
 
 /// The key of [`CallsConfig`](super::layers::CallsConfig)'s setting.
 const STREAMING: &str = "streaming";
@@ -126,7 +126,7 @@ fn get(config: &impl Stack, key: &str) -> Option<Scalar> {
 struct Said {
     key: String,
     value: Scalar,
-    origin: Origin,
+    origin: Source,
 }
 
 /// Loads settings from several sources. A value that is loaded later replaces an earlier one.
@@ -222,7 +222,7 @@ impl<C: Stack> Loader<C> {
     fn parsed(mut self, name: &str, tree: Result<Tree, String>) -> Self {
         match tree {
             Ok(tree) => {
-                let (origin, mut keys) = (Origin::File(name.to_owned()), BTreeSet::new());
+                let (origin, mut keys) = (Source::File(name.to_owned()), BTreeSet::new());
                 for (key, value) in tree.flat() {
                     if !keys.insert(key.clone()) {
                         // Neither form of a key (in a table or not) precedes the other, so two forms are an error.
@@ -337,7 +337,7 @@ impl<C: Stack> Loader<C> {
                     (std::slice::from_ref(key), attempts.map_or(Scalar::Text(value), Scalar::Int))
                 }
                 Some(Target::Nothing(_)) | None => {
-                    let origin = Origin::Env(name);
+                    let origin = Source::Env(name);
                     self.said.push(Said { key, value: Scalar::Text(value), origin });
                     continue;
                 }
@@ -345,16 +345,16 @@ impl<C: Stack> Loader<C> {
             self.said.extend(keys.iter().map(|key| Said {
                 key: (*key).to_owned(),
                 value: value.clone(),
-                origin: Origin::Env(name.clone()),
+                origin: Source::Env(name.clone()),
             }));
         }
         self
     }
 
     /// Replaces defaults by those of a preset, unless a source names another preset.
-    pub fn preset(mut self, preset: Preset) -> Self {
+    pub fn preset(mut self, preset: ConfigPreset) -> Self {
         let value = Scalar::Text(preset.as_str().to_owned());
-        self.said.insert(0, Said { key: "preset".to_owned(), value, origin: Origin::Code });
+        self.said.insert(0, Said { key: "preset".to_owned(), value, origin: Source::Code });
         self
     }
 
@@ -372,17 +372,17 @@ impl<C: Stack> Loader<C> {
         let (presets, said): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.said).into_iter().partition(|said| said.key == "preset");
         for said in presets {
-            match Preset::ALL.iter().find(|known| said.value.is_written(known.as_str())) {
+            match ConfigPreset::ALL.iter().find(|known| said.value.is_written(known.as_str())) {
                 Some(known) => preset = Some(*known),
                 None => {
-                    let known = Preset::ALL.map(|preset| preset.as_str()).join(", ");
+                    let known = ConfigPreset::ALL.map(|preset| preset.as_str()).join(", ");
                     self.not_of_form("preset", &said, &format!("one of {known}"));
                 }
             }
         }
         if let Some(preset) = preset {
             for (key, text) in C::presets(preset) {
-                let origin = Origin::Preset(preset.as_str());
+                let origin = Source::Preset(preset.as_str());
                 let (key, value) = ((*key).to_owned(), Scalar::Text((*text).to_owned()));
                 self.set(&mut config, &mut origins, Said { key, value, origin });
             }
@@ -394,7 +394,7 @@ impl<C: Stack> Loader<C> {
         let implied = C::OFF_FOR_STREAMS.iter().filter(|key| !origins.contains_key(**key));
         for key in implied.filter(|_| is_streaming).collect::<Vec<_>>() {
             let (key, value) = ((*key).to_owned(), Scalar::Bool(false));
-            let origin = Origin::Implied(STREAMING);
+            let origin = Source::Implied(STREAMING);
             self.set(&mut config, &mut origins, Said { key, value, origin });
         }
         ConfigErrors::none_of(self.errors)?;
@@ -415,8 +415,10 @@ impl<C: Stack> Loader<C> {
         }
         const PRESET: &Row = &Row { key: "preset", doc: "", wants: "", live: false };
         let rows = config.groups().into_iter().flat_map(Group::rows);
-        let near =
-            || near_miss(&said.key, rows.chain([PRESET])).map(|near| format!("use `{near}`"));
+        let near = || {
+            let key = renamed(&said.key).or_else(|| near_miss(&said.key, rows.chain([PRESET])));
+            key.map(|key| format!("use `{key}`"))
+        };
         let remedy = alias::<C>(&said.key).map(|alias| alias.to.remedy()).or_else(near);
         let remedy = remedy.as_deref().unwrap_or("leave it out");
         let remedy = format!("{remedy} ({})", said.origin);

@@ -64,7 +64,7 @@
 //! applies. Among variables, those of one service precede those of every service.
 //!
 //! [`explain`](ClientConfig::explain) prints every key with its value, the origin of the value, and its meaning. For
-//! deadlines it states the maximum that a header of a caller can set: `deadline_at_most`, or else `deadline_default`.
+//! deadlines it states the maximum that a header of a caller can set: `deadline_max`, or else `deadline_default`.
 //!
 //! # Names of other clients
 //!
@@ -76,8 +76,8 @@
 //! |---|---|
 //! | `MAX_CONNECTIONS` | `connect_max_total` |
 //! | `CONNECT_TIMEOUT` | `connect_timeout`, which is its key |
-//! | `READ_TIMEOUT` | `timeout_head`, `timeout_first_frame` and `timeout_idle` |
-//! | `WRITE_TIMEOUT` | `timeout_taking` |
+//! | `READ_TIMEOUT` | `timeout_head`, `timeout_first_frame` and `timeout_response_idle` |
+//! | `WRITE_TIMEOUT` | `timeout_request_stall` |
 //! | `DEFAULT_TIMEOUT` | `timeout_total`, for each attempt |
 //! | `MAX_RETRIES` | `retry_attempts`, which is greater by one |
 //! | `RETRY_BACKOFF_MULTIPLIER` | `retry_backoff_factor` |
@@ -92,7 +92,7 @@
 //! | hedge attempts that are due after the end of the attempt, and a number of them without a delay | `hedge_after`, `hedge_percentile`, `hedge_max_hedges`, `timeout_head`, `retry_attempt_timeout`, `timeout_total`, `timeout_response_total` |
 //! | a timeout of an attempt that is below the connect timeout | `timeout_head`, `retry_attempt_timeout`, `timeout_total`, `timeout_response_total`, `connect_timeout` |
 //! | a time for cancelled calls that ends after the attempt | `breaker_count_cancelled_after`, `timeout_head`, `retry_attempt_timeout`, `timeout_total`, `timeout_response_total` |
-//! | a deadline that leaves no time for the call | `deadline_keep_back`, `deadline_default`, `deadline_at_most` |
+//! | a deadline that leaves no time for the call | `deadline_reserve`, `deadline_default`, `deadline_max` |
 //! | a queue in which a call can wait longer than its deadline | `limit_queue_wait`, `connect_queue_wait`, `deadline_default` |
 //! | a maximum idle time that is not below the keep-alive time of the peer | `connect_max_idle`, `connect_peer_keep_alive` |
 //! | a retry budget that practically never permits a retry | `retry_budget_ratio`, `retry_budget_per_second` |
@@ -104,7 +104,7 @@
 //!
 //! # Presets
 //!
-//! | [`Preset`] | settings of a client |
+//! | [`ConfigPreset`] | settings of a client |
 //! |---|---|
 //! | `internal` | head 3 s, connect 1 s, deadline 10 s, short backoff and queue waits, a circuit that is open for 5 s |
 //! | `slow` | head 60 s, connect 10 s, long queue waits |
@@ -151,7 +151,7 @@ pub use self::{
         BreakerConfig, CallsConfig, CheckHealthConfig, ConnectConfig, DeadlineConfig,
         HealthProbeConfig, HedgeConfig, LimitConfig, RetryConfig, TimeoutConfig,
     },
-    load::{ConfigErrors, Loader, Origin},
-    presets::Preset,
-    stack::{Change, ClientConfig, ServerConfig},
+    load::{ConfigErrors, Loader, Source},
+    presets::ConfigPreset,
+    stack::{ClientConfig, ServerConfig, SettingChange},
 };

@@ -10,15 +10,15 @@ use super::{
         BreakerConfig, CallsConfig, CheckHealthConfig, ConnectConfig, DeadlineConfig,
         HealthProbeConfig, HedgeConfig, LimitConfig, RetryConfig, TimeoutConfig,
     },
-    load::{ConfigErrors, Loader, Origin, Origins, Stack},
-    presets::Preset,
+    load::{ConfigErrors, Loader, Origins, Source, Stack},
+    presets::ConfigPreset,
     value::{Scalar, Tree},
 };
 
 /// A setting whose values differ between two configurations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Change {
+pub struct SettingChange {
     /// The key of the setting.
     pub key: &'static str,
     /// Whether it can change while the stack runs.
@@ -40,7 +40,7 @@ macro_rules! stack {
             /// The name of the service in errors, events and the names of environment variables.
             pub name: String,
             $($(#[$what])+ pub $field: $Type,)*
-            preset: Option<Preset>,
+            preset: Option<ConfigPreset>,
             origins: Origins,
         }
 
@@ -69,11 +69,11 @@ macro_rules! stack {
                 vec![$(&mut self.$field),*]
             }
 
-            fn named(&mut self, name: String, preset: Option<Preset>, origins: Origins) {
+            fn named(&mut self, name: String, preset: Option<ConfigPreset>, origins: Origins) {
                 (self.name, self.preset, self.origins) = (name, preset, origins);
             }
 
-            fn presets(preset: Preset) -> &'static [(&'static str, &'static str)] {
+            fn presets(preset: ConfigPreset) -> &'static [(&'static str, &'static str)] {
                 preset.$presets()
             }
         }
@@ -113,7 +113,7 @@ macro_rules! stack {
 
             /// Returns the configuration of a preset.
             #[must_use]
-            pub fn preset(preset: Preset) -> Self {
+            pub fn preset(preset: ConfigPreset) -> Self {
                 Self::load("").preset(preset).finish().unwrap_or_default()
             }
 
@@ -137,19 +137,19 @@ macro_rules! stack {
 
             /// Returns the origin of the value of this key. `None` if there is no such setting.
             #[must_use]
-            pub fn origin(&self, key: &str) -> Option<Origin> {
+            pub fn origin(&self, key: &str) -> Option<Source> {
                 let (group, nth) = find(self, key)?;
                 Some(origin(&self.origins, &group.rows()[nth], &group.get(nth)))
             }
 
             /// Returns the settings whose values differ in `other`.
             #[must_use]
-            pub fn changes(&self, other: &Self) -> Vec<Change> {
+            pub fn changes(&self, other: &Self) -> Vec<SettingChange> {
                 let mut changed = Vec::new();
                 for (ours, theirs) in self.groups().into_iter().zip(other.groups()) {
                     let rows = ours.rows().iter().enumerate();
                     let differ = rows.filter(|(nth, _)| ours.get(*nth) != theirs.get(*nth));
-                    changed.extend(differ.map(|(_, row)| Change { key: row.key, live: row.live }));
+                    changed.extend(differ.map(|(_, row)| SettingChange { key: row.key, live: row.live }));
                 }
                 changed
             }
@@ -170,8 +170,8 @@ macro_rules! stack {
                             Some(default.get(nth) == value)
                         };
                         let is_chosen = match origin(&self.origins, row, &value) {
-                            Origin::Preset(_) | Origin::Implied(_) => false,
-                            Origin::Default => is_default() == Some(false),
+                            Source::Preset(_) | Source::Implied(_) => false,
+                            Source::Default => is_default() == Some(false),
                             _ => true,
                         };
                         chosen.extend(is_chosen.then_some((row.key, value)));
@@ -263,11 +263,11 @@ fn find<'a>(stack: &'a impl Stack, key: &str) -> Option<(&'a dyn Group, usize)> 
 
 /// Returns the origin of the value `now` of a setting. It is the loaded origin, unless the application has changed the
 /// value since.
-fn origin(origins: &Origins, row: &Row, now: &Scalar) -> Origin {
+fn origin(origins: &Origins, row: &Row, now: &Scalar) -> Source {
     match origins.get(row.key) {
         Some((then, origin)) if then == now => origin.clone(),
-        Some(_) => Origin::Code,
-        None => Origin::Default,
+        Some(_) => Source::Code,
+        None => Source::Default,
     }
 }
 
@@ -277,10 +277,10 @@ fn note(group: &dyn Group) -> Option<String> {
         let nth = group.rows().iter().position(|row| row.key == key)?;
         Some(group.get(nth).to_string()).filter(|value| value != "off")
     };
-    if !group.rows().iter().any(|row| row.key == "deadline_at_most") {
+    if !group.rows().iter().any(|row| row.key == "deadline_max") {
         return None;
     }
-    let max = ["deadline_at_most", "deadline_default"].into_iter().find_map(|key| {
+    let max = ["deadline_max", "deadline_default"].into_iter().find_map(|key| {
         let time = get(key)?;
         Some(format!("a header of a caller sets at most {time} (`{key}`)"))
     });
@@ -289,7 +289,7 @@ fn note(group: &dyn Group) -> Option<String> {
     Some(max.unwrap_or_else(|| unbounded.to_owned()))
 }
 
-struct Explained<'a, C>(&'a C, &'a str, Option<Preset>, &'a Origins);
+struct Explained<'a, C>(&'a C, &'a str, Option<ConfigPreset>, &'a Origins);
 
 impl<C: Stack> fmt::Display for Explained<'_, C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -311,7 +311,7 @@ impl<C: Stack> fmt::Display for Explained<'_, C> {
             for (nth, row) in group.rows().iter().enumerate() {
                 let value = group.get(nth);
                 let from = match origin(origins, row, &value) {
-                    Origin::Default if value != default.get(nth) => Origin::Code,
+                    Source::Default if value != default.get(nth) => Source::Code,
                     origin => origin,
                 };
                 let (value, from) = (value.redacted(), from.to_string());

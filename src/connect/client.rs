@@ -124,7 +124,7 @@ where
     B::Error: Into<BoxError>,
 {
     /// Sends a request. Unlike `call`, it takes `&self`.
-    pub fn request(&self, request: Request<B>) -> ResponseFuture {
+    pub fn request(&self, request: Request<B>) -> ClientResponseFuture {
         let all = &self.connections.0;
         // TLS may negotiate HTTP/2.
         let is_https = request.uri().scheme() == Some(&Scheme::HTTPS);
@@ -141,9 +141,9 @@ where
         let turn = (may_share || all.has_cap()).then(now).transpose();
         let state = match turn {
             Ok(turn) => self.send(request, turn, caller),
-            Err(guest) => State::Waiting { sent: self.wait(request, guest, caller) },
+            Err(guest) => ClientCallState::Waiting { sent: self.wait(request, guest, caller) },
         };
-        ResponseFuture { state, all: all.clone() }
+        ClientResponseFuture { state, all: all.clone() }
     }
 
     fn wait(&self, request: Request<B>, guest: Guest, caller: Caller) -> Waiting {
@@ -154,7 +154,7 @@ where
         })
     }
 
-    fn send(&self, request: Request<B>, turn: Option<Turn>, caller: Caller) -> State {
+    fn send(&self, request: Request<B>, turn: Option<Turn>, caller: Caller) -> ClientCallState {
         let is_tunnel = request.method() == Method::CONNECT;
         let is_additional = turn.as_ref().is_some_and(Turn::is_additional);
         let (mut request, fallback) = if is_additional {
@@ -166,7 +166,7 @@ where
         let connection = Some(capture_connection(&mut request));
         let lane = turn.as_ref().and_then(Turn::lane).map_or(0, |lane| lane.index);
         let response = self.lanes.get(lane).request(request);
-        State::Sent { response, connection, is_tunnel, turn, fallback }
+        ClientCallState::Sent { response, connection, is_tunnel, turn, fallback }
     }
 
     /// Saves a copy of the request that shares its body. If the additional connection fails, the call waits for a stream
@@ -200,13 +200,13 @@ where
 {
     type Response = Response<TrackedBody<Incoming>>;
     type Error = BoxError;
-    type Future = ResponseFuture;
+    type Future = ClientResponseFuture;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, request: Request<B>) -> ResponseFuture {
+    fn call(&mut self, request: Request<B>) -> ClientResponseFuture {
         self.request(request)
     }
 }
@@ -229,22 +229,22 @@ impl<C, B> fmt::Debug for Client<C, B> {
 pin_project! {
     /// The future of a [`Client`]'s call.
     #[must_use = "futures do nothing unless polled"]
-    pub struct ResponseFuture {
+    pub struct ClientResponseFuture {
         #[pin]
-        state: State,
+        state: ClientCallState,
         all: Shared<Connections>,
     }
 }
 
 /// Waits for the permission to ask for a connection, and then sends the request.
-type Waiting = Pin<Box<dyn Future<Output = Result<State, Rejected>> + Send>>;
+type Waiting = Pin<Box<dyn Future<Output = Result<ClientCallState, Rejected>> + Send>>;
 
 /// Sends the request again after a failed connect, unless its body has been used.
 type Fallback = Box<dyn FnOnce() -> Option<Waiting> + Send>;
 
 pin_project! {
     #[project = StateProj]
-    enum State {
+    enum ClientCallState {
         Waiting { sent: Waiting },
         Sent {
             #[pin]
@@ -258,7 +258,7 @@ pin_project! {
     }
 }
 
-impl Future for ResponseFuture {
+impl Future for ClientResponseFuture {
     type Output = Result<Response<TrackedBody<Incoming>>, BoxError>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
@@ -295,7 +295,7 @@ impl Future for ResponseFuture {
             let is_unsent = error.is_connect() && Rejected::find(&error).is_none();
             match fallback.take().filter(|_| is_unsent).and_then(|fallback| fallback()) {
                 // Drops the right to open a connection, so that another call may open one.
-                Some(sent) => state.set(State::Waiting { sent }),
+                Some(sent) => state.set(ClientCallState::Waiting { sent }),
                 None => return Poll::Ready(Err(with_connection(error))),
             }
         }
@@ -358,9 +358,9 @@ fn exclude(connection: &CaptureConnection, conn: &Conn) {
     conn.leave();
 }
 
-impl fmt::Debug for ResponseFuture {
+impl fmt::Debug for ClientResponseFuture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ResponseFuture").finish_non_exhaustive()
+        f.debug_struct("ClientResponseFuture").finish_non_exhaustive()
     }
 }
 

@@ -45,12 +45,12 @@ use super::{
     checkout::Turn,
     connections::Connections,
     hosts::Host,
-    lifetime::{Life, NEVER, Over, Verdict},
+    lifetime::{Life, LifetimeVerdict, NEVER, Over},
     streams::{Lane, Opening, Streams},
 };
 use crate::{
     outcome::Outcome,
-    permit::{Finish, Hold, Permit, Shared, Token},
+    permit::{Permit, Release, ReleaseAt, Shared, Token},
     time::Nanos,
 };
 
@@ -166,7 +166,7 @@ impl Conn {
             return;
         }
         let idle_since = self.idle_since.load(Ordering::SeqCst);
-        if let Verdict::Close(why) = self.life.judge(now, Some(idle_since)) {
+        if let LifetimeVerdict::Close(why) = self.life.judge(now, Some(idle_since)) {
             self.set_over(why);
         }
         self.is_stale.store(self.why_over().is_some(), Ordering::SeqCst);
@@ -284,33 +284,33 @@ impl Conn {
         }
     }
 
-    /// Decides whether to close the connection now. [`Verdict::Keep`] contains the nanoseconds until the next decision,
+    /// Decides whether to close the connection now. [`LifetimeVerdict::Keep`] contains the nanoseconds until the next decision,
     /// or [`NEVER`].
-    pub(super) fn judge(&self) -> Verdict {
+    pub(super) fn judge(&self) -> LifetimeVerdict {
         let now = self.all.clock.now();
         let idle_since = self.idle_since(now);
         if idle_since.is_some() {
             self.all.needs_room_of(self);
         }
         let verdict = match self.why_over() {
-            Some(why) => Verdict::Close(why),
+            Some(why) => LifetimeVerdict::Close(why),
             None => self.life.judge(now, idle_since),
         };
         let new_for = self.new_until.load(Ordering::SeqCst).saturating_sub(now);
         let at = match verdict {
-            Verdict::Close(why) => {
+            LifetimeVerdict::Close(why) => {
                 self.set_over(why);
                 if idle_since.is_some() {
-                    return Verdict::Close(why);
+                    return LifetimeVerdict::Close(why);
                 }
                 // The connection is in use. `end` wakes the task that closes it.
                 NEVER
             }
-            Verdict::Keep(at) => at,
+            LifetimeVerdict::Keep(at) => at,
         };
         // A new connection without a use becomes idle at `new_until`, where no event wakes the task.
         let after = if at == NEVER { NEVER } else { at.saturating_sub(now) };
-        Verdict::Keep(if new_for > 0 { after.min(new_for) } else { after })
+        LifetimeVerdict::Keep(if new_for > 0 { after.min(new_for) } else { after })
     }
 
     // ===== HTTP/2 =====
@@ -442,7 +442,7 @@ impl Conn {
     }
 }
 
-impl Finish for Conn {
+impl Release for Conn {
     fn finish(&self, token: Token, _: Outcome) {
         self.end();
         // Release the permits after `end`, so that the next call finds this connection idle.
@@ -456,8 +456,8 @@ impl Finish for Conn {
         }
     }
 
-    fn hold(&self) -> Hold {
-        Hold::Body
+    fn hold(&self) -> ReleaseAt {
+        ReleaseAt::Body
     }
 }
 

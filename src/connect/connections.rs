@@ -11,7 +11,7 @@
 //! If the total is at its maximum, a caller may wait while another host has idle connections. Either of two threads
 //! closes one of them:
 //!
-//! - The caller raises `Counts::for_all` and `Host::waiting`, and then searches for the connection that has been idle
+//! - The caller raises `ConnectCounts::for_all` and `Host::waiting`, and then searches for the connection that has been idle
 //!   for the longest time ([`Connections::make_room_for`]).
 //! - A call that ends its use of a connection lowers `Conn::leases`, and then reads `for_all`
 //!   ([`Connections::needs_room_of`]).
@@ -56,7 +56,7 @@ use super::{
 use crate::{
     event::event,
     origin::Origin,
-    outcome::{Label, LayerKind, Rejected, RejectedKind, WaitsFor},
+    outcome::{LayerKind, LayerName, Rejected, RejectedKind, WaitsFor},
     permit::Shared,
     time::{Clock, Nanos, nanos},
 };
@@ -64,19 +64,19 @@ use crate::{
 /// The state of a [`ConnectLayer`](super::layer::ConnectLayer).
 pub(super) struct Connections {
     pub(super) clock: Clock,
-    pub(super) settings: Settings,
-    pub(super) counts: Counts,
+    pub(super) settings: ConnectSettings,
+    pub(super) counts: ConnectCounts,
     pub(super) lookups: Arc<Lookups>,
     /// The permits of connections, of all hosts.
     total: Arc<Gate>,
     /// The checkout permits of calls to all hosts. The limit is that of `total`.
     pub(super) calls: Arc<Gate>,
     book: Mutex<Book>,
-    label: OnceLock<Arc<Label>>,
+    label: OnceLock<Arc<LayerName>>,
 }
 
 /// The settings. Durations are in nanoseconds, and [`lifetime::NEVER`] means that there is no limit.
-pub(super) struct Settings {
+pub(super) struct ConnectSettings {
     per_host: AtomicUsize,
     total: AtomicUsize,
     queue: AtomicUsize,
@@ -89,7 +89,7 @@ pub(super) struct Settings {
 }
 
 #[derive(Default)]
-pub(super) struct Counts {
+pub(super) struct ConnectCounts {
     pub(super) connecting: AtomicUsize,
     pub(super) waiting: AtomicUsize,
     /// The number of callers that wait for a permit of the total.
@@ -139,7 +139,7 @@ impl Book {
     }
 }
 
-impl Settings {
+impl ConnectSettings {
     pub(super) fn per_host(&self) -> usize {
         self.per_host.load(Ordering::SeqCst)
     }
@@ -153,7 +153,7 @@ impl Connections {
     pub(super) fn new() -> Self {
         Self {
             clock: Clock::new(),
-            settings: Settings {
+            settings: ConnectSettings {
                 per_host: AtomicUsize::new(NO_LIMIT),
                 total: AtomicUsize::new(NO_LIMIT),
                 queue: AtomicUsize::new(1024),
@@ -163,7 +163,7 @@ impl Connections {
                 idle: AtomicU64::new(nanos(Duration::from_secs(4))),
                 jitter: AtomicU32::new(200),
             },
-            counts: Counts::default(),
+            counts: ConnectCounts::default(),
             lookups: Lookups::new(),
             total: Gate::new(NO_LIMIT),
             calls: Gate::new(NO_LIMIT),
@@ -206,7 +206,7 @@ impl Connections {
 
     pub(super) fn name(&self, name: &str) {
         // Only the first name is used. Rejections share it.
-        let _ = self.label.set(Arc::new(Label { name: name.into(), fault: None }));
+        let _ = self.label.set(Arc::new(LayerName { name: name.into(), fault: None }));
     }
 
     pub(super) fn has_cap(&self) -> bool {

@@ -25,33 +25,33 @@ use crate::error::BoxError;
 /// `ClientBuilder::connect_timeout`, which is divided, to this timeout or a shorter one.
 #[must_use = "a layer does nothing until it wraps a connector"]
 #[derive(Clone, Debug)]
-pub struct DialLayer {
+pub struct UntrackedLayer {
     pub(super) connections: ConnectLayer,
 }
 
-impl<S> Layer<S> for DialLayer {
-    type Service = Dial<S>;
+impl<S> Layer<S> for UntrackedLayer {
+    type Service = Untracked<S>;
 
-    fn layer(&self, inner: S) -> Dial<S> {
-        Dial { inner, connections: self.connections.clone() }
+    fn layer(&self, inner: S) -> Untracked<S> {
+        Untracked { inner, connections: self.connections.clone() }
     }
 }
 
-/// The service of a [`DialLayer`].
+/// The service of a [`UntrackedLayer`].
 #[derive(Clone)]
-pub struct Dial<S> {
+pub struct Untracked<S> {
     inner: S,
     connections: ConnectLayer,
 }
 
 /// Omits the wrapped connector: the `Debug` output of a connector for a proxy may contain credentials.
-impl<S> fmt::Debug for Dial<S> {
+impl<S> fmt::Debug for Untracked<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Dial").field("connections", &self.connections).finish_non_exhaustive()
+        f.debug_struct("Untracked").field("connections", &self.connections).finish_non_exhaustive()
     }
 }
 
-impl<S, Req> Service<Req> for Dial<S>
+impl<S, Req> Service<Req> for Untracked<S>
 where
     S: Service<Req>,
     S::Error: Into<BoxError>,
@@ -59,7 +59,7 @@ where
 {
     type Response = S::Response;
     type Error = BoxError;
-    type Future = DialFuture<S::Response>;
+    type Future = UntrackedFuture<S::Response>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
         self.inner.poll_ready(cx).map_err(Into::into)
@@ -68,7 +68,7 @@ where
     fn call(&mut self, request: Req) -> Self::Future {
         let connect = self.inner.call(request);
         let layer = self.connections.clone();
-        DialFuture(Box::pin(async move {
+        UntrackedFuture(Box::pin(async move {
             layer.sound()?;
             let connected = dial(&layer.all, || connect).await?;
             layer.all.counts.created.fetch_add(1, Ordering::Relaxed);
@@ -77,11 +77,11 @@ where
     }
 }
 
-/// The future of a [`Dial`].
+/// The future of a [`Untracked`].
 #[must_use = "futures do nothing unless polled"]
-pub struct DialFuture<T>(Pin<Box<dyn Future<Output = Result<T, BoxError>> + Send>>);
+pub struct UntrackedFuture<T>(Pin<Box<dyn Future<Output = Result<T, BoxError>> + Send>>);
 
-impl<T> Future for DialFuture<T> {
+impl<T> Future for UntrackedFuture<T> {
     type Output = Result<T, BoxError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
@@ -89,8 +89,8 @@ impl<T> Future for DialFuture<T> {
     }
 }
 
-impl<T> fmt::Debug for DialFuture<T> {
+impl<T> fmt::Debug for UntrackedFuture<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DialFuture").finish_non_exhaustive()
+        f.debug_struct("UntrackedFuture").finish_non_exhaustive()
     }
 }

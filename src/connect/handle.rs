@@ -111,7 +111,7 @@ impl ConnectHandle {
     ///
     /// Later calls use new connections as far as the caps allow. Only connections of a [`Client`](super::client::Client) are
     /// closed.
-    pub fn renew(&self) {
+    pub fn recycle(&self) {
         self.0.ask_all();
     }
 }

@@ -18,7 +18,7 @@ use super::{
     conn::{Conn, Tag},
     connections::Connections,
     hosts::Ticket,
-    lifetime::{NEVER, Verdict},
+    lifetime::{LifetimeVerdict, NEVER},
     streams::Lane,
 };
 use crate::permit::Shared;
@@ -99,9 +99,9 @@ impl Seat {
         }
         loop {
             match self.conn.judge() {
-                Verdict::Close(_) => return Poll::Ready(()),
-                Verdict::Keep(NEVER) => return Poll::Pending,
-                Verdict::Keep(after) => {
+                LifetimeVerdict::Close(_) => return Poll::Ready(()),
+                LifetimeVerdict::Keep(NEVER) => return Poll::Pending,
+                LifetimeVerdict::Keep(after) => {
                     ready!(self.look_after(Duration::from_nanos(after)).poll(cx));
                 }
             }

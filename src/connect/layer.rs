@@ -14,8 +14,8 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::{
-    connections::{Connections, Counts},
-    dial::DialLayer,
+    connections::{ConnectCounts, Connections},
+    dial::UntrackedLayer,
     handle::{ConnectHandle, checked},
     io::Io,
     lifetime,
@@ -169,8 +169,8 @@ impl ConnectLayer {
     ///
     /// The layer cannot divide the connect timeout among the addresses of a host, because it observes one connect and
     /// not its addresses. Set reqwest's `connect_timeout`, which is divided, to this timeout or a shorter one.
-    pub fn dials(self) -> DialLayer {
-        DialLayer { connections: self }
+    pub fn untracked(self) -> UntrackedLayer {
+        UntrackedLayer { connections: self }
     }
 
     /// Returns the layer if all its settings are valid.
@@ -301,10 +301,10 @@ where
     Err(error)
 }
 
-struct Connecting<'a>(&'a Counts);
+struct Connecting<'a>(&'a ConnectCounts);
 
 impl<'a> Connecting<'a> {
-    fn begin(counts: &'a Counts) -> Self {
+    fn begin(counts: &'a ConnectCounts) -> Self {
         counts.connecting.fetch_add(1, Ordering::Relaxed);
         Self(counts)
     }

@@ -16,7 +16,7 @@ pub(super) enum Over {
     Idle,
     /// A caller of another host needs its permit of the total.
     Room,
-    /// [`renew`](super::handle::ConnectHandle::renew) was called, or a response was a 421 (Misdirected Request).
+    /// [`recycle`](super::handle::ConnectHandle::recycle) was called, or a response was a 421 (Misdirected Request).
     Asked,
     /// It is closed already, for example by the peer.
     Closed,
@@ -33,7 +33,7 @@ pub(super) struct Life {
 
 /// The decision whether to close a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum LifetimeVerdict {
     Close(Over),
     /// Leave the connection open, and decide again at this time.
     Keep(Nanos),
@@ -53,15 +53,15 @@ impl Life {
 
     /// Applies the limits. `idle_since` is `None` while the connection is in use: the maximum age applies then too, and
     /// the owner closes the connection at the end of the use.
-    pub(super) fn judge(&self, now: Nanos, idle_since: Option<Nanos>) -> Verdict {
+    pub(super) fn judge(&self, now: Nanos, idle_since: Option<Nanos>) -> LifetimeVerdict {
         if self.ends <= now {
-            return Verdict::Close(Over::Age);
+            return LifetimeVerdict::Close(Over::Age);
         }
         let unused = idle_since.unwrap_or(now).saturating_add(self.idle);
         if unused <= now {
-            return Verdict::Close(Over::Idle);
+            return LifetimeVerdict::Close(Over::Idle);
         }
-        Verdict::Keep(self.ends.min(unused))
+        LifetimeVerdict::Keep(self.ends.min(unused))
     }
 }
 
@@ -77,21 +77,24 @@ mod tests {
     #[test]
     fn is_over_when_idle_for_too_long_or_old_and_idle() {
         let life = Life::new(100, 1000, 50, 0, 0.0);
-        assert_eq!(life.judge(100, Some(100)), Verdict::Keep(150));
-        assert_eq!(life.judge(149, Some(100)), Verdict::Keep(150));
-        assert_eq!(life.judge(150, Some(100)), Verdict::Close(Over::Idle));
-        assert_eq!(life.judge(1090, Some(1080)), Verdict::Keep(1100));
-        assert_eq!(life.judge(1100, Some(1099)), Verdict::Close(Over::Age));
+        assert_eq!(life.judge(100, Some(100)), LifetimeVerdict::Keep(150));
+        assert_eq!(life.judge(149, Some(100)), LifetimeVerdict::Keep(150));
+        assert_eq!(life.judge(150, Some(100)), LifetimeVerdict::Close(Over::Idle));
+        assert_eq!(life.judge(1090, Some(1080)), LifetimeVerdict::Keep(1100));
+        assert_eq!(life.judge(1100, Some(1099)), LifetimeVerdict::Close(Over::Age));
     }
 
     #[test]
     fn in_use_is_never_idle_and_looked_at_no_more_often_than_it_can_be() {
         let life = Life::new(0, 1000, 50, 0, 0.0);
-        assert_eq!(life.judge(10, None), Verdict::Keep(60));
-        assert_eq!(life.judge(990, None), Verdict::Keep(1000));
-        assert_eq!(life.judge(5000, None), Verdict::Close(Over::Age));
-        assert_eq!(Life::new(0, 1000, NEVER, 0, 0.0).judge(500, None), Verdict::Keep(1000));
-        assert_eq!(Life::new(0, NEVER, NEVER, 0, 0.0).judge(500, None), Verdict::Keep(NEVER));
+        assert_eq!(life.judge(10, None), LifetimeVerdict::Keep(60));
+        assert_eq!(life.judge(990, None), LifetimeVerdict::Keep(1000));
+        assert_eq!(life.judge(5000, None), LifetimeVerdict::Close(Over::Age));
+        assert_eq!(Life::new(0, 1000, NEVER, 0, 0.0).judge(500, None), LifetimeVerdict::Keep(1000));
+        assert_eq!(
+            Life::new(0, NEVER, NEVER, 0, 0.0).judge(500, None),
+            LifetimeVerdict::Keep(NEVER)
+        );
     }
 
     #[test]
@@ -102,6 +105,6 @@ mod tests {
         }
         let life = Life::new(u64::MAX - 1, NEVER, NEVER, 1000, 1.0);
         assert_eq!((life.ends, life.idle), (NEVER, NEVER));
-        assert_eq!(life.judge(NEVER - 1, Some(0)), Verdict::Keep(NEVER));
+        assert_eq!(life.judge(NEVER - 1, Some(0)), LifetimeVerdict::Keep(NEVER));
     }
 }

@@ -84,7 +84,7 @@
 //! | a connection | is closed |
 //! |---|---|
 //! | unused for [`max_idle`](ConnectLayer::max_idle) | at once; if its task has not run in time, before its next use |
-//! | as old as [`max_age`](ConnectLayer::max_age), [renewed](ConnectHandle::renew), or used by a call with a 421 response | at once if idle, otherwise after its calls; no call begins on it, except over HTTP/2 while the caps leave no room for another connection |
+//! | as old as [`max_age`](ConnectLayer::max_age), [renewed](ConnectHandle::recycle), or used by a call with a 421 response | at once if idle, otherwise after its calls; no call begins on it, except over HTTP/2 while the caps leave no room for another connection |
 //! | idle, while a call to another host waits for a permit of the total | at once |
 //!
 //! If a request is assigned to a connection just when that connection is closed for one of these reasons, the request
@@ -96,7 +96,7 @@
 //! |---|---|---|
 //! | [`Client`] | yes | yes |
 //! | hyper-util's client, tonic's `connect_with_connector`, with a [`Connector`] | yes | no |
-//! | reqwest's `connector_layer`, with [`dials`](ConnectLayer::dials) | connect timeout and counters | no |
+//! | reqwest's `connector_layer`, with [`untracked`](ConnectLayer::untracked) | connect timeout and counters | no |
 //!
 //! A wrapped connector does not observe which of its connections are in use. Build hyper-util's client with the
 //! [`Executor`] of this module: otherwise connects that the client no longer needs occupy the queue. tonic has one
@@ -169,8 +169,8 @@ mod streams;
 mod tcp;
 
 pub use self::{
-    client::{Client, ClientBuilder, ResponseFuture},
-    dial::{Dial, DialFuture, DialLayer},
+    client::{Client, ClientBuilder, ClientResponseFuture},
+    dial::{Untracked, UntrackedFuture, UntrackedLayer},
     executor::Executor,
     handle::{ConnectHandle, ConnectSnapshot},
     io::Io,

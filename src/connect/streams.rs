@@ -69,7 +69,7 @@ pub(super) struct Streams {
     pub(super) head: Arc<Gate>,
     /// The number of [`Guest`]s.
     pub(super) users: AtomicUsize,
-    state: Mutex<State>,
+    state: Mutex<LaneState>,
     /// Wakes the first call of the queue.
     changed: Notify,
     /// Wakes all calls that wait for the first connection.
@@ -81,7 +81,7 @@ pub(super) struct Streams {
 }
 
 #[derive(Default)]
-struct State {
+struct LaneState {
     /// The connections whose SETTINGS have arrived, until they are closed.
     open: Vec<Shared<Conn>>,
     /// The lane in which a call opens a connection, if one does.
@@ -263,7 +263,7 @@ impl Streams {
         .await
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, LaneState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -281,7 +281,7 @@ impl Drop for Queued<'_> {
     }
 }
 
-impl State {
+impl LaneState {
     /// Returns the connections that take calls.
     fn in_use(&self) -> impl Iterator<Item = &Shared<Conn>> {
         self.open.iter().filter(|conn| !conn.is_left())

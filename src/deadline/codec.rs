@@ -71,7 +71,7 @@ fn digits(text: &str) -> Option<u64> {
 const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 
 /// The encoding of `grpc-timeout`: up to eight digits and a unit (PROTOCOL-HTTP2, "Timeout").
-pub(super) struct Grpc;
+pub(super) struct GrpcTimeout;
 
 const UNITS: [(char, u64); 6] = [
     ('n', 1),
@@ -83,7 +83,7 @@ const UNITS: [(char, u64); 6] = [
 ];
 const MOST: u128 = 99_999_999;
 
-impl Codec for Grpc {
+impl Codec for GrpcTimeout {
     fn read(&self, headers: &HeaderMap) -> Option<Duration> {
         let text = headers.get(GRPC_TIMEOUT)?.to_str().ok()?;
         let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
@@ -120,7 +120,7 @@ mod tests {
     fn grpc(text: &str) -> Option<Duration> {
         let mut headers = HeaderMap::new();
         headers.insert(GRPC_TIMEOUT, HeaderValue::from_bytes(text.as_bytes()).unwrap());
-        Grpc.read(&headers)
+        GrpcTimeout.read(&headers)
     }
 
     #[test]
@@ -146,16 +146,16 @@ mod tests {
     fn deadline_is_never_written_longer_than_it_is() {
         for nanos in [1, 82, 99_999_999, 100_000_001, 99_999_999_999, u64::MAX] {
             let (left, mut headers) = (Duration::from_nanos(nanos), HeaderMap::new());
-            Grpc.write(left, &mut headers);
-            let read = Grpc.read(&headers).unwrap();
+            GrpcTimeout.write(left, &mut headers);
+            let read = GrpcTimeout.read(&headers).unwrap();
             assert!(
                 read <= left && left - read < left / 1_000 + Duration::from_nanos(1),
                 "{left:?}"
             );
         }
         let mut headers = HeaderMap::new();
-        Grpc.write(Duration::MAX, &mut headers);
-        assert!(Grpc.read(&headers).is_some());
+        GrpcTimeout.write(Duration::MAX, &mut headers);
+        assert!(GrpcTimeout.read(&headers).is_some());
         let millis = Millis(HeaderName::from_static("x-left"));
         millis.write(Duration::from_micros(1999), &mut headers);
         assert_eq!(millis.read(&headers), Some(Duration::from_millis(1)));
@@ -176,7 +176,7 @@ mod tests {
                 headers.insert(GRPC_TIMEOUT, value.clone());
                 headers.insert("x-left", value);
             }
-            if let Some(time) = Grpc.read(&headers) {
+            if let Some(time) = GrpcTimeout.read(&headers) {
                 prop_assert!(text.len() <= 9 && time <= Duration::from_secs(99_999_999 * 3600));
             }
             prop_assert_eq!(millis.read(&headers).is_some(), digits(&text).is_some());
@@ -186,7 +186,7 @@ mod tests {
         fn fuzz_any_deadline_is_written_never_longer_than_it_is(left in any::<Duration>()) {
             let millis = Millis(HeaderName::from_static("x-left"));
             let most = Duration::from_secs(99_999_999 * 3600);
-            for (codec, exact) in [(&Grpc as &dyn Codec, Duration::ZERO), (&millis, Duration::from_millis(1))] {
+            for (codec, exact) in [(&GrpcTimeout as &dyn Codec, Duration::ZERO), (&millis, Duration::from_millis(1))] {
                 let mut headers = HeaderMap::new();
                 codec.write(left, &mut headers);
                 let read = codec.read(&headers).unwrap();

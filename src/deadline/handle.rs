@@ -9,11 +9,11 @@ use std::{
 
 use http::Request;
 
-use super::codec::{Codec, Grpc};
+use super::codec::{Codec, GrpcTimeout};
 use crate::{
     error::ConfigError,
-    outcome::{Phase, grpc},
-    time::{Deadline, DeadlineSource, Moment},
+    outcome::{TimeoutPhase, grpc},
+    time::{CallClock, Deadline, DeadlineSource},
     timeout::TimeoutHandle,
 };
 
@@ -22,7 +22,7 @@ use crate::{
 pub(super) struct Times {
     pub(super) default: AtomicU64,
     pub(super) longest: AtomicU64,
-    pub(super) keep_back: AtomicU64,
+    pub(super) reserve: AtomicU64,
 }
 
 fn get(ms: &AtomicU64) -> Option<Duration> {
@@ -45,7 +45,7 @@ impl Times {
         let grpc = grpc::is_grpc_call(request.method(), request.headers());
         let read = |codec: &dyn Codec| Some((codec.read(request.headers())?, codec.resolution()));
         let own = codec.and_then(read);
-        let told = if grpc { own.into_iter().chain(read(&Grpc)).min() } else { own };
+        let told = if grpc { own.into_iter().chain(read(&GrpcTimeout)).min() } else { own };
         let by_caller = told.map(|(time, _)| (time, DeadlineSource::Caller));
         let by_operator = |time| (time, DeadlineSource::Operator);
         let carried = Deadline::of(request.extensions());
@@ -68,16 +68,16 @@ impl Times {
         // If an outer layer of this stack has written the carried deadline to the headers, the header does not make it
         // a deadline of the caller.
         let repeats_carried = told.zip(carried).is_some_and(|((told, resolution), carried)| {
-            let left = carried.at().saturating_duration_since(Moment::now());
+            let left = carried.at().saturating_duration_since(CallClock::now());
             // `grpc-timeout` has at most eight digits, so its unit is coarser beyond 27 hours.
             told <= left && left - told <= resolution.saturating_add(left / 100_000)
         });
         let bounded =
             bounded.filter(|(_, source)| !repeats_carried || *source == DeadlineSource::Operator);
-        let kept = get(&self.keep_back).unwrap_or_default();
+        let kept = get(&self.reserve).unwrap_or_default();
         // Subtracted while it is a duration, because an `Instant` can represent only a limited range.
         let set = |(time, source): (Duration, DeadlineSource)| {
-            let deadline = Deadline::after_from(time.saturating_sub(kept), Moment::now());
+            let deadline = Deadline::after_from(time.saturating_sub(kept), CallClock::now());
             deadline.with_source(source).by_layer()
         };
         let less = carried.map(|deadline| deadline.earlier_by(kept));
@@ -86,11 +86,11 @@ impl Times {
             request.extensions_mut().insert(deadline);
         }
         let mut tell = |codec: &dyn Codec| {
-            let left = deadline.at().saturating_duration_since(Moment::now());
+            let left = deadline.at().saturating_duration_since(CallClock::now());
             codec.write(left, request.headers_mut());
         };
         if grpc {
-            tell(&Grpc);
+            tell(&GrpcTimeout);
         }
         if let Some(codec) = codec {
             tell(codec);
@@ -122,8 +122,8 @@ impl DeadlineHandle {
     pub fn snapshot(&self) -> DeadlineSnapshot {
         let inner = self.inner.snapshot();
         DeadlineSnapshot {
-            refused: inner.refused_deadline,
-            ended: inner.timed_out_by(Phase::Deadline),
+            refused: inner.rejected_deadline,
+            ended: inner.timed_out_by(TimeoutPhase::Deadline),
         }
     }
 
@@ -137,21 +137,21 @@ impl DeadlineHandle {
         Ok(())
     }
 
-    /// Sets the [maximum time](super::layer::DeadlineLayer::at_most) of a header for the calls that begin from now on. With
+    /// Sets the [maximum time](super::layer::DeadlineLayer::max) of a header for the calls that begin from now on. With
     /// `None`, the default is the maximum.
     ///
     /// # Errors
     ///
     /// Fails if the time is zero.
-    pub fn set_at_most(&self, time: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
+    pub fn set_max(&self, time: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
         set(&self.times.longest, above_zero("at_most", time.into())?);
         Ok(())
     }
 
-    /// Sets the time that is [reserved](super::layer::DeadlineLayer::keep_back) for sending the response back, for the calls
+    /// Sets the time that is [reserved](super::layer::DeadlineLayer::reserve) for sending the response back, for the calls
     /// that begin from now on.
-    pub fn set_keep_back(&self, time: impl Into<Option<Duration>>) {
-        set(&self.times.keep_back, time.into());
+    pub fn set_reserve(&self, time: impl Into<Option<Duration>>) {
+        set(&self.times.reserve, time.into());
     }
 }
 

@@ -13,7 +13,7 @@ use tower_service::Service;
 use super::{
     codec::{Codec, Millis},
     handle::{DeadlineHandle, Times, set},
-    propagate::PropagateLayer,
+    propagate::PropagateDeadlineLayer,
 };
 use crate::{
     admission::Reusable,
@@ -21,8 +21,8 @@ use crate::{
     outcome::{LayerKind, Rejected},
     redact,
     respond::{AsError, Reject, Respond, RespondWith},
-    time::Moment,
-    timeout::{AsIs, ResponseFuture, TimedBody, Timeout, TimeoutLayer, Timeouts},
+    time::CallClock,
+    timeout::{AsIs, TimedBody, Timeout, TimeoutFuture, TimeoutLayer, Timeouts},
 };
 
 /// Sets one absolute deadline for every call, enforces it, and sends the time left to the next hop.
@@ -54,7 +54,7 @@ impl Default for DeadlineLayer {
 
 impl<R> DeadlineLayer<R> {
     /// Sets the time of calls whose headers set none. It is also the maximum that a header can set, unless
-    /// [`at_most`](Self::at_most) sets another: a caller never extends the bound of the operator. Default: none, so
+    /// [`max`](Self::max) sets another: a caller never extends the bound of the operator. Default: none, so
     /// calls without a header have no deadline, and headers have no maximum.
     ///
     /// A [`Deadline`](crate::time::Deadline) that the application has made itself and inserted in the extensions replaces the
@@ -68,15 +68,15 @@ impl<R> DeadlineLayer<R> {
     /// Sets the maximum time that a header, a deadline of the caller in the extensions, or the default can set. It does
     /// not bound a deadline that the application has made itself. Default: the time of
     /// [`default_of`](Self::default_of).
-    pub fn at_most(mut self, time: Duration) -> Self {
+    pub fn max(mut self, time: Duration) -> Self {
         self.above_zero("at_most", time, |times, time| set(&times.longest, Some(time)));
         self
     }
 
     /// Sets the time reserved for sending the response back. The deadline of the wrapped service and of the next hop is
     /// earlier by this time. Default: none.
-    pub fn keep_back(self, time: Duration) -> Self {
-        set(&self.times.keep_back, Some(time));
+    pub fn reserve(self, time: Duration) -> Self {
+        set(&self.times.reserve, Some(time));
         self
     }
 
@@ -139,8 +139,8 @@ impl<R> DeadlineLayer<R> {
     ///     .service(client());
     /// # let _ = client;
     /// ```
-    pub fn propagate_only(self) -> PropagateLayer {
-        PropagateLayer { handle: self.handle(), codec: self.codec, fault: self.fault }
+    pub fn propagate_only(self) -> PropagateDeadlineLayer {
+        PropagateDeadlineLayer { handle: self.handle(), codec: self.codec, fault: self.fault }
     }
 
     /// Sets the name of the layer in errors and events. Only the first call has an effect.
@@ -186,11 +186,11 @@ pub(super) fn report(fault: &Fault) {
 }
 
 impl<S, R: Clone> Layer<S> for DeadlineLayer<R> {
-    type Service = Deadlined<S, R>;
+    type Service = DeadlineService<S, R>;
 
     fn layer(&self, inner: S) -> Self::Service {
         report(&self.fault);
-        Deadlined {
+        DeadlineService {
             times: self.times.clone(),
             codec: self.codec.clone(),
             timeout: self.timeout.layer(inner),
@@ -209,26 +209,26 @@ impl<R> fmt::Debug for DeadlineLayer<R> {
 
 /// The service of a [`DeadlineLayer`].
 #[derive(Clone)]
-pub struct Deadlined<S, R = AsError> {
+pub struct DeadlineService<S, R = AsError> {
     times: Arc<Times>,
     codec: Option<Arc<dyn Codec>>,
     timeout: Timeout<S, AsIs, R>,
 }
 
-impl<S, R> Deadlined<S, R> {
+impl<S, R> DeadlineService<S, R> {
     /// Returns a reference to the wrapped service.
     pub fn get_ref(&self) -> &S {
         self.timeout.get_ref()
     }
 }
 
-impl<S, R> fmt::Debug for Deadlined<S, R> {
+impl<S, R> fmt::Debug for DeadlineService<S, R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Deadlined").field("times", &self.times).finish_non_exhaustive()
+        f.debug_struct("DeadlineService").field("times", &self.times).finish_non_exhaustive()
     }
 }
 
-impl<S, R, ReqB, B> Service<Request<ReqB>> for Deadlined<S, R>
+impl<S, R, ReqB, B> Service<Request<ReqB>> for DeadlineService<S, R>
 where
     S: Service<Request<ReqB>, Response = Response<B>> + Reusable,
     ReqB: 'static,
@@ -237,14 +237,14 @@ where
 {
     type Response = Response<TimedBody<B>>;
     type Error = R::Error;
-    type Future = ResponseFuture<S::Future, Request<ReqB>, AsIs, R>;
+    type Future = TimeoutFuture<S::Future, Request<ReqB>, AsIs, R>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), R::Error>> {
         self.timeout.poll_ready(cx)
     }
 
     fn call(&mut self, request: Request<ReqB>) -> Self::Future {
-        let _moment = Moment::begin();
+        let _moment = CallClock::begin();
         let Self { times, codec, timeout } = self;
         timeout.begin(request, |request| (None, times.apply(codec.as_deref(), request)))
     }

@@ -33,7 +33,7 @@
 //! let deadline = DeadlineLayer::new()
 //!     .header("x-request-timeout-ms")             // gRPC's `grpc-timeout` is read and written in any case
 //!     .default_of(Duration::from_secs(10))
-//!     .at_most(Duration::from_secs(30))           // the maximum that a header can set
+//!     .max(Duration::from_secs(30))           // the maximum that a header can set
 //!     .respond();
 //! let app: Router = Router::new().route("/", get(handler)).layer(deadline);
 //! ```
@@ -47,12 +47,12 @@
 //!
 //! | in the extensions | the default | the maximum of a header |
 //! |---|---|---|
-//! | nothing | applies without a header | [`at_most`](DeadlineLayer::at_most), or else the default |
+//! | nothing | applies without a header | [`max`](DeadlineLayer::max), or else the default |
 //! | a deadline of the caller that was passed on | applies without a header | the same, also for that deadline |
 //! | a deadline that another layer has set by its default or maximum | applies without a header | the same |
 //! | a deadline that the application has made itself | is replaced, also by a later one | the deadline of the application |
 //!
-//! The deadline is inserted in the extensions, less the time that is [reserved](DeadlineLayer::keep_back) for sending
+//! The deadline is inserted in the extensions, less the time that is [reserved](DeadlineLayer::reserve) for sending
 //! the response back. The time that is left is written to the requested headers (for gRPC requests always
 //! `grpc-timeout`).
 //!
@@ -78,7 +78,7 @@
 //! | set by | source | a call that it ends |
 //! |---|---|---|
 //! | `grpc-timeout`, a [header](DeadlineLayer::header) or [codec](DeadlineLayer::codec) | `Caller` | is cancelled, as if the caller had hung up |
-//! | the [default](DeadlineLayer::default_of), [`at_most`](DeadlineLayer::at_most) | `Operator` | is a failure: a timeout |
+//! | the [default](DeadlineLayer::default_of), [`max`](DeadlineLayer::max) | `Operator` | is a failure: a timeout |
 //! | the application, with [`Deadline::after`] | `Operator` | is a failure: a timeout |
 //!
 //! The source stays the same when a handler passes the deadline on, and when a deadline layer reads the header that
@@ -107,8 +107,8 @@
 //! | setting | default |
 //! |---|---|
 //! | [`default_of`](DeadlineLayer::default_of) | none |
-//! | [`at_most`](DeadlineLayer::at_most) | the time of `default_of` |
-//! | [`keep_back`](DeadlineLayer::keep_back) | none |
+//! | [`max`](DeadlineLayer::max) | the time of `default_of` |
+//! | [`reserve`](DeadlineLayer::reserve) | none |
 //! | [`header`](DeadlineLayer::header) | none; there is no standard |
 //! | calls that are too late | fail with a boxed [`Rejected`](crate::outcome::Rejected) |
 //!
@@ -130,7 +130,7 @@ mod propagate;
 pub use self::{
     codec::Codec,
     handle::{DeadlineHandle, DeadlineSnapshot},
-    layer::{DeadlineLayer, Deadlined},
-    propagate::{PropagateLayer, Propagated},
+    layer::{DeadlineLayer, DeadlineService},
+    propagate::{PropagateDeadline, PropagateDeadlineLayer},
 };
-pub use crate::{time::Deadline, timeout::ResponseFuture};
+pub use crate::{time::Deadline, timeout::TimeoutFuture};

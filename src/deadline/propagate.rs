@@ -17,20 +17,20 @@ use super::{
 };
 use crate::{
     error::{ConfigError, Fault},
-    time::Moment,
+    time::CallClock,
 };
 
 /// Sets one absolute deadline for every call and sends the time left to the next hop. Inner layers enforce the
 /// deadline. Made by [`DeadlineLayer::propagate_only`](super::layer::DeadlineLayer::propagate_only).
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
-pub struct PropagateLayer {
+pub struct PropagateDeadlineLayer {
     pub(super) handle: DeadlineHandle,
     pub(super) codec: Option<Arc<dyn Codec>>,
     pub(super) fault: Fault,
 }
 
-impl PropagateLayer {
+impl PropagateDeadlineLayer {
     /// Returns the handle of the layer, which changes its times. The layer rejects and ends no calls, so all counts of
     /// its snapshot are zero.
     #[must_use]
@@ -49,46 +49,46 @@ impl PropagateLayer {
     }
 }
 
-impl<S> Layer<S> for PropagateLayer {
-    type Service = Propagated<S>;
+impl<S> Layer<S> for PropagateDeadlineLayer {
+    type Service = PropagateDeadline<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
         report(&self.fault);
-        Propagated { inner, times: self.handle.times.clone(), codec: self.codec.clone() }
+        PropagateDeadline { inner, times: self.handle.times.clone(), codec: self.codec.clone() }
     }
 }
 
-impl fmt::Debug for PropagateLayer {
+impl fmt::Debug for PropagateDeadlineLayer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PropagateLayer")
+        f.debug_struct("PropagateDeadlineLayer")
             .field("times", &self.handle.times)
             .field("fault", &self.fault)
             .finish_non_exhaustive()
     }
 }
 
-/// The service of a [`PropagateLayer`]. Its response, error and future types are those of the wrapped service.
+/// The service of a [`PropagateDeadlineLayer`]. Its response, error and future types are those of the wrapped service.
 #[derive(Clone)]
-pub struct Propagated<S> {
+pub struct PropagateDeadline<S> {
     inner: S,
     times: Arc<Times>,
     codec: Option<Arc<dyn Codec>>,
 }
 
-impl<S> Propagated<S> {
+impl<S> PropagateDeadline<S> {
     /// Returns a reference to the wrapped service.
     pub fn get_ref(&self) -> &S {
         &self.inner
     }
 }
 
-impl<S> fmt::Debug for Propagated<S> {
+impl<S> fmt::Debug for PropagateDeadline<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Propagated").field("times", &self.times).finish_non_exhaustive()
+        f.debug_struct("PropagateDeadline").field("times", &self.times).finish_non_exhaustive()
     }
 }
 
-impl<S, B> Service<Request<B>> for Propagated<S>
+impl<S, B> Service<Request<B>> for PropagateDeadline<S>
 where
     S: Service<Request<B>>,
 {
@@ -98,13 +98,13 @@ where
 
     #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        Moment::anew();
+        CallClock::anew();
         self.inner.poll_ready(cx)
     }
 
     #[inline]
     fn call(&mut self, mut request: Request<B>) -> S::Future {
-        let _moment = Moment::begin();
+        let _moment = CallClock::begin();
         self.times.apply(self.codec.as_deref(), &mut request);
         self.inner.call(request)
     }

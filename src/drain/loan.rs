@@ -94,14 +94,14 @@ mod boxed {
         if request.body().is_end_stream() || drains == Drains::Never {
             return None;
         }
-        let state = Arc::new(Mutex::new(State::Lent));
+        let state = Arc::new(Mutex::new(LoanState::Lent));
         let body = mem::take(request.body_mut());
         let can_drain = drains == Drains::Always;
         *request.body_mut() = boxed(Lent { body, can_drain, state: state.clone() });
         Some(Loan(state))
     }
 
-    enum State<B> {
+    enum LoanState<B> {
         /// The holder has the body.
         Lent,
         /// The holder has dropped the body, and the lender has the original.
@@ -112,18 +112,18 @@ mod boxed {
         Rejected,
     }
 
-    fn lock<B>(state: &Mutex<State<B>>) -> MutexGuard<'_, State<B>> {
+    fn lock<B>(state: &Mutex<LoanState<B>>) -> MutexGuard<'_, LoanState<B>> {
         state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    impl<B: Lendable> Reclaim for Mutex<State<B>> {
+    impl<B: Lendable> Reclaim for Mutex<LoanState<B>> {
         fn drain(&self) -> bool {
-            let before = mem::replace(&mut *lock(self), State::Rejected);
+            let before = mem::replace(&mut *lock(self), LoanState::Rejected);
             // The lock has been released, so the body may be user code.
             match before {
-                State::Returned(body) => drain(body),
-                State::Lent => true,
-                State::Ended | State::Rejected => false,
+                LoanState::Returned(body) => drain(body),
+                LoanState::Lent => true,
+                LoanState::Ended | LoanState::Rejected => false,
             }
         }
     }
@@ -133,7 +133,7 @@ mod boxed {
         body: B,
         /// Whether the body can be drained: it has not ended, and polling it does not send `100 Continue`.
         can_drain: bool,
-        state: Arc<Mutex<State<B>>>,
+        state: Arc<Mutex<LoanState<B>>>,
     }
 
     impl<B: Lendable> Body for Lent<B> {
@@ -162,17 +162,17 @@ mod boxed {
     impl<B: Lendable> Drop for Lent<B> {
         fn drop(&mut self) {
             if !self.can_drain || self.body.is_end_stream() {
-                *lock(&self.state) = State::Ended;
+                *lock(&self.state) = LoanState::Ended;
                 return;
             }
             let body = mem::take(&mut self.body);
             let mut state = lock(&self.state);
-            if let State::Rejected = *state {
+            if let LoanState::Rejected = *state {
                 drop(state);
                 drain(body);
             } else {
                 // The lender drains or drops it.
-                *state = State::Returned(body);
+                *state = LoanState::Returned(body);
             }
         }
     }

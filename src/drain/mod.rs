@@ -199,7 +199,7 @@ where
         return false;
     }
     let Ok(runtime) = Handle::try_current() else { return false };
-    let Some(slot) = Slot::acquire(&DRAINS) else { return false };
+    let Some(slot) = DrainSlot::acquire(&DRAINS) else { return false };
     runtime.spawn(async move {
         let _ = timeout(TIMEOUT, discard(body)).await;
         drop(slot);
@@ -242,9 +242,9 @@ impl<B> Drop for Drained<B> {
 }
 
 /// The right to run one drain. Released when dropped.
-struct Slot(&'static AtomicUsize);
+struct DrainSlot(&'static AtomicUsize);
 
-impl Slot {
+impl DrainSlot {
     /// Returns a slot, or `None` if [`MAX_DRAINS`] are in use.
     fn acquire(drains: &'static AtomicUsize) -> Option<Self> {
         let more = |now| (now < MAX_DRAINS).then_some(now + 1);
@@ -252,7 +252,7 @@ impl Slot {
     }
 }
 
-impl Drop for Slot {
+impl Drop for DrainSlot {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Relaxed);
     }
@@ -373,11 +373,12 @@ mod tests {
     #[test]
     fn drains_are_capped() {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
-        let mut slots: Vec<_> = (0..MAX_DRAINS).filter_map(|_| Slot::acquire(&COUNT)).collect();
+        let mut slots: Vec<_> =
+            (0..MAX_DRAINS).filter_map(|_| DrainSlot::acquire(&COUNT)).collect();
         assert_eq!(slots.len(), MAX_DRAINS);
-        assert!(Slot::acquire(&COUNT).is_none());
+        assert!(DrainSlot::acquire(&COUNT).is_none());
         slots.pop();
-        assert!(Slot::acquire(&COUNT).is_some());
+        assert!(DrainSlot::acquire(&COUNT).is_some());
         drop(slots);
         assert_eq!(COUNT.load(SeqCst), 0);
     }

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     admission::Reusable,
     drain::drain_request,
-    permit::{OwnAnswer, TrackedBody},
+    permit::{FromBytes, TrackedBody},
 };
 
 // ===== In front of a server =====
@@ -120,14 +120,14 @@ where
                 let answer = self.teller.answer(endpoint, request.uri().query(), request.headers());
                 let answer = without_body_for(request.method(), answer);
                 drain_request(request);
-                State::Answer { answer: Some(Box::new(answer)) }
+                EndpointState::Answer { answer: Some(Box::new(answer)) }
             }
             // Returned at once, because the future is large to move.
             _ if was_ready => {
-                let state = State::Called { future: self.inner.call(request) };
+                let state = EndpointState::Called { future: self.inner.call(request) };
                 return HealthEndpointsFuture { state };
             }
-            _ => State::Parked { parked: Some(Box::new((self.inner.clone(), request))) },
+            _ => EndpointState::Parked { parked: Some(Box::new((self.inner.clone(), request))) },
         };
         HealthEndpointsFuture { state }
     }
@@ -137,13 +137,13 @@ pin_project! {
     /// The future of a [`HealthEndpoints`]'s call.
     pub struct HealthEndpointsFuture<S, Req, F> {
         #[pin]
-        state: State<S, Req, F>,
+        state: EndpointState<S, Req, F>,
     }
 }
 
 pin_project! {
     #[project = StateProj]
-    enum State<S, Req, F> {
+    enum EndpointState<S, Req, F> {
         Called { #[pin] future: F },
         Parked { parked: Option<Box<(S, Req)>> },
         Answer { answer: Option<Box<Response<Bytes>>> },
@@ -172,7 +172,7 @@ where
                     let Some((mut service, request)) = parked.take().map(|parked| *parked) else {
                         unreachable!("polled after completion")
                     };
-                    State::Called { future: service.call(request) }
+                    EndpointState::Called { future: service.call(request) }
                 }
                 StateProj::Answer { answer } => {
                     let Some(answer) = answer.take() else {
@@ -197,9 +197,9 @@ impl<S> fmt::Debug for HealthEndpoints<S> {
 impl<S, Req, F> fmt::Debug for HealthEndpointsFuture<S, Req, F> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.state {
-            State::Called { .. } => "HealthEndpointsFuture(called)",
-            State::Parked { .. } => "HealthEndpointsFuture(parked)",
-            State::Answer { .. } => "HealthEndpointsFuture(answer)",
+            EndpointState::Called { .. } => "HealthEndpointsFuture(called)",
+            EndpointState::Parked { .. } => "HealthEndpointsFuture(parked)",
+            EndpointState::Answer { .. } => "HealthEndpointsFuture(answer)",
         })
     }
 }

@@ -140,7 +140,7 @@ pub(super) struct Entry {
     overdue_at: AtomicU64,
     /// The watchers of the registry have been notified that the check is overdue.
     told_overdue: AtomicBool,
-    seen: Mutex<Option<Seen>>,
+    seen: Mutex<Option<ObservedState>>,
     /// The task that runs the check. A reporter's check has none.
     runner: OnceLock<AbortHandle>,
     clock: Clock,
@@ -148,7 +148,7 @@ pub(super) struct Entry {
 
 /// The result of the last run.
 #[derive(Clone, Debug)]
-struct Seen {
+struct ObservedState {
     result: Result<(), Option<Arc<str>>>,
     at: Nanos,
     took: Option<Duration>,
@@ -201,7 +201,7 @@ impl Entry {
     /// Records the result of a run.
     pub(super) fn looked(&self, result: Result<(), String>, took: Option<Duration>) {
         let result = result.map_err(reason);
-        *self.seen() = Some(Seen { result, at: self.clock.now(), took });
+        *self.seen() = Some(ObservedState { result, at: self.clock.now(), took });
     }
 
     /// Records the end of a run: the next one must end within the delay and `patience`.
@@ -224,7 +224,7 @@ impl Entry {
         self.state.swap(state as u8, Ordering::AcqRel) != state as u8
     }
 
-    fn seen(&self) -> MutexGuard<'_, Option<Seen>> {
+    fn seen(&self) -> MutexGuard<'_, Option<ObservedState>> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

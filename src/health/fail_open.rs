@@ -18,7 +18,7 @@ use crate::error::ConfigError;
 ///
 /// A set needs two gates or more: a single gate would admit calls whenever it is down.
 #[derive(Clone)]
-pub struct PanicGuard(Arc<Set>);
+pub struct FailOpen(Arc<Set>);
 
 struct Set {
     /// The set panics below this share of gates that are not down, in millionths. 0: only when all gates are down.
@@ -32,13 +32,13 @@ struct Set {
 /// A share of 1, in millionths.
 const WHOLE: usize = 1_000_000;
 
-impl Default for PanicGuard {
+impl Default for FailOpen {
     fn default() -> Self {
         Self::new()
     }
 }
 
-impl PanicGuard {
+impl FailOpen {
     /// Returns a guard that admits calls while all gates of the set are down.
     #[must_use]
     pub fn new() -> Self {
@@ -93,26 +93,26 @@ impl PanicGuard {
 
 /// The membership of a gate in a set. It ends when the gate is dropped.
 pub(super) struct Member {
-    guard: PanicGuard,
+    guard: FailOpen,
     down: bool,
     changed: Arc<Notify>,
 }
 
 impl Member {
-    pub(super) fn of(guard: &PanicGuard, changed: &Arc<Notify>) -> Self {
+    pub(super) fn of(guard: &FailOpen, changed: &Arc<Notify>) -> Self {
         guard.0.members.fetch_add(1, Ordering::AcqRel);
         guard.waiting().push(changed.clone());
         Self { guard: guard.clone(), down: false, changed: changed.clone() }
     }
 
-    pub(super) fn guard(&self) -> &PanicGuard {
+    pub(super) fn guard(&self) -> &FailOpen {
         &self.guard
     }
 
     /// Records whether the gate is down. Returns the guard if that changed: the caller then
-    /// [notifies](PanicGuard::tell) the gates without a lock, because that wakes callers.
+    /// [notifies](FailOpen::tell) the gates without a lock, because that wakes callers.
     #[must_use]
-    pub(super) fn is_now(&mut self, down: bool) -> Option<PanicGuard> {
+    pub(super) fn is_now(&mut self, down: bool) -> Option<FailOpen> {
         if std::mem::replace(&mut self.down, down) == down {
             return None;
         }
@@ -135,9 +135,9 @@ impl Drop for Member {
     }
 }
 
-impl fmt::Debug for PanicGuard {
+impl fmt::Debug for FailOpen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PanicGuard")
+        f.debug_struct("FailOpen")
             .field("members", &self.0.members)
             .field("down", &self.0.down)
             .finish_non_exhaustive()
@@ -148,7 +148,7 @@ impl fmt::Debug for PanicGuard {
 mod tests {
     use super::*;
 
-    fn set(guard: &PanicGuard, all: usize, down: usize) -> Vec<Member> {
+    fn set(guard: &FailOpen, all: usize, down: usize) -> Vec<Member> {
         let mut members: Vec<_> =
             (0..all).map(|_| Member::of(guard, &Arc::new(Notify::new()))).collect();
         for member in members.iter_mut().take(down) {
@@ -168,14 +168,14 @@ mod tests {
             (1.0, 4, 1, true),
             (1.0, 4, 0, false),
         ] {
-            let guard = PanicGuard::below(share).unwrap();
+            let guard = FailOpen::below(share).unwrap();
             let members = set(&guard, all, down);
             assert_eq!(guard.panics(), panics, "{down} of {all} below {share}");
             drop(members);
             assert!(!guard.panics() && guard.waiting().is_empty());
         }
         for bad in [-0.1, 1.1, f64::NAN] {
-            assert_eq!(PanicGuard::below(bad).unwrap_err().field, "panic_guard.below");
+            assert_eq!(FailOpen::below(bad).unwrap_err().field, "panic_guard.below");
         }
     }
 }

@@ -4,12 +4,12 @@ use http::StatusCode;
 use tower_layer::Layer;
 
 use super::{
-    fail_open::PanicGuard,
+    fail_open::FailOpen,
     gate::{Gate, WhileDown},
     handle::HealthProbeHandle,
     probe::{
-        AnyAnswer, Ask, Get, Grpc, Judged, OverHttp, Probe, ProbeFailure, Prober, Run, SendRequest,
-        StatusProbe,
+        AnyResponse, CallProbe, ClassifiedProbe, FnProbe, Get, Grpc, HttpProbe, Probe,
+        ProbeFailure, Prober, SendRequest, StatusProbe,
     },
     registry::Health,
     reporter::Reporter,
@@ -111,22 +111,22 @@ impl HealthProbeLayer<()> {
     /// .per_response();
     /// # let _ = probe;
     /// ```
-    pub fn check<F, Fut, E>(check: F) -> HealthProbeLayer<Run<F>>
+    pub fn check<F, Fut, E>(check: F) -> HealthProbeLayer<FnProbe<F>>
     where
         F: Fn() -> Fut + Clone + Send + 'static,
         Fut: Future<Output = Result<(), E>> + Send,
         E: 'static,
     {
-        HealthProbeLayer::with(Run(check), Http, None)
+        HealthProbeLayer::with(FnProbe(check), Http, None)
     }
 
     /// Returns a layer for services of any types. Its probes send the request that this closure makes for every probe.
-    /// Every response passes and every error fails, unless [`judge`](HealthProbeLayer::judge) sets another rule.
-    pub fn new<F, Req>(make: F) -> HealthProbeLayer<Ask<F>, PerResponse>
+    /// Every response passes and every error fails, unless [`classify_probe`](HealthProbeLayer::classify_probe) sets another rule.
+    pub fn new<F, Req>(make: F) -> HealthProbeLayer<CallProbe<F>, PerResponse>
     where
         F: Fn() -> Req + Clone + Send + 'static,
     {
-        HealthProbeLayer::with(Ask { make, judge: AnyAnswer }, PerResponse, None)
+        HealthProbeLayer::with(CallProbe { make, judge: AnyResponse }, PerResponse, None)
     }
 }
 
@@ -137,7 +137,7 @@ impl<P, M> HealthProbeLayer<P, M> {
     }
 }
 
-impl<P: OverHttp, M, R> HealthProbeLayer<P, M, R> {
+impl<P: HttpProbe, M, R> HealthProbeLayer<P, M, R> {
     /// Sets the HTTP statuses that pass: 200 to 299 by default.
     pub fn expect_status(
         mut self,
@@ -174,16 +174,19 @@ impl<P: StatusProbe, M, R> HealthProbeLayer<P, M, R> {
     }
 }
 
-impl<F, M, R> HealthProbeLayer<Ask<F>, M, R> {
+impl<F, M, R> HealthProbeLayer<CallProbe<F>, M, R> {
     /// Classifies the results of probes by a closure. It receives the response or the error of the wrapped service, and
     /// returns `true` if the probe passes.
-    pub fn judge<J, Res, E>(self, judge: J) -> HealthProbeLayer<Ask<F, Judged<J>>, M, R>
+    pub fn classify_probe<J, Res, E>(
+        self,
+        judge: J,
+    ) -> HealthProbeLayer<CallProbe<F, ClassifiedProbe<J>>, M, R>
     where
         J: for<'a> Fn(Result<&'a Res, &'a E>) -> bool + Clone + Send + 'static,
     {
         HealthProbeLayer {
             plan: self.plan,
-            probe: Ask { make: self.probe.make, judge: Judged(judge) },
+            probe: CallProbe { make: self.probe.make, judge: ClassifiedProbe(judge) },
         }
     }
 }
@@ -281,7 +284,7 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
 
     /// Adds the gate to the set of `guard`: while too many gates of the set are down, this gate admits calls although
     /// it is down. A gate keeps its first guard.
-    pub fn panic_guard(self, guard: &PanicGuard) -> Self {
+    pub fn fail_open(self, guard: &FailOpen) -> Self {
         self.plan.policy.join(guard);
         self
     }
@@ -292,21 +295,19 @@ impl<P, M, R> HealthProbeLayer<P, M, R> {
     /// For example, health probes replace the half-open probes of a circuit breaker, so that no call of a user is one:
     ///
     /// ```
-    /// use buttress::{
-    ///     CircuitBreakerLayer, HealthProbeLayer, Outcome, breaker::State, health::ProbeFailure,
-    /// };
+    /// use buttress::{breaker::CircuitState, health::ProbeFailure, CircuitBreakerLayer, HealthProbeLayer, Outcome};
     /// # type Body = http_body_util::Empty<bytes::Bytes>;
     ///
-    /// let breaker = CircuitBreakerLayer::http().probes_from_outside();
+    /// let breaker = CircuitBreakerLayer::http().external_probes();
     /// let circuit = breaker.handle();
     /// let probe = HealthProbeLayer::get::<Body>("http://search:8080/healthz").on_probe(move |result| {
     ///     let outcome = match result {
     ///         Ok(()) => Outcome::success(),
-    ///         Err(ProbeFailure::Refused) => return,
+    ///         Err(ProbeFailure::Rejected) => return,
     ///         Err(_) => Outcome::failure(),
     ///     };
     ///     // A closed circuit is decided by calls only.
-    ///     if circuit.state() == State::HalfOpen {
+    ///     if circuit.state() == CircuitState::HalfOpen {
     ///         circuit.record(outcome);
     ///     }
     /// });

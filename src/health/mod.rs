@@ -34,7 +34,7 @@
 //! let db = service_fn(|query: &'static str| async move { Ok::<_, Infallible>(query.len()) });
 //! let health = Health::new();
 //! let probe = HealthProbeLayer::new(|| "select lag")
-//!     .judge(|answer: Result<&usize, &Infallible>| answer.is_ok_and(|lag| *lag < 100))
+//!     .classify_probe(|answer: Result<&usize, &Infallible>| answer.is_ok_and(|lag| *lag < 100))
 //!     .every(Duration::from_secs(2))
 //!     .jitter(0.2)
 //!     .timeout(Duration::from_millis(500))
@@ -67,7 +67,7 @@
 //! | result of a probe | counts as |
 //! |---|---|
 //! | HTTP: 2xx, or an [expected](HealthProbeLayer::expect_status) status | passed |
-//! | other types: any response, or a result that the closure of [`judge`](HealthProbeLayer::judge) accepts | passed |
+//! | other types: any response, or a result that the closure of [`classify_probe`](HealthProbeLayer::classify_probe) accepts | passed |
 //! | gRPC: `SERVING`, or `UNIMPLEMENTED` | passed |
 //! | 503, or gRPC: `NOT_SERVING` | failed, and down at once; with [`immediate_failure(false)`](HealthProbeLayer::immediate_failure) failed |
 //! | another status (including 429), an error, a body that ends with an error or is not the [expected](HealthProbeLayer::expect_body) one | failed |
@@ -81,7 +81,7 @@
 //! | unknown | admitted | unknown: not ready |
 //! | up | admitted | pass |
 //! | down | rejected: [`Unhealthy`](crate::outcome::RejectedKind::Unhealthy), `retry_after` is the time until the next probe, or until the timeout of the current one; [`while_down`](HealthProbeLayer::while_down) changes this | fail |
-//! | down, and too many gates of its [set](PanicGuard) are down | admitted | fail |
+//! | down, and too many gates of its [set](FailOpen) are down | admitted | fail |
 //!
 //! The outcomes of calls never take a gate down or up. A circuit breaker does that, and
 //! [`on_probe`](HealthProbeLayer::on_probe) lets health probes replace its half-open probes. A
@@ -168,7 +168,7 @@
 //! | [`thresholds`](HealthProbeLayer::thresholds) | `rise` 1, `fall` 3 |
 //! | [`immediate_failure`](HealthProbeLayer::immediate_failure) | on |
 //! | [`while_down`](HealthProbeLayer::while_down) | calls are rejected |
-//! | [`passive`](HealthProbeLayer::passive), [`panic_guard`](HealthProbeLayer::panic_guard) | off |
+//! | [`passive`](HealthProbeLayer::passive), [`fail_open`](HealthProbeLayer::fail_open) | off |
 //! | rejections | an error; [`respond`](HealthProbeLayer::respond) for a response |
 //!
 //! tower and tower-http have no layer of this kind. Four rules follow Envoy: the thresholds, the first success that
@@ -201,16 +201,16 @@ pub use self::{
         HealthBody, HealthEndpoints, HealthEndpointsFuture, HealthEndpointsLayer, HealthService,
     },
     entry::{CheckSnapshot, CheckState, HealthStatus},
-    fail_open::PanicGuard,
+    fail_open::FailOpen,
     gate::WhileDown,
     handle::{HealthProbeHandle, HealthProbeSnapshot, LastProbe},
     layer::{HealthProbe, HealthProbeLayer},
     probe::{
-        AnyAnswer, Ask, Get, Grpc, Judged, OverHttp, Probe, ProbeFailure, Run, SendRequest,
-        StatusProbe,
+        AnyResponse, CallProbe, ClassifiedProbe, FnProbe, Get, Grpc, HttpProbe, Probe,
+        ProbeFailure, SendRequest, StatusProbe,
     },
     registry::Health,
     reporter::Reporter,
     threshold::ProbeState,
 };
-pub use crate::{admission::ResponseFuture, indicator::Indicator};
+pub use crate::{admission::AdmissionFuture, indicator::Indicator};

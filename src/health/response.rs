@@ -102,7 +102,7 @@ impl Teller {
     ) -> Response<Bytes> {
         let query = Query::of(query.unwrap_or_default());
         let wants_json = accepts(headers, &["application/health+json", "application/json"]);
-        let form = if wants_json == Some(true) { Form::Json } else { Form::Plain };
+        let form = if wants_json == Some(true) { HealthFormat::Json } else { HealthFormat::Plain };
         let (endpoint, check) = match endpoint {
             // Liveness does not depend on the checks.
             Endpoint::Live => return self.live(form, &query),
@@ -117,11 +117,11 @@ impl Teller {
         let mut checks = self.health.snapshot();
         let all = checks.len();
         match form {
-            Form::Json => {
+            HealthFormat::Json => {
                 checks.retain(|check| !query.excludes(&check.name));
                 json::answer(whole(&checks), &checks, self.with_reasons)
             }
-            Form::Plain => {
+            HealthFormat::Plain => {
                 let mut body = String::new();
                 checks.retain(|check| {
                     let excluded = query.excludes(&check.name);
@@ -146,25 +146,25 @@ impl Teller {
         }
     }
 
-    fn live(&self, form: Form, query: &Query<'_>) -> Response<Bytes> {
+    fn live(&self, form: HealthFormat, query: &Query<'_>) -> Response<Bytes> {
         match form {
-            Form::Json => json::answer(HealthStatus::Pass, &[], false),
-            Form::Plain if query.verbose => {
+            HealthFormat::Json => json::answer(HealthStatus::Pass, &[], false),
+            HealthFormat::Plain if query.verbose => {
                 plain(StatusCode::OK, "[+]ping ok\nlivez check passed\n")
             }
-            Form::Plain => plain(StatusCode::OK, "ok"),
+            HealthFormat::Plain => plain(StatusCode::OK, "ok"),
         }
     }
 
-    fn one(&self, form: Form, query: &Query<'_>, check: &CheckSnapshot) -> Response<Bytes> {
+    fn one(&self, form: HealthFormat, query: &Query<'_>, check: &CheckSnapshot) -> Response<Bytes> {
         let passed = check.state == CheckState::Pass;
         match form {
-            Form::Json => {
+            HealthFormat::Json => {
                 let told = json::answer(check.status(), slice::from_ref(check), self.with_reasons);
                 with_status(told, status(passed))
             }
-            Form::Plain if passed && !query.verbose => plain(StatusCode::OK, "ok"),
-            Form::Plain => {
+            HealthFormat::Plain if passed && !query.verbose => plain(StatusCode::OK, "ok"),
+            HealthFormat::Plain => {
                 let mut body = String::new();
                 self.line(&mut body, check);
                 plain(status(passed), body)
@@ -188,7 +188,7 @@ impl Teller {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Form {
+enum HealthFormat {
     Plain,
     Json,
 }

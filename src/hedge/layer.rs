@@ -12,7 +12,7 @@ use tower_layer::Layer;
 
 use super::service::Hedge;
 use crate::{
-    attempt::{Core, RetryBudget, Rules, Safe, lock},
+    attempt::{Core, RetryBudget, Rules, SafeRequests, lock},
     classify::{Classify, Http},
     error::{ConfigError, Fault},
     outcome::Outcome,
@@ -26,13 +26,13 @@ use crate::{
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct HedgeLayer<M = Http> {
-    settings: Shared<Settings>,
+    settings: Shared<HedgeSettings>,
     protocol: M,
     fault: Fault,
 }
 
 /// The settings and the counts of one hedge layer.
-pub(crate) struct Settings {
+pub(crate) struct HedgeSettings {
     delay: Delay,
     body_cap: AtomicU64,
     assume_idempotent: AtomicBool,
@@ -56,7 +56,7 @@ enum Delay {
     Live(Box<super::percentile::Live>),
 }
 
-impl Settings {
+impl HedgeSettings {
     /// Returns the current delay. `None` if no hedge attempt is sent.
     pub(crate) fn delay(&self) -> Option<Duration> {
         match &self.delay {
@@ -97,12 +97,16 @@ impl Settings {
         }
     }
 
-    pub(crate) fn rules<'a>(&self, only: &'a Safe, never: bool, marks: bool) -> Rules<'a> {
+    pub(crate) fn rules<'a>(&self, only: &'a SafeRequests, never: bool, marks: bool) -> Rules<'a> {
         Rules { body_cap: self.body_cap.load(Ordering::Relaxed), only: Some(only), never, marks }
     }
 
-    pub(crate) fn safe(&self) -> Safe {
-        if self.assume_idempotent.load(Ordering::Relaxed) { Safe::All } else { Safe::Idempotent }
+    pub(crate) fn safe(&self) -> SafeRequests {
+        if self.assume_idempotent.load(Ordering::Relaxed) {
+            SafeRequests::All
+        } else {
+            SafeRequests::Idempotent
+        }
     }
 
     #[cfg_attr(not(feature = "tracing"), allow(dead_code))] // Only events use it.
@@ -156,7 +160,7 @@ impl HedgeLayer {
     }
 
     fn with(delay: Delay, fault: Option<ConfigError>) -> Self {
-        let settings = Settings {
+        let settings = HedgeSettings {
             delay,
             body_cap: AtomicU64::new(64 * 1024),
             assume_idempotent: AtomicBool::new(false),
@@ -225,7 +229,7 @@ impl<M> HedgeLayer<M> {
 
     /// Sets the maximum number of bytes of a request body that are saved for a replay: 64 KiB by default. A request
     /// with a larger body is sent and not hedged.
-    pub fn replay_up_to(self, bytes: u64) -> Self {
+    pub fn max_replay_bytes(self, bytes: u64) -> Self {
         self.settings.body_cap.store(bytes, Ordering::Relaxed);
         self
     }
@@ -284,9 +288,9 @@ impl<M> fmt::Debug for HedgeLayer<M> {
     }
 }
 
-impl fmt::Debug for Settings {
+impl fmt::Debug for HedgeSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Settings")
+        f.debug_struct("HedgeSettings")
             .field("delay", &self.delay())
             .field("budget", &self.budget())
             .finish_non_exhaustive()
@@ -297,7 +301,7 @@ impl fmt::Debug for Settings {
 
 /// A handle to the counts of a hedge layer.
 #[derive(Clone, Debug)]
-pub struct HedgeHandle(Shared<Settings>);
+pub struct HedgeHandle(Shared<HedgeSettings>);
 
 /// A snapshot of a hedge layer.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -93,7 +93,7 @@
 //! | delay | must be set, or derived from [a percentile](HedgeLayer::after_percentile); begin near the 95th percentile of the latency |
 //! | [`max_hedges`](HedgeLayer::max_hedges) | 1 |
 //! | [`budget`](HedgeLayer::budget) | 5 %, and 1 per second |
-//! | [`replay_up_to`](HedgeLayer::replay_up_to) | 64 KiB |
+//! | [`max_replay_bytes`](HedgeLayer::max_replay_bytes) | 64 KiB |
 //!
 //! A hedge attempt after the 95th percentile adds 5 % of the calls. Dean and Barroso measured 2 % ("The Tail at Scale",
 //! CACM 2013). If more calls than that need a hedge attempt, the delay is too short, or all calls are slow and more

@@ -8,18 +8,18 @@ use std::{
     time::Duration,
 };
 
-use crate::{attempt::lock, time::Recent};
+use crate::{attempt::lock, time::RecentLatency};
 
 /// A percentile of the latency of recent calls.
 pub(crate) struct Live {
     quantile: f64,
     /// The percentile in microseconds when it was last computed. 0 if too few calls are recorded.
     delay_us: AtomicU64,
-    state: Mutex<State>,
+    state: Mutex<PercentileState>,
 }
 
-struct State {
-    recent: Recent,
+struct PercentileState {
+    recent: RecentLatency,
     /// The number of calls until the percentile is computed again.
     due: u32,
 }
@@ -33,7 +33,7 @@ const SHORTEST: Duration = Duration::from_millis(1);
 
 impl Live {
     pub(crate) fn new(quantile: f64) -> Self {
-        let state = State { recent: Recent::new(), due: 0 };
+        let state = PercentileState { recent: RecentLatency::new(), due: 0 };
         Self { quantile, delay_us: AtomicU64::new(0), state: Mutex::new(state) }
     }
 

@@ -11,28 +11,31 @@ use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tower_service::Service;
 
-use super::layer::Settings;
+use super::layer::HedgeSettings;
 use crate::{
     admission::Reusable,
-    attempt::{Core, FailureKind, Hedged, Repeat, Repeatable, Weigh, Weighed, Withdrawal, is_good},
+    attempt::{
+        AttemptFuture, BodyReplay, ClassifyAttempt, Core, FailureKind, Hedged, ReplayRequest,
+        Withdrawal, is_good,
+    },
     classify::Http,
     event::event,
     outcome::{DropCause, Outcome, WaitsFor, is_mark_requested},
-    permit::{Lease, Striped},
+    permit::{ShardedArc, ShardedRef},
 };
 
 /// The service of a [`HedgeLayer`](super::layer::HedgeLayer).
 pub struct Hedge<S, M = Http> {
     inner: S,
-    core: Striped<Core<S, Settings>>,
+    core: ShardedArc<Core<S, HedgeSettings>>,
     protocol: M,
     /// An inner layer measures calls: requests carry a mark of their progress.
     marks: bool,
 }
 
 impl<S, M> Hedge<S, M> {
-    pub(crate) fn new(inner: S, core: Core<S, Settings>, protocol: M) -> Self {
-        Self { inner, core: Striped::new(core), protocol, marks: false }
+    pub(crate) fn new(inner: S, core: Core<S, HedgeSettings>, protocol: M) -> Self {
+        Self { inner, core: ShardedArc::new(core), protocol, marks: false }
     }
 
     /// Returns the wrapped service.
@@ -61,7 +64,7 @@ impl<S, M> fmt::Debug for Hedge<S, M> {
 impl<S, M, Req> Service<Req> for Hedge<S, M>
 where
     S: Service<M::Request> + Reusable,
-    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+    M: ReplayRequest<Req> + ClassifyAttempt<S::Response, S::Error>,
 {
     type Response = M::Response;
     type Error = M::Error;
@@ -84,13 +87,13 @@ where
         let is_grpc_call = M::is_grpc(&request);
         let mut kept = M::keep(&request, rules);
         let first = M::first(request, kept.as_mut(), rules);
-        let hedgeable = kept.as_ref().is_some_and(|kept| M::repeatable(kept) != Repeatable::No);
+        let hedgeable = kept.as_ref().is_some_and(|kept| M::repeatable(kept) != BodyReplay::No);
         // If the delay exceeds the range of the clock, no hedge attempt is sent.
         let began = settings.learns().then(Instant::now);
         let delay = if hedgeable { settings.delay() } else { None };
         let at = delay.and_then(|delay| began.unwrap_or_else(Instant::now).checked_add(delay));
         HedgeFuture {
-            first: Some(Weighed::new(self.inner.call(first))),
+            first: Some(AttemptFuture::new(self.inner.call(first))),
             hedges: Vec::new(),
             next: Next::due(at),
             sent: 0,
@@ -112,10 +115,10 @@ pin_project! {
     pub struct HedgeFuture<S, Req, F, M, K, H> {
         // `None` after a bad response, while hedge attempts are in flight.
         #[pin]
-        first: Option<Weighed<F, H>>,
+        first: Option<AttemptFuture<F, H>>,
         // The hedge attempts in flight, in the order in which they were sent. They are boxed, so that a call without a
         // hedge attempt neither holds nor moves space for them.
-        hedges: Vec<Pin<Box<Weighed<F, H>>>>,
+        hedges: Vec<Pin<Box<AttemptFuture<F, H>>>>,
         #[pin]
         next: Next<S>,
         // The number of hedge attempts that were sent.
@@ -124,7 +127,7 @@ pin_project! {
         has_dropped_sent: bool,
         // `None` if the latency of the call is not recorded.
         began: Option<Instant>,
-        core: Lease<Core<S, Settings>>,
+        core: ShardedRef<Core<S, HedgeSettings>>,
         protocol: M,
         is_grpc_call: bool,
         kept: Option<K>,
@@ -156,7 +159,7 @@ impl<S> Next<S> {
 impl<S, M, Req> HedgeProj<'_, S, Req, S::Future, M, M::Kept, M::Held>
 where
     S: Service<M::Request>,
-    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+    M: ReplayRequest<Req> + ClassifyAttempt<S::Response, S::Error>,
 {
     /// Returns the response of an attempt, and drops the attempts that are still in flight.
     fn respond(
@@ -182,7 +185,7 @@ where
 impl<S, M, Req> Future for HedgeFuture<S, Req, S::Future, M, M::Kept, M::Held>
 where
     S: Service<M::Request> + Clone,
-    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+    M: ReplayRequest<Req> + ClassifyAttempt<S::Response, S::Error>,
 {
     type Output = Result<M::Response, M::Error>;
 
@@ -273,7 +276,7 @@ where
                         "hedging"
                     );
                     let hedge = service.call(M::hedge_attempt(kept, *this.sent));
-                    this.hedges.push(Box::pin(Weighed::new(hedge)));
+                    this.hedges.push(Box::pin(AttemptFuture::new(hedge)));
                     let further = *this.sent < settings.max_hedges();
                     let delay = if further { settings.delay() } else { None };
                     let at = delay.and_then(|delay| Instant::now().checked_add(delay));
@@ -313,7 +316,7 @@ impl Waits {
     }
 }
 
-impl Settings {
+impl HedgeSettings {
     /// Reports a bad response that is dropped because other attempts are in flight.
     fn report_bad(&self, _outcome: Outcome, _in_flight: usize) {
         event!(
@@ -327,7 +330,7 @@ impl Settings {
     }
 }
 
-impl<S> Core<S, Settings> {
+impl<S> Core<S, HedgeSettings> {
     /// Records a good response: its latency, and the deposit in the budget.
     fn well(&self, began: Option<Instant>) {
         self.settings.took(began);
@@ -337,12 +340,12 @@ impl<S> Core<S, Settings> {
 
 /// Prepares a hedge attempt after its delay. The budget is checked last, so that an attempt that cannot be sent makes
 /// no withdrawal.
-fn prepare<S, Req, M>(core: &Core<S, Settings>, kept: Option<&M::Kept>) -> Next<S>
+fn prepare<S, Req, M>(core: &Core<S, HedgeSettings>, kept: Option<&M::Kept>) -> Next<S>
 where
     S: Service<M::Request> + Clone,
-    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+    M: ReplayRequest<Req> + ClassifyAttempt<S::Response, S::Error>,
 {
-    if !kept.is_some_and(|kept| M::repeatable(kept) == Repeatable::Yes) {
+    if !kept.is_some_and(|kept| M::repeatable(kept) == BodyReplay::Yes) {
         event!(hedge, DEBUG, resilience.name = core.settings.name(), reason = "body", "not hedged");
         return Next::Nothing;
     }

@@ -48,10 +48,10 @@ use hyper_util::server::conn::auto::{Builder, HttpServerConnExec};
 use tokio::time::timeout;
 
 use super::{
-    stages::{ConnectionState, StageClock, Verdict},
-    state::{Phase, State},
+    stages::{ConnectionState, StageClock, StageVerdict},
+    state::{LifecyclePhase, LifecycleState},
 };
-use crate::{drain, error::BoxError, permit::Lease};
+use crate::{drain, error::BoxError, permit::ShardedRef};
 
 /// Minimum time for which an idle connection stays open at *stopping*, so that a client of HTTP/2 can acknowledge the
 /// GOAWAY even if the grace is zero.
@@ -71,7 +71,7 @@ pub(super) async fn serve_connection<I, S, B, E>(
     service: S,
     stages: Arc<ConnectionState>,
     mut clock: StageClock,
-    state: Lease<State>,
+    state: ShardedRef<LifecycleState>,
 ) where
     I: Read + Write + Unpin + Send + 'static,
     S: Service<Request<Incoming>, Response = Response<B>>,
@@ -80,7 +80,7 @@ pub(super) async fn serve_connection<I, S, B, E>(
     B: Body<Error: Into<BoxError>> + 'static,
     E: HttpServerConnExec<S::Future, B>,
 {
-    let is_old = state.phase() < Phase::Draining;
+    let is_old = state.phase() < LifecyclePhase::Draining;
     let mut connection = pin!(server.serve_connection_with_upgrades(io, service));
     let mut is_announced = false;
     // Polls the connection. If `announces` is set, a poll sends GOAWAY first if the protocol is known to be HTTP/2,
@@ -98,22 +98,22 @@ pub(super) async fn serve_connection<I, S, B, E>(
             continue;
         }
         match clock.check(cx) {
-            Verdict::Wait => return Poll::Pending,
-            Verdict::Close => return Poll::Ready(()),
-            Verdict::ShutDown => connection.as_mut().graceful_shutdown(),
+            StageVerdict::Wait => return Poll::Pending,
+            StageVerdict::Close => return Poll::Ready(()),
+            StageVerdict::ShutDown => connection.as_mut().graceful_shutdown(),
         }
     };
 
     tokio::select! {
         biased;
         () = poll_fn(|cx| poll(cx, false)) => return,
-        () = state.reached(Phase::Draining) => {}
+        () = state.reached(LifecyclePhase::Draining) => {}
     }
     let announces = is_old && stages.is_http2();
     tokio::select! {
         biased;
         () = poll_fn(|cx| poll(cx, announces)) => return,
-        () = state.reached(Phase::Stopping) => {}
+        () = state.reached(LifecyclePhase::Stopping) => {}
     }
     let idle_time = state.times(|times| times.grace).max(MIN_IDLE_TIME);
     // The first poll sets the number of writes, after it has written the GOAWAY, so that the GOAWAY does not count as

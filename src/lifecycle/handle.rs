@@ -5,16 +5,16 @@ use tokio::{runtime::Handle, time::sleep};
 use super::{
     layer::LifecycleLayer,
     signals::Signals,
-    state::{Driven, Phase, State, Step, drive},
+    state::{Driven, LifecyclePhase, LifecycleState, LifecycleStep, drive},
     token::Drain,
 };
-use crate::{error::ConfigError, health::Health, permit::Striped};
+use crate::{error::ConfigError, health::Health, permit::ShardedArc};
 
-/// The lifecycle of a process: its [phase](Phase), its readiness, and the drain that ends it without losing a call.
+/// The lifecycle of a process: its [phase](LifecyclePhase), its readiness, and the drain that ends it without losing a call.
 ///
 /// Clones share one lifecycle. See the [module](super).
 #[derive(Clone)]
-pub struct Lifecycle(pub(super) Striped<State>);
+pub struct Lifecycle(pub(super) ShardedArc<LifecycleState>);
 
 /// How a drain ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,16 +29,16 @@ pub struct Drained {
 }
 
 impl Lifecycle {
-    /// Creates a lifecycle in the phase [`Starting`](Phase::Starting), and installs its signal handlers.
+    /// Creates a lifecycle in the phase [`Starting`](LifecyclePhase::Starting), and installs its signal handlers.
     ///
     /// From this call on, the first `SIGTERM` or `SIGINT` (on Windows Ctrl-C or the close of the console) begins the
     /// [drain](Self::drain), also while the process is still starting, and no longer terminates the process. Each
-    /// further signal has the effect of [`hurry`](Self::hurry). A start that takes long should therefore also wait for
+    /// further signal has the effect of [`skip_delay`](Self::skip_delay). A start that takes long should therefore also wait for
     /// [`stopping`](Self::stopping).
     ///
     /// Adds a critical check with the name `lifecycle` to `health`. The check passes while the process is ready.
     ///
-    /// The lifecycle runs as a task on the current runtime, and changes to [`Stopped`](Phase::Stopped) if that runtime
+    /// The lifecycle runs as a task on the current runtime, and changes to [`Stopped`](LifecyclePhase::Stopped) if that runtime
     /// ends.
     ///
     /// tokio never restores the default action of a signal. If the last handle, layer and token of this lifecycle are
@@ -85,7 +85,7 @@ impl Lifecycle {
             let remedy = "use `without_signals`, and call `drain` yourself";
             ConfigError::new("lifecycle.signals", error, remedy)
         })?;
-        let state = Striped::new(State::new(reporter));
+        let state = ShardedArc::new(LifecycleState::new(reporter));
         let (weak, phase) = (state.state().downgrade(), state.seen());
         let driven = Driven(weak.clone());
         let driver = runtime.spawn(async move {
@@ -108,7 +108,7 @@ impl Lifecycle {
     /// In this time the process is not ready and continues to serve calls. The delay should be as long as routers and
     /// load balancers need to stop routing calls to this process. Without a router it can be zero.
     #[must_use]
-    pub fn delay(self, delay: Duration) -> Self {
+    pub fn drain_delay(self, delay: Duration) -> Self {
         self.0.times(|times| times.delay = delay);
         self
     }
@@ -118,7 +118,7 @@ impl Lifecycle {
     /// A server announces the end of its connections when *stopping* begins. Calls that clients send before they
     /// receive this announcement arrive in the grace. After the grace the [layer](Self::layer) rejects calls, and
     /// `serve` closes connections that have been idle for the grace, with a minimum of 100 ms. A grace that is not
-    /// shorter than the drain timeout ([`longest`](Self::longest)) ends with it.
+    /// shorter than the drain timeout ([`drain_timeout`](Self::drain_timeout)) ends with it.
     #[must_use]
     pub fn grace(self, grace: Duration) -> Self {
         self.0.times(|times| times.grace = grace);
@@ -128,21 +128,21 @@ impl Lifecycle {
     /// Sets the drain timeout, the maximum time in *stopping*: 20 s by default. Calls that are still in flight when it
     /// expires are cut.
     ///
-    /// The sum of this time and the [`delay`](Self::delay) should be less than the time after which the process is
+    /// The sum of this time and the [`drain_delay`](Self::drain_delay) should be less than the time after which the process is
     /// killed: Kubernetes' `terminationGracePeriodSeconds`, 30 s by default. The [`grace`](Self::grace) is a part of
     /// this time.
     #[must_use]
-    pub fn longest(self, longest: Duration) -> Self {
-        self.0.times(|times| times.longest = longest);
+    pub fn drain_timeout(self, timeout: Duration) -> Self {
+        self.0.times(|times| times.longest = timeout);
         self
     }
 
     // ===== Changes of the phase =====
 
-    /// Changes the phase from [`Starting`](Phase::Starting) to [`Ready`](Phase::Ready). Has no effect after the drain
+    /// Changes the phase from [`Starting`](LifecyclePhase::Starting) to [`Ready`](LifecyclePhase::Ready). Has no effect after the drain
     /// has begun.
     pub fn ready(&self) {
-        self.0.go_to(Step::Ready);
+        self.0.go_to(LifecycleStep::Ready);
     }
 
     /// Begins the drain, as the first signal does. Has no effect after the drain has begun.
@@ -154,15 +154,15 @@ impl Lifecycle {
 
     /// Ends the current phase of the drain, as each signal after the first does: *draining* changes to *stopping*, and
     /// *stopping* to *stopped*. Has no effect before the drain.
-    pub fn hurry(&self) {
-        self.0.hurry();
+    pub fn skip_delay(&self) {
+        self.0.skip_delay();
     }
 
     // ===== State =====
 
     /// Returns the current phase.
     #[must_use]
-    pub fn phase(&self) -> Phase {
+    pub fn phase(&self) -> LifecyclePhase {
         self.0.phase()
     }
 
@@ -180,7 +180,7 @@ impl Lifecycle {
     }
 
     /// Waits until the phase differs from the phase at the first poll, and returns the new phase. Cancel safe.
-    pub async fn changed(&self) -> Phase {
+    pub async fn changed(&self) -> LifecyclePhase {
         self.0.changed().await
     }
 
@@ -209,11 +209,11 @@ impl Lifecycle {
     /// [layer](Self::layer). The drain then takes place in this order:
     ///
     /// 1. The process becomes unready.
-    /// 2. After the [delay](Self::delay) the server announces the end to its clients (GOAWAY) and closes idle
+    /// 2. After the [delay](Self::drain_delay) the server announces the end to its clients (GOAWAY) and closes idle
     ///    connections.
     /// 3. Calls that arrive in the [grace](Self::grace) are served. Later calls are rejected.
     /// 4. The future resolves when the server has ended and all [guards](Drain::guard) are dropped, or when the drain
-    ///    timeout ([`longest`](Self::longest)) expires.
+    ///    timeout ([`drain_timeout`](Self::drain_timeout)) expires.
     ///
     /// At the drain timeout the server is dropped. tonic and axum leave the tasks of their connections running. These
     /// tasks are cut when the runtime ends, so return from `main`.
@@ -227,7 +227,7 @@ impl Lifecycle {
     ) -> Result<Drained, E> {
         let ended = async {
             server.await?;
-            if self.phase() == Phase::Stopping {
+            if self.phase() == LifecyclePhase::Stopping {
                 self.0.emptied().await;
             }
             Ok(0)
@@ -235,7 +235,7 @@ impl Lifecycle {
         let cut_calls = tokio::select! {
             biased;
             ended = ended => ended?,
-            () = self.0.reached(Phase::Stopped) => self.in_flight(),
+            () = self.0.reached(LifecyclePhase::Stopped) => self.in_flight(),
         };
         Ok(Drained { cut_calls, cut_connections: 0, refused: self.refused() })
     }

@@ -13,7 +13,7 @@
 //! only after the drain has read it as zero.
 //!
 //! The drain reads this word and the phase, which is another atomic. All accesses are `SeqCst`, so that there is
-//! one order of all of them. `State::go_to` closes the door before it publishes a phase in which calls are rejected.
+//! one order of all of them. `LifecycleState::go_to` closes the door before it publishes a phase in which calls are rejected.
 
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 

@@ -13,14 +13,14 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::{
-    state::{Entrance, Phase, State},
+    state::{Entrance, LifecyclePhase, LifecycleState},
     token::Drain,
 };
 use crate::{
-    admission::{Admission, ResponseFuture, Reusable},
+    admission::{Admission, AdmissionFuture, Reusable},
     classify::{Http, HttpCall},
     outcome::Rejected,
-    permit::{Lease, Striped, TrackedBody},
+    permit::{ShardedArc, ShardedRef, TrackedBody},
     respond::Respond,
 };
 
@@ -40,38 +40,38 @@ use crate::{
 #[derive(Clone)]
 #[must_use = "a layer does nothing until it wraps a service"]
 pub struct LifecycleLayer {
-    state: Striped<State>,
+    state: ShardedArc<LifecycleState>,
 }
 
 impl LifecycleLayer {
-    pub(super) fn new(state: Striped<State>) -> Self {
+    pub(super) fn new(state: ShardedArc<LifecycleState>) -> Self {
         Self { state }
     }
 }
 
 impl<S> Layer<S> for LifecycleLayer {
-    type Service = WithLifecycle<S>;
+    type Service = LifecycleService<S>;
 
-    fn layer(&self, inner: S) -> WithLifecycle<S> {
+    fn layer(&self, inner: S) -> LifecycleService<S> {
         let entrance = Entrance(self.state.clone());
-        WithLifecycle { admission: Admission::new(inner, entrance, Http, Respond, None) }
+        LifecycleService { admission: Admission::new(inner, entrance, Http, Respond, None) }
     }
 }
 
 /// The service of a [`LifecycleLayer`].
 #[derive(Clone)]
-pub struct WithLifecycle<S> {
+pub struct LifecycleService<S> {
     admission: Admission<S, Entrance, Http, Respond>,
 }
 
-impl<S> WithLifecycle<S> {
+impl<S> LifecycleService<S> {
     /// Returns the wrapped service.
     pub fn get_ref(&self) -> &S {
         self.admission.inner()
     }
 }
 
-impl<S, ReqB, B> Service<Request<ReqB>> for WithLifecycle<S>
+impl<S, ReqB, B> Service<Request<ReqB>> for LifecycleService<S>
 where
     S: Service<Request<ReqB>, Response = Response<B>, Error: 'static> + Reusable,
     ReqB: 'static,
@@ -80,7 +80,7 @@ where
     type Response = Response<TrackedBody<B>>;
     type Error = S::Error;
     type Future = LifecycleFuture<
-        ResponseFuture<S, Request<ReqB>, S::Future, HttpCall, Entrance, Http, Respond>,
+        AdmissionFuture<S, Request<ReqB>, S::Future, HttpCall, Entrance, Http, Respond>,
     >;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
@@ -99,11 +99,11 @@ where
 }
 
 pin_project! {
-    /// The future of a [`WithLifecycle`]'s call.
+    /// The future of a [`LifecycleService`]'s call.
     pub struct LifecycleFuture<F> {
         #[pin]
         future: F,
-        state: Option<Lease<State>>,
+        state: Option<ShardedRef<LifecycleState>>,
     }
 }
 
@@ -118,7 +118,7 @@ where
         let this = self.project();
         let mut answer = this.future.poll(cx);
         if let (Poll::Ready(Ok(response)), Some(state)) = (&mut answer, this.state) {
-            if state.phase() >= Phase::Draining && !is_draining(response.extensions()) {
+            if state.phase() >= LifecyclePhase::Draining && !is_draining(response.extensions()) {
                 close(response.headers_mut());
             }
         }
@@ -151,9 +151,9 @@ impl fmt::Debug for LifecycleLayer {
     }
 }
 
-impl<S> fmt::Debug for WithLifecycle<S> {
+impl<S> fmt::Debug for LifecycleService<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("WithLifecycle")
+        f.debug_struct("LifecycleService")
             .field("state", self.admission.policy())
             .finish_non_exhaustive()
     }

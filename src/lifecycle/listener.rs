@@ -5,7 +5,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-use crate::listener::Slot;
+use crate::listener::ConnectionSlot;
 
 /// A source of connections for [`Lifecycle::serve`](super::handle::Lifecycle::serve).
 ///
@@ -62,7 +62,7 @@ pub trait Listener: Send {
     }
 
     /// Returns the slot that a connection occupies in a capped listener. `None` by default.
-    fn slot(io: &Self::Io) -> Option<&Slot> {
+    fn slot(io: &Self::Io) -> Option<&ConnectionSlot> {
         let _ = io;
         None
     }
@@ -104,7 +104,7 @@ impl Listener for crate::listener::LimitedListener {
         Some(io.get_ref())
     }
 
-    fn slot(io: &Self::Io) -> Option<&Slot> {
+    fn slot(io: &Self::Io) -> Option<&ConnectionSlot> {
         Some(io.slot())
     }
 }

@@ -30,7 +30,7 @@
 //!
 //! let health = Health::new();
 //! let lifecycle =
-//!     Lifecycle::new(&health)?.delay(Duration::from_secs(10)).longest(Duration::from_secs(15));
+//!     Lifecycle::new(&health)?.drain_delay(Duration::from_secs(10)).drain_timeout(Duration::from_secs(15));
 //! let server = Server::builder()
 //!     .layer(lifecycle.layer())
 //!     .add_routes(greeter)
@@ -57,8 +57,8 @@
 //! | stopping, after the grace | 503 | calls in flight are served to their end, new ones are rejected: 503, gRPC `UNAVAILABLE` | closed when idle |
 //! | stopped | – | cut, and counted | cut, and counted |
 //!
-//! The drain timeout is the setting [`longest`](Lifecycle::longest): the maximum time in *stopping*. A second signal,
-//! or [`hurry`](Lifecycle::hurry), ends the delay, and a third one ends *stopping*. A `preStop` hook that calls
+//! The drain timeout is the setting [`drain_timeout`](Lifecycle::drain_timeout): the maximum time in *stopping*. A second signal,
+//! or [`skip_delay`](Lifecycle::skip_delay), ends the delay, and a third one ends *stopping*. A `preStop` hook that calls
 //! [`drain`](Lifecycle::drain) does not count as a signal.
 //!
 //! The delay is needed because load balancers and kube-proxy continue to route calls to this process for some seconds
@@ -168,9 +168,9 @@
 //!
 //! | setting | default |
 //! |---|---|
-//! | [`delay`](Lifecycle::delay) | 5 s |
+//! | [`drain_delay`](Lifecycle::drain_delay) | 5 s |
 //! | [`grace`](Lifecycle::grace) | 1 s |
-//! | [`longest`](Lifecycle::longest) | 20 s, including the grace; with the delay 25 s, which is 5 s less than the default `terminationGracePeriodSeconds` of Kubernetes |
+//! | [`drain_timeout`](Lifecycle::drain_timeout) | 20 s, including the grace; with the delay 25 s, which is 5 s less than the default `terminationGracePeriodSeconds` of Kubernetes |
 //! | limits of a connection | see [`Server`] |
 //!
 //! `axum::serve(..).with_graceful_shutdown(..)` and tonic's `serve_with_shutdown` wait for calls without a time limit,
@@ -204,8 +204,8 @@ mod token;
 
 pub use self::{
     handle::{Drained, Lifecycle},
-    layer::{LifecycleFuture, LifecycleLayer, WithLifecycle},
-    state::Phase,
+    layer::{LifecycleFuture, LifecycleLayer, LifecycleService},
+    state::LifecyclePhase,
     token::{Drain, DrainGuard},
 };
 #[cfg(feature = "serve")]
@@ -213,4 +213,4 @@ pub use self::{
 pub use self::{listener::Listener, server::Server, streams::StreamExecutor};
 #[cfg(feature = "serve")]
 #[cfg_attr(docsrs, doc(cfg(feature = "serve")))]
-pub use crate::listener::Slot;
+pub use crate::listener::ConnectionSlot;

@@ -19,7 +19,7 @@ use super::{
     server::Server,
     socket::reset_on_close,
     stages::{ConnectionState, StageClock, StagedIo},
-    state::Phase,
+    state::LifecyclePhase,
     streams::StagedService,
     tls::MaybeTls,
 };
@@ -41,7 +41,7 @@ impl Lifecycle {
     /// [`layer`](Self::layer) of this lifecycle. It does not report the process as [ready](Self::ready).
     ///
     /// The [module](super#no-call-is-lost) describes the end of the connections. Calls and connections that
-    /// remain when the drain timeout ([`longest`](Self::longest)) expires are cut and counted. A connection that was
+    /// remain when the drain timeout ([`drain_timeout`](Self::drain_timeout)) expires are cut and counted. A connection that was
     /// upgraded (a WebSocket) belongs to its handler: `serve` waits for it if the handler holds a
     /// [guard](super::token::Drain::guard).
     ///
@@ -170,7 +170,7 @@ impl Server {
         tokio::select! {
             biased;
             () = all_end => {}
-            () = lifecycle.0.reached(Phase::Stopped) => {}
+            () = lifecycle.0.reached(LifecyclePhase::Stopped) => {}
         }
         while connections.try_join_next().is_some() {}
         let drained = Drained {

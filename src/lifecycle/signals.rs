@@ -1,6 +1,6 @@
 use std::{io, sync::Weak};
 
-use super::state::State;
+use super::state::LifecycleState;
 
 /// The installed handlers of the signals that request the end of the process.
 ///
@@ -59,13 +59,13 @@ impl Signals {
     }
 
     /// Applies the signals to the state until the state is dropped. The first signal begins the drain, and each later
-    /// signal calls [`State::hurry`].
-    pub(super) async fn pass_on(mut self, state: Weak<State>) {
-        let mut tell: fn(&State) = State::drain;
+    /// signal calls [`LifecycleState::skip_delay`].
+    pub(super) async fn pass_on(mut self, state: Weak<LifecycleState>) {
+        let mut tell: fn(&LifecycleState) = LifecycleState::drain;
         while self.next().await.is_some() {
             let Some(state) = state.upgrade() else { return };
             tell(&state);
-            tell = State::hurry;
+            tell = LifecycleState::skip_delay;
         }
     }
 }

@@ -44,7 +44,7 @@ use tokio::{
 
 use crate::{
     event::event,
-    listener::{Frames, LazyTimer, PREFACE, Slot},
+    listener::{ConnectionSlot, Frames, LazyTimer, PREFACE},
 };
 
 /// Maximum time for the graceful shutdown of a connection without calls.
@@ -89,11 +89,11 @@ pub(super) struct ConnectionState {
     writes: AtomicUsize,
     /// The last write or flush is pending, so that hyper has data in its buffer.
     is_write_pending: AtomicBool,
-    slot: Option<Slot>,
+    slot: Option<ConnectionSlot>,
 }
 
 impl ConnectionState {
-    pub(super) fn new(slot: Option<Slot>) -> Arc<Self> {
+    pub(super) fn new(slot: Option<ConnectionSlot>) -> Arc<Self> {
         Arc::new(Self {
             calls: AtomicUsize::new(0),
             has_unparsed: AtomicBool::new(false),
@@ -230,7 +230,7 @@ enum Awaits {
 
 /// The next action of a connection's task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum StageVerdict {
     /// Wait. The task is woken when the time of the stage is over.
     Wait,
     /// Shut the connection down gracefully: its idle time is over, or its slot is reclaimed.
@@ -271,13 +271,14 @@ impl StageClock {
     /// the end of an earlier stage. When it fires, [`determine_stage`](Self::determine_stage) arms it for the stage of
     /// that moment.
     #[inline]
-    pub(super) fn check(&mut self, cx: &mut Context<'_>) -> Verdict {
+    pub(super) fn check(&mut self, cx: &mut Context<'_>) -> StageVerdict {
         let awaits = self.awaits();
         if take(&self.state.has_ended_head) && matches!(self.stage, Stage::Head(_)) {
             self.stage = Stage::Call;
             if self.limits.idle < self.limits.head {
                 // The timer is armed for the end of the head, which may be later than the end of the idle time.
-                let is_reclaimed = self.state.slot.as_ref().is_some_and(Slot::is_reclaimed);
+                let is_reclaimed =
+                    self.state.slot.as_ref().is_some_and(ConnectionSlot::is_reclaimed);
                 return self.determine_stage(awaits, is_reclaimed, cx);
             }
         }
@@ -288,14 +289,14 @@ impl StageClock {
             }
             _ => false,
         };
-        let is_reclaimed = self.state.slot.as_ref().is_some_and(Slot::is_reclaimed);
+        let is_reclaimed = self.state.slot.as_ref().is_some_and(ConnectionSlot::is_reclaimed);
         if is_same && !is_reclaimed && self.timer.is_armed() && !self.timer.has_fired(cx) {
-            return Verdict::Wait;
+            return StageVerdict::Wait;
         }
         if awaits == Awaits::CallEnd && self.timer.is_armed() && !self.timer.has_fired(cx) {
             // The timer remains armed for the end of an earlier stage, and wakes the task then.
             self.stage = Stage::Call;
-            return Verdict::Wait;
+            return StageVerdict::Wait;
         }
         self.determine_stage(awaits, is_reclaimed, cx)
     }
@@ -305,7 +306,7 @@ impl StageClock {
         awaits: Awaits,
         is_reclaimed: bool,
         cx: &mut Context<'_>,
-    ) -> Verdict {
+    ) -> StageVerdict {
         let now = Instant::now();
         let is_used = take(&self.state.is_used);
         self.stage = match (awaits, self.stage) {
@@ -339,20 +340,20 @@ impl StageClock {
         match self.stage {
             Stage::Head(_) if is_over || is_reclaimed => {
                 event!(lifecycle, DEBUG, "connection closed: incomplete request head");
-                return Verdict::Close;
+                return StageVerdict::Close;
             }
-            Stage::Retired(_) if is_over => return Verdict::Close,
+            Stage::Retired(_) if is_over => return StageVerdict::Close,
             Stage::Idle(_) if is_over || is_reclaimed => {
                 self.stage = Stage::Retired(now);
                 self.timer.arm(now + retire_timeout, now, cx);
-                return Verdict::ShutDown;
+                return StageVerdict::ShutDown;
             }
             _ => {}
         }
         if let Some(deadline) = deadline {
             self.timer.arm(deadline, now, cx);
         }
-        Verdict::Wait
+        StageVerdict::Wait
     }
 }
 
@@ -577,7 +578,7 @@ mod tests {
             state.is_http2.store(true, Relaxed);
             let mut clock = StageClock::new(state.clone(), limits, Instant::now());
             let mut check = tokio_test::task::spawn(poll_fn(|cx| match clock.check(cx) {
-                Verdict::Wait => Poll::Pending,
+                StageVerdict::Wait => Poll::Pending,
                 verdict => Poll::Ready(verdict),
             }));
             assert!(check.poll().is_pending());
@@ -600,7 +601,7 @@ mod tests {
                     }
                 }
             };
-            assert_eq!(verdict, Verdict::ShutDown);
+            assert_eq!(verdict, StageVerdict::ShutDown);
         }
     }
 }

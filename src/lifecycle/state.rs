@@ -20,17 +20,17 @@ use crate::{
     event::event,
     health::Reporter,
     outcome::{LayerKind, Outcome, Rejected, RejectedKind},
-    permit::{Finish, Hold, Lease, Permit, Striped, Token},
+    permit::{Permit, Release, ReleaseAt, ShardedArc, ShardedRef, Token},
 };
 
 /// The phase of a process between its start and its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Phase {
+pub enum LifecyclePhase {
     /// Not ready yet. Calls are served.
     Starting,
     /// Ready.
     Ready,
-    /// No longer ready. Calls are served for the [delay](super::handle::Lifecycle::delay), in which routers stop routing calls
+    /// No longer ready. Calls are served for the [delay](super::handle::Lifecycle::drain_delay), in which routers stop routing calls
     /// to this process.
     Draining,
     /// New connections are not accepted, and the [tokens](super::token::Drain) of streams resolve. Calls that arrive are
@@ -40,7 +40,7 @@ pub enum Phase {
     Stopped,
 }
 
-impl Phase {
+impl LifecyclePhase {
     /// Returns the name of the phase: `starting`, `ready`, `draining`, `stopping` or `stopped`.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
@@ -54,7 +54,7 @@ impl Phase {
     }
 }
 
-impl fmt::Display for Phase {
+impl fmt::Display for LifecyclePhase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
@@ -63,7 +63,7 @@ impl fmt::Display for Phase {
 /// The phases, with *stopping* divided into two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
-pub(super) enum Step {
+pub(super) enum LifecycleStep {
     Starting,
     Ready,
     Draining,
@@ -74,24 +74,24 @@ pub(super) enum Step {
     Stopped,
 }
 
-impl Step {
-    fn phase(self) -> Phase {
+impl LifecycleStep {
+    fn phase(self) -> LifecyclePhase {
         match self {
-            Self::Starting => Phase::Starting,
-            Self::Ready => Phase::Ready,
-            Self::Draining => Phase::Draining,
-            Self::Stopping | Self::Rejecting => Phase::Stopping,
-            Self::Stopped => Phase::Stopped,
+            Self::Starting => LifecyclePhase::Starting,
+            Self::Ready => LifecyclePhase::Ready,
+            Self::Draining => LifecyclePhase::Draining,
+            Self::Stopping | Self::Rejecting => LifecyclePhase::Stopping,
+            Self::Stopped => LifecyclePhase::Stopped,
         }
     }
 }
 
 /// The state that the handles, layers and tokens of a lifecycle share.
-pub struct State {
+pub struct LifecycleState {
     /// The step as a number, for reads without a lock. Written under the lock of `step`.
     now: AtomicU8,
     /// The step, for the tasks that wait for a change. Steps only advance.
-    step: watch::Sender<Step>,
+    step: watch::Sender<LifecycleStep>,
     door: Door,
     refused: AtomicU64,
     times: Mutex<Times>,
@@ -109,11 +109,11 @@ pub(super) struct Times {
     pub(super) longest: Duration,
 }
 
-impl State {
+impl LifecycleState {
     pub(super) fn new(reporter: Reporter) -> Self {
         Self {
-            now: AtomicU8::new(Step::Starting as u8),
-            step: watch::Sender::new(Step::Starting),
+            now: AtomicU8::new(LifecycleStep::Starting as u8),
+            step: watch::Sender::new(LifecycleStep::Starting),
             door: Door::new(),
             refused: AtomicU64::new(0),
             times: Mutex::new(Times {
@@ -137,18 +137,18 @@ impl State {
 
     // ===== Reads =====
 
-    fn step(&self) -> Step {
+    fn step(&self) -> LifecycleStep {
         match self.now.load(SeqCst) {
-            0 => Step::Starting,
-            1 => Step::Ready,
-            2 => Step::Draining,
-            3 => Step::Stopping,
-            4 => Step::Rejecting,
-            _ => Step::Stopped,
+            0 => LifecycleStep::Starting,
+            1 => LifecycleStep::Ready,
+            2 => LifecycleStep::Draining,
+            3 => LifecycleStep::Stopping,
+            4 => LifecycleStep::Rejecting,
+            _ => LifecycleStep::Stopped,
         }
     }
 
-    pub(super) fn phase(&self) -> Phase {
+    pub(super) fn phase(&self) -> LifecyclePhase {
         self.step().phase()
     }
 
@@ -161,7 +161,7 @@ impl State {
     }
 
     /// Waits until the phase is `phase` or a later one.
-    pub(super) async fn reached(&self, phase: Phase) {
+    pub(super) async fn reached(&self, phase: LifecyclePhase) {
         let mut seen = self.step.subscribe();
         if seen.wait_for(|now| now.phase() >= phase).await.is_err() {
             // The sender is in `self`.
@@ -173,13 +173,13 @@ impl State {
     #[cfg(feature = "serve")]
     pub(super) async fn grace_over(&self) {
         let mut seen = self.step.subscribe();
-        if seen.wait_for(|now| *now >= Step::Rejecting).await.is_err() {
+        if seen.wait_for(|now| *now >= LifecycleStep::Rejecting).await.is_err() {
             // The sender is in `self`.
             pending().await
         }
     }
 
-    pub(super) async fn changed(&self) -> Phase {
+    pub(super) async fn changed(&self) -> LifecyclePhase {
         let mut seen = self.step.subscribe();
         let before = seen.borrow_and_update().phase();
         let now = seen.wait_for(|now| now.phase() != before).await.map(|now| now.phase());
@@ -201,7 +201,7 @@ impl State {
     // ===== Changes =====
 
     /// Advances to a step. Has no effect if the state is already at this step or at a later one.
-    pub(super) fn go_to(&self, next: Step) {
+    pub(super) fn go_to(&self, next: LifecycleStep) {
         let mut is_new_phase = false;
         let went = self.step.send_if_modified(|now| {
             if next <= *now {
@@ -210,7 +210,7 @@ impl State {
             is_new_phase = next.phase() != now.phase();
             *now = next;
             // The door closes before the step changes: if no call is in flight after the change, no call will be.
-            if next >= Step::Rejecting {
+            if next >= LifecycleStep::Rejecting {
                 self.door.close();
             }
             self.now.store(next as u8, SeqCst);
@@ -218,8 +218,8 @@ impl State {
             // their steps. The watchers of the registry are notified after the lock is released, because wakers are
             // user code.
             match next.phase() {
-                Phase::Starting => {}
-                Phase::Ready => self.reporter.set(Ok(())),
+                LifecyclePhase::Starting => {}
+                LifecyclePhase::Ready => self.reporter.set(Ok(())),
                 phase if is_new_phase => self.reporter.set(Err(phase.as_str())),
                 _ => {}
             }
@@ -229,12 +229,12 @@ impl State {
             return;
         }
         self.reporter.tell();
-        if next >= Step::Rejecting {
+        if next >= LifecycleStep::Rejecting {
             self.shut.notify_waiters();
         }
         if is_new_phase {
             let phase = next.phase();
-            if phase >= Phase::Stopping {
+            if phase >= LifecyclePhase::Stopping {
                 self.reporter.end();
             }
             event!(
@@ -247,29 +247,31 @@ impl State {
         }
         // A step with a duration of zero is over before this function returns, without the driver task.
         match next {
-            Step::Draining if self.times(|times| times.delay.is_zero()) => {
-                self.go_to(Step::Stopping);
+            LifecycleStep::Draining if self.times(|times| times.delay.is_zero()) => {
+                self.go_to(LifecycleStep::Stopping);
             }
-            Step::Stopping if self.times(|times| times.grace.is_zero()) => {
-                self.go_to(Step::Rejecting);
+            LifecycleStep::Stopping if self.times(|times| times.grace.is_zero()) => {
+                self.go_to(LifecycleStep::Rejecting);
             }
             _ => {}
         }
     }
 
     pub(super) fn drain(&self) {
-        self.go_to(Step::Draining);
+        self.go_to(LifecycleStep::Draining);
     }
 
-    pub(super) fn hurry(&self) {
+    pub(super) fn skip_delay(&self) {
         match self.phase() {
-            Phase::Starting | Phase::Ready => {}
-            Phase::Draining => self.go_to(Step::Stopping),
-            Phase::Stopping | Phase::Stopped => self.go_to(Step::Stopped),
+            LifecyclePhase::Starting | LifecyclePhase::Ready => {}
+            LifecyclePhase::Draining => self.go_to(LifecycleStep::Stopping),
+            LifecyclePhase::Stopping | LifecyclePhase::Stopped => {
+                self.go_to(LifecycleStep::Stopped)
+            }
         }
     }
 
-    pub(super) fn seen(&self) -> watch::Receiver<Step> {
+    pub(super) fn seen(&self) -> watch::Receiver<LifecycleStep> {
         self.step.subscribe()
     }
 
@@ -280,22 +282,24 @@ impl State {
 
 /// Waits for the start of the drain, then advances to each further step when the time of the current step is over.
 ///
-/// The step can advance earlier, for example by [`State::hurry`]. Then the next step begins its time at once. The
+/// The step can advance earlier, for example by [`LifecycleState::skip_delay`]. Then the next step begins its time at once. The
 /// future ends when the state is dropped.
-pub(super) async fn drive(state: Weak<State>, mut step: watch::Receiver<Step>) {
+pub(super) async fn drive(state: Weak<LifecycleState>, mut step: watch::Receiver<LifecycleStep>) {
     // `wait_for` fails when the state, which owns the sender, is dropped.
-    if step.wait_for(|now| *now >= Step::Draining).await.is_err() {
+    if step.wait_for(|now| *now >= LifecycleStep::Draining).await.is_err() {
         return;
     }
     loop {
         let Some(now) = state.upgrade() else { return };
         let Times { delay, grace, longest } = now.times(|times| *times);
         let (time, next) = match now.step() {
-            Step::Starting | Step::Ready | Step::Draining => (delay, Step::Stopping),
-            Step::Stopping if grace < longest => (grace, Step::Rejecting),
-            Step::Stopping => (longest, Step::Stopped),
-            Step::Rejecting => (longest.saturating_sub(grace), Step::Stopped),
-            Step::Stopped => return,
+            LifecycleStep::Starting | LifecycleStep::Ready | LifecycleStep::Draining => {
+                (delay, LifecycleStep::Stopping)
+            }
+            LifecycleStep::Stopping if grace < longest => (grace, LifecycleStep::Rejecting),
+            LifecycleStep::Stopping => (longest, LifecycleStep::Stopped),
+            LifecycleStep::Rejecting => (longest.saturating_sub(grace), LifecycleStep::Stopped),
+            LifecycleStep::Stopped => return,
         };
         drop(now);
         tokio::select! {
@@ -307,21 +311,21 @@ pub(super) async fn drive(state: Weak<State>, mut step: watch::Receiver<Step>) {
 }
 
 /// A guard that the driver task owns. It detects the end of the task's runtime.
-pub(super) struct Driven(pub(super) Weak<State>);
+pub(super) struct Driven(pub(super) Weak<LifecycleState>);
 
 impl Drop for Driven {
     /// Stops the lifecycle if the runtime has ended: if the state still exists and is not stopped, the runtime has
     /// dropped the task, and no signal or timer is handled any more.
     fn drop(&mut self) {
         let Some(state) = self.0.upgrade() else { return };
-        if state.phase() < Phase::Stopped {
+        if state.phase() < LifecyclePhase::Stopped {
             event!(lifecycle, WARN, "lifecycle: the runtime that it was made in has ended");
-            state.go_to(Step::Stopped);
+            state.go_to(LifecycleStep::Stopped);
         }
     }
 }
 
-impl Drop for State {
+impl Drop for LifecycleState {
     fn drop(&mut self) {
         if let Some(driver) = self.driver.get() {
             driver.abort();
@@ -331,9 +335,9 @@ impl Drop for State {
 
 // ===== Calls =====
 
-impl Lease<State> {
+impl ShardedRef<LifecycleState> {
     /// Counts one more call in flight, in any phase.
-    pub(super) fn enter(&self) -> Permit<Lease<State>> {
+    pub(super) fn enter(&self) -> Permit<ShardedRef<LifecycleState>> {
         self.door.enter();
         Permit::new(self.clone(), Token::default())
     }
@@ -341,12 +345,12 @@ impl Lease<State> {
 
 /// The policy of a [`LifecycleLayer`](super::layer::LifecycleLayer): admits calls until the grace is over.
 #[derive(Clone, Debug)]
-pub struct Entrance(pub(super) Striped<State>);
+pub struct Entrance(pub(super) ShardedArc<LifecycleState>);
 
 impl<Req> Policy<Req> for Entrance {
-    type Giver = Lease<State>;
-    type Pass = Permit<Lease<State>>;
-    type Wait = Ready<Result<Permit<Lease<State>>, Rejected>>;
+    type Giver = ShardedRef<LifecycleState>;
+    type Pass = Permit<ShardedRef<LifecycleState>>;
+    type Wait = Ready<Result<Permit<ShardedRef<LifecycleState>>, Rejected>>;
 
     const LAYER: LayerKind = LayerKind::Lifecycle;
 
@@ -354,7 +358,11 @@ impl<Req> Policy<Req> for Entrance {
         self.0.is_open()
     }
 
-    fn admit(&self, _: &Req, _: impl Terms) -> Admit<Permit<Lease<State>>, Self::Wait> {
+    fn admit(
+        &self,
+        _: &Req,
+        _: impl Terms,
+    ) -> Admit<Permit<ShardedRef<LifecycleState>>, Self::Wait> {
         let in_time = self.0.door.enter();
         let permit = Permit::new(self.0.lease(), Token::default());
         if in_time {
@@ -367,29 +375,32 @@ impl<Req> Policy<Req> for Entrance {
         Admit::No(rejected.with_retry_after(Duration::ZERO))
     }
 
-    fn permit(&self, permit: Permit<Lease<State>>) -> Permit<Lease<State>> {
+    fn permit(
+        &self,
+        permit: Permit<ShardedRef<LifecycleState>>,
+    ) -> Permit<ShardedRef<LifecycleState>> {
         permit
     }
 
-    fn shut(&self, permit: Option<&Permit<Lease<State>>>) -> Option<Arc<Notify>> {
+    fn shut(&self, permit: Option<&Permit<ShardedRef<LifecycleState>>>) -> Option<Arc<Notify>> {
         // A call with a permit continues to wait for the inner service. Only a call without one is woken and rejected.
         permit.is_none().then(|| self.0.shut.clone())
     }
 }
 
-impl Finish for State {
+impl Release for LifecycleState {
     fn finish(&self, _: Token, _: Outcome) {
         self.door.leave();
     }
 
-    fn hold(&self) -> Hold {
-        Hold::Body
+    fn hold(&self) -> ReleaseAt {
+        ReleaseAt::Body
     }
 }
 
-impl fmt::Debug for State {
+impl fmt::Debug for LifecycleState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("State")
+        f.debug_struct("LifecycleState")
             .field("phase", &self.phase())
             .field("in_flight", &self.in_flight())
             .finish_non_exhaustive()

@@ -2,18 +2,18 @@ use std::{fmt, future::Future};
 
 use http::Extensions;
 
-use super::state::{Phase, State};
-use crate::permit::{Lease, Permit};
+use super::state::{LifecyclePhase, LifecycleState};
+use crate::permit::{Permit, ShardedRef};
 
 /// A token that notifies a call of the drain, for streams and other work that does not end by itself.
 ///
 /// A [`LifecycleLayer`](super::layer::LifecycleLayer) inserts a token into the extensions of every request. axum's
 /// `Extension<Drain>` extracts it. [`Lifecycle::token`](super::handle::Lifecycle::token) returns a token for other work.
 #[derive(Clone)]
-pub struct Drain(Lease<State>);
+pub struct Drain(ShardedRef<LifecycleState>);
 
 impl Drain {
-    pub(super) fn new(state: Lease<State>) -> Self {
+    pub(super) fn new(state: ShardedRef<LifecycleState>) -> Self {
         Self(state)
     }
 
@@ -23,23 +23,23 @@ impl Drain {
         extensions.get()
     }
 
-    /// Returns whether the phase is [`Stopping`](Phase::Stopping) or later, so that streams should end.
+    /// Returns whether the phase is [`Stopping`](LifecyclePhase::Stopping) or later, so that streams should end.
     #[must_use]
     pub fn is_stopping(&self) -> bool {
-        self.0.phase() >= Phase::Stopping
+        self.0.phase() >= LifecyclePhase::Stopping
     }
 
-    /// Returns a future that resolves when the phase is [`Stopping`](Phase::Stopping) or later, at once if it already
+    /// Returns a future that resolves when the phase is [`Stopping`](LifecyclePhase::Stopping) or later, at once if it already
     /// is.
     ///
     /// A stream ends at this time by `futures::StreamExt::take_until`.
     pub fn stopping(&self) -> impl Future<Output = ()> + Send + use<> {
         let state = self.0.clone();
-        async move { state.reached(Phase::Stopping).await }
+        async move { state.reached(LifecyclePhase::Stopping).await }
     }
 
     /// Returns a guard that counts as one call in flight until it is dropped. The drain waits for it until the drain
-    /// timeout ([`longest`](super::handle::Lifecycle::longest)) expires.
+    /// timeout ([`drain_timeout`](super::handle::Lifecycle::drain_timeout)) expires.
     ///
     /// For work that outlasts its response, such as a WebSocket or a spawned task.
     pub fn guard(&self) -> DrainGuard {
@@ -50,7 +50,7 @@ impl Drain {
 /// A guard that counts as one call in flight until it is dropped. Made by [`Drain::guard`].
 #[must_use = "the end of the work is reported when this is dropped"]
 pub struct DrainGuard {
-    _permit: Permit<Lease<State>>,
+    _permit: Permit<ShardedRef<LifecycleState>>,
 }
 
 impl fmt::Debug for DrainGuard {

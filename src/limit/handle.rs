@@ -1,12 +1,12 @@
 use std::{fmt, ops::RangeInclusive, time::Duration};
 
 use super::{
-    adaptive::{Change, Teller},
+    adaptive::{LimitChange, Teller},
     limiter::{Entry, MOST_WAITING},
-    partition::Claim,
+    partition::CallClass,
     queue::QueueOrder,
     reuse::Limit,
-    upgrade::HeldPlace,
+    upgrade::OwnedPermit,
     wait::Wait,
 };
 use crate::{
@@ -28,19 +28,19 @@ pub struct ConcurrencyLimitSnapshot {
     /// The maximum number of calls in flight.
     pub limit: u32,
     /// The last change of an adaptive limit, with its reason. `None` for a fixed limit, and before the first change.
-    pub last_change: Option<Change>,
+    pub last_change: Option<LimitChange>,
     /// The number of calls in flight. By default a call is in flight to the end of its response body.
     pub in_flight: u32,
     /// The number of calls in the queue.
     pub waiting: u32,
     /// The number of calls rejected because the limit was reached and the queue was full or absent.
-    pub refused_full: u64,
+    pub rejected_full: u64,
     /// The number of calls rejected because they had waited in the queue for the maximum time.
-    pub refused_waited: u64,
+    pub rejected_waited: u64,
     /// The number of calls rejected because their [deadline](crate::time::Deadline) had passed, in the queue or before it.
-    pub refused_deadline: u64,
+    pub rejected_deadline: u64,
     /// The number of calls rejected because of their priority.
-    pub refused_outranked: u64,
+    pub rejected_outranked: u64,
     /// The number of calls admitted in [shadow mode](ConcurrencyLimitHandle::shadow) that would have been rejected.
     pub shadowed: u64,
     /// The median of the waiting times in the queue in the last 30 to 60 s, too high by an eighth or less. `None` if no
@@ -60,10 +60,10 @@ impl ConcurrencyLimitSnapshot {
     /// Returns the number of all rejected calls.
     #[must_use]
     pub const fn refused(&self) -> u64 {
-        self.refused_full
-            .saturating_add(self.refused_waited)
-            .saturating_add(self.refused_deadline)
-            .saturating_add(self.refused_outranked)
+        self.rejected_full
+            .saturating_add(self.rejected_waited)
+            .saturating_add(self.rejected_deadline)
+            .saturating_add(self.rejected_outranked)
     }
 }
 
@@ -78,10 +78,10 @@ impl ConcurrencyLimitHandle {
             last_change: self.0.adaptive().and_then(Teller::last),
             in_flight: self.0.in_flight(),
             waiting: self.0.waiting(),
-            refused_full: self.0.refused(RejectedKind::Full),
-            refused_waited: self.0.refused(RejectedKind::WaitedTooLong),
-            refused_deadline: self.0.refused(RejectedKind::DeadlinePassed),
-            refused_outranked: self.0.refused(RejectedKind::Outranked),
+            rejected_full: self.0.refused(RejectedKind::Full),
+            rejected_waited: self.0.refused(RejectedKind::WaitedTooLong),
+            rejected_deadline: self.0.refused(RejectedKind::DeadlinePassed),
+            rejected_outranked: self.0.refused(RejectedKind::Outranked),
             shadowed: self.0.shadowed(),
             wait_p50: self.0.wait(0.5),
             wait_p99: self.0.wait(0.99),
@@ -103,10 +103,10 @@ impl ConcurrencyLimitHandle {
     /// # Errors
     ///
     /// Returns a [`Rejected`] if no permit can be acquired at once. The rejection is counted like that of a call.
-    pub fn try_acquire(&self) -> Result<HeldPlace, Rejected> {
+    pub fn try_acquire(&self) -> Result<OwnedPermit, Rejected> {
         let entered = self.0.try_enter();
         let token = entered.map_or_else(|| self.0.turn_away(RejectedKind::Full), Ok)?;
-        Ok(HeldPlace::own(self.0.permit(token)))
+        Ok(OwnedPermit::own(self.0.permit(token)))
     }
 
     /// Acquires a permit, at once or after waiting in the queue like a call. Dropping the future removes its queue
@@ -115,22 +115,22 @@ impl ConcurrencyLimitHandle {
     /// # Errors
     ///
     /// Returns a [`Rejected`] if the limit is reached and the queue is full or absent, or if the maximum waiting time
-    /// has passed. A limit that [rejects by priority](super::partition::SortedLimitLayer::shed_by_priority) may also reject
+    /// has passed. A limit that [rejects by priority](super::partition::PartitionedLimitLayer::shed_by_priority) may also reject
     /// it in favour of calls above the normal priority.
     ///
     /// # Panics
     ///
     /// Panics outside of a Tokio runtime with timers, if it has to wait.
-    pub async fn acquire(&self) -> Result<HeldPlace, Rejected> {
-        let token = match self.0.enter_as(Claim::default()) {
+    pub async fn acquire(&self) -> Result<OwnedPermit, Rejected> {
+        let token = match self.0.enter_as(CallClass::default()) {
             Ok(Entry::In(token)) => token,
             Ok(Entry::Waits(place)) => {
                 let permit = Wait::new(self.0.clone(), place, None).await?;
-                return Ok(HeldPlace::own(permit));
+                return Ok(OwnedPermit::own(permit));
             }
             Err(kind) => self.0.turn_away(kind)?,
         };
-        Ok(HeldPlace::own(self.0.permit(token)))
+        Ok(OwnedPermit::own(self.0.permit(token)))
     }
 
     /// Returns a percentile of the waiting times in the queue in the last 30 to 60 s. `share` is from 0 to 1: with

@@ -11,8 +11,8 @@ use tokio::time::Instant;
 /// are computed over both.
 #[derive(Debug, Default)]
 pub(super) struct Waits {
-    now: Counts,
-    before: Counts,
+    now: WaitCounts,
+    before: WaitCounts,
     /// The start of `now`.
     since: Option<Instant>,
 }
@@ -24,7 +24,7 @@ const AGE: Duration = Duration::from_secs(30);
 const SIZES: usize = 240;
 
 #[derive(Debug, Default)]
-struct Counts {
+struct WaitCounts {
     /// The buckets. They are allocated when the first call has waited.
     of: Option<Box<[u32; SIZES]>>,
     /// The sum of all buckets.
@@ -70,7 +70,7 @@ impl Waits {
     }
 }
 
-impl Counts {
+impl WaitCounts {
     fn get(&self, size: usize) -> u64 {
         self.of.as_ref().map_or(0, |of| of[size].into())
     }

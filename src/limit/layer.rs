@@ -169,7 +169,7 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
         self
     }
 
-    /// Puts the permit of each call into the extensions of its request, as a [`Held`](super::upgrade::Held). A handler can take
+    /// Puts the permit of each call into the extensions of its request, as a [`CallPermit`](super::upgrade::CallPermit). A handler can take
     /// the permit and hold it for as long as the upgraded connection lives, such as a WebSocket or a tunnel.
     ///
     /// This costs each call an allocation and an entry in the extensions. Call the methods that set how calls are

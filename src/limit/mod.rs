@@ -106,9 +106,9 @@
 //!
 //! ```
 //! use axum::{Extension, Router, extract::ws::WebSocketUpgrade, response::Response, routing::any};
-//! use buttress::{ConcurrencyLimitLayer, limit::Held};
+//! use buttress::{ConcurrencyLimitLayer, limit::CallPermit};
 //!
-//! async fn chat(upgrade: WebSocketUpgrade, Extension(held): Extension<Held>) -> Response {
+//! async fn chat(upgrade: WebSocketUpgrade, Extension(held): Extension<CallPermit>) -> Response {
 //!     let place = held.take();
 //!     upgrade.on_upgrade(async move |mut socket| {
 //!         while let Some(Ok(_)) = socket.recv().await {}
@@ -181,6 +181,6 @@ pub use self::{
     handle::{ConcurrencyLimitHandle, ConcurrencyLimitSnapshot},
     layer::{ConcurrencyLimit, ConcurrencyLimitLayer},
     queue::QueueOrder,
-    upgrade::{Held, HeldPlace, Upgrades},
+    upgrade::{CallPermit, OwnedPermit, Upgrades},
 };
-pub use crate::admission::ResponseFuture;
+pub use crate::admission::AdmissionFuture;

@@ -1,4 +1,4 @@
-//! The admission [`Policy`] of a limit, and the [`Finish`] of its permits.
+//! The admission [`Policy`] of a limit, and the [`Release`] of its permits.
 
 use std::time::Duration;
 
@@ -7,15 +7,15 @@ use tokio::time::Instant;
 use super::{
     adaptive::Teller,
     limiter::{Entry, Limiter},
-    partition::{Sort, Sorted},
+    partition::{ClassifyCall, PartitionedPolicy},
     reuse::Limit,
     wait::Wait,
 };
 use crate::{
     admission::{Admit, Policy, Terms},
     outcome::{LayerKind, Outcome, Rejected, RejectedKind},
-    permit::{Anchor, Finish, Hold, Measures, Permit, Token},
-    time::Moment,
+    permit::{Anchor, Measures, Permit, Release, ReleaseAt, Token},
+    time::CallClock,
 };
 
 impl<Req> Policy<Req> for Limit {
@@ -36,7 +36,7 @@ impl<Req> Policy<Req> for Limit {
             return Admit::Go(token);
         }
         let deadline = terms.deadline().map(|deadline| deadline.at());
-        if Moment::is_past(deadline) {
+        if CallClock::is_past(deadline) {
             return entered(self, LATE, deadline);
         }
         match self.enter() {
@@ -60,7 +60,7 @@ impl<Req> Policy<Req> for Limit {
     }
 }
 
-impl<Req, K: Sort<Req>> Policy<Req> for Sorted<K> {
+impl<Req, K: ClassifyCall<Req>> Policy<Req> for PartitionedPolicy<K> {
     type Giver = Anchor<Limiter>;
     type Pass = Token;
     type Wait = Wait;
@@ -80,7 +80,7 @@ impl<Req, K: Sort<Req>> Policy<Req> for Sorted<K> {
             return Admit::Go(token);
         }
         let deadline = terms.deadline().map(|deadline| deadline.at());
-        let entry = if Moment::is_past(deadline) { LATE } else { limiter.enter_as(claim) };
+        let entry = if CallClock::is_past(deadline) { LATE } else { limiter.enter_as(claim) };
         entered(limiter, entry, deadline)
     }
 
@@ -126,7 +126,7 @@ fn entered(
     }
 }
 
-impl Finish for Limiter {
+impl Release for Limiter {
     #[inline]
     fn finish(&self, token: Token, outcome: Outcome) {
         if let Some(token) = self.unwatch(token) {
@@ -141,8 +141,8 @@ impl Finish for Limiter {
     }
 
     #[inline]
-    fn hold(&self) -> Hold {
-        if self.releases_at_head() { Hold::Head } else { Hold::Body }
+    fn hold(&self) -> ReleaseAt {
+        if self.releases_at_head() { ReleaseAt::Head } else { ReleaseAt::Body }
     }
 
     #[inline]

@@ -8,7 +8,7 @@
 //!   flight anyway. When the last [`Limit`] has been dropped and the last call has ended, the limiter returns to the
 //!   free list [`IDLE`], and the next fixed limit reuses it (see `core/life.rs`). The memory in use is bounded by the
 //!   maximum number of fixed limits that existed at the same time.
-//! - An adaptive limit is reference-counted in shards ([`Striped`]): each call clones one of several `Arc`s, selected
+//! - An adaptive limit is reference-counted in shards ([`ShardedArc`]): each call clones one of several `Arc`s, selected
 //!   by thread. Its calls take a lock anyway, and an algorithm cannot be reset for another limit.
 //!
 //! # Invariants
@@ -26,8 +26,8 @@ use std::{
 
 use super::{adaptive::Teller, limiter::Limiter};
 use crate::{
-    outcome::{Label, Rejected, RejectedKind},
-    permit::{Anchor, Idle, Permit, Striped, Token},
+    outcome::{LayerName, Rejected, RejectedKind},
+    permit::{Anchor, Idle, Permit, ShardedArc, Token},
 };
 
 /// A reference to a limit, held by its layers, services, handles and waiting calls.
@@ -40,7 +40,7 @@ pub struct Limit {
 /// The reference to the limiter, by the kind of limit.
 #[derive(Clone)]
 enum Way {
-    Striped(Striped<Limiter>),
+    Sharded(ShardedArc<Limiter>),
     Lasting(&'static Limiter),
 }
 
@@ -48,7 +48,7 @@ enum Way {
 struct Own {
     /// The limiter of a fixed limit. No other `Own` has it.
     lasting: Option<&'static Limiter>,
-    label: OnceLock<Arc<Label>>,
+    label: OnceLock<Arc<LayerName>>,
 }
 
 /// The limiters that no limit and no call uses.
@@ -80,10 +80,10 @@ impl Limit {
     /// Makes an adaptive limit. Its memory is deallocated with its last reference, because the algorithm keeps what it
     /// has learnt and cannot be reset for another limit.
     pub(super) fn adaptive(limit: u32, teller: Teller) -> Self {
-        let limiter = Striped::new(Limiter::new(limit, Some(teller)));
+        let limiter = ShardedArc::new(Limiter::new(limit, Some(teller)));
         limiter.set_owner(limiter.state().downgrade());
         Self {
-            limiter: Way::Striped(limiter),
+            limiter: Way::Sharded(limiter),
             own: Arc::new(Own { lasting: None, label: OnceLock::new() }),
         }
     }
@@ -92,7 +92,7 @@ impl Limit {
     #[inline]
     pub(super) fn permit(&self, token: Token) -> Permit<Anchor<Limiter>> {
         let anchor = match &self.limiter {
-            Way::Striped(limiter) => Anchor::Counted(limiter.lease()),
+            Way::Sharded(limiter) => Anchor::Counted(limiter.lease()),
             Way::Lasting(limiter) => Anchor::Lasting(*limiter),
         };
         Permit::new(anchor, token)
@@ -104,7 +104,7 @@ impl Limit {
 
     pub(super) fn name(&self, name: &str) {
         // Only the first name takes effect, because the label is read without a lock.
-        let label = Arc::new(Label { name: name.into(), fault: None });
+        let label = Arc::new(LayerName { name: name.into(), fault: None });
         if self.own.label.set(label.clone()).is_ok() {
             self.set_label(label);
         }
@@ -117,7 +117,7 @@ impl Deref for Limit {
     #[inline]
     fn deref(&self) -> &Limiter {
         match &self.limiter {
-            Way::Striped(limiter) => limiter,
+            Way::Sharded(limiter) => limiter,
             Way::Lasting(limiter) => limiter,
         }
     }

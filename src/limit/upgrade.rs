@@ -8,29 +8,29 @@ use std::{
 
 use super::limiter::Limiter;
 use crate::{
-    classify::Judge,
+    classify::Classifier,
     outcome::{CallerDeadline, HealthCall, Outcome, SentMark, UpstreamClock, WaitsFor},
-    permit::{Anchor, Finish, Giver, Hold, Measures, Permit, Shared, Token},
+    permit::{Anchor, Giver, Measures, Permit, Release, ReleaseAt, Shared, Token},
     time::Deadline,
 };
 use http::Request;
 
 /// The permit of a call, in the extensions of its request. See [`upgrades`](super::layer::ConcurrencyLimitLayer::upgrades).
 ///
-/// Clones refer to the same permit; only one [`HeldPlace`] exists at a time. If no handler [takes](Self::take) the
+/// Clones refer to the same permit; only one [`OwnedPermit`] exists at a time. If no handler [takes](Self::take) the
 /// permit, the call releases it at its end, as without this type.
 #[derive(Clone)]
-pub struct Held(Shared<Slot>);
+pub struct CallPermit(Shared<UpgradeSlot>);
 
-impl Held {
+impl CallPermit {
     /// Takes the permit. It is released when both the call has ended, to the end of its body, and the returned
-    /// [`HeldPlace`] has been dropped.
+    /// [`OwnedPermit`] has been dropped.
     ///
-    /// Returns `None` while another [`HeldPlace`] of this call exists, and after the call has ended. For an upgrade,
+    /// Returns `None` while another [`OwnedPermit`] of this call exists, and after the call has ended. For an upgrade,
     /// take the permit before the response is returned. If several limits are around the handler, this takes the
     /// permits of all of them.
     #[must_use = "the permit is released when this is dropped"]
-    pub fn take(&self) -> Option<HeldPlace> {
+    pub fn take(&self) -> Option<OwnedPermit> {
         let mut state = self.0.lock();
         let holder = match state.holder {
             Holder::Call => Holder::Both,
@@ -39,14 +39,14 @@ impl Held {
         state.holder = holder;
         drop(state);
         let outer = self.0.outer.as_ref().and_then(Self::take).map(Box::new);
-        Some(HeldPlace { of: Of::Call(self.0.clone()), _outer: outer })
+        Some(OwnedPermit { of: Of::Call(self.0.clone()), _outer: outer })
     }
 }
 
-impl fmt::Debug for Held {
+impl fmt::Debug for CallPermit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let holder = self.0.holder();
-        f.debug_tuple("Held").field(&holder).finish()
+        f.debug_tuple("CallPermit").field(&holder).finish()
     }
 }
 
@@ -54,23 +54,23 @@ impl fmt::Debug for Held {
 ///
 /// The time for which it is held is not a latency, so an adaptive limit does not use it as a sample.
 #[must_use = "the permit is released when this is dropped"]
-pub struct HeldPlace {
+pub struct OwnedPermit {
     of: Of,
-    _outer: Option<Box<HeldPlace>>,
+    _outer: Option<Box<OwnedPermit>>,
 }
 
 enum Of {
-    Call(Shared<Slot>),
+    Call(Shared<UpgradeSlot>),
     Nobody(Permit<Anchor<Limiter>>),
 }
 
-impl HeldPlace {
+impl OwnedPermit {
     pub(super) fn own(permit: Permit<Anchor<Limiter>>) -> Self {
         Self { of: Of::Nobody(permit), _outer: None }
     }
 }
 
-impl Drop for HeldPlace {
+impl Drop for OwnedPermit {
     fn drop(&mut self) {
         match &mut self.of {
             // The time for which the handler holds the permit is not attributed to the upstream.
@@ -80,11 +80,11 @@ impl Drop for HeldPlace {
     }
 }
 
-impl fmt::Debug for HeldPlace {
+impl fmt::Debug for OwnedPermit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.of {
             Of::Call(_) => "HeldPlace(of a call)",
-            Of::Nobody(_) => "HeldPlace",
+            Of::Nobody(_) => "OwnedPermit",
         })
     }
 }
@@ -96,13 +96,13 @@ impl fmt::Debug for HeldPlace {
 ///
 /// The lock is never held while the permit is released or its state is called with user code behind it: an algorithm, a
 /// waker or a subscriber may use this limit, and so this slot, again.
-pub(super) struct Slot {
-    state: Mutex<State>,
-    /// The permit of an outer limit, which had put its own `Held` into the extensions.
-    outer: Option<Held>,
+pub(super) struct UpgradeSlot {
+    state: Mutex<UpgradeState>,
+    /// The permit of an outer limit, which had put its own `CallPermit` into the extensions.
+    outer: Option<CallPermit>,
 }
 
-struct State {
+struct UpgradeState {
     permit: Permit,
     holder: Holder,
 }
@@ -119,8 +119,8 @@ enum Holder {
     Nobody,
 }
 
-impl Slot {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl UpgradeSlot {
+    fn lock(&self) -> MutexGuard<'_, UpgradeState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -150,7 +150,7 @@ impl Slot {
     }
 }
 
-impl Finish for Slot {
+impl Release for UpgradeSlot {
     fn finish(&self, token: Token, outcome: Outcome) {
         self.leave(Holder::Handler, outcome, token.clock);
     }
@@ -167,7 +167,7 @@ impl Finish for Slot {
         token.clock = lent.permit.token().clock;
     }
 
-    fn hold(&self) -> Hold {
+    fn hold(&self) -> ReleaseAt {
         self.lock().permit.hold()
     }
 
@@ -194,7 +194,7 @@ impl Finish for Slot {
 
 /// The permit of a slot, taken out of its lock. Its drop puts the permit back into the slot, also during a panic.
 struct LentPermit<'a> {
-    slot: &'a Slot,
+    slot: &'a UpgradeSlot,
     permit: Permit,
 }
 
@@ -206,10 +206,10 @@ impl Drop for LentPermit<'_> {
     }
 }
 
-impl fmt::Debug for Slot {
+impl fmt::Debug for UpgradeSlot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let holder = self.holder();
-        f.debug_struct("Slot").field("holder", &holder).finish_non_exhaustive()
+        f.debug_struct("UpgradeSlot").field("holder", &holder).finish_non_exhaustive()
     }
 }
 
@@ -224,18 +224,18 @@ pub struct Upgrades<M>(pub(super) M);
 #[derive(Debug)]
 pub struct Lent<C> {
     call: C,
-    call_permit: CallPermit,
+    measuring_permit: MeasuringPermit,
 }
 
 /// The permit that measures the call while the handler may hold the lent permit. At its end it gives up the call's part
 /// of the lent permit.
 #[derive(Debug)]
-struct CallPermit {
+struct MeasuringPermit {
     permit: Permit,
     mark: Option<SentMark>,
 }
 
-impl CallPermit {
+impl MeasuringPermit {
     fn set_clock(&mut self) {
         if let Some(mark) = self.mark.take() {
             self.permit.set_clock(&mark);
@@ -243,15 +243,15 @@ impl CallPermit {
     }
 }
 
-impl Drop for CallPermit {
+impl Drop for MeasuringPermit {
     fn drop(&mut self) {
         self.set_clock();
     }
 }
 
-impl<M, ReqB, Res, E> Judge<Request<ReqB>, Res, E> for Upgrades<M>
+impl<M, ReqB, Res, E> Classifier<Request<ReqB>, Res, E> for Upgrades<M>
 where
-    M: Judge<Request<ReqB>, Res, E>,
+    M: Classifier<Request<ReqB>, Res, E>,
 {
     type Response = M::Response;
     type Call = Lent<M::Call>;
@@ -278,17 +278,17 @@ where
         let call = self.0.begin(request, Permit::<G>::hollow);
         let mark = self.sent_mark(request);
         let permit = permit().observing(deadline, mark.is_some()).erase();
-        let slot = Shared::new(Slot {
-            state: Mutex::new(State { permit, holder: Holder::Call }),
+        let slot = Shared::new(UpgradeSlot {
+            state: Mutex::new(UpgradeState { permit, holder: Holder::Call }),
             outer: request.extensions_mut().remove(),
         });
         let permit = slot.permit(Token::default()).with_record_of(&slot.lock().permit).erase();
-        request.extensions_mut().insert(Held(slot));
-        Lent { call, call_permit: CallPermit { permit, mark } }
+        request.extensions_mut().insert(CallPermit(slot));
+        Lent { call, measuring_permit: MeasuringPermit { permit, mark } }
     }
 
     fn call_permit(lent: &mut Lent<M::Call>) -> Option<&mut Permit> {
-        Some(&mut lent.call_permit.permit)
+        Some(&mut lent.measuring_permit.permit)
     }
 
     fn wrap(response: Res) -> M::Response {
@@ -300,7 +300,7 @@ where
         result: Result<&mut M::Response, &E>,
         _taken_at_the_beginning: &mut Permit<G>,
     ) {
-        lent.call_permit.set_clock();
-        M::judge(lent.call, result, &mut lent.call_permit.permit);
+        lent.measuring_permit.set_clock();
+        M::judge(lent.call, result, &mut lent.measuring_permit.permit);
     }
 }

@@ -12,8 +12,8 @@ use tokio::{
     time::Instant,
 };
 
-use super::{scan::FirstHead, slot::Slot, timer::LazyTimer};
-use crate::limit::HeldPlace;
+use super::{scan::FirstHead, slot::ConnectionSlot, timer::LazyTimer};
+use crate::limit::OwnedPermit;
 
 pin_project! {
     /// A connection that occupies a slot of its listener until it is dropped.
@@ -25,8 +25,8 @@ pin_project! {
     pub struct Connection<Io = TcpStream> {
         #[pin]
         io: Io,
-        place: HeldPlace,
-        slot: Slot,
+        place: OwnedPermit,
+        slot: ConnectionSlot,
         // `Some` until the first head is complete.
         first: Option<First>,
     }
@@ -43,7 +43,7 @@ struct First {
 
 impl First {
     /// Fails if the time limit has passed or the slot is reclaimed. Otherwise each of these events wakes the task.
-    fn check(&mut self, slot: &Slot, cx: &mut Context<'_>) -> io::Result<()> {
+    fn check(&mut self, slot: &ConnectionSlot, cx: &mut Context<'_>) -> io::Result<()> {
         slot.wake_on_reclaim(cx.waker());
         if slot.is_reclaimed() {
             return Err(io::Error::new(io::ErrorKind::TimedOut, "the listener needs the slot"));
@@ -62,7 +62,12 @@ impl First {
 }
 
 impl<Io> Connection<Io> {
-    pub(crate) fn new(io: Io, place: HeldPlace, slot: Slot, timeout: Option<Duration>) -> Self {
+    pub(crate) fn new(
+        io: Io,
+        place: OwnedPermit,
+        slot: ConnectionSlot,
+        timeout: Option<Duration>,
+    ) -> Self {
         let (head, timer) = (FirstHead::default(), LazyTimer::new());
         let first = First { head, accepted: Instant::now(), timeout, timer };
         Self { io, place, slot, first: Some(first) }
@@ -74,7 +79,7 @@ impl<Io> Connection<Io> {
     }
 
     #[cfg(feature = "serve")]
-    pub(crate) fn slot(&self) -> &Slot {
+    pub(crate) fn slot(&self) -> &ConnectionSlot {
         &self.slot
     }
 

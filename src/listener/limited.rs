@@ -6,10 +6,10 @@ use tokio::{
     time::timeout,
 };
 
-use super::{accept::AcceptErrors, connection::Connection, rejection, slot::Slots};
+use super::{accept::AcceptErrors, connection::Connection, rejection, slot::ConnectionSlots};
 use crate::{
     error::ConfigError,
-    limit::{ConcurrencyLimitHandle, ConcurrencyLimitLayer, HeldPlace},
+    limit::{ConcurrencyLimitHandle, ConcurrencyLimitLayer, OwnedPermit},
     outcome::Rejected,
 };
 
@@ -18,7 +18,7 @@ use crate::{
 pub struct LimitedListener {
     tcp: TcpListener,
     places: ConcurrencyLimitHandle,
-    slots: Slots,
+    slots: ConnectionSlots,
     errors: AcceptErrors,
     /// An accepted connection that waits for a slot. It is a field, so that dropping the future of `accept` does not
     /// close it.
@@ -74,7 +74,7 @@ impl LimitedListener {
         Ok(Self {
             tcp,
             places,
-            slots: Slots::new(),
+            slots: ConnectionSlots::new(),
             errors: AcceptErrors::new(),
             next: None,
             refusals: JoinSet::new(),
@@ -161,7 +161,7 @@ impl LimitedListener {
     }
 
     /// Acquires the permit of a new connection. If the listener is full, it reclaims a slot first.
-    async fn place(&mut self) -> Result<HeldPlace, Rejected> {
+    async fn place(&mut self) -> Result<OwnedPermit, Rejected> {
         if self.places.in_flight() >= self.places.0.limit() && self.slots.reclaim() {
             // The task of the reclaimed connection closes it, and so releases its permit.
             if let Ok(place) = timeout(RECLAIM_TIMEOUT, self.places.acquire()).await {

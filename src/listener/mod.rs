@@ -82,7 +82,7 @@ mod scan;
 mod slot;
 mod timer;
 
-pub use self::slot::Slot;
+pub use self::slot::ConnectionSlot;
 pub(crate) use self::{
     accept::AcceptErrors,
     scan::{Frames, PREFACE},

@@ -18,9 +18,9 @@ use crate::time::{Clock, Nanos, nanos};
 /// for the longest time. [`Lifecycle::serve`](crate::lifecycle::Lifecycle::serve) maintains it. If your own
 /// [`Listener`](crate::lifecycle::Listener) wraps the capped one, return the slot of the wrapped connection.
 #[derive(Clone)]
-pub struct Slot(Arc<State>);
+pub struct ConnectionSlot(Arc<SlotState>);
 
-struct State {
+struct SlotState {
     clock: Clock,
     /// The time at which the connection became idle, as nanoseconds of `clock`, or [`BUSY`].
     idle_since: AtomicU64,
@@ -35,7 +35,7 @@ struct State {
 /// The value of `idle_since` of a connection that is not idle.
 const BUSY: Nanos = Nanos::MAX;
 
-impl Slot {
+impl ConnectionSlot {
     /// Marks the connection as idle since this instant.
     pub(crate) fn set_idle(&self, since: Instant) {
         self.0.idle_since.store(self.0.clock.at(since), Relaxed);
@@ -73,9 +73,9 @@ impl Slot {
     }
 }
 
-impl fmt::Debug for Slot {
+impl fmt::Debug for ConnectionSlot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Slot")
+        f.debug_struct("ConnectionSlot")
             .field("is_idle", &(self.0.idle_since.load(Relaxed) != BUSY))
             .field("is_reclaimed", &self.is_reclaimed())
             .finish()
@@ -93,25 +93,25 @@ const GROWTH: usize = 2;
 
 /// The slots of one listener. Only its accept loop uses the list, so the list needs no lock.
 #[derive(Debug)]
-pub(crate) struct Slots {
+pub(crate) struct ConnectionSlots {
     clock: Clock,
-    slots: Vec<Weak<State>>,
+    slots: Vec<Weak<SlotState>>,
     /// The length of the list at which dropped slots are removed.
     remove_at: usize,
 }
 
-impl Slots {
+impl ConnectionSlots {
     pub(crate) fn new() -> Self {
         Self { clock: Clock::new(), slots: Vec::new(), remove_at: MAX_EXAMINED }
     }
 
     /// Returns a slot for a new connection. The connection is idle until the client has sent its first head.
-    pub(crate) fn occupy(&mut self) -> Slot {
+    pub(crate) fn occupy(&mut self) -> ConnectionSlot {
         if self.slots.len() >= self.remove_at {
             self.slots.retain(|slot| slot.strong_count() > 0);
             self.remove_at = self.slots.len().saturating_mul(GROWTH).max(MAX_EXAMINED);
         }
-        let slot = Slot(Arc::new(State {
+        let slot = ConnectionSlot(Arc::new(SlotState {
             clock: self.clock,
             idle_since: AtomicU64::new(self.clock.now()),
             is_reclaimed: AtomicBool::new(false),
@@ -133,7 +133,7 @@ impl Slots {
             // The sum saturates, so that `BUSY` is later than any time.
             let is_idle = since.saturating_add(nanos(MIN_IDLE)) <= now;
             let is_candidate = is_idle && !state.is_reclaimed.load(Relaxed);
-            is_candidate.then_some((since, Slot(state)))
+            is_candidate.then_some((since, ConnectionSlot(state)))
         });
         match idle.min_by_key(|(since, _)| *since) {
             Some((_, slot)) => {
@@ -153,7 +153,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn longest_idle_connection_is_reclaimed_and_busy_ones_are_not() {
-        let mut slots = Slots::new();
+        let mut slots = ConnectionSlots::new();
         let (busy, idle) = (slots.occupy(), slots.occupy());
         busy.set_busy();
         advance(MIN_IDLE / 2).await;
@@ -170,7 +170,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn slots_of_closed_connections_are_forgotten() {
-        let mut slots = Slots::new();
+        let mut slots = ConnectionSlots::new();
         let kept: Vec<_> = (0..100).map(|_| slots.occupy()).collect();
         for _ in 0..10_000 {
             slots.occupy();

@@ -7,7 +7,7 @@ use http::{Extensions, HeaderMap, StatusCode};
 use super::{
     grpc,
     outcome::{Outcome, Reason},
-    rejected::{Phase, Rejected, RejectedKind},
+    rejected::{Rejected, RejectedKind, TimeoutPhase},
     retry_after,
 };
 use crate::{
@@ -89,9 +89,9 @@ fn of_status(status: StatusCode, headers: &HeaderMap) -> Outcome {
 /// layer timed out is a failure, unless its caller caused it.
 pub(crate) fn of_rejected(refused: &Rejected) -> Outcome {
     let outcome = match refused.kind() {
-        RejectedKind::TimedOut(Phase::Sending | Phase::BodyRate | Phase::Unread) => {
-            Outcome::cancelled().because(Reason::Caller)
-        }
+        RejectedKind::TimedOut(
+            TimeoutPhase::Sending | TimeoutPhase::BodyRate | TimeoutPhase::Unread,
+        ) => Outcome::cancelled().because(Reason::Caller),
         RejectedKind::TimedOut(_) if refused.deadline_source() == Some(DeadlineSource::Caller) => {
             Outcome::cancelled().because(Reason::CallerDeadline)
         }

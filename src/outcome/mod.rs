@@ -73,7 +73,7 @@ pub(crate) use self::tonic_status::is_timeout_of_tonic;
 pub use self::{
     attribution::SentMark,
     outcome::{Outcome, OutcomeKind, Reason},
-    rejected::{Phase, Rejected, RejectedKind},
+    rejected::{Rejected, RejectedKind, TimeoutPhase},
 };
 pub(crate) use self::{
     attribution::dropped,
@@ -85,5 +85,5 @@ pub(crate) use self::{
         COUNT_CANCELLED_AFTER, CallerDeadline, Ending, UpstreamClock, WaitsFor, attribute,
         request_mark,
     },
-    rejected::{Label, LayerFault, LayerKind},
+    rejected::{LayerFault, LayerKind, LayerName},
 };

@@ -23,7 +23,7 @@ pub struct Rejected {
     /// A set of bits: the source of the deadline that ended the call, if a deadline did, and [`DRAINS`].
     marks: u8,
     retry_after_ms: u32,
-    label: Option<Arc<Label>>,
+    label: Option<Arc<LayerName>>,
 }
 
 /// The reason for a rejection.
@@ -50,7 +50,7 @@ pub enum RejectedKind {
     Saturated,
     /// The call was in flight and this phase took too long: HTTP 504, or 503 from a server's timeout; gRPC
     /// `DEADLINE_EXCEEDED`.
-    TimedOut(Phase),
+    TimedOut(TimeoutPhase),
     /// The health probe has found the upstream to be down.
     Unhealthy,
     /// The caller has used up its quota: HTTP 429, gRPC `RESOURCE_EXHAUSTED`.
@@ -76,16 +76,16 @@ impl RejectedKind {
             Self::WaitedTooLong => "queue_timeout",
             Self::DeadlinePassed => "deadline_passed",
             Self::Saturated => "connections_saturated",
-            Self::TimedOut(Phase::Head) => "timeout_head",
-            Self::TimedOut(Phase::FirstFrame) => "timeout_first_frame",
-            Self::TimedOut(Phase::Idle) => "timeout_idle",
-            Self::TimedOut(Phase::Sending) => "timeout_sending",
-            Self::TimedOut(Phase::Taking) => "timeout_taking",
-            Self::TimedOut(Phase::Total) => "timeout_total",
-            Self::TimedOut(Phase::ResponseTotal) => "timeout_response_total",
-            Self::TimedOut(Phase::Deadline) => "timeout_deadline",
-            Self::TimedOut(Phase::BodyRate) => "timeout_body_rate",
-            Self::TimedOut(Phase::Unread) => "timeout_unread",
+            Self::TimedOut(TimeoutPhase::Head) => "timeout_head",
+            Self::TimedOut(TimeoutPhase::FirstFrame) => "timeout_first_frame",
+            Self::TimedOut(TimeoutPhase::Idle) => "timeout_response_idle",
+            Self::TimedOut(TimeoutPhase::Sending) => "timeout_request_idle",
+            Self::TimedOut(TimeoutPhase::Taking) => "timeout_request_stall",
+            Self::TimedOut(TimeoutPhase::Total) => "timeout_total",
+            Self::TimedOut(TimeoutPhase::ResponseTotal) => "timeout_response_total",
+            Self::TimedOut(TimeoutPhase::Deadline) => "timeout_deadline",
+            Self::TimedOut(TimeoutPhase::BodyRate) => "timeout_body_rate",
+            Self::TimedOut(TimeoutPhase::Unread) => "timeout_unread",
             Self::Unhealthy => "unhealthy",
             Self::Quota => "quota_exceeded",
             Self::ShuttingDown => "shutting_down",
@@ -105,16 +105,16 @@ impl RejectedKind {
             Self::WaitedTooLong => "waited too long for a permit",
             Self::DeadlinePassed => "deadline passed before the call began",
             Self::Saturated => "no connection became free",
-            Self::TimedOut(Phase::Head) => "no response head in time",
-            Self::TimedOut(Phase::FirstFrame) => "no first frame of the body in time",
-            Self::TimedOut(Phase::Idle) => "no frame of the response body in time",
-            Self::TimedOut(Phase::Sending) => "no frame of the request body in time",
-            Self::TimedOut(Phase::Taking) => "request body was not read in time",
-            Self::TimedOut(Phase::Total) => "call took too long in total",
-            Self::TimedOut(Phase::ResponseTotal) => "response took too long in total",
-            Self::TimedOut(Phase::Deadline) => "deadline passed with the call in flight",
-            Self::TimedOut(Phase::BodyRate) => "request body is below the minimum rate",
-            Self::TimedOut(Phase::Unread) => "response was not read for too long",
+            Self::TimedOut(TimeoutPhase::Head) => "no response head in time",
+            Self::TimedOut(TimeoutPhase::FirstFrame) => "no first frame of the body in time",
+            Self::TimedOut(TimeoutPhase::Idle) => "no frame of the response body in time",
+            Self::TimedOut(TimeoutPhase::Sending) => "no frame of the request body in time",
+            Self::TimedOut(TimeoutPhase::Taking) => "request body was not read in time",
+            Self::TimedOut(TimeoutPhase::Total) => "call took too long in total",
+            Self::TimedOut(TimeoutPhase::ResponseTotal) => "response took too long in total",
+            Self::TimedOut(TimeoutPhase::Deadline) => "deadline passed with the call in flight",
+            Self::TimedOut(TimeoutPhase::BodyRate) => "request body is below the minimum rate",
+            Self::TimedOut(TimeoutPhase::Unread) => "response was not read for too long",
             Self::Unhealthy => "upstream is unhealthy",
             Self::Quota => "quota is used up",
             Self::ShuttingDown => "shutting down",
@@ -126,7 +126,7 @@ impl RejectedKind {
 /// The part of a call that took too long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Phase {
+pub enum TimeoutPhase {
     /// The response head, from when the request had been sent.
     Head,
     /// The first frame of the response body.
@@ -151,7 +151,7 @@ pub enum Phase {
     Unread,
 }
 
-impl Phase {
+impl TimeoutPhase {
     pub(crate) const ALL: [Self; 10] = [
         Self::Head,
         Self::FirstFrame,
@@ -237,7 +237,7 @@ impl LayerKind {
 
 /// The part that the rejections of one layer share: its name, or the setting that cannot work.
 #[derive(Debug)]
-pub(crate) struct Label {
+pub(crate) struct LayerName {
     pub(crate) name: Box<str>,
     pub(crate) fault: Option<LayerFault>,
 }
@@ -285,7 +285,7 @@ impl Rejected {
         Self { kind, layer, marks: 0, retry_after_ms: NO_HINT, label: None }
     }
 
-    pub(crate) fn misconfigured(layer: LayerKind, label: Arc<Label>) -> Self {
+    pub(crate) fn misconfigured(layer: LayerKind, label: Arc<LayerName>) -> Self {
         // The response of a rejected call does not contain the error, so the log is the only place that does.
         if let Some(fault) = &label.fault {
             fault.report(layer.as_str(), "every call is rejected");
@@ -299,7 +299,7 @@ impl Rejected {
         }
     }
 
-    pub(crate) fn labelled(mut self, label: Option<Arc<Label>>) -> Self {
+    pub(crate) fn labelled(mut self, label: Option<Arc<LayerName>>) -> Self {
         self.label = label;
         self
     }

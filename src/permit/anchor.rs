@@ -1,24 +1,24 @@
 use std::time::Duration;
 
 use super::{
-    permit::{Finish, Hold, Measures, Token},
-    sharded::Lease,
+    permit::{Measures, Release, ReleaseAt, Token},
+    sharded::ShardedRef,
     state_ref::AnyGiver,
 };
 use crate::outcome::{Outcome, WaitsFor};
 
-/// The owner of a permit of a layer whose state is either [sharded](super::sharded::Striped) or [leaked](super::free_list).
+/// The owner of a permit of a layer whose state is either [sharded](super::sharded::ShardedArc) or [leaked](super::free_list).
 ///
 /// It forwards each method to the state.
 #[derive(Debug)]
 pub enum Anchor<T, L: 'static = T> {
     /// A reference to a shard of a reference-counted state.
-    Counted(Lease<T>),
+    Counted(ShardedRef<T>),
     /// A leaked state.
     Lasting(&'static L),
 }
 
-impl<T: Finish, L: Finish> Finish for Anchor<T, L> {
+impl<T: Release, L: Release> Release for Anchor<T, L> {
     #[inline]
     fn finish(&self, token: Token, outcome: Outcome) {
         match self {
@@ -36,7 +36,7 @@ impl<T: Finish, L: Finish> Finish for Anchor<T, L> {
     }
 
     #[inline]
-    fn hold(&self) -> Hold {
+    fn hold(&self) -> ReleaseAt {
         match self {
             Self::Counted(state) => state.hold(),
             Self::Lasting(state) => state.hold(),
@@ -98,7 +98,7 @@ impl<T: Finish, L: Finish> Finish for Anchor<T, L> {
     }
 }
 
-impl<T: Finish, L: Finish> From<Anchor<T, L>> for AnyGiver {
+impl<T: Release, L: Release> From<Anchor<T, L>> for AnyGiver {
     #[inline]
     fn from(anchor: Anchor<T, L>) -> Self {
         match anchor {

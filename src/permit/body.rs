@@ -22,14 +22,14 @@ pin_project! {
     /// The second variant needs no conversion into the body type of the inner service, so that type needs no further
     /// bounds.
     #[project = AnswerBodyProj]
-    pub(crate) enum AnswerBody<B: Body> {
+    pub(crate) enum EitherBody<B: Body> {
         Theirs { #[pin] body: B },
         // Boxed, so that it does not enlarge the responses of the inner service.
         Own { data: Option<Box<B::Data>> },
     }
 }
 
-impl<B: Body> AnswerBody<B> {
+impl<B: Body> EitherBody<B> {
     /// Returns an empty body that has ended.
     pub(crate) const fn ended() -> Self {
         Self::Own { data: None }
@@ -44,7 +44,7 @@ impl<B: Body> AnswerBody<B> {
     }
 }
 
-impl<B: Body> Body for AnswerBody<B> {
+impl<B: Body> Body for EitherBody<B> {
     type Data = B::Data;
     type Error = B::Error;
 
@@ -81,7 +81,7 @@ impl<B: Body> Body for AnswerBody<B> {
 }
 
 /// A response body that can contain data of a layer.
-pub trait OwnAnswer {
+pub trait FromBytes {
     /// Returns a body that contains `data` and ends after it.
     fn answer(data: Bytes) -> Self;
 }
@@ -95,7 +95,7 @@ pin_project! {
     /// returns an empty body, which an outer layer such as `tower_http::timeout` responds with.
     pub struct TrackedBody<B: Body> {
         #[pin]
-        inner: AnswerBody<B>,
+        inner: EitherBody<B>,
         permit: Permit,
         eos: Eos,
     }
@@ -203,25 +203,25 @@ impl<B: Body> TrackedBody<B> {
     /// Returns a body that holds no permit.
     #[inline]
     pub(crate) fn untracked(body: B) -> Self {
-        Self::told(AnswerBody::Theirs { body })
+        Self::told(EitherBody::Theirs { body })
     }
 
     #[inline]
-    fn told(inner: AnswerBody<B>) -> Self {
+    fn told(inner: EitherBody<B>) -> Self {
         Self { inner, permit: Permit::hollow(), eos: Eos::Told }
     }
 }
 
-impl<B: Body<Data: From<Bytes>>> OwnAnswer for TrackedBody<B> {
+impl<B: Body<Data: From<Bytes>>> FromBytes for TrackedBody<B> {
     fn answer(data: Bytes) -> Self {
-        Self::told(AnswerBody::own(data))
+        Self::told(EitherBody::own(data))
     }
 }
 
 impl<B: Body> Default for TrackedBody<B> {
     /// Returns an empty body that has ended: the body of a response that an outer layer makes.
     fn default() -> Self {
-        Self::told(AnswerBody::ended())
+        Self::told(EitherBody::ended())
     }
 }
 

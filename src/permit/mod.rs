@@ -12,13 +12,13 @@ pub(crate) mod unread;
 pub(crate) use self::anchor::Anchor;
 pub use self::body::TrackedBody;
 pub(crate) use self::free_list::Idle;
-pub(crate) use self::sharded::{Lease, Striped};
+pub(crate) use self::sharded::{ShardedArc, ShardedRef};
 pub(crate) use self::{
-    body::AnswerBody,
+    body::EitherBody,
     slot::{Far, Found},
 };
 pub(crate) use self::{
-    body::{Eos, OwnAnswer},
-    permit::{Finish, Hold, Measures, Permit, Token},
+    body::{Eos, FromBytes},
+    permit::{Measures, Permit, Release, ReleaseAt, Token},
     state_ref::{Giver, Shared},
 };

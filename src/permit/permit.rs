@@ -2,13 +2,13 @@
 //!
 //! # Life of a permit
 //!
-//! 1. A state ([`Finish`]: a circuit, a limit, a registry of calls) admits a call and issues a [`Permit`]. Its
+//! 1. A state ([`Release`]: a circuit, a limit, a registry of calls) admits a call and issues a [`Permit`]. Its
 //!    [`Token`] records the admission: the generation of the state, and the clock that measures the upstream.
 //! 2. The permit is moved through the future of the call. [`Permit::pending`] records what the call waits for, and
 //!    [`Permit::head`] reports the response head to the state.
-//! 3. The permit ends at the time that [`Finish::hold`] states. If that is the end of the response body, it is
+//! 3. The permit ends at the time that [`Release::hold`] states. If that is the end of the response body, it is
 //!    type-erased and moved into the [`TrackedBody`](super::body::TrackedBody).
-//! 4. [`Finish::finish`] receives the token and the attributed outcome.
+//! 4. [`Release::finish`] receives the token and the attributed outcome.
 //!
 //! # Invariants
 //!
@@ -35,7 +35,7 @@ use crate::outcome::{
 pub struct Token {
     /// The generation of the state that issued it, with the flags that this state needs at the release.
     pub(crate) tag: u64,
-    /// How long the upstream has had the request, as far as the state [measures](Finish::measures) it.
+    /// How long the upstream has had the request, as far as the state [measures](Release::measures) it.
     pub(crate) clock: UpstreamClock,
 }
 
@@ -61,7 +61,7 @@ pub enum Measures {
 
 /// The time at which a permit is released.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Hold {
+pub enum ReleaseAt {
     /// At the response head, whatever its outcome is.
     Head,
     /// As soon as the outcome is certain: at a response head that is not a success, otherwise at the end of the body.
@@ -73,7 +73,7 @@ pub enum Hold {
 /// The state that issues permits and receives the outcomes of their calls.
 ///
 /// The trait is object-safe, so that the type of a response body does not depend on the layer.
-pub trait Finish: Send + Sync + 'static {
+pub trait Release: Send + Sync + 'static {
     /// Releases the permit of this token and records the outcome of its call. Called exactly once for each token.
     fn finish(&self, token: Token, outcome: Outcome);
 
@@ -84,7 +84,7 @@ pub trait Finish: Send + Sync + 'static {
     }
 
     /// Returns the time at which permits of this state are released.
-    fn hold(&self) -> Hold;
+    fn hold(&self) -> ReleaseAt;
 
     /// Returns the part of a call that this state measures.
     fn measures(&self) -> Measures {
@@ -135,7 +135,7 @@ pub trait Finish: Send + Sync + 'static {
 /// [`finish`](Self::finish) releases it with an outcome. Dropping it releases it with the outcome that
 /// [`end_dropped_as`](Self::end_dropped_as) has set, with a failure if the inner service panicked under
 /// [`guard`](Self::guard), and otherwise with the outcome of a dropped call.
-pub struct Permit<G: Finish = AnyGiver> {
+pub struct Permit<G: Release = AnyGiver> {
     /// The state that issued the permit. `None` once the permit is spent.
     giver: Option<G>,
     token: Token,
@@ -175,7 +175,7 @@ impl CallContext {
     };
 }
 
-impl<G: Finish> Permit<G> {
+impl<G: Release> Permit<G> {
     #[inline]
     pub(crate) fn new(giver: G, token: Token) -> Self {
         Self { giver: Some(giver), token, context: CallContext::NONE }
@@ -370,7 +370,7 @@ impl<G: Finish> Permit<G> {
 
     /// Copies the clock and the record of the call from the lent permit.
     #[cfg(feature = "limit")]
-    pub(crate) fn with_record_of<L: Finish>(mut self, lent: &Permit<L>) -> Self {
+    pub(crate) fn with_record_of<L: Release>(mut self, lent: &Permit<L>) -> Self {
         self.token.clock = lent.token.clock;
         self.context = lent.context;
         self
@@ -384,8 +384,8 @@ impl<G: Finish> Permit<G> {
 
     /// Returns the time at which the permit is released. For a spent permit, the response head.
     #[inline]
-    pub(crate) fn hold(&self) -> Hold {
-        self.giver.as_ref().map_or(Hold::Head, G::hold)
+    pub(crate) fn hold(&self) -> ReleaseAt {
+        self.giver.as_ref().map_or(ReleaseAt::Head, G::hold)
     }
 
     /// Runs code of the inner service. If it panics, the permit is released with a failure when it is dropped.
@@ -394,9 +394,9 @@ impl<G: Finish> Permit<G> {
     /// response drops the permit during unwinding, too.
     #[inline]
     pub(crate) fn guard<O>(&mut self, run: impl FnOnce() -> O) -> O {
-        struct OnUnwind<'a, G: Finish>(&'a mut Permit<G>);
+        struct OnUnwind<'a, G: Release>(&'a mut Permit<G>);
 
-        impl<G: Finish> Drop for OnUnwind<'_, G> {
+        impl<G: Release> Drop for OnUnwind<'_, G> {
             fn drop(&mut self) {
                 self.0.end_dropped_as(Outcome::failure().because(Reason::Panicked));
             }
@@ -427,7 +427,7 @@ impl<G: Giver> Permit<G> {
     }
 }
 
-impl<G: Finish> Drop for Permit<G> {
+impl<G: Release> Drop for Permit<G> {
     #[inline]
     fn drop(&mut self) {
         if self.giver.is_some() {
@@ -439,12 +439,12 @@ impl<G: Finish> Drop for Permit<G> {
 /// Releases a dropped permit. Takes it by value, so that it can stay in registers.
 #[cold]
 #[inline(never)]
-fn dropped<G: Finish>(permit: Permit<G>) {
+fn dropped<G: Release>(permit: Permit<G>) {
     let outcome = permit.context.drop_as.unwrap_or_else(|| outcome_of_drop(permit.token.clock));
     permit.finish(outcome);
 }
 
-impl<G: Finish> fmt::Debug for Permit<G> {
+impl<G: Release> fmt::Debug for Permit<G> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Permit")
             .field("spent", &self.giver.is_none())

@@ -3,13 +3,13 @@
 //! Each call in flight holds a reference to the state of its layer. With one reference count, all threads would write
 //! the same cache line twice per call. Here a call takes a reference to one of up to 16 shards, selected by its thread.
 //! Each shard holds one reference to the state, so the state lives until the last call of every shard has ended and the
-//! [`Striped`] itself is dropped.
+//! [`ShardedArc`] itself is dropped.
 //!
 //! ```text
-//! Striped ─▶ Stripes ─┬─▶ Shared ────────────────▶ state
-//!                     ├─▶ Lease ─▶ Stripe (count) ──▶ state
-//!                     └─▶ Lease ─▶ Stripe (count) ──▶ state
-//! a call ───────────────▶ Lease ─▶ one of these Stripes
+//! ShardedArc ─▶ Shards ─┬─▶ Shared ────────────────▶ state
+//!                     ├─▶ ShardedRef ─▶ Shard (count) ──▶ state
+//!                     └─▶ ShardedRef ─▶ Shard (count) ──▶ state
+//! a call ───────────────▶ ShardedRef ─▶ one of these Shards
 //! ```
 
 use std::{
@@ -21,38 +21,38 @@ use std::{
 };
 
 use super::{
-    permit::Finish,
+    permit::Release,
     state_ref::{AnyGiver, Shared},
 };
 
 /// A [`Shared`] state whose calls are counted in shards. Calls on threads with different shards write no common cache
 /// line. Its own clones, one per service, share one count.
-pub(crate) struct Striped<T>(Arc<Stripes<T>>);
+pub(crate) struct ShardedArc<T>(Arc<Shards<T>>);
 
-struct Stripes<T> {
+struct Shards<T> {
     state: Shared<T>,
     /// The first shard. It is a field of its own, so that the choice of a shard cannot fail.
-    first: Lease<T>,
+    first: ShardedRef<T>,
     /// The other shards. Their number is a power of two less one, so it serves as the mask of a shard's index.
-    others: Box<[Lease<T>]>,
+    others: Box<[ShardedRef<T>]>,
 }
 
 /// A shard: a reference to the state, with a reference count of its own. The alignment prevents false sharing.
 #[repr(align(128))]
-struct Stripe<T>(Shared<T>);
+struct Shard<T>(Shared<T>);
 
-impl<T> Striped<T> {
+impl<T> ShardedArc<T> {
     pub(crate) fn new(state: T) -> Self {
         let state = Shared::new(state);
-        let first = Lease::of(state.clone());
-        let others = (1..count()).map(|_| Lease::of(state.clone())).collect();
-        Self(Arc::new(Stripes { state, first, others }))
+        let first = ShardedRef::of(state.clone());
+        let others = (1..count()).map(|_| ShardedRef::of(state.clone())).collect();
+        Self(Arc::new(Shards { state, first, others }))
     }
 
     /// Returns a reference for one call. It keeps the state alive.
     #[inline]
-    pub(crate) fn lease(&self) -> Lease<T> {
-        let Stripes { first, others, .. } = &*self.0;
+    pub(crate) fn lease(&self) -> ShardedRef<T> {
+        let Shards { first, others, .. } = &*self.0;
         // No panic: with an unwind path here, the compiler copies the future of the call once more.
         others.get(own() & others.len()).unwrap_or(first).clone()
     }
@@ -64,14 +64,14 @@ impl<T> Striped<T> {
     }
 }
 
-impl<T> Clone for Striped<T> {
+impl<T> Clone for ShardedArc<T> {
     #[inline]
     fn clone(&self) -> Self {
         Self(Arc::clone(&self.0))
     }
 }
 
-impl<T> Deref for Striped<T> {
+impl<T> Deref for ShardedArc<T> {
     type Target = T;
 
     #[inline]
@@ -80,13 +80,13 @@ impl<T> Deref for Striped<T> {
     }
 }
 
-impl<T: fmt::Debug> fmt::Debug for Striped<T> {
+impl<T: fmt::Debug> fmt::Debug for ShardedArc<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         (**self).fmt(f)
     }
 }
 
-impl<T> Deref for Stripe<T> {
+impl<T> Deref for Shard<T> {
     type Target = T;
 
     #[inline]
@@ -95,17 +95,17 @@ impl<T> Deref for Stripe<T> {
     }
 }
 
-/// A reference to a shard of a [`Striped`] state, held by one call.
-pub struct Lease<T>(Arc<Stripe<T>>);
+/// A reference to a shard of a [`ShardedArc`] state, held by one call.
+pub struct ShardedRef<T>(Arc<Shard<T>>);
 
-impl<T> Lease<T> {
+impl<T> ShardedRef<T> {
     fn of(state: Shared<T>) -> Self {
-        Self(Arc::new(Stripe(state)))
+        Self(Arc::new(Shard(state)))
     }
 }
 
 #[cfg(feature = "breaker")]
-impl<T> Lease<T> {
+impl<T> ShardedRef<T> {
     /// Returns a state with a single shard, for states that exist in large numbers.
     pub(crate) fn alone(state: T) -> Self {
         Self::of(Shared::new(state))
@@ -128,14 +128,14 @@ impl<T> Lease<T> {
     }
 }
 
-impl<T> Clone for Lease<T> {
+impl<T> Clone for ShardedRef<T> {
     #[inline]
     fn clone(&self) -> Self {
         Self(Arc::clone(&self.0))
     }
 }
 
-impl<T> Deref for Lease<T> {
+impl<T> Deref for ShardedRef<T> {
     type Target = T;
 
     #[inline]
@@ -144,15 +144,15 @@ impl<T> Deref for Lease<T> {
     }
 }
 
-impl<T: fmt::Debug> fmt::Debug for Lease<T> {
+impl<T: fmt::Debug> fmt::Debug for ShardedRef<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         (**self).fmt(f)
     }
 }
 
-impl<T: Finish> From<Lease<T>> for AnyGiver {
+impl<T: Release> From<ShardedRef<T>> for AnyGiver {
     #[inline]
-    fn from(lease: Lease<T>) -> Self {
+    fn from(lease: ShardedRef<T>) -> Self {
         Self::Counted(lease.0)
     }
 }

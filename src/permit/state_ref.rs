@@ -6,7 +6,7 @@
 //! | kind | reference count | the state is freed |
 //! |---|---|---|
 //! | [`Shared`] | one | with the last reference |
-//! | [`Lease`](super::sharded::Lease) of a [`Striped`](super::sharded::Striped) state | one per shard; threads use different shards | with the last reference |
+//! | [`ShardedRef`](super::sharded::ShardedRef) of a [`ShardedArc`](super::sharded::ShardedArc) state | one per shard; threads use different shards | with the last reference |
 //! | `&'static` to a [leaked](super::free_list) state | none | never: its owner returns it to a free list |
 //!
 //! The third kind needs no count of its own because the state counts its calls anyway, or because a generation in the
@@ -19,18 +19,18 @@
 use std::sync::Weak;
 use std::{fmt, ops::Deref, sync::Arc, time::Duration};
 
-use super::permit::{Finish, Hold, Measures, Permit, Token};
+use super::permit::{Measures, Permit, Release, ReleaseAt, Token};
 use crate::outcome::{Outcome, WaitsFor};
 
 /// The owner of a permit: a reference to the state that issued it. It can be type-erased.
-pub trait Giver: Finish + Into<AnyGiver> {}
+pub trait Giver: Release + Into<AnyGiver> {}
 
-impl<G: Finish + Into<AnyGiver>> Giver for G {}
+impl<G: Release + Into<AnyGiver>> Giver for G {}
 
 /// Forwards to the pointee.
-impl<P> Finish for P
+impl<P> Release for P
 where
-    P: Deref<Target: Finish> + Send + Sync + 'static,
+    P: Deref<Target: Release> + Send + Sync + 'static,
 {
     #[inline]
     fn finish(&self, token: Token, outcome: Outcome) {
@@ -43,7 +43,7 @@ where
     }
 
     #[inline]
-    fn hold(&self) -> Hold {
+    fn hold(&self) -> ReleaseAt {
         (**self).hold()
     }
 
@@ -84,13 +84,13 @@ where
 /// A type-erased owner of a permit.
 pub enum AnyGiver {
     /// A reference-counted state, or a shard that refers to it.
-    Counted(Arc<dyn Finish>),
+    Counted(Arc<dyn Release>),
     /// A leaked state.
-    Lasting(&'static dyn Finish),
+    Lasting(&'static dyn Release),
 }
 
 impl Deref for AnyGiver {
-    type Target = dyn Finish;
+    type Target = dyn Release;
 
     #[inline]
     fn deref(&self) -> &Self::Target {
@@ -122,7 +122,7 @@ impl<T> Shared<T> {
     }
 }
 
-impl<T: Finish> Shared<T> {
+impl<T: Release> Shared<T> {
     /// Returns a permit that this state has issued. The permit keeps the state alive.
     #[cfg(any(feature = "connect", feature = "health", feature = "limit"))]
     pub(crate) fn permit(&self, token: Token) -> Permit<Self> {
@@ -152,7 +152,7 @@ impl<T> Deref for Shared<T> {
     }
 }
 
-impl<T: Finish> From<Shared<T>> for AnyGiver {
+impl<T: Release> From<Shared<T>> for AnyGiver {
     #[inline]
     fn from(state: Shared<T>) -> Self {
         Self::Counted(state.0)

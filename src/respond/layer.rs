@@ -14,11 +14,11 @@ use pin_project_lite::pin_project;
 use tower_layer::Layer;
 use tower_service::Service;
 
-use super::reject::{Form, response};
+use super::reject::{ResponseFormat, response};
 use crate::{
     drain::Loan,
-    outcome::{Phase, Rejected, RejectedKind},
-    permit::{OwnAnswer, TrackedBody},
+    outcome::{Rejected, RejectedKind, TimeoutPhase},
+    permit::{FromBytes, TrackedBody},
 };
 
 /// Converts rejections that the wrapped service returns as errors into responses: the `.respond()` of a whole stack.
@@ -146,7 +146,7 @@ where
     }
 
     fn call(&mut self, mut request: Request<ReqB>) -> Self::Future {
-        let form = Form::of(request.method(), request.headers());
+        let form = ResponseFormat::of(request.method(), request.headers());
         let loan = Loan::of(&mut request);
         RespondFuture { future: self.inner.call(request), form, loan }
     }
@@ -157,7 +157,7 @@ pin_project! {
     pub struct RespondFuture<F> {
         #[pin]
         future: F,
-        form: Form,
+        form: ResponseFormat,
         // The lent body of the request, drained if the call is rejected. `None` if there is nothing to drain.
         loan: Option<Loan>,
     }
@@ -220,8 +220,8 @@ fn is_timer_of_client<E: 'static>(_: &E) -> bool {
 /// Returns the response for a call that the timer of the client ended. No layer rejected the call, so the response
 /// carries no [`Rejected`].
 #[cold]
-fn deadline_exceeded(form: Form) -> Response<Bytes> {
-    let rejected = Rejected::new(RejectedKind::TimedOut(Phase::Deadline));
+fn deadline_exceeded(form: ResponseFormat) -> Response<Bytes> {
+    let rejected = Rejected::new(RejectedKind::TimedOut(TimeoutPhase::Deadline));
     let mut response = response(form, rejected);
     response.extensions_mut().remove::<Rejected>();
     response

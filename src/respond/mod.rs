@@ -6,4 +6,4 @@ mod reject;
 pub use self::layer::{RespondFuture, RespondLayer, RespondService};
 pub(crate) use self::reject::public_reason;
 pub use self::reject::{AsError, Reject, Respond, RespondWith};
-pub(crate) use self::reject::{Form, accepts, whole_seconds};
+pub(crate) use self::reject::{ResponseFormat, accepts, whole_seconds};

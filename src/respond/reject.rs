@@ -6,8 +6,8 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header
 use crate::{
     drain::drain_request,
     error::BoxError,
-    outcome::{Phase, Rejected, RejectedKind, grpc, retry_after},
-    permit::OwnAnswer,
+    outcome::{Rejected, RejectedKind, TimeoutPhase, grpc, retry_after},
+    permit::FromBytes,
 };
 
 /// Converts a rejection into an error or a response.
@@ -21,13 +21,13 @@ use crate::{
     note = "`.respond()` needs requests of `http::Request<_>` and responses of `http::Response<TrackedBody<B>>` with `B::Data: From<Bytes>`: do not change the protocol of the layer from `Http`",
     note = "for other types, use `.respond_with(|rejected: &Rejected| ..)`, or remove it: then a rejection is a `BoxError`, and the error of the wrapped service must be `Into<BoxError>`"
 )]
-pub trait Reject<Req, Res, E>: Refuse<Req, Res, E> {}
+pub trait Reject<Req, Res, E>: RejectSealed<Req, Res, E> {}
 
 #[diagnostic::do_not_recommend]
-impl<R, Req, Res, E> Reject<Req, Res, E> for R where R: Refuse<Req, Res, E> {}
+impl<R, Req, Res, E> Reject<Req, Res, E> for R where R: RejectSealed<Req, Res, E> {}
 
 /// The methods of [`Reject`]. The trait is not exported, so that it can change.
-pub trait Refuse<Req, Res, E>: Clone + Send + Sync + 'static {
+pub trait RejectSealed<Req, Res, E>: Clone + Send + Sync + 'static {
     /// The error of the layer: the error of the inner service, or a box with that error or the rejection.
     type Error;
 
@@ -35,10 +35,10 @@ pub trait Refuse<Req, Res, E>: Clone + Send + Sync + 'static {
     const ANSWERS: bool = true;
 
     /// Returns the form that a rejection of this request has.
-    fn form(&self, request: &Req) -> Form;
+    fn form(&self, request: &Req) -> ResponseFormat;
 
     /// Converts the rejection.
-    fn refuse(self, form: Form, rejected: Rejected) -> Result<Res, Self::Error>;
+    fn refuse(self, form: ResponseFormat, rejected: Rejected) -> Result<Res, Self::Error>;
 
     /// Takes over the request that is rejected. A strategy that responds drains its body, so that the response reaches
     /// a client that still sends the request.
@@ -60,7 +60,7 @@ pub trait Refuse<Req, Res, E>: Clone + Send + Sync + 'static {
 
 /// The form of a rejection, recorded from the request before the inner service consumes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
+pub enum ResponseFormat {
     /// An HTTP status and headers, without a body.
     Empty,
     /// An HTTP status, headers, and a problem document.
@@ -71,7 +71,7 @@ pub enum Form {
     GrpcWeb,
 }
 
-impl Form {
+impl ResponseFormat {
     pub(crate) const fn is_grpc(self) -> bool {
         matches!(self, Self::Grpc | Self::GrpcWeb)
     }
@@ -123,17 +123,17 @@ pub(crate) fn accepts(headers: &HeaderMap, ranges: &[&str]) -> Option<bool> {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AsError;
 
-impl<Req, Res, E: Into<BoxError>> Refuse<Req, Res, E> for AsError {
+impl<Req, Res, E: Into<BoxError>> RejectSealed<Req, Res, E> for AsError {
     type Error = BoxError;
 
     const ANSWERS: bool = false;
 
     #[inline]
-    fn form(&self, _: &Req) -> Form {
-        Form::Empty
+    fn form(&self, _: &Req) -> ResponseFormat {
+        ResponseFormat::Empty
     }
 
-    fn refuse(self, _: Form, rejected: Rejected) -> Result<Res, BoxError> {
+    fn refuse(self, _: ResponseFormat, rejected: Rejected) -> Result<Res, BoxError> {
         Err(Box::new(rejected))
     }
 
@@ -228,15 +228,15 @@ impl<Req, Res, E: Into<BoxError>> Refuse<Req, Res, E> for AsError {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Respond;
 
-impl<ReqB: 'static, B: OwnAnswer, E> Refuse<Request<ReqB>, Response<B>, E> for Respond {
+impl<ReqB: 'static, B: FromBytes, E> RejectSealed<Request<ReqB>, Response<B>, E> for Respond {
     type Error = E;
 
     #[inline]
-    fn form(&self, request: &Request<ReqB>) -> Form {
-        Form::of(request.method(), request.headers())
+    fn form(&self, request: &Request<ReqB>) -> ResponseFormat {
+        ResponseFormat::of(request.method(), request.headers())
     }
 
-    fn refuse(self, form: Form, rejected: Rejected) -> Result<Response<B>, E> {
+    fn refuse(self, form: ResponseFormat, rejected: Rejected) -> Result<Response<B>, E> {
         Ok(response(form, rejected).map(B::answer))
     }
 
@@ -251,13 +251,13 @@ impl<ReqB: 'static, B: OwnAnswer, E> Refuse<Request<ReqB>, Response<B>, E> for R
 }
 
 /// Returns the response of [`Respond`].
-pub(crate) fn response(form: Form, rejected: Rejected) -> Response<Bytes> {
+pub(crate) fn response(form: ResponseFormat, rejected: Rejected) -> Response<Bytes> {
     let mut body = Bytes::new();
     let mut headers = HeaderMap::with_capacity(5);
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     let status = match form {
-        Form::Grpc | Form::GrpcWeb => {
-            let web = form == Form::GrpcWeb;
+        ResponseFormat::Grpc | ResponseFormat::GrpcWeb => {
+            let web = form == ResponseFormat::GrpcWeb;
             let content = if web { "application/grpc-web" } else { "application/grpc" };
             let code = grpc::of_rejected(rejected.kind());
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content));
@@ -268,12 +268,12 @@ pub(crate) fn response(form: Form, rejected: Rejected) -> Response<Bytes> {
             }
             StatusCode::OK
         }
-        Form::Json | Form::Empty => {
+        ResponseFormat::Json | ResponseFormat::Empty => {
             let status = match rejected.kind() {
                 RejectedKind::Quota => StatusCode::TOO_MANY_REQUESTS,
                 // A deadline that has passed is a 504 on a server, too: the caller does not wait any more.
                 RejectedKind::TimedOut(phase)
-                    if rejected.is_by_server() && phase != Phase::Deadline =>
+                    if rejected.is_by_server() && phase != TimeoutPhase::Deadline =>
                 {
                     StatusCode::SERVICE_UNAVAILABLE
                 }
@@ -289,7 +289,7 @@ pub(crate) fn response(form: Form, rejected: Rejected) -> Response<Bytes> {
             if let Some(after) = rejected.retry_after().or(after) {
                 headers.insert(header::RETRY_AFTER, HeaderValue::from(whole_seconds(after)));
             }
-            if form == Form::Json {
+            if form == ResponseFormat::Json {
                 headers.insert(
                     header::CONTENT_TYPE,
                     HeaderValue::from_static("application/problem+json"),
@@ -333,7 +333,7 @@ impl Rejected {
     /// ```
     #[must_use]
     pub fn respond_to<ReqB: 'static, B: From<Bytes>>(self, request: Request<ReqB>) -> Response<B> {
-        let form = Form::of(request.method(), request.headers());
+        let form = ResponseFormat::of(request.method(), request.headers());
         let rejected = if drain_request(request) { self.draining() } else { self };
         response(form, rejected).map(B::from)
     }
@@ -372,7 +372,7 @@ impl Rejected {
 #[cfg_attr(docsrs, doc(cfg(feature = "axum")))]
 impl axum::response::IntoResponse for Rejected {
     fn into_response(self) -> axum::response::Response {
-        response(Form::Json, self).map(axum::body::Body::from)
+        response(ResponseFormat::Json, self).map(axum::body::Body::from)
     }
 }
 
@@ -413,7 +413,7 @@ pub(crate) fn whole_seconds(after: Duration) -> u64 {
 #[derive(Clone)]
 pub struct RespondWith<F>(pub(crate) F);
 
-impl<F, Req, Res, E> Refuse<Req, Res, E> for RespondWith<F>
+impl<F, Req, Res, E> RejectSealed<Req, Res, E> for RespondWith<F>
 where
     Req: 'static,
     F: Fn(&Rejected) -> Result<Res, E> + Clone + Send + Sync + 'static,
@@ -421,11 +421,11 @@ where
     type Error = E;
 
     #[inline]
-    fn form(&self, _: &Req) -> Form {
-        Form::Empty
+    fn form(&self, _: &Req) -> ResponseFormat {
+        ResponseFormat::Empty
     }
 
-    fn refuse(self, _: Form, rejected: Rejected) -> Result<Res, E> {
+    fn refuse(self, _: ResponseFormat, rejected: Rejected) -> Result<Res, E> {
         self.0(&rejected)
     }
 
@@ -473,25 +473,30 @@ mod tests {
         let of = |method: Method, content: &'static str| {
             let mut headers = HeaderMap::new();
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content));
-            Form::of(&method, &headers)
+            ResponseFormat::of(&method, &headers)
         };
-        assert_eq!(of(Method::POST, "application/grpc+proto"), Form::Grpc);
-        assert_eq!(of(Method::POST, "application/grpc-web-text"), Form::GrpcWeb);
-        assert_eq!(of(Method::POST, "Application/gRPC;charset=utf-8"), Form::Grpc);
-        assert_eq!(of(Method::POST, "APPLICATION/GRPC-WEB+proto"), Form::GrpcWeb);
-        assert_eq!(of(Method::POST, "application/grpcfoo"), Form::Json);
-        assert_eq!(of(Method::POST, "application/grpc-webfoo"), Form::Json);
-        assert_eq!(of(Method::POST, "application/json"), Form::Json);
-        assert_eq!(of(Method::HEAD, "application/json"), Form::Empty);
+        assert_eq!(of(Method::POST, "application/grpc+proto"), ResponseFormat::Grpc);
+        assert_eq!(of(Method::POST, "application/grpc-web-text"), ResponseFormat::GrpcWeb);
+        assert_eq!(of(Method::POST, "Application/gRPC;charset=utf-8"), ResponseFormat::Grpc);
+        assert_eq!(of(Method::POST, "APPLICATION/GRPC-WEB+proto"), ResponseFormat::GrpcWeb);
+        assert_eq!(of(Method::POST, "application/grpcfoo"), ResponseFormat::Json);
+        assert_eq!(of(Method::POST, "application/grpc-webfoo"), ResponseFormat::Json);
+        assert_eq!(of(Method::POST, "application/json"), ResponseFormat::Json);
+        assert_eq!(of(Method::HEAD, "application/json"), ResponseFormat::Empty);
         // Only a POST is a gRPC request (gRPC over HTTP/2, "Call-Definition").
-        assert_eq!(of(Method::GET, "application/grpc"), Form::Json);
-        assert_eq!(of(Method::HEAD, "application/grpc"), Form::Empty);
+        assert_eq!(of(Method::GET, "application/grpc"), ResponseFormat::Json);
+        assert_eq!(of(Method::HEAD, "application/grpc"), ResponseFormat::Empty);
     }
 
     #[test]
     fn no_rejection_can_be_cached() {
-        for form in [Form::Empty, Form::Json, Form::Grpc, Form::GrpcWeb] {
-            for kind in [RejectedKind::Full, RejectedKind::TimedOut(Phase::Head)] {
+        for form in [
+            ResponseFormat::Empty,
+            ResponseFormat::Json,
+            ResponseFormat::Grpc,
+            ResponseFormat::GrpcWeb,
+        ] {
+            for kind in [RejectedKind::Full, RejectedKind::TimedOut(TimeoutPhase::Head)] {
                 let response = response(form, Rejected::new(kind));
                 assert_eq!(response.headers()["cache-control"], "no-store", "{form:?} {kind:?}");
             }
@@ -500,7 +505,7 @@ mod tests {
 
     #[test]
     fn every_503_and_429_carries_retry_after() {
-        let phases = Phase::ALL.into_iter().map(RejectedKind::TimedOut);
+        let phases = TimeoutPhase::ALL.into_iter().map(RejectedKind::TimedOut);
         let kinds = [
             RejectedKind::Open,
             RejectedKind::Probing,
@@ -522,7 +527,9 @@ mod tests {
                 #[cfg(feature = "timeout")]
                 Rejected::by(crate::outcome::LayerKind::ServerTimeout, kind),
             ];
-            for (rejected, form) in by.into_iter().zip([Form::Json, Form::Empty]) {
+            for (rejected, form) in
+                by.into_iter().zip([ResponseFormat::Json, ResponseFormat::Empty])
+            {
                 let response = response(form, rejected);
                 let after = response.headers().get(header::RETRY_AFTER);
                 let is_temporary = matches!(response.status().as_u16(), 503 | 429);
@@ -545,9 +552,9 @@ mod tests {
     #[test]
     fn internal_reasons_are_shown_to_no_client() {
         for kind in [RejectedKind::Misconfigured, RejectedKind::ForcedOpen] {
-            let grpc = response(Form::Grpc, Rejected::new(kind));
+            let grpc = response(ResponseFormat::Grpc, Rejected::new(kind));
             assert_eq!(grpc.headers()["grpc-message"], "unavailable");
-            let http = response(Form::Json, Rejected::new(kind));
+            let http = response(ResponseFormat::Json, Rejected::new(kind));
             assert!(http.body().ends_with(br#""reason":"unavailable"}"#));
         }
     }
@@ -563,21 +570,21 @@ mod tests {
     fn quota_is_429_and_resource_exhausted() {
         let refused =
             || Rejected::new(RejectedKind::Quota).with_retry_after(Duration::from_millis(1500));
-        let http = response(Form::Json, refused());
+        let http = response(ResponseFormat::Json, refused());
         assert_eq!(http.status(), 429);
         assert_eq!(http.headers()["retry-after"], "2");
         assert_eq!(
             http.body(),
             r#"{"type":"about:blank","title":"Too Many Requests","status":429,"reason":"quota_exceeded"}"#
         );
-        let grpc = response(Form::Grpc, refused());
+        let grpc = response(ResponseFormat::Grpc, refused());
         assert_eq!(grpc.headers()["grpc-status"], "8");
         assert_eq!(grpc.headers()["grpc-retry-pushback-ms"], "1500");
         assert_eq!(grpc.headers()["content-type"], "application/grpc");
-        let web = response(Form::GrpcWeb, refused());
+        let web = response(ResponseFormat::GrpcWeb, refused());
         assert_eq!(web.headers()["content-type"], "application/grpc-web");
         assert_eq!(web.headers()["grpc-status"], "8");
-        let plain = response(Form::Empty, Rejected::new(RejectedKind::Full));
+        let plain = response(ResponseFormat::Empty, Rejected::new(RejectedKind::Full));
         assert_eq!((plain.status().as_u16(), plain.body().len()), (503, 0));
         assert!(plain.extensions().get::<Rejected>().is_some());
     }
@@ -590,7 +597,7 @@ mod tests {
             method in prop::sample::select(vec![Method::GET, Method::POST, Method::HEAD, Method::CONNECT]),
             kind in prop::sample::select(vec![
                 RejectedKind::Open, RejectedKind::Full, RejectedKind::Quota, RejectedKind::DeadlinePassed,
-                RejectedKind::TimedOut(Phase::Head), RejectedKind::TimedOut(Phase::Deadline),
+                RejectedKind::TimedOut(TimeoutPhase::Head), RejectedKind::TimedOut(TimeoutPhase::Deadline),
             ]),
             after in any::<Option<Duration>>(),
         ) {
@@ -600,14 +607,14 @@ mod tests {
                     headers.append(name, value);
                 }
             }
-            let form = Form::of(&method, &headers);
+            let form = ResponseFormat::of(&method, &headers);
             let rejected = Rejected::new(kind);
             let rejected = match after {
                 Some(after) => rejected.with_retry_after(after),
                 None => rejected,
             };
             let answer = response(form, rejected);
-            if form == Form::Json {
+            if form == ResponseFormat::Json {
                 let problem: serde_json::Value = serde_json::from_slice(answer.body()).unwrap();
                 prop_assert_eq!(&problem["status"], answer.status().as_u16());
                 prop_assert_eq!(&problem["reason"], kind.as_str());
@@ -617,7 +624,7 @@ mod tests {
             if let Some(after) = answer.headers().get(header::RETRY_AFTER) {
                 prop_assert!(after.to_str().unwrap().parse::<u64>().unwrap() >= 1);
             }
-            prop_assert_eq!(answer.headers().contains_key("grpc-status"), matches!(form, Form::Grpc | Form::GrpcWeb));
+            prop_assert_eq!(answer.headers().contains_key("grpc-status"), matches!(form, ResponseFormat::Grpc | ResponseFormat::GrpcWeb));
         }
     }
 }

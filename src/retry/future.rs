@@ -11,18 +11,20 @@ use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use tower_service::Service;
 
 use super::{
-    overrides::Seen,
-    settings::Settings,
+    overrides::AttemptContext,
+    settings::RetrySettings,
     span::Span,
     state::{Course, Kept, Wait},
 };
 use crate::{
     attempt::{
-        Answer, Class, Core, Head, Repeat, Stop, Weigh, Weighed, classify_by_request,
-        earns_deposit, failed_status, is_good,
+        AttemptFuture, AttemptResponse, ClassifyAttempt, Core, GiveUpReason, Head, ReplayRequest,
+        RetryAction, classify_by_request, earns_deposit, failed_status, is_good,
     },
-    outcome::{DropCause, LayerKind, Outcome, Phase, Rejected, RejectedKind, WaitsFor, grpc},
-    permit::Lease,
+    outcome::{
+        DropCause, LayerKind, Outcome, Rejected, RejectedKind, TimeoutPhase, WaitsFor, grpc,
+    },
+    permit::ShardedRef,
     time::{may_have_expired, poll_timer},
 };
 
@@ -31,12 +33,12 @@ pin_project! {
     ///
     /// Dropping it drops the attempt in flight. If it is dropped during a delay, the withdrawal for the next attempt is
     /// refunded.
-    pub struct ResponseFuture<S, Req, F, M, K, H> {
+    pub struct RetryFuture<S, Req, F, M, K, H> {
         #[pin]
-        pub(super) state: State<F, H>,
+        pub(super) state: RetryStage<F, H>,
         // The span of the attempt in flight.
         pub(super) span: Span,
-        pub(super) core: Lease<Core<S, Settings>>,
+        pub(super) core: ShardedRef<Core<S, RetrySettings>>,
         pub(super) protocol: M,
         pub(super) is_grpc_call: bool,
         pub(super) kept: Option<K>,
@@ -47,11 +49,11 @@ pin_project! {
 }
 
 pin_project! {
-    #[project = StateProj]
-    pub(super) enum State<F, H> {
+    #[project = RetryStageProj]
+    pub(super) enum RetryStage<F, H> {
         // The deadline had passed before the call.
         Unbegun,
-        Calling { #[pin] attempt: Weighed<F, H> },
+        Calling { #[pin] attempt: AttemptFuture<F, H> },
         // The discarded response is drained for a short time.
         Discarding { held: H, #[pin] longest: Sleep, wait: Wait },
         Waiting { #[pin] backoff: Sleep },
@@ -62,10 +64,10 @@ pin_project! {
     }
 }
 
-impl<S, M, Req> Future for ResponseFuture<S, Req, S::Future, M, M::Kept, M::Held>
+impl<S, M, Req> Future for RetryFuture<S, Req, S::Future, M, M::Kept, M::Held>
 where
     S: Service<M::Request> + Clone,
-    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+    M: ReplayRequest<Req> + ClassifyAttempt<S::Response, S::Error>,
 {
     type Output = Result<M::Response, M::Error>;
 
@@ -74,7 +76,7 @@ where
         let mut made = 0;
         loop {
             let this = self.as_mut().project();
-            if let StateProj::Calling { mut attempt } = this.state.project() {
+            if let RetryStageProj::Calling { mut attempt } = this.state.project() {
                 let until = || until::<S, Req, M>(this.core, this.kept.as_ref());
                 let entered = this.span.enter();
                 let late = match ready!(attempt.as_mut().poll_head(until, cx)) {
@@ -102,7 +104,7 @@ where
                 if let Some(end) = self.as_mut().ended(weight) {
                     return Poll::Ready(end);
                 }
-            } else if matches!(self.state, State::Unbegun) {
+            } else if matches!(self.state, RetryStage::Unbegun) {
                 return Poll::Ready(self.too_late());
             }
             let Poll::Ready(end) = self.as_mut().poll_between(cx) else {
@@ -130,7 +132,7 @@ const MOST_AT_ONCE: u32 = 16;
 pub(super) fn ends_by<S, Req, M>(kept: Option<&M::Kept>, then: impl FnOnce() -> Instant) -> bool
 where
     S: Service<M::Request>,
-    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+    M: ReplayRequest<Req> + ClassifyAttempt<S::Response, S::Error>,
 {
     M::TAKES_ERRORS && kept.and_then(M::deadline).is_some_and(|deadline| deadline.at() <= then())
 }
@@ -141,14 +143,14 @@ where
 fn reports_deadline<S, Req, M>(held: &M::Held, kept: Option<&M::Kept>) -> bool
 where
     S: Service<M::Request>,
-    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+    M: ReplayRequest<Req> + ClassifyAttempt<S::Response, S::Error>,
 {
     let Some(deadline) = kept.and_then(M::deadline).filter(|_| M::TAKES_ERRORS) else {
         return false;
     };
     let is_report = match M::answer(held) {
-        Some(Answer::Error(error)) => Rejected::find(error).is_none(),
-        Some(Answer::Head(_, headers, _)) => grpc::is_cancelled(headers),
+        Some(AttemptResponse::Error(error)) => Rejected::find(error).is_none(),
+        Some(AttemptResponse::Head(_, headers, _)) => grpc::is_cancelled(headers),
         _ => false,
     };
     is_report && may_have_expired(deadline.at())
@@ -156,10 +158,10 @@ where
 
 /// Returns the instant at which the response head is late: the earlier of the attempt timeout, which starts now, and
 /// the deadline.
-fn until<S, Req, M>(core: &Core<S, Settings>, kept: Option<&M::Kept>) -> Option<Instant>
+fn until<S, Req, M>(core: &Core<S, RetrySettings>, kept: Option<&M::Kept>) -> Option<Instant>
 where
     S: Service<M::Request>,
-    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+    M: ReplayRequest<Req> + ClassifyAttempt<S::Response, S::Error>,
 {
     if !M::TAKES_ERRORS {
         return None;
@@ -170,22 +172,22 @@ where
     limit.into_iter().chain(deadline).min()
 }
 
-impl<S, M, Req> ResponseFuture<S, Req, S::Future, M, M::Kept, M::Held>
+impl<S, M, Req> RetryFuture<S, Req, S::Future, M, M::Kept, M::Held>
 where
     S: Service<M::Request> + Clone,
-    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+    M: ReplayRequest<Req> + ClassifyAttempt<S::Response, S::Error>,
 {
     /// Handles the end of an attempt. `weight` is its class and outcome, or `None` if the response head is late.
     ///
     /// Returns the result of the call, or `None` if the response is discarded and a further attempt follows.
     fn ended(
         mut self: Pin<&mut Self>,
-        weight: Option<(Class, Outcome)>,
+        weight: Option<(RetryAction, Outcome)>,
     ) -> Option<Result<M::Response, M::Error>> {
         let mut this = self.as_mut().project();
         let kept = this.kept.as_ref();
         let (held, (mut class, mut outcome)) = match (weight, this.state.as_mut().project()) {
-            (Some(weight), StateProj::Calling { attempt }) => {
+            (Some(weight), RetryStageProj::Calling { attempt }) => {
                 let held = attempt.take();
                 if reports_deadline::<S, Req, M>(&held, kept) {
                     return Some(self.too_late());
@@ -198,8 +200,8 @@ where
             _ => {
                 // Marks the drop of the attempt as a timeout. Inner layers would otherwise record it as a hang-up.
                 DropCause::TimedOut(this.core.settings.attempt_timeout())
-                    .during(|| this.state.set(State::Over));
-                let late = RejectedKind::TimedOut(Phase::Head);
+                    .during(|| this.state.set(RetryStage::Over));
+                let late = RejectedKind::TimedOut(TimeoutPhase::Head);
                 M::failed(Rejected::by(LayerKind::Retry, late).into())?
             }
         };
@@ -211,7 +213,7 @@ where
         let first = this.course.is_none();
         let said = settings.says();
         let alone = |class, outcome: Outcome| {
-            let alone = class == Class::Final && first;
+            let alone = class == RetryAction::Final && first;
             if alone && earns_deposit(outcome) {
                 this.core.answered();
             }
@@ -229,7 +231,7 @@ where
                 classify_by_request(class, outcome, answer, first, |name: &str| {
                     M::header(kept, name)
                 });
-            if let (Class::Retryable, true, Answer::Head(status, headers, _)) =
+            if let (RetryAction::Retryable, true, AttemptResponse::Head(status, headers, _)) =
                 (class, outcome.is_success(), answer)
             {
                 outcome = failed_status(status, headers);
@@ -240,7 +242,7 @@ where
             if let (Some(kept), Some(answer)) = (kept, M::answer(&held)) {
                 let attempt = this.course.as_ref().map_or(1, |course| course.made());
                 let head = || M::head(kept);
-                let mut seen = Seen::new(&head, answer, outcome, attempt);
+                let mut seen = AttemptContext::new(&head, answer, outcome, attempt);
                 let by_user;
                 (class, by_user) = policy.say.judge(class, &mut seen);
                 vouched |= by_user;
@@ -264,7 +266,11 @@ where
         let claim = || kept.is_some_and(M::claim);
         match course.next(this.core, &policy, (class, outcome, is_error), known, claim) {
             Ok(wait) => {
-                this.state.set(State::Discarding { held, longest: sleep(wait.drain_time), wait });
+                this.state.set(RetryStage::Discarding {
+                    held,
+                    longest: sleep(wait.drain_time),
+                    wait,
+                });
                 None
             }
             Err(stop) => Some(M::release(held, Some(course.end(settings, stop)))),
@@ -284,8 +290,8 @@ where
                 unreachable!("polled after completion")
             };
             match this.state.as_mut().project() {
-                StateProj::Calling { .. } => return Poll::Ready(None),
-                StateProj::Discarding { held, longest, wait } => {
+                RetryStageProj::Calling { .. } => return Poll::Ready(None),
+                RetryStageProj::Discarding { held, longest, wait } => {
                     let cap = wait.drain_cap;
                     if M::poll_discard(held, cap, cx).is_pending() {
                         ready!(poll_timer(longest, cx));
@@ -295,16 +301,16 @@ where
                     // permits that inner layers hold for it. A delay that is already over gets no timer, because a
                     // timer takes at least one tick of the runtime.
                     this.state.set(if left.is_zero() {
-                        State::Readying { late: None }
+                        RetryStage::Readying { late: None }
                     } else {
-                        State::Waiting { backoff: sleep(left) }
+                        RetryStage::Waiting { backoff: sleep(left) }
                     });
                 }
-                StateProj::Waiting { backoff } => {
+                RetryStageProj::Waiting { backoff } => {
                     ready!(backoff.poll(cx));
-                    this.state.set(State::Readying { late: None });
+                    this.state.set(RetryStage::Readying { late: None });
                 }
-                StateProj::Readying { mut late } => {
+                RetryStageProj::Readying { mut late } => {
                     let Poll::Ready(ready) = course.service(core).poll_ready(cx) else {
                         if late.is_none() && M::TAKES_ERRORS {
                             let deadline = this.kept.as_ref().and_then(M::deadline);
@@ -315,7 +321,7 @@ where
                         return Poll::Ready(Some(self.too_late()));
                     };
                     if let Err(error) = ready {
-                        let record = course.end(&core.settings, Stop::NotReady);
+                        let record = course.end(&core.settings, GiveUpReason::NotReady);
                         return Poll::Ready(Some(Err(M::broken(error, record))));
                     }
                     if ends_by::<S, Req, M>(this.kept.as_ref(), Instant::now) {
@@ -328,9 +334,11 @@ where
                     let entered = this.span.enter();
                     let future = course.service(core).call(M::again(kept, attempt));
                     drop(entered);
-                    this.state.set(State::Calling { attempt: Weighed::new(future) });
+                    this.state.set(RetryStage::Calling { attempt: AttemptFuture::new(future) });
                 }
-                StateProj::Unbegun | StateProj::Over => unreachable!("polled after completion"),
+                RetryStageProj::Unbegun | RetryStageProj::Over => {
+                    unreachable!("polled after completion")
+                }
             }
         }
     }
@@ -342,23 +350,23 @@ where
         let source = this.kept.as_ref().and_then(M::deadline).map(|deadline| deadline.source());
         let rejected = |kind| Rejected::by(LayerKind::Retry, kind);
         let rejected = match this.state.as_mut().project() {
-            StateProj::Calling { .. } => {
-                let rejected =
-                    rejected(RejectedKind::TimedOut(Phase::Deadline)).with_deadline_source(source);
+            RetryStageProj::Calling { .. } => {
+                let rejected = rejected(RejectedKind::TimedOut(TimeoutPhase::Deadline))
+                    .with_deadline_source(source);
                 this.span.end(course.cut_short(&rejected));
                 rejected
             }
-            StateProj::Unbegun => {
+            RetryStageProj::Unbegun => {
                 course.not_begun();
                 rejected(RejectedKind::DeadlinePassed)
             }
             _ => rejected(RejectedKind::DeadlinePassed),
         };
         match source.and_then(DropCause::of_deadline) {
-            Some(cause) => cause.during(|| this.state.set(State::Over)),
-            None => this.state.set(State::Over),
+            Some(cause) => cause.during(|| this.state.set(RetryStage::Over)),
+            None => this.state.set(RetryStage::Over),
         }
-        let record = course.end(&this.core.settings, Stop::DeadlinePassed);
+        let record = course.end(&this.core.settings, GiveUpReason::DeadlinePassed);
         let Some((held, _)) = M::failed(rejected.into()) else {
             unreachable!("only a protocol with TAKES_ERRORS has a deadline")
         };
@@ -366,9 +374,9 @@ where
     }
 }
 
-impl<S, Req, F, M, K, H> fmt::Debug for ResponseFuture<S, Req, F, M, K, H> {
+impl<S, Req, F, M, K, H> fmt::Debug for RetryFuture<S, Req, F, M, K, H> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let attempt = self.course.as_ref().map_or(1, |course| course.made());
-        f.debug_struct("ResponseFuture").field("attempt", &attempt).finish_non_exhaustive()
+        f.debug_struct("RetryFuture").field("attempt", &attempt).finish_non_exhaustive()
     }
 }

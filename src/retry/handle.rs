@@ -1,10 +1,10 @@
-use super::settings::Settings;
+use super::settings::RetrySettings;
 use crate::permit::Shared;
 
 /// A handle to the counts of a retry layer. To change the settings, use a clone of the layer: see the
 /// [module](super#rules).
 #[derive(Clone, Debug)]
-pub struct RetryHandle(Shared<Settings>);
+pub struct RetryHandle(Shared<RetrySettings>);
 
 /// A snapshot of a retry layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -12,7 +12,7 @@ pub struct RetryHandle(Shared<Settings>);
 pub struct RetrySnapshot {
     /// The number of attempts that were not the first of their call, including transparent retries.
     pub retries: u64,
-    /// The number of calls that ended with a [`Stop`](crate::attempt::Stop) other than `Answered` and `NotRetryable`.
+    /// The number of calls that ended with a [`GiveUpReason`](crate::attempt::GiveUpReason) other than `Answered` and `NotRetryable`.
     pub gave_up: u64,
     /// The number of retries of this layer that the budget denied.
     pub budget_denied: u64,
@@ -21,7 +21,7 @@ pub struct RetrySnapshot {
 }
 
 impl RetryHandle {
-    pub(super) fn new(settings: Shared<Settings>) -> Self {
+    pub(super) fn new(settings: Shared<RetrySettings>) -> Self {
         Self(settings)
     }
 

@@ -5,13 +5,13 @@ use tower_layer::Layer;
 
 use super::{
     handle::RetryHandle,
-    overrides::{Failure, Seen},
+    overrides::{AttemptContext, Failure},
     policy::Hint,
     service::Retry,
-    settings::Settings,
+    settings::RetrySettings,
 };
 use crate::{
-    attempt::{Backoff, Core, FailureKind, RetryBudget, Safe, Waits},
+    attempt::{Backoff, Core, DelaySource, FailureKind, RetryBudget, SafeRequests},
     classify::{Classify, Http},
     error::{ConfigError, Fault},
     outcome::Outcome,
@@ -25,7 +25,7 @@ use crate::{
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct RetryLayer<M = Http> {
-    pub(super) settings: Shared<Settings>,
+    pub(super) settings: Shared<RetrySettings>,
     protocol: M,
     fault: Fault,
 }
@@ -65,7 +65,7 @@ impl Default for RetryLayer<Unclassified> {
 
 impl<M> RetryLayer<M> {
     fn of(protocol: M) -> Self {
-        Self { settings: Shared::new(Settings::new()), protocol, fault: Fault::default() }
+        Self { settings: Shared::new(RetrySettings::new()), protocol, fault: Fault::default() }
     }
 }
 
@@ -154,7 +154,7 @@ impl RetryLayer {
     /// `Idempotency-Key` stays safe.
     pub fn methods(self, methods: impl IntoIterator<Item = Method>) -> Self {
         let methods = methods.into_iter().collect();
-        self.settings.set(|policy| policy.safe = Safe::Methods(methods));
+        self.settings.set(|policy| policy.safe = SafeRequests::Methods(methods));
         self
     }
 
@@ -214,7 +214,10 @@ impl RetryLayer {
     /// });
     /// # let _ = retry;
     /// ```
-    pub fn retry_if(self, ask: impl Fn(&Seen<'_>) -> Option<bool> + Send + Sync + 'static) -> Self {
+    pub fn retry_if(
+        self,
+        ask: impl Fn(&AttemptContext<'_>) -> Option<bool> + Send + Sync + 'static,
+    ) -> Self {
         self.settings.say(|say| say.ask(Arc::new(ask)));
         self
     }
@@ -234,7 +237,7 @@ impl<M> RetryLayer<M> {
     where
         C: for<'a> Fn(Result<&'a Res, &'a E>) -> Outcome + Clone + Send + Sync + 'static,
     {
-        let has_methods = matches!(self.settings.policy().safe, Safe::Methods(_));
+        let has_methods = matches!(self.settings.policy().safe, SafeRequests::Methods(_));
         if self.settings.says() || self.settings.attempt_timeout().is_some() || has_methods {
             let remedy = "remove attempt_timeout, methods, retry_on, never_on, unprocessed and retry_if, which are for HTTP";
             let error = ConfigError::new("classify", "a closure", remedy);
@@ -249,7 +252,7 @@ impl<M> RetryLayer<M> {
     /// that receive the same hint at the same time. A deadline cuts the jitter to half of the time between the hint and
     /// the deadline, so that a hint that fits the deadline is followed and its attempt has time.
     ///
-    /// [`Backoff::without_jitter`] switches this jitter off too. [`hint_reach`](Self::hint_reach) and
+    /// [`Backoff::without_jitter`] switches this jitter off too. [`max_hint_extension`](Self::max_hint_extension) and
     /// [presets](Self::preset) replace the setting.
     pub fn hint_jitter(mut self, share: f64) -> Self {
         let checked = match (0.0..=10.0).contains(&share) {
@@ -275,7 +278,7 @@ impl<M> RetryLayer<M> {
     /// Sets the maximum time by which a server's hint lengthens the delay of the backoff. A longer hint is cut, instead
     /// of [ending the call](Self::max_wait). A hint never shortens the delay. Replaces
     /// [`hint_jitter`](Self::hint_jitter).
-    pub fn hint_reach(self, reach: Duration) -> Self {
+    pub fn max_hint_extension(self, reach: Duration) -> Self {
         self.settings.set(|policy| policy.hint = Hint::Within(reach));
         self
     }
@@ -295,7 +298,7 @@ impl<M> RetryLayer<M> {
     /// Sets the delays between attempts. [`Backoff::default`] by default.
     pub fn backoff(mut self, backoff: Backoff) -> Self {
         if self.accept(backoff.check()).is_some() {
-            self.settings.set(|policy| policy.waits = Waits::Backoff(backoff));
+            self.settings.set(|policy| policy.waits = DelaySource::Backoff(backoff));
         }
         self
     }
@@ -315,7 +318,7 @@ impl<M> RetryLayer<M> {
         I: Iterator<Item = Duration> + Send + 'static,
     {
         let begin = Arc::new(move || Box::new(begin()) as Box<_>);
-        self.settings.set(|policy| policy.waits = Waits::Own(begin));
+        self.settings.set(|policy| policy.waits = DelaySource::Own(begin));
         self
     }
 
@@ -326,11 +329,11 @@ impl<M> RetryLayer<M> {
     /// # use buttress::{RetryLayer, retry::FailureKind};
     /// let retry = RetryLayer::http()
     ///     .attempts(6)
-    ///     .at_most(FailureKind::Connect, 3)
-    ///     .at_most(FailureKind::Read, 3);
+    ///     .max_retries_for(FailureKind::Connect, 3)
+    ///     .max_retries_for(FailureKind::Read, 3);
     /// # let _ = retry;
     /// ```
-    pub fn at_most(self, kind: FailureKind, retries: u32) -> Self {
+    pub fn max_retries_for(self, kind: FailureKind, retries: u32) -> Self {
         self.settings.set(|policy| policy.limits[kind as usize] = Some(retries));
         self
     }
@@ -355,7 +358,7 @@ impl<M> RetryLayer<M> {
 
     /// Sets the maximum number of bytes of a request body that are saved for a replay: 64 KiB by default. A request
     /// with a larger body is sent and not retried.
-    pub fn replay_up_to(self, bytes: u64) -> Self {
+    pub fn max_replay_bytes(self, bytes: u64) -> Self {
         self.settings.set_body_cap(bytes);
         self
     }
@@ -364,14 +367,14 @@ impl<M> RetryLayer<M> {
     ///
     /// The connection can be reused after a complete drain. A body that is longer, or takes longer than 50 ms, is
     /// dropped. Over HTTP/1 this closes its connection. With 0, every response that has a body is dropped.
-    pub fn drain_up_to(self, bytes: u64) -> Self {
+    pub fn max_drain_bytes(self, bytes: u64) -> Self {
         self.settings.set(|policy| policy.drain_cap = bytes);
         self
     }
 
     /// Sets the maximum delay before an attempt. A longer delay of the backoff is cut. A longer hint of the server ends
     /// the call at once with the response, and so does every hint of 300 s or more. With
-    /// [`hint_reach`](Self::hint_reach) a hint is cut instead.
+    /// [`max_hint_extension`](Self::max_hint_extension) a hint is cut instead.
     ///
     /// `None` is the default: 30 s for a call without a [`Deadline`](crate::time::Deadline), and no maximum for a call with
     /// one, since the deadline bounds the delay. The delay of a shorter hint may exceed the maximum by its
@@ -384,14 +387,14 @@ impl<M> RetryLayer<M> {
 
     /// Declares every request safe to repeat, also `POST` and `PATCH`. A request may then take effect more than once.
     pub fn assume_idempotent(self) -> Self {
-        self.settings.set(|policy| policy.safe = Safe::All);
+        self.settings.set(|policy| policy.safe = SafeRequests::All);
         self
     }
 
     /// Sets the minimum time for an attempt: 10 ms by default. If a [`Deadline`](crate::time::Deadline) in the extensions of
     /// the request leaves less after the delay, the call ends with the response or error of the last attempt.
-    pub fn least_attempt(self, time: Duration) -> Self {
-        self.settings.set(|policy| policy.least_attempt = time);
+    pub fn min_attempt_time(self, time: Duration) -> Self {
+        self.settings.set(|policy| policy.min_attempt_time = time);
         self
     }
 
@@ -410,7 +413,7 @@ impl<M> RetryLayer<M> {
     }
 
     /// Returns the layer if its settings can work. A layer with a fault that is used without this check never retries.
-    /// A retryable failure then ends the call as [`Misconfigured`](crate::attempt::Stop::Misconfigured).
+    /// A retryable failure then ends the call as [`Misconfigured`](crate::attempt::GiveUpReason::Misconfigured).
     ///
     /// # Errors
     ///

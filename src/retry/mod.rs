@@ -32,16 +32,16 @@
 //!
 //! | check | if it fails |
 //! |---|---|
-//! | Neither the server nor an inner layer forbids a retry: no negative, unparsable or repeated `grpc-retry-pushback-ms`, no rejection by an inner layer, no `x-envoy-ratelimited`. | [`Pushback`](Stop::Pushback), [`Rejected`](Stop::Rejected), [`RateLimited`](Stop::RateLimited) |
-//! | The status or the error is retryable: 408, 421, 425, 429, 502, 503, 504, 520 to 524, 529; 409 for a retry with an `Idempotency-Key`; for a gRPC call `UNAVAILABLE` in head or trailers or mapped from the HTTP status (`RESOURCE_EXHAUSTED` with pushback); a connection that failed. | [`Answered`](Stop::Answered), [`NotRetryable`](Stop::NotRetryable) for an error |
-//! | It is safe: the method (RFC 9110 §9.2.2), an `Idempotency-Key`, proof that nothing was sent, or a status that declares it: 425, an [`unprocessed`](RetryLayer::unprocessed) one, with [`grpc`](RetryLayer::grpc) that of a gRPC call. | [`Unsafe`](Stop::Unsafe) |
-//! | The body can be replayed. | [`StillSending`](Stop::StillSending), [`BodyGone`](Stop::BodyGone) |
-//! | An attempt is left in total and [for this kind of failure](RetryLayer::at_most). | [`AttemptsUsedUp`](Stop::AttemptsUsedUp), [`KindUsedUp`](Stop::KindUsedUp) |
-//! | The delay that the server requests is within the maximum. | [`WaitTooLong`](Stop::WaitTooLong) |
-//! | The delay and [10 ms](RetryLayer::least_attempt) for an attempt fit before the [`Deadline`](crate::time::Deadline). | [`DeadlineTooNear`](Stop::DeadlineTooNear) |
-//! | The budget permits a retry. | [`BudgetUsedUp`](Stop::BudgetUsedUp) |
+//! | Neither the server nor an inner layer forbids a retry: no negative, unparsable or repeated `grpc-retry-pushback-ms`, no rejection by an inner layer, no `x-envoy-ratelimited`. | [`Pushback`](GiveUpReason::Pushback), [`Rejected`](GiveUpReason::Rejected), [`RateLimited`](GiveUpReason::RateLimited) |
+//! | The status or the error is retryable: 408, 421, 425, 429, 502, 503, 504, 520 to 524, 529; 409 for a retry with an `Idempotency-Key`; for a gRPC call `UNAVAILABLE` in head or trailers or mapped from the HTTP status (`RESOURCE_EXHAUSTED` with pushback); a connection that failed. | [`Answered`](GiveUpReason::Answered), [`NotRetryable`](GiveUpReason::NotRetryable) for an error |
+//! | It is safe: the method (RFC 9110 §9.2.2), an `Idempotency-Key`, proof that nothing was sent, or a status that declares it: 425, an [`unprocessed`](RetryLayer::unprocessed) one, with [`grpc`](RetryLayer::grpc) that of a gRPC call. | [`Unsafe`](GiveUpReason::Unsafe) |
+//! | The body can be replayed. | [`StillSending`](GiveUpReason::StillSending), [`BodyGone`](GiveUpReason::BodyGone) |
+//! | An attempt is left in total and [for this kind of failure](RetryLayer::max_retries_for). | [`AttemptsUsedUp`](GiveUpReason::AttemptsUsedUp), [`KindUsedUp`](GiveUpReason::KindUsedUp) |
+//! | The delay that the server requests is within the maximum. | [`WaitTooLong`](GiveUpReason::WaitTooLong) |
+//! | The delay and [10 ms](RetryLayer::min_attempt_time) for an attempt fit before the [`Deadline`](crate::time::Deadline). | [`DeadlineTooNear`](GiveUpReason::DeadlineTooNear) |
+//! | The budget permits a retry. | [`BudgetUsedUp`](GiveUpReason::BudgetUsedUp) |
 //!
-//! A `poll_ready` that fails ends the call as [`NotReady`](Stop::NotReady).
+//! A `poll_ready` that fails ends the call as [`NotReady`](GiveUpReason::NotReady).
 //!
 //! A server's hint is a lower bound of the delay, unless a [preset](RetryLayer::preset) defines it differently. Up to
 //! [half of the hint](RetryLayer::hint_jitter) is added at random, so that clients with the same hint do not return at
@@ -80,7 +80,7 @@
 //!
 //! Where a transport does not reveal whether a connection was reused (hyper-util's client, reqwest, tonic), it is
 //! [assumed to be reused](crate::breaker#connection-housekeeping). The limits of
-//! [`at_most`](RetryLayer::at_most) hold for transparent retries too.
+//! [`max_retries_for`](RetryLayer::max_retries_for) hold for transparent retries too.
 //!
 //! # Rules
 //!
@@ -91,7 +91,7 @@
 //! | retry after a rejection by an inner layer | [`wait_on_rejection`](RetryLayer::wait_on_rejection) |
 //! | methods that are safe to repeat | [`methods`](RetryLayer::methods), [`assume_idempotent`](RetryLayer::assume_idempotent) |
 //! | both, for each attempt | [`retry_if`](RetryLayer::retry_if): a closure over the request and the result |
-//! | maximum number of retries for each kind of failure | [`at_most`](RetryLayer::at_most) |
+//! | maximum number of retries for each kind of failure | [`max_retries_for`](RetryLayer::max_retries_for) |
 //! | share of retries among the calls | [`budget`](RetryLayer::budget), with [costs](RetryBudget::cost) for each kind |
 //! | delay | [`backoff`](RetryLayer::backoff), [`backoff_with`](RetryLayer::backoff_with) |
 //! | delays, attempts and budget of AWS, Envoy, gRPC or Finagle | [`preset`](RetryLayer::preset) |
@@ -115,7 +115,7 @@
 //! # Deadlines
 //!
 //! If the extensions of a request contain a [`Deadline`](crate::time::Deadline), the request is not sent after it. It is not
-//! retried if the delay and [10 ms](RetryLayer::least_attempt) for the attempt do not fit before the deadline. A wait
+//! retried if the delay and [10 ms](RetryLayer::min_attempt_time) for the attempt do not fit before the deadline. A wait
 //! for the readiness of the service, and an attempt that has no response head, end at the deadline. The error then
 //! contains a [`Rejected`](crate::outcome::Rejected). A `DeadlineLayer` outside of the retry that responds converts it into a
 //! 504, or into `DEADLINE_EXCEEDED` for gRPC.
@@ -178,14 +178,14 @@
 //! | [`attempts`](RetryLayer::attempts) | 3, including the first |
 //! | [`backoff`](RetryLayer::backoff) | 50 ms, doubled for each retry, at most 5 s, full jitter |
 //! | [`budget`](RetryLayer::budget) | 20 % of the first attempts, and 1 retry per second |
-//! | [`replay_up_to`](RetryLayer::replay_up_to) | 64 KiB |
-//! | [`drain_up_to`](RetryLayer::drain_up_to) | 64 KiB, within 50 ms |
+//! | [`max_replay_bytes`](RetryLayer::max_replay_bytes) | 64 KiB |
+//! | [`max_drain_bytes`](RetryLayer::max_drain_bytes) | 64 KiB, within 50 ms |
 //! | [`max_wait`](RetryLayer::max_wait) | 30 s without a deadline, no maximum with one |
 //! | [`hint_jitter`](RetryLayer::hint_jitter) | 50 % of the hint |
 //! | [`wait_on_rejection`](RetryLayer::wait_on_rejection) | no |
 //! | [`unprocessed`](RetryLayer::unprocessed) | none |
 //! | [`attempt_timeout`](RetryLayer::attempt_timeout) | none |
-//! | [`least_attempt`](RetryLayer::least_attempt) | 10 ms |
+//! | [`min_attempt_time`](RetryLayer::min_attempt_time) | 10 ms |
 
 mod future;
 mod handle;
@@ -199,11 +199,11 @@ mod span;
 mod state;
 
 pub use self::{
-    future::ResponseFuture,
+    future::RetryFuture,
     handle::{RetryHandle, RetrySnapshot},
     layer::{RetryLayer, Unclassified},
-    overrides::{Failure, Seen},
-    preset::Preset,
+    overrides::{AttemptContext, Failure},
+    preset::RetryPreset,
     service::Retry,
 };
 #[cfg(feature = "reqwest")]
@@ -212,8 +212,8 @@ pub use crate::attempt::Reqwest;
 pub use crate::{
     attempt::FailureKind,
     attempt::{
-        Attempt, Attempts, Backoff, Delays, PeekedBody, Replay, ReplayBody, RetryBudget,
-        RetryError, Stop, Tried, Withdrawal,
+        Attempt, AttemptRecord, Attempts, Backoff, Delays, GiveUpReason, PeekedBody, Replay,
+        ReplayBody, RetryBudget, RetryError, Withdrawal,
     },
     hedge::{Hedge, HedgeAttempt, HedgeFuture, HedgeHandle, HedgeLayer, HedgeSnapshot, Hedged},
 };

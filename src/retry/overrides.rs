@@ -5,7 +5,7 @@ use std::{cell::OnceCell, error::Error, fmt, sync::Arc};
 use http::{HeaderMap, Request, StatusCode};
 
 use crate::{
-    attempt::{Answer, Class, Stop, keyed},
+    attempt::{AttemptResponse, GiveUpReason, RetryAction, keyed},
     outcome::{Outcome, Pushback, Reason, grpc, retry_after},
     redact::{self, MAX_VALUE},
 };
@@ -37,7 +37,7 @@ impl From<Reason> for Failure {
 }
 
 impl Failure {
-    fn is(self, seen: &Seen<'_>) -> bool {
+    fn is(self, seen: &AttemptContext<'_>) -> bool {
         let reason = seen.outcome.reason();
         match self {
             Self::Status(status) => seen.status() == Some(status) && !seen.is_grpc(),
@@ -48,19 +48,19 @@ impl Failure {
 }
 
 /// The request and the result of one attempt: see [`retry_if`](super::layer::RetryLayer::retry_if).
-pub struct Seen<'a> {
+pub struct AttemptContext<'a> {
     /// Created on demand, because the saved request has its head in another form.
     request: OnceCell<Request<()>>,
     make: &'a dyn Fn() -> Request<()>,
-    pub(crate) answer: Answer<'a>,
+    pub(crate) answer: AttemptResponse<'a>,
     pub(crate) outcome: Outcome,
     pub(crate) attempt: u32,
 }
 
-impl<'a> Seen<'a> {
+impl<'a> AttemptContext<'a> {
     pub(crate) fn new(
         make: &'a dyn Fn() -> Request<()>,
-        answer: Answer<'a>,
+        answer: AttemptResponse<'a>,
         outcome: Outcome,
         attempt: u32,
     ) -> Self {
@@ -77,8 +77,8 @@ impl<'a> Seen<'a> {
     #[must_use]
     pub fn status(&self) -> Option<StatusCode> {
         match self.answer {
-            Answer::Head(status, ..) => Some(status),
-            Answer::Error(_) => None,
+            AttemptResponse::Head(status, ..) => Some(status),
+            AttemptResponse::Error(_) => None,
         }
     }
 
@@ -86,8 +86,8 @@ impl<'a> Seen<'a> {
     #[must_use]
     pub fn headers(&self) -> Option<&'a HeaderMap> {
         match self.answer {
-            Answer::Head(_, headers, _) => Some(headers),
-            Answer::Error(_) => None,
+            AttemptResponse::Head(_, headers, _) => Some(headers),
+            AttemptResponse::Error(_) => None,
         }
     }
 
@@ -95,8 +95,8 @@ impl<'a> Seen<'a> {
     #[must_use]
     pub fn error(&self) -> Option<&'a (dyn Error + 'static)> {
         match self.answer {
-            Answer::Head(..) => None,
-            Answer::Error(error) => Some(error),
+            AttemptResponse::Head(..) => None,
+            AttemptResponse::Error(error) => Some(error),
         }
     }
 
@@ -121,11 +121,11 @@ impl<'a> Seen<'a> {
 }
 
 /// Omits the headers, and the userinfo and query of the URI.
-impl fmt::Debug for Seen<'_> {
+impl fmt::Debug for AttemptContext<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (method, uri) =
             (self.request().method(), redact::debug(self.request().uri(), MAX_VALUE));
-        f.debug_struct("Seen")
+        f.debug_struct("AttemptContext")
             .field("request", &format_args!("{method} {uri}"))
             .field("answer", &self.answer)
             .field("outcome", &self.outcome)
@@ -135,7 +135,7 @@ impl fmt::Debug for Seen<'_> {
 }
 
 /// Returns the outcome of a response that is a success for other layers and that a rule lists as a failure.
-fn failed(seen: &Seen<'_>) -> Outcome {
+fn failed(seen: &AttemptContext<'_>) -> Outcome {
     let outcome = match (seen.outcome.reason(), seen.outcome.code(), seen.status()) {
         (reason @ Reason::GrpcStatus, Some(code), _) => {
             Outcome::failure().because(reason).with_code(code)
@@ -151,7 +151,7 @@ fn failed(seen: &Seen<'_>) -> Outcome {
     }
 }
 
-type Ask = dyn Fn(&Seen<'_>) -> Option<bool> + Send + Sync;
+type RetryRule = dyn Fn(&AttemptContext<'_>) -> Option<bool> + Send + Sync;
 
 /// The rules that the user sets. Empty by default.
 #[derive(Clone, Default)]
@@ -159,7 +159,7 @@ pub(crate) struct Say {
     listed: Vec<(Failure, bool)>,
     /// Statuses with which the upstream declares that it has not processed the request.
     unprocessed: Vec<StatusCode>,
-    ask: Option<Arc<Ask>>,
+    ask: Option<Arc<RetryRule>>,
 }
 
 impl Say {
@@ -168,7 +168,7 @@ impl Say {
         self.listed.push((failure, retry));
     }
 
-    pub(crate) fn ask(&mut self, ask: Arc<Ask>) {
+    pub(crate) fn ask(&mut self, ask: Arc<RetryRule>) {
         self.ask = Some(ask);
     }
 
@@ -195,8 +195,15 @@ impl Say {
     /// Returns the class, and whether the closure or the list of unprocessed statuses declares a retry safe for any
     /// method. The rules cannot overrule a pushback of the server that forbids a retry, or a deadline that has passed.
     /// They can overrule a rejection.
-    pub(crate) fn judge(&self, class: Class, seen: &mut Seen<'_>) -> (Class, bool) {
-        if matches!(class, Class::Refused(Stop::Pushback | Stop::DeadlinePassed)) {
+    pub(crate) fn judge(
+        &self,
+        class: RetryAction,
+        seen: &mut AttemptContext<'_>,
+    ) -> (RetryAction, bool) {
+        if matches!(
+            class,
+            RetryAction::Refused(GiveUpReason::Pushback | GiveUpReason::DeadlinePassed)
+        ) {
             return (class, false);
         }
         let asked = self.ask.as_ref().and_then(|ask| ask(seen));
@@ -207,7 +214,7 @@ impl Say {
         };
         // A rejection that is a response is not a declaration of the upstream.
         let is_unprocessed = said != Some(false)
-            && !matches!(class, Class::Refused(_))
+            && !matches!(class, RetryAction::Refused(_))
             && self.unprocessed.iter().any(is_listed);
         let said = said.or(is_unprocessed.then_some(true));
         let pushed_back = seen.headers().and_then(retry_after::pushback) == Some(Pushback::Never);
@@ -216,17 +223,19 @@ impl Say {
         let key_reused = seen.status() == Some(StatusCode::UNPROCESSABLE_ENTITY)
             && keyed(seen.request().headers());
         let class = match said {
-            Some(true) if !key_reused && !pushed_back => Class::Retryable,
+            Some(true) if !key_reused && !pushed_back => RetryAction::Retryable,
             // Keep the reason of the stop.
-            Some(_) if matches!(class, Class::Refused(_)) => class,
-            Some(_) if seen.outcome.reason() == Reason::Rejected => Class::Refused(Stop::Rejected),
-            Some(_) => Class::Final,
+            Some(_) if matches!(class, RetryAction::Refused(_)) => class,
+            Some(_) if seen.outcome.reason() == Reason::Rejected => {
+                RetryAction::Refused(GiveUpReason::Rejected)
+            }
+            Some(_) => RetryAction::Final,
             None => class,
         };
-        if class == Class::Retryable && seen.outcome.is_success() {
+        if class == RetryAction::Retryable && seen.outcome.is_success() {
             seen.outcome = failed(seen);
         }
-        (class, class == Class::Retryable && (asked == Some(true) || is_unprocessed))
+        (class, class == RetryAction::Retryable && (asked == Some(true) || is_unprocessed))
     }
 }
 

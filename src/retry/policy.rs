@@ -1,14 +1,17 @@
 //! The decision about a retry after one failed attempt.
 //!
 //! [`decide`] depends only on its arguments and on random jitter. The order of its checks is part of the
-//! contract: the [`Stop`] names the first check that fails. The caller checks the budget afterwards, so that a retry
+//! contract: the [`GiveUpReason`] names the first check that fails. The caller checks the budget afterwards, so that a retry
 //! that another check prevents makes no withdrawal.
 
 use std::{sync::Arc, time::Duration};
 
 use super::overrides::{Failure, Say};
 use crate::{
-    attempt::{Backoff, Class, FailureKind, PerKind, Repeatable, Safe, Series, Stop, Waits},
+    attempt::{
+        Backoff, BodyReplay, CallDelays, DelaySource, FailureKind, GiveUpReason, PerKind,
+        RetryAction, SafeRequests,
+    },
     error::ConfigError,
     outcome::{MAX_HINT, Outcome, Reason, grpc},
 };
@@ -20,7 +23,7 @@ pub(crate) struct Policy {
     pub(crate) attempts: u32,
     /// The maximum number of retries for each kind of failure.
     pub(crate) limits: PerKind<Option<u32>>,
-    pub(crate) waits: Waits,
+    pub(crate) waits: DelaySource,
     /// `None`: [`DEFAULT_MAX_WAIT`] for a call without a deadline, no maximum for a call with one.
     pub(crate) max_wait: Option<Duration>,
     pub(crate) hint: Hint,
@@ -30,10 +33,10 @@ pub(crate) struct Policy {
     /// charged to the budget.
     pub(crate) max_transparent: u32,
     /// The minimum time between the delay and the deadline. With less, there is no attempt.
-    pub(crate) least_attempt: Duration,
+    pub(crate) min_attempt_time: Duration,
     pub(crate) drain_cap: u64,
     pub(crate) say: Say,
-    pub(crate) safe: Safe,
+    pub(crate) safe: SafeRequests,
     /// A gRPC status that declares the call unprocessed makes a retry safe for any method.
     pub(crate) trust_grpc: bool,
 }
@@ -47,15 +50,15 @@ impl Policy {
             name: None,
             attempts: 3,
             limits: [None; 8],
-            waits: Waits::Backoff(Backoff::default()),
+            waits: DelaySource::Backoff(Backoff::default()),
             max_wait: None,
             hint: Hint::Above { jitter: HINT_JITTER },
             wait_on_rejection: false,
             max_transparent: MAX_TRANSPARENT,
-            least_attempt: Duration::from_millis(10),
+            min_attempt_time: Duration::from_millis(10),
             say: Say::default(),
             drain_cap: 64 * 1024,
-            safe: Safe::Idempotent,
+            safe: SafeRequests::Idempotent,
             trust_grpc: false,
         }
     }
@@ -105,10 +108,14 @@ impl Policy {
     }
 
     /// Returns the class of an outcome. A rejection that states a time becomes retryable with `wait_on_rejection`.
-    pub(crate) fn classify_rejection(&self, class: Class, outcome: Outcome) -> Class {
+    pub(crate) fn classify_rejection(&self, class: RetryAction, outcome: Outcome) -> RetryAction {
         // Without a hint, the time at which the inner layer admits calls again is unknown.
         let waits = self.wait_on_rejection && outcome.retry_after().is_some();
-        if class == Class::Refused(Stop::Rejected) && waits { Class::Retryable } else { class }
+        if class == RetryAction::Refused(GiveUpReason::Rejected) && waits {
+            RetryAction::Retryable
+        } else {
+            class
+        }
     }
 
     /// Returns the delay before the next attempt. `own` is the delay of the backoff, and `left` the time until the
@@ -118,7 +125,7 @@ impl Policy {
         own: Duration,
         hint: Option<Duration>,
         left: Option<Duration>,
-    ) -> Result<Duration, Stop> {
+    ) -> Result<Duration, GiveUpReason> {
         let max_wait = self.max_wait.or(left.is_none().then_some(DEFAULT_MAX_WAIT));
         let own = max_wait.map_or(own, |max| own.min(max));
         let Some(hint) = hint else { return Ok(own) };
@@ -134,13 +141,13 @@ impl Policy {
                 let delay = delay.clamp(own, own.saturating_add(reach));
                 Ok(max_wait.map_or(delay, |max| delay.min(max)))
             }
-            _ if is_too_long => Err(Stop::WaitTooLong),
+            _ if is_too_long => Err(GiveUpReason::WaitTooLong),
             Hint::Exact => Ok(hint),
             Hint::Above { jitter } => {
                 // A deadline cuts the addition to the hint, and not the time of the attempt. The attempt keeps at least
                 // half of the time between the hint and the deadline. With less, an attempt after a hint that fits the
                 // deadline would end at the deadline.
-                let spare = left.map(|left| left.saturating_sub(self.least_attempt));
+                let spare = left.map(|left| left.saturating_sub(self.min_attempt_time));
                 let max = spare.map_or(Duration::MAX, |spare| spare.saturating_sub(hint) / 2);
                 let added = random(hint.mul_f64(jitter).min(max));
                 Ok(hint.saturating_add(added.max(own.saturating_sub(hint).min(max))))
@@ -169,7 +176,7 @@ pub(crate) enum Hint {
 /// The input of the decision.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Facts {
-    pub(crate) class: Class,
+    pub(crate) class: RetryAction,
     pub(crate) outcome: Outcome,
     /// A retry is safe by the method, by a key, by a rule of the user, or because the server did not process the
     /// request.
@@ -180,7 +187,7 @@ pub(crate) struct Facts {
     pub(crate) is_error: bool,
     /// An earlier attempt of an inner hedge may have been sent, although this outcome is that of an unsent attempt.
     pub(crate) is_sent_before: bool,
-    pub(crate) body: Repeatable,
+    pub(crate) body: BodyReplay,
     /// The number of attempts made, including this one.
     pub(crate) made: u32,
     /// A retry for this outcome is transparent.
@@ -210,46 +217,46 @@ pub(crate) struct Again {
 pub(crate) fn decide(
     facts: &Facts,
     policy: &Policy,
-    series: &mut Option<Series>,
-) -> Result<Again, Stop> {
+    series: &mut Option<CallDelays>,
+) -> Result<Again, GiveUpReason> {
     let reason = facts.outcome.reason();
     let hint = facts.outcome.retry_after();
     let rejected = reason == Reason::Rejected;
     match facts.class {
-        Class::Refused(stop) => return Err(stop),
-        Class::Final if facts.is_error => return Err(Stop::NotRetryable),
-        Class::Final => return Err(Stop::Answered),
-        Class::Retryable => {}
+        RetryAction::Refused(stop) => return Err(stop),
+        RetryAction::Final if facts.is_error => return Err(GiveUpReason::NotRetryable),
+        RetryAction::Final => return Err(GiveUpReason::Answered),
+        RetryAction::Retryable => {}
     }
     let kind = FailureKind::of(facts.outcome);
     // The request did not leave the client, or the server did not process it (RFC 9113 §6.8, §8.7). A retry is then
     // safe for any method.
     let unsent = !kind.may_be_seen();
     if !facts.safe && (!unsent || facts.is_sent_before) && !policy.trusts(facts.outcome) {
-        return Err(Stop::Unsafe);
+        return Err(GiveUpReason::Unsafe);
     }
     // The stream of the attempt has ended, so the transport no longer reads the body even if it still owns it.
     let over = unsent || matches!(reason, Reason::Reset | Reason::StaleConnection);
     match facts.body {
-        Repeatable::Yes => {}
-        Repeatable::Streaming if over => {}
-        Repeatable::Streaming => return Err(Stop::StillSending),
-        Repeatable::No => return Err(Stop::BodyGone),
+        BodyReplay::Yes => {}
+        BodyReplay::Streaming if over => {}
+        BodyReplay::Streaming => return Err(GiveUpReason::StillSending),
+        BodyReplay::No => return Err(GiveUpReason::BodyGone),
     }
     // Connection housekeeping carries no information about the server, and the next connection may work.
     let transparent = facts.is_transparent;
     if !transparent && facts.made - facts.transparent >= policy.attempts {
-        return Err(Stop::AttemptsUsedUp);
+        return Err(GiveUpReason::AttemptsUsedUp);
     }
     if policy.limits[kind as usize].is_some_and(|most| facts.of_kind[kind as usize] >= most) {
-        return Err(Stop::KindUsedUp);
+        return Err(GiveUpReason::KindUsedUp);
     }
     let wait = if transparent {
         Duration::ZERO
     } else {
         let waits = series.get_or_insert_with(|| policy.waits.begin());
         let throttled = kind == FailureKind::Throttled;
-        let own = waits.next(throttled).ok_or(Stop::AttemptsUsedUp)?;
+        let own = waits.next(throttled).ok_or(GiveUpReason::AttemptsUsedUp)?;
         // After a pushback the backoff begins with its first delay again (gRFC A6).
         if hint.is_some() && reason == Reason::GrpcStatus {
             waits.begin_anew();
@@ -257,8 +264,8 @@ pub(crate) fn decide(
         policy.delay(own, hint, facts.left)?
     };
     // The next attempt needs its minimum time before the deadline.
-    if facts.left.is_some_and(|left| wait.saturating_add(policy.least_attempt) > left) {
-        return Err(if rejected { Stop::Rejected } else { Stop::DeadlineTooNear });
+    if facts.left.is_some_and(|left| wait.saturating_add(policy.min_attempt_time) > left) {
+        return Err(if rejected { GiveUpReason::Rejected } else { GiveUpReason::DeadlineTooNear });
     }
     let is_charged = !transparent && !rejected && !facts.is_unprocessed;
     Ok(Again { wait, charge: is_charged.then_some(kind), transparent, kind })
@@ -269,13 +276,13 @@ mod tests {
     use super::*;
 
     const FACTS: Facts = Facts {
-        class: Class::Retryable,
+        class: RetryAction::Retryable,
         outcome: Outcome::failure(),
         safe: true,
         is_unprocessed: false,
         is_error: false,
         is_sent_before: false,
-        body: Repeatable::Yes,
+        body: BodyReplay::Yes,
         made: 1,
         is_transparent: false,
         transparent: 0,
@@ -283,7 +290,7 @@ mod tests {
         left: None,
     };
 
-    fn stop(facts: Facts) -> Option<Stop> {
+    fn stop(facts: Facts) -> Option<GiveUpReason> {
         decide(&facts, &Policy::new(), &mut None).err()
     }
 
@@ -295,18 +302,18 @@ mod tests {
     #[test]
     fn the_first_rule_that_says_no_is_the_one_told() {
         let mut facts = Facts { made: 3, ..FACTS };
-        assert_eq!(stop(facts), Some(Stop::AttemptsUsedUp));
-        facts.body = Repeatable::No;
-        assert_eq!(stop(facts), Some(Stop::BodyGone));
-        facts.body = Repeatable::Streaming;
-        assert_eq!(stop(facts), Some(Stop::StillSending));
+        assert_eq!(stop(facts), Some(GiveUpReason::AttemptsUsedUp));
+        facts.body = BodyReplay::No;
+        assert_eq!(stop(facts), Some(GiveUpReason::BodyGone));
+        facts.body = BodyReplay::Streaming;
+        assert_eq!(stop(facts), Some(GiveUpReason::StillSending));
         facts.safe = false;
-        assert_eq!(stop(facts), Some(Stop::Unsafe));
-        facts.class = Class::Final;
-        assert_eq!(stop(facts), Some(Stop::Answered));
-        assert_eq!(stop(Facts { is_error: true, ..facts }), Some(Stop::NotRetryable));
-        facts.class = Class::Refused(Stop::Rejected);
-        assert_eq!(stop(facts), Some(Stop::Rejected));
+        assert_eq!(stop(facts), Some(GiveUpReason::Unsafe));
+        facts.class = RetryAction::Final;
+        assert_eq!(stop(facts), Some(GiveUpReason::Answered));
+        assert_eq!(stop(Facts { is_error: true, ..facts }), Some(GiveUpReason::NotRetryable));
+        facts.class = RetryAction::Refused(GiveUpReason::Rejected);
+        assert_eq!(stop(facts), Some(GiveUpReason::Rejected));
     }
 
     #[test]
@@ -314,10 +321,10 @@ mod tests {
         let unsafe_one = Facts { safe: false, ..FACTS };
         assert_eq!(
             stop(Facts { outcome: because(Reason::Reset), ..unsafe_one }),
-            Some(Stop::Unsafe)
+            Some(GiveUpReason::Unsafe)
         );
         let stale = because(Reason::StaleConnection);
-        assert_eq!(stop(Facts { outcome: stale, ..unsafe_one }), Some(Stop::Unsafe));
+        assert_eq!(stop(Facts { outcome: stale, ..unsafe_one }), Some(GiveUpReason::Unsafe));
         for reason in [
             Reason::ConnectRefused,
             Reason::ConnectFailed,
@@ -334,7 +341,7 @@ mod tests {
     fn unsent_attempt_is_not_safe_if_an_earlier_hedge_attempt_may_have_been_sent() {
         let outcome = because(Reason::NeverSent);
         let post = Facts { safe: false, outcome, is_sent_before: true, ..FACTS };
-        assert_eq!(stop(post), Some(Stop::Unsafe));
+        assert_eq!(stop(post), Some(GiveUpReason::Unsafe));
         assert_eq!(stop(Facts { safe: true, ..post }), None);
     }
 
@@ -352,7 +359,7 @@ mod tests {
             because(Reason::Timeout),
             because(Reason::Reset),
         ] {
-            assert_eq!(stop(outcome), Some(Stop::Unsafe), "{outcome:?}");
+            assert_eq!(stop(outcome), Some(GiveUpReason::Unsafe), "{outcome:?}");
         }
     }
 
@@ -378,14 +385,14 @@ mod tests {
                 let found = (again.wait, again.transparent, again.charge);
                 assert_eq!(found, (Duration::ZERO, true, None), "{outcome:?}");
             }
-            assert_eq!(again(6, 5).err(), Some(Stop::AttemptsUsedUp), "{outcome:?}");
+            assert_eq!(again(6, 5).err(), Some(GiveUpReason::AttemptsUsedUp), "{outcome:?}");
         }
     }
 
     #[test]
     fn housekeeping_beyond_the_transparent_retries_follows_the_ordinary_rules() {
         let waits = Backoff::constant(Duration::from_millis(50)).without_jitter();
-        let policy = Policy { waits: Waits::Backoff(waits), ..Policy::new() };
+        let policy = Policy { waits: DelaySource::Backoff(waits), ..Policy::new() };
         let outcome = Outcome::cancelled().because(Reason::StaleConnection);
         let facts = Facts { outcome, made: 6, transparent: 5, ..FACTS };
         let again = decide(&facts, &policy, &mut None).unwrap();
@@ -396,7 +403,7 @@ mod tests {
     #[test]
     fn a_reset_that_is_a_failure_waits_and_is_charged() {
         let waits = Backoff::constant(Duration::from_millis(50)).without_jitter();
-        let policy = Policy { waits: Waits::Backoff(waits), ..Policy::new() };
+        let policy = Policy { waits: DelaySource::Backoff(waits), ..Policy::new() };
         let facts = Facts { outcome: because(Reason::Reset), ..FACTS };
         let again = decide(&facts, &policy, &mut None).unwrap();
         assert_eq!(again.wait, Duration::from_millis(50));
@@ -427,15 +434,15 @@ mod tests {
 
     #[test]
     fn hint_above_the_maximum_wait_ends_the_call() {
-        assert_eq!(stop(hinted(31)), Some(Stop::WaitTooLong));
+        assert_eq!(stop(hinted(31)), Some(GiveUpReason::WaitTooLong));
         let policy = Policy { max_wait: Some(Duration::from_secs(5)), ..Policy::new() };
         let left = Some(Duration::from_secs(1000));
         for (policy, secs, expected) in [
-            (&policy, 6, Some(Stop::WaitTooLong)),
+            (&policy, 6, Some(GiveUpReason::WaitTooLong)),
             (&policy, 5, None),
             // With a deadline, the deadline is the maximum.
             (&Policy::new(), 299, None),
-            (&Policy::new(), 300, Some(Stop::WaitTooLong)),
+            (&Policy::new(), 300, Some(GiveUpReason::WaitTooLong)),
         ] {
             let stop = decide(&Facts { left, ..hinted(secs) }, policy, &mut None).err();
             assert_eq!(stop, expected, "{secs}");
@@ -448,17 +455,17 @@ mod tests {
         for (hint, left_ms) in [(1, 1010), (1, 1200), (2, 2900), (10, 10_010)] {
             let left = Duration::from_millis(left_ms);
             let delays = delays(Facts { left: Some(left), ..hinted(hint) }, &policy);
-            let max = (left - policy.least_attempt).as_secs_f64();
+            let max = (left - policy.min_attempt_time).as_secs_f64();
             assert!(delays.iter().all(|delay| (hint as f64..=max).contains(delay)), "{delays:?}");
         }
         let left = Some(Duration::from_millis(1009));
-        assert_eq!(stop(Facts { left, ..hinted(1) }), Some(Stop::DeadlineTooNear));
+        assert_eq!(stop(Facts { left, ..hinted(1) }), Some(GiveUpReason::DeadlineTooNear));
     }
 
     #[test]
     fn jitter_and_backoff_above_a_hint_leave_the_attempt_half_of_the_time_to_the_deadline() {
         let long = Backoff::constant(Duration::from_secs(9)).without_jitter();
-        for waits in [Waits::Backoff(Backoff::default()), Waits::Backoff(long)] {
+        for waits in [DelaySource::Backoff(Backoff::default()), DelaySource::Backoff(long)] {
             let policy = Policy { waits, ..Policy::new() };
             for (hint, left_ms) in [(0, 1010), (2, 3010), (9, 10_010)] {
                 let left = Some(Duration::from_millis(left_ms));
@@ -474,7 +481,8 @@ mod tests {
 
     #[test]
     fn maximum_wait_cuts_the_backoff_also_where_there_is_a_hint() {
-        let waits = Waits::Backoff(Backoff::constant(Duration::from_secs(60)).without_jitter());
+        let waits =
+            DelaySource::Backoff(Backoff::constant(Duration::from_secs(60)).without_jitter());
         let policy = Policy { waits, max_wait: Some(Duration::from_secs(5)), ..Policy::new() };
         for hint in [0, 1, 5] {
             assert_eq!(delays(hinted(hint), &policy)[0], 5.0, "{hint}");
@@ -484,7 +492,7 @@ mod tests {
     #[test]
     fn inner_rejection_ends_the_call_unless_waiting_is_enabled() {
         let outcome = Outcome::cancelled().because(Reason::Rejected);
-        let class = Class::Refused(Stop::Rejected);
+        let class = RetryAction::Refused(GiveUpReason::Rejected);
         let hinted = outcome.with_retry_after(Duration::from_secs(1));
         let (default, waiting) =
             (Policy::new(), Policy { wait_on_rejection: true, ..Policy::new() });
@@ -493,8 +501,8 @@ mod tests {
                 let class = policy.classify_rejection(class, outcome);
                 decide(&Facts { class, outcome, left, ..FACTS }, policy, &mut None).err()
             };
-            assert_eq!(stop(&default, hinted), Some(Stop::Rejected), "{left:?}");
-            assert_eq!(stop(&waiting, outcome), Some(Stop::Rejected), "{left:?}");
+            assert_eq!(stop(&default, hinted), Some(GiveUpReason::Rejected), "{left:?}");
+            assert_eq!(stop(&waiting, outcome), Some(GiveUpReason::Rejected), "{left:?}");
             assert_eq!(stop(&waiting, hinted), None, "{left:?}");
         }
     }

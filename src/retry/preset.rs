@@ -11,7 +11,7 @@ use crate::attempt::{Backoff, RetryBudget};
 /// Another implementation whose settings [`RetryLayer::preset`] follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Preset {
+pub enum RetryPreset {
     /// The AWS SDKs, retry behaviour 2.1.
     Aws,
     /// Envoy's defaults.
@@ -36,25 +36,25 @@ impl<M> RetryLayer<M> {
     /// gRPC has no defaults. The numbers of `Grpc`, including its budget, are those of the example in gRFC A6. `Grpc`
     /// makes at most one [transparent retry](super#connection-housekeeping) for each call, as gRFC A6 specifies.
     /// The other presets make at most five.
-    pub fn preset(self, preset: Preset) -> Self {
+    pub fn preset(self, preset: RetryPreset) -> Self {
         self.settings.set(|policy| {
             (policy.hint, policy.max_transparent) = match preset {
-                Preset::Grpc => (Hint::Exact, 1),
-                Preset::Aws => (Hint::Within(Duration::from_secs(5)), MAX_TRANSPARENT),
-                Preset::Envoy | Preset::Finagle => {
+                RetryPreset::Grpc => (Hint::Exact, 1),
+                RetryPreset::Aws => (Hint::Within(Duration::from_secs(5)), MAX_TRANSPARENT),
+                RetryPreset::Envoy | RetryPreset::Finagle => {
                     (Hint::Above { jitter: HINT_JITTER }, MAX_TRANSPARENT)
                 }
             };
         });
         match preset {
-            Preset::Aws => self.attempts(3).backoff(Backoff::aws()).budget(RetryBudget::aws()),
-            Preset::Envoy => {
+            RetryPreset::Aws => self.attempts(3).backoff(Backoff::aws()).budget(RetryBudget::aws()),
+            RetryPreset::Envoy => {
                 self.attempts(2).backoff(Backoff::envoy()).max_wait(Duration::from_secs(300))
             }
-            Preset::Grpc => {
+            RetryPreset::Grpc => {
                 self.attempts(4).backoff(Backoff::grpc()).budget(RetryBudget::grpc(10, 0.1))
             }
-            Preset::Finagle => {
+            RetryPreset::Finagle => {
                 self.attempts(3).backoff(Backoff::finagle()).budget(RetryBudget::finagle())
             }
         }

@@ -7,31 +7,31 @@ use std::{
 use tower_service::Service;
 
 use super::{
-    future::{ResponseFuture, State, ends_by},
-    settings::Settings,
+    future::{RetryFuture, RetryStage, ends_by},
+    settings::RetrySettings,
     span::Span,
 };
 use crate::{
     admission::Reusable,
-    attempt::{Attempts, Core, Repeat, Weigh, Weighed},
+    attempt::{AttemptFuture, Attempts, ClassifyAttempt, Core, ReplayRequest},
     classify::Http,
     outcome::is_mark_requested,
-    permit::Striped,
-    time::Moment,
+    permit::ShardedArc,
+    time::CallClock,
 };
 
 /// The service of a [`RetryLayer`](super::layer::RetryLayer).
 pub struct Retry<S, M = Http> {
     inner: S,
-    core: Striped<Core<S, Settings>>,
+    core: ShardedArc<Core<S, RetrySettings>>,
     protocol: M,
     /// An inner layer measures calls: requests carry a mark of their progress.
     marks: bool,
 }
 
 impl<S, M> Retry<S, M> {
-    pub(super) fn new(inner: S, core: Core<S, Settings>, protocol: M) -> Self {
-        Self { inner, core: Striped::new(core), protocol, marks: false }
+    pub(super) fn new(inner: S, core: Core<S, RetrySettings>, protocol: M) -> Self {
+        Self { inner, core: ShardedArc::new(core), protocol, marks: false }
     }
 
     /// Returns the wrapped service.
@@ -60,11 +60,11 @@ impl<S, M> fmt::Debug for Retry<S, M> {
 impl<S, M, Req> Service<Req> for Retry<S, M>
 where
     S: Service<M::Request> + Reusable,
-    M: Repeat<Req> + Weigh<S::Response, S::Error>,
+    M: ReplayRequest<Req> + ClassifyAttempt<S::Response, S::Error>,
 {
     type Response = M::Response;
     type Error = M::Error;
-    type Future = ResponseFuture<S, Req, S::Future, M, M::Kept, M::Held>;
+    type Future = RetryFuture<S, Req, S::Future, M, M::Kept, M::Held>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), M::Error>> {
         let (polled, marks) = is_mark_requested(|| self.inner.poll_ready(cx));
@@ -78,7 +78,7 @@ where
         let rules = self.core.settings.rules(self.core.misconfigured, self.marks);
         let is_grpc_call = M::is_grpc(&request);
         let mut kept = M::keep(&request, rules);
-        if ends_by::<S, Req, M>(kept.as_ref(), Moment::now) {
+        if ends_by::<S, Req, M>(kept.as_ref(), CallClock::now) {
             return self.unbegun(kept);
         }
         if let Some(budget) = &self.core.budget {
@@ -91,8 +91,8 @@ where
         // Not through a variable, because a move of a request is expensive.
         let future = self.inner.call(M::first(request, kept.as_mut(), rules));
         drop(entered);
-        ResponseFuture {
-            state: State::Calling { attempt: Weighed::new(future) },
+        RetryFuture {
+            state: RetryStage::Calling { attempt: AttemptFuture::new(future) },
             span,
             core,
             protocol: self.protocol.clone(),
@@ -108,10 +108,10 @@ impl<S: Clone, M: Clone> Retry<S, M> {
     /// Returns the future of a call whose deadline has already passed. The polled instance is replaced, so that what it
     /// reserved in `poll_ready` is released.
     #[cold]
-    fn unbegun<Req, F, K, H>(&mut self, kept: Option<K>) -> ResponseFuture<S, Req, F, M, K, H> {
+    fn unbegun<Req, F, K, H>(&mut self, kept: Option<K>) -> RetryFuture<S, Req, F, M, K, H> {
         self.inner = self.inner.clone();
-        ResponseFuture {
-            state: State::Unbegun,
+        RetryFuture {
+            state: RetryStage::Unbegun,
             span: Span::none(),
             core: self.core.lease(),
             protocol: self.protocol.clone(),

@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{overrides::Say, policy::Policy};
-use crate::attempt::{RetryBudget, Rules, Stop, lock};
+use crate::attempt::{GiveUpReason, RetryBudget, Rules, lock};
 
 /// The maximum number of transparent retries that a layer makes without a response in between.
 const MAX_TRANSPARENT_BALANCE: u32 = 200;
@@ -19,7 +19,7 @@ const MAX_TRANSPARENT_BALANCE: u32 = 200;
 const TRANSPARENT_PER_RESPONSE: u32 = 5;
 
 /// The settings and the counts of one retry layer.
-pub(crate) struct Settings {
+pub(crate) struct RetrySettings {
     /// The maximum size of a saved request body. Separate from the policy, because every call reads it. The policy is
     /// read only after an attempt that did not plainly succeed.
     body_cap: AtomicU64,
@@ -37,7 +37,7 @@ pub(crate) struct Settings {
     denied: AtomicU64,
 }
 
-impl Settings {
+impl RetrySettings {
     pub(crate) fn new() -> Self {
         Self {
             body_cap: AtomicU64::new(64 * 1024),
@@ -138,11 +138,11 @@ impl Settings {
         self.retries.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(crate) fn count_stop(&self, stop: Stop) {
-        if !matches!(stop, Stop::Answered | Stop::NotRetryable) {
+    pub(crate) fn count_stop(&self, stop: GiveUpReason) {
+        if !matches!(stop, GiveUpReason::Answered | GiveUpReason::NotRetryable) {
             self.gave_up.fetch_add(1, Ordering::Relaxed);
         }
-        if stop == Stop::BudgetUsedUp {
+        if stop == GiveUpReason::BudgetUsedUp {
             self.denied.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -153,9 +153,9 @@ impl Settings {
     }
 }
 
-impl fmt::Debug for Settings {
+impl fmt::Debug for RetrySettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Settings")
+        f.debug_struct("RetrySettings")
             .field("policy", &self.policy())
             .field("budget", &self.budget())
             .finish_non_exhaustive()

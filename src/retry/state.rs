@@ -8,12 +8,12 @@ use tokio::time::Instant;
 
 use super::{
     policy::{Again, Facts, Policy, decide},
-    settings::Settings,
+    settings::RetrySettings,
 };
 use crate::{
     attempt::{
-        Attempts, Class, Core, FailureKind, Numbered, PerKind, Repeatable, Series, Stop, Tried,
-        Withdrawal, earns_deposit,
+        AttemptRecord, Attempts, BodyReplay, CallDelays, Core, FailureKind, GiveUpReason, Numbered,
+        PerKind, RetryAction, Withdrawal, earns_deposit,
     },
     event::event,
     outcome::{Outcome, Reason, Rejected, http as rule},
@@ -31,7 +31,7 @@ pub(super) struct Course<S> {
     transparent: u32,
     of_kind: PerKind<u32>,
     /// The delays of the call. `None` before the first delay is needed.
-    series: Option<Series>,
+    series: Option<CallDelays>,
 }
 
 /// The delay before the next attempt. It starts at the decision, so that it includes the drain of the discarded
@@ -59,7 +59,7 @@ pub(super) struct Kept {
     pub(super) safe: bool,
     pub(super) is_unprocessed: bool,
     pub(super) is_error: bool,
-    pub(super) body: Repeatable,
+    pub(super) body: BodyReplay,
     pub(super) deadline: Option<Deadline>,
     /// An inner retry layer has returned the error.
     pub(super) has_inner_attempts: bool,
@@ -83,7 +83,7 @@ impl<S> Default for Course<S> {
 }
 
 impl<S> Course<S> {
-    pub(super) fn service(&mut self, core: &Core<S, Settings>) -> &mut S
+    pub(super) fn service(&mut self, core: &Core<S, RetrySettings>) -> &mut S
     where
         S: Clone,
     {
@@ -105,12 +105,12 @@ impl<S> Course<S> {
     /// replayed.
     pub(super) fn next(
         &mut self,
-        core: &Core<S, Settings>,
+        core: &Core<S, RetrySettings>,
         policy: &Policy,
-        (class, outcome, is_error): (Class, Outcome, bool),
+        (class, outcome, is_error): (RetryAction, Outcome, bool),
         kept: Option<Kept>,
         claim: impl FnOnce() -> bool,
-    ) -> Result<Wait, Stop> {
+    ) -> Result<Wait, GiveUpReason> {
         let now = Instant::now();
         let deadline = kept.as_ref().and_then(|kept| kept.deadline);
         let left = deadline.map(|deadline| deadline.at().saturating_duration_since(now));
@@ -123,21 +123,24 @@ impl<S> Course<S> {
         let may_be_sent = FailureKind::of(outcome).may_be_seen() || is_sent_before;
         let decision = match kept {
             Some(kept) => self.decide(policy, (class, outcome), transparent, &kept, left),
-            None if class == Class::Final && is_error => Err(Stop::NotRetryable),
-            None if class == Class::Final => Err(Stop::Answered),
-            None if core.misconfigured => Err(Stop::Misconfigured),
+            None if class == RetryAction::Final && is_error => Err(GiveUpReason::NotRetryable),
+            None if class == RetryAction::Final => Err(GiveUpReason::Answered),
+            None if core.misconfigured => Err(GiveUpReason::Misconfigured),
             // The request is not saved.
             None => match class {
-                Class::Refused(stop) => Err(stop),
-                _ => Err(Stop::BodyGone),
+                RetryAction::Refused(stop) => Err(stop),
+                _ => Err(GiveUpReason::BodyGone),
             },
         };
         if let Some(budget) = &core.budget {
             match class {
-                Class::Final if earns_deposit(outcome) => budget.answered(self.cost),
+                RetryAction::Final if earns_deposit(outcome) => budget.answered(self.cost),
                 // These retries make no withdrawal, not even in a budget where each failure makes one.
-                Class::Retryable if is_unprocessed || outcome.reason() == Reason::Rejected => {}
-                Class::Retryable | Class::Refused(Stop::Pushback) if !transparent => {
+                RetryAction::Retryable
+                    if is_unprocessed || outcome.reason() == Reason::Rejected => {}
+                RetryAction::Retryable | RetryAction::Refused(GiveUpReason::Pushback)
+                    if !transparent =>
+                {
                     budget.failed(FailureKind::of(outcome));
                 }
                 _ => {}
@@ -146,11 +149,11 @@ impl<S> Course<S> {
         // Check the budget last, so that a retry that another check prevents makes no withdrawal.
         let decision = decision.and_then(|again| {
             if let (Some(budget), Some(kind)) = (&core.budget, again.charge) {
-                self.withdrawal = Some(budget.grant(kind).ok_or(Stop::BudgetUsedUp)?);
+                self.withdrawal = Some(budget.grant(kind).ok_or(GiveUpReason::BudgetUsedUp)?);
             }
             if !claim() {
                 self.withdrawal = None;
-                return Err(Stop::BodyGone);
+                return Err(GiveUpReason::BodyGone);
             }
             Ok(again)
         });
@@ -163,7 +166,7 @@ impl<S> Course<S> {
                 self.record.sent += u32::from(may_be_sent);
                 self.of_kind[again.kind as usize] += 1;
                 self.waited = again.wait;
-                self.record.tried(Tried { outcome, waited: again.wait });
+                self.record.tried(AttemptRecord { outcome, waited: again.wait });
                 event!(
                     retry,
                     DEBUG,
@@ -175,7 +178,7 @@ impl<S> Course<S> {
                 );
                 // The drain leaves the next attempt its minimum time before the deadline.
                 let most =
-                    left.map_or(DRAIN_TIME, |left| left.saturating_sub(policy.least_attempt));
+                    left.map_or(DRAIN_TIME, |left| left.saturating_sub(policy.min_attempt_time));
                 Ok(Wait {
                     since: now,
                     time: again.wait,
@@ -194,7 +197,7 @@ impl<S> Course<S> {
                     "not retried"
                 );
                 self.record.sent += u32::from(may_be_sent);
-                self.record.tried(Tried { outcome, waited: Duration::ZERO });
+                self.record.tried(AttemptRecord { outcome, waited: Duration::ZERO });
                 Err(stop)
             }
         }
@@ -203,11 +206,11 @@ impl<S> Course<S> {
     fn decide(
         &mut self,
         policy: &Policy,
-        (class, outcome): (Class, Outcome),
+        (class, outcome): (RetryAction, Outcome),
         is_transparent: bool,
         kept: &Kept,
         left: Option<Duration>,
-    ) -> Result<Again, Stop> {
+    ) -> Result<Again, GiveUpReason> {
         let facts = Facts {
             class,
             outcome,
@@ -244,13 +247,13 @@ impl<S> Course<S> {
     pub(super) fn cut_short(&mut self, rejected: &Rejected) -> Outcome {
         let outcome = rule::of_rejected(rejected);
         self.record.sent += 1;
-        self.record.tried(Tried { outcome, waited: Duration::ZERO });
+        self.record.tried(AttemptRecord { outcome, waited: Duration::ZERO });
         outcome
     }
 
     /// Ends the call without a further attempt. Refunds a withdrawal that is not spent, and returns the record of the
     /// attempts.
-    pub(super) fn end(&mut self, settings: &Settings, stop: Stop) -> Attempts {
+    pub(super) fn end(&mut self, settings: &RetrySettings, stop: GiveUpReason) -> Attempts {
         settings.count_stop(stop);
         self.withdrawal = None;
         self.record.stop = stop;

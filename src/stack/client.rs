@@ -5,12 +5,12 @@ use tower_layer::Layer;
 
 use super::{
     handle::{HealthCheck, Now, StackSnapshot},
-    meter::{Meter, Metered},
+    meter::{Meter, MeterLayer},
 };
 use crate::{
     breaker::{CircuitBreaker, CircuitBreakerLayer},
     config::{ClientConfig, ConfigErrors},
-    deadline::{PropagateLayer, Propagated},
+    deadline::{PropagateDeadline, PropagateDeadlineLayer},
     error::ConfigError,
     health::HealthProbeHandle,
     hedge::{Hedge, HedgeLayer},
@@ -29,13 +29,13 @@ use crate::{
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct ClientStack {
-    meter: Shared<Meter>,
-    deadline: PropagateLayer,
+    meter: Shared<MeterLayer>,
+    deadline: PropagateDeadlineLayer,
     retry: RetryLayer,
     hedge: HedgeLayer,
     breaker: CircuitBreakerLayer,
     limit: ConcurrencyLimitLayer,
-    forward: PropagateLayer,
+    forward: PropagateDeadlineLayer,
     timeout: TimeoutLayer,
     now: Arc<Now<ClientConfig>>,
     /// Only set in the stack that [`client`](super::client) makes.
@@ -46,8 +46,11 @@ pub struct ClientStack {
 }
 
 /// The service of a [`ClientStack`].
-pub type ClientStackService<S> =
-    Metered<Propagated<Retry<Hedge<CircuitBreaker<ConcurrencyLimit<Propagated<Timeout<S>>>>>>>>;
+pub type ClientStackService<S> = Meter<
+    PropagateDeadline<
+        Retry<Hedge<CircuitBreaker<ConcurrencyLimit<PropagateDeadline<Timeout<S>>>>>>,
+    >,
+>;
 
 impl ClientStack {
     /// Returns the stack of this configuration.
@@ -66,7 +69,7 @@ impl ClientStack {
         let deadline = config.deadline.layer().map_err(one)?;
         let forward = config.deadline.forward().checked().map_err(one)?;
         let mut stack = Self {
-            meter: Meter::new(),
+            meter: MeterLayer::new(),
             // The retry and the timeout layer enforce the deadline.
             deadline: deadline.propagate_only(),
             retry: config.retry.layer_over(retry).map_err(one)?,
@@ -104,7 +107,7 @@ impl<S: Clone> Layer<S> for ClientStack {
         let attempt = self.forward.layer(self.timeout.layer(inner));
         let guarded = self.breaker.layer(self.limit.layer(attempt));
         let tried = self.retry.layer(self.hedge.layer(guarded));
-        Metered::new(self.deadline.layer(tried), &self.meter, AsError)
+        Meter::new(self.deadline.layer(tried), &self.meter, AsError)
     }
 }
 

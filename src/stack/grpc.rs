@@ -50,7 +50,7 @@ type Inner<S> = RespondService<ClientStackService<IntoTonicBody<S>>>;
 /// # Deadlines
 ///
 /// `deadline_default` applies to calls without a deadline. tonic's `Request::set_timeout` sends `grpc-timeout`, which is a
-/// deadline of the caller: the default is also its maximum, unless `deadline_at_most` states another one. To give a call,
+/// deadline of the caller: the default is also its maximum, unless `deadline_max` states another one. To give a call,
 /// such as a watch, more time than the default, insert a [`Deadline`](crate::time::Deadline) into the extensions of its request.
 ///
 /// # Errors

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::meter::Counted;
 use crate::{
-    breaker::{CircuitBreakerSnapshot, State},
+    breaker::{CircuitBreakerSnapshot, CircuitState},
     config::ConfigErrors,
     health::ProbeState,
     limit::ConcurrencyLimitSnapshot,
@@ -45,7 +45,7 @@ pub struct StackSnapshot {
     /// The number of times that the circuit has opened.
     pub breaker_opened: u64,
     /// The state of the circuit.
-    pub breaker: Option<State>,
+    pub breaker: Option<CircuitState>,
     /// The number of calls that wait for a permit.
     pub waiting: u32,
     /// The average latency of all calls so far, without rejected ones. A latency ends at the response head, or without
@@ -68,7 +68,7 @@ pub struct StackSnapshot {
 #[non_exhaustive]
 pub struct HealthCheck {
     /// The health of the service.
-    pub status: HealthStatus,
+    pub status: UpstreamHealth,
     /// The duration of the check.
     pub took: Duration,
     /// The end of the check.
@@ -77,7 +77,7 @@ pub struct HealthCheck {
 
 /// The health of a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HealthStatus {
+pub enum UpstreamHealth {
     /// The service responds with a 2xx.
     Healthy,
     /// The service responds with a 2xx, but its circuit is half-open, or calls wait for a permit.
@@ -118,7 +118,7 @@ impl StackSnapshot {
     pub(super) fn with_breaker(mut self, breaker: &CircuitBreakerSnapshot) -> Self {
         self.breaker = Some(breaker.state);
         self.breaker_opened = breaker.opened;
-        self.healthy = !matches!(breaker.state, State::Open | State::ForcedOpen);
+        self.healthy = !matches!(breaker.state, CircuitState::Open | CircuitState::ForcedOpen);
         self
     }
 
@@ -129,12 +129,12 @@ impl StackSnapshot {
     }
 
     /// Returns the health of a service. `answers` states whether the health check succeeded.
-    pub(super) fn status(&self, answers: bool) -> HealthStatus {
+    pub(super) fn status(&self, answers: bool) -> UpstreamHealth {
         match self.breaker {
-            _ if !(answers && self.healthy) => HealthStatus::Unhealthy,
-            Some(State::HalfOpen) => HealthStatus::Degraded,
-            _ if self.waiting > 0 => HealthStatus::Degraded,
-            _ => HealthStatus::Healthy,
+            _ if !(answers && self.healthy) => UpstreamHealth::Unhealthy,
+            Some(CircuitState::HalfOpen) => UpstreamHealth::Degraded,
+            _ if self.waiting > 0 => UpstreamHealth::Degraded,
+            _ => UpstreamHealth::Healthy,
         }
     }
 }

@@ -17,17 +17,17 @@ use http_body::Body;
 use tower_service::Service;
 
 use crate::{
-    admission::{Admission, Admit, Plan, Policy, ResponseFuture, Reusable, Terms},
+    admission::{Admission, AdmissionFuture, Admit, Plan, Policy, Reusable, Terms},
     classify::{Http, HttpCall},
     error::Fault,
     outcome::{LayerKind, Outcome, OutcomeKind, Reason, Rejected},
-    permit::{Finish, Hold, Permit, Shared, Token, TrackedBody},
+    permit::{Permit, Release, ReleaseAt, Shared, Token, TrackedBody},
     respond::{AsError, Reject},
-    time::{Clock, Nanos, Recent},
+    time::{Clock, Nanos, RecentLatency},
 };
 
 /// The counters of the calls of a stack.
-pub struct Meter {
+pub struct MeterLayer {
     clock: Clock,
     begun: AtomicU64,
     /// The number of calls that have ended, by [`OutcomeKind`], without those that a layer has rejected.
@@ -39,10 +39,10 @@ pub struct Meter {
     took: AtomicU64,
     /// The number of latencies in the sum.
     timed: AtomicU64,
-    recent: Mutex<Recent>,
+    recent: Mutex<RecentLatency>,
 }
 
-/// A snapshot of a [`Meter`].
+/// A snapshot of a [`MeterLayer`].
 pub(super) struct Counted {
     pub(super) begun: u64,
     pub(super) successes: u64,
@@ -54,7 +54,7 @@ pub(super) struct Counted {
     pub(super) p99: Option<Duration>,
 }
 
-impl Meter {
+impl MeterLayer {
     pub(super) fn new() -> Shared<Self> {
         Shared::new(Self {
             clock: Clock::new(),
@@ -63,7 +63,7 @@ impl Meter {
             refused: AtomicU64::new(0),
             took: AtomicU64::new(0),
             timed: AtomicU64::new(0),
-            recent: Mutex::new(Recent::new()),
+            recent: Mutex::new(RecentLatency::new()),
         })
     }
 
@@ -99,7 +99,7 @@ impl Meter {
     }
 }
 
-impl Finish for Meter {
+impl Release for MeterLayer {
     fn finish(&self, token: Token, outcome: Outcome) {
         if (outcome.kind(), outcome.reason()) == (OutcomeKind::Cancelled, Reason::Rejected) {
             // A rejection is not a latency of the upstream, so it is not timed.
@@ -120,12 +120,12 @@ impl Finish for Meter {
         token.tag = 0;
     }
 
-    fn hold(&self) -> Hold {
-        Hold::Body
+    fn hold(&self) -> ReleaseAt {
+        ReleaseAt::Body
     }
 }
 
-impl<Req> Policy<Req> for Shared<Meter> {
+impl<Req> Policy<Req> for Shared<MeterLayer> {
     type Giver = Self;
     type Pass = Token;
     type Wait = Ready<Result<Permit<Self>, Rejected>>;
@@ -148,38 +148,38 @@ impl<Req> Policy<Req> for Shared<Meter> {
     }
 }
 
-impl fmt::Debug for Meter {
+impl fmt::Debug for MeterLayer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Meter").field("begun", &self.begun).finish_non_exhaustive()
+        f.debug_struct("MeterLayer").field("begun", &self.begun).finish_non_exhaustive()
     }
 }
 
 /// A service that counts its calls, the outermost service of a [`ClientStack`](super::client::ClientStack) or a
 /// [`ServerStack`](super::server::ServerStack).
-pub struct Metered<S, R = AsError> {
-    admission: Admission<S, Shared<Meter>, Http, R>,
+pub struct Meter<S, R = AsError> {
+    admission: Admission<S, Shared<MeterLayer>, Http, R>,
 }
 
-impl<S, R: Clone> Metered<S, R> {
-    pub(super) fn new(inner: S, meter: &Shared<Meter>, reject: R) -> Self {
+impl<S, R: Clone> Meter<S, R> {
+    pub(super) fn new(inner: S, meter: &Shared<MeterLayer>, reject: R) -> Self {
         let plan = Plan { policy: meter.clone(), protocol: Http, reject, fault: Fault::default() };
         Self { admission: plan.service(inner) }
     }
 }
 
-impl<S: Clone, R: Clone> Clone for Metered<S, R> {
+impl<S: Clone, R: Clone> Clone for Meter<S, R> {
     fn clone(&self) -> Self {
         Self { admission: self.admission.clone() }
     }
 }
 
-impl<S, R> fmt::Debug for Metered<S, R> {
+impl<S, R> fmt::Debug for Meter<S, R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Metered").field("meter", self.admission.policy()).finish_non_exhaustive()
+        f.debug_struct("Meter").field("meter", self.admission.policy()).finish_non_exhaustive()
     }
 }
 
-impl<S, R, ReqB, B> Service<Request<ReqB>> for Metered<S, R>
+impl<S, R, ReqB, B> Service<Request<ReqB>> for Meter<S, R>
 where
     S: Service<Request<ReqB>, Response = Response<B>, Error: 'static> + Reusable,
     B: Body,
@@ -187,7 +187,8 @@ where
 {
     type Response = Response<TrackedBody<B>>;
     type Error = R::Error;
-    type Future = ResponseFuture<S, Request<ReqB>, S::Future, HttpCall, Shared<Meter>, Http, R>;
+    type Future =
+        AdmissionFuture<S, Request<ReqB>, S::Future, HttpCall, Shared<MeterLayer>, Http, R>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), R::Error>> {
         self.admission.poll_ready(cx)

@@ -3,11 +3,11 @@
 //!
 //! ```
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! use buttress::{config::{ClientConfig, Preset}, stack::ClientStack};
+//! use buttress::{config::{ClientConfig, ConfigPreset}, stack::ClientStack};
 //! use http_body_util::Full;
 //! use tower::{Layer, service_fn};
 //!
-//! let config = ClientConfig::load("search").preset(Preset::Internal).env().finish()?;
+//! let config = ClientConfig::load("search").preset(ConfigPreset::Internal).env().finish()?;
 //! let stack = ClientStack::new(&config)?;
 //! let handle = stack.handle();
 //! let client = stack.layer(service_fn(|_: http::Request<_>| async {
@@ -72,7 +72,7 @@ pub use self::grpc::{GrpcClient, IntoTonicBody, grpc};
 pub use self::http::{Client, client};
 pub use self::{
     client::{ClientHandle, ClientStack, ClientStackService},
-    handle::{HealthCheck, HealthStatus, StackSnapshot},
-    meter::Metered,
+    handle::{HealthCheck, StackSnapshot, UpstreamHealth},
+    meter::Meter,
     server::{ServerHandle, ServerStack, ServerStackService, server},
 };

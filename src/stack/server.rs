@@ -4,12 +4,12 @@ use tower_layer::Layer;
 
 use super::{
     handle::{Now, StackSnapshot},
-    meter::{Meter, Metered},
+    meter::{Meter, MeterLayer},
 };
 use crate::{
     classify::Http,
     config::{ConfigErrors, ServerConfig},
-    deadline::{PropagateLayer, Propagated},
+    deadline::{PropagateDeadline, PropagateDeadlineLayer},
     error::ConfigError,
     limit::{ConcurrencyLimit, ConcurrencyLimitLayer},
     permit::Shared,
@@ -53,8 +53,8 @@ use crate::{
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct ServerStack {
-    meter: Shared<Meter>,
-    deadline: PropagateLayer,
+    meter: Shared<MeterLayer>,
+    deadline: PropagateDeadlineLayer,
     limit: ConcurrencyLimitLayer<Http, Respond>,
     timeout: TimeoutLayer<AsIs, Respond>,
     now: Arc<Now<ServerConfig>>,
@@ -62,7 +62,7 @@ pub struct ServerStack {
 
 /// The service of a [`ServerStack`].
 pub type ServerStackService<S> =
-    Metered<Propagated<ConcurrencyLimit<Timeout<S, AsIs, Respond>, Http, Respond>>, Respond>;
+    Meter<PropagateDeadline<ConcurrencyLimit<Timeout<S, AsIs, Respond>, Http, Respond>>, Respond>;
 
 /// Returns the stack of this configuration, a layer for an axum router or any other HTTP service.
 ///
@@ -82,7 +82,7 @@ pub fn server(config: &ServerConfig) -> Result<ServerStack, ConfigErrors> {
         timeout = timeout.name(&config.name);
     }
     Ok(ServerStack {
-        meter: Meter::new(),
+        meter: MeterLayer::new(),
         // The limit and the timeout layer enforce the deadline.
         deadline: deadline.propagate_only(),
         limit: limit.respond(),
@@ -104,7 +104,7 @@ impl<S: Clone> Layer<S> for ServerStack {
 
     fn layer(&self, inner: S) -> Self::Service {
         let limited = self.limit.layer(self.timeout.layer(inner));
-        Metered::new(self.deadline.layer(limited), &self.meter, Respond)
+        Meter::new(self.deadline.layer(limited), &self.meter, Respond)
     }
 }
 

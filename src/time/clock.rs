@@ -70,13 +70,13 @@ thread_local! {
 /// and may block before: it discards the reading by [`anew`](Self::anew) in its `poll_ready`. Without a guard,
 /// [`now`](Self::now) reads the clock each time.
 #[cfg_attr(not(feature = "timeout"), allow(dead_code))] // Only the layers of the feature `timeout` begin a call.
-pub(crate) struct Moment {
+pub(crate) struct CallClock {
     outermost: bool,
     /// Makes the guard `!Send`: it belongs to its thread.
     of: PhantomData<*const ()>,
 }
 
-impl Moment {
+impl CallClock {
     /// Begins a call on this thread. A guard within another guard changes nothing.
     #[cfg(feature = "timeout")]
     #[inline]
@@ -118,7 +118,7 @@ impl Moment {
     }
 }
 
-impl Drop for Moment {
+impl Drop for CallClock {
     #[inline]
     fn drop(&mut self) {
         if self.outermost {
@@ -136,18 +136,18 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_clock_is_looked_at_once_in_a_call_and_anew_after_it() {
         let second = Duration::from_secs(1);
-        let began = Moment::now();
-        let call = Moment::begin();
+        let began = CallClock::now();
+        let call = CallClock::begin();
         advance(second).await;
-        assert_eq!(Moment::now(), began + second, "not before somebody asks");
-        let further_in = Moment::begin();
+        assert_eq!(CallClock::now(), began + second, "not before somebody asks");
+        let further_in = CallClock::begin();
         advance(second).await;
         drop(further_in);
-        assert_eq!(Moment::now(), began + second);
-        assert!(!Moment::is_past(Some(began + 2 * second)));
-        Moment::anew();
-        assert!(Moment::is_past(Some(began + 2 * second)));
+        assert_eq!(CallClock::now(), began + second);
+        assert!(!CallClock::is_past(Some(began + 2 * second)));
+        CallClock::anew();
+        assert!(CallClock::is_past(Some(began + 2 * second)));
         drop(call);
-        assert_eq!(Moment::now(), began + 2 * second);
+        assert_eq!(CallClock::now(), began + 2 * second);
     }
 }

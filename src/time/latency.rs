@@ -9,7 +9,7 @@ use sketches_ddsketch::{Config, DDSketch};
 use tokio::time::Instant;
 
 /// The latencies of the last one to two intervals of [`AGE`], as sketches.
-pub(crate) struct Recent {
+pub(crate) struct RecentLatency {
     /// The current interval.
     now: DDSketch,
     /// The previous interval.
@@ -26,7 +26,7 @@ fn sketch() -> DDSketch {
     DDSketch::new(Config::new(0.01, 2048, 1.0e-6))
 }
 
-impl Recent {
+impl RecentLatency {
     pub(crate) fn new() -> Self {
         Self { now: sketch(), before: sketch(), since: Instant::now() }
     }
@@ -77,8 +77,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_percentile_is_what_so_many_did_not_exceed_however_few_they_are() {
-        let mut recent = Recent::new();
-        let is = |recent: &Recent, share: f64, ms: f64| {
+        let mut recent = RecentLatency::new();
+        let is = |recent: &RecentLatency, share: f64, ms: f64| {
             let told = recent.quantile(share).1.unwrap() * 1000.0;
             assert!((told - ms).abs() <= ms / 100.0, "{share}: {told} and not {ms}");
         };

@@ -9,9 +9,9 @@
 //! The thread-local [`SET`] holds the last alarm that armed a timer in the current poll. A layer with an alarm does the
 //! following in each poll:
 //!
-//! 1. [`Alarm::listen`] clears `SET`.
+//! 1. [`SharedTimer::listen`] clears `SET`.
 //! 2. The layer polls its inner future. An alarm within that future may arm a timer and publish itself in `SET`.
-//! 3. [`Alarm::poll`] reads `SET`. It registers no timer if the published alarm
+//! 3. [`SharedTimer::poll`] reads `SET`. It registers no timer if the published alarm
 //!    - is due no later than this alarm,
 //!    - wakes the same task, which the data and the vtable of the waker identify, and
 //!    - lies within the memory of the inner future that was just polled.
@@ -21,7 +21,7 @@
 //! # Why this is sound
 //!
 //! The inner alarm is pinned, and it is a part of the inner future. It can be dropped or cleared only while the inner
-//! future is polled or dropped by this layer, and after each poll this layer calls [`Alarm::poll`] again. When the
+//! future is polled or dropped by this layer, and after each poll this layer calls [`SharedTimer::poll`] again. When the
 //! inner timer fires, it wakes the same task, which polls this layer.
 //!
 //! A boxed inner future does not qualify, because its memory lies elsewhere: it could be polled once in this task and
@@ -48,13 +48,13 @@ use super::clock::poll_timer;
 pin_project! {
     /// Wakes its task at an instant: by a timer of its own, or by the timer of an alarm within the inner future that is
     /// due no later. See the [module](self).
-    pub(crate) struct Alarm {
+    pub(crate) struct SharedTimer {
         at: Option<Instant>,
         #[pin]
         timer: Option<Sleep>,
     }
 
-    impl PinnedDrop for Alarm {
+    impl PinnedDrop for SharedTimer {
         fn drop(this: Pin<&mut Self>) {
             this.clear();
         }
@@ -66,18 +66,18 @@ pin_project! {
 struct Set {
     at: Instant,
     task: Task,
-    by: *const Alarm,
+    by: *const SharedTimer,
 }
 
 /// The identity of a task: the data and the vtable of its waker.
 type Task = (*const (), *const RawWakerVTable);
 
 thread_local! {
-    /// The last alarm that armed its timer since the last [`Alarm::listen`].
+    /// The last alarm that armed its timer since the last [`SharedTimer::listen`].
     static SET: Cell<Option<Set>> = const { Cell::new(None) };
 }
 
-impl Alarm {
+impl SharedTimer {
     pub(crate) const fn new() -> Self {
         Self { at: None, timer: None }
     }
@@ -177,21 +177,21 @@ mod tests {
 
     /// An outer alarm, and an inner future with another alarm.
     struct Nested {
-        around: Pin<Box<Alarm>>,
+        around: Pin<Box<SharedTimer>>,
         further_in: Pin<Box<Inner>>,
     }
 
     pin_project! {
         struct Inner {
             #[pin]
-            alarm: Option<Alarm>,
+            alarm: Option<SharedTimer>,
         }
     }
 
     impl Nested {
         fn of(inner: Instant, outer: Instant) -> Self {
             let mut alarms = [inner, outer].map(|at| {
-                let mut alarm = Alarm::new();
+                let mut alarm = SharedTimer::new();
                 alarm.at = Some(at);
                 Some(alarm)
             });
@@ -215,7 +215,7 @@ mod tests {
         for (inner, outer, own) in [(5, 9, false), (9, 9, false), (9, 5, true)] {
             let mut nested = Nested::of(now + ms(inner), now + ms(outer));
             let pending = poll_fn(|cx| {
-                Alarm::listen();
+                SharedTimer::listen();
                 let pending = nested.inner(cx).is_pending();
                 Poll::Ready(pending && nested.outer(cx).is_pending())
             });
@@ -230,11 +230,11 @@ mod tests {
         for what in ["gone", "not asked", "another task's", "in a box of its own", "its own"] {
             let (mut nested, mut boxed) = (Nested::of(at, at), Nested::of(at, at));
             poll_fn(|cx| {
-                Alarm::listen();
+                SharedTimer::listen();
                 match what {
                     "not asked" => {
                         assert!(nested.inner(cx).is_pending());
-                        Alarm::listen();
+                        SharedTimer::listen();
                     }
                     "another task's" => {
                         let waker = Waker::from(Arc::new(Counts::default()));
@@ -265,7 +265,7 @@ mod tests {
         let mut cx = Context::from_waker(&waker);
         let mut nested = Nested::of(start + ms(5), start + ms(9));
         let mut poll = || {
-            Alarm::listen();
+            SharedTimer::listen();
             let first = nested.inner(&mut cx);
             if first.is_ready() {
                 nested.further_in.as_mut().project().alarm.set(None);

@@ -19,9 +19,9 @@ use super::{
 };
 use crate::{
     error::BoxError,
-    outcome::{Phase, Rejected, RejectedKind, grpc},
-    permit::{AnswerBody, OwnAnswer, unread},
-    respond::Form,
+    outcome::{Rejected, RejectedKind, TimeoutPhase, grpc},
+    permit::{EitherBody, FromBytes, unread},
+    respond::ResponseFormat,
     time::has_passed,
 };
 
@@ -33,7 +33,7 @@ pin_project! {
     /// is dropped at once. Every frame, the trailers, the size hint and the end-of-stream flag are forwarded.
     pub struct TimedBody<B: Body> {
         #[pin]
-        inner: AnswerBody<B>,
+        inner: EitherBody<B>,
         // A function pointer instead of a bound on the struct. A bound `B::Error: Into<BoxError>` on the struct cannot
         // be proved inside of a spawned task if the error is itself a `BoxError`.
         boxed: fn(B::Error) -> BoxError,
@@ -46,11 +46,11 @@ pin_project! {
 impl<B: Body<Error: Into<BoxError>>> TimedBody<B> {
     #[inline]
     pub(super) fn untimed(body: B) -> Self {
-        Self::of(AnswerBody::Theirs { body })
+        Self::of(EitherBody::Theirs { body })
     }
 
     #[inline]
-    fn of(inner: AnswerBody<B>) -> Self {
+    fn of(inner: EitherBody<B>) -> Self {
         Self { inner, boxed: Into::into, stall: Stall::new(), rest: None }
     }
 
@@ -61,16 +61,16 @@ impl<B: Body<Error: Into<BoxError>>> TimedBody<B> {
     }
 }
 
-impl<B: Body<Data: From<Bytes>, Error: Into<BoxError>>> OwnAnswer for TimedBody<B> {
+impl<B: Body<Data: From<Bytes>, Error: Into<BoxError>>> FromBytes for TimedBody<B> {
     fn answer(data: Bytes) -> Self {
-        Self::of(AnswerBody::own(data))
+        Self::of(EitherBody::own(data))
     }
 }
 
 impl<B: Body<Error: Into<BoxError>>> Default for TimedBody<B> {
     /// Returns an empty body, as an outer layer such as tower-http's timeout needs for its own responses.
     fn default() -> Self {
-        Self::of(AnswerBody::ended())
+        Self::of(EitherBody::ended())
     }
 }
 
@@ -87,8 +87,8 @@ impl<B: Body> Body for TimedBody<B> {
         if unread::take() {
             if let Some(rest) = this.rest.take() {
                 // The inner body is dropped as if its caller had hung up.
-                this.inner.set(AnswerBody::ended());
-                let rejected = timed_out(rest.far, rest.by, Phase::Unread, None);
+                this.inner.set(EitherBody::ended());
+                let rejected = timed_out(rest.far, rest.by, TimeoutPhase::Unread, None);
                 return Poll::Ready(Some(rest.end(rejected)));
             }
         }
@@ -120,8 +120,8 @@ impl<B: Body> Body for TimedBody<B> {
             }
             Poll::Pending => {
                 let (limit, silence) = match rest.begun {
-                    false => (rest.first_frame, Phase::FirstFrame),
-                    true => (rest.idle, Phase::Idle),
+                    false => (rest.first_frame, TimeoutPhase::FirstFrame),
+                    true => (rest.idle, TimeoutPhase::Idle),
                 };
                 match ready!(this.stall.poll(limit.time(), rest.end, cx)) {
                     Over::Silence => silence,
@@ -130,7 +130,7 @@ impl<B: Body> Body for TimedBody<B> {
             }
         };
         // Dropping the inner body releases what inner layers hold for the call.
-        drop_by(phase, None, rest.end_of.source(), || this.inner.set(AnswerBody::ended()));
+        drop_by(phase, None, rest.end_of.source(), || this.inner.set(EitherBody::ended()));
         let rejected = timed_out(rest.far, rest.by, phase, rest.end_of.source());
         Poll::Ready(Some(rest.end(rejected)))
     }
@@ -161,7 +161,7 @@ impl Rest {
     /// Returns the last item of a body that has timed out.
     fn end<D>(&self, rejected: Rejected) -> Result<Frame<D>, BoxError> {
         match self.form {
-            Form::Grpc => Ok(Frame::trailers(status(rejected.kind()))),
+            ResponseFormat::Grpc => Ok(Frame::trailers(status(rejected.kind()))),
             _ => Err(Box::new(rejected)),
         }
     }

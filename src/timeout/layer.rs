@@ -5,7 +5,7 @@ use tower_layer::Layer;
 use super::{
     protocol::AsIs,
     service::Timeout,
-    settings::{State, TimeoutHandle, Timeouts},
+    settings::{TimeoutHandle, TimeoutState, Timeouts},
 };
 use crate::{
     classify::{Http, PerResponse},
@@ -22,8 +22,8 @@ use crate::{
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct TimeoutLayer<M = Http, R = AsError> {
-    state: Arc<State>,
-    far: Far<State>,
+    state: Arc<TimeoutState>,
+    far: Far<TimeoutState>,
     by: LayerKind,
     protocol: M,
     reject: R,
@@ -33,7 +33,7 @@ pub struct TimeoutLayer<M = Http, R = AsError> {
 impl TimeoutLayer {
     /// Creates a layer with these timeouts. A phase that they do not set has no timeout.
     pub fn new(timeouts: Timeouts) -> Self {
-        let state = State::new(timeouts);
+        let state = TimeoutState::new(timeouts);
         let (far, by) = (state.far(), LayerKind::Timeout);
         let fault = timeouts.check().err().into();
         Self { state, far, by, protocol: Http, reject: AsError, fault }
@@ -79,34 +79,34 @@ impl<M, R> TimeoutLayer<M, R> {
     }
 
     /// Sets the timeout between two frames of a response body, or `None`. Counts only while the body is polled.
-    pub fn idle(self, time: impl Into<Option<Duration>>) -> Self {
-        self.set(Timeouts::new().idle(time))
+    pub fn response_idle(self, time: impl Into<Option<Duration>>) -> Self {
+        self.set(Timeouts::new().response_idle(time))
     }
 
     /// Sets the timeout of each frame of a request body, or `None`. Counts only while the body is polled, and until the
     /// response head.
-    pub fn sending(self, time: impl Into<Option<Duration>>) -> Self {
-        self.set(Timeouts::new().sending(time))
+    pub fn request_idle(self, time: impl Into<Option<Duration>>) -> Self {
+        self.set(Timeouts::new().request_idle(time))
     }
 
     /// Sets the time for which the wrapped service may leave a request body unpolled, until the response head, or
     /// `None`. If another task polls the body, the call may last up to twice as long.
-    pub fn taking(self, time: impl Into<Option<Duration>>) -> Self {
-        self.set(Timeouts::new().taking(time))
+    pub fn request_stall(self, time: impl Into<Option<Duration>>) -> Self {
+        self.set(Timeouts::new().request_stall(time))
     }
 
     /// Sets the minimum rate of a request body in bytes per second, or `None`. 240 on a server and off on a client by
     /// default; 1 or more.
     ///
     /// A body may keep its reader waiting for [`body_grace`](Self::body_grace) in total. Each byte adds the time that
-    /// it takes at this rate. The allowance never exceeds the time of [`sending`](Self::sending) (60 s without one), so
+    /// it takes at this rate. The allowance never exceeds the time of [`request_idle`](Self::request_idle) (60 s without one), so
     /// a body that was fast so far may pause for that time. The defaults are those of Apache's `mod_reqtimeout`
     /// (`body=5,MinRate=240`) and Kestrel's `MinRequestBodyDataRate`.
     ///
     /// Time in which the service does not poll the body does not count. The rate is also enforced after the response
     /// head, for services that respond before they have read their request. A body below the rate fails with a boxed
     /// [`Rejected`]. If there is no response head yet, the call is rejected, as after the timeout of
-    /// [`sending`](Self::sending).
+    /// [`request_idle`](Self::request_idle).
     ///
     /// Tunnels (`CONNECT`) and gRPC requests over HTTP/2 are exempt. A client can claim to send gRPC: a service that
     /// reads bodies of any content type should also set [`min_body_rate_for_grpc`](Self::min_body_rate_for_grpc).
@@ -159,7 +159,7 @@ impl<M, R> TimeoutLayer<M, R> {
     /// Leaves the type of requests unchanged, for services that accept a single body type, such as axum's routes.
     ///
     /// A body of axum or tonic is nevertheless watched, with the feature `axum` or `tonic-health`. If
-    /// [`taking`](Self::taking) is not set, it is equal to [`head`](Self::head) for such a body. Bodies of other types
+    /// [`request_stall`](Self::request_stall) is not set, it is equal to [`head`](Self::head) for such a body. Bodies of other types
     /// are not watched, and the timeout of the head begins with the call.
     pub fn as_is(self) -> TimeoutLayer<AsIs, R> {
         self.with_protocol(AsIs)

@@ -18,7 +18,7 @@
 //! use buttress::{TimeoutLayer, Timeouts};
 //!
 //! let secs = Duration::from_secs;
-//! let layer = TimeoutLayer::http().head(secs(60)).first_frame(secs(180)).idle(secs(30)).checked()?;
+//! let layer = TimeoutLayer::http().head(secs(60)).first_frame(secs(180)).response_idle(secs(30)).checked()?;
 //!
 //! let mut request = http::Request::new(());
 //! request.extensions_mut().insert(Timeouts::new().head(secs(5)).total(secs(10)));
@@ -41,11 +41,11 @@
 //!
 //! | phase | runs from | to |
 //! |---|---|---|
-//! | [`sending`](TimeoutLayer::sending) | a poll of the request body that is pending | the next frame; not used after the response head |
-//! | [`taking`](TimeoutLayer::taking) | the call, or a poll that returned a frame of the request body | the next poll of the body, or the response head; if another task polls the body, the time can be twice as long |
+//! | [`request_idle`](TimeoutLayer::request_idle) | a poll of the request body that is pending | the next frame; not used after the response head |
+//! | [`request_stall`](TimeoutLayer::request_stall) | the call, or a poll that returned a frame of the request body | the next poll of the body, or the response head; if another task polls the body, the time can be twice as long |
 //! | [`head`](TimeoutLayer::head) | the request has been sent | the response head |
 //! | [`first_frame`](TimeoutLayer::first_frame) | the first poll of the response body that is pending | the first frame |
-//! | [`idle`](TimeoutLayer::idle) | the same for each later frame | the next frame, or the end of the body |
+//! | [`response_idle`](TimeoutLayer::response_idle) | the same for each later frame | the next frame, or the end of the body |
 //! | [`total`](TimeoutLayer::total) | the call | the end of the response body |
 //! | [`response_total`](TimeoutLayer::response_total) | the request has been sent | the end of the response body |
 //! | [`min_body_rate`](TimeoutLayer::min_body_rate) | a poll of the request body that is pending | the next frame; also after the response head |
@@ -57,7 +57,7 @@
 //! the time for which such a response holds a permit.
 //!
 //! An upstream that reads a request body slowly is not timed out. An upstream that reads nothing for the time of
-//! [`taking`](TimeoutLayer::taking) is: its kernel still acknowledges TCP keepalives, so no other timeout would end the
+//! [`request_stall`](TimeoutLayer::request_stall) is: its kernel still acknowledges TCP keepalives, so no other timeout would end the
 //! call.
 //!
 //! # Slow request bodies
@@ -103,17 +103,17 @@
 //! | reqwest `RequestBuilder::timeout` | a [`Deadline`](crate::time::Deadline) in the extensions of the request, inside of such a layer |
 //! | linkerd `timeout.linkerd.io/request`, Envoy `timeout` of a route | the [default](crate::deadline::DeadlineLayer::default_of) of a [`DeadlineLayer`](crate::deadline::DeadlineLayer); per attempt: [`total`](TimeoutLayer::total) |
 //! | linkerd `timeout.linkerd.io/response` | [`response_total`](TimeoutLayer::response_total) |
-//! | reqwest `read_timeout` | [`head`](TimeoutLayer::head), [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle), all of that time |
-//! | reqwest `connect_timeout`, httpx `connect` | the timeout of the connector, such as [`connect_timeout`](https://docs.rs/buttress/latest/buttress/connect/struct.ConnectLayer.html#method.connect_timeout); a call that gets no connection is ended by [`head`](TimeoutLayer::head), or by [`taking`](TimeoutLayer::taking) if it has a body |
-//! | httpx `read` | [`head`](TimeoutLayer::head), [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle) |
-//! | httpx `write` | [`taking`](TimeoutLayer::taking); httpx has no timeout for a request body that stalls, which is [`sending`](TimeoutLayer::sending) |
+//! | reqwest `read_timeout` | [`head`](TimeoutLayer::head), [`first_frame`](TimeoutLayer::first_frame) and [`response_idle`](TimeoutLayer::response_idle), all of that time |
+//! | reqwest `connect_timeout`, httpx `connect` | the timeout of the connector, such as [`connect_timeout`](https://docs.rs/buttress/latest/buttress/connect/struct.ConnectLayer.html#method.connect_timeout); a call that gets no connection is ended by [`head`](TimeoutLayer::head), or by [`request_stall`](TimeoutLayer::request_stall) if it has a body |
+//! | httpx `read` | [`head`](TimeoutLayer::head), [`first_frame`](TimeoutLayer::first_frame) and [`response_idle`](TimeoutLayer::response_idle) |
+//! | httpx `write` | [`request_stall`](TimeoutLayer::request_stall); httpx has no timeout for a request body that stalls, which is [`request_idle`](TimeoutLayer::request_idle) |
 //! | httpx `pool` | the maximum wait of [`ConnectLayer::queue`](https://docs.rs/buttress/latest/buttress/connect/struct.ConnectLayer.html#method.queue), or of [`ConcurrencyLimitLayer::queue`](https://docs.rs/buttress/latest/buttress/struct.ConcurrencyLimitLayer.html#method.queue) |
 //! | tower `Timeout`, tower-http `TimeoutLayer` | [`head`](TimeoutLayer::head) |
-//! | tower-http `ResponseBodyTimeoutLayer` | [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle) |
-//! | nginx `proxy_read_timeout` | [`head`](TimeoutLayer::head), [`first_frame`](TimeoutLayer::first_frame) and [`idle`](TimeoutLayer::idle) |
-//! | nginx `proxy_send_timeout`, `client_body_timeout` | [`taking`](TimeoutLayer::taking), [`sending`](TimeoutLayer::sending) |
+//! | tower-http `ResponseBodyTimeoutLayer` | [`first_frame`](TimeoutLayer::first_frame) and [`response_idle`](TimeoutLayer::response_idle) |
+//! | nginx `proxy_read_timeout` | [`head`](TimeoutLayer::head), [`first_frame`](TimeoutLayer::first_frame) and [`response_idle`](TimeoutLayer::response_idle) |
+//! | nginx `proxy_send_timeout`, `client_body_timeout` | [`request_stall`](TimeoutLayer::request_stall), [`request_idle`](TimeoutLayer::request_idle) |
 //! | Apache `mod_reqtimeout` `body=5,MinRate=240`, Kestrel `MinRequestBodyDataRate` | [`min_body_rate`](TimeoutLayer::min_body_rate) and [`body_grace`](TimeoutLayer::body_grace) |
-//! | Envoy `stream_idle_timeout` | [`first_frame`](TimeoutLayer::first_frame), [`idle`](TimeoutLayer::idle), [`sending`](TimeoutLayer::sending) and [`taking`](TimeoutLayer::taking) |
+//! | Envoy `stream_idle_timeout` | [`first_frame`](TimeoutLayer::first_frame), [`response_idle`](TimeoutLayer::response_idle), [`request_idle`](TimeoutLayer::request_idle) and [`request_stall`](TimeoutLayer::request_stall) |
 //!
 //! # In the stack
 //!
@@ -154,9 +154,9 @@
 //! |---|---|---|
 //! | [`head`](TimeoutLayer::head) | 30 s | 30 s |
 //! | [`first_frame`](TimeoutLayer::first_frame) | 60 s | none |
-//! | [`idle`](TimeoutLayer::idle) | 60 s, as nginx's `proxy_read_timeout` | none |
-//! | [`sending`](TimeoutLayer::sending) | 60 s, as nginx's `client_body_timeout` | 60 s |
-//! | [`taking`](TimeoutLayer::taking) | 5 minutes, as Envoy's `stream_idle_timeout` | the time of `head` |
+//! | [`response_idle`](TimeoutLayer::response_idle) | 60 s, as nginx's `proxy_read_timeout` | none |
+//! | [`request_idle`](TimeoutLayer::request_idle) | 60 s, as nginx's `client_body_timeout` | 60 s |
+//! | [`request_stall`](TimeoutLayer::request_stall) | 5 minutes, as Envoy's `stream_idle_timeout` | the time of `head` |
 //! | [`min_body_rate`](TimeoutLayer::min_body_rate) | none | 240 bytes per second, as Kestrel's `MinRequestBodyDataRate` |
 //! | [`body_grace`](TimeoutLayer::body_grace) | 5 s | 5 s |
 //! | [`total`](TimeoutLayer::total) | none | none |
@@ -183,8 +183,8 @@ pub use self::{
     body::TimedBody,
     layer::TimeoutLayer,
     protocol::AsIs,
-    service::{ResponseFuture, Timeout},
+    service::{Timeout, TimeoutFuture},
     settings::{TimeoutHandle, TimeoutSnapshot, Timeouts},
     upload::SendingBody,
 };
-pub use crate::outcome::Phase;
+pub use crate::outcome::TimeoutPhase;

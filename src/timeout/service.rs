@@ -12,38 +12,38 @@ use tower_service::Service;
 
 use super::{
     protocol::{Begin, Follow},
-    settings::{State, Timeouts, drop_by, stalled, timed_out},
+    settings::{TimeoutState, Timeouts, drop_by, stalled, timed_out},
     timers::{Next, Watch},
     upload::{Sending, Stage},
 };
 use crate::{
     admission::Reusable,
     classify::Http,
-    outcome::{Label, LayerKind, Phase, Rejected, WaitsFor},
+    outcome::{LayerKind, LayerName, Rejected, TimeoutPhase, WaitsFor},
     permit::Far,
     respond::{AsError, Reject},
-    time::{Alarm, Deadline, Moment},
+    time::{CallClock, Deadline, SharedTimer},
 };
 
 /// The service of a [`TimeoutLayer`](super::layer::TimeoutLayer).
 pub struct Timeout<S, M = Http, R = AsError> {
     inner: S,
-    state: Arc<State>,
-    far: Far<State>,
+    state: Arc<TimeoutState>,
+    far: Far<TimeoutState>,
     by: LayerKind,
     protocol: M,
     reject: R,
-    fault: Option<Arc<Label>>,
+    fault: Option<Arc<LayerName>>,
 }
 
 impl<S, M, R> Timeout<S, M, R> {
     pub(super) fn new(
         inner: S,
-        state: Arc<State>,
-        far: Far<State>,
+        state: Arc<TimeoutState>,
+        far: Far<TimeoutState>,
         by: LayerKind,
         (protocol, reject): (M, R),
-        fault: Option<Arc<Label>>,
+        fault: Option<Arc<LayerName>>,
     ) -> Self {
         Self { inner, state, far, by, protocol, reject, fault }
     }
@@ -76,11 +76,11 @@ where
 {
     type Response = <M as Follow<S::Response>>::Response;
     type Error = R::Error;
-    type Future = ResponseFuture<S::Future, Req, M, R>;
+    type Future = TimeoutFuture<S::Future, Req, M, R>;
 
     #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), R::Error>> {
-        Moment::anew();
+        CallClock::anew();
         self.inner.poll_ready(cx).map_err(R::error)
     }
 
@@ -97,7 +97,7 @@ impl<S, M, R> Timeout<S, M, R> {
         &mut self,
         mut request: Req,
         said: impl FnOnce(&mut Req) -> (Option<Timeouts>, Option<Deadline>),
-    ) -> ResponseFuture<S::Future, Req, M, R>
+    ) -> TimeoutFuture<S::Future, Req, M, R>
     where
         M: Begin<Req> + Follow<S::Response>,
         S: Service<M::Request> + Reusable,
@@ -126,8 +126,8 @@ impl<S, M, R> Timeout<S, M, R> {
         let mut request = M::pass(request);
         let sending = M::watch(&mut request, &mut watch, body_rate, R::ANSWERS);
         // The inner future is constructed in place, because it is large and a variable would add a copy.
-        ResponseFuture {
-            state: Stand::Called { future: self.inner.call(request), alarm: Alarm::new() },
+        TimeoutFuture {
+            state: Stand::Called { future: self.inner.call(request), alarm: SharedTimer::new() },
             waits_for: None,
             sending,
             call: Some((watch, self.reject.clone())),
@@ -136,14 +136,14 @@ impl<S, M, R> Timeout<S, M, R> {
     }
 
     #[cold]
-    fn refused<F, Req>(&mut self, watch: Watch, rejected: Rejected) -> ResponseFuture<F, Req, M, R>
+    fn refused<F, Req>(&mut self, watch: Watch, rejected: Rejected) -> TimeoutFuture<F, Req, M, R>
     where
         S: Clone,
         R: Clone,
     {
         // This instance was polled ready and is not called, so it may hold a reservation. A clone replaces it.
         self.inner = self.inner.clone();
-        ResponseFuture {
+        TimeoutFuture {
             state: Stand::Refused { rejected: Some(rejected) },
             waits_for: None,
             sending: None,
@@ -155,12 +155,12 @@ impl<S, M, R> Timeout<S, M, R> {
 pin_project! {
     /// The future of a call through a [`Timeout`]. When a timeout expires, it drops the inner future before it returns,
     /// which releases what inner layers hold for the call.
-    pub struct ResponseFuture<F, Req, M, R> {
+    pub struct TimeoutFuture<F, Req, M, R> {
         #[pin]
         state: Stand<F>,
         // The phase whose end the alarm is set to, once it can no longer change. Until then each poll determines it
         // anew.
-        waits_for: Option<Phase>,
+        waits_for: Option<TimeoutPhase>,
         sending: Option<Arc<Sending>>,
         call: Option<(Watch, R)>,
         of: PhantomData<fn(Req, M)>,
@@ -170,12 +170,12 @@ pin_project! {
 pin_project! {
     #[project = StandProj]
     enum Stand<F> {
-        Called { #[pin] future: F, #[pin] alarm: Alarm },
+        Called { #[pin] future: F, #[pin] alarm: SharedTimer },
         Refused { rejected: Option<Rejected> },
     }
 }
 
-impl<F, Req, M, R, Res, E> Future for ResponseFuture<F, Req, M, R>
+impl<F, Req, M, R, Res, E> Future for TimeoutFuture<F, Req, M, R>
 where
     F: Future<Output = Result<Res, E>>,
     M: Follow<Res>,
@@ -189,7 +189,7 @@ where
         loop {
             // From here on, alarms that inner layers set in this poll are recorded. If one of them is due no later,
             // this layer needs no timer of its own.
-            Alarm::listen();
+            SharedTimer::listen();
             let phase = match this.state.as_mut().project() {
                 StandProj::Called { mut future, mut alarm } => match future.as_mut().poll(cx) {
                     Poll::Ready(Ok(response)) => {
@@ -210,13 +210,13 @@ where
                             }
                             return answer;
                         }
-                        Phase::Deadline
+                        TimeoutPhase::Deadline
                     }
                     Poll::Ready(Err(error)) => {
                         match answered(this.sending.as_deref()) {
                             // The error is a consequence of the request body, whatever the inner service returns.
-                            Some(Stage::Stalled) => Phase::Sending,
-                            Some(Stage::TooSlow) => Phase::BodyRate,
+                            Some(Stage::Stalled) => TimeoutPhase::Sending,
+                            Some(Stage::TooSlow) => TimeoutPhase::BodyRate,
                             _ => {
                                 let error = R::error(error);
                                 let ends_by_deadline =
@@ -228,7 +228,7 @@ where
                                 if !is_late {
                                     return Poll::Ready(Err(error));
                                 }
-                                Phase::Deadline
+                                TimeoutPhase::Deadline
                             }
                         }
                     }
@@ -254,7 +254,7 @@ where
                             }
                         };
                         report_wait(this.sending.as_deref());
-                        if !matches!(phase, Phase::Sending | Phase::BodyRate) {
+                        if !matches!(phase, TimeoutPhase::Sending | TimeoutPhase::BodyRate) {
                             ready!(alarm.poll(&*future, cx));
                         }
                         phase
@@ -272,7 +272,9 @@ where
             let Some((watch, _)) = this.call else { unreachable!("polled after completion") };
             let mut rejected = match phase {
                 // The body has counted it.
-                Phase::Sending | Phase::BodyRate => stalled(watch.far, watch.by, phase),
+                TimeoutPhase::Sending | TimeoutPhase::BodyRate => {
+                    stalled(watch.far, watch.by, phase)
+                }
                 phase => timed_out(watch.far, watch.by, phase, watch.source()),
             };
             if this.sending.as_ref().is_some_and(|sending| sending.time_out()) {
@@ -302,7 +304,7 @@ fn answered(sending: Option<&Sending>) -> Option<Stage> {
     Some(sending.stage())
 }
 
-impl<F, Req, M, R> fmt::Debug for ResponseFuture<F, Req, M, R> {
+impl<F, Req, M, R> fmt::Debug for TimeoutFuture<F, Req, M, R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.state {
             Stand::Called { .. } => "ResponseFuture(called)",

@@ -11,7 +11,7 @@ use super::body_rate::{BodyRate, SharedBodyRate};
 use crate::{
     error::ConfigError,
     event::{RepeatedEvent, event},
-    outcome::{DropCause, Label, LayerFault, LayerKind, Phase, Rejected, RejectedKind},
+    outcome::{DropCause, LayerFault, LayerKind, LayerName, Rejected, RejectedKind, TimeoutPhase},
     permit::{Far, Found},
     time::DeadlineSource,
 };
@@ -46,7 +46,7 @@ pub struct Timeouts {
 /// A setting that is zero.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Zero {
-    Phase(Phase),
+    Phase(TimeoutPhase),
     BodyGrace,
     MinBodyRate,
 }
@@ -68,8 +68,8 @@ impl Timeouts {
     #[must_use]
     pub fn http() -> Self {
         let secs = Duration::from_secs;
-        let answer = Self::new().head(secs(30)).first_frame(secs(60)).idle(secs(60));
-        answer.sending(secs(60)).taking(secs(300)).total(None)
+        let answer = Self::new().head(secs(30)).first_frame(secs(60)).response_idle(secs(60));
+        answer.request_idle(secs(60)).request_stall(secs(300)).total(None)
     }
 
     /// Returns the timeouts of a server: head 30 s; sending 60 s, as nginx's `client_body_timeout`; taking as head; a
@@ -78,55 +78,55 @@ impl Timeouts {
     #[must_use]
     pub fn server() -> Self {
         let secs = Duration::from_secs;
-        let request = Self::new().head(secs(30)).sending(secs(60));
+        let request = Self::new().head(secs(30)).request_idle(secs(60));
         let request = request.min_body_rate(240).body_grace(secs(5));
-        request.first_frame(None).idle(None).total(None)
+        request.first_frame(None).response_idle(None).total(None)
     }
 
     /// Sets the timeout of the response head, from when the request has been sent, or `None`.
     #[must_use]
     pub fn head(self, time: impl Into<Option<Duration>>) -> Self {
-        self.with(Phase::Head, time.into())
+        self.with(TimeoutPhase::Head, time.into())
     }
 
     /// Sets the timeout of the first frame of the response body, or `None`. Counts only while the body is polled.
     #[must_use]
     pub fn first_frame(self, time: impl Into<Option<Duration>>) -> Self {
-        self.with(Phase::FirstFrame, time.into())
+        self.with(TimeoutPhase::FirstFrame, time.into())
     }
 
     /// Sets the timeout between two frames of the response body, or `None`. Counts only while the body is polled.
     #[must_use]
-    pub fn idle(self, time: impl Into<Option<Duration>>) -> Self {
-        self.with(Phase::Idle, time.into())
+    pub fn response_idle(self, time: impl Into<Option<Duration>>) -> Self {
+        self.with(TimeoutPhase::Idle, time.into())
     }
 
     /// Sets the timeout of each frame of the request body, or `None`. Counts only while the body is polled, and until
     /// the response head.
     #[must_use]
-    pub fn sending(self, time: impl Into<Option<Duration>>) -> Self {
-        self.with(Phase::Sending, time.into())
+    pub fn request_idle(self, time: impl Into<Option<Duration>>) -> Self {
+        self.with(TimeoutPhase::Sending, time.into())
     }
 
     /// Sets the time for which the wrapped service may leave the request body unpolled, until the response head, or
     /// `None`. If another task polls the body, the call may last up to twice as long.
     #[must_use]
-    pub fn taking(self, time: impl Into<Option<Duration>>) -> Self {
-        self.with(Phase::Taking, time.into())
+    pub fn request_stall(self, time: impl Into<Option<Duration>>) -> Self {
+        self.with(TimeoutPhase::Taking, time.into())
     }
 
     /// Sets the timeout of the whole response, from when the request has been sent to the end of the response body, or
     /// `None`. See [`TimeoutLayer::response_total`](super::layer::TimeoutLayer::response_total).
     #[must_use]
     pub fn response_total(self, time: impl Into<Option<Duration>>) -> Self {
-        self.with(Phase::ResponseTotal, time.into())
+        self.with(TimeoutPhase::ResponseTotal, time.into())
     }
 
     /// Sets the timeout of the whole call, to the end of the response body, or `None`. See
     /// [`TimeoutLayer::total`](super::layer::TimeoutLayer::total).
     #[must_use]
     pub fn total(self, time: impl Into<Option<Duration>>) -> Self {
-        self.with(Phase::Total, time.into())
+        self.with(TimeoutPhase::Total, time.into())
     }
 
     /// Sets the minimum rate of a request body in bytes per second, or `None`.
@@ -165,7 +165,7 @@ impl Timeouts {
         self
     }
 
-    fn with(mut self, phase: Phase, time: Option<Duration>) -> Self {
+    fn with(mut self, phase: TimeoutPhase, time: Option<Duration>) -> Self {
         self.times.0[phase as usize] = match time {
             None => OFF,
             Some(time) => {
@@ -178,10 +178,10 @@ impl Timeouts {
         self
     }
 
-    /// Returns the timeout of a phase. `None` if it is off or not set, and for [`Phase::Deadline`],
-    /// [`Phase::BodyRate`] and [`Phase::Unread`].
+    /// Returns the timeout of a phase. `None` if it is off or not set, and for [`TimeoutPhase::Deadline`],
+    /// [`TimeoutPhase::BodyRate`] and [`TimeoutPhase::Unread`].
     #[must_use]
-    pub fn get(&self, phase: Phase) -> Option<Duration> {
+    pub fn get(&self, phase: TimeoutPhase) -> Option<Duration> {
         self.times.get(phase)
     }
 
@@ -235,26 +235,30 @@ fn millis(time: Duration) -> u32 {
 }
 
 impl Times {
-    pub(super) fn get(&self, phase: Phase) -> Option<Duration> {
+    pub(super) fn get(&self, phase: TimeoutPhase) -> Option<Duration> {
         self.limit(phase).time()
     }
 
-    pub(super) fn limit(&self, phase: Phase) -> Limit {
+    pub(super) fn limit(&self, phase: TimeoutPhase) -> Limit {
         Limit(self.0.get(phase as usize).copied().unwrap_or(OFF))
     }
 
     /// Returns whether a phase depends on the progress of the request.
     pub(super) fn depend_on_the_request(&self) -> bool {
-        const PHASES: [Phase; 4] =
-            [Phase::Head, Phase::Sending, Phase::Taking, Phase::ResponseTotal];
+        const PHASES: [TimeoutPhase; 4] = [
+            TimeoutPhase::Head,
+            TimeoutPhase::Sending,
+            TimeoutPhase::Taking,
+            TimeoutPhase::ResponseTotal,
+        ];
         PHASES.iter().any(|phase| self.get(*phase).is_some())
     }
 
     /// Sets the timeout of taking to that of the head, if there is none. Without it, a handler that never reads its
     /// request would have no timeout, because the timeout of the head begins when the request has been sent.
     pub(super) fn or_head_for_taking(&mut self) {
-        if self.get(Phase::Taking).is_none() {
-            self.0[Phase::Taking as usize] = self.0[Phase::Head as usize];
+        if self.get(TimeoutPhase::Taking).is_none() {
+            self.0[TimeoutPhase::Taking as usize] = self.0[TimeoutPhase::Head as usize];
         }
     }
 }
@@ -289,7 +293,7 @@ impl Default for Timeouts {
 impl fmt::Debug for Timeouts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut all = f.debug_struct("Timeouts");
-        let times = Phase::ALL.iter().zip(self.times.0);
+        let times = TimeoutPhase::ALL.iter().zip(self.times.0);
         for (phase, ms) in times.filter(|(_, ms)| *ms != UNSAID) {
             match ms {
                 OFF => all.field(phase.as_str(), &format_args!("off")),
@@ -314,19 +318,19 @@ impl fmt::Debug for Timeouts {
 /// The state that a layer shares with its clones and services.
 ///
 /// Each field is independent of the others, so `Relaxed` is sufficient for the atomics. A call that begins during
-/// [`State::set`] may use some of the new timeouts and some of the old.
-pub(super) struct State {
+/// [`TimeoutState::set`] may use some of the new timeouts and some of the old.
+pub(super) struct TimeoutState {
     ms: [AtomicU32; 7],
     body_rate: SharedBodyRate,
     timed_out: [AtomicU64; 10],
     refused: AtomicU64,
     /// Reports of timeouts that a request carries and that cannot work.
     call_faults: OnceLock<Arc<RepeatedEvent>>,
-    label: OnceLock<Arc<Label>>,
+    label: OnceLock<Arc<LayerName>>,
     found: Found,
 }
 
-impl State {
+impl TimeoutState {
     pub(super) fn new(timeouts: Timeouts) -> Arc<Self> {
         Arc::new_cyclic(|weak| Self {
             ms: timeouts.times.0.map(AtomicU32::new),
@@ -361,15 +365,15 @@ impl State {
     }
 
     pub(super) fn name(&self, name: &str) {
-        let label = || Arc::new(Label { name: name.into(), fault: None });
+        let label = || Arc::new(LayerName { name: name.into(), fault: None });
         self.label.get_or_init(label);
     }
 
     /// Returns the label of a call that carries timeouts which cannot work. All such calls share their reports.
     #[cold]
-    pub(super) fn call_fault(&self, error: ConfigError) -> Arc<Label> {
+    pub(super) fn call_fault(&self, error: ConfigError) -> Arc<LayerName> {
         let reports = self.call_faults.get_or_init(|| Arc::new(RepeatedEvent::new())).clone();
-        Arc::new(Label { name: Box::default(), fault: Some(LayerFault { error, reports }) })
+        Arc::new(LayerName { name: Box::default(), fault: Some(LayerFault { error, reports }) })
     }
 
     /// Counts a call whose deadline has passed before it begins, and returns its rejection.
@@ -392,12 +396,12 @@ impl State {
 
 /// Counts a call that has timed out in this phase, and returns its rejection.
 pub(super) fn timed_out(
-    far: Far<State>,
+    far: Far<TimeoutState>,
     by: LayerKind,
-    phase: Phase,
+    phase: TimeoutPhase,
     source: Option<DeadlineSource>,
 ) -> Rejected {
-    let source = source.filter(|_| phase == Phase::Deadline);
+    let source = source.filter(|_| phase == TimeoutPhase::Deadline);
     let rejected = Rejected::by(by, RejectedKind::TimedOut(phase)).with_deadline_source(source);
     // The layer, its services and its handles have been dropped, so nothing can read the counters.
     let Some(state) = far.get() else { return rejected };
@@ -417,14 +421,14 @@ pub(super) fn timed_out(
 #[cold]
 #[inline(never)]
 pub(super) fn drop_by(
-    phase: Phase,
+    phase: TimeoutPhase,
     limit: Option<Duration>,
     source: Option<DeadlineSource>,
     drop: impl FnOnce(),
 ) {
     let cause = match (phase, source) {
-        (Phase::Sending | Phase::BodyRate, _) => None,
-        (Phase::Deadline, Some(source)) => DropCause::of_deadline(source),
+        (TimeoutPhase::Sending | TimeoutPhase::BodyRate, _) => None,
+        (TimeoutPhase::Deadline, Some(source)) => DropCause::of_deadline(source),
         _ => Some(DropCause::TimedOut(limit)),
     };
     match cause {
@@ -434,12 +438,12 @@ pub(super) fn drop_by(
 }
 
 /// Returns the rejection of a call whose request body has stalled or was too slow. The body has counted it.
-pub(super) fn stalled(far: Far<State>, by: LayerKind, phase: Phase) -> Rejected {
+pub(super) fn stalled(far: Far<TimeoutState>, by: LayerKind, phase: TimeoutPhase) -> Rejected {
     let label = far.get().and_then(|state| state.label.get().cloned());
     Rejected::by(by, RejectedKind::TimedOut(phase)).labelled(label)
 }
 
-impl fmt::Debug for State {
+impl fmt::Debug for TimeoutState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.timeouts().fmt(f)
     }
@@ -449,7 +453,7 @@ impl fmt::Debug for State {
 
 /// Reads the state of a timeout layer and changes its timeouts, from outside of the stack.
 #[derive(Clone, Debug)]
-pub struct TimeoutHandle(pub(super) Arc<State>);
+pub struct TimeoutHandle(pub(super) Arc<TimeoutState>);
 
 /// A snapshot of a timeout layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -458,7 +462,7 @@ pub struct TimeoutSnapshot {
     /// The timeouts of the layer.
     pub timeouts: Timeouts,
     /// The number of calls that were rejected because their [`Deadline`](crate::time::Deadline) had passed before they began.
-    pub refused_deadline: u64,
+    pub rejected_deadline: u64,
     timed_out: [u64; 10],
 }
 
@@ -471,7 +475,7 @@ impl TimeoutSnapshot {
 
     /// Returns the number of calls that have timed out in this phase.
     #[must_use]
-    pub fn timed_out_by(&self, phase: Phase) -> u64 {
+    pub fn timed_out_by(&self, phase: TimeoutPhase) -> u64 {
         self.timed_out[phase as usize]
     }
 }
@@ -482,7 +486,7 @@ impl TimeoutHandle {
     pub fn snapshot(&self) -> TimeoutSnapshot {
         TimeoutSnapshot {
             timeouts: self.0.timeouts(),
-            refused_deadline: self.0.refused.load(Relaxed),
+            rejected_deadline: self.0.refused.load(Relaxed),
             timed_out: std::array::from_fn(|phase| self.0.timed_out[phase].load(Relaxed)),
         }
     }

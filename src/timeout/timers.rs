@@ -3,14 +3,14 @@ use std::{sync::Arc, task::Context};
 use tokio::time::Instant;
 
 use super::{
-    settings::{Limit, State, Times},
+    settings::{Limit, TimeoutState, Times},
     upload::{Sending, Stage},
 };
 use crate::{
-    outcome::{LayerKind, Phase},
+    outcome::{LayerKind, TimeoutPhase},
     permit::Far,
-    respond::Form,
-    time::{Deadline, DeadlineSource, Moment, may_have_expired},
+    respond::ResponseFormat,
+    time::{CallClock, Deadline, DeadlineSource, may_have_expired},
 };
 
 /// The timeouts of one call, and which of them have begun. Used until the response head; then [`Rest`] replaces it.
@@ -26,8 +26,8 @@ pub struct Watch {
     /// The timeout of the whole response has begun.
     response_begun: bool,
     pub(super) by: LayerKind,
-    pub(super) form: Form,
-    pub(super) far: Far<State>,
+    pub(super) form: ResponseFormat,
+    pub(super) far: Far<TimeoutState>,
 }
 
 /// The setting that determines the end of a call.
@@ -39,11 +39,11 @@ pub(super) enum End {
 }
 
 impl End {
-    pub(super) fn phase(self) -> Phase {
+    pub(super) fn phase(self) -> TimeoutPhase {
         match self {
-            Self::Deadline(_) => Phase::Deadline,
-            Self::Total => Phase::Total,
-            Self::ResponseTotal => Phase::ResponseTotal,
+            Self::Deadline(_) => TimeoutPhase::Deadline,
+            Self::Total => TimeoutPhase::Total,
+            Self::ResponseTotal => TimeoutPhase::ResponseTotal,
         }
     }
 
@@ -75,8 +75,8 @@ pub(super) struct Rest {
     /// The first frame has arrived.
     pub(super) begun: bool,
     pub(super) by: LayerKind,
-    pub(super) form: Form,
-    pub(super) far: Far<State>,
+    pub(super) form: ResponseFormat,
+    pub(super) far: Far<TimeoutState>,
 }
 
 /// A request that is still being sent while its response arrives.
@@ -90,16 +90,21 @@ struct Upload {
 pub(super) enum Next {
     /// The call waits until `at`, when the timeout of `phase` expires. If `is_final`, later polls give the same result,
     /// because the request has been sent.
-    Until { at: Instant, phase: Phase, is_final: bool },
+    Until { at: Instant, phase: TimeoutPhase, is_final: bool },
     /// The call waits without a limit.
     Forever,
     /// The request body has stalled or was too slow; the phase states which.
-    Stalled(Phase),
+    Stalled(TimeoutPhase),
 }
 
 impl Watch {
     #[inline]
-    pub(super) fn new(timeouts: Times, by: LayerKind, form: Form, far: Far<State>) -> Self {
+    pub(super) fn new(
+        timeouts: Times,
+        by: LayerKind,
+        form: ResponseFormat,
+        far: Far<TimeoutState>,
+    ) -> Self {
         let end_of = End::Total;
         let (begun, response_begun) = (false, false);
         Self { timeouts, end: None, end_of, begun, response_begun, by, form, far }
@@ -109,7 +114,7 @@ impl Watch {
     pub(super) fn bound(&mut self, deadline: Deadline) -> bool {
         self.end = Some(deadline.at());
         self.end_of = End::Deadline(deadline.source());
-        !Moment::is_past(self.end)
+        !CallClock::is_past(self.end)
     }
 
     /// Returns the source of the deadline, if a deadline sets the end of the call.
@@ -131,7 +136,7 @@ impl Watch {
     #[inline]
     fn has_total(&self) -> bool {
         let is_set = |phase| self.timeouts.limit(phase).is_set();
-        is_set(Phase::Total) || is_set(Phase::ResponseTotal)
+        is_set(TimeoutPhase::Total) || is_set(TimeoutPhase::ResponseTotal)
     }
 
     /// Returns whether an error at this time is the expiry of the deadline that sets the end of the call.
@@ -144,14 +149,14 @@ impl Watch {
         if std::mem::replace(&mut self.begun, true) {
             return;
         }
-        let total = self.timeouts.limit(Phase::Total);
+        let total = self.timeouts.limit(TimeoutPhase::Total);
         total.begin(Instant::now, End::Total, &mut self.end, &mut self.end_of);
     }
 
     /// Begins the timeout of the whole response, when the request has been sent or the response head has arrived.
     fn begin_response(&mut self) {
         if !std::mem::replace(&mut self.response_begun, true) {
-            let total = self.timeouts.limit(Phase::ResponseTotal);
+            let total = self.timeouts.limit(TimeoutPhase::ResponseTotal);
             total.begin(Instant::now, End::ResponseTotal, &mut self.end, &mut self.end_of);
         }
     }
@@ -163,7 +168,7 @@ impl Watch {
         let upload = if !ended && self.has_total() { self.begin_totals(request) } else { None };
         let Self { timeouts, end, end_of, by, form, far, .. } = self;
         let limit = |phase| timeouts.limit(phase);
-        let (first_frame, idle) = (limit(Phase::FirstFrame), limit(Phase::Idle));
+        let (first_frame, idle) = (limit(TimeoutPhase::FirstFrame), limit(TimeoutPhase::Idle));
         Rest { first_frame, idle, end, end_of, upload, begun: false, by, form, far }
     }
 
@@ -172,7 +177,7 @@ impl Watch {
     #[cold]
     fn begin_totals(&mut self, request: &mut Option<Arc<Sending>>) -> Option<Box<Upload>> {
         self.begin();
-        let response_total = self.timeouts.limit(Phase::ResponseTotal);
+        let response_total = self.timeouts.limit(TimeoutPhase::ResponseTotal);
         if !self.response_begun && response_total.is_set() {
             let is_sending = |sending: &mut Arc<Sending>| sending.stage() == Stage::Answered;
             if let Some(sending) = request.take_if(is_sending) {
@@ -188,17 +193,17 @@ impl Watch {
     #[inline]
     pub(super) fn wait(&mut self, sending: Option<&Arc<Sending>>, cx: &mut Context<'_>) -> Next {
         self.begin();
-        let taking = self.timeouts.get(Phase::Taking);
+        let taking = self.timeouts.get(TimeoutPhase::Taking);
         let (stage, due) = sending.map_or((Stage::Sent, None), |sending| sending.poll(taking, cx));
         let (limit, phase) = match stage {
-            Stage::Stalled => return Next::Stalled(Phase::Sending),
-            Stage::TooSlow => return Next::Stalled(Phase::BodyRate),
-            Stage::Sending => (due, Phase::Taking),
+            Stage::Stalled => return Next::Stalled(TimeoutPhase::Sending),
+            Stage::TooSlow => return Next::Stalled(TimeoutPhase::BodyRate),
+            Stage::Sending => (due, TimeoutPhase::Taking),
             // The request has just been sent. The timeout of the head begins.
             Stage::Sent | Stage::Answered | Stage::AnsweredAndSent | Stage::TimedOut => {
                 self.begin_response();
-                let head = self.timeouts.get(Phase::Head);
-                (head.and_then(|limit| Instant::now().checked_add(limit)), Phase::Head)
+                let head = self.timeouts.get(TimeoutPhase::Head);
+                (head.and_then(|limit| Instant::now().checked_add(limit)), TimeoutPhase::Head)
             }
         };
         let (at, phase) = match (limit, self.end) {

@@ -52,13 +52,13 @@ use tokio::time::Instant;
 use super::{
     body_rate::{Allowance, BodyRate},
     idle::Stall,
-    settings::{Limit, State, timed_out},
+    settings::{Limit, TimeoutState, timed_out},
     timers::Watch,
 };
 use crate::{
     drain::{Drains, drain_pinned},
     error::BoxError,
-    outcome::{LayerKind, Phase, WaitsFor},
+    outcome::{LayerKind, TimeoutPhase, WaitsFor},
     permit::Far,
 };
 
@@ -69,7 +69,7 @@ pub(super) enum Stage {
     Sending,
     /// The body was polled to its end or was dropped.
     Sent,
-    /// The body was pending for the timeout of [`Phase::Sending`].
+    /// The body was pending for the timeout of [`TimeoutPhase::Sending`].
     Stalled,
     /// The body was slower than the minimum rate.
     TooSlow,
@@ -90,12 +90,12 @@ pub struct Sending {
     /// around.
     pace: AtomicU32,
     call: Mutex<Waiting>,
-    /// The timeout of [`Phase::Sending`], used until the response head.
+    /// The timeout of [`TimeoutPhase::Sending`], used until the response head.
     limit: Limit,
     /// The allowance of the minimum rate, also after the response head.
     allowance: Option<Allowance>,
     by: LayerKind,
-    far: Far<State>,
+    far: Far<TimeoutState>,
     /// Whether the timeouts of the call depend on the progress of the body. If not, it is watched only to drain it.
     is_timed: bool,
     /// When the body is drained if the call times out.
@@ -105,7 +105,7 @@ pub struct Sending {
 #[derive(Default)]
 struct Waiting {
     call: Option<Waker>,
-    /// When the timeout of [`Phase::Taking`] expires, if the pace is still the one in this pair.
+    /// When the timeout of [`TimeoutPhase::Taking`] expires, if the pace is still the one in this pair.
     due: Option<(Instant, u32)>,
     /// When the body was sent, if that was after the response head.
     sent_late_at: Option<Instant>,
@@ -125,7 +125,8 @@ impl Sending {
     fn new(watch: &Watch, rate: BodyRate, drains: Drains) -> Arc<Self> {
         let Watch { timeouts, by, far, .. } = *watch;
         let (stage, pace) = (AtomicU8::new(Stage::Sending as u8), AtomicU32::new(0));
-        let (limit, is_timed) = (timeouts.limit(Phase::Sending), Self::is_timed(watch, rate));
+        let (limit, is_timed) =
+            (timeouts.limit(TimeoutPhase::Sending), Self::is_timed(watch, rate));
         let (allowance, call) = (Allowance::new(rate, limit), Mutex::default());
         Arc::new(Self { stage, pace, call, limit, allowance, by, far, is_timed, drains })
     }
@@ -201,12 +202,12 @@ impl Sending {
     }
 
     /// Registers the task of the call, which is woken when the body leaves the stage `Sending`. Returns the stage, and
-    /// when the timeout `taking` expires.
+    /// when the timeout `request_stall` expires.
     ///
     /// That time begins anew with each call of this method before which the pace has changed, or while the transport
     /// waits for the body (odd pace). It keeps running while the pace is even and unchanged: the transport has not
     /// polled the body since the last frame, or not at all. A poll of the body in another task does not wake the call,
-    /// so the call notices it only when its timer expires. The time can therefore be up to twice `taking`.
+    /// so the call notices it only when its timer expires. The time can therefore be up to twice `request_stall`.
     pub(super) fn poll(
         &self,
         taking: Option<Duration>,
@@ -258,17 +259,17 @@ impl Sending {
     }
 
     /// Returns for how long the body may be pending now, and the phase whose timeout this is.
-    fn max_silence(&self) -> (Option<Duration>, Phase) {
+    fn max_silence(&self) -> (Option<Duration>, TimeoutPhase) {
         if matches!(self.stage(), Stage::Stalled | Stage::TooSlow | Stage::TimedOut) {
-            return (None, Phase::Sending);
+            return (None, TimeoutPhase::Sending);
         }
         let silence = self.limit.time().filter(|_| self.stage() == Stage::Sending);
         let allowed = self.allowance.as_ref().map(Allowance::left);
         match (silence, allowed) {
             (silence, Some(allowed)) if silence.is_none_or(|silence| allowed < silence) => {
-                (Some(allowed), Phase::BodyRate)
+                (Some(allowed), TimeoutPhase::BodyRate)
             }
-            (silence, _) => (silence, Phase::Sending),
+            (silence, _) => (silence, TimeoutPhase::Sending),
         }
     }
 
@@ -425,7 +426,7 @@ impl<B: Body + 'static> Body for SendingBody<B> {
         let (max_silence, phase) = told.max_silence();
         ready!(this.stall.poll(max_silence, None, cx));
         let rejected = timed_out(told.far, told.by, phase, None);
-        told.end(if phase == Phase::BodyRate { Stage::TooSlow } else { Stage::Stalled });
+        told.end(if phase == TimeoutPhase::BodyRate { Stage::TooSlow } else { Stage::Stalled });
         // A body that will be drained is watched until its drop.
         if !told.is_drained() {
             *this.tells = Tells(None);

@@ -6,7 +6,7 @@ use axum::{Extension, Router, body::Body, routing::any};
 use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Deadline, DeadlineLayer, DeadlineSource,
     HedgeLayer, RetryLayer, TimeoutLayer, Timeouts,
-    breaker::{State, Tripped},
+    breaker::{CircuitState, TripReason},
     config::{ClientConfig, ServerConfig},
     outcome::Reason,
     stack::ClientStack,
@@ -74,7 +74,7 @@ async fn callers_with_short_deadlines_do_not_open_the_circuit_for_the_next_visit
         for _ in 0..5 {
             visit(&app, Some(header)).await;
         }
-        assert_eq!(client.handle().breaker().state(), State::Closed, "{header:?}");
+        assert_eq!(client.handle().breaker().state(), CircuitState::Closed, "{header:?}");
         assert_eq!(visit(&app, None).await, StatusCode::OK, "{header:?}");
     }
 }
@@ -112,18 +112,18 @@ async fn a_probe_that_ends_by_a_caller_deadline_releases_its_slot() {
         watch.script([Then::Answer(status(500))]);
         client.clone().oneshot(request()).await.unwrap();
     }
-    assert_eq!(handle.state(), State::Open);
+    assert_eq!(handle.state(), CircuitState::Open);
     for _ in 0..20 {
         // The caller comes exactly when the circuit can be probed, and gets the probe slot.
         advance(handle.snapshot().open_for.unwrap_or_default()).await;
         let mut short = request();
         short.extensions_mut().insert(caller_deadline(ms(20)));
         client.clone().oneshot(short).await.unwrap_err();
-        assert_eq!(handle.state(), State::HalfOpen, "the probe decided nothing");
+        assert_eq!(handle.state(), CircuitState::HalfOpen, "the probe decided nothing");
     }
     watch.script([Then::Answer(empty())]);
     client.clone().oneshot(request()).await.unwrap();
-    assert_eq!(handle.state(), State::Closed);
+    assert_eq!(handle.state(), CircuitState::Closed);
 }
 
 #[tokio::test(start_paused = true)]
@@ -134,7 +134,7 @@ async fn a_hung_upstream_opens_the_circuit_although_every_caller_has_a_deadline_
         let mut request = get();
         request.extensions_mut().insert(caller_deadline(secs(2)));
         upstream.clone().oneshot(request).await.unwrap_err();
-        if client.handle().breaker().state() == State::Open {
+        if client.handle().breaker().state() == CircuitState::Open {
             break;
         }
         assert!(call < 10, "still closed after {call} calls");
@@ -149,7 +149,7 @@ async fn a_hung_upstream_opens_the_circuit_although_every_caller_hangs_up_first(
         for _ in 0..5 {
             timeout(after, client.clone().oneshot(get())).await.unwrap_err();
         }
-        assert_eq!(layer.handle().state() == State::Open, opens, "after {after:?}");
+        assert_eq!(layer.handle().state() == CircuitState::Open, opens, "after {after:?}");
     }
 }
 
@@ -163,7 +163,7 @@ async fn count_cancelled_after_sets_when_a_hang_up_counts() {
         layer.handle().snapshot().last_trip
     };
     let layer = CircuitBreakerLayer::http;
-    let opened = Some(Tripped::Consecutive { failures: 5 });
+    let opened = Some(TripReason::Consecutive { failures: 5 });
     assert_eq!(hang_ups(layer().count_cancelled_after(ms(100)), ms(101)).await, opened);
     assert_eq!(hang_ups(layer().count_cancelled_after(secs(60)), secs(59)).await, None);
     assert_eq!(hang_ups(layer().count_cancelled_after(None), secs(3600)).await, None);
@@ -224,7 +224,7 @@ async fn an_operator_timeout_is_a_failure_in_every_layer_order() {
         for _ in 0..5 {
             client.clone().oneshot(get()).await.unwrap_err();
         }
-        assert_eq!(handle.state(), State::Open, "{name}");
+        assert_eq!(handle.state(), CircuitState::Open, "{name}");
     }
 }
 
@@ -234,7 +234,7 @@ async fn a_caller_deadline_is_neutral_in_every_layer_order() {
     let check =
         async |name: &str, breaker: CircuitBreakerLayer, ends: Vec<Result<(), BoxError>>| {
             assert!(ends.iter().all(Result::is_err), "{name}");
-            assert_eq!(breaker.handle().state(), State::Closed, "{name}");
+            assert_eq!(breaker.handle().state(), CircuitState::Closed, "{name}");
             assert_eq!(breaker.handle().snapshot().seen.consecutive_failures, 0, "{name}");
         };
     macro_rules! ends {
@@ -295,7 +295,11 @@ async fn a_failure_by_which_the_upstream_reports_the_callers_deadline_is_neutral
                 client.clone().oneshot(request).await.unwrap();
             }
             let state = breaker.handle().state();
-            assert_eq!(state == State::Closed, is_neutral, "{name} with {deadline:?}: {state:?}");
+            assert_eq!(
+                state == CircuitState::Closed,
+                is_neutral,
+                "{name} with {deadline:?}: {state:?}"
+            );
         }
     }
 }
@@ -325,7 +329,7 @@ async fn a_deadline_far_in_the_future_has_not_passed() {
                 let response = client.clone().oneshot(request).await.unwrap();
                 let _ = response.into_body().collect().await;
             }
-            assert_eq!(breaker.handle().state(), State::Open, "{name} with {time:?}");
+            assert_eq!(breaker.handle().state(), CircuitState::Open, "{name} with {time:?}");
         }
     }
 }
@@ -367,7 +371,10 @@ async fn a_hedge_attempt_that_lost_is_neutral_however_long_it_took() {
         call.await.unwrap().unwrap();
     }
     let seen = breaker.handle().snapshot();
-    assert_eq!((seen.state, seen.seen.consecutive_failures, seen.opened), (State::Closed, 0, 0));
+    assert_eq!(
+        (seen.state, seen.seen.consecutive_failures, seen.opened),
+        (CircuitState::Closed, 0, 0)
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -382,7 +389,7 @@ async fn a_retry_does_not_try_again_after_the_callers_deadline() {
     let error = client.oneshot(request).await.unwrap_err();
     assert_eq!(upstream.calls(), 1);
     let attempts = buttress::Attempts::find(&*error).unwrap();
-    let reasons: Vec<_> = attempts.each().iter().map(|tried| tried.outcome.reason()).collect();
+    let reasons: Vec<_> = attempts.records().iter().map(|tried| tried.outcome.reason()).collect();
     assert_eq!(reasons, [Reason::CallerDeadline]);
     let rejected = buttress::Rejected::find(&*error).unwrap();
     assert_eq!(rejected.deadline_source(), Some(DeadlineSource::Caller));
@@ -416,7 +423,7 @@ async fn a_deadline_records_its_source() {
         response.extensions().get::<Deadline>().map(Deadline::source)
     };
     use DeadlineSource::{Caller, Operator};
-    let layer = || DeadlineLayer::new().header("x-left").default_of(secs(10)).at_most(secs(30));
+    let layer = || DeadlineLayer::new().header("x-left").default_of(secs(10)).max(secs(30));
     let grpc = [("content-type", "application/grpc"), ("grpc-timeout", "2S")];
     assert_eq!(source(layer(), &[], None).await, Some(Operator), "the default");
     assert_eq!(source(layer(), &[("x-left", "500")], None).await, Some(Caller));
@@ -427,7 +434,7 @@ async fn a_deadline_records_its_source() {
     assert_eq!(source(layer(), &[("x-left", "500")], own).await, Some(Caller), "the earlier one");
     let passed_on = Some(caller_deadline(secs(1)));
     assert_eq!(source(layer(), &[], passed_on).await, Some(Caller), "the next layer keeps it");
-    let reserve = layer().keep_back(ms(100));
+    let reserve = layer().reserve(ms(100));
     assert_eq!(source(reserve, &[], passed_on).await, Some(Caller));
 }
 
@@ -544,7 +551,7 @@ async fn a_server_timeout_that_a_slow_upload_used_up_does_not_count_against_the_
         for _ in 0..5 {
             server.clone().oneshot(trickle(upload_takes, 1)).await.unwrap_err();
         }
-        let state = if opens { State::Open } else { State::Closed };
+        let state = if opens { CircuitState::Open } else { CircuitState::Closed };
         assert_eq!(breaker.handle().state(), state, "{upload_takes:?}");
     }
 }

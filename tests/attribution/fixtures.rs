@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use buttress::{CircuitBreakerLayer, breaker::State};
+use buttress::{CircuitBreakerLayer, breaker::CircuitState};
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body::{Body, Frame};
@@ -113,7 +113,7 @@ impl Drop for AbortOnDrop {
 
 pub async fn make_half_open(breaker: &CircuitBreakerLayer) {
     breaker.handle().half_open();
-    assert_eq!(breaker.handle().state(), State::HalfOpen);
+    assert_eq!(breaker.handle().state(), CircuitState::HalfOpen);
 }
 
 // ===== Requests =====

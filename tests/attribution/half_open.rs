@@ -2,7 +2,7 @@
 
 use buttress::{
     CircuitBreakerLayer, ConcurrencyLimitLayer, Deadline, RetryLayer, TimeoutLayer, Timeouts,
-    breaker::State, config::ClientConfig, stack::ClientStack, timeout::SendingBody,
+    breaker::CircuitState, config::ClientConfig, stack::ClientStack, timeout::SendingBody,
 };
 use http::{Method, Request};
 use http_body_util::BodyExt;
@@ -29,7 +29,7 @@ async fn one_slow_upload_does_not_keep_other_requests_with_bodies_from_probing()
     for _ in 0..100 {
         sleep(secs(1)).await;
         client.clone().oneshot(post()).await.unwrap();
-        assert_eq!(breaker.handle().state(), State::Closed);
+        assert_eq!(breaker.handle().state(), CircuitState::Closed);
     }
     slow.abort();
 }
@@ -44,7 +44,7 @@ async fn one_slow_upload_does_not_hold_the_circuit_of_the_default_stack() {
     let slow = tokio::spawn(client.clone().oneshot(request));
     sleep(ms(101)).await;
     client.clone().oneshot(post()).await.unwrap();
-    assert_eq!(stack.handle().breaker().state(), State::Closed);
+    assert_eq!(stack.handle().breaker().state(), CircuitState::Closed);
     slow.abort();
 }
 
@@ -61,7 +61,7 @@ async fn many_slow_uploads_without_a_mark_do_not_keep_a_quick_call_from_probing(
     }
     sleep(ms(100)).await;
     client.oneshot(get()).await.unwrap();
-    assert_eq!(breaker.handle().state(), State::Closed);
+    assert_eq!(breaker.handle().state(), CircuitState::Closed);
     slow.iter().for_each(|call| call.abort());
 }
 
@@ -80,7 +80,7 @@ async fn unread_early_responses_do_not_hold_the_circuit() {
     make_half_open(&breaker).await;
     let unread = client.clone().oneshot(trickle(secs(20), 100)).await.unwrap();
     sleep(ms(100)).await;
-    assert_eq!(breaker.handle().state(), State::Closed, "a good response");
+    assert_eq!(breaker.handle().state(), CircuitState::Closed, "a good response");
     drop(unread);
 }
 
@@ -107,7 +107,7 @@ async fn a_slow_upload_alone_closes_the_circuit_when_it_succeeds() {
     let client = RetryLayer::http().layer(breaker.layer(healthy()));
     make_half_open(&breaker).await;
     client.oneshot(upload(secs(120))).await.unwrap();
-    assert_eq!(breaker.handle().state(), State::Closed);
+    assert_eq!(breaker.handle().state(), CircuitState::Closed);
 }
 
 #[tokio::test(start_paused = true)]
@@ -117,7 +117,7 @@ async fn a_probe_that_runs_into_a_timeout_during_its_upload_decides_nothing() {
     let client = retry.layer(breaker.layer(healthy()));
     make_half_open(&breaker).await;
     client.oneshot(trickle(ms(300), 10_000)).await.unwrap_err();
-    assert_eq!(breaker.handle().state(), State::HalfOpen);
+    assert_eq!(breaker.handle().state(), CircuitState::HalfOpen);
 }
 
 #[tokio::test(start_paused = true)]

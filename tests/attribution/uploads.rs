@@ -5,12 +5,12 @@ use std::time::Duration;
 use buttress::{
     CircuitBreakerLayer, ConcurrencyLimitLayer, HedgeLayer, RetryLayer, TimeoutLayer, Timeouts,
     Trip,
-    breaker::State,
+    breaker::CircuitState,
     config::{ClientConfig, ServerConfig},
     connect::{Client, ConnectLayer},
     limit::{
-        Held,
-        adaptive::{Algorithm, Change, Sample},
+        CallPermit,
+        adaptive::{Algorithm, LimitChange, Sample},
     },
     outcome::SentMark,
     stack::ClientStack,
@@ -42,14 +42,14 @@ async fn slow_uploads_are_not_slow_calls() {
     for _ in 0..25 {
         under_retry.clone().oneshot(upload(secs(3))).await.unwrap();
     }
-    assert_eq!(breaker.handle().state(), State::Closed, "under a retry");
+    assert_eq!(breaker.handle().state(), CircuitState::Closed, "under a retry");
 
     let breaker = slow_rule();
     let over_timeout = breaker.layer(TimeoutLayer::http().layer(upstream()));
     for _ in 0..25 {
         over_timeout.clone().oneshot(upload(secs(3))).await.unwrap();
     }
-    assert_eq!(breaker.handle().state(), State::Closed, "over a timeout");
+    assert_eq!(breaker.handle().state(), CircuitState::Closed, "over a timeout");
 }
 
 #[tokio::test(start_paused = true)]
@@ -60,14 +60,14 @@ async fn an_upstream_that_responds_slowly_after_an_upload_is_slow() {
     for _ in 0..5 {
         under_retry.clone().oneshot(upload(secs(3))).await.unwrap();
     }
-    assert_eq!(breaker.handle().state(), State::Open, "under a retry");
+    assert_eq!(breaker.handle().state(), CircuitState::Open, "under a retry");
 
     let breaker = slow_rule();
     let over_timeout = breaker.layer(TimeoutLayer::http().layer(upstream()));
     for _ in 0..5 {
         over_timeout.clone().oneshot(upload(secs(3))).await.unwrap();
     }
-    assert_eq!(breaker.handle().state(), State::Open, "over a timeout");
+    assert_eq!(breaker.handle().state(), CircuitState::Open, "over a timeout");
 }
 
 #[tokio::test(start_paused = true)]
@@ -77,7 +77,7 @@ async fn without_a_mark_the_clock_starts_at_the_call() {
     for _ in 0..5 {
         client.clone().oneshot(upload(secs(3))).await.unwrap();
     }
-    assert_eq!(breaker.handle().state(), State::Open);
+    assert_eq!(breaker.handle().state(), CircuitState::Open);
 }
 
 #[tokio::test(start_paused = true)]
@@ -112,7 +112,7 @@ async fn a_hang_up_on_an_upstream_that_stopped_reading_is_a_failure() {
         let call = client.clone().oneshot(trickle(ms(10), 100));
         timeout(secs(5), call).await.unwrap_err();
     }
-    assert_eq!(breaker.handle().state(), State::Open);
+    assert_eq!(breaker.handle().state(), CircuitState::Open);
 }
 
 #[tokio::test(start_paused = true)]
@@ -124,7 +124,7 @@ async fn a_hedge_inside_of_a_breaker_keeps_the_mark_that_the_breaker_requests() 
     for _ in 0..5 {
         timeout(secs(3), client.clone().oneshot(upload(secs(300)))).await.unwrap_err();
     }
-    assert_eq!(breaker.handle().state(), State::Closed);
+    assert_eq!(breaker.handle().state(), CircuitState::Closed);
 }
 
 /// The second poll does not reach the breaker, because the limit is already ready.
@@ -146,8 +146,8 @@ async fn a_service_that_is_polled_twice_for_readiness_publishes_a_mark() {
             breaker.handle().state()
         }};
     }
-    assert_eq!(hang_ups!(RetryLayer::http()), State::Closed, "retry");
-    assert_eq!(hang_ups!(HedgeLayer::http(secs(600))), State::Closed, "hedge");
+    assert_eq!(hang_ups!(RetryLayer::http()), CircuitState::Closed, "retry");
+    assert_eq!(hang_ups!(HedgeLayer::http(secs(600))), CircuitState::Closed, "hedge");
 }
 
 // ===== Half-open =====
@@ -179,7 +179,11 @@ async fn a_half_open_circuit_closes_with_the_first_quick_call_beside_slow_upload
                 served += u32::from(call.await.unwrap().is_ok());
             }
             if n == 1 {
-                assert_eq!(breaker.handle().state(), State::Closed, "with a mark: {with_mark}");
+                assert_eq!(
+                    breaker.handle().state(),
+                    CircuitState::Closed,
+                    "with a mark: {with_mark}"
+                );
             }
         }
         assert_eq!(served, 10, "with a mark: {with_mark}");
@@ -190,15 +194,19 @@ async fn a_half_open_circuit_closes_with_the_first_quick_call_beside_slow_upload
 #[tokio::test(start_paused = true)]
 async fn the_timeout_of_a_probe_starts_when_its_request_has_been_sent() {
     for responds in [true, false] {
-        let breaker = CircuitBreakerLayer::http().probe_lease(secs(10));
+        let breaker = CircuitBreakerLayer::http().probe_timeout(secs(10));
         let upstream = if responds { Upstream::Responds(secs(5)) } else { Upstream::Hangs };
         let client = RetryLayer::http().layer(breaker.layer(UpstreamService::new(upstream)));
         make_half_open(&breaker).await;
         let probe = tokio::spawn(client.oneshot(upload(secs(50))));
         sleep(secs(52)).await;
-        assert_eq!(breaker.handle().state(), State::HalfOpen, "the request was sent 2 s ago");
+        assert_eq!(
+            breaker.handle().state(),
+            CircuitState::HalfOpen,
+            "the request was sent 2 s ago"
+        );
         sleep(secs(9)).await;
-        let state = if responds { State::Closed } else { State::Open };
+        let state = if responds { CircuitState::Closed } else { CircuitState::Open };
         assert_eq!(breaker.handle().state(), state);
         probe.abort();
     }
@@ -259,15 +267,15 @@ async fn a_probe_with_a_good_response_passes_when_its_reader_is_slow() {
         for _ in 0..frames_read {
             held.body_mut().frame().await.unwrap().unwrap();
         }
-        assert_eq!(breaker.handle().state(), State::HalfOpen);
+        assert_eq!(breaker.handle().state(), CircuitState::HalfOpen);
         advance(ms(100)).await;
-        assert_eq!(breaker.handle().state(), State::Closed, "{frames_read} frames read");
+        assert_eq!(breaker.handle().state(), CircuitState::Closed, "{frames_read} frames read");
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_probe_whose_reader_waits_for_the_upstream_keeps_its_slot() {
-    let breaker = CircuitBreakerLayer::http().probe_lease(secs(10));
+    let breaker = CircuitBreakerLayer::http().probe_timeout(secs(10));
     let second = Arc::new(tokio::sync::Semaphore::new(0));
     let client = breaker.layer(two_frames(&second));
     make_half_open(&breaker).await;
@@ -275,9 +283,9 @@ async fn a_probe_whose_reader_waits_for_the_upstream_keeps_its_slot() {
     held.frame().await.unwrap().unwrap();
     timeout(ms(9_900), held.frame()).await.unwrap_err();
     assert!(client.clone().oneshot(get()).await.is_err(), "the slot is taken");
-    assert_eq!(breaker.handle().state(), State::HalfOpen);
+    assert_eq!(breaker.handle().state(), CircuitState::HalfOpen);
     sleep(ms(100)).await;
-    assert_eq!(breaker.handle().state(), State::Closed, "its head was good");
+    assert_eq!(breaker.handle().state(), CircuitState::Closed, "its head was good");
 }
 
 // ===== Adaptive limits =====
@@ -292,7 +300,7 @@ impl Algorithm for Recorder {
 
     fn set_limit(&mut self, _: u32) {}
 
-    fn hear(&mut self, sample: &Sample) -> Option<Change> {
+    fn on_sample(&mut self, sample: &Sample) -> Option<LimitChange> {
         self.0.lock().unwrap().push((sample.latency, sample.dropped));
         None
     }
@@ -512,8 +520,8 @@ async fn a_limit_with_upgrades_measures_a_queued_call_from_its_permit_on() {
 
         fn set_limit(&mut self, _: u32) {}
 
-        fn hear(&mut self, sample: &Sample) -> Option<Change> {
-            self.0.hear(sample)
+        fn on_sample(&mut self, sample: &Sample) -> Option<LimitChange> {
+            self.0.on_sample(sample)
         }
     }
 
@@ -543,7 +551,7 @@ async fn a_handler_that_holds_a_permit_after_its_call_is_not_a_sample() {
     let recorder = Recorder::default();
     let limit = ConcurrencyLimitLayer::adaptive(recorder.clone()).upgrades();
     let hangs = tower::service_fn(|request: Request<TestBody>| async move {
-        let held = request.extensions().get::<Held>().unwrap().take();
+        let held = request.extensions().get::<CallPermit>().unwrap().take();
         tokio::spawn(async move {
             sleep(secs(60)).await;
             std::mem::drop(held);
@@ -601,7 +609,7 @@ async fn the_time_of_a_slow_reader_is_not_measured() {
     }
     // 30 ms to the head, and 10 ms for each frame and the end.
     assert_eq!(recorder.latencies(), [60; 5]);
-    assert_eq!(breaker.handle().state(), State::Closed);
+    assert_eq!(breaker.handle().state(), CircuitState::Closed);
 }
 
 // ===== The mark =====
@@ -620,7 +628,7 @@ async fn a_mark_that_the_caller_publishes_starts_the_clock() {
         mark.sent();
         call.await.unwrap().unwrap();
     }
-    assert_eq!(breaker.handle().state(), State::Closed);
+    assert_eq!(breaker.handle().state(), CircuitState::Closed);
 }
 
 #[tokio::test(start_paused = true)]
@@ -632,6 +640,6 @@ async fn the_ready_made_client_counts_no_failure_for_a_hang_up_during_an_upload(
         let hang_up = timeout(secs(5), client.clone().oneshot(upload(secs(30)))).await;
         assert!(hang_up.is_err());
     }
-    assert_eq!(stack.handle().breaker().state(), State::Closed);
+    assert_eq!(stack.handle().breaker().state(), CircuitState::Closed);
     assert!(buttress::server(&ServerConfig::default()).is_ok());
 }

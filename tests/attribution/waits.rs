@@ -2,7 +2,7 @@
 
 use buttress::{
     CircuitBreakerLayer, ConcurrencyLimitLayer, HedgeLayer, RetryLayer, TimeoutLayer, Timeouts,
-    breaker::State,
+    breaker::CircuitState,
     connect::{Client, ConnectLayer},
 };
 use http::Request;
@@ -30,7 +30,7 @@ async fn a_hang_up_in_the_queue_of_a_limit_is_neutral() {
     assert_eq!(breaker.handle().snapshot().seen.consecutive_failures, 0);
     watch.end(0, Ok(empty()));
     holder.await.unwrap().unwrap();
-    assert_eq!(breaker.handle().state(), State::Closed);
+    assert_eq!(breaker.handle().state(), CircuitState::Closed);
 }
 
 /// The clock starts when the call has acquired the permit of the limit.
@@ -89,7 +89,7 @@ async fn a_hedge_attempt_in_a_queue_does_not_hide_that_the_first_attempt_hangs()
     for _ in 0..5 {
         timeout(secs(20), client.clone().oneshot(get())).await.unwrap_err();
     }
-    assert_eq!(breaker.handle().state(), State::Open);
+    assert_eq!(breaker.handle().state(), CircuitState::Open);
 }
 
 #[tokio::test(start_paused = true)]
@@ -154,7 +154,11 @@ async fn a_hang_up_before_the_request_has_been_sent_is_neutral() {
     for _ in 0..5 {
         timeout(secs(5), client.clone().oneshot(get())).await.unwrap_err();
     }
-    assert_eq!(breaker.handle().state(), State::Open, "a request without a body is sent at once");
+    assert_eq!(
+        breaker.handle().state(),
+        CircuitState::Open,
+        "a request without a body is sent at once"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -193,5 +197,5 @@ async fn short_attempts_inside_of_a_breaker_do_not_hide_a_hung_upstream() {
     for _ in 0..5 {
         timeout(ms(2500), client.clone().oneshot(get())).await.unwrap_err();
     }
-    assert_eq!(breaker.handle().state(), State::Open);
+    assert_eq!(breaker.handle().state(), CircuitState::Open);
 }

@@ -77,7 +77,7 @@ async fn a_buffer_over_it_lives_on() {
     }
     assert!(call.is_woken());
     assert_ready_ok!(call.poll());
-    assert_eq!(rig.state(), State::Closed);
+    assert_eq!(rig.state(), CircuitState::Closed);
 }
 
 /// Many calls in flight over p2c: once one of them has failed, later calls go to the other endpoint, and no call is
@@ -106,7 +106,7 @@ async fn a_balancer_goes_elsewhere_and_comes_back_for_a_probe() {
     end(&dead_watch, || Err(Oops("dead")));
     end(&good_watch, || Ok(empty()));
     under_way.iter_mut().for_each(|call| assert!(call.poll().is_ready()));
-    assert_eq!(dead_handle.state(), State::Open);
+    assert_eq!(dead_handle.state(), CircuitState::Open);
     for _ in 0..100 {
         // Yields, because no call in this loop waits, and tokio's coop budget would be used up.
         tokio::task::yield_now().await;
@@ -150,7 +150,7 @@ async fn a_balancer_that_asks_again_is_told_that_it_opened() {
 
 #[tokio::test(start_paused = true)]
 async fn who_is_held_back_by_a_hung_probe_is_woken_at_the_end_of_its_lease_and_of_the_next_wait() {
-    let rig = Rig::half_open(touchy().backpressure().probe_lease(secs(7))).await;
+    let rig = Rig::half_open(touchy().backpressure().probe_timeout(secs(7))).await;
     let (_probe, _) = rig.hold();
     let mut held_back = Spawn::new(rig.service.clone());
     assert_pending!(held_back.poll_ready::<Request<()>>());

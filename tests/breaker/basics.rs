@@ -10,7 +10,7 @@ use crate::support::{
 use buttress::{
     BoxError, CircuitBreaker, CircuitBreakerLayer, ConcurrencyLimitLayer, ConfigError, Outcome,
     Rejected, Trip,
-    breaker::{CircuitBreakerHandle, State, Tripped},
+    breaker::{CircuitBreakerHandle, CircuitState, TripReason},
     outcome::{Reason, RejectedKind},
 };
 use http::{Request, Response};
@@ -74,7 +74,7 @@ async fn waiting_caller_woken_on_open() {
 
     assert!(watch.end(0, Err(Oops("down"))));
     assert!(assert_ready!(under_way.poll()).is_err());
-    assert_eq!(handle.state(), State::Open);
+    assert_eq!(handle.state(), CircuitState::Open);
     assert!(ready.is_woken() && early.is_woken());
     assert_ready_ok!(ready.poll_ready::<Request<()>>());
     assert_eq!(refused_as(ready.call(request()).await), RejectedKind::Open);
@@ -87,15 +87,15 @@ async fn unread_good_body_is_a_success() {
     let (service, watch, handle) = half_open(breaker(1)).await;
     watch.script([Then::Answer(stuck())]);
     drop(service.clone().oneshot(request()).await.unwrap());
-    assert_eq!(handle.state(), State::Closed);
+    assert_eq!(handle.state(), CircuitState::Closed);
 
     // The outcome of a gRPC call is unknown before its status: the probe only releases its slot.
     let (service, watch, handle) = half_open(breaker(1)).await;
     watch.script([Then::Answer(grpc([Piece::data("a"), Piece::Stuck]))]);
     drop(service.clone().oneshot(request()).await.unwrap());
-    assert_eq!((handle.state(), handle.snapshot().probes), (State::HalfOpen, 0));
+    assert_eq!((handle.state(), handle.snapshot().probes), (CircuitState::HalfOpen, 0));
     succeed(&service, &watch).await;
-    assert_eq!(handle.state(), State::Closed);
+    assert_eq!(handle.state(), CircuitState::Closed);
 }
 
 #[tokio::test(start_paused = true)]
@@ -117,7 +117,7 @@ async fn bad_config_is_a_typed_error() {
         (good().open_for(Duration::ZERO), "open_for", "0ns", "above zero"),
         (good().half_open(0), "half_open", "0", "1 to 1000"),
         (good().half_open(1001), "half_open", "1001", "1 to 1000"),
-        (good().probe_lease(Duration::ZERO), "probe_lease", "0ns", "above zero"),
+        (good().probe_timeout(Duration::ZERO), "probe_timeout", "0ns", "above zero"),
     ] {
         // A misconfigured layer rejects every call with the error of its configuration.
         let (inner, watch) = Strict::new();
@@ -167,11 +167,11 @@ fn closed(layer: CircuitBreakerLayer) -> (Breaker, Watch, CircuitBreakerHandle) 
 /// [`closed`], then tripped by its first failures, and half-open after [`WAIT`].
 async fn half_open(layer: CircuitBreakerLayer) -> (Breaker, Watch, CircuitBreakerHandle) {
     let (service, watch, handle) = closed(layer);
-    while handle.state() == State::Closed {
+    while handle.state() == CircuitState::Closed {
         fail(&service, &watch).await;
     }
     advance(WAIT).await;
-    assert_eq!(handle.state(), State::HalfOpen);
+    assert_eq!(handle.state(), CircuitState::HalfOpen);
     (service, watch, handle)
 }
 
@@ -211,13 +211,13 @@ async fn opens_at_the_nth_failure_in_a_row() {
     }
     succeed(&service, &watch).await;
     for n in 1..=3 {
-        assert_eq!(handle.state(), State::Closed);
+        assert_eq!(handle.state(), CircuitState::Closed);
         fail(&service, &watch).await;
         assert_eq!(handle.snapshot().seen.consecutive_failures, n);
     }
-    assert_eq!(handle.state(), State::Open);
+    assert_eq!(handle.state(), CircuitState::Open);
     let seen = handle.snapshot();
-    assert_eq!((seen.opened, seen.last_trip), (1, Some(Tripped::Consecutive { failures: 3 })));
+    assert_eq!((seen.opened, seen.last_trip), (1, Some(TripReason::Consecutive { failures: 3 })));
 
     advance(Duration::from_secs(10)).await;
     let error = service.clone().oneshot(request()).await.unwrap_err();
@@ -235,14 +235,14 @@ async fn opens_at_the_nth_failure_in_a_row() {
 #[tokio::test(start_paused = true)]
 async fn what_counts_as_a_failure_by_head() {
     for (code, kind) in [
-        (200, State::Closed),
-        (404, State::Closed),
-        (408, State::Closed),
-        (429, State::Closed),
-        (500, State::Open),
-        (501, State::Closed),
-        (503, State::Open),
-        (505, State::Closed),
+        (200, CircuitState::Closed),
+        (404, CircuitState::Closed),
+        (408, CircuitState::Closed),
+        (429, CircuitState::Closed),
+        (500, CircuitState::Open),
+        (501, CircuitState::Closed),
+        (503, CircuitState::Open),
+        (505, CircuitState::Closed),
     ] {
         let (service, watch, handle) = closed(breaker(1));
         call(&service, &watch, Then::Answer(status(code))).await.unwrap();
@@ -258,7 +258,7 @@ async fn throttled_and_cancelled_calls_neither_count_nor_end_a_run_of_failures()
     drop(hold(&service));
     assert_eq!(handle.snapshot().seen.consecutive_failures, 1);
     fail(&service, &watch).await;
-    assert_eq!(handle.state(), State::Open);
+    assert_eq!(handle.state(), CircuitState::Open);
 }
 
 #[tokio::test(start_paused = true)]
@@ -268,7 +268,7 @@ async fn a_bad_head_ends_the_call_before_its_body() {
     *bad.status_mut() = http::StatusCode::BAD_GATEWAY;
     watch.script([Then::Answer(bad)]);
     let response = service.clone().oneshot(request()).await.unwrap();
-    assert_eq!(handle.state(), State::Open);
+    assert_eq!(handle.state(), CircuitState::Open);
     assert_eq!(read(response.into_body()).await.unwrap().0, b"hello");
 }
 
@@ -277,31 +277,31 @@ async fn a_body_that_breaks_off_is_a_failure() {
     let (service, watch, handle) = closed(breaker(1));
     let broken = || Response::new(ScriptBody::new([Piece::data("a"), Piece::Error]));
     call(&service, &watch, Then::Answer(broken())).await.unwrap_err();
-    assert_eq!(handle.state(), State::Open);
+    assert_eq!(handle.state(), CircuitState::Open);
     // The same for the body of a 404.
     let (service, watch, handle) = closed(breaker(1));
     let mut broken = broken();
     *broken.status_mut() = http::StatusCode::NOT_FOUND;
     call(&service, &watch, Then::Answer(broken)).await.unwrap_err();
-    assert_eq!(handle.state(), State::Open);
+    assert_eq!(handle.state(), CircuitState::Open);
 }
 
 #[tokio::test(start_paused = true)]
 async fn grpc_status_in_the_head_or_in_the_trailers() {
     for (code, state) in [
-        ("0", State::Closed),
-        ("1", State::Closed),
-        ("2", State::Open),
-        ("3", State::Closed),
-        ("4", State::Open),
-        ("5", State::Closed),
-        ("8", State::Closed),
-        ("13", State::Open),
-        ("14", State::Open),
-        ("15", State::Open),
-        ("16", State::Closed),
-        ("999", State::Open),
-        ("no number", State::Open),
+        ("0", CircuitState::Closed),
+        ("1", CircuitState::Closed),
+        ("2", CircuitState::Open),
+        ("3", CircuitState::Closed),
+        ("4", CircuitState::Open),
+        ("5", CircuitState::Closed),
+        ("8", CircuitState::Closed),
+        ("13", CircuitState::Open),
+        ("14", CircuitState::Open),
+        ("15", CircuitState::Open),
+        ("16", CircuitState::Closed),
+        ("999", CircuitState::Open),
+        ("no number", CircuitState::Open),
     ] {
         let in_trailers = grpc([Piece::data("a"), Piece::Trailers(trailers(code))]);
         for response in [trailers_only(code), in_trailers] {
@@ -314,14 +314,14 @@ async fn grpc_status_in_the_head_or_in_the_trailers() {
     for response in [grpc([Piece::data("a")]), grpc([])] {
         let (service, watch, handle) = closed(breaker(1));
         call(&service, &watch, Then::Answer(response)).await.unwrap();
-        assert_eq!(handle.state(), State::Open);
+        assert_eq!(handle.state(), CircuitState::Open);
     }
 }
 
 /// gRPC-Web carries its trailers in the body, so a missing status in the trailers is not a failure.
 #[tokio::test(start_paused = true)]
 async fn grpc_web_is_told_by_its_head_only() {
-    for (in_head, state) in [(None, State::Closed), (Some("14"), State::Open)] {
+    for (in_head, state) in [(None, CircuitState::Closed), (Some("14"), CircuitState::Open)] {
         let (service, watch, handle) = closed(breaker(1));
         let mut response = hello();
         let headers = response.headers_mut();
@@ -343,10 +343,10 @@ async fn a_classifier_of_the_users_decides() {
     let (inner, watch) = Strict::<u8>::of(|| Then::Fail(Oops("not a failure")));
     let service = layer.layer(inner);
     service.clone().oneshot(request()).await.unwrap_err();
-    assert_eq!(layer.handle().state(), State::Closed);
+    assert_eq!(layer.handle().state(), CircuitState::Closed);
     watch.script([Then::Answer(0)]);
     service.clone().oneshot(request()).await.unwrap();
-    assert_eq!(layer.handle().state(), State::Open);
+    assert_eq!(layer.handle().state(), CircuitState::Open);
 
     let layer = breaker(1).classify_head(|status, _| match status.as_u16() {
         404 => Outcome::failure(),
@@ -356,9 +356,9 @@ async fn a_classifier_of_the_users_decides() {
     let service = layer.layer(inner);
     watch.script([500, 404].map(|code| Then::Answer(status(code))));
     service.clone().oneshot(request()).await.unwrap();
-    assert_eq!(layer.handle().state(), State::Closed);
+    assert_eq!(layer.handle().state(), CircuitState::Closed);
     service.clone().oneshot(request()).await.unwrap();
-    assert_eq!(layer.handle().state(), State::Open);
+    assert_eq!(layer.handle().state(), CircuitState::Open);
 }
 
 #[tokio::test(start_paused = true)]
@@ -370,7 +370,7 @@ async fn a_refusal_by_an_inner_limit_is_not_a_failure() {
     let mut under_way = task::spawn(service.clone().oneshot(request()));
     assert_pending!(under_way.poll());
     assert_eq!(refused_as(service.clone().oneshot(request()).await), RejectedKind::Full);
-    assert_eq!(outer.handle().state(), State::Closed);
+    assert_eq!(outer.handle().state(), CircuitState::Closed);
 
     // A rejection as a response: HTTP and gRPC.
     let (outer, limit) = (breaker(1).respond(), ConcurrencyLimitLayer::new(1).respond());
@@ -385,7 +385,7 @@ async fn a_refusal_by_an_inner_limit_is_not_a_failure() {
     call.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
     let response = service.clone().oneshot(call).await.unwrap();
     assert_eq!(response.headers()["grpc-status"], "14");
-    assert_eq!(outer.handle().state(), State::Closed);
+    assert_eq!(outer.handle().state(), CircuitState::Closed);
 
     // A half-open probe that an inner layer rejects decides nothing.
     let outer = breaker(1);
@@ -397,7 +397,7 @@ async fn a_refusal_by_an_inner_limit_is_not_a_failure() {
     assert_pending!(under_way.poll());
     assert_eq!(refused_as(outer.layer(inner).oneshot(request()).await), RejectedKind::Full);
     let seen = outer.handle().snapshot();
-    assert_eq!((seen.state, seen.probes), (State::HalfOpen, 0));
+    assert_eq!((seen.state, seen.probes), (CircuitState::HalfOpen, 0));
 }
 
 // ===== The failure ratio =====
@@ -409,18 +409,18 @@ async fn a_ratio_opens_at_its_share_and_not_before_enough_calls() {
     for _ in 0..3 {
         fail(&service, &watch).await;
     }
-    assert_eq!(handle.state(), State::Closed, "3 of 3 calls failed, and min_calls is 4");
+    assert_eq!(handle.state(), CircuitState::Closed, "3 of 3 calls failed, and min_calls is 4");
     for _ in 0..4 {
         succeed(&service, &watch).await;
     }
-    assert_eq!(handle.state(), State::Closed, "3 of 7 calls failed");
+    assert_eq!(handle.state(), CircuitState::Closed, "3 of 7 calls failed");
     fail(&service, &watch).await;
     let seen = handle.snapshot();
     assert_eq!(
         (seen.state, seen.seen.window_calls, seen.seen.window_failures),
-        (State::Open, 8, 4)
+        (CircuitState::Open, 8, 4)
     );
-    assert_eq!(seen.last_trip, Some(Tripped::FailureRatio { failures: 4, calls: 8 }));
+    assert_eq!(seen.last_trip, Some(TripReason::FailureRatio { failures: 4, calls: 8 }));
 }
 
 /// 7 of 100 calls are 7 %, although 0.07 × 100 is 7.000000000000001 in floating point.
@@ -437,10 +437,10 @@ async fn a_ratio_is_inclusive_whatever_its_binary_fraction() {
             succeed(&service, &watch).await;
         }
         for _ in 0..failures {
-            assert_eq!(handle.state(), State::Closed);
+            assert_eq!(handle.state(), CircuitState::Closed);
             fail(&service, &watch).await;
         }
-        assert_eq!(handle.state(), State::Open, "{percent} % of {calls}");
+        assert_eq!(handle.state(), CircuitState::Open, "{percent} % of {calls}");
     }
 }
 
@@ -461,7 +461,7 @@ async fn a_ratio_forgets_what_has_left_its_window() {
     for _ in 0..3 {
         fail(&service, &watch).await;
     }
-    assert_eq!(handle.state(), State::Closed, "3 of 3 calls in the window, not 6 of 6");
+    assert_eq!(handle.state(), CircuitState::Closed, "3 of 3 calls in the window, not 6 of 6");
 }
 
 // ===== Half-open =====
@@ -471,12 +471,12 @@ async fn the_end_of_the_wait_is_part_of_half_open() {
     let (service, watch, handle) = closed(breaker(1));
     fail(&service, &watch).await;
     advance(WAIT - Duration::from_nanos(1)).await;
-    assert_eq!(handle.state(), State::Open);
+    assert_eq!(handle.state(), CircuitState::Open);
     assert_eq!(refused(&service).await, RejectedKind::Open);
     advance(Duration::from_nanos(1)).await;
-    assert_eq!((handle.state(), handle.snapshot().open_for), (State::HalfOpen, None));
+    assert_eq!((handle.state(), handle.snapshot().open_for), (CircuitState::HalfOpen, None));
     succeed(&service, &watch).await;
-    assert_eq!(handle.state(), State::Closed);
+    assert_eq!(handle.state(), CircuitState::Closed);
 }
 
 #[tokio::test(start_paused = true)]
@@ -486,7 +486,7 @@ async fn half_open_lets_exactly_n_probes_through() {
     assert_eq!(handle.snapshot().probes, 3);
     assert_eq!(refused(&service).await, RejectedKind::Probing);
     for (n, probe) in probes.iter_mut().enumerate() {
-        assert_eq!(handle.state(), State::HalfOpen);
+        assert_eq!(handle.state(), CircuitState::HalfOpen);
         assert_eq!(
             refused(&service).await,
             RejectedKind::Probing,
@@ -495,7 +495,7 @@ async fn half_open_lets_exactly_n_probes_through() {
         assert!(watch.end(n + 1, Ok(empty())));
         assert_ready_ok!(probe.poll());
     }
-    assert_eq!((handle.state(), handle.snapshot().probes), (State::Closed, 0));
+    assert_eq!((handle.state(), handle.snapshot().probes), (CircuitState::Closed, 0));
 }
 
 /// One of two probes has passed and the other one is in flight, so no probe slot is left.
@@ -518,8 +518,8 @@ async fn a_failed_or_throttled_probe_opens_again() {
         let (service, watch, handle) = half_open(breaker(1)).await;
         call(&service, &watch, Then::Answer(status(answer))).await.unwrap();
         let seen = handle.snapshot();
-        assert_eq!((seen.state, seen.open_for, seen.opened), (State::Open, Some(WAIT), 2));
-        let Some(Tripped::Probe { outcome }) = seen.last_trip else {
+        assert_eq!((seen.state, seen.open_for, seen.opened), (CircuitState::Open, Some(WAIT), 2));
+        let Some(TripReason::Probe { outcome }) = seen.last_trip else {
             panic!("{:?}", seen.last_trip)
         };
         assert_eq!((outcome.reason(), outcome.code()), (Reason::Status, Some(answer)));
@@ -533,10 +533,10 @@ async fn a_cancelled_probe_does_not_wedge_the_circuit() {
         let probe = hold(&service);
         assert_eq!(refused(&service).await, RejectedKind::Probing);
         drop(probe);
-        assert_eq!((handle.state(), handle.snapshot().probes), (State::HalfOpen, 0));
+        assert_eq!((handle.state(), handle.snapshot().probes), (CircuitState::HalfOpen, 0));
     }
     succeed(&service, &watch).await;
-    assert_eq!(handle.state(), State::Closed);
+    assert_eq!(handle.state(), CircuitState::Closed);
 }
 
 /// The probe itself holds the only slot. It must not be rejected for the lack of a slot.
@@ -551,7 +551,7 @@ async fn a_probe_waits_for_its_inner_service() {
     watch.set_ready(true);
     assert!(probe.is_woken());
     assert_ready_ok!(probe.poll());
-    assert_eq!(handle.state(), State::Closed);
+    assert_eq!(handle.state(), CircuitState::Closed);
 }
 
 /// A caller waits for a hung service in half-open. When the last probe slot is taken, it is rejected like a later call.
@@ -587,22 +587,25 @@ async fn stragglers_admitted_before_the_trip_never_count() {
     };
     fail(&service, &watch).await;
     end(&watch, 0, Err(Oops("late")));
-    assert_eq!((handle.state(), handle.snapshot().opened), (State::Open, 1));
+    assert_eq!((handle.state(), handle.snapshot().opened), (CircuitState::Open, 1));
     advance(WAIT).await;
     let _probe = hold(&service);
     end(&watch, 1, Ok(empty()));
     end(&watch, 2, Err(Oops("late")));
-    assert_eq!((handle.state(), handle.snapshot().probes), (State::HalfOpen, 1));
+    assert_eq!((handle.state(), handle.snapshot().probes), (CircuitState::HalfOpen, 1));
     handle.reset();
     end(&watch, 3, Err(Oops("late")));
-    assert_eq!((handle.state(), handle.snapshot().seen.consecutive_failures), (State::Closed, 0));
+    assert_eq!(
+        (handle.state(), handle.snapshot().seen.consecutive_failures),
+        (CircuitState::Closed, 0)
+    );
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_probe_that_never_ends_is_decided_by_its_head() {
     let lease = Duration::from_secs(7);
     // A good head: the probe has passed.
-    let (service, watch, handle) = half_open(breaker(1).probe_lease(lease)).await;
+    let (service, watch, handle) = half_open(breaker(1).probe_timeout(lease)).await;
     watch.script([Then::Answer(Response::new(ScriptBody::new([Piece::Stuck])))]);
     let mut stream = service.clone().oneshot(request()).await.unwrap().into_body();
     assert_pending!(task::spawn(stream.frame()).poll());
@@ -610,28 +613,28 @@ async fn a_probe_that_never_ends_is_decided_by_its_head() {
     assert_eq!(refused(&service).await, RejectedKind::Probing);
     advance(Duration::from_nanos(1)).await;
     succeed(&service, &watch).await;
-    assert_eq!(handle.state(), State::Closed);
+    assert_eq!(handle.state(), CircuitState::Closed);
     drop(stream);
-    assert_eq!(handle.state(), State::Closed);
+    assert_eq!(handle.state(), CircuitState::Closed);
 
     // A good gRPC head without a status is sufficient when the probe times out.
-    let (service, watch, handle) = half_open(breaker(1).probe_lease(lease)).await;
+    let (service, watch, handle) = half_open(breaker(1).probe_timeout(lease)).await;
     watch.script([Then::Answer(grpc([Piece::Stuck]))]);
     let mut stream = service.clone().oneshot(request()).await.unwrap().into_body();
     assert_pending!(task::spawn(stream.frame()).poll());
     advance(lease).await;
     succeed(&service, &watch).await;
-    assert_eq!(handle.state(), State::Closed);
+    assert_eq!(handle.state(), CircuitState::Closed);
 
     // No head: the probe has failed, and its late response is ignored.
-    let (service, watch, handle) = half_open(breaker(1).probe_lease(lease)).await;
+    let (service, watch, handle) = half_open(breaker(1).probe_timeout(lease)).await;
     let mut probe = hold(&service);
     advance(lease).await;
     assert_eq!(refused(&service).await, RejectedKind::Open);
-    assert_eq!(handle.snapshot().last_trip, Some(Tripped::ProbeLease));
+    assert_eq!(handle.snapshot().last_trip, Some(TripReason::ProbeLease));
     assert!(watch.end(1, Ok(empty())));
     assert_ready_ok!(probe.poll());
-    assert_eq!((handle.state(), handle.snapshot().probes), (State::Open, 0));
+    assert_eq!((handle.state(), handle.snapshot().probes), (CircuitState::Open, 0));
 }
 
 #[tokio::test(start_paused = true)]
@@ -641,9 +644,9 @@ async fn closing_starts_the_count_anew() {
     for _ in 0..2 {
         fail(&service, &watch).await;
     }
-    assert_eq!(handle.state(), State::Closed);
+    assert_eq!(handle.state(), CircuitState::Closed);
     fail(&service, &watch).await;
-    assert_eq!(handle.state(), State::Open);
+    assert_eq!(handle.state(), CircuitState::Open);
 }
 
 // ===== The handle =====
@@ -658,23 +661,23 @@ async fn held_open_held_closed_and_reset() {
     advance(WAIT * 10).await;
     assert_eq!(
         (handle.state(), refused(&service).await),
-        (State::ForcedOpen, RejectedKind::ForcedOpen)
+        (CircuitState::ForcedOpen, RejectedKind::ForcedOpen)
     );
 
     handle.force_closed();
     for _ in 0..10 {
         fail(&service, &watch).await;
     }
-    assert_eq!(handle.state(), State::ForcedClosed);
+    assert_eq!(handle.state(), CircuitState::ForcedClosed);
     assert_eq!(handle.snapshot().seen.consecutive_failures, 0, "nothing is counted");
 
     handle.reset();
-    assert_eq!(handle.state(), State::Closed);
+    assert_eq!(handle.state(), CircuitState::Closed);
     fail(&service, &watch).await;
-    assert_eq!(handle.state(), State::Open);
+    assert_eq!(handle.state(), CircuitState::Open);
     handle.reset();
     succeed(&service, &watch).await;
-    assert_eq!(handle.state(), State::Closed);
+    assert_eq!(handle.state(), CircuitState::Closed);
 }
 
 #[tokio::test(start_paused = true)]
@@ -686,7 +689,7 @@ async fn changed_tells_of_calls_and_of_time() {
     assert_pending!(changed.poll());
     fail(&service, &watch).await;
     assert!(changed.is_woken());
-    assert_ready_eq!(changed.poll(), State::Open);
+    assert_ready_eq!(changed.poll(), CircuitState::Open);
 
     // Without a call, the end of the open time is reported as well.
     let mut changed = task::spawn(handle.changed());
@@ -695,17 +698,17 @@ async fn changed_tells_of_calls_and_of_time() {
     assert_pending!(changed.poll());
     advance(Duration::from_millis(1)).await;
     assert!(changed.is_woken());
-    assert_ready_eq!(changed.poll(), State::HalfOpen);
+    assert_ready_eq!(changed.poll(), CircuitState::HalfOpen);
 
     let mut changed = task::spawn(handle.changed());
     assert_pending!(changed.poll());
     handle.force_open();
-    assert_ready_eq!(changed.poll(), State::ForcedOpen);
+    assert_ready_eq!(changed.poll(), CircuitState::ForcedOpen);
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_longest_wait_and_lease_are_no_trouble() {
-    let layer = breaker(1).open_for(Duration::MAX).probe_lease(Duration::MAX);
+    let layer = breaker(1).open_for(Duration::MAX).probe_timeout(Duration::MAX);
     let (service, watch, handle) = closed(layer);
     fail(&service, &watch).await;
     let mut changed = task::spawn(handle.changed());
@@ -726,14 +729,14 @@ async fn a_callers_own_panic_is_not_the_services_failure() {
         panic!("a panic of the caller");
     });
     assert!(task.await.unwrap_err().is_panic());
-    assert_eq!(handle.state(), State::Closed);
+    assert_eq!(handle.state(), CircuitState::Closed);
     let task = tokio::spawn(async move {
         let mut under_way = task::spawn(before_head.oneshot(request()));
         assert_pending!(under_way.poll());
         panic!("a panic of the caller");
     });
     assert!(task.await.unwrap_err().is_panic());
-    assert_eq!(handle.state(), State::Closed);
+    assert_eq!(handle.state(), CircuitState::Closed);
 }
 
 #[tokio::test(start_paused = true)]
@@ -750,7 +753,7 @@ async fn a_panic_of_the_service_is_a_failure() {
             read(response.into_body()).await.map(drop)
         });
         assert!(task.await.unwrap_err().is_panic());
-        assert_eq!(handle.state(), State::Open);
+        assert_eq!(handle.state(), CircuitState::Open);
     }
 }
 

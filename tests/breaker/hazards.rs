@@ -27,15 +27,15 @@ async fn an_isolation_is_not_restored_for_ever() {
     let from = Rig::new(touchy());
     let isolation = from.handle.isolate();
     let taken = from.handle.snapshot();
-    assert_eq!(taken.state, State::ForcedOpen);
+    assert_eq!(taken.state, CircuitState::ForcedOpen);
     let to = Rig::new(touchy());
     to.handle.restore(&taken);
-    assert_eq!(to.state(), State::Closed);
+    assert_eq!(to.state(), CircuitState::Closed);
     // A forced state is restored, whether the circuit is isolated or not.
     from.handle.force_open();
     drop(isolation);
     to.handle.restore(&from.handle.snapshot());
-    assert_eq!(to.state(), State::ForcedOpen);
+    assert_eq!(to.state(), CircuitState::ForcedOpen);
 }
 
 // ===== Changes by time alone =====
@@ -43,62 +43,62 @@ async fn an_isolation_is_not_restored_for_ever() {
 /// A probe hangs and no further call is made: the probe times out, and the open time after it ends as well.
 #[tokio::test(start_paused = true)]
 async fn a_lease_ends_without_traffic() {
-    let rig = Rig::half_open(touchy().probe_lease(secs(7))).await;
+    let rig = Rig::half_open(touchy().probe_timeout(secs(7))).await;
     let (_probe, _) = rig.hold();
     let mut changed = task::spawn(rig.handle.changed());
     assert_pending!(changed.poll());
     advance(secs(7) - ms(1)).await;
-    assert_eq!(rig.state(), State::HalfOpen);
+    assert_eq!(rig.state(), CircuitState::HalfOpen);
     assert_pending!(changed.poll());
     advance(ms(1)).await;
     assert!(changed.is_woken());
-    assert_ready_eq!(changed.poll(), State::Open);
+    assert_ready_eq!(changed.poll(), CircuitState::Open);
     let seen = rig.handle.snapshot();
-    assert_eq!((seen.state, seen.open_for, seen.opened), (State::Open, Some(WAIT), 2));
-    assert_eq!(seen.last_trip, Some(Tripped::ProbeLease));
+    assert_eq!((seen.state, seen.open_for, seen.opened), (CircuitState::Open, Some(WAIT), 2));
+    assert_eq!(seen.last_trip, Some(TripReason::ProbeLease));
 }
 
 /// A probe timeout that is observed late takes effect at the time at which it expired.
 #[tokio::test(start_paused = true)]
 async fn the_wait_after_a_lease_begins_at_its_end() {
-    let rig = Rig::half_open(touchy().probe_lease(secs(7))).await;
+    let rig = Rig::half_open(touchy().probe_timeout(secs(7))).await;
     let (_probe, _) = rig.hold();
     advance(secs(17)).await;
     assert_eq!(rig.handle.snapshot().open_for, Some(secs(20)));
-    let rig = Rig::half_open(touchy().probe_lease(secs(7))).await;
+    let rig = Rig::half_open(touchy().probe_timeout(secs(7))).await;
     let (_probe, _) = rig.hold();
     advance(secs(7) + WAIT).await;
-    assert_eq!((rig.state(), rig.handle.snapshot().opened), (State::HalfOpen, 2));
+    assert_eq!((rig.state(), rig.handle.snapshot().opened), (CircuitState::HalfOpen, 2));
     rig.ok().await;
-    assert_eq!(rig.state(), State::Closed);
+    assert_eq!(rig.state(), CircuitState::Closed);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_probe_that_ends_after_its_lease_is_too_late() {
-    let rig = Rig::half_open(touchy().probe_lease(secs(7))).await;
+    let rig = Rig::half_open(touchy().probe_timeout(secs(7))).await;
     let (mut probe, number) = rig.hold();
     advance(secs(8)).await;
     rig.watch.end(number, Ok(empty()));
     assert_ready_ok!(probe.poll());
-    assert_eq!(rig.state(), State::Open);
+    assert_eq!(rig.state(), CircuitState::Open);
 }
 
 /// One hung probe of three is one failure, and one success is enough to close the circuit.
 #[tokio::test(start_paused = true)]
 async fn a_lease_that_ends_is_one_failed_probe() {
-    let rig = Rig::half_open(touchy().half_open_of(1, 3).probe_lease(secs(7))).await;
+    let rig = Rig::half_open(touchy().half_open_of(1, 3).probe_timeout(secs(7))).await;
     let (_probe, _) = rig.hold();
     advance(secs(7)).await;
-    assert_eq!(rig.state(), State::HalfOpen);
+    assert_eq!(rig.state(), CircuitState::HalfOpen);
     rig.ok().await;
-    assert_eq!(rig.state(), State::Closed);
+    assert_eq!(rig.state(), CircuitState::Closed);
 }
 
 /// A hung probe responds after so many other probes that a 16-bit probe number has wrapped around. The response
 /// must not end another probe.
 #[tokio::test(start_paused = true)]
 async fn a_late_probe_is_taken_for_no_other_however_many_there_were() {
-    let rig = Rig::half_open(touchy().half_open_of(1, 2).probe_lease(secs(7))).await;
+    let rig = Rig::half_open(touchy().half_open_of(1, 2).probe_timeout(secs(7))).await;
     let (mut late, number) = rig.hold();
     advance(secs(7)).await;
     for _ in 1..u16::MAX {
@@ -107,13 +107,13 @@ async fn a_late_probe_is_taken_for_no_other_however_many_there_were() {
     let (_probe, _) = rig.hold();
     rig.watch.end(number, Err(Oops("down")));
     assert!(assert_ready!(late.poll()).is_err());
-    assert_eq!((rig.state(), rig.handle.snapshot().probes), (State::HalfOpen, 1));
+    assert_eq!((rig.state(), rig.handle.snapshot().probes), (CircuitState::HalfOpen, 1));
 }
 
 /// Of two probes that wait for their inner service, one times out. The other one keeps its slot.
 #[tokio::test(start_paused = true)]
 async fn a_probe_that_waits_has_its_own_slot_and_no_other() {
-    let rig = Rig::half_open(touchy().half_open_of(1, 3).probe_lease(secs(7))).await;
+    let rig = Rig::half_open(touchy().half_open_of(1, 3).probe_timeout(secs(7))).await;
     rig.watch.set_ready(false);
     let mut first = task::spawn(rig.service.clone().call(request()));
     assert_pending!(first.poll());
@@ -127,20 +127,20 @@ async fn a_probe_that_waits_has_its_own_slot_and_no_other() {
     rig.watch.script([Then::Answer(empty())]);
     rig.watch.set_ready(true);
     assert_ready_ok!(second.poll());
-    assert_eq!(rig.state(), State::Closed);
+    assert_eq!(rig.state(), CircuitState::Closed);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_slow_head_is_no_good_head_at_the_end_of_a_lease() {
     let trip = Trip::any([Trip::consecutive(1), Trip::slow_ratio(0.5, secs(1))]);
-    let layer = CircuitBreakerLayer::new(trip).open_for(WAIT).probe_lease(secs(7));
+    let layer = CircuitBreakerLayer::new(trip).open_for(WAIT).probe_timeout(secs(7));
     let rig = Rig::half_open(layer).await;
     let (mut probe, number) = rig.hold();
     advance(secs(2)).await;
     rig.watch.end(number, Ok(Response::new(ScriptBody::new([Piece::Stuck]))));
     let _stream = assert_ready_ok!(probe.poll());
     advance(secs(5)).await;
-    assert_eq!(rig.state(), State::Open);
+    assert_eq!(rig.state(), CircuitState::Open);
 }
 
 /// The clock of a circuit starts at 0, so a call may start at 0.
@@ -149,7 +149,7 @@ async fn a_call_at_the_first_instant_is_measured() {
     let trip = Trip::slow_ratio(1.0, secs(1)).over(1).min_calls(1);
     let rig = Rig::new(CircuitBreakerLayer::new(trip));
     rig.takes(secs(1), Ok(())).await;
-    assert_eq!(rig.state(), State::Open);
+    assert_eq!(rig.state(), CircuitState::Open);
 }
 
 // ===== Changed settings =====
@@ -167,7 +167,7 @@ async fn fewer_probes_than_have_been_do_not_wedge() {
     for _ in 0..2 {
         rig.ok().await;
     }
-    assert_eq!(rig.state(), State::Closed);
+    assert_eq!(rig.state(), CircuitState::Closed);
 }
 
 #[tokio::test(start_paused = true)]
@@ -183,7 +183,7 @@ async fn a_cancelled_call_is_slow_only_to_the_rules_that_it_outlasted() {
     drop(given_up);
     rig.takes(secs(5), Ok(())).await;
     let tripped = rig.handle.snapshot().last_trip;
-    assert_eq!(tripped, Some(Tripped::SlowRatio { slow: 2, calls: 2 }));
+    assert_eq!(tripped, Some(TripReason::SlowRatio { slow: 2, calls: 2 }));
 }
 
 // ===== Snapshots =====
@@ -210,12 +210,12 @@ async fn each_window_is_restored_for_itself() {
     assert_eq!(to.handle.snapshot().seen, from.handle.snapshot().seen);
     to.fail().await;
     let tripped = to.handle.snapshot().last_trip;
-    assert_eq!(tripped, Some(Tripped::FailureRatio { failures: 4, calls: 4 }));
+    assert_eq!(tripped, Some(TripReason::FailureRatio { failures: 4, calls: 4 }));
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_restored_circuit_backs_off_from_where_it_was() {
-    let layer = || touchy().open_for(OpenFor::backoff(secs(1), secs(60)).jitter(0.0));
+    let layer = || touchy().open_for(OpenDuration::backoff(secs(1), secs(60)).jitter(0.0));
     let from = Rig::new(layer());
     from.fail().await;
     advance(secs(1)).await;
@@ -252,7 +252,7 @@ async fn a_key_takes_all_settings_along() {
     ask(&service, &watch, "a", Then::Fail(Oops("down"))).await;
     assert!(ask(&service, &watch, "a", Then::Answer(empty())).await, "shadow mode never rejects");
 
-    let layer = touchy().wait_for_verdict(1, secs(5)).per_origin();
+    let layer = touchy().half_open_queue(1, secs(5)).per_origin();
     let (inner, watch) = Strict::holding();
     let service = layer.layer(inner);
     ask(&service, &watch, "a", Then::Fail(Oops("down"))).await;
@@ -271,7 +271,7 @@ async fn a_key_takes_all_settings_along() {
 #[tokio::test(start_paused = true)]
 async fn a_circuit_that_remembers_its_trips_is_not_evicted() {
     for layer in [
-        touchy().open_for(OpenFor::backoff(WAIT, secs(600)).calm_after(secs(60))),
+        touchy().open_for(OpenDuration::backoff(WAIT, secs(600)).calm_after(secs(60))),
         touchy().ramp(secs(60)),
     ] {
         let layer = layer.per_origin().max_keys(1);
@@ -324,7 +324,7 @@ async fn who_waits_for_a_hung_service_is_woken_by_the_circuit_of_its_key() {
 
 #[tokio::test(start_paused = true)]
 async fn who_waits_for_a_verdict_is_told_when_the_lease_of_the_probe_ends() {
-    let layer = touchy().wait_for_verdict(1, secs(60)).probe_lease(secs(7));
+    let layer = touchy().half_open_queue(1, secs(60)).probe_timeout(secs(7));
     let rig = Rig::half_open(layer).await;
     let (_probe, _) = rig.hold();
     let mut waits = rig.ask();

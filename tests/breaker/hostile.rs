@@ -33,10 +33,10 @@ async fn a_rule_that_panics_harms_nobody() {
     assert_eq!(rig.handle.snapshot().seen.consecutive_failures, 3);
     rig.fail().await;
     let tripped = rig.handle.snapshot().last_trip;
-    assert_eq!(tripped, Some(Tripped::Consecutive { failures: 4 }));
+    assert_eq!(tripped, Some(TripReason::Consecutive { failures: 4 }));
     advance(WAIT).await;
     rig.ok().await;
-    assert_eq!(rig.state(), State::Closed);
+    assert_eq!(rig.state(), CircuitState::Closed);
 }
 
 /// A probe whose classifier panics has no outcome: it releases its slot.
@@ -53,10 +53,10 @@ async fn a_classifier_that_panics_costs_no_slot() {
     for _ in 0..3 {
         let call = tokio::spawn(service.clone().oneshot(0));
         assert!(call.await.unwrap_err().is_panic());
-        assert_eq!((handle.state(), handle.snapshot().probes), (State::HalfOpen, 0));
+        assert_eq!((handle.state(), handle.snapshot().probes), (CircuitState::HalfOpen, 0));
     }
     assert_eq!(service.oneshot(1).await.unwrap(), 1);
-    assert_eq!(handle.state(), State::Closed);
+    assert_eq!(handle.state(), CircuitState::Closed);
 }
 
 /// The classifier of a call panics in its `Clone`, when the inner service is ready or not. The call was never made, so
@@ -98,7 +98,7 @@ async fn a_classifier_that_panics_as_it_is_made_is_no_failure() {
         assert!(catch_unwind(call).is_err());
         panics.store(false, SeqCst);
         let seen = handle.snapshot();
-        assert_eq!((handle.state(), watch.seen().calls), (State::Closed, 0), "{seen:?}");
+        assert_eq!((handle.state(), watch.seen().calls), (CircuitState::Closed, 0), "{seen:?}");
         // The reservation of the inner service is released as well.
         handle.force_open();
         assert!(service.call(request()).await.is_err());
@@ -134,17 +134,17 @@ async fn the_largest_settings_are_no_trouble() {
         Trip::slow_ratio(f64::MIN_POSITIVE, MOST).within(MOST).min_calls(u32::MAX),
         Trip::failure_ratio(f64::MIN_POSITIVE).over(1_000_000).min_calls(2),
     ]);
-    let wait = OpenFor::backoff(MOST, MOST).factor(f64::MAX).jitter(1.0);
+    let wait = OpenDuration::backoff(MOST, MOST).factor(f64::MAX).jitter(1.0);
     let layer = CircuitBreakerLayer::new(trip)
         .open_for(wait.follow_retry_after(MOST).calm_after(MOST))
         .half_open(1000)
-        .probe_lease(MOST)
-        .wait_for_verdict(u32::MAX, MOST)
+        .probe_timeout(MOST)
+        .half_open_queue(u32::MAX, MOST)
         .ramp(MOST);
     let rig = Rig::new(layer.checked().unwrap());
     rig.ok().await;
     rig.fail().await;
-    assert_eq!(rig.state(), State::Open, "the minimum ratio of two calls");
+    assert_eq!(rig.state(), CircuitState::Open, "the minimum ratio of two calls");
     assert_eq!(rig.refused().await, RejectedKind::Open);
     // After a hundred years.
     advance(secs(100 * 365 * 24 * 3600)).await;
@@ -162,13 +162,13 @@ async fn the_largest_settings_are_no_trouble() {
     for _ in 0..1000 {
         rig.ok().await;
     }
-    assert_eq!(rig.state(), State::Closed);
+    assert_eq!(rig.state(), CircuitState::Closed);
 }
 
 /// An open circuit rejects at once, for any number of calls and whatever the time for which the service is not ready.
 #[tokio::test(start_paused = true)]
 async fn an_open_circuit_over_a_service_that_is_never_ready_answers_at_once() {
-    for layer in [touchy(), touchy().wait_for_verdict(10, secs(5))] {
+    for layer in [touchy(), touchy().half_open_queue(10, secs(5))] {
         let rig = Rig::new(layer);
         rig.fail().await;
         rig.watch.set_ready(false);
@@ -235,14 +235,14 @@ async fn a_snapshot_of_other_rules_does_no_harm() {
                     advance(wait).await;
                 }
                 match to.state() {
-                    State::HalfOpen => {
+                    CircuitState::HalfOpen => {
                         to.ok().await;
                         to.ok().await;
                     }
-                    State::ForcedOpen | State::ForcedClosed => to.handle.reset(),
-                    State::Closed | State::Open => to.ok().await,
+                    CircuitState::ForcedOpen | CircuitState::ForcedClosed => to.handle.reset(),
+                    CircuitState::Closed | CircuitState::Open => to.ok().await,
                 }
-                assert_eq!(to.state(), State::Closed);
+                assert_eq!(to.state(), CircuitState::Closed);
             }
         }
     }
@@ -259,7 +259,7 @@ async fn guards_and_futures_outlive_all_that_made_them() {
     drop((layer, service, watch, handle));
     drop(isolation);
     assert!(changed.is_woken());
-    assert_ready_eq!(changed.poll(), State::Closed);
+    assert_ready_eq!(changed.poll(), CircuitState::Closed);
 }
 
 /// `changed` reports changes from its call on, not from the first poll on.
@@ -268,7 +268,7 @@ async fn changed_is_since_it_was_called() {
     let rig = Rig::new(touchy());
     let mut changed = task::spawn(rig.handle.changed());
     rig.handle.force_open();
-    assert_ready_eq!(changed.poll(), State::ForcedOpen);
+    assert_ready_eq!(changed.poll(), CircuitState::ForcedOpen);
 }
 
 // ===== Many threads =====
@@ -331,7 +331,7 @@ fn threads_lose_nothing() {
     handle.half_open();
     handle.record(Outcome::success());
     handle.record(Outcome::success());
-    assert_eq!((handle.state(), handle.snapshot().isolations), (State::Closed, 0));
+    assert_eq!((handle.state(), handle.snapshot().isolations), (CircuitState::Closed, 0));
 }
 
 /// Pseudo-random numbers, the same in every run.
@@ -379,7 +379,7 @@ async fn circuits_of_keys_are_named() {
 /// One slot, thousands of waiting callers, and each probe is cancelled: each time exactly one caller gets the slot.
 #[tokio::test(start_paused = true)]
 async fn a_slot_that_comes_back_goes_to_one_of_thousands() {
-    let rig = Rig::half_open(touchy().wait_for_verdict(2000, secs(60))).await;
+    let rig = Rig::half_open(touchy().half_open_queue(2000, secs(60))).await;
     let (mut probe, first) = rig.hold();
     let mut waiting: Vec<_> = (0..2000).map(|_| rig.ask()).collect();
     waiting.iter_mut().for_each(|call| assert_pending!(call.poll()));
@@ -392,6 +392,6 @@ async fn a_slot_that_comes_back_goes_to_one_of_thousands() {
     }
     rig.watch.end(first + 20, Ok(empty()));
     assert!(probe.poll().is_ready());
-    assert_eq!(rig.state(), State::Closed);
+    assert_eq!(rig.state(), CircuitState::Closed);
     assert!(waiting.iter().all(|call| call.is_woken()));
 }

@@ -52,11 +52,11 @@ impl Circuit {
         }
     }
 
-    fn state(&self) -> State {
+    fn state(&self) -> CircuitState {
         self.layer.handle().state()
     }
 
-    fn trip(&self) -> Option<Tripped> {
+    fn trip(&self) -> Option<TripReason> {
         self.layer.handle().snapshot().last_trip
     }
 
@@ -84,9 +84,9 @@ async fn housekeeping_is_not_counted_once_the_upstream_has_responded() {
             let circuit = Circuit::new(touchy());
             circuit.calls(response, 1).await;
             circuit.calls(housekeeping(reason), 100).await;
-            assert_eq!((circuit.state(), circuit.failures()), (State::Closed, 0), "{reason}");
+            assert_eq!((circuit.state(), circuit.failures()), (CircuitState::Closed, 0), "{reason}");
             assert!(circuit.call(Outcome::failure().because(reason)).await);
-            assert_eq!(circuit.state(), State::Open, "a failure for the same reason counts");
+            assert_eq!(circuit.state(), CircuitState::Open, "a failure for the same reason counts");
         }
     }
 }
@@ -103,7 +103,7 @@ async fn housekeeping_neither_fills_a_window_nor_ends_a_run_of_failures() {
     let seen = circuit.layer.handle().snapshot().seen;
     assert_eq!((seen.consecutive_failures, seen.window_calls, seen.window_failures), (2, 3, 2));
     circuit.calls(Outcome::failure(), 1).await;
-    assert_eq!(circuit.state(), State::Open);
+    assert_eq!(circuit.state(), CircuitState::Open);
 }
 
 /// Before the first response no connection can have been reused, so a connection that broke was new.
@@ -112,17 +112,17 @@ async fn a_broken_connection_before_the_first_response_is_a_failure() {
     for reason in [Reason::NeverSent, Reason::Reset] {
         let circuit = Circuit::new(CircuitBreakerLayer::http());
         circuit.calls(housekeeping(reason), 5).await;
-        assert_eq!(circuit.trip(), Some(Tripped::Consecutive { failures: 5 }), "{reason}");
+        assert_eq!(circuit.trip(), Some(TripReason::Consecutive { failures: 5 }), "{reason}");
         advance(WAIT).await;
         // The same holds for a half-open probe, whose reason is kept.
         assert!(circuit.call(housekeeping(reason)).await);
         let outcome = Outcome::failure().because(reason);
-        assert_eq!(circuit.trip(), Some(Tripped::Probe { outcome }));
+        assert_eq!(circuit.trip(), Some(TripReason::Probe { outcome }));
     }
     for reason in [Reason::RefusedStream, Reason::GoAway] {
         let circuit = Circuit::new(touchy());
         circuit.calls(housekeeping(reason), 100).await;
-        assert_eq!(circuit.state(), State::Closed, "{reason} comes from the server");
+        assert_eq!(circuit.state(), CircuitState::Closed, "{reason} comes from the server");
     }
 }
 
@@ -131,7 +131,7 @@ async fn an_error_response_counts_as_a_response() {
     let circuit = Circuit::new(CircuitBreakerLayer::http());
     circuit.calls(Outcome::failure().because(Reason::Status).with_code(500), 1).await;
     circuit.calls(housekeeping(Reason::Reset), 50).await;
-    assert_eq!((circuit.state(), circuit.failures()), (State::Closed, 1));
+    assert_eq!((circuit.state(), circuit.failures()), (CircuitState::Closed, 1));
 }
 
 #[tokio::test(start_paused = true)]
@@ -142,9 +142,9 @@ async fn housekeeping_beyond_a_hundred_calls_is_a_failure() {
         circuit.calls(housekeeping(reason), 100).await;
         advance(secs(1)).await;
         circuit.calls(housekeeping(reason), 4).await;
-        assert_eq!((circuit.state(), circuit.failures()), (State::Closed, 4), "{reason}");
+        assert_eq!((circuit.state(), circuit.failures()), (CircuitState::Closed, 4), "{reason}");
         circuit.calls(housekeeping(reason), 1).await;
-        assert_eq!(circuit.trip(), Some(Tripped::Consecutive { failures: 5 }), "{reason}");
+        assert_eq!(circuit.trip(), Some(TripReason::Consecutive { failures: 5 }), "{reason}");
     }
 }
 
@@ -154,10 +154,10 @@ async fn any_number_of_calls_that_end_by_housekeeping_within_a_second_is_neutral
     let circuit = Circuit::new(CircuitBreakerLayer::http());
     circuit.calls(Outcome::success(), 1).await;
     circuit.calls(housekeeping(Reason::GoAway), 10_000).await;
-    assert_eq!((circuit.state(), circuit.failures()), (State::Closed, 0));
+    assert_eq!((circuit.state(), circuit.failures()), (CircuitState::Closed, 0));
     advance(secs(1)).await;
     circuit.calls(housekeeping(Reason::GoAway), 5).await;
-    assert_eq!(circuit.state(), State::Open);
+    assert_eq!(circuit.state(), CircuitState::Open);
 }
 
 const RESPONSES: [Outcome; 4] = [
@@ -179,11 +179,11 @@ async fn housekeeping_that_outnumbers_responses_opens_the_circuit() {
         }
         // Housekeeping now exceeds the responses by 97.
         circuit.calls(housekeeping(Reason::Reset), 3).await;
-        assert_eq!(circuit.state(), State::Closed, "{response}");
+        assert_eq!(circuit.state(), CircuitState::Closed, "{response}");
         for _ in 0..5 {
             circuit.call(housekeeping(Reason::Reset)).await;
         }
-        assert_eq!(circuit.state(), State::Open, "{response}");
+        assert_eq!(circuit.state(), CircuitState::Open, "{response}");
     }
 }
 
@@ -195,7 +195,7 @@ async fn as_many_responses_as_housekeeping_keep_the_circuit_closed() {
         circuit.calls(housekeeping(Reason::Reset), 1).await;
         advance(secs(1)).await;
     }
-    assert_eq!(circuit.state(), State::Closed);
+    assert_eq!(circuit.state(), CircuitState::Closed);
 }
 
 #[tokio::test(start_paused = true)]
@@ -206,16 +206,16 @@ async fn only_a_response_reduces_the_count_of_housekeeping() {
     advance(secs(1)).await;
     circuit.calls(Outcome::success(), 1).await;
     circuit.calls(housekeeping(Reason::Reset), 1).await;
-    assert_eq!(circuit.state(), State::Closed);
+    assert_eq!(circuit.state(), CircuitState::Closed);
     circuit.calls(Outcome::cancelled(), 1).await;
     circuit.calls(Outcome::cancelled().because(Reason::Rejected), 1).await;
     assert!(circuit.call(housekeeping(Reason::GoAway)).await);
-    assert_eq!(circuit.state(), State::Open);
+    assert_eq!(circuit.state(), CircuitState::Open);
 }
 
 #[tokio::test(start_paused = true)]
 async fn ten_seconds_without_housekeeping_restart_its_count() {
-    for (gap, state) in [(9, State::Open), (10, State::Closed)] {
+    for (gap, state) in [(9, CircuitState::Open), (10, CircuitState::Closed)] {
         let circuit = Circuit::new(touchy());
         circuit.calls(Outcome::success(), 1).await;
         circuit.calls(housekeeping(Reason::StaleConnection), 100).await;
@@ -230,7 +230,7 @@ async fn ten_seconds_without_housekeeping_restart_its_count() {
 async fn a_stale_connection_is_neutral_before_the_first_response() {
     let circuit = Circuit::new(touchy());
     circuit.calls(housekeeping(Reason::StaleConnection), 100).await;
-    assert_eq!((circuit.state(), circuit.failures()), (State::Closed, 0));
+    assert_eq!((circuit.state(), circuit.failures()), (CircuitState::Closed, 0));
 }
 
 #[tokio::test(start_paused = true)]
@@ -242,9 +242,9 @@ async fn a_probe_that_ends_by_housekeeping_releases_its_slot() {
         advance(WAIT).await;
         circuit.calls(housekeeping(reason), 100).await;
         let snapshot = circuit.layer.handle().snapshot();
-        assert_eq!((snapshot.state, snapshot.probes), (State::HalfOpen, 0), "{reason}");
+        assert_eq!((snapshot.state, snapshot.probes), (CircuitState::HalfOpen, 0), "{reason}");
         circuit.calls(Outcome::success(), 1).await;
-        assert_eq!(circuit.state(), State::Closed, "the next caller probes");
+        assert_eq!(circuit.state(), CircuitState::Closed, "the next caller probes");
     }
 }
 
@@ -256,16 +256,16 @@ async fn a_probe_fails_by_housekeeping_after_a_hundred_calls_in_a_row() {
     advance(WAIT).await;
     circuit.calls(housekeeping(Reason::Reset), 100).await;
     advance(secs(1)).await;
-    assert_eq!(circuit.state(), State::HalfOpen);
+    assert_eq!(circuit.state(), CircuitState::HalfOpen);
     circuit.calls(housekeeping(Reason::Reset), 1).await;
     let outcome = Outcome::failure().because(Reason::Reset);
-    assert_eq!(circuit.trip(), Some(Tripped::Probe { outcome }));
-    assert_eq!(circuit.state(), State::Open);
+    assert_eq!(circuit.trip(), Some(TripReason::Probe { outcome }));
+    assert_eq!(circuit.state(), CircuitState::Open);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_waiting_caller_probes_when_housekeeping_releases_the_slot() {
-    let layer = touchy().wait_for_verdict(1, secs(10));
+    let layer = touchy().half_open_queue(1, secs(10));
     let layer = layer.classify(|result: Result<&(), &Ends>| {
         result.map_or_else(|ends| ends.0, |()| Outcome::success())
     });
@@ -283,7 +283,7 @@ async fn a_waiting_caller_probes_when_housekeeping_releases_the_slot() {
     let second = tokio::spawn(service.oneshot(Ok(())));
     assert!(first.await.unwrap().unwrap_err().is::<Ends>());
     second.await.unwrap().unwrap();
-    assert_eq!(handle.state(), State::Closed);
+    assert_eq!(handle.state(), CircuitState::Closed);
 }
 
 #[tokio::test(start_paused = true)]
@@ -299,12 +299,12 @@ async fn housekeeping_is_never_slow() {
             Ok::<(), Ends>(())
         }));
         service.clone().oneshot(()).await.unwrap();
-        assert_eq!(handle.state(), State::Closed, "{reason}");
+        assert_eq!(handle.state(), CircuitState::Closed, "{reason}");
         // A half-open probe releases its slot.
         handle.half_open();
         service.oneshot(()).await.unwrap();
         let snapshot = handle.snapshot();
-        assert_eq!((snapshot.state, snapshot.probes), (State::HalfOpen, 0), "{reason}");
+        assert_eq!((snapshot.state, snapshot.probes), (CircuitState::HalfOpen, 0), "{reason}");
     }
 }
 
@@ -315,5 +315,5 @@ async fn a_restored_circuit_keeps_the_record_of_a_response() {
     let second = Circuit::new(touchy());
     second.layer.handle().restore(&first.layer.handle().snapshot());
     second.calls(housekeeping(Reason::Reset), 9).await;
-    assert_eq!(second.state(), State::Closed);
+    assert_eq!(second.state(), CircuitState::Closed);
 }

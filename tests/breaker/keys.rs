@@ -49,7 +49,7 @@ async fn one_origin_down_is_no_matter_of_the_others() {
     let expected = ["", "http://a", "http://a:81", "http://b", "https://a"];
     assert_eq!(names(&handle), expected.map(String::from).into());
     let (key, circuit) =
-        handle.all().into_iter().find(|(_, circuit)| circuit.state() == State::Open).unwrap();
+        handle.all().into_iter().find(|(_, circuit)| circuit.state() == CircuitState::Open).unwrap();
     assert_eq!((key.to_string().as_str(), circuit.snapshot().refused), ("http://a", 2));
     // `get` returns the handle of one key.
     handle.get(&key).unwrap().reset();
@@ -65,11 +65,11 @@ async fn a_key_by_closure_and_state_shared_across_layer_calls() {
     assert!(ask(&one, &watch, "/a", false).await);
     assert!(!ask(&two, &watch, "/b", true).await);
     assert!(ask(&two, &watch, "/long", true).await);
-    assert_eq!(layer.handle().get(&2).unwrap().state(), State::Open);
+    assert_eq!(layer.handle().get(&2).unwrap().state(), CircuitState::Open);
     assert!(layer.handle().get(&7).is_none());
     advance(WAIT).await;
     assert!(ask(&two, &watch, "/c", true).await);
-    assert_eq!(layer.handle().get(&2).unwrap().state(), State::Closed);
+    assert_eq!(layer.handle().get(&2).unwrap().state(), CircuitState::Closed);
 }
 
 #[tokio::test(start_paused = true)]
@@ -117,7 +117,7 @@ async fn a_circuit_in_use_is_not_evicted() {
     assert_eq!(names(&handle), [String::from("http://a")].into());
     watch.end(0, Err(Oops("down")));
     assert!(under_way.poll().is_ready());
-    assert_eq!(handle.all()[0].1.state(), State::Open);
+    assert_eq!(handle.all()[0].1.state(), CircuitState::Open);
 }
 
 #[tokio::test(start_paused = true)]
@@ -148,7 +148,7 @@ async fn works_inside_tokio_spawn() {
     }
     fn auto<T: Clone + Send + Sync + 'static>(_: &T) {}
 
-    let layer = touchy().wait_for_verdict(1, secs(1)).per_origin();
+    let layer = touchy().half_open_queue(1, secs(1)).per_origin();
     auto(&layer);
     auto(&layer.handle());
     let mut service = layer.layer(service_fn(hello));

@@ -6,7 +6,7 @@ pub use crate::support::{Oops, Piece, ScriptBody, Strict, Then, Watch};
 use crate::support::{empty, read, refused_as, request};
 pub use buttress::{
     CircuitBreaker, CircuitBreakerLayer, Trip,
-    breaker::{CircuitBreakerHandle, OpenFor, State, Tripped},
+    breaker::{CircuitBreakerHandle, CircuitState, OpenDuration, TripReason},
     outcome::RejectedKind,
 };
 use http::Request;
@@ -48,15 +48,15 @@ impl Rig {
     /// Returns a circuit that has been tripped and is half-open after [`WAIT`].
     pub async fn half_open(layer: CircuitBreakerLayer) -> Self {
         let rig = Self::new(layer);
-        while rig.state() == State::Closed {
+        while rig.state() == CircuitState::Closed {
             rig.fail().await;
         }
         advance(WAIT).await;
-        assert_eq!(rig.state(), State::HalfOpen);
+        assert_eq!(rig.state(), CircuitState::HalfOpen);
         rig
     }
 
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> CircuitState {
         self.handle.state()
     }
 

@@ -2,7 +2,7 @@
 
 use std::{future::poll_fn, mem, sync::mpsc, task::Poll, thread};
 
-use buttress::{BoxError, breaker::Seen};
+use buttress::{BoxError, breaker::CallStats};
 use futures_util::{FutureExt, future::BoxFuture};
 use tokio_test::{assert_pending, assert_ready, task};
 use tower::{Layer, ServiceExt, service_fn};
@@ -65,11 +65,11 @@ async fn circuit_is_not_touched_by_calls_of_one_that_is_gone() {
         }
         for (rig, (mut own, number)) in live {
             let seen = rig.handle.snapshot();
-            assert_eq!((seen.state, seen.opened), (State::Closed, 0), "round {round}");
-            assert_eq!(seen.seen, Seen::default(), "round {round}");
+            assert_eq!((seen.state, seen.opened), (CircuitState::Closed, 0), "round {round}");
+            assert_eq!(seen.seen, CallStats::default(), "round {round}");
             assert!(rig.watch.end(number, Err(Oops("down"))));
             let _ = assert_ready!(own.poll());
-            assert_eq!(rig.state(), State::Open, "round {round}");
+            assert_eq!(rig.state(), CircuitState::Open, "round {round}");
         }
     }
 }
@@ -103,10 +103,14 @@ fn circuit_goes_while_its_call_ends_and_the_next_is_as_new() {
                     to.send(call).unwrap();
                     drop(layer);
                     let next = rule().handle();
-                    assert_eq!(next.state(), State::Closed, "round {round}");
+                    assert_eq!(next.state(), CircuitState::Closed, "round {round}");
                     next.record(buttress::Outcome::success());
                     let seen = next.snapshot();
-                    assert_eq!((seen.opened, seen.seen), (0, Seen::default()), "round {round}");
+                    assert_eq!(
+                        (seen.opened, seen.seen),
+                        (0, CallStats::default()),
+                        "round {round}"
+                    );
                 }
                 drop(to);
                 ender.join().unwrap();

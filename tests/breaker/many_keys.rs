@@ -71,7 +71,7 @@ fn rules() -> Vec<CircuitBreakerLayer> {
         CircuitBreakerLayer::new(ratio().over(100)),
         CircuitBreakerLayer::new(Trip::slow_ratio(0.5, secs(1)).over(100)),
         CircuitBreakerLayer::new(Trip::any([Trip::consecutive(5), ratio(), Trip::when(|_| false)])),
-        CircuitBreakerLayer::http().open_for(OpenFor::backoff(secs(1), secs(600))),
+        CircuitBreakerLayer::http().open_for(OpenDuration::backoff(secs(1), secs(600))),
         CircuitBreakerLayer::http().ramp(secs(60)).half_open_of(1, 3),
     ]
 }
@@ -165,7 +165,7 @@ async fn half_open_circuit_is_evicted_after_its_own_open_time_without_calls() {
         is_rejected(&client, "down").await;
         advance(WAIT).await;
         if read_state {
-            assert_eq!(find(&handle, "down").unwrap().state(), State::HalfOpen);
+            assert_eq!(find(&handle, "down").unwrap().state(), CircuitState::HalfOpen);
         }
         advance(WAIT - ms(1)).await;
         assert!(!is_rejected(&client, "new").await);
@@ -519,5 +519,5 @@ fn threads_share_one_circuit_per_key_under_eviction() {
         .collect();
     let reached: usize = threads.into_iter().map(|thread| thread.join().unwrap()).sum();
     assert!((1..=4).contains(&reached), "{reached} calls reached the upstream that is down");
-    assert_eq!(layer.handle().get(&0).unwrap().state(), State::Open);
+    assert_eq!(layer.handle().get(&0).unwrap().state(), CircuitState::Open);
 }

@@ -4,7 +4,7 @@ use std::{mem, time::Duration};
 
 use buttress::{
     CircuitBreakerLayer, Trip,
-    breaker::{OpenFor, State},
+    breaker::{CircuitState, OpenDuration},
 };
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -92,11 +92,11 @@ impl Config {
         Trip::any(rules)
     }
 
-    pub fn wait(&self) -> OpenFor {
+    pub fn wait(&self) -> OpenDuration {
         let ms = Duration::from_millis;
         let wait = match self.backs_off {
-            false => OpenFor::fixed(ms(self.open_ms)),
-            true => OpenFor::backoff(ms(self.open_ms), ms(self.open_ms * 4)).jitter(0.0),
+            false => OpenDuration::fixed(ms(self.open_ms)),
+            true => OpenDuration::backoff(ms(self.open_ms), ms(self.open_ms * 4)).jitter(0.0),
         };
         wait.calm_after(ms(CALM))
     }
@@ -106,9 +106,9 @@ impl Config {
             .half_open_of(self.needed, self.probes)
             .open_for(self.wait())
             .ramp(Duration::from_millis(self.ramp_ms))
-            .probe_lease(Duration::from_millis(self.lease_ms))
+            .probe_timeout(Duration::from_millis(self.lease_ms))
             .count_cancelled_after(self.count_cancelled_ms.map(Duration::from_millis));
-        let layer = if self.outside { layer.probes_from_outside() } else { layer };
+        let layer = if self.outside { layer.external_probes() } else { layer };
         layer.checked().expect("a valid configuration")
     }
 
@@ -143,7 +143,7 @@ type Past = (bool, u64);
 /// A snapshot of the model.
 #[derive(Clone, Debug)]
 pub struct Taken {
-    state: State,
+    state: CircuitState,
     left: u64,
     trips: u32,
     run: u32,
@@ -158,7 +158,7 @@ pub struct Model {
     pub shadowed: u64,
     pub refused: u64,
     pub now: u64,
-    state: State,
+    state: CircuitState,
     /// The number of the current stay in a state, like the generation of a circuit.
     pub stay: usize,
     pub isolations: u32,
@@ -186,7 +186,7 @@ impl Model {
             shadowed: 0,
             refused: 0,
             now: 0,
-            state: State::Closed,
+            state: CircuitState::Closed,
             stay: 0,
             isolations: 0,
             opened: 0,
@@ -202,9 +202,9 @@ impl Model {
         }
     }
 
-    pub fn state(&mut self) -> State {
+    pub fn state(&mut self) -> CircuitState {
         self.pass_time();
-        if self.isolations > 0 { State::ForcedOpen } else { self.state }
+        if self.isolations > 0 { CircuitState::ForcedOpen } else { self.state }
     }
 
     /// The numbers of half-open probes that passed and failed.
@@ -239,30 +239,30 @@ impl Model {
 
     // ===== Changes =====
 
-    fn to(&mut self, state: State, at: u64) {
+    fn to(&mut self, state: CircuitState, at: u64) {
         (self.state, self.since, self.passed, self.failed) = (state, at, 0, 0);
         self.ramps = false;
         self.stay += 1;
         self.probes.clear();
-        if state == State::Closed {
+        if state == CircuitState::Closed {
             self.run = 0;
             self.lists.iter_mut().for_each(Vec::clear);
         }
     }
 
     fn open(&mut self, at: u64) {
-        if self.state == State::Closed && at - self.since >= CALM {
+        if self.state == CircuitState::Closed && at - self.since >= CALM {
             self.trips = 0;
         }
         let times = if self.config.backs_off { 1 << self.trips.min(2) } else { 1 };
         self.trips += 1;
         self.opened += 1;
-        self.to(State::Open, at);
+        self.to(CircuitState::Open, at);
         self.open_until = at + self.config.open_ms * times;
     }
 
-    pub fn force(&mut self, to: State) {
-        if to != State::HalfOpen {
+    pub fn force(&mut self, to: CircuitState) {
+        if to != CircuitState::HalfOpen {
             self.trips = 0;
         }
         self.to(to, self.now);
@@ -277,7 +277,7 @@ impl Model {
         self.forget();
         Taken {
             state: self.state,
-            left: if self.state == State::Open { self.open_until - self.now } else { 0 },
+            left: if self.state == CircuitState::Open { self.open_until - self.now } else { 0 },
             trips: self.trips,
             run: self.run,
             lists: self.lists.clone(),
@@ -299,7 +299,7 @@ impl Model {
 
     fn decide(&mut self, at: u64) {
         if self.passed >= self.config.needed {
-            self.to(State::Closed, at);
+            self.to(CircuitState::Closed, at);
             self.ramps = true;
         } else if self.failed > self.config.probes - self.config.needed {
             self.open(at);
@@ -308,8 +308,8 @@ impl Model {
 
     fn pass_time(&mut self) {
         loop {
-            if self.state == State::Open && self.now >= self.open_until {
-                self.to(State::HalfOpen, self.open_until);
+            if self.state == CircuitState::Open && self.now >= self.open_until {
+                self.to(CircuitState::HalfOpen, self.open_until);
             }
             let first = self.probes.iter().map(|probe| probe.1).min();
             let Some(ends) = first.filter(|ends| *ends <= self.now) else { return };
@@ -330,10 +330,10 @@ impl Model {
         let ramping = mem::take(&mut self.ramps) && self.now - self.since < self.config.ramp_ms;
         self.ramps = ramping;
         let goes = match state {
-            State::Closed if ramping => return Goes::Perhaps(self.stay),
-            State::Closed | State::ForcedClosed => true,
-            State::Open | State::ForcedOpen => false,
-            State::HalfOpen => {
+            CircuitState::Closed if ramping => return Goes::Perhaps(self.stay),
+            CircuitState::Closed | CircuitState::ForcedClosed => true,
+            CircuitState::Open | CircuitState::ForcedOpen => false,
+            CircuitState::HalfOpen => {
                 let taken = usize::from(self.passed + self.failed) + self.probes.len();
                 let goes = !self.config.outside && taken < usize::from(self.config.probes);
                 if goes {
@@ -363,8 +363,8 @@ impl Model {
             return;
         }
         match self.state {
-            State::Closed => self.count(end, took),
-            State::HalfOpen => {
+            CircuitState::Closed => self.count(end, took),
+            CircuitState::HalfOpen => {
                 let Some(at) = self.probes.iter().position(|probe| probe.0 == number) else {
                     return;
                 };
@@ -375,15 +375,15 @@ impl Model {
                 self.probes.remove(at);
                 self.probed(end, took);
             }
-            State::Open | State::ForcedOpen | State::ForcedClosed => {}
+            CircuitState::Open | CircuitState::ForcedOpen | CircuitState::ForcedClosed => {}
         }
     }
 
     pub fn told(&mut self, end: End) {
         self.pass_time();
         match self.state {
-            State::Closed => self.count(end, 0),
-            State::HalfOpen => self.probed(end, 0),
+            CircuitState::Closed => self.count(end, 0),
+            CircuitState::HalfOpen => self.probed(end, 0),
             _ => {}
         }
     }

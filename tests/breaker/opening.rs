@@ -31,9 +31,9 @@ async fn a_window_of_calls_holds_exactly_the_last_ones() {
     advance(secs(1_000_000)).await;
     assert_eq!(rig.handle.snapshot().seen.window_failures, 1, "the age of a call does not matter");
     rig.fail().await;
-    assert_eq!(rig.state(), State::Open);
+    assert_eq!(rig.state(), CircuitState::Open);
     let tripped = rig.handle.snapshot().last_trip;
-    assert_eq!(tripped, Some(Tripped::FailureRatio { failures: 2, calls: 4 }));
+    assert_eq!(tripped, Some(TripReason::FailureRatio { failures: 2, calls: 4 }));
 }
 
 #[tokio::test(start_paused = true)]
@@ -45,9 +45,9 @@ async fn a_window_of_calls_opens_after_any_number_of_successes() {
     for _ in 0..4 {
         rig.fail().await;
     }
-    assert_eq!(rig.state(), State::Closed);
+    assert_eq!(rig.state(), CircuitState::Closed);
     rig.fail().await;
-    assert_eq!(rig.state(), State::Open);
+    assert_eq!(rig.state(), CircuitState::Open);
 }
 
 /// A window has ten buckets, so it slides by a tenth of its length.
@@ -83,7 +83,7 @@ async fn a_coarse_clock_forgets_a_few_good_calls_early_and_no_bad_one() {
     advance(secs(9)).await;
     assert_eq!(rig.handle.snapshot().seen.window_calls, 2);
     rig.fail().await;
-    assert_eq!(rig.state(), State::Open);
+    assert_eq!(rig.state(), CircuitState::Open);
 }
 
 /// Rules of the same kind report the same trip, so the index of the rule distinguishes them.
@@ -96,12 +96,12 @@ async fn which_of_many_rules_it_was_is_told_by_its_place() {
         rig.fail().await;
     }
     let seen = rig.handle.snapshot();
-    assert_eq!(seen.last_trip, Some(Tripped::FailureRatio { failures: 3, calls: 3 }));
+    assert_eq!(seen.last_trip, Some(TripReason::FailureRatio { failures: 3, calls: 3 }));
     assert_eq!(seen.last_rule, Some(2));
     advance(WAIT).await;
     rig.fail().await;
     let seen = rig.handle.snapshot();
-    assert!(matches!(seen.last_trip, Some(Tripped::Probe { .. })));
+    assert!(matches!(seen.last_trip, Some(TripReason::Probe { .. })));
     assert_eq!(seen.last_rule, None);
 }
 
@@ -114,12 +114,12 @@ async fn the_rule_named_first_is_the_one_that_is_told() {
     ] {
         let rig = rig(trip);
         for _ in 0..3 {
-            assert_eq!(rig.state(), State::Closed);
+            assert_eq!(rig.state(), CircuitState::Closed);
             rig.fail().await;
         }
         let expected = match ratio_first {
-            true => Tripped::FailureRatio { failures: 3, calls: 3 },
-            false => Tripped::Consecutive { failures: 3 },
+            true => TripReason::FailureRatio { failures: 3, calls: 3 },
+            false => TripReason::Consecutive { failures: 3 },
         };
         assert_eq!(rig.handle.snapshot().last_trip, Some(expected));
     }
@@ -137,13 +137,13 @@ async fn slow_calls_open_it_good_or_bad() {
         let rig = rig(slow());
         rig.takes(secs(2) - ms(1), then).await;
         rig.takes(secs(2) - ms(1), then).await;
-        assert_eq!((rig.state(), rig.handle.snapshot().seen.window_slow), (State::Closed, 0));
+        assert_eq!((rig.state(), rig.handle.snapshot().seen.window_slow), (CircuitState::Closed, 0));
         rig.takes(secs(2), then).await;
-        assert_eq!(rig.state(), State::Closed, "1 of 3 calls was slow");
+        assert_eq!(rig.state(), CircuitState::Closed, "1 of 3 calls was slow");
         rig.takes(secs(3), then).await;
-        assert_eq!(rig.state(), State::Open);
+        assert_eq!(rig.state(), CircuitState::Open);
         let tripped = rig.handle.snapshot().last_trip;
-        assert_eq!(tripped, Some(Tripped::SlowRatio { slow: 2, calls: 4 }));
+        assert_eq!(tripped, Some(TripReason::SlowRatio { slow: 2, calls: 4 }));
     }
 }
 
@@ -162,12 +162,12 @@ async fn a_cancelled_call_that_had_been_slow_counts_as_slow() {
         "cancelled before the threshold of a slow call"
     );
     for _ in 0..2 {
-        assert_eq!(rig.state(), State::Closed);
+        assert_eq!(rig.state(), CircuitState::Closed);
         let (call, _) = rig.hold();
         advance(secs(2)).await;
         drop(call);
     }
-    assert_eq!(rig.state(), State::Open);
+    assert_eq!(rig.state(), CircuitState::Open);
 }
 
 /// The duration of a call ends at its head, so that a long stream is not slow.
@@ -200,7 +200,7 @@ async fn a_quick_head_over_a_long_body_is_not_slow() {
         rig.watch.end(number, Ok(Response::new(ScriptBody::new([Piece::data("a")]))));
         read(assert_ready_ok!(call.poll()).into_body()).await.unwrap();
     }
-    assert_eq!(rig.state(), State::Open);
+    assert_eq!(rig.state(), CircuitState::Open);
 }
 
 #[tokio::test(start_paused = true)]
@@ -215,8 +215,8 @@ async fn a_slow_probe_fails() {
         } else {
             rig.takes(secs(2), Ok(())).await;
         }
-        assert_eq!(rig.state(), State::Open);
-        assert_eq!(rig.handle.snapshot().last_trip, Some(Tripped::SlowProbe));
+        assert_eq!(rig.state(), CircuitState::Open);
+        assert_eq!(rig.handle.snapshot().last_trip, Some(TripReason::SlowProbe));
     }
 }
 
@@ -233,11 +233,11 @@ async fn a_closure_sees_what_was_counted_and_decides() {
     }
     rig.ok().await;
     rig.fail().await;
-    assert_eq!(rig.state(), State::Closed, "3 failures, only the last one in a row");
+    assert_eq!(rig.state(), CircuitState::Closed, "3 failures, only the last one in a row");
     rig.fail().await;
-    assert_eq!(rig.state(), State::Open);
+    assert_eq!(rig.state(), CircuitState::Open);
     let seen = rig.handle.snapshot();
-    assert_eq!(seen.last_trip, Some(Tripped::When { seen: seen.seen }));
+    assert_eq!(seen.last_trip, Some(TripReason::When { seen: seen.seen }));
     let told = seen.last_trip.unwrap().to_string();
     assert!(told.contains("2 failures in a row, and 4 failed"), "{told}");
 }
@@ -258,13 +258,13 @@ fn rules_that_cannot_work_are_typed_errors() {
         assert_eq!(fault.field, field, "{trip:?}");
     }
     assert!(ratio(0.5).over(1_000_000).check().is_ok());
-    let waits = OpenFor::backoff(secs(2), secs(60));
+    let waits = OpenDuration::backoff(secs(2), secs(60));
     for (wait, field) in [
         (waits.factor(0.5), "open_for.factor"),
         (waits.factor(f64::INFINITY), "open_for.factor"),
         (waits.jitter(1.5), "open_for.jitter"),
         (waits.jitter(f64::NAN), "open_for.jitter"),
-        (OpenFor::backoff(secs(2), secs(1)), "open_for.max"),
+        (OpenDuration::backoff(secs(2), secs(1)), "open_for.max"),
     ] {
         assert_eq!(touchy().open_for(wait).checked().unwrap_err().field, field, "{wait:?}");
     }
@@ -274,7 +274,7 @@ fn rules_that_cannot_work_are_typed_errors() {
         let fault = touchy().half_open_of(needed, probes).checked().unwrap_err();
         assert_eq!(fault.field, field);
     }
-    let fault = touchy().wait_for_verdict(1, secs(0)).checked().unwrap_err();
+    let fault = touchy().half_open_queue(1, secs(0)).checked().unwrap_err();
     assert_eq!(fault.field, "wait_for_verdict.longest");
     assert_eq!(touchy().per_origin().max_keys(0).checked().unwrap_err().field, "max_keys");
     assert_eq!(touchy().backpressure().per_origin().checked().unwrap_err().field, "backpressure");

@@ -9,7 +9,7 @@ use super::model::{Config, End, Goes, Model, Rule};
 use crate::support::{Oops, Piece, ScriptBody, Strict, Then, empty, request, status};
 use buttress::{
     CircuitBreaker, CircuitBreakerLayer, Outcome,
-    breaker::{Isolation, State},
+    breaker::{CircuitState, Isolation},
     permit::TrackedBody,
 };
 use http::{Request, Response};
@@ -25,7 +25,7 @@ enum Step {
     /// Ends the n-th call in flight. The end of a streaming call is the drop of its body.
     End(usize, End),
     Advance(u64),
-    Force(State),
+    Force(CircuitState),
     Isolate,
     /// Ends the oldest isolation.
     Release,
@@ -43,7 +43,13 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     use End::*;
     let ends =
         [Success, Success, Success, Error, ServerError, Throttled, Cancel, GoodHead].to_vec();
-    let forced = [State::ForcedOpen, State::ForcedClosed, State::HalfOpen, State::Closed].to_vec();
+    let forced = [
+        CircuitState::ForcedOpen,
+        CircuitState::ForcedClosed,
+        CircuitState::HalfOpen,
+        CircuitState::Closed,
+    ]
+    .to_vec();
     let step = prop_oneof![
         32 => Just(Step::Call),
         1 => Just(Step::Panic),
@@ -226,9 +232,9 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
             }
             Step::Force(to) => {
                 match to {
-                    State::ForcedOpen => handle.force_open(),
-                    State::ForcedClosed => handle.force_closed(),
-                    State::HalfOpen => handle.half_open(),
+                    CircuitState::ForcedOpen => handle.force_open(),
+                    CircuitState::ForcedClosed => handle.force_closed(),
+                    CircuitState::HalfOpen => handle.half_open(),
                     _ => handle.reset(),
                 }
                 model.force(to);
@@ -278,12 +284,12 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
         prop_assert!(seen.probes <= usize::from(config.probes));
         if seen.isolations == 0 {
             let progress = seen.half_open.map(|progress| (progress.passed, progress.failed));
-            let expected = (model.state() == State::HalfOpen).then_some(model.progress());
+            let expected = (model.state() == CircuitState::HalfOpen).then_some(model.progress());
             prop_assert_eq!(progress, expected);
         }
         prop_assert_eq!((seen.opened, seen.isolations), (model.opened, model.isolations));
         prop_assert_eq!((seen.refused, seen.shadowed), (model.refused, model.shadowed));
-        if seen.state == State::Closed {
+        if seen.state == CircuitState::Closed {
             prop_assert_eq!(seen.seen.consecutive_failures, model.run);
             let seen = [seen.seen.window_calls, seen.seen.window_failures, seen.seen.window_slow];
             prop_assert_eq!(seen, model.windows());
@@ -295,25 +301,25 @@ async fn run(config: Config, steps: Vec<Step>) -> Result<(), TestCaseError> {
     isolations.clear();
     handle.shadow(false);
     prop_assert_eq!((handle.snapshot().probes, watch.seen().in_flight), (0, 0));
-    if matches!(handle.state(), State::ForcedOpen | State::ForcedClosed) {
+    if matches!(handle.state(), CircuitState::ForcedOpen | CircuitState::ForcedClosed) {
         handle.reset();
     }
     // Longer than the maximum open time and the maximum ramp.
     tokio::time::advance(Duration::from_millis(400)).await;
     for _ in 0..config.probes {
-        let probes = handle.state() == State::HalfOpen;
+        let probes = handle.state() == CircuitState::HalfOpen;
         if config.outside {
             handle.record(Outcome::success());
         } else {
             watch.script([Then::Answer(empty())]);
             prop_assert!(service.clone().oneshot(request()).await.is_ok());
         }
-        if probes && handle.state() == State::Closed {
+        if probes && handle.state() == CircuitState::Closed {
             // The circuit has closed and begun a new ramp.
             break;
         }
     }
-    prop_assert_eq!(handle.state(), State::Closed);
+    prop_assert_eq!(handle.state(), CircuitState::Closed);
     prop_assert_eq!(watch.seen().without_ready, 0);
     Ok(())
 }

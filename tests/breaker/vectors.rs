@@ -46,7 +46,7 @@ fn layer(id: &str) -> CircuitBreakerLayer {
     let time = |ratio, within, min| new(Trip::failure_ratio(ratio).within(within).min_calls(min));
     let only_counts = |within| time(1.0, within, u32::MAX);
     let backs_off = |failures, first, most| {
-        run(failures, 1).open_for(OpenFor::backoff(ms(first), ms(most)).jitter(0.0))
+        run(failures, 1).open_for(OpenDuration::backoff(ms(first), ms(most)).jitter(0.0))
     };
     let slow = || Trip::any([Trip::failure_ratio(0.5), Trip::slow_ratio(0.5, secs(4))]);
     match id {
@@ -73,7 +73,7 @@ fn layer(id: &str) -> CircuitBreakerLayer {
         "opossum-03" => time(0.01, ms(300), 2).open_for(ms(300)),
         "polly-cb-05" | "polly-cb-08" | "cockatiel-05" => run(1, 5000),
         "r4j-cb-13" => of(3, 4),
-        "cockatiel-03" => run(2, 1000).half_open(2).wait_for_verdict(9, secs(9)),
+        "cockatiel-03" => run(2, 1000).half_open(2).half_open_queue(9, secs(9)),
         "r4j-cb-23" | "r4j-cb-02" => time(0.5, secs(20), 5),
         "cockatiel-04" => backs_off(2, 1000, 2000),
         "failsafe-rs-01" => backs_off(3, 5000, 300_000),
@@ -259,7 +259,7 @@ impl Replay {
             assert_eq!(1 - seen.probes as u64, permits, "{id}");
         }
         if step["expect_reason"] == "consecutive_failures" {
-            assert!(matches!(seen.last_trip, Some(Tripped::Consecutive { .. })), "{id}");
+            assert!(matches!(seen.last_trip, Some(TripReason::Consecutive { .. })), "{id}");
         }
         if step["required_behaviour"].is_string() {
             drop(self.rig.hold());
@@ -299,11 +299,11 @@ async fn case(id: &str, step: &Value) -> bool {
             let rig = Rig::new(CircuitBreakerLayer::new(trip));
             let failures = (number("rate") * f64::from(calls)).round() as u32;
             for n in 0..calls {
-                if rig.state() == State::Closed {
+                if rig.state() == CircuitState::Closed {
                     if n < calls - failures { rig.ok().await } else { rig.fail().await }
                 }
             }
-            let open = rig.state() == State::Open;
+            let open = rig.state() == CircuitState::Open;
             assert_eq!(Some(open), step["expect"]["trip"].as_bool(), "{id}: {step}");
         }
         "1000 consecutive failures" => {

@@ -31,7 +31,7 @@ async fn a_fixed_wait_is_the_same_each_time() {
 
 #[tokio::test(start_paused = true)]
 async fn backing_off_doubles_up_to_the_maximum_and_begins_anew_after_a_calm() {
-    let wait = OpenFor::backoff(secs(1), secs(5)).jitter(0.0).calm_after(secs(10));
+    let wait = OpenDuration::backoff(secs(1), secs(5)).jitter(0.0).calm_after(secs(10));
     let rig = Rig::new(touchy().open_for(wait));
     assert_eq!(rig.waits(4).await, [1000, 2000, 4000, 5000]);
     rig.ok().await;
@@ -48,7 +48,7 @@ async fn backing_off_doubles_up_to_the_maximum_and_begins_anew_after_a_calm() {
 
 #[tokio::test(start_paused = true)]
 async fn jitter_makes_waits_longer_by_up_to_its_share() {
-    let rig = Rig::new(touchy().open_for(OpenFor::fixed(secs(10)).jitter(0.5)));
+    let rig = Rig::new(touchy().open_for(OpenDuration::fixed(secs(10)).jitter(0.5)));
     let waits = rig.waits(50).await;
     assert!(waits.iter().all(|wait| (10_000..15_000).contains(wait)), "{waits:?}");
     assert!(waits.iter().any(|wait| *wait != waits[0]), "{waits:?}");
@@ -56,7 +56,7 @@ async fn jitter_makes_waits_longer_by_up_to_its_share() {
 
 #[tokio::test(start_paused = true)]
 async fn it_follows_the_server_up_to_a_bound() {
-    let wait = OpenFor::fixed(secs(10)).follow_retry_after(secs(60));
+    let wait = OpenDuration::fixed(secs(10)).follow_retry_after(secs(60));
     for (says, waits) in [("5", 10), ("42", 42), ("3600", 60), ("soon", 10)] {
         let rig = Rig::new(touchy().open_for(wait));
         let mut busy = status(503);
@@ -84,17 +84,17 @@ async fn the_verdict_falls_as_soon_as_it_is_certain_both_ways() {
     // Two of three probes must pass. Each row: the outcomes, the number of probes that make the result certain, the
     // result.
     for (answers, certain, state) in [
-        ([true, true, false], 2, State::Closed),
-        ([true, false, true], 3, State::Closed),
-        ([false, true, true], 3, State::Closed),
-        ([false, false, true], 2, State::Open),
-        ([false, true, false], 3, State::Open),
+        ([true, true, false], 2, CircuitState::Closed),
+        ([true, false, true], 3, CircuitState::Closed),
+        ([false, true, true], 3, CircuitState::Closed),
+        ([false, false, true], 2, CircuitState::Open),
+        ([false, true, false], 3, CircuitState::Open),
     ] {
         let rig = Rig::half_open(touchy().half_open_of(2, 3)).await;
         let mut probes = [rig.hold(), rig.hold(), rig.hold()];
         assert_eq!(rig.refused().await, RejectedKind::Probing);
         for (n, ((probe, number), good)) in probes.iter_mut().zip(answers).enumerate() {
-            let expected = if n < certain { State::HalfOpen } else { state };
+            let expected = if n < certain { CircuitState::HalfOpen } else { state };
             assert_eq!(rig.state(), expected, "{answers:?} after {n}");
             rig.watch.end(*number, if good { Ok(empty()) } else { Err(Oops("down")) });
             let _ = assert_ready!(probe.poll());
@@ -115,13 +115,13 @@ async fn cancelled_probes_give_their_slots_back_and_failed_ones_do_not() {
     assert_eq!(rig.refused().await, RejectedKind::Probing);
     drop(last);
     rig.ok().await;
-    assert_eq!(rig.state(), State::Closed);
+    assert_eq!(rig.state(), CircuitState::Closed);
 }
 
 // ===== Callers that wait for the decision =====
 
 fn patient(callers: u32) -> CircuitBreakerLayer {
-    touchy().wait_for_verdict(callers, secs(5))
+    touchy().half_open_queue(callers, secs(5))
 }
 
 #[tokio::test(start_paused = true)]
@@ -195,7 +195,7 @@ async fn who_waits_takes_the_slot_of_a_cancelled_probe() {
     assert_pending!(second.poll());
     rig.watch.end(number + 2, Ok(empty()));
     assert_ready_ok!(second.poll());
-    assert_eq!(rig.state(), State::Closed);
+    assert_eq!(rig.state(), CircuitState::Closed);
 }
 
 /// The inner service is not ready before the deadline: the call is rejected, counted and named. Shadow mode does not

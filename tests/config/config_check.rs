@@ -173,7 +173,7 @@ fn a_total_on_a_stream() {
         "streaming = true\ntimeout_total = '5m'",
         "streaming = true",
         "`timeout_total` is 5m: it cuts every stream (`streaming`) that lasts longer, however healthy: turn it off, and \
-         bound silences by `timeout_idle`",
+         bound silences by `timeout_response_idle`",
     );
     let response = told("streaming = true\ntimeout_response_total = '5m'");
     assert!(
@@ -206,10 +206,10 @@ fn what_a_layer_itself_refuses_has_its_settings_name() {
         ("breaker_failure_ratio = 50", "breaker_failure_ratio"),
         ("breaker_half_open = 0", "breaker_half_open"),
         ("deadline_header = 'no such'", "deadline_header"),
-        ("timeout_idle = 0", "timeout_idle"),
+        ("timeout_idle = 0", "timeout_response_idle"),
         ("timeout_first_frame = 0", "timeout_first_frame"),
-        ("timeout_sending = 0", "timeout_sending"),
-        ("timeout_taking = 0", "timeout_taking"),
+        ("timeout_sending = 0", "timeout_request_idle"),
+        ("timeout_taking = 0", "timeout_request_stall"),
         ("timeout_response_total = 0", "timeout_response_total"),
         ("timeout_min_body_rate = 0", "timeout_min_body_rate"),
         ("timeout_min_body_rate = 1\ntimeout_body_grace = 0", "timeout_body_grace"),
@@ -219,7 +219,7 @@ fn what_a_layer_itself_refuses_has_its_settings_name() {
         ("retry_attempt_timeout = 0", "retry_attempt_timeout"),
         ("breaker_open_for = 0", "breaker_open_for"),
         ("breaker_open_for_max = '1s'", "breaker_open_for_max"),
-        ("breaker_probe_lease = 0", "breaker_probe_lease"),
+        ("breaker_probe_lease = 0", "breaker_probe_timeout"),
         ("breaker_failure_ratio = 0.5\nbreaker_window = '1ms'", "breaker_window"),
         ("connect_max_total = 0", "connect_max_total"),
         ("connect_max_age = 0", "connect_max_age"),

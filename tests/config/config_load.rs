@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use buttress::config::{
-    BreakerConfig, ClientConfig, HedgeConfig, Loader, Origin, Preset, ServerConfig, TimeoutConfig,
+    BreakerConfig, ClientConfig, ConfigPreset, HedgeConfig, Loader, ServerConfig, Source,
+    TimeoutConfig,
 };
 
 fn secs(secs: u64) -> Duration {
@@ -26,7 +27,7 @@ fn the_same_in_toml_json_and_an_environment() {
         attempts = 2
         budget.ratio = 0.1
     ";
-    let json = r#"{"preset": "internal", "connect_max_total": 50, "timeout_idle": null,
+    let json = r#"{"preset": "internal", "connect_max_total": 50, "timeout_response_idle": null,
         "timeout": {"head": "2s 500ms"}, "retry": {"attempts": 2, "budget_ratio": 0.1}}"#;
     let env = [
         ("HTTP_CLIENT_PRESET", "internal"),
@@ -42,7 +43,7 @@ fn the_same_in_toml_json_and_an_environment() {
     for config in &all {
         assert_eq!(config.connect.max_total, Some(50));
         assert_eq!(config.timeout.head, Some(Duration::from_millis(2500)));
-        assert_eq!((config.timeout.idle, config.retry.attempts), (None, 2));
+        assert_eq!((config.timeout.response_idle, config.retry.attempts), (None, 2));
         assert_eq!(config.retry.budget_ratio, 0.1);
         assert_eq!(config.deadline.default, Some(secs(10)), "the value of the preset");
         assert!(config.changes(&all[0]).is_empty());
@@ -74,7 +75,7 @@ fn a_services_own_variables_go_before_the_common_ones_and_both_before_files() {
     assert_eq!(origin("connect_max_total"), "env SEARCH_HTTP_CLIENT_CONNECT_MAX_TOTAL");
     assert_eq!(origin("connect_timeout"), "env HTTP_CLIENT_CONNECT_TIMEOUT");
     assert_eq!(origin("timeout_head"), "file TOML");
-    assert_eq!(config.origin("timeout_idle"), Some(Origin::Default));
+    assert_eq!(config.origin("timeout_response_idle"), Some(Source::Default));
     assert_eq!(config.origin("no_such_key"), None);
     let other = ClientConfig::load("billing").env_from(env).finish().unwrap();
     assert_eq!(other.connect.max_total, Some(50));
@@ -211,7 +212,7 @@ fn files_of_both_kinds() {
 fn a_layers_settings_stand_alone_too() {
     let timeout: TimeoutConfig = toml::from_str("head = '2s'\ntotal = 9").unwrap();
     assert_eq!(
-        (timeout.head, timeout.total, timeout.idle),
+        (timeout.head, timeout.total, timeout.response_idle),
         (Some(secs(2)), Some(secs(9)), Some(secs(60)))
     );
     let breaker: BreakerConfig = serde_json::from_str(r#"{"breaker_failures": 9}"#).unwrap();
@@ -253,19 +254,19 @@ fn toml_of(config: &TimeoutConfig) -> String {
 
 #[test]
 fn presets_work_as_they_are_and_are_told_apart() {
-    for preset in [Preset::Internal, Preset::Slow, Preset::Llm] {
+    for preset in [ConfigPreset::Internal, ConfigPreset::Slow, ConfigPreset::Llm] {
         ClientConfig::preset(preset).check().unwrap();
         ServerConfig::preset(preset).check().unwrap();
     }
     ClientConfig::default().check().unwrap();
     ServerConfig::default().check().unwrap();
-    let llm = search().preset(Preset::Llm).finish().unwrap();
+    let llm = search().preset(ConfigPreset::Llm).finish().unwrap();
     assert!(llm.timeout.first_frame > Some(secs(100)), "a long first frame");
-    assert!(llm.timeout.idle.is_some(), "silence is bounded");
+    assert!(llm.timeout.response_idle.is_some(), "silence is bounded");
     assert_eq!((llm.timeout.total, llm.deadline.default), (None, None), "no total timeout");
     assert!(llm.connect.max_per_host < Some(10), "few connections");
     // A loaded preset takes precedence over the preset of the program.
-    let loaded = search().toml("preset = 'slow'").preset(Preset::Llm).finish().unwrap();
+    let loaded = search().toml("preset = 'slow'").preset(ConfigPreset::Llm).finish().unwrap();
     assert_eq!(loaded.timeout.head, Some(secs(60)));
 }
 
@@ -278,7 +279,7 @@ fn streaming_turns_off_limits_for_slow_clients_of_a_server_unless_they_are_set()
     assert_eq!(bounds(&load("streaming = false")), (Some(240), true));
     let streaming = load("streaming = true");
     assert_eq!(bounds(&streaming), (None, false));
-    assert_eq!(bounds(&ServerConfig::preset(Preset::Llm)), (None, false));
+    assert_eq!(bounds(&ServerConfig::preset(ConfigPreset::Llm)), (None, false));
     let set = load("timeout_min_body_rate = 100\nstreaming = true\nlimit_max_unread = '9s'");
     assert_eq!(bounds(&set), (Some(100), true));
     let overridden = load("preset = 'llm'\nstreaming = false");
@@ -296,12 +297,12 @@ fn streaming_turns_off_limits_for_slow_clients_of_a_server_unless_they_are_set()
 #[test]
 fn it_explains_the_stack_outermost_first_with_where_each_value_came_from() {
     let mut config = search()
-        .preset(Preset::Llm)
+        .preset(ConfigPreset::Llm)
         .toml("[retry]\nattempts = 2")
         .env_from([("SEARCH_HTTP_CLIENT_LIMIT_MAX", "off")])
         .finish()
         .unwrap();
-    config.timeout.idle = Some(secs(45));
+    config.timeout.response_idle = Some(secs(45));
     config.breaker.open_for = secs(7);
     let told = config.explain();
     assert!(
@@ -521,11 +522,11 @@ fn variables_of_other_clients_set_the_settings_that_replace_them() {
         let config = search().env_from(env).finish().unwrap();
         assert_eq!(config.connect.max_total, Some(50));
         assert_eq!((config.timeout.total, config.connect.timeout), (Some(secs(30)), secs(2)));
-        let reads = [config.timeout.head, config.timeout.first_frame, config.timeout.idle];
+        let reads = [config.timeout.head, config.timeout.first_frame, config.timeout.response_idle];
         assert_eq!(reads, [Some(secs(20)); 3]);
-        assert_eq!(config.timeout.taking, Some(Duration::from_millis(15_500)));
+        assert_eq!(config.timeout.request_stall, Some(Duration::from_millis(15_500)));
         assert_eq!((config.retry.attempts, config.retry.backoff_factor), (4, 1.5));
-        let origin = config.origin("timeout_idle").unwrap().to_string();
+        let origin = config.origin("timeout_response_idle").unwrap().to_string();
         assert_eq!(origin, format!("env {prefix}READ_TIMEOUT"));
         config.check().unwrap();
         drop(buttress::stack::ClientStack::new(&config).unwrap());
@@ -539,7 +540,7 @@ fn variable_with_the_name_of_a_setting_precedes_that_of_another_client() {
     let both = [("HTTP_CLIENT_TIMEOUT_HEAD", "7s"), ("HTTP_CLIENT_READ_TIMEOUT", "20s")];
     for env in [both, [both[1], both[0]]] {
         let config = search().env_from(env).finish().unwrap();
-        assert_eq!((config.timeout.head, config.timeout.idle), (Some(secs(7)), Some(secs(20))));
+        assert_eq!((config.timeout.head, config.timeout.response_idle), (Some(secs(7)), Some(secs(20))));
     }
     let own = ("SEARCH_HTTP_CLIENT_READ_TIMEOUT", "9s");
     let config = search().env_from([own, both[0]]).finish().unwrap();

@@ -6,7 +6,7 @@ use std::{
 
 use buttress::{
     BoxError,
-    config::{ClientConfig, ConfigErrors, Preset, ServerConfig},
+    config::{ClientConfig, ConfigErrors, ConfigPreset, ServerConfig},
     stack::ClientStack,
 };
 use http::{Request, Response};
@@ -303,7 +303,7 @@ proptest! {
 #[test]
 fn numbers_that_only_a_program_can_set_are_refused_too() {
     for bad in [f64::NAN, f64::INFINITY, -1.0, 1e308] {
-        let mut config = ClientConfig::preset(Preset::Internal);
+        let mut config = ClientConfig::preset(ConfigPreset::Internal);
         config.retry.budget_ratio = bad;
         config.breaker.failure_ratio = Some(bad);
         let told = config.check().unwrap_err();

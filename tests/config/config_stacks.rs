@@ -10,11 +10,11 @@ use std::{
 use axum::{Router, body::Body, routing::get};
 use buttress::{
     BoxError, Deadline, DeadlineSource, Rejected,
-    breaker::State,
-    config::{ClientConfig, Preset, ServerConfig},
+    breaker::CircuitState,
+    config::{ClientConfig, ConfigPreset, ServerConfig},
     outcome::RejectedKind,
-    stack::{ClientStack, HealthStatus},
-    timeout::Phase,
+    stack::{ClientStack, UpstreamHealth},
+    timeout::TimeoutPhase,
 };
 use http::{Request, Response};
 use http_body_util::{BodyExt, Empty, Full};
@@ -62,7 +62,7 @@ where
 /// A client of short calls with one long call: its deadline is neither the default nor bounded by the maximum.
 #[tokio::test(start_paused = true)]
 async fn deadline_of_the_application_replaces_the_default_and_the_maximum_of_a_client_stack() {
-    for preset in [Preset::Internal, Preset::Slow] {
+    for preset in [ConfigPreset::Internal, ConfigPreset::Slow] {
         let toml = "deadline_default = '10s'\ndeadline_at_most = '20s'\ntimeout_head = 'off'\n\
                     deadline_header = 'x-request-timeout-ms'\nlimit_queue_wait = '1s'\nconnect_queue_wait = '1s'";
         let config = ClientConfig::load("search").preset(preset).toml(toml).finish().unwrap();
@@ -88,7 +88,7 @@ async fn deadline_of_the_application_replaces_the_default_and_the_maximum_of_a_c
             let kind = Rejected::find(&*error).map(Rejected::kind);
             assert_eq!(
                 kind,
-                Some(RejectedKind::TimedOut(Phase::Deadline)),
+                Some(RejectedKind::TimedOut(TimeoutPhase::Deadline)),
                 "{preset} {deadline:?}"
             );
             assert_eq!(started.elapsed(), secs(after), "{preset} {deadline:?}");
@@ -111,7 +111,7 @@ async fn default_deadline_of_a_client_stack_with_a_header_is_a_failure() {
     }
     let seen = stack.handle().snapshot();
     assert_eq!((seen.failures, seen.cancelled, seen.timeouts), (5, 0, 5));
-    assert_eq!(seen.breaker, Some(State::Open));
+    assert_eq!(seen.breaker, Some(CircuitState::Open));
 }
 
 #[tokio::test(start_paused = true)]
@@ -130,7 +130,7 @@ async fn response_total_is_a_setting_that_is_explained_and_can_change_while_the_
         let started = Instant::now();
         let error = client.clone().oneshot(request()).await.map(drop).unwrap_err();
         let kind = Rejected::find(&*error).map(Rejected::kind);
-        assert_eq!(kind, Some(RejectedKind::TimedOut(Phase::ResponseTotal)));
+        assert_eq!(kind, Some(RejectedKind::TimedOut(TimeoutPhase::ResponseTotal)));
         assert_eq!(started.elapsed(), secs(after));
     }
     assert_eq!((stack.handle().snapshot().timeouts, stack.handle().snapshot().failures), (2, 2));
@@ -174,7 +174,10 @@ async fn a_client_stack_counts_what_comes_of_its_calls() {
     );
     let seen = handle.snapshot();
     assert_eq!((seen.timeouts, seen.failures, seen.retries), (3, 1, 3));
-    assert_eq!((seen.breaker, seen.breaker_opened, seen.healthy), (Some(State::Open), 1, false));
+    assert_eq!(
+        (seen.breaker, seen.breaker_opened, seen.healthy),
+        (Some(CircuitState::Open), 1, false)
+    );
     let error = client.clone().oneshot(request()).await.map(drop).unwrap_err();
     assert_eq!(Rejected::find(&*error).unwrap().name(), Some("search"));
     assert_eq!((handle.snapshot().refused, handle.snapshot().total), (1, 4));
@@ -186,13 +189,16 @@ async fn a_client_stack_counts_what_comes_of_its_calls() {
 
     // The check reports the open circuit, whatever the response. It succeeds after the open time.
     let check = handle.check_health(async { Ok::<_, BoxError>(Response::new(())) }).await;
-    assert_eq!(check.status, HealthStatus::Unhealthy);
+    assert_eq!(check.status, UpstreamHealth::Unhealthy);
     sleep(secs(5)).await;
     let check = handle.check_health(client.clone().oneshot(request())).await;
-    assert_eq!((check.status, handle.snapshot().last_check), (HealthStatus::Healthy, Some(check)));
+    assert_eq!(
+        (check.status, handle.snapshot().last_check),
+        (UpstreamHealth::Healthy, Some(check))
+    );
     script.lock().unwrap().push_back((404, secs(2)));
     let check = handle.check_health(client.clone().oneshot(request())).await;
-    assert_eq!((check.status, check.took), (HealthStatus::Unhealthy, secs(2)));
+    assert_eq!((check.status, check.took), (UpstreamHealth::Unhealthy, secs(2)));
 
     // A call that its caller cancels.
     script.lock().unwrap().push_back((200, secs(60)));
@@ -306,7 +312,7 @@ async fn a_deadline_is_kept_in_whatever_phase_a_call_is() {
                 (Rejected::find(&*end.unwrap_err()).unwrap().kind(), start.elapsed())
             }
         };
-        let under_way = RejectedKind::TimedOut(Phase::Deadline);
+        let under_way = RejectedKind::TimedOut(TimeoutPhase::Deadline);
         assert_eq!(
             call("/hangs", secs(9)).await,
             (under_way, secs(9)),
@@ -436,9 +442,9 @@ async fn a_stack_with_everything_off_lets_everything_through() {
         "limit_max",
         "timeout_head",
         "timeout_first_frame",
-        "timeout_idle",
-        "timeout_sending",
-        "timeout_taking",
+        "timeout_response_idle",
+        "timeout_request_idle",
+        "timeout_request_stall",
     ]
     .map(|key| format!("{key} = 'off'\n"))
     .concat();
@@ -451,7 +457,7 @@ async fn a_stack_with_everything_off_lets_everything_through() {
         assert_eq!(client.clone().oneshot(request()).await.unwrap().status(), status);
     }
     assert!(stack.handle().snapshot().healthy);
-    assert_eq!(stack.handle().breaker().state(), State::ForcedClosed);
+    assert_eq!(stack.handle().breaker().state(), CircuitState::ForcedClosed);
 }
 
 #[cfg(feature = "axum")]

@@ -10,10 +10,10 @@ use std::{
 use axum::{Router, body::Body, routing::get};
 use buttress::{
     BoxError, Rejected,
-    config::{ClientConfig, Preset, ServerConfig},
+    config::{ClientConfig, ConfigPreset, ServerConfig},
     outcome::RejectedKind,
     stack::{ClientHandle, ClientStack, ServerHandle},
-    timeout::Phase,
+    timeout::TimeoutPhase,
 };
 use bytes::Bytes;
 use futures_util::stream;
@@ -147,7 +147,7 @@ impl Both {
 }
 
 fn all() -> impl Iterator<Item = Both> {
-    let presets = [None, Some(Preset::Slow), Some(Preset::Llm)];
+    let presets = [None, Some(ConfigPreset::Slow), Some(ConfigPreset::Llm)];
     let both = presets.into_iter().flat_map(|preset| [(preset, false), (preset, true)]);
     both.map(|(preset, http2)| {
         let mut client = preset.map_or_else(ClientConfig::default, ClientConfig::preset);
@@ -183,9 +183,9 @@ async fn a_reader_that_takes_an_hour_for_a_frame_is_not_punished_by_whole_stacks
 #[tokio::test(start_paused = true)]
 async fn a_stream_that_falls_silent_is_a_failure_after_the_idle_time_of_whole_stacks() {
     for both in all() {
-        let idle = both.client.timeout.idle.unwrap();
+        let idle = both.client.timeout.response_idle.unwrap();
         let ((frames, took, why), client, server) = both.read("/silent", Duration::ZERO).await;
-        assert_eq!((frames, why), (15, Some(RejectedKind::TimedOut(Phase::Idle))));
+        assert_eq!((frames, why), (15, Some(RejectedKind::TimedOut(TimeoutPhase::Idle))));
         assert_eq!(took.as_secs(), 300 + idle.as_secs());
         let seen = client.snapshot();
         assert_eq!((seen.successes, seen.failures, seen.timeouts, seen.in_flight), (0, 1, 1, 0));
@@ -195,8 +195,10 @@ async fn a_stream_that_falls_silent_is_a_failure_after_the_idle_time_of_whole_st
 
 #[tokio::test(start_paused = true)]
 async fn a_stream_through_the_preset_of_services_near_by_is_cut_at_its_deadline() {
-    let both =
-        Both { client: ClientConfig::preset(Preset::Internal), server: ServerConfig::default() };
+    let both = Both {
+        client: ClientConfig::preset(ConfigPreset::Internal),
+        server: ServerConfig::default(),
+    };
     let ((frames, took, why), ..) = both.read("/ends", Duration::ZERO).await;
     assert_eq!(
         (frames, took.as_secs()),

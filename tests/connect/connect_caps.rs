@@ -171,7 +171,7 @@ async fn caps_are_resized_while_they_are_reached() {
     for held in held {
         held.await.unwrap().unwrap().into_body().collect().await.unwrap();
     }
-    handle.renew();
+    handle.recycle();
     settle().await;
     assert_eq!(handle.snapshot().open, 0);
     join_all((0..9).map(|_| ask(&client, "http://a/"))).await;

@@ -80,7 +80,7 @@ fn auto_traits() {
     all(&layer);
     all(&layer.handle());
     all(&layer.layer(HttpConnector::new()));
-    all(&layer.clone().dials());
+    all(&layer.clone().untracked());
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let _inside = runtime.enter();
     let client = Client::builder(layer.clone()).build_http::<Empty<Bytes>>();
@@ -181,7 +181,7 @@ async fn renewed_all_the_time(client: Client<TcpConnector, Empty<Bytes>>) {
     let handle = client.connections();
     let renewing = tokio::spawn(async move {
         loop {
-            handle.renew();
+            handle.recycle();
             tokio::task::yield_now().await;
         }
     });
@@ -256,7 +256,7 @@ async fn tonic_channels_over_the_layer_share_its_cap() {
 async fn reqwest_connects_under_the_layer_timed_and_counted() {
     let (addr, open) = serve(hello()).await;
     let layer = ConnectLayer::new().connect_timeout(Duration::from_secs(5));
-    let client = reqwest::Client::builder().no_proxy().connector_layer(layer.clone().dials());
+    let client = reqwest::Client::builder().no_proxy().connector_layer(layer.clone().untracked());
     let client = client.build().unwrap();
     for _ in 0..20 {
         let response = soon(client.get(format!("http://{addr}/")).send()).await.unwrap();
@@ -273,7 +273,7 @@ async fn reqwest_connects_under_the_layer_timed_and_counted() {
     assert_eq!(layer.handle().snapshot().failed, 1);
 
     let layer = ConnectLayer::new().connect_timeout(Duration::ZERO);
-    let client = reqwest::Client::builder().no_proxy().connector_layer(layer.dials());
+    let client = reqwest::Client::builder().no_proxy().connector_layer(layer.untracked());
     let error = client.build().unwrap().get(format!("http://{addr}/")).send().await.unwrap_err();
     let error: BoxError = error.into();
     assert_eq!(refusal(&error).kind(), RejectedKind::Misconfigured);

@@ -156,7 +156,7 @@ async fn renewed_connections_end_their_calls_first() {
         ask(&client, "http://idle/").await.unwrap();
         let slow = tokio::spawn(client.request(request("http://a/slow")));
         settle().await;
-        handle.renew();
+        handle.recycle();
         settle().await;
         assert_eq!(handle.snapshot().open, 1);
         pipes.stage.open();
@@ -175,7 +175,7 @@ async fn a_connection_renewed_before_its_first_call_serves_it() {
     pipes.let_in(1);
     while handle.snapshot().open == 0 {
         tokio::task::yield_now().await;
-        handle.renew();
+        handle.recycle();
     }
     first.await.unwrap().unwrap().into_body().collect().await.unwrap();
     settle().await;

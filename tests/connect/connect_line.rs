@@ -162,7 +162,7 @@ async fn who_goes_while_connecting_takes_nobody_along() {
             }
             assert_eq!(layer.handle().snapshot().open, 1);
             // The second round begins after this connection has been closed.
-            layer.handle().renew();
+            layer.handle().recycle();
             settle().await;
             assert_eq!(layer.handle().snapshot().created, 1 + u64::from(goes_again));
         }

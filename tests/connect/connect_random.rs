@@ -97,7 +97,7 @@ async fn shake(handle: ConnectHandle, mut random: Rng, (per_host, total): (usize
     loop {
         sleep(Duration::from_millis(random.u64(..100))).await;
         match random.u8(..3) {
-            0 => handle.renew(),
+            0 => handle.recycle(),
             1 => handle.set_max_per_host(random.usize(1..=per_host)).unwrap(),
             _ => handle.set_max_total(random.usize(1..=total)).unwrap(),
         }

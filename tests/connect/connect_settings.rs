@@ -398,7 +398,7 @@ async fn calls_use_a_new_connection_and_not_the_old_one_that_is_renewed() {
     });
     sleep(3 * SECOND).await;
     assert_eq!(wires.count(), 1);
-    handle.renew();
+    handle.recycle();
     sleep(10 * SECOND).await;
     assert!(!load.is_finished());
     let seen = handle.snapshot();
@@ -413,7 +413,7 @@ async fn connection_that_was_left_takes_no_permits_when_there_is_no_room() {
     let held = client.request(request("http://a/stream")).await.unwrap();
     let in_flight = tokio::spawn(client.request(request("http://a/second")));
     pause().await;
-    handle.renew();
+    handle.recycle();
     in_flight.await.unwrap().unwrap();
     let start = Instant::now();
     for nth in 0..3 {
@@ -470,7 +470,7 @@ async fn call_does_not_wait_unnamed_in_a_connection_that_is_over() {
     for _ in 0..64 {
         held.push(client.request(request("http://a/stream")).await.unwrap());
     }
-    handle.renew();
+    handle.recycle();
     pause().await;
     let call = tokio::spawn(client.request(request("http://a/")));
     sleep(SECOND).await;
@@ -486,7 +486,7 @@ async fn calls_prefer_a_connection_that_is_not_over() {
     let layer = ConnectLayer::new().max_per_host(2);
     let (client, handle) = (wires.client(&layer), layer.handle());
     let held = client.request(request("http://a/stream")).await.unwrap();
-    handle.renew();
+    handle.recycle();
     pause().await;
     ask(&client, "http://a/").await.unwrap();
     assert_eq!(wires.count(), 2);
@@ -571,7 +571,7 @@ async fn no_call_is_stuck_and_no_stream_is_lost_when_anything_happens() {
             match random.u8(..8) {
                 0 => nth.cut.notify_one(),
                 1 => nth.goaway.notify_one(),
-                2 => handle.renew(),
+                2 => handle.recycle(),
                 3 => *wires.fails.lock().unwrap() = random.bool(),
                 _ => drop(nth.frames.send(settings(random.u32(1..4)))),
             }
@@ -595,7 +595,7 @@ async fn no_call_is_stuck_and_no_stream_is_lost_when_anything_happens() {
 /// A call that is to open the first connection of its host, and waits for a place among all.
 #[tokio::test(start_paused = true)]
 async fn wait_for_the_place_of_a_first_connection_does_not_open_a_circuit() {
-    use buttress::{CircuitBreakerLayer, Trip, breaker::State};
+    use buttress::{CircuitBreakerLayer, Trip, breaker::CircuitState};
     use tower::{ServiceBuilder, ServiceExt};
     let wires = Wires::new(1);
     let layer = ConnectLayer::new().max_total(1).queue(100, 60 * SECOND);
@@ -607,7 +607,7 @@ async fn wait_for_the_place_of_a_first_connection_does_not_open_a_circuit() {
     let call = client.clone().oneshot(request("http://a/"));
     tokio::time::timeout(3 * SECOND, call).await.unwrap_err();
     assert_eq!(layer.handle().snapshot().waiting, 0);
-    assert_eq!(circuit.state(), State::Closed);
+    assert_eq!(circuit.state(), CircuitState::Closed);
 }
 
 // ===== Several clients of one layer =====
@@ -730,7 +730,7 @@ async fn calls_to_a_host_that_does_not_respond_fail_after_two_connect_timeouts()
 /// A call that waits for the connect of another call counts against the upstream if its timeout is over.
 #[tokio::test(start_paused = true)]
 async fn connect_that_hangs_opens_a_circuit_for_every_call() {
-    use buttress::{CircuitBreakerLayer, TimeoutLayer, Trip, breaker::State};
+    use buttress::{CircuitBreakerLayer, TimeoutLayer, Trip, breaker::CircuitState};
     use tower::{ServiceBuilder, ServiceExt};
     let mut wires = Wires::new(1);
     (wires.alpn, wires.dawdles) = (true, 60 * SECOND);
@@ -745,7 +745,7 @@ async fn connect_that_hangs_opens_a_circuit_for_every_call() {
     for call in calls {
         assert!(call.await.unwrap().is_err());
     }
-    assert_eq!(circuit.state(), State::Open);
+    assert_eq!(circuit.state(), CircuitState::Open);
 }
 
 #[tokio::test(start_paused = true)]
@@ -817,7 +817,7 @@ async fn failed_additional_connection_does_not_fail_a_call_that_a_stream_could_s
 /// The request is sent unchanged, and a connect that failed is not repeated by the same call.
 #[tokio::test(start_paused = true)]
 async fn call_whose_additional_connection_failed_keeps_its_request() {
-    use buttress::{CircuitBreakerLayer, Trip, breaker::State};
+    use buttress::{CircuitBreakerLayer, Trip, breaker::CircuitState};
     use http_body_util::Full;
     use tower::{ServiceBuilder, ServiceExt};
     let wires = Wires::new(1);
@@ -851,5 +851,5 @@ async fn call_whose_additional_connection_failed_keeps_its_request() {
             assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), body);
         }
     }
-    assert_eq!(circuit.state(), State::Closed);
+    assert_eq!(circuit.state(), CircuitState::Closed);
 }

@@ -6,7 +6,7 @@ use std::{net::SocketAddr, time::Duration};
 use axum::{Router, routing::get};
 use buttress::{
     CircuitBreakerLayer, Trip,
-    breaker::State,
+    breaker::CircuitState,
     connect::{Client, ConnectLayer},
     outcome::RejectedKind,
 };
@@ -261,7 +261,7 @@ async fn wait_for_a_stream_does_not_open_a_circuit() {
             Err(error) => assert_eq!(refusal(&error).kind(), RejectedKind::Saturated),
         }
     }
-    assert_eq!((answered, circuit.state()), (8, State::Closed));
+    assert_eq!((answered, circuit.state()), (8, CircuitState::Closed));
     assert!(handle.snapshot().waits_for_stream >= 12, "{:?}", handle.snapshot());
 
     // Under load each call is served or rejected by the queue, over no more connections than the cap.

@@ -12,7 +12,7 @@ mod net;
 mod peer;
 mod stacks;
 
-use buttress::breaker::State;
+use buttress::breaker::CircuitState;
 use causes::{CAUSES, Cause, Target};
 use futures_util::{StreamExt, stream};
 use stacks::{STACKS, Stack, Wire};
@@ -44,7 +44,7 @@ async fn check_closed(case: &str, stack: &Stack, cause: Cause) {
     }
     for circuit in &stack.circuits {
         let snapshot = circuit.snapshot();
-        assert_eq!((snapshot.state, snapshot.opened), (State::Closed, 0), "{case}");
+        assert_eq!((snapshot.state, snapshot.opened), (CircuitState::Closed, 0), "{case}");
         assert_eq!(snapshot.seen.consecutive_failures, 0, "{case}");
     }
     assert_eq!(stack.limits(), limits, "{case}: the limit");
@@ -60,7 +60,7 @@ async fn check_half_open(case: &str, stack: &Stack, cause: Cause) {
     fire(case, stack, cause, half_open).await;
     for circuit in &stack.circuits {
         let snapshot = circuit.snapshot();
-        assert_ne!(snapshot.state, State::Open, "{case}: a probe");
+        assert_ne!(snapshot.state, CircuitState::Open, "{case}: a probe");
         assert_eq!((snapshot.opened, snapshot.probes), (0, 0), "{case}: a probe");
     }
     // The next caller can probe at once.
@@ -69,7 +69,7 @@ async fn check_half_open(case: &str, stack: &Stack, cause: Cause) {
     assert!(causes::is_ok(&result), "{case}: the next caller got {result:?}");
     drop(result);
     for circuit in &stack.circuits {
-        assert_eq!(circuit.state(), State::Closed, "{case}: after the next call");
+        assert_eq!(circuit.state(), CircuitState::Closed, "{case}: after the next call");
     }
 }
 

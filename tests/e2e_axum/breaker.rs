@@ -33,7 +33,7 @@ async fn a_handler_that_always_answers_500_opens_the_breaker() {
         }
         assert_eq!(statuses, [500, 500, 500, 503, 503]);
         assert_eq!(hits.load(Ordering::SeqCst), 3);
-        assert_eq!((state.state(), state.snapshot().refused), (State::Open, 2));
+        assert_eq!((state.state(), state.snapshot().refused), (CircuitState::Open, 2));
     }
 }
 
@@ -53,12 +53,12 @@ async fn a_handler_that_recovers_closes_the_breaker() {
     let state = breaker.handle();
     let addr = serve(Router::new().route("/", handler).layer(breaker)).await;
     answers(&mut send_all(addr, ["/"]), 1).await;
-    assert_eq!(state.state(), State::Open);
+    assert_eq!(state.state(), CircuitState::Open);
     well.store(1, Ordering::SeqCst);
-    assert_eq!(soon(state.changed()).await, State::HalfOpen);
+    assert_eq!(soon(state.changed()).await, CircuitState::HalfOpen);
     let answer = answers(&mut send_all(addr, ["/"]), 1).await.remove(0);
     assert_eq!(answer.status, StatusCode::OK);
-    until(|| state.state() == State::Closed).await;
+    until(|| state.state() == CircuitState::Closed).await;
     assert_eq!(state.snapshot().probes, 0);
 }
 
@@ -77,10 +77,10 @@ async fn half_open() -> (std::net::SocketAddr, Stage, CircuitBreakerHandle) {
     let state = breaker.handle();
     let addr = serve(Router::new().route("/", handler).layer(breaker.respond())).await;
     answers(&mut send_all(addr, ["/"]), 1).await;
-    while state.state() == State::Open {
+    while state.state() == CircuitState::Open {
         soon(state.changed()).await;
     }
-    assert_eq!(state.state(), State::HalfOpen);
+    assert_eq!(state.state(), CircuitState::HalfOpen);
     (addr, stage, state)
 }
 
@@ -95,7 +95,7 @@ async fn half_open_lets_one_probe_through_of_twenty_callers() {
     assert_eq!((stage.inside.now(), stage.inside.total(), state.snapshot().probes), (1, 1, 1));
     stage.open();
     assert_eq!(answers(&mut calls, 1).await[0].status, StatusCode::OK);
-    until(|| state.state() == State::Closed).await;
+    until(|| state.state() == CircuitState::Closed).await;
     assert_eq!(state.snapshot().probes, 0);
 }
 
@@ -108,11 +108,11 @@ async fn a_probe_whose_client_goes_away_does_not_shut_the_gate_for_ever() {
         assert_eq!(state.snapshot().probes, 1);
         probe.abort_all();
         until(|| stage.inside.now() == 0 && state.snapshot().probes == 0).await;
-        assert_eq!(state.state(), State::HalfOpen);
+        assert_eq!(state.state(), CircuitState::HalfOpen);
     }
     stage.open();
     assert_eq!(answers(&mut send_all(addr, ["/"]), 1).await[0].status, StatusCode::OK);
-    until(|| state.state() == State::Closed).await;
+    until(|| state.state() == CircuitState::Closed).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -152,6 +152,6 @@ async fn a_panic_counts_as_failure_whether_or_not_a_layer_catches_it() {
                 caught.then_some(500)
             );
         }
-        until(|| state.state() == State::Open).await;
+        until(|| state.state() == CircuitState::Open).await;
     }
 }

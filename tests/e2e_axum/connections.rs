@@ -53,7 +53,7 @@ async fn beyond_the_limit_a_connection_is_told_and_closed() {
     let told = ask(&mut third).await;
     assert!(told.starts_with("HTTP/1.1 503") && told.contains("retry-after: 1\r\n"), "{told}");
     assert_eq!(soon(third.read(&mut [0])).await.unwrap(), 0, "not closed");
-    assert_eq!((connections.snapshot().refused_full, connections.in_flight()), (1, 2));
+    assert_eq!((connections.snapshot().rejected_full, connections.in_flight()), (1, 2));
     // The end of a connection releases its slot for the next one.
     drop(first);
     until(|| connections.in_flight() == 1).await;
@@ -79,7 +79,7 @@ async fn beyond_the_limit_an_http2_connection_hears_of_a_going_away() {
     let error = soon(client.request(net::get(addr, "/"))).await.unwrap_err();
     let reason = Outcome::of_error(&error).reason();
     assert!(matches!(reason, Reason::GoAway | Reason::NeverSent), "{reason:?}: {error:?}");
-    assert_eq!(connections.snapshot().refused_full, 1);
+    assert_eq!(connections.snapshot().rejected_full, 1);
 }
 
 #[tokio::test]
@@ -97,7 +97,7 @@ async fn a_limit_that_waits_leaves_what_comes_in_the_backlog() {
     assert!(ask(&mut first).await.starts_with("HTTP/1.1 200"), "the open connection was closed");
     drop(first);
     assert!(soon(asks).await.unwrap().starts_with("HTTP/1.1 200"));
-    assert_eq!(connections.snapshot().refused_full, 0);
+    assert_eq!(connections.snapshot().rejected_full, 0);
 }
 
 /// A pending `accept` is not a connection: with one connection less than the limit the listener is not full.
@@ -129,7 +129,7 @@ async fn connections_that_say_nothing_beyond_the_limit_are_closed_soon() {
         // The client observes the close as the end of the stream or as a reset.
         assert!(matches!(soon(tcp.read(&mut [0])).await, Ok(0) | Err(_)));
     }
-    assert_eq!(connections.snapshot().refused_full, 300);
+    assert_eq!(connections.snapshot().rejected_full, 300);
     assert!(ask(&mut first).await.starts_with("HTTP/1.1 200"));
 }
 

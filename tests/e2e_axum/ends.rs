@@ -77,11 +77,11 @@ async fn a_handler_whose_body_breaks_off_frees_its_place_and_counts_as_failure()
     let addr = serve(routes(&stage).layer(stack)).await;
     let response = soon(client().request(net::get(addr, "/cut"))).await.unwrap();
     assert_eq!(response.status(), StatusCode::OK);
-    assert_eq!((handle.in_flight(), state.state()), (1, State::Closed));
+    assert_eq!((handle.in_flight(), state.state()), (1, CircuitState::Closed));
     stage.open();
     soon(response.into_body().collect()).await.unwrap_err();
     all_free(&stage, &handle).await;
-    assert_eq!(state.state(), State::Open);
+    assert_eq!(state.state(), CircuitState::Open);
 }
 
 // ===== Many calls, on several threads =====
@@ -125,5 +125,5 @@ async fn with_clients_that_come_and_go_on_many_threads_nothing_is_lost() {
     assert!(stage.inside.peak() <= 3, "{}", stage.inside.peak());
     assert!(stage.inside.total() >= 3, "only {} calls were served", stage.inside.total());
     // Neither a rejection nor a disconnect is a failure.
-    assert_eq!((circuit.state(), circuit.snapshot().probes), (State::Closed, 0));
+    assert_eq!((circuit.state(), circuit.snapshot().probes), (CircuitState::Closed, 0));
 }

@@ -129,7 +129,7 @@ async fn shedding_refuses_eighteen_and_says_when_to_come_back() {
         assert_eq!((answer.status, &answer.body[..]), (StatusCode::OK, &b"hello"[..]));
     }
     all_free(&stage, &handle).await;
-    assert_eq!(handle.snapshot().refused_full, 18);
+    assert_eq!(handle.snapshot().rejected_full, 18);
     assert_eq!(stage.inside.peak(), 2);
 }
 

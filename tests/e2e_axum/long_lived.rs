@@ -6,7 +6,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::any,
 };
-use buttress::limit::{Held, HeldPlace};
+use buttress::limit::{CallPermit, OwnedPermit};
 use futures_util::{SinkExt, StreamExt};
 use tokio::net::TcpStream;
 use tokio_tungstenite::{
@@ -18,7 +18,7 @@ use super::*;
 
 type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
-async fn echo(mut socket: WebSocket, inside: net::Inside, _place: Option<HeldPlace>) {
+async fn echo(mut socket: WebSocket, inside: net::Inside, _place: Option<OwnedPermit>) {
     while let Some(Ok(message)) = socket.recv().await {
         if socket.send(message).await.is_err() {
             break;
@@ -33,7 +33,7 @@ async fn sockets() -> (std::net::SocketAddr, Stage, ConcurrencyLimitHandle) {
     let limit = ConcurrencyLimitLayer::new(2);
     let places = limit.handle();
     let (inside, by_hand) = (stage.inside.clone(), (stage.inside.clone(), places.clone()));
-    let socket = move |upgrade: WebSocketUpgrade, Extension(held): Extension<Held>| {
+    let socket = move |upgrade: WebSocketUpgrade, Extension(held): Extension<CallPermit>| {
         let (place, inside) = (held.take(), inside.enter());
         async move { upgrade.on_upgrade(move |socket| echo(socket, inside, place)) }
     };
@@ -93,7 +93,7 @@ async fn a_full_limit_refuses_a_socket_before_its_upgrade_or_closes_it_after() {
     let mut closed = dial(addr, "polite").await.unwrap();
     let Some(Ok(Said::Close(Some(frame)))) = soon(closed.next()).await else { panic!("open") };
     assert_eq!((u16::from(frame.code), frame.reason.as_str()), (1013, "limit_reached"));
-    assert_eq!((places.snapshot().refused_full, stage.inside.total()), (2, 2));
+    assert_eq!((places.snapshot().rejected_full, stage.inside.total()), (2, 2));
     // The limit is full for streams as well.
     let answer = answers(&mut send_all(addr, ["/stream"]), 1).await.remove(0);
     assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);

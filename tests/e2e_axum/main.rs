@@ -30,7 +30,7 @@ use axum::{
 };
 use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Rejected, Trip,
-    breaker::{CircuitBreakerHandle, State},
+    breaker::{CircuitBreakerHandle, CircuitState},
     limit::ConcurrencyLimitHandle,
     respond::Respond,
 };
@@ -73,7 +73,7 @@ async fn two_of_twenty(
     }
     assert_eq!((stage.inside.peak(), stage.inside.total()), (2, CALLERS));
     all_free(&stage, &limit).await;
-    assert_eq!(limit.snapshot().refused_full + limit.snapshot().refused_waited, 0);
+    assert_eq!(limit.snapshot().rejected_full + limit.snapshot().rejected_waited, 0);
 }
 
 /// Waits until all permits are released: the client has received the last byte before the server drops the body.

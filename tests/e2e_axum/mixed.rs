@@ -19,7 +19,7 @@ async fn mixed_with_tower_http_in_one_stack_the_limit_still_holds() {
         ));
     let addr = serve(routes(&stage).layer(stack)).await;
     two_of_twenty(addr, stage, handle, &["/a", "/stream"]).await;
-    assert_eq!(state.state(), State::Closed);
+    assert_eq!(state.state(), CircuitState::Closed);
 }
 
 #[tokio::test]

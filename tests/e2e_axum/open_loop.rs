@@ -109,7 +109,7 @@ async fn under_open_loop_load_never_more_than_the_limit_is_in_flight() {
     assert!(shed > 0 && told.statuses[&200] > 0, "{told:?}");
     until(|| inside.now() == 0 && handle.in_flight() == 0).await;
     // Some of the calls that their callers cancelled may have been rejected, too.
-    let refused = handle.snapshot().refused_full as usize;
+    let refused = handle.snapshot().rejected_full as usize;
     assert!((shed..=shed + told.gone).contains(&refused), "{refused}: {told:?}");
 }
 

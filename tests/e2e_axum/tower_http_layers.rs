@@ -96,7 +96,7 @@ async fn rejection_inside_of_cors_is_readable_by_scripts_and_preflights_need_no_
     assert_eq!(allowed.status, StatusCode::OK);
     assert!(allows_origin(&allowed.headers));
     assert_eq!(allowed.headers["access-control-allow-methods"], "PUT");
-    assert_eq!(handle.snapshot().refused_full, 1, "the preflight was rejected");
+    assert_eq!(handle.snapshot().rejected_full, 1, "the preflight was rejected");
 }
 
 /// Accepts requests with a token.
@@ -135,7 +135,7 @@ async fn callers_without_credentials_acquire_permits_unless_authorization_is_out
         fill(at, &stage, &[("authorization", "Bearer it")]).await;
         let expected = if auth_is_outside { 401 } else { 503 };
         assert_eq!(cross_origin(at).await.status, expected);
-        assert_eq!(handle.snapshot().refused_full, u64::from(!auth_is_outside));
+        assert_eq!(handle.snapshot().rejected_full, u64::from(!auth_is_outside));
         // A preflight has no credentials (Fetch standard, "CORS-preflight request").
         assert_eq!(preflight(at).await.status, 200);
     }

@@ -2,7 +2,7 @@
 
 use std::{io::Write, time::Duration};
 
-use buttress::lifecycle::Phase;
+use buttress::lifecycle::LifecyclePhase;
 use tokio::net::TcpStream;
 
 use crate::{connections::Client, net::soon, server::Server};
@@ -19,7 +19,7 @@ async fn connection_in_the_backlog_is_served() {
         queued.push(tcp);
     }
     lifecycle.drain();
-    assert_eq!(lifecycle.phase(), Phase::Stopping);
+    assert_eq!(lifecycle.phase(), LifecyclePhase::Stopping);
     for tcp in queued {
         let mut client = Client(TcpStream::from_std(tcp).unwrap());
         assert!(client.receive("quick").await.contains("connection: close"));

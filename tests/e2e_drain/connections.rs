@@ -115,7 +115,7 @@ async fn idle_http1_connection_stays_open_during_the_delay_and_the_grace() {
     }
     lifecycle.drain();
     idle.is_open_for(WHILE).await;
-    lifecycle.hurry();
+    lifecycle.skip_delay();
     idle.is_open_for(WHILE).await;
     // A request that was on its way.
     used.send(QUICK).await;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use buttress::lifecycle::Phase;
+use buttress::lifecycle::LifecyclePhase;
 use tokio::time::{Instant, sleep};
 
 use crate::{
@@ -29,11 +29,11 @@ async fn http2_client_receives_goaway_when_draining_begins_and_its_calls_are_ser
     // A stream above the last one is ignored.
     client.get("/quick").await.unwrap();
     client.silent_for(WHILE).await;
-    assert_eq!((lifecycle.phase(), stage.inside.now()), (Phase::Draining, 1));
+    assert_eq!((lifecycle.phase(), stage.inside.now()), (LifecyclePhase::Draining, 1));
     stage.open();
     client.response(work).await;
     assert_eq!(client.event().await, Event::Closed);
-    lifecycle.hurry();
+    lifecycle.skip_delay();
     let drained = soon(task).await.unwrap();
     assert_eq!((drained.cut_connections, drained.refused), (0, 0));
 }
@@ -50,7 +50,7 @@ async fn http2_connection_made_during_the_delay_receives_goaway_at_stopping() {
     }
     used.silent_for(WHILE).await;
     unused.silent_for(WHILE).await;
-    lifecycle.hurry();
+    lifecycle.skip_delay();
     for client in [&mut used, &mut unused] {
         assert_eq!(client.event().await, Event::GoAway(MAX_STREAM));
         assert_eq!(client.event().await, Event::Ping);
@@ -113,7 +113,7 @@ async fn http2_client_that_sends_pings_and_acknowledges_none_is_closed() {
 async fn http2_client_that_never_stops_sending_calls_is_cut_at_the_end() {
     let longest = 3 * GRACE;
     let Server { addr, lifecycle, task, .. } =
-        Server::of(lifecycle(Duration::ZERO).longest(longest)).await;
+        Server::of(lifecycle(Duration::ZERO).drain_timeout(longest)).await;
     let mut client = Client::connect(addr).await;
     client.get("/endless").await.unwrap();
     until(|| lifecycle.in_flight() == 1).await;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use axum::{Router, routing::get};
-use buttress::lifecycle::Phase;
+use buttress::lifecycle::LifecyclePhase;
 use tokio::time::{Instant, sleep};
 
 use crate::{
@@ -38,9 +38,9 @@ async fn third_signal_ends_the_grace() {
     client.send(QUICK).await;
     client.receive("quick").await;
     lifecycle.drain();
-    lifecycle.hurry();
+    lifecycle.skip_delay();
     client.is_open_for(WHILE).await;
-    lifecycle.hurry();
+    lifecycle.skip_delay();
     client.is_closed().await;
     let drained = soon(task).await.unwrap();
     assert_eq!((drained.cut_calls, drained.cut_connections), (0, 1));
@@ -49,7 +49,7 @@ async fn third_signal_ends_the_grace() {
 #[tokio::test]
 async fn grace_ends_with_the_drain_timeout() {
     let Server { addr, lifecycle, task, .. } =
-        Server::of(lifecycle(Duration::ZERO).grace(AGES).longest(GRACE)).await;
+        Server::of(lifecycle(Duration::ZERO).grace(AGES).drain_timeout(GRACE)).await;
     let mut client = Client::connect(addr).await;
     client.send(QUICK).await;
     client.receive("quick").await;
@@ -61,11 +61,11 @@ async fn grace_ends_with_the_drain_timeout() {
 /// The end of the grace is a step within *stopping*.
 #[tokio::test]
 async fn phase_does_not_change_at_the_end_of_the_grace() {
-    let lifecycle = lifecycle(Duration::ZERO).longest(2 * GRACE);
+    let lifecycle = lifecycle(Duration::ZERO).drain_timeout(2 * GRACE);
     lifecycle.drain();
     let began = Instant::now();
-    assert_eq!(lifecycle.phase(), Phase::Stopping);
-    assert_eq!(soon(lifecycle.changed()).await, Phase::Stopped);
+    assert_eq!(lifecycle.phase(), LifecyclePhase::Stopping);
+    assert_eq!(soon(lifecycle.changed()).await, LifecyclePhase::Stopped);
     assert!(began.elapsed() >= 2 * GRACE);
 }
 

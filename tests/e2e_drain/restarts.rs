@@ -73,7 +73,7 @@ fn app() -> Router {
 
 impl Running {
     async fn start(kind: Kind) -> Self {
-        let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap().delay(DELAY);
+        let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap().drain_delay(DELAY);
         let ((listener, addr), server) = (listener().await, lifecycle.clone());
         let service = HealthServer::new(Obedient::default());
         let task = match kind {

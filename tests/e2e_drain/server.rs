@@ -29,7 +29,7 @@ pub struct Server {
 
 pub fn lifecycle(delay: Duration) -> Lifecycle {
     let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
-    lifecycle.delay(delay).grace(GRACE).longest(AGES)
+    lifecycle.drain_delay(delay).grace(GRACE).drain_timeout(AGES)
 }
 
 impl Server {

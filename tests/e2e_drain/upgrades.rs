@@ -64,7 +64,7 @@ async fn upgrade_in_progress_completes_during_the_delay() {
     lifecycle.drain();
     stage.open();
     soon(client).await.unwrap();
-    lifecycle.hurry();
+    lifecycle.skip_delay();
     assert_eq!(soon(task).await.unwrap().cut_connections, 0);
 }
 
@@ -119,7 +119,7 @@ async fn connection_is_closed_after_a_rejected_upgrade() {
         stage.open();
         assert!(tcp.receive("hello").await.contains("connection: close"));
         tcp.is_closed().await;
-        lifecycle.hurry();
+        lifecycle.skip_delay();
         soon(task).await.unwrap();
     }
 }
@@ -138,7 +138,7 @@ async fn upgrade_in_progress_completes_during_the_delay_of_axum_serve() {
     lifecycle.drain();
     stage.open();
     soon(client).await.unwrap();
-    lifecycle.hurry();
+    lifecycle.skip_delay();
     assert_eq!(soon(task).await.unwrap().cut_calls, 0);
 }
 

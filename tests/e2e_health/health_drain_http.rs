@@ -13,7 +13,7 @@ use std::{
 use axum::{Extension, Router, body::Body, extract::ConnectInfo, routing::get};
 use buttress::{
     Health, Lifecycle,
-    lifecycle::{Drain, Drained, Phase},
+    lifecycle::{Drain, Drained, LifecyclePhase},
 };
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
@@ -77,7 +77,8 @@ struct Server {
 
 async fn server(delay: Duration, longest: Duration) -> Server {
     let health = Health::new();
-    let lifecycle = Lifecycle::without_signals(&health).unwrap().delay(delay).longest(longest);
+    let lifecycle =
+        Lifecycle::without_signals(&health).unwrap().drain_delay(delay).drain_timeout(longest);
     let (stage, streams, quick) =
         (Stage::default(), Gauge::default(), Arc::<AtomicUsize>::default());
     let (work, open, hits) = (stage.clone(), streams.clone(), quick.clone());
@@ -155,7 +156,7 @@ async fn nothing_is_lost(client: impl Fn() -> Get) {
 
     let began = Instant::now();
     lifecycle.drain();
-    until(|| lifecycle.phase() == Phase::Draining).await;
+    until(|| lifecycle.phase() == LifecyclePhase::Draining).await;
     assert!(!health.is_ready());
     assert_eq!(soon(ask(&client(), addr, "/readyz")).await.unwrap().0, 503);
     assert_eq!(soon(ask(&client(), addr, "/livez")).await.unwrap().0, 200);
@@ -179,14 +180,14 @@ async fn nothing_is_lost(client: impl Fn() -> Get) {
                     Ok((status, _)) => {
                         assert_eq!(status, 503);
                         assert!(
-                            lifecycle.phase() >= Phase::Stopping,
+                            lifecycle.phase() >= LifecyclePhase::Stopping,
                             "rejected before the delay was over"
                         );
                         return answered;
                     }
                     Err(error) => {
                         assert!(
-                            lifecycle.phase() >= Phase::Stopping,
+                            lifecycle.phase() >= LifecyclePhase::Stopping,
                             "lost before the delay was over: {error}"
                         );
                         return answered;
@@ -329,13 +330,13 @@ async fn a_drain_closes_connections_after_their_answer_whatever_that_says() {
         soon(tcp.read_to_string(&mut said)).await.unwrap();
         assert!(said.ends_with("here") && said.contains("close"), "{said}");
     }
-    lifecycle.hurry();
+    lifecycle.skip_delay();
     assert_eq!(soon(task).await.unwrap().cut_connections, 0);
 }
 
 #[tokio::test]
 async fn a_handler_that_panics_costs_its_own_connection_and_no_more() {
-    let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap().delay(Duration::ZERO);
+    let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap().drain_delay(Duration::ZERO);
     let app = Router::new()
         .route("/", get(async || "well"))
         .route("/panic", get(async || -> &str { panic!("on request") }));
@@ -354,7 +355,7 @@ async fn a_handler_that_panics_costs_its_own_connection_and_no_more() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_handler_that_blocks_its_thread_keeps_no_process() {
     let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
-    let lifecycle = lifecycle.delay(Duration::ZERO).longest(Duration::from_millis(100));
+    let lifecycle = lifecycle.drain_delay(Duration::ZERO).drain_timeout(Duration::from_millis(100));
     let (go, blocked) = std::sync::mpsc::channel::<()>();
     let blocked = Arc::new(std::sync::Mutex::new(blocked));
     let (blocks, mut blocking) = tokio::sync::mpsc::unbounded_channel();
@@ -389,7 +390,7 @@ async fn a_websocket_with_a_guard_says_its_goodbye() {
 
     let longest = Duration::from_secs(20);
     let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
-    let lifecycle = lifecycle.delay(Duration::ZERO).longest(longest);
+    let lifecycle = lifecycle.drain_delay(Duration::ZERO).drain_timeout(longest);
     let socket = async |upgrade: WebSocketUpgrade, Extension(drain): Extension<Drain>| {
         let guard = drain.guard();
         upgrade.on_upgrade(async move |mut socket| {
@@ -454,7 +455,7 @@ async fn websockets_may_come_over_http_2() {
 #[tokio::test]
 async fn layer_rejects_calls_under_a_server_without_graceful_shutdown() {
     let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
-    let lifecycle = lifecycle.delay(Duration::ZERO).grace(Duration::ZERO);
+    let lifecycle = lifecycle.drain_delay(Duration::ZERO).grace(Duration::ZERO);
     let app = Router::new().route("/", get(async || "well")).layer(lifecycle.layer());
     let addr = crate::net::serve(app).await;
     let client = http1();
@@ -476,7 +477,7 @@ async fn bare_hyper_drains_with_the_pieces() {
     };
     use tower::Layer;
 
-    let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap().delay(Duration::ZERO);
+    let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap().drain_delay(Duration::ZERO);
     let stage = Stage::default();
     let work = stage.clone();
     let app = Router::new().route("/work", get(move || work.clone().plain()));

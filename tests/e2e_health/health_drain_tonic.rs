@@ -4,7 +4,7 @@ use std::{net::SocketAddr, pin::Pin, time::Duration};
 
 use buttress::{
     Health, Lifecycle,
-    lifecycle::{Drain, Drained, Phase},
+    lifecycle::{Drain, Drained, LifecyclePhase},
 };
 use futures_util::{Stream, StreamExt, stream};
 use tokio::{
@@ -135,7 +135,7 @@ async fn nothing_is_lost(lifecycle: &Lifecycle, service: Slow, addr: SocketAddr,
 
     let began = Instant::now();
     lifecycle.drain();
-    until(|| lifecycle.phase() == Phase::Draining).await;
+    until(|| lifecycle.phase() == LifecyclePhase::Draining).await;
     // Calls are served, over a new connection and over one that may have received GOAWAY.
     soon(client(addr).check(asking("quick"))).await.unwrap();
     soon(check_again(clients[0].clone())).await;
@@ -145,7 +145,7 @@ async fn nothing_is_lost(lifecycle: &Lifecycle, service: Slow, addr: SocketAddr,
         load.spawn(async move {
             for _ in 0..100_000 {
                 if let Err(status) = client.check(asking("quick")).await {
-                    assert!(lifecycle.phase() >= Phase::Stopping, "lost: {status}");
+                    assert!(lifecycle.phase() >= LifecyclePhase::Stopping, "lost: {status}");
                     return;
                 }
             }
@@ -184,7 +184,9 @@ async fn nothing_is_lost(lifecycle: &Lifecycle, service: Slow, addr: SocketAddr,
 
 fn lifecycle(delay: u64, longest: u64) -> Lifecycle {
     let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
-    lifecycle.delay(Duration::from_millis(delay)).longest(Duration::from_millis(longest))
+    lifecycle
+        .drain_delay(Duration::from_millis(delay))
+        .drain_timeout(Duration::from_millis(longest))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

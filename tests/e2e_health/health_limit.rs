@@ -98,7 +98,7 @@ async fn health_checks_are_answered_while_watchers_and_hung_calls_fill_the_limit
     assert_eq!(rejected.headers()["grpc-status"], "14");
     let snapshot = handle.snapshot();
     assert_eq!((snapshot.in_flight, snapshot.exempt_in_flight, snapshot.exempt), (4, 5, 8));
-    assert_eq!(snapshot.refused_full, 1);
+    assert_eq!(snapshot.rejected_full, 1);
 
     stage.open();
     for call in calls {
@@ -163,7 +163,7 @@ async fn health_calls_take_permits_where_the_exemption_is_off_or_the_form_differ
             .unwrap();
         soon(client.request(request)).await.unwrap();
     }
-    assert_eq!(handle.snapshot().refused_full, 7, "all but the exempt check");
+    assert_eq!(handle.snapshot().rejected_full, 7, "all but the exempt check");
     stage.open();
     soon(call).await.unwrap().unwrap();
     tokio::time::timeout(Duration::from_secs(10), until(|| handle.in_flight() == 0)).await.unwrap();

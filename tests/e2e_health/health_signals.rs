@@ -30,7 +30,7 @@ fn is_child() -> bool {
 /// Waits for a line on the standard input, then serves. Prints each report on a line of its own.
 async fn serve(delay: Duration, longest: Duration) {
     let health = Health::new();
-    let lifecycle = Lifecycle::new(&health).unwrap().delay(delay).longest(longest);
+    let lifecycle = Lifecycle::new(&health).unwrap().drain_delay(delay).drain_timeout(longest);
     println!("\narmed");
     let told = tokio::task::spawn_blocking(|| std::io::stdin().read_line(&mut String::new()));
     told.await.unwrap().unwrap();

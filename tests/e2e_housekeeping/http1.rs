@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use buttress::{
     Attempts, CircuitBreakerLayer, Outcome, RetryBudget, RetryLayer,
-    breaker::State,
+    breaker::CircuitState,
     outcome::{OutcomeKind, Reason},
-    retry::Stop,
+    retry::GiveUpReason,
 };
 use bytes::Bytes;
 use futures_util::future::join_all;
@@ -42,7 +42,7 @@ async fn five_stale_connections_in_a_row_lose_no_request() {
             let case = format!("{kind:?} {end:?} {attempts:?}");
             assert_eq!((response.status().as_u16(), peer.ended()), (200, STALE), "{case}");
             assert_eq!((attempts.made, attempts.waited), (6, Duration::ZERO), "{case}");
-            assert_eq!(circuit.state(), State::Closed, "{case}");
+            assert_eq!(circuit.state(), CircuitState::Closed, "{case}");
             // No retry made a withdrawal from the budget: each of the six calls has deposited a tenth.
             assert!((0.599..0.601).contains(&budget.balance()), "{case}: {}", budget.balance());
         }
@@ -65,7 +65,7 @@ async fn a_stale_connection_loses_a_post_and_is_neutral() {
             let (attempts, outcome) =
                 (Attempts::find(&*error).unwrap(), Outcome::of_error(&*error));
             let case = format!("{kind:?} {end:?}: {error:?}");
-            assert_eq!((attempts.made, attempts.stop), (1, Stop::Unsafe), "{case}");
+            assert_eq!((attempts.made, attempts.stop), (1, GiveUpReason::Unsafe), "{case}");
             assert!(outcome.is_housekeeping(), "{case}");
             match kind {
                 Kind::Connect => assert_eq!(outcome.reason(), Reason::StaleConnection, "{case}"),
@@ -73,7 +73,7 @@ async fn a_stale_connection_loses_a_post_and_is_neutral() {
                     assert_eq!(outcome.reason(), Reason::Reset, "{case}");
                 }
             }
-            assert_eq!((circuit.state(), peer.ended()), (State::Closed, 1), "{case}");
+            assert_eq!((circuit.state(), peer.ended()), (CircuitState::Closed, 1), "{case}");
         }
     }
 }
@@ -104,11 +104,15 @@ async fn a_server_that_ends_every_connection_opens_the_circuit() {
                 let circuit = breaker.handle();
                 let client = breaker.layer(kind.http1());
                 for call in 1..=5 {
-                    assert_eq!(circuit.state(), State::Closed, "{kind:?} {end:?}: call {call}");
+                    assert_eq!(
+                        circuit.state(),
+                        CircuitState::Closed,
+                        "{kind:?} {end:?}: call {call}"
+                    );
                     let get = request(Method::GET, peer.addr);
                     soon(client.clone().oneshot(get)).await.unwrap_err();
                 }
-                assert_eq!(circuit.state(), State::Open, "{kind:?} {end:?}");
+                assert_eq!(circuit.state(), CircuitState::Open, "{kind:?} {end:?}");
             }
         }
     }
@@ -150,7 +154,7 @@ async fn a_stale_connection_is_neutral_for_a_circuit_without_a_response() {
             let circuit = breaker.handle();
             let get = request(Method::GET, peer.addr);
             let error = soon(breaker.layer(client.clone()).oneshot(get)).await.unwrap_err();
-            assert_eq!(circuit.state(), State::Closed, "{end:?}: {error:?}");
+            assert_eq!(circuit.state(), CircuitState::Closed, "{end:?}: {error:?}");
         }
     }
 }
@@ -179,7 +183,7 @@ async fn a_new_connection_that_breaks_is_a_failure_if_the_client_reveals_that_it
                     assert_eq!(outcome.kind(), OutcomeKind::Failure);
                 }
             }
-            let state = if opens { State::Open } else { State::Closed };
+            let state = if opens { CircuitState::Open } else { CircuitState::Closed };
             assert_eq!(circuit.state(), state, "{kind:?} {end:?}");
         }
     }

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use buttress::{
     Attempts, Outcome, RetryBudget, RetryLayer,
-    breaker::State,
+    breaker::CircuitState,
     outcome::{OutcomeKind, Reason},
     reqwest::HttpClient,
-    retry::Stop,
+    retry::GiveUpReason,
 };
 use futures_util::future::join;
 use http::Method;
@@ -78,7 +78,11 @@ async fn the_end_of_a_stream_decides_whether_it_is_retried() {
                 match result {
                     Ok(response) => assert_eq!(Attempts::of(&response).made, 2, "{case}"),
                     Err(error) => {
-                        assert_eq!(Attempts::find(&*error).unwrap().stop, Stop::Unsafe, "{case}");
+                        assert_eq!(
+                            Attempts::find(&*error).unwrap().stop,
+                            GiveUpReason::Unsafe,
+                            "{case}"
+                        );
                         assert!(!retried, "{case}");
                     }
                 }
@@ -110,7 +114,7 @@ async fn a_stream_that_is_refused_after_the_response_head_is_a_failure_and_a_pos
             let outcome = Outcome::of_error(&*error);
             assert_eq!(outcome, Outcome::failure().because(Reason::Body), "{case}");
             assert_eq!(Attempts::find(&*error).unwrap().made, 1, "{case}");
-            assert_eq!((circuit.state(), peer.ended()), (State::Open, 1), "{case}");
+            assert_eq!((circuit.state(), peer.ended()), (CircuitState::Open, 1), "{case}");
         }
     }
 }
@@ -131,11 +135,11 @@ async fn errors_of_a_tonic_channel_are_classified_alike() {
         call().await.unwrap();
         let Err(error) = call().await else { panic!("{second:?}: responded") };
         let state = match expected {
-            OutcomeKind::Failure => State::Open,
-            _ => State::Closed,
+            OutcomeKind::Failure => CircuitState::Open,
+            _ => CircuitState::Closed,
         };
         assert_eq!((circuit.state(), peer.ended()), (state, 1), "{second:?}: {error:?}");
-        if state == State::Closed {
+        if state == CircuitState::Closed {
             call().await.unwrap();
         }
     }
@@ -164,7 +168,7 @@ async fn an_http2_handshake_that_fails_is_a_failure() {
                 let get = request(Method::GET, peer.addr);
                 soon(client.clone().oneshot(get)).await.unwrap_err();
             }
-            assert_eq!(circuit.state(), State::Open, "{kind:?} {end:?}");
+            assert_eq!(circuit.state(), CircuitState::Open, "{kind:?} {end:?}");
         }
     }
 }
@@ -187,9 +191,9 @@ async fn a_dispatch_task_that_is_gone_is_a_reset_and_is_retried() {
             };
             let (_, response) = soon(join(second, third)).await;
             let attempts = Attempts::of(&response.unwrap());
-            assert_eq!((attempts.made, attempts.stop), (2, Stop::Answered));
-            assert!(attempts.each()[0].outcome.is_housekeeping(), "{attempts:?}");
-            assert_eq!(circuit.state(), State::Closed);
+            assert_eq!((attempts.made, attempts.stop), (2, GiveUpReason::Answered));
+            assert!(attempts.records()[0].outcome.is_housekeeping(), "{attempts:?}");
+            assert_eq!(circuit.state(), CircuitState::Closed);
         } else {
             let third = async {
                 tokio::time::sleep(Duration::from_millis(30)).await;

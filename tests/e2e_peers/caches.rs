@@ -24,8 +24,8 @@ use buttress::{
     Lifecycle, Rejected, RespondLayer, TimeoutLayer, Timeouts, Trip,
     config::ServerConfig,
     health::ProbeState,
-    limit::HeldPlace,
-    outcome::{Phase, RejectedKind},
+    limit::OwnedPermit,
+    outcome::{RejectedKind, TimeoutPhase},
 };
 use http_body_util::BodyExt;
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
@@ -63,7 +63,7 @@ const KINDS: [RejectedKind; 14] = [
     RejectedKind::WaitedTooLong,
     RejectedKind::DeadlinePassed,
     RejectedKind::Saturated,
-    RejectedKind::TimedOut(Phase::Head),
+    RejectedKind::TimedOut(TimeoutPhase::Head),
     RejectedKind::Unhealthy,
     RejectedKind::Quota,
     RejectedKind::ShuttingDown,
@@ -126,7 +126,7 @@ impl Arrivals {
 struct Server {
     addr: SocketAddr,
     arrivals: Arrivals,
-    _held: Vec<HeldPlace>,
+    _held: Vec<OwnedPermit>,
 }
 
 fn hello() -> MethodRouter {
@@ -148,7 +148,7 @@ async fn server() -> Server {
 
     let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
     // The layer rejects at once.
-    let lifecycle = lifecycle.delay(Duration::ZERO).grace(Duration::ZERO);
+    let lifecycle = lifecycle.drain_delay(Duration::ZERO).grace(Duration::ZERO);
     lifecycle.drain();
 
     let hangs = any(async || std::future::pending::<()>().await);

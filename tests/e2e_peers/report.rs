@@ -8,7 +8,7 @@ use std::{
 
 use buttress::{
     Attempts, BoxError, Rejected,
-    breaker::{CircuitBreakerHandle, State},
+    breaker::{CircuitBreakerHandle, CircuitState},
     outcome::Reason,
 };
 
@@ -62,7 +62,7 @@ impl Report {
 
     pub fn record_attempts(&self, attempts: &Attempts) {
         let mut counters = self.counters();
-        for attempt in attempts.each() {
+        for attempt in attempts.records() {
             *counters.retried_attempts.entry(attempt.outcome.reason().as_str()).or_default() += 1;
         }
     }
@@ -92,7 +92,7 @@ impl Report {
         let (opened, refused) = snapshots.fold((0, 0), |(opened, refused), circuit| {
             (opened + circuit.opened, refused + circuit.refused)
         });
-        let are_closed = circuits.iter().all(|circuit| circuit.state() == State::Closed);
+        let are_closed = circuits.iter().all(|circuit| circuit.state() == CircuitState::Closed);
         let counters = self.counters();
         let Counters { good, lost, rejected, .. } = *counters;
         assert!(

@@ -38,7 +38,7 @@ async fn reqwests_own_answers_are_read_away() {
     for (layer, expected) in [
         (retry(), 1..=1),
         // The control: without a drain.
-        (retry().drain_up_to(0), 2..=20),
+        (retry().max_drain_bytes(0), 2..=20),
     ] {
         let (addr, heard, connections) = upstream().await;
         let reqwest = reqwest::Client::builder().no_proxy().build().unwrap();

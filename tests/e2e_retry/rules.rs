@@ -15,7 +15,7 @@ async fn three_attempts_over_one_connection_then_the_last_answer() {
     let response = soon(tokio::spawn(client.oneshot(get))).await.unwrap().unwrap();
     assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
     let attempts = Attempts::of(&response);
-    assert_eq!((attempts.made, attempts.stop), (3, Stop::AttemptsUsedUp));
+    assert_eq!((attempts.made, attempts.stop), (3, GiveUpReason::AttemptsUsedUp));
     assert_eq!(read(response).await.len(), 10);
     assert_eq!((heard.attempts(), connections.total(), handle.in_flight()), (3, 1, 0));
     assert_eq!(state.snapshot().seen.consecutive_failures, 3);
@@ -60,8 +60,8 @@ async fn put_is_sent_again_with_its_body_and_post_is_not() {
         let response = soon(client.oneshot(request)).await.unwrap();
         assert_eq!(heard.bodies(), vec![Bytes::from_static(b"hello"); made], "{method}");
         let expected = match made {
-            1 => (StatusCode::SERVICE_UNAVAILABLE, Stop::Unsafe, 1),
-            _ => (StatusCode::OK, Stop::Answered, 3),
+            1 => (StatusCode::SERVICE_UNAVAILABLE, GiveUpReason::Unsafe, 1),
+            _ => (StatusCode::OK, GiveUpReason::Answered, 3),
         };
         let attempts = Attempts::of(&response);
         assert_eq!((response.status(), attempts.stop, attempts.made), expected, "{method}");
@@ -70,7 +70,7 @@ async fn put_is_sent_again_with_its_body_and_post_is_not() {
 
 #[tokio::test]
 async fn a_streamed_body_is_replayed_under_the_cap_and_passes_whole_above_it() {
-    for (chunks, made, stop) in [(8, 2, Stop::Answered), (100, 1, Stop::BodyGone)] {
+    for (chunks, made, stop) in [(8, 2, GiveUpReason::Answered), (100, 1, GiveUpReason::BodyGone)] {
         let (addr, heard, _) = upstream().await;
         let client = ServiceBuilder::new().layer(retry()).service(client());
         let chunk = Bytes::from(vec![b'x'; KIB]);
@@ -91,7 +91,7 @@ async fn a_streamed_body_is_replayed_under_the_cap_and_passes_whole_above_it() {
 async fn a_discarded_503_of_256_kib_does_not_cost_a_connection_each_when_drained() {
     for (size, layer, expected) in [
         (60 * KIB, retry(), 1..=1),
-        (256 * KIB, retry().drain_up_to(256 * KIB as u64), 1..=1),
+        (256 * KIB, retry().max_drain_bytes(256 * KIB as u64), 1..=1),
         // The control: this body exceeds the default bound of a drain, so each discarded response closes its
         // connection.
         (256 * KIB, retry(), 2..=20),
@@ -118,8 +118,8 @@ async fn an_open_circuit_ends_the_loop() {
     let refused = soon(client.clone().oneshot(get())).await.unwrap_err();
     assert_eq!(Rejected::find(&*refused).unwrap().kind(), RejectedKind::Open);
     let attempts = Attempts::find(&*refused).unwrap();
-    assert_eq!((attempts.made, attempts.stop), (3, Stop::Rejected));
-    assert_eq!((heard.attempts(), state.state()), (2, State::Open));
+    assert_eq!((attempts.made, attempts.stop), (3, GiveUpReason::Rejected));
+    assert_eq!((heard.attempts(), state.state()), (2, CircuitState::Open));
     // The next call ends with its first attempt.
     let refused = soon(client.oneshot(get())).await.unwrap_err();
     assert_eq!(Attempts::find(&*refused).unwrap().made, 1);
@@ -134,7 +134,7 @@ async fn an_open_circuit_that_responds_ends_the_loop_too() {
     let get = request(Method::GET, addr, "/503/99/0", "");
     let response = soon(client.oneshot(get)).await.unwrap();
     let attempts = Attempts::of(&response);
-    assert_eq!((attempts.made, attempts.stop), (3, Stop::Rejected));
+    assert_eq!((attempts.made, attempts.stop), (3, GiveUpReason::Rejected));
     assert!(response.extensions().get::<Rejected>().is_some());
     assert_eq!(heard.attempts(), 2);
 }

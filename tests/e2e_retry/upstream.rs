@@ -18,15 +18,15 @@ use crate::rpc::{Obedient, ask, channel, incoming};
 use axum::{
     Router,
     body::Body,
-    extract::{Path, State as Shared},
+    extract::{State as Shared, Path},
     response::{IntoResponse, Response},
     routing::any,
 };
 use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Rejected, RetryLayer, Trip,
-    breaker::State,
+    breaker::CircuitState,
     outcome::RejectedKind,
-    retry::{Attempts, Backoff, Stop},
+    retry::{Attempts, Backoff, GiveUpReason},
 };
 use bytes::Bytes;
 use futures_util::stream;

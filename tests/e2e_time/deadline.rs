@@ -30,7 +30,7 @@ const fn ms(ms: u64) -> Duration {
 async fn serve(app: Router) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let at = listener.local_addr().unwrap();
-    let deadline = DeadlineLayer::new().header(LEFT).at_most(ms(5000)).respond();
+    let deadline = DeadlineLayer::new().header(LEFT).max(ms(5000)).respond();
     let server = axum::serve(listener, app.layer(deadline));
     tokio::spawn(async move { server.await.unwrap() });
     at
@@ -39,7 +39,7 @@ async fn serve(app: Router) -> SocketAddr {
 /// Calls the next server, and passes the deadline on.
 async fn call(next: SocketAddr, deadline: Deadline) -> StatusCode {
     let client = Client::builder(TokioExecutor::new()).build_http::<Body>();
-    let client = DeadlineLayer::new().header(LEFT).keep_back(ms(30)).respond().layer(client);
+    let client = DeadlineLayer::new().header(LEFT).reserve(ms(30)).respond().layer(client);
     let mut request = Request::get(format!("http://{next}/")).body(Body::empty()).unwrap();
     request.extensions_mut().insert(deadline);
     client.oneshot(request).await.map_or(StatusCode::BAD_GATEWAY, |response| response.status())

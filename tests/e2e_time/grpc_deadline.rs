@@ -6,10 +6,10 @@ use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Deadline, DeadlineLayer, RespondLayer,
     RetryLayer, TimeoutLayer, Trip,
-    breaker::{CircuitBreakerHandle, State},
+    breaker::{CircuitBreakerHandle, CircuitState},
     config::ClientConfig,
     stack::{ClientHandle, ClientStack},
-    timeout::{Phase, TimeoutHandle},
+    timeout::{TimeoutHandle, TimeoutPhase},
 };
 use http::{Request, Response};
 use tokio::{task::JoinSet, time::Instant};
@@ -110,7 +110,7 @@ fn by_the_table(addr: SocketAddr, responds: bool) -> Stack {
     let (breaker, timeout) = (breaker(), TimeoutLayer::http());
     let handles = (breaker.handle(), timeout.handle());
     let inner = ServiceBuilder::new()
-        .layer(deadline().at_most(Duration::from_secs(9)).propagate_only())
+        .layer(deadline().max(Duration::from_secs(9)).propagate_only())
         .layer(RetryLayer::grpc())
         .layer(breaker)
         .layer(ConcurrencyLimitLayer::new(1000))
@@ -130,7 +130,7 @@ fn without_a_timeout(addr: SocketAddr, responds: bool) -> Stack {
     let breaker = breaker();
     let handle = breaker.handle();
     let inner = ServiceBuilder::new()
-        .layer(deadline().at_most(Duration::from_secs(9)).propagate_only())
+        .layer(deadline().max(Duration::from_secs(9)).propagate_only())
         .layer(RetryLayer::grpc())
         .layer(breaker)
         .layer(MapRequestBodyLayer::new(Body::new))
@@ -143,7 +143,7 @@ fn without_a_timeout(addr: SocketAddr, responds: bool) -> Stack {
 }
 
 fn deadline_and_breaker(addr: SocketAddr, responds: bool) -> Stack {
-    let (breaker, deadline) = (breaker(), deadline().at_most(Duration::from_secs(9)));
+    let (breaker, deadline) = (breaker(), deadline().max(Duration::from_secs(9)));
     let handle = breaker.handle();
     let service = match responds {
         true => erased(deadline.respond().layer(breaker.layer(channel(addr)))),
@@ -251,12 +251,12 @@ async fn expired_deadline_is_always_deadline_exceeded() {
                 // A deadline of the caller is neutral, one of the operator is a failure.
                 let failures = if from == Source::Caller { 0 } else { CALLS };
                 let snapshot = stack.breaker.snapshot();
-                assert_eq!(snapshot.state, State::Closed, "{case}");
+                assert_eq!(snapshot.state, CircuitState::Closed, "{case}");
                 let counted = u64::from(snapshot.seen.consecutive_failures);
                 assert_eq!(counted, failures, "{case}: {snapshot:?}");
                 if let Some(timeout) = stack.timeout {
                     let snapshot = timeout.snapshot();
-                    assert_eq!(snapshot.timed_out_by(Phase::Deadline), CALLS, "{case}");
+                    assert_eq!(snapshot.timed_out_by(TimeoutPhase::Deadline), CALLS, "{case}");
                 }
                 if let Some(client) = stack.client {
                     let snapshot = client.snapshot();

@@ -5,7 +5,7 @@ use std::{convert::Infallible, net::SocketAddr, time::Duration};
 use axum::{Router, body::Body, routing::post};
 use buttress::{
     BoxError, Deadline, DeadlineLayer, Rejected, RetryLayer, TimeoutLayer, Timeouts,
-    outcome::RejectedKind, reqwest::HttpClient, timeout::Phase,
+    outcome::RejectedKind, reqwest::HttpClient, timeout::TimeoutPhase,
 };
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
@@ -57,7 +57,7 @@ async fn bare(client: &reqwest::Client, at: SocketAddr, path: &str) -> End {
 }
 
 /// Calls the server through a stack around `reqwest`.
-async fn stacked<S, B>(service: S, at: SocketAddr, path: &str, phase: Phase) -> End
+async fn stacked<S, B>(service: S, at: SocketAddr, path: &str, phase: TimeoutPhase) -> End
 where
     S: Service<Request<reqwest::Body>, Response = Response<B>, Error = BoxError>,
     B: http_body::Body<Data = Bytes, Error: Into<BoxError>>,
@@ -99,11 +99,11 @@ async fn default_deadline_and_total_end_calls_as_the_timeout_of_reqwest_does() {
             .layer(RetryLayer::http())
             .layer(TimeoutLayer::new(Timeouts::new()))
             .service(HttpClient::new(reqwest::Client::new()));
-        assert_alike(path, stacked(whole, at, path, Phase::Deadline).await, reqwest);
+        assert_alike(path, stacked(whole, at, path, TimeoutPhase::Deadline).await, reqwest);
 
         let attempt = TimeoutLayer::new(Timeouts::new().total(ms(450)))
             .layer(HttpClient::new(reqwest::Client::new()));
-        assert_alike(path, stacked(attempt, at, path, Phase::Total).await, reqwest);
+        assert_alike(path, stacked(attempt, at, path, TimeoutPhase::Total).await, reqwest);
     }
 }
 
@@ -133,11 +133,11 @@ async fn head_first_frame_and_idle_end_calls_as_the_read_timeout_of_reqwest_does
         for path in ["/head", "/body"] {
             let reqwest = bare(&client, at, path).await;
             assert_eq!(reqwest.1, path == "/head" || time == ms(60), "{path} {time:?}");
-            let timeouts = Timeouts::new().head(time).first_frame(time).idle(time);
+            let timeouts = Timeouts::new().head(time).first_frame(time).response_idle(time);
             let service = ServiceBuilder::new()
                 .layer(TimeoutLayer::new(timeouts))
                 .service(HttpClient::new(reqwest::Client::new()));
-            let phase = if path == "/head" { Phase::Head } else { Phase::FirstFrame };
+            let phase = if path == "/head" { TimeoutPhase::Head } else { TimeoutPhase::FirstFrame };
             let case = format!("{path} {time:?}");
             assert_alike(&case, stacked(service, at, path, phase).await, reqwest);
         }
@@ -151,7 +151,7 @@ async fn response_total_ends_a_slow_response_and_no_slow_upload() {
     for (path, ended) in [("/head", true), ("/body", true), ("/upload", false)] {
         let service = TimeoutLayer::new(Timeouts::new().response_total(ms(450)))
             .layer(HttpClient::new(reqwest::Client::new()));
-        let seen = stacked(service, at, path, Phase::ResponseTotal).await;
+        let seen = stacked(service, at, path, TimeoutPhase::ResponseTotal).await;
         assert_eq!(seen.1, ended, "{path}: {seen:?}");
     }
 }

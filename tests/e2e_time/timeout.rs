@@ -2,7 +2,9 @@
 
 use std::{convert::Infallible, net::SocketAddr, time::Duration};
 
-use buttress::{BoxError, Rejected, TimeoutLayer, Timeouts, outcome::RejectedKind, timeout::Phase};
+use buttress::{
+    BoxError, Rejected, TimeoutLayer, Timeouts, outcome::RejectedKind, timeout::TimeoutPhase,
+};
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use http::{Request, StatusCode};
@@ -73,7 +75,7 @@ fn whole() -> Full<Bytes> {
 }
 
 #[track_caller]
-fn phase(result: Result<StatusCode, BoxError>) -> Phase {
+fn phase(result: Result<StatusCode, BoxError>) -> TimeoutPhase {
     match Rejected::find(&*result.unwrap_err()).map(Rejected::kind) {
         Some(RejectedKind::TimedOut(phase)) => phase,
         other => panic!("{other:?}"),
@@ -84,7 +86,7 @@ fn phase(result: Result<StatusCode, BoxError>) -> Phase {
 async fn of_the_head_begins_when_a_body_in_one_piece_has_been_sent() {
     let at = takes(usize::MAX, ms(3)).await;
     let start = Instant::now();
-    let status = upload(at, Timeouts::new().head(ms(500)).taking(ms(500)), whole()).await;
+    let status = upload(at, Timeouts::new().head(ms(500)).request_stall(ms(500)), whole()).await;
     assert!(start.elapsed() > ms(700), "sent too fast for this test: {:?}", start.elapsed());
     assert_eq!(status.unwrap(), StatusCode::OK);
 }
@@ -93,8 +95,8 @@ async fn of_the_head_begins_when_a_body_in_one_piece_has_been_sent() {
 async fn of_what_takes_nothing_more_of_a_request() {
     let at = takes(10, ms(30)).await;
     let start = Instant::now();
-    let timeouts = Timeouts::http().taking(ms(400));
-    assert_eq!(phase(upload(at, timeouts, whole()).await), Phase::Taking);
+    let timeouts = Timeouts::http().request_stall(ms(400));
+    assert_eq!(phase(upload(at, timeouts, whole()).await), TimeoutPhase::Taking);
     assert!(start.elapsed() > ms(500) && start.elapsed() < ms(5000), "{:?}", start.elapsed());
 }
 
@@ -103,6 +105,6 @@ async fn of_a_request_that_falls_silent_on_its_way() {
     let frame = || Ok::<_, Infallible>(Frame::data(Bytes::from_static(b"frame")));
     let body = StreamBody::new(stream::iter([frame(), frame()]).chain(stream::pending()));
     let at = takes(usize::MAX, ms(0)).await;
-    let timeouts = Timeouts::http().sending(ms(200)).taking(ms(50));
-    assert_eq!(phase(upload(at, timeouts, BodyExt::boxed(body)).await), Phase::Sending);
+    let timeouts = Timeouts::http().request_idle(ms(200)).request_stall(ms(50));
+    assert_eq!(phase(upload(at, timeouts, BodyExt::boxed(body)).await), TimeoutPhase::Sending);
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use axum::{Router, extract::Request, routing::post};
-use buttress::{ConcurrencyLimitLayer, Health, Lifecycle, TimeoutLayer, lifecycle::Phase};
+use buttress::{ConcurrencyLimitLayer, Health, Lifecycle, TimeoutLayer, lifecycle::LifecyclePhase};
 use tokio::{task::spawn_blocking, time::Instant};
 
 use crate::{
@@ -149,7 +149,7 @@ async fn drain_holds_no_permit() {
 async fn stop_during_a_drain_does_not_cut_the_connection() {
     for is_draining in [false, true] {
         let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
-        let lifecycle = lifecycle.delay(Duration::from_millis(200));
+        let lifecycle = lifecycle.drain_delay(Duration::from_millis(200));
         let limit = ConcurrencyLimitLayer::new(1);
         let _permit = limit.handle().try_acquire().unwrap();
         let router = Router::new().route("/", post(async || ())).layer(limit.respond());
@@ -161,7 +161,7 @@ async fn stop_during_a_drain_does_not_cut_the_connection() {
             let mut tcp = connect(addr);
             if is_draining {
                 lifecycle.drain();
-                block_until(|| lifecycle.phase() == Phase::Draining);
+                block_until(|| lifecycle.phase() == LifecyclePhase::Draining);
             }
             tcp.write_all(head(9 * MIB, "").as_bytes())?;
             // The response has arrived.
@@ -171,7 +171,7 @@ async fn stop_during_a_drain_does_not_cut_the_connection() {
                 tcp.write_all(&vec![0; MIB])?;
                 block_for(Duration::from_millis(50));
             }
-            assert!(lifecycle.phase() >= Phase::Stopping);
+            assert!(lifecycle.phase() >= LifecyclePhase::Stopping);
             read_response(&mut tcp)
         };
         let status = spawn_blocking(upload).await.unwrap();
@@ -184,7 +184,7 @@ async fn stop_during_a_drain_does_not_cut_the_connection() {
 /// The server waits for a drain no longer than for a second.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn drain_of_a_body_delays_the_end_of_the_server_by_a_second_at_most() {
-    let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap().delay(Duration::ZERO);
+    let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap().drain_delay(Duration::ZERO);
     let limit = ConcurrencyLimitLayer::new(1);
     let _permit = limit.handle().try_acquire().unwrap();
     let router = Router::new().route("/", post(async || ())).layer(limit.respond());

@@ -10,7 +10,7 @@ use axum::{
 };
 use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Deadline, DeadlineLayer, Health,
-    Lifecycle, Rejected, RespondLayer, RetryLayer, TimeoutLayer, limit::HeldPlace,
+    Lifecycle, Rejected, RespondLayer, RetryLayer, TimeoutLayer, limit::OwnedPermit,
 };
 use http::StatusCode;
 use http_body_util::BodyExt;
@@ -67,7 +67,7 @@ const SHORT: Duration = Duration::from_millis(30);
 /// A running server. It rejects while this is held.
 pub struct Server {
     pub addr: SocketAddr,
-    _permit: Option<HeldPlace>,
+    _permit: Option<OwnedPermit>,
     _lifecycle: Option<Lifecycle>,
 }
 
@@ -103,13 +103,13 @@ pub async fn start(served: Served, rejects: Rejects) -> Server {
         Rejects::Stopping => {
             let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
             // The layer rejects at once.
-            let lifecycle = lifecycle.delay(Duration::ZERO).grace(Duration::ZERO);
+            let lifecycle = lifecycle.drain_delay(Duration::ZERO).grace(Duration::ZERO);
             lifecycle.ready();
             lifecycle.drain();
             let layer = lifecycle.layer();
             let stopping = lifecycle.clone();
             server._lifecycle = Some(lifecycle);
-            until(|| stopping.phase() >= buttress::lifecycle::Phase::Stopping).await;
+            until(|| stopping.phase() >= buttress::lifecycle::LifecyclePhase::Stopping).await;
             routes.layer(layer)
         }
         Rejects::DeadlinePassed => routes.layer(DeadlineLayer::new().respond()).layer(

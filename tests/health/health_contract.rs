@@ -4,7 +4,7 @@ use std::{future::Future, pin::Pin, task::Poll, time::Duration};
 
 use buttress::{
     BoxError, Health, HealthProbe, HealthProbeLayer, Lifecycle, Rejected,
-    health::{HealthEndpointsLayer, ProbeState, Run, WhileDown},
+    health::{FnProbe, HealthEndpointsLayer, ProbeState, WhileDown},
     lifecycle::LifecycleLayer,
     permit::TrackedBody,
 };
@@ -63,13 +63,13 @@ mod lifecycle {
 
     impl Subject for Ready {
         type Layer = AsErrors<LifecycleLayer>;
-        type Service = AsErrors<buttress::lifecycle::WithLifecycle<Strict>>;
+        type Service = AsErrors<buttress::lifecycle::LifecycleService<Strict>>;
 
         const EXCLUSIVE: bool = false;
 
         async fn new() -> Self {
             let lifecycle = Lifecycle::without_signals(&Health::new()).unwrap();
-            let lifecycle = lifecycle.delay(Duration::ZERO).grace(Duration::ZERO);
+            let lifecycle = lifecycle.drain_delay(Duration::ZERO).grace(Duration::ZERO);
             lifecycle.ready();
             Self { layer: AsErrors(lifecycle.layer()), lifecycle }
         }
@@ -98,7 +98,7 @@ mod probe {
     use super::*;
     use support::contract::contract_tests;
 
-    type Asks = Run<fn() -> std::future::Ready<Result<(), &'static str>>>;
+    type Asks = FnProbe<fn() -> std::future::Ready<Result<(), &'static str>>>;
 
     /// A probe layer in the state *down*, which rejects calls only after `shut`. Its calls hold no permit.
     struct Down(HealthProbeLayer<Asks>);
@@ -127,7 +127,7 @@ mod probe {
         }
 
         fn shut(&mut self) {
-            let _ = self.0.clone().while_down(WhileDown::Refuse);
+            let _ = self.0.clone().while_down(WhileDown::Reject);
         }
 
         fn unshut(&mut self) {

@@ -14,7 +14,7 @@ use std::{
 use buttress::{
     Health, Lifecycle, Rejected,
     health::CheckState,
-    lifecycle::{Drain, Phase},
+    lifecycle::{Drain, LifecyclePhase},
     outcome::RejectedKind,
 };
 use bytes::Bytes;
@@ -33,7 +33,7 @@ fn call() -> Req {
 /// Returns a lifecycle whose layer rejects calls from the beginning of *stopping*, because the grace is zero.
 fn lifecycle(health: &Health) -> Lifecycle {
     let lifecycle = Lifecycle::without_signals(health).unwrap().grace(Duration::ZERO);
-    lifecycle.delay(Duration::from_secs(5)).longest(Duration::from_secs(20))
+    lifecycle.drain_delay(Duration::from_secs(5)).drain_timeout(Duration::from_secs(20))
 }
 
 async fn within<T>(future: impl Future<Output = T>) -> T {
@@ -61,17 +61,17 @@ fn app()
 async fn goes_through_its_phases_in_time_and_readiness_goes_along() {
     let health = Health::new();
     let lifecycle = lifecycle(&health);
-    assert_eq!((lifecycle.phase(), health.is_ready()), (Phase::Starting, false));
+    assert_eq!((lifecycle.phase(), health.is_ready()), (LifecyclePhase::Starting, false));
     assert_eq!(health.check("lifecycle"), Some(CheckState::Unknown));
     lifecycle.ready();
-    assert_eq!((lifecycle.phase(), health.is_ready()), (Phase::Ready, true));
+    assert_eq!((lifecycle.phase(), health.is_ready()), (LifecyclePhase::Ready, true));
 
     let began = Instant::now();
     let seen = tokio::spawn({
         let lifecycle = lifecycle.clone();
         async move {
             let mut seen = Vec::new();
-            while lifecycle.phase() < Phase::Stopped {
+            while lifecycle.phase() < LifecyclePhase::Stopped {
                 let phase = lifecycle.changed().await;
                 seen.push((phase.as_str(), began.elapsed().as_secs()));
             }
@@ -81,7 +81,7 @@ async fn goes_through_its_phases_in_time_and_readiness_goes_along() {
     settle().await;
     lifecycle.drain();
     settle().await;
-    assert_eq!((lifecycle.phase(), health.is_ready()), (Phase::Draining, false));
+    assert_eq!((lifecycle.phase(), health.is_ready()), (LifecyclePhase::Draining, false));
     assert_eq!(health.snapshot().remove(0).reason.as_deref(), Some("draining"));
     // `ready` has no effect after the beginning of the drain.
     lifecycle.ready();
@@ -96,20 +96,20 @@ async fn drains_also_while_it_is_still_starting() {
     lifecycle.drain();
     within(lifecycle.stopping()).await;
     lifecycle.ready();
-    assert_eq!(lifecycle.phase(), Phase::Stopping);
+    assert_eq!(lifecycle.phase(), LifecyclePhase::Stopping);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_hurry_ends_the_wait_that_is_on_and_no_other() {
     let second = Duration::from_secs(1);
-    // The times of the calls of `hurry`, of *stopping* and of *stopped*, in seconds.
+    // The times of the calls of `skip_delay`, of *stopping* and of *stopped*, in seconds.
     for (hurries, stopping, stopped) in
         [(&[][..], 5, 25), (&[1], 1, 21), (&[1, 3], 1, 3), (&[0, 0], 0, 0), (&[7], 5, 7)]
     {
         let lifecycle = lifecycle(&Health::new());
         let began = Instant::now();
         let reached = |phase| {
-            let (lifecycle, mut now) = (lifecycle.clone(), Phase::Starting);
+            let (lifecycle, mut now) = (lifecycle.clone(), LifecyclePhase::Starting);
             tokio::spawn(async move {
                 while now < phase {
                     now = lifecycle.changed().await;
@@ -117,21 +117,21 @@ async fn a_hurry_ends_the_wait_that_is_on_and_no_other() {
                 began.elapsed()
             })
         };
-        let (stops, ends) = (reached(Phase::Stopping), reached(Phase::Stopped));
+        let (stops, ends) = (reached(LifecyclePhase::Stopping), reached(LifecyclePhase::Stopped));
         settle().await;
-        // `hurry` has no effect before the drain.
-        lifecycle.hurry();
+        // `skip_delay` has no effect before the drain.
+        lifecycle.skip_delay();
         lifecycle.drain();
         for at in hurries {
             sleep((*at * second).saturating_sub(began.elapsed())).await;
-            lifecycle.hurry();
+            lifecycle.skip_delay();
             // A repeated `drain` has no effect.
             lifecycle.drain();
         }
         assert_eq!(within(stops).await.unwrap(), stopping * second, "{hurries:?}");
         assert_eq!(within(ends).await.unwrap(), stopped * second, "{hurries:?}");
-        lifecycle.hurry();
-        assert_eq!(lifecycle.phase(), Phase::Stopped);
+        lifecycle.skip_delay();
+        assert_eq!(lifecycle.phase(), LifecyclePhase::Stopped);
     }
 }
 
@@ -149,10 +149,11 @@ async fn a_drain_that_is_asked_for_twice_has_its_delay_all_the_same() {
 
 #[tokio::test(start_paused = true)]
 async fn without_a_delay_it_stops_before_the_drain_returns() {
-    let lifecycle = lifecycle(&Health::new()).delay(Duration::ZERO).longest(Duration::ZERO);
+    let lifecycle =
+        lifecycle(&Health::new()).drain_delay(Duration::ZERO).drain_timeout(Duration::ZERO);
     lifecycle.drain();
-    assert_eq!(lifecycle.phase(), Phase::Stopping);
-    assert_eq!(within(lifecycle.changed()).await, Phase::Stopped);
+    assert_eq!(lifecycle.phase(), LifecyclePhase::Stopping);
+    assert_eq!(within(lifecycle.changed()).await, LifecyclePhase::Stopped);
 }
 
 /// The clock jumps by a day, as after the suspension of the machine.
@@ -165,25 +166,25 @@ async fn a_clock_that_jumps_leaves_no_phase_out() {
     settle().await;
     assert_eq!(
         lifecycle.phase(),
-        Phase::Stopping,
+        LifecyclePhase::Stopping,
         "calls in flight have the full time of stopping"
     );
     advance(Duration::from_secs(20)).await;
     settle().await;
-    assert_eq!(lifecycle.phase(), Phase::Stopped);
+    assert_eq!(lifecycle.phase(), LifecyclePhase::Stopped);
 }
 
 #[tokio::test(start_paused = true)]
 async fn times_set_after_the_layer_was_made_are_seen() {
     let lifecycle = lifecycle(&Health::new());
     let service = lifecycle.layer().layer(app());
-    let lifecycle = lifecycle.delay(Duration::ZERO).longest(Duration::MAX);
+    let lifecycle = lifecycle.drain_delay(Duration::ZERO).drain_timeout(Duration::MAX);
     lifecycle.drain();
     settle().await;
-    assert_eq!(lifecycle.phase(), Phase::Stopping);
+    assert_eq!(lifecycle.phase(), LifecyclePhase::Stopping);
     assert_eq!(within(service.oneshot(call())).await.unwrap().status(), 503);
     sleep(Duration::from_secs(86_400)).await;
-    assert_eq!(lifecycle.phase(), Phase::Stopping);
+    assert_eq!(lifecycle.phase(), LifecyclePhase::Stopping);
 }
 
 #[tokio::test(start_paused = true)]
@@ -218,7 +219,7 @@ fn it_has_stopped_when_its_runtime_ends() {
             if with_signals { Lifecycle::new(&health) } else { Lifecycle::without_signals(&health) }
         });
         let lifecycle = lifecycle.unwrap();
-        assert_eq!((lifecycle.phase(), health.is_ready()), (Phase::Stopped, false));
+        assert_eq!((lifecycle.phase(), health.is_ready()), (LifecyclePhase::Stopped, false));
         let served = runtime().block_on(within(lifecycle.run(pending::<Result<(), Infallible>>())));
         assert_eq!(served.unwrap().cut_calls, 0);
     }
@@ -311,7 +312,7 @@ async fn calls_go_until_the_delay_is_over_and_are_refused_then() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_call_that_comes_as_the_drain_begins_is_served_or_refused_and_never_lost() {
     for _ in 0..50 {
-        let lifecycle = lifecycle(&Health::new()).delay(Duration::ZERO);
+        let lifecycle = lifecycle(&Health::new()).drain_delay(Duration::ZERO);
         lifecycle.ready();
         let over = Arc::new(AtomicBool::new(false));
         let gone = over.clone();
@@ -373,7 +374,7 @@ async fn http_1_is_told_to_close_from_the_drain_on() {
     lifecycle.drain();
     for stopping in [false, true] {
         settle().await;
-        assert_eq!(lifecycle.phase() == Phase::Stopping, stopping);
+        assert_eq!(lifecycle.phase() == LifecyclePhase::Stopping, stopping);
         assert_eq!(says("/", Version::HTTP_11).await.as_deref(), Some("close"));
         assert_eq!(says("/", Version::HTTP_10).await.as_deref(), Some("close"));
         assert_eq!(says("/", Version::HTTP_2).await, None);
@@ -506,7 +507,7 @@ async fn a_server_that_does_not_end_is_given_up_on_and_what_is_left_is_counted()
 #[tokio::test(start_paused = true)]
 async fn what_a_guard_stands_for_is_waited_for_and_given_up_on() {
     for (takes, ends, cut_calls) in [(7, 7, 0), (60, 20, 1)] {
-        let lifecycle = lifecycle(&Health::new()).delay(Duration::ZERO);
+        let lifecycle = lifecycle(&Health::new()).drain_delay(Duration::ZERO);
         let guard = lifecycle.token().guard();
         tokio::spawn(async move {
             sleep(Duration::from_secs(takes)).await;

@@ -411,7 +411,7 @@ async fn a_probe_refused_further_in_says_nothing() {
     *upstream.probe.lock().unwrap() = Mode::Refuse;
     sleep(10 * EVERY).await;
     assert_eq!(handle.state(), ProbeState::Up);
-    assert_eq!(handle.snapshot().last.unwrap().result, Err(ProbeFailure::Refused));
+    assert_eq!(handle.snapshot().last.unwrap().result, Err(ProbeFailure::Rejected));
 }
 
 #[tokio::test(start_paused = true)]
@@ -772,7 +772,7 @@ async fn any_types_with_a_judge_of_ones_own() {
         }
     });
     let layer = HealthProbeLayer::new(|| "select lag")
-        .judge(|answer: Result<&Pong, &DbError>| answer.is_ok_and(|pong| pong.0 < 10))
+        .classify_probe(|answer: Result<&Pong, &DbError>| answer.is_ok_and(|pong| pong.0 < 10))
         .thresholds(1, 1);
     let handle = layer.handle();
     let service = layer.layer(db.clone());
@@ -780,7 +780,7 @@ async fn any_types_with_a_judge_of_ones_own() {
     assert!(service.clone().oneshot("bad").await.unwrap_err().is::<DbError>());
     lag.store(99, SeqCst);
     assert_eq!(within(handle.changed()).await, ProbeState::Down);
-    assert_eq!(handle.snapshot().last.unwrap().result, Err(ProbeFailure::Judged));
+    assert_eq!(handle.snapshot().last.unwrap().result, Err(ProbeFailure::Classified));
     assert_eq!(kind(&service.oneshot("good").await.unwrap_err()), RejectedKind::Unhealthy);
 
     let layer = HealthProbeLayer::new(|| "bad").thresholds(1, 1);
@@ -795,7 +795,7 @@ async fn closures_that_panic_are_failed_probes() {
     let (make, judge) = (calm.clone(), calm.clone());
     let service = service_fn(|_: ()| async { Ok::<_, BoxError>(()) });
     let makes = HealthProbeLayer::new(move || assert!(make.load(SeqCst), "scripted panic"));
-    let judges = HealthProbeLayer::new(|| ()).judge(move |_: Result<&(), &BoxError>| {
+    let judges = HealthProbeLayer::new(|| ()).classify_probe(move |_: Result<&(), &BoxError>| {
         assert!(judge.load(SeqCst), "scripted panic");
         true
     });

@@ -16,8 +16,8 @@ use std::{
 
 use buttress::{
     BoxError, CircuitBreakerLayer, Health, HealthProbeLayer, Outcome, Rejected, Trip,
-    breaker::State,
-    health::{Get, PanicGuard, ProbeFailure, ProbeState, WhileDown},
+    breaker::CircuitState,
+    health::{FailOpen, Get, ProbeFailure, ProbeState, WhileDown},
     outcome::RejectedKind,
 };
 use bytes::Bytes;
@@ -120,10 +120,10 @@ async fn statuses_and_bodies_as_expected() {
         (moved(exact()), answer(204, text("")), Ok(())),
         (moved(exact()), answer(403, text("")), status(403)),
         (well(exact()), answer(200, text("well")), Ok(())),
-        (well(exact()), answer(200, text("ill")), Err(ProbeFailure::Judged)),
+        (well(exact()), answer(200, text("ill")), Err(ProbeFailure::Classified)),
         (well(exact()), answer(500, text("well")), status(500)),
         (exact(), answer(200, big()), Ok(())),
-        (exact().expect_body(|_| true), answer(200, big()), Err(ProbeFailure::Judged)),
+        (exact().expect_body(|_| true), answer(200, big()), Err(ProbeFailure::Classified)),
         (exact(), answer(200, hangs()), Ok(())),
         (well(exact()), answer(200, hangs()), Err(ProbeFailure::TimedOut)),
         (
@@ -369,9 +369,9 @@ async fn is_not_ready_where_a_balancer_is_to_pick_another() {
 
 #[tokio::test(start_paused = true)]
 async fn lets_calls_through_when_a_whole_set_is_down() {
-    let guard = PanicGuard::new();
+    let guard = FailOpen::new();
     let replicas = [Upstream::default(), Upstream::default(), Upstream::default()];
-    let layers = [(); 3].map(|()| exact().panic_guard(&guard).while_down(WhileDown::Wait));
+    let layers = [(); 3].map(|()| exact().fail_open(&guard).while_down(WhileDown::Wait));
     let handles = layers.each_ref().map(HealthProbeLayer::handle);
     let mut services: Vec<_> = layers
         .iter()
@@ -423,15 +423,15 @@ async fn drives_a_breakers_half_open_instead_of_users_calls() {
     let breaker = CircuitBreakerLayer::new(Trip::consecutive(3))
         .open_for(Duration::from_secs(12))
         .half_open(3)
-        .probes_from_outside();
+        .external_probes();
     let (circuit, wired) = (breaker.handle(), breaker.handle());
     let layer = exact().while_down(WhileDown::LetThrough).on_probe(move |result| {
         let outcome = match result {
             Ok(()) => Outcome::success(),
-            Err(ProbeFailure::Refused) => return,
+            Err(ProbeFailure::Rejected) => return,
             Err(_) => Outcome::failure(),
         };
-        if wired.state() == State::HalfOpen {
+        if wired.state() == CircuitState::HalfOpen {
             wired.record(outcome);
         }
     });
@@ -444,9 +444,11 @@ async fn drives_a_breakers_half_open_instead_of_users_calls() {
     for _ in 0..3 {
         assert_eq!(service.clone().oneshot(call()).await.unwrap().status(), 503);
     }
-    assert_eq!(circuit.state(), State::Open);
+    assert_eq!(circuit.state(), CircuitState::Open);
     // Half-open from 12 s on; the probe at 15 s fails.
-    for (state, at) in [(State::HalfOpen, 12), (State::Open, 15), (State::HalfOpen, 27)] {
+    for (state, at) in
+        [(CircuitState::HalfOpen, 12), (CircuitState::Open, 15), (CircuitState::HalfOpen, 27)]
+    {
         assert_eq!(within(circuit.changed()).await, state);
         assert_eq!(began.elapsed().as_secs(), at);
         let refused = service.clone().oneshot(call()).await.map(drop).unwrap_err();
@@ -454,7 +456,7 @@ async fn drives_a_breakers_half_open_instead_of_users_calls() {
     }
     upstream.down.store(false, SeqCst);
     // The probes at 30 s, 35 s and 40 s pass.
-    assert_eq!(within(circuit.changed()).await, State::Closed);
+    assert_eq!(within(circuit.changed()).await, CircuitState::Closed);
     assert_eq!((began.elapsed().as_secs(), upstream.calls.load(SeqCst)), (40, 3));
     assert_eq!(service.oneshot(call()).await.unwrap().status(), 200);
 }

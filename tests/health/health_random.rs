@@ -12,7 +12,7 @@ use std::{
 use buttress::{
     BoxError, Health, HealthProbe, HealthProbeLayer, Rejected,
     classify::PerResponse,
-    health::{Ask, HealthProbeHandle, ProbeState},
+    health::{CallProbe, HealthProbeHandle, ProbeState},
 };
 use proptest::prelude::*;
 use tokio::time::sleep;
@@ -103,7 +103,7 @@ impl Service<u8> for Upstream {
     }
 }
 
-type Probe = HealthProbeLayer<Ask<fn() -> u8>, PerResponse>;
+type Probe = HealthProbeLayer<CallProbe<fn() -> u8>, PerResponse>;
 
 /// An owner of the state of the probe.
 enum Owner {

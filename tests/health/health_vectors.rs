@@ -7,7 +7,7 @@ use std::{collections::BTreeSet, time::Duration};
 
 use buttress::{
     HealthProbeLayer,
-    health::{HealthProbeHandle, PanicGuard, ProbeState},
+    health::{FailOpen, HealthProbeHandle, ProbeState},
 };
 use serde_json::Value;
 use tokio::{
@@ -83,7 +83,7 @@ fn host(
     Host { well, asked, handle: layer(told, asks) }
 }
 
-fn gate(guard: Option<&PanicGuard>, every: Duration, while_down: Duration) -> Host {
+fn gate(guard: Option<&FailOpen>, every: Duration, while_down: Duration) -> Host {
     host(|told, asks| {
         let began = Instant::now();
         let layer = HealthProbeLayer::new(|| ())
@@ -92,7 +92,7 @@ fn gate(guard: Option<&PanicGuard>, every: Duration, while_down: Duration) -> Ho
             .jitter(0.0)
             .thresholds(2, 2);
         let layer = match guard {
-            Some(guard) => layer.panic_guard(guard),
+            Some(guard) => layer.fail_open(guard),
             None => layer,
         };
         let service = service_fn(move |()| {
@@ -112,7 +112,7 @@ async fn envoy_panics_below_half() {
     let vector = vector("envoy-panic-01");
     let threshold = vector["config"]["threshold_pct"].as_f64().unwrap() / 100.0;
     let second = Duration::from_secs(1);
-    let priorities = [(); 2].map(|()| PanicGuard::below(threshold).unwrap());
+    let priorities = [(); 2].map(|()| FailOpen::below(threshold).unwrap());
     let hosts = priorities
         .each_ref()
         .map(|guard| (0..100).map(|_| gate(Some(guard), second, second)).collect::<Vec<_>>());
@@ -128,7 +128,7 @@ async fn envoy_panics_below_half() {
             let up = hosts.iter().filter(|host| host.handle.state() == ProbeState::Up).count();
             assert_eq!(u64::try_from(up).unwrap(), step[name].as_u64().unwrap(), "{step}");
         }
-        let panics = priorities.each_ref().map(PanicGuard::panics);
+        let panics = priorities.each_ref().map(FailOpen::panics);
         assert_eq!(serde_json::to_value(panics).unwrap(), step["expect_panic"], "{step}");
     }
 }

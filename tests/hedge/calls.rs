@@ -412,7 +412,7 @@ async fn a_body_that_is_still_read_or_over_the_cap_is_not_hedged() {
     assert_eq!((upstream.calls(), upstream.in_flight()), (vec![(1, 0)], 0));
 
     let upstream = Upstream::new((100, Status(200)), (0, Status(200)));
-    let layer = layer.replay_up_to(3);
+    let layer = layer.max_replay_bytes(3);
     let service = layer.layer(upstream.clone());
     let request = Request::put("/").body(Full::new(Bytes::from("ping"))).unwrap();
     call(&service, request).await.unwrap();

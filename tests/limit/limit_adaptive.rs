@@ -4,7 +4,9 @@
 use std::time::Duration;
 
 use crate::rig::{Phase, STEADY, Second, Spread, World, goodput, mean_limit, quantile, run};
-use buttress::limit::adaptive::{Aimd, Algorithm, Fixed, Gradient2, Knee, Reason, Sample, Vegas};
+use buttress::limit::adaptive::{
+    Aimd, Algorithm, ChangeReason, Fixed, Gradient2, Knee, Sample, Vegas,
+};
 
 const FULL: f64 = 2000.0;
 const MS: Duration = Duration::from_millis(1);
@@ -199,13 +201,13 @@ fn calls(
     algorithm: &mut dyn Algorithm,
     from_ms: u64,
     dropped: impl Fn(u64) -> bool,
-) -> Vec<Reason> {
+) -> Vec<ChangeReason> {
     (0..2000)
         .filter_map(|number| {
             let now = Duration::from_millis(from_ms + number);
             let sample = Sample::new(now, Duration::from_millis(10), algorithm.limit());
             let sample = if dropped(number) { sample.dropped() } else { sample };
-            algorithm.hear(&sample).map(|change| change.reason)
+            algorithm.on_sample(&sample).map(|change| change.reason)
         })
         .collect()
 }
@@ -214,13 +216,13 @@ fn calls(
 fn drops_cut_once_a_round_trip_and_growth_is_careful_for_a_while() {
     let mut knee = Knee::new(100, 10..=200).unwrap();
     let cuts = calls(&mut knee, 0, |number| number % 10 == 0);
-    assert!(cuts.iter().all(|reason| *reason == Reason::Dropped), "{cuts:?}");
+    assert!(cuts.iter().all(|reason| *reason == ChangeReason::Dropped), "{cuts:?}");
     assert!((3..40).contains(&cuts.len()), "{}", cuts.len());
     // The round in progress still contains drops.
     let _ = calls(&mut knee, 2000, |_| false);
     let limit = knee.limit();
     let grown = calls(&mut knee, 4000, |_| false);
-    assert!(grown.iter().all(|reason| *reason == Reason::Room), "{grown:?}");
+    assert!(grown.iter().all(|reason| *reason == ChangeReason::Room), "{grown:?}");
     assert_eq!(knee.limit() as usize, limit as usize + grown.len(), "each change adds one");
 }
 
@@ -228,7 +230,7 @@ fn drops_cut_once_a_round_trip_and_growth_is_careful_for_a_while() {
 fn a_stray_drop_is_not_a_sign() {
     let mut knee = Knee::new(100, 10..=100).unwrap();
     let changes = calls(&mut knee, 0, |number| number % 50 == 0);
-    assert!(!changes.contains(&Reason::Dropped), "{changes:?}");
+    assert!(!changes.contains(&ChangeReason::Dropped), "{changes:?}");
 }
 
 // ===== All algorithms =====
@@ -274,7 +276,7 @@ fn nothing_that_is_told_breaks_a_limit() {
                 let count = counts[dice.usize(..counts.len())];
                 let sample = Sample::new(now, time(&mut dice), count);
                 let sample = if dice.u8(..20) == 0 { sample.dropped() } else { sample };
-                let changed = algorithm.hear(&sample);
+                let changed = algorithm.on_sample(&sample);
                 match dice.u8(..200) {
                     0 => algorithm.set_limit(count),
                     1 => drop(algorithm.set_bounds(count..=counts[dice.usize(..counts.len())])),
@@ -291,10 +293,10 @@ fn nothing_that_is_told_breaks_a_limit() {
 fn a_call_that_hangs_is_not_a_queue() {
     let mut knee = Knee::new(20, 1..=1000).unwrap();
     let _ = calls(&mut knee, 0, |_| false);
-    let _ = knee.hear(&Sample::new(2000 * MS, 3600 * 1000 * MS, knee.limit()));
+    let _ = knee.on_sample(&Sample::new(2000 * MS, 3600 * 1000 * MS, knee.limit()));
     for second in [2, 4, 6] {
         let changes = calls(&mut knee, second * 1000 + 1, |_| false);
-        assert!(!changes.contains(&Reason::Queued), "{changes:?}");
+        assert!(!changes.contains(&ChangeReason::Queued), "{changes:?}");
     }
 }
 

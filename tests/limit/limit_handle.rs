@@ -6,7 +6,9 @@ use buttress::{
     ConcurrencyLimit, ConcurrencyLimitLayer, Deadline,
     limit::{
         ConcurrencyLimitHandle, QueueOrder,
-        adaptive::{Aimd, Algorithm, Change, Fixed, Gradient2, Knee, Reason, Sample, Vegas},
+        adaptive::{
+            Aimd, Algorithm, ChangeReason, Fixed, Gradient2, Knee, LimitChange, Sample, Vegas,
+        },
     },
     outcome::RejectedKind,
 };
@@ -50,7 +52,7 @@ async fn shadow_mode_refuses_nobody_and_counts_who_would_be() {
     let place = handle.try_acquire().expect("shadow mode never rejects");
     let told = handle.snapshot();
     assert_eq!((watch.seen().calls, told.in_flight, told.waiting, told.shadowed), (6, 2, 0, 5));
-    assert_eq!((told.refused_full, told.refused_deadline), (0, 0));
+    assert_eq!((told.rejected_full, told.rejected_deadline), (0, 0));
 
     // A call beyond the limit ends and does not change `in_flight`. Then a call with a permit ends.
     watch.end(4, Ok(hello()));
@@ -80,7 +82,7 @@ async fn shadow_mode_lets_through_who_has_waited_in_vain() {
     advance(100 * MS).await;
     assert_pending!(waiting.poll());
     assert_eq!((watch.seen().calls, handle.snapshot().waiting, handle.in_flight()), (2, 0, 1));
-    assert_eq!((handle.snapshot().shadowed, handle.snapshot().refused_waited), (1, 0));
+    assert_eq!((handle.snapshot().shadowed, handle.snapshot().rejected_waited), (1, 0));
     drop(waiting);
     assert_eq!(handle.in_flight(), 1);
 }
@@ -110,9 +112,9 @@ impl Algorithm for Heard {
 
     fn set_limit(&mut self, _: u32) {}
 
-    fn hear(&mut self, _: &Sample) -> Option<Change> {
+    fn on_sample(&mut self, _: &Sample) -> Option<LimitChange> {
         self.0 += 1;
-        Some(Change { limit: self.0, reason: Reason::Other("heard") })
+        Some(LimitChange { limit: self.0, reason: ChangeReason::Other("heard") })
     }
 }
 
@@ -162,10 +164,10 @@ async fn refusals_are_told_by_reason() {
     assert_eq!(refused_as(service.oneshot(late).await), RejectedKind::DeadlinePassed);
     let told = handle.snapshot();
     let by_reason = [
-        told.refused_full,
-        told.refused_waited,
-        told.refused_deadline,
-        told.refused_outranked,
+        told.rejected_full,
+        told.rejected_waited,
+        told.rejected_deadline,
+        told.rejected_outranked,
         told.shadowed,
     ];
     assert_eq!((by_reason, told.refused()), ([2, 1, 1, 0, 0], 4));
@@ -220,7 +222,7 @@ async fn an_algorithm_gets_other_bounds_while_it_runs() {
         assert_eq!(handle.snapshot().limit, 50, "{name}");
         handle.set_bounds(1..=2).unwrap();
         let told = handle.snapshot();
-        let by_hand = Change { limit: 2, reason: Reason::ByHand };
+        let by_hand = LimitChange { limit: 2, reason: ChangeReason::ByHand };
         assert_eq!((told.limit, told.last_change), (2, Some(by_hand)), "{name}");
         let _two = [hold(&service), hold(&service)];
         assert!(task::spawn(service.oneshot(request())).poll().is_ready());

@@ -214,7 +214,7 @@ async fn without_a_queue_what_is_too_much_is_refused_at_once() {
         (told.kind(), told.retry_after()),
         (RejectedKind::Full, Some(Duration::from_secs(1)))
     );
-    assert_eq!(handle.snapshot().refused_full, 1);
+    assert_eq!(handle.snapshot().rejected_full, 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -346,7 +346,7 @@ async fn the_queue_is_bounded() {
     waiting.pop();
     waiting.push(hold(&service));
     assert_eq!(refused(&service).await, RejectedKind::Full);
-    assert_eq!((handle.snapshot().waiting, handle.snapshot().refused_full), (2, 2));
+    assert_eq!((handle.snapshot().waiting, handle.snapshot().rejected_full), (2, 2));
 }
 
 #[tokio::test(start_paused = true)]
@@ -362,7 +362,7 @@ async fn nobody_waits_longer_than_the_longest_wait() {
     assert!(early.is_woken());
     assert_eq!(refused_as(assert_ready!(early.poll())), RejectedKind::WaitedTooLong);
     assert_pending!(late.poll());
-    assert_eq!((handle.snapshot().waiting, handle.snapshot().refused_waited), (1, 1));
+    assert_eq!((handle.snapshot().waiting, handle.snapshot().rejected_waited), (1, 1));
     end(&watch, 0, &mut first);
     assert_pending!(late.poll());
     assert_eq!(watch.seen().calls, 2);
@@ -378,7 +378,7 @@ async fn a_turn_beats_a_deadline() {
     end(&watch, 0, &mut first);
     assert_pending!(next.poll());
     end(&watch, 1, &mut next);
-    assert_eq!((handle.in_flight(), handle.snapshot().refused_waited), (0, 0));
+    assert_eq!((handle.in_flight(), handle.snapshot().rejected_waited), (0, 0));
 }
 
 #[tokio::test(start_paused = true)]
@@ -582,7 +582,7 @@ async fn work_whose_deadline_has_passed_is_not_begun() {
     let error = assert_ready!(due(&service, Duration::ZERO).poll()).unwrap_err();
     let told = Rejected::find(&*error).unwrap();
     assert_eq!((told.kind(), told.retry_after()), (RejectedKind::DeadlinePassed, None));
-    assert_eq!((watch.seen().calls, handle.snapshot().refused_deadline), (0, 1));
+    assert_eq!((watch.seen().calls, handle.snapshot().rejected_deadline), (0, 1));
     assert_pending!(due(&service, Duration::from_millis(1)).poll());
     assert_eq!(watch.seen().calls, 1);
 }
@@ -598,7 +598,7 @@ async fn a_waiter_is_dropped_at_its_deadline() {
     advance(Duration::from_millis(300)).await;
     assert!(soon.is_woken() && !late.is_woken());
     assert_eq!(refused_as(assert_ready!(soon.poll())), RejectedKind::DeadlinePassed);
-    assert_eq!((handle.snapshot().waiting, handle.snapshot().refused_deadline), (1, 1));
+    assert_eq!((handle.snapshot().waiting, handle.snapshot().rejected_deadline), (1, 1));
     advance(PATIENCE).await;
     assert_eq!(refused_as(assert_ready!(late.poll())), RejectedKind::WaitedTooLong);
     end(&watch, 0, &mut first);
@@ -620,7 +620,7 @@ async fn who_waits_for_the_inner_service_is_refused_at_its_deadline() {
     assert!(next.is_woken());
     assert_eq!(refused_as(assert_ready!(next.poll())), RejectedKind::DeadlinePassed);
     assert_eq!((handle.in_flight(), watch.seen().calls), (0, 1));
-    assert_eq!(handle.snapshot().refused_deadline, 1, "the rejection is counted");
+    assert_eq!(handle.snapshot().rejected_deadline, 1, "the rejection is counted");
 }
 
 /// Neither shadow mode nor an exemption rejects a call.
@@ -644,7 +644,7 @@ async fn who_is_never_refused_waits_on_for_the_inner_service() {
             advance(Duration::from_millis(200)).await;
         }
         let seen = handle.snapshot();
-        assert_eq!((seen.refused_deadline, seen.shadowed), (0, u64::from(shadow)), "{shadow}");
+        assert_eq!((seen.rejected_deadline, seen.shadowed), (0, u64::from(shadow)), "{shadow}");
         watch.set_ready(true);
         assert_pending!(call.poll());
         assert!(watch.end(0, Ok(empty())));

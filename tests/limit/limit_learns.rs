@@ -11,7 +11,7 @@ use crate::support::{
 };
 use buttress::{
     ConcurrencyLimit, ConcurrencyLimitLayer, Outcome,
-    limit::adaptive::{Algorithm, Change, Reason, Sample},
+    limit::adaptive::{Algorithm, ChangeReason, LimitChange, Sample},
 };
 use http::Request;
 use tokio::time::advance;
@@ -25,7 +25,7 @@ struct Spy(Arc<Mutex<Notes>>);
 #[derive(Debug, Default)]
 struct Notes {
     heard: Vec<Sample>,
-    answers: Vec<Change>,
+    answers: Vec<LimitChange>,
     by_hand: Vec<u32>,
 }
 
@@ -47,7 +47,7 @@ impl Algorithm for Spy {
         self.0.lock().unwrap().by_hand.push(limit);
     }
 
-    fn hear(&mut self, sample: &Sample) -> Option<Change> {
+    fn on_sample(&mut self, sample: &Sample) -> Option<LimitChange> {
         let mut notes = self.0.lock().unwrap();
         notes.heard.push(*sample);
         notes.answers.pop()
@@ -182,7 +182,7 @@ async fn a_limit_that_releases_at_the_head_records_a_grpc_call_there() {
 async fn a_change_is_applied_and_lets_waiters_in() {
     let (spy, layer, service, watch) = limit();
     let mut calls: Vec<_> = (0..5).map(|_| hold(&service)).collect();
-    let change = Change { limit: 4, reason: Reason::Other("test") };
+    let change = LimitChange { limit: 4, reason: ChangeReason::Other("test") };
     spy.0.lock().unwrap().answers = vec![change];
     watch.end(0, Ok(empty()));
     assert_ready_ok!(calls[0].poll());
@@ -198,7 +198,10 @@ async fn a_limit_set_by_hand_is_where_it_goes_on() {
     let handle = layer.handle();
     assert_eq!((handle.snapshot().limit, handle.snapshot().last_change), (2, None));
     handle.set_limit(5).unwrap();
-    assert_eq!(handle.snapshot().last_change, Some(Change { limit: 5, reason: Reason::ByHand }));
+    assert_eq!(
+        handle.snapshot().last_change,
+        Some(LimitChange { limit: 5, reason: ChangeReason::ByHand })
+    );
     handle.set_limit(100).unwrap();
     assert_eq!(handle.snapshot().limit, 8, "the algorithm bounds the limit");
     assert_eq!(spy.0.lock().unwrap().by_hand, [5, 100]);

@@ -13,7 +13,7 @@ use std::{
 
 use buttress::{
     BoxError, ConcurrencyLimitLayer,
-    limit::{Held, HeldPlace, partition::Claim},
+    limit::{CallPermit, OwnedPermit, partition::CallClass},
 };
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -71,9 +71,9 @@ async fn limit_is_not_touched_by_calls_of_one_that_is_gone() {
         let streams = shadow.layer(inner).oneshot(request()).await.unwrap();
         // A call with a partition, exempt calls, and a permit that was acquired with the handle.
         let sorted = layer()
-            .sorted_by(|request: &Request<()>| match request.uri().path() {
-                "/exempt" => Claim::exempt(),
-                _ => Claim::default().partition(0),
+            .classify_by(|request: &Request<()>| match request.uri().path() {
+                "/exempt" => CallClass::exempt(),
+                _ => CallClass::default().partition(0),
             })
             .partitions(&[0.5]);
         let told_apart = ["/", "/exempt", "/exempt"].map(|path| {
@@ -89,7 +89,8 @@ async fn limit_is_not_touched_by_calls_of_one_that_is_gone() {
         let held = Arc::new(Mutex::new(None));
         let place = held.clone();
         let service = service_fn(move |request: Request<()>| {
-            *place.lock().unwrap() = request.extensions().get::<Held>().and_then(Held::take);
+            *place.lock().unwrap() =
+                request.extensions().get::<CallPermit>().and_then(CallPermit::take);
             async { Ok::<_, BoxError>(empty()) }
         });
         drop(outer.layer(inner.layer(service)).oneshot(request()).await.unwrap());
@@ -132,7 +133,7 @@ fn limit_that_is_handed_over_as_it_goes_is_as_new_for_the_next() {
     let pairs: Vec<_> = (0..4)
         .map(|_| {
             thread::spawn(|| {
-                let (to, ends) = mpsc::sync_channel::<HeldPlace>(0);
+                let (to, ends) = mpsc::sync_channel::<OwnedPermit>(0);
                 let ender = thread::spawn(move || ends.into_iter().for_each(drop));
                 let runtime = Builder::new_current_thread().enable_time().build().unwrap();
                 let _timers = runtime.enter();

@@ -194,7 +194,7 @@ async fn run(
         prop_assert_eq!(seen.in_flight as usize, model.inside.len());
         prop_assert_eq!(watch.seen().in_flight, model.inside.len());
         prop_assert_eq!(seen.waiting as usize, model.waiting.len());
-        prop_assert_eq!((seen.refused_full, seen.refused_waited), (model.full, model.waited));
+        prop_assert_eq!((seen.rejected_full, seen.rejected_waited), (model.full, model.waited));
     }
     drop(callers);
     let seen = handle.snapshot();

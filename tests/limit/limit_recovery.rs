@@ -8,7 +8,9 @@ use std::{
     time::Duration,
 };
 
-use buttress::{ConcurrencyLimitLayer, Deadline, limit::partition::Claim, outcome::RejectedKind};
+use buttress::{
+    ConcurrencyLimitLayer, Deadline, limit::partition::CallClass, outcome::RejectedKind,
+};
 use http::{Request, Response};
 use tokio::{
     task::JoinSet,
@@ -27,7 +29,7 @@ async fn a_burst_under_the_limit_leaves_no_dead_work_behind() {
     let limit = || ConcurrencyLimitLayer::new(1).queue(1000, Duration::from_secs(10));
     burst(limit()).await;
     // The same with partitions and priorities.
-    let sorted = limit().sorted_by(|_: &Request<()>| Claim::default().partition(0));
+    let sorted = limit().classify_by(|_: &Request<()>| CallClass::default().partition(0));
     let layer = sorted.partitions(&[1.0]).shed_by_priority();
     burst(layer).await;
 }
@@ -102,5 +104,5 @@ async fn a_late_call_is_refused_as_late_also_where_the_limit_is_reached() {
     let _place = layer.handle().try_acquire().unwrap();
     assert_eq!(refused_as(late().await), RejectedKind::DeadlinePassed);
     let told = layer.handle().snapshot();
-    assert_eq!((told.refused_deadline, told.refused_full), (2, 0));
+    assert_eq!((told.rejected_deadline, told.rejected_full), (2, 0));
 }

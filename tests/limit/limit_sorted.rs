@@ -13,10 +13,11 @@ use std::{
 use buttress::{
     ConcurrencyLimitLayer, Deadline,
     limit::{
-        Held,
-        adaptive::{Algorithm, Change, Sample},
+        CallPermit,
+        adaptive::{Algorithm, LimitChange, Sample},
         partition::{
-            Claim, Partition, Priority, Sort, SortedLimit, SortedLimitHandle, SortedLimitLayer,
+            CallClass, ClassifyCall, Partition, PartitionedLimit, PartitionedLimitHandle,
+            PartitionedLimitLayer, Priority,
         },
     },
     outcome::RejectedKind,
@@ -34,16 +35,16 @@ use crate::support::{
     empty, hello, read, refused_as, request,
 };
 
-type ByRequest = fn(&Request<()>) -> Claim;
-type Limit = SortedLimit<Strict, ByRequest>;
+type ByRequest = fn(&Request<()>) -> CallClass;
+type Limit = PartitionedLimit<Strict, ByRequest>;
 type Call = task::Spawn<Oneshot<Limit, Request<()>>>;
 
 /// Returns the claim in the extensions of the request.
-fn asked(request: &Request<()>) -> Claim {
+fn asked(request: &Request<()>) -> CallClass {
     request.extensions().get().copied().unwrap_or_default()
 }
 
-fn asking(claim: Claim) -> Request<()> {
+fn asking(claim: CallClass) -> Request<()> {
     let mut request = request();
     request.extensions_mut().insert(claim);
     request
@@ -51,18 +52,18 @@ fn asking(claim: Claim) -> Request<()> {
 
 /// A limit of one, with a partition that has all of it.
 struct One {
-    layer: SortedLimitLayer<ByRequest>,
-    handle: SortedLimitHandle,
+    layer: PartitionedLimitLayer<ByRequest>,
+    handle: PartitionedLimitHandle,
     occupant: Option<<Limit as Service<Request<()>>>::Future>,
 }
 
 impl Subject for One {
-    type Layer = SortedLimitLayer<ByRequest>;
+    type Layer = PartitionedLimitLayer<ByRequest>;
     type Service = Limit;
 
     async fn new() -> Self {
-        let only: ByRequest = |_| Claim::default().partition(0);
-        let layer = ConcurrencyLimitLayer::new(1).sorted_by(only).partitions(&[1.0]);
+        let only: ByRequest = |_| CallClass::default().partition(0);
+        let layer = ConcurrencyLimitLayer::new(1).classify_by(only).partitions(&[1.0]);
         Self { handle: layer.handle(), layer, occupant: None }
     }
 
@@ -96,7 +97,8 @@ async fn a_sorter_that_panics_takes_no_place() {
         Some(claim) => *claim,
         None => panic!("a request without a claim"),
     };
-    let layer = ConcurrencyLimitLayer::new(1).sorted_by(sort).partitions(&[1.0]).shed_by_priority();
+    let layer =
+        ConcurrencyLimitLayer::new(1).classify_by(sort).partitions(&[1.0]).shed_by_priority();
     let (inner, watch) = Strict::new();
     let (mut service, handle) = (layer.layer(inner), layer.handle());
     service.ready().await.unwrap();
@@ -104,7 +106,7 @@ async fn a_sorter_that_panics_takes_no_place() {
     assert!(catch_unwind(call).is_err());
     assert_eq!((handle.in_flight(), handle.partitions()[0].in_flight), (0, 0));
     // The same instance serves the next call.
-    let asked = asking(Claim::default().partition(0));
+    let asked = asking(CallClass::default().partition(0));
     service.ready().await.unwrap().call(asked).await.unwrap();
     drop(service);
     let seen = watch.seen();
@@ -121,12 +123,12 @@ async fn algorithm_that_panics_neither_fails_a_call_nor_holds_a_permit() {
             2
         }
         fn set_limit(&mut self, _: u32) {}
-        fn hear(&mut self, _: &Sample) -> Option<Change> {
+        fn on_sample(&mut self, _: &Sample) -> Option<LimitChange> {
             panic!("an algorithm")
         }
     }
-    let sort: ByRequest = |_| Claim::default().partition(0);
-    let layer = ConcurrencyLimitLayer::adaptive(Touchy).sorted_by(sort).partitions(&[0.5]);
+    let sort: ByRequest = |_| CallClass::default().partition(0);
+    let layer = ConcurrencyLimitLayer::adaptive(Touchy).classify_by(sort).partitions(&[0.5]);
     let handle = layer.handle();
     let call = tokio::spawn(layer.layer(Strict::new().0).oneshot(request()));
     drop(call.await.unwrap().unwrap());
@@ -142,14 +144,14 @@ async fn a_claim_of_anything_is_kept_to_what_there_is() {
     assert_eq!(shares, [0, 0, 2]);
     let mut calls = Vec::new();
     for number in [3, 63, 64, 255] {
-        let claim = Claim::from(Priority::new(255).lot([0xff; 300])).partition(number);
+        let claim = CallClass::from(Priority::new(255).with_key([0xff; 300])).partition(number);
         let mut call = task::spawn(service.clone().oneshot(asking(claim)));
         assert_pending!(call.poll());
         calls.push(call);
     }
     assert_eq!((watch.seen().calls, handle.in_flight(), inside(&handle)), (4, 4, vec![0, 0, 0]));
     // An exempt call is exempt, whatever its other claims.
-    let claim = Claim::exempt().partition(2).priority(Priority::SHEDDABLE);
+    let claim = CallClass::exempt().partition(2).priority(Priority::SHEDDABLE);
     let mut exempt = task::spawn(service.clone().oneshot(asking(claim)));
     assert_pending!(exempt.poll());
     assert_eq!((handle.in_flight(), handle.snapshot().exempt_in_flight), (4, 1));
@@ -180,7 +182,7 @@ async fn an_exempt_path_is_never_refused_and_counted_apart() {
     assert!(exempt.iter().all(|(_, goes)| *goes));
     let told = handle.snapshot();
     assert_eq!(
-        (told.in_flight, told.exempt_in_flight, told.exempt, told.refused_full),
+        (told.in_flight, told.exempt_in_flight, told.exempt, told.rejected_full),
         (1, 6, 6, 1)
     );
     // An exempt call lasts to the end of the response body, like every call.
@@ -199,8 +201,8 @@ async fn an_exempt_path_is_never_refused_and_counted_apart() {
 
 #[tokio::test(start_paused = true)]
 async fn an_exempt_call_does_not_wait_nor_die_of_its_deadline() {
-    let by: ByRequest = |_| Claim::exempt();
-    let layer = ConcurrencyLimitLayer::new(1).queue(9, Duration::from_secs(9)).sorted_by(by);
+    let by: ByRequest = |_| CallClass::exempt();
+    let layer = ConcurrencyLimitLayer::new(1).queue(9, Duration::from_secs(9)).classify_by(by);
     let (inner, watch) = Strict::holding();
     let service = layer.layer(inner);
     let _place = layer.handle().try_acquire().unwrap();
@@ -212,29 +214,29 @@ async fn an_exempt_call_does_not_wait_nor_die_of_its_deadline() {
 
 // ===== Partitions =====
 
-fn sorted(limit: usize, queue: usize, shares: &[f64]) -> (Limit, Watch, SortedLimitHandle) {
+fn sorted(limit: usize, queue: usize, shares: &[f64]) -> (Limit, Watch, PartitionedLimitHandle) {
     let layer = ConcurrencyLimitLayer::new(limit)
         .queue(queue, Duration::from_secs(5))
-        .sorted_by(asked as ByRequest)
+        .classify_by(asked as ByRequest)
         .partitions(shares);
     let (inner, watch) = Strict::holding();
     (layer.layer(inner), watch, layer.handle())
 }
 
 fn start(service: &Limit, partition: u8) -> (Call, bool) {
-    let asks = Claim::default().partition(partition);
+    let asks = CallClass::default().partition(partition);
     let mut call = task::spawn(service.clone().oneshot(asking(asks)));
     let goes = call.poll().is_pending();
     (call, goes)
 }
 
-fn inside(handle: &SortedLimitHandle) -> Vec<u32> {
+fn inside(handle: &PartitionedLimitHandle) -> Vec<u32> {
     handle.partitions().iter().map(|partition| partition.in_flight).collect()
 }
 
 #[tokio::test(start_paused = true)]
 async fn bad_partitions_are_a_typed_error() {
-    let one = || ConcurrencyLimitLayer::new(1).sorted_by(asked as ByRequest);
+    let one = || ConcurrencyLimitLayer::new(1).classify_by(asked as ByRequest);
     for (shares, remedy) in [
         (vec![0.0], "above 0"),
         (vec![1.1], "up to 1"),
@@ -349,21 +351,21 @@ async fn shares_change_while_calls_are_under_way() {
 async fn a_place_that_is_taken_along_stays_in_its_partition() {
     let layer = ConcurrencyLimitLayer::new(4)
         .upgrades()
-        .sorted_by(asked as ByRequest)
+        .classify_by(asked as ByRequest)
         .partitions(&[0.5, 0.5]);
     let handle = layer.handle();
     let service = layer.layer(service_fn(|request: Request<()>| async move {
-        let place = request.extensions().get::<Held>().and_then(Held::take);
+        let place = request.extensions().get::<CallPermit>().and_then(CallPermit::take);
         let mut answer = empty();
         answer.extensions_mut().insert(Arc::new(place));
         Ok::<_, Oops>(answer)
     }));
-    let call = |asks: Claim| service.clone().oneshot(asking(asks));
-    let socket = call(Claim::default().partition(1)).await.unwrap();
+    let call = |asks: CallClass| service.clone().oneshot(asking(asks));
+    let socket = call(CallClass::default().partition(1)).await.unwrap();
     let (head, body) = socket.into_parts();
     drop(body);
     assert_eq!((inside(&handle), handle.in_flight()), (vec![0, 1], 1));
-    let exempt = call(Claim::exempt()).await.unwrap();
+    let exempt = call(CallClass::exempt()).await.unwrap();
     assert_eq!((handle.snapshot().exempt_in_flight, handle.in_flight()), (1, 1));
     drop((head, exempt));
     assert_eq!((inside(&handle), handle.in_flight()), (vec![0, 0], 0));
@@ -547,9 +549,9 @@ proptest! {
 #[derive(Clone)]
 struct Itself;
 
-impl Sort<Priority> for Itself {
-    fn claim(&self, request: &Priority) -> Claim {
-        Claim::from(*request)
+impl ClassifyCall<Priority> for Itself {
+    fn claim(&self, request: &Priority) -> CallClass {
+        CallClass::from(*request)
     }
 }
 
@@ -558,7 +560,7 @@ impl Sort<Priority> for Itself {
 /// succeeded: those of users with high lots, and those of users with low ones.
 async fn served(calls: usize, draw: fn(u64, usize) -> Priority) -> [f64; 2] {
     let layer = ConcurrencyLimitLayer::new(20).queue(20, Duration::from_millis(50)).per_response();
-    let layer = layer.sorted_by(Itself).shed_by_priority();
+    let layer = layer.classify_by(Itself).shed_by_priority();
     let service = layer.layer(service_fn(|_: Priority| async {
         sleep(Duration::from_millis(10)).await;
         Ok::<_, Oops>(())
@@ -592,11 +594,11 @@ async fn served(calls: usize, draw: fn(u64, usize) -> Priority) -> [f64; 2] {
 }
 
 fn by_user(user: u64, _: usize) -> Priority {
-    Priority::NORMAL.lot(user.to_le_bytes())
+    Priority::NORMAL.with_key(user.to_le_bytes())
 }
 
 fn by_call(user: u64, call: usize) -> Priority {
-    Priority::NORMAL.lot([user.to_le_bytes(), call.to_le_bytes()].concat())
+    Priority::NORMAL.with_key([user.to_le_bytes(), call.to_le_bytes()].concat())
 }
 
 /// Whether the lot of the user is in the lower half.
@@ -624,14 +626,15 @@ async fn a_priority_that_stays_the_same_serves_whole_requests() {
 
 #[tokio::test(start_paused = true)]
 async fn nothing_is_shed_by_priority_while_there_is_room() {
-    let layer = ConcurrencyLimitLayer::new(20).per_response().sorted_by(Itself).shed_by_priority();
+    let layer =
+        ConcurrencyLimitLayer::new(20).per_response().classify_by(Itself).shed_by_priority();
     let service = layer.layer(service_fn(|_: Priority| std::future::ready(Ok::<_, Oops>(()))));
     for user in 0..10_000_u64 {
         advance(Duration::from_millis(1)).await;
         service.clone().oneshot(by_user(user, 0)).await.unwrap();
     }
     assert_eq!(
-        (layer.handle().snapshot().refused_outranked, layer.handle().shed_below()),
+        (layer.handle().snapshot().rejected_outranked, layer.handle().shed_below()),
         (0, None)
     );
 }
@@ -645,7 +648,7 @@ fn worth(service: &Limit, priority: Priority) -> Call {
 #[tokio::test(start_paused = true)]
 async fn in_a_full_queue_who_is_worth_least_gives_way() {
     let layer = ConcurrencyLimitLayer::new(1).queue(2, Duration::from_secs(5));
-    let layer = layer.sorted_by(asked as ByRequest).shed_by_priority();
+    let layer = layer.classify_by(asked as ByRequest).shed_by_priority();
     let (inner, watch) = Strict::holding();
     let (service, handle) = (layer.layer(inner), layer.handle());
     let mut first = worth(&service, Priority::SHEDDABLE);
@@ -668,7 +671,7 @@ async fn in_a_full_queue_who_is_worth_least_gives_way() {
     let no_more = service.clone().oneshot(asking(Priority::NORMAL.into()));
     assert_eq!(refused_as(no_more.await), RejectedKind::Full);
     let told = handle.snapshot();
-    assert_eq!((told.waiting, told.in_flight, told.refused_outranked), (2, 1, 1));
+    assert_eq!((told.waiting, told.in_flight, told.rejected_outranked), (2, 1, 1));
 
     // Priorities do not change the order of the queue: the oldest caller is first.
     watch.end(0, Ok(empty()));
@@ -682,7 +685,7 @@ async fn in_a_full_queue_who_is_worth_least_gives_way() {
 /// Any queued call has at least the priority of a call that is rejected because the queue is full.
 async fn by_worth(limit: usize, steps: Vec<Step>) -> Result<(), TestCaseError> {
     let layer = ConcurrencyLimitLayer::new(limit).queue(4, Duration::from_secs(5));
-    let layer = layer.sorted_by(asked as ByRequest).shed_by_priority();
+    let layer = layer.classify_by(asked as ByRequest).shed_by_priority();
     let (inner, watch) = Strict::holding();
     let (service, handle) = (layer.layer(inner), layer.handle());
     // Each call with its priority, and whether it has a permit.
@@ -734,7 +737,8 @@ async fn by_worth(limit: usize, steps: Vec<Step>) -> Result<(), TestCaseError> {
 #[tokio::test(start_paused = true)]
 async fn a_cut_goes_when_the_load_goes() {
     let (service, watch, handle) = {
-        let layer = ConcurrencyLimitLayer::new(2).sorted_by(asked as ByRequest).shed_by_priority();
+        let layer =
+            ConcurrencyLimitLayer::new(2).classify_by(asked as ByRequest).shed_by_priority();
         let (inner, watch) = Strict::holding();
         (layer.layer(inner), watch, layer.handle())
     };
@@ -749,7 +753,7 @@ async fn a_cut_goes_when_the_load_goes() {
         if user % 50 == 49 {
             held.pop_front();
         }
-        outranked = handle.snapshot().refused_outranked;
+        outranked = handle.snapshot().rejected_outranked;
     }
     assert!(outranked > 1000 && handle.shed_below().is_some());
     held.clear();
@@ -786,12 +790,12 @@ impl Drop for Inside {
 #[tokio::test(flavor = "multi_thread", worker_threads = 8)]
 async fn many_threads_of_all_kinds_lose_nothing() {
     let layer = ConcurrencyLimitLayer::new(4).queue(16, Duration::from_secs(60)).per_response();
-    let sort: fn(&Claim) -> Claim = |claim| *claim;
-    let layer = layer.sorted_by(sort).partitions(&[0.5, 0.25]).shed_by_priority();
+    let sort: fn(&CallClass) -> CallClass = |claim| *claim;
+    let layer = layer.classify_by(sort).partitions(&[0.5, 0.25]).shed_by_priority();
     let handle = layer.handle();
     let busy = Arc::new((AtomicU32::new(0), AtomicU32::new(0)));
     let seen = busy.clone();
-    let service = layer.layer(service_fn(move |_: Claim| {
+    let service = layer.layer(service_fn(move |_: CallClass| {
         let busy = busy.clone();
         async move {
             let now = busy.0.fetch_add(1, Ordering::SeqCst) + 1;
@@ -806,7 +810,7 @@ async fn many_threads_of_all_kinds_lose_nothing() {
         let (service, handle) = (service.clone(), handle.clone());
         callers.spawn(async move {
             for round in 0..100_u8 {
-                let claim = Claim::from(Priority::new(round % 8)).partition(n % 3);
+                let claim = CallClass::from(Priority::new(round % 8)).partition(n % 3);
                 if (n + round) % 3 == 0 {
                     // Dropped after one poll, with or without a permit.
                     let _ = service.clone().oneshot(claim).now_or_never();

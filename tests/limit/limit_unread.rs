@@ -8,8 +8,8 @@ use std::{
 
 use buttress::{
     BoxError, ConcurrencyLimitLayer, Rejected, TimeoutLayer, Timeouts,
-    limit::{adaptive::Vegas, partition::Claim},
-    outcome::{Phase, RejectedKind},
+    limit::{adaptive::Vegas, partition::CallClass},
+    outcome::{RejectedKind, TimeoutPhase},
 };
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -157,9 +157,9 @@ async fn timeout_layer_within_fails_an_unread_response_that_is_read_on() {
     body.frame().await.unwrap().unwrap();
     let error = body.frame().await.unwrap().unwrap_err();
     let kind = Rejected::find(&*error).unwrap().kind();
-    assert_eq!(kind, RejectedKind::TimedOut(Phase::Unread));
+    assert_eq!(kind, RejectedKind::TimedOut(TimeoutPhase::Unread));
     assert!(body.frame().await.is_none());
-    assert_eq!(timeouts.snapshot().timed_out_by(Phase::Unread), 1);
+    assert_eq!(timeouts.snapshot().timed_out_by(TimeoutPhase::Unread), 1);
     assert_eq!(permits.in_flight(), 0);
 }
 
@@ -177,7 +177,7 @@ async fn unread_responses_release_permits_of_adaptive_and_partitioned_limits() {
     drop(bodies);
     assert_eq!(handle.in_flight(), 0);
 
-    let sorted = layer(2).sorted_by(|_: &Request<()>| Claim::default().partition(0));
+    let sorted = layer(2).classify_by(|_: &Request<()>| CallClass::default().partition(0));
     let sorted = sorted.partitions(&[0.5]);
     let handle = sorted.handle();
     let body = call(&sorted, false).await.unwrap();

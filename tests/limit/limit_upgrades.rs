@@ -5,7 +5,10 @@ use std::sync::{Arc, Mutex};
 use buttress::{
     ConcurrencyLimit, ConcurrencyLimitLayer, Rejected,
     classify::Http,
-    limit::{ConcurrencyLimitHandle, Held, HeldPlace, Upgrades, adaptive::Knee, partition::Claim},
+    limit::{
+        CallPermit, ConcurrencyLimitHandle, OwnedPermit, Upgrades, adaptive::Knee,
+        partition::CallClass,
+    },
     outcome::RejectedKind,
 };
 use http::Request;
@@ -65,9 +68,9 @@ type Server = BoxCloneService<
 >;
 
 /// The handle that the handler found in the extensions of its request.
-type Found = Arc<Mutex<Option<Held>>>;
+type Found = Arc<Mutex<Option<CallPermit>>>;
 
-fn found(found: &Found) -> Held {
+fn found(found: &Found) -> CallPermit {
     found.lock().unwrap().clone().expect("a handle in the extensions")
 }
 
@@ -250,13 +253,13 @@ async fn a_place_is_acquired_by_hand_under_the_same_limit() {
     let layer = ConcurrencyLimitLayer::new(2).name("sockets");
     let (inner, watch) = Strict::holding();
     let (handle, service) = (layer.handle(), layer.layer(inner));
-    let place: HeldPlace = handle.try_acquire().unwrap();
+    let place: OwnedPermit = handle.try_acquire().unwrap();
     let mut call = task::spawn(service.clone().oneshot(request()));
     assert_pending!(call.poll());
     assert_eq!(refused_as(service.oneshot(request()).await), RejectedKind::Full);
     let refused: Rejected = handle.try_acquire().unwrap_err();
     assert_eq!((refused.kind(), refused.name()), (RejectedKind::Full, Some("sockets")));
-    assert_eq!((handle.in_flight(), handle.snapshot().refused_full), (2, 2));
+    assert_eq!((handle.in_flight(), handle.snapshot().rejected_full), (2, 2));
     drop(place);
     let again = handle.try_acquire().unwrap();
     assert!(watch.end(0, Err(Oops("gone"))));
@@ -302,7 +305,7 @@ async fn a_place_acquired_by_hand_may_wait_for_its_turn() {
 #[tokio::test(start_paused = true)]
 async fn a_place_acquired_by_hand_is_not_what_is_kept_for_others() {
     let layer = ConcurrencyLimitLayer::new(2)
-        .sorted_by(|_: &Request<()>| Claim::default().partition(0))
+        .classify_by(|_: &Request<()>| CallClass::default().partition(0))
         .partitions(&[0.5]);
     let (inner, _watch) = Strict::holding();
     let (handle, service) = (layer.handle(), layer.layer(inner));
@@ -317,6 +320,6 @@ async fn a_place_acquired_by_hand_is_not_what_is_kept_for_others() {
 #[test]
 fn places_go_to_any_thread() {
     fn goes<T: Send + Sync + 'static>() {}
-    goes::<Held>();
-    goes::<HeldPlace>();
+    goes::<CallPermit>();
+    goes::<OwnedPermit>();
 }

@@ -8,7 +8,7 @@ use buttress::{
     limit::{
         ConcurrencyLimitHandle, QueueOrder,
         adaptive::{Aimd, Algorithm, Sample, Vegas},
-        partition::Claim,
+        partition::CallClass,
     },
 };
 use http::Request;
@@ -65,9 +65,9 @@ fn number(value: &Value, key: &str) -> Option<usize> {
 fn partitions(vector: &Value) {
     let config = &vector["config"];
     let share = |name: &str| config["partitions"][name].as_f64().unwrap();
-    let sort = |request: &Request<()>| *request.extensions().get::<Claim>().unwrap();
+    let sort = |request: &Request<()>| *request.extensions().get::<CallClass>().unwrap();
     let layer = ConcurrencyLimitLayer::new(number(config, "limit").unwrap())
-        .sorted_by(sort)
+        .classify_by(sort)
         .partitions(&[share("batch"), share("live")]);
     let (service, handle) = (layer.layer(Strict::holding().0), layer.handle());
     let mut calls = Vec::new();
@@ -81,7 +81,7 @@ fn partitions(vector: &Value) {
                 for _ in 0..number(event, "n").unwrap_or(1) {
                     let mut asking = request();
                     let line = u8::from(text(event, "partition") == "live");
-                    asking.extensions_mut().insert(Claim::default().partition(line));
+                    asking.extensions_mut().insert(CallClass::default().partition(line));
                     let mut call = task::spawn(service.clone().oneshot(asking));
                     admitted = Some(call.poll().is_pending());
                     calls.push(call);
@@ -166,7 +166,7 @@ fn adaptive(vector: &Value) {
             ),
         };
         let sample = Sample::new(now, Duration::from_millis(ms), in_flight);
-        let _ = tried.hear(&if dropped { sample.dropped() } else { sample });
+        let _ = tried.on_sample(&if dropped { sample.dropped() } else { sample });
         let expected = step["expect_limit"].as_u64().or(step["expect"]["limit"].as_u64()).unwrap();
         assert_eq!(u64::from(tried.limit()), expected, "{id}, step {at}");
     }

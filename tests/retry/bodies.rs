@@ -9,7 +9,7 @@ use std::{
 
 use buttress::{
     Attempts, Backoff, BoxError, RetryLayer,
-    retry::{ReplayBody, Stop},
+    retry::{GiveUpReason, ReplayBody},
 };
 use bytes::{Buf, Bytes};
 use http::{HeaderMap, Request};
@@ -99,7 +99,7 @@ proptest! {
                 Ok(status(503))
             }
         });
-        let layer = layer().attempts(stops.len() as u32).replay_up_to(cap);
+        let layer = layer().attempts(stops.len() as u32).max_replay_bytes(cap);
         let told = tokio::runtime::Builder::new_current_thread()
             .enable_time()
             .start_paused(true)
@@ -122,7 +122,7 @@ proptest! {
             let last = n + 1 == stops.len();
             prop_assert_eq!(reads.len() > n + 1, again && !last, "attempt {}", n);
             if n + 1 == reads.len() && stops.len() > 1 {
-                let stop = if again { Stop::AttemptsUsedUp } else { Stop::BodyGone };
+                let stop = if again { GiveUpReason::AttemptsUsedUp } else { GiveUpReason::BodyGone };
                 prop_assert_eq!(told.stop, stop);
             }
         }
@@ -145,7 +145,7 @@ async fn over_the_cap_it_keeps_streaming_and_loses_its_retries() {
         let response =
             send(&layer().layer(inner), put(Script::new(pieces).untold())).await.unwrap();
         assert_eq!(response.status(), answer);
-        let stop = if answer == 503 { Stop::BodyGone } else { Stop::Answered };
+        let stop = if answer == 503 { GiveUpReason::BodyGone } else { GiveUpReason::Answered };
         assert_eq!((Attempts::of(&response).made, Attempts::of(&response).stop), (1, stop));
     }
     // A body of the size of the cap is saved.
@@ -164,9 +164,9 @@ async fn known_to_be_over_the_cap_it_is_not_copied() {
         Ok(status(503))
     });
     let body = Script::new([data("hello "), data("world"), trailers(&[("x-sum", "1")])]);
-    let service = layer().replay_up_to(10).layer(inner);
+    let service = layer().max_replay_bytes(10).layer(inner);
     let response = send(&service, put(body)).await.unwrap();
-    assert_eq!(Attempts::of(&response).stop, Stop::BodyGone);
+    assert_eq!(Attempts::of(&response).stop, GiveUpReason::BodyGone);
 }
 
 /// A body above the cap is not saved. It can be sent again until an attempt reads data of it.
@@ -186,9 +186,10 @@ async fn an_untouched_post_is_repeated_whatever_its_size() {
             Ok(status(200))
         });
         let body = Script::new([data("hello "), data("world")]);
-        let result = send(&layer().replay_up_to(10).layer(inner), post(body)).await;
+        let result = send(&layer().max_replay_bytes(10).layer(inner), post(body)).await;
         let told = told(&result);
-        let expected = if touched { (1, Stop::BodyGone) } else { (2, Stop::Answered) };
+        let expected =
+            if touched { (1, GiveUpReason::BodyGone) } else { (2, GiveUpReason::Answered) };
         assert_eq!((told.made, told.stop), expected);
     }
 }
@@ -211,7 +212,7 @@ async fn a_body_still_streaming_is_not_sent_twice() {
     });
     let body = Script::new([data("one"), data("two")]).untold();
     let response = send(&layer().layer(inner), put(body)).await.unwrap();
-    assert_eq!(Attempts::of(&response).stop, Stop::StillSending);
+    assert_eq!(Attempts::of(&response).stop, GiveUpReason::StillSending);
     // The connection receives the rest of the body.
     let body = held.lock().unwrap().pop().unwrap();
     assert_eq!(read(body).await.0, "two");
@@ -257,7 +258,7 @@ async fn a_body_whose_stream_is_gone_is_taken_from_it() {
         if again {
             assert_eq!(told(&result).made, 3);
         } else {
-            assert_eq!((told(&result).made, told(&result).stop), (1, Stop::StillSending));
+            assert_eq!((told(&result).made, told(&result).stop), (1, GiveUpReason::StillSending));
             let body = held.lock().unwrap().take().unwrap();
             assert_eq!(read(body).await.0, "two");
         }
@@ -296,7 +297,7 @@ async fn a_body_that_errors_is_not_sent_again() {
     });
     let body = Script::new([data("one"), Piece::Error]).untold();
     let result = send(&layer().layer(inner), put(body)).await;
-    assert_eq!((told(&result).made, told(&result).stop), (1, Stop::BodyGone));
+    assert_eq!((told(&result).made, told(&result).stop), (1, GiveUpReason::BodyGone));
 }
 
 /// The second attempt continues to read a slow body where the first one stopped.
@@ -366,7 +367,7 @@ async fn a_body_need_not_be_unpin() {
         });
         let body = Pinned { script: Script::text("pinned"), _pinned: PhantomPinned };
         let request = Request::put("/").body(body).unwrap();
-        let response = send(&layer().replay_up_to(cap).layer(inner), request).await.unwrap();
+        let response = send(&layer().max_replay_bytes(cap).layer(inner), request).await.unwrap();
         assert_eq!(Attempts::of(&response).made, 2);
     }
 }
@@ -406,8 +407,9 @@ async fn what_is_read_during_the_wait_is_not_lost() {
             Ok(status(200))
         }
     });
-    let layer =
-        RetryLayer::http().replay_up_to(10).backoff(Backoff::constant(ms(100)).without_jitter());
+    let layer = RetryLayer::http()
+        .max_replay_bytes(10)
+        .backoff(Backoff::constant(ms(100)).without_jitter());
     let body = [data("12345"), data("67890"), data("abc"), Piece::Pause(ms(200)), data("def")];
     let response = send(&layer.layer(inner), put(Script::new(body).untold())).await.unwrap();
     assert_eq!(response.status(), 200);

@@ -12,7 +12,7 @@ use std::{
 use buttress::{
     Attempts, Backoff, Rejected, RetryBudget, RetryLayer,
     outcome::RejectedKind,
-    retry::{FailureKind, Preset, Stop},
+    retry::{FailureKind, GiveUpReason, RetryPreset},
 };
 use proptest::prelude::*;
 use tokio::time::{Instant, advance};
@@ -86,10 +86,10 @@ async fn one_budget_for_two_layers() {
     let told = Attempts::of(&response);
     assert_eq!(
         (told.made, told.stop),
-        (3, Stop::AttemptsUsedUp),
+        (3, GiveUpReason::AttemptsUsedUp),
         "the calls of the other layer made the deposits"
     );
-    assert_eq!(Attempts::of(&send(&bad, get()).await.unwrap()).stop, Stop::BudgetUsedUp);
+    assert_eq!(Attempts::of(&send(&bad, get()).await.unwrap()).stop, GiveUpReason::BudgetUsedUp);
     assert_eq!((budget.denied(), budget.balance()), (1, 0.5));
     assert_eq!(denied(), [0, 1], "each layer counts its own denials");
 }
@@ -279,7 +279,7 @@ fn each_kind_of_failure_has_its_cost() {
 #[tokio::test(start_paused = true)]
 async fn the_preset_of_aws_costs_14_and_5_and_gives_the_last_one_back() {
     let budget = RetryBudget::aws();
-    let layer = || RetryLayer::http().preset(Preset::Aws).budget(budget.clone());
+    let layer = || RetryLayer::http().preset(RetryPreset::Aws).budget(budget.clone());
     let outage: Inner = Inner::new(|_| Ok(status(503)));
     send(&layer().layer(outage), get()).await.unwrap();
     assert_eq!(budget.balance(), 500.0 - 28.0, "without a success nothing is refunded");
@@ -339,7 +339,7 @@ fn the_preset_of_grpc_uses_the_upper_half() {
 async fn the_preset_of_grpc_charges_failures_and_not_retries() {
     let balance_after = async |answer: fn(u32) -> Answer, request| {
         let budget = RetryBudget::grpc(100, 0.5);
-        let layer = RetryLayer::grpc().preset(Preset::Grpc).budget(budget.clone());
+        let layer = RetryLayer::grpc().preset(RetryPreset::Grpc).budget(budget.clone());
         let _ = send(&layer.layer(Inner::new(answer)), request).await;
         budget.balance()
     };

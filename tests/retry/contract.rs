@@ -12,7 +12,7 @@ use std::{
 
 use buttress::{
     Attempts, Backoff, BoxError, RetryBudget, RetryLayer,
-    retry::{Attempt, ReplayBody, RetryError, Stop},
+    retry::{Attempt, GiveUpReason, ReplayBody, RetryError},
 };
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -58,7 +58,10 @@ async fn passes_through() {
 
     let error = send(&service, ask()).await.unwrap_err();
     let told = Attempts::find(&*error).unwrap();
-    assert_eq!((told.made, told.waited, told.stop), (1, Duration::ZERO, Stop::NotRetryable));
+    assert_eq!(
+        (told.made, told.waited, told.stop),
+        (1, Duration::ZERO, GiveUpReason::NotRetryable)
+    );
     let retry = error.downcast_ref::<RetryError>().unwrap();
     assert_eq!(retry.source().unwrap().downcast_ref(), Some(&Oops("of its own")));
     service.get_ref().log.assert_strict();
@@ -113,7 +116,7 @@ async fn inner_poll_ready_error_propagates() {
     let error: BoxError = assert_ready_err!(service.poll_ready());
     assert_eq!(error.source().unwrap().downcast_ref(), Some(&Oops("not ready")));
     let told = Attempts::find(&*error).unwrap();
-    assert_eq!((told.made, told.stop), (0, Stop::NotReady), "no attempt was made");
+    assert_eq!((told.made, told.stop), (0, GiveUpReason::NotReady), "no attempt was made");
 
     log.gate(Gate::Open);
     assert_ready_ok!(service.poll_ready());
@@ -124,7 +127,11 @@ async fn inner_poll_ready_error_propagates() {
     let error = assert_ready_err!(future.poll());
     assert_eq!(error.source().unwrap().downcast_ref(), Some(&Oops("not ready")));
     let told = Attempts::find(&*error).unwrap();
-    assert_eq!((told.made, told.stop), (1, Stop::NotReady), "the second attempt was not made");
+    assert_eq!(
+        (told.made, told.stop),
+        (1, GiveUpReason::NotReady),
+        "the second attempt was not made"
+    );
     drop(future);
     assert_eq!((log.calls(), budget.balance()), (1, 3.0), "the second attempt is not charged");
 }
@@ -274,7 +281,7 @@ async fn a_panicking_request_body_is_not_sent_again_and_breaks_nothing() {
     let service = RetryLayer::http().layer(inner);
     let body = Script::new([data("a"), Piece::Panic]).untold();
     let response = send(&service, put(body)).await.unwrap();
-    assert_eq!(Attempts::of(&response).stop, Stop::BodyGone);
+    assert_eq!(Attempts::of(&response).stop, GiveUpReason::BodyGone);
 }
 
 // ===== Request and response bodies =====

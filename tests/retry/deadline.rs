@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use buttress::{
     Attempts, Backoff, Deadline, DeadlineLayer, Outcome, Rejected, RetryLayer,
-    outcome::{Phase, Reason, RejectedKind},
-    retry::Stop,
+    outcome::{Reason, RejectedKind, TimeoutPhase},
+    retry::GiveUpReason,
 };
 use http::Request;
 use tokio::time::Instant;
@@ -30,10 +30,10 @@ async fn failing(layer: RetryLayer, request: Request<Script>) -> Attempts {
 async fn a_wait_that_leaves_no_time_for_an_attempt_is_not_begun() {
     let start = Instant::now();
     for (time, made, stop) in [
-        (109, 1, Stop::DeadlineTooNear),
-        (110, 2, Stop::DeadlineTooNear),
-        (1, 1, Stop::DeadlineTooNear),
-        (500, 3, Stop::AttemptsUsedUp),
+        (109, 1, GiveUpReason::DeadlineTooNear),
+        (110, 2, GiveUpReason::DeadlineTooNear),
+        (1, 1, GiveUpReason::DeadlineTooNear),
+        (500, 3, GiveUpReason::AttemptsUsedUp),
     ] {
         let budget = purse(9);
         let told = failing(layer(ms(100)).budget(budget.clone()), within(ms(time), get())).await;
@@ -41,7 +41,7 @@ async fn a_wait_that_leaves_no_time_for_an_attempt_is_not_begun() {
         assert_eq!(budget.balance(), 9.0 - f64::from(made - 1), "the budget is checked last");
     }
     assert!(start.elapsed() < ms(310));
-    let told = failing(layer(ms(100)).least_attempt(ms(50)), within(ms(149), get())).await;
+    let told = failing(layer(ms(100)).min_attempt_time(ms(50)), within(ms(149), get())).await;
     assert_eq!(told.made, 1);
     assert_eq!(failing(layer(ms(100)), get()).await.made, 3, "without a deadline");
 }
@@ -52,7 +52,7 @@ async fn a_hint_beyond_the_deadline_is_answered_now() {
     let start = Instant::now();
     let response = send(&layer(ms(1)).layer(inner), within(ms(2999), get())).await.unwrap();
     let told = Attempts::of(&response);
-    assert_eq!((told.made, told.stop, start.elapsed()), (1, Stop::DeadlineTooNear, ms(0)));
+    assert_eq!((told.made, told.stop, start.elapsed()), (1, GiveUpReason::DeadlineTooNear, ms(0)));
 }
 
 /// A hint near the deadline, and a backoff that is longer than the time to the deadline.
@@ -91,7 +91,7 @@ async fn readying_is_bounded_by_the_deadline() {
     log.gate(Gate::Shut);
     let result = call.await.unwrap();
     assert!(start.elapsed() >= ms(500) && start.elapsed() <= ms(502), "{:?}", start.elapsed());
-    assert_eq!((told(&result).made, told(&result).stop), (1, Stop::DeadlinePassed));
+    assert_eq!((told(&result).made, told(&result).stop), (1, GiveUpReason::DeadlinePassed));
     let error = result.err().unwrap();
     let refused = Rejected::find(&*error).unwrap();
     assert_eq!((refused.layer(), refused.kind()), ("retry", RejectedKind::DeadlinePassed));
@@ -116,13 +116,13 @@ async fn an_attempt_under_way_ends_with_the_deadline() {
         let result = send(&layer.layer(inner), within(ms(250), get())).await;
         assert!(start.elapsed() >= ms(250) && start.elapsed() <= ms(252), "{:?}", start.elapsed());
         let told = told(&result);
-        assert_eq!((told.made, told.stop, log.calls()), (made, Stop::DeadlinePassed, made));
-        assert_eq!(told.each().last().unwrap().outcome.reason(), Reason::Timeout);
+        assert_eq!((told.made, told.stop, log.calls()), (made, GiveUpReason::DeadlinePassed, made));
+        assert_eq!(told.records().last().unwrap().outcome.reason(), Reason::Timeout);
         assert_eq!(log.taken(), (0, 0), "the attempt is dropped");
         assert_eq!(budget.balance(), 9.0 - f64::from(made - 1));
         let error = result.err().unwrap();
         let late = Rejected::find(&*error).unwrap();
-        let kind = RejectedKind::TimedOut(Phase::Deadline);
+        let kind = RejectedKind::TimedOut(TimeoutPhase::Deadline);
         assert_eq!((late.layer(), late.kind()), ("retry", kind));
         assert_eq!(
             Outcome::of_error(&*error).reason(),
@@ -172,7 +172,7 @@ async fn who_set_the_deadline_says_how_it_is_told() {
         let service = outer().layer(retry);
         let (error, ()) = tokio::join!(send(&service, get()), shut_later(log));
         let told = Attempts::find(&*error.err().unwrap()).unwrap();
-        assert_eq!((told.made, told.stop), (1, Stop::DeadlinePassed));
+        assert_eq!((told.made, told.stop), (1, GiveUpReason::DeadlinePassed));
     }
 }
 
@@ -212,8 +212,8 @@ async fn a_call_that_comes_after_its_deadline_is_not_begun() {
     let call = service.call(request);
     assert_eq!(log.taken(), (0, 0), "the reservation is released");
     let result = call.await;
-    assert_eq!((told(&result).made, told(&result).stop), (0, Stop::DeadlinePassed));
-    assert_eq!((log.calls(), told(&result).each().len()), (0, 0));
+    assert_eq!((told(&result).made, told(&result).stop), (0, GiveUpReason::DeadlinePassed));
+    assert_eq!((log.calls(), told(&result).records().len()), (0, 0));
     let refused = Rejected::find(&**result.as_ref().err().unwrap()).unwrap().kind();
     assert_eq!((refused, handle.snapshot().gave_up), (RejectedKind::DeadlinePassed, 1));
     log.assert_strict();
@@ -225,9 +225,9 @@ async fn a_call_that_comes_after_its_deadline_is_not_begun() {
 async fn no_attempt_begins_at_the_deadline() {
     let inner: Inner = Inner::new(|_| Ok(status(503)));
     let log = inner.log.clone();
-    let layer = layer(ms(20)).least_attempt(ms(0));
+    let layer = layer(ms(20)).min_attempt_time(ms(0));
     let result = send(&layer.layer(inner), within(ms(20), get())).await;
-    assert_eq!((log.calls(), told(&result).stop), (1, Stop::DeadlinePassed));
+    assert_eq!((log.calls(), told(&result).stop), (1, GiveUpReason::DeadlinePassed));
 }
 
 // ===== Rejections by inner layers =====
@@ -254,7 +254,7 @@ async fn inner_rejection_ends_the_call_at_once_with_or_without_a_deadline() {
         let start = Instant::now();
         let result = send(&service, request).await;
         let told = told(&result);
-        assert_eq!((told.made, told.sent, told.stop), (1, 0, Stop::Rejected), "{after:?}");
+        assert_eq!((told.made, told.sent, told.stop), (1, 0, GiveUpReason::Rejected), "{after:?}");
         assert_eq!(start.elapsed(), ms(0));
         let text = result.unwrap_err().to_string();
         assert_eq!(
@@ -289,7 +289,7 @@ async fn wait_on_rejection_waits_if_the_rejection_states_a_time_that_fits() {
         if made == 2 {
             assert!(start.elapsed() >= ms(200) && start.elapsed() <= ms(302));
         } else {
-            assert_eq!((told.stop, start.elapsed()), (Stop::Rejected, ms(0)));
+            assert_eq!((told.stop, start.elapsed()), (GiveUpReason::Rejected, ms(0)));
         }
         assert_eq!(budget.balance(), 9.0, "a rejection makes no withdrawal");
     }
@@ -302,7 +302,7 @@ async fn repeated_rejections_end_with_the_attempts() {
     let log = inner.log.clone();
     let service = layer(ms(1)).wait_on_rejection(true).layer(inner);
     let result = send(&service, within(ms(9000), get())).await;
-    assert_eq!((told(&result).stop, log.calls()), (Stop::AttemptsUsedUp, 3));
+    assert_eq!((told(&result).stop, log.calls()), (GiveUpReason::AttemptsUsedUp, 3));
     assert!(Rejected::find(&*result.err().unwrap()).is_some());
 }
 

@@ -70,7 +70,7 @@ async fn with_nothing_to_be_read_away_every_answer_is_dropped_at_once() {
             let body = if tells { body } else { body.untold() };
             Ok(if n == 1 { status(503).map(|_| body) } else { status(200) })
         });
-        let layer = RetryLayer::http().drain_up_to(0).backoff(Backoff::constant(ms(0)));
+        let layer = RetryLayer::http().max_drain_bytes(0).backoff(Backoff::constant(ms(0)));
         let start = Instant::now();
         let response = send(&layer.layer(inner), get()).await.unwrap();
         assert_eq!((Attempts::of(&response).made, start.elapsed()), (2, ms(0)), "{tells}");
@@ -153,7 +153,7 @@ async fn a_body_that_is_always_ready_lets_others_run() {
         *seen.lock().unwrap() = Some(body.watch());
         Ok(status(503).map(|_| body))
     });
-    let layer = RetryLayer::http().drain_up_to(u64::MAX).backoff(Backoff::constant(ms(0)));
+    let layer = RetryLayer::http().max_drain_bytes(u64::MAX).backoff(Backoff::constant(ms(0)));
     let service = layer.layer(inner);
     let mut call = tokio_test::task::spawn(send(&service, get()));
     tokio_test::assert_pending!(call.poll());

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use buttress::{
-    Attempts, Backoff, Deadline, Rejected, RetryLayer, outcome::RejectedKind, retry::Stop,
+    Attempts, Backoff, Deadline, Rejected, RetryLayer, outcome::RejectedKind, retry::GiveUpReason,
 };
 use http::Response;
 use http_body::Body;
@@ -43,7 +43,11 @@ async fn outcome(answer: impl Fn() -> Response<Script> + Send + Sync + 'static) 
 async fn unavailable_is_retried_in_the_head_and_in_the_trailers() {
     for code in 0..=17u8 {
         let text: &'static str = code.to_string().leak();
-        let expected = if code == 14 { (3, Stop::AttemptsUsedUp) } else { (1, Stop::Answered) };
+        let expected = if code == 14 {
+            (3, GiveUpReason::AttemptsUsedUp)
+        } else {
+            (1, GiveUpReason::Answered)
+        };
         let told = outcome(move || head(&[("grpc-status", text)])).await;
         assert_eq!((told.made, told.stop), expected, "{code} in the head");
         let told = outcome(move || body([trailers(&[("grpc-status", text)])])).await;
@@ -58,11 +62,15 @@ async fn unavailable_is_retried_in_the_head_and_in_the_trailers() {
 #[tokio::test(start_paused = true)]
 async fn resource_exhausted_is_retried_only_with_pushback() {
     for (pairs, made, stop) in [
-        (&[("grpc-status", "8")][..], 1, Stop::Answered),
-        (&[("grpc-status", "8"), ("retry-after", "1")], 1, Stop::Answered),
-        (&[("grpc-status", "8"), ("grpc-retry-pushback-ms", "20")], 3, Stop::AttemptsUsedUp),
-        (&[("grpc-status", "8"), ("grpc-retry-pushback-ms", "-1")], 1, Stop::Pushback),
-        (&[("grpc-status", "13"), ("grpc-retry-pushback-ms", "20")], 1, Stop::Answered),
+        (&[("grpc-status", "8")][..], 1, GiveUpReason::Answered),
+        (&[("grpc-status", "8"), ("retry-after", "1")], 1, GiveUpReason::Answered),
+        (
+            &[("grpc-status", "8"), ("grpc-retry-pushback-ms", "20")],
+            3,
+            GiveUpReason::AttemptsUsedUp,
+        ),
+        (&[("grpc-status", "8"), ("grpc-retry-pushback-ms", "-1")], 1, GiveUpReason::Pushback),
+        (&[("grpc-status", "13"), ("grpc-retry-pushback-ms", "20")], 1, GiveUpReason::Answered),
     ] {
         let told = outcome(move || head(pairs)).await;
         assert_eq!((told.made, told.stop), (made, stop), "{pairs:?}");
@@ -76,9 +84,9 @@ async fn pushback_is_a_lower_bound_or_a_no() {
     for text in ["-1", "-9999999999999", "x", "", "1.5", "99999999999999999999"] {
         let unavailable = [("grpc-status", "14"), ("grpc-retry-pushback-ms", text)];
         let told = outcome(move || head(&unavailable)).await;
-        assert_eq!((told.made, told.stop), (1, Stop::Pushback), "{text:?}");
+        assert_eq!((told.made, told.stop), (1, GiveUpReason::Pushback), "{text:?}");
         let told = outcome(move || body([trailers(&unavailable)])).await;
-        assert_eq!((told.made, told.stop), (1, Stop::Pushback), "{text:?}");
+        assert_eq!((told.made, told.stop), (1, GiveUpReason::Pushback), "{text:?}");
         // An HTTP status does not override the pushback.
         let told = outcome(move || {
             let mut response = head(&unavailable);
@@ -86,14 +94,14 @@ async fn pushback_is_a_lower_bound_or_a_no() {
             response
         });
         let told = told.await;
-        assert_eq!((told.made, told.stop), (1, Stop::Pushback), "{text:?} on a 503");
+        assert_eq!((told.made, told.stop), (1, GiveUpReason::Pushback), "{text:?} on a 503");
     }
     let told = outcome(|| head(&[("grpc-status", "14"), ("grpc-retry-pushback-ms", "1000")]));
     let told = told.await;
     assert_eq!(told.made, 3);
     assert!(told.waited >= ms(2000) && told.waited <= ms(3000), "{told:?}");
     let told = outcome(|| head(&[("grpc-status", "14"), ("grpc-retry-pushback-ms", "30001")]));
-    assert_eq!(told.await.stop, Stop::WaitTooLong);
+    assert_eq!(told.await.stop, GiveUpReason::WaitTooLong);
 }
 
 #[tokio::test(start_paused = true)]
@@ -176,7 +184,7 @@ async fn a_call_that_broke_off_is_not_repeated() {
     for kind in [K::TimedOut, K::ConnectionReset, K::BrokenPipe] {
         let inner: Inner = Inner::new(move |_| Err(io(kind)));
         let result = send(&layer().layer(inner), post(Script::text("ask"))).await;
-        assert_eq!((told(&result).made, told(&result).stop), (1, Stop::Unsafe), "{kind}");
+        assert_eq!((told(&result).made, told(&result).stop), (1, GiveUpReason::Unsafe), "{kind}");
     }
 }
 
@@ -186,7 +194,7 @@ async fn the_http_layer_does_not_repeat_grpc_calls() {
     let inner: Inner = Inner::new(|_| Ok(head(&[("grpc-status", "14")])));
     let service = RetryLayer::http().layer(inner);
     let response = send(&service, post(Script::text("ask"))).await.unwrap();
-    assert_eq!(Attempts::of(&response).stop, Stop::Unsafe);
+    assert_eq!(Attempts::of(&response).stop, GiveUpReason::Unsafe);
     let mut keyed = post(Script::text("ask"));
     keyed.headers_mut().insert("idempotency-key", "k".parse().unwrap());
     assert_eq!(Attempts::of(&send(&service, keyed).await.unwrap()).made, 3);

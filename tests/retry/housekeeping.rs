@@ -8,7 +8,7 @@ use std::sync::{
 use buttress::{
     Backoff, Outcome, RetryBudget, RetryLayer,
     outcome::Reason,
-    retry::{FailureKind, Preset},
+    retry::{FailureKind, RetryPreset},
 };
 use tokio::time::Instant;
 use tower::{Layer, ServiceExt, service_fn};
@@ -122,11 +122,11 @@ async fn the_balance_of_transparent_retries_has_a_maximum_of_two_hundred() {
 async fn a_transparent_retry_that_another_rule_declines_does_not_change_the_balance() {
     let layer = layer(&purse(9)).attempts(1);
     let stale = housekeeping(Reason::StaleConnection);
-    let declined = layer.clone().at_most(FailureKind::Read, 0);
+    let declined = layer.clone().max_retries_for(FailureKind::Read, 0);
     for _ in 0..300 {
         assert_eq!(call(declined.clone(), vec![stale]).await, (false, 1));
     }
-    let layer = declined.at_most(FailureKind::Read, 9);
+    let layer = declined.max_retries_for(FailureKind::Read, 9);
     assert_eq!(call(layer, vec![stale]).await, (false, 6));
 }
 
@@ -155,7 +155,7 @@ async fn a_transparent_retry_makes_neither_a_withdrawal_nor_a_deposit() {
 #[tokio::test(start_paused = true)]
 async fn housekeeping_that_is_not_retried_withdraws_nothing_from_the_budget() {
     let budget = RetryBudget::grpc(10, 0.1);
-    let layer = layer(&budget).at_most(FailureKind::Read, 0);
+    let layer = layer(&budget).max_retries_for(FailureKind::Read, 0);
     let outcomes = vec![housekeeping(Reason::StaleConnection)];
     assert_eq!(call(layer, outcomes).await, (false, 1));
     assert_eq!(budget.balance(), 10.0);
@@ -163,9 +163,12 @@ async fn housekeeping_that_is_not_retried_withdraws_nothing_from_the_budget() {
 
 #[tokio::test(start_paused = true)]
 async fn every_preset_except_grpc_makes_five_transparent_retries() {
-    for (preset, transparent) in
-        [(Preset::Aws, 5), (Preset::Envoy, 5), (Preset::Finagle, 5), (Preset::Grpc, 1)]
-    {
+    for (preset, transparent) in [
+        (RetryPreset::Aws, 5),
+        (RetryPreset::Envoy, 5),
+        (RetryPreset::Finagle, 5),
+        (RetryPreset::Grpc, 1),
+    ] {
         let layer = RetryLayer::http().preset(preset).attempts(1);
         let outcomes = vec![housekeeping(Reason::StaleConnection)];
         assert_eq!(call(layer, outcomes).await, (false, 1 + transparent), "{preset:?}");

@@ -6,7 +6,7 @@ use buttress::{
     Attempts, Backoff, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, Rejected,
     RetryBudget, RetryLayer, Trip,
     outcome::{Reason, RejectedKind},
-    retry::{Attempt, Stop},
+    retry::{Attempt, GiveUpReason},
 };
 use http::{Method, Response};
 use http_body_util::BodyExt;
@@ -39,7 +39,8 @@ async fn these_statuses_are_retried_and_no_others() {
     for code in 200..600 {
         let yes = matches!(code, 408 | 421 | 425 | 429 | 502..=504 | 520..=524 | 529);
         let told = outcome(quick(&purse(9)), get(), move || Ok(status(code))).await;
-        let expected = if yes { (5, Stop::AttemptsUsedUp) } else { (1, Stop::Answered) };
+        let expected =
+            if yes { (5, GiveUpReason::AttemptsUsedUp) } else { (1, GiveUpReason::Answered) };
         assert_eq!((told.made, told.stop), expected, "{code}");
     }
 }
@@ -52,8 +53,8 @@ async fn safe_methods_and_keyed_requests_are_repeated() {
         let request = || request(Method::from_bytes(method.as_bytes()).unwrap(), Script::empty());
         let told = outcome(quick(&purse(9)), request(), || Ok(status(503))).await;
         let safe = methods.contains(&method);
-        assert_eq!(told.stop == Stop::AttemptsUsedUp, safe, "{method}");
-        assert_eq!(told.stop == Stop::Unsafe, !safe, "{method}");
+        assert_eq!(told.stop == GiveUpReason::AttemptsUsedUp, safe, "{method}");
+        assert_eq!(told.stop == GiveUpReason::Unsafe, !safe, "{method}");
 
         let mut keyed = request();
         keyed.headers_mut().insert("idempotency-key", "\"k\"".parse().unwrap());
@@ -89,7 +90,7 @@ async fn each_attempt_is_the_same_request_with_its_number() {
     let response = send(&quick(&purse(9)).layer(inner), request).await.unwrap();
     assert_eq!(response.status(), 201);
     let told = Attempts::of(&response);
-    assert_eq!((told.made, told.stop), (4, Stop::Answered));
+    assert_eq!((told.made, told.stop), (4, GiveUpReason::Answered));
     assert!(told.waited <= ms(3));
 }
 
@@ -115,16 +116,16 @@ async fn a_refusal_of_our_own_ends_it() {
         let rejected = move || Rejected::new(kind).with_retry_after(ms(1));
         let budget = purse(9);
         let told = outcome(quick(&budget), get(), move || Err(Box::new(rejected()))).await;
-        assert_eq!((told.made, told.stop), (1, Stop::Rejected));
+        assert_eq!((told.made, told.stop), (1, GiveUpReason::Rejected));
         // The rejection is in a chain of sources.
         let wrapped = move || Err(std::io::Error::other(rejected()).into());
-        assert_eq!(outcome(quick(&budget), get(), wrapped).await.stop, Stop::Rejected);
+        assert_eq!(outcome(quick(&budget), get(), wrapped).await.stop, GiveUpReason::Rejected);
         let answered = move || {
             let mut response = status(503);
             response.extensions_mut().insert(rejected());
             Ok(response)
         };
-        assert_eq!(outcome(quick(&budget), get(), answered).await.stop, Stop::Rejected);
+        assert_eq!(outcome(quick(&budget), get(), answered).await.stop, GiveUpReason::Rejected);
         // A rejection in gRPC form: its status in the head would be retried.
         let answered = move || {
             let mut response = with_headers(200, &[("grpc-status", "14")]);
@@ -132,7 +133,7 @@ async fn a_refusal_of_our_own_ends_it() {
             response.extensions_mut().insert(rejected());
             Ok(response)
         };
-        assert_eq!(outcome(quick(&budget), get(), answered).await.stop, Stop::Rejected);
+        assert_eq!(outcome(quick(&budget), get(), answered).await.stop, GiveUpReason::Rejected);
         assert_eq!((budget.balance(), budget.denied()), (9.0, 0));
     }
 }
@@ -157,7 +158,7 @@ async fn a_circuit_that_opens_ends_the_loop_at_once() {
             assert_eq!(Rejected::find(&**error).unwrap().kind(), RejectedKind::Open);
             told(&result)
         };
-        assert_eq!((told.made, told.stop, log.calls()), (3, Stop::Rejected, 2));
+        assert_eq!((told.made, told.stop, log.calls()), (3, GiveUpReason::Rejected, 2));
         assert!(start.elapsed() <= ms(10), "the layer does not wait for the circuit");
     }
 }
@@ -173,7 +174,7 @@ async fn a_full_limit_ends_the_loop() {
     let first = tokio::spawn(service.clone().oneshot(get()));
     tokio::task::yield_now().await;
     let told = told(&send(&service, get()).await);
-    assert_eq!((told.made, told.stop, log.calls()), (1, Stop::Rejected, 1));
+    assert_eq!((told.made, told.stop, log.calls()), (1, GiveUpReason::Rejected, 1));
     first.abort();
 }
 
@@ -248,9 +249,9 @@ async fn an_io_error_of_an_established_connection_is_not_safe_for_post() {
         ErrorKind::UnexpectedEof,
     ] {
         let told = outcome(quick(&purse(9)), post(Script::empty()), move || Err(io(kind))).await;
-        assert_eq!((told.made, told.stop), (1, Stop::Unsafe), "{kind:?}");
+        assert_eq!((told.made, told.stop), (1, GiveUpReason::Unsafe), "{kind:?}");
         let told = outcome(quick(&purse(9)), get(), move || Err(io(kind))).await;
-        assert_eq!((told.made, told.stop), (5, Stop::AttemptsUsedUp), "{kind:?}");
+        assert_eq!((told.made, told.stop), (5, GiveUpReason::AttemptsUsedUp), "{kind:?}");
     }
 }
 
@@ -258,10 +259,10 @@ async fn an_io_error_of_an_established_connection_is_not_safe_for_post() {
 async fn error_that_is_not_of_the_connection_is_not_retryable() {
     for kind in [ErrorKind::InvalidData, ErrorKind::PermissionDenied, ErrorKind::Other] {
         let told = outcome(quick(&purse(9)), get(), move || Err(io(kind))).await;
-        assert_eq!((told.made, told.stop), (1, Stop::NotRetryable), "{kind:?}");
+        assert_eq!((told.made, told.stop), (1, GiveUpReason::NotRetryable), "{kind:?}");
     }
     let told = outcome(quick(&purse(9)), get(), || Err(Oops("x").into())).await;
-    assert_eq!((told.made, told.stop), (1, Stop::NotRetryable));
+    assert_eq!((told.made, told.stop), (1, GiveUpReason::NotRetryable));
 }
 
 /// An inner timeout layer ends the attempt. The request is repeated if this is safe.
@@ -276,14 +277,14 @@ async fn an_attempt_that_timed_out_is_repeated_if_safe() {
         async move { tokio::time::timeout(Duration::from_secs(1), hurried.oneshot(request)).await? }
     }));
     let result = send(&service, post(Script::empty())).await;
-    assert_eq!(told(&result).stop, Stop::Unsafe);
+    assert_eq!(told(&result).stop, GiveUpReason::Unsafe);
     assert_eq!(told(&send(&service, get()).await).made, 2);
     assert_eq!(inner.log.taken(), (0, 0));
 }
 
 // ===== 9. The budget, checked last =====
 
-type Case = (Stop, RetryLayer, http::Request<Script>, fn() -> Answer);
+type Case = (GiveUpReason, RetryLayer, http::Request<Script>, fn() -> Answer);
 
 #[tokio::test(start_paused = true)]
 async fn the_budget_is_never_charged_for_what_another_rule_refuses() {
@@ -294,12 +295,12 @@ async fn the_budget_is_never_charged_for_what_another_rule_refuses() {
     let layer = || quick(&budget);
     let long = || Script::new([data("0123456789")]).untold();
     let cases: [Case; 6] = [
-        (Stop::NotRetryable, layer(), get(), || Err(Oops("x").into())),
-        (Stop::Rejected, layer(), get(), || Err(Rejected::new(RejectedKind::Full).into())),
-        (Stop::Unsafe, layer(), post(Script::empty()), busy),
-        (Stop::BodyGone, layer().replay_up_to(9), put(long()), busy),
-        (Stop::AttemptsUsedUp, layer().attempts(1), get(), busy),
-        (Stop::WaitTooLong, layer(), get(), busy),
+        (GiveUpReason::NotRetryable, layer(), get(), || Err(Oops("x").into())),
+        (GiveUpReason::Rejected, layer(), get(), || Err(Rejected::new(RejectedKind::Full).into())),
+        (GiveUpReason::Unsafe, layer(), post(Script::empty()), busy),
+        (GiveUpReason::BodyGone, layer().max_replay_bytes(9), put(long()), busy),
+        (GiveUpReason::AttemptsUsedUp, layer().attempts(1), get(), busy),
+        (GiveUpReason::WaitTooLong, layer(), get(), busy),
     ];
     for (stop, layer, request, answer) in cases {
         let handle = layer.handle();
@@ -307,7 +308,7 @@ async fn the_budget_is_never_charged_for_what_another_rule_refuses() {
         assert_eq!((told.made, told.stop, told.waited), (1, stop, Duration::ZERO));
         let seen = handle.snapshot();
         assert_eq!((seen.retries, seen.budget_denied, seen.budget_balance), (0, 0, Some(9.0)));
-        assert_eq!(seen.gave_up, u64::from(stop != Stop::NotRetryable), "{stop}");
+        assert_eq!(seen.gave_up, u64::from(stop != GiveUpReason::NotRetryable), "{stop}");
     }
 }
 
@@ -315,11 +316,11 @@ async fn the_budget_is_never_charged_for_what_another_rule_refuses() {
 async fn what_comes_back_says_what_happened() {
     let layer = || RetryLayer::http().backoff(Backoff::constant(ms(20)).without_jitter());
     let told = outcome(layer().budget(purse(1)), get(), || Ok(status(503))).await;
-    assert_eq!((told.made, told.waited, told.stop), (2, ms(20), Stop::BudgetUsedUp));
+    assert_eq!((told.made, told.waited, told.stop), (2, ms(20), GiveUpReason::BudgetUsedUp));
     let refused = || Err(io(ErrorKind::ConnectionRefused));
     let told = outcome(layer(), get(), refused).await;
-    assert_eq!((told.made, told.waited, told.stop), (3, ms(40), Stop::AttemptsUsedUp));
-    assert_eq!(Stop::AttemptsUsedUp.to_string(), "attempts_used_up");
+    assert_eq!((told.made, told.waited, told.stop), (3, ms(40), GiveUpReason::AttemptsUsedUp));
+    assert_eq!(GiveUpReason::AttemptsUsedUp.to_string(), "attempts_used_up");
 
     let inner: Inner = Inner::new(|_| Err(io(ErrorKind::ConnectionRefused)));
     let error: BoxError = send(&layer().layer(inner), get()).await.unwrap_err();

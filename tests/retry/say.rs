@@ -5,7 +5,7 @@ use std::{io::ErrorKind, sync::Arc, time::Duration};
 use buttress::{
     Attempts, Backoff, Outcome, RetryLayer,
     outcome::Reason,
-    retry::{Failure, FailureKind, Stop},
+    retry::{Failure, FailureKind, GiveUpReason},
 };
 use http::{Method, StatusCode};
 use tower::{Layer, service_fn};
@@ -20,25 +20,28 @@ async fn made(
     layer: RetryLayer,
     request: http::Request<Script>,
     answer: impl Fn() -> Answer + Send + Sync + 'static,
-) -> (u32, Stop) {
+) -> (u32, GiveUpReason) {
     let told = told(&send(&layer.layer(Inner::new(move |_| answer())), request).await);
     (told.made, told.stop)
 }
 
-const UP: (u32, Stop) = (3, Stop::AttemptsUsedUp);
-const ANSWERED: (u32, Stop) = (1, Stop::Answered);
+const UP: (u32, GiveUpReason) = (3, GiveUpReason::AttemptsUsedUp);
+const ANSWERED: (u32, GiveUpReason) = (1, GiveUpReason::Answered);
 
 #[tokio::test(start_paused = true)]
 async fn failures_are_added_and_taken_away() {
     let also = || quick().retry_on(StatusCode::INTERNAL_SERVER_ERROR).retry_on(Reason::Error);
     assert_eq!(made(also(), get(), || Ok(status(500))).await, UP);
     assert_eq!(made(also(), get(), || Err(Oops("x").into())).await, UP);
-    assert_eq!(made(also(), post(Script::empty()), || Ok(status(500))).await, (1, Stop::Unsafe));
+    assert_eq!(
+        made(also(), post(Script::empty()), || Ok(status(500))).await,
+        (1, GiveUpReason::Unsafe)
+    );
     assert_eq!(made(also(), get(), || Ok(status(503))).await, UP, "the other rules are unchanged");
     let less = quick().never_on(StatusCode::SERVICE_UNAVAILABLE).never_on(Reason::Reset);
     assert_eq!(made(less.clone(), get(), || Ok(status(503))).await, ANSWERED);
     let reset = || Err(io(ErrorKind::ConnectionReset));
-    assert_eq!(made(less.clone(), get(), reset).await, (1, Stop::NotRetryable));
+    assert_eq!(made(less.clone(), get(), reset).await, (1, GiveUpReason::NotRetryable));
     // The last setting for a failure applies.
     let again = less.retry_on(StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(made(again, get(), || Ok(status(503))).await, UP);
@@ -63,22 +66,22 @@ async fn each_attempt_is_told_with_its_reason_and_the_wait_after_it() {
     let response = send(&layer.clone().layer(Inner::new(answer)), get()).await.unwrap();
     let told = Attempts::of(&response);
     let each: Vec<_> =
-        told.each().iter().map(|tried| (tried.outcome.reason(), tried.waited)).collect();
+        told.records().iter().map(|tried| (tried.outcome.reason(), tried.waited)).collect();
     assert_eq!(
         each,
         [(Reason::ConnectRefused, ms(100)), (Reason::Status, ms(700)), (Reason::Completed, ms(0)),]
     );
     assert_eq!((told.made, told.waited), (3, ms(800)));
-    assert_eq!(told.each()[1].outcome.code(), Some(503));
+    assert_eq!(told.records()[1].outcome.code(), Some(503));
     // The error has the attempts, too, but only the first of many.
     let reset = |_| Err(io(ErrorKind::ConnectionReset));
     let service = layer.attempts(99).without_budget().layer(Inner::new(reset));
     let error = send(&service, get()).await.unwrap_err();
     let told = Attempts::find(&*error).unwrap();
-    assert_eq!((told.made, told.each().len()), (99, 32));
+    assert_eq!((told.made, told.records().len()), (99, 32));
     // A call whose first attempt succeeds has no record of its attempts.
     let response = send(&quick().layer(Inner::new(|_| Ok(status(200)))), get()).await.unwrap();
-    assert_eq!(Attempts::of(&response).each(), []);
+    assert_eq!(Attempts::of(&response).records(), []);
 }
 
 #[tokio::test(start_paused = true)]
@@ -108,7 +111,7 @@ async fn an_explicit_no_is_not_overruled() {
         || [quick().retry_on(StatusCode::INTERNAL_SERVER_ERROR), quick().retry_if(|_| Some(true))];
     for layer in layers() {
         let answer = move || Ok(with_headers(500, &no));
-        assert_eq!(made(layer, get(), answer).await, (1, Stop::Pushback));
+        assert_eq!(made(layer, get(), answer).await, (1, GiveUpReason::Pushback));
     }
     // 422: the server has received the same key with another request.
     let mut keyed = get();
@@ -123,7 +126,7 @@ async fn methods_replace_those_of_the_rfc() {
     let layer = quick().methods([Method::POST, Method::GET]);
     assert_eq!(made(layer.clone(), post(Script::text("x")), || Ok(status(503))).await, UP);
     let put = put(Script::text("x"));
-    assert_eq!(made(layer.clone(), put, || Ok(status(503))).await, (1, Stop::Unsafe));
+    assert_eq!(made(layer.clone(), put, || Ok(status(503))).await, (1, GiveUpReason::Unsafe));
     let mut keyed = request(Method::PATCH, Script::empty());
     keyed.headers_mut().insert("idempotency-key", "k".parse().unwrap());
     assert_eq!(made(layer, keyed, || Ok(status(503))).await, UP);
@@ -157,7 +160,7 @@ async fn a_closure_has_the_last_word() {
     );
     seen.lock().unwrap().clear();
     let reset = || Err(io(ErrorKind::ConnectionReset));
-    assert_eq!(made(layer.clone(), post(Script::empty()), reset).await, (1, Stop::Unsafe));
+    assert_eq!(made(layer.clone(), post(Script::empty()), reset).await, (1, GiveUpReason::Unsafe));
     assert_eq!(*seen.lock().unwrap(), [(1, None, true)]);
     // A good response has no record.
     let response = send(&layer.layer(Inner::new(|_| Ok(status(200)))), get()).await.unwrap();
@@ -168,15 +171,15 @@ async fn a_closure_has_the_last_word() {
 async fn each_kind_of_failure_has_its_own_limit() {
     let layer = quick()
         .attempts(10)
-        .at_most(FailureKind::Connect, 3)
-        .at_most(FailureKind::Status, 1)
-        .at_most(FailureKind::Throttled, 0);
+        .max_retries_for(FailureKind::Connect, 3)
+        .max_retries_for(FailureKind::Status, 1)
+        .max_retries_for(FailureKind::Throttled, 0);
     let refused = || Err(io(ErrorKind::ConnectionRefused));
-    assert_eq!(made(layer.clone(), get(), refused).await, (4, Stop::KindUsedUp));
-    assert_eq!(made(layer.clone(), get(), || Ok(status(503))).await, (2, Stop::KindUsedUp));
-    assert_eq!(made(layer.clone(), get(), || Ok(status(429))).await, (1, Stop::KindUsedUp));
+    assert_eq!(made(layer.clone(), get(), refused).await, (4, GiveUpReason::KindUsedUp));
+    assert_eq!(made(layer.clone(), get(), || Ok(status(503))).await, (2, GiveUpReason::KindUsedUp));
+    assert_eq!(made(layer.clone(), get(), || Ok(status(429))).await, (1, GiveUpReason::KindUsedUp));
     let reset = || Err(io(ErrorKind::ConnectionReset));
-    assert_eq!(made(layer.clone(), get(), reset).await, (10, Stop::AttemptsUsedUp));
+    assert_eq!(made(layer.clone(), get(), reset).await, (10, GiveUpReason::AttemptsUsedUp));
     // Each failure kind has its own count.
     let inner: Inner = Inner::new(|n| match n {
         1 | 3 | 5 => Err(io(ErrorKind::ConnectionRefused)),
@@ -192,7 +195,7 @@ async fn each_kind_of_failure_has_its_own_limit() {
 #[tokio::test(start_paused = true)]
 async fn a_limit_holds_for_what_nobody_has_seen_too() {
     for (most, made) in [(0, 1), (1, 2), (3, 4)] {
-        let layer = quick().attempts(10).at_most(FailureKind::Unseen, most);
+        let layer = quick().attempts(10).max_retries_for(FailureKind::Unseen, most);
         let layer = layer
             .classify(|_: Result<&(), &Oops>| Outcome::failure().because(Reason::RefusedStream));
         let handle = layer.handle();
@@ -208,7 +211,7 @@ async fn waits_of_the_users_own_end_the_attempts() {
     for _ in 0..2 {
         let inner: Inner = Inner::new(|_| Ok(status(503)));
         let told = Attempts::of(&send(&layer.layer(inner), get()).await.unwrap());
-        assert_eq!((told.made, told.waited, told.stop), (3, ms(80), Stop::AttemptsUsedUp));
+        assert_eq!((told.made, told.waited, told.stop), (3, ms(80), GiveUpReason::AttemptsUsedUp));
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use buttress::{Attempts, Backoff, RetryBudget, RetryLayer, retry::Stop};
+use buttress::{Attempts, Backoff, RetryBudget, RetryLayer, retry::GiveUpReason};
 use tokio::time::Instant;
 use tower::Layer;
 
@@ -45,12 +45,12 @@ async fn setters_after_handle_are_seen() {
     assert_eq!((told.made, told.waited), (5, ms(28)), "an existing service uses the new settings");
     let seen = handle.snapshot();
     assert_eq!((seen.retries, seen.budget_balance), (4, Some(9.0)));
-    let _layer = _layer.assume_idempotent().max_wait(Duration::ZERO).replay_up_to(0);
+    let _layer = _layer.assume_idempotent().max_wait(Duration::ZERO).max_replay_bytes(0);
     let start = Instant::now();
     let response = send(&service, post(Script::text("x"))).await.unwrap();
     assert_eq!(
         Attempts::of(&response).stop,
-        Stop::BodyGone,
+        GiveUpReason::BodyGone,
         "the request is idempotent, but its body exceeds the cap"
     );
     send(&service, post(Script::empty())).await.unwrap();
@@ -85,7 +85,11 @@ async fn bad_config_is_a_typed_error() {
         let inner: Inner = Inner::new(|_| Err(io(std::io::ErrorKind::ConnectionRefused)));
         let log = inner.log.clone();
         let error = send(&layer.layer(inner), get()).await.unwrap_err();
-        assert_eq!(Attempts::find(&*error).unwrap().stop, Stop::Misconfigured, "{field} {value}");
+        assert_eq!(
+            Attempts::find(&*error).unwrap().stop,
+            GiveUpReason::Misconfigured,
+            "{field} {value}"
+        );
         assert_eq!(log.calls(), 1);
     }
     // The error states the first of several faults, and a later valid value does not hide it.
@@ -101,7 +105,7 @@ async fn a_misconfigured_layer_still_passes_calls_through() {
     let service = RetryLayer::http().attempts(0).layer(inner);
     let response = send(&service, put(Script::text("x"))).await.unwrap();
     assert_eq!(response.status(), 503);
-    assert_eq!(Attempts::of(&response).stop, Stop::Misconfigured);
+    assert_eq!(Attempts::of(&response).stop, GiveUpReason::Misconfigured);
     let response = send(&service, get()).await.unwrap();
     assert!(response.extensions().is_empty());
 }

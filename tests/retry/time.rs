@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use buttress::{Attempts, Backoff, Outcome, RetryLayer, outcome::Reason, retry::Stop};
+use buttress::{Attempts, Backoff, Outcome, RetryLayer, outcome::Reason, retry::GiveUpReason};
 use tokio::time::{Instant, sleep};
 use tower::Layer;
 use tracing::{
@@ -50,14 +50,14 @@ async fn the_last_attempt_has_the_same_limit_and_its_error_says_so() {
     let inner = Inner::<Script>::with(|_, _| pending());
     let start = Instant::now();
     let result = send(&layer().layer(inner), get()).await;
-    assert_eq!((told(&result).made, told(&result).stop), (3, Stop::AttemptsUsedUp));
+    assert_eq!((told(&result).made, told(&result).stop), (3, GiveUpReason::AttemptsUsedUp));
     assert!(start.elapsed() >= ms(300) && start.elapsed() <= ms(309), "{:?}", start.elapsed());
     let error = result.err().unwrap();
     assert_eq!(error.source().unwrap().to_string(), "rejected by retry: no response head in time");
     // The server may have processed the request.
     let unsafe_one = layer().layer(Inner::<Script>::with(|_, _| pending()));
     let result = send(&unsafe_one, post(Script::empty())).await;
-    assert_eq!(told(&result).stop, Stop::Unsafe);
+    assert_eq!(told(&result).stop, GiveUpReason::Unsafe);
     let never = layer().never_on(Reason::Timeout);
     let result = send(&never.layer(Inner::<Script>::with(|_, _| pending())), get()).await;
     assert_eq!(told(&result).made, 1);
@@ -93,7 +93,7 @@ fn settings_that_a_closure_replaces_are_a_typed_error() {
 // ===== Spans =====
 
 #[derive(Debug, PartialEq)]
-struct Seen {
+struct AttemptContext {
     resent: Option<u64>,
     delay_ms: Option<u64>,
     reason: String,
@@ -102,10 +102,10 @@ struct Seen {
 
 /// Records the spans of attempts, and whether one is entered.
 #[derive(Clone, Default)]
-struct Watch(Arc<Mutex<(Vec<Seen>, bool)>>);
+struct Watch(Arc<Mutex<(Vec<AttemptContext>, bool)>>);
 
 impl Watch {
-    fn with<T>(&self, id: &span::Id, act: impl FnOnce(&mut Seen, &mut bool) -> T) -> Option<T> {
+    fn with<T>(&self, id: &span::Id, act: impl FnOnce(&mut AttemptContext, &mut bool) -> T) -> Option<T> {
         let mut now = self.0.lock().unwrap();
         let (spans, entered) = &mut *now;
         let number = usize::try_from(id.into_u64()).unwrap().checked_sub(2)?;
@@ -113,7 +113,7 @@ impl Watch {
     }
 }
 
-impl Visit for Seen {
+impl Visit for AttemptContext {
     fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
         if field.name() == "reason" {
             self.reason = format!("{value:?}");
@@ -141,7 +141,7 @@ impl Subscriber for Watch {
             return span::Id::from_u64(1);
         }
         let spans = &mut self.0.lock().unwrap().0;
-        spans.push(Seen { resent: None, delay_ms: None, reason: String::new(), over: false });
+        spans.push(AttemptContext { resent: None, delay_ms: None, reason: String::new(), over: false });
         span::Id::from_u64(spans.len() as u64 + 1)
     }
 

@@ -12,7 +12,7 @@ use buttress::{
     Attempts, Backoff, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Outcome, Retry,
     RetryBudget, RetryLayer,
     classify::Http,
-    retry::{PeekedBody, Replay, ReplayBody, ResponseFuture, RetryHandle, Stop},
+    retry::{GiveUpReason, PeekedBody, Replay, ReplayBody, RetryFuture, RetryHandle},
 };
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode};
@@ -44,7 +44,7 @@ fn auto_traits() {
     send::<ReplayBody<OnlySend>>();
     send::<PeekedBody<hyper::body::Incoming>>();
     unpin::<PeekedBody<hyper::body::Incoming>>();
-    fn _named<S, R, F, K, H>(_: ResponseFuture<S, R, F, Http, K, H>) {}
+    fn _named<S, R, F, K, H>(_: RetryFuture<S, R, F, Http, K, H>) {}
 }
 
 type OnlySend = http_body_util::combinators::UnsyncBoxBody<Bytes, BoxError>;
@@ -85,7 +85,7 @@ async fn the_client_stack_compiles_inside_tokio_spawn() {
     let request = Request::get("http://127.0.0.1/").body(Empty::<Bytes>::new()).unwrap();
     let ask = client.clone();
     let result = tokio::spawn(async move { ask.oneshot(request).await }).await.unwrap();
-    assert_eq!(told(&result).stop, Stop::AttemptsUsedUp);
+    assert_eq!(told(&result).stop, GiveUpReason::AttemptsUsedUp);
     assert_eq!(told(&result).made, 3);
 
     // Over the real client; not driven, because that would open a socket.
@@ -194,17 +194,25 @@ async fn reqwests_own_requests_are_retried_as_http() {
         })
     };
     for (request, code, made, stop) in [
-        (ask(Method::GET, None), 503, 3, Stop::AttemptsUsedUp),
-        (ask(Method::GET, None), 409, 3, Stop::AttemptsUsedUp),
-        (ask(Method::PUT, Some("text".into())), 503, 3, Stop::AttemptsUsedUp),
-        (ask(Method::POST, Some("text".into())), 503, 1, Stop::Unsafe),
-        (ask(Method::PUT, Some(Body::wrap(Full::<Bytes>::from("text")))), 503, 1, Stop::BodyGone),
-        (ask(Method::GET, None), 404, 1, Stop::Answered),
+        (ask(Method::GET, None), 503, 3, GiveUpReason::AttemptsUsedUp),
+        (ask(Method::GET, None), 409, 3, GiveUpReason::AttemptsUsedUp),
+        (ask(Method::PUT, Some("text".into())), 503, 3, GiveUpReason::AttemptsUsedUp),
+        (ask(Method::POST, Some("text".into())), 503, 1, GiveUpReason::Unsafe),
+        (
+            ask(Method::PUT, Some(Body::wrap(Full::<Bytes>::from("text")))),
+            503,
+            1,
+            GiveUpReason::BodyGone,
+        ),
+        (ask(Method::GET, None), 404, 1, GiveUpReason::Answered),
     ] {
         calls.store(0, SeqCst);
         let response = send(&layer().layer(answer(code)), request).await.unwrap();
         let told = response.extensions().get::<Attempts>();
-        assert_eq!(told.map_or((1, Stop::Answered), |told| (told.made, told.stop)), (made, stop));
+        assert_eq!(
+            told.map_or((1, GiveUpReason::Answered), |told| (told.made, told.stop)),
+            (made, stop)
+        );
         assert_eq!(calls.load(SeqCst), made);
         assert_eq!(response.text().await.unwrap(), "body");
     }

@@ -3,7 +3,7 @@
 use buttress::{
     Backoff, RetryLayer,
     outcome::Reason,
-    retry::{FailureKind, Stop},
+    retry::{FailureKind, GiveUpReason},
 };
 use http::{HeaderName, Method, Request, StatusCode};
 use tower::Layer;
@@ -28,7 +28,7 @@ async fn retried(
     request: Request<Script>,
     code: u16,
     headers: &'static [(&'static str, &'static str)],
-) -> (u32, Stop, f64) {
+) -> (u32, GiveUpReason, f64) {
     let budget = purse(9);
     let service =
         layer.budget(budget.clone()).layer(Inner::new(move |_| Ok(with_headers(code, headers))));
@@ -46,17 +46,21 @@ async fn unprocessed_statuses_are_retried_for_any_method() {
     for code in [429, 529] {
         let post = || request(Method::POST, &[]);
         let listed = retried(layer().unprocessed(statuses), post(), code, &[]).await;
-        assert_eq!(listed, (3, Stop::AttemptsUsedUp, 7.0), "{code}: each retry makes a withdrawal");
+        assert_eq!(
+            listed,
+            (3, GiveUpReason::AttemptsUsedUp, 7.0),
+            "{code}: each retry makes a withdrawal"
+        );
         let unlisted = retried(layer(), post(), code, &[]).await;
-        assert_eq!(unlisted, (1, Stop::Unsafe, 9.0), "{code}");
+        assert_eq!(unlisted, (1, GiveUpReason::Unsafe, 9.0), "{code}");
         // The other rules stay as they are.
         let other = retried(layer().unprocessed(statuses), post(), 503, &[]).await;
-        assert_eq!(other, (1, Stop::Unsafe, 9.0));
+        assert_eq!(other, (1, GiveUpReason::Unsafe, 9.0));
     }
     // A status that is otherwise a regular response.
     let locked = layer().unprocessed([StatusCode::LOCKED]);
     let retried = retried(locked, request(Method::POST, &[]), 423, &[]).await;
-    assert_eq!((retried.0, retried.1), (3, Stop::AttemptsUsedUp));
+    assert_eq!((retried.0, retried.1), (3, GiveUpReason::AttemptsUsedUp));
 }
 
 #[tokio::test(start_paused = true)]
@@ -79,26 +83,26 @@ async fn listed_status_is_unprocessed_although_a_rule_retries_it() {
     for layer in
         [limited().retry_on(StatusCode::TOO_MANY_REQUESTS), limited().retry_on(Reason::Status)]
     {
-        assert_eq!(retried(layer, post(), 429, &[]).await, (3, Stop::AttemptsUsedUp, 7.0));
+        assert_eq!(retried(layer, post(), 429, &[]).await, (3, GiveUpReason::AttemptsUsedUp, 7.0));
     }
     let other = limited().retry_on(Reason::Status);
-    assert_eq!(retried(other, post(), 503, &[]).await, (1, Stop::Unsafe, 9.0));
+    assert_eq!(retried(other, post(), 503, &[]).await, (1, GiveUpReason::Unsafe, 9.0));
 }
 
 #[tokio::test(start_paused = true)]
 async fn too_early_is_retried_for_any_method_unless_the_client_sent_early_data() {
     let plain = retried(layer(), request(Method::POST, &[]), 425, &[]).await;
-    assert_eq!(plain, (3, Stop::AttemptsUsedUp, 9.0), "no withdrawal");
+    assert_eq!(plain, (3, GiveUpReason::AttemptsUsedUp, 9.0), "no withdrawal");
     let early = request(Method::GET, &[("early-data", "1")]);
-    assert_eq!(retried(layer(), early, 425, &[]).await, (1, Stop::Answered, 9.0));
+    assert_eq!(retried(layer(), early, 425, &[]).await, (1, GiveUpReason::Answered, 9.0));
 }
 
 #[tokio::test(start_paused = true)]
 async fn misdirected_request_is_retried_if_the_method_is_safe() {
     let get = retried(layer(), request(Method::GET, &[]), 421, &[]).await;
-    assert_eq!((get.0, get.1), (3, Stop::AttemptsUsedUp));
+    assert_eq!((get.0, get.1), (3, GiveUpReason::AttemptsUsedUp));
     let post = retried(layer(), request(Method::POST, &[]), 421, &[]).await;
-    assert_eq!((post.0, post.1), (1, Stop::Unsafe));
+    assert_eq!((post.0, post.1), (1, GiveUpReason::Unsafe));
 }
 
 #[tokio::test(start_paused = true)]
@@ -124,7 +128,7 @@ async fn response_of_a_proxys_rate_limit_is_not_retried() {
     for (code, headers) in [(503, LIMITED), (429, LIMITED), (200, GRPC)] {
         let get = request(Method::GET, &[]);
         let found = retried(layer(), get, code, headers).await;
-        assert_eq!(found, (1, Stop::RateLimited, 9.0), "{code}");
+        assert_eq!(found, (1, GiveUpReason::RateLimited, 9.0), "{code}");
     }
     // This corresponds to Envoy's retry policy `envoy-ratelimited`.
     let listed = layer().retry_on(StatusCode::SERVICE_UNAVAILABLE);
@@ -151,20 +155,20 @@ async fn grpc_budget_follows_the_status_and_the_pushback() {
         let told = told(&send(&service, call).await);
         (told.stop, budget.balance() - before)
     };
-    assert_eq!(balance(&[("grpc-status", "0")]).await, (Stop::Answered, 0.5));
-    assert_eq!(balance(&[("grpc-status", "3")]).await, (Stop::Answered, 0.0));
-    assert_eq!(balance(&[("grpc-status", "14")]).await, (Stop::AttemptsUsedUp, -1.0));
+    assert_eq!(balance(&[("grpc-status", "0")]).await, (GiveUpReason::Answered, 0.5));
+    assert_eq!(balance(&[("grpc-status", "3")]).await, (GiveUpReason::Answered, 0.0));
+    assert_eq!(balance(&[("grpc-status", "14")]).await, (GiveUpReason::AttemptsUsedUp, -1.0));
     for code in ["3", "13", "14"] {
         let pairs: &'static [_] =
             Box::leak(Box::new([("grpc-status", code), ("grpc-retry-pushback-ms", "-1")]));
-        assert_eq!(balance(pairs).await, (Stop::Pushback, -1.0), "{code}");
+        assert_eq!(balance(pairs).await, (GiveUpReason::Pushback, -1.0), "{code}");
     }
     let twice: &'static [_] = &[
         ("grpc-status", "14"),
         ("grpc-retry-pushback-ms", "10"),
         ("grpc-retry-pushback-ms", "20"),
     ];
-    assert_eq!(balance(twice).await, (Stop::Pushback, -1.0));
+    assert_eq!(balance(twice).await, (GiveUpReason::Pushback, -1.0));
 }
 
 /// With this budget each failure makes a withdrawal, retried or not.
@@ -176,11 +180,11 @@ async fn grpc_budget_makes_no_withdrawal_for_unprocessed_and_rejected_attempts()
     let layer = || layer().wait_on_rejection(true);
     let service = layer().budget(early.clone()).layer(Inner::new(|_| Ok(with_headers(425, &[]))));
     let told = told(&send(&service, request(Method::POST, &[])).await);
-    assert_eq!((told.made, told.stop, early.balance()), (3, Stop::AttemptsUsedUp, 20.0));
+    assert_eq!((told.made, told.stop, early.balance()), (3, GiveUpReason::AttemptsUsedUp, 20.0));
     let full = || Rejected::new(RejectedKind::Full).with_retry_after(ms(5));
     let service = layer().budget(rejected.clone()).layer(Inner::new(move |_| Err(full().into())));
     let told = crate::kit::told(&send(&service, request(Method::POST, &[])).await);
-    assert_eq!((told.made, told.stop, rejected.balance()), (3, Stop::AttemptsUsedUp, 20.0));
+    assert_eq!((told.made, told.stop, rejected.balance()), (3, GiveUpReason::AttemptsUsedUp, 20.0));
 }
 
 #[tokio::test(start_paused = true)]
@@ -194,17 +198,17 @@ async fn user_rules_decide_about_rejections() {
         (told.made, told.stop)
     };
     let default = layer();
-    assert_eq!(made(default.clone()).await, (1, Stop::Rejected));
-    assert_eq!(made(layer().retry_on(Reason::Rejected)).await, (3, Stop::AttemptsUsedUp));
-    assert_eq!(made(layer().retry_if(|_| Some(true))).await, (3, Stop::AttemptsUsedUp));
+    assert_eq!(made(default.clone()).await, (1, GiveUpReason::Rejected));
+    assert_eq!(made(layer().retry_on(Reason::Rejected)).await, (3, GiveUpReason::AttemptsUsedUp));
+    assert_eq!(made(layer().retry_if(|_| Some(true))).await, (3, GiveUpReason::AttemptsUsedUp));
     let waits = || layer().wait_on_rejection(true);
-    assert_eq!(made(waits()).await, (3, Stop::AttemptsUsedUp));
-    assert_eq!(made(waits().retry_if(|_| Some(false))).await, (1, Stop::Rejected));
+    assert_eq!(made(waits()).await, (3, GiveUpReason::AttemptsUsedUp));
+    assert_eq!(made(waits().retry_if(|_| Some(false))).await, (1, GiveUpReason::Rejected));
     let error = waits().never_on(Reason::Rejected).checked().unwrap_err();
     assert_eq!(error.field, "wait_on_rejection");
-    let error = layer().at_most(FailureKind::Rejected, 1).checked().unwrap_err();
+    let error = layer().max_retries_for(FailureKind::Rejected, 1).checked().unwrap_err();
     assert_eq!(error.field, "at_most(FailureKind::Rejected)");
-    assert!(waits().at_most(FailureKind::Rejected, 1).checked().is_ok());
-    let error = waits().at_most(FailureKind::Rejected, 0).checked().unwrap_err();
+    assert!(waits().max_retries_for(FailureKind::Rejected, 1).checked().is_ok());
+    let error = waits().max_retries_for(FailureKind::Rejected, 0).checked().unwrap_err();
     assert_eq!(error.field, "wait_on_rejection");
 }

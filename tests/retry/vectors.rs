@@ -13,7 +13,7 @@ use std::{
 use buttress::{
     BoxError, Deadline, DeadlineLayer, HedgeLayer, Outcome, RetryLayer,
     outcome::Reason,
-    retry::{Attempts, Backoff, FailureKind, Preset, ReplayBody, RetryBudget, Stop},
+    retry::{Attempts, Backoff, FailureKind, GiveUpReason, ReplayBody, RetryBudget, RetryPreset},
 };
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode};
@@ -88,7 +88,7 @@ async fn replay(id: &str, vector: &Value) {
         "smithy-v20-01" | "smithy-v21-01" | "smithy-v21-02" => aws(id, config, steps).await,
         "smithy-v20-retryafter-01" => {
             let layer = exact(Backoff::constant(Duration::ZERO), 1)
-                .hint_reach(Duration::from_secs(3600))
+                .max_hint_extension(Duration::from_secs(3600))
                 .max_wait(ms(&config["max_backoff_ms"]));
             hint_of(id, layer, &steps[0]).await;
         }
@@ -129,7 +129,7 @@ async fn replay(id: &str, vector: &Value) {
         "grpc-a6-pushback-parse-04" => {
             let value = steps[0]["value"].as_str().unwrap().to_owned();
             let ran = run(RetryLayer::grpc(), Method::POST, |_| grpc("14", Some(&value))).await;
-            assert_eq!((ran.calls(), ran.told.stop), (1, Stop::Pushback), "{id}");
+            assert_eq!((ran.calls(), ran.told.stop), (1, GiveUpReason::Pushback), "{id}");
         }
         "linkerd-retryafter-01" | "linkerd-retryafter-04" | "linkerd-retryafter-06" => {
             retry_after(id, &steps[0]).await;
@@ -437,7 +437,7 @@ async fn throttle(config: &Value, steps: &[Value]) {
         u32::try_from(config["max_tokens"].as_u64().unwrap()).unwrap(),
         config["token_ratio"].as_f64().unwrap(),
     );
-    let (seen, layer) = (Cell::new(0), RetryLayer::grpc().preset(Preset::Grpc));
+    let (seen, layer) = (Cell::new(0), RetryLayer::grpc().preset(RetryPreset::Grpc));
     let layer = layer.budget(budget.clone());
     for step in steps {
         let ran = run(layer.clone(), Method::POST, |_| {
@@ -448,7 +448,7 @@ async fn throttle(config: &Value, steps: &[Value]) {
         assert_eq!(ran.calls() as u64, step["attempts"], "{step}");
         assert_eq!(seen.get() - 1, step["expect_last_server_attempt_index"], "{step}");
         assert_eq!(budget.balance(), step["expect_tokens_after"].as_f64().unwrap(), "{step}");
-        let denied = ran.told.stop == Stop::BudgetUsedUp;
+        let denied = ran.told.stop == GiveUpReason::BudgetUsedUp;
         assert_eq!(denied, step["expect_result"] == "UNAVAILABLE", "{step}");
     }
 }
@@ -533,8 +533,8 @@ async fn reset_at(id: &str, step: &Value) {
 }
 
 async fn reach(id: &str, config: &Value, step: &Value) {
-    let layer =
-        exact(Backoff::constant(ms(&config["t_i_ms"])), 1).hint_reach(Duration::from_secs(5));
+    let layer = exact(Backoff::constant(ms(&config["t_i_ms"])), 1)
+        .max_hint_extension(Duration::from_secs(5));
     hint_of(id, layer, step).await;
 }
 
@@ -552,7 +552,7 @@ async fn hint_of(id: &str, layer: RetryLayer, step: &Value) {
 
 async fn pushback_exact(steps: &[Value]) {
     for _ in 0..50 {
-        let layer = RetryLayer::grpc().preset(Preset::Grpc).without_budget();
+        let layer = RetryLayer::grpc().preset(RetryPreset::Grpc).without_budget();
         let ran = run(layer, Method::POST, |n| {
             let pushback = steps.get(n).and_then(|step| step["pushback_header"].as_str());
             grpc(if n < steps.len() { "14" } else { "0" }, pushback)
@@ -581,7 +581,7 @@ async fn transparent(config: &Value, steps: &[Value]) {
         Err::<(), _>("refused")
     });
     let attempts = u32::try_from(config["max_attempts"].as_u64().unwrap()).unwrap();
-    let layer = RetryLayer::grpc().preset(Preset::Grpc).attempts(attempts).without_budget();
+    let layer = RetryLayer::grpc().preset(RetryPreset::Grpc).attempts(attempts).without_budget();
     let layer = layer
         .backoff(Backoff::constant(Duration::from_millis(100)).without_jitter())
         .classify(|_: Result<&(), &&str>| Outcome::failure().because(Reason::RefusedStream));
@@ -601,7 +601,7 @@ async fn transparent(config: &Value, steps: &[Value]) {
 async fn envoy_hint(config: &Value, steps: &[Value]) {
     let hint = config["reset_header_ms"].as_u64().unwrap();
     for _ in 0..100 {
-        let layer = RetryLayer::http().preset(Preset::Envoy).without_budget();
+        let layer = RetryLayer::http().preset(RetryPreset::Envoy).without_budget();
         let ran = run(layer, Method::GET, |n| {
             let mut answer = status(if n == 0 { 503 } else { 200 })?;
             answer.headers_mut().insert("retry-after-ms", hint.into());
@@ -657,7 +657,7 @@ async fn too_long(config: &Value, step: &Value) {
     let retry = exact(Backoff::constant(ms(&config["delay_ms"])), 2);
     let error = retry.layer(upstream).oneshot(request).await.unwrap_err();
     assert_eq!(calls.get() as u64, step["expect"]["calls"]);
-    assert_eq!(Attempts::find(&*error).unwrap().stop, Stop::DeadlinePassed);
+    assert_eq!(Attempts::find(&*error).unwrap().stop, GiveUpReason::DeadlinePassed);
 }
 
 /// A second of the vectors is 1000 seconds here, because timers have a resolution of one millisecond. Each step gives
@@ -678,7 +678,7 @@ async fn before_the_deadline(steps: &[Value]) {
         });
         let mut request = Request::new(Empty::new());
         request.extensions_mut().insert(Deadline::after(Duration::from_secs(1000)));
-        let retry = exact(Backoff::constant(wait), 1).least_attempt(Duration::ZERO);
+        let retry = exact(Backoff::constant(wait), 1).min_attempt_time(Duration::ZERO);
         // Only the number of attempts matters, not the result.
         let _ = retry.layer(upstream).oneshot(request).await;
         assert_eq!(calls.get() == 1, step["expect"]["stop"].as_bool().unwrap(), "{step}");
@@ -719,8 +719,8 @@ async fn connect_errors(steps: &[Value]) {
         let event = &step["event"];
         let most = event["total"].as_u64().unwrap_or(100);
         let connect = u32::try_from(event["connect"].as_u64().unwrap()).unwrap();
-        let layer =
-            exact(Backoff::constant(Duration::ZERO), most).at_most(FailureKind::Connect, connect);
+        let layer = exact(Backoff::constant(Duration::ZERO), most)
+            .max_retries_for(FailureKind::Connect, connect);
         let refused = |_| Err(io::Error::from(io::ErrorKind::ConnectionRefused).into());
         let ran = run(layer, Method::GET, refused).await;
         assert_eq!(ran.calls() as u64, step["expect"]["exhausted_on"].as_u64().unwrap(), "{step}");
@@ -751,7 +751,7 @@ async fn cap_of_bodies(config: &Value) {
             (0..bytes).map(|_| Ok::<_, io::Error>(http_body::Frame::data(Bytes::from("x"))));
         StreamBody::new(futures_util::stream::iter(chunks))
     };
-    let layer = || exact(Backoff::constant(Duration::ZERO), 1).replay_up_to(cap);
+    let layer = || exact(Backoff::constant(Duration::ZERO), 1).max_replay_bytes(cap);
     let fails = |_| status(503);
     assert_eq!(send(layer(), Method::PUT, told, fails).await.calls(), 2);
     assert_eq!(send(layer(), Method::PUT, untold(cap), fails).await.calls(), 2);
@@ -761,7 +761,7 @@ async fn cap_of_bodies(config: &Value) {
         send(layer(), Method::PUT, untold(cap + 1), fails).await,
     ] {
         // The upstream has received the complete request. Otherwise the stop reason would be a different one.
-        assert_eq!((ran.calls(), ran.told.stop), (1, Stop::BodyGone));
+        assert_eq!((ran.calls(), ran.told.stop), (1, GiveUpReason::BodyGone));
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use buttress::{Attempts, Backoff, RetryLayer, retry::Stop};
+use buttress::{Attempts, Backoff, RetryLayer, retry::GiveUpReason};
 use tokio::time::Instant;
 use tower::Layer;
 
@@ -116,14 +116,14 @@ async fn a_malformed_retry_after_is_ignored() {
     let mut headers = map(&[]);
     headers.insert("retry-after", long.parse().unwrap());
     let (took, told) = wait_for(layer(), 503, headers).await;
-    assert_eq!((took, told.made, told.stop), (Duration::ZERO, 1, Stop::WaitTooLong));
+    assert_eq!((took, told.made, told.stop), (Duration::ZERO, 1, GiveUpReason::WaitTooLong));
 }
 
 #[tokio::test(start_paused = true)]
 async fn hint_above_the_maximum_wait_ends_the_call() {
     let hint = |text: &'static str| map(&[("retry-after", text)]);
     let (took, told) = wait_for(layer(), 429, hint("31")).await;
-    assert_eq!((took, told.made, told.stop), (Duration::ZERO, 1, Stop::WaitTooLong));
+    assert_eq!((took, told.made, told.stop), (Duration::ZERO, 1, GiveUpReason::WaitTooLong));
     let (_, told) = wait_for(layer(), 429, hint("30")).await;
     assert_eq!(told.made, 2);
     let short = layer().max_wait(ms(2500));
@@ -135,7 +135,7 @@ async fn hint_above_the_maximum_wait_ends_the_call() {
         );
     }
     let (_, told) = wait_for(short.clone(), 503, hint("3")).await;
-    assert_eq!(told.stop, Stop::WaitTooLong);
+    assert_eq!(told.stop, GiveUpReason::WaitTooLong);
     // The backoff is cut to the maximum.
     let backoff = Backoff::constant(Duration::from_secs(60)).without_jitter();
     let (took, told) = wait_for(short.backoff(backoff), 503, map(&[])).await;
@@ -147,7 +147,7 @@ async fn hint_above_the_maximum_wait_ends_the_call() {
 #[tokio::test(start_paused = true)]
 async fn a_hint_can_be_held_near_the_backoff() {
     let base = Backoff::constant(ms(50)).without_jitter();
-    let layer = layer().hint_reach(Duration::from_secs(5)).backoff(base);
+    let layer = layer().max_hint_extension(Duration::from_secs(5)).backoff(base);
     for (text, waited) in [("3", 3000), ("0", 50), ("10", 5050), ("400", 5050)] {
         let (_, told) = wait_for(layer.clone(), 503, map(&[("retry-after", text)])).await;
         assert_eq!((told.made, told.waited), (2, ms(waited)), "{text}");

@@ -222,7 +222,8 @@ impl Run<'_> {
         self.second.latencies.push(((now - job.came) as f64 / 1e6) as f32);
         let Some(algorithm) = &mut self.algorithm else { return };
         let latency = Duration::from_nanos(now - job.came);
-        let _ = algorithm.hear(&Sample::new(Duration::from_nanos(now), latency, job.in_flight));
+        let _ =
+            algorithm.on_sample(&Sample::new(Duration::from_nanos(now), latency, job.in_flight));
         let limit = algorithm.limit();
         self.second.lowest = self.second.lowest.min(limit);
         self.second.highest = self.second.highest.max(limit);

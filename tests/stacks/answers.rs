@@ -4,7 +4,7 @@ use std::{convert::Infallible, time::Duration};
 
 use buttress::{
     Attempts, BoxError, CircuitBreakerLayer, Deadline, DeadlineLayer, Rejected, RespondLayer,
-    RetryLayer, outcome::RejectedKind, retry::Stop,
+    RetryLayer, outcome::RejectedKind, retry::GiveUpReason,
 };
 use bytes::Bytes;
 use http::{Request, Response};
@@ -41,7 +41,7 @@ async fn what_a_retry_gave_up_on_is_an_answer_that_says_who_refused_and_how_ofte
     let refused = response.extensions().get::<Rejected>().unwrap();
     assert_eq!((refused.kind(), refused.name()), (RejectedKind::ForcedOpen, Some("search")));
     let attempts = Attempts::of(&response);
-    assert_eq!((attempts.made, attempts.stop), (1, Stop::Rejected));
+    assert_eq!((attempts.made, attempts.stop), (1, GiveUpReason::Rejected));
     assert!(!response.into_body().collect().await.unwrap().to_bytes().is_empty());
 
     let response = client.oneshot(grpc()).await.unwrap();

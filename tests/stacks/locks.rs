@@ -22,10 +22,10 @@ use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, DeadlineLayer, Health, HealthProbeLayer,
     HedgeLayer, Lifecycle, Outcome, RetryLayer, TimeoutLayer, Timeouts, Trip,
     config::{ClientConfig, ServerConfig},
-    health::{Check, PanicGuard, ProbeState, WhileDown},
+    health::{Check, FailOpen, ProbeState, WhileDown},
     limit::{
-        Held, QueueOrder,
-        adaptive::{Aimd, Algorithm, Change, Sample},
+        CallPermit, QueueOrder,
+        adaptive::{Aimd, Algorithm, LimitChange, Sample},
     },
     retry::ReplayBody,
     stack::{ClientStack, server},
@@ -229,7 +229,7 @@ fn event_subscriber_may_use_every_handle() {
 
         // A limit that rejects, queues and adapts.
         let limit = ConcurrencyLimitLayer::adaptive(Aimd::new(4, 1..=8).unwrap()).upgrades();
-        let held = Arc::new(Mutex::new(None::<Held>));
+        let held = Arc::new(Mutex::new(None::<CallPermit>));
         let (handle, seen) = (limit.handle(), held.clone());
         add(&uses, move || {
             let held = seen.lock().unwrap().clone();
@@ -242,7 +242,7 @@ fn event_subscriber_may_use_every_handle() {
         });
         let taken = held.clone();
         let mut service = limit.clone().layer(service_fn(move |request: Request<Body>| {
-            *taken.lock().unwrap() = request.extensions().get::<Held>().cloned();
+            *taken.lock().unwrap() = request.extensions().get::<CallPermit>().cloned();
             async { Ok::<_, BoxError>(status(503)) }
         }));
         for _ in 0..50 {
@@ -263,7 +263,7 @@ fn event_subscriber_may_use_every_handle() {
         add(&uses, move || {
             let (retry, hedge, timeout, deadline) = &handles;
             let _ = (retry.snapshot(), hedge.snapshot(), timeout.snapshot(), deadline.snapshot());
-            timeout.set(Timeouts::new().idle(secs(9))).unwrap();
+            timeout.set(Timeouts::new().response_idle(secs(9))).unwrap();
             deadline.set_default(secs(9)).unwrap();
             let _ = format!("{clone:?}");
         });
@@ -292,12 +292,12 @@ fn event_subscriber_may_use_every_handle() {
             async move { if fails { Err("full") } else { Ok(()) } }
         });
         health.add(check.every(secs(1)).thresholds(1, 1)).unwrap();
-        let guard = PanicGuard::new();
+        let guard = FailOpen::new();
         let probe = HealthProbeLayer::check(move || {
             let fails = second.load(Ordering::SeqCst);
             async move { if fails { Err(()) } else { Ok(()) } }
         });
-        let probe = probe.thresholds(1, 1).every(secs(1)).panic_guard(&guard);
+        let probe = probe.thresholds(1, 1).every(secs(1)).fail_open(&guard);
         let probe = probe.report_to(&health, "search");
         let handle = probe.handle();
         add(&uses, move || {
@@ -329,7 +329,7 @@ fn event_subscriber_may_use_every_handle() {
         stack.breaker().reset();
 
         // A process that starts and ends.
-        let lifecycle = Lifecycle::without_signals(&health).unwrap().delay(secs(1));
+        let lifecycle = Lifecycle::without_signals(&health).unwrap().drain_delay(secs(1));
         let handle = lifecycle.clone();
         add(&uses, move || {
             let mut changed = pin!(handle.changed());
@@ -417,13 +417,13 @@ fn waker_may_use_the_circuit_that_wakes_it() {
 #[test]
 fn waker_may_use_the_health_gate_that_wakes_it() {
     within_time(|| async {
-        let (guard, uses) = (PanicGuard::new(), Uses::default());
+        let (guard, uses) = (FailOpen::new(), Uses::default());
         let gate = || {
             let probe = HealthProbeLayer::check(|| async {
                 sleep(secs(1)).await;
                 Err::<(), _>(())
             });
-            probe.thresholds(1, 1).while_down(WhileDown::Wait).panic_guard(&guard)
+            probe.thresholds(1, 1).while_down(WhileDown::Wait).fail_open(&guard)
         };
         let (first, second) = (gate(), gate());
         let inner = service_fn(|_: Request<Body>| async { Ok::<_, BoxError>(status(200)) });
@@ -453,7 +453,7 @@ fn waker_may_use_the_health_gate_that_wakes_it() {
 fn waker_of_a_watcher_of_health_may_use_the_lifecycle() {
     within_time(|| async {
         let health = Health::new();
-        let lifecycle = Lifecycle::without_signals(&health).unwrap().delay(Duration::ZERO);
+        let lifecycle = Lifecycle::without_signals(&health).unwrap().drain_delay(Duration::ZERO);
         let uses = Uses::default();
         let (using, registry) = (lifecycle.clone(), health.clone());
         add(&uses, move || {
@@ -578,7 +578,7 @@ fn destructor_of_a_waker_may_drop_the_request_body() {
         let body = Arc::new(Mutex::new(None));
         let taken = body.clone();
         // Without a timeout of the call itself: its timer would keep a clone of the waker.
-        let timeout = TimeoutLayer::new(Timeouts::new().sending(secs(9)));
+        let timeout = TimeoutLayer::new(Timeouts::new().request_idle(secs(9)));
         let service = timeout.layer(service_fn(move |request: Request<_>| {
             *taken.lock().unwrap() = Some(request.into_body());
             pending::<Result<Response<Body>, BoxError>>()
@@ -688,7 +688,7 @@ impl Algorithm for Panics {
         true
     }
 
-    fn hear(&mut self, _: &Sample) -> Option<Change> {
+    fn on_sample(&mut self, _: &Sample) -> Option<LimitChange> {
         self.panic_if_armed();
         None
     }
@@ -761,6 +761,6 @@ fn rule_that_panics_while_a_caller_unwinds_does_not_trip() {
             panic_any("a caller that panics");
         }));
         assert!(caller.is_err());
-        assert_eq!(handle.state(), buttress::breaker::State::Closed);
+        assert_eq!(handle.state(), buttress::breaker::CircuitState::Closed);
     });
 }

@@ -116,7 +116,7 @@ async fn a_service_of_its_own_types() {
     tokio::spawn(db.clone().oneshot(true)).await.unwrap().unwrap();
     let error = db.clone().oneshot(false).await.unwrap_err();
     assert!(error.downcast_ref::<DbError>().is_some_and(|error| error.constraint));
-    assert_eq!(state.state(), buttress::breaker::State::Closed);
+    assert_eq!(state.state(), buttress::breaker::CircuitState::Closed);
 }
 
 #[tokio::test(start_paused = true)]

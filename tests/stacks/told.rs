@@ -379,7 +379,7 @@ async fn circuit_emits_one_event_per_change_of_the_reported_state() {
 #[tokio::test(start_paused = true)]
 async fn forcing_the_same_state_wakes_callers_without_an_event() {
     let (log, _guard) = Log::listen();
-    let breaker = CircuitBreakerLayer::http().wait_for_verdict(1, Duration::from_secs(60));
+    let breaker = CircuitBreakerLayer::http().half_open_queue(1, Duration::from_secs(60));
     let handle = breaker.handle();
     let stack = ServiceBuilder::new()
         .layer(RetryLayer::http())

@@ -9,8 +9,8 @@ use std::{
 
 use buttress::{
     Backoff, BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, Deadline, DeadlineLayer,
-    DeadlineSource, Outcome, RetryLayer, TimeoutLayer, Timeouts, Trip, breaker::State,
-    deadline::Codec, outcome::RejectedKind, timeout::Phase,
+    DeadlineSource, Outcome, RetryLayer, TimeoutLayer, Timeouts, Trip, breaker::CircuitState,
+    deadline::Codec, outcome::RejectedKind, timeout::TimeoutPhase,
 };
 use http::{HeaderMap, Method, Request, Response};
 use tokio::time::{Instant, advance, sleep};
@@ -103,7 +103,7 @@ async fn the_soonest_of_all_that_is_said() {
 
 #[tokio::test(start_paused = true)]
 async fn strangers_get_no_more_than_is_allowed_and_the_answer_its_way() {
-    let layer = || DeadlineLayer::new().header(LEFT).at_most(secs(5)).keep_back(ms(20));
+    let layer = || DeadlineLayer::new().header(LEFT).max(secs(5)).reserve(ms(20));
     assert_eq!(seen_of(layer(), with(&[(LEFT, "600000")])).await.0, Some(ms(4980)));
     assert_eq!(seen_of(layer(), with(&[(LEFT, "99999999999999999999")])).await.0, Some(ms(4980)));
     let (seen, said) = seen_of(layer(), with(&[(LEFT, "100")])).await;
@@ -116,7 +116,7 @@ async fn strangers_get_no_more_than_is_allowed_and_the_answer_its_way() {
 
 #[tokio::test(start_paused = true)]
 async fn deadline_of_the_application_replaces_the_default_and_the_maximum() {
-    let layer = || DeadlineLayer::new().header(LEFT).default_of(secs(9)).at_most(secs(20));
+    let layer = || DeadlineLayer::new().header(LEFT).default_of(secs(9)).max(secs(20));
     let set = |headers: &[(&'static str, &str)], deadline: Deadline| {
         let mut request = with(headers);
         request.extensions_mut().insert(deadline);
@@ -127,9 +127,9 @@ async fn deadline_of_the_application_replaces_the_default_and_the_maximum() {
     // The header of a caller does not extend it. A shorter time in the header applies.
     assert_eq!(seen_of(layer(), set(&[(LEFT, "90000")], own)).await.0, Some(secs(60)));
     assert_eq!(seen_of(layer(), set(&[(LEFT, "30000")], own)).await.0, Some(secs(30)));
-    let kept = layer().keep_back(secs(1));
+    let kept = layer().reserve(secs(1));
     assert_eq!(seen_of(kept, set(&[], own)).await.0, Some(secs(59)));
-    let no_default = DeadlineLayer::new().at_most(secs(20));
+    let no_default = DeadlineLayer::new().max(secs(20));
     assert_eq!(seen_of(no_default, set(&[], own)).await.0, Some(secs(60)));
 }
 
@@ -144,7 +144,7 @@ async fn deadline_of_a_caller_that_is_passed_on_keeps_its_bound() {
     let default = || DeadlineLayer::new().default_of(secs(9));
     assert_eq!(seen_of(default(), set(secs(100))).await.0, Some(secs(9)));
     assert_eq!(seen_of(default(), set(secs(3))).await.0, Some(secs(3)));
-    let max = || DeadlineLayer::new().at_most(secs(20));
+    let max = || DeadlineLayer::new().max(secs(20));
     assert_eq!(seen_of(max(), set(secs(100))).await.0, Some(secs(20)));
     assert_eq!(seen_of(max(), set(secs(3))).await.0, Some(secs(3)));
 }
@@ -267,7 +267,7 @@ async fn resolution_without_bound_does_not_panic() {
 async fn bad_settings_are_typed_errors() {
     for (layer, field) in [
         (DeadlineLayer::new().default_of(ms(0)), "default_of"),
-        (DeadlineLayer::new().at_most(ms(0)), "at_most"),
+        (DeadlineLayer::new().max(ms(0)), "at_most"),
         (DeadlineLayer::new().header("no such name"), "header"),
     ] {
         assert_eq!(layer.checked().unwrap_err().field, field);
@@ -277,12 +277,12 @@ async fn bad_settings_are_typed_errors() {
     assert_eq!(handle.set_default(ms(0)).unwrap_err().field, "default_of");
     handle.set_default(secs(3)).unwrap();
     assert_eq!(seen_of(layer.clone(), request()).await.0, Some(secs(3)), "the new default applies");
-    assert_eq!(handle.set_at_most(ms(0)).unwrap_err().field, "at_most");
-    handle.set_at_most(secs(2)).unwrap();
-    handle.set_keep_back(ms(100));
+    assert_eq!(handle.set_max(ms(0)).unwrap_err().field, "at_most");
+    handle.set_max(secs(2)).unwrap();
+    handle.set_reserve(ms(100));
     assert_eq!(seen_of(layer.clone(), request()).await.0, Some(ms(1900)));
     handle.set_default(None).unwrap();
-    handle.set_keep_back(None);
+    handle.set_reserve(None);
     assert_eq!(seen_of(layer, request()).await.0, None);
 }
 
@@ -295,7 +295,7 @@ async fn what_is_late_is_not_begun_and_what_is_under_way_is_ended() {
     let (handle, service) = (layer.handle(), layer.layer(inner));
     let start = Instant::now();
     let error = service.clone().oneshot(request()).await.unwrap_err();
-    assert_eq!((phase_of(&error), start.elapsed()), (Phase::Deadline, secs(2)));
+    assert_eq!((phase_of(&error), start.elapsed()), (TimeoutPhase::Deadline, secs(2)));
     assert_eq!(
         error.to_string(),
         "rejected by deadline `search`: deadline passed with the call in flight"
@@ -325,7 +325,7 @@ async fn a_stream_is_cut_at_it() {
         .layer(serve(|_: Request<_>| async { Ok(Response::new(Paced::every(secs(20), 9))) }));
     let response = service.oneshot(request()).await.unwrap();
     let (frames, end) = drain(response.into_body()).await;
-    assert_eq!((frames, phase_of(&end.unwrap_err())), (2, Phase::Deadline));
+    assert_eq!((frames, phase_of(&end.unwrap_err())), (2, TimeoutPhase::Deadline));
 }
 
 #[tokio::test(start_paused = true)]
@@ -344,7 +344,7 @@ async fn it_is_kept_also_when_a_call_further_in_is_dropped_that_would_have_woken
     let start = Instant::now();
     let call = DeadlineLayer::new().default_of(secs(2)).layer(dropping).oneshot(request());
     let error = call.await.unwrap_err();
-    assert_eq!((phase_of(&error), start.elapsed()), (Phase::Deadline, secs(2)));
+    assert_eq!((phase_of(&error), start.elapsed()), (TimeoutPhase::Deadline, secs(2)));
 }
 
 /// After its first poll the inner call moves to another task. Its timer wakes that task, so the outer deadline layer
@@ -367,7 +367,7 @@ async fn it_is_kept_also_when_a_call_further_in_goes_on_in_another_task() {
     let call = DeadlineLayer::new().default_of(secs(2)).layer(detaching).oneshot(request());
     let error =
         tokio::time::timeout(secs(60), call).await.expect("the deadline is enforced").unwrap_err();
-    assert_eq!((phase_of(&error), start.elapsed()), (Phase::Deadline, secs(2)));
+    assert_eq!((phase_of(&error), start.elapsed()), (TimeoutPhase::Deadline, secs(2)));
 }
 
 #[tokio::test(start_paused = true)]
@@ -389,7 +389,7 @@ async fn a_requests_own_times_are_those_of_its_attempts() {
 #[tokio::test(start_paused = true)]
 async fn what_is_kept_back_of_a_time_beyond_any_clock_leaves_the_rest() {
     let ages = Duration::from_millis(u64::MAX);
-    let layer = DeadlineLayer::new().default_of(ages).keep_back(ages - secs(5));
+    let layer = DeadlineLayer::new().default_of(ages).reserve(ages - secs(5));
     assert_eq!(seen_of(layer, with(&[])).await.0, Some(secs(5)));
 }
 
@@ -471,7 +471,7 @@ async fn and_the_bodies_that_are_read_there() {
         blocked(secs(3));
         let end = task::spawn(drain(response.into_body())).poll();
         let Poll::Ready((0, Err(late))) = end else { panic!("{end:?}") };
-        assert_eq!(phase_of(&late), Phase::Deadline);
+        assert_eq!(phase_of(&late), TimeoutPhase::Deadline);
     });
     DeadlineLayer::new().default_of(secs(9)).layer(inner).oneshot(request()).await.unwrap();
 }
@@ -484,7 +484,7 @@ async fn one_that_is_only_said_is_said_alike_and_kept_by_nobody() {
     let layer = DeadlineLayer::new().header(LEFT).default_of(secs(2)).propagate_only();
     let (handle, service) = (layer.handle(), layer.layer(inner));
     service.clone().oneshot(with(&[])).await.unwrap();
-    handle.set_at_most(secs(1)).unwrap();
+    handle.set_max(secs(1)).unwrap();
     service.oneshot(with(&[(LEFT, "1500")])).await.unwrap();
     let seen: Vec<_> = seen.lock().unwrap().drain(..).collect();
     let said: Vec<_> = seen.iter().map(|(_, said)| said[LEFT].to_str().unwrap()).collect();
@@ -514,7 +514,10 @@ async fn the_retry_and_the_timeout_keep_what_is_only_said() {
         service.clone().oneshot(request()).await
     };
     let (first, second) = tokio::join!(service.clone().oneshot(request()), queued);
-    assert_eq!((phase_of(&first.unwrap_err()), start.elapsed()), (Phase::Deadline, ms(2001)));
+    assert_eq!(
+        (phase_of(&first.unwrap_err()), start.elapsed()),
+        (TimeoutPhase::Deadline, ms(2001))
+    );
     assert!(second.is_err(), "the queued call had a permit, with 1 ms left");
     assert_eq!((watch.seen().calls, places.in_flight()), (2, 0));
     assert_eq!(watch.seen().in_flight, 0);
@@ -528,7 +531,7 @@ async fn a_stream_is_cut_at_what_is_only_said() {
         .service(serve(|_: Request<_>| async { Ok(Response::new(Paced::every(secs(20), 9))) }));
     let response = service.oneshot(request()).await.unwrap();
     let (frames, end) = drain(response.into_body()).await;
-    assert_eq!((frames, phase_of(&end.unwrap_err())), (2, Phase::Deadline));
+    assert_eq!((frames, phase_of(&end.unwrap_err())), (2, TimeoutPhase::Deadline));
 }
 
 // ===== The remaining time in other layers =====
@@ -574,15 +577,15 @@ async fn the_queue_waits_no_longer_and_the_timeout_ends_it() {
     sleep(secs(1)).await;
     let second = tokio::spawn(service.oneshot(request()));
     let error = first.await.unwrap().unwrap_err();
-    assert_eq!((phase_of(&error), start.elapsed()), (Phase::Deadline, secs(2)));
+    assert_eq!((phase_of(&error), start.elapsed()), (TimeoutPhase::Deadline, secs(2)));
     assert_eq!(
         circuit.state(),
-        State::Open,
+        CircuitState::Open,
         "the breaker counts a hang that an outer deadline ends"
     );
     // The second call received its permit at the end of the first one, with one second left.
     let error = second.await.unwrap().unwrap_err();
-    assert_eq!((phase_of(&error), start.elapsed()), (Phase::Deadline, secs(3)));
+    assert_eq!((phase_of(&error), start.elapsed()), (TimeoutPhase::Deadline, secs(3)));
     assert_eq!((watch.seen().calls, places.in_flight()), (2, 0));
 }
 
@@ -590,7 +593,7 @@ async fn the_queue_waits_no_longer_and_the_timeout_ends_it() {
 async fn a_circuit_makes_no_probe_of_what_is_late_nor_lets_it_wait() {
     let breaker = CircuitBreakerLayer::new(Trip::consecutive(1))
         .open_for(secs(1))
-        .wait_for_verdict(9, secs(60));
+        .half_open_queue(9, secs(60));
     let circuit = breaker.handle();
     let (inner, watch) = Strict::holding();
     let service = breaker.layer(inner);

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use buttress::{BoxError, Rejected, outcome::RejectedKind, timeout::Phase};
+use buttress::{BoxError, Rejected, outcome::RejectedKind, timeout::TimeoutPhase};
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body::{Body, Frame, SizeHint};
@@ -106,7 +106,7 @@ pub fn request() -> Request<Nothing> {
 // ===== Results =====
 
 #[track_caller]
-pub fn phase_of(error: &BoxError) -> Phase {
+pub fn phase_of(error: &BoxError) -> TimeoutPhase {
     match Rejected::find(&**error).map(Rejected::kind) {
         Some(RejectedKind::TimedOut(phase)) => phase,
         other => panic!("not a timeout: {other:?} {error}"),

@@ -2,8 +2,8 @@
 
 use http::{Extensions, HeaderMap, StatusCode};
 
-use super::super::{give_up::Stop, verdict::Class};
-use super::{Answer, saved_request::IDEMPOTENCY_KEY};
+use super::super::{give_up::GiveUpReason, verdict::RetryAction};
+use super::{AttemptResponse, saved_request::IDEMPOTENCY_KEY};
 use crate::{
     outcome::{Outcome, OutcomeKind, Pushback, Reason, grpc, http as rule, retry_after},
     permit::Eos,
@@ -16,9 +16,9 @@ pub(crate) fn classify_head(
     status: StatusCode,
     headers: &HeaderMap,
     extensions: &Extensions,
-) -> Option<(Class, Outcome)> {
+) -> Option<(RetryAction, Outcome)> {
     if rule::is_plain_success(is_grpc_call, status, headers) {
-        return Some((Class::Final, Outcome::success()));
+        return Some((RetryAction::Final, Outcome::success()));
     }
     match rule::of_head(is_grpc_call, status, headers, extensions) {
         Eos::Plain(outcome) => Some(classify_outcome(status, headers, outcome)),
@@ -27,28 +27,32 @@ pub(crate) fn classify_head(
 }
 
 /// Classifies a gRPC response that has ended without a `grpc-status`.
-pub(crate) fn classify_missing(status: StatusCode, headers: &HeaderMap) -> (Class, Outcome) {
+pub(crate) fn classify_missing(status: StatusCode, headers: &HeaderMap) -> (RetryAction, Outcome) {
     classify_outcome(status, headers, grpc::missing_status(status, headers))
 }
 
 /// Classifies a gRPC response whose trailers the retry does not wait for. `missing` is its class without a
 /// `grpc-status`. A stream with HTTP status 200 is passed to the caller. Trailers rarely follow any other HTTP status.
-pub(crate) fn classify_begun(missing: (Class, Outcome)) -> (Class, Outcome) {
+pub(crate) fn classify_begun(missing: (RetryAction, Outcome)) -> (RetryAction, Outcome) {
     match Eos::Grpc(missing.1).begun() {
         mapped if mapped == missing.1 => missing,
-        begun => (Class::Final, begun),
+        begun => (RetryAction::Final, begun),
     }
 }
 
 /// Classifies a gRPC response whose body fails at once. `missing` is its class without a `grpc-status`.
-pub(crate) fn classify_failed_body(missing: (Class, Outcome)) -> (Class, Outcome) {
+pub(crate) fn classify_failed_body(missing: (RetryAction, Outcome)) -> (RetryAction, Outcome) {
     match Eos::Grpc(missing.1).error() {
         mapped if mapped == missing.1 => missing,
-        failed => (Class::Final, failed),
+        failed => (RetryAction::Final, failed),
     }
 }
 
-fn classify_outcome(status: StatusCode, headers: &HeaderMap, outcome: Outcome) -> (Class, Outcome) {
+fn classify_outcome(
+    status: StatusCode,
+    headers: &HeaderMap,
+    outcome: Outcome,
+) -> (RetryAction, Outcome) {
     match outcome.reason() {
         Reason::GrpcStatus => weigh_grpc(headers, outcome),
         Reason::Status | Reason::Completed => classify_status(status, headers, outcome),
@@ -56,19 +60,25 @@ fn classify_outcome(status: StatusCode, headers: &HeaderMap, outcome: Outcome) -
     }
 }
 
-fn classify_status(status: StatusCode, headers: &HeaderMap, outcome: Outcome) -> (Class, Outcome) {
+fn classify_status(
+    status: StatusCode,
+    headers: &HeaderMap,
+    outcome: Outcome,
+) -> (RetryAction, Outcome) {
     match status.as_u16() {
         408 | 421 | 425 | 429 | 500..=599
             if retry_after::pushback(headers) == Some(Pushback::Never) =>
         {
-            (Class::Refused(Stop::Pushback), outcome)
+            (RetryAction::Refused(GiveUpReason::Pushback), outcome)
         }
         // Not a failure of the server. The client may repeat the request (RFC 9110 §15.5.9 and §15.5.20, RFC 8470
         // §5.2).
-        408 | 421 | 425 => (Class::Retryable, failed_status(status, headers)),
+        408 | 421 | 425 => (RetryAction::Retryable, failed_status(status, headers)),
         // Cloudflare's 520 to 524 state that the proxy has no valid response of the origin.
-        429 | 502..=504 | 520..=524 | 529 => (or_rate_limited(Class::Retryable, headers), outcome),
-        _ => (Class::Final, outcome),
+        429 | 502..=504 | 520..=524 | 529 => {
+            (or_rate_limited(RetryAction::Retryable, headers), outcome)
+        }
+        _ => (RetryAction::Final, outcome),
     }
 }
 
@@ -77,31 +87,31 @@ fn classify_status(status: StatusCode, headers: &HeaderMap, outcome: Outcome) ->
 /// Returns the class, and whether the server declares that it has not processed the request. If so, a retry is safe for
 /// any method and makes no withdrawal.
 pub(crate) fn classify_by_request<'a>(
-    class: Class,
+    class: RetryAction,
     outcome: Outcome,
-    answer: Answer<'_>,
+    answer: AttemptResponse<'_>,
     is_first: bool,
     header: impl Fn(&str) -> Option<&'a [u8]>,
-) -> (Class, bool) {
-    let Answer::Head(status, _, extensions) = answer else { return (class, false) };
+) -> (RetryAction, bool) {
+    let AttemptResponse::Head(status, _, extensions) = answer else { return (class, false) };
     let is_grpc = outcome.reason() == Reason::GrpcStatus;
     match (status, class) {
         // The server does not process early data. A proxy must forward 425 to a client that has sent its request as
         // early data, since only that client can repeat it (RFC 8470 §5.2).
-        (StatusCode::TOO_EARLY, Class::Retryable) => match header("early-data") {
-            Some(b"1") => (Class::Final, false),
+        (StatusCode::TOO_EARLY, RetryAction::Retryable) => match header("early-data") {
+            Some(b"1") => (RetryAction::Final, false),
             _ => (class, true),
         },
         // Another connection may lead to the right server (RFC 9110 §15.5.20).
-        (StatusCode::MISDIRECTED_REQUEST, Class::Retryable) => {
+        (StatusCode::MISDIRECTED_REQUEST, RetryAction::Retryable) => {
             (class, is_connection_retired(extensions))
         }
         // An earlier attempt with the same key is still being processed
         // (draft-ietf-httpapi-idempotency-key-header §2.6).
-        (StatusCode::CONFLICT, Class::Final)
+        (StatusCode::CONFLICT, RetryAction::Final)
             if !is_grpc && !is_first && header(IDEMPOTENCY_KEY).is_some() =>
         {
-            (Class::Retryable, false)
+            (RetryAction::Retryable, false)
         }
         _ => (class, false),
     }
@@ -132,13 +142,17 @@ pub(crate) fn failed_status(status: StatusCode, headers: &HeaderMap) -> Outcome 
 const ENVOY_RATE_LIMITED: &str = "x-envoy-ratelimited";
 
 /// Returns `class`, unless a rate limit of Envoy rejected the call.
-fn or_rate_limited(class: Class, headers: &HeaderMap) -> Class {
-    if headers.contains_key(ENVOY_RATE_LIMITED) { Class::Refused(Stop::RateLimited) } else { class }
+fn or_rate_limited(class: RetryAction, headers: &HeaderMap) -> RetryAction {
+    if headers.contains_key(ENVOY_RATE_LIMITED) {
+        RetryAction::Refused(GiveUpReason::RateLimited)
+    } else {
+        class
+    }
 }
 
 /// Classifies a gRPC status (gRFC A6): `UNAVAILABLE` is retryable, and `RESOURCE_EXHAUSTED` if the server sends a
 /// pushback. `UNKNOWN` is retryable only if it was mapped from HTTP 529.
-pub(crate) fn weigh_grpc(headers: &HeaderMap, outcome: Outcome) -> (Class, Outcome) {
+pub(crate) fn weigh_grpc(headers: &HeaderMap, outcome: Outcome) -> (RetryAction, Outcome) {
     let pushback = retry_after::pushback(headers);
     let retryable = match outcome.code() {
         Some(grpc::UNAVAILABLE) => true,
@@ -149,18 +163,20 @@ pub(crate) fn weigh_grpc(headers: &HeaderMap, outcome: Outcome) -> (Class, Outco
     let class = match pushback {
         // Also for a status that is never retried, so that the retry budget makes a withdrawal for it (grpc-go
         // `shouldRetry`).
-        Some(Pushback::Never) if outcome.code() != Some(grpc::OK) => Class::Refused(Stop::Pushback),
-        _ if !retryable => Class::Final,
-        _ => or_rate_limited(Class::Retryable, headers),
+        Some(Pushback::Never) if outcome.code() != Some(grpc::OK) => {
+            RetryAction::Refused(GiveUpReason::Pushback)
+        }
+        _ if !retryable => RetryAction::Final,
+        _ => or_rate_limited(RetryAction::Retryable, headers),
     };
     (class, outcome)
 }
 
 /// Classifies an error: failures of the connection and timeouts are retryable.
-pub(crate) fn of_reason(outcome: Outcome) -> Class {
+pub(crate) fn of_reason(outcome: Outcome) -> RetryAction {
     match outcome.reason() {
-        Reason::Rejected => Class::Refused(Stop::Rejected),
-        Reason::CallerDeadline => Class::Refused(Stop::DeadlinePassed),
+        Reason::Rejected => RetryAction::Refused(GiveUpReason::Rejected),
+        Reason::CallerDeadline => RetryAction::Refused(GiveUpReason::DeadlinePassed),
         Reason::ConnectRefused
         | Reason::ConnectTimeout
         | Reason::ConnectFailed
@@ -169,7 +185,7 @@ pub(crate) fn of_reason(outcome: Outcome) -> Class {
         | Reason::GoAway
         | Reason::StaleConnection
         | Reason::Reset
-        | Reason::Timeout => Class::Retryable,
-        _ => Class::Final,
+        | Reason::Timeout => RetryAction::Retryable,
+        _ => RetryAction::Final,
     }
 }

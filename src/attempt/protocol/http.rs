@@ -16,15 +16,15 @@ use super::super::{
     peeked_body::{Peek, PeekedBody},
     record::{Attempt, Attempts, RetryError},
     replay::ReplayBody,
-    verdict::{Class, Repeatable, Safe},
+    verdict::{BodyReplay, RetryAction, SafeRequests},
 };
 use super::{
-    Answer, Numbered, Repeat, Rules, Weigh,
+    AttemptResponse, ClassifyAttempt, Numbered, ReplayRequest, Rules,
     classify::{
         classify_begun, classify_failed_body, classify_head, classify_missing, of_reason,
         weigh_grpc,
     },
-    saved_request::KeptRequest,
+    saved_request::SavedRequest,
 };
 use crate::{
     classify::Http,
@@ -56,9 +56,9 @@ fn publish<B: Body>(request: &mut Request<B>) -> Option<SentMark> {
     Some(mark)
 }
 
-impl<B: Body> Repeat<Request<B>> for Http {
+impl<B: Body> ReplayRequest<Request<B>> for Http {
     type Request = Request<ReplayBody<B>>;
-    type Kept = KeptRequest<B>;
+    type Kept = SavedRequest<B>;
 
     #[inline]
     fn is_grpc(request: &Request<B>) -> bool {
@@ -67,14 +67,14 @@ impl<B: Body> Repeat<Request<B>> for Http {
 
     // An unsafe request is saved too. It may be retried after `REFUSED_STREAM`, although its body has been sent.
     #[inline]
-    fn keep(request: &Request<B>, rules: Rules<'_>) -> Option<KeptRequest<B>> {
-        rules.keeps(request.method(), request.headers()).then(|| KeptRequest::of(request))
+    fn keep(request: &Request<B>, rules: Rules<'_>) -> Option<SavedRequest<B>> {
+        rules.keeps(request.method(), request.headers()).then(|| SavedRequest::of(request))
     }
 
     #[inline]
     fn first(
         mut request: Request<B>,
-        kept: Option<&mut KeptRequest<B>>,
+        kept: Option<&mut SavedRequest<B>>,
         rules: Rules<'_>,
     ) -> Self::Request {
         let mark = if rules.marks { publish(&mut request) } else { None };
@@ -92,23 +92,23 @@ impl<B: Body> Repeat<Request<B>> for Http {
         })
     }
 
-    fn again(kept: &KeptRequest<B>, attempt: Numbered) -> Self::Request {
+    fn again(kept: &SavedRequest<B>, attempt: Numbered) -> Self::Request {
         after(attempt.seen, kept.marked(Attempt(attempt.number)))
     }
 
-    fn head(kept: &KeptRequest<B>) -> Request<()> {
+    fn head(kept: &SavedRequest<B>) -> Request<()> {
         kept.request(())
     }
 
-    fn header<'a>(kept: &'a KeptRequest<B>, name: &str) -> Option<&'a [u8]> {
+    fn header<'a>(kept: &'a SavedRequest<B>, name: &str) -> Option<&'a [u8]> {
         kept.header(name)
     }
 
-    fn deadline(kept: &KeptRequest<B>) -> Option<Deadline> {
+    fn deadline(kept: &SavedRequest<B>) -> Option<Deadline> {
         kept.deadline()
     }
 
-    fn hedge_attempt(kept: &KeptRequest<B>, number: u32) -> Self::Request {
+    fn hedge_attempt(kept: &SavedRequest<B>, number: u32) -> Self::Request {
         let copy = kept.marked(HedgeAttempt(number));
         // The request may be an attempt of an outer retry, with a number of its own.
         let before = copy.headers().get(PREVIOUS_ATTEMPTS);
@@ -116,15 +116,15 @@ impl<B: Body> Repeat<Request<B>> for Http {
         after(before.saturating_add(number), copy)
     }
 
-    fn safe(kept: &KeptRequest<B>, by: &Safe) -> bool {
+    fn safe(kept: &SavedRequest<B>, by: &SafeRequests) -> bool {
         kept.safe(by)
     }
 
-    fn repeatable(kept: &KeptRequest<B>) -> Repeatable {
+    fn repeatable(kept: &SavedRequest<B>) -> BodyReplay {
         kept.repeatable()
     }
 
-    fn claim(kept: &KeptRequest<B>) -> bool {
+    fn claim(kept: &SavedRequest<B>) -> bool {
         kept.tape.claim()
     }
 }
@@ -135,34 +135,34 @@ impl<B: Body> Repeat<Request<B>> for Http {
 const MOST_AT_ONCE: u32 = 64;
 
 /// A response or an error, and its class if the head decides.
-pub struct HeldResponse<B: Body> {
+pub struct PendingResponse<B: Body> {
     result: Result<Response<PeekedBody<B>>, BoxError>,
-    weight: Option<(Class, Outcome)>,
+    weight: Option<(RetryAction, Outcome)>,
     drained: u64,
 }
 
 /// Omits the result: the `Debug` output of a response contains its headers.
-impl<B: Body> fmt::Debug for HeldResponse<B> {
+impl<B: Body> fmt::Debug for PendingResponse<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("HeldResponse").field("weight", &self.weight).finish_non_exhaustive()
+        f.debug_struct("PendingResponse").field("weight", &self.weight).finish_non_exhaustive()
     }
 }
 
-impl<B: Body> HeldResponse<B> {
+impl<B: Body> PendingResponse<B> {
     fn error(error: BoxError) -> Self {
         let outcome = rule::of_error(&*error);
         Self { result: Err(error), weight: Some((of_reason(outcome), outcome)), drained: 0 }
     }
 }
 
-impl<B, E> Weigh<Response<B>, E> for Http
+impl<B, E> ClassifyAttempt<Response<B>, E> for Http
 where
     B: Body + Unpin,
     E: Into<BoxError>,
 {
     type Response = Response<PeekedBody<B>>;
     type Error = BoxError;
-    type Held = HeldResponse<B>;
+    type Held = PendingResponse<B>;
 
     // The trailers of a failed gRPC call follow its head at once. The first message of a stream may come much later.
     const PATIENCE: Duration = Duration::from_millis(10);
@@ -172,7 +172,7 @@ where
         &self,
         is_grpc_call: bool,
         result: &Result<Response<B>, E>,
-    ) -> Option<(Class, Outcome)> {
+    ) -> Option<(RetryAction, Outcome)> {
         let response = result.as_ref().ok()?;
         let (status, headers) = (response.status(), response.headers());
         classify_head(is_grpc_call, status, headers, response.extensions())
@@ -186,18 +186,24 @@ where
         }
     }
 
-    fn hold(result: Result<Response<B>, E>, weight: Option<(Class, Outcome)>) -> HeldResponse<B> {
+    fn hold(
+        result: Result<Response<B>, E>,
+        weight: Option<(RetryAction, Outcome)>,
+    ) -> PendingResponse<B> {
         match result {
             Ok(response) => {
-                HeldResponse { result: Ok(response.map(PeekedBody::new)), weight, drained: 0 }
+                PendingResponse { result: Ok(response.map(PeekedBody::new)), weight, drained: 0 }
             }
-            Err(error) => HeldResponse::error(error.into()),
+            Err(error) => PendingResponse::error(error.into()),
         }
     }
 
-    fn poll_weigh(held: &mut HeldResponse<B>, cx: &mut Context<'_>) -> Poll<(Class, Outcome)> {
+    fn poll_weigh(
+        held: &mut PendingResponse<B>,
+        cx: &mut Context<'_>,
+    ) -> Poll<(RetryAction, Outcome)> {
         let (Ok(response), None) = (&mut held.result, held.weight) else {
-            return Poll::Ready(held.weight.unwrap_or((Class::Final, Outcome::success())));
+            return Poll::Ready(held.weight.unwrap_or((RetryAction::Final, Outcome::success())));
         };
         let missing = classify_missing(response.status(), response.headers());
         let weight = match ready!(response.body_mut().poll_peek(cx)) {
@@ -212,27 +218,27 @@ where
         Poll::Ready(weight)
     }
 
-    fn undecided(held: &HeldResponse<B>) -> (Class, Outcome) {
+    fn undecided(held: &PendingResponse<B>) -> (RetryAction, Outcome) {
         match &held.result {
             Ok(response) => classify_begun(classify_missing(response.status(), response.headers())),
-            Err(_) => (Class::Final, Outcome::success()),
+            Err(_) => (RetryAction::Final, Outcome::success()),
         }
     }
 
-    fn is_error(held: &HeldResponse<B>) -> bool {
+    fn is_error(held: &PendingResponse<B>) -> bool {
         held.result.is_err()
     }
 
-    fn answer(held: &HeldResponse<B>) -> Option<Answer<'_>> {
+    fn answer(held: &PendingResponse<B>) -> Option<AttemptResponse<'_>> {
         Some(match &held.result {
             Ok(response) => {
-                Answer::Head(response.status(), response.headers(), response.extensions())
+                AttemptResponse::Head(response.status(), response.headers(), response.extensions())
             }
-            Err(error) => Answer::Error(&**error),
+            Err(error) => AttemptResponse::Error(&**error),
         })
     }
 
-    fn poll_discard(held: &mut HeldResponse<B>, cap: u64, cx: &mut Context<'_>) -> Poll<()> {
+    fn poll_discard(held: &mut PendingResponse<B>, cap: u64, cx: &mut Context<'_>) -> Poll<()> {
         match &mut held.result {
             Ok(response) => poll_drain(response.body_mut(), &mut held.drained, cap, cx),
             Err(_) => Poll::Ready(()),
@@ -240,7 +246,7 @@ where
     }
 
     fn release(
-        held: HeldResponse<B>,
+        held: PendingResponse<B>,
         record: Option<Attempts>,
     ) -> Result<Self::Response, BoxError> {
         match held.result {
@@ -259,8 +265,8 @@ where
 
     const TAKES_ERRORS: bool = true;
 
-    fn failed(error: BoxError) -> Option<(HeldResponse<B>, (Class, Outcome))> {
-        let held = HeldResponse::error(error);
+    fn failed(error: BoxError) -> Option<(PendingResponse<B>, (RetryAction, Outcome))> {
+        let held = PendingResponse::error(error);
         held.weight.map(|weight| (held, weight))
     }
 
@@ -268,7 +274,7 @@ where
         Box::new(RetryError::new(record, error.into()))
     }
 
-    fn pass(held: HeldResponse<B>, hedged: Option<Hedged>) -> Result<Self::Response, BoxError> {
+    fn pass(held: PendingResponse<B>, hedged: Option<Hedged>) -> Result<Self::Response, BoxError> {
         let mut response = held.result?;
         if let Some(hedged) = hedged {
             response.extensions_mut().insert(hedged);

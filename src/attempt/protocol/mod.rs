@@ -24,7 +24,7 @@ use ::http::{Extensions, HeaderMap, Request, StatusCode};
 use super::{
     hedged::{Hedged, SentBefore},
     record::Attempts,
-    verdict::{Class, Repeatable, Safe},
+    verdict::{BodyReplay, RetryAction, SafeRequests},
 };
 use crate::{error::BoxError, outcome::Outcome, redact::Redacted, time::Deadline};
 
@@ -34,7 +34,7 @@ pub struct Rules<'a> {
     pub(crate) body_cap: u64,
     /// If set, only requests that are safe by it are saved. A hedge layer does not repeat any other request. `None` for
     /// a retry layer, which may repeat an unsafe request that the server has not processed.
-    pub(crate) only: Option<&'a Safe>,
+    pub(crate) only: Option<&'a SafeRequests>,
     /// No request is saved.
     pub(crate) never: bool,
     /// An inner layer measures calls: requests carry a mark of their progress.
@@ -114,7 +114,7 @@ pub struct Numbered {
     message = "`{Self}` cannot replay `{Req}`",
     note = "a retry or a hedge accepts `http::Request<B>` or, with `.classify(|result: Result<&Res, &E>| ..)`, any request that is `Clone`"
 )]
-pub trait Repeat<Req>: Clone + Send + Sync + 'static {
+pub trait ReplayRequest<Req>: Clone + Send + Sync + 'static {
     /// The request that the wrapped service receives.
     type Request;
     /// The saved request.
@@ -135,7 +135,7 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
     fn again(kept: &Self::Kept, attempt: Numbered) -> Self::Request;
 
     /// Returns the head of the saved request. Called only if the result is a [response or an error of
-    /// HTTP](Weigh::answer).
+    /// HTTP](ClassifyAttempt::answer).
     fn head(_: &Self::Kept) -> Request<()> {
         Request::default()
     }
@@ -154,10 +154,10 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
     fn hedge_attempt(kept: &Self::Kept, number: u32) -> Self::Request;
 
     /// Returns whether the request is safe to repeat.
-    fn safe(kept: &Self::Kept, by: &Safe) -> bool;
+    fn safe(kept: &Self::Kept, by: &SafeRequests) -> bool;
 
     /// Returns whether the request body can be replayed now.
-    fn repeatable(kept: &Self::Kept) -> Repeatable;
+    fn repeatable(kept: &Self::Kept) -> BodyReplay;
 
     /// Reserves the request body for the next attempt, by cutting off the previous one. Returns `false` if the body can
     /// no longer be replayed.
@@ -170,7 +170,7 @@ pub trait Repeat<Req>: Clone + Send + Sync + 'static {
     note = "for HTTP, bodies must be `Unpin` (`http_body_util::BodyExt::boxed_unsync` boxes a body) and errors `Into<BoxError>`",
     note = "for other types, classify the results with `.classify(|result: Result<&Res, &E>| ..)`, where `Res` and `E` are exactly the response and error of the wrapped service"
 )]
-pub trait Weigh<Res, E> {
+pub trait ClassifyAttempt<Res, E> {
     /// The response that the caller receives.
     type Response;
     /// The error that the caller receives.
@@ -182,34 +182,34 @@ pub trait Weigh<Res, E> {
     const PATIENCE: Duration;
 
     /// Classifies a response or an error. `None` if the beginning of the response body decides.
-    fn weigh(&self, is_grpc_call: bool, result: &Result<Res, E>) -> Option<(Class, Outcome)>;
+    fn weigh(&self, is_grpc_call: bool, result: &Result<Res, E>) -> Option<(RetryAction, Outcome)>;
 
     /// Returns a result to the caller without a record.
     fn give(result: Result<Res, E>) -> Result<Self::Response, Self::Error>;
 
     /// Holds a result, with the class that [`weigh`](Self::weigh) has returned.
-    fn hold(result: Result<Res, E>, weight: Option<(Class, Outcome)>) -> Self::Held;
+    fn hold(result: Result<Res, E>, weight: Option<(RetryAction, Outcome)>) -> Self::Held;
 
     /// Polls for the class and outcome of a held result. Pending until the beginning of its body is available.
-    fn poll_weigh(held: &mut Self::Held, cx: &mut Context<'_>) -> Poll<(Class, Outcome)>;
+    fn poll_weigh(held: &mut Self::Held, cx: &mut Context<'_>) -> Poll<(RetryAction, Outcome)>;
 
     /// Classifies a response whose body has not begun in time.
-    fn undecided(_: &Self::Held) -> (Class, Outcome) {
-        (Class::Final, Outcome::success())
+    fn undecided(_: &Self::Held) -> (RetryAction, Outcome) {
+        (RetryAction::Final, Outcome::success())
     }
 
     /// Returns whether the attempt ended with an error.
     fn is_error(held: &Self::Held) -> bool;
 
     /// Returns the head of the held response, or its error. `None` if it is not of HTTP.
-    fn answer(_: &Self::Held) -> Option<Answer<'_>> {
+    fn answer(_: &Self::Held) -> Option<AttemptResponse<'_>> {
         None
     }
 
     /// Returns whether an inner retry layer has returned the error, which then carries [`Attempts`].
     fn has_inner_attempts(held: &Self::Held) -> bool {
         match Self::answer(held) {
-            Some(Answer::Error(error)) => Attempts::is_in(error),
+            Some(AttemptResponse::Error(error)) => Attempts::is_in(error),
             _ => false,
         }
     }
@@ -227,7 +227,7 @@ pub trait Weigh<Res, E> {
 
     /// Returns a held result for an error of this crate. `None` unless the protocol [takes such
     /// errors](Self::TAKES_ERRORS).
-    fn failed(_: BoxError) -> Option<(Self::Held, (Class, Outcome))> {
+    fn failed(_: BoxError) -> Option<(Self::Held, (RetryAction, Outcome))> {
         None
     }
 
@@ -248,8 +248,10 @@ pub trait Weigh<Res, E> {
     /// Returns whether the result is [marked](Self::sent_before).
     fn is_sent_before(held: &Self::Held) -> bool {
         match Self::answer(held) {
-            Some(Answer::Head(_, _, extensions)) => extensions.get::<SentBefore>().is_some(),
-            Some(Answer::Error(error)) => SentBefore::is_in(error),
+            Some(AttemptResponse::Head(_, _, extensions)) => {
+                extensions.get::<SentBefore>().is_some()
+            }
+            Some(AttemptResponse::Error(error)) => SentBefore::is_in(error),
             None => false,
         }
     }
@@ -259,13 +261,13 @@ pub trait Weigh<Res, E> {
 }
 
 #[derive(Clone, Copy)]
-pub enum Answer<'a> {
+pub enum AttemptResponse<'a> {
     Head(StatusCode, &'a HeaderMap, &'a Extensions),
     Error(&'a (dyn Error + 'static)),
 }
 
 /// Omits the headers.
-impl fmt::Debug for Answer<'_> {
+impl fmt::Debug for AttemptResponse<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Head(status, ..) => f.debug_tuple("Head").field(status).finish_non_exhaustive(),

@@ -12,10 +12,10 @@ use reqwest::{Body, Error, Request, Response};
 use super::super::{
     hedged::{Hedged, SentBefore},
     record::{Attempts, RetryError},
-    verdict::{Class, Repeatable, Safe},
+    verdict::{BodyReplay, RetryAction, SafeRequests},
 };
 use super::{
-    Answer, Numbered, Repeat, Rules, Weigh,
+    AttemptResponse, ClassifyAttempt, Numbered, ReplayRequest, Rules,
     classify::{classify_begun, classify_head, classify_missing, of_reason},
     http,
     saved_request::{is_safe, keyed},
@@ -30,7 +30,7 @@ use crate::{
 #[derive(Clone, Copy, Debug)]
 pub struct Reqwest;
 
-impl Repeat<Request> for Reqwest {
+impl ReplayRequest<Request> for Reqwest {
     type Request = Request;
     type Kept = Request;
 
@@ -68,12 +68,12 @@ impl Repeat<Request> for Reqwest {
         copy
     }
 
-    fn safe(kept: &Request, by: &Safe) -> bool {
+    fn safe(kept: &Request, by: &SafeRequests) -> bool {
         is_safe(kept.method(), by, || keyed(kept.headers()))
     }
 
-    fn repeatable(_: &Request) -> Repeatable {
-        Repeatable::Yes
+    fn repeatable(_: &Request) -> BodyReplay {
+        BodyReplay::Yes
     }
 
     fn claim(_: &Request) -> bool {
@@ -82,24 +82,24 @@ impl Repeat<Request> for Reqwest {
 }
 
 /// A response of reqwest, and its class.
-pub enum Held {
+pub enum PendingReqwest {
     /// The result, not yet returned or discarded.
-    Answer(Result<Response, BoxError>, (Class, Outcome)),
+    Answer(Result<Response, BoxError>, (RetryAction, Outcome)),
     /// A discarded body, and the number of bytes drained from it.
     Discarded(Body, u64),
 }
 
 /// Omits the response: reqwest's own `Debug` shows its URL and headers.
-impl fmt::Debug for Held {
+impl fmt::Debug for PendingReqwest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Answer(..) => "Held(answer)",
-            Self::Discarded(..) => "Held(discarded)",
+            Self::Answer(..) => "PendingReqwest(answer)",
+            Self::Discarded(..) => "PendingReqwest(discarded)",
         })
     }
 }
 
-impl Held {
+impl PendingReqwest {
     fn result(self) -> Result<Response, BoxError> {
         match self {
             Self::Answer(result, _) => result,
@@ -108,15 +108,15 @@ impl Held {
     }
 }
 
-fn weigh_error(error: &(dyn std::error::Error + 'static)) -> (Class, Outcome) {
+fn weigh_error(error: &(dyn std::error::Error + 'static)) -> (RetryAction, Outcome) {
     let outcome = rule::of_error(error);
     (of_reason(outcome), outcome)
 }
 
-impl Weigh<Response, Error> for Reqwest {
+impl ClassifyAttempt<Response, Error> for Reqwest {
     type Response = Response;
     type Error = BoxError;
-    type Held = Held;
+    type Held = PendingReqwest;
 
     const PATIENCE: Duration = Duration::ZERO;
 
@@ -124,7 +124,7 @@ impl Weigh<Response, Error> for Reqwest {
         &self,
         is_grpc_call: bool,
         result: &Result<Response, Error>,
-    ) -> Option<(Class, Outcome)> {
+    ) -> Option<(RetryAction, Outcome)> {
         Some(match result {
             Ok(response) => {
                 let (status, headers) = (response.status(), response.headers());
@@ -141,51 +141,57 @@ impl Weigh<Response, Error> for Reqwest {
             .map_err(|error| Box::new(RetryError::new(Attempts::FIRST_ERROR, error.into())).into())
     }
 
-    fn hold(result: Result<Response, Error>, weight: Option<(Class, Outcome)>) -> Held {
+    fn hold(
+        result: Result<Response, Error>,
+        weight: Option<(RetryAction, Outcome)>,
+    ) -> PendingReqwest {
         // `weigh` always returns a class here, so this is never the default.
-        let weight = weight.unwrap_or((Class::Final, Outcome::success()));
-        Held::Answer(result.map_err(BoxError::from), weight)
+        let weight = weight.unwrap_or((RetryAction::Final, Outcome::success()));
+        PendingReqwest::Answer(result.map_err(BoxError::from), weight)
     }
 
-    fn poll_weigh(held: &mut Held, _: &mut Context<'_>) -> Poll<(Class, Outcome)> {
+    fn poll_weigh(held: &mut PendingReqwest, _: &mut Context<'_>) -> Poll<(RetryAction, Outcome)> {
         Poll::Ready(match held {
-            Held::Answer(_, weight) => *weight,
-            Held::Discarded(..) => unreachable!("classified before it is discarded"),
+            PendingReqwest::Answer(_, weight) => *weight,
+            PendingReqwest::Discarded(..) => unreachable!("classified before it is discarded"),
         })
     }
 
-    fn is_error(held: &Held) -> bool {
-        matches!(held, Held::Answer(Err(_), _))
+    fn is_error(held: &PendingReqwest) -> bool {
+        matches!(held, PendingReqwest::Answer(Err(_), _))
     }
 
-    fn answer(held: &Held) -> Option<Answer<'_>> {
+    fn answer(held: &PendingReqwest) -> Option<AttemptResponse<'_>> {
         match held {
-            Held::Answer(Ok(response), _) => {
-                Some(Answer::Head(response.status(), response.headers(), response.extensions()))
-            }
-            Held::Answer(Err(error), _) => Some(Answer::Error(&**error)),
-            Held::Discarded(..) => None,
+            PendingReqwest::Answer(Ok(response), _) => Some(AttemptResponse::Head(
+                response.status(),
+                response.headers(),
+                response.extensions(),
+            )),
+            PendingReqwest::Answer(Err(error), _) => Some(AttemptResponse::Error(&**error)),
+            PendingReqwest::Discarded(..) => None,
         }
     }
 
-    fn poll_discard(held: &mut Held, cap: u64, cx: &mut Context<'_>) -> Poll<()> {
+    fn poll_discard(held: &mut PendingReqwest, cap: u64, cx: &mut Context<'_>) -> Poll<()> {
         loop {
             match held {
-                Held::Discarded(body, drained) => {
+                PendingReqwest::Discarded(body, drained) => {
                     return http::poll_drain(body, drained, cap, cx);
                 }
-                Held::Answer(..) => {
-                    let nothing = Held::Discarded(Body::default(), 0);
+                PendingReqwest::Answer(..) => {
+                    let nothing = PendingReqwest::Discarded(Body::default(), 0);
                     // The body can only be taken by consuming the response.
                     if let Ok(response) = mem::replace(held, nothing).result() {
-                        *held = Held::Discarded(HttpResponse::from(response).into_body(), 0);
+                        *held =
+                            PendingReqwest::Discarded(HttpResponse::from(response).into_body(), 0);
                     }
                 }
             }
         }
     }
 
-    fn release(held: Held, record: Option<Attempts>) -> Result<Response, BoxError> {
+    fn release(held: PendingReqwest, record: Option<Attempts>) -> Result<Response, BoxError> {
         match held.result() {
             Ok(mut response) => {
                 if let Some(record) = record {
@@ -201,16 +207,16 @@ impl Weigh<Response, Error> for Reqwest {
 
     const TAKES_ERRORS: bool = true;
 
-    fn failed(error: BoxError) -> Option<(Held, (Class, Outcome))> {
+    fn failed(error: BoxError) -> Option<(PendingReqwest, (RetryAction, Outcome))> {
         let weight = weigh_error(&*error);
-        Some((Held::Answer(Err(error), weight), weight))
+        Some((PendingReqwest::Answer(Err(error), weight), weight))
     }
 
     fn broken(error: Error, record: Attempts) -> BoxError {
         Box::new(RetryError::new(record, error.into()))
     }
 
-    fn pass(held: Held, hedged: Option<Hedged>) -> Result<Response, BoxError> {
+    fn pass(held: PendingReqwest, hedged: Option<Hedged>) -> Result<Response, BoxError> {
         let mut response = held.result()?;
         if let Some(hedged) = hedged {
             response.extensions_mut().insert(hedged);

@@ -6,13 +6,13 @@ use http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, Request, Uri,
 
 use super::super::{
     replay::{ReplayBody, Tape},
-    verdict::{Repeatable, Safe},
+    verdict::{BodyReplay, SafeRequests},
 };
 use super::Rules;
 use crate::{outcome::SentMark, time::Deadline};
 
 /// A saved request: the head, and the saved part of the body.
-pub struct KeptRequest<B> {
+pub struct SavedRequest<B> {
     method: Method,
     uri: Uri,
     headers: Lines,
@@ -23,7 +23,7 @@ pub struct KeptRequest<B> {
     pub(crate) tape: Tape<B>,
 }
 
-impl<B> KeptRequest<B> {
+impl<B> SavedRequest<B> {
     #[inline]
     pub(crate) fn of<T>(request: &Request<T>) -> Self {
         Self {
@@ -73,18 +73,18 @@ impl<B> KeptRequest<B> {
         self.headers.iter().find(|line| line.name == name.as_bytes()).map(|line| line.value)
     }
 
-    pub(crate) fn safe(&self, by: &Safe) -> bool {
+    pub(crate) fn safe(&self, by: &SafeRequests) -> bool {
         is_safe(&self.method, by, || self.header(IDEMPOTENCY_KEY).is_some())
     }
 
-    pub(crate) fn repeatable(&self) -> Repeatable {
+    pub(crate) fn repeatable(&self) -> BodyReplay {
         self.tape.repeatable()
     }
 }
 
-impl<B> fmt::Debug for KeptRequest<B> {
+impl<B> fmt::Debug for SavedRequest<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("KeptRequest").field("tape", &self.tape).finish_non_exhaustive()
+        f.debug_struct("SavedRequest").field("tape", &self.tape).finish_non_exhaustive()
     }
 }
 
@@ -123,11 +123,11 @@ pub(crate) const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
 /// Returns whether a request is safe to repeat: by its method (RFC 9110 §9.2.2), or by an `Idempotency-Key`. All
 /// attempts carry the same key, by which the server recognises repetitions.
-pub(crate) fn is_safe(method: &Method, by: &Safe, keyed: impl FnOnce() -> bool) -> bool {
+pub(crate) fn is_safe(method: &Method, by: &SafeRequests, keyed: impl FnOnce() -> bool) -> bool {
     let idempotent = match by {
-        Safe::All => true,
-        Safe::Methods(methods) => methods.contains(method),
-        Safe::Idempotent => matches!(
+        SafeRequests::All => true,
+        SafeRequests::Methods(methods) => methods.contains(method),
+        SafeRequests::Idempotent => matches!(
             *method,
             Method::GET
                 | Method::HEAD

@@ -30,7 +30,7 @@ use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
-use super::super::verdict::Repeatable;
+use super::super::verdict::BodyReplay;
 use super::buffer::Sent;
 use crate::outcome::SentMark;
 
@@ -184,15 +184,15 @@ impl<B> Tape<B> {
         matches!(self, Self::Empty)
     }
 
-    pub(crate) fn repeatable(&self) -> Repeatable {
+    pub(crate) fn repeatable(&self) -> BodyReplay {
         match self {
-            Self::Empty => Repeatable::Yes,
+            Self::Empty => BodyReplay::Yes,
             Self::Taped(reel) => {
                 let reel = lock(reel);
                 match (reel.torn, reel.in_use) {
-                    (true, _) => Repeatable::No,
-                    (false, true) => Repeatable::Streaming,
-                    (false, false) => Repeatable::Yes,
+                    (true, _) => BodyReplay::No,
+                    (false, true) => BodyReplay::Streaming,
+                    (false, false) => BodyReplay::Yes,
                 }
             }
         }
@@ -617,7 +617,7 @@ mod tests {
                 assert!(next(&mut first, Waker::noop()).is_pending());
             });
             polls.recv_timeout(Duration::from_secs(30)).expect("polled");
-            assert_eq!(tape.repeatable(), Repeatable::Streaming);
+            assert_eq!(tape.repeatable(), BodyReplay::Streaming);
             assert!(tape.claim());
             let mut second = tape.replay();
             assert!(!second.is_end_stream() && second.size_hint().exact().is_none());
@@ -631,7 +631,7 @@ mod tests {
             give.send(None).expect("a body");
             assert_eq!(next(&mut second, &waker), Poll::Ready(Some("second".into())));
             assert_eq!(next(&mut second, &waker), Poll::Ready(None));
-            assert_eq!(tape.repeatable() == Repeatable::Yes, cap == 1000);
+            assert_eq!(tape.repeatable() == BodyReplay::Yes, cap == 1000);
             transport.join().expect("no panic");
         }
     }
@@ -657,6 +657,6 @@ mod tests {
             let _ = Pin::new(&mut body).poll_frame(&mut Context::from_waker(Waker::noop()));
         });
         assert!(transport.join().is_err());
-        assert!(tape.repeatable() == Repeatable::No && !tape.claim());
+        assert!(tape.repeatable() == BodyReplay::No && !tape.claim());
     }
 }

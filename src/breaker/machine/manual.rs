@@ -3,13 +3,13 @@
 use std::{mem, time::Duration};
 
 use super::super::{
-    state::{Change, Settings, State},
+    state::{CircuitSettings, CircuitState, Transition},
     trip::Trip,
 };
 use super::{
-    Machine, Phase,
+    Machine, MachinePhase,
     probes::Probes,
-    stats::{Counts, TimeWindows, Windows},
+    stats::{CallCounts, TimeWindows, Windows},
 };
 use crate::time::{Nanos, nanos};
 
@@ -17,7 +17,7 @@ use crate::time::{Nanos, nanos};
 #[derive(Clone, Debug, PartialEq)]
 pub(in super::super) struct Past {
     /// The state beneath all isolations.
-    state: State,
+    state: CircuitState,
     /// The rest of the open time. Zero unless the circuit is open.
     left: Duration,
     restless: u32,
@@ -28,8 +28,13 @@ pub(in super::super) struct Past {
 
 impl Machine {
     /// Sets the state. Clears the counts, except for half-open.
-    pub(in super::super) fn force(&mut self, to: State, now: Nanos, times: &TimeWindows) -> Change {
-        if to != State::HalfOpen {
+    pub(in super::super) fn force(
+        &mut self,
+        to: CircuitState,
+        now: Nanos,
+        times: &TimeWindows,
+    ) -> Transition {
+        if to != CircuitState::HalfOpen {
             self.counts.clear(times);
             self.restless = 0;
         }
@@ -38,17 +43,17 @@ impl Machine {
     }
 
     /// Adds or removes an isolation, which holds the circuit open. The state beneath it continues to change.
-    pub(in super::super) fn isolate(&mut self, more: bool) -> Option<Change> {
+    pub(in super::super) fn isolate(&mut self, more: bool) -> Option<Transition> {
         let (before, from) = (self.isolations, self.state());
         self.isolations = if more { before.saturating_add(1) } else { before.saturating_sub(1) };
         let turned = (before == 0) != (self.isolations == 0);
-        turned.then(|| Change { from, to: self.state(), tripped: None, probes: None })
+        turned.then(|| Transition { from, to: self.state(), tripped: None, probes: None })
     }
 
     /// Returns the part of a snapshot that another circuit restores.
     pub(in super::super) fn past(&self, now: Nanos, times: &TimeWindows) -> Past {
         let left = match self.phase {
-            Phase::Open { until } => Duration::from_nanos(until.saturating_sub(now)),
+            MachinePhase::Open { until } => Duration::from_nanos(until.saturating_sub(now)),
             _ => Duration::ZERO,
         };
         let (run, windows) = self.counts.past(now, times);
@@ -62,7 +67,7 @@ impl Machine {
         past: &Past,
         now: Nanos,
         times: &TimeWindows,
-    ) -> Change {
+    ) -> Transition {
         self.counts.restore(past.run, &past.windows, now, times);
         if past.has_responded {
             self.counts.set_responded();
@@ -77,7 +82,7 @@ impl Machine {
     ///
     /// `new` and its counts are made without the lock, and contain the replaced rules after this call: rules contain
     /// closures, whose destructors are user code.
-    pub(in super::super) fn adjust(&mut self, new: &mut Trip, counts: &mut Counts) -> bool {
+    pub(in super::super) fn adjust(&mut self, new: &mut Trip, counts: &mut CallCounts) -> bool {
         let fits = self.counts.adjust(new, &self.shape, counts);
         if fits {
             mem::swap(&mut self.shape, new);
@@ -86,17 +91,17 @@ impl Machine {
     }
 
     /// Returns the rules and settings, to make another circuit with them.
-    pub(in super::super) fn shape(&self) -> (Trip, Settings) {
+    pub(in super::super) fn shape(&self) -> (Trip, CircuitSettings) {
         (self.shape.clone(), self.settings)
     }
 }
 
-fn phase(state: State, left: Duration, now: Nanos) -> Phase {
+fn phase(state: CircuitState, left: Duration, now: Nanos) -> MachinePhase {
     match state {
-        State::Closed => Phase::Closed { since: now, ramps: false },
-        State::Open => Phase::Open { until: now.saturating_add(nanos(left)) },
-        State::HalfOpen => Phase::HalfOpen(Probes::default()),
-        State::ForcedOpen => Phase::ForcedOpen,
-        State::ForcedClosed => Phase::ForcedClosed,
+        CircuitState::Closed => MachinePhase::Closed { since: now, ramps: false },
+        CircuitState::Open => MachinePhase::Open { until: now.saturating_add(nanos(left)) },
+        CircuitState::HalfOpen => MachinePhase::HalfOpen(Probes::default()),
+        CircuitState::ForcedOpen => MachinePhase::ForcedOpen,
+        CircuitState::ForcedClosed => MachinePhase::ForcedClosed,
     }
 }

@@ -20,26 +20,26 @@ mod transitions;
 mod view;
 mod window;
 
-pub use self::stats::Seen;
+pub use self::stats::CallStats;
 use std::mem;
 
 pub(super) use self::{
     manual::Past,
     probes::{MAX_CHANGES, ProbeReport, Probes},
-    stats::{Counts, Ended, Span, TimeWindows},
+    stats::{CallCounts, Ended, TimeWindows, WindowSpan},
 };
 use super::{
-    state::{Change, Settings},
-    trip::{Trip, Tripped},
+    state::{CircuitSettings, Transition},
+    trip::{Trip, TripReason},
 };
 use crate::time::{Nanos, nanos};
 
 #[derive(Debug)]
 pub(super) struct Machine {
-    pub(super) settings: Settings,
+    pub(super) settings: CircuitSettings,
     shape: Trip,
-    counts: Counts,
-    phase: Phase,
+    counts: CallCounts,
+    phase: MachinePhase,
     /// Incremented by each transition and by each admission of a probe, so that late outcomes are detected.
     generation: u64,
     /// The number of isolations that hold the circuit open.
@@ -47,7 +47,7 @@ pub(super) struct Machine {
     opened: u64,
     /// The number of trips since the circuit was last calm.
     restless: u32,
-    last: Option<Tripped>,
+    last: Option<TripReason>,
     /// The index of the rule that caused the last trip. `None` if half-open probes caused it.
     last_rule: Option<usize>,
     /// The probes of a phase that has ended, until the owner of the lock [takes](Self::take_ended) them.
@@ -59,7 +59,7 @@ pub(super) struct Machine {
 }
 
 #[derive(Debug)]
-enum Phase {
+enum MachinePhase {
     /// `since` is the time of closing. `ramps` states whether the ramp after it still runs.
     Closed {
         since: Nanos,
@@ -74,14 +74,18 @@ enum Phase {
 }
 
 impl Machine {
-    pub(super) fn new(trip: Trip, settings: Settings, generation: u64) -> (Self, TimeWindows) {
-        let (counts, times) = Counts::new(&trip);
+    pub(super) fn new(
+        trip: Trip,
+        settings: CircuitSettings,
+        generation: u64,
+    ) -> (Self, TimeWindows) {
+        let (counts, times) = CallCounts::new(&trip);
         let open_time = nanos(settings.open_for.base());
         let machine = Self {
             settings,
             shape: trip,
             counts,
-            phase: Phase::Closed { since: 0, ramps: false },
+            phase: MachinePhase::Closed { since: 0, ramps: false },
             generation,
             isolations: 0,
             opened: 0,
@@ -97,19 +101,19 @@ impl Machine {
 
     /// Returns whether the circuit has been closed for so long that its earlier trips no longer extend the open time.
     fn is_calm(&self, now: Nanos) -> bool {
-        let Phase::Closed { since, .. } = self.phase else { return false };
+        let MachinePhase::Closed { since, .. } = self.phase else { return false };
         self.restless == 0 || now.saturating_sub(since) >= nanos(self.settings.open_for.calm())
     }
 
-    fn enter(&mut self, phase: Phase, tripped: Option<Tripped>) -> Change {
+    fn enter(&mut self, phase: MachinePhase, tripped: Option<TripReason>) -> Transition {
         self.generation += 1;
         let (from, progress) = (self.state(), self.half_open_progress());
-        if let Phase::HalfOpen(probes) = mem::replace(&mut self.phase, phase) {
+        if let MachinePhase::HalfOpen(probes) = mem::replace(&mut self.phase, phase) {
             // If a phase ends while the probes of an earlier one are still here, the older ones are dropped. One lock
             // hold ends two phases only if their probes were few.
             self.ended = Some(probes);
         }
-        Change { from, to: self.state(), tripped, probes: progress }
+        Transition { from, to: self.state(), tripped, probes: progress }
     }
 
     /// Takes the probes of a phase that has ended. There may be many, and they are dropped without the lock.

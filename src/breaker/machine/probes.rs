@@ -45,8 +45,8 @@ use std::{
 };
 
 use super::super::{
-    state::{HalfOpenProgress, Settings},
-    trip::Tripped,
+    state::{CircuitSettings, HalfOpenProgress},
+    trip::TripReason,
 };
 use crate::{
     outcome::WaitsFor,
@@ -58,7 +58,7 @@ pub(crate) struct Probes {
     passed: u16,
     failed: u16,
     /// The reason of the last failure, with the hint of the upstream.
-    failure: Option<(Tripped, Option<Duration>)>,
+    failure: Option<(TripReason, Option<Duration>)>,
     /// The probes in flight, by generation. No other call of this circuit ever has the generation of a probe.
     in_flight: BTreeMap<u64, Probe>,
     /// The times at which probes change without a report.
@@ -142,9 +142,9 @@ pub(crate) struct ProbeReport {
 }
 
 /// The decision of the probes.
-pub(crate) enum Verdict {
+pub(crate) enum ProbeVerdict {
     Close,
-    Open(Tripped, Option<Duration>),
+    Open(TripReason, Option<Duration>),
 }
 
 impl Probes {
@@ -154,7 +154,7 @@ impl Probes {
     }
 
     /// Returns whether a call can get a probe slot. Requires that time [has passed](Self::pass_time).
-    pub(crate) fn has_room(&self, settings: &Settings) -> bool {
+    pub(crate) fn has_room(&self, settings: &CircuitSettings) -> bool {
         let decided = usize::from(self.passed) + usize::from(self.failed);
         let held = self.in_flight.len() - self.released.len();
         !settings.outside_probes && decided + held < usize::from(settings.probes)
@@ -166,7 +166,7 @@ impl Probes {
         generation: u64,
         is_unsent: bool,
         now: Nanos,
-        settings: &Settings,
+        settings: &CircuitSettings,
     ) {
         if self.in_flight.len() >= usize::from(settings.probes) + MAX_BEYOND_SLOTS {
             if let Some(oldest) = self.released.first().copied() {
@@ -214,7 +214,7 @@ impl Probes {
         &mut self,
         generation: u64,
         report: ProbeReport,
-        settings: &Settings,
+        settings: &CircuitSettings,
     ) -> bool {
         let Some(mut probe) = self.in_flight.get(&generation).copied() else { return false };
         let ends = report.since.saturating_add(nanos(settings.lease));
@@ -268,7 +268,7 @@ impl Probes {
         self.passed = self.passed.saturating_add(1);
     }
 
-    pub(crate) fn fail(&mut self, how: Tripped, hint: Option<Duration>) {
+    pub(crate) fn fail(&mut self, how: TripReason, hint: Option<Duration>) {
         self.failed = self.failed.saturating_add(1);
         self.failure = Some((how, hint));
     }
@@ -299,7 +299,7 @@ impl Probes {
                 return Some(due);
             }
             (None, ProbeWait::AtUpstream { .. }) | (Some(false), _) => {
-                self.fail(Tripped::ProbeLease, None);
+                self.fail(TripReason::ProbeLease, None);
             }
             _ => {}
         }
@@ -307,7 +307,7 @@ impl Probes {
         Some(due)
     }
 
-    pub(crate) fn progress(&self, settings: &Settings) -> HalfOpenProgress {
+    pub(crate) fn progress(&self, settings: &CircuitSettings) -> HalfOpenProgress {
         HalfOpenProgress {
             passed: self.passed,
             failed: self.failed,
@@ -316,13 +316,13 @@ impl Probes {
         }
     }
 
-    pub(crate) fn verdict(&self, settings: &Settings) -> Option<Verdict> {
+    pub(crate) fn verdict(&self, settings: &CircuitSettings) -> Option<ProbeVerdict> {
         if self.passed >= settings.needed {
-            return Some(Verdict::Close);
+            return Some(ProbeVerdict::Close);
         }
         let (how, hint) = self.failure?;
         let lost = u32::from(self.failed) + u32::from(settings.needed) > u32::from(settings.probes);
-        lost.then_some(Verdict::Open(how, hint))
+        lost.then_some(ProbeVerdict::Open(how, hint))
     }
 }
 
@@ -332,14 +332,15 @@ mod tests {
 
     use super::super::{
         super::{
-            state::{At, State},
+            state::{At, CircuitState},
             trip::Trip,
         },
         Machine,
     };
     use super::*;
 
-    const SETTINGS: Settings = Settings { probes: 1000, needed: 1000, ..Settings::DEFAULT };
+    const SETTINGS: CircuitSettings =
+        CircuitSettings { probes: 1000, needed: 1000, ..CircuitSettings::DEFAULT };
 
     fn assert_indices(probes: &Probes) {
         let by_time: BTreeSet<_> = probes
@@ -361,7 +362,7 @@ mod tests {
         fn indices_match_the_probes_after_any_operations(
             steps in prop::collection::vec((0u8..6, 0u64..40, 0u8..4, any::<bool>()), 1..300),
         ) {
-            let settings = Settings { lease: Duration::from_nanos(50), probes: 3, ..SETTINGS };
+            let settings = CircuitSettings { lease: Duration::from_nanos(50), probes: 3, ..SETTINGS };
             let (mut probes, mut now, mut last) = (Probes::default(), 0, 0_u64);
             for (step, number, what, flag) in steps {
                 // The last probes, and some that do not exist.
@@ -397,7 +398,7 @@ mod tests {
     fn time_changes_at_most_64_probes_per_lock_hold() {
         let (mut machine, times) = Machine::new(Trip::consecutive(1), SETTINGS, 1);
         let at = |now| At { now, roll: || 0.5, times: &times };
-        machine.force(State::HalfOpen, 0, &times);
+        machine.force(CircuitState::HalfOpen, 0, &times);
         for _ in 0..1000 {
             assert!(machine.admit(true, at(0)).0.is_ok_and(|ticket| ticket.probe));
         }

@@ -2,7 +2,7 @@
 
 use std::{fmt, mem, sync::Arc, time::Duration};
 
-use super::super::trip::{Bad, Closure, Ratio, Rule, Trip, Tripped};
+use super::super::trip::{Bad, Closure, Ratio, Rule, Trip, TripReason};
 use super::window::{CountWindow, Tally, TimeWindow};
 use crate::{
     outcome::{Outcome, OutcomeKind, Reason},
@@ -12,7 +12,7 @@ use crate::{
 
 /// The extent of a ratio's window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Span {
+pub(crate) enum WindowSpan {
     Time(Duration),
     Calls(u32),
 }
@@ -20,7 +20,7 @@ pub(crate) enum Span {
 /// The counts of a circuit since it closed, as the argument of [`Trip::when`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Seen {
+pub struct CallStats {
     /// The number of consecutive failures.
     pub consecutive_failures: u32,
     /// The maximum number of calls in any window of the ratio rules.
@@ -39,7 +39,7 @@ pub(crate) struct Ended {
     pub(crate) took: Nanos,
 }
 
-/// The time windows of all rules. They are not part of [`Counts`], because good calls are counted in them without the
+/// The time windows of all rules. They are not part of [`CallCounts`], because good calls are counted in them without the
 /// lock of the circuit.
 pub(crate) type TimeWindows = Box<[TimeWindow]>;
 
@@ -62,7 +62,7 @@ const HOUSEKEEPING_GAP: Nanos = 10_000_000_000;
 const MIN_QUIET_PERIOD: Nanos = 60_000_000_000;
 
 #[derive(Debug)]
-pub(crate) struct Counts {
+pub(crate) struct CallCounts {
     run: u32,
     /// The circuit has recorded a response since it was made.
     has_responded: bool,
@@ -105,7 +105,7 @@ impl Window {
     }
 }
 
-impl Counts {
+impl CallCounts {
     pub(crate) fn new(trip: &Trip) -> (Self, TimeWindows) {
         let mut times = Vec::new();
         let mut slow_from = None;
@@ -122,8 +122,8 @@ impl Counts {
                         slow_from = Some(slow_from.map_or(slow, |least: Nanos| least.min(slow)));
                     }
                     let window = match span {
-                        Span::Calls(calls) => Window::Calls(CountWindow::new(*calls)),
-                        Span::Time(length) => {
+                        WindowSpan::Calls(calls) => Window::Calls(CountWindow::new(*calls)),
+                        WindowSpan::Time(length) => {
                             quiet_period = quiet_period.max(nanos(*length));
                             times.push(TimeWindow::new(*length, *coarse));
                             Window::Time(times.len() - 1)
@@ -195,7 +195,7 @@ impl Counts {
         ended: Ended,
         now: Nanos,
         times: &TimeWindows,
-    ) -> Option<(usize, Tripped)> {
+    ) -> Option<(usize, TripReason)> {
         let slow = self.was_slow(ended);
         let failed = match ended.outcome.kind() {
             OutcomeKind::Success => Some(false),
@@ -237,15 +237,15 @@ impl Counts {
         took: Nanos,
         now: Nanos,
         times: &TimeWindows,
-    ) -> Option<Tripped> {
+    ) -> Option<TripReason> {
         match rule {
             Counted::Consecutive { limit } => (failed && self.run >= *limit)
-                .then_some(Tripped::Consecutive { failures: self.run }),
+                .then_some(TripReason::Consecutive { failures: self.run }),
             Counted::When(rule) => {
                 let seen = self.seen(now, times);
                 // A panic must not reach the call that ended, because its thread may already unwind.
                 let says = catch_panic(|| rule(&seen)).unwrap_or(false);
-                says.then_some(Tripped::When { seen })
+                says.then_some(TripReason::When { seen })
             }
             Counted::Ratio { of, limit, min_calls, window } => {
                 let Tally { calls, bad } = window.tally(now, times);
@@ -259,8 +259,8 @@ impl Counts {
                     // Compares the quotient: 7 / 100 is 0.07, but 0.07 * 100 is slightly more than 7.
                     && bad as f64 / calls as f64 >= *limit;
                 over.then_some(match of {
-                    Bad::Failed => Tripped::FailureRatio { failures: bad, calls },
-                    Bad::Slow(_) => Tripped::SlowRatio { slow: bad, calls },
+                    Bad::Failed => TripReason::FailureRatio { failures: bad, calls },
+                    Bad::Slow(_) => TripReason::SlowRatio { slow: bad, calls },
                 })
             }
         }
@@ -295,8 +295,8 @@ impl Counts {
         }
     }
 
-    pub(crate) fn seen(&self, now: Nanos, times: &TimeWindows) -> Seen {
-        let mut seen = Seen { consecutive_failures: self.run, ..Seen::default() };
+    pub(crate) fn seen(&self, now: Nanos, times: &TimeWindows) -> CallStats {
+        let mut seen = CallStats { consecutive_failures: self.run, ..CallStats::default() };
         for rule in &self.rules {
             let Counted::Ratio { of, window, .. } = rule else { continue };
             let tally = window.tally(now, times);

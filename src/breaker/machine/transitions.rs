@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use super::super::{
-    state::{At, Change, Refusal, Ticket},
-    trip::Tripped,
+    state::{At, Refusal, Ticket, Transition},
+    trip::TripReason,
 };
 use super::{
-    Machine, Phase,
-    probes::{MAX_CHANGES, ProbeReport, Probes, Verdict},
+    Machine, MachinePhase,
+    probes::{MAX_CHANGES, ProbeReport, ProbeVerdict, Probes},
     stats::Ended,
 };
 use crate::{
@@ -21,22 +21,22 @@ impl Machine {
 
     /// Makes the changes that are due by time alone: the end of an open time, of a probe timeout, of a ramp. Each
     /// change has the time at which it was due, even if no call arrived then.
-    pub(in super::super) fn pass_time(&mut self, at: At<'_>) -> Option<Change> {
+    pub(in super::super) fn pass_time(&mut self, at: At<'_>) -> Option<Transition> {
         self.pass_time_within(at, usize::MAX)
     }
 
     /// Returns whether more changes are due than one lock hold may make: see [`pass_some_time`](Self::pass_some_time).
     pub(in super::super) fn is_far_behind(&self, now: Nanos) -> bool {
-        matches!(&self.phase, Phase::HalfOpen(probes) if probes.has_many_due(now))
+        matches!(&self.phase, MachinePhase::HalfOpen(probes) if probes.has_many_due(now))
     }
 
     /// Makes the changes that are due by time, up to as many as one lock hold may make.
-    pub(in super::super) fn pass_some_time(&mut self, at: At<'_>) -> Option<Change> {
+    pub(in super::super) fn pass_some_time(&mut self, at: At<'_>) -> Option<Transition> {
         self.pass_time_within(at, MAX_CHANGES)
     }
 
-    fn pass_time_within(&mut self, at: At<'_>, max_changes: usize) -> Option<Change> {
-        let (mut last, mut changes): (Option<Change>, usize) = (None, 0);
+    fn pass_time_within(&mut self, at: At<'_>, max_changes: usize) -> Option<Transition> {
+        let (mut last, mut changes): (Option<Transition>, usize) = (None, 0);
         loop {
             if changes == max_changes {
                 return last;
@@ -44,18 +44,18 @@ impl Machine {
             changes += 1;
             let next = match &mut self.phase {
                 // `until` is inclusive: at that time the circuit is half-open.
-                Phase::Open { until } if at.now >= *until => {
+                MachinePhase::Open { until } if at.now >= *until => {
                     self.last_event = self.last_event.max(*until);
-                    Some(self.enter(Phase::HalfOpen(Probes::default()), None))
+                    Some(self.enter(MachinePhase::HalfOpen(Probes::default()), None))
                 }
-                Phase::HalfOpen(probes) => match probes.pass_time(at.now) {
+                MachinePhase::HalfOpen(probes) => match probes.pass_time(at.now) {
                     Some(ended) => match self.decide(At { now: ended, ..at }) {
                         None => continue,
                         decided => decided,
                     },
                     None => self.decide(at),
                 },
-                Phase::Closed { since, ramps } if *ramps => {
+                MachinePhase::Closed { since, ramps } if *ramps => {
                     *ramps = at.now.saturating_sub(*since) < nanos(self.settings.ramp);
                     None
                 }
@@ -75,14 +75,14 @@ impl Machine {
         &mut self,
         is_unsent: bool,
         at: At<'_>,
-    ) -> (Result<Ticket, Refusal>, Option<Change>) {
+    ) -> (Result<Ticket, Refusal>, Option<Transition>) {
         if self.isolations > 0 {
             return (Err(Refusal::Forced), None);
         }
         let change = self.pass_time(at);
         let counted = Ok(Ticket { generation: self.generation, probe: false });
         let answer = match &mut self.phase {
-            Phase::Closed { since, ramps: true } => {
+            MachinePhase::Closed { since, ramps: true } => {
                 let gone = at.now.saturating_sub(*since);
                 if self.settings.holds_back || (at.roll)() < self.settings.ramp_share(gone) {
                     counted
@@ -90,16 +90,18 @@ impl Machine {
                     Err(Refusal::Ramping { left: nanos(self.settings.ramp).saturating_sub(gone) })
                 }
             }
-            Phase::Closed { .. } | Phase::ForcedClosed => counted,
-            Phase::ForcedOpen => Err(Refusal::Forced),
-            Phase::Open { until } => Err(Refusal::Open { left: until.saturating_sub(at.now) }),
-            Phase::HalfOpen(probes) if probes.has_room(&self.settings) => {
+            MachinePhase::Closed { .. } | MachinePhase::ForcedClosed => counted,
+            MachinePhase::ForcedOpen => Err(Refusal::Forced),
+            MachinePhase::Open { until } => {
+                Err(Refusal::Open { left: until.saturating_sub(at.now) })
+            }
+            MachinePhase::HalfOpen(probes) if probes.has_room(&self.settings) => {
                 self.generation += 1;
                 self.last_event = at.now;
                 probes.begin(self.generation, is_unsent, at.now, &self.settings);
                 Ok(Ticket { generation: self.generation, probe: true })
             }
-            Phase::HalfOpen(_) => Err(Refusal::Probing),
+            MachinePhase::HalfOpen(_) => Err(Refusal::Probing),
         };
         (answer, change)
     }
@@ -111,9 +113,11 @@ impl Machine {
         generation: u64,
         report: ProbeReport,
         at: At<'_>,
-    ) -> (bool, Option<Change>) {
+    ) -> (bool, Option<Transition>) {
         let slot_changed = match &mut self.phase {
-            Phase::HalfOpen(probes) => probes.record_report(generation, report, &self.settings),
+            MachinePhase::HalfOpen(probes) => {
+                probes.record_report(generation, report, &self.settings)
+            }
             _ => false,
         };
         (slot_changed, self.pass_time(at))
@@ -127,9 +131,9 @@ impl Machine {
         probe: Ticket,
         so_far: Ended,
         at: At<'_>,
-    ) -> Option<Change> {
+    ) -> Option<Transition> {
         let change = self.pass_time(at);
-        if let Phase::HalfOpen(probes) = &mut self.phase {
+        if let MachinePhase::HalfOpen(probes) = &mut self.phase {
             let kind = so_far.outcome.kind();
             let bad = matches!(kind, OutcomeKind::Failure | OutcomeKind::Throttled);
             probes.head(probe.generation, !bad && !self.counts.was_slow(so_far));
@@ -143,7 +147,7 @@ impl Machine {
         ticket: Ticket,
         ended: Ended,
         at: At<'_>,
-    ) -> Option<Change> {
+    ) -> Option<Transition> {
         if !ticket.probe {
             return if ticket.generation == self.generation {
                 self.counted(ended, at)
@@ -153,7 +157,7 @@ impl Machine {
         }
         // The timeout of the probe may have passed. Then it has been decided by its response head.
         let by_time = self.pass_time(at);
-        if let Phase::HalfOpen(probes) = &mut self.phase {
+        if let MachinePhase::HalfOpen(probes) = &mut self.phase {
             self.last_event = at.now;
             if probes.end(ticket.generation) {
                 return self.probed(ended, at);
@@ -164,19 +168,19 @@ impl Machine {
 
     /// Records an outcome that does not come from a call of this layer. It counts like the outcome of a call or of a
     /// probe.
-    pub(in super::super) fn told(&mut self, outcome: Outcome, at: At<'_>) -> Option<Change> {
+    pub(in super::super) fn told(&mut self, outcome: Outcome, at: At<'_>) -> Option<Transition> {
         let by_time = self.pass_time(at);
         self.last_event = at.now;
         let ended = Ended { outcome, took: 0 };
         let by_call = match self.phase {
-            Phase::HalfOpen(_) => self.probed(ended, at),
+            MachinePhase::HalfOpen(_) => self.probed(ended, at),
             _ => self.counted(ended, at),
         };
         by_call.map(|change| change.after(by_time)).or(by_time)
     }
 
-    fn counted(&mut self, ended: Ended, at: At<'_>) -> Option<Change> {
-        let Phase::Closed { .. } = self.phase else { return None };
+    fn counted(&mut self, ended: Ended, at: At<'_>) -> Option<Transition> {
+        let MachinePhase::Closed { .. } = self.phase else { return None };
         self.last_event = at.now;
         let ended = Ended { outcome: self.counts.assess(ended.outcome, at.now), ..ended };
         let (rule, tripped) = self.counts.record(ended, at.now, at.times)?;
@@ -185,21 +189,23 @@ impl Machine {
         Some(change)
     }
 
-    fn probed(&mut self, ended: Ended, at: At<'_>) -> Option<Change> {
+    fn probed(&mut self, ended: Ended, at: At<'_>) -> Option<Transition> {
         let outcome = self.counts.assess(ended.outcome, at.now);
         let slow = self.counts.was_slow(Ended { outcome, ..ended });
-        let Phase::HalfOpen(probes) = &mut self.phase else { return None };
+        let MachinePhase::HalfOpen(probes) = &mut self.phase else { return None };
         match outcome.kind() {
             OutcomeKind::Success if !slow => probes.pass(),
             // The slot is already free. A probe that was cancelled after it was slow for a rule has failed.
             OutcomeKind::Cancelled if !slow => return None,
-            OutcomeKind::Success | OutcomeKind::Cancelled => probes.fail(Tripped::SlowProbe, None),
+            OutcomeKind::Success | OutcomeKind::Cancelled => {
+                probes.fail(TripReason::SlowProbe, None)
+            }
             // The caller ended the call after it was slow for a rule.
             OutcomeKind::Failure if slow && outcome.reason() == Reason::NoResponse => {
-                probes.fail(Tripped::SlowProbe, None);
+                probes.fail(TripReason::SlowProbe, None);
             }
             OutcomeKind::Failure | OutcomeKind::Throttled => {
-                probes.fail(Tripped::Probe { outcome }, outcome.retry_after());
+                probes.fail(TripReason::Probe { outcome }, outcome.retry_after());
             }
         }
         self.decide(at)
@@ -208,19 +214,19 @@ impl Machine {
     // ===== Transitions =====
 
     /// Closes or opens a half-open circuit as soon as the verdict of its probes is certain.
-    fn decide(&mut self, at: At<'_>) -> Option<Change> {
-        let Phase::HalfOpen(probes) = &self.phase else { return None };
+    fn decide(&mut self, at: At<'_>) -> Option<Transition> {
+        let MachinePhase::HalfOpen(probes) = &self.phase else { return None };
         Some(match probes.verdict(&self.settings)? {
-            Verdict::Open(tripped, hint) => self.open(tripped, hint, at),
-            Verdict::Close => {
+            ProbeVerdict::Open(tripped, hint) => self.open(tripped, hint, at),
+            ProbeVerdict::Close => {
                 self.counts.clear(at.times);
                 let ramps = !self.settings.ramp.is_zero();
-                self.enter(Phase::Closed { since: at.now, ramps }, None)
+                self.enter(MachinePhase::Closed { since: at.now, ramps }, None)
             }
         })
     }
 
-    fn open(&mut self, tripped: Tripped, hint: Option<Duration>, at: At<'_>) -> Change {
+    fn open(&mut self, tripped: TripReason, hint: Option<Duration>, at: At<'_>) -> Transition {
         if self.is_calm(at.now) {
             self.restless = 0;
         }
@@ -230,6 +236,6 @@ impl Machine {
         (self.last, self.last_rule) = (Some(tripped), None);
         self.open_time = nanos(wait);
         let until = at.now.saturating_add(self.open_time);
-        self.enter(Phase::Open { until }, Some(tripped))
+        self.enter(MachinePhase::Open { until }, Some(tripped))
     }
 }

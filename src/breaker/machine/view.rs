@@ -2,28 +2,28 @@
 //! has [passed](Machine::pass_time), unless they state otherwise.
 
 use super::super::{
-    state::{HalfOpenProgress, State},
-    trip::Tripped,
+    state::{CircuitState, HalfOpenProgress},
+    trip::TripReason,
 };
 use super::{
-    Machine, Phase,
-    stats::{Seen, TimeWindows},
+    Machine, MachinePhase,
+    stats::{CallStats, TimeWindows},
 };
 use crate::time::{Nanos, nanos};
 
 impl Machine {
-    pub(in super::super) fn state(&self) -> State {
-        if self.isolations > 0 { State::ForcedOpen } else { self.beneath() }
+    pub(in super::super) fn state(&self) -> CircuitState {
+        if self.isolations > 0 { CircuitState::ForcedOpen } else { self.beneath() }
     }
 
     /// Returns the state beneath all isolations.
-    pub(super) fn beneath(&self) -> State {
+    pub(super) fn beneath(&self) -> CircuitState {
         match self.phase {
-            Phase::Closed { .. } => State::Closed,
-            Phase::Open { .. } => State::Open,
-            Phase::HalfOpen(_) => State::HalfOpen,
-            Phase::ForcedOpen => State::ForcedOpen,
-            Phase::ForcedClosed => State::ForcedClosed,
+            MachinePhase::Closed { .. } => CircuitState::Closed,
+            MachinePhase::Open { .. } => CircuitState::Open,
+            MachinePhase::HalfOpen(_) => CircuitState::HalfOpen,
+            MachinePhase::ForcedOpen => CircuitState::ForcedOpen,
+            MachinePhase::ForcedClosed => CircuitState::ForcedClosed,
         }
     }
 
@@ -31,11 +31,11 @@ impl Machine {
     pub(in super::super) fn next_by_time(&self, now: Nanos) -> Option<Nanos> {
         match &self.phase {
             _ if self.isolations > 0 => None,
-            Phase::Closed { since, ramps: true } if self.settings.holds_back => {
+            MachinePhase::Closed { since, ramps: true } if self.settings.holds_back => {
                 Some(self.settings.turn(*since, now).1)
             }
-            Phase::Open { until } => Some(*until),
-            Phase::HalfOpen(probes) => probes.next_change(),
+            MachinePhase::Open { until } => Some(*until),
+            MachinePhase::HalfOpen(probes) => probes.next_change(),
             _ => None,
         }
     }
@@ -45,19 +45,19 @@ impl Machine {
     pub(in super::super) fn has_room(&self, now: Nanos) -> bool {
         match &self.phase {
             _ if self.isolations > 0 => false,
-            Phase::Closed { since, ramps: true } if self.settings.holds_back => {
+            MachinePhase::Closed { since, ramps: true } if self.settings.holds_back => {
                 self.settings.turn(*since, now).0
             }
-            Phase::Closed { .. } | Phase::ForcedClosed => true,
-            Phase::Open { .. } | Phase::ForcedOpen => false,
-            Phase::HalfOpen(probes) => probes.has_room(&self.settings),
+            MachinePhase::Closed { .. } | MachinePhase::ForcedClosed => true,
+            MachinePhase::Open { .. } | MachinePhase::ForcedOpen => false,
+            MachinePhase::HalfOpen(probes) => probes.has_room(&self.settings),
         }
     }
 
     /// Returns whether this probe is still in flight and its inner call may still begin.
     pub(in super::super) fn still_probes(&self, generation: u64) -> bool {
         match &self.phase {
-            Phase::HalfOpen(probes) if self.isolations == 0 => probes.has(generation),
+            MachinePhase::HalfOpen(probes) if self.isolations == 0 => probes.has(generation),
             _ => false,
         }
     }
@@ -71,14 +71,14 @@ impl Machine {
     /// Returns the time at which an open circuit becomes half-open. 0 in all other states.
     pub(in super::super) fn until(&self) -> Nanos {
         match self.phase {
-            Phase::Open { until } => until,
+            MachinePhase::Open { until } => until,
             _ => 0,
         }
     }
 
     /// Returns whether the circuit is closed and ramps up.
     pub(in super::super) fn ramps(&self) -> bool {
-        matches!(self.phase, Phase::Closed { ramps: true, .. })
+        matches!(self.phase, MachinePhase::Closed { ramps: true, .. })
     }
 
     /// Returns whether a success that is not slow would change nothing but the time windows.
@@ -100,7 +100,7 @@ impl Machine {
         self.opened
     }
 
-    pub(in super::super) fn last_trip(&self) -> Option<Tripped> {
+    pub(in super::super) fn last_trip(&self) -> Option<TripReason> {
         self.last
     }
 
@@ -110,19 +110,19 @@ impl Machine {
 
     pub(in super::super) fn probes_under_way(&self) -> usize {
         match &self.phase {
-            Phase::HalfOpen(probes) => probes.under_way(),
+            MachinePhase::HalfOpen(probes) => probes.under_way(),
             _ => 0,
         }
     }
 
     pub(in super::super) fn half_open_progress(&self) -> Option<HalfOpenProgress> {
         match &self.phase {
-            Phase::HalfOpen(probes) => Some(probes.progress(&self.settings)),
+            MachinePhase::HalfOpen(probes) => Some(probes.progress(&self.settings)),
             _ => None,
         }
     }
 
-    pub(in super::super) fn seen(&self, now: Nanos, times: &TimeWindows) -> Seen {
+    pub(in super::super) fn seen(&self, now: Nanos, times: &TimeWindows) -> CallStats {
         self.counts.seen(now, times)
     }
 
@@ -135,17 +135,17 @@ impl Machine {
         let idle_for = now.saturating_sub(self.last_event);
         let is_like_new = match &self.phase {
             _ if self.isolations > 0 => false,
-            Phase::Closed { since, ramps } => {
+            MachinePhase::Closed { since, ramps } => {
                 let ramp = if *ramps { nanos(self.settings.ramp) } else { 0 };
-                let has_counts = self.seen(now, times) != Seen::default();
+                let has_counts = self.seen(now, times) != CallStats::default();
                 now.saturating_sub(*since) >= ramp
                     && self.is_calm(now)
                     && (!has_counts || idle_for >= self.counts.quiet_period())
             }
             // The circuit is half-open since `until`, and no call has arrived.
-            Phase::Open { until } => now >= until.saturating_add(self.open_time),
-            Phase::HalfOpen(probes) => probes.under_way() == 0 && idle_for >= self.open_time,
-            Phase::ForcedOpen | Phase::ForcedClosed => false,
+            MachinePhase::Open { until } => now >= until.saturating_add(self.open_time),
+            MachinePhase::HalfOpen(probes) => probes.under_way() == 0 && idle_for >= self.open_time,
+            MachinePhase::ForcedOpen | MachinePhase::ForcedClosed => false,
         };
         is_like_new.then_some(idle_for)
     }

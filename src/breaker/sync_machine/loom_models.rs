@@ -2,13 +2,13 @@
 
 use loom::{sync::Arc, thread};
 
-use super::super::open_duration::OpenFor;
+use super::super::open_duration::OpenDuration;
 use super::*;
 use crate::outcome::Outcome;
 
 fn cell(trip: Trip) -> Cell {
-    let settings = Settings {
-        open_for: OpenFor::fixed(Duration::from_nanos(100)),
+    let settings = CircuitSettings {
+        open_for: OpenDuration::fixed(Duration::from_nanos(100)),
         probes: 1,
         needed: 1,
         lease: Duration::from_nanos(1000),
@@ -28,7 +28,7 @@ fn admit(cell: &Cell, now: Nanos) -> Option<Ticket> {
     cell.admit(false, || now, || 0.0).0.ok()
 }
 
-fn finish(cell: &Cell, ticket: Ticket, outcome: Outcome, now: Nanos) -> Option<Change> {
+fn finish(cell: &Cell, ticket: Ticket, outcome: Outcome, now: Nanos) -> Option<Transition> {
     cell.finish(ticket, ended(outcome), || now, || 0.0)
 }
 
@@ -45,7 +45,7 @@ fn loom_trips_exactly_once() {
         let trips = threads.map(|thread| thread.join().unwrap());
         assert_eq!(trips.iter().filter(|tripped| **tripped).count(), 1);
         assert_eq!(cell.with(|machine, _| machine.opened()), 1);
-        assert_eq!(cell.state(|| 1, || 0.0).0, State::Open);
+        assert_eq!(cell.state(|| 1, || 0.0).0, CircuitState::Open);
     });
 }
 
@@ -89,9 +89,9 @@ fn loom_late_results_change_nothing() {
             thread::spawn(move || finish(&cell, straggler, Outcome::failure(), 100))
         };
         let verdict = finish(&cell, probe, Outcome::success(), 100);
-        assert_eq!(verdict.map(|change| change.to), Some(State::Closed));
+        assert_eq!(verdict.map(|change| change.to), Some(CircuitState::Closed));
         assert_eq!(late.join().unwrap(), None);
-        assert_eq!(cell.state(|| 100, || 0.0).0, State::Closed);
+        assert_eq!(cell.state(|| 100, || 0.0).0, CircuitState::Closed);
     });
 }
 
@@ -109,7 +109,7 @@ fn loom_a_lease_ends_exactly_once() {
         };
         let ended = finish(&cell, probe, Outcome::success(), 1100);
         let (state, lasts, seen) = looks.join().unwrap();
-        assert_eq!((state, lasts), (State::Open, Some(Duration::from_nanos(100))));
+        assert_eq!((state, lasts), (CircuitState::Open, Some(Duration::from_nanos(100))));
         assert!(ended.is_some() != seen.is_some(), "the change is returned once");
         assert_eq!(cell.with(|machine, _| machine.opened()), 2);
     });
@@ -126,12 +126,12 @@ fn loom_a_probe_does_not_undo_what_was_forced() {
         let forces = {
             let cell = cell.clone();
             thread::spawn(move || {
-                cell.with(|machine, times| machine.force(State::ForcedOpen, 100, times));
+                cell.with(|machine, times| machine.force(CircuitState::ForcedOpen, 100, times));
             })
         };
         finish(&cell, probe, Outcome::success(), 100);
         forces.join().unwrap();
-        assert_eq!(cell.state(|| 100, || 0.0).0, State::ForcedOpen);
+        assert_eq!(cell.state(|| 100, || 0.0).0, CircuitState::ForcedOpen);
         assert!(admit(&cell, 100).is_none());
         assert_eq!(cell.with(|machine, _| machine.probes_under_way()), 0);
     });
@@ -160,7 +160,7 @@ fn loom_isolations_are_counted_and_leave_no_trace() {
             finish(&cell, went, Outcome::failure(), 0);
         }
         finish(&cell, ticket, Outcome::failure(), 0);
-        let open = if went.is_some() { State::Open } else { State::Closed };
+        let open = if went.is_some() { CircuitState::Open } else { CircuitState::Closed };
         assert_eq!(cell.state(|| 0, || 0.0).0, open);
     });
 }

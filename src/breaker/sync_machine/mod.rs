@@ -56,7 +56,7 @@
 //! - An operation that a lock-free path skips must have no effect on the machine. A new rule or count that a success
 //!   changes must make the machine unclean.
 //! - No user code runs under the lock, except the closures of [`Trip::when`], whose panics are caught. Events and
-//!   wakers follow after the release, by the [`Change`] that each operation returns.
+//!   wakers follow after the release, by the [`Transition`] that each operation returns.
 //! - The work under the lock is bounded: [`Cell::lock_at`] makes many due changes in slices.
 //!
 //! The loom models try all interleavings of calls, probes and manual changes.
@@ -72,7 +72,7 @@ use std::{
 use super::{
     machine::{Ended, Machine, Probes, TimeWindows},
     published::{Bits, Front, Word},
-    state::{At, Change, Refusal, Roll, Settings, State, Ticket},
+    state::{At, CircuitSettings, CircuitState, Refusal, Roll, Ticket, Transition},
     trip::Trip,
 };
 use crate::{
@@ -104,7 +104,7 @@ impl Cell {
     pub(super) fn new(
         front: &'static Front,
         trip: Trip,
-        settings: Settings,
+        settings: CircuitSettings,
         counts_calls: bool,
     ) -> Self {
         // The calls of the circuit that had the front before have lower generations, so they are late.
@@ -133,11 +133,11 @@ impl Cell {
         &self,
         now: impl FnOnce() -> Nanos,
         roll: Roll,
-    ) -> (State, Option<Duration>, Option<Change>) {
+    ) -> (CircuitState, Option<Duration>, Option<Transition>) {
         let state = match self.front.read().word() {
-            Word::Closed | Word::Ramp => State::Closed,
-            Word::ForcedOpen => State::ForcedOpen,
-            Word::ForcedClosed => State::ForcedClosed,
+            Word::Closed | Word::Ramp => CircuitState::Closed,
+            Word::ForcedOpen => CircuitState::ForcedOpen,
+            Word::ForcedClosed => CircuitState::ForcedClosed,
             Word::Open | Word::HalfOpen => {
                 let now = now();
                 let left = |at: Nanos| Duration::from_nanos(at.saturating_sub(now));
@@ -171,7 +171,7 @@ impl Cell {
         &self,
         now: impl FnOnce() -> Nanos,
         roll: Roll,
-    ) -> (bool, Option<Change>) {
+    ) -> (bool, Option<Transition>) {
         match self.front.read().word() {
             Word::Closed | Word::ForcedClosed => (true, None),
             Word::ForcedOpen => (false, None),
@@ -238,7 +238,7 @@ impl Cell {
         is_unsent: bool,
         now: impl FnOnce() -> Nanos,
         roll: Roll,
-    ) -> (Result<Ticket, Refusal>, Option<Change>) {
+    ) -> (Result<Ticket, Refusal>, Option<Transition>) {
         let bits = self.front.read();
         match bits.word() {
             Word::Closed | Word::ForcedClosed => {
@@ -261,7 +261,7 @@ impl Cell {
         &self,
         is_unsent: bool,
         at: At<'_>,
-    ) -> (Result<Ticket, Refusal>, Option<Change>) {
+    ) -> (Result<Ticket, Refusal>, Option<Transition>) {
         let (mut machine, passed) = self.lock_at(at);
         let (answer, change) = machine.admit(is_unsent, at);
         (answer, passed.then(change))
@@ -273,7 +273,7 @@ impl Cell {
         so_far: Ended,
         now: impl FnOnce() -> Nanos,
         roll: Roll,
-    ) -> Option<Change> {
+    ) -> Option<Transition> {
         if !ticket.probe {
             return None;
         }
@@ -289,7 +289,7 @@ impl Cell {
         ended: Ended,
         mut now: impl FnMut() -> Nanos,
         roll: Roll,
-    ) -> Option<Change> {
+    ) -> Option<Transition> {
         let bits = self.front.read();
         match bits.word() {
             Word::HalfOpen | Word::ForcedOpen if ticket.probe => {}
@@ -357,8 +357,8 @@ impl Cell {
         &self,
         now: Nanos,
         roll: Roll,
-        act: impl FnOnce(&mut Machine, At<'_>) -> (T, Option<Change>),
-    ) -> (T, Option<Change>) {
+        act: impl FnOnce(&mut Machine, At<'_>) -> (T, Option<Transition>),
+    ) -> (T, Option<Transition>) {
         let at = self.at(now, roll);
         let (mut machine, passed) = self.lock_at(at);
         let (result, change) = act(&mut machine, at);
@@ -390,11 +390,11 @@ impl Cell {
 }
 
 /// The change that time has made before an operation.
-struct Passed(Option<Change>);
+struct Passed(Option<Transition>);
 
 impl Passed {
     /// Returns the last change, with the reason for which any of them opened the circuit.
-    fn then(self, next: Option<Change>) -> Option<Change> {
+    fn then(self, next: Option<Transition>) -> Option<Transition> {
         next.map(|next| next.after(self.0)).or(self.0)
     }
 }
@@ -427,12 +427,12 @@ impl Drop for Locked<'_> {
         self.ended = self.machine.take_ended();
         let (cell, machine) = (self.cell, &self.machine);
         let word = match machine.state() {
-            State::Closed if machine.ramps() => Word::Ramp,
-            State::Closed => Word::Closed,
-            State::Open => Word::Open,
-            State::HalfOpen => Word::HalfOpen,
-            State::ForcedOpen => Word::ForcedOpen,
-            State::ForcedClosed => Word::ForcedClosed,
+            CircuitState::Closed if machine.ramps() => Word::Ramp,
+            CircuitState::Closed => Word::Closed,
+            CircuitState::Open => Word::Open,
+            CircuitState::HalfOpen => Word::HalfOpen,
+            CircuitState::ForcedOpen => Word::ForcedOpen,
+            CircuitState::ForcedClosed => Word::ForcedClosed,
         };
         let slow_from = machine.slow_from();
         let measured = slow_from.is_some();

@@ -8,13 +8,13 @@ use std::{
 
 use tokio::sync::Notify;
 
-use super::super::{fail_open::PanicGuard, threshold::ProbeState};
+use super::super::{fail_open::FailOpen, threshold::ProbeState};
 use super::{ARMED, Gate, LISTENS, state_of};
 use crate::{
     admission::{Admit, Policy, Terms},
     event::event,
     outcome::{LayerKind, Outcome, OutcomeKind, Rejected, RejectedKind},
-    permit::{Finish, Hold, Permit, Shared, Token},
+    permit::{Permit, Release, ReleaseAt, Shared, Token},
 };
 
 /// The treatment of calls while a gate is down.
@@ -22,7 +22,7 @@ use crate::{
 pub enum WhileDown {
     /// Calls are rejected.
     #[default]
-    Refuse,
+    Reject,
     /// Calls are admitted, so that the gate affects only the check in its registry.
     LetThrough,
     /// `poll_ready` returns `Pending`, so that a balancer selects another endpoint. A call that is made nevertheless is
@@ -44,7 +44,7 @@ impl Gate {
     #[cold]
     fn lets_through_though_down(&self) -> bool {
         self.while_down.load(Ordering::Acquire) == WhileDown::LetThrough as u8
-            || self.guard.get().is_some_and(PanicGuard::panics)
+            || self.guard.get().is_some_and(FailOpen::panics)
     }
 
     #[cold]
@@ -94,7 +94,7 @@ impl<Req> Policy<Req> for Shared<Gate> {
     }
 }
 
-impl Finish for Gate {
+impl Release for Gate {
     fn finish(&self, _: Token, outcome: Outcome) {
         match outcome.kind() {
             OutcomeKind::Success => self.passed.fetch_add(1, Ordering::Relaxed),
@@ -105,7 +105,7 @@ impl Finish for Gate {
     }
 
     #[inline]
-    fn hold(&self) -> Hold {
-        Hold::Verdict
+    fn hold(&self) -> ReleaseAt {
+        ReleaseAt::Verdict
     }
 }

@@ -39,7 +39,7 @@ use self::start::Start;
 pub(super) use self::start::Starter;
 use super::{
     entry::CheckState,
-    fail_open::{Member, PanicGuard},
+    fail_open::{FailOpen, Member},
     probe::{Failed, ProbeFailure},
     reporter::Reporter,
     schedule::Schedule,
@@ -47,7 +47,7 @@ use super::{
 };
 use crate::{
     event::event,
-    outcome::Label,
+    outcome::LayerName,
     time::{Clock, Nanos, nanos},
     user_code::catch_panic,
 };
@@ -64,13 +64,13 @@ pub struct Gate {
     /// With `LISTENS`: the number of calls that failed since the previous probe.
     failed: AtomicU64,
     while_down: AtomicU8,
-    guard: OnceLock<PanicGuard>,
+    guard: OnceLock<FailOpen>,
     probing: Mutex<Probing>,
     start: Mutex<Start>,
     /// Notified of every change of the state, of `while_down`, and of the set of the guard.
     changed: Arc<Notify>,
     clock: Clock,
-    label: OnceLock<Arc<Label>>,
+    label: OnceLock<Arc<LayerName>>,
 }
 
 /// The bits of the [`ProbeState`].
@@ -124,7 +124,7 @@ impl Gate {
             refused: AtomicU64::new(0),
             passed: AtomicU64::new(0),
             failed: AtomicU64::new(0),
-            while_down: AtomicU8::new(WhileDown::Refuse as u8),
+            while_down: AtomicU8::new(WhileDown::Reject as u8),
             guard: OnceLock::new(),
             probing: Mutex::new(Probing {
                 schedule: Schedule::DEFAULT,
@@ -147,7 +147,7 @@ impl Gate {
 
     pub(super) fn name(&self, name: &str) {
         // The first name remains, because rejections already refer to it.
-        let _ = self.label.set(Arc::new(Label { name: name.into(), fault: None }));
+        let _ = self.label.set(Arc::new(LayerName { name: name.into(), fault: None }));
     }
 
     fn named(&self) -> &str {
@@ -184,7 +184,7 @@ impl Gate {
     }
 
     /// Joins the set of a guard. The first guard remains.
-    pub(super) fn join(&self, guard: &PanicGuard) {
+    pub(super) fn join(&self, guard: &FailOpen) {
         let changed = {
             let mut probing = self.probing();
             if probing.member.is_some() {
@@ -273,7 +273,7 @@ impl Gate {
         let _error = probing.last_error.clone();
         let change = match result {
             // A rejection by an inner layer of this crate contains no information about the upstream.
-            Err(ProbeFailure::Refused) => None,
+            Err(ProbeFailure::Rejected) => None,
             Err(why) if probing.immediate_failure && why.is_immediate() => {
                 probing.threshold.fail_at_once()
             }

@@ -32,7 +32,7 @@ type FitsStatus = dyn Fn(StatusCode) -> bool + Send + Sync;
 type FitsBody = dyn Fn(&[u8]) -> bool + Send + Sync;
 
 /// A probe over HTTP, which has rules for its response.
-pub trait OverHttp: Sized {
+pub trait HttpProbe: Sized {
     #[doc(hidden)]
     fn expected(&mut self) -> &mut Expected;
 }
@@ -68,7 +68,7 @@ impl<B> Get<B> {
     }
 }
 
-impl<B> OverHttp for Get<B> {
+impl<B> HttpProbe for Get<B> {
     fn expected(&mut self) -> &mut Expected {
         &mut self.expected
     }
@@ -116,7 +116,7 @@ impl<F> SendRequest<F> {
     }
 }
 
-impl<F> OverHttp for SendRequest<F> {
+impl<F> HttpProbe for SendRequest<F> {
     fn expected(&mut self) -> &mut Expected {
         &mut self.expected
     }
@@ -167,7 +167,7 @@ where
         (Err(_), Some(_)) => verdict.and(Err(ProbeFailure::TimedOut)),
         (Ok(Ok(read)), Some(fits)) => {
             let fits = read.whole && fits(&read.data);
-            verdict.and(if fits { Ok(()) } else { Err(ProbeFailure::Judged) })
+            verdict.and(if fits { Ok(()) } else { Err(ProbeFailure::Classified) })
         }
     };
     verdict.map_err(Failed::from)

@@ -7,7 +7,7 @@ mod task;
 pub(crate) use self::task::Prober;
 pub use self::{
     grpc::Grpc,
-    http::{Get, OverHttp, SendRequest},
+    http::{Get, HttpProbe, SendRequest},
 };
 use std::{
     fmt,
@@ -39,15 +39,15 @@ pub enum ProbeFailure {
     Error,
     /// The response body ended with an error, or a gRPC response had no status.
     Body,
-    /// The closure of [`judge`](super::layer::HealthProbeLayer::judge) returned `false`, or the body was not the expected one.
-    Judged,
+    /// The closure of [`classify_probe`](super::layer::HealthProbeLayer::classify_probe) returned `false`, or the body was not the expected one.
+    Classified,
     /// The probe exceeded its timeout.
     TimedOut,
     /// The service or a closure of the probe panicked.
     Panicked,
     /// An inner layer of this crate rejected the probe. The rejection contains no information about the upstream, so it
     /// counts neither as a failure nor as a success.
-    Refused,
+    Rejected,
 }
 
 impl ProbeFailure {
@@ -66,10 +66,10 @@ impl ProbeFailure {
             Self::NotServing => "not_serving",
             Self::Error => "error",
             Self::Body => "body",
-            Self::Judged => "judged",
+            Self::Classified => "classified",
             Self::TimedOut => "timed_out",
             Self::Panicked => "panicked",
-            Self::Refused => "refused",
+            Self::Rejected => "rejected",
         }
     }
 }
@@ -82,10 +82,10 @@ impl fmt::Display for ProbeFailure {
             Self::NotServing => f.write_str("not serving"),
             Self::Error => f.write_str("the service failed"),
             Self::Body => f.write_str("the body broke off"),
-            Self::Judged => f.write_str("judged unhealthy"),
+            Self::Classified => f.write_str("judged unhealthy"),
             Self::TimedOut => f.write_str("timed out"),
             Self::Panicked => f.write_str("panicked"),
-            Self::Refused => f.write_str("rejected by an inner layer"),
+            Self::Rejected => f.write_str("rejected by an inner layer"),
         }
     }
 }
@@ -141,16 +141,16 @@ pub trait StatusProbe {}
 /// Sends the request that a closure makes, and classifies the result by `judge`. Made by
 /// [`HealthProbeLayer::new`](super::layer::HealthProbeLayer::new).
 #[derive(Clone)]
-pub struct Ask<F, J = AnyAnswer> {
+pub struct CallProbe<F, J = AnyResponse> {
     pub(super) make: F,
     pub(super) judge: J,
 }
 
 /// The default classification: every response passes, and every error fails.
 #[derive(Clone, Copy, Debug)]
-pub struct AnyAnswer;
+pub struct AnyResponse;
 
-impl<S, F, Req> Probe<S> for Ask<F>
+impl<S, F, Req> Probe<S> for CallProbe<F>
 where
     F: Fn() -> Req + Clone + Send + 'static,
     S: Service<Req> + Send + 'static,
@@ -170,9 +170,9 @@ where
 
 /// A classification by a closure of the user.
 #[derive(Clone)]
-pub struct Judged<J>(pub(super) J);
+pub struct ClassifiedProbe<J>(pub(super) J);
 
-impl<S, F, J, Req> Probe<S> for Ask<F, Judged<J>>
+impl<S, F, J, Req> Probe<S> for CallProbe<F, ClassifiedProbe<J>>
 where
     F: Fn() -> Req + Clone + Send + 'static,
     J: for<'a> Fn(Result<&'a S::Response, &'a S::Error>) -> bool + Clone + Send + 'static,
@@ -187,7 +187,7 @@ where
         let result = ask(service, request, deadline).await?;
         match (self.judge.0(result.as_ref()), result) {
             (true, _) => Ok(()),
-            (false, Ok(_)) => Err(ProbeFailure::Judged.into()),
+            (false, Ok(_)) => Err(ProbeFailure::Classified.into()),
             (false, Err(error)) => Err(blame(&error)),
         }
     }
@@ -198,9 +198,9 @@ where
 /// Runs a closure and does not call the wrapped service. Made by
 /// [`HealthProbeLayer::check`](super::layer::HealthProbeLayer::check).
 #[derive(Clone)]
-pub struct Run<F>(pub(super) F);
+pub struct FnProbe<F>(pub(super) F);
 
-impl<S, F, Fut, E> Probe<S> for Run<F>
+impl<S, F, Fut, E> Probe<S> for FnProbe<F>
 where
     F: Fn() -> Fut + Clone + Send + 'static,
     Fut: Future<Output = Result<(), E>> + Send,
@@ -251,7 +251,7 @@ pub(super) fn blame<E: 'static>(error: &E) -> Failed {
 
 /// Returns the failure of a probe that an inner layer rejected. A rejection by a timeout layer is a timeout.
 pub(super) fn of_refused(refused: &Rejected) -> ProbeFailure {
-    if refused.is_timeout() { ProbeFailure::TimedOut } else { ProbeFailure::Refused }
+    if refused.is_timeout() { ProbeFailure::TimedOut } else { ProbeFailure::Rejected }
 }
 
 macro_rules! opaque_debug {
@@ -264,4 +264,4 @@ macro_rules! opaque_debug {
     )*};
 }
 pub(super) use opaque_debug;
-opaque_debug!(Ask<F, J>, Judged<J>, Run<F>);
+opaque_debug!(CallProbe<F, J>, ClassifiedProbe<J>, FnProbe<F>);

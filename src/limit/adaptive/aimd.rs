@@ -1,6 +1,6 @@
 use std::{ops::RangeInclusive, time::Duration};
 
-use super::{Algorithm, Bounds, Change, Reason, Sample};
+use super::{Algorithm, Bounds, ChangeReason, LimitChange, Sample};
 use crate::error::ConfigError;
 
 /// Additive increase, multiplicative decrease: adds 1 for each response while at least half of the limit is in use, and
@@ -61,18 +61,18 @@ impl Algorithm for Aimd {
         true
     }
 
-    fn hear(&mut self, sample: &Sample) -> Option<Change> {
+    fn on_sample(&mut self, sample: &Sample) -> Option<LimitChange> {
         let limit = self.limit.get();
         if sample.dropped || sample.latency > self.timeout {
             if self.cut_at.is_some_and(|at| sample.started() < at) {
                 return None;
             }
             self.cut_at = Some(sample.now);
-            return self.limit.change((limit * BACKOFF).floor(), Reason::Dropped);
+            return self.limit.change((limit * BACKOFF).floor(), ChangeReason::Dropped);
         }
         if sample.is_idle(self.limit.whole()) {
             return None;
         }
-        self.limit.change(limit + 1.0, Reason::Room)
+        self.limit.change(limit + 1.0, ChangeReason::Room)
     }
 }

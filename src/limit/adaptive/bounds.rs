@@ -1,7 +1,7 @@
 use std::ops::RangeInclusive;
 
 use super::super::handle::{checked, checked_bounds};
-use super::{Change, Reason};
+use super::{ChangeReason, LimitChange};
 use crate::error::ConfigError;
 
 /// A limit with a fractional part, kept within its bounds.
@@ -51,9 +51,9 @@ impl Bounds {
     }
 
     /// Sets the limit. Returns the change if the whole limit differs.
-    pub(super) fn change(&mut self, limit: f64, reason: Reason) -> Option<Change> {
+    pub(super) fn change(&mut self, limit: f64, reason: ChangeReason) -> Option<LimitChange> {
         let before = self.whole();
         self.set(limit);
-        (self.whole() != before).then(|| Change { limit: self.whole(), reason })
+        (self.whole() != before).then(|| LimitChange { limit: self.whole(), reason })
     }
 }

@@ -1,6 +1,6 @@
 use std::{ops::RangeInclusive, time::Duration};
 
-use super::{Algorithm, Bounds, Change, Reason, Sample};
+use super::{Algorithm, Bounds, ChangeReason, LimitChange, Sample};
 use crate::error::ConfigError;
 
 /// Adjusts the limit by the ratio of the long-term latency to the current latency.
@@ -82,7 +82,7 @@ impl Algorithm for Gradient2 {
         true
     }
 
-    fn hear(&mut self, sample: &Sample) -> Option<Change> {
+    fn on_sample(&mut self, sample: &Sample) -> Option<LimitChange> {
         self.window.total += sample.latency.as_secs_f64();
         self.window.calls += 1.0;
         self.window.in_flight = self.window.in_flight.max(sample.in_flight);
@@ -102,7 +102,7 @@ impl Algorithm for Gradient2 {
         }
         let gradient = (1.5 * self.long / short).clamp(0.5, 1.0);
         let next = limit * 0.8 + 0.2 * (limit * gradient + 4.0);
-        let reason = if next < limit { Reason::Queued } else { Reason::Room };
+        let reason = if next < limit { ChangeReason::Queued } else { ChangeReason::Room };
         self.limit.change(next, reason)
     }
 }

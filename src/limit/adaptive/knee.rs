@@ -1,6 +1,6 @@
 use std::{ops::RangeInclusive, time::Duration};
 
-use super::{Algorithm, Bounds, Change, Reason, Sample};
+use super::{Algorithm, Bounds, ChangeReason, LimitChange, Sample};
 use crate::error::ConfigError;
 
 /// Keeps the limit at the knee of the latency curve: the number of calls in flight above which calls begin to queue in
@@ -82,7 +82,7 @@ struct Round {
 
 /// The results of a finished round.
 #[derive(Clone, Copy, Debug)]
-struct Seen {
+struct KneeObservation {
     /// The time in which calls were in flight, in seconds.
     busy: f64,
     /// The mean latency in seconds; `None` if all calls were dropped.
@@ -98,12 +98,12 @@ struct Seen {
 /// The round before a decrease, and the kind of decrease.
 #[derive(Clone, Copy, Debug)]
 struct Before {
-    seen: Seen,
-    step: Step,
+    seen: KneeObservation,
+    step: KneeStep,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Step {
+enum KneeStep {
     /// By step 3.
     Down,
     /// To measure the baseline.
@@ -180,12 +180,12 @@ impl Knee {
 
     // ===== The end of a round =====
 
-    fn decide(&mut self, seen: Seen, now: Duration) -> Option<Change> {
+    fn decide(&mut self, seen: KneeObservation, now: Duration) -> Option<LimitChange> {
         let limit = self.limit.get();
         if seen.dropped >= DROPS {
             self.before = None;
             self.careful_until = now.saturating_add(STALE);
-            return self.limit.change(limit * DROP_CUT, Reason::Dropped);
+            return self.limit.change(limit * DROP_CUT, ChangeReason::Dropped);
         }
         let latency = seen.latency?;
         if seen.at_once < IN_USE * f64::from(self.limit.whole()) {
@@ -196,15 +196,15 @@ impl Knee {
             match (before.step, effect(before.seen, seen)) {
                 // The throughput has fallen by less than half of the change: there was a queue, and there may still be
                 // one.
-                (Step::Drain, Some(effect)) if effect < 0.5 => {
-                    return self.drain(seen, Reason::Queued);
+                (KneeStep::Drain, Some(effect)) if effect < 0.5 => {
+                    return self.drain(seen, ChangeReason::Queued);
                 }
-                (Step::Drain, Some(_)) => return self.learn(before.seen, seen, now),
+                (KneeStep::Drain, Some(_)) => return self.learn(before.seen, seen, now),
                 // The bounds have prevented a change that is large enough to compare.
-                (Step::Drain, None) => self.stale_at = seen.stale_at(now),
+                (KneeStep::Drain, None) => self.stale_at = seen.stale_at(now),
                 // Either there was no queue, or the upstream changed at the same time: a drain finds out.
-                (Step::Down, Some(effect)) if effect > 0.75 => {
-                    return self.drain(seen, Reason::Slower);
+                (KneeStep::Down, Some(effect)) if effect > 0.75 => {
+                    return self.drain(seen, ChangeReason::Slower);
                 }
                 _ => {}
             }
@@ -224,52 +224,62 @@ impl Knee {
         if quick && !self.limit.is_highest() {
             self.stale_at = self.stale_at.max(seen.stale_at(now));
         } else if now >= self.stale_at {
-            return self.drain(seen, Reason::Drain);
+            return self.drain(seen, ChangeReason::Drain);
         }
         self.follow(seen, latency, now)
     }
 
     /// Adjusts the limit by the ratio of baseline to latency.
-    fn follow(&mut self, seen: Seen, latency: f64, now: Duration) -> Option<Change> {
+    fn follow(
+        &mut self,
+        seen: KneeObservation,
+        latency: f64,
+        now: Duration,
+    ) -> Option<LimitChange> {
         let limit = self.limit.get();
         let ratio = (HEADROOM * self.baseline / latency).clamp(0.5, HEADROOM);
         if ratio > 1.05 {
             let careful = now < self.careful_until;
             let next = if careful { limit + 1.0 } else { limit * ratio };
-            self.limit.change(next, Reason::Room)
+            self.limit.change(next, ChangeReason::Room)
         } else if ratio < 0.95 {
-            self.before = Some(Before { seen, step: Step::Down });
-            self.limit.change(limit * ratio, Reason::Queued)
+            self.before = Some(Before { seen, step: KneeStep::Down });
+            self.limit.change(limit * ratio, ChangeReason::Queued)
         } else {
             None
         }
     }
 
     /// Lowers the limit for a measurement without a queue.
-    fn drain(&mut self, seen: Seen, reason: Reason) -> Option<Change> {
-        self.before = Some(Before { seen, step: Step::Drain });
+    fn drain(&mut self, seen: KneeObservation, reason: ChangeReason) -> Option<LimitChange> {
+        self.before = Some(Before { seen, step: KneeStep::Drain });
         self.limit.change((self.limit.get() * DRAIN).floor(), reason)
     }
 
     /// Sets the baseline after a drain. There was no queue in this round, so its latency is the baseline.
-    fn learn(&mut self, before: Seen, seen: Seen, now: Duration) -> Option<Change> {
+    fn learn(
+        &mut self,
+        before: KneeObservation,
+        seen: KneeObservation,
+        now: Duration,
+    ) -> Option<LimitChange> {
         self.baseline = seen.latency.unwrap_or(self.baseline);
         self.stale_at = seen.stale_at(now);
         // The number of calls in flight that gives the throughput before the drain, and not more than there were before
         // it.
         let knee = seen.at_once * (before.rate / seen.rate.max(1e-9)).max(1.0);
-        self.limit.change(knee.min(before.at_once) * HEADROOM, Reason::Drained)
+        self.limit.change(knee.min(before.at_once) * HEADROOM, ChangeReason::Drained)
     }
 }
 
 /// Returns how much of a change in the calls in flight is visible in the throughput: 0 is nothing, 1 is a proportional
 /// change. `None` if the change is too small for a comparison.
-fn effect(before: Seen, after: Seen) -> Option<f64> {
+fn effect(before: KneeObservation, after: KneeObservation) -> Option<f64> {
     let change = (after.at_once / before.at_once).ln();
     (change.abs() > TELLING.ln()).then(|| (after.rate / before.rate).ln() / change)
 }
 
-impl Seen {
+impl KneeObservation {
     /// Returns when a baseline that is confirmed now becomes stale.
     fn stale_at(&self, now: Duration) -> Duration {
         now.saturating_add(STALE.max(seconds(self.busy * ROUNDS)))
@@ -278,7 +288,7 @@ impl Seen {
 
 impl Round {
     /// Records a sample. A latency of more than `most` seconds counts as `most`.
-    fn hear(&mut self, sample: &Sample, most: f64) {
+    fn on_sample(&mut self, sample: &Sample, most: f64) {
         let took = sample.latency.as_secs_f64().min(most);
         self.longest = self.longest.max(took);
         self.in_flight += f64::from(sample.in_flight);
@@ -309,7 +319,7 @@ impl Round {
     }
 
     /// Returns the results if the round is over.
-    fn over(&self, limit: u32) -> Option<Seen> {
+    fn over(&self, limit: u32) -> Option<KneeObservation> {
         let calls = self.answered + self.dropped;
         let enough = f64::from(limit.saturating_mul(8).clamp(32, 256));
         let is_enough = if self.dropped >= DROPS * calls {
@@ -325,7 +335,7 @@ impl Round {
         if self.busy <= 0.0 || self.busy < latency.unwrap_or(0.0) {
             return None;
         }
-        Some(Seen {
+        Some(KneeObservation {
             busy: self.busy,
             latency,
             // The first sample is the start of the measurement, so its call is not counted.
@@ -362,12 +372,12 @@ impl Algorithm for Knee {
         true
     }
 
-    fn hear(&mut self, sample: &Sample) -> Option<Change> {
+    fn on_sample(&mut self, sample: &Sample) -> Option<LimitChange> {
         if sample.now < self.round.since {
             return None;
         }
         let usual = self.latency.max(self.baseline);
-        self.round.hear(sample, if usual > 0.0 { usual * LONGEST } else { f64::INFINITY });
+        self.round.on_sample(sample, if usual > 0.0 { usual * LONGEST } else { f64::INFINITY });
         let seen = self.round.over(self.limit.whole())?;
         self.latency = seen.latency.unwrap_or(self.latency);
         let change = self.decide(seen, sample.now);

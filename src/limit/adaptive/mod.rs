@@ -74,7 +74,7 @@ pub(super) use sampler::Teller;
 
 /// An algorithm that determines the limit.
 ///
-/// The methods are called under a lock, [`hear`](Self::hear) at the end of every call that is a sample. They must be
+/// The methods are called under a lock, [`on_sample`](Self::on_sample) at the end of every call that is a sample. They must be
 /// short and must not use a handle of the limit, which would deadlock. A panic is caught, also while the thread
 /// unwinds, and reported as an event: the limit keeps its value, and later calls are recorded as before.
 pub trait Algorithm: fmt::Debug + Send + 'static {
@@ -91,7 +91,7 @@ pub trait Algorithm: fmt::Debug + Send + 'static {
     }
 
     /// Records a call that has ended. Returns the change of the limit, if there is one.
-    fn hear(&mut self, sample: &Sample) -> Option<Change>;
+    fn on_sample(&mut self, sample: &Sample) -> Option<LimitChange>;
 }
 
 /// A call, as an [`Algorithm`] records it.
@@ -136,17 +136,17 @@ impl Sample {
 
 /// A change of the limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Change {
+pub struct LimitChange {
     /// The new limit.
     pub limit: u32,
     /// The reason for the change.
-    pub reason: Reason,
+    pub reason: ChangeReason,
 }
 
 /// The reason for a change of the limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Reason {
+pub enum ChangeReason {
     /// Calls were dropped: they timed out, or the upstream signalled overload.
     Dropped,
     /// Calls take longer than without a queue in the upstream.
@@ -166,7 +166,7 @@ pub enum Reason {
     Other(&'static str),
 }
 
-impl Reason {
+impl ChangeReason {
     /// Returns the reason in `snake_case`, as in events and metrics.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
@@ -207,7 +207,7 @@ impl Algorithm for Fixed {
         self.0 = limit.max(1);
     }
 
-    fn hear(&mut self, _: &Sample) -> Option<Change> {
+    fn on_sample(&mut self, _: &Sample) -> Option<LimitChange> {
         None
     }
 }

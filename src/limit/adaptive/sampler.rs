@@ -12,7 +12,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{Algorithm, Change, Reason, Sample};
+use super::{Algorithm, ChangeReason, LimitChange, Sample};
 use crate::{
     event::{RepeatedEvent, event},
     outcome::{COUNT_CANCELLED_AFTER, Outcome, OutcomeKind, Reason as Why, UpstreamClock},
@@ -36,13 +36,13 @@ pub(crate) struct Teller {
     count_cancelled_after: AtomicU64,
     /// The algorithm is user code and runs under this lock. This cannot be avoided, because it needs `&mut self`. Its
     /// panics are caught.
-    state: Mutex<State>,
+    state: Mutex<SamplerState>,
     panics: RepeatedEvent,
 }
 
-struct State {
+struct SamplerState {
     algorithm: Box<dyn Algorithm>,
-    last: Option<Change>,
+    last: Option<LimitChange>,
 }
 
 /// The tag of a call that has been recorded, or that is not to be recorded.
@@ -50,7 +50,7 @@ const HEARD: u64 = 0;
 
 impl Teller {
     pub(in super::super) fn new(algorithm: impl Algorithm) -> Self {
-        let state = State { algorithm: Box::new(algorithm), last: None };
+        let state = SamplerState { algorithm: Box::new(algorithm), last: None };
         Self {
             clock: Clock::new(),
             to_the_end: AtomicBool::new(false),
@@ -79,7 +79,7 @@ impl Teller {
         self.to_the_end.store(true, Ordering::Relaxed);
     }
 
-    pub(in super::super) fn last(&self) -> Option<Change> {
+    pub(in super::super) fn last(&self) -> Option<LimitChange> {
         self.lock().last
     }
 
@@ -93,7 +93,7 @@ impl Teller {
             algorithm.limit().max(1)
         });
         if let Some(limit) = set {
-            state.last = Some(Change { limit, reason: Reason::ByHand });
+            state.last = Some(LimitChange { limit, reason: ChangeReason::ByHand });
             apply(limit);
         }
         drop(state);
@@ -117,7 +117,7 @@ impl Teller {
             (has_any, (limit != before).then_some(limit))
         });
         if let Some((_, Some(limit))) = set {
-            state.last = Some(Change { limit, reason: Reason::ByHand });
+            state.last = Some(LimitChange { limit, reason: ChangeReason::ByHand });
             apply(limit);
         }
         drop(state);
@@ -161,13 +161,13 @@ impl Teller {
             return false;
         }
         let heard = mem::replace(&mut token.tag, HEARD);
-        self.hear(Token { tag: heard, ..*token }, so_far, apply)
+        self.on_sample(Token { tag: heard, ..*token }, so_far, apply)
     }
 
     /// Records a call that has reached the measured point, and returns whether the limit changed. `apply` runs before
     /// another call can change the limit. A call whose request has not been sent is not a sample, unless connecting
     /// timed out.
-    pub(in super::super) fn hear(
+    pub(in super::super) fn on_sample(
         &self,
         token: Token,
         outcome: Outcome,
@@ -194,7 +194,7 @@ impl Teller {
         let mut state = self.lock();
         let algorithm = &mut state.algorithm;
         // The call may end while its thread unwinds, where a panic that is not caught aborts the process.
-        let heard = catch_panic(|| algorithm.hear(&sample));
+        let heard = catch_panic(|| algorithm.on_sample(&sample));
         if let Some(Some(change)) = heard {
             state.last = Some(change);
             apply(change.limit.max(1));
@@ -212,7 +212,7 @@ impl Teller {
         true
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, SamplerState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,6 +1,6 @@
 use std::{ops::RangeInclusive, time::Duration};
 
-use super::{Algorithm, Bounds, Change, Reason, Sample};
+use super::{Algorithm, Bounds, ChangeReason, LimitChange, Sample};
 use crate::error::ConfigError;
 
 /// Estimates the number of calls that queue in the upstream from the minimum latency, and keeps it small.
@@ -61,7 +61,7 @@ impl Algorithm for Vegas {
         true
     }
 
-    fn hear(&mut self, sample: &Sample) -> Option<Change> {
+    fn on_sample(&mut self, sample: &Sample) -> Option<LimitChange> {
         let limit = self.limit.get();
         self.since_probe += 1.0;
         if self.since_probe >= PROBE * limit * self.jitter {
@@ -79,7 +79,7 @@ impl Algorithm for Vegas {
         };
         let step = limit.log10().floor().max(1.0);
         if sample.dropped {
-            return self.limit.change(limit - step, Reason::Dropped);
+            return self.limit.change(limit - step, ChangeReason::Dropped);
         }
         if sample.is_idle(self.limit.whole()) {
             return None;
@@ -88,11 +88,11 @@ impl Algorithm for Vegas {
         let queue = (limit * (1.0 - ratio)).ceil();
         let (alpha, beta) = (3.0 * step, 6.0 * step);
         if queue <= step {
-            self.limit.change(limit + beta, Reason::Room)
+            self.limit.change(limit + beta, ChangeReason::Room)
         } else if queue < alpha {
-            self.limit.change(limit + step, Reason::Room)
+            self.limit.change(limit + step, ChangeReason::Room)
         } else if queue > beta {
-            self.limit.change(limit - step, Reason::Queued)
+            self.limit.change(limit - step, ChangeReason::Queued)
         } else {
             None
         }

@@ -66,7 +66,8 @@ impl Limiter {
             health_checks,
             health_watches,
             unread,
-            counts: Counts { full, waited_too_long, deadline_passed, outranked, shadowed, exempt },
+            counts:
+                LimitCounts { full, waited_too_long, deadline_passed, outranked, shadowed, exempt },
             sorts,
             uses,
             home: _,

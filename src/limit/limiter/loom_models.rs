@@ -4,7 +4,7 @@ use std::{sync::atomic::AtomicUsize, task::Wake};
 
 use loom::{sync::Arc as Both, thread};
 
-use super::super::partition::Claim;
+use super::super::partition::CallClass;
 use super::*;
 
 /// Counts how often the waker was woken.
@@ -147,9 +147,9 @@ fn loom_a_newcomer_of_a_partition_never_waits_for_a_place_that_is_free() {
         let limiter = Both::new(Limiter::new(2, None));
         limiter.set_queue(8, Duration::from_secs(1));
         limiter.set_shares(&[0.5]);
-        let asks = Claim::default().partition(0);
+        let asks = CallClass::default().partition(0);
         let Ok(Entry::In(first)) = limiter.enter_as(asks) else { panic!("has room") };
-        assert!(matches!(limiter.enter_as(Claim::default()), Ok(Entry::In(_))));
+        assert!(matches!(limiter.enter_as(CallClass::default()), Ok(Entry::In(_))));
         let other = limiter.clone();
         let other = thread::spawn(move || {
             other.end(first);

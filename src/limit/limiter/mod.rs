@@ -83,7 +83,7 @@ use super::{
 };
 use crate::{
     event::event,
-    outcome::{Label, LayerKind, Outcome, Rejected, RejectedKind},
+    outcome::{LayerKind, LayerName, Outcome, Rejected, RejectedKind},
     permit::Token,
     sync::{
         Mutex, MutexGuard,
@@ -114,7 +114,7 @@ pub struct Limiter {
     /// The number of exempt `Watch` streams of `grpc.health.v1` in flight.
     health_watches: AtomicU32,
     unread: Unread,
-    counts: Counts,
+    counts: LimitCounts,
     /// Whether the limit has partitions or priorities, so that each admission takes the lock.
     sorts: AtomicBool,
     /// The number of uses that keep a fixed limit from being renewed: each exempt call in flight is one, and the owners
@@ -129,7 +129,7 @@ pub struct Limiter {
 /// invalidate the line that admitted calls read.
 #[derive(Default)]
 #[repr(align(128))]
-struct Counts {
+struct LimitCounts {
     full: AtomicU64,
     waited_too_long: AtomicU64,
     deadline_passed: AtomicU64,
@@ -215,7 +215,7 @@ impl Limiter {
             health_checks: AtomicU32::new(0),
             health_watches: AtomicU32::new(0),
             unread: Unread::default(),
-            counts: Counts::default(),
+            counts: LimitCounts::default(),
             sorts: AtomicBool::new(false),
             uses: AtomicU32::new(1),
             home: OnceLock::new(),
@@ -390,7 +390,7 @@ impl Limiter {
     pub(super) fn heard_end(&self, mut token: Token, outcome: Outcome) {
         if let Some(adaptive) = &self.adaptive {
             token.tag &= !MARKS;
-            if adaptive.hear(token, outcome, |limit| self.store(limit)) {
+            if adaptive.on_sample(token, outcome, |limit| self.store(limit)) {
                 self.hand_over();
             }
         }
@@ -434,7 +434,7 @@ impl Limiter {
     pub(super) fn turn_away(
         &self,
         kind: RejectedKind,
-        label: impl FnOnce() -> Option<Arc<Label>>,
+        label: impl FnOnce() -> Option<Arc<LayerName>>,
     ) -> Result<Token, Rejected> {
         let label = label();
         let _name = label.as_deref().map_or("", |label| &*label.name);

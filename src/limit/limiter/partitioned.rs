@@ -8,7 +8,7 @@
 //! A call of a partition has the index of its queue in its token. Its release takes the lock: it subtracts the call
 //! from the partition before the word.
 
-use super::super::partition::{Claim, Cutoff, KEPT};
+use super::super::partition::{CallClass, Cutoff, KEPT};
 use super::*;
 use crate::outcome::HealthCall;
 
@@ -72,7 +72,7 @@ impl Limiter {
     }
 
     /// Acquires a permit or joins the queue, by partition and priority if the limit has any.
-    pub(crate) fn enter_as(&self, claim: Claim) -> Result<Entry, RejectedKind> {
+    pub(crate) fn enter_as(&self, claim: CallClass) -> Result<Entry, RejectedKind> {
         if self.sorts.load(Ordering::Relaxed) {
             return self.sort_in(claim, self.longest_queue());
         }
@@ -84,7 +84,7 @@ impl Limiter {
         if !self.sorts.load(Ordering::Relaxed) {
             return self.enter();
         }
-        match self.sort_in(Claim::default(), 0) {
+        match self.sort_in(CallClass::default(), 0) {
             Ok(Entry::In(token)) => Some(token),
             _ => None,
         }
@@ -97,7 +97,7 @@ impl Limiter {
     /// so that a new call does not overtake them. The call acquires a permit if its partition may have one. Otherwise
     /// it joins the queue; if the queue is full, it displaces an entry of lower priority of its partition or is
     /// rejected.
-    fn sort_in(&self, claim: Claim, longest: u32) -> Result<Entry, RejectedKind> {
+    fn sort_in(&self, claim: CallClass, longest: u32) -> Result<Entry, RejectedKind> {
         let now = Instant::now();
         let mut queue = self.lock();
         let line = queue.shares.line_of(claim.partition);

@@ -6,7 +6,7 @@
 //!
 //! # Mechanism
 //!
-//! A watched body claims a [`Slot`] at its response head and frees it at its end. Each poll of the body increases the
+//! A watched body claims a [`ReaderSlot`] at its response head and frees it at its end. Each poll of the body increases the
 //! slot's `polls` by two; the lowest bit is set if the last poll returned `Pending`. The sweeper, one task for each
 //! limit, reads all slots every eighth of the maximum time, and every [`MAX_PERIOD`] if that is shorter. If `state` and
 //! `polls` have not changed for the maximum time, and the last poll was not `Pending`, the response has waited for its
@@ -51,7 +51,7 @@
 //!   reads `tag`. Its compare-exchange has Release as well, so that it stays behind the read of `tag`.
 //! - A poll stores `times` before it stores `polls` with Release. The sweeper loads `polls` with Acquire before it reads
 //!   `times`.
-//! - The Release of the body in [`Slot::free`] pairs with the compare-exchange of the next claim.
+//! - The Release of the body in [`ReaderSlot::free`] pairs with the compare-exchange of the next claim.
 //! - The end of the sweeper and a claim are a store-buffering pair. The sweeper clears `is_sweeping` and then reads all
 //!   slots; a claim writes its slot and then reads `is_sweeping`. All four operations are SeqCst, so at least one of
 //!   the two observes the write of the other: the sweeper continues, or the claim spawns a new one. Weaker orderings
@@ -73,7 +73,7 @@ use tokio::{
 };
 
 use super::{EXEMPT, Limiter, SHADOW};
-use crate::{event::event, outcome::Label, permit::Token, user_code::catch_panic};
+use crate::{event::event, outcome::LayerName, permit::Token, user_code::catch_panic};
 
 /// The maximum time between two sweeps. A changed setting takes effect within it.
 const MAX_PERIOD: Duration = Duration::from_secs(5);
@@ -111,7 +111,7 @@ pub(crate) const SLOT: u64 = (1 << 60) - (1 << SLOT_SHIFT);
 const SLOT_SHIFT: u32 = 40;
 
 /// The state of a watched body; see the module.
-struct Slot {
+struct ReaderSlot {
     /// `generation << 2 | stage`.
     state: AtomicU64,
     /// The number of polls, times two, and [`PENDING`].
@@ -122,7 +122,7 @@ struct Slot {
     tag: AtomicU64,
 }
 
-impl Slot {
+impl ReaderSlot {
     fn new() -> Self {
         Self {
             state: AtomicU64::new(FREE),
@@ -187,7 +187,7 @@ impl Slot {
 pub(crate) struct Unread {
     /// The maximum time in milliseconds; 0 is off.
     max_ms: AtomicU64,
-    chunks: [OnceLock<Box<[Slot]>>; MAX_CHUNKS],
+    chunks: [OnceLock<Box<[ReaderSlot]>>; MAX_CHUNKS],
     /// The chunk in which slots are claimed: the last one.
     last: AtomicUsize,
     /// A sweeper runs, or is about to be spawned.
@@ -195,7 +195,7 @@ pub(crate) struct Unread {
     /// The number of permits that the sweeper has released.
     released: AtomicU64,
     /// The name of the limit, for events.
-    label: Mutex<Option<Arc<Label>>>,
+    label: Mutex<Option<Arc<LayerName>>>,
     /// The reference by which the sweeper finds an adaptive limit. A fixed limit has `home`.
     owner: OnceLock<Weak<Limiter>>,
 }
@@ -216,19 +216,19 @@ impl Unread {
         drop(self.set_label(None));
     }
 
-    fn set_label(&self, label: Option<Arc<Label>>) -> Option<Arc<Label>> {
+    fn set_label(&self, label: Option<Arc<LayerName>>) -> Option<Arc<LayerName>> {
         let mut current = self.label.lock().unwrap_or_else(PoisonError::into_inner);
         std::mem::replace(&mut current, label)
     }
 
     /// Returns a chunk, and allocates it if needed.
-    fn chunk(&self, number: usize) -> &[Slot] {
-        let slots = || (0..FIRST_CHUNK << number).map(|_| Slot::new()).collect();
+    fn chunk(&self, number: usize) -> &[ReaderSlot] {
+        let slots = || (0..FIRST_CHUNK << number).map(|_| ReaderSlot::new()).collect();
         self.chunks[number].get_or_init(slots)
     }
 
     /// Returns the slot of a token.
-    fn slot(&self, tag: u64) -> Option<&Slot> {
+    fn slot(&self, tag: u64) -> Option<&ReaderSlot> {
         let index = ((tag & SLOT) >> SLOT_SHIFT).checked_sub(1)? as usize;
         let number = (index / FIRST_CHUNK + 1).ilog2();
         let first = FIRST_CHUNK * ((1 << number) - 1);
@@ -275,7 +275,7 @@ impl Limiter {
     }
 
     /// Names the limit in the sweeper's events.
-    pub(crate) fn set_label(&self, label: Arc<Label>) {
+    pub(crate) fn set_label(&self, label: Arc<LayerName>) {
         drop(self.unread.set_label(Some(label)));
     }
 
@@ -312,7 +312,7 @@ impl Limiter {
         if token.tag & SLOT == 0 {
             return Some(token);
         }
-        let had_permit = self.unread.slot(token.tag).is_none_or(Slot::free);
+        let had_permit = self.unread.slot(token.tag).is_none_or(ReaderSlot::free);
         had_permit.then_some(Token { tag: token.tag & !SLOT, ..token })
     }
 
@@ -483,7 +483,7 @@ mod tests {
 
     #[test]
     fn slot_that_was_claimed_anew_is_not_released_for_its_former_owner() {
-        let slot = Slot::new();
+        let slot = ReaderSlot::new();
         assert!(slot.claim(1) && !slot.claim(2));
         let observed = slot.state.load(Ordering::Acquire);
         assert!(slot.free() && slot.claim(3));
@@ -498,7 +498,7 @@ mod tests {
     #[test]
     fn sweeper_releases_the_permit_of_the_body_that_loses_it() {
         const ROUNDS: u64 = 20_000;
-        let (slot, is_done) = (Slot::new(), AtomicBool::new(false));
+        let (slot, is_done) = (ReaderSlot::new(), AtomicBool::new(false));
         let (lost, released) = scope(|scope| {
             let body = scope.spawn(|| {
                 let mut lost = Vec::new();
@@ -532,7 +532,7 @@ mod tests {
     #[test]
     fn permit_is_released_by_the_body_or_by_the_sweeper_and_never_by_both() {
         const ROUNDS: u32 = 20_000;
-        let slot = Slot::new();
+        let slot = ReaderSlot::new();
         let released = AtomicU32::new(0);
         scope(|scope| {
             scope.spawn(|| {
@@ -560,7 +560,7 @@ mod tests {
 
     #[test]
     fn long_frame_has_more_time() {
-        let slot = Slot::new();
+        let slot = ReaderSlot::new();
         for (frame, times) in [
             (None, 1),
             (Some(LONG_FRAME - 1), 1),

@@ -4,22 +4,22 @@ use http::{HeaderMap, Request};
 
 use crate::{error::ConfigError, redact};
 
-/// The class of a request: exempt, or a partition and a priority. A [`Sort`] returns it.
+/// The class of a request: exempt, or a partition and a priority. A [`ClassifyCall`] returns it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Claim {
+pub struct CallClass {
     pub(crate) exempt: bool,
     pub(crate) partition: Option<u8>,
     pub(crate) priority: Priority,
 }
 
-impl Claim {
+impl CallClass {
     /// Returns the claim of an exempt call: it is never rejected, never waits, and is not counted as in flight.
     #[must_use]
     pub const fn exempt() -> Self {
         Self { exempt: true, partition: None, priority: Priority::NORMAL }
     }
 
-    /// Sets the number of the partition, in the order of [`partitions`](super::layer::SortedLimitLayer::partitions), from 0. A
+    /// Sets the number of the partition, in the order of [`partitions`](super::layer::PartitionedLimitLayer::partitions), from 0. A
     /// call without a partition, or with a number that does not exist, has no share and only borrows.
     #[must_use]
     pub const fn partition(mut self, number: u8) -> Self {
@@ -35,7 +35,7 @@ impl Claim {
     }
 }
 
-impl From<Priority> for Claim {
+impl From<Priority> for CallClass {
     fn from(priority: Priority) -> Self {
         Self::default().priority(priority)
     }
@@ -79,7 +79,7 @@ impl Priority {
     /// The lot is the top 7 bits of the 64-bit FNV-1a hash of the key, after the finalizer of MurmurHash3 (`fmix64`).
     /// Keys that differ in one byte, such as consecutive numbers, have independent lots.
     #[must_use]
-    pub fn lot(self, key: impl AsRef<[u8]>) -> Self {
+    pub fn with_key(self, key: impl AsRef<[u8]>) -> Self {
         let mut hash = 0xcbf2_9ce4_8422_2325_u64;
         for byte in key.as_ref() {
             hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
@@ -97,11 +97,11 @@ impl Priority {
     /// request carry. Without a trace id the lot stays as it is. At the edge, use it only if the `traceparent` of
     /// clients is replaced.
     #[must_use]
-    pub fn lot_of_trace(self, headers: &HeaderMap) -> Self {
+    pub fn with_trace_key(self, headers: &HeaderMap) -> Self {
         let parent = headers.get("traceparent").map(|value| value.as_bytes());
         // The format is `00-`, 32 digits of the trace id, `-`, and a part that changes with each hop.
         match parent.and_then(|parent| parent.get(3..35)) {
-            Some(trace) => self.lot(trace),
+            Some(trace) => self.with_key(trace),
             None => self,
         }
     }
@@ -136,27 +136,27 @@ impl fmt::Debug for Priority {
 
 // ===== Classifying requests =====
 
-/// Classifies requests: returns the [`Claim`] of each request. Implemented for closures over the request.
+/// Classifies requests: returns the [`CallClass`] of each request. Implemented for closures over the request.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` returns no claim for requests of type `{Req}`",
     note = "`.sorted_by(|request: &Req| Claim::default())` needs exactly the request type of the service; `.exempt_paths(..)` needs `http::Request<B>`"
 )]
-pub trait Sort<Req>: Clone + Send + Sync + 'static {
+pub trait ClassifyCall<Req>: Clone + Send + Sync + 'static {
     /// Returns the claim of this request.
-    fn claim(&self, request: &Req) -> Claim;
+    fn claim(&self, request: &Req) -> CallClass;
 }
 
-impl<F, Req> Sort<Req> for F
+impl<F, Req> ClassifyCall<Req> for F
 where
-    F: Fn(&Req) -> Claim + Clone + Send + Sync + 'static,
+    F: Fn(&Req) -> CallClass + Clone + Send + Sync + 'static,
 {
     #[inline]
-    fn claim(&self, request: &Req) -> Claim {
+    fn claim(&self, request: &Req) -> CallClass {
         self(request)
     }
 }
 
-/// Exempts the calls of some paths ([`Claim::exempt`]). Made by
+/// Exempts the calls of some paths ([`CallClass::exempt`]). Made by
 /// [`exempt_paths`](super::super::layer::ConcurrencyLimitLayer::exempt_paths).
 #[derive(Clone, Debug)]
 pub struct ExemptPaths(Arc<[String]>);
@@ -201,9 +201,9 @@ fn is_ambiguous(path: &str) -> bool {
         || path.match_indices('%').any(|(at, _)| is_encoded(at))
 }
 
-impl<B> Sort<Request<B>> for ExemptPaths {
-    fn claim(&self, request: &Request<B>) -> Claim {
-        if self.has(request.uri().path()) { Claim::exempt() } else { Claim::default() }
+impl<B> ClassifyCall<Request<B>> for ExemptPaths {
+    fn claim(&self, request: &Request<B>) -> CallClass {
+        if self.has(request.uri().path()) { CallClass::exempt() } else { CallClass::default() }
     }
 }
 
@@ -260,14 +260,14 @@ mod tests {
 
     #[test]
     fn limit_priorities_are_by_level_and_then_by_lot() {
-        let low = Priority::SHEDDABLE.lot("anything");
+        let low = Priority::SHEDDABLE.with_key("anything");
         assert!(Priority::SHEDDABLE <= low && low < Priority::NORMAL);
-        assert!(Priority::NORMAL.lot("x") < Priority::CRITICAL);
+        assert!(Priority::NORMAL.with_key("x") < Priority::CRITICAL);
         assert_eq!(Priority::new(200).level(), 7);
-        assert!(usize::from(Priority::CRITICAL.lot("y").number()) < PRIORITIES);
-        assert_eq!(low.lot("other").lot("anything"), low);
+        assert!(usize::from(Priority::CRITICAL.with_key("y").number()) < PRIORITIES);
+        assert_eq!(low.with_key("other").with_key("anything"), low);
         let lots: std::collections::HashSet<_> =
-            (0..4000).map(|user| Priority::NORMAL.lot(format!("user-{user}"))).collect();
+            (0..4000).map(|user| Priority::NORMAL.with_key(format!("user-{user}"))).collect();
         assert_eq!(lots.len(), 128);
     }
 
@@ -284,7 +284,7 @@ mod tests {
             ("little endian", |n| n.to_le_bytes().to_vec()),
         ];
         for (kind, key) in kinds {
-            let lot = |n| Priority::new(0).lot(key(n)).number();
+            let lot = |n| Priority::new(0).with_key(key(n)).number();
             let mut lots = [0_u64; 1 << LOT_BITS];
             (0..KEYS).for_each(|n| lots[usize::from(lot(n))] += 1);
             let mean = KEYS >> LOT_BITS;
@@ -311,18 +311,18 @@ mod tests {
     #[test]
     fn limit_lots_are_the_same_everywhere() {
         assert_eq!(
-            format!("{:?}", Priority::NORMAL.lot("user-1")),
+            format!("{:?}", Priority::NORMAL.with_key("user-1")),
             "Priority { level: 4, lot: 32 }"
         );
         let mut headers = HeaderMap::new();
-        let drawn = |headers: &HeaderMap| Priority::NORMAL.lot_of_trace(headers);
+        let drawn = |headers: &HeaderMap| Priority::NORMAL.with_trace_key(headers);
         assert_eq!(drawn(&headers), Priority::NORMAL);
         headers.insert("traceparent", "00".parse().unwrap());
         assert_eq!(drawn(&headers), Priority::NORMAL);
         let trace = "0af7651916cd43dd8448eb211c80319c";
         for hop in ["b7ad6b7169203331-01", "00f067aa0ba902b7-00"] {
             headers.insert("traceparent", format!("00-{trace}-{hop}").parse().unwrap());
-            assert_eq!(drawn(&headers), Priority::NORMAL.lot(trace));
+            assert_eq!(drawn(&headers), Priority::NORMAL.with_key(trace));
         }
     }
 }

@@ -14,12 +14,12 @@ use crate::{
 
 /// The policy of a limit that distinguishes calls.
 #[derive(Clone)]
-pub struct Sorted<K> {
+pub struct PartitionedPolicy<K> {
     pub(crate) sort: K,
     pub(crate) limiter: Limit,
 }
 
-impl<K> fmt::Debug for Sorted<K> {
+impl<K> fmt::Debug for PartitionedPolicy<K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.limiter.fmt(f)
     }
@@ -27,21 +27,21 @@ impl<K> fmt::Debug for Sorted<K> {
 
 admission_layer! {
     /// A concurrency limit that distinguishes calls, made by
-    /// [`ConcurrencyLimitLayer::sorted_by`](super::super::layer::ConcurrencyLimitLayer::sorted_by) or
+    /// [`ConcurrencyLimitLayer::classify_by`](super::super::layer::ConcurrencyLimitLayer::classify_by) or
     /// [`exempt_paths`](super::super::layer::ConcurrencyLimitLayer::exempt_paths). See the [module](super).
-    layer SortedLimitLayer {}
-    /// The service of a [`SortedLimitLayer`].
-    service SortedLimit [K]
-    policy Sorted<K>
+    layer PartitionedLimitLayer {}
+    /// The service of a [`PartitionedLimitLayer`].
+    service PartitionedLimit [K]
+    policy PartitionedPolicy<K>
 }
 
 impl<M, R> ConcurrencyLimitLayer<M, R> {
-    /// Classifies calls by a closure over the request that returns a [`Claim`](super::class::Claim). Call the methods that set
+    /// Classifies calls by a closure over the request that returns a [`CallClass`](super::class::CallClass). Call the methods that set
     /// the limit, its queue and the other settings before this one.
-    pub fn sorted_by<K>(self, sort: K) -> SortedLimitLayer<K, M, R> {
+    pub fn classify_by<K>(self, sort: K) -> PartitionedLimitLayer<K, M, R> {
         let Plan { policy: limiter, protocol, reject, fault } = self.into_plan();
-        SortedLimitLayer {
-            plan: Plan { policy: Sorted { sort, limiter }, protocol, reject, fault },
+        PartitionedLimitLayer {
+            plan: Plan { policy: PartitionedPolicy { sort, limiter }, protocol, reject, fault },
         }
     }
 
@@ -53,16 +53,16 @@ impl<M, R> ConcurrencyLimitLayer<M, R> {
     pub fn exempt_paths(
         self,
         paths: impl IntoIterator<Item = impl Into<String>>,
-    ) -> SortedLimitLayer<ExemptPaths, M, R> {
+    ) -> PartitionedLimitLayer<ExemptPaths, M, R> {
         let paths = ExemptPaths::new(paths);
         let checked = paths.check();
-        let mut layer = self.sorted_by(paths);
+        let mut layer = self.classify_by(paths);
         layer.plan.accept(checked);
         layer
     }
 }
 
-impl<K, M, R> SortedLimitLayer<K, M, R> {
+impl<K, M, R> PartitionedLimitLayer<K, M, R> {
     /// Sets the shares of the limit for the partitions 0, 1 and so on. Each share is above 0, their sum is 1 or less,
     /// and there are 64 or fewer.
     pub fn partitions(mut self, shares: &[f64]) -> Self {
@@ -81,22 +81,22 @@ impl<K, M, R> SortedLimitLayer<K, M, R> {
 
     /// Returns a handle that observes and changes the limit.
     #[must_use]
-    pub fn handle(&self) -> SortedLimitHandle {
-        SortedLimitHandle(ConcurrencyLimitHandle(self.plan.policy.limiter.clone()))
+    pub fn handle(&self) -> PartitionedLimitHandle {
+        PartitionedLimitHandle(ConcurrencyLimitHandle(self.plan.policy.limiter.clone()))
     }
 }
 
-impl<S, K: Clone, M: Clone, R: Clone> Layer<S> for SortedLimitLayer<K, M, R> {
-    type Service = SortedLimit<S, K, M, R>;
+impl<S, K: Clone, M: Clone, R: Clone> Layer<S> for PartitionedLimitLayer<K, M, R> {
+    type Service = PartitionedLimit<S, K, M, R>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        SortedLimit { admission: self.plan.service(inner) }
+        PartitionedLimit { admission: self.plan.service(inner) }
     }
 }
 
 /// A [`ConcurrencyLimitHandle`] with the partitions and the cutoff of priorities.
 #[derive(Clone, Debug)]
-pub struct SortedLimitHandle(ConcurrencyLimitHandle);
+pub struct PartitionedLimitHandle(ConcurrencyLimitHandle);
 
 /// A snapshot of a partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,7 +110,7 @@ pub struct Partition {
     pub refused: u64,
 }
 
-impl SortedLimitHandle {
+impl PartitionedLimitHandle {
     /// Returns a snapshot of each partition, in the order of their numbers.
     #[must_use]
     pub fn partitions(&self) -> Vec<Partition> {
@@ -119,17 +119,17 @@ impl SortedLimitHandle {
     }
 
     /// Returns the priority below which calls are rejected now, with
-    /// [`shed_by_priority`](SortedLimitLayer::shed_by_priority). `None` while no priority is rejected.
+    /// [`shed_by_priority`](PartitionedLimitLayer::shed_by_priority). `None` while no priority is rejected.
     #[must_use]
     pub fn shed_below(&self) -> Option<Priority> {
         self.0.0.shed_below()
     }
 
-    /// Sets the shares of the partitions at run time, as [`SortedLimitLayer::partitions`] does.
+    /// Sets the shares of the partitions at run time, as [`PartitionedLimitLayer::partitions`] does.
     ///
     /// # Errors
     ///
-    /// Returns an error for the shares that [`SortedLimitLayer::partitions`] rejects.
+    /// Returns an error for the shares that [`PartitionedLimitLayer::partitions`] rejects.
     pub fn set_partitions(&self, shares: &[f64]) -> Result<(), ConfigError> {
         Shares::check(shares)?;
         self.0.0.set_shares(shares);
@@ -137,7 +137,7 @@ impl SortedLimitHandle {
     }
 }
 
-impl Deref for SortedLimitHandle {
+impl Deref for PartitionedLimitHandle {
     type Target = ConcurrencyLimitHandle;
 
     fn deref(&self) -> &ConcurrencyLimitHandle {

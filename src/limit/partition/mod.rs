@@ -2,20 +2,20 @@
 //!
 //! ```
 //! use axum::{Router, extract::Request, routing::get};
-//! use buttress::{limit::partition::{Claim, Priority}, ConcurrencyLimitLayer};
+//! use buttress::{limit::partition::{CallClass, Priority}, ConcurrencyLimitLayer};
 //!
 //! const LIVE: u8 = 0;
 //! const BATCH: u8 = 1;
 //!
 //! let limit = ConcurrencyLimitLayer::new(512)
-//!     .sorted_by(|request: &Request| {
-//!         let priority = Priority::NORMAL.lot_of_trace(request.headers());
+//!     .classify_by(|request: &Request| {
+//!         let priority = Priority::NORMAL.with_trace_key(request.headers());
 //!         match request.uri().path() {
-//!             "/livez" | "/metrics" => Claim::exempt(),
+//!             "/livez" | "/metrics" => CallClass::exempt(),
 //!             path if path.starts_with("/batch") => {
-//!                 Claim::from(Priority::SHEDDABLE).partition(BATCH)
+//!                 CallClass::from(Priority::SHEDDABLE).partition(BATCH)
 //!             }
-//!             _ => Claim::from(priority).partition(LIVE),
+//!             _ => CallClass::from(priority).partition(LIVE),
 //!         }
 //!     })
 //!     .partitions(&[0.7, 0.3])
@@ -49,7 +49,7 @@
 //!
 //! # Priorities
 //!
-//! [`shed_by_priority`](SortedLimitLayer::shed_by_priority) maintains a cutoff: calls whose priority is below it are
+//! [`shed_by_priority`](PartitionedLimitLayer::shed_by_priority) maintains a cutoff: calls whose priority is below it are
 //! rejected before they can queue. The cutoff is recomputed once per second, or after 2000 calls if that is earlier:
 //!
 //! - If more than a twentieth of the calls above the cutoff found no permit, the cutoff is set so that the number of
@@ -71,11 +71,11 @@ mod shares;
 mod threshold;
 
 pub use self::{
-    class::{Claim, ExemptPaths, Priority, Sort},
-    layer::{Partition, SortedLimit, SortedLimitHandle, SortedLimitLayer},
+    class::{CallClass, ClassifyCall, ExemptPaths, Priority},
+    layer::{Partition, PartitionedLimit, PartitionedLimitHandle, PartitionedLimitLayer},
 };
 pub(super) use self::{
-    layer::Sorted,
+    layer::PartitionedPolicy,
     shares::{KEPT, Line, Shares},
     threshold::Cutoff,
 };

@@ -2,7 +2,7 @@
 
 use buttress::{
     Attempts, RetryBudget,
-    retry::{Attempt, ReplayBody, Stop},
+    retry::{Attempt, GiveUpReason, ReplayBody},
 };
 use bytes::Bytes;
 use http::{Method, Request};
@@ -11,7 +11,7 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tower::{Layer, service_fn};
 
-use super::{Seen, client, connector, layer, request};
+use super::{AttemptContext, client, connector, layer, request};
 use crate::kit::*;
 
 /// Reads an HTTP/1 request of a few hundred bytes. Returns `None` at the end of the connection.
@@ -38,7 +38,7 @@ async fn read_request(io: &mut DuplexStream) -> Option<String> {
 const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 
 /// Responds once, reads a second request and closes the connection, like a server whose idle timeout has passed.
-async fn hangs_up_on_the_second(mut io: DuplexStream, seen: Seen) {
+async fn hangs_up_on_the_second(mut io: DuplexStream, seen: AttemptContext) {
     while let Some(_request) = read_request(&mut io).await {
         seen.request();
         if seen.requests() == 2 {
@@ -51,7 +51,7 @@ async fn hangs_up_on_the_second(mut io: DuplexStream, seen: Seen) {
 #[tokio::test(start_paused = true)]
 async fn a_stale_connection_is_not_safe_for_post_and_is_for_get() {
     for (method, repeated) in [(Method::POST, false), (Method::GET, true), (Method::PUT, true)] {
-        let (seen, budget) = (Seen::default(), purse(9));
+        let (seen, budget) = (AttemptContext::default(), purse(9));
         let connector = connector(&seen, |_, io, seen| Some(hangs_up_on_the_second(io, seen)));
         let service = layer(&budget).layer(client().build(connector));
         let first = send(&service, request(Method::GET, "")).await.unwrap();
@@ -60,11 +60,11 @@ async fn a_stale_connection_is_not_safe_for_post_and_is_for_get() {
         let told = told(&result);
         if repeated {
             assert_eq!(read(result.unwrap().into_body()).await.0, "ok");
-            assert_eq!((told.made, told.stop), (2, Stop::Answered), "{method}");
+            assert_eq!((told.made, told.stop), (2, GiveUpReason::Answered), "{method}");
             assert_eq!((seen.connections(), seen.requests()), (2, 3), "{method}");
             assert_eq!(budget.balance(), 9.0);
         } else {
-            assert_eq!((told.made, told.stop), (1, Stop::Unsafe), "{method}");
+            assert_eq!((told.made, told.stop), (1, GiveUpReason::Unsafe), "{method}");
             assert_eq!(
                 (seen.connections(), seen.requests()),
                 (1, 2),
@@ -84,7 +84,7 @@ async fn a_stale_connection_is_not_safe_for_post_and_is_for_get() {
 #[tokio::test(start_paused = true)]
 async fn a_refused_connection_is_tried_again_by_any_method() {
     for method in [Method::POST, Method::GET] {
-        let (seen, budget) = (Seen::default(), purse(9));
+        let (seen, budget) = (AttemptContext::default(), purse(9));
         let connector = connector(&seen, |n, mut io, seen| {
             (n > 2).then_some(async move {
                 let text = read_request(&mut io).await.unwrap();
@@ -130,7 +130,7 @@ async fn a_request_that_was_never_sent_is_repeated_uncharged() {
 #[tokio::test(start_paused = true)]
 async fn a_drained_answer_keeps_its_connection() {
     for (kib, connections) in [(0, 1), (40, 1), (256, 3)] {
-        let seen = Seen::default();
+        let seen = AttemptContext::default();
         let connector = connector(&seen, move |_, mut io, seen| {
             Some(async move {
                 while read_request(&mut io).await.is_some() {
@@ -156,7 +156,7 @@ async fn a_drained_answer_keeps_its_connection() {
 #[tokio::test(start_paused = true)]
 async fn an_upload_whose_connection_breaks_is_begun_anew() {
     for method in [Method::PUT, Method::POST] {
-        let (seen, budget) = (Seen::default(), purse(9));
+        let (seen, budget) = (AttemptContext::default(), purse(9));
         let connector = connector(&seen, move |n, mut io, seen| {
             Some(async move {
                 seen.request();
@@ -173,7 +173,11 @@ async fn an_upload_whose_connection_breaks_is_begun_anew() {
         let body = Script::new([data("one"), Piece::Pause(ms(500)), data("two")]).untold();
         let request = Request::builder().method(method.clone()).uri("http://pipe/");
         let result = send(&service, request.body(body).unwrap()).await;
-        let expected = if method == Method::PUT { (2, Stop::Answered) } else { (1, Stop::Unsafe) };
+        let expected = if method == Method::PUT {
+            (2, GiveUpReason::Answered)
+        } else {
+            (1, GiveUpReason::Unsafe)
+        };
         assert_eq!((told(&result).made, told(&result).stop), expected, "{result:?}");
         assert_eq!(seen.requests(), expected.0);
     }

@@ -2,13 +2,13 @@
 
 use std::sync::{Arc, Mutex};
 
-use buttress::{Attempts, retry::Stop};
+use buttress::{Attempts, retry::GiveUpReason};
 use bytes::Bytes;
 use http::{Method, Request, Response};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tower::Layer;
 
-use super::{Seen, client, connector, layer, request};
+use super::{AttemptContext, client, connector, layer, request};
 use crate::kit::*;
 
 /// How an h2 server ends its first stream. It responds to all others with 200.
@@ -19,7 +19,7 @@ enum First {
     ResetLate(h2::Reason),
 }
 
-async fn h2_server(io: DuplexStream, seen: Seen, first: First) {
+async fn h2_server(io: DuplexStream, seen: AttemptContext, first: First) {
     let mut connection = h2::server::handshake(io).await.unwrap();
     while let Some(Ok((request, mut respond))) = connection.accept().await {
         seen.request();
@@ -54,7 +54,7 @@ async fn over_h2(
     body: &'static str,
     first: First,
 ) -> (Attempts, Option<Bytes>, f64) {
-    let (seen, budget) = (Seen::default(), purse(9));
+    let (seen, budget) = (AttemptContext::default(), purse(9));
     let connector = connector(&seen, move |_, io, seen| Some(h2_server(io, seen, first)));
     let service = layer(&budget).layer(client().http2_only(true).build(connector));
     let result = send(&service, request(method, body)).await;
@@ -75,7 +75,7 @@ async fn a_refused_stream_is_repeated_by_any_method_uncharged() {
             for (body, length) in [("", "0"), ("the body", "8")] {
                 let (told, answer, balance) = over_h2(method.clone(), body, first).await;
                 let case = format!("{method} {body:?} {first:?}");
-                assert_eq!((told.made, told.stop), (2, Stop::Answered), "{case}");
+                assert_eq!((told.made, told.stop), (2, GiveUpReason::Answered), "{case}");
                 assert_eq!(
                     answer.as_deref(),
                     Some(length.as_bytes()),
@@ -90,7 +90,7 @@ async fn a_refused_stream_is_repeated_by_any_method_uncharged() {
 /// The connection drops the body that it sends when the attempt ends.
 #[tokio::test(start_paused = true)]
 async fn a_refused_upload_is_begun_anew() {
-    let (seen, budget) = (Seen::default(), purse(9));
+    let (seen, budget) = (AttemptContext::default(), purse(9));
     let refused = First::Reset(h2::Reason::REFUSED_STREAM);
     let connector = connector(&seen, move |_, io, seen| Some(h2_server(io, seen, refused)));
     let service = layer(&budget).layer(client().http2_only(true).build(connector));
@@ -98,7 +98,7 @@ async fn a_refused_upload_is_begun_anew() {
     let body = Script::new([data("one"), pause.clone(), data("two"), pause, data("three")]);
     let request = Request::post("http://pipe/").body(body.untold()).unwrap();
     let result = send(&service, request).await;
-    assert_eq!((told(&result).made, told(&result).stop), (2, Stop::Answered));
+    assert_eq!((told(&result).made, told(&result).stop), (2, GiveUpReason::Answered));
     assert_eq!(read(result.unwrap().into_body()).await.0, "11");
     assert_eq!(seen.requests(), 2);
 }
@@ -108,9 +108,9 @@ async fn any_other_reset_is_not_safe_for_post() {
     for reason in [h2::Reason::CANCEL, h2::Reason::INTERNAL_ERROR, h2::Reason::ENHANCE_YOUR_CALM] {
         for first in [First::Reset(reason), First::ResetLate(reason)] {
             let (told, ..) = over_h2(Method::POST, "the body", first).await;
-            assert_eq!((told.made, told.stop), (1, Stop::Unsafe), "{first:?}");
+            assert_eq!((told.made, told.stop), (1, GiveUpReason::Unsafe), "{first:?}");
             let (told, ..) = over_h2(Method::GET, "", first).await;
-            assert_eq!((told.made, told.stop), (2, Stop::Answered), "{first:?}");
+            assert_eq!((told.made, told.stop), (2, GiveUpReason::Answered), "{first:?}");
         }
     }
 }
@@ -124,7 +124,7 @@ fn go_away(last: u32, reason: u32) -> Vec<u8> {
 }
 
 /// A server of raw frames. Reads the preface and the first request, and sends GOAWAY.
-async fn goes_away(mut io: DuplexStream, seen: Seen, last: u32, reason: u32) {
+async fn goes_away(mut io: DuplexStream, seen: AttemptContext, last: u32, reason: u32) {
     let mut read = Vec::new();
     // An empty SETTINGS frame.
     io.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
@@ -158,7 +158,7 @@ async fn a_stream_above_goaways_last_is_repeated_uncharged() {
     // The last stream, the error code (it does not matter), and whether the request was not processed.
     for (last, reason, unseen) in [(0, 0, true), (1, 0, false), (0, 11, true), (1, 2, false)] {
         for method in [Method::POST, Method::GET] {
-            let (seen, budget) = (Seen::default(), purse(9));
+            let (seen, budget) = (AttemptContext::default(), purse(9));
             let connector = connector(&seen, move |n, io, seen| {
                 Some(async move {
                     match n {
@@ -172,13 +172,13 @@ async fn a_stream_above_goaways_last_is_repeated_uncharged() {
             let told = told(&result);
             let case = format!("{method}, last {last}, reason {reason}: {result:?}");
             if unseen || method == Method::GET {
-                assert_eq!((told.made, told.stop), (2, Stop::Answered), "{case}");
+                assert_eq!((told.made, told.stop), (2, GiveUpReason::Answered), "{case}");
                 assert_eq!(seen.requests(), 2, "{case}");
                 assert_eq!(read(result.unwrap().into_body()).await.0, "8");
                 // The connection of an accepted stream broke, and is assumed to be reused.
                 assert_eq!(budget.balance(), 9.0, "{case}");
             } else {
-                assert_eq!((told.made, told.stop), (1, Stop::Unsafe), "{case}");
+                assert_eq!((told.made, told.stop), (1, GiveUpReason::Unsafe), "{case}");
                 assert_eq!(seen.requests(), 1, "{case}");
             }
         }
@@ -188,7 +188,7 @@ async fn a_stream_above_goaways_last_is_repeated_uncharged() {
 /// The transparent retries against a server that refuses every stream are bounded.
 #[tokio::test(start_paused = true)]
 async fn a_server_that_refuses_every_stream_is_left_alone_in_the_end() {
-    let (seen, budget) = (Seen::default(), purse(9));
+    let (seen, budget) = (AttemptContext::default(), purse(9));
     let streams = Arc::new(Mutex::new(0));
     let connector = connector(&seen, move |_, io, seen| {
         let streams = streams.clone();
@@ -204,6 +204,10 @@ async fn a_server_that_refuses_every_stream_is_left_alone_in_the_end() {
     let service = layer(&budget).layer(client().http2_only(true).build(connector));
     let result = send(&service, request(Method::POST, "")).await;
     let told = told(&result);
-    assert_eq!((told.made, told.stop), (8, Stop::AttemptsUsedUp), "five transparent retries");
+    assert_eq!(
+        (told.made, told.stop),
+        (8, GiveUpReason::AttemptsUsedUp),
+        "five transparent retries"
+    );
     assert_eq!((seen.requests(), budget.balance()), (8, 7.0));
 }

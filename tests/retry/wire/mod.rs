@@ -68,9 +68,9 @@ impl AsyncWrite for Pipe {
 
 /// Counts the connections and the requests.
 #[derive(Clone, Debug, Default)]
-struct Seen(Arc<(AtomicU32, AtomicU32)>);
+struct AttemptContext(Arc<(AtomicU32, AtomicU32)>);
 
-impl Seen {
+impl AttemptContext {
     fn connections(&self) -> u32 {
         self.0.0.load(SeqCst)
     }
@@ -86,8 +86,8 @@ impl Seen {
 
 /// Returns a connector. `server` serves each connection, by its number. `None` refuses the connection.
 fn connector<F>(
-    seen: &Seen,
-    server: impl Fn(u32, DuplexStream, Seen) -> Option<F> + Clone + Send + Sync + 'static,
+    seen: &AttemptContext,
+    server: impl Fn(u32, DuplexStream, AttemptContext) -> Option<F> + Clone + Send + Sync + 'static,
 ) -> impl Service<
     http::Uri,
     Response = TokioIo<Pipe>,

@@ -2,7 +2,7 @@
 
 use buttress::{
     BoxError, ConcurrencyLimitLayer, TimeoutLayer, Timeouts,
-    timeout::{Phase, SendingBody},
+    timeout::{SendingBody, TimeoutPhase},
 };
 use http::{Request, Response, Version};
 use http_body_util::{BodyExt, Full};
@@ -15,7 +15,9 @@ use crate::{kit::*, support::Oops};
 const RATE: u32 = 5;
 
 fn layer() -> TimeoutLayer {
-    TimeoutLayer::new(Timeouts::new().sending(secs(60)).min_body_rate(RATE).body_grace(secs(5)))
+    TimeoutLayer::new(
+        Timeouts::new().request_idle(secs(60)).min_body_rate(RATE).body_grace(secs(5)),
+    )
 }
 
 /// Reads the whole request, then responds.
@@ -39,10 +41,10 @@ async fn trickled_request_body_is_ended_and_its_permit_released() {
     let start = Instant::now();
     // A frame every 50 s: the grace is used up before the first one.
     let error = service.oneshot(Request::new(Paced::every(secs(50), 100))).await.unwrap_err();
-    assert_eq!((phase_of(&error), start.elapsed()), (Phase::BodyRate, secs(5)));
+    assert_eq!((phase_of(&error), start.elapsed()), (TimeoutPhase::BodyRate, secs(5)));
     assert_eq!(error.to_string(), "rejected by timeout: request body is below the minimum rate");
     let snapshot = handle.snapshot();
-    assert_eq!((snapshot.timed_out_by(Phase::BodyRate), snapshot.timed_out()), (1, 1));
+    assert_eq!((snapshot.timed_out_by(TimeoutPhase::BodyRate), snapshot.timed_out()), (1, 1));
     assert_eq!(permits.in_flight(), 0);
 }
 
@@ -52,7 +54,7 @@ async fn each_byte_adds_the_time_that_it_takes_at_the_minimum_rate() {
     let body = Paced::at([0, 0, 0].map(secs)).then_silent();
     let start = Instant::now();
     let error = layer().layer(reader()).oneshot(Request::new(body)).await.unwrap_err();
-    assert_eq!((phase_of(&error), start.elapsed()), (Phase::BodyRate, secs(8)));
+    assert_eq!((phase_of(&error), start.elapsed()), (TimeoutPhase::BodyRate, secs(8)));
 
     // An upload just above the rate is not ended, whatever its duration.
     let body = Paced::every(ms(999), 10_000);
@@ -60,7 +62,7 @@ async fn each_byte_adds_the_time_that_it_takes_at_the_minimum_rate() {
     // An upload just below the rate is ended when the grace is used up.
     let (body, start) = (Paced::every(ms(1010), 10_000), Instant::now());
     let error = layer().layer(reader()).oneshot(Request::new(body)).await.unwrap_err();
-    assert_eq!(phase_of(&error), Phase::BodyRate);
+    assert_eq!(phase_of(&error), TimeoutPhase::BodyRate);
     assert!(start.elapsed() < secs(550), "{:?}", start.elapsed());
 }
 
@@ -72,7 +74,7 @@ async fn allowance_of_a_fast_body_is_bounded() {
     let body = Paced::at(burst.into_iter().chain(trickle));
     let start = Instant::now();
     let error = layer().layer(reader()).oneshot(Request::new(body)).await.unwrap_err();
-    assert_eq!(phase_of(&error), Phase::BodyRate);
+    assert_eq!(phase_of(&error), TimeoutPhase::BodyRate);
     assert!(start.elapsed() <= secs(65), "{:?}", start.elapsed());
 }
 
@@ -114,9 +116,9 @@ async fn rate_is_enforced_after_the_response_head() {
     let (frames, end) = drain(response.into_body()).await;
     // The allowance is 5 s and one second per frame. The first frame leaves 2 s of it, and the second frame arrives 4 s
     // later.
-    assert_eq!((frames, phase_of(&end.unwrap_err())), (1, Phase::BodyRate));
+    assert_eq!((frames, phase_of(&end.unwrap_err())), (1, TimeoutPhase::BodyRate));
     assert_eq!(start.elapsed(), secs(6));
-    assert_eq!(handle.snapshot().timed_out_by(Phase::BodyRate), 1);
+    assert_eq!(handle.snapshot().timed_out_by(TimeoutPhase::BodyRate), 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -132,7 +134,7 @@ async fn grpc_over_http2_has_no_minimum_rate_unless_it_is_covered() {
         [(layer(), Version::HTTP_11), (layer().min_body_rate_for_grpc(true), Version::HTTP_2)]
     {
         let error = layer.layer(reader()).oneshot(request(version)).await.unwrap_err();
-        assert_eq!(phase_of(&error), Phase::BodyRate);
+        assert_eq!(phase_of(&error), TimeoutPhase::BodyRate);
     }
 }
 

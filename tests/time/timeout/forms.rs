@@ -1,6 +1,6 @@
 //! The forms of a timeout: errors, responses and gRPC statuses, but never a 408.
 
-use buttress::{Rejected, TimeoutLayer, Timeouts, outcome::Outcome, timeout::Phase};
+use buttress::{Rejected, TimeoutLayer, Timeouts, outcome::Outcome, timeout::TimeoutPhase};
 use http::{Request, Response, StatusCode};
 use http_body_util::BodyExt;
 use tower::{Layer, ServiceExt};
@@ -53,14 +53,14 @@ async fn grpc_gets_deadline_exceeded_at_the_head_and_in_the_trailers() {
     let trailers = body.frame().await.unwrap().unwrap().into_trailers().unwrap();
     assert_eq!(
         (&trailers["grpc-status"], &trailers["grpc-message"]),
-        (&"4".parse().unwrap(), &"timeout_idle".parse().unwrap())
+        (&"4".parse().unwrap(), &"timeout_response_idle".parse().unwrap())
     );
     assert!(body.frame().await.is_none());
 
     // Without gRPC the body can only end with an error.
     watch.script([Then::Answer(grpc([Piece::data("a"), Piece::Stuck]))]);
     let body = service.oneshot(request()).await.unwrap().into_body();
-    assert_eq!(phase_of(&drain(body).await.1.unwrap_err()), Phase::Idle);
+    assert_eq!(phase_of(&drain(body).await.1.unwrap_err()), TimeoutPhase::Idle);
 }
 
 #[tokio::test(start_paused = true)]
@@ -73,7 +73,7 @@ async fn services_of_any_types() {
     let layer = TimeoutLayer::new(timeouts).per_response();
     assert_eq!(layer.layer(service).oneshot(3).await.unwrap(), 3);
     let error = layer.layer(service).oneshot(4).await.unwrap_err();
-    assert_eq!(phase_of(&error), Phase::Head);
+    assert_eq!(phase_of(&error), TimeoutPhase::Head);
     let own = layer.respond_with(|_: &Rejected| Ok(0)).layer(service);
     assert_eq!(own.oneshot(4).await, Ok::<_, Oops>(0));
 }

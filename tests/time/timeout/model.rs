@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use buttress::{TimeoutLayer, Timeouts, timeout::Phase};
+use buttress::{TimeoutLayer, Timeouts, timeout::TimeoutPhase};
 use http::Response;
 use http_body_util::BodyExt;
 use proptest::prelude::*;
@@ -42,7 +42,7 @@ fn case() -> impl Strategy<Value = Case> {
 }
 
 /// The number of frames, the time of the end, and the phase that ended the stream. `None` if it does not end.
-type End = Option<(usize, u64, Option<Phase>)>;
+type End = Option<(usize, u64, Option<TimeoutPhase>)>;
 
 fn expected(case: &Case) -> End {
     let mut now = 0;
@@ -56,10 +56,13 @@ fn expected(case: &Case) -> End {
         if there.is_none() && case.ends {
             return Some((nth, now, None));
         }
-        let silence =
-            if nth == 0 { (case.first, Phase::FirstFrame) } else { (case.idle, Phase::Idle) };
+        let silence = if nth == 0 {
+            (case.first, TimeoutPhase::FirstFrame)
+        } else {
+            (case.idle, TimeoutPhase::Idle)
+        };
         let silence = silence.0.map(|limit| (now + limit, silence.1));
-        let total = case.total.map(|total| (total.max(now), Phase::Total));
+        let total = case.total.map(|total| (total.max(now), TimeoutPhase::Total));
         let end = match (silence, total) {
             (Some(silence), Some(total)) if silence.0 < total.0 => Some(silence),
             (silence, total) => total.or(silence),
@@ -67,7 +70,7 @@ fn expected(case: &Case) -> End {
         match (there.map(|there| there.max(now)), end) {
             (Some(there), Some((end, by))) if end < there => return Some((nth, end, Some(by))),
             (Some(there), _) if !is_last && case.total.is_some_and(|total| total <= there) => {
-                return Some((nth, there, Some(Phase::Total)));
+                return Some((nth, there, Some(TimeoutPhase::Total)));
             }
             (Some(there), _) => now = there,
             (None, Some((end, by))) => return Some((nth, end, Some(by))),
@@ -79,7 +82,7 @@ fn expected(case: &Case) -> End {
 
 async fn seen(case: &Case) -> End {
     let with = |time: Option<u64>| time.map(ms);
-    let timeouts = Timeouts::new().first_frame(with(case.first)).idle(with(case.idle));
+    let timeouts = Timeouts::new().first_frame(with(case.first)).response_idle(with(case.idle));
     let layer = TimeoutLayer::new(timeouts.total(with(case.total)));
     let start = Instant::now();
     let body = Paced::at(case.frames.iter().map(|at| ms(*at)));

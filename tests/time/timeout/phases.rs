@@ -16,7 +16,7 @@ use buttress::{
     Timeouts,
     outcome::RejectedKind,
     retry::Attempt,
-    timeout::{Phase, SendingBody},
+    timeout::{SendingBody, TimeoutPhase},
 };
 use http::{Request, Response};
 use http_body::{Body, Frame};
@@ -42,7 +42,7 @@ async fn a_head_that_is_late_ends_the_call_and_all_that_it_held() {
     assert_pending!(call.poll());
     assert_eq!((handle.in_flight(), watch.seen().in_flight), (1, 1));
     let error = poll_fn(|cx| call.enter(|_, call| call.poll(cx))).await.unwrap_err();
-    assert_eq!((phase_of(&error), start.elapsed()), (Phase::Head, secs(3)));
+    assert_eq!((phase_of(&error), start.elapsed()), (TimeoutPhase::Head, secs(3)));
     // The future is not dropped, but holds no permit.
     assert_eq!((handle.in_flight(), watch.seen().in_flight), (0, 0));
     drop(call);
@@ -94,7 +94,7 @@ async fn the_heads_time_begins_when_the_request_has_been_sent() {
             Ok(_) => assert!(!late && start.elapsed() == secs(129)),
             Err(error) => {
                 assert!(late, "{error}");
-                assert_eq!((phase_of(&error), start.elapsed()), (Phase::Head, secs(130)));
+                assert_eq!((phase_of(&error), start.elapsed()), (TimeoutPhase::Head, secs(130)));
             }
         }
     }
@@ -110,7 +110,7 @@ async fn a_request_body_that_nobody_wants_any_more_has_been_sent() {
         }));
     let start = Instant::now();
     let error = service.oneshot(Request::new(Paced::every(secs(2), 50))).await.unwrap_err();
-    assert_eq!((phase_of(&error), start.elapsed()), (Phase::Head, secs(130)));
+    assert_eq!((phase_of(&error), start.elapsed()), (TimeoutPhase::Head, secs(130)));
 }
 
 #[tokio::test(start_paused = true)]
@@ -126,9 +126,9 @@ async fn a_request_that_falls_silent_while_it_is_asked_for_is_ended() {
     let start = Instant::now();
     let body = Paced::every(secs(50), 3).then_silent();
     let error = service.oneshot(Request::new(body)).await.unwrap_err();
-    assert_eq!((phase_of(&error), start.elapsed()), (Phase::Sending, secs(210)));
+    assert_eq!((phase_of(&error), start.elapsed()), (TimeoutPhase::Sending, secs(210)));
     let snapshot = handle.snapshot();
-    assert_eq!((snapshot.timed_out_by(Phase::Sending), snapshot.timed_out()), (1, 1));
+    assert_eq!((snapshot.timed_out_by(TimeoutPhase::Sending), snapshot.timed_out()), (1, 1));
 }
 
 #[tokio::test(start_paused = true)]
@@ -165,8 +165,8 @@ async fn one_that_nobody_takes_more_of_is_ended_and_a_failure() {
         let start = Instant::now();
         let body = Paced::every(secs(1), 50);
         let error = service.oneshot(Request::new(body)).await.unwrap_err();
-        assert_eq!(phase_of(&error), Phase::Taking);
-        assert_eq!(handle.snapshot().timed_out_by(Phase::Taking), 1);
+        assert_eq!(phase_of(&error), TimeoutPhase::Taking);
+        assert_eq!(handle.snapshot().timed_out_by(TimeoutPhase::Taking), 1);
         assert!(Outcome::of_error(&*error).is_failure(), "the upstream caused the failure");
         start.elapsed()
     };
@@ -176,7 +176,7 @@ async fn one_that_nobody_takes_more_of_is_ended_and_a_failure() {
 
 #[tokio::test(start_paused = true)]
 async fn one_that_is_asked_for_in_vain_is_its_own_fault_however_long() {
-    let layer = TimeoutLayer::http().sending(None);
+    let layer = TimeoutLayer::http().request_idle(None);
     let service = layer.layer(serve(|request: Request<SendingBody<Paced>>| async move {
         request.into_body().collect().await?;
         Ok(Response::new(Full::<bytes::Bytes>::default()))
@@ -248,7 +248,7 @@ async fn once_the_answer_is_here_the_request_may_be_silent() {
 
 // ===== The response body =====
 
-async fn streaming(layer: TimeoutLayer, body: Paced) -> (usize, Duration, Option<Phase>) {
+async fn streaming(layer: TimeoutLayer, body: Paced) -> (usize, Duration, Option<TimeoutPhase>) {
     let (dropped, start) = (body.dropped(), Instant::now());
     let body = Mutex::new(Some(body));
     let body = Arc::new(body);
@@ -272,13 +272,13 @@ async fn each_phase_of_a_body_is_on_or_off_by_itself() {
     let body = || Paced::at([5, 8, 11, 40].map(secs)).then_silent();
     let with = |timeouts| streaming(TimeoutLayer::new(timeouts), body());
     let none = Timeouts::new();
-    assert_eq!(with(none.first_frame(secs(4))).await, (0, secs(4), Some(Phase::FirstFrame)));
-    assert_eq!(with(none.idle(secs(4))).await, (3, secs(15), Some(Phase::Idle)));
-    let both = none.first_frame(secs(6)).idle(secs(30));
-    assert_eq!(with(both).await, (4, secs(70), Some(Phase::Idle)));
-    assert_eq!(with(none.total(secs(10))).await, (2, secs(10), Some(Phase::Total)));
+    assert_eq!(with(none.first_frame(secs(4))).await, (0, secs(4), Some(TimeoutPhase::FirstFrame)));
+    assert_eq!(with(none.response_idle(secs(4))).await, (3, secs(15), Some(TimeoutPhase::Idle)));
+    let both = none.first_frame(secs(6)).response_idle(secs(30));
+    assert_eq!(with(both).await, (4, secs(70), Some(TimeoutPhase::Idle)));
+    assert_eq!(with(none.total(secs(10))).await, (2, secs(10), Some(TimeoutPhase::Total)));
     let all = both.total(secs(39)).head(secs(1));
-    assert_eq!(with(all).await, (3, secs(39), Some(Phase::Total)));
+    assert_eq!(with(all).await, (3, secs(39), Some(TimeoutPhase::Total)));
     // If none of these timeouts is set, the call does not end.
     let waiting = tokio::time::timeout(secs(100_000), with(none.head(secs(1)))).await;
     assert!(waiting.is_err());
@@ -288,7 +288,7 @@ async fn each_phase_of_a_body_is_on_or_off_by_itself() {
 async fn a_frame_does_not_lengthen_a_silence_that_was_over() {
     // Twenty gaps, each just below the timeout, with one timer.
     let (frames, _, end) = streaming(
-        TimeoutLayer::new(Timeouts::new().first_frame(secs(3)).idle(secs(3))),
+        TimeoutLayer::new(Timeouts::new().first_frame(secs(3)).response_idle(secs(3))),
         Paced::every(ms(2999), 20),
     )
     .await;
@@ -336,7 +336,7 @@ async fn a_stream_that_always_has_another_frame_is_bounded_too() {
         }
         sleep(secs(1)).await;
     };
-    assert_eq!((frames, phase_of(&error)), (10, Phase::Total));
+    assert_eq!((frames, phase_of(&error)), (10, TimeoutPhase::Total));
 }
 
 #[tokio::test(start_paused = true)]
@@ -380,14 +380,14 @@ async fn a_deadline_ends_the_call_and_its_body() {
     let service = TimeoutLayer::http().layer(inner);
     let start = Instant::now();
     let error = service.clone().oneshot(within(secs(2))).await.unwrap_err();
-    assert_eq!((phase_of(&error), start.elapsed()), (Phase::Deadline, secs(2)));
+    assert_eq!((phase_of(&error), start.elapsed()), (TimeoutPhase::Deadline, secs(2)));
     assert_eq!(watch.seen().in_flight, 0);
 
     watch.script([Then::Answer(Response::new(ScriptBody::new([Piece::data("a"), Piece::Stuck])))]);
     let start = Instant::now();
     let body = service.oneshot(within(secs(2))).await.unwrap().into_body();
     let (frames, end) = drain(body).await;
-    assert_eq!((frames, phase_of(&end.unwrap_err())), (1, Phase::Deadline));
+    assert_eq!((frames, phase_of(&end.unwrap_err())), (1, TimeoutPhase::Deadline));
     assert_eq!(start.elapsed(), secs(2));
 }
 
@@ -403,7 +403,7 @@ async fn what_is_past_its_deadline_is_not_begun() {
     assert_eq!(refused_as(refused.map(drop)), RejectedKind::DeadlinePassed);
     let seen = watch.seen();
     assert_eq!((seen.calls, seen.reserved), (0, 0), "the reservation is released");
-    assert_eq!(handle.snapshot().refused_deadline, 1);
+    assert_eq!(handle.snapshot().rejected_deadline, 1);
 }
 
 // ===== Futures that exhaust the coop budget =====
@@ -449,7 +449,7 @@ async fn a_call_that_leaves_its_task_no_room_for_a_timer_is_late_all_the_same() 
         (phase_of(&error), start.elapsed())
     })
     .await;
-    assert_eq!(phase, Phase::Head);
+    assert_eq!(phase, TimeoutPhase::Head);
     assert!(took >= secs(3) && took <= secs(4), "{took:?}");
 }
 
@@ -516,8 +516,8 @@ async fn nor_is_anything_waited_for_longer_that_gets_ready_without_rest() {
 #[tokio::test(start_paused = true)]
 async fn nor_is_its_body_timed_less() {
     for (timeouts, phase) in [
-        (Timeouts::new().first_frame(secs(3)), Phase::FirstFrame),
-        (Timeouts::new().total(secs(3)), Phase::Total),
+        (Timeouts::new().first_frame(secs(3)), TimeoutPhase::FirstFrame),
+        (Timeouts::new().total(secs(3)), TimeoutPhase::Total),
     ] {
         let start = Instant::now();
         let service = TimeoutLayer::new(timeouts)

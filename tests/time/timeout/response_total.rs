@@ -6,7 +6,7 @@ use axum::body::Body;
 use buttress::{
     BoxError, CircuitBreakerLayer, Deadline, DeadlineLayer, RetryLayer, TimeoutLayer, Timeouts,
     Trip,
-    timeout::{Phase, SendingBody},
+    timeout::{SendingBody, TimeoutPhase},
 };
 use http::{Request, Response};
 use http_body_util::BodyExt;
@@ -48,7 +48,7 @@ where
 }
 
 /// The number of frames of the response, the time of the call, and the phase that ended it.
-type End = (usize, Duration, Option<Phase>);
+type End = (usize, Duration, Option<TimeoutPhase>);
 
 async fn end<S, RB, B>(service: S, body: B) -> End
 where
@@ -65,7 +65,7 @@ where
     }
 }
 
-const CUT: Option<Phase> = Some(Phase::ResponseTotal);
+const CUT: Option<TimeoutPhase> = Some(TimeoutPhase::ResponseTotal);
 
 #[tokio::test(start_paused = true)]
 async fn response_total_bounds_the_head_and_the_body_from_the_end_of_the_request() {
@@ -120,7 +120,7 @@ async fn response_total_of_a_request_sent_before_the_response_head_counts_a_late
         sleep(secs(3)).await;
         let (_, result) = drain(response.into_body()).await;
         let ended = (phase_of(&result.unwrap_err()), start.elapsed());
-        assert_eq!(ended, (Phase::ResponseTotal, secs(5)));
+        assert_eq!(ended, (TimeoutPhase::ResponseTotal, secs(5)));
     }
 }
 
@@ -137,7 +137,7 @@ async fn response_total_of_a_request_sent_after_the_response_head_counts_a_late_
     sleep(secs(7)).await;
     let (_, result) = drain(response.into_body()).await;
     let ended = (phase_of(&result.unwrap_err()), start.elapsed());
-    assert_eq!(ended, (Phase::ResponseTotal, secs(9)));
+    assert_eq!(ended, (TimeoutPhase::ResponseTotal, secs(9)));
 }
 
 #[tokio::test(start_paused = true)]
@@ -153,10 +153,10 @@ async fn request_that_the_service_has_dropped_has_been_sent() {
 async fn earlier_of_response_total_and_the_other_bounds_ends_the_call() {
     let upload = || Paced::every(secs(1), 10);
     for (timeouts, phase, after) in [
-        (Timeouts::new().total(secs(14)), Phase::Total, 14),
-        (Timeouts::new().total(secs(16)), Phase::ResponseTotal, 15),
-        (Timeouts::new().head(secs(4)), Phase::Head, 14),
-        (Timeouts::new().head(secs(6)), Phase::ResponseTotal, 15),
+        (Timeouts::new().total(secs(14)), TimeoutPhase::Total, 14),
+        (Timeouts::new().total(secs(16)), TimeoutPhase::ResponseTotal, 15),
+        (Timeouts::new().head(secs(4)), TimeoutPhase::Head, 14),
+        (Timeouts::new().head(secs(6)), TimeoutPhase::ResponseTotal, 15),
     ] {
         let service = layer(secs(5)).layer(reads_first(secs(60), 0));
         let mut request = Request::new(upload());
@@ -168,7 +168,7 @@ async fn earlier_of_response_total_and_the_other_bounds_ends_the_call() {
     let service = layer(secs(5)).layer(reads_first(secs(60), 0));
     let mut request = Request::new(upload());
     request.extensions_mut().insert(Deadline::after(secs(13)));
-    assert_eq!(phase_of(&service.oneshot(request).await.unwrap_err()), Phase::Deadline);
+    assert_eq!(phase_of(&service.oneshot(request).await.unwrap_err()), TimeoutPhase::Deadline);
 }
 
 #[tokio::test(start_paused = true)]
@@ -178,11 +178,11 @@ async fn response_total_is_a_failure_and_counted_and_can_be_changed_while_the_la
     let service = breaker.layer(timeout.layer(reads_first(secs(6), 0)));
     handle.set(Timeouts::new().response_total(secs(5))).unwrap();
     let error = service.clone().oneshot(Request::new(Paced::every(secs(2), 50))).await.unwrap_err();
-    assert_eq!(phase_of(&error), Phase::ResponseTotal);
+    assert_eq!(phase_of(&error), TimeoutPhase::ResponseTotal);
     assert_eq!(circuit.snapshot().seen.consecutive_failures, 1);
     let snapshot = handle.snapshot();
-    assert_eq!((snapshot.timed_out_by(Phase::ResponseTotal), snapshot.timed_out()), (1, 1));
-    assert_eq!(snapshot.timeouts.get(Phase::ResponseTotal), Some(secs(5)));
+    assert_eq!((snapshot.timed_out_by(TimeoutPhase::ResponseTotal), snapshot.timed_out()), (1, 1));
+    assert_eq!(snapshot.timeouts.get(TimeoutPhase::ResponseTotal), Some(secs(5)));
     let fault = Timeouts::new().response_total(Duration::ZERO).check().unwrap_err();
     assert_eq!(fault.field, "response_total");
     handle.set(Timeouts::new().response_total(None)).unwrap();
@@ -204,7 +204,7 @@ async fn response_total_of_a_server_does_not_count_the_upload_of_an_axum_body() 
     let start = Instant::now();
     let response = service.oneshot(Request::new(upload())).await.unwrap();
     let (_, result) = drain(response.into_body()).await;
-    assert_eq!(phase_of(&result.unwrap_err()), Phase::ResponseTotal);
+    assert_eq!(phase_of(&result.unwrap_err()), TimeoutPhase::ResponseTotal);
     assert_eq!(start.elapsed(), secs(105));
 }
 

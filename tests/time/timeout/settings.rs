@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use buttress::{Rejected, TimeoutLayer, Timeouts, outcome::RejectedKind, timeout::Phase};
+use buttress::{Rejected, TimeoutLayer, Timeouts, outcome::RejectedKind, timeout::TimeoutPhase};
 use tokio::time::Instant;
 use tower::{Layer, ServiceExt};
 
@@ -16,11 +16,11 @@ async fn a_request_has_times_of_its_own() {
     let (inner, _watch) = Strict::holding();
     let service = TimeoutLayer::http().total(secs(600)).layer(inner);
     for (own, phase, after) in [
-        (Timeouts::new(), Phase::Head, 30),
-        (Timeouts::new().head(secs(5)), Phase::Head, 5),
-        (Timeouts::new().head(secs(700)), Phase::Total, 600),
-        (Timeouts::new().head(None), Phase::Total, 600),
-        (Timeouts::new().idle(secs(1)), Phase::Head, 30),
+        (Timeouts::new(), TimeoutPhase::Head, 30),
+        (Timeouts::new().head(secs(5)), TimeoutPhase::Head, 5),
+        (Timeouts::new().head(secs(700)), TimeoutPhase::Total, 600),
+        (Timeouts::new().head(None), TimeoutPhase::Total, 600),
+        (Timeouts::new().response_idle(secs(1)), TimeoutPhase::Head, 30),
     ] {
         let mut request = request();
         request.extensions_mut().insert(own);
@@ -35,7 +35,7 @@ async fn a_requests_own_time_of_nothing_is_refused_as_the_layers_is() {
     let (inner, watch) = Strict::new();
     let service = TimeoutLayer::http().layer(inner);
     let mut request = request();
-    request.extensions_mut().insert(Timeouts::new().idle(Duration::ZERO));
+    request.extensions_mut().insert(Timeouts::new().response_idle(Duration::ZERO));
     let error = service.clone().oneshot(request).await.unwrap_err();
     let refused = Rejected::find(&*error).unwrap();
     assert_eq!(refused.kind(), RejectedKind::Misconfigured);
@@ -55,7 +55,7 @@ async fn a_requests_own_times_hold_for_each_of_its_attempts() {
     request.extensions_mut().insert(Timeouts::new().head(secs(2)));
     let start = Instant::now();
     let error = service.oneshot(request).await.unwrap_err();
-    assert_eq!((phase_of(&error), start.elapsed()), (Phase::Head, secs(2 + 1 + 2 + 1 + 2)));
+    assert_eq!((phase_of(&error), start.elapsed()), (TimeoutPhase::Head, secs(2 + 1 + 2 + 1 + 2)));
     assert_eq!(watch.seen().calls, 3);
 }
 
@@ -77,21 +77,22 @@ async fn times_change_while_it_runs_and_are_seen_by_all() {
     let start = Instant::now();
     service.clone().oneshot(request()).await.unwrap_err();
     assert_eq!(start.elapsed(), secs(2));
-    let error = handle.set(Timeouts::new().idle(secs(9)).head(Duration::ZERO)).unwrap_err();
+    let error =
+        handle.set(Timeouts::new().response_idle(secs(9)).head(Duration::ZERO)).unwrap_err();
     assert_eq!(error.to_string(), "`head` is 0ns: use a time above zero, or none for no limit");
     let snapshot = handle.snapshot();
     assert_eq!(
-        snapshot.timeouts.get(Phase::Head),
+        snapshot.timeouts.get(TimeoutPhase::Head),
         Some(secs(2)),
         "a rejected setting changes nothing"
     );
-    assert_eq!(snapshot.timeouts.get(Phase::Idle), Some(secs(60)));
-    assert_eq!((snapshot.timed_out(), snapshot.timed_out_by(Phase::Head)), (3, 3));
+    assert_eq!(snapshot.timeouts.get(TimeoutPhase::Idle), Some(secs(60)));
+    assert_eq!((snapshot.timed_out(), snapshot.timed_out_by(TimeoutPhase::Head)), (3, 3));
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_time_of_nothing_is_a_typed_error_and_refuses_calls() {
-    let layer = TimeoutLayer::http().idle(Duration::ZERO);
+    let layer = TimeoutLayer::http().response_idle(Duration::ZERO);
     let error = layer.clone().checked().unwrap_err();
     assert_eq!((error.field, error.value.as_str()), ("idle", "0ns"));
     assert!(TimeoutLayer::new(Timeouts::new().total(Duration::ZERO)).checked().is_err());
@@ -103,12 +104,12 @@ async fn a_time_of_nothing_is_a_typed_error_and_refuses_calls() {
 
 #[test]
 fn times_are_whole_milliseconds_rounded_up_and_49_days_at_most() {
-    let get = |time| Timeouts::new().total(time).get(Phase::Total).unwrap();
+    let get = |time| Timeouts::new().total(time).get(TimeoutPhase::Total).unwrap();
     assert_eq!(get(Duration::from_nanos(1)), ms(1));
     assert_eq!(get(Duration::from_nanos(1_000_001)), ms(2));
     assert_eq!(get(Duration::MAX), ms(u64::from(u32::MAX) - 1));
-    assert_eq!(Timeouts::new().total(None).get(Phase::Total), None);
-    assert_eq!(Timeouts::http().get(Phase::Deadline), None);
+    assert_eq!(Timeouts::new().total(None).get(TimeoutPhase::Total), None);
+    assert_eq!(Timeouts::http().get(TimeoutPhase::Deadline), None);
     assert_eq!(
         format!("{:?}", Timeouts::http().head(None)),
         "Timeouts { head: off, first_frame: 60s, idle: 60s, sending: 60s, taking: 300s, total: off }"
@@ -120,5 +121,5 @@ async fn a_call_outlives_its_layer() {
     let (inner, _watch) = Strict::holding();
     let call = TimeoutLayer::http().name("gone").layer(inner).oneshot(request());
     let error = tokio::spawn(call).await.unwrap().unwrap_err();
-    assert_eq!(phase_of(&error), Phase::Head);
+    assert_eq!(phase_of(&error), TimeoutPhase::Head);
 }

@@ -7,7 +7,7 @@ use std::{
 
 use buttress::{
     BoxError, CircuitBreakerLayer, ConcurrencyLimitLayer, RetryLayer, TimeoutLayer, Trip,
-    breaker::State, timeout::Phase,
+    breaker::CircuitState, timeout::TimeoutPhase,
 };
 use http::{Request, Response};
 use tokio::time::Instant;
@@ -56,9 +56,10 @@ async fn one_that_falls_silent_is_ended_after_the_idle_time_and_is_a_failure() {
         ServiceBuilder::new().layer(breaker).layer(limit).layer(TimeoutLayer::http()).service(
             answering([Paced::every(secs(20), 3).then_silent(), Paced::at([]).then_silent()]),
         );
-    for (frames, phase, state) in
-        [(3, Phase::Idle, State::Closed), (0, Phase::FirstFrame, State::Open)]
-    {
+    for (frames, phase, state) in [
+        (3, TimeoutPhase::Idle, CircuitState::Closed),
+        (0, TimeoutPhase::FirstFrame, CircuitState::Open),
+    ] {
         let start = Instant::now();
         let response = service.clone().oneshot(Request::new(Nothing::new())).await.unwrap();
         let (seen, end) = drain(response.into_body()).await;
