@@ -64,7 +64,9 @@ impl Server {
             .layer(health.endpoints())
             .layer(DeadlineLayer::new().default_of(ms(300)).respond().checked()?)
             .layer(limit.checked()?.respond())
-            .layer(TimeoutLayer::server().head(ms(200)).response_idle(ms(200)).respond().checked()?);
+            .layer(
+                TimeoutLayer::server().head(ms(200)).response_idle(ms(200)).respond().checked()?,
+            );
         let eye = from_fn_with_state((inside.clone(), is_sick.clone()), look);
         let app = routes().layer(eye).layer(stack);
         let listener = TcpListener::bind("127.0.0.1:0").await?;

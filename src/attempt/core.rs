@@ -1,9 +1,8 @@
 //! The state of one service of an attempt layer.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::budget::RetryBudget;
-use crate::permit::Shared;
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -11,7 +10,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// The state of one service and its clones, which a call reaches through one pointer.
 pub(crate) struct Core<S, T> {
-    pub(crate) settings: Shared<T>,
+    pub(crate) settings: Arc<T>,
     pub(crate) budget: Option<RetryBudget>,
     /// Later attempts are clones of this service, so that a call with one attempt does not clone it.
     ///
@@ -23,7 +22,7 @@ pub(crate) struct Core<S, T> {
 
 impl<S, T> Core<S, T> {
     pub(crate) fn new(
-        settings: Shared<T>,
+        settings: Arc<T>,
         budget: Option<RetryBudget>,
         template: S,
         misconfigured: bool,

@@ -1,4 +1,4 @@
-use std::{fmt, pin::pin, time::Duration};
+use std::{fmt, pin::pin, sync::Arc, time::Duration};
 
 use super::{
     circuit::Circuit,
@@ -7,13 +7,13 @@ use super::{
     state::{CircuitState, HalfOpenProgress},
     trip::{Trip, TripReason},
 };
-use crate::{error::ConfigError, indicator::Indicator, outcome::Outcome, permit::Shared};
+use crate::{error::ConfigError, indicator::Indicator, outcome::Outcome};
 
 /// Reads and controls a circuit.
 ///
 /// Clones refer to the same circuit, and so do all services that the layer or a clone of it made.
 #[derive(Clone)]
-pub struct CircuitBreakerHandle(pub(super) Shared<Circuit>);
+pub struct CircuitBreakerHandle(pub(super) Arc<Circuit>);
 
 /// A snapshot of a circuit.
 #[derive(Clone, Debug, PartialEq)]

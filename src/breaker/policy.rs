@@ -24,7 +24,7 @@ use super::{
 use crate::{
     admission::{Admit, Policy, Terms},
     outcome::{LayerKind, Rejected, SentMark},
-    permit::{Anchor, Permit, ShardedArc, Shared, Token},
+    permit::{Anchor, Permit, ShardedArc, Token},
     time::{CallClock, has_passed},
 };
 
@@ -50,11 +50,12 @@ impl Breaker {
     pub(super) fn new(trip: Trip, settings: CircuitSettings) -> Self {
         let circuit = ShardedArc::new(Circuit::new(trip, settings, false));
         let front = circuit.front();
-        front.lead_to(circuit.state().downgrade());
+        let state = Arc::downgrade(circuit.state());
+        front.lead_to(state);
         Self { front, circuit }
     }
 
-    pub(super) fn circuit(&self) -> &Shared<Circuit> {
+    pub(super) fn circuit(&self) -> &Arc<Circuit> {
         self.circuit.state()
     }
 }

@@ -286,17 +286,15 @@ mod tests {
         state::{CircuitSettings, CircuitState},
         trip::Trip,
     };
-    use super::*;
-    use crate::permit::{Anchor, Shared};
+    use std::sync::Arc;
 
-    fn circuit(front: &'static Front) -> Shared<Circuit> {
-        let circuit = Shared::new(Circuit::behind(
-            front,
-            Trip::consecutive(1),
-            CircuitSettings::DEFAULT,
-            false,
-        ));
-        front.lead_to(circuit.downgrade());
+    use super::*;
+    use crate::permit::Anchor;
+
+    fn circuit(front: &'static Front) -> Arc<Circuit> {
+        let circuit =
+            Arc::new(Circuit::behind(front, Trip::consecutive(1), CircuitSettings::DEFAULT, false));
+        front.lead_to(Arc::downgrade(&circuit));
         circuit
     }
 
@@ -353,7 +351,7 @@ mod tests {
     fn call_that_ends_in_the_front_keeps_no_circuit_alive() {
         let front = Front::take();
         let first = circuit(front);
-        let circuit = first.downgrade();
+        let circuit = Arc::downgrade(&first);
         let token = first.enter(|| None).expect("closed");
         drop(first);
         assert!(circuit.upgrade().is_none());
@@ -371,21 +369,16 @@ mod loom_models {
         trip::Trip,
     };
     use super::*;
-    use crate::permit::Shared;
 
-    fn circuit(front: &'static Front) -> Shared<Circuit> {
-        let circuit = Shared::new(Circuit::behind(
-            front,
-            Trip::consecutive(1),
-            CircuitSettings::DEFAULT,
-            false,
-        ));
-        front.lead_to(circuit.downgrade());
+    fn circuit(front: &'static Front) -> Arc<Circuit> {
+        let circuit =
+            Arc::new(Circuit::behind(front, Trip::consecutive(1), CircuitSettings::DEFAULT, false));
+        front.lead_to(Arc::downgrade(&circuit));
         circuit
     }
 
     /// A call ends late, while its circuit is dropped and another circuit takes the front.
-    fn late_call(meanwhile: fn(Shared<Circuit>)) {
+    fn late_call(meanwhile: fn(Arc<Circuit>)) {
         loom::model(move || {
             let front = Front::take();
             let first = circuit(front);
@@ -413,7 +406,7 @@ mod loom_models {
     #[test]
     fn loom_a_late_call_keeps_no_other_circuit_alive() {
         late_call(|second| {
-            let kept = second.downgrade();
+            let kept = Arc::downgrade(&second);
             // The late call accesses this lock and the word. Accesses here let the model switch threads at them. The
             // model does not see the reference counts of `Shared`.
             drop(second.front().lock());

@@ -36,7 +36,7 @@ use super::{
     semaphore::Place,
     streams::{Lane, Opening, Pick, StreamPermit, Streams},
 };
-use crate::{origin::Origin, outcome::Rejected, permit::Shared};
+use crate::{origin::Origin, outcome::Rejected};
 
 /// The permission to ask the pool for a connection.
 pub(super) struct Turn {
@@ -83,7 +83,7 @@ impl Caller {
 impl Turn {
     /// Acquires the permission if that is possible without waiting.
     pub(super) fn now(
-        all: &Shared<Connections>,
+        all: &Arc<Connections>,
         origin: Origin,
         caller: Caller,
     ) -> Result<Self, Guest> {
@@ -167,7 +167,7 @@ impl Turn {
 
     /// Leaves the release of the permits or of the stream to the end of the call over this connection. Returns the tag
     /// by which [`Conn`] releases them.
-    pub(super) fn keep(self, conn: &Shared<Conn>) -> u64 {
+    pub(super) fn keep(self, conn: &Arc<Conn>) -> u64 {
         match self.right {
             // `Conn` releases checkout permits to the gate of its own host. A `CONNECT` request names no scheme, so its
             // connection may belong to another host. Then the permits of the request are released here.

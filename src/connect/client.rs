@@ -42,7 +42,7 @@ use crate::{
     error::{BoxError, ConfigError},
     origin::Origin,
     outcome::{ConnectionError, Outcome, Rejected, RetiredConnection, WaitsFor},
-    permit::{Eos, Shared, TrackedBody},
+    permit::{Eos, TrackedBody},
 };
 
 /// hyper-util's client over the bounded connections of a [`ConnectLayer`].
@@ -232,7 +232,7 @@ pin_project! {
     pub struct ClientResponseFuture {
         #[pin]
         state: ClientCallState,
-        all: Shared<Connections>,
+        all: Arc<Connections>,
     }
 }
 

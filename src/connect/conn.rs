@@ -50,12 +50,12 @@ use super::{
 };
 use crate::{
     outcome::Outcome,
-    permit::{Permit, Release, ReleaseAt, Shared, Token},
+    permit::{Permit, Release, ReleaseAt, Token},
     time::Nanos,
 };
 
 pub(super) struct Conn {
-    all: Shared<Connections>,
+    all: Arc<Connections>,
     id: u64,
     /// Of the client and the host of this connection.
     client: Arc<Streams>,
@@ -100,7 +100,7 @@ const GRACE: Nanos = 1_000_000_000;
 
 impl Conn {
     pub(super) fn new(
-        all: Shared<Connections>,
+        all: Arc<Connections>,
         id: u64,
         client: Arc<Streams>,
         lane: Option<Lane>,
@@ -324,7 +324,7 @@ impl Conn {
 
     /// Records that the client has begun a request of HTTP/1. If calls of this client share connections, they wait for
     /// streams and not for checkout permits, so the connection is registered with one stream.
-    pub(super) fn set_http1(this: &Shared<Self>) {
+    pub(super) fn set_http1(this: &Arc<Self>) {
         this.client.version.set_http1();
         if this.is_leased() && this.has_streams() {
             Self::set_max_streams(this, 1);
@@ -343,7 +343,7 @@ impl Conn {
     }
 
     /// Records the maximum number of streams from the SETTINGS of the peer. Calls can use the connection from then on.
-    pub(super) fn set_max_streams(this: &Shared<Self>, max: usize) {
+    pub(super) fn set_max_streams(this: &Arc<Self>, max: usize) {
         match this.max_streams.swap(max.min(UNKNOWN - 1), Ordering::SeqCst) {
             UNKNOWN => this.client.register(this),
             _ => this.client.notify(),
@@ -468,13 +468,13 @@ pub(super) const HAS_STREAM: u64 = 2;
 
 /// A reference to a connection, which hyper-util's pool stores with the connection. A clone is a use of the connection.
 pub(super) struct Tag {
-    pub(super) conn: Shared<Conn>,
+    pub(super) conn: Arc<Conn>,
     is_lease: bool,
 }
 
 impl Tag {
     /// Returns the tag that the pool stores, which is not a use.
-    pub(super) fn new(conn: Shared<Conn>) -> Self {
+    pub(super) fn new(conn: Arc<Conn>) -> Self {
         Self { conn, is_lease: false }
     }
 
@@ -490,7 +490,7 @@ impl Tag {
     }
 
     /// Turns the tag into a permit that uses the connection to the end of the response body.
-    pub(super) fn serve(mut self, turn: Option<Turn>) -> Permit<Shared<Conn>> {
+    pub(super) fn serve(mut self, turn: Option<Turn>) -> Permit<Arc<Conn>> {
         let conn = self.conn.clone();
         if !std::mem::replace(&mut self.is_lease, false) {
             conn.begin();
@@ -499,7 +499,7 @@ impl Tag {
             conn.all.counts.reused.fetch_add(1, Ordering::Relaxed);
         }
         let tag = turn.map_or(0, |turn| turn.keep(&conn));
-        conn.permit(Token::unmeasured(tag))
+        Permit::of(&conn, Token::unmeasured(tag))
     }
 }
 
@@ -528,7 +528,7 @@ mod tests {
 
     /// A waker that uses the connection when it is dropped. The last waker of a task that owns the connection does this
     /// too.
-    struct UsesConn(Shared<Conn>);
+    struct UsesConn(Arc<Conn>);
 
     impl Wake for UsesConn {
         fn wake(self: Arc<Self>) {}
@@ -545,7 +545,7 @@ mod tests {
     fn waker_may_use_the_connection_when_it_is_dropped() {
         let (ended, end) = mpsc::channel();
         thread::spawn(move || {
-            let all = Shared::new(Connections::new());
+            let all = Arc::new(Connections::new());
             let origin = Origin::of(&"http://search".parse().expect("a URI"));
             let guest = Guest::register(&all, origin, 1);
             let lane = Some(Lane { owner: 1, index: 0 });

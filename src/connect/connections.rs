@@ -57,7 +57,6 @@ use crate::{
     event::event,
     origin::Origin,
     outcome::{LayerKind, LayerName, Rejected, RejectedKind, WaitsFor},
-    permit::Shared,
     time::{Clock, Nanos, nanos},
 };
 
@@ -122,7 +121,7 @@ pub(super) struct Book {
     /// a hash.
     pub(super) last: Option<Arc<Streams>>,
     /// The open connections by id, in an order that a scan in slices can follow.
-    open: BTreeMap<u64, Shared<Conn>>,
+    open: BTreeMap<u64, Arc<Conn>>,
     /// The last id of a connection or host.
     next: u64,
     /// The number of open connections that are closing for another host.
@@ -226,7 +225,7 @@ impl Connections {
     /// Acquires the permits of one connection to `origin`, or waits for them in the queue. Dropping the future releases
     /// them.
     pub(super) async fn admit(
-        this: &Shared<Self>,
+        this: &Arc<Self>,
         origin: Origin,
         lane: Option<Lane>,
     ) -> Result<Ticket, Rejected> {
@@ -313,11 +312,7 @@ impl Connections {
     // ===== Open connections =====
 
     /// Registers a connection that has been opened.
-    pub(super) fn open(
-        this: &Shared<Self>,
-        client: &Arc<Streams>,
-        lane: Option<Lane>,
-    ) -> Shared<Conn> {
+    pub(super) fn open(this: &Arc<Self>, client: &Arc<Streams>, lane: Option<Lane>) -> Arc<Conn> {
         let now = this.clock.now();
         let settings = &this.settings;
         let life = Life::new(
@@ -330,7 +325,7 @@ impl Connections {
         this.counts.created.fetch_add(1, Ordering::Relaxed);
         let mut book = this.book();
         let id = book.next_id();
-        let conn = Shared::new(Conn::new(this.clone(), id, client.clone(), lane, life, now));
+        let conn = Arc::new(Conn::new(this.clone(), id, client.clone(), lane, life, now));
         book.open.insert(id, conn.clone());
         conn
     }
@@ -377,7 +372,7 @@ impl Connections {
     pub(super) fn make_room_for(&self, host: &Arc<Host>) {
         let now = self.clock.now();
         loop {
-            let mut longest_idle: Option<(Nanos, Shared<Conn>)> = None;
+            let mut longest_idle: Option<(Nanos, Arc<Conn>)> = None;
             self.each_open(|conn| {
                 if Arc::ptr_eq(conn.host(), host) || conn.why_over().is_some() {
                     return;
@@ -401,10 +396,10 @@ impl Connections {
 
     /// Visits the open connections in the order in which they were opened, without the lock of the book. A connection
     /// that is opened or closed meanwhile may be skipped.
-    fn each_open(&self, mut visit: impl FnMut(&Shared<Conn>)) {
+    fn each_open(&self, mut visit: impl FnMut(&Arc<Conn>)) {
         let mut next = 0;
         loop {
-            let slice: Vec<Shared<Conn>> =
+            let slice: Vec<Arc<Conn>> =
                 self.book().open.range(next..).take(SLICE).map(|(_, conn)| conn.clone()).collect();
             let Some(last) = slice.last() else { return };
             next = last.id().saturating_add(1);

@@ -1,14 +1,14 @@
-use std::{fmt, sync::atomic::Ordering, time::Duration};
+use std::{fmt, sync::Arc, sync::atomic::Ordering, time::Duration};
 
 use super::connections::Connections;
-use crate::{error::ConfigError, permit::Shared};
+use crate::error::ConfigError;
 
 /// Reads the state of the connections of a layer, changes its caps and renews its connections, from outside of the
 /// stack.
 ///
 /// Clones refer to the same connections: those of all connectors that the layer or a clone of it made.
 #[derive(Clone)]
-pub struct ConnectHandle(pub(super) Shared<Connections>);
+pub struct ConnectHandle(pub(super) Arc<Connections>);
 
 /// The connections of a layer at one moment, and its counters since it was created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

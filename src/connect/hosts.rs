@@ -16,7 +16,7 @@ use super::{
     semaphore::{Gate, Place},
     streams::Streams,
 };
-use crate::{origin::Origin, permit::Shared, time::Nanos};
+use crate::{origin::Origin, time::Nanos};
 
 /// The permits and queues of one host.
 pub(super) struct Host {
@@ -122,13 +122,13 @@ impl HostVersion {
 /// A user of a host. The last one of a client removes the entry of the client, and the last one of all clients removes
 /// the host.
 pub(super) struct Guest {
-    pub(super) all: Shared<Connections>,
+    pub(super) all: Arc<Connections>,
     pub(super) streams: Arc<Streams>,
 }
 
 impl Guest {
     /// `owner` is the id of a [`Client`](super::client::Client), or [`NO_CLIENT`].
-    pub(super) fn register(all: &Shared<Connections>, origin: Origin, owner: u64) -> Self {
+    pub(super) fn register(all: &Arc<Connections>, origin: Origin, owner: u64) -> Self {
         let mut book = all.book();
         let is_last = |last: &&Arc<Streams>| last.owner == owner && last.host.origin == origin;
         let streams = match book.last.as_ref().filter(is_last) {
@@ -256,7 +256,7 @@ mod tests {
 
     #[test]
     fn last_user_of_a_client_and_of_a_host_removes_their_entries() {
-        let all = Shared::new(Connections::new());
+        let all = Arc::new(Connections::new());
         let guest = |uri: &str, owner| {
             Guest::register(&all, Origin::of(&uri.parse().expect("a URI")), owner)
         };

@@ -5,6 +5,7 @@ use std::{
     future::Future,
     io,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -21,7 +22,6 @@ use super::{
     lifetime::{LifetimeVerdict, NEVER},
     streams::Lane,
 };
-use crate::permit::Shared;
 
 pin_project! {
     /// A connection that holds its permits while it is open.
@@ -38,7 +38,7 @@ pin_project! {
 
 /// The state of the connection, the timer of its limits, and its permits.
 struct Seat {
-    conn: Shared<Conn>,
+    conn: Arc<Conn>,
     has_written: bool,
     is_http2: bool,
     /// Of an HTTP/2 connection of a client.
@@ -56,7 +56,7 @@ impl Drop for Seat {
 impl<T> Io<T> {
     pub(super) fn new(
         inner: T,
-        all: &Shared<Connections>,
+        all: &Arc<Connections>,
         ticket: Ticket,
         lane: Option<Lane>,
     ) -> Self {

@@ -3,6 +3,7 @@ use std::{
     future::Future,
     io,
     pin::Pin,
+    sync::Arc,
     sync::atomic::Ordering,
     task::{Context, Poll},
     time::Duration,
@@ -25,7 +26,6 @@ use crate::{
     error::{BoxError, ConfigError, Fault},
     origin::Origin,
     outcome::{LayerKind, Rejected},
-    permit::Shared,
 };
 
 /// Bounds the connections that a connector opens, limits their times and counts them.
@@ -36,7 +36,7 @@ use crate::{
 #[must_use = "a layer does nothing until it wraps a connector"]
 #[derive(Clone, Debug)]
 pub struct ConnectLayer {
-    pub(super) all: Shared<Connections>,
+    pub(super) all: Arc<Connections>,
     fault: Fault,
 }
 
@@ -50,7 +50,7 @@ impl ConnectLayer {
     /// Creates a layer with the [default settings](super#defaults): no caps, a connect timeout of 5 s, a maximum age of
     /// 5 minutes and a maximum idle time of 4 s, each of these two up to 20 % shorter by jitter.
     pub fn new() -> Self {
-        Self { all: Shared::new(Connections::new()), fault: Fault::default() }
+        Self { all: Arc::new(Connections::new()), fault: Fault::default() }
     }
 
     /// Sets the maximum number of connections to one host (scheme, name and port), 1 or more. No limit by default.

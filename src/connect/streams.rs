@@ -45,7 +45,6 @@ use super::{
     hosts::{Guest, Host, HostVersion},
     semaphore::{Gate, Place},
 };
-use crate::permit::Shared;
 
 /// The maximum number of HTTP/2 connections of a client to one host.
 pub(super) const MAX_LANES: usize = 64;
@@ -83,7 +82,7 @@ pub(super) struct Streams {
 #[derive(Default)]
 struct LaneState {
     /// The connections whose SETTINGS have arrived, until they are closed.
-    open: Vec<Shared<Conn>>,
+    open: Vec<Arc<Conn>>,
     /// The lane in which a call opens a connection, if one does.
     opening: Option<Lane>,
     /// Reserved for the connection that it opens.
@@ -186,7 +185,7 @@ impl Streams {
     }
 
     /// Adds a connection whose SETTINGS have arrived.
-    pub(super) fn register(&self, conn: &Shared<Conn>) {
+    pub(super) fn register(&self, conn: &Arc<Conn>) {
         let opening = conn.take_opening();
         {
             let mut state = self.state();
@@ -283,7 +282,7 @@ impl Drop for Queued<'_> {
 
 impl LaneState {
     /// Returns the connections that take calls.
-    fn in_use(&self) -> impl Iterator<Item = &Shared<Conn>> {
+    fn in_use(&self) -> impl Iterator<Item = &Arc<Conn>> {
         self.open.iter().filter(|conn| !conn.is_left())
     }
 
@@ -321,13 +320,13 @@ impl LaneState {
 
 /// The permit to send one call over an HTTP/2 connection.
 pub(super) struct StreamPermit {
-    conn: Shared<Conn>,
+    conn: Arc<Conn>,
     is_kept: bool,
 }
 
 impl StreamPermit {
     /// Takes a stream of a connection that a call already uses, whether or not one is free.
-    pub(super) fn seize(conn: &Shared<Conn>) -> Self {
+    pub(super) fn seize(conn: &Arc<Conn>) -> Self {
         conn.seize_stream();
         Self { conn: conn.clone(), is_kept: false }
     }

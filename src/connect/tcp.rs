@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -11,7 +12,6 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use tower_service::Service;
 
 use super::{connections::Connections, resolve::Resolver};
-use crate::permit::Shared;
 
 /// hyper-util's [`HttpConnector`], which divides the [connect timeout](super::layer::ConnectLayer::connect_timeout) among the
 /// addresses of a host. Made by [`ClientBuilder::tcp_connector`](super::client::ClientBuilder::tcp_connector).
@@ -24,14 +24,14 @@ use crate::permit::Shared;
 #[derive(Clone)]
 pub struct TcpConnector<R = Resolver> {
     http: HttpConnector<R>,
-    all: Shared<Connections>,
+    all: Arc<Connections>,
 }
 
 /// The maximum head start of the first address family: the default of hyper-util.
 const MAX_HEAD_START: Duration = Duration::from_millis(300);
 
 impl<R> TcpConnector<R> {
-    pub(super) fn new(http: HttpConnector<R>, all: &Shared<Connections>) -> Self {
+    pub(super) fn new(http: HttpConnector<R>, all: &Arc<Connections>) -> Self {
         Self { http, all: all.clone() }
     }
 

@@ -1,14 +1,14 @@
-use std::{fmt, pin::pin, time::Duration};
+use std::{fmt, pin::pin, sync::Arc, time::Duration};
 
 use super::{gate::Gate, probe::ProbeFailure, threshold::ProbeState};
-use crate::{indicator::Indicator, permit::Shared};
+use crate::indicator::Indicator;
 
 /// A handle to the gate of a [`HealthProbeLayer`](super::layer::HealthProbeLayer).
 ///
 /// Clones refer to the same gate, which all services of the layer and its clones share. The probes end when the last
 /// layer, service and handle are dropped, so a handle keeps them running.
 #[derive(Clone)]
-pub struct HealthProbeHandle(pub(super) Shared<Gate>);
+pub struct HealthProbeHandle(pub(super) Arc<Gate>);
 
 /// A snapshot of a health gate.
 #[derive(Clone, Debug, PartialEq)]

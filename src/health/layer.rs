@@ -19,7 +19,6 @@ use crate::{
     admission::{Plan, Reusable, admission_layer},
     classify::{Http, PerResponse},
     error::ConfigError,
-    permit::Shared,
     respond::AsError,
 };
 
@@ -31,7 +30,7 @@ admission_layer! {
     layer HealthProbeLayer { probe: P }
     /// The service of a [`HealthProbeLayer`].
     service HealthProbe []
-    policy Shared<Gate>
+    policy Arc<Gate>
 }
 
 impl HealthProbeLayer<()> {
@@ -132,7 +131,7 @@ impl HealthProbeLayer<()> {
 
 impl<P, M> HealthProbeLayer<P, M> {
     fn with(probe: P, protocol: M, fault: Option<ConfigError>) -> Self {
-        let policy = Shared::new(Gate::new());
+        let policy = Arc::new(Gate::new());
         Self { plan: Plan { policy, protocol, reject: AsError, fault: fault.into() }, probe }
     }
 }
@@ -352,8 +351,12 @@ where
         if self.plan.fault.is_none() {
             let gate = &self.plan.policy;
             gate.arm(|| {
-                Prober { gate: gate.downgrade(), service: inner.clone(), probe: self.probe.clone() }
-                    .starter()
+                Prober {
+                    gate: Arc::downgrade(&gate),
+                    service: inner.clone(),
+                    probe: self.probe.clone(),
+                }
+                .starter()
             });
         }
         self.gate(inner)

@@ -1,7 +1,7 @@
 use std::{
     fmt,
     sync::{
-        Mutex, OnceLock,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
@@ -16,7 +16,6 @@ use crate::{
     classify::{Classify, Http},
     error::{ConfigError, Fault},
     outcome::Outcome,
-    permit::Shared,
 };
 
 /// Sends hedge attempts of a slow call, and returns the first good response.
@@ -26,7 +25,7 @@ use crate::{
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct HedgeLayer<M = Http> {
-    settings: Shared<HedgeSettings>,
+    settings: Arc<HedgeSettings>,
     protocol: M,
     fault: Fault,
 }
@@ -171,7 +170,7 @@ impl HedgeLayer {
             denied: AtomicU64::new(0),
             name: OnceLock::new(),
         };
-        Self { settings: Shared::new(settings), protocol: Http, fault: fault.into() }
+        Self { settings: Arc::new(settings), protocol: Http, fault: fault.into() }
     }
 }
 
@@ -301,7 +300,7 @@ impl fmt::Debug for HedgeSettings {
 
 /// A handle to the counts of a hedge layer.
 #[derive(Clone, Debug)]
-pub struct HedgeHandle(Shared<HedgeSettings>);
+pub struct HedgeHandle(Arc<HedgeSettings>);
 
 /// A snapshot of a hedge layer.
 #[derive(Clone, Copy, Debug, PartialEq)]

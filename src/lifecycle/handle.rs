@@ -1,4 +1,4 @@
-use std::{fmt, future::Future, io, panic::catch_unwind, time::Duration};
+use std::{fmt, future::Future, io, panic::catch_unwind, sync::Arc, time::Duration};
 
 use tokio::{runtime::Handle, time::sleep};
 
@@ -86,7 +86,7 @@ impl Lifecycle {
             ConfigError::new("lifecycle.signals", error, remedy)
         })?;
         let state = ShardedArc::new(LifecycleState::new(reporter));
-        let (weak, phase) = (state.state().downgrade(), state.seen());
+        let (weak, phase) = (Arc::downgrade(state.state()), state.seen());
         let driven = Driven(weak.clone());
         let driver = runtime.spawn(async move {
             let _driven = driven;

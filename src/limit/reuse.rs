@@ -81,7 +81,7 @@ impl Limit {
     /// has learnt and cannot be reset for another limit.
     pub(super) fn adaptive(limit: u32, teller: Teller) -> Self {
         let limiter = ShardedArc::new(Limiter::new(limit, Some(teller)));
-        limiter.set_owner(limiter.state().downgrade());
+        limiter.set_owner(Arc::downgrade(limiter.state()));
         Self {
             limiter: Way::Sharded(limiter),
             own: Arc::new(Own { lasting: None, label: OnceLock::new() }),

@@ -2,7 +2,7 @@
 
 use std::{
     fmt, mem,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -10,7 +10,7 @@ use super::limiter::Limiter;
 use crate::{
     classify::Classifier,
     outcome::{CallerDeadline, HealthCall, Outcome, SentMark, UpstreamClock, WaitsFor},
-    permit::{Anchor, Giver, Measures, Permit, Release, ReleaseAt, Shared, Token},
+    permit::{Anchor, Giver, Measures, Permit, Release, ReleaseAt, Token},
     time::Deadline,
 };
 use http::Request;
@@ -20,7 +20,7 @@ use http::Request;
 /// Clones refer to the same permit; only one [`OwnedPermit`] exists at a time. If no handler [takes](Self::take) the
 /// permit, the call releases it at its end, as without this type.
 #[derive(Clone)]
-pub struct CallPermit(Shared<UpgradeSlot>);
+pub struct CallPermit(Arc<UpgradeSlot>);
 
 impl CallPermit {
     /// Takes the permit. It is released when both the call has ended, to the end of its body, and the returned
@@ -60,7 +60,7 @@ pub struct OwnedPermit {
 }
 
 enum Of {
-    Call(Shared<UpgradeSlot>),
+    Call(Arc<UpgradeSlot>),
     Nobody(Permit<Anchor<Limiter>>),
 }
 
@@ -278,11 +278,12 @@ where
         let call = self.0.begin(request, Permit::<G>::hollow);
         let mark = self.sent_mark(request);
         let permit = permit().observing(deadline, mark.is_some()).erase();
-        let slot = Shared::new(UpgradeSlot {
+        let slot = Arc::new(UpgradeSlot {
             state: Mutex::new(UpgradeState { permit, holder: Holder::Call }),
             outer: request.extensions_mut().remove(),
         });
-        let permit = slot.permit(Token::default()).with_record_of(&slot.lock().permit).erase();
+        let permit =
+            Permit::of(&slot, Token::default()).with_record_of(&slot.lock().permit).erase();
         request.extensions_mut().insert(CallPermit(slot));
         Lent { call, measuring_permit: MeasuringPermit { permit, mark } }
     }

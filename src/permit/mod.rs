@@ -20,5 +20,5 @@ pub(crate) use self::{
 pub(crate) use self::{
     body::{Eos, FromBytes},
     permit::{Measures, Permit, Release, ReleaseAt, Token},
-    state_ref::{Giver, Shared},
+    state_ref::Giver,
 };

@@ -20,7 +20,7 @@
 //! - Every outcome other than a success is [attributed](crate::outcome::attribute) before the state receives it. A state
 //!   can therefore count each failure against the upstream.
 
-use std::{fmt, mem};
+use std::{fmt, mem, sync::Arc};
 
 use tokio::time::{Duration, Instant};
 
@@ -412,6 +412,13 @@ impl<G: Release> Permit<G> {
     #[inline]
     pub(crate) fn end_dropped_as(&mut self, outcome: Outcome) {
         self.context.drop_as = Some(outcome);
+    }
+}
+
+impl<T: Release> Permit<Arc<T>> {
+    /// Returns a permit that this state has issued. The permit keeps the state alive.
+    pub(crate) fn of(state: &Arc<T>, token: Token) -> Self {
+        Self::new(Arc::clone(state), token)
     }
 }
 

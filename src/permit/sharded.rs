@@ -20,17 +20,14 @@ use std::{
     thread,
 };
 
-use super::{
-    permit::Release,
-    state_ref::{AnyGiver, Shared},
-};
+use super::{permit::Release, state_ref::AnyGiver};
 
-/// A [`Shared`] state whose calls are counted in shards. Calls on threads with different shards write no common cache
+/// A state whose calls are counted in shards. Calls on threads with different shards write no common cache
 /// line. Its own clones, one per service, share one count.
 pub(crate) struct ShardedArc<T>(Arc<Shards<T>>);
 
 struct Shards<T> {
-    state: Shared<T>,
+    state: Arc<T>,
     /// The first shard. It is a field of its own, so that the choice of a shard cannot fail.
     first: ShardedRef<T>,
     /// The other shards. Their number is a power of two less one, so it serves as the mask of a shard's index.
@@ -39,11 +36,11 @@ struct Shards<T> {
 
 /// A shard: a reference to the state, with a reference count of its own. The alignment prevents false sharing.
 #[repr(align(128))]
-struct Shard<T>(Shared<T>);
+struct Shard<T>(Arc<T>);
 
 impl<T> ShardedArc<T> {
     pub(crate) fn new(state: T) -> Self {
-        let state = Shared::new(state);
+        let state = Arc::new(state);
         let first = ShardedRef::of(state.clone());
         let others = (1..count()).map(|_| ShardedRef::of(state.clone())).collect();
         Self(Arc::new(Shards { state, first, others }))
@@ -59,7 +56,7 @@ impl<T> ShardedArc<T> {
 
     /// Returns the state. A clone of it is counted in the state's own reference count.
     #[cfg(any(feature = "breaker", feature = "lifecycle", feature = "limit"))]
-    pub(crate) fn state(&self) -> &Shared<T> {
+    pub(crate) fn state(&self) -> &Arc<T> {
         &self.0.state
     }
 }
@@ -99,7 +96,7 @@ impl<T> Deref for Shard<T> {
 pub struct ShardedRef<T>(Arc<Shard<T>>);
 
 impl<T> ShardedRef<T> {
-    fn of(state: Shared<T>) -> Self {
+    fn of(state: Arc<T>) -> Self {
         Self(Arc::new(Shard(state)))
     }
 }
@@ -108,23 +105,23 @@ impl<T> ShardedRef<T> {
 impl<T> ShardedRef<T> {
     /// Returns a state with a single shard, for states that exist in large numbers.
     pub(crate) fn alone(state: T) -> Self {
-        Self::of(Shared::new(state))
+        Self::of(Arc::new(state))
     }
 
     /// Returns the state. A clone of it is counted in the state's own reference count.
-    pub(crate) fn state(&self) -> &Shared<T> {
+    pub(crate) fn state(&self) -> &Arc<T> {
         &self.0.0
     }
 
     /// Returns whether there is another reference to the shard or to its state. The result may be outdated at once.
     pub(crate) fn is_shared(&self) -> bool {
-        Arc::strong_count(&self.0) > 1 || Arc::strong_count(&self.0.0.0) > 1
+        Arc::strong_count(&self.0) > 1 || Arc::strong_count(&self.0.0) > 1
     }
 
     /// Returns whether this is the only reference to the shard and to its state, weak references included. If so, all
     /// writes through dropped references are visible: [`Arc::get_mut`] acquires what their drops released.
     pub(crate) fn is_unshared(&mut self) -> bool {
-        Arc::get_mut(&mut self.0).is_some_and(|only| Arc::get_mut(&mut only.0.0).is_some())
+        Arc::get_mut(&mut self.0).is_some_and(|only| Arc::get_mut(&mut only.0).is_some())
     }
 }
 

@@ -5,7 +5,7 @@
 //!
 //! | kind | reference count | the state is freed |
 //! |---|---|---|
-//! | [`Shared`] | one | with the last reference |
+//! | [`Arc`] | one | with the last reference |
 //! | [`ShardedRef`](super::sharded::ShardedRef) of a [`ShardedArc`](super::sharded::ShardedArc) state | one per shard; threads use different shards | with the last reference |
 //! | `&'static` to a [leaked](super::free_list) state | none | never: its owner returns it to a free list |
 //!
@@ -15,11 +15,9 @@
 //! A permit within a generic future has a [`Giver`] of a concrete type. A permit in a response body is type-erased to
 //! an [`AnyGiver`], so that the body's type does not name the layer.
 
-#[cfg(any(feature = "breaker", feature = "health", feature = "lifecycle", feature = "limit"))]
-use std::sync::Weak;
 use std::{fmt, ops::Deref, sync::Arc, time::Duration};
 
-use super::permit::{Measures, Permit, Release, ReleaseAt, Token};
+use super::permit::{Measures, Release, ReleaseAt, Token};
 use crate::outcome::{Outcome, WaitsFor};
 
 /// The owner of a permit: a reference to the state that issued it. It can be type-erased.
@@ -107,54 +105,9 @@ impl fmt::Debug for AnyGiver {
     }
 }
 
-/// A state with one reference count.
-pub struct Shared<T>(pub(crate) Arc<T>);
-
-impl<T> Shared<T> {
-    pub(crate) fn new(state: T) -> Self {
-        Self(Arc::new(state))
-    }
-
-    /// Returns a weak reference to the state.
-    #[cfg(any(feature = "breaker", feature = "health", feature = "lifecycle", feature = "limit"))]
-    pub(crate) fn downgrade(&self) -> Weak<T> {
-        Arc::downgrade(&self.0)
-    }
-}
-
-impl<T: Release> Shared<T> {
-    /// Returns a permit that this state has issued. The permit keeps the state alive.
-    #[cfg(any(feature = "connect", feature = "health", feature = "limit"))]
-    pub(crate) fn permit(&self, token: Token) -> Permit<Self> {
-        Permit::new(self.clone(), token)
-    }
-}
-
-impl<T: fmt::Debug> fmt::Debug for Shared<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        (**self).fmt(f)
-    }
-}
-
-impl<T> Clone for Shared<T> {
+impl<T: Release> From<Arc<T>> for AnyGiver {
     #[inline]
-    fn clone(&self) -> Self {
-        Self(Arc::clone(&self.0))
-    }
-}
-
-impl<T> Deref for Shared<T> {
-    type Target = T;
-
-    #[inline]
-    fn deref(&self) -> &T {
-        &self.0
-    }
-}
-
-impl<T: Release> From<Shared<T>> for AnyGiver {
-    #[inline]
-    fn from(state: Shared<T>) -> Self {
-        Self::Counted(state.0)
+    fn from(state: Arc<T>) -> Self {
+        Self::Counted(state)
     }
 }

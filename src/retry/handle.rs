@@ -1,10 +1,11 @@
+use std::sync::Arc;
+
 use super::settings::RetrySettings;
-use crate::permit::Shared;
 
 /// A handle to the counts of a retry layer. To change the settings, use a clone of the layer: see the
 /// [module](super#rules).
 #[derive(Clone, Debug)]
-pub struct RetryHandle(Shared<RetrySettings>);
+pub struct RetryHandle(Arc<RetrySettings>);
 
 /// A snapshot of a retry layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -21,7 +22,7 @@ pub struct RetrySnapshot {
 }
 
 impl RetryHandle {
-    pub(super) fn new(settings: Shared<RetrySettings>) -> Self {
+    pub(super) fn new(settings: Arc<RetrySettings>) -> Self {
         Self(settings)
     }
 

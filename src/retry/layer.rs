@@ -15,7 +15,6 @@ use crate::{
     classify::{Classify, Http},
     error::{ConfigError, Fault},
     outcome::Outcome,
-    permit::Shared,
 };
 
 /// Retries failed calls if a retry is safe, useful and within the budget.
@@ -25,7 +24,7 @@ use crate::{
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct RetryLayer<M = Http> {
-    pub(super) settings: Shared<RetrySettings>,
+    pub(super) settings: Arc<RetrySettings>,
     protocol: M,
     fault: Fault,
 }
@@ -65,7 +64,7 @@ impl Default for RetryLayer<Unclassified> {
 
 impl<M> RetryLayer<M> {
     fn of(protocol: M) -> Self {
-        Self { settings: Shared::new(RetrySettings::new()), protocol, fault: Fault::default() }
+        Self { settings: Arc::new(RetrySettings::new()), protocol, fault: Fault::default() }
     }
 }
 

@@ -15,7 +15,6 @@ use crate::{
     health::HealthProbeHandle,
     hedge::{Hedge, HedgeLayer},
     limit::{ConcurrencyLimit, ConcurrencyLimitLayer},
-    permit::Shared,
     respond::AsError,
     retry::{Retry, RetryLayer},
     timeout::{Timeout, TimeoutLayer},
@@ -29,7 +28,7 @@ use crate::{
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct ClientStack {
-    meter: Shared<MeterLayer>,
+    meter: Arc<MeterLayer>,
     deadline: PropagateDeadlineLayer,
     retry: RetryLayer,
     hedge: HedgeLayer,

@@ -5,7 +5,7 @@ use std::{
     fmt,
     future::Ready,
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     task::{Context, Poll},
@@ -21,7 +21,7 @@ use crate::{
     classify::{Http, HttpCall},
     error::Fault,
     outcome::{LayerKind, Outcome, OutcomeKind, Reason, Rejected},
-    permit::{Permit, Release, ReleaseAt, Shared, Token, TrackedBody},
+    permit::{Permit, Release, ReleaseAt, Token, TrackedBody},
     respond::{AsError, Reject},
     time::{Clock, Nanos, RecentLatency},
 };
@@ -55,8 +55,8 @@ pub(super) struct Counted {
 }
 
 impl MeterLayer {
-    pub(super) fn new() -> Shared<Self> {
-        Shared::new(Self {
+    pub(super) fn new() -> Arc<Self> {
+        Arc::new(Self {
             clock: Clock::new(),
             begun: AtomicU64::new(0),
             ended: Default::default(),
@@ -125,7 +125,7 @@ impl Release for MeterLayer {
     }
 }
 
-impl<Req> Policy<Req> for Shared<MeterLayer> {
+impl<Req> Policy<Req> for Arc<MeterLayer> {
     type Giver = Self;
     type Pass = Token;
     type Wait = Ready<Result<Permit<Self>, Rejected>>;
@@ -144,7 +144,7 @@ impl<Req> Policy<Req> for Shared<MeterLayer> {
     }
 
     fn permit(&self, token: Token) -> Permit<Self> {
-        Shared::permit(self, token)
+        Permit::of(self, token)
     }
 }
 
@@ -157,11 +157,11 @@ impl fmt::Debug for MeterLayer {
 /// A service that counts its calls, the outermost service of a [`ClientStack`](super::client::ClientStack) or a
 /// [`ServerStack`](super::server::ServerStack).
 pub struct Meter<S, R = AsError> {
-    admission: Admission<S, Shared<MeterLayer>, Http, R>,
+    admission: Admission<S, Arc<MeterLayer>, Http, R>,
 }
 
 impl<S, R: Clone> Meter<S, R> {
-    pub(super) fn new(inner: S, meter: &Shared<MeterLayer>, reject: R) -> Self {
+    pub(super) fn new(inner: S, meter: &Arc<MeterLayer>, reject: R) -> Self {
         let plan = Plan { policy: meter.clone(), protocol: Http, reject, fault: Fault::default() };
         Self { admission: plan.service(inner) }
     }
@@ -187,8 +187,7 @@ where
 {
     type Response = Response<TrackedBody<B>>;
     type Error = R::Error;
-    type Future =
-        AdmissionFuture<S, Request<ReqB>, S::Future, HttpCall, Shared<MeterLayer>, Http, R>;
+    type Future = AdmissionFuture<S, Request<ReqB>, S::Future, HttpCall, Arc<MeterLayer>, Http, R>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), R::Error>> {
         self.admission.poll_ready(cx)

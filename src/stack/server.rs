@@ -12,7 +12,6 @@ use crate::{
     deadline::{PropagateDeadline, PropagateDeadlineLayer},
     error::ConfigError,
     limit::{ConcurrencyLimit, ConcurrencyLimitLayer},
-    permit::Shared,
     respond::Respond,
     timeout::{AsIs, Timeout, TimeoutLayer},
 };
@@ -53,7 +52,7 @@ use crate::{
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct ServerStack {
-    meter: Shared<MeterLayer>,
+    meter: Arc<MeterLayer>,
     deadline: PropagateDeadlineLayer,
     limit: ConcurrencyLimitLayer<Http, Respond>,
     timeout: TimeoutLayer<AsIs, Respond>,

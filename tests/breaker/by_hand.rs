@@ -167,7 +167,11 @@ async fn only_outcomes_from_outside_decide_where_it_was_said_so() {
     }
     assert_eq!(rig.state(), CircuitState::Closed);
     rig.handle.record(Outcome::failure());
-    assert_eq!(rig.state(), CircuitState::Open, "a closed circuit counts the outcome like that of a call");
+    assert_eq!(
+        rig.state(),
+        CircuitState::Open,
+        "a closed circuit counts the outcome like that of a call"
+    );
 }
 
 /// In half-open no caller gets a probe slot, and a rejected call does not touch the inner service.

@@ -84,7 +84,11 @@ async fn housekeeping_is_not_counted_once_the_upstream_has_responded() {
             let circuit = Circuit::new(touchy());
             circuit.calls(response, 1).await;
             circuit.calls(housekeeping(reason), 100).await;
-            assert_eq!((circuit.state(), circuit.failures()), (CircuitState::Closed, 0), "{reason}");
+            assert_eq!(
+                (circuit.state(), circuit.failures()),
+                (CircuitState::Closed, 0),
+                "{reason}"
+            );
             assert!(circuit.call(Outcome::failure().because(reason)).await);
             assert_eq!(circuit.state(), CircuitState::Open, "a failure for the same reason counts");
         }

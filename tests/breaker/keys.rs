@@ -48,8 +48,11 @@ async fn one_origin_down_is_no_matter_of_the_others() {
     }
     let expected = ["", "http://a", "http://a:81", "http://b", "https://a"];
     assert_eq!(names(&handle), expected.map(String::from).into());
-    let (key, circuit) =
-        handle.all().into_iter().find(|(_, circuit)| circuit.state() == CircuitState::Open).unwrap();
+    let (key, circuit) = handle
+        .all()
+        .into_iter()
+        .find(|(_, circuit)| circuit.state() == CircuitState::Open)
+        .unwrap();
     assert_eq!((key.to_string().as_str(), circuit.snapshot().refused), ("http://a", 2));
     // `get` returns the handle of one key.
     handle.get(&key).unwrap().reset();

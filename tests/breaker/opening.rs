@@ -137,7 +137,10 @@ async fn slow_calls_open_it_good_or_bad() {
         let rig = rig(slow());
         rig.takes(secs(2) - ms(1), then).await;
         rig.takes(secs(2) - ms(1), then).await;
-        assert_eq!((rig.state(), rig.handle.snapshot().seen.window_slow), (CircuitState::Closed, 0));
+        assert_eq!(
+            (rig.state(), rig.handle.snapshot().seen.window_slow),
+            (CircuitState::Closed, 0)
+        );
         rig.takes(secs(2), then).await;
         assert_eq!(rig.state(), CircuitState::Closed, "1 of 3 calls was slow");
         rig.takes(secs(3), then).await;

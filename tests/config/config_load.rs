@@ -540,7 +540,10 @@ fn variable_with_the_name_of_a_setting_precedes_that_of_another_client() {
     let both = [("HTTP_CLIENT_TIMEOUT_HEAD", "7s"), ("HTTP_CLIENT_READ_TIMEOUT", "20s")];
     for env in [both, [both[1], both[0]]] {
         let config = search().env_from(env).finish().unwrap();
-        assert_eq!((config.timeout.head, config.timeout.response_idle), (Some(secs(7)), Some(secs(20))));
+        assert_eq!(
+            (config.timeout.head, config.timeout.response_idle),
+            (Some(secs(7)), Some(secs(20)))
+        );
     }
     let own = ("SEARCH_HTTP_CLIENT_READ_TIMEOUT", "9s");
     let config = search().env_from([own, both[0]]).finish().unwrap();

@@ -18,7 +18,7 @@ use crate::rpc::{Obedient, ask, channel, incoming};
 use axum::{
     Router,
     body::Body,
-    extract::{State as Shared, Path},
+    extract::{Path, State as Shared},
     response::{IntoResponse, Response},
     routing::any,
 };

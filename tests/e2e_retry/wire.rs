@@ -140,7 +140,11 @@ async fn a_server_that_sheds_without_reading_the_body_is_tried_again() {
             let put = Request::put(format!("http://{addr}/")).body(body).unwrap();
             let response = soon(client.oneshot(put)).await.unwrap();
             let attempts = Attempts::of(&response);
-            assert_eq!((attempts.made, attempts.stop), (3, GiveUpReason::AttemptsUsedUp), "{http2} {size}");
+            assert_eq!(
+                (attempts.made, attempts.stop),
+                (3, GiveUpReason::AttemptsUsedUp),
+                "{http2} {size}"
+            );
             assert_eq!(hits.total() - before, 3);
         }
     }

@@ -105,7 +105,11 @@ struct AttemptContext {
 struct Watch(Arc<Mutex<(Vec<AttemptContext>, bool)>>);
 
 impl Watch {
-    fn with<T>(&self, id: &span::Id, act: impl FnOnce(&mut AttemptContext, &mut bool) -> T) -> Option<T> {
+    fn with<T>(
+        &self,
+        id: &span::Id,
+        act: impl FnOnce(&mut AttemptContext, &mut bool) -> T,
+    ) -> Option<T> {
         let mut now = self.0.lock().unwrap();
         let (spans, entered) = &mut *now;
         let number = usize::try_from(id.into_u64()).unwrap().checked_sub(2)?;
@@ -141,7 +145,12 @@ impl Subscriber for Watch {
             return span::Id::from_u64(1);
         }
         let spans = &mut self.0.lock().unwrap().0;
-        spans.push(AttemptContext { resent: None, delay_ms: None, reason: String::new(), over: false });
+        spans.push(AttemptContext {
+            resent: None,
+            delay_ms: None,
+            reason: String::new(),
+            over: false,
+        });
         span::Id::from_u64(spans.len() as u64 + 1)
     }
 

@@ -14,7 +14,7 @@ use crate::{
     admission::{Admit, Policy, Terms},
     event::event,
     outcome::{LayerKind, Outcome, OutcomeKind, Rejected, RejectedKind},
-    permit::{Permit, Release, ReleaseAt, Shared, Token},
+    permit::{Permit, Release, ReleaseAt, Token},
 };
 
 /// The treatment of calls while a gate is down.
@@ -58,7 +58,7 @@ impl Gate {
     }
 }
 
-impl<Req> Policy<Req> for Shared<Gate> {
+impl<Req> Policy<Req> for Arc<Gate> {
     type Giver = Self;
     /// Whether the outcome of the call is counted.
     type Pass = bool;
@@ -86,7 +86,7 @@ impl<Req> Policy<Req> for Shared<Gate> {
     #[inline]
     fn permit(&self, listens: bool) -> Permit<Self> {
         // A gate that is not passive does not count outcomes, so its calls need no permit.
-        if listens { Shared::permit(self, Token::default()) } else { Permit::hollow() }
+        if listens { Permit::of(self, Token::default()) } else { Permit::hollow() }
     }
 
     fn shut(&self, _: Option<&Permit<Self>>) -> Option<Arc<Notify>> {
