@@ -14,10 +14,10 @@
 use std::fmt;
 
 #[cfg(feature = "limit")]
-use crate::outcome::HealthCall;
+use crate::outcome::Eos;
 use crate::{
-    outcome::{Outcome, Reason, Rejected, SentMark, grpc, http as rule},
-    permit::{Eos, Giver, Permit, ReleaseAt, TrackedBody},
+    outcome::{HealthCall, Outcome, Reason, Rejected, SentMark, grpc, http as rule},
+    permit::{Giver, Permit, ReleaseAt, TrackedBody},
     time::Deadline,
 };
 use http::{HeaderMap, Request, Response, StatusCode};

@@ -1,9 +1,6 @@
-use std::{borrow::Cow, error::Error, fmt, io, sync::Arc, time::Duration};
+use std::{borrow::Cow, error::Error, fmt, io, iter, time::Duration};
 
-use crate::{
-    outcome::{LayerFault, LayerName},
-    redact,
-};
+use crate::redact;
 
 /// A boxed error: the error type of a client stack.
 ///
@@ -64,11 +61,22 @@ pub type BoxError = Box<dyn Error + Send + Sync>;
 
 /// Returns the next error in a chain. For an `io::Error` that wraps another error, this is the wrapped error, which its
 /// `source()` skips.
-pub(crate) fn next<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'static)> {
+fn next<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'static)> {
     match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
         Some(made_of) => Some(made_of),
         None => error.source(),
     }
+}
+
+/// The maximum number of errors of a chain that are examined. An error can be its own source, and no stack makes a
+/// longer chain.
+const MAX_CHAIN: usize = 16;
+
+/// Returns an error and its sources, outermost first, at most [`MAX_CHAIN`] of them.
+pub(crate) fn chain<'a>(
+    error: &'a (dyn Error + 'static),
+) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    iter::successors(Some(error), |error| next(*error)).take(MAX_CHAIN)
 }
 
 /// An error and its sources on one line, without secrets: `could not connect: connection refused`.
@@ -84,17 +92,15 @@ impl Chain<'_> {
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Each error of the chain is redacted by itself, so that no URI continues in the text of the next one.
-        let mut said = redact::display(self.0, redact::MAX_SCAN);
-        f.write_str(&said)?;
-        let mut cause = next(self.0);
-        for _ in 0..16 {
-            let Some(error) = cause else { break };
+        let mut outer = redact::display(self.0, redact::MAX_SCAN);
+        f.write_str(&outer)?;
+        for error in chain(self.0).skip(1) {
             // A wrapper often displays the text of the error that it wraps. Repeated text is omitted.
-            let says = redact::display(error, redact::MAX_SCAN);
-            if says != said {
-                write!(f, ": {says}")?;
+            let text = redact::display(error, redact::MAX_SCAN);
+            if text != outer {
+                write!(f, ": {text}")?;
             }
-            (said, cause) = (says, next(error));
+            outer = text;
         }
         Ok(())
     }
@@ -161,78 +167,13 @@ impl fmt::Display for ConfigError {
 
 impl Error for ConfigError {}
 
-/// The first setting of a layer that cannot work.
-///
-/// The clones of the layer and all of its services share it, so that its report is limited however often the layer is
-/// applied: axum applies a layer once per connection or request.
-#[derive(Clone, Default)]
-pub(crate) struct Fault(Option<Arc<LayerName>>);
-
-impl Fault {
-    /// Records the error, unless there is an earlier one.
-    pub(crate) fn get_or_insert(&mut self, error: ConfigError) {
-        self.get_or_insert_with(|| error);
-    }
-
-    pub(crate) fn get_or_insert_with(&mut self, error: impl FnOnce() -> ConfigError) {
-        self.0.get_or_insert_with(|| {
-            let fault = Some(LayerFault::new(error()));
-            Arc::new(LayerName { name: Box::default(), fault })
-        });
-    }
-
-    pub(crate) fn is_some(&self) -> bool {
-        self.0.is_some()
-    }
-
-    pub(crate) fn is_none(&self) -> bool {
-        self.0.is_none()
-    }
-
-    pub(crate) fn error(&self) -> Option<&ConfigError> {
-        Some(&self.0.as_deref()?.fault.as_ref()?.error)
-    }
-
-    /// Removes and returns the error.
-    pub(crate) fn take(&mut self) -> Option<ConfigError> {
-        let error = self.error().cloned();
-        self.0 = None;
-        error
-    }
-
-    /// Returns the label of the rejections because of this error.
-    pub(crate) fn label(&self) -> Option<&Arc<LayerName>> {
-        self.0.as_ref()
-    }
-
-    /// Reports the error for a layer that does not reject calls because of it.
-    pub(crate) fn report(&self, layer: &'static str, effect: &'static str) {
-        if let Some(fault) = self.0.as_deref().and_then(|label| label.fault.as_ref()) {
-            fault.report(layer, effect);
-        }
-    }
-}
-
-impl From<Option<ConfigError>> for Fault {
-    fn from(error: Option<ConfigError>) -> Self {
-        let mut fault = Self::default();
-        if let Some(error) = error {
-            fault.get_or_insert(error);
-        }
-        fault
-    }
-}
-
-impl fmt::Debug for Fault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.error().fmt(f)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::outcome::{LayerKind, Rejected};
+    use crate::{
+        fault::Fault,
+        outcome::{LayerKind, Rejected},
+    };
 
     #[test]
     fn a_chain_is_one_line_and_no_longer_than_it_may_be() {

@@ -275,6 +275,7 @@ pub mod deadline;
 mod drain;
 mod error;
 mod event;
+mod fault;
 #[cfg(feature = "health")]
 #[cfg_attr(docsrs, doc(cfg(feature = "health")))]
 pub mod health;

@@ -1,5 +1,5 @@
 use super::service::Admission;
-use crate::error::{ConfigError, Fault};
+use crate::{error::ConfigError, fault::Fault};
 
 /// The parts of an admission layer: its policy, the classification of calls, and the form of rejections.
 #[derive(Clone)]

@@ -12,7 +12,8 @@ use super::{
 };
 use crate::{
     classify::Protocol,
-    outcome::{CallerDeadline, LayerName, Outcome, Reason, Rejected, request_mark},
+    fault::LayerName,
+    outcome::{CallerDeadline, Outcome, Reason, Rejected, request_mark},
     permit::Permit,
     respond::Reject,
 };

@@ -19,15 +19,7 @@ pub(crate) struct SentBefore<T = ()>(pub(crate) T);
 impl SentBefore {
     /// Returns whether the error or one of its sources is marked.
     pub(crate) fn is_in(error: &(dyn Error + 'static)) -> bool {
-        let mut next = Some(error);
-        for _ in 0..16 {
-            let Some(error) = next else { break };
-            if error.is::<SentBefore<BoxError>>() {
-                return true;
-            }
-            next = error::next(error);
-        }
-        false
+        error::chain(error).any(|error| error.is::<SentBefore<BoxError>>())
     }
 }
 

@@ -90,15 +90,9 @@ impl Attempts {
     }
 
     fn find_ref<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
-        let mut next = Some(error);
-        for _ in 0..16 {
-            let error = next?;
-            if let Some(found) = error.downcast_ref::<RetryError>() {
-                return Some(&found.attempts);
-            }
-            next = error::next(error);
-        }
-        None
+        error::chain(error)
+            .find_map(|error| error.downcast_ref::<RetryError>())
+            .map(|found| &found.attempts)
     }
 }
 

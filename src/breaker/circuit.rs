@@ -55,9 +55,8 @@ use super::{
 };
 use crate::{
     event::{RepeatedEvent, event},
-    outcome::{
-        LayerKind, LayerName, Outcome, Rejected, RejectedKind, SentMark, UpstreamClock, WaitsFor,
-    },
+    fault::LayerName,
+    outcome::{LayerKind, Outcome, Rejected, RejectedKind, SentMark, UpstreamClock, WaitsFor},
     permit::{Measures, Release, ReleaseAt, Token},
     time::{Clock, Nanos, nanos},
 };

@@ -294,7 +294,8 @@ mod tests {
     fn circuit(front: &'static Front) -> Arc<Circuit> {
         let circuit =
             Arc::new(Circuit::behind(front, Trip::consecutive(1), CircuitSettings::DEFAULT, false));
-        front.lead_to(Arc::downgrade(&circuit));
+        let state = Arc::downgrade(&circuit);
+        front.lead_to(state);
         circuit
     }
 
@@ -373,7 +374,8 @@ mod loom_models {
     fn circuit(front: &'static Front) -> Arc<Circuit> {
         let circuit =
             Arc::new(Circuit::behind(front, Trip::consecutive(1), CircuitSettings::DEFAULT, false));
-        front.lead_to(Arc::downgrade(&circuit));
+        let state = Arc::downgrade(&circuit);
+        front.lead_to(state);
         circuit
     }
 

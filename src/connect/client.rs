@@ -41,8 +41,8 @@ use super::{
 use crate::{
     error::{BoxError, ConfigError},
     origin::Origin,
-    outcome::{ConnectionError, Outcome, Rejected, RetiredConnection, WaitsFor},
-    permit::{Eos, TrackedBody},
+    outcome::{ConnectionError, Eos, Outcome, Rejected, RetiredConnection, WaitsFor},
+    permit::TrackedBody,
 };
 
 /// hyper-util's client over the bounded connections of a [`ConnectLayer`].

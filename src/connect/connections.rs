@@ -55,8 +55,9 @@ use super::{
 };
 use crate::{
     event::event,
+    fault::LayerName,
     origin::Origin,
-    outcome::{LayerKind, LayerName, Rejected, RejectedKind, WaitsFor},
+    outcome::{LayerKind, Rejected, RejectedKind, WaitsFor},
     time::{Clock, Nanos, nanos},
 };
 

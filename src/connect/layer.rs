@@ -23,7 +23,8 @@ use super::{
     streams::Lane,
 };
 use crate::{
-    error::{BoxError, ConfigError, Fault},
+    error::{BoxError, ConfigError},
+    fault::Fault,
     origin::Origin,
     outcome::{LayerKind, Rejected},
 };

@@ -17,7 +17,8 @@ use super::{
 };
 use crate::{
     admission::Reusable,
-    error::{BoxError, ConfigError, Fault},
+    error::{BoxError, ConfigError},
+    fault::Fault,
     outcome::{LayerKind, Rejected},
     redact,
     respond::{AsError, Reject, Respond, RespondWith},

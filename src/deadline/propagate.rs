@@ -15,10 +15,7 @@ use super::{
     handle::{DeadlineHandle, Times},
     layer::report,
 };
-use crate::{
-    error::{ConfigError, Fault},
-    time::CallClock,
-};
+use crate::{error::ConfigError, fault::Fault, time::CallClock};
 
 /// Sets one absolute deadline for every call and sends the time left to the next hop. Inner layers enforce the
 /// deadline. Made by [`DeadlineLayer::propagate_only`](super::layer::DeadlineLayer::propagate_only).

@@ -14,7 +14,8 @@ use super::service::Hedge;
 use crate::{
     attempt::{Core, RetryBudget, Rules, SafeRequests, lock},
     classify::{Classify, Http},
-    error::{ConfigError, Fault},
+    error::ConfigError,
+    fault::Fault,
     outcome::Outcome,
 };
 

@@ -26,7 +26,8 @@ use std::{
 
 use super::{adaptive::Teller, limiter::Limiter};
 use crate::{
-    outcome::{LayerName, Rejected, RejectedKind},
+    fault::LayerName,
+    outcome::{Rejected, RejectedKind},
     permit::{Anchor, Idle, Permit, ShardedArc, Token},
 };
 

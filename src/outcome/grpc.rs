@@ -10,7 +10,7 @@ use http::{HeaderMap, Method, StatusCode, header};
 
 use super::{
     outcome::{Outcome, OutcomeKind, Reason},
-    rejected::RejectedKind,
+    rejected_kind::RejectedKind,
     retry_after,
 };
 

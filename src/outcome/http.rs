@@ -5,14 +5,15 @@ use std::{any::Any, error::Error, io};
 use http::{Extensions, HeaderMap, StatusCode};
 
 use super::{
+    eos::Eos,
     grpc,
     outcome::{Outcome, Reason},
-    rejected::{Rejected, RejectedKind, TimeoutPhase},
+    rejected::Rejected,
+    rejected_kind::{RejectedKind, TimeoutPhase},
     retry_after,
 };
 use crate::{
     error::{self, BoxError},
-    permit::Eos,
     time::DeadlineSource,
 };
 
@@ -106,7 +107,7 @@ pub(crate) fn of_rejected(refused: &Rejected) -> Outcome {
 
 /// Returns the outcome of an error of any type. An error of an unknown type is a failure.
 pub(crate) fn of_any_error<E: 'static>(error: &E) -> Outcome {
-    known(error).map_or(Outcome::failure().because(Reason::Error), of_error)
+    known(error).map_or(Outcome::failure().because(Reason::Error), Outcome::of_error)
 }
 
 /// Returns the value as an error if its type is that of a known error.
@@ -144,40 +145,62 @@ pub(crate) fn known<E: 'static>(error: &E) -> Option<&(dyn Error + 'static)> {
     any.downcast_ref::<io::Error>().map(|error| error as _)
 }
 
-/// Classifies an error by the chain of its sources.
-///
-/// The innermost known cause decides, because a client's wrappers are less specific than the errors that they wrap.
-pub(crate) fn of_error(error: &(dyn Error + 'static)) -> Outcome {
-    let mut cause = Cause::failure(Reason::Error);
-    let mut transport = Transport::default();
-    let mut next = Some(error);
-    for _ in 0..16 {
-        let Some(error) = next else { break };
-        if let Some(refused) = error.downcast_ref::<Rejected>() {
-            return of_rejected(refused);
-        }
-        transport.record(error);
-        match cause_of(error, &transport) {
-            // The client failed to connect. An inner error can only make the reason more specific.
-            Some(found) if cause.reason() == Reason::ConnectFailed => match found.reason() {
-                Reason::ConnectRefused => cause = found,
-                Reason::Timeout | Reason::ConnectTimeout => {
-                    cause = Cause::failure(Reason::ConnectTimeout);
+impl Outcome {
+    /// Classifies an error by the chain of its sources, for classifiers of your own.
+    ///
+    /// It distinguishes where the connection failed, a timeout, a rejection by an inner layer
+    /// ([`OutcomeKind::Cancelled`]) and [connection housekeeping](Self::is_housekeeping).
+    ///
+    /// A connection that breaks before the response is housekeeping if it had delivered a response before, and
+    /// a failure if it was new. [`connect::Client`](crate::connect::Client) records whether it was new.
+    /// hyper-util's own client, reqwest and tonic do not reveal it: their errors are classified as housekeeping, and
+    /// the [circuit breaker](crate::breaker#connection-housekeeping) limits how many stay neutral. A connection that
+    /// breaks after the response head is a failure because of [`Body`](Reason::Body).
+    ///
+    /// With the feature `tonic`, a `tonic::Status` is classified by its code, unless one of its sources decides.
+    #[must_use]
+    pub fn of_error(error: &(dyn Error + 'static)) -> Self {
+        // The innermost known cause decides, because a client's wrappers are less specific than the errors that they wrap.
+        let mut cause = Cause::failure(Reason::Error);
+        let mut transport = Transport::default();
+        for error in error::chain(error) {
+            if let Some(rejected) = error.downcast_ref::<Rejected>() {
+                return of_rejected(rejected);
+            }
+            transport.record(error);
+            match cause_of(error, &transport) {
+                // The client failed to connect. An inner error can only make the reason more specific.
+                Some(found) if cause.reason() == Reason::ConnectFailed => match found.reason() {
+                    Reason::ConnectRefused => cause = found,
+                    Reason::Timeout | Reason::ConnectTimeout => {
+                        cause = Cause::failure(Reason::ConnectTimeout);
+                    }
+                    _ => {}
+                },
+                // An error of the caller is neutral, whatever its inner errors are.
+                Some(found) if found.reason() == Reason::Caller => {
+                    return found.outcome(&transport);
                 }
-                _ => {}
-            },
-            // An error of the caller is neutral, whatever its inner errors are.
-            Some(found) if found.reason() == Reason::Caller => return found.outcome(&transport),
-            // The server has processed the request, so no inner error can turn this into housekeeping.
-            Some(found) if cause.reason() == Reason::Body && found.reason() != Reason::Timeout => {}
-            // hyper returned the request. The inner error describes the connection and not the request.
-            Some(found) if found.reason() == Reason::NeverSent => return found.outcome(&transport),
-            Some(found) => cause = found,
-            None => {}
+                // The server has processed the request, so no inner error can turn this into housekeeping.
+                Some(found)
+                    if cause.reason() == Reason::Body && found.reason() != Reason::Timeout => {}
+                // hyper returned the request. The inner error describes the connection and not the request.
+                Some(found) if found.reason() == Reason::NeverSent => {
+                    return found.outcome(&transport);
+                }
+                Some(found) => cause = found,
+                None => {}
+            }
         }
-        next = error::next(error);
+        cause.outcome(&transport)
     }
-    cause.outcome(&transport)
+}
+
+impl Rejected {
+    /// Finds a rejection in a value, if its type is that of a known error, and in its sources.
+    pub(crate) fn find_in_any<E: 'static>(error: &E) -> Option<&Self> {
+        known(error).and_then(Self::find)
+    }
 }
 
 /// The classification of one error in a chain.
@@ -498,7 +521,7 @@ mod tests {
             io::ErrorKind::NetworkUnreachable,
             io::ErrorKind::NetworkDown,
         ] {
-            let outcome = of_error(&io::Error::from(kind));
+            let outcome = Outcome::of_error(&io::Error::from(kind));
             assert_eq!(outcome, Outcome::failure().because(Reason::Reset), "{kind:?}");
         }
     }

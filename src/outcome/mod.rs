@@ -56,10 +56,12 @@
 
 mod attribution;
 mod connection;
+mod eos;
 pub(crate) mod grpc;
 pub(crate) mod http;
 mod outcome;
 mod rejected;
+mod rejected_kind;
 pub(crate) mod retry_after;
 #[cfg(any(feature = "tonic", feature = "tonic-health"))]
 mod tonic_status;
@@ -67,13 +69,13 @@ mod tonic_status;
 pub(crate) use self::attribution::DropCause;
 pub(crate) use self::attribution::is_mark_requested;
 pub(crate) use self::connection::{ConnectionError, RetiredConnection};
-pub(crate) use self::http::known;
 #[cfg(any(feature = "tonic", feature = "tonic-health"))]
 pub(crate) use self::tonic_status::is_timeout_of_tonic;
 pub use self::{
     attribution::SentMark,
     outcome::{Outcome, OutcomeKind, Reason},
-    rejected::{Rejected, RejectedKind, TimeoutPhase},
+    rejected::Rejected,
+    rejected_kind::{RejectedKind, TimeoutPhase},
 };
 pub(crate) use self::{
     attribution::dropped,
@@ -85,5 +87,6 @@ pub(crate) use self::{
         COUNT_CANCELLED_AFTER, CallerDeadline, Ending, UpstreamClock, WaitsFor, attribute,
         request_mark,
     },
-    rejected::{LayerFault, LayerKind, LayerName},
+    rejected::LayerKind,
 };
+pub(crate) use self::{eos::Eos, http::known};

@@ -1,4 +1,4 @@
-use std::{error::Error, fmt, time::Duration};
+use std::{fmt, time::Duration};
 
 /// The outcome of a call: its kind, the reason, a status code and the server's hint when to retry.
 ///
@@ -174,23 +174,6 @@ impl Outcome {
     #[must_use]
     pub const fn cancelled() -> Self {
         Self::new(OutcomeKind::Cancelled, Reason::Dropped)
-    }
-
-    /// Classifies an error by the chain of its sources, for classifiers of your own.
-    ///
-    /// It distinguishes where the connection failed, a timeout, a rejection by an inner layer
-    /// ([`OutcomeKind::Cancelled`]) and [connection housekeeping](Self::is_housekeeping).
-    ///
-    /// A connection that breaks before the response is housekeeping if it had delivered a response before, and
-    /// a failure if it was new. [`connect::Client`](crate::connect::Client) records whether it was new.
-    /// hyper-util's own client, reqwest and tonic do not reveal it: their errors are classified as housekeeping, and
-    /// the [circuit breaker](crate::breaker#connection-housekeeping) limits how many stay neutral. A connection that
-    /// breaks after the response head is a failure because of [`Body`](Reason::Body).
-    ///
-    /// With the feature `tonic`, a `tonic::Status` is classified by its code, unless one of its sources decides.
-    #[must_use]
-    pub fn of_error(error: &(dyn Error + 'static)) -> Self {
-        super::http::of_error(error)
     }
 
     /// Returns the same outcome with this reason.

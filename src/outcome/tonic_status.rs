@@ -8,8 +8,8 @@ use std::{
 
 use tonic::{Code, Status};
 
-use super::{grpc, rejected::RejectedKind};
-use crate::{error, respond::public_reason};
+use super::{grpc, rejected_kind::RejectedKind};
+use crate::error;
 
 /// Returns the status of a rejection of this kind, with the code and the message that a response would have.
 ///
@@ -22,20 +22,12 @@ pub(crate) fn of(kind: RejectedKind) -> &'static Status {
     let mut statuses = STATUSES.lock().unwrap_or_else(PoisonError::into_inner);
     statuses.entry(kind).or_insert_with(|| {
         let code = Code::from_i32(grpc::of_rejected(kind).into());
-        Box::leak(Box::new(Status::new(code, public_reason(kind))))
+        Box::leak(Box::new(Status::new(code, kind.public_reason())))
     })
 }
 
 /// Returns whether the error or one of its sources is that of a timer of tonic, which expires by `grpc-timeout` or
 /// `Endpoint::timeout`.
 pub(crate) fn is_timeout_of_tonic(error: &(dyn Error + 'static)) -> bool {
-    let mut next = Some(error);
-    for _ in 0..16 {
-        let Some(error) = next else { break };
-        if error.is::<tonic::TimeoutExpired>() {
-            return true;
-        }
-        next = error::next(error);
-    }
-    false
+    error::chain(error).any(|error| error.is::<tonic::TimeoutExpired>())
 }

@@ -18,7 +18,7 @@ pub(crate) use self::{
     slot::{Far, Found},
 };
 pub(crate) use self::{
-    body::{Eos, FromBytes},
+    body::FromBytes,
     permit::{Measures, Permit, Release, ReleaseAt, Token},
     state_ref::Giver,
 };

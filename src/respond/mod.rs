@@ -4,6 +4,5 @@ mod layer;
 mod reject;
 
 pub use self::layer::{RespondFuture, RespondLayer, RespondService};
-pub(crate) use self::reject::public_reason;
 pub use self::reject::{AsError, Reject, Respond, RespondWith};
 pub(crate) use self::reject::{ResponseFormat, accepts, whole_seconds};

@@ -262,7 +262,8 @@ pub(crate) fn response(form: ResponseFormat, rejected: Rejected) -> Response<Byt
             let code = grpc::of_rejected(rejected.kind());
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content));
             headers.insert(grpc::STATUS, HeaderValue::from(code));
-            headers.insert(grpc::MESSAGE, HeaderValue::from_static(public_reason(rejected.kind())));
+            headers
+                .insert(grpc::MESSAGE, HeaderValue::from_static(rejected.kind().public_reason()));
             if let Some(after) = rejected.retry_after() {
                 headers.insert(retry_after::PUSHBACK, HeaderValue::from(pushback_millis(after)));
             }
@@ -361,7 +362,7 @@ impl Rejected {
     /// Browsers expose both to scripts, and expose nothing of a handshake that failed with 503.
     #[must_use]
     pub const fn websocket_close(&self) -> (u16, &'static str) {
-        (1013, public_reason(self.kind()))
+        (1013, self.kind().public_reason())
     }
 }
 
@@ -382,16 +383,8 @@ fn problem(status: StatusCode, kind: RejectedKind) -> Bytes {
         r#"{{"type":"about:blank","title":"{}","status":{},"reason":"{}"}}"#,
         status.canonical_reason().unwrap_or_default(),
         status.as_u16(),
-        public_reason(kind),
+        kind.public_reason(),
     ))
-}
-
-/// Returns the reason as untrusted clients may see it: without the internal state of the server.
-pub(crate) const fn public_reason(kind: RejectedKind) -> &'static str {
-    match kind {
-        RejectedKind::Misconfigured | RejectedKind::ForcedOpen => "unavailable",
-        kind => kind.as_str(),
-    }
 }
 
 /// The minimum pushback. grpcio clients hang at a pushback of 0.

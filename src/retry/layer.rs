@@ -13,7 +13,8 @@ use super::{
 use crate::{
     attempt::{Backoff, Core, DelaySource, FailureKind, RetryBudget, SafeRequests},
     classify::{Classify, Http},
-    error::{ConfigError, Fault},
+    error::ConfigError,
+    fault::Fault,
     outcome::Outcome,
 };
 

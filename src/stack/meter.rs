@@ -19,7 +19,7 @@ use tower_service::Service;
 use crate::{
     admission::{Admission, AdmissionFuture, Admit, Plan, Policy, Reusable, Terms},
     classify::{Http, HttpCall},
-    error::Fault,
+    fault::Fault,
     outcome::{LayerKind, Outcome, OutcomeKind, Reason, Rejected},
     permit::{Permit, Release, ReleaseAt, Token, TrackedBody},
     respond::{AsError, Reject},

@@ -9,7 +9,8 @@ use super::{
 };
 use crate::{
     classify::{Http, PerResponse},
-    error::{ConfigError, Fault},
+    error::ConfigError,
+    fault::Fault,
     outcome::{LayerKind, Rejected},
     permit::Far,
     respond::{AsError, Respond, RespondWith},

@@ -19,7 +19,8 @@ use super::{
 use crate::{
     admission::Reusable,
     classify::Http,
-    outcome::{LayerKind, LayerName, Rejected, TimeoutPhase, WaitsFor},
+    fault::LayerName,
+    outcome::{LayerKind, Rejected, TimeoutPhase, WaitsFor},
     permit::Far,
     respond::{AsError, Reject},
     time::{CallClock, Deadline, SharedTimer},

@@ -11,7 +11,8 @@ use super::body_rate::{BodyRate, SharedBodyRate};
 use crate::{
     error::ConfigError,
     event::{RepeatedEvent, event},
-    outcome::{DropCause, LayerFault, LayerKind, LayerName, Rejected, RejectedKind, TimeoutPhase},
+    fault::{LayerFault, LayerName},
+    outcome::{DropCause, LayerKind, Rejected, RejectedKind, TimeoutPhase},
     permit::{Far, Found},
     time::DeadlineSource,
 };

@@ -4,9 +4,8 @@ use http::{Extensions, HeaderMap, StatusCode};
 
 use super::super::{give_up::GiveUpReason, verdict::RetryAction};
 use super::{AttemptResponse, saved_request::IDEMPOTENCY_KEY};
-use crate::{
-    outcome::{Outcome, OutcomeKind, Pushback, Reason, grpc, http as rule, retry_after},
-    permit::Eos,
+use crate::outcome::{
+    Eos, Outcome, OutcomeKind, Pushback, Reason, grpc, http as rule, retry_after,
 };
 
 /// Classifies a response head. `None` if the beginning of its body decides.

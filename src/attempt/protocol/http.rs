@@ -29,7 +29,7 @@ use super::{
 use crate::{
     classify::Http,
     error::BoxError,
-    outcome::{Outcome, SentMark, grpc, http as rule},
+    outcome::{Outcome, SentMark, grpc},
     time::Deadline,
 };
 
@@ -150,7 +150,7 @@ impl<B: Body> fmt::Debug for PendingResponse<B> {
 
 impl<B: Body> PendingResponse<B> {
     fn error(error: BoxError) -> Self {
-        let outcome = rule::of_error(&*error);
+        let outcome = Outcome::of_error(&*error);
         Self { result: Err(error), weight: Some((of_reason(outcome), outcome)), drained: 0 }
     }
 }

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     error::BoxError,
-    outcome::{Outcome, grpc, http as rule},
+    outcome::{Outcome, grpc},
 };
 
 /// The protocol for the types of reqwest: see [`RetryLayer::reqwest`](crate::retry::RetryLayer::reqwest).
@@ -109,7 +109,7 @@ impl PendingReqwest {
 }
 
 fn weigh_error(error: &(dyn std::error::Error + 'static)) -> (RetryAction, Outcome) {
-    let outcome = rule::of_error(error);
+    let outcome = Outcome::of_error(error);
     (of_reason(outcome), outcome)
 }
 

@@ -47,7 +47,7 @@ use super::{
 };
 use crate::{
     event::event,
-    outcome::LayerName,
+    fault::LayerName,
     time::{Clock, Nanos, nanos},
     user_code::catch_panic,
 };

@@ -83,7 +83,8 @@ use super::{
 };
 use crate::{
     event::event,
-    outcome::{LayerKind, LayerName, Outcome, Rejected, RejectedKind},
+    fault::LayerName,
+    outcome::{LayerKind, Outcome, Rejected, RejectedKind},
     permit::Token,
     sync::{
         Mutex, MutexGuard,

@@ -73,7 +73,7 @@ use tokio::{
 };
 
 use super::{EXEMPT, Limiter, SHADOW};
-use crate::{event::event, outcome::LayerName, permit::Token, user_code::catch_panic};
+use crate::{event::event, fault::LayerName, permit::Token, user_code::catch_panic};
 
 /// The maximum time between two sweeps. A changed setting takes effect within it.
 const MAX_PERIOD: Duration = Duration::from_secs(5);
