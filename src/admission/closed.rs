@@ -16,15 +16,15 @@ use super::Policy;
 ///
 /// Registers no waiter until the inner service is pending.
 #[derive(Default)]
-pub(super) struct ShutWatch(Option<Pin<Box<OwnedNotified>>>);
+pub(super) struct ClosedWatch(Option<Pin<Box<OwnedNotified>>>);
 
-impl ShutWatch {
-    /// Returns ready when `is_shut` is true. Stays pending for a policy without a notification.
+impl ClosedWatch {
+    /// Returns ready when `is_closed` is true. Stays pending for a policy without a notification.
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,
         notify: impl Fn() -> Option<Arc<Notify>>,
-        is_shut: impl Fn() -> bool,
+        is_closed: impl Fn() -> bool,
     ) -> Poll<()> {
         loop {
             if self.0.is_none() {
@@ -36,7 +36,7 @@ impl ShutWatch {
                 self.forget();
             }
             // Checked after the waker is registered, so that no change in between is missed.
-            if is_shut() {
+            if is_closed() {
                 self.forget();
                 return Poll::Ready(());
             }
@@ -54,12 +54,12 @@ impl ShutWatch {
 
 /// Keeps a service with backpressure from being ready while its layer would reject a call.
 #[derive(Default)]
-pub(super) struct HoldBack {
-    reopened: ShutWatch,
+pub(super) struct BackpressureWait {
+    reopened: ClosedWatch,
     by_time: Option<Pin<Box<Sleep>>>,
 }
 
-impl HoldBack {
+impl BackpressureWait {
     /// Returns ready when a call would be admitted.
     pub(super) fn poll<Req, P: Policy<Req>>(
         &mut self,
@@ -67,7 +67,7 @@ impl HoldBack {
         policy: &P,
     ) -> Poll<()> {
         loop {
-            if self.reopened.poll(cx, || policy.shut(None), || policy.peek()).is_ready() {
+            if self.reopened.poll(cx, || policy.closed_signal(None), || policy.peek()).is_ready() {
                 self.by_time = None;
                 return Poll::Ready(());
             }

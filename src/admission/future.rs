@@ -10,7 +10,7 @@ use pin_project_lite::pin_project;
 use tokio::time::{Sleep, sleep_until};
 use tower_service::Service;
 
-use super::{Admit, Policy, Terms, closed::ShutWatch};
+use super::{Admit, Policy, Terms, closed::ClosedWatch};
 #[cfg(feature = "limit")]
 use crate::outcome::HealthCall;
 use crate::{
@@ -39,7 +39,7 @@ pin_project! {
     impl<S, Req, F, C, P: Policy<Req>, M, R> PinnedDrop for AdmissionFuture<S, Req, F, C, P, M, R> {
         fn drop(this: Pin<&mut Self>) {
             // Before the inner future is dropped, because the drop of the request body changes the mark.
-            if let StateProj::Called { permit, mark, .. } = this.project().state.project() {
+            if let CallStateProj::Called { permit, mark, .. } = this.project().state.project() {
                 if permit.giver().is_some() {
                     set_clock(permit, mark);
                 } else if let Some(mark) = mark.take() {
@@ -52,7 +52,7 @@ pin_project! {
 }
 
 pin_project! {
-    #[project = StateProj]
+    #[project = CallStateProj]
     pub(super) enum CallState<S, Req, F, C, P, M>
     where
         P: Policy<Req>,
@@ -66,8 +66,8 @@ pin_project! {
             // Sets the permit's clock at the end of the call.
             mark: Option<SentMark>,
         },
-        Parked { parked: Pin<Box<Parked<S, Req, P, M>>> },
-        Refused { rejected: Option<Rejected> },
+        Queued { queued: Pin<Box<QueuedCall<S, Req, P, M>>> },
+        Rejected { rejected: Option<Rejected> },
     }
 }
 
@@ -82,12 +82,12 @@ impl<S, Req, F, C, P: Policy<Req>, M> CallState<S, Req, F, C, P, M> {
         Self::Called { future, permit, call: Some(call), mark }
     }
 
-    pub(super) fn parked(parked: Parked<S, Req, P, M>) -> Self {
-        Self::Parked { parked: Box::pin(parked) }
+    pub(super) fn queued(queued: QueuedCall<S, Req, P, M>) -> Self {
+        Self::Queued { queued: Box::pin(queued) }
     }
 
-    pub(super) fn refused(rejected: Rejected) -> Self {
-        Self::Refused { rejected: Some(rejected) }
+    pub(super) fn rejected(rejected: Rejected) -> Self {
+        Self::Rejected { rejected: Some(rejected) }
     }
 }
 
@@ -116,13 +116,13 @@ where
         let mut this = self.project();
         loop {
             match this.state.as_mut().project() {
-                StateProj::Called { future, permit, call, mark } => {
+                CallStateProj::Called { future, permit, call, mark } => {
                     WaitsFor::reset();
                     let polled = match call_permit::<S, Req, M>(call) {
                         Some(permit) => permit.guard(|| future.poll(cx)),
                         None => permit.guard(|| future.poll(cx)),
                     };
-                    let mut answer = match polled {
+                    let mut response = match polled {
                         Poll::Ready(Ok(response)) => Poll::Ready(Ok(M::wrap(response))),
                         Poll::Ready(Err(error)) => {
                             let what = WaitsFor::reported();
@@ -144,34 +144,34 @@ where
                         }
                     };
                     // Classified in place: moving the response once more would copy it.
-                    if let Poll::Ready(Ok(response)) = &mut answer {
+                    if let Poll::Ready(Ok(response)) = &mut response {
                         set_clock(permit, mark);
                         M::judge(taken(call), Ok(response), permit);
                     }
-                    return answer;
+                    return response;
                 }
-                StateProj::Parked { parked } => {
-                    let Poll::Ready(turn) = parked.as_mut().poll(cx) else {
+                CallStateProj::Queued { queued } => {
+                    let Poll::Ready(step) = queued.as_mut().poll(cx) else {
                         WaitsFor::Client.report();
                         return Poll::Pending;
                     };
-                    let next = match turn {
+                    let next = match step {
                         Ok((future, permit, call, mark)) => {
                             CallState::called(future, permit, call, mark)
                         }
                         Err(StepEnd::Rejected(mut rejected)) => {
-                            let request = parked.as_mut().project().request.take();
+                            let request = queued.as_mut().project().request.take();
                             if let Some((request, reject)) = request.zip(this.reject.as_ref()) {
                                 *this.form = Some(reject.form(&request));
                                 rejected = reject.discard(request, rejected);
                             }
-                            CallState::refused(rejected)
+                            CallState::rejected(rejected)
                         }
                         Err(StepEnd::Inner(error)) => return Poll::Ready(Err(R::error(error))),
                     };
                     this.state.set(next);
                 }
-                StateProj::Refused { rejected } => {
+                CallStateProj::Rejected { rejected } => {
                     let (Some(rejected), Some(form), Some(reject)) =
                         (rejected.take(), *this.form, this.reject.take())
                     else {
@@ -218,9 +218,9 @@ fn taken<C>(call: &mut Option<C>) -> C {
 impl<S, Req, F, C, P: Policy<Req>, M, R> fmt::Debug for AdmissionFuture<S, Req, F, C, P, M, R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.state {
-            CallState::Called { .. } => "ResponseFuture(called)",
-            CallState::Parked { .. } => "ResponseFuture(parked)",
-            CallState::Refused { .. } => "ResponseFuture(refused)",
+            CallState::Called { .. } => "AdmissionFuture(called)",
+            CallState::Queued { .. } => "AdmissionFuture(queued)",
+            CallState::Rejected { .. } => "AdmissionFuture(rejected)",
         })
     }
 }
@@ -262,7 +262,7 @@ impl<Req, M: Classifier<Req, Res, E>, Res, E> Terms for RequestTerms<'_, Req, M,
 // ===== A call that waits for its permit or for the inner service =====
 
 /// Marks the call of a permit as waiting inside the client: the upstream does not have the request yet.
-fn parked<G: Giver>(mut permit: Permit<G>) -> Permit<G> {
+fn queued<G: Giver>(mut permit: Permit<G>) -> Permit<G> {
     permit.pending(WaitsFor::Client);
     permit
 }
@@ -272,7 +272,7 @@ pin_project! {
     ///
     /// It first waits for its permit, then for the inner service. If the policy starts to reject calls during the
     /// second wait, the permit is released and the policy decides again.
-    pub(super) struct Parked<S, Req, P, M>
+    pub(super) struct QueuedCall<S, Req, P, M>
     where
         P: Policy<Req>,
     {
@@ -282,11 +282,18 @@ pin_project! {
         service: S,
         policy: P,
         protocol: M,
-        shut: ShutWatch,
-        // The timer of the deadline, while the call waits for the inner service. Outer `None`: not set yet. Inner
-        // `None`: no deadline, or it has passed and the policy does not reject the call.
-        late: Option<Option<Pin<Box<Sleep>>>>,
+        closed_signal: ClosedWatch,
+        expiry: Expiry,
     }
+}
+
+/// The deadline of a call that waits for the inner service.
+enum Expiry {
+    /// The deadline has not been read yet.
+    Unset,
+    At(Pin<Box<Sleep>>),
+    /// There is no deadline, or it has passed and the policy does not reject the call.
+    Never,
 }
 
 pub(super) enum StepEnd<E> {
@@ -304,7 +311,7 @@ type Called<S, Req, P, M> = (
     Option<SentMark>,
 );
 
-impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
+impl<S, Req, P: Policy<Req>, M> QueuedCall<S, Req, P, M> {
     pub(super) fn new(service: S, request: Req, policy: P, protocol: M) -> Self {
         Self {
             wait: None,
@@ -313,13 +320,13 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
             service,
             policy,
             protocol,
-            shut: ShutWatch::default(),
-            late: None,
+            closed_signal: ClosedWatch::default(),
+            expiry: Expiry::Unset,
         }
     }
 
     pub(super) fn with_permit(mut self, permit: Permit<P::Giver>) -> Self {
-        self.permit = Some(parked(permit));
+        self.permit = Some(queued(permit));
         self
     }
 
@@ -336,9 +343,9 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
         let this = self.project();
         loop {
             if let Some(wait) = this.wait {
-                let turn = ready!(wait.as_mut().poll(cx));
+                let step = ready!(wait.as_mut().poll(cx));
                 *this.wait = None;
-                *this.permit = Some(parked(turn.map_err(StepEnd::Rejected)?));
+                *this.permit = Some(queued(step.map_err(StepEnd::Rejected)?));
             }
             if let Poll::Ready(result) = this.service.poll_ready(cx) {
                 if let Err(error) = result {
@@ -350,12 +357,18 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
             let Some(request) = this.request.as_ref() else {
                 unreachable!("polled after completion")
             };
-            let late = this.late.get_or_insert_with(|| {
-                this.protocol.deadline(request).map(|deadline| Box::pin(sleep_until(deadline.at())))
-            });
-            if late.as_mut().is_some_and(|late| poll_timer(late.as_mut(), cx).is_ready()) {
-                *late = None;
-                if let Some(rejected) = this.policy.too_late(request) {
+            if let Expiry::Unset = this.expiry {
+                let deadline = this.protocol.deadline(request);
+                *this.expiry =
+                    deadline.map_or(Expiry::Never, |at| Expiry::At(Box::pin(sleep_until(at.at()))));
+            }
+            let is_late = match this.expiry {
+                Expiry::At(timer) => poll_timer(timer.as_mut(), cx).is_ready(),
+                Expiry::Unset | Expiry::Never => false,
+            };
+            if is_late {
+                *this.expiry = Expiry::Never;
+                if let Some(rejected) = this.policy.reject_late(request) {
                     *this.permit = None;
                     return Poll::Ready(Err(StepEnd::Rejected(rejected)));
                 }
@@ -363,17 +376,17 @@ impl<S, Req, P: Policy<Req>, M> Parked<S, Req, P, M> {
             // `is_stale`, not `peek`: a probe that waits here occupies a slot itself, so `peek` could be false because
             // of it.
             let stale = || this.permit.as_ref().is_none_or(|permit| this.policy.is_stale(permit));
-            let shut = || this.policy.shut(this.permit.as_ref());
-            ready!(this.shut.poll(cx, shut, stale));
+            let closed_signal = || this.policy.closed_signal(this.permit.as_ref());
+            ready!(this.closed_signal.poll(cx, closed_signal, stale));
             // The permit is no longer valid. The policy decides again.
             *this.permit = None;
             match this.policy.admit(
                 request,
                 RequestTerms::<_, _, S::Response, S::Error>::new(request, this.protocol),
             ) {
-                Admit::Go(pass) => *this.permit = Some(parked(this.policy.permit(pass))),
-                Admit::Wait(wait) => *this.wait = Some(wait),
-                Admit::No(rejected) => return Poll::Ready(Err(StepEnd::Rejected(rejected))),
+                Admit::Pass(pass) => *this.permit = Some(queued(this.policy.permit(pass))),
+                Admit::Queue(wait) => *this.wait = Some(wait),
+                Admit::Reject(rejected) => return Poll::Ready(Err(StepEnd::Rejected(rejected))),
             }
         }
         let (Some(mut permit), Some(mut request)) = (this.permit.take(), this.request.take())

@@ -141,18 +141,18 @@ macro_rules! admission_layer {
             ///
             /// ```
             /// use buttress::{ConcurrencyLimitLayer, Rejected};
-            /// # struct Row; enum DbError { Refused(Rejected) }
+            /// # struct Row; enum DbError { Rejected(Rejected) }
             ///
             /// let layer = ConcurrencyLimitLayer::new(20)
             ///     .per_response()
-            ///     .respond_with(|refused| Err::<Row, _>(DbError::Refused(refused.clone())));
+            ///     .respond_with(|rejected| Err::<Row, _>(DbError::Refused(rejected.clone())));
             /// # let _ = layer;
             /// ```
-            pub fn respond_with<F, Res, E>(self, answer: F) -> $Layer<$($K,)* $($G,)* M, $crate::respond::RespondWith<F>>
+            pub fn respond_with<F, Res, E>(self, respond: F) -> $Layer<$($K,)* $($G,)* M, $crate::respond::RespondWith<F>>
             where
                 F: Fn(&$crate::outcome::Rejected) -> Result<Res, E> + Clone + Send + Sync + 'static,
             {
-                $Layer { plan: self.plan.with_reject($crate::respond::RespondWith(answer)), $($field: self.$field,)* }
+                $Layer { plan: self.plan.with_reject($crate::respond::RespondWith(respond)), $($field: self.$field,)* }
             }
 
             /// Returns the layer, or the error of the first setting that cannot work.
@@ -186,6 +186,16 @@ macro_rules! admission_layer {
             /// Returns the wrapped service.
             pub fn get_ref(&self) -> &S {
                 self.admission.inner()
+            }
+
+            /// Returns the wrapped service. A call that is made on it directly passes this layer by.
+            pub fn get_mut(&mut self) -> &mut S {
+                self.admission.inner_mut()
+            }
+
+            /// Returns the wrapped service, without this layer.
+            pub fn into_inner(self) -> S {
+                self.admission.into_inner()
             }
         }
 

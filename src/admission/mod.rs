@@ -8,7 +8,7 @@
 //! - While a call would be rejected, the inner service is not polled. An instance that was polled but is not called is
 //!   replaced by a clone, so that it holds no reservation and no queue entry.
 //! - Once ready, the service stays ready until `call`, except with backpressure.
-//! - A caller that waits for the inner service is woken when the policy starts to reject calls ([`shut`]).
+//! - A caller that waits for the inner service is woken when the policy starts to reject calls ([`closed`]).
 //! - An idle service holds no permit: a policy admits in `call`, and queues in the returned future.
 //! - The inner future is dropped before its permit.
 
@@ -38,12 +38,12 @@ use crate::{
 #[derive(Debug)]
 pub enum Admit<T, W> {
     /// The call is made now.
-    Go(T),
+    Pass(T),
     /// The call waits for a permit. Dropping the future leaves the queue. Boxed, because only calls that wait pay for
     /// it.
-    Wait(Pin<Box<W>>),
+    Queue(Pin<Box<W>>),
     /// The call is rejected.
-    No(Rejected),
+    Reject(Rejected),
 }
 
 /// The deadline and the sent mark of a request. Each method reads the request.
@@ -96,21 +96,21 @@ pub trait Policy<Req>: Clone + Send + Sync + 'static {
 
     /// Returns the rejection of an admitted call that still waits for the inner service at its deadline. `None`: the
     /// call is not rejected.
-    fn too_late(&self, request: &Req) -> Option<Rejected> {
+    fn reject_late(&self, request: &Req) -> Option<Rejected> {
         let _ = request;
         Some(Rejected::by(Self::LAYER, RejectedKind::DeadlinePassed))
     }
 
     /// Returns the notification for callers that wait for the inner service. It wakes them when [`peek`](Self::peek)
     /// becomes false, or when their permit becomes [stale](Self::is_stale). `None`: neither happens.
-    fn shut(&self, permit: Option<&Permit<Self::Giver>>) -> Option<Arc<Notify>> {
+    fn closed_signal(&self, permit: Option<&Permit<Self::Giver>>) -> Option<Arc<Notify>> {
         let _ = permit;
         None
     }
 
     /// Returns whether the policy uses backpressure, for balancers: while [`peek`](Self::peek) is false, the service is
-    /// not ready, instead of rejecting calls. The notification of [`shut`](Self::shut) wakes it.
-    fn holds_back(&self) -> bool {
+    /// not ready, instead of rejecting calls. The notification of [`closed_signal`](Self::closed_signal) wakes it.
+    fn uses_backpressure(&self) -> bool {
         false
     }
 

@@ -7,8 +7,8 @@ use tower_service::Service;
 
 use super::{
     Admit, Policy,
-    closed::{HoldBack, ShutWatch},
-    future::{AdmissionFuture, CallState, Parked, RequestTerms, measured},
+    closed::{BackpressureWait, ClosedWatch},
+    future::{AdmissionFuture, CallState, QueuedCall, RequestTerms, measured},
 };
 use crate::{
     classify::Protocol,
@@ -27,9 +27,9 @@ pub(crate) struct Admission<S, P, M, R> {
     fault: Option<Arc<LayerName>>,
     readiness: Readiness,
     /// `poll_ready` has returned ready, and the service stays ready until the call.
-    promised: bool,
-    shut: ShutWatch,
-    hold: HoldBack,
+    reported_ready: bool,
+    closed_signal: ClosedWatch,
+    hold: BackpressureWait,
 }
 
 /// The use of the inner service since the last call.
@@ -57,14 +57,22 @@ impl<S, P, M, R> Admission<S, P, M, R> {
             reject,
             fault,
             readiness: Readiness::Untouched,
-            promised: false,
-            shut: ShutWatch::default(),
-            hold: HoldBack::default(),
+            reported_ready: false,
+            closed_signal: ClosedWatch::default(),
+            hold: BackpressureWait::default(),
         }
     }
 
     pub(crate) fn inner(&self) -> &S {
         &self.inner
+    }
+
+    pub(crate) fn inner_mut(&mut self) -> &mut S {
+        &mut self.inner
+    }
+
+    pub(crate) fn into_inner(self) -> S {
+        self.inner
     }
 
     pub(crate) fn policy(&self) -> &P {
@@ -74,7 +82,7 @@ impl<S, P, M, R> Admission<S, P, M, R> {
 
 impl<S: Clone, P, M, R> Admission<S, P, M, R> {
     /// Replaces an inner service that was polled, so that its reservation or its waiter is released.
-    fn let_go(&mut self) {
+    fn discard_reservation(&mut self) {
         if self.readiness != Readiness::Untouched {
             self.inner = self.inner.clone();
             self.readiness = Readiness::Untouched;
@@ -113,14 +121,14 @@ where
         }
         // A ready service stays ready until `call`, except with backpressure: a balancer polls again and must observe
         // the change.
-        if self.promised && (!self.policy.holds_back() || self.policy.peek()) {
+        if self.reported_ready && (!self.policy.uses_backpressure() || self.policy.peek()) {
             return Poll::Ready(Ok(()));
         }
-        self.promised = false;
+        self.reported_ready = false;
         while self.fault.is_none() {
             if !self.policy.peek() {
-                self.let_go();
-                if !self.policy.holds_back() {
+                self.discard_reservation();
+                if !self.policy.uses_backpressure() {
                     break;
                 }
                 ready!(self.hold.poll::<Req, P>(cx, &self.policy));
@@ -128,31 +136,35 @@ where
             if let Poll::Ready(result) = self.inner.poll_ready(cx) {
                 result.map_err(R::error)?;
                 self.readiness = Readiness::Ready;
-                self.shut.forget();
+                self.closed_signal.forget();
                 break;
             }
             self.readiness = Readiness::Polled;
-            ready!(self.shut.poll(cx, || self.policy.shut(None), || !self.policy.peek()));
+            ready!(self.closed_signal.poll(
+                cx,
+                || self.policy.closed_signal(None),
+                || !self.policy.peek()
+            ));
         }
-        self.promised = true;
+        self.reported_ready = true;
         Poll::Ready(Ok(()))
     }
 
     #[inline]
     fn call(&mut self, mut request: Req) -> Self::Future {
-        self.promised = false;
+        self.reported_ready = false;
         let admit = match &self.fault {
             None => self.policy.admit(
                 &request,
                 RequestTerms::<_, _, S::Response, S::Error>::new(&request, &self.protocol),
             ),
-            Some(fault) => Admit::No(Rejected::misconfigured(P::LAYER, fault.clone())),
+            Some(fault) => Admit::Reject(Rejected::misconfigured(P::LAYER, fault.clone())),
         };
         // Computed only for rejected calls, because it reads the headers.
         let mut form = None;
         let state = match admit {
-            Admit::Go(pass) if self.readiness == Readiness::Ready => {
-                let mut leaving = Leaving::<Req, P>::new(&self.policy, pass);
+            Admit::Pass(pass) if self.readiness == Readiness::Ready => {
+                let mut guard = CallGuard::<Req, P>::new(&self.policy, pass);
                 let (mut deadline, mut mark) = (None, None);
                 if self.policy.attributes() {
                     // Read before the call, because code that may panic after it makes the compiler copy the inner
@@ -160,14 +172,14 @@ where
                     deadline = CallerDeadline::of(self.protocol.deadline(&request));
                     mark = measured(self.protocol.sent_mark(&request));
                 }
-                let call = self.protocol.begin(&mut request, || leaving.permit());
+                let call = self.protocol.begin(&mut request, || guard.permit());
                 self.readiness = Readiness::Untouched;
-                leaving.drop_as = Outcome::failure().because(Reason::Panicked);
+                guard.drop_as = Outcome::failure().because(Reason::Panicked);
                 // Built in place without intermediate variables, because a future is large to move.
                 return AdmissionFuture::new(
                     CallState::called(
                         self.inner.call(request),
-                        leaving.permit().observing(deadline, mark.is_some()),
+                        guard.permit().observing(deadline, mark.is_some()),
                         call,
                         mark,
                     ),
@@ -175,15 +187,15 @@ where
                     self.reject.clone(),
                 );
             }
-            Admit::Go(pass) => {
+            Admit::Pass(pass) => {
                 let permit = self.policy.permit(pass);
-                CallState::parked(self.park(request).with_permit(permit))
+                CallState::queued(self.queue(request).with_permit(permit))
             }
-            Admit::Wait(wait) => CallState::parked(self.park(request).with_wait(wait)),
-            Admit::No(rejected) => {
-                self.let_go();
+            Admit::Queue(wait) => CallState::queued(self.queue(request).with_wait(wait)),
+            Admit::Reject(rejected) => {
+                self.discard_reservation();
                 form = Some(self.reject.form(&request));
-                CallState::refused(self.reject.discard(request, rejected))
+                CallState::rejected(self.reject.discard(request, rejected))
             }
         };
         AdmissionFuture::new(state, form, self.reject.clone())
@@ -192,13 +204,13 @@ where
 
 /// A call between its admission and the return of the inner `call`. Dropping it ends the call, so that a panic releases
 /// the permit: as cancelled if the classifier panics before the inner call, and as failed if the inner call panics.
-struct Leaving<'a, Req, P: Policy<Req>> {
+struct CallGuard<'a, Req, P: Policy<Req>> {
     policy: &'a P,
     pass: Option<P::Pass>,
     drop_as: Outcome,
 }
 
-impl<'a, Req, P: Policy<Req>> Leaving<'a, Req, P> {
+impl<'a, Req, P: Policy<Req>> CallGuard<'a, Req, P> {
     #[inline]
     fn new(policy: &'a P, pass: P::Pass) -> Self {
         Self { policy, pass: Some(pass), drop_as: Outcome::cancelled() }
@@ -214,7 +226,7 @@ impl<'a, Req, P: Policy<Req>> Leaving<'a, Req, P> {
     }
 }
 
-impl<Req, P: Policy<Req>> Drop for Leaving<'_, Req, P> {
+impl<Req, P: Policy<Req>> Drop for CallGuard<'_, Req, P> {
     #[inline]
     fn drop(&mut self) {
         if let Some(pass) = self.pass.take() {
@@ -230,11 +242,11 @@ fn dropped<Req, P: Policy<Req>>(policy: &P, pass: P::Pass, outcome: Outcome) {
 }
 
 impl<S: Clone, P: Clone, M: Clone, R> Admission<S, P, M, R> {
-    fn park<Req>(&mut self, request: Req) -> Parked<S, Req, P, M>
+    fn queue<Req>(&mut self, request: Req) -> QueuedCall<S, Req, P, M>
     where
         P: Policy<Req>,
     {
-        self.let_go();
-        Parked::new(self.inner.clone(), request, self.policy.clone(), self.protocol.clone())
+        self.discard_reservation();
+        QueuedCall::new(self.inner.clone(), request, self.policy.clone(), self.protocol.clone())
     }
 }

@@ -76,7 +76,7 @@ pub struct Circuit {
     shadow: AtomicBool,
     shadowed: AtomicU64,
     /// Backpressure: the service is not ready while the circuit would reject a call.
-    holds_back: AtomicBool,
+    uses_backpressure: AtomicBool,
     /// The maximum number of callers that wait for the verdict of the probes, and the maximum duration of the wait.
     most_waiting: AtomicU32,
     longest_wait: AtomicU64,
@@ -121,7 +121,7 @@ impl Circuit {
             refused: AtomicU64::new(0),
             shadow: AtomicBool::new(false),
             shadowed: AtomicU64::new(0),
-            holds_back: AtomicBool::new(false),
+            uses_backpressure: AtomicBool::new(false),
             most_waiting: AtomicU32::new(0),
             longest_wait: AtomicU64::new(0),
             waiting: AtomicU32::new(0),
@@ -175,8 +175,8 @@ impl Circuit {
     }
 
     pub(super) fn hold_back(&self) {
-        self.holds_back.store(true, Ordering::Relaxed);
-        self.configure(|settings| settings.holds_back = true);
+        self.uses_backpressure.store(true, Ordering::Relaxed);
+        self.configure(|settings| settings.uses_backpressure = true);
     }
 
     pub(super) fn let_wait(&self, most: u32, longest: Duration) {
@@ -216,8 +216,8 @@ impl Circuit {
     }
 
     #[inline]
-    pub(super) fn holds_back(&self) -> bool {
-        self.holds_back.load(Ordering::Relaxed)
+    pub(super) fn uses_backpressure(&self) -> bool {
+        self.uses_backpressure.load(Ordering::Relaxed)
     }
 
     /// Returns the state, and the time until it changes without any call.
@@ -244,7 +244,7 @@ impl Circuit {
     /// know the exact result before the call.
     #[inline]
     pub(super) fn has_room(&self) -> bool {
-        if self.cell.is_open() && !self.holds_back() {
+        if self.cell.is_open() && !self.uses_backpressure() {
             return self.is_shadow();
         }
         self.has_room_by_now()

@@ -310,16 +310,16 @@ where
         let deadline = terms.deadline().map(|deadline| deadline.at());
         let Some(circuit) = circuit else {
             let rejected = if CallClock::is_past(deadline) {
-                policy::too_late(&self.circuits.template)
+                policy::reject_late(&self.circuits.template)
             } else {
                 None
             };
-            return rejected.map_or(Admit::Go(None), Admit::No);
+            return rejected.map_or(Admit::Pass(None), Admit::Reject);
         };
         match policy::admit(&circuit, deadline, || terms.sent_mark()) {
-            Admit::Go(token) => Admit::Go(Some((circuit, token))),
-            Admit::Wait(wait) => Admit::Wait(wait),
-            Admit::No(rejected) => Admit::No(rejected),
+            Admit::Pass(token) => Admit::Pass(Some((circuit, token))),
+            Admit::Queue(wait) => Admit::Queue(wait),
+            Admit::Reject(rejected) => Admit::Reject(rejected),
         }
     }
 
@@ -334,15 +334,15 @@ where
         policy::is_stale(permit)
     }
 
-    fn too_late(&self, request: &Req) -> Option<Rejected> {
+    fn reject_late(&self, request: &Req) -> Option<Rejected> {
         match self.circuits.get(&self.key.key(request)) {
-            Some(circuit) => policy::too_late(&circuit),
-            None => policy::too_late(&self.circuits.template),
+            Some(circuit) => policy::reject_late(&circuit),
+            None => policy::reject_late(&self.circuits.template),
         }
     }
 
     /// The circuit is known once the call has a permit.
-    fn shut(&self, permit: Option<&Permit<Giver>>) -> Option<Arc<Notify>> {
+    fn closed_signal(&self, permit: Option<&Permit<Giver>>) -> Option<Arc<Notify>> {
         match permit?.giver()? {
             Anchor::Counted(circuit) => Some(circuit.changed().clone()),
             Anchor::Lasting(_) => None,
@@ -382,7 +382,7 @@ impl<Sel, Id, M, R> KeyedCircuitBreakerLayer<Sel, Id, M, R> {
     /// Each circuit gets the rules and settings of the circuit of `plan`.
     pub(super) fn new(key: Sel, plan: Plan<Breaker, M, R>, fns: KeyFns<Id>) -> Self {
         let Plan { policy: template, protocol, reject, mut fault } = plan;
-        if Circuit::holds_back(&template) {
+        if Circuit::uses_backpressure(&template) {
             let remedy = "remove it, because the circuit of a call is known only with its request";
             fault.get_or_insert(ConfigError::new("backpressure", "keyed", remedy));
         }

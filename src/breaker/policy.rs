@@ -105,7 +105,7 @@ impl<Req> Policy<Req> for Breaker {
     fn admit(&self, _: &Req, terms: impl Terms) -> Admit<Token, Self::Wait> {
         let deadline = terms.deadline().map(|deadline| deadline.at());
         match self.front.enter() {
-            Some(token) if !CallClock::is_past(deadline) => Admit::Go(token),
+            Some(token) if !CallClock::is_past(deadline) => Admit::Pass(token),
             _ => admit(self, deadline, || terms.sent_mark()),
         }
     }
@@ -124,16 +124,16 @@ impl<Req> Policy<Req> for Breaker {
         is_stale(permit)
     }
 
-    fn too_late(&self, _: &Req) -> Option<Rejected> {
-        too_late(self)
+    fn reject_late(&self, _: &Req) -> Option<Rejected> {
+        reject_late(self)
     }
 
-    fn shut(&self, _: Option<&Permit<Giver>>) -> Option<Arc<Notify>> {
+    fn closed_signal(&self, _: Option<&Permit<Giver>>) -> Option<Arc<Notify>> {
         Some(self.changed().clone())
     }
 
-    fn holds_back(&self) -> bool {
-        Circuit::holds_back(self)
+    fn uses_backpressure(&self) -> bool {
+        Circuit::uses_backpressure(self)
     }
 
     fn changes_at(&self) -> Option<Instant> {
@@ -156,7 +156,7 @@ pub(super) fn is_stale(permit: &Permit<Giver>) -> bool {
     })
 }
 
-pub(super) fn too_late(circuit: &Circuit) -> Option<Rejected> {
+pub(super) fn reject_late(circuit: &Circuit) -> Option<Rejected> {
     (!circuit.is_shadow()).then(|| circuit.refuse_late())
 }
 
@@ -168,10 +168,10 @@ pub(super) fn admit<C: Calls>(
 ) -> Admit<Token, VerdictWait<C>> {
     // A call whose deadline has passed has no caller that waits for it, and must not use a probe slot.
     if CallClock::is_past(deadline) && !circuit.is_shadow() {
-        return Admit::No(circuit.refuse_late());
+        return Admit::Reject(circuit.refuse_late());
     }
     match circuit.enter(&sent_mark) {
-        Ok(token) => Admit::Go(token),
+        Ok(token) => Admit::Pass(token),
         Err(refusal) => refused(circuit, refusal, deadline, sent_mark),
     }
 }
@@ -185,7 +185,7 @@ fn refused<C: Calls>(
 ) -> Admit<Token, VerdictWait<C>> {
     match refusal {
         Refusal::Probing => probing(circuit, deadline, sent_mark()),
-        refusal => Admit::No(circuit.refuse(refusal)),
+        refusal => Admit::Reject(circuit.refuse(refusal)),
     }
 }
 
@@ -196,8 +196,8 @@ fn probing<C: Calls>(
     sent_mark: Option<SentMark>,
 ) -> Admit<Token, VerdictWait<C>> {
     match VerdictWait::begin(circuit, deadline, sent_mark) {
-        Some(wait) => Admit::Wait(Box::pin(wait)),
-        None => Admit::No(circuit.refuse(Refusal::Probing)),
+        Some(wait) => Admit::Queue(Box::pin(wait)),
+        None => Admit::Reject(circuit.refuse(Refusal::Probing)),
     }
 }
 

@@ -53,7 +53,7 @@ pub(super) struct CircuitSettings {
     pub(super) outside_probes: bool,
     /// Backpressure: the caller polls for readiness before it has a call. A ramp then admits all calls for a part of
     /// the time, instead of a random part of the calls.
-    pub(super) holds_back: bool,
+    pub(super) uses_backpressure: bool,
 }
 
 /// The share of calls that is admitted at the beginning of a ramp.
@@ -70,7 +70,7 @@ impl CircuitSettings {
         count_cancelled_after: Some(COUNT_CANCELLED_AFTER),
         ramp: Duration::ZERO,
         outside_probes: false,
-        holds_back: false,
+        uses_backpressure: false,
     };
 
     /// Returns the share of calls that is admitted at this time after the beginning of a ramp.

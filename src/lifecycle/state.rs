@@ -366,13 +366,13 @@ impl<Req> Policy<Req> for Entrance {
         let in_time = self.0.door.enter();
         let permit = Permit::new(self.0.lease(), Token::default());
         if in_time {
-            return Admit::Go(permit);
+            return Admit::Pass(permit);
         }
         self.0.refused.fetch_add(1, SeqCst);
         event!(lifecycle, DEBUG, "call rejected: shutting down");
         let rejected = Rejected::by(LayerKind::Lifecycle, RejectedKind::ShuttingDown);
         // Another instance can serve the call at once.
-        Admit::No(rejected.with_retry_after(Duration::ZERO))
+        Admit::Reject(rejected.with_retry_after(Duration::ZERO))
     }
 
     fn permit(
@@ -382,7 +382,7 @@ impl<Req> Policy<Req> for Entrance {
         permit
     }
 
-    fn shut(&self, permit: Option<&Permit<ShardedRef<LifecycleState>>>) -> Option<Arc<Notify>> {
+    fn closed_signal(&self, permit: Option<&Permit<ShardedRef<LifecycleState>>>) -> Option<Arc<Notify>> {
         // A call with a permit continues to wait for the inner service. Only a call without one is woken and rejected.
         permit.is_none().then(|| self.0.shut.clone())
     }

@@ -33,14 +33,14 @@ impl<Req> Policy<Req> for Limit {
     #[inline]
     fn admit(&self, _: &Req, terms: impl Terms) -> Admit<Token, Wait> {
         if let Some(token) = terms.health_call().and_then(|call| self.enter_health_call(call)) {
-            return Admit::Go(token);
+            return Admit::Pass(token);
         }
         let deadline = terms.deadline().map(|deadline| deadline.at());
         if CallClock::is_past(deadline) {
             return entered(self, LATE, deadline);
         }
         match self.enter() {
-            Some(token) => Admit::Go(token),
+            Some(token) => Admit::Pass(token),
             None => entered(self, self.join(), deadline),
         }
     }
@@ -55,7 +55,7 @@ impl<Req> Policy<Req> for Limit {
         Limit::permit(self, token)
     }
 
-    fn too_late(&self, _: &Req) -> Option<Rejected> {
+    fn reject_late(&self, _: &Req) -> Option<Rejected> {
         self.turn_away(RejectedKind::DeadlinePassed).err()
     }
 }
@@ -74,10 +74,10 @@ impl<Req, K: ClassifyCall<Req>> Policy<Req> for PartitionedPolicy<K> {
     fn admit(&self, request: &Req, terms: impl Terms) -> Admit<Token, Wait> {
         let (limiter, claim) = (&self.limiter, self.sort.claim(request));
         if claim.exempt {
-            return Admit::Go(limiter.enter_exempt());
+            return Admit::Pass(limiter.enter_exempt());
         }
         if let Some(token) = terms.health_call().and_then(|call| limiter.enter_health_call(call)) {
-            return Admit::Go(token);
+            return Admit::Pass(token);
         }
         let deadline = terms.deadline().map(|deadline| deadline.at());
         let entry = if CallClock::is_past(deadline) { LATE } else { limiter.enter_as(claim) };
@@ -92,7 +92,7 @@ impl<Req, K: ClassifyCall<Req>> Policy<Req> for PartitionedPolicy<K> {
         self.limiter.permit(token)
     }
 
-    fn too_late(&self, request: &Req) -> Option<Rejected> {
+    fn reject_late(&self, request: &Req) -> Option<Rejected> {
         if self.sort.claim(request).exempt {
             return None;
         }
@@ -115,13 +115,13 @@ fn entered(
         limiter.ensure_sweeper();
     }
     match entry {
-        Ok(Entry::In(token)) => Admit::Go(token),
+        Ok(Entry::In(token)) => Admit::Pass(token),
         Ok(Entry::Waits(place)) => {
-            Admit::Wait(Box::pin(Wait::new(limiter.clone(), place, deadline)))
+            Admit::Queue(Box::pin(Wait::new(limiter.clone(), place, deadline)))
         }
         Err(kind) => match limiter.turn_away(kind) {
-            Ok(token) => Admit::Go(token),
-            Err(rejected) => Admit::No(rejected),
+            Ok(token) => Admit::Pass(token),
+            Err(rejected) => Admit::Reject(rejected),
         },
     }
 }

@@ -140,7 +140,7 @@ impl<Req> Policy<Req> for Arc<MeterLayer> {
         self.begun.fetch_add(1, Relaxed);
         // The tag is the time plus one, or 0 once the call has been timed. A meter times whole calls, whichever side
         // they wait for, so it does not use the clock of the token.
-        Admit::Go(Token::unmeasured(self.clock.now().saturating_add(1)))
+        Admit::Pass(Token::unmeasured(self.clock.now().saturating_add(1)))
     }
 
     fn permit(&self, token: Token) -> Permit<Self> {

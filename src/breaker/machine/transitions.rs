@@ -84,7 +84,7 @@ impl Machine {
         let answer = match &mut self.phase {
             MachinePhase::Closed { since, ramps: true } => {
                 let gone = at.now.saturating_sub(*since);
-                if self.settings.holds_back || (at.roll)() < self.settings.ramp_share(gone) {
+                if self.settings.uses_backpressure || (at.roll)() < self.settings.ramp_share(gone) {
                     counted
                 } else {
                     Err(Refusal::Ramping { left: nanos(self.settings.ramp).saturating_sub(gone) })

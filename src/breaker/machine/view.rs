@@ -31,7 +31,7 @@ impl Machine {
     pub(in super::super) fn next_by_time(&self, now: Nanos) -> Option<Nanos> {
         match &self.phase {
             _ if self.isolations > 0 => None,
-            MachinePhase::Closed { since, ramps: true } if self.settings.holds_back => {
+            MachinePhase::Closed { since, ramps: true } if self.settings.uses_backpressure => {
                 Some(self.settings.turn(*since, now).1)
             }
             MachinePhase::Open { until } => Some(*until),
@@ -45,7 +45,7 @@ impl Machine {
     pub(in super::super) fn has_room(&self, now: Nanos) -> bool {
         match &self.phase {
             _ if self.isolations > 0 => false,
-            MachinePhase::Closed { since, ramps: true } if self.settings.holds_back => {
+            MachinePhase::Closed { since, ramps: true } if self.settings.uses_backpressure => {
                 self.settings.turn(*since, now).0
             }
             MachinePhase::Closed { .. } | MachinePhase::ForcedClosed => true,

@@ -14,7 +14,7 @@ fn cell(trip: Trip) -> Cell {
         lease: Duration::from_nanos(1000),
         ramp: Duration::ZERO,
         outside_probes: false,
-        holds_back: false,
+        uses_backpressure: false,
         count_cancelled_after: None,
     };
     Cell::new(Front::take(), trip, settings, false)

@@ -71,15 +71,15 @@ impl<Req> Policy<Req> for Arc<Gate> {
         self.lets_through().is_some()
     }
 
-    fn holds_back(&self) -> bool {
+    fn uses_backpressure(&self) -> bool {
         self.while_down.load(Ordering::Relaxed) == WhileDown::Wait as u8
     }
 
     #[inline]
     fn admit(&self, _: &Req, _: impl Terms) -> Admit<bool, Self::Wait> {
         match self.lets_through() {
-            Some(word) => Admit::Go(word & LISTENS != 0),
-            None => Admit::No(self.refuse()),
+            Some(word) => Admit::Pass(word & LISTENS != 0),
+            None => Admit::Reject(self.refuse()),
         }
     }
 
@@ -89,7 +89,7 @@ impl<Req> Policy<Req> for Arc<Gate> {
         if listens { Permit::of(self, Token::default()) } else { Permit::hollow() }
     }
 
-    fn shut(&self, _: Option<&Permit<Self>>) -> Option<Arc<Notify>> {
+    fn closed_signal(&self, _: Option<&Permit<Self>>) -> Option<Arc<Notify>> {
         Some(self.changed.clone())
     }
 }
