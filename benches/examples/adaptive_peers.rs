@@ -11,7 +11,7 @@
 
 #[path = "../../tests/rig/mod.rs"]
 mod rig;
-#[path = "../../examples/adaptive_limit/table.rs"]
+#[path = "../../examples/offline/src/bin/adaptive_limit/table.rs"]
 mod table;
 
 use std::{error::Error, fmt, time::Duration};

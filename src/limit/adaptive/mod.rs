@@ -26,8 +26,8 @@
 //! - with 8000 calls per second offered, the limit 5 s after the number of workers changes to 10, and 5 s after it
 //!   changes to 40.
 //!
-//! The results are from virtual time, by `cargo run --example adaptive_limit` and, for the other crates, `cargo run -p
-//! buttress-benches --example adaptive_peers`, 2026-11:
+//! The results are from virtual time, by `cargo run -p offline-examples --bin adaptive_limit` and, for the other crates,
+//! `cargo run -p buttress-benches --example adaptive_peers`, 2026-11:
 //!
 //! | | after 10 s, from 1, 10, 1000 | goodput and p99 after 20 min | capacity halved, then fourfold |
 //! |---|---|---|---|
