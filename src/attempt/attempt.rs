@@ -70,13 +70,13 @@ impl<F, H> AttemptFuture<F, H> {
             return Poll::Ready(Head::Held);
         };
         // Poll the attempt before the timer: a response that is available takes precedence over a timeout.
-        SharedTimer::listen();
+        SharedTimer::observe_inner();
         if let Poll::Ready(result) = future.as_mut().poll(cx) {
             return Poll::Ready(Head::Here(result));
         }
         if !mem::replace(waited_for, true) {
             if let Some(until) = until() {
-                this.alarm.as_mut().set(until);
+                this.alarm.as_mut().arm(until);
             }
         }
         this.alarm.poll(&*future, cx).map(|()| Head::Late)
@@ -102,13 +102,13 @@ impl<F, H> AttemptFuture<F, H> {
         else {
             unreachable!("the response is held and not taken")
         };
-        SharedTimer::listen();
+        SharedTimer::observe_inner();
         if let Poll::Ready(weight) = M::poll_weigh(held, cx) {
             return Poll::Ready(weight);
         }
         if !mem::replace(impatient, true) {
             if let Some(at) = Instant::now().checked_add(M::PATIENCE) {
-                this.alarm.as_mut().set(at);
+                this.alarm.as_mut().arm(at);
             }
         }
         ready!(this.alarm.poll(held, cx));

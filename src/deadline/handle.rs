@@ -19,7 +19,7 @@ use crate::{
 
 /// The settings of a layer in milliseconds, rounded up; 0 means none.
 #[derive(Debug, Default)]
-pub(super) struct Times {
+pub(super) struct DeadlineTimes {
     pub(super) default: AtomicU64,
     pub(super) longest: AtomicU64,
     pub(super) reserve: AtomicU64,
@@ -34,7 +34,7 @@ pub(super) fn set(ms: &AtomicU64, time: Option<Duration>) {
     ms.store(whole.map_or(0, |ms| u64::try_from(ms).unwrap_or(u64::MAX)), Relaxed);
 }
 
-impl Times {
+impl DeadlineTimes {
     /// Sets the deadline of a call in the extensions of its request, and writes the time that is left to the headers
     /// for the next hop.
     pub(super) fn apply<B>(
@@ -102,7 +102,7 @@ impl Times {
 /// Reads the state of a deadline layer and changes its times, from outside of the stack.
 #[derive(Clone)]
 pub struct DeadlineHandle {
-    pub(super) times: Arc<Times>,
+    pub(super) times: Arc<DeadlineTimes>,
     pub(super) inner: TimeoutHandle,
 }
 

@@ -12,7 +12,7 @@ use tower_service::Service;
 
 use super::{
     codec::{Codec, Millis},
-    handle::{DeadlineHandle, Times, set},
+    handle::{DeadlineHandle, DeadlineTimes, set},
     propagate::PropagateDeadlineLayer,
 };
 use crate::{
@@ -32,7 +32,7 @@ use crate::{
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct DeadlineLayer<R = AsError> {
-    times: Arc<Times>,
+    times: Arc<DeadlineTimes>,
     codec: Option<Arc<dyn Codec>>,
     timeout: TimeoutLayer<AsIs, R>,
     fault: Fault,
@@ -170,7 +170,7 @@ impl<R> DeadlineLayer<R> {
         &mut self,
         field: &'static str,
         time: Duration,
-        apply: impl FnOnce(&Times, Duration),
+        apply: impl FnOnce(&DeadlineTimes, Duration),
     ) {
         match ConfigError::above_zero(field, time) {
             Ok(time) => apply(&self.times, time),
@@ -211,7 +211,7 @@ impl<R> fmt::Debug for DeadlineLayer<R> {
 /// The service of a [`DeadlineLayer`].
 #[derive(Clone)]
 pub struct DeadlineService<S, R = AsError> {
-    times: Arc<Times>,
+    times: Arc<DeadlineTimes>,
     codec: Option<Arc<dyn Codec>>,
     timeout: Timeout<S, AsIs, R>,
 }
@@ -245,7 +245,7 @@ where
     }
 
     fn call(&mut self, request: Request<ReqB>) -> Self::Future {
-        let _moment = CallClock::begin();
+        let _clock = CallClock::begin();
         let Self { times, codec, timeout } = self;
         timeout.begin(request, |request| (None, times.apply(codec.as_deref(), request)))
     }

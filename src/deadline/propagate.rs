@@ -12,7 +12,7 @@ use tower_service::Service;
 
 use super::{
     codec::Codec,
-    handle::{DeadlineHandle, Times},
+    handle::{DeadlineHandle, DeadlineTimes},
     layer::report,
 };
 use crate::{error::ConfigError, fault::Fault, time::CallClock};
@@ -68,7 +68,7 @@ impl fmt::Debug for PropagateDeadlineLayer {
 #[derive(Clone)]
 pub struct PropagateDeadline<S> {
     inner: S,
-    times: Arc<Times>,
+    times: Arc<DeadlineTimes>,
     codec: Option<Arc<dyn Codec>>,
 }
 
@@ -95,13 +95,13 @@ where
 
     #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        CallClock::anew();
+        CallClock::invalidate();
         self.inner.poll_ready(cx)
     }
 
     #[inline]
     fn call(&mut self, mut request: Request<B>) -> S::Future {
-        let _moment = CallClock::begin();
+        let _clock = CallClock::begin();
         self.times.apply(self.codec.as_deref(), &mut request);
         self.inner.call(request)
     }

@@ -5,7 +5,7 @@ use tokio::{runtime::Handle, time::sleep};
 use super::{
     layer::LifecycleLayer,
     signals::Signals,
-    state::{Driven, LifecyclePhase, LifecycleState, LifecycleStep, drive},
+    state::{DriverGuard, LifecyclePhase, LifecycleState, LifecycleStep, drive},
     token::Drain,
 };
 use crate::{error::ConfigError, health::Health, permit::ShardedArc};
@@ -87,7 +87,7 @@ impl Lifecycle {
         })?;
         let state = ShardedArc::new(LifecycleState::new(reporter));
         let (weak, phase) = (Arc::downgrade(state.state()), state.seen());
-        let driven = Driven(weak.clone());
+        let driven = DriverGuard(weak.clone());
         let driver = runtime.spawn(async move {
             let _driven = driven;
             let drive = drive(weak.clone(), phase);

@@ -1,7 +1,7 @@
 //! The number of calls in flight and the flag that stops their admission, in one atomic word.
 //!
-//! The word is `calls << 1 | closed`. [`enter`](Door::enter) adds a call and reads the flag by one atomic operation, so
-//! each `enter` is ordered either before or after [`close`](Door::close):
+//! The word is `calls << 1 | closed`. [`enter`](InFlightGate::enter) adds a call and reads the flag by one atomic operation, so
+//! each `enter` is ordered either before or after [`close`](InFlightGate::close):
 //!
 //! - before: the call is admitted, and every read of the count after `close` includes it until it leaves;
 //! - after: the call is not admitted. It is counted for the short time until its permit is dropped.
@@ -18,12 +18,12 @@
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 /// A count of calls that can be closed once, and never opens again.
-pub(super) struct Door(AtomicUsize);
+pub(super) struct InFlightGate(AtomicUsize);
 
 const CLOSED: usize = 1;
 const ONE: usize = 2;
 
-impl Door {
+impl InFlightGate {
     pub(super) fn new() -> Self {
         Self(AtomicUsize::new(0))
     }
@@ -62,7 +62,7 @@ mod tests {
 
     #[test]
     fn who_comes_too_late_is_told_so_and_leaves() {
-        let door = Door::new();
+        let door = InFlightGate::new();
         assert!(door.enter() && door.is_open());
         door.close();
         assert!(!door.enter() && !door.is_open());
@@ -78,7 +78,7 @@ mod tests {
         const THREADS: usize = 4;
         for _ in 0..200 {
             let (door, gone, begin) =
-                (Door::new(), AtomicBool::new(false), Barrier::new(THREADS + 1));
+                (InFlightGate::new(), AtomicBool::new(false), Barrier::new(THREADS + 1));
             let came = AtomicUsize::new(0);
             let comes_until_told = || {
                 begin.wait();

@@ -13,7 +13,7 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::{
-    state::{Entrance, LifecyclePhase, LifecycleState},
+    state::{DrainPolicy, LifecyclePhase, LifecycleState},
     token::Drain,
 };
 use crate::{
@@ -53,7 +53,7 @@ impl<S> Layer<S> for LifecycleLayer {
     type Service = LifecycleService<S>;
 
     fn layer(&self, inner: S) -> LifecycleService<S> {
-        let entrance = Entrance(self.state.clone());
+        let entrance = DrainPolicy(self.state.clone());
         LifecycleService { admission: Admission::new(inner, entrance, Http, Respond, None) }
     }
 }
@@ -61,7 +61,7 @@ impl<S> Layer<S> for LifecycleLayer {
 /// The service of a [`LifecycleLayer`].
 #[derive(Clone)]
 pub struct LifecycleService<S> {
-    admission: Admission<S, Entrance, Http, Respond>,
+    admission: Admission<S, DrainPolicy, Http, Respond>,
 }
 
 impl<S> LifecycleService<S> {
@@ -80,7 +80,7 @@ where
     type Response = Response<TrackedBody<B>>;
     type Error = S::Error;
     type Future = LifecycleFuture<
-        AdmissionFuture<S, Request<ReqB>, S::Future, HttpCall, Entrance, Http, Respond>,
+        AdmissionFuture<S, Request<ReqB>, S::Future, HttpCall, DrainPolicy, Http, Respond>,
     >;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
@@ -89,7 +89,7 @@ where
 
     #[inline]
     fn call(&mut self, mut request: Request<ReqB>) -> Self::Future {
-        let Entrance(state) = self.admission.policy();
+        let DrainPolicy(state) = self.admission.policy();
         request.extensions_mut().insert(Drain::new(state.lease()));
         // `Connection` does not exist in HTTP/2.
         let closes = request.version() < Version::HTTP_2;

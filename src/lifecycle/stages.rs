@@ -207,7 +207,7 @@ impl Drop for CallGuard {
 // ===== The clock =====
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
+enum ConnectionStage {
     /// The rest of a head is missing.
     Head(Instant),
     /// A call is in flight, or the next check has to determine the stage.
@@ -244,13 +244,13 @@ pub(super) enum StageVerdict {
 pub(super) struct StageClock {
     state: Arc<ConnectionState>,
     limits: StageLimits,
-    stage: Stage,
+    stage: ConnectionStage,
     timer: LazyTimer,
 }
 
 impl StageClock {
     pub(super) fn new(state: Arc<ConnectionState>, limits: StageLimits, accepted: Instant) -> Self {
-        Self { state, limits, stage: Stage::Head(accepted), timer: LazyTimer::new() }
+        Self { state, limits, stage: ConnectionStage::Head(accepted), timer: LazyTimer::new() }
     }
 
     fn awaits(&self) -> Awaits {
@@ -273,8 +273,8 @@ impl StageClock {
     #[inline]
     pub(super) fn check(&mut self, cx: &mut Context<'_>) -> StageVerdict {
         let awaits = self.awaits();
-        if take(&self.state.has_ended_head) && matches!(self.stage, Stage::Head(_)) {
-            self.stage = Stage::Call;
+        if take(&self.state.has_ended_head) && matches!(self.stage, ConnectionStage::Head(_)) {
+            self.stage = ConnectionStage::Call;
             if self.limits.idle < self.limits.head {
                 // The timer is armed for the end of the head, which may be later than the end of the idle time.
                 let is_reclaimed =
@@ -283,8 +283,10 @@ impl StageClock {
             }
         }
         let is_same = match (awaits, self.stage) {
-            (Awaits::Head, Stage::Head(_)) | (Awaits::CallEnd, Stage::Call) => true,
-            (Awaits::Request, Stage::Idle(_) | Stage::Retired(_)) => {
+            (Awaits::Head, ConnectionStage::Head(_)) | (Awaits::CallEnd, ConnectionStage::Call) => {
+                true
+            }
+            (Awaits::Request, ConnectionStage::Idle(_) | ConnectionStage::Retired(_)) => {
                 !self.state.is_used.load(Relaxed)
             }
             _ => false,
@@ -295,7 +297,7 @@ impl StageClock {
         }
         if awaits == Awaits::CallEnd && self.timer.is_armed() && !self.timer.has_fired(cx) {
             // The timer remains armed for the end of an earlier stage, and wakes the task then.
-            self.stage = Stage::Call;
+            self.stage = ConnectionStage::Call;
             return StageVerdict::Wait;
         }
         self.determine_stage(awaits, is_reclaimed, cx)
@@ -310,16 +312,20 @@ impl StageClock {
         let now = Instant::now();
         let is_used = take(&self.state.is_used);
         self.stage = match (awaits, self.stage) {
-            (Awaits::Head, Stage::Head(since)) => Stage::Head(since),
-            (Awaits::Head, _) => Stage::Head(now),
-            (Awaits::CallEnd, _) => Stage::Call,
-            (Awaits::Request, Stage::Idle(since)) if !is_used => Stage::Idle(since),
-            (Awaits::Request, Stage::Retired(since)) if !is_used => Stage::Retired(since),
+            (Awaits::Head, ConnectionStage::Head(since)) => ConnectionStage::Head(since),
+            (Awaits::Head, _) => ConnectionStage::Head(now),
+            (Awaits::CallEnd, _) => ConnectionStage::Call,
+            (Awaits::Request, ConnectionStage::Idle(since)) if !is_used => {
+                ConnectionStage::Idle(since)
+            }
+            (Awaits::Request, ConnectionStage::Retired(since)) if !is_used => {
+                ConnectionStage::Retired(since)
+            }
             (Awaits::Request, _) => {
                 if let Some(slot) = &self.state.slot {
                     slot.set_idle(now);
                 }
-                Stage::Idle(now)
+                ConnectionStage::Idle(now)
             }
         };
         if let Some(slot) = &self.state.slot {
@@ -327,24 +333,24 @@ impl StageClock {
         }
         let retire_timeout = if is_reclaimed { RECLAIM_TIMEOUT } else { RETIRE_TIMEOUT };
         let (since, limit) = match self.stage {
-            Stage::Head(since) => (since, self.limits.head),
-            Stage::Idle(since) => (since, self.limits.idle),
-            Stage::Retired(since) => (since, retire_timeout),
+            ConnectionStage::Head(since) => (since, self.limits.head),
+            ConnectionStage::Idle(since) => (since, self.limits.idle),
+            ConnectionStage::Retired(since) => (since, retire_timeout),
             // HTTP/2: the last call can end without a wake of this task. The timer wakes the task instead, which then
             // determines the stage.
-            Stage::Call => (now, self.limits.idle),
+            ConnectionStage::Call => (now, self.limits.idle),
         };
         // `None`: the clock cannot represent the deadline, so the stage has no limit.
         let deadline = since.checked_add(limit);
         let is_over = deadline.is_some_and(|deadline| now >= deadline);
         match self.stage {
-            Stage::Head(_) if is_over || is_reclaimed => {
+            ConnectionStage::Head(_) if is_over || is_reclaimed => {
                 event!(lifecycle, DEBUG, "connection closed: incomplete request head");
                 return StageVerdict::Close;
             }
-            Stage::Retired(_) if is_over => return StageVerdict::Close,
-            Stage::Idle(_) if is_over || is_reclaimed => {
-                self.stage = Stage::Retired(now);
+            ConnectionStage::Retired(_) if is_over => return StageVerdict::Close,
+            ConnectionStage::Idle(_) if is_over || is_reclaimed => {
+                self.stage = ConnectionStage::Retired(now);
                 self.timer.arm(now + retire_timeout, now, cx);
                 return StageVerdict::ShutDown;
             }
@@ -361,7 +367,7 @@ impl StageClock {
 
 /// The protocol, as far as the bytes from the client determine it.
 #[derive(Debug)]
-enum Protocol {
+enum ConnectionProtocol {
     /// Not known yet. The number of bytes so far, which are equal to the start of the HTTP/2 preface.
     Preface(usize),
     Http1,
@@ -380,7 +386,7 @@ enum WriteOp {
 pub(super) struct StagedIo<Io> {
     io: Io,
     state: Arc<ConnectionState>,
-    protocol: Protocol,
+    protocol: ConnectionProtocol,
     write_timeout: Option<Duration>,
     /// The write that makes no progress, and the instant since which the client has read nothing.
     blocked: Option<(Instant, WriteOp)>,
@@ -396,7 +402,7 @@ impl<Io> StagedIo<Io> {
         write_timeout: Option<Duration>,
         reset: fn(&Io),
     ) -> Self {
-        let (protocol, timer) = (Protocol::Preface(0), LazyTimer::new());
+        let (protocol, timer) = (ConnectionProtocol::Preface(0), LazyTimer::new());
         Self { io, state, protocol, write_timeout, blocked: None, timer, reset }
     }
 
@@ -406,7 +412,7 @@ impl<Io> StagedIo<Io> {
     fn record_read(&mut self, bytes: &[u8]) {
         let state = &*self.state;
         match &mut self.protocol {
-            Protocol::Http1 => {
+            ConnectionProtocol::Http1 => {
                 // Bytes that arrive while a call is in flight belong to the body of its request. They can also contain
                 // a part of the next head (pipelining). The idle limit holds for such a head until its next byte
                 // arrives.
@@ -414,7 +420,7 @@ impl<Io> StagedIo<Io> {
                     state.has_unparsed.store(true, Relaxed);
                 }
             }
-            Protocol::Http2(frames) => {
+            ConnectionProtocol::Http2(frames) => {
                 let scanned = frames.scan(bytes);
                 state.is_mid_frame.store(frames.is_mid_head(), Relaxed);
                 if scanned.is_in_use {
@@ -427,24 +433,24 @@ impl<Io> StagedIo<Io> {
                     state.has_acknowledged.store(true, Relaxed);
                 }
             }
-            Protocol::Preface(_) => self.recognize_protocol(bytes),
+            ConnectionProtocol::Preface(_) => self.recognize_protocol(bytes),
         }
     }
 
     /// Determines the protocol as hyper-util does: HTTP/1 as soon as one byte differs from the HTTP/2 preface.
     #[cold]
     fn recognize_protocol(&mut self, bytes: &[u8]) {
-        let Protocol::Preface(matched) = &mut self.protocol else { return };
+        let ConnectionProtocol::Preface(matched) = &mut self.protocol else { return };
         let next = &PREFACE[*matched..];
         let equal = next.iter().zip(bytes).take_while(|(a, b)| a == b).count();
         if equal == next.len() {
-            self.protocol = Protocol::Http2(Frames::default());
+            self.protocol = ConnectionProtocol::Http2(Frames::default());
             self.state.is_http2.store(true, Relaxed);
             self.record_read(&bytes[equal..]);
         } else if equal == bytes.len() {
             *matched += equal;
         } else {
-            self.protocol = Protocol::Http1;
+            self.protocol = ConnectionProtocol::Http1;
             self.state.is_http1.store(true, Relaxed);
             self.state.is_mid_frame.store(false, Relaxed);
             self.state.has_unparsed.store(true, Relaxed);

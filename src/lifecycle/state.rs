@@ -14,7 +14,7 @@ use tokio::{
     time::sleep,
 };
 
-use super::in_flight::Door;
+use super::in_flight::InFlightGate;
 use crate::{
     admission::{Admit, Policy, Terms},
     event::event,
@@ -92,9 +92,9 @@ pub struct LifecycleState {
     now: AtomicU8,
     /// The step, for the tasks that wait for a change. Steps only advance.
     step: watch::Sender<LifecycleStep>,
-    door: Door,
+    door: InFlightGate,
     refused: AtomicU64,
-    times: Mutex<Times>,
+    times: Mutex<DrainTimes>,
     reporter: Reporter,
     /// Wakes calls that wait for an inner service when calls begin to be rejected.
     shut: Arc<Notify>,
@@ -103,7 +103,7 @@ pub struct LifecycleState {
 }
 
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Times {
+pub(super) struct DrainTimes {
     pub(super) delay: Duration,
     pub(super) grace: Duration,
     pub(super) longest: Duration,
@@ -114,9 +114,9 @@ impl LifecycleState {
         Self {
             now: AtomicU8::new(LifecycleStep::Starting as u8),
             step: watch::Sender::new(LifecycleStep::Starting),
-            door: Door::new(),
+            door: InFlightGate::new(),
             refused: AtomicU64::new(0),
-            times: Mutex::new(Times {
+            times: Mutex::new(DrainTimes {
                 delay: Duration::from_secs(5),
                 grace: Duration::from_secs(1),
                 longest: Duration::from_secs(20),
@@ -131,7 +131,7 @@ impl LifecycleState {
         let _ = self.driver.set(driver);
     }
 
-    pub(super) fn times<T>(&self, with: impl FnOnce(&mut Times) -> T) -> T {
+    pub(super) fn times<T>(&self, with: impl FnOnce(&mut DrainTimes) -> T) -> T {
         with(&mut self.times.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -291,7 +291,7 @@ pub(super) async fn drive(state: Weak<LifecycleState>, mut step: watch::Receiver
     }
     loop {
         let Some(now) = state.upgrade() else { return };
-        let Times { delay, grace, longest } = now.times(|times| *times);
+        let DrainTimes { delay, grace, longest } = now.times(|times| *times);
         let (time, next) = match now.step() {
             LifecycleStep::Starting | LifecycleStep::Ready | LifecycleStep::Draining => {
                 (delay, LifecycleStep::Stopping)
@@ -311,9 +311,9 @@ pub(super) async fn drive(state: Weak<LifecycleState>, mut step: watch::Receiver
 }
 
 /// A guard that the driver task owns. It detects the end of the task's runtime.
-pub(super) struct Driven(pub(super) Weak<LifecycleState>);
+pub(super) struct DriverGuard(pub(super) Weak<LifecycleState>);
 
-impl Drop for Driven {
+impl Drop for DriverGuard {
     /// Stops the lifecycle if the runtime has ended: if the state still exists and is not stopped, the runtime has
     /// dropped the task, and no signal or timer is handled any more.
     fn drop(&mut self) {
@@ -345,9 +345,9 @@ impl ShardedRef<LifecycleState> {
 
 /// The policy of a [`LifecycleLayer`](super::layer::LifecycleLayer): admits calls until the grace is over.
 #[derive(Clone, Debug)]
-pub struct Entrance(pub(super) ShardedArc<LifecycleState>);
+pub struct DrainPolicy(pub(super) ShardedArc<LifecycleState>);
 
-impl<Req> Policy<Req> for Entrance {
+impl<Req> Policy<Req> for DrainPolicy {
     type Giver = ShardedRef<LifecycleState>;
     type Pass = Permit<ShardedRef<LifecycleState>>;
     type Wait = Ready<Result<Permit<ShardedRef<LifecycleState>>, Rejected>>;

@@ -28,20 +28,20 @@ pin_project! {
         place: OwnedPermit,
         slot: ConnectionSlot,
         // `Some` until the first head is complete.
-        first: Option<First>,
+        first: Option<HeadWait>,
     }
 }
 
 /// The wait for the first request head.
 #[derive(Debug)]
-struct First {
+struct HeadWait {
     head: FirstHead,
     accepted: Instant,
     timeout: Option<Duration>,
     timer: LazyTimer,
 }
 
-impl First {
+impl HeadWait {
     /// Fails if the time limit has passed or the slot is reclaimed. Otherwise each of these events wakes the task.
     fn check(&mut self, slot: &ConnectionSlot, cx: &mut Context<'_>) -> io::Result<()> {
         slot.wake_on_reclaim(cx.waker());
@@ -69,7 +69,7 @@ impl<Io> Connection<Io> {
         timeout: Option<Duration>,
     ) -> Self {
         let (head, timer) = (FirstHead::default(), LazyTimer::new());
-        let first = First { head, accepted: Instant::now(), timeout, timer };
+        let first = HeadWait { head, accepted: Instant::now(), timeout, timer };
         Self { io, place, slot, first: Some(first) }
     }
 

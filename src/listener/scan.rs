@@ -119,13 +119,13 @@ impl Frames {
 pub(crate) enum FirstHead {
     /// The number of bytes read so far, all equal to the beginning of the HTTP/2 preface.
     Preface(usize),
-    Http1(Line),
+    Http1(Http1Line),
     Http2(Frames),
 }
 
 /// The line of an HTTP/1 head that is being read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Line {
+pub(crate) enum Http1Line {
     /// Before the request line. A server ignores empty lines here (RFC 9112 §2.2).
     Before,
     Empty,
@@ -154,7 +154,8 @@ impl FirstHead {
                 *matched += equal;
                 return false;
             } else {
-                *self = Self::Http1(if *matched == 0 { Line::Before } else { Line::Filled });
+                *self =
+                    Self::Http1(if *matched == 0 { Http1Line::Before } else { Http1Line::Filled });
             }
         }
         match self {
@@ -162,10 +163,10 @@ impl FirstHead {
             Self::Http1(line) => {
                 for byte in bytes {
                     *line = match (byte, *line) {
-                        (b'\n', Line::Empty) => return true,
-                        (b'\n', Line::Filled) => Line::Empty,
+                        (b'\n', Http1Line::Empty) => return true,
+                        (b'\n', Http1Line::Filled) => Http1Line::Empty,
                         (b'\r' | b'\n', line) => line,
-                        _ => Line::Filled,
+                        _ => Http1Line::Filled,
                     };
                 }
                 false

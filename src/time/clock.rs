@@ -60,14 +60,14 @@ pub(crate) fn poll_timer(timer: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<(
 
 thread_local! {
     /// Outer `None`: the thread is not in a call. Inner `None`: it is in a call, and the clock has not been read yet.
-    static MOMENT: Cell<Option<Option<Instant>>> = const { Cell::new(None) };
+    static READING: Cell<Option<Option<Instant>>> = const { Cell::new(None) };
 }
 
 /// A guard for the time in which a thread runs `Service::call` of a stack. While it exists, the layers of the stack
 /// share one reading of the clock, so that a stack with several deadlines reads it once.
 ///
 /// The reading is valid for `Service::call` only, which does not wait. A service below may run another call within it,
-/// and may block before: it discards the reading by [`anew`](Self::anew) in its `poll_ready`. Without a guard,
+/// and may block before: it discards the reading by [`invalidate`](Self::invalidate) in its `poll_ready`. Without a guard,
 /// [`now`](Self::now) reads the clock each time.
 #[cfg_attr(not(feature = "timeout"), allow(dead_code))] // Only the layers of the feature `timeout` begin a call.
 pub(crate) struct CallClock {
@@ -81,9 +81,9 @@ impl CallClock {
     #[cfg(feature = "timeout")]
     #[inline]
     pub(crate) fn begin() -> Self {
-        let outermost = MOMENT.get().is_none();
+        let outermost = READING.get().is_none();
         if outermost {
-            MOMENT.set(Some(None));
+            READING.set(Some(None));
         }
         Self { outermost, of: PhantomData }
     }
@@ -92,9 +92,9 @@ impl CallClock {
     /// old, and the call that follows `poll_ready` may come much later.
     #[cfg(feature = "timeout")]
     #[inline]
-    pub(crate) fn anew() {
-        if let Some(Some(_)) = MOMENT.get() {
-            MOMENT.set(Some(None));
+    pub(crate) fn invalidate() {
+        if let Some(Some(_)) = READING.get() {
+            READING.set(Some(None));
         }
     }
 
@@ -107,11 +107,11 @@ impl CallClock {
     /// Returns the reading of the current call, or the current time outside of a call.
     #[inline]
     pub(crate) fn now() -> Instant {
-        match MOMENT.get() {
-            Some(Some(moment)) => moment,
+        match READING.get() {
+            Some(Some(reading)) => reading,
             call => {
                 let now = Instant::now();
-                MOMENT.set(call.map(|_| Some(now)));
+                READING.set(call.map(|_| Some(now)));
                 now
             }
         }
@@ -122,7 +122,7 @@ impl Drop for CallClock {
     #[inline]
     fn drop(&mut self) {
         if self.outermost {
-            MOMENT.set(None);
+            READING.set(None);
         }
     }
 }
@@ -134,18 +134,18 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn the_clock_is_looked_at_once_in_a_call_and_anew_after_it() {
+    async fn clock_is_read_once_in_a_call_until_it_is_invalidated() {
         let second = Duration::from_secs(1);
         let began = CallClock::now();
         let call = CallClock::begin();
         advance(second).await;
-        assert_eq!(CallClock::now(), began + second, "not before somebody asks");
-        let further_in = CallClock::begin();
+        assert_eq!(CallClock::now(), began + second, "read at the first use, not at the start");
+        let nested = CallClock::begin();
         advance(second).await;
-        drop(further_in);
+        drop(nested);
         assert_eq!(CallClock::now(), began + second);
         assert!(!CallClock::is_past(Some(began + 2 * second)));
-        CallClock::anew();
+        CallClock::invalidate();
         assert!(CallClock::is_past(Some(began + 2 * second)));
         drop(call);
         assert_eq!(CallClock::now(), began + 2 * second);

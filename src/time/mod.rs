@@ -1,4 +1,8 @@
-//! TODO page
+//! The clock, the deadline and the timers that the layers share.
+//!
+//! [`Clock`] and [`Nanos`] are the time of a layer's state, [`CallClock`] is one reading of the clock for all layers of
+//! a call, and [`SharedTimer`] is one timer for all layers that wait for the same deadline. All of them use tokio's
+//! clock.
 
 mod clock;
 mod deadline;

@@ -4,32 +4,50 @@
 //! timer of its own for the same instant, and each timer takes a lock of the runtime twice. With it, an outer layer
 //! relies on the timer of an inner layer if that timer is certain to wake the task in time.
 //!
+//! @@FIGURE@@
+//!
 //! # Mechanism
 //!
-//! The thread-local [`SET`] holds the last alarm that armed a timer in the current poll. A layer with an alarm does the
-//! following in each poll:
+//! The thread-local [`ARMED`] holds the last shared timer that was armed in the current poll. A layer with a shared
+//! timer does the following in each poll:
 //!
-//! 1. [`SharedTimer::listen`] clears `SET`.
-//! 2. The layer polls its inner future. An alarm within that future may arm a timer and publish itself in `SET`.
-//! 3. [`SharedTimer::poll`] reads `SET`. It registers no timer if the published alarm
-//!    - is due no later than this alarm,
+//! 1. [`SharedTimer::observe_inner`] clears `ARMED`.
+//! 2. The layer polls its inner future. A shared timer within that future may register a timer with the runtime and
+//!    publish itself in `ARMED`.
+//! 3. [`SharedTimer::poll`] reads `ARMED`. It registers no timer if the published timer
+//!    - is due no later than this timer,
 //!    - wakes the same task, which the data and the vtable of the waker identify, and
 //!    - lies within the memory of the inner future that was just polled.
 //!
-//! A published alarm stays in `SET`, so that the next outer layer can rely on it as well.
+//! A published timer stays in `ARMED`, so that the next outer layer can rely on it as well.
 //!
-//! # Why this is sound
+//! # Invariants
 //!
-//! The inner alarm is pinned, and it is a part of the inner future. It can be dropped or cleared only while the inner
-//! future is polled or dropped by this layer, and after each poll this layer calls [`SharedTimer::poll`] again. When the
-//! inner timer fires, it wakes the same task, which polls this layer.
+//! - In step 3, `ARMED` never refers to a shared timer without a registered timer. [`SharedTimer::clear`] and `Drop`
+//!   remove it. They run in step 2, on the thread of the poll, if the timer was published in step 2.
+//! - A shared timer publishes itself only after its registered timer has returned `Pending` to the task in `ARMED`.
+//! - `ARMED` is empty at the start of step 2, so in step 3 it refers to a timer that was polled in step 2, or after it
+//!   by a layer between both.
+//!
+//! # Why the comparison of addresses is sound
+//!
+//! The address answers one question: can the published timer disappear, or move to another task, without a poll of this
+//! layer? It cannot if it is a part of the inner future. The inner future is pinned, so none of its parts moves until it
+//! is dropped, and an address within `[start, start + size)` of the future is that of a part of it: the memory of a
+//! live value is not shared with another value. The part can be cleared or dropped only while the inner future is
+//! polled or dropped by this layer, and after each poll this layer calls [`SharedTimer::poll`] again. When the inner
+//! timer fires, it wakes the same task, which polls this layer.
 //!
 //! A boxed inner future does not qualify, because its memory lies elsewhere: it could be polled once in this task and
-//! then move to another task. An alarm that is cleared or dropped removes itself from `SET`, so the pointer in `SET` is
-//! never that of an alarm without a timer. The pointer is compared and never dereferenced.
+//! then move to another task. If the address were wrong in either direction, the result would not be undefined
+//! behavior: the pointer is compared and never dereferenced. A timer outside of the range costs a second timer.
 //!
-//! A change must preserve the order of the three steps: no other code may poll or drop the inner future between step 2
-//! and step 3.
+//! # What a change must preserve
+//!
+//! - The order of the three steps: no other code may poll or drop the inner future between step 2 and step 3.
+//! - The inner future that is passed to [`SharedTimer::poll`] is the pinned place that was polled in step 2, not a
+//!   pointer to it: the size of a pointer does not cover the future.
+//! - Each path that ends a registered timer removes it from `ARMED`.
 
 use std::{
     cell::Cell,
@@ -46,8 +64,8 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use super::clock::poll_timer;
 
 pin_project! {
-    /// Wakes its task at an instant: by a timer of its own, or by the timer of an alarm within the inner future that is
-    /// due no later. See the [module](self).
+    /// Wakes its task at an instant: by a timer of its own, or by a shared timer within the inner future that is due
+    /// no later. See the [module](self).
     pub(crate) struct SharedTimer {
         at: Option<Instant>,
         #[pin]
@@ -61,20 +79,20 @@ pin_project! {
     }
 }
 
-/// An alarm that has armed its timer.
+/// A shared timer that has registered its timer.
 #[derive(Clone, Copy)]
-struct Set {
+struct ArmedTimer {
     at: Instant,
     task: Task,
-    by: *const SharedTimer,
+    timer: *const SharedTimer,
 }
 
 /// The identity of a task: the data and the vtable of its waker.
 type Task = (*const (), *const RawWakerVTable);
 
 thread_local! {
-    /// The last alarm that armed its timer since the last [`SharedTimer::listen`].
-    static SET: Cell<Option<Set>> = const { Cell::new(None) };
+    /// The last shared timer that was armed since the last [`SharedTimer::observe_inner`].
+    static ARMED: Cell<Option<ArmedTimer>> = const { Cell::new(None) };
 }
 
 impl SharedTimer {
@@ -82,50 +100,51 @@ impl SharedTimer {
         Self { at: None, timer: None }
     }
 
-    /// Clears the thread-local, so that [`poll`](Self::poll) finds only alarms of the inner future. Called just before
+    /// Clears the thread-local, so that [`poll`](Self::poll) finds only timers of the inner future. Called just before
     /// the inner future is polled.
     #[inline]
-    pub(crate) fn listen() {
-        SET.set(None);
+    pub(crate) fn observe_inner() {
+        ARMED.set(None);
     }
 
     /// Sets the instant. The timer is registered by the next [`poll`](Self::poll).
-    pub(crate) fn set(self: Pin<&mut Self>, at: Instant) {
+    pub(crate) fn arm(self: Pin<&mut Self>, at: Instant) {
         *self.project().at = Some(at);
     }
 
-    /// Removes the instant and the timer. Does nothing if the alarm is not set.
+    /// Removes the instant and the timer. Does nothing if no instant is set.
     #[inline]
     pub(crate) fn clear(self: Pin<&mut Self>) {
         if self.at.is_some() {
-            self.unset();
+            self.disarm();
         }
     }
 
-    fn unset(self: Pin<&mut Self>) {
+    fn disarm(self: Pin<&mut Self>) {
         let own = ptr::from_ref(&*self);
-        if SET.get().is_some_and(|set| set.by == own) {
-            SET.set(None);
+        if ARMED.get().is_some_and(|armed| armed.timer == own) {
+            ARMED.set(None);
         }
         let mut this = self.project();
         *this.at = None;
         this.timer.set(None);
     }
 
-    /// Returns `Ready` once the instant has passed, and `Pending` for ever if the alarm is not set. `around` is the
+    /// Returns `Ready` once the instant has passed, and `Pending` for ever if no instant is set. `inner` is the
     /// inner future, which has just been polled.
-    pub(crate) fn poll<F>(self: Pin<&mut Self>, around: &F, cx: &mut Context<'_>) -> Poll<()> {
-        let by = ptr::from_ref(&*self);
+    pub(crate) fn poll<F>(self: Pin<&mut Self>, inner: &F, cx: &mut Context<'_>) -> Poll<()> {
+        let own = ptr::from_ref(&*self);
         let mut this = self.project();
         let Some(at) = *this.at else { return Poll::Pending };
         let task: Task = (cx.waker().data(), cx.waker().vtable());
-        let start = ptr::from_ref(around).addr();
-        let within = start..start + mem::size_of_val(around);
-        let heard = SET.get().filter(|set| set.task == task && within.contains(&set.by.addr()));
-        if heard.is_some_and(|set| set.at <= at) {
+        let start = ptr::from_ref(inner).addr();
+        let within = start..start + mem::size_of_val(inner);
+        let is_inner =
+            |armed: &ArmedTimer| armed.task == task && within.contains(&armed.timer.addr());
+        if ARMED.get().filter(is_inner).is_some_and(|armed| armed.at <= at) {
             return Poll::Pending;
         }
-        let over = match this.timer.as_mut().as_pin_mut() {
+        let polled = match this.timer.as_mut().as_pin_mut() {
             // The clock is not read: the deadline was checked before the call began.
             None => {
                 this.timer.set(Some(sleep_until(at)));
@@ -138,10 +157,10 @@ impl SharedTimer {
                 poll_timer(timer, cx)
             }
         };
-        if over.is_pending() {
-            SET.set(Some(Set { at, task, by }));
+        if polled.is_pending() {
+            ARMED.set(Some(ArmedTimer { at, task, timer: own }));
         }
-        over
+        polled
     }
 }
 
@@ -175,107 +194,107 @@ mod tests {
         }
     }
 
-    /// An outer alarm, and an inner future with another alarm.
+    /// An outer timer, and an inner future with another timer.
     struct Nested {
-        around: Pin<Box<SharedTimer>>,
-        further_in: Pin<Box<Inner>>,
+        outer_timer: Pin<Box<SharedTimer>>,
+        inner_future: Pin<Box<Inner>>,
     }
 
     pin_project! {
         struct Inner {
             #[pin]
-            alarm: Option<SharedTimer>,
+            timer: Option<SharedTimer>,
         }
     }
 
     impl Nested {
         fn of(inner: Instant, outer: Instant) -> Self {
-            let mut alarms = [inner, outer].map(|at| {
-                let mut alarm = SharedTimer::new();
-                alarm.at = Some(at);
-                Some(alarm)
+            let mut timers = [inner, outer].map(|at| {
+                let mut timer = SharedTimer::new();
+                timer.at = Some(at);
+                Some(timer)
             });
-            let around = Box::pin(alarms[1].take().expect("two"));
-            Self { around, further_in: Box::pin(Inner { alarm: alarms[0].take() }) }
+            let outer_timer = Box::pin(timers[1].take().expect("two"));
+            Self { outer_timer, inner_future: Box::pin(Inner { timer: timers[0].take() }) }
         }
 
         fn inner(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-            let alarm = self.further_in.as_mut().project().alarm.as_pin_mut();
-            alarm.map_or(Poll::Pending, |alarm| alarm.poll(&(), cx))
+            let timer = self.inner_future.as_mut().project().timer.as_pin_mut();
+            timer.map_or(Poll::Pending, |timer| timer.poll(&(), cx))
         }
 
         fn outer(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-            self.around.as_mut().poll(&*self.further_in, cx)
+            self.outer_timer.as_mut().poll(&*self.inner_future, cx)
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn one_that_is_set_further_in_and_no_later_is_enough() {
+    async fn inner_timer_that_is_due_no_later_is_sufficient() {
         let now = Instant::now();
         for (inner, outer, own) in [(5, 9, false), (9, 9, false), (9, 5, true)] {
             let mut nested = Nested::of(now + ms(inner), now + ms(outer));
             let pending = poll_fn(|cx| {
-                SharedTimer::listen();
+                SharedTimer::observe_inner();
                 let pending = nested.inner(cx).is_pending();
                 Poll::Ready(pending && nested.outer(cx).is_pending())
             });
             assert!(pending.await);
-            assert_eq!(nested.around.timer.is_some(), own, "{inner} {outer}");
+            assert_eq!(nested.outer_timer.timer.is_some(), own, "{inner} {outer}");
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn it_relies_on_nothing_that_is_gone_or_was_not_asked_or_may_go_elsewhere() {
+    async fn dropped_unobserved_foreign_and_boxed_timers_are_not_relied_on() {
         let at = Instant::now() + ms(5);
-        for what in ["gone", "not asked", "another task's", "in a box of its own", "its own"] {
+        for case in ["dropped", "not observed", "another task", "boxed", "itself"] {
             let (mut nested, mut boxed) = (Nested::of(at, at), Nested::of(at, at));
             poll_fn(|cx| {
-                SharedTimer::listen();
-                match what {
-                    "not asked" => {
+                SharedTimer::observe_inner();
+                match case {
+                    "not observed" => {
                         assert!(nested.inner(cx).is_pending());
-                        SharedTimer::listen();
+                        SharedTimer::observe_inner();
                     }
-                    "another task's" => {
+                    "another task" => {
                         let waker = Waker::from(Arc::new(Counts::default()));
                         assert!(nested.inner(&mut Context::from_waker(&waker)).is_pending());
                     }
-                    "gone" => {
+                    "dropped" => {
                         assert!(nested.inner(cx).is_pending());
-                        nested.further_in.as_mut().project().alarm.set(None);
+                        nested.inner_future.as_mut().project().timer.set(None);
                     }
-                    "in a box of its own" => assert!(boxed.inner(cx).is_pending()),
+                    "boxed" => assert!(boxed.inner(cx).is_pending()),
                     _ => {
                         assert!(nested.outer(cx).is_pending());
-                        nested.around.as_mut().project().timer.set(None);
+                        nested.outer_timer.as_mut().project().timer.set(None);
                     }
                 }
                 assert!(nested.outer(cx).is_pending());
                 Poll::Ready(())
             })
             .await;
-            assert!(nested.around.timer.is_some(), "{what}");
+            assert!(nested.outer_timer.timer.is_some(), "{case}");
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn each_comes_at_its_time() {
+    async fn each_timer_fires_at_its_instant() {
         let (start, counts) = (Instant::now(), Arc::new(Counts::default()));
         let waker = Waker::from(counts.clone());
         let mut cx = Context::from_waker(&waker);
         let mut nested = Nested::of(start + ms(5), start + ms(9));
         let mut poll = || {
-            SharedTimer::listen();
+            SharedTimer::observe_inner();
             let first = nested.inner(&mut cx);
             if first.is_ready() {
-                nested.further_in.as_mut().project().alarm.set(None);
+                nested.inner_future.as_mut().project().timer.set(None);
             }
             (first.is_ready(), nested.outer(&mut cx).is_ready())
         };
         assert_eq!(poll(), (false, false));
         advance(ms(5)).await;
-        assert_eq!((counts.0.load(SeqCst), poll()), (1, (true, false)), "woken by the first");
+        assert_eq!((counts.0.load(SeqCst), poll()), (1, (true, false)), "woken by the inner timer");
         advance(ms(4)).await;
-        assert_eq!((counts.0.load(SeqCst), poll()), (2, (false, true)), "and by the other's own");
+        assert_eq!((counts.0.load(SeqCst), poll()), (2, (false, true)), "woken by the outer timer");
     }
 }

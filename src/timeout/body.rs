@@ -12,10 +12,10 @@ use pin_project_lite::pin_project;
 use tokio::time::Instant;
 
 use super::{
-    idle::{Over, Stall},
+    idle::{Expired, IdleTimer},
     settings::{drop_by, timed_out},
-    timers::{End, Rest, Watch, ends_by_deadline},
-    upload::Sending,
+    timers::{BodyTimers, CallTimers, EndCause, ends_by_deadline},
+    upload::Upload,
 };
 use crate::{
     error::BoxError,
@@ -36,10 +36,10 @@ pin_project! {
         inner: EitherBody<B>,
         // A function pointer instead of a bound on the struct. A bound `B::Error: Into<BoxError>` on the struct cannot
         // be proved inside of a spawned task if the error is itself a `BoxError`.
-        boxed: fn(B::Error) -> BoxError,
-        stall: Stall,
+        box_error: fn(B::Error) -> BoxError,
+        idle: IdleTimer,
         // `None` for a response that this crate made.
-        rest: Option<Rest>,
+        timers: Option<BodyTimers>,
     }
 }
 
@@ -51,13 +51,13 @@ impl<B: Body<Error: Into<BoxError>>> TimedBody<B> {
 
     #[inline]
     fn of(inner: EitherBody<B>) -> Self {
-        Self { inner, boxed: Into::into, stall: Stall::new(), rest: None }
+        Self { inner, box_error: Into::into, idle: IdleTimer::new(), timers: None }
     }
 
     /// Starts to time the body.
     #[inline]
-    pub(super) fn time(&mut self, watch: Watch, request: &mut Option<Arc<Sending>>) {
-        self.rest = Some(watch.rest(self.inner.is_end_stream(), request));
+    pub(super) fn time(&mut self, timers: CallTimers, upload: &mut Option<Arc<Upload>>) {
+        self.timers = Some(timers.into_body(self.inner.is_end_stream(), upload));
     }
 }
 
@@ -85,54 +85,54 @@ impl<B: Body> Body for TimedBody<B> {
     ) -> Poll<Option<Result<Frame<B::Data>, BoxError>>> {
         let mut this = self.project();
         if unread::take() {
-            if let Some(rest) = this.rest.take() {
+            if let Some(timers) = this.timers.take() {
                 // The inner body is dropped as if its caller had hung up.
                 this.inner.set(EitherBody::ended());
-                let rejected = timed_out(rest.far, rest.by, TimeoutPhase::Unread, None);
-                return Poll::Ready(Some(rest.end(rejected)));
+                let rejected = timed_out(timers.far, timers.by, TimeoutPhase::Unread, None);
+                return Poll::Ready(Some(timers.end(rejected)));
             }
         }
-        if let Some(rest) = this.rest {
-            rest.begin_response(cx);
+        if let Some(timers) = this.timers {
+            timers.begin_response(cx);
         }
         // The error is converted first, so that the frame is inspected in place and is not moved afterwards.
-        let polled = this.inner.as_mut().poll_frame(cx).map_err(this.boxed);
-        let Some(rest) = this.rest else { return polled };
+        let polled = this.inner.as_mut().poll_frame(cx).map_err(this.box_error);
+        let Some(timers) = this.timers else { return polled };
         let phase = match &polled {
             Poll::Ready(next) => {
-                rest.begun = true;
-                this.stall.over();
+                timers.begun = true;
+                this.idle.end_wait();
                 let is_late = match next {
                     // The last frame is not late. A body that always has a further frame is cut off at the end.
                     Some(Ok(frame)) if frame.is_data() => {
-                        !this.inner.is_end_stream() && has_passed(rest.end)
+                        !this.inner.is_end_stream() && has_passed(timers.end)
                     }
                     None => false,
                     Some(last) => {
-                        let has_deadline = rest.end_of.source().is_some();
-                        has_deadline && is_cut_off(last, rest.end_of, rest.end)
+                        let has_deadline = timers.end_of.source().is_some();
+                        has_deadline && is_cut_off(last, timers.end_of, timers.end)
                     }
                 };
                 if !is_late {
                     return polled;
                 }
-                rest.end_of.phase()
+                timers.end_of.phase()
             }
             Poll::Pending => {
-                let (limit, silence) = match rest.begun {
-                    false => (rest.first_frame, TimeoutPhase::FirstFrame),
-                    true => (rest.idle, TimeoutPhase::Idle),
+                let (limit, silence) = match timers.begun {
+                    false => (timers.first_frame, TimeoutPhase::FirstFrame),
+                    true => (timers.idle, TimeoutPhase::Idle),
                 };
-                match ready!(this.stall.poll(limit.time(), rest.end, cx)) {
-                    Over::Silence => silence,
-                    Over::End => rest.end_of.phase(),
+                match ready!(this.idle.poll(limit.time(), timers.end, cx)) {
+                    Expired::Silence => silence,
+                    Expired::End => timers.end_of.phase(),
                 }
             }
         };
         // Dropping the inner body releases what inner layers hold for the call.
-        drop_by(phase, None, rest.end_of.source(), || this.inner.set(EitherBody::ended()));
-        let rejected = timed_out(rest.far, rest.by, phase, rest.end_of.source());
-        Poll::Ready(Some(rest.end(rejected)))
+        drop_by(phase, None, timers.end_of.source(), || this.inner.set(EitherBody::ended()));
+        let rejected = timed_out(timers.far, timers.by, phase, timers.end_of.source());
+        Poll::Ready(Some(timers.end(rejected)))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -146,7 +146,11 @@ impl<B: Body> Body for TimedBody<B> {
 
 /// Returns whether the client or the peer has cut off the body at the deadline.
 #[cold]
-fn is_cut_off<D>(last: &Result<Frame<D>, BoxError>, end_of: End, end: Option<Instant>) -> bool {
+fn is_cut_off<D>(
+    last: &Result<Frame<D>, BoxError>,
+    end_of: EndCause,
+    end: Option<Instant>,
+) -> bool {
     let is_cancelled = match last {
         Ok(frame) => {
             let code = |trailers| grpc::code(trailers) == Some(grpc::CANCELLED);
@@ -157,7 +161,7 @@ fn is_cut_off<D>(last: &Result<Frame<D>, BoxError>, end_of: End, end: Option<Ins
     is_cancelled && ends_by_deadline(end_of, end)
 }
 
-impl Rest {
+impl BodyTimers {
     /// Returns the last item of a body that has timed out.
     fn end<D>(&self, rejected: Rejected) -> Result<Frame<D>, BoxError> {
         match self.form {
@@ -176,6 +180,6 @@ fn status(kind: RejectedKind) -> HeaderMap {
 
 impl<B: Body> fmt::Debug for TimedBody<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TimedBody").field("rest", &self.rest).finish_non_exhaustive()
+        f.debug_struct("TimedBody").field("timers", &self.timers).finish_non_exhaustive()
     }
 }

@@ -8,10 +8,13 @@ use std::{
 use http::{Method, Request, Version};
 use tokio::time::Instant;
 
-use super::settings::{Limit, OFF, UNSAID};
+use super::phase_times::{OFF, PhaseLimit, UNSET};
 use crate::outcome::grpc;
 
-/// The settings of the minimum rate. Each is [`UNSAID`] until it is set.
+/// The default of the grace.
+pub(super) const DEFAULT_GRACE: Duration = Duration::from_secs(5);
+
+/// The settings of the minimum rate. Each is [`UNSET`] until it is set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BodyRate {
     /// In bytes per second, or [`OFF`].
@@ -23,13 +26,11 @@ pub struct BodyRate {
 }
 
 impl BodyRate {
-    pub(super) const UNSAID: Self = Self { min: UNSAID, grace_ms: UNSAID, grpc: UNSAID };
-
-    const DEFAULT_GRACE: Duration = Duration::from_secs(5);
+    pub(super) const UNSET: Self = Self { min: UNSET, grace_ms: UNSET, grpc: UNSET };
 
     /// Returns these settings, with those of `other` where these are not set.
     pub(super) fn or(self, other: Self) -> Self {
-        let or = |this, other| if this == UNSAID { other } else { this };
+        let or = |this, other| if this == UNSET { other } else { this };
         Self {
             min: or(self.min, other.min),
             grace_ms: or(self.grace_ms, other.grace_ms),
@@ -38,12 +39,12 @@ impl BodyRate {
     }
 
     pub(super) fn min(self) -> Option<u32> {
-        (!matches!(self.min, OFF | UNSAID)).then_some(self.min)
+        (!matches!(self.min, OFF | UNSET)).then_some(self.min)
     }
 
     pub(super) fn grace(self) -> Duration {
         match self.grace_ms {
-            UNSAID => Self::DEFAULT_GRACE,
+            UNSET => DEFAULT_GRACE,
             ms => Duration::from_millis(ms.into()),
         }
     }
@@ -61,7 +62,7 @@ impl BodyRate {
                 && grpc::is_grpc_call(request.method(), request.headers());
             request.method() == Method::CONNECT || is_grpc && !self.covers_grpc()
         };
-        if self.min().is_none() || is_exempt() { Self::UNSAID } else { self }
+        if self.min().is_none() || is_exempt() { Self::UNSET } else { self }
     }
 }
 
@@ -85,7 +86,7 @@ impl SharedBodyRate {
 
     pub(super) fn set(&self, rate: BodyRate) {
         for (shared, value) in self.0.iter().zip([rate.min, rate.grace_ms, rate.grpc]) {
-            if value != UNSAID {
+            if value != UNSET {
                 shared.store(value, Relaxed);
             }
         }
@@ -109,7 +110,7 @@ impl Allowance {
     /// Returns the allowance of one body. `None` if its rate is not limited. `silence` is the maximum time for which
     /// the body may be pending, and also the maximum of the allowance: a body that was fast so far may pause for that
     /// time, but not longer.
-    pub(super) fn new(rate: BodyRate, silence: Limit) -> Option<Self> {
+    pub(super) fn new(rate: BodyRate, silence: PhaseLimit) -> Option<Self> {
         let (min, grace) = (rate.min()?, rate.grace());
         let max = silence.time().unwrap_or(MAX_ALLOWANCE).max(grace);
         let (max_us, left_us) = (micros(max), AtomicU64::new(micros(grace)));
@@ -145,7 +146,7 @@ mod tests {
 
     fn allowance(min: u32, grace_ms: u32) -> Allowance {
         let rate = BodyRate { min, grace_ms, grpc: 0 };
-        Allowance::new(rate, Limit::of(Duration::from_secs(60))).unwrap()
+        Allowance::new(rate, PhaseLimit(60_000)).unwrap()
     }
 
     #[tokio::test(start_paused = true)]
@@ -171,7 +172,7 @@ mod tests {
 
     #[test]
     fn exempt_requests_have_no_rate() {
-        let rate = BodyRate { min: 240, grace_ms: 5000, grpc: UNSAID };
+        let rate = BodyRate { min: 240, grace_ms: 5000, grpc: UNSET };
         let request = |method, version, content_type| {
             let request = Request::builder().method(method).version(version);
             request.header("content-type", content_type).body(()).unwrap()

@@ -15,7 +15,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 /// does not reset the timer, because a reset takes a lock of the runtime. A timer that fires for an earlier wait is
 /// therefore too early for the current one, and is set again.
 #[derive(Default)]
-pub(super) struct Stall(Option<Pin<Box<Silence>>>);
+pub(super) struct IdleTimer(Option<Pin<Box<Silence>>>);
 
 pin_project! {
     struct Silence {
@@ -27,21 +27,21 @@ pin_project! {
 
 /// The limit that was reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Over {
+pub(super) enum Expired {
     /// The body was pending for the maximum time.
     Silence,
     /// The end of the whole call has come.
     End,
 }
 
-impl Stall {
+impl IdleTimer {
     pub(super) const fn new() -> Self {
         Self(None)
     }
 
     /// Ends the current wait after a frame. Returns when the wait began.
     #[inline]
-    pub(super) fn over(&mut self) -> Option<Instant> {
+    pub(super) fn end_wait(&mut self) -> Option<Instant> {
         self.0.as_mut().and_then(|silence| silence.as_mut().project().since.take())
     }
 
@@ -52,17 +52,17 @@ impl Stall {
         limit: Option<Duration>,
         end: Option<Instant>,
         cx: &mut Context<'_>,
-    ) -> Poll<Over> {
+    ) -> Poll<Expired> {
         let since = self.0.as_ref().and_then(|silence| silence.since);
         let again = since.is_some() || limit.is_none() && self.0.is_some();
         let since = limit.map(|_| since.unwrap_or_else(Instant::now));
         let silence = limit.zip(since).and_then(|(limit, since)| since.checked_add(limit));
-        let (at, over) = match (silence, end) {
+        let (at, expired) = match (silence, end) {
             (None, None) => return Poll::Pending,
-            (Some(at), None) => (at, Over::Silence),
-            (None, Some(at)) => (at, Over::End),
-            (Some(silence), Some(end)) if silence < end => (silence, Over::Silence),
-            (Some(_), Some(end)) => (end, Over::End),
+            (Some(at), None) => (at, Expired::Silence),
+            (None, Some(at)) => (at, Expired::End),
+            (Some(silence), Some(end)) if silence < end => (silence, Expired::Silence),
+            (Some(_), Some(end)) => (end, Expired::End),
         };
         let made = || Box::pin(Silence { since, timer: sleep_until(at) });
         let mut this = self.0.get_or_insert_with(made).as_mut().project();
@@ -72,14 +72,14 @@ impl Stall {
         }
         while this.timer.as_mut().poll(cx).is_ready() {
             if this.timer.deadline() >= at {
-                return Poll::Ready(over);
+                return Poll::Ready(expired);
             }
             this.timer.as_mut().reset(at);
         }
         // The producer can exhaust the coop budget of the task in each poll. A tokio timer is then always pending, so
         // the clock is read from the second poll on.
         if again && at <= Instant::now() {
-            return Poll::Ready(over);
+            return Poll::Ready(expired);
         }
         Poll::Pending
     }

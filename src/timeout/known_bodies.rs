@@ -7,54 +7,51 @@ use http::Request;
 #[cfg(any(feature = "axum", feature = "tonic-health"))]
 use {http_body::Body, std::any::Any};
 
-use super::{body_rate::BodyRate, timers::Watch, upload::Sending};
 #[cfg(any(feature = "axum", feature = "tonic-health"))]
-use super::{protocol::drains, upload::SendingBody};
+use super::upload::{SendingBody, drains};
+use super::{body_rate::BodyRate, timers::CallTimers, upload::Upload};
 #[cfg(any(feature = "axum", feature = "tonic-health"))]
 use crate::error::BoxError;
 
 /// Watches the body of this request if it is axum's or tonic's, with that feature. If `responds`, the body is drained
 /// when the call times out.
-pub(super) fn watched<B: 'static>(
+pub(super) fn watch<B: 'static>(
     request: &mut Request<B>,
-    watch: &Watch,
+    timers: &CallTimers,
     rate: BodyRate,
     responds: bool,
-) -> Option<Arc<Sending>> {
+) -> Option<Arc<Upload>> {
     #[cfg(any(feature = "axum", feature = "tonic-health"))]
     {
         let request: &mut dyn Any = request;
         #[cfg(feature = "axum")]
         if let Some(request) = request.downcast_mut() {
-            return within(request, watch, rate, responds, axum::body::Body::new);
+            return watch_boxed(request, timers, rate, responds, axum::body::Body::new);
         }
         #[cfg(feature = "tonic-health")]
         if let Some(request) = request.downcast_mut() {
-            return within(request, watch, rate, responds, tonic::body::Body::new);
+            return watch_boxed(request, timers, rate, responds, tonic::body::Body::new);
         }
     }
-    let _ = (request, watch, rate, responds);
+    let _ = (request, timers, rate, responds);
     None
 }
 
 #[cfg(any(feature = "axum", feature = "tonic-health"))]
-fn within<B: Body<Error: Into<BoxError>> + Default + 'static>(
+fn watch_boxed<B: Body<Error: Into<BoxError>> + Default + 'static>(
     request: &mut Request<B>,
-    watch: &Watch,
+    timers: &CallTimers,
     rate: BodyRate,
     responds: bool,
     boxed: impl FnOnce(SendingBody<B>) -> B,
-) -> Option<Arc<Sending>> {
+) -> Option<Arc<Upload>> {
     if request.body().is_end_stream() {
         return None;
     }
-    let drains = drains(request, responds);
-    if !Sending::is_needed(watch, rate, drains) {
-        return None;
-    }
+    let upload = timers.upload(rate, drains(request, responds))?;
     let body = request.body_mut();
     let mut watched = SendingBody::unwatched(std::mem::take(body));
-    let sending = watched.watch(watch, rate, drains);
+    watched.watch(upload.clone());
     *body = boxed(watched);
-    sending
+    Some(upload)
 }

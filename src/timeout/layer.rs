@@ -181,11 +181,11 @@ impl<M, R> TimeoutLayer<M, R> {
     }
 
     /// Responds to calls that time out with the result of a closure.
-    pub fn respond_with<F, Res, E>(self, answer: F) -> TimeoutLayer<M, RespondWith<F>>
+    pub fn respond_with<F, Res, E>(self, respond: F) -> TimeoutLayer<M, RespondWith<F>>
     where
         F: Fn(&Rejected) -> Result<Res, E> + Clone + Send + Sync + 'static,
     {
-        self.with_reject(RespondWith(answer))
+        self.with_reject(RespondWith(respond))
     }
 
     /// Sets the name of the layer in errors and events. Only the first call has an effect.

@@ -173,6 +173,7 @@ mod body_rate;
 mod idle;
 mod known_bodies;
 mod layer;
+mod phase_times;
 mod protocol;
 mod service;
 mod settings;
@@ -182,7 +183,7 @@ mod upload;
 pub use self::{
     body::TimedBody,
     layer::TimeoutLayer,
-    protocol::AsIs,
+    protocol::{AsIs, TimeRequest, TimeResponse},
     service::{Timeout, TimeoutFuture},
     settings::{TimeoutHandle, TimeoutSnapshot, Timeouts},
     upload::SendingBody,

@@ -6,159 +6,174 @@ use std::sync::Arc;
 use http::{Extensions, Request, Response};
 use http_body::Body;
 
+use self::sealed::Sealed;
 use super::{
     body::TimedBody,
     body_rate::BodyRate,
     known_bodies,
     settings::Timeouts,
-    timers::Watch,
-    upload::{Sending, SendingBody},
+    timers::CallTimers,
+    upload::{SendingBody, Upload, drains},
 };
 use crate::{
     classify::{Http, PerResponse},
-    drain::{self, Drains},
     error::BoxError,
     outcome::grpc,
     time::Deadline,
 };
 
-/// Converts a request for the wrapped service. Not to be implemented outside of this crate.
+/// The request side of a protocol of the timeout layer: reads the settings of a request and watches its body.
+///
+/// Implemented by [`Http`], [`AsIs`] and [`PerResponse`]. This trait is sealed: it cannot be implemented outside of this
+/// crate.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot forward a `{Req}`",
     note = "a timeout accepts `http::Request<_>`, and any other type with `.per_response()`"
 )]
-pub trait Begin<Req>: Clone + Send + Sync + 'static {
+pub trait TimeRequest<Req>: Sealed + Clone + Send + Sync + 'static {
     /// The request type of the wrapped service.
     type Request;
 
     /// Returns the timeouts and the deadline in the extensions of the request.
-    fn said(request: &Req) -> (Option<Timeouts>, Option<Deadline>);
+    #[doc(hidden)]
+    fn settings(request: &Req) -> (Option<Timeouts>, Option<Deadline>);
 
     /// Converts the request. Its body is not watched yet.
-    fn pass(request: Req) -> Self::Request;
+    #[doc(hidden)]
+    fn convert(request: Req) -> Self::Request;
 
     /// Starts to watch the request body for this call. If `responds`, the body is drained when the call times out.
+    #[doc(hidden)]
     fn watch(
         request: &mut Self::Request,
-        watch: &mut Watch,
+        timers: &mut CallTimers,
         rate: BodyRate,
         responds: bool,
-    ) -> Option<Arc<Sending>>;
+    ) -> Option<Arc<Upload>>;
 }
 
-/// Converts a response for the caller. Not to be implemented outside of this crate.
+/// The response side of a protocol of the timeout layer: wraps a response and times its body.
+///
+/// Implemented by [`Http`], [`AsIs`] and [`PerResponse`]. This trait is sealed: it cannot be implemented outside of this
+/// crate.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot time a `{Res}`",
     note = "a timeout accepts `http::Response<B>` where `B: http_body::Body`, and any other type with `.per_response()`"
 )]
-pub trait Follow<Res> {
+pub trait TimeResponse<Res>: Sealed {
     /// The response type for the caller.
     type Response;
 
     /// Converts the response. Its body is not timed yet.
+    #[doc(hidden)]
     fn wrap(response: Res) -> Self::Response;
 
     /// Returns whether the head of the response is the gRPC status `CANCELLED`, with which tonic's servers report that
     /// a `grpc-timeout` has expired.
+    #[doc(hidden)]
     fn is_cancelled(response: &Self::Response) -> bool {
         let _ = response;
         false
     }
 
     /// Starts to time the response body. Changes the response in place, because a move of a response copies it.
-    fn time(response: &mut Self::Response, watch: Watch, request: &mut Option<Arc<Sending>>);
+    #[doc(hidden)]
+    fn time(response: &mut Self::Response, timers: CallTimers, upload: &mut Option<Arc<Upload>>);
 }
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+impl Sealed for Http {}
+impl Sealed for AsIs {}
+impl Sealed for PerResponse {}
 
 /// HTTP with an unchanged request type. The request body is watched only if it is axum's or tonic's (features `axum`,
 /// `tonic-health`).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AsIs;
 
-/// Returns when the body of a request is drained after a timeout.
-#[inline]
-pub(super) fn drains<B: 'static>(request: &Request<B>, responds: bool) -> Drains {
-    if responds && drain::can_drain_pinned::<B>() { Drains::of(request) } else { Drains::Never }
-}
-
 #[inline]
 fn of(extensions: &Extensions) -> (Option<Timeouts>, Option<Deadline>) {
     (extensions.get().copied(), Deadline::of(extensions))
 }
 
-impl<B: Body<Error: Into<BoxError>> + 'static> Begin<Request<B>> for Http {
+impl<B: Body<Error: Into<BoxError>> + 'static> TimeRequest<Request<B>> for Http {
     type Request = Request<SendingBody<B>>;
 
     #[inline]
-    fn said(request: &Request<B>) -> (Option<Timeouts>, Option<Deadline>) {
+    fn settings(request: &Request<B>) -> (Option<Timeouts>, Option<Deadline>) {
         of(request.extensions())
     }
 
     #[inline]
-    fn pass(request: Request<B>) -> Self::Request {
+    fn convert(request: Request<B>) -> Self::Request {
         request.map(SendingBody::unwatched)
     }
 
     #[inline]
     fn watch(
         request: &mut Self::Request,
-        watch: &mut Watch,
+        timers: &mut CallTimers,
         rate: BodyRate,
         responds: bool,
-    ) -> Option<Arc<Sending>> {
+    ) -> Option<Arc<Upload>> {
         if request.body().is_end_stream() {
             return None;
         }
-        let (rate, drains) = (rate.of(request), drains(request, responds));
-        request.body_mut().watch(watch, rate, drains)
+        let upload = timers.upload(rate.of(request), drains(request, responds))?;
+        request.body_mut().watch(upload.clone());
+        Some(upload)
     }
 }
 
-impl<B: 'static> Begin<Request<B>> for AsIs {
+impl<B: 'static> TimeRequest<Request<B>> for AsIs {
     type Request = Request<B>;
 
     #[inline]
-    fn said(request: &Request<B>) -> (Option<Timeouts>, Option<Deadline>) {
+    fn settings(request: &Request<B>) -> (Option<Timeouts>, Option<Deadline>) {
         of(request.extensions())
     }
 
     #[inline]
-    fn pass(request: Request<B>) -> Request<B> {
+    fn convert(request: Request<B>) -> Request<B> {
         request
     }
 
     #[inline]
     fn watch(
         request: &mut Request<B>,
-        watch: &mut Watch,
+        timers: &mut CallTimers,
         rate: BodyRate,
         responds: bool,
-    ) -> Option<Arc<Sending>> {
-        watch.timeouts.or_head_for_taking();
+    ) -> Option<Arc<Upload>> {
+        timers.timeouts.default_request_stall_to_head();
         let rate = rate.of(request);
-        known_bodies::watched(request, watch, rate, responds)
+        known_bodies::watch(request, timers, rate, responds)
     }
 }
 
-impl<Req> Begin<Req> for PerResponse {
+impl<Req> TimeRequest<Req> for PerResponse {
     type Request = Req;
 
     #[inline]
-    fn said(_: &Req) -> (Option<Timeouts>, Option<Deadline>) {
+    fn settings(_: &Req) -> (Option<Timeouts>, Option<Deadline>) {
         (None, None)
     }
 
     #[inline]
-    fn pass(request: Req) -> Req {
+    fn convert(request: Req) -> Req {
         request
     }
 
     #[inline]
-    fn watch(_: &mut Req, _: &mut Watch, _: BodyRate, _: bool) -> Option<Arc<Sending>> {
+    fn watch(_: &mut Req, _: &mut CallTimers, _: BodyRate, _: bool) -> Option<Arc<Upload>> {
         None
     }
 }
 
-impl<B: Body<Error: Into<BoxError>>> Follow<Response<B>> for Http {
+impl<B: Body<Error: Into<BoxError>>> TimeResponse<Response<B>> for Http {
     type Response = Response<TimedBody<B>>;
 
     #[inline]
@@ -172,12 +187,12 @@ impl<B: Body<Error: Into<BoxError>>> Follow<Response<B>> for Http {
     }
 
     #[inline]
-    fn time(response: &mut Self::Response, watch: Watch, request: &mut Option<Arc<Sending>>) {
-        response.body_mut().time(watch, request);
+    fn time(response: &mut Self::Response, timers: CallTimers, upload: &mut Option<Arc<Upload>>) {
+        response.body_mut().time(timers, upload);
     }
 }
 
-impl<B: Body<Error: Into<BoxError>>> Follow<Response<B>> for AsIs {
+impl<B: Body<Error: Into<BoxError>>> TimeResponse<Response<B>> for AsIs {
     type Response = Response<TimedBody<B>>;
 
     #[inline]
@@ -187,16 +202,16 @@ impl<B: Body<Error: Into<BoxError>>> Follow<Response<B>> for AsIs {
 
     #[inline]
     fn is_cancelled(response: &Self::Response) -> bool {
-        <Http as Follow<Response<B>>>::is_cancelled(response)
+        <Http as TimeResponse<Response<B>>>::is_cancelled(response)
     }
 
     #[inline]
-    fn time(response: &mut Self::Response, watch: Watch, request: &mut Option<Arc<Sending>>) {
-        Http::time(response, watch, request);
+    fn time(response: &mut Self::Response, timers: CallTimers, upload: &mut Option<Arc<Upload>>) {
+        Http::time(response, timers, upload);
     }
 }
 
-impl<Res> Follow<Res> for PerResponse {
+impl<Res> TimeResponse<Res> for PerResponse {
     type Response = Res;
 
     #[inline]
@@ -204,5 +219,5 @@ impl<Res> Follow<Res> for PerResponse {
         response
     }
 
-    fn time(_: &mut Res, _: Watch, _: &mut Option<Arc<Sending>>) {}
+    fn time(_: &mut Res, _: CallTimers, _: &mut Option<Arc<Upload>>) {}
 }

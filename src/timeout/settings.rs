@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use super::body_rate::{BodyRate, SharedBodyRate};
+use super::{
+    body_rate::{BodyRate, DEFAULT_GRACE, SharedBodyRate},
+    phase_times::{OFF, PhaseTimes, UNSET, millis, setter},
+};
 use crate::{
     error::ConfigError,
     event::{RepeatedEvent, event},
@@ -16,9 +19,6 @@ use crate::{
     permit::{Far, Found},
     time::DeadlineSource,
 };
-
-pub(super) const UNSAID: u32 = u32::MAX;
-pub(super) const OFF: u32 = 0;
 
 /// The timeouts of the phases of a call: the settings of a [`TimeoutLayer`](super::layer::TimeoutLayer), or, in the extensions
 /// of a request, the timeouts of that call.
@@ -38,7 +38,7 @@ pub(super) const OFF: u32 = 0;
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Timeouts {
-    times: Times,
+    times: PhaseTimes,
     body_rate: BodyRate,
     /// The first setting that is zero.
     zero: Option<Zero>,
@@ -52,35 +52,31 @@ enum Zero {
     MinBodyRate,
 }
 
-/// The time of each phase, in milliseconds, [`OFF`] or [`UNSAID`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Times([u32; 7]);
-
 impl Timeouts {
     /// Returns timeouts of which none is set.
     #[must_use]
     pub const fn new() -> Self {
-        Self { times: Times([UNSAID; 7]), body_rate: BodyRate::UNSAID, zero: None }
+        Self { times: PhaseTimes([UNSET; 7]), body_rate: BodyRate::UNSET, zero: None }
     }
 
-    /// Returns the timeouts of a client: head 30 s; first frame and idle 60 s, as nginx's `proxy_read_timeout`; sending
-    /// 60 s, as nginx's `client_body_timeout`; taking 5 minutes, as Envoy's `stream_idle_timeout`. There is no total,
-    /// because it would cut off healthy streams.
+    /// Returns the timeouts of a client: `head` 30 s; `first_frame` and `response_idle` 60 s, as nginx's
+    /// `proxy_read_timeout`; `request_idle` 60 s, as nginx's `client_body_timeout`; `request_stall` 5 minutes, as
+    /// Envoy's `stream_idle_timeout`. There is no total, because it would cut off healthy streams.
     #[must_use]
     pub fn http() -> Self {
         let secs = Duration::from_secs;
-        let answer = Self::new().head(secs(30)).first_frame(secs(60)).response_idle(secs(60));
-        answer.request_idle(secs(60)).request_stall(secs(300)).total(None)
+        let response = Self::new().head(secs(30)).first_frame(secs(60)).response_idle(secs(60));
+        response.request_idle(secs(60)).request_stall(secs(300)).total(None)
     }
 
-    /// Returns the timeouts of a server: head 30 s; sending 60 s, as nginx's `client_body_timeout`; taking as head; a
-    /// minimum rate of request bodies of 240 bytes per second after 5 s, as Kestrel's `MinRequestBodyDataRate`. The
-    /// bodies of responses have no timeout, because a stream may pause.
+    /// Returns the timeouts of a server: `head` 30 s; `request_idle` 60 s, as nginx's `client_body_timeout`;
+    /// `request_stall` as `head`; a minimum rate of request bodies of 240 bytes per second after 5 s, as Kestrel's
+    /// `MinRequestBodyDataRate`. The bodies of responses have no timeout, because a stream may pause.
     #[must_use]
     pub fn server() -> Self {
         let secs = Duration::from_secs;
         let request = Self::new().head(secs(30)).request_idle(secs(60));
-        let request = request.min_body_rate(240).body_grace(secs(5));
+        let request = request.min_body_rate(240).body_grace(DEFAULT_GRACE);
         request.first_frame(None).response_idle(None).total(None)
     }
 
@@ -142,7 +138,7 @@ impl Timeouts {
                 self.zero.get_or_insert(Zero::MinBodyRate);
                 1
             }
-            Some(rate) => rate.min(UNSAID - 1),
+            Some(rate) => rate.min(UNSET - 1),
         };
         self
     }
@@ -201,7 +197,7 @@ impl Timeouts {
         let (field, value, remedy) = match self.zero {
             None => return Ok(()),
             Some(Zero::Phase(phase)) => {
-                (phase.as_str(), "0ns", "use a time above zero, or none for no limit")
+                (setter(phase), "0ns", "use a time above zero, or none for no limit")
             }
             Some(Zero::BodyGrace) => ("body_grace", "0ns", "use a time above zero"),
             Some(Zero::MinBodyRate) => {
@@ -211,77 +207,21 @@ impl Timeouts {
         Err(ConfigError::new(field, format_args!("{value}"), remedy))
     }
 
-    /// Returns these settings, with those of `those` where these are not set.
-    pub(super) fn or(mut self, those: Self) -> Self {
-        for (this, that) in self.times.0.iter_mut().zip(those.times.0) {
-            if *this == UNSAID {
+    /// Returns these settings, with those of `defaults` where these are not set.
+    pub(super) fn or(mut self, defaults: Self) -> Self {
+        for (this, that) in self.times.0.iter_mut().zip(defaults.times.0) {
+            if *this == UNSET {
                 *this = that;
             }
         }
-        self.body_rate = self.body_rate.or(those.body_rate);
+        self.body_rate = self.body_rate.or(defaults.body_rate);
         self
     }
 
-    /// Returns the settings that a call needs until its end, and those that only the watch over its request body needs.
+    /// Returns the settings that a call needs until its end, and those that only its watched request body needs.
     #[inline]
-    pub(super) fn into_parts(self) -> (Times, BodyRate) {
+    pub(super) fn into_parts(self) -> (PhaseTimes, BodyRate) {
         (self.times, self.body_rate)
-    }
-}
-
-/// Returns whole milliseconds, rounded up and at least 1.
-fn millis(time: Duration) -> u32 {
-    let ms = u32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(UNSAID);
-    ms.clamp(1, UNSAID - 1)
-}
-
-impl Times {
-    pub(super) fn get(&self, phase: TimeoutPhase) -> Option<Duration> {
-        self.limit(phase).time()
-    }
-
-    pub(super) fn limit(&self, phase: TimeoutPhase) -> Limit {
-        Limit(self.0.get(phase as usize).copied().unwrap_or(OFF))
-    }
-
-    /// Returns whether a phase depends on the progress of the request.
-    pub(super) fn depend_on_the_request(&self) -> bool {
-        const PHASES: [TimeoutPhase; 4] = [
-            TimeoutPhase::Head,
-            TimeoutPhase::Sending,
-            TimeoutPhase::Taking,
-            TimeoutPhase::ResponseTotal,
-        ];
-        PHASES.iter().any(|phase| self.get(*phase).is_some())
-    }
-
-    /// Sets the timeout of taking to that of the head, if there is none. Without it, a handler that never reads its
-    /// request would have no timeout, because the timeout of the head begins when the request has been sent.
-    pub(super) fn or_head_for_taking(&mut self) {
-        if self.get(TimeoutPhase::Taking).is_none() {
-            self.0[TimeoutPhase::Taking as usize] = self.0[TimeoutPhase::Head as usize];
-        }
-    }
-}
-
-/// The timeout of one phase: a time in milliseconds, [`OFF`] or [`UNSAID`]. Four bytes, because every timed body
-/// contains two of them.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Limit(u32);
-
-impl Limit {
-    #[cfg(test)]
-    pub(super) fn of(time: Duration) -> Self {
-        Self(millis(time))
-    }
-
-    #[inline]
-    pub(super) fn is_set(self) -> bool {
-        !matches!(self.0, OFF | UNSAID)
-    }
-
-    pub(super) fn time(self) -> Option<Duration> {
-        self.is_set().then(|| Duration::from_millis(self.0.into()))
     }
 }
 
@@ -295,14 +235,14 @@ impl fmt::Debug for Timeouts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut all = f.debug_struct("Timeouts");
         let times = TimeoutPhase::ALL.iter().zip(self.times.0);
-        for (phase, ms) in times.filter(|(_, ms)| *ms != UNSAID) {
+        for (phase, ms) in times.filter(|(_, ms)| *ms != UNSET) {
             match ms {
-                OFF => all.field(phase.as_str(), &format_args!("off")),
-                ms => all.field(phase.as_str(), &Duration::from_millis(ms.into())),
+                OFF => all.field(setter(*phase), &format_args!("off")),
+                ms => all.field(setter(*phase), &Duration::from_millis(ms.into())),
             };
         }
         match self.body_rate.min {
-            UNSAID => {}
+            UNSET => {}
             OFF => {
                 all.field("min_body_rate", &format_args!("off"));
             }
@@ -324,7 +264,7 @@ pub(super) struct TimeoutState {
     ms: [AtomicU32; 7],
     body_rate: SharedBodyRate,
     timed_out: [AtomicU64; 10],
-    refused: AtomicU64,
+    rejected: AtomicU64,
     /// Reports of timeouts that a request carries and that cannot work.
     call_faults: OnceLock<Arc<RepeatedEvent>>,
     label: OnceLock<Arc<LayerName>>,
@@ -337,7 +277,7 @@ impl TimeoutState {
             ms: timeouts.times.0.map(AtomicU32::new),
             body_rate: SharedBodyRate::new(timeouts.body_rate),
             timed_out: Default::default(),
-            refused: AtomicU64::new(0),
+            rejected: AtomicU64::new(0),
             call_faults: OnceLock::new(),
             label: OnceLock::new(),
             found: Found::at(weak),
@@ -350,16 +290,14 @@ impl TimeoutState {
 
     #[inline]
     pub(super) fn timeouts(&self) -> Timeouts {
-        let [head, first, idle, sending, taking, total, response_total] = &self.ms;
-        let ms = [head, first, idle, sending, taking, total, response_total];
-        let ms = ms.map(|ms| ms.load(Relaxed));
-        Timeouts { times: Times(ms), body_rate: self.body_rate.get(), zero: None }
+        let ms = self.ms.each_ref().map(|ms| ms.load(Relaxed));
+        Timeouts { times: PhaseTimes(ms), body_rate: self.body_rate.get(), zero: None }
     }
 
     pub(super) fn set(&self, timeouts: Timeouts) {
-        for (ms, said) in self.ms.iter().zip(timeouts.times.0) {
-            if said != UNSAID {
-                ms.store(said, Relaxed);
+        for (ms, new) in self.ms.iter().zip(timeouts.times.0) {
+            if new != UNSET {
+                ms.store(new, Relaxed);
             }
         }
         self.body_rate.set(timeouts.body_rate);
@@ -378,8 +316,8 @@ impl TimeoutState {
     }
 
     /// Counts a call whose deadline has passed before it begins, and returns its rejection.
-    pub(super) fn refuse(&self, by: LayerKind) -> Rejected {
-        self.refused.fetch_add(1, Relaxed);
+    pub(super) fn reject(&self, by: LayerKind) -> Rejected {
+        self.rejected.fetch_add(1, Relaxed);
         event!(
             timeout,
             DEBUG,
@@ -487,7 +425,7 @@ impl TimeoutHandle {
     pub fn snapshot(&self) -> TimeoutSnapshot {
         TimeoutSnapshot {
             timeouts: self.0.timeouts(),
-            rejected_deadline: self.0.refused.load(Relaxed),
+            rejected_deadline: self.0.rejected.load(Relaxed),
             timed_out: std::array::from_fn(|phase| self.0.timed_out[phase].load(Relaxed)),
         }
     }

@@ -3,13 +3,13 @@
 //! # Mechanism
 //!
 //! A [`SendingBody`] wraps the request body. The transport may poll and drop it in another task than that of the call.
-//! The body and the call share a [`Sending`]:
+//! The body and the call share an [`Upload`]:
 //!
 //! - `stage` states how far the request is. The body changes it from `Sending` to `Sent`, `Stalled` or `TooSlow`. The
-//!   call changes it from `Sending` to `TimedOut` or `Answered`. The body changes `Answered` to `AnsweredAndSent`. No
+//!   call changes it from `Sending` to `TimedOut` or `HeadFirst`. The body changes `HeadFirst` to `SentAfterHead`. No
 //!   other change exists.
 //! - `pace` states whether the transport polls the body. Only the task that polls the body writes it.
-//! - `call` contains the waker of the call and what the call has computed from the pace.
+//! - `waiter` contains the waker of the call and what the call has computed from the pace.
 //!
 //! # Invariants
 //!
@@ -21,14 +21,14 @@
 //! waker. If the call takes the lock last, the body's unlock happens before the call reads the stage, so the call sees
 //! the change. A change of this file must preserve both orders.
 //!
-//! `sent_late_at` is written after the stage has become `AnsweredAndSent`. A reader that sees this stage may find
+//! `sent_late_at` is written after the stage has become `SentAfterHead`. A reader that sees this stage may find
 //! `None` and then uses the current time.
 //!
 //! A waker is user code. It is cloned, dropped and woken without the lock. `will_wake` only compares pointers.
 //!
 //! # Memory orderings
 //!
-//! The compare-and-exchange of the stage (`AcqRel`) pairs with the load in [`Sending::stage`] (`Acquire`): a task that
+//! The compare-and-exchange of the stage (`AcqRel`) pairs with the load in [`Upload::stage`] (`Acquire`): a task that
 //! sees a stage also sees the pace that the other task stored before. Loads and stores of the pace are `Relaxed`: it
 //! has a single writer, and the call needs only an estimate of it.
 
@@ -45,18 +45,19 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
+use http::Request;
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tokio::time::Instant;
 
 use super::{
     body_rate::{Allowance, BodyRate},
-    idle::Stall,
-    settings::{Limit, TimeoutState, timed_out},
-    timers::Watch,
+    idle::IdleTimer,
+    phase_times::PhaseLimit,
+    settings::{TimeoutState, timed_out},
 };
 use crate::{
-    drain::{Drains, drain_pinned},
+    drain::{self, Drains},
     error::BoxError,
     outcome::{LayerKind, TimeoutPhase, WaitsFor},
     permit::Far,
@@ -65,7 +66,7 @@ use crate::{
 /// The progress of a request body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub(super) enum Stage {
+pub(super) enum UploadStage {
     Sending,
     /// The body was polled to its end or was dropped.
     Sent,
@@ -77,21 +78,21 @@ pub(super) enum Stage {
     TimedOut,
     /// The response head has arrived, and the body is still being sent. Only a timeout of the whole response depends on
     /// it.
-    Answered,
+    HeadFirst,
     /// The body has been sent after the response head.
-    AnsweredAndSent,
+    SentAfterHead,
 }
 
 /// The state that a call and its request body share. See the head of this file.
-pub struct Sending {
+pub struct Upload {
     stage: AtomicU8,
     /// Twice the number of polls that returned a frame or the end; plus one after a poll that was pending. The value is
     /// therefore odd while the transport waits for the body, and even while the body waits for the transport. Wraps
     /// around.
     pace: AtomicU32,
-    call: Mutex<Waiting>,
+    waiter: Mutex<UploadWaiter>,
     /// The timeout of [`TimeoutPhase::Sending`], used until the response head.
-    limit: Limit,
+    limit: PhaseLimit,
     /// The allowance of the minimum rate, also after the response head.
     allowance: Option<Allowance>,
     by: LayerKind,
@@ -103,7 +104,7 @@ pub struct Sending {
 }
 
 #[derive(Default)]
-struct Waiting {
+struct UploadWaiter {
     call: Option<Waker>,
     /// When the timeout of [`TimeoutPhase::Taking`] expires, if the pace is still the one in this pair.
     due: Option<(Instant, u32)>,
@@ -111,39 +112,35 @@ struct Waiting {
     sent_late_at: Option<Instant>,
 }
 
-impl Sending {
-    /// Returns whether the progress of the request body has to be reported to its call, or the body has to be timed.
-    fn is_timed(watch: &Watch, rate: BodyRate) -> bool {
-        watch.timeouts.depend_on_the_request() || rate.min().is_some()
+impl Upload {
+    /// Creates the state of a body that is still being sent. `limit` is the timeout of a body that is pending, until
+    /// the response head. If not `is_timed`, the timeouts of the call do not depend on the progress of the body.
+    pub(super) fn new(
+        limit: PhaseLimit,
+        rate: BodyRate,
+        is_timed: bool,
+        drains: Drains,
+        by: LayerKind,
+        far: Far<TimeoutState>,
+    ) -> Arc<Self> {
+        let (stage, pace) = (AtomicU8::new(UploadStage::Sending as u8), AtomicU32::new(0));
+        let (allowance, waiter) = (Allowance::new(rate, limit), Mutex::default());
+        Arc::new(Self { stage, pace, waiter, limit, allowance, by, far, is_timed, drains })
     }
 
-    /// Returns whether the body has to be watched: to time it, or to drain it when the call times out.
-    pub(super) fn is_needed(watch: &Watch, rate: BodyRate, drains: Drains) -> bool {
-        Self::is_timed(watch, rate) || drains != Drains::Never && watch.has_end()
+    fn waiter(&self) -> MutexGuard<'_, UploadWaiter> {
+        self.waiter.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn new(watch: &Watch, rate: BodyRate, drains: Drains) -> Arc<Self> {
-        let Watch { timeouts, by, far, .. } = *watch;
-        let (stage, pace) = (AtomicU8::new(Stage::Sending as u8), AtomicU32::new(0));
-        let (limit, is_timed) =
-            (timeouts.limit(TimeoutPhase::Sending), Self::is_timed(watch, rate));
-        let (allowance, call) = (Allowance::new(rate, limit), Mutex::default());
-        Arc::new(Self { stage, pace, call, limit, allowance, by, far, is_timed, drains })
-    }
-
-    fn call(&self) -> MutexGuard<'_, Waiting> {
-        self.call.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn stage(&self) -> Stage {
+    pub(super) fn stage(&self) -> UploadStage {
         match self.stage.load(Ordering::Acquire) {
-            0 => Stage::Sending,
-            1 => Stage::Sent,
-            2 => Stage::Stalled,
-            3 => Stage::TooSlow,
-            4 => Stage::TimedOut,
-            5 => Stage::Answered,
-            _ => Stage::AnsweredAndSent,
+            0 => UploadStage::Sending,
+            1 => UploadStage::Sent,
+            2 => UploadStage::Stalled,
+            3 => UploadStage::TooSlow,
+            4 => UploadStage::TimedOut,
+            5 => UploadStage::HeadFirst,
+            _ => UploadStage::SentAfterHead,
         }
     }
 
@@ -151,19 +148,15 @@ impl Sending {
     pub(super) fn waits_for(&self) -> WaitsFor {
         match (self.stage(), self.pace.load(Ordering::Relaxed)) {
             _ if !self.is_timed => WaitsFor::Upstream,
-            (Stage::Sending, 0) => WaitsFor::Transport,
+            (UploadStage::Sending, 0) => WaitsFor::Transport,
             // The transport polled for a frame that the body does not have yet.
-            (Stage::Sending, pace) if pace % 2 == 1 => WaitsFor::Caller,
+            (UploadStage::Sending, pace) if pace % 2 == 1 => WaitsFor::Caller,
             _ => WaitsFor::Upstream,
         }
     }
 
-    /// Changes the stage of a body that is still being sent. Returns `false` if the body was at another stage.
-    fn leave(&self, stage: Stage) -> bool {
-        self.change(Stage::Sending, stage)
-    }
-
-    fn change(&self, from: Stage, to: Stage) -> bool {
+    /// Changes the stage, unless the body is at another stage than `from`. Returns whether it has changed.
+    fn change(&self, from: UploadStage, to: UploadStage) -> bool {
         let (from, to) = (from as u8, to as u8);
         self.stage.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
@@ -171,13 +164,13 @@ impl Sending {
     /// Ends the call after a timeout. A body that is still being sent is drained when it is dropped. Returns whether it
     /// will be.
     pub(super) fn time_out(&self) -> bool {
-        self.leave(Stage::TimedOut);
+        self.change(UploadStage::Sending, UploadStage::TimedOut);
         self.is_drained()
     }
 
     /// Returns whether the body is drained if it is dropped now, before its end.
     fn is_drained(&self) -> bool {
-        matches!(self.stage(), Stage::Stalled | Stage::TooSlow | Stage::TimedOut)
+        matches!(self.stage(), UploadStage::Stalled | UploadStage::TooSlow | UploadStage::TimedOut)
             && match self.drains {
                 Drains::Never => false,
                 Drains::IfPolled => self.pace.load(Ordering::Relaxed) > 0,
@@ -186,22 +179,23 @@ impl Sending {
     }
 
     /// Ends the body. Only the first end has an effect, except that a body that outlasts the response head can be sent.
-    pub(super) fn end(&self, stage: Stage) {
-        let is_late = stage == Stage::Sent && self.change(Stage::Answered, Stage::AnsweredAndSent);
-        if is_late || self.leave(stage) {
-            let mut waiting = self.call();
+    pub(super) fn end(&self, stage: UploadStage) {
+        let is_late = stage == UploadStage::Sent
+            && self.change(UploadStage::HeadFirst, UploadStage::SentAfterHead);
+        if is_late || self.change(UploadStage::Sending, stage) {
+            let mut waiter = self.waiter();
             if is_late {
-                waiting.sent_late_at = Some(Instant::now());
+                waiter.sent_late_at = Some(Instant::now());
             }
-            let call = waiting.call.take();
-            drop(waiting);
+            let call = waiter.call.take();
+            drop(waiter);
             if let Some(call) = call {
                 call.wake();
             }
         }
     }
 
-    /// Registers the task of the call, which is woken when the body leaves the stage `Sending`. Returns the stage, and
+    /// Registers the task of the call, which is woken when the body leaves the stage `Upload`. Returns the stage, and
     /// when the timeout `request_stall` expires.
     ///
     /// That time begins anew with each call of this method before which the pace has changed, or while the transport
@@ -210,60 +204,63 @@ impl Sending {
     /// so the call notices it only when its timer expires. The time can therefore be up to twice `request_stall`.
     pub(super) fn poll(
         &self,
-        taking: Option<Duration>,
+        request_stall: Option<Duration>,
         cx: &mut Context<'_>,
-    ) -> (Stage, Option<Instant>) {
+    ) -> (UploadStage, Option<Instant>) {
         let mut due = None;
-        if self.stage() == Stage::Sending {
-            let mut waiting = self.call();
-            let is_known = waiting.call.as_ref().is_some_and(|known| known.will_wake(cx.waker()));
+        if self.stage() == UploadStage::Sending {
+            let mut waiter = self.waiter();
+            let is_known = waiter.call.as_ref().is_some_and(|call| call.will_wake(cx.waker()));
             let pace = self.pace.load(Ordering::Relaxed);
-            due = taking.and_then(|taking| match waiting.due {
+            due = request_stall.and_then(|stall| match waiter.due {
                 Some((due, then)) if then == pace && pace % 2 == 0 => Some(due),
-                _ => Instant::now().checked_add(taking),
+                _ => Instant::now().checked_add(stall),
             });
-            waiting.due = due.map(|due| (due, pace));
-            drop(waiting);
+            waiter.due = due.map(|due| (due, pace));
+            drop(waiter);
             if !is_known {
-                self.wake_by(cx);
+                self.register(cx);
             }
         }
         // The stage is read after the waker is registered, so that no end is missed.
         (self.stage(), due)
     }
 
-    fn wake_by(&self, cx: &Context<'_>) {
+    fn register(&self, cx: &Context<'_>) {
         // A waker is user code: it is cloned and dropped without the lock.
         let waker = cx.waker().clone();
-        let before = self.call().call.replace(waker);
+        let before = self.waiter().call.replace(waker);
         drop(before);
     }
 
     /// Returns whether the body has been sent, for a call that has its response head. If not, the end of the body wakes
     /// this task.
     pub(super) fn poll_sent(&self, cx: &Context<'_>) -> bool {
-        if self.stage() == Stage::Answered {
-            let known = |known: &Waker| known.will_wake(cx.waker());
-            let is_known = self.call().call.as_ref().is_some_and(known);
+        if self.stage() == UploadStage::HeadFirst {
+            let wakes = |call: &Waker| call.will_wake(cx.waker());
+            let is_known = self.waiter().call.as_ref().is_some_and(wakes);
             if !is_known {
-                self.wake_by(cx);
+                self.register(cx);
             }
         }
         // The stage is read after the waker is registered, so that no end is missed.
-        self.stage() != Stage::Answered
+        self.stage() != UploadStage::HeadFirst
     }
 
     /// Returns when the body was sent, if that was after the response head.
     pub(super) fn sent_late_at(&self) -> Option<Instant> {
-        self.call().sent_late_at
+        self.waiter().sent_late_at
     }
 
     /// Returns for how long the body may be pending now, and the phase whose timeout this is.
     fn max_silence(&self) -> (Option<Duration>, TimeoutPhase) {
-        if matches!(self.stage(), Stage::Stalled | Stage::TooSlow | Stage::TimedOut) {
+        if matches!(
+            self.stage(),
+            UploadStage::Stalled | UploadStage::TooSlow | UploadStage::TimedOut
+        ) {
             return (None, TimeoutPhase::Sending);
         }
-        let silence = self.limit.time().filter(|_| self.stage() == Stage::Sending);
+        let silence = self.limit.time().filter(|_| self.stage() == UploadStage::Sending);
         let allowed = self.allowance.as_ref().map(Allowance::left);
         match (silence, allowed) {
             (silence, Some(allowed)) if silence.is_none_or(|silence| allowed < silence) => {
@@ -273,28 +270,28 @@ impl Sending {
         }
     }
 
-    /// Records a poll of the body in the pace. `given` states whether the poll was ready.
-    fn step(&self, given: bool) {
+    /// Records a poll of the body in the pace.
+    fn record_poll(&self, is_ready: bool) {
         let pace = self.pace.load(Ordering::Relaxed);
-        let next = if given { (pace | 1).wrapping_add(1) } else { pace | 1 };
+        let next = if is_ready { (pace | 1).wrapping_add(1) } else { pace | 1 };
         self.pace.store(next, Ordering::Relaxed);
     }
 }
 
-impl fmt::Debug for Sending {
+impl fmt::Debug for Upload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Sending").field(&self.stage()).finish()
+        f.debug_tuple("Upload").field(&self.stage()).finish()
     }
 }
 
 /// Reports on drop that the body has been sent. A body that is dropped before its end counts as sent, because the
 /// transport needs no more of it.
-struct Tells(Option<Arc<Sending>>);
+struct SentOnDrop(Option<Arc<Upload>>);
 
-impl Drop for Tells {
+impl Drop for SentOnDrop {
     fn drop(&mut self) {
-        if let Some(sending) = &self.0 {
-            sending.end(Stage::Sent);
+        if let Some(upload) = &self.0 {
+            upload.end(UploadStage::Sent);
         }
     }
 }
@@ -312,17 +309,17 @@ pin_project! {
         hooks: fn() -> Hooks<B>,
         // The rest of a frame that is split into pieces.
         rest: Bytes,
-        tells: Tells,
-        stall: Stall,
+        upload: SentOnDrop,
+        idle: IdleTimer,
     }
 
     impl<B: Body> PinnedDrop for SendingBody<B> {
         fn drop(this: Pin<&mut Self>) {
             let this = this.project();
-            let Some(sending) = &this.tells.0 else { return };
+            let Some(upload) = &this.upload.0 else { return };
             // The stage ends first: if the call times out at the same time, both see the same stage.
-            sending.end(Stage::Sent);
-            if sending.is_drained() {
+            upload.end(UploadStage::Sent);
+            if upload.is_drained() {
                 ((this.hooks)().drain)(this.inner);
             }
         }
@@ -338,32 +335,28 @@ struct Hooks<B: Body> {
 
 impl<B: Body<Error: Into<BoxError>> + 'static> Hooks<B> {
     fn new() -> Self {
-        Self { box_error: Into::into, drain: drain_pinned }
+        Self { box_error: Into::into, drain: drain::drain_pinned }
     }
 }
 
 impl<B: Body<Error: Into<BoxError>> + 'static> SendingBody<B> {
     #[inline]
     pub(super) fn unwatched(inner: B) -> Self {
-        let (rest, stall) = (Bytes::new(), Stall::new());
-        Self { inner, hooks: Hooks::new, rest, tells: Tells(None), stall }
+        let (rest, idle) = (Bytes::new(), IdleTimer::new());
+        Self { inner, hooks: Hooks::new, rest, upload: SentOnDrop(None), idle }
     }
 
-    /// Watches the body for this call, unless it has ended or neither the timeouts nor a drain need that.
+    /// Reports the progress of the body to `upload` from now on.
     #[inline]
-    pub(super) fn watch(
-        &mut self,
-        watch: &Watch,
-        rate: BodyRate,
-        drains: Drains,
-    ) -> Option<Arc<Sending>> {
-        if self.inner.is_end_stream() || !Sending::is_needed(watch, rate, drains) {
-            return None;
-        }
-        let sending = Sending::new(watch, rate, drains);
-        self.tells = Tells(Some(sending.clone()));
-        Some(sending)
+    pub(super) fn watch(&mut self, upload: Arc<Upload>) {
+        self.upload = SentOnDrop(Some(upload));
     }
+}
+
+/// Returns when the body of a request is drained after a timeout.
+#[inline]
+pub(super) fn drains<B: 'static>(request: &Request<B>, responds: bool) -> Drains {
+    if responds && drain::can_drain_pinned::<B>() { Drains::of(request) } else { Drains::Never }
 }
 
 const PIECE: usize = 64 * 1024;
@@ -400,36 +393,40 @@ impl<B: Body + 'static> Body for SendingBody<B> {
             true => this.inner.as_mut().poll_frame(cx),
             false => Poll::Ready(next(this.rest).map(|piece| Ok(Frame::data(piece)))),
         };
-        if let Some(told) = &this.tells.0 {
-            told.step(polled.is_ready());
+        if let Some(upload) = &this.upload.0 {
+            upload.record_poll(polled.is_ready());
         }
         if let Poll::Ready(mut next) = polled {
-            let since = this.stall.over();
-            let allowance = this.tells.0.as_ref().and_then(|told| told.allowance.as_ref());
+            let since = this.idle.end_wait();
+            let allowance = this.upload.0.as_ref().and_then(|upload| upload.allowance.as_ref());
             if let (Some(allowance), true, Some(Ok(frame))) = (allowance, is_new, &next) {
                 allowance.record(frame.data_ref().map_or(0, Buf::remaining), since);
             }
             let is_long = |frame: &Frame<B::Data>| {
                 frame.data_ref().is_some_and(|data| data.remaining() > PIECE)
             };
-            if this.tells.0.is_some() && matches!(&next, Some(Ok(frame)) if is_long(frame)) {
+            if this.upload.0.is_some() && matches!(&next, Some(Ok(frame)) if is_long(frame)) {
                 next = next
                     .map(|frame| frame.map(|frame| frame.map_data(|data| cut(data, this.rest))));
             }
             let ended = this.rest.is_empty() && this.inner.is_end_stream();
             if ended || !matches!(next, Some(Ok(_))) {
-                *this.tells = Tells(None);
+                *this.upload = SentOnDrop(None);
             }
             return Poll::Ready(next.map(|frame| frame.map_err((this.hooks)().box_error)));
         }
-        let Some(told) = &this.tells.0 else { return Poll::Pending };
-        let (max_silence, phase) = told.max_silence();
-        ready!(this.stall.poll(max_silence, None, cx));
-        let rejected = timed_out(told.far, told.by, phase, None);
-        told.end(if phase == TimeoutPhase::BodyRate { Stage::TooSlow } else { Stage::Stalled });
+        let Some(upload) = &this.upload.0 else { return Poll::Pending };
+        let (max_silence, phase) = upload.max_silence();
+        ready!(this.idle.poll(max_silence, None, cx));
+        let rejected = timed_out(upload.far, upload.by, phase, None);
+        upload.end(if phase == TimeoutPhase::BodyRate {
+            UploadStage::TooSlow
+        } else {
+            UploadStage::Stalled
+        });
         // A body that will be drained is watched until its drop.
-        if !told.is_drained() {
-            *this.tells = Tells(None);
+        if !upload.is_drained() {
+            *this.upload = SentOnDrop(None);
         }
         Poll::Ready(Some(Err(Box::new(rejected))))
     }
@@ -451,6 +448,6 @@ impl<B: Body + 'static> Body for SendingBody<B> {
 
 impl<B: Body> fmt::Debug for SendingBody<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SendingBody").field("told", &self.tells.0).finish_non_exhaustive()
+        f.debug_struct("SendingBody").field("upload", &self.upload.0).finish_non_exhaustive()
     }
 }
