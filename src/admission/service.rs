@@ -63,6 +63,16 @@ impl<S, P, M, R> Admission<S, P, M, R> {
         }
     }
 
+    #[cfg(feature = "lifecycle")]
+    pub(crate) fn inner_mut(&mut self) -> &mut S {
+        &mut self.inner
+    }
+
+    #[cfg(feature = "lifecycle")]
+    pub(crate) fn into_inner(self) -> S {
+        self.inner
+    }
+
     pub(crate) fn inner(&self) -> &S {
         &self.inner
     }

@@ -101,7 +101,7 @@ group! {
     /// The minimum rate of a request body, in bytes per second.
     live min_body_rate: Option<u32> = None;
     /// The time for which a request body may keep its reader waiting before the minimum rate counts.
-    live body_grace: Duration = BODY_GRACE;
+    live body_grace: Duration = Timeouts::DEFAULT_BODY_GRACE;
     /// Whether gRPC requests have to keep the minimum rate, too.
     live min_body_rate_for_grpc: bool = false;
     /// The timeout of the whole call, to the end of the response body; in a client it applies to each attempt.
@@ -111,8 +111,6 @@ group! {
     live response_total: Option<Duration> = None;
 }
 
-const BODY_GRACE: Duration = secs(5);
-
 impl TimeoutConfig {
     const OFF: Self = Self {
         head: None,
@@ -121,7 +119,7 @@ impl TimeoutConfig {
         request_idle: None,
         request_stall: None,
         min_body_rate: None,
-        body_grace: BODY_GRACE,
+        body_grace: Timeouts::DEFAULT_BODY_GRACE,
         min_body_rate_for_grpc: false,
         total: None,
         response_total: None,
@@ -132,7 +130,8 @@ impl TimeoutConfig {
     #[must_use]
     pub fn server() -> Self {
         let (head, request_idle) = (Some(secs(30)), Some(secs(60)));
-        Self { head, request_idle, min_body_rate: Some(240), ..Self::OFF }
+        let min_body_rate = Timeouts::server().get_min_body_rate();
+        Self { head, request_idle, min_body_rate, ..Self::OFF }
     }
 
     /// Returns the timeouts.

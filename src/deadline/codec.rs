@@ -81,7 +81,7 @@ const UNITS: [(char, u64); 6] = [
     ('M', 60_000_000_000),
     ('H', 3_600_000_000_000),
 ];
-const MOST: u128 = 99_999_999;
+const MAX_NUMBER: u128 = 99_999_999;
 
 impl Codec for GrpcTimeout {
     fn read(&self, headers: &HeaderMap) -> Option<Duration> {
@@ -96,9 +96,9 @@ impl Codec for GrpcTimeout {
 
     fn write(&self, left: Duration, headers: &mut HeaderMap) {
         let nanos = left.as_nanos();
-        let fits = |(_, unit): &&(char, u64)| nanos / u128::from(*unit) <= MOST;
+        let fits = |(_, unit): &&(char, u64)| nanos / u128::from(*unit) <= MAX_NUMBER;
         let (letter, unit) = UNITS.iter().find(fits).copied().unwrap_or(('H', u64::MAX));
-        let number = (nanos / u128::from(unit)).clamp(1, MOST);
+        let number = (nanos / u128::from(unit)).clamp(1, MAX_NUMBER);
         if let Ok(value) = HeaderValue::try_from(format!("{number}{letter}")) {
             headers.insert(GRPC_TIMEOUT, value);
         }
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn deadline_of_grpc_as_its_protocol_has_it() {
+    fn grpc_timeout_is_read_as_in_its_specification() {
         for (text, time) in [
             ("1H", Duration::from_secs(3600)),
             ("2M", Duration::from_secs(120)),
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn deadline_is_never_written_longer_than_it_is() {
+    fn written_time_is_rounded_down() {
         for nanos in [1, 82, 99_999_999, 100_000_001, 99_999_999_999, u64::MAX] {
             let (left, mut headers) = (Duration::from_nanos(nanos), HeaderMap::new());
             GrpcTimeout.write(left, &mut headers);
@@ -160,7 +160,7 @@ mod tests {
         millis.write(Duration::from_micros(1999), &mut headers);
         assert_eq!(millis.read(&headers), Some(Duration::from_millis(1)));
         millis.write(Duration::from_nanos(1), &mut headers);
-        assert_eq!(millis.read(&headers), Some(Duration::from_millis(1)), "not 0: no limit");
+        assert_eq!(millis.read(&headers), Some(Duration::from_millis(1)), "0 would mean no limit");
         for (text, read) in [("99999999999999999999999", true), ("-5", false), ("5s", false)] {
             headers.insert("x-left", text.parse().unwrap());
             assert_eq!(millis.read(&headers).is_some(), read, "{text}");
@@ -169,7 +169,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn fuzz_any_deadline_is_read_or_not_said(text in "([0-9]{1,9}[HMSmunx]|.{0,12})") {
+        fn fuzz_any_header_is_read_or_ignored(text in "([0-9]{1,9}[HMSmunx]|.{0,12})") {
             let millis = Millis(HeaderName::from_static("x-left"));
             let mut headers = HeaderMap::new();
             if let Ok(value) = HeaderValue::from_bytes(text.as_bytes()) {
@@ -183,15 +183,15 @@ mod tests {
         }
 
         #[test]
-        fn fuzz_any_deadline_is_written_never_longer_than_it_is(left in any::<Duration>()) {
+        fn fuzz_any_written_time_is_rounded_down(left in any::<Duration>()) {
             let millis = Millis(HeaderName::from_static("x-left"));
-            let most = Duration::from_secs(99_999_999 * 3600);
+            let max = Duration::from_secs(99_999_999 * 3600);
             for (codec, exact) in [(&GrpcTimeout as &dyn Codec, Duration::ZERO), (&millis, Duration::from_millis(1))] {
                 let mut headers = HeaderMap::new();
                 codec.write(left, &mut headers);
                 let read = codec.read(&headers).unwrap();
                 prop_assert!(read <= left.max(exact).max(Duration::from_nanos(1)), "{read:?} of {left:?}");
-                let lost = left.min(most).saturating_sub(read);
+                let lost = left.min(max).saturating_sub(read);
                 prop_assert!(lost <= exact.max(left / 1_000), "{read:?} of {left:?}");
             }
         }

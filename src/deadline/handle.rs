@@ -2,7 +2,7 @@ use std::{
     fmt,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -18,11 +18,13 @@ use crate::{
 };
 
 /// The settings of a layer in milliseconds, rounded up; 0 means none.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct DeadlineTimes {
     pub(super) default: AtomicU64,
-    pub(super) longest: AtomicU64,
+    pub(super) max: AtomicU64,
     pub(super) reserve: AtomicU64,
+    /// The layer has built a service.
+    is_used: AtomicBool,
 }
 
 fn get(ms: &AtomicU64) -> Option<Duration> {
@@ -35,6 +37,24 @@ pub(super) fn set(ms: &AtomicU64, time: Option<Duration>) {
 }
 
 impl DeadlineTimes {
+    /// Returns the same settings, that no service uses.
+    pub(super) fn fork(&self) -> Self {
+        let copy = |ms: &AtomicU64| AtomicU64::new(ms.load(Relaxed));
+        let (default, max, reserve) = (copy(&self.default), copy(&self.max), copy(&self.reserve));
+        Self { default, max, reserve, is_used: AtomicBool::new(false) }
+    }
+
+    pub(super) fn is_used(&self) -> bool {
+        self.is_used.load(Relaxed)
+    }
+
+    /// Records that the layer has built a service. Writes once, because a layer can be applied once per connection.
+    pub(super) fn set_used(&self) {
+        if !self.is_used() {
+            self.is_used.store(true, Relaxed);
+        }
+    }
+
     /// Sets the deadline of a call in the extensions of its request, and writes the time that is left to the headers
     /// for the next hop.
     pub(super) fn apply<B>(
@@ -45,18 +65,18 @@ impl DeadlineTimes {
         let grpc = grpc::is_grpc_call(request.method(), request.headers());
         let read = |codec: &dyn Codec| Some((codec.read(request.headers())?, codec.resolution()));
         let own = codec.and_then(read);
-        let told = if grpc { own.into_iter().chain(read(&GrpcTimeout)).min() } else { own };
-        let by_caller = told.map(|(time, _)| (time, DeadlineSource::Caller));
+        let sent = if grpc { own.into_iter().chain(read(&GrpcTimeout)).min() } else { own };
+        let by_caller = sent.map(|(time, _)| (time, DeadlineSource::Caller));
         let by_operator = |time| (time, DeadlineSource::Operator);
         let carried = Deadline::of(request.extensions());
         // A deadline of the application replaces the default and the maximum. The earlier of it and a header applies.
         let is_of_application = carried.is_some_and(|deadline| deadline.is_of_application());
         let default = get(&self.default).filter(|_| !is_of_application);
         // A header never extends the default, unless the operator sets a maximum.
-        let max = get(&self.longest).filter(|_| !is_of_application).or(default);
+        let max = get(&self.max).filter(|_| !is_of_application).or(default);
         let bounded = match (by_caller, max) {
-            (Some((told, _)), Some(max)) if max < told => Some(by_operator(max)),
-            (Some(told), _) => Some(told),
+            (Some((sent, _)), Some(max)) if max < sent => Some(by_operator(max)),
+            (Some(sent), _) => Some(sent),
             (None, max) => {
                 default.map(|default| by_operator(max.map_or(default, |max| default.min(max))))
             }
@@ -67,33 +87,33 @@ impl DeadlineTimes {
         let bound = max.filter(|_| is_of_caller).map(by_operator);
         // If an outer layer of this stack has written the carried deadline to the headers, the header does not make it
         // a deadline of the caller.
-        let repeats_carried = told.zip(carried).is_some_and(|((told, resolution), carried)| {
+        let repeats_carried = sent.zip(carried).is_some_and(|((sent, resolution), carried)| {
             let left = carried.at().saturating_duration_since(CallClock::now());
             // `grpc-timeout` has at most eight digits, so its unit is coarser beyond 27 hours.
-            told <= left && left - told <= resolution.saturating_add(left / 100_000)
+            sent <= left && left - sent <= resolution.saturating_add(left / 100_000)
         });
         let bounded =
             bounded.filter(|(_, source)| !repeats_carried || *source == DeadlineSource::Operator);
-        let kept = get(&self.reserve).unwrap_or_default();
+        let reserve = get(&self.reserve).unwrap_or_default();
         // Subtracted while it is a duration, because an `Instant` can represent only a limited range.
         let set = |(time, source): (Duration, DeadlineSource)| {
-            let deadline = Deadline::after_from(time.saturating_sub(kept), CallClock::now());
+            let deadline = Deadline::after_from(time.saturating_sub(reserve), CallClock::now());
             deadline.with_source(source).by_layer()
         };
-        let less = carried.map(|deadline| deadline.earlier_by(kept));
+        let less = carried.map(|deadline| deadline.earlier_by(reserve));
         let deadline = less.into_iter().chain(bounded.map(set)).chain(bound.map(set)).min()?;
         if carried != Some(deadline) {
             request.extensions_mut().insert(deadline);
         }
-        let mut tell = |codec: &dyn Codec| {
+        let mut write = |codec: &dyn Codec| {
             let left = deadline.at().saturating_duration_since(CallClock::now());
             codec.write(left, request.headers_mut());
         };
         if grpc {
-            tell(&GrpcTimeout);
+            write(&GrpcTimeout);
         }
         if let Some(codec) = codec {
-            tell(codec);
+            write(codec);
         }
         Some(deadline)
     }
@@ -111,7 +131,7 @@ pub struct DeadlineHandle {
 #[non_exhaustive]
 pub struct DeadlineSnapshot {
     /// The number of calls that were rejected because their deadline had passed before they began.
-    pub refused: u64,
+    pub rejected: u64,
     /// The number of calls in flight that were ended at their deadline.
     pub ended: u64,
 }
@@ -122,7 +142,7 @@ impl DeadlineHandle {
     pub fn snapshot(&self) -> DeadlineSnapshot {
         let inner = self.inner.snapshot();
         DeadlineSnapshot {
-            refused: inner.rejected_deadline,
+            rejected: inner.rejected_deadline,
             ended: inner.timed_out_by(TimeoutPhase::Deadline),
         }
     }
@@ -144,7 +164,7 @@ impl DeadlineHandle {
     ///
     /// Fails if the time is zero.
     pub fn set_max(&self, time: impl Into<Option<Duration>>) -> Result<(), ConfigError> {
-        set(&self.times.longest, above_zero("at_most", time.into())?);
+        set(&self.times.max, above_zero("max", time.into())?);
         Ok(())
     }
 
@@ -160,6 +180,16 @@ fn above_zero(
     time: Option<Duration>,
 ) -> Result<Option<Duration>, ConfigError> {
     time.map(|time| ConfigError::above_zero(field, time)).transpose()
+}
+
+impl fmt::Debug for DeadlineTimes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DeadlineTimes")
+            .field("default", &get(&self.default))
+            .field("max", &get(&self.max))
+            .field("reserve", &get(&self.reserve))
+            .finish()
+    }
 }
 
 impl fmt::Debug for DeadlineHandle {

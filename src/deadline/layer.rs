@@ -1,6 +1,6 @@
 use std::{
     fmt,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU64},
     task::{Context, Poll},
     time::Duration,
 };
@@ -13,7 +13,6 @@ use tower_service::Service;
 use super::{
     codec::{Codec, Millis},
     handle::{DeadlineHandle, DeadlineTimes, set},
-    propagate::PropagateDeadlineLayer,
 };
 use crate::{
     admission::Reusable,
@@ -28,14 +27,16 @@ use crate::{
 
 /// Sets one absolute deadline for every call, enforces it, and sends the time left to the next hop.
 ///
-/// A layer, its clones and all services that it wraps share the same settings. See the [module](super).
+/// A layer, its clones and all services that it wraps share the same settings. A setter after the layer has built a
+/// service returns a layer with state of its own, so the services that exist keep their settings: use the
+/// [handle](DeadlineHandle) to change a running layer. See the [module](super).
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct DeadlineLayer<R = AsError> {
     times: Arc<DeadlineTimes>,
-    codec: Option<Arc<dyn Codec>>,
+    pub(super) codec: Option<Arc<dyn Codec>>,
     timeout: TimeoutLayer<AsIs, R>,
-    fault: Fault,
+    pub(super) fault: Fault,
 }
 
 impl DeadlineLayer {
@@ -61,22 +62,27 @@ impl<R> DeadlineLayer<R> {
     /// A [`Deadline`](crate::time::Deadline) that the application has made itself and inserted in the extensions replaces the
     /// default, also if it is later, and is then the maximum of a header. Any other deadline in the extensions (of a
     /// caller, or of another layer) applies if it is earlier.
-    pub fn default_of(mut self, time: Duration) -> Self {
-        self.above_zero("default_of", time, |times, time| set(&times.default, Some(time)));
-        self
+    ///
+    /// [`DeadlineHandle::set_default`] changes it while the layer runs.
+    pub fn default_of(self, time: Duration) -> Self {
+        self.set("default_of", time, |times| &times.default)
     }
 
     /// Sets the maximum time that a header, a deadline of the caller in the extensions, or the default can set. It does
     /// not bound a deadline that the application has made itself. Default: the time of
     /// [`default_of`](Self::default_of).
-    pub fn max(mut self, time: Duration) -> Self {
-        self.above_zero("at_most", time, |times, time| set(&times.longest, Some(time)));
-        self
+    ///
+    /// [`DeadlineHandle::set_max`] changes it while the layer runs.
+    pub fn max(self, time: Duration) -> Self {
+        self.set("max", time, |times| &times.max)
     }
 
     /// Sets the time reserved for sending the response back. The deadline of the wrapped service and of the next hop is
     /// earlier by this time. Default: none.
-    pub fn reserve(self, time: Duration) -> Self {
+    ///
+    /// [`DeadlineHandle::set_reserve`] changes it while the layer runs.
+    pub fn reserve(mut self, time: Duration) -> Self {
+        self = self.fork_if_used();
         set(&self.times.reserve, Some(time));
         self
     }
@@ -111,41 +117,17 @@ impl<R> DeadlineLayer<R> {
     }
 
     /// Responds to calls that are too late with the result of a closure.
-    pub fn respond_with<F, Res, E>(self, answer: F) -> DeadlineLayer<RespondWith<F>>
+    pub fn respond_with<F, Res, E>(self, respond: F) -> DeadlineLayer<RespondWith<F>>
     where
         F: Fn(&Rejected) -> Result<Res, E> + Clone + Send + Sync + 'static,
     {
         let Self { times, codec, timeout, fault } = self;
-        DeadlineLayer { times, codec, timeout: timeout.respond_with(answer), fault }
-    }
-
-    /// Returns a layer that only sets the deadline and writes the headers. Inner layers enforce the deadline. The
-    /// returned layer has no timer, rejects no call, does not wrap bodies, and accepts services with any response.
-    ///
-    /// An inner [`TimeoutLayer`](crate::timeout::TimeoutLayer) enforces the deadline up to the end of the response body. An
-    /// inner [`RetryLayer`](crate::retry::RetryLayer) enforces it up to the response head, over all attempts and delays. A
-    /// limit and a circuit breaker reject calls whose deadline has passed, unless they are in shadow mode. Without a
-    /// timeout or a retry layer, a call in flight is not ended at the deadline.
-    ///
-    /// ```
-    /// use std::time::Duration;
-    /// use buttress::{DeadlineLayer, RetryLayer, TimeoutLayer};
-    /// use tower::ServiceBuilder;
-    ///
-    /// # fn client() -> impl Clone { () }
-    /// let client = ServiceBuilder::new()
-    ///     .layer(DeadlineLayer::new().default_of(Duration::from_secs(2)).propagate_only())
-    ///     .layer(RetryLayer::http())
-    ///     .layer(TimeoutLayer::http())
-    ///     .service(client());
-    /// # let _ = client;
-    /// ```
-    pub fn propagate_only(self) -> PropagateDeadlineLayer {
-        PropagateDeadlineLayer { handle: self.handle(), codec: self.codec, fault: self.fault }
+        DeadlineLayer { times, codec, timeout: timeout.respond_with(respond), fault }
     }
 
     /// Sets the name of the layer in errors and events. Only the first call has an effect.
     pub fn name(mut self, name: &str) -> Self {
+        self = self.fork_if_used();
         self.timeout = self.timeout.name(name);
         self
     }
@@ -166,31 +148,40 @@ impl<R> DeadlineLayer<R> {
         self.fault.take().map_or(Ok(self), Err)
     }
 
-    fn above_zero(
-        &mut self,
+    fn set(
+        mut self,
         field: &'static str,
         time: Duration,
-        apply: impl FnOnce(&DeadlineTimes, Duration),
-    ) {
+        setting: impl FnOnce(&DeadlineTimes) -> &AtomicU64,
+    ) -> Self {
         match ConfigError::above_zero(field, time) {
-            Ok(time) => apply(&self.times, time),
+            Ok(time) => {
+                self = self.fork_if_used();
+                set(setting(&self.times), Some(time));
+            }
             Err(error) => {
                 self.fault.get_or_insert(error);
             }
         }
+        self
     }
-}
 
-/// Reports an invalid setting in an event. No rejection reports it, because the layer lets calls through.
-pub(super) fn report(fault: &Fault) {
-    fault.report("deadline", "the setting is ignored");
+    /// Returns the layer itself, or, if it has built a service, a layer with the same settings and state of its own.
+    fn fork_if_used(mut self) -> Self {
+        if self.times.is_used() {
+            self.times = Arc::new(self.times.fork());
+            self.timeout = self.timeout.fork_if_used();
+        }
+        self
+    }
 }
 
 impl<S, R: Clone> Layer<S> for DeadlineLayer<R> {
     type Service = DeadlineService<S, R>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        report(&self.fault);
+        self.times.set_used();
+        self.fault.report("deadline", "the setting is ignored");
         DeadlineService {
             times: self.times.clone(),
             codec: self.codec.clone(),
@@ -220,6 +211,16 @@ impl<S, R> DeadlineService<S, R> {
     /// Returns a reference to the wrapped service.
     pub fn get_ref(&self) -> &S {
         self.timeout.get_ref()
+    }
+
+    /// Returns a mutable reference to the wrapped service.
+    pub fn get_mut(&mut self) -> &mut S {
+        self.timeout.get_mut()
+    }
+
+    /// Returns the wrapped service.
+    pub fn into_inner(self) -> S {
+        self.timeout.into_inner()
     }
 }
 

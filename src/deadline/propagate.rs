@@ -13,7 +13,7 @@ use tower_service::Service;
 use super::{
     codec::Codec,
     handle::{DeadlineHandle, DeadlineTimes},
-    layer::report,
+    layer::DeadlineLayer,
 };
 use crate::{error::ConfigError, fault::Fault, time::CallClock};
 
@@ -22,9 +22,36 @@ use crate::{error::ConfigError, fault::Fault, time::CallClock};
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct PropagateDeadlineLayer {
-    pub(super) handle: DeadlineHandle,
-    pub(super) codec: Option<Arc<dyn Codec>>,
-    pub(super) fault: Fault,
+    handle: DeadlineHandle,
+    codec: Option<Arc<dyn Codec>>,
+    fault: Fault,
+}
+
+impl<R> DeadlineLayer<R> {
+    /// Returns a layer that only sets the deadline and writes the headers. Inner layers enforce the deadline. The
+    /// returned layer has no timer, rejects no call, does not wrap bodies, and accepts services with any response.
+    ///
+    /// An inner [`TimeoutLayer`](crate::timeout::TimeoutLayer) enforces the deadline up to the end of the response body. An
+    /// inner [`RetryLayer`](crate::retry::RetryLayer) enforces it up to the response head, over all attempts and delays. A
+    /// limit and a circuit breaker reject calls whose deadline has passed, unless they are in shadow mode. Without a
+    /// timeout or a retry layer, a call in flight is not ended at the deadline.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use buttress::{DeadlineLayer, RetryLayer, TimeoutLayer};
+    /// use tower::ServiceBuilder;
+    ///
+    /// # fn client() -> impl Clone { () }
+    /// let client = ServiceBuilder::new()
+    ///     .layer(DeadlineLayer::new().default_of(Duration::from_secs(2)).propagate_only())
+    ///     .layer(RetryLayer::http())
+    ///     .layer(TimeoutLayer::http())
+    ///     .service(client());
+    /// # let _ = client;
+    /// ```
+    pub fn propagate_only(self) -> PropagateDeadlineLayer {
+        PropagateDeadlineLayer { handle: self.handle(), codec: self.codec, fault: self.fault }
+    }
 }
 
 impl PropagateDeadlineLayer {
@@ -50,7 +77,9 @@ impl<S> Layer<S> for PropagateDeadlineLayer {
     type Service = PropagateDeadline<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        report(&self.fault);
+        self.handle.times.set_used();
+        // No rejection reports an invalid setting, because the layer lets calls through.
+        self.fault.report("deadline", "the setting is ignored");
         PropagateDeadline { inner, times: self.handle.times.clone(), codec: self.codec.clone() }
     }
 }
@@ -76,6 +105,16 @@ impl<S> PropagateDeadline<S> {
     /// Returns a reference to the wrapped service.
     pub fn get_ref(&self) -> &S {
         &self.inner
+    }
+
+    /// Returns a mutable reference to the wrapped service.
+    pub fn get_mut(&mut self) -> &mut S {
+        &mut self.inner
+    }
+
+    /// Returns the wrapped service.
+    pub fn into_inner(self) -> S {
+        self.inner
     }
 }
 

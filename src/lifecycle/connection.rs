@@ -49,7 +49,7 @@ use tokio::time::timeout;
 
 use super::{
     stages::{ConnectionState, StageClock, StageVerdict},
-    state::{LifecyclePhase, LifecycleState},
+    state::{LifecyclePhase, LifecycleState, LifecycleStep},
 };
 use crate::{drain, error::BoxError, permit::ShardedRef};
 
@@ -107,13 +107,13 @@ pub(super) async fn serve_connection<I, S, B, E>(
     tokio::select! {
         biased;
         () = poll_fn(|cx| poll(cx, false)) => return,
-        () = state.reached(LifecyclePhase::Draining) => {}
+        () = state.reached(LifecycleStep::Draining) => {}
     }
     let announces = is_old && stages.is_http2();
     tokio::select! {
         biased;
         () = poll_fn(|cx| poll(cx, announces)) => return,
-        () = state.reached(LifecyclePhase::Stopping) => {}
+        () = state.reached(LifecycleStep::Stopping) => {}
     }
     let idle_time = state.times(|times| times.grace).max(MIN_IDLE_TIME);
     // The first poll sets the number of writes, after it has written the GOAWAY, so that the GOAWAY does not count as

@@ -12,7 +12,7 @@ use crate::{error::ConfigError, health::Health, permit::ShardedArc};
 
 /// The lifecycle of a process: its [phase](LifecyclePhase), its readiness, and the drain that ends it without losing a call.
 ///
-/// Clones share one lifecycle. See the [module](super).
+/// Clones share one lifecycle and its settings. See the [module](super).
 #[derive(Clone)]
 pub struct Lifecycle(pub(super) ShardedArc<LifecycleState>);
 
@@ -25,7 +25,7 @@ pub struct Drained {
     /// Number of connections of `serve` that were still open when the drain timeout expired, and were cut.
     pub cut_connections: usize,
     /// Number of calls that arrived after the grace, and were rejected.
-    pub refused: u64,
+    pub rejected: u64,
 }
 
 impl Lifecycle {
@@ -51,8 +51,8 @@ impl Lifecycle {
     pub fn new(health: &Health) -> Result<Self, ConfigError> {
         Self::build(health, || {
             // tokio panics if the runtime has no IO.
-            let armed = catch_unwind(Signals::arm);
-            armed.unwrap_or_else(|_| Err(io::Error::other("the runtime has no IO"))).map(Some)
+            let installed = catch_unwind(Signals::install);
+            installed.unwrap_or_else(|_| Err(io::Error::other("the runtime has no IO"))).map(Some)
         })
     }
 
@@ -86,20 +86,20 @@ impl Lifecycle {
             ConfigError::new("lifecycle.signals", error, remedy)
         })?;
         let state = ShardedArc::new(LifecycleState::new(reporter));
-        let (weak, phase) = (Arc::downgrade(state.state()), state.seen());
-        let driven = DriverGuard(weak.clone());
+        let (weak, phase) = (Arc::downgrade(state.state()), state.steps());
+        let guard = DriverGuard(weak.clone());
         let driver = runtime.spawn(async move {
-            let _driven = driven;
+            let _guard = guard;
             let drive = drive(weak.clone(), phase);
             match signals {
                 None => drive.await,
                 Some(signals) => {
                     // One task for both, so that one abort handle ends both.
-                    tokio::join!(drive, signals.pass_on(weak));
+                    tokio::join!(drive, signals.apply_to(weak));
                 }
             }
         });
-        state.driven_by(driver.abort_handle());
+        state.set_driver(driver.abort_handle());
         Ok(Self(state))
     }
 
@@ -107,9 +107,11 @@ impl Lifecycle {
     ///
     /// In this time the process is not ready and continues to serve calls. The delay should be as long as routers and
     /// load balancers need to stop routing calls to this process. Without a router it can be zero.
+    ///
+    /// [`set_drain_delay`](Self::set_drain_delay) changes it while the process runs.
     #[must_use]
     pub fn drain_delay(self, delay: Duration) -> Self {
-        self.0.times(|times| times.delay = delay);
+        self.set_drain_delay(delay);
         self
     }
 
@@ -119,9 +121,11 @@ impl Lifecycle {
     /// receive this announcement arrive in the grace. After the grace the [layer](Self::layer) rejects calls, and
     /// `serve` closes connections that have been idle for the grace, with a minimum of 100 ms. A grace that is not
     /// shorter than the drain timeout ([`drain_timeout`](Self::drain_timeout)) ends with it.
+    ///
+    /// [`set_grace`](Self::set_grace) changes it while the process runs.
     #[must_use]
     pub fn grace(self, grace: Duration) -> Self {
-        self.0.times(|times| times.grace = grace);
+        self.set_grace(grace);
         self
     }
 
@@ -131,10 +135,27 @@ impl Lifecycle {
     /// The sum of this time and the [`drain_delay`](Self::drain_delay) should be less than the time after which the process is
     /// killed: Kubernetes' `terminationGracePeriodSeconds`, 30 s by default. The [`grace`](Self::grace) is a part of
     /// this time.
+    ///
+    /// [`set_drain_timeout`](Self::set_drain_timeout) changes it while the process runs.
     #[must_use]
     pub fn drain_timeout(self, timeout: Duration) -> Self {
-        self.0.times(|times| times.longest = timeout);
+        self.set_drain_timeout(timeout);
         self
+    }
+
+    /// Sets the [time in *draining*](Self::drain_delay). Has no effect after *draining* has begun.
+    pub fn set_drain_delay(&self, delay: Duration) {
+        self.0.times(|times| times.delay = delay);
+    }
+
+    /// Sets the [grace](Self::grace). Has no effect after *stopping* has begun.
+    pub fn set_grace(&self, grace: Duration) {
+        self.0.times(|times| times.grace = grace);
+    }
+
+    /// Sets the [drain timeout](Self::drain_timeout). Has no effect after the [grace](Self::grace).
+    pub fn set_drain_timeout(&self, timeout: Duration) {
+        self.0.times(|times| times.timeout = timeout);
     }
 
     // ===== Changes of the phase =====
@@ -142,7 +163,7 @@ impl Lifecycle {
     /// Changes the phase from [`Starting`](LifecyclePhase::Starting) to [`Ready`](LifecyclePhase::Ready). Has no effect after the drain
     /// has begun.
     pub fn ready(&self) {
-        self.0.go_to(LifecycleStep::Ready);
+        self.0.advance_to(LifecycleStep::Ready);
     }
 
     /// Begins the drain, as the first signal does. Has no effect after the drain has begun.
@@ -175,8 +196,8 @@ impl Lifecycle {
 
     /// Returns the number of calls that arrived after the [grace](Self::grace), and were rejected.
     #[must_use]
-    pub fn refused(&self) -> u64 {
-        self.0.refused()
+    pub fn rejected(&self) -> u64 {
+        self.0.rejected()
     }
 
     /// Waits until the phase differs from the phase at the first poll, and returns the new phase. Cancel safe.
@@ -235,9 +256,9 @@ impl Lifecycle {
         let cut_calls = tokio::select! {
             biased;
             ended = ended => ended?,
-            () = self.0.reached(LifecyclePhase::Stopped) => self.in_flight(),
+            () = self.0.reached(LifecycleStep::Stopped) => self.in_flight(),
         };
-        Ok(Drained { cut_calls, cut_connections: 0, refused: self.refused() })
+        Ok(Drained { cut_calls, cut_connections: 0, rejected: self.rejected() })
     }
 }
 

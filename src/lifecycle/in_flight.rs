@@ -1,19 +1,19 @@
 //! The number of calls in flight and the flag that stops their admission, in one atomic word.
 //!
-//! The word is `calls << 1 | closed`. [`enter`](InFlightGate::enter) adds a call and reads the flag by one atomic operation, so
-//! each `enter` is ordered either before or after [`close`](InFlightGate::close):
+//! The word is `calls << 1 | closed`. [`acquire`](InFlightGate::acquire) adds a call and reads the flag by one atomic operation, so
+//! each `acquire` is ordered either before or after [`close`](InFlightGate::close):
 //!
-//! - before: the call is admitted, and every read of the count after `close` includes it until it leaves;
+//! - before: the call is admitted, and every read of the count after `close` includes it until its release;
 //! - after: the call is not admitted. It is counted for the short time until its permit is dropped.
 //!
-//! A guard ([`Drain::guard`](super::token::Drain::guard)) ignores the result of `enter`: it counts in every phase.
+//! A guard ([`Drain::guard`](super::token::Drain::guard)) ignores the result of `acquire`: it counts in every phase.
 //!
 //! So after a read that finds the word closed and empty, no call is in flight and no further call will be admitted. A
 //! separate counter and flag do not have this property: a call could read the flag as open, and increment the counter
 //! only after the drain has read it as zero.
 //!
 //! The drain reads this word and the phase, which is another atomic. All accesses are `SeqCst`, so that there is
-//! one order of all of them. `LifecycleState::go_to` closes the door before it publishes a phase in which calls are rejected.
+//! one order of all of them. `LifecycleState::advance_to` closes the gate before it publishes a phase in which calls are rejected.
 
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
@@ -28,13 +28,13 @@ impl InFlightGate {
         Self(AtomicUsize::new(0))
     }
 
-    /// Counts one call, and returns whether the door is open, so that the call is admitted. The caller must call
-    /// [`leave`](Self::leave) once in either case.
-    pub(super) fn enter(&self) -> bool {
+    /// Counts one call, and returns whether the gate is open, so that the call is admitted. The caller must call
+    /// [`release`](Self::release) once in either case.
+    pub(super) fn acquire(&self) -> bool {
         self.0.fetch_add(ONE, SeqCst) & CLOSED == 0
     }
 
-    pub(super) fn leave(&self) {
+    pub(super) fn release(&self) {
         self.0.fetch_sub(ONE, SeqCst);
     }
 
@@ -46,7 +46,7 @@ impl InFlightGate {
         self.0.load(SeqCst) & CLOSED == 0
     }
 
-    pub(super) fn inside(&self) -> usize {
+    pub(super) fn in_flight(&self) -> usize {
         self.0.load(SeqCst) / ONE
     }
 }
@@ -61,49 +61,49 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_comes_too_late_is_told_so_and_leaves() {
-        let door = InFlightGate::new();
-        assert!(door.enter() && door.is_open());
-        door.close();
-        assert!(!door.enter() && !door.is_open());
-        assert_eq!(door.inside(), 2);
-        door.leave();
-        door.leave();
-        assert_eq!((door.inside(), door.is_open()), (0, false));
+    fn call_after_the_close_is_counted_and_not_admitted() {
+        let gate = InFlightGate::new();
+        assert!(gate.acquire() && gate.is_open());
+        gate.close();
+        assert!(!gate.acquire() && !gate.is_open());
+        assert_eq!(gate.in_flight(), 2);
+        gate.release();
+        gate.release();
+        assert_eq!((gate.in_flight(), gate.is_open()), (0, false));
     }
 
-    /// After the door is seen closed and empty, no call is admitted.
+    /// After the gate is observed closed and empty, no call is admitted.
     #[test]
-    fn nobody_is_inside_after_it_was_closed_and_empty() {
+    fn no_call_is_admitted_after_the_gate_was_closed_and_empty() {
         const THREADS: usize = 4;
         for _ in 0..200 {
-            let (door, gone, begin) =
+            let (gate, ended, begin) =
                 (InFlightGate::new(), AtomicBool::new(false), Barrier::new(THREADS + 1));
-            let came = AtomicUsize::new(0);
-            let comes_until_told = || {
+            let admitted = AtomicUsize::new(0);
+            let acquire_until_closed = || {
                 begin.wait();
-                while door.enter() {
-                    assert!(!gone.load(SeqCst), "admitted after the end");
-                    came.fetch_add(1, SeqCst);
-                    door.leave();
+                while gate.acquire() {
+                    assert!(!ended.load(SeqCst), "admitted after the end");
+                    admitted.fetch_add(1, SeqCst);
+                    gate.release();
                 }
-                door.leave();
+                gate.release();
             };
             thread::scope(|scope| {
                 for _ in 0..THREADS {
-                    scope.spawn(comes_until_told);
+                    scope.spawn(acquire_until_closed);
                 }
                 begin.wait();
-                while came.load(SeqCst) == 0 {
+                while admitted.load(SeqCst) == 0 {
                     thread::yield_now();
                 }
-                door.close();
-                while door.inside() > 0 {
+                gate.close();
+                while gate.in_flight() > 0 {
                     thread::yield_now();
                 }
-                gone.store(true, SeqCst);
+                ended.store(true, SeqCst);
             });
-            assert_eq!(door.inside(), 0);
+            assert_eq!(gate.in_flight(), 0);
         }
     }
 }

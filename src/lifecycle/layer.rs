@@ -53,8 +53,8 @@ impl<S> Layer<S> for LifecycleLayer {
     type Service = LifecycleService<S>;
 
     fn layer(&self, inner: S) -> LifecycleService<S> {
-        let entrance = DrainPolicy(self.state.clone());
-        LifecycleService { admission: Admission::new(inner, entrance, Http, Respond, None) }
+        let policy = DrainPolicy(self.state.clone());
+        LifecycleService { admission: Admission::new(inner, policy, Http, Respond, None) }
     }
 }
 
@@ -65,9 +65,19 @@ pub struct LifecycleService<S> {
 }
 
 impl<S> LifecycleService<S> {
-    /// Returns the wrapped service.
+    /// Returns a reference to the wrapped service.
     pub fn get_ref(&self) -> &S {
         self.admission.inner()
+    }
+
+    /// Returns a mutable reference to the wrapped service.
+    pub fn get_mut(&mut self) -> &mut S {
+        self.admission.inner_mut()
+    }
+
+    /// Returns the wrapped service.
+    pub fn into_inner(self) -> S {
+        self.admission.into_inner()
     }
 }
 
@@ -116,13 +126,13 @@ where
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let mut answer = this.future.poll(cx);
-        if let (Poll::Ready(Ok(response)), Some(state)) = (&mut answer, this.state) {
+        let mut result = this.future.poll(cx);
+        if let (Poll::Ready(Ok(response)), Some(state)) = (&mut result, this.state) {
             if state.phase() >= LifecyclePhase::Draining && !is_draining(response.extensions()) {
                 close(response.headers_mut());
             }
         }
-        answer
+        result
     }
 }
 
@@ -137,9 +147,10 @@ fn is_draining(extensions: &Extensions) -> bool {
 /// Adds the option `close` to the `Connection` header. The header of an upgrade is not changed, because clients
 /// consider an upgrade with `close` as failed.
 fn close(headers: &mut HeaderMap) {
-    let said = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
-    let mut options = said.flat_map(|value| value.split(',')).map(str::trim);
-    let has = |option: &str| ["close", "upgrade"].iter().any(|it| option.eq_ignore_ascii_case(it));
+    let values = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
+    let mut options = values.flat_map(|value| value.split(',')).map(str::trim);
+    let has =
+        |option: &str| ["close", "upgrade"].iter().any(|known| option.eq_ignore_ascii_case(known));
     if !options.any(has) {
         headers.append(header::CONNECTION, HeaderValue::from_static("close"));
     }

@@ -19,7 +19,7 @@ use super::{
     server::Server,
     socket::reset_on_close,
     stages::{ConnectionState, StageClock, StagedIo},
-    state::LifecyclePhase,
+    state::LifecycleStep,
     streams::StagedService,
     tls::MaybeTls,
 };
@@ -32,7 +32,7 @@ use crate::{error::BoxError, listener::AcceptErrors};
 const BACKLOG_TIME: Duration = Duration::from_millis(50);
 
 /// Maximum time for which the server waits for the tasks of cut connections to end.
-const GONE: Duration = Duration::from_millis(100);
+const ABORT_TIMEOUT: Duration = Duration::from_millis(100);
 
 impl Lifecycle {
     /// Serves HTTP/1 and HTTP/2 until the process has drained.
@@ -122,13 +122,7 @@ impl Server {
                 Some(_) = connections.join_next() => continue,
                 accepted = accept => accepted,
             };
-            let (io, peer) = match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    errors.report(&error);
-                    continue;
-                }
-            };
+            let Some((io, peer)) = errors.check(accepted) else { continue };
             let accepted = Instant::now();
             if let Some(tcp) = L::tcp(&io) {
                 socket.set(tcp);
@@ -149,7 +143,7 @@ impl Server {
                 let io = tokio::select! {
                     biased;
                     io = handshake => io,
-                    () = state.grace_over() => None,
+                    () = state.reached(LifecycleStep::Rejecting) => None,
                 };
                 let Some(Ok(io)) = io else { return };
                 let reset = |io: &MaybeTls<L::Io>| {
@@ -170,17 +164,18 @@ impl Server {
         tokio::select! {
             biased;
             () = all_end => {}
-            () = lifecycle.0.reached(LifecyclePhase::Stopped) => {}
+            () = lifecycle.0.reached(LifecycleStep::Stopped) => {}
         }
         while connections.try_join_next().is_some() {}
         let drained = Drained {
             cut_calls: lifecycle.in_flight(),
             cut_connections: connections.len(),
-            refused: lifecycle.refused(),
+            rejected: lifecycle.rejected(),
         };
         connections.abort_all();
         // The task of a handler that blocks its thread cannot be aborted, and must not delay the end of the process.
-        let _ = timeout(GONE, async { while connections.join_next().await.is_some() {} }).await;
+        let _ = timeout(ABORT_TIMEOUT, async { while connections.join_next().await.is_some() {} })
+            .await;
         drained
     }
 }

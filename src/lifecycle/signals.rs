@@ -4,7 +4,7 @@ use super::state::LifecycleState;
 
 /// The installed handlers of the signals that request the end of the process.
 ///
-/// After [`arm`](Self::arm) these signals no longer terminate the process.
+/// After [`install`](Self::install) these signals no longer terminate the process.
 pub(super) struct Signals {
     #[cfg(unix)]
     terminate: tokio::signal::unix::Signal,
@@ -18,7 +18,7 @@ pub(super) struct Signals {
 
 impl Signals {
     #[cfg(unix)]
-    pub(super) fn arm() -> io::Result<Self> {
+    pub(super) fn install() -> io::Result<Self> {
         use tokio::signal::unix::{SignalKind, signal};
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
@@ -27,29 +27,29 @@ impl Signals {
     }
 
     #[cfg(windows)]
-    pub(super) fn arm() -> io::Result<Self> {
+    pub(super) fn install() -> io::Result<Self> {
         use tokio::signal::windows;
         Ok(Self { interrupt: windows::ctrl_c()?, close: windows::ctrl_close()? })
     }
 
     #[cfg(not(any(unix, windows)))]
-    pub(super) fn arm() -> io::Result<Self> {
+    pub(super) fn install() -> io::Result<Self> {
         Err(io::ErrorKind::Unsupported.into())
     }
 
     #[cfg(unix)]
     async fn next(&mut self) -> Option<()> {
         tokio::select! {
-            told = self.terminate.recv() => told,
-            told = self.interrupt.recv() => told,
+            signal = self.terminate.recv() => signal,
+            signal = self.interrupt.recv() => signal,
         }
     }
 
     #[cfg(windows)]
     async fn next(&mut self) -> Option<()> {
         tokio::select! {
-            told = self.interrupt.recv() => told,
-            told = self.close.recv() => told,
+            signal = self.interrupt.recv() => signal,
+            signal = self.close.recv() => signal,
         }
     }
 
@@ -60,12 +60,12 @@ impl Signals {
 
     /// Applies the signals to the state until the state is dropped. The first signal begins the drain, and each later
     /// signal calls [`LifecycleState::skip_delay`].
-    pub(super) async fn pass_on(mut self, state: Weak<LifecycleState>) {
-        let mut tell: fn(&LifecycleState) = LifecycleState::drain;
+    pub(super) async fn apply_to(mut self, state: Weak<LifecycleState>) {
+        let mut apply: fn(&LifecycleState) = LifecycleState::drain;
         while self.next().await.is_some() {
             let Some(state) = state.upgrade() else { return };
-            tell(&state);
-            tell = LifecycleState::skip_delay;
+            apply(&state);
+            apply = LifecycleState::skip_delay;
         }
     }
 }

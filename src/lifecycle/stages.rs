@@ -44,13 +44,13 @@ use tokio::{
 
 use crate::{
     event::event,
-    listener::{ConnectionSlot, Frames, LazyTimer, PREFACE},
+    listener::{ConnectionSlot, Frames, LazyTimer, Preface, PrefaceMatch},
 };
 
 /// Maximum time for the graceful shutdown of a connection without calls.
 const RETIRE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum time for the graceful shutdown of a connection whose slot a new connection waits for.
-const RECLAIM_TIMEOUT: Duration = Duration::from_millis(100);
+const RECLAIM_SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// The time limits of the stages.
 #[derive(Clone, Copy, Debug)]
@@ -331,7 +331,7 @@ impl StageClock {
         if let Some(slot) = &self.state.slot {
             slot.wake_on_reclaim(cx.waker());
         }
-        let retire_timeout = if is_reclaimed { RECLAIM_TIMEOUT } else { RETIRE_TIMEOUT };
+        let retire_timeout = if is_reclaimed { RECLAIM_SHUTDOWN_TIMEOUT } else { RETIRE_TIMEOUT };
         let (since, limit) = match self.stage {
             ConnectionStage::Head(since) => (since, self.limits.head),
             ConnectionStage::Idle(since) => (since, self.limits.idle),
@@ -368,8 +368,8 @@ impl StageClock {
 /// The protocol, as far as the bytes from the client determine it.
 #[derive(Debug)]
 enum ConnectionProtocol {
-    /// Not known yet. The number of bytes so far, which are equal to the start of the HTTP/2 preface.
-    Preface(usize),
+    /// Not known yet: the bytes so far are equal to the start of the HTTP/2 preface.
+    Preface(Preface),
     Http1,
     Http2(Frames),
 }
@@ -402,7 +402,7 @@ impl<Io> StagedIo<Io> {
         write_timeout: Option<Duration>,
         reset: fn(&Io),
     ) -> Self {
-        let (protocol, timer) = (ConnectionProtocol::Preface(0), LazyTimer::new());
+        let (protocol, timer) = (ConnectionProtocol::Preface(Preface::default()), LazyTimer::new());
         Self { io, state, protocol, write_timeout, blocked: None, timer, reset }
     }
 
@@ -440,20 +440,20 @@ impl<Io> StagedIo<Io> {
     /// Determines the protocol as hyper-util does: HTTP/1 as soon as one byte differs from the HTTP/2 preface.
     #[cold]
     fn recognize_protocol(&mut self, bytes: &[u8]) {
-        let ConnectionProtocol::Preface(matched) = &mut self.protocol else { return };
-        let next = &PREFACE[*matched..];
-        let equal = next.iter().zip(bytes).take_while(|(a, b)| a == b).count();
-        if equal == next.len() {
-            self.protocol = ConnectionProtocol::Http2(Frames::default());
-            self.state.is_http2.store(true, Relaxed);
-            self.record_read(&bytes[equal..]);
-        } else if equal == bytes.len() {
-            *matched += equal;
-        } else {
-            self.protocol = ConnectionProtocol::Http1;
-            self.state.is_http1.store(true, Relaxed);
-            self.state.is_mid_frame.store(false, Relaxed);
-            self.state.has_unparsed.store(true, Relaxed);
+        let ConnectionProtocol::Preface(preface) = &mut self.protocol else { return };
+        match preface.scan(bytes) {
+            PrefaceMatch::Partial => {}
+            PrefaceMatch::Complete(rest) => {
+                self.protocol = ConnectionProtocol::Http2(Frames::default());
+                self.state.is_http2.store(true, Relaxed);
+                self.record_read(rest);
+            }
+            PrefaceMatch::Differs { .. } => {
+                self.protocol = ConnectionProtocol::Http1;
+                self.state.is_http1.store(true, Relaxed);
+                self.state.is_mid_frame.store(false, Relaxed);
+                self.state.has_unparsed.store(true, Relaxed);
+            }
         }
     }
 
@@ -577,7 +577,7 @@ mod tests {
 
     /// HTTP/2: the last call ends without a wake of the connection's task, so only the timer of the clock wakes it.
     #[tokio::test(start_paused = true)]
-    async fn connection_is_idle_no_longer_than_its_timeout_if_a_head_may_take_longer() {
+    async fn idle_connection_is_shut_down_after_its_timeout_whatever_the_head_timeout_is() {
         for (head, idle) in [(30, 2), (2, 30), (5, 5)] {
             let limits = StageLimits { head: SECOND * head, idle: SECOND * idle, write: None };
             let state = ConnectionState::new(None);

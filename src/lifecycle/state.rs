@@ -25,6 +25,7 @@ use crate::{
 
 /// The phase of a process between its start and its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
 pub enum LifecyclePhase {
     /// Not ready yet. Calls are served.
     Starting,
@@ -92,8 +93,8 @@ pub struct LifecycleState {
     now: AtomicU8,
     /// The step, for the tasks that wait for a change. Steps only advance.
     step: watch::Sender<LifecycleStep>,
-    door: InFlightGate,
-    refused: AtomicU64,
+    gate: InFlightGate,
+    rejected: AtomicU64,
     times: Mutex<DrainTimes>,
     reporter: Reporter,
     /// Wakes calls that wait for an inner service when calls begin to be rejected.
@@ -106,7 +107,7 @@ pub struct LifecycleState {
 pub(super) struct DrainTimes {
     pub(super) delay: Duration,
     pub(super) grace: Duration,
-    pub(super) longest: Duration,
+    pub(super) timeout: Duration,
 }
 
 impl LifecycleState {
@@ -114,12 +115,12 @@ impl LifecycleState {
         Self {
             now: AtomicU8::new(LifecycleStep::Starting as u8),
             step: watch::Sender::new(LifecycleStep::Starting),
-            door: InFlightGate::new(),
-            refused: AtomicU64::new(0),
+            gate: InFlightGate::new(),
+            rejected: AtomicU64::new(0),
             times: Mutex::new(DrainTimes {
                 delay: Duration::from_secs(5),
                 grace: Duration::from_secs(1),
-                longest: Duration::from_secs(20),
+                timeout: Duration::from_secs(20),
             }),
             reporter,
             shut: Arc::default(),
@@ -127,7 +128,7 @@ impl LifecycleState {
         }
     }
 
-    pub(super) fn driven_by(&self, driver: AbortHandle) {
+    pub(super) fn set_driver(&self, driver: AbortHandle) {
         let _ = self.driver.set(driver);
     }
 
@@ -153,36 +154,26 @@ impl LifecycleState {
     }
 
     pub(super) fn in_flight(&self) -> usize {
-        self.door.inside()
+        self.gate.in_flight()
     }
 
-    pub(super) fn refused(&self) -> u64 {
-        self.refused.load(SeqCst)
+    pub(super) fn rejected(&self) -> u64 {
+        self.rejected.load(SeqCst)
     }
 
-    /// Waits until the phase is `phase` or a later one.
-    pub(super) async fn reached(&self, phase: LifecyclePhase) {
-        let mut seen = self.step.subscribe();
-        if seen.wait_for(|now| now.phase() >= phase).await.is_err() {
-            // The sender is in `self`.
-            pending().await
-        }
-    }
-
-    /// Waits until the grace is over.
-    #[cfg(feature = "serve")]
-    pub(super) async fn grace_over(&self) {
-        let mut seen = self.step.subscribe();
-        if seen.wait_for(|now| *now >= LifecycleStep::Rejecting).await.is_err() {
+    /// Waits until the state is at `step` or a later one.
+    pub(super) async fn reached(&self, step: LifecycleStep) {
+        let mut steps = self.steps();
+        if steps.wait_for(|now| *now >= step).await.is_err() {
             // The sender is in `self`.
             pending().await
         }
     }
 
     pub(super) async fn changed(&self) -> LifecyclePhase {
-        let mut seen = self.step.subscribe();
-        let before = seen.borrow_and_update().phase();
-        let now = seen.wait_for(|now| now.phase() != before).await.map(|now| now.phase());
+        let mut steps = self.steps();
+        let before = steps.borrow_and_update().phase();
+        let now = steps.wait_for(|now| now.phase() != before).await.map(|now| now.phase());
         match now {
             Ok(now) => now,
             Err(_) => pending().await,
@@ -201,17 +192,17 @@ impl LifecycleState {
     // ===== Changes =====
 
     /// Advances to a step. Has no effect if the state is already at this step or at a later one.
-    pub(super) fn go_to(&self, next: LifecycleStep) {
+    pub(super) fn advance_to(&self, next: LifecycleStep) {
         let mut is_new_phase = false;
-        let went = self.step.send_if_modified(|now| {
+        let has_advanced = self.step.send_if_modified(|now| {
             if next <= *now {
                 return false;
             }
             is_new_phase = next.phase() != now.phase();
             *now = next;
-            // The door closes before the step changes: if no call is in flight after the change, no call will be.
+            // The gate closes before the step changes: if no call is in flight after the change, no call will be.
             if next >= LifecycleStep::Rejecting {
-                self.door.close();
+                self.gate.close();
             }
             self.now.store(next as u8, SeqCst);
             // The report is made under the lock of the channel, so that the reports of two threads have the order of
@@ -225,7 +216,7 @@ impl LifecycleState {
             }
             true
         });
-        if !went {
+        if !has_advanced {
             return;
         }
         self.reporter.tell();
@@ -248,35 +239,31 @@ impl LifecycleState {
         // A step with a duration of zero is over before this function returns, without the driver task.
         match next {
             LifecycleStep::Draining if self.times(|times| times.delay.is_zero()) => {
-                self.go_to(LifecycleStep::Stopping);
+                self.advance_to(LifecycleStep::Stopping);
             }
             LifecycleStep::Stopping if self.times(|times| times.grace.is_zero()) => {
-                self.go_to(LifecycleStep::Rejecting);
+                self.advance_to(LifecycleStep::Rejecting);
             }
             _ => {}
         }
     }
 
     pub(super) fn drain(&self) {
-        self.go_to(LifecycleStep::Draining);
+        self.advance_to(LifecycleStep::Draining);
     }
 
     pub(super) fn skip_delay(&self) {
         match self.phase() {
             LifecyclePhase::Starting | LifecyclePhase::Ready => {}
-            LifecyclePhase::Draining => self.go_to(LifecycleStep::Stopping),
+            LifecyclePhase::Draining => self.advance_to(LifecycleStep::Stopping),
             LifecyclePhase::Stopping | LifecyclePhase::Stopped => {
-                self.go_to(LifecycleStep::Stopped)
+                self.advance_to(LifecycleStep::Stopped)
             }
         }
     }
 
-    pub(super) fn seen(&self) -> watch::Receiver<LifecycleStep> {
+    pub(super) fn steps(&self) -> watch::Receiver<LifecycleStep> {
         self.step.subscribe()
-    }
-
-    fn is_open(&self) -> bool {
-        self.door.is_open()
     }
 }
 
@@ -291,21 +278,21 @@ pub(super) async fn drive(state: Weak<LifecycleState>, mut step: watch::Receiver
     }
     loop {
         let Some(now) = state.upgrade() else { return };
-        let DrainTimes { delay, grace, longest } = now.times(|times| *times);
+        let DrainTimes { delay, grace, timeout } = now.times(|times| *times);
         let (time, next) = match now.step() {
             LifecycleStep::Starting | LifecycleStep::Ready | LifecycleStep::Draining => {
                 (delay, LifecycleStep::Stopping)
             }
-            LifecycleStep::Stopping if grace < longest => (grace, LifecycleStep::Rejecting),
-            LifecycleStep::Stopping => (longest, LifecycleStep::Stopped),
-            LifecycleStep::Rejecting => (longest.saturating_sub(grace), LifecycleStep::Stopped),
+            LifecycleStep::Stopping if grace < timeout => (grace, LifecycleStep::Rejecting),
+            LifecycleStep::Stopping => (timeout, LifecycleStep::Stopped),
+            LifecycleStep::Rejecting => (timeout.saturating_sub(grace), LifecycleStep::Stopped),
             LifecycleStep::Stopped => return,
         };
         drop(now);
         tokio::select! {
             biased;
             ended = step.wait_for(|now| *now >= next) => if ended.is_err() { return },
-            () = sleep(time) => if let Some(now) = state.upgrade() { now.go_to(next) },
+            () = sleep(time) => if let Some(now) = state.upgrade() { now.advance_to(next) },
         }
     }
 }
@@ -320,7 +307,7 @@ impl Drop for DriverGuard {
         let Some(state) = self.0.upgrade() else { return };
         if state.phase() < LifecyclePhase::Stopped {
             event!(lifecycle, WARN, "lifecycle: the runtime that it was made in has ended");
-            state.go_to(LifecycleStep::Stopped);
+            state.advance_to(LifecycleStep::Stopped);
         }
     }
 }
@@ -337,8 +324,8 @@ impl Drop for LifecycleState {
 
 impl ShardedRef<LifecycleState> {
     /// Counts one more call in flight, in any phase.
-    pub(super) fn enter(&self) -> Permit<ShardedRef<LifecycleState>> {
-        self.door.enter();
+    pub(super) fn acquire(&self) -> Permit<ShardedRef<LifecycleState>> {
+        self.gate.acquire();
         Permit::new(self.clone(), Token::default())
     }
 }
@@ -355,7 +342,7 @@ impl<Req> Policy<Req> for DrainPolicy {
     const LAYER: LayerKind = LayerKind::Lifecycle;
 
     fn peek(&self) -> bool {
-        self.0.is_open()
+        self.0.gate.is_open()
     }
 
     fn admit(
@@ -363,12 +350,12 @@ impl<Req> Policy<Req> for DrainPolicy {
         _: &Req,
         _: impl Terms,
     ) -> Admit<Permit<ShardedRef<LifecycleState>>, Self::Wait> {
-        let in_time = self.0.door.enter();
+        let is_admitted = self.0.gate.acquire();
         let permit = Permit::new(self.0.lease(), Token::default());
-        if in_time {
+        if is_admitted {
             return Admit::Pass(permit);
         }
-        self.0.refused.fetch_add(1, SeqCst);
+        self.0.rejected.fetch_add(1, SeqCst);
         event!(lifecycle, DEBUG, "call rejected: shutting down");
         let rejected = Rejected::by(LayerKind::Lifecycle, RejectedKind::ShuttingDown);
         // Another instance can serve the call at once.
@@ -390,7 +377,7 @@ impl<Req> Policy<Req> for DrainPolicy {
 
 impl Release for LifecycleState {
     fn finish(&self, _: Token, _: Outcome) {
-        self.door.leave();
+        self.gate.release();
     }
 
     fn hold(&self) -> ReleaseAt {

@@ -2,7 +2,7 @@ use std::{fmt, future::Future};
 
 use http::Extensions;
 
-use super::state::{LifecyclePhase, LifecycleState};
+use super::state::{LifecyclePhase, LifecycleState, LifecycleStep};
 use crate::permit::{Permit, ShardedRef};
 
 /// A token that notifies a call of the drain, for streams and other work that does not end by itself.
@@ -35,7 +35,7 @@ impl Drain {
     /// A stream ends at this time by `futures::StreamExt::take_until`.
     pub fn stopping(&self) -> impl Future<Output = ()> + Send + use<> {
         let state = self.0.clone();
-        async move { state.reached(LifecyclePhase::Stopping).await }
+        async move { state.reached(LifecycleStep::Stopping).await }
     }
 
     /// Returns a guard that counts as one call in flight until it is dropped. The drain waits for it until the drain
@@ -43,7 +43,7 @@ impl Drain {
     ///
     /// For work that outlasts its response, such as a WebSocket or a spawned task.
     pub fn guard(&self) -> DrainGuard {
-        DrainGuard { _permit: self.0.enter() }
+        DrainGuard { _permit: self.0.acquire() }
     }
 }
 

@@ -43,17 +43,22 @@ impl AcceptErrors {
         self.failures.record()
     }
 
-    /// Records an error, and emits a WARN event if one is due.
-    pub(crate) fn report(&mut self, error: &io::Error) {
-        if let Some(_occurrences) = self.record(error) {
+    /// Returns the accepted connection. Records an error, and emits a WARN event if one is due.
+    pub(crate) fn check<T>(&mut self, accepted: io::Result<T>) -> Option<T> {
+        let error = match accepted {
+            Ok(connection) => return Some(connection),
+            Err(error) => error,
+        };
+        if let Some(_occurrences) = self.record(&error) {
             event!(
                 listener,
                 WARN,
-                error = %redact::Redacted(error),
+                error = %redact::Redacted(&error),
                 occurrences = _occurrences,
                 "cannot accept connections"
             );
         }
+        None
     }
 }
 

@@ -25,10 +25,10 @@ pin_project! {
     pub struct Connection<Io = TcpStream> {
         #[pin]
         io: Io,
-        place: OwnedPermit,
+        permit: OwnedPermit,
         slot: ConnectionSlot,
         // `Some` until the first head is complete.
-        first: Option<HeadWait>,
+        head_wait: Option<HeadWait>,
     }
 }
 
@@ -64,13 +64,13 @@ impl HeadWait {
 impl<Io> Connection<Io> {
     pub(crate) fn new(
         io: Io,
-        place: OwnedPermit,
+        permit: OwnedPermit,
         slot: ConnectionSlot,
         timeout: Option<Duration>,
     ) -> Self {
         let (head, timer) = (FirstHead::default(), LazyTimer::new());
-        let first = HeadWait { head, accepted: Instant::now(), timeout, timer };
-        Self { io, place, slot, first: Some(first) }
+        let head_wait = HeadWait { head, accepted: Instant::now(), timeout, timer };
+        Self { io, permit, slot, head_wait: Some(head_wait) }
     }
 
     /// Returns the wrapped stream, for example to set its socket options.
@@ -95,8 +95,8 @@ impl<Io> Connection<Io> {
     where
         F: Future<Output = Result<T, E>>,
     {
-        let Self { io, place, slot, first } = self;
-        Ok(Connection { io: wrap(io).await?, place, slot, first })
+        let Self { io, permit, slot, head_wait } = self;
+        Ok(Connection { io: wrap(io).await?, permit, slot, head_wait })
     }
 }
 
@@ -109,16 +109,16 @@ impl<Io: AsyncRead> AsyncRead for Connection<Io> {
         let this = self.project();
         let before = buf.filled().len();
         let read = this.io.poll_read(cx, buf);
-        if let Some(first) = this.first {
+        if let Some(wait) = this.head_wait {
             match &read {
                 Poll::Ready(Ok(())) => {
-                    if first.head.scan(&buf.filled()[before..]) {
-                        *this.first = None;
+                    if wait.head.scan(&buf.filled()[before..]) {
+                        *this.head_wait = None;
                         this.slot.set_busy();
                     }
                 }
                 Poll::Ready(Err(_)) => {}
-                Poll::Pending => first.check(this.slot, cx)?,
+                Poll::Pending => wait.check(this.slot, cx)?,
             }
         }
         read

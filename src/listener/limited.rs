@@ -17,19 +17,19 @@ use crate::{
 #[derive(Debug)]
 pub struct LimitedListener {
     tcp: TcpListener,
-    places: ConcurrencyLimitHandle,
+    limit: ConcurrencyLimitHandle,
     slots: ConnectionSlots,
     errors: AcceptErrors,
     /// An accepted connection that waits for a slot. It is a field, so that dropping the future of `accept` does not
     /// close it.
     next: Option<(TcpStream, SocketAddr)>,
-    refusals: JoinSet<()>,
+    rejections: JoinSet<()>,
     waits: bool,
     head_timeout: Option<Duration>,
 }
 
 /// The maximum number of connections that are rejected at the same time.
-const MOST_REFUSALS: usize = 64;
+const MAX_REJECTIONS: usize = 64;
 /// The default time limit of the first request head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// The maximum time for which the listener waits until a reclaimed connection has closed.
@@ -70,14 +70,13 @@ impl LimitedListener {
             .queue(1, Duration::from_secs(u32::MAX.into()))
             .name("connections")
             .checked()?;
-        let places = limit.handle();
         Ok(Self {
             tcp,
-            places,
+            limit: limit.handle(),
             slots: ConnectionSlots::new(),
             errors: AcceptErrors::new(),
             next: None,
-            refusals: JoinSet::new(),
+            rejections: JoinSet::new(),
             waits: false,
             head_timeout: Some(HEAD_TIMEOUT),
         })
@@ -117,7 +116,7 @@ impl LimitedListener {
     /// Returns a handle that reads the number of connections and changes the limit.
     #[must_use]
     pub fn handle(&self) -> ConcurrencyLimitHandle {
-        self.places.clone()
+        self.limit.clone()
     }
 
     /// Returns the local address of the listener.
@@ -140,20 +139,21 @@ impl LimitedListener {
     /// file descriptors, it pauses for one second and emits a WARN event, at most once in 10 s.
     pub async fn accept(&mut self) -> (Connection, SocketAddr) {
         loop {
-            if self.next.is_none() {
-                self.next = Some(self.next().await);
+            while self.next.is_none() {
+                self.errors.pause().await;
+                self.next = self.errors.check(self.tcp.accept().await);
             }
-            let place = self.place().await;
+            let permit = self.acquire().await;
             let Some((tcp, addr)) = self.next.take() else { continue };
-            match place {
-                Ok(place) => {
+            match permit {
+                Ok(permit) => {
                     let slot = self.slots.occupy();
-                    return (Connection::new(tcp, place, slot, self.head_timeout), addr);
+                    return (Connection::new(tcp, permit, slot, self.head_timeout), addr);
                 }
-                Err(refused) => {
-                    while self.refusals.try_join_next().is_some() {}
-                    if self.refusals.len() < MOST_REFUSALS {
-                        self.refusals.spawn(rejection::tell(tcp, refused));
+                Err(rejected) => {
+                    while self.rejections.try_join_next().is_some() {}
+                    if self.rejections.len() < MAX_REJECTIONS {
+                        self.rejections.spawn(rejection::reject(tcp, rejected));
                     }
                 }
             }
@@ -161,25 +161,14 @@ impl LimitedListener {
     }
 
     /// Acquires the permit of a new connection. If the listener is full, it reclaims a slot first.
-    async fn place(&mut self) -> Result<OwnedPermit, Rejected> {
-        if self.places.in_flight() >= self.places.0.limit() && self.slots.reclaim() {
+    async fn acquire(&mut self) -> Result<OwnedPermit, Rejected> {
+        if self.limit.in_flight() >= self.limit.0.limit() && self.slots.reclaim() {
             // The task of the reclaimed connection closes it, and so releases its permit.
-            if let Ok(place) = timeout(RECLAIM_TIMEOUT, self.places.acquire()).await {
-                return place;
+            if let Ok(permit) = timeout(RECLAIM_TIMEOUT, self.limit.acquire()).await {
+                return permit;
             }
         }
-        if self.waits { self.places.acquire().await } else { self.places.try_acquire() }
-    }
-
-    /// Accepts a connection from the socket.
-    async fn next(&mut self) -> (TcpStream, SocketAddr) {
-        loop {
-            self.errors.pause().await;
-            match self.tcp.accept().await {
-                Ok(accepted) => return accepted,
-                Err(error) => self.errors.report(&error),
-            }
-        }
+        if self.waits { self.limit.acquire().await } else { self.limit.try_acquire() }
     }
 }
 

@@ -85,7 +85,7 @@ mod timer;
 pub use self::slot::ConnectionSlot;
 pub(crate) use self::{
     accept::AcceptErrors,
-    scan::{Frames, PREFACE},
+    scan::{Frames, Preface, PrefaceMatch},
     timer::LazyTimer,
 };
 #[cfg(feature = "listener")]

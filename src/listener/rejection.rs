@@ -7,6 +7,7 @@ use tokio::{
     time::timeout,
 };
 
+use super::scan::{PREFACE, TLS_HANDSHAKE};
 use crate::{drain, outcome::Rejected, respond::whole_seconds};
 
 /// The maximum time until the client has sent its first bytes and the response has been written.
@@ -14,10 +15,8 @@ const RESPONSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Size in bytes of the buffer for data that the client sends after the response.
 const BUFFER: usize = 16 * 1024;
 
-/// The beginning of the HTTP/2 preface, long enough to distinguish it from `PROPFIND` of HTTP/1.
-const HTTP2: &[u8] = b"PRI ";
-/// The first byte of a TLS handshake record.
-const TLS: u8 = 22;
+/// The number of bytes of the HTTP/2 preface that distinguish it from `PROPFIND` of HTTP/1.
+const MIN_PREFACE: usize = 4;
 
 /// An empty SETTINGS frame, which begins a connection, and a GOAWAY frame with the last stream id 0 and NO_ERROR.
 const GO_AWAY: [u8; 26] = [
@@ -30,9 +29,9 @@ const GO_AWAY: [u8; 26] = [
 /// A connection that is closed before the client has sent everything is reset, and the client loses the response (RFC
 /// 9112 §9.6). If the client does not send its first bytes or does not read the response in time, the connection is
 /// closed without a drain.
-pub(crate) async fn tell<Io: AsyncRead + AsyncWrite + Unpin>(mut io: Io, refused: Rejected) {
-    let answered = timeout(RESPONSE_TIMEOUT, answer(&mut io, &refused)).await;
-    if matches!(answered, Ok(Ok(true))) {
+pub(crate) async fn reject<Io: AsyncRead + AsyncWrite + Unpin>(mut io: Io, rejected: Rejected) {
+    let responded = timeout(RESPONSE_TIMEOUT, respond(&mut io, &rejected)).await;
+    if matches!(responded, Ok(Ok(true))) {
         let _ = timeout(drain::TIMEOUT, discard(io)).await;
     }
 }
@@ -49,24 +48,24 @@ async fn discard(mut io: impl AsyncRead + Unpin) {
 }
 
 /// Reads the first bytes of the client and responds in its protocol. Returns whether a response has been sent.
-async fn answer<Io>(io: &mut Io, refused: &Rejected) -> io::Result<bool>
+async fn respond<Io>(io: &mut Io, rejected: &Rejected) -> io::Result<bool>
 where
     Io: AsyncRead + AsyncWrite + Unpin,
 {
-    let (mut head, mut read) = ([0; HTTP2.len()], 0);
+    let (mut head, mut read) = ([0; MIN_PREFACE], 0);
     while read < head.len() {
         match io.read(&mut head[read..]).await? {
             0 => return Ok(false),
             more => read += more,
         }
-        if head[0] == TLS {
+        if head[0] == TLS_HANDSHAKE {
             return Ok(false);
         }
     }
-    if head == HTTP2 {
+    if head == PREFACE[..MIN_PREFACE] {
         io.write_all(&GO_AWAY).await?;
     } else {
-        let after = whole_seconds(refused.retry_after().unwrap_or_default());
+        let after = whole_seconds(rejected.retry_after().unwrap_or_default());
         let text = format!(
             "HTTP/1.1 503 Service Unavailable\r\nretry-after: {after}\r\ncache-control: no-store\r\n\
              content-length: 0\r\nconnection: close\r\n\r\n"
@@ -84,45 +83,45 @@ mod tests {
     use super::*;
     use crate::outcome::RejectedKind;
 
-    async fn told(says: &[u8]) -> (Vec<u8>, Duration) {
+    async fn rejection(first_bytes: &[u8]) -> (Vec<u8>, Duration) {
         let (mut client, server) = duplex(1024);
-        let refused =
+        let rejected =
             Rejected::new(RejectedKind::Full).with_retry_after(Duration::from_millis(1500));
-        let task = tokio::spawn(tell(server, refused));
-        client.write_all(says).await.unwrap();
+        let task = tokio::spawn(reject(server, rejected));
+        client.write_all(first_bytes).await.unwrap();
         let began = Instant::now();
-        let mut heard = Vec::new();
-        client.read_to_end(&mut heard).await.unwrap();
+        let mut response = Vec::new();
+        client.read_to_end(&mut response).await.unwrap();
         let took = began.elapsed();
         drop(client);
         task.await.unwrap();
-        (heard, took)
+        (response, took)
     }
 
     #[tokio::test(start_paused = true)]
-    async fn limit_refuses_a_connection_in_its_own_words() {
-        let (http1, _) = told(b"PROPFIND / HTTP/1.1\r\n\r\n").await;
+    async fn connection_is_rejected_in_its_protocol() {
+        let (http1, _) = rejection(b"PROPFIND / HTTP/1.1\r\n\r\n").await;
         let http1 = String::from_utf8(http1).unwrap();
         assert!(
             http1.starts_with("HTTP/1.1 503 ")
                 && http1.contains("retry-after: 2\r\ncache-control: no-store\r\n"),
             "{http1}"
         );
-        let (http2, _) = told(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
+        let (http2, _) = rejection(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
         assert_eq!(http2, GO_AWAY);
-        assert_eq!(told(&[22, 3, 1, 2, 0, 1]).await.0, b"");
+        assert_eq!(rejection(&[22, 3, 1, 2, 0, 1]).await.0, b"");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn limit_does_not_talk_for_long_to_a_connection_it_refuses() {
-        for says in [&b""[..], b"G", b"PRI"] {
-            let (heard, took) = told(says).await;
-            assert_eq!((heard, took), (vec![], RESPONSE_TIMEOUT));
+    async fn time_and_bytes_of_a_rejection_are_bounded() {
+        for first_bytes in [&b""[..], b"G", b"PRI"] {
+            let (response, took) = rejection(first_bytes).await;
+            assert_eq!((response, took), (vec![], RESPONSE_TIMEOUT));
         }
         // This client does not stop sending.
         const PIECE: usize = 64 * 1024;
         let (mut client, server) = duplex(PIECE);
-        let task = tokio::spawn(tell(server, Rejected::new(RejectedKind::Full)));
+        let task = tokio::spawn(reject(server, Rejected::new(RejectedKind::Full)));
         let (mut sent, piece) = (0, vec![b'G'; PIECE]);
         while client.write_all(&piece).await.is_ok() {
             sent += PIECE as u64;

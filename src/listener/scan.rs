@@ -4,10 +4,45 @@
 //! They do not validate the bytes, because hyper rejects invalid ones.
 
 /// The connection preface of HTTP/2 (RFC 9113 §3.4).
-pub(crate) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// The first byte of a TLS handshake record.
-const TLS_HANDSHAKE: u8 = 22;
+pub(super) const TLS_HANDSHAKE: u8 = 22;
+
+// ===== The preface =====
+
+/// Compares the first bytes of a connection with the preface of HTTP/2.
+#[derive(Debug, Default)]
+pub(crate) struct Preface {
+    /// The number of bytes read so far, all equal to the beginning of the preface.
+    matched: usize,
+}
+
+/// The result of a comparison.
+pub(crate) enum PrefaceMatch<'a> {
+    /// All bytes so far are equal.
+    Partial,
+    /// The preface is complete, and these bytes follow it.
+    Complete(&'a [u8]),
+    /// A byte differs. `matched` is the number of bytes of earlier reads.
+    Differs { matched: usize },
+}
+
+impl Preface {
+    /// Reads the next bytes.
+    pub(crate) fn scan<'a>(&mut self, bytes: &'a [u8]) -> PrefaceMatch<'a> {
+        let next = &PREFACE[self.matched..];
+        let equal = next.iter().zip(bytes).take_while(|(a, b)| a == b).count();
+        if equal == next.len() {
+            PrefaceMatch::Complete(&bytes[equal..])
+        } else if equal == bytes.len() {
+            self.matched += equal;
+            PrefaceMatch::Partial
+        } else {
+            PrefaceMatch::Differs { matched: self.matched }
+        }
+    }
+}
 
 // ===== HTTP/2 frames =====
 
@@ -117,8 +152,8 @@ impl Frames {
 /// after the preface of HTTP/2. TLS encrypts the head, so the first byte of a handshake counts as the end.
 #[derive(Debug)]
 pub(crate) enum FirstHead {
-    /// The number of bytes read so far, all equal to the beginning of the HTTP/2 preface.
-    Preface(usize),
+    /// The protocol is not known yet.
+    Preface(Preface),
     Http1(Http1Line),
     Http2(Frames),
 }
@@ -134,28 +169,25 @@ pub(crate) enum Http1Line {
 
 impl Default for FirstHead {
     fn default() -> Self {
-        Self::Preface(0)
+        Self::Preface(Preface::default())
     }
 }
 
 impl FirstHead {
     /// Reads the next bytes. Returns whether the head is complete.
     pub(crate) fn scan(&mut self, mut bytes: &[u8]) -> bool {
-        if let Self::Preface(matched) = self {
-            if *matched == 0 && bytes.first() == Some(&TLS_HANDSHAKE) {
+        if let Self::Preface(preface) = self {
+            if preface.matched == 0 && bytes.first() == Some(&TLS_HANDSHAKE) {
                 return true;
             }
-            let next = &PREFACE[*matched..];
-            let equal = next.iter().zip(bytes).take_while(|(a, b)| a == b).count();
-            if equal == next.len() {
-                *self = Self::Http2(Frames::default());
-                bytes = &bytes[equal..];
-            } else if equal == bytes.len() {
-                *matched += equal;
-                return false;
-            } else {
-                *self =
-                    Self::Http1(if *matched == 0 { Http1Line::Before } else { Http1Line::Filled });
+            match preface.scan(bytes) {
+                PrefaceMatch::Partial => return false,
+                PrefaceMatch::Complete(rest) => {
+                    *self = Self::Http2(Frames::default());
+                    bytes = rest;
+                }
+                PrefaceMatch::Differs { matched: 0 } => *self = Self::Http1(Http1Line::Before),
+                PrefaceMatch::Differs { .. } => *self = Self::Http1(Http1Line::Filled),
             }
         }
         match self {

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::phase_times::{OFF, PhaseLimit, UNSET};
 use crate::outcome::grpc;
 
-/// The default of the grace.
+/// The time for which a body may keep its reader waiting, if no other is set.
 pub(super) const DEFAULT_GRACE: Duration = Duration::from_secs(5);
 
 /// The settings of the minimum rate. Each is [`UNSET`] until it is set.

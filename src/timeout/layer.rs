@@ -19,7 +19,9 @@ use crate::{
 /// Ends calls that exceed the timeout of a phase: the response head, the first frame, pauses of a body, or the whole
 /// call.
 ///
-/// A layer, its clones and all services that it wraps share the same settings. See the [module](super).
+/// A layer, its clones and all services that it wraps share the same settings. A setter after the layer has built a
+/// service returns a layer with state of its own, so the services that exist keep their settings: use the
+/// [handle](TimeoutHandle) to change a running layer. See the [module](super).
 #[must_use = "a layer does nothing until it wraps a service"]
 #[derive(Clone)]
 pub struct TimeoutLayer<M = Http, R = AsError> {
@@ -46,6 +48,13 @@ impl TimeoutLayer {
     }
 }
 
+impl Default for TimeoutLayer {
+    /// Returns the layer of [`http`](Self::http).
+    fn default() -> Self {
+        Self::http()
+    }
+}
+
 impl TimeoutLayer<AsIs> {
     /// Creates a layer for a server, with the timeouts of [`Timeouts::server`].
     ///
@@ -61,7 +70,10 @@ impl TimeoutLayer<AsIs> {
 impl<M, R> TimeoutLayer<M, R> {
     fn set(mut self, timeouts: Timeouts) -> Self {
         match timeouts.check() {
-            Ok(()) => self.state.set(timeouts),
+            Ok(()) => {
+                self = self.fork_if_used();
+                self.state.set(timeouts);
+            }
             Err(error) => {
                 self.fault.get_or_insert(error);
             }
@@ -69,29 +81,48 @@ impl<M, R> TimeoutLayer<M, R> {
         self
     }
 
+    /// Returns the layer itself, or, if it has built a service, a layer with the same settings and state of its own.
+    pub(crate) fn fork_if_used(mut self) -> Self {
+        if self.state.is_used() {
+            self.state = self.state.fork();
+            self.far = self.state.far();
+        }
+        self
+    }
+
     /// Sets the timeout of the response head, from when the request has been sent, or `None`.
+    ///
+    /// [`TimeoutHandle::set_head`] changes it while the layer runs.
     pub fn head(self, time: impl Into<Option<Duration>>) -> Self {
         self.set(Timeouts::new().head(time))
     }
 
     /// Sets the timeout of the first frame of a response body, or `None`. Counts only while the body is polled.
+    ///
+    /// [`TimeoutHandle::set_first_frame`] changes it while the layer runs.
     pub fn first_frame(self, time: impl Into<Option<Duration>>) -> Self {
         self.set(Timeouts::new().first_frame(time))
     }
 
     /// Sets the timeout between two frames of a response body, or `None`. Counts only while the body is polled.
+    ///
+    /// [`TimeoutHandle::set_response_idle`] changes it while the layer runs.
     pub fn response_idle(self, time: impl Into<Option<Duration>>) -> Self {
         self.set(Timeouts::new().response_idle(time))
     }
 
     /// Sets the timeout of each frame of a request body, or `None`. Counts only while the body is polled, and until the
     /// response head.
+    ///
+    /// [`TimeoutHandle::set_request_idle`] changes it while the layer runs.
     pub fn request_idle(self, time: impl Into<Option<Duration>>) -> Self {
         self.set(Timeouts::new().request_idle(time))
     }
 
     /// Sets the time for which the wrapped service may leave a request body unpolled, until the response head, or
     /// `None`. If another task polls the body, the call may last up to twice as long.
+    ///
+    /// [`TimeoutHandle::set_request_stall`] changes it while the layer runs.
     pub fn request_stall(self, time: impl Into<Option<Duration>>) -> Self {
         self.set(Timeouts::new().request_stall(time))
     }
@@ -113,18 +144,24 @@ impl<M, R> TimeoutLayer<M, R> {
     /// reads bodies of any content type should also set [`min_body_rate_for_grpc`](Self::min_body_rate_for_grpc).
     /// Upgrades need no exemption: an upgraded connection is not a request body. With [`as_is`](Self::as_is), only
     /// axum's and tonic's bodies have a rate.
+    ///
+    /// [`TimeoutHandle::set_min_body_rate`] changes it while the layer runs.
     pub fn min_body_rate(self, bytes_per_second: impl Into<Option<u32>>) -> Self {
         self.set(Timeouts::new().min_body_rate(bytes_per_second))
     }
 
     /// Sets the time for which a request body may keep its reader waiting before the
     /// [minimum rate](Self::min_body_rate) counts: 5 s by default, above zero.
+    ///
+    /// [`TimeoutHandle::set_body_grace`] changes it while the layer runs.
     pub fn body_grace(self, time: Duration) -> Self {
         self.set(Timeouts::new().body_grace(time))
     }
 
     /// Sets whether gRPC requests have to keep the [minimum rate](Self::min_body_rate), too. Off by default, because a
     /// client stream may pause.
+    ///
+    /// [`TimeoutHandle::set_min_body_rate_for_grpc`] changes it while the layer runs.
     pub fn min_body_rate_for_grpc(self, on: bool) -> Self {
         self.set(Timeouts::new().min_body_rate_for_grpc(on))
     }
@@ -139,6 +176,8 @@ impl<M, R> TimeoutLayer<M, R> {
     ///
     /// The total includes the time of a slow upload and of a slow reader of the response, and it cuts off healthy
     /// streams. [`response_total`](Self::response_total) does not include the upload.
+    ///
+    /// [`TimeoutHandle::set_total`] changes it while the layer runs.
     pub fn total(self, time: impl Into<Option<Duration>>) -> Self {
         self.set(Timeouts::new().total(time))
     }
@@ -153,6 +192,8 @@ impl<M, R> TimeoutLayer<M, R> {
     ///
     /// If the request body is not watched ([`as_is`](Self::as_is) with a body of another type than axum's or tonic's,
     /// [`per_response`](Self::per_response)), it begins with the call, as [`head`](Self::head) does.
+    ///
+    /// [`TimeoutHandle::set_response_total`] changes it while the layer runs.
     pub fn response_total(self, time: impl Into<Option<Duration>>) -> Self {
         self.set(Timeouts::new().response_total(time))
     }
@@ -189,7 +230,8 @@ impl<M, R> TimeoutLayer<M, R> {
     }
 
     /// Sets the name of the layer in errors and events. Only the first call has an effect.
-    pub fn name(self, name: &str) -> Self {
+    pub fn name(mut self, name: &str) -> Self {
+        self = self.fork_if_used();
         self.state.name(name);
         self
     }
@@ -237,6 +279,7 @@ impl<S, M: Clone, R: Clone> Layer<S> for TimeoutLayer<M, R> {
     type Service = Timeout<S, M, R>;
 
     fn layer(&self, inner: S) -> Self::Service {
+        self.state.set_used();
         let fault = self.fault.label().cloned();
         let with = (self.protocol.clone(), self.reject.clone());
         Timeout::new(inner, self.state.clone(), self.far, self.by, with, fault)

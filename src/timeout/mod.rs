@@ -139,6 +139,19 @@
 //! the rest of an axum or tonic body is [drained](crate::respond::Respond#uploads), so that the response reaches the
 //! client. A body that the service has moved to another task is drained when that task drops it.
 //!
+//! # Labels
+//!
+//! [`TimeoutPhase::as_str`] is the label of a phase in metrics, events and error texts. A
+//! [`ConfigError`](crate::ConfigError) and the debug output of [`Timeouts`] name the setter instead. They differ for
+//! these phases:
+//!
+//! | phase | label | setter |
+//! |---|---|---|
+//! | [`TimeoutPhase::Idle`] | `idle` | [`response_idle`](TimeoutLayer::response_idle) |
+//! | [`TimeoutPhase::Sending`] | `sending` | [`request_idle`](TimeoutLayer::request_idle) |
+//! | [`TimeoutPhase::Taking`] | `taking` | [`request_stall`](TimeoutLayer::request_stall) |
+//! | [`TimeoutPhase::BodyRate`] | `body_rate` | [`min_body_rate`](TimeoutLayer::min_body_rate) |
+//!
 //! # Cost
 //!
 //! A response that is available at the first poll costs no timer, no reading of the clock, no allocation and no atomic

@@ -2,7 +2,7 @@ use std::{
     fmt,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -53,6 +53,9 @@ enum Zero {
 }
 
 impl Timeouts {
+    /// The default of [`body_grace`](Self::body_grace): 5 s.
+    pub const DEFAULT_BODY_GRACE: Duration = DEFAULT_GRACE;
+
     /// Returns timeouts of which none is set.
     #[must_use]
     pub const fn new() -> Self {
@@ -268,6 +271,8 @@ pub(super) struct TimeoutState {
     /// Reports of timeouts that a request carries and that cannot work.
     call_faults: OnceLock<Arc<RepeatedEvent>>,
     label: OnceLock<Arc<LayerName>>,
+    /// The layer has built a service.
+    is_used: AtomicBool,
     found: Found,
 }
 
@@ -280,8 +285,30 @@ impl TimeoutState {
             rejected: AtomicU64::new(0),
             call_faults: OnceLock::new(),
             label: OnceLock::new(),
+            is_used: AtomicBool::new(false),
             found: Found::at(weak),
         })
+    }
+
+    /// Returns a state with the same settings and name, that no service uses.
+    #[cold]
+    pub(super) fn fork(&self) -> Arc<Self> {
+        let state = Self::new(self.timeouts());
+        if let Some(label) = self.label.get() {
+            let _ = state.label.set(label.clone());
+        }
+        state
+    }
+
+    pub(super) fn is_used(&self) -> bool {
+        self.is_used.load(Relaxed)
+    }
+
+    /// Records that the layer has built a service. Writes once, because a layer can be applied once per connection.
+    pub(super) fn set_used(&self) {
+        if !self.is_used() {
+            self.is_used.store(true, Relaxed);
+        }
     }
 
     pub(super) fn far(&self) -> Far<Self> {
@@ -430,7 +457,7 @@ impl TimeoutHandle {
         }
     }
 
-    /// Sets timeouts for the calls that begin from now on. Phases that `timeouts` does not set stay the same.
+    /// Sets several timeouts for the calls that begin from now on. Phases that `timeouts` does not set stay the same.
     ///
     /// # Errors
     ///
@@ -440,4 +467,37 @@ impl TimeoutHandle {
         self.0.set(timeouts);
         Ok(())
     }
+}
+
+macro_rules! live_setters {
+    ($($set:ident: $setter:ident($value:ty);)*) => {
+        impl TimeoutHandle {
+            $(
+                #[doc = concat!(
+                    "Sets [`", stringify!($setter), "`](super::layer::TimeoutLayer::", stringify!($setter), ")"
+                )]
+                /// for the calls that begin from now on.
+                ///
+                /// # Errors
+                ///
+                /// Fails if the value is zero, and then changes nothing.
+                pub fn $set(&self, value: $value) -> Result<(), ConfigError> {
+                    self.set(Timeouts::new().$setter(value))
+                }
+            )*
+        }
+    };
+}
+
+live_setters! {
+    set_head: head(impl Into<Option<Duration>>);
+    set_first_frame: first_frame(impl Into<Option<Duration>>);
+    set_response_idle: response_idle(impl Into<Option<Duration>>);
+    set_request_idle: request_idle(impl Into<Option<Duration>>);
+    set_request_stall: request_stall(impl Into<Option<Duration>>);
+    set_min_body_rate: min_body_rate(impl Into<Option<u32>>);
+    set_body_grace: body_grace(Duration);
+    set_min_body_rate_for_grpc: min_body_rate_for_grpc(bool);
+    set_total: total(impl Into<Option<Duration>>);
+    set_response_total: response_total(impl Into<Option<Duration>>);
 }

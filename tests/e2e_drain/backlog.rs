@@ -25,6 +25,6 @@ async fn connection_in_the_backlog_is_served() {
         assert!(client.receive("quick").await.contains("connection: close"));
     }
     let drained = soon(task).await.unwrap();
-    assert_eq!((drained.cut_connections, drained.refused), (0, 0));
+    assert_eq!((drained.cut_connections, drained.rejected), (0, 0));
     assert!(TcpStream::connect(addr).await.is_err());
 }

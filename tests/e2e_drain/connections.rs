@@ -101,7 +101,7 @@ async fn connection_without_a_call_is_closed_after_the_grace() {
     }
     let drained = soon(task).await.unwrap();
     closed.join_all().await;
-    assert_eq!((drained.cut_calls, drained.cut_connections, drained.refused), (0, 0, 0));
+    assert_eq!((drained.cut_calls, drained.cut_connections, drained.rejected), (0, 0, 0));
     assert!(drained_at.elapsed() < 3 * GRACE);
 }
 
@@ -127,7 +127,7 @@ async fn idle_http1_connection_stays_open_during_the_delay_and_the_grace() {
     used.is_closed().await;
     idle.is_closed().await;
     let drained = soon(task).await.unwrap();
-    assert_eq!((drained.cut_connections, drained.refused), (0, 0));
+    assert_eq!((drained.cut_connections, drained.rejected), (0, 0));
 }
 
 #[tokio::test]

@@ -35,7 +35,7 @@ async fn http2_client_receives_goaway_when_draining_begins_and_its_calls_are_ser
     assert_eq!(client.event().await, Event::Closed);
     lifecycle.skip_delay();
     let drained = soon(task).await.unwrap();
-    assert_eq!((drained.cut_connections, drained.refused), (0, 0));
+    assert_eq!((drained.cut_connections, drained.rejected), (0, 0));
 }
 
 /// Otherwise a client that connects again at once would do so for as long as it is routed here.
@@ -61,7 +61,7 @@ async fn http2_connection_made_during_the_delay_receives_goaway_at_stopping() {
         assert_eq!(client.event().await, Event::Closed);
     }
     let drained = soon(task).await.unwrap();
-    assert_eq!((drained.cut_connections, drained.refused), (0, 0));
+    assert_eq!((drained.cut_connections, drained.rejected), (0, 0));
 }
 
 #[tokio::test]
@@ -88,7 +88,7 @@ async fn http2_client_that_never_answers_ping_is_served_for_the_grace_and_then_r
     assert_eq!(client.event().await, Event::Closed);
     assert!(ended_at.elapsed() < 3 * GRACE);
     let drained = soon(task).await.unwrap();
-    assert_eq!((drained.cut_calls, drained.cut_connections, drained.refused), (0, 0, 1));
+    assert_eq!((drained.cut_calls, drained.cut_connections, drained.rejected), (0, 0, 1));
 }
 
 /// The server acknowledges the PING frames of the client, so it writes in every grace.
@@ -127,7 +127,7 @@ async fn http2_client_that_never_stops_sending_calls_is_cut_at_the_end() {
     let time = drained_at.elapsed();
     assert!(time >= longest && time < 2 * longest, "{time:?}");
     assert_eq!((drained.cut_calls, drained.cut_connections), (1, 1));
-    assert!(drained.refused > 0);
+    assert!(drained.rejected > 0);
 }
 
 /// The call has ended: h2 has taken all of the body, and waits for the window.

@@ -26,7 +26,7 @@ async fn drain_without_connections_ends_at_once() {
         lifecycle.drain();
         lifecycle.drain();
         let drained = soon(task).await.unwrap();
-        assert_eq!((drained.cut_calls, drained.cut_connections, drained.refused), (0, 0, 0));
+        assert_eq!((drained.cut_calls, drained.cut_connections, drained.rejected), (0, 0, 0));
         assert!(drained_at.elapsed() < GRACE);
     }
 }
@@ -82,14 +82,14 @@ async fn layer_serves_calls_in_the_grace_and_rejects_later_ones() {
             let mut client = Client::connect(addr).await;
             client.send(QUICK).await;
             assert!(client.receive("quick").await.contains("connection: close"));
-            assert_eq!(lifecycle.refused(), 0);
+            assert_eq!(lifecycle.rejected(), 0);
             sleep(2 * grace).await;
         }
         let mut client = Client::connect(addr).await;
         client.send(QUICK).await;
         let response = client.receive("\r\n\r\n").await;
         assert!(response.starts_with("HTTP/1.1 503") && response.contains("connection: close"));
-        assert_eq!(lifecycle.refused(), 1);
+        assert_eq!(lifecycle.rejected(), 1);
         until(|| lifecycle.in_flight() == 0).await;
     }
 }

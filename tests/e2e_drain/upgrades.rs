@@ -79,7 +79,7 @@ async fn upgrade_in_progress_completes_at_stopping() {
         stage.open();
         soon(client).await.unwrap();
         let drained = soon(task).await.unwrap();
-        assert_eq!((drained.cut_calls, drained.cut_connections, drained.refused), (0, 0, 0));
+        assert_eq!((drained.cut_calls, drained.cut_connections, drained.rejected), (0, 0, 0));
     }
 }
 

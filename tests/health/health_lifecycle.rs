@@ -304,7 +304,7 @@ async fn calls_go_until_the_delay_is_over_and_are_refused_then() {
         (refused.status().as_u16(), &refused.headers()["grpc-status"]),
         (200, &"14".parse().unwrap())
     );
-    assert_eq!((lifecycle.refused(), lifecycle.in_flight()), (2, 0));
+    assert_eq!((lifecycle.rejected(), lifecycle.in_flight()), (2, 0));
 }
 
 /// Each call is either served completely or rejected. After `run` has returned, no call reaches the service, so that
@@ -349,7 +349,7 @@ async fn a_call_that_comes_as_the_drain_begins_is_served_or_refused_and_never_lo
             served += within(caller).await.unwrap();
         }
         assert!(served > 0);
-        assert_eq!((ended.cut_calls, lifecycle.refused(), lifecycle.in_flight()), (0, 4, 0));
+        assert_eq!((ended.cut_calls, lifecycle.rejected(), lifecycle.in_flight()), (0, 4, 0));
     }
 }
 

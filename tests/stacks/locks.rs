@@ -334,7 +334,7 @@ fn event_subscriber_may_use_every_handle() {
         add(&uses, move || {
             let mut changed = pin!(handle.changed());
             let _ = changed.as_mut().poll(&mut Context::from_waker(Waker::noop()));
-            let _ = (handle.phase(), handle.in_flight(), handle.refused(), format!("{handle:?}"));
+            let _ = (handle.phase(), handle.in_flight(), handle.rejected(), format!("{handle:?}"));
         });
         lifecycle.ready();
         lifecycle.drain();

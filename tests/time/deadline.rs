@@ -264,10 +264,34 @@ async fn resolution_without_bound_does_not_panic() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn setter_of_a_layer_in_use_does_not_change_its_services() {
+    for propagate_only in [false, true] {
+        let (seen, service) = recording(200);
+        let layer = DeadlineLayer::new().default_of(secs(5));
+        let handle = layer.handle();
+        let forked = if propagate_only {
+            let running = layer.clone().propagate_only().layer(service.clone());
+            let forked = layer.max(secs(2)).reserve(secs(1));
+            running.oneshot(request()).await.unwrap();
+            forked
+        } else {
+            let running = layer.layer(service.clone());
+            let forked = layer.max(secs(2)).reserve(secs(1));
+            running.oneshot(request()).await.unwrap();
+            forked
+        };
+        handle.set_default(secs(9)).unwrap();
+        forked.layer(service).oneshot(request()).await.unwrap();
+        let left: Vec<_> = seen.lock().unwrap().iter().map(|(left, _)| *left).collect();
+        assert_eq!(left, [Some(secs(5)), Some(secs(1))]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn bad_settings_are_typed_errors() {
     for (layer, field) in [
         (DeadlineLayer::new().default_of(ms(0)), "default_of"),
-        (DeadlineLayer::new().max(ms(0)), "at_most"),
+        (DeadlineLayer::new().max(ms(0)), "max"),
         (DeadlineLayer::new().header("no such name"), "header"),
     ] {
         assert_eq!(layer.checked().unwrap_err().field, field);
@@ -277,7 +301,7 @@ async fn bad_settings_are_typed_errors() {
     assert_eq!(handle.set_default(ms(0)).unwrap_err().field, "default_of");
     handle.set_default(secs(3)).unwrap();
     assert_eq!(seen_of(layer.clone(), request()).await.0, Some(secs(3)), "the new default applies");
-    assert_eq!(handle.set_max(ms(0)).unwrap_err().field, "at_most");
+    assert_eq!(handle.set_max(ms(0)).unwrap_err().field, "max");
     handle.set_max(secs(2)).unwrap();
     handle.set_reserve(ms(100));
     assert_eq!(seen_of(layer.clone(), request()).await.0, Some(ms(1900)));
@@ -305,7 +329,7 @@ async fn what_is_late_is_not_begun_and_what_is_under_way_is_ended() {
     assert_eq!(refused_as(refused.await.map(drop)), RejectedKind::DeadlinePassed);
     assert_eq!((watch.seen().calls, watch.seen().in_flight, watch.seen().reserved), (1, 0, 0));
     let snapshot = handle.snapshot();
-    assert_eq!((snapshot.ended, snapshot.refused), (1, 1));
+    assert_eq!((snapshot.ended, snapshot.rejected), (1, 1));
 }
 
 #[tokio::test(start_paused = true)]
@@ -491,7 +515,7 @@ async fn one_that_is_only_said_is_said_alike_and_kept_by_nobody() {
     assert_eq!(said, ["2000", "1000"]);
     let left: Vec<_> = seen.iter().map(|(left, _)| *left).collect();
     assert_eq!(left, [secs(2), secs(1)].map(Some));
-    assert_eq!((handle.snapshot().ended, handle.snapshot().refused), (0, 0));
+    assert_eq!((handle.snapshot().ended, handle.snapshot().rejected), (0, 0));
 
     let error = DeadlineLayer::new().header("no header").propagate_only().checked().unwrap_err();
     assert_eq!(error.field, "header");

@@ -31,7 +31,7 @@ async fn a_request_has_times_of_its_own() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_requests_own_time_of_nothing_is_refused_as_the_layers_is() {
+async fn zero_timeout_of_a_request_is_rejected_as_that_of_a_layer() {
     let (inner, watch) = Strict::new();
     let service = TimeoutLayer::http().layer(inner);
     let mut request = request();
@@ -39,7 +39,12 @@ async fn a_requests_own_time_of_nothing_is_refused_as_the_layers_is() {
     let error = service.clone().oneshot(request).await.unwrap_err();
     let refused = Rejected::find(&*error).unwrap();
     assert_eq!(refused.kind(), RejectedKind::Misconfigured);
-    assert!(std::error::Error::source(refused).unwrap().to_string().starts_with("`idle` is 0ns"));
+    assert!(
+        std::error::Error::source(refused)
+            .unwrap()
+            .to_string()
+            .starts_with("`response_idle` is 0ns")
+    );
     assert_eq!((watch.seen().calls, watch.seen().reserved), (0, 0));
 }
 
@@ -60,12 +65,12 @@ async fn a_requests_own_times_hold_for_each_of_its_attempts() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn times_change_while_it_runs_and_are_seen_by_all() {
+async fn handle_changes_the_timeouts_of_all_services_of_a_layer() {
     let (inner, _watch) = Strict::holding();
     let layer = TimeoutLayer::http().name("search");
     let (handle, service) = (layer.handle(), layer.layer(inner.clone()));
-    let other = layer.clone().head(secs(7)).layer(inner);
-    for service in [service.clone(), other] {
+    handle.set_head(secs(7)).unwrap();
+    for service in [service.clone(), layer.layer(inner)] {
         let start = Instant::now();
         let error = service.oneshot(request()).await.unwrap_err();
         let refused = Rejected::find(&*error).unwrap();
@@ -91,10 +96,40 @@ async fn times_change_while_it_runs_and_are_seen_by_all() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn setter_of_a_layer_in_use_does_not_change_its_services() {
+    let (inner, _watch) = Strict::holding();
+    let layer = TimeoutLayer::http();
+    let handle = layer.handle();
+    let layer = layer.head(secs(7)).name("search");
+    assert_eq!(handle.snapshot().timeouts.get(TimeoutPhase::Head), Some(secs(7)), "not in use yet");
+    let service = layer.layer(inner.clone());
+    let forked = layer.clone().head(secs(2)).response_idle(secs(9));
+    let forked_handle = forked.handle();
+    for (service, after) in [(service, 7), (forked.layer(inner), 2)] {
+        let start = Instant::now();
+        let error = service.oneshot(request()).await.unwrap_err();
+        assert_eq!(error.to_string(), "rejected by timeout `search`: no response head in time");
+        assert_eq!(start.elapsed(), secs(after));
+    }
+    for (handle, idle) in [(handle, 60), (forked_handle, 9)] {
+        let snapshot = handle.snapshot();
+        assert_eq!(snapshot.timeouts.get(TimeoutPhase::Idle), Some(secs(idle)));
+        assert_eq!(snapshot.timed_out(), 1, "each layer counts its own calls");
+    }
+}
+
+#[test]
+fn debug_output_names_the_setters() {
+    let timeouts = Timeouts::new().response_idle(secs(1)).request_idle(None).request_stall(secs(2));
+    let text = "Timeouts { response_idle: 1s, request_idle: off, request_stall: 2s }";
+    assert_eq!(format!("{timeouts:?}"), text);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_time_of_nothing_is_a_typed_error_and_refuses_calls() {
     let layer = TimeoutLayer::http().response_idle(Duration::ZERO);
     let error = layer.clone().checked().unwrap_err();
-    assert_eq!((error.field, error.value.as_str()), ("idle", "0ns"));
+    assert_eq!((error.field, error.value.as_str()), ("response_idle", "0ns"));
     assert!(TimeoutLayer::new(Timeouts::new().total(Duration::ZERO)).checked().is_err());
     let (inner, watch) = Strict::new();
     let refused = layer.layer(inner).oneshot(request()).await;
