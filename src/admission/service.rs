@@ -77,14 +77,6 @@ impl<S, P, M, R> Admission<S, P, M, R> {
         &self.inner
     }
 
-    pub(crate) fn inner_mut(&mut self) -> &mut S {
-        &mut self.inner
-    }
-
-    pub(crate) fn into_inner(self) -> S {
-        self.inner
-    }
-
     pub(crate) fn policy(&self) -> &P {
         &self.policy
     }

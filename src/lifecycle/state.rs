@@ -98,7 +98,7 @@ pub struct LifecycleState {
     times: Mutex<DrainTimes>,
     reporter: Reporter,
     /// Wakes calls that wait for an inner service when calls begin to be rejected.
-    shut: Arc<Notify>,
+    closed_signal: Arc<Notify>,
     /// The task that runs [`drive`]. It ends with the state.
     driver: OnceLock<AbortHandle>,
 }
@@ -123,7 +123,7 @@ impl LifecycleState {
                 timeout: Duration::from_secs(20),
             }),
             reporter,
-            shut: Arc::default(),
+            closed_signal: Arc::default(),
             driver: OnceLock::new(),
         }
     }
@@ -221,7 +221,7 @@ impl LifecycleState {
         }
         self.reporter.tell();
         if next >= LifecycleStep::Rejecting {
-            self.shut.notify_waiters();
+            self.closed_signal.notify_waiters();
         }
         if is_new_phase {
             let phase = next.phase();
@@ -371,7 +371,7 @@ impl<Req> Policy<Req> for DrainPolicy {
 
     fn closed_signal(&self, permit: Option<&Permit<ShardedRef<LifecycleState>>>) -> Option<Arc<Notify>> {
         // A call with a permit continues to wait for the inner service. Only a call without one is woken and rejected.
-        permit.is_none().then(|| self.0.shut.clone())
+        permit.is_none().then(|| self.0.closed_signal.clone())
     }
 }
 
