@@ -57,16 +57,12 @@
 //!
 //! The loom models at the end of the file check late calls against the drop and the reuse of a front.
 
-use std::{
-    fmt,
-    sync::{PoisonError, Weak},
-    time::Duration,
-};
+use std::{fmt, sync::Weak, time::Duration};
 
 use crate::{
     outcome::Outcome,
     permit::{Idle, Measures, Release, ReleaseAt, Token},
-    sync::{
+    sync::modelled::{
         Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering},
     },
@@ -177,7 +173,7 @@ impl Front {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Weak<dyn Release>>> {
-        self.circuit.lock().unwrap_or_else(PoisonError::into_inner)
+        self.circuit.lock()
     }
 
     #[inline]

@@ -45,7 +45,7 @@
 use std::{array, time::Duration};
 
 use crate::{
-    sync::atomic::{AtomicU64, Ordering},
+    sync::modelled::atomic::{AtomicU64, Ordering},
     time::{Nanos, nanos},
 };
 

@@ -64,10 +64,7 @@
 #[cfg(all(test, buttress_loom))]
 mod loom_models;
 
-use std::{
-    sync::{PoisonError, TryLockError},
-    time::Duration,
-};
+use std::time::Duration;
 
 use super::{
     machine::{Ended, Machine, Probes, TimeWindows},
@@ -77,7 +74,7 @@ use super::{
 };
 use crate::{
     outcome::OutcomeKind,
-    sync::{
+    sync::modelled::{
         Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering},
     },
@@ -339,12 +336,7 @@ impl Cell {
     /// Returns for how long the circuit has been idle, or `None` if it differs from a new circuit or if another thread
     /// has locked it. Changes nothing and never waits.
     pub(super) fn idle_for(&self, now: Nanos) -> Option<Nanos> {
-        let machine = match self.machine.try_lock() {
-            Ok(machine) => machine,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return None,
-        };
-        machine.idle_for(now, &self.times)
+        self.machine.try_lock()?.idle_for(now, &self.times)
     }
 
     /// Runs `act` on the machine and publishes the resulting state. `act` must not run user code.
@@ -371,7 +363,7 @@ impl Cell {
 
     fn lock(&self) -> Locked<'_> {
         // The only user code under this lock is the closures of `Trip::when`, whose panics are caught.
-        let machine = self.machine.lock().unwrap_or_else(PoisonError::into_inner);
+        let machine = self.machine.lock();
         Locked { cell: self, machine, ended: None }
     }
 

@@ -69,7 +69,7 @@ mod unread;
 use std::{
     fmt,
     ops::RangeInclusive,
-    sync::{Arc, OnceLock, PoisonError},
+    sync::{Arc, OnceLock},
     task::{Context, Waker},
     time::Duration,
 };
@@ -86,7 +86,7 @@ use crate::{
     fault::LayerName,
     outcome::{LayerKind, Outcome, Rejected, RejectedKind},
     permit::Token,
-    sync::{
+    sync::modelled::{
         Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
@@ -428,7 +428,7 @@ impl Limiter {
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
         // No user code runs under the lock, so the state is consistent even if the lock is poisoned.
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        self.queue.lock()
     }
 
     /// Rejects a call. In shadow mode, admits it without a permit instead, and counts it.
