@@ -8,7 +8,7 @@
 //!
 //! A call follows one of these paths:
 //!
-//! 1. [`Front::enter`] admits it with one load, if the circuit is closed and no rule measures calls.
+//! 1. [`PublishedState::admit`] admits it with one load, if the circuit is closed and no rule measures calls.
 //! 2. Otherwise [`Cell::refuses_for`] rejects it without a lock, if the circuit is open.
 //! 3. Otherwise the machine decides under its lock.
 //!
@@ -48,7 +48,7 @@ use tokio::{sync::Notify, time::Instant};
 
 use super::{
     machine::{Ended, MAX_CHANGES, Machine, ProbeReport, TimeWindows},
-    published::Front,
+    published::PublishedState,
     state::{At, CircuitSettings, CircuitState, Refusal, Ticket, Transition},
     sync_machine::Cell,
     trip::Trip,
@@ -57,7 +57,7 @@ use crate::{
     event::{RepeatedEvent, event},
     fault::LayerName,
     outcome::{LayerKind, Outcome, Rejected, RejectedKind, SentMark, UpstreamClock, WaitsFor},
-    permit::{Measures, Release, ReleaseAt, Token},
+    permit::{FreeSlots, Measures, OwnedSlot, Release, ReleaseAt, Slot, SlotOwner, Token},
     time::{Clock, Nanos, nanos},
 };
 
@@ -67,6 +67,7 @@ const PROBING: Nanos = 1_000_000_000;
 /// The state of a circuit breaker, or of one key of a keyed circuit breaker.
 pub struct Circuit {
     cell: Cell,
+    slot: OwnedSlot<Self>,
     /// Notified of each change and of each probe slot that is taken or released.
     changed: Arc<Notify>,
     clock: Clock,
@@ -95,26 +96,27 @@ pub struct Circuit {
 /// The bit of a token's tag that marks a probe. The other bits are its generation.
 const PROBE: u64 = 1 << 63;
 
-/// The generation of calls whose outcomes are not recorded. No circuit reaches it: the front stores 57 bits.
+/// The generation of calls whose outcomes are not recorded. No circuit reaches it: the word stores 57 bits.
 const NO_GENERATION: u64 = PROBE - 1;
 
 impl Circuit {
-    /// Returns a circuit with a front of its own.
+    /// Returns a circuit in a slot of its own, in which it is not registered.
     ///
     /// `of_many`: a map owns the circuit and evicts it when it is idle. Therefore each call holds a counted reference.
     pub(super) fn new(trip: Trip, settings: CircuitSettings, of_many: bool) -> Self {
-        Self::behind(Front::take(), trip, settings, of_many)
+        Self::in_slot(OwnedSlot::allocate(), trip, settings, of_many)
     }
 
-    /// Returns a circuit that publishes its state in this front.
-    pub(super) fn behind(
-        front: &'static Front,
+    /// Returns a circuit that publishes its state in this slot.
+    pub(super) fn in_slot(
+        slot: OwnedSlot<Self>,
         trip: Trip,
         settings: CircuitSettings,
         of_many: bool,
     ) -> Self {
         Self {
-            cell: Cell::new(front, trip, settings, of_many),
+            cell: Cell::new(slot.get().word(), trip, settings, of_many),
+            slot,
             changed: Arc::new(Notify::new()),
             clock: Clock::new(),
             label: OnceLock::new(),
@@ -190,8 +192,9 @@ impl Circuit {
 
     // ===== Queries =====
 
-    pub(super) fn front(&self) -> &'static Front {
-        self.cell.front()
+    /// Returns the slot of the circuit. The reference may outlive the circuit.
+    pub(super) fn slot(&self) -> &'static Slot<Self> {
+        self.slot.get()
     }
 
     pub(super) fn now(&self) -> Nanos {
@@ -263,7 +266,7 @@ impl Circuit {
         if is_probe(token) {
             return !self.cell.still_probes(token.tag & !PROBE);
         }
-        is_late(self.front(), token)
+        is_late(self.cell.published(), token)
     }
 
     /// Returns for how long the circuit has been idle, or `None` if it is not like new. Emits no event and never waits,
@@ -408,7 +411,7 @@ impl Circuit {
         &self,
         sent_mark: impl FnOnce() -> Option<SentMark>,
     ) -> Result<Token, Refusal> {
-        match self.front().enter() {
+        match self.cell.published().admit() {
             Some(token) => Ok(token),
             None => self.enter_slowly(sent_mark),
         }
@@ -574,8 +577,8 @@ impl Circuit {
 
 /// Returns whether a call that was admitted, and whose inner call has not begun, would be rejected by now. Requires
 /// that the call is not a probe.
-pub(super) fn is_late(front: &Front, token: Token) -> bool {
-    token.tag != NO_GENERATION && !front.still_goes(token.tag)
+pub(super) fn is_late(published: &PublishedState, token: Token) -> bool {
+    token.tag != NO_GENERATION && !published.still_admits(token.tag)
 }
 
 #[inline]
@@ -614,7 +617,7 @@ impl Release for Circuit {
 
     fn measures(&self) -> Measures {
         // Probes are always measured, because their timeout starts when the upstream has the request.
-        if self.front().does_attribute() || self.cell.measures() || self.cell.may_probe() {
+        if self.cell.published().attributes() || self.cell.measures() || self.cell.may_probe() {
             Measures::Head
         } else {
             Measures::Nothing
@@ -677,13 +680,60 @@ impl Circuit {
     }
 }
 
+// ===== The slot =====
+
+impl SlotOwner for Circuit {
+    type Word = PublishedState;
+
+    fn free_slots() -> &'static FreeSlots<Self> {
+        static FREE: FreeSlots<Circuit> = FreeSlots::new();
+        &FREE
+    }
+}
+
+/// The owner of the permits of calls that the word admits and releases: see [`published`](super::published).
+impl Release for Slot<Circuit> {
+    #[inline]
+    fn finish(&self, token: Token, outcome: Outcome) {
+        if !(self.word().ignores_success() && outcome.is_success()) {
+            finish_by_circuit(self, token, outcome);
+        }
+    }
+
+    #[inline]
+    fn hold(&self) -> ReleaseAt {
+        ReleaseAt::Verdict
+    }
+
+    #[inline]
+    fn measures(&self) -> Measures {
+        if self.word().attributes() { Measures::Head } else { Measures::Nothing }
+    }
+
+    /// If another circuit owns the slot by now, the call is late and its outcome is not recorded.
+    #[cold]
+    fn count_cancelled_after(&self) -> Option<Duration> {
+        self.owner_if(|_| true)?.count_cancelled_after()
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn finish_by_circuit(slot: &Slot<Circuit>, token: Token, outcome: Outcome) {
+    // An equal generation means that the registered circuit is the one that issued this token.
+    if let Some(circuit) = slot.owner_if(|word| word.load().generation() == token.tag) {
+        circuit.finish(token, outcome);
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Circuit {
     fn drop(&mut self) {
-        self.front().leave();
+        // Before the drop of the slot, which returns it to the free list.
+        self.cell.published().vacate();
     }
 }
 

@@ -273,6 +273,8 @@ mod machine;
 mod open_duration;
 mod policy;
 mod published;
+#[cfg(test)]
+mod slot_tests;
 mod state;
 mod sync_machine;
 mod trip;

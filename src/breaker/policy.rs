@@ -17,19 +17,18 @@ use tokio::{
 
 use super::{
     circuit::{Circuit, is_late, is_probe},
-    published::Front,
     state::{CircuitSettings, Refusal},
     trip::Trip,
 };
 use crate::{
     admission::{Admit, Policy, Terms},
     outcome::{LayerKind, Rejected, SentMark},
-    permit::{Anchor, Permit, ShardedArc, Token},
+    permit::{Anchor, Permit, ShardedArc, Slot, Token},
     time::{CallClock, has_passed},
 };
 
-/// The state that records the end of a call: the circuit, or its front.
-pub(super) type Giver = Anchor<Circuit, Front>;
+/// The state that records the end of a call: the circuit, or its slot.
+pub(super) type Giver = Anchor<Circuit, Slot<Circuit>>;
 
 /// A reference to a circuit from which permits are made.
 pub trait Calls: Deref<Target = Circuit> + Clone + Send + Sync + 'static {
@@ -39,20 +38,19 @@ pub trait Calls: Deref<Target = Circuit> + Clone + Send + Sync + 'static {
 
 // ===== The circuit of a layer =====
 
-/// The circuit of a layer: its front, and references to it whose counts are sharded by thread.
+/// The circuit of a layer: its slot, and references to it whose counts are sharded by thread.
 #[derive(Clone)]
 pub struct Breaker {
-    front: &'static Front,
+    slot: &'static Slot<Circuit>,
     circuit: ShardedArc<Circuit>,
 }
 
 impl Breaker {
     pub(super) fn new(trip: Trip, settings: CircuitSettings) -> Self {
         let circuit = ShardedArc::new(Circuit::new(trip, settings, false));
-        let front = circuit.front();
-        let state = Arc::downgrade(circuit.state());
-        front.lead_to(state);
-        Self { front, circuit }
+        let slot = circuit.slot();
+        slot.register(Arc::downgrade(circuit.state()));
+        Self { slot, circuit }
     }
 
     pub(super) fn circuit(&self) -> &Arc<Circuit> {
@@ -63,11 +61,11 @@ impl Breaker {
 impl Calls for Breaker {
     #[inline]
     fn permit(&self, token: Token) -> Permit<Giver> {
-        // A call that ends in the front holds no counted reference. If its outcome changes the machine, the front has
-        // to look up the circuit under a lock. So only calls of circuits in which a success changes nothing end there.
-        let ends_in_front = self.front.is_well() && !is_probe(token);
-        let anchor = if ends_in_front {
-            Anchor::Lasting(self.front)
+        // A call that holds the slot holds no counted reference. If its outcome changes the machine, the slot has to look
+        // up the circuit under a lock. So only calls of circuits in which a success changes nothing hold the slot.
+        let holds_slot = self.slot.word().ignores_success() && !is_probe(token);
+        let anchor = if holds_slot {
+            Anchor::Lasting(self.slot)
         } else {
             Anchor::Counted(self.circuit.lease())
         };
@@ -98,13 +96,13 @@ impl<Req> Policy<Req> for Breaker {
 
     #[inline]
     fn peek(&self) -> bool {
-        self.front.goes() || self.has_room()
+        self.slot.word().admits() || self.has_room()
     }
 
     #[inline]
     fn admit(&self, _: &Req, terms: impl Terms) -> Admit<Token, Self::Wait> {
         let deadline = terms.deadline().map(|deadline| deadline.at());
-        match self.front.enter() {
+        match self.slot.word().admit() {
             Some(token) if !CallClock::is_past(deadline) => Admit::Pass(token),
             _ => admit(self, deadline, || terms.sent_mark()),
         }
@@ -112,7 +110,7 @@ impl<Req> Policy<Req> for Breaker {
 
     #[inline]
     fn attributes(&self) -> bool {
-        self.front.does_attribute()
+        self.slot.word().attributes()
     }
 
     #[inline]
@@ -152,7 +150,7 @@ fn changes_at(circuit: &Circuit) -> Option<Instant> {
 pub(super) fn is_stale(permit: &Permit<Giver>) -> bool {
     permit.giver().is_some_and(|giver| match giver {
         Anchor::Counted(circuit) => circuit.is_late(permit.token()),
-        Anchor::Lasting(front) => is_late(front, permit.token()),
+        Anchor::Lasting(slot) => is_late(slot.word(), permit.token()),
     })
 }
 

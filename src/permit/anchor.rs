@@ -7,7 +7,7 @@ use super::{
 };
 use crate::outcome::{Outcome, WaitsFor};
 
-/// The owner of a permit of a layer whose state is either [sharded](super::sharded::ShardedArc) or [leaked](super::free_list).
+/// The owner of a permit of a layer whose state is either [sharded](super::sharded::ShardedArc) or [leaked](super::slot).
 ///
 /// It forwards each method to the state.
 #[derive(Debug)]

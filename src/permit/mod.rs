@@ -15,7 +15,7 @@ pub(crate) use self::free_list::Idle;
 pub(crate) use self::sharded::{ShardedArc, ShardedRef};
 pub(crate) use self::{
     body::EitherBody,
-    slot::{Far, Found},
+    slot::{FreeSlots, OwnedSlot, Slot, SlotOwner, SlotRef},
 };
 pub(crate) use self::{
     body::FromBytes,

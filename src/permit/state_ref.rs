@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | [`Arc`] | one | with the last reference |
 //! | [`ShardedRef`](super::sharded::ShardedRef) of a [`ShardedArc`](super::sharded::ShardedArc) state | one per shard; threads use different shards | with the last reference |
-//! | `&'static` to a [leaked](super::free_list) state | none | never: its owner returns it to a free list |
+//! | `&'static` to a [leaked](super::slot) state | none | never: its owner returns it to a free list |
 //!
 //! The third kind needs no count of its own because the state counts its calls anyway, or because a generation in the
 //! token distinguishes a call of an earlier owner from a call of the current one.

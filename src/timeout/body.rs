@@ -88,7 +88,7 @@ impl<B: Body> Body for TimedBody<B> {
             if let Some(timers) = this.timers.take() {
                 // The inner body is dropped as if its caller had hung up.
                 this.inner.set(EitherBody::ended());
-                let rejected = timed_out(timers.far, timers.by, TimeoutPhase::Unread, None);
+                let rejected = timed_out(timers.slot, timers.by, TimeoutPhase::Unread, None);
                 return Poll::Ready(Some(timers.end(rejected)));
             }
         }
@@ -131,7 +131,7 @@ impl<B: Body> Body for TimedBody<B> {
         };
         // Dropping the inner body releases what inner layers hold for the call.
         drop_by(phase, None, timers.end_of.source(), || this.inner.set(EitherBody::ended()));
-        let rejected = timed_out(timers.far, timers.by, phase, timers.end_of.source());
+        let rejected = timed_out(timers.slot, timers.by, phase, timers.end_of.source());
         Poll::Ready(Some(timers.end(rejected)))
     }
 

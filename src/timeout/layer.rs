@@ -12,7 +12,7 @@ use crate::{
     error::ConfigError,
     fault::Fault,
     outcome::{LayerKind, Rejected},
-    permit::Far,
+    permit::SlotRef,
     respond::{AsError, Respond, RespondWith},
 };
 
@@ -26,7 +26,7 @@ use crate::{
 #[derive(Clone)]
 pub struct TimeoutLayer<M = Http, R = AsError> {
     state: Arc<TimeoutState>,
-    far: Far<TimeoutState>,
+    slot: SlotRef<TimeoutState>,
     by: LayerKind,
     protocol: M,
     reject: R,
@@ -37,9 +37,9 @@ impl TimeoutLayer {
     /// Creates a layer with these timeouts. A phase that they do not set has no timeout.
     pub fn new(timeouts: Timeouts) -> Self {
         let state = TimeoutState::new(timeouts);
-        let (far, by) = (state.far(), LayerKind::Timeout);
+        let (slot, by) = (state.slot(), LayerKind::Timeout);
         let fault = timeouts.check().err().into();
-        Self { state, far, by, protocol: Http, reject: AsError, fault }
+        Self { state, slot, by, protocol: Http, reject: AsError, fault }
     }
 
     /// Creates a layer for a client, with the timeouts of [`Timeouts::http`].
@@ -85,7 +85,7 @@ impl<M, R> TimeoutLayer<M, R> {
     pub(crate) fn fork_if_used(mut self) -> Self {
         if self.state.is_used() {
             self.state = self.state.fork();
-            self.far = self.state.far();
+            self.slot = self.state.slot();
         }
         self
     }
@@ -132,7 +132,7 @@ impl<M, R> TimeoutLayer<M, R> {
     ///
     /// A body may keep its reader waiting for [`body_grace`](Self::body_grace) in total. Each byte adds the time that
     /// it takes at this rate. The allowance never exceeds the time of [`request_idle`](Self::request_idle) (60 s without one), so
-    /// a body that was fast so far may pause for that time. The defaults are those of Apache's `mod_reqtimeout`
+    /// a body that was fast so slot may pause for that time. The defaults are those of Apache's `mod_reqtimeout`
     /// (`body=5,MinRate=240`) and Kestrel's `MinRequestBodyDataRate`.
     ///
     /// Time in which the service does not poll the body does not count. The rate is also enforced after the response
@@ -265,13 +265,13 @@ impl<M, R> TimeoutLayer<M, R> {
     }
 
     fn with_protocol<N>(self, protocol: N) -> TimeoutLayer<N, R> {
-        let Self { state, far, by, reject, fault, .. } = self;
-        TimeoutLayer { state, far, by, protocol, reject, fault }
+        let Self { state, slot, by, reject, fault, .. } = self;
+        TimeoutLayer { state, slot, by, protocol, reject, fault }
     }
 
     fn with_reject<N>(self, reject: N) -> TimeoutLayer<M, N> {
-        let Self { state, far, by, protocol, fault, .. } = self;
-        TimeoutLayer { state, far, by, protocol, reject, fault }
+        let Self { state, slot, by, protocol, fault, .. } = self;
+        TimeoutLayer { state, slot, by, protocol, reject, fault }
     }
 }
 
@@ -282,7 +282,7 @@ impl<S, M: Clone, R: Clone> Layer<S> for TimeoutLayer<M, R> {
         self.state.set_used();
         let fault = self.fault.label().cloned();
         let with = (self.protocol.clone(), self.reject.clone());
-        Timeout::new(inner, self.state.clone(), self.far, self.by, with, fault)
+        Timeout::new(inner, self.state.clone(), self.slot, self.by, with, fault)
     }
 }
 

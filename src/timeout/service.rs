@@ -21,7 +21,7 @@ use crate::{
     classify::Http,
     fault::LayerName,
     outcome::{LayerKind, Rejected, TimeoutPhase, WaitsFor},
-    permit::Far,
+    permit::SlotRef,
     respond::{AsError, Reject},
     time::{CallClock, Deadline, SharedTimer},
 };
@@ -30,7 +30,7 @@ use crate::{
 pub struct Timeout<S, M = Http, R = AsError> {
     inner: S,
     state: Arc<TimeoutState>,
-    far: Far<TimeoutState>,
+    slot: SlotRef<TimeoutState>,
     by: LayerKind,
     protocol: M,
     reject: R,
@@ -41,12 +41,12 @@ impl<S, M, R> Timeout<S, M, R> {
     pub(super) fn new(
         inner: S,
         state: Arc<TimeoutState>,
-        far: Far<TimeoutState>,
+        slot: SlotRef<TimeoutState>,
         by: LayerKind,
         (protocol, reject): (M, R),
         fault: Option<Arc<LayerName>>,
     ) -> Self {
-        Self { inner, state, far, by, protocol, reject, fault }
+        Self { inner, state, slot, by, protocol, reject, fault }
     }
 
     /// Returns a reference to the wrapped service.
@@ -69,7 +69,7 @@ impl<S: Clone, M: Clone, R: Clone> Clone for Timeout<S, M, R> {
     fn clone(&self) -> Self {
         let with = (self.protocol.clone(), self.reject.clone());
         let (state, fault) = (self.state.clone(), self.fault.clone());
-        Self::new(self.inner.clone(), state, self.far, self.by, with, fault)
+        Self::new(self.inner.clone(), state, self.slot, self.by, with, fault)
     }
 }
 
@@ -124,7 +124,7 @@ impl<S, M, R> Timeout<S, M, R> {
             }
         }
         let (times, body_rate) = timeouts.into_parts();
-        let mut timers = CallTimers::new(times, self.by, self.reject.form(&request), self.far);
+        let mut timers = CallTimers::new(times, self.by, self.reject.form(&request), self.slot);
         if let Some(fault) = fault {
             let rejected = Rejected::misconfigured(self.by, fault);
             let rejected = self.reject.discard(request, rejected);
@@ -290,9 +290,9 @@ where
             let mut rejected = match phase {
                 // The body has counted it.
                 TimeoutPhase::Sending | TimeoutPhase::BodyRate => {
-                    stalled(timers.far, timers.by, phase)
+                    stalled(timers.slot, timers.by, phase)
                 }
-                phase => timed_out(timers.far, timers.by, phase, timers.source()),
+                phase => timed_out(timers.slot, timers.by, phase, timers.source()),
             };
             if this.upload.as_ref().is_some_and(|upload| upload.time_out()) {
                 rejected = rejected.draining();

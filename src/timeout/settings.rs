@@ -16,7 +16,7 @@ use crate::{
     event::{RepeatedEvent, event},
     fault::{LayerFault, LayerName},
     outcome::{DropCause, LayerKind, Rejected, RejectedKind, TimeoutPhase},
-    permit::{Far, Found},
+    permit::{FreeSlots, OwnedSlot, SlotOwner, SlotRef},
     time::DeadlineSource,
 };
 
@@ -273,12 +273,22 @@ pub(super) struct TimeoutState {
     label: OnceLock<Arc<LayerName>>,
     /// The layer has built a service.
     is_used: AtomicBool,
-    found: Found,
+    slot: OwnedSlot<Self>,
+}
+
+/// Calls find the state by its slot: they need it only if they time out.
+impl SlotOwner for TimeoutState {
+    type Word = ();
+
+    fn free_slots() -> &'static FreeSlots<Self> {
+        static FREE: FreeSlots<TimeoutState> = FreeSlots::new();
+        &FREE
+    }
 }
 
 impl TimeoutState {
     pub(super) fn new(timeouts: Timeouts) -> Arc<Self> {
-        Arc::new_cyclic(|weak| Self {
+        let state = Arc::new(Self {
             ms: timeouts.times.0.map(AtomicU32::new),
             body_rate: SharedBodyRate::new(timeouts.body_rate),
             timed_out: Default::default(),
@@ -286,8 +296,10 @@ impl TimeoutState {
             call_faults: OnceLock::new(),
             label: OnceLock::new(),
             is_used: AtomicBool::new(false),
-            found: Found::at(weak),
-        })
+            slot: OwnedSlot::allocate(),
+        });
+        state.slot.register(Arc::downgrade(&state));
+        state
     }
 
     /// Returns a state with the same settings and name, that no service uses.
@@ -311,8 +323,8 @@ impl TimeoutState {
         }
     }
 
-    pub(super) fn far(&self) -> Far<Self> {
-        self.found.far()
+    pub(super) fn slot(&self) -> SlotRef<Self> {
+        self.slot.reference()
     }
 
     #[inline]
@@ -362,7 +374,7 @@ impl TimeoutState {
 
 /// Counts a call that has timed out in this phase, and returns its rejection.
 pub(super) fn timed_out(
-    far: Far<TimeoutState>,
+    slot: SlotRef<TimeoutState>,
     by: LayerKind,
     phase: TimeoutPhase,
     source: Option<DeadlineSource>,
@@ -370,7 +382,7 @@ pub(super) fn timed_out(
     let source = source.filter(|_| phase == TimeoutPhase::Deadline);
     let rejected = Rejected::by(by, RejectedKind::TimedOut(phase)).with_deadline_source(source);
     // The layer, its services and its handles have been dropped, so nothing can read the counters.
-    let Some(state) = far.get() else { return rejected };
+    let Some(state) = slot.owner() else { return rejected };
     state.timed_out[phase as usize].fetch_add(1, Relaxed);
     event!(
         timeout,
@@ -404,8 +416,8 @@ pub(super) fn drop_by(
 }
 
 /// Returns the rejection of a call whose request body has stalled or was too slow. The body has counted it.
-pub(super) fn stalled(far: Far<TimeoutState>, by: LayerKind, phase: TimeoutPhase) -> Rejected {
-    let label = far.get().and_then(|state| state.label.get().cloned());
+pub(super) fn stalled(slot: SlotRef<TimeoutState>, by: LayerKind, phase: TimeoutPhase) -> Rejected {
+    let label = slot.owner().and_then(|state| state.label.get().cloned());
     Rejected::by(by, RejectedKind::TimedOut(phase)).labelled(label)
 }
 

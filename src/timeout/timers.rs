@@ -11,7 +11,7 @@ use super::{
 use crate::{
     drain::Drains,
     outcome::{LayerKind, TimeoutPhase},
-    permit::Far,
+    permit::SlotRef,
     respond::ResponseFormat,
     time::{CallClock, Deadline, DeadlineSource, may_have_expired},
 };
@@ -30,7 +30,7 @@ pub struct CallTimers {
     response_begun: bool,
     pub(super) by: LayerKind,
     pub(super) form: ResponseFormat,
-    pub(super) far: Far<TimeoutState>,
+    pub(super) slot: SlotRef<TimeoutState>,
 }
 
 /// The setting that determines the end of a call.
@@ -79,7 +79,7 @@ pub(super) struct BodyTimers {
     pub(super) begun: bool,
     pub(super) by: LayerKind,
     pub(super) form: ResponseFormat,
-    pub(super) far: Far<TimeoutState>,
+    pub(super) slot: SlotRef<TimeoutState>,
 }
 
 /// A request that is still being sent while its response arrives.
@@ -106,11 +106,11 @@ impl CallTimers {
         timeouts: PhaseTimes,
         by: LayerKind,
         form: ResponseFormat,
-        far: Far<TimeoutState>,
+        slot: SlotRef<TimeoutState>,
     ) -> Self {
         let end_of = EndCause::Total;
         let (begun, response_begun) = (false, false);
-        Self { timeouts, end: None, end_of, begun, response_begun, by, form, far }
+        Self { timeouts, end: None, end_of, begun, response_begun, by, form, slot }
     }
 
     /// Sets the deadline of the call. Returns `false` if it has passed.
@@ -171,7 +171,7 @@ impl CallTimers {
         let is_timed = self.timeouts.depend_on_the_request() || rate.min().is_some();
         let is_watched = is_timed || drains != Drains::Never && self.has_end();
         let limit = self.timeouts.limit(TimeoutPhase::Sending);
-        is_watched.then(|| Upload::new(limit, rate, is_timed, drains, self.by, self.far))
+        is_watched.then(|| Upload::new(limit, rate, is_timed, drains, self.by, self.slot))
     }
 
     /// Returns the timeouts of the response body after the response head. `ended` states whether the body has ended
@@ -179,10 +179,10 @@ impl CallTimers {
     #[inline]
     pub(super) fn into_body(mut self, ended: bool, upload: &mut Option<Arc<Upload>>) -> BodyTimers {
         let late_upload = if !ended && self.has_total() { self.begin_totals(upload) } else { None };
-        let Self { timeouts, end, end_of, by, form, far, .. } = self;
+        let Self { timeouts, end, end_of, by, form, slot, .. } = self;
         let limit = |phase| timeouts.limit(phase);
         let (first_frame, idle) = (limit(TimeoutPhase::FirstFrame), limit(TimeoutPhase::Idle));
-        BodyTimers { first_frame, idle, end, end_of, late_upload, begun: false, by, form, far }
+        BodyTimers { first_frame, idle, end, end_of, late_upload, begun: false, by, form, slot }
     }
 
     /// Begins the timeouts of the whole call and of the whole response at the response head. Returns the request if it

@@ -5,7 +5,7 @@
 //! A [`SendingBody`] wraps the request body. The transport may poll and drop it in another task than that of the call.
 //! The body and the call share an [`Upload`]:
 //!
-//! - `stage` states how far the request is. The body changes it from `Sending` to `Sent`, `Stalled` or `TooSlow`. The
+//! - `stage` states how slot the request is. The body changes it from `Sending` to `Sent`, `Stalled` or `TooSlow`. The
 //!   call changes it from `Sending` to `TimedOut` or `HeadFirst`. The body changes `HeadFirst` to `SentAfterHead`. No
 //!   other change exists.
 //! - `pace` states whether the transport polls the body. Only the task that polls the body writes it.
@@ -60,7 +60,7 @@ use crate::{
     drain::{self, Drains},
     error::BoxError,
     outcome::{LayerKind, TimeoutPhase, WaitsFor},
-    permit::Far,
+    permit::SlotRef,
 };
 
 /// The progress of a request body.
@@ -96,7 +96,7 @@ pub struct Upload {
     /// The allowance of the minimum rate, also after the response head.
     allowance: Option<Allowance>,
     by: LayerKind,
-    far: Far<TimeoutState>,
+    slot: SlotRef<TimeoutState>,
     /// Whether the timeouts of the call depend on the progress of the body. If not, it is watched only to drain it.
     is_timed: bool,
     /// When the body is drained if the call times out.
@@ -121,11 +121,11 @@ impl Upload {
         is_timed: bool,
         drains: Drains,
         by: LayerKind,
-        far: Far<TimeoutState>,
+        slot: SlotRef<TimeoutState>,
     ) -> Arc<Self> {
         let (stage, pace) = (AtomicU8::new(UploadStage::Sending as u8), AtomicU32::new(0));
         let (allowance, waiter) = (Allowance::new(rate, limit), Mutex::default());
-        Arc::new(Self { stage, pace, waiter, limit, allowance, by, far, is_timed, drains })
+        Arc::new(Self { stage, pace, waiter, limit, allowance, by, slot, is_timed, drains })
     }
 
     fn waiter(&self) -> MutexGuard<'_, UploadWaiter> {
@@ -418,7 +418,7 @@ impl<B: Body + 'static> Body for SendingBody<B> {
         let Some(upload) = &this.upload.0 else { return Poll::Pending };
         let (max_silence, phase) = upload.max_silence();
         ready!(this.idle.poll(max_silence, None, cx));
-        let rejected = timed_out(upload.far, upload.by, phase, None);
+        let rejected = timed_out(upload.slot, upload.by, phase, None);
         upload.end(if phase == TimeoutPhase::BodyRate {
             UploadStage::TooSlow
         } else {

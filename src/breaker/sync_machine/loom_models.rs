@@ -2,9 +2,9 @@
 
 use loom::{sync::Arc, thread};
 
-use super::super::open_duration::OpenDuration;
+use super::super::{circuit::Circuit, open_duration::OpenDuration};
 use super::*;
-use crate::outcome::Outcome;
+use crate::{outcome::Outcome, permit::Slot};
 
 fn cell(trip: Trip) -> Cell {
     let settings = CircuitSettings {
@@ -17,7 +17,7 @@ fn cell(trip: Trip) -> Cell {
         uses_backpressure: false,
         count_cancelled_after: None,
     };
-    Cell::new(Front::take(), trip, settings, false)
+    Cell::new(Slot::<Circuit>::allocate().word(), trip, settings, false)
 }
 
 fn ended(outcome: Outcome) -> Ended {

@@ -3,7 +3,7 @@
 //! # Mechanism
 //!
 //! The [`Machine`] is a plain state machine behind a mutex. Before the mutex is released, [`Locked`] publishes a
-//! summary of the machine: one word in the [`Front`] (state, generation and flags) and three times in the [`Cell`]. The
+//! summary of the machine: the [`PublishedState`] (state, generation and flags) and three times in the [`Cell`]. The
 //! lock-free paths read only this summary:
 //!
 //! | operation | lock-free if |
@@ -22,7 +22,7 @@
 //! generation in which its call was admitted. The outcome of a call counts only if that generation is still the current
 //! one, and the outcome of a probe only if the machine still has the probe. An isolation is not a transition: calls
 //! that were admitted before it still count. The first generation of a cell is higher than each generation that earlier
-//! circuits have published in the same front, so the calls of those circuits are late, too.
+//! circuits have published in the same word, so the calls of those circuits are late, too.
 //!
 //! # Outcomes that do not change the machine
 //!
@@ -38,7 +38,7 @@
 //!
 //! # Orderings
 //!
-//! - The word is stored last, with `Release` ([`Front::show`]), and loaded first, with `Acquire` ([`Front::read`]).
+//! - The word is stored last, with `Release` ([`PublishedState::publish`]), and loaded first, with `Acquire` ([`PublishedState::load`]).
 //!   `until`, `slow_from` and `count_cancelled_after` are stored before it. A path that has loaded the word therefore
 //!   reads the times that were published with this word, or later ones. If it has read *open*, it cannot read the
 //!   `until` of an earlier state.
@@ -68,7 +68,7 @@ use std::time::Duration;
 
 use super::{
     machine::{Ended, Machine, Probes, TimeWindows},
-    published::{Bits, Front, Word},
+    published::{FastState, PublishedState, StateBits},
     state::{At, CircuitSettings, CircuitState, Refusal, Roll, Ticket, Transition},
     trip::Trip,
 };
@@ -84,8 +84,8 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Cell {
     /// The word that calls read without the lock.
-    front: &'static Front,
-    /// The owner must be able to detect whether a call is in flight, so no call may end in the front alone.
+    published: &'static PublishedState,
+    /// The owner must be able to detect whether a call is in flight, so no call may be released by the word alone.
     counts_calls: bool,
     /// The time at which an open circuit becomes half-open. 0 in all other states.
     until: AtomicU64,
@@ -99,15 +99,15 @@ pub(super) struct Cell {
 
 impl Cell {
     pub(super) fn new(
-        front: &'static Front,
+        published: &'static PublishedState,
         trip: Trip,
         settings: CircuitSettings,
         counts_calls: bool,
     ) -> Self {
-        // The calls of the circuit that had the front before have lower generations, so they are late.
-        let (machine, times) = Machine::new(trip, settings, front.read().generation() + 1);
+        // The calls of the circuit that had the word before have lower generations, so they are late.
+        let (machine, times) = Machine::new(trip, settings, published.load().generation() + 1);
         let cell = Self {
-            front,
+            published,
             counts_calls,
             until: AtomicU64::new(0),
             slow_from: AtomicU64::new(u64::MAX),
@@ -119,8 +119,9 @@ impl Cell {
         cell
     }
 
-    pub(super) fn front(&self) -> &'static Front {
-        self.front
+    #[inline]
+    pub(super) fn published(&self) -> &'static PublishedState {
+        self.published
     }
 
     // ===== Queries =====
@@ -131,11 +132,11 @@ impl Cell {
         now: impl FnOnce() -> Nanos,
         roll: Roll,
     ) -> (CircuitState, Option<Duration>, Option<Transition>) {
-        let state = match self.front.read().word() {
-            Word::Closed | Word::Ramp => CircuitState::Closed,
-            Word::ForcedOpen => CircuitState::ForcedOpen,
-            Word::ForcedClosed => CircuitState::ForcedClosed,
-            Word::Open | Word::HalfOpen => {
+        let state = match self.published.load().state() {
+            FastState::Closed | FastState::Ramp => CircuitState::Closed,
+            FastState::ForcedOpen => CircuitState::ForcedOpen,
+            FastState::ForcedClosed => CircuitState::ForcedClosed,
+            FastState::Open | FastState::HalfOpen => {
                 let now = now();
                 let left = |at: Nanos| Duration::from_nanos(at.saturating_sub(now));
                 let (mut machine, passed) = self.lock_at(self.at(now, roll));
@@ -169,10 +170,10 @@ impl Cell {
         now: impl FnOnce() -> Nanos,
         roll: Roll,
     ) -> (bool, Option<Transition>) {
-        match self.front.read().word() {
-            Word::Closed | Word::ForcedClosed => (true, None),
-            Word::ForcedOpen => (false, None),
-            Word::Open | Word::HalfOpen | Word::Ramp => {
+        match self.published.load().state() {
+            FastState::Closed | FastState::ForcedClosed => (true, None),
+            FastState::ForcedOpen => (false, None),
+            FastState::Open | FastState::HalfOpen | FastState::Ramp => {
                 let now = now();
                 // An open circuit rejects without the lock, so that many callers do not contend for it.
                 if now < self.until.load(Ordering::Acquire) {
@@ -195,13 +196,13 @@ impl Cell {
     /// Returns whether the published state is open. The open time may have passed since.
     #[inline]
     pub(super) fn is_open(&self) -> bool {
-        self.front.read().word() == Word::Open
+        self.published.load().state() == FastState::Open
     }
 
     /// Returns whether a call that is admitted now may be a probe.
     #[inline]
     pub(super) fn may_probe(&self) -> bool {
-        matches!(self.front.read().word(), Word::Open | Word::HalfOpen)
+        matches!(self.published.load().state(), FastState::Open | FastState::HalfOpen)
     }
 
     /// Returns for how long an open circuit still rejects calls. `None` if it does not, or if its open time has passed.
@@ -219,8 +220,8 @@ impl Cell {
     /// must record it.
     #[inline]
     pub(super) fn count_good(&self, generation: u64, now: impl FnMut() -> Nanos) -> bool {
-        let bits = self.front.read();
-        if !bits.is_clean() || bits.word() != Word::Closed {
+        let bits = self.published.load();
+        if !bits.is_clean() || bits.state() != FastState::Closed {
             return false;
         }
         if !self.times.is_empty() && bits.generation() == generation {
@@ -236,21 +237,23 @@ impl Cell {
         now: impl FnOnce() -> Nanos,
         roll: Roll,
     ) -> (Result<Ticket, Refusal>, Option<Transition>) {
-        let bits = self.front.read();
-        match bits.word() {
-            Word::Closed | Word::ForcedClosed => {
+        let bits = self.published.load();
+        match bits.state() {
+            FastState::Closed | FastState::ForcedClosed => {
                 (Ok(Ticket { generation: bits.generation(), probe: false }), None)
             }
             // An open circuit rejects without the lock, so that many callers do not contend for it.
-            Word::Open => {
+            FastState::Open => {
                 let now = now();
                 match self.until.load(Ordering::Acquire).saturating_sub(now) {
                     0 => self.admit_locked(is_unsent, self.at(now, roll)),
                     left => (Err(Refusal::Open { left }), None),
                 }
             }
-            Word::ForcedOpen => (Err(Refusal::Forced), None),
-            Word::HalfOpen | Word::Ramp => self.admit_locked(is_unsent, self.at(now(), roll)),
+            FastState::ForcedOpen => (Err(Refusal::Forced), None),
+            FastState::HalfOpen | FastState::Ramp => {
+                self.admit_locked(is_unsent, self.at(now(), roll))
+            }
         }
     }
 
@@ -287,12 +290,12 @@ impl Cell {
         mut now: impl FnMut() -> Nanos,
         roll: Roll,
     ) -> Option<Transition> {
-        let bits = self.front.read();
-        match bits.word() {
-            Word::HalfOpen | Word::ForcedOpen if ticket.probe => {}
+        let bits = self.published.load();
+        match bits.state() {
+            FastState::HalfOpen | FastState::ForcedOpen if ticket.probe => {}
             _ if ticket.probe || bits.generation() != ticket.generation => return None,
-            Word::ForcedClosed => return None,
-            Word::Closed | Word::Ramp => {
+            FastState::ForcedClosed => return None,
+            FastState::Closed | FastState::Ramp => {
                 let slow = ended.took >= self.slow_from.load(Ordering::Relaxed);
                 match ended.outcome.kind() {
                     // A throttled call has a response, and the machine has to record the first response.
@@ -311,7 +314,7 @@ impl Cell {
                 }
             }
             // Beneath an isolation the machine still counts outcomes.
-            Word::Open | Word::HalfOpen | Word::ForcedOpen => {}
+            FastState::Open | FastState::HalfOpen | FastState::ForcedOpen => {}
         }
         let at = self.at(now(), roll);
         let (mut machine, passed) = self.lock_at(at);
@@ -418,13 +421,13 @@ impl Drop for Locked<'_> {
     fn drop(&mut self) {
         self.ended = self.machine.take_ended();
         let (cell, machine) = (self.cell, &self.machine);
-        let word = match machine.state() {
-            CircuitState::Closed if machine.ramps() => Word::Ramp,
-            CircuitState::Closed => Word::Closed,
-            CircuitState::Open => Word::Open,
-            CircuitState::HalfOpen => Word::HalfOpen,
-            CircuitState::ForcedOpen => Word::ForcedOpen,
-            CircuitState::ForcedClosed => Word::ForcedClosed,
+        let state = match machine.state() {
+            CircuitState::Closed if machine.ramps() => FastState::Ramp,
+            CircuitState::Closed => FastState::Closed,
+            CircuitState::Open => FastState::Open,
+            CircuitState::HalfOpen => FastState::HalfOpen,
+            CircuitState::ForcedOpen => FastState::ForcedOpen,
+            CircuitState::ForcedClosed => FastState::ForcedClosed,
         };
         let slow_from = machine.slow_from();
         let measured = slow_from.is_some();
@@ -434,8 +437,8 @@ impl Drop for Locked<'_> {
         let count_after_nanos = count_after.map_or(u64::MAX, nanos);
         cell.count_cancelled_after.store(count_after_nanos, Ordering::Relaxed);
         cell.until.store(machine.until(), Ordering::Release);
-        let bits = Bits::new(machine.generation(), word).clean(machine.is_clean());
+        let bits = StateBits::new(machine.generation(), state).clean(machine.is_clean());
         let bits = bits.measured(measured).plain(plain).attributes(count_after.is_some());
-        cell.front.show(bits);
+        cell.published.publish(bits);
     }
 }
