@@ -235,7 +235,6 @@
 //! | `rustls` | | TLS for that client, and for the server of `serve` |
 //! | `config` | | [settings](config) from TOML, JSON or the environment, checked against each other and explained |
 //! | `stack` | | whole [client and server stacks](stack) from such settings, each in one call; `buttress::client` needs `connect` too, `buttress::grpc` needs `tonic` |
-//! | `percentile` | | hedges after a percentile of the recent latency |
 //! | `tower-http` | | classification by a classifier of `tower_http::classify` |
 //! | `tonic` | | classifies the errors of a tonic channel directly inside of a layer; a rejection has a `tonic::Status` as its source; needs Rust 1.88 |
 //! | `tonic-health` | | `grpc.health.v1` from the [`Health`] registry; a rejection has a `tonic::Status` as its source; needs Rust 1.88 |

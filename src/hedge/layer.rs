@@ -52,7 +52,6 @@ enum Delay {
     #[cfg(feature = "config")]
     Off,
     Fixed(Duration),
-    #[cfg(feature = "percentile")]
     Live(Box<super::percentile::Live>),
 }
 
@@ -63,7 +62,6 @@ impl HedgeSettings {
             #[cfg(feature = "config")]
             Delay::Off => None,
             Delay::Fixed(delay) => Some(*delay),
-            #[cfg(feature = "percentile")]
             Delay::Live(live) => live.delay(),
         }
     }
@@ -74,10 +72,7 @@ impl HedgeSettings {
 
     /// Returns whether the layer records the latency of calls.
     pub(crate) fn learns(&self) -> bool {
-        #[cfg(feature = "percentile")]
-        return matches!(self.delay, Delay::Live(_));
-        #[cfg(not(feature = "percentile"))]
-        false
+        matches!(self.delay, Delay::Live(_))
     }
 
     /// Returns whether every request passes unchanged.
@@ -90,10 +85,9 @@ impl HedgeSettings {
 
     /// Records the latency of a call that has a good response. A call that fails fast is no reason for a shorter delay,
     /// and is not recorded.
-    pub(crate) fn took(&self, _began: Option<Instant>) {
-        #[cfg(feature = "percentile")]
-        if let (Delay::Live(live), Some(began)) = (&self.delay, _began) {
-            live.took(began.elapsed());
+    pub(crate) fn took(&self, began: Option<Instant>) {
+        if let (Delay::Live(live), Some(began)) = (&self.delay, began) {
+            live.record(began);
         }
     }
 
@@ -136,15 +130,13 @@ impl HedgeLayer {
 
     /// Returns a layer whose delay is this percentile of the latency: with 0.95, about one call in twenty is hedged.
     ///
-    /// The percentile is that of the calls of the last 30 s to 60 s, with an error of at most 1 %. The delay is at
+    /// The percentile is that of the calls of the last 30 s to 60 s, too high by less than 1 %. The delay is at
     /// least 1 ms. No hedge attempt is sent before 20 calls are recorded. A percentile that is not above 0 and below 1
     /// is a [`ConfigError`] of [`checked`](Self::checked).
     ///
     /// A call is recorded when it has a good response. If a hedge attempt has returned that response, the recorded time
     /// is shorter than that of the first attempt would have been, but both are beyond the percentile. Each call costs a
     /// clock read and a mutex.
-    #[cfg(feature = "percentile")]
-    #[cfg_attr(docsrs, doc(cfg(feature = "percentile")))]
     pub fn after_percentile(share: f64) -> Self {
         let fault = (!(share > 0.0 && share < 1.0)).then(|| {
             let remedy = "use a share above 0 and below 1, such as 0.95";

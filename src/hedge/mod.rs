@@ -24,7 +24,7 @@
 //! # let _ = (retry, hedge); Ok(()) }
 //! ```
 //!
-//! With the feature `percentile`, [`HedgeLayer::after_percentile`] derives the delay from the latency of recent calls.
+//! [`HedgeLayer::after_percentile`] derives the delay from the latency of recent calls.
 //!
 //! # How it decides
 //!
@@ -105,7 +105,6 @@
 //! the number of hedge attempts, and leaves it to the user to decide which requests are safe to repeat.
 
 mod layer;
-#[cfg(feature = "percentile")]
 mod percentile;
 mod service;
 

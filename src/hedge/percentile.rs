@@ -8,6 +8,8 @@ use std::{
     time::Duration,
 };
 
+use tokio::time::Instant;
+
 use crate::{attempt::lock, time::RecentLatency};
 
 /// A percentile of the latency of recent calls.
@@ -25,7 +27,7 @@ struct PercentileState {
 }
 
 /// The minimum number of recorded calls for a delay. Fewer do not determine the 95th percentile.
-const LEAST: usize = 20;
+const LEAST: u64 = 20;
 /// The number of calls between two computations of the percentile.
 const EVERY: u32 = 16;
 /// The minimum delay (that of Finagle's backup requests).
@@ -33,7 +35,7 @@ const SHORTEST: Duration = Duration::from_millis(1);
 
 impl Live {
     pub(crate) fn new(quantile: f64) -> Self {
-        let state = PercentileState { recent: RecentLatency::new(), due: 0 };
+        let state = PercentileState { recent: RecentLatency::default(), due: 0 };
         Self { quantile, delay_us: AtomicU64::new(0), state: Mutex::new(state) }
     }
 
@@ -45,17 +47,20 @@ impl Live {
         }
     }
 
-    /// Records the latency of a call, or a lower bound of it.
-    pub(crate) fn took(&self, time: Duration) {
+    /// Records the latency of a call that began at this time, or a lower bound of it.
+    pub(crate) fn record(&self, began: Instant) {
+        let now = Instant::now();
         let mut state = lock(&self.state);
-        if !state.recent.add(time) && state.due > 0 {
+        let latency = now.saturating_duration_since(began);
+        if !state.recent.record(latency, now) && state.due > 0 {
             state.due -= 1;
             return;
         }
-        let (count, delay) = state.recent.quantile(self.quantile);
-        let delay = delay.filter(|_| count >= LEAST);
+        let delay = state.recent.percentile(self.quantile, now);
+        let delay = delay.filter(|_| state.recent.count() >= LEAST);
         state.due = if delay.is_some() { EVERY } else { 0 };
-        let us = delay.map_or(0, |delay| ((delay * 1e6) as u64).max(1));
+        let us =
+            delay.map_or(0, |delay| u64::try_from(delay.as_micros()).unwrap_or(u64::MAX).max(1));
         self.delay_us.store(us, Ordering::Relaxed);
     }
 }

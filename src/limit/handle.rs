@@ -43,7 +43,7 @@ pub struct ConcurrencyLimitSnapshot {
     pub rejected_outranked: u64,
     /// The number of calls admitted in [shadow mode](ConcurrencyLimitHandle::shadow) that would have been rejected.
     pub shadowed: u64,
-    /// The median of the waiting times in the queue in the last 30 to 60 s, too high by an eighth or less. `None` if no
+    /// The median of the waiting times in the queue in the last 30 to 60 s, too high by less than 1 %. `None` if no
     /// call waited.
     pub wait_p50: Option<Duration>,
     /// The 99th percentile of the same waiting times.
@@ -134,7 +134,7 @@ impl ConcurrencyLimitHandle {
     }
 
     /// Returns a percentile of the waiting times in the queue in the last 30 to 60 s. `share` is from 0 to 1: with
-    /// 0.99, 99 % of the waits were not longer than the result. The result is too high by an eighth or less. It
+    /// 0.99, 99 % of the waits were not longer than the result. The result is too high by less than 1 %. It
     /// includes the calls that were rejected after waiting for the maximum time or to their deadline. `None` if no call
     /// waited.
     #[must_use]

@@ -167,7 +167,6 @@
 
 pub mod adaptive;
 mod handle;
-mod latency;
 mod layer;
 mod limiter;
 pub mod partition;

@@ -42,10 +42,8 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{
-    latency::Waits,
-    partition::{Cutoff, Line, Priority, Shares},
-};
+use super::partition::{Cutoff, Line, Priority, Shares};
+use crate::time::RecentLatency;
 
 /// A queue entry: the index of its queue and its number. Numbers increase with each entry and are never reused.
 pub(super) type Place = (Line, u64);
@@ -109,7 +107,7 @@ pub(super) struct Queue {
     lost: BTreeSet<u64>,
     pub(super) shares: Shares,
     pub(super) cutoff: Option<Cutoff>,
-    pub(super) waits: Waits,
+    pub(super) waits: RecentLatency,
 }
 
 impl Default for Queue {
@@ -123,7 +121,7 @@ impl Default for Queue {
             lost: BTreeSet::new(),
             shares: Shares::default(),
             cutoff: None,
-            waits: Waits::default(),
+            waits: RecentLatency::default(),
         }
     }
 }
@@ -256,7 +254,7 @@ impl Queue {
         let number = turn.map(|(number, _)| *number);
         self.entered(line);
         let waiter = self.remove((line, number?))?;
-        self.waits.add(now.saturating_duration_since(waiter.since), now);
+        self.waits.record(now.saturating_duration_since(waiter.since), now);
         waiter.waker
     }
 
@@ -272,7 +270,7 @@ impl Queue {
     pub(super) fn gives_up(&mut self, (line, number): Place, now: Instant) {
         if let Some(waiter) = self.line(line).get(&number) {
             let waited = now.saturating_duration_since(waiter.since);
-            self.waits.add(waited, now);
+            self.waits.record(waited, now);
         }
     }
 

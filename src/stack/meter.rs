@@ -14,6 +14,7 @@ use std::{
 
 use http::{Request, Response};
 use http_body::Body;
+use tokio::time::Instant;
 use tower_service::Service;
 
 use crate::{
@@ -63,16 +64,17 @@ impl MeterLayer {
             refused: AtomicU64::new(0),
             took: AtomicU64::new(0),
             timed: AtomicU64::new(0),
-            recent: Mutex::new(RecentLatency::new()),
+            recent: Mutex::new(RecentLatency::default()),
         })
     }
 
     fn timed(&self, started: Nanos) {
-        let took = self.clock.now().saturating_sub(started);
+        let now = Instant::now();
+        let took = self.clock.at(now).saturating_sub(started);
         self.took.fetch_add(took, Relaxed);
         self.timed.fetch_add(1, Relaxed);
         let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-        recent.add(Duration::from_nanos(took));
+        recent.record(Duration::from_nanos(took), now);
     }
 
     pub(super) fn counted(&self) -> Counted {
@@ -84,8 +86,8 @@ impl MeterLayer {
         let refused = self.refused.load(Relaxed);
         let timed = self.timed.load(Relaxed);
         let average = self.took.load(Relaxed).checked_div(timed).map(Duration::from_nanos);
-        let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-        let p99 = recent.quantile(0.99).1.and_then(|secs| Duration::try_from_secs_f64(secs).ok());
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        let p99 = recent.percentile(0.99, Instant::now());
         Counted {
             begun: self.begun.load(Relaxed),
             successes,

@@ -1,98 +1,212 @@
-//! Percentiles of the recent latency.
+//! Percentiles of recent latencies.
 //!
-//! Two sketches hold the latencies of the current and of the previous interval of 30 s. A percentile is computed over
+//! Two histograms contain the latencies of the current and of the previous window of 30 s. A percentile is computed over
 //! both, so it covers the last 30 to 60 s.
+//!
+//! A histogram is log-linear: each octave, from one power of two of nanoseconds to the next, has 128 buckets of equal
+//! width. The upper bound of a bucket exceeds the latencies in it by less than 1/128, which is 0.8 %. The buckets of an
+//! octave, 512 bytes, are allocated when the first latency of the octave is recorded.
+//!
+//! The module takes the time as an argument. The state that contains the value locks it.
 
-use std::time::Duration;
+use std::{mem, time::Duration};
 
-use sketches_ddsketch::{Config, DDSketch};
 use tokio::time::Instant;
 
-/// The latencies of the last one to two intervals of [`AGE`], as sketches.
+use super::clock::nanos;
+
+/// The latencies of the last one to two [windows](WINDOW).
+#[derive(Debug, Default)]
 pub(crate) struct RecentLatency {
-    /// The current interval.
-    now: DDSketch,
-    /// The previous interval.
-    before: DDSketch,
-    /// The start of the current interval.
-    since: Instant,
+    current: Histogram,
+    previous: Histogram,
+    /// The start of the current window.
+    since: Option<Instant>,
 }
 
-/// The duration of an interval.
-const AGE: Duration = Duration::from_secs(30);
-
-/// Returns an empty sketch with a relative error of 1 % and at most 2048 buckets.
-fn sketch() -> DDSketch {
-    DDSketch::new(Config::new(0.01, 2048, 1.0e-6))
-}
+/// The time for which a histogram collects latencies.
+const WINDOW: Duration = Duration::from_secs(30);
+/// The number of buckets of an octave, as a power of two.
+const BUCKET_BITS: u32 = 7;
+const BUCKETS: usize = 1 << BUCKET_BITS;
 
 impl RecentLatency {
-    pub(crate) fn new() -> Self {
-        Self { now: sketch(), before: sketch(), since: Instant::now() }
+    /// Records a latency. Returns whether a new window has begun.
+    pub(crate) fn record(&mut self, latency: Duration, now: Instant) -> bool {
+        let has_begun = self.advance(now);
+        self.current.record(latency);
+        has_begun
     }
 
-    /// Adds the latency of a call. Returns whether a new interval has begun.
-    pub(crate) fn add(&mut self, time: Duration) -> bool {
-        let turned = self.turn();
-        self.now.add(time.as_secs_f64());
-        turned
-    }
-
-    /// Begins a new interval if the current one is over.
-    fn turn(&mut self) -> bool {
-        let age = self.since.elapsed();
-        if age < AGE {
+    /// Begins a new window if the current one is over.
+    fn advance(&mut self, now: Instant) -> bool {
+        let age = now.saturating_duration_since(*self.since.get_or_insert(now));
+        if age < WINDOW {
             return false;
         }
-        let full = std::mem::replace(&mut self.now, sketch());
-        // Without a call for a whole interval, the previous interval is empty.
-        self.before = if age < AGE * 2 { full } else { sketch() };
-        self.since = Instant::now();
+        mem::swap(&mut self.current, &mut self.previous);
+        self.current.clear();
+        // Without a latency in a whole window, the previous window is empty.
+        if age >= WINDOW * 2 {
+            self.previous.clear();
+        }
+        self.since = Some(now);
         true
     }
 
-    /// Returns the number of calls, and the latency in seconds that this share of them did not exceed. `None` without
-    /// calls.
-    pub(crate) fn quantile(&self, share: f64) -> (usize, Option<f64>) {
-        let mut both = self.before.clone();
-        // The sketches have the same configuration, so the merge succeeds. A share from 0 to 1 has a quantile.
-        let merged = both.merge(&self.now).is_ok();
-        let share = at_least(share, both.count());
-        (both.count(), both.quantile(share).ok().flatten().filter(|_| merged))
+    /// Returns the number of latencies.
+    pub(crate) fn count(&self) -> u64 {
+        self.current.count + self.previous.count
+    }
+
+    /// Returns the latency that this share of the latencies, 0 to 1, did not exceed. The result is too high by less than
+    /// 1 %. `None` without latencies.
+    pub(crate) fn percentile(&mut self, share: f64, now: Instant) -> Option<Duration> {
+        self.advance(now);
+        // The number of latencies that the result must cover: at least 1, so that a share of 0 returns the minimum.
+        let mut rank = ((self.count() as f64 * share.clamp(0.0, 1.0)).ceil() as u64).max(1);
+        for octave in 0..self.current.octaves.len().max(self.previous.octaves.len()) {
+            let both = [self.current.octave(octave), self.previous.octave(octave)];
+            for bucket in 0..both.map(<[u32]>::len).into_iter().max().unwrap_or(0) {
+                let counts = both.map(|buckets| buckets.get(bucket).copied().unwrap_or(0));
+                let count = counts.into_iter().map(u64::from).sum();
+                if rank <= count {
+                    return Some(max_of(octave, bucket));
+                }
+                rank -= count;
+            }
+        }
+        None
     }
 }
 
-/// Returns the quantile to request from the sketch, so that at least this share of the calls does not exceed it.
-///
-/// The sketch rounds the rank down. For two calls its 99th percentile would be the faster of them.
-fn at_least(share: f64, of: usize) -> f64 {
-    let nth = (share * of as f64).ceil().max(1.0) - 1.0;
-    let last = of.saturating_sub(1).max(1) as f64;
-    ((nth + 0.5) / last).min(1.0)
+#[derive(Debug, Default)]
+struct Histogram {
+    /// The counts of the buckets by octave. Empty for an octave without latencies.
+    octaves: Vec<Vec<u32>>,
+    /// The sum of all counts.
+    count: u64,
+}
+
+impl Histogram {
+    fn record(&mut self, latency: Duration) {
+        let (octave, bucket) = bucket_of(latency);
+        if self.octaves.len() <= octave {
+            self.octaves.resize_with(octave + 1, Vec::new);
+        }
+        let buckets = &mut self.octaves[octave];
+        if buckets.is_empty() {
+            *buckets = vec![0; BUCKETS];
+        }
+        buckets[bucket] = buckets[bucket].saturating_add(1);
+        self.count += 1;
+    }
+
+    fn octave(&self, octave: usize) -> &[u32] {
+        self.octaves.get(octave).map_or(&[], Vec::as_slice)
+    }
+
+    /// Sets all counts to zero. The memory stays allocated, because the next latencies are probably similar.
+    fn clear(&mut self) {
+        self.octaves.iter_mut().for_each(|buckets| buckets.fill(0));
+        self.count = 0;
+    }
+}
+
+/// Returns the octave and the bucket of a latency. Octave 0 contains the latencies below 128 ns, with 1 ns per bucket.
+fn bucket_of(latency: Duration) -> (usize, usize) {
+    let ns = nanos(latency);
+    let octave = (u64::BITS - BUCKET_BITS).saturating_sub(ns.leading_zeros());
+    (octave as usize, (ns >> octave.saturating_sub(1)) as usize % BUCKETS)
+}
+
+/// Returns the maximum latency of a bucket.
+fn max_of(octave: usize, bucket: usize) -> Duration {
+    let width = octave.saturating_sub(1);
+    let first = if octave == 0 { bucket } else { BUCKETS + bucket } as u64;
+    Duration::from_nanos(first << width | ((1 << width) - 1))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
-    async fn a_percentile_is_what_so_many_did_not_exceed_however_few_they_are() {
-        let mut recent = RecentLatency::new();
-        let is = |recent: &RecentLatency, share: f64, ms: f64| {
-            let told = recent.quantile(share).1.unwrap() * 1000.0;
-            assert!((told - ms).abs() <= ms / 100.0, "{share}: {told} and not {ms}");
-        };
-        recent.add(Duration::from_millis(100));
-        recent.add(Duration::from_millis(200));
-        for (share, ms) in [(0.0, 100.0), (0.5, 100.0), (0.51, 200.0), (0.99, 200.0), (1.0, 200.0)]
+    fn is_within_one_percent(percentile: Duration, exact: Duration) -> bool {
+        percentile >= exact && nanos(percentile) - nanos(exact) <= nanos(exact) / 128
+    }
+
+    #[test]
+    fn buckets_are_ordered_and_narrower_than_one_percent() {
+        let mut previous = (0, 0);
+        for shift in 0..u64::BITS {
+            for step in 0..BUCKETS as u64 {
+                let latency =
+                    Duration::from_nanos((1 << shift) + (u128::from(step) << shift >> 7) as u64);
+                let bucket = bucket_of(latency);
+                assert!(bucket >= previous, "{latency:?}");
+                previous = bucket;
+                assert!(is_within_one_percent(max_of(bucket.0, bucket.1), latency), "{latency:?}");
+            }
+        }
+        assert_eq!(max_of(previous.0, previous.1), Duration::from_nanos(u64::MAX));
+        assert_eq!(bucket_of(Duration::MAX), previous);
+        assert_eq!(bucket_of(Duration::ZERO), (0, 0));
+    }
+
+    #[test]
+    fn percentiles_are_within_one_percent_of_the_exact_ones() {
+        let mut rng = fastrand::Rng::with_seed(7);
+        let now = Instant::now();
+        for _ in 0..500 {
+            let mut recent = RecentLatency::default();
+            let max = rng.u64(1..=u64::MAX >> rng.u32(..64));
+            let latency = |rng: &mut fastrand::Rng| Duration::from_nanos(rng.u64(..=max));
+            let mut exact: Vec<_> = (0..rng.usize(1..300)).map(|_| latency(&mut rng)).collect();
+            // A part of the latencies is in the previous window.
+            let split = rng.usize(..=exact.len());
+            exact[..split].iter().for_each(|latency| _ = recent.record(*latency, now));
+            let later = now + WINDOW;
+            exact[split..].iter().for_each(|latency| _ = recent.record(*latency, later));
+            let later = if split == exact.len() { now } else { later };
+            exact.sort_unstable();
+            for share in [0.0, 0.5, 0.9, 0.99, 1.0, rng.f64()] {
+                let rank = ((share * exact.len() as f64).ceil() as usize).max(1);
+                let percentile = recent.percentile(share, later).expect("latencies");
+                let exact = exact[rank - 1];
+                assert!(
+                    is_within_one_percent(percentile, exact),
+                    "{share}: {percentile:?} {exact:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn percentile_of_few_latencies_is_one_of_them() {
+        let (mut recent, now) = (RecentLatency::default(), Instant::now());
+        assert_eq!(recent.percentile(0.5, now), None);
+        let ms = Duration::from_millis;
+        recent.record(ms(100), now);
+        recent.record(ms(200), now);
+        for (share, exact) in
+            [(0.0, 100), (0.5, 100), (0.51, 200), (0.99, 200), (7.0, 200), (f64::NAN, 100)]
         {
-            is(&recent, share, ms);
+            let percentile = recent.percentile(share, now).unwrap();
+            assert!(is_within_one_percent(percentile, ms(exact)), "{share}: {percentile:?}");
         }
-        for time in 3..=100 {
-            recent.add(Duration::from_millis(100 * time));
-        }
-        for nth in [1, 50, 95, 99, 100].map(f64::from) {
-            is(&recent, nth / 100.0, nth * 100.0);
-        }
+    }
+
+    #[test]
+    fn latencies_expire_after_two_windows() {
+        let (mut recent, began) = (RecentLatency::default(), Instant::now());
+        let at = |secs| began + Duration::from_secs(secs);
+        let ms = Duration::from_millis;
+        (1..=100).for_each(|n| assert!(!recent.record(ms(n), began)));
+        assert!(recent.record(ms(500), at(31)), "a new window");
+        assert!(recent.percentile(0.5, at(31)).unwrap() < ms(60), "both windows count");
+        assert_eq!(recent.count(), 101);
+        assert!(recent.percentile(0.0, at(62)).unwrap() >= ms(500), "the first window has expired");
+        assert_eq!(recent.percentile(1.0, at(200)), None);
+        assert_eq!(recent.count(), 0);
     }
 }

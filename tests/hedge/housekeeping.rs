@@ -74,7 +74,6 @@ async fn housekeeping_makes_no_deposit() {
     }
 }
 
-#[cfg(feature = "percentile")]
 #[tokio::test(start_paused = true)]
 async fn housekeeping_is_not_a_latency_sample() {
     for reason in ALL {

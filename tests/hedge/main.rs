@@ -7,7 +7,6 @@ mod hedge {
     mod calls;
     mod cost;
     mod housekeeping;
-    #[cfg(feature = "percentile")]
     mod percentile;
     mod several;
     mod tail;

@@ -28,7 +28,6 @@ mod retry {
     mod time;
     mod types;
     mod unprocessed;
-    #[cfg(feature = "percentile")]
     mod vectors;
     mod waits;
     mod wire;
