@@ -249,7 +249,7 @@ impl Lifecycle {
         let ended = async {
             server.await?;
             if self.phase() == LifecyclePhase::Stopping {
-                self.0.emptied().await;
+                self.0.wait_until_empty().await;
             }
             Ok(0)
         };

@@ -159,7 +159,7 @@ impl Server {
         drop(listener);
         let all_end = async {
             while connections.join_next().await.is_some() {}
-            lifecycle.0.emptied().await;
+            lifecycle.0.wait_until_empty().await;
         };
         tokio::select! {
             biased;

@@ -164,9 +164,9 @@ impl ConnectionState {
     }
 }
 
-/// Clears a flag that only one task uses, without an atomic read-modify-write.
+/// Clears a flag that only one task uses, without an atomic read-modify-write. Returns whether it was set.
 #[inline]
-fn take(flag: &AtomicBool) -> bool {
+fn clear(flag: &AtomicBool) -> bool {
     let value = flag.load(Relaxed);
     if value {
         flag.store(false, Relaxed);
@@ -273,7 +273,7 @@ impl StageClock {
     #[inline]
     pub(super) fn check(&mut self, cx: &mut Context<'_>) -> StageVerdict {
         let awaits = self.awaits();
-        if take(&self.state.has_ended_head) && matches!(self.stage, ConnectionStage::Head(_)) {
+        if clear(&self.state.has_ended_head) && matches!(self.stage, ConnectionStage::Head(_)) {
             self.stage = ConnectionStage::Call;
             if self.limits.idle < self.limits.head {
                 // The timer is armed for the end of the head, which may be later than the end of the idle time.
@@ -310,7 +310,7 @@ impl StageClock {
         cx: &mut Context<'_>,
     ) -> StageVerdict {
         let now = Instant::now();
-        let is_used = take(&self.state.is_used);
+        let is_used = clear(&self.state.is_used);
         self.stage = match (awaits, self.stage) {
             (Awaits::Head, ConnectionStage::Head(since)) => ConnectionStage::Head(since),
             (Awaits::Head, _) => ConnectionStage::Head(now),

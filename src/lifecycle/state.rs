@@ -2,7 +2,7 @@ use std::{
     fmt,
     future::{Ready, pending},
     sync::{
-        Arc, Mutex, OnceLock, PoisonError, Weak,
+        Arc, OnceLock, Weak,
         atomic::{AtomicU8, AtomicU64, Ordering::SeqCst},
     },
     time::Duration,
@@ -21,6 +21,7 @@ use crate::{
     health::Reporter,
     outcome::{LayerKind, Outcome, Rejected, RejectedKind},
     permit::{Permit, Release, ReleaseAt, ShardedArc, ShardedRef, Token},
+    sync::Mutex,
 };
 
 /// The phase of a process between its start and its end.
@@ -133,7 +134,7 @@ impl LifecycleState {
     }
 
     pub(super) fn times<T>(&self, with: impl FnOnce(&mut DrainTimes) -> T) -> T {
-        with(&mut self.times.lock().unwrap_or_else(PoisonError::into_inner))
+        with(&mut self.times.lock())
     }
 
     // ===== Reads =====

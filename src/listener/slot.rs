@@ -1,7 +1,7 @@
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, PoisonError, Weak,
+        Arc, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     task::Waker,
@@ -10,7 +10,10 @@ use std::{
 
 use tokio::time::Instant;
 
-use crate::time::{Clock, Nanos, nanos};
+use crate::{
+    sync::Mutex,
+    time::{Clock, Nanos, nanos},
+};
 
 /// The slot that a connection occupies in a [`LimitedListener`](super::LimitedListener).
 ///
@@ -43,7 +46,7 @@ impl ConnectionSlot {
 
     /// Registers the waker of the connection's task. Call it before [`is_reclaimed`](Self::is_reclaimed).
     pub(crate) fn wake_on_reclaim(&self, waker: &Waker) {
-        let registered = || self.0.waker.lock().unwrap_or_else(PoisonError::into_inner);
+        let registered = || self.0.waker.lock();
         if registered().as_ref().is_some_and(|registered| registered.will_wake(waker)) {
             return;
         }
@@ -66,7 +69,7 @@ impl ConnectionSlot {
     /// Makes the task of the connection close it.
     fn reclaim(&self) {
         self.0.is_reclaimed.store(true, Relaxed);
-        let waker = self.0.waker.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let waker = self.0.waker.lock().take();
         if let Some(waker) = waker {
             waker.wake();
         }

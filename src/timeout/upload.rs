@@ -37,7 +37,7 @@ use std::{
     fmt,
     pin::Pin,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicU8, AtomicU32, Ordering},
     },
     task::{Context, Poll, Waker, ready},
@@ -61,6 +61,7 @@ use crate::{
     error::BoxError,
     outcome::{LayerKind, TimeoutPhase, WaitsFor},
     permit::SlotRef,
+    sync::{Mutex, MutexGuard},
 };
 
 /// The progress of a request body.
@@ -129,7 +130,7 @@ impl Upload {
     }
 
     fn waiter(&self) -> MutexGuard<'_, UploadWaiter> {
-        self.waiter.lock().unwrap_or_else(PoisonError::into_inner)
+        self.waiter.lock()
     }
 
     pub(super) fn stage(&self) -> UploadStage {
