@@ -67,7 +67,7 @@ mod boxed {
     use std::{
         mem,
         pin::Pin,
-        sync::{Arc, Mutex, MutexGuard, PoisonError},
+        sync::Arc,
         task::{Context, Poll},
     };
 
@@ -76,6 +76,7 @@ mod boxed {
 
     use super::super::{Drains, drain};
     use super::{Loan, Reclaim};
+    use crate::sync::Mutex;
 
     /// A body that can be lent: boxed, and with an empty default that replaces it.
     pub(super) trait Lendable:
@@ -88,7 +89,7 @@ mod boxed {
     /// Replaces the body of the request by a lent body. Returns `None` if the body has ended or must not be drained.
     pub(super) fn lend<B: Lendable>(
         request: &mut Request<B>,
-        boxed: impl FnOnce(Lent<B>) -> B,
+        boxed: impl FnOnce(LentBody<B>) -> B,
     ) -> Option<Loan> {
         let drains = Drains::of(request);
         if request.body().is_end_stream() || drains == Drains::Never {
@@ -97,7 +98,7 @@ mod boxed {
         let state = Arc::new(Mutex::new(LoanState::Lent));
         let body = mem::take(request.body_mut());
         let can_drain = drains == Drains::Always;
-        *request.body_mut() = boxed(Lent { body, can_drain, state: state.clone() });
+        *request.body_mut() = boxed(LentBody { body, can_drain, state: state.clone() });
         Some(Loan(state))
     }
 
@@ -112,13 +113,9 @@ mod boxed {
         Rejected,
     }
 
-    fn lock<B>(state: &Mutex<LoanState<B>>) -> MutexGuard<'_, LoanState<B>> {
-        state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     impl<B: Lendable> Reclaim for Mutex<LoanState<B>> {
         fn drain(&self) -> bool {
-            let before = mem::replace(&mut *lock(self), LoanState::Rejected);
+            let before = mem::replace(&mut *self.lock(), LoanState::Rejected);
             // The lock has been released, so the body may be user code.
             match before {
                 LoanState::Returned(body) => drain(body),
@@ -129,14 +126,14 @@ mod boxed {
     }
 
     /// A lent body. It forwards everything to the original.
-    pub(super) struct Lent<B: Lendable> {
+    pub(super) struct LentBody<B: Lendable> {
         body: B,
         /// Whether the body can be drained: it has not ended, and polling it does not send `100 Continue`.
         can_drain: bool,
         state: Arc<Mutex<LoanState<B>>>,
     }
 
-    impl<B: Lendable> Body for Lent<B> {
+    impl<B: Lendable> Body for LentBody<B> {
         type Data = B::Data;
         type Error = B::Error;
 
@@ -159,14 +156,14 @@ mod boxed {
         }
     }
 
-    impl<B: Lendable> Drop for Lent<B> {
+    impl<B: Lendable> Drop for LentBody<B> {
         fn drop(&mut self) {
             if !self.can_drain || self.body.is_end_stream() {
-                *lock(&self.state) = LoanState::Ended;
+                *self.state.lock() = LoanState::Ended;
                 return;
             }
             let body = mem::take(&mut self.body);
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
             if let LoanState::Rejected = *state {
                 drop(state);
                 drain(body);

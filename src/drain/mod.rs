@@ -1,4 +1,7 @@
-//! Drains the bodies of requests that a layer has responded to before it read them.
+//! Reads bodies that no caller reads: requests that a layer has responded to before it read them, and responses whose
+//! connection is to be reused ([`poll_drain`], [`drain_response`]).
+//!
+//! # Requests
 //!
 //! A client that still writes its request when the server closes the connection receives a TCP reset, and the reset
 //! discards the response that the client has not read yet (RFC 9112 §9.6). Over HTTP/2 the server resets the stream
@@ -24,6 +27,7 @@
 //! first time. The body of such a request is drained only if it has been polled before.
 
 mod loan;
+mod read;
 
 use std::{
     any::Any,
@@ -33,15 +37,17 @@ use std::{
     time::Duration,
 };
 
-pub(crate) use self::loan::Loan;
+pub(crate) use self::{
+    loan::Loan,
+    read::{MAX_RESPONSE_BYTES, RESPONSE_TIMEOUT, ReadEnd, drain_response, poll_drain, poll_read},
+};
 
 use http::{Request, Version, header};
 #[cfg(any(feature = "hyper", feature = "axum", feature = "tonic-health"))]
 use {
-    bytes::Buf,
     http_body::Body,
     std::future::poll_fn,
-    tokio::{runtime::Handle, task::coop::consume_budget, time::timeout},
+    tokio::{runtime::Handle, time::timeout},
 };
 
 /// The maximum number of bytes that a drain reads.
@@ -201,26 +207,15 @@ where
     let Ok(runtime) = Handle::try_current() else { return false };
     let Some(slot) = DrainSlot::acquire(&DRAINS) else { return false };
     runtime.spawn(async move {
-        let _ = timeout(TIMEOUT, discard(body)).await;
+        let (mut body, mut read) = (DrainedBody(Some(body)), 0);
+        if let Some(body) = &mut body.0 {
+            let end = poll_fn(|cx| poll_read(Pin::new(&mut *body), &mut read, MAX_BYTES, cx, drop));
+            let _ = timeout(TIMEOUT, end).await;
+        }
+        drop(body);
         drop(slot);
     });
     true
-}
-
-/// Reads frames and discards them, up to [`MAX_BYTES`], the trailers, or an error.
-#[cfg(any(feature = "hyper", feature = "axum", feature = "tonic-health"))]
-async fn discard(body: impl Body + Unpin) {
-    let (mut body, mut left) = (Drained(Some(body)), MAX_BYTES);
-    let Some(body) = &mut body.0 else { return };
-    while let Some(Ok(frame)) = poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx)).await {
-        let bytes = frame.data_ref().map_or(0, |data| data.remaining() as u64);
-        left = left.saturating_sub(bytes);
-        if left == 0 || frame.is_trailers() {
-            break;
-        }
-        // A body that is always ready, such as one of empty frames, must not keep the timer from being polled.
-        consume_budget().await;
-    }
 }
 
 thread_local! {
@@ -230,10 +225,10 @@ thread_local! {
 
 /// A body that is being drained. Its destructor marks the drop of the body, so that it starts no second drain.
 #[cfg(any(feature = "hyper", feature = "axum", feature = "tonic-health"))]
-struct Drained<B>(Option<B>);
+struct DrainedBody<B>(Option<B>);
 
 #[cfg(any(feature = "hyper", feature = "axum", feature = "tonic-health"))]
-impl<B> Drop for Drained<B> {
+impl<B> Drop for DrainedBody<B> {
     fn drop(&mut self) {
         let before = DROPS_DRAINED.replace(true);
         self.0 = None;
@@ -328,7 +323,7 @@ mod tests {
         let (body, polls) = endless(Some(1024 * 1024));
         assert!(drain(body));
         dropped(&polls).await;
-        assert_eq!(polls.load(SeqCst), 16);
+        assert_eq!(polls.load(SeqCst), 17, "the last frame exceeds the maximum");
     }
 
     /// Without data there is no maximum of bytes. The clock is real: a paused one stands still while a task is ready.

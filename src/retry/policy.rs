@@ -57,7 +57,7 @@ impl Policy {
             max_transparent: MAX_TRANSPARENT,
             min_attempt_time: Duration::from_millis(10),
             say: Say::default(),
-            drain_cap: 64 * 1024,
+            drain_cap: crate::drain::MAX_RESPONSE_BYTES,
             safe: SafeRequests::Idempotent,
             trust_grpc: false,
         }

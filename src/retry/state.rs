@@ -15,6 +15,7 @@ use crate::{
         AttemptRecord, Attempts, BodyReplay, CallDelays, Core, FailureKind, GiveUpReason, Numbered,
         PerKind, RetryAction, Withdrawal, earns_deposit,
     },
+    drain::RESPONSE_TIMEOUT,
     event::event,
     outcome::{Outcome, Reason, Rejected, http as rule},
     time::Deadline,
@@ -44,9 +45,6 @@ pub(super) struct Wait {
     pub(super) drain_cap: u64,
     pub(super) drain_time: Duration,
 }
-
-/// The maximum time for the drain of a discarded response. After it, the connection is given up.
-const DRAIN_TIME: Duration = Duration::from_millis(50);
 
 impl Wait {
     pub(super) fn left(&self) -> Duration {
@@ -177,13 +175,13 @@ impl<S> Course<S> {
                     "retrying"
                 );
                 // The drain leaves the next attempt its minimum time before the deadline.
-                let most =
-                    left.map_or(DRAIN_TIME, |left| left.saturating_sub(policy.min_attempt_time));
+                let most = left
+                    .map_or(RESPONSE_TIMEOUT, |left| left.saturating_sub(policy.min_attempt_time));
                 Ok(Wait {
                     since: now,
                     time: again.wait,
                     drain_cap: policy.drain_cap,
-                    drain_time: DRAIN_TIME.min(most),
+                    drain_time: RESPONSE_TIMEOUT.min(most),
                 })
             }
             Err(stop) => {

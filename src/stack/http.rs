@@ -1,15 +1,11 @@
 use std::{
     fmt,
     future::poll_fn,
-    pin::pin,
     task::{Context, Poll},
-    time::Duration,
 };
 
-use bytes::Buf;
 use http::{Request, Response, Uri};
 use http_body::Body;
-use tokio::time::timeout;
 use tower_layer::Layer;
 use tower_service::Service;
 
@@ -23,6 +19,7 @@ use crate::{
     client_error::ClientError,
     config::{ClientConfig, ConfigErrors},
     connect::{self, ConnectLayer},
+    drain::drain_response,
     error::{BoxError, ConfigError},
     health::HealthProbe,
     timeout::SendingBody,
@@ -171,25 +168,11 @@ where
         *request.uri_mut() = uri;
         let probe = async {
             let (head, body) = self.request(request).await?.into_parts();
-            let _ = timeout(DRAIN_TIMEOUT, drain(body)).await;
+            // So that the connection can be reused.
+            drain_response(body).await;
             Ok::<_, ClientError>(Response::from_parts(head, ()))
         };
         self.handle.check_health(probe).await
-    }
-}
-
-/// The bounds within which the body of a health check is drained, so that its connection can be reused: 64 KiB and 50
-/// ms.
-const MAX_DRAIN_BYTES: usize = 64 * 1024;
-const DRAIN_TIMEOUT: Duration = Duration::from_millis(50);
-
-async fn drain(body: impl Body) {
-    let (mut body, mut read) = (pin!(body), 0);
-    while let Some(Ok(frame)) = poll_fn(|cx| body.as_mut().poll_frame(cx)).await {
-        read += frame.data_ref().map_or(0, Buf::remaining);
-        if read > MAX_DRAIN_BYTES {
-            return;
-        }
     }
 }
 

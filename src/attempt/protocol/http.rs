@@ -2,12 +2,10 @@
 
 use std::{
     fmt,
-    pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
-use bytes::Buf;
 use http::{Request, Response};
 use http_body::Body;
 
@@ -28,6 +26,7 @@ use super::{
 };
 use crate::{
     classify::Http,
+    drain::poll_drain,
     error::BoxError,
     outcome::{Outcome, SentMark, grpc},
     time::Deadline,
@@ -130,9 +129,6 @@ impl<B: Body> ReplayRequest<Request<B>> for Http {
 }
 
 // ===== The response =====
-
-/// The maximum number of frames of a discarded body that one poll reads.
-const MOST_AT_ONCE: u32 = 64;
 
 /// A response or an error, and its class if the head decides.
 pub struct PendingResponse<B: Body> {
@@ -291,35 +287,4 @@ where
     fn error(error: E) -> BoxError {
         error.into()
     }
-}
-
-/// Drains a body. Ready at its end, at an error, or if the body exceeds `cap` bytes. `drained` is the number of bytes
-/// so far.
-pub(crate) fn poll_drain<B: Body + Unpin>(
-    body: &mut B,
-    drained: &mut u64,
-    cap: u64,
-    cx: &mut Context<'_>,
-) -> Poll<()> {
-    let mut at_once = 0;
-    // With a cap of 0 the body is not polled at all, not even for the end of a body of unknown length.
-    let fits =
-        |body: &B, drained: u64| cap > 0 && drained.saturating_add(body.size_hint().lower()) <= cap;
-    while !body.is_end_stream() && fits(body, *drained) {
-        match ready!(Pin::new(&mut *body).poll_frame(cx)) {
-            Some(Ok(frame)) => {
-                // A frame counts as at least 64 bytes, so that a body of empty frames reaches the cap.
-                let length = frame.data_ref().map_or(0, |data| data.remaining() as u64);
-                *drained = drained.saturating_add(length.max(64));
-                at_once += 1;
-                if at_once == MOST_AT_ONCE {
-                    // Yield, so that the timer of the drain and other tasks are polled.
-                    cx.waker().wake_by_ref();
-                    return Poll::Pending;
-                }
-            }
-            Some(Err(_)) | None => break,
-        }
-    }
-    Poll::Ready(())
 }

@@ -17,7 +17,6 @@ use super::super::{
 use super::{
     AttemptResponse, ClassifyAttempt, Numbered, ReplayRequest, Rules,
     classify::{classify_begun, classify_head, classify_missing, of_reason},
-    http,
     saved_request::{is_safe, keyed},
 };
 use crate::{
@@ -177,7 +176,7 @@ impl ClassifyAttempt<Response, Error> for Reqwest {
         loop {
             match held {
                 PendingReqwest::Discarded(body, drained) => {
-                    return http::poll_drain(body, drained, cap, cx);
+                    return crate::drain::poll_drain(body, drained, cap, cx);
                 }
                 PendingReqwest::Answer(..) => {
                     let nothing = PendingReqwest::Discarded(Body::default(), 0);
