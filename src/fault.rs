@@ -27,6 +27,11 @@ impl Fault {
         });
     }
 
+    /// Returns the value of a valid setting, or records the error unless there is an earlier one.
+    pub(crate) fn accept<T>(&mut self, setting: Result<T, ConfigError>) -> Option<T> {
+        setting.map_err(|error| self.get_or_insert(error)).ok()
+    }
+
     pub(crate) fn is_some(&self) -> bool {
         self.0.is_some()
     }

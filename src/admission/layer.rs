@@ -13,13 +13,7 @@ pub(crate) struct Plan<P, M, R> {
 impl<P, M, R> Plan<P, M, R> {
     /// Returns the value of a valid setting. Stores the error of the first setting that cannot work.
     pub(crate) fn accept<T>(&mut self, setting: Result<T, ConfigError>) -> Option<T> {
-        match setting {
-            Ok(value) => Some(value),
-            Err(error) => {
-                self.fault.get_or_insert(error);
-                None
-            }
-        }
+        self.fault.accept(setting)
     }
 
     pub(crate) fn with_protocol<N>(self, protocol: N) -> Plan<P, N, R> {
